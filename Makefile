@@ -1,0 +1,50 @@
+# Every target installs what it needs into .venv first.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+ROOMS  := broker codecs algorithms nodes
+ARGS   ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help install view cluster test lint format typecheck bench clean
+
+help:  ## show this list
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## */  make \1|/' | \
+	  awk -F'|' '{printf "%-18s %s\n", $$1, $$2}'
+
+install: $(STAMP)  ## set up .venv with everything (about 5 GB, most of it torch)
+
+$(STAMP): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "fedmq needs Python 3.11 or newer, '$(PYTHON)' is older: make PYTHON=python3.11 ..."; exit 2; }
+	@echo "setting up $(VENV): about 5 GB, most of it torch; a few minutes"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@touch $@
+
+# Type checkers and pytest do not follow the package-dir mapping; .view spells it out.
+view:  ## make .view/fedmq, which maps the folders to fedmq.* for pytest and mypy
+	@mkdir -p .view/fedmq
+	@for room in $(ROOMS); do ln -sfn ../../$$room .view/fedmq/$$room; done
+
+cluster: install  ## train on the embedded MNIST subset: broker, aggregator, 4 workers, evaluator
+	@$(BIN)/fedmq cluster $(ARGS)
+
+test: install view  ## run all tests (ARGS='-k name' to choose)
+	@$(BIN)/python -P -m pytest $(ARGS)
+
+lint: install  ## ruff: lint and format check
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+format: install  ## let ruff format the code
+	@$(BIN)/ruff check --fix . && $(BIN)/ruff format .
+
+typecheck: install view  ## mypy, strict
+	@cd .view && ../$(BIN)/mypy --config-file ../pyproject.toml -p fedmq
+
+bench: install  ## the figures that the README quotes
+	@for file in benchmarks/*.py; do echo "== $$file"; $(BIN)/python -P $$file $(ARGS) || exit 1; done
+
+clean:  ## remove what the other targets made, but not runs/
+	rm -rf $(VENV) .view build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,1 @@
+"""Federated algorithms, their schedules and their problems."""

@@ -1,0 +1,146 @@
+"""What a federated algorithm is: a server half and a client half, both pure.
+
+An algorithm is a frozen dataclass whose fields are its hyper-parameters. The aggregator
+calls `start`, `task`, `gather`, `absorb` and `commit`; a worker calls `train`; the
+evaluator calls `evaluate`. Nothing here knows of messages, schedules, clocks or files.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+from pydantic import ConfigDict
+from torch import Tensor
+
+from fedmq.algorithms.errors import ResultError
+from fedmq.algorithms.problems.base import Examples, Problem
+
+Reply = Literal["update", "model"]
+"""What the schedule needs from a client: how its model changed, or the model itself."""
+
+
+@dataclass(frozen=True)
+class Payload:
+    """What a task or a result carries.
+
+    weights: tensors that the configured codec may write with loss.
+    exact: tensors that must arrive as they are.
+    numbers: small facts, in the message's header.
+    """
+
+    weights: Mapping[str, Tensor] = field(default_factory=dict)
+    exact: Mapping[str, Tensor] = field(default_factory=dict)
+    numbers: Mapping[str, int | float | str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a client is asked to work on.
+
+    version: of the model that the payload was made from.
+    reply: what the schedule needs back.
+    """
+
+    version: int
+    payload: Payload
+    reply: Reply = "update"
+
+
+@dataclass(frozen=True)
+class Client:
+    """Where a client half runs.
+
+    index: the client's number, 0 to K-1.
+    problem: what is learned.
+    data: this client's training examples.
+    local: what this client kept from its last task, or None at first.
+    seed: of everything random in this task.
+    device: torch device to train on.
+    """
+
+    index: int
+    problem: Problem
+    data: Examples
+    local: Any
+    seed: int
+    device: str = "cpu"
+
+
+@dataclass(frozen=True)
+class Algorithm(ABC):
+    """A federated algorithm. Subclasses are frozen dataclasses, one paper a file.
+
+    State and Gathered are the subclass's own types; states are never changed in place,
+    so that a version that is still on the wire stays what it was.
+    """
+
+    name: ClassVar[str]
+    schedules: ClassVar[frozenset[str]]
+    """Names of the schedules under which the algorithm makes sense."""
+    personal: ClassVar[bool] = False
+    """Whether `task` depends on the client; if not, a version's task is encoded once."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+
+    # ---- at the aggregator
+
+    @abstractmethod
+    def start(self, problem: Problem) -> Any:
+        """Return the state of version 0."""
+
+    @abstractmethod
+    def task(self, state: Any, client: int) -> Payload:
+        """Return what this client is sent."""
+
+    @abstractmethod
+    def gather(self, state: Any) -> Any:
+        """Return an empty accumulator for the results of one version."""
+
+    @abstractmethod
+    def absorb(self, gathered: Any, state: Any, result: Payload, weight: float) -> Any:
+        """Add one result to the accumulator; memory does not grow with their number.
+
+        Args:
+            gathered: from `gather` or the last `absorb`.
+            state: of the current version.
+            result: what a client's `train` returned.
+            weight: how much it counts, as the schedule decides.
+
+        Raises:
+            ResultError: the result cannot be used; ``gathered`` is as it was.
+        """
+
+    @abstractmethod
+    def commit(self, state: Any, gathered: Any, divisor: float) -> Any:
+        """Return the state of the next version. ``divisor``: what the weighted sum is over."""
+
+    @abstractmethod
+    def tensors(self, state: Any) -> Mapping[str, Tensor]:
+        """Return the model in a state, for its digest and for saving."""
+
+    # ---- at the client
+
+    @abstractmethod
+    def train(self, task: Task, client: Client) -> tuple[Payload, Any]:
+        """Return the result, with ``n`` (examples) in its numbers, and the new local state."""
+
+    # ---- at the evaluator
+
+    @abstractmethod
+    def evaluate(self, task: Task, problem: Problem, device: str) -> Mapping[str, float]:
+        """Return the metrics of the task's model on the problem's test data."""
+
+
+def examples_of(numbers: Mapping[str, Any]) -> int:
+    """Return n_k, the number of examples a result was trained on.
+
+    Raises:
+        ResultError: it is not a whole number from 1 to 10^9.
+    """
+    n = numbers.get("n")
+    if type(n) is not int or not 1 <= n <= 10**9:
+        raise ResultError(f"expected n, the number of examples, from 1 to 10^9, got {n!r:.100}")
+    return n

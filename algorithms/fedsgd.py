@@ -1,0 +1,67 @@
+"""FedSGD: the baseline of McMahan et al., AISTATS 2017, section 2: one full-batch gradient
+a client and round, and the step at the server.
+"""  # noqa: D205 - the citation is the summary
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, ClassVar
+
+import torch
+from pydantic import Field
+
+from fedmq.algorithms.base import Client, Payload, Task
+from fedmq.algorithms.fedavg import FedAvg, Gathered, ModelState, cuda_devices, load_model
+
+_GRADIENT_BATCH = 500
+
+
+@dataclass(frozen=True)
+class FedSGD(FedAvg):
+    """w_{t+1} = w_t - eta * sum_k (n_k/m) g_k, where g_k is the gradient over client k's data.
+
+    lr: eta, the server's learning rate.
+    weight_decay: added to each gradient; 0 in the paper.
+
+    What travels is the gradient; there are no local epochs, batches or momentum.
+    BatchNorm statistics, which have no gradient, travel as their change.
+    """
+
+    name: ClassVar[str] = "fedsgd"
+    schedules: ClassVar[frozenset[str]] = frozenset({"rounds", "buffered"})
+
+    lr: Annotated[float, Field(gt=0)] = 0.1
+    epochs: Annotated[int, Field(ge=1, le=1)] = 1
+    batch_size: None = None
+    momentum: Annotated[float, Field(ge=0, le=0)] = 0.0
+    server_lr: Annotated[float, Field(ge=1, le=1)] = 1.0
+
+    def commit(self, state: ModelState, gathered: Gathered, divisor: float) -> ModelState:
+        """Take one step along the averaged gradient; statistics move by their averaged change."""
+        mean = gathered.total.div_(divisor)
+        mean[: state.layout.parameters].mul_(-self.lr)
+        return ModelState(state.layout, mean.add_(state.weights), gathered.counters)
+
+    def train(self, task: Task, client: Client) -> tuple[Payload, None]:
+        """g_k = the gradient of the mean loss over all local examples at w_t."""
+        model, start = load_model(task, client.problem, client.device)
+        layout = model.layout
+        data = client.data.to(client.device)
+        n = len(data)
+        model.module.train()
+        model.gradient.zero_()
+        with torch.random.fork_rng(devices=cuda_devices(client.device)):
+            torch.manual_seed(client.seed)
+            # The mean over all examples, summed in pieces that fit in the cache.
+            for first in range(0, n, _GRADIENT_BATCH):
+                y = data.y[first : first + _GRADIENT_BATCH]
+                outputs = model.module(data.x[first : first + _GRADIENT_BATCH])
+                (client.problem.loss(outputs, y) * (len(y) / n)).backward()  # type: ignore[no-untyped-call] # torch's
+        gradient = model.gradient.clone()
+        self.regularize(gradient, model.trained, start[: layout.parameters])
+        vector = torch.cat([gradient, (model.weights - start)[layout.parameters :]])
+        return Payload(
+            weights=layout.views(vector.cpu()),
+            exact=layout.counter_views(model.read_counters()),
+            numbers={"n": n, "reply": task.reply},
+        ), None

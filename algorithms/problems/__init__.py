@@ -1,0 +1,23 @@
+"""Learning problems: a model, the data of each client, test data, loss and metrics."""
+
+from fedmq.algorithms.problems.base import Examples, Problem
+from fedmq.algorithms.problems.datasets import DATASETS, DataSet, load_dataset
+from fedmq.algorithms.problems.image import ImageClassification
+from fedmq.algorithms.problems.models import MODELS
+from fedmq.algorithms.problems.partitions import PARTITIONS, Partition
+from fedmq.algorithms.problems.registry import DEFAULT_MODEL, PROBLEMS, load_problem
+
+__all__ = [
+    "DATASETS",
+    "DEFAULT_MODEL",
+    "MODELS",
+    "PARTITIONS",
+    "PROBLEMS",
+    "DataSet",
+    "Examples",
+    "ImageClassification",
+    "Partition",
+    "Problem",
+    "load_dataset",
+    "load_problem",
+]

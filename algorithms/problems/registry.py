@@ -1,0 +1,102 @@
+"""From the ``[problem]`` table of a configuration to a problem."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import operator
+from collections.abc import Mapping
+from typing import Any
+
+from fedmq.algorithms.errors import ProblemError
+from fedmq.algorithms.problems.base import Problem
+from fedmq.algorithms.problems.datasets import DATASETS
+from fedmq.algorithms.problems.image import ImageClassification
+from fedmq.codecs.spec import unknown
+
+PROBLEMS: Mapping[str, str] = {name: source.about for name, source in DATASETS.items()}
+"""The built-in problems, each with one line of what it is."""
+
+DEFAULT_MODEL: Mapping[str, str] = {name: source.model for name, source in DATASETS.items()}
+"""The model of each built-in problem, unless the configuration names another."""
+
+_EXPECTED: Mapping[str, tuple[type, str]] = {
+    "name": (str, "the name of a data set or module:attribute, in quotes"),
+    "model": (str, "the name of a model, in quotes"),
+    "clients": (int, "a whole number"),
+    "partition": (str, "a partition such as 'dirichlet(0.5)', in quotes"),
+    "examples": (int, "a whole number"),
+}
+
+
+def load_problem(options: Mapping[str, object], seed: int) -> Problem:
+    """Return the problem that the ``[problem]`` table of a configuration describes.
+
+    The table holds ``name`` and ``clients`` and perhaps ``model``, ``partition`` (IID
+    unless it is given) and ``examples``: the fields of `ImageClassification`. If the name
+    is ``module:attribute``, that attribute is called instead, with all the other options
+    and ``seed`` as keywords, and returns a `Problem`. Since this runs the module's code,
+    options must come from whoever may run code here, never from the network.
+
+    Raises:
+        ProblemError: an option is unknown, missing, of a wrong type or out of range; the
+            message begins with its key, ``problem.<key>``.
+    """
+    name = _option(options, "name")
+    if ":" in name:
+        return _load_own(name, {k: v for k, v in options.items() if k != "name"}, seed)
+    for key in options:
+        if key not in _EXPECTED:
+            raise ProblemError(f"problem.{key}: {unknown('key', key, _EXPECTED)}")
+    if name not in DATASETS:
+        raise ProblemError(
+            f"problem.name: {unknown('problem', name, PROBLEMS)}, or name your own as "
+            "module:attribute"
+        )
+    model = _option(options, "model", DEFAULT_MODEL[name])
+    clients = _option(options, "clients")
+    partition = _option(options, "partition", "iid")
+    examples = None if options.get("examples") is None else _option(options, "examples")
+    try:
+        return ImageClassification(name, model, clients, partition, seed, examples)
+    except ProblemError as error:
+        raise ProblemError(f"problem.{error}") from None
+
+
+def _option(options: Mapping[str, object], key: str, default: str | None = None) -> Any:
+    kind, expected = _EXPECTED[key]
+    value = options.get(key, default)
+    if value is None:
+        raise ProblemError(f"problem.{key}: expected {expected}, but it is missing")
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise ProblemError(f"problem.{key}: expected {expected}, got {value!r}")
+    return value
+
+
+def _load_own(name: str, options: Mapping[str, object], seed: int) -> Problem:
+    module_name, _, attribute = name.partition(":")
+    if not module_name or not attribute:
+        raise ProblemError(f"problem.name: expected module:attribute, got {name!r}")
+    if "seed" in options:
+        raise ProblemError("problem.seed: the seed is that of the whole run, not of the problem")
+    try:
+        factory = operator.attrgetter(attribute)(importlib.import_module(module_name))
+    except ImportError as error:
+        raise ProblemError(
+            f"problem.name: cannot import {module_name!r} of {name!r} ({error}); "
+            "is its folder on PYTHONPATH?"
+        ) from error
+    except AttributeError as error:
+        raise ProblemError(f"problem.name: {name!r} does not exist: {error}") from error
+    if not callable(factory):
+        raise ProblemError(f"problem.name: expected {name!r} to be callable, got {factory!r}")
+    try:
+        inspect.signature(factory).bind(**options, seed=seed)
+    except TypeError as error:
+        raise ProblemError(
+            f"problem: {name!r} is called with {', '.join([*options, 'seed'])}: {error}"
+        ) from None
+    problem = factory(**options, seed=seed)
+    if not isinstance(problem, Problem):
+        raise ProblemError(f"problem.name: expected {name!r} to return a Problem, got {problem!r}")
+    return problem

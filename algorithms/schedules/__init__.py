@@ -1,0 +1,26 @@
+"""When clients start, what a result counts, and when a version is committed."""
+
+from collections.abc import Mapping
+
+from fedmq.algorithms.errors import AlgorithmError
+from fedmq.algorithms.schedules.base import Schedule, View
+from fedmq.algorithms.schedules.buffered import Buffered
+from fedmq.algorithms.schedules.rounds import Rounds
+from fedmq.algorithms.schedules.stream import Stream
+from fedmq.codecs.spec import unknown
+
+SCHEDULES: Mapping[str, type[Schedule]] = {each.name: each for each in (Rounds, Buffered, Stream)}
+
+
+def find_schedule(name: str) -> type[Schedule]:
+    """Return the schedule of this name.
+
+    Raises:
+        AlgorithmError: there is none; the sentence holds the choices.
+    """
+    if name not in SCHEDULES:
+        raise AlgorithmError(unknown("schedule", name, SCHEDULES))
+    return SCHEDULES[name]
+
+
+__all__ = ["SCHEDULES", "Buffered", "Rounds", "Schedule", "Stream", "View", "find_schedule"]

@@ -1,0 +1,98 @@
+"""What a schedule is: pure answers to four questions, from a view of the run."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Annotated, ClassVar
+
+from pydantic import ConfigDict, Field
+
+from fedmq.algorithms.base import Reply
+from fedmq.algorithms.schedules import staleness as functions
+from fedmq.algorithms.schedules.staleness import StalenessSpec
+
+
+@dataclass(frozen=True)
+class View:
+    """What a schedule may look at; all about the current version unless it says otherwise.
+
+    clients: K, the number of clients of the run.
+    flying: tasks out, of any version.
+    started: tasks sent.
+    outstanding: tasks sent that may still bring a result.
+    results: results in hand, late ones of earlier versions included.
+    deadline_passed: whether `Schedule.deadline_s` is over.
+    """
+
+    clients: int
+    flying: int
+    started: int
+    outstanding: int
+    results: int
+    deadline_passed: bool
+
+
+@dataclass(frozen=True)
+class Schedule(ABC):
+    """A frozen dataclass whose fields are the schedule's settings; it keeps no state."""
+
+    name: ClassVar[str]
+    reply: ClassVar[Reply] = "update"
+    """What clients send."""
+    ordered: ClassVar[bool] = False
+    """Whether results are added up in cohort order, whatever order they come in."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+
+    def deadline(self) -> float | None:
+        """Return how long after a version's start `View.deadline_passed` turns true, in seconds."""
+        return None
+
+    @abstractmethod
+    def wants(self, view: View) -> int:
+        """Return how many more clients are to get a task now; idle ones are drawn."""
+
+    @abstractmethod
+    def weight(self, n: int, staleness: int) -> float | None:
+        """Return how much a result counts; None if it is too stale to be used.
+
+        Args:
+            n: n_k, examples it was trained on.
+            staleness: versions committed since its task was made.
+        """
+
+    @abstractmethod
+    def closes(self, view: View) -> bool:
+        """Tell whether the version is to be committed now."""
+
+    @abstractmethod
+    def divisor(self, weights: float, results: int) -> float:
+        """Return what the weighted sum is divided by: given the sum of weights and their number."""
+
+
+@dataclass(frozen=True)
+class Asynchronous(Schedule):
+    """What FedBuff and FedAsync have in common: tasks are kept out, whoever comes back when.
+
+    concurrency: tasks kept out at all times; each starts from the newest version.
+    staleness: s(tau), the function of how many versions late a result is.
+    max_staleness: a result later than this many versions is not used; None uses all.
+    """
+
+    concurrency: Annotated[int, Field(ge=1)] = 20
+    staleness: StalenessSpec = "constant"
+    max_staleness: Annotated[int, Field(ge=0)] | None = None
+
+    def __post_init__(self) -> None:
+        functions.staleness(self.staleness)
+
+    def wants(self, view: View) -> int:
+        """Replace every task that has ended."""
+        return max(0, self.concurrency - view.flying)
+
+    def weight(self, n: int, staleness: int) -> float | None:  # noqa: ARG002
+        """s(tau), whatever n_k."""
+        if self.max_staleness is not None and staleness > self.max_staleness:
+            return None
+        return functions.staleness(self.staleness)(staleness)

@@ -1,0 +1,38 @@
+"""FedBuff: Nguyen, Malik, Zhan, Yousefpour, Rabbat, Malek, Huba,
+"Federated Learning with Buffered Asynchronous Aggregation", AISTATS 2022.
+"""  # noqa: D205 - the citation is the summary
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, ClassVar
+
+from pydantic import Field
+
+from fedmq.algorithms.schedules.base import Asynchronous, View
+from fedmq.algorithms.schedules.staleness import StalenessSpec
+
+
+@dataclass(frozen=True)
+class Buffered(Asynchronous):
+    """Algorithm 1: commit after every K results, whoever they come from.
+
+    size: K, results in a buffer.
+    concurrency: M_c; staleness, max_staleness: as in `Asynchronous`. The sum of the
+        s * Delta is divided by K, not by the sum of the s, and n_k does not count.
+
+    The paper's server learning rate eta_g is the algorithm's ``server_lr``.
+    """
+
+    name: ClassVar[str] = "buffered"
+
+    size: Annotated[int, Field(ge=1)] = 10
+    staleness: StalenessSpec = "inverse_sqrt"
+
+    def closes(self, view: View) -> bool:
+        """Close when the buffer is full."""
+        return view.results >= self.size
+
+    def divisor(self, weights: float, results: int) -> float:  # noqa: ARG002
+        """K."""
+        return float(results)

@@ -1,0 +1,84 @@
+"""Synchronous rounds: McMahan et al. 2017, with what a real fleet needs around them.
+
+Over-selection and a deadline are those of Bonawitz et al., "Towards Federated Learning
+at Scale: System Design", MLSys 2019, section 2.2.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field
+
+from fedmq.algorithms.schedules import staleness as functions
+from fedmq.algorithms.schedules.base import Schedule, View
+
+
+@dataclass(frozen=True)
+class Rounds(Schedule):
+    """Draw a cohort, wait for its results, commit; again.
+
+    fraction: C, the share of all clients that a round wants results from; at least one.
+    over_select: tasks sent per result wanted, at least 1. The round closes when the
+        wanted number is in; who comes later is late.
+    deadline_s: after this many seconds the round closes with what is in hand, but for
+        min_results; None waits for everyone who is still there.
+    min_results: a round never closes with fewer. When too few clients are left to reach
+        it, others are drawn in their place.
+    late: what becomes of a result that comes after its round: ``use`` counts it like any
+        other, ``discount`` multiplies its weight by the staleness function, ``refuse``
+        does not use it.
+    staleness: the function for ``discount``.
+
+    With over_select = 1 and no deadline, results are added up in cohort order and late
+    ones do not exist, so the same configuration and seed give the same model to the bit.
+    """
+
+    name: ClassVar[str] = "rounds"
+    ordered: ClassVar[bool] = True
+
+    fraction: Annotated[float, Field(ge=0, le=1)] = 0.1
+    over_select: Annotated[float, Field(ge=1, le=10)] = 1.0
+    deadline_s: Annotated[float, Field(gt=0)] | None = None
+    min_results: Annotated[int, Field(ge=1)] = 1
+    late: Literal["use", "discount", "refuse"] = "discount"
+    staleness: functions.StalenessSpec = "polynomial(0.5)"
+
+    def __post_init__(self) -> None:
+        functions.staleness(self.staleness)
+
+    def deadline(self) -> float | None:
+        """Return the deadline of a round, in seconds."""
+        return self.deadline_s
+
+    def cohort(self, clients: int) -> int:
+        """m = max(C * K, 1), and never less than min_results."""
+        return max(round(self.fraction * clients), self.min_results, 1)
+
+    def wants(self, view: View) -> int:
+        """Draw the cohort; draw again only when nobody is left to wait for."""
+        if view.outstanding or self.closes(view):
+            return 0
+        missing = self.cohort(view.clients) - view.results
+        return math.ceil(missing * self.over_select)
+
+    def weight(self, n: int, staleness: int) -> float | None:
+        """n_k, discounted or refused if late."""
+        if staleness == 0 or self.late == "use":
+            return float(n)
+        return (
+            n * functions.staleness(self.staleness)(staleness) if self.late == "discount" else None
+        )
+
+    def closes(self, view: View) -> bool:
+        """Close when all that is wanted is in, or nobody is left, or time is up."""
+        if view.results >= self.cohort(view.clients):
+            return True
+        enough = view.results >= self.min_results
+        return enough and view.started > 0 and (view.deadline_passed or not view.outstanding)
+
+    def divisor(self, weights: float, results: int) -> float:  # noqa: ARG002
+        """m_t, the sum of the cohort's weights: a weighted mean."""
+        return weights

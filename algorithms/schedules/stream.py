@@ -1,0 +1,45 @@
+"""FedAsync: Xie, Koyejo, Gupta, "Asynchronous Federated Optimization", 2019."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, ClassVar
+
+from pydantic import Field
+
+from fedmq.algorithms.base import Reply
+from fedmq.algorithms.schedules.base import Asynchronous, View
+from fedmq.algorithms.schedules.staleness import StalenessSpec
+
+
+@dataclass(frozen=True)
+class Stream(Asynchronous):
+    """Algorithm 1: every result is mixed in at once.
+
+    x_t = (1 - alpha_t) x_{t-1} + alpha_t x_new, alpha_t = alpha * s(t - tau).
+
+    mixing: alpha.
+    concurrency, staleness, max_staleness: as in `Asynchronous`.
+
+    Clients send their model, not its change: x_new is mixed with a model that is not the
+    one it was trained from. FedAsync's local regularisation (rho) is FedProx's mu.
+    """
+
+    name: ClassVar[str] = "stream"
+    reply: ClassVar[Reply] = "model"
+
+    mixing: Annotated[float, Field(gt=0, le=1)] = 0.6
+    staleness: StalenessSpec = "polynomial(0.5)"
+
+    def weight(self, n: int, staleness: int) -> float | None:
+        """alpha_t = alpha * s(t - tau)."""
+        discount = super().weight(n, staleness)
+        return None if discount is None else self.mixing * discount
+
+    def closes(self, view: View) -> bool:
+        """Close after every result."""
+        return view.results >= 1
+
+    def divisor(self, weights: float, results: int) -> float:  # noqa: ARG002
+        """1: the weight is the mixing rate itself."""
+        return 1.0

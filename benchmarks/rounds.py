@@ -1,0 +1,224 @@
+"""How long a synchronous round takes when nobody trains: what fedmq itself costs.
+
+Real processes on loopback: broker with its ledger on disk, aggregator, four workers of one
+client each, that return what they receive. Each round's model differs from the last, so
+every byte moves: the model goes to the broker once and to four workers, and four results
+come back. Beside it, the same exchange over bare ZeroMQ through a relay, with none of the
+guarantees: no ledger, no receipts, no sessions, no digests.
+
+    python benchmarks/rounds.py [--json FILE] [--sizes 21840,1663370,25000000] [--rounds N]
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import itertools
+import json
+import multiprocessing as mp
+import os
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import zmq
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+from fedmq.algorithms.base import Client, Payload, Task
+from fedmq.algorithms.fedavg import FedAvg, Gathered, ModelState
+from fedmq.algorithms.problems.base import Examples, Problem
+from fedmq.broker.ledger import Accepted, read_entries
+from fedmq.nodes.cluster import Cluster, preloading
+from fedmq.nodes.config import build
+from fedmq.nodes.setup import set_up
+
+CLIENTS = 4
+LIMITS_MS = {21_840: 5.0, 1_663_370: 120.0, 25_000_000: 2000.0}
+
+
+@dataclass(frozen=True)
+class Vector(Problem):
+    """A model that is one vector, and no data to speak of."""
+
+    dim: int
+    seed: int
+    clients: int = CLIENTS
+
+    def model(self) -> nn.Module:
+        module = nn.Module()
+        generator = torch.Generator().manual_seed(self.seed)
+        module.vector = nn.Parameter(torch.randn(self.dim, generator=generator))
+        return module
+
+    def client(self, index: int) -> Examples:
+        return Examples(torch.zeros(1, 1), torch.zeros(1, dtype=torch.int64))
+
+    def test(self) -> Examples:
+        return self.client(0)
+
+    def loss(self, outputs: Tensor, y: Tensor) -> Tensor:
+        return outputs.sum()
+
+    def metrics(self, outputs: Tensor, y: Tensor) -> Mapping[str, float]:
+        return {}
+
+
+@dataclass(frozen=True)
+class Echo(FedAvg):
+    """Clients return the model that they receive; the server makes a new one of the mean."""
+
+    def commit(self, state: ModelState, gathered: Gathered, divisor: float) -> ModelState:
+        mean = gathered.total.mul_(1.0001 / divisor)
+        return ModelState(state.layout, mean, gathered.counters)
+
+    def train(self, task: Task, client: Client) -> tuple[Payload, None]:
+        return Payload(task.payload.weights, task.payload.exact, {"n": 1}), None
+
+    def evaluate(self, task: Task, problem: Problem, device: str) -> Mapping[str, float]:
+        return {"accuracy": 0.0}
+
+
+def fedmq_rounds(dim: int, rounds: int, folder: Path) -> list[float]:
+    """Return the duration of each round of a real run, in ms."""
+    config = build(
+        {
+            "run": {"id": f"rounds-{dim}", "versions": rounds + 1, "evaluate_every": 0},
+            "problem": {"name": "rounds:Vector", "dim": dim},
+            "algorithm": {"name": "rounds:Echo"},
+            "schedule": {"name": "rounds", "fraction": 1.0},
+            "worker": {"count": CLIENTS, "device": "cpu"},
+        }
+    )
+    config = set_up(config).config
+    quiet = Console(file=io.StringIO())
+    run = folder / f"run-{dim}"
+    run.mkdir()
+    code = Cluster(config, CLIENTS, run, time.time(), quiet).run()
+    if code:
+        raise SystemExit(f"the run failed with exit code {code}; see {run}")
+    times = [
+        entry.at
+        for entry in read_entries(run / "ledger")
+        if isinstance(entry, Accepted) and entry.read().kind == "version"
+    ]
+    shutil.rmtree(run)
+    return [(b - a) * 1000 for a, b in itertools.pairwise(times)]
+
+
+def bare_rounds(dim: int, rounds: int) -> list[float]:
+    """Return the duration of each round of the same exchange over a bare relay, in ms."""
+    context = mp.get_context("spawn")
+    ours, theirs = context.Pipe()
+    relay = context.Process(target=_relay, args=(theirs,), daemon=True)
+    relay.start()
+    endpoint = ours.recv_bytes().decode()
+    echoes = [
+        context.Process(target=_echo, args=(endpoint, index), daemon=True)
+        for index in range(CLIENTS)
+    ]
+    for process in echoes:
+        process.start()
+    with zmq.Context() as zmq_context, zmq_context.socket(zmq.DEALER) as socket:
+        socket.setsockopt(zmq.IDENTITY, b"aggregator")
+        socket.setsockopt(zmq.LINGER, 0)
+        socket.connect(endpoint)
+        for _ in range(CLIENTS):
+            socket.recv_multipart()
+        model = torch.randn(dim)
+        durations = []
+        for _ in range(rounds):
+            began = time.perf_counter()
+            data = model.numpy().data
+            for index in range(CLIENTS):
+                socket.send_multipart([b"client%d" % index, data], copy=False)
+            total = torch.zeros(dim)
+            for _ in range(CLIENTS):
+                _, frame = socket.recv_multipart(copy=False)
+                received = torch.frombuffer(bytearray(frame.buffer), dtype=torch.float32)
+                total.add_(received, alpha=1.0)
+            model = total.mul_(1.0001 / CLIENTS)
+            durations.append((time.perf_counter() - began) * 1000)
+    for process in [*echoes, relay]:
+        process.kill()
+        process.join()
+    return durations
+
+
+def _relay(report: mp.connection.Connection) -> None:
+    socket = zmq.Context().socket(zmq.ROUTER)
+    socket.bind("tcp://127.0.0.1:*")
+    report.send_bytes(socket.getsockopt(zmq.LAST_ENDPOINT).rstrip(b"\0"))
+    while True:
+        sender, to, *rest = socket.recv_multipart(copy=False)
+        socket.send_multipart([to, sender, *rest], copy=False)
+
+
+def _echo(endpoint: str, index: int) -> None:
+    socket = zmq.Context().socket(zmq.DEALER)
+    socket.setsockopt(zmq.IDENTITY, b"client%d" % index)
+    socket.connect(endpoint)
+    time.sleep(0.5)  # the aggregator must be known to the relay before it is written to
+    socket.send_multipart([b"aggregator", b"ready"])
+    while True:
+        socket.send_multipart(socket.recv_multipart(copy=False), copy=False)
+
+
+def main() -> int:
+    """Print the table; return 1 if a limit is exceeded."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--sizes", default=",".join(map(str, LIMITS_MS)))
+    parser.add_argument("--rounds", type=int, help="default: as many as fit in a few seconds")
+    options = parser.parse_args()
+    here = str(Path(__file__).parent)
+    sys.path.append(here)  # this process and the workers find rounds:Echo there
+    os.environ["PYTHONPATH"] = os.pathsep.join([here, os.environ.get("PYTHONPATH", "")])
+    with preloading():
+        pass
+
+    table = Table("parameters", "rounds", "fedmq ms", "p90", "bare relay ms", "ratio", "limit ms")
+    figures: dict[str, float] = {}
+    missed = False
+    folder = Path(tempfile.mkdtemp(prefix="fedmq-rounds-"))
+    try:
+        for dim in map(int, options.sizes.split(",")):
+            rounds = options.rounds or max(8, min(200, 100_000_000 // dim))
+            ours = fedmq_rounds(dim, rounds, folder)
+            bare = bare_rounds(dim, rounds)
+            median, reference = statistics.median(ours), statistics.median(bare)
+            p90 = statistics.quantiles(ours, n=10)[-1]
+            limit = LIMITS_MS.get(dim)
+            missed |= limit is not None and median > limit
+            table.add_row(
+                f"{dim:,}",
+                str(rounds),
+                f"{median:.2f}",
+                f"{p90:.2f}",
+                f"{reference:.2f}",
+                f"{median / reference:.2f}",
+                f"{limit or '-'}",
+            )
+            figures |= {
+                f"rounds.{dim}.fedmq_ms": median,
+                f"rounds.{dim}.fedmq_p90_ms": p90,
+                f"rounds.{dim}.bare_ms": reference,
+                f"rounds.{dim}.ratio": median / reference,
+            }
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    Console().print(table)
+    if options.json:
+        options.json.write_text(json.dumps(figures, indent=2) + "\n")
+    return int(missed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

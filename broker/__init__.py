@@ -1,0 +1,1 @@
+"""Messages move: wire format, ledger, routing, links. Never imports torch."""

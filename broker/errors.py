@@ -1,0 +1,59 @@
+"""What can go wrong between nodes.
+
+::
+
+    BrokerError (Exception)
+    +-- WireError       bytes from the network are not a frame of this protocol
+    |   +-- VersionError    they are, but of another major version
+    +-- LedgerError     the ledger on disk cannot be read or written; holds segment and offset
+    +-- Rejected        the broker does not admit this node; holds the broker's reason
+    +-- LinkClosed      the link has ended: the run is over, or the node was stopped
+"""
+
+from __future__ import annotations
+
+
+class BrokerError(Exception):
+    """Root of every error that this package raises on purpose."""
+
+
+class WireError(BrokerError):
+    """Bytes from the network are not a frame of this protocol."""
+
+
+class VersionError(WireError):
+    """A frame of another protocol major.
+
+    Attributes:
+        theirs: the version in the frame, (major, minor).
+    """
+
+    def __init__(self, theirs: tuple[int, int], ours: tuple[int, int]) -> None:
+        super().__init__(
+            f"protocol {theirs[0]}.{theirs[1]} cannot talk to protocol {ours[0]}.{ours[1]}: "
+            "the major numbers must be equal"
+        )
+        self.theirs = theirs
+
+
+class LedgerError(BrokerError):
+    """The ledger cannot be read or written.
+
+    Attributes:
+        segment: name of the segment file, or "" where no single one is at fault.
+        offset: byte offset in it.
+    """
+
+    def __init__(self, reason: str, segment: str = "", offset: int = 0) -> None:
+        where = f" (at {segment}, byte {offset})" if segment else ""
+        super().__init__(reason + where)
+        self.segment = segment
+        self.offset = offset
+
+
+class Rejected(BrokerError):
+    """The broker does not admit this node; the message is the broker's reason."""
+
+
+class LinkClosed(BrokerError):
+    """The link has ended: the run is over, or the node was stopped."""

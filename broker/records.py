@@ -1,0 +1,188 @@
+"""Records in segment files: length-prefixed, checksummed, append-only.
+
+A segment starts with 16 bytes, ``FEDMQLOG`` and the format version. A record is::
+
+    head length  u32 LE
+    data length  u32 LE
+    checksum     u64 LE    XXH3-64 over both lengths, head and data
+    head         a msgpack map
+    data         raw bytes, possibly none
+
+A crash can cut the last record short, or leave blocks of zeros behind it: a *torn tail*,
+which is cut off when the segment is opened for writing. A bad record that others follow
+is *damage*, and is reported with segment and offset, never skipped.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import xxhash
+
+from fedmq.broker.errors import LedgerError
+from fedmq.broker.wire import CHUNK_BYTES, MAX_HEADER_BYTES, Buffer
+
+MAGIC = b"FEDMQLOG" + struct.pack("<II", 1, 0)
+_PREFIX = struct.Struct("<IIQ")
+_LENGTHS = struct.Struct("<II")
+# A head holds a whole message plus a few fields of the ledger's own.
+_MAX_HEAD = 2 * MAX_HEADER_BYTES
+_MAX_DATA = CHUNK_BYTES
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """Where a record lies and what its head says; its data are read when wanted."""
+
+    offset: int
+    head: bytes
+    data_offset: int
+    data_length: int
+
+    @property
+    def end(self) -> int:
+        """Return the offset of the byte after this record."""
+        return self.data_offset + self.data_length
+
+
+def pack(head: bytes, data: Buffer = b"") -> list[Buffer]:
+    """Return the buffers of one record, ready for ``writev``; `data` is not copied."""
+    length = memoryview(data).nbytes
+    prefix = _PREFIX.pack(len(head), length, _checksum(head, data, length))
+    return [prefix, head, data] if length else [prefix, head]
+
+
+def scan(path: Path, start: int = len(MAGIC), *, verify_data: bool = True) -> Iterator[Record]:
+    """Yield the whole records of a segment from byte ``start`` on, then stop.
+
+    It stops without an error at a torn tail; `Record.end` of the last one says where.
+    Without ``verify_data``, records that carry data are taken by their lengths alone,
+    which is how an index is built without reading every payload.
+
+    Raises:
+        LedgerError: not a segment, or a bad record that is not the torn tail.
+    """
+    with path.open("rb", buffering=1 << 16) as file:
+        size = os.fstat(file.fileno()).st_size
+        magic = file.read(len(MAGIC))
+        if magic != MAGIC[: len(magic)]:
+            raise LedgerError("not a ledger segment of this format", path.name, 0)
+        offset = max(start, len(MAGIC))
+        file.seek(offset)
+        while offset + _PREFIX.size <= size:
+            head_length, data_length, checksum = _PREFIX.unpack(file.read(_PREFIX.size))
+            end = offset + _PREFIX.size + head_length + data_length
+            plausible = 0 < head_length <= _MAX_HEAD and data_length <= _MAX_DATA
+            if not plausible or end > size:
+                if _is_tail(path, offset, size, end if plausible else None):
+                    return
+                raise LedgerError("damaged record", path.name, offset)
+            head = file.read(head_length)
+            data_offset = offset + _PREFIX.size + head_length
+            if data_length and not verify_data:
+                file.seek(data_length, os.SEEK_CUR)
+            elif _checksum(head, file.read(data_length), data_length) != checksum:
+                if end == size or _is_zero(path, end, size):
+                    return
+                raise LedgerError("damaged record: its checksum does not match", path.name, offset)
+            yield Record(offset, head, data_offset, data_length)
+            offset = end
+
+
+class Segment:
+    """One segment file open for appending.
+
+    A new file gets the magic bytes; an existing one is cut at its last whole record.
+
+    Attributes:
+        path: the file.
+        size: bytes in whole records, magic included.
+        cut: bytes of torn tail that opening removed.
+
+    Raises:
+        LedgerError: the file is no segment, is damaged, or cannot be written.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.cut = 0
+        try:
+            self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+            found = os.fstat(self._fd).st_size
+        except OSError as error:
+            raise LedgerError(f"cannot open: {error.strerror}", str(path)) from None
+        if found < len(MAGIC):
+            os.ftruncate(self._fd, 0)
+            self.size = 0
+            self._write([MAGIC])
+            return
+        self.size = len(MAGIC)
+        for record in scan(path):
+            self.size = record.end
+        self.cut = found - self.size
+        if self.cut:
+            os.ftruncate(self._fd, self.size)
+
+    def append(self, buffers: Sequence[Buffer]) -> None:
+        """Write whole records; after an error the segment is as it was before.
+
+        Raises:
+            LedgerError: the operating system refused the write, for example a full disk.
+        """
+        self._write(buffers)
+
+    def sync(self) -> None:
+        """Wait until everything appended is on the device."""
+        os.fsync(self._fd)
+
+    def close(self) -> None:
+        """Close the file."""
+        os.close(self._fd)
+
+    def _write(self, buffers: Sequence[Buffer]) -> None:
+        views = [memoryview(buffer).cast("B") for buffer in buffers]
+        total = 0
+        try:
+            while views:
+                written = os.writev(self._fd, views[:512])
+                total += written
+                while views and written >= views[0].nbytes:
+                    written -= views.pop(0).nbytes
+                if written:
+                    views[0] = views[0][written:]
+        except OSError as error:
+            os.ftruncate(self._fd, self.size)
+            raise LedgerError(
+                f"cannot write: {error.strerror}", self.path.name, self.size
+            ) from None
+        self.size += total
+
+
+def _checksum(head: bytes, data: Buffer, data_length: int) -> int:
+    hasher = xxhash.xxh3_64(_LENGTHS.pack(len(head), data_length))
+    hasher.update(head)
+    if data_length:
+        hasher.update(data)
+    return int(hasher.intdigest())
+
+
+def _is_tail(path: Path, offset: int, size: int, end: int | None) -> bool:
+    """Tell a cut-off last record, or zeros that a crash left, from damage in the middle."""
+    if end is not None and end > size:
+        return True
+    return _is_zero(path, offset, size)
+
+
+def _is_zero(path: Path, start: int, end: int) -> bool:
+    with path.open("rb") as file:
+        file.seek(start)
+        while start < end:
+            piece = file.read(min(1 << 16, end - start))
+            if piece.strip(b"\0"):
+                return False
+            start += len(piece)
+    return True

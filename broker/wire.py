@@ -1,0 +1,350 @@
+"""The wire format: ``[header][buffer...]``, versioned, bounded, never trusted.
+
+The header is a msgpack map of at most 64 KiB, always parsed; buffers are raw bytes and
+are never copied into msgpack. The structs below are the schema. Its rules of evolution:
+a new field has a default; unknown fields are ignored here and kept on the way, because a
+relayed message travels as the bytes that its sender wrote; a field never changes its
+meaning; what cannot follow these rules is a new major version.
+
+Two layers. A *frame* is what one end of a link says to the other (hello, post, want,
+chunk, ...). A *message* is what one node says to another; it is carried in a ``post`` and
+a ``deliver`` frame, and is what the ledger keeps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import msgpack
+import msgspec
+import xxhash
+from msgspec import Meta, Struct
+
+from fedmq.broker.errors import VersionError, WireError
+
+PROTOCOL = (1, 0)
+"""Protocol version, [major, minor]; both ends of a link must have the same major."""
+
+MAX_HEADER_BYTES = 64 * 1024
+MAX_BUFFERS = 64
+CHUNK_BYTES = 1024 * 1024
+"""A blob crosses a link in pieces of this size."""
+INLINE_BYTES = 256 * 1024
+"""Blobs up to this size, all of a message's together, travel beside its header."""
+MAX_BLOB_BYTES = 1 << 40
+
+Buffer = bytes | memoryview
+
+Name = Annotated[str, Meta(min_length=1, max_length=120)]
+Id = Annotated[str, Meta(min_length=1, max_length=200)]
+Reason = Annotated[str, Meta(max_length=2000)]
+Natural = Annotated[int, Meta(ge=0, le=1 << 62)]
+Size = Annotated[int, Meta(ge=0, le=MAX_BLOB_BYTES)]
+Digest = Annotated[bytes, Meta(min_length=16, max_length=16)]
+Range = tuple[Natural, Natural]
+
+
+class Blob(Struct, frozen=True):
+    """Content-addressed bytes: an XXH3-128 digest and a size in bytes."""
+
+    digest: Digest
+    size: Size
+
+    @classmethod
+    def of(cls, data: Buffer) -> Blob:
+        """Return the name of these bytes."""
+        return cls(digest(data), memoryview(data).nbytes)
+
+
+class Message(Struct, frozen=True, kw_only=True):
+    """What one node says to another, and what the ledger keeps.
+
+    The broker reads the addresses and the list of blobs; ``body`` is for the nodes.
+    """
+
+    kind: Name
+    id: Id
+    run: Name
+    sender: Name
+    to: Name
+    """``client/17``, ``aggregator``, ``evaluator``, or ``record`` (kept, not delivered)."""
+    re: Id | None = None
+    """Id of the message that this one answers."""
+    body: dict[str, Any] = {}
+    blobs: tuple[Blob, ...] = ()
+
+
+class Frame(Struct, frozen=True, kw_only=True, tag_field="kind", tag=str.lower):
+    """Root of all frames; the field ``kind`` on the wire is the class's name in lower case."""
+
+    v: tuple[int, int] = PROTOCOL
+    """Protocol version of who wrote the frame, [major, minor]."""
+
+
+class Hello(Frame, frozen=True):
+    """A node names itself, and what it hosts; sent at the start and after a reconnect."""
+
+    node: Name
+    role: Name
+    session: Name
+    """Drawn anew at each start of a node: a restart is told from a reconnect."""
+    run: str = ""
+    """Empty: the one run that the broker serves."""
+    clients: tuple[Range, ...] = ()
+    """Ranges of clients hosted here, both ends included."""
+    config: str = ""
+    """From the aggregator: the run's configuration, handed to every node in Welcome."""
+    total_clients: Natural = 0
+    """From the aggregator: number of clients of the run."""
+
+
+class Welcome(Frame, frozen=True):
+    """The broker admits a node."""
+
+    run: Name
+    beat_s: float
+    """Say something at least this often."""
+    lease_s: float
+    """Silent for longer, a node is taken to have left."""
+    config: str = ""
+
+
+class Reject(Frame, frozen=True):
+    """The broker does not admit a node: ``code`` for programs, ``reason`` for people."""
+
+    code: Name
+    reason: Reason
+    protocol: tuple[int, int] = PROTOCOL
+
+
+class Stranger(Frame, frozen=True):
+    """The broker does not know this connection (any more): say Hello."""
+
+
+class Wait(Frame, frozen=True):
+    """The broker has no such run yet: keep the connection and say Hello again when told."""
+
+    reason: Reason = ""
+
+
+class Post(Frame, frozen=True):
+    """A message for the ledger and its recipient. ``inline``: which blobs stand beside it."""
+
+    n: Natural
+    """Counts the posts of a session from 0."""
+    message: bytes
+    inline: tuple[Natural, ...] = ()
+    consumes: tuple[Natural, ...] = ()
+    """Ledger numbers of the messages that are done with once this one is kept."""
+
+
+class Receipt(Frame, frozen=True):
+    """Every post up to ``upto`` is in the ledger (or was refused, and that was said)."""
+
+    upto: Natural
+
+
+class Refused(Frame, frozen=True):
+    """A message could not be accepted or used; to its sender."""
+
+    id: Id
+    reason: Reason
+
+
+class Deliver(Frame, frozen=True):
+    """A message from the ledger, its number and its time there."""
+
+    seq: Natural
+    at: float
+    message: bytes
+    inline: tuple[Natural, ...] = ()
+
+
+class Done(Frame, frozen=True):
+    """The recipient is done with these messages. ``refused``: the reasons, by number."""
+
+    seqs: tuple[Natural, ...] = ()
+    refused: dict[Natural, Reason] = {}
+
+
+class Want(Frame, frozen=True):
+    """Send me ``size`` bytes of a blob, from ``start``. ``owner``: the node that named it."""
+
+    owner: Name
+    digest: Digest
+    start: Size
+    size: Annotated[int, Meta(ge=1, le=CHUNK_BYTES)]
+
+
+class Chunk(Frame, frozen=True):
+    """A piece of a blob; the bytes are the one buffer. No buffer: the blob is not held here."""
+
+    owner: Name
+    digest: Digest
+    start: Size
+
+
+class Tick(Frame, frozen=True):
+    """Put a ``tick`` message with this token into my inbox after ``after_s`` seconds."""
+
+    token: Name
+    after_s: Annotated[float, Meta(ge=0, le=1e9)]
+
+
+class Beat(Frame, frozen=True):
+    """Nothing to say, but alive; the broker answers in kind."""
+
+
+class Over(Frame, frozen=True):
+    """The run has ended. From the aggregator to the broker, and from there to every node."""
+
+    reason: Reason = ""
+
+
+class Bye(Frame, frozen=True):
+    """This node leaves on purpose."""
+
+    reason: Reason = ""
+
+
+AnyFrame = (
+    Hello
+    | Welcome
+    | Reject
+    | Stranger
+    | Wait
+    | Post
+    | Receipt
+    | Refused
+    | Deliver
+    | Done
+    | Want
+    | Chunk
+    | Tick
+    | Beat
+    | Over
+    | Bye
+)
+
+_encoder = msgspec.msgpack.Encoder()
+_frame_decoder: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(AnyFrame)
+_message_decoder = msgspec.msgpack.Decoder(Message)
+
+
+def digest(data: Buffer) -> bytes:
+    """Return the XXH3-128 digest of the bytes, 16 bytes, big endian."""
+    return xxhash.xxh3_128_digest(data)
+
+
+def encode_frame(frame: Frame) -> bytes:
+    """Return the header bytes of a frame.
+
+    Raises:
+        WireError: the header would be larger than the limit.
+    """
+    return _within_limit(_encode(frame), type(frame).__name__.lower())
+
+
+def decode_frame(header: Buffer) -> AnyFrame:
+    """Read a header.
+
+    Raises:
+        VersionError: of another protocol major.
+        WireError: anything else that is not a header of this protocol.
+    """
+    try:
+        frame: AnyFrame = _decode(_frame_decoder, header, "frame")
+    except WireError:
+        # Another major may look quite different; of it, only the version can be relied on.
+        theirs = _version_of(header)
+        if theirs is not None and theirs[0] != PROTOCOL[0]:
+            raise VersionError(theirs, PROTOCOL) from None
+        raise
+    if frame.v[0] != PROTOCOL[0]:
+        raise VersionError(frame.v, PROTOCOL)
+    return frame
+
+
+def encode_message(message: Message) -> bytes:
+    """Return the bytes of a message, which go into the ledger as they are.
+
+    Raises:
+        WireError: the message would be larger than a header may be.
+    """
+    return _within_limit(_encode(message), message.kind)
+
+
+def decode_message(data: Buffer) -> Message:
+    """Read a message.
+
+    Raises:
+        WireError: the bytes are not a message.
+    """
+    message: Message = _decode(_message_decoder, data, "message")
+    if len(message.blobs) > MAX_BUFFERS:
+        raise WireError(f"expected at most {MAX_BUFFERS} blobs, got {len(message.blobs)}")
+    return message
+
+
+def check_inline(blobs: Sequence[Blob], inline: Sequence[int], buffers: Sequence[Buffer]) -> None:
+    """Check that the buffers beside a message are the blobs that it says they are.
+
+    Raises:
+        WireError: wrong count, index, size or digest.
+    """
+    if len(inline) != len(buffers):
+        raise WireError(f"expected {len(inline)} buffers beside the message, got {len(buffers)}")
+    for index, data in zip(inline, buffers, strict=True):
+        if index >= len(blobs):
+            raise WireError(f"inline blob {index} of a message that has {len(blobs)}")
+        if memoryview(data).nbytes != blobs[index].size or digest(data) != blobs[index].digest:
+            raise WireError(f"inline blob {index} is not the bytes that its name says")
+
+
+def inline_choice(blobs: Sequence[Blob]) -> tuple[int, ...]:
+    """Return the indices of the blobs that travel beside their message."""
+    chosen = []
+    room = INLINE_BYTES
+    for index, blob in enumerate(blobs):
+        if blob.size <= room:
+            chosen.append(index)
+            room -= blob.size
+    return tuple(chosen)
+
+
+def _encode(value: Struct) -> bytes:
+    try:
+        return _encoder.encode(value)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise WireError(f"cannot write {value!r:.200}: {error}") from None
+
+
+def _within_limit(data: bytes, kind: str) -> bytes:
+    if len(data) > MAX_HEADER_BYTES:
+        raise WireError(
+            f"expected at most {MAX_HEADER_BYTES} bytes of header, a {kind} needs {len(data)}"
+        )
+    return data
+
+
+def _decode(decoder: msgspec.msgpack.Decoder[Any], data: Buffer, what: str) -> Any:
+    size = memoryview(data).nbytes
+    if size > MAX_HEADER_BYTES:
+        raise WireError(f"expected a {what} of at most {MAX_HEADER_BYTES} bytes, got {size}")
+    try:
+        return decoder.decode(data)
+    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
+        raise WireError(f"not a {what}: {error}") from None
+
+
+def _version_of(header: Buffer) -> tuple[int, int] | None:
+    """Return the version in a header of which nothing else can be relied on."""
+    try:
+        fields = msgpack.unpackb(header, strict_map_key=False)
+    except (ValueError, TypeError, RecursionError, msgpack.UnpackException):
+        return None
+    match fields:
+        case {"v": [int(major), int(minor)]}:
+            return major, minor
+    return None

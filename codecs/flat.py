@@ -1,0 +1,31 @@
+"""Many tensors as one flat vector, without a copy where they lie side by side already."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def as_flat(tensors: Sequence[Tensor]) -> Tensor:
+    """Return the tensors end to end as one vector [sum of sizes].
+
+    No copy is made when they are contiguous neighbours in one storage, in this order,
+    as the views of a `Layout` or the tensors of a decoded message are.
+
+    Args:
+        tensors: at least one; all of one dtype.
+    """
+    first = tensors[0]
+    expected = first.storage_offset()
+    for tensor in tensors:
+        if (
+            not tensor.is_contiguous()
+            or tensor.dtype != first.dtype
+            or tensor.storage_offset() != expected
+            or tensor.untyped_storage().data_ptr() != first.untyped_storage().data_ptr()
+        ):
+            return torch.cat([each.reshape(-1) for each in tensors])
+        expected += tensor.numel()
+    return first.as_strided((expected - first.storage_offset(),), (1,), first.storage_offset())

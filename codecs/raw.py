@@ -1,0 +1,140 @@
+"""The identity codec: tensors as their own bytes, in little-endian order, end to end."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedmq.codecs.base import Buffer, Codec, Encoded, Tensors
+from fedmq.codecs.errors import CodecError, DecodeError
+from fedmq.codecs.flat import as_flat
+
+DTYPES: Mapping[str, torch.dtype] = {
+    "float32": torch.float32,
+    "float64": torch.float64,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "int64": torch.int64,
+    "int32": torch.int32,
+    "int16": torch.int16,
+    "int8": torch.int8,
+    "uint8": torch.uint8,
+    "bool": torch.bool,
+}
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_MAX_TENSORS = 100_000
+_MAX_DIMENSIONS = 16
+
+if sys.byteorder != "little":
+    raise ImportError("fedmq writes tensors in little-endian order, and this machine is big-endian")
+
+
+class Raw(Codec):
+    """Every tensor as it is. ``meta``: ``tensors``, a list of [name, dtype, shape].
+
+    Tensors of one dtype that are views of one vector cost no copy in either direction.
+    """
+
+    name = "raw"
+
+    def encode(self, tensors: Tensors, seed: int) -> Encoded:  # noqa: ARG002
+        """Write tensors; one buffer for each run of tensors of the same dtype."""
+        meta = {"tensors": [[name, _name(t.dtype), list(t.shape)] for name, t in tensors.items()]}
+        buffers: list[Buffer] = []
+        run: list[Tensor] = []
+        for tensor in tensors.values():
+            if run and tensor.dtype != run[0].dtype:
+                buffers.append(_bytes(run))
+                run = []
+            run.append(tensor)
+        if run:
+            buffers.append(_bytes(run))
+        return Encoded(self.wire_name, meta, buffers)
+
+    def decode(self, encoded: Encoded, max_bytes: int) -> dict[str, Tensor]:
+        """Read tensors; they share the memory of the buffers where those are writable."""
+        tensors: dict[str, Tensor] = {}
+        buffers = iter(encoded.buffers)
+        current: bytearray | memoryview = bytearray()
+        dtype: torch.dtype | None = None
+        offset = total = 0
+        for name, this_dtype, shape in read_table(encoded.meta):
+            count = math.prod(shape)
+            size = count * this_dtype.itemsize
+            total += size
+            if total > max_bytes:
+                raise DecodeError(f"expected at most {max_bytes} bytes of tensors, got {total}")
+            if this_dtype != dtype:
+                _check_used_up(current, offset)
+                current, offset, dtype = _writable(next(buffers, b"")), 0, this_dtype
+            if offset + size > len(current):
+                raise DecodeError(
+                    f"tensor {name!r} needs {size} bytes, {len(current) - offset} are left"
+                )
+            if count:
+                flat = torch.frombuffer(current, dtype=this_dtype, count=count, offset=offset)
+                tensors[name] = flat.view(shape)
+            else:
+                tensors[name] = torch.empty(shape, dtype=this_dtype)
+            offset += size
+        _check_used_up(current, offset)
+        if next(buffers, None) is not None:
+            raise DecodeError("more buffers than the table of tensors needs")
+        return tensors
+
+
+def read_table(meta: Mapping[str, Any]) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
+    """Read and check the list of [name, dtype, shape].
+
+    Raises:
+        DecodeError: it is not such a list.
+    """
+    table = meta.get("tensors")
+    if not isinstance(table, list | tuple) or len(table) > _MAX_TENSORS:
+        raise DecodeError("expected meta.tensors as a list of [name, dtype, shape]")
+    rows = []
+    seen = set()
+    for row in table:
+        if not (isinstance(row, list | tuple) and len(row) == 3):
+            raise DecodeError(f"expected [name, dtype, shape], got {row!r:.100}")
+        name, dtype, shape = row
+        if not isinstance(name, str) or name in seen:
+            raise DecodeError(f"expected a tensor name of its own, got {name!r:.100}")
+        if not isinstance(dtype, str) or dtype not in DTYPES:
+            raise DecodeError(f"unknown dtype {dtype!r:.100} of tensor {name!r:.100}")
+        if (
+            not isinstance(shape, list | tuple)
+            or len(shape) > _MAX_DIMENSIONS
+            or any(type(size) is not int or not 0 <= size < 1 << 40 for size in shape)
+        ):
+            raise DecodeError(f"expected a shape for tensor {name!r:.100}, got {shape!r:.100}")
+        seen.add(name)
+        rows.append((name, DTYPES[dtype], tuple(shape)))
+    return rows
+
+
+def _name(dtype: torch.dtype) -> str:
+    if dtype not in _NAMES:
+        raise CodecError(f"tensors of dtype {dtype} cannot be sent")
+    return _NAMES[dtype]
+
+
+def _bytes(run: list[Tensor]) -> memoryview:
+    flat = as_flat([tensor.detach().cpu() for tensor in run])
+    return flat.contiguous().view(torch.uint8).numpy().data
+
+
+def _writable(buffer: Buffer) -> bytearray | memoryview:
+    view = memoryview(buffer).cast("B")
+    # torch wants memory that it may write to; only small, inline buffers are read-only.
+    return bytearray(view) if view.readonly else view
+
+
+def _check_used_up(buffer: bytearray | memoryview, offset: int) -> None:
+    if offset != len(buffer):
+        raise DecodeError(f"a buffer has {len(buffer)} bytes, its tensors need {offset}")

@@ -1,0 +1,141 @@
+"""The one small language of choices: ``name(value, key=value) | name | ...``.
+
+Codecs, staleness functions, partitions and slowdown distributions are all chosen
+by such a string, so that a configuration file and a wire header can hold them.
+"""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import inspect
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from fedmq.codecs.errors import SpecError
+
+Value = int | float | str | bool | None
+T = TypeVar("T")
+
+_CALL = re.compile(r"\s*([A-Za-z_][\w-]*)\s*(?:\((.*)\))?\s*", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Call:
+    """One ``name(args, key=value)``; a bare word such as ``float16`` is a string value."""
+
+    name: str
+    args: tuple[Value, ...] = ()
+    kwargs: Mapping[str, Value] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        """Return the canonical text, which parses back to an equal call."""
+        parts = [_text(a) for a in self.args]
+        parts += [f"{k}={_text(v)}" for k, v in self.kwargs.items()]
+        return f"{self.name}({', '.join(parts)})" if parts else self.name
+
+
+def parse(text: str) -> list[Call]:
+    """Read a pipeline of calls.
+
+    Raises:
+        SpecError: the text is not of the form ``name(value, key=value) | ...``.
+    """
+    return [_parse_call(part, text) for part in text.split("|")]
+
+
+def parse_one(text: str) -> Call:
+    """Read exactly one call.
+
+    Raises:
+        SpecError: the text is malformed, or is a pipeline of several calls.
+    """
+    calls = parse(text)
+    if len(calls) != 1:
+        raise SpecError(f"expected one name(...), got {len(calls)} joined by '|': {text!r}")
+    return calls[0]
+
+
+def build(text: str, choices: Mapping[str, Callable[..., T]], what: str) -> T:
+    """Call the factory in ``choices`` that the spec names, with the spec's arguments.
+
+    Args:
+        text: for example ``"dirichlet(0.5)"``.
+        choices: factories by name.
+        what: the noun for error messages, for example ``"partition"``.
+
+    Raises:
+        SpecError: unknown name, unknown or missing parameter, or a value out of range.
+    """
+    return build_call(parse_one(text), choices, what)
+
+
+def build_call(call: Call, choices: Mapping[str, Callable[..., T]], what: str) -> T:
+    """Like `build`, for a call that is already parsed."""
+    if call.name not in choices:
+        raise SpecError(unknown(what, call.name, choices))
+    factory = choices[call.name]
+    signature = inspect.signature(factory)
+    try:
+        signature.bind(*call.args, **call.kwargs)
+    except TypeError as error:
+        wanted = f"{call.name}({', '.join(signature.parameters)})"
+        raise SpecError(f"{what} {str(call)!r}: {error}; expected {wanted}") from None
+    try:
+        return factory(*call.args, **call.kwargs)
+    except SpecError:
+        raise
+    except (TypeError, ValueError) as error:
+        raise SpecError(f"{what} {str(call)!r}: {error}") from None
+
+
+def unknown(what: str, name: str, choices: Mapping[str, object]) -> str:
+    """Return the sentence for an unknown name: what stood there, a guess, the choices."""
+    close = difflib.get_close_matches(name, choices, n=1)
+    guess = f" (did you mean {close[0]!r}?)" if close else ""
+    return f"unknown {what} {name!r}{guess}; choose from {', '.join(sorted(choices))}"
+
+
+def _parse_call(part: str, text: str) -> Call:
+    match = _CALL.fullmatch(part)
+    if not match:
+        raise SpecError(f"expected name(value, key=value), got {part.strip()!r} in {text!r}")
+    name, inside = match.groups()
+    if inside is None or not inside.strip():
+        return Call(name)
+    # Python's own grammar reads the arguments; only literals and bare words are accepted.
+    try:
+        tree = ast.parse(f"f({inside})", mode="eval").body
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        raise SpecError(f"cannot read the arguments of {part.strip()!r} in {text!r}") from None
+    if not isinstance(tree, ast.Call) or not isinstance(tree.func, ast.Name):
+        raise SpecError(f"cannot read the arguments of {part.strip()!r} in {text!r}")
+    kwargs = {}
+    for keyword in tree.keywords:
+        if keyword.arg is None:
+            raise SpecError(f"'**' has no meaning in {part.strip()!r}")
+        kwargs[keyword.arg] = _value(keyword.value, part)
+    return Call(name, tuple(_value(a, part) for a in tree.args), kwargs)
+
+
+def _value(node: ast.expr, part: str) -> Value:
+    if isinstance(node, ast.Name):
+        return node.id
+    sign = 1
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
+        sign, node = -1, node.operand
+    if isinstance(node, ast.Constant):
+        value = node.value
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            return sign * value
+        if sign == 1 and (value is None or isinstance(value, bool | str)):
+            return value
+    raise SpecError(f"expected numbers, words, true or false as arguments of {part.strip()!r}")
+
+
+def _text(value: Value) -> str:
+    if isinstance(value, str) and not value.isidentifier():
+        return repr(value)
+    return str(value)

@@ -1,0 +1,1 @@
+"""Programs: aggregator, worker, evaluator, cluster, the command line."""

@@ -1,0 +1,55 @@
+"""What ``fedmq list`` shows: everything that can be chosen, and its settings."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import re
+from collections.abc import Iterator
+
+
+def catalogue(what: str) -> Iterator[tuple[str, str]]:
+    """Yield (name, what it is) of all algorithms, codecs, problems or schedules."""
+    match what:
+        case "algorithms":
+            from fedmq.algorithms.registry import ALGORITHMS
+
+            for name, algorithm in ALGORITHMS.items():
+                under = ", ".join(sorted(algorithm.schedules))
+                yield name, f"{_fields(algorithm)}\nunder {under}"
+        case "schedules":
+            from fedmq.algorithms.schedules import SCHEDULES
+            from fedmq.algorithms.schedules.staleness import STALENESS
+
+            for name, schedule in SCHEDULES.items():
+                yield name, _fields(schedule)
+            functions = (f"{name}{_parameters(each)}" for name, each in STALENESS.items())
+            yield "staleness", ", ".join(functions)
+        case "codecs":
+            from fedmq.codecs.registry import codecs
+
+            for name, codec in codecs().items():
+                about = re.split(r"\.\s", inspect.getdoc(codec) or "")[0].rstrip(".")
+                yield f"{name}{_parameters(codec)}", about
+        case "problems":
+            from fedmq.algorithms.problems import DEFAULT_MODEL, MODELS, PARTITIONS, PROBLEMS
+
+            for name, about in PROBLEMS.items():
+                yield name, f"{about}; model {DEFAULT_MODEL[name]}"
+            yield "models", ", ".join(MODELS)
+            partitions = (f"{name}{_parameters(each)}" for name, each in PARTITIONS.items())
+            yield "partitions", ", ".join(partitions)
+
+
+def _fields(kind: type) -> str:
+    return ", ".join(f"{each.name}={each.default!r}" for each in dataclasses.fields(kind))
+
+
+def _parameters(factory: object) -> str:
+    parameters = inspect.signature(factory).parameters.values()  # type: ignore[arg-type] # callable
+    shown = [
+        each.name if each.default is each.empty else f"{each.name}={each.default!r}"
+        for each in parameters
+        if each.kind not in (each.VAR_POSITIONAL, each.VAR_KEYWORD)
+    ]
+    return f"({', '.join(shown)})" if shown else ""

@@ -1,0 +1,229 @@
+"""The command line: ``fedmq cluster``, ``broker``, ``aggregator``, ``worker``, ``list``."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import secrets
+import signal
+import socket
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import click
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from fedmq.nodes import logs
+from fedmq.nodes.config import Config, load
+from fedmq.nodes.errors import ConfigError, NodeError
+
+DEFAULT_ENDPOINT = "tcp://127.0.0.1:7700"
+
+_settings = click.option(
+    "--set", "settings", metavar="KEY=VALUE", multiple=True, help="Override a key, repeatable."
+)
+_config = click.argument("config", required=False, type=click.Path(dir_okay=False, path_type=Path))
+_connect = click.option(
+    "--connect", "endpoint", default=DEFAULT_ENDPOINT, show_default=True, help="The broker."
+)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="fedmq")
+def main() -> None:
+    """Asynchronous federated learning over a message queue."""
+    # A user's own problem or algorithm, module:name, is looked for in the current folder
+    # too; last, so that no folder of the user's hides a library.
+    sys.path.append(str(Path.cwd()))
+
+
+@main.command()
+@_config
+@_settings
+@click.option("--workers", type=click.IntRange(min=1), help="Number of worker processes.")
+@click.option(
+    "--run", "folder", type=click.Path(path_type=Path), help="Folder of the run; new or empty."
+)
+def cluster(
+    config: Path | None, settings: tuple[str, ...], workers: int | None, folder: Path | None
+) -> None:
+    """Train on this host: broker, aggregator, workers and evaluator as processes."""
+    started_at = time.time()
+    from fedmq.nodes.cluster import Cluster, preloading
+
+    with _exit_2_on_error():
+        chosen = load(config, (*settings, *([f"worker.count={workers}"] if workers else [])))
+        chosen = _named(chosen)
+        folder = folder or Path("runs") / chosen.run.id
+        _check_new(folder)
+        with preloading():
+            from fedmq.nodes.setup import choose_device, set_up
+
+            setup = set_up(chosen)
+            # Data and device are there, or nothing is started.
+            choose_device(chosen.worker.device)
+            setup.problem.test()
+            setup.problem.client(0)
+            _make(folder)
+        console = Console()
+        complete = setup.config
+        code = Cluster(complete, setup.problem.clients, folder, started_at, console).run()
+    sys.exit(code)
+
+
+@main.command()
+@click.option(
+    "--bind", default=DEFAULT_ENDPOINT, show_default=True, help="Where to listen; tcp://*:7700."
+)
+@click.option("--run", "folder", type=click.Path(path_type=Path), required=True, help="Its folder.")
+@click.option("--lease", "lease_s", type=float, default=10.0, show_default=True, help="Seconds.")
+@click.option("--once", is_flag=True, help="End with the run, and write its summary.")
+def broker(bind: str, folder: Path, lease_s: float, once: bool) -> None:  # noqa: FBT001 - click's
+    """Route messages and keep the ledger."""
+    from fedmq.broker.router import BrokerServer
+    from fedmq.broker.state import BrokerSettings
+    from fedmq.nodes.programs import Stopped, stop_on_signals
+
+    logs.configure(None, node="broker")
+    with _exit_2_on_error():
+        server = BrokerServer(bind, folder / "ledger", BrokerSettings(lease_s=lease_s))
+        click.echo(f"listening on {server.endpoint}, ledger in {folder / 'ledger'}", err=True)
+        with contextlib.suppress(Stopped), stop_on_signals(signal.SIGINT, signal.SIGTERM):
+            server.serve(until_idle=once)
+        if once:
+            from fedmq.nodes.summary import write_summary
+
+            write_summary(folder)
+
+
+@main.command()
+@_connect
+@_config
+@_settings
+@click.option(
+    "--run", "folder", type=click.Path(path_type=Path), help="Where to leave the final model."
+)
+def aggregator(
+    endpoint: str, config: Path | None, settings: tuple[str, ...], folder: Path | None
+) -> None:
+    """Run the aggregator of one run, and the run with it."""
+    from fedmq.nodes.programs import run_aggregator
+
+    with _exit_2_on_error(), _stoppable():
+        chosen = _named(load(config, settings))
+        logs.configure(None, node="aggregator", run=chosen.run.id)
+        if folder is not None:
+            _make(folder)
+        click.echo(run_aggregator(endpoint, chosen, chosen.run.id, folder))
+
+
+@main.command()
+@_connect
+@click.option("--clients", "ranges", help="Clients to host, for example 0-9 or 0-3,7.")
+@click.option("--evaluator", is_flag=True, help="Evaluate models instead of training them.")
+@click.option("--name", help="Name of the node; drawn from the host and the clients by default.")
+@click.option("--run-id", default="", help="The run to join, if the broker serves several.")
+def worker(
+    endpoint: str,
+    ranges: str | None,
+    evaluator: bool,  # noqa: FBT001 - click's
+    name: str | None,
+    run_id: str,
+) -> None:
+    """Train the tasks of some clients (or evaluate) until the run is over."""
+    from fedmq.broker.state import EVALUATOR, WORKER
+    from fedmq.nodes.programs import run_worker
+
+    with _exit_2_on_error(), _stoppable():
+        if evaluator == bool(ranges):
+            raise ConfigError("expected either --clients or --evaluator")
+        role = EVALUATOR if evaluator else WORKER
+        clients = parse_ranges(ranges) if ranges else []
+        node = name or f"{socket.gethostname()}-{ranges or 'evaluator'}"
+        logs.configure(None, node=node)
+        click.echo(run_worker(endpoint, node, clients, role, run_id))
+
+
+@main.command("list")
+@click.argument("what", type=click.Choice(["algorithms", "codecs", "problems", "schedules"]))
+def list_(what: str) -> None:
+    """Say what there is to choose from."""
+    from fedmq.nodes.catalogue import catalogue
+
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    for name, about in catalogue(what):
+        table.add_row(Text(name), Text(about))
+    Console().print(table)
+
+
+def parse_ranges(text: str) -> list[tuple[int, int]]:
+    """Read client ranges such as ``0-9,12``, both ends included.
+
+    Raises:
+        ConfigError: the text is not of that form.
+    """
+    ranges = []
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(\d{1,9})(?:-(\d{1,9}))?\s*", part)
+        if not match:
+            raise ConfigError(f"--clients: expected ranges such as 0-9,12, got {text!r}")
+        low, high = int(match[1]), int(match[2] or match[1])
+        if high < low:
+            raise ConfigError(f"--clients: expected low-high, got {part.strip()!r}")
+        ranges.append((low, high))
+    return ranges
+
+
+def _named(config: Config) -> Config:
+    """Return the configuration with an id for the run."""
+    if config.run.id:
+        return config
+    drawn = time.strftime("%Y%m%d-%H%M%S") + "-" + secrets.token_hex(2)
+    return config.model_copy(update={"run": config.run.model_copy(update={"id": drawn})})
+
+
+def _check_new(folder: Path) -> None:
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise ConfigError(f"--run: expected a new or empty folder, {folder} is neither")
+
+
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--run: cannot make {folder}: {error.strerror}") from None
+
+
+@contextlib.contextmanager
+def _exit_2_on_error() -> Iterator[None]:
+    """Turn the project's own errors into one sentence and exit code 2."""
+    from fedmq.algorithms.errors import AlgorithmError
+    from fedmq.broker.errors import BrokerError
+    from fedmq.codecs.errors import CodecError
+
+    try:
+        yield
+    except (NodeError, BrokerError, AlgorithmError, CodecError) as error:
+        click.echo(f"fedmq: {error}", err=True)
+        sys.exit(2)
+
+
+@contextlib.contextmanager
+def _stoppable() -> Iterator[None]:
+    """End on Ctrl-C or SIGTERM without a traceback."""
+    from fedmq.nodes.programs import Stopped, stop_on_signals
+
+    try:
+        with stop_on_signals(signal.SIGINT, signal.SIGTERM):
+            yield
+    except Stopped as stopped:
+        click.echo(f"fedmq: stopped by {stopped}", err=True)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

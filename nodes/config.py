@@ -1,0 +1,256 @@
+"""The configuration of a run: one TOML file, ``--set key=value``, and defaults.
+
+It is read in two steps, so that the broker and the command line stay free of torch:
+`load` checks everything that needs no algorithm, `nodes.setup` makes the objects.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import tomli_w
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from fedmq.nodes.errors import ConfigError
+
+DEFAULT: Mapping[str, Mapping[str, Any]] = {
+    "problem": {
+        "name": "mnist-mini",
+        "model": "cnn-mnist",
+        "clients": 40,
+        "partition": "dirichlet(0.5)",
+    },
+    "algorithm": {"name": "fedavg", "lr": 0.05, "epochs": 2, "batch_size": 10, "momentum": 0.5},
+    "schedule": {"name": "buffered", "size": 5, "concurrency": 8},
+}
+"""What ``make cluster`` runs. A table whose name is changed starts from that choice's own
+defaults, not from these."""
+
+_PROBLEM_DEFAULT = {"clients": 40, "partition": "dirichlet(0.5)"}
+NONE = "none"
+"""TOML has no null: this word stands for it, for example ``batch_size = "none"``."""
+
+
+class _Table(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=False)
+
+
+class Run(_Table):
+    """``[run]``.
+
+    id: name of the run, unique at its broker; drawn from the time if empty.
+    seed: of everything random.
+    versions: the run ends when this many have been committed.
+    target_accuracy: it ends earlier when an evaluation reaches this.
+    evaluate_every: versions between evaluations; 0 evaluates only the last.
+    min_clients: clients that must be reachable before the first task; 0 means all.
+    """
+
+    id: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{0,100}$")] = ""
+    seed: Annotated[int, Field(ge=0)] = 0
+    versions: Annotated[int, Field(ge=1)] = 150
+    target_accuracy: Annotated[float, Field(gt=0, le=1)] | None = None
+    evaluate_every: Annotated[int, Field(ge=0)] = 5
+    min_clients: Annotated[int, Field(ge=0)] = 0
+
+
+class CodecTable(_Table):
+    """``[codec]``: specs of the codecs for tasks (down) and results (up)."""
+
+    down: str = "raw"
+    up: str = "raw"
+
+
+class Straggling(_Table):
+    """How a worker is slow or loses clients, on demand, for experiments.
+
+    slowdown: how many times as long as it took a task is made to take: a number, or a
+        distribution drawn for every task: ``uniform(low, high)``, ``halfnormal(scale)``,
+        ``pareto(shape)``, ``exponential(scale)``; each draw is added to 1.
+    drop: probability that a client goes away during a task and its result is lost.
+    """
+
+    slowdown: float | str = 1.0
+    drop: Annotated[float, Field(ge=0, le=1)] = 0.0
+
+
+class Worker(Straggling):
+    """``[worker]``.
+
+    count: workers of a local cluster; the clients are dealt to them in ranges.
+    device: torch device to train on; ``auto`` is the first GPU if there is one.
+    threads: of torch, per worker. One, where workers share a host.
+    nodes: other values of slowdown and drop for single workers, by name.
+    """
+
+    count: Annotated[int, Field(ge=1, le=1024)] = 4
+    device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = "auto"
+    threads: Annotated[int, Field(ge=1, le=1024)] = 1
+    nodes: dict[str, Straggling] = {}
+
+    def straggling(self, node: str) -> Straggling:
+        """Return the values that hold for one worker."""
+        general = {"slowdown": self.slowdown, "drop": self.drop}
+        special = self.nodes[node].model_dump(exclude_unset=True) if node in self.nodes else {}
+        return Straggling.model_validate(general | special)
+
+
+class BrokerTable(_Table):
+    """``[broker]``.
+
+    lease_s: a node that has been silent for this long has left.
+    beat_s: a node with nothing to say says so this often.
+    bind: where the broker of a local cluster listens; port 0 is any free one.
+    """
+
+    lease_s: Annotated[float, Field(gt=0)] = 10.0
+    beat_s: Annotated[float, Field(gt=0)] = 1.0
+    bind: str = "tcp://127.0.0.1:0"
+
+
+class Config(_Table):
+    """A whole configuration. The tables with a name are checked when they are set up."""
+
+    run: Run = Run()
+    problem: dict[str, Any]
+    algorithm: dict[str, Any]
+    schedule: dict[str, Any]
+    codec: CodecTable = CodecTable()
+    worker: Worker = Worker()
+    broker: BrokerTable = BrokerTable()
+
+    def to_toml(self) -> str:
+        """Return the configuration as a complete TOML file, which `parse` reads back."""
+        return tomli_w.dumps(_without_none(self.model_dump()))
+
+
+def load(path: Path | None, settings: Sequence[str] = ()) -> Config:
+    """Read a configuration file (or the defaults) and apply ``key=value`` settings.
+
+    Raises:
+        ConfigError: the file cannot be read, or a key or value is wrong.
+    """
+    given: dict[str, Any] = {}
+    if path is not None:
+        try:
+            given = tomllib.loads(path.read_text())
+        except OSError as error:
+            raise ConfigError(f"cannot read {path}: {error.strerror}") from None
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{path} is not TOML: {error}") from None
+    for setting in settings:
+        _apply(given, setting)
+    return build(given)
+
+
+def parse(text: str) -> Config:
+    """Read a complete configuration from TOML text, as the broker hands it to nodes.
+
+    Raises:
+        ConfigError: it is not one.
+    """
+    try:
+        return build(tomllib.loads(text))
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"the configuration is not TOML: {error}") from None
+
+
+def build(given: Mapping[str, Any]) -> Config:
+    """Fill in the defaults and check the types of all keys.
+
+    Raises:
+        ConfigError: names the key, what was expected, and what stood there.
+    """
+    tables = dict(_none_words(given))
+    for table, default in DEFAULT.items():
+        chosen = tables.get(table, {})
+        if not isinstance(chosen, dict):
+            raise ConfigError(f"{table}: expected a table, got {chosen!r}")
+        same = chosen.get("name", default["name"]) == default["name"]
+        tables[table] = {**default, **chosen} if same else dict(chosen)
+    if ":" not in str(tables["problem"]["name"]):
+        tables["problem"] = {**_PROBLEM_DEFAULT, **tables["problem"]}
+    try:
+        return Config.model_validate(tables)
+    except ValidationError as error:
+        raise ConfigError(describe(error, "", _keys(Config))) from None
+
+
+def describe(error: ValidationError, table: str, keys: Mapping[str, Sequence[str]]) -> str:
+    """Return the first fault as one sentence: key, what was expected, what stood there.
+
+    Args:
+        error: from pydantic.
+        table: where the validated value stands, for example ``algorithm``.
+        keys: known keys by table, to choose from.
+    """
+    first = error.errors()[0]
+    path = [str(part) for part in first["loc"] if not _is_type_name(str(part))]
+    where = ".".join([table, *path] if table else path)
+    found = first["input"]
+    match first["type"]:
+        case "extra_forbidden" | "unexpected_keyword_argument":
+            parent, _, name = where.rpartition(".")
+            choices = keys.get(parent, ())
+            close = difflib.get_close_matches(name, choices, n=1)
+            guess = f" (did you mean {close[0]!r}?)" if close else ""
+            return f"unknown key {where!r}{guess}; choose from {', '.join(choices)}"
+        case "missing" | "missing_argument":
+            return f"{where}: expected a value, it is missing"
+        case "value_error":
+            return f"{where}: {first['ctx']['error']}"
+        case _:
+            expected = re.sub(r"^(Input|Value) should be |, unable to .*$", "", first["msg"])
+            expected = re.sub(r"^(?=greater|less)", "a number ", expected)
+            return f"{where}: expected {expected[0].lower()}{expected[1:]}, got {found!r:.200}"
+
+
+def _apply(given: dict[str, Any], setting: str) -> None:
+    key, equals, text = setting.partition("=")
+    parts = key.strip().split(".")
+    if not equals or len(parts) < 2 or not all(parts):
+        raise ConfigError(f"--set {setting}: expected table.key=value, such as run.seed=1")
+    table = given
+    for part in parts[:-1]:
+        table = table.setdefault(part, {})
+        if not isinstance(table, dict):
+            raise ConfigError(f"--set {setting}: {part} is not a table")
+    table[parts[-1]] = _value(text.strip())
+
+
+def _value(text: str) -> Any:
+    """Read a TOML value; what is none is taken as a string."""
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def _none_words(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _none_words(each) for key, each in value.items()}
+    return None if value == NONE else value
+
+
+def _without_none(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_none(each) for key, each in value.items()}
+    return NONE if value is None else value
+
+
+def _keys(model: type[BaseModel]) -> dict[str, Sequence[str]]:
+    keys: dict[str, Sequence[str]] = {"": tuple(model.model_fields)}
+    for name, field in model.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            keys[name] = tuple(field.annotation.model_fields)
+    return keys
+
+
+def _is_type_name(part: str) -> bool:
+    """Tell pydantic's names of union members in an error's location from keys."""
+    return part in {"int", "float", "str", "none"} or part.startswith(("constrained", "literal["))

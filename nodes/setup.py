@@ -1,0 +1,143 @@
+"""From a checked configuration to the objects of a run; this is where torch comes in."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from pydantic import TypeAdapter, ValidationError
+
+from fedmq.algorithms.base import Algorithm
+from fedmq.algorithms.errors import AlgorithmError
+from fedmq.algorithms.problems import load_problem
+from fedmq.algorithms.problems.base import Problem
+from fedmq.algorithms.registry import find_algorithm
+from fedmq.algorithms.schedules import Schedule, find_schedule
+from fedmq.codecs.base import Codec
+from fedmq.codecs.errors import CodecError, SpecError
+from fedmq.codecs.registry import make_codec
+from fedmq.codecs.spec import build
+from fedmq.nodes.config import Config, describe
+from fedmq.nodes.errors import ConfigError
+
+T = TypeVar("T", bound=Algorithm | Schedule)
+Slowdown = Callable[[np.random.Generator], float]
+
+
+@dataclass(frozen=True)
+class Setup:
+    """The objects of a run, and the configuration with every default filled in."""
+
+    config: Config
+    problem: Problem
+    algorithm: Algorithm
+    schedule: Schedule
+    down: Codec
+    up: Codec
+
+
+def set_up(config: Config) -> Setup:
+    """Make the objects that a configuration names.
+
+    Raises:
+        ConfigError: one of them is unknown, or they do not fit together.
+    """
+    algorithm = _choose(config.algorithm, find_algorithm, "algorithm")
+    schedule = _choose(config.schedule, find_schedule, "schedule")
+    if schedule.name not in algorithm.schedules:
+        raise ConfigError(
+            f"schedule.name: {algorithm.name} does not run under {schedule.name!r}; "
+            f"choose from {', '.join(sorted(algorithm.schedules))}"
+        )
+    try:
+        problem = load_problem(config.problem, config.run.seed)
+    except (AlgorithmError, SpecError) as error:
+        raise ConfigError(str(error)) from None
+    down, up = _codec(config.codec.down, "down"), _codec(config.codec.up, "up")
+    for node in ["", *config.worker.nodes]:
+        slowdown(config.worker.straggling(node).slowdown)
+    wanted = config.run.min_clients
+    if wanted > problem.clients:
+        raise ConfigError(
+            f"run.min_clients: expected at most problem.clients, {problem.clients}, got {wanted}"
+        )
+    complete = config.model_copy(
+        update={
+            "algorithm": {**config.algorithm, **dataclasses.asdict(algorithm)},
+            "schedule": {**config.schedule, **dataclasses.asdict(schedule)},
+        }
+    )
+    return Setup(complete, problem, algorithm, schedule, down, up)
+
+
+def _choose(table: Mapping[str, Any], find: Callable[[str], type[T]], what: str) -> T:
+    options = dict(table)
+    try:
+        chosen = find(str(options.pop("name", "")))
+    except (AlgorithmError, SpecError) as error:
+        raise ConfigError(f"{what}.name: {error}") from None
+    keys: list[str] = ["name", *(field.name for field in dataclasses.fields(chosen))]
+    try:
+        return TypeAdapter(chosen).validate_python(options)
+    except ValidationError as error:
+        raise ConfigError(describe(error, what, {what: keys})) from None
+
+
+def _codec(spec: str, direction: str) -> Codec:
+    try:
+        return make_codec(spec)
+    except CodecError as error:
+        raise ConfigError(f"codec.{direction}: {error}") from None
+
+
+def _added(draw: Callable[[np.random.Generator], float]) -> Slowdown:
+    return lambda rng: 1.0 + max(0.0, float(draw(rng)))
+
+
+DISTRIBUTIONS: Mapping[str, Callable[..., Slowdown]] = {
+    "uniform": lambda low, high: _added(lambda rng: rng.uniform(low, high)),
+    "halfnormal": lambda scale: _added(lambda rng: abs(rng.normal(0.0, scale))),
+    "pareto": lambda shape: _added(lambda rng: rng.pareto(shape)),
+    "exponential": lambda scale: _added(lambda rng: rng.exponential(scale)),
+}
+
+
+@functools.lru_cache(maxsize=64)
+def slowdown(spec: float | str) -> Slowdown:
+    """Return how many times as long a task is to take, as a draw.
+
+    Raises:
+        ConfigError: unknown distribution, a factor below 1, or parameters out of range.
+    """
+    if not isinstance(spec, str):
+        if spec < 1:
+            raise ConfigError(f"worker.slowdown: expected a factor of at least 1, got {spec}")
+        return lambda _rng: spec
+    try:
+        chosen = build(spec, DISTRIBUTIONS, "distribution")
+        chosen(np.random.default_rng(0))
+    except (SpecError, ValueError, TypeError) as error:
+        raise ConfigError(f"worker.slowdown: {error}") from None
+    return chosen
+
+
+def choose_device(wanted: str) -> str:
+    """Return the torch device to use.
+
+    Raises:
+        ConfigError: a GPU is asked for that is not there.
+    """
+    if wanted == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if (
+        wanted.startswith("cuda")
+        and torch.device(wanted).index in (None, *())
+        and not torch.cuda.is_available()
+    ):
+        raise ConfigError(f"worker.device: {wanted} is not there; choose cpu or auto")
+    return wanted

@@ -1,0 +1,202 @@
+"""What a run has come to, folded from its ledger entry by entry; nothing else is needed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fedmq.broker.ledger import Accepted, AnyEntry, Ended, Refusal, read_entries
+from fedmq.broker.state import EVALUATOR, WORKER
+from fedmq.broker.wire import Message
+from fedmq.nodes.config import parse
+
+
+@dataclass
+class NodeState:
+    """One node as the ledger shows it."""
+
+    role: str
+    sessions: int = 0
+    tasks: int = 0
+    drops: int = 0
+    here: bool = False
+    doing: dict[str, str] = field(default_factory=dict)
+    """Tasks that are with this node: by id, what for."""
+
+
+@dataclass
+class Point:
+    """One evaluation of the global model."""
+
+    version: int
+    wall_s: float
+    accuracy: float | None
+    loss: float | None
+
+
+@dataclass
+class RunFold:
+    """The state of one run, from the entries of its ledger.
+
+    Args:
+        started_at: when the run was asked for, in seconds since 1970; by default, when
+            its first message was written down.
+    """
+
+    started_at: float | None = None
+    run: str = ""
+    config: dict[str, Any] = field(default_factory=dict)
+    now: float = 0.0
+    version: int = 0
+    used: int = 0
+    stale: int = 0
+    refused_by_aggregator: int = 0
+    refused_by_broker: int = 0
+    mean_staleness: float = 0.0
+    model_digest: str = ""
+    curve: list[Point] = field(default_factory=list)
+    nodes: dict[str, NodeState] = field(default_factory=dict)
+    payload_down: int = 0
+    payload_up: int = 0
+    wire_down: int = 0
+    wire_up: int = 0
+    ended: str | None = None
+    first_task_at: float | None = None
+    _versions_of: dict[str, int] = field(default_factory=dict)
+    _hosts: dict[str, str] = field(default_factory=dict)
+
+    def feed(self, entries: Iterable[AnyEntry]) -> None:
+        """Take more entries, in order."""
+        for entry in entries:
+            self.now = entry.at
+            match entry:
+                case Accepted():
+                    self._message(entry.read(), entry.at)
+                case Refusal(of=None):
+                    self.refused_by_broker += 1
+                case Ended(reason=reason, nodes=nodes):
+                    self.ended = reason
+                    for name, counts in nodes.items():
+                        if self.nodes[name].role in (WORKER, EVALUATOR):
+                            self.wire_down += counts["sent_bytes"]
+                            self.wire_up += counts["received_bytes"]
+
+    @property
+    def refused(self) -> int:
+        """Return how many results could not be used, or not even be accepted."""
+        return self.refused_by_aggregator + self.refused_by_broker
+
+    @property
+    def wall_s(self) -> float:
+        """Return how long the run has been going."""
+        return self.now - (self.started_at or self.now)
+
+    @property
+    def accuracy(self) -> float | None:
+        """Return the newest accuracy."""
+        return self.curve[-1].accuracy if self.curve else None
+
+    @property
+    def best_accuracy(self) -> float | None:
+        """Return the best accuracy so far."""
+        known = [point.accuracy for point in self.curve if point.accuracy is not None]
+        return max(known, default=None)
+
+    def _message(self, message: Message, at: float) -> None:
+        if self.started_at is None:
+            self.started_at = at
+        body, size = message.body, sum(blob.size for blob in message.blobs)
+        match message.kind:
+            case "run":
+                self.run = message.run
+                self.config = parse(body["config"]).model_dump()
+            case "joined":
+                node = self.nodes.setdefault(body["node"], NodeState(body["role"]))
+                node.sessions += 1
+                node.here = True
+                if body["role"] == EVALUATOR:
+                    self._hosts[EVALUATOR] = body["node"]
+                for low, high in body["clients"]:
+                    for client in range(low, high + 1):
+                        self._hosts[f"client/{client}"] = body["node"]
+            case "left":
+                self.nodes[body["node"]].here = False
+                self.nodes[body["node"]].doing.clear()
+            case "task" | "evaluate":
+                self.first_task_at = self.first_task_at or at
+                self.payload_down += size
+                self._versions_of[message.id] = body["model_version"]
+                host = self._hosts.get(message.to)
+                if host is not None:
+                    self.nodes[host].doing[message.id] = message.to
+            case "result" | "failed" | "score":
+                node = self.nodes[message.sender]
+                node.doing.pop(message.re or "", None)
+                self.payload_up += size
+                version = self._versions_of.pop(message.re or "", None)
+                node.tasks += message.kind != "failed"
+                node.drops += message.kind == "failed"
+                if message.kind == "score" and version is not None:
+                    metrics = body["metrics"]
+                    wall_s = at - self.started_at
+                    point = Point(version, wall_s, metrics.get("accuracy"), metrics.get("loss"))
+                    self.curve.append(point)
+            case "version" | "finished":
+                self.used, self.stale = body["used"], body["stale"]
+                self.refused_by_aggregator = body["refused"]
+                if message.kind == "version":
+                    self.version = body["version"]
+                    self.mean_staleness = body["mean_staleness"]
+                    self.model_digest = body["model_digest"]
+
+    def summary(self) -> dict[str, Any]:
+        """Return what ``summary.json`` holds."""
+        config = self.config
+        return {
+            "run": self.run,
+            "algorithm": config["algorithm"]["name"],
+            "schedule": config["schedule"]["name"],
+            "codec": config["codec"],
+            "seed": config["run"]["seed"],
+            "versions": self.version,
+            "results": {"used": self.used, "stale": self.stale, "refused": self.refused},
+            "final_accuracy": self.accuracy,
+            "best_accuracy": self.best_accuracy,
+            "curve": [
+                {
+                    "version": point.version,
+                    "wall_s": round(point.wall_s, 3),
+                    "accuracy": point.accuracy,
+                    "loss": point.loss,
+                }
+                for point in self.curve
+            ],
+            "wall_s": round(self.wall_s, 3),
+            "first_task_s": round((self.first_task_at or self.now) - (self.started_at or 0), 3),
+            "bytes": {
+                "down": {"payload": self.payload_down, "wire": self.wire_down},
+                "up": {"payload": self.payload_up, "wire": self.wire_up},
+            },
+            "model_digest": self.model_digest,
+            "nodes": {
+                name: {"sessions": node.sessions, "tasks": node.tasks, "drops": node.drops}
+                for name, node in self.nodes.items()
+            },
+            "ended": self.ended,
+        }
+
+
+def write_summary(folder: Path, started_at: float | None = None) -> dict[str, Any]:
+    """Fold the ledger of a run's folder and write its ``summary.json``.
+
+    Raises:
+        LedgerError: the ledger is damaged.
+    """
+    fold = RunFold(started_at)
+    fold.feed(read_entries(folder / "ledger"))
+    summary = fold.summary()
+    (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    return summary

@@ -1,0 +1,205 @@
+"""The Worker core: one task at a time, and what becomes of it; also the evaluator's.
+
+``handle(event) -> [action]``: no sockets, no clock, no training in here. The program does
+what `Train` and `Evaluate` ask for and reports it back as `Trained` or `Evaluated`.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fedmq.algorithms.base import Payload, Reply, Task
+from fedmq.algorithms.rng import derive_rng, derive_seed
+from fedmq.broker.state import AGGREGATOR
+from fedmq.broker.wire import Message
+from fedmq.codecs.errors import CodecError
+from fedmq.nodes.inbox import Done, Inbound, Post
+from fedmq.nodes.payload import pack, unpack
+from fedmq.nodes.setup import Setup, slowdown
+
+MAX_SLOWDOWN_S = 3600.0
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A task has been trained: its result and the client's new local state."""
+
+    payload: Payload
+    local: Any
+    elapsed_s: float
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """A model has been evaluated."""
+
+    metrics: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Failed:
+    """A task could not be done, with the reason."""
+
+    reason: str
+
+
+Event = Inbound | Trained | Evaluated | Failed
+
+
+@dataclass(frozen=True)
+class Train:
+    """Train a task for a client, from its local state, with all randomness from ``seed``."""
+
+    client: int
+    task: Task
+    local: Any
+    seed: int
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """Evaluate a task's model on the test data."""
+
+    task: Task
+
+
+@dataclass(frozen=True)
+class Pause:
+    """Do nothing for a while before what follows: this worker is slow on demand."""
+
+    seconds: float
+
+
+Action = Train | Evaluate | Pause | Post | Done
+
+
+class Worker:
+    """The state of a worker (or evaluator) node.
+
+    Args:
+        setup: what is learned, and how.
+        run: id of the run.
+        node: this node's name.
+        clients: ranges of clients hosted here, both ends included.
+    """
+
+    def __init__(
+        self, setup: Setup, run: str, node: str, clients: Sequence[tuple[int, int]] = ()
+    ) -> None:
+        self._setup = setup
+        self._run, self._node = run, node
+        self._clients = clients
+        self._straggling = setup.config.worker.straggling(node)
+        self._queue: deque[Inbound] = deque()
+        self._current: Inbound | None = None
+        self._locals: dict[int, Any] = {}
+
+    def handle(self, event: Event) -> list[Action]:
+        """Take one event; return what is to be done, in order."""
+        out: list[Action] = []
+        match event:
+            case Inbound():
+                self._queue.append(event)
+            case Trained():
+                self._trained(event, out)
+            case Evaluated(metrics):
+                self._answer("score", {"metrics": dict(metrics)}, out)
+            case Failed(reason):
+                self._answer("failed", {"reason": reason}, out)
+        while self._current is None and self._queue:
+            self._begin(self._queue.popleft(), out)
+        return out
+
+    def _begin(self, inbound: Inbound, out: list[Action]) -> None:
+        message = inbound.message
+        try:
+            if message.kind == "task":
+                client = self._client_of(message)
+                task = _read_task(inbound)
+                seed = derive_seed(self._setup.config.run.seed, "train", client, message.id)
+                out.append(Train(client, task, self._locals.get(client), seed))
+            elif message.kind == "evaluate":
+                out.append(Evaluate(_read_task(inbound)))
+            else:
+                raise ValueError(f"a worker takes no {message.kind!r} messages")
+        except ValueError as error:  # CodecError is one
+            out.append(Done(inbound.seq, str(error)))
+            return
+        self._current = inbound
+
+    def _client_of(self, message: Message) -> int:
+        client = message.body.get("client")
+        if not isinstance(client, int) or not any(a <= client <= b for a, b in self._clients):
+            raise ValueError(f"client {client!r:.100} is not hosted by {self._node}")
+        return client
+
+    def _trained(self, event: Trained, out: list[Action]) -> None:
+        inbound = self._current
+        if inbound is None:
+            raise RuntimeError("a task was trained that nobody asked for")
+        message = inbound.message
+        client = message.body["client"]
+        if self._straggles(message.id, event.elapsed_s, out):
+            self._answer("failed", {"reason": "dropped on demand"}, out)
+            return
+        self._locals[client] = event.local
+        uplink = derive_seed(self._setup.config.run.seed, "uplink", client, message.id)
+        try:
+            packed = pack(event.payload, self._setup.up, uplink)
+        except CodecError as error:
+            self._answer("failed", {"reason": str(error)}, out)
+            return
+        body = {
+            **packed.body,
+            "client": client,
+            "model_version": message.body["model_version"],
+            "elapsed_s": event.elapsed_s,
+        }
+        out.append(Post(self._reply("result", body, packed.blobs), packed.data, (inbound.seq,)))
+        self._current = None
+
+    def _straggles(self, task: str, elapsed_s: float, out: list[Action]) -> bool:
+        """Be slow, if that is asked for, and tell whether the client is to go away."""
+        wanted = self._straggling
+        if wanted.slowdown == 1 and not wanted.drop:
+            return False
+        rng = derive_rng(self._setup.config.run.seed, "straggling", self._node, task)
+        factor = slowdown(wanted.slowdown)(rng)
+        if factor > 1:
+            out.append(Pause(min((factor - 1) * elapsed_s, MAX_SLOWDOWN_S)))
+        return bool(rng.random() < wanted.drop)
+
+    def _answer(self, kind: str, body: Mapping[str, Any], out: list[Action]) -> None:
+        if self._current is None:
+            raise RuntimeError(f"a {kind} answers nothing")
+        out.append(Post(self._reply(kind, body, ()), (), (self._current.seq,)))
+        self._current = None
+
+    def _reply(self, kind: str, body: Mapping[str, Any], blobs: Any) -> Message:
+        if self._current is None:
+            raise RuntimeError(f"a {kind} answers nothing")
+        asked = self._current.message
+        # The id follows from the task's: done twice, it is still one message.
+        return Message(
+            kind=kind,
+            id=f"{asked.id}/{kind}",
+            run=self._run,
+            sender=self._node,
+            to=AGGREGATOR,
+            re=asked.id,
+            body=dict(body),
+            blobs=blobs,
+        )
+
+
+def _read_task(inbound: Inbound) -> Task:
+    body = inbound.message.body
+    match body:
+        case {"model_version": int(version)}:
+            reply: Reply = "model" if body.get("reply") == "model" else "update"
+            return Task(version, unpack(inbound.message, inbound.read), reply)
+        case _:
+            raise ValueError("expected model_version in the task")

@@ -1,0 +1,170 @@
+import numpy as np
+import pytest
+import torch
+
+from fedmq.algorithms.errors import ProblemError
+from fedmq.algorithms.problems import ImageClassification, datasets, image
+from fedmq.algorithms.problems.files import data_root
+
+
+def problem(**fields):
+    """Return a problem on the embedded digits."""
+    defaults = {"name": "mnist-mini", "model_name": "mlp", "clients": 40, "partition": "iid"}
+    return ImageClassification(**{**defaults, "seed": 0, **fields})
+
+
+def parameters(model):
+    """Return all parameters of a model as one vector."""
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+def test_clients_hold_all_the_training_examples():
+    """Nothing is lost between the data set and the clients."""
+    p = problem(partition="dirichlet(0.3)")
+    clients = [p.client(index) for index in range(40)]
+    assert sum(map(len, clients)) == 5000
+    assert all(len(client) for client in clients)
+    x, y = clients[7].x, clients[7].y
+    assert x.shape == (len(clients[7]), 1, 28, 28)
+    assert (x.dtype, y.dtype) == (torch.float32, torch.int64)
+
+
+def test_the_images_of_a_client_go_with_their_labels():
+    """One shard a client: each holds all images of one digit."""
+    p = problem(partition="shards(1)", clients=10)
+    data = p._data
+    for index in range(10):
+        client = p.client(index)
+        (label,) = client.y.unique().tolist()
+        expected = data.normalise(data.x_train[data.y_train == label])
+        assert torch.equal(client.x, expected)
+
+
+def test_the_test_examples_are_all_there():
+    """Every evaluator sees the same test set."""
+    examples = problem().test()
+    assert examples.x.shape == (1000, 1, 28, 28)
+    assert examples.y.bincount().tolist() == [100] * 10
+
+
+def test_everything_is_a_function_of_the_seed():
+    """Two hosts with equal configurations hold equal problems."""
+    one, same, other = problem(), problem(), problem(seed=1)
+    assert one == same
+    assert torch.equal(one.client(3).x, same.client(3).x)
+    assert not torch.equal(one.client(3).x, other.client(3).x)
+    assert torch.equal(parameters(one.model()), parameters(same.model()))
+    assert torch.equal(parameters(one.model()), parameters(one.model()))
+    assert not torch.equal(parameters(one.model()), parameters(other.model()))
+    assert one.model() is not one.model()
+
+
+def test_nobody_elses_random_numbers_change():
+    """A worker's own generator goes on as if nothing had happened."""
+    p = problem()
+    before, before_numpy = torch.random.get_rng_state(), np.random.get_state()[1]  # noqa: NPY002
+    p.model()
+    p.client(0)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    np.testing.assert_array_equal(np.random.get_state()[1], before_numpy)  # noqa: NPY002
+
+
+def test_making_a_problem_and_its_model_reads_no_data(monkeypatch):
+    """The aggregator has the model alone, on a host that may not have the data."""
+
+    def refuse(name):
+        raise AssertionError(name)
+
+    monkeypatch.setattr(image, "load_dataset", refuse)
+    problem(name="cifar100", model_name="cnn-cifar").model()
+
+
+def test_a_client_is_converted_once():
+    """A worker asks for the same client at every task."""
+    p = problem()
+    assert p.client(0) is p.client(0)
+    assert p.test() is p.test()
+
+
+def test_past_the_limit_clients_are_converted_anew(monkeypatch):
+    """A simulation of many clients does not hold all in float32."""
+    monkeypatch.setattr(image, "CACHE_BYTES", 2 * problem().client(0).x.nbytes)
+    p = problem()
+    kept = [p.client(index) is p.client(index) for index in range(4)]
+    assert kept == [True, True, False, False]
+    assert torch.equal(p.client(3).x, p.client(3).x)
+
+
+def test_only_some_examples_can_be_dealt():
+    """Quick experiments use few examples but the whole test set."""
+    p = problem(examples=300, clients=10)
+    assert sum(len(p.client(index)) for index in range(10)) == 300
+    assert len(torch.cat([p.client(index).y for index in range(10)]).unique()) == 10
+    assert len(p.test()) == 1000
+    with pytest.raises(ProblemError, match="examples: data set 'mnist-mini' has 5000, got 5001"):
+        problem(examples=5001).client(0)
+
+
+def test_loss_and_metrics_by_hand():
+    """Two classes, logits 2 apart: the loss is log(1 + exp(-+2))."""
+    p = problem()
+    logits = torch.tensor([[2.0, 0.0], [2.0, 0.0], [0.0, 2.0], [0.0, 2.0]])
+    y = torch.tensor([0, 0, 1, 0])
+    right, wrong = np.log1p(np.exp(-2)), np.log1p(np.exp(2))
+    assert p.loss(logits, y).item() == pytest.approx((3 * right + wrong) / 4)
+    assert p.metrics(logits, y) == pytest.approx(
+        {"loss": (3 * right + wrong) / 4, "accuracy": 0.75}
+    )
+
+
+@pytest.mark.parametrize("index", [-1, 40, 57])
+def test_a_client_that_does_not_exist(index):
+    """The message says which clients there are."""
+    message = rf"client {index} is out of range: this problem has 40 clients, 0 to 39"
+    with pytest.raises(ProblemError, match=message):
+        problem().client(index)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"name": "minst"}, r"name: unknown data set 'minst' \(did you mean 'mnist'\?\)"),
+        ({"model_name": "cnm"}, r"model: unknown model 'cnm' \(did you mean 'cnn'\?\)"),
+        ({"model_name": "cnn-cifar"}, "model: .*expects images of 3x32x32 .* got 1x28x28"),
+        ({"clients": 0}, "clients: expected at least 1, got 0"),
+        ({"seed": -1}, r"seed: expected 0 to 2\*\*63 - 1, got -1"),
+        ({"examples": 39}, "examples: expected at least one for each of 40 clients, got 39"),
+        ({"partition": "shard"}, "partition: unknown partition 'shard'"),
+        ({"partition": "shards(0)"}, "partition: .*per_client must be a whole number"),
+        ({"partition": "iid | shards"}, "partition: expected one name"),
+        ({"partition": "by_writer"}, "partition: .*'mnist-mini' does not say; choose from mnist"),
+    ],
+)
+def test_a_bad_field_is_refused_at_construction(fields, message):
+    """The message begins with the field."""
+    with pytest.raises(ProblemError, match=message):
+        problem(**fields)
+
+
+def test_too_many_clients_are_refused_when_the_data_are_there():
+    """How many examples there are is known only then."""
+    with pytest.raises(ProblemError, match="5001 clients cannot share 5000 examples"):
+        problem(clients=5001).client(0)
+
+
+def test_writers_that_nobody_knows_are_asked_for(monkeypatch):
+    """MNIST is there, but neither file that says who wrote it."""
+    monkeypatch.setattr(image, "load_dataset", lambda _: datasets.load_dataset("mnist-mini"))
+    with pytest.raises(ProblemError, match=r"mnist-writers\.npz"):
+        problem(name="mnist", partition="by_writer").client(0)
+
+
+def test_real_writers_if_they_are_there():
+    """MNIST by writer gives clients of similar size."""
+    for name in ("mnist-writers.npz", "MNIST/raw/train-images-idx3-ubyte.gz"):
+        if not (data_root() / name).is_file():
+            pytest.skip(f"no {data_root() / name}")
+    p = problem(name="mnist", clients=100, partition="by_writer")
+    sizes = [len(p.client(index)) for index in range(100)]
+    assert sum(sizes) == 60_000
+    assert max(sizes) < 1.2 * min(sizes)

@@ -1,0 +1,218 @@
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fedmq.algorithms.errors import ProblemError
+from fedmq.algorithms.problems import PARTITIONS
+from fedmq.codecs.errors import SpecError
+from fedmq.codecs.spec import build
+
+
+def deal(spec, labels, clients, seed=0, groups=None):
+    """Deal labels by a spec string."""
+    partition = build(spec, PARTITIONS, "partition")
+    return partition(labels, groups, clients, np.random.default_rng(seed))
+
+
+def balanced(n=1000, classes=10):
+    """Return labels with every class equally often."""
+    return np.arange(n) % classes
+
+
+def mean_share_of_the_top_class(parts, labels):
+    """Return what part of a client's examples its commonest class has, on average."""
+    return np.mean([np.bincount(labels[part]).max() / len(part) for part in parts])
+
+
+@st.composite
+def cases(draw):
+    """Return a spec, labels, writers and a number of clients that can be dealt."""
+    n = draw(st.integers(1, 120))
+    classes = draw(st.integers(1, 12))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32)))
+    labels = rng.integers(0, classes, n)
+    groups = rng.integers(0, draw(st.integers(1, 40)), n) * 1000
+    kind = draw(st.sampled_from(sorted(PARTITIONS)))
+    most = len(np.unique(groups)) if kind == "by_writer" else n
+    clients = draw(st.integers(1, most))
+    each = draw(st.integers(1, n // clients))
+    alpha = draw(st.floats(1e-4, 1e4) | st.sampled_from([1e-300, 1e300]))
+    sigma = draw(st.floats(0, 1e6))
+    arguments = {
+        "iid": "",
+        "shards": f"({each})",
+        "dirichlet": f"({alpha!r}, min_size={each})",
+        "unbalanced": f"(sigma={sigma!r})",
+        "by_writer": "",
+    }
+    return kind + arguments[kind], labels, groups, clients
+
+
+@given(case=cases(), seed=st.integers(0, 2**63 - 1))
+@settings(max_examples=300, deadline=None)
+def test_every_example_goes_to_exactly_one_client_and_no_client_is_empty(case, seed):
+    """This holds for every partition."""
+    spec, labels, groups, clients = case
+    parts = deal(spec, labels, clients, seed, groups)
+    assert len(parts) == clients
+    assert all(len(part) for part in parts)
+    assert all(part.dtype == np.int64 and (np.diff(part) > 0).all() for part in parts)
+    np.testing.assert_array_equal(np.sort(np.concatenate(parts)), np.arange(len(labels)))
+
+
+@given(case=cases(), seed=st.integers(0, 2**63 - 1))
+@settings(max_examples=100, deadline=None)
+def test_the_same_seed_deals_the_same_hands(case, seed):
+    """Workers on different hosts deal for themselves and must agree."""
+    spec, labels, groups, clients = case
+    once, again = (deal(spec, labels, clients, seed, groups) for _ in range(2))
+    for one, other in zip(once, again, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize("kind", ["iid", "shards", "dirichlet(1)", "unbalanced", "by_writer"])
+def test_another_seed_deals_other_hands(kind):
+    """The seed matters to every partition."""
+    labels = balanced()
+    one, other = (deal(kind, labels, 10, seed, np.arange(1000) // 7) for seed in (0, 1))
+    assert any(not np.array_equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+@given(n=st.integers(1, 200), data=st.data())
+@settings(deadline=None)
+def test_iid_sizes_differ_by_at_most_one(n, data):
+    """Also where the clients do not divide the examples."""
+    clients = data.draw(st.integers(1, n))
+    sizes = [len(part) for part in deal("iid", np.zeros(n, dtype=np.int64), clients)]
+    assert max(sizes) - min(sizes) <= 1
+
+
+@given(case=cases().filter(lambda case: case[0].startswith("shards")))
+@settings(deadline=None)
+def test_shards_cross_few_borders_between_labels(case):
+    """Cutting a sorted list in S parts makes at most S + classes - 1 runs of one label."""
+    spec, labels, _, clients = case
+    shards = clients * build(spec, PARTITIONS, "partition").per_client
+    seen = sum(len(np.unique(labels[part])) for part in deal(spec, labels, clients))
+    assert seen <= shards + len(np.unique(labels)) - 1
+
+
+@pytest.mark.parametrize("per_client", [1, 2, 5])
+def test_shards_that_divide_the_classes_hold_one_label_each(per_client):
+    """McMahan et al.: most clients see two digits."""
+    labels = balanced(1000, 10)
+    parts = deal(f"shards({per_client})", labels, 20)
+    assert max(len(np.unique(labels[part])) for part in parts) <= per_client
+    assert {len(part) for part in parts} == {50}
+
+
+def test_a_smaller_alpha_skews_the_labels_more():
+    """From nearly IID to nearly one class a client."""
+    labels = balanced(5000, 10)
+    skews = [
+        np.mean(
+            [
+                mean_share_of_the_top_class(deal(f"dirichlet({alpha})", labels, 20, seed), labels)
+                for seed in range(5)
+            ]
+        )
+        for alpha in (100, 1, 0.1, 0.01)
+    ]
+    assert skews == sorted(skews)
+    assert skews[0] < 0.2, "alpha = 100 should be nearly IID"
+    assert skews[-1] > 0.8, "alpha = 0.01 should leave nearly one class to each client"
+
+
+@pytest.mark.parametrize("alpha", [0.001, 0.1, 1])
+def test_dirichlet_gives_every_client_at_least_min_size(alpha):
+    """Without drawing again and again."""
+    sizes = [len(part) for part in deal(f"dirichlet({alpha}, min_size=10)", balanced(), 100)]
+    assert min(sizes) == max(sizes) == 10, "100 clients, 1000 examples: only one way to do it"
+    assert min(map(len, deal(f"dirichlet({alpha}, 25)", balanced(), 20))) >= 25
+
+
+def test_a_larger_sigma_spreads_the_sizes_more():
+    """With sigma 0, all are equal."""
+
+    def spread(sigma):
+        parts = deal(f"unbalanced({sigma})", balanced(10_000), 50)
+        return np.std([len(part) for part in parts])
+
+    assert spread(0) == 0
+    assert spread(0) < spread(0.3) < spread(1) < spread(2)
+
+
+def test_unbalanced_labels_are_iid():
+    """Only the sizes differ."""
+    labels = balanced(20_000)
+    largest = max(deal("unbalanced(1)", labels, 10), key=len)
+    shares = np.bincount(labels[largest]) / len(largest)
+    assert abs(shares - 0.1).max() < 0.02
+
+
+@given(case=cases().filter(lambda case: case[0] == "by_writer"), seed=st.integers(0, 99))
+@settings(deadline=None)
+def test_by_writer_never_divides_a_writer(case, seed):
+    """And the sizes differ by no more than one writer has written."""
+    spec, labels, groups, clients = case
+    parts = deal(spec, labels, clients, seed, groups)
+    writers = [set(groups[part]) for part in parts]
+    assert sum(map(len, writers)) == len(set(groups))
+    # No single move of a whole writer can even the sizes out more than LPT leaves them.
+    sizes = [len(part) for part in parts]
+    assert max(sizes) - min(sizes) <= np.bincount(groups // 1000).max()
+
+
+def test_by_writer_takes_the_labels_as_they_come():
+    """10 + 40 = 20 + 30."""
+    groups = np.repeat([7, 3, 9, 1], [10, 20, 30, 40])
+    parts = deal("by_writer", np.zeros(100, dtype=np.int64), 2, groups=groups)
+    assert sorted(map(len, parts)) == [50, 50]
+
+
+@pytest.mark.parametrize(
+    ("spec", "clients", "message"),
+    [
+        ("iid", 0, "at least 1 client, got 0"),
+        ("iid", 11, "11 clients cannot share 10 examples"),
+        ("shards(3)", 4, "4 clients with 3 shards each need 12 examples, got 10"),
+        ("dirichlet(1, min_size=4)", 3, "3 clients with min_size=4 need 12 examples, got 10"),
+        ("by_writer", 4, "4 clients cannot share 3 writers"),
+    ],
+)
+def test_what_cannot_be_dealt_is_refused_in_one_sentence(spec, clients, message):
+    """The sentence says what was needed and what was there."""
+    labels, groups = balanced(10), np.array([5, 5, 5, 6, 6, 6, 6, 6, 6, 7])
+    with pytest.raises(ProblemError, match=message):
+        deal(spec, labels, clients, groups=groups)
+
+
+def test_by_writer_without_writers_names_the_remedy():
+    """It says which data set has writers, and from which file."""
+    with pytest.raises(ProblemError, match=r"data set 'mnist' does if .*mnist-writers\.npz"):
+        deal("by_writer", balanced(10), 2)
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("shards(0)", "per_client must be a whole number of at least 1, got 0"),
+        ("shards(2.5)", "per_client must be a whole number of at least 1, got 2.5"),
+        ("shards(many)", "per_client must be a whole number of at least 1, got 'many'"),
+        ("dirichlet", "missing a required argument: 'alpha'"),
+        ("dirichlet(0)", "alpha must be a number above 0, got 0"),
+        ("dirichlet(-1.5)", "alpha must be a number above 0, got -1.5"),
+        ("dirichlet(1e999)", "alpha must be a number above 0, got inf"),
+        ("dirichlet(low)", "alpha must be a number above 0, got 'low'"),
+        ("dirichlet(1, min_size=0)", "min_size must be a whole number of at least 1, got 0"),
+        ("unbalanced(-1)", "sigma must be a number of at least 0, got -1"),
+        ("unbalanced(sigma=True)", "sigma must be a number of at least 0, got True"),
+        ("iid(3)", "too many positional arguments"),
+        ("shard(2)", r"unknown partition 'shard' \(did you mean 'shards'\?\)"),
+    ],
+)
+def test_a_bad_parameter_is_refused_when_the_spec_is_read(spec, message):
+    """Before any data are read."""
+    with pytest.raises(SpecError, match=message):
+        build(spec, PARTITIONS, "partition")
