@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fedmq.algorithms.errors import ResultError
 from fedmq.algorithms.problems.base import Examples, Problem
+from fedmq.codecs.base import brief
 
 Reply = Literal["update", "model"]
 """What the schedule needs from a client: how its model changed, or the model itself."""
@@ -142,5 +143,5 @@ def examples_of(numbers: Mapping[str, Any]) -> int:
     """
     n = numbers.get("n")
     if type(n) is not int or not 1 <= n <= 10**9:
-        raise ResultError(f"expected n, the number of examples, from 1 to 10^9, got {n!r:.100}")
+        raise ResultError(f"expected n, the number of examples, from 1 to 10^9, got {brief(n)}")
     return n

@@ -21,6 +21,8 @@ from fedmq.algorithms.problems.base import Examples, Problem
 from fedmq.algorithms.rng import derive_rng
 
 _EVALUATION_BATCH = 500
+_LARGEST = 1e30
+"""Of a weighted value: millions of them still have a sum in float32."""
 
 
 @dataclass(frozen=True)
@@ -90,9 +92,12 @@ class FedAvg(Algorithm):
         """Add ``weight`` times the client's update (or model) to the sum."""
         vector = state.layout.flatten(result.weights)
         counters = state.layout.flatten_counters(result.exact)
-        # One pass tells that every value is finite: a NaN or an infinity survives the sum.
-        if not math.isfinite(vector.sum().item()):
+        # One pass tells that every value is a number, and that no sum of them overflows.
+        largest = _largest(vector)
+        if not math.isfinite(largest):
             raise ResultError("the result holds NaN or infinite values")
+        if largest * weight > _LARGEST:
+            raise ResultError(f"the result holds values as large as {largest:g}")
         gathered.total.add_(vector, alpha=weight)
         torch.maximum(gathered.counters, counters, out=gathered.counters)
         if result.numbers.get("reply") == "model":
@@ -205,6 +210,14 @@ def evaluate_module(module: torch.nn.Module, problem: Problem, device: str) -> d
             for name, value in problem.metrics(module(x), y).items():
                 sums[name] = sums.get(name, 0.0) + value * len(y)
     return {name: value / len(data) for name, value in sums.items()}
+
+
+def _largest(vector: Tensor) -> float:
+    """Return the largest absolute value; NaN if there is a NaN."""
+    if not vector.numel():
+        return 0.0
+    low, high = torch.aminmax(vector)
+    return torch.maximum(-low, high).item()
 
 
 def cuda_devices(device: str) -> list[torch.device]:

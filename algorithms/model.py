@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import functools
+from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fedmq.algorithms.errors import ProblemError, ResultError
 from fedmq.algorithms.problems.base import Problem
+from fedmq.codecs.base import brief
 from fedmq.codecs.flat import as_flat
 
 
@@ -28,7 +29,8 @@ class Slot:
 class Layout:
     """The order of a model's tensors: parameters, then floating-point buffers; integers apart.
 
-    ``weights``: float32 parameters and buffers (a BatchNorm's running mean and variance).
+    ``weights``: float32 parameters, those with gradients first, and buffers (a BatchNorm's
+    running mean and variance).
     They are trained or tracked, sent, and averaged.
     ``counters``: integer buffers (a BatchNorm's num_batches_tracked). An average of
     counts means nothing; the largest of the cohort is taken.
@@ -51,15 +53,17 @@ class Layout:
         Raises:
             ProblemError: a parameter or floating-point buffer is not float32.
         """
-        trained = list(module.named_parameters())
+        parameters = list(module.named_parameters())
+        trained = [(name, each) for name, each in parameters if each.requires_grad]
+        frozen = [(name, each) for name, each in parameters if not each.requires_grad]
         buffers = list(module.named_buffers())
         tracked = [(name, each) for name, each in buffers if each.is_floating_point()]
         counted = [(name, each) for name, each in buffers if not each.is_floating_point()]
-        for name, tensor in trained + tracked:
+        for name, tensor in parameters + tracked:
             if tensor.dtype != torch.float32:
                 raise ProblemError(f"expected float32 weights, {name} is {tensor.dtype}")
         return cls(
-            tuple(_slots([*trained, *tracked])),
+            tuple(_slots([*trained, *frozen, *tracked])),
             tuple(_slots(counted)),
             sum(each.numel() for _, each in trained),
         )
@@ -141,10 +145,17 @@ class FlatModel:
         )
 
 
-@functools.lru_cache(maxsize=4)
 def scratch_model(problem: Problem, device: str) -> FlatModel:
     """Return this process's one working copy of a problem's model, to load weights into."""
-    return FlatModel(problem.model(), device)
+    for known, where, model in _scratch:
+        if known is problem and where == device:
+            return model
+    model = FlatModel(problem.model(), device)
+    _scratch.appendleft((problem, device, model))
+    return model
+
+
+_scratch: deque[tuple[Problem, str, FlatModel]] = deque(maxlen=4)
 
 
 def _slots(tensors: list[tuple[str, Tensor]]) -> Iterator[Slot]:
@@ -171,7 +182,7 @@ def _flatten(slots: tuple[Slot, ...], tensors: Mapping[str, Tensor], dtype: torc
             raise ResultError(f"expected {slot.name!r} as {dtype}, got {tensor.dtype}")
     extra = sorted(set(tensors) - {slot.name for slot in slots})
     if extra:
-        raise ResultError(f"expected no tensor {extra[0]!r:.100}")
+        raise ResultError(f"expected no tensor {brief(extra[0])}")
     if not slots:
         return torch.zeros(0, dtype=dtype)
     return as_flat([tensors[slot.name] for slot in slots])

@@ -1,22 +1,38 @@
-"""Who may join which run: the checks behind Welcome and Reject."""
+"""Who may join which run, and say what to whom: the checks behind Reject and Refused."""
 
 from __future__ import annotations
 
-from fedmq.broker.state import AGGREGATOR, BROKER, RECORD, ROLES, Node, Run, addresses
-from fedmq.broker.wire import Hello
+from fedmq.broker.errors import WireError
+from fedmq.broker.state import (
+    AGGREGATOR,
+    BROKER,
+    EVALUATOR,
+    RECORD,
+    ROLES,
+    Node,
+    Run,
+    addresses,
+)
+from fedmq.broker.wire import MAX_MESSAGE_BYTES, Hello, Message
+
+MAX_RANGES = 1000
 
 
 def find_run(runs: dict[str, Run], hello: Hello) -> Run | str | None:
     """Return the run that a node belongs to, None if it must wait for one, or why there is none.
 
-    An aggregator brings its run with it.
+    An aggregator brings its run with it: a new one is returned, and is not in ``runs`` yet.
     """
     if hello.role == AGGREGATOR:
-        if not hello.run:
-            return "an aggregator must name its run"
-        return runs.setdefault(hello.run, Run(hello.run, hello.config, hello.total_clients))
+        if not 1 <= len(hello.run) <= 120:
+            return "an aggregator must name its run, in at most 120 characters"
+        return runs.get(hello.run) or Run(hello.run, hello.config, hello.total_clients)
     if hello.run:
         return runs.get(hello.run)
+    for run in runs.values():
+        known = run.nodes.get(hello.node)
+        if known is not None and known.hello.session == hello.session:
+            return run
     current = [run for run in runs.values() if not run.over]
     if len(current) > 1:
         names = ", ".join(run.id for run in current)
@@ -30,15 +46,20 @@ def why_not(run: Run, hello: Hello, known: Node | None) -> tuple[str, str] | Non
         return "role", f"unknown role {hello.role!r}; choose from {', '.join(ROLES)}"
     if run.over:
         return "over", f"run {run.id} is over"
+    if len(hello.config.encode()) > MAX_MESSAGE_BYTES // 2:
+        return "config", f"expected a configuration of at most {MAX_MESSAGE_BYTES // 2} bytes"
     if hello.node in (BROKER, RECORD):
         return "name", f"a node may not be named {hello.node!r}"
     if known is not None and known.alive and known.hello.session != hello.session:
         return "name", f"a node named {hello.node!r} is already connected"
+    if len(hello.clients) > MAX_RANGES:
+        return "client", f"expected at most {MAX_RANGES} ranges of clients"
     for low, high in hello.clients:
-        if not low <= high < run.total_clients:
-            wrong = low if low >= run.total_clients else high
+        if low > high:
+            return "client", f"expected ranges of clients from low to high, got {low}-{high}"
+        if high >= run.total_clients:
             return "client", (
-                f"client {wrong} is out of range: this run has {run.total_clients} clients, "
+                f"client {high} is out of range: this run has {run.total_clients} clients, "
                 f"0 to {run.total_clients - 1}"
             )
     for address in addresses(hello):
@@ -46,3 +67,28 @@ def why_not(run: Run, hello: Hello, known: Node | None) -> tuple[str, str] | Non
         if host is not None and host.alive and host.name != hello.node:
             return "client", f"{address} is already hosted by {host.name}"
     return None
+
+
+def check_message(node: Node, message: Message) -> None:
+    """Check that a message is the node's own, and that its address exists.
+
+    Raises:
+        WireError: the reason for a refusal.
+    """
+    if message.sender != node.name or message.run != node.run.id:
+        raise WireError(
+            f"expected a message from {node.name} in run {node.run.id}, "
+            f"got one from {message.sender} in {message.run}"
+        )
+    if message.to in (AGGREGATOR, EVALUATOR, RECORD):
+        return
+    kind, _, number = message.to.partition("/")
+    if kind != "client" or not number.isascii() or not number.isdigit():
+        raise WireError(f"no such address: {message.to!r}")
+    if number != str(int(number)):
+        raise WireError(f"no such address: {message.to!r}; expected client/{int(number)}")
+    if int(number) >= node.run.total_clients:
+        raise WireError(
+            f"client {number} is out of range: this run has "
+            f"{node.run.total_clients} clients, 0 to {node.run.total_clients - 1}"
+        )

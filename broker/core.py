@@ -14,18 +14,19 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from fedmq.broker.admission import find_run, why_not
+from fedmq.broker.admission import check_message, find_run, why_not
 from fedmq.broker.errors import VersionError, WireError
 from fedmq.broker.fetch import Owned
 from fedmq.broker.ledger import Accepted, BlobName, Consumed, Ended, Refusal, blob_name
+from fedmq.broker.receipts import Receipts
 from fedmq.broker.state import (
     AGGREGATOR,
     BROKER,
-    EVALUATOR,
     RECORD,
     Action,
     Append,
     BrokerSettings,
+    Drop,
     Event,
     Log,
     Node,
@@ -48,9 +49,9 @@ from fedmq.broker.wire import (
     Done,
     Hello,
     Message,
+    Numbered,
     Over,
     Post,
-    Receipt,
     Refused,
     Reject,
     Stranger,
@@ -64,7 +65,8 @@ from fedmq.broker.wire import (
     inline_choice,
 )
 
-RECEIPT_WITHIN_S = 0.02
+REFUSED_KEPT = 100
+"""Refusals of a session that can be said again, should one be lost with a connection."""
 
 
 class Broker:
@@ -72,15 +74,18 @@ class Broker:
 
     Args:
         settings: leases and beats.
-        holds: tells whether the ledger has the whole of a blob.
+        size_of: the size of a blob, if the ledger has the whole of it.
         next_seq: number of the next ledger entry.
     """
 
     def __init__(
-        self, settings: BrokerSettings, holds: Callable[[BlobName], bool], next_seq: int = 0
+        self,
+        settings: BrokerSettings,
+        size_of: Callable[[BlobName], int | None],
+        next_seq: int = 0,
     ) -> None:
         self._settings = settings
-        self._holds = holds
+        self._size_of = size_of
         self._next_seq = next_seq
         self._runs: dict[str, Run] = {}
         self._peers: dict[bytes, Node] = {}
@@ -88,8 +93,7 @@ class Broker:
         """Connections that said Hello before their run existed."""
         self._ticks: list[tuple[float, int, Node, str]] = []
         self._tick_count = itertools.count()
-        self._receipts: dict[int, Node] = {}
-        self._receipts_due = math.inf
+        self._receipts = Receipts()
 
     @property
     def deadline(self) -> float | None:
@@ -97,8 +101,8 @@ class Broker:
         times = [node.lease_until for node in self._live_nodes()]
         if self._ticks:
             times.append(self._ticks[0][0])
-        if self._receipts:
-            times.append(self._receipts_due)
+        if self._receipts.due < math.inf:
+            times.append(self._receipts.due)
         return min(times, default=None)
 
     @property
@@ -136,7 +140,9 @@ class Broker:
             return
         node = self._peers.get(peer)
         if node is None or not node.alive:
-            if not isinstance(frame, Bye) and peer not in self._early:
+            if isinstance(frame, Bye):
+                self._early.pop(peer, None)
+            elif peer not in self._early:
                 out.append(Send(peer, Stranger()))
             return
         node.lease_until = now + self._settings.lease_s
@@ -145,21 +151,14 @@ class Broker:
             return
         node.received_bytes += event.nbytes
         match frame:
-            case Post():
-                self._post(node, frame, event.buffers, now, out)
+            case Numbered():
+                self._numbered(node, frame, event.buffers, now, out)
             case Chunk():
                 self._chunk(node, frame, event.buffers, now, out)
             case Want():
                 self._want(node, frame, out)
-            case Done():
-                self._done(node, frame, now, out)
-            case Tick(token=token, after_s=after_s):
-                entry = (now + after_s, next(self._tick_count), node, token)
-                heapq.heappush(self._ticks, entry)
             case Beat():
                 out.append(Send(peer, Beat()))
-            case Over(reason=reason):
-                self._over(node, reason, now, out)
             case Bye(reason=reason):
                 self._leave(node, reason or "said goodbye", now, out)
             case _:
@@ -175,6 +174,7 @@ class Broker:
             self._early[peer] = hello
             out.append(Send(peer, Wait(reason="no run has started yet")))
             return
+        self._early.pop(peer, None)
         known = run.nodes.get(hello.node)
         if run.over and known is not None and known.hello.session == hello.session:
             out.append(Send(peer, Over(reason=run.over)))
@@ -183,6 +183,10 @@ class Broker:
         if reason:
             self._reject(peer, hello, *reason, out)
             return
+        self._runs.setdefault(run.id, run)
+        before = self._peers.get(peer)
+        if before is not None and before is not known and before.alive:
+            self._leave(before, f"its connection is {hello.node} now", now, out)
         returning = known is not None and known.hello.session == hello.session
         if known is not None and returning:
             self._peers.pop(known.peer, None)
@@ -190,7 +194,7 @@ class Broker:
             node.peer = peer
             node.fetcher.restart()
         else:
-            node = Node(hello, run, peer, 0.0, alive=False)
+            node = Node(hello, run, peer, 0.0, alive=False, next_n=hello.first)
             if known is not None:
                 node.sessions = known.sessions
                 node.received_bytes, node.sent_bytes = known.received_bytes, known.sent_bytes
@@ -216,75 +220,87 @@ class Broker:
             out.append(self._delivery(node, pending))
         out.extend(Send(peer, want) for want in node.fetcher.wants())
         if hello.role == AGGREGATOR:
-            early, self._early = self._early, {}
-            for other, their_hello in early.items():
+            # Of several sessions that waited under one name, the newest is the node.
+            early = {each.node: (other, each) for other, each in self._early.items()}
+            self._early = {}
+            for other, their_hello in early.values():
                 self._hello(other, their_hello, now, out)
 
     def _reject(self, peer: bytes, hello: Hello, code: str, reason: str, out: list[Action]) -> None:
-        out.append(Send(peer, Reject(code=code, reason=reason)))
+        out.append(Send(peer, Reject(code=code, reason=reason[:2000])))
         out.append(Log("warning", "rejected", {"peer_node": hello.node, "reason": reason}))
 
-    def _post(
-        self, node: Node, post: Post, buffers: Sequence[Buffer], now: float, out: list[Action]
+    def _numbered(
+        self, node: Node, frame: Numbered, buffers: Sequence[Buffer], now: float, out: list[Action]
     ) -> None:
-        if post.n != node.next_post:
+        if frame.n != node.next_n:
             # Behind: sent again after a reconnect, and here already. Ahead: some were lost
             # with a connection; Stranger makes the link start over from its oldest.
-            if post.n < node.next_post:
-                self._owe_receipt(node, now)
+            if frame.n < node.next_n:
+                self._receipts.owe(node, now)
+                if frame.n in node.refused:
+                    out.append(Send(node.peer, node.refused[frame.n]))
             else:
                 out.append(Send(node.peer, Stranger()))
             return
-        node.next_post += 1
-        parked = Parked(post.n, post.message, None, post.consumes, set())
+        node.next_n += 1
+        parked = Parked(frame)
         node.parked.append(parked)
-        try:
-            message = decode_message(post.message)
-            check_inline(message.blobs, post.inline, buffers)
-            self._check(node, message)
-        except WireError as error:
-            parked.refusal = str(error)
-        else:
-            parked.message = message
-            inline = {message.blobs[index].digest for index in post.inline}
-            for index, data in zip(post.inline, buffers, strict=True):
-                blob = message.blobs[index]
-                if not self._holds(blob_name(message, blob)):
-                    out.append(Put(blob_name(message, blob), blob.size, 0, data))
-            for blob in message.blobs:
-                if blob.digest not in inline and not self._holds(blob_name(message, blob)):
-                    parked.missing.add(Owned(message.sender, blob.digest))
-                    node.fetcher.add(message.sender, blob)
+        if isinstance(frame, Post):
+            self._post(node, frame, buffers, parked, out)
         self._settle(node, now, out)
 
-    def _check(self, node: Node, message: Message) -> None:
-        if message.sender != node.name or message.run != node.run.id:
-            raise WireError(
-                f"expected a message from {node.name} in run {node.run.id}, "
-                f"got one from {message.sender} in {message.run}"
-            )
-        if message.to in (AGGREGATOR, EVALUATOR, RECORD):
+    def _post(
+        self,
+        node: Node,
+        post: Post,
+        buffers: Sequence[Buffer],
+        parked: Parked,
+        out: list[Action],
+    ) -> None:
+        """Check a post, keep the blobs beside it, and ask for the others."""
+        try:
+            message = parked.message = decode_message(post.message)
+            check_inline(message.blobs, post.inline, buffers)
+            check_message(node, message)
+        except WireError as error:
+            parked.refusal = str(error)
             return
-        kind, _, number = message.to.partition("/")
-        if kind != "client" or not number.isascii() or not number.isdigit():
-            raise WireError(f"no such address: {message.to!r}")
-        if int(number) >= node.run.total_clients:
-            raise WireError(
-                f"client {number} is out of range: this run has "
-                f"{node.run.total_clients} clients, 0 to {node.run.total_clients - 1}"
-            )
+        beside = {
+            message.blobs[index]: data for index, data in zip(post.inline, buffers, strict=True)
+        }
+        for blob in message.blobs:
+            name = blob_name(message, blob)
+            if self._size_of(name) is not None:
+                continue
+            if blob in beside or not blob.size:
+                out.append(Put(name, blob.size, 0, beside.get(blob, b"")))
+            else:
+                parked.missing.add(Owned(message.sender, blob.digest))
+                node.fetcher.add(message.sender, blob)
 
     def _settle(self, node: Node, now: float, out: list[Action]) -> None:
-        """Accept, in order, the parked posts whose blobs are here; ask for what is missing."""
+        """Take, in order, the parked frames whose blobs are here; ask for what is missing."""
         while node.parked and not node.parked[0].missing:
             parked = node.parked.popleft()
-            self._owe_receipt(node, now)
-            if parked.message is None or parked.refusal:
-                self._refuse_post(node, parked, now, out)
-                continue
-            for seq in parked.consumes:
-                node.unconsumed.pop(seq, None)
-            self._accept(node.run, parked.message, parked.data, parked.consumes, now, out)
+            message = parked.message
+            self._receipts.owe(node, now)
+            match parked.frame:
+                case Post() as post if message is not None and not parked.refusal:
+                    # What is consumed is what the sender has, whatever it claims.
+                    mine = {seq: node.unconsumed.pop(seq, None) for seq in post.consumes}
+                    consumes = tuple(seq for seq, pending in mine.items() if pending)
+                    self._accept(node.run, message, post.message, consumes, now, out)
+                case Post() as post:
+                    self._refuse_post(node, post, parked, now, out)
+                case Done() as done:
+                    self._done(node, done, now, out)
+                case Tick(token=token, after_s=after_s):
+                    tick = (now + after_s, next(self._tick_count), node, token)
+                    heapq.heappush(self._ticks, tick)
+                case Over(reason=reason):
+                    self._over(node, reason, now, out)
+                    return
         out.extend(Send(node.peer, want) for want in node.fetcher.wants())
 
     def _accept(
@@ -317,8 +333,10 @@ class Broker:
             node.peer, frame, tuple((blob_name(message, blob), 0, blob.size) for blob in chosen)
         )
 
-    def _refuse_post(self, node: Node, parked: Parked, now: float, out: list[Action]) -> None:
-        name = parked.message.id if parked.message else f"{node.name}/post/{parked.n}"
+    def _refuse_post(
+        self, node: Node, post: Post, parked: Parked, now: float, out: list[Action]
+    ) -> None:
+        name = parked.message.id if parked.message else f"{node.name}/post/{post.n}"
         refusal = Refusal(
             seq=self._number(),
             at=now,
@@ -328,7 +346,13 @@ class Broker:
             reason=parked.refusal[:2000],
         )
         out.append(Append(refusal))
-        out.append(Send(node.peer, Refused(id=name, reason=refusal.reason)))
+        refused = Refused(id=name, reason=refusal.reason)
+        node.refused[post.n] = refused
+        if len(node.refused) > REFUSED_KEPT:
+            del node.refused[min(node.refused)]
+        out.append(Send(node.peer, refused))
+        # Its sender is done with what it consumes all the same.
+        self._consume(node, post.consumes, now, out)
 
     def _chunk(
         self, node: Node, chunk: Chunk, buffers: Sequence[Buffer], now: float, out: list[Action]
@@ -344,6 +368,7 @@ class Broker:
             out.append(Put(full, piece.size, piece.start, piece.data))
             good = node.fetcher.finished(name)
             if good is False:
+                out.append(Drop(full, piece.size))
                 self._blob_failed(node, name, "the bytes of a blob do not match its digest")
             elif good:
                 for parked in node.parked:
@@ -360,14 +385,17 @@ class Broker:
     def _want(self, node: Node, want: Want, out: list[Action]) -> None:
         name = BlobName(node.run.id, want.owner, want.digest)
         reply = Chunk(owner=want.owner, digest=want.digest, start=want.start)
-        held = self._holds(name)
+        held = (self._size_of(name) or 0) >= want.start + want.size
         out.append(Send(node.peer, reply, ((name, want.start, want.size),) if held else ()))
 
-    def _done(self, node: Node, done: Done, now: float, out: list[Action]) -> None:
-        finished = tuple(seq for seq in done.seqs if node.unconsumed.pop(seq, None) is not None)
+    def _consume(self, node: Node, seqs: tuple[int, ...], now: float, out: list[Action]) -> None:
+        finished = tuple(seq for seq in seqs if node.unconsumed.pop(seq, None) is not None)
         if finished:
             entry = Consumed(seq=self._number(), at=now, node=node.name, of=finished)
             out.append(Append(entry))
+
+    def _done(self, node: Node, done: Done, now: float, out: list[Action]) -> None:
+        self._consume(node, done.seqs, now, out)
         for seq, reason in done.refused.items():
             pending = node.unconsumed.pop(seq, None)
             if pending is None:
@@ -404,8 +432,8 @@ class Broker:
         }
         entry = Ended(seq=self._number(), at=now, run=run.id, reason=reason, nodes=counts)
         out.append(Append(entry))
-        self._owe_receipt(node, now)
-        self._flush_receipts(out)
+        self._receipts.owe(node, now)
+        out.extend(self._receipts.take())
         # A node stays until it says goodbye; whatever else it says is answered by Over.
         out.extend(
             Send(each.peer, Over(reason=reason)) for each in run.nodes.values() if each.alive
@@ -422,21 +450,8 @@ class Broker:
         while self._ticks and self._ticks[0][0] <= now:
             _, _, node, token = heapq.heappop(self._ticks)
             self._say(node.run, "tick", AGGREGATOR, {"token": token}, now, out)
-        if now >= self._receipts_due:
-            self._flush_receipts(out)
-
-    def _flush_receipts(self, out: list[Action]) -> None:
-        for node in self._receipts.values():
-            settled = node.parked[0].n if node.parked else node.next_post
-            if settled:
-                out.append(Send(node.peer, Receipt(upto=settled - 1)))
-        self._receipts.clear()
-        self._receipts_due = math.inf
-
-    def _owe_receipt(self, node: Node, now: float) -> None:
-        """Receipts are cumulative and nobody waits for them: one tells of many posts."""
-        self._receipts[id(node)] = node
-        self._receipts_due = min(self._receipts_due, now + RECEIPT_WITHIN_S)
+        if now >= self._receipts.due:
+            out.extend(self._receipts.take())
 
     def _leave(self, node: Node, reason: str, now: float, out: list[Action]) -> None:
         node.alive = False

@@ -26,6 +26,7 @@ class VersionError(WireError):
 
     Attributes:
         theirs: the version in the frame, (major, minor).
+        ours: the version spoken here.
     """
 
     def __init__(self, theirs: tuple[int, int], ours: tuple[int, int]) -> None:
@@ -34,6 +35,7 @@ class VersionError(WireError):
             "the major numbers must be equal"
         )
         self.theirs = theirs
+        self.ours = ours
 
 
 class LedgerError(BrokerError):

@@ -130,8 +130,14 @@ class PayloadIndex:
             self._recent_bytes -= memoryview(dropped).nbytes
 
     def add(self, piece: Piece, segment: int, offset: int, length: int) -> None:
-        """Note a piece. Pieces of a blob come in order; one that is already there is ignored."""
+        """Note a piece. Pieces of a blob come in order; one that is already there is ignored.
+
+        A piece without data, of a blob that is not empty, takes back all before it.
+        """
         name = BlobName(piece.run, piece.owner, piece.digest)
+        if piece.size and not length:
+            self._blobs.pop(name, None)
+            return
         stored = self._blobs.setdefault(name, _Stored(piece.size))
         if piece.start == stored.end and length:
             stored.pieces.append((segment, offset, piece.start, length))
@@ -153,10 +159,10 @@ class PayloadIndex:
         stored = self._blobs.get(name)
         return stored.end if stored else 0
 
-    def complete(self, name: BlobName) -> bool:
-        """Tell whether the whole blob is here."""
+    def size_of(self, name: BlobName) -> int | None:
+        """Return the size of a blob that is here as a whole, or None."""
         stored = self._blobs.get(name)
-        return stored is not None and stored.end == stored.size
+        return stored.size if stored is not None and stored.end == stored.size else None
 
     def read(self, name: BlobName, start: int, size: int) -> Buffer:
         """Return bytes of a blob that is here.
@@ -259,12 +265,13 @@ class Ledger:
         """Queue a piece of a blob of ``size`` bytes; ``data`` must stay as it is until `commit`."""
         if self._piece_end > _PAYLOAD_SEGMENT_BYTES:
             self.commit()
+            number = self._payload_number + 1
+            fresh = self._open(PAYLOAD, number)
             self._payload_file.close()
             self.payload.let_go(self._payload_number)
             self.payload.let_go(self._payload_number - _CACHED_SEGMENTS)
-            self._payload_number += 1
-            self._payload_file = self._open(PAYLOAD, self._payload_number)
-            self._piece_end = self._payload_file.size
+            self._payload_file, self._payload_number = fresh, number
+            self._piece_end = fresh.size
         piece = Piece(name.run, name.owner, name.digest, size, start)
         record = pack(_encode(piece), data)
         length = memoryview(data).nbytes
@@ -273,6 +280,10 @@ class Ledger:
         self.payload.add(piece, self._payload_number, self._piece_end - length, length)
         if length == size <= INLINE_BYTES:
             self.payload.remember(name, data)
+
+    def drop(self, name: BlobName, size: int) -> None:
+        """Queue a note that the pieces of a blob so far are not to be used."""
+        self.put(name, size, 0, b"")
 
     def commit(self, *, sync: bool = False) -> None:
         """Write everything that is queued; with ``sync``, wait for the device as well.
@@ -287,8 +298,9 @@ class Ledger:
                 self._payload_file.sync()
         if self._messages:
             if self._messages_file.size > _MESSAGES_SEGMENT_BYTES:
+                fresh = self._open(MESSAGES, self._first_queued)
                 self._messages_file.close()
-                self._messages_file = self._open(MESSAGES, self._first_queued)
+                self._messages_file = fresh
             self._messages_file.append(self._messages)
             self._messages = []
             if sync:
@@ -296,10 +308,12 @@ class Ledger:
 
     def close(self) -> None:
         """Write what is queued and close the files."""
-        self.commit()
-        self._payload_file.close()
-        self._messages_file.close()
-        self.payload.close()
+        try:
+            self.commit()
+        finally:
+            self._payload_file.close()
+            self._messages_file.close()
+            self.payload.close()
 
     def _open(self, family: str, number: int) -> Segment:
         segment = Segment(segment_path(self.folder, family, number))

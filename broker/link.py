@@ -11,7 +11,9 @@ import math
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import msgspec
 import numpy as np
 
 from fedmq.broker.errors import WireError
@@ -28,6 +30,7 @@ from fedmq.broker.wire import (
     Frame,
     Hello,
     Message,
+    Numbered,
     Over,
     Post,
     Receipt,
@@ -46,7 +49,7 @@ from fedmq.broker.wire import (
 
 HELLO_AGAIN_S = 1.0
 DONE_WITHIN_S = 0.02
-_DONE_BATCH = 1000
+_DONE_BATCH = 500
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,10 +159,13 @@ Action = Send | Admitted | Deliveries | Fetched | RefusedBack | Ended
 
 
 @dataclass
-class _Posted:
-    frame: Post
-    buffers: Sequence[Buffer]
-    digests: tuple[bytes, ...]
+class _Said:
+    """A numbered frame that has no receipt yet."""
+
+    frame: Numbered
+    buffers: Sequence[Buffer] = ()
+    digests: tuple[bytes, ...] = ()
+    consumes: tuple[int, ...] = ()
 
 
 @dataclass
@@ -189,16 +195,13 @@ class Link:
         self._next_hello = 0.0
         self._last_sent = 0.0
         self._last_heard = 0.0
-        self._posted: OrderedDict[int, _Posted] = OrderedDict()
-        self._next_post = 0
+        self._said: OrderedDict[int, _Said] = OrderedDict()
+        self._next_n = 0
         self._served: dict[bytes, _Served] = {}
-        self._unsaid: list[Frame] = []
         self._done: list[int] = []
         self._done_due = math.inf
         self._delivered: set[int] = set()
         """Numbers that the broker may deliver again in this session."""
-        self._said_done: set[int] = set()
-        """Of these, the ones that a Done told of, which may have been lost."""
         self._fetcher = Fetcher()
         self._arriving: dict[Owned, _Arriving] = {}
 
@@ -214,8 +217,8 @@ class Link:
 
     @property
     def unreceipted(self) -> int:
-        """Number of posts that the broker has not receipted."""
-        return len(self._posted)
+        """Number of numbered frames that the broker has not receipted."""
+        return len(self._said)
 
     def handle(self, event: Event, now: float) -> list[Action]:
         """Take one event; return what is to be done, in order."""
@@ -240,28 +243,46 @@ class Link:
                 # Not urgent: it goes out with the next post, or with others, a little later.
                 self._done += seqs
                 self._done_due = min(self._done_due, now + DONE_WITHIN_S)
+            case Say(Done(refused=refused)):
+                # One each: any number of reasons, of any length, fits the frames.
+                for seq, reason in refused.items():
+                    self._say(Done(refused={seq: reason}), out)
             case Say(frame):
-                if self._connected:
+                self._say_done(out)
+                if isinstance(frame, Numbered):
+                    self._say(frame, out)
+                elif self._connected:
                     out.append(Send(frame))
-                else:
-                    self._unsaid.append(frame)
             case Wake():
                 self._wake(now, out)
         if any(isinstance(action, Send) for action in out):
             self._last_sent = now
         return out
 
-    def _take_done(self) -> tuple[int, ...]:
-        taken, self._done = tuple(self._done[:_DONE_BATCH]), self._done[_DONE_BATCH:]
-        if not self._done:
-            self._done_due = math.inf
-        return taken
+    def _say(self, frame: Numbered, out: list[Action], **more: Any) -> None:
+        """Send a frame until it is receipted; ``more``: what is kept with it."""
+        frame = msgspec.structs.replace(frame, n=self._next_n)
+        if isinstance(frame, Done):
+            more["consumes"] = (*frame.seqs, *frame.refused)
+        said = self._said[frame.n] = _Said(frame, **more)
+        self._next_n += 1
+        if self._connected:
+            out.append(Send(frame, said.buffers))
+
+    def _say_done(self, out: list[Action]) -> None:
+        while self._done:
+            done, self._done = self._done[:_DONE_BATCH], self._done[_DONE_BATCH:]
+            self._say(Done(seqs=tuple(done)), out)
+        self._done_due = math.inf
+
+    def _say_hello(self, now: float, out: list[Action]) -> None:
+        self._next_hello = now + HELLO_AGAIN_S
+        first = next(iter(self._said), self._next_n)
+        out.append(Send(msgspec.structs.replace(self._hello, first=first)))
 
     def _wake(self, now: float, out: list[Action]) -> None:
-        if self._connected and now >= self._done_due:
-            done = self._take_done()
-            self._said_done.update(done)
-            out.append(Send(Done(seqs=done)))
+        if now >= self._done_due:
+            self._say_done(out)
         if self._welcome is not None and self._connected:
             if now >= self._last_heard + self._welcome.lease_s:
                 self._connected = False
@@ -269,8 +290,7 @@ class Link:
             elif now >= self._last_sent + self._welcome.beat_s:
                 out.append(Send(Beat()))
         if not self._connected and now >= self._next_hello:
-            self._next_hello = now + HELLO_AGAIN_S
-            out.append(Send(self._hello))
+            self._say_hello(now, out)
 
     def _received(
         self, frame: AnyFrame, buffers: Sequence[Buffer], now: float, out: list[Action]
@@ -279,9 +299,10 @@ class Link:
             case Welcome():
                 self._welcomed(frame, out)
             case Stranger():
-                self._connected = False
-                self._next_hello = now + HELLO_AGAIN_S
-                out.append(Send(self._hello))
+                # Each frame on its way draws one; one Hello answers them all.
+                if self._connected:
+                    self._connected = False
+                    self._say_hello(now, out)
             case Reject(reason=reason):
                 self._ended = True
                 out.append(Ended(reason, rejected=True))
@@ -308,40 +329,39 @@ class Link:
             out.append(Admitted(welcome))
         self._welcome = welcome
         self._connected = True
-        out.extend(Send(posted.frame, posted.buffers) for posted in self._posted.values())
-        out.extend(Send(frame) for frame in self._unsaid)
-        self._unsaid.clear()
+        out.extend(Send(said.frame, said.buffers) for said in self._said.values())
         self._fetcher.restart()
         self._ask(out)
 
     def _post(self, event: Outgoing, out: list[Action]) -> None:
+        message = event.message
         # A model goes out with the first of its tasks; the broker has it for the others.
         inline = tuple(
             index
-            for index in inline_choice(event.message.blobs)
-            if event.message.blobs[index].digest not in self._served
+            for index in inline_choice(message.blobs)
+            if message.blobs[index].digest not in self._served
         )
-        consumes = (*event.consumes, *self._take_done())
-        post = Post(
-            n=self._next_post,
-            message=encode_message(event.message),
-            inline=inline,
+        data = encode_message(message)  # an error leaves everything as it was
+        with_it, self._done = self._done[:_DONE_BATCH], self._done[_DONE_BATCH:]
+        if not self._done:
+            self._done_due = math.inf
+        consumes = (*event.consumes, *with_it)
+        digests = tuple(blob.digest for blob in message.blobs)
+        for digest, each in zip(digests, event.data, strict=True):
+            self._served.setdefault(digest, _Served(each)).posts += 1
+        self._say(
+            Post(message=data, inline=inline, consumes=consumes),
+            out,
+            buffers=[event.data[index] for index in inline],
+            digests=digests,
             consumes=consumes,
         )
-        digests = tuple(blob.digest for blob in event.message.blobs)
-        posted = _Posted(post, [event.data[index] for index in inline], digests)
-        self._next_post += 1
-        self._posted[post.n] = posted
-        for digest, data in zip(digests, event.data, strict=True):
-            self._served.setdefault(digest, _Served(data)).posts += 1
-        if self._connected:
-            out.append(Send(post, posted.buffers))
 
     def _receipted(self, upto: int) -> None:
-        while self._posted and next(iter(self._posted)) <= upto:
-            _, posted = self._posted.popitem(last=False)
-            self._delivered.difference_update(posted.frame.consumes)
-            for digest in posted.digests:
+        while self._said and next(iter(self._said)) <= upto:
+            _, said = self._said.popitem(last=False)
+            self._delivered.difference_update(said.consumes)
+            for digest in said.digests:
                 served = self._served[digest]
                 served.posts -= 1
                 if not served.posts:
@@ -349,14 +369,13 @@ class Link:
 
     def _deliver(self, frame: Deliver, buffers: Sequence[Buffer], out: list[Action]) -> None:
         if frame.seq in self._delivered:
-            if frame.seq in self._said_done:
-                out.append(Send(Done(seqs=(frame.seq,))))
             return
         try:
             message = decode_message(frame.message)
             check_inline(message.blobs, frame.inline, buffers)
         except WireError as error:
-            out.append(Send(Done(refused={frame.seq: str(error)[:2000]})))
+            self._delivered.add(frame.seq)
+            self._say(Done(refused={frame.seq: str(error)[:2000]}), out)
             return
         self._delivered.add(frame.seq)
         inline = dict(zip(frame.inline, buffers, strict=True))

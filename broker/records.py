@@ -4,13 +4,15 @@ A segment starts with 16 bytes, ``FEDMQLOG`` and the format version. A record is
 
     head length  u32 LE
     data length  u32 LE
-    checksum     u64 LE    XXH3-64 over both lengths, head and data
+    check        u32 LE    XXH32 over both lengths
+    checksum     u64 LE    XXH3-64 over head and data
     head         a msgpack map
     data         raw bytes, possibly none
 
 A crash can cut the last record short, or leave blocks of zeros behind it: a *torn tail*,
 which is cut off when the segment is opened for writing. A bad record that others follow
-is *damage*, and is reported with segment and offset, never skipped.
+is *damage*, and is reported with segment and offset, never skipped. (The lengths have a
+check of their own, so that a damaged length is not taken for a record that was cut short.)
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ from fedmq.broker.errors import LedgerError
 from fedmq.broker.wire import CHUNK_BYTES, MAX_HEADER_BYTES, Buffer
 
 MAGIC = b"FEDMQLOG" + struct.pack("<II", 1, 0)
-_PREFIX = struct.Struct("<IIQ")
+_PREFIX = struct.Struct("<IIIQ")
 _LENGTHS = struct.Struct("<II")
 # A head holds a whole message plus a few fields of the ledger's own.
 _MAX_HEAD = 2 * MAX_HEADER_BYTES
@@ -52,7 +54,8 @@ class Record:
 def pack(head: bytes, data: Buffer = b"") -> list[Buffer]:
     """Return the buffers of one record, ready for ``writev``; `data` is not copied."""
     length = memoryview(data).nbytes
-    prefix = _PREFIX.pack(len(head), length, _checksum(head, data, length))
+    check = xxhash.xxh32_intdigest(_LENGTHS.pack(len(head), length))
+    prefix = _PREFIX.pack(len(head), length, check, _checksum(head, data))
     return [prefix, head, data] if length else [prefix, head]
 
 
@@ -74,18 +77,21 @@ def scan(path: Path, start: int = len(MAGIC), *, verify_data: bool = True) -> It
         offset = max(start, len(MAGIC))
         file.seek(offset)
         while offset + _PREFIX.size <= size:
-            head_length, data_length, checksum = _PREFIX.unpack(file.read(_PREFIX.size))
-            end = offset + _PREFIX.size + head_length + data_length
-            plausible = 0 < head_length <= _MAX_HEAD and data_length <= _MAX_DATA
-            if not plausible or end > size:
-                if _is_tail(path, offset, size, end if plausible else None):
+            head_length, data_length, check, checksum = _PREFIX.unpack(file.read(_PREFIX.size))
+            if check != xxhash.xxh32_intdigest(_LENGTHS.pack(head_length, data_length)) or not (
+                0 < head_length <= _MAX_HEAD and data_length <= _MAX_DATA
+            ):
+                if _is_zero(path, offset, size):
                     return
-                raise LedgerError("damaged record", path.name, offset)
+                raise LedgerError("damaged record: its lengths are wrong", path.name, offset)
+            end = offset + _PREFIX.size + head_length + data_length
+            if end > size:
+                return
             head = file.read(head_length)
             data_offset = offset + _PREFIX.size + head_length
             if data_length and not verify_data:
                 file.seek(data_length, os.SEEK_CUR)
-            elif _checksum(head, file.read(data_length), data_length) != checksum:
+            elif _checksum(head, file.read(data_length)) != checksum:
                 if end == size or _is_zero(path, end, size):
                     return
                 raise LedgerError("damaged record: its checksum does not match", path.name, offset)
@@ -162,19 +168,10 @@ class Segment:
         self.size += total
 
 
-def _checksum(head: bytes, data: Buffer, data_length: int) -> int:
-    hasher = xxhash.xxh3_64(_LENGTHS.pack(len(head), data_length))
-    hasher.update(head)
-    if data_length:
-        hasher.update(data)
+def _checksum(head: bytes, data: Buffer) -> int:
+    hasher = xxhash.xxh3_64(head)
+    hasher.update(data)
     return int(hasher.intdigest())
-
-
-def _is_tail(path: Path, offset: int, size: int, end: int | None) -> bool:
-    """Tell a cut-off last record, or zeros that a crash left, from damage in the middle."""
-    if end is not None and end > size:
-        return True
-    return _is_zero(path, offset, size)
 
 
 def _is_zero(path: Path, start: int, end: int) -> bool:

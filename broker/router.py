@@ -25,6 +25,7 @@ from fedmq.broker.ledger import Ledger
 from fedmq.broker.state import (
     Append,
     BrokerSettings,
+    Drop,
     Event,
     Log,
     Put,
@@ -102,7 +103,7 @@ class BrokerServer:
             self._ledger = Ledger(folder)
         except zmq.ZMQError as error:
             self._context.destroy(linger=0)
-            reason = str(error).lower()
+            reason = zmq.strerror(error.errno or 0).lower()
             raise BrokerError(f"cannot listen on {endpoint}: {reason}") from None
         except BrokerError:
             self._context.destroy(linger=0)
@@ -113,7 +114,7 @@ class BrokerServer:
             raise BrokerError(f"expected an empty folder for a new ledger, {folder} holds one")
         self.endpoint = self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
         self._clock = Clock()
-        self._core = Broker(settings or BrokerSettings(), self._ledger.payload.complete)
+        self._core = Broker(settings or BrokerSettings(), self._ledger.payload.size_of)
         self._wake_reader, self._wake_writer = sockets.socketpair()
         self._stopping = False
         self._late: dict[bytes, deque[list[Buffer]]] = {}
@@ -142,10 +143,12 @@ class BrokerServer:
 
     def close(self) -> None:
         """Close the ledger and the socket."""
-        self._ledger.close()
-        self._context.destroy(linger=200)
-        self._wake_reader.close()
-        self._wake_writer.close()
+        try:
+            self._ledger.close()
+        finally:
+            self._context.destroy(linger=200)
+            self._wake_reader.close()
+            self._wake_writer.close()
 
     def _timeout_ms(self) -> int | None:
         if self._late:
@@ -163,6 +166,8 @@ class BrokerServer:
                         self._ledger.append(entry)
                     case Put(name, size, start, data):
                         self._ledger.put(name, size, start, data)
+                    case Drop(name, size):
+                        self._ledger.drop(name, size)
                     case Send():
                         sends.append(action)
                     case Log(level, event_name, fields):

@@ -10,7 +10,7 @@ from typing import Any
 from fedmq.broker.errors import WireError
 from fedmq.broker.fetch import Fetcher, Owned
 from fedmq.broker.ledger import BlobName, Entry
-from fedmq.broker.wire import AnyFrame, Buffer, Frame, Hello, Message
+from fedmq.broker.wire import AnyFrame, Buffer, Frame, Hello, Message, Numbered, Refused
 
 AGGREGATOR = "aggregator"
 EVALUATOR = "evaluator"
@@ -78,6 +78,14 @@ class Put:
 
 
 @dataclass(frozen=True, slots=True)
+class Drop:
+    """Take back the pieces of a blob that were put so far: they are not what it says."""
+
+    name: BlobName
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
 class Send:
     """Send a frame, with these blobs from the ledger as its buffers."""
 
@@ -96,7 +104,7 @@ class Log:
     fields: dict[str, Any]
 
 
-Action = Append | Put | Send | Log
+Action = Append | Put | Drop | Send | Log
 
 
 # ---- state
@@ -114,13 +122,11 @@ class Pending:
 
 @dataclass
 class Parked:
-    """A post that waits for its blobs, or for the posts before it."""
+    """A numbered frame that waits for its blobs, or for the frames before it."""
 
-    n: int
-    data: bytes
-    message: Message | None
-    consumes: tuple[int, ...]
-    missing: set[Owned]
+    frame: Numbered
+    message: Message | None = None
+    missing: set[Owned] = field(default_factory=set)
     refusal: str = ""
 
 
@@ -133,8 +139,10 @@ class Node:
     peer: bytes
     lease_until: float
     alive: bool = True
-    next_post: int = 0
-    receipt_due: bool = False
+    next_n: int = 0
+    """Number of the next numbered frame."""
+    refused: dict[int, Refused] = field(default_factory=dict)
+    """Posts that were refused, by number."""
     parked: deque[Parked] = field(default_factory=deque)
     fetcher: Fetcher = field(default_factory=Fetcher)
     unconsumed: dict[int, Pending] = field(default_factory=dict)

@@ -27,7 +27,11 @@ PROTOCOL = (1, 0)
 """Protocol version, [major, minor]; both ends of a link must have the same major."""
 
 MAX_HEADER_BYTES = 64 * 1024
+MAX_MESSAGE_BYTES = 48 * 1024
+"""Of a message; less than a header, which carries it and more."""
 MAX_BUFFERS = 64
+MAX_DEPTH = 32
+"""Of a message's body: whoever reads it, or prints it, must not run out of stack."""
 CHUNK_BYTES = 1024 * 1024
 """A blob crosses a link in pieces of this size."""
 INLINE_BYTES = 256 * 1024
@@ -82,14 +86,25 @@ class Frame(Struct, frozen=True, kw_only=True, tag_field="kind", tag=str.lower):
     """Protocol version of who wrote the frame, [major, minor]."""
 
 
-class Hello(Frame, frozen=True):
+class Numbered(Frame, frozen=True, kw_only=True):
+    """Frames that must not be lost. ``n`` counts them in a session, from 0.
+
+    They are taken in order and once, receipted, and sent again after a reconnect.
+    """
+
+    n: Natural = 0
+
+
+class Hello(Frame, frozen=True, kw_only=True):
     """A node names itself, and what it hosts; sent at the start and after a reconnect."""
 
     node: Name
     role: Name
     session: Name
     """Drawn anew at each start of a node: a restart is told from a reconnect."""
-    run: str = ""
+    first: Natural = 0
+    """Number of the oldest frame that this session has no receipt for."""
+    run: Annotated[str, Meta(max_length=120)] = ""
     """Empty: the one run that the broker serves."""
     clients: tuple[Range, ...] = ()
     """Ranges of clients hosted here, both ends included."""
@@ -99,7 +114,7 @@ class Hello(Frame, frozen=True):
     """From the aggregator: number of clients of the run."""
 
 
-class Welcome(Frame, frozen=True):
+class Welcome(Frame, frozen=True, kw_only=True):
     """The broker admits a node."""
 
     run: Name
@@ -110,7 +125,7 @@ class Welcome(Frame, frozen=True):
     config: str = ""
 
 
-class Reject(Frame, frozen=True):
+class Reject(Frame, frozen=True, kw_only=True):
     """The broker does not admit a node: ``code`` for programs, ``reason`` for people."""
 
     code: Name
@@ -118,41 +133,42 @@ class Reject(Frame, frozen=True):
     protocol: tuple[int, int] = PROTOCOL
 
 
-class Stranger(Frame, frozen=True):
+class Stranger(Frame, frozen=True, kw_only=True):
     """The broker does not know this connection (any more): say Hello."""
 
 
-class Wait(Frame, frozen=True):
+class Wait(Frame, frozen=True, kw_only=True):
     """The broker has no such run yet: keep the connection and say Hello again when told."""
 
     reason: Reason = ""
 
 
-class Post(Frame, frozen=True):
+class Post(Numbered, frozen=True, kw_only=True):
     """A message for the ledger and its recipient. ``inline``: which blobs stand beside it."""
 
-    n: Natural
-    """Counts the posts of a session from 0."""
     message: bytes
     inline: tuple[Natural, ...] = ()
     consumes: tuple[Natural, ...] = ()
     """Ledger numbers of the messages that are done with once this one is kept."""
 
 
-class Receipt(Frame, frozen=True):
-    """Every post up to ``upto`` is in the ledger (or was refused, and that was said)."""
+class Receipt(Frame, frozen=True, kw_only=True):
+    """Every numbered frame up to ``upto`` has taken effect: a post is in the ledger.
+
+    (Or was refused, and that was said.)
+    """
 
     upto: Natural
 
 
-class Refused(Frame, frozen=True):
+class Refused(Frame, frozen=True, kw_only=True):
     """A message could not be accepted or used; to its sender."""
 
     id: Id
     reason: Reason
 
 
-class Deliver(Frame, frozen=True):
+class Deliver(Frame, frozen=True, kw_only=True):
     """A message from the ledger, its number and its time there."""
 
     seq: Natural
@@ -161,14 +177,14 @@ class Deliver(Frame, frozen=True):
     inline: tuple[Natural, ...] = ()
 
 
-class Done(Frame, frozen=True):
+class Done(Numbered, frozen=True, kw_only=True):
     """The recipient is done with these messages. ``refused``: the reasons, by number."""
 
     seqs: tuple[Natural, ...] = ()
     refused: dict[Natural, Reason] = {}
 
 
-class Want(Frame, frozen=True):
+class Want(Frame, frozen=True, kw_only=True):
     """Send me ``size`` bytes of a blob, from ``start``. ``owner``: the node that named it."""
 
     owner: Name
@@ -177,7 +193,7 @@ class Want(Frame, frozen=True):
     size: Annotated[int, Meta(ge=1, le=CHUNK_BYTES)]
 
 
-class Chunk(Frame, frozen=True):
+class Chunk(Frame, frozen=True, kw_only=True):
     """A piece of a blob; the bytes are the one buffer. No buffer: the blob is not held here."""
 
     owner: Name
@@ -185,24 +201,24 @@ class Chunk(Frame, frozen=True):
     start: Size
 
 
-class Tick(Frame, frozen=True):
+class Tick(Numbered, frozen=True, kw_only=True):
     """Put a ``tick`` message with this token into my inbox after ``after_s`` seconds."""
 
     token: Name
     after_s: Annotated[float, Meta(ge=0, le=1e9)]
 
 
-class Beat(Frame, frozen=True):
+class Beat(Frame, frozen=True, kw_only=True):
     """Nothing to say, but alive; the broker answers in kind."""
 
 
-class Over(Frame, frozen=True):
+class Over(Numbered, frozen=True, kw_only=True):
     """The run has ended. From the aggregator to the broker, and from there to every node."""
 
     reason: Reason = ""
 
 
-class Bye(Frame, frozen=True):
+class Bye(Frame, frozen=True, kw_only=True):
     """This node leaves on purpose."""
 
     reason: Reason = ""
@@ -243,7 +259,7 @@ def encode_frame(frame: Frame) -> bytes:
     Raises:
         WireError: the header would be larger than the limit.
     """
-    return _within_limit(_encode(frame), type(frame).__name__.lower())
+    return _within(MAX_HEADER_BYTES, _encode(frame), type(frame).__name__.lower())
 
 
 def decode_frame(header: Buffer) -> AnyFrame:
@@ -254,7 +270,7 @@ def decode_frame(header: Buffer) -> AnyFrame:
         WireError: anything else that is not a header of this protocol.
     """
     try:
-        frame: AnyFrame = _decode(_frame_decoder, header, "frame")
+        frame: AnyFrame = _decode(_frame_decoder, header, "frame", MAX_HEADER_BYTES)
     except WireError:
         # Another major may look quite different; of it, only the version can be relied on.
         theirs = _version_of(header)
@@ -272,7 +288,7 @@ def encode_message(message: Message) -> bytes:
     Raises:
         WireError: the message would be larger than a header may be.
     """
-    return _within_limit(_encode(message), message.kind)
+    return _within(MAX_MESSAGE_BYTES, _encode(message), message.kind)
 
 
 def decode_message(data: Buffer) -> Message:
@@ -281,9 +297,11 @@ def decode_message(data: Buffer) -> Message:
     Raises:
         WireError: the bytes are not a message.
     """
-    message: Message = _decode(_message_decoder, data, "message")
+    message: Message = _decode(_message_decoder, data, "message", MAX_MESSAGE_BYTES)
     if len(message.blobs) > MAX_BUFFERS:
         raise WireError(f"expected at most {MAX_BUFFERS} blobs, got {len(message.blobs)}")
+    if _is_deeper(message.body, MAX_DEPTH):
+        raise WireError(f"expected a body nested at most {MAX_DEPTH} deep")
     return message
 
 
@@ -295,6 +313,8 @@ def check_inline(blobs: Sequence[Blob], inline: Sequence[int], buffers: Sequence
     """
     if len(inline) != len(buffers):
         raise WireError(f"expected {len(inline)} buffers beside the message, got {len(buffers)}")
+    if sum(memoryview(data).nbytes for data in buffers) > INLINE_BYTES:
+        raise WireError(f"expected at most {INLINE_BYTES} bytes beside a message")
     for index, data in zip(inline, buffers, strict=True):
         if index >= len(blobs):
             raise WireError(f"inline blob {index} of a message that has {len(blobs)}")
@@ -320,22 +340,28 @@ def _encode(value: Struct) -> bytes:
         raise WireError(f"cannot write {value!r:.200}: {error}") from None
 
 
-def _within_limit(data: bytes, kind: str) -> bytes:
-    if len(data) > MAX_HEADER_BYTES:
-        raise WireError(
-            f"expected at most {MAX_HEADER_BYTES} bytes of header, a {kind} needs {len(data)}"
-        )
+def _within(limit: int, data: bytes, kind: str) -> bytes:
+    if len(data) > limit:
+        raise WireError(f"expected at most {limit} bytes of header, a {kind} needs {len(data)}")
     return data
 
 
-def _decode(decoder: msgspec.msgpack.Decoder[Any], data: Buffer, what: str) -> Any:
+def _decode(decoder: msgspec.msgpack.Decoder[Any], data: Buffer, what: str, limit: int) -> Any:
     size = memoryview(data).nbytes
-    if size > MAX_HEADER_BYTES:
-        raise WireError(f"expected a {what} of at most {MAX_HEADER_BYTES} bytes, got {size}")
+    if size > limit:
+        raise WireError(f"expected a {what} of at most {limit} bytes, got {size}")
     try:
         return decoder.decode(data)
     except (msgspec.MsgspecError, ValueError, RecursionError) as error:
         raise WireError(f"not a {what}: {error}") from None
+
+
+def _is_deeper(value: object, depth: int) -> bool:
+    if isinstance(value, dict):
+        return depth == 0 or any(_is_deeper(each, depth - 1) for each in value.values())
+    if isinstance(value, list):
+        return depth == 0 or any(_is_deeper(each, depth - 1) for each in value)
+    return False
 
 
 def _version_of(header: Buffer) -> tuple[int, int] | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fedmq.codecs.base import Codec, Encoded, Tensors
+from fedmq.codecs.base import Codec, Encoded, Tensors, brief
 from fedmq.codecs.errors import DecodeError, SpecError
 from fedmq.codecs.raw import DTYPES, Raw, read_table
 
@@ -54,7 +54,7 @@ class Cast(Codec):
         for (name, tensor), dtype in zip(decoded.items(), before, strict=True):
             if tensor.dtype == DTYPES[self.dtype]:
                 if dtype not in (*_WIDE, *_CHOICES):
-                    raise DecodeError(f"tensor {name!r:.100} cannot be widened to {dtype!r:.100}")
+                    raise DecodeError(f"tensor {brief(name)} cannot be widened to {brief(dtype)}")
                 wide[name] = tensor.to(DTYPES[dtype])
             else:
                 wide[name] = tensor

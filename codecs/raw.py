@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import sys
 from collections.abc import Mapping
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedmq.codecs.base import Buffer, Codec, Encoded, Tensors
+from fedmq.codecs.base import Buffer, Codec, Encoded, Tensors, brief
 from fedmq.codecs.errors import CodecError, DecodeError
 from fedmq.codecs.flat import as_flat
 
@@ -29,6 +30,7 @@ DTYPES: Mapping[str, torch.dtype] = {
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _MAX_TENSORS = 100_000
 _MAX_DIMENSIONS = 16
+_MAX_ELEMENTS = 1 << 40
 
 if sys.byteorder != "little":
     raise ImportError("fedmq writes tensors in little-endian order, and this machine is big-endian")
@@ -58,31 +60,22 @@ class Raw(Codec):
 
     def decode(self, encoded: Encoded, max_bytes: int) -> dict[str, Tensor]:
         """Read tensors; they share the memory of the buffers where those are writable."""
+        table = read_table(encoded.meta)
+        total = sum(math.prod(shape) * dtype.itemsize for _, dtype, shape in table)
+        if total > max_bytes:
+            raise DecodeError(f"expected at most {max_bytes} bytes of tensors, got {total}")
         tensors: dict[str, Tensor] = {}
         buffers = iter(encoded.buffers)
-        current: bytearray | memoryview = bytearray()
-        dtype: torch.dtype | None = None
-        offset = total = 0
-        for name, this_dtype, shape in read_table(encoded.meta):
-            count = math.prod(shape)
-            size = count * this_dtype.itemsize
-            total += size
-            if total > max_bytes:
-                raise DecodeError(f"expected at most {max_bytes} bytes of tensors, got {total}")
-            if this_dtype != dtype:
-                _check_used_up(current, offset)
-                current, offset, dtype = _writable(next(buffers, b"")), 0, this_dtype
-            if offset + size > len(current):
-                raise DecodeError(
-                    f"tensor {name!r} needs {size} bytes, {len(current) - offset} are left"
-                )
-            if count:
-                flat = torch.frombuffer(current, dtype=this_dtype, count=count, offset=offset)
-                tensors[name] = flat.view(shape)
-            else:
-                tensors[name] = torch.empty(shape, dtype=this_dtype)
-            offset += size
-        _check_used_up(current, offset)
+        for dtype, rows in itertools.groupby(table, key=lambda row: row[1]):
+            # One vector for the whole run: its slices stay neighbours, and can be added as one.
+            shapes = {name: shape for name, _, shape in rows}
+            count = sum(math.prod(shape) for shape in shapes.values())
+            flat = _vector(next(buffers, b""), dtype, count)
+            start = 0
+            for name, shape in shapes.items():
+                size = math.prod(shape)
+                tensors[name] = flat[start : start + size].view(shape)
+                start += size
         if next(buffers, None) is not None:
             raise DecodeError("more buffers than the table of tensors needs")
         return tensors
@@ -101,18 +94,20 @@ def read_table(meta: Mapping[str, Any]) -> list[tuple[str, torch.dtype, tuple[in
     seen = set()
     for row in table:
         if not (isinstance(row, list | tuple) and len(row) == 3):
-            raise DecodeError(f"expected [name, dtype, shape], got {row!r:.100}")
+            raise DecodeError(f"expected [name, dtype, shape], got {brief(row)}")
         name, dtype, shape = row
         if not isinstance(name, str) or name in seen:
-            raise DecodeError(f"expected a tensor name of its own, got {name!r:.100}")
+            raise DecodeError(f"expected a tensor name of its own, got {brief(name)}")
         if not isinstance(dtype, str) or dtype not in DTYPES:
-            raise DecodeError(f"unknown dtype {dtype!r:.100} of tensor {name!r:.100}")
+            raise DecodeError(f"unknown dtype {brief(dtype)} of tensor {brief(name)}")
         if (
             not isinstance(shape, list | tuple)
             or len(shape) > _MAX_DIMENSIONS
-            or any(type(size) is not int or not 0 <= size < 1 << 40 for size in shape)
+            or any(type(size) is not int or not 0 <= size < _MAX_ELEMENTS for size in shape)
+            # An empty tensor takes no bytes, but torch multiplies its other sizes all the same.
+            or (0 in shape and math.prod(max(size, 1) for size in shape) >= _MAX_ELEMENTS)
         ):
-            raise DecodeError(f"expected a shape for tensor {name!r:.100}, got {shape!r:.100}")
+            raise DecodeError(f"expected a shape for tensor {brief(name)}, got {brief(shape)}")
         seen.add(name)
         rows.append((name, DTYPES[dtype], tuple(shape)))
     return rows
@@ -129,12 +124,13 @@ def _bytes(run: list[Tensor]) -> memoryview:
     return flat.contiguous().view(torch.uint8).numpy().data
 
 
-def _writable(buffer: Buffer) -> bytearray | memoryview:
+def _vector(buffer: Buffer, dtype: torch.dtype, count: int) -> Tensor:
     view = memoryview(buffer).cast("B")
+    if view.nbytes != count * dtype.itemsize:
+        raise DecodeError(
+            f"a buffer has {view.nbytes} bytes, its tensors need {count * dtype.itemsize}"
+        )
+    if not count:
+        return torch.empty(0, dtype=dtype)
     # torch wants memory that it may write to; only small, inline buffers are read-only.
-    return bytearray(view) if view.readonly else view
-
-
-def _check_used_up(buffer: bytearray | memoryview, offset: int) -> None:
-    if offset != len(buffer):
-        raise DecodeError(f"a buffer has {len(buffer)} bytes, its tensors need {offset}")
+    return torch.frombuffer(bytearray(view) if view.readonly else view, dtype=dtype)

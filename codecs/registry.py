@@ -13,7 +13,7 @@ from importlib.metadata import entry_points
 
 from torch import Tensor
 
-from fedmq.codecs.base import MAX_DECODED_BYTES, Codec, Encoded
+from fedmq.codecs.base import MAX_DECODED_BYTES, Codec, Encoded, brief
 from fedmq.codecs.cast import Cast
 from fedmq.codecs.errors import DecodeError, SpecError
 from fedmq.codecs.raw import Raw
@@ -63,7 +63,7 @@ def decode(encoded: Encoded, max_bytes: int = MAX_DECODED_BYTES) -> dict[str, Te
 def _reader(wire_name: str) -> Codec:
     match = _WIRE_NAME.fullmatch(wire_name) if len(wire_name) <= _MAX_WIRE_NAME else None
     if match is None:
-        raise DecodeError(f"expected codec@version(parameters), got {wire_name!r:.100}")
+        raise DecodeError(f"expected codec@version(parameters), got {brief(wire_name)}")
     name, version, parameters = match.groups()
     if name not in codecs():
         raise DecodeError(unknown("codec", name, codecs()))

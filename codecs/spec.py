@@ -9,6 +9,8 @@ from __future__ import annotations
 import ast
 import difflib
 import inspect
+import keyword
+import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -19,6 +21,8 @@ from fedmq.codecs.errors import SpecError
 Value = int | float | str | bool | None
 T = TypeVar("T")
 
+# What a bar can hide in: a quoted string, with its escapes.
+_PIECE = re.compile(r"""'(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*"|\||[^|'"]+|['"]""", re.DOTALL)
 _CALL = re.compile(r"\s*([A-Za-z_][\w-]*)\s*(?:\((.*)\))?\s*", re.DOTALL)
 
 
@@ -43,7 +47,13 @@ def parse(text: str) -> list[Call]:
     Raises:
         SpecError: the text is not of the form ``name(value, key=value) | ...``.
     """
-    return [_parse_call(part, text) for part in text.split("|")]
+    parts = [""]
+    for piece in _PIECE.findall(text):
+        if piece == "|":
+            parts.append("")
+        else:
+            parts[-1] += piece
+    return [_parse_call(part, text) for part in parts]
 
 
 def parse_one(text: str) -> Call:
@@ -113,10 +123,12 @@ def _parse_call(part: str, text: str) -> Call:
     if not isinstance(tree, ast.Call) or not isinstance(tree.func, ast.Name):
         raise SpecError(f"cannot read the arguments of {part.strip()!r} in {text!r}")
     kwargs = {}
-    for keyword in tree.keywords:
-        if keyword.arg is None:
+    for each in tree.keywords:
+        if each.arg is None:
             raise SpecError(f"'**' has no meaning in {part.strip()!r}")
-        kwargs[keyword.arg] = _value(keyword.value, part)
+        if each.arg in kwargs:
+            raise SpecError(f"{each.arg!r} stands twice in {part.strip()!r}")
+        kwargs[each.arg] = _value(each.value, part)
     return Call(name, tuple(_value(a, part) for a in tree.args), kwargs)
 
 
@@ -136,6 +148,9 @@ def _value(node: ast.expr, part: str) -> Value:
 
 
 def _text(value: Value) -> str:
-    if isinstance(value, str) and not value.isidentifier():
+    bare = isinstance(value, str) and value.isascii() and value.isidentifier()
+    if isinstance(value, str) and (not bare or keyword.iskeyword(value)):
         return repr(value)
+    if isinstance(value, float) and math.isinf(value):
+        return "1e999" if value > 0 else "-1e999"  # the word inf would be read as a string
     return str(value)

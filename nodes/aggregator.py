@@ -41,10 +41,12 @@ Action = Post | Tick | Done | Finish
 
 @dataclass
 class _Flight:
-    """A task that is out."""
+    """A task that is out: for which client, made from which version, sent to which node."""
 
     client: int
     version: int
+    node: str
+    overdue: bool = False
 
 
 @dataclass
@@ -62,8 +64,10 @@ class _Version:
     gathered: Any
     order: list[str] = field(default_factory=list)
     """Ids of the tasks sent, in cohort order."""
-    held: dict[str, tuple[Inbound, float]] = field(default_factory=dict)
-    """Results that wait for the ones before them: (message, weight)."""
+    held: dict[str, tuple[Inbound, float, int]] = field(default_factory=dict)
+    """Results that wait for the ones before them: (message, weight, client)."""
+    contributed: set[int] = field(default_factory=set)
+    """In a synchronous round, clients whose result is in hand: nobody counts twice."""
     absorbed: int = 0
     weights: float = 0.0
     started: int = 0
@@ -122,6 +126,8 @@ class Aggregator:
                     self._left(message)
                 case "tick":
                     self._tick(str(message.body.get("token")), out)
+                case "failed" if message.re in self._evaluating:
+                    reason = self._score(message)
                 case "result" | "failed":
                     held = self._result(event, out)
                     if held is None:
@@ -158,7 +164,10 @@ class Aggregator:
 
     def _tick(self, token: str, out: list[Action]) -> None:
         if token == f"deadline/{self.version}":
+            # Nobody is awaited any longer: if results are still missing, others are drawn.
             self._current.deadline_passed = True
+            for flight in self._flights.values():
+                flight.overdue |= flight.version == self.version
         elif token == _FINAL and self._finishing:
             self._end(out)
 
@@ -171,16 +180,19 @@ class Aggregator:
         if flight is None or message.re is None:
             self._counts.refused += 1
             return f"no task {message.re!r} is out"
-        if self._hosts.get(flight.client) not in (None, message.sender):
+        if message.sender not in (flight.node, self._hosts.get(flight.client)):
             self._counts.refused += 1
-            return f"task {message.re!r} is with {self._hosts[flight.client]}"
+            return f"task {message.re!r} is not with {message.sender}"
         del self._flights[message.re]
         if message.kind == "failed":
             self._counts.dropped += 1
             return ""
         staleness = self.version - flight.version
         try:
-            n = examples_of(numbers_of(message))
+            numbers = numbers_of(message)
+            n = examples_of(numbers)
+            if numbers.get("reply", self._schedule.reply) != self._schedule.reply:
+                raise ResultError(f"expected reply {self._schedule.reply!r}")
         except (ResultError, CodecError) as error:
             self._counts.refused += 1
             return str(error)
@@ -190,7 +202,8 @@ class Aggregator:
             return f"too stale: {staleness} versions behind"
         self._current.staleness.append(staleness)
         if self._schedule.ordered and not staleness:
-            self._current.held[message.re] = (inbound, weight)
+            self._current.held[message.re] = (inbound, weight, flight.client)
+            self._current.contributed.add(flight.client)
             self._absorb_in_order(out)
             return None
         return self._absorb(inbound, weight)
@@ -200,8 +213,11 @@ class Aggregator:
         current = self._current
         for name in current.order:
             if name in current.held:
-                inbound, weight = current.held.pop(name)
-                out.append(Done(inbound.seq, self._absorb(inbound, weight)))
+                inbound, weight, client = current.held.pop(name)
+                refused = self._absorb(inbound, weight)
+                if refused:
+                    current.contributed.discard(client)
+                out.append(Done(inbound.seq, refused))
             elif not everything and name in self._flights and self._reachable(name):
                 return
 
@@ -226,6 +242,8 @@ class Aggregator:
         match message.body:
             case {"metrics": {"accuracy": float(accuracy)}}:
                 pass
+            case _ if message.kind == "failed":
+                return ""
             case {"metrics": dict()}:
                 return ""
             case _:
@@ -258,7 +276,10 @@ class Aggregator:
             clients=self._setup.problem.clients,
             flying=len(reachable),
             started=current.started,
-            outstanding=sum(self._flights[name].version == self.version for name in reachable),
+            outstanding=sum(
+                flight.version == self.version and not flight.overdue
+                for flight in map(self._flights.__getitem__, reachable)
+            ),
             results=current.absorbed + len(current.held),
             deadline_passed=current.deadline_passed,
         )
@@ -268,7 +289,10 @@ class Aggregator:
 
     def _start_tasks(self, out: list[Action]) -> None:
         current = self._current
-        for client in self._draw(self._schedule.wants(self._view())):
+        clients = self._draw(self._schedule.wants(self._view()))
+        if clients and (current.deadline_passed or not current.started):
+            self._ask_deadline(out)
+        for client in clients:
             packed = self._pack_task(client)
             body = {
                 **packed.body,
@@ -277,7 +301,7 @@ class Aggregator:
                 "reply": self._schedule.reply,
             }
             name = self._post(out, "task", f"client/{client}", body, packed)
-            self._flights[name] = _Flight(client, self.version)
+            self._flights[name] = _Flight(client, self.version, self._hosts[client])
             current.order.append(name)
             current.started += 1
 
@@ -286,7 +310,7 @@ class Aggregator:
         if not count:
             return []
         busy = {flight.client for flight in self._flights.values()}
-        idle = sorted(set(self._hosts) - busy)
+        idle = sorted(set(self._hosts) - busy - self._current.contributed)
         if len(idle) <= count:
             return idle
         current = self._current
@@ -327,8 +351,10 @@ class Aggregator:
         every = self._settings.evaluate_every
         if every and self.version % every == 0:
             self._evaluate(out)
+
+    def _ask_deadline(self, out: list[Action]) -> None:
         deadline = self._schedule.deadline()
-        if deadline is not None and not self._finishing:
+        if deadline is not None:
             out.append(Tick(f"deadline/{self.version}", deadline))
 
     def _evaluate(self, out: list[Action]) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fedmq.algorithms.base import Payload
 from fedmq.broker.wire import Blob, Buffer, Message
-from fedmq.codecs.base import Codec, Encoded
+from fedmq.codecs.base import Codec, Encoded, brief
 from fedmq.codecs.errors import DecodeError
 from fedmq.codecs.raw import Raw
 from fedmq.codecs.registry import decode
@@ -90,9 +90,9 @@ def unpack(message: Message, read: Read) -> Payload:
             }:
                 pass
             case _:
-                raise DecodeError(f"expected a group of tensors, got {group!r:.100}")
+                raise DecodeError(f"expected a group of tensors, got {brief(group)}")
         if name not in found or found[name]:
-            raise DecodeError(f"expected each of weights and exact at most once, got {name!r:.100}")
+            raise DecodeError(f"expected each of weights and exact at most once, got {brief(name)}")
         if not 0 <= count <= len(message.blobs) - first:
             raise DecodeError(f"group {name!r} has {count} buffers, the message has fewer")
         buffers = [read(index) for index in range(first, first + count)]

@@ -15,6 +15,7 @@ from fedmq.algorithms.base import Payload, Reply, Task
 from fedmq.algorithms.rng import derive_rng, derive_seed
 from fedmq.broker.state import AGGREGATOR
 from fedmq.broker.wire import Message
+from fedmq.codecs.base import brief
 from fedmq.codecs.errors import CodecError
 from fedmq.nodes.inbox import Done, Inbound, Post
 from fedmq.nodes.payload import pack, unpack
@@ -133,7 +134,7 @@ class Worker:
     def _client_of(self, message: Message) -> int:
         client = message.body.get("client")
         if not isinstance(client, int) or not any(a <= client <= b for a, b in self._clients):
-            raise ValueError(f"client {client!r:.100} is not hosted by {self._node}")
+            raise ValueError(f"client {brief(client)} is not hosted by {self._node}")
         return client
 
     def _trained(self, event: Trained, out: list[Action]) -> None:

@@ -1,0 +1,39 @@
+"""Receipts: cumulative, and a little late, because nobody waits for them."""
+
+from __future__ import annotations
+
+import math
+
+from fedmq.broker.state import Node, Send
+from fedmq.broker.wire import Receipt
+
+RECEIPT_WITHIN_S = 0.02
+"""One receipt tells of all the frames of this long."""
+
+
+class Receipts:
+    """Which nodes are owed a receipt, and by when.
+
+    Attributes:
+        due: when the oldest receipt owed is to go out; infinite if none is.
+    """
+
+    def __init__(self) -> None:
+        self.due = math.inf
+        self._owed: dict[int, Node] = {}
+
+    def owe(self, node: Node, now: float) -> None:
+        """Note that a frame of this node has taken effect, or had before."""
+        self._owed[id(node)] = node
+        self.due = min(self.due, now + RECEIPT_WITHIN_S)
+
+    def take(self) -> list[Send]:
+        """Return all receipts that are owed."""
+        sends = []
+        for node in self._owed.values():
+            settled = node.parked[0].frame.n if node.parked else node.next_n
+            if settled:
+                sends.append(Send(node.peer, Receipt(upto=settled - 1)))
+        self._owed.clear()
+        self.due = math.inf
+        return sends

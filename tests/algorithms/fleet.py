@@ -1,0 +1,164 @@
+"""A whole run in memory: the Aggregator and Worker cores, and nothing between them."""
+
+from fedmq.algorithms.base import Client
+from fedmq.broker.wire import Blob, Message, decode_message, encode_message
+from fedmq.nodes.aggregator import Aggregator, Start
+from fedmq.nodes.config import build
+from fedmq.nodes.inbox import Done, Finish, Inbound, Post, Tick
+from fedmq.nodes.setup import set_up
+from fedmq.nodes.worker import Evaluate, Evaluated, Failed, Train, Trained, Worker
+
+
+def make_setup(schedule, problem="Tiny", clients=2, codec="raw", algorithm=None, **run):
+    """Return what a configuration with a user's own problem is set up to."""
+    return set_up(
+        build(
+            {
+                "run": {"versions": 3, "evaluate_every": 0, **run},
+                "problem": {"name": f"tests.algorithms.tiny:{problem}", "clients": clients},
+                "algorithm": {"name": "fedavg", "epochs": 1, **(algorithm or {})},
+                "schedule": schedule,
+                "codec": {"up": codec},
+            }
+        )
+    )
+
+
+class Fleet:
+    """One aggregator, and a worker for each client: ``w0`` hosts client 0, and so on.
+
+    Attributes:
+        tasks: (message, data) of the tasks that are out, oldest first.
+        records: messages that are kept, not delivered.
+        done: reason (or "") by the number of the message that was dealt with.
+        finished: why the run ended, or None.
+    """
+
+    def __init__(self, setup, *, join=True):
+        self.setup = setup
+        self.core = Aggregator(setup, "run", "aggregator")
+        self.workers = {
+            f"w{k}": Worker(setup, "run", f"w{k}", [(k, k)]) for k in range(setup.problem.clients)
+        }
+        self.evaluator = Worker(setup, "run", "evaluator")
+        self.tasks, self.evaluations, self.records, self.ticks = [], [], [], []
+        self.done, self.finished, self.seq = {}, None, 0
+        self.act(self.core.handle(Start()))
+        if join:
+            for k in range(setup.problem.clients):
+                self.join(k)
+
+    # ---- what the aggregator hears
+
+    def hear(self, message, data=()):
+        """Put a message into the aggregator's inbox; return its number."""
+        self.seq += 1
+        seq = self.seq
+        self.act(
+            self.core.handle(Inbound(seq, float(seq), over_the_wire(message), data.__getitem__))
+        )
+        return seq
+
+    def reason(self, message, data=()):
+        """Return why a message was refused, or ""; None if nothing has been said of it yet."""
+        return self.done.get(self.hear(message, data))
+
+    def say(self, kind, body, sender="broker", re=None):
+        """Put a message without data into the aggregator's inbox; return its number."""
+        name = f"{sender}/{self.seq}"
+        return self.hear(
+            Message(kind=kind, id=name, run="run", sender=sender, to="aggregator", re=re, body=body)
+        )
+
+    def join(self, k):
+        """Worker k joins, with client k."""
+        return self.say("joined", {"node": f"w{k}", "role": "worker", "clients": [[k, k]]})
+
+    def join_evaluator(self):
+        """The evaluator joins."""
+        return self.say("joined", {"node": "evaluator", "role": "evaluator", "clients": []})
+
+    def leave(self, node):
+        """A node's lease lapses."""
+        return self.say("left", {"node": node, "reason": "lease"})
+
+    # ---- what it says
+
+    def act(self, actions):
+        """Sort out what the aggregator wants done."""
+        for action in actions:
+            match action:
+                case Post(message, data) if message.kind == "task":
+                    self.tasks.append((message, data))
+                case Post(message, data) if message.kind == "evaluate":
+                    self.evaluations.append((message, data))
+                case Post(message):
+                    self.records.append(message)
+                case Tick(token):
+                    self.ticks.append(token)
+                case Done(seq, refused):
+                    assert seq not in self.done, "a message was dealt with twice"
+                    self.done[seq] = refused
+                case Finish(reason):
+                    assert self.finished is None, "the run ended twice"
+                    self.finished = reason
+
+    # ---- what the others do
+
+    def work(self, message, data):
+        """Return (message, data) of what comes of a task, from whoever hosts its client."""
+        worker = self.workers[f"w{message.body['client']}"]
+        (train,) = worker.handle(Inbound(0, 0.0, over_the_wire(message), data.__getitem__))
+        assert isinstance(train, Train)
+        problem = self.setup.problem
+        at = Client(train.client, problem, problem.client(train.client), train.local, train.seed)
+        payload, local = self.setup.algorithm.train(train.task, at)
+        (post,) = worker.handle(Trained(payload, local, 0.0))
+        return post.message, post.data
+
+    def score(self, message, data, *, fails=False):
+        """Return what the evaluator says to an evaluation."""
+        (action,) = self.evaluator.handle(Inbound(0, 0.0, over_the_wire(message), data.__getitem__))
+        assert isinstance(action, Evaluate)
+        metrics = self.setup.algorithm.evaluate(action.task, self.setup.problem, "cpu")
+        (post,) = self.evaluator.handle(Failed("no memory") if fails else Evaluated(metrics))
+        return post.message
+
+    def run(self, rng=None, limit=1000):
+        """Work on tasks, one after the other or in random order, until the run ends."""
+        for _ in range(limit):
+            if self.finished is not None or not self.tasks:
+                return self
+            index = rng.randrange(len(self.tasks)) if rng else 0
+            self.hear(*self.work(*self.tasks.pop(index)))
+        raise AssertionError("the run does not end")
+
+    @property
+    def versions(self):
+        """Return the records of the committed versions."""
+        return [each.body for each in self.records if each.kind == "version"]
+
+    @property
+    def counts(self):
+        """Return (used, stale, refused, dropped)."""
+        counts = self.core._counts
+        return counts.used, counts.stale, counts.refused, counts.dropped
+
+
+def over_the_wire(message):
+    """Return a message as it arrives."""
+    return decode_message(encode_message(message))
+
+
+def changed(message, **fields):
+    """Return a message with some fields replaced, its body's keys among them."""
+    body = {**message.body, **fields.pop("body", {})}
+    names = ("kind", "id", "run", "sender", "to", "re", "blobs")
+    kept = {name: getattr(message, name) for name in names}
+    return Message(**{**kept, "body": body, **fields})
+
+
+def with_data(message, data, **fields):
+    """Return (message, data) of a message that carries other bytes."""
+    blobs = tuple(Blob.of(each) for each in data)
+    return changed(message, blobs=blobs, **fields), tuple(data)

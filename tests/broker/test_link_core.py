@@ -1,0 +1,403 @@
+import msgspec
+import pytest
+
+from fedmq.broker.errors import WireError
+from fedmq.broker.link import (
+    DONE_WITHIN_S,
+    HELLO_AGAIN_S,
+    Admitted,
+    Deliveries,
+    Ended,
+    Fetch,
+    Fetched,
+    Link,
+    Outgoing,
+    Received,
+    RefusedBack,
+    Say,
+    Send,
+    Wake,
+)
+from fedmq.broker.wire import (
+    CHUNK_BYTES,
+    INLINE_BYTES,
+    MAX_HEADER_BYTES,
+    Beat,
+    Blob,
+    Bye,
+    Chunk,
+    Deliver,
+    Done,
+    Hello,
+    Message,
+    Over,
+    Post,
+    Receipt,
+    Refused,
+    Reject,
+    Stranger,
+    Tick,
+    Wait,
+    Want,
+    Welcome,
+    decode_frame,
+    digest,
+    encode_frame,
+    encode_message,
+)
+
+HELLO = Hello(node="w1", role="worker", session="s1", clients=((0, 4),))
+WELCOME = Welcome(run="r", beat_s=1.0, lease_s=10.0)
+
+
+def message(number=0, blobs=(), **more):
+    fields = {"kind": "note", "run": "r", "sender": "w1", "to": "aggregator", **more}
+    return Message(id=f"w1/{number}", blobs=tuple(Blob.of(each) for each in blobs), **fields)
+
+
+def outgoing(number=0, *blobs, consumes=(), **more):
+    return Outgoing(message(number, blobs, **more), blobs, consumes)
+
+
+def deliver(seq, *blobs, buffers=None, sender="agg"):
+    names = tuple(Blob.of(each) for each in blobs)
+    note = Message(kind="note", id=f"a/{seq}", run="r", sender=sender, to="client/0", blobs=names)
+    inline = tuple(range(len(blobs)))
+    frame = Deliver(seq=seq, at=float(seq), message=encode_message(note), inline=inline)
+    return Received(frame, blobs if buffers is None else buffers)
+
+
+def frames(actions, kind=object):
+    sent = [action.frame for action in actions if isinstance(action, Send)]
+    return [frame for frame in sent if isinstance(frame, kind)]
+
+
+def tick(token, after_s):
+    return Tick(token=token, after_s=after_s)
+
+
+def heard(link, frame, *buffers, now=0.0):
+    return link.handle(Received(frame, buffers), now)
+
+
+@pytest.fixture
+def link():
+    """A link that has just been welcomed, at time 0."""
+    core = Link(HELLO)
+    core.handle(Wake(), 0.0)
+    heard(core, WELCOME)
+    return core
+
+
+def test_hello_is_said_again_until_the_broker_answers():
+    link = Link(HELLO)
+    assert frames(link.handle(Wake(), 0.0)) == [HELLO]
+    assert link.deadline == HELLO_AGAIN_S
+    assert link.handle(Wake(), HELLO_AGAIN_S / 2) == []
+    assert frames(link.handle(Wake(), HELLO_AGAIN_S)) == [HELLO]
+    assert heard(link, Wait(reason="no run"), now=1.5) == []
+    assert frames(link.handle(Wake(), 2.0)) == [HELLO]
+    assert heard(link, WELCOME, now=2.1) == [Admitted(WELCOME)]
+    assert link.handle(Wake(), 2.9) == []
+    assert heard(link, WELCOME, now=2.9) == []
+
+
+def test_what_is_posted_before_the_welcome_goes_out_with_it():
+    link = Link(HELLO)
+    assert link.handle(outgoing(0, b"abc"), 0.0) == []
+    assert link.handle(Say(tick("t", 1.0)), 0.0) == []
+    actions = heard(link, WELCOME)
+    assert [type(frame) for frame in frames(actions)] == [Post, Tick]
+    assert actions[1].buffers == [b"abc"]
+
+
+def test_posts_are_counted_and_sent_again_after_a_reconnect_until_they_are_receipted(link):
+    sent = [frames(link.handle(outgoing(number), 0.0))[0] for number in range(4)]
+    assert [post.n for post in sent] == [0, 1, 2, 3]
+    assert link.unreceipted == 4
+    heard(link, Receipt(upto=1))
+    assert link.unreceipted == 2
+    assert frames(heard(link, Stranger(), now=0.1)) == [msgspec.structs.replace(HELLO, first=2)]
+    assert link.handle(outgoing(4), 0.1) == []
+    again = frames(heard(link, WELCOME, now=0.2), Post)
+    assert [post.n for post in again] == [2, 3, 4]
+    assert again[:2] == sent[2:]
+    heard(link, Receipt(upto=4))
+    assert frames(heard(link, WELCOME, now=0.2)) == []
+
+
+def test_many_strangers_are_answered_by_one_hello(link):
+    """Each frame that was on its way draws one; each Hello would draw all posts again."""
+    for number in range(20):
+        link.handle(outgoing(number), 0.0)
+    hellos = [
+        hello for _ in range(20) for hello in frames(heard(link, Stranger(), now=0.01), Hello)
+    ]
+    assert len(hellos) == 1
+
+
+def test_a_delivery_is_handed_on_once(link):
+    [action] = link.handle(deliver(7, b"model"), 1.0)
+    assert isinstance(action, Deliveries)
+    delivery = action.delivery
+    assert (delivery.seq, delivery.at, delivery.message.id) == (7, 7.0, "a/7")
+    assert delivery.inline == {0: b"model"}
+    for now in (1.0, 2.0):
+        assert link.handle(deliver(7, b"model"), now) == []
+    assert len(link.handle(deliver(8), 2.0)) == 1
+
+
+@pytest.mark.parametrize(
+    "event",
+    [
+        deliver(3, b"model", buffers=[b"other"]),
+        deliver(3, b"model", buffers=[]),
+        Received(Deliver(seq=3, at=0.0, message=b"\xc1")),
+    ],
+    ids=["other bytes", "no bytes", "no message"],
+)
+def test_a_delivery_that_cannot_be_read_is_refused_once(link, event):
+    [done] = frames(link.handle(event, 0.0))
+    assert list(done.refused) == [3]
+    assert link.handle(event, 0.0) == []
+
+
+def test_done_waits_a_little_for_company_and_goes_out_alone_then(link):
+    link.handle(deliver(3), 0.5)
+    link.handle(deliver(4), 0.5)
+    assert link.handle(Say(Done(seqs=(3,))), 0.5) == []
+    assert link.handle(Say(Done(seqs=(4,))), 0.51) == []
+    assert link.deadline == 0.5 + DONE_WITHIN_S
+    assert frames(link.handle(Wake(), 0.5 + DONE_WITHIN_S)) == [Done(n=0, seqs=(3, 4))]
+    assert link.handle(Wake(), 0.6) == []
+
+
+def test_done_travels_with_the_next_post(link):
+    link.handle(deliver(3), 0.0)
+    link.handle(deliver(4), 0.0)
+    link.handle(Say(Done(seqs=(3,))), 0.0)
+    [post] = frames(link.handle(outgoing(0, consumes=(4,)), 0.0))
+    assert post.consumes == (4, 3)
+    assert link.handle(Wake(), DONE_WITHIN_S * 2) == []
+
+
+@pytest.mark.parametrize(
+    "frame",
+    [
+        Done(seqs=(3,)),
+        Done(refused={3: "odd"}),
+        tick("deadline", 5.0),
+        Over(reason="done"),
+    ],
+    ids=["done", "refusal", "tick", "over"],
+)
+def test_a_word_that_was_lost_with_the_connection_is_said_again_until_it_is_receipted(link, frame):
+    """A tick that is never asked for never comes, and a schedule waits for it for ever."""
+    link.handle(deliver(3), 0.0)
+    said = frames(link.handle(Say(frame), 0.0) + link.handle(Wake(), DONE_WITHIN_S))
+    assert said == [frame]
+    heard(link, Stranger(), now=0.1)
+    assert frames(heard(link, WELCOME, now=0.2)) == [frame]
+    assert link.handle(deliver(3), 0.2) == []
+    heard(link, Receipt(upto=0), now=0.3)
+    assert frames(heard(link, WELCOME, now=0.4)) == []
+
+
+def test_any_number_of_refusals_fits_the_frames_that_say_them(link):
+    reasons = dict.fromkeys(range(40), "€" * 2000)
+    said = frames(link.handle(Say(Done(refused=reasons)), 0.0))
+    assert {seq for frame in said for seq in decode_frame(encode_frame(frame)).refused} == set(
+        reasons
+    )
+
+
+@pytest.mark.parametrize("last", [Over(reason="done"), Bye()])
+def test_what_is_done_with_is_said_before_the_last_word(link, last):
+    """After it nobody listens, and the ledger would end with messages pending that were used."""
+    link.handle(deliver(3), 0.0)
+    link.handle(Say(Done(seqs=(3,))), 0.0)
+    assert frames(link.handle(Say(last), 0.0)) == (
+        [Done(n=0, seqs=(3,)), last if isinstance(last, Bye) else Over(n=1, reason="done")]
+    )
+
+
+def test_a_quiet_link_beats(link):
+    assert link.deadline == 1.0
+    assert link.handle(Wake(), 0.9) == []
+    assert frames(link.handle(Wake(), 1.0)) == [Beat()]
+    heard(link, Beat(), now=1.01)
+    link.handle(outgoing(), 1.5)
+    assert link.handle(Wake(), 2.4) == []
+    assert frames(link.handle(Wake(), 2.5)) == [Beat()]
+
+
+def test_a_broker_that_is_silent_for_a_lease_is_greeted_anew(link):
+    now = 0.0
+    while now < 9.5:
+        now += 0.5
+        assert frames(link.handle(Wake(), now), Hello) == []
+    assert link.deadline == 10.0
+    assert frames(link.handle(Wake(), 10.0)) == [HELLO]
+    assert frames(link.handle(Wake(), 11.0)) == [HELLO]
+    assert link.handle(outgoing(), 11.1) == []
+    assert [type(each) for each in frames(heard(link, WELCOME, now=11.2))] == [Post]
+
+
+def test_small_blobs_travel_with_the_first_post_that_names_them(link):
+    first, second = link.handle(outgoing(0, b"model", b"own"), 0.0) + link.handle(
+        outgoing(1, b"model", b"other"), 0.0
+    )
+    assert (first.frame.inline, first.buffers) == ((0, 1), [b"model", b"own"])
+    assert (second.frame.inline, second.buffers) == ((1,), [b"other"])
+
+
+def test_blobs_are_served_until_their_last_post_is_receipted(link):
+    data = bytes(range(256)) * (INLINE_BYTES // 256 + 1)
+    for number in range(2):
+        [sent] = link.handle(outgoing(number, data), 0.0)
+        assert (sent.frame.inline, sent.buffers) == ((), [])
+    want = Want(owner="w1", digest=digest(data), start=256, size=300)
+    reply = Chunk(owner="w1", digest=digest(data), start=256)
+    for receipt in (None, 0):
+        if receipt is not None:
+            heard(link, Receipt(upto=receipt))
+        [sent] = heard(link, want)
+        assert (sent.frame, bytes(sent.buffers[0])) == (reply, data[256:556])
+    heard(link, Receipt(upto=1))
+    assert heard(link, want) == [Send(reply, ())]
+
+
+def test_only_its_own_blobs_and_only_what_there_is_of_them_are_served(link):
+    link.handle(outgoing(0, b"abc"), 0.0)
+    for want in (
+        Want(owner="w2", digest=digest(b"abc"), start=0, size=3),
+        Want(owner="w1", digest=digest(b"xyz"), start=0, size=3),
+        Want(owner="w1", digest=digest(b"abc"), start=1, size=3),
+    ):
+        [sent] = heard(link, want)
+        assert sent.buffers == ()
+
+
+def serve(link, actions, data, now=0.0):
+    """Answer a link's wants, and theirs, from these bytes; returns what is not a Send."""
+    others = []
+    queue = list(actions)
+    while queue:
+        action = queue.pop(0)
+        if isinstance(action, Send) and isinstance(action.frame, Want):
+            want = action.frame
+            piece = data[want.start : want.start + want.size]
+            queue += heard(
+                link, Chunk(owner=want.owner, digest=want.digest, start=want.start), piece, now=now
+            )
+        else:
+            others.append(action)
+    return others
+
+
+@pytest.mark.parametrize("size", [1, CHUNK_BYTES, CHUNK_BYTES + 1, 6 * CHUNK_BYTES + 7])
+def test_a_fetch_assembles_the_chunks(link, size):
+    data = (bytes(range(251)) * (size // 251 + 1))[:size]
+    blob = Blob.of(data)
+    actions = link.handle(Fetch("agg", blob), 0.0)
+    assert link.handle(Fetch("agg", blob), 0.0) == []
+    assert len(actions) == min(4, -(-size // CHUNK_BYTES))
+    [fetched] = serve(link, actions, data)
+    assert (fetched.owner, fetched.blob, bytes(fetched.data)) == ("agg", blob, data)
+
+
+def test_an_empty_blob_is_fetched_without_asking(link):
+    assert link.handle(Fetch("agg", Blob.of(b"")), 0.0) == [Fetched("agg", Blob.of(b""), b"")]
+
+
+def test_a_fetch_of_what_nobody_holds_or_of_wrong_bytes_yields_nothing(link):
+    blob = Blob.of(b"right")
+    link.handle(Fetch("agg", blob), 0.0)
+    chunk = Chunk(owner="agg", digest=blob.digest, start=0)
+    assert heard(link, chunk) == [Fetched("agg", blob, None)]
+    link.handle(Fetch("agg", blob), 0.0)
+    assert heard(link, chunk, b"wrong") == [Fetched("agg", blob, None)]
+    [fetched] = serve(link, link.handle(Fetch("agg", blob), 0.0), b"right")
+    assert bytes(fetched.data) == b"right"
+
+
+def test_a_fetch_goes_on_after_a_reconnect_from_where_it_was(link):
+    data = bytes(6 * CHUNK_BYTES)
+    blob = Blob.of(data)
+    link.handle(Fetch("agg", blob), 0.0)
+    for start in (0, CHUNK_BYTES):
+        chunk = Chunk(owner="agg", digest=blob.digest, start=start)
+        heard(link, chunk, data[:CHUNK_BYTES])
+    heard(link, Stranger(), now=0.1)
+    actions = heard(link, WELCOME, now=0.2)
+    assert [want.start // CHUNK_BYTES for want in frames(actions, Want)] == [2, 3, 4, 5]
+    [fetched] = serve(link, actions, data)
+    assert bytes(fetched.data) == data
+
+
+def test_a_refusal_is_handed_to_the_node(link):
+    assert heard(link, Refused(id="w1/3", reason="odd")) == [RefusedBack("w1/3", "odd")]
+
+
+@pytest.mark.parametrize(
+    ("frame", "rejected"), [(Reject(code="name", reason="why"), True), (Over(reason="why"), False)]
+)
+def test_a_link_ends_when_it_is_rejected_or_its_run_is_over(link, frame, rejected):
+    actions = heard(link, frame)
+    assert actions[-1] == Ended("why", rejected=rejected)
+    assert frames(actions) == ([] if rejected else [Bye(reason="the run is over")])
+    assert link.deadline is None
+    assert link.handle(Wake(), 100.0) == []
+    assert link.handle(outgoing(), 100.0) == []
+    assert heard(link, WELCOME) == []
+
+
+def test_a_message_that_cannot_be_sent_is_an_error_at_once_and_leaves_nothing_behind(link):
+    link.handle(deliver(3), 0.0)
+    link.handle(Say(Done(seqs=(3,))), 0.0)
+    with pytest.raises(WireError, match="expected at most"):
+        link.handle(outgoing(0, body={"x": bytes(MAX_HEADER_BYTES)}), 0.0)
+    assert link.unreceipted == 0
+    [post] = frames(link.handle(outgoing(1), 0.0))
+    assert (post.n, post.consumes) == (0, (3,))
+
+
+@pytest.mark.parametrize("dones", [0, 1000])
+def test_whatever_a_link_takes_it_can_send(link, dones):
+    """A message within its own limit, with all that is put around it."""
+    for seq in range(dones):
+        link.handle(deliver((1 << 40) + seq), 0.0)
+        link.handle(Say(Done(seqs=((1 << 40) + seq,))), 0.0)
+    room = MAX_HEADER_BYTES
+    while True:
+        event = outgoing(0, body={"x": bytes(room)})
+        room -= 1
+        try:
+            encode_message(event.message)
+        except WireError:
+            continue
+        break
+    try:
+        actions = link.handle(event, 0.0)
+    except WireError:
+        assert link.unreceipted == 0
+    else:
+        for frame in frames(actions):
+            encode_frame(frame)
+
+
+def test_what_was_done_with_is_forgotten_in_the_end(link):
+    """A node lives for millions of messages; its link must not grow with each of them."""
+
+    def size():
+        return sum(len(each) for each in vars(link).values() if hasattr(each, "__len__"))
+
+    sizes = []
+    for start in (0, 1000, 2000):
+        for seq in range(start, start + 1000):
+            link.handle(deliver(seq), float(seq))
+            link.handle(Say(Done(seqs=(seq,))), float(seq))
+            link.handle(Wake(), seq + 0.5)
+            heard(link, Receipt(upto=seq), now=seq + 0.6)
+        sizes.append(size())
+    assert sizes[2] < sizes[1] + 500

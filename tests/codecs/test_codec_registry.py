@@ -1,0 +1,99 @@
+"""The registry of codecs: by spec for writing, by the name on the wire for reading."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from fedmq.codecs import registry
+from fedmq.codecs.base import Encoded
+from fedmq.codecs.cast import Cast
+from fedmq.codecs.errors import CodecError, DecodeError, SpecError
+from fedmq.codecs.raw import Raw
+from fedmq.codecs.registry import codecs, decode, make_codec
+
+
+def test_codecs_are_made_by_spec():
+    assert isinstance(make_codec("raw"), Raw)
+    assert isinstance(make_codec(" cast( float16 ) "), Cast)
+    assert make_codec("cast(dtype=bfloat16)").wire_name == "cast@1(bfloat16)"
+    assert make_codec("raw").wire_name == "raw@1"
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("rwa", r"unknown codec 'rwa' \(did you mean 'raw'\?\); choose from cast, raw"),
+        ("zip", "unknown codec 'zip'; choose from cast, raw"),
+        ("raw(1)", r"codec 'raw\(1\)': too many positional arguments; expected raw"),
+        ("cast", r"missing a required argument: 'dtype'; expected cast\(dtype\)"),
+        ("cast(type=float16)", r"expected cast\(dtype\)"),
+        ("cast(16)", "dtype must be float16 or bfloat16, got 16"),
+        ("raw | raw", r"expected one name\(\.\.\.\), got 2"),
+        ("", "expected name"),
+    ],
+)
+def test_an_unknown_codec_or_parameter_is_answered_with_the_choices(spec, message):
+    with pytest.raises(SpecError, match=message):
+        make_codec(spec)
+
+
+@pytest.mark.parametrize("spec", ["raw", "cast(float16)", "cast(bfloat16)"])
+def test_decoding_needs_nothing_but_the_message(spec):
+    encoded = make_codec(spec).encode({"w": torch.tensor([1.0, 2.0])}, seed=7)
+    message = Encoded(str(encoded.codec), dict(encoded.meta), [bytes(b) for b in encoded.buffers])
+    registry._reader.cache_clear()
+    assert decode(message)["w"].tolist() == [1.0, 2.0]
+
+
+@pytest.mark.parametrize(
+    ("wire_name", "message"),
+    [
+        ("raw@2", "codec raw here has version 1, not 2"),
+        ("cast@7(float16)", "codec cast here has version 1, not 7"),
+        ("raw", r"expected codec@version\(parameters\), got 'raw'"),
+        ("raw@", r"expected codec@version\(parameters\)"),
+        ("raw@1 ", r"expected codec@version\(parameters\)"),
+        ("raw@1" + " " * 2000, r"expected codec@version\(parameters\)"),
+        ("zip@1", "unknown codec 'zip'; choose from cast, raw"),
+        ("cast@1", "missing a required argument: 'dtype'"),
+        ("cast@1(float8)", "dtype must be float16 or bfloat16"),
+        ("raw@1(1)", "too many positional arguments"),
+        ("cast@1(float16) | raw()", "expected one name"),
+    ],
+)
+def test_a_wire_name_that_cannot_be_read_is_a_decode_error(wire_name, message):
+    with pytest.raises(DecodeError, match=message):
+        decode(Encoded(wire_name, {"tensors": [], "dtypes": []}, []))
+
+
+def test_every_error_is_a_codec_error():
+    assert issubclass(SpecError, CodecError)
+    assert issubclass(DecodeError, CodecError)
+    assert issubclass(CodecError, ValueError)
+
+
+class Other(Raw):
+    name = "other"
+
+
+def entry(name, loaded):
+    """Return an entry point as importlib.metadata does."""
+    return SimpleNamespace(name=name, value=f"elsewhere:{name}", load=lambda: loaded)
+
+
+def test_installed_extensions_are_codecs_too(monkeypatch):
+    monkeypatch.setattr(registry, "entry_points", lambda group: [entry("other", Other)])
+    assert dict(codecs.__wrapped__()) == {"raw": Raw, "cast": Cast, "other": Other}
+
+
+def test_an_extension_cannot_take_the_name_of_another_codec(monkeypatch):
+    monkeypatch.setattr(registry, "entry_points", lambda group: [entry("raw", Other)])
+    with pytest.raises(SpecError, match="two codecs are named 'raw'; one is elsewhere:raw"):
+        codecs.__wrapped__()
+
+
+def test_an_extension_must_be_a_codec_class(monkeypatch):
+    monkeypatch.setattr(registry, "entry_points", lambda group: [entry("other", dict)])
+    with pytest.raises(SpecError, match=r"'other' of fedmq\.codecs is not a Codec class"):
+        codecs.__wrapped__()

@@ -1,0 +1,251 @@
+"""Real processes, real sockets, real data: what a user starts, and how it ends."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+import torch
+
+from fedmq.broker.ledger import Accepted, Consumed, Refusal, read_entries
+from fedmq.nodes.aggregator import model_digest
+from fedmq.nodes.config import load
+
+pytestmark = pytest.mark.end_to_end
+
+FEDMQ = (sys.executable, "-P", "-m", "fedmq.nodes.cli")
+QUICK = ("--set", "run.versions=10", "--set", "problem.examples=1000")
+SYNCHRONOUS = (
+    *("--set", "schedule.name=rounds", "--set", "schedule.fraction=0.2"),
+    *("--set", "run.versions=3", "--set", "problem.examples=1000"),
+)
+
+
+class Started:
+    """A command in a process group of its own, and everything that it started."""
+
+    def __init__(self, folder: Path, *arguments: str) -> None:
+        self.process = subprocess.Popen(
+            [*FEDMQ, *arguments],
+            cwd=folder,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+
+    def output(self, timeout_s: float = 50) -> str:
+        return self.process.communicate(timeout=timeout_s)[0]
+
+    def family(self) -> list[psutil.Process]:
+        return psutil.Process(self.process.pid).children(recursive=True)
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator:
+    started = []
+
+    def begin(*arguments: str) -> Started:
+        started.append(Started(tmp_path, *arguments))
+        return started[-1]
+
+    yield begin
+    for each in started:
+        if each.process.poll() is None:
+            os.killpg(each.process.pid, signal.SIGKILL)
+            each.process.wait()
+        if each.process.stdout:
+            each.process.stdout.close()
+
+
+def wait_until(what: str, condition, timeout_s: float = 30) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, f"waited {timeout_s} s for {what}"
+        time.sleep(0.05)
+
+
+def versions_in(folder: Path) -> int:
+    if not (folder / "ledger").is_dir():
+        return 0
+    entries = read_entries(folder / "ledger")
+    return sum(isinstance(each, Accepted) and each.read().kind == "version" for each in entries)
+
+
+def test_a_cluster_trains_and_leaves_everything_behind(start, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    cluster = start("cluster", "--run", str(run), *QUICK, "--set", "codec.up=cast(float16)")
+    output = cluster.output()
+    assert cluster.process.returncode == 0, output
+    assert "10 versions committed" in output
+
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["algorithm"] == "fedavg"
+    assert summary["schedule"] == "buffered"
+    assert summary["codec"] == {"down": "raw", "up": "cast(float16)"}
+    assert summary["versions"] == 10
+    assert summary["results"]["used"] >= 50
+    assert summary["results"]["refused"] == 0
+    assert [point["version"] for point in summary["curve"]] == [0, 5, 10]
+    assert summary["final_accuracy"] > 0.3 > summary["curve"][0]["accuracy"]
+    assert summary["nodes"]["aggregator"]["sessions"] == 1
+    assert sum(node["tasks"] for node in summary["nodes"].values()) >= 50
+    down, up = summary["bytes"]["down"], summary["bytes"]["up"]
+    assert up["payload"] == pytest.approx(2 * 21_840 * summary["results"]["used"], rel=0.2)
+    assert down["payload"] > 1.5 * up["payload"]
+    assert 0.9 < up["wire"] / up["payload"] < 1.5
+
+    # The configuration that it wrote runs again, and is complete.
+    config = load(run / "config.toml")
+    assert config.algorithm["lr"] == 0.05
+    assert config.run.id == summary["run"]
+    for name in ("broker", "aggregator", "worker-0", "worker-3", "evaluator"):
+        assert (run / f"{name}.log").exists()
+
+    # The model in the folder is the one in the summary.
+    with np.load(run / "model.npz", allow_pickle=False) as arrays:
+        model = {name: torch.from_numpy(array) for name, array in arrays.items()}
+    assert model_digest(model) == summary["model_digest"]
+
+    # accepted = consumed + pending + refused, and every result was accepted once.
+    accepted, consumed, refused = {}, set(), set()
+    for entry in read_entries(run / "ledger"):
+        match entry:
+            case Accepted(seq=seq, consumes=consumes):
+                accepted[seq] = entry.read()
+                consumed |= set(consumes)
+            case Consumed(of=of):
+                consumed |= set(of)
+            case Refusal(of=of) if of is not None:
+                refused.add(of)
+    assert consumed | refused <= set(accepted)
+    assert not consumed & refused
+    results = [message.id for message in accepted.values() if message.kind == "result"]
+    assert len(results) == len(set(results))
+
+
+def test_the_same_seed_under_rounds_gives_the_same_model(start, tmp_path: Path) -> None:
+    digests = set()
+    for name in ("first", "second"):
+        run = tmp_path / name
+        cluster = start("cluster", "--run", str(run), *SYNCHRONOUS)
+        assert cluster.output() is not None
+        assert cluster.process.returncode == 0
+        digests.add(json.loads((run / "summary.json").read_text())["model_digest"])
+    assert len(digests) == 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_ends_every_process_cleanly(start, tmp_path: Path, number: int) -> None:
+    run = tmp_path / "run"
+    cluster = start("cluster", "--run", str(run), "--set", "run.versions=10000")
+    wait_until("the first versions", lambda: versions_in(run) >= 2)
+    family = cluster.family()
+    assert len(family) >= 7
+    os.killpg(cluster.process.pid, number) if number == signal.SIGINT else os.kill(
+        cluster.process.pid, number
+    )
+    output = cluster.output(20)
+    assert cluster.process.returncode == 130
+    assert "Traceback" not in output
+    assert json.loads((run / "summary.json").read_text())["versions"] >= 2
+    wait_until("the children's end", lambda: not psutil.wait_procs(family, 0)[1], 5)
+    # Every node said goodbye, and the ledger has it.
+    left = [
+        each.read().body
+        for each in read_entries(run / "ledger")
+        if isinstance(each, Accepted) and each.read().kind == "left"
+    ]
+    assert {body["node"] for body in left} >= {"worker-0", "worker-1", "worker-2", "worker-3"}
+
+
+def test_no_child_outlives_a_killed_parent(start, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    cluster = start("cluster", "--run", str(run), "--set", "run.versions=10000")
+    wait_until("the first versions", lambda: versions_in(run) >= 2)
+    family = cluster.family()
+    cluster.process.kill()
+    cluster.process.wait()
+    wait_until("the children's end", lambda: not psutil.wait_procs(family, 0)[1], 15)
+
+
+def test_stragglers_drop_outs_and_a_killed_worker_are_ordinary(start, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    cluster = start(
+        *("cluster", "--run", str(run), "--set", "problem.examples=1000"),
+        *("--set", "run.versions=40", "--set", "broker.lease_s=1", "--set", "broker.beat_s=0.2"),
+        *("--set", "worker.slowdown=halfnormal(1)", "--set", "worker.drop=0.1"),
+    )
+    wait_until("the first versions", lambda: versions_in(run) >= 2)
+    log = (run / "worker-2.log").read_text().splitlines()[0]
+    os.kill(int(json.loads(log)["pid"]), signal.SIGKILL)
+    assert "40 versions committed" in cluster.output()
+    assert cluster.process.returncode == 0
+    nodes = json.loads((run / "summary.json").read_text())["nodes"]
+    assert sum(node["drops"] for node in nodes.values()) > 0
+    assert nodes["worker-2"]["tasks"] < min(nodes[f"worker-{i}"]["tasks"] for i in (0, 1, 3))
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def test_nodes_on_separate_hosts_need_only_the_brokers_address(start, tmp_path: Path) -> None:
+    endpoint = f"tcp://127.0.0.1:{free_port()}"
+    settings = ("--set", "problem.clients=4", "--set", "problem.examples=400")
+    (tmp_path / "run.toml").write_text('[run]\nid = "apart"\nversions = 2\n')
+    # Nobody has to be started first.
+    early = start("worker", "--connect", endpoint, "--clients", "0-1", "--name", "early")
+    evaluator = start("worker", "--connect", endpoint, "--evaluator")
+    broker = start("broker", "--bind", endpoint, "--run", str(tmp_path / "run"), "--once")
+    wait_until("the broker", (tmp_path / "run" / "ledger").is_dir)
+    aggregator = start("aggregator", "--connect", endpoint, "run.toml", *settings, "--run", "out")
+    late = start("worker", "--connect", endpoint, "--clients", "2,3", "--name", "late")
+
+    assert "2 versions committed" in aggregator.output()
+    for node in (early, late, evaluator, broker):
+        node.output(20)
+        assert node.process.returncode == 0
+    assert (tmp_path / "out" / "model.npz").exists()
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["run"] == "apart"
+    assert summary["final_accuracy"] is not None
+    assert {"early", "late"} < set(summary["nodes"])
+
+
+def test_what_the_broker_refuses_is_one_sentence_and_exit_code_2(start, tmp_path: Path) -> None:
+    endpoint = f"tcp://127.0.0.1:{free_port()}"
+    start("broker", "--bind", endpoint, "--run", str(tmp_path / "run"))
+    wait_until("the broker", (tmp_path / "run" / "ledger").is_dir)
+    second = start("broker", "--bind", endpoint, "--run", str(tmp_path / "other"))
+    assert f"fedmq: cannot listen on {endpoint}: address already in use" in second.output()
+    assert second.process.returncode == 2
+
+    settings = ("--set", "problem.clients=4", "--set", "problem.examples=400")
+    start("aggregator", "--connect", endpoint, *settings, "--set", "run.id=a")
+    start("worker", "--connect", endpoint, "--clients", "0-1", "--name", "one")
+    wait_until(
+        "the worker",
+        lambda: any(
+            isinstance(each, Accepted) and each.read().body.get("node") == "one"
+            for each in read_entries(tmp_path / "run" / "ledger")
+        ),
+    )
+    for arguments, sentence in (
+        (("--clients", "2-57"), "client 57 is out of range: this run has 4 clients, 0 to 3"),
+        (("--clients", "3", "--name", "one"), "a node named 'one' is already connected"),
+        (("--clients", "1-2", "--name", "two"), "client/1 is already hosted by one"),
+    ):
+        refused = start("worker", "--connect", endpoint, *arguments)
+        assert f"fedmq: {sentence}" in refused.output().splitlines()
+        assert refused.process.returncode == 2

@@ -1,0 +1,88 @@
+"""The folders at the top level are the packages of ``fedmq``, in a wheel and editable."""
+
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+ROOMS = ("broker", "codecs", "algorithms", "nodes")
+CHECK = """
+import fedmq.algorithms.problems, fedmq.broker.router, fedmq.codecs.registry, fedmq.nodes.cli
+from fedmq.algorithms.problems import load_problem
+print(len(load_problem({"name": "mnist-mini", "clients": 4}, 0).test()))
+print(fedmq.broker.__file__)
+"""
+
+
+def run(*command: str, cwd: Path, **environment: str) -> str:
+    done = subprocess.run(
+        command, cwd=cwd, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_every_subpackage_is_listed() -> None:
+    """A forgotten one works editable and is missing from the wheel."""
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    there = {
+        "fedmq." + ".".join(path.parent.relative_to(ROOT).parts)
+        for room in ROOMS
+        for path in (ROOT / room).rglob("__init__.py")
+    }
+    assert set(settings["packages"]) == there
+    assert settings["package-dir"] == {
+        name: name.removeprefix("fedmq.").replace(".", "/") for name in sorted(there)
+    }
+
+
+def test_every_folder_with_code_is_a_package() -> None:
+    for room in ROOMS:
+        for path in (ROOT / room).rglob("*.py"):
+            assert (path.parent / "__init__.py").exists()
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("wheel")
+    source = folder / "source"
+    source.mkdir()
+    for name in (*ROOMS, "pyproject.toml", "README.md"):
+        (source / name).symlink_to(ROOT / name)
+    command = (sys.executable, "-m", "build", "--wheel", "--no-isolation", "-o", str(folder))
+    run(*command, str(source), cwd=folder, PATH="/usr/bin:/bin")
+    return next(folder.glob("*.whl"))
+
+
+def test_the_wheel_works_away_from_the_source(wheel: Path, tmp_path: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path)
+    printed = run(sys.executable, "-P", "-c", CHECK, cwd=tmp_path, PYTHONPATH=str(tmp_path))
+    size, where = printed.split()
+    assert size == "1000"
+    assert Path(where).is_relative_to(tmp_path)
+
+
+def test_the_wheel_holds_no_tests_and_says_where_the_data_are_from(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+    assert "fedmq/algorithms/problems/ATTRIBUTION.md" in names
+    assert all(name.startswith("fedmq") for name in names)
+
+
+def test_the_editable_install_is_the_source(tmp_path: Path) -> None:
+    size, where = run(sys.executable, "-P", "-c", CHECK, cwd=tmp_path).split()
+    assert size == "1000"
+    assert Path(where).resolve() == ROOT / "broker" / "__init__.py"
+
+
+def test_the_command_line_starts_without_torch(tmp_path: Path) -> None:
+    code = (
+        "import sys, fedmq.nodes.cli, fedmq.nodes.cluster, fedmq.nodes.programs, fedmq.nodes.view;"
+        "print('torch' in sys.modules)"
+    )
+    assert run(sys.executable, "-P", "-c", code, cwd=tmp_path).strip() == "False"
