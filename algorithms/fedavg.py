@@ -93,13 +93,15 @@ class FedAvg(Algorithm):
         vector = state.layout.flatten(result.weights)
         counters = state.layout.flatten_counters(result.exact)
         # One pass tells that every value is a number, and that no sum of them overflows.
-        largest = _largest(vector)
+        low, high = torch.aminmax(vector) if vector.numel() else (vector.sum(), vector.sum())
+        largest = max(-low.item(), high.item())
         if not math.isfinite(largest):
             raise ResultError("the result holds NaN or infinite values")
         if largest * weight > _LARGEST:
             raise ResultError(f"the result holds values as large as {largest:g}")
         gathered.total.add_(vector, alpha=weight)
-        torch.maximum(gathered.counters, counters, out=gathered.counters)
+        if counters.numel():
+            torch.maximum(gathered.counters, counters, out=gathered.counters)
         if result.numbers.get("reply") == "model":
             gathered.models += weight
         return gathered
@@ -210,14 +212,6 @@ def evaluate_module(module: torch.nn.Module, problem: Problem, device: str) -> d
             for name, value in problem.metrics(module(x), y).items():
                 sums[name] = sums.get(name, 0.0) + value * len(y)
     return {name: value / len(data) for name, value in sums.items()}
-
-
-def _largest(vector: Tensor) -> float:
-    """Return the largest absolute value; NaN if there is a NaN."""
-    if not vector.numel():
-        return 0.0
-    low, high = torch.aminmax(vector)
-    return torch.maximum(-low, high).item()
 
 
 def cuda_devices(device: str) -> list[torch.device]:

@@ -13,7 +13,7 @@ from fedmq.broker.state import (
     Run,
     addresses,
 )
-from fedmq.broker.wire import MAX_MESSAGE_BYTES, Hello, Message
+from fedmq.broker.wire import MAX_DEPTH, MAX_MESSAGE_BYTES, Hello, Message, is_deeper
 
 MAX_RANGES = 1000
 
@@ -80,6 +80,8 @@ def check_message(node: Node, message: Message) -> None:
             f"expected a message from {node.name} in run {node.run.id}, "
             f"got one from {message.sender} in {message.run}"
         )
+    if is_deeper(message.body, MAX_DEPTH):
+        raise WireError(f"expected a body nested at most {MAX_DEPTH} deep")
     if message.to in (AGGREGATOR, EVALUATOR, RECORD):
         return
     kind, _, number = message.to.partition("/")

@@ -122,7 +122,8 @@ class Segment:
         except OSError as error:
             raise LedgerError(f"cannot open: {error.strerror}", str(path)) from None
         if found < len(MAGIC):
-            os.ftruncate(self._fd, 0)
+            if found:
+                os.ftruncate(self._fd, 0)
             self.size = 0
             self._write([MAGIC])
             return

@@ -300,9 +300,17 @@ def decode_message(data: Buffer) -> Message:
     message: Message = _decode(_message_decoder, data, "message", MAX_MESSAGE_BYTES)
     if len(message.blobs) > MAX_BUFFERS:
         raise WireError(f"expected at most {MAX_BUFFERS} blobs, got {len(message.blobs)}")
-    if _is_deeper(message.body, MAX_DEPTH):
-        raise WireError(f"expected a body nested at most {MAX_DEPTH} deep")
     return message
+
+
+def is_deeper(value: dict[str, Any] | list[Any], depth: int) -> bool:
+    """Tell whether a message's body is nested deeper than this."""
+    if not depth:
+        return True
+    for each in value.values() if isinstance(value, dict) else value:
+        if isinstance(each, dict | list) and is_deeper(each, depth - 1):
+            return True
+    return False
 
 
 def check_inline(blobs: Sequence[Blob], inline: Sequence[int], buffers: Sequence[Buffer]) -> None:
@@ -354,14 +362,6 @@ def _decode(decoder: msgspec.msgpack.Decoder[Any], data: Buffer, what: str, limi
         return decoder.decode(data)
     except (msgspec.MsgspecError, ValueError, RecursionError) as error:
         raise WireError(f"not a {what}: {error}") from None
-
-
-def _is_deeper(value: object, depth: int) -> bool:
-    if isinstance(value, dict):
-        return depth == 0 or any(_is_deeper(each, depth - 1) for each in value.values())
-    if isinstance(value, list):
-        return depth == 0 or any(_is_deeper(each, depth - 1) for each in value)
-    return False
 
 
 def _version_of(header: Buffer) -> tuple[int, int] | None:

@@ -211,6 +211,8 @@ class Aggregator:
     def _absorb_in_order(self, out: list[Action], *, everything: bool = False) -> None:
         """Add up held results in cohort order, up to the first that is still out."""
         current = self._current
+        if not current.held:
+            return
         for name in current.order:
             if name in current.held:
                 inbound, weight, client = current.held.pop(name)
@@ -259,11 +261,12 @@ class Aggregator:
         """Commit and start whatever can be, until nothing changes."""
         while self._running and not self._finishing:
             self._absorb_in_order(out)
-            if self._schedule.closes(self._view()):
+            view = self._view()
+            if self._schedule.closes(view) and self._current.held:
                 self._absorb_in_order(out, everything=True)
-            # Asked again, because a held result may have been refused.
-            if not self._schedule.closes(self._view()):
-                self._start_tasks(out)
+                view = self._view()  # a held result may have been refused
+            if not self._schedule.closes(view):
+                self._start_tasks(view, out)
                 return
             self._commit(out)
         if self._finishing and not self._ended:
@@ -287,9 +290,9 @@ class Aggregator:
     def _reachable(self, name: str) -> bool:
         return self._flights[name].client in self._hosts
 
-    def _start_tasks(self, out: list[Action]) -> None:
+    def _start_tasks(self, view: View, out: list[Action]) -> None:
         current = self._current
-        clients = self._draw(self._schedule.wants(self._view()))
+        clients = self._draw(self._schedule.wants(view))
         if clients and (current.deadline_passed or not current.started):
             self._ask_deadline(out)
         for client in clients:

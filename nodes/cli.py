@@ -111,7 +111,7 @@ def aggregator(
     endpoint: str, config: Path | None, settings: tuple[str, ...], folder: Path | None
 ) -> None:
     """Run the aggregator of one run, and the run with it."""
-    from fedmq.nodes.programs import run_aggregator
+    from fedmq.nodes.aggregator_program import run_aggregator
 
     with _exit_2_on_error(), _stoppable():
         chosen = _named(load(config, settings))
@@ -136,7 +136,7 @@ def worker(
 ) -> None:
     """Train the tasks of some clients (or evaluate) until the run is over."""
     from fedmq.broker.state import EVALUATOR, WORKER
-    from fedmq.nodes.programs import run_worker
+    from fedmq.nodes.worker_program import run_worker
 
     with _exit_2_on_error(), _stoppable():
         if evaluator == bool(ranges):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import multiprocessing as mp
 import os
 import signal
@@ -221,6 +222,8 @@ def child_main(
     """Run one node in a process of its own, which ends with its parent."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the supervisor's to handle
     keep_freed_memory()
+    gc.freeze()  # torch's many objects are here to stay: no collection need look at them
+    gc.set_threshold(20_000, 20, 20)
     sys.setswitchinterval(0.001)  # a link's thread waits for the GIL at most this long
     path = Path(folder) / f"{name}.log"
     with path.open("a") as stray:
@@ -265,7 +268,7 @@ def aggregator_main(
     run: str,
 ) -> None:
     """Run the aggregator of a local cluster."""
-    from fedmq.nodes.programs import run_aggregator
+    from fedmq.nodes.aggregator_program import run_aggregator
 
     run_aggregator(endpoint, parse(text), run, folder)
 
@@ -279,7 +282,7 @@ def worker_main(
     run: str,
 ) -> None:
     """Run a worker or the evaluator of a local cluster."""
-    from fedmq.nodes.programs import run_worker
+    from fedmq.nodes.worker_program import run_worker
 
     run_worker(endpoint, mp.current_process().name, [clients] if clients else [], role, run)
 

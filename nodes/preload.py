@@ -1,4 +1,4 @@
 """What the nodes of a local cluster have in common, imported once and forked from."""
 
-import fedmq.nodes.aggregator
-import fedmq.nodes.worker  # noqa: F401
+import fedmq.nodes.aggregator_program
+import fedmq.nodes.worker_program  # noqa: F401

@@ -22,7 +22,6 @@ from fedmq.nodes.config import load
 pytestmark = pytest.mark.end_to_end
 
 FEDMQ = (sys.executable, "-P", "-m", "fedmq.nodes.cli")
-QUICK = ("--set", "run.versions=10", "--set", "problem.examples=1000")
 SYNCHRONOUS = (
     *("--set", "schedule.name=rounds", "--set", "schedule.fraction=0.2"),
     *("--set", "run.versions=3", "--set", "problem.examples=1000"),
@@ -82,22 +81,25 @@ def versions_in(folder: Path) -> int:
 
 def test_a_cluster_trains_and_leaves_everything_behind(start, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    cluster = start("cluster", "--run", str(run), *QUICK, "--set", "codec.up=cast(float16)")
+    settings = ("--set", "run.versions=20", "--set", "codec.up=cast(float16)")
+    cluster = start("cluster", "--run", str(run), *settings)
     output = cluster.output()
     assert cluster.process.returncode == 0, output
-    assert "10 versions committed" in output
+    assert "20 versions committed" in output
 
     summary = json.loads((run / "summary.json").read_text())
     assert summary["algorithm"] == "fedavg"
     assert summary["schedule"] == "buffered"
     assert summary["codec"] == {"down": "raw", "up": "cast(float16)"}
-    assert summary["versions"] == 10
-    assert summary["results"]["used"] >= 50
+    assert summary["versions"] == 20
+    assert summary["results"]["used"] >= 100
     assert summary["results"]["refused"] == 0
-    assert [point["version"] for point in summary["curve"]] == [0, 5, 10]
-    assert summary["final_accuracy"] > 0.3 > summary["curve"][0]["accuracy"]
+    assert [point["version"] for point in summary["curve"]] == [0, 5, 10, 15, 20]
+    # Runs of this length were seen to end between 85 % and 92 %.
+    assert summary["final_accuracy"] > 0.6
+    assert summary["curve"][0]["accuracy"] < 0.3
     assert summary["nodes"]["aggregator"]["sessions"] == 1
-    assert sum(node["tasks"] for node in summary["nodes"].values()) >= 50
+    assert sum(node["tasks"] for node in summary["nodes"].values()) >= 100
     down, up = summary["bytes"]["down"], summary["bytes"]["up"]
     assert up["payload"] == pytest.approx(2 * 21_840 * summary["results"]["used"], rel=0.2)
     assert down["payload"] > 1.5 * up["payload"]

@@ -1,0 +1,101 @@
+"""The program of a worker or evaluator: its core, its link, and the training between them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+import structlog
+import torch
+
+from fedmq.algorithms.base import Client
+from fedmq.broker.dealer import NodeLink
+from fedmq.broker.errors import LinkClosed
+from fedmq.broker.state import WORKER
+from fedmq.broker.wire import Hello
+from fedmq.nodes.config import parse
+from fedmq.nodes.inbox import Done, Post
+from fedmq.nodes.programs import inbound_of, linked, new_session
+from fedmq.nodes.setup import Setup, choose_device, set_up
+from fedmq.nodes.worker import (
+    Action,
+    Evaluate,
+    Evaluated,
+    Event,
+    Failed,
+    Pause,
+    Train,
+    Trained,
+    Worker,
+)
+
+_log = structlog.get_logger()
+
+
+def run_worker(
+    endpoint: str, node: str, clients: Sequence[tuple[int, int]], role: str, run: str = ""
+) -> str:
+    """Run a worker or the evaluator until its run is over; return why it ended.
+
+    Args:
+        endpoint: where the broker listens.
+        node: this node's name.
+        clients: ranges of clients hosted here, both ends included.
+        role: ``worker`` or ``evaluator``.
+        run: id of the run; empty for the one that the broker serves.
+
+    Raises:
+        ConfigError: the run's configuration cannot be used here.
+        DataError: the data set is not here.
+        Rejected: the broker does not admit this node.
+    """
+    hello = Hello(node=node, role=role, session=new_session(), run=run, clients=tuple(clients))
+    with linked(endpoint, hello) as link:
+        welcome = link.welcome()
+        with link.away():
+            config = parse(welcome.config)
+            setup = set_up(config)
+            torch.set_num_threads(config.worker.threads)
+            device = choose_device(config.worker.device)
+            if role == WORKER:
+                for low, _ in clients:
+                    setup.problem.client(low)
+            else:
+                setup.problem.test()
+            core = Worker(setup, welcome.run, node, clients)
+        while True:
+            try:
+                delivery = link.get()
+            except LinkClosed as end:
+                return str(end)
+            actions: list[Action] = list(core.handle(inbound_of(link, delivery)))
+            while actions:
+                actions = [*_work(link, setup, core, device, actions.pop(0)), *actions]
+
+
+def _work(link: NodeLink, setup: Setup, core: Worker, device: str, action: Action) -> list[Action]:
+    """Carry out one action of a worker's core; return the actions that follow from it."""
+    event: Event | None = None
+    try:
+        match action:
+            case Train(client, task, local, seed):
+                began = time.perf_counter()
+                with link.away():
+                    data = setup.problem.client(client)
+                    place = Client(client, setup.problem, data, local, seed, device)
+                    payload, kept = setup.algorithm.train(task, place)
+                event = Trained(payload, kept, time.perf_counter() - began)
+            case Evaluate(task):
+                with link.away():
+                    metrics = setup.algorithm.evaluate(task, setup.problem, device)
+                event = Evaluated(metrics)
+            case Pause(seconds):
+                link.pause(seconds)
+            case Post(message, data, consumes):
+                link.post(message, data, consumes)
+            case Done(seq, refused):
+                link.done([] if refused else [seq], {seq: refused} if refused else {})
+    except Exception as error:  # noqa: BLE001 - whatever a model raises fails this one task only
+        _log.exception("task failed")
+        event = Failed(f"{type(error).__name__}: {error}"[:2000])
+    return core.handle(event) if event is not None else []
