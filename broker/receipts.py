@@ -7,7 +7,7 @@ import math
 from fedmq.broker.state import Node, Send
 from fedmq.broker.wire import Receipt
 
-RECEIPT_WITHIN_S = 0.02
+RECEIPT_WITHIN_S = 0.1
 """One receipt tells of all the frames of this long."""
 
 
