@@ -5,9 +5,11 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 ROOMS  := broker codecs algorithms nodes
 ARGS   ?=
+SEEDS  ?= 10000
+FIRST  ?= 0
 
 .DEFAULT_GOAL := help
-.PHONY: help install view cluster test lint format typecheck bench clean
+.PHONY: help install view cluster test soak lint format typecheck bench clean
 
 help:  ## show this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## */  make \1|/' | \
@@ -33,6 +35,9 @@ cluster: install  ## train on the embedded MNIST subset: broker, aggregator, 4 w
 
 test: install view  ## run all tests (ARGS='-k name' to choose)
 	@$(BIN)/python -P -m pytest $(ARGS)
+
+soak: install view  ## simulate SEEDS=10000 histories of crashes and bad networks, from FIRST=0
+	@PYTHONPATH=.view:. $(BIN)/python -m tests.sim.soak --first $(FIRST) --seeds $(SEEDS)
 
 lint: install  ## ruff: lint and format check
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .

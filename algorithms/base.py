@@ -57,7 +57,8 @@ class Client:
     index: the client's number, 0 to K-1.
     problem: what is learned.
     data: this client's training examples.
-    local: what this client kept from its last task, or None at first.
+    local: what this client kept from its last task, or None at first; a worker saves it
+        before it sends the result, so that it survives a restart.
     seed: of everything random in this task.
     device: torch device to train on.
     """
@@ -65,7 +66,7 @@ class Client:
     index: int
     problem: Problem
     data: Examples
-    local: Any
+    local: Payload | None
     seed: int
     device: str = "cpu"
 
@@ -119,13 +120,25 @@ class Algorithm(ABC):
         """Return the state of the next version. ``divisor``: what the weighted sum is over."""
 
     @abstractmethod
+    def save(self, state: Any) -> Payload:
+        """Return everything that is in a state, for a checkpoint."""
+
+    @abstractmethod
+    def load(self, problem: Problem, saved: Payload) -> Any:
+        """Return the state that `save` was given.
+
+        Raises:
+            ResultError: it is not a state of this algorithm and problem.
+        """
+
+    @abstractmethod
     def tensors(self, state: Any) -> Mapping[str, Tensor]:
         """Return the model in a state, for its digest and for saving."""
 
     # ---- at the client
 
     @abstractmethod
-    def train(self, task: Task, client: Client) -> tuple[Payload, Any]:
+    def train(self, task: Task, client: Client) -> tuple[Payload, Payload | None]:
         """Return the result, with ``n`` (examples) in its numbers, and the new local state."""
 
     # ---- at the evaluator

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fedmq.algorithms.base import Algorithm, Client, Payload, Task
 from fedmq.algorithms.errors import ResultError
-from fedmq.algorithms.model import FlatModel, Layout, scratch_model
+from fedmq.algorithms.model import FlatModel, Layout, scratch_model, zeros
 from fedmq.algorithms.problems.base import Examples, Problem
 from fedmq.algorithms.rng import derive_rng
 
@@ -84,22 +84,23 @@ class FedAvg(Algorithm):
 
     def gather(self, state: ModelState) -> Gathered:
         """Return an empty sum."""
-        return Gathered(torch.zeros_like(state.weights), state.counters.clone())
+        return Gathered(zeros(state.layout.dim), state.counters.clone())
 
     def absorb(
         self, gathered: Gathered, state: ModelState, result: Payload, weight: float
     ) -> Gathered:
         """Add ``weight`` times the client's update (or model) to the sum."""
-        vector = state.layout.flatten(result.weights)
         counters = state.layout.flatten_counters(result.exact)
         # One pass tells that every value is a number, and that no sum of them overflows.
-        low, high = torch.aminmax(vector) if vector.numel() else (vector.sum(), vector.sum())
-        largest = max(-low.item(), high.item())
-        if not math.isfinite(largest):
-            raise ResultError("the result holds NaN or infinite values")
-        if largest * weight > _LARGEST:
-            raise ResultError(f"the result holds values as large as {largest:g}")
-        gathered.total.add_(vector, alpha=weight)
+        for _, block in state.layout.blocks(result.weights):
+            low, high = torch.aminmax(block) if block.numel() else (block.sum(), block.sum())
+            largest = max(-low.item(), high.item())
+            if not math.isfinite(largest):
+                raise ResultError("the result holds NaN or infinite values")
+            if largest * weight > _LARGEST:
+                raise ResultError(f"the result holds values as large as {largest:g}")
+        for start, block in state.layout.blocks(result.weights):
+            gathered.total[start : start + block.numel()].add_(block, alpha=weight)
         if counters.numel():
             torch.maximum(gathered.counters, counters, out=gathered.counters)
         if result.numbers.get("reply") == "model":
@@ -115,6 +116,17 @@ class FedAvg(Algorithm):
         step = self.server_lr / divisor
         weights = gathered.total.mul_(step).add_(state.weights, alpha=1 - step * gathered.models)
         return ModelState(state.layout, weights, gathered.counters)
+
+    def save(self, state: ModelState) -> Payload:
+        """Return w_t, which is all there is."""
+        return model_payload(state)
+
+    def load(self, problem: Problem, saved: Payload) -> ModelState:
+        """Return the state of a saved w_t."""
+        layout = Layout.of(problem.model())
+        return ModelState(
+            layout, layout.flatten(saved.weights), layout.flatten_counters(saved.exact)
+        )
 
     def tensors(self, state: ModelState) -> Mapping[str, Tensor]:
         """Return the model by name."""

@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -13,6 +14,7 @@ from fedmq.algorithms.errors import ProblemError, ResultError
 from fedmq.algorithms.problems.base import Problem
 from fedmq.codecs.base import brief
 from fedmq.codecs.flat import as_flat
+from fedmq.codecs.streamed import Streamed
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,26 @@ class Layout:
         """
         return _flatten(self.weights, tensors, torch.float32)
 
+    def blocks(self, tensors: Mapping[str, Tensor]) -> Iterator[tuple[int, Tensor]]:
+        """Yield a weight vector in blocks: (where it starts, float32 [length]).
+
+        One block, but for tensors that are read in pieces: those of a large model need
+        not be in memory at once. Each call reads them once more.
+
+        Raises:
+            ResultError: a name or shape is not this model's.
+        """
+        if not isinstance(tensors, Streamed):
+            yield 0, self.flatten(tensors)
+            return
+        wanted = {slot.name: slot.shape for slot in self.weights}
+        if dict(tensors.shapes) != wanted or list(tensors.shapes) != list(wanted):
+            raise ResultError("the tensors' names and shapes are not this model's")
+        start = 0
+        for block in tensors.blocks():
+            yield start, block
+            start += block.numel()
+
     def flatten_counters(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """Return named tensors as one counter vector, int64.
 
@@ -111,14 +133,15 @@ class FlatModel:
         self.module = module.to(device)
         self.layout = Layout.of(self.module)
         named = dict(self.module.named_parameters()) | dict(self.module.named_buffers())
-        self.weights = torch.cat(
-            [named[slot.name].detach().reshape(-1) for slot in self.layout.weights]
-        )
-        self.gradient = torch.zeros(self.layout.parameters, device=self.weights.device)
+        self.weights = zeros(self.layout.dim, device)
+        self.gradient = zeros(self.layout.parameters, device)
         self._counters = [named[slot.name] for slot in self.layout.counters]
         for slot in self.layout.weights:
+            # One by one: a large model is never there twice.
             tensor = named[slot.name]
-            tensor.data = self.weights[slot.start : slot.start + slot.size].view(slot.shape)
+            place = self.weights[slot.start : slot.start + slot.size].view(slot.shape)
+            place.copy_(tensor.detach())
+            tensor.data = place
             if slot.start < self.layout.parameters:
                 gradient = self.gradient[slot.start : slot.start + slot.size]
                 tensor.grad = gradient.view(slot.shape)
@@ -143,6 +166,13 @@ class FlatModel:
         return torch.cat(
             [each.detach().reshape(-1).to("cpu", torch.int64) for each in self._counters]
         )
+
+
+def zeros(size: int, device: torch.device | str = "cpu") -> Tensor:
+    """Return a vector of zeros, float32 [size], that takes no memory until it is written to."""
+    if torch.device(device).type != "cpu":
+        return torch.zeros(size, device=device)
+    return torch.from_numpy(np.zeros(size, np.float32))
 
 
 def scratch_model(problem: Problem, device: str) -> FlatModel:

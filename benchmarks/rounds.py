@@ -35,7 +35,8 @@ from torch import Tensor, nn
 from fedmq.algorithms.base import Client, Payload, Task
 from fedmq.algorithms.fedavg import FedAvg, Gathered, ModelState
 from fedmq.algorithms.problems.base import Examples, Problem
-from fedmq.broker.ledger import Accepted, read_entries
+from fedmq.broker.entries import Accepted
+from fedmq.broker.reading import read_entries
 from fedmq.nodes.cluster import Cluster, preloading
 from fedmq.nodes.config import build
 from fedmq.nodes.setup import set_up

@@ -6,9 +6,11 @@ from fedmq.broker.errors import WireError
 from fedmq.broker.state import (
     AGGREGATOR,
     BROKER,
+    CHECKPOINT,
     EVALUATOR,
     RECORD,
     ROLES,
+    TIMER,
     Node,
     Run,
     addresses,
@@ -16,6 +18,9 @@ from fedmq.broker.state import (
 from fedmq.broker.wire import MAX_DEPTH, MAX_MESSAGE_BYTES, Hello, Message, is_deeper
 
 MAX_RANGES = 1000
+MAX_TIMER_S = 1e9
+BROKERS_OWN = ("joined", "left", "tick", "refused")
+"""Kinds of messages that a node may rely on coming from the broker."""
 
 
 def find_run(runs: dict[str, Run], hello: Hello) -> Run | str | None:
@@ -51,7 +56,12 @@ def why_not(run: Run, hello: Hello, known: Node | None) -> tuple[str, str] | Non
     if hello.node in (BROKER, RECORD):
         return "name", f"a node may not be named {hello.node!r}"
     if known is not None and known.alive and known.hello.session != hello.session:
-        return "name", f"a node named {hello.node!r} is already connected"
+        if not hello.key or hello.key != known.hello.key:
+            return "name", f"a node named {hello.node!r} is already connected"
+        if hello.session < known.hello.session:
+            return "replaced", f"a newer session of {hello.node!r} is connected"
+    if hello.role == AGGREGATOR and hello.config != run.config:
+        return "config", f"run {run.id} has another configuration; give this one another run.id"
     if len(hello.clients) > MAX_RANGES:
         return "client", f"expected at most {MAX_RANGES} ranges of clients"
     for low, high in hello.clients:
@@ -80,9 +90,17 @@ def check_message(node: Node, message: Message) -> None:
             f"expected a message from {node.name} in run {node.run.id}, "
             f"got one from {message.sender} in {message.run}"
         )
+    if message.kind in BROKERS_OWN:
+        raise WireError(f"only the broker says {message.kind!r}")
     if is_deeper(message.body, MAX_DEPTH):
         raise WireError(f"expected a body nested at most {MAX_DEPTH} deep")
     if message.to in (AGGREGATOR, EVALUATOR, RECORD):
+        return
+    if message.to in (CHECKPOINT, TIMER):
+        if node.hello.role != AGGREGATOR:
+            raise WireError(f"only the aggregator may write to {message.to!r}")
+        if message.to == TIMER:
+            timer_of(message)
         return
     kind, _, number = message.to.partition("/")
     if kind != "client" or not number.isascii() or not number.isdigit():
@@ -94,3 +112,16 @@ def check_message(node: Node, message: Message) -> None:
             f"client {number} is out of range: this run has "
             f"{node.run.total_clients} clients, 0 to {node.run.total_clients - 1}"
         )
+
+
+def timer_of(message: Message) -> tuple[str, float]:
+    """Return the token of a timer, and after how many seconds it is due.
+
+    Raises:
+        WireError: the message is not a request for a tick.
+    """
+    match message.body:
+        case {"token": str(token), "after_s": float() | int() as after_s}:
+            if token and 0 <= after_s <= MAX_TIMER_S:
+                return token, float(after_s)
+    raise WireError(f"expected a token, and after_s from 0 to {MAX_TIMER_S:g}")

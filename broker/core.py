@@ -3,104 +3,103 @@
 ``handle(event, now) -> [action]``. The driver carries actions out in order, with one
 rule that the guarantees stand on: **no Send goes out before every Append and Put that
 precedes it is in the ledger.** So it may run a whole batch of events, write once, and
-send then.
+send then. `fedmq.broker.restore` makes a core from a ledger.
 """
 
 from __future__ import annotations
 
 import heapq
-import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Sequence
 
-from fedmq.broker.admission import check_message, find_run, why_not
+from fedmq.broker import offers, wire
+from fedmq.broker.admission import check_message
+from fedmq.broker.entries import (
+    BlobName,
+    Ended,
+    blob_name,
+)
 from fedmq.broker.errors import VersionError, WireError
 from fedmq.broker.fetch import Owned
-from fedmq.broker.ledger import Accepted, BlobName, Consumed, Ended, Refusal, blob_name
+from fedmq.broker.members import Members
+from fedmq.broker.postbox import Postbox
 from fedmq.broker.receipts import Receipts
 from fedmq.broker.state import (
     AGGREGATOR,
     BROKER,
-    RECORD,
     Action,
     Append,
     BrokerSettings,
     Drop,
     Event,
+    Full,
+    Gone,
+    Held,
     Log,
     Node,
-    Parked,
-    Pending,
     Put,
     Received,
-    Run,
     Send,
+    Store,
     Unreadable,
     Wake,
-    addresses,
 )
 from fedmq.broker.wire import (
     Beat,
     Buffer,
     Bye,
     Chunk,
-    Deliver,
     Done,
     Hello,
-    Message,
     Numbered,
     Over,
     Post,
-    Refused,
     Reject,
     Stranger,
-    Tick,
-    Wait,
     Want,
-    Welcome,
     check_inline,
     decode_message,
-    encode_message,
-    inline_choice,
 )
 
-REFUSED_KEPT = 100
-"""Refusals of a session that can be said again, should one be lost with a connection."""
+UPLOAD_CHUNKS = 32
+"""Chunks on their way to the broker, from all nodes together; each may send at least one."""
 
 
 class Broker:
     """Routes messages, keeps leases and timers, and says what the ledger must hold.
 
     Args:
-        settings: leases and beats.
-        size_of: the size of a blob, if the ledger has the whole of it.
-        next_seq: number of the next ledger entry.
+        settings: leases, beats, the delivery limit.
+        store: what the ledger holds.
+        box: the runs and messages that a ledger held; by default none.
     """
 
-    def __init__(
-        self,
-        settings: BrokerSettings,
-        size_of: Callable[[BlobName], int | None],
-        next_seq: int = 0,
-    ) -> None:
+    def __init__(self, settings: BrokerSettings, store: Store, box: Postbox | None = None) -> None:
         self._settings = settings
-        self._size_of = size_of
-        self._next_seq = next_seq
-        self._runs: dict[str, Run] = {}
-        self._peers: dict[bytes, Node] = {}
-        self._early: dict[bytes, Hello] = {}
-        """Connections that said Hello before their run existed."""
-        self._ticks: list[tuple[float, int, Node, str]] = []
-        self._tick_count = itertools.count()
+        self._store = store
+        self._box = box or Postbox()
+        self._box.store = store
+        self._members = Members(settings, self._box, self._ask)
         self._receipts = Receipts()
+        self._completed: BlobName | None = None
+        """The blob whose last piece this event has brought; the ledger does not have it yet."""
+        self._full = ""
+        self._promised = math.inf
+
+    @property
+    def next_seq(self) -> int:
+        """Return the number of the next ledger entry."""
+        return self._box.next_seq
 
     @property
     def deadline(self) -> float | None:
         """When the core next wants a Wake, whatever arrives; None for never."""
-        times = [node.lease_until for node in self._live_nodes()]
-        if self._ticks:
-            times.append(self._ticks[0][0])
+        if self._full:
+            return None
+        times = [node.lease_until for node in self._members.alive()]
+        times += [node.resume_at for node in self._members.alive() if node.queue and node.resume_at]
+        if self._box.timers:
+            times.append(self._box.timers[0][0])
         if self._receipts.due < math.inf:
             times.append(self._receipts.due)
         return min(times, default=None)
@@ -108,251 +107,193 @@ class Broker:
     @property
     def idle(self) -> bool:
         """Tell whether every run that this broker has seen is over, and every node knows."""
-        over = bool(self._runs) and all(run.over for run in self._runs.values())
-        return over and not any(self._live_nodes())
+        over = bool(self._box.runs) and all(run.over for run in self._box.runs.values())
+        return over and not any(self._members.alive())
 
     def sent(self, peer: bytes, nbytes: int) -> None:
         """Count bytes that the driver has put on the wire."""
-        node = self._peers.get(peer)
+        node = self._members.peers.get(peer)
         if node is not None:
             node.sent_bytes += nbytes
 
     def handle(self, event: Event, now: float) -> list[Action]:
         """Take one event; return what is to be done, in order."""
-        actions: list[Action] = []
+        self._box.fresh.clear()
+        self._completed = None
+        out: list[Action] = []
         match event:
             case Received():
-                self._received(event, now, actions)
+                self._received(event, now, out)
             case Unreadable(peer, error):
                 code = "version" if isinstance(error, VersionError) else "unreadable"
-                actions.append(Send(peer, Reject(code=code, reason=str(error)[:2000])))
-                actions.append(Log("warning", "unreadable frame", {"reason": str(error)}))
+                out.append(Send(peer, Reject(code=code, reason=str(error)[:2000])))
+                out.append(Log("warning", "unreadable frame", {"reason": str(error)}))
+            case Gone(peer):
+                node = self._members.peers.get(peer)
+                if node is not None and node.alive:
+                    silent = f"silent for {now - node.heard:.1f} s, its connection is gone"
+                    self._members.leave(node, silent, now, out)
+            case Full(reason):
+                self._filled(reason, now, out)
             case Wake():
-                self._wake(now, actions)
-        return actions
+                self._wake(now, out)
+        return out
+
+    def give_up(self, run: str, seqs: Sequence[int], reason: str, now: float) -> list[Action]:
+        """Park messages that cannot be delivered, and tell their senders."""
+        out: list[Action] = []
+        for seq in seqs:
+            self._box.refuse(self._box.runs[run], seq, BROKER, reason, now, out, parked=True)
+        return out
 
     # ---- frames
 
     def _received(self, event: Received, now: float, out: list[Action]) -> None:
         frame, peer = event.frame, event.peer
-        if isinstance(frame, Hello):
-            self._hello(peer, frame, now, out)
+        node = self._members.peers.get(peer)
+        if self._full and isinstance(frame, Hello | Numbered):
+            out.append(Send(peer, wire.Full(reason=self._full)))
+        elif isinstance(frame, Hello):
+            self._members.hello(peer, frame, now, out)
             return
-        node = self._peers.get(peer)
         if node is None or not node.alive:
             if isinstance(frame, Bye):
-                self._early.pop(peer, None)
-            elif peer not in self._early:
+                self._members.early.pop(peer, None)
+            elif peer not in self._members.early and not isinstance(frame, Hello):
                 out.append(Send(peer, Stranger()))
             return
+        node.heard = now
         node.lease_until = now + self._settings.lease_s
         if node.run.over and not isinstance(frame, Bye):
             out.append(Send(peer, Over(reason=node.run.over)))
             return
         node.received_bytes += event.nbytes
         match frame:
+            case Want():
+                self._want(node, frame, out)
+            case Beat(taken=taken):
+                self._taken(node, taken, now, out)
+                out.append(Send(peer, Beat(sent=node.sent)))
+            case _ if self._full:
+                pass  # what cannot be kept is not taken; its sender says it again
             case Numbered():
+                self._taken(node, frame.taken, now, out)
                 self._numbered(node, frame, event.buffers, now, out)
             case Chunk():
                 self._chunk(node, frame, event.buffers, now, out)
-            case Want():
-                self._want(node, frame, out)
-            case Beat():
-                out.append(Send(peer, Beat()))
             case Bye(reason=reason):
-                self._leave(node, reason or "said goodbye", now, out)
+                self._members.leave(node, reason or "said goodbye", now, out, clean=True)
             case _:
                 reason = f"a node does not send {type(frame).__name__.lower()} frames"
                 out.append(Send(peer, Reject(code="unexpected", reason=reason)))
 
-    def _hello(self, peer: bytes, hello: Hello, now: float, out: list[Action]) -> None:
-        run = find_run(self._runs, hello)
-        if isinstance(run, str):
-            self._reject(peer, hello, "run", run, out)
-            return
-        if run is None:
-            self._early[peer] = hello
-            out.append(Send(peer, Wait(reason="no run has started yet")))
-            return
-        self._early.pop(peer, None)
-        known = run.nodes.get(hello.node)
-        if run.over and known is not None and known.hello.session == hello.session:
-            out.append(Send(peer, Over(reason=run.over)))
-            return
-        reason = why_not(run, hello, known)
-        if reason:
-            self._reject(peer, hello, *reason, out)
-            return
-        self._runs.setdefault(run.id, run)
-        before = self._peers.get(peer)
-        if before is not None and before is not known and before.alive:
-            self._leave(before, f"its connection is {hello.node} now", now, out)
-        returning = known is not None and known.hello.session == hello.session
-        if known is not None and returning:
-            self._peers.pop(known.peer, None)
-            node = known
-            node.peer = peer
-            node.fetcher.restart()
-        else:
-            node = Node(hello, run, peer, 0.0, alive=False, next_n=hello.first)
-            if known is not None:
-                node.sessions = known.sessions
-                node.received_bytes, node.sent_bytes = known.received_bytes, known.sent_bytes
-            run.nodes[hello.node] = node
-        node.lease_until = now + self._settings.lease_s
-        self._peers[peer] = node
-        welcome = Welcome(
-            run=run.id,
-            beat_s=self._settings.beat_s,
-            lease_s=self._settings.lease_s,
-            config=run.config,
-        )
-        out.append(Send(peer, welcome))
-        if not node.alive:
-            node.alive = True
-            node.sessions += not returning
-            self._announce("joined", node, {}, now, out)
-            for address in addresses(hello):
-                run.hosts[address] = hello.node
-                for pending in run.waiting.pop(address, []):
-                    node.unconsumed[pending.seq] = pending
-        for _, pending in sorted(node.unconsumed.items()):
-            out.append(self._delivery(node, pending))
-        out.extend(Send(peer, want) for want in node.fetcher.wants())
-        if hello.role == AGGREGATOR:
-            # Of several sessions that waited under one name, the newest is the node.
-            early = {each.node: (other, each) for other, each in self._early.items()}
-            self._early = {}
-            for other, their_hello in early.values():
-                self._hello(other, their_hello, now, out)
-
-    def _reject(self, peer: bytes, hello: Hello, code: str, reason: str, out: list[Action]) -> None:
-        out.append(Send(peer, Reject(code=code, reason=reason[:2000])))
-        out.append(Log("warning", "rejected", {"peer_node": hello.node, "reason": reason}))
+    def _taken(self, node: Node, taken: int, now: float, out: list[Action]) -> None:
+        offers.take(node, taken)
+        if node.queue and not self._full:
+            out.extend(offers.offer(node, self._box.read, now))
 
     def _numbered(
         self, node: Node, frame: Numbered, buffers: Sequence[Buffer], now: float, out: list[Action]
     ) -> None:
-        if frame.n != node.next_n:
-            # Behind: sent again after a reconnect, and here already. Ahead: some were lost
-            # with a connection; Stranger makes the link start over from its oldest.
-            if frame.n < node.next_n:
-                self._receipts.owe(node, now)
-                if frame.n in node.refused:
-                    out.append(Send(node.peer, node.refused[frame.n]))
-            else:
-                out.append(Send(node.peer, Stranger()))
-            return
-        node.next_n += 1
-        parked = Parked(frame)
-        node.parked.append(parked)
-        if isinstance(frame, Post):
-            self._post(node, frame, buffers, parked, out)
-        self._settle(node, now, out)
+        if frame.n < node.next_n:
+            # Sent again after a reconnect, and here already.
+            self._receipts.owe(node, now)
+        elif frame.n > node.next_n:
+            # Some were lost on the way: Stranger makes the link start over from its oldest.
+            out.append(Send(node.peer, Stranger()))
+        else:
+            node.next_n += 1
+            held = Held(frame)
+            node.held.append(held)
+            if isinstance(frame, Post):
+                self._post(node, frame, buffers, held, out)
+            self._settle(node, now, out)
 
     def _post(
-        self,
-        node: Node,
-        post: Post,
-        buffers: Sequence[Buffer],
-        parked: Parked,
-        out: list[Action],
+        self, node: Node, post: Post, buffers: Sequence[Buffer], held: Held, out: list[Action]
     ) -> None:
         """Check a post, keep the blobs beside it, and ask for the others."""
         try:
-            message = parked.message = decode_message(post.message)
+            message = held.message = decode_message(post.message)
             check_inline(message.blobs, post.inline, buffers)
             check_message(node, message)
         except WireError as error:
-            parked.refusal = str(error)
+            held.refusal = str(error)
             return
+        if self._look(node, message.id, post.message) != "new":
+            return  # its blobs are not needed
         beside = {
             message.blobs[index]: data for index, data in zip(post.inline, buffers, strict=True)
         }
         for blob in message.blobs:
             name = blob_name(message, blob)
-            if self._size_of(name) is not None:
-                continue
-            if blob in beside or not blob.size:
+            if self._store.size_of(name) is None and (blob in beside or not blob.size):
                 out.append(Put(name, blob.size, 0, beside.get(blob, b"")))
             else:
-                parked.missing.add(Owned(message.sender, blob.digest))
-                node.fetcher.add(message.sender, blob)
+                held.apart.append(blob)
+        self._lacks(node, held)
+
+    def _lacks(self, node: Node, held: Held) -> bool:
+        """Tell whether blobs of a post are missing, and see to it that they are fetched.
+
+        Asked again when its turn has come: what was there may have been deleted meanwhile.
+        """
+        if held.message is None or held.refusal:
+            return False
+        for blob in held.apart:
+            name = blob_name(held.message, blob)
+            owned = Owned(name.owner, blob.digest)
+            there = name == self._completed or self._store.size_of(name) is not None
+            if not there and owned not in held.missing:
+                held.missing.add(owned)
+                if owned not in node.fetcher:
+                    node.fetcher.add(name.owner, blob, *self._store.resume(name))
+        return bool(held.missing)
 
     def _settle(self, node: Node, now: float, out: list[Action]) -> None:
-        """Take, in order, the parked frames whose blobs are here; ask for what is missing."""
-        while node.parked and not node.parked[0].missing:
-            parked = node.parked.popleft()
-            message = parked.message
+        """Take, in order, the held frames whose blobs are here; ask for what is missing."""
+        while node.held and not self._lacks(node, node.held[0]):
+            held = node.held.popleft()
             self._receipts.owe(node, now)
-            match parked.frame:
-                case Post() as post if message is not None and not parked.refusal:
-                    # What is consumed is what the sender has, whatever it claims.
-                    mine = {seq: node.unconsumed.pop(seq, None) for seq in post.consumes}
-                    consumes = tuple(seq for seq, pending in mine.items() if pending)
-                    self._accept(node.run, message, post.message, consumes, now, out)
+            match held.frame:
                 case Post() as post:
-                    self._refuse_post(node, post, parked, now, out)
-                case Done() as done:
-                    self._done(node, done, now, out)
-                case Tick(token=token, after_s=after_s):
-                    tick = (now + after_s, next(self._tick_count), node, token)
-                    heapq.heappush(self._ticks, tick)
+                    self._take_post(node, post, held, now, out)
+                case Done(seqs=seqs, refused=refused):
+                    for seq, reason in refused.items():
+                        if seq in node.pending:
+                            self._box.refuse(node.run, seq, node.name, reason, now, out)
+                    self._box.consume(node, seqs, now, out)
                 case Over(reason=reason):
                     self._over(node, reason, now, out)
                     return
-        out.extend(Send(node.peer, want) for want in node.fetcher.wants())
+        self._ask(node, out)
 
-    def _accept(
-        self,
-        run: Run,
-        message: Message,
-        data: bytes,
-        consumes: tuple[int, ...],
-        now: float,
-        out: list[Action],
-    ) -> None:
-        seq = self._number()
-        out.append(Append(Accepted(seq=seq, at=now, message=data, consumes=consumes)))
-        if message.to == RECORD:
+    def _take_post(self, node: Node, post: Post, held: Held, now: float, out: list[Action]) -> None:
+        message = held.message
+        name = message.id if message else f"{node.hello.session}/{post.n}"
+        known = self._look(node, name, post.message)
+        refusal = held.refusal
+        if known == "other" and not refusal:
+            refusal = f"another message of the id {name!r} was here before"
+            name = f"{node.hello.session}/{post.n}"
+            known = self._look(node, name, post.message)
+        if known != "same":
+            self._box.remembered.add(node.run.id, node.name, name, post.message)
+        if known == "same" or refusal or message is None:
+            # Its sender is done with what it consumes all the same.
+            self._box.consume(node, post.consumes, now, out)
+            if known != "same":
+                self._box.refuse_post(node, message.id if message else name, refusal, now, out)
             return
-        pending = Pending(seq, now, data, message)
-        host = run.nodes.get(run.hosts.get(message.to, ""))
-        if host is not None and host.alive:
-            host.unconsumed[seq] = pending
-            out.append(self._delivery(host, pending))
-        else:
-            run.waiting.setdefault(message.to, []).append(pending)
+        # What is consumed is what the sender has, whatever it claims.
+        mine = {seq: node.pending.pop(seq, None) for seq in post.consumes}
+        consumes = tuple(seq for seq, address in mine.items() if address)
+        self._box.accept(node.run, message, post.message, consumes, now, out)
 
-    def _delivery(self, node: Node, pending: Pending) -> Send:
-        message = pending.message
-        inline = inline_choice(message.blobs)
-        frame = Deliver(seq=pending.seq, at=pending.at, message=pending.data, inline=inline)
-        chosen = [message.blobs[index] for index in inline]
-        return Send(
-            node.peer, frame, tuple((blob_name(message, blob), 0, blob.size) for blob in chosen)
-        )
+    def _look(self, node: Node, name: str, data: bytes) -> str:
+        return self._box.remembered.look(node.run.id, node.name, name, data)
 
-    def _refuse_post(
-        self, node: Node, post: Post, parked: Parked, now: float, out: list[Action]
-    ) -> None:
-        name = parked.message.id if parked.message else f"{node.name}/post/{post.n}"
-        refusal = Refusal(
-            seq=self._number(),
-            at=now,
-            run=node.run.id,
-            node=BROKER,
-            id=name,
-            reason=parked.refusal[:2000],
-        )
-        out.append(Append(refusal))
-        refused = Refused(id=name, reason=refusal.reason)
-        node.refused[post.n] = refused
-        if len(node.refused) > REFUSED_KEPT:
-            del node.refused[min(node.refused)]
-        out.append(Send(node.peer, refused))
-        # Its sender is done with what it consumes all the same.
-        self._consume(node, post.consumes, now, out)
+    # ---- blobs
 
     def _chunk(
         self, node: Node, chunk: Chunk, buffers: Sequence[Buffer], now: float, out: list[Action]
@@ -371,49 +312,30 @@ class Broker:
                 out.append(Drop(full, piece.size))
                 self._blob_failed(node, name, "the bytes of a blob do not match its digest")
             elif good:
-                for parked in node.parked:
-                    parked.missing.discard(name)
+                self._completed = full
+                for held in node.held:
+                    held.missing.discard(name)
         self._settle(node, now, out)
 
     def _blob_failed(self, node: Node, name: Owned, reason: str) -> None:
         node.fetcher.drop(name)
-        for parked in node.parked:
-            if name in parked.missing:
-                parked.missing.discard(name)
-                parked.refusal = f"{reason} ({name.digest.hex()})"
+        for held in node.held:
+            if name in held.missing:
+                held.missing.discard(name)
+                held.refusal = f"{reason} ({name.digest.hex()})"
+
+    def _ask(self, node: Node, out: list[Action]) -> None:
+        """Ask for chunks: the window is shared by all nodes that have some to send."""
+        if len(node.fetcher):
+            busy = sum(1 for each in self._members.alive() if len(each.fetcher))
+            window = max(1, UPLOAD_CHUNKS // max(1, busy))
+            out.extend(Send(node.peer, want) for want in node.fetcher.wants(window))
 
     def _want(self, node: Node, want: Want, out: list[Action]) -> None:
         name = BlobName(node.run.id, want.owner, want.digest)
         reply = Chunk(owner=want.owner, digest=want.digest, start=want.start)
-        held = (self._size_of(name) or 0) >= want.start + want.size
+        held = (self._store.size_of(name) or 0) >= want.start + want.size
         out.append(Send(node.peer, reply, ((name, want.start, want.size),) if held else ()))
-
-    def _consume(self, node: Node, seqs: tuple[int, ...], now: float, out: list[Action]) -> None:
-        finished = tuple(seq for seq in seqs if node.unconsumed.pop(seq, None) is not None)
-        if finished:
-            entry = Consumed(seq=self._number(), at=now, node=node.name, of=finished)
-            out.append(Append(entry))
-
-    def _done(self, node: Node, done: Done, now: float, out: list[Action]) -> None:
-        self._consume(node, done.seqs, now, out)
-        for seq, reason in done.refused.items():
-            pending = node.unconsumed.pop(seq, None)
-            if pending is None:
-                continue
-            message = pending.message
-            refusal = Refusal(
-                seq=self._number(),
-                at=now,
-                run=node.run.id,
-                node=node.name,
-                id=message.id,
-                reason=reason,
-                of=seq,
-            )
-            out.append(Append(refusal))
-            sender = node.run.nodes.get(message.sender)
-            if sender is not None and sender.alive:
-                out.append(Send(sender.peer, Refused(id=message.id, reason=reason)))
 
     def _over(self, node: Node, reason: str, now: float, out: list[Action]) -> None:
         if node.hello.role != AGGREGATOR:
@@ -430,70 +352,48 @@ class Broker:
             }
             for name, each in run.nodes.items()
         }
-        entry = Ended(seq=self._number(), at=now, run=run.id, reason=reason, nodes=counts)
+        entry = Ended(seq=self._box.number(), at=now, run=run.id, reason=run.over, nodes=counts)
         out.append(Append(entry))
         self._receipts.owe(node, now)
         out.extend(self._receipts.take())
         # A node stays until it says goodbye; whatever else it says is answered by Over.
         out.extend(
-            Send(each.peer, Over(reason=reason)) for each in run.nodes.values() if each.alive
+            Send(each.peer, Over(reason=run.over)) for each in run.nodes.values() if each.alive
         )
-        self._ticks = [tick for tick in self._ticks if tick[2].run is not run]
-        heapq.heapify(self._ticks)
+        self._box.timers = [timer for timer in self._box.timers if timer[2] != run.id]
+        heapq.heapify(self._box.timers)
 
     # ---- time
 
     def _wake(self, now: float, out: list[Action]) -> None:
-        for node in [node for node in self._live_nodes() if node.lease_until <= now]:
-            reason = f"silent for {self._settings.lease_s:g} s"
-            self._leave(node, reason, now, out)
-        while self._ticks and self._ticks[0][0] <= now:
-            _, _, node, token = heapq.heappop(self._ticks)
-            self._say(node.run, "tick", AGGREGATOR, {"token": token}, now, out)
+        if self._full:
+            return
+        late = now - self._promised
+        if late > self._settings.beat_s:
+            # It is the broker that was stopped, not the nodes: they get a lease to be heard.
+            for node in self._members.alive():
+                node.heard += late
+                node.lease_until = now + self._settings.lease_s
+        for node in [node for node in self._members.alive() if node.lease_until <= now]:
+            self._members.lapse(node, now, out)
+        while self._box.timers and self._box.timers[0][0] <= now:
+            _, seq, name, token = heapq.heappop(self._box.timers)
+            run = self._box.runs[name]
+            self._box.say(run, "tick", AGGREGATOR, {"token": token}, now, out, consumes=(seq,))
+        for node in self._members.alive():
+            if node.resume_at and node.resume_at <= now:
+                node.resume_at = 0.0
+                out.extend(offers.offer(node, self._box.read, now))
         if now >= self._receipts.due:
             out.extend(self._receipts.take())
+        self._promised = self.deadline or math.inf
 
-    def _leave(self, node: Node, reason: str, now: float, out: list[Action]) -> None:
-        node.alive = False
-        run = node.run
-        if run.over:
-            return
-        for address in addresses(node.hello):
-            if run.hosts.get(address) == node.name:
-                del run.hosts[address]
-        for seq, pending in sorted(node.unconsumed.items()):
-            run.waiting.setdefault(pending.message.to, []).append(pending)
-            run.waiting[pending.message.to].sort(key=lambda each: each.seq)
-            del node.unconsumed[seq]
-        self._announce("left", node, {"reason": reason}, now, out)
-
-    def _announce(
-        self, kind: str, node: Node, more: dict[str, Any], now: float, out: list[Action]
-    ) -> None:
-        hello = node.hello
-        body = {
-            "node": hello.node,
-            "role": hello.role,
-            "session": hello.session,
-            "clients": [list(each) for each in hello.clients],
-            **more,
-        }
-        to = RECORD if hello.role == AGGREGATOR else AGGREGATOR
-        self._say(node.run, kind, to, body, now, out)
-        out.append(Log("info", kind, {"peer_node": hello.node, "role": hello.role, **more}))
-
-    def _say(
-        self, run: Run, kind: str, to: str, body: dict[str, Any], now: float, out: list[Action]
-    ) -> None:
-        """Accept a message from the broker itself."""
-        message = Message(
-            kind=kind, id=f"{BROKER}/{self._next_seq}", run=run.id, sender=BROKER, to=to, body=body
-        )
-        self._accept(run, message, encode_message(message), (), now, out)
-
-    def _number(self) -> int:
-        self._next_seq += 1
-        return self._next_seq - 1
-
-    def _live_nodes(self) -> Iterator[Node]:
-        return (node for node in self._peers.values() if node.alive)
+    def _filled(self, reason: str, now: float, out: list[Action]) -> None:
+        if reason and not self._full:
+            out.append(Log("error", "nothing can be kept", {"reason": reason}))
+        if self._full and not reason:
+            out.append(Log("info", "there is room again", {}))
+            for node in self._members.alive():
+                node.lease_until = now + self._settings.lease_s
+            self._promised = math.inf
+        self._full = reason

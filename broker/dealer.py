@@ -21,9 +21,11 @@ from collections.abc import Iterator, Mapping, Sequence
 import structlog
 import zmq
 
-from fedmq.broker import link
+from fedmq.broker import link_state as link
 from fedmq.broker.errors import LinkClosed, Rejected, VersionError, WireError
-from fedmq.broker.link import Delivery, Link
+from fedmq.broker.link import Link
+from fedmq.broker.link_state import Delivery
+from fedmq.broker.outbox import Outbox
 from fedmq.broker.router import (
     COPY_BELOW_BYTES,
     MAX_FRAME_BYTES,
@@ -38,13 +40,13 @@ from fedmq.broker.wire import (
     Hello,
     Message,
     Over,
-    Tick,
     Welcome,
     encode_frame,
 )
 
 _WATCH_S = 0.25
 """The thread takes over by itself when the main thread has been away for this long."""
+_MAX_UNRECEIPTED = 4096
 _SHORT_S = 0.005
 """After an absence shorter than this, the next one is not worth waking the thread for."""
 
@@ -64,8 +66,10 @@ class NodeLink:
         self._clock = Clock()
         self._core = Link(hello)
         self._inbox: deque[Delivery] = deque()
-        self._outgoing: deque[list[Buffer]] = deque()
+        self._outgoing = Outbox()
+        self._gathering = False
         self._fetched: dict[tuple[str, bytes], Buffer | None] = {}
+        self._came: deque[Buffer] = deque()
         self._last_fetched: tuple[str, bytes, Buffer] | None = None
         self._welcome: Welcome | None = None
         self._ended: link.Ended | None = None
@@ -134,13 +138,34 @@ class NodeLink:
         with self._holding():
             while not self._inbox:
                 self._turn_or_raise()
-            return self._inbox.popleft()
+            delivery = self._inbox.popleft()
+            self._tell(link.Taken(delivery))
+            return delivery
 
     def post(
         self, message: Message, data: Sequence[Buffer] = (), consumes: tuple[int, ...] = ()
     ) -> None:
-        """Post a message; ``data`` must stay as it is from now on."""
-        self._tell(link.Outgoing(message, data, consumes))
+        """Post a message; ``data`` must stay as it is from now on.
+
+        Waits while very many posts have no receipt, so that they do not fill the memory.
+
+        Raises:
+            LinkClosed: the link ended meanwhile.
+        """
+        with self._holding():
+            self._tell(link.Outgoing(message, data, consumes))
+            if self._core.unreceipted > _MAX_UNRECEIPTED:
+                self.flush(_MAX_UNRECEIPTED // 2)
+
+    def flush(self, limit: int = 0) -> None:
+        """Wait until at most ``limit`` of all that was said have no receipt.
+
+        Raises:
+            LinkClosed: the link ended meanwhile.
+        """
+        with self._holding():
+            while self._core.unreceipted > limit:
+                self._turn_or_raise()
 
     def read(self, delivery: Delivery, index: int) -> Buffer:
         """Return the bytes of a delivery's blob, pulling them from the broker if need be.
@@ -166,16 +191,48 @@ class NodeLink:
         self._last_fetched = (owner, blob.digest, data)
         return data
 
-    def done(self, seqs: Sequence[int], refused: Mapping[int, str] | None = None) -> None:
-        """Say that deliveries are done with; ``refused``: why some could not be used."""
-        if seqs:
-            self._tell(link.Say(Done(seqs=tuple(seqs))))
-        if refused:
-            self._tell(link.Say(Done(refused={n: why[:2000] for n, why in refused.items()})))
+    def pieces(self, delivery: Delivery, index: int) -> Iterator[Buffer]:
+        """Yield the bytes of a delivery's blob in order, without holding all of them.
 
-    def tick(self, token: str, after_s: float) -> None:
-        """Ask for a ``tick`` message with this token after a while."""
-        self._tell(link.Say(Tick(token=token, after_s=after_s)))
+        It must be read to its end before anything else is read.
+
+        Raises:
+            WireError: nobody holds the blob any more, or its bytes are not what it says;
+                that is known after the last piece.
+            LinkClosed: the link ended meanwhile.
+        """
+        owner, blob = delivery.message.sender, delivery.message.blobs[index]
+        if index in delivery.inline or not blob.size:
+            yield self.read(delivery, index)
+            return
+        name = (owner, blob.digest)
+        self._tell(link.Fetch(owner, blob, in_pieces=True))
+        try:
+            while name not in self._fetched or self._came:
+                with self._holding():
+                    while not self._came and name not in self._fetched:
+                        self._turn_or_raise()
+                if self._came:
+                    yield self._came.popleft()
+                    self._tell(link.More())
+            if self._fetched[name] is None:
+                raise WireError(f"blob {blob.digest.hex()} of {owner} cannot be had")
+        finally:
+            self._tell(link.Leave(owner, blob))
+            self._came.clear()
+            self._fetched.pop(name, None)
+
+    def done(self, seqs: Sequence[int], refused: Mapping[int, str] | None = None) -> None:
+        """Say that deliveries are done with; ``refused``: why some could not be used.
+
+        One that is refused, but not among ``seqs``, is delivered again to a new session.
+        """
+        reasons = {seq: why[:2000] for seq, why in (refused or {}).items()}
+        if reasons:
+            self._tell(link.Say(Done(seqs=tuple(seqs), refused=reasons)))
+        used = tuple(seq for seq in seqs if seq not in reasons)
+        if used:
+            self._tell(link.Say(Done(seqs=used)))
 
     def over(self, reason: str) -> None:
         """End the run; `get` raises LinkClosed once the broker has recorded it."""
@@ -239,9 +296,16 @@ class NodeLink:
             self._main_holds = False
             self._baton.release()
 
-    def together(self) -> contextlib.AbstractContextManager[None]:
-        """Hold the link for several posts in a row."""
-        return self._holding()
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """Hold the link for several posts in a row, which travel together."""
+        with self._holding():
+            self._gathering = True
+            try:
+                yield
+            finally:
+                self._gathering = False
+                self._send_all()
 
     def _stand_in(self) -> None:
         """Run the loop whenever the main thread is away: at its word, or after a while."""
@@ -289,12 +353,13 @@ class NodeLink:
     def _tell(self, event: link.Event) -> None:
         with self._holding():
             self._carry_out(self._core.handle(event, self._clock()))
-            self._send_all()
+            if not self._gathering:
+                self._send_all()
 
     def _receive_all(self, now: float) -> None:
         while self._ended is None:
             try:
-                frame, buffers, _ = receive(self._socket, first=True, flags=zmq.NOBLOCK)
+                frames, _ = receive(self._socket, first=True, flags=zmq.NOBLOCK)
             except zmq.Again:
                 return
             except VersionError as error:
@@ -302,29 +367,32 @@ class NodeLink:
             except WireError as error:
                 self._log.warning("unreadable frame from the broker", reason=str(error))
             else:
-                self._carry_out(self._core.handle(link.Received(frame, buffers), now))
+                for frame, buffers in frames:
+                    self._carry_out(self._core.handle(link.Received(frame, buffers), now))
                 self._send_all()
 
     def _carry_out(self, actions: Sequence[link.Action]) -> None:
         for action in actions:
             match action:
                 case link.Send(frame, buffers):
-                    self._outgoing.append([encode_frame(frame), *buffers])
+                    self._outgoing.add(encode_frame(frame), buffers)
                 case link.Deliveries(delivery):
                     self._inbox.append(delivery)
                 case link.Fetched(owner, blob, data):
                     self._fetched[owner, blob.digest] = data
+                case link.Came(data):
+                    self._came.append(data)
                 case link.Admitted(welcome):
                     self._welcome = welcome
-                case link.RefusedBack(name, reason):
-                    self._log.warning("refused", message=name, reason=reason)
+                case link.Blocked(reason):
+                    self._log.warning("the broker keeps nothing now", reason=reason)
                 case link.Ended():
                     self._ended = action
 
     def _send_all(self) -> None:
         while self._outgoing:
             try:
-                self._socket.send_multipart(self._outgoing[0], zmq.NOBLOCK, copy=False)
+                self._socket.send_multipart(self._outgoing.next(), zmq.NOBLOCK, copy=False)
             except zmq.Again:
                 return
-            self._outgoing.popleft()
+            self._outgoing.sent()

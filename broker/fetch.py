@@ -54,22 +54,43 @@ class Fetcher:
     def __contains__(self, name: Owned) -> bool:
         return name in self._transfers
 
-    def add(self, owner: str, blob: Blob) -> None:
-        """Fetch a blob, after those added before; a blob that is on its way is not added twice."""
-        self._transfers.setdefault(Owned(owner, blob.digest), _Transfer(blob.size))
+    def __len__(self) -> int:
+        return len(self._transfers)
 
-    def wants(self) -> list[Want]:
-        """Return the requests that the window has room for."""
+    @property
+    def outstanding(self) -> int:
+        """Return the number of chunks that were asked for and have not come."""
+        return self._outstanding
+
+    def add(
+        self, owner: str, blob: Blob, received: int = 0, hasher: xxhash.xxh3_128 | None = None
+    ) -> None:
+        """Fetch a blob, after those added before; a blob that is on its way is not added twice.
+
+        Args:
+            owner: the node that named it.
+            blob: its digest and size.
+            received: bytes that are here already, from its start.
+            hasher: what has hashed them.
+        """
+        name = Owned(owner, blob.digest)
+        if name not in self._transfers:
+            hasher = hasher or xxhash.xxh3_128()
+            self._transfers[name] = _Transfer(blob.size, received, received, hasher)
+
+    def wants(self, window: int | None = None) -> list[Want]:
+        """Return the requests that a window (by default this fetcher's) has room for."""
+        limit = self._window if window is None else min(window, self._window)
         wants = []
         for name, transfer in self._transfers.items():
-            while transfer.asked < transfer.size and self._outstanding < self._window:
+            while transfer.asked < transfer.size and self._outstanding < limit:
                 size = min(CHUNK_BYTES, transfer.size - transfer.asked)
                 wants.append(
                     Want(owner=name.owner, digest=name.digest, start=transfer.asked, size=size)
                 )
                 transfer.asked += size
                 self._outstanding += 1
-            if self._outstanding >= self._window:
+            if self._outstanding >= limit:
                 break
         return wants
 

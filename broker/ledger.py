@@ -1,225 +1,79 @@
 """The ledger: one ordered, append-only record of everything that a broker accepted.
 
-Two families of segments lie in its folder. ``messages-*.log`` holds the entries: each
-accepted message, and what became of it, numbered from 0 without gaps. ``payload-*.log``
-holds the blobs, in checksummed pieces, each stored once; a message is written after all
-of its blobs. So headers can be kept for ever and payloads dropped, a large blob can be
-resumed after a crash from the pieces that are there, and a reader can follow the tail.
+Two families of segments lie in its folder: entries, numbered from 0 without gaps, and the
+pieces of blobs, each blob stored once. A message is written after all of its blobs. So
+headers can be kept for ever and payloads dropped, a large blob can be resumed after a
+crash from the pieces that are there, and a reader can follow the tail.
 """
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
 from collections import OrderedDict
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Literal
 
-import msgspec
-from msgspec import Struct
+import xxhash
 
-from fedmq.broker.errors import LedgerError, WireError
-from fedmq.broker.records import MAGIC, Record, Segment, pack, scan
-from fedmq.broker.wire import INLINE_BYTES, Blob, Buffer, Message, decode_message
+from fedmq.broker.entries import (
+    MESSAGES,
+    PAYLOAD,
+    Accepted,
+    AnyEntry,
+    BlobName,
+    Consumed,
+    Ended,
+    Entry,
+    Piece,
+    encode_record,
+    segment_numbers,
+    segment_path,
+)
+from fedmq.broker.errors import LedgerError
+from fedmq.broker.payload import PayloadIndex
+from fedmq.broker.reading import EntryIndex, Follower
+from fedmq.broker.records import Segment, pack
+from fedmq.broker.wire import CHUNK_BYTES, Buffer
 
-MESSAGES = "messages"
-PAYLOAD = "payload"
 _MESSAGES_SEGMENT_BYTES = 64 << 20
 _PAYLOAD_SEGMENT_BYTES = 128 << 20
 _CACHED_SEGMENTS = 2
-_RECENT_BYTES = 8 << 20
+_AHEAD_BYTES = 32 << 20
+_RECENT_BYTES = 4 << 20
+
+EVERYTHING = None
+"""Retention: nothing is ever deleted."""
 
 
-class BlobName(NamedTuple):
-    """A blob's full name. Scoped by owner: nobody can pass bytes off as someone else's."""
+@dataclass(frozen=True)
+class Keeping:
+    """How a broker keeps its ledger.
 
-    run: str
-    owner: str
-    digest: bytes
+    durability: what a receipt promises: that the message outlives the broker's ``process``,
+        or a failure of ``power`` (each batch is synced to the device before its receipts).
+    retain_bytes: see `Ledger`.
+    offer_parked: offer parked messages again.
+    """
 
-
-class Entry(Struct, frozen=True, kw_only=True, tag_field="kind", tag=str.lower):
-    """Root of the ledger's entries. ``seq`` counts from 0; ``at`` is in seconds since 1970."""
-
-    seq: int
-    at: float
-
-
-class Accepted(Entry, frozen=True):
-    """A message, as the bytes its sender wrote, and the messages that it consumes."""
-
-    message: bytes
-    consumes: tuple[int, ...] = ()
-
-    def read(self) -> Message:
-        """Return the message."""
-        return decode_message(self.message)
-
-
-class Consumed(Entry, frozen=True):
-    """A recipient is done with these messages."""
-
-    node: str
-    of: tuple[int, ...]
-
-
-class Refusal(Entry, frozen=True):
-    """A message was not accepted (``of`` is None), or its recipient could not use it."""
-
-    run: str
-    node: str
-    """Who refused."""
-    id: str
-    reason: str
-    of: int | None = None
-
-
-class Ended(Entry, frozen=True):
-    """A run is over. ``nodes``: by name, what the broker counted for each."""
-
-    run: str
-    reason: str
-    nodes: dict[str, dict[str, int]] = {}
-
-
-AnyEntry = Accepted | Consumed | Refusal | Ended
-
-
-class Piece(Struct, frozen=True):
-    """Head of a payload record: these data are bytes ``start...`` of a blob of ``size``."""
-
-    run: str
-    owner: str
-    digest: bytes
-    size: int
-    start: int
-
-
-_encode = msgspec.msgpack.Encoder().encode
-_entry_decoder: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(AnyEntry)
-_piece_decoder = msgspec.msgpack.Decoder(Piece)
-
-
-@dataclass
-class _Stored:
-    """Where the pieces of a blob lie: (segment number, offset, start, length), in order."""
-
-    size: int
-    pieces: list[tuple[int, int, int, int]] = field(default_factory=list)
-    end: int = 0
-
-
-class PayloadIndex:
-    """Which blobs a folder's payload segments hold, and where; reads them."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._blobs: dict[BlobName, _Stored] = {}
-        self._fds: dict[int, int] = {}
-        self._recent: OrderedDict[BlobName, Buffer] = OrderedDict()
-        self._recent_bytes = 0
-
-    def remember(self, name: BlobName, data: Buffer) -> None:
-        """Keep a small, whole blob at hand: most are read once, right after they came."""
-        if name not in self._recent:
-            self._recent[name] = data
-            self._recent_bytes += memoryview(data).nbytes
-        while self._recent_bytes > _RECENT_BYTES:
-            _, dropped = self._recent.popitem(last=False)
-            self._recent_bytes -= memoryview(dropped).nbytes
-
-    def add(self, piece: Piece, segment: int, offset: int, length: int) -> None:
-        """Note a piece. Pieces of a blob come in order; one that is already there is ignored.
-
-        A piece without data, of a blob that is not empty, takes back all before it.
-        """
-        name = BlobName(piece.run, piece.owner, piece.digest)
-        if piece.size and not length:
-            self._blobs.pop(name, None)
-            return
-        stored = self._blobs.setdefault(name, _Stored(piece.size))
-        if piece.start == stored.end and length:
-            stored.pieces.append((segment, offset, piece.start, length))
-            stored.end += length
-
-    def add_segment(self, number: int, *, verify: bool) -> None:
-        """Note every piece of a segment.
-
-        Raises:
-            LedgerError: the segment is damaged.
-        """
-        path = segment_path(self._folder, PAYLOAD, number)
-        for record in scan(path, verify_data=verify):
-            piece = _decode(_piece_decoder, record, path)
-            self.add(piece, number, record.data_offset, record.data_length)
-
-    def have(self, name: BlobName) -> int:
-        """Return how many bytes of the blob, from its start, are here."""
-        stored = self._blobs.get(name)
-        return stored.end if stored else 0
-
-    def size_of(self, name: BlobName) -> int | None:
-        """Return the size of a blob that is here as a whole, or None."""
-        stored = self._blobs.get(name)
-        return stored.size if stored is not None and stored.end == stored.size else None
-
-    def read(self, name: BlobName, start: int, size: int) -> Buffer:
-        """Return bytes of a blob that is here.
-
-        Raises:
-            LedgerError: those bytes are not here.
-        """
-        recent = self._recent.get(name)
-        if recent is not None and (start, size) == (0, memoryview(recent).nbytes):
-            return recent
-        stored = self._blobs.get(name)
-        if stored is None or start + size > stored.end:
-            raise LedgerError(f"blob {name.digest.hex()} of {name.owner} is not in the ledger")
-        parts = []
-        # Pieces all have one length, but for the last.
-        index = start // stored.pieces[0][3] if stored.pieces else 0
-        while size:
-            segment, offset, piece_start, length = stored.pieces[index]
-            skip = start - piece_start
-            take = min(size, length - skip)
-            data = os.pread(self._fd(segment), take, offset + skip)
-            if len(data) != take:
-                raise LedgerError("payload is shorter than its index", f"payload {segment}", offset)
-            parts.append(data)
-            start, size, index = start + take, size - take, index + 1
-        return parts[0] if len(parts) == 1 else b"".join(parts)
-
-    def let_go(self, segment: int) -> None:
-        """Start writing a segment to the device; what is there already leaves the page cache.
-
-        Called when a segment is full, and again some segments later. So the cache holds
-        the newest payloads and its pages are used again and again: where memory is
-        scarce, or is handed out by a hypervisor, writing into ever new pages was measured
-        at 3.2 ms a MiB, this at 0.5.
-        """
-        if segment >= 0 and hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(self._fd(segment), 0, 0, os.POSIX_FADV_DONTNEED)
-
-    def close(self) -> None:
-        """Close the files."""
-        for fd in self._fds.values():
-            os.close(fd)
-        self._fds.clear()
-
-    def _fd(self, segment: int) -> int:
-        if segment not in self._fds:
-            if len(self._fds) >= 64:
-                os.close(self._fds.pop(next(iter(self._fds))))
-            path = segment_path(self._folder, PAYLOAD, segment)
-            self._fds[segment] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        return self._fds[segment]
+    durability: Literal["process", "power"] = "process"
+    retain_bytes: int | None = EVERYTHING
+    offer_parked: bool = False
 
 
 class Ledger:
     """The ledger of one broker, open for appending. One writer at a time.
 
     Appends are gathered and written together by `commit`, payload before messages.
+
+    Args:
+        folder: where it lies; made if need be.
+        each: is given every entry that is there already, in order.
+        retain_bytes: full payload segments that no unfinished message needs are deleted,
+            oldest first, while all of them together are larger; `EVERYTHING` deletes none.
 
     Attributes:
         next_seq: number of the next entry.
@@ -229,28 +83,54 @@ class Ledger:
         LedgerError: the folder cannot be written, or holds a damaged ledger.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        each: Callable[[AnyEntry], None] | None = None,
+        *,
+        retain_bytes: int | None = EVERYTHING,
+    ) -> None:
         self.folder = folder
         self.next_seq = 0
         self.cut_bytes = 0
+        self._retain_bytes = retain_bytes
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise LedgerError(f"cannot make {folder}: {error.strerror}") from None
         self.payload = PayloadIndex(folder)
-        numbers = segment_numbers(folder, PAYLOAD)
-        self._payload_number = numbers[-1] if numbers else 0
-        self._payload_file = self._open(PAYLOAD, self._payload_number)
-        for number in numbers:
-            self.payload.add_segment(number, verify=False)
-        firsts = segment_numbers(folder, MESSAGES)
-        self._messages_file = self._open(MESSAGES, firsts[-1] if firsts else 0)
-        for entry in read_entries(folder):
-            self.next_seq = entry.seq + 1
         self._messages: list[Buffer] = []
         self._first_queued = 0
         self._pieces: list[Buffer] = []
-        self._piece_end = self._payload_file.size
+        self._entries = EntryIndex(folder)
+        self._positions: list[tuple[int, int]] = []
+        self._recent: OrderedDict[int, Accepted] = OrderedDict()
+        self._recent_bytes = 0
+        self._unsynced = False
+        self._uses: dict[int, tuple[BlobName, ...]] = {}
+        with contextlib.ExitStack() as opened:
+            opened.callback(self.payload.close)
+            self._lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            opened.callback(os.close, self._lock)
+            self._take_lock()
+            numbers = segment_numbers(folder, PAYLOAD)
+            self._payload_number = numbers[-1] if numbers else 0
+            self._payload_file = self._open(PAYLOAD, self._payload_number)
+            opened.callback(self._payload_file.close)
+            self._piece_end = self._payload_file.size
+            for number in numbers:
+                self.payload.add_segment(number, verify=False)
+            firsts = segment_numbers(folder, MESSAGES)
+            self._messages_number = firsts[-1] if firsts else 0
+            self._messages_file = self._open(MESSAGES, self._messages_number)
+            opened.callback(self._messages_file.close)
+            follower = Follower(folder)
+            for entry in follower.poll():
+                self._entries.add(entry.seq, *follower.at)
+                self.next_seq = entry.seq + 1
+                if each is not None:
+                    each(entry)
+            opened.pop_all()
 
     def append(self, entry: Entry) -> None:
         """Queue an entry; its number must be the next one."""
@@ -259,27 +139,64 @@ class Ledger:
         if not self._messages:
             self._first_queued = entry.seq
         self.next_seq += 1
-        self._messages += pack(_encode(entry))
+        record = pack(encode_record(entry))
+        self._messages += record
+        self._positions.append((entry.seq, sum(map(len, record))))
+        match entry:
+            case Accepted(seq=seq, consumes=consumes):
+                self._recent[seq] = entry
+                self._recent_bytes += len(entry.message)
+                self._finish(consumes)
+            case Consumed(of=of):
+                self._finish(of)
+            case Ended(run=run):
+                self._finish([seq for seq, names in self._uses.items() if names[0].run == run])
+
+    def use(self, seq: int, names: Sequence[BlobName], *, kept: bool = True) -> None:
+        """Keep these blobs until entry ``seq``, the message that names them, is consumed.
+
+        If it is not ``kept``, they are not needed any more.
+        """
+        if names:
+            self._uses[seq] = tuple(names)
+            for name in names:
+                self.payload.use(name)
+            if not kept:
+                self._finish((seq,))
+
+    def read(self, seq: int) -> Accepted:
+        """Return an accepted message by its number.
+
+        Raises:
+            LedgerError: there is none of this number.
+        """
+        entry = self._recent.get(seq) or self._entries.read(seq)
+        if not isinstance(entry, Accepted):
+            raise LedgerError(f"entry {seq} is no message")
+        return entry
+
+    def size_of(self, name: BlobName) -> int | None:
+        """Return the size of a blob that is here as a whole, or None."""
+        return self.payload.size_of(name)
+
+    def resume(self, name: BlobName) -> tuple[int, xxhash.xxh3_128]:
+        """Return how many bytes of a blob, from its start, are here, and their hash so far."""
+        if self._pieces:
+            return 0, xxhash.xxh3_128()  # some may not be on disk yet
+        return self.payload.resume(name)
 
     def put(self, name: BlobName, size: int, start: int, data: Buffer) -> None:
         """Queue a piece of a blob of ``size`` bytes; ``data`` must stay as it is until `commit`."""
-        if self._piece_end > _PAYLOAD_SEGMENT_BYTES:
-            self.commit()
-            number = self._payload_number + 1
-            fresh = self._open(PAYLOAD, number)
-            self._payload_file.close()
-            self.payload.let_go(self._payload_number)
-            self.payload.let_go(self._payload_number - _CACHED_SEGMENTS)
-            self._payload_file, self._payload_number = fresh, number
-            self._piece_end = fresh.size
         piece = Piece(name.run, name.owner, name.digest, size, start)
-        record = pack(_encode(piece), data)
+        record = pack(encode_record(piece), data)
         length = memoryview(data).nbytes
         self._pieces += record
         self._piece_end += sum(memoryview(part).nbytes for part in record)
-        self.payload.add(piece, self._payload_number, self._piece_end - length, length)
-        if length == size <= INLINE_BYTES:
-            self.payload.remember(name, data)
+        self.payload.add(
+            piece, self._payload_number, self._piece_end - length, length, arriving=True
+        )
+        if length:
+            self.payload.remember(name, start, data)
 
     def drop(self, name: BlobName, size: int) -> None:
         """Queue a note that the pieces of a blob so far are not to be used."""
@@ -292,19 +209,50 @@ class Ledger:
             LedgerError: the operating system refused the write.
         """
         if self._pieces:
+            if self._piece_end - self._payload_file.size >= CHUNK_BYTES:
+                self._payload_file.reserve(_AHEAD_BYTES)
             self._payload_file.append(self._pieces)
             self._pieces = []
-            if sync:
-                self._payload_file.sync()
+            self._unsynced = True
+        if sync and self._unsynced:
+            # Before the messages: a message on the device has its blobs there.
+            self._payload_file.sync()
+            self._unsynced = False
         if self._messages:
-            if self._messages_file.size > _MESSAGES_SEGMENT_BYTES:
-                fresh = self._open(MESSAGES, self._first_queued)
-                self._messages_file.close()
-                self._messages_file = fresh
-            self._messages_file.append(self._messages)
-            self._messages = []
+            self._write_messages()
             if sync:
                 self._messages_file.sync()
+        if self._payload_file.size > _PAYLOAD_SEGMENT_BYTES:
+            self._next_payload_segment()
+
+    def _write_messages(self) -> None:
+        if self._messages_file.size > _MESSAGES_SEGMENT_BYTES:
+            fresh = self._open(MESSAGES, self._first_queued)
+            self._messages_file.close()
+            self._messages_file, self._messages_number = fresh, self._first_queued
+        offset = self._messages_file.size
+        self._messages_file.append(self._messages)
+        self._messages = []
+        for seq, length in self._positions:
+            self._entries.add(seq, self._messages_number, offset)
+            offset += length
+        self._positions.clear()
+        while self._recent_bytes > _RECENT_BYTES:
+            _, entry = self._recent.popitem(last=False)
+            self._recent_bytes -= len(entry.message)
+
+    def _next_payload_segment(self) -> None:
+        number = self._payload_number + 1
+        try:
+            fresh = self._open(PAYLOAD, number)
+        except LedgerError:
+            return  # the disk is full: this one goes on growing until there is room
+        self._payload_file.close()
+        self.payload.let_go(self._payload_number)
+        self.payload.let_go(self._payload_number - _CACHED_SEGMENTS)
+        self._payload_file, self._payload_number = fresh, number
+        self._piece_end = fresh.size
+        self._retain()
 
     def close(self) -> None:
         """Write what is queued and close the files."""
@@ -314,96 +262,33 @@ class Ledger:
             self._payload_file.close()
             self._messages_file.close()
             self.payload.close()
+            os.close(self._lock)
+
+    def _take_lock(self) -> None:
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise LedgerError(f"another broker is writing to {self.folder}") from None
+
+    def _finish(self, seqs: Sequence[int]) -> None:
+        for seq in seqs:
+            for name in self._uses.pop(seq, ()):
+                self.payload.finish(name)
+
+    def _retain(self) -> None:
+        """Delete what the retention policy does not keep."""
+        if self._retain_bytes is None:
+            return
+        numbers = segment_numbers(self.folder, PAYLOAD)
+        sizes = {n: segment_path(self.folder, PAYLOAD, n).stat().st_size for n in numbers}
+        total = sum(sizes.values())
+        for number in numbers[:-1]:
+            if total <= self._retain_bytes:
+                return
+            if self.payload.remove_segment(number):
+                total -= sizes[number]
 
     def _open(self, family: str, number: int) -> Segment:
         segment = Segment(segment_path(self.folder, family, number))
         self.cut_bytes += segment.cut
         return segment
-
-
-def read_entries(folder: Path) -> Iterator[AnyEntry]:
-    """Yield the entries of a ledger in order; stops at a torn tail.
-
-    Raises:
-        LedgerError: a damaged record, or a number that is missing, with segment and offset.
-    """
-    follower = Follower(folder)
-    yield from follower.poll()
-
-
-class Follower:
-    """Reads entries as they are appended; keeps its place between calls."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._first: int | None = None
-        self._offset = len(MAGIC)
-        self._next_seq = 0
-
-    def poll(self) -> Iterator[AnyEntry]:
-        """Yield the entries that have been appended since the last call.
-
-        Raises:
-            LedgerError: as `read_entries`.
-        """
-        for first in segment_numbers(self._folder, MESSAGES):
-            if self._first is not None and first < self._first:
-                continue
-            if first != self._first:
-                self._first, self._offset = first, len(MAGIC)
-            path = segment_path(self._folder, MESSAGES, first)
-            for record in scan(path, self._offset):
-                entry = _decode_entry(record, path)
-                if entry.seq != self._next_seq:
-                    raise LedgerError(
-                        f"expected entry {self._next_seq}, got {entry.seq}",
-                        path.name,
-                        record.offset,
-                    )
-                self._next_seq += 1
-                self._offset = record.end
-                yield entry
-
-
-def open_payload(folder: Path) -> PayloadIndex:
-    """Return an index of all blobs in a ledger, for reading.
-
-    Raises:
-        LedgerError: a damaged payload segment.
-    """
-    index = PayloadIndex(folder)
-    for number in segment_numbers(folder, PAYLOAD):
-        index.add_segment(number, verify=True)
-    return index
-
-
-def segment_path(folder: Path, family: str, number: int) -> Path:
-    """Return the path of a segment: messages by their first entry, payload by count."""
-    return folder / f"{family}-{number:020d}.log"
-
-
-def segment_numbers(folder: Path, family: str) -> list[int]:
-    """Return the numbers of the segments of a family, in order."""
-    return sorted(int(path.stem.rpartition("-")[2]) for path in folder.glob(f"{family}-*.log"))
-
-
-def blob_name(message: Message, blob: Blob) -> BlobName:
-    """Return the full name of a message's blob."""
-    return BlobName(message.run, message.sender, blob.digest)
-
-
-def _decode(decoder: msgspec.msgpack.Decoder[Any], record: Record, path: Path) -> Any:
-    try:
-        return decoder.decode(record.head)
-    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
-        raise LedgerError(f"not a ledger record: {error}", path.name, record.offset) from None
-
-
-def _decode_entry(record: Record, path: Path) -> AnyEntry:
-    entry: AnyEntry = _decode(_entry_decoder, record, path)
-    if isinstance(entry, Accepted):
-        try:
-            entry.read()
-        except WireError as error:
-            raise LedgerError(str(error), path.name, record.offset) from None
-    return entry

@@ -2,14 +2,15 @@
 
 ``handle(event, now) -> [action]``. It says Hello until it is welcomed, sends posts again
 until they are receipted, serves the blobs that it posted, pulls those that it was asked
-to fetch, hands each delivery on once, and beats when it has nothing else to say.
+to fetch, hands each delivery on once and in order, and beats. Whatever was lost on the
+way, with a connection or without, one thing mends it: saying Hello again.
 """
 
 from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +18,27 @@ import msgspec
 import numpy as np
 
 from fedmq.broker.errors import WireError
-from fedmq.broker.fetch import Fetcher, Owned
+from fedmq.broker.fetch import WINDOW_CHUNKS, Fetcher, Owned
+from fedmq.broker.link_state import (
+    Action,
+    Admitted,
+    Blocked,
+    Came,
+    Deliveries,
+    Delivery,
+    Ended,
+    Event,
+    Fetch,
+    Fetched,
+    Leave,
+    More,
+    Outgoing,
+    Received,
+    Say,
+    Send,
+    Taken,
+    Wake,
+)
 from fedmq.broker.wire import (
     AnyFrame,
     Beat,
@@ -27,18 +48,14 @@ from fedmq.broker.wire import (
     Chunk,
     Deliver,
     Done,
-    Frame,
+    Full,
     Hello,
-    Message,
     Numbered,
     Over,
     Post,
     Receipt,
-    Refused,
     Reject,
     Stranger,
-    Tick,
-    Wait,
     Want,
     Welcome,
     check_inline,
@@ -48,114 +65,11 @@ from fedmq.broker.wire import (
 )
 
 HELLO_AGAIN_S = 1.0
+BLOCKED_S = 0.5
+TELL_TAKEN = 256
+"""Deliveries, or KiB of them, after which the broker is told that they were taken."""
 DONE_WITHIN_S = 0.02
 _DONE_BATCH = 500
-
-
-@dataclass(frozen=True, slots=True)
-class Delivery:
-    """A message from the ledger: its number and time there, and the blobs that came along."""
-
-    seq: int
-    at: float
-    message: Message
-    inline: Mapping[int, Buffer]
-
-
-# ---- events
-
-
-@dataclass(frozen=True, slots=True)
-class Received:
-    """A frame from the broker."""
-
-    frame: AnyFrame
-    buffers: Sequence[Buffer] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class Outgoing:
-    """The node posts a message; ``data[i]`` are the bytes of its i-th blob."""
-
-    message: Message
-    data: Sequence[Buffer] = ()
-    consumes: tuple[int, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class Fetch:
-    """The node wants the bytes of a blob."""
-
-    owner: str
-    blob: Blob
-
-
-@dataclass(frozen=True, slots=True)
-class Say:
-    """The node says something that needs no receipt: Done, Tick, Over or Bye."""
-
-    frame: Done | Tick | Over | Bye
-
-
-@dataclass(frozen=True, slots=True)
-class Wake:
-    """A deadline has passed."""
-
-
-Event = Received | Outgoing | Fetch | Say | Wake
-
-
-# ---- actions
-
-
-@dataclass(frozen=True, slots=True)
-class Send:
-    """Send a frame to the broker."""
-
-    frame: Frame
-    buffers: Sequence[Buffer] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class Admitted:
-    """The broker has welcomed this node for the first time."""
-
-    welcome: Welcome
-
-
-@dataclass(frozen=True, slots=True)
-class Deliveries:
-    """A message for the node."""
-
-    delivery: Delivery
-
-
-@dataclass(frozen=True, slots=True)
-class Fetched:
-    """A blob is here; ``data`` is None if nobody holds it, or its bytes were wrong."""
-
-    owner: str
-    blob: Blob
-    data: Buffer | None
-
-
-@dataclass(frozen=True, slots=True)
-class RefusedBack:
-    """A message of this node was refused, with the reason."""
-
-    id: str
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class Ended:
-    """The link is at its end. ``rejected``: the broker did not admit the node."""
-
-    reason: str
-    rejected: bool = False
-
-
-Action = Send | Admitted | Deliveries | Fetched | RefusedBack | Ended
 
 
 @dataclass
@@ -165,7 +79,6 @@ class _Said:
     frame: Numbered
     buffers: Sequence[Buffer] = ()
     digests: tuple[bytes, ...] = ()
-    consumes: tuple[int, ...] = ()
 
 
 @dataclass
@@ -177,7 +90,28 @@ class _Served:
 @dataclass
 class _Arriving:
     blob: Blob
-    data: memoryview
+    data: memoryview | None
+    """None if it is handed on in pieces."""
+
+
+class Stall:
+    """Tells whether what is due does not come: twice in a row, then ever more seldom."""
+
+    def __init__(self) -> None:
+        self._seen: object = None
+        self._count = 0
+        self._patience = 2
+
+    def is_stuck(self, *, due: bool, moved: object) -> bool:
+        """Look once more. ``moved``: anything that differs if something has come."""
+        if not due or moved != self._seen:
+            self._seen, self._count, self._patience = moved, 0, 2
+            return False
+        self._count += 1
+        if self._count < self._patience:
+            return False
+        self._count, self._patience = 0, min(2 * self._patience, 16)
+        return True
 
 
 class Link:
@@ -193,15 +127,20 @@ class Link:
         self._connected = False
         self._ended = False
         self._next_hello = 0.0
-        self._last_sent = 0.0
         self._last_heard = 0.0
         self._said: OrderedDict[int, _Said] = OrderedDict()
         self._next_n = 0
         self._served: dict[bytes, _Served] = {}
         self._done: list[int] = []
         self._done_due = math.inf
-        self._delivered: set[int] = set()
-        """Numbers that the broker may deliver again in this session."""
+        self._got = 0
+        self._taken = 0
+        self._untold = 0
+        self._last_beat = 0.0
+        self._chunks = 0
+        self._unread = 0
+        """Pieces that were handed on, and that the node is not done with."""
+        self._stall = Stall()
         self._fetcher = Fetcher()
         self._arriving: dict[Owned, _Arriving] = {}
 
@@ -213,12 +152,17 @@ class Link:
         if self._welcome is None or not self._connected:
             return self._next_hello
         quiet = self._last_heard + self._welcome.lease_s
-        return min(self._last_sent + self._welcome.beat_s, quiet, self._done_due)
+        return min(self._last_beat + self._welcome.beat_s, quiet, self._done_due)
 
     @property
     def unreceipted(self) -> int:
         """Number of numbered frames that the broker has not receipted."""
         return len(self._said)
+
+    @property
+    def oldest_unreceipted(self) -> int:
+        """Return the number of the oldest frame without a receipt; the next one if all have."""
+        return next(iter(self._said), self._next_n)
 
     def handle(self, event: Event, now: float) -> list[Action]:
         """Take one event; return what is to be done, in order."""
@@ -231,39 +175,47 @@ class Link:
                 self._received(frame, buffers, now, out)
             case Outgoing():
                 self._post(event, out)
-            case Fetch(owner, blob):
+            case Fetch(owner, blob, in_pieces):
                 name = Owned(owner, blob.digest)
                 if blob.size == 0:
                     out.append(Fetched(owner, blob, b""))
                 elif name not in self._arriving:
-                    self._arriving[name] = _Arriving(blob, np.empty(blob.size, np.uint8).data)
+                    data = None if in_pieces else np.empty(blob.size, np.uint8).data
+                    self._arriving[name] = _Arriving(blob, data)
                     self._fetcher.add(owner, blob)
                     self._ask(out)
+            case More():
+                self._unread -= 1
+                self._ask(out)
+            case Leave(owner, blob):
+                self._unread = 0
+                self._fetcher.drop(Owned(owner, blob.digest))
+                self._arriving.pop(Owned(owner, blob.digest), None)
             case Say(Done(seqs=seqs, refused=refused)) if not refused:
                 # Not urgent: it goes out with the next post, or with others, a little later.
                 self._done += seqs
                 self._done_due = min(self._done_due, now + DONE_WITHIN_S)
-            case Say(Done(refused=refused)):
+            case Say(Done(seqs=seqs, refused=refused)):
                 # One each: any number of reasons, of any length, fits the frames.
                 for seq, reason in refused.items():
-                    self._say(Done(refused={seq: reason}), out)
+                    finished = (seq,) if seq in seqs else ()
+                    self._say(Done(seqs=finished, refused={seq: reason}), out)
             case Say(frame):
                 self._say_done(out)
                 if isinstance(frame, Numbered):
                     self._say(frame, out)
                 elif self._connected:
                     out.append(Send(frame))
+            case Taken(delivery):
+                self._take(delivery, now, out)
             case Wake():
                 self._wake(now, out)
-        if any(isinstance(action, Send) for action in out):
-            self._last_sent = now
         return out
 
     def _say(self, frame: Numbered, out: list[Action], **more: Any) -> None:
         """Send a frame until it is receipted; ``more``: what is kept with it."""
-        frame = msgspec.structs.replace(frame, n=self._next_n)
-        if isinstance(frame, Done):
-            more["consumes"] = (*frame.seqs, *frame.refused)
+        frame = msgspec.structs.replace(frame, n=self._next_n, taken=self._taken)
+        self._untold = 0
         said = self._said[frame.n] = _Said(frame, **more)
         self._next_n += 1
         if self._connected:
@@ -277,8 +229,8 @@ class Link:
 
     def _say_hello(self, now: float, out: list[Action]) -> None:
         self._next_hello = now + HELLO_AGAIN_S
-        first = next(iter(self._said), self._next_n)
-        out.append(Send(msgspec.structs.replace(self._hello, first=first)))
+        first = self.oldest_unreceipted
+        out.append(Send(msgspec.structs.replace(self._hello, first=first, got=self._got)))
 
     def _wake(self, now: float, out: list[Action]) -> None:
         if now >= self._done_due:
@@ -287,9 +239,32 @@ class Link:
             if now >= self._last_heard + self._welcome.lease_s:
                 self._connected = False
                 self._next_hello = now
-            elif now >= self._last_sent + self._welcome.beat_s:
-                out.append(Send(Beat()))
+            elif now >= self._last_beat + self._welcome.beat_s:
+                self._beat(now, out)
         if not self._connected and now >= self._next_hello:
+            self._say_hello(now, out)
+
+    def _beat(self, now: float, out: list[Action]) -> None:
+        self._last_beat = now
+        self._untold = 0
+        out.append(Send(Beat(taken=self._taken)))
+
+    def _take(self, delivery: Delivery, now: float, out: list[Action]) -> None:
+        self._taken = delivery.seq + 1
+        nbytes = sum(memoryview(each).nbytes for each in delivery.inline.values())
+        self._untold += 1 + (nbytes >> 10)
+        if self._untold >= TELL_TAKEN and self._connected:
+            self._beat(now, out)
+
+    def _answered(self, beat: Beat, now: float, out: list[Action]) -> None:
+        """The broker has answered a beat; is what we wait for still on its way?
+
+        What it sent before this answer has come before it. So if twice in a row something
+        is due and nothing has moved, it was lost.
+        """
+        due = bool(self._said) or bool(self._fetcher.outstanding) or beat.sent > self._got
+        moved = (self.oldest_unreceipted, self._chunks, self._got)
+        if self._stall.is_stuck(due=due, moved=moved):
             self._say_hello(now, out)
 
     def _received(
@@ -317,12 +292,14 @@ class Link:
                 self._serve(frame, out)
             case Chunk():
                 self._chunk(frame, buffers, out)
-            case Refused(id=name, reason=reason):
-                out.append(RefusedBack(name, reason))
-            case Wait() | Beat():
-                pass
+            case Beat():
+                self._answered(frame, now, out)
+            case Full(reason=reason):
+                self._connected = False
+                self._next_hello = now + BLOCKED_S
+                out.append(Blocked(reason))
             case _:
-                pass
+                pass  # Wait, and whatever a later version may say
 
     def _welcomed(self, welcome: Welcome, out: list[Action]) -> None:
         if self._welcome is None:
@@ -354,13 +331,11 @@ class Link:
             out,
             buffers=[event.data[index] for index in inline],
             digests=digests,
-            consumes=consumes,
         )
 
     def _receipted(self, upto: int) -> None:
         while self._said and next(iter(self._said)) <= upto:
             _, said = self._said.popitem(last=False)
-            self._delivered.difference_update(said.consumes)
             for digest in said.digests:
                 served = self._served[digest]
                 served.posts -= 1
@@ -368,20 +343,20 @@ class Link:
                     del self._served[digest]
 
     def _deliver(self, frame: Deliver, buffers: Sequence[Buffer], out: list[Action]) -> None:
-        if frame.seq in self._delivered:
-            return
+        if self._welcome is None or not frame.after <= self._got <= frame.seq:
+            return  # too early, here already, or after one that was lost and comes again
+        self._got = frame.seq + 1
         try:
             message = decode_message(frame.message)
             check_inline(message.blobs, frame.inline, buffers)
         except WireError as error:
-            self._delivered.add(frame.seq)
-            self._say(Done(refused={frame.seq: str(error)[:2000]}), out)
+            self._say(Done(seqs=(frame.seq,), refused={frame.seq: str(error)[:2000]}), out)
             return
-        self._delivered.add(frame.seq)
         inline = dict(zip(frame.inline, buffers, strict=True))
         out.append(Deliveries(Delivery(frame.seq, frame.at, message, inline)))
 
     def _serve(self, want: Want, out: list[Action]) -> None:
+        self._chunks += 1
         reply = Chunk(owner=want.owner, digest=want.digest, start=want.start)
         served = self._served.get(want.digest) if want.owner == self._hello.node else None
         if served is None or want.start + want.size > memoryview(served.data).nbytes:
@@ -393,6 +368,7 @@ class Link:
     def _chunk(self, chunk: Chunk, buffers: Sequence[Buffer], out: list[Action]) -> None:
         name = Owned(chunk.owner, chunk.digest)
         arriving = self._arriving.get(name)
+        self._chunks += 1
         if arriving is None:
             return
         if not buffers:
@@ -403,13 +379,20 @@ class Link:
             piece = self._fetcher.receive(chunk, buffers[0])
             if piece is None:
                 return
-            arriving.data[piece.start : piece.start + memoryview(piece.data).nbytes] = piece.data
+            if arriving.data is None:
+                self._unread += 1
+                out.append(Came(piece.data))
+            else:
+                end = piece.start + memoryview(piece.data).nbytes
+                arriving.data[piece.start : end] = piece.data
             good = self._fetcher.finished(name)
             if good is not None:
-                out.append(Fetched(name.owner, arriving.blob, arriving.data if good else None))
+                data = arriving.data if arriving.data is not None else b""
+                out.append(Fetched(name.owner, arriving.blob, data if good else None))
                 del self._arriving[name]
         self._ask(out)
 
     def _ask(self, out: list[Action]) -> None:
         if self._connected:
-            out.extend(Send(want) for want in self._fetcher.wants())
+            window = max(0, WINDOW_CHUNKS - self._unread)
+            out.extend(Send(want) for want in self._fetcher.wants(window))

@@ -31,7 +31,7 @@ class Receipts:
         """Return all receipts that are owed."""
         sends = []
         for node in self._owed.values():
-            settled = node.parked[0].frame.n if node.parked else node.next_n
+            settled = node.held[0].frame.n if node.held else node.next_n
             if settled:
                 sends.append(Send(node.peer, Receipt(upto=settled - 1)))
         self._owed.clear()

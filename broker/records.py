@@ -25,6 +25,7 @@ from pathlib import Path
 
 import xxhash
 
+from fedmq.broker import disk
 from fedmq.broker.errors import LedgerError
 from fedmq.broker.wire import CHUNK_BYTES, MAX_HEADER_BYTES, Buffer
 
@@ -69,7 +70,11 @@ def scan(path: Path, start: int = len(MAGIC), *, verify_data: bool = True) -> It
     Raises:
         LedgerError: not a segment, or a bad record that is not the torn tail.
     """
-    with path.open("rb", buffering=1 << 16) as file:
+    try:
+        opened = path.open("rb", buffering=1 << 16)
+    except OSError as error:
+        raise LedgerError(f"cannot open: {error.strerror}", path.name) from None
+    with opened as file:
         size = os.fstat(file.fileno()).st_size
         magic = file.read(len(MAGIC))
         if magic != MAGIC[: len(magic)]:
@@ -77,7 +82,10 @@ def scan(path: Path, start: int = len(MAGIC), *, verify_data: bool = True) -> It
         offset = max(start, len(MAGIC))
         file.seek(offset)
         while offset + _PREFIX.size <= size:
-            head_length, data_length, check, checksum = _PREFIX.unpack(file.read(_PREFIX.size))
+            prefix = file.read(_PREFIX.size)
+            if len(prefix) < _PREFIX.size:
+                return  # a writer took back what it could not write whole
+            head_length, data_length, check, checksum = _PREFIX.unpack(prefix)
             if check != xxhash.xxh32_intdigest(_LENGTHS.pack(head_length, data_length)) or not (
                 0 < head_length <= _MAX_HEAD and data_length <= _MAX_DATA
             ):
@@ -116,11 +124,20 @@ class Segment:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.cut = 0
+        self._reserved = 0
         try:
             self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
             found = os.fstat(self._fd).st_size
         except OSError as error:
             raise LedgerError(f"cannot open: {error.strerror}", str(path)) from None
+        try:
+            self._begin(found)
+        except LedgerError:
+            os.close(self._fd)
+            raise
+
+    def _begin(self, found: int) -> None:
+        """Find the end of the last whole record, and cut what is behind it."""
         if found < len(MAGIC):
             if found:
                 os.ftruncate(self._fd, 0)
@@ -128,11 +145,17 @@ class Segment:
             self._write([MAGIC])
             return
         self.size = len(MAGIC)
-        for record in scan(path):
+        for record in scan(self.path):
             self.size = record.end
         self.cut = found - self.size
         if self.cut:
             os.ftruncate(self._fd, self.size)
+
+    def reserve(self, ahead: int) -> None:
+        """Keep room for so many bytes more, asked for in steps of that size."""
+        if self.size + ahead // 2 > self._reserved:
+            disk.reserve(self._fd, self.size, ahead)
+            self._reserved = self.size + ahead
 
     def append(self, buffers: Sequence[Buffer]) -> None:
         """Write whole records; after an error the segment is as it was before.
@@ -147,7 +170,9 @@ class Segment:
         os.fsync(self._fd)
 
     def close(self) -> None:
-        """Close the file."""
+        """Close the file, without the room that it did not need."""
+        if self._reserved > self.size:
+            os.ftruncate(self._fd, self.size)
         os.close(self._fd)
 
     def _write(self, buffers: Sequence[Buffer]) -> None:

@@ -12,22 +12,27 @@ import itertools
 import math
 import socket as sockets
 import time
-from collections import deque
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
 import structlog
 import zmq
 
-from fedmq.broker.core import Broker
-from fedmq.broker.errors import BrokerError, WireError
-from fedmq.broker.ledger import Ledger
+from fedmq.broker.errors import BrokerError, LedgerError, WireError
+from fedmq.broker.ledger import Keeping
+from fedmq.broker.outbox import Outbox
+from fedmq.broker.restore import open_broker
 from fedmq.broker.state import (
     Append,
     BrokerSettings,
     Drop,
     Event,
+    Full,
+    Gone,
     Log,
+    Probe,
     Put,
     Received,
     Send,
@@ -38,10 +43,13 @@ from fedmq.broker.wire import (
     CHUNK_BYTES,
     MAX_BUFFERS,
     AnyFrame,
+    Beat,
     Buffer,
     Chunk,
+    Deliver,
     decode_frame,
     encode_frame,
+    split_header,
 )
 
 MAX_FRAME_BYTES = CHUNK_BYTES + 4096
@@ -49,6 +57,8 @@ COPY_BELOW_BYTES = 512 * 1024
 """Smaller parts are copied into zmq. Each part that is not wakes pyzmq's garbage-collector
 thread, which was measured to cost more."""
 _BATCH = 256
+_BATCH_BYTES = 2 << 20
+_FULL_RETRY_S = 0.25
 
 
 class Clock:
@@ -79,28 +89,46 @@ class BrokerServer:
 
     Args:
         endpoint: for example ``tcp://127.0.0.1:7700``; port 0 takes any free one.
-        folder: where the ledger lies; it must be new or empty.
-        settings: leases and beats.
+        folder: where the ledger lies; if there is one, the broker goes on from it.
+        settings: leases, beats, the delivery limit.
+        keeping: how, and for how long, the ledger keeps what it is given.
 
     Attributes:
         endpoint: where nodes can connect, with the real port.
 
     Raises:
         BrokerError: the endpoint cannot be bound (in use, or not an address), or the
-            ledger cannot be written.
+            ledger cannot be read or written.
     """
 
-    def __init__(self, endpoint: str, folder: Path, settings: BrokerSettings | None = None) -> None:
+    def __init__(
+        self,
+        endpoint: str,
+        folder: Path,
+        settings: BrokerSettings | None = None,
+        keeping: Keeping | None = None,
+    ) -> None:
+        settings, keeping = settings or BrokerSettings(), keeping or Keeping()
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._socket = self._context.socket(zmq.ROUTER)
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
         self._socket.copy_threshold = COPY_BELOW_BYTES
         self._socket.setsockopt(zmq.LINGER, 0)
         self._socket.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME_BYTES)
+        # Its I/O thread asks, and that of each node answers, however busy Python is there.
+        self._socket.setsockopt(zmq.HEARTBEAT_IVL, round(settings.beat_s * 1000))
+        self._socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, round(settings.lease_s * 1000))
+        self._clock = Clock()
         try:
             _check_port(endpoint)
             self._socket.bind(endpoint)
-            self._ledger = Ledger(folder)
+            self._ledger, self._core = open_broker(
+                folder,
+                settings,
+                self._clock(),
+                retain_bytes=keeping.retain_bytes,
+                offer_parked=keeping.offer_parked,
+            )
         except zmq.ZMQError as error:
             self._context.destroy(linger=0)
             reason = zmq.strerror(error.errno or 0).lower()
@@ -108,17 +136,19 @@ class BrokerServer:
         except BrokerError:
             self._context.destroy(linger=0)
             raise
-        if self._ledger.next_seq:
-            self._ledger.close()
-            self._context.destroy(linger=0)
-            raise BrokerError(f"expected an empty folder for a new ledger, {folder} holds one")
         self.endpoint = self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
-        self._clock = Clock()
-        self._core = Broker(settings or BrokerSettings(), self._ledger.payload.size_of)
+        self._sync = keeping.durability == "power"
         self._wake_reader, self._wake_writer = sockets.socketpair()
         self._stopping = False
-        self._late: dict[bytes, deque[list[Buffer]]] = {}
+        self._outboxes: defaultdict[bytes, Outbox] = defaultdict(Outbox)
         self._log = structlog.get_logger().bind(node="broker")
+        self._unwritten: list[Send] | None = None
+        """While the disk is full: what is to be sent once the ledger could be written."""
+        self._retry_at = 0.0
+        if self._ledger.cut_bytes:
+            self._log.warning("cut a torn tail", bytes=self._ledger.cut_bytes)
+        if self._ledger.next_seq:
+            self._log.info("goes on from its ledger", entries=self._ledger.next_seq)
 
     def stop(self) -> None:
         """Make `serve` return soon; callable from a signal handler or another thread."""
@@ -128,14 +158,15 @@ class BrokerServer:
     def serve(self, *, until_idle: bool = False) -> None:
         """Serve until `stop`, or until every run is over.
 
-        Raises:
-            LedgerError: the ledger cannot be written.
+        A disk that is full is waited for: nodes are told, and keep what they would say.
         """
         poller = zmq.Poller()
         poller.register(self._socket, zmq.POLLIN)
         poller.register(self._wake_reader, zmq.POLLIN)
         try:
-            while not self._stopping and not (until_idle and self._core.idle and not self._late):
+            while not self._stopping and not (
+                until_idle and self._core.idle and not self._outboxes
+            ):
                 poller.poll(self._timeout_ms())
                 self._turn()
         finally:
@@ -145,116 +176,174 @@ class BrokerServer:
         """Close the ledger and the socket."""
         try:
             self._ledger.close()
+        except LedgerError as error:
+            self._log.error("not everything could be written", reason=str(error))
         finally:
             self._context.destroy(linger=200)
             self._wake_reader.close()
             self._wake_writer.close()
 
+    def _is_idle(self) -> bool:
+        return self._core.idle and not self._outboxes
+
     def _timeout_ms(self) -> int | None:
-        if self._late:
+        if self._outboxes:
             return 20
-        return milliseconds_until(self._core.deadline, self._clock())
+        until = self._core.deadline if self._unwritten is None else self._retry_at
+        return milliseconds_until(until, self._clock())
 
     def _turn(self) -> None:
         """Take a batch of frames, write the ledger once, then send."""
         now = self._clock()
         sends: list[Send] = []
         for event in itertools.chain(self._drain(), [Wake()]):
-            for action in self._core.handle(event, now):
-                match action:
-                    case Append(entry):
-                        self._ledger.append(entry)
-                    case Put(name, size, start, data):
-                        self._ledger.put(name, size, start, data)
-                    case Drop(name, size):
-                        self._ledger.drop(name, size)
-                    case Send():
-                        sends.append(action)
-                    case Log(level, event_name, fields):
-                        getattr(self._log, level)(event_name, **fields)
-        self._ledger.commit()
-        for peer in list(self._late):
-            self._flush_late(peer)
+            self._handle(event, now, sends)
+        if self._unwritten is None:
+            self._commit(sends, now)
+        elif now >= self._retry_at:
+            sends, self._unwritten = self._unwritten + sends, None
+            self._commit(sends, now)
         for send in sends:
-            self._send(send)
+            self._put_out(send)
+        for peer in list(self._outboxes):
+            self._flush(peer)
+
+    def _handle(self, event: Event, now: float, sends: list[Send]) -> None:
+        """Let the core take an event; queue what is to be written and sent, do the rest."""
+        gone = []
+        for action in self._core.handle(event, now):
+            match action:
+                case Append(entry, uses, kept):
+                    self._ledger.append(entry)
+                    self._ledger.use(entry.seq, uses, kept=kept)
+                case Put(name, size, start, data):
+                    self._ledger.put(name, size, start, data)
+                case Drop(name, size):
+                    self._ledger.drop(name, size)
+                case Send():
+                    sends.append(action)
+                case Probe(peer):
+                    if not self._is_up(peer):
+                        gone.append(Gone(peer))
+                case Log(level, event_name, fields):
+                    getattr(self._log, level)(event_name, **fields)
+        for each in gone:
+            self._handle(each, now, sends)
+
+    def _put_out(self, send: Send) -> None:
+        """Put a frame into the outbox of its connection, with its bytes from the ledger."""
+        frame = send.frame
+        try:
+            buffers = [self._ledger.payload.read(*blob) for blob in send.blobs]
+        except LedgerError as error:
+            if self._unwritten is not None:
+                return  # not written yet: whoever wants it asks again
+            self._log.warning("a blob cannot be read", reason=str(error))
+            # Without it, the node asks for the blob, and hears that nobody holds it.
+            buffers = []
+            if isinstance(frame, Deliver):
+                frame = msgspec.structs.replace(frame, inline=())
+        self._outboxes[send.peer].add(encode_frame(frame), buffers)
+
+    def _commit(self, sends: list[Send], now: float) -> None:
+        """Write the ledger; if that cannot be done, hold back what must not be sent yet."""
+        try:
+            self._ledger.commit(sync=self._sync)
+        except LedgerError as error:
+            self._unwritten = sends[:]
+            sends.clear()
+            self._retry_at = now + _FULL_RETRY_S
+            self._handle(Full(str(error)), now, sends)
+        else:
+            self._handle(Full(""), now, sends)
 
     def _drain(self) -> Iterator[Event]:
+        room = _BATCH_BYTES
         for _ in range(_BATCH):
+            if room <= 0:
+                return
             try:
                 peer = self._socket.recv(zmq.NOBLOCK)
             except zmq.Again:
                 return
             try:
-                frame, buffers, nbytes = receive(self._socket)
+                frames, nbytes = receive(self._socket)
             except WireError as error:
                 yield Unreadable(peer, error)
-            else:
+                continue
+            room -= nbytes
+            for frame, buffers in frames:
                 yield Received(peer, frame, buffers, nbytes)
+                nbytes = 0  # counted with the first
 
-    def _send(self, send: Send) -> None:
-        parts: list[Buffer] = [send.peer, encode_frame(send.frame)]
-        for name, start, size in send.blobs:
-            parts.append(self._ledger.payload.read(name, start, size))
-        if send.peer in self._late:
-            self._late[send.peer].append(parts)
-        elif not self._send_parts(parts):
-            self._late[send.peer] = deque([parts])
+    def _flush(self, peer: bytes) -> None:
+        """Send what waits for a connection, as far as its queue has room."""
+        outbox = self._outboxes[peer]
+        while outbox:
+            parts = outbox.next()
+            try:
+                self._socket.send_multipart([peer, *parts], zmq.NOBLOCK, copy=False)
+            except zmq.Again:
+                return
+            except zmq.ZMQError as error:
+                if error.errno != zmq.EHOSTUNREACH:
+                    raise
+                # It is gone. What it missed is offered again when its node returns.
+                break
+            self._core.sent(peer, sum(memoryview(part).nbytes for part in parts))
+            outbox.sent()
+        del self._outboxes[peer]
 
-    def _send_parts(self, parts: Sequence[Buffer]) -> bool:
-        """Send one message; False if the connection's queue is full, and it must wait here."""
-        peer = bytes(parts[0])
+    def _is_up(self, peer: bytes) -> bool:
+        """Tell whether a connection stands, by sending a beat over it."""
         try:
-            self._socket.send_multipart(parts, zmq.NOBLOCK, copy=False)
+            self._socket.send_multipart([peer, encode_frame(Beat())], zmq.NOBLOCK)
         except zmq.Again:
-            return False
+            return True
         except zmq.ZMQError as error:
             if error.errno != zmq.EHOSTUNREACH:
                 raise
-            # The connection is gone. What it missed is offered again when its node returns.
-            return True
-        self._core.sent(peer, sum(memoryview(part).nbytes for part in parts[1:]))
+            return False
         return True
-
-    def _flush_late(self, peer: bytes) -> None:
-        queue = self._late[peer]
-        while queue and self._send_parts(queue[0]):
-            queue.popleft()
-        if not queue:
-            del self._late[peer]
 
 
 def receive(
     socket: zmq.Socket[bytes], *, first: bool = False, flags: int = 0
-) -> tuple[AnyFrame, list[Buffer], int]:
-    """Read the header and buffers of a message.
+) -> tuple[list[tuple[AnyFrame, list[Buffer]]], int]:
+    """Read the frames of a message, each with its buffers.
 
     With ``first``, the header is its first part; otherwise the parts before it (the
     ROUTER's identity) have been read.
 
-    Returns the frame, its buffers, and the bytes that both took.
+    Returns the frames, and the bytes that all took.
 
     Raises:
-        WireError: not a frame of this protocol; the rest of the message has been read.
+        WireError: not frames of this protocol; the rest of the message has been read.
         zmq.Again: with ``flags=zmq.NOBLOCK``, nothing has arrived.
     """
     part: zmq.Frame | None = None
-    buffers: list[Buffer] = []
     nbytes = 0
+    frames: list[tuple[AnyFrame, list[Buffer]]] = []
     try:
         if not first and not socket.getsockopt(zmq.RCVMORE):
             raise WireError("expected a header, got an empty message")
         part = socket.recv(flags, copy=False)
         nbytes = len(part)
-        frame = decode_frame(part.buffer)
-        large = isinstance(frame, Chunk)
-        while part.more:
-            if len(buffers) >= MAX_BUFFERS:
-                raise WireError(f"expected at most {MAX_BUFFERS} buffers")
-            part = socket.recv(copy=False)
-            # A small buffer is copied: a view of it would keep its whole frame.
-            buffers.append(part.buffer if large else part.bytes)
-            nbytes += len(part)
+        room = MAX_BUFFERS
+        for header, count in split_header(part.buffer):
+            frame = decode_frame(header)
+            large = isinstance(frame, Chunk)
+            buffers: list[Buffer] = []
+            while part.more and len(buffers) != count:
+                if not room:
+                    raise WireError(f"expected at most {MAX_BUFFERS} buffers")
+                part = socket.recv(copy=False)
+                room -= 1
+                # A small buffer is copied: a view of it would keep its whole frame.
+                buffers.append(part.buffer if large else part.bytes)
+                nbytes += len(part)
+            frames.append((frame, buffers))
     finally:
         while part is not None and part.more:
             part = socket.recv(copy=False)
-    return frame, buffers, nbytes
+    return frames, nbytes

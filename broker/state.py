@@ -5,27 +5,52 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
+import xxhash
+
+from fedmq.broker.entries import Accepted, BlobName, Entry
 from fedmq.broker.errors import WireError
 from fedmq.broker.fetch import Fetcher, Owned
-from fedmq.broker.ledger import BlobName, Entry
-from fedmq.broker.wire import AnyFrame, Buffer, Frame, Hello, Message, Numbered, Refused
+from fedmq.broker.wire import AnyFrame, Blob, Buffer, Frame, Hello, Message, Numbered
 
 AGGREGATOR = "aggregator"
 EVALUATOR = "evaluator"
 WORKER = "worker"
-RECORD = "record"
 ROLES = (AGGREGATOR, EVALUATOR, WORKER)
 BROKER = "broker"
+
+RECORD = "record"
+CHECKPOINT = "checkpoint"
+TIMER = "timer"
 
 
 @dataclass(frozen=True)
 class BrokerSettings:
-    """Times of the broker, in seconds."""
+    """How patient a broker is.
+
+    lease_s: a node that has been silent for this long, and whose connection is gone, has
+        left.
+    beat_s: a node says something at least this often.
+    deliveries: a task at which so many sessions of workers died is parked.
+    """
 
     lease_s: float = 10.0
     beat_s: float = 1.0
+    deliveries: int = 5
+
+
+class Store(Protocol):
+    """What the core reads from the ledger."""
+
+    def size_of(self, name: BlobName) -> int | None:
+        """Return the size of a blob that is there as a whole, or None."""
+
+    def resume(self, name: BlobName) -> tuple[int, xxhash.xxh3_128]:
+        """Return how many bytes of a blob, from its start, are there, and their hash so far."""
+
+    def read(self, seq: int) -> Accepted:
+        """Return an accepted message, written or still to be written."""
 
 
 # ---- events
@@ -50,11 +75,25 @@ class Unreadable:
 
 
 @dataclass(frozen=True, slots=True)
+class Gone:
+    """A connection that was probed is no more."""
+
+    peer: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Full:
+    """Nothing can be written to the ledger, for this reason; empty: it can be again."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class Wake:
     """A deadline has passed, or a batch of events has ended."""
 
 
-Event = Received | Unreadable | Wake
+Event = Received | Unreadable | Gone | Full | Wake
 
 
 # ---- actions
@@ -62,9 +101,14 @@ Event = Received | Unreadable | Wake
 
 @dataclass(frozen=True, slots=True)
 class Append:
-    """Put an entry into the ledger."""
+    """Put an entry into the ledger.
+
+    uses: blobs that it names. kept: until it is consumed; else nobody is to read them.
+    """
 
     entry: Entry
+    uses: tuple[BlobName, ...] = ()
+    kept: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +140,13 @@ class Send:
 
 
 @dataclass(frozen=True, slots=True)
+class Probe:
+    """Find out whether this connection still stands; if not, say `Gone`."""
+
+    peer: bytes
+
+
+@dataclass(frozen=True, slots=True)
 class Log:
     """Something that a person may want to know; ``level`` as in logging."""
 
@@ -104,48 +155,52 @@ class Log:
     fields: dict[str, Any]
 
 
-Action = Append | Put | Drop | Send | Log
+Action = Append | Put | Drop | Send | Probe | Log
 
 
 # ---- state
 
 
 @dataclass
-class Pending:
-    """An accepted message that its recipient is not done with."""
-
-    seq: int
-    at: float
-    data: bytes
-    message: Message
-
-
-@dataclass
-class Parked:
+class Held:
     """A numbered frame that waits for its blobs, or for the frames before it."""
 
     frame: Numbered
     message: Message | None = None
+    apart: list[Blob] = field(default_factory=list)
+    """Its blobs that are not beside it."""
     missing: set[Owned] = field(default_factory=set)
     refusal: str = ""
 
 
 @dataclass
 class Node:
-    """A node that has been admitted, here or gone: its session, lease, and what is under way."""
+    """A node that has been admitted, here or gone: its session, lease, and what is under way.
+
+    peer: its connection; empty after a restart of the broker, until it says Hello.
+    next_n: number of the next numbered frame.
+    pending: numbers of its unfinished messages, in order, each with its address.
+    queue: those of them that are still to be sent.
+    flying: (number, bytes) of those that are sent and not taken.
+    sent: every one of them below this number has been sent.
+    resume_at: nothing is sent before this time.
+    """
 
     hello: Hello
     run: Run
     peer: bytes
     lease_until: float
     alive: bool = True
+    heard: float = 0.0
     next_n: int = 0
-    """Number of the next numbered frame."""
-    refused: dict[int, Refused] = field(default_factory=dict)
-    """Posts that were refused, by number."""
-    parked: deque[Parked] = field(default_factory=deque)
+    held: deque[Held] = field(default_factory=deque)
     fetcher: Fetcher = field(default_factory=Fetcher)
-    unconsumed: dict[int, Pending] = field(default_factory=dict)
+    pending: dict[int, str] = field(default_factory=dict)
+    queue: deque[int] = field(default_factory=deque)
+    flying: deque[tuple[int, int]] = field(default_factory=deque)
+    flying_bytes: int = 0
+    sent: int = 0
+    resume_at: float = 0.0
     received_bytes: int = 0
     sent_bytes: int = 0
     sessions: int = 0
@@ -158,25 +213,45 @@ class Node:
 
 @dataclass
 class Run:
-    """A run: its nodes, who hosts which address, and what waits for an absent host."""
+    """A run: its nodes, who hosts which address, and what waits for an absent host.
+
+    hosts: address to the name of the node that hosts it.
+    waiting: numbers of the messages for an address that no live node hosts, in order.
+    refused: messages that were refused, but are not done with: their recipient needs them
+        again should it restart.
+    interrupted: how many sessions died at a message, by its number.
+    checkpoint: number of the newest one.
+    over: why the run is over; empty while it is not.
+    """
 
     id: str
     config: str
     total_clients: int
     nodes: dict[str, Node] = field(default_factory=dict)
     hosts: dict[str, str] = field(default_factory=dict)
-    """Address to the name of the node that hosts it."""
-    waiting: dict[str, list[Pending]] = field(default_factory=dict)
-    """Accepted messages for an address that no live node hosts, in order."""
+    waiting: dict[str, list[int]] = field(default_factory=dict)
+    refused: set[int] = field(default_factory=set)
+    interrupted: dict[int, int] = field(default_factory=dict)
+    checkpoint: int | None = None
     over: str = ""
-    """Why the run is over; empty while it is not."""
+
+    def host_of(self, address: str) -> Node | None:
+        """Return the live node that hosts an address."""
+        node = self.nodes.get(self.hosts.get(address, ""))
+        return node if node is not None and node.alive else None
 
 
 def addresses(hello: Hello) -> Iterator[str]:
     """Yield the addresses that a node hosts."""
+    yield node_address(hello.node)
     if hello.role == WORKER:
         for low, high in hello.clients:
             for client in range(low, high + 1):
                 yield f"client/{client}"
     elif hello.role in (AGGREGATOR, EVALUATOR):
         yield hello.role
+
+
+def node_address(name: str) -> str:
+    """Return the address of a node itself, whatever else it hosts."""
+    return f"node/{name}"

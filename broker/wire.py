@@ -6,6 +6,10 @@ a new field has a default; unknown fields are ignored here and kept on the way, 
 relayed message travels as the bytes that its sender wrote; a field never changes its
 meaning; what cannot follow these rules is a new major version.
 
+Several frames may travel as one ZeroMQ message: its header is then a list of [header,
+number of buffers], and the buffers of all of them follow. A small message costs a socket
+far more than its bytes do.
+
 Two layers. A *frame* is what one end of a link says to the other (hello, post, want,
 chunk, ...). A *message* is what one node says to another; it is carried in a ``post`` and
 a ``deliver`` frame, and is what the ledger keeps.
@@ -71,8 +75,10 @@ class Message(Struct, frozen=True, kw_only=True):
     id: Id
     run: Name
     sender: Name
-    to: Name
-    """``client/17``, ``aggregator``, ``evaluator``, or ``record`` (kept, not delivered)."""
+    to: Annotated[str, Meta(min_length=1, max_length=130)]
+    """``client/17``, ``aggregator``, ``evaluator``, ``node/NAME``; ``record`` (kept, not
+    delivered), ``checkpoint`` (kept for the sender's next session), ``timer`` (comes back
+    to the aggregator as a ``tick`` when it is due)."""
     re: Id | None = None
     """Id of the message that this one answers."""
     body: dict[str, Any] = {}
@@ -93,6 +99,8 @@ class Numbered(Frame, frozen=True, kw_only=True):
     """
 
     n: Natural = 0
+    taken: Natural = 0
+    """Every delivery numbered below this has been taken by the node: credit for more."""
 
 
 class Hello(Frame, frozen=True, kw_only=True):
@@ -102,8 +110,12 @@ class Hello(Frame, frozen=True, kw_only=True):
     role: Name
     session: Name
     """Drawn anew at each start of a node: a restart is told from a reconnect."""
+    key: Annotated[str, Meta(max_length=64)] = ""
+    """Of who starts the node: a newer session with the same key takes over at once."""
     first: Natural = 0
     """Number of the oldest frame that this session has no receipt for."""
+    got: Natural = 0
+    """Every delivery numbered below this has arrived in this session."""
     run: Annotated[str, Meta(max_length=120)] = ""
     """Empty: the one run that the broker serves."""
     clients: tuple[Range, ...] = ()
@@ -112,17 +124,6 @@ class Hello(Frame, frozen=True, kw_only=True):
     """From the aggregator: the run's configuration, handed to every node in Welcome."""
     total_clients: Natural = 0
     """From the aggregator: number of clients of the run."""
-
-
-class Welcome(Frame, frozen=True, kw_only=True):
-    """The broker admits a node."""
-
-    run: Name
-    beat_s: float
-    """Say something at least this often."""
-    lease_s: float
-    """Silent for longer, a node is taken to have left."""
-    config: str = ""
 
 
 class Reject(Frame, frozen=True, kw_only=True):
@@ -161,10 +162,12 @@ class Receipt(Frame, frozen=True, kw_only=True):
     upto: Natural
 
 
-class Refused(Frame, frozen=True, kw_only=True):
-    """A message could not be accepted or used; to its sender."""
+class Full(Frame, frozen=True, kw_only=True):
+    """The broker cannot keep anything now, for the reason given: hold on, and say Hello again.
 
-    id: Id
+    Nothing that was sent since the last Receipt is lost to its sender, nor taken.
+    """
+
     reason: Reason
 
 
@@ -175,10 +178,29 @@ class Deliver(Frame, frozen=True, kw_only=True):
     at: float
     message: bytes
     inline: tuple[Natural, ...] = ()
+    after: Natural = 0
+    """This session has no other unfinished message from here to ``seq``: a gap is noticed."""
+
+
+class Welcome(Frame, frozen=True, kw_only=True):
+    """The broker admits a node."""
+
+    run: Name
+    beat_s: float
+    """Say something at least this often."""
+    lease_s: float
+    """Silent for longer, a node is taken to have left."""
+    config: str = ""
+    checkpoint: Deliver | None = None
+    """For a new session of the aggregator: the newest checkpoint of the one before."""
 
 
 class Done(Numbered, frozen=True, kw_only=True):
-    """The recipient is done with these messages. ``refused``: the reasons, by number."""
+    """The recipient is done with ``seqs`` and will not need them again, in any session.
+
+    ``refused``: why some could not be used, by number; one that is not in ``seqs`` as well
+    is delivered again to a new session.
+    """
 
     seqs: tuple[Natural, ...] = ()
     refused: dict[Natural, Reason] = {}
@@ -201,15 +223,13 @@ class Chunk(Frame, frozen=True, kw_only=True):
     start: Size
 
 
-class Tick(Numbered, frozen=True, kw_only=True):
-    """Put a ``tick`` message with this token into my inbox after ``after_s`` seconds."""
-
-    token: Name
-    after_s: Annotated[float, Meta(ge=0, le=1e9)]
-
-
 class Beat(Frame, frozen=True, kw_only=True):
     """Nothing to say, but alive; the broker answers in kind."""
+
+    taken: Natural = 0
+    """From a node: as in numbered frames."""
+    sent: Natural = 0
+    """From the broker: every delivery numbered below this has been sent."""
 
 
 class Over(Numbered, frozen=True, kw_only=True):
@@ -232,19 +252,24 @@ AnyFrame = (
     | Wait
     | Post
     | Receipt
-    | Refused
+    | Full
     | Deliver
     | Done
     | Want
     | Chunk
-    | Tick
     | Beat
     | Over
     | Bye
 )
 
+_FOREIGN = 1024
+"""Longest list or map in a header of another major that its version is read from."""
+
 _encoder = msgspec.msgpack.Encoder()
 _frame_decoder: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(AnyFrame)
+_joined_decoder = msgspec.msgpack.Decoder(list[tuple[bytes, Natural]])
+_SHORT_LIST, _LONG_LISTS = 0x90, (0xDC, 0xDD)
+"""First bytes of a list in msgpack; a frame's header is a map."""
 _message_decoder = msgspec.msgpack.Decoder(Message)
 
 
@@ -280,6 +305,28 @@ def decode_frame(header: Buffer) -> AnyFrame:
     if frame.v[0] != PROTOCOL[0]:
         raise VersionError(frame.v, PROTOCOL)
     return frame
+
+
+def join_headers(headers: Sequence[tuple[bytes, int]]) -> bytes:
+    """Return one header for several frames, each with the number of its buffers."""
+    return _encoder.encode(headers)
+
+
+def split_header(header: Buffer) -> list[tuple[bytes, int]]:
+    """Return the headers of all frames that travel together, and the number of their buffers.
+
+    A frame that travels alone has its number of buffers not told: -1.
+
+    Raises:
+        WireError: the header is too large, or no such list.
+    """
+    view = memoryview(header)
+    if not view.nbytes or (view[0] & 0xF0 != _SHORT_LIST and view[0] not in _LONG_LISTS):
+        return [(bytes(view), -1)]
+    headers: list[tuple[bytes, int]] = _decode(_joined_decoder, view, "header", MAX_HEADER_BYTES)
+    if not headers:
+        raise WireError("expected frames in a list of them")
+    return headers
 
 
 def encode_message(message: Message) -> bytes:
@@ -367,7 +414,10 @@ def _decode(decoder: msgspec.msgpack.Decoder[Any], data: Buffer, what: str, limi
 def _version_of(header: Buffer) -> tuple[int, int] | None:
     """Return the version in a header of which nothing else can be relied on."""
     try:
-        fields = msgpack.unpackb(header, strict_map_key=False)
+        # Within bounds: it makes room for what a list claims to hold before it reads it.
+        fields = msgpack.unpackb(
+            header, strict_map_key=False, max_array_len=_FOREIGN, max_map_len=_FOREIGN
+        )
     except (ValueError, TypeError, RecursionError, msgpack.UnpackException):
         return None
     match fields:

@@ -41,6 +41,9 @@ class Call:
         return f"{self.name}({', '.join(parts)})" if parts else self.name
 
 
+_MAX_BITS = 4096
+
+
 def parse(text: str) -> list[Call]:
     """Read a pipeline of calls.
 
@@ -141,6 +144,8 @@ def _value(node: ast.expr, part: str) -> Value:
     if isinstance(node, ast.Constant):
         value = node.value
         if isinstance(value, int | float) and not isinstance(value, bool):
+            if isinstance(value, int) and value.bit_length() > _MAX_BITS:
+                raise SpecError(f"expected numbers of at most {_MAX_BITS} bits")
             return sign * value
         if sign == 1 and (value is None or isinstance(value, bool | str)):
             return value

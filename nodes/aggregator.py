@@ -2,15 +2,19 @@
 
 ``handle(event) -> [action]``, and nothing else: no sockets, no clock (a message's time is
 the time at which the broker wrote it down), no randomness of its own. The same inbox
-gives the same actions, which is what makes a run recoverable and replayable.
+gives the same actions, which is what makes a run recoverable and replayable: a restarted
+aggregator starts from its last checkpoint, folds what came after, and what it says then
+has the ids that it had before, so the broker knows it again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
+import msgspec
 import xxhash
 from torch import Tensor
 
@@ -18,11 +22,13 @@ from fedmq.algorithms.base import examples_of
 from fedmq.algorithms.errors import ResultError
 from fedmq.algorithms.rng import derive_rng, derive_seed
 from fedmq.algorithms.schedules import View
-from fedmq.broker.state import EVALUATOR, RECORD, WORKER
-from fedmq.broker.wire import Message
+from fedmq.broker.errors import WireError
+from fedmq.broker.state import CHECKPOINT, EVALUATOR, RECORD, TIMER, WORKER
+from fedmq.broker.wire import Buffer, Message
 from fedmq.codecs.errors import CodecError
 from fedmq.codecs.raw import Raw
-from fedmq.nodes.inbox import Done, Finish, Inbound, Post, Tick
+from fedmq.nodes.checkpoint import Counts, Flight, Fold, pack_checkpoint, unpack_checkpoint
+from fedmq.nodes.inbox import Done, Finish, Inbound, Post, Settle, Stream
 from fedmq.nodes.payload import Packed, numbers_of, pack, unpack
 from fedmq.nodes.setup import Setup
 
@@ -33,28 +39,12 @@ _FINAL = "final evaluation"
 
 @dataclass(frozen=True)
 class Start:
-    """The node has been admitted."""
+    """The node has been admitted; ``checkpoint``: the newest of the session before it."""
+
+    checkpoint: Inbound | None = None
 
 
-Action = Post | Tick | Done | Finish
-
-
-@dataclass
-class _Flight:
-    """A task that is out: for which client, made from which version, sent to which node."""
-
-    client: int
-    version: int
-    node: str
-    overdue: bool = False
-
-
-@dataclass
-class _Counts:
-    used: int = 0
-    stale: int = 0
-    refused: int = 0
-    dropped: int = 0
+Action = Post | Done | Settle | Finish
 
 
 @dataclass
@@ -93,17 +83,20 @@ class Aggregator:
         self.state = self._algorithm.start(setup.problem)
         self.version = 0
         self._current = _Version(self._algorithm.gather(self.state))
-        self._flights: dict[str, _Flight] = {}
+        self._flights: dict[str, Flight] = {}
         self._hosts: dict[int, str] = {}
         self._evaluators: set[str] = set()
         self._evaluating: set[str] = set()
-        self._counts = _Counts()
+        self._counts = Counts()
         self._running = False
         self._finishing = ""
         self._asked_final = False
         self._ended = False
         self._evaluated = -1
         self._next_id = 0
+        self._position = -1
+        self._now = 0.0
+        self._checkpoint_at = -math.inf
         self._task_cache: Packed | None = None
 
     def tensors(self) -> Mapping[str, Tensor]:
@@ -114,8 +107,14 @@ class Aggregator:
         """Take one event; return what is to be done, in order."""
         out: list[Action] = []
         if isinstance(event, Start):
-            self._post(out, "run", RECORD, {"config": self._setup.config.to_toml()})
+            if event.checkpoint is None:
+                self._post(out, "run", RECORD, {"config": self._setup.config.to_toml()})
+            else:
+                self._resume(event.checkpoint, out)
             return out
+        if event.seq <= self._position:
+            return [Settle()]  # the checkpoint was made after it, and tells of it
+        self._position, self._now = event.seq, event.at
         message = event.message
         reason = ""
         if not self._ended:
@@ -136,6 +135,8 @@ class Aggregator:
                     reason = held
                 case "score":
                     reason = self._score(message)
+                case "refused":
+                    self._refused(str(message.body.get("id")))
                 case kind:
                     reason = f"an aggregator takes no {kind!r} messages"
             self._advance(out)
@@ -170,6 +171,12 @@ class Aggregator:
                 flight.overdue |= flight.version == self.version
         elif token == _FINAL and self._finishing:
             self._end(out)
+
+    def _refused(self, name: str) -> None:
+        """One of our own messages could not be used by its recipient, or not be delivered."""
+        self._evaluating.discard(name)
+        if self._flights.pop(name, None) is not None:
+            self._counts.dropped += 1
 
     # ---- results
 
@@ -227,9 +234,10 @@ class Aggregator:
         """Add one result to the version; return why it was refused, or ""."""
         current = self._current
         try:
-            payload = unpack(inbound.message, inbound.read)
+            stream = _steady(inbound.stream) if inbound.stream is not None else None
+            payload = unpack(inbound.message, inbound.read, stream)
             current.gathered = self._algorithm.absorb(current.gathered, self.state, payload, weight)
-        except (ResultError, CodecError) as error:
+        except (ResultError, CodecError, WireError) as error:
             self._counts.refused += 1
             return str(error)
         current.absorbed += 1
@@ -304,7 +312,7 @@ class Aggregator:
                 "reply": self._schedule.reply,
             }
             name = self._post(out, "task", f"client/{client}", body, packed)
-            self._flights[name] = _Flight(client, self.version, self._hosts[client])
+            self._flights[name] = Flight(client, self.version, self._hosts[client])
             current.order.append(name)
             current.started += 1
 
@@ -343,12 +351,57 @@ class Aggregator:
             "mean_staleness": sum(staleness) / len(staleness) if staleness else 0.0,
             "max_staleness": max(staleness, default=0),
             "model_digest": model_digest(self.tensors()),
-            **asdict(self._counts),
+            **msgspec.structs.asdict(self._counts),
         }
-        self._post(out, "version", RECORD, body)
+        if self._now - self._checkpoint_at >= self._settings.checkpoint_s:
+            self._checkpoint("version", body, out)
+        else:
+            self._post(out, "version", RECORD, body)
+        self._go_on(out)
+
+    def _go_on(self, out: list[Action]) -> None:
+        """What follows a commit, whether it was just now or before a restart."""
         if self.version >= self._settings.versions:
             self._finishing = f"{self.version} versions committed"
         self._begin_version(out)
+
+    def _checkpoint(self, kind: str, body: Mapping[str, Any], out: list[Action]) -> None:
+        """Post a record from which the next session can start; what came before is settled."""
+        self._checkpoint_at = self._now
+        fold = Fold(
+            position=self._position,
+            at=self._now,
+            version=self.version,
+            next_id=self._next_id + 1,
+            flights=self._flights,
+            hosts=self._hosts,
+            evaluators=sorted(self._evaluators),
+            evaluating=sorted(self._evaluating),
+            evaluated=self._evaluated,
+            counts=self._counts,
+            running=self._running,
+            finishing=self._finishing,
+            ended=self._ended,
+        )
+        packed = pack_checkpoint(self._algorithm, self.state, fold)
+        self._post(out, kind, CHECKPOINT, {**packed.body, **body}, packed)
+        out.append(Settle())
+
+    def _resume(self, inbound: Inbound, out: list[Action]) -> None:
+        """Start from a checkpoint, and go on as the session before it did."""
+        self.state, fold = unpack_checkpoint(self._algorithm, self._setup.problem, inbound)
+        self._current = _Version(self._algorithm.gather(self.state))
+        self._position, self.version, self._next_id = fold.position, fold.version, fold.next_id
+        self._flights, self._hosts, self._counts = fold.flights, fold.hosts, fold.counts
+        self._evaluators, self._evaluating = set(fold.evaluators), set(fold.evaluating)
+        self._evaluated, self._running = fold.evaluated, fold.running
+        self._finishing, self._ended = fold.finishing, fold.ended
+        self._now = self._checkpoint_at = fold.at
+        if self._ended:
+            out.append(Finish(self._finishing))
+            return
+        self._go_on(out)
+        self._advance(out)
 
     def _begin_version(self, out: list[Action]) -> None:
         every = self._settings.evaluate_every
@@ -358,7 +411,8 @@ class Aggregator:
     def _ask_deadline(self, out: list[Action]) -> None:
         deadline = self._schedule.deadline()
         if deadline is not None:
-            out.append(Tick(f"deadline/{self.version}", deadline))
+            body = {"token": f"deadline/{self.version}", "after_s": deadline}
+            self._post(out, "timer", TIMER, body)
 
     def _evaluate(self, out: list[Action]) -> None:
         packed = pack(
@@ -377,11 +431,13 @@ class Aggregator:
             self._end(out)
         elif not self._asked_final:
             self._asked_final = True
-            out.append(Tick(_FINAL, FINAL_EVALUATION_S))
+            body = {"token": _FINAL, "after_s": FINAL_EVALUATION_S}
+            self._post(out, "timer", TIMER, body)
 
     def _end(self, out: list[Action]) -> None:
         self._ended = True
-        self._post(out, "finished", RECORD, {"reason": self._finishing, **asdict(self._counts)})
+        body = {"reason": self._finishing, **msgspec.structs.asdict(self._counts)}
+        self._checkpoint("finished", body, out)
         out.append(Finish(self._finishing))
 
     def _post(
@@ -405,6 +461,22 @@ class Aggregator:
         )
         out.append(Post(message, packed.data if packed else ()))
         return name
+
+
+def _steady(stream: Stream) -> Stream:
+    """Return a stream whose second reading cannot fail half-way and be taken for a refusal."""
+    whole = set()
+
+    def pieces(index: int) -> Iterator[Buffer]:
+        try:
+            yield from stream(index)
+        except WireError as error:
+            if index in whole:
+                raise RuntimeError("a blob that was read cannot be read again") from error
+            raise
+        whole.add(index)
+
+    return pieces
 
 
 def model_digest(tensors: Mapping[str, Tensor]) -> str:

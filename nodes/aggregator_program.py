@@ -6,15 +6,18 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import structlog
 import torch
 
 from fedmq.broker.dealer import NodeLink
 from fedmq.broker.errors import LinkClosed
+from fedmq.broker.link_state import Delivery
 from fedmq.broker.state import AGGREGATOR
-from fedmq.broker.wire import Hello
+from fedmq.broker.wire import Hello, decode_message
 from fedmq.nodes.aggregator import Action, Aggregator, Start
 from fedmq.nodes.config import Config
-from fedmq.nodes.inbox import Done, Finish, Post, Tick
+from fedmq.nodes.inbox import Done, Finish, Inbound, Post, Settle
+from fedmq.nodes.local import node_key
 from fedmq.nodes.programs import inbound_of, linked, new_session
 from fedmq.nodes.setup import set_up
 
@@ -26,7 +29,8 @@ def run_aggregator(endpoint: str, config: Config, run: str, folder: Path | None 
         endpoint: where the broker listens.
         config: the run's configuration.
         run: id of the run.
-        folder: where to leave the final model as ``model.npz``; None leaves none.
+        folder: where to leave the final model as ``model.npz``, and to keep the node's key;
+            None keeps nothing.
 
     Raises:
         ConfigError: the configuration is unusable.
@@ -39,41 +43,54 @@ def run_aggregator(endpoint: str, config: Config, run: str, folder: Path | None 
         node=AGGREGATOR,
         role=AGGREGATOR,
         session=new_session(),
+        key=node_key(folder / "nodes" / AGGREGATOR if folder is not None else None),
         run=run,
         config=setup.config.to_toml(),
         total_clients=setup.problem.clients,
     )
     core = Aggregator(setup, run, AGGREGATOR)
+    unsettled: list[int] = []
     with linked(endpoint, hello) as link:
-        actions: Sequence[Action] = core.handle(Start())
+        actions: Sequence[Action] = core.handle(Start(_checkpoint(link)))
         while True:
             with link.together():
-                _tell_done(link, actions)
                 for action in actions:
                     match action:
                         case Post(message, data, consumes):
                             link.post(message, data, consumes)
-                        case Tick(token, after_s):
-                            link.tick(token, after_s)
+                        case Done(seq, refused) if refused:
+                            link.done([], {seq: refused})
+                        case Settle():
+                            link.done(unsettled)
+                            unsettled = []
                         case Finish(reason):
+                            if folder is not None:
+                                _save(folder, core)
                             link.over(reason)
             if any(isinstance(action, Finish) for action in actions):
                 break
-            inbound = inbound_of(link, link.get())
+            delivery = link.get()
+            unsettled.append(delivery.seq)
             with link.away():
-                actions = core.handle(inbound)
-        reason = _wait_for_end(link)
-    if folder is not None:
-        arrays = {name: each.numpy() for name, each in core.tensors().items()}
-        np.savez(folder / "model.npz", allow_pickle=False, **arrays)
-    return reason
+                actions = core.handle(inbound_of(link, delivery))
+        return _wait_for_end(link)
 
 
-def _tell_done(link: NodeLink, actions: Sequence[Action]) -> None:
-    done = [action for action in actions if isinstance(action, Done)]
-    if done:
-        refused = {each.seq: each.refused for each in done if each.refused}
-        link.done([each.seq for each in done if not each.refused], refused)
+def _save(folder: Path, core: Aggregator) -> None:
+    """Leave the model; before the run is over, because then no session is started any more."""
+    arrays = {name: each.numpy() for name, each in core.tensors().items()}
+    np.savez(folder / "model.npz", allow_pickle=False, **arrays)
+
+
+def _checkpoint(link: NodeLink) -> Inbound | None:
+    """Return the checkpoint of the session before this one, if there was one."""
+    found = link.welcome().checkpoint
+    if found is None:
+        return None
+    delivery = Delivery(found.seq, found.at, decode_message(found.message), {})
+    log = structlog.get_logger()
+    log.info("goes on from a checkpoint", version=delivery.message.body.get("version"))
+    return inbound_of(link, delivery)
 
 
 def _wait_for_end(link: NodeLink) -> str:

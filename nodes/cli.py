@@ -10,6 +10,7 @@ import socket
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -18,7 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fedmq.nodes import logs
-from fedmq.nodes.config import Config, load
+from fedmq.nodes.config import Config, build, load
 from fedmq.nodes.errors import ConfigError, NodeError
 
 DEFAULT_ENDPOINT = "tcp://127.0.0.1:7700"
@@ -81,16 +82,41 @@ def cluster(
 )
 @click.option("--run", "folder", type=click.Path(path_type=Path), required=True, help="Its folder.")
 @click.option("--lease", "lease_s", type=float, default=10.0, show_default=True, help="Seconds.")
+@click.option(
+    "--durability",
+    type=click.Choice(["process", "power"]),
+    default="process",
+    show_default=True,
+    help="What a receipt promises to survive: the broker's death, or a failure of power.",
+)
+@click.option(
+    "--retain",
+    default="everything",
+    show_default=True,
+    help="Payloads to keep: everything, unfinished, or a number of bytes.",
+)
+@click.option("--offer-parked", is_flag=True, help="Offer parked messages again.")
 @click.option("--once", is_flag=True, help="End with the run, and write its summary.")
-def broker(bind: str, folder: Path, lease_s: float, once: bool) -> None:  # noqa: FBT001 - click's
-    """Route messages and keep the ledger."""
+def broker(
+    bind: str,
+    folder: Path,
+    lease_s: float,
+    durability: str,
+    retain: str,
+    offer_parked: bool,  # noqa: FBT001 - click's
+    once: bool,  # noqa: FBT001 - click's
+) -> None:
+    """Route messages and keep the ledger; goes on from the ledger that is in its folder."""
     from fedmq.broker.router import BrokerServer
-    from fedmq.broker.state import BrokerSettings
     from fedmq.nodes.programs import Stopped, stop_on_signals
 
     logs.configure(None, node="broker")
     with _exit_2_on_error():
-        server = BrokerServer(bind, folder / "ledger", BrokerSettings(lease_s=lease_s))
+        table = build(
+            {"broker": {"lease_s": lease_s, "durability": durability, "retain": retain}}
+        ).broker
+        keeping = replace(table.keeping(), offer_parked=offer_parked)
+        server = BrokerServer(bind, folder / "ledger", table.settings(), keeping)
         click.echo(f"listening on {server.endpoint}, ledger in {folder / 'ledger'}", err=True)
         with contextlib.suppress(Stopped), stop_on_signals(signal.SIGINT, signal.SIGTERM):
             server.serve(until_idle=once)
@@ -105,7 +131,10 @@ def broker(bind: str, folder: Path, lease_s: float, once: bool) -> None:  # noqa
 @_config
 @_settings
 @click.option(
-    "--run", "folder", type=click.Path(path_type=Path), help="Where to leave the final model."
+    "--run",
+    "folder",
+    type=click.Path(path_type=Path),
+    help="Where to leave the final model; with the same one, a restarted node goes on at once.",
 )
 def aggregator(
     endpoint: str, config: Path | None, settings: tuple[str, ...], folder: Path | None
@@ -127,12 +156,19 @@ def aggregator(
 @click.option("--evaluator", is_flag=True, help="Evaluate models instead of training them.")
 @click.option("--name", help="Name of the node; drawn from the host and the clients by default.")
 @click.option("--run-id", default="", help="The run to join, if the broker serves several.")
+@click.option(
+    "--state",
+    "folder",
+    type=click.Path(path_type=Path),
+    help="Where clients' local states and the node's key survive a restart.",
+)
 def worker(
     endpoint: str,
     ranges: str | None,
     evaluator: bool,  # noqa: FBT001 - click's
     name: str | None,
     run_id: str,
+    folder: Path | None,
 ) -> None:
     """Train the tasks of some clients (or evaluate) until the run is over."""
     from fedmq.broker.state import EVALUATOR, WORKER
@@ -145,7 +181,7 @@ def worker(
         clients = parse_ranges(ranges) if ranges else []
         node = name or f"{socket.gethostname()}-{ranges or 'evaluator'}"
         logs.configure(None, node=node)
-        click.echo(run_worker(endpoint, node, clients, role, run_id))
+        click.echo(run_worker(endpoint, node, clients, role, run_id, folder))
 
 
 @main.command("list")

@@ -1,4 +1,7 @@
-"""The local cluster: broker, aggregator, workers and evaluator as processes of one host."""
+"""The local cluster: broker, aggregator, workers and evaluator as processes of one host.
+
+A process that is killed or crashes is started again: the ledger has what it needs to go on.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -21,8 +24,8 @@ import structlog
 from rich.console import Console
 
 from fedmq.broker.errors import BrokerError
-from fedmq.broker.ledger import Follower
 from fedmq.broker.memory import keep_freed_memory
+from fedmq.broker.reading import Follower
 from fedmq.broker.state import EVALUATOR, WORKER
 from fedmq.nodes import logs
 from fedmq.nodes.config import Config, parse
@@ -34,6 +37,9 @@ from fedmq.nodes.view import View, closing_table
 _START_S = 30.0
 _STOP_S = 5.0
 _REFRESH_S = 0.1
+_RESTARTS = 10
+_RESTARTS_WITHIN_S = 60.0
+"""A process that ended more often than that within this time is beyond help."""
 
 
 @dataclass
@@ -41,14 +47,24 @@ class _Child:
     """A process of the cluster and the pipe on which it says what went wrong."""
 
     name: str
+    start: Callable[[], _Child]
     process: Any
     report: Connection
+    restarts: list[float] = field(default_factory=list)
+    """When it was started again, newest last."""
+
+    def may_restart(self, now: float) -> bool:
+        """Tell whether it is worth starting again: killed or crashed, and not too often."""
+        recent = [each for each in self.restarts if each > now - _RESTARTS_WITHIN_S]
+        return self.process.exitcode not in (None, 0, 2) and len(recent) < _RESTARTS
 
     def complaint(self) -> str:
         """Return what it said before it ended, or how it ended."""
         with contextlib.suppress(EOFError, OSError):
-            if self.report.poll():
-                return self.report.recv_bytes().decode()
+            while self.report.poll():
+                said = self.report.recv_bytes().decode()
+                if not said.startswith("ready "):
+                    return said
         return f"ended with exit code {self.process.exitcode}"
 
 
@@ -102,10 +118,13 @@ class Cluster:
 
     def _start_broker(self, text: str) -> str:
         # A fresh interpreter: the broker imports no torch.
-        child = self._start(mp.get_context("spawn"), "broker", broker_main, text)
+        context = mp.get_context("spawn")
+        child = self._start(context, "broker", broker_main, text, self._config.broker.bind)
         if child.report.poll(_START_S):
             word, _, rest = child.report.recv_bytes().decode().partition(" ")
             if word == "ready":
+                # Started again, it listens where the nodes know it.
+                child.start = lambda: self._start(context, "broker", broker_main, text, rest)
                 return rest
             raise NodeError(f"{word} {rest}")
         raise NodeError(f"the broker did not start within {_START_S:g} s")
@@ -122,13 +141,16 @@ class Cluster:
         self._start(context, "evaluator", worker_main, endpoint, None, EVALUATOR, run)
 
     def _start(self, context: Any, name: str, target: Callable[..., None], *args: Any) -> _Child:
+        def start() -> _Child:
+            return self._start(context, name, target, *args)
+
         ours, theirs = mp.Pipe(duplex=False)
         process = context.Process(
             target=child_main, name=name, args=(name, str(self._folder), theirs, target, args)
         )
         process.start()
         theirs.close()
-        child = self._children[name] = _Child(name, process, ours)
+        child = self._children[name] = _Child(name, start, process, ours)
         return child
 
     # ---- watching
@@ -147,8 +169,15 @@ class Cluster:
             while True:
                 fold.feed(follower.poll())
                 view.show(fold)
+                if fold.ended is None:
+                    self._restart()
                 living = [each for each in self._children.values() if each.process.exitcode is None]
-                ended = [each for each in self._children.values() if each not in living]
+                now = time.monotonic()
+                ended = [
+                    each
+                    for each in self._children.values()
+                    if each not in living and (fold.ended or not each.may_restart(now))
+                ]
                 failed = [each for each in ended if each.process.exitcode]
                 if fold.ended is not None and all(each.name == "broker" for each in living):
                     return 0
@@ -157,6 +186,16 @@ class Cluster:
                         self._say(f"fedmq: {child.name}: {child.complaint()}")
                     return 2 if any(each.process.exitcode == 2 for each in failed) else 1
                 wait([each.process.sentinel for each in living], _REFRESH_S)
+
+    def _restart(self) -> None:
+        """Start again what was killed or has crashed."""
+        now = time.monotonic()
+        for child in list(self._children.values()):
+            if child.may_restart(now):
+                self._say(f"{child.name} {child.complaint()}; starting it again")
+                fresh = child.start()
+                fresh.start = child.start
+                fresh.restarts = [*child.restarts, now]
 
     def _is_fatal(self, ended: list[_Child], failed: list[_Child], living: list[_Child]) -> bool:
         """Tell whether the run cannot go on; a worker that died is not fatal while others live."""
@@ -248,14 +287,12 @@ def child_main(
         sys.exit(2)
 
 
-def broker_main(folder: Path, report: Connection, text: str) -> None:
+def broker_main(folder: Path, report: Connection, text: str, bind: str) -> None:
     """Run the broker of a local cluster."""
     from fedmq.broker.router import BrokerServer
-    from fedmq.broker.state import BrokerSettings
 
-    config = parse(text)
-    settings = BrokerSettings(config.broker.lease_s, config.broker.beat_s)
-    server = BrokerServer(config.broker.bind, folder / "ledger", settings)
+    table = parse(text).broker
+    server = BrokerServer(bind, folder / "ledger", table.settings(), table.keeping())
     report.send_bytes(f"ready {server.endpoint}".encode())
     server.serve()
 
@@ -274,7 +311,7 @@ def aggregator_main(
 
 
 def worker_main(
-    folder: Path,  # noqa: ARG001
+    folder: Path,
     report: Connection,  # noqa: ARG001
     endpoint: str,
     clients: tuple[int, int] | None,
@@ -284,7 +321,8 @@ def worker_main(
     """Run a worker or the evaluator of a local cluster."""
     from fedmq.nodes.worker_program import run_worker
 
-    run_worker(endpoint, mp.current_process().name, [clients] if clients else [], role, run)
+    name = mp.current_process().name
+    run_worker(endpoint, name, [clients] if clients else [], role, run, folder / "nodes" / name)
 
 
 def expected_errors() -> tuple[type[Exception], ...]:

@@ -11,11 +11,13 @@ import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from fedmq.broker.ledger import EVERYTHING, Keeping
+from fedmq.broker.state import BrokerSettings
 from fedmq.nodes.errors import ConfigError
 
 DEFAULT: Mapping[str, Mapping[str, Any]] = {
@@ -32,6 +34,7 @@ DEFAULT: Mapping[str, Mapping[str, Any]] = {
 defaults, not from these."""
 
 _PROBLEM_DEFAULT = {"clients": 40, "partition": "dirichlet(0.5)"}
+_MANY_DOTS = re.compile(r"(?:\.[^.\n]*){200}")
 NONE = "none"
 """TOML has no null: this word stands for it, for example ``batch_size = "none"``."""
 
@@ -49,6 +52,8 @@ class Run(_Table):
     target_accuracy: it ends earlier when an evaluation reaches this.
     evaluate_every: versions between evaluations; 0 evaluates only the last.
     min_clients: clients that must be reachable before the first task; 0 means all.
+    checkpoint_s: a version is a checkpoint if the last one is this many seconds old; a
+        restarted aggregator folds the messages since then once more.
     """
 
     id: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{0,100}$")] = ""
@@ -57,6 +62,7 @@ class Run(_Table):
     target_accuracy: Annotated[float, Field(gt=0, le=1)] | None = None
     evaluate_every: Annotated[int, Field(ge=0)] = 5
     min_clients: Annotated[int, Field(ge=0)] = 0
+    checkpoint_s: Annotated[float, Field(ge=0)] = 1.0
 
 
 class CodecTable(_Table):
@@ -106,11 +112,34 @@ class BrokerTable(_Table):
     lease_s: a node that has been silent for this long has left.
     beat_s: a node with nothing to say says so this often.
     bind: where the broker of a local cluster listens; port 0 is any free one.
+    durability: what a receipt promises: ``process``, the message survives the death of the
+        broker; ``power``, it is on the device (slower: one sync for each batch).
+    retain: ``everything``; ``unfinished``, payloads are deleted when no message needs them
+        any more; or at most this many bytes of payloads, such as ``20e9``, but for what is
+        needed. Messages themselves are kept for ever.
+    deliveries: a task at which so many sessions of workers died is parked.
     """
 
     lease_s: Annotated[float, Field(gt=0)] = 10.0
     beat_s: Annotated[float, Field(gt=0)] = 1.0
     bind: str = "tcp://127.0.0.1:0"
+    durability: Literal["process", "power"] = "process"
+    retain: Literal["everything", "unfinished"] | Annotated[float, Field(ge=0)] = "everything"
+    deliveries: Annotated[int, Field(ge=1)] = 5
+
+    def settings(self) -> BrokerSettings:
+        """Return how patient the broker is to be."""
+        return BrokerSettings(self.lease_s, self.beat_s, self.deliveries)
+
+    def keeping(self) -> Keeping:
+        """Return how the broker is to keep its ledger."""
+        match self.retain:
+            case "everything":
+                return Keeping(self.durability, EVERYTHING)
+            case "unfinished":
+                return Keeping(self.durability, 0)
+            case limit:
+                return Keeping(self.durability, int(limit))
 
 
 class Config(_Table):
@@ -138,10 +167,10 @@ def load(path: Path | None, settings: Sequence[str] = ()) -> Config:
     given: dict[str, Any] = {}
     if path is not None:
         try:
-            given = tomllib.loads(path.read_text())
+            given = _toml(path.read_text(), str(path))
         except OSError as error:
             raise ConfigError(f"cannot read {path}: {error.strerror}") from None
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        except UnicodeDecodeError as error:
             raise ConfigError(f"{path} is not TOML: {error}") from None
     for setting in settings:
         _apply(given, setting)
@@ -154,10 +183,7 @@ def parse(text: str) -> Config:
     Raises:
         ConfigError: it is not one.
     """
-    try:
-        return build(tomllib.loads(text))
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"the configuration is not TOML: {error}") from None
+    return build(_toml(text, "the configuration"))
 
 
 def build(given: Mapping[str, Any]) -> Config:
@@ -226,12 +252,25 @@ def _apply(given: dict[str, Any], setting: str) -> None:
 def _value(text: str) -> Any:
     """Read a TOML value; what is none is taken as a string."""
     try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+        return _toml(f"value = {text}", text)["value"]
+    except ConfigError:
         return text
 
 
+def _toml(text: str, what: str) -> dict[str, Any]:
+    """Read TOML; ``what`` names it in an error."""
+    if _MANY_DOTS.search(text):
+        # tomllib's time and memory grow with the square of a key's length.
+        raise ConfigError(f"{what} is not a configuration: it has a key of too many parts")
+    try:
+        return tomllib.loads(text)
+    except (ValueError, RecursionError) as error:  # TOMLDecodeError is a ValueError
+        raise ConfigError(f"{what} is not TOML: {error}") from None
+
+
 def _none_words(value: Any) -> Any:
+    if isinstance(value, int) and abs(value) >= 1 << 63:
+        raise ConfigError(f"expected numbers of at most 64 bits, got one of {value.bit_length()}")
     if isinstance(value, dict):
         return {key: _none_words(each) for key, each in value.items()}
     return None if value == NONE else value

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from fedmq.broker.wire import Buffer, Message
 
 Read = Callable[[int], Buffer]
 """Returns the bytes of a message's i-th blob."""
+Stream = Callable[[int], Iterator[Buffer]]
+"""Returns them in pieces, in order."""
 
 
 @dataclass(frozen=True)
@@ -22,6 +24,11 @@ class Inbound:
     at: float
     message: Message
     read: Read
+    stream: Stream | None = None
+
+    def pieces(self, index: int) -> Iterator[Buffer]:
+        """Return the bytes of the i-th blob in pieces, without holding all of them."""
+        return self.stream(index) if self.stream is not None else iter((self.read(index),))
 
 
 @dataclass(frozen=True)
@@ -35,19 +42,16 @@ class Post:
 
 
 @dataclass(frozen=True)
-class Tick:
-    """Ask for a tick."""
-
-    token: str
-    after_s: float
-
-
-@dataclass(frozen=True)
 class Done:
     """This message has been dealt with; ``refused``: why it could not be used."""
 
     seq: int
     refused: str = ""
+
+
+@dataclass(frozen=True)
+class Settle:
+    """No session of this node will need the messages so far again, this one included."""
 
 
 @dataclass(frozen=True)

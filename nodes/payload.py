@@ -6,21 +6,26 @@ The body of a task or a result holds ``numbers`` and ``groups``; a group is
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fedmq.algorithms.base import Payload
 from fedmq.broker.wire import Blob, Buffer, Message
 from fedmq.codecs.base import Codec, Encoded, brief
 from fedmq.codecs.errors import DecodeError
-from fedmq.codecs.raw import Raw
+from fedmq.codecs.raw import Raw, read_table
 from fedmq.codecs.registry import decode
-from fedmq.nodes.inbox import Read
+from fedmq.codecs.streamed import Streamed
+from fedmq.nodes.inbox import Read, Stream
 
 _RAW = Raw()
+STREAMED_BYTES = 64 << 20
+"""Raw weights of this size are added up as they come, and never held as a whole."""
 
 
 @dataclass(frozen=True)
@@ -68,8 +73,13 @@ def numbers_of(message: Message) -> dict[str, Any]:
     return numbers
 
 
-def unpack(message: Message, read: Read) -> Payload:
+def unpack(message: Message, read: Read, stream: Stream | None = None) -> Payload:
     """Decode a payload; the tensors may share memory with the blobs.
+
+    Args:
+        message: whose payload it is.
+        read: returns a whole blob.
+        stream: returns a blob in pieces; with it, large raw weights are `Streamed`.
 
     Raises:
         DecodeError: the body or the bytes are not a payload.
@@ -78,7 +88,7 @@ def unpack(message: Message, read: Read) -> Payload:
     groups = message.body.get("groups")
     if not isinstance(groups, list):
         raise DecodeError("expected groups as a list in the message's body")
-    found: dict[str, dict[str, Tensor]] = {"weights": {}, "exact": {}}
+    found: dict[str, Mapping[str, Tensor]] = {"weights": {}, "exact": {}}
     first = 0
     for group in groups:
         match group:
@@ -95,7 +105,21 @@ def unpack(message: Message, read: Read) -> Payload:
             raise DecodeError(f"expected each of weights and exact at most once, got {brief(name)}")
         if not 0 <= count <= len(message.blobs) - first:
             raise DecodeError(f"group {name!r} has {count} buffers, the message has fewer")
-        buffers = [read(index) for index in range(first, first + count)]
+        shapes = _streamable(codec, meta) if name == "weights" and count == 1 else None
+        if stream is not None and shapes and message.blobs[first].size >= STREAMED_BYTES:
+            found[name] = Streamed(shapes, functools.partial(stream, first))
+        else:
+            buffers = [read(index) for index in range(first, first + count)]
+            found[name] = decode(Encoded(codec, meta, buffers))
         first += count
-        found[name] = decode(Encoded(codec, meta, buffers))
     return Payload(found["weights"], found["exact"], numbers)
+
+
+def _streamable(codec: str, meta: Mapping[str, Any]) -> dict[str, tuple[int, ...]] | None:
+    """Return the shapes by name, if these are raw float32 tensors in one buffer."""
+    if codec != _RAW.wire_name:
+        return None
+    table = read_table(meta)
+    if any(dtype != torch.float32 for _, dtype, _ in table):
+        return None
+    return {name: shape for name, _, shape in table}

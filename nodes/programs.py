@@ -13,7 +13,7 @@ from types import FrameType
 import structlog
 
 from fedmq.broker.dealer import NodeLink
-from fedmq.broker.link import Delivery
+from fedmq.broker.link_state import Delivery
 from fedmq.broker.wire import Hello
 from fedmq.nodes.inbox import Inbound
 
@@ -65,4 +65,5 @@ def linked(endpoint: str, hello: Hello) -> Iterator[NodeLink]:
 def inbound_of(link: NodeLink, delivery: Delivery) -> Inbound:
     """Return a delivery as a core takes it: its blobs are read through the link."""
     read = functools.partial(link.read, delivery)
-    return Inbound(delivery.seq, delivery.at, delivery.message, read)
+    stream = functools.partial(link.pieces, delivery)
+    return Inbound(delivery.seq, delivery.at, delivery.message, read, stream)

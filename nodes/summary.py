@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fedmq.broker.ledger import Accepted, AnyEntry, Ended, Refusal, read_entries
-from fedmq.broker.state import EVALUATOR, WORKER
+from fedmq.broker.entries import Accepted, AnyEntry, Ended, Refusal
+from fedmq.broker.reading import read_entries
+from fedmq.broker.state import AGGREGATOR, BROKER, EVALUATOR, WORKER
 from fedmq.broker.wire import Message
 from fedmq.nodes.config import parse
 
@@ -65,6 +66,7 @@ class RunFold:
     wire_up: int = 0
     ended: str | None = None
     first_task_at: float | None = None
+    _aggregator: str = AGGREGATOR
     _versions_of: dict[str, int] = field(default_factory=dict)
     _hosts: dict[str, str] = field(default_factory=dict)
 
@@ -106,25 +108,40 @@ class RunFold:
         return max(known, default=None)
 
     def _message(self, message: Message, at: float) -> None:
+        """Take a message; what only one kind of node says counts only if it comes from there."""
         if self.started_at is None:
             self.started_at = at
-        body, size = message.body, sum(blob.size for blob in message.blobs)
+        size = sum(blob.size for blob in message.blobs)
+        if message.sender == BROKER:
+            self._from_broker(message)
+        elif message.sender == self._aggregator:
+            self._from_aggregator(message, at, size)
+        else:
+            self._from_worker(message, at, size)
+
+    def _from_broker(self, message: Message) -> None:
+        body = message.body
+        if message.kind == "joined":
+            node = self.nodes.setdefault(body["node"], NodeState(body["role"]))
+            node.sessions += 1
+            node.here = True
+            if body["role"] == AGGREGATOR:
+                self._aggregator = body["node"]
+            if body["role"] == EVALUATOR:
+                self._hosts[EVALUATOR] = body["node"]
+            for low, high in body["clients"]:
+                for client in range(low, high + 1):
+                    self._hosts[f"client/{client}"] = body["node"]
+        elif message.kind == "left":
+            self.nodes[body["node"]].here = False
+            self.nodes[body["node"]].doing.clear()
+
+    def _from_aggregator(self, message: Message, at: float, size: int) -> None:
+        body = message.body
         match message.kind:
             case "run":
                 self.run = message.run
                 self.config = parse(body["config"]).model_dump()
-            case "joined":
-                node = self.nodes.setdefault(body["node"], NodeState(body["role"]))
-                node.sessions += 1
-                node.here = True
-                if body["role"] == EVALUATOR:
-                    self._hosts[EVALUATOR] = body["node"]
-                for low, high in body["clients"]:
-                    for client in range(low, high + 1):
-                        self._hosts[f"client/{client}"] = body["node"]
-            case "left":
-                self.nodes[body["node"]].here = False
-                self.nodes[body["node"]].doing.clear()
             case "task" | "evaluate":
                 self.first_task_at = self.first_task_at or at
                 self.payload_down += size
@@ -132,18 +149,6 @@ class RunFold:
                 host = self._hosts.get(message.to)
                 if host is not None:
                     self.nodes[host].doing[message.id] = message.to
-            case "result" | "failed" | "score":
-                node = self.nodes[message.sender]
-                node.doing.pop(message.re or "", None)
-                self.payload_up += size
-                version = self._versions_of.pop(message.re or "", None)
-                node.tasks += message.kind != "failed"
-                node.drops += message.kind == "failed"
-                if message.kind == "score" and version is not None:
-                    metrics = body["metrics"]
-                    wall_s = at - self.started_at
-                    point = Point(version, wall_s, metrics.get("accuracy"), metrics.get("loss"))
-                    self.curve.append(point)
             case "version" | "finished":
                 self.used, self.stale = body["used"], body["stale"]
                 self.refused_by_aggregator = body["refused"]
@@ -151,6 +156,22 @@ class RunFold:
                     self.version = body["version"]
                     self.mean_staleness = body["mean_staleness"]
                     self.model_digest = body["model_digest"]
+
+    def _from_worker(self, message: Message, at: float, size: int) -> None:
+        if message.kind not in ("result", "failed", "score"):
+            return
+        node = self.nodes[message.sender]
+        node.doing.pop(message.re or "", None)
+        self.payload_up += size
+        version = self._versions_of.pop(message.re or "", None)
+        node.tasks += message.kind != "failed"
+        node.drops += message.kind == "failed"
+        match message.body:
+            case {"metrics": dict(metrics)} if message.kind == "score" and version is not None:
+                wall_s = at - (self.started_at or at)
+                known = {key: each for key, each in metrics.items() if isinstance(each, float)}
+                point = Point(version, wall_s, known.get("accuracy"), known.get("loss"))
+                self.curve.append(point)
 
     def summary(self) -> dict[str, Any]:
         """Return what ``summary.json`` holds."""

@@ -13,11 +13,13 @@ from typing import Any
 
 from fedmq.algorithms.base import Payload, Reply, Task
 from fedmq.algorithms.rng import derive_rng, derive_seed
+from fedmq.broker.errors import WireError
 from fedmq.broker.state import AGGREGATOR
 from fedmq.broker.wire import Message
 from fedmq.codecs.base import brief
 from fedmq.codecs.errors import CodecError
 from fedmq.nodes.inbox import Done, Inbound, Post
+from fedmq.nodes.local import Kept, Locals
 from fedmq.nodes.payload import pack, unpack
 from fedmq.nodes.setup import Setup, slowdown
 
@@ -26,10 +28,10 @@ MAX_SLOWDOWN_S = 3600.0
 
 @dataclass(frozen=True)
 class Trained:
-    """A task has been trained: its result and the client's new local state."""
+    """A task has been trained: its result and the client's new local state, if it has any."""
 
     payload: Payload
-    local: Any
+    local: Payload | None
     elapsed_s: float
 
 
@@ -56,7 +58,7 @@ class Train:
 
     client: int
     task: Task
-    local: Any
+    local: Payload | None
     seed: int
 
 
@@ -74,7 +76,15 @@ class Pause:
     seconds: float
 
 
-Action = Train | Evaluate | Pause | Post | Done
+@dataclass(frozen=True)
+class Keep:
+    """Save a client's local state, before the result that follows is posted."""
+
+    client: int
+    kept: Kept
+
+
+Action = Train | Evaluate | Pause | Keep | Post | Done
 
 
 class Worker:
@@ -85,10 +95,16 @@ class Worker:
         run: id of the run.
         node: this node's name.
         clients: ranges of clients hosted here, both ends included.
+        kept: local states of the clients; read here, written by the program.
     """
 
     def __init__(
-        self, setup: Setup, run: str, node: str, clients: Sequence[tuple[int, int]] = ()
+        self,
+        setup: Setup,
+        run: str,
+        node: str,
+        clients: Sequence[tuple[int, int]] = (),
+        kept: Locals | None = None,
     ) -> None:
         self._setup = setup
         self._run, self._node = run, node
@@ -96,7 +112,7 @@ class Worker:
         self._straggling = setup.config.worker.straggling(node)
         self._queue: deque[Inbound] = deque()
         self._current: Inbound | None = None
-        self._locals: dict[int, Any] = {}
+        self._locals = kept or Locals()
 
     def handle(self, event: Event) -> list[Action]:
         """Take one event; return what is to be done, in order."""
@@ -119,14 +135,22 @@ class Worker:
         try:
             if message.kind == "task":
                 client = self._client_of(message)
+                kept = self._locals.get(client)
+                if kept is not None and kept.task == message.id:
+                    # Trained by a session that ended before its result was receipted.
+                    out.append(Post(kept.message, kept.data, (inbound.seq,)))
+                    return
                 task = _read_task(inbound)
                 seed = derive_seed(self._setup.config.run.seed, "train", client, message.id)
-                out.append(Train(client, task, self._locals.get(client), seed))
+                out.append(Train(client, task, kept.local if kept else None, seed))
             elif message.kind == "evaluate":
                 out.append(Evaluate(_read_task(inbound)))
+            elif message.kind == "refused":
+                out.append(Done(inbound.seq))
+                return
             else:
                 raise ValueError(f"a worker takes no {message.kind!r} messages")
-        except ValueError as error:  # CodecError is one
+        except (ValueError, WireError) as error:  # CodecError is a ValueError
             out.append(Done(inbound.seq, str(error)))
             return
         self._current = inbound
@@ -146,7 +170,6 @@ class Worker:
         if self._straggles(message.id, event.elapsed_s, out):
             self._answer("failed", {"reason": "dropped on demand"}, out)
             return
-        self._locals[client] = event.local
         uplink = derive_seed(self._setup.config.run.seed, "uplink", client, message.id)
         try:
             packed = pack(event.payload, self._setup.up, uplink)
@@ -159,7 +182,10 @@ class Worker:
             "model_version": message.body["model_version"],
             "elapsed_s": event.elapsed_s,
         }
-        out.append(Post(self._reply("result", body, packed.blobs), packed.data, (inbound.seq,)))
+        reply = self._reply("result", body, packed.blobs)
+        if event.local is not None:
+            out.append(Keep(client, Kept(message.id, event.local, reply, packed.data)))
+        out.append(Post(reply, packed.data, (inbound.seq,)))
         self._current = None
 
     def _straggles(self, task: str, elapsed_s: float, out: list[Action]) -> bool:

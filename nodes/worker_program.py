@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 import structlog
 import torch
 
 from fedmq.algorithms.base import Client
 from fedmq.broker.dealer import NodeLink
-from fedmq.broker.errors import LinkClosed
+from fedmq.broker.errors import BrokerError, LinkClosed
 from fedmq.broker.state import WORKER
 from fedmq.broker.wire import Hello
 from fedmq.nodes.config import parse
+from fedmq.nodes.errors import NodeError
 from fedmq.nodes.inbox import Done, Post
+from fedmq.nodes.local import Locals, node_key
 from fedmq.nodes.programs import inbound_of, linked, new_session
 from fedmq.nodes.setup import Setup, choose_device, set_up
 from fedmq.nodes.worker import (
@@ -23,6 +26,7 @@ from fedmq.nodes.worker import (
     Evaluated,
     Event,
     Failed,
+    Keep,
     Pause,
     Train,
     Trained,
@@ -33,7 +37,12 @@ _log = structlog.get_logger()
 
 
 def run_worker(
-    endpoint: str, node: str, clients: Sequence[tuple[int, int]], role: str, run: str = ""
+    endpoint: str,
+    node: str,
+    clients: Sequence[tuple[int, int]],
+    role: str,
+    run: str = "",
+    folder: Path | None = None,
 ) -> str:
     """Run a worker or the evaluator until its run is over; return why it ended.
 
@@ -43,13 +52,22 @@ def run_worker(
         clients: ranges of clients hosted here, both ends included.
         role: ``worker`` or ``evaluator``.
         run: id of the run; empty for the one that the broker serves.
+        folder: where clients' local states, and the node's key, outlive this process; None
+            keeps them in memory.
 
     Raises:
         ConfigError: the run's configuration cannot be used here.
         DataError: the data set is not here.
         Rejected: the broker does not admit this node.
     """
-    hello = Hello(node=node, role=role, session=new_session(), run=run, clients=tuple(clients))
+    hello = Hello(
+        node=node,
+        role=role,
+        session=new_session(),
+        key=node_key(folder),
+        run=run,
+        clients=tuple(clients),
+    )
     with linked(endpoint, hello) as link:
         welcome = link.welcome()
         with link.away():
@@ -62,18 +80,24 @@ def run_worker(
                     setup.problem.client(low)
             else:
                 setup.problem.test()
-            core = Worker(setup, welcome.run, node, clients)
-        while True:
-            try:
+            kept = Locals(folder / welcome.run if folder is not None else None)
+            core = Worker(setup, welcome.run, node, clients, kept)
+        try:
+            while True:
                 delivery = link.get()
-            except LinkClosed as end:
-                return str(end)
-            actions: list[Action] = list(core.handle(inbound_of(link, delivery)))
-            while actions:
-                actions = [*_work(link, setup, core, device, actions.pop(0)), *actions]
+                if delivery.message.kind == "refused":
+                    _log.warning("refused", **delivery.message.body)
+                actions: list[Action] = list(core.handle(inbound_of(link, delivery)))
+                while actions:
+                    more = _work(link, setup, core, kept, device, actions.pop(0))
+                    actions = [*more, *actions]
+        except LinkClosed as end:
+            return str(end)
 
 
-def _work(link: NodeLink, setup: Setup, core: Worker, device: str, action: Action) -> list[Action]:
+def _work(
+    link: NodeLink, setup: Setup, core: Worker, kept: Locals, device: str, action: Action
+) -> list[Action]:
     """Carry out one action of a worker's core; return the actions that follow from it."""
     event: Event | None = None
     try:
@@ -83,18 +107,22 @@ def _work(link: NodeLink, setup: Setup, core: Worker, device: str, action: Actio
                 with link.away():
                     data = setup.problem.client(client)
                     place = Client(client, setup.problem, data, local, seed, device)
-                    payload, kept = setup.algorithm.train(task, place)
-                event = Trained(payload, kept, time.perf_counter() - began)
+                    payload, new_local = setup.algorithm.train(task, place)
+                event = Trained(payload, new_local, time.perf_counter() - began)
             case Evaluate(task):
                 with link.away():
                     metrics = setup.algorithm.evaluate(task, setup.problem, device)
                 event = Evaluated(metrics)
             case Pause(seconds):
                 link.pause(seconds)
+            case Keep(client, state):
+                kept.put(client, state)
             case Post(message, data, consumes):
                 link.post(message, data, consumes)
             case Done(seq, refused):
-                link.done([] if refused else [seq], {seq: refused} if refused else {})
+                link.done([seq], {seq: refused} if refused else {})
+    except (BrokerError, NodeError):
+        raise  # not the task's fault: the link has ended, or local state cannot be kept
     except Exception as error:  # noqa: BLE001 - whatever a model raises fails this one task only
         _log.exception("task failed")
         event = Failed(f"{type(error).__name__}: {error}"[:2000])

@@ -4,7 +4,7 @@ from fedmq.algorithms.base import Client
 from fedmq.broker.wire import Blob, Message, decode_message, encode_message
 from fedmq.nodes.aggregator import Aggregator, Start
 from fedmq.nodes.config import build
-from fedmq.nodes.inbox import Done, Finish, Inbound, Post, Tick
+from fedmq.nodes.inbox import Done, Finish, Inbound, Post, Settle
 from fedmq.nodes.setup import set_up
 from fedmq.nodes.worker import Evaluate, Evaluated, Failed, Train, Trained, Worker
 
@@ -28,8 +28,13 @@ class Fleet:
     """One aggregator, and a worker for each client: ``w0`` hosts client 0, and so on.
 
     Attributes:
+        actions: everything that the aggregator wanted done.
         tasks: (message, data) of the tasks that are out, oldest first.
         records: messages that are kept, not delivered.
+        ticks: tokens of the timers that it asked for.
+        inbox: what it was given, in order.
+        checkpoint: its newest checkpoint, as it is handed to its next session, or None.
+        settled: every message up to this number is not given to its next session.
         done: reason (or "") by the number of the message that was dealt with.
         finished: why the run ended, or None.
     """
@@ -41,7 +46,9 @@ class Fleet:
             f"w{k}": Worker(setup, "run", f"w{k}", [(k, k)]) for k in range(setup.problem.clients)
         }
         self.evaluator = Worker(setup, "run", "evaluator")
+        self.actions, self.inbox = [], []
         self.tasks, self.evaluations, self.records, self.ticks = [], [], [], []
+        self.checkpoint, self.settled = None, 0
         self.done, self.finished, self.seq = {}, None, 0
         self.act(self.core.handle(Start()))
         if join:
@@ -53,11 +60,10 @@ class Fleet:
     def hear(self, message, data=()):
         """Put a message into the aggregator's inbox; return its number."""
         self.seq += 1
-        seq = self.seq
-        self.act(
-            self.core.handle(Inbound(seq, float(seq), over_the_wire(message), data.__getitem__))
-        )
-        return seq
+        inbound = Inbound(self.seq, float(self.seq), over_the_wire(message), data.__getitem__)
+        self.inbox.append(inbound)
+        self.act(self.core.handle(inbound))
+        return inbound.seq
 
     def reason(self, message, data=()):
         """Return why a message was refused, or ""; None if nothing has been said of it yet."""
@@ -86,22 +92,34 @@ class Fleet:
 
     def act(self, actions):
         """Sort out what the aggregator wants done."""
+        self.actions += actions
         for action in actions:
             match action:
-                case Post(message, data) if message.kind == "task":
-                    self.tasks.append((message, data))
-                case Post(message, data) if message.kind == "evaluate":
-                    self.evaluations.append((message, data))
-                case Post(message):
-                    self.records.append(message)
-                case Tick(token):
-                    self.ticks.append(token)
+                case Post(message, data):
+                    self.posted(message, data)
+                case Settle():
+                    self.settled = self.seq
                 case Done(seq, refused):
                     assert seq not in self.done, "a message was dealt with twice"
                     self.done[seq] = refused
                 case Finish(reason):
                     assert self.finished is None, "the run ended twice"
                     self.finished = reason
+
+    def posted(self, message, data):
+        """Take what the aggregator posted, as the broker does."""
+        match message.to:
+            case "checkpoint":
+                self.checkpoint = Inbound(0, 0.0, over_the_wire(message), data.__getitem__)
+                self.records.append(message)
+            case "timer":
+                self.ticks.append(message.body["token"])
+            case "evaluator":
+                self.evaluations.append((message, data))
+            case "record":
+                self.records.append(message)
+            case _:
+                self.tasks.append((message, data))
 
     # ---- what the others do
 

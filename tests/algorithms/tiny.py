@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fedmq.algorithms.base import Client, Payload, Task
-from fedmq.algorithms.fedavg import model_payload
+from fedmq.algorithms.fedavg import FedAvg, model_payload
 from fedmq.algorithms.problems.base import Examples, Problem
 
 
@@ -73,6 +73,19 @@ class Plain(Tiny):
 
     clients: int = 2
     seed: int = 0
+
+
+@dataclass(frozen=True)
+class Counting(FedAvg):
+    """Each client counts its tasks, and keeps the model that it left off with."""
+
+    name = "counting"
+
+    def train(self, task, client):
+        result, _ = super().train(task, client)
+        before = client.local.exact["tasks"] if client.local else torch.zeros(1, dtype=torch.int64)
+        local = Payload(dict(result.weights), {"tasks": before + 1}, {"last": task.version})
+        return result, local
 
 
 def client(problem, index=0, seed=7, local=None):

@@ -4,10 +4,24 @@ from collections import defaultdict
 
 import msgspec
 import pytest
+import xxhash
 
 from fedmq.broker.core import Broker
-from fedmq.broker.ledger import Accepted, Consumed, Refusal
-from fedmq.broker.state import Append, BrokerSettings, Drop, Log, Put, Received, Send, Wake
+from fedmq.broker.entries import Accepted, Consumed, Refusal
+from fedmq.broker.postbox import Postbox
+from fedmq.broker.restore import Restorer
+from fedmq.broker.state import (
+    Append,
+    BrokerSettings,
+    Drop,
+    Gone,
+    Log,
+    Probe,
+    Put,
+    Received,
+    Send,
+    Wake,
+)
 from fedmq.broker.wire import (
     Blob,
     Deliver,
@@ -27,38 +41,92 @@ from fedmq.broker.wire import (
 class Bench:
     """Carries a Broker core's actions out, and checks what must hold of any of them.
 
+    It is the core's store, too. A connection that is probed is gone, unless it is among
+    those that stand.
+
     Attributes:
         now: virtual time, in seconds.
         entries: the ledger.
         blobs: bytes by full name.
+        uses: names of the blobs that must stay, by the number of who needs them.
         sent: frames and buffers, by peer, until they are taken.
+        standing: connections that stand, however silent.
         logs: what the core wanted a person to know.
     """
 
-    def __init__(self, lease_s=10.0, beat_s=1.0):
+    def __init__(self, lease_s=10.0, beat_s=1.0, deliveries=5):
+        self.settings = BrokerSettings(lease_s, beat_s, deliveries)
         self.now = 0.0
         self.entries = []
         self.blobs = {}
         self.sizes = {}
+        self.uses = {}
         self.sent = defaultdict(list)
+        self.standing = set()
         self.logs = []
         self.numbers = defaultdict(int)
-        self.core = Broker(BrokerSettings(lease_s, beat_s), self.size_of)
+        self.core = None
+        self.restart()
+
+    def restart(self, *, offer_parked=False):
+        """The broker dies; another one goes on from its ledger, and knows no connection."""
+        restorer = Restorer(Postbox())
+        for entry in self.entries:
+            restorer.feed(msgspec.msgpack.decode(msgspec.msgpack.encode(entry), type=type(entry)))
+        for seq in restorer.parked if offer_parked else ():
+            data = self.entries[seq].message
+            entry = Accepted(seq=len(self.entries), at=self.now, message=data, consumes=(seq,))
+            self.entries.append(entry)
+            restorer.feed(entry)
+        self.sent.clear()
+        self.uses = {}
+        restorer.finish(self, self.now, self.settings.lease_s)
+        self.core = Broker(self.settings, self, restorer.box)
+        for run, seq in restorer.lost:
+            self.carry_out(self.core.give_up(run, [seq], "lost", self.now))
+
+    # ---- the store
 
     def size_of(self, name):
         if name in self.blobs and len(self.blobs[name]) == self.sizes[name]:
             return self.sizes[name]
         return None
 
+    def resume(self, name):
+        have = bytes(self.blobs.get(name, b""))
+        return len(have), xxhash.xxh3_128(have)
+
+    def read(self, seq):
+        assert isinstance(self.entries[seq], Accepted)
+        return self.entries[seq]
+
+    def use(self, seq, names):
+        if names:
+            self.uses[seq] = tuple(names)
+
+    # ---- the driver
+
     def handle(self, event):
         """One event at the present time; returns its actions."""
         actions = self.core.handle(event, self.now)
+        self.carry_out(actions)
+        # What was numbered before is in the ledger before what this adds.
+        for action in list(actions):
+            if isinstance(action, Probe) and action.peer not in self.standing:
+                actions += self.handle(Gone(action.peer))
+        return actions
+
+    def carry_out(self, actions):
         for action in actions:
             match action:
-                case Append(entry):
+                case Append(entry, uses, kept):
                     assert entry.seq == len(self.entries)
                     if isinstance(entry, Accepted):
                         entry.read()
+                    assert all(self.size_of(name) is not None for name in uses), "kept too early"
+                    self.use(entry.seq, uses if kept else ())
+                    for seq in self.finished_by(entry):
+                        self.uses.pop(seq, None)
                     self.entries.append(entry)
                 case Put(name, size, start, data):
                     have = self.blobs.setdefault(name, bytearray())
@@ -81,7 +149,6 @@ class Bench:
                     self.sent[peer].append((frame, buffers))
                 case Log():
                     self.logs.append(action)
-        return actions
 
     def say(self, peer, frame, *buffers):
         """A frame from a peer; returns the actions."""
@@ -101,6 +168,8 @@ class Bench:
             self.handle(Wake())
         self.now = until
         return self.handle(Wake())
+
+    # ---- nodes
 
     def join(self, node, role="worker", session="s1", *, clients=(), peer=None, **more):
         """Say Hello; returns the peer. The aggregator brings run `r` with 10 clients."""
@@ -124,44 +193,74 @@ class Bench:
             self.numbers[peer] += 1
         sender = peer.decode().partition(":")[0]
         names = tuple(Blob.of(data) for data in blobs)
-        fields = {"id": f"{sender}/{n}", "run": "r", "sender": sender, **fields}
-        message = Message(kind="note", to=to, body={"text": text}, blobs=names, **fields)
+        fields = {"kind": "note", "id": f"{peer.decode()}/{n}", "sender": sender, **fields}
+        fields = {"run": "r", "body": {"text": text}, **fields}
+        message = Message(to=to, blobs=names, **fields)
         inline = inline_choice(names) if inline is None else inline
         post = Post(n=n, message=encode_message(message), inline=inline, consumes=consumes)
         return self.say(peer, post, *[blobs[index] for index in inline])
+
+    def timer(self, peer, token, after_s):
+        """Ask for a tick."""
+        return self.post(peer, "timer", body={"token": token, "after_s": after_s})
 
     def take(self, peer, kind=object):
         """Take the frames of a kind that were sent to a peer; drop the others."""
         return [frame for frame, _ in self.sent.pop(peer, []) if isinstance(frame, kind)]
 
+    def inbox(self, peer):
+        """Take the messages that were delivered to a peer."""
+        return [decode_message(frame.message) for frame in self.take(peer, Deliver)]
+
     def texts(self, peer):
         """Take the notes that were delivered to a peer."""
-        messages = [decode_message(frame.message) for frame in self.take(peer, Deliver)]
-        return [each.body["text"] for each in messages if each.kind == "note"]
+        return [each.body["text"] for each in self.inbox(peer) if each.kind == "note"]
+
+    # ---- the ledger
+
+    def messages(self):
+        """Every accepted message, in order."""
+        return [entry.read() for entry in self.entries if isinstance(entry, Accepted)]
+
+    def refusals(self):
+        """Every refusal, in order."""
+        return [entry for entry in self.entries if isinstance(entry, Refusal)]
 
     def said(self, *kinds):
         """What the broker itself put into the ledger: (kind, body)."""
-        messages = [entry.read() for entry in self.entries if isinstance(entry, Accepted)]
         return [
             (each.kind, each.body)
-            for each in messages
+            for each in self.messages()
             if each.sender == "broker" and (not kinds or each.kind in kinds)
         ]
 
+    def finished_by(self, entry):
+        """Numbers that an entry settles."""
+        match entry:
+            case Accepted(consumes=seqs) | Consumed(of=seqs):
+                return seqs
+        return ()
+
     def account(self):
-        """Read the ledger: numbers accepted for delivery, consumed, and refused by recipients."""
+        """Read the ledger: numbers accepted for somebody, consumed, and refused once accepted."""
         accepted, consumed, refused = [], [], []
         for entry in self.entries:
             match entry:
-                case Accepted(seq=seq, consumes=consumes):
-                    if entry.read().to != "record":
-                        accepted.append(seq)
-                    consumed += consumes
-                case Consumed(of=of):
-                    consumed += of
+                case Accepted(seq=seq) if entry.read().to != "record":
+                    accepted.append(seq)
                 case Refusal(of=int(seq)):
                     refused.append(seq)
+            consumed += self.finished_by(entry)
         return accepted, consumed, refused
+
+    def pending(self):
+        """Numbers of what is still to be done with, by the core's own books, in order."""
+        found = []
+        for run in self.core._box.runs.values():
+            found += [seq for node in run.nodes.values() if node.alive for seq in node.pending]
+            found += [seq for seqs in run.waiting.values() for seq in seqs]
+            found += [] if run.checkpoint is None else [run.checkpoint]
+        return sorted([*found, *(seq for _, seq, _, _ in self.core._box.timers)])
 
 
 @pytest.fixture

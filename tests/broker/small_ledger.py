@@ -1,6 +1,7 @@
-"""A ledger of five entries, one of each kind, and what it takes to write one."""
+"""A ledger with an entry of each kind, and what it takes to write one."""
 
-from fedmq.broker.ledger import Accepted, BlobName, Consumed, Ended, Ledger, Refusal
+from fedmq.broker.entries import Accepted, BlobName, Consumed, Ended, Opened, Refusal
+from fedmq.broker.ledger import Ledger
 from fedmq.broker.wire import CHUNK_BYTES, Message, digest, encode_message
 
 
@@ -36,5 +37,7 @@ ENTRIES = [
     accepted(1, "x" * 40, consumes=(0,)),
     Consumed(seq=2, at=2.5, node="n", of=(0, 1)),
     Refusal(seq=3, at=3.0, run="r", node="broker", id="n/9", reason="no such address"),
-    Ended(seq=4, at=4.0, run="r", reason="done", nodes={"n": {"sessions": 1}}),
+    Opened(seq=4, at=3.5, run="q", config="[run]", total_clients=3),
+    Refusal(seq=5, at=3.6, run="r", node="broker", id="n/1", reason="parked", of=1, parked=True),
+    Ended(seq=6, at=4.0, run="r", reason="done", nodes={"n": {"sessions": 1}}),
 ]

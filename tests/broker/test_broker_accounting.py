@@ -1,123 +1,189 @@
 from collections import Counter
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from fedmq.broker.ledger import Accepted
-from fedmq.broker.wire import Bye, Deliver, Done
+from fedmq.broker.wire import Beat, Bye, Deliver, Done
 
 HOSTS = {"agg": (), "w1": ((0, 4),), "w2": ((5, 9),)}
 
 
 class Nodes:
-    """Honest nodes on a bench: each knows what was delivered to its session, and is done once."""
+    """Honest nodes on a bench: each takes a delivery once, and is done with it once."""
 
     def __init__(self, bench):
         self.bench = bench
         self.sessions = Counter()
         self.alive = set()
-        self.held = {name: {} for name in HOSTS}
-        self.done = {name: set() for name in HOSTS}
+        self.got = Counter()
+        self.held = {name: [] for name in HOSTS}
         self.last = {}
         for name in HOSTS:
             self.restart(name)
 
     def peer(self, name):
-        return f"{name}:s{self.sessions[name]}".encode()
+        return f"{name}:{self.session(name)}".encode()
+
+    def session(self, name):
+        return f"s{self.sessions[name]:03}"  # they sort by time
 
     def listen(self):
         for name in HOSTS:
             for frame in self.bench.take(self.peer(name), Deliver):
-                if frame.seq not in self.done[name]:
-                    self.held[name][frame.seq] = frame
+                if frame.after <= self.got[name] <= frame.seq:
+                    self.got[name] = frame.seq + 1
+                    self.held[name].append(frame.seq)
 
     def come_back(self, name):
-        role = "aggregator" if name == "agg" else "worker"
-        session = f"s{self.sessions[name]}"
-        self.bench.join(name, role, session=session, clients=HOSTS[name])
+        """Say Hello; what was posted last has no receipt yet, and is said again."""
         self.alive.add(name)
+        peer, last = self.peer(name), self.last.get(name)
+        self.bench.join(
+            name,
+            "aggregator" if name == "agg" else "worker",
+            session=self.session(name),
+            key=f"key of {name}",
+            clients=HOSTS[name],
+            got=self.got[name],
+            first=last[1] if last else self.bench.numbers[peer],
+        )
+        self.listen()
+        if last:
+            self.post(name, *last)
 
     def restart(self, name):
         self.sessions[name] += 1
-        self.held[name], self.done[name] = {}, set()
+        self.got[name], self.held[name] = 0, []
         self.last.pop(name, None)
         self.come_back(name)
 
-    def leave(self, name):
-        self.bench.say(self.peer(name), Bye())
-        self.alive.discard(name)
+    def pass_time(self, seconds):
+        """The living beat meanwhile."""
+        for _ in range(seconds):
+            self.bench.wake(self.bench.now + 1)
+            for name in self.alive:
+                self.bench.say(self.peer(name), Beat(taken=self.got[name]))
+            self.listen()
 
     def take_one(self, name):
-        if not self.held[name]:
-            return ()
-        seq = next(iter(self.held[name]))
-        del self.held[name][seq]
-        self.done[name].add(seq)
-        return (seq,)
+        return (self.held[name].pop(0),) if self.held[name] else ()
 
-    def post(self, name, to, consumes=()):
+    def post(self, name, fields, n=None, consumes=()):
         peer = self.peer(name)
-        self.last[name] = (to, self.bench.numbers[peer], consumes)
-        self.bench.post(peer, to, consumes=consumes)
+        if n is None:
+            n = self.bench.numbers[peer]
+            self.bench.numbers[peer] += 1
+            self.last[name] = (fields, n, consumes)
+        self.bench.post(peer, **fields, n=n, consumes=consumes)
+
+    def say(self, name, **fields):
+        self.last.pop(name, None)  # a later frame: the post before it has its receipt
+        self.bench.tell(self.peer(name), Done(**fields))
 
     def step(self, what, number):
         name = ("agg", "w1", "w2")[number % 3]
-        if what == "leave" and name in self.alive:
-            self.leave(name)
-        elif what == "return" and name not in self.alive:
-            self.come_back(name)
-        elif what == "restart" and name not in self.alive:
-            self.restart(name)
-        elif name in self.alive:
-            match what:
-                case "task":
-                    self.post(name, f"client/{number}")
-                case "bad":
-                    self.post(name, "client/99")
-                case "answer":
-                    self.post(name, "aggregator", self.take_one(name))
-                case "done":
-                    self.bench.tell(self.peer(name), Done(seqs=self.take_one(name)))
-                case "refuse":
-                    refused = dict.fromkeys(self.take_one(name), "no")
-                    self.bench.tell(self.peer(name), Done(refused=refused))
-                case "again" if name in self.last:
-                    to, n, consumes = self.last[name]
-                    self.bench.post(self.peer(name), to, n=n, consumes=consumes)
+        match what:
+            case "broker":
+                self.bench.restart(offer_parked=number == 9)
+                for each in sorted(self.alive):
+                    self.come_back(each)
+            case "time":
+                self.pass_time(1 + 3 * number)
+            case "restart":
+                self.restart(name)
+            case "return" if name not in self.alive:
+                self.come_back(name)
+            case _ if name in self.alive:
+                self.act(name, what, number)
         self.listen()
 
-    def pending(self):
-        """What fresh sessions of all nodes are offered: all that nobody is done with."""
-        for name in sorted(self.alive):
-            self.leave(name)
-        entries = len(self.bench.entries)
-        for name in HOSTS:
-            self.restart(name)
-        self.listen()
-        return [seq for name in HOSTS for seq in self.held[name] if seq < entries]
+    def act(self, name, what, number):
+        match what:
+            case "leave":
+                self.bench.say(self.peer(name), Bye())
+                self.alive.discard(name)
+            case "die":
+                self.alive.discard(name)
+                self.pass_time(11)
+            case "task":
+                self.post(name, {"to": f"client/{number}"})
+            case "bad":
+                self.post(name, {"to": "client/99"})
+            case "timer":
+                self.post(name, {"to": "timer", "body": {"token": "t", "after_s": number}})
+            case "checkpoint":
+                self.post(name, {"to": "checkpoint"})
+            case "answer":
+                self.post(name, {"to": "aggregator"}, None, self.take_one(name))
+            case "done":
+                self.say(name, seqs=self.take_one(name))
+            case "refuse":
+                seqs = self.take_one(name)
+                self.say(name, seqs=seqs, refused=dict.fromkeys(seqs, "no"))
+            case "refuse and keep" if self.held[name]:
+                self.say(name, refused={self.held[name][number % len(self.held[name])]: "no"})
+            case "again" if name in self.last:
+                self.post(name, *self.last[name])
+
+
+def check(bench):
+    """A message that was refused counts as that, whether it is done with later or not."""
+    accepted, consumed, refused = bench.account()
+    pending = bench.pending()
+    for each in (accepted, consumed, refused, pending):
+        assert sorted(set(each)) == sorted(each), "something is counted twice"
+    assert not set(consumed) & set(pending)
+    settled = set(consumed) - set(refused)
+    waiting = set(pending) - set(refused)
+    assert sorted([*settled, *waiting, *refused]) == accepted
 
 
 STEPS = st.sampled_from(
-    [*["task", "answer"] * 2, "done", "refuse", "bad", "again", "leave", "return", "restart"]
+    [
+        *["task", "answer"] * 3,
+        *["done", "refuse", "refuse and keep", "bad", "again", "timer", "checkpoint"],
+        *["leave", "die", "return", "restart", "broker", "time"],
+    ]
 )
 
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.tuples(STEPS, st.integers(0, 9)), max_size=50))
+@example([("task", 4), *[("die", 1), ("restart", 1)] * 3, ("time", 0), ("broker", 9)])
 def test_accepted_is_consumed_and_pending_and_refused_whatever_happens(new_bench, history):
-    bench = new_bench()
+    bench = new_bench(deliveries=3)
     nodes = Nodes(bench)
     for what, number in history:
         nodes.step(what, number)
-    pending = nodes.pending()
-    accepted, consumed, refused = bench.account()
-    late = {seq for seq in accepted if bench.entries[seq].read().sender == "broker"} - set(
-        consumed + refused + pending
-    )
-    assert all(bench.entries[seq].read().kind == "joined" for seq in late)  # of the restarts above
-    assert len(late) <= len(HOSTS)
-    assert sorted(consumed + refused + pending) == sorted(set(accepted) - late)
+        check(bench)
+    pending = bench.pending()
+    bench.restart()
+    assert bench.pending() == pending
+    check(bench)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.tuples(STEPS, st.integers(0, 9)), max_size=40))
+@example([("task", 1), *[("restart", 1)] * 4])
+def test_fresh_sessions_are_offered_all_that_nobody_is_done_with(new_bench, history):
+    bench = new_bench(deliveries=3)
+    nodes = Nodes(bench)
+    for what, number in history:
+        nodes.step(what, number)
+    entries = len(bench.entries)
+    for name in sorted(nodes.alive):
+        nodes.act(name, "leave", 0)
+    expected = [seq for seq in bench.pending() if seq < entries]
+    for name in HOSTS:
+        nodes.restart(name)
+    nodes.pass_time(40)  # past the pause after an interruption
+    elsewhere = ("node/", "checkpoint", "timer")
+    named = [seq for seq in expected if not bench.read(seq).read().to.startswith(elsewhere)]
+    held = {seq for seqs in nodes.held.values() for seq in seqs}
+    assert all(seqs == sorted(seqs) for seqs in nodes.held.values())
+    assert [seq for seq in named if seq not in held] == []
+    assert {seq for seq in held if seq < entries} <= set(expected)
 
 
 def test_a_node_that_is_done_twice_is_counted_once(bench):
@@ -163,9 +229,10 @@ def test_what_a_refused_post_consumes_is_consumed_all_the_same(bench):
 def test_every_post_has_exactly_one_entry_accepted_or_refused(bench):
     bench.joined("agg", "aggregator")
     worker = bench.joined("w1", clients=((0, 4),))
-    entries = len(bench.entries)
-    for number, to in enumerate(["aggregator", "moon", "client/99", "record", "client/1"]):
+    addresses = ["aggregator", "moon", "client/99", "record", "client/1"]
+    for to in addresses:
         bench.post(worker, to)
-        assert len(bench.entries) == entries + number + 1
-    kinds = [isinstance(entry, Accepted) for entry in bench.entries[entries:]]
-    assert kinds == [True, False, False, True, True]
+    names = [f"w1:s1/{number}" for number in range(len(addresses))]
+    accepted = [each.id for each in bench.messages() if each.sender == "w1"]
+    assert accepted == [names[0], names[3], names[4]]
+    assert [each.id for each in bench.refusals()] == names[1:3]

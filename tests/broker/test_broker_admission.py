@@ -10,20 +10,16 @@ from fedmq.broker.wire import (
     Beat,
     Bye,
     Deliver,
+    Done,
     Hello,
     Over,
     Reject,
     Stranger,
-    Tick,
     Wait,
     Welcome,
     decode_frame,
     decode_message,
 )
-
-
-def tick(token, after_s):
-    return Tick(token=token, after_s=after_s)
 
 
 def refusal(bench, peer):
@@ -55,7 +51,7 @@ def test_a_join_is_said_to_the_aggregator_and_its_own_is_recorded(bench):
         "session": "s1",
         "clients": [[0, 4], [7, 7]],
     }
-    assert [entry.read().to for entry in bench.entries] == ["record", "aggregator", "aggregator"]
+    assert [each.to for each in bench.messages()] == ["record", "aggregator", "aggregator"]
 
 
 @pytest.mark.parametrize(
@@ -215,7 +211,7 @@ def test_a_connection_that_changes_its_name_does_not_leave_an_immortal_behind(be
 
 
 def test_an_unknown_connection_is_told_to_say_hello(bench):
-    for frame in (Beat(), tick("t", 1.0)):
+    for frame in (Beat(), Done(seqs=(1,))):
         bench.say(b"nobody", frame)
         assert bench.take(b"nobody") == [Stranger()]
     bench.say(b"nobody", Bye())

@@ -1,205 +1,23 @@
-"""One Broker core and several Link cores; bytes both ways, virtual time, cuts at will."""
+"""Broker and links together, over connections that are cut at will."""
 
 import random
-from collections import defaultdict, deque
+from collections import defaultdict
 
 import pytest
 
-from fedmq.broker import link as node
-from fedmq.broker.core import Broker
-from fedmq.broker.ledger import Ledger, read_entries
-from fedmq.broker.state import Append, BrokerSettings, Drop, Log, Put, Received, Send, Wake
-from fedmq.broker.wire import (
-    CHUNK_BYTES,
-    Blob,
-    Chunk,
-    Done,
-    Hello,
-    Message,
-    Over,
-    Tick,
-    decode_frame,
-    encode_frame,
-)
+from fedmq.broker import link_state as node
+from fedmq.broker.reading import read_entries
+from fedmq.broker.wire import CHUNK_BYTES, Done, Over
+from tests.broker.net import TICK_S, lose_the_answers, model, network, notes
 
-TICK_S = 0.01
-"""Virtual time that a frame takes from one end to the other."""
-
-
-def tick(token, after_s):
-    return Tick(token=token, after_s=after_s)
-
-
-class Member:
-    """One node: its link core, and what the node above it has seen."""
-
-    def __init__(self, hello):
-        self.core = node.Link(hello)
-        self.name = hello.node
-        self.connection = 0
-        self.inbox = []
-        self.fetched = []
-        self.refused = []
-        self.ended = None
-        self.cut = False
-
-    @property
-    def peer(self):
-        return f"{self.name}#{self.connection}".encode()
-
-
-class Net:
-    """Carries encoded frames between the cores, in order, one hop a step."""
-
-    def __init__(self, folder, lease_s=10.0):
-        self.now = 0.0
-        self.ledger = Ledger(folder)
-        self.broker = Broker(BrokerSettings(lease_s, 1.0), self.ledger.payload.size_of)
-        self.members = {}
-        self.up = defaultdict(deque)
-        self.down = defaultdict(deque)
-        self.chunk_bytes_under_way = 0
-        self.counts = defaultdict(int)
-
-    def add(self, name, role="worker", clients=(), session="s1", **more):
-        hello = Hello(node=name, role=role, session=session, clients=clients, **more)
-        member = self.members[name] = Member(hello)
-        return member
-
-    def tell(self, name, event):
-        member = self.members[name]
-        for action in member.core.handle(event, self.now):
-            match action:
-                case node.Send(frame, buffers):
-                    if not member.cut:
-                        parts = [encode_frame(frame), *[bytes(each) for each in buffers]]
-                        self.up[member.peer].append(parts)
-                case node.Deliveries(delivery):
-                    member.inbox.append(delivery)
-                case node.Fetched():
-                    member.fetched.append(action)
-                case node.RefusedBack(id=name):
-                    member.refused.append(name)
-                case node.Ended():
-                    member.ended = action
-
-    def post(self, name, to, number, *blobs, consumes=()):
-        message = Message(
-            kind="note",
-            id=f"{name}/{number}",
-            run="r",
-            sender=name,
-            to=to,
-            body={"number": number},
-            blobs=tuple(Blob.of(each) for each in blobs),
-        )
-        self.tell(name, node.Outgoing(message, blobs, consumes))
-
-    def cut(self, name, *, silently=False):
-        """Lose a connection with all that is under way on it; the next one is a new peer."""
-        member = self.members[name]
-        self.up.pop(member.peer, None)
-        self.down.pop(member.peer, None)
-        member.connection += 1
-        member.cut = silently
-
-    def step(self):
-        """Let every queue move by one frame, and time pass; tells whether anything moved."""
-        self.now += TICK_S
-        moved = False
-        sends = []
-        for peer, queue in list(self.up.items()):
-            if queue:
-                moved = True
-                header, *buffers = queue.popleft()
-                frame = decode_frame(header)
-                self.counts[peer.partition(b"#")[0].decode(), type(frame).__name__] += 1
-                sends += self._broker(Received(peer, frame, buffers))
-        sends += self._broker(Wake())
-        self.ledger.commit()
-        for send in sends:
-            buffers = [bytes(self.ledger.payload.read(*each)) for each in send.blobs]
-            self.down[send.peer].append([encode_frame(send.frame), *buffers])
-        for name, member in self.members.items():
-            queue = self.down[member.peer]
-            if queue and not member.cut:
-                moved = True
-                chunks = [parts for parts in queue if isinstance(decode_frame(parts[0]), Chunk)]
-                self.chunk_bytes_under_way = max(
-                    self.chunk_bytes_under_way, sum(len(b) for parts in chunks for b in parts[1:])
-                )
-                header, *buffers = queue.popleft()
-                self.tell(name, node.Received(decode_frame(header), buffers))
-            self.tell(name, node.Wake())
-        return moved
-
-    def _broker(self, event):
-        sends = []
-        for action in self.broker.handle(event, self.now):
-            match action:
-                case Append(entry):
-                    self.ledger.append(entry)
-                case Put(name, size, start, data):
-                    self.ledger.put(name, size, start, data)
-                case Drop(name, size):
-                    self.ledger.drop(name, size)
-                case Send():
-                    sends.append(action)
-                case Log():
-                    pass
-        return sends
-
-    def run(self, seconds):
-        until = self.now + seconds
-        while self.now < until:
-            self.step()
-
-    def until(self, condition, seconds=60.0):
-        until = self.now + seconds
-        while not condition():
-            assert self.now < until, "it does not happen"
-            self.step()
-
-    def read(self, name, delivery, index=0):
-        """Return the bytes of a delivery's blob, fetched through the link if need be."""
-        if index in delivery.inline:
-            return bytes(delivery.inline[index])
-        member, blob = self.members[name], delivery.message.blobs[index]
-        have = len(member.fetched)
-        self.tell(name, node.Fetch(delivery.message.sender, blob))
-        self.until(lambda: len(member.fetched) > have)
-        return bytes(member.fetched[-1].data)
+DEADLINE = {"token": "deadline", "after_s": 1.0}
 
 
 @pytest.fixture
 def net(tmp_path):
-    """An aggregator, and two workers with clients 0-4 and 5-9, all admitted."""
-    net = Net(tmp_path)
-    net.add("agg", "aggregator", run="r", config="[run]", total_clients=10)
-    net.add("w1", clients=((0, 4),))
-    net.add("w2", clients=((5, 9),))
-    net.run(0.5)
-    assert notes(net, "agg", "joined") == ["w1", "w2"]
+    net = network(tmp_path)
     yield net
     net.ledger.close()
-
-
-def notes(net, name, kind="note"):
-    key = "number" if kind == "note" else "node"
-    messages = [each.message for each in net.members[name].inbox]
-    return [each.body[key] for each in messages if each.kind == kind]
-
-
-def lose_the_answers(net, name, steps):
-    """Let the broker take what is under way, and cut before it is heard."""
-    net.members[name].cut = True
-    for _ in range(steps):
-        net.step()
-    net.cut(name)
-
-
-def model(size, seed=0):
-    return random.Random(seed).randbytes(size)  # noqa: S311 - test data
 
 
 def test_messages_and_large_blobs_make_the_round_trip(net, tmp_path):
@@ -311,7 +129,7 @@ def test_a_partition_longer_than_the_lease_loses_nothing(net):
 
 
 def test_a_tick_asked_for_just_before_a_cut_comes_all_the_same(net):
-    net.tell("agg", node.Say(tick("deadline", 1.0)))
+    net.post("agg", "timer", 0, **DEADLINE)
     net.cut("agg")
     net.run(15.0)
     kinds = [each.message.kind for each in net.members["agg"].inbox]
@@ -319,13 +137,14 @@ def test_a_tick_asked_for_just_before_a_cut_comes_all_the_same(net):
 
 
 def test_a_refusal_that_was_lost_in_a_cut_is_said_again(net):
-    """Refused is said: the receipt of a resent post must not be all that its sender hears."""
+    """The receipt of a resent post must not be all that its sender hears."""
     for number in range(2):
         net.post("w1", "client/99", number)
     lose_the_answers(net, "w1", steps=2)
     net.run(3.0)
     assert net.members["w1"].core.unreceipted == 0
-    assert sorted(set(net.members["w1"].refused)) == ["w1/0", "w1/1"]
+    said = [each.message for each in net.members["w1"].inbox]
+    assert [each.body["id"] for each in said if each.kind == "refused"] == ["w1/0", "w1/1"]
 
 
 def test_what_was_done_with_is_handed_on_once_though_the_post_that_said_so_is_refused(net):

@@ -1,17 +1,11 @@
 import pytest
 
 import fedmq.broker.ledger as ledger_module
+from fedmq.broker.entries import MESSAGES, PAYLOAD, segment_numbers, segment_path
 from fedmq.broker.errors import LedgerError
-from fedmq.broker.ledger import (
-    MESSAGES,
-    PAYLOAD,
-    Follower,
-    Ledger,
-    open_payload,
-    read_entries,
-    segment_numbers,
-    segment_path,
-)
+from fedmq.broker.ledger import Ledger
+from fedmq.broker.payload import open_payload
+from fedmq.broker.reading import Follower, read_entries
 from fedmq.broker.records import scan
 from fedmq.broker.wire import CHUNK_BYTES
 from tests.broker.small_ledger import ENTRIES, accepted, name_of, put, write
@@ -73,9 +67,11 @@ def test_a_blob_is_read_in_any_range_across_its_pieces_and_segments(tmp_path, mo
     monkeypatch.setattr(ledger_module, "_PAYLOAD_SEGMENT_BYTES", 200)
     data = bytes(range(256)) * 2
     ledger = Ledger(tmp_path)
-    name = put(ledger, data, piece=100)
+    name = name_of(data)
+    for start in range(0, len(data), 100):
+        ledger.put(name, len(data), start, data[start : start + 100])
+        ledger.commit()
     assert ledger.payload.size_of(name) == 512
-    ledger.commit()
     ledger.payload.close()
     assert len(segment_numbers(tmp_path, PAYLOAD)) > 2
     for index in (ledger.payload, open_payload(tmp_path)):

@@ -2,91 +2,30 @@ import msgspec
 import pytest
 
 from fedmq.broker.errors import WireError
-from fedmq.broker.link import (
-    DONE_WITHIN_S,
-    HELLO_AGAIN_S,
-    Admitted,
-    Deliveries,
-    Ended,
-    Fetch,
-    Fetched,
-    Link,
-    Outgoing,
-    Received,
-    RefusedBack,
-    Say,
-    Send,
-    Wake,
-)
+from fedmq.broker.link import DONE_WITHIN_S, HELLO_AGAIN_S, Link
+from fedmq.broker.link_state import Admitted, Deliveries, Ended, Received, Say, Wake
 from fedmq.broker.wire import (
-    CHUNK_BYTES,
-    INLINE_BYTES,
     MAX_HEADER_BYTES,
-    Beat,
-    Blob,
     Bye,
-    Chunk,
     Deliver,
     Done,
     Hello,
-    Message,
     Over,
     Post,
     Receipt,
-    Refused,
     Reject,
     Stranger,
-    Tick,
     Wait,
-    Want,
-    Welcome,
     decode_frame,
-    digest,
     encode_frame,
     encode_message,
 )
-
-HELLO = Hello(node="w1", role="worker", session="s1", clients=((0, 4),))
-WELCOME = Welcome(run="r", beat_s=1.0, lease_s=10.0)
-
-
-def message(number=0, blobs=(), **more):
-    fields = {"kind": "note", "run": "r", "sender": "w1", "to": "aggregator", **more}
-    return Message(id=f"w1/{number}", blobs=tuple(Blob.of(each) for each in blobs), **fields)
-
-
-def outgoing(number=0, *blobs, consumes=(), **more):
-    return Outgoing(message(number, blobs, **more), blobs, consumes)
-
-
-def deliver(seq, *blobs, buffers=None, sender="agg"):
-    names = tuple(Blob.of(each) for each in blobs)
-    note = Message(kind="note", id=f"a/{seq}", run="r", sender=sender, to="client/0", blobs=names)
-    inline = tuple(range(len(blobs)))
-    frame = Deliver(seq=seq, at=float(seq), message=encode_message(note), inline=inline)
-    return Received(frame, blobs if buffers is None else buffers)
-
-
-def frames(actions, kind=object):
-    sent = [action.frame for action in actions if isinstance(action, Send)]
-    return [frame for frame in sent if isinstance(frame, kind)]
-
-
-def tick(token, after_s):
-    return Tick(token=token, after_s=after_s)
-
-
-def heard(link, frame, *buffers, now=0.0):
-    return link.handle(Received(frame, buffers), now)
+from tests.broker.links import HELLO, WELCOME, deliver, frames, heard, outgoing, welcomed
 
 
 @pytest.fixture
 def link():
-    """A link that has just been welcomed, at time 0."""
-    core = Link(HELLO)
-    core.handle(Wake(), 0.0)
-    heard(core, WELCOME)
-    return core
+    return welcomed()
 
 
 def test_hello_is_said_again_until_the_broker_answers():
@@ -98,16 +37,16 @@ def test_hello_is_said_again_until_the_broker_answers():
     assert heard(link, Wait(reason="no run"), now=1.5) == []
     assert frames(link.handle(Wake(), 2.0)) == [HELLO]
     assert heard(link, WELCOME, now=2.1) == [Admitted(WELCOME)]
-    assert link.handle(Wake(), 2.9) == []
+    assert frames(link.handle(Wake(), 2.9), Hello) == []
     assert heard(link, WELCOME, now=2.9) == []
 
 
 def test_what_is_posted_before_the_welcome_goes_out_with_it():
     link = Link(HELLO)
     assert link.handle(outgoing(0, b"abc"), 0.0) == []
-    assert link.handle(Say(tick("t", 1.0)), 0.0) == []
+    assert link.handle(Say(Over(reason="done")), 0.0) == []
     actions = heard(link, WELCOME)
-    assert [type(frame) for frame in frames(actions)] == [Post, Tick]
+    assert [type(frame) for frame in frames(actions)] == [Post, Over]
     assert actions[1].buffers == [b"abc"]
 
 
@@ -186,13 +125,11 @@ def test_done_travels_with_the_next_post(link):
     [
         Done(seqs=(3,)),
         Done(refused={3: "odd"}),
-        tick("deadline", 5.0),
         Over(reason="done"),
     ],
-    ids=["done", "refusal", "tick", "over"],
+    ids=["done", "refusal", "over"],
 )
 def test_a_word_that_was_lost_with_the_connection_is_said_again_until_it_is_receipted(link, frame):
-    """A tick that is never asked for never comes, and a schedule waits for it for ever."""
     link.handle(deliver(3), 0.0)
     said = frames(link.handle(Say(frame), 0.0) + link.handle(Wake(), DONE_WITHIN_S))
     assert said == [frame]
@@ -219,124 +156,6 @@ def test_what_is_done_with_is_said_before_the_last_word(link, last):
     assert frames(link.handle(Say(last), 0.0)) == (
         [Done(n=0, seqs=(3,)), last if isinstance(last, Bye) else Over(n=1, reason="done")]
     )
-
-
-def test_a_quiet_link_beats(link):
-    assert link.deadline == 1.0
-    assert link.handle(Wake(), 0.9) == []
-    assert frames(link.handle(Wake(), 1.0)) == [Beat()]
-    heard(link, Beat(), now=1.01)
-    link.handle(outgoing(), 1.5)
-    assert link.handle(Wake(), 2.4) == []
-    assert frames(link.handle(Wake(), 2.5)) == [Beat()]
-
-
-def test_a_broker_that_is_silent_for_a_lease_is_greeted_anew(link):
-    now = 0.0
-    while now < 9.5:
-        now += 0.5
-        assert frames(link.handle(Wake(), now), Hello) == []
-    assert link.deadline == 10.0
-    assert frames(link.handle(Wake(), 10.0)) == [HELLO]
-    assert frames(link.handle(Wake(), 11.0)) == [HELLO]
-    assert link.handle(outgoing(), 11.1) == []
-    assert [type(each) for each in frames(heard(link, WELCOME, now=11.2))] == [Post]
-
-
-def test_small_blobs_travel_with_the_first_post_that_names_them(link):
-    first, second = link.handle(outgoing(0, b"model", b"own"), 0.0) + link.handle(
-        outgoing(1, b"model", b"other"), 0.0
-    )
-    assert (first.frame.inline, first.buffers) == ((0, 1), [b"model", b"own"])
-    assert (second.frame.inline, second.buffers) == ((1,), [b"other"])
-
-
-def test_blobs_are_served_until_their_last_post_is_receipted(link):
-    data = bytes(range(256)) * (INLINE_BYTES // 256 + 1)
-    for number in range(2):
-        [sent] = link.handle(outgoing(number, data), 0.0)
-        assert (sent.frame.inline, sent.buffers) == ((), [])
-    want = Want(owner="w1", digest=digest(data), start=256, size=300)
-    reply = Chunk(owner="w1", digest=digest(data), start=256)
-    for receipt in (None, 0):
-        if receipt is not None:
-            heard(link, Receipt(upto=receipt))
-        [sent] = heard(link, want)
-        assert (sent.frame, bytes(sent.buffers[0])) == (reply, data[256:556])
-    heard(link, Receipt(upto=1))
-    assert heard(link, want) == [Send(reply, ())]
-
-
-def test_only_its_own_blobs_and_only_what_there_is_of_them_are_served(link):
-    link.handle(outgoing(0, b"abc"), 0.0)
-    for want in (
-        Want(owner="w2", digest=digest(b"abc"), start=0, size=3),
-        Want(owner="w1", digest=digest(b"xyz"), start=0, size=3),
-        Want(owner="w1", digest=digest(b"abc"), start=1, size=3),
-    ):
-        [sent] = heard(link, want)
-        assert sent.buffers == ()
-
-
-def serve(link, actions, data, now=0.0):
-    """Answer a link's wants, and theirs, from these bytes; returns what is not a Send."""
-    others = []
-    queue = list(actions)
-    while queue:
-        action = queue.pop(0)
-        if isinstance(action, Send) and isinstance(action.frame, Want):
-            want = action.frame
-            piece = data[want.start : want.start + want.size]
-            queue += heard(
-                link, Chunk(owner=want.owner, digest=want.digest, start=want.start), piece, now=now
-            )
-        else:
-            others.append(action)
-    return others
-
-
-@pytest.mark.parametrize("size", [1, CHUNK_BYTES, CHUNK_BYTES + 1, 6 * CHUNK_BYTES + 7])
-def test_a_fetch_assembles_the_chunks(link, size):
-    data = (bytes(range(251)) * (size // 251 + 1))[:size]
-    blob = Blob.of(data)
-    actions = link.handle(Fetch("agg", blob), 0.0)
-    assert link.handle(Fetch("agg", blob), 0.0) == []
-    assert len(actions) == min(4, -(-size // CHUNK_BYTES))
-    [fetched] = serve(link, actions, data)
-    assert (fetched.owner, fetched.blob, bytes(fetched.data)) == ("agg", blob, data)
-
-
-def test_an_empty_blob_is_fetched_without_asking(link):
-    assert link.handle(Fetch("agg", Blob.of(b"")), 0.0) == [Fetched("agg", Blob.of(b""), b"")]
-
-
-def test_a_fetch_of_what_nobody_holds_or_of_wrong_bytes_yields_nothing(link):
-    blob = Blob.of(b"right")
-    link.handle(Fetch("agg", blob), 0.0)
-    chunk = Chunk(owner="agg", digest=blob.digest, start=0)
-    assert heard(link, chunk) == [Fetched("agg", blob, None)]
-    link.handle(Fetch("agg", blob), 0.0)
-    assert heard(link, chunk, b"wrong") == [Fetched("agg", blob, None)]
-    [fetched] = serve(link, link.handle(Fetch("agg", blob), 0.0), b"right")
-    assert bytes(fetched.data) == b"right"
-
-
-def test_a_fetch_goes_on_after_a_reconnect_from_where_it_was(link):
-    data = bytes(6 * CHUNK_BYTES)
-    blob = Blob.of(data)
-    link.handle(Fetch("agg", blob), 0.0)
-    for start in (0, CHUNK_BYTES):
-        chunk = Chunk(owner="agg", digest=blob.digest, start=start)
-        heard(link, chunk, data[:CHUNK_BYTES])
-    heard(link, Stranger(), now=0.1)
-    actions = heard(link, WELCOME, now=0.2)
-    assert [want.start // CHUNK_BYTES for want in frames(actions, Want)] == [2, 3, 4, 5]
-    [fetched] = serve(link, actions, data)
-    assert bytes(fetched.data) == data
-
-
-def test_a_refusal_is_handed_to_the_node(link):
-    assert heard(link, Refused(id="w1/3", reason="odd")) == [RefusedBack("w1/3", "odd")]
 
 
 @pytest.mark.parametrize(

@@ -1,106 +1,40 @@
 """A few tests of the two loops over real sockets on loopback; each is over in a moment."""
 
 import contextlib
-import errno
 import os
 import threading
 import time
 
 import msgpack
 import pytest
-import zmq
 
 from fedmq.broker.dealer import NodeLink
-from fedmq.broker.errors import BrokerError, LedgerError, LinkClosed, Rejected
-from fedmq.broker.ledger import Accepted, read_entries
+from fedmq.broker.errors import BrokerError, LinkClosed, Rejected
+from fedmq.broker.reading import read_entries
 from fedmq.broker.router import BrokerServer
 from fedmq.broker.state import BrokerSettings
 from fedmq.broker.wire import (
     CHUNK_BYTES,
     PROTOCOL,
     Beat,
-    Blob,
     Hello,
-    Message,
     Reject,
     Stranger,
     Want,
     Welcome,
-    decode_frame,
     digest,
     encode_frame,
 )
-
-ANY = "tcp://127.0.0.1:0"
-AGGREGATOR = Hello(
-    node="agg", role="aggregator", session="s1", run="r", config="[run]", total_clients=10
+from tests.broker.loops import (
+    AGGREGATOR,
+    WORKER,
+    get,
+    kinds,
+    linked,
+    message,
+    raw_dealer,
+    serving,
 )
-WORKER = Hello(node="w1", role="worker", session="s1", clients=((0, 9),))
-
-
-@contextlib.contextmanager
-def serving(folder, settings=None):
-    """A broker on a thread of its own; what it raises is raised here at the end."""
-    server = BrokerServer(ANY, folder, settings)
-    errors = []
-
-    def serve():
-        try:
-            server.serve()
-        except Exception as error:  # noqa: BLE001 - handed to the test below
-            errors.append(error)
-
-    thread = threading.Thread(target=serve)
-    thread.start()
-    try:
-        yield server.endpoint
-    finally:
-        if not errors:
-            server.stop()
-        thread.join(10)
-        assert not thread.is_alive()
-        if errors:
-            raise errors[0]
-
-
-@contextlib.contextmanager
-def linked(endpoint, hello):
-    link = NodeLink(endpoint, hello)
-    try:
-        link.welcome()
-        yield link
-    finally:
-        link.close()
-
-
-@contextlib.contextmanager
-def raw_dealer(endpoint):
-    """A DEALER that says whatever it likes."""
-    with zmq.Context() as context, context.socket(zmq.DEALER) as socket:
-        socket.linger = 0
-        socket.rcvtimeo = 2000
-        socket.connect(endpoint)
-        yield socket
-
-
-def answer(socket):
-    return decode_frame(socket.recv_multipart()[0])
-
-
-def message(sender, to, *blobs, number=0):
-    names = tuple(Blob.of(each) for each in blobs)
-    return Message(kind="note", id=f"{sender}/{number}", run="r", sender=sender, to=to, blobs=names)
-
-
-def get(link, kind="note"):
-    while True:
-        delivery = link.get()
-        if delivery.message.kind == kind:
-            return delivery
-
-
-def kinds(folder):
-    return [each.read().kind for each in read_entries(folder) if isinstance(each, Accepted)]
 
 
 def test_a_message_and_a_large_blob_make_the_round_trip(tmp_path):
@@ -145,18 +79,11 @@ def test_an_endpoint_that_is_no_address_is_told_in_one_sentence(tmp_path, endpoi
             NodeLink(endpoint, WORKER)
 
 
-def test_a_folder_that_holds_a_ledger_is_not_overwritten(tmp_path):
-    with serving(tmp_path) as endpoint, linked(endpoint, AGGREGATOR):
-        pass
-    with pytest.raises(BrokerError, match="expected an empty folder"):
-        BrokerServer(ANY, tmp_path)
-
-
 def test_another_protocol_major_is_rejected_with_both_versions(tmp_path):
-    with serving(tmp_path) as endpoint, raw_dealer(endpoint) as socket:
+    with serving(tmp_path) as endpoint, raw_dealer(endpoint) as raw:
         fields = {"kind": "hello", "v": [2, 0], "node": "w1", "role": "worker", "session": "s"}
-        socket.send(msgpack.packb(fields))
-        reject = answer(socket)
+        raw.send(msgpack.packb(fields))
+        reject = raw.answer()
         assert isinstance(reject, Reject)
         assert (reject.code, reject.protocol) == ("version", PROTOCOL)
         assert "protocol 2.0 cannot talk to protocol 1.0" in reject.reason
@@ -175,29 +102,29 @@ def test_garbage_on_the_socket_does_not_hurt_the_broker(tmp_path):
         [b"\x91" * 60_000],
     ]
     with serving(tmp_path) as endpoint, linked(endpoint, AGGREGATOR) as agg:
-        with raw_dealer(endpoint) as socket:
+        with raw_dealer(endpoint) as raw:
             for parts in garbage:
-                socket.send_multipart(parts)
-                assert isinstance(answer(socket), Reject | Stranger)
-            socket.send_multipart([b"x", *[bytes(100)] * 3])
-            answer(socket)
-            socket.send(encode_frame(WORKER))
-            assert isinstance(answer(socket), Welcome)
+                raw.send(*parts)
+                assert isinstance(raw.answer(), Reject | Stranger)
+            raw.send(b"x", *[bytes(100)] * 3)
+            raw.answer()
+            raw.send(encode_frame(WORKER))
+            assert isinstance(raw.answer(), Welcome)
         assert get(agg, "joined").message.body["node"] == "w1"
 
 
 def test_an_admitted_node_that_asks_for_too_much_does_not_hurt_the_broker(tmp_path):
     with serving(tmp_path) as endpoint, linked(endpoint, AGGREGATOR) as agg:
         agg.post(message("agg", "client/0", b"0123456789"), [b"0123456789"])
-        with raw_dealer(endpoint) as socket:
-            socket.send(encode_frame(WORKER))
-            assert isinstance(answer(socket), Welcome)
-            answer(socket)
+        with raw_dealer(endpoint) as raw:
+            raw.send(encode_frame(WORKER))
+            assert isinstance(raw.answer(), Welcome)
+            raw.answer()
             want = Want(owner="agg", digest=digest(b"0123456789"), start=5, size=CHUNK_BYTES)
-            socket.send(encode_frame(want))
-            socket.send(encode_frame(Beat()))
-            answer(socket)
-            assert isinstance(answer(socket), Beat)
+            raw.send(encode_frame(want))
+            raw.send(encode_frame(Beat()))
+            raw.answer()
+            assert isinstance(raw.answer(), Beat)
 
 
 def test_a_node_under_a_live_name_is_rejected_with_the_reason(tmp_path):
@@ -237,29 +164,22 @@ def test_beats_go_on_while_the_main_thread_computes(tmp_path, said):
         assert kinds(tmp_path)[:2] == ["joined", "joined"]
 
 
+SOON = {"token": "soon", "after_s": 0.05}
+
+
 def test_a_tick_comes_over_the_socket(tmp_path):
     with serving(tmp_path) as endpoint, linked(endpoint, AGGREGATOR) as agg:
-        agg.tick("soon", 0.05)
+        agg.post(message("agg", "timer", **SOON))
         began = time.monotonic()
         assert get(agg, "tick").message.body == {"token": "soon"}
         assert time.monotonic() - began < 1.5
 
 
-def test_a_full_disk_ends_the_broker_with_the_reason_and_frees_its_port(tmp_path, monkeypatch):
-    def refuse(*args):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    server = BrokerServer(ANY, tmp_path / "full")
-    node = NodeLink(server.endpoint, AGGREGATOR)
-    monkeypatch.setattr(os, "writev", refuse)
-    with pytest.raises(LedgerError, match="cannot write: No space left on device"):
-        server.serve()
-    monkeypatch.undo()
-    node.stop()
-    node.close()
-    try:
-        BrokerServer(server.endpoint, tmp_path / "new").close()
-    finally:
-        server._context.destroy(linger=0)
-        server._wake_reader.close()
-        server._wake_writer.close()
+def test_what_was_said_is_flushed_when_the_broker_has_it(tmp_path):
+    with serving(tmp_path) as endpoint, linked(endpoint, AGGREGATOR) as agg:
+        for number in range(20):
+            agg.post(message("agg", "record", number=number))
+        agg.flush(10)
+        assert kinds(tmp_path).count("note") >= 10
+        agg.flush()
+        assert kinds(tmp_path).count("note") == 20

@@ -23,16 +23,15 @@ from fedmq.broker.wire import (
     Deliver,
     Done,
     Frame,
+    Full,
     Hello,
     Message,
     Numbered,
     Over,
     Post,
     Receipt,
-    Refused,
     Reject,
     Stranger,
-    Tick,
     Wait,
     Want,
     Welcome,
@@ -59,25 +58,38 @@ MESSAGE = Message(
 )
 
 
-DEADLINE = "deadline/4"
 FRAMES = {
     "hello": Hello(
-        node="w1", role="worker", session="s1", first=3, run="run-a", clients=((0, 9), (20, 29))
+        node="w1",
+        role="worker",
+        session="s1",
+        key="9f",
+        first=3,
+        got=70001,
+        run="run-a",
+        clients=((0, 9), (20, 29)),
     ),
-    "welcome": Welcome(run="run-a", beat_s=1.0, lease_s=10.0, config="[run]\n"),
+    "welcome": Welcome(
+        run="run-a",
+        beat_s=1.0,
+        lease_s=10.0,
+        config="[run]\n",
+        checkpoint=Deliver(seq=69000, at=1700000000.0, message=b"\x81\xa1a\x02"),
+    ),
     "reject": Reject(code="name", reason="a node named 'w1' is already connected"),
     "stranger": Stranger(),
     "wait": Wait(reason="no run has started yet"),
-    "post": Post(n=7, message=b"\x81\xa1a\x01", inline=(0, 2), consumes=(3, 70000)),
+    "post": Post(n=7, taken=70001, message=b"\x81\xa1a\x01", inline=(0, 2), consumes=(3, 70000)),
     "receipt": Receipt(upto=7),
-    "refused": Refused(id="w1/s1/7", reason="no such address: 'moon'"),
-    "deliver": Deliver(seq=70000, at=1700000000.25, message=b"\x81\xa1a\x01", inline=(0,)),
-    "done": Done(n=8, seqs=(1, 2, 70000), refused={3: "of another shape"}),
+    "full": Full(reason="cannot write: No space left on device"),
+    "deliver": Deliver(
+        seq=70000, at=1700000000.25, message=b"\x81\xa1a\x01", inline=(0,), after=69001
+    ),
+    "done": Done(n=8, taken=70001, seqs=(1, 2, 70000), refused={3: "of another shape"}),
     "want": Want(owner="aggregator", digest=bytes(range(16)), start=1 << 20, size=1 << 20),
     "chunk": Chunk(owner="aggregator", digest=bytes(range(16)), start=1 << 20),
-    "tick": Tick(n=9, token=DEADLINE, after_s=2.5),
-    "beat": Beat(),
-    "over": Over(n=10, reason="reached 100 versions"),
+    "beat": Beat(taken=70001, sent=70002),
+    "over": Over(n=9, taken=70001, reason="reached 100 versions"),
     "bye": Bye(reason="stopped"),
 }
 ALL = {**FRAMES, "message": MESSAGE}
@@ -171,9 +183,10 @@ def test_another_major_is_told_from_garbage_and_names_both_versions(fields):
         {"kind": "want", "owner": "a", "digest": b"short", "start": 0, "size": 1},
         {"kind": "want", "owner": "a", "digest": bytes(16), "start": 0, "size": 0},
         {"kind": "want", "owner": "a", "digest": bytes(16), "start": 0, "size": CHUNK_BYTES + 1},
-        {"kind": "tick", "token": "t", "after_s": float("nan")},
-        {"kind": "tick", "token": "t", "after_s": float("inf")},
-        {"kind": "tick", "token": "t", "after_s": -1.0},
+        {"kind": "beat", "taken": -1},
+        {"kind": "hello", "node": "w", "role": "worker", "session": "s", "key": "k" * 65},
+        {"kind": "full", "reason": "x" * 2001},
+        {"kind": "welcome", "run": "r", "beat_s": 1.0, "lease_s": 1.0, "checkpoint": {"seq": 1}},
     ],
 )
 def test_a_field_out_of_its_bounds_is_a_wire_error(fields):

@@ -15,7 +15,8 @@ import psutil
 import pytest
 import torch
 
-from fedmq.broker.ledger import Accepted, Consumed, Refusal, read_entries
+from fedmq.broker.entries import Accepted, Consumed, Refusal
+from fedmq.broker.reading import read_entries
 from fedmq.nodes.aggregator import model_digest
 from fedmq.nodes.config import load
 
@@ -72,6 +73,20 @@ def wait_until(what: str, condition, timeout_s: float = 30) -> None:
         time.sleep(0.05)
 
 
+def pid_of(run: Path, name: str) -> int:
+    """The process that runs a node now: the last that wrote into its log."""
+    lines = (run / f"{name}.log").read_text().splitlines()
+    whole = [line for line in lines if line.startswith("{") and line.endswith("}")]
+    return int(json.loads(whole[-1])["pid"])
+
+
+def kill(run: Path, name: str) -> None:
+    """Kill a node's process, and wait until another one has taken its place."""
+    before = pid_of(run, name)
+    os.kill(before, signal.SIGKILL)
+    wait_until(f"{name} to come back", lambda: pid_of(run, name) != before)
+
+
 def versions_in(folder: Path) -> int:
     if not (folder / "ledger").is_dir():
         return 0
@@ -117,32 +132,59 @@ def test_a_cluster_trains_and_leaves_everything_behind(start, tmp_path: Path) ->
         model = {name: torch.from_numpy(array) for name, array in arrays.items()}
     assert model_digest(model) == summary["model_digest"]
 
-    # accepted = consumed + pending + refused, and every result was accepted once.
-    accepted, consumed, refused = {}, set(), set()
-    for entry in read_entries(run / "ledger"):
+    check_accounts(run)
+
+
+def check_accounts(run: Path) -> None:
+    """accepted = consumed + pending + refused, and every message was accepted once."""
+    accepted, consumed, refused = {}, [], set()
+    for number, entry in enumerate(read_entries(run / "ledger")):
+        assert entry.seq == number
         match entry:
             case Accepted(seq=seq, consumes=consumes):
                 accepted[seq] = entry.read()
-                consumed |= set(consumes)
+                consumed += consumes
             case Consumed(of=of):
-                consumed |= set(of)
+                consumed += of
             case Refusal(of=of) if of is not None:
                 refused.add(of)
-    assert consumed | refused <= set(accepted)
-    assert not consumed & refused
-    results = [message.id for message in accepted.values() if message.kind == "result"]
+    assert set(consumed) | refused <= set(accepted)
+    assert len(consumed) == len(set(consumed))
+    for sender in {message.sender for message in accepted.values()}:
+        names = [message.id for message in accepted.values() if message.sender == sender]
+        assert len(names) == len(set(names))
+    results = [message.re for message in accepted.values() if message.kind == "result"]
     assert len(results) == len(set(results))
 
 
-def test_the_same_seed_under_rounds_gives_the_same_model(start, tmp_path: Path) -> None:
-    digests = set()
-    for name in ("first", "second"):
+def test_a_killed_broker_and_a_killed_aggregator_change_nothing_in_the_model(
+    start, tmp_path: Path
+) -> None:
+    """Under rounds, the same seed gives the same model; so it does when they come back."""
+    settings = (*SYNCHRONOUS, "--set", "run.versions=25", "--set", "run.checkpoint_s=0.5")
+    digests = {}
+    for name in ("whole", "killed"):
         run = tmp_path / name
-        cluster = start("cluster", "--run", str(run), *SYNCHRONOUS)
-        assert cluster.output() is not None
-        assert cluster.process.returncode == 0
-        digests.add(json.loads((run / "summary.json").read_text())["model_digest"])
-    assert len(digests) == 1
+        cluster = start("cluster", "--run", str(run), *settings)
+        if name == "killed":
+            for victim, version in (("broker", 2), ("aggregator", 6), ("broker", 10)):
+                wait_until(f"version {version}", lambda: versions_in(run) >= version)  # noqa: B023
+                kill(run, victim)
+        output = cluster.output()
+        assert cluster.process.returncode == 0, output
+        summary = json.loads((run / "summary.json").read_text())
+        assert summary["versions"] == 25
+        digests[name] = summary["model_digest"]
+    assert digests["whole"] == digests["killed"]
+    assert output.count("broker ended with exit code -9; starting it again") == 2
+    assert output.count("aggregator ended with exit code -9; starting it again") == 1
+    sessions = {name: node["sessions"] for name, node in summary["nodes"].items()}
+    assert sessions.pop("aggregator") == 2
+    assert set(sessions.values()) == {1}, "whoever lived on was there all the time"
+    with np.load(run / "model.npz", allow_pickle=False) as arrays:
+        model = {name: torch.from_numpy(array) for name, array in arrays.items()}
+    assert model_digest(model) == digests["whole"]
+    check_accounts(run)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -187,13 +229,27 @@ def test_stragglers_drop_outs_and_a_killed_worker_are_ordinary(start, tmp_path: 
         *("--set", "worker.slowdown=halfnormal(1)", "--set", "worker.drop=0.1"),
     )
     wait_until("the first versions", lambda: versions_in(run) >= 2)
-    log = (run / "worker-2.log").read_text().splitlines()[0]
-    os.kill(int(json.loads(log)["pid"]), signal.SIGKILL)
-    assert "40 versions committed" in cluster.output()
+    kill(run, "worker-2")
+    output = cluster.output()
+    assert "40 versions committed" in output
+    assert "worker-2 ended with exit code -9; starting it again" in output
     assert cluster.process.returncode == 0
     nodes = json.loads((run / "summary.json").read_text())["nodes"]
     assert sum(node["drops"] for node in nodes.values()) > 0
-    assert nodes["worker-2"]["tasks"] < min(nodes[f"worker-{i}"]["tasks"] for i in (0, 1, 3))
+    check_accounts(run)
+
+
+def test_a_process_that_ends_again_and_again_ends_the_run(start, tmp_path: Path) -> None:
+    """It is started again ten times a minute, not for ever."""
+    run = tmp_path / "run"
+    cluster = start("cluster", "--run", str(run), "--set", "run.versions=10000")
+    wait_until("the first versions", lambda: versions_in(run) >= 1)
+    for _ in range(10):
+        kill(run, "aggregator")
+    os.kill(pid_of(run, "aggregator"), signal.SIGKILL)
+    output = cluster.output(20)
+    assert cluster.process.returncode == 1
+    assert "fedmq: aggregator: ended with exit code -9" in output
 
 
 def free_port() -> int:

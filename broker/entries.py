@@ -1,0 +1,151 @@
+"""What the ledger's records say: entries about messages, and pieces of blobs.
+
+``messages-*.log`` holds the entries, numbered from 0 without gaps: each accepted message,
+and what became of it. ``payload-*.log`` holds the pieces. From the entries alone follows,
+at every moment: accepted = consumed + pending + refused (`fedmq.broker.account`).
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import msgspec
+from msgspec import Struct
+
+from fedmq.broker.errors import LedgerError, WireError
+from fedmq.broker.records import Record
+from fedmq.broker.wire import Blob, Message, decode_message
+
+MESSAGES = "messages"
+PAYLOAD = "payload"
+
+
+class BlobName(NamedTuple):
+    """A blob's full name. Scoped by owner: nobody can pass bytes off as someone else's."""
+
+    run: str
+    owner: str
+    digest: bytes
+
+
+class Entry(Struct, frozen=True, kw_only=True, tag_field="kind", tag=str.lower):
+    """Root of the ledger's entries. ``seq`` counts from 0; ``at`` is in seconds since 1970."""
+
+    seq: int
+    at: float
+
+
+class Opened(Entry, frozen=True):
+    """An aggregator has brought a run."""
+
+    run: str
+    config: str
+    total_clients: int
+
+
+class Accepted(Entry, frozen=True):
+    """A message, as the bytes its sender wrote, and the messages that it consumes."""
+
+    message: bytes
+    consumes: tuple[int, ...] = ()
+
+    def read(self) -> Message:
+        """Return the message."""
+        return decode_message(self.message)
+
+
+class Consumed(Entry, frozen=True):
+    """A recipient is done with these messages, and will not need them again."""
+
+    node: str
+    of: tuple[int, ...]
+
+
+class Refusal(Entry, frozen=True):
+    """A message was not accepted (``of`` is None), or its recipient could not use it."""
+
+    run: str
+    node: str
+    """Who refused."""
+    id: str
+    reason: str
+    of: int | None = None
+    parked: bool = False
+    """Its recipients died of it, one after the other: nobody is offered it any more."""
+
+
+class Ended(Entry, frozen=True):
+    """A run is over. ``nodes``: by name, what the broker counted for each."""
+
+    run: str
+    reason: str
+    nodes: dict[str, dict[str, int]] = {}
+
+
+AnyEntry = Opened | Accepted | Consumed | Refusal | Ended
+
+
+class Piece(Struct, frozen=True):
+    """Head of a payload record: these data are bytes ``start...`` of a blob of ``size``."""
+
+    run: str
+    owner: str
+    digest: bytes
+    size: int
+    start: int
+
+
+encode_record = msgspec.msgpack.Encoder().encode
+_entry_decoder: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(AnyEntry)
+_piece_decoder = msgspec.msgpack.Decoder(Piece)
+
+
+def decode_entry(record: Record, path: Path) -> AnyEntry:
+    """Read an entry, and check the message in it.
+
+    Raises:
+        LedgerError: it is none, with segment and offset.
+    """
+    entry: AnyEntry = _decode(_entry_decoder, record, path)
+    if isinstance(entry, Accepted):
+        try:
+            entry.read()
+        except WireError as error:
+            raise LedgerError(str(error), path.name, record.offset) from None
+    return entry
+
+
+def decode_piece(record: Record, path: Path) -> Piece:
+    """Read the head of a payload record.
+
+    Raises:
+        LedgerError: it is none, with segment and offset.
+    """
+    piece: Piece = _decode(_piece_decoder, record, path)
+    return piece
+
+
+def segment_path(folder: Path, family: str, number: int) -> Path:
+    """Return the path of a segment: messages by their first entry, payload by count."""
+    return folder / f"{family}-{number:020d}.log"
+
+
+def segment_numbers(folder: Path, family: str) -> list[int]:
+    """Return the numbers of the segments of a family, in order."""
+    names = (path.name for path in folder.glob(f"{family}-*.log"))
+    matches = (re.fullmatch(rf"{family}-([0-9]{{20}})\.log", name) for name in names)
+    return sorted(int(match[1]) for match in matches if match)
+
+
+def blob_name(message: Message, blob: Blob) -> BlobName:
+    """Return the full name of a message's blob."""
+    return BlobName(message.run, message.sender, blob.digest)
+
+
+def _decode(decoder: msgspec.msgpack.Decoder[Any], record: Record, path: Path) -> Any:
+    try:
+        return decoder.decode(record.head)
+    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
+        raise LedgerError(f"not a ledger record: {error}", path.name, record.offset) from None

@@ -1,0 +1,223 @@
+"""Who is there: sessions that come, go, take over from one another, and fall silent."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from fedmq.broker import offers
+from fedmq.broker.admission import find_run, why_not
+from fedmq.broker.entries import Opened
+from fedmq.broker.postbox import Postbox
+from fedmq.broker.state import (
+    AGGREGATOR,
+    BROKER,
+    RECORD,
+    Action,
+    Append,
+    BrokerSettings,
+    Log,
+    Node,
+    Probe,
+    Run,
+    Send,
+    addresses,
+)
+from fedmq.broker.wire import Deliver, Hello, Over, Reject, Wait, Welcome
+
+PATIENCE_LEASES = 10
+"""A node whose connection stands may be silent for this many leases, and no longer."""
+
+
+class Members:
+    """The nodes of all runs, and their connections.
+
+    Args:
+        settings: leases and the delivery limit.
+        box: the runs and their messages.
+        on_admit: is told of each node that was admitted, new or returning.
+
+    Attributes:
+        peers: nodes by connection.
+        early: connections that said Hello before their run existed.
+    """
+
+    def __init__(
+        self,
+        settings: BrokerSettings,
+        box: Postbox,
+        on_admit: Callable[[Node, list[Action]], None],
+    ) -> None:
+        self._settings, self._box = settings, box
+        self._on_admit = on_admit
+        self.peers: dict[bytes, Node] = {}
+        self.early: dict[bytes, Hello] = {}
+
+    def hello(self, peer: bytes, hello: Hello, now: float, out: list[Action]) -> None:
+        """Take a Hello: admit its node, let it wait, or say why not."""
+        run = find_run(self._box.runs, hello)
+        if isinstance(run, str):
+            self._reject(peer, hello, "run", run, out)
+            return
+        if run is None:
+            self.early[peer] = hello
+            out.append(Send(peer, Wait(reason="no run has started yet")))
+            return
+        self.early.pop(peer, None)
+        known = run.nodes.get(hello.node)
+        if run.over and known is not None:
+            out.append(Send(peer, Over(reason=run.over)))
+            return
+        reason = why_not(run, hello, known)
+        if reason:
+            self._reject(peer, hello, *reason, out)
+            return
+        if run.id not in self._box.runs:
+            self._box.runs[run.id] = run
+            opened = Opened(
+                seq=self._box.number(),
+                at=now,
+                run=run.id,
+                config=run.config,
+                total_clients=run.total_clients,
+            )
+            out.append(Append(opened))
+        before = self.peers.get(peer)
+        if before is not None and before is not known and before.alive:
+            self.leave(before, f"its connection is {hello.node} now", now, out, clean=True)
+        self._admit(peer, hello, run, known, now, out)
+        if hello.role == AGGREGATOR:
+            # Of several sessions that waited under one name, the newest is the node.
+            early = {each.node: (other, each) for other, each in self.early.items()}
+            self.early = {}
+            for other, their_hello in early.values():
+                self.hello(other, their_hello, now, out)
+
+    def _admit(
+        self,
+        peer: bytes,
+        hello: Hello,
+        run: Run,
+        known: Node | None,
+        now: float,
+        out: list[Action],
+    ) -> None:
+        """Welcome a node, new or known, and offer it what it has not got."""
+        returning = known is not None and known.hello.session == hello.session
+        if known is not None and returning:
+            self.peers.pop(known.peer, None)
+            node = known
+            node.peer = peer
+            node.fetcher.restart()
+        else:
+            node = Node(hello, run, peer, 0.0, alive=False)
+            if known is not None:
+                if known.alive:
+                    reason = "a newer session has taken over"
+                    out.append(Send(known.peer, Reject(code="replaced", reason=reason)))
+                    self.leave(known, reason, now, out)
+                self.peers.pop(known.peer, None)
+                node.sessions = known.sessions
+                node.received_bytes, node.sent_bytes = known.received_bytes, known.sent_bytes
+            run.nodes[hello.node] = node
+        node.next_n = max(node.next_n, hello.first)
+        node.heard = now
+        node.lease_until = now + self._settings.lease_s
+        self.peers[peer] = node
+        checkpoint = None if hello.got else self._checkpoint_for(node)
+        welcome = Welcome(
+            run=run.id,
+            beat_s=self._settings.beat_s,
+            lease_s=self._settings.lease_s,
+            config="" if checkpoint else run.config,
+            checkpoint=checkpoint,
+        )
+        out.append(Send(peer, welcome))
+        if not node.alive:
+            node.alive = True
+            node.sessions += not returning
+            self._announce("joined", node, {}, now, out)
+            found: dict[int, str] = {}
+            for address in addresses(hello):
+                run.hosts[address] = hello.node
+                found |= dict.fromkeys(run.waiting.pop(address, ()), address)
+            offers.give(node, found)
+            attempts = run.interrupted.get(next(iter(node.pending), -1), 0)
+            node.resume_at = now + pause if (pause := offers.retry_pause(attempts)) else 0.0
+        offers.start_over(node, hello.got)
+        out.extend(offers.offer(node, self._box.read, now))
+        self._on_admit(node, out)
+
+    def _checkpoint_for(self, node: Node) -> Deliver | None:
+        seq = node.run.checkpoint
+        if seq is None or node.hello.role != AGGREGATOR:
+            return None
+        accepted = self._box.read(seq)
+        return Deliver(seq=seq, at=accepted.at, message=accepted.message)
+
+    def _reject(self, peer: bytes, hello: Hello, code: str, reason: str, out: list[Action]) -> None:
+        out.append(Send(peer, Reject(code=code, reason=reason[:2000])))
+        out.append(Log("warning", "rejected", {"peer_node": hello.node, "reason": reason}))
+
+    def lapse(self, node: Node, now: float, out: list[Action]) -> None:
+        """A lease has run out: if even its connection is gone, the node has left.
+
+        An I/O thread keeps a connection up while Python is busy: such a node is slow.
+        """
+        silent = now - node.heard
+        if not node.peer or silent >= PATIENCE_LEASES * self._settings.lease_s:
+            self.leave(node, f"silent for {silent:.1f} s", now, out)
+        else:
+            node.lease_until = now + self._settings.beat_s
+            out.append(Probe(node.peer))
+
+    def leave(
+        self, node: Node, reason: str, now: float, out: list[Action], *, clean: bool = False
+    ) -> None:
+        """Take a node to have left; ``clean``: on purpose, and not for what it was doing."""
+        node.alive = False
+        run = node.run
+        if run.over:
+            return
+        more: dict[str, Any] = {"reason": reason}
+        first = next((seq for seq in node.pending if seq not in run.refused), None)
+        if first is not None and first < node.sent and not clean and node.hello.role != AGGREGATOR:
+            more["interrupted"] = first
+            attempts = run.interrupted[first] = run.interrupted.get(first, 0) + 1
+            if attempts >= self._settings.deliveries:
+                text = f"parked: {attempts} sessions ended while they worked on it"
+                self._box.refuse(run, first, BROKER, text, now, out, parked=True)
+                del node.pending[first], run.interrupted[first]
+        for address in addresses(node.hello):
+            if run.hosts.get(address) == node.name:
+                del run.hosts[address]
+        for seq, address in node.pending.items():
+            run.waiting.setdefault(address, []).append(seq)
+        for address in set(node.pending.values()):
+            run.waiting[address].sort()
+        node.pending.clear()
+        node.queue.clear()
+        self._announce("left", node, more, now, out)
+
+    def _announce(
+        self, kind: str, node: Node, more: dict[str, Any], now: float, out: list[Action]
+    ) -> None:
+        hello = node.hello
+        body = {
+            "node": hello.node,
+            "role": hello.role,
+            "session": hello.session,
+            "clients": [list(each) for each in hello.clients],
+            **({"key": hello.key} if hello.key and kind == "joined" else {}),
+            **more,
+        }
+        to = RECORD if hello.role == AGGREGATOR else AGGREGATOR
+        self._box.say(node.run, kind, to, body, now, out)
+        out.append(Log("info", kind, {"peer_node": hello.node, "role": hello.role, **more}))
+
+    def alive(self) -> Iterator[Node]:
+        """Yield the nodes that are there."""
+        for run in self._box.runs.values():
+            for node in run.nodes.values():
+                if node.alive:
+                    yield node

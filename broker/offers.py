@@ -1,0 +1,86 @@
+"""Offering a node its messages: in order, under credit, again until they are done with.
+
+Deliveries go out in the order of their numbers, and each says from where on the node has
+no other unfinished message (``after``): so a node notices a gap, and takes a message once
+however often it comes. Only a window of them is on its way; the others stay in the ledger,
+and a reader that stalls costs the broker a few bytes a message.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+
+from fedmq.broker.entries import Accepted, blob_name
+from fedmq.broker.state import Node, Send
+from fedmq.broker.wire import Deliver, Message, decode_message, inline_choice
+
+WINDOW_MESSAGES = 1024
+WINDOW_BYTES = 4 << 20
+RETRY_S = 0.5
+RETRY_MAX_S = 30.0
+
+
+def add(node: Node, seq: int, address: str) -> None:
+    """Put the newest message into a node's inbox."""
+    node.pending[seq] = address
+    node.queue.append(seq)
+
+
+def give(node: Node, seqs: dict[int, str]) -> None:
+    """Put messages that have waited for this node into its inbox."""
+    node.pending = dict(sorted((node.pending | seqs).items()))
+
+
+def offer(node: Node, read: Callable[[int], Accepted], now: float) -> list[Send]:
+    """Return the deliveries that a node's window has room for; ``read`` finds a message."""
+    sends = []
+    while node.queue and _may_send(node, now):
+        seq = node.queue.popleft()
+        if seq not in node.pending:
+            continue
+        accepted = read(seq)
+        sends.append(delivery(node, seq, accepted.at, accepted.message))
+    return sends
+
+
+def delivery(node: Node, seq: int, at: float, data: bytes, message: Message | None = None) -> Send:
+    """Return one delivery, and count it as sent."""
+    message = message or decode_message(data)
+    inline = inline_choice(message.blobs)
+    chosen = [message.blobs[index] for index in inline]
+    size = len(data) + sum(blob.size for blob in chosen)
+    node.flying.append((seq, size))
+    node.flying_bytes += size
+    frame = Deliver(seq=seq, at=at, message=data, inline=inline, after=node.sent)
+    node.sent = seq + 1
+    return Send(node.peer, frame, tuple((blob_name(message, b), 0, b.size) for b in chosen))
+
+
+def is_open(node: Node, now: float) -> bool:
+    """Tell whether a new message may go out at once."""
+    return not node.queue and _may_send(node, now)
+
+
+def take(node: Node, taken: int) -> None:
+    """Note that a node has taken every delivery numbered below ``taken``."""
+    while node.flying and node.flying[0][0] < taken:
+        node.flying_bytes -= node.flying.popleft()[1]
+
+
+def start_over(node: Node, got: int) -> None:
+    """After a Hello: whatever has not arrived is to be sent (again)."""
+    node.flying.clear()
+    node.flying_bytes = 0
+    node.sent = got
+    node.queue = deque(seq for seq in node.pending if seq >= got)
+
+
+def retry_pause(interrupted: int) -> float:
+    """Return how long a message waits, at which so many sessions died, in seconds."""
+    return 0.0 if interrupted < 2 else min(RETRY_MAX_S, RETRY_S * 2.0 ** (interrupted - 2))
+
+
+def _may_send(node: Node, now: float) -> bool:
+    has_room = len(node.flying) < WINDOW_MESSAGES and node.flying_bytes < WINDOW_BYTES
+    return bool(node.peer) and node.resume_at <= now and has_room

@@ -1,0 +1,65 @@
+"""What waits to be sent over a connection: small frames go together."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+
+from fedmq.broker.wire import INLINE_BYTES, MAX_BUFFERS, MAX_HEADER_BYTES, Buffer, join_headers
+
+_SMALL_BYTES = 16 * 1024
+_JOINED_HEADER_BYTES = MAX_HEADER_BYTES - 1024
+_PER_FRAME_BYTES = 16
+
+
+class Outbox:
+    """Frames in the order in which they are to be sent, as ZeroMQ messages.
+
+    A frame that follows another small one is joined to it, within the limits of a header.
+    """
+
+    def __init__(self) -> None:
+        self._messages: deque[list[Buffer]] = deque()
+        self._headers: list[tuple[bytes, int]] = []
+        self._buffers: list[Buffer] = []
+        self._bytes = 0
+
+    def __bool__(self) -> bool:
+        return bool(self._messages or self._headers)
+
+    def add(self, header: bytes, buffers: Sequence[Buffer] = ()) -> None:
+        """Put a frame behind the others."""
+        size = len(header) + _PER_FRAME_BYTES
+        extra = sum(memoryview(each).nbytes for each in buffers)
+        if extra > INLINE_BYTES:
+            self._close()
+            self._messages.append([header, *buffers])
+            return
+        if (
+            self._bytes + size > _JOINED_HEADER_BYTES
+            or len(self._buffers) + len(buffers) > MAX_BUFFERS
+        ):
+            self._close()
+        self._headers.append((header, len(buffers)))
+        self._buffers += buffers
+        self._bytes += size
+        if size + extra > _SMALL_BYTES:
+            self._close()
+
+    def next(self) -> list[Buffer]:
+        """Return the parts of the message that is to be sent next; there must be one."""
+        if not self._messages:
+            self._close()
+        return self._messages[0]
+
+    def sent(self) -> None:
+        """Forget the message that `next` returned."""
+        self._messages.popleft()
+
+    def _close(self) -> None:
+        """Let nothing more be joined to the frames so far."""
+        if len(self._headers) == 1:
+            self._messages.append([self._headers[0][0], *self._buffers])
+        elif self._headers:
+            self._messages.append([join_headers(self._headers), *self._buffers])
+        self._headers, self._buffers, self._bytes = [], [], 0

@@ -1,0 +1,117 @@
+"""Reading a ledger's entries: all in order, as they are appended, or one by its number."""
+
+from __future__ import annotations
+
+import bisect
+from array import array
+from collections.abc import Iterator
+from pathlib import Path
+
+from fedmq.broker.entries import (
+    MESSAGES,
+    AnyEntry,
+    decode_entry,
+    segment_numbers,
+    segment_path,
+)
+from fedmq.broker.errors import LedgerError
+from fedmq.broker.records import MAGIC, scan
+
+_BLOCK = 64
+"""Of this many entries, one has its offset kept in memory; the others are read up to."""
+
+
+def read_entries(folder: Path) -> Iterator[AnyEntry]:
+    """Yield the entries of a ledger in order; stops at a torn tail.
+
+    Raises:
+        LedgerError: a damaged record, or a number that is missing, with segment and offset.
+    """
+    yield from Follower(folder).poll()
+
+
+class Follower:
+    """Reads entries as they are appended; keeps its place between calls.
+
+    Attributes:
+        at: where the entry that `poll` yielded last lies: (segment, offset).
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._first: int | None = None
+        self._offset = len(MAGIC)
+        self._next_seq = 0
+        self.at = (0, 0)
+
+    def poll(self) -> Iterator[AnyEntry]:
+        """Yield the entries that have been appended since the last call.
+
+        Raises:
+            LedgerError: as `read_entries`.
+        """
+        for first in segment_numbers(self._folder, MESSAGES):
+            if self._first is not None and first < self._first:
+                continue
+            if first != self._first:
+                self._first, self._offset = first, len(MAGIC)
+            path = segment_path(self._folder, MESSAGES, first)
+            for record in scan(path, self._offset):
+                entry = decode_entry(record, path)
+                if entry.seq != self._next_seq:
+                    raise LedgerError(
+                        f"expected entry {self._next_seq}, got {entry.seq}",
+                        path.name,
+                        record.offset,
+                    )
+                self._next_seq += 1
+                self._offset = record.end
+                self.at = (first, record.offset)
+                yield entry
+
+
+class EntryIndex:
+    """Finds an entry by its number: a few bytes of memory for many entries on disk."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._firsts: list[int] = []
+        self._marks: dict[int, array[int]] = {}
+        self._block: list[AnyEntry] = []
+
+    def add(self, seq: int, segment: int, offset: int) -> None:
+        """Note where an entry lies; entries come in order."""
+        if segment not in self._marks:
+            self._firsts.append(segment)
+            self._marks[segment] = array("Q")
+        if (seq - segment) % _BLOCK == 0:
+            self._marks[segment].append(offset)
+
+    def read(self, seq: int) -> AnyEntry:
+        """Return an entry that is on disk.
+
+        Raises:
+            LedgerError: it is not there.
+        """
+        if not (self._block and self._block[0].seq <= seq <= self._block[-1].seq):
+            self._block = self._read_block(seq)
+        found = seq - self._block[0].seq if self._block else 0
+        if not 0 <= found < len(self._block):
+            raise LedgerError(f"entry {seq} is not in the ledger")
+        return self._block[found]
+
+    def _read_block(self, seq: int) -> list[AnyEntry]:
+        index = bisect.bisect_right(self._firsts, seq) - 1
+        if index < 0:
+            return []
+        segment = self._firsts[index]
+        marks, number = self._marks[segment], (seq - segment) // _BLOCK
+        if number >= len(marks):
+            return []
+        path = segment_path(self._folder, MESSAGES, segment)
+        block = []
+        for record in scan(path, marks[number]):
+            block.append(decode_entry(record, path))
+            if len(block) == _BLOCK:
+                break
+        return block

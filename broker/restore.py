@@ -1,0 +1,198 @@
+"""From a ledger back to what a broker knew: who was there, and what was unfinished."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterable
+from pathlib import Path
+
+from fedmq.broker.admission import timer_of
+from fedmq.broker.core import Broker
+from fedmq.broker.entries import (
+    Accepted,
+    AnyEntry,
+    Consumed,
+    Ended,
+    Opened,
+    Refusal,
+    blob_name,
+)
+from fedmq.broker.ledger import EVERYTHING, Ledger
+from fedmq.broker.postbox import Postbox
+from fedmq.broker.state import (
+    AGGREGATOR,
+    BROKER,
+    CHECKPOINT,
+    RECORD,
+    TIMER,
+    Append,
+    BrokerSettings,
+    Node,
+    Run,
+    addresses,
+)
+from fedmq.broker.wire import Hello, Message
+
+
+class Restorer:
+    """Folds a ledger's entries, one by one, into a `Postbox`.
+
+    Attributes:
+        box: the runs, and everything that is unfinished in them.
+        lost: (run, number) of the messages whose bytes did not survive a failure of power.
+    """
+
+    def __init__(self, box: Postbox) -> None:
+        self.box = box
+        self._pending: dict[int, Message] = {}
+        """Unfinished messages, checkpoints and timers included."""
+        self._parked: dict[int, Message] = {}
+        self._at: dict[int, float] = {}
+        self.lost: list[tuple[str, int]] = []
+
+    def feed(self, entry: AnyEntry) -> None:
+        """Take the next entry."""
+        self.box.next_seq = entry.seq + 1
+        match entry:
+            case Opened(run=name, config=config, total_clients=total):
+                self.box.runs[name] = Run(name, config, total)
+            case Accepted():
+                self._accepted(entry, entry.read())
+            case Consumed(of=of):
+                self._finished(of)
+            case Refusal():
+                self._refused(entry)
+            case Ended(run=name, reason=reason):
+                run = self.box.runs[name]
+                run.over = reason
+                run.checkpoint = None
+                for seq in [s for s, each in self._pending.items() if each.run == name]:
+                    del self._pending[seq]
+
+    def _accepted(self, entry: Accepted, message: Message) -> None:
+        run = self.box.runs[message.run]
+        self._finished(entry.consumes)
+        if message.sender == BROKER and message.kind in ("joined", "left"):
+            self._member(run, message)
+        elif message.sender != BROKER:
+            self.box.remembered.add(run.id, message.sender, message.id, entry.message)
+        if message.to == CHECKPOINT:
+            run.checkpoint = entry.seq
+        if message.to != RECORD:
+            self._pending[entry.seq] = message
+            self._at[entry.seq] = entry.at
+
+    def _member(self, run: Run, message: Message) -> None:
+        """A node joined, or left."""
+        body = message.body
+        name = body["node"]
+        known = run.nodes.get(name)
+        if message.kind == "left":
+            if known is not None:
+                known.alive = False
+            seq = body.get("interrupted")
+            if seq in self._pending:
+                run.interrupted[seq] = run.interrupted.get(seq, 0) + 1
+            return
+        hello = Hello(
+            node=name,
+            role=body["role"],
+            session=body["session"],
+            key=body.get("key", ""),
+            run=run.id,
+            clients=tuple((low, high) for low, high in body["clients"]),
+            config=run.config if body["role"] == AGGREGATOR else "",
+            total_clients=run.total_clients,
+        )
+        sessions = known.sessions if known is not None else 0
+        again = known is not None and known.hello.session == hello.session
+        run.nodes[name] = Node(hello, run, b"", 0.0, sessions=sessions + (not again))
+
+    def _finished(self, seqs: Iterable[int]) -> None:
+        for seq in seqs:
+            message = self._pending.pop(seq, None) or self._parked.pop(seq, None)
+            if message is not None:
+                run = self.box.runs[message.run]
+                run.refused.discard(seq)
+                run.interrupted.pop(seq, None)
+
+    def _refused(self, refusal: Refusal) -> None:
+        run = self.box.runs[refusal.run]
+        if refusal.of is None:
+            return
+        run.refused.add(refusal.of)
+        if refusal.parked:
+            self._parked[refusal.of] = self._pending.pop(refusal.of)
+            run.interrupted.pop(refusal.of, None)
+
+    def finish(self, ledger: Ledger, now: float, lease_s: float) -> None:
+        """Hand what is unfinished to whoever is to do it.
+
+        A node that was there has a lease's time to come back before it is taken to have left.
+        """
+        for run in self.box.runs.values():
+            for node in run.nodes.values():
+                node.alive = node.alive and not run.over
+                node.heard, node.lease_until = now, now + lease_s
+                if node.alive:
+                    run.hosts |= dict.fromkeys(addresses(node.hello), node.name)
+        for seq, message in sorted((self._pending | self._parked).items()):
+            ledger.use(seq, [blob_name(message, blob) for blob in message.blobs])
+        for seq, message in self._pending.items():
+            run = self.box.runs[message.run]
+            if any(ledger.size_of(blob_name(message, blob)) is None for blob in message.blobs):
+                self.lost.append((run.id, seq))
+                continue
+            host = run.host_of(message.to)
+            if message.to == TIMER:
+                token, after_s = timer_of(message)
+                heapq.heappush(self.box.timers, (self._at[seq] + after_s, seq, run.id, token))
+            elif message.to == CHECKPOINT:
+                pass
+            elif host is not None:
+                host.pending[seq] = message.to
+            else:
+                run.waiting.setdefault(message.to, []).append(seq)
+
+    @property
+    def parked(self) -> tuple[int, ...]:
+        """Return the numbers of the messages that nobody is offered any more."""
+        return tuple(sorted(self._parked))
+
+
+def open_broker(
+    folder: Path,
+    settings: BrokerSettings,
+    now: float,
+    *,
+    retain_bytes: int | None = EVERYTHING,
+    offer_parked: bool = False,
+) -> tuple[Ledger, Broker]:
+    """Open a ledger, new or not, and return it with the core that goes on from there.
+
+    Args:
+        folder: where the ledger lies.
+        settings: of the broker.
+        now: in seconds since 1970.
+        retain_bytes: see `Ledger`.
+        offer_parked: whether parked messages are to be tried again, under a new number.
+
+    Raises:
+        LedgerError: the ledger cannot be read or written.
+    """
+    restorer = Restorer(Postbox())
+    ledger = Ledger(folder, restorer.feed, retain_bytes=retain_bytes)
+    for seq in restorer.parked if offer_parked else ():
+        # As a new message: a session that lives on takes what is newer than what it has.
+        data = ledger.read(seq).message
+        entry = Accepted(seq=ledger.next_seq, at=now, message=data, consumes=(seq,))
+        ledger.append(entry)
+        restorer.feed(entry)
+    restorer.finish(ledger, now, settings.lease_s)
+    core = Broker(settings, ledger, restorer.box)
+    for run, seq in restorer.lost:
+        for action in core.give_up(run, [seq], "its bytes were lost with the power", now):
+            if isinstance(action, Append):
+                ledger.append(action.entry)
+    ledger.commit()
+    return ledger, core

@@ -1,0 +1,83 @@
+"""An aggregator's checkpoint: its algorithm's state, and the fold's, as one message.
+
+It goes into the ledger like any other message, so a restarted aggregator needs nothing
+but its broker; and its tensors are usually those of the next task, so they cross once.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+from msgspec import Struct
+
+from fedmq.algorithms.base import Algorithm
+from fedmq.algorithms.errors import ResultError
+from fedmq.algorithms.problems.base import Problem
+from fedmq.broker.wire import Blob
+from fedmq.codecs.errors import CodecError
+from fedmq.codecs.raw import Raw
+from fedmq.nodes.errors import NodeError
+from fedmq.nodes.inbox import Inbound
+from fedmq.nodes.payload import Packed, pack, unpack
+
+
+class Flight(Struct):
+    """A task that is out: for which client, made from which version, sent to which node."""
+
+    client: int
+    version: int
+    node: str
+    overdue: bool = False
+
+
+class Counts(Struct):
+    """What became of the results so far."""
+
+    used: int = 0
+    stale: int = 0
+    refused: int = 0
+    dropped: int = 0
+
+
+class Fold(Struct):
+    """What an aggregator knows between two versions, besides the algorithm's state.
+
+    position, at: number and time of the last message that this is the fold of.
+    """
+
+    position: int
+    at: float
+    version: int
+    next_id: int
+    flights: dict[str, Flight]
+    hosts: dict[int, str]
+    evaluators: list[str]
+    evaluating: list[str]
+    evaluated: int
+    counts: Counts
+    running: bool
+    finishing: str
+    ended: bool
+
+
+def pack_checkpoint(algorithm: Algorithm, state: Any, fold: Fold) -> Packed:
+    """Return a checkpoint as what goes into a message."""
+    packed = pack(algorithm.save(state), Raw(), 0)
+    data = msgspec.msgpack.encode(fold)
+    return Packed(packed.body, (*packed.blobs, Blob.of(data)), (*packed.data, data))
+
+
+def unpack_checkpoint(algorithm: Algorithm, problem: Problem, inbound: Inbound) -> tuple[Any, Fold]:
+    """Return the algorithm's state and the fold.
+
+    Raises:
+        NodeError: the message is no checkpoint of this problem and algorithm.
+    """
+    try:
+        state = algorithm.load(problem, unpack(inbound.message, inbound.read))
+        data = inbound.read(len(inbound.message.blobs) - 1)
+        return state, msgspec.msgpack.decode(data, type=Fold)
+    except (CodecError, ResultError, msgspec.MsgspecError) as error:
+        name = inbound.message.id
+        raise NodeError(f"checkpoint {name} does not fit this configuration: {error}") from None

@@ -1,0 +1,168 @@
+"""What clients keep between their tasks, on the disk of the worker that hosts them.
+
+A worker saves a client's new local state, with the result that goes with it, before it
+sends that result. Killed in between, it is given the task again, finds both, and sends the
+result that it has: a task changes its client once.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import xxhash
+from msgspec import Struct
+
+from fedmq.algorithms.base import Payload
+from fedmq.broker.wire import Blob, Buffer, Message, decode_message, encode_message
+from fedmq.codecs.errors import CodecError
+from fedmq.codecs.raw import Raw
+from fedmq.nodes.errors import NodeError
+from fedmq.nodes.payload import Packed, pack, unpack
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A client's local state after a task, and that task's result as it was posted.
+
+    task: id of the task.
+    """
+
+    task: str
+    local: Payload
+    message: Message
+    data: tuple[Buffer, ...]
+
+
+class _Head(Struct):
+    task: str
+    body: dict[str, Any]
+    message: bytes
+    sizes: list[int]
+    local: int
+    """How many of the buffers are the local state's; the others are the result's."""
+
+
+class Locals:
+    """The kept states of a worker's clients.
+
+    Args:
+        folder: one file a client; None keeps them in memory, where they end with the worker.
+
+    Raises:
+        NodeError: the folder cannot be made.
+    """
+
+    def __init__(self, folder: Path | None = None) -> None:
+        self._folder = folder
+        self._memory: dict[int, Kept] = {}
+        if folder is not None:
+            make_folder(folder)
+
+    def get(self, client: int) -> Kept | None:
+        """Return what a client kept, or None.
+
+        Raises:
+            NodeError: its file is damaged.
+        """
+        if self._folder is None:
+            return self._memory.get(client)
+        path = self._path(self._folder, client)
+        try:
+            data = path.read_bytes()
+        except FileNotFoundError:
+            return None
+        try:
+            return _read(data)
+        except (ValueError, msgspec.MsgspecError, CodecError) as error:
+            raise NodeError(f"local state of client {client} in {path}: {error}") from None
+
+    def put(self, client: int, kept: Kept) -> None:
+        """Keep a client's state, in place of the last.
+
+        Raises:
+            NodeError: its file cannot be written.
+        """
+        if self._folder is None:
+            self._memory[client] = kept
+            return
+        path = self._path(self._folder, client)
+        fresh = path.with_suffix(".new")
+        try:
+            fresh.write_bytes(_write(kept))
+            fresh.replace(path)
+        except OSError as error:
+            raise NodeError(f"cannot write {path}: {error.strerror}") from None
+
+    def _path(self, folder: Path, client: int) -> Path:
+        return folder / f"client-{client}.state"
+
+
+def node_key(folder: Path | None) -> str:
+    """Return the key of the node that keeps its state here, drawn at its first start.
+
+    By its key a restarted node is told from another one that was given the same name.
+
+    Raises:
+        NodeError: the folder cannot be written.
+    """
+    if folder is None:
+        return secrets.token_hex(16)
+    make_folder(folder)
+    path = folder / "key"
+    try:
+        if not path.exists():
+            fresh = folder / f"key.{os.getpid()}"
+            fresh.write_text(secrets.token_hex(16) + "\n")
+            fresh.replace(path)
+        return path.read_text().strip()[:64]
+    except OSError as error:
+        raise NodeError(f"cannot read or write {path}: {error.strerror}") from None
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder for a node's state.
+
+    Raises:
+        NodeError: it cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise NodeError(f"cannot make {folder}: {error.strerror}") from None
+
+
+def _write(kept: Kept) -> bytes:
+    local = pack(kept.local, Raw(), 0)
+    buffers = [*local.data, *kept.data]
+    head = msgspec.msgpack.encode(
+        _Head(
+            task=kept.task,
+            body=dict(local.body),
+            message=encode_message(kept.message),
+            sizes=[memoryview(each).nbytes for each in buffers],
+            local=len(local.data),
+        )
+    )
+    whole = b"".join([len(head).to_bytes(8, "little"), head, *buffers])
+    return xxhash.xxh3_128_digest(whole) + whole
+
+
+def _read(data: bytes) -> Kept:
+    if len(data) < 24 or xxhash.xxh3_128_digest(memoryview(data)[16:]) != data[:16]:
+        raise ValueError("damaged: its checksum does not match")
+    start = 24 + int.from_bytes(data[16:24], "little")
+    head = msgspec.msgpack.decode(data[24:start], type=_Head)
+    buffers: list[Buffer] = []
+    for size in head.sizes:
+        buffers.append(data[start : start + size])
+        start += size
+    mine = tuple(buffers[: head.local])
+    packed = Packed(head.body, tuple(Blob.of(each) for each in mine), mine)
+    message = decode_message(head.message)
+    holder = msgspec.structs.replace(message, body=dict(packed.body), blobs=packed.blobs)
+    return Kept(head.task, unpack(holder, mine.__getitem__), message, tuple(buffers[head.local :]))

@@ -1,0 +1,43 @@
+"""What the tests of the Link core have in common."""
+
+from fedmq.broker.link import Link
+from fedmq.broker.link_state import Outgoing, Received, Send, Wake
+from fedmq.broker.wire import Blob, Deliver, Hello, Message, Welcome, encode_message
+
+HELLO = Hello(node="w1", role="worker", session="s1", clients=((0, 4),))
+WELCOME = Welcome(run="r", beat_s=1.0, lease_s=10.0)
+
+
+def message(number=0, blobs=(), **more):
+    fields = {"kind": "note", "run": "r", "sender": "w1", "to": "aggregator", **more}
+    return Message(id=f"w1/{number}", blobs=tuple(Blob.of(each) for each in blobs), **fields)
+
+
+def outgoing(number=0, *blobs, consumes=(), **more):
+    return Outgoing(message(number, blobs, **more), blobs, consumes)
+
+
+def deliver(seq, *blobs, buffers=None, after=0):
+    names = tuple(Blob.of(each) for each in blobs)
+    note = Message(kind="note", id=f"a/{seq}", run="r", sender="agg", to="client/0", blobs=names)
+    inline = tuple(range(len(blobs)))
+    data = encode_message(note)
+    frame = Deliver(seq=seq, at=float(seq), message=data, inline=inline, after=after)
+    return Received(frame, blobs if buffers is None else buffers)
+
+
+def frames(actions, kind=object):
+    sent = [action.frame for action in actions if isinstance(action, Send)]
+    return [frame for frame in sent if isinstance(frame, kind)]
+
+
+def heard(link, frame, *buffers, now=0.0):
+    return link.handle(Received(frame, buffers), now)
+
+
+def welcomed():
+    """A link that has just been welcomed, at time 0."""
+    core = Link(HELLO)
+    core.handle(Wake(), 0.0)
+    heard(core, WELCOME)
+    return core

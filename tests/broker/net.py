@@ -1,0 +1,239 @@
+"""One Broker core and several Link cores; bytes both ways, virtual time, cuts at will."""
+
+import random
+from collections import defaultdict, deque
+
+import msgspec
+
+from fedmq.broker import link_state as node
+from fedmq.broker.link import Link
+from fedmq.broker.restore import open_broker
+from fedmq.broker.state import (
+    Append,
+    BrokerSettings,
+    Drop,
+    Gone,
+    Probe,
+    Put,
+    Received,
+    Send,
+    Wake,
+)
+from fedmq.broker.wire import Blob, Chunk, Hello, Message, decode_frame, encode_frame
+
+SETTINGS = BrokerSettings(lease_s=10.0, beat_s=1.0)
+TICK_S = 0.01
+"""Virtual time that a frame takes from one end to the other."""
+
+
+class Member:
+    """One node: its link core, and what the node above it has seen."""
+
+    def __init__(self, hello, connection=0):
+        self.hello = hello
+        self.core = Link(hello)
+        self.name = hello.node
+        self.connection = connection
+        self.inbox = []
+        self.fetched = []
+        self.welcome = None
+        self.blocked = []
+        self.ended = None
+        self.cut = False
+
+    @property
+    def peer(self):
+        return f"{self.name}#{self.connection}".encode()
+
+
+class Net:
+    """Carries encoded frames between the cores, in order, one hop a step."""
+
+    def __init__(self, folder):
+        self.now = 0.0
+        self.folder = folder
+        self.ledger, self.broker = open_broker(folder, SETTINGS, self.now)
+        self.away = False
+        self.members = {}
+        self.up = defaultdict(deque)
+        self.down = defaultdict(deque)
+        self.chunk_bytes_under_way = 0
+        self.counts = defaultdict(int)
+
+    def add(self, name, role="worker", clients=(), session="s1", **more):
+        hello = Hello(node=name, role=role, session=session, clients=clients, **more)
+        member = self.members[name] = Member(hello)
+        return member
+
+    def tell(self, name, event):
+        member = self.members[name]
+        for action in member.core.handle(event, self.now):
+            match action:
+                case node.Send(frame, buffers):
+                    if not member.cut and not self.away:
+                        parts = [encode_frame(frame), *[bytes(each) for each in buffers]]
+                        self.up[member.peer].append(parts)
+                case node.Deliveries(delivery):
+                    member.inbox.append(delivery)
+                    self.tell(name, node.Taken(delivery))
+                case node.Fetched():
+                    member.fetched.append(action)
+                case node.Admitted(welcome):
+                    member.welcome = welcome
+                case node.Blocked(reason):
+                    member.blocked.append(reason)
+                case node.Ended():
+                    member.ended = action
+
+    def post(self, name, to, number, *blobs, consumes=(), **body):
+        message = Message(
+            kind="note",
+            id=f"{name}/{number}",
+            run="r",
+            sender=name,
+            to=to,
+            body={"number": number, **body},
+            blobs=tuple(Blob.of(each) for each in blobs),
+        )
+        self.tell(name, node.Outgoing(message, blobs, consumes))
+
+    def cut(self, name, *, silently=False):
+        """Lose a connection with all that is under way on it; the next one is a new peer."""
+        member = self.members[name]
+        self.up.pop(member.peer, None)
+        self.down.pop(member.peer, None)
+        member.connection += 1
+        member.cut = silently
+
+    def restart(self, name, session):
+        """Kill a node, and start it again: it knows nothing of the session before."""
+        self.cut(name)
+        before = self.members[name]
+        hello = msgspec.structs.replace(before.hello, session=session)
+        member = self.members[name] = Member(hello, before.connection)
+        return member
+
+    def kill_broker(self, *, written=True):
+        """Kill the broker in its next turn, before or after it has ``written``, unheard."""
+        self._take_frames()
+        if written:
+            self.ledger.commit()
+        self.ledger._pieces, self.ledger._messages = [], []
+        self.ledger.close()
+        self.away = True
+        for name in self.members:
+            self.cut(name)
+
+    def start_broker(self):
+        """Start the broker again."""
+        self.ledger, self.broker = open_broker(self.folder, SETTINGS, self.now)
+        self.away = False
+
+    def step(self):
+        """Let every queue move by one frame, and time pass; tells whether anything moved."""
+        self.now += TICK_S
+        moved = False
+        if not self.away:
+            moved = self._step_broker()
+        for name, member in self.members.items():
+            queue = self.down[member.peer]
+            if queue and not member.cut:
+                moved = True
+                chunks = [parts for parts in queue if isinstance(decode_frame(parts[0]), Chunk)]
+                self.chunk_bytes_under_way = max(
+                    self.chunk_bytes_under_way, sum(len(b) for parts in chunks for b in parts[1:])
+                )
+                header, *buffers = queue.popleft()
+                self.tell(name, node.Received(decode_frame(header), buffers))
+            self.tell(name, node.Wake())
+        return moved
+
+    def _step_broker(self):
+        moved, sends = self._take_frames()
+        self.ledger.commit()
+        for send in sends:
+            buffers = [bytes(self.ledger.payload.read(*each)) for each in send.blobs]
+            self.down[send.peer].append([encode_frame(send.frame), *buffers])
+        return moved
+
+    def _take_frames(self):
+        moved, sends = False, []
+        for peer, queue in list(self.up.items()):
+            if queue:
+                moved = True
+                header, *buffers = queue.popleft()
+                frame = decode_frame(header)
+                self.counts[peer.partition(b"#")[0].decode(), type(frame).__name__] += 1
+                sends += self._broker(Received(peer, frame, buffers))
+        return moved, sends + self._broker(Wake())
+
+    def _broker(self, event):
+        sends, gone = [], []
+        for action in self.broker.handle(event, self.now):
+            match action:
+                case Append(entry, uses):
+                    self.ledger.append(entry)
+                    self.ledger.use(entry.seq, uses)
+                case Put(name, size, start, data):
+                    self.ledger.put(name, size, start, data)
+                case Drop(name, size):
+                    self.ledger.drop(name, size)
+                case Send():
+                    sends.append(action)
+                case Probe(peer):
+                    gone.append(peer)
+        for peer in gone:
+            member = self.members[peer.partition(b"#")[0].decode()]
+            if member.cut or member.peer != peer:
+                sends += self._broker(Gone(peer))
+        return sends
+
+    def run(self, seconds):
+        until = self.now + seconds
+        while self.now < until:
+            self.step()
+
+    def until(self, condition, seconds=60.0):
+        until = self.now + seconds
+        while not condition():
+            assert self.now < until, "it does not happen"
+            self.step()
+
+    def read(self, name, delivery, index=0):
+        """Return the bytes of a delivery's blob, fetched through the link if need be."""
+        if index in delivery.inline:
+            return bytes(delivery.inline[index])
+        member, blob = self.members[name], delivery.message.blobs[index]
+        have = len(member.fetched)
+        self.tell(name, node.Fetch(delivery.message.sender, blob))
+        self.until(lambda: len(member.fetched) > have)
+        return bytes(member.fetched[-1].data)
+
+
+def network(folder):
+    """An aggregator, and two workers with clients 0-4 and 5-9, all admitted."""
+    net = Net(folder)
+    net.add("agg", "aggregator", key="ka", run="r", config="[run]", total_clients=10)
+    net.add("w1", key="k1", clients=((0, 4),))
+    net.add("w2", key="k2", clients=((5, 9),))
+    net.run(0.5)
+    assert notes(net, "agg", "joined") == ["w1", "w2"]
+    return net
+
+
+def notes(net, name, kind="note"):
+    key = "number" if kind == "note" else "node"
+    messages = [each.message for each in net.members[name].inbox]
+    return [each.body[key] for each in messages if each.kind == kind]
+
+
+def lose_the_answers(net, name, steps):
+    """Let the broker take what is under way, and cut before it is heard."""
+    net.members[name].cut = True
+    for _ in range(steps):
+        net.step()
+    net.cut(name)
+
+
+def model(size, seed=0):
+    return random.Random(seed).randbytes(size)  # noqa: S311 - test data
