@@ -24,6 +24,7 @@ from fedmq.broker.fetch import Owned
 from fedmq.broker.members import Members
 from fedmq.broker.postbox import Postbox
 from fedmq.broker.receipts import Receipts
+from fedmq.broker.remembered import Mark
 from fedmq.broker.state import (
     AGGREGATOR,
     BROKER,
@@ -220,7 +221,8 @@ class Broker:
         except WireError as error:
             held.refusal = str(error)
             return
-        if self._look(node, message.id, post.message) != "new":
+        held.mark = Mark.of(node.run.id, node.name, message.id, post.message)
+        if self._box.remembered.look(held.mark) != "new":
             return  # its blobs are not needed
         beside = {
             message.blobs[index]: data for index, data in zip(post.inline, buffers, strict=True)
@@ -269,29 +271,31 @@ class Broker:
         self._ask(node, out)
 
     def _take_post(self, node: Node, post: Post, held: Held, now: float, out: list[Action]) -> None:
-        message = held.message
-        name = message.id if message else f"{node.hello.session}/{post.n}"
-        known = self._look(node, name, post.message)
-        refusal = held.refusal
-        if known == "other" and not refusal:
-            refusal = f"another message of the id {name!r} was here before"
-            name = f"{node.hello.session}/{post.n}"
-            known = self._look(node, name, post.message)
+        message, refusal = held.message, held.refusal
+        remembered = self._box.remembered
+        mark = held.mark or self._mark_apart(node, post)
+        known = remembered.look(mark)
+        if known == "other" and message is not None:
+            refusal = refusal or f"another message of the id {message.id!r} was here before"
+            mark = self._mark_apart(node, post)
+            known = remembered.look(mark)
         if known != "same":
-            self._box.remembered.add(node.run.id, node.name, name, post.message)
+            remembered.add(mark)
         if known == "same" or refusal or message is None:
             # Its sender is done with what it consumes all the same.
             self._box.consume(node, post.consumes, now, out)
             if known != "same":
-                self._box.refuse_post(node, message.id if message else name, refusal, now, out)
+                name = message.id if message else f"{node.hello.session}/{post.n}"
+                self._box.refuse_post(node, name, refusal, now, out)
             return
         # What is consumed is what the sender has, whatever it claims.
         mine = {seq: node.pending.pop(seq, None) for seq in post.consumes}
         consumes = tuple(seq for seq, address in mine.items() if address)
         self._box.accept(node.run, message, post.message, consumes, now, out)
 
-    def _look(self, node: Node, name: str, data: bytes) -> str:
-        return self._box.remembered.look(node.run.id, node.name, name, data)
+    def _mark_apart(self, node: Node, post: Post) -> Mark:
+        """Return the mark of a post that has no id of its own: it is refused, and only once."""
+        return Mark.of(node.run.id, node.name, f"{node.hello.session}/{post.n}", post.message)
 
     # ---- blobs
 

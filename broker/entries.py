@@ -2,7 +2,7 @@
 
 ``messages-*.log`` holds the entries, numbered from 0 without gaps: each accepted message,
 and what became of it. ``payload-*.log`` holds the pieces. From the entries alone follows,
-at every moment: accepted = consumed + pending + refused (`fedmq.broker.account`).
+at every moment: accepted = consumed + pending + refused.
 """
 
 from __future__ import annotations

@@ -181,8 +181,9 @@ class Ledger:
 
     def resume(self, name: BlobName) -> tuple[int, xxhash.xxh3_128]:
         """Return how many bytes of a blob, from its start, are here, and their hash so far."""
-        if self._pieces:
-            return 0, xxhash.xxh3_128()  # some may not be on disk yet
+        if self._pieces and self.payload.have(name):
+            # Some may not be on disk yet, and what is not hashed must not be used.
+            self.drop(name, self.payload.expected(name))
         return self.payload.resume(name)
 
     def put(self, name: BlobName, size: int, start: int, data: Buffer) -> None:

@@ -158,6 +158,11 @@ class PayloadIndex:
         stored = self._blobs.get(name)
         return stored.end if stored else 0
 
+    def expected(self, name: BlobName) -> int:
+        """Return the size that a blob will have; 0 if nothing of it is here."""
+        stored = self._blobs.get(name)
+        return stored.size if stored else 0
+
     def size_of(self, name: BlobName) -> int | None:
         """Return the size of a blob that is here as a whole, or None."""
         stored = self._blobs.get(name)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import xxhash
 
@@ -16,6 +16,19 @@ aggregator what it said since its last checkpoint.
 """
 
 
+class Mark(NamedTuple):
+    """A message as it is remembered: the digest of its full id, and of its bytes."""
+
+    name: int
+    data: int
+
+    @classmethod
+    def of(cls, run: str, sender: str, name: str, data: bytes) -> Mark:
+        """Return the mark of a message."""
+        full = f"{run}\0{sender}\0{name}".encode()
+        return cls(xxhash.xxh3_128_intdigest(full), xxhash.xxh3_64_intdigest(data))
+
+
 class Remembered:
     """The newest message ids, each with the digest of its message."""
 
@@ -24,22 +37,17 @@ class Remembered:
         self._digests: dict[int, int] = {}
         self._order: deque[int] = deque()
 
-    def add(self, run: str, sender: str, name: str, data: bytes) -> None:
+    def add(self, mark: Mark) -> None:
         """Remember a message."""
-        key = _key(run, sender, name)
-        if key not in self._digests:
-            self._order.append(key)
-        self._digests[key] = xxhash.xxh3_64_intdigest(data)
+        if mark.name not in self._digests:
+            self._order.append(mark.name)
+        self._digests[mark.name] = mark.data
         if len(self._order) > self._limit:
             del self._digests[self._order.popleft()]
 
-    def look(self, run: str, sender: str, name: str, data: bytes) -> Known:
+    def look(self, mark: Mark) -> Known:
         """Tell whether this message, or another one of the same id, was here before."""
-        known = self._digests.get(_key(run, sender, name))
+        known = self._digests.get(mark.name)
         if known is None:
             return "new"
-        return "same" if known == xxhash.xxh3_64_intdigest(data) else "other"
-
-
-def _key(run: str, sender: str, name: str) -> int:
-    return xxhash.xxh3_128_intdigest(f"{run}\0{sender}\0{name}".encode())
+        return "same" if known == mark.data else "other"

@@ -19,6 +19,7 @@ from fedmq.broker.entries import (
 )
 from fedmq.broker.ledger import EVERYTHING, Ledger
 from fedmq.broker.postbox import Postbox
+from fedmq.broker.remembered import Mark
 from fedmq.broker.state import (
     AGGREGATOR,
     BROKER,
@@ -66,8 +67,9 @@ class Restorer:
                 run = self.box.runs[name]
                 run.over = reason
                 run.checkpoint = None
-                for seq in [s for s, each in self._pending.items() if each.run == name]:
-                    del self._pending[seq]
+                for unfinished in (self._pending, self._parked):
+                    for seq in [s for s, each in unfinished.items() if each.run == name]:
+                        del unfinished[seq]
 
     def _accepted(self, entry: Accepted, message: Message) -> None:
         run = self.box.runs[message.run]
@@ -75,7 +77,7 @@ class Restorer:
         if message.sender == BROKER and message.kind in ("joined", "left"):
             self._member(run, message)
         elif message.sender != BROKER:
-            self.box.remembered.add(run.id, message.sender, message.id, entry.message)
+            self.box.remembered.add(Mark.of(run.id, message.sender, message.id, entry.message))
         if message.to == CHECKPOINT:
             run.checkpoint = entry.seq
         if message.to != RECORD:

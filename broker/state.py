@@ -12,6 +12,7 @@ import xxhash
 from fedmq.broker.entries import Accepted, BlobName, Entry
 from fedmq.broker.errors import WireError
 from fedmq.broker.fetch import Fetcher, Owned
+from fedmq.broker.remembered import Mark
 from fedmq.broker.wire import AnyFrame, Blob, Buffer, Frame, Hello, Message, Numbered
 
 AGGREGATOR = "aggregator"
@@ -167,6 +168,7 @@ class Held:
 
     frame: Numbered
     message: Message | None = None
+    mark: Mark | None = None
     apart: list[Blob] = field(default_factory=list)
     """Its blobs that are not beside it."""
     missing: set[Owned] = field(default_factory=set)
