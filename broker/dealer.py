@@ -22,7 +22,7 @@ import structlog
 import zmq
 
 from fedmq.broker import link_state as link
-from fedmq.broker.errors import LinkClosed, Rejected, VersionError, WireError
+from fedmq.broker.errors import LinkClosed, Rejected, RunOver, VersionError, WireError
 from fedmq.broker.link import Link
 from fedmq.broker.link_state import Delivery
 from fedmq.broker.outbox import Outbox
@@ -333,7 +333,8 @@ class NodeLink:
 
     def _turn_or_raise(self) -> None:
         if self._ended is not None:
-            raise (Rejected if self._ended.rejected else LinkClosed)(self._ended.reason)
+            kind = Rejected if self._ended.rejected else RunOver if self._ended.over else LinkClosed
+            raise kind(self._ended.reason)
         if self._stopping:
             raise LinkClosed("the node was stopped")
         self._turn(None)

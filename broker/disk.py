@@ -1,27 +1,11 @@
-"""Helping the kernel with large files: room reserved ahead, old pages let go."""
+"""Helping the kernel with large files: old pages are let go, so that they are used again."""
 
 from __future__ import annotations
 
-import ctypes
 import os
-import sys
 from concurrent.futures import ThreadPoolExecutor
 
-_KEEP_SIZE = 1
-_fallocate = getattr(ctypes.CDLL(None, use_errno=True), "fallocate", None)
-if _fallocate is not None:
-    _fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
 _janitor = ThreadPoolExecutor(1, thread_name_prefix="janitor")
-
-
-def reserve(fd: int, start: int, size: int) -> None:
-    """Ask for room beyond the end of a file, which stays as long as it is.
-
-    Writing into room that is there was measured to cost a third less. What cannot be
-    reserved is found out by the write that needs it.
-    """
-    if _fallocate is not None and sys.platform.startswith("linux"):
-        _fallocate(fd, _KEEP_SIZE, start, size)
 
 
 def let_go(fd: int) -> None:

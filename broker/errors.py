@@ -7,7 +7,8 @@
     |   +-- VersionError    they are, but of another major version
     +-- LedgerError     the ledger on disk cannot be read or written; holds segment and offset
     +-- Rejected        the broker does not admit this node; holds the broker's reason
-    +-- LinkClosed      the link has ended: the run is over, or the node was stopped
+    +-- LinkClosed      the link has ended: the node was stopped, or it failed
+        +-- RunOver         the run is over; holds the reason
 """
 
 from __future__ import annotations
@@ -58,4 +59,8 @@ class Rejected(BrokerError):
 
 
 class LinkClosed(BrokerError):
-    """The link has ended: the run is over, or the node was stopped."""
+    """The link has ended: the node was stopped, or it failed."""
+
+
+class RunOver(LinkClosed):
+    """The run is over; the message says why it ended."""

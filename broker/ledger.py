@@ -37,12 +37,11 @@ from fedmq.broker.errors import LedgerError
 from fedmq.broker.payload import PayloadIndex
 from fedmq.broker.reading import EntryIndex, Follower
 from fedmq.broker.records import Segment, pack
-from fedmq.broker.wire import CHUNK_BYTES, Buffer
+from fedmq.broker.wire import Buffer
 
 _MESSAGES_SEGMENT_BYTES = 64 << 20
 _PAYLOAD_SEGMENT_BYTES = 128 << 20
 _CACHED_SEGMENTS = 2
-_AHEAD_BYTES = 32 << 20
 _RECENT_BYTES = 4 << 20
 
 EVERYTHING = None
@@ -182,8 +181,11 @@ class Ledger:
     def resume(self, name: BlobName) -> tuple[int, xxhash.xxh3_128]:
         """Return how many bytes of a blob, from its start, are here, and their hash so far."""
         if self._pieces and self.payload.have(name):
-            # Some may not be on disk yet, and what is not hashed must not be used.
-            self.drop(name, self.payload.expected(name))
+            try:
+                self._write_pieces()
+            except LedgerError:
+                # What cannot be read back now cannot be hashed, and must not be used.
+                self.drop(name, self.payload.expected(name))
         return self.payload.resume(name)
 
     def put(self, name: BlobName, size: int, start: int, data: Buffer) -> None:
@@ -210,11 +212,7 @@ class Ledger:
             LedgerError: the operating system refused the write.
         """
         if self._pieces:
-            if self._piece_end - self._payload_file.size >= CHUNK_BYTES:
-                self._payload_file.reserve(_AHEAD_BYTES)
-            self._payload_file.append(self._pieces)
-            self._pieces = []
-            self._unsynced = True
+            self._write_pieces()
         if sync and self._unsynced:
             # Before the messages: a message on the device has its blobs there.
             self._payload_file.sync()
@@ -225,6 +223,11 @@ class Ledger:
                 self._messages_file.sync()
         if self._payload_file.size > _PAYLOAD_SEGMENT_BYTES:
             self._next_payload_segment()
+
+    def _write_pieces(self) -> None:
+        self._payload_file.append(self._pieces)
+        self._pieces = []
+        self._unsynced = True
 
     def _write_messages(self) -> None:
         if self._messages_file.size > _MESSAGES_SEGMENT_BYTES:

@@ -283,7 +283,7 @@ class Link:
                 out.append(Ended(reason, rejected=True))
             case Over(reason=reason):
                 self._ended = True
-                out += [Send(Bye(reason="the run is over")), Ended(reason)]
+                out += [Send(Bye(reason="the run is over")), Ended(reason, over=True)]
             case Receipt(upto=upto):
                 self._receipted(upto)
             case Deliver():

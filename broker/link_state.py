@@ -132,10 +132,14 @@ class Blocked:
 
 @dataclass(frozen=True, slots=True)
 class Ended:
-    """The link is at its end. ``rejected``: the broker did not admit the node."""
+    """The link is at its end.
+
+    over: because the run is. rejected: the broker did not admit the node.
+    """
 
     reason: str
     rejected: bool = False
+    over: bool = False
 
 
 Action = Send | Admitted | Deliveries | Fetched | Came | Blocked | Ended

@@ -25,7 +25,6 @@ from pathlib import Path
 
 import xxhash
 
-from fedmq.broker import disk
 from fedmq.broker.errors import LedgerError
 from fedmq.broker.wire import CHUNK_BYTES, MAX_HEADER_BYTES, Buffer
 
@@ -124,7 +123,6 @@ class Segment:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.cut = 0
-        self._reserved = 0
         try:
             self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
             found = os.fstat(self._fd).st_size
@@ -151,12 +149,6 @@ class Segment:
         if self.cut:
             os.ftruncate(self._fd, self.size)
 
-    def reserve(self, ahead: int) -> None:
-        """Keep room for so many bytes more, asked for in steps of that size."""
-        if self.size + ahead // 2 > self._reserved:
-            disk.reserve(self._fd, self.size, ahead)
-            self._reserved = self.size + ahead
-
     def append(self, buffers: Sequence[Buffer]) -> None:
         """Write whole records; after an error the segment is as it was before.
 
@@ -170,9 +162,7 @@ class Segment:
         os.fsync(self._fd)
 
     def close(self) -> None:
-        """Close the file, without the room that it did not need."""
-        if self._reserved > self.size:
-            os.ftruncate(self._fd, self.size)
+        """Close the file."""
         os.close(self._fd)
 
     def _write(self, buffers: Sequence[Buffer]) -> None:

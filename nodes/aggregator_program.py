@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import structlog
 import torch
 
 from fedmq.broker.dealer import NodeLink
-from fedmq.broker.errors import LinkClosed
+from fedmq.broker.errors import RunOver
 from fedmq.broker.link_state import Delivery
 from fedmq.broker.state import AGGREGATOR
 from fedmq.broker.wire import Hello, decode_message
@@ -49,31 +50,36 @@ def run_aggregator(endpoint: str, config: Config, run: str, folder: Path | None 
         total_clients=setup.problem.clients,
     )
     core = Aggregator(setup, run, AGGREGATOR)
+    try:
+        with linked(endpoint, hello) as link:
+            _fold_until_over(link, core, folder)
+    except RunOver as end:
+        return str(end)
+
+
+def _fold_until_over(link: NodeLink, core: Aggregator, folder: Path | None) -> NoReturn:
+    """Give the core its inbox, and carry out what it says; raises RunOver in the end."""
+    actions: Sequence[Action] = core.handle(Start(_checkpoint(link)))
     unsettled: list[int] = []
-    with linked(endpoint, hello) as link:
-        actions: Sequence[Action] = core.handle(Start(_checkpoint(link)))
-        while True:
-            with link.together():
-                for action in actions:
-                    match action:
-                        case Post(message, data, consumes):
-                            link.post(message, data, consumes)
-                        case Done(seq, refused) if refused:
-                            link.done([], {seq: refused})
-                        case Settle():
-                            link.done(unsettled)
-                            unsettled = []
-                        case Finish(reason):
-                            if folder is not None:
-                                _save(folder, core)
-                            link.over(reason)
-            if any(isinstance(action, Finish) for action in actions):
-                break
-            delivery = link.get()
-            unsettled.append(delivery.seq)
-            with link.away():
-                actions = core.handle(inbound_of(link, delivery))
-        return _wait_for_end(link)
+    while True:
+        with link.together():
+            for action in actions:
+                match action:
+                    case Post(message, data, consumes):
+                        link.post(message, data, consumes)
+                    case Done(seq, refused) if refused:
+                        link.done([], {seq: refused})
+                    case Settle():
+                        link.done(unsettled)
+                        unsettled = []
+                    case Finish(reason):
+                        if folder is not None:
+                            _save(folder, core)
+                        link.over(reason)
+        delivery = link.get()
+        unsettled.append(delivery.seq)
+        with link.away():
+            actions = core.handle(inbound_of(link, delivery))
 
 
 def _save(folder: Path, core: Aggregator) -> None:
@@ -91,12 +97,3 @@ def _checkpoint(link: NodeLink) -> Inbound | None:
     log = structlog.get_logger()
     log.info("goes on from a checkpoint", version=delivery.message.body.get("version"))
     return inbound_of(link, delivery)
-
-
-def _wait_for_end(link: NodeLink) -> str:
-    """Wait until the broker has recorded that the run is over; return the reason."""
-    try:
-        while True:
-            link.get()
-    except LinkClosed as end:
-        return str(end)

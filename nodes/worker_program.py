@@ -5,13 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 import structlog
 import torch
 
 from fedmq.algorithms.base import Client
 from fedmq.broker.dealer import NodeLink
-from fedmq.broker.errors import BrokerError, LinkClosed
+from fedmq.broker.errors import BrokerError, RunOver
 from fedmq.broker.state import WORKER
 from fedmq.broker.wire import Hello
 from fedmq.nodes.config import parse
@@ -68,31 +69,36 @@ def run_worker(
         run=run,
         clients=tuple(clients),
     )
-    with linked(endpoint, hello) as link:
-        welcome = link.welcome()
-        with link.away():
-            config = parse(welcome.config)
-            setup = set_up(config)
-            torch.set_num_threads(config.worker.threads)
-            device = choose_device(config.worker.device)
-            if role == WORKER:
-                for low, _ in clients:
-                    setup.problem.client(low)
-            else:
-                setup.problem.test()
-            kept = Locals(folder / welcome.run if folder is not None else None)
-            core = Worker(setup, welcome.run, node, clients, kept)
-        try:
-            while True:
-                delivery = link.get()
-                if delivery.message.kind == "refused":
-                    _log.warning("refused", **delivery.message.body)
-                actions: list[Action] = list(core.handle(inbound_of(link, delivery)))
-                while actions:
-                    more = _work(link, setup, core, kept, device, actions.pop(0))
-                    actions = [*more, *actions]
-        except LinkClosed as end:
-            return str(end)
+    try:
+        with linked(endpoint, hello) as link:
+            _work_until_over(link, hello, folder)
+    except RunOver as end:
+        return str(end)
+
+
+def _work_until_over(link: NodeLink, hello: Hello, folder: Path | None) -> NoReturn:
+    """Take tasks one after the other; raises RunOver in the end."""
+    welcome = link.welcome()
+    with link.away():
+        config = parse(welcome.config)
+        setup = set_up(config)
+        torch.set_num_threads(config.worker.threads)
+        device = choose_device(config.worker.device)
+        if hello.role == WORKER:
+            for low, _ in hello.clients:
+                setup.problem.client(low)
+        else:
+            setup.problem.test()
+        kept = Locals(folder / welcome.run if folder is not None else None)
+        core = Worker(setup, welcome.run, hello.node, hello.clients, kept)
+    while True:
+        delivery = link.get()
+        if delivery.message.kind == "refused":
+            _log.warning("refused", **delivery.message.body)
+        actions: list[Action] = list(core.handle(inbound_of(link, delivery)))
+        while actions:
+            more = _work(link, setup, core, kept, device, actions.pop(0))
+            actions = [*more, *actions]
 
 
 def _work(

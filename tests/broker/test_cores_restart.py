@@ -196,4 +196,4 @@ def test_whatever_dies_and_whenever_all_is_done_once(net, seed):
     assert Counter(notes(net, "agg")) == Counter(range(30))
     net.tell("agg", node.Say(Over(reason="done")))
     net.run(2.0)
-    assert {member.ended for member in net.members.values()} == {node.Ended("done")}
+    assert {member.ended for member in net.members.values()} == {node.Ended("done", over=True)}

@@ -164,7 +164,7 @@ def test_the_end_of_a_run_said_just_before_a_cut_reaches_every_node(net):
     net.tell("agg", node.Say(Over(reason="done")))
     net.cut("agg")
     net.run(15.0)
-    assert [member.ended for member in net.members.values()] == [node.Ended("done")] * 3
+    assert [member.ended for member in net.members.values()] == [node.Ended("done", over=True)] * 3
 
 
 def test_a_broker_that_was_away_with_posts_under_way_gets_each_of_them_once(net):
