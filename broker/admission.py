@@ -18,6 +18,9 @@ from fedmq.broker.state import (
 from fedmq.broker.wire import MAX_DEPTH, MAX_MESSAGE_BYTES, Hello, Message, is_deeper
 
 MAX_RANGES = 1000
+MAX_CLIENTS = 1 << 20
+MAX_EARLY = 10_000
+"""Nodes that may wait for a run that has not started."""
 MAX_TIMER_S = 1e9
 BROKERS_OWN = ("joined", "left", "tick", "refused")
 """Kinds of messages that a node may rely on coming from the broker."""
@@ -60,10 +63,19 @@ def why_not(run: Run, hello: Hello, known: Node | None) -> tuple[str, str] | Non
             return "name", f"a node named {hello.node!r} is already connected"
         if hello.session < known.hello.session:
             return "replaced", f"a newer session of {hello.node!r} is connected"
+    elif known is not None and hello.role == AGGREGATOR and hello.session < known.hello.session:
+        # It lacks what the newer one has settled, even if that one is away.
+        return "replaced", f"a newer session of {hello.node!r} was connected"
     if hello.role == AGGREGATOR and hello.config != run.config:
         return "config", f"run {run.id} has another configuration; give this one another run.id"
     if len(hello.clients) > MAX_RANGES:
         return "client", f"expected at most {MAX_RANGES} ranges of clients"
+    if run.total_clients > MAX_CLIENTS:
+        return "run", f"expected at most {MAX_CLIENTS} clients, got {run.total_clients}"
+    if sum(high - low + 1 for low, high in hello.clients) > run.total_clients:
+        return "client", (
+            f"expected ranges of the {run.total_clients} clients of this run, each client once"
+        )
     for low, high in hello.clients:
         if low > high:
             return "client", f"expected ranges of clients from low to high, got {low}-{high}"

@@ -40,12 +40,14 @@ from fedmq.broker.state import (
     Node,
     Put,
     Received,
+    Release,
     Send,
     Store,
     Unreadable,
     Wake,
 )
 from fedmq.broker.wire import (
+    EMPTY,
     Beat,
     Buffer,
     Bye,
@@ -62,6 +64,10 @@ from fedmq.broker.wire import (
     decode_message,
 )
 
+ENDED_NODES = 400
+"""Nodes of a run that its end tells of one by one."""
+HELD_FRAMES = 8192
+"""Frames of a node that may wait behind a post whose blobs are on their way."""
 UPLOAD_CHUNKS = 32
 """Chunks on their way to the broker, from all nodes together; each may send at least one."""
 
@@ -182,8 +188,8 @@ class Broker:
                 self._numbered(node, frame, event.buffers, now, out)
             case Chunk():
                 self._chunk(node, frame, event.buffers, now, out)
-            case Bye(reason=reason):
-                self._members.leave(node, reason or "said goodbye", now, out, clean=True)
+            case Bye(reason=reason, failed=failed):
+                self._members.leave(node, reason or "said goodbye", now, out, clean=not failed)
             case _:
                 reason = f"a node does not send {type(frame).__name__.lower()} frames"
                 out.append(Send(peer, Reject(code="unexpected", reason=reason)))
@@ -202,7 +208,7 @@ class Broker:
         elif frame.n > node.next_n:
             # Some were lost on the way: Stranger makes the link start over from its oldest.
             out.append(Send(node.peer, Stranger()))
-        else:
+        elif len(node.held) < HELD_FRAMES:
             node.next_n += 1
             held = Held(frame)
             node.held.append(held)
@@ -229,6 +235,9 @@ class Broker:
         }
         for blob in message.blobs:
             name = blob_name(message, blob)
+            if not blob.size and blob.digest != EMPTY:
+                held.refusal = f"blob {blob.digest.hex()} is not the digest of nothing"
+                return
             if self._store.size_of(name) is None and (blob in beside or not blob.size):
                 out.append(Put(name, blob.size, 0, beside.get(blob, b"")))
             else:
@@ -245,11 +254,14 @@ class Broker:
         for blob in held.apart:
             name = blob_name(held.message, blob)
             owned = Owned(name.owner, blob.digest)
-            there = name == self._completed or self._store.size_of(name) is not None
-            if not there and owned not in held.missing:
+            size = blob.size if name == self._completed else self._store.size_of(name)
+            if size is not None and size != blob.size:
+                held.refusal = f"expected blob {blob.digest.hex()} to have {size} bytes"
+                return False
+            if size is None and owned not in held.missing:
                 held.missing.add(owned)
                 if owned not in node.fetcher:
-                    node.fetcher.add(name.owner, blob, *self._store.resume(name))
+                    node.fetcher.add(name.owner, blob, *self._store.resume(name, blob.size))
         return bool(held.missing)
 
     def _settle(self, node: Node, now: float, out: list[Action]) -> None:
@@ -286,11 +298,11 @@ class Broker:
             self._box.consume(node, post.consumes, now, out)
             if known != "same":
                 name = message.id if message else f"{node.hello.session}/{post.n}"
-                self._box.refuse_post(node, name, refusal, now, out)
+                self._box.refuse_post(node, name, refusal, mark, now, out)
+            out.append(Release(held.names()))
             return
         # What is consumed is what the sender has, whatever it claims.
-        mine = {seq: node.pending.pop(seq, None) for seq in post.consumes}
-        consumes = tuple(seq for seq, address in mine.items() if address)
+        consumes = tuple(s for s in post.consumes if node.pending.pop(s, None) is not None)
         self._box.accept(node.run, message, post.message, consumes, now, out)
 
     def _mark_apart(self, node: Node, post: Post) -> Mark:
@@ -310,9 +322,14 @@ class Broker:
             if piece is None:
                 return
             full = BlobName(node.run.id, chunk.owner, chunk.digest)
+            whole = self._store.have(full) == piece.start
             out.append(Put(full, piece.size, piece.start, piece.data))
             good = node.fetcher.finished(name)
-            if good is False:
+            if good and not whole:
+                # Its first pieces were deleted while its node was away: once more, then.
+                for held in node.held:
+                    held.missing.discard(name)
+            elif good is False:
                 out.append(Drop(full, piece.size))
                 self._blob_failed(node, name, "the bytes of a blob do not match its digest")
             elif good:
@@ -356,6 +373,12 @@ class Broker:
             }
             for name, each in run.nodes.items()
         }
+        # An entry has a largest size: of very many nodes, the last are counted together.
+        names = list(counts)
+        for name in names[ENDED_NODES:]:
+            each = counts.pop(name)
+            others = counts.setdefault("", dict.fromkeys(each, 0))
+            counts[""] = {key: others[key] + each[key] for key in each}
         entry = Ended(seq=self._box.number(), at=now, run=run.id, reason=run.over, nodes=counts)
         out.append(Append(entry))
         self._receipts.owe(node, now)
@@ -364,6 +387,11 @@ class Broker:
         out.extend(
             Send(each.peer, Over(reason=run.over)) for each in run.nodes.values() if each.alive
         )
+        for member in run.nodes.values():
+            member.pending.clear()
+            member.queue.clear()
+            member.held.clear()
+        run.waiting.clear()
         self._box.timers = [timer for timer in self._box.timers if timer[2] != run.id]
         heapq.heapify(self._box.timers)
 

@@ -250,22 +250,26 @@ class NodeLink:
             self._last_away_s = time.monotonic() - began
 
     def pause(self, seconds: float) -> None:
-        """Let time pass, but not past the end of the link."""
+        """Let time pass.
+
+        Raises:
+            LinkClosed: the link ended meanwhile.
+        """
         deadline = self._clock() + seconds
         with self._holding():
-            while self._ended is None and self._clock() < deadline:
-                self._turn(deadline)
+            while self._clock() < deadline:
+                self._turn_or_raise(deadline)
 
     def stop(self) -> None:
         """Make what waits raise LinkClosed soon; may be called from another thread."""
         self._stopping = True
         self._signal()
 
-    def close(self, reason: str = "") -> None:
-        """Say goodbye and let go of everything."""
+    def close(self, reason: str = "", *, failed: bool = False) -> None:
+        """Say goodbye and let go of everything. ``failed``: the node ends for an error."""
         with self._holding():
             if self._ended is None:
-                self._tell(link.Say(Bye(reason=reason)))
+                self._tell(link.Say(Bye(reason=reason, failed=failed)))
             self._stopping = True
             self._turn(self._clock())
         self._away.set()
@@ -331,13 +335,13 @@ class NodeLink:
 
     # ---- the loop; only with the baton
 
-    def _turn_or_raise(self) -> None:
+    def _turn_or_raise(self, until: float | None = None) -> None:
         if self._ended is not None:
             kind = Rejected if self._ended.rejected else RunOver if self._ended.over else LinkClosed
             raise kind(self._ended.reason)
         if self._stopping:
             raise LinkClosed("the node was stopped")
-        self._turn(None)
+        self._turn(until)
 
     def _turn(self, until: float | None) -> None:
         """Wait for something to do, but not past ``until``, and do it."""
@@ -352,10 +356,13 @@ class NodeLink:
         self._send_all()
 
     def _tell(self, event: link.Event) -> None:
-        with self._holding():
-            self._carry_out(self._core.handle(event, self._clock()))
-            if not self._gathering:
-                self._send_all()
+        if not self._main_holds:
+            with self._holding():
+                self._tell(event)
+            return
+        self._carry_out(self._core.handle(event, self._clock()))
+        if not self._gathering:
+            self._send_all()
 
     def _receive_all(self, now: float) -> None:
         while self._ended is None:

@@ -74,6 +74,8 @@ class Refusal(Entry, frozen=True):
     of: int | None = None
     parked: bool = False
     """Its recipients died of it, one after the other: nobody is offered it any more."""
+    mark: bytes = b""
+    """Of a post that was not accepted, so that it is known again: see `remembered.Mark`."""
 
 
 class Ended(Entry, frozen=True):

@@ -105,7 +105,8 @@ class Ledger:
         self._positions: list[tuple[int, int]] = []
         self._recent: OrderedDict[int, Accepted] = OrderedDict()
         self._recent_bytes = 0
-        self._unsynced = False
+        # What another broker wrote here may not be on the device either.
+        self._unsynced = self._unsynced_messages = True
         self._uses: dict[int, tuple[BlobName, ...]] = {}
         with contextlib.ExitStack() as opened:
             opened.callback(self.payload.close)
@@ -178,8 +179,14 @@ class Ledger:
         """Return the size of a blob that is here as a whole, or None."""
         return self.payload.size_of(name)
 
-    def resume(self, name: BlobName) -> tuple[int, xxhash.xxh3_128]:
+    def have(self, name: BlobName) -> int:
+        """Return how many bytes of the blob, from its start, are here."""
+        return self.payload.have(name)
+
+    def resume(self, name: BlobName, size: int) -> tuple[int, xxhash.xxh3_128]:
         """Return how many bytes of a blob, from its start, are here, and their hash so far."""
+        if self.payload.expected(name) not in (0, size):
+            self.drop(name, self.payload.expected(name))
         if self._pieces and self.payload.have(name):
             try:
                 self._write_pieces()
@@ -187,6 +194,11 @@ class Ledger:
                 # What cannot be read back now cannot be hashed, and must not be used.
                 self.drop(name, self.payload.expected(name))
         return self.payload.resume(name)
+
+    def release(self, names: Sequence[BlobName]) -> None:
+        """Do not keep these blobs for a message that was to name them."""
+        for name in names:
+            self.payload.let_be(name)
 
     def put(self, name: BlobName, size: int, start: int, data: Buffer) -> None:
         """Queue a piece of a blob of ``size`` bytes; ``data`` must stay as it is until `commit`."""
@@ -219,8 +231,10 @@ class Ledger:
             self._unsynced = False
         if self._messages:
             self._write_messages()
-            if sync:
-                self._messages_file.sync()
+            self._unsynced_messages = True
+        if sync and self._unsynced_messages:
+            self._messages_file.sync()
+            self._unsynced_messages = False
         if self._payload_file.size > _PAYLOAD_SEGMENT_BYTES:
             self._next_payload_segment()
 

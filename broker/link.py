@@ -180,7 +180,11 @@ class Link:
                 if blob.size == 0:
                     out.append(Fetched(owner, blob, b""))
                 elif name not in self._arriving:
-                    data = None if in_pieces else np.empty(blob.size, np.uint8).data
+                    try:
+                        data = None if in_pieces else np.empty(blob.size, np.uint8).data
+                    except MemoryError:
+                        out.append(Fetched(owner, blob, None))
+                        return out
                     self._arriving[name] = _Arriving(blob, data)
                     self._fetcher.add(owner, blob)
                     self._ask(out)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from fedmq.broker import offers
-from fedmq.broker.admission import find_run, why_not
+from fedmq.broker.admission import MAX_EARLY, find_run, why_not
 from fedmq.broker.entries import Opened
 from fedmq.broker.postbox import Postbox
 from fedmq.broker.state import (
@@ -19,6 +19,7 @@ from fedmq.broker.state import (
     Log,
     Node,
     Probe,
+    Release,
     Run,
     Send,
     addresses,
@@ -60,6 +61,8 @@ class Members:
             self._reject(peer, hello, "run", run, out)
             return
         if run is None:
+            if len(self.early) >= MAX_EARLY:
+                del self.early[next(iter(self.early))]
             self.early[peer] = hello
             out.append(Send(peer, Wait(reason="no run has started yet")))
             return
@@ -179,6 +182,7 @@ class Members:
         run = node.run
         if run.over:
             return
+        out.extend(Release(held.names()) for held in node.held if held.names())
         more: dict[str, Any] = {"reason": reason}
         first = next((seq for seq in node.pending if seq not in run.refused), None)
         if first is not None and first < node.sent and not clean and node.hello.role != AGGREGATOR:

@@ -24,6 +24,11 @@ class Outbox:
         self._buffers: list[Buffer] = []
         self._bytes = 0
 
+    @property
+    def large(self) -> int:
+        """Return how many messages wait that are too large to be joined."""
+        return len(self._messages)
+
     def __bool__(self) -> bool:
         return bool(self._messages or self._headers)
 

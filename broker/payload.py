@@ -93,11 +93,27 @@ class PayloadIndex:
             stored = self._blobs[name] = _Stored(piece.size, pinned=arriving)
             if not arriving:
                 self._idle[name] = None
+        elif arriving:
+            self.hold(name)
         if piece.start == stored.end and length:
             if stored.pinned and segment not in stored.segments():
                 self._pins[segment] = self._pins.get(segment, 0) + 1
             stored.pieces.append((segment, offset, piece.start, length))
             stored.end += length
+
+    def hold(self, name: BlobName) -> None:
+        """Keep a blob that is on its way, or some of it, until `use` or `let_be`."""
+        stored = self._blobs.get(name)
+        if stored is not None:
+            self._idle.pop(name, None)
+            self._pin(stored, pinned=True)
+
+    def let_be(self, name: BlobName) -> None:
+        """A blob that was on its way is not wanted now; it may be, but it is not kept for that."""
+        stored = self._blobs.get(name)
+        if stored is not None and not stored.users:
+            self._pin(stored, pinned=False)
+            self._idle[name] = None
 
     def use(self, name: BlobName) -> None:
         """Note that an unfinished message names this blob."""
@@ -138,6 +154,7 @@ class PayloadIndex:
         """Return how many bytes of a blob, from its start, are here, and their hash so far."""
         hasher = xxhash.xxh3_128()
         have = self.have(name)
+        self.hold(name)
         for start in range(0, have, CHUNK_BYTES):
             hasher.update(self.read(name, start, min(CHUNK_BYTES, have - start)))
         return have, hasher

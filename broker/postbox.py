@@ -13,7 +13,7 @@ from typing import Any
 from fedmq.broker import offers
 from fedmq.broker.admission import timer_of
 from fedmq.broker.entries import Accepted, Consumed, Refusal, blob_name
-from fedmq.broker.remembered import Remembered
+from fedmq.broker.remembered import Mark, Remembered
 from fedmq.broker.state import (
     BROKER,
     CHECKPOINT,
@@ -119,13 +119,19 @@ class Postbox:
                 run.interrupted.pop(seq, None)
 
     def refuse_post(
-        self, node: Node, name: str, reason: str, now: float, out: list[Action]
+        self, node: Node, name: str, reason: str, mark: Mark, now: float, out: list[Action]
     ) -> None:
         """Note that a post was not accepted, and tell its sender."""
         reason = reason[:2000]
         self._tell_refused(node.run, node.name, name, reason, BROKER, now, out)
         refusal = Refusal(
-            seq=self.number(), at=now, run=node.run.id, node=BROKER, id=name, reason=reason
+            seq=self.number(),
+            at=now,
+            run=node.run.id,
+            node=BROKER,
+            id=name,
+            reason=reason,
+            mark=mark.to_bytes(),
         )
         out.append(Append(refusal))
 

@@ -52,7 +52,13 @@ class Record:
 
 
 def pack(head: bytes, data: Buffer = b"") -> list[Buffer]:
-    """Return the buffers of one record, ready for ``writev``; `data` is not copied."""
+    """Return the buffers of one record, ready for ``writev``; `data` is not copied.
+
+    Raises:
+        LedgerError: the head is larger than `scan` would read.
+    """
+    if len(head) > _MAX_HEAD:
+        raise LedgerError(f"expected a head of at most {_MAX_HEAD} bytes, got {len(head)}")
     length = memoryview(data).nbytes
     check = xxhash.xxh32_intdigest(_LENGTHS.pack(len(head), length))
     prefix = _PREFIX.pack(len(head), length, check, _checksum(head, data))
@@ -158,8 +164,15 @@ class Segment:
         self._write(buffers)
 
     def sync(self) -> None:
-        """Wait until everything appended is on the device."""
-        os.fsync(self._fd)
+        """Wait until everything appended is on the device.
+
+        Raises:
+            LedgerError: the device did not take it.
+        """
+        try:
+            os.fsync(self._fd)
+        except OSError as error:
+            raise LedgerError(f"cannot sync: {error.strerror}", self.path.name) from None
 
     def close(self) -> None:
         """Close the file."""

@@ -28,6 +28,15 @@ class Mark(NamedTuple):
         full = f"{run}\0{sender}\0{name}".encode()
         return cls(xxhash.xxh3_128_intdigest(full), xxhash.xxh3_64_intdigest(data))
 
+    def to_bytes(self) -> bytes:
+        """Return it as 24 bytes."""
+        return self.name.to_bytes(16, "big") + self.data.to_bytes(8, "big")
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> Mark:
+        """Read what `to_bytes` wrote."""
+        return cls(int.from_bytes(data[:16], "big"), int.from_bytes(data[16:24], "big"))
+
 
 class Remembered:
     """The newest message ids, each with the digest of its message."""

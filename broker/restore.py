@@ -121,6 +121,7 @@ class Restorer:
     def _refused(self, refusal: Refusal) -> None:
         run = self.box.runs[refusal.run]
         if refusal.of is None:
+            self.box.remembered.add(Mark.from_bytes(refusal.mark))
             return
         run.refused.add(refusal.of)
         if refusal.parked:

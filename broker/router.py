@@ -35,6 +35,7 @@ from fedmq.broker.state import (
     Probe,
     Put,
     Received,
+    Release,
     Send,
     Unreadable,
     Wake,
@@ -59,6 +60,7 @@ thread, which was measured to cost more."""
 _BATCH = 256
 _BATCH_BYTES = 2 << 20
 _FULL_RETRY_S = 0.25
+_CHUNKS_WAITING = 64
 
 
 class Clock:
@@ -214,12 +216,14 @@ class BrokerServer:
         for action in self._core.handle(event, now):
             match action:
                 case Append(entry, uses, kept):
-                    self._ledger.append(entry)
                     self._ledger.use(entry.seq, uses, kept=kept)
+                    self._ledger.append(entry)
                 case Put(name, size, start, data):
                     self._ledger.put(name, size, start, data)
                 case Drop(name, size):
                     self._ledger.drop(name, size)
+                case Release(names):
+                    self._ledger.release(names)
                 case Send():
                     sends.append(action)
                 case Probe(peer):
@@ -233,6 +237,8 @@ class BrokerServer:
     def _put_out(self, send: Send) -> None:
         """Put a frame into the outbox of its connection, with its bytes from the ledger."""
         frame = send.frame
+        if isinstance(frame, Chunk) and self._outboxes[send.peer].large >= _CHUNKS_WAITING:
+            return  # more than an honest node asks for at a time; lost ones it asks for again
         try:
             buffers = [self._ledger.payload.read(*blob) for blob in send.blobs]
         except LedgerError as error:

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 import xxhash
 
-from fedmq.broker.entries import Accepted, BlobName, Entry
+from fedmq.broker.entries import Accepted, BlobName, Entry, blob_name
 from fedmq.broker.errors import WireError
 from fedmq.broker.fetch import Fetcher, Owned
 from fedmq.broker.remembered import Mark
@@ -47,7 +47,10 @@ class Store(Protocol):
     def size_of(self, name: BlobName) -> int | None:
         """Return the size of a blob that is there as a whole, or None."""
 
-    def resume(self, name: BlobName) -> tuple[int, xxhash.xxh3_128]:
+    def have(self, name: BlobName) -> int:
+        """Return how many bytes of a blob, from its start, are there."""
+
+    def resume(self, name: BlobName, size: int) -> tuple[int, xxhash.xxh3_128]:
         """Return how many bytes of a blob, from its start, are there, and their hash so far."""
 
     def read(self, seq: int) -> Accepted:
@@ -123,6 +126,13 @@ class Put:
 
 
 @dataclass(frozen=True, slots=True)
+class Release:
+    """These blobs were on their way, and are not wanted now."""
+
+    names: tuple[BlobName, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Drop:
     """Take back the pieces of a blob that were put so far: they are not what it says."""
 
@@ -156,7 +166,7 @@ class Log:
     fields: dict[str, Any]
 
 
-Action = Append | Put | Drop | Send | Probe | Log
+Action = Append | Put | Release | Drop | Send | Probe | Log
 
 
 # ---- state
@@ -173,6 +183,11 @@ class Held:
     """Its blobs that are not beside it."""
     missing: set[Owned] = field(default_factory=set)
     refusal: str = ""
+
+    def names(self) -> tuple[BlobName, ...]:
+        """Return the names of all blobs of its message."""
+        message = self.message
+        return tuple(blob_name(message, blob) for blob in message.blobs) if message else ()
 
 
 @dataclass

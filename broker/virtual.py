@@ -205,12 +205,14 @@ class BrokerHost:
             for action in self.core.handle(todo.popleft(), self._network.now):
                 match action:
                     case state.Append(entry, uses, kept):
-                        self.ledger.append(entry)
                         self.ledger.use(entry.seq, uses, kept=kept)
+                        self.ledger.append(entry)
                     case state.Put(name, size, start, data):
                         self.ledger.put(name, size, start, data)
                     case state.Drop(name, size):
                         self.ledger.drop(name, size)
+                    case state.Release(names):
+                        self.ledger.release(names)
                     case state.Probe(peer):
                         if not self._network.is_up(peer):
                             todo.append(state.Gone(peer))

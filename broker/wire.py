@@ -239,9 +239,10 @@ class Over(Numbered, frozen=True, kw_only=True):
 
 
 class Bye(Frame, frozen=True, kw_only=True):
-    """This node leaves on purpose."""
+    """This node leaves; ``failed``: not on purpose, but for an error."""
 
     reason: Reason = ""
+    failed: bool = False
 
 
 AnyFrame = (
@@ -276,6 +277,10 @@ _message_decoder = msgspec.msgpack.Decoder(Message)
 def digest(data: Buffer) -> bytes:
     """Return the XXH3-128 digest of the bytes, 16 bytes, big endian."""
     return xxhash.xxh3_128_digest(data)
+
+
+EMPTY = digest(b"")
+"""The digest of no bytes."""
 
 
 def encode_frame(frame: Frame) -> bytes:

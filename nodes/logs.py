@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import logging
 import sys
 from pathlib import Path
 from typing import TextIO
 
 import structlog
+
+
+class _Lasting(io.TextIOWrapper):
+    """A log that a full disk does not turn into a crash: what cannot be written is left out."""
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError):
+            self.buffer.write(text.encode())
+        return len(text)
+
+    def flush(self) -> None:
+        """Nothing is held back."""
 
 
 def configure(path: Path | None, **bound: str) -> None:
@@ -17,7 +31,7 @@ def configure(path: Path | None, **bound: str) -> None:
         path: the file; None for standard error.
         bound: what every line holds, such as run, node and session.
     """
-    stream: TextIO = sys.stderr if path is None else path.open("a", buffering=1)
+    stream: TextIO = sys.stderr if path is None else _Lasting(path.open("ab", buffering=0))
     renderer: structlog.types.Processor = (
         structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())
         if path is None

@@ -13,6 +13,7 @@ from types import FrameType
 import structlog
 
 from fedmq.broker.dealer import NodeLink
+from fedmq.broker.errors import LinkClosed
 from fedmq.broker.link_state import Delivery
 from fedmq.broker.wire import Hello
 from fedmq.nodes.inbox import Inbound
@@ -56,7 +57,8 @@ def linked(endpoint: str, hello: Hello) -> Iterator[NodeLink]:
         log.info("admitted", run=welcome.run)
         yield link
     except BaseException as error:
-        link.close(f"{type(error).__name__}: {error}"[:2000])
+        failed = isinstance(error, Exception) and not isinstance(error, LinkClosed)
+        link.close(f"{type(error).__name__}: {error}"[:2000], failed=failed)
         raise
     else:
         link.close()

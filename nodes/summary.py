@@ -10,7 +10,7 @@ from typing import Any
 
 from fedmq.broker.entries import Accepted, AnyEntry, Ended, Refusal
 from fedmq.broker.reading import read_entries
-from fedmq.broker.state import AGGREGATOR, BROKER, EVALUATOR, WORKER
+from fedmq.broker.state import AGGREGATOR, BROKER, EVALUATOR
 from fedmq.broker.wire import Message
 from fedmq.nodes.config import parse
 
@@ -82,7 +82,7 @@ class RunFold:
                 case Ended(reason=reason, nodes=nodes):
                     self.ended = reason
                     for name, counts in nodes.items():
-                        if self.nodes[name].role in (WORKER, EVALUATOR):
+                        if name not in self.nodes or self.nodes[name].role != AGGREGATOR:
                             self.wire_down += counts["sent_bytes"]
                             self.wire_up += counts["received_bytes"]
 

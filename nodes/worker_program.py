@@ -18,7 +18,7 @@ from fedmq.broker.wire import Hello
 from fedmq.nodes.config import parse
 from fedmq.nodes.errors import NodeError
 from fedmq.nodes.inbox import Done, Post
-from fedmq.nodes.local import Locals, node_key
+from fedmq.nodes.local import Kept, Locals, node_key
 from fedmq.nodes.programs import inbound_of, linked, new_session
 from fedmq.nodes.setup import Setup, choose_device, set_up
 from fedmq.nodes.worker import (
@@ -33,6 +33,8 @@ from fedmq.nodes.worker import (
     Trained,
     Worker,
 )
+
+_FULL_RETRY_S = 1.0
 
 _log = structlog.get_logger()
 
@@ -101,6 +103,18 @@ def _work_until_over(link: NodeLink, hello: Hello, folder: Path | None) -> NoRet
             actions = [*more, *actions]
 
 
+def _keep(link: NodeLink, kept: Locals, client: int, state: Kept) -> None:
+    """Save a client's state; a disk that is full is waited for, as the broker does."""
+    while True:
+        try:
+            kept.put(client, state)
+        except NodeError as error:
+            _log.error("local state cannot be kept", reason=str(error))
+            link.pause(_FULL_RETRY_S)
+        else:
+            return
+
+
 def _work(
     link: NodeLink, setup: Setup, core: Worker, kept: Locals, device: str, action: Action
 ) -> list[Action]:
@@ -122,7 +136,7 @@ def _work(
             case Pause(seconds):
                 link.pause(seconds)
             case Keep(client, state):
-                kept.put(client, state)
+                _keep(link, kept, client, state)
             case Post(message, data, consumes):
                 link.post(message, data, consumes)
             case Done(seq, refused):

@@ -92,7 +92,10 @@ class Bench:
             return self.sizes[name]
         return None
 
-    def resume(self, name):
+    def have(self, name):
+        return len(self.blobs.get(name, b""))
+
+    def resume(self, name, size):
         have = bytes(self.blobs.get(name, b""))
         return len(have), xxhash.xxh3_128(have)
 

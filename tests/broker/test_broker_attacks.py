@@ -1,0 +1,129 @@
+"""Odd and hostile nodes: each of these once cost the broker, or another node, its life."""
+
+import pytest
+
+from fedmq.broker.entries import Accepted, BlobName, Ended, Opened
+from fedmq.broker.ledger import Ledger
+from fedmq.broker.reading import read_entries
+from fedmq.broker.restore import open_broker
+from fedmq.broker.state import BrokerSettings
+from fedmq.broker.wire import (
+    Blob,
+    Bye,
+    Deliver,
+    Message,
+    Over,
+    Post,
+    Reject,
+    Want,
+    Welcome,
+    digest,
+    encode_message,
+)
+
+AGG, W1 = b"agg:s1", b"w1:s1"
+
+
+@pytest.fixture
+def room(bench):
+    bench.joined("agg", "aggregator")
+    bench.joined("w1", clients=((0, 4),))
+    bench.take(AGG)
+    return bench
+
+
+def test_a_blob_cannot_be_named_with_another_size(room):
+    """What it is given for, its recipient would make room for."""
+    data = b"small"
+    room.post(W1, "aggregator", "honest", blobs=[data])
+    lie = Blob(digest(data), 1 << 40)
+    message = Message(kind="note", id="w1/9", run="r", sender="w1", to="aggregator", blobs=(lie,))
+    room.tell(W1, Post(message=encode_message(message)))
+    [refusal] = room.refusals()
+    assert "to have 5 bytes" in refusal.reason
+    nothing = Blob(digest(b"something"), 0)
+    message = Message(kind="note", id="w1/8", run="r", sender="w1", to="record", blobs=(nothing,))
+    room.tell(W1, Post(message=encode_message(message)))
+    assert "not the digest of nothing" in room.refusals()[-1].reason
+
+
+def test_a_number_named_twice_is_consumed_once_and_not_forgotten(room):
+    room.post(AGG, "client/0", "task")
+    [deliver] = room.take(W1, Deliver)
+    room.post(W1, "record", "done", consumes=(deliver.seq, deliver.seq))
+    assert room.entries[-1].consumes == (deliver.seq,)
+    assert deliver.seq not in room.pending()
+
+
+def test_an_older_aggregator_does_not_come_back_after_a_newer_one_was_there(bench):
+    bench.joined("agg", "aggregator", session="1", key="k")
+    newer = bench.joined("agg", "aggregator", session="2", key="k")
+    bench.say(newer, Bye())
+    peer = bench.join("agg", "aggregator", session="1", key="k", got=3, peer=b"agg:late")
+    [reject] = bench.take(peer, Reject)
+    assert reject.code == "replaced"
+
+
+def test_ranges_that_name_more_clients_than_there_are_are_refused_at_once(bench):
+    bench.joined("agg", "aggregator")
+    peer = bench.join("greedy", clients=((0, 9),) * 1000)
+    assert not bench.take(peer, Welcome)
+    peer = bench.join("agg2", "aggregator", run="q", total_clients=1 << 62)
+    [reject] = bench.take(peer, Reject)
+    assert "clients" in reject.reason
+
+
+def test_a_node_that_fails_says_so_and_its_task_counts_the_death(room):
+    room.post(AGG, "client/0", "deadly")
+    room.say(W1, Bye(reason="MemoryError", failed=True))
+    [(_, body)] = room.said("left")
+    assert room.entries[body["interrupted"]].read().body["text"] == "deadly"
+
+
+def test_the_end_of_a_run_of_very_many_nodes_can_be_read_again(room, tmp_path):
+    for number in range(3000):
+        name = f"node-{number:04d}-" + "x" * 100
+        peer = room.join(name)
+        room.say(peer, Bye())
+    room.tell(AGG, Over(reason="done"))
+    [ended] = [entry for entry in room.entries if isinstance(entry, Ended)]
+    total = sum(each["sessions"] for each in ended.nodes.values())
+    assert total == 3002
+    ledger = Ledger(tmp_path)
+    for entry in room.entries:
+        ledger.append(entry)
+    ledger.close()
+    assert sum(1 for _ in read_entries(tmp_path)) == len(room.entries)
+
+
+def test_a_post_refused_before_the_broker_died_is_known_again(room):
+    message = Message(kind="note", id="w1/0", run="r", sender="w1", to="client/99")
+    room.tell(W1, Post(message=encode_message(message)))
+    assert len(room.refusals()) == 1
+    room.restart()
+    room.join("agg", "aggregator")
+    room.join("w1", clients=((0, 4),))
+    room.say(W1, Post(n=0, message=encode_message(message)))
+    assert len(room.refusals()) == 1
+
+
+def test_pieces_that_an_upload_goes_on_from_are_kept_for_it(tmp_path):
+    """Found by an index of what was there before, they once were nobody's and deleted."""
+    name = BlobName("r", "agg", b"d" * 16)
+    ledger = Ledger(tmp_path)
+    ledger.append(Opened(seq=0, at=0.0, run="r", config="", total_clients=1))
+    ledger.put(name, 100, 0, b"x" * 40)
+    ledger.close()
+    ledger, _ = open_broker(tmp_path, BrokerSettings(), 0.0, retain_bytes=0)
+    assert ledger.resume(name, 100)[0] == 40
+    ledger.payload.finish(BlobName("r", "agg", b"e" * 16))
+    assert not ledger.payload.remove_segment(0)
+    ledger.release([name])
+    assert ledger.payload.remove_segment(0)
+    ledger.close()
+
+
+def test_a_node_that_only_asks_gets_an_answer_to_each_want_and_no_more(room):
+    room.say(W1, Want(owner="agg", digest=b"d" * 16, start=0, size=1))
+    assert len(room.take(W1)) == 1
+    assert all(isinstance(entry, Opened | Accepted) for entry in room.entries)
