@@ -72,10 +72,6 @@ def why_not(run: Run, hello: Hello, known: Node | None) -> tuple[str, str] | Non
         return "client", f"expected at most {MAX_RANGES} ranges of clients"
     if run.total_clients > MAX_CLIENTS:
         return "run", f"expected at most {MAX_CLIENTS} clients, got {run.total_clients}"
-    if sum(high - low + 1 for low, high in hello.clients) > run.total_clients:
-        return "client", (
-            f"expected ranges of the {run.total_clients} clients of this run, each client once"
-        )
     for low, high in hello.clients:
         if low > high:
             return "client", f"expected ranges of clients from low to high, got {low}-{high}"
@@ -84,6 +80,10 @@ def why_not(run: Run, hello: Hello, known: Node | None) -> tuple[str, str] | Non
                 f"client {high} is out of range: this run has {run.total_clients} clients, "
                 f"0 to {run.total_clients - 1}"
             )
+    if sum(high - low + 1 for low, high in hello.clients) > run.total_clients:
+        return "client", (
+            f"expected ranges of the {run.total_clients} clients of this run, each client once"
+        )
     for address in addresses(hello):
         host = run.nodes.get(run.hosts.get(address, ""))
         if host is not None and host.alive and host.name != hello.node:
