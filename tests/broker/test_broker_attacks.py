@@ -127,3 +127,20 @@ def test_a_node_that_only_asks_gets_an_answer_to_each_want_and_no_more(room):
     room.say(W1, Want(owner="agg", digest=b"d" * 16, start=0, size=1))
     assert len(room.take(W1)) == 1
     assert all(isinstance(entry, Opened | Accepted) for entry in room.entries)
+
+
+def test_before_a_restarted_broker_gives_receipts_for_power_what_it_found_is_synced(
+    tmp_path, monkeypatch
+):
+    """Written by the broker before, it may be in memory only: known again, it is receipted."""
+    ledger = Ledger(tmp_path)
+    ledger.append(Opened(seq=0, at=0.0, run="r", config="", total_clients=1))
+    ledger.close()
+    synced = []
+    monkeypatch.setattr("os.fsync", synced.append)
+    ledger = Ledger(tmp_path)
+    ledger.commit(sync=True)
+    assert len(synced) == 2
+    ledger.commit(sync=True)
+    assert len(synced) == 2
+    ledger.close()
