@@ -299,7 +299,7 @@ def fan_out(start: Program, sender: Program, worker: Program, workers: int) -> F
         members = [crew.start(worker, back, index) for index in range(workers)]
         for member in (*members, source):
             member.hear()
-        time.sleep(1.0)
+        time.sleep(1.0)  # what start-up has left behind is not idle memory
         idle, idle_anonymous = relay.memory("VmRSS"), relay.memory("RssAnon")
         slow = members[0]
         half = slow.memory("VmRSS") + MODEL_BYTES // 2

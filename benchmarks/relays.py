@@ -233,7 +233,7 @@ def pings(pipe: Connection, exchange: Callable[[], None], seconds: float) -> Non
     while (began := time.perf_counter()) < until:
         exchange()
         durations.append((time.perf_counter() - began) * 1000)
-        time.sleep(0.002)
+        time.sleep(0.002)  # a probe, not a load of its own
     say(pipe, durations)
 
 

@@ -88,8 +88,8 @@ class Broker:
         self._box.store = store
         self._members = Members(settings, self._box, self._ask)
         self._receipts = Receipts()
-        self._completed: BlobName | None = None
-        """The blob whose last piece this event has brought; the ledger does not have it yet."""
+        self._completed: tuple[BlobName, int] | None = None
+        """The blob, and its size, whose last piece this event has brought to the ledger."""
         self._full = ""
         self._promised = math.inf
 
@@ -254,7 +254,9 @@ class Broker:
         for blob in held.apart:
             name = blob_name(held.message, blob)
             owned = Owned(name.owner, blob.digest)
-            size = blob.size if name == self._completed else self._store.size_of(name)
+            size = self._store.size_of(name)
+            if self._completed is not None and name == self._completed[0]:
+                size = self._completed[1]
             if size is not None and size != blob.size:
                 held.refusal = f"expected blob {blob.digest.hex()} to have {size} bytes"
                 return False
@@ -333,7 +335,7 @@ class Broker:
                 out.append(Drop(full, piece.size))
                 self._blob_failed(node, name, "the bytes of a blob do not match its digest")
             elif good:
-                self._completed = full
+                self._completed = (full, piece.size)
                 for held in node.held:
                     held.missing.discard(name)
         self._settle(node, now, out)

@@ -166,9 +166,7 @@ class BrokerServer:
         poller.register(self._socket, zmq.POLLIN)
         poller.register(self._wake_reader, zmq.POLLIN)
         try:
-            while not self._stopping and not (
-                until_idle and self._core.idle and not self._outboxes
-            ):
+            while not (self._stopping or (until_idle and self._is_idle())):
                 poller.poll(self._timeout_ms())
                 self._turn()
         finally:

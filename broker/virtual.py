@@ -25,6 +25,7 @@ from fedmq.broker.link import Link
 from fedmq.broker.link_state import Delivery
 from fedmq.broker.restore import open_broker
 from fedmq.broker.wire import (
+    AnyFrame,
     Blob,
     Buffer,
     Done,
@@ -180,10 +181,10 @@ class BrokerHost:
         self.up = True
         self.handle([])
 
-    def receive(self, peer: bytes, frame: Frame, buffers: Sequence[Buffer]) -> None:
+    def receive(self, peer: bytes, frame: AnyFrame, buffers: Sequence[Buffer]) -> None:
         """Take a frame."""
         if self.up:
-            self.handle([state.Received(peer, frame, buffers, 1)])  # type: ignore[arg-type]
+            self.handle([state.Received(peer, frame, buffers, 1)])
 
     def handle(self, events: Sequence[state.Event]) -> None:
         """Take a batch: write the ledger, then send."""

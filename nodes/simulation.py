@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import random
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -168,7 +169,7 @@ class Simulation:
         self._revive_broker()
 
 
-class NodeHost:
+class NodeHost(ABC):
     """A session of a node: its link, and a core that lives behind it."""
 
     def __init__(self, simulation: Simulation, hello: Hello, kept: Locals | None) -> None:
@@ -190,13 +191,13 @@ class NodeHost:
             delivery, self._delivery = self._delivery, None
             self.work(self.inbound(delivery))
 
+    @abstractmethod
     def ready(self) -> bool:
         """Tell whether the core can take a message now."""
-        raise NotImplementedError
 
+    @abstractmethod
     def work(self, inbound: Inbound) -> None:
         """Give the core a message whose blobs are here."""
-        raise NotImplementedError
 
     def has_blobs(self, delivery: Delivery) -> bool:
         """Tell whether a delivery's blobs are here; ask for the next that is not."""

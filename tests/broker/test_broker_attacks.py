@@ -10,6 +10,7 @@ from fedmq.broker.state import BrokerSettings
 from fedmq.broker.wire import (
     Blob,
     Bye,
+    Chunk,
     Deliver,
     Message,
     Over,
@@ -45,6 +46,28 @@ def test_a_blob_cannot_be_named_with_another_size(room):
     message = Message(kind="note", id="w1/8", run="r", sender="w1", to="record", blobs=(nothing,))
     room.tell(W1, Post(message=encode_message(message)))
     assert "not the digest of nothing" in room.refusals()[-1].reason
+
+
+def test_a_lie_about_a_blob_s_size_that_waits_behind_the_truth_is_refused_too(room):
+    """Both wait for the same bytes; the last of them must not vouch for both sizes."""
+    data = bytes(range(256)) * 2048
+    truth = Message(
+        kind="note", id="w1/0", run="r", sender="w1", to="record", blobs=(Blob.of(data),)
+    )
+    lie = Message(
+        kind="note",
+        id="w1/1",
+        run="r",
+        sender="w1",
+        to="aggregator",
+        blobs=(Blob(digest(data), 1 << 40),),
+    )
+    room.tell(W1, Post(message=encode_message(truth)))
+    room.tell(W1, Post(message=encode_message(lie)))
+    room.say(W1, Chunk(owner="w1", digest=digest(data), start=0), data)
+    [refusal] = room.refusals()
+    assert refusal.id == "w1/1"
+    assert f"to have {len(data)} bytes" in refusal.reason
 
 
 def test_a_number_named_twice_is_consumed_once_and_not_forgotten(room):
