@@ -139,9 +139,9 @@ class Ledger:
         if not self._messages:
             self._first_queued = entry.seq
         self.next_seq += 1
-        record = pack(encode_record(entry))
-        self._messages += record
-        self._positions.append((entry.seq, sum(map(len, record))))
+        (record,) = pack(encode_record(entry))
+        self._messages.append(record)
+        self._positions.append((entry.seq, len(record)))
         match entry:
             case Accepted(seq=seq, consumes=consumes):
                 self._recent[seq] = entry
@@ -249,7 +249,7 @@ class Ledger:
             self._messages_file.close()
             self._messages_file, self._messages_number = fresh, self._first_queued
         offset = self._messages_file.size
-        self._messages_file.append(self._messages)
+        self._messages_file.append([b"".join(self._messages)])
         self._messages = []
         for seq, length in self._positions:
             self._entries.add(seq, self._messages_number, offset)

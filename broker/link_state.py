@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from fedmq.broker.wire import AnyFrame, Blob, Buffer, Bye, Done, Frame, Message, Over, Welcome
 
 
-@dataclass(frozen=True, slots=True)
-class Delivery:
+class Delivery(Struct, frozen=True):
     """A message from the ledger: its number and time there, and the blobs that came along."""
 
     seq: int
@@ -21,16 +21,14 @@ class Delivery:
 # ---- events
 
 
-@dataclass(frozen=True, slots=True)
-class Received:
+class Received(Struct, frozen=True):
     """A frame from the broker."""
 
     frame: AnyFrame
     buffers: Sequence[Buffer] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class Outgoing:
+class Outgoing(Struct, frozen=True):
     """The node posts a message; ``data[i]`` are the bytes of its i-th blob."""
 
     message: Message
@@ -38,8 +36,7 @@ class Outgoing:
     consumes: tuple[int, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class Fetch:
+class Fetch(Struct, frozen=True):
     """The node wants the bytes of a blob: all at once, or ``in_pieces``, as they come."""
 
     owner: str
@@ -47,35 +44,30 @@ class Fetch:
     in_pieces: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class More:
+class More(Struct, frozen=True):
     """The node is done with a piece of a blob: the next may be asked for."""
 
 
-@dataclass(frozen=True, slots=True)
-class Leave:
+class Leave(Struct, frozen=True):
     """The node does not want the rest of a blob that it fetched in pieces."""
 
     owner: str
     blob: Blob
 
 
-@dataclass(frozen=True, slots=True)
-class Say:
+class Say(Struct, frozen=True):
     """The node says something that is no message: Done, Over or Bye."""
 
     frame: Done | Over | Bye
 
 
-@dataclass(frozen=True, slots=True)
-class Taken:
+class Taken(Struct, frozen=True):
     """The node has taken a delivery out of its inbox."""
 
     delivery: Delivery
 
 
-@dataclass(frozen=True, slots=True)
-class Wake:
+class Wake(Struct, frozen=True):
     """A deadline has passed."""
 
 
@@ -85,30 +77,26 @@ Event = Received | Outgoing | Fetch | More | Leave | Say | Taken | Wake
 # ---- actions
 
 
-@dataclass(frozen=True, slots=True)
-class Send:
+class Send(Struct, frozen=True):
     """Send a frame to the broker."""
 
     frame: Frame
     buffers: Sequence[Buffer] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class Admitted:
+class Admitted(Struct, frozen=True):
     """The broker has welcomed this node for the first time."""
 
     welcome: Welcome
 
 
-@dataclass(frozen=True, slots=True)
-class Deliveries:
+class Deliveries(Struct, frozen=True):
     """A message for the node."""
 
     delivery: Delivery
 
 
-@dataclass(frozen=True, slots=True)
-class Fetched:
+class Fetched(Struct, frozen=True):
     """A blob is here; ``data`` is None if nobody holds it, or its bytes were wrong."""
 
     owner: str
@@ -116,22 +104,19 @@ class Fetched:
     data: Buffer | None
 
 
-@dataclass(frozen=True, slots=True)
-class Came:
+class Came(Struct, frozen=True):
     """A piece of a blob that was asked for in pieces; whether they are right comes last."""
 
     data: Buffer
 
 
-@dataclass(frozen=True, slots=True)
-class Blocked:
+class Blocked(Struct, frozen=True):
     """The broker cannot keep anything now, with the reason; what was posted is kept here."""
 
     reason: str
 
 
-@dataclass(frozen=True, slots=True)
-class Ended:
+class Ended(Struct, frozen=True):
     """The link is at its end.
 
     over: because the run is. rejected: the broker did not admit the node.

@@ -61,8 +61,8 @@ def pack(head: bytes, data: Buffer = b"") -> list[Buffer]:
         raise LedgerError(f"expected a head of at most {_MAX_HEAD} bytes, got {len(head)}")
     length = memoryview(data).nbytes
     check = xxhash.xxh32_intdigest(_LENGTHS.pack(len(head), length))
-    prefix = _PREFIX.pack(len(head), length, check, _checksum(head, data))
-    return [prefix, head, data] if length else [prefix, head]
+    start = _PREFIX.pack(len(head), length, check, _checksum(head, data)) + head
+    return [start, data] if length else [start]
 
 
 def scan(path: Path, start: int = len(MAGIC), *, verify_data: bool = True) -> Iterator[Record]:
@@ -198,6 +198,8 @@ class Segment:
 
 
 def _checksum(head: bytes, data: Buffer) -> int:
+    if not data:
+        return xxhash.xxh3_64_intdigest(head)
     hasher = xxhash.xxh3_64(head)
     hasher.update(data)
     return int(hasher.intdigest())

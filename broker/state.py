@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import xxhash
+from msgspec import Struct
 
 from fedmq.broker.entries import Accepted, BlobName, Entry, blob_name
 from fedmq.broker.errors import WireError
@@ -60,8 +61,7 @@ class Store(Protocol):
 # ---- events
 
 
-@dataclass(frozen=True, slots=True)
-class Received:
+class Received(Struct, frozen=True):
     """A frame from a connection. ``nbytes``: what it took on the wire, buffers included."""
 
     peer: bytes
@@ -70,30 +70,26 @@ class Received:
     nbytes: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Unreadable:
+class Unreadable(Struct, frozen=True):
     """Bytes from a connection that are not a frame."""
 
     peer: bytes
     error: WireError
 
 
-@dataclass(frozen=True, slots=True)
-class Gone:
+class Gone(Struct, frozen=True):
     """A connection that was probed is no more."""
 
     peer: bytes
 
 
-@dataclass(frozen=True, slots=True)
-class Full:
+class Full(Struct, frozen=True):
     """Nothing can be written to the ledger, for this reason; empty: it can be again."""
 
     reason: str
 
 
-@dataclass(frozen=True, slots=True)
-class Wake:
+class Wake(Struct, frozen=True):
     """A deadline has passed, or a batch of events has ended."""
 
 
@@ -103,8 +99,7 @@ Event = Received | Unreadable | Gone | Full | Wake
 # ---- actions
 
 
-@dataclass(frozen=True, slots=True)
-class Append:
+class Append(Struct, frozen=True):
     """Put an entry into the ledger.
 
     uses: blobs that it names. kept: until it is consumed; else nobody is to read them.
@@ -115,8 +110,7 @@ class Append:
     kept: bool = True
 
 
-@dataclass(frozen=True, slots=True)
-class Put:
+class Put(Struct, frozen=True):
     """Put a piece of a blob into the ledger."""
 
     name: BlobName
@@ -125,23 +119,20 @@ class Put:
     data: Buffer
 
 
-@dataclass(frozen=True, slots=True)
-class Release:
+class Release(Struct, frozen=True):
     """These blobs were on their way, and are not wanted now."""
 
     names: tuple[BlobName, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Drop:
+class Drop(Struct, frozen=True):
     """Take back the pieces of a blob that were put so far: they are not what it says."""
 
     name: BlobName
     size: int
 
 
-@dataclass(frozen=True, slots=True)
-class Send:
+class Send(Struct, frozen=True):
     """Send a frame, with these blobs from the ledger as its buffers."""
 
     peer: bytes
@@ -150,15 +141,13 @@ class Send:
     """(name, start, size) of each buffer."""
 
 
-@dataclass(frozen=True, slots=True)
-class Probe:
+class Probe(Struct, frozen=True):
     """Find out whether this connection still stands; if not, say `Gone`."""
 
     peer: bytes
 
 
-@dataclass(frozen=True, slots=True)
-class Log:
+class Log(Struct, frozen=True):
     """Something that a person may want to know; ``level`` as in logging."""
 
     level: str

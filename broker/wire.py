@@ -371,6 +371,8 @@ def check_inline(blobs: Sequence[Blob], inline: Sequence[int], buffers: Sequence
     Raises:
         WireError: wrong count, index, size or digest.
     """
+    if not (inline or buffers):
+        return
     if len(inline) != len(buffers):
         raise WireError(f"expected {len(inline)} buffers beside the message, got {len(buffers)}")
     if sum(memoryview(data).nbytes for data in buffers) > INLINE_BYTES:
@@ -384,6 +386,8 @@ def check_inline(blobs: Sequence[Blob], inline: Sequence[int], buffers: Sequence
 
 def inline_choice(blobs: Sequence[Blob]) -> tuple[int, ...]:
     """Return the indices of the blobs that travel beside their message."""
+    if not blobs:
+        return ()
     chosen = []
     room = INLINE_BYTES
     for index, blob in enumerate(blobs):
@@ -407,7 +411,7 @@ def _within(limit: int, data: bytes, kind: str) -> bytes:
 
 
 def _decode(decoder: msgspec.msgpack.Decoder[Any], data: Buffer, what: str, limit: int) -> Any:
-    size = memoryview(data).nbytes
+    size = len(data) if isinstance(data, bytes) else data.nbytes
     if size > limit:
         raise WireError(f"expected a {what} of at most {limit} bytes, got {size}")
     try:
