@@ -185,6 +185,11 @@ class PayloadIndex:
         stored = self._blobs.get(name)
         return stored.size if stored is not None and stored.end == stored.size else None
 
+    def segments_of(self, name: BlobName) -> list[int]:
+        """Return the numbers of the segments that a blob lies in, in order."""
+        stored = self._blobs.get(name)
+        return sorted(stored.segments()) if stored else []
+
     def read(self, name: BlobName, start: int, size: int) -> Buffer:
         """Return bytes of a blob that is here.
 

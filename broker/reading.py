@@ -69,6 +69,14 @@ class Follower:
                 self.at = (first, record.offset)
                 yield entry
 
+    def torn(self) -> tuple[str, int, int] | None:
+        """Return what lies behind the last whole record: (segment, offset, bytes), or None."""
+        if self._first is None:
+            return None
+        path = segment_path(self._folder, MESSAGES, self._first)
+        size = path.stat().st_size
+        return (path.name, self._offset, size - self._offset) if size > self._offset else None
+
 
 class EntryIndex:
     """Finds an entry by its number: a few bytes of memory for many entries on disk."""
@@ -109,9 +117,14 @@ class EntryIndex:
         if number >= len(marks):
             return []
         path = segment_path(self._folder, MESSAGES, segment)
-        block = []
-        for record in scan(path, marks[number]):
-            block.append(decode_entry(record, path))
-            if len(block) == _BLOCK:
-                break
+        block: list[AnyEntry] = []
+        try:
+            for record in scan(path, marks[number]):
+                block.append(decode_entry(record, path))
+                if len(block) == _BLOCK:
+                    break
+        except LedgerError:
+            # Damage does not take with it what lies before.
+            if not (block and seq <= block[-1].seq):
+                raise
         return block

@@ -347,6 +347,7 @@ class Aggregator:
         self._current = _Version(self._algorithm.gather(self.state))
         body = {
             "version": self.version,
+            "position": self._position,
             "results": current.absorbed,
             "mean_staleness": sum(staleness) / len(staleness) if staleness else 0.0,
             "max_staleness": max(staleness, default=0),

@@ -126,6 +126,17 @@ def slowdown(spec: float | str) -> Slowdown:
     return chosen
 
 
+@functools.cache
+def kind_of(device: str) -> str:
+    """Return what kind of device this is: what a task is trained to depends on it.
+
+    For a CPU that is the widest instructions that torch uses there.
+    """
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name(device)
+    return f"cpu {torch.backends.cpu.get_cpu_capability()}"
+
+
 def choose_device(wanted: str) -> str:
     """Return the torch device to use.
 

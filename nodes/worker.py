@@ -28,11 +28,15 @@ MAX_SLOWDOWN_S = 3600.0
 
 @dataclass(frozen=True)
 class Trained:
-    """A task has been trained: its result and the client's new local state, if it has any."""
+    """A task has been trained: its result and the client's new local state, if it has any.
+
+    device: kind of device, see `setup.kind_of`; the same kind trains to the same bytes.
+    """
 
     payload: Payload
     local: Payload | None
     elapsed_s: float
+    device: str = ""
 
 
 @dataclass(frozen=True)
@@ -181,6 +185,7 @@ class Worker:
             "client": client,
             "model_version": message.body["model_version"],
             "elapsed_s": event.elapsed_s,
+            "device": event.device,
         }
         reply = self._reply("result", body, packed.blobs)
         if event.local is not None:

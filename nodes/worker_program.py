@@ -20,7 +20,7 @@ from fedmq.nodes.errors import NodeError
 from fedmq.nodes.inbox import Done, Post
 from fedmq.nodes.local import Kept, Locals, node_key
 from fedmq.nodes.programs import inbound_of, linked, new_session
-from fedmq.nodes.setup import Setup, choose_device, set_up
+from fedmq.nodes.setup import Setup, choose_device, kind_of, set_up
 from fedmq.nodes.worker import (
     Action,
     Evaluate,
@@ -128,7 +128,8 @@ def _work(
                     data = setup.problem.client(client)
                     place = Client(client, setup.problem, data, local, seed, device)
                     payload, new_local = setup.algorithm.train(task, place)
-                event = Trained(payload, new_local, time.perf_counter() - began)
+                elapsed = time.perf_counter() - began
+                event = Trained(payload, new_local, elapsed, kind_of(device))
             case Evaluate(task):
                 with link.away():
                     metrics = setup.algorithm.evaluate(task, setup.problem, device)

@@ -1,0 +1,1 @@
+"""Running the nodes of a recorded run again: `fedmq replay`."""

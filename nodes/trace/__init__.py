@@ -1,0 +1,1 @@
+"""Looking at a recorded run: `fedmq trace`."""
