@@ -49,7 +49,7 @@ typecheck: install view  ## mypy, strict
 	@cd .view && ../$(BIN)/mypy --config-file ../pyproject.toml -p fedmq
 
 bench: install  ## the figures that the README quotes
-	@for file in benchmarks/rounds.py benchmarks/broker.py; do echo "== $$file"; $(BIN)/python -P $$file $(ARGS) || exit 1; done
+	@for file in benchmarks/rounds.py benchmarks/broker.py benchmarks/replay.py; do echo "== $$file"; $(BIN)/python -P $$file $(ARGS) || exit 1; done
 
 clean:  ## remove what the other targets made, but not runs/
 	rm -rf $(VENV) .view build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

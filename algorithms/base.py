@@ -84,6 +84,9 @@ class Algorithm(ABC):
     """Names of the schedules under which the algorithm makes sense."""
     personal: ClassVar[bool] = False
     """Whether `task` depends on the client; if not, a version's task is encoded once."""
+    at_commit: ClassVar[frozenset[str]] = frozenset()
+    """Hyper-parameters that act only where results are absorbed and committed, and not at
+    clients: under others, the results of a recorded run still mean something."""
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
 

@@ -63,6 +63,7 @@ class FedAvg(Algorithm):
 
     name: ClassVar[str] = "fedavg"
     schedules: ClassVar[frozenset[str]] = frozenset({"rounds", "buffered", "stream"})
+    at_commit: ClassVar[frozenset[str]] = frozenset({"server_lr"})
 
     lr: Annotated[float, Field(gt=0)] = 0.05
     epochs: Annotated[int, Field(ge=1)] = 1

@@ -29,6 +29,7 @@ class FedSGD(FedAvg):
 
     name: ClassVar[str] = "fedsgd"
     schedules: ClassVar[frozenset[str]] = frozenset({"rounds", "buffered"})
+    at_commit: ClassVar[frozenset[str]] = frozenset({"lr"})
 
     lr: Annotated[float, Field(gt=0)] = 0.1
     epochs: Annotated[int, Field(ge=1, le=1)] = 1

@@ -4,12 +4,14 @@ Real processes on loopback, ledger on disk. The references give none of the guar
 ledger, no receipts, no sessions, no digests. They are ZeroMQ's own proxy in C, a relay in
 Python that copies, and two TCP connections with a relay between.
 
-    python benchmarks/broker.py [--json FILE] [--only small,1mb,7mb,100mb,fanout,latency] [--large]
+    python benchmarks/broker.py [--json FILE] [--only small,1mb,7mb,100mb,fanout,latency,recording]
+                                [--large]
 
 small, 1mb, 7mb, 100mb: a stream from one node to another; each large message is new bytes.
 fanout: one model for many workers, one of which is stopped half-way: the relay's memory over
     idle, the time until all others have it, and how often it left the aggregator.
 latency: round trips of small messages while a stream of large ones crosses the same broker.
+recording: streams of payloads that never repeat, and that do, beside a broker without a record.
 3gb: a model of 3 GB through the programs of aggregator and workers, with --large only: the
     peak memory of each in models, of the broker over idle, and the time with start-up.
 """
@@ -25,7 +27,7 @@ import signal
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -46,7 +48,19 @@ from fedmq.broker.wire import Blob, Buffer, Hello, Message
 sys.path.append(str(Path(__file__).parent))  # python -P leaves it out; rounds:Echo is there, too
 
 import relays
-from relays import WAIT_S, Crew, Report, clocked, distinct, is_small, memory, pace, pings, say
+import unrecorded
+from relays import (
+    WAIT_S,
+    Crew,
+    Report,
+    clocked,
+    distinct,
+    is_small,
+    memory,
+    pace,
+    pings,
+    say,
+)
 
 RUN = "benchmark"
 CLIENTS = 1024
@@ -57,10 +71,18 @@ MODEL_BYTES = 100 * MB
 FANOUT_PEAK_MB = 150.0
 FANOUT_CROSSINGS = 1.05
 LATENCY_P99_MS = 20.0
+REPEATED = 4
+"""Different payloads, where they repeat."""
+RECORDING = {
+    "fresh_1mb": (MB, False, 0.70),
+    "fresh_7mb": (7 * MB, False, 0.70),
+    "repeated_7mb": (7 * MB, True, 0.95),
+}
+"""By case: bytes of a message, whether payloads repeat, and the least share of the rate."""
 LARGE_NODE_MODELS = 2.2
 LARGE_BROKER_MB = 200.0
 SPARE_BYTES = 1_500 * MB
-CASES = (*STREAMS, "fanout", "latency", "3gb")
+CASES = (*STREAMS, "fanout", "latency", "recording", "3gb")
 Program = Callable[..., None]
 
 
@@ -124,13 +146,21 @@ class Party:
         self.link.close()
 
 
-def send_fedmq(_pipe: Connection, endpoint: str, to: list[str], size: int) -> None:
-    """Send a stream; ``to`` is the receiver's address and the sender's own."""
+def send_fedmq(
+    _pipe: Connection, endpoint: str, to: list[str], size: int, few: int | None = None
+) -> None:
+    """Send a stream; ``to`` is the receiver's address and the sender's own.
+
+    Large messages are all new bytes; or there are a ``few`` of them, sent again and again.
+    """
     receiver, own = to
     party = Party(endpoint, own)
     window, batch, _ = pace(size)
-    buffers = distinct(size, window + 1)
+    buffers = distinct(size, few or window + 1)
     fixed = {"x": bytes(next(buffers))}
+    payloads: Iterator[tuple[Blob, Buffer]] = ((Blob.of(data), data) for data in buffers)
+    if few:
+        payloads = itertools.cycle(list(itertools.islice(payloads, few)))
     credit = window
     while True:
         while credit < batch:
@@ -142,8 +172,7 @@ def send_fedmq(_pipe: Connection, endpoint: str, to: list[str], size: int) -> No
                 if is_small(size):
                     party.post(receiver, fixed)
                 else:
-                    data = next(buffers)
-                    party.post(receiver, {}, [(Blob.of(data), data)])
+                    party.post(receiver, {}, [next(payloads)])
         credit -= batch
 
 
@@ -246,13 +275,14 @@ def worker_program(pipe: Connection, endpoint: str, client: int) -> None:
 # ---- the cases
 
 
-def stream(kind: str, size: int, seconds: float) -> float:
-    """Return the messages a second of one stream through fedmq, the proxy or TCP."""
+def stream(kind: str, size: int, seconds: float, few: int | None = None) -> float:
+    """Return the messages a second of one stream through a broker, the proxy or TCP."""
     with Crew() as crew:
         patience = WAIT_S + 2 * seconds
-        if kind == "fedmq":
-            place, _ = crew.start(broker, str(crew.folder / "ledger")).hear()
-            crew.start(send_fedmq, place, ["client/0", AGGREGATOR], size)
+        if kind in ("fedmq", "unrecorded"):
+            server = broker if kind == "fedmq" else unrecorded.broker
+            place, _ = crew.start(server, str(crew.folder / "ledger")).hear()
+            crew.start(send_fedmq, place, ["client/0", AGGREGATOR], size, few)
             receiver = crew.start(receive_fedmq, place, "client/0", AGGREGATOR, size, seconds)
         elif kind == "proxy":
             front, back = crew.start(relays.proxy).hear()
@@ -277,6 +307,18 @@ def streams(report: Report, case: str, options: argparse.Namespace) -> None:
     fedmq, proxy, tcp = (statistics.median(found) * scale for found in rates.values())
     unit = "messages/s" if is_small(size) else "MB/s"
     report.add(case, fedmq, unit, reference=proxy, tcp=tcp, ratio=share)
+
+
+def recording(report: Report, options: argparse.Namespace) -> None:
+    """Compare brokers with a ledger and without; repetitions alternate, as in `streams`."""
+    for name, (size, repeat, share) in RECORDING.items():
+        rates: dict[str, list[float]] = {"fedmq": [], "unrecorded": []}
+        few = REPEATED if repeat else None
+        for _ in range(options.repeats):
+            for kind, found in rates.items():
+                found.append(stream(kind, size, options.seconds, few))
+        ours, bare = (statistics.median(found) for found in rates.values())
+        report.add(f"recording.{name}", ours, "messages/s", reference=bare, ratio=share)
 
 
 @dataclass
@@ -434,7 +476,7 @@ def main() -> int:
         parser.error(f"no such case: {', '.join(sorted(unknown))}; choose from {', '.join(CASES)}")
     if options.large and "3gb" not in chosen:
         chosen = (*chosen, "3gb")
-    others = {"fanout": fanout, "latency": latency, "3gb": large}
+    others = {"fanout": fanout, "latency": latency, "recording": recording, "3gb": large}
     report = Report()
     try:
         for case in chosen:

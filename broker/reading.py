@@ -17,6 +17,8 @@ from fedmq.broker.entries import (
 from fedmq.broker.errors import LedgerError
 from fedmq.broker.records import MAGIC, scan
 
+Tail = tuple[str, int, int]
+"""What is no whole record at the end of a segment: its file, from where on, how many bytes."""
 _BLOCK = 64
 """Of this many entries, one has its offset kept in memory; the others are read up to."""
 
@@ -54,7 +56,7 @@ class Follower:
             if self._first is not None and first < self._first:
                 continue
             if first != self._first:
-                self._first, self._offset = first, len(MAGIC)
+                self._enter(first)
             path = segment_path(self._folder, MESSAGES, first)
             for record in scan(path, self._offset):
                 entry = decode_entry(record, path)
@@ -69,13 +71,45 @@ class Follower:
                 self.at = (first, record.offset)
                 yield entry
 
-    def torn(self) -> tuple[str, int, int] | None:
-        """Return what lies behind the last whole record: (segment, offset, bytes), or None."""
+    def torn(self) -> Tail | None:
+        """Return what lies behind the last whole record, or None."""
         if self._first is None:
             return None
-        path = segment_path(self._folder, MESSAGES, self._first)
+        return tail_of(segment_path(self._folder, MESSAGES, self._first), self._offset)
+
+    def _enter(self, first: int) -> None:
+        """Go on to a segment, which is named by its first entry.
+
+        The one before it was whole when this was begun: if it ends early, it is damaged.
+        """
+        expected = self._next_seq
+        if first != expected:
+            reason = f"expected entry {expected}, got {first}"
+            if first < expected:
+                raise LedgerError(reason, segment_path(self._folder, MESSAGES, first).name)
+            path = segment_path(self._folder, MESSAGES, self._first or 0)
+            if self._first is None:
+                raise LedgerError(reason, path.name)
+            tail = tail_of(path, self._offset)
+            raise LedgerError(reason, path.name, tail[1] if tail else self._offset)
+        self._first, self._offset = first, len(MAGIC)
+
+
+def tail_of(path: Path, end: int) -> Tail | None:
+    """Return what a segment holds behind its last whole record, which ends at ``end``.
+
+    A file that is too short for what a segment begins with is all tail, even an empty one.
+
+    Raises:
+        LedgerError: there is no such file.
+    """
+    try:
         size = path.stat().st_size
-        return (path.name, self._offset, size - self._offset) if size > self._offset else None
+    except OSError as error:
+        raise LedgerError(f"cannot open: {error.strerror}", path.name) from None
+    if size < len(MAGIC):
+        return path.name, 0, size
+    return (path.name, end, size - end) if size > end else None
 
 
 class EntryIndex:

@@ -1,12 +1,17 @@
 """A ledger as a trace: one run in it, read from the files alone, and nothing taken on trust.
 
 Reading changes nothing, and may go on while a broker writes. Whatever is damaged is said
-with segment and offset, and what lies before it can be read.
+with segment and offset, and what lies before it can be read; blobs that lie behind it, too,
+as far as they are whole.
+
+What cannot be seen: that the messages end early where a record ends, or that their last
+segment is gone (a ledger may end there, and no later record says otherwise); and whether it
+was the retention policy that deleted a payload segment. Payload that ends early where a
+record ends is found by the messages that name it; where the cut was, is then not always known.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,21 +20,18 @@ from fedmq.broker.entries import (
     PAYLOAD,
     Accepted,
     AnyEntry,
-    BlobName,
     Consumed,
     Ended,
     Opened,
     Refusal,
     blob_name,
-    decode_piece,
     segment_numbers,
     segment_path,
 )
 from fedmq.broker.errors import LedgerError
-from fedmq.broker.payload import PayloadIndex
-from fedmq.broker.reading import EntryIndex, Follower
-from fedmq.broker.records import scan
-from fedmq.broker.wire import EMPTY, Buffer, Message, digest
+from fedmq.broker.pieces import Pieces, check_segment
+from fedmq.broker.reading import EntryIndex, Follower, Tail
+from fedmq.broker.wire import EMPTY, Buffer, Message
 
 
 class Trace:
@@ -42,8 +44,8 @@ class Trace:
     Attributes:
         folder: of the ledger.
         opened: what the aggregator brought.
-        damage: what stops the reading before the end, or None.
-        torn: a tail that is no whole record: (segment, offset, bytes), or None.
+        damage: what stops the reading of entries before the end, or None.
+        torn: a tail of the entries that is no whole record: (segment, offset, bytes), or None.
 
     Raises:
         LedgerError: there is no ledger, or no such run in it.
@@ -53,18 +55,14 @@ class Trace:
         self.folder = folder / "ledger" if (folder / "ledger").is_dir() else folder
         if not segment_numbers(self.folder, MESSAGES):
             raise LedgerError(f"expected a run's folder with a ledger in it, {folder} holds none")
-        self._entries = EntryIndex(self.folder)
         self.damage: LedgerError | None = None
+        self.torn: Tail | None = None
+        self._index = EntryIndex(self.folder)
+        self._follower = Follower(self.folder)
+        self._count = 0
         self._runs: dict[str, Opened] = {}
-        follower = Follower(self.folder)
-        try:
-            for entry in follower.poll():
-                self._entries.add(entry.seq, *follower.at)
-                if isinstance(entry, Opened):
-                    self._runs[entry.run] = entry
-        except LedgerError as error:
-            self.damage = error
-        self.torn = follower.torn() if self.damage is None else None
+        self._pieces = Pieces(self.folder)
+        self._catch_up()
         self.opened = self._choose(run)
 
     @property
@@ -73,22 +71,27 @@ class Trace:
         return self.opened.run
 
     def entries(self) -> Iterator[AnyEntry]:
-        """Yield the entries of the run, in order.
+        """Yield the entries of the run, in order; stops at a torn tail.
 
         Raises:
             LedgerError: what lies behind cannot be read; all before it has been yielded.
         """
+        # Before another run was opened, every message was of this one.
+        alone_until: int | None = None
         mine: set[int] = set()
-        alone = len(self._runs) == 1
         for entry in Follower(self.folder).poll():
             match entry:
-                case Accepted(seq=seq) if not alone:
+                case Opened(run=run, seq=seq) if run != self.run:
+                    alone_until = seq if alone_until is None else alone_until
+                    continue
+                case Accepted(seq=seq) if alone_until is not None:
                     if entry.read().run != self.run:
                         continue
                     mine.add(seq)
-                case Consumed(of=of) if not alone and of[0] not in mine:
-                    continue
-                case Opened(run=run) | Refusal(run=run) | Ended(run=run) if run != self.run:
+                case Consumed(of=of) if alone_until is not None:
+                    if not any(seq < alone_until or seq in mine for seq in of):
+                        continue
+                case Refusal(run=run) | Ended(run=run) if run != self.run:
                     continue
             yield entry
 
@@ -98,76 +101,61 @@ class Trace:
         Raises:
             LedgerError: there is none of this number, or it cannot be read.
         """
-        try:
-            return self._entries.read(seq)
-        except LedgerError:
-            if self.damage is not None:
-                raise self.damage from None
-            raise
+        if seq >= self._count and self.damage is None:
+            self._catch_up()
+        if seq >= self._count and self.damage is not None:
+            raise self.damage
+        return self._index.read(seq)
 
     def blob(self, message: Message, index: int) -> Buffer:
         """Return the bytes of a message's blob; they are those that it names.
 
         Raises:
-            LedgerError: they are damaged, were not kept, or there is no such blob.
+            LedgerError: they are damaged or lost, with segment and offset; or they were not
+                kept, or there is no such blob, with neither.
         """
         if not 0 <= index < len(message.blobs):
             raise LedgerError(f"{message.id} has {len(message.blobs)} blobs, there is no {index}")
         blob = message.blobs[index]
         if not blob.size and blob.digest == EMPTY:
             return b""
-        name = blob_name(message, blob)
-        payload, damage = self._payload
-        if payload.size_of(name) != blob.size:
-            what = f"blob {index} of {message.id} ({blob.digest.hex()})"
-            raise damage or LedgerError(f"{what} is not in the ledger: its payload was not kept")
-        data = payload.read(name, 0, blob.size)
-        if digest(data) != blob.digest:
-            raise self._damage_of(payload, name)
-        return data
+        what = f"blob {index} of {message.id} ({blob.digest.hex()})"
+        return self._pieces.read(blob_name(message, blob), blob.size, what)
 
     def check_payload(self) -> Iterator[int]:
         """Read all payload there is; yield the size of each piece.
+
+        A torn tail counts as damage here: whether a message misses it, `blob` tells.
 
         Raises:
             LedgerError: damage, located; all before it in this segment has been yielded.
         """
         for number in segment_numbers(self.folder, PAYLOAD):
-            path = segment_path(self.folder, PAYLOAD, number)
-            for record in scan(path):
-                decode_piece(record, path)
-                yield record.data_length
+            yield from check_segment(segment_path(self.folder, PAYLOAD, number))
+
+    def _catch_up(self) -> None:
+        """Note what has been appended, up to the end or to the first damage."""
+        try:
+            for entry in self._follower.poll():
+                self._index.add(entry.seq, *self._follower.at)
+                self._count = entry.seq + 1
+                if isinstance(entry, Opened):
+                    self._runs[entry.run] = entry
+            self.torn = self._follower.torn()
+        except LedgerError as error:
+            self.damage, self.torn = error, None
 
     def _choose(self, run: str) -> Opened:
         names = ", ".join(self._runs)
-        if run and run not in self._runs:
+        if run in self._runs:
+            return self._runs[run]
+        if self.damage is not None and (run or not self._runs):
+            raise self.damage  # what is looked for may lie behind it
+        if run:
             raise LedgerError(f"expected a run of this ledger ({names}), got {run!r}")
         if not self._runs:
-            if self.damage is not None:
-                raise self.damage
-            raise LedgerError(f"no run was ever opened in {self.folder}")
-        if not run and len(self._runs) > 1:
+            where = self.torn[:2] if self.torn is not None else ()
+            raise LedgerError(f"no run was ever opened in {self.folder}", *where)
+        if len(self._runs) > 1:
             raise LedgerError(f"this ledger holds several runs, name one with --run-id: {names}")
-        return self._runs[run] if run else next(iter(self._runs.values()))
-
-    @functools.cached_property
-    def _payload(self) -> tuple[PayloadIndex, LedgerError | None]:
-        """What can be found of the payload, and what damage was met first."""
-        index, damage = PayloadIndex(self.folder), None
-        for number in segment_numbers(self.folder, PAYLOAD):
-            try:
-                index.add_segment(number, verify=False)
-            except LedgerError as error:
-                damage = damage or error
-        return index, damage
-
-    def _damage_of(self, payload: PayloadIndex, name: BlobName) -> LedgerError:
-        """Find the piece of a blob that is not what was written."""
-        for number in payload.segments_of(name):
-            path = segment_path(self.folder, PAYLOAD, number)
-            try:
-                for _ in scan(path):
-                    pass
-            except LedgerError as error:
-                return error
-        return LedgerError(f"blob {name.digest.hex()} is not the bytes that its name says")
+        return next(iter(self._runs.values()))

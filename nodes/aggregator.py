@@ -10,12 +10,11 @@ has the ids that it had before, so the broker knows it again.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
-import xxhash
 from torch import Tensor
 
 from fedmq.algorithms.base import examples_of
@@ -24,11 +23,12 @@ from fedmq.algorithms.rng import derive_rng, derive_seed
 from fedmq.algorithms.schedules import View
 from fedmq.broker.errors import WireError
 from fedmq.broker.state import CHECKPOINT, EVALUATOR, RECORD, TIMER, WORKER
-from fedmq.broker.wire import Buffer, Message
+from fedmq.broker.wire import Message
 from fedmq.codecs.errors import CodecError
 from fedmq.codecs.raw import Raw
 from fedmq.nodes.checkpoint import Counts, Flight, Fold, pack_checkpoint, unpack_checkpoint
-from fedmq.nodes.inbox import Done, Finish, Inbound, Post, Settle, Stream
+from fedmq.nodes.digests import model_digest
+from fedmq.nodes.inbox import Done, Finish, Inbound, Post, Settle, steady
 from fedmq.nodes.payload import Packed, numbers_of, pack, unpack
 from fedmq.nodes.setup import Setup
 
@@ -102,6 +102,25 @@ class Aggregator:
     def tensors(self) -> Mapping[str, Tensor]:
         """Return the current model by name."""
         return self._algorithm.tensors(self.state)
+
+    def parts(self) -> dict[str, Any]:
+        """Return all that this core is made of, by name, for whoever looks for a difference."""
+        current = self._current
+        return {
+            "position": self._position,
+            "version": self.version,
+            "state": self.state,
+            "gathered": current.gathered,
+            "weights": current.weights,
+            "results": current.absorbed,
+            "staleness": current.staleness,
+            "held": sorted(current.held),
+            "tasks": self._flights,
+            "hosts": self._hosts,
+            "evaluating": sorted(self._evaluating),
+            "counts": self._counts,
+            "next_id": self._next_id,
+        }
 
     def handle(self, event: Start | Inbound) -> list[Action]:
         """Take one event; return what is to be done, in order."""
@@ -234,7 +253,7 @@ class Aggregator:
         """Add one result to the version; return why it was refused, or ""."""
         current = self._current
         try:
-            stream = _steady(inbound.stream) if inbound.stream is not None else None
+            stream = steady(inbound.stream) if inbound.stream is not None else None
             payload = unpack(inbound.message, inbound.read, stream)
             current.gathered = self._algorithm.absorb(current.gathered, self.state, payload, weight)
         except (ResultError, CodecError, WireError) as error:
@@ -349,6 +368,7 @@ class Aggregator:
             "version": self.version,
             "position": self._position,
             "results": current.absorbed,
+            "weights": current.weights,
             "mean_staleness": sum(staleness) / len(staleness) if staleness else 0.0,
             "max_staleness": max(staleness, default=0),
             "model_digest": model_digest(self.tensors()),
@@ -437,7 +457,8 @@ class Aggregator:
 
     def _end(self, out: list[Action]) -> None:
         self._ended = True
-        body = {"reason": self._finishing, **msgspec.structs.asdict(self._counts)}
+        about = {"reason": self._finishing, "position": self._position}
+        body = {**about, **msgspec.structs.asdict(self._counts)}
         self._checkpoint("finished", body, out)
         out.append(Finish(self._finishing))
 
@@ -462,28 +483,3 @@ class Aggregator:
         )
         out.append(Post(message, packed.data if packed else ()))
         return name
-
-
-def _steady(stream: Stream) -> Stream:
-    """Return a stream whose second reading cannot fail half-way and be taken for a refusal."""
-    whole = set()
-
-    def pieces(index: int) -> Iterator[Buffer]:
-        try:
-            yield from stream(index)
-        except WireError as error:
-            if index in whole:
-                raise RuntimeError("a blob that was read cannot be read again") from error
-            raise
-        whole.add(index)
-
-    return pieces
-
-
-def model_digest(tensors: Mapping[str, Tensor]) -> str:
-    """Return the XXH3-128 digest of a model: names, shapes, dtypes and bytes, in order."""
-    encoded = Raw().encode(tensors, 0)
-    hasher = xxhash.xxh3_128(repr(encoded.meta).encode())
-    for buffer in encoded.buffers:
-        hasher.update(buffer)
-    return str(hasher.hexdigest())

@@ -1,4 +1,4 @@
-"""The command line: ``fedmq cluster``, ``broker``, ``aggregator``, ``worker``, ``list``."""
+"""The command line: ``fedmq cluster``, ``trace``, ``replay``, and each node by itself."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 from rich.console import Console
@@ -19,8 +20,12 @@ from rich.table import Table
 from rich.text import Text
 
 from fedmq.nodes import logs
-from fedmq.nodes.config import Config, build, load
 from fedmq.nodes.errors import ConfigError, NodeError
+from fedmq.nodes.replay.cli import replay
+from fedmq.nodes.trace.cli import trace
+
+if TYPE_CHECKING:
+    from fedmq.nodes.config import Config
 
 DEFAULT_ENDPOINT = "tcp://127.0.0.1:7700"
 
@@ -42,6 +47,9 @@ def main() -> None:
     sys.path.append(str(Path.cwd()))
 
 
+main.add_command(trace)
+
+
 @main.command()
 @_config
 @_settings
@@ -55,8 +63,9 @@ def cluster(
     """Train on this host: broker, aggregator, workers and evaluator as processes."""
     started_at = time.time()
     from fedmq.nodes.cluster import Cluster, preloading
+    from fedmq.nodes.config import load
 
-    with _exit_2_on_error():
+    with exit_2_on_error():
         chosen = load(config, (*settings, *([f"worker.count={workers}"] if workers else [])))
         chosen = _named(chosen)
         folder = folder or Path("runs") / chosen.run.id
@@ -108,10 +117,11 @@ def broker(
 ) -> None:
     """Route messages and keep the ledger; goes on from the ledger that is in its folder."""
     from fedmq.broker.router import BrokerServer
+    from fedmq.nodes.config import build
     from fedmq.nodes.programs import Stopped, stop_on_signals
 
     logs.configure(None, node="broker")
-    with _exit_2_on_error():
+    with exit_2_on_error():
         table = build(
             {"broker": {"lease_s": lease_s, "durability": durability, "retain": retain}}
         ).broker
@@ -141,8 +151,9 @@ def aggregator(
 ) -> None:
     """Run the aggregator of one run, and the run with it."""
     from fedmq.nodes.aggregator_program import run_aggregator
+    from fedmq.nodes.config import load
 
-    with _exit_2_on_error(), _stoppable():
+    with exit_2_on_error(), _stoppable():
         chosen = _named(load(config, settings))
         logs.configure(None, node="aggregator", run=chosen.run.id)
         if folder is not None:
@@ -174,7 +185,7 @@ def worker(
     from fedmq.broker.state import EVALUATOR, WORKER
     from fedmq.nodes.worker_program import run_worker
 
-    with _exit_2_on_error(), _stoppable():
+    with exit_2_on_error(), _stoppable():
         if evaluator == bool(ranges):
             raise ConfigError("expected either --clients or --evaluator")
         role = EVALUATOR if evaluator else WORKER
@@ -194,6 +205,9 @@ def list_(what: str) -> None:
     for name, about in catalogue(what):
         table.add_row(Text(name), Text(about))
     Console().print(table)
+
+
+main.add_command(replay)
 
 
 def parse_ranges(text: str) -> list[tuple[int, int]]:
@@ -235,7 +249,7 @@ def _make(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def _exit_2_on_error() -> Iterator[None]:
+def exit_2_on_error() -> Iterator[None]:
     """Turn the project's own errors into one sentence and exit code 2."""
     from fedmq.algorithms.errors import AlgorithmError
     from fedmq.broker.errors import BrokerError

@@ -186,6 +186,18 @@ def parse(text: str) -> Config:
     return build(_toml(text, "the configuration"))
 
 
+def changed(config: Config, settings: Sequence[str]) -> Config:
+    """Return a configuration with ``key=value`` settings applied to it.
+
+    Raises:
+        ConfigError: a key or value is wrong.
+    """
+    given = config.model_dump()
+    for setting in settings:
+        _apply(given, setting)
+    return build(given)
+
+
 def build(given: Mapping[str, Any]) -> Config:
     """Fill in the defaults and check the types of all keys.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+from fedmq.broker.errors import WireError
 from fedmq.broker.wire import Buffer, Message
 
 Read = Callable[[int], Buffer]
@@ -59,3 +60,19 @@ class Finish:
     """The run is over."""
 
     reason: str
+
+
+def steady(stream: Stream) -> Stream:
+    """Return a stream whose second reading cannot fail half-way and be taken for a refusal."""
+    whole = set()
+
+    def pieces(index: int) -> Iterator[Buffer]:
+        try:
+            yield from stream(index)
+        except WireError as error:
+            if index in whole:
+                raise RuntimeError("a blob that was read cannot be read again") from error
+            raise
+        whole.add(index)
+
+    return pieces

@@ -128,13 +128,15 @@ def slowdown(spec: float | str) -> Slowdown:
 
 @functools.cache
 def kind_of(device: str) -> str:
-    """Return what kind of device this is: what a task is trained to depends on it.
+    """Return what kind of device this is: to which bytes a task is trained depends on it.
 
-    For a CPU that is the widest instructions that torch uses there.
+    A GPU's name, or the widest instructions that torch uses on a CPU; and torch's version.
     """
     if device.startswith("cuda"):
-        return torch.cuda.get_device_name(device)
-    return f"cpu {torch.backends.cpu.get_cpu_capability()}"
+        name = torch.cuda.get_device_name(device)
+    else:
+        name = f"cpu {torch.backends.cpu.get_cpu_capability()}"
+    return f"{name}, torch {torch.__version__}"
 
 
 def choose_device(wanted: str) -> str:

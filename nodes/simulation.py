@@ -25,7 +25,7 @@ from fedmq.nodes.aggregator import Aggregator, Start
 from fedmq.nodes.inbox import Done as DoneWith
 from fedmq.nodes.inbox import Finish, Inbound, Post, Settle
 from fedmq.nodes.local import Locals
-from fedmq.nodes.setup import Setup
+from fedmq.nodes.setup import Setup, kind_of
 from fedmq.nodes.worker import Action as WorkerAction
 from fedmq.nodes.worker import Evaluate, Evaluated, Keep, Pause, Train, Trained, Worker
 
@@ -292,7 +292,9 @@ class WorkerHost(NodeHost):
             match action:
                 case Train(client, task, local, seed):
                     place = Client(client, setup.problem, setup.problem.client(client), local, seed)
-                    self._later(Trained(*setup.algorithm.train(task, place), 0.0), actions)
+                    self._later(
+                        Trained(*setup.algorithm.train(task, place), 0.0, kind_of("cpu")), actions
+                    )
                     return
                 case Evaluate(task):
                     metrics = setup.algorithm.evaluate(task, setup.problem, "cpu")

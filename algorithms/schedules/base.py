@@ -42,6 +42,9 @@ class Schedule(ABC):
     """What clients send."""
     ordered: ClassVar[bool] = False
     """Whether results are added up in cohort order, whatever order they come in."""
+    folding: ClassVar[frozenset[str]] = frozenset()
+    """Settings that only decide what a result counts and when a version is committed: under
+    others, the results of a recorded run still mean something."""
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
 
@@ -79,6 +82,8 @@ class Asynchronous(Schedule):
     staleness: s(tau), the function of how many versions late a result is.
     max_staleness: a result later than this many versions is not used; None uses all.
     """
+
+    folding: ClassVar[frozenset[str]] = frozenset({"staleness", "max_staleness"})
 
     concurrency: Annotated[int, Field(ge=1)] = 20
     staleness: StalenessSpec = "constant"

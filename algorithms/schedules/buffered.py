@@ -25,6 +25,7 @@ class Buffered(Asynchronous):
     """
 
     name: ClassVar[str] = "buffered"
+    folding: ClassVar[frozenset[str]] = Asynchronous.folding | {"size"}
 
     size: Annotated[int, Field(ge=1)] = 10
     staleness: StalenessSpec = "inverse_sqrt"

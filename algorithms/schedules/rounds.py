@@ -38,6 +38,7 @@ class Rounds(Schedule):
 
     name: ClassVar[str] = "rounds"
     ordered: ClassVar[bool] = True
+    folding: ClassVar[frozenset[str]] = frozenset({"late", "staleness"})
 
     fraction: Annotated[float, Field(ge=0, le=1)] = 0.1
     over_select: Annotated[float, Field(ge=1, le=10)] = 1.0

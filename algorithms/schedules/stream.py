@@ -27,6 +27,7 @@ class Stream(Asynchronous):
 
     name: ClassVar[str] = "stream"
     reply: ClassVar[Reply] = "model"
+    folding: ClassVar[frozenset[str]] = Asynchronous.folding | {"mixing"}
 
     mixing: Annotated[float, Field(gt=0, le=1)] = 0.6
     staleness: StalenessSpec = "polynomial(0.5)"

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from fedmq.broker.wire import Blob, encode_message
-from fedmq.nodes.aggregator import Aggregator, Start, model_digest
+from fedmq.nodes.aggregator import Aggregator, Start
 from fedmq.nodes.checkpoint import Fold
+from fedmq.nodes.digests import model_digest
 from fedmq.nodes.errors import NodeError
 from fedmq.nodes.inbox import Done, Finish, Inbound, Post, Settle
 from tests.algorithms.fleet import Fleet, changed, make_setup, with_data

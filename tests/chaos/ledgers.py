@@ -19,10 +19,13 @@ from fedmq.broker.payload import PayloadIndex, open_payload
 from fedmq.broker.postbox import Postbox
 from fedmq.broker.reading import Follower, read_entries
 from fedmq.broker.restore import Restorer
+from fedmq.broker.trace import Trace
 from fedmq.broker.wire import Message, encode_message
-from fedmq.nodes.aggregator import Aggregator, Start, model_digest
+from fedmq.nodes.aggregator import Aggregator, Start
 from fedmq.nodes.config import parse
+from fedmq.nodes.digests import model_digest
 from fedmq.nodes.inbox import Done, Finish, Inbound, Post
+from fedmq.nodes.replay.fold import Replay
 from fedmq.nodes.setup import set_up
 
 INBOX = ("aggregator", "node/aggregator")
@@ -177,6 +180,9 @@ def check_books(run: Path, model: Path | None = None) -> Books:
     _check_balance(watch)
     refolded = refold(watch.folder)
     _check_replay(watch, refolded)
+    for _ in (replay := Replay(Trace(watch.folder))).steps():
+        pass
+    assert replay.compared
     books = _fates(watch, refolded)
 
     finished = watch.of_kind("finished")

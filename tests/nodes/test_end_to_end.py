@@ -17,8 +17,8 @@ import torch
 
 from fedmq.broker.entries import Accepted, Consumed, Refusal
 from fedmq.broker.reading import read_entries
-from fedmq.nodes.aggregator import model_digest
 from fedmq.nodes.config import load
+from fedmq.nodes.digests import model_digest
 
 pytestmark = pytest.mark.end_to_end
 

@@ -1,0 +1,42 @@
+"""A broker that records nothing, to see what recording costs.
+
+It is the real one in all else: the same loop, the same ledger's code. But what would be
+written is only counted, and what is on its way to a recipient is kept in memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from multiprocessing.connection import Connection
+from pathlib import Path
+from unittest import mock
+
+from relays import say
+
+from fedmq.broker import ledger, payload
+from fedmq.broker.records import Segment
+from fedmq.broker.router import BrokerServer
+from fedmq.broker.state import BrokerSettings
+from fedmq.broker.wire import Buffer
+
+_IN_FLIGHT_BYTES = 192 << 20
+"""More than a stream's window: whoever reads what is on its way finds it in memory."""
+_WITHOUT_END = 1 << 60
+
+
+def _count(segment: Segment, buffers: Sequence[Buffer]) -> None:
+    segment.size += sum(memoryview(buffer).nbytes for buffer in buffers)
+
+
+def broker(pipe: Connection, folder: str) -> None:
+    """Serve, and say where."""
+    with (
+        mock.patch.object(Segment, "_write", _count),
+        mock.patch.object(payload, "_RECENT_BYTES", _IN_FLIGHT_BYTES),
+        mock.patch.object(ledger, "_RECENT_BYTES", _IN_FLIGHT_BYTES),
+        mock.patch.object(ledger, "_PAYLOAD_SEGMENT_BYTES", _WITHOUT_END),
+        mock.patch.object(ledger, "_MESSAGES_SEGMENT_BYTES", _WITHOUT_END),
+    ):
+        server = BrokerServer("tcp://127.0.0.1:0", Path(folder), BrokerSettings())
+        say(pipe, [server.endpoint, server.endpoint])
+        server.serve()

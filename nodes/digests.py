@@ -1,0 +1,69 @@
+"""Digests of models and of whatever else a node is made of: equal bytes, equal digest."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import msgspec
+import numpy as np
+import torch
+import xxhash
+from torch import Tensor
+
+from fedmq.codecs.raw import Raw
+
+
+def model_digest(tensors: Mapping[str, Tensor]) -> str:
+    """Return the XXH3-128 digest of a model: names, shapes, dtypes and bytes, in order."""
+    encoded = Raw().encode(tensors, 0)
+    hasher = xxhash.xxh3_128(repr(encoded.meta).encode())
+    for buffer in encoded.buffers:
+        hasher.update(buffer)
+    return str(hasher.hexdigest())
+
+
+def digest_of(value: Any) -> str:
+    """Return the XXH3-128 digest of a value, however it is made of tensors, numbers and names.
+
+    Raises:
+        TypeError: something in it is of a kind whose bytes are not known.
+    """
+    hasher = xxhash.xxh3_128()
+    _feed(hasher, value)
+    return str(hasher.hexdigest())
+
+
+def _feed(hasher: xxhash.xxh3_128, value: Any) -> None:
+    """Hash a value and the kinds of all that is in it, so that no two values read alike."""
+    match value:
+        case None | bool() | int() | float() | str() | bytes():
+            # The text of a float is exact: two floats that differ read differently.
+            text = repr(value).encode()
+            hasher.update(b"%d:%b" % (len(text), text))
+        case Tensor():
+            _feed(hasher, (str(value.dtype), list(value.shape)))
+            flat = value.detach().cpu().contiguous().reshape(-1)
+            hasher.update(flat.view(torch.uint8).numpy().data)
+        case np.ndarray():
+            _feed(hasher, (str(value.dtype), list(value.shape)))
+            hasher.update(np.ascontiguousarray(value).reshape(-1).view(np.uint8).data)
+        case Mapping():
+            hasher.update(b"{%d" % len(value))
+            for key, each in value.items():
+                _feed(hasher, key)
+                _feed(hasher, each)
+        case list() | tuple():
+            hasher.update(b"[%d" % len(value))
+            for each in value:
+                _feed(hasher, each)
+        case set() | frozenset():
+            _feed(hasher, sorted(value))
+        case msgspec.Struct():
+            _feed(hasher, msgspec.structs.asdict(value))
+        case _ if dataclasses.is_dataclass(value):
+            fields = [each.name for each in dataclasses.fields(value)]
+            _feed(hasher, {name: getattr(value, name) for name in fields})
+        case _:
+            raise TypeError(f"cannot digest a {type(value).__name__}")

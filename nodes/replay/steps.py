@@ -1,0 +1,199 @@
+"""What an aggregator's core is made of after each message, as digests: for bisecting.
+
+A difference in the code shows in the state at the very message that it concerns; in what
+the core says it may show much later. ``--save`` writes the digests of a replay to a file,
+and ``--against`` holds another replay of the same inbox against it, with other code.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+import msgspec
+from msgspec import Struct
+
+from fedmq.broker.trace import Trace
+from fedmq.broker.wire import Message
+from fedmq.nodes.aggregator import Aggregator
+from fedmq.nodes.digests import digest_of
+from fedmq.nodes.errors import NodeError
+from fedmq.nodes.inbox import Inbound
+from fedmq.nodes.replay.fold import Diverged, Replay, Step, describe
+from fedmq.nodes.trace.differ import Side, differences
+
+FILE = "steps.jsonl"
+_SHORT = 200
+Parts = dict[str, int | float | str]
+
+
+class _Header(Struct):
+    """First line of the file."""
+
+    run: str
+    opened: float
+    """Time of the run's first entry: with its id it names the run."""
+
+
+class _Line(Struct):
+    """One step: the number of the message taken, -1 for the start, and the state after it."""
+
+    seq: int
+    parts: Parts
+
+
+class Digester:
+    """Digests a core's parts; the algorithm's state only when there is a new one."""
+
+    def __init__(self) -> None:
+        self._state: Any = None
+        self._digest = ""
+
+    def parts(self, core: Aggregator) -> Parts:
+        """Return the core's parts: what is short as it is, all else as digests."""
+        found: Parts = {}
+        for name, value in core.parts().items():
+            if isinstance(value, int | float):
+                found[name] = value
+            elif isinstance(value, list | Struct) and len(text := repr(value)) <= _SHORT:
+                found[name] = text
+            elif name == "state":
+                if value is not self._state:
+                    self._state, self._digest = value, digest_of(value)
+                found[name] = self._digest
+            else:
+                found[name] = digest_of(value)
+        return found
+
+
+def save_steps(replay: Replay, folder: Path, until: int | None = None) -> Iterator[Step]:
+    """Yield the steps of a replay, and write each to a new file in the folder.
+
+    Raises:
+        NodeError: the file is there already, or cannot be written.
+    """
+    digester = Digester()
+    with _create(folder) as file:
+        opened = replay.trace.opened
+        file.write(msgspec.json.encode(_Header(opened.run, opened.at)) + b"\n")
+        for step in replay.steps(until):
+            line = _Line(_number(step), digester.parts(replay.core))
+            file.write(msgspec.json.encode(line) + b"\n")
+            yield step
+
+
+def against_steps(replay: Replay, folder: Path, until: int | None = None) -> Iterator[Step]:
+    """Yield the steps of a replay as long as its state is that of the steps in a file.
+
+    Raises:
+        Diverged: at the first message after which it is not.
+        NodeError: the file is of another run, or cannot be read.
+    """
+    digester = Digester()
+    lines = _read(folder, replay.trace)
+    for step in replay.steps(until):
+        saved = next(lines, None)
+        if saved is None:
+            return
+        parts = digester.parts(replay.core)
+        if saved.seq != _number(step) or not _same(saved.parts, parts):
+            found = [
+                f"{name}: {saved.parts[name]} there, {parts[name]} here"
+                for name in saved.parts
+                if name in parts and repr(saved.parts[name]) != repr(parts[name])
+            ]
+            raise Diverged("\n  ".join([f"the state parts {_upon(step)}", *found]))
+        yield step
+
+
+def against_run(replay: Replay, other: Replay, until: int | None = None) -> Iterator[Step]:
+    """Yield the steps of a replay as long as another run's replay takes and makes the same.
+
+    Raises:
+        Diverged: at the first message that differs, or after which the state does.
+    """
+    ours, theirs = Digester(), Digester()
+    pairs = itertools.zip_longest(
+        _named("this run", replay, until), _named("the other run", other, until)
+    )
+    for mine, its in pairs:
+        if mine is None or its is None:
+            which = "the other run" if mine is None else "this run"
+            raise Diverged(f"{which} goes on {_upon(mine or its)}")
+        if isinstance(mine.event, Inbound) and isinstance(its.event, Inbound):
+            found = _differences(mine.event, its.event)
+            if found:
+                lines = [
+                    "the inboxes part; up to here, both runs have the same state",
+                    f"this run: {mine.event.seq} {_summary(mine.event.message)}",
+                    f"the other: {its.event.seq} {_summary(its.event.message)}",
+                    *found,
+                ]
+                raise Diverged("\n  ".join(lines))
+        a, b = ours.parts(replay.core), theirs.parts(other.core)
+        a.pop("position"), b.pop("position")  # other runs have other numbers
+        if not _same(a, b):
+            found = [f"{k}: {a[k]} here, {b[k]} there" for k in a if repr(a[k]) != repr(b[k])]
+            raise Diverged("\n  ".join([f"the state parts {_upon(mine)}", *found]))
+        yield mine
+
+
+def _named(which: str, replay: Replay, until: int | None) -> Iterator[Step]:
+    """Yield a run's steps; say which run it is that is not what this code makes of it."""
+    try:
+        yield from replay.steps(until)
+    except Diverged as error:
+        raise Diverged(f"{which} was not recorded by this code: {error}") from None
+
+
+def _differences(mine: Inbound, its: Inbound) -> list[str]:
+    if (mine.message.sender, mine.message.id) != (its.message.sender, its.message.id):
+        return ["another message"]
+    return differences(
+        Side(mine.message, mine.read), Side(its.message, its.read), names=("this run", "the other")
+    )
+
+
+def _summary(message: Message) -> str:
+    return f"{describe(message)}, from {message.sender}"
+
+
+def _number(step: Step) -> int:
+    return step.event.seq if isinstance(step.event, Inbound) else -1
+
+
+def _upon(step: Step) -> str:
+    event = step.event
+    if isinstance(event, Inbound):
+        return f"with message {event.seq}: {_summary(event.message)}"
+    return "at the start"
+
+
+def _same(a: Parts, b: Parts) -> bool:
+    """Tell whether all parts that both have are equal; NaN is equal to NaN."""
+    return all(repr(a[name]) == repr(b[name]) for name in a if name in b)
+
+
+def _create(folder: Path) -> IO[bytes]:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        return (folder / FILE).open("xb")
+    except OSError as error:
+        raise NodeError(f"--save: cannot write {folder / FILE}: {error.strerror}") from None
+
+
+def _read(folder: Path, trace: Trace) -> Iterator[_Line]:
+    path = folder / FILE
+    try:
+        with path.open("rb") as file:
+            header = msgspec.json.decode(file.readline(), type=_Header)
+            if (header.run, header.opened) != (trace.opened.run, trace.opened.at):
+                raise NodeError(f"--against: expected steps of run {trace.run}, got {header.run}")
+            for line in file:
+                yield msgspec.json.decode(line, type=_Line)
+    except OSError as error:
+        raise NodeError(f"--against: cannot read {path}: {error.strerror}") from None
+    except msgspec.MsgspecError as error:
+        raise NodeError(f"--against: {path} is not what --save writes: {error}") from None

@@ -1,0 +1,200 @@
+"""What if: the recorded results, folded under another rule.
+
+The clients trained from the models of the recorded run, and it is their results that are
+folded again. So only what decides how a result counts may change; the staleness of a result
+is counted in versions of the other rule, from the moment at which its task was sent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fedmq.algorithms.base import Task, examples_of
+from fedmq.algorithms.errors import ResultError
+from fedmq.algorithms.schedules import View
+from fedmq.broker.trace import Trace
+from fedmq.codecs.errors import CodecError
+from fedmq.nodes.config import Config, changed, parse
+from fedmq.nodes.errors import ConfigError
+from fedmq.nodes.inbox import Done, Inbound, Post
+from fedmq.nodes.payload import numbers_of, unpack
+from fedmq.nodes.replay.fold import Replay, Step, recorded_setup
+from fedmq.nodes.setup import Setup, choose_device
+
+_STALE = "too stale"
+_REASONS = {
+    "problem": "the clients would have had other data",
+    "codec": "the results would have crossed as other bytes",
+    "worker": "the clients would have been as fast as they were, or not at all",
+    "broker": "it has no part in what a result counts",
+    "run": "it has no part in what a result counts",
+}
+
+
+@dataclass
+class Point:
+    """Both models where the recorded run evaluated its own.
+
+    at: seconds since the run's start. results: used so far, (recorded, other).
+    versions: (recorded, other). recorded: metrics from the ledger, None if never scored.
+    other: metrics of the other rule's model.
+    """
+
+    at: float
+    results: tuple[int, int]
+    versions: tuple[int, int]
+    recorded: dict[str, float] | None
+    other: dict[str, float]
+
+
+def changed_setup(trace: Trace, settings: Sequence[str]) -> Setup:
+    """Return the objects of a run under another rule.
+
+    Raises:
+        ConfigError: a setting is wrong, or of a kind under which the recorded results
+            mean nothing; the sentence says why.
+    """
+    before = recorded_setup(trace)
+    asked = changed(parse(trace.opened.config), settings)
+    for table in type(asked).model_fields:
+        _check_table(table, before, asked)
+    return recorded_setup(trace, asked)
+
+
+def _check_table(table: str, before: Setup, asked: Config) -> None:
+    """Refuse what recorded results tell nothing about."""
+    old, new = before.config.model_dump()[table], asked.model_dump()[table]
+    for key in sorted({*old, *new}):
+        if old.get(key) == new.get(key):
+            continue
+        name = f"{table}.{key}"
+        if table == "schedule" and key != "name":
+            if key not in before.schedule.folding:
+                raise ConfigError(_refusal(name, "other clients would have got tasks", before))
+        elif table == "algorithm" and key != "name":
+            if key not in before.algorithm.at_commit:
+                raise ConfigError(_refusal(name, "the clients would have sent others", before))
+        else:
+            why = _REASONS.get(table, "the clients would have been asked for something else")
+            raise ConfigError(_refusal(name, why, before))
+
+
+def _refusal(name: str, why: str, before: Setup) -> str:
+    rules = [f"schedule.{key}" for key in sorted(before.schedule.folding)]
+    rules += [f"algorithm.{key}" for key in sorted(before.algorithm.at_commit)]
+    return (
+        f"--set {name}: the recorded results say nothing about it, {why}; "
+        f"of this run, {', '.join(rules)} can be changed"
+    )
+
+
+class WhatIf:
+    """Folds the results of a recorded run under another rule, beside the run itself.
+
+    Args:
+        trace: of the run.
+        setup: of the other rule, from `changed_setup`.
+    """
+
+    def __init__(self, trace: Trace, setup: Setup) -> None:
+        self._replay = Replay(trace)
+        self._setup = setup
+        self._algorithm, self._schedule = setup.algorithm, setup.schedule
+        self._state = self._algorithm.start(setup.problem)
+        self._version = self._used = 0
+        self._born: dict[str, int] = {}
+        """Version of the other rule when a task was sent, by the task's id."""
+        self._waiting: dict[int, Inbound] = {}
+        """Results that the recorded run held back until their turn."""
+        self._gathered: Any = self._algorithm.gather(self._state)
+        self._weights, self._results = 0.0, 0
+
+    def points(self) -> Iterator[Point]:
+        """Yield a point for each evaluation of the recorded run, in order.
+
+        Raises:
+            Diverged: the recorded run itself does not replay.
+            LedgerError: the trace is damaged.
+        """
+        open_points: dict[str, Point] = {}
+        began: float | None = None
+        version = 0
+        device = choose_device(self._setup.config.worker.device)
+        for step in self._replay.steps():
+            event, core = step.event, self._replay.core
+            if isinstance(event, Inbound):
+                began = event.at if began is None else began
+                if event.message.kind == "score":
+                    self._score(event, open_points)
+            self._take(step, committed=core.version > version)
+            version = core.version
+            for action in step.actions:
+                if isinstance(action, Post) and action.message.kind == "task":
+                    self._born[action.message.id] = self._version
+                elif isinstance(action, Post) and action.message.kind == "evaluate":
+                    task = Task(self._version, self._algorithm.task(self._state, 0))
+                    metrics = self._algorithm.evaluate(task, self._setup.problem, device)
+                    point = Point(
+                        event.at - began if isinstance(event, Inbound) and began else 0.0,
+                        (core.parts()["counts"].used, self._used),
+                        (version, self._version),
+                        None,
+                        dict(metrics),
+                    )
+                    open_points[action.message.id] = point
+            yield from self._scored(open_points)
+        yield from open_points.values()
+
+    def _score(self, event: Inbound, points: dict[str, Point]) -> None:
+        point = points.get(event.message.re or "")
+        metrics = event.message.body.get("metrics")
+        if point is not None and isinstance(metrics, dict):
+            point.recorded = metrics
+
+    def _scored(self, points: dict[str, Point]) -> Iterator[Point]:
+        """Take out the points, from the oldest on, whose scores have come."""
+        while points and (first := next(iter(points))) in points and points[first].recorded:
+            yield points.pop(first)
+
+    def _take(self, step: Step, *, committed: bool) -> None:
+        """Count the results that the recorded run was done with in this step."""
+        if isinstance(step.event, Inbound) and step.event.message.kind == "result":
+            self._waiting[step.event.seq] = step.event
+        for action in step.actions:
+            match action:
+                case Done(seq, refused) if seq in self._waiting:
+                    event = self._waiting.pop(seq)
+                    if not refused or refused.startswith(_STALE):
+                        self._absorb(event)
+        if self._schedule.ordered and committed and self._results:
+            self._commit()  # when a round closes, its cohort decides
+
+    def _absorb(self, event: Inbound) -> None:
+        message = event.message
+        staleness = self._version - self._born.get(message.re or "", self._version)
+        try:
+            weight = self._schedule.weight(examples_of(numbers_of(message)), staleness)
+            if weight is None:
+                return
+            payload = unpack(message, event.read)
+            self._gathered = self._algorithm.absorb(self._gathered, self._state, payload, weight)
+        except (ResultError, CodecError):
+            return  # under no rule can it be used
+        self._weights += weight
+        self._results += 1
+        self._used += 1
+        if not self._schedule.ordered and self._schedule.closes(self._view()):
+            self._commit()
+
+    def _view(self) -> View:
+        clients = self._setup.problem.clients
+        return View(clients, 0, 0, 0, results=self._results, deadline_passed=False)
+
+    def _commit(self) -> None:
+        divisor = self._schedule.divisor(self._weights, self._results)
+        self._state = self._algorithm.commit(self._state, self._gathered, divisor)
+        self._version += 1
+        self._gathered = self._algorithm.gather(self._state)
+        self._weights, self._results = 0.0, 0

@@ -1,0 +1,203 @@
+"""A worker's tasks, trained again from their recorded inputs and held against its results.
+
+All that a task's result depends on is in the ledger and the configuration: the task, the
+client's data, seeds derived from their names. What a client keeps from task to task follows
+from its tasks in their order. On the same kind of device the result has the same bytes.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from fedmq.algorithms.base import Client
+from fedmq.broker.entries import Accepted
+from fedmq.broker.errors import LedgerError
+from fedmq.broker.state import BROKER
+from fedmq.broker.trace import Trace
+from fedmq.broker.wire import Buffer, Message
+from fedmq.nodes.inbox import Post
+from fedmq.nodes.local import Locals
+from fedmq.nodes.payload import unpack
+from fedmq.nodes.replay.fold import accepted_entry, inbound
+from fedmq.nodes.setup import Setup, choose_device, kind_of
+from fedmq.nodes.trace.differ import Side, differences
+from fedmq.nodes.worker import Evaluate, Evaluated, Keep, Train, Trained, Worker
+
+TOLERANCE = 1e-3
+"""How far results may lie apart between kinds of devices: |a - b| / |a|, over all weights."""
+_HONEST = frozenset({"body.elapsed_s", "body.device"})
+"""What differs between two trainings of one task."""
+
+
+@dataclass(frozen=True)
+class Retrained:
+    """One task, trained or evaluated again.
+
+    task, result: numbers of both messages.
+    differences: what is not as it was recorded; empty if nothing.
+    apart: relative distance of the weights, where the device is of another kind; else None.
+    """
+
+    task: int
+    result: int
+    message: Message
+    seconds: float
+    differences: list[str]
+    apart: float | None = None
+
+    @property
+    def same(self) -> bool:
+        """Tell whether the result is what was recorded, as far as the device allows."""
+        return not self.differences if self.apart is None else self.apart <= TOLERANCE
+
+
+@dataclass
+class _Recorded:
+    """What a trace tells of one worker."""
+
+    clients: list[tuple[int, int]] = field(default_factory=list)
+    tasks: dict[str, int] = field(default_factory=dict)
+    answers: list[tuple[str, int]] = field(default_factory=list)
+    """(id of the task, number of its result), in order."""
+
+
+class Retraining:
+    """A worker (or the evaluator) of a recorded run.
+
+    Args:
+        trace: of the run.
+        setup: what is learned, and how.
+        node: its name.
+
+    Raises:
+        LedgerError: no such node has answered a task in this run.
+    """
+
+    def __init__(self, trace: Trace, setup: Setup, node: str) -> None:
+        self._trace, self._setup, self._node = trace, setup, node
+        self._device = choose_device(setup.config.worker.device)
+        self._recorded = _read(trace, node)
+        self._locals = Locals()
+        self._core = Worker(setup, trace.run, node, self._recorded.clients, self._locals)
+
+    def all(self) -> Iterator[Retrained]:
+        """Train every task that has a result, in order."""
+        for task, result in self._recorded.answers:
+            yield self._again(task, result)
+
+    def one(self, name: str) -> Retrained:
+        """Train one task; those before it as well, if the client keeps something from them.
+
+        Raises:
+            LedgerError: the worker has no result of this task.
+        """
+        answers = dict(self._recorded.answers)
+        if name not in answers:
+            some = ", ".join(list(answers)[:5])
+            raise LedgerError(
+                f"--task: expected a task that {self._node} has a result of ({some}, ...), "
+                f"got {name!r}"
+            )
+        client = self._client(name)
+        before = [each for each in answers if self._client(each) == client]
+        for each in before[: before.index(name)]:
+            self._again(each, answers[each])
+            if client is None or self._locals.get(client) is None:
+                break  # nothing is kept: what was trained before does not matter
+        return self._again(name, answers[name])
+
+    def _client(self, task: str) -> int | None:
+        message = accepted_entry(self._trace, self._recorded.tasks[task]).read()
+        client = message.body.get("client")
+        return client if isinstance(client, int) else None
+
+    def _again(self, name: str, seq: int) -> Retrained:
+        """Give the core a task, carry out what it asks for, and look at its answer."""
+        task = self._recorded.tasks[name]
+        began = time.perf_counter()
+        actions = list(self._core.handle(inbound(self._trace, accepted_entry(self._trace, task))))
+        answer: Post | None = None
+        while actions:
+            match actions.pop(0):
+                case Train(client, work, local, seed):
+                    place = Client(
+                        client,
+                        self._setup.problem,
+                        self._setup.problem.client(client),
+                        local,
+                        seed,
+                        self._device,
+                    )
+                    payload, kept = self._setup.algorithm.train(work, place)
+                    actions += self._core.handle(Trained(payload, kept, 0.0, kind_of(self._device)))
+                case Evaluate(work):
+                    metrics = self._setup.algorithm.evaluate(
+                        work, self._setup.problem, self._device
+                    )
+                    actions += self._core.handle(Evaluated(metrics))
+                case Keep(client, state):
+                    self._locals.put(client, state)
+                case Post() as post:
+                    answer = post
+        seconds = time.perf_counter() - began
+        if answer is None:
+            raise LedgerError(f"task {name} cannot be read by a worker")
+        return self._compare(task, seq, answer, seconds)
+
+    def _compare(self, task: int, seq: int, answer: Post, seconds: float) -> Retrained:
+        message = accepted_entry(self._trace, seq).read()
+        read = functools.partial(self._trace.blob, message)
+        found = differences(
+            Side(message, read),
+            Side(answer.message, answer.data.__getitem__),
+            names=("the record", "the replay"),
+            ignore=_HONEST,
+        )
+        apart = None
+        device = message.body.get("device", "")
+        if found and device and device != answer.message.body.get("device"):
+            apart = _distance(message, read, answer)
+        return Retrained(task, seq, message, seconds, found, apart)
+
+
+def _read(trace: Trace, node: str) -> _Recorded:
+    """Collect what a node hosted, was asked and has answered."""
+    found = _Recorded()
+    nodes: dict[str, None] = {}
+    tasks: dict[str, int] = {}
+    for entry in trace.entries():
+        if not isinstance(entry, Accepted):
+            continue
+        message = entry.read()
+        if message.kind in ("task", "evaluate"):
+            tasks[message.id] = entry.seq
+        elif message.kind == "joined" and message.sender == BROKER:
+            nodes[message.body["node"]] = None
+            if message.body["node"] == node:
+                found.clients += [(low, high) for low, high in message.body["clients"]]
+        elif message.sender == node and message.kind in ("result", "score") and message.re in tasks:
+            found.tasks[message.re] = tasks[message.re]
+            found.answers.append((message.re, entry.seq))
+    if not found.answers:
+        names = ", ".join(nodes)
+        raise LedgerError(f"--worker: expected a node with results ({names}), got {node!r}")
+    return found
+
+
+def _distance(message: Message, read: Callable[[int], Buffer], answer: Post) -> float:
+    """Return |a - b| / |a| over all weights of two results."""
+    a = _flat(unpack(message, read).weights)
+    b = _flat(unpack(answer.message, answer.data.__getitem__).weights)
+    if a.shape != b.shape:
+        return float("inf")
+    return float((a - b).norm() / a.norm().clamp_min(torch.finfo(a.dtype).tiny))
+
+
+def _flat(weights: Mapping[str, Tensor]) -> Tensor:
+    return torch.cat([each.double().reshape(-1) for each in weights.values()])

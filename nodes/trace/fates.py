@@ -1,0 +1,210 @@
+"""What one reading of a whole trace tells about each message, and who hosts whom meanwhile."""
+
+from __future__ import annotations
+
+import bisect
+from array import array
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import msgspec
+
+from fedmq.broker.entries import Accepted, AnyEntry, Refusal
+from fedmq.broker.errors import LedgerError
+from fedmq.broker.state import AGGREGATOR, BROKER, EVALUATOR, WORKER
+from fedmq.broker.trace import Trace
+from fedmq.broker.wire import Message
+
+
+class Fates:
+    """What became of the messages of a run; of most, nothing is kept in memory.
+
+    Args:
+        trace: is read once, up to its end or its damage.
+
+    Attributes:
+        refused: refusals of accepted messages, by the message's number.
+        versions: how many versions were committed.
+        end: number of the last message that the final state is the fold of, or None.
+        places: who was there at the end.
+        used: how many results were used, as the aggregator says at the end, or None.
+        numbers: of the refused messages, by their ids.
+        widths: the longest kind, path and id.
+        entries: how many there are.
+    """
+
+    def __init__(self, trace: Trace) -> None:
+        self.refused: dict[int, Refusal] = {}
+        self.numbers: dict[str, int] = {}
+        self.end: int | None = None
+        self.used: int | None = None
+        self.entries = 0
+        self.widths = Widths()
+        self._positions = array("q")
+        self._numbers = array("q")
+        self.places = places = Places()
+        for entry in before_damage(trace):
+            self.entries += 1
+            match entry:
+                case Accepted():
+                    message = entry.read()
+                    places.feed(message)
+                    self.widths.feed(message, places.host_of(message.to) or "")
+                    if message.sender == places.aggregator:
+                        self._from_aggregator(trace, entry.seq, message)
+                case Refusal(of=int(of)):
+                    self.refused[of] = entry
+                    self.numbers[entry.id] = of
+
+    @property
+    def versions(self) -> int:
+        """Return the newest version."""
+        return self._numbers[-1] if self._numbers else 0
+
+    def version_at(self, seq: int) -> int:
+        """Return the version that was current when a message of the inbox was folded."""
+        found = bisect.bisect_left(self._positions, seq)
+        return self._numbers[found - 1] if found else 0
+
+    def staleness(self, seq: int, message: Message) -> int | None:
+        """Return how many versions old the model of a result was; None if it was not used."""
+        base = natural(message.body.get("model_version"))
+        if message.kind != "result" or seq in self.refused or base is None:
+            return None
+        if self.end is not None and seq > self.end:
+            return None
+        return self.version_at(seq) - base
+
+    def _from_aggregator(self, trace: Trace, seq: int, message: Message) -> None:
+        if message.kind == "version":
+            number = natural(message.body.get("version"))
+            position = natural(message.body.get("position"))
+            if number is not None and position is not None:
+                self._numbers.append(number)
+                self._positions.append(position)
+        elif message.kind == "finished":
+            self.end = _position(trace, message, seq)
+            self.used = natural(message.body.get("used"))
+
+
+@dataclass
+class Widths:
+    """How wide the columns must be for all messages of a run."""
+
+    kind: int = 0
+    path: int = 0
+    id: int = 0
+
+    def feed(self, message: Message, host: str) -> None:
+        """Take one more message, and the node that hosts its address."""
+        self.kind = max(self.kind, len(message.kind))
+        self.id = max(self.id, len(message.id))
+        # The client's part of a result's path is about as long as that of its task.
+        self.path = max(self.path, len(message.sender) + len(message.to) + len(host) + 5)
+
+
+class Places:
+    """Who is there, as the broker has told it so far.
+
+    Attributes:
+        aggregator: name of the aggregator's node.
+        roles: of every node that was ever there.
+    """
+
+    def __init__(self) -> None:
+        self.aggregator = AGGREGATOR
+        self.roles: dict[str, str] = {}
+        self._here: set[str] = set()
+        self._hosts: dict[str, str] = {}
+
+    def feed(self, message: Message) -> None:
+        """Take one more message; of most, there is nothing to learn."""
+        if message.sender != BROKER or message.kind not in ("joined", "left"):
+            return
+        match message.body:
+            case {"node": str(node), "role": str(role), "clients": list(ranges)}:
+                self._here.add(node)
+                self.roles[node] = role
+                self._hosts[f"node/{node}"] = node
+                if role == AGGREGATOR:
+                    self.aggregator = node
+                if role in (AGGREGATOR, EVALUATOR):
+                    self._hosts[role] = node
+                elif role == WORKER:
+                    for low, high in ranges:
+                        hosted = [f"client/{client}" for client in range(low, high + 1)]
+                        self._hosts |= dict.fromkeys(hosted, node)
+            case {"node": str(node)}:
+                self._here.discard(node)
+
+    def host_of(self, address: str) -> str | None:
+        """Return the node that hosts an address now, or None."""
+        node = self._hosts.get(address)
+        return node if node in self._here else None
+
+
+class Task(NamedTuple):
+    """A task or an evaluation that was asked for."""
+
+    seq: int
+    at: float
+    to: str
+    host: str | None
+    """Who hosted its address then."""
+    version: int | None
+
+    @property
+    def client(self) -> int | None:
+        """Return the client that it is for."""
+        return client_of(self.to)
+
+
+class Tasks:
+    """The tasks that are out, by id; an answer takes its task away."""
+
+    def __init__(self) -> None:
+        self.out: dict[str, Task] = {}
+
+    def feed(self, entry: Accepted, message: Message, places: Places) -> Task | None:
+        """Take one more message; return the task that it is, or that it answers."""
+        if message.sender == places.aggregator and message.kind in ("task", "evaluate"):
+            version = natural(message.body.get("model_version"))
+            host = places.host_of(message.to)
+            task = Task(entry.seq, entry.at, message.to, host, version)
+            self.out[message.id] = task
+            return task
+        if message.kind in ("result", "failed", "score") and message.re is not None:
+            return self.out.pop(message.re, None)
+        return None
+
+
+def before_damage(trace: Trace) -> Iterator[AnyEntry]:
+    """Yield the entries of a run up to its end, or up to damage, which `Trace.damage` tells."""
+    try:
+        yield from trace.entries()
+    except LedgerError as error:
+        # It may have come, or been found, since the trace was opened.
+        trace.damage = trace.damage or error
+
+
+def client_of(address: str) -> int | None:
+    """Return the client that an address names, or None."""
+    kind, _, number = address.partition("/")
+    return int(number) if kind == "client" and number.isascii() and number.isdecimal() else None
+
+
+def natural(value: Any) -> int | None:
+    """Return a value from a message's body if it is a whole number that can be one."""
+    whole = isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 62
+    return value if whole else None
+
+
+def _position(trace: Trace, message: Message, seq: int) -> int:
+    """Return up to where a run's last record is the fold of its inbox."""
+    try:
+        fold = msgspec.msgpack.decode(trace.blob(message, len(message.blobs) - 1))
+        found = natural(fold.get("position"))
+    except (LedgerError, msgspec.MsgspecError, ValueError, AttributeError, RecursionError):
+        found = None
+    return seq if found is None else found

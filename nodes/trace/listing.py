@@ -1,0 +1,280 @@
+"""``fedmq trace ls``: one line an entry, and which entries."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+from fedmq.broker.entries import Accepted, AnyEntry, Consumed, Ended, Opened, Refusal
+from fedmq.broker.state import BROKER
+from fedmq.broker.trace import Trace
+from fedmq.broker.wire import Message
+from fedmq.nodes.errors import NodeError
+from fedmq.nodes.trace.fates import Fates, Places, Task, Tasks, before_damage, client_of, natural
+from fedmq.nodes.trace.text import figure, literal, plain, plural, seconds, spans, word
+
+_WIDEST = 60
+
+
+@dataclass(frozen=True)
+class Row:
+    """One entry, as it is listed.
+
+    at: seconds since the run's start. version: of the model that it is about. answers: the
+    number of the entry that it answers, or that message's id where the number is not known.
+    client, nodes: whom it concerns. refused: it is a refused message, or a refused post.
+    """
+
+    seq: int
+    at: float
+    kind: str
+    path: str = ""
+    version: int | None = None
+    id: str = ""
+    answers: str = ""
+    nbytes: int | None = None
+    note: str = ""
+    client: int | None = None
+    nodes: tuple[str, ...] = ()
+    refused: bool = False
+
+    def line(self, widths: Columns) -> str:
+        """Return the row as text, its columns as wide as said."""
+        version = "-" if self.version is None else f"v{self.version}"
+        nbytes = str(self.nbytes) if self.nbytes else "-"
+        return widths.line(
+            str(self.seq),
+            seconds(self.at),
+            self.kind,
+            self.path or "-",
+            version,
+            self.id or "-",
+            self.answers or "-",
+            nbytes,
+            self.note,
+        )
+
+
+class Columns(NamedTuple):
+    """How wide the columns are that are not the same in all runs."""
+
+    number: int
+    kind: int
+    path: int
+    id: int
+
+    @classmethod
+    def of(cls, fates: Fates) -> Columns:
+        """Return columns in which nearly all rows of a run stand aligned."""
+        widths = fates.widths
+        return cls(
+            max(5, len(str(fates.entries))),
+            max(8, min(widths.kind, 20)),
+            max(10, min(widths.path, _WIDEST)),
+            max(2, min(widths.id, _WIDEST)),
+        )
+
+    def head(self) -> str:
+        """Return the names of the columns."""
+        return self.line(
+            "entry", "time", "kind", "from -> to", "model", "id", "re", "bytes", "note"
+        )
+
+    def line(self, *cells: str) -> str:
+        """Return one line of nine cells."""
+        number, at, kind, path, version, name, answers, nbytes, note = cells
+        return (
+            f"{number:>{self.number}} {at:>9}  {kind:<{self.kind}}  {path:<{self.path}}  "
+            f"{version:>5}  {name:<{self.id}}  {answers:>{self.number}} {nbytes:>10}  {note}"
+        ).rstrip()
+
+
+@dataclass(frozen=True)
+class Filter:
+    """Which entries are wanted; what is empty or None takes all.
+
+    versions, times: from and to, both included.
+    """
+
+    kinds: frozenset[str] = frozenset()
+    node: str | None = None
+    client: int | None = None
+    versions: tuple[int, float] | None = None
+    times: tuple[float, float] = (-math.inf, math.inf)
+    refused: bool = False
+    everything: bool = False
+
+    def takes(self, row: Row) -> bool:
+        """Tell whether a row is wanted."""
+        if row.kind == "consumed" and not (self.everything or "consumed" in self.kinds):
+            return False
+        return (
+            (not self.kinds or row.kind in self.kinds)
+            and (self.node is None or word(self.node) in row.nodes)
+            and (self.client is None or row.client == self.client)
+            and (self.versions is None or _within(row.version, self.versions))
+            and self.times[0] <= row.at <= self.times[1]
+            and (row.refused or not self.refused)
+        )
+
+
+def rows(trace: Trace, fates: Fates) -> Iterator[Row]:
+    """Yield a row for each entry of a run, up to its end or its damage."""
+    places, tasks = Places(), Tasks()
+    for entry in before_damage(trace):
+        at = entry.at - trace.opened.at
+        if isinstance(entry, Accepted):
+            message = entry.read()
+            places.feed(message)
+            task = tasks.feed(entry, message, places)
+            yield _message_row(entry.seq, at, message, places, task, fates)
+        else:
+            yield _other_row(entry, at)
+
+
+def parse_versions(text: str) -> tuple[int, float]:
+    """Read a range of versions: ``412``, ``400-420``, or ``400-``.
+
+    Raises:
+        NodeError: the text is not of that form.
+    """
+    match = re.fullmatch(r"([0-9]{1,18})(?:(-)([0-9]{1,18})?)?", text)
+    if match is None:
+        raise NodeError(f"--versions: expected A-B, A- or A, such as 400-420, got {text!r}")
+    low = int(match[1])
+    high = int(match[3]) if match[3] else math.inf if match[2] else low
+    if high < low:
+        raise NodeError(f"--versions: expected the lower version first, got {text!r}")
+    return low, high
+
+
+def at_host(address: str, host: str | None) -> str:
+    """Return an address with the node that hosts it, unless it names that node itself."""
+    if host is None or address in (host, f"node/{host}"):
+        return word(address)
+    return f"{word(address)}@{word(host)}"
+
+
+def _message_row(
+    seq: int, at: float, message: Message, places: Places, task: Task | None, fates: Fates
+) -> Row:
+    host = places.host_of(message.to)
+    client = task.client if task else client_of(message.to)
+    if client is None and message.kind == "result":
+        client = natural(message.body.get("client"))
+    sender = message.sender
+    answers = task is not None and message.re is not None
+    spoken = at_host(f"client/{client}", sender) if answers and client is not None else word(sender)
+    refusal = fates.refused.get(seq)
+    note = plain(_note(message))
+    base = _version(message, task)
+    if message.kind == "result" and base is not None:
+        note = f"staleness {fates.version_at(seq) - base}" + (f", {note}" if note else "")
+    whom = message.body.get("node") if message.sender == BROKER else None
+    row = Row(
+        seq=seq,
+        at=at,
+        kind=word(message.kind),
+        path=f"{spoken} -> {at_host(message.to, host)}",
+        version=base,
+        id=word(message.id),
+        answers=_answers(message, task, fates),
+        nbytes=sum(blob.size for blob in message.blobs),
+        note=note,
+        client=client if message.kind in ("task", "result", "failed") else None,
+        nodes=tuple(word(each) for each in (sender, host, whom) if each is not None),
+    )
+    if refusal is None:
+        return row
+    said = "parked" if refusal.parked else "refused"
+    mark = f"{said} by {word(refusal.node)}: {plain(refusal.reason)}"
+    return replace(row, refused=True, note=f"{mark}; {row.note}" if row.note else mark)
+
+
+def _other_row(entry: AnyEntry, at: float) -> Row:
+    match entry:
+        case Opened(run=run, total_clients=total):
+            return Row(entry.seq, at, "opened", note=f"run {word(run)}, {plural(total, 'client')}")
+        case Consumed(node=node, of=of):
+            name = word(node)
+            return Row(entry.seq, at, "consumed", name, note=plain(spans(of)), nodes=(name,))
+        case Refusal(node=node, id=name, reason=reason, of=of):
+            what = "a post" if of is None else f"entry {of}"
+            note = f"{'parked' if entry.parked else 'refused'} {what}: {plain(reason)}"
+            by = word(node)
+            lost = of is None
+            return Row(
+                entry.seq, at, "refusal", by, id=word(name), note=note, nodes=(by,), refused=lost
+            )
+        case Ended(reason=reason):
+            return Row(entry.seq, at, "ended", note=plain(reason))
+        case _:
+            return Row(entry.seq, at, word(type(entry).__name__.lower()))
+
+
+def _answers(message: Message, task: Task | None, fates: Fates) -> str:
+    if message.re is None:
+        return ""
+    found = task.seq if task else fates.numbers.get(message.re)
+    return word(message.re) if found is None else str(found)
+
+
+def _version(message: Message, task: Task | None) -> int | None:
+    if message.kind == "version":
+        return natural(message.body.get("version"))
+    own = natural(message.body.get("model_version"))
+    return own if own is not None or task is None else task.version
+
+
+def _within(value: int | None, limits: tuple[int, float]) -> bool:
+    return value is not None and limits[0] <= value <= limits[1]
+
+
+def _note(message: Message) -> str:
+    """Return what is worth knowing of a message's body at a glance."""
+    told = _NOTES.get(message.kind)
+    try:
+        return told(message.body) if told else ""
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
+        return ""  # whoever wrote it, it is not a body that this kind of message has
+
+
+def _joined(body: Mapping[str, Any]) -> str:
+    clients = ",".join(f"{low}-{high}" for low, high in body["clients"])
+    return f"{body['node']}, {body['role']}" + (f" of clients {clients}" if clients else "")
+
+
+def _version_note(body: Mapping[str, Any]) -> str:
+    mean, most = float(body["mean_staleness"]), int(body["max_staleness"])
+    stale = f"staleness {mean:.2f}, at most {most}" if body["results"] else "nothing to add up"
+    return f"{plural(int(body['results']), 'result')}, {stale}, model {body['model_digest'][:12]}"
+
+
+def _result(body: Mapping[str, Any]) -> str:
+    known = {**body["numbers"], "elapsed": f"{float(body['elapsed_s']):.3f} s"}
+    return _numbers({key: value for key, value in known.items() if key != "reply"})
+
+
+def _numbers(values: Mapping[str, Any]) -> str:
+    return ", ".join(
+        f"{key} {figure(value) if isinstance(value, float) else value}"
+        for key, value in values.items()
+        if isinstance(value, int | float | str)
+    )
+
+
+_NOTES: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
+    "joined": _joined,
+    "left": lambda body: f"{body['node']}: {body['reason']}",
+    "version": _version_note,
+    "result": _result,
+    "score": lambda body: _numbers(body["metrics"]),
+    "failed": lambda body: str(body["reason"]),
+    "finished": lambda body: str(body["reason"]),
+    "refused": lambda body: f"by {body['by']}: {body['reason']}",
+    "timer": lambda body: f"{literal(body['token'])} in {figure(float(body['after_s']))} s",
+    "tick": lambda body: literal(body["token"]),
+}

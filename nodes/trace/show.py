@@ -1,0 +1,220 @@
+"""``fedmq trace show``: one entry, all of it, and what became of it."""
+
+from __future__ import annotations
+
+import datetime as dt
+import functools
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+import msgspec
+import torch
+from torch import Tensor
+
+from fedmq.broker.entries import Accepted, Consumed, Ended, Refusal
+from fedmq.broker.errors import LedgerError
+from fedmq.broker.state import RECORD
+from fedmq.broker.trace import Trace
+from fedmq.broker.wire import Message
+from fedmq.codecs.errors import CodecError
+from fedmq.nodes.errors import NodeError
+from fedmq.nodes.trace.differ import Side, fold_of
+from fedmq.nodes.trace.fates import Fates, Places, before_damage
+from fedmq.nodes.trace.groups import Group, Read, groups_of
+from fedmq.nodes.trace.listing import at_host
+from fedmq.nodes.trace.text import (
+    count,
+    fields,
+    figure,
+    pairs,
+    plain,
+    plural,
+    seconds,
+    spans,
+    table,
+)
+
+_HEAD = ("tensor", "shape", "dtype", "bytes", "norm", "min", "max", "NaN")
+
+
+def show(trace: Trace, seq: int) -> Iterator[str]:
+    """Yield the lines on one entry.
+
+    Raises:
+        LedgerError: there is none of this number, or it cannot be read.
+        NodeError: it belongs to another run.
+    """
+    entry = trace.entry(seq)
+    at = entry.at - trace.opened.at
+    when = dt.datetime.fromtimestamp(entry.at, dt.UTC)
+    kind = type(entry).__name__.lower()
+    message = entry.read() if isinstance(entry, Accepted) else None
+    run = message.run if message is not None else getattr(entry, "run", trace.run)
+    if run != trace.run:
+        raise NodeError(f"entry {seq} belongs to run {run!r}, not to {trace.run!r}: see --run-id")
+    yield (
+        f"entry {seq}: {plain(message.kind) if message else kind}, "
+        f"{seconds(at)} s after the start ({when:%Y-%m-%d %H:%M:%S.%f} UTC)"
+    )
+    if isinstance(entry, Accepted) and message is not None:
+        yield from _message(trace, entry, message)
+    else:
+        known = msgspec.structs.asdict(entry)
+        shown = {name: each for name, each in known.items() if name not in ("seq", "at")}
+        if isinstance(entry, Consumed):
+            yield from pairs([("node", plain(entry.node)), ("of", spans(entry.of))])
+            return
+        yield from pairs(fields(shown))
+
+
+@dataclass
+class _Story:
+    """What the rest of a trace tells about one message."""
+
+    host: str | None = None
+    asked: Accepted | None = None
+    """What it answers."""
+    answers: list[str] = field(default_factory=list)
+    fate: list[str] = field(default_factory=list)
+
+
+def _message(trace: Trace, entry: Accepted, message: Message) -> Iterator[str]:
+    story = _story_of(trace, entry, message)
+    blobs = sum(blob.size for blob in message.blobs)
+    rows = [
+        ("id", plain(message.id)),
+        ("run", plain(message.run)),
+        ("from", plain(message.sender)),
+        ("to", at_host(message.to, story.host)),
+    ]
+    if message.re is not None:
+        rows.append(("answers", _answered(entry, message.re, story.asked)))
+    if entry.consumes:
+        rows.append(("consumes", plain(spans(entry.consumes), 2000)))
+    size = f"{count(len(entry.message))} of header"
+    if message.blobs:
+        size += f", {count(blobs)} in {plural(len(message.blobs), 'blob')}"
+    rows.append(("bytes", size))
+    rows += [("answered" if not n else "", each) for n, each in enumerate(story.answers)]
+    rows += [("fate" if not n else "", each) for n, each in enumerate(story.fate)]
+    yield from pairs(rows)
+    body = {name: each for name, each in message.body.items() if name != "groups"}
+    if body:
+        yield ""
+        yield "body"
+        yield from pairs(fields(body))
+    yield from _payload(message, functools.partial(trace.blob, message))
+
+
+def _payload(message: Message, read: Read) -> Iterator[str]:
+    """Yield the lines on a message's blobs: groups of tensors, and what is behind them."""
+    try:
+        groups, rest = groups_of(message)
+    except CodecError as error:
+        yield ""
+        yield f"groups: {plain(error)}"
+        groups, rest = [], 0
+    for group in groups:
+        yield ""
+        yield from _group(group, read)
+    for index in range(rest, len(message.blobs)):
+        blob = message.blobs[index]
+        yield ""
+        yield f"blob {index}: {plural(blob.size, 'byte')}, {blob.digest.hex()}"
+        found = fold_of(Side(message, read), index)
+        yield from [f"  {found}"] if isinstance(found, str) else pairs(fields(found))
+
+
+def _group(group: Group, read: Read) -> Iterator[str]:
+    digests = ", ".join(blob.digest.hex() for blob in group.blobs)
+    yield f"{plain(group.name)}: {plain(group.codec)}, {count(group.nbytes)} bytes ({digests})"
+    try:
+        tensors = group.decode(read)
+    except (CodecError, LedgerError) as error:
+        yield f"  cannot be decoded: {plain(error)}"
+        return
+    sizes = group.sizes()
+    rows = [_tensor(name, each, sizes.get(name)) for name, each in tensors.items()]
+    if len(tensors) > 1:
+        rows.append(_total(tensors, group.nbytes))
+    yield from (f"  {line}" for line in table(_HEAD, rows, left=3))
+
+
+def _tensor(name: str, tensor: Tensor, nbytes: int | None) -> tuple[str, ...]:
+    shape = "x".join(map(str, tensor.shape)) or "scalar"
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    size = "-" if nbytes is None else count(nbytes)
+    nans = int(tensor.isnan().sum())
+    numbers = tensor[~tensor.isnan()] if nans else tensor
+    if not numbers.numel():
+        return plain(name), shape, dtype, size, "-", "-", "-", count(nans)
+    low, high = (figure(float(each)) for each in (numbers.min(), numbers.max()))
+    return plain(name), shape, dtype, size, figure(_norm(tensor)), low, high, count(nans)
+
+
+def _total(tensors: Mapping[str, Tensor], nbytes: int) -> tuple[str, ...]:
+    elements = sum(each.numel() for each in tensors.values())
+    nans = sum(int(each.isnan().sum()) for each in tensors.values())
+    norm = sum(_norm(each) ** 2 for each in tensors.values()) ** 0.5
+    return "all", count(elements), "", count(nbytes), figure(norm), "", "", count(nans)
+
+
+def _norm(tensor: Tensor) -> float:
+    """Return the L2 norm; of tensors that are no floats too."""
+    if not tensor.is_floating_point():
+        tensor = tensor.double()
+    return float(torch.linalg.vector_norm(tensor, dtype=torch.float64))
+
+
+# ---- what became of it
+
+
+def _story_of(trace: Trace, entry: Accepted, message: Message) -> _Story:
+    """Read the whole trace for what has to do with one message."""
+    story, places, seq = _Story(), Places(), entry.seq
+    settled = message.to == RECORD
+    for other in before_damage(trace):
+        since = f"{seconds(other.at - entry.at)} s later"
+        match other:
+            case Accepted():
+                each = other.read()
+                places.feed(each)
+                if other.seq == seq:
+                    story.host = places.host_of(message.to)
+                elif message.re is not None and each.id == message.re and other.seq < seq:
+                    story.asked = other
+                elif each.re == message.id and other.seq > seq:
+                    said = f"by entry {other.seq}, {plain(each.kind)} of {plain(each.sender)}"
+                    story.answers.append(f"{said}, {since}")
+                if seq in other.consumes:
+                    settled = True
+                    story.fate.append(f"consumed with entry {other.seq}, {since}")
+            case Consumed(of=of) if seq in of:
+                settled = True
+                by = plain(other.node)
+                story.fate.append(f"consumed by {by}, {since} (entry {other.seq})")
+            case Refusal(of=of) if of == seq:
+                how = "parked" if other.parked else "refused"
+                by = f"{how} by {plain(other.node)}, {since} (entry {other.seq})"
+                story.fate.append(f"{by}: {plain(other.reason, 2000)}")
+            case Ended() if not settled:
+                settled = True
+                story.fate.append(f"pending when the run ended (entry {other.seq})")
+    if message.kind == "result":
+        fates = Fates(trace)
+        stale = fates.staleness(seq, message)
+        if stale is not None:
+            towards = fates.version_at(seq) + 1
+            story.fate.append(f"used towards version {towards}, {plural(stale, 'version')} stale")
+    if message.to == RECORD:
+        story.fate.append("kept as a record, delivered to nobody")
+    elif not settled:
+        story.fate.append("pending")
+    return story
+
+
+def _answered(entry: Accepted, name: str, asked: Accepted | None) -> str:
+    if asked is None:
+        return f"{plain(name)}, which is not in the trace"
+    since = seconds(entry.at - asked.at)
+    return f"{plain(name)} (entry {asked.seq}, {since} s before)"

@@ -1,0 +1,304 @@
+"""``fedmq trace stats``: how much of what, whether it adds up, and how stale results were."""
+
+from __future__ import annotations
+
+from array import array
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+
+from fedmq.broker.entries import Accepted, Consumed, Ended, Refusal
+from fedmq.broker.state import AGGREGATOR, RECORD
+from fedmq.broker.trace import Trace
+from fedmq.broker.wire import Blob, Message
+from fedmq.nodes.trace.fates import Fates, Places, before_damage
+from fedmq.nodes.trace.text import count, plain, plural, seconds, table
+
+_BAR = 50
+_BARS = 24
+"""Above this many, neighbouring values share a bar."""
+_SHOWN = 10
+
+
+@dataclass
+class Tally:
+    """Messages, and their bytes in headers and blobs."""
+
+    messages: int = 0
+    header: int = 0
+    blobs: int = 0
+
+    def add(self, header: int, blobs: int) -> None:
+        """Count one more."""
+        self.messages += 1
+        self.header += header
+        self.blobs += blobs
+
+
+@dataclass
+class Traffic:
+    """Who said how much of what. Blobs that were said again are stored once."""
+
+    kinds: dict[str, Tally] = field(default_factory=dict)
+    sent: dict[str, Tally] = field(default_factory=dict)
+    received: dict[str, Tally] = field(default_factory=dict)
+    codecs: dict[tuple[str, str], Tally] = field(default_factory=dict)
+    repeats: Tally = field(default_factory=Tally)
+    named: set[tuple[str, bytes]] = field(default_factory=set)
+    """Blobs by owner and digest."""
+
+    def feed(self, message: Message, header: int, host: str | None) -> None:
+        """Take one more message, the size of its header, and who hosts its address."""
+        size = sum(blob.size for blob in message.blobs)
+        self.kinds.setdefault(message.kind, Tally()).add(header, size)
+        self.sent.setdefault(message.sender, Tally()).add(header, size)
+        if host is not None:
+            self.received.setdefault(host, Tally()).add(header, size)
+        for blob in message.blobs:
+            name = (message.sender, blob.digest)
+            if name in self.named:
+                self.repeats.add(0, blob.size)
+            elif blob.size:
+                self.named.add(name)
+        for codec, blobs in _by_codec(message):
+            tally = self.codecs.setdefault((codec, message.kind), Tally())
+            tally.add(0, sum(blob.size for blob in blobs))
+
+
+class Account:
+    """The identity of the guarantees: accepted = consumed + pending + refused.
+
+    Of what was accepted for somebody: a record is kept, and delivered to nobody. A message
+    that was refused counts as that, whether its recipient was done with it later or not.
+
+    Attributes:
+        faults: sentences on what must not be; none if it all adds up.
+        unaccepted: how many posts were refused before they were accepted.
+        records: how many messages were for nobody.
+    """
+
+    _ACCEPTED, _CONSUMED, _REFUSED = 1, 2, 4
+
+    def __init__(self) -> None:
+        self.faults: list[str] = []
+        self.unaccepted = 0
+        self.records = 0
+        self._state = bytearray()
+        self._kind = array("H")
+        self._kinds: dict[str, int] = {}
+
+    def accepted(self, seq: int, message: Message) -> None:
+        """A message was accepted."""
+        self._reach(seq)
+        if message.to == RECORD:
+            self.records += 1
+            return
+        self._state[seq] = self._ACCEPTED
+        # Kinds are the nodes' own words: a flood of them is counted under the last one.
+        number = self._kinds.setdefault(message.kind, min(len(self._kinds), 0xFFFF))
+        self._kind[seq] = number
+
+    def consumed(self, seq: int, of: Iterable[int]) -> None:
+        """Entry ``seq`` says that these are done with."""
+        self._mark(seq, of, self._CONSUMED, "consumes")
+
+    def refused(self, seq: int, of: int | None) -> None:
+        """Entry ``seq`` refuses a message, or a post that was not accepted."""
+        if of is None:
+            self.unaccepted += 1
+        else:
+            self._mark(seq, (of,), self._REFUSED, "refuses")
+
+    def sums(self) -> tuple[int, int, int, int]:
+        """Return how many were accepted, consumed, pending and refused."""
+        found = Counter(self._state)
+        accepted = sum(number for state, number in found.items() if state & self._ACCEPTED)
+        pending = found[self._ACCEPTED]
+        consumed = found[self._ACCEPTED | self._CONSUMED]
+        refused = sum(number for state, number in found.items() if state & self._REFUSED)
+        return accepted, consumed, pending, refused
+
+    def pending(self) -> dict[str, int]:
+        """Return how many messages of each kind are neither consumed nor refused."""
+        names = {number: name for name, number in reversed(self._kinds.items())}
+        pending = Counter(
+            self._kind[seq] for seq, state in enumerate(self._state) if state == self._ACCEPTED
+        )
+        return {names[number]: many for number, many in pending.most_common()}
+
+    def _mark(self, seq: int, of: Iterable[int], mark: int, verb: str) -> None:
+        self._reach(seq)
+        for each in of:
+            known = self._state[each] if each < len(self._state) else 0
+            if not known & self._ACCEPTED:
+                self.faults.append(f"entry {seq} {verb} {each}, which was not accepted for anybody")
+            elif known & mark:
+                self.faults.append(f"entry {seq} {verb} {each} a second time")
+            else:
+                self._state[each] |= mark
+
+    def _reach(self, seq: int) -> None:
+        missing = seq + 1 - len(self._state)
+        if missing > 0:
+            self._state.extend(bytes(missing))
+            self._kind.extend([0] * missing)
+
+
+class Stats:
+    """Everything that is counted in one run, up to its end or its damage.
+
+    Attributes:
+        staleness: of the results used: by versions, how many.
+    """
+
+    def __init__(self, trace: Trace) -> None:
+        self.trace = trace
+        self.fates = Fates(trace)
+        self.places = Places()
+        self.traffic, self.account = Traffic(), Account()
+        self.staleness: Counter[int] = Counter()
+        self.last_at = trace.opened.at
+        self.ended: str | None = None
+        for entry in before_damage(trace):
+            self.last_at = entry.at
+            match entry:
+                case Accepted(seq=seq):
+                    message = entry.read()
+                    self.places.feed(message)
+                    host = self.places.host_of(message.to)
+                    self.traffic.feed(message, len(entry.message), host)
+                    self.account.accepted(seq, message)
+                    self.account.consumed(seq, entry.consumes)
+                    if message.to in (AGGREGATOR, f"node/{self.places.aggregator}"):
+                        stale = self.fates.staleness(seq, message)
+                        if stale is not None:
+                            self.staleness[stale] += 1
+                case Consumed(seq=seq, of=of):
+                    self.account.consumed(seq, of)
+                case Refusal(seq=seq, of=of):
+                    self.account.refused(seq, of)
+                case Ended(reason=reason):
+                    self.ended = reason
+
+    def lines(self) -> Iterator[str]:
+        """Yield what there is to say."""
+        yield from self._run()
+        yield ""
+        yield from self._traffic()
+        yield ""
+        yield from self._account()
+        yield ""
+        yield from self._staleness()
+
+    def _run(self) -> Iterator[str]:
+        end = "not ended" if self.ended is None else f"ended: {plain(self.ended)}"
+        lasted = seconds(self.last_at - self.trace.opened.at)
+        yield f"run {plain(self.trace.run)}: {end}"
+        yield (
+            f"{count(self.fates.entries)} entries in {lasted} s, "
+            f"{plural(self.fates.versions, 'version')}"
+        )
+
+    def _traffic(self) -> Iterator[str]:
+        head = ("messages", "header bytes", "blob bytes")
+        traffic = self.traffic
+        total = Tally()
+        for each in traffic.kinds.values():
+            total.messages += each.messages
+            total.header += each.header
+            total.blobs += each.blobs
+        kinds = [(plain(name), *_cells(each)) for name, each in traffic.kinds.items()]
+        yield from table(("kind", *head), [*kinds, ("all", *_cells(total))])
+        yield ""
+        nodes = [
+            (
+                plain(node),
+                self.places.roles.get(node, "-"),
+                *_cells(traffic.sent.get(node, Tally())),
+                *_cells(traffic.received.get(node, Tally())),
+            )
+            for node in sorted({*traffic.sent, *traffic.received})
+        ]
+        sides = ("sent", *head[1:], "received", *head[1:])
+        yield from table(("node", "role", *sides), nodes, left=2)
+        yield ""
+        codecs = [
+            (plain(codec), plain(kind), count(each.messages), count(each.blobs))
+            for (codec, kind), each in traffic.codecs.items()
+        ]
+        yield from table(("codec", "kind", "groups", "blob bytes"), codecs, left=2)
+        yield ""
+        repeats = traffic.repeats
+        said = plural(repeats.messages, "blob")
+        yield f"repeated: {said} named again and stored once, {count(repeats.blobs)} bytes saved"
+
+    def _account(self) -> Iterator[str]:
+        account = self.account
+        accepted, consumed, pending, refused = account.sums()
+        holds = accepted == consumed + pending + refused and not account.faults
+        yield (
+            f"accepted {count(accepted)} = consumed {count(consumed)} + pending {count(pending)}"
+            f" + refused {count(refused)}: {'holds' if holds else 'DOES NOT HOLD'}"
+        )
+        yield from (f"  {fault}" for fault in account.faults[:_SHOWN])
+        if len(account.faults) > _SHOWN:
+            yield f"  and {count(len(account.faults) - _SHOWN)} more of these"
+        if pending:
+            left = ", ".join(f"{plain(name)} {count(n)}" for name, n in account.pending().items())
+            yield f"pending: {left}"
+        yield f"besides: {plural(account.records, 'record')}, kept and delivered to nobody"
+        if account.unaccepted:
+            yield f"besides: {plural(account.unaccepted, 'post')} refused and never accepted"
+
+    def _staleness(self) -> Iterator[str]:
+        used = self.staleness
+        many = used.total()
+        if not many:
+            yield "no result was used"
+            return
+        mean = sum(value * number for value, number in used.items()) / many
+        yield (
+            f"staleness of the {plural(many, 'result')} used: "
+            f"mean {mean:.2f}, at most {max(used)} versions"
+        )
+        yield from histogram(used)
+        if self.fates.used not in (None, many):
+            yield f"  (at its end, the aggregator counted {plural(self.fates.used or 0, 'result')})"
+
+
+def histogram(values: Counter[int]) -> Iterator[str]:
+    """Yield a bar for each value, or for a few neighbouring ones together."""
+    low, high = min(values), max(values)
+    step = -(-(high - low + 1) // _BARS)
+    bars = Counter[int]()
+    for value, number in values.items():
+        bars[(value - low) // step] += number
+    most, total = max(bars.values()), values.total()
+    names = [
+        str(low + n * step) if step == 1 else f"{low + n * step}-{low + (n + 1) * step - 1}"
+        for n in range((high - low) // step + 1)
+    ]
+    width = max(map(len, names))
+    for index, name in enumerate(names):
+        number = bars[index]
+        # A value that is there at all is seen.
+        bar = "#" * max(round(_BAR * number / most), bool(number))
+        share = f"{100 * number / total:.1f} %"
+        yield f"  {name:>{width}}  {count(number):>9}  {share:>7}  {bar}".rstrip()
+
+
+def _cells(tally: Tally) -> tuple[str, str, str]:
+    return count(tally.messages), count(tally.header), count(tally.blobs)
+
+
+def _by_codec(message: Message) -> Iterator[tuple[str, tuple[Blob, ...]]]:
+    """Yield the groups of a message: codec and blobs; then what is no group's."""
+    first = 0
+    groups = message.body.get("groups")
+    for group in groups if isinstance(groups, list) else ():
+        match group:
+            case {"codec": str(codec), "buffers": int(buffers)} if buffers >= 0:
+                yield codec, message.blobs[first : first + buffers]
+                first += buffers
+    if first < len(message.blobs):
+        yield "(no tensors)", message.blobs[first:]

@@ -1,0 +1,118 @@
+"""Text for a terminal or a pipe: escaped, aligned, never wrapped or cut by a width.
+
+Names, reasons and bodies come from other nodes. What is no printable character, controls
+of the terminal and of the writing direction included, is shown as an escape.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+_LONGEST = 300
+_ESCAPE = re.compile(r"[^ -~]")
+
+
+def plain(value: object, longest: int = _LONGEST) -> str:
+    """Return a value as one line without anything that could drive a terminal."""
+    text = str(value)
+    if len(text) > longest:
+        text = text[: longest - 3] + "..."
+    return text if text.isascii() and text.isprintable() else _ESCAPE.sub(_escaped, text)
+
+
+def word(value: object) -> str:
+    """Return a value as one word: it cannot pass itself off as several columns."""
+    return plain(value).replace(" ", "\\x20")
+
+
+def literal(value: object, longest: int = _LONGEST) -> str:
+    """Return a value from a message as Python would write it, in one line."""
+    if isinstance(value, bytes):
+        shown = value[: longest // 2].hex()
+        return f"{len(value)} bytes {shown}{'...' if len(value) > longest // 2 else ''}"
+    return plain(repr(value), longest)
+
+
+def count(number: int) -> str:
+    """Return a whole number with its thousands set apart."""
+    return f"{number:,}"
+
+
+def seconds(value: float) -> str:
+    """Return a time in seconds, to the millisecond."""
+    return f"{value:.3f}"
+
+
+def plural(number: int, noun: str) -> str:
+    """Return a number and its noun."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> list[str]:
+    """Return the lines of a table; the first ``left`` columns are words, the others numbers."""
+    lines = [tuple(head), *map(tuple, rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return [
+        "  ".join(
+            cell.ljust(width) if index < left else cell.rjust(width)
+            for index, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in lines
+    ]
+
+
+def spans(numbers: Iterable[int]) -> str:
+    """Return numbers in order, neighbours as a range: ``3-5 9``."""
+    found: list[list[int]] = []
+    for number in numbers:
+        if found and number == found[-1][1] + 1:
+            found[-1][1] = number
+        else:
+            found.append([number, number])
+    return " ".join(f"{low}" if low == high else f"{low}-{high}" for low, high in found)
+
+
+def fields(value: Mapping[Any, Any], name: str = "") -> list[tuple[str, str]]:
+    """Return the leaves of a map from a message: (path, value).
+
+    Of a map by number, as clients have it, the numbers with one value stand together.
+    """
+    found: list[tuple[str, str]] = []
+    if len(value) > 1 and all(type(key) is int for key in value):
+        shown = {key: literal(each) for key, each in value.items()}
+        for one in dict.fromkeys(shown.values()):
+            numbers = [key for key, each in shown.items() if each == one]
+            found.append((f"{name}[{spans(numbers)}]", one))
+        return found
+    for key, each in value.items():
+        path = f"{name}.{plain(key)}" if name else plain(key)
+        if isinstance(each, Mapping) and each:
+            found += fields(each, path)
+        elif isinstance(each, str) and "\n" in each:
+            found += [(path if not n else "", plain(line)) for n, line in enumerate(_lines(each))]
+        else:
+            found.append((path, literal(each)))
+    return found
+
+
+def pairs(rows: Sequence[tuple[str, str]]) -> list[str]:
+    """Return lines of names and values, indented and aligned."""
+    width = max((len(name) for name, _ in rows), default=0)
+    return [f"  {name.ljust(width)}  {value}".rstrip() for name, value in rows]
+
+
+def figure(value: float) -> str:
+    """Return a measured value with enough digits to read, and not more."""
+    return f"{value:.6g}" if math.isfinite(value) else str(value)
+
+
+def _lines(text: str) -> list[str]:
+    return text.strip("\n").split("\n")
+
+
+def _escaped(match: re.Match[str]) -> str:
+    character = match[0]
+    return character if character.isprintable() else character.encode("unicode_escape").decode()

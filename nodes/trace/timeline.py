@@ -1,0 +1,233 @@
+"""``fedmq trace export --perfetto``: a timeline in the Chrome trace event format.
+
+A process for each node, with one lane of spans; Perfetto (https://ui.perfetto.dev) opens
+it. All times are those at which the broker wrote a message down, in microseconds since
+the run's start, except that a training's span is as long as its worker says. Spans of a
+lane follow one another: where two would overlap, the later one begins when the first
+ends. Each is at least 1 us long, so that an arrow can end in it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator, Mapping
+from typing import Any
+
+from fedmq.broker.entries import Accepted, AnyEntry, Refusal
+from fedmq.broker.state import BROKER
+from fedmq.broker.trace import Trace
+from fedmq.broker.wire import Message
+from fedmq.nodes.trace.export import to_json
+from fedmq.nodes.trace.fates import Fates, Places, Task, Tasks, before_damage, natural
+from fedmq.nodes.trace.text import word
+
+Event = dict[str, Any]
+
+_SPANS = {"result": "train", "failed": "failed", "score": "evaluate"}
+
+
+def timeline(trace: Trace, fates: Fates) -> Iterator[str]:
+    """Yield the pieces of a JSON file, up to the trace's end or its damage."""
+    yield '{"displayTimeUnit": "ms", "traceEvents": [\n'
+    separator = ""
+    for event in events(trace, fates):
+        yield separator + to_json(event)
+        separator = ",\n"
+    yield "\n]}\n"
+
+
+def events(trace: Trace, fates: Fates) -> Iterator[Event]:
+    """Yield the events of a run's timeline; those of one lane are in order."""
+    drawing = _Drawing(trace.opened.at, fates)
+    for entry in before_damage(trace):
+        yield from drawing.feed(entry)
+    yield from drawing.finish()
+
+
+class _Versions:
+    """The aggregator's lane: one span after the other, from the run's start to its end.
+
+    A span is open until its version is committed, and reaches past every arrow in it.
+    """
+
+    def __init__(self) -> None:
+        self.start = 0
+        self.name = "waiting for clients"
+        self._last = 0
+
+    def bind(self, at: int) -> int:
+        """Return a time in the open span at which an arrow can start or end."""
+        self._last = max(self._last, at, self.start)
+        return max(at, self.start)
+
+    def close(self, at: int, name: str) -> tuple[str, int, int]:
+        """End the span and begin another; return the name, start and end of the one ended."""
+        ended = (self.name, self.start, max(at, self.start + 1, self._last + 1))
+        self.name, self.start = name, ended[2]
+        self._last = self.start
+        return ended
+
+
+class _Drawing:
+    def __init__(self, start: float, fates: Fates) -> None:
+        self._start, self._fates = start, fates
+        self._places, self._tasks = Places(), Tasks()
+        self._versions = _Versions()
+        self._ends: dict[str, int] = {}
+        """When the last span of each lane ended."""
+        self._sent: dict[int, int] = {}
+        """When a task that is out was sent, on the aggregator's lane, by its number."""
+        first = fates.places.aggregator
+        others = sorted(node for node in fates.places.roles if node != first)
+        self._order = {node: index for index, node in enumerate([first, *others])}
+        self._processes: dict[str, int] = {}
+        self._now = 0
+
+    def feed(self, entry: AnyEntry) -> Iterator[Event]:
+        """Take one more entry."""
+        self._now = max(self._now, round(1e6 * (entry.at - self._start)))
+        match entry:
+            case Accepted():
+                message = entry.read()
+                self._places.feed(message)
+                task = self._tasks.feed(entry, message, self._places)
+                if message.sender == self._places.aggregator:
+                    yield from self._from_aggregator(entry, message, task)
+                elif message.sender == BROKER:
+                    yield from self._from_broker(message)
+                elif task is not None:
+                    yield from self._answer(entry, message, task)
+            case Refusal(node=node, id=name, reason=reason):
+                args = {"by": node, "message": name, "reason": reason}
+                yield from self._instant("parked" if entry.parked else "refused", args)
+
+    def finish(self) -> Iterator[Event]:
+        """Close what is open: the last span, and the tasks that nobody has answered."""
+        for name, task in self._tasks.out.items():
+            # Where nobody hosts its client, it still waits at the aggregator's side.
+            node = task.host or self._places.aggregator
+            times = (self._sent[task.seq], self._now)
+            args = {"task": name, "entry": task.seq}
+            yield from self._wait(node, task, times, "unanswered", args)
+        yield from self._close(self._now, "", {})
+
+    # ---- who says what
+
+    def _from_aggregator(
+        self, entry: Accepted, message: Message, task: Task | None
+    ) -> Iterator[Event]:
+        if task is not None:
+            if self._versions.name == "waiting for clients":
+                yield from self._close(self._now, "version 1", {})
+            self._sent[entry.seq] = self._versions.bind(self._now)
+        elif message.kind == "version":
+            number = natural(message.body.get("version"))
+            keys = ("results", "mean_staleness", "max_staleness", "model_digest")
+            args = {"entry": entry.seq} | {key: message.body.get(key) for key in keys}
+            more = number is not None and number < self._fates.versions
+            following = f"version {(number or 0) + 1}" if more else f"after version {number}"
+            yield from self._close(self._now, following, args)
+        elif message.kind in ("timer", "finished"):
+            args = {key: each for key, each in message.body.items() if key != "groups"}
+            yield from self._instant(message.kind, args)
+
+    def _from_broker(self, message: Message) -> Iterator[Event]:
+        if message.kind in ("joined", "left"):
+            args = {key: each for key, each in message.body.items() if key != "key"}
+            yield from self._instant(f"{message.body.get('node')} {message.kind}", args)
+        elif message.kind == "tick":
+            yield from self._instant(f"tick {message.body.get('token')}", {})
+
+    def _answer(self, entry: Accepted, message: Message, task: Task) -> Iterator[Event]:
+        """A span on the lane of who answered, and the arrows to it and from it."""
+        node, name = message.sender, message.re or ""
+        sent = self._sent.pop(task.seq)
+        free = max(sent, self._ends.get(node, 0))
+        start, end = free, max(self._now, free + 1)
+        elapsed = message.body.get("elapsed_s")
+        if isinstance(elapsed, int | float) and 0 <= elapsed < 1e9:
+            start = max(free, min(end - round(1e6 * elapsed), end - 1))
+        self._ends[node] = end
+        args = {"task": name, "entry": entry.seq, "answers": task.seq, "version": task.version}
+        args |= self._about(entry, message, task)
+        what = _SPANS[message.kind]
+        whom = f"client {task.client}" if task.client is not None else f"version {task.version}"
+        pid = yield from self._lane(node)
+        span = {"ph": "X", "cat": what, "name": f"{what} {whom}", "pid": pid, "tid": 1}
+        yield {**span, "ts": start, "dur": end - start, "args": args}
+        waits = {"task": name, "entry": task.seq}
+        yield from self._wait(node, task, (sent, start), "waiting", waits)
+        arrived = self._versions.bind(max(self._now, end - 1))
+        yield from self._arrow("task", task.seq, (self._places.aggregator, sent), (node, start))
+        there = (self._places.aggregator, arrived)
+        yield from self._arrow(message.kind, entry.seq, (node, end - 1), there)
+        if message.kind == "score":
+            yield from self._counters(message.body.get("metrics"), arrived)
+
+    def _about(self, entry: Accepted, message: Message, task: Task) -> Event:
+        body = message.body
+        if message.kind != "result":
+            return {key: body[key] for key in ("metrics", "reason") if key in body}
+        refusal = self._fates.refused.get(entry.seq)
+        found: Event = {
+            "client": task.client,
+            "staleness": self._fates.version_at(entry.seq) - (task.version or 0),
+            "elapsed_s": body.get("elapsed_s"),
+            "numbers": body.get("numbers"),
+        }
+        return found if refusal is None else {**found, "refused": refusal.reason}
+
+    # ---- events
+
+    def _lane(self, node: str) -> Generator[Event, None, int]:
+        """Return the process of a node; the first time, say what it is called."""
+        pid = self._processes.get(node)
+        if pid is None:
+            pid = self._processes[node] = len(self._processes) + 1
+            for what, args in (
+                ("process_name", {"name": word(node)}),
+                ("process_sort_index", {"sort_index": self._order.get(node, len(self._order))}),
+                ("thread_name", {"name": word(node)}),
+            ):
+                yield {"ph": "M", "name": what, "pid": pid, "tid": 1, "args": args}
+        return pid
+
+    def _close(self, at: int, following: str, args: Mapping[str, Any]) -> Iterator[Event]:
+        name, start, end = self._versions.close(at, following)
+        pid = yield from self._lane(self._places.aggregator)
+        span = {"ph": "X", "cat": "version", "name": name, "pid": pid, "tid": 1}
+        yield {**span, "ts": start, "dur": end - start, "args": args}
+
+    def _instant(self, name: str, args: Mapping[str, Any]) -> Iterator[Event]:
+        pid = yield from self._lane(self._places.aggregator)
+        at = self._versions.bind(self._now)
+        yield {"ph": "i", "s": "t", "name": name, "pid": pid, "tid": 1, "ts": at, "args": args}
+
+    def _wait(
+        self, node: str, task: Task, times: tuple[int, int], name: str, args: Event
+    ) -> Iterator[Event]:
+        """From when a task was accepted until it is begun: on its way, or in a queue.
+
+        Many wait at once: these spans lie beside a node's lane, not on it.
+        """
+        pid = yield from self._lane(node)
+        both = {"cat": "task", "name": name, "pid": pid, "tid": 1, "id": task.seq}
+        yield {**both, "ph": "b", "ts": times[0], "args": args}
+        yield {**both, "ph": "e", "ts": max(times)}
+
+    def _arrow(
+        self, name: str, number: int, start: tuple[str, int], end: tuple[str, int]
+    ) -> Iterator[Event]:
+        """From a span to another; each end lies within one."""
+        for phase, (node, at) in (("s", start), ("f", end)):
+            pid = yield from self._lane(node)
+            event: Event = {"ph": phase, "cat": "message", "name": name, "id": number}
+            event |= {"pid": pid, "tid": 1, "ts": at}
+            yield {**event, "bp": "e"} if phase == "f" else event
+
+    def _counters(self, metrics: Any, at: int) -> Iterator[Event]:
+        for name in ("accuracy", "loss"):
+            value = metrics.get(name) if isinstance(metrics, dict) else None
+            if isinstance(value, float) and value == value and abs(value) < 1e300:
+                pid = yield from self._lane(self._places.aggregator)
+                args = {name: value}
+                yield {"ph": "C", "name": name, "pid": pid, "tid": 1, "ts": at, "args": args}

@@ -1,0 +1,200 @@
+import re
+import subprocess
+import sys
+from collections import Counter
+
+import pytest
+
+from fedmq.broker.trace import Trace
+from tests.nodes.trace import story
+
+
+def numbers(result):
+    """Return the numbers of the entries that were listed."""
+    return [int(line.split()[0]) for line in result.stdout.splitlines()]
+
+
+def line_of(result, seq):
+    return next(each for each in result.stdout.splitlines() if int(each.split()[0]) == seq)
+
+
+def test_ls_lists_every_entry_but_the_consumed_ones(fedmq, written):
+    folder, at = written
+    everything = list(range(at["ended"] + 1))
+    listed = numbers(fedmq("ls", folder))
+    assert listed == [seq for seq in everything if seq != at["consumed"]]
+    assert numbers(fedmq("ls", folder, "--all")) == everything
+    assert numbers(fedmq("ls", folder / "ledger", "--kind", "consumed")) == [at["consumed"]]
+
+
+def test_a_line_tells_who_said_what_to_whom_about_which_model(fedmq, written):
+    folder, at = written
+    result = fedmq("ls", folder)
+    words = line_of(result, at["task"]).split()
+    assert words[1:] == [
+        "3.500",
+        "task",
+        "aggregator",
+        "->",
+        "client/0@worker-0",
+        "v0",
+        "a/2",
+        "-",
+        "24",
+    ]
+    line = line_of(result, at["result"])
+    assert "client/0@worker-0 -> aggregator  " in line
+    assert line.split()[6:9] == ["v0", "a/2/result", str(at["task"])]
+    assert "staleness 0, n 10, elapsed 0.250 s" in line
+    assert "v0" in line_of(result, at["score"]), "a score is about the model that was evaluated"
+    assert "accuracy 0.5, loss nan" in line_of(result, at["score"])
+    assert "2 results" in line_of(result, at["version"])
+    # Nobody hosts this client any more.
+    assert "-> client/2 " in line_of(result, at["pending"])
+
+
+def test_columns_are_aligned(fedmq, written):
+    words = ("--kind", "task", "--kind", "result", "--kind", "version")
+    lines = fedmq("ls", written[0], *words).stdout.splitlines()
+    assert len({re.search(r" v\d+ ", line).end() for line in lines}) == 1
+
+
+def test_refused_messages_say_why(fedmq, written):
+    folder, at = written
+    result = fedmq("ls", folder, "--refused")
+    assert numbers(result) == [at["stale"], at["post"]]
+    assert "refused by aggregator: too stale" in line_of(result, at["stale"])
+    assert "refused a post: no such address" in line_of(result, at["post"])
+
+
+@pytest.mark.parametrize(
+    ("words", "names"),
+    [
+        (["--kind", "score"], ["score"]),
+        (["--kind", "score", "--kind", "left"], ["score", "left"]),
+        (["--client", "0"], ["task", "result"]),
+        (["--node", "evaluator", "--from", "3"], ["evaluate", "score"]),
+        (["--node", "worker-1", "--kind", "left"], ["left"]),
+        (["--versions", "1", "--kind", "task", "--from", "8"], ["pending"]),
+        (["--versions", "1-", "--kind", "version"], ["version"]),
+        (["--versions", "0-0", "--kind", "result"], ["result", "half", "stale"]),
+        (["--versions", "1-3", "--kind", "failed"], ["failed"]),
+        (["--from", "3.5", "--to", "3.5"], ["task"]),
+    ],
+)
+def test_filters(fedmq, written, words, names):
+    folder, at = written
+    assert numbers(fedmq("ls", folder, *words)) == [at[name] for name in names]
+
+
+def test_a_filter_that_takes_nothing_says_so(fedmq, written):
+    result = fedmq("ls", written[0], "--kind", "nonsense")
+    assert result.stdout == ""
+    assert "no entry is like that" in result.stderr
+
+
+def test_of_a_run_with_trouble_every_entry_is_listed(fedmq, simulated):
+    folder = simulated(2, 3)
+    entries = list(Trace(folder).entries())
+    assert numbers(fedmq("ls", folder, "--all")) == [each.seq for each in entries]
+    results = fedmq("ls", folder, "--kind", "result").stdout.splitlines()
+    hosts = Counter(line.split()[3].split("@")[1] for line in results)
+    assert set(hosts) == {"worker-0", "worker-1"}
+
+
+def test_hostile_names_cannot_drive_the_terminal(fedmq, written):
+    folder, at = written
+    for words in (
+        ["ls", folder, "--all"],
+        ["show", folder, at["evil"]],
+        ["stats", folder],
+        ["export", folder, "--json", "-"],
+        ["export", folder, "--perfetto", "-"],
+    ):
+        result = fedmq(*words)
+        for character in "\x1b\u202e\x07":
+            assert character not in result.stdout + result.stderr
+    assert "evil\\x1b[31m\\u202e\\x20name -> record" in fedmq("ls", folder).stdout
+    assert numbers(fedmq("ls", folder, "--node", story.EVIL)) == [at["evil"]]
+
+
+def test_several_runs_in_one_ledger(fedmq, tmp_path):
+    first = story.write(tmp_path, "one")
+    second = story.write(tmp_path, "two")
+    assert "one, two" in fedmq("ls", tmp_path, code=2).stderr
+    listed = numbers(fedmq("ls", tmp_path, "--run-id", "two", "--all"))
+    assert listed == list(range(second["opened"], second["ended"] + 1))
+    fedmq("show", tmp_path, first["task"], "--run-id", "one")
+    said = fedmq("show", tmp_path, first["task"], "--run-id", "two", code=2).stderr
+    assert "belongs to run 'one'" in said
+    for run in ("one", "two"):
+        said = fedmq("stats", tmp_path, "--run-id", run).stdout
+        assert "accepted 19 = consumed 8 + pending 10 + refused 1: holds" in said
+    same = fedmq("diff", tmp_path, tmp_path, "--run-id", "one", "--run-id", "two")
+    assert "all equal" in same.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["ls", "."], "expected a run's folder with a ledger"),
+        (["ls", "RUN", "--versions", "5-2"], "the lower version first"),
+        (["ls", "RUN", "--versions", "a-b"], "expected A-B"),
+        (["ls", "RUN", "--from", "9", "--to", "2"], "expected --from before --to"),
+        (["ls", "RUN", "--from", "nan"], "expected --from before --to"),
+        (["ls", "RUN", "--client", "-1"], "--client"),
+        (["ls", "RUN", "--run-id", "other"], "got 'other'"),
+        (["show", "RUN", "999"], "entry 999 is not in the ledger"),
+        (["show", "RUN", "x"], "OFFSET"),
+        (["export", "RUN"], "either --perfetto FILE or --json FILE"),
+        (["export", "RUN", "--json", "a", "--perfetto", "b"], "either --perfetto"),
+        (["export", "RUN", "--json", "/nowhere/at/all"], "cannot write /nowhere/at/all"),
+        (["diff", "RUN", "."], "expected a run's folder with a ledger"),
+    ],
+)
+def test_wrong_usage_is_one_sentence_and_exit_code_2(
+    fedmq, written, tmp_path, monkeypatch, words, said
+):
+    monkeypatch.chdir(tmp_path)
+    result = fedmq(*[written[0] if each == "RUN" else each for each in words], code=2)
+    assert said in result.stderr
+    assert result.stdout == ""
+
+
+def test_a_reader_that_goes_away_ends_the_listing_quietly(simulated, tmp_path):
+    command = [sys.executable, "-m", "fedmq.nodes.cli", "trace", "ls", str(simulated(2, 3))]
+    program = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    program.stdout.close()
+    _, said = program.communicate(timeout=30)
+    assert said == b""
+
+
+def test_listing_needs_no_torch(written):
+    code = (
+        "import sys\nfrom fedmq.nodes.cli import main\n"
+        "try:\n    main(sys.argv[1:])\nexcept SystemExit:\n    pass\n"
+        "assert 'torch' not in sys.modules"
+    )
+    for command in (["ls"], ["stats"], ["export", "--json", "-"], ["export", "--perfetto", "-"]):
+        words = ["trace", command[0], str(written[0]), *command[1:]]
+        subprocess.run([sys.executable, "-c", code, *words], check=True, capture_output=True)
+
+
+@pytest.mark.parametrize("junk", [None, 7, "x", [1], {"a": 1}, float("inf"), 1 << 60, b"b"])
+def test_bodies_that_are_no_such_bodies_are_listed_all_the_same(fedmq, tmp_path, junk):
+    it = story.Writer(tmp_path)
+    it.open()
+    names = ("node", "role", "reason", "results", "mean_staleness", "max_staleness", "numbers")
+    names += ("model_digest", "elapsed_s", "metrics", "token", "after_s", "version", "position")
+    names += ("model_version", "client", "groups", "config", "by", "used")
+    body = dict.fromkeys(names, junk)
+    for kind in ("left", "version", "finished", "result", "score", "failed", "timer", "tick"):
+        for sender in ("aggregator", "worker-0"):
+            it.say(sender, kind, "aggregator", body, re="x", data=[b"\x81" * 5000])
+    it.ledger.close()
+    assert len(fedmq("ls", tmp_path).stdout.splitlines()) == 17
+    fedmq("stats", tmp_path)
+    fedmq("export", tmp_path, "--json", "-")
+    fedmq("export", tmp_path, "--perfetto", "-")
+    fedmq("show", tmp_path, 4)
+    assert "all equal" in fedmq("diff", tmp_path, tmp_path).stdout

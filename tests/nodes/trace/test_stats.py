@@ -1,0 +1,168 @@
+import re
+from collections import Counter
+
+import msgspec
+import pytest
+
+from fedmq.broker.entries import Accepted, BlobName, Consumed, Opened, Refusal
+from fedmq.broker.ledger import Ledger
+from fedmq.broker.trace import Trace
+from fedmq.broker.wire import digest
+from fedmq.nodes.aggregator import Aggregator, Start
+from fedmq.nodes.inbox import Inbound
+from fedmq.nodes.simulation import RUN
+from fedmq.nodes.trace.payload import read_payload
+from fedmq.nodes.trace.stats import Account, Stats, histogram
+from tests.nodes.trace import story
+from tests.sim.history import setup_of
+
+
+def account_of(entries):
+    """Count as `tests/sim/history.py` does, with sets."""
+    accepted, consumed, refused = set(), set(), set()
+    for entry in entries:
+        match entry:
+            case Accepted(seq=seq, consumes=of):
+                consumed |= set(of)
+                if entry.read().to != "record":
+                    accepted.add(seq)
+            case Consumed(of=of):
+                consumed |= set(of)
+            case Refusal(of=int(seq)):
+                refused.add(seq)
+    return (
+        len(accepted),
+        len(consumed - refused),
+        len(accepted - consumed - refused),
+        len(refused),
+    )
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_account_of_runs_with_trouble(fedmq, simulated, seed):
+    folder = simulated(seed, seed)
+    accepted, consumed, pending, refused = account_of(Trace(folder).entries())
+    said = (
+        f"accepted {accepted} = consumed {consumed} + pending {pending}"
+        f" + refused {refused}: holds\n"
+    )
+    assert said in fedmq("stats", folder).stdout.replace(",", "")
+
+
+def test_the_account_of_the_story(fedmq, written):
+    said = fedmq("stats", written[0]).stdout
+    assert "accepted 19 = consumed 8 + pending 10 + refused 1: holds" in said
+    assert "pending: joined 4, " in said
+    assert "besides: 1 post refused and never accepted" in said
+
+
+@pytest.mark.parametrize(
+    ("of", "said"),
+    [
+        (0, "entry 9 consumes 0, which was not accepted for anybody"),
+        (77, "entry 9 consumes 77, which was not accepted for anybody"),
+        (7, "entry 9 consumes 7 a second time"),
+    ],
+)
+def test_an_account_that_does_not_hold(of, said):
+    account = Account()
+    message = story.Message(kind="k", id="i", run="r", sender="s", to="client/1")
+    account.accepted(7, message)
+    account.consumed(8, (7,))
+    account.consumed(9, (of,))
+    assert account.faults == [said]
+
+
+def test_messages_and_bytes_by_kind_node_and_codec(written):
+    trace = Trace(written[0])
+    stats = Stats(trace)
+    messages = [(each, each.read()) for each in trace.entries() if isinstance(each, Accepted)]
+    for name, tally in stats.traffic.kinds.items():
+        those = [(e, m) for e, m in messages if m.kind == name]
+        assert tally.messages == len(those)
+        assert tally.header == sum(len(e.message) for e, _ in those)
+        assert tally.blobs == sum(blob.size for _, m in those for blob in m.blobs)
+    assert sum(each.messages for each in stats.traffic.sent.values()) == len(messages)
+    assert stats.traffic.received["worker-0"].messages == 2
+    codecs = {key: (each.messages, each.blobs) for key, each in stats.traffic.codecs.items()}
+    assert codecs["cast@1(float16)", "result"] == (1, 12)
+    assert codecs["raw@1", "task"] == (5, 5 * 24)
+    assert codecs["(no tensors)", "version"][0] == 1
+    # The aggregator said W once in an evaluation and in five tasks; it is stored once.
+    assert stats.traffic.repeats.messages == 5
+    assert stats.traffic.repeats.blobs == 5 * 24
+
+
+@pytest.mark.parametrize(("schedule", "seed"), [(2, 3), (3, 4), (0, 5), (3, 6)])
+def test_staleness_is_what_the_aggregator_counted(simulated, schedule, seed):
+    folder = simulated(schedule, seed)
+    trace = Trace(folder)
+    core = Aggregator(setup_of(schedule, 1.0), RUN, "aggregator")
+    core.handle(Start())
+    found = Counter()
+    for entry in trace.entries():
+        if not (isinstance(entry, Accepted) and entry.read().to == "aggregator"):
+            continue
+        message = entry.read()
+        version, used, held = core.version, core._counts.used, len(core._current.held)
+        blobs = [bytes(trace.blob(message, n)) for n in range(len(message.blobs))]
+        core.handle(Inbound(entry.seq, entry.at, message, blobs.__getitem__))
+        taken = core._counts.used + len(core._current.held) > used + held
+        if message.kind == "result" and taken:
+            found[version - message.body["model_version"]] += 1
+    stats = Stats(trace)
+    assert stats.staleness == found
+    assert stats.fates.used == found.total()
+
+
+def test_a_histogram_shows_every_value_that_is_there():
+    lines = list(histogram(Counter({0: 1000, 2: 1})))
+    assert [line.split()[:2] for line in lines] == [["0", "1,000"], ["1", "0"], ["2", "1"]]
+    assert [line.count("#") for line in lines] == [50, 0, 1]
+
+
+def test_a_histogram_of_many_values_joins_neighbours():
+    values = Counter(range(100))
+    lines = list(histogram(values))
+    assert len(lines) <= 24
+    assert sum(int(line.split()[1]) for line in lines) == 100
+    assert re.match(r" *0-4 ", lines[0])
+
+
+def test_all_payload_is_read(fedmq, written):
+    said = fedmq("stats", written[0]).stdout.splitlines()[-1]
+    assert re.fullmatch(r"payload: \d+ pieces, \d+ bytes, all whole", said)
+
+
+def test_a_result_that_came_after_the_end_was_not_used(tmp_path):
+    it = story.Writer(tmp_path)
+    it.open()
+    it.joined("aggregator", "aggregator")
+    it.joined("worker-0", "worker", [[0, 3]])
+    tasks = [it.task(number, number, 0) for number in range(2)]
+    position = it.result("worker-0", 0, tasks[0], 0, 0)
+    it.result("worker-0", 1, tasks[1], 1, 0)
+    fold = msgspec.msgpack.encode({"position": position})
+    it.say("aggregator", "finished", "checkpoint", {"used": 1}, data=[fold])
+    it.ledger.close()
+    stats = Stats(Trace(tmp_path))
+    assert stats.staleness == Counter({0: 1})
+    assert not any("at its end" in line for line in stats.lines())
+
+
+def test_a_blob_that_was_given_up_and_stored_again_is_whole(tmp_path):
+    ledger = Ledger(tmp_path)
+    data = bytes(range(100))
+    name = BlobName("r", "w", digest(data))
+    ledger.append(Opened(seq=0, at=0.0, run="r", config="", total_clients=1))
+    ledger.put(name, 100, 0, data[:60])
+    ledger.put(name, 100, 0, b"")
+    for _ in range(3):
+        ledger.put(name, 100, 0, data[:40])  # said again after a crash
+    ledger.close()
+    named = [(name.owner, name.digest)]
+    assert read_payload(Trace(tmp_path)).missing(named) == 1
+    ledger = Ledger(tmp_path)
+    ledger.put(name, 100, 40, data[40:])
+    ledger.close()
+    assert read_payload(Trace(tmp_path)).missing(named) == 0
