@@ -43,10 +43,12 @@ def _feed(hasher: xxhash.xxh3_128, value: Any) -> None:
             text = repr(value).encode()
             hasher.update(b"%d:%b" % (len(text), text))
         case Tensor():
+            hasher.update(b"T")
             _feed(hasher, (str(value.dtype), list(value.shape)))
             flat = value.detach().cpu().contiguous().reshape(-1)
             hasher.update(flat.view(torch.uint8).numpy().data)
         case np.ndarray():
+            hasher.update(b"A")
             _feed(hasher, (str(value.dtype), list(value.shape)))
             hasher.update(np.ascontiguousarray(value).reshape(-1).view(np.uint8).data)
         case Mapping():
@@ -62,7 +64,7 @@ def _feed(hasher: xxhash.xxh3_128, value: Any) -> None:
             _feed(hasher, sorted(value))
         case msgspec.Struct():
             _feed(hasher, msgspec.structs.asdict(value))
-        case _ if dataclasses.is_dataclass(value):
+        case _ if dataclasses.is_dataclass(value) and not isinstance(value, type):
             fields = [each.name for each in dataclasses.fields(value)]
             _feed(hasher, {name: getattr(value, name) for name in fields})
         case _:

@@ -298,7 +298,7 @@ class WorkerHost(NodeHost):
                     return
                 case Evaluate(task):
                     metrics = setup.algorithm.evaluate(task, setup.problem, "cpu")
-                    self._later(Evaluated(metrics), actions)
+                    self._later(Evaluated(metrics, kind_of("cpu")), actions)
                     return
                 case Keep(client, state):
                     if self.kept is not None:

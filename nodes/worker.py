@@ -41,9 +41,10 @@ class Trained:
 
 @dataclass(frozen=True)
 class Evaluated:
-    """A model has been evaluated."""
+    """A model has been evaluated. ``device``: as in `Trained`."""
 
     metrics: Mapping[str, float]
+    device: str = ""
 
 
 @dataclass(frozen=True)
@@ -126,8 +127,8 @@ class Worker:
                 self._queue.append(event)
             case Trained():
                 self._trained(event, out)
-            case Evaluated(metrics):
-                self._answer("score", {"metrics": dict(metrics)}, out)
+            case Evaluated(metrics, device):
+                self._answer("score", {"metrics": dict(metrics), "device": device}, out)
             case Failed(reason):
                 self._answer("failed", {"reason": reason}, out)
         while self._current is None and self._queue:

@@ -133,7 +133,7 @@ def _work(
             case Evaluate(task):
                 with link.away():
                     metrics = setup.algorithm.evaluate(task, setup.problem, device)
-                event = Evaluated(metrics)
+                event = Evaluated(metrics, kind_of(device))
             case Pause(seconds):
                 link.pause(seconds)
             case Keep(client, state):

@@ -13,8 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-from rich.console import Console
-from rich.table import Table
 
 if TYPE_CHECKING:
     from fedmq.broker.trace import Trace
@@ -63,7 +61,7 @@ def replay(
     from fedmq.nodes.cli import exit_2_on_error
 
     with _importing():
-        from fedmq.nodes.replay.fold import Diverged
+        from fedmq.nodes.replay.record import Diverged
 
     _check_options(until, shell, from_checkpoint, worker, task, settings, save, against)
     with exit_2_on_error():
@@ -120,8 +118,9 @@ def _check_options(
         raise click.UsageError(f"--set does not go with {given[0]}")
     if save is not None and against is not None:
         raise click.UsageError("--save does not go with --against")
-    if save is not None and from_checkpoint:
-        raise click.UsageError("--save does not go with --from-checkpoint")
+    if from_checkpoint and (save is not None or against is not None):
+        which = "--save" if save is not None else "--against"
+        raise click.UsageError(f"{which} does not go with --from-checkpoint")
 
 
 def _fold(
@@ -134,29 +133,39 @@ def _fold(
     resume: bool,
 ) -> bool:
     """Replay the aggregator; tell how much was equal."""
-    from fedmq.nodes.replay.fold import Diverged, Replay, last_checkpoint
+    from fedmq.broker.errors import LedgerError
+    from fedmq.nodes.replay.fold import Replay, last_checkpoint
+    from fedmq.nodes.replay.record import Diverged
     from fedmq.nodes.replay.steps import FILE
 
     began = time.perf_counter()
-    checkpoint = last_checkpoint(trace, until) if resume else None
-    run = Replay(trace, checkpoint)
-    steps = _steps(run, until, save, against)
+    run = Replay(trace, last_checkpoint(trace, until) if resume else None)
+    last: Step | None = None
+    shown = time.monotonic()
     try:
-        last = _run_through(steps, run)
+        for step in _steps(run, until, save, against):
+            last = step
+            if sys.stderr.isatty() and time.monotonic() - shown > 1.0:
+                shown = time.monotonic()
+                click.echo(f"\rversion {run.core.version}", nl=False, err=True)
     except Diverged as error:
-        if shell:
-            click.echo(str(error))
-            _prompt(run, None)
-            return False
+        if not shell:
+            raise
+        click.echo(str(error))
+        _prompt(run, last)
+        return False
+    except LedgerError:
+        if run.messages:  # what lies before the damage
+            _report(run, time.perf_counter() - began, until)
         raise
     if shell:
         _prompt(run, last)
         return True
-    _report(run, trace, time.perf_counter() - began, until)
+    _report(run, time.perf_counter() - began, until)
     if save is not None:
         click.echo(f"the state after each message is in {save / FILE}")
     elif against is not None:
-        click.echo(f"and so is the state after each message to that of {against}")
+        click.echo(f"and so is the state after each message, to that of {against}")
     return True
 
 
@@ -176,30 +185,17 @@ def _steps(
     return against_run(run, Replay(Trace(against)), until)
 
 
-def _run_through(steps: Iterator[Step], run: Replay) -> Step | None:
-    last: Step | None = None
-    shown = time.monotonic()
-    visible = sys.stderr.isatty()
-    for last in steps:  # noqa: B007 - the last is returned
-        if visible and time.monotonic() - shown > 1.0:
-            shown = time.monotonic()
-            click.echo(f"\rversion {run.core.version}", nl=False, err=True)
-    return last
-
-
-def _report(run: Replay, trace: Trace, took_s: float, until: int | None) -> None:
+def _report(run: Replay, took_s: float, until: int | None) -> None:
     from fedmq.nodes.digests import model_digest
 
-    click.echo(f"{run.messages:,} messages, {run.compared:,} actions, all equal")
+    click.echo(f"{run.messages:,} messages, {run.record.compared:,} actions, all equal")
     core = run.core
     click.echo(f"version {core.version}, model {model_digest(core.tensors())}")
-    if run.unfound and until is None:
-        click.echo(f"{run.unfound} actions more than the record holds: it ends before them")
-    lasted = run.at - trace.opened.at
+    if run.record.unfound and until is None:
+        click.echo(f"{run.record.unfound} actions more than the record holds: it ends before them")
+    lasted = run.at - run.trace.opened.at
     where = f"up to entry {until}, " if until is not None else ""
     click.echo(f"{where}{lasted:.1f} s of the run in {took_s:.2f} s")
-    if trace.damage is not None:
-        raise trace.damage
 
 
 def _prompt(run: Replay, last: Step | None) -> None:
@@ -236,10 +232,11 @@ def _retrain(trace: Trace, node: str, task: str | None) -> bool:
     from fedmq.nodes.replay.workers import TOLERANCE, Retraining
 
     again = Retraining(trace, recorded_setup(trace), node)
-    count = same = 0
+    count = same = near = 0
     for each in [again.one(task)] if task is not None else again.all():
         count += 1
         same += each.same
+        near += each.same and each.apart is not None
         if each.apart is not None:
             verdict = (
                 f"apart by {each.apart:.2g}, on another kind of device than "
@@ -250,31 +247,40 @@ def _retrain(trace: Trace, node: str, task: str | None) -> bool:
         click.echo(f"{each.message.re} -> {each.result}: {verdict}, {each.seconds:.2f} s")
         if not each.same:
             click.echo("".join(f"  {line}\n" for line in each.differences), nl=False)
-    click.echo(f"{count} tasks, {same} results as recorded")
+    close = f", {near} of them within the tolerance only" if near else ""
+    click.echo(f"{count} tasks, {same} results as recorded{close}")
+    if trace.damage is not None:
+        raise trace.damage  # all before it has been trained
     return count == same
 
 
 def _what_if(trace: Trace, settings: tuple[str, ...]) -> bool:
     """Print the curves of the recorded run and of another rule side by side."""
+    from fedmq.broker.errors import LedgerError
     from fedmq.nodes.replay.whatif import WhatIf, changed_setup
+    from fedmq.nodes.trace.text import table
 
     setup = changed_setup(trace, settings)
-    table = Table(box=None, pad_edge=False)
-    for name in ("time s", "results", "version", "accuracy", "loss"):
-        table.add_column(name, justify="right")
-    for name in ("| results", "version", "accuracy", "loss"):
-        table.add_column(name, justify="right")
-    for point in WhatIf(trace, setup).points():
-        columns = [f"{point.at:.1f}"]
-        for index, metrics in enumerate((point.recorded or {}, point.other)):
-            columns += [str(point.results[index]), str(point.versions[index])]
-            columns += [_number(metrics.get(name)) for name in ("accuracy", "loss")]
-        table.add_row(*columns)
+    names = ("time s", "results", "version", "accuracy", "loss")
+    rows = []
+    damage: LedgerError | None = None
+    try:
+        for point in WhatIf(trace, setup).points():
+            row = [f"{point.at:.1f}"]
+            for index, metrics in enumerate((point.recorded or {}, point.other)):
+                row += [str(point.results[index]), str(point.versions[index])]
+                row += [_number(metrics.get(name)) for name in ("accuracy", "loss")]
+                row += ["|"] if not index else []
+            rows.append(row)
+    except LedgerError as error:
+        damage = error
     click.echo(f"left: as recorded; right: with {', '.join(settings)}")
-    Console().print(table)
+    click.echo("\n".join(table([*names, "|", *names[1:]], rows, left=0)))
     click.echo("The clients trained from the recorded models, not from those of the other rule.")
+    if damage is not None:
+        raise damage
     return True
 
 
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4f}"
+def _number(value: object) -> str:
+    return f"{value:.4f}" if isinstance(value, int | float) else "-"

@@ -21,7 +21,8 @@ from fedmq.nodes.aggregator import Aggregator
 from fedmq.nodes.digests import digest_of
 from fedmq.nodes.errors import NodeError
 from fedmq.nodes.inbox import Inbound
-from fedmq.nodes.replay.fold import Diverged, Replay, Step, describe
+from fedmq.nodes.replay.fold import Replay, Step
+from fedmq.nodes.replay.record import Diverged, describe
 from fedmq.nodes.trace.differ import Side, differences
 
 FILE = "steps.jsonl"
@@ -75,13 +76,15 @@ def save_steps(replay: Replay, folder: Path, until: int | None = None) -> Iterat
         NodeError: the file is there already, or cannot be written.
     """
     digester = Digester()
-    with _create(folder) as file:
+    path, fresh = folder / FILE, folder / f"{FILE}.new"
+    with _create(path, fresh) as file:
         opened = replay.trace.opened
         file.write(msgspec.json.encode(_Header(opened.run, opened.at)) + b"\n")
         for step in replay.steps(until):
             line = _Line(_number(step), digester.parts(replay.core))
             file.write(msgspec.json.encode(line) + b"\n")
             yield step
+    fresh.replace(path)  # only what is whole counts
 
 
 def against_steps(replay: Replay, folder: Path, until: int | None = None) -> Iterator[Step]:
@@ -115,10 +118,10 @@ def against_run(replay: Replay, other: Replay, until: int | None = None) -> Iter
         Diverged: at the first message that differs, or after which the state does.
     """
     ours, theirs = Digester(), Digester()
-    pairs = itertools.zip_longest(
-        _named("this run", replay, until), _named("the other run", other, until)
-    )
+    pairs = itertools.zip_longest(_named("this run", replay, until), _named("the other run", other))
     for mine, its in pairs:
+        if mine is None and until is not None:
+            return
         if mine is None or its is None:
             which = "the other run" if mine is None else "this run"
             raise Diverged(f"{which} goes on {_upon(mine or its)}")
@@ -140,7 +143,7 @@ def against_run(replay: Replay, other: Replay, until: int | None = None) -> Iter
         yield mine
 
 
-def _named(which: str, replay: Replay, until: int | None) -> Iterator[Step]:
+def _named(which: str, replay: Replay, until: int | None = None) -> Iterator[Step]:
     """Yield a run's steps; say which run it is that is not what this code makes of it."""
     try:
         yield from replay.steps(until)
@@ -176,12 +179,14 @@ def _same(a: Parts, b: Parts) -> bool:
     return all(repr(a[name]) == repr(b[name]) for name in a if name in b)
 
 
-def _create(folder: Path) -> IO[bytes]:
+def _create(path: Path, fresh: Path) -> IO[bytes]:
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        return (folder / FILE).open("xb")
+        if path.exists():
+            raise NodeError(f"--save: {path} is there already")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return fresh.open("wb")
     except OSError as error:
-        raise NodeError(f"--save: cannot write {folder / FILE}: {error.strerror}") from None
+        raise NodeError(f"--save: cannot write {path}: {error.strerror}") from None
 
 
 def _read(folder: Path, trace: Trace) -> Iterator[_Line]:

@@ -16,7 +16,7 @@ from fedmq.algorithms.errors import ResultError
 from fedmq.algorithms.schedules import View
 from fedmq.broker.trace import Trace
 from fedmq.codecs.errors import CodecError
-from fedmq.nodes.config import Config, changed, parse
+from fedmq.nodes.config import Config, changed
 from fedmq.nodes.errors import ConfigError
 from fedmq.nodes.inbox import Done, Inbound, Post
 from fedmq.nodes.payload import numbers_of, unpack
@@ -25,6 +25,8 @@ from fedmq.nodes.setup import Setup, choose_device
 
 _STALE = "too stale"
 _REASONS = {
+    "schedule": "other clients would have got tasks",
+    "algorithm": "the clients would have sent others",
     "problem": "the clients would have had other data",
     "codec": "the results would have crossed as other bytes",
     "worker": "the clients would have been as fast as they were, or not at all",
@@ -57,28 +59,23 @@ def changed_setup(trace: Trace, settings: Sequence[str]) -> Setup:
             mean nothing; the sentence says why.
     """
     before = recorded_setup(trace)
-    asked = changed(parse(trace.opened.config), settings)
-    for table in type(asked).model_fields:
-        _check_table(table, before, asked)
-    return recorded_setup(trace, asked)
+    asked = changed(before.config, settings)
+    for table in _REASONS:
+        named = table in ("schedule", "algorithm")
+        _check_table(table, before, asked, only=("name",) if named else ())
+    setup = recorded_setup(trace, asked)  # now unknown keys and wrong values have been named
+    for table in ("schedule", "algorithm"):
+        _check_table(table, before, setup.config)
+    return setup
 
 
-def _check_table(table: str, before: Setup, asked: Config) -> None:
-    """Refuse what recorded results tell nothing about."""
+def _check_table(table: str, before: Setup, asked: Config, only: Sequence[str] = ()) -> None:
+    """Refuse what recorded results tell nothing about; ``only``: look at these keys."""
     old, new = before.config.model_dump()[table], asked.model_dump()[table]
-    for key in sorted({*old, *new}):
-        if old.get(key) == new.get(key):
-            continue
-        name = f"{table}.{key}"
-        if table == "schedule" and key != "name":
-            if key not in before.schedule.folding:
-                raise ConfigError(_refusal(name, "other clients would have got tasks", before))
-        elif table == "algorithm" and key != "name":
-            if key not in before.algorithm.at_commit:
-                raise ConfigError(_refusal(name, "the clients would have sent others", before))
-        else:
-            why = _REASONS.get(table, "the clients would have been asked for something else")
-            raise ConfigError(_refusal(name, why, before))
+    can = {"schedule": before.schedule.folding, "algorithm": before.algorithm.at_commit}
+    for key in only or sorted({*old, *new}):
+        if old.get(key) != new.get(key) and key not in can.get(table, ()):
+            raise ConfigError(_refusal(f"{table}.{key}", _REASONS[table], before))
 
 
 def _refusal(name: str, why: str, before: Setup) -> str:

@@ -7,7 +7,10 @@ from its tasks in their order. On the same kind of device the result has the sam
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import math
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -21,16 +24,21 @@ from fedmq.broker.errors import LedgerError
 from fedmq.broker.state import BROKER
 from fedmq.broker.trace import Trace
 from fedmq.broker.wire import Buffer, Message
+from fedmq.codecs.errors import CodecError
 from fedmq.nodes.inbox import Post
 from fedmq.nodes.local import Locals
 from fedmq.nodes.payload import unpack
 from fedmq.nodes.replay.fold import accepted_entry, inbound
 from fedmq.nodes.setup import Setup, choose_device, kind_of
 from fedmq.nodes.trace.differ import Side, differences
+from fedmq.nodes.trace.text import plain
 from fedmq.nodes.worker import Evaluate, Evaluated, Keep, Train, Trained, Worker
 
 TOLERANCE = 1e-3
-"""How far results may lie apart between kinds of devices: |a - b| / |a|, over all weights."""
+"""How far results may lie apart between kinds of devices: |a - b| / |a|, over all weights;
+and metrics, each."""
+_COMPUTED = ("weights ", "body.metrics.")
+"""Beginnings of what the differ says of numbers that depend on the device."""
 _HONEST = frozenset({"body.elapsed_s", "body.device"})
 """What differs between two trainings of one task."""
 
@@ -40,8 +48,9 @@ class Retrained:
     """One task, trained or evaluated again.
 
     task, result: numbers of both messages.
-    differences: what is not as it was recorded; empty if nothing.
-    apart: relative distance of the weights, where the device is of another kind; else None.
+    differences: what is not as it was recorded; empty if nothing. On another kind of device,
+        numbers within the tolerance are not among them.
+    apart: on another kind of device, how far those lie apart, relatively; else None.
     """
 
     task: int
@@ -54,7 +63,7 @@ class Retrained:
     @property
     def same(self) -> bool:
         """Tell whether the result is what was recorded, as far as the device allows."""
-        return not self.differences if self.apart is None else self.apart <= TOLERANCE
+        return not self.differences
 
 
 @dataclass
@@ -140,7 +149,7 @@ class Retraining:
                     metrics = self._setup.algorithm.evaluate(
                         work, self._setup.problem, self._device
                     )
-                    actions += self._core.handle(Evaluated(metrics))
+                    actions += self._core.handle(Evaluated(metrics, kind_of(self._device)))
                 case Keep(client, state):
                     self._locals.put(client, state)
                 case Post() as post:
@@ -160,44 +169,63 @@ class Retraining:
             ignore=_HONEST,
         )
         apart = None
-        device = message.body.get("device", "")
-        if found and device and device != answer.message.body.get("device"):
+        device = message.body.get("device")
+        if found and device and device != answer.message.body["device"]:
             apart = _distance(message, read, answer)
+            if apart <= TOLERANCE:
+                found = [each for each in found if not each.startswith(_COMPUTED)]
         return Retrained(task, seq, message, seconds, found, apart)
 
 
 def _read(trace: Trace, node: str) -> _Recorded:
-    """Collect what a node hosted, was asked and has answered."""
+    """Collect what a node hosted, was asked and has answered, up to damage if there is some."""
     found = _Recorded()
-    nodes: dict[str, None] = {}
     tasks: dict[str, int] = {}
-    for entry in trace.entries():
-        if not isinstance(entry, Accepted):
-            continue
-        message = entry.read()
-        if message.kind in ("task", "evaluate"):
-            tasks[message.id] = entry.seq
-        elif message.kind == "joined" and message.sender == BROKER:
-            nodes[message.body["node"]] = None
-            if message.body["node"] == node:
-                found.clients += [(low, high) for low, high in message.body["clients"]]
-        elif message.sender == node and message.kind in ("result", "score") and message.re in tasks:
-            found.tasks[message.re] = tasks[message.re]
-            found.answers.append((message.re, entry.seq))
+    answered: dict[str, None] = {}
+    with contextlib.suppress(LedgerError):
+        for entry in trace.entries():
+            if not isinstance(entry, Accepted):
+                continue
+            message = entry.read()
+            if message.kind in ("task", "evaluate"):
+                tasks[message.id] = entry.seq
+            elif message.kind == "joined" and message.sender == BROKER:
+                if message.body.get("node") == node:
+                    found.clients += [(low, high) for low, high in message.body["clients"]]
+            elif message.kind in ("result", "score") and message.re in tasks:
+                answered[message.sender] = None
+                if message.sender == node:
+                    found.tasks[message.re] = tasks[message.re]
+                    found.answers.append((message.re, entry.seq))
     if not found.answers:
-        names = ", ".join(nodes)
+        names = ", ".join(map(plain, answered))
         raise LedgerError(f"--worker: expected a node with results ({names}), got {node!r}")
     return found
 
 
 def _distance(message: Message, read: Callable[[int], Buffer], answer: Post) -> float:
-    """Return |a - b| / |a| over all weights of two results."""
-    a = _flat(unpack(message, read).weights)
+    """Return how far the computed numbers of two answers lie apart; infinity: not comparable."""
+    if message.kind == "score":
+        ours, theirs = message.body.get("metrics"), answer.message.body["metrics"]
+        if not isinstance(ours, dict) or ours.keys() != theirs.keys():
+            return math.inf
+        return max((_apart(ours[name], theirs[name]) for name in theirs), default=0.0)
+    try:
+        a = _flat(unpack(message, read).weights)
+    except CodecError:
+        return math.inf
     b = _flat(unpack(answer.message, answer.data.__getitem__).weights)
     if a.shape != b.shape:
-        return float("inf")
+        return math.inf
     return float((a - b).norm() / a.norm().clamp_min(torch.finfo(a.dtype).tiny))
 
 
+def _apart(a: object, b: float) -> float:
+    if not isinstance(a, int | float):
+        return math.inf
+    return 0.0 if a == b else abs(a - b) / max(abs(a), sys.float_info.min)
+
+
 def _flat(weights: Mapping[str, Tensor]) -> Tensor:
-    return torch.cat([each.double().reshape(-1) for each in weights.values()])
+    vectors = [each.double().reshape(-1) for each in weights.values()]
+    return torch.cat(vectors) if vectors else torch.zeros(0, dtype=torch.float64)

@@ -182,7 +182,7 @@ def check_books(run: Path, model: Path | None = None) -> Books:
     _check_replay(watch, refolded)
     for _ in (replay := Replay(Trace(watch.folder))).steps():
         pass
-    assert replay.compared
+    assert replay.record.compared
     books = _fates(watch, refolded)
 
     finished = watch.of_kind("finished")

@@ -82,7 +82,7 @@ def outcome(folder):
     return {
         "entries": sum(1 for _ in trace.entries()),
         "messages": replay.messages,
-        "actions": replay.compared,
+        "actions": replay.record.compared,
         "version": replay.core.version,
         "model": model_digest(replay.core.tensors()),
     }

@@ -1,0 +1,285 @@
+"""Corner cases of a replay that were wrong once."""
+
+import pytest
+import torch
+from msgspec.structs import replace
+
+from fedmq.broker.entries import Accepted, Ended, Opened
+from fedmq.broker.trace import Trace
+from fedmq.broker.wire import Blob, encode_message
+from fedmq.nodes.digests import digest_of
+from fedmq.nodes.replay.fold import Replay
+from tests.nodes.replay import material
+from tests.nodes.replay.material import (
+    BUFFERED,
+    GOLDEN,
+    NAMES,
+    edit,
+    message,
+    refused,
+    replay,
+    rewrite,
+    scaled,
+    silence,
+)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_cut_off_right_before_the_last_message(name, tmp_path):
+    finished = material.messages(GOLDEN / name, kind="finished")[0][0]
+    out = replay(rewrite(GOLDEN / name, tmp_path, until=finished - 1)).output
+    assert "all equal" in out
+    assert "1 actions more" in out
+
+
+@pytest.mark.parametrize("seq", [24, 25, 26, 28, 29])
+def test_until_an_own_message_compares_it(seq, tmp_path):
+    folder = rewrite(BUFFERED, tmp_path, {seq: edit(body={"model_version": 9, "version": 9})})
+    replay(folder, "--until", 29, code=1)
+
+
+def test_until_counts_no_fewer_actions():
+    a = replay(BUFFERED, "--until", 29).output
+    assert "10 actions" not in a, a
+    own = [s for s, m in material.messages(BUFFERED, sender="aggregator") if s <= 29]
+    assert f"{len(own)} actions" in a, a
+
+
+def test_a_dropped_refusal(tmp_path):
+    replay(rewrite(BUFFERED, tmp_path, {45: silence}), code=1)
+
+
+def test_a_strange_id(tmp_path):
+    replay(rewrite(BUFFERED, tmp_path, {29: edit(id="hello")}), code=1)
+
+
+def test_bad_config_in_run_message(tmp_path):
+    out = replay(
+        rewrite(BUFFERED, tmp_path, {4: edit(body={"config": "not [ toml"})}), code=1
+    ).output
+    assert "message 4" in out
+
+
+@pytest.mark.parametrize(("key", "value"), [("version", 2.0), ("used", 6.0), ("version", True)])
+def test_type_change(tmp_path, key, value):
+    seq = 29 if value is not True else 25
+    replay(rewrite(BUFFERED, tmp_path, {seq: edit(body={key: value})}), code=1)
+
+
+def test_a_removed_digest(tmp_path):
+    replay(rewrite(BUFFERED, tmp_path, {29: material.without("model_digest")}), code=1)
+
+
+def test_an_early_end(tmp_path):
+    e = Ended(seq=68, at=1014.6, run="simulated", reason="tired")
+    replay(rewrite(BUFFERED, tmp_path, {68: e}), code=1)
+
+
+def test_early_end_cut(tmp_path):
+    replay(
+        rewrite(
+            BUFFERED,
+            tmp_path,
+            until=60,
+            more=[lambda s, a: Ended(seq=s, at=a, run="simulated", reason="tired")],
+        ),
+        code=1,
+    )
+
+
+def test_damaged_trace_reports_what_lies_before(tmp_path):
+    from tests.nodes.replay.test_equal import torn
+
+    folder, _segment, _ = torn(tmp_path, 100)
+    out = replay(folder, code=2)
+    assert "all equal" in out.output, out.output
+
+
+def test_damaged_trace_until_before_is_fine(tmp_path):
+    from tests.nodes.replay.test_equal import torn
+
+    folder, _segment, _ = torn(tmp_path, 100)
+    replay(folder, "--until", 50)
+
+
+def test_damaged_with_worker(tmp_path):
+    from tests.nodes.replay.test_equal import torn
+
+    folder, _segment, _ = torn(tmp_path, 100)
+    out = replay(folder, "--worker", "worker-0", code=2)
+    assert "same bytes" in out.output, out.output
+
+
+def test_older_config_lacks_a_new_setting(tmp_path):
+    def old(text):
+        return text.replace("weight_decay = 0.0\n", "")
+
+    folder = rewrite(
+        BUFFERED,
+        tmp_path,
+        {
+            0: lambda e: replace(e, config=old(e.config)),
+            4: lambda e: edit(body={"config": old(e.read().body["config"])})(e),
+        },
+    )
+    replay(folder)
+
+
+def test_older_config_whatif(tmp_path):
+    from fedmq.nodes.replay.whatif import changed_setup
+
+    def old(text):
+        return text.replace("weight_decay = 0.0\n", "")
+
+    folder = rewrite(
+        BUFFERED,
+        tmp_path,
+        {
+            0: lambda e: replace(e, config=old(e.config)),
+            4: lambda e: edit(body={"config": old(e.read().body["config"])})(e),
+        },
+    )
+    changed_setup(Trace(folder), ["schedule.size=2"])
+
+
+def test_no_checkpoint_sentence(tmp_path):
+    folder = rewrite(BUFFERED, tmp_path, until=20)
+    s = refused(folder, "--from-checkpoint")
+    assert "None" not in s, s
+
+
+def test_against_steps_from_checkpoint(tmp_path):
+    replay(BUFFERED, "--save", tmp_path)
+    replay(BUFFERED, "--against", tmp_path, "--from-checkpoint", code=2)
+
+
+def test_against_run_from_checkpoint(tmp_path):
+    replay(BUFFERED, "--against", BUFFERED, "--from-checkpoint", code=2)
+
+
+def test_until_of_other_run(tmp_path):
+    config = Trace(BUFFERED).opened.config
+    m = replace(message(BUFFERED, 4), run="other")
+    more = [
+        lambda s, a: Opened(seq=s, at=a, run="other", config=config, total_clients=6),
+        lambda s, a: Accepted(seq=s, at=a, message=encode_message(m)),
+    ]
+    folder = rewrite(BUFFERED, tmp_path, more=more)
+    out = replay(folder, "--run-id", "simulated", "--until", 175).output
+    assert "71 messages" in out, out
+
+
+@pytest.mark.parametrize(
+    "body", [{"client": 2}, {"numbers": {"n": 999, "reply": "update"}}, {"model_version": 7}]
+)
+def test_other_device_hides_fields(tmp_path, body):
+    R = GOLDEN / "fedavg-rounds"
+    seq, a = material.messages(R, sender="worker-0", kind="result")[0]
+    blob, data = scaled(R, seq, 1 + 1e-6)
+    folder = rewrite(
+        R,
+        tmp_path,
+        {seq: edit(blobs=(blob, *a.blobs[1:]), body={**body, "device": "x"})},
+        blobs=[("worker-0", data)],
+    )
+    replay(folder, "--worker", "worker-0", "--task", a.re, code=1)
+
+
+def test_other_device_counters(tmp_path):
+    R = GOLDEN / "fedavg-rounds"
+    seq, a = material.messages(R, sender="worker-0", kind="result")[0]
+    data = (999).to_bytes(8, "little")
+    folder = rewrite(
+        R,
+        tmp_path,
+        {seq: edit(blobs=(a.blobs[0], Blob.of(data)), body={"device": "x"})},
+        blobs=[("worker-0", data)],
+    )
+    replay(folder, "--worker", "worker-0", "--task", a.re, code=1)
+
+
+def test_other_device_no_weights(tmp_path):
+    R = GOLDEN / "fedavg-rounds"
+    seq, a = material.messages(R, sender="worker-0", kind="result")[0]
+    folder = rewrite(R, tmp_path, {seq: edit(blobs=(), body={"groups": [], "device": "x"})})
+    replay(folder, "--worker", "worker-0", "--task", a.re, code=1)
+
+
+def test_other_device_undecodable(tmp_path):
+    R = GOLDEN / "fedavg-rounds"
+    seq, a = material.messages(R, sender="worker-0", kind="result")[0]
+    folder = rewrite(R, tmp_path, {seq: edit(blobs=(a.blobs[0],), body={"device": "x"})})
+    replay(folder, "--worker", "worker-0", "--task", a.re, code=1)
+
+
+def test_aggregator_listed_as_node_with_results():
+    s = refused(BUFFERED, "--worker", "x")
+    assert "aggregator" not in s, s
+
+
+@pytest.mark.parametrize("setting", ["schedule.foo=1", "algorithm.foo=1", "schedule.sise=2"])
+def test_unknown_key_whatif(setting):
+    assert "unknown key" in refused(BUFFERED, "--set", setting)
+
+
+def test_what_if_with_metrics_of_text(tmp_path):
+    seq, _m = material.messages(BUFFERED, kind="score")[1]
+    folder = rewrite(
+        BUFFERED, tmp_path, {seq: edit(body={"metrics": {"accuracy": "high", "loss": None}})}
+    )
+    assert "all equal" in replay(folder).output
+    replay(folder, "--set", "schedule.size=2")
+
+
+def test_digest_empty_tensor():
+    assert digest_of(torch.zeros(0)) != digest_of(("torch.float32", [0]))
+
+
+def test_digest_collision():
+    A, B = 5, 6
+    t = torch.tensor(list(b"[1"), dtype=torch.uint8)
+    assert digest_of([[t, A], B]) != digest_of([[("torch.uint8", [2]), [A]], B])
+
+
+def test_save_after_failure_leaves_no_file(tmp_path):
+    folder = rewrite(BUFFERED, tmp_path / "r", {29: edit(body={"used": 0})})
+    replay(folder, "--save", tmp_path / "s", code=1)
+    assert not (tmp_path / "s" / "steps.jsonl").exists()
+
+
+def test_whatif_damage(tmp_path):
+    from tests.nodes.replay.test_equal import torn
+
+    folder, _segment, _ = torn(tmp_path, 100)
+    out = replay(folder, "--set", "schedule.size=2", code=2)
+    assert "left: as recorded" in out.output, out.output
+
+
+@pytest.mark.parametrize(
+    ("seq", "ch"),
+    [
+        (45, lambda e: replace(e, reason="\x1b[2Jhello\nworld")),
+        (29, edit(to="x\x1b[2J")),
+        (173, lambda e: replace(e, reason="\x1b[2J")),
+    ],
+)
+def test_escape(tmp_path, seq, ch):
+    from fedmq.nodes.replay.record import Diverged
+
+    with pytest.raises(Diverged) as e:
+        list(Replay(Trace(rewrite(BUFFERED, tmp_path, {seq: ch}))).steps())
+    assert "\x1b" not in str(e.value)
+
+
+def test_against_a_shorter_run_until(tmp_path):
+    short = rewrite(BUFFERED, tmp_path, until=60)
+    assert "this run goes on" in replay(BUFFERED, "--against", short, "--until", 100, code=1).output
+
+
+def test_whatif_table_is_not_cut_by_a_width():
+    out = replay(BUFFERED, "--set", "schedule.size=2", env={"COLUMNS": "30"}).output
+    assert "0.9250" in out, out
+
+
+def test_scores_tell_their_device():
+    assert "device" in material.messages(BUFFERED, kind="score")[0][1].body

@@ -1,0 +1,77 @@
+"""The folder of a run is read, and nothing else; which run in it is replayed."""
+
+import re
+import shutil
+
+import pytest
+
+from fedmq.broker.entries import Consumed, Opened
+from fedmq.broker.trace import Trace
+from tests.nodes.replay import material
+from tests.nodes.replay.material import BUFFERED, GOLDEN, edit, refused, replay, rewrite
+
+FIRST = re.compile(r"^([\d,]+) messages, ([\d,]+) actions, all equal$", re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        [],
+        ["--from-checkpoint"],
+        ["--until", 50],
+        ["--worker", "worker-0"],
+        ["--set", "schedule.size=2"],
+        ["--against", GOLDEN / "fedavg-buffered"],
+    ],
+    ids=str,
+)
+def test_nothing_is_written_to_the_runs_folder(words, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(BUFFERED, folder)
+
+    def look():
+        return {
+            str(path): (path.stat().st_mtime_ns, path.is_file() and path.read_bytes())
+            for path in [folder, *folder.rglob("*")]
+        }
+
+    for path in [*folder.rglob("*"), folder]:
+        path.chmod(0o555 if path.is_dir() else 0o444)
+    before = look()
+    try:
+        replay(folder, *words)
+        assert look() == before
+    finally:
+        for path in [folder, *folder.rglob("*")]:
+            path.chmod(0o755)
+
+
+@pytest.mark.parametrize("words", [[], ["--worker", "worker-0"], ["--set", "schedule.size=2"]])
+def test_a_folder_without_a_ledger_is_refused(words, tmp_path):
+    assert str(tmp_path) in refused(tmp_path, *words)
+    assert "nowhere" in refused(tmp_path / "nowhere", *words)
+
+
+def test_an_unknown_run_is_refused_with_the_choices():
+    assert "simulated" in refused(BUFFERED, "--run-id", "other")
+
+
+def test_of_several_runs_one_is_named(tmp_path):
+    """Entries of another run neither stop nor change a replay."""
+    config = Trace(BUFFERED).opened.config
+    more = [
+        lambda seq, at: Opened(seq=seq, at=at, run="other", config=config, total_clients=6),
+        lambda seq, at: Consumed(seq=seq, at=at, node="worker-0", of=(seq - 1,)),
+    ]
+    folder = rewrite(BUFFERED, tmp_path, more=more)
+    assert "--run-id" in refused(folder)
+    assert FIRST.search(replay(folder, "--run-id", "simulated").output)
+    assert "0 messages, 0 actions" in replay(folder, "--run-id", "other").output
+
+
+def test_a_body_that_a_later_release_writes_more_into_is_still_equal(tmp_path):
+    """What the record does not have is not held against it."""
+    folder = rewrite(BUFFERED, tmp_path, {29: material.without("max_staleness")})
+    assert FIRST.search(replay(folder).output)
+    folder = rewrite(BUFFERED, tmp_path / "more", {29: edit(body={"extra": 1})})
+    assert "message 29 differs" in replay(folder, code=1).output

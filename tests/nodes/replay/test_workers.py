@@ -1,0 +1,269 @@
+"""``--worker``: recorded tasks are trained again, and held against the recorded results."""
+
+import re
+
+import pytest
+import torch
+
+from fedmq.broker.trace import Trace
+from fedmq.broker.wire import Blob
+from fedmq.nodes.replay.fold import recorded_setup
+from fedmq.nodes.replay.workers import Retraining
+from fedmq.nodes.setup import kind_of
+from fedmq.nodes.simulation import Chances, Simulation
+from tests.nodes.replay import material
+from tests.nodes.replay.material import (
+    BUFFERED,
+    GOLDEN,
+    NAMES,
+    edit,
+    message,
+    refused,
+    replay,
+    rewrite,
+    scaled,
+)
+from tests.sim.history import setup_of
+
+NODES = ("worker-0", "worker-1", "evaluator")
+OTHER = "cpu of another kind"
+
+
+def on_this_kind(name, node):
+    """The same bytes are promised where they were recorded, and on the like of it."""
+    devices = {m.body.get("device", kind_of("cpu")) for _, m in answers(GOLDEN / name, node)}
+    return devices == {kind_of("cpu")}
+
+
+def answers(folder, node):
+    kinds = ("result", "score")
+    return [each for each in material.messages(folder, sender=node) if each[1].kind in kinds]
+
+
+@pytest.fixture(scope="module")
+def rounds(tmp_path_factory):
+    """A run of this machine, whatever its kind of CPU, of what the golden trace is of."""
+    folder = tmp_path_factory.mktemp("rounds")
+    setup = recorded_setup(Trace(GOLDEN / "fedavg-rounds"))
+    simulation = Simulation(setup, 2, folder, 3, Chances(train_s=0.3))
+    assert simulation.run(0.0, 400.0)
+    simulation.broker.ledger.close()
+    return folder
+
+
+@pytest.mark.parametrize("node", NODES)
+@pytest.mark.parametrize("name", NAMES)
+def test_every_node_of_a_golden_trace(name, node):
+    if not on_this_kind(name, node):
+        pytest.skip("recorded on another kind of CPU, or by another torch")
+    recorded = answers(GOLDEN / name, node)
+    *lines, last = replay(GOLDEN / name, "--worker", node).output.strip().split("\n")
+    assert last == f"{len(recorded)} tasks, {len(recorded)} results as recorded"
+    assert len(lines) == len(recorded)
+    for (seq, answer), line in zip(recorded, lines, strict=True):
+        assert line.startswith(f"{answer.re} -> {seq}: same bytes")
+
+
+def test_one_task(rounds):
+    seq, answer = answers(rounds, "worker-1")[5]
+    output = replay(rounds, "--worker", "worker-1", "--task", answer.re).output
+    assert output.startswith(f"{answer.re} -> {seq}: ")
+    assert output.endswith("1 tasks, 1 results as recorded\n")
+
+
+def test_an_unknown_node(rounds):
+    sentence = refused(rounds, "--worker", "worker-9")
+    assert "worker-0" in sentence
+    assert "'worker-9'" in sentence
+
+
+def test_the_aggregator_trains_nothing(rounds):
+    assert "'aggregator'" in refused(rounds, "--worker", "aggregator")
+
+
+@pytest.mark.parametrize("task", ["aggregator/999", "x", "aggregator/4"])
+def test_a_task_that_the_worker_has_no_result_of(rounds, task):
+    """There is none, it is no task, or it is another worker's."""
+    sentence = refused(rounds, "--worker", "worker-0", "--task", task)
+    assert f"'{task}'" in sentence
+    assert "aggregator/2" in sentence
+
+
+# ---- results that are other
+
+
+def changed(rounds, tmp_path, factor, index=3, **fields):
+    """Return a trace in which a result of worker-0 is ``factor`` times as large; its number."""
+    seq, answer = answers(rounds, "worker-0")[index]
+    blob, data = scaled(rounds, seq, factor)
+    change = edit(blobs=(blob, *answer.blobs[1:]), body=fields)
+    folder = rewrite(rounds, tmp_path, {seq: change}, blobs=[("worker-0", data)])
+    return folder, seq, answer
+
+
+def test_a_changed_result_is_found(rounds, tmp_path):
+    folder, seq, answer = changed(rounds, tmp_path, 1 + 1e-6)
+    output = replay(folder, "--worker", "worker-0", code=1).output
+    count = len(answers(rounds, "worker-0"))
+    assert f"{answer.re} -> {seq}: differs" in output
+    assert "elements differ, by at most" in output
+    assert f"{count} tasks, {count - 1} results as recorded" in output
+    assert output.count("differs") == 1
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"client": 2}, {"model_version": 9}, {"numbers": {"n": 5, "reply": "update"}}],
+    ids=str,
+)
+def test_a_changed_field_of_a_result_is_found(rounds, fields, tmp_path):
+    seq, answer = answers(rounds, "worker-0")[0]
+    folder = rewrite(rounds, tmp_path, {seq: edit(body=fields)})
+    output = replay(folder, "--worker", "worker-0", "--task", answer.re, code=1).output
+    assert f"body.{next(iter(fields))}" in output
+
+
+def test_a_changed_score_is_found(rounds, tmp_path):
+    seq, answer = answers(rounds, "evaluator")[1]
+    metrics = {**answer.body["metrics"], "accuracy": 0.99}
+    folder = rewrite(rounds, tmp_path, {seq: edit(body={"metrics": metrics})})
+    output = replay(folder, "--worker", "evaluator", code=1).output
+    assert f"{answer.re} -> {seq}: differs" in output
+    assert "body.metrics.accuracy: 0.99 in the record" in output
+
+
+def test_a_changed_task_makes_another_result(rounds, tmp_path):
+    seq, task = material.messages(rounds, kind="task")[0]
+    blob, data = scaled(rounds, seq, 1.01)
+    change = edit(blobs=(blob, *task.blobs[1:]))
+    folder = rewrite(rounds, tmp_path, {seq: change}, blobs=[("aggregator", data)])
+    node = next(m.sender for _, m in material.messages(rounds, kind="result") if m.re == task.id)
+    assert "differs" in replay(folder, "--worker", node, "--task", task.id, code=1).output
+
+
+def test_how_long_it_took_does_not_matter(rounds, tmp_path):
+    seq, answer = answers(rounds, "worker-0")[0]
+    folder = rewrite(rounds, tmp_path, {seq: edit(body={"elapsed_s": 9.0})})
+    assert "same bytes" in replay(folder, "--worker", "worker-0", "--task", answer.re).output
+
+
+# ---- another kind of device
+
+
+def test_within_the_tolerance_of_another_device(rounds, tmp_path):
+    folder, seq, answer = changed(rounds, tmp_path, 1 + 1e-6, device=OTHER)
+    output = replay(folder, "--worker", "worker-0").output
+    line = next(each for each in output.split("\n") if each.startswith(f"{answer.re} -> {seq}: "))
+    apart = float(re.search(r"apart by (\S+),", line)[1])
+    assert 0.5e-6 < apart < 2e-6
+    assert OTHER in line
+    assert "tolerance 0.001" in line
+    assert "as recorded" in output
+
+
+@pytest.mark.parametrize("factor", [1.1, 0.0, -1.0, float("inf")])
+def test_beyond_the_tolerance_of_another_device(rounds, factor, tmp_path):
+    folder, seq, answer = changed(rounds, tmp_path, factor, device=OTHER)
+    output = replay(folder, "--worker", "worker-0", "--task", answer.re, code=1).output
+    assert f"{answer.re} -> {seq}: apart by" in output
+    assert "tolerance 0.001" in output
+    assert "elements differ" in output
+    assert "1 tasks, 0 results as recorded" in output
+
+
+def test_the_same_bytes_from_another_device_are_the_same_bytes(rounds, tmp_path):
+    folder, seq, answer = changed(rounds, tmp_path, 1.0, device=OTHER)
+    output = replay(folder, "--worker", "worker-0", "--task", answer.re).output
+    assert f"{answer.re} -> {seq}: same bytes" in output
+
+
+def test_the_distance_is_relative_to_the_record(rounds, tmp_path):
+    """|a - b| / |a|, a as recorded: 1.1 times the true one is 1/11 apart."""
+    folder, _, answer = changed(rounds, tmp_path, 1.1, device=OTHER)
+    trace = Trace(folder)
+    again = Retraining(trace, recorded_setup(trace), "worker-0").one(answer.re)
+    assert again.apart == pytest.approx(1 / 11, rel=1e-4)
+    assert not again.same
+
+
+# ---- what a client keeps from task to task
+
+
+@pytest.fixture(scope="module")
+def tallied(tmp_path_factory):
+    """A run in which a result tells how many tasks its client has done; nobody crashes."""
+    folder = tmp_path_factory.mktemp("tally")
+    simulation = Simulation(setup_of(0, 1.0), 2, folder, 5, Chances(train_s=0.3))
+    assert simulation.run(1.0, 400.0)
+    simulation.broker.ledger.close()
+    return folder
+
+
+@pytest.mark.parametrize("node", ["worker-0", "worker-1"])
+def test_local_states_are_made_again(tallied, node):
+    count = len(answers(tallied, node))
+    assert f"{count} tasks, {count} results as recorded" in replay(tallied, "--worker", node).output
+
+
+def late_task(folder):
+    """Return the last task of the client that has done most: node, answer."""
+    results = [each for _, each in material.messages(folder, kind="result")]
+    best = max(results, key=lambda each: each.body["numbers"]["tasks"])
+    assert best.body["numbers"]["tasks"] >= 3
+    return best
+
+
+def test_a_late_task_needs_the_earlier_ones(tallied, monkeypatch):
+    best = late_task(tallied)
+    trained = []
+    train = type(recorded_setup(Trace(tallied)).algorithm).train
+
+    def counted(self, task, client):
+        trained.append(client.index)
+        return train(self, task, client)
+
+    monkeypatch.setattr(type(recorded_setup(Trace(tallied)).algorithm), "train", counted)
+    output = replay(tallied, "--worker", best.sender, "--task", best.re).output
+    assert "1 tasks, 1 results as recorded" in output
+    assert trained == [best.body["client"]] * best.body["numbers"]["tasks"]
+
+
+def test_of_clients_that_keep_nothing_no_earlier_task_but_one_is_trained(rounds, monkeypatch):
+    by_client = {}
+    for _, answer in answers(rounds, "worker-0"):
+        by_client.setdefault(answer.body["client"], []).append(answer)
+    most = max(by_client.values(), key=len)
+    assert len(most) > 3
+    trained = []
+    kind = type(recorded_setup(Trace(rounds)).algorithm)
+    train = kind.train
+    monkeypatch.setattr(kind, "train", lambda *a: trained.append(1) or train(*a))
+    replay(rounds, "--worker", "worker-0", "--task", most[-1].re)
+    assert len(trained) <= 2
+
+
+def test_a_changed_earlier_result_does_not_hide_in_a_later_one(tallied, tmp_path):
+    """What is kept follows from the tasks, not from the results as they were recorded."""
+    best = late_task(tallied)
+    first = next(
+        (seq, each)
+        for seq, each in material.messages(tallied, kind="result")
+        if each.body["client"] == best.body["client"]
+    )
+    vector = torch.full((40,), 2.0).numpy().tobytes()
+    change = edit(blobs=(Blob.of(vector),))
+    folder = rewrite(tallied, tmp_path, {first[0]: change}, blobs=[(best.sender, vector)])
+    output = replay(folder, "--worker", best.sender, code=1).output
+    assert output.count("differs") == 1
+    assert f"{first[1].re} -> {first[0]}: differs" in output
+    assert "same bytes" in replay(folder, "--worker", best.sender, "--task", best.re).output
+
+
+def test_a_lossy_codec_is_repeated_too():
+    """Results of this run are float16 on the wire."""
+    _, answer = answers(BUFFERED, "worker-1")[0]
+    assert message(BUFFERED, 11).body["groups"][0]["codec"].startswith("cast")
+    assert (
+        "1 results as recorded"
+        in replay(BUFFERED, "--worker", "worker-1", "--task", answer.re).output
+    )
