@@ -8,7 +8,7 @@ evaluator calls `evaluate`. Nothing here knows of messages, schedules, clocks or
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -61,6 +61,8 @@ class Client:
         before it sends the result, so that it survives a restart.
     seed: of everything random in this task.
     device: torch device to train on.
+    restrict: projects a gradient, tensors by name as in the result's weights, in place onto
+        what the uplink's codec can send (structured updates); None where it sends all.
     """
 
     index: int
@@ -69,11 +71,14 @@ class Client:
     local: Payload | None
     seed: int
     device: str = "cpu"
+    restrict: Callable[[Mapping[str, Tensor]], None] | None = None
 
 
 @dataclass(frozen=True)
 class Algorithm(ABC):
     """A federated algorithm. Subclasses are frozen dataclasses, one paper a file.
+
+    One that draws at the aggregator has a field ``seed``, None by default: the run's.
 
     State and Gathered are the subclass's own types; states are never changed in place,
     so that a version that is still on the wire stays what it was.
@@ -99,6 +104,10 @@ class Algorithm(ABC):
     @abstractmethod
     def task(self, state: Any, client: int) -> Payload:
         """Return what this client is sent."""
+
+    def examined(self, state: Any) -> Payload:
+        """Return what the evaluator is sent; by default, what any client is."""
+        return self.task(state, 0)
 
     @abstractmethod
     def gather(self, state: Any) -> Any:

@@ -163,6 +163,7 @@ class FedAvg(Algorithm):
             loss(model.module(x), y).backward()  # type: ignore[no-untyped-call] # torch's
             with torch.no_grad():
                 self.regularize(gradient, trained, anchor)
+                restrict(client, model.layout, gradient)
                 if velocity is not None:
                     gradient = velocity.mul_(self.momentum).add_(gradient)
                 trained.add_(gradient, alpha=-self.lr)
@@ -198,6 +199,15 @@ def load_model(task: Task, problem: Problem, device: str) -> tuple[FlatModel, Te
     start = model.layout.flatten(task.payload.weights).to(device)
     model.load(start, model.layout.flatten_counters(task.payload.exact))
     return model, start
+
+
+def restrict(client: Client, layout: Layout, gradient: Tensor) -> None:
+    """Project a gradient, float32 [parameters], in place: see `Client.restrict`."""
+    if client.restrict is not None:
+        whole = torch.zeros(layout.dim, device=gradient.device)
+        whole[: layout.parameters] = gradient
+        client.restrict(layout.views(whole))
+        gradient.copy_(whole[: layout.parameters])
 
 
 def batches(

@@ -9,11 +9,14 @@ from collections.abc import Mapping
 from fedmq.algorithms.base import Algorithm
 from fedmq.algorithms.errors import AlgorithmError
 from fedmq.algorithms.fedavg import FedAvg
+from fedmq.algorithms.feddropout import FedDropout
 from fedmq.algorithms.fedprox import FedProx
 from fedmq.algorithms.fedsgd import FedSGD
 from fedmq.codecs.spec import unknown
 
-ALGORITHMS: Mapping[str, type[Algorithm]] = {each.name: each for each in (FedAvg, FedProx, FedSGD)}
+ALGORITHMS: Mapping[str, type[Algorithm]] = {
+    each.name: each for each in (FedAvg, FedDropout, FedProx, FedSGD)
+}
 
 
 def find_algorithm(name: str) -> type[Algorithm]:

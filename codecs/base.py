@@ -55,6 +55,28 @@ class Codec(ABC):
         """Return the parameters as they stand in the wire name, parentheses included."""
         return ""
 
+    @property
+    def updates_only(self) -> bool:
+        """Tell whether what is not sent is taken for zero: it may be an update, but no model."""
+        return False
+
+    @property
+    def remembers(self) -> bool:
+        """Tell whether a sender must add to its next update what this codec has left out."""
+        return False
+
+    @property
+    def structured(self) -> bool:
+        """Tell whether `restrict` does anything."""
+        return False
+
+    def restrict(self, update: Tensors, seed: int) -> None:  # noqa: B027 - most do nothing here
+        """Project an update, in place, onto those that `encode` of this seed writes as a whole.
+
+        Of a structured update (Konecny et al. 2016, section 3) that is done with every
+        gradient while a client trains; other codecs leave the update as it is.
+        """
+
     @abstractmethod
     def encode(self, tensors: Tensors, seed: int) -> Encoded:
         """Write tensors; all that is random follows from ``seed``.

@@ -16,8 +16,12 @@ from torch import Tensor
 from fedmq.codecs.base import MAX_DECODED_BYTES, Codec, Encoded, brief
 from fedmq.codecs.cast import Cast
 from fedmq.codecs.errors import DecodeError, SpecError
+from fedmq.codecs.features import Features
+from fedmq.codecs.logits import Logits
+from fedmq.codecs.pipeline import STAGES, Pipeline
 from fedmq.codecs.raw import Raw
-from fedmq.codecs.spec import build, unknown
+from fedmq.codecs.spec import build_call, parse, split, unknown
+from fedmq.codecs.stages.base import Stage
 
 _WIRE_NAME = re.compile(r"([A-Za-z_][\w-]*)@(\d{1,9})(\(.*\))?", re.DOTALL)
 _MAX_WIRE_NAME = 1000
@@ -30,7 +34,7 @@ def codecs() -> Mapping[str, type[Codec]]:
     Raises:
         SpecError: two codecs have one name, or an entry point is no codec.
     """
-    found: dict[str, type[Codec]] = {each.name: each for each in (Raw, Cast)}
+    found: dict[str, type[Codec]] = {each.name: each for each in (Raw, Cast, Features, Logits)}
     for entry in entry_points(group="fedmq.codecs"):
         extension = entry.load()
         if not (isinstance(extension, type) and issubclass(extension, Codec)):
@@ -42,12 +46,21 @@ def codecs() -> Mapping[str, type[Codec]]:
 
 
 def make_codec(spec: str) -> Codec:
-    """Return the codec that a spec such as ``raw`` or ``cast(float16)`` names.
+    """Return the codec that a spec names: ``raw``, or ``hadamard(4096) | quantize(4)``.
 
     Raises:
-        SpecError: unknown codec or parameter; the sentence holds the choices.
+        SpecError: unknown codec, stage or parameter; the sentence holds the choices.
     """
-    return build(spec, codecs(), "codec")
+    calls = parse(spec)
+    if len(calls) == 1 and calls[0].name in codecs():
+        return build_call(calls[0], codecs(), "codec")
+    for call in calls:
+        if call.name in codecs() and call.name not in STAGES:
+            raise SpecError(f"codec {call.name} stands alone, it is no stage of a pipeline")
+        if call.name not in STAGES:
+            choices = STAGES if len(calls) > 1 else {**codecs(), **STAGES}
+            raise SpecError(unknown("codec", call.name, choices))
+    return Pipeline([build_call(call, STAGES, "codec") for call in calls])
 
 
 def decode(encoded: Encoded, max_bytes: int = MAX_DECODED_BYTES) -> dict[str, Tensor]:
@@ -61,16 +74,24 @@ def decode(encoded: Encoded, max_bytes: int = MAX_DECODED_BYTES) -> dict[str, Te
 
 @functools.lru_cache(maxsize=256)
 def _reader(wire_name: str) -> Codec:
-    match = _WIRE_NAME.fullmatch(wire_name) if len(wire_name) <= _MAX_WIRE_NAME else None
-    if match is None:
+    """Return the codec of a wire name, which is a spec with versions."""
+    texts = [part.strip() for part in split(wire_name[: _MAX_WIRE_NAME + 1])]
+    if len(wire_name) > _MAX_WIRE_NAME or " | ".join(texts) != wire_name:
         raise DecodeError(f"expected codec@version(parameters), got {brief(wire_name)}")
-    name, version, parameters = match.groups()
-    if name not in codecs():
-        raise DecodeError(unknown("codec", name, codecs()))
+    matches = [_WIRE_NAME.fullmatch(text) for text in texts]
+    known: Mapping[str, type[Codec] | type[Stage]] = {**STAGES, **codecs()}
+    parts = []
+    for match in matches:
+        if match is None:
+            raise DecodeError(f"expected codec@version(parameters), got {brief(wire_name)}")
+        name, version, parameters = match.groups()
+        if name not in known:
+            raise DecodeError(unknown("codec", name, known))
+        kind = STAGES[name] if len(matches) > 1 and name in STAGES else known[name]
+        if kind.version != int(version):
+            raise DecodeError(f"codec {name} here has version {kind.version}, not {version}")
+        parts.append(name + (parameters or ""))
     try:
-        codec = make_codec(name + (parameters or ""))
+        return make_codec(" | ".join(parts))
     except SpecError as error:
         raise DecodeError(str(error)) from None
-    if codec.version != int(version):
-        raise DecodeError(f"codec {name} here has version {codec.version}, not {version}")
-    return codec

@@ -50,13 +50,18 @@ def parse(text: str) -> list[Call]:
     Raises:
         SpecError: the text is not of the form ``name(value, key=value) | ...``.
     """
+    return [_parse_call(part, text) for part in split(text)]
+
+
+def split(text: str) -> list[str]:
+    """Return the parts between bars, but for bars in quoted strings."""
     parts = [""]
     for piece in _PIECE.findall(text):
         if piece == "|":
             parts.append("")
         else:
             parts[-1] += piece
-    return [_parse_call(part, text) for part in parts]
+    return parts
 
 
 def parse_one(text: str) -> Call:

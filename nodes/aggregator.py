@@ -436,11 +436,7 @@ class Aggregator:
             self._post(out, "timer", TIMER, body)
 
     def _evaluate(self, out: list[Action]) -> None:
-        packed = pack(
-            self._algorithm.task(self.state, 0),
-            Raw(),
-            0,
-        )
+        packed = pack(self._algorithm.examined(self.state), Raw(), 0)
         body = {**packed.body, "model_version": self.version}
         self._evaluated = self.version
         self._evaluating.add(self._post(out, "evaluate", EVALUATOR, body, packed))

@@ -26,11 +26,19 @@ def catalogue(what: str) -> Iterator[tuple[str, str]]:
             functions = (f"{name}{_parameters(each)}" for name, each in STALENESS.items())
             yield "staleness", ", ".join(functions)
         case "codecs":
+            from fedmq.codecs.pipeline import STAGES
             from fedmq.codecs.registry import codecs
 
             for name, codec in codecs().items():
                 about = re.split(r"\.\s", inspect.getdoc(codec) or "")[0].rstrip(".")
                 yield f"{name}{_parameters(codec)}", about
+            places: dict[str, list[str]] = {}
+            for name, stage in STAGES.items():
+                places.setdefault(stage.place.name.lower(), []).append(
+                    f"{name}{_parameters(stage)}"
+                )
+            order = " | ".join(f"[{' or '.join(each)}]" for each in places.values())
+            yield "pipelines", f"one of each, in this order, any left out:\n{order}"
         case "problems":
             from fedmq.algorithms.problems import DEFAULT_MODEL, MODELS, PARTITIONS, PROBLEMS
 

@@ -20,6 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fedmq.nodes import logs
+from fedmq.nodes.codec_cli import codec
 from fedmq.nodes.errors import ConfigError, NodeError
 from fedmq.nodes.replay.cli import replay
 from fedmq.nodes.trace.cli import trace
@@ -207,6 +208,7 @@ def list_(what: str) -> None:
     Console().print(table)
 
 
+main.add_command(codec)
 main.add_command(replay)
 
 

@@ -27,24 +27,33 @@ from fedmq.nodes.payload import Packed, pack, unpack
 
 @dataclass(frozen=True)
 class Kept:
-    """A client's local state after a task, and that task's result as it was posted.
+    """What a client keeps after a task, and that task's result as it was posted.
 
-    task: id of the task.
+    task: id of the task. local: the algorithm's state, if it has any. memory: what the uplink's
+    codec has left out of the results so far, if it remembers that.
     """
 
     task: str
-    local: Payload
+    local: Payload | None
     message: Message
     data: tuple[Buffer, ...]
+    memory: Payload | None = None
+
+
+class _Part(Struct):
+    """A payload that is kept: a message's body, and how many of the buffers are its own."""
+
+    body: dict[str, Any]
+    buffers: int
 
 
 class _Head(Struct):
     task: str
-    body: dict[str, Any]
     message: bytes
     sizes: list[int]
-    local: int
-    """How many of the buffers are the local state's; the others are the result's."""
+    """Of the buffers: those of the local state, of the memory, and of the result."""
+    local: _Part | None
+    memory: _Part | None
 
 
 class Locals:
@@ -137,19 +146,23 @@ def make_folder(folder: Path) -> None:
 
 
 def _write(kept: Kept) -> bytes:
-    local = pack(kept.local, Raw(), 0)
-    buffers = [*local.data, *kept.data]
+    local, memory = _packed(kept.local), _packed(kept.memory)
+    buffers = [*(local.data if local else ()), *(memory.data if memory else ()), *kept.data]
     head = msgspec.msgpack.encode(
         _Head(
             task=kept.task,
-            body=dict(local.body),
             message=encode_message(kept.message),
             sizes=[memoryview(each).nbytes for each in buffers],
-            local=len(local.data),
+            local=_Part(dict(local.body), len(local.data)) if local else None,
+            memory=_Part(dict(memory.body), len(memory.data)) if memory else None,
         )
     )
     whole = b"".join([len(head).to_bytes(8, "little"), head, *buffers])
     return xxhash.xxh3_128_digest(whole) + whole
+
+
+def _packed(payload: Payload | None) -> Packed | None:
+    return pack(payload, Raw(), 0) if payload is not None else None
 
 
 def _read(data: bytes) -> Kept:
@@ -161,8 +174,19 @@ def _read(data: bytes) -> Kept:
     for size in head.sizes:
         buffers.append(data[start : start + size])
         start += size
-    mine = tuple(buffers[: head.local])
-    packed = Packed(head.body, tuple(Blob.of(each) for each in mine), mine)
     message = decode_message(head.message)
-    holder = msgspec.structs.replace(message, body=dict(packed.body), blobs=packed.blobs)
-    return Kept(head.task, unpack(holder, mine.__getitem__), message, tuple(buffers[head.local :]))
+    local, rest = _take(head.local, message, buffers)
+    memory, rest = _take(head.memory, message, rest)
+    return Kept(head.task, local, message, tuple(rest), memory)
+
+
+def _take(
+    part: _Part | None, message: Message, buffers: list[Buffer]
+) -> tuple[Payload | None, list[Buffer]]:
+    """Return a kept payload from the first buffers, and the other buffers."""
+    if part is None:
+        return None, buffers
+    mine = buffers[: part.buffers]
+    blobs = tuple(Blob.of(each) for each in mine)
+    holder = msgspec.structs.replace(message, body=part.body, blobs=blobs)
+    return unpack(holder, mine.__getitem__), buffers[part.buffers :]

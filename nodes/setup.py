@@ -48,6 +48,8 @@ def set_up(config: Config) -> Setup:
         ConfigError: one of them is unknown, or they do not fit together.
     """
     algorithm = _choose(config.algorithm, find_algorithm, "algorithm")
+    if getattr(algorithm, "seed", 0) is None:
+        algorithm = dataclasses.replace(algorithm, seed=config.run.seed)  # type: ignore[call-arg] # it has that field
     schedule = _choose(config.schedule, find_schedule, "schedule")
     if schedule.name not in algorithm.schedules:
         raise ConfigError(
@@ -59,6 +61,7 @@ def set_up(config: Config) -> Setup:
     except (AlgorithmError, SpecError) as error:
         raise ConfigError(str(error)) from None
     down, up = _codec(config.codec.down, "down"), _codec(config.codec.up, "up")
+    _check_codecs(down, up, schedule)
     for node in ["", *config.worker.nodes]:
         slowdown(config.worker.straggling(node).slowdown)
     wanted = config.run.min_clients
@@ -93,6 +96,24 @@ def _codec(spec: str, direction: str) -> Codec:
         return make_codec(spec)
     except CodecError as error:
         raise ConfigError(f"codec.{direction}: {error}") from None
+
+
+def _check_codecs(down: Codec, up: Codec, schedule: Schedule) -> None:
+    """Refuse to send a model with a codec for updates.
+
+    Raises:
+        ConfigError: the sentence says which, and why.
+    """
+    if schedule.reply == "model" and up.updates_only:
+        raise ConfigError(
+            f"codec.up: under schedule {schedule.name} clients send models, and "
+            f"{up.wire_name!r} takes for zero what it does not send"
+        )
+    if down.structured or down.remembers:
+        raise ConfigError(
+            f"codec.down: {down.wire_name!r} is for updates of clients; a model that goes down "
+            "is neither trained by the codec's structure nor sent a second time"
+        )
 
 
 def _added(draw: Callable[[np.random.Generator], float]) -> Slowdown:

@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
-from fedmq.algorithms.base import Client
 from fedmq.broker.link_state import Delivery
 from fedmq.broker.state import AGGREGATOR, EVALUATOR, WORKER, BrokerSettings
 from fedmq.broker.virtual import BrokerHost, Faults, LinkHost, VirtualNetwork
@@ -290,8 +289,8 @@ class WorkerHost(NodeHost):
         while actions:
             action = actions.pop(0)
             match action:
-                case Train(client, task, local, seed):
-                    place = Client(client, setup.problem, setup.problem.client(client), local, seed)
+                case Train(task=task) as train:
+                    place = train.at(setup.problem, "cpu")
                     self._later(
                         Trained(*setup.algorithm.train(task, place), 0.0, kind_of("cpu")), actions
                     )

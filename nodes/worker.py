@@ -6,21 +6,26 @@ what `Train` and `Evaluate` ask for and reports it back as `Trained` or `Evaluat
 
 from __future__ import annotations
 
+import functools
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fedmq.algorithms.base import Payload, Reply, Task
+from torch import Tensor
+
+from fedmq.algorithms.base import Client, Payload, Reply, Task
+from fedmq.algorithms.problems.base import Problem
 from fedmq.algorithms.rng import derive_rng, derive_seed
 from fedmq.broker.errors import WireError
 from fedmq.broker.state import AGGREGATOR
 from fedmq.broker.wire import Message
 from fedmq.codecs.base import brief
 from fedmq.codecs.errors import CodecError
+from fedmq.codecs.registry import decode
 from fedmq.nodes.inbox import Done, Inbound, Post
 from fedmq.nodes.local import Kept, Locals
-from fedmq.nodes.payload import pack, unpack
+from fedmq.nodes.payload import Packed, pack, unpack
 from fedmq.nodes.setup import Setup, slowdown
 
 MAX_SLOWDOWN_S = 3600.0
@@ -59,12 +64,21 @@ Event = Inbound | Trained | Evaluated | Failed
 
 @dataclass(frozen=True)
 class Train:
-    """Train a task for a client, from its local state, with all randomness from ``seed``."""
+    """Train a task for a client, from its local state, with all randomness from ``seed``.
+
+    restrict: as in `Client`.
+    """
 
     client: int
     task: Task
     local: Payload | None
     seed: int
+    restrict: Callable[[Mapping[str, Tensor]], None] | None = None
+
+    def at(self, problem: Problem, device: str) -> Client:
+        """Return where the client half is to run."""
+        data = problem.client(self.client)
+        return Client(self.client, problem, data, self.local, self.seed, device, self.restrict)
 
 
 @dataclass(frozen=True)
@@ -147,7 +161,11 @@ class Worker:
                     return
                 task = _read_task(inbound)
                 seed = derive_seed(self._setup.config.run.seed, "train", client, message.id)
-                out.append(Train(client, task, kept.local if kept else None, seed))
+                restrict = None
+                if self._setup.up.structured:
+                    uplink = self._uplink_seed(client, message)
+                    restrict = functools.partial(self._setup.up.restrict, seed=uplink)
+                out.append(Train(client, task, kept.local if kept else None, seed, restrict))
             elif message.kind == "evaluate":
                 out.append(Evaluate(_read_task(inbound)))
             elif message.kind == "refused":
@@ -175,9 +193,8 @@ class Worker:
         if self._straggles(message.id, event.elapsed_s, out):
             self._answer("failed", {"reason": "dropped on demand"}, out)
             return
-        uplink = derive_seed(self._setup.config.run.seed, "uplink", client, message.id)
         try:
-            packed = pack(event.payload, self._setup.up, uplink)
+            packed, memory = self._pack(event.payload, client, message)
         except CodecError as error:
             self._answer("failed", {"reason": str(error)}, out)
             return
@@ -189,10 +206,28 @@ class Worker:
             "device": event.device,
         }
         reply = self._reply("result", body, packed.blobs)
-        if event.local is not None:
-            out.append(Keep(client, Kept(message.id, event.local, reply, packed.data)))
+        if event.local is not None or memory is not None:
+            kept = Kept(message.id, event.local, reply, packed.data, memory)
+            out.append(Keep(client, kept))
         out.append(Post(reply, packed.data, (inbound.seq,)))
         self._current = None
+
+    def _uplink_seed(self, client: int, task: Message) -> int:
+        return derive_seed(self._setup.config.run.seed, "uplink", client, task.id)
+
+    def _pack(self, payload: Payload, client: int, task: Message) -> tuple[Packed, Payload | None]:
+        """Encode a result; also return what the codec has left out, if it is to be remembered."""
+        codec, seed = self._setup.up, self._uplink_seed(client, task)
+        if not codec.remembers:
+            return pack(payload, codec, seed), None
+        kept = self._locals.get(client)
+        weights = dict(payload.weights)
+        if kept is not None and kept.memory is not None:
+            for name, left in kept.memory.weights.items():
+                weights[name] = weights[name] + left
+        packed = pack(Payload(weights, payload.exact, payload.numbers), codec, seed)
+        sent = decode(codec.encode(weights, seed))
+        return packed, Payload({name: each - sent[name] for name, each in weights.items()})
 
     def _straggles(self, task: str, elapsed_s: float, out: list[Action]) -> bool:
         """Be slow, if that is asked for, and tell whether the client is to go away."""

@@ -10,7 +10,6 @@ from typing import NoReturn
 import structlog
 import torch
 
-from fedmq.algorithms.base import Client
 from fedmq.broker.dealer import NodeLink
 from fedmq.broker.errors import BrokerError, RunOver
 from fedmq.broker.state import WORKER
@@ -122,11 +121,10 @@ def _work(
     event: Event | None = None
     try:
         match action:
-            case Train(client, task, local, seed):
+            case Train(task=task) as train:
                 began = time.perf_counter()
                 with link.away():
-                    data = setup.problem.client(client)
-                    place = Client(client, setup.problem, data, local, seed, device)
+                    place = train.at(setup.problem, device)
                     payload, new_local = setup.algorithm.train(task, place)
                 elapsed = time.perf_counter() - began
                 event = Trained(payload, new_local, elapsed, kind_of(device))

@@ -87,7 +87,6 @@ def _importing() -> Iterator[None]:
     """Import torch without garbage collections: 1.4 s instead of 1.7 were measured."""
     gc.disable()
     yield
-    gc.freeze()
     gc.enable()
 
 

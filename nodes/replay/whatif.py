@@ -131,7 +131,7 @@ class WhatIf:
                 if isinstance(action, Post) and action.message.kind == "task":
                     self._born[action.message.id] = self._version
                 elif isinstance(action, Post) and action.message.kind == "evaluate":
-                    task = Task(self._version, self._algorithm.task(self._state, 0))
+                    task = Task(self._version, self._algorithm.examined(self._state))
                     metrics = self._algorithm.evaluate(task, self._setup.problem, device)
                     point = Point(
                         event.at - began if isinstance(event, Inbound) and began else 0.0,

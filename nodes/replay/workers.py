@@ -18,7 +18,6 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from fedmq.algorithms.base import Client
 from fedmq.broker.entries import Accepted
 from fedmq.broker.errors import LedgerError
 from fedmq.broker.state import BROKER
@@ -134,15 +133,8 @@ class Retraining:
         answer: Post | None = None
         while actions:
             match actions.pop(0):
-                case Train(client, work, local, seed):
-                    place = Client(
-                        client,
-                        self._setup.problem,
-                        self._setup.problem.client(client),
-                        local,
-                        seed,
-                        self._device,
-                    )
+                case Train(task=work) as train:
+                    place = train.at(self._setup.problem, self._device)
                     payload, kept = self._setup.algorithm.train(work, place)
                     actions += self._core.handle(Trained(payload, kept, 0.0, kind_of(self._device)))
                 case Evaluate(work):

@@ -1,6 +1,5 @@
 """A whole run in memory: the Aggregator and Worker cores, and nothing between them."""
 
-from fedmq.algorithms.base import Client
 from fedmq.broker.wire import Blob, Message, decode_message, encode_message
 from fedmq.nodes.aggregator import Aggregator, Start
 from fedmq.nodes.config import build
@@ -128,8 +127,7 @@ class Fleet:
         worker = self.workers[f"w{message.body['client']}"]
         (train,) = worker.handle(Inbound(0, 0.0, over_the_wire(message), data.__getitem__))
         assert isinstance(train, Train)
-        problem = self.setup.problem
-        at = Client(train.client, problem, problem.client(train.client), train.local, train.seed)
+        at = train.at(self.setup.problem, "cpu")
         payload, local = self.setup.algorithm.train(train.task, at)
         (post,) = worker.handle(Trained(payload, local, 0.0))
         return post.message, post.data

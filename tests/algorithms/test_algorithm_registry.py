@@ -24,7 +24,7 @@ class Half:
 
 
 def test_the_built_in_algorithms_are_found_by_name():
-    assert set(ALGORITHMS) == {"fedavg", "fedprox", "fedsgd"}
+    assert set(ALGORITHMS) == {"fedavg", "feddropout", "fedprox", "fedsgd"}
     for name in ALGORITHMS:
         assert find_algorithm(name).name == name
 
@@ -42,7 +42,8 @@ def test_hyper_parameters_are_fields_that_cannot_change():
 
 
 def test_an_unknown_algorithm_is_answered_with_the_choices():
-    message = r"unknown algorithm 'fedavq' .*'fedavg'\?\); choose from fedavg, fedprox, fedsgd"
+    names = "fedavg, feddropout, fedprox, fedsgd"
+    message = rf"unknown algorithm 'fedavq' .*'fedavg'\?\); choose from {names}"
     with pytest.raises(AlgorithmError, match=message):
         find_algorithm("fedavq")
 

@@ -9,6 +9,8 @@ from fedmq.codecs import registry
 from fedmq.codecs.base import Encoded
 from fedmq.codecs.cast import Cast
 from fedmq.codecs.errors import CodecError, DecodeError, SpecError
+from fedmq.codecs.features import Features
+from fedmq.codecs.logits import Logits
 from fedmq.codecs.raw import Raw
 from fedmq.codecs.registry import codecs, decode, make_codec
 
@@ -23,13 +25,15 @@ def test_codecs_are_made_by_spec():
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("rwa", r"unknown codec 'rwa' \(did you mean 'raw'\?\); choose from cast, raw"),
-        ("zip", "unknown codec 'zip'; choose from cast, raw"),
+        ("rwa", r"unknown codec 'rwa' \(did you mean 'raw'\?\); choose from cast, entropy"),
+        ("zip", "unknown codec 'zip'; choose from cast, entropy, features"),
         ("raw(1)", r"codec 'raw\(1\)': too many positional arguments; expected raw"),
         ("cast", r"missing a required argument: 'dtype'; expected cast\(dtype\)"),
         ("cast(type=float16)", r"expected cast\(dtype\)"),
         ("cast(16)", "dtype must be float16 or bfloat16, got 16"),
-        ("raw | raw", r"expected one name\(\.\.\.\), got 2"),
+        ("raw | raw", "codec raw stands alone, it is no stage of a pipeline"),
+        ("hadamard | quantise(4)", r"unknown codec 'quantise' \(did you mean 'quantize'\?\)"),
+        ("quantize(4) | hadamard", "expected stages in this order"),
         ("", "expected name"),
     ],
 )
@@ -55,11 +59,14 @@ def test_decoding_needs_nothing_but_the_message(spec):
         ("raw@", r"expected codec@version\(parameters\)"),
         ("raw@1 ", r"expected codec@version\(parameters\)"),
         ("raw@1" + " " * 2000, r"expected codec@version\(parameters\)"),
-        ("zip@1", "unknown codec 'zip'; choose from cast, raw"),
+        ("zip@1", "unknown codec 'zip'; choose from cast, entropy, features"),
         ("cast@1", "missing a required argument: 'dtype'"),
         ("cast@1(float8)", "dtype must be float16 or bfloat16"),
         ("raw@1(1)", "too many positional arguments"),
-        ("cast@1(float16) | raw()", "expected one name"),
+        ("cast@1(float16) | raw()", r"expected codec@version\(parameters\)"),
+        ("cast@1(float16) | raw@1", "codec raw stands alone"),
+        ("hadamard@1(64) | quantize@2(4, 64)", "codec quantize here has version 1, not 2"),
+        ("hadamard@1(64)  | quantize@1(4, 64)", r"expected codec@version\(parameters\)"),
     ],
 )
 def test_a_wire_name_that_cannot_be_read_is_a_decode_error(wire_name, message):
@@ -84,7 +91,8 @@ def entry(name, loaded):
 
 def test_installed_extensions_are_codecs_too(monkeypatch):
     monkeypatch.setattr(registry, "entry_points", lambda group: [entry("other", Other)])
-    assert dict(codecs.__wrapped__()) == {"raw": Raw, "cast": Cast, "other": Other}
+    built_in = {"raw": Raw, "cast": Cast, "features": Features, "logits": Logits}
+    assert dict(codecs.__wrapped__()) == {**built_in, "other": Other}
 
 
 def test_an_extension_cannot_take_the_name_of_another_codec(monkeypatch):

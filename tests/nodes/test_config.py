@@ -52,7 +52,7 @@ def test_a_file_is_overridden_by_settings(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("setting", "words"),
     [
-        ("algorithm.name=fedavgg", ["algorithm.name", "'fedavgg'", "fedavg, fedprox, fedsgd"]),
+        ("algorithm.name=fedavgg", ["algorithm.name", "'fedavgg'", "fedavg, feddropout, fedprox"]),
         ("algorithm.lrr=1", ["algorithm.lrr", "did you mean 'lr'", "epochs"]),
         ("algorithm.lr=-1", ["algorithm.lr", "greater than 0", "-1"]),
         ("algorithm.epochs=abc", ["algorithm.epochs", "integer", "'abc'"]),
@@ -61,7 +61,7 @@ def test_a_file_is_overridden_by_settings(tmp_path: Path) -> None:
         ("problem.foo=1", ["problem.foo", "clients", "partition"]),
         ("problem.model=cnn-cifar", ["problem.model", "3x32x32", "1x28x28"]),
         ("codec.up=cast(float8)", ["codec.up", "float16", "'float8'"]),
-        ("codec.down=quantum", ["codec.down", "'quantum'", "cast, raw"]),
+        ("codec.down=quantum", ["codec.down", "'quantum'", "cast, entropy, features"]),
         ("schedule.name=streamm", ["schedule.name", "buffered, rounds, stream"]),
         ("schedule.staleness=hinge(1)", ["schedule.staleness", "hinge(a, b)"]),
         ("run.sed=1", ["run.sed", "did you mean 'seed'"]),

@@ -2,7 +2,6 @@
 
 import pytest
 
-from fedmq.algorithms.base import Client
 from fedmq.broker.wire import Message, encode_message
 from fedmq.nodes.inbox import Done, Inbound, Post
 from fedmq.nodes.local import Locals
@@ -32,8 +31,7 @@ def worker_of(setup, kept=None, k=0):
 
 def trained(setup, train):
     """Do what a worker's program does when it is asked to train."""
-    problem = setup.problem
-    at = Client(train.client, problem, problem.client(train.client), train.local, train.seed)
+    at = train.at(setup.problem, "cpu")
     return Trained(*setup.algorithm.train(train.task, at), 0.5)
 
 

@@ -1,0 +1,258 @@
+"""Activations by sample id with their labels: ``features(float16)``, ``features(int4, none)``."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+import zstandard
+from torch import Tensor
+
+from fedmq.codecs import affine
+from fedmq.codecs.affine import LEVELS, REACH, Grid
+from fedmq.codecs.base import Buffer, Codec, Encoded, Tensors, brief
+from fedmq.codecs.errors import CodecError, DecodeError, SpecError
+from fedmq.codecs.integers import (
+    MAX_COUNT,
+    Integers,
+    pack_integers,
+    packed_size,
+    repeated,
+    unpack_integers,
+)
+from fedmq.codecs.raw import DTYPES
+
+_PACKS = ("zstd", "none")
+_MAX_ELEMENTS = 1 << 40
+# On feature maps after a ReLU, level 3 is half as fast and no smaller; a bitmap of the zeros
+# with zstd behind it saves a tenth at best. docs/codecs.md has the figures.
+_LEVEL = 1
+# A block of zstd turns 4 bytes into at most 128 KiB, so no honest frame grows more than this.
+_MAX_GROWTH = 1 << 15
+_MAX_WINDOW = 1 << 22
+# Elements converted at a time: on a CPU what fits its caches, on a GPU what fills it.
+_BLOCK, _DEVICE_BLOCK = 1 << 17, 1 << 26
+
+
+class Features(Codec):
+    """Feature maps or vectors, in the fewest bytes that the task bears.
+
+    Tensors: ``features``, float32 [n, c, ...] with one to three sizes after n; ``ids``,
+    int64 [n], no two the same; ``labels``, int64 [n], if there are any. They come back with
+    these names, shapes and dtypes, in this order of samples.
+
+    dtype: float32; float16 (11 significant bits); bfloat16 (8 bits, float32's range); int8
+    or int4: each channel on its own grid ``low + step * code`` of 256 or 16 values, off by at
+    most half a step, where a step is (most - least, 0 counted in if between) / 255 or 15 of
+    the channel. Rounding is to nearest, ties to even; zeros come back as exact zeros.
+    pack: zstd compresses the values, kept only where it saves bytes; or none.
+
+    ``meta``: ``shape`` of the features; ``ids`` and ``labels`` (None without) as in
+    `fedmq.codecs.integers`; ``zstd``, whether the values are compressed. Two buffers: ids,
+    labels, and for int8 and int4 the float32 minima and then the float32 steps of the c
+    channels; and the values in the order of the tensor, int4 two to a byte, low half first,
+    each sample from a byte of its own.
+
+    Used by FedGKT (He et al., NeurIPS 2020): feature maps of 16 x 32 x 32 and labels go up.
+    """
+
+    name = "features"
+
+    def __init__(self, dtype: str = "float16", pack: str = "zstd") -> None:
+        if dtype not in REACH:
+            raise SpecError(f"codec features: dtype must be {_or(REACH)}, got {dtype!r}")
+        if pack not in _PACKS:
+            raise SpecError(f"codec features: pack must be {_or(_PACKS)}, got {pack!r}")
+        self.dtype = dtype
+        self.pack = pack
+
+    def parameters(self) -> str:
+        """Return dtype and pack."""
+        return f"({self.dtype}, {self.pack})"
+
+    def encode(self, tensors: Tensors, seed: int) -> Encoded:  # noqa: ARG002 - nothing is random
+        """Write features, ids and labels; on a GPU all but zstd is done there.
+
+        Raises:
+            CodecError: tensors that the class does not describe; an id that stands twice; a
+                value that is not finite or beyond the dtype. The sentence says where.
+        """
+        features, ids, labels = _checked(tensors)
+        id_meta, head = pack_integers(ids)
+        label_meta = None
+        if labels is not None:
+            label_meta, more = pack_integers(labels)
+            head += more
+        x = _channels(features.detach().contiguous())
+        values: Buffer = b""
+        grid = Grid(torch.zeros(x.shape[1]), torch.ones(x.shape[1]))
+        if x.numel():
+            least, most = x.amin(dim=(0, 2)), x.amax(dim=(0, 2))
+            affine.check_reach(x, least, most, self.dtype, "features of sample", ids)
+            if self.dtype in LEVELS:
+                grid = affine.fit(least, most, LEVELS[self.dtype])
+            values = self._narrow(x, grid)
+        if self.dtype in LEVELS:
+            head += bytes(affine.as_buffer(grid.low)) + bytes(affine.as_buffer(grid.step))
+        packed = None
+        if self.pack == "zstd":
+            packed = zstandard.ZstdCompressor(level=_LEVEL).compress(values)
+            packed = packed if len(packed) < memoryview(values).nbytes else None
+        meta = {
+            "shape": list(features.shape),
+            "ids": id_meta,
+            "labels": label_meta,
+            "zstd": packed is not None,
+        }
+        return Encoded(self.wire_name, meta, [head, values if packed is None else packed])
+
+    def decode(self, encoded: Encoded, max_bytes: int) -> dict[str, Tensor]:
+        """Read features, ids and labels into memory of their own on the CPU.
+
+        Besides the tensors it takes the values as they travel, out of their frame, twice the
+        ids, and the conversion of a sample; all of this is counted and checked against
+        ``max_bytes`` first. Samples under 512 KiB are converted together, up to that size.
+
+        Raises:
+            DecodeError: the message is damaged or hostile, or needs more than ``max_bytes``.
+        """
+        meta = encoded.meta
+        shape, packed = _shape(meta.get("shape")), meta.get("zstd")
+        if type(packed) is not bool:
+            raise DecodeError(f"expected meta.zstd as a truth, got {brief(packed)}")
+        n, channels, size = shape[0], shape[1], math.prod(shape[1:])
+        row = self._row_bytes(size)
+        need = n * (4 * size + row + 4 * 8) + 8 * size
+        if need > max_bytes:
+            raise DecodeError(f"expected at most {max_bytes} bytes to decode, got {need}")
+        id_bytes = packed_size(meta.get("ids"), n, "ids")
+        labelled = meta.get("labels") is not None
+        label_bytes = packed_size(meta["labels"], n, "labels") if labelled else 0
+        grid_bytes = 4 * channels if self.dtype in LEVELS else 0
+        head, body = affine.head_and_values(encoded, id_bytes + label_bytes + 2 * grid_bytes)
+        values = _unzstd(body, n * row) if packed else body
+        if values.nbytes != n * row:
+            raise DecodeError(f"values have {values.nbytes} bytes, their shape needs {n * row}")
+        ids = unpack_integers(meta["ids"], head[:id_bytes], n, "ids")
+        if (twice := repeated(ids)) is not None:
+            raise DecodeError(f"expected ids of samples, got {twice} twice")
+        head = head[id_bytes:]
+        labels: Integers | None = None
+        if labelled:
+            labels = unpack_integers(meta["labels"], head[:label_bytes], n, "labels")
+            head = head[label_bytes:]
+        low = affine.vector(head[:grid_bytes], torch.float32)
+        step = affine.vector(head[grid_bytes:], torch.float32)
+        x = self._widen(values, Grid(low, step), n, channels, size)
+        tensors = {"features": x.view(shape), "ids": torch.from_numpy(ids)}
+        if labels is not None:
+            tensors["labels"] = torch.from_numpy(labels)
+        return tensors
+
+    def _row_bytes(self, size: int) -> int:
+        if self.dtype == "int4":
+            return (size + 1) // 2
+        return size * (1 if self.dtype == "int8" else DTYPES[self.dtype].itemsize)
+
+    def _narrow(self, x: Tensor, grid: Grid) -> Buffer:
+        """Return the values of x, float32 [n, c, size], as they travel before zstd."""
+        if self.dtype not in LEVELS:
+            return affine.as_buffer(x.to(DTYPES[self.dtype]))
+        levels = LEVELS[self.dtype]
+        low, step = (each.to(x.device).view(1, -1, 1) for each in grid)
+        codes = torch.empty(
+            (x.shape[0], self._row_bytes(x[0].numel())), dtype=torch.uint8, device=x.device
+        )
+        for rows in _blocks(x.shape[0], x[0].numel(), x.is_cuda):
+            block = affine.quantize(x[rows], low, step, levels).flatten(1)
+            codes[rows] = affine.pack_nibbles(block) if self.dtype == "int4" else block
+        return affine.as_buffer(codes)
+
+    def _widen(self, values: memoryview, grid: Grid, n: int, channels: int, size: int) -> Tensor:
+        """Return float32 [n, channels, size // channels] from values as `_narrow` writes them."""
+        if self.dtype in LEVELS:
+            grid = affine.check_grid(grid.low, grid.step, LEVELS[self.dtype])
+        low, step = (each.view(1, -1, 1) for each in grid)
+        x = torch.empty((n, channels, size // channels))
+        row = self._row_bytes(size)
+        for rows in _blocks(n, size, cuda=False):
+            bits = affine.vector(values[rows.start * row : rows.stop * row], torch.uint8)
+            if self.dtype not in LEVELS:
+                x[rows] = bits.view(DTYPES[self.dtype]).view(x[rows].shape)
+                affine.check_finite(x[rows], "features")
+                continue
+            bits = bits.view(-1, row)
+            codes = affine.unpack_nibbles(bits, size) if self.dtype == "int4" else bits
+            x[rows] = affine.dequantize(codes.view(x[rows].shape), low, step)
+        return x
+
+
+def _checked(tensors: Tensors) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return features, ids and labels that agree with each other."""
+    if not {"features", "ids"} <= set(tensors) <= {"features", "ids", "labels"}:
+        names = brief(sorted(tensors))
+        raise CodecError(f"codec features: expected features, ids and perhaps labels, got {names}")
+    features, ids, labels = tensors["features"], tensors["ids"], tensors.get("labels")
+    shape = tuple(features.shape)
+    if features.dtype != torch.float32 or not 2 <= len(shape) <= 4 or 0 in shape[1:]:
+        raise CodecError(
+            "codec features: expected features as float32 [n, channels, ...] of 2 to 4 sizes, "
+            f"none but n 0, got {features.dtype} {list(shape)}"
+        )
+    for name, each in (("ids", ids), ("labels", labels)):
+        if each is not None and (each.dtype != torch.int64 or each.shape != shape[:1]):
+            raise CodecError(
+                f"codec features: expected {name} as int64 [{shape[0]}], "
+                f"got {each.dtype} {list(each.shape)}"
+            )
+    if (twice := repeated(ids.detach().cpu().numpy())) is not None:
+        raise CodecError(f"codec features: id {twice} stands twice")
+    return features, ids, labels
+
+
+def _shape(shape: object) -> tuple[int, ...]:
+    if (
+        not isinstance(shape, list | tuple)
+        or not 2 <= len(shape) <= 4
+        or any(type(size) is not int for size in shape)
+        or not 0 <= shape[0] < MAX_COUNT
+        or any(not 0 < size < _MAX_ELEMENTS for size in shape[1:])
+        or max(shape[0], 1) * math.prod(shape[1:]) >= _MAX_ELEMENTS
+    ):
+        raise DecodeError(f"expected meta.shape as [n, channels, ...], got {brief(shape)}")
+    return tuple(shape)
+
+
+def _unzstd(body: memoryview, size: int) -> memoryview:
+    """Return ``size`` bytes; more are never taken, whatever stands in the frame."""
+    if size > _MAX_GROWTH * body.nbytes:
+        raise DecodeError(f"{body.nbytes} bytes cannot be the zstd frame of {size} bytes")
+    try:
+        # The size in the frame's header is what zstd allocates, and a limit to what it writes.
+        stated = zstandard.frame_content_size(body)
+        if stated != size:
+            raise DecodeError(f"a zstd frame states {stated} bytes, its shape needs {size}")
+        decompressor = zstandard.ZstdDecompressor(max_window_size=_MAX_WINDOW)
+        values = decompressor.decompress(body, allow_extra_data=False)
+    except zstandard.ZstdError as error:
+        raise DecodeError(f"cannot read the zstd frame: {error}") from None
+    return memoryview(values)
+
+
+def _channels(x: Tensor) -> Tensor:
+    """[n, c, ...] -> [n, c, size]."""
+    return x.reshape(x.shape[0], x.shape[1], math.prod(x.shape[2:]))
+
+
+def _blocks(rows: int, size: int, cuda: bool) -> Iterator[slice]:  # noqa: FBT001 - x.is_cuda
+    """Yield slices of rows that hold about one block of elements each."""
+    count = max(1, (_DEVICE_BLOCK if cuda else _BLOCK) // size)
+    for start in range(0, rows, count):
+        yield slice(start, min(start + count, rows))
+
+
+def _or(choices: Mapping[str, Any] | tuple[str, ...]) -> str:
+    *others, last = choices
+    return f"{', '.join(others)} or {last}"

@@ -1,0 +1,324 @@
+"""Vectors to packed codes and back, and the bases in which that is done."""
+
+# The compiled functions have no types; those of this module are theirs.
+# mypy: disable-error-code="no-untyped-call"
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedmq.codecs.kernels.layout import Basis, Cut, Hadamard, Kashin, cut
+from fedmq.codecs.kernels.seeds import Purpose, state
+
+Floats = NDArray[np.float32]
+Codes = NDArray[np.uint8]
+
+
+def quantize(
+    x: Floats, bits: int, block: int, seed: int, basis: Basis = None
+) -> tuple[Codes, Floats]:
+    """Round each block of coefficients stochastically to 2**bits levels, and pack the codes.
+
+    The levels divide [min, max] of the block into 2**bits - 1 equal intervals (Konecny et al.
+    2016, section 4 (ii), but with as many levels as codes); a value becomes one of the two
+    levels around it, at random so that its mean stays (to 2**-22 of max - min). Minimum and
+    maximum themselves are kept exactly. The random numbers follow from ``seed``, the block
+    and the place in it, so the bytes are the same on any device.
+
+    Args:
+        x: float32 [n].
+        bits: of one code, 1..8.
+        block: coefficients that share a range.
+        seed: of the rounding, any integer; its lower 64 bits count.
+        basis: rotate each block first, while it is in cache; None for x itself.
+
+    Returns:
+        codes, uint8 [`code_bytes`]: code j of a block in its bits j * bits and following,
+        least significant first; each block begins at a byte, unused bits are 0.
+        ranges, float32 [blocks, 2]: minimum and maximum.
+
+    Raises:
+        ValueError: a value is not finite (or a coefficient, where values near the end of
+            float32 are rotated), or an argument is out of range.
+    """
+    from fedmq.codecs.kernels import native
+
+    x = vector(x)
+    shape = cut(x.size, block, basis)
+    codes = np.empty(code_bytes(x.size, bits, block, basis), np.uint8)
+    ranges = np.empty((shape.blocks, 2), np.float32)
+    finite = native.encode(
+        readonly(x),
+        bits,
+        *_plan(shape, basis),
+        state(seed, Purpose.ROUNDING),
+        _signs(basis),
+        _iteration(basis),
+        codes,
+        ranges,
+    )
+    if not finite:
+        raise ValueError("expected finite values, got an infinity or NaN")
+    return codes, ranges
+
+
+def dequantize(
+    codes: Codes, ranges: Floats, n: int, bits: int, block: int, basis: Basis = None
+) -> Floats:
+    """Return the values [n] float32 that `quantize` wrote; the basis must be the same.
+
+    Code k of 0..2**bits - 1 stands for min * (1 - k / top) + max * k / top in float32.
+
+    Raises:
+        ValueError: codes or ranges do not fit n, bits and block, or a range is not finite or
+            upside down; no memory has been taken then.
+    """
+    shape = check(codes, ranges, n, bits, block, basis)
+    out = np.empty(n, np.float32)
+    _decode(out, codes, ranges, bits, shape, basis, weight=1.0, adding=False)
+    return out
+
+
+def accumulate(
+    total: Floats,
+    codes: Codes,
+    ranges: Floats,
+    bits: int,
+    block: int,
+    weight: float,
+    basis: Basis = None,
+) -> None:
+    """Add ``weight`` times the values of `dequantize` to total, without a copy of them.
+
+    total: float32 [n], contiguous. The sum is the same to the last bit as
+    ``total += float32(weight) * dequantize(...)``.
+
+    Raises:
+        ValueError: as `dequantize`, or the weight is not finite.
+    """
+    if not vector(total).flags.writeable:
+        raise ValueError("expected a total that can be added to in place")
+    if not math.isfinite(weight):
+        raise ValueError(f"expected a finite weight, got {weight}")
+    shape = check(codes, ranges, total.size, bits, block, basis)
+    _decode(total, codes, ranges, bits, shape, basis, weight=weight, adding=True)
+
+
+def rotate(x: Floats, block: int, seed: int) -> Floats:
+    """Return the coefficients [n] of `Hadamard`: blocks H D x / sqrt(block), norms kept.
+
+    Raises:
+        ValueError: block is no power of two in 1..MAX_BLOCK, or x no float32 vector.
+    """
+    return _transform(x, block, Hadamard(seed))
+
+
+def unrotate(y: Floats, block: int, seed: int, n: int) -> Floats:
+    """Return x [n] of ``rotate(x, block, seed)`` to float32 rounding.
+
+    Raises:
+        ValueError: as `rotate`, or there are not `rotated_size` coefficients.
+    """
+    return _restore(y, n, block, Hadamard(seed))
+
+
+def rotated_size(n: int, block: int) -> int:
+    """Return how many coefficients `rotate` makes of n values: n, none is wasted.
+
+    Raises:
+        ValueError: block is no power of two in 1..MAX_BLOCK.
+    """
+    return cut(n, block, Hadamard(0)).coefficients
+
+
+def kashin(
+    x: Floats,
+    block: int,
+    iterations: int,
+    eta: float,
+    delta: float,
+    seed: int,
+    *,
+    clipped: bool = False,
+) -> Floats:
+    """Return the coefficients of `Kashin`, float32 [`kashin_size`].
+
+    Raises:
+        ValueError: block is no power of two in 1..MAX_BLOCK, a parameter is out of range, or
+            x is no float32 vector.
+    """
+    return _transform(x, block, Kashin(seed, iterations, eta, delta, clipped))
+
+
+def unkashin(a: Floats, n: int, block: int, seed: int) -> Floats:
+    """Return x [n] of ``kashin(x, block, .., seed)``: one Hadamard transform a block.
+
+    Raises:
+        ValueError: as `kashin`, or there are not `kashin_size` coefficients.
+    """
+    return _restore(a, n, block, Kashin(seed))
+
+
+def kashin_size(n: int, block: int) -> int:
+    """Return how many coefficients `kashin` makes of n values: about 16/15 n.
+
+    Raises:
+        ValueError: block is no power of two in 1..MAX_BLOCK.
+    """
+    return cut(n, block, Kashin(0)).coefficients
+
+
+def signs(n: int, seed: int) -> Floats:
+    """Return n random signs, float32 +1 or -1.
+
+    Raises:
+        ValueError: n is negative.
+    """
+    from fedmq.codecs.kernels import native
+
+    if n < 0:
+        raise ValueError(f"expected a number of signs, got {n}")
+    out = np.empty(1 << max(0, n - 1).bit_length(), np.float32)
+    native.signs(out, state(seed, Purpose.SIGNS))
+    return out[:n]
+
+
+def code_bytes(n: int, bits: int, block: int, basis: Basis = None) -> int:
+    """Return the size of the codes of n values; ranges take 8 bytes a block besides.
+
+    Raises:
+        ValueError: as `cut`, or bits is not in 1..8.
+    """
+    if type(bits) is not int or not 1 <= bits <= 8:
+        raise ValueError(f"expected 1 to 8 bits, got {bits!r}")
+    return cut(n, block, basis).code_bytes(bits)
+
+
+def check(codes: Codes, ranges: Floats, n: int, bits: int, block: int, basis: Basis) -> Cut:
+    """Return the cut of a message whose sizes and ranges are sound.
+
+    Raises:
+        ValueError: they are not.
+    """
+    shape = check_sizes(
+        str(codes.dtype), codes.shape, str(ranges.dtype), ranges.shape, n, bits, block, basis
+    )
+    if not codes.flags.c_contiguous:
+        raise ValueError("expected contiguous codes")
+    low, high = ranges[:, 0], ranges[:, 1]
+    # A NaN fails the comparison; an infinity is the first or the last in order.
+    if not (low <= high).all() or (low == -np.inf).any() or (high == np.inf).any():
+        raise ValueError("expected finite ranges, the minimum first")
+    return shape
+
+
+def check_sizes(
+    codes_dtype: str,
+    codes_shape: tuple[int, ...],
+    ranges_dtype: str,
+    ranges_shape: tuple[int, ...],
+    n: int,
+    bits: int,
+    block: int,
+    basis: Basis,
+) -> Cut:
+    """Return the cut of a message of these arrays, or tensors, if they have the right sizes.
+
+    Raises:
+        ValueError: they have not, or an argument is out of range.
+    """
+    expected = code_bytes(n, bits, block, basis)
+    shape = cut(n, block, basis)
+    if codes_dtype.removeprefix("torch.") != "uint8" or codes_shape != (expected,):
+        raise ValueError(f"expected uint8 [{expected}] codes, got {codes_dtype} {codes_shape}")
+    if ranges_dtype.removeprefix("torch.") != "float32" or ranges_shape != (shape.blocks, 2):
+        raise ValueError(
+            f"expected float32 [{shape.blocks}, 2] ranges, got {ranges_dtype} {ranges_shape}"
+        )
+    return shape
+
+
+def vector(x: Floats) -> Floats:
+    """Return x if the kernels can read it.
+
+    Raises:
+        ValueError: x is no aligned, contiguous float32 vector.
+    """
+    if x.dtype != np.float32 or x.ndim != 1 or not (x.flags.c_contiguous and x.flags.aligned):
+        raise ValueError(f"expected a contiguous float32 vector, got {x.dtype} {x.shape}")
+    return x
+
+
+def _transform(x: Floats, block: int, basis: Hadamard | Kashin) -> Floats:
+    from fedmq.codecs.kernels import native
+
+    x = vector(x)
+    shape = cut(x.size, block, basis)
+    out = np.empty(shape.coefficients, np.float32)
+    native.transform(readonly(x), *_plan(shape, basis), _signs(basis), _iteration(basis), out)
+    return out
+
+
+def _restore(y: Floats, n: int, block: int, basis: Hadamard | Kashin) -> Floats:
+    from fedmq.codecs.kernels import native
+
+    y = vector(y)
+    shape = cut(n, block, basis)
+    if y.size != shape.coefficients:
+        raise ValueError(f"expected {shape.coefficients} coefficients, got {y.size}")
+    out = np.empty(n, np.float32)
+    native.restore(readonly(y), *_plan(shape, basis), _signs(basis), out)
+    return out
+
+
+def _decode(
+    out: Floats,
+    codes: Codes,
+    ranges: Floats,
+    bits: int,
+    shape: Cut,
+    basis: Basis,
+    *,
+    weight: float,
+    adding: bool,
+) -> None:
+    from fedmq.codecs.kernels import native
+
+    # Ranges may lie at any byte of a message; there are few of them.
+    aligned = np.require(ranges, np.float32, ["C", "A"])
+    native.decode(
+        readonly(codes),
+        readonly(aligned),
+        bits,
+        *_plan(shape, basis),
+        _signs(basis),
+        out,
+        np.float32(weight),
+        adding,
+    )
+
+
+def _plan(shape: Cut, basis: Basis) -> tuple[int, int, NDArray[np.int64], bool]:
+    tail = np.array(shape.tail, np.int64).reshape(-1, 2)
+    return shape.block, shape.inputs, tail, basis is not None
+
+
+def _signs(basis: Basis) -> np.uint64:
+    return state(0 if basis is None else basis.seed, Purpose.SIGNS)
+
+
+def _iteration(basis: Basis) -> tuple[int, np.float32, np.float32, bool] | None:
+    if not isinstance(basis, Kashin):
+        return None
+    return basis.iterations, np.float32(basis.eta), np.float32(basis.delta), basis.clipped
+
+
+def readonly(array: NDArray[Any]) -> NDArray[Any]:
+    """Return a view that is read-only always, so that one compiled version serves all."""
+    view = array.view()
+    view.flags.writeable = False
+    return view

@@ -1,0 +1,288 @@
+"""Codecs made of stages: ``kashin(4096) | subsample(0.5) | quantize(2) | entropy``.
+
+The large float32 tensors of a group are one vector, end to end; the stages change it one
+after the other, and the last writes it. Tensors below the size limit (biases, norms), and
+those of other dtypes, travel as they are: they are few, and errors in them cost most.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import xxhash
+from torch import Tensor
+
+from fedmq.codecs import kernels
+from fedmq.codecs.base import Buffer, Codec, Encoded, Tensors, brief
+from fedmq.codecs.errors import CodecError, DecodeError, SpecError
+from fedmq.codecs.flat import as_flat
+from fedmq.codecs.raw import Raw, read_table
+from fedmq.codecs.stages.base import Context, NumberStage, Place, Shapes, Stage, Values, ValueStage
+from fedmq.codecs.stages.bases import BasisStage, Hadamard, Identity, Kashin
+from fedmq.codecs.stages.entropy import Entropy
+from fedmq.codecs.stages.numbers import Float32, Half, Quantize
+from fedmq.codecs.stages.structures import LowRank, RandomMask
+from fedmq.codecs.stages.subsets import Subsample, TopK
+
+LIMIT = 1000
+"""Tensors of fewer values are left as they are, unless `Limit` says otherwise."""
+_MAX_VALUES = 1 << 38
+
+
+class Limit(Stage):
+    """Which tensors the pipeline works on: those of at least so many values.
+
+    values: the limit; 0 takes all float32 tensors.
+    """
+
+    name = "limit"
+    place = Place.SELECTION
+
+    def __init__(self, values: int) -> None:
+        if type(values) is not int or not 0 <= values <= 1 << 40:
+            raise SpecError(f"codec limit: expected a number of values, got {values!r}")
+        self.values = values
+
+    def parameters(self) -> str:
+        """Return the limit."""
+        return str(self.values)
+
+
+STAGES: Mapping[str, type[Stage]] = {
+    each.name: each
+    for each in (
+        Limit,
+        LowRank,
+        RandomMask,
+        Identity,
+        Hadamard,
+        Kashin,
+        Subsample,
+        TopK,
+        Half,
+        Quantize,
+        Entropy,
+    )
+}
+
+
+class Pipeline(Codec):
+    """A codec of several stages.
+
+    ``meta``: ``tensors`` as in raw; ``large``, the indices of those that the stages work
+    on; ``seed``; ``sizes``, of compressed buffers. The buffers are those of the stages, in
+    their order, then the values', then those of the small tensors.
+
+    Args:
+        stages: in the order of their places, each place at most once.
+
+    Raises:
+        SpecError: they are in another order.
+    """
+
+    name = "pipeline"
+
+    def __init__(self, stages: Sequence[Stage]) -> None:
+        places = [stage.place for stage in stages]
+        if sorted(set(places)) != places:
+            order = ", ".join(f"{place.name.lower()} ({', '.join(_at(place))})" for place in Place)
+            names = " | ".join(stage.name for stage in stages)
+            raise SpecError(f"codec {names}: expected stages in this order, one of each: {order}")
+        self.stages = list(stages)
+        self._limit = next((s.values for s in stages if isinstance(s, Limit)), LIMIT)
+        self._values = [stage for stage in stages if isinstance(stage, ValueStage)]
+        self._number = next((s for s in stages if isinstance(s, NumberStage)), Float32())
+        self._entropy = next((s for s in stages if isinstance(s, Entropy)), None)
+        self._raw = Raw()
+
+    @property
+    def wire_name(self) -> str:
+        """Return the stages with their versions."""
+        return " | ".join(
+            f"{stage.name}@{stage.version}" + (f"({text})" if (text := stage.parameters()) else "")
+            for stage in self.stages
+        )
+
+    @property
+    def updates_only(self) -> bool:
+        """With stages that send only some values."""
+        return any(stage.place in (Place.STRUCTURE, Place.SUBSET) for stage in self.stages)
+
+    @property
+    def remembers(self) -> bool:
+        """With ``topk``: error feedback."""
+        return any(isinstance(stage, TopK) for stage in self.stages)
+
+    @property
+    def structured(self) -> bool:
+        """With ``lowrank`` or ``randommask``."""
+        return any(stage.place == Place.STRUCTURE for stage in self.stages)
+
+    def restrict(self, update: Tensors, seed: int) -> None:
+        """Project the large tensors onto what the structure's stage sends of them."""
+        large = [each for each in update.values() if self._is_large(each)]
+        if not large or not self.structured:
+            return
+        shapes = tuple(tuple(each.shape) for each in large)
+        values = as_flat([each.detach().cpu() for each in large]).contiguous().numpy()
+        context = Context(_seed(seed, 0), shapes, len(values))
+        stage = self._values[0]
+        kept, sides = stage.encode(values, context)
+        flat = torch.from_numpy(stage.decode(kept, context, sides))
+        for tensor, piece in zip(large, torch.split(flat, [t.numel() for t in large]), strict=True):
+            tensor.copy_(piece.view(tensor.shape))
+
+    def encode(self, tensors: Tensors, seed: int) -> Encoded:
+        """Write tensors.
+
+        Raises:
+            CodecError: a value cannot be written, for example NaN where levels are wanted.
+        """
+        table = [
+            [name, str(tensor.dtype).removeprefix("torch."), list(tensor.shape)]
+            for name, tensor in tensors.items()
+        ]
+        large = [i for i, each in enumerate(tensors.values()) if self._is_large(each)]
+        names = list(tensors)
+        if not self._can_count(sum(tensors[names[i]].numel() for i in large)):
+            raise CodecError(f"expected at most {kernels.MAX_VALUES} values to choose from")
+        chosen = [tensors[names[i]].detach().cpu() for i in large]
+        small = {name: t for i, (name, t) in enumerate(tensors.items()) if i not in set(large)}
+        buffers = self._write(chosen, seed) if chosen else []
+        buffers += self._raw.encode(small, 0).buffers
+        meta: dict[str, Any] = {"tensors": table, "large": large, "seed": seed}
+        if self._entropy is not None:
+            buffers, meta["sizes"] = self._entropy.compress(buffers)
+        return Encoded(self.wire_name, meta, buffers)
+
+    def decode(self, encoded: Encoded, max_bytes: int) -> dict[str, Tensor]:
+        """Read tensors; the large ones are neighbours in one vector."""
+        table = read_table(encoded.meta)
+        large = _indices(encoded.meta.get("large"), len(table))
+        seed = encoded.meta.get("seed")
+        if type(seed) is not int or not 0 <= seed < 1 << 64:
+            raise DecodeError(f"expected a seed in meta.seed, got {brief(seed)}")
+        if any(table[i][1] != torch.float32 for i in large):
+            raise DecodeError("expected the large tensors to be float32")
+        total = sum(math.prod(shape) * dtype.itemsize for _, dtype, shape in table)
+        # A stage may need some times the memory of its result.
+        if total > max_bytes // 8 or total > _MAX_VALUES:
+            raise DecodeError(f"expected at most {max_bytes // 8} bytes of tensors, got {total}")
+        if not self._can_count(sum(math.prod(table[i][2]) for i in large)):
+            raise DecodeError(f"expected at most {kernels.MAX_VALUES} values to choose from")
+        buffers: Sequence[Buffer] = encoded.buffers
+        if self._entropy is not None:
+            buffers = self._entropy.decompress(buffers, encoded.meta.get("sizes"), 8 * total + 4096)
+        shapes = tuple(table[i][2] for i in large)
+        count = self._buffers() if large else 0
+        if len(buffers) < count:
+            raise DecodeError(f"expected at least {count} buffers, got {len(buffers)}")
+        found: dict[str, Tensor] = {}
+        if large:
+            flat = torch.from_numpy(self._read(shapes, seed, buffers[:count]))
+            pieces = torch.split(flat, [math.prod(shape) for shape in shapes])
+            for i, piece in zip(large, pieces, strict=True):
+                found[table[i][0]] = piece.view(table[i][2])
+        rest = [
+            [name, str(dtype).removeprefix("torch."), list(shape)]
+            for i, (name, dtype, shape) in enumerate(table)
+            if i not in set(large)
+        ]
+        small = Encoded(self._raw.wire_name, {"tensors": rest}, buffers[count:])
+        found |= self._raw.decode(small, max_bytes)
+        return {name: found[name] for name, _, _ in table}
+
+    def _is_large(self, tensor: Tensor) -> bool:
+        return tensor.dtype == torch.float32 and tensor.numel() >= max(1, self._limit)
+
+    def _can_count(self, values: int) -> bool:
+        """Tell whether so many values have places: a stage can choose from 2^31 of them."""
+        return values <= kernels.MAX_VALUES or not self.updates_only
+
+    def _buffers(self) -> int:
+        return sum(stage.sides for stage in self._values) + self._number.sides + 1
+
+    def _write(self, tensors: Sequence[Tensor], seed: int) -> list[Buffer]:
+        shapes: Shapes = tuple(tuple(each.shape) for each in tensors)
+        values: Values = as_flat(tensors).contiguous().numpy()
+        buffers: list[Buffer] = []
+        for index, stage in enumerate(self._apart):
+            context = Context(_seed(seed, index), shapes, len(values))
+            values, sides = stage.encode(values, context)
+            buffers += sides
+        context = Context(_seed(seed, len(self._values)), shapes, len(values))
+        values = np.ascontiguousarray(values)
+        if isinstance(self._number, Quantize):
+            return buffers + self._number.encode(values, context, self._basis(seed))
+        return buffers + self._number.encode(values, context)
+
+    def _read(self, shapes: Shapes, seed: int, buffers: Sequence[Buffer]) -> Values:
+        n = sum(math.prod(shape) for shape in shapes)
+        contexts = []
+        for index, stage in enumerate(self._apart):
+            contexts.append(Context(_seed(seed, index), shapes, n))
+            n = stage.size(n, shapes)
+        end = len(buffers) - self._number.sides - 1
+        last = Context(_seed(seed, len(self._values)), shapes, n)
+        if isinstance(self._number, Quantize):
+            values = self._number.decode(last, buffers[end:], self._basis(seed))
+        else:
+            values = self._number.decode(last, buffers[end:])
+        for stage, context in zip(reversed(self._apart), reversed(contexts), strict=True):
+            sides = buffers[end - stage.sides : end]
+            end -= stage.sides
+            values = stage.decode(values, context, sides)
+        return values
+
+    @property
+    def _apart(self) -> list[ValueStage]:
+        """Return the stages that are passes of their own.
+
+        A basis right before a quantization of the same blocks is not: each block is rotated
+        while it is in cache. The bytes are the same.
+        """
+        last = self._values[-1] if self._values else None
+        number = self._number
+        if (
+            isinstance(last, BasisStage)
+            and isinstance(number, Quantize)
+            and number.block == last.block
+        ):
+            return self._values[:-1]
+        return self._values
+
+    def _basis(self, seed: int) -> kernels.Basis:
+        if len(self._apart) == len(self._values):
+            return None
+        stage = self._values[-1]
+        assert isinstance(stage, BasisStage)  # noqa: S101 - `_apart` says so
+        return stage.basis(_seed(seed, len(self._values) - 1))
+
+
+def _at(place: Place) -> list[str]:
+    return [name for name, stage in STAGES.items() if stage.place == place]
+
+
+def _seed(seed: int, index: int) -> int:
+    """Return a stage's own seed, 63 bits."""
+    return int(xxhash.xxh3_64_intdigest(f"{seed}/{index}".encode())) >> 1
+
+
+def _indices(value: object, count: int) -> list[int]:
+    """Read indices of tensors, in order.
+
+    Raises:
+        DecodeError: they are none.
+    """
+    if (
+        not isinstance(value, list | tuple)
+        or len(value) > count
+        or any(type(i) is not int or not 0 <= i < count for i in value)
+        or list(value) != sorted(set(value))
+    ):
+        raise DecodeError(f"expected meta.large as indices of tensors, got {brief(value)}")
+    return list(value)
