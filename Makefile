@@ -9,7 +9,7 @@ SEEDS  ?= 10000
 FIRST  ?= 0
 
 .DEFAULT_GOAL := help
-.PHONY: help install view cluster test soak lint format typecheck bench clean
+.PHONY: help install view cluster test soak lint format typecheck bench reproduce clean
 
 help:  ## show this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## */  make \1|/' | \
@@ -50,6 +50,9 @@ typecheck: install view  ## mypy, strict
 
 bench: install  ## the figures that the README quotes
 	@for file in benchmarks/rounds.py benchmarks/broker.py benchmarks/replay.py; do echo "== $$file"; $(BIN)/python -P $$file $(ARGS) || exit 1; done
+
+reproduce: install  ## the papers' figures beside ours, on MNIST under FEDMQ_DATA (ARGS='--only NAME')
+	@$(BIN)/python -P benchmarks/reproduce.py $(ARGS)
 
 clean:  ## remove what the other targets made, but not runs/
 	rm -rf $(VENV) .view build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

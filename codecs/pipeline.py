@@ -29,14 +29,15 @@ from fedmq.codecs.stages.structures import LowRank, RandomMask
 from fedmq.codecs.stages.subsets import Subsample, TopK
 
 LIMIT = 1000
-"""Tensors of fewer values are left as they are, unless `Limit` says otherwise."""
+"""Matrices and kernels of at least so many values are large, unless `Limit` says otherwise."""
 _MAX_VALUES = 1 << 38
 
 
 class Limit(Stage):
-    """Which tensors the pipeline works on: those of at least so many values.
+    """Which tensors the pipeline works on: all of at least so many values, vectors too.
 
-    values: the limit; 0 takes all float32 tensors.
+    values: the limit; 0 takes all float32 tensors. Of a model with BatchNorm, mind that its
+    running variances are among them, and that an error can make one negative.
     """
 
     name = "limit"
@@ -93,7 +94,7 @@ class Pipeline(Codec):
             names = " | ".join(stage.name for stage in stages)
             raise SpecError(f"codec {names}: expected stages in this order, one of each: {order}")
         self.stages = list(stages)
-        self._limit = next((s.values for s in stages if isinstance(s, Limit)), LIMIT)
+        self._limit = next((s.values for s in stages if isinstance(s, Limit)), None)
         self._values = [stage for stage in stages if isinstance(stage, ValueStage)]
         self._number = next((s for s in stages if isinstance(s, NumberStage)), Float32())
         self._entropy = next((s for s in stages if isinstance(s, Entropy)), None)
@@ -151,7 +152,7 @@ class Pipeline(Codec):
         if not self._can_count(sum(tensors[names[i]].numel() for i in large)):
             raise CodecError(f"expected at most {kernels.MAX_VALUES} values to choose from")
         chosen = [tensors[names[i]].detach().cpu() for i in large]
-        small = {name: t for i, (name, t) in enumerate(tensors.items()) if i not in set(large)}
+        small = {name: t for name, t in tensors.items() if not self._is_large(t)}
         buffers = self._write(chosen, seed) if chosen else []
         buffers += self._raw.encode(small, 0).buffers
         meta: dict[str, Any] = {"tensors": table, "large": large, "seed": seed}
@@ -189,14 +190,17 @@ class Pipeline(Codec):
                 found[table[i][0]] = piece.view(table[i][2])
         rest = [
             [name, str(dtype).removeprefix("torch."), list(shape)]
-            for i, (name, dtype, shape) in enumerate(table)
-            if i not in set(large)
+            for name, dtype, shape in table
+            if name not in found
         ]
         small = Encoded(self._raw.wire_name, {"tensors": rest}, buffers[count:])
         found |= self._raw.decode(small, max_bytes)
         return {name: found[name] for name, _, _ in table}
 
     def _is_large(self, tensor: Tensor) -> bool:
+        if self._limit is None:
+            # A vector may be a BatchNorm's variances, which must not become negative.
+            return tensor.dtype == torch.float32 and tensor.dim() > 1 and tensor.numel() >= LIMIT
         return tensor.dtype == torch.float32 and tensor.numel() >= max(1, self._limit)
 
     def _can_count(self, values: int) -> bool:

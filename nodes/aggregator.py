@@ -35,6 +35,9 @@ from fedmq.nodes.setup import Setup
 FINAL_EVALUATION_S = 60.0
 """How long the end of a run waits for outstanding evaluations."""
 _FINAL = "final evaluation"
+_ROOM = 16
+"""Times the size of the model: what the codecs need while they decode one like it."""
+_LEAST_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -81,6 +84,9 @@ class Aggregator:
         self._run, self._node = run, node
         self._algorithm, self._schedule = setup.algorithm, setup.schedule
         self.state = self._algorithm.start(setup.problem)
+        model = sum(each.nbytes for each in self.tensors().values())
+        self._most_bytes = max(_LEAST_BYTES, _ROOM * model)
+        """That a result may take in memory while it is decoded."""
         self.version = 0
         self._current = _Version(self._algorithm.gather(self.state))
         self._flights: dict[str, Flight] = {}
@@ -254,7 +260,7 @@ class Aggregator:
         current = self._current
         try:
             stream = steady(inbound.stream) if inbound.stream is not None else None
-            payload = unpack(inbound.message, inbound.read, stream)
+            payload = unpack(inbound.message, inbound.read, stream, self._most_bytes)
             current.gathered = self._algorithm.absorb(current.gathered, self.state, payload, weight)
         except (ResultError, CodecError, WireError) as error:
             self._counts.refused += 1

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fedmq.algorithms.base import Payload
 from fedmq.broker.wire import Blob, Buffer, Message
-from fedmq.codecs.base import Codec, Encoded, brief
+from fedmq.codecs.base import MAX_DECODED_BYTES, Codec, Encoded, brief
 from fedmq.codecs.errors import DecodeError
 from fedmq.codecs.raw import Raw, read_table
 from fedmq.codecs.registry import decode
@@ -73,13 +73,19 @@ def numbers_of(message: Message) -> dict[str, Any]:
     return numbers
 
 
-def unpack(message: Message, read: Read, stream: Stream | None = None) -> Payload:
+def unpack(
+    message: Message,
+    read: Read,
+    stream: Stream | None = None,
+    max_bytes: int = MAX_DECODED_BYTES,
+) -> Payload:
     """Decode a payload; the tensors may share memory with the blobs.
 
     Args:
         message: whose payload it is.
         read: returns a whole blob.
         stream: returns a blob in pieces; with it, large raw weights are `Streamed`.
+        max_bytes: that decoding may take; a few bytes can stand for very many zeros.
 
     Raises:
         DecodeError: the body or the bytes are not a payload.
@@ -110,7 +116,7 @@ def unpack(message: Message, read: Read, stream: Stream | None = None) -> Payloa
             found[name] = Streamed(shapes, functools.partial(stream, first))
         else:
             buffers = [read(index) for index in range(first, first + count)]
-            found[name] = decode(Encoded(codec, meta, buffers))
+            found[name] = decode(Encoded(codec, meta, buffers), max_bytes)
         first += count
     return Payload(found["weights"], found["exact"], numbers)
 

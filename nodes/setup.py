@@ -61,7 +61,7 @@ def set_up(config: Config) -> Setup:
     except (AlgorithmError, SpecError) as error:
         raise ConfigError(str(error)) from None
     down, up = _codec(config.codec.down, "down"), _codec(config.codec.up, "up")
-    _check_codecs(down, up, schedule)
+    _check_codecs(down, up, schedule, algorithm)
     for node in ["", *config.worker.nodes]:
         slowdown(config.worker.straggling(node).slowdown)
     wanted = config.run.min_clients
@@ -98,7 +98,7 @@ def _codec(spec: str, direction: str) -> Codec:
         raise ConfigError(f"codec.{direction}: {error}") from None
 
 
-def _check_codecs(down: Codec, up: Codec, schedule: Schedule) -> None:
+def _check_codecs(down: Codec, up: Codec, schedule: Schedule, algorithm: Algorithm) -> None:
     """Refuse to send a model with a codec for updates.
 
     Raises:
@@ -108,6 +108,11 @@ def _check_codecs(down: Codec, up: Codec, schedule: Schedule) -> None:
         raise ConfigError(
             f"codec.up: under schedule {schedule.name} clients send models, and "
             f"{up.wire_name!r} takes for zero what it does not send"
+        )
+    if up.remembers and algorithm.personal:
+        raise ConfigError(
+            f"codec.up: {up.wire_name!r} remembers what it did not send, and with "
+            f"{algorithm.name} a client's next result is of other weights"
         )
     if down.structured or down.remembers:
         raise ConfigError(

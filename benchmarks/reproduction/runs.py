@@ -1,0 +1,228 @@
+"""One run of ``fedmq cluster`` in a process of its own, and what its folder says of it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+
+from fedmq.broker.entries import Accepted, Ended
+from fedmq.broker.reading import read_entries
+
+FEDMQ = Path(sys.executable).with_name("fedmq")
+
+Table = Mapping[str, Any]
+"""One table of a configuration."""
+
+
+class RunError(Exception):
+    """A cluster did not come to its end; the text is what it said."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """One configuration, by the tables of its TOML file; every key that matters is stated."""
+
+    run: Table
+    problem: Table
+    algorithm: Table
+    schedule: Table
+    codec: Table = field(default_factory=dict)
+
+    def toml(self, seed: int) -> str:
+        """Return the configuration file."""
+        return tomli_w.dumps(
+            {
+                "run": {**self.run, "seed": seed},
+                "problem": dict(self.problem),
+                "algorithm": dict(self.algorithm),
+                "schedule": dict(self.schedule),
+                "codec": dict(self.codec),
+                "worker": {"count": 2},
+                # Thousands of models would fill a disk; sizes are in the messages, which stay.
+                "broker": {"retain": "unfinished"},
+            }
+        )
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Bytes to and from clients; evaluations do not count.
+
+    down, up: mean bytes of one client's task and result, message and tensors: what crosses
+        the wire when a client is alone on its host.
+    sockets_down, sockets_up: all bytes at the workers' sockets in this run, as the broker
+        counted them. A node that hosts several clients of a round fetches a blob that they
+        share only once.
+    """
+
+    down: float
+    up: float
+    sockets_down: int
+    sockets_up: int
+
+
+@dataclass(frozen=True)
+class Result:
+    """What came of a run.
+
+    curve: (version, accuracy) of every evaluation, in order.
+    """
+
+    curve: Sequence[tuple[int, float]]
+    traffic: Traffic
+    seconds: float
+
+    def first(self, target: float) -> int | None:
+        """Return the first version that was evaluated at the target or above."""
+        return next((version for version, accuracy in self.curve if accuracy >= target), None)
+
+    def crossing(self, target: float) -> float | None:
+        """Return where the running maximum, made linear between versions, meets the target.
+
+        The FedAvg paper counts rounds like this.
+        """
+        best, at = 0.0, 0
+        for version, accuracy in self.curve:
+            if accuracy >= target:
+                return at + (version - at) * (target - best) / (accuracy - best)
+            if accuracy > best:
+                best = accuracy
+            at = version
+        return None
+
+    @property
+    def best(self) -> float:
+        """Return the best accuracy."""
+        return max(accuracy for _, accuracy in self.curve)
+
+    @property
+    def last(self) -> float:
+        """Return the last accuracy."""
+        return self.curve[-1][1]
+
+    def late(self, count: int) -> float:
+        """Return the mean of the last so many accuracies."""
+        tail = [accuracy for _, accuracy in self.curve[-count:]]
+        return sum(tail) / len(tail)
+
+
+class Runs:
+    """Runs configurations, each at most once.
+
+    Args:
+        seed: of every run.
+        overrides: ``key=value`` settings that go over every configuration.
+    """
+
+    def __init__(self, seed: int, overrides: Sequence[str] = ()) -> None:
+        self.seed, self.overrides = seed, tuple(overrides)
+        self._done: dict[str, Result] = {}
+
+    def result(self, settings: Settings) -> Result:
+        """Return what came of a configuration.
+
+        Raises:
+            RunError: the cluster failed.
+        """
+        text = settings.toml(self.seed)
+        if text not in self._done:
+            self._done[text] = self._run(text)
+        return self._done[text]
+
+    def _run(self, text: str) -> Result:
+        with tempfile.TemporaryDirectory(prefix="fedmq-reproduce-") as temporary:
+            folder, file = Path(temporary) / "run", Path(temporary) / "run.toml"
+            file.write_text(text)
+            sets = [each for override in self.overrides for each in ("--set", override)]
+            began = time.monotonic()
+            _cluster([str(FEDMQ), "cluster", str(file), "--run", str(folder), *sets])
+            took = time.monotonic() - began
+            summary = json.loads((folder / "summary.json").read_text())
+            curve = sorted((p["version"], p["accuracy"]) for p in summary["curve"])
+            if not curve:
+                raise RunError("the run ended without an evaluation")
+            return Result(curve, traffic(folder / "ledger"), took)
+
+
+def traffic(ledger: Path) -> Traffic:
+    """Count the bytes of a run from its ledger."""
+    sizes: dict[str, list[int]] = {"task": [], "result": []}
+    sockets_down = sockets_up = 0
+    for entry in read_entries(ledger):
+        match entry:
+            case Accepted():
+                message = entry.read()
+                if message.kind in sizes:
+                    blobs = sum(blob.size for blob in message.blobs)
+                    sizes[message.kind].append(len(entry.message) + blobs)
+            case Ended(nodes=nodes):
+                workers = [counts for name, counts in nodes.items() if name.startswith("worker-")]
+                sockets_down += sum(counts["sent_bytes"] for counts in workers)
+                sockets_up += sum(counts["received_bytes"] for counts in workers)
+    down, up = (sum(each) / max(1, len(each)) for each in sizes.values())
+    return Traffic(down, up, sockets_down, sockets_up)
+
+
+def _cluster(command: Sequence[str]) -> None:
+    """Run a cluster to its end; it is told to stop, and waited for, whatever comes between."""
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as process:
+        try:
+            said, _ = process.communicate()
+        except BaseException:
+            process.terminate()
+            process.communicate()
+            raise
+    if process.returncode:
+        raise RunError(said.strip())
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a cell came to.
+
+    ours: our figure, as text.
+    met: whether the bar is met; None where the paper's figure only stands beside ours.
+    figures: all numbers, by name.
+    lines: more to print below.
+    """
+
+    ours: str
+    met: bool | None
+    figures: Mapping[str, float]
+    lines: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class Cell(ABC):
+    """One figure of a paper.
+
+    name: to choose it by.
+    paper: the paper's figure, and where it stands.
+    bar: what ours must be; empty if nothing.
+    hours: it takes longer than ``make reproduce`` may, and runs only when asked for.
+    """
+
+    name: str
+    paper: str
+    bar: str
+    hours: bool = field(default=False, kw_only=True)
+
+    @abstractmethod
+    def measure(self, runs: Runs) -> Outcome:
+        """Return our figure.
+
+        Raises:
+            RunError: a run failed.
+        """
