@@ -6,11 +6,13 @@ Frames and entries are made from the structs themselves, so a new kind or field 
 import json
 import tempfile
 import typing
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import msgspec
+import torch
 from msgspec import inspect, structs
 
 from fedmq.algorithms.base import Payload
@@ -130,8 +132,19 @@ def _tensors() -> Payload:
     return Payload(floats, {n: t for n, t in state.items() if n not in floats}, {"n": 3})
 
 
+def _payload(codec: str) -> Payload:
+    """What this codec is for."""
+    ids = torch.tensor([3, 1, 7])
+    if codec == "features":
+        maps = torch.arange(24.0).reshape(3, 2, 2, 2).sub(9).relu()
+        return Payload({"features": maps, "ids": ids, "labels": ids % 2}, {}, {"n": 3})
+    if codec == "logits":
+        return Payload({"logits": torch.arange(12.0).reshape(3, 4), "ids": ids}, {}, {"n": 3})
+    return _tensors()
+
+
 def _encoded(name: str) -> list[Encoded]:
-    tensors = _tensors().weights
+    tensors = _payload(name).weights
     return [make_codec(spec).encode(tensors, 0) for spec in SPECS.get(name, (name,))]
 
 
@@ -146,11 +159,11 @@ def _codec(name: str) -> list[bytes]:
     ]
 
 
-def _payloads() -> list[bytes]:
+def _payloads(names: Iterable[str]) -> list[bytes]:
     seeds = []
-    for name in codecs():
+    for name in names:
         for spec in SPECS.get(name, (name,)):
-            packed = pack(_tensors(), make_codec(spec), 0)
+            packed = pack(_payload(name), make_codec(spec), 0)
             body = encode_message(message(body=dict(packed.body), blobs=packed.blobs))
             seeds.append(join(body, *(bytes(each) for each in packed.data)))
     return seeds
@@ -177,8 +190,10 @@ def seeds(name: str) -> list[bytes]:
             return [join(*_files()), join(_files()[0])]
         case "records":
             return _records()
-        case "payload" | "flatten":
-            return _payloads()
+        case "payload":
+            return _payloads(codecs())
+        case "flatten":
+            return _payloads(name for name in codecs() if name not in ("features", "logits"))
         case "config":
             return _configs()
         case "spec":
