@@ -148,7 +148,7 @@ def trained(problem: Problem, seed: int) -> torch.nn.Module:
     for _ in range(EPOCHS):
         for batch in torch.split(torch.randperm(len(y), generator=order), BATCH):
             optimizer.zero_grad()
-            problem.loss(model(x[batch]), y[batch]).backward()  # type: ignore[no-untyped-call]
+            problem.loss(model(x[batch]), y[batch]).backward()  # type: ignore[no-untyped-call] # torch's
             optimizer.step()
     return model
 
