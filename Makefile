@@ -34,7 +34,7 @@ cluster: install  ## train on the embedded MNIST subset: broker, aggregator, 4 w
 	@$(BIN)/fedmq cluster $(ARGS)
 
 test: install view  ## run all tests (ARGS='-k name' to choose)
-	@$(BIN)/python -P -m pytest $(ARGS)
+	@$(BIN)/python -P -m pytest -n auto --dist loadscope $(ARGS)
 
 soak: install view  ## simulate SEEDS=10000 histories of crashes and bad networks, from FIRST=0
 	@PYTHONPATH=.view:. $(BIN)/python -m tests.sim.soak --first $(FIRST) --seeds $(SEEDS)

@@ -2,7 +2,8 @@
 
 An algorithm is a frozen dataclass whose fields are its hyper-parameters. The aggregator
 calls `start`, `task`, `gather`, `absorb` and `commit`; a worker calls `train`; the
-evaluator calls `evaluate`. Nothing here knows of messages, schedules, clocks or files.
+evaluator calls `evaluate`, or each client `evaluate_client`. Nothing here knows of
+messages, schedules, clocks or files.
 """
 
 from __future__ import annotations
@@ -30,11 +31,17 @@ class Payload:
     weights: tensors that the configured codec may write with loss.
     exact: tensors that must arrive as they are.
     numbers: small facts, in the message's header.
+    features: activations by sample, as `fedmq.codecs.features` describes them: ``features``
+        float32 [n, c, ...], ``ids`` int64 [n], and perhaps ``labels`` int64 [n].
+    logits: outputs by sample or by label, as `fedmq.codecs.logits` describes them:
+        ``logits`` float32 [n, classes], and ``ids`` int64 [n] or ``counts`` int64 [classes].
     """
 
     weights: Mapping[str, Tensor] = field(default_factory=dict)
     exact: Mapping[str, Tensor] = field(default_factory=dict)
     numbers: Mapping[str, int | float | str] = field(default_factory=dict)
+    features: Mapping[str, Tensor] = field(default_factory=dict)
+    logits: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -48,6 +55,19 @@ class Task:
     version: int
     payload: Payload
     reply: Reply = "update"
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a client's `train` returned, as it reached the aggregator.
+
+    client: whose it is; known to the aggregator, not the client's word.
+    staleness: versions committed since its task was made.
+    """
+
+    client: int
+    staleness: int
+    payload: Payload
 
 
 @dataclass(frozen=True)
@@ -89,6 +109,11 @@ class Algorithm(ABC):
     """Names of the schedules under which the algorithm makes sense."""
     personal: ClassVar[bool] = False
     """Whether `task` depends on the client; if not, a version's task is encoded once."""
+    trains: ClassVar[bool] = False
+    """Whether `commit` may take long, for example because it trains a model: it is then done
+    beside the inbox, and results that come meanwhile count towards the next version."""
+    sends: ClassVar[Reply | None] = None
+    """What clients send whatever the schedule asks for; None: as it asks."""
     at_commit: ClassVar[frozenset[str]] = frozenset()
     """Hyper-parameters that act only where results are absorbed and committed, and not at
     clients: under others, the results of a recorded run still mean something."""
@@ -105,21 +130,37 @@ class Algorithm(ABC):
     def task(self, state: Any, client: int) -> Payload:
         """Return what this client is sent."""
 
-    def examined(self, state: Any) -> Payload:
-        """Return what the evaluator is sent; by default, what any client is."""
-        return self.task(state, 0)
+    @property
+    def evaluated(self) -> Literal["model", "clients"]:
+        """Return where a version is evaluated.
+
+        ``model``: by the evaluator, on the problem's test data. ``clients``: by each client,
+        with what it keeps, on its own test data.
+        """
+        return "model"
+
+    def examined(self, state: Any, client: int = 0) -> Payload:
+        """Return what the evaluator, or this client, is sent for an evaluation."""
+        return self.task(state, client)
+
+    def result_bytes(self, state: Any) -> int:
+        """Return how large the tensors of an honest result can be, in bytes.
+
+        A result that needs many times as much while it is decoded is refused.
+        """
+        return sum(each.nbytes for each in self.tensors(state).values())
 
     @abstractmethod
     def gather(self, state: Any) -> Any:
         """Return an empty accumulator for the results of one version."""
 
     @abstractmethod
-    def absorb(self, gathered: Any, state: Any, result: Payload, weight: float) -> Any:
+    def absorb(self, gathered: Any, state: Any, result: Result, weight: float) -> Any:
         """Add one result to the accumulator; memory does not grow with their number.
 
         Args:
             gathered: from `gather` or the last `absorb`.
-            state: of the current version.
+            state: of the current version; one older while a `commit` that `trains` goes on.
             result: what a client's `train` returned.
             weight: how much it counts, as the schedule decides.
 
@@ -129,7 +170,10 @@ class Algorithm(ABC):
 
     @abstractmethod
     def commit(self, state: Any, gathered: Any, divisor: float) -> Any:
-        """Return the state of the next version. ``divisor``: what the weighted sum is over."""
+        """Return the state of the next version. ``divisor``: what the weighted sum is over.
+
+        One that `trains` runs in a thread of its own: it must not touch what others use.
+        """
 
     @abstractmethod
     def save(self, state: Any) -> Payload:
@@ -153,11 +197,28 @@ class Algorithm(ABC):
     def train(self, task: Task, client: Client) -> tuple[Payload, Payload | None]:
         """Return the result, with ``n`` (examples) in its numbers, and the new local state."""
 
+    def evaluate_client(self, task: Task, client: Client) -> Mapping[str, float]:
+        """Return this client's metrics, ``accuracy`` among them; what it keeps stays as it is.
+
+        Of algorithms that are evaluated by ``clients``. ``task`` holds what `examined`
+        returned, and ``client.local`` what this client kept, None if it never trained.
+        """
+        raise NotImplementedError(f"{self.name} is not evaluated by clients")
+
     # ---- at the evaluator
 
-    @abstractmethod
     def evaluate(self, task: Task, problem: Problem, device: str) -> Mapping[str, float]:
         """Return the metrics of the task's model on the problem's test data."""
+        raise NotImplementedError(f"{self.name} is not evaluated by an evaluator")
+
+    # ---- for a client that never took part
+
+    def personalise(self, state: Any, version: int, client: Client) -> Mapping[str, float]:
+        """Return the metrics of a new client that starts from this state, on its test data.
+
+        By default what `evaluate_client` makes of a client that has kept nothing.
+        """
+        return self.evaluate_client(Task(version, self.examined(state, client.index)), client)
 
 
 def examples_of(numbers: Mapping[str, Any]) -> int:

@@ -14,7 +14,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from fedmq.algorithms.base import Algorithm, Client, Payload, Task
+from fedmq.algorithms.base import Algorithm, Client, Payload, Result, Task
 from fedmq.algorithms.errors import ResultError
 from fedmq.algorithms.model import FlatModel, Layout, scratch_model, zeros
 from fedmq.algorithms.problems.base import Examples, Problem
@@ -88,23 +88,24 @@ class FedAvg(Algorithm):
         return Gathered(zeros(state.layout.dim), state.counters.clone())
 
     def absorb(
-        self, gathered: Gathered, state: ModelState, result: Payload, weight: float
+        self, gathered: Gathered, state: ModelState, result: Result, weight: float
     ) -> Gathered:
         """Add ``weight`` times the client's update (or model) to the sum."""
-        counters = state.layout.flatten_counters(result.exact)
+        payload = result.payload
+        counters = state.layout.flatten_counters(payload.exact)
         # One pass tells that every value is a number, and that no sum of them overflows.
-        for _, block in state.layout.blocks(result.weights):
+        for _, block in state.layout.blocks(payload.weights):
             low, high = torch.aminmax(block) if block.numel() else (block.sum(), block.sum())
             largest = max(-low.item(), high.item())
             if not math.isfinite(largest):
                 raise ResultError("the result holds NaN or infinite values")
             if largest * weight > _LARGEST:
                 raise ResultError(f"the result holds values as large as {largest:g}")
-        for start, block in state.layout.blocks(result.weights):
+        for start, block in state.layout.blocks(payload.weights):
             gathered.total[start : start + block.numel()].add_(block, alpha=weight)
         if counters.numel():
             torch.maximum(gathered.counters, counters, out=gathered.counters)
-        if result.numbers.get("reply") == "model":
+        if payload.numbers.get("reply") == "model":
             gathered.models += weight
         return gathered
 
@@ -135,7 +136,7 @@ class FedAvg(Algorithm):
 
     # ---- at the client
 
-    def train(self, task: Task, client: Client) -> tuple[Payload, None]:
+    def train(self, task: Task, client: Client) -> tuple[Payload, Payload | None]:
         """ClientUpdate(k, w): E epochs of SGD over batches of B, from w_t."""
         model, start = load_model(task, client.problem, client.device)
         layout = model.layout
@@ -225,7 +226,13 @@ def batches(
 
 def evaluate_module(module: torch.nn.Module, problem: Problem, device: str) -> dict[str, float]:
     """Return a module's metrics on the problem's test data, averaged over examples."""
-    data = problem.test()
+    return metrics_on(module, problem, problem.test(), device)
+
+
+def metrics_on(
+    module: torch.nn.Module, problem: Problem, data: Examples, device: str
+) -> dict[str, float]:
+    """Return a module's metrics on some examples, averaged over them."""
     sums: dict[str, float] = {}
     module.eval()
     with torch.no_grad():

@@ -14,7 +14,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from fedmq.algorithms.base import Client, Payload, Task
+from fedmq.algorithms.base import Client, Payload, Result, Task
 from fedmq.algorithms.errors import ResultError
 from fedmq.algorithms.fedavg import FedAvg, Gathered, ModelState, model_payload
 from fedmq.algorithms.model import zeros
@@ -99,7 +99,7 @@ class FedDropout(FedAvg):
         exact = state.layout.counter_views(state.counters)
         return Payload(state.parts.small.views(part), exact, numbers)
 
-    def examined(self, state: Any) -> Payload:
+    def examined(self, state: Any, client: int = 0) -> Payload:  # noqa: ARG002
         """Return the whole model."""
         return model_payload(state)
 
@@ -109,14 +109,14 @@ class FedDropout(FedAvg):
         held = zeros(dim) if self.absent == "holders" and state.parts.cut else None
         return DropoutGathered(zeros(dim), state.counters.clone(), held=held)
 
-    def absorb(self, gathered: Any, state: Any, result: Payload, weight: float) -> Any:
+    def absorb(self, gathered: Any, state: Any, result: Result, weight: float) -> Any:
         """Add ``weight`` times a sub-model's update to the sum, at its coordinates.
 
         A sub-model that was sent as a model counts as its change from w_t. What a client
         says of the version and the client decides where its update goes; whatever it says,
         that is a sub-model of this seed.
         """
-        version, client = _mask_of(result.numbers, state.clients)
+        version, client = _mask_of(result.payload.numbers, state.clients)
         if not state.parts.cut:
             return super().absorb(gathered, state, result, weight)
         # FedAvg's checks and its weighted sum, in a vector of the sub-model's size.

@@ -7,15 +7,44 @@ import pkgutil
 from collections.abc import Mapping
 
 from fedmq.algorithms.base import Algorithm
+from fedmq.algorithms.codistillation import Codistillation
+from fedmq.algorithms.distillation import Distillation
 from fedmq.algorithms.errors import AlgorithmError
+from fedmq.algorithms.faug import FAug
 from fedmq.algorithms.fedavg import FedAvg
 from fedmq.algorithms.feddropout import FedDropout
+from fedmq.algorithms.fedgkt import FedGKT
+from fedmq.algorithms.fedper import FedPer
 from fedmq.algorithms.fedprox import FedProx
+from fedmq.algorithms.fedrep import FedRep
 from fedmq.algorithms.fedsgd import FedSGD
+from fedmq.algorithms.finetune import FedAvgFT, LocalOnly
+from fedmq.algorithms.mocha import Mocha
+from fedmq.algorithms.perfedavg import PerFedAvg
+from fedmq.algorithms.pfedhn import PFedHN
+from fedmq.algorithms.reptile import PersonalisedFedAvg
 from fedmq.codecs.spec import unknown
 
 ALGORITHMS: Mapping[str, type[Algorithm]] = {
-    each.name: each for each in (FedAvg, FedDropout, FedProx, FedSGD)
+    each.name: each
+    for each in (
+        Codistillation,
+        FAug,
+        Distillation,
+        FedAvg,
+        FedAvgFT,
+        FedDropout,
+        FedGKT,
+        FedPer,
+        FedProx,
+        FedRep,
+        FedSGD,
+        LocalOnly,
+        Mocha,
+        PFedHN,
+        PerFedAvg,
+        PersonalisedFedAvg,
+    )
 }
 
 

@@ -26,7 +26,16 @@ import torch
 
 sys.path.append(str(Path(__file__).parent))  # python -P leaves it out
 
-from reproduction import caldas, fedavg
+from reproduction import (
+    caldas,
+    distillation,
+    fedavg,
+    fedgkt,
+    fedrep,
+    mocha,
+    perfedavg,
+    pfedhn,
+)
 from reproduction.runs import Cell, Outcome, RunError, Runs
 
 from fedmq.algorithms.errors import AlgorithmError
@@ -35,7 +44,17 @@ from fedmq.codecs.errors import CodecError
 from fedmq.nodes.config import load
 from fedmq.nodes.errors import ConfigError
 
-CELLS: Sequence[Cell] = (*fedavg.CELLS, *caldas.CELLS, *fedavg.HOURS)
+CELLS: Sequence[Cell] = (
+    *fedavg.CELLS,
+    *caldas.CELLS,
+    *fedgkt.CELLS,
+    *distillation.CELLS,
+    *fedrep.CELLS,
+    *perfedavg.CELLS,
+    *pfedhn.CELLS,
+    *mocha.CELLS,
+    *fedavg.HOURS,
+)
 _ROW = "{:<23} {:<41} {:<46} {:>4} {:>8}  {}"
 
 

@@ -52,7 +52,9 @@ _SHORT_S = 0.005
 
 
 class NodeLink:
-    """A node's connection to its broker. All methods but `stop` are the main thread's.
+    """A node's connection to its broker.
+
+    All methods but `stop` and `hand_in` are the main thread's.
 
     Args:
         endpoint: where the broker listens.
@@ -70,6 +72,7 @@ class NodeLink:
         self._gathering = False
         self._fetched: dict[tuple[str, bytes], Buffer | None] = {}
         self._came: deque[Buffer] = deque()
+        self._handed_in: deque[Message] = deque()
         self._last_fetched: tuple[str, bytes, Buffer] | None = None
         self._welcome: Welcome | None = None
         self._ended: link.Ended | None = None
@@ -156,6 +159,11 @@ class NodeLink:
             self._tell(link.Outgoing(message, data, consumes))
             if self._core.unreceipted > _MAX_UNRECEIPTED:
                 self.flush(_MAX_UNRECEIPTED // 2)
+
+    def hand_in(self, message: Message) -> None:
+        """Have a message without data posted soon; may be called from another thread."""
+        self._handed_in.append(message)
+        self._signal()
 
     def flush(self, limit: int = 0) -> None:
         """Wait until at most ``limit`` of all that was said have no receipt.
@@ -352,6 +360,9 @@ class NodeLink:
             os.read(self._wake_reader, 4096)
         now = self._clock()
         self._receive_all(now)
+        while self._handed_in:
+            event = link.Outgoing(self._handed_in.popleft(), (), ())
+            self._carry_out(self._core.handle(event, now))
         self._carry_out(self._core.handle(link.Wake(), now))
         self._send_all()
 

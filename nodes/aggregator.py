@@ -9,9 +9,10 @@ has the ids that it had before, so the broker knows it again.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import msgspec
@@ -19,25 +20,29 @@ from torch import Tensor
 
 from fedmq.algorithms.base import examples_of
 from fedmq.algorithms.errors import ResultError
-from fedmq.algorithms.rng import derive_rng, derive_seed
+from fedmq.algorithms.rng import derive_seed
 from fedmq.algorithms.schedules import View
-from fedmq.broker.errors import WireError
-from fedmq.broker.state import CHECKPOINT, EVALUATOR, RECORD, TIMER, WORKER
+from fedmq.broker.state import CHECKPOINT, EVALUATOR, RECORD, TIMER
 from fedmq.broker.wire import Message
 from fedmq.codecs.errors import CodecError
-from fedmq.codecs.raw import Raw
-from fedmq.nodes.checkpoint import Counts, Flight, Fold, pack_checkpoint, unpack_checkpoint
+from fedmq.nodes.checkpoint import (
+    Counts,
+    Flight,
+    Fold,
+    pack_checkpoint,
+    unpack_checkpoint,
+)
 from fedmq.nodes.digests import model_digest
-from fedmq.nodes.inbox import Done, Finish, Inbound, Post, Settle, steady
-from fedmq.nodes.payload import Packed, numbers_of, pack, unpack
+from fedmq.nodes.evaluations import Evaluations, Examination, accuracy_in
+from fedmq.nodes.gathering import Gathering, Waiting, room_for
+from fedmq.nodes.inbox import Commit, Done, Finish, Inbound, Post, Settle
+from fedmq.nodes.members import Members
+from fedmq.nodes.payload import RAW, Packed, numbers_of, pack
 from fedmq.nodes.setup import Setup
 
 FINAL_EVALUATION_S = 60.0
 """How long the end of a run waits for outstanding evaluations."""
 _FINAL = "final evaluation"
-_ROOM = 16
-"""Times the size of the model: what the codecs need while they decode one like it."""
-_LEAST_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -47,26 +52,7 @@ class Start:
     checkpoint: Inbound | None = None
 
 
-Action = Post | Done | Settle | Finish
-
-
-@dataclass
-class _Version:
-    """What has been gathered towards the next version."""
-
-    gathered: Any
-    order: list[str] = field(default_factory=list)
-    """Ids of the tasks sent, in cohort order."""
-    held: dict[str, tuple[Inbound, float, int]] = field(default_factory=dict)
-    """Results that wait for the ones before them: (message, weight, client)."""
-    contributed: set[int] = field(default_factory=set)
-    """In a synchronous round, clients whose result is in hand: nobody counts twice."""
-    absorbed: int = 0
-    weights: float = 0.0
-    started: int = 0
-    draws: int = 0
-    deadline_passed: bool = False
-    staleness: list[int] = field(default_factory=list)
+Action = Post | Done | Settle | Finish | Commit
 
 
 class Aggregator:
@@ -83,16 +69,16 @@ class Aggregator:
         self._settings = setup.config.run
         self._run, self._node = run, node
         self._algorithm, self._schedule = setup.algorithm, setup.schedule
+        self._reply = self._algorithm.sends or self._schedule.reply
         self.state = self._algorithm.start(setup.problem)
-        model = sum(each.nbytes for each in self.tensors().values())
-        self._most_bytes = max(_LEAST_BYTES, _ROOM * model)
-        """That a result may take in memory while it is decoded."""
+        self._most_bytes = room_for(self._algorithm, self.state)
         self.version = 0
-        self._current = _Version(self._algorithm.gather(self.state))
+        self._current = Gathering(self._algorithm.gather(self.state))
         self._flights: dict[str, Flight] = {}
-        self._hosts: dict[int, str] = {}
-        self._evaluators: set[str] = set()
-        self._evaluating: set[str] = set()
+        self._members = Members()
+        self._evaluations = Evaluations()
+        self._committing: tuple[Gathering, Commit] | None = None
+        self._waiting = Waiting()
         self._counts = Counts()
         self._running = False
         self._finishing = ""
@@ -122,8 +108,12 @@ class Aggregator:
             "staleness": current.staleness,
             "held": sorted(current.held),
             "tasks": self._flights,
-            "hosts": self._hosts,
-            "evaluating": sorted(self._evaluating),
+            "hosts": self._members.hosts,
+            "evaluating": sorted(self._evaluations.asked),
+            "examinations": self._evaluations.examinations,
+            "scores": self._evaluations.scores,
+            "committing": self._committing[1].token if self._committing else "",
+            "waiting": list(self._waiting.numbers()),
             "counts": self._counts,
             "next_id": self._next_id,
         }
@@ -137,21 +127,28 @@ class Aggregator:
             else:
                 self._resume(event.checkpoint, out)
             return out
-        if event.seq <= self._position:
-            return [Settle()]  # the checkpoint was made after it, and tells of it
-        self._position, self._now = event.seq, event.at
         message = event.message
+        if event.seq in self._waiting.missing:
+            self._waiting.add(event)
+            self._advance(out)
+            return out
+        if event.seq <= self._position:
+            return [Settle(self._waiting.untold)]  # the checkpoint tells of it
+        self._position, self._now = event.seq, event.at
         reason = ""
         if not self._ended:
             match message.kind:
                 case "joined":
                     self._joined(message, out)
                 case "left":
-                    self._left(message)
+                    self._members.left(message)
                 case "tick":
                     self._tick(str(message.body.get("token")), out)
-                case "failed" if message.re in self._evaluating:
+                case "failed" if message.re in self._evaluations.asked:
                     reason = self._score(message)
+                case "result" | "failed" if self._committing is not None:
+                    self._waiting.add(event)
+                    return out
                 case "result" | "failed":
                     held = self._result(event, out)
                     if held is None:
@@ -171,22 +168,11 @@ class Aggregator:
     # ---- the fleet
 
     def _joined(self, message: Message, out: list[Action]) -> None:
-        if message.body["role"] == EVALUATOR:
-            self._evaluators.add(message.body["node"])
-        elif message.body["role"] == WORKER:
-            for low, high in message.body["clients"]:
-                for client in range(low, high + 1):
-                    self._hosts[client] = message.body["node"]
+        self._members.joined(message)
         wanted = self._settings.min_clients or self._setup.problem.clients
-        if not self._running and len(self._hosts) >= wanted:
+        if not self._running and len(self._members.hosts) >= wanted:
             self._running = True
             self._begin_version(out)
-
-    def _left(self, message: Message) -> None:
-        node = message.body["node"]
-        self._evaluators.discard(node)
-        for client in [client for client, host in self._hosts.items() if host == node]:
-            del self._hosts[client]
 
     def _tick(self, token: str, out: list[Action]) -> None:
         if token == f"deadline/{self.version}":
@@ -194,12 +180,16 @@ class Aggregator:
             self._current.deadline_passed = True
             for flight in self._flights.values():
                 flight.overdue |= flight.version == self.version
+        elif self._committing is not None and token == self._committing[1].token:
+            (closed, commit), self._committing = self._committing, None
+            self._committed(closed, commit.result(), out)
         elif token == _FINAL and self._finishing:
             self._end(out)
 
     def _refused(self, name: str) -> None:
         """One of our own messages could not be used by its recipient, or not be delivered."""
-        self._evaluating.discard(name)
+        if name in self._evaluations.asked:
+            self._evaluated_as(name, None)
         if self._flights.pop(name, None) is not None:
             self._counts.dropped += 1
 
@@ -212,7 +202,7 @@ class Aggregator:
         if flight is None or message.re is None:
             self._counts.refused += 1
             return f"no task {message.re!r} is out"
-        if message.sender not in (flight.node, self._hosts.get(flight.client)):
+        if message.sender not in (flight.node, self._members.hosts.get(flight.client)):
             self._counts.refused += 1
             return f"task {message.re!r} is not with {message.sender}"
         del self._flights[message.re]
@@ -223,8 +213,8 @@ class Aggregator:
         try:
             numbers = numbers_of(message)
             n = examples_of(numbers)
-            if numbers.get("reply", self._schedule.reply) != self._schedule.reply:
-                raise ResultError(f"expected reply {self._schedule.reply!r}")
+            if numbers.get("reply", self._reply) != self._reply:
+                raise ResultError(f"expected reply {self._reply!r}")
         except (ResultError, CodecError) as error:
             self._counts.refused += 1
             return str(error)
@@ -238,7 +228,7 @@ class Aggregator:
             self._current.contributed.add(flight.client)
             self._absorb_in_order(out)
             return None
-        return self._absorb(inbound, weight)
+        return self._absorb(inbound, weight, flight.client, staleness)
 
     def _absorb_in_order(self, out: list[Action], *, everything: bool = False) -> None:
         """Add up held results in cohort order, up to the first that is still out."""
@@ -248,51 +238,47 @@ class Aggregator:
         for name in current.order:
             if name in current.held:
                 inbound, weight, client = current.held.pop(name)
-                refused = self._absorb(inbound, weight)
+                refused = self._absorb(inbound, weight, client, 0)
                 if refused:
                     current.contributed.discard(client)
                 out.append(Done(inbound.seq, refused))
             elif not everything and name in self._flights and self._reachable(name):
                 return
 
-    def _absorb(self, inbound: Inbound, weight: float) -> str:
+    def _absorb(self, inbound: Inbound, weight: float, client: int, staleness: int) -> str:
         """Add one result to the version; return why it was refused, or ""."""
-        current = self._current
-        try:
-            stream = steady(inbound.stream) if inbound.stream is not None else None
-            payload = unpack(inbound.message, inbound.read, stream, self._most_bytes)
-            current.gathered = self._algorithm.absorb(current.gathered, self.state, payload, weight)
-        except (ResultError, CodecError, WireError) as error:
-            self._counts.refused += 1
-            return str(error)
-        current.absorbed += 1
-        current.weights += weight
-        self._counts.used += 1
-        return ""
+        about = client, staleness
+        reason = self._current.absorb(
+            self._algorithm, self.state, inbound, weight, about, self._most_bytes
+        )
+        self._counts.refused += bool(reason)
+        self._counts.used += not reason
+        return reason
 
     def _score(self, message: Message) -> str:
-        if message.re not in self._evaluating or message.sender not in self._evaluators:
+        name = message.re or ""
+        if not self._evaluations.is_with(name, message.sender, self._members):
             return f"no evaluation {message.re!r} is with {message.sender}"
-        self._evaluating.discard(message.re)
-        match message.body:
-            case {"metrics": {"accuracy": float(accuracy)}}:
-                pass
-            case _ if message.kind == "failed":
-                return ""
-            case {"metrics": dict()}:
-                return ""
-            case _:
-                return "expected metrics as a map of numbers"
+        accuracy, reason = accuracy_in(message)
+        self._evaluated_as(name, accuracy)
+        return reason
+
+    def _evaluated_as(self, name: str, accuracy: float | None) -> None:
+        """An evaluation is over; the run may be too."""
+        known = self._evaluations.end(name, accuracy)
         target = self._settings.target_accuracy
-        if target is not None and accuracy >= target and not self._finishing:
-            self._finishing = f"accuracy {accuracy:.4f} reached the target of {target:g}"
-        return ""
+        met = known is not None and target is not None and known >= target
+        if met and not self._finishing:
+            self._finishing = f"accuracy {known:.4f} reached the target of {target:g}"
 
     # ---- versions
 
     def _advance(self, out: list[Action]) -> None:
         """Commit and start whatever can be, until nothing changes."""
         while self._running and not self._finishing:
+            if self._committing is not None or self._waiting.missing:
+                return
+            self._take_waiting(out)
             self._absorb_in_order(out)
             view = self._view()
             if self._schedule.closes(view) and self._current.held:
@@ -304,6 +290,14 @@ class Aggregator:
             self._commit(out)
         if self._finishing and not self._ended:
             self._finish(out)
+
+    def _take_waiting(self, out: list[Action]) -> None:
+        """Take the results that came while the version before this one was being committed."""
+        waiting, self._waiting.here = self._waiting.here, {}
+        for seq, inbound in waiting.items():
+            reason = self._result(inbound, out)
+            if reason is not None:
+                out.append(Done(seq, reason))
 
     def _view(self) -> View:
         reachable = [name for name in self._flights if self._reachable(name)]
@@ -321,23 +315,25 @@ class Aggregator:
         )
 
     def _reachable(self, name: str) -> bool:
-        return self._flights[name].client in self._hosts
+        return self._flights[name].client in self._members.hosts
 
     def _start_tasks(self, view: View, out: list[Action]) -> None:
         current = self._current
         clients = self._draw(self._schedule.wants(view))
-        if clients and (current.deadline_passed or not current.started):
-            self._ask_deadline(out)
+        deadline = self._schedule.deadline()
+        if deadline is not None and clients and (current.deadline_passed or not current.started):
+            body = {"token": f"deadline/{self.version}", "after_s": deadline}
+            self._post(out, "timer", TIMER, body)
         for client in clients:
             packed = self._pack_task(client)
             body = {
                 **packed.body,
                 "client": client,
                 "model_version": self.version,
-                "reply": self._schedule.reply,
+                "reply": self._reply,
             }
             name = self._post(out, "task", f"client/{client}", body, packed)
-            self._flights[name] = Flight(client, self.version, self._hosts[client])
+            self._flights[name] = Flight(client, self.version, self._members.hosts[client])
             current.order.append(name)
             current.started += 1
 
@@ -346,35 +342,41 @@ class Aggregator:
         if not count:
             return []
         busy = {flight.client for flight in self._flights.values()}
-        idle = sorted(set(self._hosts) - busy - self._current.contributed)
-        if len(idle) <= count:
-            return idle
-        current = self._current
-        rng = derive_rng(self._settings.seed, "cohort", self.version, current.draws)
-        current.draws += 1
-        return sorted(int(client) for client in rng.choice(idle, count, replace=False))
+        idle = sorted(set(self._members.hosts) - busy - self._current.contributed)
+        return self._current.draw(idle, count, self._settings.seed, self.version)
 
     def _pack_task(self, client: int) -> Packed:
         if self._task_cache is not None and not self._algorithm.personal:
             return self._task_cache
         seed = derive_seed(self._settings.seed, "downlink", self.version, client)
         payload = self._algorithm.task(self.state, client)
-        self._task_cache = pack(payload, self._setup.down, seed)
+        self._task_cache = pack(payload, self._setup.downlink, seed)
         return self._task_cache
 
     def _commit(self, out: list[Action]) -> None:
-        current = self._current
-        staleness = current.staleness
-        divisor = self._schedule.divisor(current.weights, current.absorbed)
-        self.state = self._algorithm.commit(self.state, current.gathered, divisor)
+        closed = self._current
+        divisor = self._schedule.divisor(closed.weights, closed.absorbed)
+        work = functools.partial(self._algorithm.commit, self.state, closed.gathered, divisor)
+        if not self._algorithm.trains:
+            self._committed(closed, work(), out)
+            return
+        # It is done beside the inbox, and a tick in the inbox says from where on it counts.
+        token = f"commit/{self.version + 1}"
+        commit = Commit(token, self._message("timer", TIMER, {"token": token, "after_s": 0}), work)
+        self._committing = closed, commit
+        out.append(commit)
+
+    def _committed(self, closed: Gathering, state: Any, out: list[Action]) -> None:
+        self.state = state
+        staleness = closed.staleness
         self.version += 1
         self._task_cache = None
-        self._current = _Version(self._algorithm.gather(self.state))
+        self._current = Gathering(self._algorithm.gather(self.state))
         body = {
             "version": self.version,
             "position": self._position,
-            "results": current.absorbed,
-            "weights": current.weights,
+            "results": closed.absorbed,
+            "weights": closed.weights,
             "mean_staleness": sum(staleness) / len(staleness) if staleness else 0.0,
             "max_staleness": max(staleness, default=0),
             "model_digest": model_digest(self.tensors()),
@@ -395,16 +397,20 @@ class Aggregator:
     def _checkpoint(self, kind: str, body: Mapping[str, Any], out: list[Action]) -> None:
         """Post a record from which the next session can start; what came before is settled."""
         self._checkpoint_at = self._now
+        self._waiting.untold = self._waiting.numbers()
         fold = Fold(
             position=self._position,
             at=self._now,
             version=self.version,
             next_id=self._next_id + 1,
             flights=self._flights,
-            hosts=self._hosts,
-            evaluators=sorted(self._evaluators),
-            evaluating=sorted(self._evaluating),
+            hosts=self._members.hosts,
+            evaluators=sorted(self._members.evaluators),
+            evaluating=sorted(self._evaluations.asked),
             evaluated=self._evaluated,
+            examinations=self._evaluations.examinations,
+            scores=self._evaluations.scores,
+            waiting=list(self._waiting.untold),
             counts=self._counts,
             running=self._running,
             finishing=self._finishing,
@@ -412,15 +418,17 @@ class Aggregator:
         )
         packed = pack_checkpoint(self._algorithm, self.state, fold)
         self._post(out, kind, CHECKPOINT, {**packed.body, **body}, packed)
-        out.append(Settle())
+        out.append(Settle(self._waiting.untold))
 
     def _resume(self, inbound: Inbound, out: list[Action]) -> None:
         """Start from a checkpoint, and go on as the session before it did."""
         self.state, fold = unpack_checkpoint(self._algorithm, self._setup.problem, inbound)
-        self._current = _Version(self._algorithm.gather(self.state))
+        self._current = Gathering(self._algorithm.gather(self.state))
         self._position, self.version, self._next_id = fold.position, fold.version, fold.next_id
-        self._flights, self._hosts, self._counts = fold.flights, fold.hosts, fold.counts
-        self._evaluators, self._evaluating = set(fold.evaluators), set(fold.evaluating)
+        self._flights, self._members.hosts, self._counts = fold.flights, fold.hosts, fold.counts
+        self._members.evaluators = set(fold.evaluators)
+        self._evaluations = Evaluations(set(fold.evaluating), fold.examinations, fold.scores)
+        self._waiting = Waiting(missing=set(fold.waiting), untold=tuple(fold.waiting))
         self._evaluated, self._running = fold.evaluated, fold.running
         self._finishing, self._ended = fold.finishing, fold.ended
         self._now = self._checkpoint_at = fold.at
@@ -435,22 +443,23 @@ class Aggregator:
         if every and self.version % every == 0:
             self._evaluate(out)
 
-    def _ask_deadline(self, out: list[Action]) -> None:
-        deadline = self._schedule.deadline()
-        if deadline is not None:
-            body = {"token": f"deadline/{self.version}", "after_s": deadline}
-            self._post(out, "timer", TIMER, body)
-
     def _evaluate(self, out: list[Action]) -> None:
-        packed = pack(self._algorithm.examined(self.state), Raw(), 0)
-        body = {**packed.body, "model_version": self.version}
         self._evaluated = self.version
-        self._evaluating.add(self._post(out, "evaluate", EVALUATOR, body, packed))
+        if self._algorithm.evaluated == "model":
+            packed = pack(self._algorithm.examined(self.state), RAW, 0)
+            body = {**packed.body, "model_version": self.version}
+            self._evaluations.ask(self._post(out, "evaluate", EVALUATOR, body, packed))
+            return
+        for client in sorted(self._members.hosts):
+            packed = pack(self._algorithm.examined(self.state, client), RAW, 0)
+            body = {**packed.body, "client": client, "model_version": self.version}
+            name = self._post(out, "evaluate", f"client/{client}", body, packed)
+            self._evaluations.ask(name, Examination(client, self.version))
 
     def _finish(self, out: list[Action]) -> None:
         if self._evaluated != self.version:
             self._evaluate(out)
-        if not self._evaluating or not self._evaluators:
+        if not self._evaluations.awaited(self._members):
             self._end(out)
         elif not self._asked_final:
             self._asked_final = True
@@ -459,6 +468,8 @@ class Aggregator:
 
     def _end(self, out: list[Action]) -> None:
         self._ended = True
+        out += [Done(seq) for seq in self._waiting.numbers()]  # nobody needs them any more
+        self._waiting = Waiting()
         about = {"reason": self._finishing, "position": self._position}
         body = {**about, **msgspec.structs.asdict(self._counts)}
         self._checkpoint("finished", body, out)
@@ -472,16 +483,15 @@ class Aggregator:
         body: Mapping[str, Any],
         packed: Packed | None = None,
     ) -> str:
+        message = self._message(kind, to, body, packed)
+        out.append(Post(message, packed.data if packed else ()))
+        return message.id
+
+    def _message(
+        self, kind: str, to: str, body: Mapping[str, Any], packed: Packed | None = None
+    ) -> Message:
         name = f"{self._node}/{self._next_id}"
         self._next_id += 1
-        message = Message(
-            kind=kind,
-            id=name,
-            run=self._run,
-            sender=self._node,
-            to=to,
-            body=dict(body),
-            blobs=packed.blobs if packed else (),
-        )
-        out.append(Post(message, packed.data if packed else ()))
-        return name
+        blobs = packed.blobs if packed else ()
+        about = {"kind": kind, "id": name, "run": self._run, "sender": self._node, "to": to}
+        return Message(**about, body=dict(body), blobs=blobs)

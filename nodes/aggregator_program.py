@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
@@ -17,7 +19,7 @@ from fedmq.broker.state import AGGREGATOR
 from fedmq.broker.wire import Hello, decode_message
 from fedmq.nodes.aggregator import Action, Aggregator, Start
 from fedmq.nodes.config import Config
-from fedmq.nodes.inbox import Done, Finish, Inbound, Post, Settle
+from fedmq.nodes.inbox import Commit, Done, Finish, Inbound, Post, Settle
 from fedmq.nodes.local import node_key
 from fedmq.nodes.programs import inbound_of, linked, new_session
 from fedmq.nodes.setup import set_up
@@ -69,9 +71,11 @@ def _fold_until_over(link: NodeLink, core: Aggregator, folder: Path | None) -> N
                         link.post(message, data, consumes)
                     case Done(seq, refused) if refused:
                         link.done([], {seq: refused})
-                    case Settle():
-                        link.done(unsettled)
-                        unsettled = []
+                    case Settle(but):
+                        link.done([seq for seq in unsettled if seq not in but])
+                        unsettled = [seq for seq in unsettled if seq in but]
+                    case Commit():
+                        threading.Thread(target=_work, args=(link, action), daemon=True).start()
                     case Finish(reason):
                         if folder is not None:
                             _save(folder, core)
@@ -80,6 +84,14 @@ def _fold_until_over(link: NodeLink, core: Aggregator, folder: Path | None) -> N
         unsettled.append(delivery.seq)
         with link.away():
             actions = core.handle(inbound_of(link, delivery))
+
+
+def _work(link: NodeLink, commit: Commit) -> None:
+    """Do what takes long, while the core goes on with its inbox."""
+    torch.set_num_threads(torch.get_num_threads())  # each thread has a number of its own
+    with contextlib.suppress(Exception):  # the core meets it when it asks for the result
+        commit.result()
+    link.hand_in(commit.message)
 
 
 def _save(folder: Path, core: Aggregator) -> None:

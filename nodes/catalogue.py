@@ -30,8 +30,7 @@ def catalogue(what: str) -> Iterator[tuple[str, str]]:
             from fedmq.codecs.registry import codecs
 
             for name, codec in codecs().items():
-                about = re.split(r"\.\s", inspect.getdoc(codec) or "")[0].rstrip(".")
-                yield f"{name}{_parameters(codec)}", about
+                yield f"{name}{_parameters(codec)}", _first_sentence(codec)
             places: dict[str, list[str]] = {}
             for name, stage in STAGES.items():
                 places.setdefault(stage.place.name.lower(), []).append(
@@ -41,12 +40,19 @@ def catalogue(what: str) -> Iterator[tuple[str, str]]:
             yield "pipelines", f"one of each, in this order, any left out:\n{order}"
         case "problems":
             from fedmq.algorithms.problems import DEFAULT_MODEL, MODELS, PARTITIONS, PROBLEMS
+            from fedmq.algorithms.problems.natural import DigitTasks, LandMine, School
 
             for name, about in PROBLEMS.items():
                 yield name, f"{about}; model {DEFAULT_MODEL[name]}"
+            for task in (DigitTasks, LandMine, School):
+                yield f"{task.__module__}:{task.__name__}", _first_sentence(task)
             yield "models", ", ".join(MODELS)
             partitions = (f"{name}{_parameters(each)}" for name, each in PARTITIONS.items())
             yield "partitions", ", ".join(partitions)
+
+
+def _first_sentence(kind: type) -> str:
+    return re.split(r"\.\s", inspect.getdoc(kind) or "")[0].rstrip(".")
 
 
 def _fields(kind: type) -> str:

@@ -16,10 +16,10 @@ from fedmq.algorithms.errors import ResultError
 from fedmq.algorithms.problems.base import Problem
 from fedmq.broker.wire import Blob
 from fedmq.codecs.errors import CodecError
-from fedmq.codecs.raw import Raw
 from fedmq.nodes.errors import NodeError
+from fedmq.nodes.evaluations import Examination
 from fedmq.nodes.inbox import Inbound
-from fedmq.nodes.payload import Packed, pack, unpack
+from fedmq.nodes.payload import RAW, Packed, pack, unpack
 
 
 class Flight(Struct):
@@ -44,6 +44,7 @@ class Fold(Struct):
     """What an aggregator knows between two versions, besides the algorithm's state.
 
     position, at: number and time of the last message that this is the fold of.
+    waiting: numbers of the messages before it that it has yet to take.
     """
 
     position: int
@@ -59,11 +60,14 @@ class Fold(Struct):
     running: bool
     finishing: str
     ended: bool
+    examinations: dict[str, Examination] = {}
+    scores: dict[int, list[float]] = {}
+    waiting: list[int] = []
 
 
 def pack_checkpoint(algorithm: Algorithm, state: Any, fold: Fold) -> Packed:
     """Return a checkpoint as what goes into a message."""
-    packed = pack(algorithm.save(state), Raw(), 0)
+    packed = pack(algorithm.save(state), RAW, 0)
     data = msgspec.msgpack.encode(fold)
     return Packed(packed.body, (*packed.blobs, Blob.of(data)), (*packed.data, data))
 

@@ -22,6 +22,7 @@ from rich.text import Text
 from fedmq.nodes import logs
 from fedmq.nodes.codec_cli import codec
 from fedmq.nodes.errors import ConfigError, NodeError
+from fedmq.nodes.personalise import personalise
 from fedmq.nodes.replay.cli import replay
 from fedmq.nodes.trace.cli import trace
 
@@ -172,7 +173,13 @@ def aggregator(
     "--state",
     "folder",
     type=click.Path(path_type=Path),
-    help="Where clients' local states and the node's key survive a restart.",
+    help="Where the node's key, and its clients' local states, survive a restart.",
+)
+@click.option(
+    "--client-states",
+    "states",
+    type=click.Path(path_type=Path),
+    help="Where clients' local states are, if workers that may take over each other's share it.",
 )
 def worker(
     endpoint: str,
@@ -181,6 +188,7 @@ def worker(
     name: str | None,
     run_id: str,
     folder: Path | None,
+    states: Path | None,
 ) -> None:
     """Train the tasks of some clients (or evaluate) until the run is over."""
     from fedmq.broker.state import EVALUATOR, WORKER
@@ -193,7 +201,7 @@ def worker(
         clients = parse_ranges(ranges) if ranges else []
         node = name or f"{socket.gethostname()}-{ranges or 'evaluator'}"
         logs.configure(None, node=node)
-        click.echo(run_worker(endpoint, node, clients, role, run_id, folder))
+        click.echo(run_worker(endpoint, node, clients, role, run_id, folder, states))
 
 
 @main.command("list")
@@ -203,12 +211,14 @@ def list_(what: str) -> None:
     from fedmq.nodes.catalogue import catalogue
 
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    table.add_column(overflow="fold")
     for name, about in catalogue(what):
         table.add_row(Text(name), Text(about))
     Console().print(table)
 
 
 main.add_command(codec)
+main.add_command(personalise)
 main.add_command(replay)
 
 

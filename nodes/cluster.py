@@ -322,7 +322,9 @@ def worker_main(
     from fedmq.nodes.worker_program import run_worker
 
     name = mp.current_process().name
-    run_worker(endpoint, name, [clients] if clients else [], role, run, folder / "nodes" / name)
+    ranges = [clients] if clients else []
+    # What clients keep belongs to them, not to the worker that hosts them now.
+    run_worker(endpoint, name, ranges, role, run, folder / "nodes" / name, folder / "clients")
 
 
 def expected_errors() -> tuple[type[Exception], ...]:

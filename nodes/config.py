@@ -66,10 +66,16 @@ class Run(_Table):
 
 
 class CodecTable(_Table):
-    """``[codec]``: specs of the codecs for tasks (down) and results (up)."""
+    """``[codec]``: specs of codecs.
+
+    down, up: for the weights in tasks and in results.
+    features, logits: for those, in either direction, of algorithms that exchange knowledge.
+    """
 
     down: str = "raw"
     up: str = "raw"
+    features: str = "features(float16)"
+    logits: str = "logits(float32)"
 
 
 class Straggling(_Table):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from fedmq.broker.errors import WireError
 from fedmq.broker.wire import Buffer, Message
@@ -52,7 +54,12 @@ class Done:
 
 @dataclass(frozen=True)
 class Settle:
-    """No session of this node will need the messages so far again, this one included."""
+    """No session of this node will need the messages so far again, this one included.
+
+    but: numbers of those that one will.
+    """
+
+    but: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -60,6 +67,39 @@ class Finish:
     """The run is over."""
 
     reason: str
+
+
+class Commit:
+    """Work that takes long: it is begun now, beside the inbox, and its end is posted.
+
+    What it comes to counts from where that message's tick stands in the inbox; whoever folds
+    the inbox again may do the work only there.
+
+    Args:
+        token: of the tick.
+        message: the timer to be posted at the end.
+        work: what is to be done, from nothing but its own values.
+    """
+
+    def __init__(self, token: str, message: Message, work: Callable[[], Any]) -> None:
+        self.token, self.message = token, message
+        self._work: Callable[[], Any] | None = work
+        self._lock = threading.Lock()
+        self._result: Any = None
+        self._error: Exception | None = None
+
+    def result(self) -> Any:
+        """Return what the work comes to; done here if nobody has begun it."""
+        with self._lock:
+            if self._work is not None:
+                try:
+                    self._result = self._work()
+                except Exception as error:  # noqa: BLE001 - raised below, to whoever asks
+                    self._error = error
+                self._work = None
+        if self._error is not None:
+            raise self._error
+        return self._result
 
 
 def steady(stream: Stream) -> Stream:

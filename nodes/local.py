@@ -20,9 +20,8 @@ from msgspec import Struct
 from fedmq.algorithms.base import Payload
 from fedmq.broker.wire import Blob, Buffer, Message, decode_message, encode_message
 from fedmq.codecs.errors import CodecError
-from fedmq.codecs.raw import Raw
 from fedmq.nodes.errors import NodeError
-from fedmq.nodes.payload import Packed, pack, unpack
+from fedmq.nodes.payload import RAW, Packed, pack, unpack
 
 
 @dataclass(frozen=True)
@@ -100,7 +99,7 @@ class Locals:
             self._memory[client] = kept
             return
         path = self._path(self._folder, client)
-        fresh = path.with_suffix(".new")
+        fresh = path.with_suffix(f".{os.getpid()}.new")  # two workers may share the folder
         try:
             fresh.write_bytes(_write(kept))
             fresh.replace(path)
@@ -162,7 +161,7 @@ def _write(kept: Kept) -> bytes:
 
 
 def _packed(payload: Payload | None) -> Packed | None:
-    return pack(payload, Raw(), 0) if payload is not None else None
+    return pack(payload, RAW, 0) if payload is not None else None
 
 
 def _read(data: bytes) -> Kept:

@@ -24,8 +24,22 @@ from fedmq.codecs.streamed import Streamed
 from fedmq.nodes.inbox import Read, Stream
 
 _RAW = Raw()
+_GROUPS = ("weights", "exact", "features", "logits")
 STREAMED_BYTES = 64 << 20
 """Raw weights of this size are added up as they come, and never held as a whole."""
+
+
+@dataclass(frozen=True)
+class Codecs:
+    """Which codec writes which group of a payload's tensors; what is exact is always raw."""
+
+    weights: Codec = _RAW
+    features: Codec = _RAW
+    logits: Codec = _RAW
+
+
+RAW = Codecs()
+"""All tensors as they are."""
 
 
 @dataclass(frozen=True)
@@ -37,13 +51,15 @@ class Packed:
     data: tuple[Buffer, ...]
 
 
-def pack(payload: Payload, codec: Codec, seed: int) -> Packed:
-    """Encode a payload: its weights with the codec, exact tensors as they are."""
+def pack(payload: Payload, codecs: Codecs, seed: int) -> Packed:
+    """Encode a payload, each group of tensors with its codec."""
     groups = []
     data: list[Buffer] = []
     for name, tensors, chosen in (
-        ("weights", payload.weights, codec),
+        ("weights", payload.weights, codecs.weights),
         ("exact", payload.exact, _RAW),
+        ("features", payload.features, codecs.features),
+        ("logits", payload.logits, codecs.logits),
     ):
         if tensors:
             encoded = chosen.encode(tensors, seed)
@@ -94,7 +110,7 @@ def unpack(
     groups = message.body.get("groups")
     if not isinstance(groups, list):
         raise DecodeError("expected groups as a list in the message's body")
-    found: dict[str, Mapping[str, Tensor]] = {"weights": {}, "exact": {}}
+    found: dict[str, Mapping[str, Tensor]] = {name: {} for name in _GROUPS}
     first = 0
     for group in groups:
         match group:
@@ -108,7 +124,9 @@ def unpack(
             case _:
                 raise DecodeError(f"expected a group of tensors, got {brief(group)}")
         if name not in found or found[name]:
-            raise DecodeError(f"expected each of weights and exact at most once, got {brief(name)}")
+            raise DecodeError(
+                f"expected each of {', '.join(_GROUPS)} at most once, got {brief(name)}"
+            )
         if not 0 <= count <= len(message.blobs) - first:
             raise DecodeError(f"group {name!r} has {count} buffers, the message has fewer")
         shapes = _streamable(codec, meta) if name == "weights" and count == 1 else None
@@ -118,7 +136,7 @@ def unpack(
             buffers = [read(index) for index in range(first, first + count)]
             found[name] = decode(Encoded(codec, meta, buffers), max_bytes)
         first += count
-    return Payload(found["weights"], found["exact"], numbers)
+    return Payload(numbers=numbers, **found)
 
 
 def _streamable(codec: str, meta: Mapping[str, Any]) -> dict[str, tuple[int, ...]] | None:

@@ -20,10 +20,14 @@ from fedmq.algorithms.registry import find_algorithm
 from fedmq.algorithms.schedules import Schedule, find_schedule
 from fedmq.codecs.base import Codec
 from fedmq.codecs.errors import CodecError, SpecError
+from fedmq.codecs.features import Features
+from fedmq.codecs.logits import Logits
+from fedmq.codecs.raw import Raw
 from fedmq.codecs.registry import make_codec
 from fedmq.codecs.spec import build
 from fedmq.nodes.config import Config, describe
 from fedmq.nodes.errors import ConfigError
+from fedmq.nodes.payload import Codecs
 
 T = TypeVar("T", bound=Algorithm | Schedule)
 Slowdown = Callable[[np.random.Generator], float]
@@ -39,6 +43,18 @@ class Setup:
     schedule: Schedule
     down: Codec
     up: Codec
+    features: Codec
+    logits: Codec
+
+    @property
+    def downlink(self) -> Codecs:
+        """Return what encodes tasks."""
+        return Codecs(self.down, self.features, self.logits)
+
+    @property
+    def uplink(self) -> Codecs:
+        """Return what encodes results."""
+        return Codecs(self.up, self.features, self.logits)
 
 
 def set_up(config: Config) -> Setup:
@@ -61,7 +77,15 @@ def set_up(config: Config) -> Setup:
     except (AlgorithmError, SpecError) as error:
         raise ConfigError(str(error)) from None
     down, up = _codec(config.codec.down, "down"), _codec(config.codec.up, "up")
+    features = _codec(config.codec.features, "features")
+    logits = _codec(config.codec.logits, "logits")
     _check_codecs(down, up, schedule, algorithm)
+    for key, codec, kind in (("features", features, Features), ("logits", logits, Logits)):
+        if not isinstance(codec, Raw | kind):
+            raise ConfigError(
+                f"codec.{key}: expected raw or a codec of {key}, such as {kind().wire_name}, "
+                f"got {codec.wire_name}"
+            )
     for node in ["", *config.worker.nodes]:
         slowdown(config.worker.straggling(node).slowdown)
     wanted = config.run.min_clients
@@ -75,7 +99,7 @@ def set_up(config: Config) -> Setup:
             "schedule": {**config.schedule, **dataclasses.asdict(schedule)},
         }
     )
-    return Setup(complete, problem, algorithm, schedule, down, up)
+    return Setup(complete, problem, algorithm, schedule, down, up, features, logits)
 
 
 def _choose(table: Mapping[str, Any], find: Callable[[str], type[T]], what: str) -> T:
@@ -104,7 +128,7 @@ def _check_codecs(down: Codec, up: Codec, schedule: Schedule, algorithm: Algorit
     Raises:
         ConfigError: the sentence says which, and why.
     """
-    if schedule.reply == "model" and up.updates_only:
+    if (algorithm.sends or schedule.reply) == "model" and up.updates_only:
         raise ConfigError(
             f"codec.up: under schedule {schedule.name} clients send models, and "
             f"{up.wire_name!r} takes for zero what it does not send"

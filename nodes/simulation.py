@@ -21,8 +21,8 @@ from fedmq.broker.virtual import BrokerHost, Faults, LinkHost, VirtualNetwork
 from fedmq.broker.wire import Buffer, Done, Hello, Over, decode_message
 from fedmq.nodes.aggregator import Action as AggregatorAction
 from fedmq.nodes.aggregator import Aggregator, Start
+from fedmq.nodes.inbox import Commit, Finish, Inbound, Post, Settle
 from fedmq.nodes.inbox import Done as DoneWith
-from fedmq.nodes.inbox import Finish, Inbound, Post, Settle
 from fedmq.nodes.local import Locals
 from fedmq.nodes.setup import Setup, kind_of
 from fedmq.nodes.worker import Action as WorkerAction
@@ -260,12 +260,25 @@ class AggregatorHost(NodeHost):
                     self.link.post(message, data, consumes)
                 case DoneWith(seq, refused) if refused:
                     self.link.say(Done(refused={seq: refused}))
-                case Settle():
-                    self.link.say(Done(seqs=tuple(self._unsettled)))
-                    self._unsettled = []
+                case Settle(but):
+                    settled = [seq for seq in self._unsettled if seq not in but]
+                    self.link.say(Done(seqs=tuple(settled)))
+                    self._unsettled = [seq for seq in self._unsettled if seq in but]
+                case Commit():
+                    self._commit(action)
                 case Finish(reason):
                     self.finished = reason
                     self.link.say(Over(reason=reason))
+
+    def _commit(self, commit: Commit) -> None:
+        """The work beside the inbox is done after a while, if this session still lives then."""
+
+        def done() -> None:
+            if self.link.up:
+                self.link.post(commit.message, (), ())
+
+        simulation = self.simulation
+        simulation.network.after(simulation.rng.expovariate(1 / simulation.chances.train_s), done)
 
 
 class WorkerHost(NodeHost):
@@ -295,8 +308,8 @@ class WorkerHost(NodeHost):
                         Trained(*setup.algorithm.train(task, place), 0.0, kind_of("cpu")), actions
                     )
                     return
-                case Evaluate(task):
-                    metrics = setup.algorithm.evaluate(task, setup.problem, "cpu")
+                case Evaluate():
+                    metrics = action.metrics(setup, "cpu")
                     self._later(Evaluated(metrics, kind_of("cpu")), actions)
                     return
                 case Keep(client, state):

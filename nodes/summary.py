@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Iterable
+import statistics
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,12 +32,34 @@ class NodeState:
 
 @dataclass
 class Point:
-    """One evaluation of the global model."""
+    """One evaluation of a version: of the global model, or by clients, each of its own.
+
+    metrics: by name; means over the clients that have answered so far.
+    clients: metrics of each client, where clients evaluate.
+    """
 
     version: int
     wall_s: float
-    accuracy: float | None
-    loss: float | None
+    metrics: dict[str, float]
+    clients: dict[str, dict[str, float]] = field(default_factory=dict)
+
+    @property
+    def accuracy(self) -> float | None:
+        """Return the accuracy, if it has a meaning."""
+        return self.metrics.get("accuracy")
+
+    @property
+    def loss(self) -> float | None:
+        """Return the loss, if it has a meaning."""
+        return self.metrics.get("loss")
+
+    def take(self, client: str, metrics: dict[str, float]) -> None:
+        """Take what a client says of this version."""
+        self.clients[client] = metrics
+        names = dict.fromkeys(name for each in self.clients.values() for name in each)
+        for name in names:
+            known = [each[name] for each in self.clients.values() if name in each]
+            self.metrics[name] = sum(known) / len(known)
 
 
 @dataclass
@@ -67,7 +91,10 @@ class RunFold:
     ended: str | None = None
     first_task_at: float | None = None
     _aggregator: str = AGGREGATOR
-    _versions_of: dict[str, int] = field(default_factory=dict)
+    kinds: dict[str, dict[str, int]] = field(default_factory=lambda: {"down": {}, "up": {}})
+    """Payload bytes by direction and by group of tensors."""
+    _asked: dict[str, tuple[int, str]] = field(default_factory=dict)
+    """(version, address) of the tasks and evaluations that are out, by id."""
     _hosts: dict[str, str] = field(default_factory=dict)
 
     def feed(self, entries: Iterable[AnyEntry]) -> None:
@@ -145,7 +172,8 @@ class RunFold:
             case "task" | "evaluate":
                 self.first_task_at = self.first_task_at or at
                 self.payload_down += size
-                self._versions_of[message.id] = body["model_version"]
+                self._count("down", message)
+                self._asked[message.id] = body["model_version"], message.to
                 host = self._hosts.get(message.to)
                 if host is not None:
                     self.nodes[host].doing[message.id] = message.to
@@ -163,20 +191,44 @@ class RunFold:
         node = self.nodes[message.sender]
         node.doing.pop(message.re or "", None)
         self.payload_up += size
-        version = self._versions_of.pop(message.re or "", None)
+        self._count("up", message)
+        version, asked = self._asked.pop(message.re or "", (None, ""))
         node.tasks += message.kind != "failed"
         node.drops += message.kind == "failed"
         match message.body:
             case {"metrics": dict(metrics)} if message.kind == "score" and version is not None:
-                wall_s = at - (self.started_at or at)
                 known = {key: each for key, each in metrics.items() if isinstance(each, float)}
-                point = Point(version, wall_s, known.get("accuracy"), known.get("loss"))
-                self.curve.append(point)
+                self._evaluated(version, asked, at - (self.started_at or at), known)
+
+    def _evaluated(
+        self, version: int, asked: str, wall_s: float, metrics: dict[str, float]
+    ) -> None:
+        """Note what the evaluator, or a client, says of a version."""
+        if asked == EVALUATOR:
+            self.curve.append(Point(version, wall_s, metrics))
+            return
+        point = next((each for each in reversed(self.curve) if each.version == version), None)
+        if point is None:
+            point = Point(version, wall_s, {})
+            self.curve.append(point)
+        point.wall_s = wall_s
+        point.take(asked, metrics)
+
+    def _count(self, direction: str, message: Message) -> None:
+        """Count a payload's bytes by the groups of tensors that it is made of."""
+        groups = message.body.get("groups")
+        rest = iter(message.blobs)
+        for group in groups if isinstance(groups, list) else ():
+            match group:
+                case {"name": str(name), "buffers": int(buffers)}:
+                    size = sum(blob.size for blob in itertools.islice(rest, max(0, buffers)))
+                    kinds = self.kinds[direction]
+                    kinds[name] = kinds.get(name, 0) + size
 
     def summary(self) -> dict[str, Any]:
         """Return what ``summary.json`` holds."""
         config = self.config
-        return {
+        summary = {
             "run": self.run,
             "algorithm": config["algorithm"]["name"],
             "schedule": config["schedule"]["name"],
@@ -185,6 +237,7 @@ class RunFold:
             "versions": self.version,
             "results": {"used": self.used, "stale": self.stale, "refused": self.refused},
             "final_accuracy": self.accuracy,
+            "metrics": self.curve[-1].metrics if self.curve else {},
             "best_accuracy": self.best_accuracy,
             "curve": [
                 {
@@ -200,6 +253,7 @@ class RunFold:
             "bytes": {
                 "down": {"payload": self.payload_down, "wire": self.wire_down},
                 "up": {"payload": self.payload_up, "wire": self.wire_up},
+                "kinds": self.kinds,
             },
             "model_digest": self.model_digest,
             "nodes": {
@@ -208,6 +262,26 @@ class RunFold:
             },
             "ended": self.ended,
         }
+        clients = self.clients
+        return summary if clients is None else {**summary, "clients": clients}
+
+    @property
+    def clients(self) -> dict[str, float] | None:
+        """Return how accuracy is spread over the clients that evaluated the newest version."""
+        answers = self.curve[-1].clients.values() if self.curve else ()
+        known = [each["accuracy"] for each in answers if "accuracy" in each]
+        return spread(known) if known else None
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Return mean, worst_decile (mean of the lowest tenth, at least one), std and count."""
+    worst = sorted(values)[: max(1, len(values) // 10)]
+    return {
+        "mean": statistics.fmean(values),
+        "worst_decile": statistics.fmean(worst),
+        "std": statistics.pstdev(values),
+        "count": len(values),
+    }
 
 
 def write_summary(folder: Path, started_at: float | None = None) -> dict[str, Any]:

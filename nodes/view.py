@@ -94,6 +94,12 @@ def closing_table(summary: Mapping[str, Any]) -> Table:
         f"{_size(sizes['up']['wire'])} on the wire",
         "model": summary["model_digest"] or "-",
     }
+    clients = summary.get("clients")
+    if clients:
+        rows["clients"] = (
+            f"{_percent(clients['mean'])} on average, {_percent(clients['worst_decile'])} in the "
+            f"worst tenth, spread {_percent(clients['std'])}"
+        )
     for name, value in rows.items():
         table.add_row(Text(name, style="dim"), Text(value))
     return table

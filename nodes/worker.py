@@ -6,12 +6,14 @@ what `Train` and `Evaluate` ask for and reports it back as `Trained` or `Evaluat
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
 from torch import Tensor
 
 from fedmq.algorithms.base import Client, Payload, Reply, Task
@@ -83,9 +85,21 @@ class Train:
 
 @dataclass(frozen=True)
 class Evaluate:
-    """Evaluate a task's model on the test data."""
+    """Evaluate a task's model on the test data; or as this client, with what it keeps."""
 
     task: Task
+    client: int | None = None
+    local: Payload | None = None
+    seed: int = 0
+
+    def metrics(self, setup: Setup, device: str) -> Mapping[str, float]:
+        """Return what the algorithm makes of it."""
+        problem = setup.problem
+        if self.client is None:
+            return setup.algorithm.evaluate(self.task, problem, device)
+        data = problem.client(self.client)
+        place = Client(self.client, problem, data, self.local, self.seed, device)
+        return setup.algorithm.evaluate_client(self.task, place)
 
 
 @dataclass(frozen=True)
@@ -131,7 +145,7 @@ class Worker:
         self._straggling = setup.config.worker.straggling(node)
         self._queue: deque[Inbound] = deque()
         self._current: Inbound | None = None
-        self._locals = kept or Locals()
+        self._locals = kept if kept is not None else Locals()
 
     def handle(self, event: Event) -> list[Action]:
         """Take one event; return what is to be done, in order."""
@@ -156,8 +170,10 @@ class Worker:
                 client = self._client_of(message)
                 kept = self._locals.get(client)
                 if kept is not None and kept.task == message.id:
-                    # Trained by a session that ended before its result was receipted.
-                    out.append(Post(kept.message, kept.data, (inbound.seq,)))
+                    # Trained by a session, perhaps another node's, that ended before its
+                    # result was receipted.
+                    again = msgspec.structs.replace(kept.message, sender=self._node)
+                    out.append(Post(again, kept.data, (inbound.seq,)))
                     return
                 task = _read_task(inbound)
                 seed = derive_seed(self._setup.config.run.seed, "train", client, message.id)
@@ -167,7 +183,7 @@ class Worker:
                     restrict = functools.partial(self._setup.up.restrict, seed=uplink)
                 out.append(Train(client, task, kept.local if kept else None, seed, restrict))
             elif message.kind == "evaluate":
-                out.append(Evaluate(_read_task(inbound)))
+                out.append(self._evaluate(inbound))
             elif message.kind == "refused":
                 out.append(Done(inbound.seq))
                 return
@@ -177,6 +193,15 @@ class Worker:
             out.append(Done(inbound.seq, str(error)))
             return
         self._current = inbound
+
+    def _evaluate(self, inbound: Inbound) -> Evaluate:
+        message, task = inbound.message, _read_task(inbound)
+        if "client" not in message.body:
+            return Evaluate(task)
+        client = self._client_of(message)
+        kept = self._locals.get(client)
+        seed = derive_seed(self._setup.config.run.seed, "evaluate", client, message.id)
+        return Evaluate(task, client, kept.local if kept else None, seed)
 
     def _client_of(self, message: Message) -> int:
         client = message.body.get("client")
@@ -218,14 +243,15 @@ class Worker:
     def _pack(self, payload: Payload, client: int, task: Message) -> tuple[Packed, Payload | None]:
         """Encode a result; also return what the codec has left out, if it is to be remembered."""
         codec, seed = self._setup.up, self._uplink_seed(client, task)
+        codecs = self._setup.uplink
         if not codec.remembers:
-            return pack(payload, codec, seed), None
+            return pack(payload, codecs, seed), None
         kept = self._locals.get(client)
         weights = dict(payload.weights)
         if kept is not None and kept.memory is not None:
             for name, left in kept.memory.weights.items():
                 weights[name] = weights[name] + left
-        packed = pack(Payload(weights, payload.exact, payload.numbers), codec, seed)
+        packed = pack(dataclasses.replace(payload, weights=weights), codecs, seed)
         sent = decode(codec.encode(weights, seed))
         return packed, Payload({name: each - sent[name] for name, each in weights.items()})
 

@@ -45,6 +45,7 @@ def run_worker(
     role: str,
     run: str = "",
     folder: Path | None = None,
+    states: Path | None = None,
 ) -> str:
     """Run a worker or the evaluator until its run is over; return why it ended.
 
@@ -54,8 +55,9 @@ def run_worker(
         clients: ranges of clients hosted here, both ends included.
         role: ``worker`` or ``evaluator``.
         run: id of the run; empty for the one that the broker serves.
-        folder: where clients' local states, and the node's key, outlive this process; None
-            keeps them in memory.
+        folder: where the node's key outlives this process; None keeps it in memory.
+        states: where its clients' local states do; a node that takes over a client finds there
+            what it has kept. By default in ``folder``.
 
     Raises:
         ConfigError: the run's configuration cannot be used here.
@@ -72,12 +74,12 @@ def run_worker(
     )
     try:
         with linked(endpoint, hello) as link:
-            _work_until_over(link, hello, folder)
+            _work_until_over(link, hello, folder if states is None else states)
     except RunOver as end:
         return str(end)
 
 
-def _work_until_over(link: NodeLink, hello: Hello, folder: Path | None) -> NoReturn:
+def _work_until_over(link: NodeLink, hello: Hello, states: Path | None) -> NoReturn:
     """Take tasks one after the other; raises RunOver in the end."""
     welcome = link.welcome()
     with link.away():
@@ -90,7 +92,7 @@ def _work_until_over(link: NodeLink, hello: Hello, folder: Path | None) -> NoRet
                 setup.problem.client(low)
         else:
             setup.problem.test()
-        kept = Locals(folder / welcome.run if folder is not None else None)
+        kept = Locals(states / welcome.run if states is not None else None)
         core = Worker(setup, welcome.run, hello.node, hello.clients, kept)
     while True:
         delivery = link.get()
@@ -128,9 +130,9 @@ def _work(
                     payload, new_local = setup.algorithm.train(task, place)
                 elapsed = time.perf_counter() - began
                 event = Trained(payload, new_local, elapsed, kind_of(device))
-            case Evaluate(task):
+            case Evaluate():
                 with link.away():
-                    metrics = setup.algorithm.evaluate(task, setup.problem, device)
+                    metrics = action.metrics(setup, device)
                 event = Evaluated(metrics, kind_of(device))
             case Pause(seconds):
                 link.pause(seconds)

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from fedmq.algorithms.errors import ProblemError
+
 
 @dataclass(frozen=True)
 class Examples:
@@ -58,6 +60,50 @@ class Problem(ABC):
         Raises:
             DataError: the data set is not there.
         """
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Return the shape of one example's x, for algorithms that bring their own models.
+
+        Raises:
+            ProblemError: the problem does not say.
+        """
+        raise ProblemError("this problem does not say which shape its examples have")
+
+    @property
+    def classes(self) -> int:
+        """Return the number of classes, for algorithms that need to know it.
+
+        Raises:
+            ProblemError: the problem does not say.
+        """
+        raise ProblemError("this problem does not say how many classes it has")
+
+    @property
+    def held_out(self) -> int:
+        """Return how many clients beyond `clients` have data and never train.
+
+        Their numbers are K to K + held_out - 1.
+        """
+        return 0
+
+    def client_test(self, index: int) -> Examples:
+        """Return the test examples of one client, distributed as its training examples are.
+
+        Raises:
+            ProblemError: there is no such client, or clients have no test data of their own.
+            DataError: the data set is not there.
+        """
+        raise ProblemError(f"this problem has no test data for client {index} alone")
+
+    def public(self) -> Examples:
+        """Return the examples that all clients share, which are in no client's own.
+
+        Raises:
+            ProblemError: there are none.
+            DataError: the data set is not there.
+        """
+        raise ProblemError("this problem has no public examples")
 
     @abstractmethod
     def loss(self, outputs: Tensor, y: Tensor) -> Tensor:

@@ -47,6 +47,10 @@ class ImageClassification(Problem):
     """What the model's first parameters, the choice of examples and the partition depend on."""
     examples: int | None = None
     """Deal only so many training examples, chosen at random; the test examples stay all."""
+    held_out: int = 0
+    """Deal to so many clients more, which never train; their numbers come after the others."""
+    public_examples: int = 0
+    """Set so many training examples aside, chosen at random, for all to share."""
 
     def __post_init__(self) -> None:
         if self.name not in DATASETS:
@@ -57,11 +61,14 @@ class ImageClassification(Problem):
             raise ProblemError(f"clients: expected at least 1, got {self.clients}")
         if not 0 <= self.seed < 1 << 63:
             raise ProblemError(f"seed: expected 0 to 2**63 - 1, got {self.seed}")
-        if self.examples is not None and self.examples < self.clients:
+        hands = self.clients + self.held_out
+        if self.examples is not None and self.examples < hands:
             raise ProblemError(
-                f"examples: expected at least one for each of {self.clients} clients, "
-                f"got {self.examples}"
+                f"examples: expected at least one for each of {hands} clients, got {self.examples}"
             )
+        for key, value in (("held_out", self.held_out), ("public", self.public_examples)):
+            if value < 0:
+                raise ProblemError(f"{key}: expected at least 0, got {value}")
         needs_writers = self._dealer.needs_writers
         if needs_writers and DATASETS[self.name].read_writers is None:
             known = ", ".join(name for name, source in DATASETS.items() if source.read_writers)
@@ -92,11 +99,7 @@ class ImageClassification(Problem):
             ProblemError: there is no such client, or the data cannot be dealt as asked.
             DataError: the data set is not there.
         """
-        if not 0 <= index < self.clients:
-            raise ProblemError(
-                f"client {index} is out of range: this problem has {self.clients} clients, "
-                f"0 to {self.clients - 1}"
-            )
+        self._check(index)
         kept = self._kept.get(index)
         if kept is None:
             part = self._parts[index]
@@ -115,6 +118,57 @@ class ImageClassification(Problem):
             DataError: the data set is not there.
         """
         return self._test
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Return (C, H, W)."""
+        return DATASETS[self.name].shape
+
+    @property
+    def classes(self) -> int:
+        """Return the number of classes."""
+        return DATASETS[self.name].classes
+
+    def client_test(self, index: int) -> Examples:
+        """Return the test examples of one client; x: float32 [n, C, H, W], not to be changed.
+
+        Their classes are in the proportions of the client's training examples, as exactly as
+        whole numbers allow, and there are at most as many. They are drawn from all test
+        examples, so clients may share some.
+
+        Raises:
+            ProblemError, DataError: as `client`.
+        """
+        self._check(index)
+        chosen = self._tests.get(index)
+        if chosen is None:
+            trained = np.bincount(self._data.y_train[self._parts[index]], minlength=self.classes)
+            there = np.bincount(self._data.y_test, minlength=self.classes)
+            both = np.flatnonzero((trained > 0) & (there > 0))
+            share = min(1.0, float((there[both] / trained[both]).min()))
+            rng = np.random.default_rng((self.seed, 2, index))
+            picked = [
+                rng.permutation(np.flatnonzero(self._data.y_test == label))[
+                    : max(1, int(share * trained[label]))
+                ]
+                for label in both
+            ]
+            chosen = self._tests[index] = np.sort(np.concatenate(picked))
+        x, y = self._data.x_test[chosen], self._data.y_test[chosen]
+        return Examples(self._data.normalise(x), torch.from_numpy(y))
+
+    def public(self) -> Examples:
+        """Return the shared training examples; x: float32 [n, C, H, W], not to be changed.
+
+        Raises:
+            ProblemError: there are none; or as `client`.
+            DataError: the data set is not there.
+        """
+        if not self.public_examples:
+            raise ProblemError("this problem has no public examples: set problem.public")
+        part = np.sort(self._order[: self.public_examples])
+        x, y = self._data.x_train[part], self._data.y_train[part]
+        return Examples(self._data.normalise(x), torch.from_numpy(y))
 
     def loss(self, outputs: Tensor, y: Tensor) -> Tensor:
         """Return the mean cross-entropy; outputs: logits [n, classes], y: int64 [n]."""
@@ -136,20 +190,43 @@ class ImageClassification(Problem):
     def _data(self) -> DataSet:
         return load_dataset(self.name)
 
+    def _check(self, index: int) -> None:
+        if not 0 <= index < self.clients + self.held_out:
+            also = f", and {self.held_out} that never train" if self.held_out else ""
+            raise ProblemError(
+                f"client {index} is out of range: this problem has {self.clients} clients, "
+                f"0 to {self.clients - 1}{also}"
+            )
+
+    @cached_property
+    def _order(self) -> Indices:
+        """All training examples, shuffled."""
+        return np.random.default_rng((self.seed, 0)).permutation(len(self._data.y_train))
+
     @cached_property
     def _parts(self) -> list[Indices]:
-        choose, deal = (np.random.default_rng((self.seed, stream)) for stream in range(2))
         labels, writers = self._data.y_train, self._data.writers
+        first, beside = self.public_examples, ""
+        left = len(labels) - first
+        if first:
+            beside = f" beside {first} public ones"
+        if left < (self.examples or 0) or left < 1:
+            raise ProblemError(
+                f"examples: data set {self.name!r} has {left}{beside}, got {self.examples}"
+            )
         chosen = np.arange(len(labels))
-        if self.examples is not None:
-            if self.examples > len(labels):
-                raise ProblemError(
-                    f"examples: data set {self.name!r} has {len(labels)}, got {self.examples}"
-                )
-            chosen = np.sort(choose.permutation(len(labels))[: self.examples])
+        if self.examples is not None or first:
+            count = left if self.examples is None else self.examples
+            chosen = np.sort(self._order[first : first + count])
             labels = labels[chosen]
             writers = None if writers is None else writers[chosen]
-        return [chosen[part] for part in self._dealer(labels, writers, self.clients, deal)]
+        deal = np.random.default_rng((self.seed, 1))
+        hands = self._dealer(labels, writers, self.clients + self.held_out, deal)
+        return [chosen[part] for part in hands]
+
+    @cached_property
+    def _tests(self) -> dict[int, Indices]:
+        return {}
 
     @cached_property
     def _kept(self) -> dict[int, Examples]:

@@ -1,7 +1,8 @@
 """How examples are dealt to clients.
 
-Every partition gives each example to exactly one client, leaves no client empty, and is
-a function of its arguments alone: the same generator state deals the same hands.
+Every partition gives an example to one client at most (all of them are dealt unless it says
+otherwise), leaves no client empty, and is a function of its arguments alone: the same
+generator state deals the same hands.
 """
 
 from __future__ import annotations
@@ -190,12 +191,147 @@ class ByWriter(Partition):
         return [np.flatnonzero(of_example == client) for client in range(clients)]
 
 
+@dataclass(frozen=True)
+class Classes(Partition):
+    """Give each client examples of so many classes and no others.
+
+    The classes are shared out as evenly as may be; a client has equally many examples of each
+    of its own. ``least`` and ``most``: a client gets so many examples in all, drawn uniformly
+    between the two; without them, a class is cut into equal parts for those who have it. The
+    split of FedRep (Collins et al., ICML 2021, section 5) and of pFedHN, which deal shards of
+    classes unevenly.
+    """
+
+    per_client: int = 2
+    least: int | None = None
+    most: int | None = None
+
+    def __post_init__(self) -> None:
+        _require_int("per_client", self.per_client)
+        if (self.least is None) != (self.most is None):
+            raise ProblemError("least and most must be given together")
+        if self.least is not None and self.most is not None:
+            _require_int("least", self.least)
+            _require_int("most", self.most)
+            if not self.per_client <= self.least <= self.most:
+                raise ProblemError(
+                    f"least must be from per_client, {self.per_client}, to most, {self.most}, "
+                    f"got {self.least}"
+                )
+
+    def _deal(self, values: Indices, clients: int, rng: np.random.Generator) -> list[Indices]:
+        classes = np.unique(values)
+        if self.per_client > len(classes):
+            raise ProblemError(f"per_client must be at most {len(classes)}, the number of classes")
+        holders: dict[int, list[int]] = {int(each): [] for each in classes}
+        for client in rng.permutation(clients):
+            # Those that fewest have so far; chance decides between equals.
+            order = sorted(holders, key=lambda each: (len(holders[each]), rng.random()))
+            for each in order[: self.per_client]:
+                holders[each].append(int(client))
+        totals = None
+        if self.least is not None and self.most is not None:
+            totals = rng.integers(self.least, self.most + 1, clients)
+        parts: list[list[Indices]] = [[] for _ in range(clients)]
+        for each, owners in holders.items():
+            members = rng.permutation(np.flatnonzero(values == each))
+            if totals is None:
+                shares = np.array_split(members, max(1, len(owners)))
+            else:
+                # Of a total that does not divide evenly, the first classes have one more.
+                more = [len(parts[owner]) < totals[owner] % self.per_client for owner in owners]
+                sizes = totals[owners] // self.per_client + np.array(more, np.int64)
+                if sizes.sum() > len(members):
+                    raise ProblemError(
+                        f"{len(owners)} clients want {sizes.sum()} examples of class {each}, "
+                        f"there are {len(members)}: lower clients or most"
+                    )
+                shares = np.split(members, np.cumsum(sizes))
+            for owner, share in zip(owners, shares, strict=False):
+                parts[owner].append(share)
+        hands = [np.concatenate(part) for part in parts]
+        if not all(map(len, hands)):
+            raise ProblemError(f"{clients} clients are too many for {len(values)} examples")
+        return hands
+
+
+@dataclass(frozen=True)
+class Targets(Partition):
+    """Deal IID, then take nearly all examples of a few labels from each client.
+
+    labels: target labels of a client, drawn for each; keep: examples of each that stay.
+    Jeong et al. 2018, section 4: three target labels, 5 of 200 samples stay.
+    """
+
+    labels: int = 3
+    keep: int = 5
+
+    def __post_init__(self) -> None:
+        _require_int("labels", self.labels)
+        _require_int("keep", self.keep)
+
+    def _deal(self, values: Indices, clients: int, rng: np.random.Generator) -> list[Indices]:
+        classes = np.unique(values)
+        if self.labels >= len(classes):
+            raise ProblemError(f"labels must be below {len(classes)}, the number of classes")
+        hands = []
+        for hand in np.array_split(rng.permutation(len(values)), clients):
+            left = np.ones(len(hand), dtype=bool)
+            for label in rng.choice(classes, self.labels, replace=False):
+                left[np.flatnonzero(values[hand] == label)[self.keep :]] = False
+            hands.append(hand[left])
+        return hands
+
+
+@dataclass(frozen=True)
+class Fallah(Partition):
+    """The split of Fallah et al., NeurIPS 2020, section 5, for ten classes.
+
+    Half of the clients have a examples of each of the first five classes; each of the other
+    half has a/2 of one of the first five, and 2a of one of the others. The paper: a = 196 on
+    MNIST and 68 on CIFAR-10, 50 clients. The classes of the second half are taken in turn.
+    """
+
+    a: int = 196
+
+    def __post_init__(self) -> None:
+        _require_int("a", self.a)
+
+    def _deal(self, values: Indices, clients: int, rng: np.random.Generator) -> list[Indices]:
+        classes = np.unique(values)
+        if len(classes) != 10:
+            raise ProblemError(f"this partition is for ten classes, these data have {len(classes)}")
+        pools = [rng.permutation(np.flatnonzero(values == each)) for each in classes]
+
+        def take(index: int, count: int) -> Indices:
+            if len(pools[index]) < count:
+                raise ProblemError(
+                    f"class {classes[index]} has too few examples for {clients} clients: lower a, "
+                    f"{self.a}, or clients"
+                )
+            taken, pools[index] = pools[index][:count], pools[index][count:]
+            return taken
+
+        hands: list[Indices] = [np.empty(0, np.int64)] * clients
+        for turn, client in enumerate(rng.permutation(clients)):
+            if turn < clients // 2:
+                hand = [take(label, self.a) for label in range(5)]
+            else:
+                label = turn % 5
+                hand = [take(label, max(1, self.a // 2)), take(5 + label, 2 * self.a)]
+            hands[client] = np.concatenate(hand)
+        return hands
+
+
 PARTITIONS: Mapping[str, Callable[..., Partition]] = {
     "iid": Iid,
     "shards": Shards,
     "dirichlet": Dirichlet,
     "unbalanced": Unbalanced,
     "by_writer": ByWriter,
+    "classes": Classes,
+    "targets": Targets,
+    "fallah": Fallah,
 }
 """Factories by name, for spec strings such as ``dirichlet(0.5)``."""
 

@@ -26,6 +26,8 @@ _EXPECTED: Mapping[str, tuple[type, str]] = {
     "clients": (int, "a whole number"),
     "partition": (str, "a partition such as 'dirichlet(0.5)', in quotes"),
     "examples": (int, "a whole number"),
+    "held_out": (int, "a whole number"),
+    "public": (int, "a whole number"),
 }
 
 
@@ -33,7 +35,8 @@ def load_problem(options: Mapping[str, object], seed: int) -> Problem:
     """Return the problem that the ``[problem]`` table of a configuration describes.
 
     The table holds ``name`` and ``clients`` and perhaps ``model``, ``partition`` (IID
-    unless it is given) and ``examples``: the fields of `ImageClassification`. If the name
+    unless it is given), ``examples``, ``held_out`` and ``public``: the fields of
+    `ImageClassification`. If the name
     is ``module:attribute``, that attribute is called instead, with all the other options
     and ``seed`` as keywords, and returns a `Problem`. Since this runs the module's code,
     options must come from whoever may run code here, never from the network.
@@ -58,12 +61,21 @@ def load_problem(options: Mapping[str, object], seed: int) -> Problem:
     partition = _option(options, "partition", "iid")
     examples = None if options.get("examples") is None else _option(options, "examples")
     try:
-        return ImageClassification(name, model, clients, partition, seed, examples)
+        return ImageClassification(
+            name,
+            model,
+            clients,
+            partition,
+            seed,
+            examples,
+            _option(options, "held_out", 0),
+            _option(options, "public", 0),
+        )
     except ProblemError as error:
         raise ProblemError(f"problem.{error}") from None
 
 
-def _option(options: Mapping[str, object], key: str, default: str | None = None) -> Any:
+def _option(options: Mapping[str, object], key: str, default: object = None) -> Any:
     kind, expected = _EXPECTED[key]
     value = options.get(key, default)
     if value is None:

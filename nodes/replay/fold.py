@@ -126,7 +126,9 @@ class Replay:
 
     def _is_next(self, entry: AnyEntry) -> TypeGuard[Accepted]:
         """Tell whether this is a message that the core is to take."""
-        if not isinstance(entry, Accepted) or entry.seq <= self.record.after or self._over:
+        if not isinstance(entry, Accepted) or self._over:
+            return False
+        if entry.seq <= self.record.after and entry.seq not in self.core.parts()["waiting"]:
             return False
         return entry.read().to in INBOX
 

@@ -20,7 +20,7 @@ from fedmq.broker.trace import Trace
 from fedmq.broker.wire import Message, encode_message
 from fedmq.nodes.aggregator import Action
 from fedmq.nodes.errors import NodeError
-from fedmq.nodes.inbox import Done, Finish, Post
+from fedmq.nodes.inbox import Commit, Done, Finish, Post
 from fedmq.nodes.trace.differ import Side, differences
 from fedmq.nodes.trace.text import literal, plain
 
@@ -53,6 +53,8 @@ class Record:
         self.after = -1
         self._trace = trace
         self._posts: deque[tuple[Post, int]] = deque()
+        self._commits: dict[str, tuple[Post, int]] = {}
+        """What is said at the end of work beside the inbox, between whatever else is said."""
         self._refusals: dict[int, str] = {}
         self._refused: set[int] = set()
         self._finish: str | None = None
@@ -68,6 +70,8 @@ class Record:
             match action:
                 case Post():
                     self._posts.append((action, upon))
+                case Commit(message=message):
+                    self._commits[message.id] = (Post(message), upon)
                 case Done(seq, refused) if refused:
                     self._refusals[seq] = refused[:MAX_REASON]
                 case Finish(reason):
@@ -89,7 +93,7 @@ class Record:
                     self._posts.popleft()  # said, and not accepted
                     self.compared += 1
             case Refusal(of=int(of), node=node, reason=reason) if node == AGGREGATOR:
-                if of > self.after:
+                if of > self.after or of in self._refusals:
                     self._compare_refusal(entry.seq, of, reason)
             case Ended(reason=reason):
                 self._compare_end(entry.seq, reason)
@@ -104,12 +108,15 @@ class Record:
         return int(number)
 
     def _compare_post(self, seq: int, message: Message) -> None:
-        if not self._posts:
+        if message.id not in self._commits and not self._posts:
             raise Diverged(
                 f"message {seq} differs\n  recorded: {describe(message)}\n"
                 "  replayed: nothing more upon the messages before it"
             )
-        post, upon = self._posts.popleft()
+        if message.id in self._commits:
+            post, upon = self._commits.pop(message.id)
+        else:
+            post, upon = self._posts.popleft()
         replayed = self._as_far_as_recorded(post, message)
         if encode_message(message) != encode_message(replayed):
             found = differences(

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fedmq.algorithms.base import Task, examples_of
+from fedmq.algorithms.base import Result, Task, examples_of
 from fedmq.algorithms.errors import ResultError
 from fedmq.algorithms.schedules import View
 from fedmq.broker.trace import Trace
@@ -63,6 +63,11 @@ def changed_setup(trace: Trace, settings: Sequence[str]) -> Setup:
     for table in _REASONS:
         named = table in ("schedule", "algorithm")
         _check_table(table, before, asked, only=("name",) if named else ())
+    if before.algorithm.evaluated != "model":
+        raise ConfigError(
+            f"--set: {before.algorithm.name} is evaluated by its clients, each with what it keeps, "
+            "and of another rule there is nothing that they kept"
+        )
     setup = recorded_setup(trace, asked)  # now unknown keys and wrong values have been named
     for table in ("schedule", "algorithm"):
         _check_table(table, before, setup.config)
@@ -101,8 +106,8 @@ class WhatIf:
         self._algorithm, self._schedule = setup.algorithm, setup.schedule
         self._state = self._algorithm.start(setup.problem)
         self._version = self._used = 0
-        self._born: dict[str, int] = {}
-        """Version of the other rule when a task was sent, by the task's id."""
+        self._born: dict[str, tuple[int, int]] = {}
+        """The other rule's version when a task was sent, and its client, by the task's id."""
         self._waiting: dict[int, Inbound] = {}
         """Results that the recorded run held back until their turn."""
         self._gathered: Any = self._algorithm.gather(self._state)
@@ -129,7 +134,8 @@ class WhatIf:
             version = core.version
             for action in step.actions:
                 if isinstance(action, Post) and action.message.kind == "task":
-                    self._born[action.message.id] = self._version
+                    client = action.message.body["client"]
+                    self._born[action.message.id] = self._version, client
                 elif isinstance(action, Post) and action.message.kind == "evaluate":
                     task = Task(self._version, self._algorithm.examined(self._state))
                     metrics = self._algorithm.evaluate(task, self._setup.problem, device)
@@ -170,13 +176,14 @@ class WhatIf:
 
     def _absorb(self, event: Inbound) -> None:
         message = event.message
-        staleness = self._version - self._born.get(message.re or "", self._version)
+        born, client = self._born[message.re or ""]
+        staleness = self._version - born
         try:
             weight = self._schedule.weight(examples_of(numbers_of(message)), staleness)
             if weight is None:
                 return
-            payload = unpack(message, event.read)
-            self._gathered = self._algorithm.absorb(self._gathered, self._state, payload, weight)
+            result = Result(client, staleness, unpack(message, event.read))
+            self._gathered = self._algorithm.absorb(self._gathered, self._state, result, weight)
         except (ResultError, CodecError):
             return  # under no rule can it be used
         self._weights += weight

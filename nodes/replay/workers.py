@@ -12,12 +12,13 @@ import functools
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from fedmq.algorithms.base import Payload
 from fedmq.broker.entries import Accepted
 from fedmq.broker.errors import LedgerError
 from fedmq.broker.state import BROKER
@@ -137,10 +138,8 @@ class Retraining:
                     place = train.at(self._setup.problem, self._device)
                     payload, kept = self._setup.algorithm.train(work, place)
                     actions += self._core.handle(Trained(payload, kept, 0.0, kind_of(self._device)))
-                case Evaluate(work):
-                    metrics = self._setup.algorithm.evaluate(
-                        work, self._setup.problem, self._device
-                    )
+                case Evaluate() as evaluate:
+                    metrics = evaluate.metrics(self._setup, self._device)
                     actions += self._core.handle(Evaluated(metrics, kind_of(self._device)))
                 case Keep(client, state):
                     self._locals.put(client, state)
@@ -203,10 +202,10 @@ def _distance(message: Message, read: Callable[[int], Buffer], answer: Post) -> 
             return math.inf
         return max((_apart(ours[name], theirs[name]) for name in theirs), default=0.0)
     try:
-        a = _flat(unpack(message, read).weights)
+        a = _flat(unpack(message, read))
     except CodecError:
         return math.inf
-    b = _flat(unpack(answer.message, answer.data.__getitem__).weights)
+    b = _flat(unpack(answer.message, answer.data.__getitem__))
     if a.shape != b.shape:
         return math.inf
     return float((a - b).norm() / a.norm().clamp_min(torch.finfo(a.dtype).tiny))
@@ -218,6 +217,8 @@ def _apart(a: object, b: float) -> float:
     return 0.0 if a == b else abs(a - b) / max(abs(a), sys.float_info.min)
 
 
-def _flat(weights: Mapping[str, Tensor]) -> Tensor:
-    vectors = [each.double().reshape(-1) for each in weights.values()]
+def _flat(payload: Payload) -> Tensor:
+    groups = (payload.weights, payload.exact, payload.features, payload.logits)
+    tensors = [each for group in groups for each in group.values() if each.is_floating_point()]
+    vectors = [each.double().reshape(-1) for each in tensors]
     return torch.cat(vectors) if vectors else torch.zeros(0, dtype=torch.float64)

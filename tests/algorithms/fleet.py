@@ -3,9 +3,10 @@
 from fedmq.broker.wire import Blob, Message, decode_message, encode_message
 from fedmq.nodes.aggregator import Aggregator, Start
 from fedmq.nodes.config import build
-from fedmq.nodes.inbox import Done, Finish, Inbound, Post, Settle
+from fedmq.nodes.inbox import Commit, Done, Finish, Inbound, Post, Settle
+from fedmq.nodes.local import Locals
 from fedmq.nodes.setup import set_up
-from fedmq.nodes.worker import Evaluate, Evaluated, Failed, Train, Trained, Worker
+from fedmq.nodes.worker import Evaluate, Evaluated, Failed, Keep, Train, Trained, Worker
 
 
 def make_setup(schedule, problem="Tiny", clients=2, codec="raw", algorithm=None, **run):
@@ -31,9 +32,11 @@ class Fleet:
         tasks: (message, data) of the tasks that are out, oldest first.
         records: messages that are kept, not delivered.
         ticks: tokens of the timers that it asked for.
+        commits: work beside the inbox that has not ended.
         inbox: what it was given, in order.
         checkpoint: its newest checkpoint, as it is handed to its next session, or None.
-        settled: every message up to this number is not given to its next session.
+        settled: every message up to this number is not given to its next session, but for
+            those of the numbers ``untold``.
         done: reason (or "") by the number of the message that was dealt with.
         finished: why the run ended, or None.
     """
@@ -41,13 +44,16 @@ class Fleet:
     def __init__(self, setup, *, join=True):
         self.setup = setup
         self.core = Aggregator(setup, "run", "aggregator")
+        names = {f"w{k}": k for k in range(setup.problem.clients)}
+        self.locals = {name: Locals() for name in names}
         self.workers = {
-            f"w{k}": Worker(setup, "run", f"w{k}", [(k, k)]) for k in range(setup.problem.clients)
+            name: Worker(setup, "run", name, [(k, k)], self.locals[name])
+            for name, k in names.items()
         }
         self.evaluator = Worker(setup, "run", "evaluator")
-        self.actions, self.inbox = [], []
+        self.actions, self.inbox, self.commits = [], [], []
         self.tasks, self.evaluations, self.records, self.ticks = [], [], [], []
-        self.checkpoint, self.settled = None, 0
+        self.checkpoint, self.settled, self.untold = None, 0, ()
         self.done, self.finished, self.seq = {}, None, 0
         self.act(self.core.handle(Start()))
         if join:
@@ -96,8 +102,10 @@ class Fleet:
             match action:
                 case Post(message, data):
                     self.posted(message, data)
-                case Settle():
-                    self.settled = self.seq
+                case Settle(but):
+                    self.settled, self.untold = self.seq, but
+                case Commit():
+                    self.commits.append(action)
                 case Done(seq, refused):
                     assert seq not in self.done, "a message was dealt with twice"
                     self.done[seq] = refused
@@ -115,6 +123,8 @@ class Fleet:
                 self.ticks.append(message.body["token"])
             case "evaluator":
                 self.evaluations.append((message, data))
+            case _ if message.kind == "evaluate":
+                self.evaluations.append((message, data))
             case "record":
                 self.records.append(message)
             case _:
@@ -129,20 +139,27 @@ class Fleet:
         assert isinstance(train, Train)
         at = train.at(self.setup.problem, "cpu")
         payload, local = self.setup.algorithm.train(train.task, at)
-        (post,) = worker.handle(Trained(payload, local, 0.0))
+        *keeps, post = worker.handle(Trained(payload, local, 0.0))
+        for keep in keeps:
+            assert isinstance(keep, Keep)
+            self.locals[f"w{keep.client}"].put(keep.client, keep.kept)
         return post.message, post.data
 
     def score(self, message, data, *, fails=False):
         """Return what the evaluator says to an evaluation."""
-        (action,) = self.evaluator.handle(Inbound(0, 0.0, over_the_wire(message), data.__getitem__))
+        client = message.body.get("client")
+        worker = self.evaluator if client is None else self.workers[f"w{client}"]
+        (action,) = worker.handle(Inbound(0, 0.0, over_the_wire(message), data.__getitem__))
         assert isinstance(action, Evaluate)
-        metrics = self.setup.algorithm.evaluate(action.task, self.setup.problem, "cpu")
-        (post,) = self.evaluator.handle(Failed("no memory") if fails else Evaluated(metrics))
+        metrics = action.metrics(self.setup, "cpu")
+        (post,) = worker.handle(Failed("no memory") if fails else Evaluated(metrics))
         return post.message
 
     def run(self, rng=None, limit=1000):
         """Work on tasks, one after the other or in random order, until the run ends."""
         for _ in range(limit):
+            while self.commits:
+                self.say("tick", {"token": self.commits.pop(0).token})
             if self.finished is not None or not self.tasks:
                 return self
             index = rng.randrange(len(self.tasks)) if rng else 0

@@ -5,7 +5,7 @@ import dataclasses
 import torch
 from torch import nn
 
-from fedmq.algorithms.base import Payload, Task
+from fedmq.algorithms.base import Payload, Result, Task
 from tests.algorithms.tiny import Tiny, client
 
 
@@ -75,7 +75,7 @@ def commit(algorithm, schedule, state, results):
     gathered, total = algorithm.gather(state), 0.0
     for result, n, staleness in results:
         weight = schedule.weight(n, staleness)
-        gathered = algorithm.absorb(gathered, state, result, weight)
+        gathered = algorithm.absorb(gathered, state, Result(0, 0, result), weight)
         total += weight
     return algorithm.commit(state, gathered, schedule.divisor(total, len(results)))
 

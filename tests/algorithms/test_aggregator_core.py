@@ -7,7 +7,7 @@ import torch
 
 from fedmq.algorithms.fedavg import FedAvg
 from fedmq.codecs.registry import make_codec
-from fedmq.nodes.payload import pack, unpack
+from fedmq.nodes.payload import Codecs, pack, unpack
 from tests.algorithms.fleet import Fleet, changed, make_setup
 from tests.algorithms.tiny import Normed, payload
 
@@ -111,7 +111,7 @@ def test_the_same_inbox_gives_the_same_actions():
 def test_integer_buffers_arrive_exactly_whatever_the_codec():
     state = FedAvg().start(Normed())
     sent = payload(state, 0.1, counters=[2**53 + 1], n=3)
-    packed = pack(sent, make_codec("cast(float16)"), 0)
+    packed = pack(sent, Codecs(make_codec("cast(float16)")), 0)
     setup = make_setup(ROUNDS, "Normed")
     (message, _), *_ = Fleet(setup).tasks
     arrived = unpack(

@@ -12,7 +12,7 @@ from fedmq.nodes.aggregator import Aggregator, Start
 from fedmq.nodes.checkpoint import Fold
 from fedmq.nodes.digests import model_digest
 from fedmq.nodes.errors import NodeError
-from fedmq.nodes.inbox import Done, Finish, Inbound, Post, Settle
+from fedmq.nodes.inbox import Commit, Done, Finish, Inbound, Post, Settle
 from tests.algorithms.fleet import Fleet, changed, make_setup, with_data
 
 SCHEDULES = {
@@ -38,6 +38,9 @@ def busy_run(setup, seed, limit=600):
     for _ in range(limit):
         if fleet.finished is not None:
             break
+        if fleet.commits and rng.random() < 0.2:
+            fleet.say("tick", {"token": fleet.commits.pop(0).token})
+            continue
         dice = rng.random()
         if dice < 0.06 and len(away) < 2:
             away.append(rng.randrange(setup.problem.clients))
@@ -74,6 +77,8 @@ def plain(actions):
     return [
         ("post", encode_message(each.message), [bytes(data) for data in each.data], each.consumes)
         if isinstance(each, Post)
+        else ("commit", encode_message(each.message))
+        if isinstance(each, Commit)
         else each
         for each in actions
     ]
@@ -101,17 +106,23 @@ def resumed(setup, checkpoint, inbox):
     return core, actions
 
 
-def setup_of(schedule, problem="Normed", **run):
+def setup_of(schedule, problem="Normed", algorithm="fedavg", **run):
     defaults = {"versions": 9, "evaluate_every": 2, "checkpoint_s": 0.0, "seed": 5}
-    return make_setup(SCHEDULES[schedule], problem, clients=4, **{**defaults, **run})
+    return make_setup(
+        SCHEDULES[schedule], problem, 4, algorithm={"name": algorithm}, **{**defaults, **run}
+    )
 
 
+ALGORITHMS = pytest.mark.parametrize("algorithm", ["fedavg", "tests.algorithms.tiny:Beside"])
+
+
+@ALGORITHMS
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("every_s", [0.0, 12.0, 1e9])
 @pytest.mark.parametrize("seed", range(3))
-def test_from_any_checkpoint_a_run_goes_on_as_it_did(schedule, every_s, seed):
+def test_from_any_checkpoint_a_run_goes_on_as_it_did(schedule, every_s, seed, algorithm):
     """Each checkpoint may be the newest that was kept; what it does not tell of comes again."""
-    setup = setup_of(schedule, checkpoint_s=every_s)
+    setup = setup_of(schedule, algorithm=algorithm, checkpoint_s=every_s)
     fleet = busy_run(setup, seed)
     digest = model_digest(fleet.core.tensors())
     checkpoints = [at for at, action in enumerate(fleet.actions) if is_checkpoint(action)]
@@ -120,7 +131,10 @@ def test_from_any_checkpoint_a_run_goes_on_as_it_did(schedule, every_s, seed):
     for at in checkpoints:
         post = fleet.actions[at]
         assert isinstance(fleet.actions[at + 1], Settle)
-        unknown = [each for each in fleet.inbox if each.seq > fold_of(post).position]
+        fold = fold_of(post)
+        unknown = [
+            each for each in fleet.inbox if each.seq > fold.position or each.seq in fold.waiting
+        ]
         core, actions = resumed(setup, handed_over(post), unknown)
         assert plain(actions) == plain(fleet.actions[at + 2 :])
         assert model_digest(core.tensors()) == digest
@@ -136,17 +150,22 @@ def test_without_any_checkpoint_a_run_begins_anew_and_says_the_same(schedule):
     assert model_digest(core.tensors()) == model_digest(fleet.core.tensors())
 
 
+@ALGORITHMS
 @pytest.mark.parametrize("schedule", SCHEDULES)
-def test_cut_after_any_message_nothing_is_missing_and_nothing_is_said_anew(schedule):
+def test_cut_after_any_message_nothing_is_missing_and_nothing_is_said_anew(schedule, algorithm):
     """The next session gets the newest checkpoint, and what no session has settled."""
-    setup = setup_of(schedule, checkpoint_s=9.0)
+    setup = setup_of(schedule, algorithm=algorithm, checkpoint_s=9.0)
     fleet = busy_run(setup, 11)
     said = {each.message.id: plain([each]) for each in fleet.actions if isinstance(each, Post)}
     replay = Fleet(setup, join=False)
     for cut, inbound in enumerate(fleet.inbox):
         replay.seq = inbound.seq
         replay.act(replay.core.handle(inbound))
-        unfinished = [each for each in fleet.inbox[: cut + 1] if each.seq > replay.settled]
+        unfinished = [
+            each
+            for each in fleet.inbox[: cut + 1]
+            if each.seq > replay.settled or each.seq in replay.untold
+        ]
         core, actions = resumed(setup, replay.checkpoint, unfinished)
         for each in actions:
             assert not isinstance(each, Post) or plain([each]) == said[each.message.id]
@@ -246,3 +265,49 @@ def test_a_checkpoint_that_does_not_fit_is_one_sentence(fault):
     with pytest.raises(NodeError, match=f"checkpoint {message.id} does not fit this") as caught:
         resumed(setup, Inbound(1, 1.0, message, data.__getitem__), [])
     assert "\n" not in str(caught.value)
+
+
+def test_while_a_version_is_being_made_nodes_come_and_go_and_results_wait():
+    """A server that trains does so beside its inbox, not in front of it."""
+    setup = setup_of("buffered", algorithm="tests.algorithms.tiny:Beside", versions=2)
+    fleet = Fleet(setup)
+    for _ in range(2):
+        fleet.hear(*fleet.work(*fleet.tasks.pop(0)))
+    assert fleet.core.version == 0
+    assert not [each for each in fleet.records if each.kind == "version"]
+    waiting = fleet.hear(*fleet.work(*fleet.tasks.pop(0)))
+    assert waiting not in fleet.done
+    fleet.leave("w3")
+    assert 3 not in fleet.core._members.hosts
+    fleet.say("tick", {"token": fleet.commits.pop().token})
+    assert fleet.core.version == 1
+    assert fleet.done[waiting] == ""
+    assert fleet.core._current.staleness == [1]
+
+
+def test_what_fails_beside_the_inbox_fails_where_it_is_asked_for():
+    """Here, where its tick stands: a run does not go on with a version that was not made."""
+    setup = setup_of("buffered", algorithm="tests.algorithms.tiny:Beside", versions=2)
+    fleet = Fleet(setup)
+    for _ in range(2):
+        fleet.hear(*fleet.work(*fleet.tasks.pop(0)))
+    (commit,) = fleet.commits
+    commit._work = lambda: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        fleet.say("tick", {"token": commit.token})
+
+
+def test_clients_score_a_version_together():
+    """The target is met by the mean over all clients, when the last of them has said its word."""
+    setup = setup_of(
+        "rounds", algorithm="tests.algorithms.tiny:Beside", target_accuracy=0.25, evaluate_every=1
+    )
+    fleet = Fleet(setup)
+    assert [message.body["client"] for message, _ in fleet.evaluations] == [0, 1, 2, 3]
+    for evaluation in fleet.evaluations[:3]:
+        fleet.hear(fleet.score(*evaluation))
+        assert fleet.core._finishing == ""
+    stranger = fleet.score(*fleet.evaluations[3])
+    assert "no evaluation" in fleet.reason(changed(stranger, sender="w0"))
+    fleet.hear(stranger)
+    assert fleet.core._finishing == "accuracy 0.2500 reached the target of 0.25"

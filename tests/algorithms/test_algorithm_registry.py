@@ -1,6 +1,7 @@
 """Algorithms by name, built in or a user's own."""
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 
@@ -23,10 +24,20 @@ class Half:
     pass
 
 
-def test_the_built_in_algorithms_are_found_by_name():
-    assert set(ALGORITHMS) == {"fedavg", "feddropout", "fedprox", "fedsgd"}
-    for name in ALGORITHMS:
-        assert find_algorithm(name).name == name
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_the_built_in_algorithms_are_found_by_name(name):
+    assert find_algorithm(name).name == name
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_the_docs_say_of_each_algorithm_under_which_schedules_it_is_sound(name):
+    """A cell that begins with "no" is a schedule that it does not run under."""
+    docs = Path(__file__).parents[2] / "docs" / "algorithms.md"
+    rows = [line.split("|") for line in docs.read_text().splitlines() if f"`{name}`" in line]
+    (_, _, rounds, buffered, stream, _), *_ = [row for row in rows if len(row) == 6]
+    cells = {"rounds": rounds, "buffered": buffered, "stream": stream}
+    sound = {key for key, cell in cells.items() if not cell.strip().startswith("no:")}
+    assert sound == ALGORITHMS[name].schedules
 
 
 def test_every_algorithm_runs_under_schedules_that_exist():
@@ -42,7 +53,7 @@ def test_hyper_parameters_are_fields_that_cannot_change():
 
 
 def test_an_unknown_algorithm_is_answered_with_the_choices():
-    names = "fedavg, feddropout, fedprox, fedsgd"
+    names = ".*fedavg, fedavg-ft, feddropout"
     message = rf"unknown algorithm 'fedavq' .*'fedavg'\?\); choose from {names}"
     with pytest.raises(AlgorithmError, match=message):
         find_algorithm("fedavq")

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from fedmq.algorithms.base import Task
+from fedmq.algorithms.base import Result, Task
 from fedmq.algorithms.errors import ProblemError, ResultError
 from fedmq.algorithms.fedavg import FedAvg
 from fedmq.algorithms.feddropout import FedDropout
@@ -301,14 +301,16 @@ BAD = [name for name, *_ in bad(FedDropout(keep=0.5).start(Images(3)))]
 def test_a_result_that_cannot_be_used_leaves_the_sum_as_it_was(which, absent):
     algorithm = FedDropout(keep=0.5, absent=absent)
     state = algorithm.start(Images(3))
-    gathered = algorithm.absorb(algorithm.gather(state), state, sent(state, 0.1, 2), 3.0)
+    gathered = algorithm.absorb(
+        algorithm.gather(state), state, Result(0, 0, sent(state, 0.1, 2)), 3.0
+    )
     before = dataclasses.replace(gathered, total=gathered.total.clone())
     before.counters = gathered.counters.clone()
     before.held = None if gathered.held is None else gathered.held.clone()
     results = {name: (result, message) for name, result, message in bad(state)}
     result, message = results[which]
     with pytest.raises(ResultError, match=message):
-        algorithm.absorb(gathered, state, result, 2.0)
+        algorithm.absorb(gathered, state, Result(0, 0, result), 2.0)
     assert gathered.total.equal(before.total)
     assert gathered.counters.equal(before.counters)
     assert (gathered.weight, gathered.models) == (before.weight, before.models)
@@ -332,9 +334,9 @@ def test_a_result_that_is_read_in_pieces_is_added_up_alike(absent):
     shapes = {slot.name: slot.shape for slot in state.parts.small.weights}
     data = state.parts.small.flatten(result.weights).numpy().tobytes()
     pieces = Streamed(shapes, lambda: iter([data[:10], data[10:80], data[80:]]))
-    whole = algorithm.absorb(algorithm.gather(state), state, result, 3.0)
+    whole = algorithm.absorb(algorithm.gather(state), state, Result(0, 0, result), 3.0)
     streamed = dataclasses.replace(result, weights=pieces)
-    parts = algorithm.absorb(algorithm.gather(state), state, streamed, 3.0)
+    parts = algorithm.absorb(algorithm.gather(state), state, Result(0, 0, streamed), 3.0)
     assert parts.total.equal(whole.total)
 
 
@@ -343,7 +345,10 @@ def test_many_results_take_no_more_memory_than_one(pair):
     gathered = algorithm.gather(pair)
     memory = gathered.total.data_ptr(), gathered.held.data_ptr()
     for index in range(500):
-        assert algorithm.absorb(gathered, pair, sent(pair, 1, index % 20), 1.0) is gathered
+        assert (
+            algorithm.absorb(gathered, pair, Result(0, 0, sent(pair, 1, index % 20)), 1.0)
+            is gathered
+        )
     assert (gathered.total.data_ptr(), gathered.held.data_ptr()) == memory
     assert gathered.total[10:].tolist() == gathered.held[10:].tolist() == [500.0, 500.0]
 

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fedmq.algorithms.base import Client, Payload, Task
+from fedmq.algorithms.base import Client, Payload, Result, Task
 from fedmq.algorithms.fedavg import FedAvg, model_payload
 from fedmq.algorithms.problems.base import Examples, Problem
 
@@ -98,6 +98,17 @@ def task(state, version=0, reply="update"):
     return Task(version, model_payload(state), reply)
 
 
+@dataclass(frozen=True)
+class Beside(FedAvg):
+    """Its versions are made beside the inbox, and evaluated by each client."""
+
+    trains = True
+    evaluated = "clients"
+
+    def evaluate_client(self, task, client):
+        return {"accuracy": (1 + client.index) / 10, "n": float(len(client.data))}
+
+
 def payload(state, vector, counters=None, **numbers):
     """Return a result whose weights, end to end, are ``vector`` (or all one number)."""
     vector = torch.as_tensor(vector, dtype=torch.float32).expand(state.layout.dim).contiguous()
@@ -111,6 +122,6 @@ def one_round(algorithm, problem, state, seed=7):
     for index in range(problem.clients):
         result, _ = algorithm.train(task(state), client(problem, index, seed))
         n = result.numbers["n"]
-        gathered = algorithm.absorb(gathered, state, result, float(n))
+        gathered = algorithm.absorb(gathered, state, Result(0, 0, result), float(n))
         total += n
     return algorithm.commit(state, gathered, float(total))

@@ -23,7 +23,7 @@ from fedmq.broker.wire import AnyFrame, Blob, Message, decode_message, encode_fr
 from fedmq.codecs.base import Encoded
 from fedmq.codecs.registry import codecs, make_codec
 from fedmq.nodes.config import load
-from fedmq.nodes.payload import pack
+from fedmq.nodes.payload import Codecs, pack
 from tests.fuzz.decoders import MODEL, READERS, join
 
 SPECS = {"cast": ("cast(float16)", "cast(bfloat16)")}
@@ -163,7 +163,7 @@ def _payloads(names: Iterable[str]) -> list[bytes]:
     seeds = []
     for name in names:
         for spec in SPECS.get(name, (name,)):
-            packed = pack(_payload(name), make_codec(spec), 0)
+            packed = pack(_payload(name), Codecs(make_codec(spec)), 0)
             body = encode_message(message(body=dict(packed.body), blobs=packed.blobs))
             seeds.append(join(body, *(bytes(each) for each in packed.data)))
     return seeds

@@ -52,7 +52,7 @@ def test_a_file_is_overridden_by_settings(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("setting", "words"),
     [
-        ("algorithm.name=fedavgg", ["algorithm.name", "'fedavgg'", "fedavg, feddropout, fedprox"]),
+        ("algorithm.name=fedavgg", ["algorithm.name", "'fedavgg'", "fedavg, fedavg-ft"]),
         ("algorithm.lrr=1", ["algorithm.lrr", "did you mean 'lr'", "epochs"]),
         ("algorithm.lr=-1", ["algorithm.lr", "greater than 0", "-1"]),
         ("algorithm.epochs=abc", ["algorithm.epochs", "integer", "'abc'"]),

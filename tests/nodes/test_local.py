@@ -1,5 +1,7 @@
 """What clients keep on their worker's disk, and the key by which a node is known again."""
 
+import os
+
 import pytest
 import torch
 
@@ -102,7 +104,7 @@ def test_a_worker_killed_while_it_wrote_has_the_state_before(tmp_path):
 
 def test_what_cannot_be_written_or_made_is_one_sentence(tmp_path):
     locals_ = Locals(tmp_path / "state")
-    (tmp_path / "state" / "client-0.new").mkdir()
+    (tmp_path / "state" / f"client-0.{os.getpid()}.new").mkdir()
     with pytest.raises(NodeError, match=r"cannot write .*client-0\.state"):
         locals_.put(0, kept())
     (tmp_path / "file").write_text("")

@@ -83,6 +83,21 @@ def test_a_task_that_comes_again_is_answered_with_the_result_that_is_there():
     assert again_posted.consumes == (99,)
 
 
+def test_what_a_client_kept_moves_with_it_to_the_node_that_hosts_it_next(tmp_path):
+    """Its state is a file, in a folder that both nodes may share; a task is still done once."""
+    setup = counting()
+    task, _ = tasks_of(setup)
+    worker = worker_of(setup, Locals(tmp_path))
+    (train,) = worker.handle(task)
+    keep, post = worker.handle(trained(setup, train))
+    Locals(tmp_path).put(keep.client, keep.kept)
+    other = Worker(setup, "run", "other", [(0, 0)], Locals(tmp_path))
+    (posted,) = other.handle(again(task, 99))
+    assert encode_message(posted.message) == encode_message(changed(post.message, sender="other"))
+    (train,) = other.handle(again(task, 100, id="aggregator/9"))
+    assert count(train.local) == 1
+
+
 def test_a_task_that_was_not_kept_is_trained_again_and_its_result_is_the_same_message():
     """Killed before it could keep anything, or with nothing to keep."""
     setup = make_setup(STREAM, "Normed")

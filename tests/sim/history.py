@@ -32,7 +32,7 @@ LIMIT_S = 400.0
 
 
 @functools.cache
-def setup_of(index, checkpoint_s):
+def setup_of(index, checkpoint_s, algorithm="Tally"):
     return set_up(
         build(
             {
@@ -43,7 +43,7 @@ def setup_of(index, checkpoint_s):
                     "checkpoint_s": checkpoint_s,
                 },
                 "problem": {"name": "tests.sim.tally:Vector"},
-                "algorithm": {"name": "tests.sim.tally:Tally"},
+                "algorithm": {"name": f"tests.sim.tally:{algorithm}"},
                 "schedule": SCHEDULES[index],
             }
         )
@@ -86,8 +86,9 @@ def chances_of(rng):
 def check_history(seed):
     """Run one history and check everything that is promised of it."""
     rng = random.Random(seed)  # noqa: S311 - a test's own dice
-    setup = setup_of(rng.randrange(len(SCHEDULES)), rng.choice([0.0, 1.0, 5.0]))
+    index, checkpoint_s = rng.randrange(len(SCHEDULES)), rng.choice([0.0, 1.0, 5.0])
     chances = chances_of(rng)
+    setup = setup_of(index, checkpoint_s, rng.choice(["Tally", "Tally", "BesideTally"]))
     # Crashes here have nothing to do with the message that they interrupt.
     settings = BrokerSettings(lease_s=3.0, beat_s=0.5, deliveries=1000)
     sizes = rng.choice([(wire.INLINE_BYTES, wire.CHUNK_BYTES), (100, 64)])

@@ -168,3 +168,41 @@ def test_real_writers_if_they_are_there():
     sizes = [len(p.client(index)) for index in range(100)]
     assert sum(sizes) == 60_000
     assert max(sizes) < 1.2 * min(sizes)
+
+
+def test_a_client_has_test_examples_of_its_own_mix():
+    p = problem(partition="classes(3, 60, 90)", clients=12)
+    for index in range(12):
+        train, test = p.client(index), p.client_test(index)
+        assert set(test.y.tolist()) == set(train.y.tolist())
+        assert len(test) <= len(train)
+        mine, its = (torch.bincount(each.y, minlength=10).float() for each in (train, test))
+        assert (mine / mine.sum() - its / its.sum()).abs().max() < 0.05
+        assert torch.equal(p.client_test(index).x, test.x)
+    assert test.x.shape[1:] == (1, 28, 28)
+
+
+def test_held_out_clients_have_data_and_are_not_counted():
+    p = problem(partition="shards(2)", clients=8, held_out=2)
+    assert p.clients == 8
+    assert sum(len(p.client(index)) for index in range(10)) == 5000
+    assert len(p.client_test(9))
+    with pytest.raises(ProblemError, match="and 2 that never train"):
+        p.client(10)
+
+
+def test_public_examples_are_in_no_clients_own():
+    p = problem(partition="iid", clients=4, public_examples=500)
+    images = torch.cat([p.client(index).x for index in range(4)] + [p.public().x])
+    assert len(images) == 5000
+    assert len(torch.unique(images.flatten(1), dim=0)) == len(
+        torch.unique(problem(clients=1).client(0).x.flatten(1), dim=0)
+    )
+    with pytest.raises(ProblemError, match=r"set problem\.public"):
+        problem().public()
+    with pytest.raises(ProblemError, match="beside 500 public ones"):
+        problem(public_examples=500, examples=4600).client(0)
+
+
+def test_a_problem_says_what_its_examples_are():
+    assert (problem().shape, problem().classes) == ((1, 28, 28), 10)

@@ -15,6 +15,8 @@ MNIST, CIFAR = (1, 28, 28), (3, 32, 32)
         ("2nn", MNIST, 199_210),
         ("cnn", MNIST, 1_663_370),
         ("cnn-cifar", CIFAR, 62_006),
+        ("mlp-elu", MNIST, 68_270),
+        ("fd-cnn", MNIST, 1_199_648),
     ],
 )
 def test_the_number_of_parameters_is_that_of_the_source(name, shape, parameters):
@@ -40,11 +42,10 @@ def test_a_batch_becomes_one_logit_a_class(name, shape, classes):
 
 
 def test_the_last_layer_is_the_classifier():
-    """Algorithms with a personal head take the last two parameters for it."""
+    """Algorithms with a personal head take the last layer for it."""
     for name, factory in MODELS.items():
-        parameters = list(factory(CIFAR if name == "cnn-cifar" else MNIST, 7).parameters())
-        assert parameters[-1].shape == (7,)
-        assert parameters[-2].shape[0] == 7
+        layers = list(factory(CIFAR if name == "cnn-cifar" else MNIST, 7).children())
+        assert layers[-1].out_features == 7
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,10 @@ def mean_share_of_the_top_class(parts, labels):
     return np.mean([np.bincount(labels[part]).max() / len(part) for part in parts])
 
 
+WHOLE = ["by_writer", "dirichlet", "iid", "shards", "unbalanced"]
+"""The partitions that deal every example."""
+
+
 @st.composite
 def cases(draw):
     """Return a spec, labels, writers and a number of clients that can be dealt."""
@@ -33,7 +37,7 @@ def cases(draw):
     rng = np.random.default_rng(draw(st.integers(0, 2**32)))
     labels = rng.integers(0, classes, n)
     groups = rng.integers(0, draw(st.integers(1, 40)), n) * 1000
-    kind = draw(st.sampled_from(sorted(PARTITIONS)))
+    kind = draw(st.sampled_from(WHOLE))
     most = len(np.unique(groups)) if kind == "by_writer" else n
     clients = draw(st.integers(1, most))
     each = draw(st.integers(1, n // clients))
@@ -52,7 +56,7 @@ def cases(draw):
 @given(case=cases(), seed=st.integers(0, 2**63 - 1))
 @settings(max_examples=300, deadline=None)
 def test_every_example_goes_to_exactly_one_client_and_no_client_is_empty(case, seed):
-    """This holds for every partition."""
+    """This holds for every partition that deals all."""
     spec, labels, groups, clients = case
     parts = deal(spec, labels, clients, seed, groups)
     assert len(parts) == clients
@@ -216,3 +220,78 @@ def test_a_bad_parameter_is_refused_when_the_spec_is_read(spec, message):
     """Before any data are read."""
     with pytest.raises(SpecError, match=message):
         build(spec, PARTITIONS, "partition")
+
+
+@pytest.mark.parametrize(
+    "spec", ["classes(3)", "classes(3, 30, 40)", "targets(2, keep=4)", "fallah(6)"]
+)
+def test_what_deals_a_part_deals_no_example_twice_and_the_same_again(spec):
+    labels = balanced(1000, 10)
+    parts, again = deal(spec, labels, 12), deal(spec, labels, 12)
+    dealt = np.concatenate(parts)
+    assert len(np.unique(dealt)) == len(dealt)
+    assert all(len(part) for part in parts)
+    assert all(np.array_equal(a, b) for a, b in zip(parts, again, strict=True))
+    assert any(
+        len(a) != len(b) or (a != b).any()
+        for a, b in zip(parts, deal(spec, labels, 12, 1), strict=True)
+    )
+
+
+def test_classes_gives_each_client_so_many_classes_equally_and_in_range():
+    """FedRep's setting: 100 clients, five classes, 60 to 100 images."""
+    labels = balanced(20000, 10)
+    parts = deal("classes(5, 60, 100)", labels, 100)
+    counts = np.array([np.bincount(labels[part], minlength=10) for part in parts])
+    assert ((counts > 0).sum(axis=1) == 5).all()
+    assert all(60 <= len(part) <= 100 for part in parts)
+    assert len({len(part) for part in parts}) > 10
+    held = [row[row > 0] for row in counts]
+    assert all(row.max() - row.min() <= 1 for row in held)
+    assert (np.abs((counts > 0).sum(axis=0) - 50) <= 1).all()  # classes are shared out evenly
+
+
+def test_classes_without_a_size_deals_all_of_the_classes_that_somebody_has():
+    labels = balanced(1000, 10)
+    parts = deal("classes(2)", labels, 10)
+    assert sum(map(len, parts)) == 1000
+    assert all(len(np.unique(labels[part])) == 2 for part in parts)
+
+
+def test_targets_leaves_five_of_three_labels():
+    """Jeong et al.: 2,000 images a device; most of three labels go."""
+    labels = balanced(20000, 10)
+    for part in deal("targets(3, keep=5)", labels, 10):
+        counts = np.sort(np.bincount(labels[part], minlength=10))
+        assert counts[:3].tolist() == [5, 5, 5]
+        assert counts[3] > 150
+
+
+def test_fallah_is_the_papers_split():
+    """50 clients, a = 196, on labels as frequent as MNIST's rarest."""
+    labels = balanced(54210, 10)
+    counts = np.array(
+        [np.bincount(labels[p], minlength=10) for p in deal("fallah(196)", labels, 50)]
+    )
+    first = [row for row in counts.tolist() if sum(n > 0 for n in row) == 5]
+    second = [row for row in counts.tolist() if sum(n > 0 for n in row) == 2]
+    assert (len(first), len(second)) == (25, 25)
+    assert all(row == [196] * 5 + [0] * 5 for row in first)
+    assert all(sorted(row[:5])[-1] == 98 and sorted(row[5:])[-1] == 392 for row in second)
+
+
+@pytest.mark.parametrize(
+    ("spec", "said"),
+    [
+        ("classes(0)", "per_client"),
+        ("classes(2, least=5)", "together"),
+        ("classes(2, 9, 8)", "least must be"),
+        ("classes(11)", "at most 10"),
+        ("classes(2, 500, 500)", "lower clients or most"),
+        ("targets(10)", "labels must be below"),
+        ("fallah(60)", "lower a"),
+    ],
+)
+def test_what_cannot_be_dealt_is_said(spec, said):
+    with pytest.raises((ProblemError, SpecError), match=said):
+        deal(spec, balanced(1000, 10), 20)

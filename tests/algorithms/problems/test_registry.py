@@ -23,6 +23,8 @@ def test_a_table_becomes_a_problem():
         "clients": 8,
         "partition": "shards(2)",
         "examples": 800,
+        "held_out": 2,
+        "public": 100,
     }
     assert set(options) == set(_EXPECTED)
     assert load_problem(options, seed=5) == ImageClassification(
@@ -32,6 +34,8 @@ def test_a_table_becomes_a_problem():
         partition="shards(2)",
         seed=5,
         examples=800,
+        held_out=2,
+        public_examples=100,
     )
 
 

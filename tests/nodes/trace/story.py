@@ -16,7 +16,7 @@ from fedmq.broker.ledger import Ledger
 from fedmq.broker.trace import Trace
 from fedmq.broker.wire import Blob, Message, digest, encode_message
 from fedmq.codecs.registry import make_codec
-from fedmq.nodes.payload import pack
+from fedmq.nodes.payload import Codecs, pack
 
 START = 1_700_000_000.0
 CONFIG = '[run]\nid = "{run}"\nseed = 0\n\n[broker]\nretain = "everything"\n'
@@ -65,7 +65,7 @@ class Writer:
         return self.entry(Accepted, message=encode_message(message), consumes=consumes)
 
     def tensors(self, sender, kind, to, body, tensors, codec="raw", more=(), **fields):
-        packed = pack(Payload(tensors, {}, body.pop("numbers", {})), make_codec(codec), 0)
+        packed = pack(Payload(tensors, {}, body.pop("numbers", {})), Codecs(make_codec(codec)), 0)
         data = (*packed.data, *more)
         return self.say(sender, kind, to, {**packed.body, **body}, data=data, **fields)
 

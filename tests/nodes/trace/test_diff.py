@@ -7,7 +7,7 @@ import torch
 from fedmq.algorithms.base import Payload
 from fedmq.broker.wire import Blob, Message
 from fedmq.codecs.registry import make_codec
-from fedmq.nodes.payload import pack
+from fedmq.nodes.payload import Codecs, pack
 from fedmq.nodes.trace.differ import Side, differences
 from tests.nodes.trace import story
 
@@ -16,7 +16,7 @@ W = torch.zeros(4, 5)
 
 
 def side(tensors=None, codec="raw", more=(), **fields):
-    packed = pack(Payload(tensors or {}, {}, {}), make_codec(codec), 0)
+    packed = pack(Payload(tensors or {}, {}, {}), Codecs(make_codec(codec)), 0)
     data = [bytes(each) for each in (*packed.data, *more)]
     body = {**packed.body, **fields.pop("body", {})}
     known = {"kind": "result", "id": "a/1", "run": "r", "sender": "w", "to": "aggregator"}

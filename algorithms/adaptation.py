@@ -1,0 +1,34 @@
+"""How well a model does on one client's test data, before and after it adapted to that client."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+
+from fedmq.algorithms.base import Client, Task
+from fedmq.algorithms.fedavg import cuda_devices, load_model, metrics_on
+from fedmq.algorithms.model import FlatModel
+from fedmq.algorithms.problems.base import Examples
+
+
+def before_and_after(
+    task: Task, client: Client, adapt: Callable[[FlatModel, Examples], None]
+) -> Mapping[str, float]:
+    """Return a client's metrics with the adapted model, and with w_t as ``<name>_before``.
+
+    Args:
+        task: holds w_t.
+        client: whose test data it is.
+        adapt: changes the model it is given; its examples are the client's training examples.
+            Test examples never reach it.
+    """
+    model, _ = load_model(task, client.problem, client.device)
+    test = client.problem.client_test(client.index)
+    before = metrics_on(model.module, client.problem, test, client.device)
+    model.module.train()
+    with torch.random.fork_rng(devices=cuda_devices(client.device)):
+        torch.manual_seed(client.seed)
+        adapt(model, client.data.to(client.device))
+    after = metrics_on(model.module, client.problem, test, client.device)
+    return {**after, **{f"{name}_before": value for name, value in before.items()}}

@@ -1,0 +1,79 @@
+"""The evaluations that an aggregator has asked for: who may answer, and what it comes to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from msgspec import Struct
+
+from fedmq.broker.wire import Message
+from fedmq.nodes.members import Members
+
+
+class Examination(Struct):
+    """An evaluation that a client has been asked for, of which version."""
+
+    client: int
+    version: int
+
+
+@dataclass
+class Evaluations:
+    """Evaluations that are out, by the id of the message that asked for them.
+
+    One is with the evaluator, or with a client; what clients say of a version counts when
+    all of them have said it.
+
+    asked: ids of all that are out.
+    examinations: those of clients, by id.
+    scores: accuracies that clients have reported, by version, as long as some are missing.
+    """
+
+    asked: set[str] = field(default_factory=set)
+    examinations: dict[str, Examination] = field(default_factory=dict)
+    scores: dict[int, list[float]] = field(default_factory=dict)
+
+    def ask(self, name: str, examination: Examination | None = None) -> None:
+        """Note one that has been asked for; without an examination, of the evaluator."""
+        self.asked.add(name)
+        if examination is not None:
+            self.examinations[name] = examination
+
+    def is_with(self, name: str, node: str, members: Members) -> bool:
+        """Tell whether a node may answer it."""
+        if name not in self.asked:
+            return False
+        examination = self.examinations.get(name)
+        if examination is None:
+            return node in members.evaluators
+        return node == members.hosts.get(examination.client)
+
+    def awaited(self, members: Members) -> bool:
+        """Tell whether anybody who is here may still answer one."""
+        with_clients = any(each.client in members.hosts for each in self.examinations.values())
+        return with_clients or bool(members.evaluators and self.asked - self.examinations.keys())
+
+    def end(self, name: str, accuracy: float | None) -> float | None:
+        """Note that one is over; return the accuracy of its version, once that is known."""
+        self.asked.discard(name)
+        known = [] if accuracy is None else [accuracy]
+        examination = self.examinations.pop(name, None)
+        if examination is not None:
+            version = examination.version
+            known = [*self.scores.pop(version, ()), *known]
+            if any(each.version == version for each in self.examinations.values()):
+                self.scores[version] = known
+                return None
+        return sum(known) / len(known) if known else None
+
+
+def accuracy_in(message: Message) -> tuple[float | None, str]:
+    """Return the accuracy that an answer tells, if any, and why it cannot be used, or ""."""
+    match message.body:
+        case {"metrics": {"accuracy": float(accuracy)}}:
+            return accuracy, ""
+        case {"metrics": dict()}:
+            return None, ""
+        case _:
+            failed = message.kind == "failed"
+            return None, "" if failed else "expected metrics as a map of numbers"

@@ -1,0 +1,108 @@
+"""What an aggregator has gathered towards its next version."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from fedmq.algorithms.base import Algorithm, Result
+from fedmq.algorithms.errors import ResultError
+from fedmq.algorithms.rng import derive_rng
+from fedmq.broker.errors import WireError
+from fedmq.codecs.errors import CodecError
+from fedmq.nodes.inbox import Inbound, steady
+from fedmq.nodes.payload import unpack
+
+_ROOM = 16
+"""Times the size of a result: what the codecs need while they decode one like it."""
+_LEAST_BYTES = 1 << 20
+
+
+def room_for(algorithm: Algorithm, state: Any) -> int:
+    """Return what a result may take in memory while it is decoded, in bytes."""
+    return max(_LEAST_BYTES, _ROOM * algorithm.result_bytes(state))
+
+
+@dataclass
+class Gathering:
+    """The results of one version, and what was done to get them.
+
+    gathered: the algorithm's accumulator.
+    order: ids of the tasks sent, in cohort order.
+    held: results that wait for the ones before them: (message, weight, client).
+    contributed: in a synchronous round, clients whose result is in hand: nobody counts twice.
+    absorbed, weights, staleness: how many results, the sum of what they count, and how late
+        each is.
+    """
+
+    gathered: Any
+    order: list[str] = field(default_factory=list)
+    held: dict[str, tuple[Inbound, float, int]] = field(default_factory=dict)
+    contributed: set[int] = field(default_factory=set)
+    absorbed: int = 0
+    weights: float = 0.0
+    started: int = 0
+    draws: int = 0
+    deadline_passed: bool = False
+    staleness: list[int] = field(default_factory=list)
+
+    def draw(self, idle: list[int], count: int, seed: int, version: int) -> list[int]:
+        """Return so many of these clients, or all of them, in order."""
+        if len(idle) <= count:
+            return idle
+        rng = derive_rng(seed, "cohort", version, self.draws)
+        self.draws += 1
+        return sorted(int(client) for client in rng.choice(idle, count, replace=False))
+
+    def absorb(
+        self,
+        algorithm: Algorithm,
+        state: Any,
+        inbound: Inbound,
+        weight: float,
+        about: tuple[int, int],
+        max_bytes: int,
+    ) -> str:
+        """Add one result; return why it cannot be used, or "".
+
+        Args:
+            algorithm: whose accumulator it is.
+            state: of the current version.
+            inbound: the result's message.
+            weight: how much it counts.
+            about: client and staleness.
+            max_bytes: that it may take in memory while it is decoded.
+        """
+        try:
+            stream = steady(inbound.stream) if inbound.stream is not None else None
+            payload = unpack(inbound.message, inbound.read, stream, max_bytes)
+            result = Result(*about, payload)
+            self.gathered = algorithm.absorb(self.gathered, state, result, weight)
+        except (ResultError, CodecError, WireError) as error:
+            return str(error)
+        self.absorbed += 1
+        self.weights += weight
+        return ""
+
+
+@dataclass
+class Waiting:
+    """The results that come while a version is being committed, which takes long.
+
+    here: by number, those that this session of the node has.
+    missing: numbers of those that the session before it had, and that are yet to come again.
+    untold: numbers of those that came before the last checkpoint, which does not tell of them.
+    """
+
+    here: dict[int, Inbound] = field(default_factory=dict)
+    missing: set[int] = field(default_factory=set)
+    untold: tuple[int, ...] = ()
+
+    def add(self, inbound: Inbound) -> None:
+        """Let a result wait."""
+        self.here[inbound.seq] = inbound
+        self.missing.discard(inbound.seq)
+
+    def numbers(self) -> tuple[int, ...]:
+        """Return the numbers of all that wait, here or on their way here again."""
+        return tuple(sorted({*self.here, *self.missing}))
