@@ -326,12 +326,8 @@ class Aggregator:
             self._post(out, "timer", TIMER, body)
         for client in clients:
             packed = self._pack_task(client)
-            body = {
-                **packed.body,
-                "client": client,
-                "model_version": self.version,
-                "reply": self._reply,
-            }
+            about = {"client": client, "model_version": self.version, "reply": self._reply}
+            body = {**packed.body, **about}
             name = self._post(out, "task", f"client/{client}", body, packed)
             self._flights[name] = Flight(client, self.version, self._members.hosts[client])
             current.order.append(name)
@@ -349,8 +345,8 @@ class Aggregator:
         if self._task_cache is not None and not self._algorithm.personal:
             return self._task_cache
         seed = derive_seed(self._settings.seed, "downlink", self.version, client)
-        payload = self._algorithm.task(self.state, client)
-        self._task_cache = pack(payload, self._setup.downlink, seed)
+        task = self._algorithm.task(self.state, client)
+        self._task_cache = pack(task, self._setup.downlink, seed)
         return self._task_cache
 
     def _commit(self, out: list[Action]) -> None:
@@ -468,7 +464,12 @@ class Aggregator:
 
     def _end(self, out: list[Action]) -> None:
         self._ended = True
-        out += [Done(seq) for seq in self._waiting.numbers()]  # nobody needs them any more
+        for seq, inbound in self._waiting.here.items():
+            self._flights.pop(inbound.message.re or "", None)
+            failed = inbound.message.kind == "failed"
+            self._counts.dropped += failed
+            self._counts.refused += not failed
+            out.append(Done(seq, "" if failed else "the run is over"))
         self._waiting = Waiting()
         about = {"reason": self._finishing, "position": self._position}
         body = {**about, **msgspec.structs.asdict(self._counts)}
@@ -492,6 +493,5 @@ class Aggregator:
     ) -> Message:
         name = f"{self._node}/{self._next_id}"
         self._next_id += 1
-        blobs = packed.blobs if packed else ()
         about = {"kind": kind, "id": name, "run": self._run, "sender": self._node, "to": to}
-        return Message(**about, body=dict(body), blobs=blobs)
+        return Message(**about, body=dict(body), blobs=packed.blobs if packed else ())

@@ -105,7 +105,7 @@ def test_a_cluster_trains_and_leaves_everything_behind(start, tmp_path: Path) ->
     summary = json.loads((run / "summary.json").read_text())
     assert summary["algorithm"] == "fedavg"
     assert summary["schedule"] == "buffered"
-    assert summary["codec"] == {"down": "raw", "up": "cast(float16)"}
+    assert summary["codec"].items() >= {"down": "raw", "up": "cast(float16)"}.items()
     assert summary["versions"] == 20
     assert summary["results"]["used"] >= 100
     assert summary["results"]["refused"] == 0
