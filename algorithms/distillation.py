@@ -92,7 +92,7 @@ class Distillation(Algorithm):
         """Each device evaluates its own model, on the whole test set as in the paper."""
         return "clients"
 
-    def examined(self, state: Any, client: int = 0) -> Payload:  # noqa: ARG002
+    def examined(self, state: Any, client: int = 0) -> Payload:
         """Return nothing: a device has all that it needs."""
         return Payload()
 
@@ -100,12 +100,12 @@ class Distillation(Algorithm):
         """Return the size of one device's report."""
         return int(state.means[0].nbytes + state.counts[0].nbytes)
 
-    def gather(self, state: Any) -> Any:  # noqa: ARG002
+    def gather(self, state: Any) -> Any:
         """Return that there is nothing new."""
         news: News = {}
         return news
 
-    def absorb(self, gathered: Any, state: Any, result: Result, weight: float) -> Any:  # noqa: ARG002
+    def absorb(self, gathered: Any, state: Any, result: Result, weight: float) -> Any:
         """Take down a device's report, in place of its last.
 
         ``weight`` has no part in it: the paper's mean over devices is unweighted.
@@ -131,7 +131,7 @@ class Distillation(Algorithm):
         check_probabilities(means[counts > 0])
         return means, counts
 
-    def commit(self, state: Any, gathered: Any, divisor: float) -> Any:  # noqa: ARG002
+    def commit(self, state: Any, gathered: Any, divisor: float) -> Any:
         """Replace the reports of those who sent one; the others' stay."""
         return state.updated(gathered)
 
@@ -218,7 +218,7 @@ class Distillation(Algorithm):
             channels, height, width = client.problem.shape
             return make((channels, height, width), client.problem.classes)
 
-    def evaluate_client(self, task: Task, client: Client) -> Mapping[str, float]:  # noqa: ARG002
+    def evaluate_client(self, task: Task, client: Client) -> Mapping[str, float]:
         """Return the metrics of the device's own model on the whole test set."""
         return evaluate_module(self.own_model(client).module, client.problem, client.device)
 

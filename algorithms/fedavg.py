@@ -79,7 +79,7 @@ class FedAvg(Algorithm):
         model = FlatModel(problem.model())
         return ModelState(model.layout, model.weights, model.read_counters())
 
-    def task(self, state: ModelState, client: int) -> Payload:  # noqa: ARG002
+    def task(self, state: ModelState, client: int) -> Payload:
         """Return w_t; the same for every client."""
         return model_payload(state)
 
@@ -170,11 +170,11 @@ class FedAvg(Algorithm):
                 trained.add_(gradient, alpha=-self.lr)
                 gradient = model.gradient
 
-    def local_epochs(self, client: Client) -> int:  # noqa: ARG002 - FedProx's depend on it
+    def local_epochs(self, client: Client) -> int:
         """Return how many epochs this client does now."""
         return self.epochs
 
-    def regularize(self, gradient: Tensor, trained: Tensor, anchor: Tensor) -> None:  # noqa: ARG002
+    def regularize(self, gradient: Tensor, trained: Tensor, anchor: Tensor) -> None:
         """Add the gradient of what is not the loss; ``anchor`` is w_t."""
         if self.weight_decay:
             gradient.add_(trained, alpha=self.weight_decay)

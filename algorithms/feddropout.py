@@ -99,7 +99,7 @@ class FedDropout(FedAvg):
         exact = state.layout.counter_views(state.counters)
         return Payload(state.parts.small.views(part), exact, numbers)
 
-    def examined(self, state: Any, client: int = 0) -> Payload:  # noqa: ARG002
+    def examined(self, state: Any, client: int = 0) -> Payload:
         """Return the whole model."""
         return model_payload(state)
 

@@ -162,7 +162,7 @@ class FedGKT(Algorithm):
         """By clients, unless they give their test data's feature maps away."""
         return "model" if self.test_features else "clients"
 
-    def examined(self, state: GktState, client: int = 0) -> Payload:  # noqa: ARG002
+    def examined(self, state: GktState, client: int = 0) -> Payload:
         """Return the server network; with ``test_features`` what was uploaded of test data."""
         exact = dict(self.tensors(state))
         if self.test_features:
@@ -179,7 +179,7 @@ class FedGKT(Algorithm):
         """Return the bytes of ``max_samples`` feature maps with ids, labels and logits."""
         return self._expected(state).nbytes
 
-    def gather(self, state: GktState) -> GktGathered:  # noqa: ARG002
+    def gather(self, state: GktState) -> GktGathered:
         """Nothing has come in."""
         return GktGathered()
 
@@ -188,14 +188,14 @@ class FedGKT(Algorithm):
         gathered: GktGathered,
         state: GktState,
         result: Result,
-        weight: float,  # noqa: ARG002
+        weight: float,
     ) -> GktGathered:
         """Hold a client's upload in place of its last one."""
         upload = self._expected(state).upload(result.payload, state.store.limit)
         gathered.fresh[result.client] = upload
         return gathered
 
-    def commit(self, state: GktState, gathered: GktGathered, divisor: float) -> GktState:  # noqa: ARG002
+    def commit(self, state: GktState, gathered: GktGathered, divisor: float) -> GktState:
         """Train f_s on CE + alpha T^2 KL(p_c || p_s), then answer.
 
         The server's logits are those of f_s after its training, in eval mode: of the clients

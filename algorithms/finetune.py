@@ -107,23 +107,23 @@ class LocalOnly(FedAvgFT):
 
     name: ClassVar[str] = "local"
 
-    def task(self, state: ModelState, client: int) -> Payload:  # noqa: ARG002
+    def task(self, state: ModelState, client: int) -> Payload:
         """Return nothing: a client needs to know no more than that it is its turn."""
         return Payload()
 
     def absorb(
         self,
         gathered: Gathered,
-        state: ModelState,  # noqa: ARG002
+        state: ModelState,
         result: Result,
-        weight: float,  # noqa: ARG002
+        weight: float,
     ) -> Gathered:
         """Take note of a result, in which there is nothing."""
         if result.payload.weights or result.payload.exact:
             raise ResultError("expected a result without tensors")
         return gathered
 
-    def commit(self, state: ModelState, gathered: Gathered, divisor: float) -> ModelState:  # noqa: ARG002
+    def commit(self, state: ModelState, gathered: Gathered, divisor: float) -> ModelState:
         """Return the state as it was."""
         return state
 
@@ -136,7 +136,7 @@ class LocalOnly(FedAvgFT):
         numbers = {"n": len(client.data), "reply": task.reply}
         return Payload(numbers=numbers), Payload(exact=kept)
 
-    def evaluate_client(self, task: Task, client: Client) -> Mapping[str, float]:  # noqa: ARG002
+    def evaluate_client(self, task: Task, client: Client) -> Mapping[str, float]:
         """Return the metrics of the client's own model, trained further, on its test data."""
         return self._tuned(own_model(client), client)
 

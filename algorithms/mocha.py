@@ -141,7 +141,7 @@ class Mocha(Algorithm):
         """Return the size of one b_t."""
         return int(state.b[0].nbytes)
 
-    def gather(self, state: MochaState) -> Gathered:  # noqa: ARG002
+    def gather(self, state: MochaState) -> Gathered:
         """Return that nothing is new."""
         return {}
 
@@ -150,7 +150,7 @@ class Mocha(Algorithm):
         gathered: Gathered,
         state: MochaState,
         result: Result,
-        weight: float,  # noqa: ARG002 - half of a dual solution belongs to nobody's alpha
+        weight: float,
     ) -> Gathered:
         """Note a client's whole b_t, if that raises the dual objective for certain.
 
@@ -183,7 +183,7 @@ class Mocha(Algorithm):
         )
         return math.fsum(terms), sum(map(abs, terms))
 
-    def commit(self, state: MochaState, gathered: Gathered, divisor: float) -> MochaState:  # noqa: ARG002
+    def commit(self, state: MochaState, gathered: Gathered, divisor: float) -> MochaState:
         """w_t += (1/lambda) sum_t' Sigma_tt' db_t'; after H versions Sigma follows W.
 
         W is made anew from b: when Sigma has changed, W and the clients' alpha still belong
@@ -279,7 +279,7 @@ class Mocha(Algorithm):
         gap = mtl.gap(mtl.LOSSES[self.loss], x, y, _alpha(client, len(y)), w)
         return {**measured(client.problem, client.index, w), "gap": gap}
 
-    def personalise(self, state: MochaState, version: int, client: Client) -> Mapping[str, float]:  # noqa: ARG002
+    def personalise(self, state: MochaState, version: int, client: Client) -> Mapping[str, float]:
         """Return the metrics of a new task whose w is kept near the mean of all others.
 
         min_w (1/n) sum_i l(w^T x_i, y_i) + (lambda m / 2) |w - mean|^2: as for a task alone at

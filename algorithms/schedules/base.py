@@ -96,7 +96,7 @@ class Asynchronous(Schedule):
         """Replace every task that has ended."""
         return max(0, self.concurrency - view.flying)
 
-    def weight(self, n: int, staleness: int) -> float | None:  # noqa: ARG002
+    def weight(self, n: int, staleness: int) -> float | None:
         """s(tau), whatever n_k."""
         if self.max_staleness is not None and staleness > self.max_staleness:
             return None

@@ -34,6 +34,6 @@ class Buffered(Asynchronous):
         """Close when the buffer is full."""
         return view.results >= self.size
 
-    def divisor(self, weights: float, results: int) -> float:  # noqa: ARG002
+    def divisor(self, weights: float, results: int) -> float:
         """K."""
         return float(results)

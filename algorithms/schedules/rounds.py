@@ -80,6 +80,6 @@ class Rounds(Schedule):
         enough = view.results >= self.min_results
         return enough and view.started > 0 and (view.deadline_passed or not view.outstanding)
 
-    def divisor(self, weights: float, results: int) -> float:  # noqa: ARG002
+    def divisor(self, weights: float, results: int) -> float:
         """m_t, the sum of the cohort's weights: a weighted mean."""
         return weights

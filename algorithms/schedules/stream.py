@@ -41,6 +41,6 @@ class Stream(Asynchronous):
         """Close after every result."""
         return view.results >= 1
 
-    def divisor(self, weights: float, results: int) -> float:  # noqa: ARG002
+    def divisor(self, weights: float, results: int) -> float:
         """1: the weight is the mixing rate itself."""
         return 1.0
