@@ -41,7 +41,7 @@ from fedmq.nodes.payload import RAW, Packed, numbers_of, pack
 from fedmq.nodes.setup import Setup
 
 FINAL_EVALUATION_S = 60.0
-"""How long the end of a run waits for outstanding evaluations."""
+"""How long the end of a run waits for an answer to any of the evaluations that are out."""
 _FINAL = "final evaluation"
 
 
@@ -82,7 +82,7 @@ class Aggregator:
         self._counts = Counts()
         self._running = False
         self._finishing = ""
-        self._asked_final = False
+        self._asked_final: int | None = None
         self._ended = False
         self._evaluated = -1
         self._next_id = 0
@@ -184,7 +184,9 @@ class Aggregator:
             (closed, commit), self._committing = self._committing, None
             self._committed(closed, commit.result(), out)
         elif token == _FINAL and self._finishing:
-            self._end(out)
+            if len(self._evaluations.asked) == self._asked_final:
+                self._end(out)
+            self._asked_final = None  # while answers come, it goes on
 
     def _refused(self, name: str) -> None:
         """One of our own messages could not be used by its recipient, or not be delivered."""
@@ -457,8 +459,8 @@ class Aggregator:
             self._evaluate(out)
         if not self._evaluations.awaited(self._members):
             self._end(out)
-        elif not self._asked_final:
-            self._asked_final = True
+        elif self._asked_final is None:
+            self._asked_final = len(self._evaluations.asked)
             body = {"token": _FINAL, "after_s": FINAL_EVALUATION_S}
             self._post(out, "timer", TIMER, body)
 

@@ -311,3 +311,19 @@ def test_clients_score_a_version_together():
     assert "no evaluation" in fleet.reason(changed(stranger, sender="w0"))
     fleet.hear(stranger)
     assert fleet.core._finishing == "accuracy 0.2500 reached the target of 0.25"
+
+
+def test_the_end_waits_for_clients_as_long_as_one_after_the_other_answers():
+    setup = setup_of("buffered", algorithm="tests.algorithms.tiny:Beside", versions=1)
+    fleet = Fleet(setup)
+    for _ in range(2):
+        fleet.hear(*fleet.work(*fleet.tasks.pop(0)))
+    fleet.say("tick", {"token": fleet.commits.pop().token})
+    assert len(fleet.evaluations) == 8  # of version 0 and of the last
+    for number in range(3):
+        fleet.hear(fleet.score(*fleet.evaluations[number]))
+        fleet.say("tick", {"token": fleet.ticks[number]})
+        assert fleet.finished is None
+        assert len(fleet.ticks) == number + 2
+    fleet.say("tick", {"token": fleet.ticks[-1]})
+    assert fleet.finished == "1 versions committed"
