@@ -161,9 +161,13 @@ class NodeLink:
                 self.flush(_MAX_UNRECEIPTED // 2)
 
     def hand_in(self, message: Message) -> None:
-        """Have a message without data posted soon; may be called from another thread."""
+        """Have a message without data posted soon; may be called from another thread.
+
+        Once the link has ended, nothing comes of it.
+        """
         self._handed_in.append(message)
-        self._signal()
+        if not self._over():
+            self._signal()
 
     def flush(self, limit: int = 0) -> None:
         """Wait until at most ``limit`` of all that was said have no receipt.
