@@ -27,6 +27,7 @@ CELLS = [
     "cnn-iid-fedsgd",
     "one-shot",
     "combined",
+    "combined-holders",
 ]
 
 
