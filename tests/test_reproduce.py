@@ -48,10 +48,12 @@ def tiny(*more: str) -> list[str]:
 
 def test_the_short_cells_and_those_of_hours_have_names_of_their_own() -> None:
     short = [line.split()[0] for line in reproduce("--list").stdout.splitlines()]
-    assert short[: len(CELLS)] == CELLS
+    assert short == CELLS
+    more = [line.split()[0] for line in reproduce("--list", "--all").stdout.splitlines()]
+    assert more[: len(short)] == short
     every = [line.split()[0] for line in reproduce("--list", "--hours").stdout.splitlines()]
-    assert [name for name in every if name in short] == short
-    assert len(set(every)) == len(every) > len(short)
+    assert [name for name in every if name in more] == more
+    assert len(set(every)) == len(every) > len(more) > len(short)
 
 
 def test_an_unknown_cell_ends_in_one_sentence() -> None:
