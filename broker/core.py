@@ -210,6 +210,7 @@ class Broker:
             out.append(Send(node.peer, Stranger()))
         elif len(node.held) < HELD_FRAMES:
             node.next_n += 1
+            node.read_bytes = frame.read
             held = Held(frame)
             node.held.append(held)
             if isinstance(frame, Post):
@@ -370,7 +371,7 @@ class Broker:
         counts = {
             name: {
                 "sessions": each.sessions,
-                "sent_bytes": each.sent_bytes,
+                "sent_bytes": each.sent_bytes + each.read_bytes,
                 "received_bytes": each.received_bytes,
             }
             for name, each in run.nodes.items()

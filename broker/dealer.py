@@ -18,6 +18,7 @@ import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 
+import numpy as np
 import structlog
 import zmq
 
@@ -33,6 +34,7 @@ from fedmq.broker.router import (
     milliseconds_until,
     receive,
 )
+from fedmq.broker.shared_files import SharedFiles
 from fedmq.broker.wire import (
     Buffer,
     Bye,
@@ -69,6 +71,7 @@ class NodeLink:
         self._core = Link(hello)
         self._inbox: deque[Delivery] = deque()
         self._outgoing = Outbox()
+        self._files = SharedFiles()
         self._gathering = False
         self._fetched: dict[tuple[str, bytes], Buffer | None] = {}
         self._came: deque[Buffer] = deque()
@@ -193,11 +196,13 @@ class NodeLink:
         if self._last_fetched and self._last_fetched[:2] == (owner, blob.digest):
             return self._last_fetched[2]
         self._last_fetched = None
-        with self._holding():
-            self._tell(link.Fetch(owner, blob))
-            while (owner, blob.digest) not in self._fetched:
-                self._turn_or_raise()
-            data = self._fetched.pop((owner, blob.digest))
+        data = self._whole_in_place(delivery, index)
+        if data is None:
+            with self._holding():
+                self._tell(link.Fetch(owner, blob))
+                while (owner, blob.digest) not in self._fetched:
+                    self._turn_or_raise()
+                data = self._fetched.pop((owner, blob.digest))
         if data is None:
             raise WireError(f"blob {blob.digest.hex()} of {owner} cannot be had")
         self._last_fetched = (owner, blob.digest, data)
@@ -217,6 +222,12 @@ class NodeLink:
         if index in delivery.inline or not blob.size:
             yield self.read(delivery, index)
             return
+        found = 0
+        for piece in self._in_place(delivery, index):
+            yield piece
+            found += len(piece)
+        if found == blob.size:
+            return
         name = (owner, blob.digest)
         self._tell(link.Fetch(owner, blob, in_pieces=True))
         try:
@@ -225,7 +236,11 @@ class NodeLink:
                     while not self._came and name not in self._fetched:
                         self._turn_or_raise()
                 if self._came:
-                    yield self._came.popleft()
+                    came = memoryview(self._came.popleft())
+                    known = min(found, came.nbytes)
+                    found -= known
+                    if known < came.nbytes:
+                        yield came[known:]
                     self._tell(link.More())
             if self._fetched[name] is None:
                 raise WireError(f"blob {blob.digest.hex()} of {owner} cannot be had")
@@ -233,6 +248,28 @@ class NodeLink:
             self._tell(link.Leave(owner, blob))
             self._came.clear()
             self._fetched.pop(name, None)
+
+    def _whole_in_place(self, delivery: Delivery, index: int) -> Buffer | None:
+        size = delivery.message.blobs[index].size
+        if index not in delivery.places:
+            return None
+        data = np.empty(size, np.uint8).data
+        found = sum(len(piece) for piece in self._in_place(delivery, index, data))
+        return data if found == size else None
+
+    def _in_place(
+        self, delivery: Delivery, index: int, into: memoryview | None = None
+    ) -> Iterator[memoryview]:
+        """Yield a blob's bytes from the ledger's files; it ends early where that cannot be done."""
+        places = delivery.places.get(index, ())
+        pieces = self._files.pieces(delivery.message.blobs[index], places, into)
+        while True:
+            with self._holding():  # not while the link's thread hears of another ledger
+                piece = next(pieces, None)
+                if piece is None:
+                    return
+                self._tell(link.ReadInPlace(piece.nbytes))
+            yield piece
 
     def done(self, seqs: Sequence[int], refused: Mapping[int, str] | None = None) -> None:
         """Say that deliveries are done with; ``refused``: why some could not be used.
@@ -286,6 +323,7 @@ class NodeLink:
             self._turn(self._clock())
         self._away.set()
         self._thread.join()
+        self._files.close()
         # The goodbye may still be on its way: give it a moment.
         self._context.destroy(linger=200)
         os.close(self._wake_reader)
@@ -391,6 +429,8 @@ class NodeLink:
                 self._log.warning("unreadable frame from the broker", reason=str(error))
             else:
                 for frame, buffers in frames:
+                    if isinstance(frame, Welcome):
+                        self._files.look(frame)
                     self._carry_out(self._core.handle(link.Received(frame, buffers), now))
                 self._send_all()
 

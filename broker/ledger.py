@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import secrets
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -37,12 +38,15 @@ from fedmq.broker.errors import LedgerError
 from fedmq.broker.payload import PayloadIndex
 from fedmq.broker.reading import EntryIndex, Follower
 from fedmq.broker.records import Segment, pack
-from fedmq.broker.wire import Buffer
+from fedmq.broker.wire import Buffer, Place
 
 _MESSAGES_SEGMENT_BYTES = 64 << 20
 _PAYLOAD_SEGMENT_BYTES = 128 << 20
 _CACHED_SEGMENTS = 2
 _RECENT_BYTES = 4 << 20
+
+LOCK_FILE = "lock"
+"""Locked by the broker that writes here, and holding a proof of its place."""
 
 EVERYTHING = None
 """Retention: nothing is ever deleted."""
@@ -56,11 +60,13 @@ class Keeping:
         or a failure of ``power`` (each batch is synced to the device before its receipts).
     retain_bytes: see `Ledger`.
     offer_parked: offer parked messages again.
+    share_files: tell nodes where the ledger lies: those on its host read blobs there.
     """
 
     durability: Literal["process", "power"] = "process"
     retain_bytes: int | None = EVERYTHING
     offer_parked: bool = False
+    share_files: bool = True
 
 
 class Ledger:
@@ -77,6 +83,7 @@ class Ledger:
     Attributes:
         next_seq: number of the next entry.
         cut_bytes: bytes of torn tails that opening removed.
+        proof: drawn for this writer, and written into `LOCK_FILE`; empty if it could not be.
 
     Raises:
         LedgerError: the folder cannot be written, or holds a damaged ledger.
@@ -110,9 +117,10 @@ class Ledger:
         self._uses: dict[int, tuple[BlobName, ...]] = {}
         with contextlib.ExitStack() as opened:
             opened.callback(self.payload.close)
-            self._lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            self._lock = os.open(folder / LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
             opened.callback(os.close, self._lock)
             self._take_lock()
+            self.proof = self._leave_proof()
             numbers = segment_numbers(folder, PAYLOAD)
             self._payload_number = numbers[-1] if numbers else 0
             self._payload_file = self._open(PAYLOAD, self._payload_number)
@@ -178,6 +186,15 @@ class Ledger:
     def size_of(self, name: BlobName) -> int | None:
         """Return the size of a blob that is here as a whole, or None."""
         return self.payload.size_of(name)
+
+    def places(self, name: BlobName) -> tuple[Place, ...]:
+        """Return where a blob can be read in the files, in pieces; none if not all is written."""
+        places = self.payload.places(name)
+        if places and places[-1][0] == self._payload_number:
+            _, offset, length = places[-1]
+            if offset + length > self._payload_file.size:
+                return ()
+        return places
 
     def have(self, name: BlobName) -> int:
         """Return how many bytes of the blob, from its start, are here."""
@@ -287,6 +304,16 @@ class Ledger:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise LedgerError(f"another broker is writing to {self.folder}") from None
+
+    def _leave_proof(self) -> str:
+        """Write down a secret that whoever sees it in this folder sees this ledger."""
+        proof = secrets.token_hex(16)
+        try:
+            os.ftruncate(self._lock, 0)
+            os.pwrite(self._lock, proof.encode(), 0)
+        except OSError:
+            return ""
+        return proof
 
     def _finish(self, seqs: Sequence[int]) -> None:
         for seq in seqs:

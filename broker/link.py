@@ -33,6 +33,7 @@ from fedmq.broker.link_state import (
     Leave,
     More,
     Outgoing,
+    ReadInPlace,
     Received,
     Say,
     Send,
@@ -135,6 +136,7 @@ class Link:
         self._done_due = math.inf
         self._got = 0
         self._taken = 0
+        self._read = 0
         self._untold = 0
         self._last_beat = 0.0
         self._chunks = 0
@@ -212,13 +214,15 @@ class Link:
                     out.append(Send(frame))
             case Taken(delivery):
                 self._take(delivery, now, out)
+            case ReadInPlace(nbytes):
+                self._read += nbytes
             case Wake():
                 self._wake(now, out)
         return out
 
     def _say(self, frame: Numbered, out: list[Action], **more: Any) -> None:
         """Send a frame until it is receipted; ``more``: what is kept with it."""
-        frame = msgspec.structs.replace(frame, n=self._next_n, taken=self._taken)
+        frame = msgspec.structs.replace(frame, n=self._next_n, taken=self._taken, read=self._read)
         self._untold = 0
         said = self._said[frame.n] = _Said(frame, **more)
         self._next_n += 1
@@ -357,7 +361,7 @@ class Link:
             self._say(Done(seqs=(frame.seq,), refused={frame.seq: str(error)[:2000]}), out)
             return
         inline = dict(zip(frame.inline, buffers, strict=True))
-        out.append(Deliveries(Delivery(frame.seq, frame.at, message, inline)))
+        out.append(Deliveries(Delivery(frame.seq, frame.at, message, inline, frame.places)))
 
     def _serve(self, want: Want, out: list[Action]) -> None:
         self._chunks += 1

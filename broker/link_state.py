@@ -6,16 +6,31 @@ from collections.abc import Mapping, Sequence
 
 from msgspec import Struct
 
-from fedmq.broker.wire import AnyFrame, Blob, Buffer, Bye, Done, Frame, Message, Over, Welcome
+from fedmq.broker.wire import (
+    AnyFrame,
+    Blob,
+    Buffer,
+    Bye,
+    Done,
+    Frame,
+    Message,
+    Over,
+    Place,
+    Welcome,
+)
 
 
 class Delivery(Struct, frozen=True):
-    """A message from the ledger: its number and time there, and the blobs that came along."""
+    """A message from the ledger: its number and time there, and the blobs that came along.
+
+    ``places``: where in the ledger's files the others lie, as far as the broker says so.
+    """
 
     seq: int
     at: float
     message: Message
     inline: Mapping[int, Buffer]
+    places: Mapping[int, Sequence[Place]] = {}
 
 
 # ---- events
@@ -67,11 +82,17 @@ class Taken(Struct, frozen=True):
     delivery: Delivery
 
 
+class ReadInPlace(Struct, frozen=True):
+    """The node has read so many bytes from the ledger's files."""
+
+    nbytes: int
+
+
 class Wake(Struct, frozen=True):
     """A deadline has passed."""
 
 
-Event = Received | Outgoing | Fetch | More | Leave | Say | Taken | Wake
+Event = Received | Outgoing | Fetch | More | Leave | Say | Taken | ReadInPlace | Wake
 
 
 # ---- actions

@@ -121,7 +121,8 @@ class Members:
                     self.leave(known, reason, now, out)
                 self.peers.pop(known.peer, None)
                 node.sessions = known.sessions
-                node.received_bytes, node.sent_bytes = known.received_bytes, known.sent_bytes
+                node.received_bytes = known.received_bytes
+                node.sent_bytes = known.sent_bytes + known.read_bytes
             run.nodes[hello.node] = node
         node.next_n = max(node.next_n, hello.first)
         node.heard = now

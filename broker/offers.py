@@ -54,7 +54,13 @@ def delivery(node: Node, seq: int, at: float, data: bytes, message: Message | No
     node.flying_bytes += size
     frame = Deliver(seq=seq, at=at, message=data, inline=inline, after=node.sent)
     node.sent = seq + 1
-    return Send(node.peer, frame, tuple((blob_name(message, b), 0, b.size) for b in chosen))
+    beside = tuple((blob_name(message, blob), 0, blob.size) for blob in chosen)
+    apart = tuple(
+        (index, blob_name(message, blob))
+        for index, blob in enumerate(message.blobs)
+        if index not in inline
+    )
+    return Send(node.peer, frame, beside, apart)
 
 
 def is_open(node: Node, now: float) -> bool:

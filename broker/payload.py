@@ -21,7 +21,7 @@ from fedmq.broker.entries import (
 )
 from fedmq.broker.errors import LedgerError
 from fedmq.broker.records import scan
-from fedmq.broker.wire import CHUNK_BYTES, Buffer
+from fedmq.broker.wire import CHUNK_BYTES, Buffer, Place
 
 _RECENT_BYTES = 32 << 20
 _OPEN_FILES = 64
@@ -217,6 +217,13 @@ class PayloadIndex:
         found = parts[0] if len(parts) == 1 else b"".join(parts)
         self.remember(name, first, found)
         return found
+
+    def places(self, name: BlobName) -> tuple[Place, ...]:
+        """Return where the pieces of a blob lie, in order; none if it is not here as a whole."""
+        stored = self._blobs.get(name)
+        if stored is None or stored.end < stored.size:
+            return ()
+        return tuple((segment, offset, length) for segment, offset, _, length in stored.pieces)
 
     def let_go(self, segment: int) -> None:
         """Let a segment's pages leave the page cache: see `disk.let_go`."""

@@ -20,6 +20,7 @@ import msgspec
 import structlog
 import zmq
 
+from fedmq.broker import shared_files
 from fedmq.broker.errors import BrokerError, LedgerError, WireError
 from fedmq.broker.ledger import Keeping
 from fedmq.broker.outbox import Outbox
@@ -139,6 +140,7 @@ class BrokerServer:
             self._context.destroy(linger=0)
             raise
         self.endpoint = self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
+        self._share_files = keeping.share_files
         self._sync = keeping.durability == "power"
         self._wake_reader, self._wake_writer = sockets.socketpair()
         self._stopping = False
@@ -235,6 +237,8 @@ class BrokerServer:
     def _put_out(self, send: Send) -> None:
         """Put a frame into the outbox of its connection, with its bytes from the ledger."""
         frame = send.frame
+        if self._share_files:
+            frame = shared_files.point(send, self._ledger)
         if isinstance(frame, Chunk) and self._outboxes[send.peer].large >= _CHUNKS_WAITING:
             return  # more than an honest node asks for at a time; lost ones it asks for again
         try:

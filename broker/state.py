@@ -139,6 +139,8 @@ class Send(Struct, frozen=True):
     frame: Frame
     blobs: tuple[tuple[BlobName, int, int], ...] = ()
     """(name, start, size) of each buffer."""
+    apart: tuple[tuple[int, BlobName], ...] = ()
+    """Of a delivery: blobs that are not sent with it, and their indices."""
 
 
 class Probe(Struct, frozen=True):
@@ -209,6 +211,8 @@ class Node:
     resume_at: float = 0.0
     received_bytes: int = 0
     sent_bytes: int = 0
+    read_bytes: int = 0
+    """What this session has read from the ledger's files in place of being sent it."""
     sessions: int = 0
 
     @property

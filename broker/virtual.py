@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fedmq.broker import link_state as link
-from fedmq.broker import state
+from fedmq.broker import shared_files, state
 from fedmq.broker.entries import MESSAGES, PAYLOAD, segment_numbers, segment_path
 from fedmq.broker.ledger import Ledger
 from fedmq.broker.link import Link
@@ -34,6 +34,7 @@ from fedmq.broker.wire import (
     Message,
     Over,
     Post,
+    Welcome,
     decode_frame,
     decode_message,
     encode_frame,
@@ -65,6 +66,7 @@ class VirtualNetwork:
     Attributes:
         now: virtual time, in seconds.
         broker: takes what nodes send; set by `BrokerHost`.
+        share_files: nodes read blobs from the broker's ledger, as on one host.
     """
 
     def __init__(self, rng: random.Random, faults: Faults | None = None) -> None:
@@ -72,6 +74,7 @@ class VirtualNetwork:
         self.faults = faults or Faults()
         self.now = 1000.0
         self.broker: BrokerHost | None = None
+        self.share_files = False
         self._events: list[tuple[float, int, Callable[[], object]]] = []
         self._count = itertools.count()
         self._ends: dict[bytes, LinkHost] = {}
@@ -194,9 +197,14 @@ class BrokerHost:
             return
         self.ledger.commit()
         for send in sends:
-            parts = [self.ledger.payload.read(*blob) for blob in send.blobs]
-            self._network.to_node(send.peer, send.frame, parts)
+            self._put_out(send)
         self._plan_wake()
+
+    def _put_out(self, send: state.Send) -> None:
+        shared = self._network.share_files
+        frame = shared_files.point(send, self.ledger) if shared else send.frame
+        parts = [self.ledger.payload.read(*blob) for blob in send.blobs]
+        self._network.to_node(send.peer, frame, parts)
 
     def queue(self, events: Sequence[state.Event]) -> list[state.Send]:
         """Queue what a batch wants written; return what is to be sent once it is."""
@@ -286,6 +294,7 @@ class LinkHost:
         self.posted: list[str] = []
         self.on_news: Callable[[], None] = lambda: None
         self.doomed: Callable[[], object] | None = None
+        self.files = shared_files.SharedFiles()
         self._numbers: dict[int, str] = {}
         self._last_seq = -1
         self._wake_at = float("inf")
@@ -297,6 +306,8 @@ class LinkHost:
         """Give the core an event and carry out what it says."""
         if not self.up:
             return
+        if isinstance(event, link.Received) and isinstance(event.frame, Welcome):
+            self.files.look(event.frame)
         news = self._carry_out(self.core.handle(event, self.network.now))
         oldest = self.core.oldest_unreceipted
         for n in [n for n in self._numbers if n < oldest]:
@@ -335,6 +346,7 @@ class LinkHost:
     def crash(self) -> None:
         """End at once, with everything that is not on a disk."""
         self.up = False
+        self.files.close()
 
     def _carry_out(self, actions: Sequence[link.Action]) -> bool:
         news = False

@@ -27,7 +27,7 @@ from msgspec import Meta, Struct
 
 from fedmq.broker.errors import VersionError, WireError
 
-PROTOCOL = (1, 0)
+PROTOCOL = (1, 1)
 """Protocol version, [major, minor]; both ends of a link must have the same major."""
 
 MAX_HEADER_BYTES = 64 * 1024
@@ -51,6 +51,10 @@ Natural = Annotated[int, Meta(ge=0, le=1 << 62)]
 Size = Annotated[int, Meta(ge=0, le=MAX_BLOB_BYTES)]
 Digest = Annotated[bytes, Meta(min_length=16, max_length=16)]
 Range = tuple[Natural, Natural]
+Place = tuple[Natural, Natural, Annotated[int, Meta(ge=1, le=CHUNK_BYTES)]]
+"""Where bytes lie in a ledger: number of the payload segment, offset there, how many."""
+MAX_PLACES = 640
+"""In one delivery: they leave room in its header for any message."""
 
 
 class Blob(Struct, frozen=True):
@@ -101,6 +105,8 @@ class Numbered(Frame, frozen=True, kw_only=True):
     n: Natural = 0
     taken: Natural = 0
     """Every delivery numbered below this has been taken by the node: credit for more."""
+    read: Natural = 0
+    """Bytes that this session has read from the ledger's files, in place of being sent them."""
 
 
 class Hello(Frame, frozen=True, kw_only=True):
@@ -180,6 +186,8 @@ class Deliver(Frame, frozen=True, kw_only=True):
     inline: tuple[Natural, ...] = ()
     after: Natural = 0
     """This session has no other unfinished message from here to ``seq``: a gap is noticed."""
+    places: dict[Natural, tuple[Place, ...]] = {}
+    """Where blobs that are not inline lie in the ledger, in pieces, by their index."""
 
 
 class Welcome(Frame, frozen=True, kw_only=True):
@@ -193,6 +201,10 @@ class Welcome(Frame, frozen=True, kw_only=True):
     config: str = ""
     checkpoint: Deliver | None = None
     """For a new session of the aggregator: the newest checkpoint of the one before."""
+    ledger: str = ""
+    """The folder of the ledger, whose files a node on the same host may read itself."""
+    proof: Annotated[str, Meta(max_length=64)] = ""
+    """What stands in a file there: a folder of that name may be another host's."""
 
 
 class Done(Numbered, frozen=True, kw_only=True):

@@ -106,6 +106,11 @@ def cluster(
     show_default=True,
     help="Payloads to keep: everything, unfinished, or a number of bytes.",
 )
+@click.option(
+    "--share-files/--no-share-files",
+    default=True,
+    help="Let nodes on this host read blobs from the ledger's files.",
+)
 @click.option("--offer-parked", is_flag=True, help="Offer parked messages again.")
 @click.option("--once", is_flag=True, help="End with the run, and write its summary.")
 def broker(
@@ -114,6 +119,7 @@ def broker(
     lease_s: float,
     durability: str,
     retain: str,
+    share_files: bool,  # noqa: FBT001 - click's
     offer_parked: bool,  # noqa: FBT001 - click's
     once: bool,  # noqa: FBT001 - click's
 ) -> None:
@@ -124,9 +130,13 @@ def broker(
 
     logs.configure(None, node="broker")
     with exit_2_on_error():
-        table = build(
-            {"broker": {"lease_s": lease_s, "durability": durability, "retain": retain}}
-        ).broker
+        given = {
+            "lease_s": lease_s,
+            "durability": durability,
+            "retain": retain,
+            "share_files": share_files,
+        }
+        table = build({"broker": given}).broker
         keeping = replace(table.keeping(), offer_parked=offer_parked)
         server = BrokerServer(bind, folder / "ledger", table.settings(), keeping)
         click.echo(f"listening on {server.endpoint}, ledger in {folder / 'ledger'}", err=True)

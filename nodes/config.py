@@ -124,6 +124,8 @@ class BrokerTable(_Table):
         any more; or at most this many bytes of payloads, such as ``20e9``, but for what is
         needed. Messages themselves are kept for ever.
     deliveries: a task at which so many sessions of workers died is parked.
+    share_files: nodes on the broker's host read blobs from its ledger's files instead of the
+        socket, if they may.
     """
 
     lease_s: Annotated[float, Field(gt=0)] = 10.0
@@ -132,6 +134,7 @@ class BrokerTable(_Table):
     durability: Literal["process", "power"] = "process"
     retain: Literal["everything", "unfinished"] | Annotated[float, Field(ge=0)] = "everything"
     deliveries: Annotated[int, Field(ge=1)] = 5
+    share_files: bool = True
 
     def settings(self) -> BrokerSettings:
         """Return how patient the broker is to be."""
@@ -141,11 +144,12 @@ class BrokerTable(_Table):
         """Return how the broker is to keep its ledger."""
         match self.retain:
             case "everything":
-                return Keeping(self.durability, EVERYTHING)
+                retain = EVERYTHING
             case "unfinished":
-                return Keeping(self.durability, 0)
+                retain = 0
             case limit:
-                return Keeping(self.durability, int(limit))
+                retain = int(limit)
+        return Keeping(self.durability, retain, share_files=self.share_files)
 
 
 class Config(_Table):

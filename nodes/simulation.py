@@ -41,6 +41,7 @@ class Chances:
     doom: of a crash at the worst moment: of the broker in the middle of a batch, of a node
     right after a post. away_s, partition_s: the longest
     that a crashed process, or a connection, is away. train_s: the mean of a task.
+    share_files: nodes read blobs from the ledger's files, as on one host.
     """
 
     faults: Faults = field(default_factory=Faults)
@@ -51,6 +52,7 @@ class Chances:
     away_s: float = 5.0
     partition_s: float = 8.0
     train_s: float = 0.5
+    share_files: bool = False
 
 
 class Simulation:
@@ -77,6 +79,7 @@ class Simulation:
         self.setup, self.chances = setup, chances or Chances()
         self.rng = random.Random(seed)  # noqa: S311 - not for secrets
         self.network = VirtualNetwork(self.rng, self.chances.faults)
+        self.network.share_files = self.chances.share_files
         self.broker = BrokerHost(self.network, folder, settings or BrokerSettings(3.0, 0.5))
         self.sessions: list[NodeHost] = []
         """Every session of every node, in the order of their starts."""
@@ -209,6 +212,8 @@ class NodeHost(ABC):
                 data = self.link.fetched.pop(name)
                 if data is None:
                     raise AssertionError(f"a blob of {delivery.message.id} is not to be had")
+                self._blobs[name] = data
+            elif (data := self.link.files.read(blob, delivery.places.get(index, ()))) is not None:
                 self._blobs[name] = data
             elif name not in self._blobs:
                 self.link.fetch(owner, blob)

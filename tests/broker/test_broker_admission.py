@@ -7,6 +7,7 @@ from fedmq.broker.errors import VersionError, WireError
 from fedmq.broker.state import Unreadable
 from fedmq.broker.wire import (
     MAX_HEADER_BYTES,
+    PROTOCOL,
     Beat,
     Bye,
     Deliver,
@@ -232,7 +233,7 @@ def test_bytes_that_are_no_frame_are_answered_with_the_reason(bench):
     bench.handle(Unreadable(b"y", VersionError((2, 0), (1, 0))))
     assert refusal(bench, b"x") == ("unreadable", "not a frame: nonsense")
     [reject] = bench.take(b"y", Reject)
-    assert (reject.code, reject.protocol) == ("version", (1, 0))
+    assert (reject.code, reject.protocol) == ("version", PROTOCOL)
     assert "protocol 2.0 cannot talk to protocol 1.0" in reject.reason
     bench.handle(Unreadable(b"x", WireError("x" * 9000)))
 

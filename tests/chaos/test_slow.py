@@ -115,7 +115,7 @@ def test_a_worker_on_a_thin_line_has_not_left_while_a_large_model_crosses(
 ) -> None:
     lease_s = 3.0
     proxy.rate = 2e6
-    broker = crew.broker(lease_s, "--once")
+    broker = crew.broker(lease_s, "--once", "--no-share-files")
     aggregator = crew.aggregator(
         **ECHO, run__versions=1, problem__dim=2_500_000, problem__clients=2
     )

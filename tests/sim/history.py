@@ -80,6 +80,7 @@ def chances_of(rng):
         cut=some(0.3),
         partition=some(0.1),
         train_s=rng.choice([0.05, 0.5, 3.0]),
+        share_files=rng.random() < 0.5,
     )
 
 
