@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import heapq
 import math
+from collections import deque
 from collections.abc import Sequence
 
 from fedmq.broker import offers, wire
@@ -70,6 +71,12 @@ HELD_FRAMES = 8192
 """Frames of a node that may wait behind a post whose blobs are on their way."""
 UPLOAD_CHUNKS = 32
 """Chunks on their way to the broker, from all nodes together; each may send at least one."""
+UPLOAD_CHUNKS_IN_TALK = 1
+"""From one node, while others talk so much that round trips matter more than throughput:"""
+TALK, TALK_WITHIN_S = 4, 0.2
+"""so many messages without blobs in so many seconds, to nodes that upload nothing. (Measured
+on two cores, beside a stream of 100 MB blobs: round trips of small messages 30 to 45 ms at
+the 99th percentile with a window of 8 chunks, 15 to 17 with 2, 11 to 16 with 1.)"""
 
 
 class Broker:
@@ -88,6 +95,8 @@ class Broker:
         self._box.store = store
         self._members = Members(settings, self._box, self._ask)
         self._receipts = Receipts()
+        self._talk: deque[float] = deque(maxlen=TALK)
+        """When the last messages without blobs came."""
         self._completed: tuple[BlobName, int] | None = None
         """The blob, and its size, whose last piece this event has brought to the ledger."""
         self._full = ""
@@ -214,20 +223,28 @@ class Broker:
             held = Held(frame)
             node.held.append(held)
             if isinstance(frame, Post):
-                self._post(node, frame, buffers, held, out)
+                self._post(node, frame, buffers, held, now, out)
             self._settle(node, now, out)
 
     def _post(
-        self, node: Node, post: Post, buffers: Sequence[Buffer], held: Held, out: list[Action]
+        self,
+        node: Node,
+        post: Post,
+        buffers: Sequence[Buffer],
+        held: Held,
+        now: float,
+        out: list[Action],
     ) -> None:
         """Check a post, keep the blobs beside it, and ask for the others."""
         try:
             message = held.message = decode_message(post.message)
-            check_inline(message.blobs, post.inline, buffers)
+            check_inline(message.blobs, post.inline, buffers, wire.POST_BYTES)
             check_message(node, message)
         except WireError as error:
             held.refusal = str(error)
             return
+        if not message.blobs and not self._uploads(node.run.host_of(message.to)):
+            self._talk.append(now)
         held.mark = Mark.of(node.run.id, node.name, message.id, post.message)
         if self._box.remembered.look(held.mark) != "new":
             return  # its blobs are not needed
@@ -283,7 +300,7 @@ class Broker:
                 case Over(reason=reason):
                     self._over(node, reason, now, out)
                     return
-        self._ask(node, out)
+        self._ask(node, now, out)
 
     def _take_post(self, node: Node, post: Post, held: Held, now: float, out: list[Action]) -> None:
         message, refusal = held.message, held.refusal
@@ -348,11 +365,16 @@ class Broker:
                 held.missing.discard(name)
                 held.refusal = f"{reason} ({name.digest.hex()})"
 
-    def _ask(self, node: Node, out: list[Action]) -> None:
+    def _uploads(self, node: Node | None) -> bool:
+        return node is not None and len(node.fetcher) > 0
+
+    def _ask(self, node: Node, now: float, out: list[Action]) -> None:
         """Ask for chunks: the window is shared by all nodes that have some to send."""
         if len(node.fetcher):
             busy = sum(1 for each in self._members.alive() if len(each.fetcher))
             window = max(1, UPLOAD_CHUNKS // max(1, busy))
+            if len(self._talk) == TALK and now - self._talk[0] < TALK_WITHIN_S:
+                window = min(window, UPLOAD_CHUNKS_IN_TALK)
             out.extend(Send(node.peer, want) for want in node.fetcher.wants(window))
 
     def _want(self, node: Node, want: Want, out: list[Action]) -> None:

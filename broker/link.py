@@ -17,6 +17,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
+from fedmq.broker import wire
 from fedmq.broker.errors import WireError
 from fedmq.broker.fetch import WINDOW_CHUNKS, Fetcher, Owned
 from fedmq.broker.link_state import (
@@ -323,7 +324,7 @@ class Link:
         # A model goes out with the first of its tasks; the broker has it for the others.
         inline = tuple(
             index
-            for index in inline_choice(message.blobs)
+            for index in inline_choice(message.blobs, wire.POST_BYTES)
             if message.blobs[index].digest not in self._served
         )
         data = encode_message(message)  # an error leaves everything as it was
@@ -356,7 +357,7 @@ class Link:
         self._got = frame.seq + 1
         try:
             message = decode_message(frame.message)
-            check_inline(message.blobs, frame.inline, buffers)
+            check_inline(message.blobs, frame.inline, buffers, wire.INLINE_BYTES)
         except WireError as error:
             self._say(Done(seqs=(frame.seq,), refused={frame.seq: str(error)[:2000]}), out)
             return

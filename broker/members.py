@@ -47,7 +47,7 @@ class Members:
         self,
         settings: BrokerSettings,
         box: Postbox,
-        on_admit: Callable[[Node, list[Action]], None],
+        on_admit: Callable[[Node, float, list[Action]], None],
     ) -> None:
         self._settings, self._box = settings, box
         self._on_admit = on_admit
@@ -150,7 +150,7 @@ class Members:
             node.resume_at = now + pause if (pause := offers.retry_pause(attempts)) else 0.0
         offers.start_over(node, hello.got)
         out.extend(offers.offer(node, self._box.read, now))
-        self._on_admit(node, out)
+        self._on_admit(node, now, out)
 
     def _checkpoint_for(self, node: Node) -> Deliver | None:
         seq = node.run.checkpoint

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 
+from fedmq.broker import wire
 from fedmq.broker.entries import Accepted, blob_name
 from fedmq.broker.state import Node, Send
 from fedmq.broker.wire import Deliver, Message, decode_message, inline_choice
@@ -47,7 +48,7 @@ def offer(node: Node, read: Callable[[int], Accepted], now: float) -> list[Send]
 def delivery(node: Node, seq: int, at: float, data: bytes, message: Message | None = None) -> Send:
     """Return one delivery, and count it as sent."""
     message = message or decode_message(data)
-    inline = inline_choice(message.blobs)
+    inline = inline_choice(message.blobs, wire.INLINE_BYTES)
     chosen = [message.blobs[index] for index in inline]
     size = len(data) + sum(blob.size for blob in chosen)
     node.flying.append((seq, size))

@@ -43,6 +43,7 @@ from fedmq.broker.state import (
 )
 from fedmq.broker.wire import (
     CHUNK_BYTES,
+    INLINE_BYTES,
     MAX_BUFFERS,
     AnyFrame,
     Beat,
@@ -59,7 +60,8 @@ COPY_BELOW_BYTES = 512 * 1024
 """Smaller parts are copied into zmq. Each part that is not wakes pyzmq's garbage-collector
 thread, which was measured to cost more."""
 _BATCH = 256
-_BATCH_BYTES = 2 << 20
+_BATCH_BYTES = CHUNK_BYTES // 2
+"""A turn ends with the chunk that it has taken: what was said beside it is answered first."""
 _FULL_RETRY_S = 0.25
 _CHUNKS_WAITING = 64
 
@@ -340,15 +342,14 @@ def receive(
         room = MAX_BUFFERS
         for header, count in split_header(part.buffer):
             frame = decode_frame(header)
-            large = isinstance(frame, Chunk)
             buffers: list[Buffer] = []
             while part.more and len(buffers) != count:
                 if not room:
                     raise WireError(f"expected at most {MAX_BUFFERS} buffers")
                 part = socket.recv(copy=False)
                 room -= 1
-                # A small buffer is copied: a view of it would keep its whole frame.
-                buffers.append(part.buffer if large else part.bytes)
+                # A small buffer is copied, which costs less than a view that keeps its frame.
+                buffers.append(part.buffer if len(part) > INLINE_BYTES else part.bytes)
                 nbytes += len(part)
             frames.append((frame, buffers))
     finally:

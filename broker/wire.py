@@ -39,7 +39,9 @@ MAX_DEPTH = 32
 CHUNK_BYTES = 1024 * 1024
 """A blob crosses a link in pieces of this size."""
 INLINE_BYTES = 256 * 1024
-"""Blobs up to this size, all of a message's together, travel beside its header."""
+"""Blobs up to this size, all of a message's together, travel beside its delivery;"""
+POST_BYTES = CHUNK_BYTES
+"""and up to this size beside its post: larger ones are asked for, in chunks as large."""
 MAX_BLOB_BYTES = 1 << 40
 
 Buffer = bytes | memoryview
@@ -377,8 +379,12 @@ def is_deeper(value: dict[str, Any] | list[Any], depth: int) -> bool:
     return False
 
 
-def check_inline(blobs: Sequence[Blob], inline: Sequence[int], buffers: Sequence[Buffer]) -> None:
+def check_inline(
+    blobs: Sequence[Blob], inline: Sequence[int], buffers: Sequence[Buffer], limit: int
+) -> None:
     """Check that the buffers beside a message are the blobs that it says they are.
+
+    ``limit``: bytes that all of them together may have.
 
     Raises:
         WireError: wrong count, index, size or digest.
@@ -387,8 +393,8 @@ def check_inline(blobs: Sequence[Blob], inline: Sequence[int], buffers: Sequence
         return
     if len(inline) != len(buffers):
         raise WireError(f"expected {len(inline)} buffers beside the message, got {len(buffers)}")
-    if sum(memoryview(data).nbytes for data in buffers) > INLINE_BYTES:
-        raise WireError(f"expected at most {INLINE_BYTES} bytes beside a message")
+    if sum(memoryview(data).nbytes for data in buffers) > limit:
+        raise WireError(f"expected at most {limit} bytes beside a message")
     for index, data in zip(inline, buffers, strict=True):
         if index >= len(blobs):
             raise WireError(f"inline blob {index} of a message that has {len(blobs)}")
@@ -396,12 +402,12 @@ def check_inline(blobs: Sequence[Blob], inline: Sequence[int], buffers: Sequence
             raise WireError(f"inline blob {index} is not the bytes that its name says")
 
 
-def inline_choice(blobs: Sequence[Blob]) -> tuple[int, ...]:
-    """Return the indices of the blobs that travel beside their message."""
+def inline_choice(blobs: Sequence[Blob], limit: int) -> tuple[int, ...]:
+    """Return the indices of the blobs that travel beside their message, within a limit."""
     if not blobs:
         return ()
     chosen = []
-    room = INLINE_BYTES
+    room = limit
     for index, blob in enumerate(blobs):
         if blob.size <= room:
             chosen.append(index)

@@ -23,6 +23,7 @@ from fedmq.broker.state import (
     Wake,
 )
 from fedmq.broker.wire import (
+    POST_BYTES,
     Blob,
     Deliver,
     Hello,
@@ -199,7 +200,7 @@ class Bench:
         fields = {"kind": "note", "id": f"{peer.decode()}/{n}", "sender": sender, **fields}
         fields = {"run": "r", "body": {"text": text}, **fields}
         message = Message(to=to, blobs=names, **fields)
-        inline = inline_choice(names) if inline is None else inline
+        inline = inline_choice(names, POST_BYTES) if inline is None else inline
         post = Post(n=n, message=encode_message(message), inline=inline, consumes=consumes)
         return self.say(peer, post, *[blobs[index] for index in inline])
 

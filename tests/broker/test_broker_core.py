@@ -1,13 +1,14 @@
 import msgpack
 import pytest
 
+from fedmq.broker.core import TALK, TALK_WITHIN_S, UPLOAD_CHUNKS_IN_TALK
 from fedmq.broker.entries import BlobName
-from fedmq.broker.fetch import WINDOW_CHUNKS
 from fedmq.broker.receipts import RECEIPT_WITHIN_S
-from fedmq.broker.state import Append, Put, Send
+from fedmq.broker.state import UPLOAD_WINDOW_CHUNKS, Append, Put, Send
 from fedmq.broker.wire import (
     CHUNK_BYTES,
     MAX_HEADER_BYTES,
+    POST_BYTES,
     Chunk,
     Deliver,
     Done,
@@ -59,7 +60,7 @@ def feed(room, peer, *blobs, limit=None):
     answered = 0
     while limit is None or answered < limit:
         wants = [frame for frame, _ in room.sent[peer] if isinstance(frame, Want)]
-        assert len(wants) <= WINDOW_CHUNKS
+        assert len(wants) <= UPLOAD_WINDOW_CHUNKS
         if not wants:
             break
         want = wants[0]
@@ -332,3 +333,42 @@ def test_a_blob_that_was_deleted_while_its_message_waited_is_asked_for_again(roo
     room.blobs.pop(BlobName("r", "w1", digest(model)))  # as retention does
     feed(room, W1, large, model)
     assert room.texts(AGG)[-2:] == ["large", "small"]
+
+
+def wanted(room, peer):
+    """How many chunks a node has been asked for and has not sent."""
+    return sum(isinstance(frame, Want) for frame, _ in room.sent[peer])
+
+
+def test_an_upload_has_a_wide_window_while_nobody_else_talks(room):
+    model = bytes(40 * CHUNK_BYTES)
+    room.post(AGG, "client/3", "task", blobs=[model], inline=[])
+    assert wanted(room, AGG) == UPLOAD_WINDOW_CHUNKS
+    for number in range(3 * TALK):
+        # What its receiver says to the sender waits for nothing but the upload itself.
+        room.post(W1, "aggregator", f"taken {number}")
+    feed(room, AGG, model, limit=1)
+    assert wanted(room, AGG) == UPLOAD_WINDOW_CHUNKS
+
+
+def test_an_upload_makes_room_while_others_talk(room):
+    model = bytes(40 * CHUNK_BYTES)
+    room.post(AGG, "client/3", "task", blobs=[model], inline=[])
+    for number in range(TALK):
+        room.now += TALK_WITHIN_S / (TALK + 1)
+        room.post(W1, "client/9", f"word {number}")
+    feed(room, AGG, model, limit=UPLOAD_WINDOW_CHUNKS)
+    assert wanted(room, AGG) == UPLOAD_CHUNKS_IN_TALK
+    room.now += TALK_WITHIN_S
+    feed(room, AGG, model, limit=1)
+    assert wanted(room, AGG) == UPLOAD_WINDOW_CHUNKS
+
+
+def test_blobs_beside_a_post_are_not_asked_for_and_larger_ones_are(room):
+    room.post(AGG, "client/3", "task", blobs=[bytes(POST_BYTES)])
+    assert not wanted(room, AGG)
+    room.post(AGG, "client/3", "task", blobs=[bytes(POST_BYTES + 1)], inline=[])
+    assert wanted(room, AGG) == 2
+    room.post(W1, "aggregator", "result", blobs=[b"x" * (POST_BYTES + 1)], inline=[0])
+    [(_, reason, _)] = refused(room, W1)
+    assert reason == f"expected at most {POST_BYTES} bytes beside a message"

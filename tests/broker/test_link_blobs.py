@@ -3,7 +3,7 @@ import pytest
 from fedmq.broker.link_state import Came, Fetch, Fetched, Leave, More, Send
 from fedmq.broker.wire import (
     CHUNK_BYTES,
-    INLINE_BYTES,
+    POST_BYTES,
     Blob,
     Chunk,
     Receipt,
@@ -28,7 +28,7 @@ def test_small_blobs_travel_with_the_first_post_that_names_them(link):
 
 
 def test_blobs_are_served_until_their_last_post_is_receipted(link):
-    data = bytes(range(256)) * (INLINE_BYTES // 256 + 1)
+    data = bytes(range(256)) * (POST_BYTES // 256 + 1)
     for number in range(2):
         [sent] = link.handle(outgoing(number, data), 0.0)
         assert (sent.frame.inline, sent.buffers) == ((), [])

@@ -357,8 +357,8 @@ def test_a_digest_is_16_bytes_of_xxh3_whatever_holds_the_data():
 
 def test_inline_buffers_that_are_what_they_claim_pass():
     blobs = [Blob.of(b"one"), Blob.of(b"two"), Blob.of(b"")]
-    check_inline(blobs, [], [])
-    check_inline(blobs, [1, 2], [b"two", memoryview(b"")])
+    check_inline(blobs, [], [], 6)
+    check_inline(blobs, [1, 2], [b"two", memoryview(b"")], 6)
 
 
 @pytest.mark.parametrize(
@@ -369,16 +369,17 @@ def test_inline_buffers_that_are_what_they_claim_pass():
         ([2], [b"one"], "inline blob 2 of a message that has 2"),
         ([0], [b"two"], "inline blob 0 is not the bytes that its name says"),
         ([1], [b"two!"], "inline blob 1 is not the bytes that its name says"),
+        ([0], [bytes(101)], "expected at most 100 bytes beside a message"),
     ],
 )
 def test_inline_buffers_that_are_not_what_they_claim_are_told(inline, buffers, message):
     with pytest.raises(WireError, match=message):
-        check_inline([Blob.of(b"one"), Blob.of(b"two")], inline, buffers)
+        check_inline([Blob.of(b"one"), Blob.of(b"two")], inline, buffers, 100)
 
 
 def test_blobs_travel_inline_while_there_is_room_for_all_of_them():
     def chosen(*sizes):
-        return inline_choice([Blob(bytes(16), size) for size in sizes])
+        return inline_choice([Blob(bytes(16), size) for size in sizes], INLINE_BYTES)
 
     assert chosen() == ()
     assert chosen(0, INLINE_BYTES, 0) == (0, 1, 2)

@@ -28,6 +28,7 @@ from fedmq.broker.wire import (
     CHUNK_BYTES,
     MAX_BUFFERS,
     MAX_DEPTH,
+    POST_BYTES,
     Blob,
     Buffer,
     Message,
@@ -81,7 +82,7 @@ def _inline(data: bytes) -> None:
     frame = decode_frame(header)
     for each in (frame, *structs.asdict(frame).values()):
         if hasattr(each, "message") and hasattr(each, "inline"):
-            check_inline(decode_message(each.message).blobs, each.inline, buffers)
+            check_inline(decode_message(each.message).blobs, each.inline, buffers, POST_BYTES)
 
 
 def _segment(data: bytes) -> None:

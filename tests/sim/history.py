@@ -55,6 +55,7 @@ def pieces_of(inline_bytes, chunk_bytes):
     """Let a model of a few bytes travel as large ones do: apart, in chunks, under credit."""
     with (
         mock.patch.object(wire, "INLINE_BYTES", inline_bytes),
+        mock.patch.object(wire, "POST_BYTES", inline_bytes),
         mock.patch.object(fetch, "CHUNK_BYTES", chunk_bytes),
         mock.patch.object(payload, "CHUNK_BYTES", chunk_bytes),
     ):
