@@ -219,7 +219,7 @@ class Broker:
             out.append(Send(node.peer, Stranger()))
         elif len(node.held) < HELD_FRAMES:
             node.next_n += 1
-            node.read_bytes = frame.read
+            node.read_bytes = min(frame.read, node.pointed_bytes)
             held = Held(frame)
             node.held.append(held)
             if isinstance(frame, Post):

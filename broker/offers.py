@@ -56,11 +56,9 @@ def delivery(node: Node, seq: int, at: float, data: bytes, message: Message | No
     frame = Deliver(seq=seq, at=at, message=data, inline=inline, after=node.sent)
     node.sent = seq + 1
     beside = tuple((blob_name(message, blob), 0, blob.size) for blob in chosen)
-    apart = tuple(
-        (index, blob_name(message, blob))
-        for index, blob in enumerate(message.blobs)
-        if index not in inline
-    )
+    others = [each for each in enumerate(message.blobs) if each[0] not in inline]
+    node.pointed_bytes += sum(blob.size for _, blob in others)
+    apart = tuple((index, blob_name(message, blob)) for index, blob in others)
     return Send(node.peer, frame, beside, apart)
 
 

@@ -215,8 +215,10 @@ class Node:
     resume_at: float = 0.0
     received_bytes: int = 0
     sent_bytes: int = 0
+    pointed_bytes: int = 0
+    """Blobs of this session's deliveries that did not go with them."""
     read_bytes: int = 0
-    """What this session has read from the ledger's files in place of being sent it."""
+    """What of those it has read from the ledger's files, in place of being sent it."""
     sessions: int = 0
 
     @property

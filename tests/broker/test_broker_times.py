@@ -3,6 +3,7 @@ import pytest
 from fedmq.broker.entries import Ended
 from fedmq.broker.state import BrokerSettings, Wake
 from fedmq.broker.wire import (
+    POST_BYTES,
     Beat,
     Bye,
     Deliver,
@@ -151,6 +152,16 @@ def test_an_idle_broker_has_no_deadline(bench):
     assert not bench.core.idle
     bench.join("w1")
     assert bench.core.deadline is None
+
+
+def test_a_node_that_reads_in_place_is_believed_up_to_what_it_was_pointed_at(bench):
+    agg, model = bench.joined("agg", "aggregator"), bytes(POST_BYTES)
+    bench.post(agg, "client/0", "task", blobs=[model])
+    for session, read in (("s1", 1000), ("s2", 1 << 62), ("s3", 0)):
+        w1 = bench.joined("w1", session=session, key="k", clients=((0, 4),))
+        bench.tell(w1, Done(read=read))
+    bench.tell(agg, Over())
+    assert bench.entries[-1].nodes["w1"]["sent_bytes"] == 1000 + len(model)
 
 
 def test_the_end_of_a_run_is_recorded_and_every_node_is_told(bench):
