@@ -48,6 +48,7 @@ from fedmq.nodes.errors import ConfigError
 FIRST: Sequence[Cell] = (*fedavg.CELLS, *caldas.CELLS)
 CELLS: Sequence[Cell] = (
     *FIRST,
+    *caldas.MORE,
     *fedgkt.CELLS,
     *distillation.CELLS,
     *fedrep.CELLS,
