@@ -154,7 +154,7 @@ _PAPER = "FD .75, FD+FAug .86, FL .91, FL+FAug .93 (Table 1, M = 10)"
 
 CELLS: tuple[Cell, ...] = (
     Ordering(
-        "distillation", _PAPER, _BAR, devices=4, model="mlp-elu", lr=0.05, iterations=250,
+        "distillation", _PAPER, _BAR, devices=4, model="mlp-elu", lr=0.05, iterations=100,
         gan_steps=1000,
     ),
     ByLabel(
