@@ -39,6 +39,7 @@ from rich.console import Console
 from fedmq.broker.dealer import NodeLink
 from fedmq.broker.entries import Ended
 from fedmq.broker.errors import LinkClosed
+from fedmq.broker.ledger import Keeping
 from fedmq.broker.link_state import Delivery
 from fedmq.broker.reading import read_entries
 from fedmq.broker.router import BrokerServer
@@ -89,9 +90,10 @@ Program = Callable[..., None]
 # ---- fedmq's side, each in a process of its own
 
 
-def broker(pipe: Connection, folder: str) -> None:
+def broker(pipe: Connection, folder: str, share_files: bool = True) -> None:  # noqa: FBT001, FBT002 - a process's arguments
     """Serve, and say where."""
-    server = BrokerServer("tcp://127.0.0.1:0", Path(folder), BrokerSettings())
+    keeping = Keeping(share_files=share_files)
+    server = BrokerServer("tcp://127.0.0.1:0", Path(folder), BrokerSettings(), keeping)
     say(pipe, [server.endpoint, server.endpoint])
     server.serve()
 
@@ -279,9 +281,11 @@ def stream(kind: str, size: int, seconds: float, few: int | None = None) -> floa
     """Return the messages a second of one stream through a broker, the proxy or TCP."""
     with Crew() as crew:
         patience = WAIT_S + 2 * seconds
-        if kind in ("fedmq", "unrecorded"):
-            server = broker if kind == "fedmq" else unrecorded.broker
-            place, _ = crew.start(server, str(crew.folder / "ledger")).hear()
+        if kind in ("fedmq", "recorded", "unrecorded"):
+            server = unrecorded.broker if kind == "unrecorded" else broker
+            # What is not recorded cannot be read from files: its counterpart sends all, too.
+            apart = (False,) if kind == "recorded" else ()
+            place, _ = crew.start(server, str(crew.folder / "ledger"), *apart).hear()
             crew.start(send_fedmq, place, ["client/0", AGGREGATOR], size, few)
             receiver = crew.start(receive_fedmq, place, "client/0", AGGREGATOR, size, seconds)
         elif kind == "proxy":
@@ -312,7 +316,7 @@ def streams(report: Report, case: str, options: argparse.Namespace) -> None:
 def recording(report: Report, options: argparse.Namespace) -> None:
     """Compare brokers with a ledger and without; repetitions alternate, as in `streams`."""
     for name, (size, repeat, share) in RECORDING.items():
-        rates: dict[str, list[float]] = {"fedmq": [], "unrecorded": []}
+        rates: dict[str, list[float]] = {"recorded": [], "unrecorded": []}
         few = REPEATED if repeat else None
         for _ in range(options.repeats):
             for kind, found in rates.items():

@@ -14,6 +14,7 @@ from unittest import mock
 from relays import say
 
 from fedmq.broker import ledger, payload
+from fedmq.broker.ledger import Keeping
 from fedmq.broker.records import Segment
 from fedmq.broker.router import BrokerServer
 from fedmq.broker.state import BrokerSettings
@@ -37,6 +38,7 @@ def broker(pipe: Connection, folder: str) -> None:
         mock.patch.object(ledger, "_PAYLOAD_SEGMENT_BYTES", _WITHOUT_END),
         mock.patch.object(ledger, "_MESSAGES_SEGMENT_BYTES", _WITHOUT_END),
     ):
-        server = BrokerServer("tcp://127.0.0.1:0", Path(folder), BrokerSettings())
+        keeping = Keeping(share_files=False)
+        server = BrokerServer("tcp://127.0.0.1:0", Path(folder), BrokerSettings(), keeping)
         say(pipe, [server.endpoint, server.endpoint])
         server.serve()
