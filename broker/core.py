@@ -75,7 +75,7 @@ UPLOAD_CHUNKS_IN_TALK = 1
 """From one node, while others talk so much that round trips matter more than throughput:"""
 TALK, TALK_WITHIN_S = 4, 0.2
 """so many messages without blobs in so many seconds, to nodes that upload nothing. (Measured
-on two cores, beside a stream of 100 MB blobs: round trips of small messages 30 to 45 ms at
+on two cores, beside a stream of 100 MB blobs: round trips of small messages 25 to 28 ms at
 the 99th percentile with a window of 8 chunks, 15 to 17 with 2, 11 to 16 with 1.)"""
 
 
