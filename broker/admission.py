@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fedmq.broker.errors import WireError
+from fedmq.broker.headers import is_deeper
 from fedmq.broker.state import (
     AGGREGATOR,
     BROKER,
@@ -15,7 +16,12 @@ from fedmq.broker.state import (
     Run,
     addresses,
 )
-from fedmq.broker.wire import MAX_DEPTH, MAX_MESSAGE_BYTES, Hello, Message, is_deeper
+from fedmq.broker.wire import (
+    MAX_DEPTH,
+    MAX_MESSAGE_BYTES,
+    Hello,
+    Message,
+)
 
 MAX_RANGES = 1000
 MAX_CLIENTS = 1 << 20

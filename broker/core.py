@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections import deque
 from collections.abc import Sequence
 
 from fedmq.broker import offers, wire
@@ -18,10 +17,9 @@ from fedmq.broker.admission import check_message
 from fedmq.broker.entries import (
     BlobName,
     Ended,
-    blob_name,
 )
 from fedmq.broker.errors import VersionError, WireError
-from fedmq.broker.fetch import Owned
+from fedmq.broker.headers import check_inline, decode_message
 from fedmq.broker.members import Members
 from fedmq.broker.postbox import Postbox
 from fedmq.broker.receipts import Receipts
@@ -32,14 +30,12 @@ from fedmq.broker.state import (
     Action,
     Append,
     BrokerSettings,
-    Drop,
     Event,
     Full,
     Gone,
     Held,
     Log,
     Node,
-    Put,
     Received,
     Release,
     Send,
@@ -47,8 +43,8 @@ from fedmq.broker.state import (
     Unreadable,
     Wake,
 )
+from fedmq.broker.uploads import Uploads
 from fedmq.broker.wire import (
-    EMPTY,
     Beat,
     Buffer,
     Bye,
@@ -61,22 +57,12 @@ from fedmq.broker.wire import (
     Reject,
     Stranger,
     Want,
-    check_inline,
-    decode_message,
 )
 
 ENDED_NODES = 400
 """Nodes of a run that its end tells of one by one."""
 HELD_FRAMES = 8192
 """Frames of a node that may wait behind a post whose blobs are on their way."""
-UPLOAD_CHUNKS = 32
-"""Chunks on their way to the broker, from all nodes together; each may send at least one."""
-UPLOAD_CHUNKS_IN_TALK = 1
-"""From one node, while others talk so much that round trips matter more than throughput:"""
-TALK, TALK_WITHIN_S = 4, 0.2
-"""so many messages without blobs in so many seconds, to nodes that upload nothing. (Measured
-on two cores, beside a stream of 100 MB blobs: round trips of small messages 25 to 28 ms at
-the 99th percentile with a window of 8 chunks, 15 to 17 with 2, 11 to 16 with 1.)"""
 
 
 class Broker:
@@ -93,12 +79,9 @@ class Broker:
         self._store = store
         self._box = box or Postbox()
         self._box.store = store
-        self._members = Members(settings, self._box, self._ask)
+        self._uploads = Uploads(store, lambda: self._members.alive())
+        self._members = Members(settings, self._box, self._uploads.ask)
         self._receipts = Receipts()
-        self._talk: deque[float] = deque(maxlen=TALK)
-        """When the last messages without blobs came."""
-        self._completed: tuple[BlobName, int] | None = None
-        """The blob, and its size, whose last piece this event has brought to the ledger."""
         self._full = ""
         self._promised = math.inf
 
@@ -135,7 +118,7 @@ class Broker:
     def handle(self, event: Event, now: float) -> list[Action]:
         """Take one event; return what is to be done, in order."""
         self._box.fresh.clear()
-        self._completed = None
+        self._uploads.begin()
         out: list[Action] = []
         match event:
             case Received():
@@ -196,7 +179,8 @@ class Broker:
                 self._taken(node, frame.taken, now, out)
                 self._numbered(node, frame, event.buffers, now, out)
             case Chunk():
-                self._chunk(node, frame, event.buffers, now, out)
+                if self._uploads.take(node, frame, event.buffers, out):
+                    self._settle(node, now, out)
             case Bye(reason=reason, failed=failed):
                 self._members.leave(node, reason or "said goodbye", now, out, clean=not failed)
             case _:
@@ -243,50 +227,18 @@ class Broker:
         except WireError as error:
             held.refusal = str(error)
             return
-        if not message.blobs and not self._uploads(node.run.host_of(message.to)):
-            self._talk.append(now)
+        self._uploads.heard(node, message, now)
         held.mark = Mark.of(node.run.id, node.name, message.id, post.message)
         if self._box.remembered.look(held.mark) != "new":
             return  # its blobs are not needed
         beside = {
             message.blobs[index]: data for index, data in zip(post.inline, buffers, strict=True)
         }
-        for blob in message.blobs:
-            name = blob_name(message, blob)
-            if not blob.size and blob.digest != EMPTY:
-                held.refusal = f"blob {blob.digest.hex()} is not the digest of nothing"
-                return
-            if self._store.size_of(name) is None and (blob in beside or not blob.size):
-                out.append(Put(name, blob.size, 0, beside.get(blob, b"")))
-            else:
-                held.apart.append(blob)
-        self._lacks(node, held)
-
-    def _lacks(self, node: Node, held: Held) -> bool:
-        """Tell whether blobs of a post are missing, and see to it that they are fetched.
-
-        Asked again when its turn has come: what was there may have been deleted meanwhile.
-        """
-        if held.message is None or held.refusal:
-            return False
-        for blob in held.apart:
-            name = blob_name(held.message, blob)
-            owned = Owned(name.owner, blob.digest)
-            size = self._store.size_of(name)
-            if self._completed is not None and name == self._completed[0]:
-                size = self._completed[1]
-            if size is not None and size != blob.size:
-                held.refusal = f"expected blob {blob.digest.hex()} to have {size} bytes"
-                return False
-            if size is None and owned not in held.missing:
-                held.missing.add(owned)
-                if owned not in node.fetcher:
-                    node.fetcher.add(name.owner, blob, *self._store.resume(name, blob.size))
-        return bool(held.missing)
+        self._uploads.begin_post(node, held, beside, out)
 
     def _settle(self, node: Node, now: float, out: list[Action]) -> None:
         """Take, in order, the held frames whose blobs are here; ask for what is missing."""
-        while node.held and not self._lacks(node, node.held[0]):
+        while node.held and not self._uploads.lacks(node, node.held[0]):
             held = node.held.popleft()
             self._receipts.owe(node, now)
             match held.frame:
@@ -300,7 +252,7 @@ class Broker:
                 case Over(reason=reason):
                     self._over(node, reason, now, out)
                     return
-        self._ask(node, now, out)
+        self._uploads.ask(node, now, out)
 
     def _take_post(self, node: Node, post: Post, held: Held, now: float, out: list[Action]) -> None:
         message, refusal = held.message, held.refusal
@@ -328,54 +280,6 @@ class Broker:
     def _mark_apart(self, node: Node, post: Post) -> Mark:
         """Return the mark of a post that has no id of its own: it is refused, and only once."""
         return Mark.of(node.run.id, node.name, f"{node.hello.session}/{post.n}", post.message)
-
-    # ---- blobs
-
-    def _chunk(
-        self, node: Node, chunk: Chunk, buffers: Sequence[Buffer], now: float, out: list[Action]
-    ) -> None:
-        name = Owned(chunk.owner, chunk.digest)
-        if not buffers and name in node.fetcher:
-            self._blob_failed(node, name, "its sender does not hold the blob that it names")
-        elif buffers:
-            piece = node.fetcher.receive(chunk, buffers[0])
-            if piece is None:
-                return
-            full = BlobName(node.run.id, chunk.owner, chunk.digest)
-            whole = self._store.have(full) == piece.start
-            out.append(Put(full, piece.size, piece.start, piece.data))
-            good = node.fetcher.finished(name)
-            if good and not whole:
-                # Its first pieces were deleted while its node was away: once more, then.
-                for held in node.held:
-                    held.missing.discard(name)
-            elif good is False:
-                out.append(Drop(full, piece.size))
-                self._blob_failed(node, name, "the bytes of a blob do not match its digest")
-            elif good:
-                self._completed = (full, piece.size)
-                for held in node.held:
-                    held.missing.discard(name)
-        self._settle(node, now, out)
-
-    def _blob_failed(self, node: Node, name: Owned, reason: str) -> None:
-        node.fetcher.drop(name)
-        for held in node.held:
-            if name in held.missing:
-                held.missing.discard(name)
-                held.refusal = f"{reason} ({name.digest.hex()})"
-
-    def _uploads(self, node: Node | None) -> bool:
-        return node is not None and len(node.fetcher) > 0
-
-    def _ask(self, node: Node, now: float, out: list[Action]) -> None:
-        """Ask for chunks: the window is shared by all nodes that have some to send."""
-        if len(node.fetcher):
-            busy = sum(1 for each in self._members.alive() if len(each.fetcher))
-            window = max(1, UPLOAD_CHUNKS // max(1, busy))
-            if len(self._talk) == TALK and now - self._talk[0] < TALK_WITHIN_S:
-                window = min(window, UPLOAD_CHUNKS_IN_TALK)
-            out.extend(Send(node.peer, want) for want in node.fetcher.wants(window))
 
     def _want(self, node: Node, want: Want, out: list[Action]) -> None:
         name = BlobName(node.run.id, want.owner, want.digest)

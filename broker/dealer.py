@@ -24,6 +24,7 @@ import zmq
 
 from fedmq.broker import link_state as link
 from fedmq.broker.errors import LinkClosed, Rejected, RunOver, VersionError, WireError
+from fedmq.broker.headers import encode_frame
 from fedmq.broker.link import Link
 from fedmq.broker.link_state import Delivery
 from fedmq.broker.outbox import Outbox
@@ -43,7 +44,6 @@ from fedmq.broker.wire import (
     Message,
     Over,
     Welcome,
-    encode_frame,
 )
 
 _WATCH_S = 0.25

@@ -15,8 +15,9 @@ import msgspec
 from msgspec import Struct
 
 from fedmq.broker.errors import LedgerError, WireError
+from fedmq.broker.headers import decode_message
 from fedmq.broker.records import Record
-from fedmq.broker.wire import Blob, Message, decode_message
+from fedmq.broker.wire import Blob, Message
 
 MESSAGES = "messages"
 PAYLOAD = "payload"

@@ -20,6 +20,12 @@ import numpy as np
 from fedmq.broker import wire
 from fedmq.broker.errors import WireError
 from fedmq.broker.fetch import WINDOW_CHUNKS, Fetcher, Owned
+from fedmq.broker.headers import (
+    check_inline,
+    decode_message,
+    encode_message,
+    inline_choice,
+)
 from fedmq.broker.link_state import (
     Action,
     Admitted,
@@ -60,10 +66,6 @@ from fedmq.broker.wire import (
     Stranger,
     Want,
     Welcome,
-    check_inline,
-    decode_message,
-    encode_message,
-    inline_choice,
 )
 
 HELLO_AGAIN_S = 1.0

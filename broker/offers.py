@@ -13,8 +13,9 @@ from collections.abc import Callable
 
 from fedmq.broker import wire
 from fedmq.broker.entries import Accepted, blob_name
+from fedmq.broker.headers import decode_message, inline_choice
 from fedmq.broker.state import Node, Send
-from fedmq.broker.wire import Deliver, Message, decode_message, inline_choice
+from fedmq.broker.wire import Deliver, Message
 
 WINDOW_MESSAGES = 1024
 WINDOW_BYTES = 4 << 20

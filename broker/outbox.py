@@ -5,7 +5,13 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 
-from fedmq.broker.wire import INLINE_BYTES, MAX_BUFFERS, MAX_HEADER_BYTES, Buffer, join_headers
+from fedmq.broker.headers import join_headers
+from fedmq.broker.wire import (
+    INLINE_BYTES,
+    MAX_BUFFERS,
+    MAX_HEADER_BYTES,
+    Buffer,
+)
 
 _SMALL_BYTES = 16 * 1024
 _JOINED_HEADER_BYTES = MAX_HEADER_BYTES - 1024

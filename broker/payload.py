@@ -21,6 +21,7 @@ from fedmq.broker.entries import (
 )
 from fedmq.broker.errors import LedgerError
 from fedmq.broker.records import scan
+from fedmq.broker.segment_files import SegmentFiles
 from fedmq.broker.wire import CHUNK_BYTES, Buffer, Place
 
 _RECENT_BYTES = 32 << 20
@@ -59,7 +60,7 @@ class PayloadIndex:
         self._idle: OrderedDict[BlobName, None] = OrderedDict()
         self._pins: dict[int, int] = {}
         """Blobs that need a segment, by its number."""
-        self._fds: dict[int, int] = {}
+        self._files = SegmentFiles(folder, _OPEN_FILES)
         self._recent: OrderedDict[tuple[BlobName, int], Buffer] = OrderedDict()
         self._recent_bytes = 0
 
@@ -144,9 +145,7 @@ class PayloadIndex:
             return False
         for name in [n for n in self._idle if number in self._blobs[n].segments()]:
             self._forget(name)
-        fd = self._fds.pop(number, None)
-        if fd is not None:
-            os.close(fd)
+        self._files.close(number)
         segment_path(self._folder, PAYLOAD, number).unlink(missing_ok=True)
         return True
 
@@ -209,7 +208,7 @@ class PayloadIndex:
             segment, offset, piece_start, length = stored.pieces[index]
             skip = start - piece_start
             take = min(size, length - skip)
-            data = os.pread(self._fd(segment), take, offset + skip)
+            data = os.pread(self._files.fd(segment), take, offset + skip)
             if len(data) != take:
                 raise LedgerError("payload is shorter than its index", f"payload {segment}", offset)
             parts.append(data)
@@ -228,13 +227,11 @@ class PayloadIndex:
     def let_go(self, segment: int) -> None:
         """Let a segment's pages leave the page cache: see `disk.let_go`."""
         if segment_path(self._folder, PAYLOAD, segment).exists():
-            disk.let_go(self._fd(segment))
+            disk.let_go(self._files.fd(segment))
 
     def close(self) -> None:
         """Close the files."""
-        for fd in self._fds.values():
-            os.close(fd)
-        self._fds.clear()
+        self._files.close_all()
 
     def _forget(self, name: BlobName) -> None:
         stored = self._blobs.pop(name, None)
@@ -250,14 +247,6 @@ class PayloadIndex:
             stored.pinned = pinned
             for segment in stored.segments():
                 self._pins[segment] = self._pins.get(segment, 0) + (1 if pinned else -1)
-
-    def _fd(self, segment: int) -> int:
-        if segment not in self._fds:
-            if len(self._fds) >= _OPEN_FILES:
-                os.close(self._fds.pop(next(iter(self._fds))))
-            path = segment_path(self._folder, PAYLOAD, segment)
-            self._fds[segment] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        return self._fds[segment]
 
 
 def _start_of(piece: tuple[int, int, int, int]) -> int:

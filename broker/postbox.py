@@ -13,6 +13,7 @@ from typing import Any
 from fedmq.broker import offers
 from fedmq.broker.admission import timer_of
 from fedmq.broker.entries import Accepted, Consumed, Refusal, blob_name
+from fedmq.broker.headers import encode_message
 from fedmq.broker.remembered import Mark, Remembered
 from fedmq.broker.state import (
     BROKER,
@@ -26,7 +27,7 @@ from fedmq.broker.state import (
     Store,
     node_address,
 )
-from fedmq.broker.wire import Message, encode_message
+from fedmq.broker.wire import Message
 
 _CONSUMED_BATCH = 1000
 

@@ -22,6 +22,11 @@ import zmq
 
 from fedmq.broker import shared_files
 from fedmq.broker.errors import BrokerError, LedgerError, WireError
+from fedmq.broker.headers import (
+    decode_frame,
+    encode_frame,
+    split_header,
+)
 from fedmq.broker.ledger import Keeping
 from fedmq.broker.outbox import Outbox
 from fedmq.broker.restore import open_broker
@@ -50,9 +55,6 @@ from fedmq.broker.wire import (
     Buffer,
     Chunk,
     Deliver,
-    decode_frame,
-    encode_frame,
-    split_header,
 )
 
 MAX_FRAME_BYTES = CHUNK_BYTES + 4096
@@ -348,7 +350,7 @@ def receive(
                     raise WireError(f"expected at most {MAX_BUFFERS} buffers")
                 part = socket.recv(copy=False)
                 room -= 1
-                # A small buffer is copied, which costs less than a view that keeps its frame.
+                # A small buffer is copied, so that whoever keeps it does not keep zmq's frame.
                 buffers.append(part.buffer if len(part) > INLINE_BYTES else part.bytes)
                 nbytes += len(part)
             frames.append((frame, buffers))

@@ -18,10 +18,10 @@ import msgspec
 import numpy as np
 import xxhash
 
-from fedmq.broker.entries import PAYLOAD, segment_path
 from fedmq.broker.ledger import LOCK_FILE, Ledger
+from fedmq.broker.segment_files import SegmentFiles
 from fedmq.broker.state import Send
-from fedmq.broker.wire import MAX_PLACES, Blob, Buffer, Deliver, Frame, Place, Welcome
+from fedmq.broker.wire import MAX_PLACES, Blob, Deliver, Frame, Place, Welcome
 
 _OPEN_FILES = 4
 
@@ -48,8 +48,7 @@ class SharedFiles:
     """A node's view of the ledger's files, while its broker's Welcome leads to any."""
 
     def __init__(self) -> None:
-        self._folder: Path | None = None
-        self._fds: dict[int, int] = {}
+        self._files: SegmentFiles | None = None
 
     def look(self, welcome: Welcome) -> None:
         """Find out whether the folder that the broker names is the one that is seen here."""
@@ -61,7 +60,7 @@ class SharedFiles:
             except (OSError, ValueError):
                 return
             if found == welcome.proof:
-                self._folder = folder
+                self._files = SegmentFiles(folder, _OPEN_FILES)
 
     def pieces(
         self, blob: Blob, places: Sequence[Place], into: memoryview | None = None
@@ -89,36 +88,21 @@ class SharedFiles:
                 return
             yield piece
 
-    def read(self, blob: Blob, places: Sequence[Place]) -> Buffer | None:
-        """Return a blob's bytes; None if they cannot be had here."""
-        data = np.empty(blob.size, np.uint8).data
-        found = sum(len(piece) for piece in self.pieces(blob, places, data))
-        return data if found == blob.size else None
-
     def close(self) -> None:
         """Close the files, and read no more of them."""
-        self._folder = None
-        for fd in self._fds.values():
-            os.close(fd)
-        self._fds.clear()
+        if self._files is not None:
+            self._files.close_all()
+        self._files = None
 
     def _fill(self, place: Place, piece: memoryview) -> bool:
         """Read a piece from its place; without success, do not look at the files again."""
+        if self._files is None:
+            return False
         segment, offset, size = place
         try:
-            if os.preadv(self._fd(segment), [piece], offset) == size:
+            if os.preadv(self._files.fd(segment), [piece], offset) == size:
                 return True
         except OSError:
             pass
         self.close()
         return False
-
-    def _fd(self, segment: int) -> int:
-        if self._folder is None:
-            raise FileNotFoundError
-        if segment not in self._fds:
-            if len(self._fds) >= _OPEN_FILES:
-                os.close(self._fds.pop(next(iter(self._fds))))
-            path = segment_path(self._folder, PAYLOAD, segment)
-            self._fds[segment] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        return self._fds[segment]

@@ -20,6 +20,11 @@ from pathlib import Path
 from fedmq.broker import link_state as link
 from fedmq.broker import shared_files, state
 from fedmq.broker.entries import MESSAGES, PAYLOAD, segment_numbers, segment_path
+from fedmq.broker.headers import (
+    decode_frame,
+    decode_message,
+    encode_frame,
+)
 from fedmq.broker.ledger import Ledger
 from fedmq.broker.link import Link
 from fedmq.broker.link_state import Delivery
@@ -35,9 +40,6 @@ from fedmq.broker.wire import (
     Over,
     Post,
     Welcome,
-    decode_frame,
-    decode_message,
-    encode_frame,
 )
 
 

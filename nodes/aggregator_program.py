@@ -14,9 +14,10 @@ import torch
 
 from fedmq.broker.dealer import NodeLink
 from fedmq.broker.errors import RunOver
+from fedmq.broker.headers import decode_message
 from fedmq.broker.link_state import Delivery
 from fedmq.broker.state import AGGREGATOR
-from fedmq.broker.wire import Hello, decode_message
+from fedmq.broker.wire import Hello
 from fedmq.nodes.aggregator import Action, Aggregator, Start
 from fedmq.nodes.config import Config
 from fedmq.nodes.inbox import Commit, Done, Finish, Inbound, Post, Settle

@@ -18,7 +18,12 @@ import xxhash
 from msgspec import Struct
 
 from fedmq.algorithms.base import Payload
-from fedmq.broker.wire import Blob, Buffer, Message, decode_message, encode_message
+from fedmq.broker.headers import decode_message, encode_message
+from fedmq.broker.wire import (
+    Blob,
+    Buffer,
+    Message,
+)
 from fedmq.codecs.errors import CodecError
 from fedmq.nodes.errors import NodeError
 from fedmq.nodes.payload import RAW, Packed, pack, unpack

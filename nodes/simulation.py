@@ -15,10 +15,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
+from fedmq.broker.headers import decode_message
 from fedmq.broker.link_state import Delivery
 from fedmq.broker.state import AGGREGATOR, EVALUATOR, WORKER, BrokerSettings
 from fedmq.broker.virtual import BrokerHost, Faults, LinkHost, VirtualNetwork
-from fedmq.broker.wire import Buffer, Done, Hello, Over, decode_message
+from fedmq.broker.wire import (
+    Buffer,
+    Done,
+    Hello,
+    Over,
+)
 from fedmq.nodes.aggregator import Action as AggregatorAction
 from fedmq.nodes.aggregator import Aggregator, Start
 from fedmq.nodes.inbox import Commit, Finish, Inbound, Post, Settle
@@ -213,8 +219,10 @@ class NodeHost(ABC):
                 if data is None:
                     raise AssertionError(f"a blob of {delivery.message.id} is not to be had")
                 self._blobs[name] = data
-            elif (data := self.link.files.read(blob, delivery.places.get(index, ()))) is not None:
-                self._blobs[name] = data
+            elif name not in self._blobs and blob.size == len(
+                here := b"".join(self.link.files.pieces(blob, delivery.places.get(index, ())))
+            ):
+                self._blobs[name] = here
             elif name not in self._blobs:
                 self.link.fetch(owner, blob)
                 return name in self.link.fetched and self.has_blobs(delivery)

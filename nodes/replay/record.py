@@ -15,9 +15,10 @@ from typing import Any
 import msgspec
 
 from fedmq.broker.entries import Accepted, AnyEntry, Ended, Refusal
+from fedmq.broker.headers import encode_message
 from fedmq.broker.state import AGGREGATOR, BROKER, CHECKPOINT
 from fedmq.broker.trace import Trace
-from fedmq.broker.wire import Message, encode_message
+from fedmq.broker.wire import Message
 from fedmq.nodes.aggregator import Action
 from fedmq.nodes.errors import NodeError
 from fedmq.nodes.inbox import Commit, Done, Finish, Post

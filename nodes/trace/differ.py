@@ -12,8 +12,9 @@ import msgspec
 from torch import Tensor
 
 from fedmq.broker.errors import LedgerError
+from fedmq.broker.headers import is_deeper
 from fedmq.broker.state import BROKER
-from fedmq.broker.wire import MAX_DEPTH, Message, is_deeper
+from fedmq.broker.wire import MAX_DEPTH, Message
 from fedmq.codecs.errors import CodecError
 from fedmq.nodes.trace.groups import Group, Read, groups_of
 from fedmq.nodes.trace.text import literal, plain

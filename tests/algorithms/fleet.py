@@ -1,6 +1,7 @@
 """A whole run in memory: the Aggregator and Worker cores, and nothing between them."""
 
-from fedmq.broker.wire import Blob, Message, decode_message, encode_message
+from fedmq.broker.headers import decode_message, encode_message
+from fedmq.broker.wire import Blob, Message
 from fedmq.nodes.aggregator import Aggregator, Start
 from fedmq.nodes.config import build
 from fedmq.nodes.inbox import Commit, Done, Finish, Inbound, Post, Settle

@@ -7,7 +7,8 @@ import msgspec
 import numpy as np
 import pytest
 
-from fedmq.broker.wire import Blob, encode_message
+from fedmq.broker.headers import encode_message
+from fedmq.broker.wire import Blob
 from fedmq.nodes.aggregator import Aggregator, Start
 from fedmq.nodes.checkpoint import Fold
 from fedmq.nodes.digests import model_digest

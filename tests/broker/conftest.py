@@ -8,6 +8,13 @@ import xxhash
 
 from fedmq.broker.core import Broker
 from fedmq.broker.entries import Accepted, Consumed, Refusal
+from fedmq.broker.headers import (
+    decode_frame,
+    decode_message,
+    encode_frame,
+    encode_message,
+    inline_choice,
+)
 from fedmq.broker.postbox import Postbox
 from fedmq.broker.restore import Restorer
 from fedmq.broker.state import (
@@ -31,11 +38,6 @@ from fedmq.broker.wire import (
     Numbered,
     Post,
     Welcome,
-    decode_frame,
-    decode_message,
-    encode_frame,
-    encode_message,
-    inline_choice,
 )
 
 

@@ -1,8 +1,15 @@
 """What the tests of the Link core have in common."""
 
+from fedmq.broker.headers import encode_message
 from fedmq.broker.link import Link
 from fedmq.broker.link_state import Outgoing, Received, Send, Wake
-from fedmq.broker.wire import Blob, Deliver, Hello, Message, Welcome, encode_message
+from fedmq.broker.wire import (
+    Blob,
+    Deliver,
+    Hello,
+    Message,
+    Welcome,
+)
 
 HELLO = Hello(node="w1", role="worker", session="s1", clients=((0, 4),))
 WELCOME = Welcome(run="r", beat_s=1.0, lease_s=10.0)

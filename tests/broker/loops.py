@@ -8,9 +8,14 @@ import zmq
 
 from fedmq.broker.dealer import NodeLink
 from fedmq.broker.entries import Accepted
+from fedmq.broker.headers import decode_frame, split_header
 from fedmq.broker.reading import read_entries
 from fedmq.broker.router import BrokerServer
-from fedmq.broker.wire import Blob, Hello, Message, decode_frame, split_header
+from fedmq.broker.wire import (
+    Blob,
+    Hello,
+    Message,
+)
 
 ANY = "tcp://127.0.0.1:0"
 AGGREGATOR = Hello(

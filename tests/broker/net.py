@@ -6,6 +6,7 @@ from collections import defaultdict, deque
 import msgspec
 
 from fedmq.broker import link_state as node
+from fedmq.broker.headers import decode_frame, encode_frame
 from fedmq.broker.link import Link
 from fedmq.broker.restore import open_broker
 from fedmq.broker.state import (
@@ -19,7 +20,12 @@ from fedmq.broker.state import (
     Send,
     Wake,
 )
-from fedmq.broker.wire import Blob, Chunk, Hello, Message, decode_frame, encode_frame
+from fedmq.broker.wire import (
+    Blob,
+    Chunk,
+    Hello,
+    Message,
+)
 
 SETTINGS = BrokerSettings(lease_s=10.0, beat_s=1.0)
 TICK_S = 0.01

@@ -1,8 +1,13 @@
 """A ledger with an entry of each kind, and what it takes to write one."""
 
 from fedmq.broker.entries import Accepted, BlobName, Consumed, Ended, Opened, Refusal
+from fedmq.broker.headers import encode_message
 from fedmq.broker.ledger import Ledger
-from fedmq.broker.wire import CHUNK_BYTES, Message, digest, encode_message
+from fedmq.broker.wire import (
+    CHUNK_BYTES,
+    Message,
+    digest,
+)
 
 
 def accepted(seq, text="hello", consumes=()):

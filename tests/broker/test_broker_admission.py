@@ -4,6 +4,7 @@ import msgpack
 import pytest
 
 from fedmq.broker.errors import VersionError, WireError
+from fedmq.broker.headers import decode_frame, decode_message
 from fedmq.broker.state import Unreadable
 from fedmq.broker.wire import (
     MAX_HEADER_BYTES,
@@ -18,8 +19,6 @@ from fedmq.broker.wire import (
     Stranger,
     Wait,
     Welcome,
-    decode_frame,
-    decode_message,
 )
 
 

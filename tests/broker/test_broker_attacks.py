@@ -3,6 +3,7 @@
 import pytest
 
 from fedmq.broker.entries import Accepted, BlobName, Ended, Opened
+from fedmq.broker.headers import encode_message
 from fedmq.broker.ledger import Ledger
 from fedmq.broker.reading import read_entries
 from fedmq.broker.restore import open_broker
@@ -19,7 +20,6 @@ from fedmq.broker.wire import (
     Want,
     Welcome,
     digest,
-    encode_message,
 )
 
 AGG, W1 = b"agg:s1", b"w1:s1"

@@ -1,10 +1,11 @@
 import msgpack
 import pytest
 
-from fedmq.broker.core import TALK, TALK_WITHIN_S, UPLOAD_CHUNKS_IN_TALK
 from fedmq.broker.entries import BlobName
+from fedmq.broker.headers import decode_frame
 from fedmq.broker.receipts import RECEIPT_WITHIN_S
 from fedmq.broker.state import UPLOAD_WINDOW_CHUNKS, Append, Put, Send
+from fedmq.broker.uploads import TALK, TALK_WITHIN_S, UPLOAD_CHUNKS_IN_TALK
 from fedmq.broker.wire import (
     CHUNK_BYTES,
     MAX_HEADER_BYTES,
@@ -16,7 +17,6 @@ from fedmq.broker.wire import (
     Receipt,
     Stranger,
     Want,
-    decode_frame,
     digest,
 )
 

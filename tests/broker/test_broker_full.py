@@ -2,6 +2,7 @@
 
 import pytest
 
+from fedmq.broker.headers import encode_message
 from fedmq.broker.state import Append, Full, Put
 from fedmq.broker.wire import (
     CHUNK_BYTES,
@@ -16,7 +17,6 @@ from fedmq.broker.wire import (
     Want,
     Welcome,
     digest,
-    encode_message,
 )
 from fedmq.broker.wire import Full as FullFrame
 

@@ -4,9 +4,14 @@ import itertools
 
 import pytest
 
+from fedmq.broker.headers import decode_message
 from fedmq.broker.members import PATIENCE_LEASES
 from fedmq.broker.state import Gone, Probe, Wake
-from fedmq.broker.wire import Beat, Deliver, Stranger, decode_message
+from fedmq.broker.wire import (
+    Beat,
+    Deliver,
+    Stranger,
+)
 
 AGG, W1 = b"agg:s1", b"w1:s1"
 LEASE_S, BEAT_S = 10.0, 1.0

@@ -3,7 +3,14 @@
 import pytest
 
 from fedmq.broker.admission import MAX_TIMER_S
-from fedmq.broker.wire import Deliver, Done, Over, Welcome, decode_message, digest
+from fedmq.broker.headers import decode_message
+from fedmq.broker.wire import (
+    Deliver,
+    Done,
+    Over,
+    Welcome,
+    digest,
+)
 
 AGG, W1 = b"agg:s1", b"w1:s1"
 

@@ -1,6 +1,7 @@
 import pytest
 
 from fedmq.broker.entries import Ended
+from fedmq.broker.headers import decode_message
 from fedmq.broker.state import BrokerSettings, Wake
 from fedmq.broker.wire import (
     POST_BYTES,
@@ -14,7 +15,6 @@ from fedmq.broker.wire import (
     Reject,
     Stranger,
     Welcome,
-    decode_message,
 )
 
 LEASE_S = BrokerSettings().lease_s

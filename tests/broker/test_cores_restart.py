@@ -7,9 +7,14 @@ import pytest
 
 from fedmq.broker import link_state as node
 from fedmq.broker.entries import Accepted
+from fedmq.broker.headers import decode_message
 from fedmq.broker.reading import read_entries
 from fedmq.broker.state import Full
-from fedmq.broker.wire import CHUNK_BYTES, Done, Over, decode_message
+from fedmq.broker.wire import (
+    CHUNK_BYTES,
+    Done,
+    Over,
+)
 from tests.broker.net import lose_the_answers, model, network, notes
 
 TIMER = {"token": "t", "after_s": 1.0}

@@ -2,6 +2,11 @@ import msgspec
 import pytest
 
 from fedmq.broker.errors import WireError
+from fedmq.broker.headers import (
+    decode_frame,
+    encode_frame,
+    encode_message,
+)
 from fedmq.broker.link import DONE_WITHIN_S, HELLO_AGAIN_S, Link
 from fedmq.broker.link_state import Admitted, Deliveries, Ended, Received, Say, Wake
 from fedmq.broker.wire import (
@@ -16,9 +21,6 @@ from fedmq.broker.wire import (
     Reject,
     Stranger,
     Wait,
-    decode_frame,
-    encode_frame,
-    encode_message,
 )
 from tests.broker.links import HELLO, WELCOME, deliver, frames, heard, outgoing, welcomed
 

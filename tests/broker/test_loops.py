@@ -10,6 +10,7 @@ import pytest
 
 from fedmq.broker.dealer import NodeLink
 from fedmq.broker.errors import BrokerError, LinkClosed, Rejected
+from fedmq.broker.headers import encode_frame
 from fedmq.broker.reading import read_entries
 from fedmq.broker.router import BrokerServer
 from fedmq.broker.state import BrokerSettings
@@ -23,7 +24,6 @@ from fedmq.broker.wire import (
     Want,
     Welcome,
     digest,
-    encode_frame,
 )
 from tests.broker.loops import (
     AGGREGATOR,

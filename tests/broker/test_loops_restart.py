@@ -11,6 +11,7 @@ from msgspec.structs import replace
 import fedmq.broker.ledger as ledger_module
 from fedmq.broker.dealer import NodeLink
 from fedmq.broker.errors import Rejected
+from fedmq.broker.headers import encode_frame, encode_message
 from fedmq.broker.ledger import Keeping
 from fedmq.broker.reading import read_entries
 from fedmq.broker.router import BrokerServer
@@ -24,8 +25,6 @@ from fedmq.broker.wire import (
     Want,
     Welcome,
     digest,
-    encode_frame,
-    encode_message,
 )
 from tests.broker.loops import (
     AGGREGATOR,

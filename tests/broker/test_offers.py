@@ -3,8 +3,16 @@
 import pytest
 
 from fedmq.broker import offers
+from fedmq.broker.headers import encode_message
 from fedmq.broker.offers import WINDOW_BYTES, WINDOW_MESSAGES
-from fedmq.broker.wire import INLINE_BYTES, Beat, Bye, Deliver, Done, Post, encode_message
+from fedmq.broker.wire import (
+    INLINE_BYTES,
+    Beat,
+    Bye,
+    Deliver,
+    Done,
+    Post,
+)
 
 AGG, W1 = b"agg:s1", b"w1:s1"
 

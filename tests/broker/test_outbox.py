@@ -5,6 +5,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedmq.broker.errors import WireError
+from fedmq.broker.headers import (
+    encode_frame,
+    join_headers,
+    split_header,
+)
 from fedmq.broker.outbox import Outbox
 from fedmq.broker.wire import (
     INLINE_BYTES,
@@ -12,9 +17,6 @@ from fedmq.broker.wire import (
     MAX_HEADER_BYTES,
     Beat,
     Bye,
-    encode_frame,
-    join_headers,
-    split_header,
 )
 
 

@@ -6,12 +6,19 @@ import fedmq.broker.ledger as ledger_module
 import fedmq.broker.payload as payload_module
 from fedmq.broker.entries import PAYLOAD, Consumed, Ended, segment_numbers
 from fedmq.broker.errors import LedgerError
+from fedmq.broker.headers import encode_message
 from fedmq.broker.ledger import Ledger
 from fedmq.broker.payload import PayloadIndex, open_payload
 from fedmq.broker.reading import read_entries
 from fedmq.broker.restore import open_broker
 from fedmq.broker.state import Append, BrokerSettings, Put, Received, Wake
-from fedmq.broker.wire import Blob, Hello, Message, Over, Post, encode_message
+from fedmq.broker.wire import (
+    Blob,
+    Hello,
+    Message,
+    Over,
+    Post,
+)
 from tests.broker.small_ledger import accepted, name_of, put
 
 SIZE = 300

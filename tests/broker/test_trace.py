@@ -16,10 +16,11 @@ from fedmq.broker.entries import (
     segment_path,
 )
 from fedmq.broker.errors import LedgerError
+from fedmq.broker.headers import encode_message
 from fedmq.broker.ledger import Ledger
 from fedmq.broker.records import MAGIC, scan
 from fedmq.broker.trace import Trace
-from fedmq.broker.wire import Blob, Message, encode_message
+from fedmq.broker.wire import Blob, Message
 from tests.broker.small_ledger import name_of, put
 
 SIZE = 300

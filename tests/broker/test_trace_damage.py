@@ -23,13 +23,14 @@ from fedmq.broker.entries import (
     decode_piece,
 )
 from fedmq.broker.errors import LedgerError
+from fedmq.broker.headers import encode_message
 from fedmq.broker.ledger import Ledger
 from fedmq.broker.reading import read_entries
 from fedmq.broker.records import MAGIC, scan
 from fedmq.broker.state import CHECKPOINT, BrokerSettings
 from fedmq.broker.trace import Trace
 from fedmq.broker.virtual import Faults
-from fedmq.broker.wire import Blob, Message, encode_message
+from fedmq.broker.wire import Blob, Message
 from fedmq.nodes.simulation import RUN, Chances, Simulation
 from tests.broker.small_ledger import name_of, put
 from tests.sim.history import pieces_of, setup_of

@@ -10,6 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedmq.broker.errors import VersionError, WireError
+from fedmq.broker.headers import (
+    check_inline,
+    decode_frame,
+    decode_message,
+    encode_frame,
+    encode_message,
+    inline_choice,
+)
 from fedmq.broker.wire import (
     CHUNK_BYTES,
     INLINE_BYTES,
@@ -36,13 +44,7 @@ from fedmq.broker.wire import (
     Wait,
     Want,
     Welcome,
-    check_inline,
-    decode_frame,
-    decode_message,
     digest,
-    encode_frame,
-    encode_message,
-    inline_choice,
 )
 
 GOLDEN = Path(__file__).parents[1] / "golden"

@@ -15,12 +15,13 @@ import numpy as np
 import torch
 
 from fedmq.broker.entries import Accepted, AnyEntry, BlobName, Consumed, Ended, Opened, Refusal
+from fedmq.broker.headers import encode_message
 from fedmq.broker.payload import PayloadIndex, open_payload
 from fedmq.broker.postbox import Postbox
 from fedmq.broker.reading import Follower, read_entries
 from fedmq.broker.restore import Restorer
 from fedmq.broker.trace import Trace
-from fedmq.broker.wire import Message, encode_message
+from fedmq.broker.wire import Message
 from fedmq.nodes.aggregator import Aggregator, Start
 from fedmq.nodes.config import parse
 from fedmq.nodes.digests import model_digest

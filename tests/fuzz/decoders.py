@@ -20,6 +20,12 @@ from fedmq.algorithms.errors import AlgorithmError
 from fedmq.algorithms.model import Layout
 from fedmq.broker.entries import MESSAGES, PAYLOAD, Accepted, AnyEntry, blob_name, segment_path
 from fedmq.broker.errors import BrokerError, WireError
+from fedmq.broker.headers import (
+    check_inline,
+    decode_frame,
+    decode_message,
+    is_deeper,
+)
 from fedmq.broker.ledger import Ledger
 from fedmq.broker.payload import PayloadIndex, open_payload
 from fedmq.broker.reading import read_entries
@@ -32,10 +38,6 @@ from fedmq.broker.wire import (
     Blob,
     Buffer,
     Message,
-    check_inline,
-    decode_frame,
-    decode_message,
-    is_deeper,
 )
 from fedmq.codecs.base import Encoded
 from fedmq.codecs.errors import CodecError

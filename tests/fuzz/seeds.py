@@ -17,9 +17,18 @@ from msgspec import inspect, structs
 
 from fedmq.algorithms.base import Payload
 from fedmq.broker.entries import MESSAGES, PAYLOAD, Accepted, AnyEntry, blob_name, segment_path
+from fedmq.broker.headers import (
+    decode_message,
+    encode_frame,
+    encode_message,
+)
 from fedmq.broker.ledger import Ledger
 from fedmq.broker.records import MAGIC, scan
-from fedmq.broker.wire import AnyFrame, Blob, Message, decode_message, encode_frame, encode_message
+from fedmq.broker.wire import (
+    AnyFrame,
+    Blob,
+    Message,
+)
 from fedmq.codecs.base import Encoded
 from fedmq.codecs.registry import codecs, make_codec
 from fedmq.nodes.config import load

@@ -7,9 +7,10 @@ from click.testing import CliRunner
 from msgspec.structs import replace
 
 from fedmq.broker.entries import Accepted, BlobName, Consumed
+from fedmq.broker.headers import encode_message
 from fedmq.broker.ledger import Ledger
 from fedmq.broker.trace import Trace
-from fedmq.broker.wire import Blob, encode_message
+from fedmq.broker.wire import Blob
 from fedmq.nodes.cli import main
 from fedmq.nodes.payload import unpack
 from tests.golden.make_traces import TRACES

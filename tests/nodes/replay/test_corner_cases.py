@@ -5,8 +5,9 @@ import torch
 from msgspec.structs import replace
 
 from fedmq.broker.entries import Accepted, Ended, Opened
+from fedmq.broker.headers import encode_message
 from fedmq.broker.trace import Trace
-from fedmq.broker.wire import Blob, encode_message
+from fedmq.broker.wire import Blob
 from fedmq.nodes.digests import digest_of
 from fedmq.nodes.replay.fold import Replay
 from tests.nodes.replay import material

@@ -6,8 +6,8 @@ import pytest
 from msgspec.structs import replace
 
 from fedmq.broker.entries import Accepted, Ended, Refusal
+from fedmq.broker.headers import encode_message
 from fedmq.broker.trace import Trace
-from fedmq.broker.wire import encode_message
 from tests.nodes.replay import material
 from tests.nodes.replay.material import (
     BUFFERED,

@@ -12,9 +12,14 @@ from fedmq.broker.entries import (
     Opened,
     Refusal,
 )
+from fedmq.broker.headers import encode_message
 from fedmq.broker.ledger import Ledger
 from fedmq.broker.trace import Trace
-from fedmq.broker.wire import Blob, Message, digest, encode_message
+from fedmq.broker.wire import (
+    Blob,
+    Message,
+    digest,
+)
 from fedmq.codecs.registry import make_codec
 from fedmq.nodes.payload import Codecs, pack
 
