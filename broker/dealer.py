@@ -1,20 +1,13 @@
 """The DEALER loop: drives a Link core with a real socket and clock.
 
-One of the two files that move bytes over zmq. The loop has two homes. While the node
-waits for a message, its main thread runs the loop itself, so that a message is handled
-where it arrives. While the node computes, a thread of the link runs it: beats, receipts
-and blobs go on while torch trains, because torch lets go of the GIL. Whoever holds the
-*baton*, a lock, runs the loop. (With a loop that always lives on its own thread, each
-message costs two thread switches more: about 20 a round of four clients were counted at the
-aggregator, and two with the baton.)
+One of the two files that move bytes over zmq. The loop has two homes, the node's main
+thread and one of the link's own: whoever holds the baton runs it (`fedmq.broker.baton`).
 """
 
 from __future__ import annotations
 
 import contextlib
-import os
 import threading
-import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -23,18 +16,14 @@ import structlog
 import zmq
 
 from fedmq.broker import link_state as link
+from fedmq.broker.baton import Baton
+from fedmq.broker.clock import Clock, milliseconds_until
 from fedmq.broker.errors import LinkClosed, Rejected, RunOver, VersionError, WireError
 from fedmq.broker.headers import encode_frame
 from fedmq.broker.link import Link
 from fedmq.broker.link_state import Delivery
 from fedmq.broker.outbox import Outbox
-from fedmq.broker.router import (
-    COPY_BELOW_BYTES,
-    MAX_FRAME_BYTES,
-    Clock,
-    milliseconds_until,
-    receive,
-)
+from fedmq.broker.router import COPY_BELOW_BYTES, MAX_FRAME_BYTES, receive
 from fedmq.broker.shared_files import SharedFiles
 from fedmq.broker.wire import (
     Buffer,
@@ -46,11 +35,7 @@ from fedmq.broker.wire import (
     Welcome,
 )
 
-_WATCH_S = 0.25
-"""The thread takes over by itself when the main thread has been away for this long."""
 _MAX_UNRECEIPTED = 4096
-_SHORT_S = 0.005
-"""After an absence shorter than this, the next one is not worth waking the thread for."""
 
 
 class NodeLink:
@@ -81,15 +66,7 @@ class NodeLink:
         self._ended: link.Ended | None = None
         self._stopping = False
         self._log = structlog.get_logger().bind(node=hello.node)
-
-        self._baton = threading.Lock()
-        self._main_holds = False
-        self._main_wants = False
-        self._away = threading.Event()
-        self._last_away_s = 1.0
-        self._wake_reader, self._wake_writer = os.pipe()
-        os.set_blocking(self._wake_reader, False)
-        os.set_blocking(self._wake_writer, False)
+        self._baton = Baton(self._over)
 
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._socket = self._context.socket(zmq.DEALER)
@@ -103,21 +80,24 @@ class NodeLink:
             self._socket.connect(endpoint)
         except zmq.ZMQError as error:
             self._context.destroy(linger=0)
+            self._baton.close()
             raise LinkClosed(f"cannot connect to {endpoint}: {str(error).lower()}") from None
         self._incoming, self._both_ways = zmq.Poller(), zmq.Poller()
         for poller, events in (
             (self._incoming, zmq.POLLIN),
             (self._both_ways, zmq.POLLIN | zmq.POLLOUT),
         ):
-            poller.register(self._wake_reader, zmq.POLLIN)
+            poller.register(self._baton.bell, zmq.POLLIN)
             poller.register(self._socket, events)
-        self._thread = threading.Thread(target=self._stand_in, name="link", daemon=True)
+        self._thread = threading.Thread(
+            target=self._baton.stand_in, args=(self._stand_in,), name="link", daemon=True
+        )
         self._thread.start()
 
     def wait_admitted(self, timeout_s: float) -> bool:
         """Wait for an answer to Hello; tell whether it came in time."""
         deadline = self._clock() + timeout_s
-        with self._holding():
+        with self._baton.holding():
             while self._welcome is None and self._ended is None and self._clock() < deadline:
                 self._turn(deadline)
             return self._welcome is not None or self._ended is not None
@@ -129,7 +109,7 @@ class NodeLink:
             Rejected: it does not; the message is its reason.
             LinkClosed: the link was stopped.
         """
-        with self._holding():
+        with self._baton.holding():
             while self._welcome is None:
                 self._turn_or_raise()
             return self._welcome
@@ -141,7 +121,7 @@ class NodeLink:
             LinkClosed: the run is over, or the link was stopped.
             Rejected: the broker does not admit this node any more.
         """
-        with self._holding():
+        with self._baton.holding():
             while not self._inbox:
                 self._turn_or_raise()
             delivery = self._inbox.popleft()
@@ -158,7 +138,7 @@ class NodeLink:
         Raises:
             LinkClosed: the link ended meanwhile.
         """
-        with self._holding():
+        with self._baton.holding():
             self._tell(link.Outgoing(message, data, consumes))
             if self._core.unreceipted > _MAX_UNRECEIPTED:
                 self.flush(_MAX_UNRECEIPTED // 2)
@@ -170,7 +150,7 @@ class NodeLink:
         """
         self._handed_in.append(message)
         if not self._over():
-            self._signal()
+            self._baton.ring()
 
     def flush(self, limit: int = 0) -> None:
         """Wait until at most ``limit`` of all that was said have no receipt.
@@ -178,7 +158,7 @@ class NodeLink:
         Raises:
             LinkClosed: the link ended meanwhile.
         """
-        with self._holding():
+        with self._baton.holding():
             while self._core.unreceipted > limit:
                 self._turn_or_raise()
 
@@ -196,9 +176,13 @@ class NodeLink:
         if self._last_fetched and self._last_fetched[:2] == (owner, blob.digest):
             return self._last_fetched[2]
         self._last_fetched = None
-        data = self._whole_in_place(delivery, index)
+        data: Buffer | None = None
+        if index in delivery.places:
+            whole = np.empty(blob.size, np.uint8).data
+            found = sum(map(len, self._in_place(delivery, index, whole)))
+            data = whole if found == blob.size else None
         if data is None:
-            with self._holding():
+            with self._baton.holding():
                 self._tell(link.Fetch(owner, blob))
                 while (owner, blob.digest) not in self._fetched:
                     self._turn_or_raise()
@@ -232,7 +216,7 @@ class NodeLink:
         self._tell(link.Fetch(owner, blob, in_pieces=True))
         try:
             while name not in self._fetched or self._came:
-                with self._holding():
+                with self._baton.holding():
                     while not self._came and name not in self._fetched:
                         self._turn_or_raise()
                 if self._came:
@@ -249,14 +233,6 @@ class NodeLink:
             self._came.clear()
             self._fetched.pop(name, None)
 
-    def _whole_in_place(self, delivery: Delivery, index: int) -> Buffer | None:
-        size = delivery.message.blobs[index].size
-        if index not in delivery.places:
-            return None
-        data = np.empty(size, np.uint8).data
-        found = sum(len(piece) for piece in self._in_place(delivery, index, data))
-        return data if found == size else None
-
     def _in_place(
         self, delivery: Delivery, index: int, into: memoryview | None = None
     ) -> Iterator[memoryview]:
@@ -264,7 +240,7 @@ class NodeLink:
         places = delivery.places.get(index, ())
         pieces = self._files.pieces(delivery.message.blobs[index], places, into)
         while True:
-            with self._holding():  # not while the link's thread hears of another ledger
+            with self._baton.holding():  # not while the link's thread hears of another ledger
                 piece = next(pieces, None)
                 if piece is None:
                     return
@@ -287,16 +263,9 @@ class NodeLink:
         """End the run; `get` raises LinkClosed once the broker has recorded it."""
         self._tell(link.Say(Over(reason=reason)))
 
-    @contextlib.contextmanager
-    def away(self) -> Iterator[None]:
+    def away(self) -> contextlib.AbstractContextManager[None]:
         """Do something that may take long; the link's thread takes over meanwhile."""
-        began = time.monotonic()
-        if self._last_away_s >= _SHORT_S:
-            self._away.set()
-        try:
-            yield
-        finally:
-            self._last_away_s = time.monotonic() - began
+        return self._baton.away()
 
     def pause(self, seconds: float) -> None:
         """Let time pass.
@@ -305,55 +274,33 @@ class NodeLink:
             LinkClosed: the link ended meanwhile.
         """
         deadline = self._clock() + seconds
-        with self._holding():
+        with self._baton.holding():
             while self._clock() < deadline:
                 self._turn_or_raise(deadline)
 
     def stop(self) -> None:
         """Make what waits raise LinkClosed soon; may be called from another thread."""
         self._stopping = True
-        self._signal()
+        self._baton.ring()
 
     def close(self, reason: str = "", *, failed: bool = False) -> None:
         """Say goodbye and let go of everything. ``failed``: the node ends for an error."""
-        with self._holding():
+        with self._baton.holding():
             if self._ended is None:
                 self._tell(link.Say(Bye(reason=reason, failed=failed)))
             self._stopping = True
             self._turn(self._clock())
-        self._away.set()
+        self._baton.let_go()
         self._thread.join()
         self._files.close()
         # The goodbye may still be on its way: give it a moment.
         self._context.destroy(linger=200)
-        os.close(self._wake_reader)
-        os.close(self._wake_writer)
-
-    # ---- the baton
-
-    @contextlib.contextmanager
-    def _holding(self) -> Iterator[None]:
-        """Take the baton for the main thread, and tell the link's thread if it has it."""
-        if self._main_holds:
-            yield
-            return
-        self._away.clear()
-        if not self._baton.acquire(blocking=False):
-            self._main_wants = True
-            self._signal()
-            self._baton.acquire()
-            self._main_wants = False
-        self._main_holds = True
-        try:
-            yield
-        finally:
-            self._main_holds = False
-            self._baton.release()
+        self._baton.close()
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
         """Hold the link for several posts in a row, which travel together."""
-        with self._holding():
+        with self._baton.holding():
             self._gathering = True
             try:
                 yield
@@ -362,26 +309,15 @@ class NodeLink:
                 self._send_all()
 
     def _stand_in(self) -> None:
-        """Run the loop whenever the main thread is away: at its word, or after a while."""
-        while not self._over():
-            self._away.wait(_WATCH_S)
-            if not self._baton.acquire(blocking=False):
-                continue
-            try:
-                while not (self._main_wants or self._over()):
-                    self._turn(None)
-            except Exception as error:  # noqa: BLE001 - the main thread must hear of any end
-                self._log.exception("link failed")
-                self._ended = link.Ended(f"the link failed: {error!r}")
-            finally:
-                self._baton.release()
+        """Take a turn on the link's own thread."""
+        try:
+            self._turn(None)
+        except Exception as error:  # noqa: BLE001 - the main thread must hear of any end
+            self._log.exception("link failed")
+            self._ended = link.Ended(f"the link failed: {error!r}")
 
     def _over(self) -> bool:
         return self._ended is not None or self._stopping
-
-    def _signal(self) -> None:
-        with contextlib.suppress(BlockingIOError):  # a wake-up is waiting already
-            os.write(self._wake_writer, b"x")
 
     # ---- the loop; only with the baton
 
@@ -398,8 +334,8 @@ class NodeLink:
         times = [each for each in (self._core.deadline, until) if each is not None]
         poller = self._both_ways if self._outgoing else self._incoming
         ready = poller.poll(milliseconds_until(min(times, default=None), self._clock()))
-        if any(each == self._wake_reader for each, _ in ready):
-            os.read(self._wake_reader, 4096)
+        if any(each == self._baton.bell for each, _ in ready):
+            self._baton.heard()
         now = self._clock()
         self._receive_all(now)
         while self._handed_in:
@@ -409,8 +345,8 @@ class NodeLink:
         self._send_all()
 
     def _tell(self, event: link.Event) -> None:
-        if not self._main_holds:
-            with self._holding():
+        if not self._baton.main_holds:
+            with self._baton.holding():
                 self._tell(event)
             return
         self._carry_out(self._core.handle(event, self._clock()))

@@ -9,7 +9,6 @@ way, with a connection or without, one thing mends it: saying Hello again.
 from __future__ import annotations
 
 import math
-from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -47,6 +46,7 @@ from fedmq.broker.link_state import (
     Taken,
     Wake,
 )
+from fedmq.broker.said import Said, Stall
 from fedmq.broker.wire import (
     AnyFrame,
     Beat,
@@ -77,45 +77,10 @@ _DONE_BATCH = 500
 
 
 @dataclass
-class _Said:
-    """A numbered frame that has no receipt yet."""
-
-    frame: Numbered
-    buffers: Sequence[Buffer] = ()
-    digests: tuple[bytes, ...] = ()
-
-
-@dataclass
-class _Served:
-    data: Buffer
-    posts: int = 0
-
-
-@dataclass
 class _Arriving:
     blob: Blob
     data: memoryview | None
     """None if it is handed on in pieces."""
-
-
-class Stall:
-    """Tells whether what is due does not come: twice in a row, then ever more seldom."""
-
-    def __init__(self) -> None:
-        self._seen: object = None
-        self._count = 0
-        self._patience = 2
-
-    def is_stuck(self, *, due: bool, moved: object) -> bool:
-        """Look once more. ``moved``: anything that differs if something has come."""
-        if not due or moved != self._seen:
-            self._seen, self._count, self._patience = moved, 0, 2
-            return False
-        self._count += 1
-        if self._count < self._patience:
-            return False
-        self._count, self._patience = 0, min(2 * self._patience, 16)
-        return True
 
 
 class Link:
@@ -132,9 +97,7 @@ class Link:
         self._ended = False
         self._next_hello = 0.0
         self._last_heard = 0.0
-        self._said: OrderedDict[int, _Said] = OrderedDict()
-        self._next_n = 0
-        self._served: dict[bytes, _Served] = {}
+        self._said = Said()
         self._done: list[int] = []
         self._done_due = math.inf
         self._got = 0
@@ -167,7 +130,7 @@ class Link:
     @property
     def oldest_unreceipted(self) -> int:
         """Return the number of the oldest frame without a receipt; the next one if all have."""
-        return next(iter(self._said), self._next_n)
+        return self._said.oldest
 
     def handle(self, event: Event, now: float) -> list[Action]:
         """Take one event; return what is to be done, in order."""
@@ -225,12 +188,11 @@ class Link:
 
     def _say(self, frame: Numbered, out: list[Action], **more: Any) -> None:
         """Send a frame until it is receipted; ``more``: what is kept with it."""
-        frame = msgspec.structs.replace(frame, n=self._next_n, taken=self._taken, read=self._read)
+        frame = msgspec.structs.replace(frame, taken=self._taken, read=self._read)
         self._untold = 0
-        said = self._said[frame.n] = _Said(frame, **more)
-        self._next_n += 1
+        send = self._said.add(frame, **more)
         if self._connected:
-            out.append(Send(frame, said.buffers))
+            out.append(send)
 
     def _say_done(self, out: list[Action]) -> None:
         while self._done:
@@ -296,7 +258,7 @@ class Link:
                 self._ended = True
                 out += [Send(Bye(reason="the run is over")), Ended(reason, over=True)]
             case Receipt(upto=upto):
-                self._receipted(upto)
+                self._said.receipted(upto)
             case Deliver():
                 self._deliver(frame, buffers, out)
             case Want():
@@ -317,7 +279,7 @@ class Link:
             out.append(Admitted(welcome))
         self._welcome = welcome
         self._connected = True
-        out.extend(Send(said.frame, said.buffers) for said in self._said.values())
+        out.extend(self._said.sends())
         self._fetcher.restart()
         self._ask(out)
 
@@ -327,31 +289,20 @@ class Link:
         inline = tuple(
             index
             for index in inline_choice(message.blobs, wire.POST_BYTES)
-            if message.blobs[index].digest not in self._served
+            if not self._said.serves(message.blobs[index].digest)
         )
         data = encode_message(message)  # an error leaves everything as it was
         with_it, self._done = self._done[:_DONE_BATCH], self._done[_DONE_BATCH:]
         if not self._done:
             self._done_due = math.inf
         consumes = (*event.consumes, *with_it)
-        digests = tuple(blob.digest for blob in message.blobs)
-        for digest, each in zip(digests, event.data, strict=True):
-            self._served.setdefault(digest, _Served(each)).posts += 1
         self._say(
             Post(message=data, inline=inline, consumes=consumes),
             out,
             buffers=[event.data[index] for index in inline],
-            digests=digests,
+            blobs=[blob.digest for blob in message.blobs],
+            data=event.data,
         )
-
-    def _receipted(self, upto: int) -> None:
-        while self._said and next(iter(self._said)) <= upto:
-            _, said = self._said.popitem(last=False)
-            for digest in said.digests:
-                served = self._served[digest]
-                served.posts -= 1
-                if not served.posts:
-                    del self._served[digest]
 
     def _deliver(self, frame: Deliver, buffers: Sequence[Buffer], out: list[Action]) -> None:
         if self._welcome is None or not frame.after <= self._got <= frame.seq:
@@ -368,13 +319,10 @@ class Link:
 
     def _serve(self, want: Want, out: list[Action]) -> None:
         self._chunks += 1
+        own = want.owner == self._hello.node
+        piece = self._said.piece(want) if own else None
         reply = Chunk(owner=want.owner, digest=want.digest, start=want.start)
-        served = self._served.get(want.digest) if want.owner == self._hello.node else None
-        if served is None or want.start + want.size > memoryview(served.data).nbytes:
-            out.append(Send(reply))
-            return
-        piece = memoryview(served.data).cast("B")[want.start : want.start + want.size]
-        out.append(Send(reply, [piece]))
+        out.append(Send(reply, () if piece is None else (piece,)))
 
     def _chunk(self, chunk: Chunk, buffers: Sequence[Buffer], out: list[Action]) -> None:
         name = Owned(chunk.owner, chunk.digest)

@@ -9,9 +9,7 @@ sends: a receipt never runs ahead of the ledger.
 from __future__ import annotations
 
 import itertools
-import math
 import socket as sockets
-import time
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +19,7 @@ import structlog
 import zmq
 
 from fedmq.broker import shared_files
+from fedmq.broker.clock import Clock, milliseconds_until
 from fedmq.broker.errors import BrokerError, LedgerError, WireError
 from fedmq.broker.headers import (
     decode_frame,
@@ -66,22 +65,6 @@ _BATCH_BYTES = CHUNK_BYTES // 2
 """A turn ends with the chunk that it has taken: what was said beside it is answered first."""
 _FULL_RETRY_S = 0.25
 _CHUNKS_WAITING = 64
-
-
-class Clock:
-    """Seconds since 1970 that never run backwards while the process lives."""
-
-    def __init__(self) -> None:
-        self._offset = time.time() - time.monotonic()
-
-    def __call__(self) -> float:
-        """Return the time."""
-        return time.monotonic() + self._offset
-
-
-def milliseconds_until(deadline: float | None, now: float) -> int | None:
-    """Return a timeout for a poller, rounded up so that waking early never makes it spin."""
-    return None if deadline is None else max(0, math.ceil((deadline - now) * 1000))
 
 
 def _check_port(endpoint: str) -> None:
