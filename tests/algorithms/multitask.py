@@ -5,9 +5,22 @@ import torch
 
 from fedmq.algorithms import mtl
 from fedmq.algorithms.base import Client, Result, Task
+from fedmq.algorithms.mocha import Mocha
 from fedmq.algorithms.problems.base import Examples
 from fedmq.algorithms.problems.natural import LinearTasks
 from fedmq.algorithms.rng import derive_seed
+
+LOSSES = ["hinge", "squared"]
+SIGMA = np.array(
+    [
+        [0.30, 0.10, 0.20, -0.05, 0.01],
+        [0.10, 0.25, 0.00, 0.15, 0.02],
+        [0.20, 0.00, 0.20, -0.02, 0.00],
+        [-0.05, 0.15, -0.02, 0.20, 0.03],
+        [0.01, 0.02, 0.00, 0.03, 0.05],
+    ]
+)
+"""Five tasks that help, and hinder, each other; its eigenvalues are above 0."""
 
 
 class Points(LinearTasks):
@@ -125,3 +138,17 @@ def dual_of(algorithm, data, alphas, sigma):
         won = [np.mean(y * a - a * a / 2) for (_, y), a in zip(data, alphas, strict=True)]
     pairs = np.ndindex(*sigma.shape)
     return sum(won) - sum(sigma[s, t] * (b[s] @ b[t]) for s, t in pairs) / (2 * algorithm.lam)
+
+
+def federation(loss="hinge", *, related=True, **options):
+    """Return five tasks; at SIGMA for ever, unless they are not to be related."""
+    algorithm = Mocha(loss=loss, **{"lam": 0.05, "inner": 10**6, **options})
+    problem = PROBLEMS[loss]()
+    start = algorithm.start(problem)
+    state = algorithm._state(start.b, start.duals, SIGMA, 0) if related else None
+    return Federation(algorithm, problem, state)
+
+
+def combined(each):
+    """Return B from all the alpha that the server has counted, [m, d]."""
+    return np.array([x.T @ a / len(a) for (x, _), a in zip(each.data, each.alphas, strict=True)])

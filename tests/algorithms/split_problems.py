@@ -77,3 +77,8 @@ def play(algorithm, problem, rounds, seed=0, keep=None):
             total += n
         state = algorithm.commit(state, gathered, total)
     return state, keep
+
+
+def trained(algorithm, problem, index=0, local=None, reply="update", seed=7):
+    at = client(problem, index, seed, local)
+    return algorithm.train(task_of(algorithm, algorithm.start(problem), reply), at)

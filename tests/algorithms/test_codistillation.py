@@ -12,7 +12,7 @@ from fedmq.algorithms.codistillation import Codistillation
 from fedmq.algorithms.distillation import Distillation
 from fedmq.algorithms.errors import ProblemError, ResultError
 from fedmq.codecs.registry import make_codec
-from tests.algorithms.test_distillation import Blobs, accuracy, client, rounds
+from tests.algorithms.distilling import Blobs, accuracy, client, rounds
 
 SAMPLES = 40
 

@@ -27,13 +27,13 @@ ALGORITHMS = {
 @pytest.mark.parametrize(
     ("algorithm", "schedule", "problem"),
     [
-        ("fd", "rounds", "test_faug:Skewed"),
-        ("fd", "stream", "test_faug:Skewed"),
+        ("fd", "rounds", "augmenting:Skewed"),
+        ("fd", "stream", "augmenting:Skewed"),
         ("codistillation", "buffered", "test_codistillation:Shared"),
-        ("faug", "rounds", "test_faug:Skewed"),
-        ("faug", "buffered", "test_faug:Skewed"),
-        ("faug-fedavg", "rounds", "test_faug:Skewed"),
-        ("faug-fedavg", "stream", "test_faug:Skewed"),
+        ("faug", "rounds", "augmenting:Skewed"),
+        ("faug", "buffered", "augmenting:Skewed"),
+        ("faug-fedavg", "rounds", "augmenting:Skewed"),
+        ("faug-fedavg", "stream", "augmenting:Skewed"),
     ],
 )
 def test_a_run_with_crashes_ends_and_replays_to_the_bit(algorithm, schedule, problem, tmp_path):

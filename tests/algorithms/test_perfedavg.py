@@ -1,120 +1,36 @@
-"""Per-FedAvg against autograd, and against what public re-implementations get wrong."""
+"""Per-FedAvg against autograd, at the server, and in evaluation."""
 
 import dataclasses
 
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
-from pydantic import TypeAdapter, ValidationError
-from torch import nn
 
-from fedmq.algorithms.base import Result, Task
+from fedmq.algorithms.base import Result
 from fedmq.algorithms.errors import ResultError
 from fedmq.algorithms.fedavg import FedAvg
 from fedmq.algorithms.model import FlatModel
 from fedmq.algorithms.perfedavg import PerFedAvg, gradient, hessian_product
-from fedmq.algorithms.problems.base import Examples
-from fedmq.algorithms.problems.models import MODELS
 from fedmq.algorithms.rng import derive_rng
 from fedmq.algorithms.schedules import Buffered, Rounds, Stream
+from tests.algorithms.meta import (
+    VARIANTS,
+    Local,
+    Watched,
+    by_autograd,
+    draw,
+    evaluated,
+    f,
+    grad,
+    product,
+    update,
+)
 from tests.algorithms.tiny import Dropping, Normed, Tiny, client, payload, task
-
-VARIANTS = ["fo", "hf", "fedavg"]
-
-
-class Local(Tiny):
-    """Clients have test points of their own, and a smooth hidden layer to bend the loss."""
-
-    def module(self):
-        return nn.Sequential(nn.Linear(2, 6), nn.Tanh(), nn.Linear(6, 2))
-
-    def client(self, index):
-        return self.points(100 + index, 30)
-
-    def client_test(self, index):
-        return self.points(500 + index, 20)
 
 
 class LocalNormed(Normed):
     def client_test(self, index):
         return self.points(500 + index, 20)
-
-
-class Watched(Local):
-    """Keeps the points that go through the model, and whether a gradient was taken there."""
-
-    def __init__(self, clients=2, seed=0):
-        super().__init__(clients, seed)
-        self.seen, self.points_trained = [], []
-
-    def loss(self, outputs, y):
-        loss = super().loss(outputs, y)
-        if outputs.requires_grad:
-            self.seen.append(len(y))
-        return loss
-
-    def module(self):
-        module = super().module()
-        module.register_forward_pre_hook(self.keep)
-        return module
-
-    def keep(self, module, inputs):
-        if torch.is_grad_enabled():
-            self.points_trained.append(inputs[0])
-
-
-def draw(data, size, rng):
-    """Return a batch as the client draws it."""
-    chosen = torch.from_numpy(rng.choice(len(data), size, replace=False))
-    return Examples(data.x[chosen], data.y[chosen])
-
-
-def f(v, batch):
-    """Return the loss of `Local`'s model with the parameters v, float32 [32]."""
-    first, bias, second, last = v.split([12, 6, 12, 2])
-    hidden = torch.tanh(batch.x @ first.view(6, 2).T + bias)
-    return F.cross_entropy(hidden @ second.view(2, 6).T + last, batch.y)
-
-
-def grad(v, batch):
-    v = v.detach().requires_grad_()
-    return torch.autograd.grad(f(v, batch), v)[0]
-
-
-def product(v, u, batch):
-    """Return Hess(v; D) u, by autograd."""
-    v = v.detach().requires_grad_()
-    (first,) = torch.autograd.grad(f(v, batch), v, create_graph=True)
-    return torch.autograd.grad(first @ u, v)[0]
-
-
-def by_autograd(algorithm, at, start):
-    """Return Algorithm 1's tau local steps, with the exact Hessian for ``hf``."""
-    v, rng = start.clone(), derive_rng(at.seed, "batches")
-    for _ in range(algorithm.steps):
-        one, two = (draw(at.data, algorithm.batch_size, rng) for _ in range(2))
-        z = v - algorithm.inner_lr * grad(v, one)
-        u = grad(z, two)
-        if algorithm.variant == "hf":
-            three = draw(at.data, algorithm.batch_size, rng)
-            u = u - algorithm.inner_lr * product(v, u, three)
-        v = v - algorithm.lr * u
-    return v
-
-
-def update(algorithm, problem, index=0, seed=7, reply="update", state=None):
-    """Return what a client sends, as one vector, and its numbers."""
-    state = algorithm.start(problem) if state is None else state
-    result, local = algorithm.train(task(state, reply=reply), client(problem, index, seed))
-    assert local is None
-    return state.layout.flatten(result.weights), result.numbers
-
-
-def evaluated(algorithm, problem, index=0, seed=3, state=None):
-    state = algorithm.start(problem) if state is None else state
-    examined = Task(0, algorithm.examined(state, index))
-    return algorithm.evaluate_client(examined, client(problem, index, seed))
 
 
 # ---- the local steps
@@ -270,108 +186,6 @@ def test_dropout_is_the_same_at_both_points():
     v, u = model.trained.clone(), gradient(model, at.data, at)
     lengths = [hessian_product(model, v, u, at.data, at, size).norm() for size in (1e-3, 1e-2) * 4]
     assert max(lengths) < 10 * u.norm()
-
-
-# ---- errors of public re-implementations
-
-
-def test_the_adapted_weights_are_used_unlike_fedreps_local_update_maml():
-    """There both losses are back-propagated at w; here the outer one is at z."""
-    problem, data = Local(), client(Local()).data
-    algorithm = PerFedAvg(variant="fo", steps=1, lr=1.0, inner_lr=2.0, batch_size=None)
-    w = algorithm.start(problem).weights
-    at_w = grad(w, data)
-    found, _ = update(algorithm, problem)
-    torch.testing.assert_close(found, -grad(w - 2.0 * at_w, data))
-    assert (found + at_w).norm() > 0.1 * at_w.norm()
-
-
-def test_inner_gradients_keep_their_shape_and_are_not_summed_over_dim_0_unlike_fedreps():
-    """One step on the whole set, layer by layer."""
-    problem = Local()
-    algorithm = PerFedAvg(variant="fo", steps=1, lr=1.0, inner_lr=0.5, batch_size=None)
-    module, data = problem.model(), client(problem).data
-    names, layers = zip(*module.named_parameters(), strict=True)
-    inner = torch.autograd.grad(problem.loss(module(data.x), data.y), layers)
-    with torch.no_grad():
-        for layer, each in zip(layers, inner, strict=True):
-            assert each.shape == layer.shape
-            layer.sub_(0.5 * each)
-    outer = torch.autograd.grad(problem.loss(module(data.x), data.y), layers)
-    result, _ = algorithm.train(task(algorithm.start(problem)), client(problem))
-    for name, each in zip(names, outer, strict=True):
-        torch.testing.assert_close(result.weights[name], -each)
-
-
-def test_the_inner_rate_is_the_one_that_is_set_not_a_thousandth_of_lr_as_fedreps():
-    problem = Local()
-    found = [update(PerFedAvg(inner_lr=rate, lr=0.1), problem)[0] for rate in (1e-4, 0.1, 1.0)]
-    assert not found[0].equal(found[1])
-    assert (found[2] - found[0]).norm() > 5 * (found[1] - found[0]).norm()
-
-
-def test_adaptation_is_on_training_examples_never_on_test_ones_unlike_fedbabus():
-    problem = Watched()
-    evaluated(PerFedAvg(), problem, 1)
-    (only,) = problem.points_trained
-    assert only.equal(problem.client(1).x)
-    assert not torch.isin(only, problem.client_test(1).x).any()
-
-
-def test_test_labels_do_not_change_the_adapted_model_unlike_fedbabus():
-    class Mislabelled(Local):
-        def client_test(self, index):
-            points = super().client_test(index)
-            return Examples(points.x, 1 - points.y)
-
-    right, wrong = evaluated(PerFedAvg(), Local()), evaluated(PerFedAvg(), Mislabelled())
-    assert right["accuracy"] + wrong["accuracy"] == pytest.approx(1.0)
-
-
-def test_each_client_adapts_to_its_own_examples_not_to_a_leftover_index_as_fedbabus():
-    problem = Watched(4)
-    for index in (2, 0, 3):
-        problem.points_trained.clear()
-        evaluated(PerFedAvg(), problem, index)
-        assert problem.points_trained[0].equal(problem.client(index).x)
-
-
-@pytest.mark.parametrize("key", ["momentum", "weight_decay"])
-def test_no_momentum_buffer_is_shared_by_inner_and_outer_steps_as_fedbabus(key):
-    with pytest.raises(ValidationError, match="less than or equal to 0"):
-        TypeAdapter(PerFedAvg).validate_python({key: 0.9})
-
-
-def test_every_step_is_a_meta_step_not_one_in_some_as_behind_fedbabus_missing_modulo():
-    problem = Watched()
-    update(PerFedAvg(variant="fo", steps=5, batch_size=4), problem)
-    assert len(problem.seen) == 10
-
-
-def test_there_is_no_softmax_before_the_cross_entropy_and_no_elu_on_the_logits_unlike_flowers():
-    model = MODELS["mlp-elu"]((1, 28, 28), 10)
-    kinds = [type(each) for each in model]
-    dense = [nn.Linear, nn.ELU] * 2 + [nn.Linear]
-    assert kinds == [nn.Flatten, *dense]
-    assert sum(each.numel() for each in model.parameters()) == 68_270
-    with torch.no_grad():
-        logits = model(10 * torch.randn(50, 1, 28, 28, generator=torch.Generator().manual_seed(0)))
-    assert logits.min() < -1
-    assert logits.shape == (50, 10)
-
-
-def test_hf_is_there_and_is_not_fo_unlike_flowers_pflliband_pfedmes():
-    problem = Local()
-    options = {"lr": 0.5, "inner_lr": 0.7, "batch_size": 5}
-    found = [update(PerFedAvg(variant=each, **options), problem)[0] for each in VARIANTS]
-    for one, other in ((0, 1), (0, 2), (1, 2)):
-        assert (found[one] - found[other]).norm() > 0.01 * found[one].norm()
-
-
-@pytest.mark.parametrize("key", ["lr", "inner_lr"])
-def test_a_rate_of_zero_is_refused_and_does_not_fall_back_to_another_as_pfedmes(key):
-    with pytest.raises(ValidationError, match="greater than 0"):
-        TypeAdapter(PerFedAvg).validate_python({key: 0.0})
 
 
 # ---- at the server

@@ -35,7 +35,7 @@ def test_a_run_with_crashes_ends_and_replays_to_the_bit(algorithm, schedule, tmp
         build(
             {
                 "run": {"versions": 6, "evaluate_every": 3, "checkpoint_s": 1.0},
-                "problem": {"name": "tests.algorithms.test_perfedavg:Local", "clients": 4},
+                "problem": {"name": "tests.algorithms.meta:Local", "clients": 4},
                 "algorithm": algorithm,
                 "schedule": SCHEDULES[schedule],
             }
