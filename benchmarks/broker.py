@@ -19,52 +19,41 @@ recording: streams of payloads that never repeat, and that do, beside a broker w
 from __future__ import annotations
 
 import argparse
-import contextlib
-import itertools
 import json
 import os
 import signal
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
 
 import psutil
 from rich.console import Console
 
-from fedmq.broker.dealer import NodeLink
 from fedmq.broker.entries import Ended
-from fedmq.broker.errors import LinkClosed
-from fedmq.broker.ledger import Keeping
-from fedmq.broker.link_state import Delivery
 from fedmq.broker.reading import read_entries
-from fedmq.broker.router import BrokerServer
-from fedmq.broker.state import AGGREGATOR, BROKER, WORKER, BrokerSettings
-from fedmq.broker.wire import Blob, Buffer, Hello, Message
+from fedmq.broker.state import AGGREGATOR
 
 sys.path.append(str(Path(__file__).parent))  # python -P leaves it out; rounds:Echo is there, too
 
 import relays
 import unrecorded
-from relays import (
-    WAIT_S,
-    Crew,
-    Report,
-    clocked,
-    distinct,
-    is_small,
-    memory,
-    pace,
-    pings,
-    say,
+from harness import WAIT_S, Crew, Report, is_small
+from parties import (
+    RUN,
+    aggregator_program,
+    broker,
+    collect_fedmq,
+    echo_fedmq,
+    fan_out_fedmq,
+    ping_fedmq,
+    receive_fedmq,
+    send_fedmq,
+    worker_program,
 )
 
-RUN = "benchmark"
-CLIENTS = 1024
 MB = 1_000_000
 STREAMS = {"small": (100, 0.3), "1mb": (MB, 0.7), "7mb": (7 * MB, 0.7), "100mb": (100 * MB, 1.0)}
 """By case: bytes of a message, and the least share of the proxy's rate."""
@@ -85,196 +74,6 @@ LARGE_BROKER_MB = 200.0
 SPARE_BYTES = 1_500 * MB
 CASES = (*STREAMS, "fanout", "latency", "recording", "3gb")
 Program = Callable[..., None]
-
-
-# ---- fedmq's side, each in a process of its own
-
-
-def broker(pipe: Connection, folder: str, share_files: bool = True) -> None:  # noqa: FBT001, FBT002 - a process's arguments
-    """Serve, and say where."""
-    keeping = Keeping(share_files=share_files)
-    server = BrokerServer("tcp://127.0.0.1:0", Path(folder), BrokerSettings(), keeping)
-    say(pipe, [server.endpoint, server.endpoint])
-    server.serve()
-
-
-class Party:
-    """A node with one address, which is an aggregator's or a client's."""
-
-    def __init__(self, endpoint: str, address: str) -> None:
-        self.name = address.replace("client/", "worker-")
-        session = f"{os.getpid()}-{time.time_ns()}"
-        if address == AGGREGATOR:
-            hello = Hello(
-                node=self.name, role=AGGREGATOR, session=session, run=RUN, total_clients=CLIENTS
-            )
-        else:
-            client = int(address.removeprefix("client/"))
-            hello = Hello(node=self.name, role=WORKER, session=session, clients=((client, client),))
-        self.link = NodeLink(endpoint, hello)
-        self.link.welcome()
-        self._ids = itertools.count()
-
-    def post(
-        self,
-        to: str,
-        body: dict[str, Any],
-        data: Sequence[tuple[Blob, Buffer]] = (),
-        consumes: tuple[int, ...] = (),
-    ) -> None:
-        """Post a message with these blobs."""
-        message = Message(
-            kind="benchmark",
-            id=f"{self.name}/{next(self._ids)}",
-            run=RUN,
-            sender=self.name,
-            to=to,
-            body=body,
-            blobs=tuple(blob for blob, _ in data),
-        )
-        self.link.post(message, [buffer for _, buffer in data], consumes)
-
-    def get(self) -> Delivery:
-        """Return the next message from another node: who joins and leaves does not matter."""
-        while (delivery := self.link.get()).message.sender == BROKER:
-            self.link.done([delivery.seq])
-        return delivery
-
-    def linger(self) -> None:
-        """Wait until the run is over, and say goodbye."""
-        with contextlib.suppress(LinkClosed):
-            while True:
-                self.get()
-        self.link.close()
-
-
-def send_fedmq(
-    _pipe: Connection, endpoint: str, to: list[str], size: int, few: int | None = None
-) -> None:
-    """Send a stream; ``to`` is the receiver's address and the sender's own.
-
-    Large messages are all new bytes; or there are a ``few`` of them, sent again and again.
-    """
-    receiver, own = to
-    party = Party(endpoint, own)
-    window, batch, _ = pace(size)
-    buffers = distinct(size, few or window + 1)
-    fixed = {"x": bytes(next(buffers))}
-    payloads: Iterator[tuple[Blob, Buffer]] = ((Blob.of(data), data) for data in buffers)
-    if few:
-        payloads = itertools.cycle(list(itertools.islice(payloads, few)))
-    credit = window
-    while True:
-        while credit < batch:
-            delivery = party.get()
-            credit += delivery.message.body["taken"]
-            party.link.done([delivery.seq])
-        with party.link.together():
-            for _ in range(batch):
-                if is_small(size):
-                    party.post(receiver, fixed)
-                else:
-                    party.post(receiver, {}, [next(payloads)])
-        credit -= batch
-
-
-def receive_fedmq(
-    pipe: Connection, endpoint: str, own: str, sender: str, size: int, seconds: float
-) -> None:
-    """Receive a stream, and time it."""
-    party = Party(endpoint, own)
-    _, _, acknowledgement = pace(size)
-    taken: list[int] = []
-
-    def take() -> None:
-        delivery = party.get()
-        if is_small(size):
-            length = len(delivery.message.body["x"])
-        else:
-            length = memoryview(party.link.read(delivery, 0)).nbytes
-        if length != size:
-            raise SystemExit(f"expected {size} bytes, got {length}")
-        taken.append(delivery.seq)
-        if len(taken) == acknowledgement:
-            with party.link.together():
-                party.link.done(taken)
-                party.post(sender, {"taken": len(taken)})
-            taken.clear()
-
-    clocked(pipe, take, seconds)
-    while True:
-        take()
-
-
-def ping_fedmq(pipe: Connection, endpoint: str, seconds: float) -> None:
-    """Measure round trips to the aggregator."""
-    party = Party(endpoint, "client/0")
-
-    def exchange() -> None:
-        party.post(AGGREGATOR, {})
-        party.link.done([party.get().seq])
-
-    pings(pipe, exchange, seconds)
-
-
-def echo_fedmq(_pipe: Connection, endpoint: str) -> None:
-    """Answer every message of client 0."""
-    party = Party(endpoint, AGGREGATOR)
-    while True:
-        party.post("client/0", {}, consumes=(party.get().seq,))
-
-
-def fan_out_fedmq(pipe: Connection, endpoint: str, workers: int, size: int) -> None:
-    """Post one model for all workers; say how long all but one took to have it."""
-    party = Party(endpoint, AGGREGATOR)
-    model = os.urandom(size)
-    say(pipe, "here")
-    pipe.recv_bytes()
-    began = time.monotonic()
-    data = [(Blob.of(model), model)]
-    with party.link.together():
-        for index in range(workers):
-            party.post(f"client/{index}", {}, data)
-    last = began
-    for _ in range(workers - 1):
-        delivery = party.get()
-        last = max(last, delivery.message.body["at"])
-        party.link.done([delivery.seq])
-    say(pipe, last - began)
-    pipe.recv_bytes()
-    party.link.over("everyone has it")
-    party.linger()
-    say(pipe, "over")
-
-
-def collect_fedmq(pipe: Connection, endpoint: str, index: int) -> None:
-    """Fetch the model once."""
-    party = Party(endpoint, f"client/{index}")
-    say(pipe, "here")
-    delivery = party.get()
-    party.link.read(delivery, 0)
-    party.post(AGGREGATOR, {"at": time.monotonic()}, consumes=(delivery.seq,))
-    party.linger()
-
-
-def aggregator_program(pipe: Connection, endpoint: str, config: str) -> None:
-    """Run the real aggregator; say the most memory that it took."""
-    from fedmq.nodes.aggregator_program import run_aggregator
-    from fedmq.nodes.config import parse
-
-    run_aggregator(endpoint, parse(config), RUN)
-    say(pipe, memory("VmHWM"))
-
-
-def worker_program(pipe: Connection, endpoint: str, client: int) -> None:
-    """Run a real worker; say the most memory that it took."""
-    from fedmq.nodes.worker_program import run_worker
-
-    run_worker(endpoint, f"worker-{client}", [(client, client)], WORKER, RUN)
-    say(pipe, memory("VmHWM"))
-
-
-# ---- the cases
 
 
 def stream(kind: str, size: int, seconds: float, few: int | None = None) -> float:

@@ -11,7 +11,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from unittest import mock
 
-from relays import say
+from harness import say
 
 from fedmq.broker import ledger, payload
 from fedmq.broker.ledger import Keeping
