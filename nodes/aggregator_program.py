@@ -18,9 +18,9 @@ from fedmq.broker.headers import decode_message
 from fedmq.broker.link_state import Delivery
 from fedmq.broker.state import AGGREGATOR
 from fedmq.broker.wire import Hello
-from fedmq.nodes.aggregator import Action, Aggregator, Start
+from fedmq.nodes.aggregator import Aggregator, Start
 from fedmq.nodes.config import Config
-from fedmq.nodes.inbox import Commit, Done, Finish, Inbound, Post, Settle
+from fedmq.nodes.inbox import AggregatorAction, Commit, Done, Finish, Inbound, Post, Settle
 from fedmq.nodes.local import node_key
 from fedmq.nodes.programs import inbound_of, linked, new_session
 from fedmq.nodes.setup import set_up
@@ -62,7 +62,7 @@ def run_aggregator(endpoint: str, config: Config, run: str, folder: Path | None 
 
 def _fold_until_over(link: NodeLink, core: Aggregator, folder: Path | None) -> NoReturn:
     """Give the core its inbox, and carry out what it says; raises RunOver in the end."""
-    actions: Sequence[Action] = core.handle(Start(_checkpoint(link)))
+    actions: Sequence[AggregatorAction] = core.handle(Start(_checkpoint(link)))
     unsettled: list[int] = []
     while True:
         with link.together():

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 from msgspec import Struct
 
+from fedmq.algorithms.base import Algorithm
+from fedmq.broker.state import EVALUATOR
 from fedmq.broker.wire import Message
 from fedmq.nodes.members import Members
+from fedmq.nodes.payload import RAW, Packed, pack
 
 
 class Examination(Struct):
@@ -65,6 +70,23 @@ class Evaluations:
                 self.scores[version] = known
                 return None
         return sum(known) / len(known) if known else None
+
+
+def requests(
+    algorithm: Algorithm, state: Any, version: int, clients: Iterable[int]
+) -> Iterator[tuple[str, dict[str, Any], Packed, Examination | None]]:
+    """Yield the messages that ask for the evaluation of a version: to whom, body, tensors.
+
+    The last is None for the evaluator's. ``clients``: those who can be reached.
+    """
+    if algorithm.evaluated == "model":
+        packed = pack(algorithm.examined(state), RAW, 0)
+        yield EVALUATOR, {**packed.body, "model_version": version}, packed, None
+        return
+    for client in sorted(clients):
+        packed = pack(algorithm.examined(state, client), RAW, 0)
+        body = {**packed.body, "client": client, "model_version": version}
+        yield f"client/{client}", body, packed, Examination(client, version)
 
 
 def accuracy_in(message: Message) -> tuple[float | None, str]:

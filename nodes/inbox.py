@@ -116,3 +116,6 @@ def steady(stream: Stream) -> Stream:
         whole.add(index)
 
     return pieces
+
+
+AggregatorAction = Post | Done | Settle | Finish | Commit

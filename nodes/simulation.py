@@ -25,9 +25,8 @@ from fedmq.broker.wire import (
     Hello,
     Over,
 )
-from fedmq.nodes.aggregator import Action as AggregatorAction
 from fedmq.nodes.aggregator import Aggregator, Start
-from fedmq.nodes.inbox import Commit, Finish, Inbound, Post, Settle
+from fedmq.nodes.inbox import AggregatorAction, Commit, Finish, Inbound, Post, Settle
 from fedmq.nodes.inbox import Done as DoneWith
 from fedmq.nodes.local import Locals
 from fedmq.nodes.setup import Setup, kind_of

@@ -19,9 +19,9 @@ from fedmq.broker.entries import Accepted, AnyEntry
 from fedmq.broker.errors import LedgerError
 from fedmq.broker.state import AGGREGATOR, CHECKPOINT, node_address
 from fedmq.broker.trace import Trace
-from fedmq.nodes.aggregator import Action, Aggregator, Start
+from fedmq.nodes.aggregator import Aggregator, Start
 from fedmq.nodes.config import Config, parse
-from fedmq.nodes.inbox import Finish, Inbound, Post
+from fedmq.nodes.inbox import AggregatorAction, Finish, Inbound, Post
 from fedmq.nodes.replay.record import Record
 from fedmq.nodes.setup import Setup, set_up
 
@@ -33,7 +33,7 @@ class Step:
     """One event that the core has taken, and what it said to that."""
 
     event: Start | Inbound
-    actions: list[Action]
+    actions: list[AggregatorAction]
 
 
 class Replay:

@@ -19,9 +19,8 @@ from fedmq.broker.headers import encode_message
 from fedmq.broker.state import AGGREGATOR, BROKER, CHECKPOINT
 from fedmq.broker.trace import Trace
 from fedmq.broker.wire import Message
-from fedmq.nodes.aggregator import Action
 from fedmq.nodes.errors import NodeError
-from fedmq.nodes.inbox import Commit, Done, Finish, Post
+from fedmq.nodes.inbox import AggregatorAction, Commit, Done, Finish, Post
 from fedmq.nodes.trace.differ import Side, differences
 from fedmq.nodes.trace.text import literal, plain
 
@@ -65,7 +64,7 @@ class Record:
         """Return how many messages were said and have not been met."""
         return len(self._posts)
 
-    def expect(self, actions: Sequence[Action], upon: int) -> None:
+    def expect(self, actions: Sequence[AggregatorAction], upon: int) -> None:
         """Note what the core says to message ``upon``; -1 is its start."""
         for action in actions:
             match action:

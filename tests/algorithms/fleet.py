@@ -175,7 +175,7 @@ class Fleet:
     @property
     def counts(self):
         """Return (used, stale, refused, dropped)."""
-        counts = self.core._counts
+        counts = self.core._intake.counts
         return counts.used, counts.stale, counts.refused, counts.dropped
 
 

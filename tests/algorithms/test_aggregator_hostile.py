@@ -96,7 +96,9 @@ def test_a_result_that_cannot_be_used_is_refused_and_counted_and_the_run_goes_on
     assert reason is not None
     assert re.search(message, reason), reason
     assert fleet.counts == (0, 0, 1, 0)
-    assert len(fleet.core._flights) == (2 if setup is STREAM or fault in KEEPS_ITS_TASK else 1)
+    assert len(fleet.core._tasks.flights) == (
+        2 if setup is STREAM or fault in KEEPS_ITS_TASK else 1
+    )
     if fault in KEEPS_ITS_TASK:
         fleet.hear(*good)
     assert fleet.run().finished == "2 versions committed"
@@ -118,7 +120,7 @@ def test_a_result_that_is_too_stale_is_told_so_and_counted_apart():
     fleet.hear(*fleet.work(*fleet.tasks.pop(0)))
     assert fleet.reason(*late) == "too stale: 1 versions behind"
     assert fleet.counts == (1, 1, 0, 0)
-    assert len(fleet.core._flights) == 2
+    assert len(fleet.core._tasks.flights) == 2
     assert fleet.run().finished
 
 

@@ -139,7 +139,10 @@ def test_from_any_checkpoint_a_run_goes_on_as_it_did(schedule, every_s, seed, al
         core, actions = resumed(setup, handed_over(post), unknown)
         assert plain(actions) == plain(fleet.actions[at + 2 :])
         assert model_digest(core.tensors()) == digest
-        assert (core.version, core._counts) == (fleet.core.version, fleet.core._counts)
+        assert (core.version, core._intake.counts) == (
+            fleet.core.version,
+            fleet.core._intake.counts,
+        )
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
@@ -171,10 +174,14 @@ def test_cut_after_any_message_nothing_is_missing_and_nothing_is_said_anew(sched
         for each in actions:
             assert not isinstance(each, Post) or plain([each]) == said[each.message.id]
         assert model_digest(core.tensors()) == model_digest(replay.core.tensors())
-        assert core._next_id == replay.core._next_id
-        assert core._flights == replay.core._flights
-        held = (core._current.order, sorted(core._current.held), core._current.started)
-        there = replay.core._current
+        assert core._letters.next_id == replay.core._letters.next_id
+        assert core._tasks.flights == replay.core._tasks.flights
+        held = (
+            core._intake.current.order,
+            sorted(core._intake.current.held),
+            core._intake.current.started,
+        )
+        there = replay.core._intake.current
         assert held == (there.order, sorted(there.held), there.started)
 
 
@@ -203,11 +210,21 @@ def test_a_message_that_the_checkpoint_tells_of_is_settled_and_changes_nothing(s
     position = fold_of(post).position
     core = Aggregator(setup, "run", "aggregator")
     core.handle(Start(handed_over(post)))
-    before = (core.version, model_digest(core.tensors()), dict(core._flights), core._next_id)
+    before = (
+        core.version,
+        model_digest(core.tensors()),
+        dict(core._tasks.flights),
+        core._letters.next_id,
+    )
     for inbound in fleet.inbox:
         if inbound.seq <= position:
             assert core.handle(inbound) == [Settle()]
-    assert before == (core.version, model_digest(core.tensors()), core._flights, core._next_id)
+    assert before == (
+        core.version,
+        model_digest(core.tensors()),
+        core._tasks.flights,
+        core._letters.next_id,
+    )
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
@@ -283,7 +300,7 @@ def test_while_a_version_is_being_made_nodes_come_and_go_and_results_wait():
     fleet.say("tick", {"token": fleet.commits.pop().token})
     assert fleet.core.version == 1
     assert fleet.done[waiting] == ""
-    assert fleet.core._current.staleness == [1]
+    assert fleet.core._intake.current.staleness == [1]
 
 
 def test_what_fails_beside_the_inbox_fails_where_it_is_asked_for():

@@ -288,7 +288,7 @@ def _fates(watch: Watch, refolded: Refolded) -> Books:
             fates[tasks[entry.of]].append("given up")
     assert all(len(each) <= 1 for each in fates.values()), "a task had two fates"
     without = {name for name, each in fates.items() if not each}
-    assert without == set(refolded.core._flights), "a task was lost"
+    assert without == set(refolded.core._tasks.flights), "a task was lost"
     counted = Counter(fate for each in fates.values() for fate in each)
     return Books(
         versions=refolded.core.version,

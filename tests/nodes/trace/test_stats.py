@@ -104,10 +104,10 @@ def test_staleness_is_what_the_aggregator_counted(simulated, schedule, seed):
         if not (isinstance(entry, Accepted) and entry.read().to == "aggregator"):
             continue
         message = entry.read()
-        version, used, held = core.version, core._counts.used, len(core._current.held)
+        version, used, held = core.version, core._intake.counts.used, len(core._intake.current.held)
         blobs = [bytes(trace.blob(message, n)) for n in range(len(message.blobs))]
         core.handle(Inbound(entry.seq, entry.at, message, blobs.__getitem__))
-        taken = core._counts.used + len(core._current.held) > used + held
+        taken = core._intake.counts.used + len(core._intake.current.held) > used + held
         if message.kind == "result" and taken:
             found[version - message.body["model_version"]] += 1
     stats = Stats(trace)
