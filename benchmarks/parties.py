@@ -13,10 +13,10 @@ from typing import Any
 
 from harness import clocked, distinct, is_small, memory, pace, pings, say
 
-from fedmq.broker.dealer import NodeLink
 from fedmq.broker.errors import LinkClosed
 from fedmq.broker.ledger import Keeping
 from fedmq.broker.link_state import Delivery
+from fedmq.broker.node_link import NodeLink
 from fedmq.broker.router import BrokerServer
 from fedmq.broker.state import AGGREGATOR, BROKER, WORKER, BrokerSettings
 from fedmq.broker.wire import Blob, Buffer, Hello, Message

@@ -25,18 +25,19 @@ _SHORT_S = 0.005
 class Baton:
     """A lock between two threads, of which the main one comes first.
 
+    The main thread has it ``with`` the baton, as often as it likes.
+
     Args:
         is_over: tells the other thread that there is nothing more to run.
 
     Attributes:
         bell: a file descriptor that the loop polls: it can be read when somebody has rung.
-        main_holds: whether the main thread has the baton.
     """
 
     def __init__(self, is_over: Callable[[], bool]) -> None:
         self._is_over = is_over
         self._lock = threading.Lock()
-        self.main_holds = False
+        self._depth = 0
         self._main_wants = False
         self._away = threading.Event()
         self._last_away_s = 1.0
@@ -44,23 +45,23 @@ class Baton:
         os.set_blocking(self.bell, False)
         os.set_blocking(self._rope, False)
 
-    @contextlib.contextmanager
-    def holding(self) -> Iterator[None]:
-        """Take the baton for the main thread, and tell the other if it has it."""
-        if self.main_holds:
-            yield
+    def __enter__(self) -> None:
+        """Take the baton for the main thread, if it does not have it, and tell the other."""
+        self._depth += 1
+        if self._depth > 1:
             return
-        self._away.clear()
+        if self._away.is_set():
+            self._away.clear()
         if not self._lock.acquire(blocking=False):
             self._main_wants = True
             self.ring()
             self._lock.acquire()
             self._main_wants = False
-        self.main_holds = True
-        try:
-            yield
-        finally:
-            self.main_holds = False
+
+    def __exit__(self, *_: object) -> None:
+        """Let go of it, where it was taken."""
+        self._depth -= 1
+        if not self._depth:
             self._lock.release()
 
     @contextlib.contextmanager

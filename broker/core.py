@@ -13,17 +13,14 @@ import math
 from collections.abc import Sequence
 
 from fedmq.broker import offers, wire
-from fedmq.broker.admission import check_message
 from fedmq.broker.entries import (
     BlobName,
     Ended,
 )
-from fedmq.broker.errors import VersionError, WireError
-from fedmq.broker.headers import check_inline, decode_message
+from fedmq.broker.errors import VersionError
 from fedmq.broker.members import Members
 from fedmq.broker.postbox import Postbox
 from fedmq.broker.receipts import Receipts
-from fedmq.broker.remembered import Mark
 from fedmq.broker.state import (
     AGGREGATOR,
     BROKER,
@@ -37,12 +34,12 @@ from fedmq.broker.state import (
     Log,
     Node,
     Received,
-    Release,
     Send,
     Store,
     Unreadable,
     Wake,
 )
+from fedmq.broker.taking import Taking
 from fedmq.broker.uploads import Uploads
 from fedmq.broker.wire import (
     Beat,
@@ -54,6 +51,7 @@ from fedmq.broker.wire import (
     Numbered,
     Over,
     Post,
+    PostAll,
     Reject,
     Stranger,
     Want,
@@ -81,6 +79,7 @@ class Broker:
         self._box.store = store
         self._uploads = Uploads(store, lambda: self._members.alive())
         self._members = Members(settings, self._box, self._uploads.ask)
+        self._taking = Taking(self._box)
         self._receipts = Receipts()
         self._full = ""
         self._promised = math.inf
@@ -204,13 +203,15 @@ class Broker:
         elif len(node.held) < HELD_FRAMES:
             node.next_n += 1
             node.read_bytes = min(frame.read, node.pointed_bytes)
-            held = Held(frame)
-            node.held.append(held)
             if isinstance(frame, Post):
-                self._post(node, frame, buffers, held, now, out)
+                held = self._taking.check(node, frame, buffers)
+                self._begin(node, frame, buffers, held, now, out)
+            else:
+                held = Held(frame)
+            node.held.append(held)
             self._settle(node, now, out)
 
-    def _post(
+    def _begin(
         self,
         node: Node,
         post: Post,
@@ -219,17 +220,12 @@ class Broker:
         now: float,
         out: list[Action],
     ) -> None:
-        """Check a post, keep the blobs beside it, and ask for the others."""
-        try:
-            message = held.message = decode_message(post.message)
-            check_inline(message.blobs, post.inline, buffers, wire.POST_BYTES)
-            check_message(node, message)
-        except WireError as error:
-            held.refusal = str(error)
+        """Keep the blobs beside a post, and find out which others are missing."""
+        message, mark = held.message, held.mark
+        if message is None or mark is None:
             return
         self._uploads.heard(node, message, now)
-        held.mark = Mark.of(node.run.id, node.name, message.id, post.message)
-        if self._box.remembered.look(held.mark) != "new":
+        if self._box.remembered.look(mark) != "new":
             return  # its blobs are not needed
         beside = {
             message.blobs[index]: data for index, data in zip(post.inline, buffers, strict=True)
@@ -240,10 +236,12 @@ class Broker:
         """Take, in order, the held frames whose blobs are here; ask for what is missing."""
         while node.held and not self._uploads.lacks(node, node.held[0]):
             held = node.held.popleft()
-            self._receipts.owe(node, now)
             match held.frame:
                 case Post() as post:
-                    self._take_post(node, post, held, now, out)
+                    self._taking.take(node, post, held, now, out)
+                case PostAll(messages=messages) as post:
+                    self._taking.take_all(node, post, now, out)
+                    self._receipts.owe(node, now, len(messages) - 1)
                 case Done(seqs=seqs, refused=refused):
                     for seq, reason in refused.items():
                         if seq in node.pending:
@@ -252,34 +250,8 @@ class Broker:
                 case Over(reason=reason):
                     self._over(node, reason, now, out)
                     return
+            self._receipts.owe(node, now)
         self._uploads.ask(node, now, out)
-
-    def _take_post(self, node: Node, post: Post, held: Held, now: float, out: list[Action]) -> None:
-        message, refusal = held.message, held.refusal
-        remembered = self._box.remembered
-        mark = held.mark or self._mark_apart(node, post)
-        known = remembered.look(mark)
-        if known == "other" and message is not None:
-            refusal = refusal or f"another message of the id {message.id!r} was here before"
-            mark = self._mark_apart(node, post)
-            known = remembered.look(mark)
-        if known != "same":
-            remembered.add(mark)
-        if known == "same" or refusal or message is None:
-            # Its sender is done with what it consumes all the same.
-            self._box.consume(node, post.consumes, now, out)
-            if known != "same":
-                name = message.id if message else f"{node.hello.session}/{post.n}"
-                self._box.refuse_post(node, name, refusal, mark, now, out)
-            out.append(Release(held.names()))
-            return
-        # What is consumed is what the sender has, whatever it claims.
-        consumes = tuple(s for s in post.consumes if node.pending.pop(s, None) is not None)
-        self._box.accept(node.run, message, post.message, consumes, now, out)
-
-    def _mark_apart(self, node: Node, post: Post) -> Mark:
-        """Return the mark of a post that has no id of its own: it is refused, and only once."""
-        return Mark.of(node.run.id, node.name, f"{node.hello.session}/{post.n}", post.message)
 
     def _want(self, node: Node, want: Want, out: list[Action]) -> None:
         name = BlobName(node.run.id, want.owner, want.digest)

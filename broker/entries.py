@@ -8,8 +8,9 @@ at every moment: accepted = consumed + pending + refused.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import msgspec
 from msgspec import Struct
@@ -56,6 +57,30 @@ class Accepted(Entry, frozen=True):
         """Return the message."""
         return decode_message(self.message)
 
+    def find(self, seq: int) -> Accepted | None:
+        """Return this entry, if it has that number."""
+        return self if self.seq == seq else None
+
+
+class AcceptedAll(Entry, frozen=True):
+    """Messages that came together, numbered from ``seq`` on: so many entries in one record."""
+
+    messages: Annotated[tuple[bytes, ...], msgspec.Meta(min_length=1)]
+
+    def find(self, seq: int) -> Accepted | None:
+        """Return the entry of a number, if it is one of these."""
+        index = seq - self.seq
+        if not 0 <= index < len(self.messages):
+            return None
+        return Accepted(seq=seq, at=self.at, message=self.messages[index])
+
+    def each(self) -> list[Accepted]:
+        """Return them one by one."""
+        return [
+            Accepted(seq=seq, at=self.at, message=data)
+            for seq, data in enumerate(self.messages, self.seq)
+        ]
+
 
 class Consumed(Entry, frozen=True):
     """A recipient is done with these messages, and will not need them again."""
@@ -88,6 +113,7 @@ class Ended(Entry, frozen=True):
 
 
 AnyEntry = Opened | Accepted | Consumed | Refusal | Ended
+AnyRecord = AnyEntry | AcceptedAll
 
 
 class Piece(Struct, frozen=True):
@@ -101,23 +127,25 @@ class Piece(Struct, frozen=True):
 
 
 encode_record = msgspec.msgpack.Encoder().encode
-_entry_decoder: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(AnyEntry)
+_entry_decoder: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(AnyRecord)
 _piece_decoder = msgspec.msgpack.Decoder(Piece)
 
 
-def decode_entry(record: Record, path: Path) -> AnyEntry:
-    """Read an entry, and check the message in it.
+def decode_entries(record: Record, path: Path) -> Sequence[AnyEntry]:
+    """Read the entries of a record, mostly one, and check the messages in them.
 
     Raises:
         LedgerError: it is none, with segment and offset.
     """
-    entry: AnyEntry = _decode(_entry_decoder, record, path)
-    if isinstance(entry, Accepted):
-        try:
-            entry.read()
-        except WireError as error:
-            raise LedgerError(str(error), path.name, record.offset) from None
-    return entry
+    found: AnyRecord = _decode(_entry_decoder, record, path)
+    entries = found.each() if isinstance(found, AcceptedAll) else [found]
+    for entry in entries:
+        if isinstance(entry, Accepted):
+            try:
+                entry.read()
+            except WireError as error:
+                raise LedgerError(str(error), path.name, record.offset) from None
+    return entries
 
 
 def decode_piece(record: Record, path: Path) -> Piece:

@@ -8,11 +8,12 @@ crash from the pieces that are there, and a reader can follow the tail.
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import fcntl
 import os
 import secrets
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ from fedmq.broker.entries import (
     MESSAGES,
     PAYLOAD,
     Accepted,
+    AcceptedAll,
     AnyEntry,
     BlobName,
     Consumed,
@@ -109,8 +111,11 @@ class Ledger:
         self._first_queued = 0
         self._pieces: list[Buffer] = []
         self._entries = EntryIndex(folder)
-        self._positions: list[tuple[int, int]] = []
-        self._recent: OrderedDict[int, Accepted] = OrderedDict()
+        self._positions: list[tuple[int, int, int]] = []
+        self._recent: OrderedDict[int, Accepted | AcceptedAll] = OrderedDict()
+        """By their first number."""
+        self._recent_all: deque[int] = deque()
+        """Of these, the numbers of those of many."""
         self._recent_bytes = 0
         # What another broker wrote here may not be on the device either.
         self._unsynced = self._unsynced_messages = True
@@ -141,20 +146,25 @@ class Ledger:
             opened.pop_all()
 
     def append(self, entry: Entry) -> None:
-        """Queue an entry; its number must be the next one."""
+        """Queue an entry, or many in one record; its number must be the next one."""
         if entry.seq != self.next_seq:
             raise LedgerError(f"expected entry {self.next_seq}, got {entry.seq}")
         if not self._messages:
             self._first_queued = entry.seq
-        self.next_seq += 1
         (record,) = pack(encode_record(entry))
         self._messages.append(record)
-        self._positions.append((entry.seq, len(record)))
+        count = len(entry.messages) if isinstance(entry, AcceptedAll) else 1
+        self._positions.append((entry.seq, len(record), count))
+        self.next_seq += count
         match entry:
             case Accepted(seq=seq, consumes=consumes):
                 self._recent[seq] = entry
                 self._recent_bytes += len(entry.message)
                 self._finish(consumes)
+            case AcceptedAll(messages=messages):
+                self._recent[entry.seq] = entry
+                self._recent_all.append(entry.seq)
+                self._recent_bytes += sum(map(len, messages))
             case Consumed(of=of):
                 self._finish(of)
             case Ended(run=run):
@@ -178,10 +188,17 @@ class Ledger:
         Raises:
             LedgerError: there is none of this number.
         """
-        entry = self._recent.get(seq) or self._entries.read(seq)
+        entry = self._find_recent(seq) or self._entries.read(seq)
         if not isinstance(entry, Accepted):
             raise LedgerError(f"entry {seq} is no message")
         return entry
+
+    def _find_recent(self, seq: int) -> Accepted | None:
+        entry = self._recent.get(seq)
+        if entry is None and self._recent_all:
+            index = bisect.bisect_right(self._recent_all, seq) - 1
+            entry = self._recent[self._recent_all[index]] if index >= 0 else None
+        return entry.find(seq) if entry is not None else None
 
     def size_of(self, name: BlobName) -> int | None:
         """Return the size of a blob that is here as a whole, or None."""
@@ -268,13 +285,17 @@ class Ledger:
         offset = self._messages_file.size
         self._messages_file.append([b"".join(self._messages)])
         self._messages = []
-        for seq, length in self._positions:
-            self._entries.add(seq, self._messages_number, offset)
+        for seq, length, count in self._positions:
+            self._entries.add(seq, self._messages_number, offset, count)
             offset += length
         self._positions.clear()
         while self._recent_bytes > _RECENT_BYTES:
             _, entry = self._recent.popitem(last=False)
-            self._recent_bytes -= len(entry.message)
+            if isinstance(entry, AcceptedAll):
+                self._recent_all.popleft()
+                self._recent_bytes -= sum(map(len, entry.messages))
+            else:
+                self._recent_bytes -= len(entry.message)
 
     def _next_payload_segment(self) -> None:
         number = self._payload_number + 1
@@ -316,7 +337,7 @@ class Ledger:
         return proof
 
     def _finish(self, seqs: Sequence[int]) -> None:
-        for seq in seqs:
+        for seq in seqs if self._uses else ():
             for name in self._uses.pop(seq, ()):
                 self.payload.finish(name)
 

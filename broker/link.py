@@ -24,6 +24,7 @@ from fedmq.broker.headers import (
     decode_message,
     encode_message,
     inline_choice,
+    slices_of,
 )
 from fedmq.broker.link_state import (
     Action,
@@ -44,6 +45,7 @@ from fedmq.broker.link_state import (
     Say,
     Send,
     Taken,
+    Together,
     Wake,
 )
 from fedmq.broker.said import Said, Stall
@@ -55,12 +57,14 @@ from fedmq.broker.wire import (
     Bye,
     Chunk,
     Deliver,
+    DeliverAll,
     Done,
     Full,
     Hello,
     Numbered,
     Over,
     Post,
+    PostAll,
     Receipt,
     Reject,
     Stranger,
@@ -109,6 +113,7 @@ class Link:
         self._unread = 0
         """Pieces that were handed on, and that the node is not done with."""
         self._stall = Stall()
+        self._judged = -math.inf
         self._fetcher = Fetcher()
         self._arriving: dict[Owned, _Arriving] = {}
 
@@ -143,6 +148,8 @@ class Link:
                 self._received(frame, buffers, now, out)
             case Outgoing():
                 self._post(event, out)
+            case Together(messages):
+                self._post_all(messages, out)
             case Fetch(owner, blob, in_pieces):
                 name = Owned(owner, blob.digest)
                 if blob.size == 0:
@@ -178,8 +185,8 @@ class Link:
                     self._say(frame, out)
                 elif self._connected:
                     out.append(Send(frame))
-            case Taken(delivery):
-                self._take(delivery, now, out)
+            case Taken(deliveries):
+                self._take(deliveries, now, out)
             case ReadInPlace(nbytes):
                 self._read += nbytes
             case Wake():
@@ -222,10 +229,10 @@ class Link:
         self._untold = 0
         out.append(Send(Beat(taken=self._taken)))
 
-    def _take(self, delivery: Delivery, now: float, out: list[Action]) -> None:
-        self._taken = delivery.seq + 1
-        nbytes = sum(memoryview(each).nbytes for each in delivery.inline.values())
-        self._untold += 1 + (nbytes >> 10)
+    def _take(self, deliveries: Sequence[Delivery], now: float, out: list[Action]) -> None:
+        self._taken = deliveries[-1].seq + 1
+        nbytes = sum(len(data) for each in deliveries for data in each.inline.values())
+        self._untold += len(deliveries) + (nbytes >> 10)
         if self._untold >= TELL_TAKEN and self._connected:
             self._beat(now, out)
 
@@ -235,6 +242,9 @@ class Link:
         What it sent before this answer has come before it. So if twice in a row something
         is due and nothing has moved, it was lost.
         """
+        if self._welcome is None or now < self._judged + self._welcome.beat_s / 2:
+            return  # beats that tell what was taken follow one another, and so do the answers
+        self._judged = now
         due = bool(self._said) or bool(self._fetcher.outstanding) or beat.sent > self._got
         moved = (self.oldest_unreceipted, self._chunks, self._got)
         if self._stall.is_stuck(due=due, moved=moved):
@@ -261,6 +271,8 @@ class Link:
                 self._said.receipted(upto)
             case Deliver():
                 self._deliver(frame, buffers, out)
+            case DeliverAll():
+                self._deliver_all(frame, out)
             case Want():
                 self._serve(frame, out)
             case Chunk():
@@ -292,10 +304,7 @@ class Link:
             if not self._said.serves(message.blobs[index].digest)
         )
         data = encode_message(message)  # an error leaves everything as it was
-        with_it, self._done = self._done[:_DONE_BATCH], self._done[_DONE_BATCH:]
-        if not self._done:
-            self._done_due = math.inf
-        consumes = (*event.consumes, *with_it)
+        consumes = event.consumes + self._some_done()
         self._say(
             Post(message=data, inline=inline, consumes=consumes),
             out,
@@ -303,6 +312,25 @@ class Link:
             blobs=[blob.digest for blob in message.blobs],
             data=event.data,
         )
+
+    def _some_done(self) -> tuple[int, ...]:
+        """Return what a post is to say is done with."""
+        some, self._done = self._done[:_DONE_BATCH], self._done[_DONE_BATCH:]
+        if not self._done:
+            self._done_due = math.inf
+        return tuple(some)
+
+    def _post_all(self, messages: Sequence[bytes], out: list[Action]) -> None:
+        # What is done with must not be heard of before all that was posted before it is.
+        consumes = self._some_done() if len(messages) == 1 else ()
+        knows_all = self._welcome is not None and self._welcome.v >= wire.ALL_SINCE
+        most = wire.MAX_ALL if knows_all else 1
+        for part in slices_of([len(each) for each in messages], most):
+            some = tuple(messages[part])
+            if len(some) == 1:
+                self._say(Post(message=some[0], consumes=consumes), out)
+            else:
+                self._say(PostAll(messages=some), out, count=len(some))
 
     def _deliver(self, frame: Deliver, buffers: Sequence[Buffer], out: list[Action]) -> None:
         if self._welcome is None or not frame.after <= self._got <= frame.seq:
@@ -315,7 +343,20 @@ class Link:
             self._say(Done(seqs=(frame.seq,), refused={frame.seq: str(error)[:2000]}), out)
             return
         inline = dict(zip(frame.inline, buffers, strict=True))
-        out.append(Deliveries(Delivery(frame.seq, frame.at, message, inline, frame.places)))
+        out.append(Deliveries([Delivery(frame.seq, frame.at, message, inline, frame.places)]))
+
+    def _deliver_all(self, frame: DeliverAll, out: list[Action]) -> None:
+        first, last = frame.messages[0][0], frame.messages[-1][0]
+        if self._welcome is None or not frame.after <= self._got <= first:
+            return
+        self._got = last + 1
+        deliveries = []
+        for seq, data in frame.messages:
+            try:
+                deliveries.append(Delivery(seq, frame.at, decode_message(data), {}))
+            except WireError as error:
+                self._say(Done(seqs=(seq,), refused={seq: str(error)[:2000]}), out)
+        out.append(Deliveries(deliveries))
 
     def _serve(self, want: Want, out: list[Action]) -> None:
         self._chunks += 1

@@ -43,6 +43,12 @@ class Received(Struct, frozen=True):
     buffers: Sequence[Buffer] = ()
 
 
+class Together(Struct, frozen=True):
+    """The node posts messages without blobs, as the bytes that `encode_message` makes of them."""
+
+    messages: Sequence[bytes]
+
+
 class Outgoing(Struct, frozen=True):
     """The node posts a message; ``data[i]`` are the bytes of its i-th blob."""
 
@@ -77,9 +83,9 @@ class Say(Struct, frozen=True):
 
 
 class Taken(Struct, frozen=True):
-    """The node has taken a delivery out of its inbox."""
+    """The node has taken these deliveries out of its inbox, in order."""
 
-    delivery: Delivery
+    deliveries: Sequence[Delivery]
 
 
 class ReadInPlace(Struct, frozen=True):
@@ -92,7 +98,7 @@ class Wake(Struct, frozen=True):
     """A deadline has passed."""
 
 
-Event = Received | Outgoing | Fetch | More | Leave | Say | Taken | ReadInPlace | Wake
+Event = Received | Together | Outgoing | Fetch | More | Leave | Say | Taken | ReadInPlace | Wake
 
 
 # ---- actions
@@ -112,9 +118,9 @@ class Admitted(Struct, frozen=True):
 
 
 class Deliveries(Struct, frozen=True):
-    """A message for the node."""
+    """Messages for the node, in order."""
 
-    delivery: Delivery
+    deliveries: Sequence[Delivery]
 
 
 class Fetched(Struct, frozen=True):

@@ -9,15 +9,15 @@ and a reader that stalls costs the broker a few bytes a message.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 
 from fedmq.broker import wire
-from fedmq.broker.entries import Accepted, blob_name
-from fedmq.broker.headers import decode_message, inline_choice
+from fedmq.broker.entries import Accepted, AcceptedAll, blob_name
+from fedmq.broker.headers import decode_message, inline_choice, slices_of
 from fedmq.broker.state import Node, Send
-from fedmq.broker.wire import Deliver, Message
+from fedmq.broker.wire import Deliver, DeliverAll, Message
 
-WINDOW_MESSAGES = 1024
+WINDOW_MESSAGES = 8192
 WINDOW_BYTES = 4 << 20
 RETRY_S = 0.5
 RETRY_MAX_S = 30.0
@@ -36,14 +36,58 @@ def give(node: Node, seqs: dict[int, str]) -> None:
 
 def offer(node: Node, read: Callable[[int], Accepted], now: float) -> list[Send]:
     """Return the deliveries that a node's window has room for; ``read`` finds a message."""
-    sends = []
+    sends: list[Send] = []
+    plain: list[tuple[int, bytes]] = []
+    at = 0.0
     while node.queue and _may_send(node, now):
         seq = node.queue.popleft()
         if seq not in node.pending:
             continue
         accepted = read(seq)
-        sends.append(delivery(node, seq, accepted.at, accepted.message))
+        message = decode_message(accepted.message)
+        if plain and (message.blobs or accepted.at != at):
+            sends += _frames(node, at, plain)
+            plain = []
+        if message.blobs:
+            sends.append(delivery(node, seq, accepted.at, accepted.message, message))
+        else:
+            at = accepted.at
+            plain.append((seq, accepted.message))
+            _use_window(node, 1, len(accepted.message))
+            if len(plain) == wire.MAX_ALL:
+                sends += _frames(node, at, plain)
+                plain = []
+    sends += _frames(node, at, plain)
     return sends
+
+
+def bring(node: Node, found: dict[int, str], among: AcceptedAll, now: float) -> list[Send]:
+    """Put the newest messages, without blobs, into a node's inbox: their numbers, and addresses.
+
+    Returns their deliveries, if there is room.
+    """
+    node.pending |= found
+    if not is_open(node, now):
+        node.queue.extend(found)
+        return []
+    messages = [(seq, among.messages[seq - among.seq]) for seq in found]
+    _use_window(node, len(messages), sum(len(data) for _, data in messages))
+    return list(_frames(node, among.at, messages))
+
+
+def _frames(node: Node, at: float, messages: Sequence[tuple[int, bytes]]) -> Iterator[Send]:
+    """Yield deliveries of messages without blobs, as few as the node understands, as sent."""
+    sizes = [len(data) for _, data in messages]
+    for part in slices_of(sizes, 1 if node.hello.v < wire.ALL_SINCE else wire.MAX_ALL):
+        some = tuple(messages[part])
+        (first, data), after = some[0], node.sent
+        last = some[-1][0]
+        node.sent = last + 1
+        node.flying.append((last, len(some), sum(sizes[part])))
+        if len(some) == 1:
+            yield Send(node.peer, Deliver(seq=first, at=at, message=data, after=after))
+        else:
+            yield Send(node.peer, DeliverAll(at=at, messages=some, after=after))
 
 
 def delivery(node: Node, seq: int, at: float, data: bytes, message: Message | None = None) -> Send:
@@ -52,8 +96,8 @@ def delivery(node: Node, seq: int, at: float, data: bytes, message: Message | No
     inline = inline_choice(message.blobs, wire.INLINE_BYTES)
     chosen = [message.blobs[index] for index in inline]
     size = len(data) + sum(blob.size for blob in chosen)
-    node.flying.append((seq, size))
-    node.flying_bytes += size
+    _use_window(node, 1, size)
+    node.flying.append((seq, 1, size))
     frame = Deliver(seq=seq, at=at, message=data, inline=inline, after=node.sent)
     node.sent = seq + 1
     beside = tuple((blob_name(message, blob), 0, blob.size) for blob in chosen)
@@ -61,6 +105,11 @@ def delivery(node: Node, seq: int, at: float, data: bytes, message: Message | No
     node.pointed_bytes += sum(blob.size for _, blob in others)
     apart = tuple((index, blob_name(message, blob)) for index, blob in others)
     return Send(node.peer, frame, beside, apart)
+
+
+def _use_window(node: Node, messages: int, size: int) -> None:
+    node.flying_messages += messages
+    node.flying_bytes += size
 
 
 def is_open(node: Node, now: float) -> bool:
@@ -71,13 +120,15 @@ def is_open(node: Node, now: float) -> bool:
 def take(node: Node, taken: int) -> None:
     """Note that a node has taken every delivery numbered below ``taken``."""
     while node.flying and node.flying[0][0] < taken:
-        node.flying_bytes -= node.flying.popleft()[1]
+        _, messages, size = node.flying.popleft()
+        node.flying_messages -= messages
+        node.flying_bytes -= size
 
 
 def start_over(node: Node, got: int) -> None:
     """After a Hello: whatever has not arrived is to be sent (again)."""
     node.flying.clear()
-    node.flying_bytes = 0
+    node.flying_messages = node.flying_bytes = 0
     node.sent = got
     node.queue = deque(seq for seq in node.pending if seq >= got)
 
@@ -88,5 +139,5 @@ def retry_pause(interrupted: int) -> float:
 
 
 def _may_send(node: Node, now: float) -> bool:
-    has_room = len(node.flying) < WINDOW_MESSAGES and node.flying_bytes < WINDOW_BYTES
+    has_room = node.flying_messages < WINDOW_MESSAGES and node.flying_bytes < WINDOW_BYTES
     return bool(node.peer) and node.resume_at <= now and has_room

@@ -12,7 +12,7 @@ from typing import Any
 
 from fedmq.broker import offers
 from fedmq.broker.admission import timer_of
-from fedmq.broker.entries import Accepted, Consumed, Refusal, blob_name
+from fedmq.broker.entries import Accepted, AcceptedAll, Consumed, Refusal, blob_name
 from fedmq.broker.headers import encode_message
 from fedmq.broker.remembered import Mark, Remembered
 from fedmq.broker.state import (
@@ -50,12 +50,15 @@ class Postbox:
         self.runs: dict[str, Run] = {}
         self.remembered = Remembered()
         self.timers: list[tuple[float, int, str, str]] = []
-        self.fresh: dict[int, Accepted] = {}
-        """Messages accepted in this event, which the ledger does not have yet."""
+        self.fresh: list[Accepted | AcceptedAll] = []
+        """What was accepted in this event, which the ledger does not have yet."""
 
     def read(self, seq: int) -> Accepted:
         """Return an accepted message."""
-        return self.fresh.get(seq) or self.store.read(seq)
+        for entry in self.fresh:
+            if found := entry.find(seq):
+                return found
+        return self.store.read(seq)
 
     def number(self) -> int:
         """Return the number of the next entry."""
@@ -90,7 +93,8 @@ class Postbox:
             token, after_s = timer_of(message)
             heapq.heappush(self.timers, (now + after_s, seq, run.id, token))
         uses = tuple(blob_name(message, blob) for blob in message.blobs)
-        entry = self.fresh[seq] = Accepted(seq=seq, at=now, message=data, consumes=consumes)
+        entry = Accepted(seq=seq, at=now, message=data, consumes=consumes)
+        self.fresh.append(entry)
         out.append(Append(entry, uses, kept=message.to != RECORD))
         if message.to in (RECORD, CHECKPOINT, TIMER):
             return
@@ -102,6 +106,34 @@ class Postbox:
             out.append(offers.delivery(host, seq, now, data, message))
         else:
             offers.add(host, seq, message.to)
+
+    def accept_all(
+        self,
+        run: Run,
+        messages: Sequence[Message],
+        data: Sequence[bytes],
+        now: float,
+        out: list[Action],
+    ) -> None:
+        """Keep messages without blobs as `accept` does each, but as one record.
+
+        None of them may be for a timer, or a checkpoint.
+        """
+        entry = AcceptedAll(seq=self.next_seq, at=now, messages=tuple(data))
+        self.next_seq += len(messages)
+        self.fresh.append(entry)
+        out.append(Append(entry))
+        hosts = {to: run.host_of(to) for to in {each.to for each in messages}}
+        found: dict[str, dict[int, str]] = {}
+        for seq, each in enumerate(messages, entry.seq):
+            to = each.to
+            host = hosts[to]
+            if host is not None:
+                found.setdefault(host.name, {})[seq] = to
+            elif to != RECORD:
+                run.waiting.setdefault(to, []).append(seq)
+        for name, numbers in found.items():
+            out += offers.bring(run.nodes[name], numbers, entry, now)
 
     def consume(self, node: Node, seqs: Sequence[int], now: float, out: list[Action]) -> None:
         """Note that a node is done with these of its messages."""

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import bisect
 from array import array
+from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 
 from fedmq.broker.entries import (
     MESSAGES,
     AnyEntry,
-    decode_entry,
+    decode_entries,
     segment_numbers,
     segment_path,
 )
@@ -44,6 +45,8 @@ class Follower:
         self._first: int | None = None
         self._offset = len(MAGIC)
         self._next_seq = 0
+        self._unread: deque[AnyEntry] = deque()
+        """Of the record at ``at``."""
         self.at = (0, 0)
 
     def poll(self) -> Iterator[AnyEntry]:
@@ -52,6 +55,7 @@ class Follower:
         Raises:
             LedgerError: as `read_entries`.
         """
+        yield from self._take()
         for first in segment_numbers(self._folder, MESSAGES):
             if self._first is not None and first < self._first:
                 continue
@@ -59,17 +63,22 @@ class Follower:
                 self._enter(first)
             path = segment_path(self._folder, MESSAGES, first)
             for record in scan(path, self._offset):
-                entry = decode_entry(record, path)
-                if entry.seq != self._next_seq:
+                entries = decode_entries(record, path)
+                if entries[0].seq != self._next_seq:
                     raise LedgerError(
-                        f"expected entry {self._next_seq}, got {entry.seq}",
+                        f"expected entry {self._next_seq}, got {entries[0].seq}",
                         path.name,
                         record.offset,
                     )
-                self._next_seq += 1
+                self._next_seq += len(entries)
                 self._offset = record.end
                 self.at = (first, record.offset)
-                yield entry
+                self._unread.extend(entries)
+                yield from self._take()
+
+    def _take(self) -> Iterator[AnyEntry]:
+        while self._unread:
+            yield self._unread.popleft()
 
     def torn(self) -> Tail | None:
         """Return what lies behind the last whole record, or None."""
@@ -121,13 +130,13 @@ class EntryIndex:
         self._marks: dict[int, array[int]] = {}
         self._block: list[AnyEntry] = []
 
-    def add(self, seq: int, segment: int, offset: int) -> None:
-        """Note where an entry lies; entries come in order."""
+    def add(self, seq: int, segment: int, offset: int, count: int = 1) -> None:
+        """Note where so many entries lie in one record, from ``seq`` on; they come in order."""
         if segment not in self._marks:
             self._firsts.append(segment)
             self._marks[segment] = array("Q")
-        if (seq - segment) % _BLOCK == 0:
-            self._marks[segment].append(offset)
+        marks = self._marks[segment]
+        marks.extend([offset] * (-(-(seq - segment + count) // _BLOCK) - len(marks)))
 
     def read(self, seq: int) -> AnyEntry:
         """Return an entry that is on disk.
@@ -154,8 +163,8 @@ class EntryIndex:
         block: list[AnyEntry] = []
         try:
             for record in scan(path, marks[number]):
-                block.append(decode_entry(record, path))
-                if len(block) == _BLOCK:
+                block += decode_entries(record, path)
+                if block[-1].seq - segment >= (number + 1) * _BLOCK - 1:
                     break
         except LedgerError:
             # Damage does not take with it what lies before.

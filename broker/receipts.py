@@ -9,8 +9,8 @@ from fedmq.broker.wire import Receipt
 
 RECEIPT_WITHIN_S = 0.1
 """One receipt tells of all the frames of this long,"""
-RECEIPT_FRAMES = 128
-"""or of this many from one node, which may be waiting to say more."""
+RECEIPT_MESSAGES = 128
+"""or of this many messages from one node, which may be waiting to say more."""
 
 
 class Receipts:
@@ -23,14 +23,14 @@ class Receipts:
     def __init__(self) -> None:
         self.due = math.inf
         self._owed: dict[int, Node] = {}
-        self._frames: dict[int, int] = {}
+        self._said: dict[int, int] = {}
 
-    def owe(self, node: Node, now: float) -> None:
-        """Note that a frame of this node has taken effect, or had before."""
+    def owe(self, node: Node, now: float, messages: int = 1) -> None:
+        """Note that a frame of this node, of so many messages, has taken effect, or had before."""
         key = id(node)
         self._owed[key] = node
-        frames = self._frames[key] = self._frames.get(key, 0) + 1
-        self.due = min(self.due, now + (RECEIPT_WITHIN_S if frames < RECEIPT_FRAMES else 0.0))
+        said = self._said[key] = self._said.get(key, 0) + messages
+        self.due = min(self.due, now + (RECEIPT_WITHIN_S if said < RECEIPT_MESSAGES else 0.0))
 
     def take(self) -> list[Send]:
         """Return all receipts that are owed."""
@@ -40,6 +40,6 @@ class Receipts:
             if settled:
                 sends.append(Send(node.peer, Receipt(upto=settled - 1)))
         self._owed.clear()
-        self._frames.clear()
+        self._said.clear()
         self.due = math.inf
         return sends

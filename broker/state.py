@@ -193,7 +193,7 @@ class Node:
     next_n: number of the next numbered frame.
     pending: numbers of its unfinished messages, in order, each with its address.
     queue: those of them that are still to be sent.
-    flying: (number, bytes) of those that are sent and not taken.
+    flying: (last number, messages, bytes) of each frame of them that is sent, and not all taken.
     sent: every one of them below this number has been sent.
     resume_at: nothing is sent before this time.
     """
@@ -209,7 +209,8 @@ class Node:
     fetcher: Fetcher = field(default_factory=lambda: Fetcher(UPLOAD_WINDOW_CHUNKS))
     pending: dict[int, str] = field(default_factory=dict)
     queue: deque[int] = field(default_factory=deque)
-    flying: deque[tuple[int, int]] = field(default_factory=deque)
+    flying: deque[tuple[int, int, int]] = field(default_factory=deque)
+    flying_messages: int = 0
     flying_bytes: int = 0
     sent: int = 0
     resume_at: float = 0.0
@@ -220,11 +221,11 @@ class Node:
     read_bytes: int = 0
     """What of those it has read from the ledger's files, in place of being sent it."""
     sessions: int = 0
+    name: str = field(init=False)
 
-    @property
-    def name(self) -> str:
-        """Return the node's name."""
-        return self.hello.node
+    def __post_init__(self) -> None:
+        """Look the name up once: it is asked for at each message."""
+        self.name = self.hello.node
 
 
 @dataclass

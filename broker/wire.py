@@ -22,13 +22,19 @@ from typing import Annotated, Any
 import xxhash
 from msgspec import Meta, Struct
 
-PROTOCOL = (1, 1)
+PROTOCOL = (1, 2)
 """Protocol version, [major, minor]; both ends of a link must have the same major."""
+ALL_SINCE = (1, 2)
+"""Of this version on, the other end knows frames of many messages."""
 
 MAX_HEADER_BYTES = 64 * 1024
 MAX_MESSAGE_BYTES = 48 * 1024
 """Of a message; less than a header, which carries it and more."""
 MAX_BUFFERS = 64
+MAX_ALL = 256
+"""Messages in one frame of many;"""
+MAX_ALL_BYTES = 32 * 1024
+"""and their bytes, if they are more than one."""
 MAX_DEPTH = 32
 """Of a message's body: whoever reads it, or prints it, must not run out of stack."""
 CHUNK_BYTES = 1024 * 1024
@@ -156,6 +162,15 @@ class Post(Numbered, frozen=True, kw_only=True):
     """Ledger numbers of the messages that are done with once this one is kept."""
 
 
+class PostAll(Numbered, frozen=True, kw_only=True):
+    """Messages without blobs, in order: each is taken as if it had been posted alone.
+
+    What a frame costs, a small message costs many times over its bytes.
+    """
+
+    messages: Annotated[tuple[bytes, ...], Meta(min_length=1, max_length=MAX_ALL)]
+
+
 class Receipt(Frame, frozen=True, kw_only=True):
     """Every numbered frame up to ``upto`` has taken effect: a post is in the ledger.
 
@@ -185,6 +200,16 @@ class Deliver(Frame, frozen=True, kw_only=True):
     """This session has no other unfinished message from here to ``seq``: a gap is noticed."""
     places: dict[Natural, tuple[Place, ...]] = {}
     """Where blobs that are not inline lie in the ledger, in pieces, by their index."""
+
+
+class DeliverAll(Frame, frozen=True, kw_only=True):
+    """Messages without blobs from the ledger, in order, and the one time of all of them there."""
+
+    at: float
+    messages: Annotated[tuple[tuple[Natural, bytes], ...], Meta(min_length=1, max_length=MAX_ALL)]
+    """Each with its number."""
+    after: Natural = 0
+    """As in `Deliver`, of the first."""
 
 
 class Welcome(Frame, frozen=True, kw_only=True):
@@ -261,9 +286,11 @@ AnyFrame = (
     | Stranger
     | Wait
     | Post
+    | PostAll
     | Receipt
     | Full
     | Deliver
+    | DeliverAll
     | Done
     | Want
     | Chunk

@@ -12,10 +12,10 @@ import numpy as np
 import structlog
 import torch
 
-from fedmq.broker.dealer import NodeLink
 from fedmq.broker.errors import RunOver
 from fedmq.broker.headers import decode_message
 from fedmq.broker.link_state import Delivery
+from fedmq.broker.node_link import NodeLink
 from fedmq.broker.state import AGGREGATOR
 from fedmq.broker.wire import Hello
 from fedmq.nodes.aggregator import Aggregator, Start

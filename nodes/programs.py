@@ -12,9 +12,9 @@ from types import FrameType
 
 import structlog
 
-from fedmq.broker.dealer import NodeLink
 from fedmq.broker.errors import LinkClosed
 from fedmq.broker.link_state import Delivery
+from fedmq.broker.node_link import NodeLink
 from fedmq.broker.wire import Hello
 from fedmq.nodes.inbox import Inbound
 

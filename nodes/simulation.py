@@ -18,7 +18,8 @@ from typing import TypeVar
 from fedmq.broker.headers import decode_message
 from fedmq.broker.link_state import Delivery
 from fedmq.broker.state import AGGREGATOR, EVALUATOR, WORKER, BrokerSettings
-from fedmq.broker.virtual import BrokerHost, Faults, LinkHost, VirtualNetwork
+from fedmq.broker.virtual import Faults, VirtualNetwork
+from fedmq.broker.virtual_hosts import BrokerHost, LinkHost
 from fedmq.broker.wire import (
     Buffer,
     Done,
@@ -266,6 +267,7 @@ class AggregatorHost(NodeHost):
         self._act(self.core.handle(inbound))
 
     def _act(self, actions: Sequence[AggregatorAction]) -> None:
+        self.link.gather(on=True)
         for action in actions:
             match action:
                 case Post(message, data, consumes):
@@ -281,6 +283,7 @@ class AggregatorHost(NodeHost):
                 case Finish(reason):
                     self.finished = reason
                     self.link.say(Over(reason=reason))
+        self.link.gather(on=False)
 
     def _commit(self, commit: Commit) -> None:
         """The work beside the inbox is done after a while, if this session still lives then."""

@@ -10,8 +10,8 @@ from typing import NoReturn
 import structlog
 import torch
 
-from fedmq.broker.dealer import NodeLink
 from fedmq.broker.errors import BrokerError, RunOver
+from fedmq.broker.node_link import NodeLink
 from fedmq.broker.state import WORKER
 from fedmq.broker.wire import Hello
 from fedmq.nodes.config import parse

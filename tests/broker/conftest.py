@@ -7,7 +7,7 @@ import pytest
 import xxhash
 
 from fedmq.broker.core import Broker
-from fedmq.broker.entries import Accepted, Consumed, Refusal
+from fedmq.broker.entries import Accepted, AcceptedAll, Consumed, Refusal
 from fedmq.broker.headers import (
     decode_frame,
     decode_message,
@@ -33,12 +33,21 @@ from fedmq.broker.wire import (
     POST_BYTES,
     Blob,
     Deliver,
+    DeliverAll,
     Hello,
     Message,
     Numbered,
     Post,
     Welcome,
 )
+
+
+def one_by_one(many):
+    """Yield the deliveries that a frame of many stands for."""
+    after = many.after
+    for seq, data in many.messages:
+        yield Deliver(seq=seq, at=many.at, message=data, after=after)
+        after = seq + 1
 
 
 class Bench:
@@ -125,6 +134,9 @@ class Bench:
     def carry_out(self, actions):
         for action in actions:
             match action:
+                case Append(AcceptedAll() as many, uses, _):
+                    assert not uses
+                    self.carry_out([Append(entry) for entry in many.each()])
                 case Append(entry, uses, kept):
                     assert entry.seq == len(self.entries)
                     if isinstance(entry, Accepted):
@@ -142,6 +154,9 @@ class Bench:
                 case Drop(name):
                     self.blobs.pop(name)
                     self.sizes.pop(name)
+                case Send(peer, DeliverAll() as many):
+                    assert decode_frame(encode_frame(many)) == many
+                    self.carry_out([Send(peer, frame) for frame in one_by_one(many)])
                 case Send(peer, frame, blobs):
                     assert decode_frame(encode_frame(frame)) == frame
                     if isinstance(frame, Deliver):

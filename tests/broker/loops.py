@@ -6,9 +6,9 @@ from collections import deque
 
 import zmq
 
-from fedmq.broker.dealer import NodeLink
 from fedmq.broker.entries import Accepted
 from fedmq.broker.headers import decode_frame, split_header
+from fedmq.broker.node_link import NodeLink
 from fedmq.broker.reading import read_entries
 from fedmq.broker.router import BrokerServer
 from fedmq.broker.wire import (

@@ -79,9 +79,9 @@ class Net:
                     if not member.cut and not self.away:
                         parts = [encode_frame(frame), *[bytes(each) for each in buffers]]
                         self.up[member.peer].append(parts)
-                case node.Deliveries(delivery):
-                    member.inbox.append(delivery)
-                    self.tell(name, node.Taken(delivery))
+                case node.Deliveries(deliveries):
+                    member.inbox += deliveries
+                    self.tell(name, node.Taken(deliveries))
                 case node.Fetched():
                     member.fetched.append(action)
                 case node.Admitted(welcome):

@@ -80,7 +80,7 @@ def test_many_strangers_are_answered_by_one_hello(link):
 def test_a_delivery_is_handed_on_once(link):
     [action] = link.handle(deliver(7, b"model"), 1.0)
     assert isinstance(action, Deliveries)
-    delivery = action.delivery
+    [delivery] = action.deliveries
     assert (delivery.seq, delivery.at, delivery.message.id) == (7, 7.0, "a/7")
     assert delivery.inline == {0: b"model"}
     for now in (1.0, 2.0):

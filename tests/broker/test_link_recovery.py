@@ -26,6 +26,11 @@ def link():
     return welcomed()
 
 
+def seqs(actions):
+    """The numbers of what is handed on."""
+    return [delivery.seq for action in actions for delivery in action.deliveries]
+
+
 def test_a_quiet_link_beats(link):
     assert link.deadline == 1.0
     assert link.handle(Wake(), 0.9) == []
@@ -50,7 +55,7 @@ def test_a_broker_that_is_silent_for_a_lease_is_greeted_anew(link):
 def test_a_beat_tells_what_the_node_has_taken_and_so_does_whatever_it_says(link):
     for seq in (3, 4):
         [delivered] = link.handle(deliver(seq), 0.0)
-        assert frames(link.handle(Taken(delivered.delivery), 0.0)) == []
+        assert frames(link.handle(Taken(delivered.deliveries), 0.0)) == []
     assert frames(link.handle(Wake(), 1.0)) == [Beat(taken=5)]
     [post] = frames(link.handle(outgoing(), 1.1))
     assert post.taken == 5
@@ -62,7 +67,7 @@ def test_many_deliveries_or_large_ones_are_told_of_before_the_next_beat(link, si
     told = []
     for seq in range(after):
         [delivered] = link.handle(deliver(seq, bytes(size)), 0.5)
-        told += frames(link.handle(Taken(delivered.delivery), 0.5), Beat)
+        told += frames(link.handle(Taken(delivered.deliveries), 0.5), Beat)
     assert told == [Beat(taken=after)]
 
 
@@ -70,8 +75,8 @@ def test_a_delivery_behind_one_that_was_lost_is_left_until_that_one_has_come(lin
     """Taken at once it would come out of order, and a later Hello could not tell of the gap."""
     assert len(link.handle(deliver(3), 0.0)) == 1
     assert link.handle(deliver(9, after=8), 0.0) == []
-    assert [each.delivery.seq for each in link.handle(deliver(7, after=4), 0.0)] == [7]
-    assert [each.delivery.seq for each in link.handle(deliver(9, after=8), 0.0)] == [9]
+    assert seqs(link.handle(deliver(7, after=4), 0.0)) == [7]
+    assert seqs(link.handle(deliver(9, after=8), 0.0)) == [9]
 
 
 def test_hello_tells_what_has_arrived_and_what_has_no_receipt(link):
@@ -168,5 +173,5 @@ def test_a_delivery_that_was_lost_comes_after_the_hello_and_is_taken_then(link):
     assert beats(link, 3, sent=10) == [2]
     assert heard(link, WELCOME, now=3.1) == []
     taken = link.handle(deliver(7, after=4), 3.2) + link.handle(deliver(9, after=8), 3.2)
-    assert [each.delivery.seq for each in taken] == [7, 9]
+    assert seqs(taken) == [7, 9]
     assert beats(link, 5, sent=10, start=4.0) == []

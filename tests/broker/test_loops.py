@@ -8,9 +8,9 @@ import time
 import msgpack
 import pytest
 
-from fedmq.broker.dealer import NodeLink
 from fedmq.broker.errors import BrokerError, LinkClosed, Rejected
 from fedmq.broker.headers import encode_frame
+from fedmq.broker.node_link import NodeLink
 from fedmq.broker.reading import read_entries
 from fedmq.broker.router import BrokerServer
 from fedmq.broker.state import BrokerSettings
@@ -86,7 +86,7 @@ def test_another_protocol_major_is_rejected_with_both_versions(tmp_path):
         reject = raw.answer()
         assert isinstance(reject, Reject)
         assert (reject.code, reject.protocol) == ("version", PROTOCOL)
-        assert "protocol 2.0 cannot talk to protocol 1.1" in reject.reason
+        assert "protocol 2.0 cannot talk to protocol 1.2" in reject.reason
 
 
 def test_garbage_on_the_socket_does_not_hurt_the_broker(tmp_path):

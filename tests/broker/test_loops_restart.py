@@ -9,10 +9,10 @@ import zmq
 from msgspec.structs import replace
 
 import fedmq.broker.ledger as ledger_module
-from fedmq.broker.dealer import NodeLink
 from fedmq.broker.errors import Rejected
 from fedmq.broker.headers import encode_frame, encode_message
 from fedmq.broker.ledger import Keeping
+from fedmq.broker.node_link import NodeLink
 from fedmq.broker.reading import read_entries
 from fedmq.broker.router import BrokerServer
 from fedmq.broker.state import BrokerSettings

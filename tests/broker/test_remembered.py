@@ -21,17 +21,33 @@ def test_each_run_and_sender_has_ids_of_its_own():
     assert known.look(Mark.of("a", "bc", "d", b"")) == "new"
 
 
-def test_only_so_many_are_kept_and_the_oldest_are_forgotten_first():
+def test_the_newest_are_kept_and_at_most_twice_as_many():
     known = Remembered(limit=3)
-    for name in "abcab":
+    marks = [Mark.of("r", "w1", name, b"") for name in "abcdefghij"]
+    for count, mark in enumerate(marks, 1):
+        known.add(mark)
+        looks = [known.look(each) for each in marks[:count]]
+        assert looks[-3:] == ["same"] * min(3, count)
+        assert looks[:-6] == ["new"] * max(0, count - 6)
+
+
+def test_what_came_again_is_not_forgotten_with_what_came_before_it():
+    known = Remembered(limit=3)
+    for name in "abcabde":
         known.add(Mark.of("r", "w1", name, b""))
-    assert [known.look(Mark.of("r", "w1", name, b"")) for name in "abc"] == ["same"] * 3
-    known.add(Mark.of("r", "w1", "d", b""))
-    looks = [known.look(Mark.of("r", "w1", name, b"")) for name in "abcd"]
-    assert looks == ["new", "same", "same", "same"]
-    known.add(Mark.of("r", "w1", "a", b""))
-    looks = [known.look(Mark.of("r", "w1", name, b"")) for name in "abcd"]
-    assert looks == ["same", "new", "same", "same"]
+    assert [known.look(Mark.of("r", "w1", name, b"")) for name in "bde"] == ["same"] * 3
+
+
+def test_many_are_remembered_at_once_if_all_of_them_are_new():
+    known = Remembered(limit=4)
+    assert known.add_new("r", "w1", ["a", "b"], [b"1", b"2"])
+    assert known.look(Mark.of("r", "w1", "b", b"2")) == "same"
+    assert known.look(Mark.of("r", "w1", "b", b"3")) == "other"
+    assert not known.add_new("r", "w1", ["c", "b"], [b"3", b"2"])
+    assert not known.add_new("r", "w1", ["c", "c"], [b"3", b"3"])
+    assert known.look(Mark.of("r", "w1", "c", b"3")) == "new"
+    assert known.add_new("r", "w2", ["a", "b"], [b"1", b"2"])
+    assert not known.add_new("r", "w1", ["a", "e"], [b"1", b""]), "it is among the older ones"
 
 
 def test_of_one_id_the_bytes_that_came_last_count():

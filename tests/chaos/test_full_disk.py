@@ -18,8 +18,8 @@ from pathlib import Path
 import pytest
 from structlog.testing import capture_logs
 
-from fedmq.broker.dealer import NodeLink
 from fedmq.broker.entries import Accepted
+from fedmq.broker.node_link import NodeLink
 from fedmq.broker.reading import read_entries
 from fedmq.broker.wire import Blob, Hello, Message
 from tests.chaos.crew import Crew, Process, wait_until

@@ -16,7 +16,15 @@ import torch
 from msgspec import inspect, structs
 
 from fedmq.algorithms.base import Payload
-from fedmq.broker.entries import MESSAGES, PAYLOAD, Accepted, AnyEntry, blob_name, segment_path
+from fedmq.broker.entries import (
+    MESSAGES,
+    PAYLOAD,
+    Accepted,
+    AcceptedAll,
+    AnyRecord,
+    blob_name,
+    segment_path,
+)
 from fedmq.broker.headers import (
     decode_message,
     encode_frame,
@@ -111,10 +119,14 @@ def _files() -> tuple[bytes, bytes, bytes]:
         for blob, data in zip(note.blobs, BLOBS, strict=True):
             for start in range(0, len(data) or 1, 64):
                 ledger.put(blob_name(note, blob), blob.size, start, data[start : start + 64])
-        entries = [example(kind) for kind in typing.get_args(AnyEntry)]
-        for seq, entry in enumerate(entries):
-            whole = {"message": encode_message(note)} if isinstance(entry, Accepted) else {}
-            ledger.append(structs.replace(entry, seq=seq, **whole))
+        entries = [example(kind) for kind in typing.get_args(AnyRecord)]
+        whole: dict[type, dict[str, Any]] = {
+            Accepted: {"message": encode_message(note)},
+            AcceptedAll: {"messages": (encode_message(note),) * 2},
+        }
+        for entry in entries:
+            fields = {"seq": ledger.next_seq, **whole.get(type(entry), {})}
+            ledger.append(structs.replace(entry, **fields))
         ledger.close()
         messages, payload = (
             segment_path(Path(name), family, 0).read_bytes() for family in (MESSAGES, PAYLOAD)

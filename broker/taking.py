@@ -1,0 +1,86 @@
+"""What becomes of a post once its blobs are here: known already, refused, or accepted."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from fedmq.broker import wire
+from fedmq.broker.admission import are_plain, check_message
+from fedmq.broker.errors import WireError
+from fedmq.broker.headers import check_inline, decode_message, decode_messages
+from fedmq.broker.postbox import Postbox
+from fedmq.broker.remembered import Mark
+from fedmq.broker.state import Action, Held, Node, Release
+from fedmq.broker.wire import Buffer, Post, PostAll
+
+
+class Taking:
+    """The part of the Broker core that takes posts, in their order.
+
+    Args:
+        box: where accepted messages go.
+    """
+
+    def __init__(self, box: Postbox) -> None:
+        self._box = box
+
+    def check(self, node: Node, post: Post, buffers: Sequence[Buffer] = ()) -> Held:
+        """Read a post's message, and note why it cannot be taken, if so."""
+        held = Held(post)
+        try:
+            message = held.message = decode_message(post.message)
+            check_inline(message.blobs, post.inline, buffers, wire.POST_BYTES)
+            check_message(node, message)
+        except WireError as error:
+            held.refusal = str(error)
+        else:
+            held.mark = Mark.of(node.run.id, node.name, message.id, post.message)
+        return held
+
+    def take(self, node: Node, post: Post, held: Held, now: float, out: list[Action]) -> None:
+        """Accept a post that was checked, or refuse it; or neither, if it was here before."""
+        message, refusal = held.message, held.refusal
+        remembered = self._box.remembered
+        mark = held.mark or _mark_apart(node, post)
+        known = remembered.look(mark)
+        if known == "other" and message is not None:
+            refusal = refusal or f"another message of the id {message.id!r} was here before"
+            mark = _mark_apart(node, post)
+            known = remembered.look(mark)
+        if known != "same":
+            remembered.add(mark)
+        if known == "same" or refusal or message is None:
+            # Its sender is done with what it consumes all the same.
+            self._box.consume(node, post.consumes, now, out)
+            if known != "same":
+                name = message.id if message else f"{node.hello.session}/{post.n}"
+                self._box.refuse_post(node, name, refusal, mark, now, out)
+            out.append(Release(held.names()))
+            return
+        # What is consumed is what the sender has, whatever it claims.
+        consumes = tuple(s for s in post.consumes if node.pending.pop(s, None) is not None)
+        self._box.accept(node.run, message, post.message, consumes, now, out)
+
+    def take_all(self, node: Node, frame: PostAll, now: float, out: list[Action]) -> None:
+        """Take many messages as `take` would one by one.
+
+        At once, if there is nothing to be said of any of them: one by one, a small message
+        costs several times as much.
+        """
+        messages = decode_messages(frame.messages)
+        if messages is not None and are_plain(node, messages):
+            names = [each.id for each in messages]
+            if self._box.remembered.add_new(node.run.id, node.name, names, frame.messages):
+                self._box.accept_all(node.run, messages, frame.messages, now, out)
+                return
+        for data in frame.messages:
+            post = Post(n=frame.n, message=data)
+            held = self.check(node, post)
+            if held.message is not None and held.message.blobs:
+                held.refusal = held.refusal or "a message with blobs is posted alone"
+            self.take(node, post, held, now, out)
+
+
+def _mark_apart(node: Node, post: Post) -> Mark:
+    """Return the mark of a post that has no id of its own: it is refused, and only once."""
+    return Mark.of(node.run.id, node.name, f"{node.hello.session}/{post.n}", post.message)
