@@ -36,8 +36,7 @@ class Baton:
 
     def __init__(self, is_over: Callable[[], bool]) -> None:
         self._is_over = is_over
-        self._lock = threading.Lock()
-        self._depth = 0
+        self._lock = threading.RLock()
         self._main_wants = False
         self._away = threading.Event()
         self._last_away_s = 1.0
@@ -47,22 +46,19 @@ class Baton:
 
     def __enter__(self) -> None:
         """Take the baton for the main thread, if it does not have it, and tell the other."""
-        self._depth += 1
-        if self._depth > 1:
-            return
         if self._away.is_set():
             self._away.clear()
         if not self._lock.acquire(blocking=False):
             self._main_wants = True
-            self.ring()
-            self._lock.acquire()
-            self._main_wants = False
+            try:
+                self.ring()
+                self._lock.acquire()
+            finally:  # a signal may have ended the waiting
+                self._main_wants = False
 
     def __exit__(self, *_: object) -> None:
         """Let go of it, where it was taken."""
-        self._depth -= 1
-        if not self._depth:
-            self._lock.release()
+        self._lock.release()
 
     @contextlib.contextmanager
     def away(self) -> Iterator[None]:

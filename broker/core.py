@@ -142,6 +142,7 @@ class Broker:
         out: list[Action] = []
         for seq in seqs:
             self._box.refuse(self._box.runs[run], seq, BROKER, reason, now, out, parked=True)
+        self._box.fresh.clear()
         return out
 
     # ---- frames

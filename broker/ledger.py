@@ -8,12 +8,10 @@ crash from the pieces that are there, and a reader can follow the tail.
 
 from __future__ import annotations
 
-import bisect
 import contextlib
 import fcntl
 import os
 import secrets
-from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,6 +38,7 @@ from fedmq.broker.errors import LedgerError
 from fedmq.broker.payload import PayloadIndex
 from fedmq.broker.reading import EntryIndex, Follower
 from fedmq.broker.records import Segment, pack
+from fedmq.broker.shelf import Shelf
 from fedmq.broker.wire import Buffer, Place
 
 _MESSAGES_SEGMENT_BYTES = 64 << 20
@@ -112,11 +111,7 @@ class Ledger:
         self._pieces: list[Buffer] = []
         self._entries = EntryIndex(folder)
         self._positions: list[tuple[int, int, int]] = []
-        self._recent: OrderedDict[int, Accepted | AcceptedAll] = OrderedDict()
-        """By their first number."""
-        self._recent_all: deque[int] = deque()
-        """Of these, the numbers of those of many."""
-        self._recent_bytes = 0
+        self._recent = Shelf()
         # What another broker wrote here may not be on the device either.
         self._unsynced = self._unsynced_messages = True
         self._uses: dict[int, tuple[BlobName, ...]] = {}
@@ -157,14 +152,11 @@ class Ledger:
         self._positions.append((entry.seq, len(record), count))
         self.next_seq += count
         match entry:
-            case Accepted(seq=seq, consumes=consumes):
-                self._recent[seq] = entry
-                self._recent_bytes += len(entry.message)
+            case Accepted(consumes=consumes):
+                self._recent.add(entry)
                 self._finish(consumes)
-            case AcceptedAll(messages=messages):
-                self._recent[entry.seq] = entry
-                self._recent_all.append(entry.seq)
-                self._recent_bytes += sum(map(len, messages))
+            case AcceptedAll():
+                self._recent.add(entry)
             case Consumed(of=of):
                 self._finish(of)
             case Ended(run=run):
@@ -188,17 +180,10 @@ class Ledger:
         Raises:
             LedgerError: there is none of this number.
         """
-        entry = self._find_recent(seq) or self._entries.read(seq)
+        entry = self._recent.find(seq) or self._entries.read(seq)
         if not isinstance(entry, Accepted):
             raise LedgerError(f"entry {seq} is no message")
         return entry
-
-    def _find_recent(self, seq: int) -> Accepted | None:
-        entry = self._recent.get(seq)
-        if entry is None and self._recent_all:
-            index = bisect.bisect_right(self._recent_all, seq) - 1
-            entry = self._recent[self._recent_all[index]] if index >= 0 else None
-        return entry.find(seq) if entry is not None else None
 
     def size_of(self, name: BlobName) -> int | None:
         """Return the size of a blob that is here as a whole, or None."""
@@ -289,13 +274,8 @@ class Ledger:
             self._entries.add(seq, self._messages_number, offset, count)
             offset += length
         self._positions.clear()
-        while self._recent_bytes > _RECENT_BYTES:
-            _, entry = self._recent.popitem(last=False)
-            if isinstance(entry, AcceptedAll):
-                self._recent_all.popleft()
-                self._recent_bytes -= sum(map(len, entry.messages))
-            else:
-                self._recent_bytes -= len(entry.message)
+        while self._recent.nbytes > _RECENT_BYTES:
+            self._recent.drop_oldest()
 
     def _next_payload_segment(self) -> None:
         number = self._payload_number + 1

@@ -346,12 +346,14 @@ class Link:
         out.append(Deliveries([Delivery(frame.seq, frame.at, message, inline, frame.places)]))
 
     def _deliver_all(self, frame: DeliverAll, out: list[Action]) -> None:
-        first, last = frame.messages[0][0], frame.messages[-1][0]
-        if self._welcome is None or not frame.after <= self._got <= first:
+        last = frame.messages[-1][0]
+        if self._welcome is None or not frame.after <= self._got <= last:
             return
+        # Offered again, the same messages may come with others: some may be here already.
+        new = [each for each in frame.messages if each[0] >= self._got]
         self._got = last + 1
         deliveries = []
-        for seq, data in frame.messages:
+        for seq, data in new:
             try:
                 deliveries.append(Delivery(seq, frame.at, decode_message(data), {}))
             except WireError as error:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import msgspec
+
 from fedmq.broker import offers
 from fedmq.broker.admission import MAX_EARLY, find_run, why_not
 from fedmq.broker.entries import Opened
@@ -111,6 +113,8 @@ class Members:
             self.peers.pop(known.peer, None)
             node = known
             node.peer = peer
+            # A broker that was restarted has its hello from the ledger, which has no version.
+            node.hello = msgspec.structs.replace(node.hello, v=hello.v)
             node.fetcher.restart()
         else:
             node = Node(hello, run, peer, 0.0, alive=False)

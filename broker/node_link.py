@@ -121,6 +121,7 @@ class NodeLink(Dealer):
             LinkClosed: the link ended meanwhile.
         """
         with self._baton:
+            self._catch_up()
             while self._core.unreceipted > limit:
                 self._turn_or_raise()
 

@@ -15,6 +15,7 @@ from fedmq.broker.admission import timer_of
 from fedmq.broker.entries import Accepted, AcceptedAll, Consumed, Refusal, blob_name
 from fedmq.broker.headers import encode_message
 from fedmq.broker.remembered import Mark, Remembered
+from fedmq.broker.shelf import Shelf
 from fedmq.broker.state import (
     BROKER,
     CHECKPOINT,
@@ -50,15 +51,12 @@ class Postbox:
         self.runs: dict[str, Run] = {}
         self.remembered = Remembered()
         self.timers: list[tuple[float, int, str, str]] = []
-        self.fresh: list[Accepted | AcceptedAll] = []
+        self.fresh = Shelf()
         """What was accepted in this event, which the ledger does not have yet."""
 
     def read(self, seq: int) -> Accepted:
         """Return an accepted message."""
-        for entry in self.fresh:
-            if found := entry.find(seq):
-                return found
-        return self.store.read(seq)
+        return self.fresh.find(seq) or self.store.read(seq)
 
     def number(self) -> int:
         """Return the number of the next entry."""
@@ -94,7 +92,7 @@ class Postbox:
             heapq.heappush(self.timers, (now + after_s, seq, run.id, token))
         uses = tuple(blob_name(message, blob) for blob in message.blobs)
         entry = Accepted(seq=seq, at=now, message=data, consumes=consumes)
-        self.fresh.append(entry)
+        self.fresh.add(entry)
         out.append(Append(entry, uses, kept=message.to != RECORD))
         if message.to in (RECORD, CHECKPOINT, TIMER):
             return
@@ -121,7 +119,7 @@ class Postbox:
         """
         entry = AcceptedAll(seq=self.next_seq, at=now, messages=tuple(data))
         self.next_seq += len(messages)
-        self.fresh.append(entry)
+        self.fresh.add(entry)
         out.append(Append(entry))
         hosts = {to: run.host_of(to) for to in {each.to for each in messages}}
         found: dict[str, dict[int, str]] = {}

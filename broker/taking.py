@@ -37,15 +37,29 @@ class Taking:
             held.mark = Mark.of(node.run.id, node.name, message.id, post.message)
         return held
 
-    def take(self, node: Node, post: Post, held: Held, now: float, out: list[Action]) -> None:
-        """Accept a post that was checked, or refuse it; or neither, if it was here before."""
+    def take(
+        self,
+        node: Node,
+        post: Post,
+        held: Held,
+        now: float,
+        out: list[Action],
+        number: str = "",
+    ) -> None:
+        """Accept a post that was checked, or refuse it; or neither, if it was here before.
+
+        ``number``: of the post in its session, if not ``n``.
+        """
         message, refusal = held.message, held.refusal
         remembered = self._box.remembered
-        mark = held.mark or _mark_apart(node, post)
+        # What has no id of its own is known by its number: it is refused, and only once.
+        own_name = f"{node.hello.session}/{number or post.n}"
+        apart = Mark.of(node.run.id, node.name, own_name, post.message)
+        mark = held.mark or apart
         known = remembered.look(mark)
         if known == "other" and message is not None:
             refusal = refusal or f"another message of the id {message.id!r} was here before"
-            mark = _mark_apart(node, post)
+            mark = apart
             known = remembered.look(mark)
         if known != "same":
             remembered.add(mark)
@@ -53,7 +67,7 @@ class Taking:
             # Its sender is done with what it consumes all the same.
             self._box.consume(node, post.consumes, now, out)
             if known != "same":
-                name = message.id if message else f"{node.hello.session}/{post.n}"
+                name = message.id if message else own_name
                 self._box.refuse_post(node, name, refusal, mark, now, out)
             out.append(Release(held.names()))
             return
@@ -73,14 +87,9 @@ class Taking:
             if self._box.remembered.add_new(node.run.id, node.name, names, frame.messages):
                 self._box.accept_all(node.run, messages, frame.messages, now, out)
                 return
-        for data in frame.messages:
+        for index, data in enumerate(frame.messages):
             post = Post(n=frame.n, message=data)
             held = self.check(node, post)
             if held.message is not None and held.message.blobs:
                 held.refusal = held.refusal or "a message with blobs is posted alone"
-            self.take(node, post, held, now, out)
-
-
-def _mark_apart(node: Node, post: Post) -> Mark:
-    """Return the mark of a post that has no id of its own: it is refused, and only once."""
-    return Mark.of(node.run.id, node.name, f"{node.hello.session}/{post.n}", post.message)
+            self.take(node, post, held, now, out, f"{frame.n}.{index}")

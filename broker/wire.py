@@ -35,6 +35,8 @@ MAX_ALL = 256
 """Messages in one frame of many;"""
 MAX_ALL_BYTES = 32 * 1024
 """and their bytes, if they are more than one."""
+MIN_MESSAGE_BYTES = 32
+"""No message has fewer: a frame of many cannot be one of very many that are none."""
 MAX_DEPTH = 32
 """Of a message's body: whoever reads it, or prints it, must not run out of stack."""
 CHUNK_BYTES = 1024 * 1024
@@ -168,7 +170,10 @@ class PostAll(Numbered, frozen=True, kw_only=True):
     What a frame costs, a small message costs many times over its bytes.
     """
 
-    messages: Annotated[tuple[bytes, ...], Meta(min_length=1, max_length=MAX_ALL)]
+    messages: Annotated[
+        tuple[Annotated[bytes, Meta(min_length=MIN_MESSAGE_BYTES)], ...],
+        Meta(min_length=1, max_length=MAX_ALL),
+    ]
 
 
 class Receipt(Frame, frozen=True, kw_only=True):

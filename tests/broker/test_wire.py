@@ -89,7 +89,7 @@ FRAMES = {
     "post": Post(
         n=7, taken=70001, read=1 << 20, message=b"\x81\xa1a\x01", inline=(0, 2), consumes=(3, 70000)
     ),
-    "postall": PostAll(n=8, taken=70001, read=1 << 20, messages=(b"\x81\xa1a\x01", b"\x80")),
+    "postall": PostAll(n=8, taken=70001, read=1 << 20, messages=(bytes(range(40)), bytes(32))),
     "receipt": Receipt(upto=7),
     "full": Full(reason="cannot write: No space left on device"),
     "deliver": Deliver(
