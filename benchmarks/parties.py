@@ -65,9 +65,9 @@ class Party:
             sender=self.name,
             to=to,
             body=body,
-            blobs=tuple(blob for blob, _ in data),
+            blobs=tuple(blob for blob, _ in data) if data else (),
         )
-        self.link.post(message, [buffer for _, buffer in data], consumes)
+        self.link.post(message, [buffer for _, buffer in data] if data else (), consumes)
 
     def get(self) -> Delivery:
         """Return the next message from another node: who joins and leaves does not matter."""

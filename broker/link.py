@@ -22,6 +22,7 @@ from fedmq.broker.fetch import WINDOW_CHUNKS, Fetcher, Owned
 from fedmq.broker.headers import (
     check_inline,
     decode_message,
+    decode_messages,
     encode_message,
     inline_choice,
     slices_of,
@@ -231,7 +232,7 @@ class Link:
 
     def _take(self, deliveries: Sequence[Delivery], now: float, out: list[Action]) -> None:
         self._taken = deliveries[-1].seq + 1
-        nbytes = sum(len(data) for each in deliveries for data in each.inline.values())
+        nbytes = sum(len(x) for each in deliveries if each.inline for x in each.inline.values())
         self._untold += len(deliveries) + (nbytes >> 10)
         if self._untold >= TELL_TAKEN and self._connected:
             self._beat(now, out)
@@ -346,19 +347,18 @@ class Link:
         out.append(Deliveries([Delivery(frame.seq, frame.at, message, inline, frame.places)]))
 
     def _deliver_all(self, frame: DeliverAll, out: list[Action]) -> None:
-        last = frame.messages[-1][0]
-        if self._welcome is None or not frame.after <= self._got <= last:
+        if self._welcome is None or not frame.after <= self._got <= frame.messages[-1][0]:
             return
         # Offered again, the same messages may come with others: some may be here already.
         new = [each for each in frame.messages if each[0] >= self._got]
-        self._got = last + 1
-        deliveries = []
-        for seq, data in new:
-            try:
-                deliveries.append(Delivery(seq, frame.at, decode_message(data), {}))
-            except WireError as error:
-                self._say(Done(seqs=(seq,), refused={seq: str(error)[:2000]}), out)
-        out.append(Deliveries(deliveries))
+        messages = decode_messages([data for _, data in new])
+        if messages is None:
+            for seq, data in new:
+                self._deliver(Deliver(seq=seq, at=frame.at, message=data, after=self._got), (), out)
+            return
+        self._got = new[-1][0] + 1
+        found = zip(new, messages, strict=True)
+        out.append(Deliveries([Delivery(seq, frame.at, each) for (seq, _), each in found]))
 
     def _serve(self, want: Want, out: list[Action]) -> None:
         self._chunks += 1

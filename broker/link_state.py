@@ -29,7 +29,7 @@ class Delivery(Struct, frozen=True):
     seq: int
     at: float
     message: Message
-    inline: Mapping[int, Buffer]
+    inline: Mapping[int, Buffer] = {}
     places: Mapping[int, Sequence[Place]] = {}
 
 

@@ -70,7 +70,10 @@ def bring(node: Node, found: dict[int, str], among: AcceptedAll, now: float) -> 
     if not is_open(node, now):
         node.queue.extend(found)
         return []
-    messages = [(seq, among.messages[seq - among.seq]) for seq in found]
+    if len(found) == len(among.messages):
+        messages = list(zip(found, among.messages, strict=True))
+    else:
+        messages = [(seq, among.messages[seq - among.seq]) for seq in found]
     _use_window(node, len(messages), sum(len(data) for _, data in messages))
     return list(_frames(node, among.at, messages))
 

@@ -121,15 +121,18 @@ class Postbox:
         self.next_seq += len(messages)
         self.fresh.add(entry)
         out.append(Append(entry))
-        hosts = {to: run.host_of(to) for to in {each.to for each in messages}}
+        addresses = [each.to for each in messages]
+        hosts = {to: run.host_of(to) for to in set(addresses)}
+        numbered = dict(enumerate(addresses, entry.seq))
         found: dict[str, dict[int, str]] = {}
-        for seq, each in enumerate(messages, entry.seq):
-            to = each.to
-            host = hosts[to]
-            if host is not None:
-                found.setdefault(host.name, {})[seq] = to
-            elif to != RECORD:
-                run.waiting.setdefault(to, []).append(seq)
+        if len(hosts) == 1 and (host := hosts[addresses[0]]) is not None:
+            found[host.name] = numbered  # most often: all are for one node
+        else:
+            for seq, to in numbered.items():
+                if (host := hosts[to]) is not None:
+                    found.setdefault(host.name, {})[seq] = to
+                elif to != RECORD:
+                    run.waiting.setdefault(to, []).append(seq)
         for name, numbers in found.items():
             out += offers.bring(run.nodes[name], numbers, entry, now)
 

@@ -33,7 +33,7 @@ MAX_MESSAGE_BYTES = 48 * 1024
 MAX_BUFFERS = 64
 MAX_ALL = 256
 """Messages in one frame of many;"""
-MAX_ALL_BYTES = 32 * 1024
+MAX_ALL_BYTES = 56 * 1024
 """and their bytes, if they are more than one."""
 MIN_MESSAGE_BYTES = 32
 """No message has fewer: a frame of many cannot be one of very many that are none."""
