@@ -17,13 +17,14 @@ from typing import TypeVar
 
 from fedmq.broker.headers import decode_message
 from fedmq.broker.link_state import Delivery
-from fedmq.broker.state import AGGREGATOR, EVALUATOR, WORKER, BrokerSettings
+from fedmq.broker.state import AGGREGATOR, EVALUATOR, RECORD, WORKER, BrokerSettings
 from fedmq.broker.virtual import Faults, VirtualNetwork
 from fedmq.broker.virtual_hosts import BrokerHost, LinkHost
 from fedmq.broker.wire import (
     Buffer,
     Done,
     Hello,
+    Message,
     Over,
 )
 from fedmq.nodes.aggregator import Aggregator, Start
@@ -35,6 +36,7 @@ from fedmq.nodes.worker import Action as WorkerAction
 from fedmq.nodes.worker import Evaluate, Evaluated, Keep, Pause, Train, Trained, Worker
 
 RUN = "simulated"
+_CHAT_TO = (RECORD, EVALUATOR, AGGREGATOR)
 Ranges = tuple[tuple[int, int], ...]
 H = TypeVar("H", bound="NodeHost")
 
@@ -46,7 +48,8 @@ class Chances:
     faults: of every frame. crash: of each process. cut, partition: of each connection.
     doom: of a crash at the worst moment: of the broker in the middle of a batch, of a node
     right after a post. away_s, partition_s: the longest
-    that a crashed process, or a connection, is away. train_s: the mean of a task.
+    that a crashed process, or a connection, is away. train_s: the mean of a task. chat: of
+    small messages, several at once, from each worker and the evaluator: nobody has a use for them.
     share_files: nodes read blobs from the ledger's files, as on one host.
     """
 
@@ -58,6 +61,7 @@ class Chances:
     away_s: float = 5.0
     partition_s: float = 8.0
     train_s: float = 0.5
+    chat: float = 0.0
     share_files: bool = False
 
 
@@ -164,6 +168,12 @@ class Simulation:
                 self.network.cut(host.link)
             elif rng.random() < chances.partition * every:
                 self.network.partition(host.link.name, rng.random() * chances.partition_s)
+            elif (
+                chances.chat
+                and isinstance(host, WorkerHost)
+                and rng.random() < chances.chat * every
+            ):
+                host.chat(rng)
         self.network.after(every, self._trouble)
 
     def _revive_broker(self) -> None:
@@ -303,6 +313,17 @@ class WorkerHost(NodeHost):
         super().__init__(simulation, hello, kept)
         self.core = Worker(simulation.setup, RUN, hello.node, hello.clients, kept)
         self._busy = False
+        self._chats = 0
+
+    def chat(self, rng: random.Random) -> None:
+        """Say several small things at once, of which nobody has a use."""
+        self.link.gather(on=True)
+        for _ in range(rng.randint(2, 6)):
+            self._chats += 1
+            name, to = f"{self.hello.session}/{self._chats}", rng.choice(_CHAT_TO)
+            sender = self.hello.node
+            self.link.post(Message(kind="chat", id=name, run=RUN, sender=sender, to=to), (), ())
+        self.link.gather(on=False)
 
     def ready(self) -> bool:
         """One task at a time."""

@@ -81,6 +81,7 @@ def chances_of(rng):
         cut=some(0.3),
         partition=some(0.1),
         train_s=rng.choice([0.05, 0.5, 3.0]),
+        chat=some(1.0, share=0.15),
         share_files=rng.random() < 0.5,
     )
 
