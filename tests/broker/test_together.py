@@ -8,13 +8,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedmq.broker.entries import Accepted, AcceptedAll
-from fedmq.broker.headers import decode_message, encode_message
+from fedmq.broker.errors import WireError
+from fedmq.broker.headers import decode_frame, decode_message, encode_frame, encode_message
 from fedmq.broker.link import Link
 from fedmq.broker.link_state import Deliveries, Say, Taken, Together, Wake
 from fedmq.broker.wire import (
     MAX_ALL,
     MAX_ALL_BYTES,
     MAX_MESSAGE_BYTES,
+    MIN_MESSAGE_BYTES,
     Beat,
     Blob,
     Deliver,
@@ -304,6 +306,16 @@ def test_a_node_of_an_older_version_is_sent_them_one_by_one(bench):
     many = PostAll(n=0, messages=tuple(note(each, "client/1") for each in range(5)))
     sent = [each.frame for each in bench.say(AGG, many) if hasattr(each, "frame")]
     assert [type(frame) for frame in sent] == [Deliver] * 5
+
+
+def test_a_frame_of_many_that_are_no_messages_is_none():
+    """A refusal of each would cost the ledger many times what the frame did."""
+    header = encode_frame(PostAll(messages=(b"x",) * MAX_ALL))
+    with pytest.raises(WireError, match="Expected `bytes` of length"):
+        decode_frame(header)
+    assert len(encode_message(Message(kind="k", id="i", run="r", sender="s", to="t"))) > (
+        MIN_MESSAGE_BYTES
+    )
 
 
 def test_a_message_with_blobs_is_refused_among_many(room):
