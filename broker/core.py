@@ -231,18 +231,20 @@ class Broker:
         beside = {
             message.blobs[index]: data for index, data in zip(post.inline, buffers, strict=True)
         }
-        self._uploads.begin_post(node, held, beside, out)
+        self._uploads.begin_post(node, held, message, beside, out)
 
     def _settle(self, node: Node, now: float, out: list[Action]) -> None:
         """Take, in order, the held frames whose blobs are here; ask for what is missing."""
         while node.held and not self._uploads.lacks(node, node.held[0]):
             held = node.held.popleft()
+            messages = 1
             match held.frame:
                 case Post() as post:
                     self._taking.take(node, post, held, now, out)
-                case PostAll(messages=messages) as post:
-                    self._taking.take_all(node, post, now, out)
-                    self._receipts.owe(node, now, len(messages) - 1)
+                case PostAll() as post:
+                    messages = len(post.messages)
+                    for message in self._taking.take_all(node, post, now, out)[:1]:
+                        self._uploads.heard(node, message, now)
                 case Done(seqs=seqs, refused=refused):
                     for seq, reason in refused.items():
                         if seq in node.pending:
@@ -251,7 +253,7 @@ class Broker:
                 case Over(reason=reason):
                     self._over(node, reason, now, out)
                     return
-            self._receipts.owe(node, now)
+            self._receipts.owe(node, now, messages)
         self._uploads.ask(node, now, out)
 
     def _want(self, node: Node, want: Want, out: list[Action]) -> None:

@@ -9,7 +9,7 @@ import xxhash
 
 Known = Literal["new", "same", "other"]
 REMEMBERED = 1 << 17
-"""Ids kept in memory, of all runs together: up to twice as many, about 40 MB.
+"""Ids kept in memory, of all runs together: up to twice as many, 32 MB.
 
 Far more than a sender can say again: a link resends what has no receipt, and a restarted
 aggregator what it said since its last checkpoint.

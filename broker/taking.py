@@ -11,7 +11,7 @@ from fedmq.broker.headers import check_inline, decode_message, decode_messages
 from fedmq.broker.postbox import Postbox
 from fedmq.broker.remembered import Mark
 from fedmq.broker.state import Action, Held, Node, Release
-from fedmq.broker.wire import Buffer, Post, PostAll
+from fedmq.broker.wire import Buffer, Message, Post, PostAll
 
 
 class Taking:
@@ -54,12 +54,11 @@ class Taking:
         remembered = self._box.remembered
         # What has no id of its own is known by its number: it is refused, and only once.
         own_name = f"{node.hello.session}/{number or post.n}"
-        apart = Mark.of(node.run.id, node.name, own_name, post.message)
-        mark = held.mark or apart
+        mark = held.mark or Mark.of(node.run.id, node.name, own_name, post.message)
         known = remembered.look(mark)
         if known == "other" and message is not None:
             refusal = refusal or f"another message of the id {message.id!r} was here before"
-            mark = apart
+            mark = Mark.of(node.run.id, node.name, own_name, post.message)
             known = remembered.look(mark)
         if known != "same":
             remembered.add(mark)
@@ -75,21 +74,24 @@ class Taking:
         consumes = tuple(s for s in post.consumes if node.pending.pop(s, None) is not None)
         self._box.accept(node.run, message, post.message, consumes, now, out)
 
-    def take_all(self, node: Node, frame: PostAll, now: float, out: list[Action]) -> None:
+    def take_all(
+        self, node: Node, frame: PostAll, now: float, out: list[Action]
+    ) -> Sequence[Message]:
         """Take many messages as `take` would one by one.
 
         At once, if there is nothing to be said of any of them: one by one, a small message
-        costs several times as much.
+        costs several times as much. Returns those that were taken at once: all, or none.
         """
         messages = decode_messages(frame.messages)
         if messages is not None and are_plain(node, messages):
             names = [each.id for each in messages]
             if self._box.remembered.add_new(node.run.id, node.name, names, frame.messages):
                 self._box.accept_all(node.run, messages, frame.messages, now, out)
-                return
+                return messages
         for index, data in enumerate(frame.messages):
             post = Post(n=frame.n, message=data)
             held = self.check(node, post)
             if held.message is not None and held.message.blobs:
                 held.refusal = held.refusal or "a message with blobs is posted alone"
             self.take(node, post, held, now, out, f"{frame.n}.{index}")
+        return ()

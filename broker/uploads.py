@@ -46,13 +46,16 @@ class Uploads:
             self._talk.append(now)
 
     def begin_post(
-        self, node: Node, held: Held, beside: Mapping[Blob, Buffer], out: list[Action]
+        self,
+        node: Node,
+        held: Held,
+        message: Message,
+        beside: Mapping[Blob, Buffer],
+        out: list[Action],
     ) -> None:
         """Keep the blobs that have come beside a post, and fetch the others."""
-        if held.message is None:
-            return
-        for blob in held.message.blobs:
-            name = blob_name(held.message, blob)
+        for blob in message.blobs:
+            name = blob_name(message, blob)
             if not blob.size and blob.digest != EMPTY:
                 held.refusal = f"blob {blob.digest.hex()} is not the digest of nothing"
                 return

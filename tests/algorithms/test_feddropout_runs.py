@@ -5,15 +5,12 @@ import random
 import pytest
 
 from fedmq.algorithms.base import Task
-from fedmq.broker.trace import Trace
 from fedmq.nodes.aggregator import Aggregator, Start
 from fedmq.nodes.config import build
 from fedmq.nodes.digests import model_digest
-from fedmq.nodes.replay.fold import Replay
-from fedmq.nodes.replay.workers import Retraining
 from fedmq.nodes.setup import set_up
-from fedmq.nodes.simulation import Chances, Simulation
 from tests.algorithms.fleet import Fleet, changed
+from tests.sim.recorded import check_recorded_run
 
 SCHEDULES = {
     "rounds": {"name": "rounds", "fraction": 0.6},
@@ -102,17 +99,5 @@ def test_a_recorded_run_replays_to_the_bit(schedule, tmp_path):
     setup = setup_of(
         schedule, "Images", codec="cast(float16)", versions=8, evaluate_every=4, checkpoint_s=1.0
     )
-    simulation = Simulation(setup, 2, tmp_path, 5, Chances(train_s=0.3, crash=0.1))
-    assert simulation.run(10.0, 400.0)
-    simulation.broker.ledger.close()
-    trace = Trace(tmp_path)
-    replay = Replay(trace)
-    for _ in replay.steps():
-        pass
+    replay = check_recorded_run(setup, tmp_path, 8, ("worker-0", "worker-1", "evaluator"))
     assert replay.messages > 15
-    assert replay.core.version == 8
-    assert model_digest(replay.core.tensors()) == model_digest(simulation.aggregator.core.tensors())
-    for node in ("worker-0", "worker-1", "evaluator"):
-        tasks = list(Retraining(trace, setup, node).all())
-        assert tasks
-        assert all(each.same for each in tasks)

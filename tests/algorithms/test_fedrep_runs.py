@@ -11,13 +11,8 @@ from fedmq.algorithms.errors import ProblemError, ResultError
 from fedmq.algorithms.fedrep import FedRep
 from fedmq.algorithms.schedules import Buffered, Rounds, Stream
 from fedmq.algorithms.split import cut
-from fedmq.broker.trace import Trace
 from fedmq.nodes.config import build
-from fedmq.nodes.digests import model_digest
-from fedmq.nodes.replay.fold import Replay
-from fedmq.nodes.replay.workers import Retraining
 from fedmq.nodes.setup import set_up
-from fedmq.nodes.simulation import Chances, Simulation
 from fedmq.nodes.worker import Worker
 from tests.algorithms.fleet import Fleet
 from tests.algorithms.split_problems import (
@@ -32,6 +27,7 @@ from tests.algorithms.split_problems import (
     trained,
 )
 from tests.algorithms.tiny import HalfFrozen, client, payload
+from tests.sim.recorded import check_recorded_run
 
 # ---- determinism, state, and what is refused
 
@@ -220,16 +216,4 @@ def test_a_head_survives_its_workers_restart():
 def test_a_recorded_run_with_crashes_replays_to_the_bit(schedule, tmp_path):
     """The aggregator's fold, then every task of every node from the head that it kept."""
     setup = setup_of(schedule, "cast(float16)", evaluate_every=4, checkpoint_s=1.0)
-    simulation = Simulation(setup, 2, tmp_path, 5, Chances(train_s=0.3, crash=0.1))
-    assert simulation.run(10.0, 400.0)
-    simulation.broker.ledger.close()
-    trace = Trace(tmp_path)
-    replay = Replay(trace)
-    for _ in replay.steps():
-        pass
-    assert replay.core.version == 6
-    assert model_digest(replay.core.tensors()) == model_digest(simulation.aggregator.core.tensors())
-    for node in ("worker-0", "worker-1"):
-        tasks = list(Retraining(trace, setup, node).all())
-        assert tasks
-        assert all(each.same for each in tasks)
+    check_recorded_run(setup, tmp_path, 6)

@@ -8,16 +8,13 @@ import torch
 
 from fedmq.algorithms.mocha import Mocha
 from fedmq.algorithms.problems.natural import DigitTasks
-from fedmq.broker.trace import Trace
 from fedmq.nodes.aggregator import Aggregator, Start
 from fedmq.nodes.config import build
 from fedmq.nodes.digests import model_digest
-from fedmq.nodes.replay.fold import Replay
-from fedmq.nodes.replay.workers import Retraining
 from fedmq.nodes.setup import set_up
-from fedmq.nodes.simulation import Chances, Simulation
 from tests.algorithms.fleet import Fleet
 from tests.algorithms.multitask import Federation
+from tests.sim.recorded import check_recorded_run
 
 SCHEDULES = {
     "rounds": {"name": "rounds", "fraction": 0.6},
@@ -125,19 +122,7 @@ def test_a_restarted_aggregator_says_what_it_said(schedule):
 def test_a_recorded_run_replays_to_the_bit(schedule, tmp_path):
     """With crashes; the aggregator's fold, then every task of every node."""
     setup = setup_of(schedule, versions=10, evaluate_every=5, checkpoint_s=1.0)
-    simulation = Simulation(setup, 2, tmp_path, 5, Chances(train_s=0.3, crash=0.1))
-    assert simulation.run(10.0, 400.0)
-    simulation.broker.ledger.close()
-    trace = Trace(tmp_path)
-    replay = Replay(trace)
-    for _ in replay.steps():
-        pass
-    assert replay.core.version == 10
-    assert model_digest(replay.core.tensors()) == model_digest(simulation.aggregator.core.tensors())
-    for node in ("worker-0", "worker-1"):
-        tasks = list(Retraining(trace, setup, node).all())
-        assert tasks
-        assert all(each.same for each in tasks)
+    check_recorded_run(setup, tmp_path, 10)
 
 
 def test_a_result_is_d_floats_and_nothing_is_written_with_loss():

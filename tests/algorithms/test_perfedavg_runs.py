@@ -2,13 +2,9 @@
 
 import pytest
 
-from fedmq.broker.trace import Trace
 from fedmq.nodes.config import build
-from fedmq.nodes.digests import model_digest
-from fedmq.nodes.replay.fold import Replay
-from fedmq.nodes.replay.workers import Retraining
 from fedmq.nodes.setup import set_up
-from fedmq.nodes.simulation import Chances, Simulation
+from tests.sim.recorded import check_recorded_run
 
 SCHEDULES = {
     "rounds": {"name": "rounds", "fraction": 0.6},
@@ -41,16 +37,4 @@ def test_a_run_with_crashes_ends_and_replays_to_the_bit(algorithm, schedule, tmp
             }
         )
     )
-    simulation = Simulation(setup, 2, tmp_path, 5, Chances(train_s=0.3, crash=0.1))
-    assert simulation.run(10.0, 400.0)
-    simulation.broker.ledger.close()
-    trace = Trace(tmp_path)
-    replay = Replay(trace)
-    for _ in replay.steps():
-        pass
-    assert replay.core.version == 6
-    assert model_digest(replay.core.tensors()) == model_digest(simulation.aggregator.core.tensors())
-    for node in ("worker-0", "worker-1"):
-        tasks = list(Retraining(trace, setup, node).all())
-        assert tasks
-        assert all(each.same for each in tasks)
+    check_recorded_run(setup, tmp_path, 6)

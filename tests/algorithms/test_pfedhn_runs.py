@@ -5,15 +5,12 @@ import random
 import pytest
 
 from fedmq.algorithms.base import Client, Task
-from fedmq.broker.trace import Trace
 from fedmq.nodes.aggregator import Aggregator, Start
 from fedmq.nodes.config import build
-from fedmq.nodes.digests import digest_of, model_digest
-from fedmq.nodes.replay.fold import Replay
-from fedmq.nodes.replay.workers import Retraining
+from fedmq.nodes.digests import digest_of
 from fedmq.nodes.setup import set_up
-from fedmq.nodes.simulation import Chances, Simulation
 from tests.algorithms.fleet import Fleet
+from tests.sim.recorded import check_recorded_run
 
 SCHEDULES = {
     "rounds": {"name": "rounds", "fraction": 0.5},
@@ -84,16 +81,4 @@ def test_a_recorded_run_with_crashes_replays_to_the_bit(schedule, personal, tmp_
     """The aggregator's fold, then every task and evaluation of every node."""
     options = {"personal_classifier": personal}
     setup = setup_of(schedule, algorithm=options, versions=6, evaluate_every=3, checkpoint_s=1.0)
-    simulation = Simulation(setup, 2, tmp_path, 5, Chances(train_s=0.3, crash=0.1))
-    assert simulation.run(10.0, 400.0)
-    simulation.broker.ledger.close()
-    trace = Trace(tmp_path)
-    replay = Replay(trace)
-    for _ in replay.steps():
-        pass
-    assert replay.core.version == 6
-    assert model_digest(replay.core.tensors()) == model_digest(simulation.aggregator.core.tensors())
-    for node in ("worker-0", "worker-1"):
-        tasks = list(Retraining(trace, setup, node).all())
-        assert tasks
-        assert all(each.same for each in tasks)
+    check_recorded_run(setup, tmp_path, 6)

@@ -2,7 +2,6 @@
 
 import signal
 import threading
-import time
 
 import pytest
 
@@ -39,14 +38,19 @@ def hold(baton, until):
     return thread
 
 
-def test_a_signal_that_ends_the_waiting_does_not_give_the_baton(baton, monkeypatch):
+def wait_until_signalled(baton):
+    signal.setitimer(signal.ITIMER_REAL, 0.05)
+    with baton:
+        pytest.fail("the other thread has it")
+
+
+def test_a_signal_that_ends_the_waiting_does_not_give_the_baton(baton):
     until = threading.Event()
     thread = hold(baton, until)
     before = signal.signal(signal.SIGALRM, stop)
     try:
-        signal.setitimer(signal.ITIMER_REAL, 0.05)
-        with pytest.raises(Stopped), baton:
-            pytest.fail("the other thread has it")
+        with pytest.raises(Stopped):
+            wait_until_signalled(baton)
     finally:
         signal.signal(signal.SIGALRM, before)
     later = threading.Timer(0.05, until.set)
@@ -57,18 +61,20 @@ def test_a_signal_that_ends_the_waiting_does_not_give_the_baton(baton, monkeypat
     later.join()
 
 
-def test_the_main_thread_may_take_it_again_and_others_wait_until_it_is_done(baton):
-    taken = threading.Event()
+def test_the_main_thread_may_take_it_again_and_others_get_it_when_it_is_done(baton):
+    got = []
 
     def take():
-        with baton._lock:
-            taken.set()
+        got.append(baton._lock.acquire(blocking=False))
 
-    thread = threading.Thread(target=take)
+    def let_another_take():
+        thread = threading.Thread(target=take)
+        thread.start()
+        thread.join()
+
     with baton:
         with baton:
-            thread.start()
-        time.sleep(0.02)
-        assert not taken.is_set()
-    thread.join()
-    assert taken.is_set()
+            let_another_take()
+        let_another_take()
+    let_another_take()
+    assert got == [False, False, True]

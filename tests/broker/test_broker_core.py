@@ -2,7 +2,7 @@ import msgpack
 import pytest
 
 from fedmq.broker.entries import BlobName
-from fedmq.broker.headers import decode_frame
+from fedmq.broker.headers import decode_frame, encode_message
 from fedmq.broker.receipts import RECEIPT_WITHIN_S
 from fedmq.broker.state import UPLOAD_WINDOW_CHUNKS, Append, Put, Send
 from fedmq.broker.uploads import TALK, TALK_WITHIN_S, UPLOAD_CHUNKS_IN_TALK
@@ -13,7 +13,9 @@ from fedmq.broker.wire import (
     Chunk,
     Deliver,
     Done,
+    Message,
     Post,
+    PostAll,
     Receipt,
     Stranger,
     Want,
@@ -351,12 +353,19 @@ def test_an_upload_has_a_wide_window_while_nobody_else_talks(room):
     assert wanted(room, AGG) == UPLOAD_WINDOW_CHUNKS
 
 
-def test_an_upload_makes_room_while_others_talk(room):
+@pytest.mark.parametrize("words", [1, 3], ids=["alone", "together"])
+def test_an_upload_makes_room_while_others_talk(room, words):
     model = bytes(40 * CHUNK_BYTES)
     room.post(AGG, "client/3", "task", blobs=[model], inline=[])
     for number in range(TALK):
         room.now += TALK_WITHIN_S / (TALK + 1)
-        room.post(W1, "client/9", f"word {number}")
+        if words == 1:
+            room.post(W1, "client/9", f"word {number}")
+            continue
+        names = [f"w1/{number}.{word}" for word in range(words)]
+        about = {"kind": "note", "run": "r", "sender": "w1", "to": "client/9"}
+        data = [encode_message(Message(id=name, **about)) for name in names]
+        room.tell(W1, PostAll(messages=tuple(data)))
     feed(room, AGG, model, limit=UPLOAD_WINDOW_CHUNKS)
     assert wanted(room, AGG) == UPLOAD_CHUNKS_IN_TALK
     room.now += TALK_WITHIN_S

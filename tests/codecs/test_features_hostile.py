@@ -1,7 +1,5 @@
 """Feature maps by sample: whatever stands in a message, a decoder refuses what is unsound."""
 
-import tracemalloc
-
 import numpy as np
 import pytest
 import torch
@@ -13,6 +11,7 @@ from fedmq.codecs.base import Encoded
 from fedmq.codecs.errors import DecodeError
 from fedmq.codecs.features import Features
 from tests.codecs.feature_messages import DTYPES, HONEST, LIMIT, group, sent
+from tests.codecs.refusals import refused
 
 
 def honest(dtype, pack):
@@ -101,30 +100,6 @@ def test_whatever_bit_turns_only_a_decode_error_comes_of_it(kind, which, data):
 def meta_of(shape, *, packed=False, **more):
     ids = {"width": 0, "base": 0, "rising": True}
     return {"shape": shape, "ids": ids, "labels": None, "zstd": packed, **more}
-
-
-def small(make):
-    """Wrap torch.empty or torch.zeros, whose memory tracemalloc does not see."""
-
-    def made(size, **options):
-        assert np.prod(size) < 1 << 14, "a tensor was made before the message was checked"
-        return make(size, **options)
-
-    return made
-
-
-def refused(codec, meta, buffers, message, limit=1 << 40):
-    """Assert that a message is refused and costs next to no memory."""
-    tracemalloc.start()
-    try:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(torch, "empty", small(torch.empty))
-            patch.setattr(torch, "zeros", small(torch.zeros))
-            with pytest.raises(DecodeError, match=message):
-                codec.decode(Encoded(codec.wire_name, meta, buffers), limit)
-        assert tracemalloc.get_traced_memory()[1] < 1 << 16
-    finally:
-        tracemalloc.stop()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

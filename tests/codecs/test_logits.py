@@ -1,7 +1,5 @@
 """Logits by sample and by label: what comes back, how far off, and what a decoder refuses."""
 
-import tracemalloc
-
 import numpy as np
 import pytest
 import torch
@@ -12,6 +10,7 @@ from fedmq.codecs.base import Encoded
 from fedmq.codecs.errors import CodecError, DecodeError, SpecError
 from fedmq.codecs.logits import Logits
 from fedmq.codecs.spec import build
+from tests.codecs.refusals import refused
 
 DTYPES = ["float32", "float16", "int8"]
 LIMIT = 1 << 20
@@ -302,30 +301,6 @@ def test_whatever_bit_turns_only_a_decode_error_comes_of_it(kind, which, data):
     except DecodeError:
         return
     assert bool(arrived["logits"].isfinite().all())
-
-
-def small(make):
-    """Wrap torch.empty or torch.zeros, whose memory tracemalloc does not see."""
-
-    def made(size, **options):
-        assert np.prod(size) < 1 << 14, "a tensor was made before the message was checked"
-        return make(size, **options)
-
-    return made
-
-
-def refused(codec, meta, buffers, message, limit=1 << 40):
-    """Assert that a message is refused and costs next to no memory."""
-    tracemalloc.start()
-    try:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(torch, "empty", small(torch.empty))
-            patch.setattr(torch, "zeros", small(torch.zeros))
-            with pytest.raises(DecodeError, match=message):
-                codec.decode(Encoded(codec.wire_name, meta, buffers), limit)
-        assert tracemalloc.get_traced_memory()[1] < 1 << 16
-    finally:
-        tracemalloc.stop()
 
 
 NONE = {"width": 0, "base": 0, "rising": False}

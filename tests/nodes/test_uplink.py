@@ -13,12 +13,12 @@ from fedmq.nodes.errors import ConfigError
 from fedmq.nodes.inbox import Inbound, Post
 from fedmq.nodes.local import Locals
 from fedmq.nodes.payload import unpack
-from fedmq.nodes.replay.fold import Replay
 from fedmq.nodes.replay.workers import Retraining
 from fedmq.nodes.setup import set_up
 from fedmq.nodes.simulation import Chances, Simulation
 from fedmq.nodes.worker import Failed, Keep, Train, Trained, Worker
 from tests.algorithms.fleet import Fleet, changed
+from tests.sim.recorded import check_recorded_run
 
 SCHEDULES = {
     "rounds": {"name": "rounds", "fraction": 0.6},
@@ -341,19 +341,7 @@ def test_a_recorded_run_replays_to_the_bit(schedule, up, problem, tmp_path):
     setup = setup_of(
         up, BOTH, schedule, problem=problem, versions=8, evaluate_every=4, checkpoint_s=1.0
     )
-    simulation = Simulation(setup, 2, tmp_path, 5, Chances(train_s=0.3, crash=0.1))
-    assert simulation.run(10.0, 400.0)
-    simulation.broker.ledger.close()
-    trace = Trace(tmp_path)
-    replay = Replay(trace)
-    for _ in replay.steps():
-        pass
-    assert replay.core.version == 8
-    assert model_digest(replay.core.tensors()) == model_digest(simulation.aggregator.core.tensors())
-    for node in ("worker-0", "worker-1", "evaluator"):
-        tasks = list(Retraining(trace, setup, node).all())
-        assert tasks
-        assert all(each.same for each in tasks)
+    check_recorded_run(setup, tmp_path, 8, ("worker-0", "worker-1", "evaluator"))
 
 
 def test_one_task_of_a_run_with_memory_is_trained_again_to_the_bit(tmp_path):
