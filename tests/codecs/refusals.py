@@ -9,6 +9,18 @@ import torch
 from fedmq.codecs.base import Encoded
 from fedmq.codecs.errors import DecodeError
 
+UNSOUND_RANGES = [
+    (float("nan"), 1.0),
+    (0.0, float("nan")),
+    (float("-inf"), 1.0),
+    (0.0, float("inf")),
+    (0.0, 0.0),
+    (0.0, -1.0),
+    (3e38, 1e36),
+    (0.0, 1e38),
+]
+"""Of quantized values: the lowest, and the step."""
+
 
 def small(make):
     """Wrap torch.empty or torch.zeros, whose memory tracemalloc does not see."""
