@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import itertools
 import json
 import logging
@@ -11,7 +10,6 @@ import os
 import shutil
 import signal
 import struct
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -24,7 +22,7 @@ from typing import Any, Self
 import structlog
 from rich.table import Column, Table
 
-from fedmq.broker.memory import keep_freed_memory
+from fedmq.broker.process import tune_process
 
 WAIT_S = 120.0
 """Longer than anything here takes: who is silent for so long has failed."""
@@ -113,10 +111,7 @@ def _child(pipe: Connection, target: Callable[..., None], args: tuple[Any, ...])
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     if target.__module__ != _REFERENCES:
-        keep_freed_memory()
-        gc.freeze()
-        gc.set_threshold(20_000, 20, 20)
-        sys.setswitchinterval(0.001)
+        tune_process()
     quiet = structlog.make_filtering_bound_logger(logging.WARNING)
     structlog.configure(wrapper_class=quiet)
     target(pipe, *args)

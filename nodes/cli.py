@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import secrets
 import signal
@@ -47,6 +48,7 @@ def main() -> None:
     # A user's own problem or algorithm, module:name, is looked for in the current folder
     # too; last, so that no folder of the user's hides a library.
     sys.path.append(str(Path.cwd()))
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch: huge pages for large tensors
 
 
 main.add_command(trace)
@@ -124,11 +126,13 @@ def broker(
     once: bool,  # noqa: FBT001 - click's
 ) -> None:
     """Route messages and keep the ledger; goes on from the ledger that is in its folder."""
+    from fedmq.broker.process import tune_process
     from fedmq.broker.router import BrokerServer
     from fedmq.nodes.config import build
     from fedmq.nodes.programs import Stopped, stop_on_signals
 
     logs.configure(None, node="broker")
+    tune_process()
     with exit_2_on_error():
         given = {
             "lease_s": lease_s,
@@ -162,6 +166,7 @@ def aggregator(
     endpoint: str, config: Path | None, settings: tuple[str, ...], folder: Path | None
 ) -> None:
     """Run the aggregator of one run, and the run with it."""
+    from fedmq.broker.process import tune_process
     from fedmq.nodes.aggregator_program import run_aggregator
     from fedmq.nodes.config import load
 
@@ -170,6 +175,7 @@ def aggregator(
         logs.configure(None, node="aggregator", run=chosen.run.id)
         if folder is not None:
             _make(folder)
+        tune_process()
         click.echo(run_aggregator(endpoint, chosen, chosen.run.id, folder))
 
 
@@ -201,6 +207,7 @@ def worker(
     states: Path | None,
 ) -> None:
     """Train the tasks of some clients (or evaluate) until the run is over."""
+    from fedmq.broker.process import tune_process
     from fedmq.broker.state import EVALUATOR, WORKER
     from fedmq.nodes.worker_program import run_worker
 
@@ -211,6 +218,7 @@ def worker(
         clients = parse_ranges(ranges) if ranges else []
         node = name or f"{socket.gethostname()}-{ranges or 'evaluator'}"
         logs.configure(None, node=node)
+        tune_process()
         click.echo(run_worker(endpoint, node, clients, role, run_id, folder, states))
 
 

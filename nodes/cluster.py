@@ -6,7 +6,6 @@ A process that is killed or crashes is started again: the ledger has what it nee
 from __future__ import annotations
 
 import contextlib
-import gc
 import multiprocessing as mp
 import os
 import signal
@@ -24,7 +23,7 @@ import structlog
 from rich.console import Console
 
 from fedmq.broker.errors import BrokerError
-from fedmq.broker.memory import keep_freed_memory
+from fedmq.broker.process import tune_process
 from fedmq.broker.reading import Follower
 from fedmq.broker.state import EVALUATOR, WORKER
 from fedmq.nodes import logs
@@ -241,7 +240,6 @@ def preloading() -> Iterator[None]:
 
     After an error that process is ended at once, not when its import is done.
     """
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch: huge pages for large tensors
     mp.get_context("forkserver").set_forkserver_preload(["fedmq.nodes.preload"])
     forkserver.ensure_running()
     try:
@@ -260,10 +258,7 @@ def child_main(
 ) -> None:
     """Run one node in a process of its own, which ends with its parent."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the supervisor's to handle
-    keep_freed_memory()
-    gc.freeze()  # torch's many objects are here to stay: no collection need look at them
-    gc.set_threshold(20_000, 20, 20)
-    sys.setswitchinterval(0.001)  # a link's thread waits for the GIL at most this long
+    tune_process()
     path = Path(folder) / f"{name}.log"
     with path.open("a") as stray:
         os.dup2(stray.fileno(), 1)

@@ -3,6 +3,7 @@
 import pytest
 from click.testing import CliRunner
 
+from fedmq.broker import process
 from fedmq.nodes.cli import main, parse_ranges
 from fedmq.nodes.errors import ConfigError
 
@@ -35,3 +36,21 @@ def test_ranges_of_clients() -> None:
     for wrong in ("", "a", "3-", "9-3", "-1", "1;2"):
         with pytest.raises(ConfigError, match="--clients"):
             parse_ranges(wrong)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["broker", "--bind", "tcp://127.0.0.1:0", "--run", "run"],
+        ["aggregator", "--connect", "tcp://127.0.0.1:1"],
+        ["worker", "--connect", "tcp://127.0.0.1:1", "--clients", "0-9"],
+    ],
+)
+def test_a_node_by_itself_is_set_up_as_in_a_cluster(tmp_path, monkeypatch, command) -> None:
+    def tune_process() -> None:
+        raise KeyError("set up")
+
+    monkeypatch.setattr(process, "tune_process", tune_process)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(KeyError, match="set up"):
+        CliRunner().invoke(main, command, catch_exceptions=False)

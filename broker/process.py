@@ -1,0 +1,40 @@
+"""How a process that moves many chunks is set up: what it frees it keeps, for the next ones."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import sys
+
+_M_TRIM_THRESHOLD = -1
+_M_MMAP_THRESHOLD = -3
+_MMAP_THRESHOLD_BYTES = 32 << 20
+"""The most that glibc takes. (Messages of 7 MB: 785 MB/s with 32 MiB, 660 with 4 MiB.)"""
+
+
+def tune_process() -> None:
+    """Set a node's, or a broker's, process up; called once, before it begins.
+
+    Python's garbage collector is to leave alone what is there already (torch's many objects
+    are here to stay), and a link's thread waits for the interpreter at most a millisecond.
+    """
+    keep_freed_memory()
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 20)
+    sys.setswitchinterval(0.001)
+
+
+def keep_freed_memory() -> None:
+    """Let malloc hand out again what was freed, instead of returning it to the system.
+
+    By default glibc maps each large block freshly, so every chunk, and every model that is
+    fetched, lands in pages that the kernel must clear and map first: measured, a quarter of
+    a broker's time. At most 64 MiB of freed memory are kept in each arena, and blocks of
+    more than 32 MiB are mapped as ever. Does nothing on other C libraries.
+    """
+    if not sys.platform.startswith("linux"):
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_MMAP_THRESHOLD, _MMAP_THRESHOLD_BYTES)
+        mallopt(_M_TRIM_THRESHOLD, 64 << 20)

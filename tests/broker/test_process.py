@@ -1,0 +1,26 @@
+"""Processes that move large blobs use their memory again."""
+
+import resource
+import subprocess
+import sys
+
+import pytest
+
+_ALLOCATE = """
+import resource, sys
+import numpy as np
+from fedmq.broker.process import keep_freed_memory
+keep_freed_memory()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(40):
+    np.ones(int(sys.argv[1]), np.uint8)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's malloc")
+@pytest.mark.parametrize("size", [1 << 20, 7_000_000, 30_000_000])
+def test_a_blob_that_follows_another_lands_in_the_same_pages(size):
+    command = [sys.executable, "-P", "-c", _ALLOCATE, str(size)]
+    faults = int(subprocess.run(command, capture_output=True, check=True).stdout)
+    assert faults < 3 * size // resource.getpagesize()
