@@ -77,7 +77,7 @@ class Broker:
         self._store = store
         self._box = box or Postbox()
         self._box.store = store
-        self._uploads = Uploads(store, lambda: self._members.alive())
+        self._uploads = Uploads(store)
         self._members = Members(settings, self._box, self._uploads.ask)
         self._taking = Taking(self._box)
         self._receipts = Receipts()
@@ -94,13 +94,9 @@ class Broker:
         """When the core next wants a Wake, whatever arrives; None for never."""
         if self._full:
             return None
-        times = [node.lease_until for node in self._members.alive()]
-        times += [node.resume_at for node in self._members.alive() if node.queue and node.resume_at]
-        if self._box.timers:
-            times.append(self._box.timers[0][0])
-        if self._receipts.due < math.inf:
-            times.append(self._receipts.due)
-        return min(times, default=None)
+        timer = self._box.timers[0][0] if self._box.timers else math.inf
+        due = min(self._members.due, self._receipts.due, timer)
+        return due if due < math.inf else None
 
     @property
     def idle(self) -> bool:
@@ -310,16 +306,11 @@ class Broker:
             for node in self._members.alive():
                 node.heard += late
                 node.lease_until = now + self._settings.lease_s
-        for node in [node for node in self._members.alive() if node.lease_until <= now]:
-            self._members.lapse(node, now, out)
+        self._members.look_after(now, out)
         while self._box.timers and self._box.timers[0][0] <= now:
             _, seq, name, token = heapq.heappop(self._box.timers)
             run = self._box.runs[name]
             self._box.say(run, "tick", AGGREGATOR, {"token": token}, now, out, consumes=(seq,))
-        for node in self._members.alive():
-            if node.resume_at and node.resume_at <= now:
-                node.resume_at = 0.0
-                out.extend(offers.offer(node, self._box.read, now))
         if now >= self._receipts.due:
             out.extend(self._receipts.take())
         self._promised = self.deadline or math.inf

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -43,6 +44,7 @@ class Members:
     Attributes:
         peers: nodes by connection.
         early: connections that said Hello before their run existed.
+        due: no lease ends, and no pause of a node, before this time; infinite without nodes.
     """
 
     def __init__(
@@ -55,6 +57,7 @@ class Members:
         self._on_admit = on_admit
         self.peers: dict[bytes, Node] = {}
         self.early: dict[bytes, Hello] = {}
+        self.due = self._next_due()
 
     def hello(self, peer: bytes, hello: Hello, now: float, out: list[Action]) -> None:
         """Take a Hello: admit its node, let it wait, or say why not."""
@@ -152,6 +155,7 @@ class Members:
             offers.give(node, found)
             attempts = run.interrupted.get(next(iter(node.pending), -1), 0)
             node.resume_at = now + pause if (pause := offers.retry_pause(attempts)) else 0.0
+        self.due = min(self.due, _due(node))
         offers.start_over(node, hello.got)
         out.extend(offers.offer(node, self._box.read, now))
         self._on_admit(node, now, out)
@@ -167,7 +171,26 @@ class Members:
         out.append(Send(peer, Reject(code=code, reason=reason[:2000])))
         out.append(Log("warning", "rejected", {"peer_node": hello.node, "reason": reason}))
 
-    def lapse(self, node: Node, now: float, out: list[Action]) -> None:
+    def look_after(self, now: float, out: list[Action]) -> None:
+        """End the leases, and the pauses, whose time has come: if any has, by `due`.
+
+        Leases only ever grow meanwhile, so a broker need not look at all of its nodes at
+        each turn. (With 1,000 of them, that was measured to take ten times what a turn does.)
+        """
+        if now < self.due:
+            return
+        for node in [node for node in self.alive() if node.lease_until <= now]:
+            self._lapse(node, now, out)
+        for node in self.alive():
+            if node.resume_at and node.resume_at <= now:
+                node.resume_at = 0.0
+                out.extend(offers.offer(node, self._box.read, now))
+        self.due = self._next_due()
+
+    def _next_due(self) -> float:
+        return min(map(_due, self.alive()), default=math.inf)
+
+    def _lapse(self, node: Node, now: float, out: list[Action]) -> None:
         """A lease has run out: if even its connection is gone, the node has left.
 
         An I/O thread keeps a connection up while Python is busy: such a node is slow.
@@ -230,3 +253,7 @@ class Members:
             for node in run.nodes.values():
                 if node.alive:
                     yield node
+
+
+def _due(node: Node) -> float:
+    return min(node.lease_until, node.resume_at or math.inf)

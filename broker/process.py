@@ -1,9 +1,11 @@
-"""How a process that moves many chunks is set up: what it frees it keeps, for the next ones."""
+"""How the process of a node, or of a broker, is set up: memory, files, the interpreter."""
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
+import resource
 import sys
 
 _M_TRIM_THRESHOLD = -1
@@ -19,9 +21,21 @@ def tune_process() -> None:
     are here to stay), and a link's thread waits for the interpreter at most a millisecond.
     """
     keep_freed_memory()
+    allow_many_files()
     gc.freeze()
     gc.set_threshold(20_000, 20, 20)
     sys.setswitchinterval(0.001)
+
+
+def allow_many_files() -> None:
+    """Open as many files as the system's administrator allows, not as many as is usual.
+
+    Each node is a connection, and so a file, of the broker's: the usual 1,024 would keep
+    every further node waiting.
+    """
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(ValueError, OSError):  # not every system grants what it names
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def keep_freed_memory() -> None:

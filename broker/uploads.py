@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from fedmq.broker.entries import BlobName, blob_name
 from fedmq.broker.fetch import Owned
@@ -25,11 +25,12 @@ class Uploads:
 
     Args:
         store: what the ledger holds.
-        alive: yields the nodes that are here.
     """
 
-    def __init__(self, store: Store, alive: Callable[[], Iterator[Node]]) -> None:
-        self._store, self._alive = store, alive
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._busy: dict[int, Node] = {}
+        """Nodes that were asked for chunks, by identity."""
         self._talk: deque[float] = deque(maxlen=TALK)
         """When the last messages without blobs came."""
         self._completed: tuple[BlobName, int] | None = None
@@ -123,8 +124,13 @@ class Uploads:
     def ask(self, node: Node, now: float, out: list[Action]) -> None:
         """Ask for chunks: the window is shared by all nodes that have some to send."""
         if len(node.fetcher):
-            busy = sum(1 for each in self._alive() if len(each.fetcher))
-            window = max(1, UPLOAD_CHUNKS // max(1, busy))
+            self._busy[id(node)] = node
+            self._busy = {k: each for k, each in self._busy.items() if _is_busy(each)}
+            window = max(1, UPLOAD_CHUNKS // max(1, len(self._busy)))
             if len(self._talk) == TALK and now - self._talk[0] < TALK_WITHIN_S:
                 window = min(window, UPLOAD_CHUNKS_IN_TALK)
             out.extend(Send(node.peer, want) for want in node.fetcher.wants(window))
+
+
+def _is_busy(node: Node) -> bool:
+    return node.alive and bool(len(node.fetcher))

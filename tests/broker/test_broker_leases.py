@@ -1,11 +1,13 @@
 """Who is slow, who is gone, and who was stopped: leases and probes."""
 
 import itertools
+import math
+import random
 
 import pytest
 
 from fedmq.broker.headers import decode_message
-from fedmq.broker.members import PATIENCE_LEASES
+from fedmq.broker.members import PATIENCE_LEASES, Members
 from fedmq.broker.state import Gone, Probe, Wake
 from fedmq.broker.wire import (
     Beat,
@@ -127,3 +129,57 @@ def test_several_nodes_may_lapse_at_once(bench):
     messages = [decode_message(frame.message) for frame in bench.take(agg, Deliver)]
     assert sorted(each.kind for each in messages) == ["left", "left", "tick"]
     assert {each.body.get("node") for each in messages} == {"w1", "w3", None}
+
+
+def test_a_turn_looks_at_the_node_that_speaks_and_not_at_all_of_them(bench, monkeypatch):
+    """With very many nodes, most of which are silent, a broker must not count them each time."""
+    looks = itertools.count()
+    alive = Members.alive
+
+    def counted(self):
+        next(looks)
+        return alive(self)
+
+    bench.joined("agg", "aggregator")
+    for number in range(10):
+        bench.joined(f"w{number}", clients=((number, number),))
+    monkeypatch.setattr(Members, "alive", counted)
+    for _ in range(100):
+        bench.now += BEAT_S / 100
+        bench.say(W1, Beat())
+        bench.handle(Wake())
+        assert bench.core.deadline <= LEASE_S + bench.now
+    assert next(looks) == 0
+    assert len(pass_time(bench, 2 * LEASE_S, AGG)) == 10
+
+
+def test_a_deadline_is_never_later_than_the_end_of_a_lease_or_a_pause(bench):
+    dice = random.Random(5)  # noqa: S311 - a test's own dice
+    bench.standing = {f"w{number}:s1".encode() for number in range(0, 8, 2)}
+    bench.joined("agg", "aggregator")
+    for number in range(8):
+        bench.joined(f"w{number}", clients=((number, number),))
+        bench.post(AGG, f"client/{number}", "a task that many sessions die of")
+    nodes = bench.core._members.peers
+    pauses = 0
+    for _ in range(1000):
+        bench.now += dice.choice((0.0, 0.1, 1.0, 4.0))
+        number = dice.randrange(8)
+        peer = f"w{number}:s1".encode()
+        match dice.randrange(4):
+            case 0 if nodes[peer].alive:
+                bench.say(peer, Beat())
+            case 1:
+                bench.join(f"w{number}", clients=((number, number),))
+            case 2:
+                bench.handle(Gone(peer))
+            case _:
+                bench.say(AGG, Beat())
+        bench.handle(Wake())
+        living = [node for node in nodes.values() if node.alive]
+        resuming = [node.resume_at for node in living if node.resume_at]
+        pauses += bool(resuming)
+        deadline = bench.core.deadline or math.inf
+        assert bench.now < deadline
+        assert deadline <= min([node.lease_until for node in living] + resuming, default=math.inf)
+    assert pauses > 20

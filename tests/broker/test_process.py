@@ -24,3 +24,15 @@ def test_a_blob_that_follows_another_lands_in_the_same_pages(size):
     command = [sys.executable, "-P", "-c", _ALLOCATE, str(size)]
     faults = int(subprocess.run(command, capture_output=True, check=True).stdout)
     assert faults < 3 * size // resource.getpagesize()
+
+
+def test_a_broker_has_a_file_for_each_of_very_many_nodes():
+    code = """
+import resource
+from fedmq.broker.process import allow_many_files
+_, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+resource.setrlimit(resource.RLIMIT_NOFILE, (100, most))
+allow_many_files()
+assert resource.getrlimit(resource.RLIMIT_NOFILE) == (most, most)
+"""
+    subprocess.run([sys.executable, "-P", "-c", code], check=True)
