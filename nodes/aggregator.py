@@ -316,9 +316,9 @@ class Aggregator:
         self.state, fold = unpack_checkpoint(self._algorithm, self._setup.problem, inbound)
         self._intake.begin_version(self.state)
         self._position, self.version = fold.position, fold.version
-        self._letters.next_id, self._tasks.flights = fold.next_id, fold.flights
-        self._members.hosts, self._intake.counts = fold.hosts, fold.counts
-        self._members.evaluators = set(fold.evaluators)
+        self._letters.next_id, self._intake.counts = fold.next_id, fold.counts
+        self._members.resume(fold.hosts, fold.evaluators)
+        self._tasks.resume(fold.flights)
         self._evaluations = Evaluations(set(fold.evaluating), fold.examinations, fold.scores)
         self._waiting = Waiting(missing=set(fold.waiting), untold=tuple(fold.waiting))
         self._evaluated, self._running = fold.evaluated, fold.running

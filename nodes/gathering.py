@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from fedmq.algorithms.base import Algorithm, Result
 from fedmq.algorithms.errors import ResultError
 from fedmq.algorithms.rng import derive_rng
@@ -29,6 +32,7 @@ class Gathering:
 
     gathered: the algorithm's accumulator.
     order: ids of the tasks sent, in cohort order.
+    settled: of so many of them, from the first on, no result is to be added up any more.
     held: results that wait for the ones before them: (message, weight, client).
     contributed: in a synchronous round, clients whose result is in hand: nobody counts twice.
     absorbed, weights, staleness: how many results, the sum of what they count, and how late
@@ -37,6 +41,7 @@ class Gathering:
 
     gathered: Any
     order: list[str] = field(default_factory=list)
+    settled: int = 0
     held: dict[str, tuple[Inbound, float, int]] = field(default_factory=dict)
     contributed: set[int] = field(default_factory=set)
     absorbed: int = 0
@@ -46,10 +51,10 @@ class Gathering:
     deadline_passed: bool = False
     staleness: list[int] = field(default_factory=list)
 
-    def draw(self, idle: list[int], count: int, seed: int, version: int) -> list[int]:
+    def draw(self, idle: npt.NDArray[np.int64], count: int, seed: int, version: int) -> list[int]:
         """Return so many of these clients, or all of them, in order."""
         if len(idle) <= count:
-            return idle
+            return [int(client) for client in idle]
         rng = derive_rng(seed, "cohort", version, self.draws)
         self.draws += 1
         return sorted(int(client) for client in rng.choice(idle, count, replace=False))

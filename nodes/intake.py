@@ -80,7 +80,11 @@ class Intake:
         current = self.current
         if not current.held:
             return
-        for name in current.order:
+        order, flights = current.order, self._tasks.flights
+        while order[current.settled] not in current.held and order[current.settled] not in flights:
+            current.settled += 1
+        for index in range(current.settled, len(order)):
+            name = order[index]
             if name in current.held:
                 inbound, weight, client = current.held.pop(name)
                 refused = self._add(state, inbound, weight, client, 0)

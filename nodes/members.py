@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from fedmq.broker.state import EVALUATOR, WORKER
@@ -14,13 +15,17 @@ class Members:
 
     hosts: the worker that hosts each client that can be reached.
     evaluators: names of the evaluators.
+    changes: how often a node has come or gone; what was worked out from the hosts before the
+        last change no longer holds.
     """
 
     hosts: dict[int, str] = field(default_factory=dict)
     evaluators: set[str] = field(default_factory=set)
+    changes: int = 0
 
     def joined(self, message: Message) -> None:
         """Take in a node; clients that it hosts are with it from now on."""
+        self.changes += 1
         node = message.body["node"]
         if message.body["role"] == EVALUATOR:
             self.evaluators.add(node)
@@ -30,6 +35,12 @@ class Members:
 
     def left(self, message: Message) -> None:
         """Let a node go, and the clients that are still with it."""
+        self.changes += 1
         node = message.body["node"]
         self.evaluators.discard(node)
         self.hosts = {client: host for client, host in self.hosts.items() if host != node}
+
+    def resume(self, hosts: dict[int, str], evaluators: Iterable[str]) -> None:
+        """Take over what a checkpoint tells."""
+        self.changes += 1
+        self.hosts, self.evaluators = hosts, set(evaluators)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
+
+import numpy as np
 
 from fedmq.algorithms.rng import derive_seed
 from fedmq.algorithms.schedules import View
@@ -30,6 +33,17 @@ class Tasks:
         self._setup, self._members = setup, members
         self.flights: dict[str, Flight] = {}
         self._same_for_all: Packed | None = None
+        # Worked out once for each change of the members, then kept up to date: a version may
+        # wait for thousands of tasks, and each result asks how many are left.
+        self._changes = -1
+        self._flying = 0
+        self._outstanding: Counter[int] = Counter()
+        self._reachable = np.empty(0, np.int64)
+
+    def resume(self, flights: dict[str, Flight]) -> None:
+        """Take over what a checkpoint tells."""
+        self.flights = flights
+        self._changes = -1
 
     def begin_version(self) -> None:
         """Make tasks anew from now on."""
@@ -46,7 +60,8 @@ class Tasks:
 
     def sent(self, name: str, client: int, version: int) -> None:
         """Note that a task is out."""
-        self.flights[name] = Flight(client, version, self._members.hosts[client])
+        flight = self.flights[name] = Flight(client, version, self._members.hosts[client])
+        self._count(flight, 1)
 
     def answered(self, message: Message) -> Flight | str:
         """Take a task off the list by its answer; or say why that is none."""
@@ -55,17 +70,21 @@ class Tasks:
             return f"no task {message.re!r} is out"
         if message.sender not in (flight.node, self._members.hosts.get(flight.client)):
             return f"task {message.re!r} is not with {message.sender}"
-        del self.flights[message.re]
+        self.forget(message.re)
         return flight
 
     def forget(self, name: str) -> bool:
         """Expect no answer to a task any more; tell whether one was expected."""
-        return self.flights.pop(name, None) is not None
+        flight = self.flights.pop(name, None)
+        if flight is not None:
+            self._count(flight, -1)
+        return flight is not None
 
     def overdue(self, version: int) -> None:
         """Do not wait for the tasks of a version any longer."""
         for flight in self.flights.values():
             flight.overdue |= flight.version == version
+        self._changes = -1
 
     def is_expected(self, name: str) -> bool:
         """Tell whether a task is out, with a client that can be reached."""
@@ -74,12 +93,12 @@ class Tasks:
 
     def view(self, current: Gathering, version: int) -> View:
         """Return what a schedule wants to know of a version."""
-        expected = [self.flights[name] for name in self.flights if self.is_expected(name)]
+        self._work_out()
         return View(
             clients=self._setup.problem.clients,
-            flying=len(expected),
+            flying=self._flying,
             started=current.started,
-            outstanding=sum(each.version == version and not each.overdue for each in expected),
+            outstanding=self._outstanding[version],
             results=current.absorbed + len(current.held),
             deadline_passed=current.deadline_passed,
         )
@@ -88,9 +107,27 @@ class Tasks:
         """Return so many reachable clients that have no task, or all of them, in order."""
         if not count:
             return []
-        busy = {flight.client for flight in self.flights.values()}
-        idle = sorted(set(self._members.hosts) - busy - current.contributed)
+        self._work_out()
+        busy = {flight.client for flight in self.flights.values()} | current.contributed
+        out = np.array([client for client in busy if client in self._members.hosts], np.int64)
+        idle = np.delete(self._reachable, np.searchsorted(self._reachable, out))
         return current.draw(idle, count, self._setup.config.run.seed, version)
+
+    def _count(self, flight: Flight, by: int) -> None:
+        if flight.client in self._members.hosts:
+            self._flying += by
+            self._outstanding[flight.version] += by * (not flight.overdue)
+            if not self._outstanding[flight.version]:
+                del self._outstanding[flight.version]  # versions come by the thousands, too
+
+    def _work_out(self) -> None:
+        """Count anew if nodes have come or gone."""
+        if self._changes != self._members.changes:
+            self._changes = self._members.changes
+            self._flying, self._outstanding = 0, Counter()
+            for flight in self.flights.values():
+                self._count(flight, 1)
+            self._reachable = np.array(sorted(self._members.hosts), np.int64)
 
 
 class Letters:
