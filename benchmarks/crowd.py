@@ -16,7 +16,6 @@ import argparse
 import json
 import sys
 import time
-from multiprocessing.connection import Connection
 from pathlib import Path
 
 import psutil
@@ -31,22 +30,11 @@ from fedmq.broker.wire import Beat, Hello
 
 sys.path.append(str(Path(__file__).parent))  # python -P leaves it out
 
-from harness import WAIT_S, Crew, say
+import relays
+from harness import WAIT_S, Crew
 from parties import RUN, broker
 
-BEAT_S = BrokerSettings().beat_s
-
-
-def bare_router(pipe: Connection) -> None:
-    """Answer every frame, with as many pings as the broker's socket sends."""
-    allow_many_files()
-    socket = zmq.Context().socket(zmq.ROUTER)
-    socket.setsockopt(zmq.HEARTBEAT_IVL, round(BEAT_S * 1000))
-    socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, round(BrokerSettings().lease_s * 1000))
-    socket.bind("tcp://127.0.0.1:*")
-    say(pipe, [socket.getsockopt_string(zmq.LAST_ENDPOINT)] * 2)
-    while True:
-        socket.send_multipart(socket.recv_multipart())
+SETTINGS = BrokerSettings()
 
 
 def threads_s(process: psutil.Process) -> tuple[float, float]:
@@ -61,7 +49,11 @@ def crowd(kind: str, nodes: int, seconds: float) -> dict[str, float]:
     context.set(zmq.MAX_SOCKETS, nodes + 1)
     with Crew() as crew, context:
         ours = kind == "fedmq"
-        server = crew.start(broker, str(crew.folder)) if ours else crew.start(bare_router)
+        server = (
+            crew.start(broker, str(crew.folder))
+            if ours
+            else crew.start(relays.answering_router, SETTINGS.beat_s, SETTINGS.lease_s)
+        )
         place, _ = server.hear()
 
         def join(hello: Hello) -> zmq.Socket[bytes]:
@@ -94,7 +86,8 @@ def crowd(kind: str, nodes: int, seconds: float) -> dict[str, float]:
         before, began = threads_s(process), time.monotonic()
         beat = encode_frame(Beat())
         for number in range(int(nodes * seconds)):
-            time.sleep(max(0.0, began + number * BEAT_S / nodes - time.monotonic()))
+            # Each at its time, as nodes are: in one burst a broker takes many at a turn.
+            time.sleep(max(0.0, began + number * SETTINGS.beat_s / nodes - time.monotonic()))
             sockets[number % nodes].send(beat)
         elapsed = time.monotonic() - began
         total, others = (b - a for a, b in zip(before, threads_s(process), strict=True))

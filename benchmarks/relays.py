@@ -12,6 +12,8 @@ from multiprocessing.connection import Connection
 import zmq
 from harness import clocked, distinct, is_small, pace, pings, say
 
+from fedmq.broker.process import allow_many_files
+
 _TCP_BLOCK = 256 * 1024
 
 
@@ -38,6 +40,18 @@ def copying_relay(pipe: Connection) -> None:
     while True:
         sender, to, *rest = socket.recv_multipart()
         socket.send_multipart([to, sender, *rest])
+
+
+def answering_router(pipe: Connection, beat_s: float, lease_s: float) -> None:
+    """Send every frame back to very many, with as many pings as a broker's socket sends."""
+    allow_many_files()
+    socket = zmq.Context().socket(zmq.ROUTER)
+    socket.setsockopt(zmq.HEARTBEAT_IVL, round(beat_s * 1000))
+    socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, round(lease_s * 1000))
+    socket.bind("tcp://127.0.0.1:*")
+    say(pipe, [socket.getsockopt_string(zmq.LAST_ENDPOINT)] * 2)
+    while True:
+        socket.send_multipart(socket.recv_multipart())
 
 
 def _dealer(endpoint: str, name: str) -> zmq.Socket[bytes]:

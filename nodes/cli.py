@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import re
 import secrets
 import signal
@@ -20,6 +19,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from fedmq.broker.process import give_torch_huge_pages, tune_process
 from fedmq.nodes import logs
 from fedmq.nodes.codec_cli import codec
 from fedmq.nodes.errors import ConfigError, NodeError
@@ -48,7 +48,7 @@ def main() -> None:
     # A user's own problem or algorithm, module:name, is looked for in the current folder
     # too; last, so that no folder of the user's hides a library.
     sys.path.append(str(Path.cwd()))
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch: huge pages for large tensors
+    give_torch_huge_pages()
 
 
 main.add_command(trace)
@@ -126,7 +126,6 @@ def broker(
     once: bool,  # noqa: FBT001 - click's
 ) -> None:
     """Route messages and keep the ledger; goes on from the ledger that is in its folder."""
-    from fedmq.broker.process import tune_process
     from fedmq.broker.router import BrokerServer
     from fedmq.nodes.config import build
     from fedmq.nodes.programs import Stopped, stop_on_signals
@@ -166,7 +165,6 @@ def aggregator(
     endpoint: str, config: Path | None, settings: tuple[str, ...], folder: Path | None
 ) -> None:
     """Run the aggregator of one run, and the run with it."""
-    from fedmq.broker.process import tune_process
     from fedmq.nodes.aggregator_program import run_aggregator
     from fedmq.nodes.config import load
 
@@ -207,7 +205,6 @@ def worker(
     states: Path | None,
 ) -> None:
     """Train the tasks of some clients (or evaluate) until the run is over."""
-    from fedmq.broker.process import tune_process
     from fedmq.broker.state import EVALUATOR, WORKER
     from fedmq.nodes.worker_program import run_worker
 

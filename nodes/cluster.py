@@ -23,7 +23,7 @@ import structlog
 from rich.console import Console
 
 from fedmq.broker.errors import BrokerError
-from fedmq.broker.process import tune_process
+from fedmq.broker.process import give_torch_huge_pages, tune_process
 from fedmq.broker.reading import Follower
 from fedmq.broker.state import EVALUATOR, WORKER
 from fedmq.nodes import logs
@@ -240,6 +240,7 @@ def preloading() -> Iterator[None]:
 
     After an error that process is ended at once, not when its import is done.
     """
+    give_torch_huge_pages()
     mp.get_context("forkserver").set_forkserver_preload(["fedmq.nodes.preload"])
     forkserver.ensure_running()
     try:

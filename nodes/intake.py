@@ -81,6 +81,7 @@ class Intake:
         if not current.held:
             return
         order, flights = current.order, self._tasks.flights
+        # It ends: the task of a held result is in the order.
         while order[current.settled] not in current.held and order[current.settled] not in flights:
             current.settled += 1
         for index in range(current.settled, len(order)):

@@ -3,7 +3,7 @@
 import pytest
 from click.testing import CliRunner
 
-from fedmq.broker import process
+from fedmq.nodes import cli
 from fedmq.nodes.cli import main, parse_ranges
 from fedmq.nodes.errors import ConfigError
 
@@ -50,7 +50,7 @@ def test_a_node_by_itself_is_set_up_as_in_a_cluster(tmp_path, monkeypatch, comma
     def tune_process() -> None:
         raise KeyError("set up")
 
-    monkeypatch.setattr(process, "tune_process", tune_process)
+    monkeypatch.setattr(cli, "tune_process", tune_process)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(KeyError, match="set up"):
         CliRunner().invoke(main, command, catch_exceptions=False)
