@@ -94,14 +94,15 @@ class FedAvg(Algorithm):
         payload = result.payload
         counters = state.layout.flatten_counters(payload.exact)
         # One pass tells that every value is a number, and that no sum of them overflows.
-        for _, block in state.layout.blocks(payload.weights):
+        blocks = state.layout.blocks(payload.weights)
+        for _, block in blocks:
             low, high = torch.aminmax(block) if block.numel() else (block.sum(), block.sum())
             largest = max(-low.item(), high.item())
             if not math.isfinite(largest):
                 raise ResultError("the result holds NaN or infinite values")
             if largest * weight > _LARGEST:
                 raise ResultError(f"the result holds values as large as {largest:g}")
-        for start, block in state.layout.blocks(payload.weights):
+        for start, block in blocks:
             gathered.total[start : start + block.numel()].add_(block, alpha=weight)
         if counters.numel():
             torch.maximum(gathered.counters, counters, out=gathered.counters)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -86,25 +86,21 @@ class Layout:
         """
         return _flatten(self.weights, tensors, torch.float32)
 
-    def blocks(self, tensors: Mapping[str, Tensor]) -> Iterator[tuple[int, Tensor]]:
-        """Yield a weight vector in blocks: (where it starts, float32 [length]).
+    def blocks(self, tensors: Mapping[str, Tensor]) -> Iterable[tuple[int, Tensor]]:
+        """Return a weight vector in blocks: (where it starts, float32 [length]).
 
         One block, but for tensors that are read in pieces: those of a large model need
-        not be in memory at once. Each call reads them once more.
+        not be in memory at once. Whoever goes over the blocks again reads them once more.
 
         Raises:
             ResultError: a name or shape is not this model's.
         """
         if not isinstance(tensors, Streamed):
-            yield 0, self.flatten(tensors)
-            return
+            return [(0, self.flatten(tensors))]
         wanted = {slot.name: slot.shape for slot in self.weights}
         if dict(tensors.shapes) != wanted or list(tensors.shapes) != list(wanted):
             raise ResultError("the tensors' names and shapes are not this model's")
-        start = 0
-        for block in tensors.blocks():
-            yield start, block
-            start += block.numel()
+        return _StreamedBlocks(tensors)
 
     def flatten_counters(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """Return named tensors as one counter vector, int64.
@@ -186,6 +182,17 @@ def scratch_model(problem: Problem, device: str) -> FlatModel:
 
 
 _scratch: deque[tuple[Problem, str, FlatModel]] = deque(maxlen=4)
+
+
+@dataclass(frozen=True)
+class _StreamedBlocks:
+    tensors: Streamed
+
+    def __iter__(self) -> Iterator[tuple[int, Tensor]]:
+        start = 0
+        for block in self.tensors.blocks():
+            yield start, block
+            start += block.numel()
 
 
 def _slots(tensors: list[tuple[str, Tensor]]) -> Iterator[Slot]:

@@ -9,7 +9,7 @@ import numpy as np
 
 def derive_seed(seed: int, purpose: str, *what: int | str) -> int:
     """Return 63 random bits that depend on all of the arguments, and on nothing else."""
-    text = "\x1f".join(str(part) for part in (seed, purpose, *what))
+    text = "\x1f".join(map(str, (seed, purpose, *what)))
     digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
 

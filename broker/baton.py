@@ -14,7 +14,7 @@ import contextlib
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 _WATCH_S = 0.25
 """The thread takes over by itself when the main thread has been away for this long."""
@@ -39,7 +39,7 @@ class Baton:
         self._lock = threading.RLock()
         self._main_wants = False
         self._away = threading.Event()
-        self._last_away_s = 1.0
+        self._absence = _Absence(self._away)
         self.bell, self._rope = os.pipe()
         os.set_blocking(self.bell, False)
         os.set_blocking(self._rope, False)
@@ -60,16 +60,9 @@ class Baton:
         """Let go of it, where it was taken."""
         self._lock.release()
 
-    @contextlib.contextmanager
-    def away(self) -> Iterator[None]:
+    def away(self) -> contextlib.AbstractContextManager[None]:
         """The main thread does something that may take long; the other takes over."""
-        began = time.monotonic()
-        if self._last_away_s >= _SHORT_S:
-            self._away.set()
-        try:
-            yield
-        finally:
-            self._last_away_s = time.monotonic() - began
+        return self._absence
 
     def let_go(self) -> None:
         """The main thread does not come back: let the other see that it is over."""
@@ -103,3 +96,20 @@ class Baton:
         """Close the bell."""
         os.close(self.bell)
         os.close(self._rope)
+
+
+class _Absence:
+    """A while in which the main thread is away, again and again."""
+
+    def __init__(self, away: threading.Event) -> None:
+        self._away = away
+        self._began = 0.0
+        self._last_s = 1.0
+
+    def __enter__(self) -> None:
+        self._began = time.monotonic()
+        if self._last_s >= _SHORT_S:
+            self._away.set()
+
+    def __exit__(self, *_: object) -> None:
+        self._last_s = time.monotonic() - self._began

@@ -101,8 +101,10 @@ class Broker:
     @property
     def idle(self) -> bool:
         """Tell whether every run that this broker has seen is over, and every node knows."""
-        over = bool(self._box.runs) and all(run.over for run in self._box.runs.values())
-        return over and not any(self._members.alive())
+        for run in self._box.runs.values():
+            if not run.over:
+                return False
+        return bool(self._box.runs) and not any(self._members.alive())
 
     def sent(self, peer: bytes, nbytes: int) -> None:
         """Count bytes that the driver has put on the wire."""
@@ -164,6 +166,9 @@ class Broker:
             return
         node.received_bytes += event.nbytes
         match frame:
+            case Numbered() if not self._full:
+                self._taken(node, frame.taken, now, out)
+                self._numbered(node, frame, event.buffers, now, out)
             case Want():
                 self._want(node, frame, out)
             case Beat(taken=taken):
@@ -171,9 +176,6 @@ class Broker:
                 out.append(Send(peer, Beat(sent=node.sent)))
             case _ if self._full:
                 pass  # what cannot be kept is not taken; its sender says it again
-            case Numbered():
-                self._taken(node, frame.taken, now, out)
-                self._numbered(node, frame, event.buffers, now, out)
             case Chunk():
                 if self._uploads.take(node, frame, event.buffers, out):
                     self._settle(node, now, out)

@@ -21,7 +21,7 @@ from fedmq.broker.headers import encode_frame
 from fedmq.broker.link import Link
 from fedmq.broker.link_state import Delivery
 from fedmq.broker.outbox import Outbox
-from fedmq.broker.router import COPY_BELOW_BYTES, MAX_FRAME_BYTES, receive
+from fedmq.broker.router import COPY_BELOW_BYTES, MAX_FRAME_BYTES, receive, send
 from fedmq.broker.shared_files import SharedFiles
 from fedmq.broker.wire import Buffer, Hello, Message, Welcome
 
@@ -105,20 +105,22 @@ class Dealer:
 
     def _catch_up(self) -> None:
         """Tell the core what it was not told one by one."""
-        taken = [self._taken.popleft() for _ in range(len(self._taken))]
-        gathered, self._gathered = self._gathered, []
-        if taken:
+        if self._taken:
+            taken = [self._taken.popleft() for _ in range(len(self._taken))]
             self._carry_out(self._core.handle(link.Taken(taken), self._clock()))
-        if gathered:
+        if self._gathered:
+            gathered, self._gathered = self._gathered, []
             self._carry_out(self._core.handle(link.Together(gathered), self._clock()))
 
     def _turn(self, until: float | None) -> None:
         """Wait for something to do, but not past ``until``, and do it."""
         self._catch_up()
-        times = [each for each in (self._core.deadline, until) if each is not None]
+        deadline = self._core.deadline
+        if deadline is None or (until is not None and until < deadline):
+            deadline = until
         poller = self._both_ways if self._outgoing else self._incoming
-        ready = poller.poll(milliseconds_until(min(times, default=None), self._clock()))
-        if any(each == self._baton.bell for each, _ in ready):
+        ready = poller.poll(milliseconds_until(deadline, self._clock()))
+        if (self._baton.bell, zmq.POLLIN) in ready:
             self._baton.heard()
         now = self._clock()
         self._receive_all(now)
@@ -138,7 +140,7 @@ class Dealer:
     def _receive_all(self, now: float) -> None:
         while self._ended is None:
             try:
-                frames, _ = receive(self._socket, first=True, flags=zmq.NOBLOCK)
+                frames, _ = receive(self._socket)
             except zmq.Again:
                 return
             except VersionError as error:
@@ -155,9 +157,9 @@ class Dealer:
     def _carry_out(self, actions: Sequence[link.Action]) -> None:
         for action in actions:
             match action:
-                case link.Send(frame, buffers):
+                case link.Send(frame=frame, buffers=buffers):
                     self._outgoing.add(encode_frame(frame), buffers)
-                case link.Deliveries(deliveries):
+                case link.Deliveries(deliveries=deliveries):
                     self._inbox.extend(deliveries)
                 case link.Fetched(owner, blob, data):
                     self._fetched[owner, blob.digest] = data
@@ -173,7 +175,7 @@ class Dealer:
     def _send_all(self) -> None:
         while self._outgoing:
             try:
-                self._socket.send_multipart(self._outgoing.next(), zmq.NOBLOCK, copy=False)
+                send(self._socket, self._outgoing.next())
             except zmq.Again:
                 return
             self._outgoing.sent()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any
 
 import msgspec
 from msgspec import Struct
@@ -24,7 +24,7 @@ MESSAGES = "messages"
 PAYLOAD = "payload"
 
 
-class BlobName(NamedTuple):
+class BlobName(Struct, frozen=True, gc=False):
     """A blob's full name. Scoped by owner: nobody can pass bytes off as someone else's."""
 
     run: str
@@ -66,6 +66,11 @@ class AcceptedAll(Entry, frozen=True):
     """Messages that came together, numbered from ``seq`` on: so many entries in one record."""
 
     messages: Annotated[tuple[bytes, ...], msgspec.Meta(min_length=1)]
+
+    @property
+    def nbytes(self) -> int:
+        """Return the bytes of all messages."""
+        return sum(map(len, self.messages))
 
     def find(self, seq: int) -> Accepted | None:
         """Return the entry of a number, if it is one of these."""

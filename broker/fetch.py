@@ -10,23 +10,23 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import xxhash
+from msgspec import Struct
 
 from fedmq.broker.wire import CHUNK_BYTES, Blob, Buffer, Chunk, Want
 
 WINDOW_CHUNKS = 4
 
 
-class Owned(NamedTuple):
+class Owned(Struct, frozen=True, gc=False):
     """A blob within one run: whose it is, and its digest."""
 
     owner: str
     digest: bytes
 
 
-class Piece(NamedTuple):
+class Piece(Struct, frozen=True):
     """What a chunk brought: bytes ``start...`` of a blob of ``size``."""
 
     name: Owned

@@ -10,7 +10,6 @@ from typing import Any
 
 import msgpack
 import msgspec
-from msgspec import Struct
 
 from fedmq.broker.errors import VersionError, WireError
 from fedmq.broker.wire import (
@@ -37,6 +36,7 @@ _frame_decoder: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(AnyFrame)
 _joined_decoder = msgspec.msgpack.Decoder(list[tuple[bytes, Natural]])
 _SHORT_LIST, _LONG_LISTS = 0x90, (0xDC, 0xDD)
 """First bytes of a list in msgpack; a frame's header is a map."""
+_NESTING = (dict, list)
 _message_decoder = msgspec.msgpack.Decoder(Message)
 
 
@@ -46,7 +46,7 @@ def encode_frame(frame: Frame) -> bytes:
     Raises:
         WireError: the header would be larger than the limit.
     """
-    return _within(MAX_HEADER_BYTES, _encode(frame), type(frame).__name__.lower())
+    return _encode(frame, MAX_HEADER_BYTES)
 
 
 def decode_frame(header: Buffer) -> AnyFrame:
@@ -97,7 +97,7 @@ def encode_message(message: Message) -> bytes:
     Raises:
         WireError: the message would be larger than a header may be.
     """
-    return _within(MAX_MESSAGE_BYTES, _encode(message), message.kind)
+    return _encode(message, MAX_MESSAGE_BYTES)
 
 
 def decode_message(data: Buffer) -> Message:
@@ -123,14 +123,19 @@ def decode_messages(data: Sequence[bytes]) -> list[Message] | None:
     return messages if fit and few else None
 
 
-def is_deeper(value: dict[str, Any] | list[Any], depth: int) -> bool:
+def is_deeper(body: dict[str, Any], depth: int) -> bool:
     """Tell whether a message's body is nested deeper than this."""
-    if not depth:
-        return True
-    for each in value.values() if isinstance(value, dict) else value:
-        if isinstance(each, dict | list) and is_deeper(each, depth - 1):
-            return True
-    return False
+    level: list[Any] = [body]
+    for _ in range(depth):
+        inner = []
+        for holder in level:
+            for each in holder.values() if isinstance(holder, dict) else holder:
+                if isinstance(each, _NESTING):
+                    inner.append(each)  # noqa: PERF401 - at each message: a third less time so
+        if not inner:
+            return False
+        level = inner
+    return True
 
 
 def check_inline(
@@ -147,12 +152,15 @@ def check_inline(
         return
     if len(inline) != len(buffers):
         raise WireError(f"expected {len(inline)} buffers beside the message, got {len(buffers)}")
-    if sum(memoryview(data).nbytes for data in buffers) > limit:
-        raise WireError(f"expected at most {limit} bytes beside a message")
+    room = limit
     for index, data in zip(inline, buffers, strict=True):
         if index >= len(blobs):
             raise WireError(f"inline blob {index} of a message that has {len(blobs)}")
-        if memoryview(data).nbytes != blobs[index].size or digest(data) != blobs[index].digest:
+        size = memoryview(data).nbytes
+        room -= size
+        if room < 0:
+            raise WireError(f"expected at most {limit} bytes beside a message")
+        if size != blobs[index].size or digest(data) != blobs[index].digest:
             raise WireError(f"inline blob {index} is not the bytes that its name says")
 
 
@@ -184,15 +192,13 @@ def slices_of(sizes: Sequence[int], most: int = MAX_ALL) -> Iterator[slice]:
         yield slice(start, len(sizes))
 
 
-def _encode(value: Struct) -> bytes:
+def _encode(value: Frame | Message, limit: int) -> bytes:
     try:
-        return _encoder.encode(value)
+        data = _encoder.encode(value)
     except (TypeError, ValueError, OverflowError) as error:
         raise WireError(f"cannot write {value!r:.200}: {error}") from None
-
-
-def _within(limit: int, data: bytes, kind: str) -> bytes:
     if len(data) > limit:
+        kind = value.kind if isinstance(value, Message) else type(value).__name__.lower()
         raise WireError(f"expected at most {limit} bytes of header, a {kind} needs {len(data)}")
     return data
 

@@ -146,21 +146,22 @@ class Ledger:
             raise LedgerError(f"expected entry {self.next_seq}, got {entry.seq}")
         if not self._messages:
             self._first_queued = entry.seq
-        (record,) = pack(encode_record(entry))
+        record = pack(encode_record(entry))
         self._messages.append(record)
-        count = len(entry.messages) if isinstance(entry, AcceptedAll) else 1
-        self._positions.append((entry.seq, len(record), count))
-        self.next_seq += count
+        count = 1
         match entry:
             case Accepted(consumes=consumes):
                 self._recent.add(entry)
                 self._finish(consumes)
-            case AcceptedAll():
+            case AcceptedAll(messages=messages):
                 self._recent.add(entry)
+                count = len(messages)
             case Consumed(of=of):
                 self._finish(of)
             case Ended(run=run):
                 self._finish([seq for seq, names in self._uses.items() if names[0].run == run])
+        self._positions.append((entry.seq, len(record), count))
+        self.next_seq += count
 
     def use(self, seq: int, names: Sequence[BlobName], *, kept: bool = True) -> None:
         """Keep these blobs until entry ``seq``, the message that names them, is consumed.
@@ -224,11 +225,12 @@ class Ledger:
         piece = Piece(name.run, name.owner, name.digest, size, start)
         record = pack(encode_record(piece), data)
         length = memoryview(data).nbytes
-        self._pieces += record
-        self._piece_end += sum(memoryview(part).nbytes for part in record)
-        self.payload.add(
-            piece, self._payload_number, self._piece_end - length, length, arriving=True
-        )
+        self._pieces.append(record)
+        if length:
+            self._pieces.append(data)
+        begin = self._piece_end + len(record)
+        self._piece_end = begin + length
+        self.payload.add(piece, self._payload_number, begin, length, arriving=True)
         if length:
             self.payload.remember(name, start, data)
 

@@ -143,10 +143,14 @@ class Link:
         if self._ended:
             return []
         out: list[Action] = []
-        match event:
-            case Received(frame, buffers):
+        match event:  # the most frequent first
+            case Received(frame=frame, buffers=buffers):
                 self._last_heard = now
                 self._received(frame, buffers, now, out)
+            case Wake():
+                self._wake(now, out)
+            case Taken(deliveries=deliveries):
+                self._take(deliveries, now, out)
             case Outgoing():
                 self._post(event, out)
             case Together(messages):
@@ -186,12 +190,8 @@ class Link:
                     self._say(frame, out)
                 elif self._connected:
                     out.append(Send(frame))
-            case Taken(deliveries):
-                self._take(deliveries, now, out)
             case ReadInPlace(nbytes):
                 self._read += nbytes
-            case Wake():
-                self._wake(now, out)
         return out
 
     def _say(self, frame: Numbered, out: list[Action], **more: Any) -> None:
@@ -232,7 +232,7 @@ class Link:
 
     def _take(self, deliveries: Sequence[Delivery], now: float, out: list[Action]) -> None:
         self._taken = deliveries[-1].seq + 1
-        nbytes = sum(len(x) for each in deliveries if each.inline for x in each.inline.values())
+        nbytes = sum(sum(map(len, each.inline.values())) for each in deliveries)
         self._untold += len(deliveries) + (nbytes >> 10)
         if self._untold >= TELL_TAKEN and self._connected:
             self._beat(now, out)
@@ -254,7 +254,19 @@ class Link:
     def _received(
         self, frame: AnyFrame, buffers: Sequence[Buffer], now: float, out: list[Action]
     ) -> None:
-        match frame:
+        match frame:  # the most frequent first
+            case Deliver():
+                self._deliver(frame, buffers, out)
+            case Chunk():
+                self._chunk(frame, buffers, out)
+            case Receipt(upto=upto):
+                self._said.receipted(upto)
+            case Beat():
+                self._answered(frame, now, out)
+            case Want():
+                self._serve(frame, out)
+            case DeliverAll():
+                self._deliver_all(frame, out)
             case Welcome():
                 self._welcomed(frame, out)
             case Stranger():
@@ -268,18 +280,6 @@ class Link:
             case Over(reason=reason):
                 self._ended = True
                 out += [Send(Bye(reason="the run is over")), Ended(reason, over=True)]
-            case Receipt(upto=upto):
-                self._said.receipted(upto)
-            case Deliver():
-                self._deliver(frame, buffers, out)
-            case DeliverAll():
-                self._deliver_all(frame, out)
-            case Want():
-                self._serve(frame, out)
-            case Chunk():
-                self._chunk(frame, buffers, out)
-            case Beat():
-                self._answered(frame, now, out)
             case Full(reason=reason):
                 self._connected = False
                 self._next_hello = now + BLOCKED_S

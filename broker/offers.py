@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 
 from fedmq.broker import wire
-from fedmq.broker.entries import Accepted, AcceptedAll, blob_name
+from fedmq.broker.entries import Accepted, AcceptedAll, BlobName, blob_name
 from fedmq.broker.headers import decode_message, inline_choice, slices_of
 from fedmq.broker.state import Node, Send
 from fedmq.broker.wire import Deliver, DeliverAll, Message
@@ -93,20 +93,23 @@ def _frames(node: Node, at: float, messages: Sequence[tuple[int, bytes]]) -> Ite
             yield Send(node.peer, DeliverAll(at=at, messages=some, after=after))
 
 
-def delivery(node: Node, seq: int, at: float, data: bytes, message: Message | None = None) -> Send:
+def delivery(node: Node, seq: int, at: float, data: bytes, message: Message) -> Send:
     """Return one delivery, and count it as sent."""
-    message = message or decode_message(data)
     inline = inline_choice(message.blobs, wire.INLINE_BYTES)
-    chosen = [message.blobs[index] for index in inline]
-    size = len(data) + sum(blob.size for blob in chosen)
+    size = len(data)
+    beside: list[tuple[BlobName, int, int]] = []
+    apart: list[tuple[int, BlobName]] = []
+    for index, blob in enumerate(message.blobs):
+        if index in inline:
+            beside.append((blob_name(message, blob), 0, blob.size))
+            size += blob.size
+        else:
+            apart.append((index, blob_name(message, blob)))
+            node.pointed_bytes += blob.size
     _use_window(node, 1, size)
     node.flying.append((seq, 1, size))
     frame = Deliver(seq=seq, at=at, message=data, inline=inline, after=node.sent)
     node.sent = seq + 1
-    beside = tuple((blob_name(message, blob), 0, blob.size) for blob in chosen)
-    others = [each for each in enumerate(message.blobs) if each[0] not in inline]
-    node.pointed_bytes += sum(blob.size for _, blob in others)
-    apart = tuple((index, blob_name(message, blob)) for index, blob in others)
     return Send(node.peer, frame, beside, apart)
 
 

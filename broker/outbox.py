@@ -25,10 +25,11 @@ class Outbox:
     """
 
     def __init__(self) -> None:
-        self._messages: deque[list[Buffer]] = deque()
+        self._messages: deque[tuple[list[Buffer], int]] = deque()
+        """Their parts, and how many bytes these have together."""
         self._headers: list[tuple[bytes, int]] = []
         self._buffers: list[Buffer] = []
-        self._bytes = 0
+        self._bytes = self._extra = 0
 
     @property
     def large(self) -> int:
@@ -41,10 +42,12 @@ class Outbox:
     def add(self, header: bytes, buffers: Sequence[Buffer] = ()) -> None:
         """Put a frame behind the others."""
         size = len(header) + _PER_FRAME_BYTES
-        extra = sum(memoryview(each).nbytes for each in buffers)
+        extra = 0
+        for each in buffers:
+            extra += memoryview(each).nbytes
         if extra > INLINE_BYTES:
             self._close()
-            self._messages.append([header, *buffers])
+            self._messages.append(([header, *buffers], len(header) + extra))
             return
         if (
             self._bytes + size > _JOINED_HEADER_BYTES
@@ -54,6 +57,7 @@ class Outbox:
         self._headers.append((header, len(buffers)))
         self._buffers += buffers
         self._bytes += size
+        self._extra += extra
         if size + extra > _SMALL_BYTES:
             self._close()
 
@@ -61,16 +65,19 @@ class Outbox:
         """Return the parts of the message that is to be sent next; there must be one."""
         if not self._messages:
             self._close()
-        return self._messages[0]
+        return self._messages[0][0]
 
-    def sent(self) -> None:
-        """Forget the message that `next` returned."""
-        self._messages.popleft()
+    def sent(self) -> int:
+        """Forget the message that `next` returned; return how many bytes it had."""
+        _, nbytes = self._messages.popleft()
+        return nbytes
 
     def _close(self) -> None:
         """Let nothing more be joined to the frames so far."""
-        if len(self._headers) == 1:
-            self._messages.append([self._headers[0][0], *self._buffers])
-        elif self._headers:
-            self._messages.append([join_headers(self._headers), *self._buffers])
-        self._headers, self._buffers, self._bytes = [], [], 0
+        if not self._headers:
+            return
+        alone = len(self._headers) == 1
+        header = self._headers[0][0] if alone else join_headers(self._headers)
+        self._messages.append(([header, *self._buffers], len(header) + self._extra))
+        self._headers, self._buffers = [], []
+        self._bytes = self._extra = 0

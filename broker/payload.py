@@ -36,15 +36,13 @@ class _Stored:
 
     size: int
     pieces: list[tuple[int, int, int, int]] = field(default_factory=list)
+    segments: list[int] = field(default_factory=list)
+    """Numbers of the segments that they lie in, in order."""
     end: int = 0
     users: int = 0
     """Unfinished messages that name this blob."""
     pinned: bool = False
     """Whether its segments must stay: it is on its way, or has users."""
-
-    def segments(self) -> set[int]:
-        """Return the numbers of the segments that it lies in."""
-        return {segment for segment, *_ in self.pieces}
 
 
 class PayloadIndex:
@@ -97,8 +95,10 @@ class PayloadIndex:
         elif arriving:
             self.hold(name)
         if piece.start == stored.end and length:
-            if stored.pinned and segment not in stored.segments():
-                self._pins[segment] = self._pins.get(segment, 0) + 1
+            if segment not in stored.segments:
+                stored.segments.append(segment)
+                if stored.pinned:
+                    self._pins[segment] = self._pins.get(segment, 0) + 1
             stored.pieces.append((segment, offset, piece.start, length))
             stored.end += length
 
@@ -143,7 +143,7 @@ class PayloadIndex:
         """
         if self._pins.get(number):
             return False
-        for name in [n for n in self._idle if number in self._blobs[n].segments()]:
+        for name in [n for n in self._idle if number in self._blobs[n].segments]:
             self._forget(name)
         self._files.close(number)
         segment_path(self._folder, PAYLOAD, number).unlink(missing_ok=True)
@@ -183,11 +183,6 @@ class PayloadIndex:
         """Return the size of a blob that is here as a whole, or None."""
         stored = self._blobs.get(name)
         return stored.size if stored is not None and stored.end == stored.size else None
-
-    def segments_of(self, name: BlobName) -> list[int]:
-        """Return the numbers of the segments that a blob lies in, in order."""
-        stored = self._blobs.get(name)
-        return sorted(stored.segments()) if stored else []
 
     def read(self, name: BlobName, start: int, size: int) -> Buffer:
         """Return bytes of a blob that is here.
@@ -245,7 +240,7 @@ class PayloadIndex:
     def _pin(self, stored: _Stored, *, pinned: bool) -> None:
         if stored.pinned != pinned:
             stored.pinned = pinned
-            for segment in stored.segments():
+            for segment in stored.segments:
                 self._pins[segment] = self._pins.get(segment, 0) + (1 if pinned else -1)
 
 

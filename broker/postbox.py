@@ -90,7 +90,7 @@ class Postbox:
         elif message.to == TIMER:
             token, after_s = timer_of(message)
             heapq.heappush(self.timers, (now + after_s, seq, run.id, token))
-        uses = tuple(blob_name(message, blob) for blob in message.blobs)
+        uses = [blob_name(message, blob) for blob in message.blobs]
         entry = Accepted(seq=seq, at=now, message=data, consumes=consumes)
         self.fresh.add(entry)
         out.append(Append(entry, uses, kept=message.to != RECORD))

@@ -51,8 +51,8 @@ class Record:
         return self.data_offset + self.data_length
 
 
-def pack(head: bytes, data: Buffer = b"") -> list[Buffer]:
-    """Return the buffers of one record, ready for ``writev``; `data` is not copied.
+def pack(head: bytes, data: Buffer = b"") -> bytes:
+    """Return all of a record that stands before its data.
 
     Raises:
         LedgerError: the head is larger than `scan` would read.
@@ -61,8 +61,7 @@ def pack(head: bytes, data: Buffer = b"") -> list[Buffer]:
         raise LedgerError(f"expected a head of at most {_MAX_HEAD} bytes, got {len(head)}")
     length = memoryview(data).nbytes
     check = xxhash.xxh32_intdigest(_LENGTHS.pack(len(head), length))
-    start = _PREFIX.pack(len(head), length, check, _checksum(head, data)) + head
-    return [start, data] if length else [start]
+    return _PREFIX.pack(len(head), length, check, _checksum(head, data)) + head
 
 
 def scan(path: Path, start: int = len(MAGIC), *, verify_data: bool = True) -> Iterator[Record]:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import xxhash
+from msgspec import Struct
 
 Known = Literal["new", "same", "other"]
 REMEMBERED = 1 << 17
@@ -16,7 +17,7 @@ aggregator what it said since its last checkpoint.
 """
 
 
-class Mark(NamedTuple):
+class Mark(Struct, frozen=True, gc=False):
     """A message as it is remembered: the digest of its full id, and of its bytes."""
 
     name: int

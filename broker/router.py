@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import socket as sockets
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import msgspec
@@ -60,6 +60,8 @@ MAX_FRAME_BYTES = CHUNK_BYTES + 4096
 COPY_BELOW_BYTES = 512 * 1024
 """Smaller parts are copied into zmq. Each part that is not wakes pyzmq's garbage-collector
 thread, which was measured to cost more."""
+_NOBLOCK, _MORE = int(zmq.NOBLOCK), int(zmq.NOBLOCK | zmq.SNDMORE)
+"""Plain numbers: an enum's flags are joined in Python, for each part of each message."""
 _BATCH = 256
 _BATCH_BYTES = CHUNK_BYTES // 2
 """A turn ends with the chunk that it has taken: what was said beside it is answered first."""
@@ -201,18 +203,18 @@ class BrokerServer:
         """Let the core take an event; queue what is to be written and sent, do the rest."""
         gone = []
         for action in self._core.handle(event, now):
-            match action:
-                case Append(entry, uses, kept):
+            match action:  # the most frequent first
+                case Send():
+                    sends.append(action)
+                case Append(entry=entry, uses=uses, kept=kept):
                     self._ledger.use(entry.seq, uses, kept=kept)
                     self._ledger.append(entry)
-                case Put(name, size, start, data):
+                case Put(name=name, size=size, start=start, data=data):
                     self._ledger.put(name, size, start, data)
                 case Drop(name, size):
                     self._ledger.drop(name, size)
                 case Release(names):
                     self._ledger.release(names)
-                case Send():
-                    sends.append(action)
                 case Probe(peer):
                     if not self._is_up(peer):
                         gone.append(Gone(peer))
@@ -258,10 +260,13 @@ class BrokerServer:
             if room <= 0:
                 return
             try:
-                peer = self._socket.recv(zmq.NOBLOCK)
+                first = self._socket.recv(_NOBLOCK, copy=False)
             except zmq.Again:
                 return
+            peer = first.bytes
             try:
+                if not first.more:
+                    raise WireError("expected a header, got an empty message")
                 frames, nbytes = receive(self._socket)
             except WireError as error:
                 yield Unreadable(peer, error)
@@ -277,7 +282,7 @@ class BrokerServer:
         while outbox:
             parts = outbox.next()
             try:
-                self._socket.send_multipart([peer, *parts], zmq.NOBLOCK, copy=False)
+                send(self._socket, [peer, *parts])
             except zmq.Again:
                 return
             except zmq.ZMQError as error:
@@ -285,14 +290,13 @@ class BrokerServer:
                     raise
                 # It is gone. What it missed is offered again when its node returns.
                 break
-            self._core.sent(peer, sum(memoryview(part).nbytes for part in parts))
-            outbox.sent()
+            self._core.sent(peer, outbox.sent())
         del self._outboxes[peer]
 
     def _is_up(self, peer: bytes) -> bool:
         """Tell whether a connection stands, by sending a beat over it."""
         try:
-            self._socket.send_multipart([peer, encode_frame(Beat())], zmq.NOBLOCK)
+            send(self._socket, [peer, encode_frame(Beat())])
         except zmq.Again:
             return True
         except zmq.ZMQError as error:
@@ -302,29 +306,33 @@ class BrokerServer:
         return True
 
 
-def receive(
-    socket: zmq.Socket[bytes], *, first: bool = False, flags: int = 0
-) -> tuple[list[tuple[AnyFrame, list[Buffer]]], int]:
+def send(socket: zmq.Socket[bytes], parts: Sequence[Buffer]) -> None:
+    """Send a message; parts that are not small are not copied, and must stay as they are.
+
+    Raises:
+        zmq.Again: there is no room for it now.
+    """
+    for part in parts[:-1]:
+        socket.send(part, _MORE, copy=False)
+    socket.send(parts[-1], _NOBLOCK, copy=False)
+
+
+def receive(socket: zmq.Socket[bytes]) -> tuple[list[tuple[AnyFrame, list[Buffer]]], int]:
     """Read the frames of a message, each with its buffers.
 
-    With ``first``, the header is its first part; otherwise the parts before it (the
-    ROUTER's identity) have been read.
+    Its next part is the header: a ROUTER's caller has read whom it is from.
 
     Returns the frames, and the bytes that all took.
 
     Raises:
         WireError: not frames of this protocol; the rest of the message has been read.
-        zmq.Again: with ``flags=zmq.NOBLOCK``, nothing has arrived.
+        zmq.Again: nothing has arrived.
     """
-    part: zmq.Frame | None = None
-    nbytes = 0
+    part = socket.recv(_NOBLOCK, copy=False)
+    nbytes = len(part)
+    room = MAX_BUFFERS
     frames: list[tuple[AnyFrame, list[Buffer]]] = []
     try:
-        if not first and not socket.getsockopt(zmq.RCVMORE):
-            raise WireError("expected a header, got an empty message")
-        part = socket.recv(flags, copy=False)
-        nbytes = len(part)
-        room = MAX_BUFFERS
         for header, count in split_header(part.buffer):
             frame = decode_frame(header)
             buffers: list[Buffer] = []
@@ -338,6 +346,6 @@ def receive(
                 nbytes += len(part)
             frames.append((frame, buffers))
     finally:
-        while part is not None and part.more:
+        while part.more:
             part = socket.recv(copy=False)
     return frames, nbytes

@@ -25,8 +25,10 @@ class Shelf:
     def add(self, entry: Accepted | AcceptedAll) -> None:
         """Put the newest here."""
         self._entries[entry.seq] = entry
-        self.nbytes += _size(entry)
-        if isinstance(entry, AcceptedAll):
+        if isinstance(entry, Accepted):
+            self.nbytes += len(entry.message)
+        else:
+            self.nbytes += entry.nbytes
             self._many.append(entry.seq)
 
     def find(self, seq: int) -> Accepted | None:
@@ -40,8 +42,10 @@ class Shelf:
     def drop_oldest(self) -> None:
         """Take the oldest away, with all that came with it."""
         _, entry = self._entries.popitem(last=False)
-        self.nbytes -= _size(entry)
-        if isinstance(entry, AcceptedAll):
+        if isinstance(entry, Accepted):
+            self.nbytes -= len(entry.message)
+        else:
+            self.nbytes -= entry.nbytes
             self._many.popleft()
 
     def clear(self) -> None:
@@ -49,9 +53,3 @@ class Shelf:
         self._entries.clear()
         self._many.clear()
         self.nbytes = 0
-
-
-def _size(entry: Accepted | AcceptedAll) -> int:
-    if isinstance(entry, Accepted):
-        return len(entry.message)
-    return sum(map(len, entry.messages))

@@ -110,7 +110,7 @@ class Append(Struct, frozen=True):
     """
 
     entry: Entry
-    uses: tuple[BlobName, ...] = ()
+    uses: Sequence[BlobName] = ()
     kept: bool = True
 
 
@@ -141,9 +141,9 @@ class Send(Struct, frozen=True):
 
     peer: bytes
     frame: Frame
-    blobs: tuple[tuple[BlobName, int, int], ...] = ()
+    blobs: Sequence[tuple[BlobName, int, int]] = ()
     """(name, start, size) of each buffer."""
-    apart: tuple[tuple[int, BlobName], ...] = ()
+    apart: Sequence[tuple[int, BlobName]] = ()
     """Of a delivery: blobs that are not sent with it, and their indices."""
 
 

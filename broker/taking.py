@@ -71,7 +71,9 @@ class Taking:
             out.append(Release(held.names()))
             return
         # What is consumed is what the sender has, whatever it claims.
-        consumes = tuple(s for s in post.consumes if node.pending.pop(s, None) is not None)
+        consumes = post.consumes and tuple(
+            seq for seq in post.consumes if node.pending.pop(seq, None) is not None
+        )
         self._box.accept(node.run, message, post.message, consumes, now, out)
 
     def take_all(

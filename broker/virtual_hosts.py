@@ -90,8 +90,10 @@ class BrokerHost:
         todo = deque([*events, state.Wake()])
         while todo:
             for action in self.core.handle(todo.popleft(), self._network.now):
-                match action:
-                    case state.Append(entry, uses, kept):
+                match action:  # the most frequent first
+                    case state.Send():
+                        sends.append(action)
+                    case state.Append(entry=entry, uses=uses, kept=kept):
                         self.ledger.use(entry.seq, uses, kept=kept)
                         self.ledger.append(entry)
                     case state.Put(name, size, start, data):
@@ -103,8 +105,6 @@ class BrokerHost:
                     case state.Probe(peer):
                         if not self._network.is_up(peer):
                             todo.append(state.Gone(peer))
-                    case state.Send():
-                        sends.append(action)
         return sends
 
     def crash(self) -> None:
@@ -248,7 +248,7 @@ class LinkHost:
         for action in actions:
             news |= not isinstance(action, link.Send)
             match action:
-                case link.Send(frame, buffers):
+                case link.Send(frame=frame, buffers=buffers):
                     if isinstance(frame, Post | PostAll):
                         self._number(frame)
                     self.network.to_broker(self.peer, frame, buffers)

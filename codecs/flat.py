@@ -18,14 +18,15 @@ def as_flat(tensors: Sequence[Tensor]) -> Tensor:
         tensors: at least one; all of one dtype.
     """
     first = tensors[0]
-    expected = first.storage_offset()
+    begin = expected = first.storage_offset()
+    storage = first.untyped_storage().data_ptr()
     for tensor in tensors:
         if (
             not tensor.is_contiguous()
             or tensor.dtype != first.dtype
             or tensor.storage_offset() != expected
-            or tensor.untyped_storage().data_ptr() != first.untyped_storage().data_ptr()
+            or tensor.untyped_storage().data_ptr() != storage
         ):
             return torch.cat([each.reshape(-1) for each in tensors])
         expected += tensor.numel()
-    return first.as_strided((expected - first.storage_offset(),), (1,), first.storage_offset())
+    return first.as_strided((expected - begin,), (1,), begin)

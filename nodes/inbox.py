@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any
+
+from msgspec import Struct
 
 from fedmq.broker.errors import WireError
 from fedmq.broker.wire import Buffer, Message
@@ -16,8 +17,7 @@ Stream = Callable[[int], Iterator[Buffer]]
 """Returns them in pieces, in order."""
 
 
-@dataclass(frozen=True)
-class Inbound:
+class Inbound(Struct, frozen=True):
     """A message from the inbox: its number, its time, and how to read its blobs.
 
     Blobs are content-addressed, so reading one is a pure function of its name.
@@ -34,8 +34,7 @@ class Inbound:
         return self.stream(index) if self.stream is not None else iter((self.read(index),))
 
 
-@dataclass(frozen=True)
-class Post:
+class Post(Struct, frozen=True):
     """Post a message; ``data[i]`` are the bytes of its i-th blob."""
 
     message: Message
@@ -44,16 +43,14 @@ class Post:
     """Numbers of the messages that are dealt with once this one is in the ledger."""
 
 
-@dataclass(frozen=True)
-class Done:
+class Done(Struct, frozen=True):
     """This message has been dealt with; ``refused``: why it could not be used."""
 
     seq: int
     refused: str = ""
 
 
-@dataclass(frozen=True)
-class Settle:
+class Settle(Struct, frozen=True):
     """No session of this node will need the messages so far again, this one included.
 
     but: numbers of those that one will.
@@ -62,8 +59,7 @@ class Settle:
     but: tuple[int, ...] = ()
 
 
-@dataclass(frozen=True)
-class Finish:
+class Finish(Struct, frozen=True):
     """The run is over."""
 
     reason: str

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from msgspec import Struct
 from torch import Tensor
 
 from fedmq.algorithms.base import Payload
@@ -42,8 +43,7 @@ RAW = Codecs()
 """All tensors as they are."""
 
 
-@dataclass(frozen=True)
-class Packed:
+class Packed(Struct, frozen=True):
     """A payload ready to be put into a message."""
 
     body: Mapping[str, Any]

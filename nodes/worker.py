@@ -10,10 +10,10 @@ import dataclasses
 import functools
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import msgspec
+from msgspec import Struct
 from torch import Tensor
 
 from fedmq.algorithms.base import Client, Payload, Reply, Task
@@ -33,8 +33,7 @@ from fedmq.nodes.setup import Setup, slowdown
 MAX_SLOWDOWN_S = 3600.0
 
 
-@dataclass(frozen=True)
-class Trained:
+class Trained(Struct, frozen=True):
     """A task has been trained: its result and the client's new local state, if it has any.
 
     device: kind of device, see `setup.kind_of`; the same kind trains to the same bytes.
@@ -46,16 +45,14 @@ class Trained:
     device: str = ""
 
 
-@dataclass(frozen=True)
-class Evaluated:
+class Evaluated(Struct, frozen=True):
     """A model has been evaluated. ``device``: as in `Trained`."""
 
     metrics: Mapping[str, float]
     device: str = ""
 
 
-@dataclass(frozen=True)
-class Failed:
+class Failed(Struct, frozen=True):
     """A task could not be done, with the reason."""
 
     reason: str
@@ -64,8 +61,7 @@ class Failed:
 Event = Inbound | Trained | Evaluated | Failed
 
 
-@dataclass(frozen=True)
-class Train:
+class Train(Struct, frozen=True):
     """Train a task for a client, from its local state, with all randomness from ``seed``.
 
     restrict: as in `Client`.
@@ -83,8 +79,7 @@ class Train:
         return Client(self.client, problem, data, self.local, self.seed, device, self.restrict)
 
 
-@dataclass(frozen=True)
-class Evaluate:
+class Evaluate(Struct, frozen=True):
     """Evaluate a task's model on the test data; or as this client, with what it keeps."""
 
     task: Task
@@ -102,15 +97,13 @@ class Evaluate:
         return setup.algorithm.evaluate_client(self.task, place)
 
 
-@dataclass(frozen=True)
-class Pause:
+class Pause(Struct, frozen=True):
     """Do nothing for a while before what follows: this worker is slow on demand."""
 
     seconds: float
 
 
-@dataclass(frozen=True)
-class Keep:
+class Keep(Struct, frozen=True):
     """Save a client's local state, before the result that follows is posted."""
 
     client: int

@@ -2,7 +2,7 @@
 
 import pytest
 
-from fedmq.broker.entries import Accepted, Opened, Refusal
+from fedmq.broker.entries import Accepted, BlobName, Opened, Refusal
 from fedmq.broker.wire import (
     CHUNK_BYTES,
     Beat,
@@ -135,7 +135,7 @@ def test_the_newest_checkpoint_survives_and_is_handed_to_a_new_session(room):
         room.post(AGG, "checkpoint", f"version {number}", blobs=[b"%d" % number])
     seq = room.entries[-1].seq
     room.restart()
-    assert room.uses == {seq: ((("r", "agg", digest(b"2"))),)}
+    assert room.uses == {seq: (BlobName("r", "agg", digest(b"2")),)}
     come_back(room, "agg", session="s2")
     [welcome] = room.take(b"agg:s2", Welcome)
     assert welcome.checkpoint == Deliver(seq=seq, at=0.0, message=room.read(seq).message)
@@ -269,7 +269,7 @@ def test_an_upload_goes_on_from_the_pieces_that_are_there(room):
 def test_a_message_whose_bytes_were_lost_with_the_power_is_refused_to_its_sender(room):
     room.post(AGG, "client/0", "whole", blobs=[b"whole"])
     room.post(AGG, "client/0", "lost", blobs=[b"lost"], id="agg/lost")
-    room.blobs.pop(("r", "agg", Blob.of(b"lost").digest))
+    room.blobs.pop(BlobName("r", "agg", Blob.of(b"lost").digest))
     room.restart()
     come_back(room)
     assert room.texts(W1) == ["whole"]

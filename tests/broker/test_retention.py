@@ -1,5 +1,6 @@
 """Payloads that nothing unfinished needs may be deleted; the others never are."""
 
+import msgspec
 import pytest
 
 import fedmq.broker.ledger as ledger_module
@@ -120,7 +121,7 @@ def test_a_message_that_is_consumed_by_another_needs_its_bytes_no_more(tmp_path)
 
 def test_the_end_of_a_run_lets_go_of_all_that_it_needed_and_of_no_other_run(tmp_path):
     ledger = Ledger(tmp_path, retain_bytes=0)
-    other = name_of(blob(9))._replace(run="q")
+    other = msgspec.structs.replace(name_of(blob(9)), run="q")
     ledger.put(other, SIZE, 0, blob(9))
     ledger.use(10**6, [other])
     ledger.commit()

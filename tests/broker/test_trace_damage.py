@@ -15,6 +15,7 @@ from fedmq.broker.entries import (
     MESSAGES,
     PAYLOAD,
     Accepted,
+    BlobName,
     Consumed,
     Ended,
     Opened,
@@ -78,7 +79,7 @@ def look_at(folder, run):
             if name.startswith(PAYLOAD):
                 piece = decode_piece(record, folder / name)
                 data = files[name][record.data_offset : record.end]
-                attempts = stored[piece.run, piece.owner, piece.digest]
+                attempts = stored[BlobName(piece.run, piece.owner, piece.digest)]
                 if piece.start == 0 or not data:
                     attempts.append(([], []))
                 attempts[-1][0].append((name, record.offset))

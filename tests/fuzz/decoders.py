@@ -152,8 +152,9 @@ def _in_records(data: bytes) -> None:
     parts = split(data)
     cut = parts.index(b"") if b"" in parts else len(parts)
     messages, rest = parts[:cut], parts[cut + 1 :]
-    payload = [each for pair in zip(rest[::2], rest[1::2], strict=False) for each in pack(*pair)]
-    files = [MAGIC, *(each for head in messages for each in pack(head))]
+    pairs = zip(rest[::2], rest[1::2], strict=False)
+    payload = [each for head, data in pairs for each in (pack(head, data), data)]
+    files = [MAGIC, *map(pack, messages)]
     for use in (_open_for_reading, _open_for_writing):
         _with_folder(use, [b"".join(files)], [b"".join([MAGIC, *payload])])
 
