@@ -7,6 +7,7 @@ at every moment: accepted = consumed + pending + refused.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -169,9 +170,13 @@ def segment_path(folder: Path, family: str, number: int) -> Path:
 
 
 def segment_numbers(folder: Path, family: str) -> list[int]:
-    """Return the numbers of the segments of a family, in order."""
-    names = (path.name for path in folder.glob(f"{family}-*.log"))
-    matches = (re.fullmatch(rf"{family}-([0-9]{{20}})\.log", name) for name in names)
+    """Return the numbers of the segments of a family, in order; none without a folder."""
+    pattern = re.compile(rf"{family}-([0-9]{{20}})\.log")
+    try:
+        with os.scandir(folder) as found:
+            matches = [pattern.fullmatch(each.name) for each in found]
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
+        return []
     return sorted(int(match[1]) for match in matches if match)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
+import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -79,7 +80,8 @@ class VirtualNetwork:
 
     def at(self, when: float, act: Callable[[], object]) -> None:
         """Let something happen at a time."""
-        heapq.heappush(self._events, (max(when, self.now), next(self._count), act))
+        now = self.now
+        heapq.heappush(self._events, (when if when > now else now, next(self._count), act))
 
     def after(self, seconds: float, act: Callable[[], object]) -> None:
         """Let something happen after a while."""
@@ -129,17 +131,20 @@ class VirtualNetwork:
     def _carry(self, peer: bytes, act: Callable[[], None], *, up: bool) -> None:
         if not self.is_up(peer):
             return
-        faults, rng = self.faults, self.rng
-        for _ in range(1 + (rng.random() < faults.duplicate)):
-            if rng.random() < faults.loss:
+        faults, random, way = self.faults, self.rng.random, (peer, up)
+        for _ in range(2 if random() < faults.duplicate else 1):
+            if random() < faults.loss:
                 continue
-            when = self.now + rng.expovariate(1 / faults.delay_s)
-            if rng.random() < faults.reorder:
-                when += rng.random() * faults.reorder_s
+            # An exponential delay, as `random.expovariate` draws it.
+            when = self.now - math.log(1.0 - random()) * faults.delay_s
+            if random() < faults.reorder:
+                when += random() * faults.reorder_s
             else:
                 # A connection keeps order, but for what is reordered on purpose.
-                when = max(when, self._last_at.get((peer, up), 0.0))
-                self._last_at[peer, up] = when
+                before = self._last_at.get(way, 0.0)
+                if when < before:
+                    when = before
+                self._last_at[way] = when
             self.at(when, act)
 
     def _arrive_at_broker(self, peer: bytes, header: bytes, parts: list[bytes]) -> None:

@@ -189,9 +189,10 @@ class LinkHost:
         if isinstance(event, link.Received) and isinstance(event.frame, Welcome):
             self.files.look(event.frame)
         news = self._carry_out(self.core.handle(event, self.network.now))
-        oldest = self.core.oldest_unreceipted
-        for n in [n for n in self._numbers if n < oldest]:
-            self.receipted += self._numbers.pop(n)
+        if self._numbers:
+            oldest = self.core.oldest_unreceipted
+            for n in [n for n in self._numbers if n < oldest]:
+                self.receipted += self._numbers.pop(n)
         due = self.core.deadline
         if due is not None and (due < self._wake_at or self._wake_at <= self.network.now):
             self._wake_at = due

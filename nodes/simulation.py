@@ -94,6 +94,7 @@ class Simulation:
         self.sessions: list[NodeHost] = []
         """Every session of every node, in the order of their starts."""
         self.calm = False
+        self._config = setup.config.to_toml()
         self._started = 0
         total = setup.problem.clients
         self.aggregator: AggregatorHost = self._begin(AggregatorHost, AGGREGATOR, (), None)
@@ -128,7 +129,7 @@ class Simulation:
             key=f"key of {name}",
             run=RUN,
             clients=clients,
-            config=setup.config.to_toml() if role == AGGREGATOR else "",
+            config=self._config if role == AGGREGATOR else "",
             total_clients=setup.problem.clients if role == AGGREGATOR else 0,
         )
         host = kind(self, hello, kept)
