@@ -90,7 +90,7 @@ class Layout:
         """Return a weight vector in blocks: (where it starts, float32 [length]).
 
         One block, but for tensors that are read in pieces: those of a large model need
-        not be in memory at once. Whoever goes over the blocks again reads them once more.
+        not be in memory at once, and are read once more by whoever goes over them again.
 
         Raises:
             ResultError: a name or shape is not this model's.

@@ -61,7 +61,10 @@ class Baton:
         self._lock.release()
 
     def away(self) -> contextlib.AbstractContextManager[None]:
-        """The main thread does something that may take long; the other takes over."""
+        """The main thread does something that may take long; the other takes over.
+
+        Not again before the end of the first.
+        """
         return self._absence
 
     def let_go(self) -> None:

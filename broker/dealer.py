@@ -21,7 +21,7 @@ from fedmq.broker.headers import encode_frame
 from fedmq.broker.link import Link
 from fedmq.broker.link_state import Delivery
 from fedmq.broker.outbox import Outbox
-from fedmq.broker.router import COPY_BELOW_BYTES, MAX_FRAME_BYTES, receive, send
+from fedmq.broker.router import COPY_BELOW_BYTES, MAX_FRAME_BYTES, receive, send_parts
 from fedmq.broker.shared_files import SharedFiles
 from fedmq.broker.wire import Buffer, Hello, Message, Welcome
 
@@ -175,7 +175,7 @@ class Dealer:
     def _send_all(self) -> None:
         while self._outgoing:
             try:
-                send(self._socket, self._outgoing.next())
+                send_parts(self._socket, self._outgoing.next())
             except zmq.Again:
                 return
             self._outgoing.sent()

@@ -170,12 +170,14 @@ def segment_path(folder: Path, family: str, number: int) -> Path:
 
 
 def segment_numbers(folder: Path, family: str) -> list[int]:
-    """Return the numbers of the segments of a family, in order; none without a folder."""
+    """Return the numbers of the segments of a family, in order; none where none can be seen."""
+    if not folder.is_dir():
+        return []
     pattern = re.compile(rf"{family}-([0-9]{{20}})\.log")
     try:
         with os.scandir(folder) as found:
             matches = [pattern.fullmatch(each.name) for each in found]
-    except (FileNotFoundError, NotADirectoryError, PermissionError):
+    except PermissionError:
         return []
     return sorted(int(match[1]) for match in matches if match)
 

@@ -282,7 +282,7 @@ class BrokerServer:
         while outbox:
             parts = outbox.next()
             try:
-                send(self._socket, [peer, *parts])
+                send_parts(self._socket, [peer, *parts])
             except zmq.Again:
                 return
             except zmq.ZMQError as error:
@@ -296,7 +296,7 @@ class BrokerServer:
     def _is_up(self, peer: bytes) -> bool:
         """Tell whether a connection stands, by sending a beat over it."""
         try:
-            send(self._socket, [peer, encode_frame(Beat())])
+            send_parts(self._socket, [peer, encode_frame(Beat())])
         except zmq.Again:
             return True
         except zmq.ZMQError as error:
@@ -306,11 +306,12 @@ class BrokerServer:
         return True
 
 
-def send(socket: zmq.Socket[bytes], parts: Sequence[Buffer]) -> None:
+def send_parts(socket: zmq.Socket[bytes], parts: Sequence[Buffer]) -> None:
     """Send a message; parts that are not small are not copied, and must stay as they are.
 
     Raises:
         zmq.Again: there is no room for it now.
+        zmq.ZMQError: of EHOSTUNREACH, the connection that it is for is gone.
     """
     for part in parts[:-1]:
         socket.send(part, _MORE, copy=False)

@@ -131,14 +131,13 @@ class VirtualNetwork:
     def _carry(self, peer: bytes, act: Callable[[], None], *, up: bool) -> None:
         if not self.is_up(peer):
             return
-        faults, random, way = self.faults, self.rng.random, (peer, up)
-        for _ in range(2 if random() < faults.duplicate else 1):
-            if random() < faults.loss:
+        faults, draw, way = self.faults, self.rng.random, (peer, up)
+        for _ in range(2 if draw() < faults.duplicate else 1):
+            if draw() < faults.loss:
                 continue
-            # An exponential delay, as `random.expovariate` draws it.
-            when = self.now - math.log(1.0 - random()) * faults.delay_s
-            if random() < faults.reorder:
-                when += random() * faults.reorder_s
+            when = self.now - math.log(1.0 - draw()) * faults.delay_s  # exponential
+            if draw() < faults.reorder:
+                when += draw() * faults.reorder_s
             else:
                 # A connection keeps order, but for what is reordered on purpose.
                 before = self._last_at.get(way, 0.0)

@@ -86,7 +86,8 @@ def test_a_run_is_found_by_its_folder_or_by_its_ledgers(ledger, tmp_path):
 
 
 def test_a_folder_without_a_ledger_is_told(tmp_path):
-    for folder in (tmp_path, tmp_path / "nowhere"):
+    (tmp_path / "round").symlink_to("round")
+    for folder in (tmp_path, tmp_path / "nowhere", tmp_path / "round"):
         with pytest.raises(LedgerError, match="expected a run's folder with a ledger in it"):
             Trace(folder)
 
