@@ -33,10 +33,17 @@ def soak(first, seeds, report=lambda done: None):
     with mp.get_context("spawn").Pool(os.cpu_count()) as pool:
         for index, found in enumerate(pool.imap(functools.partial(_run, run_seeds), batches)):
             if found is not None:
-                seed, why = found
-                bad.append(f"{why}\nhistory {seed} went wrong: make soak FIRST={seed} SEEDS=1")
+                bad.append(told(found))
             report((index + 1) * BATCH)
     return bad
+
+
+def told(found):
+    """Return what `run_seeds` found as text, with the command that repeats it; None of None."""
+    if found is None:
+        return None
+    seed, why = found
+    return f"{why}\nhistory {seed} went wrong: make soak FIRST={seed} SEEDS=1"
 
 
 def _run(function, arguments):

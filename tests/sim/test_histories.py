@@ -1,27 +1,26 @@
 """Deterministic fault simulation: whatever befalls a run, what is promised holds."""
 
-import os
-import sys
-from pathlib import Path
-
-import pytest
-
 from fedmq.broker.remembered import Remembered
 from fedmq.nodes.local import Locals
 from tests.sim.history import check_history
-from tests.sim.soak import soak
+from tests.sim.soak import BATCH, run_seeds, told
 
 SEEDS = 2000
-ROOT = Path(__file__).parent.parent.parent
 
 
-@pytest.mark.timeout(400)
-def test_two_thousand_histories_keep_every_promise(monkeypatch):
-    # The processes of the pool import as this one does.
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT / ".view"), str(ROOT)]))
-    monkeypatch.setattr(sys, "path", [str(ROOT / ".view"), str(ROOT), *sys.path])
-    bad = soak(0, SEEDS)
-    assert not bad, "\n".join(bad)
+def batch_from(first):
+    """Return a test of some histories."""
+
+    class Batch:
+        def test_every_promise_is_kept(self):
+            bad = told(run_seeds(first, BATCH))
+            assert bad is None, bad
+
+    return Batch
+
+
+# A class each: the processes of `make test` take the tests of a class, or of a module, as one.
+globals().update({f"TestFrom{first}": batch_from(first) for first in range(0, SEEDS, BATCH)})
 
 
 def test_a_history_is_the_same_each_time():
