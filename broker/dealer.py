@@ -120,7 +120,7 @@ class Dealer:
             deadline = until
         poller = self._both_ways if self._outgoing else self._incoming
         ready = poller.poll(milliseconds_until(deadline, self._clock()))
-        if (self._baton.bell, zmq.POLLIN) in ready:
+        if self._baton.bell in dict(ready):
             self._baton.heard()
         now = self._clock()
         self._receive_all(now)

@@ -12,7 +12,7 @@ BATCH = 50
 
 
 def run_seeds(first, count):
-    """Run some histories in this process; return (seed, what went wrong) of the first bad one."""
+    """Run some histories here; return what is wrong with the first bad one, and its command."""
     import torch
 
     from tests.sim.history import check_history
@@ -22,7 +22,8 @@ def run_seeds(first, count):
         try:
             check_history(seed)
         except Exception:  # noqa: BLE001 - whatever it is, its seed must be told
-            return seed, traceback.format_exc()
+            why = traceback.format_exc()
+            return f"{why}\nhistory {seed} went wrong: make soak FIRST={seed} SEEDS=1"
     return None
 
 
@@ -33,17 +34,9 @@ def soak(first, seeds, report=lambda done: None):
     with mp.get_context("spawn").Pool(os.cpu_count()) as pool:
         for index, found in enumerate(pool.imap(functools.partial(_run, run_seeds), batches)):
             if found is not None:
-                bad.append(told(found))
+                bad.append(found)
             report((index + 1) * BATCH)
     return bad
-
-
-def told(found):
-    """Return what `run_seeds` found as text, with the command that repeats it; None of None."""
-    if found is None:
-        return None
-    seed, why = found
-    return f"{why}\nhistory {seed} went wrong: make soak FIRST={seed} SEEDS=1"
 
 
 def _run(function, arguments):

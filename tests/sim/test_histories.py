@@ -3,7 +3,7 @@
 from fedmq.broker.remembered import Remembered
 from fedmq.nodes.local import Locals
 from tests.sim.history import check_history
-from tests.sim.soak import BATCH, run_seeds, told
+from tests.sim.soak import BATCH, run_seeds
 
 SEEDS = 2000
 
@@ -13,7 +13,7 @@ def batch_from(first):
 
     class Batch:
         def test_every_promise_is_kept(self):
-            bad = told(run_seeds(first, BATCH))
+            bad = run_seeds(first, BATCH)
             assert bad is None, bad
 
     return Batch
