@@ -9,10 +9,10 @@ SEEDS  ?= 10000
 FIRST  ?= 0
 
 .DEFAULT_GOAL := help
-.PHONY: help install view cluster test soak lint format typecheck bench reproduce clean
+.PHONY: help install view cluster test test-cpus soak lint format typecheck bench reproduce clean
 
 help:  ## show this list
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## */  make \1|/' | \
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## */  make \1|/' | \
 	  awk -F'|' '{printf "%-18s %s\n", $$1, $$2}'
 
 install: $(STAMP)  ## set up .venv with everything (about 5 GB, most of it torch)
@@ -35,6 +35,12 @@ cluster: install  ## train on the embedded MNIST subset: broker, aggregator, 4 w
 
 test: install view  ## run all tests (ARGS='-k name' to choose)
 	@$(BIN)/python -P -m pytest -n auto --dist loadscope $(ARGS)
+
+test-cpus: install view  ## run the tests whose numbers could depend on the CPU under each of its instruction sets
+	@for cpu in $$($(BIN)/python -c 'import torch; print({"AVX512": "default avx2 avx512", "AVX2": "default avx2"}.get(torch.backends.cpu.get_cpu_capability(), "default"))'); do \
+	  echo "== ATEN_CPU_CAPABILITY=$$cpu"; \
+	  ATEN_CPU_CAPABILITY=$$cpu $(BIN)/python -P -m pytest -q -n auto --dist loadscope $(ARGS) tests/golden tests/nodes/replay tests/codecs || exit 1; \
+	done
 
 soak: install view  ## simulate SEEDS=10000 histories of crashes and bad networks, from FIRST=0
 	@PYTHONPATH=.view:. $(BIN)/python -m tests.sim.soak --first $(FIRST) --seeds $(SEEDS)

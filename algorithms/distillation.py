@@ -53,6 +53,7 @@ class Distillation(Algorithm):
 
     name: ClassVar[str] = "fd"
     schedules: ClassVar[frozenset[str]] = frozenset({"rounds", "buffered", "stream"})
+    reproducible: ClassVar[bool] = True
     personal: ClassVar[bool] = True
     sends: ClassVar[Reply | None] = "update"
 

@@ -79,6 +79,7 @@ class FAug(Distillation):
 
     name: ClassVar[str] = "faug"
     trains: ClassVar[bool] = True
+    reproducible: ClassVar[bool] = False
     sends: ClassVar[Reply | None] = None
     at_commit: ClassVar[frozenset[str]] = frozenset({"wait", "gan_steps", "gan_batch", "gan_lr"})
 

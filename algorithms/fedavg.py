@@ -14,6 +14,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from fedmq.algorithms.arithmetic import add_scaled, scale_and_add
 from fedmq.algorithms.base import Algorithm, Client, Payload, Result, Task
 from fedmq.algorithms.errors import ResultError
 from fedmq.algorithms.model import FlatModel, Layout, scratch_model, zeros
@@ -63,6 +64,7 @@ class FedAvg(Algorithm):
 
     name: ClassVar[str] = "fedavg"
     schedules: ClassVar[frozenset[str]] = frozenset({"rounds", "buffered", "stream"})
+    reproducible: ClassVar[bool] = True
     at_commit: ClassVar[frozenset[str]] = frozenset({"server_lr"})
 
     lr: Annotated[float, Field(gt=0)] = 0.05
@@ -103,7 +105,7 @@ class FedAvg(Algorithm):
             if largest * weight > _LARGEST:
                 raise ResultError(f"the result holds values as large as {largest:g}")
         for start, block in blocks:
-            gathered.total[start : start + block.numel()].add_(block, alpha=weight)
+            add_scaled(gathered.total[start : start + block.numel()], block, weight)
         if counters.numel():
             torch.maximum(gathered.counters, counters, out=gathered.counters)
         if payload.numbers.get("reply") == "model":
@@ -117,7 +119,8 @@ class FedAvg(Algorithm):
         Algorithm 1. Clients that sent w_k itself have their part of w_t taken out here.
         """
         step = self.server_lr / divisor
-        weights = gathered.total.mul_(step).add_(state.weights, alpha=1 - step * gathered.models)
+        stay = 1 - step * gathered.models
+        weights = scale_and_add(gathered.total, step, state.weights, stay)
         return ModelState(state.layout, weights, gathered.counters)
 
     def save(self, state: ModelState) -> Payload:

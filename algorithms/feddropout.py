@@ -14,6 +14,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from fedmq.algorithms.arithmetic import add_scaled
 from fedmq.algorithms.base import Client, Payload, Result, Task
 from fedmq.algorithms.errors import ResultError
 from fedmq.algorithms.fedavg import FedAvg, Gathered, ModelState, model_payload
@@ -125,7 +126,7 @@ class FedDropout(FedAvg):
         part = super().absorb(empty, small, result, weight)
         index = self._index(state.parts, version, client)
         if part.models:
-            part.total.sub_(state.weights[index], alpha=weight)
+            add_scaled(part.total, state.weights[index], -weight)
         gathered.total.index_add_(0, index, part.total)
         torch.maximum(gathered.counters, part.counters, out=gathered.counters)
         if gathered.held is not None:

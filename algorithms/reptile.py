@@ -15,6 +15,7 @@ from pydantic import Field
 from torch import Tensor
 
 from fedmq.algorithms.adaptation import before_and_after
+from fedmq.algorithms.arithmetic import power, square_root
 from fedmq.algorithms.base import Client, Payload, Reply, Result, Task
 from fedmq.algorithms.errors import ResultError
 from fedmq.algorithms.fedavg import (
@@ -141,16 +142,16 @@ class PersonalisedFedAvg(FedAvg):
 
     def _sgdm(self, state: MetaState, update: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """m <- mu m + Delta; w <- w + eta_g m."""
-        velocity = torch.add(update, state.moments["velocity"], alpha=self.server_momentum)
+        velocity = update.add(state.moments["velocity"] * self.server_momentum)
         return velocity * self.server_lr, {"velocity": velocity}
 
     def _adam(self, state: MetaState, update: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Adam on the gradient -Delta; t counts the steps since the switch."""
         t = state.version - self.switch + 1
-        first = torch.lerp(update, state.moments["first"], self.beta1)
-        second = torch.lerp(update.square(), state.moments["second"], self.beta2)
-        size = (second / (1 - self.beta2**t)).sqrt_().add_(self.epsilon)
-        moved = (first / size).mul_(self.reptile_lr / (1 - self.beta1**t))
+        first = state.moments["first"] * self.beta1 + update * (1 - self.beta1)
+        second = state.moments["second"] * self.beta2 + update * update * (1 - self.beta2)
+        size = square_root(second / (1 - power(self.beta2, t))).add_(self.epsilon)
+        moved = (first / size).mul_(self.reptile_lr / (1 - power(self.beta1, t)))
         return moved, {"first": first, "second": second}
 
     def save(self, state: Any) -> Payload:

@@ -9,6 +9,7 @@ has the ids that it had before, so the broker knows it again.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Mapping
@@ -18,6 +19,7 @@ from typing import Any
 import msgspec
 from torch import Tensor
 
+from fedmq.algorithms.arithmetic import ARITHMETIC
 from fedmq.algorithms.schedules import View
 from fedmq.broker.state import CHECKPOINT, RECORD, TIMER
 from fedmq.broker.wire import Message
@@ -43,9 +45,27 @@ _FINAL = "final evaluation"
 
 @dataclass(frozen=True)
 class Start:
-    """The node has been admitted; ``checkpoint``: the newest of the session before it."""
+    """The node has been admitted.
+
+    checkpoint: the newest one of the session before it.
+    version_0: of a replay that starts from the beginning, the run's record, which holds the
+        state of version 0: another machine would draw other first weights.
+    """
 
     checkpoint: Inbound | None = None
+    version_0: Inbound | None = None
+
+
+@dataclass(frozen=True)
+class Computed:
+    """How the aggregator's numbers are computed; the run's record says so.
+
+    arithmetic: see `fedmq.algorithms.arithmetic.ARITHMETIC`.
+    device: kind of CPU, see `setup.kind_of`.
+    """
+
+    arithmetic: int = ARITHMETIC
+    device: str = ""
 
 
 class Aggregator:
@@ -55,10 +75,12 @@ class Aggregator:
         setup: what is learned, how, and when.
         run: id of the run.
         node: this node's name.
+        computed: how; by default as this release does.
     """
 
-    def __init__(self, setup: Setup, run: str, node: str) -> None:
+    def __init__(self, setup: Setup, run: str, node: str, computed: Computed | None = None) -> None:
         self._setup = setup
+        self._computed = computed or Computed()
         self._settings = setup.config.run
         self._letters = Letters(run, node)
         self._algorithm, self._schedule = setup.algorithm, setup.schedule
@@ -103,6 +125,7 @@ class Aggregator:
             "committing": self._committing[1].token if self._committing else "",
             "waiting": list(self._waiting.numbers()),
             "counts": self._intake.counts,
+            "finishing": self._finishing,
             "next_id": self._letters.next_id,
         }
 
@@ -111,7 +134,7 @@ class Aggregator:
         out: list[AggregatorAction] = []
         if isinstance(event, Start):
             if event.checkpoint is None:
-                self._post(out, "run", RECORD, {"config": self._setup.config.to_toml()})
+                self._begin_run(event.version_0, out)
             else:
                 self._resume(event.checkpoint, out)
             return out
@@ -152,6 +175,24 @@ class Aggregator:
             self._advance(out)
         out.insert(0, Done(event.seq, reason))
         return out
+
+    def adopt(self, state: Any) -> None:
+        """Go on from this state of the current version, such as the recorded one in a replay."""
+        self.state = state
+        self._tasks.begin_version()
+
+    # ---- the run
+
+    def _begin_run(self, version_0: Inbound | None, out: list[AggregatorAction]) -> None:
+        """Post the run's record: its configuration, and version 0, from which all else follows."""
+        body: dict[str, Any] = {"config": self._setup.config.to_toml()}
+        if self._computed.arithmetic < 2:  # of 0.1.0, whose record holds no version 0
+            self._post(out, "run", RECORD, body)
+            return
+        if version_0 is not None:
+            self.state, _ = unpack_checkpoint(self._algorithm, self._setup.problem, version_0)
+            self._intake.begin_version(self.state)
+        self._post_checkpoint("run", {**body, **dataclasses.asdict(self._computed)}, out)
 
     # ---- the fleet
 
@@ -288,8 +329,19 @@ class Aggregator:
     def _checkpoint(self, kind: str, body: Mapping[str, Any], out: list[AggregatorAction]) -> None:
         """Post a record from which the next session can start; what came before is settled."""
         self._checkpoint_at = self._now
+        self._post_checkpoint(kind, body, out)
+
+    def _post_checkpoint(
+        self, kind: str, body: Mapping[str, Any], out: list[AggregatorAction]
+    ) -> None:
         self._waiting.untold = self._waiting.numbers()
-        fold = Fold(
+        packed = pack_checkpoint(self._algorithm, self.state, self._fold())
+        self._post(out, kind, CHECKPOINT, {**packed.body, **body}, packed)
+        out.append(Settle(self._waiting.untold))
+
+    def _fold(self) -> Fold:
+        """Return what a session that starts from here has to know besides the state."""
+        return Fold(
             position=self._position,
             at=self._now,
             version=self.version,
@@ -307,9 +359,6 @@ class Aggregator:
             finishing=self._finishing,
             ended=self._ended,
         )
-        packed = pack_checkpoint(self._algorithm, self.state, fold)
-        self._post(out, kind, CHECKPOINT, {**packed.body, **body}, packed)
-        out.append(Settle(self._waiting.untold))
 
     def _resume(self, inbound: Inbound, out: list[AggregatorAction]) -> None:
         """Start from a checkpoint, and go on as the session before it did."""
@@ -323,10 +372,13 @@ class Aggregator:
         self._waiting = Waiting(missing=set(fold.waiting), untold=tuple(fold.waiting))
         self._evaluated, self._running = fold.evaluated, fold.running
         self._finishing, self._ended = fold.finishing, fold.ended
-        self._now = self._checkpoint_at = fold.at
+        self._now = fold.at
         if self._ended:
             out.append(Finish(self._finishing))
             return
+        if fold.version == 0 and not self._running:
+            return  # from the run's record: whoever is here will be told of again
+        self._checkpoint_at = fold.at
         self._go_on(out)
         self._advance(out)
 

@@ -18,12 +18,12 @@ from fedmq.broker.link_state import Delivery
 from fedmq.broker.node_link import NodeLink
 from fedmq.broker.state import AGGREGATOR
 from fedmq.broker.wire import Hello
-from fedmq.nodes.aggregator import Aggregator, Start
+from fedmq.nodes.aggregator import Aggregator, Computed, Start
 from fedmq.nodes.config import Config
 from fedmq.nodes.inbox import AggregatorAction, Commit, Done, Finish, Inbound, Post, Settle
 from fedmq.nodes.local import node_key
 from fedmq.nodes.programs import inbound_of, linked, new_session
-from fedmq.nodes.setup import set_up
+from fedmq.nodes.setup import kind_of, set_up
 
 
 def run_aggregator(endpoint: str, config: Config, run: str, folder: Path | None = None) -> str:
@@ -52,7 +52,7 @@ def run_aggregator(endpoint: str, config: Config, run: str, folder: Path | None 
         config=setup.config.to_toml(),
         total_clients=setup.problem.clients,
     )
-    core = Aggregator(setup, run, AGGREGATOR)
+    core = Aggregator(setup, run, AGGREGATOR, Computed(device=kind_of("cpu")))
     try:
         with linked(endpoint, hello) as link:
             _fold_until_over(link, core, folder)

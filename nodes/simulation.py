@@ -27,7 +27,7 @@ from fedmq.broker.wire import (
     Message,
     Over,
 )
-from fedmq.nodes.aggregator import Aggregator, Start
+from fedmq.nodes.aggregator import Aggregator, Computed, Start
 from fedmq.nodes.inbox import AggregatorAction, Commit, Finish, Inbound, Post, Settle
 from fedmq.nodes.inbox import Done as DoneWith
 from fedmq.nodes.local import Locals
@@ -251,7 +251,8 @@ class AggregatorHost(NodeHost):
 
     def __init__(self, simulation: Simulation, hello: Hello, kept: Locals | None) -> None:
         super().__init__(simulation, hello, kept)
-        self.core = Aggregator(simulation.setup, RUN, AGGREGATOR)
+        computed = Computed(device=kind_of("cpu"))
+        self.core = Aggregator(simulation.setup, RUN, AGGREGATOR, computed)
         self.finished = ""
         self._started = False
         self._unsettled: list[int] = []

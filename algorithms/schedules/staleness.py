@@ -13,6 +13,7 @@ from typing import Annotated
 
 from pydantic import AfterValidator
 
+from fedmq.algorithms.arithmetic import power
 from fedmq.codecs.errors import SpecError
 from fedmq.codecs.spec import build
 
@@ -27,7 +28,7 @@ def constant() -> Staleness:
 def polynomial(a: float) -> Staleness:
     """s = (tau + 1)^(-a), a > 0."""
     _positive("polynomial", "a", a)
-    return lambda tau: float((tau + 1) ** -a)
+    return lambda tau: power(tau + 1, -a)
 
 
 def hinge(a: float, b: float) -> Staleness:

@@ -7,6 +7,7 @@
 `mask` `top`                             which values to send: at random, or the largest
 `gather` `scatter` `scatter_add`         these values out of a vector, and back into one
 `signs`                                  random signs
+`scale_add` `multiply`                   a weighted sum, a product of matrices
 `rotated_size` `kashin_size`             coefficients of a vector
 `code_bytes`                             bytes of its packed codes
 `on_device` (a module)                   the same for torch tensors where they are
@@ -43,6 +44,7 @@ from fedmq.codecs.kernels.selection import (
     scatter_add,
     top,
 )
+from fedmq.codecs.kernels.sums import multiply, scale_add
 
 __all__ = [
     "MAX_BLOCK",
@@ -57,9 +59,11 @@ __all__ = [
     "kashin",
     "kashin_size",
     "mask",
+    "multiply",
     "quantize",
     "rotate",
     "rotated_size",
+    "scale_add",
     "scatter",
     "scatter_add",
     "signs",

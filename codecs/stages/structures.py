@@ -112,7 +112,7 @@ class LowRank(ValueStage):
             out, width = matrix.shape
             size = out * (width if frame is None else self.rank)
             c = values[start : start + size].reshape(out, width if frame is None else self.rank)
-            matrix[:] = c if frame is None else c @ frame.T
+            matrix[:] = c if frame is None else kernels.multiply(c, frame.T)
             start += size
         return full
 

@@ -187,7 +187,9 @@ def _steps(
 def _report(run: Replay, took_s: float, until: int | None) -> None:
     from fedmq.nodes.digests import model_digest
 
-    click.echo(f"{run.messages:,} messages, {run.record.compared:,} actions, all equal")
+    verdict = "all equal" if run.record.exact else "all within the tolerance"
+    click.echo(f"{run.messages:,} messages, {run.record.compared:,} actions, {verdict}")
+    click.echo("".join(f"{line}\n" for line in _about_machines(run)), nl=False)
     core = run.core
     click.echo(f"version {core.version}, model {model_digest(core.tensors())}")
     if run.record.unfound and until is None:
@@ -195,6 +197,34 @@ def _report(run: Replay, took_s: float, until: int | None) -> None:
     lasted = run.at - run.trace.opened.at
     where = f"up to entry {until}, " if until is not None else ""
     click.echo(f"{where}{lasted:.1f} s of the run in {took_s:.2f} s")
+
+
+def _about_machines(run: Replay) -> Iterator[str]:
+    """Yield a sentence on all that this machine does not compute as the recording one did."""
+    from fedmq.algorithms.arithmetic import ARITHMETIC
+    from fedmq.nodes.replay.tolerance import LOSSY_TOLERANCE, TOLERANCE
+    from fedmq.nodes.setup import kind_of
+
+    if not run.record.exact:
+        if run.computed.arithmetic < ARITHMETIC:
+            why = "the run was recorded by fedmq 0.1.0, whose sums differ in the last bits"
+        elif run.computed.arithmetic > ARITHMETIC:
+            why = "the run was recorded by a later fedmq, whose sums may differ in the last bits"
+        else:
+            why = (
+                f"{run.setup.algorithm.name} computes other last bits on {kind_of('cpu')} "
+                f"than on {run.computed.device or 'an unknown CPU'}"
+            )
+        yield (
+            f"{why}: tensors were compared within {TOLERANCE:g} (from lossy codecs, "
+            f"{LOSSY_TOLERANCE:g}), and the replay went on from each recorded checkpoint; "
+            f"the largest distance was {run.record.farthest:.2g} times that"
+        )
+    if run.version_0_distance:
+        apart = run.version_0_distance * TOLERANCE
+        yield f"version 0 was read from the record; model() gives one {apart:.2g} away from it here"
+        if apart > TOLERANCE:
+            yield f"that is more than {TOLERANCE:g}: is model() seeded, and the code the same?"
 
 
 def _prompt(run: Replay, last: Step | None) -> None:

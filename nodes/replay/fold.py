@@ -7,6 +7,7 @@ that does not is where the code, or the machine, has parted from the run.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 from collections.abc import Iterator
@@ -15,15 +16,20 @@ from typing import TypeGuard
 
 import torch
 
+from fedmq.algorithms.arithmetic import ARITHMETIC
+from fedmq.algorithms.base import Payload
 from fedmq.broker.entries import Accepted, AnyEntry
 from fedmq.broker.errors import LedgerError
 from fedmq.broker.state import AGGREGATOR, CHECKPOINT, node_address
 from fedmq.broker.trace import Trace
-from fedmq.nodes.aggregator import Aggregator, Start
+from fedmq.nodes.aggregator import Aggregator, Computed, Start
+from fedmq.nodes.checkpoint import unpack_checkpoint
 from fedmq.nodes.config import Config, parse
+from fedmq.nodes.errors import NodeError
 from fedmq.nodes.inbox import AggregatorAction, Finish, Inbound, Post
 from fedmq.nodes.replay.record import Record
-from fedmq.nodes.setup import Setup, set_up
+from fedmq.nodes.replay.tolerance import TOLERANCE, tensor_distance
+from fedmq.nodes.setup import Setup, kind_of, set_up
 
 INBOX = (AGGREGATOR, node_address(AGGREGATOR))
 
@@ -46,6 +52,9 @@ class Replay:
 
     Attributes:
         setup: what is learned, how, and when.
+        computed: how the recorded aggregator's numbers were computed.
+        version_0_distance: how far the version 0 that this machine would make lies from the
+            recorded one, in units of what is tolerated; None where none was recorded.
         core: the aggregator; `steps` moves it.
         record: what was found in the trace of what the core has said.
         messages: how many the core has taken.
@@ -60,8 +69,12 @@ class Replay:
     ) -> None:
         self.trace = trace
         self.setup = setup or recorded_setup(trace)
-        self.core = Aggregator(self.setup, trace.run, AGGREGATOR)
-        self.record = Record(trace)
+        self._run_record = _run_record(trace)
+        self.computed = _computed(self._run_record)
+        self.version_0_distance: float | None = None
+        self.core = Aggregator(self.setup, trace.run, AGGREGATOR, self.computed)
+        self.record = Record(trace, exact=self._is_exact())
+        self._recorded = {} if self.record.exact else _checkpoints(trace)
         self.messages = 0
         self.at = trace.opened.at
         self._checkpoint = checkpoint
@@ -106,7 +119,13 @@ class Replay:
 
     def _begin(self) -> Step:
         if self._checkpoint is None:
-            return self._take(Start())
+            first = self._run_record if self.computed.arithmetic >= ARITHMETIC else None
+            own = self.core.tensors()
+            step = self._take(Start(version_0=inbound(self.trace, first) if first else None))
+            if first is not None:
+                one, other = Payload(exact=self.core.tensors()), Payload(exact=own)
+                self.version_0_distance = tensor_distance(one, other) / TOLERANCE
+            return step
         accepted = accepted_entry(self.trace, self._checkpoint)
         message = accepted.read()
         if message.to != CHECKPOINT:
@@ -138,8 +157,59 @@ class Replay:
             self.messages += 1
             self.at = event.at
         self.record.expect(actions, event.seq if isinstance(event, Inbound) else -1)
+        for action in actions:
+            if isinstance(action, Post) and action.message.id in self._recorded:
+                self._anchor(self._recorded[action.message.id])
         self._over = any(isinstance(each, Finish) for each in actions)
         return Step(event, actions)
+
+    def _is_exact(self) -> bool:
+        """Tell whether this machine computes what was recorded to the bit."""
+        if self.computed.arithmetic != ARITHMETIC:
+            return False
+        return self.setup.algorithm.reproducible or self.computed.device == kind_of("cpu")
+
+    def _anchor(self, entry: Accepted) -> None:
+        """Go on from the recorded state of a version, so that small distances do not add up."""
+        recorded = inbound(self.trace, entry)
+        # One that cannot be read is a difference, and found when the replay comes to it.
+        with contextlib.suppress(NodeError, LedgerError):
+            state, _ = unpack_checkpoint(self.setup.algorithm, self.setup.problem, recorded)
+            self.core.adopt(state)
+
+
+def _run_record(trace: Trace) -> Accepted | None:
+    """Return the message with which the aggregator began the run, if the trace holds it."""
+    with contextlib.suppress(LedgerError):  # raised when the replay comes to it
+        for entry in trace.entries():
+            if isinstance(entry, Accepted):
+                message = entry.read()
+                if message.sender == AGGREGATOR and message.kind == "run":
+                    return entry
+    return None
+
+
+def _computed(run_record: Accepted | None) -> Computed:
+    """Return how a recorded run was computed; 0.1.0 did not say."""
+    if run_record is None:
+        return Computed()  # the trace holds nothing that was computed
+    match run_record.read().body:
+        case {"arithmetic": int(arithmetic), "device": str(device)}:
+            return Computed(arithmetic, device)
+        case _:
+            return Computed(arithmetic=1)
+
+
+def _checkpoints(trace: Trace) -> dict[str, Accepted]:
+    """Return the aggregator's checkpoints by id, up to damage if there is some."""
+    found: dict[str, Accepted] = {}
+    with contextlib.suppress(LedgerError):
+        for entry in trace.entries():
+            if isinstance(entry, Accepted):
+                message = entry.read()
+                if message.to == CHECKPOINT and message.sender == AGGREGATOR:
+                    found[message.id] = entry
+    return found
 
 
 def recorded_setup(trace: Trace, config: Config | None = None) -> Setup:

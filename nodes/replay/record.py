@@ -15,12 +15,15 @@ from typing import Any
 import msgspec
 
 from fedmq.broker.entries import Accepted, AnyEntry, Ended, Refusal
+from fedmq.broker.errors import LedgerError
 from fedmq.broker.headers import encode_message
 from fedmq.broker.state import AGGREGATOR, BROKER, CHECKPOINT
 from fedmq.broker.trace import Trace
 from fedmq.broker.wire import Message
+from fedmq.codecs.errors import CodecError
 from fedmq.nodes.errors import NodeError
 from fedmq.nodes.inbox import AggregatorAction, Commit, Done, Finish, Post
+from fedmq.nodes.replay import tolerance
 from fedmq.nodes.trace.differ import Side, differences
 from fedmq.nodes.trace.text import literal, plain
 
@@ -40,15 +43,21 @@ class Record:
 
     Args:
         trace: of the run.
+        exact: whether numbers must be equal to the bit; if not, they may lie within the
+            tolerance (`nodes.replay.tolerance`), and digests of models are not compared.
 
     Attributes:
         compared: how many actions were found as they were said.
+        farthest: the largest distance between recorded and replayed tensors, in units of what
+            is tolerated; 0 if all are equal.
         first: the first of the aggregator's own messages to expect; ids are ``name/number``.
         after: number of the last inbox message that the replay does not take.
     """
 
-    def __init__(self, trace: Trace) -> None:
+    def __init__(self, trace: Trace, *, exact: bool = True) -> None:
+        self.exact = exact
         self.compared = 0
+        self.farthest = 0.0
         self.first = 0
         self.after = -1
         self._trace = trace
@@ -119,12 +128,8 @@ class Record:
             post, upon = self._posts.popleft()
         replayed = self._as_far_as_recorded(post, message)
         if encode_message(message) != encode_message(replayed):
-            found = differences(
-                Side(message, functools.partial(self._trace.blob, message)),
-                Side(replayed, post.data.__getitem__),
-                names=("the record", "the replay"),
-                ignore=frozenset(),
-            )
+            recorded = Side(message, functools.partial(self._trace.blob, message))
+            found = self._differences(recorded, Side(replayed, post.data.__getitem__))
             if found:
                 cause = f"message {upon}" if upon >= 0 else "its start"
                 lines = [
@@ -135,6 +140,21 @@ class Record:
                 ]
                 raise Diverged("\n  ".join(lines))
         self.compared += 1
+
+    def _differences(self, recorded: Side, replayed: Side) -> list[str]:
+        if self.exact:
+            names = "the record", "the replay"
+            return list(differences(recorded, replayed, names=names, ignore=frozenset()))
+        found: list[str] = []
+        try:
+            found += tolerance.far_fields(tolerance.facts(recorded), tolerance.facts(replayed))
+            distance = tolerance.distance(recorded, replayed)
+        except (CodecError, LedgerError) as error:
+            return [*found, f"tensors cannot be decoded in the record: {plain(error)}"]
+        self.farthest = max(self.farthest, distance)
+        if distance > 1:
+            found.append(f"tensors: {distance:.3g} times as far apart as is tolerated")
+        return found
 
     def _compare_refusal(self, seq: int, of: int, reason: str) -> None:
         said = self._refusals.get(of)

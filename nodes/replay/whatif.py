@@ -16,6 +16,7 @@ from fedmq.algorithms.errors import ResultError
 from fedmq.algorithms.schedules import View
 from fedmq.broker.trace import Trace
 from fedmq.codecs.errors import CodecError
+from fedmq.nodes.aggregator import Start
 from fedmq.nodes.config import Config, changed
 from fedmq.nodes.errors import ConfigError
 from fedmq.nodes.inbox import Done, Inbound, Post
@@ -122,16 +123,22 @@ class WhatIf:
         """
         open_points: dict[str, Point] = {}
         began: float | None = None
-        version = 0
+        version = used = 0
+        finishing = False
         device = choose_device(self._setup.config.worker.device)
         for step in self._replay.steps():
             event, core = step.event, self._replay.core
+            if isinstance(event, Start):
+                self._state = core.state  # version 0, as it was recorded
+                self._gathered = self._algorithm.gather(self._state)
             if isinstance(event, Inbound):
                 began = event.at if began is None else began
                 if event.message.kind == "score":
                     self._score(event, open_points)
-            self._take(step, committed=core.version > version)
-            version = core.version
+            if not finishing:  # what comes after the last version counts for neither
+                self._take(step, committed=core.version > version)
+                used = core.parts()["counts"].used
+            version, finishing = core.version, bool(core.parts()["finishing"])
             for action in step.actions:
                 if isinstance(action, Post) and action.message.kind == "task":
                     client = action.message.body["client"]
@@ -141,7 +148,7 @@ class WhatIf:
                     metrics = self._algorithm.evaluate(task, self._setup.problem, device)
                     point = Point(
                         event.at - began if isinstance(event, Inbound) and began else 0.0,
-                        (core.parts()["counts"].used, self._used),
+                        (used, self._used),
                         (version, self._version),
                         None,
                         dict(metrics),

@@ -127,8 +127,9 @@ def test_from_any_checkpoint_a_run_goes_on_as_it_did(schedule, every_s, seed, al
     fleet = busy_run(setup, seed)
     digest = model_digest(fleet.core.tensors())
     checkpoints = [at for at, action in enumerate(fleet.actions) if is_checkpoint(action)]
-    assert len(checkpoints) == {0.0: 10, 1e9: 2}.get(every_s, len(checkpoints))
-    assert len(checkpoints) >= 2
+    # The run's record is one, and so is the end.
+    assert len(checkpoints) == {0.0: 11, 1e9: 3}.get(every_s, len(checkpoints))
+    assert len(checkpoints) >= 3
     for at in checkpoints:
         post = fleet.actions[at]
         assert isinstance(fleet.actions[at + 1], Settle)
@@ -189,7 +190,7 @@ def test_cut_after_any_message_nothing_is_missing_and_nothing_is_said_anew(sched
 def test_nothing_is_settled_that_no_checkpoint_tells_of(schedule):
     setup = setup_of(schedule, checkpoint_s=9.0)
     fleet = busy_run(setup, 13)
-    position = -1
+    position = -2  # the run's record stands before the first message
     for action, following in zip(fleet.actions, [*fleet.actions[1:], None], strict=True):
         if is_checkpoint(action):
             assert fold_of(action).position > position
@@ -258,8 +259,13 @@ def test_a_checkpoint_carries_the_model_of_its_version():
     setup = setup_of("rounds")
     fleet = busy_run(setup, 29)
     posts = [each for each in fleet.actions if is_checkpoint(each)]
-    assert [each.message.kind for each in posts] == ["version"] * 9 + ["finished"]
-    for post in posts[:-1]:
+    assert [each.message.kind for each in posts] == ["run"] + ["version"] * 9 + ["finished"]
+    first, _ = resumed(setup, handed_over(posts[0]), [])
+    assert (first.version, first._running) == (0, False)
+    assert model_digest(first.tensors()) == model_digest(
+        setup.algorithm.tensors(setup.algorithm.start(setup.problem))
+    )
+    for post in posts[1:-1]:
         core, _ = resumed(setup, handed_over(post), [])
         assert core.version == fold_of(post).version == post.message.body["version"]
         assert model_digest(core.tensors()) == post.message.body["model_digest"]

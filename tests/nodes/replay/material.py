@@ -1,22 +1,28 @@
 """Golden traces, and copies of them that are not what was recorded."""
 
+import json
 import shutil
+from itertools import pairwise
 
 import torch
 from click.testing import CliRunner
 from msgspec.structs import replace
 
-from fedmq.broker.entries import Accepted, BlobName, Consumed
+from fedmq.broker.entries import Accepted, BlobName, Consumed, Ended, Refusal
 from fedmq.broker.headers import encode_message
 from fedmq.broker.ledger import Ledger
 from fedmq.broker.trace import Trace
 from fedmq.broker.wire import Blob
+from fedmq.codecs.raw import Raw
 from fedmq.nodes.cli import main
 from fedmq.nodes.payload import unpack
-from tests.golden.make_traces import TRACES
+from fedmq.nodes.replay.fold import INBOX, Replay
+from tests.golden.make_traces import EXPECTED, TRACES
+from tests.golden.points import Points
 
-GOLDEN = TRACES / "0.1.0"
-NAMES = ("fedavg-buffered", "fedavg-rounds", "fedprox-stream", "fedsgd-late")
+RELEASE = "0.2.0"
+GOLDEN = TRACES / RELEASE
+NAMES = ("fedavg-buffered", "fedavg-rounds", "fedprox-stream", "fedsgd-late", "fedavg-quantized")
 BUFFERED = GOLDEN / "fedavg-buffered"
 
 
@@ -39,19 +45,102 @@ def refused(*words):
     return sentence
 
 
-def messages(folder, **wanted):
-    """Return (number, message) of all messages with these fields."""
+# ---- what a trace holds, found by what it is
+
+
+def messages(folder, body=None, **wanted):
+    """Return (number, message) of all messages with these fields, in the body and beside it."""
     return [
         (entry.seq, message)
         for entry in Trace(folder).entries()
         if isinstance(entry, Accepted)
         for message in [entry.read()]
         if all(getattr(message, name) == value for name, value in wanted.items())
+        and all(message.body.get(name) == value for name, value in (body or {}).items())
     ]
+
+
+def nth(folder, index, **wanted):
+    """Return (number, message) of one of the messages with these fields; -1 is the last."""
+    return messages(folder, **wanted)[index]
+
+
+def number(folder, index, **wanted):
+    """Return the number of one of the messages with these fields; -1 is the last."""
+    return nth(folder, index, **wanted)[0]
 
 
 def message(folder, seq):
     return Trace(folder).entry(seq).read()
+
+
+def inbox(folder):
+    """Return the numbers of all messages that the aggregator has taken, in order."""
+    last = nth(folder, -1, kind="finished")[1].body["position"]
+    found = [seq for address in INBOX for seq, _ in messages(folder, to=address)]
+    return sorted(seq for seq in found if seq <= last)
+
+
+def closing(folder, version):
+    """Return the number of the message upon which a version was made."""
+    return nth(folder, 0, kind="version", body={"version": version})[1].body["position"]
+
+
+def last_entry(folder):
+    """Return the entry that ends the run."""
+    entry = list(Trace(folder).entries())[-1]
+    assert isinstance(entry, Ended)
+    return entry
+
+
+def refusal(folder):
+    """Return the first entry in which the aggregator refuses a result."""
+    return Trace(folder).entry(refusals(folder)[0])
+
+
+def refusals(folder):
+    """Return the numbers of the entries in which the aggregator refuses a result."""
+    return [
+        entry.seq
+        for entry in Trace(folder).entries()
+        if isinstance(entry, Refusal) and entry.node == "aggregator" and entry.of is not None
+    ]
+
+
+def answered_at_once(folder):
+    """Return (number, message) of the first result whose next entry is a task sent upon it."""
+    tasks = {seq for seq, _ in messages(folder, kind="task")}
+    return next(each for each in messages(folder, kind="result") if each[0] + 1 in tasks)
+
+
+def quiet(folder):
+    """Return an entry that tells the aggregator nothing, when all it had to say was recorded."""
+    after = number(folder, 0, kind="version")
+    run = Replay(Trace(folder))
+    for before, entry in pairwise(Trace(folder).entries()):
+        for _ in run.steps(before.seq):
+            pass
+        told = isinstance(entry, Accepted) and (
+            entry.read().to in INBOX or entry.read().sender == "aggregator"
+        )
+        refused = isinstance(entry, Refusal) and entry.node == "aggregator"
+        if entry.seq > after and not (told or refused or run.record.unfound):
+            return entry
+    raise AssertionError(f"in {folder}, each entry concerns the aggregator")
+
+
+def expected(name):
+    """Return what a replay of a golden trace must come to."""
+    return json.loads(EXPECTED.read_text())[f"{RELEASE}/{name}"]
+
+
+def all_equal(name):
+    """Return the first line of a replay of a golden trace."""
+    outcome = expected(name)
+    return f"{outcome['messages']} messages, {outcome['actions']} actions, all equal"
+
+
+# ---- traces that are other
 
 
 def rewrite(source, target, changes=None, until=None, more=(), blobs=()):
@@ -126,9 +215,39 @@ def scaled(folder, seq, factor, index=0):
     return Blob.of(other), other
 
 
+def counters_of(folder, seq, value):
+    """Return the blobs of a result whose whole numbers are ``value``; (all blobs, new bytes)."""
+    found = message(folder, seq)
+    first = 0
+    for group in found.body["groups"]:
+        if group["name"] == "exact":
+            break
+        first += group["buffers"]
+    tensors = dict(unpack(found, lambda index: Trace(folder).blob(found, index)).exact)
+    whole = [name for name, each in tensors.items() if not each.is_floating_point()]
+    assert whole
+    tensors.update({name: torch.full_like(tensors[name], value) for name in whole})
+    data = [bytes(each) for each in Raw().encode(tensors, 0).buffers]
+    assert len(data) == group["buffers"]
+    blobs = list(found.blobs)
+    blobs[first : first + len(data)] = [Blob.of(each) for each in data]
+    return tuple(blobs), data
+
+
+def vector(tensors):
+    """Return what is learned of the golden traces' model as one vector, parameters first."""
+    return torch.cat([tensors[name].float().reshape(-1) for name in learned()])
+
+
+def learned():
+    module = Points().model()
+    names = [name for name, _ in module.named_parameters()]
+    return names + [name for name, each in module.named_buffers() if each.is_floating_point()]
+
+
 def update(folder, seq):
-    """Return what a result brought, as one vector."""
+    """Return what a message brought, as one vector."""
     trace = Trace(folder)
     found = trace.entry(seq).read()
     payload = unpack(found, lambda index: trace.blob(found, index))
-    return torch.cat([each.float().reshape(-1) for each in payload.weights.values()])
+    return vector({**payload.weights, **payload.exact})

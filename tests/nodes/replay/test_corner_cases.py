@@ -1,5 +1,7 @@
 """Corner cases of a replay that were wrong once."""
 
+import re
+
 import pytest
 import torch
 from msgspec.structs import replace
@@ -7,7 +9,6 @@ from msgspec.structs import replace
 from fedmq.broker.entries import Accepted, Ended, Opened
 from fedmq.broker.headers import encode_message
 from fedmq.broker.trace import Trace
-from fedmq.broker.wire import Blob
 from fedmq.nodes.digests import digest_of
 from fedmq.nodes.replay.fold import Replay
 from tests.nodes.replay import material
@@ -15,65 +16,85 @@ from tests.nodes.replay.material import (
     BUFFERED,
     GOLDEN,
     NAMES,
+    all_equal,
     edit,
-    message,
+    nth,
+    number,
     refused,
     replay,
     rewrite,
     scaled,
     silence,
 )
+from tests.nodes.replay.test_equal import torn
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_cut_off_right_before_the_last_message(name, tmp_path):
-    finished = material.messages(GOLDEN / name, kind="finished")[0][0]
+    finished = number(GOLDEN / name, 0, kind="finished")
     out = replay(rewrite(GOLDEN / name, tmp_path, until=finished - 1)).output
     assert "all equal" in out
     assert "1 actions more" in out
 
 
-@pytest.mark.parametrize("seq", [24, 25, 26, 28, 29])
-def test_until_an_own_message_compares_it(seq, tmp_path):
+@pytest.mark.parametrize(
+    ("kind", "index"), [("task", 6), ("version", 0), ("task", 7), ("task", 9), ("version", 1)]
+)
+def test_until_an_own_message_compares_it(kind, index, tmp_path):
+    seq = number(BUFFERED, index, kind=kind)
     folder = rewrite(BUFFERED, tmp_path, {seq: edit(body={"model_version": 9, "version": 9})})
-    replay(folder, "--until", 29, code=1)
+    output = replay(folder, "--until", max(seq, number(BUFFERED, 1, kind="version")), code=1).output
+    assert f"message {seq} differs" in output
 
 
 def test_until_counts_no_fewer_actions():
-    a = replay(BUFFERED, "--until", 29).output
-    assert "10 actions" not in a, a
-    own = [s for s, m in material.messages(BUFFERED, sender="aggregator") if s <= 29]
-    assert f"{len(own)} actions" in a, a
+    """Each message of the aggregator up to there, and each result that it refused."""
+    version = number(BUFFERED, 1, kind="version")
+    a = replay(BUFFERED, "--until", version).output
+    own = [s for s, m in material.messages(BUFFERED, sender="aggregator") if s <= version]
+    refused = [s for s in material.refusals(BUFFERED) if s <= version]
+    assert f", {len(own) + len(refused)} actions" in a, a
 
 
 def test_a_dropped_refusal(tmp_path):
-    replay(rewrite(BUFFERED, tmp_path, {45: silence}), code=1)
+    seq = material.refusal(BUFFERED).seq
+    output = replay(rewrite(BUFFERED, tmp_path, {seq: silence}), code=1).output
+    assert "something was not recorded" in output
 
 
 def test_a_strange_id(tmp_path):
-    replay(rewrite(BUFFERED, tmp_path, {29: edit(id="hello")}), code=1)
+    seq = number(BUFFERED, 1, kind="version")
+    output = replay(rewrite(BUFFERED, tmp_path, {seq: edit(id="hello")}), code=1).output
+    assert f"message {seq} differs" in output
 
 
 def test_bad_config_in_run_message(tmp_path):
-    out = replay(
-        rewrite(BUFFERED, tmp_path, {4: edit(body={"config": "not [ toml"})}), code=1
-    ).output
-    assert "message 4" in out
+    seq = number(BUFFERED, 0, kind="run")
+    folder = rewrite(BUFFERED, tmp_path, {seq: edit(body={"config": "not [ toml"})})
+    assert f"message {seq} differs" in replay(folder, code=1).output
 
 
-@pytest.mark.parametrize(("key", "value"), [("version", 2.0), ("used", 6.0), ("version", True)])
-def test_type_change(tmp_path, key, value):
-    seq = 29 if value is not True else 25
-    replay(rewrite(BUFFERED, tmp_path, {seq: edit(body={key: value})}), code=1)
+@pytest.mark.parametrize(("key", "kind"), [("version", float), ("used", float), ("version", bool)])
+def test_type_change(tmp_path, key, kind):
+    """2.0 is not 2, and True is not 1."""
+    seq, version = nth(BUFFERED, 0 if kind is bool else 1, kind="version")
+    value = kind(version.body[key])
+    assert value == version.body[key]
+    output = replay(rewrite(BUFFERED, tmp_path, {seq: edit(body={key: value})}), code=1).output
+    assert f"message {seq} differs" in output
 
 
 def test_a_removed_digest(tmp_path):
-    replay(rewrite(BUFFERED, tmp_path, {29: material.without("model_digest")}), code=1)
+    seq = number(BUFFERED, 1, kind="version")
+    folder = rewrite(BUFFERED, tmp_path, {seq: material.without("model_digest")})
+    assert f"message {seq} differs" in replay(folder, code=1).output
 
 
 def test_an_early_end(tmp_path):
-    e = Ended(seq=68, at=1014.6, run="simulated", reason="tired")
-    replay(rewrite(BUFFERED, tmp_path, {68: e}), code=1)
+    entry = material.quiet(BUFFERED)
+    end = Ended(seq=entry.seq, at=entry.at, run="simulated", reason="tired")
+    output = replay(rewrite(BUFFERED, tmp_path, {entry.seq: end}), code=1).output
+    assert f"entry {entry.seq} differs: the end of the run" in output
 
 
 def test_early_end_cut(tmp_path):
@@ -81,7 +102,7 @@ def test_early_end_cut(tmp_path):
         rewrite(
             BUFFERED,
             tmp_path,
-            until=60,
+            until=number(BUFFERED, 14, kind="result"),
             more=[lambda s, a: Ended(seq=s, at=a, run="simulated", reason="tired")],
         ),
         code=1,
@@ -89,26 +110,22 @@ def test_early_end_cut(tmp_path):
 
 
 def test_damaged_trace_reports_what_lies_before(tmp_path):
-    from tests.nodes.replay.test_equal import torn
-
-    folder, _segment, _ = torn(tmp_path, 100)
+    folder, _segment, _ = torn(tmp_path)
     out = replay(folder, code=2)
     assert "all equal" in out.output, out.output
 
 
 def test_damaged_trace_until_before_is_fine(tmp_path):
-    from tests.nodes.replay.test_equal import torn
-
-    folder, _segment, _ = torn(tmp_path, 100)
-    replay(folder, "--until", 50)
+    folder, _segment, _ = torn(tmp_path)
+    replay(folder, "--until", number(BUFFERED, 3, kind="version"))
 
 
 def test_damaged_with_worker(tmp_path):
-    from tests.nodes.replay.test_equal import torn
-
-    folder, _segment, _ = torn(tmp_path, 100)
+    """What lies before the damage is trained again, and held against the record."""
+    folder, _segment, _ = torn(tmp_path)
+    _, answer = nth(BUFFERED, 0, sender="worker-0", kind="result")
     out = replay(folder, "--worker", "worker-0", code=2)
-    assert "same bytes" in out.output, out.output
+    assert re.search(rf"^{answer.re} -> \d+: (same bytes|apart by)", out.output), out.output
 
 
 def test_older_config_lacks_a_new_setting(tmp_path):
@@ -120,7 +137,9 @@ def test_older_config_lacks_a_new_setting(tmp_path):
         tmp_path,
         {
             0: lambda e: replace(e, config=old(e.config)),
-            4: lambda e: edit(body={"config": old(e.read().body["config"])})(e),
+            number(BUFFERED, 0, kind="run"): lambda e: edit(
+                body={"config": old(e.read().body["config"])}
+            )(e),
         },
     )
     replay(folder)
@@ -137,15 +156,18 @@ def test_older_config_whatif(tmp_path):
         tmp_path,
         {
             0: lambda e: replace(e, config=old(e.config)),
-            4: lambda e: edit(body={"config": old(e.read().body["config"])})(e),
+            number(BUFFERED, 0, kind="run"): lambda e: edit(
+                body={"config": old(e.read().body["config"])}
+            )(e),
         },
     )
     changed_setup(Trace(folder), ["schedule.size=2"])
 
 
 def test_no_checkpoint_sentence(tmp_path):
-    folder = rewrite(BUFFERED, tmp_path, until=20)
+    folder = rewrite(BUFFERED, tmp_path, until=number(BUFFERED, 0, kind="run") - 1)
     s = refused(folder, "--from-checkpoint")
+    assert "there is no checkpoint" in s
     assert "None" not in s, s
 
 
@@ -160,14 +182,15 @@ def test_against_run_from_checkpoint(tmp_path):
 
 def test_until_of_other_run(tmp_path):
     config = Trace(BUFFERED).opened.config
-    m = replace(message(BUFFERED, 4), run="other")
+    m = replace(nth(BUFFERED, 0, kind="run")[1], run="other")
+    last = material.last_entry(BUFFERED).seq
     more = [
         lambda s, a: Opened(seq=s, at=a, run="other", config=config, total_clients=6),
         lambda s, a: Accepted(seq=s, at=a, message=encode_message(m)),
     ]
     folder = rewrite(BUFFERED, tmp_path, more=more)
-    out = replay(folder, "--run-id", "simulated", "--until", 175).output
-    assert "71 messages" in out, out
+    out = replay(folder, "--run-id", "simulated", "--until", last + 2).output
+    assert all_equal("fedavg-buffered") in out, out
 
 
 @pytest.mark.parametrize(
@@ -189,12 +212,12 @@ def test_other_device_hides_fields(tmp_path, body):
 def test_other_device_counters(tmp_path):
     R = GOLDEN / "fedavg-rounds"
     seq, a = material.messages(R, sender="worker-0", kind="result")[0]
-    data = (999).to_bytes(8, "little")
+    blobs, data = material.counters_of(R, seq, 999)
     folder = rewrite(
         R,
         tmp_path,
-        {seq: edit(blobs=(a.blobs[0], Blob.of(data)), body={"device": "x"})},
-        blobs=[("worker-0", data)],
+        {seq: edit(blobs=blobs, body={"device": "x"})},
+        blobs=[("worker-0", each) for each in data],
     )
     replay(folder, "--worker", "worker-0", "--task", a.re, code=1)
 
@@ -209,7 +232,7 @@ def test_other_device_no_weights(tmp_path):
 def test_other_device_undecodable(tmp_path):
     R = GOLDEN / "fedavg-rounds"
     seq, a = material.messages(R, sender="worker-0", kind="result")[0]
-    folder = rewrite(R, tmp_path, {seq: edit(blobs=(a.blobs[0],), body={"device": "x"})})
+    folder = rewrite(R, tmp_path, {seq: edit(blobs=a.blobs[:-1], body={"device": "x"})})
     replay(folder, "--worker", "worker-0", "--task", a.re, code=1)
 
 
@@ -243,43 +266,53 @@ def test_digest_collision():
 
 
 def test_save_after_failure_leaves_no_file(tmp_path):
-    folder = rewrite(BUFFERED, tmp_path / "r", {29: edit(body={"used": 0})})
+    version = number(BUFFERED, 1, kind="version")
+    folder = rewrite(BUFFERED, tmp_path / "r", {version: edit(body={"used": 0})})
     replay(folder, "--save", tmp_path / "s", code=1)
     assert not (tmp_path / "s" / "steps.jsonl").exists()
 
 
 def test_whatif_damage(tmp_path):
-    from tests.nodes.replay.test_equal import torn
-
-    folder, _segment, _ = torn(tmp_path, 100)
+    folder, _segment, _ = torn(tmp_path)
     out = replay(folder, "--set", "schedule.size=2", code=2)
     assert "left: as recorded" in out.output, out.output
 
 
 @pytest.mark.parametrize(
-    ("seq", "ch"),
+    ("which", "ch"),
     [
-        (45, lambda e: replace(e, reason="\x1b[2Jhello\nworld")),
-        (29, edit(to="x\x1b[2J")),
-        (173, lambda e: replace(e, reason="\x1b[2J")),
+        (
+            lambda: material.refusal(BUFFERED).seq,
+            lambda e: replace(e, reason="\x1b[2Jhello\nworld"),
+        ),
+        (lambda: number(BUFFERED, 1, kind="version"), edit(to="x\x1b[2J")),
+        (lambda: material.last_entry(BUFFERED).seq, lambda e: replace(e, reason="\x1b[2J")),
     ],
+    ids=["refusal", "message", "end"],
 )
-def test_escape(tmp_path, seq, ch):
+def test_escape(tmp_path, which, ch):
     from fedmq.nodes.replay.record import Diverged
 
+    seq = which()
     with pytest.raises(Diverged) as e:
         list(Replay(Trace(rewrite(BUFFERED, tmp_path, {seq: ch}))).steps())
     assert "\x1b" not in str(e.value)
 
 
 def test_against_a_shorter_run_until(tmp_path):
-    short = rewrite(BUFFERED, tmp_path, until=60)
-    assert "this run goes on" in replay(BUFFERED, "--against", short, "--until", 100, code=1).output
+    short = rewrite(BUFFERED, tmp_path, until=number(BUFFERED, 14, kind="result"))
+    until = number(BUFFERED, 24, kind="result")
+    output = replay(BUFFERED, "--against", short, "--until", until, code=1).output
+    assert "this run goes on" in output
 
 
 def test_whatif_table_is_not_cut_by_a_width():
-    out = replay(BUFFERED, "--set", "schedule.size=2", env={"COLUMNS": "30"}).output
-    assert "0.9250" in out, out
+    narrow, wide = (
+        replay(BUFFERED, "--set", "schedule.size=2", env={"COLUMNS": width}).output
+        for width in ("30", "300")
+    )
+    assert narrow == wide
+    assert max(map(len, narrow.split("\n"))) > 60
 
 
 def test_scores_tell_their_device():

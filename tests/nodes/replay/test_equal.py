@@ -1,7 +1,6 @@
 """A recorded run is replayed: as a whole, from a checkpoint, up to an entry, cut off, damaged."""
 
 import itertools
-import json
 import re
 import shutil
 
@@ -13,9 +12,19 @@ from fedmq.broker.trace import Trace
 from fedmq.nodes.digests import model_digest
 from fedmq.nodes.inbox import Inbound, Post
 from fedmq.nodes.replay.fold import Replay, last_checkpoint
-from tests.golden.make_traces import EXPECTED
 from tests.nodes.replay import material
-from tests.nodes.replay.material import BUFFERED, GOLDEN, NAMES, refused, replay, rewrite
+from tests.nodes.replay.material import (
+    BUFFERED,
+    GOLDEN,
+    NAMES,
+    all_equal,
+    edit,
+    nth,
+    number,
+    refused,
+    replay,
+    rewrite,
+)
 
 FIRST = re.compile(r"^([\d,]+) messages, ([\d,]+) actions, all equal$", re.MULTILINE)
 
@@ -28,7 +37,7 @@ def ended(folder, checkpoint=None, until=None):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_golden_trace_is_equal(name):
-    expected = json.loads(EXPECTED.read_text())[f"0.1.0/{name}"]
+    expected = material.expected(name)
     output = replay(GOLDEN / name).output
     messages, actions = FIRST.search(output).groups()
     assert (int(messages), int(actions)) == (expected["messages"], expected["actions"])
@@ -57,10 +66,26 @@ def test_every_checkpoint_leads_to_the_same_model(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_from_checkpoint_takes_the_newest(name):
-    model = json.loads(EXPECTED.read_text())[f"0.1.0/{name}"]["model"]
+    newest = last_checkpoint(Trace(GOLDEN / name))
+    assert newest == number(GOLDEN / name, -1, kind="version", to="checkpoint")
     output = replay(GOLDEN / name, "--from-checkpoint").output
-    assert int(FIRST.search(output)[1]) < 20
-    assert model in output
+    position = material.message(GOLDEN / name, newest).body["position"]
+    rest = [seq for seq in material.inbox(GOLDEN / name) if seq > position]
+    assert int(FIRST.search(output)[1]) == len(rest)
+    assert material.expected(name)["model"] in output
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_runs_record_is_a_checkpoint_of_version_0(name):
+    seq, record = nth(GOLDEN / name, 0, kind="run", sender="aggregator")
+    assert last_checkpoint(Trace(GOLDEN / name), seq + 1) == seq
+    run, _ = ended(GOLDEN / name, seq)
+    outcome = material.expected(name)
+    assert model_digest(run.core.tensors()) == outcome["model"]
+    assert run.messages == outcome["messages"]
+    assert run.record.compared == outcome["actions"] - 1  # all but the record itself
+    assert record.body["arithmetic"] == 2
+    assert record.body["device"].startswith("cpu ")
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -96,7 +121,9 @@ def test_until_a_version_the_next_one_is_not_yet_made():
 def test_a_replay_that_stopped_goes_on_from_there():
     """Neither kind of stop loses a message or takes one twice."""
     whole, steps = ended(BUFFERED)
-    for until in (0, 13, 29, 68, 172):
+    last = material.last_entry(BUFFERED).seq
+    result, version = number(BUFFERED, 1, kind="result"), number(BUFFERED, 1, kind="version")
+    for until in (0, result, version, material.quiet(BUFFERED).seq, last - 1):
         run = Replay(Trace(BUFFERED))
         before = list(run.steps(until))
         after = list(run.steps())
@@ -110,18 +137,23 @@ def test_until_the_opening_nothing_is_taken():
 
 
 def test_until_the_last_entry_is_the_whole():
-    assert "71 messages, 78 actions, all equal" in replay(BUFFERED, "--until", 173).output
+    last = material.last_entry(BUFFERED).seq
+    assert all_equal("fedavg-buffered") in replay(BUFFERED, "--until", last).output
 
 
-@pytest.mark.parametrize("until", [174, 10**9])
-def test_until_past_the_end_is_refused(until):
+@pytest.mark.parametrize("beyond", [1, 10**9])
+def test_until_past_the_end_is_refused(beyond):
+    until = material.last_entry(BUFFERED).seq + beyond
     assert str(until) in refused(BUFFERED, "--until", until)
 
 
 def test_from_checkpoint_until_goes_from_the_newest_before():
-    assert last_checkpoint(Trace(BUFFERED), 80) == 41
-    assert last_checkpoint(Trace(BUFFERED), 81) == 80
-    for until in (42, 80, 81, 140):
+    one, other = [seq for seq, _ in material.messages(BUFFERED, kind="version", to="checkpoint")][
+        1:3
+    ]
+    assert last_checkpoint(Trace(BUFFERED), other) == one
+    assert last_checkpoint(Trace(BUFFERED), other + 1) == other
+    for until in (one + 1, other, other + 1, number(BUFFERED, -4, kind="result")):
         run, _ = ended(BUFFERED, last_checkpoint(Trace(BUFFERED), until), until)
         whole, _ = ended(BUFFERED, until=until)
         assert run.core.version == whole.core.version
@@ -130,30 +162,40 @@ def test_from_checkpoint_until_goes_from_the_newest_before():
 
 
 def test_from_checkpoint_before_the_first_is_refused():
-    assert "before entry 20" in refused(BUFFERED, "--from-checkpoint", "--until", 20)
+    first = number(BUFFERED, 0, to="checkpoint")
+    sentence = refused(BUFFERED, "--from-checkpoint", "--until", first)
+    assert f"there is no checkpoint before entry {first}" in sentence
 
 
 def test_a_message_that_is_no_checkpoint_is_refused():
-    with pytest.raises(LedgerError, match="message 13 is none"):
-        ended(BUFFERED, 13)
+    result = number(BUFFERED, 0, kind="result")
+    with pytest.raises(LedgerError, match=f"message {result} is none"):
+        ended(BUFFERED, result)
     with pytest.raises(LedgerError, match="entry 0 is"):
         ended(BUFFERED, 0)
+
+
+def test_a_run_of_a_later_release_is_compared_within_the_tolerance(tmp_path):
+    """Its arithmetic may be another one; version 0 is in its record as well."""
+    seq = number(BUFFERED, 0, kind="run")
+    folder = rewrite(BUFFERED, tmp_path, {seq: edit(body={"arithmetic": 3})})
+    output = replay(folder).output
+    assert "all within the tolerance\nthe run was recorded by a later fedmq" in output
+    assert f"version 12, model {material.expected('fedavg-buffered')['model']}" in output
 
 
 # ---- cut off, and damaged
 
 
 def test_a_run_that_was_cut_off_is_equal_up_to_its_end(tmp_path):
-    """Result 17 makes the aggregator say 26 to 30 and more; the record ends at 17."""
-    output = replay(rewrite(BUFFERED, tmp_path, until=17)).output
+    """The last result of version 2 makes the aggregator say much; the record ends before that."""
+    last = material.closing(BUFFERED, 2)
+    output = replay(rewrite(BUFFERED, tmp_path, until=last)).output
     assert FIRST.search(output)
-    said = len(ended(BUFFERED, until=17)[1])
-    assert said
     more = int(re.search(r"(\d+) actions more than the record holds", output)[1])
-    posts = sum(
-        isinstance(action, Post) for step in ended(BUFFERED, until=17)[1] for action in step.actions
-    )
-    recorded = [m for s, m in material.messages(BUFFERED, sender="aggregator") if s <= 17]
+    steps = ended(BUFFERED, until=last)[1]
+    posts = sum(isinstance(action, Post) for step in steps for action in step.actions)
+    recorded = [m for s, m in material.messages(BUFFERED, sender="aggregator") if s <= last]
     assert more == posts - len(recorded)
 
 
@@ -161,15 +203,22 @@ def test_a_run_that_was_cut_off_is_equal_up_to_its_end(tmp_path):
 def test_cut_off_anywhere_before_the_core_has_finished(name, tmp_path):
     """Wherever a broker dies, what it has written replays."""
     trace = Trace(GOLDEN / name)
-    finished = material.messages(GOLDEN / name, kind="finished")[0][0]
+    finished = number(GOLDEN / name, 0, kind="finished")
     last = len(list(trace.entries())) - 1
     for until in (0, 2, 5, 33, finished - 4, finished, last - 1):
         output = replay(rewrite(GOLDEN / name, tmp_path / str(until), until=until)).output
         assert FIRST.search(output)
 
 
-def torn(tmp_path, at, source=BUFFERED):
-    """Damage the record of an entry; return the folder and the offset of the record."""
+def a_late_result():
+    """Return the number of a result between versions 7 and 8."""
+    after = number(BUFFERED, 0, kind="version", body={"version": 7})
+    return next(seq for seq, _ in material.messages(BUFFERED, kind="result") if seq > after)
+
+
+def torn(tmp_path, source=BUFFERED):
+    """Damage the record of `a_late_result`; return the folder and the offset of the record."""
+    at = a_late_result()
     folder = tmp_path / "damaged"
     shutil.copytree(source, folder)
     (path,) = folder.glob("ledger/messages-*.log")
@@ -182,7 +231,7 @@ def torn(tmp_path, at, source=BUFFERED):
 
 
 def test_a_damaged_trace_is_told_with_segment_and_offset(tmp_path):
-    folder, segment, place = torn(tmp_path, 100)
+    folder, segment, place = torn(tmp_path)
     result = replay(folder, code=2)
     *_, sentence = result.stderr.strip().split("\n")
     assert segment in sentence
@@ -191,12 +240,13 @@ def test_a_damaged_trace_is_told_with_segment_and_offset(tmp_path):
 
 
 def test_of_a_damaged_trace_what_lies_before_can_be_replayed_up_to(tmp_path):
-    folder, segment, _ = torn(tmp_path, 100)
-    run, steps = ended(folder, until=99)
-    assert run.core.version == 7
-    assert len(steps) == len(ended(BUFFERED, until=99)[1])
-    assert segment in replay(folder, "--until", 120, code=2).output
-    assert "damaged" not in replay(folder, "--until", 99).output
+    folder, segment, _ = torn(tmp_path)
+    damaged = a_late_result()
+    run, steps = ended(folder, until=damaged - 1)
+    assert run.core.version >= 7
+    assert len(steps) == len(ended(BUFFERED, until=damaged - 1)[1])
+    assert segment in replay(folder, "--until", damaged + 1, code=2).output
+    assert "damaged" not in replay(folder, "--until", damaged - 1).output
 
 
 def test_a_damaged_result_is_told_with_segment_and_offset(tmp_path):
@@ -204,7 +254,7 @@ def test_a_damaged_result_is_told_with_segment_and_offset(tmp_path):
     shutil.copytree(BUFFERED, folder)
     (path,) = folder.glob("ledger/payload-*.log")
     data = bytearray(path.read_bytes())
-    blob = bytes(Trace(BUFFERED).blob(material.message(BUFFERED, 38), 0))
+    blob = bytes(Trace(BUFFERED).blob(nth(BUFFERED, 0, kind="result")[1], 0))
     data[data.index(blob) + 5] ^= 1
     path.write_bytes(data)
     *_, sentence = replay(folder, code=2).output.strip().split("\n")
@@ -214,7 +264,7 @@ def test_a_damaged_result_is_told_with_segment_and_offset(tmp_path):
 
 
 def test_a_torn_tail_is_no_damage(tmp_path):
-    folder = rewrite(BUFFERED, tmp_path, until=60)
+    folder = rewrite(BUFFERED, tmp_path, until=number(BUFFERED, 14, kind="result"))
     (path,) = folder.glob("ledger/messages-*.log")
     with path.open("ab") as file:
         file.write(b"\x00\x07torn")

@@ -4,7 +4,17 @@ import pytest
 from click.testing import CliRunner
 
 from fedmq.nodes.cli import main
-from tests.nodes.replay.material import BUFFERED, edit, replay, rewrite
+from tests.nodes.replay.material import (
+    BUFFERED,
+    closing,
+    edit,
+    inbox,
+    messages,
+    nth,
+    number,
+    replay,
+    rewrite,
+)
 
 
 def prompt(*words, lines="", code=0):
@@ -14,40 +24,48 @@ def prompt(*words, lines="", code=0):
 
 
 def test_the_state_of_a_moment_is_there():
+    seq, version = nth(BUFFERED, 1, kind="version")
     output = prompt(
         BUFFERED,
         "--until",
-        29,
+        seq,
         lines="print('v', core.version)\nprint('r', parts['results'])\n"
         "print('e', event.seq, [a.message.id for a in actions if hasattr(a, 'message')][0])\n"
         "print('s', setup.schedule.size, trace.run)\n",
     )
     assert "v 2\n" in output
     assert "r 0\n" in output
-    assert "e 17 aggregator/13\n" in output
+    assert f"e {version.body['position']} {version.id}\n" in output
     assert "s 3 simulated\n" in output
     assert "step(n)" in output
 
 
 def test_the_prompt_steps_on():
+    """From one result before version 1 to that version, and on to the next."""
+    taken = inbox(BUFFERED)
+    first, second = closing(BUFFERED, 1), closing(BUFFERED, 2)
+    before = taken[taken.index(first) - 1]
+    count = taken.index(second) - taken.index(first)
     output = prompt(
         BUFFERED,
         "--until",
-        13,
+        before,
         lines="print('a', event.seq, parts['results'])\nprint('b', step().seq)\n"
-        "print('c', event.seq, parts['version'])\nprint('d', step(3).seq, core.version)\n",
+        "print('c', event.seq, parts['version'])\n"
+        f"print('d', step({count}).seq, core.version)\n",
     )
-    assert "a 13 2\n" in output
-    assert "b 14\n" in output
-    assert "c 14 1\n" in output
-    assert "d 17 2\n" in output
+    assert f"a {before} 2\n" in output
+    assert f"b {first}\n" in output
+    assert f"c {first} 1\n" in output
+    assert f"d {second} 2\n" in output
 
 
 def test_the_prompt_steps_to_the_end_and_no_further():
     lines = "print('a', step(10**6).seq, core.version)\nprint('b', step().seq)\n"
     output = prompt(BUFFERED, "--until", 0, lines=lines)
-    assert "a 170 12\n" in output
-    assert "b 170\n" in output
+    last = inbox(BUFFERED)[-1]
+    assert f"a {last} 12\n" in output
+    assert f"b {last}\n" in output
 
 
 def test_ctrl_d_leaves_at_once():
@@ -68,10 +86,12 @@ def test_an_error_at_the_prompt_does_not_end_it():
 
 
 def test_a_difference_opens_the_prompt_where_it_is(tmp_path):
-    folder = rewrite(BUFFERED, tmp_path, {29: edit(body={"used": 0})})
+    seq = number(BUFFERED, 1, kind="version")
+    folder = rewrite(BUFFERED, tmp_path, {seq: edit(body={"used": 0})})
     output = prompt(folder, lines="print('v', core.version)\n", code=1)
-    assert "message 29 differs" in output
-    assert "v 2\n" in output
+    assert f"message {seq} differs" in output
+    made = sum(each.body["position"] < seq for _, each in messages(BUFFERED, kind="version"))
+    assert f"v {made}\n" in output
 
 
 # ---- options

@@ -11,7 +11,17 @@ from fedmq.nodes.replay.fold import Replay
 from fedmq.nodes.replay.whatif import WhatIf, changed_setup
 from tests.golden.points import Points
 from tests.nodes.replay import material
-from tests.nodes.replay.material import BUFFERED, GOLDEN, NAMES, replay, update
+from tests.nodes.replay.material import (
+    BUFFERED,
+    GOLDEN,
+    NAMES,
+    learned,
+    number,
+    replay,
+    rewrite,
+    update,
+    vector,
+)
 
 STREAM = GOLDEN / "fedprox-stream"
 LATE = GOLDEN / "fedsgd-late"
@@ -21,6 +31,7 @@ SAME = {
     "fedavg-rounds": "schedule.late=discount",
     "fedprox-stream": "schedule.mixing=0.6",
     "fedsgd-late": "algorithm.lr=0.5",
+    "fedavg-quantized": "schedule.size=3",
 }
 
 
@@ -29,12 +40,12 @@ def fold(folder, *settings):
     trace = Trace(folder)
     other = WhatIf(trace, changed_setup(trace, settings))
     points = list(other.points())
-    return points, other._state.weights, other
+    return points, vector(other._algorithm.tensors(other._state)), other
 
 
 def start(folder):
     """Return the first model as one vector: what the first task held."""
-    return update(folder, material.messages(folder, kind="task")[0][0])
+    return update(folder, number(folder, 0, kind="task"))
 
 
 def versions(folder):
@@ -51,9 +62,17 @@ def results(folder):
 
 
 def by_hand(folder, size, weight, step):
-    """Fold asynchronous results: ``weight(staleness)``, ``step(x, [(w, update), ...])``."""
+    """Fold asynchronous results: ``weight(staleness)``, ``step(x, [(w, update), ...])``.
+
+    What comes after the last version of the recorded run counts for neither rule.
+    """
     x, version, buffer, born, used = start(folder), 0, [], {}, 0
-    for each in Replay(Trace(folder)).steps():
+    run = Replay(Trace(folder))
+    finishing = False
+    for each in run.steps():
+        if finishing:
+            break
+        finishing = bool(run.core.parts()["finishing"])
         event = each.event
         if isinstance(event, Inbound) and event.message.kind == "result":
             found = weight(version - born[event.message.re])
@@ -91,7 +110,7 @@ def test_under_the_recorded_rule_both_curves_are_equal_to_all_digits(name):
     run = Replay(trace)
     for _ in run.steps():
         pass
-    assert torch.equal(weights, run.core.state.weights)
+    assert torch.equal(weights, vector(run.core.tensors()))
     assert len(points) == len(material.messages(GOLDEN / name, kind="evaluate"))
     for point in points:
         assert point.results[0] == point.results[1]
@@ -100,11 +119,14 @@ def test_under_the_recorded_rule_both_curves_are_equal_to_all_digits(name):
     assert points[-1].versions == (12, 12)
 
 
-def test_a_point_nobody_scored_has_no_recorded_metrics():
-    """Of this run, the evaluator was away at the end."""
-    points, _, _ = fold(ROUNDS, SAME["fedavg-rounds"])
+def test_a_point_nobody_scored_has_no_recorded_metrics(tmp_path):
+    """The record ends before the answer to the last evaluation."""
+    asked = number(ROUNDS, -1, kind="evaluate")
+    folder = rewrite(ROUNDS, tmp_path, until=asked)
+    points, _, _ = fold(folder, SAME["fedavg-rounds"])
+    assert len(points) == len(material.messages(ROUNDS, kind="evaluate"))
     assert points[-1].recorded is None
-    output = replay(ROUNDS, "--set", SAME["fedavg-rounds"]).output
+    output = replay(folder, "--set", SAME["fedavg-rounds"]).output
     assert output.split("\n")[len(points) + 1].split()[3:5] == ["-", "-"]
 
 
@@ -116,7 +138,7 @@ def test_the_table_shows_both_rules_side_by_side():
     for row, point in zip(rows, points, strict=True):
         assert row[1:3] == [str(point.results[0]), str(point.versions[0])]
         assert row[6:8] == [str(point.results[1]), str(point.versions[1])]
-        assert row[3] == f"{point.recorded['accuracy']:.4f}"
+        assert row[3] == (f"{point.recorded['accuracy']:.4f}" if point.recorded else "-")
         assert row[9] == f"{point.other['loss']:.4f}"
     assert "not from those of the other rule" in lines[2 + len(points)]
 
@@ -147,10 +169,8 @@ def score(x):
     """Return the metrics of a model of the golden traces, given as one vector."""
     problem = Points()
     module = problem.model()
-    names = [n for n, _ in module.named_parameters()]
-    names += [n for n, b in module.named_buffers() if b.is_floating_point()]
     state, first = module.state_dict(), 0
-    for name in names:
+    for name in learned():
         size = state[name].numel()
         state[name] = x[first : first + size].reshape(state[name].shape)
         first += size
@@ -230,7 +250,7 @@ def rounds_by_hand(folder, weight, lr=None):
     """
     x, ours, sent = start(folder), 0, {0: 0}
     first, taken = -1, results(folder)
-    for number, last in enumerate(versions(folder), start=1):
+    for made, last in enumerate(versions(folder), start=1):
         cohort = []
         for seq, trained_from, n in taken:
             if first < seq <= last and (w := weight(ours - sent[trained_from])) is not None:
@@ -240,7 +260,7 @@ def rounds_by_hand(folder, weight, lr=None):
             if lr is not None:
                 average[: parameters()] *= -lr
             x, ours = x + average, ours + 1
-        sent[number], first = ours, last
+        sent[made], first = ours, last
     return x, ours
 
 

@@ -65,12 +65,16 @@ def test_what_is_no_setting_is_refused(setting):
 
 
 def test_a_tampered_run_is_no_ground_for_a_what_if(tmp_path):
-    changed = {29: material.edit(body={"model_digest": "0" * 32})}
+    seq = material.number(BUFFERED, 1, kind="version")
+    changed = {seq: material.edit(body={"model_digest": "0" * 32})}
     folder = material.rewrite(BUFFERED, tmp_path, changed)
-    assert "message 29 differs" in replay(folder, "--set", "schedule.size=2", code=1).output
+    assert f"message {seq} differs" in replay(folder, "--set", "schedule.size=2", code=1).output
 
 
 def test_a_run_that_was_cut_off_has_its_curve_so_far(tmp_path):
-    folder = material.rewrite(BUFFERED, tmp_path, until=60)
+    last = material.number(BUFFERED, 0, kind="version", body={"version": 4})
+    folder = material.rewrite(BUFFERED, tmp_path, until=last)
+    evaluated = [seq for seq, _ in material.messages(BUFFERED, kind="evaluate") if seq <= last]
     output = replay(folder, "--set", "schedule.size=2").output
-    assert len(output.strip().split("\n")) == 2 + 2 + 1
+    assert len(evaluated) == 2
+    assert len(output.strip().split("\n")) == 2 + len(evaluated) + 1

@@ -17,7 +17,6 @@ from tests.nodes.replay.material import (
     GOLDEN,
     NAMES,
     edit,
-    message,
     refused,
     replay,
     rewrite,
@@ -81,12 +80,13 @@ def test_the_aggregator_trains_nothing(rounds):
     assert "'aggregator'" in refused(rounds, "--worker", "aggregator")
 
 
-@pytest.mark.parametrize("task", ["aggregator/999", "x", "aggregator/4"])
+@pytest.mark.parametrize("task", ["aggregator/999", "x", None])
 def test_a_task_that_the_worker_has_no_result_of(rounds, task):
     """There is none, it is no task, or it is another worker's."""
+    task = task or answers(rounds, "worker-1")[0][1].re
     sentence = refused(rounds, "--worker", "worker-0", "--task", task)
     assert f"'{task}'" in sentence
-    assert "aggregator/2" in sentence
+    assert answers(rounds, "worker-0")[0][1].re in sentence
 
 
 # ---- results that are other
@@ -262,7 +262,7 @@ def test_a_changed_earlier_result_does_not_hide_in_a_later_one(tallied, tmp_path
 def test_a_lossy_codec_is_repeated_too():
     """Results of this run are float16 on the wire."""
     _, answer = answers(BUFFERED, "worker-1")[0]
-    assert message(BUFFERED, 11).body["groups"][0]["codec"].startswith("cast")
+    assert answer.body["groups"][0]["codec"].startswith("cast")
     assert (
         "1 results as recorded"
         in replay(BUFFERED, "--worker", "worker-1", "--task", answer.re).output

@@ -1,0 +1,70 @@
+"""Sums that come out the same on every machine.
+
+``total.add_(x, alpha=w)`` is one rounding on a CPU with fused multiply-add and two on any
+other, so its last bit depends on the machine. Here a product is rounded, then the sum: each
+operation is IEEE 754's, in one order, and so are the bits. A trace that was recorded on one
+machine replays on any other.
+
+What an aggregator computes for a `reproducible` algorithm (`fedmq.algorithms.base.Algorithm`)
+keeps to the functions here and to ``+ - * /`` on tensors. ``alpha=``, `torch.lerp`,
+``addcmul``, ``sqrt`` of float32, ``float ** float``, sums over many values and matrix products
+may all differ from one machine to another.
+"""
+
+from __future__ import annotations
+
+from decimal import Context, Decimal
+
+import numpy as np
+from torch import Tensor
+
+from fedmq.codecs import kernels
+
+ARITHMETIC = 2
+"""How an aggregator computes. 1, of fedmq 0.1.0: as torch does, fused where the CPU can. 2: each
+product and each sum is rounded once."""
+_SMALL = 1 << 16
+"""Up to so many values torch's two steps, each in cache, need no compiled kernel."""
+_DIGITS = Context(prec=30)
+
+
+def add_scaled(total: Tensor, values: Tensor, weight: float) -> None:
+    """Add ``weight * values`` to ``total``, in place; each product and sum is rounded once.
+
+    Args:
+        total: float32 [n], contiguous, on the CPU.
+        values: float32 [n].
+        weight: rounded to float32 first.
+    """
+    scale_and_add(total, 1.0, values, weight)
+
+
+def scale_and_add(total: Tensor, factor: float, values: Tensor, weight: float) -> Tensor:
+    """Make ``total`` into ``factor * total + weight * values``, in place, and return it.
+
+    Args:
+        total: float32 [n], contiguous, on the CPU.
+        factor: rounded to float32 first, like ``weight``; 1 leaves a number as it is.
+        values: float32 [n].
+        weight: of the values.
+    """
+    if total.numel() <= _SMALL:
+        return total.mul_(factor).add_(values * weight)
+    # A buffer that came in a message may begin anywhere.
+    aligned = np.require(values.numpy(), np.float32, ("C", "A"))
+    kernels.scale_add(total.numpy(), factor, aligned, weight)
+    return total
+
+
+def square_root(values: Tensor) -> Tensor:
+    """Return the correctly rounded roots of float32 values; torch's own may be one unit off."""
+    return values.double().sqrt_().float()
+
+
+def power(base: float, exponent: float) -> float:
+    """Return ``base ** exponent`` for a base above 0, the same on every machine.
+
+    It is computed to 30 digits and then rounded; the ``pow`` of two C libraries may differ
+    in the last bit.
+    """
+    return float(_DIGITS.power(Decimal(base), Decimal(exponent)))

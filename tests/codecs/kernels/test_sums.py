@@ -1,0 +1,39 @@
+"""Weighted sums and products of matrices: one order, one rounding an operation."""
+
+import numpy as np
+import pytest
+
+from fedmq.codecs import kernels
+
+
+def test_a_product_adds_its_terms_from_the_first_to_the_last():
+    rng = np.random.default_rng(0)
+    left, right = rng.standard_normal((5, 9), np.float32), rng.standard_normal((9, 4), np.float32)
+    wanted = np.zeros((5, 4), np.float32)
+    for k in range(9):
+        wanted += left[:, k : k + 1] * right[k]
+    assert np.array_equal(kernels.multiply(left, right), wanted)
+    assert np.array_equal(kernels.multiply(left, np.asfortranarray(right)), wanted)
+
+
+@pytest.mark.parametrize("shape", [(0, 3, 2), (3, 0, 2), (3, 2, 0)])
+def test_an_empty_product(shape):
+    rows, inner, columns = shape
+    left, right = np.ones((rows, inner), np.float32), np.ones((inner, columns), np.float32)
+    assert np.array_equal(kernels.multiply(left, right), np.zeros((rows, columns), np.float32))
+
+
+def test_matrices_that_do_not_go_together_are_refused():
+    with pytest.raises(ValueError, match=r"cannot multiply \[2, 3\] by \[2, 3\]"):
+        kernels.multiply(np.ones((2, 3), np.float32), np.ones((2, 3), np.float32))
+
+
+def test_sums_are_made_in_place_and_checked_first():
+    total = np.ones(5, np.float32)
+    kernels.scale_add(total, 2.0, np.full(5, 3, np.float32), 0.5)
+    assert total.tolist() == [3.5] * 5
+    with pytest.raises(ValueError, match="expected 5 values, got 4"):
+        kernels.scale_add(total, 1.0, np.ones(4, np.float32), 1.0)
+    total.flags.writeable = False
+    with pytest.raises(ValueError, match="expected a total that can be added to in place"):
+        kernels.scale_add(total, 1.0, np.ones(5, np.float32), 1.0)
