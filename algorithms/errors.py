@@ -6,6 +6,7 @@
     +-- ProblemError       a problem, model, data set or partition is unknown or does not fit
     |   +-- DataError      data are not where they should be; the sentence holds the remedy
     +-- ResultError        a client's result cannot be used (shape, NaN, foreign task)
+    +-- NotAllowed         a configuration names code that nobody here has allowed
 """
 
 
@@ -23,3 +24,20 @@ class DataError(ProblemError):
 
 class ResultError(AlgorithmError):
     """A client's result cannot be used; the message is the reason that its sender is told."""
+
+
+class NotAllowed(AlgorithmError):
+    """A configuration names code that nobody at this machine has allowed; nothing was imported.
+
+    Attributes:
+        name: what it names, ``module:attribute``.
+        module: the module that would have to be allowed.
+    """
+
+    def __init__(self, name: str, module: str) -> None:
+        super().__init__(
+            f"{name!r} would run code of module {module!r}, which is not allowed here; "
+            f"if you trust it, add --allow {module}"
+        )
+        self.name = name
+        self.module = module

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from fedmq.broker.errors import WireError
 from fedmq.broker.headers import is_deeper
+from fedmq.broker.names import name_fault
 from fedmq.broker.state import (
     AGGREGATOR,
     BROKER,
@@ -34,14 +35,23 @@ BROKERS_OWN = ("joined", "left", "tick", "refused")
 """Kinds of messages that a node may rely on coming from the broker."""
 
 
+def wrong_name(hello: Hello) -> tuple[str, str] | None:
+    """Return (code, reason) if the name of the node, or that of the run it asks for, is none."""
+    if fault := name_fault(hello.node):
+        return "name", f"name of the node: {fault}"
+    if hello.run and (fault := name_fault(hello.run)):
+        return "run", f"name of the run: {fault}"
+    if hello.role == AGGREGATOR and not hello.run:
+        return "run", "an aggregator must name its run"
+    return None
+
+
 def find_run(runs: dict[str, Run], hello: Hello) -> Run | str | None:
     """Return the run that a node belongs to, None if it must wait for one, or why there is none.
 
     An aggregator brings its run with it: a new one is returned, and is not in ``runs`` yet.
     """
     if hello.role == AGGREGATOR:
-        if not 1 <= len(hello.run) <= 120:
-            return "an aggregator must name its run, in at most 120 characters"
         return runs.get(hello.run) or Run(hello.run, hello.config, hello.total_clients)
     if hello.run:
         return runs.get(hello.run)

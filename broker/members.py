@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 
 from fedmq.broker import offers
-from fedmq.broker.admission import MAX_EARLY, find_run, why_not
+from fedmq.broker.admission import MAX_EARLY, find_run, why_not, wrong_name
 from fedmq.broker.entries import Opened
 from fedmq.broker.postbox import Postbox
 from fedmq.broker.state import (
@@ -61,6 +61,9 @@ class Members:
 
     def hello(self, peer: bytes, hello: Hello, now: float, out: list[Action]) -> None:
         """Take a Hello: admit its node, let it wait, or say why not."""
+        if wrong := wrong_name(hello):
+            self._reject(peer, hello, *wrong, out)
+            return
         run = find_run(self._box.runs, hello)
         if isinstance(run, str):
             self._reject(peer, hello, "run", run, out)
@@ -169,7 +172,7 @@ class Members:
 
     def _reject(self, peer: bytes, hello: Hello, code: str, reason: str, out: list[Action]) -> None:
         out.append(Send(peer, Reject(code=code, reason=reason[:2000])))
-        out.append(Log("warning", "rejected", {"peer_node": hello.node, "reason": reason}))
+        out.append(Log("warning", "rejected", {"peer_node": hello.node[:100], "reason": reason}))
 
     def look_after(self, now: float, out: list[Action]) -> None:
         """End the leases, and the pauses, whose time has come: if any has, by `due`.

@@ -12,6 +12,7 @@ import numpy as np
 import structlog
 import torch
 
+from fedmq.algorithms.allowed import Allowed
 from fedmq.broker.errors import RunOver
 from fedmq.broker.headers import decode_message
 from fedmq.broker.link_state import Delivery
@@ -26,7 +27,13 @@ from fedmq.nodes.programs import inbound_of, linked, new_session
 from fedmq.nodes.setup import set_up
 
 
-def run_aggregator(endpoint: str, config: Config, run: str, folder: Path | None = None) -> str:
+def run_aggregator(
+    endpoint: str,
+    config: Config,
+    run: str,
+    folder: Path | None = None,
+    allowed: Allowed | None = None,
+) -> str:
     """Run an aggregator until its run is over; return why it ended.
 
     Args:
@@ -35,13 +42,14 @@ def run_aggregator(endpoint: str, config: Config, run: str, folder: Path | None 
         run: id of the run.
         folder: where to leave the final model as ``model.npz``, and to keep the node's key;
             None keeps nothing.
+        allowed: which code the configuration may name, as in `set_up`.
 
     Raises:
         ConfigError: the configuration is unusable.
         Rejected: the broker does not admit this node.
         LinkClosed: the link ended before the run did.
     """
-    setup = set_up(config)
+    setup = set_up(config, allowed, run)
     torch.set_num_threads(config.worker.threads)
     hello = Hello(
         node=AGGREGATOR,

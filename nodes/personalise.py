@@ -17,6 +17,7 @@ from fedmq.broker.state import CHECKPOINT
 from fedmq.nodes.errors import ConfigError, NodeError
 from fedmq.nodes.summary import spread
 from fedmq.nodes.trace.text import plain, table
+from fedmq.nodes.trust import allow_option, allowed_here, find_own_code
 
 if TYPE_CHECKING:
     from fedmq.broker.trace import Trace
@@ -42,8 +43,14 @@ class Start:
 @click.option(
     "--json", "file", type=click.Path(dir_okay=False, path_type=Path), help="Write all of it here."
 )
+@allow_option
 def personalise(
-    folder: Path, run_id: str, ranges: str | None, device: str | None, file: Path | None
+    folder: Path,
+    run_id: str,
+    ranges: str | None,
+    device: str | None,
+    file: Path | None,
+    allow: tuple[str, ...],
 ) -> None:
     """Adapt a finished run's last state to each client that never took part, and test it there.
 
@@ -58,7 +65,9 @@ def personalise(
 
         chosen = parse_ranges(ranges) if ranges is not None else None
         trace = Trace(folder, run_id)
-        setup = recorded_setup(trace)
+        allowed = allowed_here(allow)
+        find_own_code(allowed)
+        setup = recorded_setup(trace, allowed=allowed)
         numbers = new_clients(setup, chosen)
         start = last_state(trace, setup)
         if not start.finished:

@@ -10,6 +10,7 @@ from typing import NoReturn
 import structlog
 import torch
 
+from fedmq.algorithms.allowed import NOTHING, Allowed
 from fedmq.broker.errors import BrokerError, RunOver
 from fedmq.broker.node_link import NodeLink
 from fedmq.broker.state import WORKER
@@ -46,6 +47,7 @@ def run_worker(
     run: str = "",
     folder: Path | None = None,
     states: Path | None = None,
+    allowed: Allowed = NOTHING,
 ) -> str:
     """Run a worker or the evaluator until its run is over; return why it ended.
 
@@ -58,9 +60,11 @@ def run_worker(
         folder: where the node's key outlives this process; None keeps it in memory.
         states: where its clients' local states do; a node that takes over a client finds there
             what it has kept. By default in ``folder``.
+        allowed: which code the run's configuration, which the broker sends, may name.
 
     Raises:
-        ConfigError: the run's configuration cannot be used here.
+        ConfigError: the run's configuration cannot be used here, or names code that is not
+            allowed.
         DataError: the data set is not here.
         Rejected: the broker does not admit this node.
     """
@@ -74,17 +78,19 @@ def run_worker(
     )
     try:
         with linked(endpoint, hello) as link:
-            _work_until_over(link, hello, folder if states is None else states)
+            _work_until_over(link, hello, folder if states is None else states, allowed)
     except RunOver as end:
         return str(end)
 
 
-def _work_until_over(link: NodeLink, hello: Hello, states: Path | None) -> NoReturn:
+def _work_until_over(
+    link: NodeLink, hello: Hello, states: Path | None, allowed: Allowed
+) -> NoReturn:
     """Take tasks one after the other; raises RunOver in the end."""
     welcome = link.welcome()
     with link.away():
         config = parse(welcome.config)
-        setup = set_up(config)
+        setup = set_up(config, allowed, welcome.run)
         torch.set_num_threads(config.worker.threads)
         device = choose_device(config.worker.device)
         if hello.role == WORKER:

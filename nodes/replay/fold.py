@@ -15,6 +15,7 @@ from typing import TypeGuard
 
 import torch
 
+from fedmq.algorithms.allowed import NOTHING, Allowed
 from fedmq.broker.entries import Accepted, AnyEntry
 from fedmq.broker.errors import LedgerError
 from fedmq.broker.state import AGGREGATOR, CHECKPOINT, node_address
@@ -43,6 +44,7 @@ class Replay:
         trace: of the run.
         checkpoint: number of the checkpoint to start from; None starts from the beginning.
         setup: by default, what the record says.
+        allowed: which code the record may name.
 
     Attributes:
         setup: what is learned, how, and when.
@@ -56,10 +58,15 @@ class Replay:
     """
 
     def __init__(
-        self, trace: Trace, checkpoint: int | None = None, *, setup: Setup | None = None
+        self,
+        trace: Trace,
+        checkpoint: int | None = None,
+        *,
+        setup: Setup | None = None,
+        allowed: Allowed = NOTHING,
     ) -> None:
         self.trace = trace
-        self.setup = setup or recorded_setup(trace)
+        self.setup = setup or recorded_setup(trace, allowed=allowed)
         self.core = Aggregator(self.setup, trace.run, AGGREGATOR)
         self.record = Record(trace)
         self.messages = 0
@@ -142,13 +149,18 @@ class Replay:
         return Step(event, actions)
 
 
-def recorded_setup(trace: Trace, config: Config | None = None) -> Setup:
+def recorded_setup(trace: Trace, config: Config | None = None, allowed: Allowed = NOTHING) -> Setup:
     """Return the objects of a recorded run, as its aggregator made them.
 
+    Args:
+        trace: of the run.
+        config: another configuration than the recorded one.
+        allowed: which code it may name.
+
     Raises:
-        ConfigError: its configuration cannot be used here.
+        ConfigError: its configuration cannot be used here, or names code that is not allowed.
     """
-    setup = set_up(config or parse(trace.opened.config))
+    setup = set_up(config or parse(trace.opened.config), allowed, trace.run)
     torch.set_num_threads(setup.config.worker.threads)
     return setup
 

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from fedmq.algorithms.allowed import NOTHING, Allowed
 from fedmq.algorithms.base import Result, Task, examples_of
 from fedmq.algorithms.errors import ResultError
 from fedmq.algorithms.schedules import View
@@ -51,14 +52,19 @@ class Point:
     other: dict[str, float]
 
 
-def changed_setup(trace: Trace, settings: Sequence[str]) -> Setup:
+def changed_setup(trace: Trace, settings: Sequence[str], allowed: Allowed = NOTHING) -> Setup:
     """Return the objects of a run under another rule.
+
+    Args:
+        trace: of the run.
+        settings: ``key=value``, of the other rule.
+        allowed: which code the run's configuration may name; a setting cannot name any.
 
     Raises:
         ConfigError: a setting is wrong, or of a kind under which the recorded results
             mean nothing; the sentence says why.
     """
-    before = recorded_setup(trace)
+    before = recorded_setup(trace, allowed=allowed)
     asked = changed(before.config, settings)
     for table in _REASONS:
         named = table in ("schedule", "algorithm")
@@ -68,7 +74,9 @@ def changed_setup(trace: Trace, settings: Sequence[str]) -> Setup:
             f"--set: {before.algorithm.name} is evaluated by its clients, each with what it keeps, "
             "and of another rule there is nothing that they kept"
         )
-    setup = recorded_setup(trace, asked)  # now unknown keys and wrong values have been named
+    setup = recorded_setup(
+        trace, asked, allowed
+    )  # now unknown keys and wrong values have been named
     for table in ("schedule", "algorithm"):
         _check_table(table, before, setup.config)
     return setup
@@ -98,10 +106,11 @@ class WhatIf:
     Args:
         trace: of the run.
         setup: of the other rule, from `changed_setup`.
+        allowed: which code the run's configuration may name.
     """
 
-    def __init__(self, trace: Trace, setup: Setup) -> None:
-        self._replay = Replay(trace)
+    def __init__(self, trace: Trace, setup: Setup, allowed: Allowed = NOTHING) -> None:
+        self._replay = Replay(trace, allowed=allowed)
         self._setup = setup
         self._algorithm, self._schedule = setup.algorithm, setup.schedule
         self._state = self._algorithm.start(setup.problem)

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from fedmq.algorithms.allowed import Allowed
 from fedmq.broker.entries import Accepted, AnyEntry, BlobName, Consumed, Ended, Opened, Refusal
 from fedmq.broker.headers import encode_message
 from fedmq.broker.payload import PayloadIndex, open_payload
@@ -30,6 +31,7 @@ from fedmq.nodes.replay.fold import Replay
 from fedmq.nodes.setup import set_up
 
 INBOX = ("aggregator", "node/aggregator")
+OWN_CODE = Allowed(modules=frozenset({"chaos_models"}))
 
 
 @dataclass(frozen=True)
@@ -111,7 +113,7 @@ def refold(folder: Path) -> Refolded:
     entries = list(read_entries(folder))
     opened = next(each for each in entries if isinstance(each, Opened))
     payload = open_payload(folder)
-    core = Aggregator(set_up(parse(opened.config)), opened.run, "aggregator")
+    core = Aggregator(set_up(parse(opened.config), OWN_CODE, opened.run), opened.run, "aggregator")
     done = Refolded(core)
     actions = core.handle(Start())
     kinds: dict[int, str] = {}
@@ -183,7 +185,7 @@ def check_books(run: Path, model: Path | None = None) -> Books:
     _check_balance(watch)
     refolded = refold(watch.folder)
     _check_replay(watch, refolded)
-    for _ in (replay := Replay(Trace(watch.folder))).steps():
+    for _ in (replay := Replay(Trace(watch.folder), allowed=OWN_CODE)).steps():
         pass
     assert replay.record.compared
     books = _fates(watch, refolded)

@@ -23,6 +23,7 @@ from tests.nodes.replay.material import (
     scaled,
     silence,
 )
+from tests.own_code import OWN_CODE
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -140,7 +141,7 @@ def test_older_config_whatif(tmp_path):
             4: lambda e: edit(body={"config": old(e.read().body["config"])})(e),
         },
     )
-    changed_setup(Trace(folder), ["schedule.size=2"])
+    changed_setup(Trace(folder), ["schedule.size=2"], OWN_CODE)
 
 
 def test_no_checkpoint_sentence(tmp_path):
@@ -268,7 +269,7 @@ def test_escape(tmp_path, seq, ch):
     from fedmq.nodes.replay.record import Diverged
 
     with pytest.raises(Diverged) as e:
-        list(Replay(Trace(rewrite(BUFFERED, tmp_path, {seq: ch}))).steps())
+        list(Replay(Trace(rewrite(BUFFERED, tmp_path, {seq: ch})), allowed=OWN_CODE).steps())
     assert "\x1b" not in str(e.value)
 
 

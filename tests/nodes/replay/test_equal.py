@@ -16,12 +16,13 @@ from fedmq.nodes.replay.fold import Replay, last_checkpoint
 from tests.golden.make_traces import EXPECTED
 from tests.nodes.replay import material
 from tests.nodes.replay.material import BUFFERED, GOLDEN, NAMES, refused, replay, rewrite
+from tests.own_code import OWN_CODE
 
 FIRST = re.compile(r"^([\d,]+) messages, ([\d,]+) actions, all equal$", re.MULTILINE)
 
 
 def ended(folder, checkpoint=None, until=None):
-    run = Replay(Trace(folder), checkpoint)
+    run = Replay(Trace(folder), checkpoint, allowed=OWN_CODE)
     steps = list(run.steps(until))
     return run, steps
 
@@ -97,7 +98,7 @@ def test_a_replay_that_stopped_goes_on_from_there():
     """Neither kind of stop loses a message or takes one twice."""
     whole, steps = ended(BUFFERED)
     for until in (0, 13, 29, 68, 172):
-        run = Replay(Trace(BUFFERED))
+        run = Replay(Trace(BUFFERED), allowed=OWN_CODE)
         before = list(run.steps(until))
         after = list(run.steps())
         assert len(before) + len(after) == len(steps)

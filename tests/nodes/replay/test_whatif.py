@@ -12,6 +12,7 @@ from fedmq.nodes.replay.whatif import WhatIf, changed_setup
 from tests.golden.points import Points
 from tests.nodes.replay import material
 from tests.nodes.replay.material import BUFFERED, GOLDEN, NAMES, replay, update
+from tests.own_code import OWN_CODE
 
 STREAM = GOLDEN / "fedprox-stream"
 LATE = GOLDEN / "fedsgd-late"
@@ -27,7 +28,7 @@ SAME = {
 def fold(folder, *settings):
     """Fold under another rule; return the points, the model, and the fold."""
     trace = Trace(folder)
-    other = WhatIf(trace, changed_setup(trace, settings))
+    other = WhatIf(trace, changed_setup(trace, settings, OWN_CODE), OWN_CODE)
     points = list(other.points())
     return points, other._state.weights, other
 
@@ -53,7 +54,7 @@ def results(folder):
 def by_hand(folder, size, weight, step):
     """Fold asynchronous results: ``weight(staleness)``, ``step(x, [(w, update), ...])``."""
     x, version, buffer, born, used = start(folder), 0, [], {}, 0
-    for each in Replay(Trace(folder)).steps():
+    for each in Replay(Trace(folder), allowed=OWN_CODE).steps():
         event = each.event
         if isinstance(event, Inbound) and event.message.kind == "result":
             found = weight(version - born[event.message.re])
@@ -88,7 +89,7 @@ def test_under_the_recorded_rule_both_curves_are_equal_to_all_digits(name):
     """Of the models; the scores are the evaluator's, and may be of another kind of CPU."""
     trace = Trace(GOLDEN / name)
     points, weights, _ = fold(GOLDEN / name, SAME[name])
-    run = Replay(trace)
+    run = Replay(trace, allowed=OWN_CODE)
     for _ in run.steps():
         pass
     assert torch.equal(weights, run.core.state.weights)

@@ -23,6 +23,7 @@ from tests.nodes.replay.material import (
     rewrite,
     scaled,
 )
+from tests.own_code import OWN_CODE
 from tests.sim.history import setup_of
 
 NODES = ("worker-0", "worker-1", "evaluator")
@@ -44,7 +45,7 @@ def answers(folder, node):
 def rounds(tmp_path_factory):
     """A run of this machine, whatever its kind of CPU, of what the golden trace is of."""
     folder = tmp_path_factory.mktemp("rounds")
-    setup = recorded_setup(Trace(GOLDEN / "fedavg-rounds"))
+    setup = recorded_setup(Trace(GOLDEN / "fedavg-rounds"), allowed=OWN_CODE)
     simulation = Simulation(setup, 2, folder, 3, Chances(train_s=0.3))
     assert simulation.run(0.0, 400.0)
     simulation.broker.ledger.close()
@@ -181,7 +182,7 @@ def test_the_distance_is_relative_to_the_record(rounds, tmp_path):
     """|a - b| / |a|, a as recorded: 1.1 times the true one is 1/11 apart."""
     folder, _, answer = changed(rounds, tmp_path, 1.1, device=OTHER)
     trace = Trace(folder)
-    again = Retraining(trace, recorded_setup(trace), "worker-0").one(answer.re)
+    again = Retraining(trace, recorded_setup(trace, allowed=OWN_CODE), "worker-0").one(answer.re)
     assert again.apart == pytest.approx(1 / 11, rel=1e-4)
     assert not again.same
 
@@ -216,13 +217,15 @@ def late_task(folder):
 def test_a_late_task_needs_the_earlier_ones(tallied, monkeypatch):
     best = late_task(tallied)
     trained = []
-    train = type(recorded_setup(Trace(tallied)).algorithm).train
+    train = type(recorded_setup(Trace(tallied), allowed=OWN_CODE).algorithm).train
 
     def counted(self, task, client):
         trained.append(client.index)
         return train(self, task, client)
 
-    monkeypatch.setattr(type(recorded_setup(Trace(tallied)).algorithm), "train", counted)
+    monkeypatch.setattr(
+        type(recorded_setup(Trace(tallied), allowed=OWN_CODE).algorithm), "train", counted
+    )
     output = replay(tallied, "--worker", best.sender, "--task", best.re).output
     assert "1 tasks, 1 results as recorded" in output
     assert trained == [best.body["client"]] * best.body["numbers"]["tasks"]
@@ -235,7 +238,7 @@ def test_of_clients_that_keep_nothing_no_earlier_task_but_one_is_trained(rounds,
     most = max(by_client.values(), key=len)
     assert len(most) > 3
     trained = []
-    kind = type(recorded_setup(Trace(rounds)).algorithm)
+    kind = type(recorded_setup(Trace(rounds), allowed=OWN_CODE).algorithm)
     train = kind.train
     monkeypatch.setattr(kind, "train", lambda *a: trained.append(1) or train(*a))
     replay(rounds, "--worker", "worker-0", "--task", most[-1].re)
