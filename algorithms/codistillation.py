@@ -35,7 +35,8 @@ class Codistillation(Distillation):
     as Jeong et al. 2018 describe it, the outputs are what is exchanged: N x L values for N
     public samples, where federated distillation has L x L.
 
-    A round of fields as in `Distillation`. The state is M x N x L float32.
+    Fields and their defaults are those of `Distillation`, batch_size 64 among them. The state is
+    M x N x L float32.
     """
 
     name: ClassVar[str] = "codistillation"

@@ -44,7 +44,7 @@ class Distillation(Algorithm):
     gamma: weight of the distillation term; 0 is training alone. The paper does not state it.
     iterations: n, local steps a round; 250 in the paper. None: as many as ``epochs`` make.
     epochs: passes over the local data a round, where ``iterations`` is None.
-    batch_size: 64 in the paper; None is the whole local set.
+    batch_size: 64 as in the paper; None is the whole local set.
     models: names of `fedmq.algorithms.problems.models`; device k has ``models[k % len]``, so
         that devices may differ. Empty: the problem's own model. ``fd-cnn`` is the paper's.
     seed: what the first parameters of ``models`` depend on; each device draws its own. None
@@ -59,7 +59,7 @@ class Distillation(Algorithm):
     lr: Annotated[float, Field(gt=0)] = 0.05
     gamma: Annotated[float, Field(ge=0)] = 0.5
     iterations: Annotated[int, Field(ge=1)] | None = None
-    epochs: Annotated[int, Field(ge=1)] = 1
+    epochs: Annotated[int, Field(ge=1)] = 2
     batch_size: Annotated[int, Field(ge=1)] | None = 64
     models: tuple[str, ...] = ()
     seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None

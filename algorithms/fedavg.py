@@ -59,6 +59,9 @@ class FedAvg(Algorithm):
     weight_decay: of the local SGD; 0 in the paper.
     server_lr: eta_g, how far the model goes along the averaged update; 1 in the paper.
         FedBuff calls it the global learning rate.
+
+    What other algorithms share with it has its defaults there, too, but where their papers ask
+    for others.
     """
 
     name: ClassVar[str] = "fedavg"
@@ -66,9 +69,9 @@ class FedAvg(Algorithm):
     at_commit: ClassVar[frozenset[str]] = frozenset({"server_lr"})
 
     lr: Annotated[float, Field(gt=0)] = 0.05
-    epochs: Annotated[int, Field(ge=1)] = 1
+    epochs: Annotated[int, Field(ge=1)] = 2
     batch_size: Annotated[int, Field(ge=1)] | None = 10
-    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.5
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     server_lr: Annotated[float, Field(gt=0)] = 1.0
 

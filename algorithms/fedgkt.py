@@ -71,6 +71,8 @@ class FedGKT(Algorithm):
     edge: f_e and f_c, a key of `EDGES`. server: f_s, a key of `SERVERS`.
     optimizer, lr, momentum, weight_decay, batch_size, epochs: of a client's training; what an
         optimizer remembers is kept from task to task. Momentum is SGD's.
+        By default as with the paper's networks: Adam with lr 0.001, weight_decay 1e-4 (momentum
+        0.9 for SGD), batch_size 64 and one pass (epochs).
     server_lr, server_batch_size: of the server's training; None is the clients'.
     server_epochs: E_s, passes at each commit; 20 in the paper.
     effort: what a pass at the server is as long as. ``fresh``: the samples that have come in

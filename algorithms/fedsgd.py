@@ -23,7 +23,8 @@ class FedSGD(FedAvg):
     lr: eta, the server's learning rate.
     weight_decay: added to each gradient; 0 in the paper.
 
-    What travels is the gradient; there are no local epochs, batches or momentum.
+    What travels is the gradient of the whole local set. There are no local steps, so epochs is 1,
+    batch_size None and momentum 0, and lr is that of a server's step, by default 0.1.
     BatchNorm statistics, which have no gradient, travel as their change.
     """
 

@@ -74,7 +74,8 @@ class Mocha(Algorithm):
     epochs_low, epochs_high: passes over its data that a client does in a round, drawn uniformly
         between them for each client and round; theta in the paper. Half a pass in its code.
     drop: probability that a client does nothing in a round, theta = 0 in the paper.
-    personal_epochs: passes of a new client, which starts from the mean of all w_t.
+    personal_epochs: passes of a new client, which starts from the mean of all w_t; its dual has
+        to be found from nothing, so 20 by default.
     """
 
     name: ClassVar[str] = "mocha"

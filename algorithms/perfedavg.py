@@ -42,6 +42,9 @@ class PerFedAvg(FedAvg):
         drawn at random; None is all.
     server_lr: as in FedAvg; 1 in the paper.
 
+    lr, batch_size, inner_lr and steps are by default as in the paper's experiments. A task is of
+    ``steps``, plain ones, so epochs is 1 and momentum 0.
+
     The server takes the plain mean, as in the paper: a result counts by the ``steps *
     batch_size`` examples of its steps, which is the same for all clients that have
     ``batch_size`` examples.

@@ -34,7 +34,8 @@ _MOMENTUM = "momentum."
 class PFedHN(Algorithm):
     """Algorithm 1, and with ``personal_classifier`` pFedHN-PC.
 
-    lr, momentum, weight_decay: of the local SGD, whose momentum starts from zero at each task.
+    lr, momentum, weight_decay: of the local SGD, whose momentum starts from zero at each task;
+        by default those of the paper's experiments, and so are batches and batch_size.
     batches: K, local steps: successive batches of shuffled passes over the local data.
     batch_size: of the local steps.
     clip: largest norm of a local gradient.

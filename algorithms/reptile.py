@@ -58,7 +58,8 @@ class MetaState(ModelState):
 class PersonalisedFedAvg(FedAvg):
     """FedAvg(E), then Reptile(K), then each client fine-tunes.
 
-    epochs: E, local epochs of FedAvg(E); the paper wants it fairly large.
+    epochs: E, local epochs of FedAvg(E); the paper wants it fairly large, so 10 by default.
+    momentum: 0, as the paper has it: the clients' SGD is plain.
     lr, batch_size: eta and B of the clients' SGD, in both phases and when they fine-tune.
     server_lr, server_momentum: of the server's step in FedAvg(E), SGD with momentum along the
         averaged update.

@@ -137,7 +137,7 @@ class Split:
 class SharedBody(FedAvg):
     """FedAvg of the body alone; each client keeps a head, which never travels.
 
-    head: how many of the last trained layers are the head.
+    head: how many of the last trained layers are the head; at least one, or nothing is personal.
     Other fields are FedAvg's.
     """
 

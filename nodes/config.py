@@ -24,17 +24,11 @@ from fedmq.broker.state import BrokerSettings
 from fedmq.nodes.errors import ConfigError
 
 DEFAULT: Mapping[str, Mapping[str, Any]] = {
-    "problem": {
-        "name": "mnist-mini",
-        "model": "cnn-mnist",
-        "clients": 40,
-        "partition": "dirichlet(0.5)",
-    },
-    "algorithm": {"name": "fedavg", "lr": 0.05, "epochs": 2, "batch_size": 10, "momentum": 0.5},
-    "schedule": {"name": "buffered", "size": 5, "concurrency": 8},
+    "problem": {"name": "mnist-mini"},
+    "algorithm": {"name": "fedavg"},
+    "schedule": {"name": "buffered"},
 }
-"""What ``make cluster`` runs. A table whose name is changed starts from that choice's own
-defaults, not from these."""
+"""What ``make cluster`` runs. Whatever the name, all else has the defaults of what it names."""
 
 _PROBLEM_DEFAULT = {"clients": 40, "partition": "dirichlet(0.5)"}
 _MANY_DOTS = re.compile(r"(?:\.[^.\n]*){200}")
@@ -247,8 +241,7 @@ def _checked(given: Mapping[str, Any]) -> Config:
         chosen = tables.get(table, {})
         if not isinstance(chosen, dict):
             raise ConfigError(f"{table}: expected a table, got {chosen!r}")
-        same = chosen.get("name", default["name"]) == default["name"]
-        tables[table] = {**default, **chosen} if same else dict(chosen)
+        tables[table] = {**default, **chosen}
     if not _is_code(str(tables["problem"]["name"])):
         tables["problem"] = {**_PROBLEM_DEFAULT, **tables["problem"]}
     try:

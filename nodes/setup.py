@@ -16,7 +16,7 @@ from pydantic import TypeAdapter, ValidationError
 from fedmq.algorithms.allowed import Allowed
 from fedmq.algorithms.base import Algorithm
 from fedmq.algorithms.errors import AlgorithmError, NotAllowed
-from fedmq.algorithms.problems import load_problem
+from fedmq.algorithms.problems import complete_options, load_problem
 from fedmq.algorithms.problems.base import Problem
 from fedmq.algorithms.registry import find_algorithm
 from fedmq.algorithms.schedules import Schedule, find_schedule
@@ -110,6 +110,7 @@ def set_up(config: Config, allowed: Allowed | None = None, run: str = "") -> Set
         )
     complete = config.model_copy(
         update={
+            "problem": complete_options(config.problem),
             "algorithm": {**config.algorithm, **dataclasses.asdict(algorithm)},
             "schedule": {**config.schedule, **dataclasses.asdict(schedule)},
         }

@@ -79,6 +79,13 @@ def load_problem(options: Mapping[str, object], seed: int, allowed: Allowed = NO
         raise ProblemError(f"problem.{error}") from None
 
 
+def complete_options(options: Mapping[str, object]) -> Mapping[str, object]:
+    """Return the ``[problem]`` table with the model that a built-in problem has by default."""
+    name = str(options.get("name"))
+    default = {"model": DEFAULT_MODEL[name]} if name in DEFAULT_MODEL else {}
+    return {"name": name, **default, **options}
+
+
 def _option(options: Mapping[str, object], key: str, default: object = None) -> Any:
     kind, expected = _EXPECTED[key]
     value = options.get(key, default)

@@ -85,7 +85,7 @@ class Asynchronous(Schedule):
 
     folding: ClassVar[frozenset[str]] = frozenset({"staleness", "max_staleness"})
 
-    concurrency: Annotated[int, Field(ge=1)] = 20
+    concurrency: Annotated[int, Field(ge=1)] = 8
     staleness: StalenessSpec = "constant"
     max_staleness: Annotated[int, Field(ge=0)] | None = None
 

@@ -214,7 +214,7 @@ def test_iterations_are_rounded_to_whole_epochs_under_averaging():
     found, _ = ours.train(task, run.at(0))
     data = filled(run.at(0))  # 36 samples are 8 batches, 23 batches about 3 epochs
     plain = dataclasses.replace(run.at(0), data=data, local=None)
-    expected, _ = FedAvg(lr=0.1, batch_size=5, epochs=3).train(task, plain)
+    expected, _ = FedAvg(lr=0.1, batch_size=5, epochs=3, momentum=0.0).train(task, plain)
     assert all(found.weights[name].equal(expected.weights[name]) for name in found.weights)
 
 

@@ -84,7 +84,9 @@ def test_a_frozen_body_has_no_dropout():
 # ---- the two phases, against torch.optim.SGD
 
 
-@pytest.mark.parametrize("options", [{}, HARD], ids=["plain", "momentum and weight decay"])
+@pytest.mark.parametrize(
+    "options", [{"momentum": 0.0}, HARD], ids=["plain", "momentum and weight decay"]
+)
 def test_a_task_is_head_epochs_then_body_epochs(options):
     problem = Halves()
     algorithm = FedRep(lr=0.1, head_epochs=3, epochs=2, batch_size=2, **options)
@@ -192,7 +194,7 @@ def test_one_clients_head_is_never_anothers():
 
 
 def test_a_client_is_evaluated_with_a_head_refitted_to_its_training_data():
-    problem, algorithm = Halves(), FedRep(lr=0.1, final_head_epochs=3, batch_size=2)
+    problem, algorithm = Halves(), FedRep(lr=0.1, momentum=0.0, final_head_epochs=3, batch_size=2)
     state, kept = play(algorithm, problem, 2)
     at = client(problem, 1, local=kept[1])
     found = algorithm.evaluate_client(task_of(algorithm, state), at)

@@ -46,7 +46,7 @@ def test_the_same_seed_gives_the_same_bytes_and_draws_from_nobody_elses():
 
 
 def test_a_state_is_saved_and_loaded_to_the_bit():
-    problem, algorithm = Tracking(), FedRep(head=3)
+    problem, algorithm = Tracking(), FedRep(head=3, epochs=1)
     state, _ = play(algorithm, problem, 2)
     saved = algorithm.load(problem, algorithm.save(state))
     assert saved.layout == state.layout

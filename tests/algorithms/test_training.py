@@ -182,7 +182,10 @@ def test_training_leaves_the_task_as_it_was(algorithm):
     assert torch.equal(state.counters, before.counters)
 
 
-@pytest.mark.parametrize("algorithm", [FedAvg(batch_size=None), FedSGD()], ids=["fedavg", "fedsgd"])
+ONE_STEP = FedAvg(epochs=1, batch_size=None)
+
+
+@pytest.mark.parametrize("algorithm", [ONE_STEP, FedSGD()], ids=["fedavg", "fedsgd"])
 def test_running_statistics_are_averaged_by_examples_and_the_counter_is_the_largest(algorithm):
     """Clients with 2 and 6 examples; momentum 0.1 of BatchNorm."""
     problem = Normed()
@@ -203,7 +206,7 @@ def test_running_statistics_are_averaged_by_examples_and_the_counter_is_the_larg
 
 def test_clients_with_more_batches_count_further():
     """6 examples by 3 are 2 batches; the client with 2 has one."""
-    problem, algorithm = Normed(), FedAvg(batch_size=3)
+    problem, algorithm = Normed(), FedAvg(epochs=1, batch_size=3)
     new = one_round(algorithm, problem, algorithm.start(problem))
     assert new.counters.tolist() == [2]
 

@@ -73,6 +73,8 @@ class Echo(FedAvg):
 class Paced(FedAvg):
     """FedAvg whose every task takes a little longer, so that runs are as fast on any host."""
 
+    epochs: int = 1
+    momentum: float = 0.0
     pause_s: float = 0.0
 
     def train(self, task: Task, client: Client) -> tuple[Payload, None]:
