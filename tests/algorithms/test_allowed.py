@@ -15,6 +15,7 @@ from fedmq.algorithms.problems.base import Problem
 from fedmq.algorithms.problems.natural import DigitTasks
 from fedmq.algorithms.registry import find_algorithm
 from fedmq.codecs.extensions import entry_points
+from fedmq.nodes.catalogue import catalogue
 
 PROBLEMS, ALGORITHMS = "fedmq.problems", "fedmq.algorithms"
 
@@ -218,6 +219,12 @@ def test_an_installed_problem_and_an_installed_algorithm_are_found_by_name(tmp_p
     install(tmp_path, ALGORITHMS, "plain", "fedmq.algorithms.fedavg:FedAvg")
     assert isinstance(load_problem({"name": "digits", "clients": 10}, 0), DigitTasks)
     assert find_algorithm("plain") is FedAvg
+
+
+def test_list_shows_what_is_installed_and_imports_none_of_it(strangers):
+    install(strangers, PROBLEMS, "theirs", "evil_mod:mine")
+    assert ("theirs", "evil_mod:mine, of an installed package") in list(catalogue("problems"))
+    assert imported(strangers) == []
 
 
 def test_metadata_in_the_current_folder_are_not_installed(strangers, monkeypatch):

@@ -9,14 +9,17 @@ import zmq
 from click.testing import CliRunner
 
 from fedmq.algorithms.allowed import NOTHING, Allowed
+from fedmq.broker.trace import Trace
 from fedmq.broker.wire import Hello, Welcome
 from fedmq.nodes import programs
 from fedmq.nodes.cli import default_name, main
 from fedmq.nodes.config import build, changed, load, parse
 from fedmq.nodes.errors import ConfigError, NodeError
 from fedmq.nodes.programs import linked
+from fedmq.nodes.replay.fold import recorded_setup
 from fedmq.nodes.setup import set_up
 from fedmq.nodes.trust import allowed_here, user_file
+from tests.own_code import OWN_CODE
 
 VECTOR = "tests.sim.tally:Vector"
 
@@ -118,7 +121,7 @@ def test_an_option_that_is_no_module_is_refused():
 # ---- a recorded run of a stranger's
 
 
-def recorded(folder, config=None):
+def recorded(folder, config=None, run="gift"):
     """Return the folder of a run that has been opened, with any configuration."""
     from fedmq.broker.entries import Opened
     from fedmq.broker.ledger import Ledger
@@ -127,7 +130,7 @@ def recorded(folder, config=None):
     if not target.exists():
         text = (config or build({"problem": {"name": "evil:solve"}})).to_toml()
         ledger = Ledger(target / "ledger")
-        ledger.append(Opened(seq=0, at=0.0, run="gift", config=text, total_clients=4))
+        ledger.append(Opened(seq=0, at=0.0, run=run, config=text, total_clients=4))
         ledger.close()
     return target
 
@@ -184,6 +187,16 @@ def test_settings_of_a_replay_name_nothing_new(tmp_path, table):
     result = CliRunner().invoke(main, ["replay", folder, "--allow", "tests", *setting])
     assert result.exit_code == 2
     assert f"--set {table}.name: the recorded results say nothing about it" in result.output
+
+
+def test_an_old_ledger_whose_run_has_another_id_is_still_read(tmp_path):
+    config = build({"problem": {"name": VECTOR}})
+    config = config.model_copy(update={"run": config.run.model_copy(update={"id": "../old run"})})
+    folder = recorded(tmp_path, config, run="../old run")
+    assert recorded_setup(Trace(folder), allowed=OWN_CODE).config.run.id == "../old run"
+    for command in (["trace", "ls", str(folder)], ["replay", str(folder), "--allow", "tests"]):
+        result = CliRunner().invoke(main, command)
+        assert result.exit_code == 0, result.output
 
 
 # ---- a stranger at the broker
