@@ -131,7 +131,7 @@ class Record:
                     f"message {seq} differs; it was said upon {cause}",
                     f"recorded: {describe(message)}",
                     f"replayed: {describe(replayed)}",
-                    *found,
+                    *map(str, found),
                 ]
                 raise Diverged("\n  ".join(lines))
         self.compared += 1

@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import TypeGuard
 
 import torch
 from torch import Tensor
@@ -31,14 +32,13 @@ from fedmq.nodes.payload import unpack
 from fedmq.nodes.replay.fold import accepted_entry, inbound
 from fedmq.nodes.setup import Setup, choose_device, kind_of
 from fedmq.nodes.trace.differ import Side, differences
+from fedmq.nodes.trace.differences import Difference, Field, Gap, Kind
 from fedmq.nodes.trace.text import plain
 from fedmq.nodes.worker import Evaluate, Evaluated, Keep, Train, Trained, Worker
 
 TOLERANCE = 1e-3
 """How far results may lie apart between kinds of devices: |a - b| / |a|, over all weights;
 and metrics, each."""
-_COMPUTED = ("weights ", "body.metrics.")
-"""Beginnings of what the differ says of numbers that depend on the device."""
 _HONEST = frozenset({"body.elapsed_s", "body.device"})
 """What differs between two trainings of one task."""
 
@@ -57,7 +57,7 @@ class Retrained:
     result: int
     message: Message
     seconds: float
-    differences: list[str]
+    differences: list[Difference]
     apart: float | None = None
 
     @property
@@ -164,8 +164,25 @@ class Retraining:
         if found and device and device != answer.message.body["device"]:
             apart = _distance(message, read, answer)
             if apart <= TOLERANCE:
-                found = [each for each in found if not each.startswith(_COMPUTED)]
+                found = [each for each in found if not depends_on_device(each)]
         return Retrained(task, seq, message, seconds, found, apart)
+
+
+def depends_on_device(difference: Difference) -> bool:
+    """Tell whether another kind of device may make this difference, if it is a small one.
+
+    Rounding changes the values of tensors and metrics, and the sign of a zero. It changes no
+    integers, adds or removes nothing, and gives no tensor another shape.
+    """
+    match difference:
+        case Difference(kind=Kind.VALUES, gap=Gap(rounded=rounded)):
+            return rounded
+        case Difference(kind=Kind.ENCODING):
+            return True
+        case Difference(kind=Kind.FIELD, place=Field() as place, sides=sides):
+            return place.is_under("body", "metrics") and all(map(_is_number, sides))
+        case _:
+            return False
 
 
 def _read(trace: Trace, node: str) -> _Recorded:
@@ -208,17 +225,35 @@ def _distance(message: Message, read: Callable[[int], Buffer], answer: Post) -> 
     b = _flat(unpack(answer.message, answer.data.__getitem__))
     if a.shape != b.shape:
         return math.inf
-    return float((a - b).norm() / a.norm().clamp_min(torch.finfo(a.dtype).tiny))
+    # Infinity and NaN are apart by nothing from themselves, and infinitely from all else.
+    same = (a == b) | (a.isnan() & b.isnan())
+    gap = torch.where(same, 0.0, a - b).norm()
+    size = torch.where(a.isfinite(), a, 0.0).norm()
+    apart = float(gap / size.clamp_min(torch.finfo(a.dtype).tiny))
+    return math.inf if math.isnan(apart) else apart
 
 
-def _apart(a: object, b: float) -> float:
-    if not isinstance(a, int | float):
-        return math.inf
-    return 0.0 if a == b else abs(a - b) / max(abs(a), sys.float_info.min)
+def _apart(a: object, b: object) -> float:
+    if not (_is_number(a) and _is_number(b)):
+        return 0.0 if a == b else math.inf
+    if a == b or (math.isnan(a) and math.isnan(b)):
+        return 0.0
+    apart = abs(a - b) / max(abs(a), sys.float_info.min)
+    return math.inf if math.isnan(apart) else apart
+
+
+def _is_number(value: object) -> TypeGuard[int | float]:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _flat(payload: Payload) -> Tensor:
     groups = (payload.weights, payload.exact, payload.features, payload.logits)
-    tensors = [each for group in groups for each in group.values() if each.is_floating_point()]
-    vectors = [each.double().reshape(-1) for each in tensors]
+    tensors = [each for group in groups for each in group.values()]
+    vectors = [
+        (torch.view_as_real(each.resolve_conj()) if each.is_complex() else each)
+        .double()
+        .reshape(-1)
+        for each in tensors
+        if each.is_floating_point() or each.is_complex()
+    ]
     return torch.cat(vectors) if vectors else torch.zeros(0, dtype=torch.float64)

@@ -8,9 +8,10 @@ import torch
 from fedmq.broker.trace import Trace
 from fedmq.broker.wire import Blob
 from fedmq.nodes.replay.fold import recorded_setup
-from fedmq.nodes.replay.workers import Retraining
+from fedmq.nodes.replay.workers import Retraining, depends_on_device
 from fedmq.nodes.setup import kind_of
 from fedmq.nodes.simulation import Chances, Simulation
+from fedmq.nodes.trace.differences import ABSENT, Difference, Field, Gap, InGroup, Kind
 from tests.nodes.replay import material
 from tests.nodes.replay.material import (
     BUFFERED,
@@ -159,6 +160,60 @@ def test_within_the_tolerance_of_another_device(rounds, tmp_path):
     assert OTHER in line
     assert "tolerance 0.001" in line
     assert "as recorded" in output
+
+
+def with_signed_zeros(rounds, tmp_path, **fields):
+    """Return a trace in which the zeros of a result are others: -0.0 for 0.0 and back."""
+    seq, answer = answers(rounds, "worker-0")[3]
+    data = bytes(Trace(rounds).blob(answer, 0))
+    values = torch.frombuffer(bytearray(data), dtype=torch.float32)
+    assert (values == 0).any()
+    other = torch.where(values == 0, -values, values).numpy().tobytes()
+    change = edit(blobs=(Blob.of(other), *answer.blobs[1:]), body=fields)
+    folder = rewrite(rounds, tmp_path, {seq: change}, blobs=[("worker-0", other)])
+    return folder, seq, answer
+
+
+def test_a_zero_of_another_sign_is_within_the_tolerance_of_another_device(rounds, tmp_path):
+    folder, seq, answer = with_signed_zeros(rounds, tmp_path, device=OTHER)
+    output = replay(folder, "--worker", "worker-0", "--task", answer.re).output
+    assert f"{answer.re} -> {seq}: apart by 0, on another kind of device" in output
+    assert "1 tasks, 1 results as recorded, 1 of them within the tolerance only" in output
+
+
+def test_a_zero_of_another_sign_differs_on_this_device(rounds, tmp_path):
+    folder, seq, answer = with_signed_zeros(rounds, tmp_path)
+    output = replay(folder, "--worker", "worker-0", "--task", answer.re, code=1).output
+    assert f"{answer.re} -> {seq}: differs" in output
+    assert "the same values from other bytes" in output
+
+
+@pytest.mark.parametrize(
+    ("kind", "place", "sides", "gap"),
+    [
+        (Kind.MISSING, InGroup("weights", "w"), (ABSENT, "x"), None),
+        (Kind.MISSING, InGroup("weights"), (ABSENT, "x"), None),
+        (Kind.FORM, InGroup("weights", "w"), ("a", "b"), None),
+        (Kind.CODEC, InGroup("weights"), ("a", "b"), None),
+        (Kind.UNDECODABLE, InGroup("weights"), ("a", ABSENT), None),
+        (Kind.VALUES, InGroup("weights", "n"), ("a", "b"), Gap(1, 1, 1.0, rounded=False)),
+        (Kind.FIELD, Field(("body", "metrics.loss")), (1.0, 1.1), None),
+        (Kind.FIELD, Field(("body", "numbers", "n")), (1.0, 1.1), None),
+        (Kind.FIELD, Field(("body", "metrics", "loss")), (1.0, ABSENT), None),
+        (Kind.FIELD, Field(("body", "metrics", "loss")), ("1.0", 1.0), None),
+    ],
+)
+def test_no_device_makes_these_differences(kind, place, sides, gap):
+    assert not depends_on_device(Difference(kind, place, sides, gap=gap))
+
+
+@pytest.mark.parametrize("group", ["weights", "exact", "features", "logits"])
+def test_values_of_tensors_and_metrics_depend_on_the_device(group):
+    place = InGroup(group, "w")
+    assert depends_on_device(Difference(Kind.VALUES, place, gap=Gap(1, 9, 1e-8)))
+    assert depends_on_device(Difference(Kind.ENCODING, InGroup(group), ("a", "b")))
+    loss = Field(("body", "metrics", "loss"))
+    assert depends_on_device(Difference(Kind.FIELD, loss, (0.5, 0.5000001)))
 
 
 @pytest.mark.parametrize("factor", [1.1, 0.0, -1.0, float("inf")])
