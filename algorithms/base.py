@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import ConfigDict
 from torch import Tensor
 
-from fedmq.algorithms.errors import ResultError
+from fedmq.algorithms.errors import Fault, ResultError
 from fedmq.algorithms.problems.base import Examples, Problem
 from fedmq.codecs.base import brief
 
@@ -229,5 +229,6 @@ def examples_of(numbers: Mapping[str, Any]) -> int:
     """
     n = numbers.get("n")
     if type(n) is not int or not 1 <= n <= 10**9:
-        raise ResultError(f"expected n, the number of examples, from 1 to 10^9, got {brief(n)}")
+        text = f"expected n, the number of examples, from 1 to 10^9, got {brief(n)}"
+        raise ResultError(text, Fault.MALFORMED)
     return n

@@ -8,6 +8,18 @@
     +-- ResultError        a client's result cannot be used (shape, NaN, foreign task)
 """
 
+import enum
+
+
+class Fault(enum.StrEnum):
+    """Why a result cannot be used, for programs; nodes send it with the sentence."""
+
+    UNUSABLE = "unusable"
+    MALFORMED = "malformed"
+    WRONG_SHAPE = "wrong-shape"
+    NOT_FINITE = "not-finite"
+    TOO_LARGE = "too-large"
+
 
 class AlgorithmError(ValueError):
     """Root of every error that this package raises on purpose."""
@@ -22,4 +34,12 @@ class DataError(ProblemError):
 
 
 class ResultError(AlgorithmError):
-    """A client's result cannot be used; the message is the reason that its sender is told."""
+    """A client's result cannot be used; the message is the reason that its sender is told.
+
+    Attributes:
+        fault: the same for programs.
+    """
+
+    def __init__(self, reason: str, fault: Fault = Fault.UNUSABLE) -> None:
+        super().__init__(reason)
+        self.fault = fault

@@ -15,7 +15,7 @@ from pydantic import Field
 from torch import Tensor
 
 from fedmq.algorithms.base import Algorithm, Client, Payload, Result, Task
-from fedmq.algorithms.errors import ResultError
+from fedmq.algorithms.errors import Fault, ResultError
 from fedmq.algorithms.model import FlatModel, Layout, scratch_model, zeros
 from fedmq.algorithms.problems.base import Examples, Problem
 from fedmq.algorithms.rng import derive_rng
@@ -99,9 +99,11 @@ class FedAvg(Algorithm):
             low, high = torch.aminmax(block) if block.numel() else (block.sum(), block.sum())
             largest = max(-low.item(), high.item())
             if not math.isfinite(largest):
-                raise ResultError("the result holds NaN or infinite values")
+                text = "the result holds NaN or infinite values"
+                raise ResultError(text, Fault.NOT_FINITE)
             if largest * weight > _LARGEST:
-                raise ResultError(f"the result holds values as large as {largest:g}")
+                text = f"the result holds values as large as {largest:g}"
+                raise ResultError(text, Fault.TOO_LARGE)
         for start, block in blocks:
             gathered.total[start : start + block.numel()].add_(block, alpha=weight)
         if counters.numel():

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fedmq.algorithms import mtl
 from fedmq.algorithms.base import Algorithm, Client, Payload, Result, Task, examples_of
-from fedmq.algorithms.errors import AlgorithmError, ProblemError, ResultError
+from fedmq.algorithms.errors import AlgorithmError, Fault, ProblemError, ResultError
 from fedmq.algorithms.model import Layout
 from fedmq.algorithms.mtl import Array
 from fedmq.algorithms.problems.base import Examples, Problem
@@ -334,7 +334,8 @@ def _array(tensors: Mapping[str, Tensor], name: str, shape: tuple[int, ...]) -> 
     tensor = tensors.get(name)
     if tensor is None or tensor.dtype != torch.float64 or tuple(tensor.shape) != shape:
         found = "none" if tensor is None else f"{tensor.dtype} {list(tensor.shape)}"
-        raise ResultError(f"expected {name} as float64 {list(shape)}, got {found}")
+        text = f"expected {name} as float64 {list(shape)}, got {found}"
+        raise ResultError(text, Fault.WRONG_SHAPE)
     array: Array = tensor.numpy().copy()
     if not (np.abs(array) <= _LARGEST).all():
         raise ResultError(f"expected {name} to be finite, up to {_LARGEST:g}")

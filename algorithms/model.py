@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fedmq.algorithms.errors import ProblemError, ResultError
+from fedmq.algorithms.errors import Fault, ProblemError, ResultError
 from fedmq.algorithms.problems.base import Problem
 from fedmq.codecs.base import brief
 from fedmq.codecs.flat import as_flat
@@ -99,7 +99,8 @@ class Layout:
             return [(0, self.flatten(tensors))]
         wanted = {slot.name: slot.shape for slot in self.weights}
         if dict(tensors.shapes) != wanted or list(tensors.shapes) != list(wanted):
-            raise ResultError("the tensors' names and shapes are not this model's")
+            text = "the tensors' names and shapes are not this model's"
+            raise ResultError(text, Fault.WRONG_SHAPE)
         return _StreamedBlocks(tensors)
 
     def flatten_counters(self, tensors: Mapping[str, Tensor]) -> Tensor:
@@ -210,16 +211,19 @@ def _flatten(slots: tuple[Slot, ...], tensors: Mapping[str, Tensor], dtype: torc
     for slot in slots:
         tensor = tensors.get(slot.name)
         if tensor is None:
-            raise ResultError(f"expected a tensor {slot.name!r}, it is missing")
+            text = f"expected a tensor {slot.name!r}, it is missing"
+            raise ResultError(text, Fault.WRONG_SHAPE)
         if tuple(tensor.shape) != slot.shape:
             raise ResultError(
-                f"expected {slot.name!r} with shape {list(slot.shape)}, got {list(tensor.shape)}"
+                f"expected {slot.name!r} with shape {list(slot.shape)}, got {list(tensor.shape)}",
+                Fault.WRONG_SHAPE,
             )
         if tensor.dtype != dtype:
-            raise ResultError(f"expected {slot.name!r} as {dtype}, got {tensor.dtype}")
+            text = f"expected {slot.name!r} as {dtype}, got {tensor.dtype}"
+            raise ResultError(text, Fault.WRONG_SHAPE)
     extra = sorted(set(tensors) - {slot.name for slot in slots})
     if extra:
-        raise ResultError(f"expected no tensor {brief(extra[0])}")
+        raise ResultError(f"expected no tensor {brief(extra[0])}", Fault.WRONG_SHAPE)
     if not slots:
         return torch.zeros(0, dtype=dtype)
     return as_flat([tensors[slot.name] for slot in slots])

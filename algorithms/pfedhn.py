@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fedmq.algorithms.base import Algorithm, Client, Payload, Reply, Result, Task
 from fedmq.algorithms.division import Division
-from fedmq.algorithms.errors import ResultError
+from fedmq.algorithms.errors import Fault, ResultError
 from fedmq.algorithms.fedavg import batches, cuda_devices, metrics_on
 from fedmq.algorithms.hypernet import HyperNet, largest
 from fedmq.algorithms.hyperstate import HyperGathered, HyperState, load_state, save_state
@@ -137,12 +137,12 @@ class PFedHN(Algorithm):
         for start, block in sent.blocks(result.payload.weights):
             change[start : start + block.numel()] = block
         if not change.isfinite().all():
-            raise ResultError("the result holds NaN or infinite values")
+            raise ResultError("the result holds NaN or infinite values", Fault.NOT_FINITE)
         delta, rest = change[: sent.parameters], change[sent.parameters :]
         pulled = net.pull_back(state.phi, state.embeddings[who], delta)
         if weight * largest(pulled, change) > _LARGEST:
             top = change.abs().max().item()
-            raise ResultError(f"the result holds values as large as {top:g}")
+            raise ResultError(f"the result holds values as large as {top:g}", Fault.TOO_LARGE)
         net.add(gathered.phi, pulled, delta, weight)
         gathered.embeddings[who].add_(pulled.embedding, alpha=weight)
         gathered.shared.add_(rest, alpha=weight)

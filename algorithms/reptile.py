@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fedmq.algorithms.adaptation import before_and_after
 from fedmq.algorithms.base import Client, Payload, Reply, Result, Task
-from fedmq.algorithms.errors import ResultError
+from fedmq.algorithms.errors import Fault, ResultError
 from fedmq.algorithms.fedavg import (
     FedAvg,
     Gathered,
@@ -122,7 +122,8 @@ class PersonalisedFedAvg(FedAvg):
             for _, block in state.layout.blocks(payload.weights):
                 largest = block.abs().max().item() if block.numel() else 0.0
                 if largest > _LARGEST_SQUARED:
-                    raise ResultError(f"the result holds values as large as {largest:g}")
+                    text = f"the result holds values as large as {largest:g}"
+                    raise ResultError(text, Fault.TOO_LARGE)
         return super().absorb(gathered, state, result, weight)
 
     def commit(self, state: Any, gathered: Gathered, divisor: float) -> MetaState:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from fedmq.broker.errors import WireError
 from fedmq.broker.headers import is_deeper
+from fedmq.broker.rejections import Code
 from fedmq.broker.state import (
     AGGREGATOR,
     BROKER,
@@ -108,19 +109,21 @@ def check_message(node: Node, message: Message) -> None:
     if message.sender != node.name or message.run != node.run.id:
         raise WireError(
             f"expected a message from {node.name} in run {node.run.id}, "
-            f"got one from {message.sender} in {message.run}"
+            f"got one from {message.sender} in {message.run}",
+            Code.NOT_OWN,
         )
     if message.kind in BROKERS_OWN:
-        raise WireError(f"only the broker says {message.kind!r}")
+        raise WireError(f"only the broker says {message.kind!r}", Code.RESERVED_KIND)
     if is_deeper(message.body, MAX_DEPTH):
-        raise WireError(f"expected a body nested at most {MAX_DEPTH} deep")
+        raise WireError(f"expected a body nested at most {MAX_DEPTH} deep", Code.TOO_DEEP)
     if message.to in (CHECKPOINT, TIMER):
         if node.hello.role != AGGREGATOR:
-            raise WireError(f"only the aggregator may write to {message.to!r}")
+            text = f"only the aggregator may write to {message.to!r}"
+            raise WireError(text, Code.NOT_ALLOWED)
         if message.to == TIMER:
             timer_of(message)
     elif why := _why_nowhere(message.to, node.run.total_clients):
-        raise WireError(why)
+        raise WireError(why, Code.NO_ADDRESS)
 
 
 def are_plain(node: Node, messages: Sequence[Message]) -> bool:
@@ -173,4 +176,5 @@ def timer_of(message: Message) -> tuple[str, float]:
         case {"token": str(token), "after_s": float() | int() as after_s}:
             if token and 0 <= after_s <= MAX_TIMER_S:
                 return token, float(after_s)
-    raise WireError(f"expected a token, and after_s from 0 to {MAX_TIMER_S:g}")
+    text = f"expected a token, and after_s from 0 to {MAX_TIMER_S:g}"
+    raise WireError(text, Code.MALFORMED)

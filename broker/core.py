@@ -21,6 +21,7 @@ from fedmq.broker.errors import VersionError
 from fedmq.broker.members import Members
 from fedmq.broker.postbox import Postbox
 from fedmq.broker.receipts import Receipts
+from fedmq.broker.rejections import Code
 from fedmq.broker.state import (
     AGGREGATOR,
     BROKER,
@@ -139,7 +140,8 @@ class Broker:
         """Park messages that cannot be delivered, and tell their senders."""
         out: list[Action] = []
         for seq in seqs:
-            self._box.refuse(self._box.runs[run], seq, BROKER, reason, now, out, parked=True)
+            where = self._box.runs[run]
+            self._box.refuse(where, seq, BROKER, reason, now, out, code=Code.LOST, parked=True)
         self._box.fresh.clear()
         return out
 
@@ -243,10 +245,11 @@ class Broker:
                     messages = len(post.messages)
                     for message in self._taking.take_all(node, post, now, out)[:1]:
                         self._uploads.heard(node, message, now)
-                case Done(seqs=seqs, refused=refused):
+                case Done(seqs=seqs, refused=refused) as done:
                     for seq, reason in refused.items():
                         if seq in node.pending:
-                            self._box.refuse(node.run, seq, node.name, reason, now, out)
+                            code = done.code_of(seq)
+                            self._box.refuse(node.run, seq, node.name, reason, now, out, code=code)
                     self._box.consume(node, seqs, now, out)
                 case Over(reason=reason):
                     self._over(node, reason, now, out)

@@ -179,11 +179,10 @@ class Link:
                 # Not urgent: it goes out with the next post, or with others, a little later.
                 self._done += seqs
                 self._done_due = min(self._done_due, now + DONE_WITHIN_S)
-            case Say(Done(seqs=seqs, refused=refused)):
+            case Say(Done(seqs=seqs, refused=refused) as done):
                 # One each: any number of reasons, of any length, fits the frames.
-                for seq, reason in refused.items():
-                    finished = (seq,) if seq in seqs else ()
-                    self._say(Done(seqs=finished, refused={seq: reason}), out)
+                for seq, why in refused.items():
+                    self._say(done.rejecting(seq, why, done.code_of(seq), {seq} & {*seqs}), out)
             case Say(frame):
                 self._say_done(out)
                 if isinstance(frame, Numbered):
@@ -341,7 +340,8 @@ class Link:
             message = decode_message(frame.message)
             check_inline(message.blobs, frame.inline, buffers, wire.INLINE_BYTES)
         except WireError as error:
-            self._say(Done(seqs=(frame.seq,), refused={frame.seq: str(error)[:2000]}), out)
+            seq = frame.seq
+            self._say(Done.rejecting(seq, str(error)[:2000], error.code, (seq,)), out)
             return
         inline = dict(zip(frame.inline, buffers, strict=True))
         out.append(Deliveries([Delivery(frame.seq, frame.at, message, inline, frame.places)]))

@@ -12,6 +12,7 @@ from fedmq.broker import offers
 from fedmq.broker.admission import MAX_EARLY, find_run, why_not
 from fedmq.broker.entries import Opened
 from fedmq.broker.postbox import Postbox
+from fedmq.broker.rejections import Code
 from fedmq.broker.state import (
     AGGREGATOR,
     BROKER,
@@ -218,7 +219,8 @@ class Members:
             attempts = run.interrupted[first] = run.interrupted.get(first, 0) + 1
             if attempts >= self._settings.deliveries:
                 text = f"parked: {attempts} sessions ended while they worked on it"
-                self._box.refuse(run, first, BROKER, text, now, out, parked=True)
+                code = Code.DEAD_LETTER
+                self._box.refuse(run, first, BROKER, text, now, out, code=code, parked=True)
                 del node.pending[first], run.interrupted[first]
         for address in addresses(node.hello):
             if run.hosts.get(address) == node.name:

@@ -13,6 +13,7 @@ from msgspec import Struct
 from fedmq.broker.entries import Accepted, BlobName, Entry, blob_name
 from fedmq.broker.errors import WireError
 from fedmq.broker.fetch import Fetcher, Owned
+from fedmq.broker.rejections import Rejection
 from fedmq.broker.remembered import Mark
 from fedmq.broker.wire import AnyFrame, Blob, Buffer, Frame, Hello, Message, Numbered
 
@@ -177,7 +178,7 @@ class Held:
     apart: list[Blob] = field(default_factory=list)
     """Its blobs that are not beside it."""
     missing: set[Owned] = field(default_factory=set)
-    refusal: str = ""
+    refusal: Rejection | None = None
 
     def names(self) -> tuple[BlobName, ...]:
         """Return the names of all blobs of its message."""

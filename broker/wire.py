@@ -17,10 +17,13 @@ a ``deliver`` frame, and is what the ledger keeps.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Annotated, Any
 
 import xxhash
-from msgspec import Meta, Struct
+from msgspec import UNSET, Meta, Struct, UnsetType
+
+from fedmq.broker.rejections import MAX_CODE
 
 PROTOCOL = (1, 2)
 """Protocol version, [major, minor]; both ends of a link must have the same major."""
@@ -52,6 +55,8 @@ Buffer = bytes | memoryview
 Name = Annotated[str, Meta(min_length=1, max_length=120)]
 Id = Annotated[str, Meta(min_length=1, max_length=200)]
 Reason = Annotated[str, Meta(max_length=2000)]
+CodeName = Annotated[str, Meta(max_length=MAX_CODE)]
+"""Of a rejection, for programs: see `rejections.Code`."""
 Natural = Annotated[int, Meta(ge=0, le=1 << 62)]
 Size = Annotated[int, Meta(ge=0, le=MAX_BLOB_BYTES)]
 Digest = Annotated[bytes, Meta(min_length=16, max_length=16)]
@@ -243,6 +248,17 @@ class Done(Numbered, frozen=True, kw_only=True):
 
     seqs: tuple[Natural, ...] = ()
     refused: dict[Natural, Reason] = {}
+    codes: dict[Natural, CodeName] | UnsetType = UNSET
+    """Codes of the reasons, by number; not sent by nodes older than 0.2."""
+
+    @classmethod
+    def rejecting(cls, seq: int, reason: str, code: str, seqs: Iterable[int] = ()) -> Done:
+        """Return the frame that rejects one delivery."""
+        return cls(seqs=tuple(seqs), refused={seq: reason}, codes={seq: code} if code else UNSET)
+
+    def code_of(self, seq: int) -> str:
+        """Return the code of a reason, or ""."""
+        return self.codes.get(seq, "") if self.codes else ""
 
 
 class Want(Frame, frozen=True, kw_only=True):

@@ -19,6 +19,7 @@ import msgspec
 from torch import Tensor
 
 from fedmq.algorithms.schedules import View
+from fedmq.broker.rejections import Code, Rejection
 from fedmq.broker.state import CHECKPOINT, RECORD, TIMER
 from fedmq.broker.wire import Message
 from fedmq.nodes.checkpoint import (
@@ -36,6 +37,9 @@ from fedmq.nodes.payload import Packed
 from fedmq.nodes.setup import Setup
 from fedmq.nodes.tasks import Letters, Tasks
 
+RULES = 2
+"""By which rules this core folds its inbox. 1, where a run's record has no number: a late result
+takes the place of a client of the round it comes in."""
 FINAL_EVALUATION_S = 60.0
 """How long the end of a run waits for an answer to any of the evaluations that are out."""
 _FINAL = "final evaluation"
@@ -111,7 +115,8 @@ class Aggregator:
         out: list[AggregatorAction] = []
         if isinstance(event, Start):
             if event.checkpoint is None:
-                self._post(out, "run", RECORD, {"config": self._setup.config.to_toml()})
+                body = {"config": self._setup.config.to_toml(), "rules": RULES}
+                self._post(out, "run", RECORD, body)
             else:
                 self._resume(event.checkpoint, out)
             return out
@@ -123,7 +128,7 @@ class Aggregator:
         if event.seq <= self._position:
             return [Settle(self._waiting.untold)]  # the checkpoint tells of it
         self._position, self._now = event.seq, event.at
-        reason = ""
+        why: Rejection | None = None
         if not self._ended:
             match message.kind:
                 case "joined":
@@ -133,29 +138,28 @@ class Aggregator:
                 case "tick":
                     self._tick(str(message.body.get("token")), out)
                 case "failed" if message.re in self._evaluations.asked:
-                    reason = self._score(message)
+                    why = self._score(message)
                 case "result" | "failed" if self._committing is not None:
                     self._waiting.add(event)
                     return out
                 case "result" | "failed":
-                    held = self._intake.take(event, self.state, self.version, out)
-                    if held is None:
-                        self._advance(out)
-                        return out
-                    reason = held
+                    done = self._intake.take(event, self.state, self.version, out)
+                    self._advance(out)
+                    return [done, *out] if done is not None else out
                 case "score":
-                    reason = self._score(message)
+                    why = self._score(message)
                 case "refused":
                     self._refused(str(message.body.get("id")))
                 case kind:
-                    reason = f"an aggregator takes no {kind!r} messages"
+                    text = f"an aggregator takes no {kind!r} messages"
+                    why = Rejection(Code.UNKNOWN_KIND, text)
             self._advance(out)
-        out.insert(0, Done(event.seq, reason))
-        return out
+        return [Done.of(event.seq, why), *out]
 
     # ---- the fleet
 
     def _joined(self, message: Message, out: list[AggregatorAction]) -> None:
+        self._tasks.joined(message)
         self._members.joined(message)
         wanted = self._settings.min_clients or self._setup.problem.clients
         if not self._running and len(self._members.hosts) >= wanted:
@@ -181,13 +185,14 @@ class Aggregator:
             self._evaluated_as(name, None)
         self._intake.counts.dropped += self._tasks.forget(name)
 
-    def _score(self, message: Message) -> str:
+    def _score(self, message: Message) -> Rejection | None:
         name = message.re or ""
         if not self._evaluations.is_with(name, message.sender, self._members):
-            return f"no evaluation {message.re!r} is with {message.sender}"
-        accuracy, reason = accuracy_in(message)
+            text = f"no evaluation {message.re!r} is with {message.sender}"
+            return Rejection(Code.UNKNOWN_TASK, text)
+        accuracy, why = accuracy_in(message)
         self._evaluated_as(name, accuracy)
-        return reason
+        return why
 
     def _evaluated_as(self, name: str, accuracy: float | None) -> None:
         """An evaluation is over; the run may be too."""
@@ -221,10 +226,10 @@ class Aggregator:
     def _take_waiting(self, out: list[AggregatorAction]) -> None:
         """Take the results that came while the version before this one was being committed."""
         waiting, self._waiting.here = self._waiting.here, {}
-        for seq, inbound in waiting.items():
-            reason = self._intake.take(inbound, self.state, self.version, out)
-            if reason is not None:
-                out.append(Done(seq, reason))
+        for inbound in waiting.values():
+            done = self._intake.take(inbound, self.state, self.version, out)
+            if done is not None:
+                out.append(done)
 
     def _start_tasks(self, view: View, out: list[AggregatorAction]) -> None:
         current = self._intake.current
@@ -260,6 +265,7 @@ class Aggregator:
     def _committed(self, closed: Gathering, state: Any, out: list[AggregatorAction]) -> None:
         self.state = state
         staleness = closed.staleness
+        cohort = self._schedule.cohort(self._setup.problem.clients)
         self.version += 1
         self._tasks.begin_version()
         self._intake.begin_version(self.state)
@@ -267,6 +273,8 @@ class Aggregator:
             "version": self.version,
             "position": self._position,
             "results": closed.absorbed,
+            "late": closed.late,
+            **({} if cohort is None else {"cohort": cohort}),
             "weights": closed.weights,
             "mean_staleness": sum(staleness) / len(staleness) if staleness else 0.0,
             "max_staleness": max(staleness, default=0),
@@ -358,8 +366,10 @@ class Aggregator:
             failed = inbound.message.kind == "failed"
             self._intake.counts.dropped += failed
             self._intake.counts.refused += not failed
-            out.append(Done(seq, "" if failed else "the run is over"))
+            over = Rejection(Code.RUN_OVER, "the run is over")
+            out.append(Done.of(seq, None if failed else over))
         self._waiting = Waiting()
+        self._intake.end()
         about = {"reason": self._finishing, "position": self._position}
         body = {**about, **msgspec.structs.asdict(self._intake.counts)}
         self._checkpoint("finished", body, out)

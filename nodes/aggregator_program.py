@@ -70,8 +70,8 @@ def _fold_until_over(link: NodeLink, core: Aggregator, folder: Path | None) -> N
                 match action:
                     case Post(message, data, consumes):
                         link.post(message, data, consumes)
-                    case Done(seq, refused) if refused:
-                        link.done([], {seq: refused})
+                    case Done(seq, refused, code) if refused:
+                        link.done([], {seq: refused}, {seq: code})
                     case Settle(but):
                         link.done([seq for seq in unsettled if seq not in but])
                         unsettled = [seq for seq in unsettled if seq in but]

@@ -32,12 +32,18 @@ class Flight(Struct):
 
 
 class Counts(Struct):
-    """What became of the results so far."""
+    """What became of the results so far.
+
+    used: in a version; at the end of a run, and before it, in the version in the making too.
+    stale: too many versions behind, or after their round. refused: for any other reason.
+    dropped: tasks that failed. unused: good, but in no version when the run ended.
+    """
 
     used: int = 0
     stale: int = 0
     refused: int = 0
     dropped: int = 0
+    unused: int = 0
 
 
 class Fold(Struct):

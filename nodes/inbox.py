@@ -9,6 +9,7 @@ from typing import Any
 from msgspec import Struct
 
 from fedmq.broker.errors import WireError
+from fedmq.broker.rejections import Rejection
 from fedmq.broker.wire import Buffer, Message
 
 Read = Callable[[int], Buffer]
@@ -44,10 +45,19 @@ class Post(Struct, frozen=True):
 
 
 class Done(Struct, frozen=True):
-    """This message has been dealt with; ``refused``: why it could not be used."""
+    """This message has been dealt with.
+
+    refused: why it could not be used; code: the same for programs, see `rejections.Code`.
+    """
 
     seq: int
     refused: str = ""
+    code: str = ""
+
+    @classmethod
+    def of(cls, seq: int, why: Rejection | None) -> Done:
+        """Return the action for a message that was rejected, or else used or not needed."""
+        return cls(seq) if why is None else cls(seq, why.reason, why.code)
 
 
 class Settle(Struct, frozen=True):

@@ -283,8 +283,8 @@ class AggregatorHost(NodeHost):
             match action:
                 case Post(message, data, consumes):
                     self.link.post(message, data, consumes)
-                case DoneWith(seq, refused) if refused:
-                    self.link.say(Done(refused={seq: refused}))
+                case DoneWith(seq, refused, code) if refused:
+                    self.link.say(Done.rejecting(seq, refused, code))
                 case Settle(but):
                     settled = [seq for seq in self._unsettled if seq not in but]
                     self.link.say(Done(seqs=tuple(settled)))
@@ -354,9 +354,10 @@ class WorkerHost(NodeHost):
                         self.kept.put(client, state)
                 case Post(message, data, consumes):
                     self.link.post(message, data, consumes)
-                case DoneWith(seq, refused):
-                    reasons = {seq: refused} if refused else {}
-                    self.link.say(Done(seqs=(seq,), refused=reasons))
+                case DoneWith(seq, refused, code) if refused:
+                    self.link.say(Done.rejecting(seq, refused, code, (seq,)))
+                case DoneWith(seq):
+                    self.link.say(Done(seqs=(seq,)))
                 case Pause():
                     pass  # time is drawn here as it is
 

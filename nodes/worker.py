@@ -20,11 +20,13 @@ from fedmq.algorithms.base import Client, Payload, Reply, Task
 from fedmq.algorithms.problems.base import Problem
 from fedmq.algorithms.rng import derive_rng, derive_seed
 from fedmq.broker.errors import WireError
+from fedmq.broker.rejections import Code
 from fedmq.broker.state import AGGREGATOR
 from fedmq.broker.wire import Message
 from fedmq.codecs.base import brief
 from fedmq.codecs.errors import CodecError
 from fedmq.codecs.registry import decode
+from fedmq.nodes.errors import MessageError, rejection_of
 from fedmq.nodes.inbox import Done, Inbound, Post
 from fedmq.nodes.local import Kept, Locals
 from fedmq.nodes.payload import Packed, pack, unpack
@@ -53,9 +55,10 @@ class Evaluated(Struct, frozen=True):
 
 
 class Failed(Struct, frozen=True):
-    """A task could not be done, with the reason."""
+    """A task could not be done, with the reason; ``code``: the same for programs."""
 
     reason: str
+    code: str = Code.TRAINING_FAILED
 
 
 Event = Inbound | Trained | Evaluated | Failed
@@ -150,8 +153,8 @@ class Worker:
                 self._trained(event, out)
             case Evaluated(metrics, device):
                 self._answer("score", {"metrics": dict(metrics), "device": device}, out)
-            case Failed(reason):
-                self._answer("failed", {"reason": reason}, out)
+            case Failed(reason, code):
+                self._fail(reason, code, out)
         while self._current is None and self._queue:
             self._begin(self._queue.popleft(), out)
         return out
@@ -181,9 +184,10 @@ class Worker:
                 out.append(Done(inbound.seq))
                 return
             else:
-                raise ValueError(f"a worker takes no {message.kind!r} messages")
-        except (ValueError, WireError) as error:  # CodecError is a ValueError
-            out.append(Done(inbound.seq, str(error)))
+                text = f"a worker takes no {message.kind!r} messages"
+                raise MessageError(text, Code.UNKNOWN_KIND)
+        except (MessageError, ValueError, WireError) as error:  # CodecError is a ValueError
+            out.append(Done.of(inbound.seq, rejection_of(error)))
             return
         self._current = inbound
 
@@ -199,7 +203,8 @@ class Worker:
     def _client_of(self, message: Message) -> int:
         client = message.body.get("client")
         if not isinstance(client, int) or not any(a <= client <= b for a, b in self._clients):
-            raise ValueError(f"client {brief(client)} is not hosted by {self._node}")
+            text = f"client {brief(client)} is not hosted by {self._node}"
+            raise MessageError(text, Code.WRONG_CLIENT)
         return client
 
     def _trained(self, event: Trained, out: list[Action]) -> None:
@@ -209,12 +214,12 @@ class Worker:
         message = inbound.message
         client = message.body["client"]
         if self._straggles(message.id, event.elapsed_s, out):
-            self._answer("failed", {"reason": "dropped on demand"}, out)
+            self._fail("dropped on demand", Code.DROPPED, out)
             return
         try:
             packed, memory = self._pack(event.payload, client, message)
         except CodecError as error:
-            self._answer("failed", {"reason": str(error)}, out)
+            self._fail(str(error), Code.UNUSABLE, out)
             return
         body = {
             **packed.body,
@@ -259,6 +264,9 @@ class Worker:
             out.append(Pause(min((factor - 1) * elapsed_s, MAX_SLOWDOWN_S)))
         return bool(rng.random() < wanted.drop)
 
+    def _fail(self, reason: str, code: str, out: list[Action]) -> None:
+        self._answer("failed", {"reason": reason, "code": code}, out)
+
     def _answer(self, kind: str, body: Mapping[str, Any], out: list[Action]) -> None:
         if self._current is None:
             raise RuntimeError(f"a {kind} answers nothing")
@@ -289,4 +297,4 @@ def _read_task(inbound: Inbound) -> Task:
             reply: Reply = "model" if body.get("reply") == "model" else "update"
             return Task(version, unpack(inbound.message, inbound.read), reply)
         case _:
-            raise ValueError("expected model_version in the task")
+            raise MessageError("expected model_version in the task", Code.MALFORMED)

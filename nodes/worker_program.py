@@ -140,8 +140,8 @@ def _work(
                 _keep(link, kept, client, state)
             case Post(message, data, consumes):
                 link.post(message, data, consumes)
-            case Done(seq, refused):
-                link.done([seq], {seq: refused} if refused else {})
+            case Done(seq, refused, code):
+                link.done([seq], {seq: refused} if refused else {}, {seq: code})
     except (BrokerError, NodeError):
         raise  # not the task's fault: the link has ended, or local state cannot be kept
     except Exception as error:  # noqa: BLE001 - whatever a model raises fails this one task only

@@ -7,6 +7,7 @@ that does not is where the code, or the machine, has parted from the run.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 from collections.abc import Iterator
@@ -15,11 +16,13 @@ from typing import TypeGuard
 
 import torch
 
+from fedmq.algorithms.schedules.recorded_rounds import RecordedRounds
+from fedmq.algorithms.schedules.rounds import Rounds
 from fedmq.broker.entries import Accepted, AnyEntry
 from fedmq.broker.errors import LedgerError
 from fedmq.broker.state import AGGREGATOR, CHECKPOINT, node_address
 from fedmq.broker.trace import Trace
-from fedmq.nodes.aggregator import Aggregator, Start
+from fedmq.nodes.aggregator import RULES, Aggregator, Start
 from fedmq.nodes.config import Config, parse
 from fedmq.nodes.inbox import AggregatorAction, Finish, Inbound, Post
 from fedmq.nodes.replay.record import Record
@@ -150,7 +153,21 @@ def recorded_setup(trace: Trace, config: Config | None = None) -> Setup:
     """
     setup = set_up(config or parse(trace.opened.config))
     torch.set_num_threads(setup.config.worker.threads)
+    if isinstance(setup.schedule, Rounds) and recorded_rules(trace) < RULES:
+        schedule = RecordedRounds(**dataclasses.asdict(setup.schedule))
+        setup = dataclasses.replace(setup, schedule=schedule)
     return setup
+
+
+def recorded_rules(trace: Trace) -> int:
+    """Return by which of the aggregator's `RULES` a run was folded."""
+    for entry in trace.entries():
+        if isinstance(entry, Accepted):
+            message = entry.read()
+            if message.kind == "run" and message.sender == AGGREGATOR:
+                rules = message.body.get("rules", 1)
+                return rules if isinstance(rules, int) else 1
+    return RULES
 
 
 def last_checkpoint(trace: Trace, before: int | None = None) -> int:

@@ -55,7 +55,8 @@ class Record:
         self._posts: deque[tuple[Post, int]] = deque()
         self._commits: dict[str, tuple[Post, int]] = {}
         """What is said at the end of work beside the inbox, between whatever else is said."""
-        self._refusals: dict[int, str] = {}
+        self._refusals: dict[int, tuple[str, str]] = {}
+        """(code, reason) by the message's number."""
         self._refused: set[int] = set()
         self._finish: str | None = None
 
@@ -72,8 +73,8 @@ class Record:
                     self._posts.append((action, upon))
                 case Commit(message=message):
                     self._commits[message.id] = (Post(message), upon)
-                case Done(seq, refused) if refused:
-                    self._refusals[seq] = refused[:MAX_REASON]
+                case Done(seq, refused, code) if refused:
+                    self._refusals[seq] = code, refused[:MAX_REASON]
                 case Finish(reason):
                     self._finish = reason
 
@@ -92,9 +93,9 @@ class Record:
                 if self._posts and self._posts[0][0].message.id == name and node == BROKER:
                     self._posts.popleft()  # said, and not accepted
                     self.compared += 1
-            case Refusal(of=int(of), node=node, reason=reason) if node == AGGREGATOR:
+            case Refusal(of=int(of), node=node) if node == AGGREGATOR:
                 if of > self.after or of in self._refusals:
-                    self._compare_refusal(entry.seq, of, reason)
+                    self._compare_refusal(entry, of)
             case Ended(reason=reason):
                 self._compare_end(entry.seq, reason)
 
@@ -136,13 +137,15 @@ class Record:
                 raise Diverged("\n  ".join(lines))
         self.compared += 1
 
-    def _compare_refusal(self, seq: int, of: int, reason: str) -> None:
-        said = self._refusals.get(of)
-        if said != reason:
-            replayed = "not refused" if said is None else f"refused: {plain(said)}"
+    def _compare_refusal(self, recorded: Refusal, of: int) -> None:
+        code, reason = self._refusals.get(of, ("", None))
+        # Version 0.1.0 recorded no codes.
+        if reason != recorded.reason or (recorded.code and recorded.code != code):
+            replayed = "not refused" if reason is None else f"refused: {_coded(reason, code)}"
             raise Diverged(
-                f"entry {seq} differs: what became of message {of}\n"
-                f"  recorded: refused: {plain(reason)}\n  replayed: {replayed}"
+                f"entry {recorded.seq} differs: what became of message {of}\n"
+                f"  recorded: refused: {_coded(recorded.reason, recorded.code)}\n"
+                f"  replayed: {replayed}"
             )
         self._refused.add(of)
         self.compared += 1
@@ -161,7 +164,7 @@ class Record:
                 f"entry {seq} ends the run, and something was not recorded\n"
                 f"  replayed: {describe(post.message)}, upon message {upon}"
             )
-        for of, said in self._refusals.items():
+        for of, (_, said) in self._refusals.items():
             if of not in self._refused:
                 raise Diverged(
                     f"entry {seq} ends the run, and something was not recorded\n"
@@ -173,6 +176,8 @@ class Record:
         """Return what is said now, without what is said more than was recorded."""
         replayed = post.message
         body = _within(replayed.body, recorded.body)
+        if replayed.kind == recorded.kind == "finished":
+            body = _counted_as_in(recorded.body, body, replayed.body)
         opened = self._trace.opened.config
         if replayed.kind == recorded.kind == "run" and recorded.body.get("config") == opened:
             # The core's own configuration was made from this one, with every default.
@@ -186,9 +191,37 @@ class Record:
         ):
             before = msgspec.msgpack.decode(self._trace.blob(recorded, len(blobs) - 1))
             now = msgspec.msgpack.decode(post.data[-1])
-            if isinstance(before, dict) and _within(now, before) == before:
+            if isinstance(before, dict) and self._same_fold(now, before):
                 blobs = recorded.blobs
         return msgspec.structs.replace(replayed, body=body, blobs=blobs)
+
+    def _same_fold(self, now: dict[Any, Any], before: dict[Any, Any]) -> bool:
+        """Tell whether a checkpoint's fold says all that was recorded, and the same."""
+        found = _within(now, before)
+        counts, then = now.get("counts"), before.get("counts")
+        if isinstance(counts, dict) and isinstance(then, dict) and "counts" in found:
+            found["counts"] = _counted_as_in(then, found["counts"], counts)
+        return found == before
+
+
+def _counted_as_in(
+    recorded: dict[str, Any], replayed: dict[str, Any], full: dict[str, Any]
+) -> dict[str, Any]:
+    """Return counts at the end of a run as the version counted that recorded them.
+
+    Version 0.1.0 had no ``unused``: of the results in no version, it counted those as used
+    that were not waiting for others of their cohort.
+    """
+    match recorded, full:
+        case {"used": int(then)}, {"used": int(used), "unused": int(unused)} if (
+            "unused" not in recorded and used <= then <= used + unused
+        ):
+            return {**replayed, "used": then}
+    return replayed
+
+
+def _coded(reason: str, code: str) -> str:
+    return f"{plain(reason)} ({plain(code)})" if code else plain(reason)
 
 
 def describe(message: Message) -> str:

@@ -14,6 +14,7 @@ from typing import Any
 from fedmq.algorithms.base import Result, Task, examples_of
 from fedmq.algorithms.errors import ResultError
 from fedmq.algorithms.schedules import View
+from fedmq.broker.rejections import Code
 from fedmq.broker.trace import Trace
 from fedmq.codecs.errors import CodecError
 from fedmq.nodes.config import Config, changed
@@ -23,7 +24,8 @@ from fedmq.nodes.payload import numbers_of, unpack
 from fedmq.nodes.replay.fold import Replay, Step, recorded_setup
 from fedmq.nodes.setup import Setup, choose_device
 
-_STALE = "too stale"
+_STALE = frozenset({Code.STALE, Code.LATE})
+"""Rejections that another rule may not make."""
 _REASONS = {
     "schedule": "other clients would have got tasks",
     "algorithm": "the clients would have sent others",
@@ -167,9 +169,9 @@ class WhatIf:
             self._waiting[step.event.seq] = step.event
         for action in step.actions:
             match action:
-                case Done(seq, refused) if seq in self._waiting:
+                case Done(seq, refused, code) if seq in self._waiting:
                     event = self._waiting.pop(seq)
-                    if not refused or refused.startswith(_STALE):
+                    if not refused or code in _STALE:
                         self._absorb(event)
         if self._schedule.ordered and committed and self._results:
             self._commit()  # when a round closes, its cohort decides

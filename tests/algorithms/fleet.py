@@ -38,7 +38,7 @@ class Fleet:
         checkpoint: its newest checkpoint, as it is handed to its next session, or None.
         settled: every message up to this number is not given to its next session, but for
             those of the numbers ``untold``.
-        done: reason (or "") by the number of the message that was dealt with.
+        done, codes: reason and code (or "") by the number of the message that was dealt with.
         finished: why the run ended, or None.
     """
 
@@ -55,7 +55,7 @@ class Fleet:
         self.actions, self.inbox, self.commits = [], [], []
         self.tasks, self.evaluations, self.records, self.ticks = [], [], [], []
         self.checkpoint, self.settled, self.untold = None, 0, ()
-        self.done, self.finished, self.seq = {}, None, 0
+        self.done, self.codes, self.finished, self.seq = {}, {}, None, 0
         self.act(self.core.handle(Start()))
         if join:
             for k in range(setup.problem.clients):
@@ -107,9 +107,9 @@ class Fleet:
                     self.settled, self.untold = self.seq, but
                 case Commit():
                     self.commits.append(action)
-                case Done(seq, refused):
+                case Done(seq, refused, code):
                     assert seq not in self.done, "a message was dealt with twice"
-                    self.done[seq] = refused
+                    self.done[seq], self.codes[seq] = refused, code
                 case Finish(reason):
                     assert self.finished is None, "the run ended twice"
                     self.finished = reason

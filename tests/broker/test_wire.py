@@ -18,6 +18,7 @@ from fedmq.broker.headers import (
     encode_message,
     inline_choice,
 )
+from fedmq.broker.rejections import Code
 from fedmq.broker.wire import (
     CHUNK_BYTES,
     INLINE_BYTES,
@@ -153,6 +154,19 @@ def test_a_frame_comes_back_as_it_was(kind):
     frame = FRAMES[kind]
     assert decode_frame(encode_frame(frame)) == frame
     assert type(decode_frame(memoryview(encode_frame(frame)))) is type(frame)
+
+
+def test_a_rejection_carries_a_code_only_if_it_has_one():
+    """Without one, the bytes are those of older versions; a code that is not listed is read."""
+    assert b"codes" not in encode_frame(Done(n=8, refused={3: "of another shape"}))
+    for code in (Code.WRONG_SHAPE, "of-tomorrow"):
+        frame = decode_frame(encode_frame(Done.rejecting(3, "of another shape", code, (3,))))
+        assert frame.code_of(3) == code
+        assert frame.code_of(4) == ""
+        assert (frame.seqs, frame.refused) == ((3,), {3: "of another shape"})
+    assert Done.rejecting(3, "why", "") == Done(refused={3: "why"})
+    with pytest.raises(WireError):
+        decode_frame(encode_frame(Done(refused={3: "why"}, codes={3: "x" * 41})))
 
 
 def test_a_message_comes_back_as_it_was():

@@ -124,7 +124,8 @@ def test_a_task_that_failed_or_was_dropped_on_demand_changes_nothing_that_is_kep
     worker = worker_of(setup)
     (train,) = worker.handle(tasks_of(setup)[0])
     (post,) = worker.handle(Failed("no memory"))
-    assert (post.message.kind, post.message.body) == ("failed", {"reason": "no memory"})
+    body = {"reason": "no memory", "code": "training-failed"}
+    assert (post.message.kind, post.message.body) == ("failed", body)
     dropping = setup.config.model_copy(
         update={"worker": setup.config.worker.model_copy(update={"drop": 1.0})}
     )
@@ -134,7 +135,7 @@ def test_a_task_that_failed_or_was_dropped_on_demand_changes_nothing_that_is_kep
     (train,) = worker.handle(tasks_of(setup)[0])
     actions = worker.handle(trained(setup, train))
     assert [type(each) for each in actions if not isinstance(each, Pause)] == [Post]
-    assert actions[-1].message.body == {"reason": "dropped on demand"}
+    assert actions[-1].message.body == {"reason": "dropped on demand", "code": "dropped"}
 
 
 def test_tasks_are_worked_on_one_after_the_other():
@@ -159,17 +160,21 @@ def test_a_refusal_is_taken_note_of_and_done_with():
 
 
 @pytest.mark.parametrize(
-    ("fields", "reason"),
+    ("fields", "code", "reason"),
     [
-        ({"kind": "joined"}, "a worker takes no 'joined' messages"),
-        ({"body": {"client": 1}}, "client 1 is not hosted by w0"),
-        ({"body": {"client": "0"}}, "client '0' is not hosted by w0"),
-        ({"body": {"model_version": None}}, "expected model_version in the task"),
-        ({"body": {"groups": None}}, "expected groups as a list in the message's body"),
+        ({"kind": "joined"}, "unknown-kind", "a worker takes no 'joined' messages"),
+        ({"body": {"client": 1}}, "wrong-client", "client 1 is not hosted by w0"),
+        ({"body": {"client": "0"}}, "wrong-client", "client '0' is not hosted by w0"),
+        ({"body": {"model_version": None}}, "malformed", "expected model_version in the task"),
+        (
+            {"body": {"groups": None}},
+            "undecodable",
+            "expected groups as a list in the message's body",
+        ),
     ],
 )
-def test_a_task_that_cannot_be_used_is_refused_and_done_with(fields, reason):
+def test_a_task_that_cannot_be_used_is_refused_and_done_with(fields, code, reason):
     """It would be no better in another session."""
     setup = counting()
     task, _ = tasks_of(setup)
-    assert worker_of(setup).handle(again(task, 30, **fields)) == [Done(30, reason)]
+    assert worker_of(setup).handle(again(task, 30, **fields)) == [Done(30, reason, code)]
