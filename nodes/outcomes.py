@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from array import array
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from fedmq.broker.entries import Accepted, AnyEntry, Refusal
@@ -20,6 +20,9 @@ from fedmq.broker.state import BROKER
 from fedmq.broker.wire import Message
 
 _STALE = (Code.STALE, Code.LATE)
+UNUSED, NO_ANSWER = "unused", "no-answer"
+"""Codes of a client whose result no version holds, and of one that has not answered."""
+_UNUSED, _NO_ANSWER = "its result is in no version", "no answer"
 _NOTHING, _RESULT, _TASK = 0, 1, 2
 
 
@@ -112,6 +115,11 @@ class Outcomes:
     def without_result(self) -> dict[int, ClientRecord]:
         """Return the clients that were given tasks, and of which no version holds a result."""
         found = {k: each for k, each in self.clients.items() if each.tasks and each.good <= 0}
+        for client in set(self._pending.values()) & found.keys():
+            found[client] = replace(found[client], code=UNUSED, reason=_UNUSED)
+        for client, each in found.items():
+            if not each.code and not each.reason:
+                found[client] = replace(each, code=NO_ANSWER, reason=_NO_ANSWER)
         return dict(sorted(found.items()))
 
     def feed(self, entry: AnyEntry, message: Message | None, aggregator: str) -> None:

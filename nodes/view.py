@@ -11,11 +11,11 @@ from rich.table import Table
 from rich.text import Text
 
 from fedmq.nodes.summary import NodeState, RunFold
-from fedmq.nodes.trace.text import plain
+from fedmq.nodes.trace.text import plain, plural, spans
 
 _PLAIN_EVERY_S = 5.0
 _NAMED = 10
-"""Clients without a result that are named; the summary has all."""
+"""Groups of clients without a result that are named; the summary has all."""
 _BARS = "▁▂▃▄▅▆▇█"
 
 
@@ -119,21 +119,25 @@ def _what_went_wrong(summary: Mapping[str, Any]) -> dict[str, str]:
     if results["refused"] or results["stale"]:
         rows["rejected"] = _by_code(results["by_code"])
     if results["failed"]:
-        tasks = "task" if results["failed"] == 1 else "tasks"
-        rows["failed"] = f"{results['failed']} {tasks}: {_by_code(results['failed_by_code'])}"
+        rows["failed"] = (
+            f"{plural(results['failed'], 'task')}: {_by_code(results['failed_by_code'])}"
+        )
     if rounds is not None:
         rows["rounds"] = (
             f"{rounds['whole']} of {rounds['versions']} with their whole cohort, "
             f"{rounds['missing']} of {rounds['wanted']} results missing"
         )
-    without = summary["clients_without_result"]
-    for number, (client, each) in enumerate(without.items()):
+    groups: dict[tuple[int, str], list[int]] = {}
+    for client, each in summary["clients_without_result"].items():
+        groups.setdefault((each["tasks"], each["reason"]), []).append(int(client))
+    for number, ((tasks, reason), clients) in enumerate(groups.items()):
         if number == _NAMED:
-            rows[""] = f"and {len(without) - number} more clients"
+            left = sum(map(len, list(groups.values())[number:]))
+            rows["and"] = f"{plural(left, 'more client')} without a result in any version"
             break
-        last = plain(each["reason"], 60) or "no answer"
-        tasks = "task" if each["tasks"] == 1 else "tasks"
-        rows[f"client {client}"] = f"no result used of {each['tasks']} {tasks}, last: {last}"
+        what = f"client{'s' if len(clients) > 1 else ''} {plain(spans(clients), 60)}"
+        given = plural(tasks, "task") + (" each" if len(clients) > 1 else "")
+        rows[what] = f"{given}, no result in any version; last: {plain(reason, 100)}"
     return rows
 
 
@@ -163,8 +167,8 @@ def _figures(fold: RunFold) -> dict[str, str]:
         "used": f"{fold.outcomes.used}",
         "stale": f"{fold.outcomes.stale}",
     }
-    if cohort is not None:
-        figures["cohort"] = f"{cohort[0]} of {cohort[1]}"
+    if begun and fold.config["schedule"]["name"] == "rounds":
+        figures["cohort"] = "-" if cohort is None else f"{cohort[0]} of {cohort[1]}"
     else:
         known = fold.mean_staleness
         figures["staleness"] = "-" if known is None else f"{known:.1f}"
