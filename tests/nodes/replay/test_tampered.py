@@ -166,6 +166,23 @@ def test_a_changed_reason_of_a_refusal(tmp_path):
     assert "replayed: refused: too stale: 3 versions behind" in output
 
 
+def test_a_changed_code_of_a_refusal(tmp_path):
+    """An old trace has none; one that is there must be the core's."""
+    output = found(tmp_path, {45: lambda entry: replace(entry, code="late")})
+    assert "recorded: refused: too stale: 3 versions behind (late)" in output
+    assert "replayed: refused: too stale: 3 versions behind (stale)" in output
+
+
+@pytest.mark.parametrize("used", [33, 99])
+def test_a_changed_count_of_used_results_at_the_end_of_an_old_trace(used, tmp_path):
+    """34 are in a version; version 0.1.0 counted one more that the run ended before."""
+    source = GOLDEN / "fedavg-rounds"
+    ((seq, recorded),) = material.messages(source, kind="finished")
+    assert recorded.body["used"] == 35
+    output = found(tmp_path, {seq: edit(body={"used": used})}, source=source)
+    assert f"body.used: {used} in the record, 34 in the replay" in output
+
+
 def test_a_refusal_that_the_core_does_not_say(tmp_path):
     refusal = Refusal(
         seq=68, at=1014.63, run="simulated", node="aggregator", id="x", reason="no", of=56
