@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from fedmq.broker import offers, wire
 from fedmq.broker.entries import (
@@ -69,16 +69,23 @@ class Broker:
     Args:
         settings: leases, beats, the delivery limit.
         store: what the ledger holds.
+        draw_identity: returns an identity that no run has had; asked once for each new run.
         box: the runs and messages that a ledger held; by default none.
     """
 
-    def __init__(self, settings: BrokerSettings, store: Store, box: Postbox | None = None) -> None:
+    def __init__(
+        self,
+        settings: BrokerSettings,
+        store: Store,
+        draw_identity: Callable[[], str],
+        box: Postbox | None = None,
+    ) -> None:
         self._settings = settings
         self._store = store
         self._box = box or Postbox()
         self._box.store = store
         self._uploads = Uploads(store)
-        self._members = Members(settings, self._box, self._uploads.ask)
+        self._members = Members(settings, self._box, draw_identity, self._uploads.ask)
         self._taking = Taking(self._box)
         self._receipts = Receipts()
         self._full = ""

@@ -46,6 +46,8 @@ class Opened(Entry, frozen=True):
     run: str
     config: str
     total_clients: int
+    identity: str = ""
+    """Drawn when the run was opened; a run of the same id in another ledger has another one."""
 
 
 class Accepted(Entry, frozen=True):

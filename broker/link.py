@@ -48,6 +48,7 @@ from fedmq.broker.link_state import (
     Taken,
     Together,
     Wake,
+    another_run,
 )
 from fedmq.broker.said import Said, Stall
 from fedmq.broker.wire import (
@@ -60,15 +61,11 @@ from fedmq.broker.wire import (
     Deliver,
     DeliverAll,
     Done,
-    Full,
     Hello,
     Numbered,
     Over,
     Post,
     PostAll,
-    Receipt,
-    Reject,
-    Stranger,
     Want,
     Welcome,
 )
@@ -259,7 +256,7 @@ class Link:
                 self._deliver(frame, buffers, out)
             case Chunk():
                 self._chunk(frame, buffers, out)
-            case Receipt(upto=upto):
+            case wire.Receipt(upto=upto):
                 self._said.receipted(upto)
             case Beat():
                 self._answered(frame, now, out)
@@ -269,27 +266,30 @@ class Link:
                 self._deliver_all(frame, out)
             case Welcome():
                 self._welcomed(frame, out)
-            case Stranger():
+            case wire.Stranger() if self._connected:
                 # Each frame on its way draws one; one Hello answers them all.
-                if self._connected:
-                    self._connected = False
-                    self._say_hello(now, out)
-            case Reject(reason=reason):
+                self._connected = False
+                self._say_hello(now, out)
+            case wire.Reject(reason=reason):
                 self._ended = True
                 out.append(Ended(reason, rejected=True))
             case Over(reason=reason):
                 self._ended = True
                 out += [Send(Bye(reason="the run is over")), Ended(reason, over=True)]
-            case Full(reason=reason):
+            case wire.Full(reason=reason):
                 self._connected = False
                 self._next_hello = now + BLOCKED_S
                 out.append(Blocked(reason))
             case _:
-                pass  # Wait, and whatever a later version may say
+                pass  # Wait, one more Stranger, and whatever a later version may say
 
     def _welcomed(self, welcome: Welcome, out: list[Action]) -> None:
         if self._welcome is None:
             out.append(Admitted(welcome))
+        elif welcome.identity != self._welcome.identity:
+            self._ended = True
+            out += another_run(welcome.run)
+            return
         self._welcome = welcome
         self._connected = True
         out.extend(self._said.sends())

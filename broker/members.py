@@ -39,6 +39,7 @@ class Members:
     Args:
         settings: leases and the delivery limit.
         box: the runs and their messages.
+        draw_identity: see `Broker`.
         on_admit: is told of each node that was admitted, new or returning.
 
     Attributes:
@@ -51,10 +52,11 @@ class Members:
         self,
         settings: BrokerSettings,
         box: Postbox,
+        draw_identity: Callable[[], str],
         on_admit: Callable[[Node, float, list[Action]], None],
     ) -> None:
         self._settings, self._box = settings, box
-        self._on_admit = on_admit
+        self._draw_identity, self._on_admit = draw_identity, on_admit
         self.peers: dict[bytes, Node] = {}
         self.early: dict[bytes, Hello] = {}
         self.due = self._next_due()
@@ -82,12 +84,14 @@ class Members:
             return
         if run.id not in self._box.runs:
             self._box.runs[run.id] = run
+            run.identity = self._draw_identity()
             opened = Opened(
                 seq=self._box.number(),
                 at=now,
                 run=run.id,
                 config=run.config,
                 total_clients=run.total_clients,
+                identity=run.identity,
             )
             out.append(Append(opened))
         before = self.peers.get(peer)
@@ -142,6 +146,7 @@ class Members:
             lease_s=self._settings.lease_s,
             config="" if checkpoint else run.config,
             checkpoint=checkpoint,
+            identity=run.identity,
         )
         out.append(Send(peer, welcome))
         if not node.alive:

@@ -239,6 +239,7 @@ class Run:
     interrupted: how many sessions died at a message, by its number.
     checkpoint: number of the newest one.
     over: why the run is over; empty while it is not.
+    identity: tells this run from any other of the same id; empty for runs of old ledgers.
     """
 
     id: str
@@ -251,6 +252,7 @@ class Run:
     interrupted: dict[int, int] = field(default_factory=dict)
     checkpoint: int | None = None
     over: str = ""
+    identity: str = ""
 
     def host_of(self, address: str) -> Node | None:
         """Return the live node that hosts an address."""

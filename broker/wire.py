@@ -22,7 +22,7 @@ from typing import Annotated, Any
 import xxhash
 from msgspec import Meta, Struct
 
-PROTOCOL = (1, 2)
+PROTOCOL = (1, 3)
 """Protocol version, [major, minor]; both ends of a link must have the same major."""
 ALL_SINCE = (1, 2)
 """Of this version on, the other end knows frames of many messages."""
@@ -52,6 +52,8 @@ Buffer = bytes | memoryview
 Name = Annotated[str, Meta(min_length=1, max_length=120)]
 Id = Annotated[str, Meta(min_length=1, max_length=200)]
 Reason = Annotated[str, Meta(max_length=2000)]
+Identity = Annotated[str, Meta(max_length=64, pattern=r"\A[0-9a-z]*\Z")]
+"""Of a run; nodes name folders by it."""
 Natural = Annotated[int, Meta(ge=0, le=1 << 62)]
 Size = Annotated[int, Meta(ge=0, le=MAX_BLOB_BYTES)]
 Digest = Annotated[bytes, Meta(min_length=16, max_length=16)]
@@ -232,6 +234,9 @@ class Welcome(Frame, frozen=True, kw_only=True):
     """The folder of the ledger, whose files a node on the same host may read itself."""
     proof: Annotated[str, Meta(max_length=64)] = ""
     """What stands in a file there: a folder of that name may be another host's."""
+    identity: Identity = ""
+    """Drawn when the run was opened: another run under the same id has another one. Empty: the
+    run was opened before 1.3."""
 
 
 class Done(Numbered, frozen=True, kw_only=True):

@@ -25,6 +25,8 @@ from fedmq.nodes.local import node_key
 from fedmq.nodes.programs import inbound_of, linked, new_session
 from fedmq.nodes.setup import set_up
 
+MODEL_FILE = "model.npz"
+
 
 def run_aggregator(endpoint: str, config: Config, run: str, folder: Path | None = None) -> str:
     """Run an aggregator until its run is over; return why it ended.
@@ -63,6 +65,9 @@ def run_aggregator(endpoint: str, config: Config, run: str, folder: Path | None 
 def _fold_until_over(link: NodeLink, core: Aggregator, folder: Path | None) -> NoReturn:
     """Give the core its inbox, and carry out what it says; raises RunOver in the end."""
     actions: Sequence[AggregatorAction] = core.handle(Start(_checkpoint(link)))
+    if folder is not None:
+        # A model that is here already is another run's, or will be written again at the end.
+        (folder / MODEL_FILE).unlink(missing_ok=True)
     unsettled: list[int] = []
     while True:
         with link.together():
@@ -98,7 +103,7 @@ def _work(link: NodeLink, commit: Commit) -> None:
 def _save(folder: Path, core: Aggregator) -> None:
     """Leave the model; before the run is over, because then no session is started any more."""
     arrays = {name: each.numpy() for name, each in core.tensors().items()}
-    np.savez(folder / "model.npz", allow_pickle=False, **arrays)
+    np.savez(folder / MODEL_FILE, allow_pickle=False, **arrays)
 
 
 def _checkpoint(link: NodeLink) -> Inbound | None:

@@ -92,7 +92,9 @@ def _work_until_over(link: NodeLink, hello: Hello, states: Path | None) -> NoRet
                 setup.problem.client(low)
         else:
             setup.problem.test()
-        kept = Locals(states / welcome.run if states is not None else None)
+        # The id of a run can come again, and its tasks' ids with it; its identity cannot.
+        mine = states / welcome.run / welcome.identity if states is not None else None
+        kept = Locals(mine)
         core = Worker(setup, welcome.run, hello.node, hello.clients, kept)
     while True:
         delivery = link.get()

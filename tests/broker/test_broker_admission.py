@@ -29,9 +29,10 @@ def refusal(bench, peer):
 
 def test_a_node_is_welcomed_with_the_times_and_the_configuration_of_the_run(bench):
     agg = bench.join("agg", "aggregator")
-    assert bench.take(agg) == [Welcome(run="r", beat_s=1.0, lease_s=10.0, config="[run]")]
+    welcome = Welcome(run="r", beat_s=1.0, lease_s=10.0, config="[run]", identity="run1")
+    assert bench.take(agg) == [welcome]
     w1 = bench.join("w1", clients=((0, 4),))
-    assert bench.take(w1) == [Welcome(run="r", beat_s=1.0, lease_s=10.0, config="[run]")]
+    assert bench.take(w1) == [welcome]
 
 
 def test_a_join_is_said_to_the_aggregator_and_its_own_is_recorded(bench):
