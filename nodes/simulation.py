@@ -33,7 +33,7 @@ from fedmq.nodes.inbox import Done as DoneWith
 from fedmq.nodes.local import Locals
 from fedmq.nodes.setup import Setup, kind_of
 from fedmq.nodes.worker import Action as WorkerAction
-from fedmq.nodes.worker import Evaluate, Evaluated, Keep, Pause, Train, Trained, Worker
+from fedmq.nodes.worker import Evaluate, Evaluated, Keep, Pause, Saved, Train, Trained, Worker
 
 RUN = "simulated"
 _CHAT_TO = (RECORD, EVALUATOR, AGGREGATOR)
@@ -350,8 +350,8 @@ class WorkerHost(NodeHost):
                     self._later(Evaluated(metrics, kind_of("cpu")), actions)
                     return
                 case Keep(client, state):
-                    if self.kept is not None:
-                        self.kept.put(client, state)
+                    stands = self.kept.put(client, state) if self.kept is not None else state
+                    actions = [*self.core.handle(Saved(stands)), *actions]
                 case Post(message, data, consumes):
                     self.link.post(message, data, consumes)
                 case DoneWith(seq, refused):

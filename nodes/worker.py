@@ -52,13 +52,19 @@ class Evaluated(Struct, frozen=True):
     device: str = ""
 
 
+class Saved(Struct, frozen=True):
+    """A client's state is kept, and this is the result to post; see `Locals.put`."""
+
+    kept: Kept
+
+
 class Failed(Struct, frozen=True):
     """A task could not be done, with the reason."""
 
     reason: str
 
 
-Event = Inbound | Trained | Evaluated | Failed
+Event = Inbound | Trained | Saved | Evaluated | Failed
 
 
 class Train(Struct, frozen=True):
@@ -104,7 +110,7 @@ class Pause(Struct, frozen=True):
 
 
 class Keep(Struct, frozen=True):
-    """Save a client's local state, before the result that follows is posted."""
+    """Save a client's local state, and say `Saved`: then its task's result is posted."""
 
     client: int
     kept: Kept
@@ -148,6 +154,8 @@ class Worker:
                 self._queue.append(event)
             case Trained():
                 self._trained(event, out)
+            case Saved(kept):
+                self._post_result(kept, out)
             case Evaluated(metrics, device):
                 self._answer("score", {"metrics": dict(metrics), "device": device}, out)
             case Failed(reason):
@@ -165,8 +173,8 @@ class Worker:
                 if kept is not None and kept.task == message.id:
                     # Trained by a session, perhaps another node's, that ended before its
                     # result was receipted.
-                    again = msgspec.structs.replace(kept.message, sender=self._node)
-                    out.append(Post(again, kept.data, (inbound.seq,)))
+                    self._current = inbound
+                    self._post_result(kept, out)
                     return
                 task = _read_task(inbound)
                 seed = derive_seed(self._setup.config.run.seed, "train", client, message.id)
@@ -224,10 +232,18 @@ class Worker:
             "device": event.device,
         }
         reply = self._reply("result", body, packed.blobs)
+        kept = Kept(message.id, inbound.seq, event.local, reply, packed.data, memory)
         if event.local is not None or memory is not None:
-            kept = Kept(message.id, event.local, reply, packed.data, memory)
             out.append(Keep(client, kept))
-        out.append(Post(reply, packed.data, (inbound.seq,)))
+        else:
+            self._post_result(kept, out)
+
+    def _post_result(self, kept: Kept, out: list[Action]) -> None:
+        """Post a result, which another node may have kept for this client."""
+        if self._current is None:
+            raise RuntimeError("a result answers nothing")
+        message = msgspec.structs.replace(kept.message, sender=self._node)
+        out.append(Post(message, kept.data, (self._current.seq,)))
         self._current = None
 
     def _uplink_seed(self, client: int, task: Message) -> int:

@@ -28,6 +28,7 @@ from fedmq.nodes.worker import (
     Failed,
     Keep,
     Pause,
+    Saved,
     Train,
     Trained,
     Worker,
@@ -106,16 +107,14 @@ def _work_until_over(link: NodeLink, hello: Hello, states: Path | None) -> NoRet
             actions = [*more, *actions]
 
 
-def _keep(link: NodeLink, kept: Locals, client: int, state: Kept) -> None:
+def _keep(link: NodeLink, kept: Locals, client: int, state: Kept) -> Kept:
     """Save a client's state; a disk that is full is waited for, as the broker does."""
     while True:
         try:
-            kept.put(client, state)
+            return kept.put(client, state)
         except NodeError as error:
             _log.error("local state cannot be kept", reason=str(error))
             link.pause(_FULL_RETRY_S)
-        else:
-            return
 
 
 def _work(
@@ -139,7 +138,7 @@ def _work(
             case Pause(seconds):
                 link.pause(seconds)
             case Keep(client, state):
-                _keep(link, kept, client, state)
+                event = Saved(_keep(link, kept, client, state))
             case Post(message, data, consumes):
                 link.post(message, data, consumes)
             case Done(seq, refused):

@@ -32,7 +32,7 @@ from fedmq.nodes.replay.fold import accepted_entry, inbound
 from fedmq.nodes.setup import Setup, choose_device, kind_of
 from fedmq.nodes.trace.differ import Side, differences
 from fedmq.nodes.trace.text import plain
-from fedmq.nodes.worker import Evaluate, Evaluated, Keep, Train, Trained, Worker
+from fedmq.nodes.worker import Evaluate, Evaluated, Keep, Saved, Train, Trained, Worker
 
 TOLERANCE = 1e-3
 """How far results may lie apart between kinds of devices: |a - b| / |a|, over all weights;
@@ -142,7 +142,7 @@ class Retraining:
                     metrics = evaluate.metrics(self._setup, self._device)
                     actions += self._core.handle(Evaluated(metrics, kind_of(self._device)))
                 case Keep(client, state):
-                    self._locals.put(client, state)
+                    actions += self._core.handle(Saved(self._locals.put(client, state)))
                 case Post() as post:
                     answer = post
         seconds = time.perf_counter() - began
