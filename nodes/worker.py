@@ -145,6 +145,8 @@ class Worker:
         self._queue: deque[Inbound] = deque()
         self._current: Inbound | None = None
         self._locals = kept if kept is not None else Locals()
+        self._before: Kept | None = None
+        """What the client of the current task had kept when it was begun."""
 
     def handle(self, event: Event) -> list[Action]:
         """Take one event; return what is to be done, in order."""
@@ -157,7 +159,8 @@ class Worker:
             case Saved(kept):
                 self._post_result(kept, out)
             case Evaluated(metrics, device):
-                self._answer("score", {"metrics": dict(metrics), "device": device}, out)
+                body = {"metrics": dict(metrics), "device": device}
+                self._answer("score", {**body, **self._started_from()}, out)
             case Failed(reason):
                 self._answer("failed", {"reason": reason}, out)
         while self._current is None and self._queue:
@@ -178,7 +181,7 @@ class Worker:
                     return
                 task = _read_task(inbound)
                 seed = derive_seed(self._setup.config.run.seed, "train", client, message.id)
-                restrict = None
+                restrict, self._before = None, kept
                 if self._setup.up.structured:
                     uplink = self._uplink_seed(client, message)
                     restrict = functools.partial(self._setup.up.restrict, seed=uplink)
@@ -200,7 +203,7 @@ class Worker:
         if "client" not in message.body:
             return Evaluate(task)
         client = self._client_of(message)
-        kept = self._locals.get(client)
+        kept = self._before = self._locals.get(client)
         seed = derive_seed(self._setup.config.run.seed, "evaluate", client, message.id)
         return Evaluate(task, client, kept.local if kept else None, seed)
 
@@ -230,6 +233,7 @@ class Worker:
             "model_version": message.body["model_version"],
             "elapsed_s": event.elapsed_s,
             "device": event.device,
+            **self._started_from(),
         }
         reply = self._reply("result", body, packed.blobs)
         kept = Kept(message.id, inbound.seq, event.local, reply, packed.data, memory)
@@ -255,14 +259,19 @@ class Worker:
         codecs = self._setup.uplink
         if not codec.remembers:
             return pack(payload, codecs, seed), None
-        kept = self._locals.get(client)
         weights = dict(payload.weights)
-        if kept is not None and kept.memory is not None:
-            for name, left in kept.memory.weights.items():
+        if self._before is not None and self._before.memory is not None:
+            for name, left in self._before.memory.weights.items():
                 weights[name] = weights[name] + left
         packed = pack(dataclasses.replace(payload, weights=weights), codecs, seed)
         sent = decode(codec.encode(weights, seed))
         return packed, Payload({name: each - sent[name] for name, each in weights.items()})
+
+    def _started_from(self) -> dict[str, str]:
+        """Return after which task the state was kept that the client's current one started from."""
+        if self._current is None or "client" not in self._current.message.body:
+            return {}  # the evaluator's
+        return {"after": self._before.task if self._before is not None else ""}
 
     def _straggles(self, task: str, elapsed_s: float, out: list[Action]) -> bool:
         """Be slow, if that is asked for, and tell whether the client is to go away."""
