@@ -137,15 +137,16 @@ def measure(
         NodeError: what an algorithm returned are no metrics.
     """
     from fedmq.algorithms.base import Client
-    from fedmq.algorithms.rng import derive_seed
+    from fedmq.algorithms.rng import derive_seed, seeded
     from fedmq.nodes.setup import choose_device
 
     where = choose_device(device or setup.config.worker.device)
     for index in clients:
         seed = derive_seed(setup.config.run.seed, "personalise", start.version, index)
-        data = setup.problem.client(index)
-        client = Client(index, setup.problem, data, None, seed, where)
-        metrics = setup.algorithm.personalise(start.state, start.version, client)
+        with seeded(seed, where):
+            data = setup.problem.client(index)
+            client = Client(index, setup.problem, data, None, seed, where)
+            metrics = setup.algorithm.personalise(start.state, start.version, client)
         if "accuracy" not in metrics:
             raise NodeError(f"client {index}: expected accuracy among the metrics, it is missing")
         yield index, {"examples": len(data), **metrics}

@@ -28,10 +28,11 @@ from fedmq.broker.wire import (
     Over,
 )
 from fedmq.nodes.aggregator import Aggregator, Start
+from fedmq.nodes.carry_out import carry_out
 from fedmq.nodes.inbox import AggregatorAction, Commit, Finish, Inbound, Post, Settle
 from fedmq.nodes.inbox import Done as DoneWith
 from fedmq.nodes.local import Locals
-from fedmq.nodes.setup import Setup, kind_of
+from fedmq.nodes.setup import Setup
 from fedmq.nodes.worker import Action as WorkerAction
 from fedmq.nodes.worker import Evaluate, Evaluated, Keep, Pause, Saved, Train, Trained, Worker
 
@@ -339,15 +340,8 @@ class WorkerHost(NodeHost):
         while actions:
             action = actions.pop(0)
             match action:
-                case Train(task=task) as train:
-                    place = train.at(setup.problem, "cpu")
-                    self._later(
-                        Trained(*setup.algorithm.train(task, place), 0.0, kind_of("cpu")), actions
-                    )
-                    return
-                case Evaluate():
-                    metrics = action.metrics(setup, "cpu")
-                    self._later(Evaluated(metrics, kind_of("cpu")), actions)
+                case Train() | Evaluate():
+                    self._later(carry_out(action, setup, "cpu"), actions)
                     return
                 case Keep(client, state):
                     stands = self.kept.put(client, state) if self.kept is not None else state

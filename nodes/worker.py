@@ -201,7 +201,8 @@ class Worker:
     def _evaluate(self, inbound: Inbound) -> Evaluate:
         message, task = inbound.message, _read_task(inbound)
         if "client" not in message.body:
-            return Evaluate(task)
+            seed = derive_seed(self._setup.config.run.seed, "evaluate", message.id)
+            return Evaluate(task, seed=seed)
         client = self._client_of(message)
         kept = self._before = self._locals.get(client)
         seed = derive_seed(self._setup.config.run.seed, "evaluate", client, message.id)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
+import msgspec
 import structlog
 import torch
 
@@ -14,16 +15,16 @@ from fedmq.broker.errors import BrokerError, RunOver
 from fedmq.broker.node_link import NodeLink
 from fedmq.broker.state import WORKER
 from fedmq.broker.wire import Hello
+from fedmq.nodes.carry_out import carry_out
 from fedmq.nodes.config import parse
 from fedmq.nodes.errors import NodeError
 from fedmq.nodes.inbox import Done, Post
 from fedmq.nodes.local import Kept, Locals, node_key
 from fedmq.nodes.programs import inbound_of, linked, new_session
-from fedmq.nodes.setup import Setup, choose_device, kind_of, set_up
+from fedmq.nodes.setup import Setup, choose_device, set_up
 from fedmq.nodes.worker import (
     Action,
     Evaluate,
-    Evaluated,
     Event,
     Failed,
     Keep,
@@ -124,17 +125,13 @@ def _work(
     event: Event | None = None
     try:
         match action:
-            case Train(task=task) as train:
+            case Train() | Evaluate():
                 began = time.perf_counter()
                 with link.away():
-                    place = train.at(setup.problem, device)
-                    payload, new_local = setup.algorithm.train(task, place)
-                elapsed = time.perf_counter() - began
-                event = Trained(payload, new_local, elapsed, kind_of(device))
-            case Evaluate():
-                with link.away():
-                    metrics = action.metrics(setup, device)
-                event = Evaluated(metrics, kind_of(device))
+                    event = carry_out(action, setup, device)
+                if isinstance(event, Trained):
+                    elapsed = time.perf_counter() - began
+                    event = msgspec.structs.replace(event, elapsed_s=elapsed)
             case Pause(seconds):
                 link.pause(seconds)
             case Keep(client, state):

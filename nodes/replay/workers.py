@@ -24,14 +24,15 @@ from fedmq.broker.errors import LedgerError
 from fedmq.broker.trace import Trace
 from fedmq.broker.wire import Buffer, Message
 from fedmq.codecs.errors import CodecError
+from fedmq.nodes.carry_out import carry_out
 from fedmq.nodes.inbox import Post
 from fedmq.nodes.local import Kept, Locals
 from fedmq.nodes.payload import unpack
 from fedmq.nodes.replay.fold import accepted_entry, inbound
 from fedmq.nodes.replay.histories import Answer, last_uses, read_histories
-from fedmq.nodes.setup import Setup, choose_device, kind_of
+from fedmq.nodes.setup import Setup, choose_device
 from fedmq.nodes.trace.differ import Side, differences
-from fedmq.nodes.worker import Evaluate, Evaluated, Keep, Saved, Train, Trained, Worker
+from fedmq.nodes.worker import Evaluate, Keep, Saved, Train, Worker
 
 TOLERANCE = 1e-3
 """How far results may lie apart between kinds of devices: |a - b| / |a|, over all weights;
@@ -153,13 +154,8 @@ class Retraining:
         after: Kept | None = None
         while actions:
             match actions.pop(0):
-                case Train(task=work) as train:
-                    place = train.at(self._setup.problem, self._device)
-                    payload, local = self._setup.algorithm.train(work, place)
-                    actions += core.handle(Trained(payload, local, 0.0, kind_of(self._device)))
-                case Evaluate() as evaluate:
-                    metrics = evaluate.metrics(self._setup, self._device)
-                    actions += core.handle(Evaluated(metrics, kind_of(self._device)))
+                case Train() | Evaluate() as action:
+                    actions += core.handle(carry_out(action, self._setup, self._device))
                 case Keep(kept=after):
                     actions += core.handle(Saved(after))
                 case Post() as post:
