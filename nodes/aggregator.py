@@ -21,6 +21,7 @@ from torch import Tensor
 from fedmq.algorithms.schedules import View
 from fedmq.broker.state import CHECKPOINT, RECORD, TIMER
 from fedmq.broker.wire import Message
+from fedmq.nodes.agreement import Fingerprint
 from fedmq.nodes.checkpoint import (
     Fold,
     pack_checkpoint,
@@ -55,10 +56,13 @@ class Aggregator:
         setup: what is learned, how, and when.
         run: id of the run.
         node: this node's name.
+        version_0: see `fedmq.nodes.version_zero`; said in the run's record.
     """
 
-    def __init__(self, setup: Setup, run: str, node: str) -> None:
-        self._setup = setup
+    def __init__(
+        self, setup: Setup, run: str, node: str, version_0: Fingerprint | None = None
+    ) -> None:
+        self._setup, self._version_0 = setup, version_0
         self._settings = setup.config.run
         self._letters = Letters(run, node)
         self._algorithm, self._schedule = setup.algorithm, setup.schedule
@@ -111,7 +115,10 @@ class Aggregator:
         out: list[AggregatorAction] = []
         if isinstance(event, Start):
             if event.checkpoint is None:
-                self._post(out, "run", RECORD, {"config": self._setup.config.to_toml()})
+                about: dict[str, Any] = {"config": self._setup.config.to_toml()}
+                if self._version_0 is not None:
+                    about["version_0"] = self._version_0
+                self._post(out, "run", RECORD, about)
             else:
                 self._resume(event.checkpoint, out)
             return out

@@ -19,11 +19,13 @@ from fedmq.broker.node_link import NodeLink
 from fedmq.broker.state import AGGREGATOR
 from fedmq.broker.wire import Hello
 from fedmq.nodes.aggregator import Aggregator, Start
+from fedmq.nodes.agreement import Fingerprint, disagree
 from fedmq.nodes.config import Config
 from fedmq.nodes.inbox import AggregatorAction, Commit, Done, Finish, Inbound, Post, Settle
 from fedmq.nodes.local import node_key
 from fedmq.nodes.programs import inbound_of, linked, new_session
 from fedmq.nodes.setup import set_up
+from fedmq.nodes.version_zero import version_zero
 
 MODEL_FILE = "model.npz"
 
@@ -45,6 +47,7 @@ def run_aggregator(endpoint: str, config: Config, run: str, folder: Path | None 
     """
     setup = set_up(config)
     torch.set_num_threads(config.worker.threads)
+    version_0 = version_zero(setup.problem)
     hello = Hello(
         node=AGGREGATOR,
         role=AGGREGATOR,
@@ -54,21 +57,24 @@ def run_aggregator(endpoint: str, config: Config, run: str, folder: Path | None 
         config=setup.config.to_toml(),
         total_clients=setup.problem.clients,
     )
-    core = Aggregator(setup, run, AGGREGATOR)
+    core = Aggregator(setup, run, AGGREGATOR, version_0)
     try:
         with linked(endpoint, hello) as link:
-            _fold_until_over(link, core, folder)
+            _fold_until_over(link, core, folder, version_0)
     except RunOver as end:
         return str(end)
 
 
-def _fold_until_over(link: NodeLink, core: Aggregator, folder: Path | None) -> NoReturn:
+def _fold_until_over(
+    link: NodeLink, core: Aggregator, folder: Path | None, version_0: Fingerprint | None
+) -> NoReturn:
     """Give the core its inbox, and carry out what it says; raises RunOver in the end."""
     actions: Sequence[AggregatorAction] = core.handle(Start(_checkpoint(link)))
     if folder is not None:
         # A model that is here already is another run's, or will be written again at the end.
         (folder / MODEL_FILE).unlink(missing_ok=True)
     unsettled: list[int] = []
+    disagreeing: set[str] = set()
     while True:
         with link.together():
             for action in actions:
@@ -88,6 +94,13 @@ def _fold_until_over(link: NodeLink, core: Aggregator, folder: Path | None) -> N
                         link.over(reason)
         delivery = link.get()
         unsettled.append(delivery.seq)
+        sender = delivery.message.sender
+        if sender not in disagreeing and disagree(
+            version_0, theirs := delivery.message.body.get("version_0")
+        ):
+            disagreeing.add(sender)
+            log = structlog.get_logger()
+            log.warning("a node starts from another model", by=sender, here=version_0, there=theirs)
         with link.away():
             actions = core.handle(inbound_of(link, delivery))
 

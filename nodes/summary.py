@@ -14,6 +14,7 @@ from fedmq.broker.entries import Accepted, AnyEntry, Ended, Refusal
 from fedmq.broker.reading import read_entries
 from fedmq.broker.state import AGGREGATOR, BROKER, EVALUATOR
 from fedmq.broker.wire import Message
+from fedmq.nodes.agreement import disagree
 from fedmq.nodes.config import parse
 
 
@@ -89,6 +90,10 @@ class RunFold:
     wire_down: int = 0
     wire_up: int = 0
     ended: str | None = None
+    version_0: Any = None
+    """What the aggregator says of the model that the run starts from, and"""
+    disagreeing: list[str] = field(default_factory=list)
+    """names of the nodes that say otherwise."""
     first_task_at: float | None = None
     _aggregator: str = AGGREGATOR
     kinds: dict[str, dict[str, int]] = field(default_factory=lambda: {"down": {}, "up": {}})
@@ -169,6 +174,7 @@ class RunFold:
             case "run":
                 self.run = message.run
                 self.config = parse(body["config"]).model_dump()
+                self.version_0 = body.get("version_0")
             case "task" | "evaluate":
                 self.first_task_at = self.first_task_at or at
                 self.payload_down += size
@@ -189,6 +195,10 @@ class RunFold:
         if message.kind not in ("result", "failed", "score"):
             return
         node = self.nodes[message.sender]
+        if message.sender not in self.disagreeing and disagree(
+            self.version_0, message.body.get("version_0")
+        ):
+            self.disagreeing.append(message.sender)
         node.doing.pop(message.re or "", None)
         self.payload_up += size
         self._count("up", message)
@@ -261,6 +271,7 @@ class RunFold:
                 for name, node in self.nodes.items()
             },
             "ended": self.ended,
+            "disagreeing": self.disagreeing,
         }
         clients = self.clients
         return summary if clients is None else {**summary, "clients": clients}

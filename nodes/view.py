@@ -94,6 +94,11 @@ def closing_table(summary: Mapping[str, Any]) -> Table:
         f"{_size(sizes['up']['wire'])} on the wire",
         "model": summary["model_digest"] or "-",
     }
+    if summary["disagreeing"]:
+        rows["first model"] = (
+            f"{', '.join(summary['disagreeing'])} started from other values than the aggregator: "
+            "model() must give the same ones on every node"
+        )
     clients = summary.get("clients")
     if clients:
         rows["clients"] = (
@@ -115,6 +120,7 @@ def _figures(fold: RunFold) -> dict[str, str]:
         "staleness": f"{fold.mean_staleness:.1f}",
         "down": _size(fold.payload_down),
         "up": _size(fold.payload_up),
+        **({"other first model": ", ".join(fold.disagreeing)} if fold.disagreeing else {}),
     }
 
 

@@ -25,6 +25,7 @@ from fedmq.broker.wire import Message
 from fedmq.codecs.base import brief
 from fedmq.codecs.errors import CodecError
 from fedmq.codecs.registry import decode
+from fedmq.nodes.agreement import Fingerprint
 from fedmq.nodes.inbox import Done, Inbound, Post
 from fedmq.nodes.local import Kept, Locals
 from fedmq.nodes.payload import Packed, pack, unpack
@@ -128,6 +129,7 @@ class Worker:
         node: this node's name.
         clients: ranges of clients hosted here, both ends included.
         kept: local states of the clients; read here, written by the program.
+        version_0: see `fedmq.nodes.version_zero`; said with every answer.
     """
 
     def __init__(
@@ -137,10 +139,12 @@ class Worker:
         node: str,
         clients: Sequence[tuple[int, int]] = (),
         kept: Locals | None = None,
+        version_0: Fingerprint | None = None,
     ) -> None:
         self._setup = setup
         self._run, self._node = run, node
         self._clients = clients
+        self._version_0 = {"version_0": version_0} if version_0 is not None else {}
         self._straggling = setup.config.worker.straggling(node)
         self._queue: deque[Inbound] = deque()
         self._current: Inbound | None = None
@@ -159,7 +163,7 @@ class Worker:
             case Saved(kept):
                 self._post_result(kept, out)
             case Evaluated(metrics, device):
-                body = {"metrics": dict(metrics), "device": device}
+                body = {"metrics": dict(metrics), "device": device, **self._version_0}
                 self._answer("score", {**body, **self._started_from()}, out)
             case Failed(reason):
                 self._answer("failed", {"reason": reason}, out)
@@ -235,6 +239,7 @@ class Worker:
             "elapsed_s": event.elapsed_s,
             "device": event.device,
             **self._started_from(),
+            **self._version_0,
         }
         reply = self._reply("result", body, packed.blobs)
         kept = Kept(message.id, inbound.seq, event.local, reply, packed.data, memory)
@@ -247,7 +252,8 @@ class Worker:
         """Post a result, which another node may have kept for this client."""
         if self._current is None:
             raise RuntimeError("a result answers nothing")
-        message = msgspec.structs.replace(kept.message, sender=self._node)
+        body = {**kept.message.body, **self._version_0}
+        message = msgspec.structs.replace(kept.message, sender=self._node, body=body)
         out.append(Post(message, kept.data, (self._current.seq,)))
         self._current = None
 

@@ -22,6 +22,7 @@ from fedmq.nodes.inbox import Done, Post
 from fedmq.nodes.local import Kept, Locals, node_key
 from fedmq.nodes.programs import inbound_of, linked, new_session
 from fedmq.nodes.setup import Setup, choose_device, set_up
+from fedmq.nodes.version_zero import version_zero
 from fedmq.nodes.worker import (
     Action,
     Evaluate,
@@ -62,7 +63,8 @@ def run_worker(
             what it has kept. By default in ``folder``.
 
     Raises:
-        ConfigError: the run's configuration cannot be used here.
+        ConfigError: the run's configuration cannot be used here, or its model has other
+            values at each call.
         DataError: the data set is not here.
         Rejected: the broker does not admit this node.
     """
@@ -89,6 +91,7 @@ def _work_until_over(link: NodeLink, hello: Hello, states: Path | None) -> NoRet
         setup = set_up(config)
         torch.set_num_threads(config.worker.threads)
         device = choose_device(config.worker.device)
+        version_0 = version_zero(setup.problem)
         if hello.role == WORKER:
             for low, _ in hello.clients:
                 setup.problem.client(low)
@@ -97,7 +100,7 @@ def _work_until_over(link: NodeLink, hello: Hello, states: Path | None) -> NoRet
         # The id of a run can come again, and its tasks' ids with it; its identity cannot.
         mine = states / welcome.run / welcome.identity if states is not None else None
         kept = Locals(mine)
-        core = Worker(setup, welcome.run, hello.node, hello.clients, kept)
+        core = Worker(setup, welcome.run, hello.node, hello.clients, kept, version_0)
     while True:
         delivery = link.get()
         if delivery.message.kind == "refused":

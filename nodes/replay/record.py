@@ -177,6 +177,9 @@ class Record:
         if replayed.kind == recorded.kind == "run" and recorded.body.get("config") == opened:
             # The core's own configuration was made from this one, with every default.
             body["config"] = opened
+        if replayed.kind == recorded.kind == "run" and "version_0" in recorded.body:
+            # Of the machine that made it; what the core makes is compared with the first task.
+            body["version_0"] = recorded.body["version_0"]
         blobs = replayed.blobs
         if (
             replayed.to == recorded.to == CHECKPOINT

@@ -39,8 +39,8 @@ TOLERANCE = 1e-3
 and metrics, each."""
 _COMPUTED = ("weights ", "body.metrics.")
 """Beginnings of what the differ says of numbers that depend on the device."""
-_HONEST = frozenset({"body.elapsed_s", "body.device", "body.after"})
-"""What differs between two trainings of one task, or is where this one started."""
+_HONEST = frozenset({"body.elapsed_s", "body.device", "body.after", "body.version_0"})
+"""What differs between two trainings of one task, and what a node says of where it started."""
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -40,6 +41,22 @@ class Vector(Problem):
 
     def metrics(self, outputs: Tensor, y: Tensor) -> Mapping[str, float]:
         return {}
+
+
+class Unseeded(Vector):
+    """Its model has other values at each call."""
+
+    def model(self) -> nn.Module:
+        module = nn.Module()
+        module.vector = nn.Parameter(torch.randn(self.dim))
+        return module
+
+
+class Unlike(Vector):
+    """Its model has other values in each process."""
+
+    def model(self) -> nn.Module:
+        return Vector(self.dim, os.getpid()).model()
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ from fedmq.nodes.digests import model_digest
 from fedmq.nodes.inbox import Done, Finish, Inbound, Post
 from fedmq.nodes.replay.fold import Replay
 from fedmq.nodes.setup import set_up
+from fedmq.nodes.version_zero import version_zero
 
 INBOX = ("aggregator", "node/aggregator")
 
@@ -111,7 +112,8 @@ def refold(folder: Path) -> Refolded:
     entries = list(read_entries(folder))
     opened = next(each for each in entries if isinstance(each, Opened))
     payload = open_payload(folder)
-    core = Aggregator(set_up(parse(opened.config)), opened.run, "aggregator")
+    setup = set_up(parse(opened.config))
+    core = Aggregator(setup, opened.run, "aggregator", version_zero(setup.problem))
     done = Refolded(core)
     actions = core.handle(Start())
     kinds: dict[int, str] = {}
