@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.chaos.crew import Crew
+from tests.chaos.crew import Crew, wait_until
 from tests.chaos.ledgers import Watch, check_books
 
 pytestmark = pytest.mark.end_to_end
@@ -64,3 +64,33 @@ def test_a_run_that_is_started_again_under_its_id_finds_no_states_of_the_one_bef
     fresh = run(crew, 0.02, "empty")
     assert same(again, fresh)
     assert not same(again, first)
+
+
+def test_a_worker_of_a_deleted_run_does_not_take_part_in_the_one_that_has_its_id(
+    crew: Crew,
+) -> None:
+    broker = crew.broker(LEASE_S)
+    aggregator = crew.aggregator(**{**SETTINGS, "run__versions": 100_000})
+    worker = crew.worker("one", "0-1")
+    Watch(crew.ledger).until_version(1, 60)
+    broker.kill()
+    aggregator.kill()
+    shutil.rmtree(crew.folder / "run")
+    broker.again()
+    aggregator.again()
+    assert worker.wait(30) == 2
+    assert worker.said().endswith(
+        "fedmq: the broker has another run 'chaos' now than the one that this node took part in: "
+        "start the node again to join it\n"
+    )
+    worker.again()
+    Watch(crew.ledger).until_version(1, 60)
+
+
+def test_the_model_of_the_run_before_is_not_there_while_another_one_goes_on(crew: Crew) -> None:
+    model = crew.folder / "model" / "model.npz"
+    model.parent.mkdir()
+    model.write_bytes(b"of the run before")
+    crew.broker(LEASE_S)
+    crew.aggregator(**SETTINGS)
+    wait_until("the old model to go", lambda: not model.exists())
