@@ -129,6 +129,7 @@ def broker(
     from fedmq.broker.router import BrokerServer
     from fedmq.nodes.config import build
     from fedmq.nodes.programs import Stopped, stop_on_signals
+    from fedmq.nodes.summary import SUMMARY_FILE, write_summary
 
     logs.configure(None, node="broker")
     tune_process()
@@ -143,11 +144,12 @@ def broker(
         keeping = replace(table.keeping(), offer_parked=offer_parked)
         server = BrokerServer(bind, folder / "ledger", table.settings(), keeping)
         click.echo(f"listening on {server.endpoint}, ledger in {folder / 'ledger'}", err=True)
+        if once:
+            # What is here is of a run before this one, or is written again at the end.
+            (folder / SUMMARY_FILE).unlink(missing_ok=True)
         with contextlib.suppress(Stopped), stop_on_signals(signal.SIGINT, signal.SIGTERM):
             server.serve(until_idle=once)
         if once:
-            from fedmq.nodes.summary import write_summary
-
             write_summary(folder)
 
 

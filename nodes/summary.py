@@ -17,6 +17,8 @@ from fedmq.broker.wire import Message
 from fedmq.nodes.agreement import disagree
 from fedmq.nodes.config import parse
 
+SUMMARY_FILE = "summary.json"
+
 
 @dataclass
 class NodeState:
@@ -304,5 +306,5 @@ def write_summary(folder: Path, started_at: float | None = None) -> dict[str, An
     fold = RunFold(started_at)
     fold.feed(read_entries(folder / "ledger"))
     summary = fold.summary()
-    (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    (folder / SUMMARY_FILE).write_text(json.dumps(summary, indent=2) + "\n")
     return summary

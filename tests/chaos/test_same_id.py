@@ -87,10 +87,11 @@ def test_a_worker_of_a_deleted_run_does_not_take_part_in_the_one_that_has_its_id
     Watch(crew.ledger).until_version(1, 60)
 
 
-def test_the_model_of_the_run_before_is_not_there_while_another_one_goes_on(crew: Crew) -> None:
-    model = crew.folder / "model" / "model.npz"
-    model.parent.mkdir()
-    model.write_bytes(b"of the run before")
-    crew.broker(LEASE_S)
+def test_the_results_of_the_run_before_are_not_there_while_another_one_goes_on(crew: Crew) -> None:
+    model, summary = crew.folder / "model" / "model.npz", crew.folder / "run" / "summary.json"
+    for path in (model, summary):
+        path.parent.mkdir()
+        path.write_bytes(b"of the run before")
+    crew.broker(LEASE_S, "--once")
     crew.aggregator(**SETTINGS)
-    wait_until("the old model to go", lambda: not model.exists())
+    wait_until("them to go", lambda: not (model.exists() or summary.exists()))
