@@ -205,6 +205,19 @@ class Algorithm(ABC):
         """
         raise NotImplementedError(f"{self.name} is not evaluated by clients")
 
+    def try_model(self, problem: Problem, data: Examples, device: str) -> None:  # noqa: B027 - an algorithm with models of its own has nothing to try
+        """Try one step of training, of which nothing is kept, before the first task.
+
+        Args:
+            problem: whose model is tried.
+            data: a client's training examples.
+            device: torch device to train on.
+
+        Raises:
+            ProblemError: the model does to its tensors what cannot be followed. Whatever else
+                goes wrong is left to the task that meets it.
+        """
+
     # ---- at the evaluator
 
     def evaluate(self, task: Task, problem: Problem, device: str) -> Mapping[str, float]:

@@ -84,6 +84,7 @@ class Codistillation(Distillation):
                 shared, soft = next(lessons)
                 loss = loss + self.gamma * cross_entropy(model.module(shared), soft)
             loss.backward()  # type: ignore[no-untyped-call] # torch's
+        model.reset()
         outputs = _outputs(model.module, public.x)
         report = {"logits": outputs, "ids": torch.arange(len(outputs))}
         return Payload(numbers={"n": len(client.data)}, logits=report), kept(model)

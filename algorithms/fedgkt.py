@@ -23,7 +23,8 @@ from fedmq.algorithms.gkt_networks import (
     through_edge,
     through_server,
 )
-from fedmq.algorithms.model import FlatModel, Layout
+from fedmq.algorithms.layout import Layout
+from fedmq.algorithms.model import FlatModel
 from fedmq.algorithms.problems.base import Examples, Problem
 from fedmq.algorithms.problems.resnets import EDGES, SERVERS, Shape, feature_shape, initialised
 from fedmq.algorithms.rng import derive_rng, derive_seed

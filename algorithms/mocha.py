@@ -18,7 +18,7 @@ from torch import Tensor
 from fedmq.algorithms import mtl
 from fedmq.algorithms.base import Algorithm, Client, Payload, Result, Task, examples_of
 from fedmq.algorithms.errors import AlgorithmError, ProblemError, ResultError
-from fedmq.algorithms.model import Layout
+from fedmq.algorithms.layout import Layout
 from fedmq.algorithms.mtl import Array
 from fedmq.algorithms.problems.base import Examples, Problem
 from fedmq.algorithms.rng import derive_rng

@@ -17,12 +17,15 @@ from torch import Tensor
 
 from fedmq.algorithms.base import Algorithm, Client, Payload, Reply, Result, Task
 from fedmq.algorithms.division import Division
+from fedmq.algorithms.dry_step import dry_step
 from fedmq.algorithms.errors import ResultError
-from fedmq.algorithms.fedavg import batches, cuda_devices, metrics_on
+from fedmq.algorithms.fedavg import batches, cuda_devices, metrics_on, restrict, spans
 from fedmq.algorithms.hypernet import HyperNet, largest
 from fedmq.algorithms.hyperstate import HyperGathered, HyperState, load_state, save_state
-from fedmq.algorithms.model import FlatModel, Layout, scratch_model, zeros
-from fedmq.algorithms.problems.base import Problem
+from fedmq.algorithms.layout import Layout
+from fedmq.algorithms.model import FlatModel, scratch_model, zeros
+from fedmq.algorithms.problems.base import Examples, Problem
+from fedmq.algorithms.results import Vectors, moved, read_result, result_payload
 from fedmq.algorithms.rng import derive_rng, derive_seed
 
 _LARGEST = 1e30
@@ -100,7 +103,7 @@ class PFedHN(Algorithm):
             embeddings,
             zeros(len(phi)),
             torch.zeros_like(embeddings),
-            model.weights[model.layout.parameters :].clone(),
+            division.part(model.weights)[division.theta :].clone(),
             model.read_counters(),
             torch.zeros(problem.clients, dtype=torch.int64),
         )
@@ -132,9 +135,9 @@ class PFedHN(Algorithm):
         sent, net, who = state.division.sent, state.net, result.client
         if not 0 <= who < len(state.used):
             raise ResultError(f"expected a client from 0 to {len(state.used) - 1}, got {who}")
-        counters = sent.flatten_counters(result.payload.exact)
+        arrived = read_result(sent, result.payload, state.counters)
         change = zeros(sent.dim)
-        for start, block in sent.blocks(result.payload.weights):
+        for start, block in arrived:
             change[start : start + block.numel()] = block
         if not change.isfinite().all():
             raise ResultError("the result holds NaN or infinite values")
@@ -146,7 +149,7 @@ class PFedHN(Algorithm):
         net.add(gathered.phi, pulled, delta, weight)
         gathered.embeddings[who].add_(pulled.embedding, alpha=weight)
         gathered.shared.add_(rest, alpha=weight)
-        torch.maximum(gathered.counters, counters, out=gathered.counters)
+        torch.maximum(gathered.counters, arrived.counters, out=gathered.counters)
         gathered.present[who] = True
         return gathered
 
@@ -172,7 +175,7 @@ class PFedHN(Algorithm):
             embeddings=embeddings,
             phi_momentum=phi_momentum,
             embedding_momentum=velocity,
-            shared=gathered.shared.mul_(1 / divisor).add_(state.shared),
+            shared=moved(state.shared, gathered.shared.mul_(1 / divisor)),
             counters=gathered.counters,
             used=state.used + rows,
         )
@@ -218,6 +221,10 @@ class PFedHN(Algorithm):
 
     # ---- at the client
 
+    def try_model(self, problem: Problem, data: Examples, device: str) -> None:
+        """Try the problem's model."""
+        dry_step(scratch_model(problem, device), problem, data, device)
+
     def train(self, task: Task, client: Client) -> tuple[Payload, Payload | None]:
         """K steps of SGD from theta_i; dtheta_i = theta~_i - theta_i."""
         model, division, velocity = self._load(task, client)
@@ -225,10 +232,11 @@ class PFedHN(Algorithm):
         with torch.random.fork_rng(devices=cuda_devices(client.device)):
             torch.manual_seed(client.seed)
             self._sgd(model, division, velocity, client)
-        result = Payload(
-            weights=division.sent.views(division.part(model.weights - before).cpu()),
-            exact=division.sent.counter_views(model.read_counters()),
-            numbers={"n": len(client.data)},
+        result = result_payload(
+            division.sent,
+            Vectors(division.part(before), model.loaded_counters),
+            Vectors(division.part(model.weights), model.read_counters()),
+            {"n": len(client.data)},
         )
         if not self.personal_classifier:
             return result, None
@@ -255,8 +263,7 @@ class PFedHN(Algorithm):
             own = division.own.flatten({name: kept[name] for name in names})
             moving = division.own.flatten({name: kept[_MOMENTUM + name] for name in names})
             velocity[place] = moving.to(client.device)
-        sent = division.sent.flatten(task.payload.weights)
-        counters = division.sent.flatten_counters(task.payload.exact)
+        sent, counters = division.sent.read(task.payload)
         model.load(division.join(sent, own).to(client.device), counters)
         return model, division, velocity
 
@@ -264,18 +271,20 @@ class PFedHN(Algorithm):
         """Take the local steps on a loaded model."""
         data = client.data.to(client.device)
         loss, trained, gradient = client.problem.loss, model.trained, model.gradient
-        passes = math.ceil(self.batches / math.ceil(len(data) / self.batch_size))
+        passes = math.ceil(self.batches / len(spans(len(data), self.batch_size)))
         order = derive_rng(client.seed, "batches")
         model.module.train()
         for x, y in itertools.islice(batches(data, self.batch_size, passes, order), self.batches):
             gradient.zero_()
             loss(model.module(x), y).backward()  # type: ignore[no-untyped-call] # torch's
+            model.after_backward()
             with torch.no_grad():
                 gradient.mul_(_within(self.clip, gradient))
                 gradient.add_(trained, alpha=self.weight_decay)
-                _restrict(client, division.sent, gradient)
+                restrict(client, division.sent, gradient[: division.theta])
                 velocity.mul_(self.momentum).add_(gradient)
                 trained.add_(velocity, alpha=-self.lr)
+        model.end_task()
 
     # ---- for a client that never took part
 
@@ -293,7 +302,7 @@ class PFedHN(Algorithm):
             task = Task(version, state.model_of(embedding))
             result, local = self.train(task, dataclasses.replace(client, seed=seed))
             client = dataclasses.replace(client, local=local)
-            delta = sent.flatten(result.weights)[: sent.parameters]
+            delta = sent.flatten_trained(result.weights)
             gradient = -net.pull_back(state.phi, embedding, delta).embedding
             gradient.mul_(_within(self.server_clip, gradient))
             embedding, velocity = self._descend(embedding, gradient, velocity, self.new_lr)
@@ -310,12 +319,3 @@ def _within(most: float, *gradients: Tensor) -> float:
         norms = (torch.linalg.vector_norm(each, dtype=torch.float64) for each in gradients)
         norm = math.hypot(*(each.item() for each in norms))
     return most / norm if norm > most else 1.0
-
-
-def _restrict(client: Client, sent: Layout, gradient: Tensor) -> None:
-    """Project what of a gradient travels, in place: see `Client.restrict`."""
-    if client.restrict is not None:
-        whole = torch.zeros(sent.dim, device=gradient.device)
-        whole[: sent.parameters] = gradient[: sent.parameters]
-        client.restrict(sent.views(whole))
-        gradient[: sent.parameters] = whole[: sent.parameters]

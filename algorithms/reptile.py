@@ -23,6 +23,7 @@ from fedmq.algorithms.fedavg import (
     ModelState,
     batches,
     cuda_devices,
+    learned,
     load_model,
     model_payload,
     restrict,
@@ -30,6 +31,7 @@ from fedmq.algorithms.fedavg import (
 from fedmq.algorithms.model import FlatModel, zeros
 from fedmq.algorithms.perfedavg import gradient
 from fedmq.algorithms.problems.base import Examples, Problem
+from fedmq.algorithms.results import moved, read_result
 from fedmq.algorithms.rng import derive_rng
 from fedmq.codecs.base import brief
 
@@ -119,7 +121,7 @@ class PersonalisedFedAvg(FedAvg):
         if phase != expected:
             raise ResultError(f"expected a result of phase {expected!r}, got {brief(phase)}")
         if expected == _REPTILE:
-            for _, block in state.layout.blocks(payload.weights):
+            for _, block in read_result(state.layout, payload, state.counters):
                 largest = block.abs().max().item() if block.numel() else 0.0
                 if largest > _LARGEST_SQUARED:
                     raise ResultError(f"the result holds values as large as {largest:g}")
@@ -133,10 +135,11 @@ class PersonalisedFedAvg(FedAvg):
         end, version = state.layout.parameters, state.version
         mean = gathered.total.div_(divisor)
         step = self._sgdm if self._phase(version) == _FEDAVG else self._adam
-        moved, moments = step(state, mean[:end])
+        change, moments = step(state, mean[:end])
         if self._phase(version + 1) != self._phase(version):
             moments = self._rest(end, version + 1)
-        weights = state.weights + torch.cat([moved, mean[end:]])
+        rest = moved(state.weights[end:], mean[end:])
+        weights = torch.cat([state.weights[:end] + change, rest])
         return MetaState(state.layout, weights, gathered.counters, version + 1, moments)
 
     def _sgdm(self, state: MetaState, update: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -211,12 +214,10 @@ class PersonalisedFedAvg(FedAvg):
                 step = gradient(model, Examples(x, y), client)
                 restrict(client, layout, step)
                 model.trained.add_(step, alpha=-self.lr)
+        model.end_task()
         size = len(data) if self.batch_size is None else min(self.batch_size, len(data))
-        return Payload(
-            weights=layout.views((model.weights - start).cpu()),
-            exact=layout.counter_views(model.read_counters()),
-            numbers={"n": self.steps * size, "reply": task.reply, "phase": phase},
-        ), None
+        about = {"n": self.steps * size, "reply": task.reply, "phase": phase}
+        return learned(model, start, about), None
 
     def evaluate_client(self, task: Task, client: Client) -> Mapping[str, float]:
         """Fine-tune w_t on the client's training examples as in training, then test."""

@@ -97,7 +97,11 @@ def _work(link: NodeLink, commit: Commit) -> None:
 
 def _save(folder: Path, core: Aggregator) -> None:
     """Leave the model; before the run is over, because then no session is started any more."""
-    arrays = {name: each.numpy() for name, each in core.tensors().items()}
+    # numpy has no bfloat16; each of its values is one of float32.
+    arrays = {
+        name: (each.float() if each.dtype == torch.bfloat16 else each).numpy()
+        for name, each in core.tensors().items()
+    }
     np.savez(folder / "model.npz", allow_pickle=False, **arrays)
 
 

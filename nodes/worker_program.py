@@ -62,6 +62,7 @@ def run_worker(
     Raises:
         ConfigError: the run's configuration cannot be used here.
         DataError: the data set is not here.
+        ProblemError: the problem's model does to its tensors what cannot be followed.
         Rejected: the broker does not admit this node.
     """
     hello = Hello(
@@ -88,8 +89,10 @@ def _work_until_over(link: NodeLink, hello: Hello, states: Path | None) -> NoRet
         torch.set_num_threads(config.worker.threads)
         device = choose_device(config.worker.device)
         if hello.role == WORKER:
-            for low, _ in hello.clients:
-                setup.problem.client(low)
+            for at, (low, _) in enumerate(hello.clients):
+                data = setup.problem.client(low)
+                if not at:
+                    setup.algorithm.try_model(setup.problem, data, device)
         else:
             setup.problem.test()
         kept = Locals(states / welcome.run if states is not None else None)

@@ -13,7 +13,7 @@ from fedmq.algorithms.fedavg import FedAvg, batches
 from fedmq.algorithms.problems.base import Examples
 from fedmq.algorithms.reptile import PersonalisedFedAvg
 from fedmq.algorithms.rng import derive_rng
-from tests.algorithms.tiny import Dropping, Normed, Tiny, client
+from tests.algorithms.tiny import Dropping, Normed, Tiny, change, client
 from tests.algorithms.two_phases import FOREVER, Local, move, train
 
 
@@ -34,7 +34,7 @@ class Halves(Tiny):
 
 
 def vector(state, result):
-    return state.layout.flatten(result.weights)
+    return change(state.layout, result)
 
 
 # ---- the identity that the paper starts from
