@@ -218,7 +218,7 @@ def end_to_end(slots: Iterable[Slot], start: int = 0) -> tuple[Slot, ...]:
     """Return the slots one after the other; complex ones at even places, as torch wants it."""
     placed = []
     for slot in slots:
-        start += start % 2 if slot.dtype == torch.complex64 else 0
+        start += start % 2 if slot.dtype.is_complex else 0
         placed.append(dataclasses.replace(slot, start=start))
         start += slot.size
     return tuple(placed)

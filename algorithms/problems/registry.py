@@ -111,4 +111,22 @@ def _load_own(name: str, options: Mapping[str, object], seed: int) -> Problem:
     problem = factory(**options, seed=seed)
     if not isinstance(problem, Problem):
         raise ProblemError(f"problem.name: expected {name!r} to return a Problem, got {problem!r}")
+    _count_clients(name, problem)
     return problem
+
+
+def _count_clients(name: str, problem: Problem) -> None:
+    """Let a problem's number of clients be Python's own: numpy's cannot be sent.
+
+    Raises:
+        ProblemError: it is no whole number from 1.
+    """
+    found = getattr(problem, "clients", None)
+    try:
+        clients = operator.index(found)  # type: ignore[arg-type] # checked here
+        if type(found) is not int:
+            object.__setattr__(problem, "clients", clients)  # a frozen dataclass has it too
+    except (TypeError, AttributeError):
+        clients = 0
+    if clients < 1:
+        raise ProblemError(f"{name}: expected clients, a whole number from 1, got {found!r}")
