@@ -193,8 +193,9 @@ class PFedHN(Algorithm):
     def tensors(self, state: HyperState) -> Mapping[str, Tensor]:
         """Return phi and the embeddings by name, and what all clients' models share."""
         phi = {f"phi.{name}": each for name, each in state.net.layout.views(state.phi).items()}
-        shared = state.division.shared.views(state.shared)
-        counters = state.division.sent.counter_views(state.counters)
+        division = state.division
+        shared = {slot.name: slot.tensor(state.shared) for slot in division.shared.weights}
+        counters = {slot.name: slot.tensor(state.counters) for slot in division.sent.counters}
         return {"embeddings": state.embeddings} | phi | shared | counters
 
     def _shape(self, problem: Problem, layout: Layout) -> tuple[Division, HyperNet]:
