@@ -158,7 +158,7 @@ class Layout:
     def read(self, payload: Payload) -> tuple[Tensor, Tensor]:
         """Return the weight and the counter vector of a whole model.
 
-        A tensor may be in either group: before 0.2.0 all of ``weights`` was in that one.
+        A tensor may be in either group: in ledgers of 0.1.0 all of ``weights`` is in the first.
 
         Raises:
             ResultError: a name, shape or dtype is not this model's.

@@ -91,7 +91,7 @@ def read_result(
 ) -> Arrived:
     """Return what a result says of a model.
 
-    A tensor may be in either group: before 0.2.0 all of the weights were in that one.
+    A tensor may be in either group: in ledgers of 0.1.0 all of the weights are in the first.
 
     Args:
         layout: of the model.

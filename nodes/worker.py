@@ -243,7 +243,7 @@ class Worker:
         weights = dict(payload.weights)
         if kept is not None and kept.memory is not None:
             for name, left in kept.memory.weights.items():
-                if name in weights:  # before 0.2.0 what is not trained was among them
+                if name in weights:  # in 0.1.0 what is not trained was among them
                     weights[name] = weights[name] + left
         packed = pack(dataclasses.replace(payload, weights=weights), codecs, seed)
         sent = decode(codec.encode(weights, seed))

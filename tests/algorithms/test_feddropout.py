@@ -328,7 +328,7 @@ def test_a_small_holder_among_large_ones_cannot_make_the_model_infinite(pair):
 @pytest.mark.parametrize("old", [True, False], ids=["all weights", "what is trained"])
 @pytest.mark.parametrize("absent", ["zero", "holders"])
 def test_a_result_that_is_read_in_pieces_is_added_up_alike(absent, old):
-    """Before 0.2.0 running statistics were among the weights."""
+    """In ledgers of 0.1.0 running statistics are among the weights."""
     problem, algorithm = Images(3), FedDropout(keep=0.5, absent=absent)
     state = algorithm.start(problem)
     result = trained(algorithm, problem, state, 2)

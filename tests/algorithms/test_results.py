@@ -101,7 +101,7 @@ def test_a_model_of_every_kind_has_a_digest():
 
 
 def test_a_tensor_may_be_in_either_group_and_not_in_both():
-    """Before 0.2.0 whatever float32 holds was in that of the codec."""
+    """In ledgers of 0.1.0 whatever float32 holds is in that of the codec."""
     state = FedAvg().start(Normed())
     old = payload(state, torch.arange(29.0), [7])
     new = state.layout.write(torch.arange(29.0), torch.tensor([7]))

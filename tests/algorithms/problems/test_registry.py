@@ -94,6 +94,12 @@ def mine(tmp_path, monkeypatch):
         "def nothing(seed):\n"
         "    return None\n"
         "number = 4\n"
+        "import numpy\n"
+        "class Counted(ImageClassification):\n"
+        "    def __init__(self, *, seed, clients=3):\n"
+        "        super().__init__('mnist-mini', 'mlp', 3, 'iid', seed)\n"
+        "        found = {'none': 0, 'text': '3'}.get(clients, numpy.int64(3))\n"
+        "        object.__setattr__(self, 'clients', found)\n"
     )
     (tmp_path / "my_broken.py").write_text("import there_is_no_such_module\n")
     monkeypatch.syspath_prepend(tmp_path)
@@ -109,6 +115,12 @@ def test_a_problem_of_ones_own(mine, name):
     assert (problem.clients, problem.seed) == (6, 9)
 
 
+def test_a_number_of_clients_of_numpys_is_pythons(mine):
+    """`ids.max() + 1` is a number; msgpack does not know it."""
+    problem = load_problem({"name": "my_problem:Counted"}, seed=0)
+    assert (type(problem.clients), problem.clients) == (int, 3)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -120,6 +132,14 @@ def test_a_problem_of_ones_own(mine, name):
         ({"name": "my_problem:number"}, "problem.name: expected .* to be callable, got 4"),
         ({"name": "my_problem:nothing"}, "problem.name: .*to return a Problem, got None"),
         ({"name": "my_problem:make", "k": 1}, "problem: .*got an unexpected keyword argument 'k'"),
+        (
+            {"name": "my_problem:Counted", "clients": "none"},
+            "my_problem:Counted: expected clients, a whole number from 1, got 0",
+        ),
+        (
+            {"name": "my_problem:Counted", "clients": "text"},
+            "my_problem:Counted: expected clients, a whole number from 1, got '3'",
+        ),
         ({"name": "my_problem:make", "seed": 1}, "problem.seed: the seed is that of the whole"),
     ],
 )
