@@ -111,7 +111,7 @@ class FedAvg(Algorithm):
                 raise ResultError(f"the result holds values as large as {largest:g}")
         for start, block in blocks:
             gathered.total[start : start + block.numel()].add_(block, alpha=weight)
-        if blocks.counters.numel():
+        if blocks.counters is not None:
             torch.maximum(gathered.counters, blocks.counters, out=gathered.counters)
         if model:
             gathered.models += weight

@@ -108,11 +108,13 @@ class Layout:
         """Return the layout of a module.
 
         Raises:
-            ProblemError: a tensor has a dtype that cannot be learned or carried, no shape
-                yet, or shares memory with another.
+            ProblemError: a tensor has a dtype that cannot be learned or carried, is sparse, has no
+                shape yet, or shares memory with another.
         """
         parameters, buffers = list(module.named_parameters()), list(module.named_buffers())
         for name, tensor in parameters + buffers:
+            if tensor.layout != torch.strided:
+                raise ProblemError(f"expected dense tensors, {name} is {tensor.layout}")
             if is_lazy(tensor):
                 raise ProblemError(
                     f"expected tensors with a shape, {name} has none before the first forward"

@@ -149,7 +149,8 @@ class PFedHN(Algorithm):
         net.add(gathered.phi, pulled, delta, weight)
         gathered.embeddings[who].add_(pulled.embedding, alpha=weight)
         gathered.shared.add_(rest, alpha=weight)
-        torch.maximum(gathered.counters, arrived.counters, out=gathered.counters)
+        if arrived.counters is not None:
+            torch.maximum(gathered.counters, arrived.counters, out=gathered.counters)
         gathered.present[who] = True
         return gathered
 

@@ -7,7 +7,7 @@ result brings those that training changed, exactly; what it does not bring staye
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -52,13 +52,11 @@ def result_payload(
         trained = trained.clone() if model else trained - before.weights[:end]
     exact: dict[str, Tensor] = {}
     if layout.rest:
-        old, new = (each.weights[end:].cpu() for each in (before, after))
-        differs = old.view(torch.int32) != new.view(torch.int32)
-        # What is equal bit by bit, infinity and NaN among it, changes by 0.
-        said = new.clone() if model else torch.where(differs, new - old, 0.0)
-        exact = {
-            slot.name: slot.view(said, end) for slot in layout.rest if slot.view(differs, end).any()
-        }
+        start, stop = (each.weights[end:].cpu() for each in (before, after))
+        for slot in layout.rest:
+            old, new = slot.view(start, end), slot.view(stop, end)
+            if not same_bits(old, new):
+                exact[slot.name] = new.clone() if model else _change(old, new)
     for slot in layout.counters:
         value = slot.view(after.counters)
         if not same_bits(value, slot.view(before.counters)):
@@ -71,19 +69,17 @@ class Arrived:
     """What a result says of a model.
 
     trained: in blocks, as `Layout.blocks` gives them.
-    rest: the change of everything else, float32 [dim - parameters], or None: no change.
-    counters: int64, those of the model that the result does not bring as they were.
+    rest: likewise the change of frozen parameters and buffers, as far as there is any.
+    counters: int64; None: as they were.
     """
 
-    layout: Layout
     trained: Iterable[tuple[int, Tensor]]
-    rest: Tensor | None
-    counters: Tensor
+    rest: Sequence[tuple[int, Tensor]]
+    counters: Tensor | None
 
     def __iter__(self) -> Iterator[tuple[int, Tensor]]:
         """Yield (start, block) of all that is to be added up; may be called again."""
-        rest = () if self.rest is None else ((self.layout.parameters, self.rest),)
-        return itertools.chain(self.trained, rest)
+        return itertools.chain(self.trained, self.rest)
 
 
 def read_result(
@@ -112,29 +108,32 @@ def read_result(
         both = {**trained, **others}
         trained = {name: each for name, each in both.items() if name in names}
         others = {name: each for name, each in both.items() if name not in names}
-    blocks, change, end = layout.blocks(trained), None, layout.parameters
-    for slot in layout.rest:
-        if slot.name not in others:
-            continue
-        tensor = check_tensor(slot, others.pop(slot.name))
-        if change is None:
-            change = torch.zeros(layout.dim - end)
-        if weights is not None:
-            now = slot.view(weights)
-            differs = now.contiguous().view(torch.int32) != tensor.contiguous().view(torch.int32)
-            tensor = torch.where(differs, tensor - now, 0.0)
-        slot.view(change, end).copy_(tensor)
-    counters = counters.clone()
+    blocks = layout.blocks(trained)
+    brought = [slot for slot in layout.rest if slot.name in others]
+    rest = []
+    if brought:
+        # One block from the first to the last; frozen parameters, which come first, are large.
+        first, end = brought[0].start, brought[-1].start + brought[-1].size
+        change = torch.zeros(end - first)
+        for slot in brought:
+            tensor = check_tensor(slot, others.pop(slot.name))
+            if weights is not None:
+                tensor = _change(slot.view(weights), tensor)
+            slot.view(change, first).copy_(tensor)
+        rest = [(first, change)]
+    new = None
     for slot in layout.counters:
         if slot.name not in others:
             continue
-        tensor, place = check_tensor(slot, others.pop(slot.name)), slot.view(counters)
-        if slot.dtype in EXACT and not same_bits(tensor, place):
+        tensor, now = check_tensor(slot, others.pop(slot.name)), slot.view(counters)
+        if slot.dtype not in EXACT:
+            new = counters.clone() if new is None else new
+            slot.view(new).copy_(tensor)
+        elif not same_bits(tensor, now):
             raise ResultError(f"expected {slot.name!r}, {slot.dtype}, as the constant that it is")
-        place.copy_(tensor)
     if others:
         raise ResultError(f"expected no tensor {brief(min(others))}")
-    return Arrived(layout, blocks, change, counters)
+    return Arrived(blocks, rest, new)
 
 
 def moved(rest: Tensor, change: Tensor) -> Tensor:
@@ -143,3 +142,9 @@ def moved(rest: Tensor, change: Tensor) -> Tensor:
     What nobody changed stays to the bit, whatever its value: infinity and NaN too.
     """
     return torch.where(change == 0, rest, rest + change)
+
+
+def _change(old: Tensor, new: Tensor) -> Tensor:
+    """Return new - old; what is equal bit by bit, infinity and NaN too, changes by 0."""
+    differs = old.contiguous().view(torch.int32) != new.contiguous().view(torch.int32)
+    return torch.where(differs, new - old, 0.0)

@@ -232,6 +232,7 @@ def test_parts_of_one_storage_that_do_not_overlap_are_fine():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
+        (lambda: Sharing(lambda w: torch.eye(2).to_sparse()), "other is torch.sparse_coo"),
         (lambda: nn.LazyLinear(2), "weight has none before the first forward"),
         (lambda: nn.Linear(2, 2).half(), "expected float32 weights, weight is torch.float16"),
         (
