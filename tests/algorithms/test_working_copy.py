@@ -17,8 +17,9 @@ from fedmq.algorithms.pfedhn import PFedHN
 from fedmq.algorithms.reptile import PersonalisedFedAvg
 from fedmq.codecs.registry import decode, make_codec
 from tests.algorithms import restless
-from tests.algorithms.restless import FOLLOWED, REFUSED, Restless, by_torch
+from tests.algorithms.restless import FOLLOWED, Restless, by_torch
 from tests.algorithms.tiny import client, one_round, task
+from tests.algorithms.unfollowed import REFUSED
 
 VERSIONS = 3
 
