@@ -160,7 +160,7 @@ class Distillation(Algorithm):
     def try_model(self, problem: Problem, data: Examples, device: str) -> None:
         """Try the problem's model, if that is what devices have."""
         if not self.models:
-            dry_step(FlatModel(problem.model(), device), problem, data, device)
+            dry_step(lambda: FlatModel(problem.model(), device), problem, data, device)
 
     def train(self, task: Task, client: Client) -> tuple[Payload, Payload | None]:
         """Algorithm 1, lines 3 to 8: n steps on CE(F, y) + gamma * CE(F, Fhat_y).

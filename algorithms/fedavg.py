@@ -146,7 +146,7 @@ class FedAvg(Algorithm):
 
     def try_model(self, problem: Problem, data: Examples, device: str) -> None:
         """Try the problem's model."""
-        dry_step(scratch_model(problem, device), problem, data, device)
+        dry_step(lambda: scratch_model(problem, device), problem, data, device)
 
     def train(self, task: Task, client: Client) -> tuple[Payload, Payload | None]:
         """ClientUpdate(k, w): E epochs of SGD over batches of B, from w_t."""

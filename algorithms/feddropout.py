@@ -181,8 +181,9 @@ class FedDropout(FedAvg):
 
     def try_model(self, problem: Problem, data: Examples, device: str) -> None:
         """Try a sub-model."""
-        part = _sub_problem(problem, self.keep)
-        dry_step(scratch_model(part, device), part, data, device)
+        dry_step(
+            lambda: scratch_model(_sub_problem(problem, self.keep), device), problem, data, device
+        )
 
     def train(self, task: Task, client: Client) -> tuple[Payload, None]:
         """ClientUpdate(k, w) of FedAvg on the sub-model, which is an ordinary small model."""

@@ -225,7 +225,7 @@ class PFedHN(Algorithm):
 
     def try_model(self, problem: Problem, data: Examples, device: str) -> None:
         """Try the problem's model."""
-        dry_step(scratch_model(problem, device), problem, data, device)
+        dry_step(lambda: scratch_model(problem, device), problem, data, device)
 
     def train(self, task: Task, client: Client) -> tuple[Payload, Payload | None]:
         """K steps of SGD from theta_i; dtheta_i = theta~_i - theta_i."""

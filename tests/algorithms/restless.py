@@ -1,5 +1,6 @@
 """Modules that do to themselves what torch allows, and a plain loop of torch to compare with."""
 
+import threading
 import warnings
 
 import torch
@@ -192,6 +193,40 @@ class OldWeightNorm(Base):
         return self.layer(x) / self.calls
 
 
+class OldSpectralNorm(Base):
+    def __init__(self):
+        super().__init__()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            self.layer = nn.utils.spectral_norm(self.layer)
+
+    def forward(self, x):
+        return self.layer(x)
+
+
+class Locked(Counting):
+    """What it holds cannot be copied at all."""
+
+    def __init__(self):
+        super().__init__()
+        self.lock = threading.Lock()
+
+    def forward(self, x):
+        with self.lock:
+            return super().forward(x)
+
+
+class Drawing(Base):
+    """It has a generator of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.source = torch.Generator().manual_seed(5)
+
+    def forward(self, x):
+        return self.layer(x + torch.randn(x.shape, generator=self.source))
+
+
 class Parametrized(Base):
     def __init__(self):
         super().__init__()
@@ -276,6 +311,9 @@ FOLLOWED = [
     SelfThroughAFunction,
     Replacing,
     OldWeightNorm,
+    OldSpectralNorm,
+    Locked,
+    Drawing,
     Parametrized,
     TiedLayers,
     Recurrent,

@@ -126,6 +126,17 @@ def test_a_dry_step_leaves_nothing_behind(kind):
     assert bits(one.exact) == bits(other.exact)
 
 
+def test_a_dry_step_leaves_a_model_that_cannot_be_made_to_the_task_that_meets_it():
+    def make():
+        raise ZeroDivisionError("of the user's own")
+
+    problem = Restless(make)
+    FedAvg().try_model(problem, problem.client(0), "cpu")
+    half = Restless(lambda: nn.Linear(2, 2).half())
+    with pytest.raises(ProblemError, match="expected float32 weights, weight is"):
+        FedAvg().try_model(half, half.client(0), "cpu")
+
+
 def test_a_dry_step_leaves_other_errors_to_the_task_that_meets_them():
     class Misfit(restless.Base):
         def forward(self, x):
