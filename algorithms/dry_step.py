@@ -15,9 +15,7 @@ from fedmq.algorithms.problems.base import Examples, Problem
 _EXAMPLES = 4
 
 
-def dry_step(
-    make: Callable[[], FlatModel], problem: Problem, data: Examples, device: str
-) -> None:
+def dry_step(make: Callable[[], FlatModel], problem: Problem, data: Examples, device: str) -> None:
     """Train a model forward and backward on a few examples; nothing of it stays.
 
     Args:

@@ -172,9 +172,7 @@ class SharedBody(FedAvg):
 
     def try_model(self, problem: Problem, data: Examples, device: str) -> None:
         """Try the problem's model, body and head."""
-        dry_step(
-            lambda: scratch_split(problem, self.head, device).whole, problem, data, device
-        )
+        dry_step(lambda: scratch_split(problem, self.head, device).whole, problem, data, device)
 
     def train(self, task: Task, client: Client) -> tuple[Payload, Payload]:
         """Return the change of the body (or the body), and the client's head."""
