@@ -23,12 +23,15 @@ def before_and_after(
         adapt: changes the model it is given; its examples are the client's training examples.
             Test examples never reach it.
     """
-    model, _ = load_model(task, client.problem, client.device)
+    model, start = load_model(task, client.problem, client.device)
     test = client.problem.client_test(client.index)
     before = metrics_on(model.module, client.problem, test, client.device)
+    model.load(start, model.loaded_counters)  # an evaluation leaves no trace in the training
     model.module.train()
     with torch.random.fork_rng(devices=cuda_devices(client.device)):
         torch.manual_seed(client.seed)
         adapt(model, client.data.to(client.device))
+    model.end_task()
+    model.reset()
     after = metrics_on(model.module, client.problem, test, client.device)
     return {**after, **{f"{name}_before": value for name, value in before.items()}}

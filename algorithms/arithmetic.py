@@ -13,6 +13,7 @@ may all differ from one machine to another.
 
 from __future__ import annotations
 
+import functools
 from decimal import Context, Decimal
 
 import numpy as np
@@ -49,7 +50,9 @@ def scale_and_add(total: Tensor, factor: float, values: Tensor, weight: float) -
         weight: of the values.
     """
     if total.numel() <= _SMALL:
-        return total.mul_(factor).add_(values * weight)
+        if factor != 1:
+            total.mul_(factor)
+        return total.add_(values * weight)
     # A buffer that came in a message may begin anywhere.
     aligned = np.require(values.numpy(), np.float32, ("C", "A"))
     kernels.scale_add(total.numpy(), factor, aligned, weight)
@@ -61,6 +64,7 @@ def square_root(values: Tensor) -> Tensor:
     return values.double().sqrt_().float()
 
 
+@functools.lru_cache(maxsize=1024)
 def power(base: float, exponent: float) -> float:
     """Return ``base ** exponent`` for a base above 0, the same on every machine.
 

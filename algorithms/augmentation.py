@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from fedmq.algorithms.base import Client, Payload
 from fedmq.algorithms.cgan import GanSettings, make_generator, make_images, train_gan
 from fedmq.algorithms.errors import ResultError
-from fedmq.algorithms.fedavg import FedAvg
-from fedmq.algorithms.model import FlatModel, Layout
+from fedmq.algorithms.fedavg import FedAvg, spans
+from fedmq.algorithms.layout import Layout
+from fedmq.algorithms.model import FlatModel
 from fedmq.algorithms.problems.base import Examples, Problem
 from fedmq.algorithms.reports import check_shape
 
@@ -91,10 +92,10 @@ class Gan:
         return cls(flat.layout, weights, flat.read_counters(), labels, low, high)
 
     def payload(self) -> Payload:
-        """Return it as it travels: the weights by the codec, the rest exactly."""
-        exact = {**self.layout.counter_views(self.counters), "labels": self.labels}
+        """Return it as it travels: what is trained by the codec, the rest exactly."""
+        model = self.layout.write(self.weights, self.counters)
         numbers = {"low": self.low, "high": self.high}
-        return Payload(self.layout.views(self.weights), exact, numbers)
+        return Payload(model.weights, {**model.exact, "labels": self.labels}, numbers)
 
     @classmethod
     def of(cls, payload: Payload, problem: Problem, widths: tuple[int, int, int]) -> Gan:
@@ -104,14 +105,14 @@ class Gan:
             ResultError: it is not one of this problem and these widths.
         """
         layout = Layout.of(make_generator(problem.shape, problem.classes, widths))
-        counters = {name: each for name, each in payload.exact.items() if name != "labels"}
+        exact = {name: each for name, each in payload.exact.items() if name != "labels"}
         labels = payload.exact.get("labels")
         low, high = payload.numbers.get("low"), payload.numbers.get("high")
         if labels is None or not isinstance(low, float) or not isinstance(high, float):
             raise ResultError("expected the labels and the range of a generator")
         check_shape(labels, torch.int64, (labels.numel(),), "labels")
-        weights = layout.flatten(payload.weights)
-        return cls(layout, weights, layout.flatten_counters(counters), labels, low, high)
+        weights, counters = layout.read(Payload(payload.weights, exact))
+        return cls(layout, weights, counters, labels, low, high)
 
     def make(
         self, labels: Tensor, problem: Problem, widths: tuple[int, int, int], seed: int
@@ -210,7 +211,7 @@ class Averaging(FedAvg):
         if self.iterations is None:
             return self.epochs
         n = len(client.data)
-        return max(1, round(self.iterations / -(-n // (self.batch_size or n))))
+        return max(1, round(self.iterations / len(spans(n, self.batch_size or n))))
 
 
 def share_metrics(module: nn.Module, client: Client) -> dict[str, float]:

@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import ConfigDict
 from torch import Tensor
 
-from fedmq.algorithms.errors import ResultError
+from fedmq.algorithms.errors import Fault, ResultError
 from fedmq.algorithms.problems.base import Examples, Problem
 from fedmq.codecs.base import brief
 
@@ -210,6 +210,19 @@ class Algorithm(ABC):
         """
         raise NotImplementedError(f"{self.name} is not evaluated by clients")
 
+    def try_model(self, problem: Problem, data: Examples, device: str) -> None:  # noqa: B027 - an algorithm with models of its own has nothing to try
+        """Try one step of training, of which nothing is kept, before the first task.
+
+        Args:
+            problem: whose model is tried.
+            data: a client's training examples.
+            device: torch device to train on.
+
+        Raises:
+            ProblemError: the model does to its tensors what cannot be followed. Whatever else
+                goes wrong is left to the task that meets it.
+        """
+
     # ---- at the evaluator
 
     def evaluate(self, task: Task, problem: Problem, device: str) -> Mapping[str, float]:
@@ -234,5 +247,6 @@ def examples_of(numbers: Mapping[str, Any]) -> int:
     """
     n = numbers.get("n")
     if type(n) is not int or not 1 <= n <= 10**9:
-        raise ResultError(f"expected n, the number of examples, from 1 to 10^9, got {brief(n)}")
+        text = f"expected n, the number of examples, from 1 to 10^9, got {brief(n)}"
+        raise ResultError(text, Fault.MALFORMED)
     return n

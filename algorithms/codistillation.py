@@ -35,7 +35,8 @@ class Codistillation(Distillation):
     as Jeong et al. 2018 describe it, the outputs are what is exchanged: N x L values for N
     public samples, where federated distillation has L x L.
 
-    A round of fields as in `Distillation`. The state is M x N x L float32.
+    Fields and their defaults are those of `Distillation`, batch_size 64 among them. The state is
+    M x N x L float32.
     """
 
     name: ClassVar[str] = "codistillation"
@@ -84,6 +85,7 @@ class Codistillation(Distillation):
                 shared, soft = next(lessons)
                 loss = loss + self.gamma * cross_entropy(model.module(shared), soft)
             loss.backward()  # type: ignore[no-untyped-call] # torch's
+        model.reset()
         outputs = _outputs(model.module, public.x)
         report = {"logits": outputs, "ids": torch.arange(len(outputs))}
         return Payload(numbers={"n": len(client.data)}, logits=report), kept(model)

@@ -6,6 +6,7 @@ On-Device Machine Learning: Federated Distillation and Augmentation under Non-II
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from fedmq.algorithms.base import Algorithm, Client, Payload, Reply, Result, Task, examples_of
+from fedmq.algorithms.dry_step import dry_step
 from fedmq.algorithms.errors import AlgorithmError, ResultError
 from fedmq.algorithms.fedavg import batches, cuda_devices, evaluate_module
 from fedmq.algorithms.model import FlatModel
@@ -44,7 +46,7 @@ class Distillation(Algorithm):
     gamma: weight of the distillation term; 0 is training alone. The paper does not state it.
     iterations: n, local steps a round; 250 in the paper. None: as many as ``epochs`` make.
     epochs: passes over the local data a round, where ``iterations`` is None.
-    batch_size: 64 in the paper; None is the whole local set.
+    batch_size: 64 as in the paper; None is the whole local set.
     models: names of `fedmq.algorithms.problems.models`; device k has ``models[k % len]``, so
         that devices may differ. Empty: the problem's own model. ``fd-cnn`` is the paper's.
     seed: what the first parameters of ``models`` depend on; each device draws its own. None
@@ -60,7 +62,7 @@ class Distillation(Algorithm):
     lr: Annotated[float, Field(gt=0)] = 0.05
     gamma: Annotated[float, Field(ge=0)] = 0.5
     iterations: Annotated[int, Field(ge=1)] | None = None
-    epochs: Annotated[int, Field(ge=1)] = 1
+    epochs: Annotated[int, Field(ge=1)] = 2
     batch_size: Annotated[int, Field(ge=1)] | None = 64
     models: tuple[str, ...] = ()
     seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
@@ -156,6 +158,11 @@ class Distillation(Algorithm):
 
     # ---- at the device
 
+    def try_model(self, problem: Problem, data: Examples, device: str) -> None:
+        """Try the problem's model, if that is what devices have."""
+        if not self.models:
+            dry_step(lambda: FlatModel(problem.model(), device), problem, data, device)
+
     def train(self, task: Task, client: Client) -> tuple[Payload, Payload | None]:
         """Algorithm 1, lines 3 to 8: n steps on CE(F, y) + gamma * CE(F, Fhat_y).
 
@@ -191,8 +198,10 @@ class Distillation(Algorithm):
             for x, y in self._batches(data, rng):
                 model.gradient.zero_()
                 yield x, y
+                model.after_backward()
                 with torch.no_grad():
                     model.trained.add_(model.gradient, alpha=-self.lr)
+        model.end_task()
 
     def _batches(self, data: Examples, rng: np.random.Generator) -> Iterator[tuple[Tensor, Tensor]]:
         if self.iterations is None:
@@ -202,22 +211,21 @@ class Distillation(Algorithm):
 
     def own_model(self, client: Client) -> FlatModel:
         """Return the device's model as it left it, or as it begins."""
-        model = FlatModel(self._first(client), client.device)
+        make = functools.partial(self._first, client.problem, client.index)
+        model = FlatModel(make(), client.device, make)
         if client.local is not None:
-            layout = model.layout
-            weights = layout.flatten(client.local.weights).to(client.device)
-            model.load(weights, layout.flatten_counters(client.local.exact))
+            model.load(*model.layout.read(client.local))
         return model
 
-    def _first(self, client: Client) -> nn.Module:
+    def _first(self, problem: Problem, index: int) -> nn.Module:
         if not self.models:
-            return client.problem.model()
-        make = MODELS[self.models[client.index % len(self.models)]]
+            return problem.model()
+        make = MODELS[self.models[index % len(self.models)]]
         with torch.random.fork_rng(devices=[]), torch.device("cpu"):
-            seed = derive_seed(self.seed or 0, "device model", client.index)
+            seed = derive_seed(self.seed or 0, "device model", index)
             torch.default_generator.manual_seed(seed)
-            channels, height, width = client.problem.shape
-            return make((channels, height, width), client.problem.classes)
+            channels, height, width = problem.shape
+            return make((channels, height, width), problem.classes)
 
     def evaluate_client(self, task: Task, client: Client) -> Mapping[str, float]:
         """Return the metrics of the device's own model on the whole test set."""

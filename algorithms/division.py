@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from fedmq.algorithms.errors import ProblemError
-from fedmq.algorithms.model import Layout, Slot
+from fedmq.algorithms.layout import Layout, Slot, end_to_end
 
 
 @dataclass(frozen=True)
@@ -46,12 +45,14 @@ class Division:
                     "personal_classifier keeps the model's last layer at the clients, "
                     "and the problem's model has no other"
                 )
+        if any(slot.dtype.is_complex for slot in (*trained, *own)):
+            raise ProblemError("a hypernetwork makes real numbers, the model trains complex ones")
         theta = sum(slot.size for slot in trained)
-        rest = [slot for slot in whole.weights if slot.start >= whole.parameters]
+        sent = end_to_end([*trained, *whole.rest])
         return cls(
             whole,
-            dataclasses.replace(whole, weights=_end_to_end([*trained, *rest]), parameters=theta),
-            Layout(_end_to_end(own), (), sum(slot.size for slot in own)),
+            dataclasses.replace(whole, weights=sent, parameters=theta),
+            Layout(end_to_end(own), (), sum(slot.size for slot in own)),
         )
 
     @property
@@ -61,17 +62,18 @@ class Division:
 
     @property
     def shared(self) -> Layout:
-        """Return the order of what travels and is not trained."""
-        rest = [slot for slot in self.sent.weights if slot.start >= self.theta]
-        return Layout(_end_to_end(rest), (), 0)
+        """Return the order of what travels and is not trained: the end of ``sent``."""
+        rest = [dataclasses.replace(s, start=s.start - self.theta) for s in self.sent.rest]
+        return Layout(tuple(rest), (), 0)
 
     def join(self, sent: Tensor, own: Tensor) -> Tensor:
         """Return a whole model's weights, float32 [whole.dim]."""
-        return torch.cat([sent[: self.theta], own, sent[self.theta :]])
+        return self.whole.flatten(self.sent.views(sent) | self.own.views(own))
 
     def part(self, weights: Tensor) -> Tensor:
         """Return what travels of a whole model's weights, float32 [sent.dim]."""
-        return torch.cat([weights[: self.theta], weights[self.whole.parameters :]])
+        views = self.whole.views(weights)
+        return self.sent.flatten({slot.name: views[slot.name] for slot in self.sent.weights})
 
     def kept(self, weights: Tensor) -> dict[str, Tensor]:
         """Return copies of what a client keeps of its parameters, by name."""
@@ -82,17 +84,8 @@ def layout_of(
     floats: Mapping[str, tuple[int, ...]], integers: Mapping[str, tuple[int, ...]]
 ) -> Layout:
     """Return the layout of tensors of these shapes."""
-    return Layout(_of_shapes(floats), _of_shapes(integers), 0)
+    return Layout(_of_shapes(floats, torch.float32), _of_shapes(integers, torch.int64), 0)
 
 
-def _of_shapes(shapes: Mapping[str, tuple[int, ...]]) -> tuple[Slot, ...]:
-    return _end_to_end(Slot(name, each, 0, math.prod(each)) for name, each in shapes.items())
-
-
-def _end_to_end(slots: Iterable[Slot]) -> tuple[Slot, ...]:
-    """Return the slots one after the other, from 0."""
-    slots = list(slots)
-    starts = itertools.accumulate((slot.size for slot in slots), initial=0)
-    return tuple(
-        dataclasses.replace(slot, start=start) for slot, start in zip(slots, starts, strict=False)
-    )
+def _of_shapes(shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> tuple[Slot, ...]:
+    return end_to_end(Slot(name, each, 0, math.prod(each), dtype) for name, each in shapes.items())

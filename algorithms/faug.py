@@ -62,8 +62,9 @@ class FAug(Distillation):
     that was away gets what it missed; but nobody is asked for seeds once the generator is
     trained, where they would be given away for nothing.
 
-    then: ``fd`` or ``fedavg``, with the fields of `Distillation`, or those of them that
-        `FedAvg` has; its ``iterations`` are rounded to whole epochs.
+    then: ``fd`` or ``fedavg``, with the fields of `Distillation` (batch_size 64 among them), or
+        those of them that `FedAvg` has; its ``iterations`` are rounded to whole epochs, and its
+        SGD is plain, as that of `Distillation` is.
     scarce: a label is a target of a device that has fewer samples of it than this share of
         its mean number by label.
     seeds: samples that a device gives of each target and redundant label, at most; 5.
@@ -106,7 +107,11 @@ class FAug(Distillation):
             names = [each.name for each in dataclasses.fields(Distillation)]
             return Distillation(**{name: getattr(self, name) for name in names})
         return Averaging(
-            lr=self.lr, epochs=self.epochs, batch_size=self.batch_size, iterations=self.iterations
+            lr=self.lr,
+            epochs=self.epochs,
+            batch_size=self.batch_size,
+            momentum=0.0,
+            iterations=self.iterations,
         )
 
     # ---- at the aggregator

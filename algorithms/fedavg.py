@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -15,10 +16,19 @@ from pydantic import Field
 from torch import Tensor
 
 from fedmq.algorithms.arithmetic import add_scaled, scale_and_add
-from fedmq.algorithms.base import Algorithm, Client, Payload, Result, Task
-from fedmq.algorithms.errors import ResultError
-from fedmq.algorithms.model import FlatModel, Layout, scratch_model, zeros
+from fedmq.algorithms.base import Algorithm, Client, Payload, Reply, Result, Task
+from fedmq.algorithms.dry_step import dry_step
+from fedmq.algorithms.errors import Fault, ResultError
+from fedmq.algorithms.layout import Layout
+from fedmq.algorithms.model import FlatModel, scratch_model, zeros
 from fedmq.algorithms.problems.base import Examples, Problem
+from fedmq.algorithms.results import (
+    Vectors,
+    merge_counters,
+    moved,
+    read_result,
+    result_payload,
+)
 from fedmq.algorithms.rng import derive_rng
 
 _EVALUATION_BATCH = 500
@@ -39,9 +49,10 @@ class ModelState:
 class Gathered:
     """The running sum over a version's results, whatever their number.
 
-    total: float32 [dim], sum of weight * what a client sent.
+    total: float32 [dim], sum of weight * what a client sent. Of what is not trained that is
+        always a change: also of a model, whose difference to the current one is taken.
     models: sum of the weights of the results that are models, not updates.
-    counters: int64, largest so far.
+    counters: int64, see `merge_counters`.
     """
 
     total: Tensor
@@ -60,6 +71,9 @@ class FedAvg(Algorithm):
     weight_decay: of the local SGD; 0 in the paper.
     server_lr: eta_g, how far the model goes along the averaged update; 1 in the paper.
         FedBuff calls it the global learning rate.
+
+    What other algorithms share with it has its defaults there, too, but where their papers ask
+    for others.
     """
 
     name: ClassVar[str] = "fedavg"
@@ -68,9 +82,9 @@ class FedAvg(Algorithm):
     at_commit: ClassVar[frozenset[str]] = frozenset({"server_lr"})
 
     lr: Annotated[float, Field(gt=0)] = 0.05
-    epochs: Annotated[int, Field(ge=1)] = 1
+    epochs: Annotated[int, Field(ge=1)] = 2
     batch_size: Annotated[int, Field(ge=1)] | None = 10
-    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.5
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     server_lr: Annotated[float, Field(gt=0)] = 1.0
 
@@ -94,21 +108,26 @@ class FedAvg(Algorithm):
     ) -> Gathered:
         """Add ``weight`` times the client's update (or model) to the sum."""
         payload = result.payload
-        counters = state.layout.flatten_counters(payload.exact)
+        model = payload.numbers.get("reply") == "model"
+        blocks = read_result(
+            state.layout, payload, state.counters, state.weights if model else None
+        )
         # One pass tells that every value is a number, and that no sum of them overflows.
-        blocks = state.layout.blocks(payload.weights)
         for _, block in blocks:
             low, high = torch.aminmax(block) if block.numel() else (block.sum(), block.sum())
             largest = max(-low.item(), high.item())
             if not math.isfinite(largest):
-                raise ResultError("the result holds NaN or infinite values")
+                text = "the result holds NaN or infinite values"
+                raise ResultError(text, Fault.NOT_FINITE)
             if largest * weight > _LARGEST:
-                raise ResultError(f"the result holds values as large as {largest:g}")
+                text = f"the result holds values as large as {largest:g}"
+                raise ResultError(text, Fault.TOO_LARGE)
         for start, block in blocks:
             add_scaled(gathered.total[start : start + block.numel()], block, weight)
-        if counters.numel():
-            torch.maximum(gathered.counters, counters, out=gathered.counters)
-        if payload.numbers.get("reply") == "model":
+        if blocks.counters is not None:
+            fresh = not result.staleness
+            merge_counters(gathered.counters, state.counters, blocks.counters, fresh=fresh)
+        if model:
             gathered.models += weight
         return gathered
 
@@ -118,9 +137,10 @@ class FedAvg(Algorithm):
         With weight_k = n_k and divisor = sum of n_k over the cohort this is line 8 of
         Algorithm 1. Clients that sent w_k itself have their part of w_t taken out here.
         """
-        step = self.server_lr / divisor
-        stay = 1 - step * gathered.models
-        weights = scale_and_add(gathered.total, step, state.weights, stay)
+        step, end = self.server_lr / divisor, state.layout.parameters
+        weights, stay = gathered.total, 1 - step * gathered.models
+        scale_and_add(weights[:end], step, state.weights[:end], stay)
+        weights[end:] = moved(state.weights[end:], weights[end:].mul_(step))
         return ModelState(state.layout, weights, gathered.counters)
 
     def save(self, state: ModelState) -> Payload:
@@ -130,15 +150,17 @@ class FedAvg(Algorithm):
     def load(self, problem: Problem, saved: Payload) -> ModelState:
         """Return the state of a saved w_t."""
         layout = Layout.of(problem.model())
-        return ModelState(
-            layout, layout.flatten(saved.weights), layout.flatten_counters(saved.exact)
-        )
+        return ModelState(layout, *layout.read(saved))
 
     def tensors(self, state: ModelState) -> Mapping[str, Tensor]:
         """Return the model by name."""
-        return state.layout.views(state.weights) | state.layout.counter_views(state.counters)
+        return state.layout.tensors(state.weights, state.counters)
 
     # ---- at the client
+
+    def try_model(self, problem: Problem, data: Examples, device: str) -> None:
+        """Try the problem's model."""
+        dry_step(lambda: FlatModel(problem.model(), device), problem, data, device)
 
     def train(self, task: Task, client: Client) -> tuple[Payload, Payload | None]:
         """ClientUpdate(k, w): E epochs of SGD over batches of B, from w_t."""
@@ -149,12 +171,8 @@ class FedAvg(Algorithm):
         with torch.random.fork_rng(devices=cuda_devices(client.device)):
             torch.manual_seed(client.seed)
             self._sgd(model, anchor, data, client)
-        vector = model.weights.clone() if task.reply == "model" else model.weights - start
-        return Payload(
-            weights=layout.views(vector.cpu()),
-            exact=layout.counter_views(model.read_counters()),
-            numbers={"n": len(data), "reply": task.reply},
-        ), None
+        numbers: dict[str, int | str] = {"n": len(data), "reply": task.reply}
+        return learned(model, start, numbers, task.reply), None
 
     def _sgd(self, model: FlatModel, anchor: Tensor, data: Examples, client: Client) -> None:
         """Run the local epochs on a loaded model."""
@@ -166,6 +184,7 @@ class FedAvg(Algorithm):
         for x, y in batches(data, self.batch_size, epochs, derive_rng(client.seed, "batches")):
             gradient.zero_()
             loss(model.module(x), y).backward()  # type: ignore[no-untyped-call] # torch's
+            model.after_backward()
             with torch.no_grad():
                 self.regularize(gradient, trained, anchor)
                 restrict(client, model.layout, gradient)
@@ -173,6 +192,7 @@ class FedAvg(Algorithm):
                     gradient = velocity.mul_(self.momentum).add_(gradient)
                 trained.add_(gradient, alpha=-self.lr)
                 gradient = model.gradient
+        model.end_task()
 
     def local_epochs(self, client: Client) -> int:
         """Return how many epochs this client does now."""
@@ -192,40 +212,63 @@ class FedAvg(Algorithm):
 
 
 def model_payload(state: ModelState) -> Payload:
-    """Return a model as a payload: weights as the codec likes, counters exactly."""
-    return Payload(
-        weights=state.layout.views(state.weights), exact=state.layout.counter_views(state.counters)
-    )
+    """Return a model as a payload: what is trained as the codec likes, the rest exactly."""
+    return state.layout.write(state.weights, state.counters)
 
 
 def load_model(task: Task, problem: Problem, device: str) -> tuple[FlatModel, Tensor]:
     """Return the working copy of the model, loaded with w_t, and w_t itself, float32 [dim]."""
     model = scratch_model(problem, device)
-    start = model.layout.flatten(task.payload.weights).to(device)
-    model.load(start, model.layout.flatten_counters(task.payload.exact))
+    weights, counters = model.layout.read(task.payload)
+    start = weights.to(device)
+    model.load(start, counters)
     return model, start
+
+
+def learned(
+    model: FlatModel,
+    start: Tensor,
+    numbers: Mapping[str, int | float | str],
+    reply: Reply = "update",
+    trained: Tensor | None = None,
+) -> Payload:
+    """Return what a client sends of a model that was loaded with w_t, ``start``, and trained.
+
+    Other arguments as in `result_payload`.
+    """
+    before = Vectors(start, model.loaded_counters)
+    after = Vectors(model.weights, model.read_counters())
+    return result_payload(model.layout, before, after, numbers, reply, trained)
 
 
 def restrict(client: Client, layout: Layout, gradient: Tensor) -> None:
     """Project a gradient, float32 [parameters], in place: see `Client.restrict`."""
     if client.restrict is not None:
-        whole = torch.zeros(layout.dim, device=gradient.device)
-        whole[: layout.parameters] = gradient
-        client.restrict(layout.views(whole))
-        gradient.copy_(whole[: layout.parameters])
+        client.restrict(layout.trained_views(gradient))
 
 
 def batches(
     data: Examples, batch_size: int | None, epochs: int, rng: np.random.Generator
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield shuffled batches (x [b, ...], y [b]), each epoch a new order, the last one short."""
+    """Yield shuffled batches (x [b, ...], y [b]), each epoch a new order, as `spans` cuts it."""
     n = len(data)
     size = n if batch_size is None else batch_size
     for _ in range(epochs):
         order = torch.from_numpy(rng.permutation(n)).to(data.y.device)
-        for start in range(0, n, size):
-            chosen = order[start : start + size]
+        for start, end in spans(n, size):
+            chosen = order[start:end]
             yield data.x[chosen], data.y[chosen]
+
+
+def spans(n: int, size: int) -> list[tuple[int, int]]:
+    """Return where the batches of n examples begin and end; the last one may be short.
+
+    A last one of a single example joins the one before: a BatchNorm cannot train on it.
+    """
+    starts = list(range(0, n, size))
+    if size > 1 and len(starts) > 1 and n % size == 1:
+        starts.pop()
+    return list(itertools.pairwise([*starts, n]))
 
 
 def evaluate_module(module: torch.nn.Module, problem: Problem, device: str) -> dict[str, float]:

@@ -16,10 +16,12 @@ from torch import Tensor
 
 from fedmq.algorithms.arithmetic import add_scaled
 from fedmq.algorithms.base import Client, Payload, Result, Task
+from fedmq.algorithms.dry_step import dry_step
 from fedmq.algorithms.errors import ResultError
 from fedmq.algorithms.fedavg import FedAvg, Gathered, ModelState, model_payload
-from fedmq.algorithms.model import zeros
-from fedmq.algorithms.problems.base import Problem
+from fedmq.algorithms.model import FlatModel, zeros
+from fedmq.algorithms.problems.base import Examples, Problem
+from fedmq.algorithms.results import merge_counters
 from fedmq.algorithms.rng import derive_rng
 from fedmq.algorithms.submodel import SubModels, SubProblem
 from fedmq.codecs.base import brief
@@ -97,8 +99,8 @@ class FedDropout(FedAvg):
         part = state.weights
         if state.parts.cut:
             part = part[self._index(state.parts, state.version, client)]
-        exact = state.layout.counter_views(state.counters)
-        return Payload(state.parts.small.views(part), exact, numbers)
+        model: Payload = state.parts.small.write(part, state.counters)
+        return dataclasses.replace(model, numbers=numbers)
 
     def examined(self, state: Any, client: int = 0) -> Payload:
         """Return the whole model."""
@@ -121,14 +123,16 @@ class FedDropout(FedAvg):
         if not state.parts.cut:
             return super().absorb(gathered, state, result, weight)
         # FedAvg's checks and its weighted sum, in a vector of the sub-model's size.
-        small = ModelState(state.parts.small, zeros(0), state.counters)
+        index = self._index(state.parts, version, client)
+        now, end = state.weights[index], state.parts.small.parameters
+        small = ModelState(state.parts.small, now, state.counters)
         empty = Gathered(zeros(state.parts.small.dim), state.counters.clone())
         part = super().absorb(empty, small, result, weight)
-        index = self._index(state.parts, version, client)
         if part.models:
-            add_scaled(part.total, state.weights[index], -weight)
+            add_scaled(part.total[:end], now[:end], -weight)
         gathered.total.index_add_(0, index, part.total)
-        torch.maximum(gathered.counters, part.counters, out=gathered.counters)
+        fresh = not result.staleness
+        merge_counters(gathered.counters, state.counters, part.counters, fresh=fresh)
         if gathered.held is not None:
             gathered.held.index_add_(0, index, torch.tensor(weight).expand(len(index)))
             gathered.weight += weight
@@ -177,6 +181,11 @@ class FedDropout(FedAvg):
         return parts.index(parts.draw(rng))
 
     # ---- at the client
+
+    def try_model(self, problem: Problem, data: Examples, device: str) -> None:
+        """Try a sub-model."""
+        part = _sub_problem(problem, self.keep)
+        dry_step(lambda: FlatModel(part.model(), device), problem, data, device)
 
     def train(self, task: Task, client: Client) -> tuple[Payload, None]:
         """ClientUpdate(k, w) of FedAvg on the sub-model, which is an ordinary small model."""

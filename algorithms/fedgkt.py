@@ -23,7 +23,8 @@ from fedmq.algorithms.gkt_networks import (
     through_edge,
     through_server,
 )
-from fedmq.algorithms.model import FlatModel, Layout
+from fedmq.algorithms.layout import Layout
+from fedmq.algorithms.model import FlatModel
 from fedmq.algorithms.problems.base import Examples, Problem
 from fedmq.algorithms.problems.resnets import EDGES, SERVERS, Shape, feature_shape, initialised
 from fedmq.algorithms.rng import derive_rng, derive_seed
@@ -71,6 +72,8 @@ class FedGKT(Algorithm):
     edge: f_e and f_c, a key of `EDGES`. server: f_s, a key of `SERVERS`.
     optimizer, lr, momentum, weight_decay, batch_size, epochs: of a client's training; what an
         optimizer remembers is kept from task to task. Momentum is SGD's.
+        By default as with the paper's networks: Adam with lr 0.001, weight_decay 1e-4 (momentum
+        0.9 for SGD), batch_size 64 and one pass (epochs).
     server_lr, server_batch_size: of the server's training; None is the clients'.
     server_epochs: E_s, passes at each commit; 20 in the paper.
     effort: what a pass at the server is as long as. ``fresh``: the samples that have come in

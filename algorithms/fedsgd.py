@@ -11,7 +11,16 @@ import torch
 from pydantic import Field
 
 from fedmq.algorithms.base import Client, Payload, Task
-from fedmq.algorithms.fedavg import FedAvg, Gathered, ModelState, cuda_devices, load_model
+from fedmq.algorithms.fedavg import (
+    FedAvg,
+    Gathered,
+    ModelState,
+    cuda_devices,
+    learned,
+    load_model,
+    spans,
+)
+from fedmq.algorithms.results import moved
 
 _GRADIENT_BATCH = 500
 
@@ -23,7 +32,8 @@ class FedSGD(FedAvg):
     lr: eta, the server's learning rate.
     weight_decay: added to each gradient; 0 in the paper.
 
-    What travels is the gradient; there are no local epochs, batches or momentum.
+    What travels is the gradient of the whole local set. There are no local steps, so epochs is 1,
+    batch_size None and momentum 0, and lr is that of a server's step, by default 0.1.
     BatchNorm statistics, which have no gradient, travel as their change.
     """
 
@@ -39,14 +49,14 @@ class FedSGD(FedAvg):
 
     def commit(self, state: ModelState, gathered: Gathered, divisor: float) -> ModelState:
         """Take one step along the averaged gradient; statistics move by their averaged change."""
-        mean = gathered.total.div_(divisor)
-        mean[: state.layout.parameters].mul_(-self.lr)
-        return ModelState(state.layout, mean.add_(state.weights), gathered.counters)
+        mean, end = gathered.total.div_(divisor), state.layout.parameters
+        mean[:end].mul_(-self.lr).add_(state.weights[:end])
+        mean[end:] = moved(state.weights[end:], mean[end:])
+        return ModelState(state.layout, mean, gathered.counters)
 
     def train(self, task: Task, client: Client) -> tuple[Payload, None]:
         """g_k = the gradient of the mean loss over all local examples at w_t."""
         model, start = load_model(task, client.problem, client.device)
-        layout = model.layout
         data = client.data.to(client.device)
         n = len(data)
         model.module.train()
@@ -54,15 +64,13 @@ class FedSGD(FedAvg):
         with torch.random.fork_rng(devices=cuda_devices(client.device)):
             torch.manual_seed(client.seed)
             # The mean over all examples, summed in pieces that fit in the cache.
-            for first in range(0, n, _GRADIENT_BATCH):
-                y = data.y[first : first + _GRADIENT_BATCH]
-                outputs = model.module(data.x[first : first + _GRADIENT_BATCH])
+            for first, end in spans(n, _GRADIENT_BATCH):
+                y = data.y[first:end]
+                outputs = model.module(data.x[first:end])
                 (client.problem.loss(outputs, y) * (len(y) / n)).backward()  # type: ignore[no-untyped-call] # torch's
+                model.after_backward()
+        model.end_task()
         gradient = model.gradient.clone()
-        self.regularize(gradient, model.trained, start[: layout.parameters])
-        vector = torch.cat([gradient, (model.weights - start)[layout.parameters :]])
-        return Payload(
-            weights=layout.views(vector.cpu()),
-            exact=layout.counter_views(model.read_counters()),
-            numbers={"n": n, "reply": task.reply},
-        ), None
+        self.regularize(gradient, model.trained, start[: model.layout.parameters])
+        numbers: dict[str, int | str] = {"n": n, "reply": task.reply}
+        return learned(model, start, numbers, trained=gradient), None

@@ -61,17 +61,16 @@ class FedAvgFT(FedAvg):
             model, _ = load_model(task, client.problem, client.device)
             return self._tuned(model, client)
         split = scratch_split(client.problem, self.head, client.device)
-        layout = split.whole.layout
-        split.whole.load(
-            layout.flatten(task.payload.weights), layout.flatten_counters(task.payload.exact)
-        )
+        split.whole.load(*split.whole.layout.read(task.payload))
         return self._tuned(split.whole, client, split)
 
     def _tuned(
         self, model: FlatModel, client: Client, split: Split | None = None
     ) -> Mapping[str, float]:
         """Evaluate a loaded model, fine-tune it (or the head of ``split``), and evaluate it."""
-        before = local_metrics(model.module, client)
+        start, counters = model.weights.clone(), model.read_counters()
+        before = local_metrics(model, client)
+        model.load(start, counters)  # an evaluation leaves no trace in the training
         if not self.finetune_epochs:
             return {**before, "accuracy_before": before["accuracy"]}
         if split is None:
@@ -81,7 +80,7 @@ class FedAvgFT(FedAvg):
                 torch.manual_seed(client.seed)
                 data = client.data.to(client.device)
                 split.fit("head", data, self.finetune_epochs, self, client)
-        after = local_metrics(model.module, client)
+        after = local_metrics(model, client)
         return {**after, "accuracy_before": before["accuracy"]}
 
     def alone(self, model: FlatModel, client: Client) -> None:
@@ -143,11 +142,8 @@ class LocalOnly(FedAvgFT):
 
 def own_model(client: Client) -> FlatModel:
     """Return the model that a client kept, or the problem's first one, to be trained."""
-    model = FlatModel(client.problem.model(), client.device)
+    problem = client.problem
+    model = FlatModel(problem.model(), client.device, problem.model)
     if client.local is not None:
-        kept, layout = client.local.exact, model.layout
-        model.load(
-            layout.flatten({slot.name: kept[slot.name] for slot in layout.weights}),
-            layout.flatten_counters({slot.name: kept[slot.name] for slot in layout.counters}),
-        )
+        model.load(*model.layout.read(client.local))
     return model

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from fedmq.algorithms.errors import ResultError
 from fedmq.algorithms.feature_store import Maps
+from fedmq.algorithms.fedavg import spans
 from fedmq.algorithms.model import FlatModel
 from fedmq.algorithms.problems.base import Examples, Problem
 from fedmq.algorithms.problems.resnets import Edge
@@ -25,12 +26,18 @@ _BLOCK = 256
 def shuffled(
     n: int, samples: int, size: int, rng: np.random.Generator
 ) -> Iterator[NDArray[np.int64]]:
-    """Yield batches of places 0 to n - 1, ``samples`` in all; each pass has a new order."""
+    """Yield batches of places 0 to n - 1, ``samples`` in all; each pass has a new order.
+
+    A last pass of a single sample joins the one before, as a last batch does in `spans`.
+    """
     while samples > 0:
         order = rng.permutation(n)[:samples]
         samples -= len(order)
-        for start in range(0, len(order), size):
-            yield order[start : start + size]
+        if samples == 1 and size > 1:
+            order = np.concatenate([order, rng.permutation(n)[:1]])
+            samples = 0
+        for start, end in spans(len(order), size):
+            yield order[start:end]
 
 
 def through_edge(model: FlatModel, data: Examples) -> tuple[Tensor, Tensor]:

@@ -17,7 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fedmq.algorithms.model import FlatModel, Layout
+from fedmq.algorithms.layout import Layout
+from fedmq.algorithms.model import FlatModel
 
 HEADS = "heads"
 _SEEDS = 1 << 63

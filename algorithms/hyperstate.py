@@ -47,7 +47,7 @@ class HyperState:
         """Return the model that belongs to an embedding, and what all models share."""
         sent = self.division.sent
         weights = torch.cat([self.net.theta(self.phi, embedding), self.shared])
-        return Payload(weights=sent.views(weights), exact=sent.counter_views(self.counters))
+        return sent.write(weights, self.counters)
 
 
 @dataclass
@@ -97,8 +97,10 @@ def load_state(net: HyperNet, division: Division, clients: int, saved: Payload) 
     )
     weights = wanted.flatten(saved.weights)
     integers = wanted.counter_views(wanted.flatten_counters(saved.exact))
-    if not weights.isfinite().all():
+    views = wanted.views(weights)
+    # What is shared may be a constant of any value.
+    if not all(views[name].isfinite().all() for name in _FLOATS if name != "shared"):
         raise ResultError("the state holds NaN or infinite values")
     if (integers["used"] < 0).any():
         raise ResultError("the state holds negative counts of results")
-    return HyperState(net, division, **wanted.views(weights), **integers)
+    return HyperState(net, division, **views, **integers)

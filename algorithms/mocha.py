@@ -17,8 +17,8 @@ from torch import Tensor
 
 from fedmq.algorithms import mtl
 from fedmq.algorithms.base import Algorithm, Client, Payload, Result, Task, examples_of
-from fedmq.algorithms.errors import AlgorithmError, ProblemError, ResultError
-from fedmq.algorithms.model import Layout
+from fedmq.algorithms.errors import AlgorithmError, Fault, ProblemError, ResultError
+from fedmq.algorithms.layout import Layout
 from fedmq.algorithms.mtl import Array
 from fedmq.algorithms.problems.base import Examples, Problem
 from fedmq.algorithms.rng import derive_rng
@@ -74,7 +74,8 @@ class Mocha(Algorithm):
     epochs_low, epochs_high: passes over its data that a client does in a round, drawn uniformly
         between them for each client and round; theta in the paper. Half a pass in its code.
     drop: probability that a client does nothing in a round, theta = 0 in the paper.
-    personal_epochs: passes of a new client, which starts from the mean of all w_t.
+    personal_epochs: passes of a new client, which starts from the mean of all w_t; its dual has
+        to be found from nothing, so 20 by default.
     """
 
     name: ClassVar[str] = "mocha"
@@ -334,7 +335,8 @@ def _array(tensors: Mapping[str, Tensor], name: str, shape: tuple[int, ...]) -> 
     tensor = tensors.get(name)
     if tensor is None or tensor.dtype != torch.float64 or tuple(tensor.shape) != shape:
         found = "none" if tensor is None else f"{tensor.dtype} {list(tensor.shape)}"
-        raise ResultError(f"expected {name} as float64 {list(shape)}, got {found}")
+        text = f"expected {name} as float64 {list(shape)}, got {found}"
+        raise ResultError(text, Fault.WRONG_SHAPE)
     array: Array = tensor.numpy().copy()
     if not (np.abs(array) <= _LARGEST).all():
         raise ResultError(f"expected {name} to be finite, up to {_LARGEST:g}")

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fedmq.algorithms.adaptation import before_and_after
 from fedmq.algorithms.base import Client, Payload, Task
-from fedmq.algorithms.fedavg import FedAvg, cuda_devices, load_model, restrict
+from fedmq.algorithms.fedavg import FedAvg, cuda_devices, learned, load_model, restrict
 from fedmq.algorithms.model import FlatModel
 from fedmq.algorithms.problems.base import Examples
 from fedmq.algorithms.rng import derive_rng
@@ -41,6 +41,9 @@ class PerFedAvg(FedAvg):
     adapt_examples: how many of the client's training examples each of them is taken on,
         drawn at random; None is all.
     server_lr: as in FedAvg; 1 in the paper.
+
+    lr, batch_size, inner_lr and steps are by default as in the paper's experiments. A task is of
+    ``steps``, plain ones, so epochs is 1 and momentum 0.
 
     The server takes the plain mean, as in the paper: a result counts by the ``steps *
     batch_size`` examples of its steps, which is the same for all clients that have
@@ -81,12 +84,9 @@ class PerFedAvg(FedAvg):
                 direction = self._direction(model, data, rng, client)
                 restrict(client, layout, direction)
                 model.trained.add_(direction, alpha=-self.lr)
-        vector = model.weights.clone() if task.reply == "model" else model.weights - start
-        return Payload(
-            weights=layout.views(vector.cpu()),
-            exact=layout.counter_views(model.read_counters()),
-            numbers={"n": self.steps * _size(data, self.batch_size), "reply": task.reply},
-        ), None
+        model.end_task()
+        n = self.steps * _size(data, self.batch_size)
+        return learned(model, start, {"n": n, "reply": task.reply}, task.reply), None
 
     def _direction(
         self, model: FlatModel, data: Examples, rng: np.random.Generator, client: Client
@@ -121,6 +121,7 @@ def gradient(model: FlatModel, batch: Examples, client: Client) -> Tensor:
     """g(v; D): of the mean loss over a batch where the model stands; float32 [parameters]."""
     model.gradient.zero_()
     client.problem.loss(model.module(batch.x), batch.y).backward()  # type: ignore[no-untyped-call] # torch's
+    model.after_backward()
     return model.gradient.clone()
 
 

@@ -17,12 +17,15 @@ from torch import Tensor
 
 from fedmq.algorithms.base import Algorithm, Client, Payload, Reply, Result, Task
 from fedmq.algorithms.division import Division
-from fedmq.algorithms.errors import ResultError
-from fedmq.algorithms.fedavg import batches, cuda_devices, metrics_on
+from fedmq.algorithms.dry_step import dry_step
+from fedmq.algorithms.errors import Fault, ResultError
+from fedmq.algorithms.fedavg import batches, cuda_devices, metrics_on, restrict, spans
 from fedmq.algorithms.hypernet import HyperNet, largest
 from fedmq.algorithms.hyperstate import HyperGathered, HyperState, load_state, save_state
-from fedmq.algorithms.model import FlatModel, Layout, scratch_model, zeros
-from fedmq.algorithms.problems.base import Problem
+from fedmq.algorithms.layout import Layout
+from fedmq.algorithms.model import FlatModel, scratch_model, zeros
+from fedmq.algorithms.problems.base import Examples, Problem
+from fedmq.algorithms.results import Vectors, merge_counters, moved, read_result, result_payload
 from fedmq.algorithms.rng import derive_rng, derive_seed
 
 _LARGEST = 1e30
@@ -34,7 +37,8 @@ _MOMENTUM = "momentum."
 class PFedHN(Algorithm):
     """Algorithm 1, and with ``personal_classifier`` pFedHN-PC.
 
-    lr, momentum, weight_decay: of the local SGD, whose momentum starts from zero at each task.
+    lr, momentum, weight_decay: of the local SGD, whose momentum starts from zero at each task;
+        by default those of the paper's experiments, and so are batches and batch_size.
     batches: K, local steps: successive batches of shuffled passes over the local data.
     batch_size: of the local steps.
     clip: largest norm of a local gradient.
@@ -100,7 +104,7 @@ class PFedHN(Algorithm):
             embeddings,
             zeros(len(phi)),
             torch.zeros_like(embeddings),
-            model.weights[model.layout.parameters :].clone(),
+            division.part(model.weights)[division.theta :].clone(),
             model.read_counters(),
             torch.zeros(problem.clients, dtype=torch.int64),
         )
@@ -132,21 +136,23 @@ class PFedHN(Algorithm):
         sent, net, who = state.division.sent, state.net, result.client
         if not 0 <= who < len(state.used):
             raise ResultError(f"expected a client from 0 to {len(state.used) - 1}, got {who}")
-        counters = sent.flatten_counters(result.payload.exact)
+        arrived = read_result(sent, result.payload, state.counters)
         change = zeros(sent.dim)
-        for start, block in sent.blocks(result.payload.weights):
+        for start, block in arrived:
             change[start : start + block.numel()] = block
         if not change.isfinite().all():
-            raise ResultError("the result holds NaN or infinite values")
+            raise ResultError("the result holds NaN or infinite values", Fault.NOT_FINITE)
         delta, rest = change[: sent.parameters], change[sent.parameters :]
         pulled = net.pull_back(state.phi, state.embeddings[who], delta)
         if weight * largest(pulled, change) > _LARGEST:
             top = change.abs().max().item()
-            raise ResultError(f"the result holds values as large as {top:g}")
+            raise ResultError(f"the result holds values as large as {top:g}", Fault.TOO_LARGE)
         net.add(gathered.phi, pulled, delta, weight)
         gathered.embeddings[who].add_(pulled.embedding, alpha=weight)
         gathered.shared.add_(rest, alpha=weight)
-        torch.maximum(gathered.counters, counters, out=gathered.counters)
+        if arrived.counters is not None:
+            fresh = not result.staleness
+            merge_counters(gathered.counters, state.counters, arrived.counters, fresh=fresh)
         gathered.present[who] = True
         return gathered
 
@@ -172,7 +178,7 @@ class PFedHN(Algorithm):
             embeddings=embeddings,
             phi_momentum=phi_momentum,
             embedding_momentum=velocity,
-            shared=gathered.shared.mul_(1 / divisor).add_(state.shared),
+            shared=moved(state.shared, gathered.shared.mul_(1 / divisor)),
             counters=gathered.counters,
             used=state.used + rows,
         )
@@ -190,8 +196,9 @@ class PFedHN(Algorithm):
     def tensors(self, state: HyperState) -> Mapping[str, Tensor]:
         """Return phi and the embeddings by name, and what all clients' models share."""
         phi = {f"phi.{name}": each for name, each in state.net.layout.views(state.phi).items()}
-        shared = state.division.shared.views(state.shared)
-        counters = state.division.sent.counter_views(state.counters)
+        division = state.division
+        shared = {slot.name: slot.tensor(state.shared) for slot in division.shared.weights}
+        counters = {slot.name: slot.tensor(state.counters) for slot in division.sent.counters}
         return {"embeddings": state.embeddings} | phi | shared | counters
 
     def _shape(self, problem: Problem, layout: Layout) -> tuple[Division, HyperNet]:
@@ -218,6 +225,10 @@ class PFedHN(Algorithm):
 
     # ---- at the client
 
+    def try_model(self, problem: Problem, data: Examples, device: str) -> None:
+        """Try the problem's model."""
+        dry_step(lambda: FlatModel(problem.model(), device), problem, data, device)
+
     def train(self, task: Task, client: Client) -> tuple[Payload, Payload | None]:
         """K steps of SGD from theta_i; dtheta_i = theta~_i - theta_i."""
         model, division, velocity = self._load(task, client)
@@ -225,10 +236,11 @@ class PFedHN(Algorithm):
         with torch.random.fork_rng(devices=cuda_devices(client.device)):
             torch.manual_seed(client.seed)
             self._sgd(model, division, velocity, client)
-        result = Payload(
-            weights=division.sent.views(division.part(model.weights - before).cpu()),
-            exact=division.sent.counter_views(model.read_counters()),
-            numbers={"n": len(client.data)},
+        result = result_payload(
+            division.sent,
+            Vectors(division.part(before), model.loaded_counters),
+            Vectors(division.part(model.weights), model.read_counters()),
+            {"n": len(client.data)},
         )
         if not self.personal_classifier:
             return result, None
@@ -255,8 +267,7 @@ class PFedHN(Algorithm):
             own = division.own.flatten({name: kept[name] for name in names})
             moving = division.own.flatten({name: kept[_MOMENTUM + name] for name in names})
             velocity[place] = moving.to(client.device)
-        sent = division.sent.flatten(task.payload.weights)
-        counters = division.sent.flatten_counters(task.payload.exact)
+        sent, counters = division.sent.read(task.payload)
         model.load(division.join(sent, own).to(client.device), counters)
         return model, division, velocity
 
@@ -264,18 +275,20 @@ class PFedHN(Algorithm):
         """Take the local steps on a loaded model."""
         data = client.data.to(client.device)
         loss, trained, gradient = client.problem.loss, model.trained, model.gradient
-        passes = math.ceil(self.batches / math.ceil(len(data) / self.batch_size))
+        passes = math.ceil(self.batches / len(spans(len(data), self.batch_size)))
         order = derive_rng(client.seed, "batches")
         model.module.train()
         for x, y in itertools.islice(batches(data, self.batch_size, passes, order), self.batches):
             gradient.zero_()
             loss(model.module(x), y).backward()  # type: ignore[no-untyped-call] # torch's
+            model.after_backward()
             with torch.no_grad():
                 gradient.mul_(_within(self.clip, gradient))
                 gradient.add_(trained, alpha=self.weight_decay)
-                _restrict(client, division.sent, gradient)
+                restrict(client, division.sent, gradient[: division.theta])
                 velocity.mul_(self.momentum).add_(gradient)
                 trained.add_(velocity, alpha=-self.lr)
+        model.end_task()
 
     # ---- for a client that never took part
 
@@ -293,7 +306,7 @@ class PFedHN(Algorithm):
             task = Task(version, state.model_of(embedding))
             result, local = self.train(task, dataclasses.replace(client, seed=seed))
             client = dataclasses.replace(client, local=local)
-            delta = sent.flatten(result.weights)[: sent.parameters]
+            delta = sent.flatten_trained(result.weights)
             gradient = -net.pull_back(state.phi, embedding, delta).embedding
             gradient.mul_(_within(self.server_clip, gradient))
             embedding, velocity = self._descend(embedding, gradient, velocity, self.new_lr)
@@ -310,12 +323,3 @@ def _within(most: float, *gradients: Tensor) -> float:
         norms = (torch.linalg.vector_norm(each, dtype=torch.float64) for each in gradients)
         norm = math.hypot(*(each.item() for each in norms))
     return most / norm if norm > most else 1.0
-
-
-def _restrict(client: Client, sent: Layout, gradient: Tensor) -> None:
-    """Project what of a gradient travels, in place: see `Client.restrict`."""
-    if client.restrict is not None:
-        whole = torch.zeros(sent.dim, device=gradient.device)
-        whole[: sent.parameters] = gradient[: sent.parameters]
-        client.restrict(sent.views(whole))
-        gradient[: sent.parameters] = whole[: sent.parameters]

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import pkgutil
 from collections.abc import Mapping
 
+from fedmq.algorithms.allowed import NOTHING, Allowed, installed, resolve
 from fedmq.algorithms.base import Algorithm
 from fedmq.algorithms.codistillation import Codistillation
 from fedmq.algorithms.distillation import Distillation
@@ -48,23 +48,28 @@ ALGORITHMS: Mapping[str, type[Algorithm]] = {
 }
 
 
-def find_algorithm(name: str) -> type[Algorithm]:
-    """Return a built-in algorithm by its name, or a user's own by ``module:Class``.
+ENTRY_POINTS = "fedmq.algorithms"
+"""The group of entry points by which installed packages bring algorithms."""
+
+
+def find_algorithm(name: str, allowed: Allowed = NOTHING) -> type[Algorithm]:
+    """Return an algorithm by its name: built in, of an installed package, or ``module:Class``.
 
     Raises:
+        NotAllowed: the module is not among those in ``allowed``; nothing was imported.
         AlgorithmError: there is none; the sentence holds the choices.
     """
-    if ":" not in name:
-        if name not in ALGORITHMS:
-            choices = unknown("algorithm", name, ALGORITHMS)
-            raise AlgorithmError(f"{choices}, or name your own as module:Class")
+    if name in ALGORITHMS:
         return ALGORITHMS[name]
-    try:
-        found = pkgutil.resolve_name(name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise AlgorithmError(f"cannot load {name!r}: {error}") from None
+    if ":" not in name and installed(ENTRY_POINTS, name) is None:
+        choices = unknown("algorithm", name, ALGORITHMS)
+        raise AlgorithmError(f"{choices}, or name your own as module:Class")
+    found = resolve(name, allowed, ENTRY_POINTS, Algorithm)
     if not (
         isinstance(found, type) and issubclass(found, Algorithm) and dataclasses.is_dataclass(found)
     ):
-        raise AlgorithmError(f"expected a dataclass derived from Algorithm, {name!r} is {found!r}")
+        raise AlgorithmError(
+            f"expected a dataclass derived from Algorithm, {name!r} is of type "
+            f"{type(found).__name__!r}"
+        )
     return found

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fedmq.algorithms.base import Payload
-from fedmq.algorithms.errors import ResultError
+from fedmq.algorithms.errors import Fault, ResultError
 from fedmq.codecs.base import brief
 
 MOST_COUNTED = 10**12
@@ -91,7 +91,8 @@ def check_shape(tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...], what
     """Raise ResultError if a tensor is not of this dtype and shape."""
     if tensor.dtype != dtype or tuple(tensor.shape) != shape:
         raise ResultError(
-            f"expected {what} as {dtype} {list(shape)}, got {tensor.dtype} {list(tensor.shape)}"
+            f"expected {what} as {dtype} {list(shape)}, got {tensor.dtype} {list(tensor.shape)}",
+            Fault.WRONG_SHAPE,
         )
 
 

@@ -17,13 +17,14 @@ from torch import Tensor
 from fedmq.algorithms.adaptation import before_and_after
 from fedmq.algorithms.arithmetic import power, square_root
 from fedmq.algorithms.base import Client, Payload, Reply, Result, Task
-from fedmq.algorithms.errors import ResultError
+from fedmq.algorithms.errors import Fault, ResultError
 from fedmq.algorithms.fedavg import (
     FedAvg,
     Gathered,
     ModelState,
     batches,
     cuda_devices,
+    learned,
     load_model,
     model_payload,
     restrict,
@@ -31,6 +32,7 @@ from fedmq.algorithms.fedavg import (
 from fedmq.algorithms.model import FlatModel, zeros
 from fedmq.algorithms.perfedavg import gradient
 from fedmq.algorithms.problems.base import Examples, Problem
+from fedmq.algorithms.results import moved, read_result
 from fedmq.algorithms.rng import derive_rng
 from fedmq.codecs.base import brief
 
@@ -59,7 +61,8 @@ class MetaState(ModelState):
 class PersonalisedFedAvg(FedAvg):
     """FedAvg(E), then Reptile(K), then each client fine-tunes.
 
-    epochs: E, local epochs of FedAvg(E); the paper wants it fairly large.
+    epochs: E, local epochs of FedAvg(E); the paper wants it fairly large, so 10 by default.
+    momentum: 0, as the paper has it: the clients' SGD is plain.
     lr, batch_size: eta and B of the clients' SGD, in both phases and when they fine-tune.
     server_lr, server_momentum: of the server's step in FedAvg(E), SGD with momentum along the
         averaged update.
@@ -120,10 +123,11 @@ class PersonalisedFedAvg(FedAvg):
         if phase != expected:
             raise ResultError(f"expected a result of phase {expected!r}, got {brief(phase)}")
         if expected == _REPTILE:
-            for _, block in state.layout.blocks(payload.weights):
+            for _, block in read_result(state.layout, payload, state.counters):
                 largest = block.abs().max().item() if block.numel() else 0.0
                 if largest > _LARGEST_SQUARED:
-                    raise ResultError(f"the result holds values as large as {largest:g}")
+                    text = f"the result holds values as large as {largest:g}"
+                    raise ResultError(text, Fault.TOO_LARGE)
         return super().absorb(gathered, state, result, weight)
 
     def commit(self, state: Any, gathered: Gathered, divisor: float) -> MetaState:
@@ -134,10 +138,11 @@ class PersonalisedFedAvg(FedAvg):
         end, version = state.layout.parameters, state.version
         mean = gathered.total.div_(divisor)
         step = self._sgdm if self._phase(version) == _FEDAVG else self._adam
-        moved, moments = step(state, mean[:end])
+        change, moments = step(state, mean[:end])
         if self._phase(version + 1) != self._phase(version):
             moments = self._rest(end, version + 1)
-        weights = state.weights + torch.cat([moved, mean[end:]])
+        rest = moved(state.weights[end:], mean[end:])
+        weights = torch.cat([state.weights[:end] + change, rest])
         return MetaState(state.layout, weights, gathered.counters, version + 1, moments)
 
     def _sgdm(self, state: MetaState, update: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -212,12 +217,10 @@ class PersonalisedFedAvg(FedAvg):
                 step = gradient(model, Examples(x, y), client)
                 restrict(client, layout, step)
                 model.trained.add_(step, alpha=-self.lr)
+        model.end_task()
         size = len(data) if self.batch_size is None else min(self.batch_size, len(data))
-        return Payload(
-            weights=layout.views((model.weights - start).cpu()),
-            exact=layout.counter_views(model.read_counters()),
-            numbers={"n": self.steps * size, "reply": task.reply, "phase": phase},
-        ), None
+        about = {"n": self.steps * size, "reply": task.reply, "phase": phase}
+        return learned(model, start, about), None
 
     def evaluate_client(self, task: Task, client: Client) -> Mapping[str, float]:
         """Fine-tune w_t on the client's training examples as in training, then test."""

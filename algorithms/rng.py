@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import random
+from collections.abc import Iterator
 
 import numpy as np
+import torch
 
 
 def derive_seed(seed: int, purpose: str, *what: int | str) -> int:
@@ -17,3 +21,30 @@ def derive_seed(seed: int, purpose: str, *what: int | str) -> int:
 def derive_rng(seed: int, purpose: str, *what: int | str) -> np.random.Generator:
     """Return a generator of its own for one purpose, for example ("cohort", version)."""
     return np.random.default_rng(derive_seed(seed, purpose, *what))
+
+
+@contextlib.contextmanager
+def seeded(seed: int, device: str = "cpu") -> Iterator[None]:
+    """Seed the global generators of Python, numpy and torch; afterwards they are as before.
+
+    For what a user's code draws: a model's dropout, augmentation, a random crop.
+
+    Args:
+        seed: from `derive_seed`.
+        device: torch device that is used, besides the CPU.
+    """
+    python, legacy = random.getstate(), np.random.get_state()  # noqa: NPY002 - users draw from it
+    devices = [torch.device(device)] if device.startswith("cuda") else []
+    with torch.random.fork_rng(devices=devices):
+        random.seed(seed)
+        np.random.seed([seed & 0xFFFFFFFF, seed >> 32])  # noqa: NPY002 - as above
+        # torch.manual_seed would reseed every GPU, and only this one is put back.
+        torch.default_generator.manual_seed(seed)
+        for each in devices:
+            with torch.cuda.device(each):
+                torch.cuda.manual_seed(seed)
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(legacy)  # noqa: NPY002 - as above

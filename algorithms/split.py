@@ -13,10 +13,13 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from fedmq.algorithms.base import Client, Payload, Task
+from fedmq.algorithms.dry_step import dry_step
 from fedmq.algorithms.errors import ProblemError
 from fedmq.algorithms.fedavg import FedAvg, ModelState, batches, cuda_devices, metrics_on, restrict
-from fedmq.algorithms.model import FlatModel, Layout
+from fedmq.algorithms.layout import Layout
+from fedmq.algorithms.model import FlatModel
 from fedmq.algorithms.problems.base import Examples, Problem
+from fedmq.algorithms.results import Vectors, result_payload
 from fedmq.algorithms.rng import derive_rng
 
 _BATCH = 500
@@ -38,56 +41,53 @@ class Split:
     """
 
     def __init__(self, problem: Problem, head: int, device: str = "cpu") -> None:
-        module = problem.model()
-        self.body, self.head = cut(module, head)
-        self.whole = FlatModel(module, device)
+        self._layers = head
+        self.whole = FlatModel(problem.model(), device, problem.model)
         self.shared, self.kept = Layout.of(self.body), Layout.of(self.head)
+        names = [{each.name for each in part.weights} for part in (self.shared, self.kept)]
+        if names[0] & names[1] or len(names[0] | names[1]) != len(self.whole.layout.weights):
+            raise ProblemError("the model's body and head have a parameter in common")
         # Parameters go by the layers' order: the body's gradients come first, then the head's.
         self._border = self.shared.parameters
-        if self._border + self.kept.parameters != self.whole.layout.parameters:
-            raise ProblemError("the model's body and head have a parameter in common")
         self._first = self.kept_tensors()
 
-    def load(self, body: Payload, local: Payload | None) -> Tensor:
+    @property
+    def body(self) -> nn.Sequential:
+        """Return the body."""
+        return cut(self.whole.module, self._layers)[0]
+
+    @property
+    def head(self) -> nn.Sequential:
+        """Return the head."""
+        return cut(self.whole.module, self._layers)[1]
+
+    def load(self, body: Payload, local: Payload | None) -> Vectors:
         """Load a body, and the head that a client kept or else the problem's first one.
 
-        Returns the body as it came, float32 [shared.dim].
+        Returns the body as it came.
         """
-        vector = self.shared.flatten(body.weights)
-        tensors = self.shared.views(vector)
-        tensors |= self.shared.counter_views(self.shared.flatten_counters(body.exact))
-        head = self._first if local is None else local.exact
-        weights = {slot.name for slot in self.kept.weights}
-        own = self.kept.flatten({name: head[name] for name in head if name in weights})
-        counters = {name: head[name] for name in head if name not in weights}
-        tensors |= self.kept.views(own)
-        tensors |= self.kept.counter_views(self.kept.flatten_counters(counters))
-        whole = self.whole.layout
-        self.whole.load(
-            whole.flatten({slot.name: tensors[slot.name] for slot in whole.weights}),
-            whole.flatten_counters({slot.name: tensors[slot.name] for slot in whole.counters}),
-        )
-        return vector
+        came = Vectors(*self.shared.read(body))
+        tensors = _views(self.shared, came)
+        head = Payload(exact=self._first) if local is None else local
+        tensors |= _views(self.kept, Vectors(*self.kept.read(head)))
+        self.whole.load(*self.whole.layout.read(Payload(exact=tensors)))
+        return came
 
-    def body_vector(self) -> Tensor:
-        """Return a copy of the body's weights, float32 [shared.dim], on the CPU."""
-        views = self.whole.layout.views(self.whole.weights)
-        pieces = [views[slot.name].reshape(-1) for slot in self.shared.weights]
-        return torch.cat(pieces).to("cpu")
-
-    def body_counters(self) -> dict[str, Tensor]:
-        """Return a copy of the body's integer buffers, by name."""
-        counters = self.whole.layout.counter_views(self.whole.read_counters())
-        return {slot.name: counters[slot.name] for slot in self.shared.counters}
+    def body_vectors(self) -> Vectors:
+        """Return a copy of the body's numbers, on the CPU."""
+        mine = {slot.name for slot in (*self.shared.weights, *self.shared.counters)}
+        tensors = {name: each for name, each in self._tensors().items() if name in mine}
+        return Vectors(*self.shared.read(Payload(exact=tensors)))
 
     def kept_tensors(self) -> dict[str, Tensor]:
         """Return a copy of all tensors of the head by name, on the CPU."""
-        whole = self.whole.layout
-        views = whole.views(self.whole.weights) | whole.counter_views(self.whole.read_counters())
-        return {
-            slot.name: views[slot.name].detach().to("cpu", copy=True)
-            for slot in (*self.kept.weights, *self.kept.counters)
-        }
+        tensors = self._tensors()
+        return {slot.name: tensors[slot.name] for slot in (*self.kept.weights, *self.kept.counters)}
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """Return a copy of all tensors, as they travel."""
+        weights = self.whole.weights.detach().to("cpu", copy=True)
+        return _views(self.whole.layout, Vectors(weights, self.whole.read_counters()))
 
     def fit(
         self, part: Part, data: Examples, epochs: int, algorithm: FedAvg, client: Client
@@ -112,16 +112,18 @@ class Split:
         ]
         trained, gradient = self.whole.trained[start:end], self.whole.gradient[start:end]
         forward: nn.Module = self.whole.module
-        self.body.train(part != "head")
-        self.head.train(part != "body")
+        body, head = self.body, self.head
+        body.train(part != "head")
+        head.train(part != "body")
         if part == "head":
             # A frozen body says the same of an example in every epoch.
-            data, forward = Examples(outputs(self.body, data.x), data.y), self.head
+            data, forward = Examples(outputs(body, data.x), data.y), head
         velocity = torch.zeros_like(gradient) if algorithm.momentum else None
         rng = derive_rng(client.seed, "head batches" if part == "head" else "batches")
         for x, y in batches(data, algorithm.batch_size, epochs, rng):
             gradient.zero_()
             client.problem.loss(forward(x), y).backward()  # type: ignore[no-untyped-call] # torch's
+            self.whole.after_backward()
             with torch.no_grad():
                 if algorithm.weight_decay:
                     gradient.add_(trained, alpha=algorithm.weight_decay)
@@ -131,13 +133,14 @@ class Split:
                 if velocity is not None:
                     step = velocity.mul_(algorithm.momentum).add_(gradient)
                 trained.add_(step, alpha=-algorithm.lr)
+        self.whole.end_task()
 
 
 @dataclass(frozen=True)
 class SharedBody(FedAvg):
     """FedAvg of the body alone; each client keeps a head, which never travels.
 
-    head: how many of the last trained layers are the head.
+    head: how many of the last trained layers are the head; at least one, or nothing is personal.
     Other fields are FedAvg's.
     """
 
@@ -157,31 +160,30 @@ class SharedBody(FedAvg):
             ProblemError: the model cannot be cut.
         """
         model = Split(problem, self.head)
-        counters = model.shared.flatten_counters(model.body_counters())
-        return ModelState(model.shared, model.body_vector(), counters)
+        body = model.body_vectors()
+        return ModelState(model.shared, body.weights, body.counters)
 
     def load(self, problem: Problem, saved: Payload) -> ModelState:
         """Return the state of a saved phi_t."""
         layout = Layout.of(cut(problem.model(), self.head)[0])
-        return ModelState(
-            layout, layout.flatten(saved.weights), layout.flatten_counters(saved.exact)
-        )
+        return ModelState(layout, *layout.read(saved))
 
     # ---- at the client
+
+    def try_model(self, problem: Problem, data: Examples, device: str) -> None:
+        """Try the problem's model, body and head."""
+        dry_step(lambda: Split(problem, self.head, device).whole, problem, data, device)
 
     def train(self, task: Task, client: Client) -> tuple[Payload, Payload]:
         """Return the change of the body (or the body), and the client's head."""
         model = scratch_split(client.problem, self.head, client.device)
-        start = model.load(task.payload, client.local)
+        came = model.load(task.payload, client.local)
         data = client.data.to(client.device)
         with torch.random.fork_rng(devices=cuda_devices(client.device)):
             torch.manual_seed(client.seed)
             self.learn(model, data, client)
-        vector = model.body_vector()
-        if task.reply != "model":
-            vector -= start
-        numbers = {"n": len(data), "reply": task.reply}
-        result = Payload(model.shared.views(vector), model.body_counters(), numbers)
+        numbers: dict[str, int | str] = {"n": len(data), "reply": task.reply}
+        result = result_payload(model.shared, came, model.body_vectors(), numbers, task.reply)
         return result, Payload(exact=model.kept_tensors())
 
     @abstractmethod
@@ -196,12 +198,13 @@ class SharedBody(FedAvg):
         """
         model = scratch_split(client.problem, self.head, client.device)
         model.load(task.payload, client.local)
-        before = local_metrics(model.whole.module, client)["accuracy"]
+        before = local_metrics(model.whole, client)["accuracy"]
+        model.load(task.payload, client.local)
         data = client.data.to(client.device)
         with torch.random.fork_rng(devices=cuda_devices(client.device)):
             torch.manual_seed(client.seed)
             self.tune(model, data, client)
-        return {**local_metrics(model.whole.module, client), "accuracy_before": before}
+        return {**local_metrics(model.whole, client), "accuracy_before": before}
 
     @abstractmethod
     def tune(self, model: Split, data: Examples, client: Client) -> None:
@@ -238,10 +241,15 @@ def outputs(module: nn.Module, x: Tensor) -> Tensor:
         return torch.cat([module(each) for each in torch.split(x, _BATCH)])
 
 
-def local_metrics(module: nn.Module, client: Client) -> dict[str, float]:
-    """Return a module's metrics on the client's own test data, averaged over examples."""
+def local_metrics(model: FlatModel, client: Client) -> dict[str, float]:
+    """Return a model's metrics on the client's own test data, averaged over examples."""
     data = client.problem.client_test(client.index)
-    return metrics_on(module, client.problem, data, client.device)
+    model.reset()
+    return metrics_on(model.module, client.problem, data, client.device)
+
+
+def _views(layout: Layout, numbers: Vectors) -> dict[str, Tensor]:
+    return layout.views(numbers.weights) | layout.counter_views(numbers.counters)
 
 
 def scratch_split(problem: Problem, head: int, device: str) -> Split:

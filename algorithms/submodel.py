@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fedmq.algorithms.errors import ProblemError
-from fedmq.algorithms.model import Layout, Slot
+from fedmq.algorithms.layout import Layout, Slot
 from fedmq.algorithms.problems.base import Examples, Problem
 
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -280,9 +280,11 @@ class _Walk:
             ):
                 raise _refusal(name, layer, "only Linear, Conv and BatchNorm layers are known")
             return
-        for own, _ in _tensors(layer):
+        for own, tensor in _tensors(layer):
             if own not in _OWN:
                 raise _refusal(name, layer, f"its tensor {own!r} is not known")
+            if own != "num_batches_tracked" and tensor.dtype != torch.float32:
+                raise _refusal(name, layer, f"its tensor {own!r} is {tensor.dtype}, not float32")
             if _join(name, own) not in self._free:
                 raise _refusal(name, layer, "it shares its weights with another")
             self._free.remove(_join(name, own))

@@ -16,7 +16,8 @@ from pydantic import Field
 from torch import Tensor
 
 from fedmq.algorithms.errors import ResultError
-from fedmq.algorithms.model import FlatModel, Layout
+from fedmq.algorithms.layout import Layout
+from fedmq.algorithms.model import FlatModel
 
 _BETA1, _BETA2, _EPSILON = 0.9, 0.999, 1e-8
 _MOST_STEPS = 10**15
@@ -168,9 +169,11 @@ def fit(
         teacher = None if batch.teacher is None else batch.teacher.to(device)
         there = Batch(batch.x.to(device), batch.y.to(device), teacher)
         objective.loss(model.module(there.x), there).backward()  # type: ignore[no-untyped-call] # torch's
+        model.after_backward()
         steps += 1
         with torch.no_grad():
             optimizer.step(model.trained, model.gradient, moments, steps)
+    model.end_task()
     model.module.eval()
     weights = model.weights.detach().to("cpu", copy=True)
     return Trained(weights, model.read_counters(), moments.cpu(), steps)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fedmq.algorithms.base import Payload, examples_of
-from fedmq.algorithms.errors import ResultError
+from fedmq.algorithms.errors import Fault, ResultError
 from fedmq.algorithms.feature_store import FeatureStore, Maps, MemoryLimit, Upload, UploadedTest
 from fedmq.codecs.base import brief
 
@@ -113,7 +113,7 @@ def check_names(tensors: Mapping[str, Tensor], names: tuple[str, ...]) -> None:
     """
     if set(tensors) != set(names):
         wanted, there = ", ".join(names) or "no tensors", ", ".join(map(brief, tensors))
-        raise ResultError(f"expected {wanted}, got {there or 'none'}")
+        raise ResultError(f"expected {wanted}, got {there or 'none'}", Fault.WRONG_SHAPE)
 
 
 def check(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
@@ -124,5 +124,6 @@ def check(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...])
     """
     if tensor.dtype != dtype or tuple(tensor.shape) != shape:
         raise ResultError(
-            f"expected {name} as {dtype} {list(shape)}, got {tensor.dtype} {list(tensor.shape)}"
+            f"expected {name} as {dtype} {list(shape)}, got {tensor.dtype} {list(tensor.shape)}",
+            Fault.WRONG_SHAPE,
         )

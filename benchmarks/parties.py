@@ -13,6 +13,7 @@ from typing import Any
 
 from harness import clocked, distinct, is_small, memory, pace, pings, say
 
+from fedmq.algorithms.allowed import Allowed
 from fedmq.broker.errors import LinkClosed
 from fedmq.broker.ledger import Keeping
 from fedmq.broker.link_state import Delivery
@@ -22,6 +23,7 @@ from fedmq.broker.state import AGGREGATOR, BROKER, WORKER, BrokerSettings
 from fedmq.broker.wire import Blob, Buffer, Hello, Message
 
 RUN = "benchmark"
+OWN_CODE = Allowed(modules=frozenset({"rounds"}))
 CLIENTS = 1024
 
 
@@ -197,7 +199,7 @@ def aggregator_program(pipe: Connection, endpoint: str, config: str) -> None:
     from fedmq.nodes.aggregator_program import run_aggregator
     from fedmq.nodes.config import parse
 
-    run_aggregator(endpoint, parse(config), RUN)
+    run_aggregator(endpoint, parse(config), RUN, allowed=OWN_CODE)
     say(pipe, memory("VmHWM"))
 
 
@@ -205,5 +207,6 @@ def worker_program(pipe: Connection, endpoint: str, client: int) -> None:
     """Run a real worker; say the most memory that it took."""
     from fedmq.nodes.worker_program import run_worker
 
-    run_worker(endpoint, f"worker-{client}", [(client, client)], WORKER, RUN)
+    own = [(client, client)]
+    run_worker(endpoint, f"worker-{client}", own, WORKER, RUN, allowed=OWN_CODE)
     say(pipe, memory("VmHWM"))

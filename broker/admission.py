@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 from fedmq.broker.errors import WireError
 from fedmq.broker.headers import is_deeper
+from fedmq.broker.names import name_fault
+from fedmq.broker.rejections import Code
 from fedmq.broker.state import (
     AGGREGATOR,
     BROKER,
@@ -34,14 +36,23 @@ BROKERS_OWN = ("joined", "left", "tick", "refused")
 """Kinds of messages that a node may rely on coming from the broker."""
 
 
+def wrong_name(hello: Hello) -> tuple[str, str] | None:
+    """Return (code, reason) if the name of the node, or that of the run it asks for, is none."""
+    if fault := name_fault(hello.node):
+        return "name", f"name of the node: {fault}; give it one with --name"
+    if hello.run and (fault := name_fault(hello.run)):
+        return "run", f"name of the run: {fault}"
+    if hello.role == AGGREGATOR and not hello.run:
+        return "run", "an aggregator must name its run"
+    return None
+
+
 def find_run(runs: dict[str, Run], hello: Hello) -> Run | str | None:
     """Return the run that a node belongs to, None if it must wait for one, or why there is none.
 
     An aggregator brings its run with it: a new one is returned, and is not in ``runs`` yet.
     """
     if hello.role == AGGREGATOR:
-        if not 1 <= len(hello.run) <= 120:
-            return "an aggregator must name its run, in at most 120 characters"
         return runs.get(hello.run) or Run(hello.run, hello.config, hello.total_clients)
     if hello.run:
         return runs.get(hello.run)
@@ -108,19 +119,21 @@ def check_message(node: Node, message: Message) -> None:
     if message.sender != node.name or message.run != node.run.id:
         raise WireError(
             f"expected a message from {node.name} in run {node.run.id}, "
-            f"got one from {message.sender} in {message.run}"
+            f"got one from {message.sender} in {message.run}",
+            Code.NOT_OWN,
         )
     if message.kind in BROKERS_OWN:
-        raise WireError(f"only the broker says {message.kind!r}")
+        raise WireError(f"only the broker says {message.kind!r}", Code.RESERVED_KIND)
     if is_deeper(message.body, MAX_DEPTH):
-        raise WireError(f"expected a body nested at most {MAX_DEPTH} deep")
+        raise WireError(f"expected a body nested at most {MAX_DEPTH} deep", Code.TOO_DEEP)
     if message.to in (CHECKPOINT, TIMER):
         if node.hello.role != AGGREGATOR:
-            raise WireError(f"only the aggregator may write to {message.to!r}")
+            text = f"only the aggregator may write to {message.to!r}"
+            raise WireError(text, Code.NOT_ALLOWED)
         if message.to == TIMER:
             timer_of(message)
     elif why := _why_nowhere(message.to, node.run.total_clients):
-        raise WireError(why)
+        raise WireError(why, Code.NO_ADDRESS)
 
 
 def are_plain(node: Node, messages: Sequence[Message]) -> bool:
@@ -173,4 +186,5 @@ def timer_of(message: Message) -> tuple[str, float]:
         case {"token": str(token), "after_s": float() | int() as after_s}:
             if token and 0 <= after_s <= MAX_TIMER_S:
                 return token, float(after_s)
-    raise WireError(f"expected a token, and after_s from 0 to {MAX_TIMER_S:g}")
+    text = f"expected a token, and after_s from 0 to {MAX_TIMER_S:g}"
+    raise WireError(text, Code.MALFORMED)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from fedmq.broker import offers, wire
 from fedmq.broker.entries import (
@@ -21,6 +21,7 @@ from fedmq.broker.errors import VersionError
 from fedmq.broker.members import Members
 from fedmq.broker.postbox import Postbox
 from fedmq.broker.receipts import Receipts
+from fedmq.broker.rejections import Code
 from fedmq.broker.state import (
     AGGREGATOR,
     BROKER,
@@ -69,16 +70,23 @@ class Broker:
     Args:
         settings: leases, beats, the delivery limit.
         store: what the ledger holds.
+        draw_identity: returns an identity that no run has had; asked once for each new run.
         box: the runs and messages that a ledger held; by default none.
     """
 
-    def __init__(self, settings: BrokerSettings, store: Store, box: Postbox | None = None) -> None:
+    def __init__(
+        self,
+        settings: BrokerSettings,
+        store: Store,
+        draw_identity: Callable[[], str],
+        box: Postbox | None = None,
+    ) -> None:
         self._settings = settings
         self._store = store
         self._box = box or Postbox()
         self._box.store = store
         self._uploads = Uploads(store)
-        self._members = Members(settings, self._box, self._uploads.ask)
+        self._members = Members(settings, self._box, draw_identity, self._uploads.ask)
         self._taking = Taking(self._box)
         self._receipts = Receipts()
         self._full = ""
@@ -139,7 +147,8 @@ class Broker:
         """Park messages that cannot be delivered, and tell their senders."""
         out: list[Action] = []
         for seq in seqs:
-            self._box.refuse(self._box.runs[run], seq, BROKER, reason, now, out, parked=True)
+            where = self._box.runs[run]
+            self._box.refuse(where, seq, BROKER, reason, now, out, code=Code.LOST, parked=True)
         self._box.fresh.clear()
         return out
 
@@ -243,10 +252,11 @@ class Broker:
                     messages = len(post.messages)
                     for message in self._taking.take_all(node, post, now, out)[:1]:
                         self._uploads.heard(node, message, now)
-                case Done(seqs=seqs, refused=refused):
+                case Done(seqs=seqs, refused=refused) as done:
                     for seq, reason in refused.items():
                         if seq in node.pending:
-                            self._box.refuse(node.run, seq, node.name, reason, now, out)
+                            code = done.code_of(seq)
+                            self._box.refuse(node.run, seq, node.name, reason, now, out, code=code)
                     self._box.consume(node, seqs, now, out)
                 case Over(reason=reason):
                     self._over(node, reason, now, out)

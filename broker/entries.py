@@ -19,6 +19,7 @@ from msgspec import Struct
 from fedmq.broker.errors import LedgerError, WireError
 from fedmq.broker.headers import decode_message
 from fedmq.broker.records import Record
+from fedmq.broker.rejections import code_of
 from fedmq.broker.wire import Blob, Message
 
 MESSAGES = "messages"
@@ -46,6 +47,8 @@ class Opened(Entry, frozen=True):
     run: str
     config: str
     total_clients: int
+    identity: str = ""
+    """Drawn when the run was opened; a run of the same id in another ledger has another one."""
 
 
 class Accepted(Entry, frozen=True):
@@ -108,6 +111,13 @@ class Refusal(Entry, frozen=True):
     """Its recipients died of it, one after the other: nobody is offered it any more."""
     mark: bytes = b""
     """Of a post that was not accepted, so that it is known again: see `remembered.Mark`."""
+    code: str = ""
+    """See `rejections.Code`; empty in ledgers of version 0.1.0, which have only the reason."""
+
+    @property
+    def known_code(self) -> str:
+        """Return the code, also where an old ledger has only the reason."""
+        return code_of(self.code, self.reason)
 
 
 class Ended(Entry, frozen=True):

@@ -13,13 +13,23 @@
 
 from __future__ import annotations
 
+from fedmq.broker.rejections import Code
+
 
 class BrokerError(Exception):
     """Root of every error that this package raises on purpose."""
 
 
 class WireError(BrokerError):
-    """Bytes from the network are not a frame of this protocol."""
+    """Bytes from the network are not a frame of this protocol.
+
+    Attributes:
+        code: why a message was rejected, for programs.
+    """
+
+    def __init__(self, reason: str, code: Code = Code.UNREADABLE) -> None:
+        super().__init__(reason)
+        self.code = code
 
 
 class VersionError(WireError):

@@ -12,6 +12,7 @@ import msgpack
 import msgspec
 
 from fedmq.broker.errors import VersionError, WireError
+from fedmq.broker.rejections import Code
 from fedmq.broker.wire import (
     MAX_ALL,
     MAX_ALL_BYTES,
@@ -151,17 +152,22 @@ def check_inline(
     if not (inline or buffers):
         return
     if len(inline) != len(buffers):
-        raise WireError(f"expected {len(inline)} buffers beside the message, got {len(buffers)}")
+        raise WireError(
+            f"expected {len(inline)} buffers beside the message, got {len(buffers)}", Code.BAD_BLOB
+        )
     room = limit
     for index, data in zip(inline, buffers, strict=True):
         if index >= len(blobs):
-            raise WireError(f"inline blob {index} of a message that has {len(blobs)}")
+            text = f"inline blob {index} of a message that has {len(blobs)}"
+            raise WireError(text, Code.BAD_BLOB)
         size = memoryview(data).nbytes
         room -= size
         if room < 0:
-            raise WireError(f"expected at most {limit} bytes beside a message")
+            text = f"expected at most {limit} bytes beside a message"
+            raise WireError(text, Code.BAD_BLOB)
         if size != blobs[index].size or digest(data) != blobs[index].digest:
-            raise WireError(f"inline blob {index} is not the bytes that its name says")
+            text = f"inline blob {index} is not the bytes that its name says"
+            raise WireError(text, Code.BAD_BLOB)
 
 
 def inline_choice(blobs: Sequence[Blob], limit: int) -> tuple[int, ...]:

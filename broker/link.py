@@ -48,6 +48,7 @@ from fedmq.broker.link_state import (
     Taken,
     Together,
     Wake,
+    another_run,
 )
 from fedmq.broker.said import Said, Stall
 from fedmq.broker.wire import (
@@ -60,15 +61,11 @@ from fedmq.broker.wire import (
     Deliver,
     DeliverAll,
     Done,
-    Full,
     Hello,
     Numbered,
     Over,
     Post,
     PostAll,
-    Receipt,
-    Reject,
-    Stranger,
     Want,
     Welcome,
 )
@@ -179,11 +176,10 @@ class Link:
                 # Not urgent: it goes out with the next post, or with others, a little later.
                 self._done += seqs
                 self._done_due = min(self._done_due, now + DONE_WITHIN_S)
-            case Say(Done(seqs=seqs, refused=refused)):
+            case Say(Done(seqs=seqs, refused=refused) as done):
                 # One each: any number of reasons, of any length, fits the frames.
-                for seq, reason in refused.items():
-                    finished = (seq,) if seq in seqs else ()
-                    self._say(Done(seqs=finished, refused={seq: reason}), out)
+                for seq, why in refused.items():
+                    self._say(done.rejecting(seq, why, done.code_of(seq), {seq} & {*seqs}), out)
             case Say(frame):
                 self._say_done(out)
                 if isinstance(frame, Numbered):
@@ -259,7 +255,7 @@ class Link:
                 self._deliver(frame, buffers, out)
             case Chunk():
                 self._chunk(frame, buffers, out)
-            case Receipt(upto=upto):
+            case wire.Receipt(upto=upto):
                 self._said.receipted(upto)
             case Beat():
                 self._answered(frame, now, out)
@@ -269,27 +265,30 @@ class Link:
                 self._deliver_all(frame, out)
             case Welcome():
                 self._welcomed(frame, out)
-            case Stranger():
+            case wire.Stranger() if self._connected:
                 # Each frame on its way draws one; one Hello answers them all.
-                if self._connected:
-                    self._connected = False
-                    self._say_hello(now, out)
-            case Reject(reason=reason):
+                self._connected = False
+                self._say_hello(now, out)
+            case wire.Reject(reason=reason):
                 self._ended = True
                 out.append(Ended(reason, rejected=True))
             case Over(reason=reason):
                 self._ended = True
                 out += [Send(Bye(reason="the run is over")), Ended(reason, over=True)]
-            case Full(reason=reason):
+            case wire.Full(reason=reason):
                 self._connected = False
                 self._next_hello = now + BLOCKED_S
                 out.append(Blocked(reason))
             case _:
-                pass  # Wait, and whatever a later version may say
+                pass  # Wait, one more Stranger, and whatever a later version may say
 
     def _welcomed(self, welcome: Welcome, out: list[Action]) -> None:
         if self._welcome is None:
             out.append(Admitted(welcome))
+        elif welcome.identity != self._welcome.identity:
+            self._ended = True
+            out += another_run(welcome.run)
+            return
         self._welcome = welcome
         self._connected = True
         out.extend(self._said.sends())
@@ -341,7 +340,8 @@ class Link:
             message = decode_message(frame.message)
             check_inline(message.blobs, frame.inline, buffers, wire.INLINE_BYTES)
         except WireError as error:
-            self._say(Done(seqs=(frame.seq,), refused={frame.seq: str(error)[:2000]}), out)
+            seq = frame.seq
+            self._say(Done.rejecting(seq, str(error)[:2000], error.code, (seq,)), out)
             return
         inline = dict(zip(frame.inline, buffers, strict=True))
         out.append(Deliveries([Delivery(frame.seq, frame.at, message, inline, frame.places)]))

@@ -155,3 +155,15 @@ class Ended(Struct, frozen=True):
 
 
 Action = Send | Admitted | Deliveries | Fetched | Came | Blocked | Ended
+
+
+def another_run(run: str) -> tuple[Send, Ended]:
+    """Return how a link ends whose broker has started another run under the same id.
+
+    What the node knows, and what it has sent, belong to the run before.
+    """
+    reason = (
+        f"the broker has another run {run!r} now than the one that this node took part in: "
+        "start the node again to join it"
+    )
+    return Send(Bye(reason="this is another run")), Ended(reason, rejected=True)

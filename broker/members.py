@@ -9,9 +9,10 @@ from typing import Any
 import msgspec
 
 from fedmq.broker import offers
-from fedmq.broker.admission import MAX_EARLY, find_run, why_not
+from fedmq.broker.admission import MAX_EARLY, find_run, why_not, wrong_name
 from fedmq.broker.entries import Opened
 from fedmq.broker.postbox import Postbox
+from fedmq.broker.rejections import Code
 from fedmq.broker.state import (
     AGGREGATOR,
     BROKER,
@@ -39,6 +40,7 @@ class Members:
     Args:
         settings: leases and the delivery limit.
         box: the runs and their messages.
+        draw_identity: see `Broker`.
         on_admit: is told of each node that was admitted, new or returning.
 
     Attributes:
@@ -51,16 +53,20 @@ class Members:
         self,
         settings: BrokerSettings,
         box: Postbox,
+        draw_identity: Callable[[], str],
         on_admit: Callable[[Node, float, list[Action]], None],
     ) -> None:
         self._settings, self._box = settings, box
-        self._on_admit = on_admit
+        self._draw_identity, self._on_admit = draw_identity, on_admit
         self.peers: dict[bytes, Node] = {}
         self.early: dict[bytes, Hello] = {}
         self.due = self._next_due()
 
     def hello(self, peer: bytes, hello: Hello, now: float, out: list[Action]) -> None:
         """Take a Hello: admit its node, let it wait, or say why not."""
+        if wrong := wrong_name(hello):
+            self._reject(peer, hello, *wrong, out)
+            return
         run = find_run(self._box.runs, hello)
         if isinstance(run, str):
             self._reject(peer, hello, "run", run, out)
@@ -82,12 +88,14 @@ class Members:
             return
         if run.id not in self._box.runs:
             self._box.runs[run.id] = run
+            run.identity = self._draw_identity()
             opened = Opened(
                 seq=self._box.number(),
                 at=now,
                 run=run.id,
                 config=run.config,
                 total_clients=run.total_clients,
+                identity=run.identity,
             )
             out.append(Append(opened))
         before = self.peers.get(peer)
@@ -142,6 +150,7 @@ class Members:
             lease_s=self._settings.lease_s,
             config="" if checkpoint else run.config,
             checkpoint=checkpoint,
+            identity=run.identity,
         )
         out.append(Send(peer, welcome))
         if not node.alive:
@@ -169,7 +178,7 @@ class Members:
 
     def _reject(self, peer: bytes, hello: Hello, code: str, reason: str, out: list[Action]) -> None:
         out.append(Send(peer, Reject(code=code, reason=reason[:2000])))
-        out.append(Log("warning", "rejected", {"peer_node": hello.node, "reason": reason}))
+        out.append(Log("warning", "rejected", {"peer_node": hello.node[:100], "reason": reason}))
 
     def look_after(self, now: float, out: list[Action]) -> None:
         """End the leases, and the pauses, whose time has come: if any has, by `due`.
@@ -218,7 +227,8 @@ class Members:
             attempts = run.interrupted[first] = run.interrupted.get(first, 0) + 1
             if attempts >= self._settings.deliveries:
                 text = f"parked: {attempts} sessions ended while they worked on it"
-                self._box.refuse(run, first, BROKER, text, now, out, parked=True)
+                code = Code.DEAD_LETTER
+                self._box.refuse(run, first, BROKER, text, now, out, code=code, parked=True)
                 del node.pending[first], run.interrupted[first]
         for address in addresses(node.hello):
             if run.hosts.get(address) == node.name:

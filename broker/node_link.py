@@ -6,12 +6,14 @@ import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
+from msgspec import UNSET
 
 from fedmq.broker import link_state as link
 from fedmq.broker.dealer import Dealer
 from fedmq.broker.errors import WireError
 from fedmq.broker.headers import encode_message
 from fedmq.broker.link_state import Delivery
+from fedmq.broker.rejections import Code
 from fedmq.broker.wire import (
     MAX_ALL,
     Buffer,
@@ -151,7 +153,8 @@ class NodeLink(Dealer):
                     self._turn_or_raise()
                 data = self._fetched.pop((owner, blob.digest))
         if data is None:
-            raise WireError(f"blob {blob.digest.hex()} of {owner} cannot be had")
+            text = f"blob {blob.digest.hex()} of {owner} cannot be had"
+            raise WireError(text, Code.MISSING_BLOB)
         self._last_fetched = (owner, blob.digest, data)
         return data
 
@@ -190,7 +193,8 @@ class NodeLink(Dealer):
                         yield came[known:]
                     self._tell(link.More())
             if self._fetched[name] is None:
-                raise WireError(f"blob {blob.digest.hex()} of {owner} cannot be had")
+                text = f"blob {blob.digest.hex()} of {owner} cannot be had"
+                raise WireError(text, Code.MISSING_BLOB)
         finally:
             self._tell(link.Leave(owner, blob))
             self._came.clear()
@@ -210,14 +214,21 @@ class NodeLink(Dealer):
                 self._tell(link.ReadInPlace(piece.nbytes))
             yield piece
 
-    def done(self, seqs: Sequence[int], refused: Mapping[int, str] | None = None) -> None:
+    def done(
+        self,
+        seqs: Sequence[int],
+        refused: Mapping[int, str] | None = None,
+        codes: Mapping[int, str] | None = None,
+    ) -> None:
         """Say that deliveries are done with; ``refused``: why some could not be used.
 
         One that is refused, but not among ``seqs``, is delivered again to a new session.
+        ``codes``: of the reasons, for programs: see `rejections.Code`.
         """
         reasons = {seq: why[:2000] for seq, why in (refused or {}).items()}
         if reasons:
-            self._tell(link.Say(Done(seqs=tuple(seqs), refused=reasons)))
+            frame = Done(seqs=tuple(seqs), refused=reasons, codes=dict(codes) if codes else UNSET)
+            self._tell(link.Say(frame))
         used = tuple(seq for seq in seqs if seq not in reasons)
         if used:
             self._tell(link.Say(Done(seqs=used)))

@@ -14,6 +14,7 @@ from fedmq.broker import offers
 from fedmq.broker.admission import timer_of
 from fedmq.broker.entries import Accepted, AcceptedAll, Consumed, Refusal, blob_name
 from fedmq.broker.headers import encode_message
+from fedmq.broker.rejections import Rejection
 from fedmq.broker.remembered import Mark, Remembered
 from fedmq.broker.shelf import Shelf
 from fedmq.broker.state import (
@@ -153,11 +154,12 @@ class Postbox:
                 run.interrupted.pop(seq, None)
 
     def refuse_post(
-        self, node: Node, name: str, reason: str, mark: Mark, now: float, out: list[Action]
+        self, node: Node, name: str, why: Rejection, mark: Mark, now: float, out: list[Action]
     ) -> None:
         """Note that a post was not accepted, and tell its sender."""
-        reason = reason[:2000]
-        self._tell_refused(node.run, node.name, name, reason, BROKER, now, out)
+        reason = why.reason[:2000]
+        body = {"id": name, "reason": reason, "by": BROKER, "code": why.code}
+        self._tell_refused(node.run, node.name, body, now, out)
         refusal = Refusal(
             seq=self.number(),
             at=now,
@@ -166,6 +168,7 @@ class Postbox:
             id=name,
             reason=reason,
             mark=mark.to_bytes(),
+            code=why.code,
         )
         out.append(Append(refusal))
 
@@ -178,6 +181,7 @@ class Postbox:
         now: float,
         out: list[Action],
         *,
+        code: str = "",
         parked: bool = False,
     ) -> None:
         """Note that a message could not be used, once, and tell its sender."""
@@ -186,7 +190,8 @@ class Postbox:
         run.refused.add(seq)
         message = self.read(seq).read()
         if message.sender != BROKER:
-            self._tell_refused(run, message.sender, message.id, reason, by, now, out)
+            body = {"id": message.id, "reason": reason, "by": by, "code": code}
+            self._tell_refused(run, message.sender, body, now, out)
         refusal = Refusal(
             seq=self.number(),
             at=now,
@@ -196,15 +201,15 @@ class Postbox:
             reason=reason,
             of=seq,
             parked=parked,
+            code=code,
         )
         out.append(Append(refusal))
 
     def _tell_refused(
-        self, run: Run, sender: str, name: str, reason: str, by: str, now: float, out: list[Action]
+        self, run: Run, sender: str, body: dict[str, Any], now: float, out: list[Action]
     ) -> None:
         """Say it before it is noted: torn apart by a crash, it is said again, not forgotten."""
-        body = {"id": name, "reason": reason, "by": by}
-        self.say(run, "refused", node_address(sender), body, now, out, re=name)
+        self.say(run, "refused", node_address(sender), body, now, out, re=body["id"])
 
     def say(
         self,

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterable
+import secrets
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from fedmq.broker.admission import timer_of
@@ -55,8 +56,8 @@ class Restorer:
         """Take the next entry."""
         self.box.next_seq = entry.seq + 1
         match entry:
-            case Opened(run=name, config=config, total_clients=total):
-                self.box.runs[name] = Run(name, config, total)
+            case Opened(run=name, config=config, total_clients=total, identity=identity):
+                self.box.runs[name] = Run(name, config, total, identity=identity)
             case Accepted():
                 self._accepted(entry, entry.read())
             case Consumed(of=of):
@@ -163,6 +164,11 @@ class Restorer:
         return tuple(sorted(self._parked))
 
 
+def random_identity() -> str:
+    """Return an identity for a run that no other run has."""
+    return secrets.token_hex(16)
+
+
 def open_broker(
     folder: Path,
     settings: BrokerSettings,
@@ -170,6 +176,7 @@ def open_broker(
     *,
     retain_bytes: int | None = EVERYTHING,
     offer_parked: bool = False,
+    draw_identity: Callable[[], str] = random_identity,
 ) -> tuple[Ledger, Broker]:
     """Open a ledger, new or not, and return it with the core that goes on from there.
 
@@ -179,6 +186,7 @@ def open_broker(
         now: in seconds since 1970.
         retain_bytes: see `Ledger`.
         offer_parked: whether parked messages are to be tried again, under a new number.
+        draw_identity: see `Broker`.
 
     Raises:
         LedgerError: the ledger cannot be read or written.
@@ -192,7 +200,7 @@ def open_broker(
         ledger.append(entry)
         restorer.feed(entry)
     restorer.finish(ledger, now, settings.lease_s)
-    core = Broker(settings, ledger, restorer.box)
+    core = Broker(settings, ledger, draw_identity, restorer.box)
     for run, seq in restorer.lost:
         for action in core.give_up(run, [seq], "its bytes were lost with the power", now):
             if isinstance(action, Append):

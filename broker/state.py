@@ -13,6 +13,7 @@ from msgspec import Struct
 from fedmq.broker.entries import Accepted, BlobName, Entry, blob_name
 from fedmq.broker.errors import WireError
 from fedmq.broker.fetch import Fetcher, Owned
+from fedmq.broker.rejections import Rejection
 from fedmq.broker.remembered import Mark
 from fedmq.broker.wire import AnyFrame, Blob, Buffer, Frame, Hello, Message, Numbered
 
@@ -177,7 +178,7 @@ class Held:
     apart: list[Blob] = field(default_factory=list)
     """Its blobs that are not beside it."""
     missing: set[Owned] = field(default_factory=set)
-    refusal: str = ""
+    refusal: Rejection | None = None
 
     def names(self) -> tuple[BlobName, ...]:
         """Return the names of all blobs of its message."""
@@ -239,6 +240,7 @@ class Run:
     interrupted: how many sessions died at a message, by its number.
     checkpoint: number of the newest one.
     over: why the run is over; empty while it is not.
+    identity: tells this run from any other of the same id; empty for runs of old ledgers.
     """
 
     id: str
@@ -251,6 +253,7 @@ class Run:
     interrupted: dict[int, int] = field(default_factory=dict)
     checkpoint: int | None = None
     over: str = ""
+    identity: str = ""
 
     def host_of(self, address: str) -> Node | None:
         """Return the live node that hosts an address."""

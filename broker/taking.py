@@ -9,6 +9,7 @@ from fedmq.broker.admission import are_plain, check_message
 from fedmq.broker.errors import WireError
 from fedmq.broker.headers import check_inline, decode_message, decode_messages
 from fedmq.broker.postbox import Postbox
+from fedmq.broker.rejections import Code, Rejection
 from fedmq.broker.remembered import Mark
 from fedmq.broker.state import Action, Held, Node, Release
 from fedmq.broker.wire import Buffer, Message, Post, PostAll
@@ -32,7 +33,7 @@ class Taking:
             check_inline(message.blobs, post.inline, buffers, wire.POST_BYTES)
             check_message(node, message)
         except WireError as error:
-            held.refusal = str(error)
+            held.refusal = Rejection(error.code, str(error))
         else:
             held.mark = Mark.of(node.run.id, node.name, message.id, post.message)
         return held
@@ -57,7 +58,8 @@ class Taking:
         mark = held.mark or Mark.of(node.run.id, node.name, own_name, post.message)
         known = remembered.look(mark)
         if known == "other" and message is not None:
-            refusal = refusal or f"another message of the id {message.id!r} was here before"
+            why = f"another message of the id {message.id!r} was here before"
+            refusal = refusal or Rejection(Code.DUPLICATE_ID, why)
             mark = Mark.of(node.run.id, node.name, own_name, post.message)
             known = remembered.look(mark)
         if known != "same":
@@ -65,7 +67,7 @@ class Taking:
         if known == "same" or refusal or message is None:
             # Its sender is done with what it consumes all the same.
             self._box.consume(node, post.consumes, now, out)
-            if known != "same":
+            if known != "same" and refusal is not None:
                 name = message.id if message else own_name
                 self._box.refuse_post(node, name, refusal, mark, now, out)
             out.append(Release(held.names()))
@@ -94,6 +96,7 @@ class Taking:
             post = Post(n=frame.n, message=data)
             held = self.check(node, post)
             if held.message is not None and held.message.blobs:
-                held.refusal = held.refusal or "a message with blobs is posted alone"
+                alone = Rejection(Code.MALFORMED, "a message with blobs is posted alone")
+                held.refusal = held.refusal or alone
             self.take(node, post, held, now, out, f"{frame.n}.{index}")
         return ()

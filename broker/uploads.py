@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from fedmq.broker.entries import BlobName, blob_name
 from fedmq.broker.fetch import Owned
+from fedmq.broker.rejections import Code, Rejection
 from fedmq.broker.state import Action, Drop, Held, Node, Put, Send, Store
 from fedmq.broker.wire import EMPTY, Blob, Buffer, Chunk, Message
 
@@ -58,7 +59,8 @@ class Uploads:
         for blob in message.blobs:
             name = blob_name(message, blob)
             if not blob.size and blob.digest != EMPTY:
-                held.refusal = f"blob {blob.digest.hex()} is not the digest of nothing"
+                text = f"blob {blob.digest.hex()} is not the digest of nothing"
+                held.refusal = Rejection(Code.BAD_BLOB, text)
                 return
             if self._store.size_of(name) is None and (blob in beside or not blob.size):
                 out.append(Put(name, blob.size, 0, beside.get(blob, b"")))
@@ -80,7 +82,8 @@ class Uploads:
             if self._completed is not None and name == self._completed[0]:
                 size = self._completed[1]
             if size is not None and size != blob.size:
-                held.refusal = f"expected blob {blob.digest.hex()} to have {size} bytes"
+                text = f"expected blob {blob.digest.hex()} to have {size} bytes"
+                held.refusal = Rejection(Code.BAD_BLOB, text)
                 return False
             if size is None and owned not in held.missing:
                 held.missing.add(owned)
@@ -92,7 +95,8 @@ class Uploads:
         """Take a piece of a blob; tell whether it was of any use."""
         name = Owned(chunk.owner, chunk.digest)
         if not buffers and name in node.fetcher:
-            self._failed(node, name, "its sender does not hold the blob that it names")
+            reason = "its sender does not hold the blob that it names"
+            self._failed(node, name, Code.MISSING_BLOB, reason)
         elif buffers:
             piece = node.fetcher.receive(chunk, buffers[0])
             if piece is None:
@@ -107,19 +111,20 @@ class Uploads:
                     held.missing.discard(name)
             elif good is False:
                 out.append(Drop(full, piece.size))
-                self._failed(node, name, "the bytes of a blob do not match its digest")
+                reason = "the bytes of a blob do not match its digest"
+                self._failed(node, name, Code.BAD_BLOB, reason)
             elif good:
                 self._completed = (full, piece.size)
                 for held in node.held:
                     held.missing.discard(name)
         return True
 
-    def _failed(self, node: Node, name: Owned, reason: str) -> None:
+    def _failed(self, node: Node, name: Owned, code: Code, reason: str) -> None:
         node.fetcher.drop(name)
         for held in node.held:
             if name in held.missing:
                 held.missing.discard(name)
-                held.refusal = f"{reason} ({name.digest.hex()})"
+                held.refusal = Rejection(code, f"{reason} ({name.digest.hex()})")
 
     def ask(self, node: Node, now: float, out: list[Action]) -> None:
         """Ask for chunks: the window is shared by all nodes that have some to send."""

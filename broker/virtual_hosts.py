@@ -6,6 +6,7 @@ where the crash caught it.
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -40,6 +41,7 @@ class BrokerHost:
         network: where it is reached.
         folder: of its ledger.
         settings: of its core.
+        draw_identity: of new runs; by default the first is ``virtual1``, however often it crashes.
 
     Attributes:
         up: whether it runs.
@@ -47,9 +49,15 @@ class BrokerHost:
     """
 
     def __init__(
-        self, network: VirtualNetwork, folder: Path, settings: state.BrokerSettings
+        self,
+        network: VirtualNetwork,
+        folder: Path,
+        settings: state.BrokerSettings,
+        draw_identity: Callable[[], str] | None = None,
     ) -> None:
         self._network, self._folder, self._settings = network, folder, settings
+        # From a count, so that a history stays the same for its seed.
+        self._draw_identity = draw_identity or map("virtual{}".format, itertools.count(1)).__next__
         self._wake_at = float("inf")
         network.broker = self
         self.doomed = False
@@ -58,7 +66,12 @@ class BrokerHost:
 
     def start(self) -> None:
         """Open the ledger and go on from it."""
-        self.ledger, self.core = open_broker(self._folder, self._settings, self._network.now)
+        self.ledger, self.core = open_broker(
+            self._folder,
+            self._settings,
+            self._network.now,
+            draw_identity=self._draw_identity,
+        )
         self.up = True
         self.handle([])
 

@@ -17,12 +17,15 @@ a ``deliver`` frame, and is what the ledger keeps.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Annotated, Any
 
 import xxhash
-from msgspec import Meta, Struct
+from msgspec import UNSET, Meta, Struct, UnsetType
 
-PROTOCOL = (1, 2)
+from fedmq.broker.rejections import MAX_CODE
+
+PROTOCOL = (1, 3)
 """Protocol version, [major, minor]; both ends of a link must have the same major."""
 ALL_SINCE = (1, 2)
 """Of this version on, the other end knows frames of many messages."""
@@ -52,6 +55,10 @@ Buffer = bytes | memoryview
 Name = Annotated[str, Meta(min_length=1, max_length=120)]
 Id = Annotated[str, Meta(min_length=1, max_length=200)]
 Reason = Annotated[str, Meta(max_length=2000)]
+Identity = Annotated[str, Meta(max_length=64, pattern=r"\A[0-9a-z]*\Z")]
+"""Of a run; nodes name folders by it."""
+CodeName = Annotated[str, Meta(max_length=MAX_CODE)]
+"""Of a rejection, for programs: see `rejections.Code`."""
 Natural = Annotated[int, Meta(ge=0, le=1 << 62)]
 Size = Annotated[int, Meta(ge=0, le=MAX_BLOB_BYTES)]
 Digest = Annotated[bytes, Meta(min_length=16, max_length=16)]
@@ -232,6 +239,9 @@ class Welcome(Frame, frozen=True, kw_only=True):
     """The folder of the ledger, whose files a node on the same host may read itself."""
     proof: Annotated[str, Meta(max_length=64)] = ""
     """What stands in a file there: a folder of that name may be another host's."""
+    identity: Identity = ""
+    """Drawn when the run was opened: another run under the same id has another one. Empty: the
+    run was opened before 1.3."""
 
 
 class Done(Numbered, frozen=True, kw_only=True):
@@ -243,6 +253,17 @@ class Done(Numbered, frozen=True, kw_only=True):
 
     seqs: tuple[Natural, ...] = ()
     refused: dict[Natural, Reason] = {}
+    codes: dict[Natural, CodeName] | UnsetType = UNSET
+    """Codes of the reasons, by number; not sent by nodes older than 0.2."""
+
+    @classmethod
+    def rejecting(cls, seq: int, reason: str, code: str, seqs: Iterable[int] = ()) -> Done:
+        """Return the frame that rejects one delivery."""
+        return cls(seqs=tuple(seqs), refused={seq: reason}, codes={seq: code} if code else UNSET)
+
+    def code_of(self, seq: int) -> str:
+        """Return the code of a reason, or ""."""
+        return self.codes.get(seq, "") if self.codes else ""
 
 
 class Want(Frame, frozen=True, kw_only=True):

@@ -9,13 +9,13 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Mapping
-from importlib.metadata import entry_points
 
 from torch import Tensor
 
 from fedmq.codecs.base import MAX_DECODED_BYTES, Codec, Encoded, brief
 from fedmq.codecs.cast import Cast
 from fedmq.codecs.errors import DecodeError, SpecError
+from fedmq.codecs.extensions import entry_points
 from fedmq.codecs.features import Features
 from fedmq.codecs.logits import Logits
 from fedmq.codecs.pipeline import STAGES, Pipeline

@@ -39,13 +39,18 @@ class Streamed(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         if name not in self.shapes:
             raise KeyError(name)
-        flat = torch.cat([each.clone() for each in self.blocks()])
-        start = 0
-        for other, shape in self.shapes.items():
-            if other == name:
-                return flat[start : start + math.prod(shape)].view(shape)
-            start += math.prod(shape)
-        raise KeyError(name)
+        return self.read()[name]
+
+    def read(self) -> dict[str, Tensor]:
+        """Return all tensors, which are then in memory.
+
+        Raises:
+            DecodeError: as `blocks`.
+        """
+        flat = torch.cat([torch.zeros(0), *(each.clone() for each in self.blocks())])
+        sizes = [math.prod(shape) for shape in self.shapes.values()]
+        pieces = zip(self.shapes.items(), torch.split(flat, sizes), strict=True)
+        return {name: piece.view(shape) for (name, shape), piece in pieces}
 
     def blocks(self) -> Iterator[Tensor]:
         """Yield the values in order, in vectors that are only valid until the next one.

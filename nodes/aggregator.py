@@ -9,29 +9,33 @@ has the ids that it had before, so the broker knows it again.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import msgspec
 from torch import Tensor
 
-from fedmq.algorithms.arithmetic import ARITHMETIC
 from fedmq.algorithms.schedules import View
+from fedmq.broker.rejections import Code, Rejection
 from fedmq.broker.state import CHECKPOINT, RECORD, TIMER
 from fedmq.broker.wire import Message
-from fedmq.nodes.checkpoint import (
-    Fold,
-    pack_checkpoint,
-    unpack_checkpoint,
-)
+from fedmq.nodes.checkpoint import Fold, pack_checkpoint, unpack_checkpoint
+from fedmq.nodes.computed import Computed
 from fedmq.nodes.digests import model_digest
 from fedmq.nodes.evaluations import Evaluations, accuracy_in, requests
 from fedmq.nodes.gathering import Gathering, Waiting
-from fedmq.nodes.inbox import AggregatorAction, Commit, Done, Finish, Inbound, Post, Settle
+from fedmq.nodes.inbox import (
+    AggregatorAction,
+    Commit,
+    Done,
+    Finish,
+    Inbound,
+    Post,
+    Settle,
+    Start,
+)
 from fedmq.nodes.intake import Intake
 from fedmq.nodes.members import Members
 from fedmq.nodes.payload import Packed
@@ -41,31 +45,6 @@ from fedmq.nodes.tasks import Letters, Tasks
 FINAL_EVALUATION_S = 60.0
 """How long the end of a run waits for an answer to any of the evaluations that are out."""
 _FINAL = "final evaluation"
-
-
-@dataclass(frozen=True)
-class Start:
-    """The node has been admitted.
-
-    checkpoint: the newest one of the session before it.
-    version_0: of a replay that starts from the beginning, the run's record, which holds the
-        state of version 0: another machine would draw other first weights.
-    """
-
-    checkpoint: Inbound | None = None
-    version_0: Inbound | None = None
-
-
-@dataclass(frozen=True)
-class Computed:
-    """How the aggregator's numbers are computed; the run's record says so.
-
-    arithmetic: see `fedmq.algorithms.arithmetic.ARITHMETIC`.
-    device: kind of CPU, see `setup.kind_of`.
-    """
-
-    arithmetic: int = ARITHMETIC
-    device: str = ""
 
 
 class Aggregator:
@@ -134,7 +113,7 @@ class Aggregator:
         out: list[AggregatorAction] = []
         if isinstance(event, Start):
             if event.checkpoint is None:
-                self._begin_run(event.version_0, out)
+                self._begin_run(event.run_record, out)
             else:
                 self._resume(event.checkpoint, out)
             return out
@@ -146,7 +125,7 @@ class Aggregator:
         if event.seq <= self._position:
             return [Settle(self._waiting.untold)]  # the checkpoint tells of it
         self._position, self._now = event.seq, event.at
-        reason = ""
+        why: Rejection | None = None
         if not self._ended:
             match message.kind:
                 case "joined":
@@ -156,25 +135,23 @@ class Aggregator:
                 case "tick":
                     self._tick(str(message.body.get("token")), out)
                 case "failed" if message.re in self._evaluations.asked:
-                    reason = self._score(message)
+                    why = self._score(message)
                 case "result" | "failed" if self._committing is not None:
                     self._waiting.add(event)
                     return out
                 case "result" | "failed":
-                    held = self._intake.take(event, self.state, self.version, out)
-                    if held is None:
-                        self._advance(out)
-                        return out
-                    reason = held
+                    done = self._intake.take(event, self.state, self.version, out)
+                    self._advance(out)
+                    return [done, *out] if done is not None else out
                 case "score":
-                    reason = self._score(message)
+                    why = self._score(message)
                 case "refused":
                     self._refused(str(message.body.get("id")))
                 case kind:
-                    reason = f"an aggregator takes no {kind!r} messages"
+                    text = f"an aggregator takes no {kind!r} messages"
+                    why = Rejection(Code.UNKNOWN_KIND, text)
             self._advance(out)
-        out.insert(0, Done(event.seq, reason))
-        return out
+        return [Done.of(event.seq, why), *out]
 
     def adopt(self, state: Any) -> None:
         """Go on from this state of the current version, such as the recorded one in a replay."""
@@ -183,20 +160,21 @@ class Aggregator:
 
     # ---- the run
 
-    def _begin_run(self, version_0: Inbound | None, out: list[AggregatorAction]) -> None:
+    def _begin_run(self, recorded: Inbound | None, out: list[AggregatorAction]) -> None:
         """Post the run's record: its configuration, and version 0, from which all else follows."""
         body: dict[str, Any] = {"config": self._setup.config.to_toml()}
         if self._computed.arithmetic < 2:  # of 0.1.0, whose record holds no version 0
             self._post(out, "run", RECORD, body)
             return
-        if version_0 is not None:
-            self.state, _ = unpack_checkpoint(self._algorithm, self._setup.problem, version_0)
+        if recorded is not None:
+            self.state, _ = unpack_checkpoint(self._algorithm, self._setup.problem, recorded)
             self._intake.begin_version(self.state)
-        self._post_checkpoint("run", {**body, **dataclasses.asdict(self._computed)}, out)
+        self._checkpoint("run", {**body, **self._computed.facts()}, out)
 
     # ---- the fleet
 
     def _joined(self, message: Message, out: list[AggregatorAction]) -> None:
+        self._tasks.joined(message)
         self._members.joined(message)
         wanted = self._settings.min_clients or self._setup.problem.clients
         if not self._running and len(self._members.hosts) >= wanted:
@@ -222,13 +200,14 @@ class Aggregator:
             self._evaluated_as(name, None)
         self._intake.counts.dropped += self._tasks.forget(name)
 
-    def _score(self, message: Message) -> str:
+    def _score(self, message: Message) -> Rejection | None:
         name = message.re or ""
         if not self._evaluations.is_with(name, message.sender, self._members):
-            return f"no evaluation {message.re!r} is with {message.sender}"
-        accuracy, reason = accuracy_in(message)
+            text = f"no evaluation {message.re!r} is with {message.sender}"
+            return Rejection(Code.UNKNOWN_TASK, text)
+        accuracy, why = accuracy_in(message)
         self._evaluated_as(name, accuracy)
-        return reason
+        return why
 
     def _evaluated_as(self, name: str, accuracy: float | None) -> None:
         """An evaluation is over; the run may be too."""
@@ -262,10 +241,10 @@ class Aggregator:
     def _take_waiting(self, out: list[AggregatorAction]) -> None:
         """Take the results that came while the version before this one was being committed."""
         waiting, self._waiting.here = self._waiting.here, {}
-        for seq, inbound in waiting.items():
-            reason = self._intake.take(inbound, self.state, self.version, out)
-            if reason is not None:
-                out.append(Done(seq, reason))
+        for inbound in waiting.values():
+            done = self._intake.take(inbound, self.state, self.version, out)
+            if done is not None:
+                out.append(done)
 
     def _start_tasks(self, view: View, out: list[AggregatorAction]) -> None:
         current = self._intake.current
@@ -300,17 +279,15 @@ class Aggregator:
 
     def _committed(self, closed: Gathering, state: Any, out: list[AggregatorAction]) -> None:
         self.state = state
-        staleness = closed.staleness
+        cohort = self._schedule.cohort(self._setup.problem.clients)
         self.version += 1
         self._tasks.begin_version()
         self._intake.begin_version(self.state)
         body = {
             "version": self.version,
             "position": self._position,
-            "results": closed.absorbed,
-            "weights": closed.weights,
-            "mean_staleness": sum(staleness) / len(staleness) if staleness else 0.0,
-            "max_staleness": max(staleness, default=0),
+            **closed.facts(),
+            **({} if cohort is None else {"cohort": cohort}),
             "model_digest": model_digest(self.tensors()),
             **msgspec.structs.asdict(self._intake.counts),
         }
@@ -329,11 +306,6 @@ class Aggregator:
     def _checkpoint(self, kind: str, body: Mapping[str, Any], out: list[AggregatorAction]) -> None:
         """Post a record from which the next session can start; what came before is settled."""
         self._checkpoint_at = self._now
-        self._post_checkpoint(kind, body, out)
-
-    def _post_checkpoint(
-        self, kind: str, body: Mapping[str, Any], out: list[AggregatorAction]
-    ) -> None:
         self._waiting.untold = self._waiting.numbers()
         packed = pack_checkpoint(self._algorithm, self.state, self._fold())
         self._post(out, kind, CHECKPOINT, {**packed.body, **body}, packed)
@@ -358,11 +330,13 @@ class Aggregator:
             running=self._running,
             finishing=self._finishing,
             ended=self._ended,
+            arithmetic=self._computed.arithmetic,
         )
 
     def _resume(self, inbound: Inbound, out: list[AggregatorAction]) -> None:
         """Start from a checkpoint, and go on as the session before it did."""
         self.state, fold = unpack_checkpoint(self._algorithm, self._setup.problem, inbound)
+        self._computed.check(fold.arithmetic, inbound.message.run)
         self._intake.begin_version(self.state)
         self._position, self.version = fold.position, fold.version
         self._letters.next_id, self._intake.counts = fold.next_id, fold.counts
@@ -372,13 +346,12 @@ class Aggregator:
         self._waiting = Waiting(missing=set(fold.waiting), untold=tuple(fold.waiting))
         self._evaluated, self._running = fold.evaluated, fold.running
         self._finishing, self._ended = fold.finishing, fold.ended
-        self._now = fold.at
+        self._now = self._checkpoint_at = fold.at
         if self._ended:
             out.append(Finish(self._finishing))
             return
         if fold.version == 0 and not self._running:
             return  # from the run's record: whoever is here will be told of again
-        self._checkpoint_at = fold.at
         self._go_on(out)
         self._advance(out)
 
@@ -405,12 +378,7 @@ class Aggregator:
 
     def _end(self, out: list[AggregatorAction]) -> None:
         self._ended = True
-        for seq, inbound in self._waiting.here.items():
-            self._tasks.forget(inbound.message.re or "")
-            failed = inbound.message.kind == "failed"
-            self._intake.counts.dropped += failed
-            self._intake.counts.refused += not failed
-            out.append(Done(seq, "" if failed else "the run is over"))
+        out += self._intake.end(self._waiting)
         self._waiting = Waiting()
         about = {"reason": self._finishing, "position": self._position}
         body = {**about, **msgspec.structs.asdict(self._intake.counts)}

@@ -12,21 +12,33 @@ import numpy as np
 import structlog
 import torch
 
+from fedmq.algorithms.allowed import Allowed
 from fedmq.broker.errors import RunOver
 from fedmq.broker.headers import decode_message
 from fedmq.broker.link_state import Delivery
 from fedmq.broker.node_link import NodeLink
 from fedmq.broker.state import AGGREGATOR
 from fedmq.broker.wire import Hello
-from fedmq.nodes.aggregator import Aggregator, Computed, Start
+from fedmq.nodes.aggregator import Aggregator
+from fedmq.nodes.agreement import Fingerprint, disagree
+from fedmq.nodes.computed import Computed
 from fedmq.nodes.config import Config
-from fedmq.nodes.inbox import AggregatorAction, Commit, Done, Finish, Inbound, Post, Settle
+from fedmq.nodes.inbox import AggregatorAction, Commit, Done, Finish, Inbound, Post, Settle, Start
 from fedmq.nodes.local import node_key
 from fedmq.nodes.programs import inbound_of, linked, new_session
 from fedmq.nodes.setup import kind_of, set_up
+from fedmq.nodes.version_zero import version_zero
+
+MODEL_FILE = "model.npz"
 
 
-def run_aggregator(endpoint: str, config: Config, run: str, folder: Path | None = None) -> str:
+def run_aggregator(
+    endpoint: str,
+    config: Config,
+    run: str,
+    folder: Path | None = None,
+    allowed: Allowed | None = None,
+) -> str:
     """Run an aggregator until its run is over; return why it ended.
 
     Args:
@@ -35,14 +47,16 @@ def run_aggregator(endpoint: str, config: Config, run: str, folder: Path | None 
         run: id of the run.
         folder: where to leave the final model as ``model.npz``, and to keep the node's key;
             None keeps nothing.
+        allowed: which code the configuration may name, as in `set_up`.
 
     Raises:
         ConfigError: the configuration is unusable.
         Rejected: the broker does not admit this node.
         LinkClosed: the link ended before the run did.
     """
-    setup = set_up(config)
+    setup = set_up(config, allowed, run)
     torch.set_num_threads(config.worker.threads)
+    version_0 = version_zero(setup.problem)
     hello = Hello(
         node=AGGREGATOR,
         role=AGGREGATOR,
@@ -52,26 +66,33 @@ def run_aggregator(endpoint: str, config: Config, run: str, folder: Path | None 
         config=setup.config.to_toml(),
         total_clients=setup.problem.clients,
     )
-    core = Aggregator(setup, run, AGGREGATOR, Computed(device=kind_of("cpu")))
+    computed = Computed(device=kind_of("cpu"), version_0=version_0)
+    core = Aggregator(setup, run, AGGREGATOR, computed)
     try:
         with linked(endpoint, hello) as link:
-            _fold_until_over(link, core, folder)
+            _fold_until_over(link, core, folder, version_0)
     except RunOver as end:
         return str(end)
 
 
-def _fold_until_over(link: NodeLink, core: Aggregator, folder: Path | None) -> NoReturn:
+def _fold_until_over(
+    link: NodeLink, core: Aggregator, folder: Path | None, version_0: Fingerprint | None
+) -> NoReturn:
     """Give the core its inbox, and carry out what it says; raises RunOver in the end."""
     actions: Sequence[AggregatorAction] = core.handle(Start(_checkpoint(link)))
+    if folder is not None:
+        # A model that is here already is another run's, or will be written again at the end.
+        (folder / MODEL_FILE).unlink(missing_ok=True)
     unsettled: list[int] = []
+    disagreeing: set[str] = set()
     while True:
         with link.together():
             for action in actions:
                 match action:
                     case Post(message, data, consumes):
                         link.post(message, data, consumes)
-                    case Done(seq, refused) if refused:
-                        link.done([], {seq: refused})
+                    case Done(seq, refused, code) if refused:
+                        link.done([], {seq: refused}, {seq: code})
                     case Settle(but):
                         link.done([seq for seq in unsettled if seq not in but])
                         unsettled = [seq for seq in unsettled if seq in but]
@@ -83,6 +104,15 @@ def _fold_until_over(link: NodeLink, core: Aggregator, folder: Path | None) -> N
                         link.over(reason)
         delivery = link.get()
         unsettled.append(delivery.seq)
+        if delivery.message.kind == "refused":
+            structlog.get_logger().warning("refused", **delivery.message.body)
+        sender = delivery.message.sender
+        if sender not in disagreeing and disagree(
+            version_0, theirs := delivery.message.body.get("version_0")
+        ):
+            disagreeing.add(sender)
+            log = structlog.get_logger()
+            log.warning("a node starts from another model", by=sender, here=version_0, there=theirs)
         with link.away():
             actions = core.handle(inbound_of(link, delivery))
 
@@ -97,8 +127,12 @@ def _work(link: NodeLink, commit: Commit) -> None:
 
 def _save(folder: Path, core: Aggregator) -> None:
     """Leave the model; before the run is over, because then no session is started any more."""
-    arrays = {name: each.numpy() for name, each in core.tensors().items()}
-    np.savez(folder / "model.npz", allow_pickle=False, **arrays)
+    # numpy has no bfloat16; each of its values is one of float32.
+    arrays = {
+        name: (each.float() if each.dtype == torch.bfloat16 else each).numpy()
+        for name, each in core.tensors().items()
+    }
+    np.savez(folder / MODEL_FILE, allow_pickle=False, **arrays)
 
 
 def _checkpoint(link: NodeLink) -> Inbound | None:

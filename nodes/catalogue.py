@@ -7,16 +7,19 @@ import inspect
 import re
 from collections.abc import Iterator
 
+from fedmq.codecs.extensions import entry_points
+
 
 def catalogue(what: str) -> Iterator[tuple[str, str]]:
     """Yield (name, what it is) of all algorithms, codecs, problems or schedules."""
     match what:
         case "algorithms":
-            from fedmq.algorithms.registry import ALGORITHMS
+            from fedmq.algorithms.registry import ALGORITHMS, ENTRY_POINTS
 
             for name, algorithm in ALGORITHMS.items():
                 under = ", ".join(sorted(algorithm.schedules))
                 yield name, f"{_fields(algorithm)}\nunder {under}"
+            yield from _installed(ENTRY_POINTS)
         case "schedules":
             from fedmq.algorithms.schedules import SCHEDULES
             from fedmq.algorithms.schedules.staleness import STALENESS
@@ -41,14 +44,22 @@ def catalogue(what: str) -> Iterator[tuple[str, str]]:
         case "problems":
             from fedmq.algorithms.problems import DEFAULT_MODEL, MODELS, PARTITIONS, PROBLEMS
             from fedmq.algorithms.problems.natural import DigitTasks, LandMine, School
+            from fedmq.algorithms.problems.registry import ENTRY_POINTS
 
             for name, about in PROBLEMS.items():
                 yield name, f"{about}; model {DEFAULT_MODEL[name]}"
             for task in (DigitTasks, LandMine, School):
                 yield f"{task.__module__}:{task.__name__}", _first_sentence(task)
+            yield from _installed(ENTRY_POINTS)
             yield "models", ", ".join(MODELS)
             partitions = (f"{name}{_parameters(each)}" for name, each in PARTITIONS.items())
             yield "partitions", ", ".join(partitions)
+
+
+def _installed(group: str) -> Iterator[tuple[str, str]]:
+    """Yield what installed packages bring; none of it is imported."""
+    for entry in entry_points(group):
+        yield entry.name, f"{entry.value}, of an installed package"
 
 
 def _first_sentence(kind: type) -> str:

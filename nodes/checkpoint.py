@@ -32,12 +32,18 @@ class Flight(Struct):
 
 
 class Counts(Struct):
-    """What became of the results so far."""
+    """What became of the results so far.
+
+    used: in a version; at the end of a run, and before it, in the version in the making too.
+    stale: too many versions behind, or after their round. refused: for any other reason.
+    dropped: tasks that failed. unused: good, but in no version when the run ended.
+    """
 
     used: int = 0
     stale: int = 0
     refused: int = 0
     dropped: int = 0
+    unused: int = 0
 
 
 class Fold(Struct):
@@ -45,6 +51,7 @@ class Fold(Struct):
 
     position, at: number and time of the last message that this is the fold of.
     waiting: numbers of the messages before it that it has yet to take.
+    arithmetic: by which it was made, see `fedmq.nodes.computed`.
     """
 
     position: int
@@ -63,6 +70,7 @@ class Fold(Struct):
     examinations: dict[str, Examination] = {}
     scores: dict[int, list[float]] = {}
     waiting: list[int] = []
+    arithmetic: int = 1
 
 
 def pack_checkpoint(algorithm: Algorithm, state: Any, fold: Fold) -> Packed:

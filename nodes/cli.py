@@ -9,16 +9,18 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
+import xxhash
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from fedmq.broker.names import name_fault
 from fedmq.broker.process import give_torch_huge_pages, tune_process
 from fedmq.nodes import logs
 from fedmq.nodes.codec_cli import codec
@@ -26,11 +28,15 @@ from fedmq.nodes.errors import ConfigError, NodeError
 from fedmq.nodes.personalise import personalise
 from fedmq.nodes.replay.cli import replay
 from fedmq.nodes.trace.cli import trace
+from fedmq.nodes.trace.text import plain
+from fedmq.nodes.trust import allow_option, allowed_here, find_own_code
 
 if TYPE_CHECKING:
     from fedmq.nodes.config import Config
 
 DEFAULT_ENDPOINT = "tcp://127.0.0.1:7700"
+_LONGEST = 2000
+"""Of a sentence from elsewhere that is shown."""
 
 _settings = click.option(
     "--set", "settings", metavar="KEY=VALUE", multiple=True, help="Override a key, repeatable."
@@ -45,9 +51,6 @@ _connect = click.option(
 @click.version_option(package_name="fedmq")
 def main() -> None:
     """Asynchronous federated learning over a message queue."""
-    # A user's own problem or algorithm, module:name, is looked for in the current folder
-    # too; last, so that no folder of the user's hides a library.
-    sys.path.append(str(Path.cwd()))
     give_torch_huge_pages()
 
 
@@ -72,6 +75,7 @@ def cluster(
     with exit_2_on_error():
         chosen = load(config, (*settings, *([f"worker.count={workers}"] if workers else [])))
         chosen = _named(chosen)
+        find_own_code(chosen.allowed)
         folder = folder or Path("runs") / chosen.run.id
         _check_new(folder)
         with preloading():
@@ -129,6 +133,7 @@ def broker(
     from fedmq.broker.router import BrokerServer
     from fedmq.nodes.config import build
     from fedmq.nodes.programs import Stopped, stop_on_signals
+    from fedmq.nodes.summary import SUMMARY_FILE, write_summary
 
     logs.configure(None, node="broker")
     tune_process()
@@ -143,11 +148,12 @@ def broker(
         keeping = replace(table.keeping(), offer_parked=offer_parked)
         server = BrokerServer(bind, folder / "ledger", table.settings(), keeping)
         click.echo(f"listening on {server.endpoint}, ledger in {folder / 'ledger'}", err=True)
+        if once:
+            # What is here is of a run before this one, or is written again at the end.
+            (folder / SUMMARY_FILE).unlink(missing_ok=True)
         with contextlib.suppress(Stopped), stop_on_signals(signal.SIGINT, signal.SIGTERM):
             server.serve(until_idle=once)
         if once:
-            from fedmq.nodes.summary import write_summary
-
             write_summary(folder)
 
 
@@ -170,11 +176,12 @@ def aggregator(
 
     with exit_2_on_error(), _stoppable():
         chosen = _named(load(config, settings))
+        find_own_code(chosen.allowed)
         logs.configure(None, node="aggregator", run=chosen.run.id)
         if folder is not None:
             _make(folder)
         tune_process()
-        click.echo(run_aggregator(endpoint, chosen, chosen.run.id, folder))
+        click.echo(plain(run_aggregator(endpoint, chosen, chosen.run.id, folder), _LONGEST))
 
 
 @main.command()
@@ -195,6 +202,7 @@ def aggregator(
     type=click.Path(path_type=Path),
     help="Where clients' local states are, if workers that may take over each other's share it.",
 )
+@allow_option
 def worker(
     endpoint: str,
     ranges: str | None,
@@ -203,6 +211,7 @@ def worker(
     run_id: str,
     folder: Path | None,
     states: Path | None,
+    allow: tuple[str, ...],
 ) -> None:
     """Train the tasks of some clients (or evaluate) until the run is over."""
     from fedmq.broker.state import EVALUATOR, WORKER
@@ -213,10 +222,13 @@ def worker(
             raise ConfigError("expected either --clients or --evaluator")
         role = EVALUATOR if evaluator else WORKER
         clients = parse_ranges(ranges) if ranges else []
-        node = name or f"{socket.gethostname()}-{ranges or 'evaluator'}"
+        node = default_name(socket.gethostname(), clients) if name is None else name
+        allowed = allowed_here(allow)
+        find_own_code(allowed)
         logs.configure(None, node=node)
         tune_process()
-        click.echo(run_worker(endpoint, node, clients, role, run_id, folder, states))
+        end = run_worker(endpoint, node, clients, role, run_id, folder, states, allowed)
+        click.echo(plain(end, _LONGEST))
 
 
 @main.command("list")
@@ -255,6 +267,20 @@ def parse_ranges(text: str) -> list[tuple[int, int]]:
     return ranges
 
 
+def default_name(host: str, clients: Sequence[tuple[int, int]]) -> str:
+    """Return the name of a node that was given none: of its host and what it hosts there.
+
+    Every host's name and every list of ranges makes a valid one, and no two the same.
+    """
+    hosted = "_".join(str(a) if a == b else f"{a}-{b}" for a, b in clients) or "evaluator"
+    name = f"{host}.{hosted}"
+    if not name_fault(name):
+        return name
+    # What tells it from others is in the digest; the rest is for people.
+    readable = re.sub(r"[^A-Za-z0-9-]+", "-", f"{host}-{hosted}").lstrip("-") or "node"
+    return f"{readable[:60]}.x{xxhash.xxh3_128_hexdigest(name.encode(errors='surrogateescape'))}"
+
+
 def _named(config: Config) -> Config:
     """Return the configuration with an id for the run."""
     if config.run.id:
@@ -285,7 +311,7 @@ def exit_2_on_error() -> Iterator[None]:
     try:
         yield
     except (NodeError, BrokerError, AlgorithmError, CodecError) as error:
-        click.echo(f"fedmq: {error}", err=True)
+        click.echo(f"fedmq: {plain(error, _LONGEST)}", err=True)
         sys.exit(2)
 
 

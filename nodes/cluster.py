@@ -22,6 +22,7 @@ from typing import Any
 import structlog
 from rich.console import Console
 
+from fedmq.algorithms.allowed import Allowed
 from fedmq.broker.errors import BrokerError
 from fedmq.broker.process import give_torch_huge_pages, tune_process
 from fedmq.broker.reading import Follower
@@ -71,7 +72,7 @@ class Cluster:
     """Starts the processes, watches them, and ends every one of them.
 
     Args:
-        config: checked and complete.
+        config: checked and complete; the processes may run the code that it allows.
         clients: K, which are dealt to the workers in ranges.
         folder: of the run; it must exist.
         started_at: when the command was given, in seconds since 1970.
@@ -131,13 +132,17 @@ class Cluster:
     def _start_nodes(self, endpoint: str, text: str) -> None:
         context = mp.get_context("forkserver")
         run = self._config.run.id
-        self._start(context, "aggregator", aggregator_main, endpoint, text, run)
+        # What the person's configuration names; over the wire might come another.
+        own = self._config.allowed
+        self._start(context, "aggregator", aggregator_main, endpoint, text, run, own)
         total = self._clients
         count = min(self._config.worker.count, total)
         for index in range(count):
             clients = (index * total // count, (index + 1) * total // count - 1)
-            self._start(context, f"worker-{index}", worker_main, endpoint, clients, WORKER, run)
-        self._start(context, "evaluator", worker_main, endpoint, None, EVALUATOR, run)
+            self._start(
+                context, f"worker-{index}", worker_main, endpoint, clients, WORKER, run, own
+            )
+        self._start(context, "evaluator", worker_main, endpoint, None, EVALUATOR, run, own)
 
     def _start(self, context: Any, name: str, target: Callable[..., None], *args: Any) -> _Child:
         def start() -> _Child:
@@ -227,9 +232,8 @@ class Cluster:
         if fold_is_empty:
             return
         summary = write_summary(self._folder, self._started_at)
-        if code == 0 or summary["versions"]:
-            self._console.print(closing_table(summary))
-            self._say(f"in {self._folder}")
+        self._console.print(closing_table(summary))
+        self._say(f"in {self._folder}")
         if code == 0 and summary["ended"] is None:
             raise NodeError("the ledger does not hold the end of the run")
 
@@ -299,11 +303,12 @@ def aggregator_main(
     endpoint: str,
     text: str,
     run: str,
+    allowed: Allowed,
 ) -> None:
     """Run the aggregator of a local cluster."""
     from fedmq.nodes.aggregator_program import run_aggregator
 
-    run_aggregator(endpoint, parse(text), run, folder)
+    run_aggregator(endpoint, parse(text), run, folder, allowed)
 
 
 def worker_main(
@@ -313,6 +318,7 @@ def worker_main(
     clients: tuple[int, int] | None,
     role: str,
     run: str,
+    allowed: Allowed,
 ) -> None:
     """Run a worker or the evaluator of a local cluster."""
     from fedmq.nodes.worker_program import run_worker
@@ -320,7 +326,8 @@ def worker_main(
     name = mp.current_process().name
     ranges = [clients] if clients else []
     # What clients keep belongs to them, not to the worker that hosts them now.
-    run_worker(endpoint, name, ranges, role, run, folder / "nodes" / name, folder / "clients")
+    own, states = folder / "nodes" / name, folder / "clients"
+    run_worker(endpoint, name, ranges, role, run, own, states, allowed)
 
 
 def expected_errors() -> tuple[type[Exception], ...]:

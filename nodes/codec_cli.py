@@ -57,7 +57,7 @@ def measure(spec: str, model: str, repeats: int, seed: int) -> list[tuple[str, s
     torch.manual_seed(seed)
     shape = (3, 32, 32) if "cifar" in model else (1, 28, 28)
     flat = FlatModel(MODELS[model](shape, 10))
-    tensors = flat.layout.views(flat.weights)
+    tensors = flat.layout.trained_views(flat.weights)
     before = as_flat(list(tensors.values()))
     encoding, decoding, errors = [], [], []
     for repeat in range(repeats + 1):

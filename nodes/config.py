@@ -14,24 +14,21 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
 
+from fedmq.algorithms.allowed import NOTHING, Allowed, installed
+from fedmq.algorithms.errors import AlgorithmError
 from fedmq.broker.ledger import EVERYTHING, Keeping
+from fedmq.broker.names import name_fault
 from fedmq.broker.state import BrokerSettings
 from fedmq.nodes.errors import ConfigError
 
 DEFAULT: Mapping[str, Mapping[str, Any]] = {
-    "problem": {
-        "name": "mnist-mini",
-        "model": "cnn-mnist",
-        "clients": 40,
-        "partition": "dirichlet(0.5)",
-    },
-    "algorithm": {"name": "fedavg", "lr": 0.05, "epochs": 2, "batch_size": 10, "momentum": 0.5},
-    "schedule": {"name": "buffered", "size": 5, "concurrency": 8},
+    "problem": {"name": "mnist-mini"},
+    "algorithm": {"name": "fedavg"},
+    "schedule": {"name": "buffered"},
 }
-"""What ``make cluster`` runs. A table whose name is changed starts from that choice's own
-defaults, not from these."""
+"""What ``make cluster`` runs. Whatever the name, all else has the defaults of what it names."""
 
 _PROBLEM_DEFAULT = {"clients": 40, "partition": "dirichlet(0.5)"}
 _MANY_DOTS = re.compile(r"(?:\.[^.\n]*){200}")
@@ -46,7 +43,8 @@ class _Table(BaseModel):
 class Run(_Table):
     """``[run]``.
 
-    id: name of the run, unique at its broker; drawn from the time if empty.
+    id: name of the run, unique at its broker, see `fedmq.broker.names`; drawn from the time
+        if empty.
     seed: of everything random.
     versions: the run ends when this many have been committed.
     target_accuracy: it ends earlier when an evaluation reaches this.
@@ -56,7 +54,7 @@ class Run(_Table):
         restarted aggregator folds the messages since then once more.
     """
 
-    id: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{0,100}$")] = ""
+    id: str = ""
     seed: Annotated[int, Field(ge=0)] = 0
     versions: Annotated[int, Field(ge=1)] = 150
     target_accuracy: Annotated[float, Field(gt=0, le=1)] | None = None
@@ -153,7 +151,11 @@ class BrokerTable(_Table):
 
 
 class Config(_Table):
-    """A whole configuration. The tables with a name are checked when they are set up."""
+    """A whole configuration. The tables with a name are checked when they are set up.
+
+    One that the person at this machine gave, with `load` or `build`, may name any code. One
+    that came from elsewhere, as `parse` reads it, may not.
+    """
 
     run: Run = Run()
     problem: dict[str, Any]
@@ -162,6 +164,12 @@ class Config(_Table):
     codec: CodecTable = CodecTable()
     worker: Worker = Worker()
     broker: BrokerTable = BrokerTable()
+    _allowed: Allowed = PrivateAttr(default=NOTHING)
+
+    @property
+    def allowed(self) -> Allowed:
+        """Return what may be imported because this very configuration names it."""
+        return self._allowed
 
     def to_toml(self) -> str:
         """Return the configuration as a complete TOML file, which `parse` reads back."""
@@ -190,14 +198,16 @@ def load(path: Path | None, settings: Sequence[str] = ()) -> Config:
 def parse(text: str) -> Config:
     """Read a complete configuration from TOML text, as the broker hands it to nodes.
 
+    Nobody knows who wrote it: it allows no code.
+
     Raises:
         ConfigError: it is not one.
     """
-    return build(_toml(text, "the configuration"))
+    return _checked(_toml(text, "the configuration"))
 
 
 def changed(config: Config, settings: Sequence[str]) -> Config:
-    """Return a configuration with ``key=value`` settings applied to it.
+    """Return a recorded configuration with ``key=value`` settings applied; it allows no code.
 
     Raises:
         ConfigError: a key or value is wrong.
@@ -205,23 +215,34 @@ def changed(config: Config, settings: Sequence[str]) -> Config:
     given = config.model_dump()
     for setting in settings:
         _apply(given, setting)
-    return build(given)
+    return _checked(given)
 
 
 def build(given: Mapping[str, Any]) -> Config:
-    """Fill in the defaults and check the types of all keys.
+    """Return the configuration that a person gave: checked, and defaults filled in.
+
+    The code that it names is allowed.
 
     Raises:
         ConfigError: names the key, what was expected, and what stood there.
     """
+    config = _checked(given)
+    if config.run.id and (fault := name_fault(config.run.id)):
+        raise ConfigError(f"run.id: {fault}")
+    named = (config.problem.get("name"), config.algorithm.get("name"))
+    own = frozenset(each for each in named if isinstance(each, str) and ":" in each)
+    config._allowed = Allowed(names=own)  # noqa: SLF001 - this module's own
+    return config
+
+
+def _checked(given: Mapping[str, Any]) -> Config:
     tables = dict(_none_words(given))
     for table, default in DEFAULT.items():
         chosen = tables.get(table, {})
         if not isinstance(chosen, dict):
             raise ConfigError(f"{table}: expected a table, got {chosen!r}")
-        same = chosen.get("name", default["name"]) == default["name"]
-        tables[table] = {**default, **chosen} if same else dict(chosen)
-    if ":" not in str(tables["problem"]["name"]):
+        tables[table] = {**default, **chosen}
+    if not _is_code(str(tables["problem"]["name"])):
         tables["problem"] = {**_PROBLEM_DEFAULT, **tables["problem"]}
     try:
         return Config.model_validate(tables)
@@ -256,6 +277,14 @@ def describe(error: ValidationError, table: str, keys: Mapping[str, Sequence[str
             expected = re.sub(r"^(Input|Value) should be |, unable to .*$", "", first["msg"])
             expected = re.sub(r"^(?=greater|less)", "a number ", expected)
             return f"{where}: expected {expected[0].lower()}{expected[1:]}, got {found!r:.200}"
+
+
+def _is_code(problem: str) -> bool:
+    """Tell whether a problem's name is that of code, with options of its own."""
+    try:
+        return ":" in problem or installed("fedmq.problems", problem) is not None
+    except AlgorithmError:
+        return True  # several of one name: the sentence is made where they are looked up
 
 
 def _apply(given: dict[str, Any], setting: str) -> None:

@@ -16,8 +16,15 @@ from fedmq.codecs.raw import Raw
 
 
 def model_digest(tensors: Mapping[str, Tensor]) -> str:
-    """Return the XXH3-128 digest of a model: names, shapes, dtypes and bytes, in order."""
-    encoded = Raw().encode(tensors, 0)
+    """Return the XXH3-128 digest of a model: names, shapes, dtypes and bytes, in order.
+
+    Complex tensors count as pairs of real numbers.
+    """
+    real = {
+        name: torch.view_as_real(each) if each.is_complex() else each
+        for name, each in tensors.items()
+    }
+    encoded = Raw().encode(real, 0)
     hasher = xxhash.xxh3_128(repr(encoded.meta).encode())
     for buffer in encoded.buffers:
         hasher.update(buffer)
@@ -42,6 +49,8 @@ def _feed(hasher: xxhash.xxh3_128, value: Any) -> None:
             # The text of a float is exact: two floats that differ read differently.
             text = repr(value).encode()
             hasher.update(b"%d:%b" % (len(text), text))
+        case torch.dtype():
+            _feed(hasher, str(value))
         case Tensor():
             hasher.update(b"T")
             _feed(hasher, (str(value.dtype), list(value.shape)))

@@ -9,6 +9,7 @@ from typing import Any
 from msgspec import Struct
 
 from fedmq.algorithms.base import Algorithm
+from fedmq.broker.rejections import Code, Rejection
 from fedmq.broker.state import EVALUATOR
 from fedmq.broker.wire import Message
 from fedmq.nodes.members import Members
@@ -89,13 +90,14 @@ def requests(
         yield f"client/{client}", body, packed, Examination(client, version)
 
 
-def accuracy_in(message: Message) -> tuple[float | None, str]:
-    """Return the accuracy that an answer tells, if any, and why it cannot be used, or ""."""
+def accuracy_in(message: Message) -> tuple[float | None, Rejection | None]:
+    """Return the accuracy that an answer tells, if any, and why it cannot be used, if so."""
     match message.body:
         case {"metrics": {"accuracy": float(accuracy)}}:
-            return accuracy, ""
+            return accuracy, None
         case {"metrics": dict()}:
-            return None, ""
+            return None, None
         case _:
+            text = "expected metrics as a map of numbers"
             failed = message.kind == "failed"
-            return None, "" if failed else "expected metrics as a map of numbers"
+            return None, None if failed else Rejection(Code.MALFORMED, text)

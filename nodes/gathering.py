@@ -12,7 +12,9 @@ from fedmq.algorithms.base import Algorithm, Result
 from fedmq.algorithms.errors import ResultError
 from fedmq.algorithms.rng import derive_rng
 from fedmq.broker.errors import WireError
+from fedmq.broker.rejections import Rejection
 from fedmq.codecs.errors import CodecError
+from fedmq.nodes.errors import rejection_of
 from fedmq.nodes.inbox import Inbound, steady
 from fedmq.nodes.payload import unpack
 
@@ -35,8 +37,8 @@ class Gathering:
     settled: of so many of them, from the first on, no result is to be added up any more.
     held: results that wait for the ones before them: (message, weight, client).
     contributed: in a synchronous round, clients whose result is in hand: nobody counts twice.
-    absorbed, weights, staleness: how many results, the sum of what they count, and how late
-        each is.
+    absorbed, late, weights, staleness: how many results, how many of them were made from
+        earlier versions, the sum of what they count, and how late each is.
     """
 
     gathered: Any
@@ -45,11 +47,22 @@ class Gathering:
     held: dict[str, tuple[Inbound, float, int]] = field(default_factory=dict)
     contributed: set[int] = field(default_factory=set)
     absorbed: int = 0
+    late: int = 0
     weights: float = 0.0
     started: int = 0
     draws: int = 0
     deadline_passed: bool = False
     staleness: list[int] = field(default_factory=list)
+
+    def facts(self) -> dict[str, int | float]:
+        """Return what its version's record says of the results."""
+        return {
+            "results": self.absorbed,
+            "late": self.late,
+            "weights": self.weights,
+            "mean_staleness": sum(self.staleness) / len(self.staleness) if self.staleness else 0.0,
+            "max_staleness": max(self.staleness, default=0),
+        }
 
     def draw(self, idle: npt.NDArray[np.int64], count: int, seed: int, version: int) -> list[int]:
         """Return so many of these clients, or all of them, in order."""
@@ -67,8 +80,8 @@ class Gathering:
         weight: float,
         about: tuple[int, int],
         max_bytes: int,
-    ) -> str:
-        """Add one result; return why it cannot be used, or "".
+    ) -> Rejection | None:
+        """Add one result; return why it cannot be used, if so.
 
         Args:
             algorithm: whose accumulator it is.
@@ -84,10 +97,12 @@ class Gathering:
             result = Result(*about, payload)
             self.gathered = algorithm.absorb(self.gathered, state, result, weight)
         except (ResultError, CodecError, WireError) as error:
-            return str(error)
+            return rejection_of(error)
         self.absorbed += 1
         self.weights += weight
-        return ""
+        self.staleness.append(about[1])
+        self.late += about[1] > 0
+        return None
 
 
 @dataclass

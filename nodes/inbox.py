@@ -9,6 +9,7 @@ from typing import Any
 from msgspec import Struct
 
 from fedmq.broker.errors import WireError
+from fedmq.broker.rejections import Rejection
 from fedmq.broker.wire import Buffer, Message
 
 Read = Callable[[int], Buffer]
@@ -34,6 +35,18 @@ class Inbound(Struct, frozen=True):
         return self.stream(index) if self.stream is not None else iter((self.read(index),))
 
 
+class Start(Struct, frozen=True):
+    """An aggregator has been admitted.
+
+    checkpoint: the newest one of the session before it.
+    run_record: of a replay that starts from the beginning, the run's record, which holds the
+        state of version 0: another machine would draw other first weights.
+    """
+
+    checkpoint: Inbound | None = None
+    run_record: Inbound | None = None
+
+
 class Post(Struct, frozen=True):
     """Post a message; ``data[i]`` are the bytes of its i-th blob."""
 
@@ -44,10 +57,19 @@ class Post(Struct, frozen=True):
 
 
 class Done(Struct, frozen=True):
-    """This message has been dealt with; ``refused``: why it could not be used."""
+    """This message has been dealt with.
+
+    refused: why it could not be used; code: the same for programs, see `rejections.Code`.
+    """
 
     seq: int
     refused: str = ""
+    code: str = ""
+
+    @classmethod
+    def of(cls, seq: int, why: Rejection | None) -> Done:
+        """Return the action for a message that was rejected, or else used or not needed."""
+        return cls(seq) if why is None else cls(seq, why.reason, why.code)
 
 
 class Settle(Struct, frozen=True):

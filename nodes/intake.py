@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
-from typing import Any
+import enum
+from typing import Any, Literal
 
 from fedmq.algorithms.base import examples_of
-from fedmq.algorithms.errors import ResultError
+from fedmq.algorithms.errors import Fault, ResultError
+from fedmq.broker.rejections import Code, Rejection
 from fedmq.codecs.errors import CodecError
 from fedmq.nodes.checkpoint import Counts
-from fedmq.nodes.gathering import Gathering, room_for
+from fedmq.nodes.errors import rejection_of
+from fedmq.nodes.gathering import Gathering, Waiting, room_for
 from fedmq.nodes.inbox import AggregatorAction, Done, Inbound
 from fedmq.nodes.payload import numbers_of
 from fedmq.nodes.setup import Setup
 from fedmq.nodes.tasks import Tasks
+
+
+class _Held(enum.Enum):
+    HELD = enum.auto()
+
+
+HELD = _Held.HELD
+"""A result waits for those before it in its cohort."""
+Held = Literal[_Held.HELD]
 
 
 class Intake:
@@ -42,35 +54,58 @@ class Intake:
 
     def take(
         self, inbound: Inbound, state: Any, version: int, out: list[AggregatorAction]
-    ) -> str | None:
-        """Take a result: "" if used or not needed, a reason if refused, None if held."""
+    ) -> Done | None:
+        """Take a result: return that it is dealt with, and how, or None while it is held."""
+        why = self._take(inbound, state, version, out)
+        if why == HELD:
+            return None
+        self._tasks.freed()  # its client has no result in hand, and may be drawn again
+        return Done.of(inbound.seq, why)
+
+    def end(self, waiting: Waiting) -> list[Done]:
+        """Note that there is no version any more for results in hand; reject those that wait."""
+        done = []
+        for seq, inbound in waiting.here.items():
+            self._tasks.forget(inbound.message.re or "")
+            failed = inbound.message.kind == "failed"
+            self.counts.dropped += failed
+            self.counts.refused += not failed
+            over = Rejection(Code.RUN_OVER, "the run is over")
+            done.append(Done.of(seq, None if failed else over))
+        self.counts.used -= self.current.absorbed
+        self.counts.unused += self.current.absorbed + len(self.current.held)
+        return done
+
+    def _take(
+        self, inbound: Inbound, state: Any, version: int, out: list[AggregatorAction]
+    ) -> Rejection | Held | None:
         message = inbound.message
         flight = self._tasks.answered(message)
-        if isinstance(flight, str):
+        if isinstance(flight, Rejection):
             self.counts.refused += 1
             return flight
         if message.kind == "failed":
             self.counts.dropped += 1
-            return ""
+            return None
         staleness = version - flight.version
         try:
             numbers = numbers_of(message)
             n = examples_of(numbers)
             if numbers.get("reply", self.reply) != self.reply:
-                raise ResultError(f"expected reply {self.reply!r}")
+                raise ResultError(f"expected reply {self.reply!r}", Fault.MALFORMED)
         except (ResultError, CodecError) as error:
             self.counts.refused += 1
-            return str(error)
+            return rejection_of(error)
         weight = self._schedule.weight(n, staleness)
         if weight is None:
             self.counts.stale += 1
-            return f"too stale: {staleness} versions behind"
-        self.current.staleness.append(staleness)
+            code = Code.STALE if self._schedule.cohort(1) is None else Code.LATE
+            return Rejection(code, f"too stale: {staleness} versions behind")
         if self._schedule.ordered and not staleness:
             self.current.held[message.re or ""] = (inbound, weight, flight.client)
             self.current.contributed.add(flight.client)
             self.add_in_order(state, out)
-            return None
+            return HELD
         return self._add(state, inbound, weight, flight.client, staleness)
 
     def add_in_order(
@@ -88,19 +123,22 @@ class Intake:
             name = order[index]
             if name in current.held:
                 inbound, weight, client = current.held.pop(name)
-                refused = self._add(state, inbound, weight, client, 0)
-                if refused:
+                why = self._add(state, inbound, weight, client, 0)
+                if why is not None:
                     current.contributed.discard(client)
-                out.append(Done(inbound.seq, refused))
+                    self._tasks.freed()
+                out.append(Done.of(inbound.seq, why))
             elif not everything and self._tasks.is_expected(name):
                 return
 
-    def _add(self, state: Any, inbound: Inbound, weight: float, client: int, staleness: int) -> str:
-        """Add one result to the version; return why it was refused, or ""."""
+    def _add(
+        self, state: Any, inbound: Inbound, weight: float, client: int, staleness: int
+    ) -> Rejection | None:
+        """Add one result to the version; return why it was rejected, if so."""
         about = client, staleness
-        reason = self.current.absorb(
-            self._algorithm, state, inbound, weight, about, self._most_bytes
-        )
-        self.counts.refused += bool(reason)
-        self.counts.used += not reason
-        return reason
+        why = self.current.absorb(self._algorithm, state, inbound, weight, about, self._most_bytes)
+        if why is None:
+            self.counts.used += 1
+        else:
+            self.counts.refused += 1
+        return why

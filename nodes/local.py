@@ -25,7 +25,8 @@ from fedmq.broker.wire import (
     Message,
 )
 from fedmq.codecs.errors import CodecError
-from fedmq.nodes.errors import NodeError
+from fedmq.nodes.client_folder import ClientFolder
+from fedmq.nodes.errors import NodeError, StorageError
 from fedmq.nodes.payload import RAW, Packed, pack, unpack
 
 
@@ -33,11 +34,13 @@ from fedmq.nodes.payload import RAW, Packed, pack, unpack
 class Kept:
     """What a client keeps after a task, and that task's result as it was posted.
 
-    task: id of the task. local: the algorithm's state, if it has any. memory: what the uplink's
-    codec has left out of the results so far, if it remembers that.
+    task, seq: id of the task, and its number in the ledger. local: the algorithm's state, if it
+    has any. memory: what the uplink's codec has left out of the results so far, if it remembers
+    that.
     """
 
     task: str
+    seq: int
     local: Payload | None
     message: Message
     data: tuple[Buffer, ...]
@@ -63,8 +66,15 @@ class _Head(Struct):
 class Locals:
     """The kept states of a worker's clients.
 
+    On disk a client has a folder, and each state a file there that is named by the number of its
+    task in the ledger, ``client-3/000000000106.state``. The newest task counts, and saving one
+    removes the files of older tasks. So a worker that was stopped while it saved, and whose
+    clients were taken over meanwhile, cannot put its old state in the place of a newer one,
+    whenever it goes on; nobody holds a lock.
+
     Args:
-        folder: one file a client; None keeps them in memory, where they end with the worker.
+        folder: of one run, and no other; several workers may share it. None keeps the states in
+            memory, where they end with the worker.
 
     Raises:
         NodeError: the folder cannot be made.
@@ -77,42 +87,52 @@ class Locals:
             make_folder(folder)
 
     def get(self, client: int) -> Kept | None:
-        """Return what a client kept, or None.
+        """Return what a client kept after the newest of its tasks, or None.
 
         Raises:
-            NodeError: its file is damaged.
+            NodeError: its file is damaged, or cannot be read.
         """
         if self._folder is None:
             return self._memory.get(client)
-        path = self._path(self._folder, client)
+        states = ClientFolder(self._folder, client)
         try:
-            data = path.read_bytes()
-        except FileNotFoundError:
+            found = states.newest()
+        except OSError as error:
+            raise NodeError(f"cannot read {states}: {error.strerror}") from None
+        if found is None:
             return None
+        seq, path, data = found
         try:
-            return _read(data)
+            return _read(data, seq)
         except (ValueError, msgspec.MsgspecError, CodecError) as error:
             raise NodeError(f"local state of client {client} in {path}: {error}") from None
 
-    def put(self, client: int, kept: Kept) -> None:
-        """Keep a client's state, in place of the last.
+    def put(self, client: int, kept: Kept) -> Kept:
+        """Keep a client's state; return what is to be posted as its task's result.
+
+        That is ``kept``, or what another node has kept of the same task before: the client's
+        next task starts from that.
 
         Raises:
-            NodeError: its file cannot be written.
+            StorageError: its file cannot be written now.
+            NodeError: what another node has kept is damaged.
         """
         if self._folder is None:
+            known = self._memory.get(client)
+            if known is not None and known.seq >= kept.seq:
+                return known if known.seq == kept.seq else kept
             self._memory[client] = kept
-            return
-        path = self._path(self._folder, client)
-        fresh = path.with_suffix(f".{os.getpid()}.new")  # two workers may share the folder
+            return kept
+        states = ClientFolder(self._folder, client)
         try:
-            fresh.write_bytes(_write(kept))
-            fresh.replace(path)
+            if states.save(kept.seq, _write(kept)):
+                return kept
         except OSError as error:
-            raise NodeError(f"cannot write {path}: {error.strerror}") from None
-
-    def _path(self, folder: Path, client: int) -> Path:
-        return folder / f"client-{client}.state"
+            raise StorageError(f"cannot write {states}: {error.strerror}") from None
+        known = self.get(client)
+        if known is None:
+            raise StorageError(f"cannot write {states}: it was removed meanwhile")
+        return known if known.seq == kept.seq else kept
 
 
 def node_key(folder: Path | None) -> str:
@@ -169,7 +189,7 @@ def _packed(payload: Payload | None) -> Packed | None:
     return pack(payload, RAW, 0) if payload is not None else None
 
 
-def _read(data: bytes) -> Kept:
+def _read(data: bytes, seq: int) -> Kept:
     if len(data) < 24 or xxhash.xxh3_128_digest(memoryview(data)[16:]) != data[:16]:
         raise ValueError("damaged: its checksum does not match")
     start = 24 + int.from_bytes(data[16:24], "little")
@@ -181,7 +201,7 @@ def _read(data: bytes) -> Kept:
     message = decode_message(head.message)
     local, rest = _take(head.local, message, buffers)
     memory, rest = _take(head.memory, message, rest)
-    return Kept(head.task, local, message, tuple(rest), memory)
+    return Kept(head.task, seq, local, message, tuple(rest), memory)
 
 
 def _take(

@@ -7,6 +7,7 @@ The body of a task or a result holds ``numbers`` and ``groups``; a group is
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +17,7 @@ from msgspec import Struct
 from torch import Tensor
 
 from fedmq.algorithms.base import Payload
-from fedmq.broker.wire import Blob, Buffer, Message
+from fedmq.broker.wire import MAX_BUFFERS, Blob, Buffer, Message
 from fedmq.codecs.base import MAX_DECODED_BYTES, Codec, Encoded, brief
 from fedmq.codecs.errors import DecodeError
 from fedmq.codecs.raw import Raw, read_table
@@ -26,6 +27,7 @@ from fedmq.nodes.inbox import Read, Stream
 
 _RAW = Raw()
 _GROUPS = ("weights", "exact", "features", "logits")
+_MANY_RUNS = MAX_BUFFERS // 2
 STREAMED_BYTES = 64 << 20
 """Raw weights of this size are added up as they come, and never held as a whole."""
 
@@ -57,7 +59,7 @@ def pack(payload: Payload, codecs: Codecs, seed: int) -> Packed:
     data: list[Buffer] = []
     for name, tensors, chosen in (
         ("weights", payload.weights, codecs.weights),
-        ("exact", payload.exact, _RAW),
+        ("exact", _in_few_runs(payload.exact), _RAW),
         ("features", payload.features, codecs.features),
         ("logits", payload.logits, codecs.logits),
     ):
@@ -75,6 +77,18 @@ def pack(payload: Payload, codecs: Codecs, seed: int) -> Packed:
             data += buffers
     body = {"numbers": dict(payload.numbers), "groups": groups}
     return Packed(body, tuple(Blob.of(each) for each in data), tuple(data))
+
+
+def _in_few_runs(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """Return tensors in an order in which not too many buffers are needed for them.
+
+    One is for each run of tensors of one dtype. A buffer for each client's tensors is stored
+    once as long as they stay the same; but a message holds few.
+    """
+    runs = sum(1 for _ in itertools.groupby(each.dtype for each in tensors.values()))
+    if runs <= _MANY_RUNS:
+        return tensors
+    return dict(sorted(tensors.items(), key=lambda item: str(item[1].dtype)))
 
 
 def numbers_of(message: Message) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from fedmq.broker.state import CHECKPOINT
 from fedmq.nodes.errors import ConfigError, NodeError
 from fedmq.nodes.summary import spread
 from fedmq.nodes.trace.text import plain, table
+from fedmq.nodes.trust import allow_option, allowed_here, find_own_code
 
 if TYPE_CHECKING:
     from fedmq.broker.trace import Trace
@@ -42,8 +43,14 @@ class Start:
 @click.option(
     "--json", "file", type=click.Path(dir_okay=False, path_type=Path), help="Write all of it here."
 )
+@allow_option
 def personalise(
-    folder: Path, run_id: str, ranges: str | None, device: str | None, file: Path | None
+    folder: Path,
+    run_id: str,
+    ranges: str | None,
+    device: str | None,
+    file: Path | None,
+    allow: tuple[str, ...],
 ) -> None:
     """Adapt a finished run's last state to each client that never took part, and test it there.
 
@@ -58,7 +65,9 @@ def personalise(
 
         chosen = parse_ranges(ranges) if ranges is not None else None
         trace = Trace(folder, run_id)
-        setup = recorded_setup(trace)
+        allowed = allowed_here(allow)
+        find_own_code(allowed)
+        setup = recorded_setup(trace, allowed=allowed)
         numbers = new_clients(setup, chosen)
         start = last_state(trace, setup)
         if not start.finished:
@@ -137,15 +146,16 @@ def measure(
         NodeError: what an algorithm returned are no metrics.
     """
     from fedmq.algorithms.base import Client
-    from fedmq.algorithms.rng import derive_seed
+    from fedmq.algorithms.rng import derive_seed, seeded
     from fedmq.nodes.setup import choose_device
 
     where = choose_device(device or setup.config.worker.device)
     for index in clients:
         seed = derive_seed(setup.config.run.seed, "personalise", start.version, index)
-        data = setup.problem.client(index)
-        client = Client(index, setup.problem, data, None, seed, where)
-        metrics = setup.algorithm.personalise(start.state, start.version, client)
+        with seeded(seed, where):
+            data = setup.problem.client(index)
+            client = Client(index, setup.problem, data, None, seed, where)
+            metrics = setup.algorithm.personalise(start.state, start.version, client)
         if "accuracy" not in metrics:
             raise NodeError(f"client {index}: expected accuracy among the metrics, it is missing")
         yield index, {"examples": len(data), **metrics}

@@ -14,8 +14,10 @@ import structlog
 
 from fedmq.broker.errors import LinkClosed
 from fedmq.broker.link_state import Delivery
+from fedmq.broker.names import name_fault
 from fedmq.broker.node_link import NodeLink
 from fedmq.broker.wire import Hello
+from fedmq.nodes.errors import NodeError
 from fedmq.nodes.inbox import Inbound
 
 _PATIENCE_S = 3.0
@@ -47,13 +49,25 @@ def new_session() -> str:
 
 @contextlib.contextmanager
 def linked(endpoint: str, hello: Hello) -> Iterator[NodeLink]:
-    """Connect, and say goodbye whatever happens."""
+    """Connect, and say goodbye whatever happens.
+
+    Raises:
+        NodeError: the name of the node or of the run is no name, or the broker welcomes the
+            node to a run that is not the one asked for.
+    """
+    for what, name in (("node", hello.node), ("run", hello.run)):
+        if (name or what == "node") and (fault := name_fault(name)):
+            raise NodeError(f"name of the {what}: {fault}")
     log = structlog.get_logger()
     link = NodeLink(endpoint, hello)
     try:
         if not link.wait_admitted(_PATIENCE_S):
             log.warning("waiting for the broker", endpoint=endpoint)
         welcome = link.welcome()
+        if fault := name_fault(welcome.run):
+            raise NodeError(f"the broker names a run that is none: {fault}")
+        if hello.run not in ("", welcome.run):
+            raise NodeError(f"asked for run {hello.run}, the broker welcomes to {welcome.run}")
         log.info("admitted", run=welcome.run)
         yield link
     except BaseException as error:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -12,9 +13,10 @@ import numpy as np
 import torch
 from pydantic import TypeAdapter, ValidationError
 
+from fedmq.algorithms.allowed import Allowed
 from fedmq.algorithms.base import Algorithm
-from fedmq.algorithms.errors import AlgorithmError
-from fedmq.algorithms.problems import load_problem
+from fedmq.algorithms.errors import AlgorithmError, NotAllowed
+from fedmq.algorithms.problems import complete_options, load_problem
 from fedmq.algorithms.problems.base import Problem
 from fedmq.algorithms.registry import find_algorithm
 from fedmq.algorithms.schedules import Schedule, find_schedule
@@ -57,13 +59,23 @@ class Setup:
         return Codecs(self.up, self.features, self.logits)
 
 
-def set_up(config: Config) -> Setup:
+def set_up(config: Config, allowed: Allowed | None = None, run: str = "") -> Setup:
     """Make the objects that a configuration names.
 
+    Args:
+        config: of the run.
+        allowed: which code it may name; by default that which it names itself if the person at
+            this machine gave it (`load`, `build`), and none if it came from elsewhere (`parse`).
+        run: id of the run, for error messages; by default what the configuration says.
+
     Raises:
-        ConfigError: one of them is unknown, or they do not fit together.
+        ConfigError: one of them is unknown or not allowed, or they do not fit together.
     """
-    algorithm = _choose(config.algorithm, find_algorithm, "algorithm")
+    allowed = config.allowed if allowed is None else allowed
+    run = run or config.run.id
+    find = functools.partial(find_algorithm, allowed=allowed)
+    with _naming_the_run(run, "algorithm.name"):
+        algorithm = _choose(config.algorithm, find, "algorithm")
     if getattr(algorithm, "seed", 0) is None:
         algorithm = dataclasses.replace(algorithm, seed=config.run.seed)  # type: ignore[call-arg] # it has that field
     schedule = _choose(config.schedule, find_schedule, "schedule")
@@ -72,10 +84,13 @@ def set_up(config: Config) -> Setup:
             f"schedule.name: {algorithm.name} does not run under {schedule.name!r}; "
             f"choose from {', '.join(sorted(algorithm.schedules))}"
         )
-    try:
-        problem = load_problem(config.problem, config.run.seed)
-    except (AlgorithmError, SpecError) as error:
-        raise ConfigError(str(error)) from None
+    with _naming_the_run(run, "problem.name"):
+        try:
+            problem = load_problem(config.problem, config.run.seed, allowed)
+        except NotAllowed:
+            raise
+        except (AlgorithmError, SpecError) as error:
+            raise ConfigError(str(error)) from None
     down, up = _codec(config.codec.down, "down"), _codec(config.codec.up, "up")
     features = _codec(config.codec.features, "features")
     logits = _codec(config.codec.logits, "logits")
@@ -95,6 +110,7 @@ def set_up(config: Config) -> Setup:
         )
     complete = config.model_copy(
         update={
+            "problem": complete_options(config.problem),
             "algorithm": {**config.algorithm, **dataclasses.asdict(algorithm)},
             "schedule": {**config.schedule, **dataclasses.asdict(schedule)},
         }
@@ -102,10 +118,22 @@ def set_up(config: Config) -> Setup:
     return Setup(complete, problem, algorithm, schedule, down, up, features, logits)
 
 
+@contextlib.contextmanager
+def _naming_the_run(run: str, key: str) -> Iterator[None]:
+    """Say of code that is not allowed which run names it."""
+    try:
+        yield
+    except NotAllowed as error:
+        of_run = f" of run {run[:100]!r}" if run else ""
+        raise ConfigError(f"{key}{of_run}: {error}") from None
+
+
 def _choose(table: Mapping[str, Any], find: Callable[[str], type[T]], what: str) -> T:
     options = dict(table)
     try:
         chosen = find(str(options.pop("name", "")))
+    except NotAllowed:
+        raise
     except (AlgorithmError, SpecError) as error:
         raise ConfigError(f"{what}.name: {error}") from None
     keys: list[str] = ["name", *(field.name for field in dataclasses.fields(chosen))]

@@ -27,13 +27,15 @@ from fedmq.broker.wire import (
     Message,
     Over,
 )
-from fedmq.nodes.aggregator import Aggregator, Computed, Start
-from fedmq.nodes.inbox import AggregatorAction, Commit, Finish, Inbound, Post, Settle
+from fedmq.nodes.aggregator import Aggregator
+from fedmq.nodes.carry_out import carry_out
+from fedmq.nodes.computed import Computed
+from fedmq.nodes.inbox import AggregatorAction, Commit, Finish, Inbound, Post, Settle, Start
 from fedmq.nodes.inbox import Done as DoneWith
 from fedmq.nodes.local import Locals
 from fedmq.nodes.setup import Setup, kind_of
 from fedmq.nodes.worker import Action as WorkerAction
-from fedmq.nodes.worker import Evaluate, Evaluated, Keep, Pause, Train, Trained, Worker
+from fedmq.nodes.worker import Evaluate, Evaluated, Keep, Pause, Saved, Train, Trained, Worker
 
 RUN = "simulated"
 _CHAT_TO = (RECORD, EVALUATOR, AGGREGATOR)
@@ -284,8 +286,8 @@ class AggregatorHost(NodeHost):
             match action:
                 case Post(message, data, consumes):
                     self.link.post(message, data, consumes)
-                case DoneWith(seq, refused) if refused:
-                    self.link.say(Done(refused={seq: refused}))
+                case DoneWith(seq, refused, code) if refused:
+                    self.link.say(Done.rejecting(seq, refused, code))
                 case Settle(but):
                     settled = [seq for seq in self._unsettled if seq not in but]
                     self.link.say(Done(seqs=tuple(settled)))
@@ -340,24 +342,18 @@ class WorkerHost(NodeHost):
         while actions:
             action = actions.pop(0)
             match action:
-                case Train(task=task) as train:
-                    place = train.at(setup.problem, "cpu")
-                    self._later(
-                        Trained(*setup.algorithm.train(task, place), 0.0, kind_of("cpu")), actions
-                    )
-                    return
-                case Evaluate():
-                    metrics = action.metrics(setup, "cpu")
-                    self._later(Evaluated(metrics, kind_of("cpu")), actions)
+                case Train() | Evaluate():
+                    self._later(carry_out(action, setup, "cpu"), actions)
                     return
                 case Keep(client, state):
-                    if self.kept is not None:
-                        self.kept.put(client, state)
+                    stands = self.kept.put(client, state) if self.kept is not None else state
+                    actions = [*self.core.handle(Saved(stands)), *actions]
                 case Post(message, data, consumes):
                     self.link.post(message, data, consumes)
-                case DoneWith(seq, refused):
-                    reasons = {seq: refused} if refused else {}
-                    self.link.say(Done(seqs=(seq,), refused=reasons))
+                case DoneWith(seq, refused, code) if refused:
+                    self.link.say(Done.rejecting(seq, refused, code, (seq,)))
+                case DoneWith(seq):
+                    self.link.say(Done(seqs=(seq,)))
                 case Pause():
                     pass  # time is drawn here as it is
 

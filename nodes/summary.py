@@ -10,11 +10,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fedmq.broker.entries import Accepted, AnyEntry, Ended, Refusal
+from fedmq.broker.entries import Accepted, AnyEntry, Ended
 from fedmq.broker.reading import read_entries
 from fedmq.broker.state import AGGREGATOR, BROKER, EVALUATOR
 from fedmq.broker.wire import Message
+from fedmq.nodes.agreement import disagree
 from fedmq.nodes.config import parse
+from fedmq.nodes.outcomes import Outcomes
+
+SUMMARY_FILE = "summary.json"
 
 
 @dataclass
@@ -74,13 +78,11 @@ class RunFold:
     started_at: float | None = None
     run: str = ""
     config: dict[str, Any] = field(default_factory=dict)
-    now: float = 0.0
+    now: float | None = None
+    """Time of the newest entry; None before the first."""
     version: int = 0
-    used: int = 0
-    stale: int = 0
-    refused_by_aggregator: int = 0
-    refused_by_broker: int = 0
-    mean_staleness: float = 0.0
+    outcomes: Outcomes = field(default_factory=Outcomes)
+    mean_staleness: float | None = None
     model_digest: str = ""
     curve: list[Point] = field(default_factory=list)
     nodes: dict[str, NodeState] = field(default_factory=dict)
@@ -89,6 +91,10 @@ class RunFold:
     wire_down: int = 0
     wire_up: int = 0
     ended: str | None = None
+    version_0: Any = None
+    """What the aggregator says of the model that the run starts from, and"""
+    disagreeing: list[str] = field(default_factory=list)
+    """names of the nodes that say otherwise."""
     first_task_at: float | None = None
     _aggregator: str = AGGREGATOR
     kinds: dict[str, dict[str, int]] = field(default_factory=lambda: {"down": {}, "up": {}})
@@ -101,11 +107,11 @@ class RunFold:
         """Take more entries, in order."""
         for entry in entries:
             self.now = entry.at
+            message = entry.read() if isinstance(entry, Accepted) else None
+            self.outcomes.feed(entry, message, self._aggregator)
+            if message is not None:
+                self._message(message, entry.at)
             match entry:
-                case Accepted():
-                    self._message(entry.read(), entry.at)
-                case Refusal(of=None):
-                    self.refused_by_broker += 1
                 case Ended(reason=reason, nodes=nodes):
                     self.ended = reason
                     for name, counts in nodes.items():
@@ -114,14 +120,23 @@ class RunFold:
                             self.wire_up += counts["received_bytes"]
 
     @property
-    def refused(self) -> int:
-        """Return how many results could not be used, or not even be accepted."""
-        return self.refused_by_aggregator + self.refused_by_broker
-
-    @property
     def wall_s(self) -> float:
         """Return how long the run has been going."""
-        return self.now - (self.started_at or self.now)
+        if self.now is None:
+            return 0.0
+        return self.now - (self.now if self.started_at is None else self.started_at)
+
+    @property
+    def first_task_s(self) -> float | None:
+        """Return how long after the start the first task was sent; None if none was."""
+        if self.first_task_at is None or self.started_at is None:
+            return None
+        return self.first_task_at - self.started_at
+
+    @property
+    def newest(self) -> Point | None:
+        """Return the newest evaluation."""
+        return self.curve[-1] if self.curve else None
 
     @property
     def accuracy(self) -> float | None:
@@ -169,6 +184,7 @@ class RunFold:
             case "run":
                 self.run = message.run
                 self.config = parse(body["config"]).model_dump()
+                self.version_0 = body.get("version_0")
             case "task" | "evaluate":
                 self.first_task_at = self.first_task_at or at
                 self.payload_down += size
@@ -177,18 +193,19 @@ class RunFold:
                 host = self._hosts.get(message.to)
                 if host is not None:
                     self.nodes[host].doing[message.id] = message.to
-            case "version" | "finished":
-                self.used, self.stale = body["used"], body["stale"]
-                self.refused_by_aggregator = body["refused"]
-                if message.kind == "version":
-                    self.version = body["version"]
-                    self.mean_staleness = body["mean_staleness"]
-                    self.model_digest = body["model_digest"]
+            case "version":
+                self.version = body["version"]
+                self.mean_staleness = body["mean_staleness"]
+                self.model_digest = body["model_digest"]
 
     def _from_worker(self, message: Message, at: float, size: int) -> None:
         if message.kind not in ("result", "failed", "score"):
             return
         node = self.nodes[message.sender]
+        if message.sender not in self.disagreeing and disagree(
+            self.version_0, message.body.get("version_0")
+        ):
+            self.disagreeing.append(message.sender)
         node.doing.pop(message.re or "", None)
         self.payload_up += size
         self._count("up", message)
@@ -235,7 +252,12 @@ class RunFold:
             "codec": config["codec"],
             "seed": config["run"]["seed"],
             "versions": self.version,
-            "results": {"used": self.used, "stale": self.stale, "refused": self.refused},
+            "results": self._results(),
+            "rounds": self._rounds(),
+            "clients_without_result": {
+                str(client): {"tasks": each.tasks, "code": each.code, "reason": each.reason}
+                for client, each in self.outcomes.without_result.items()
+            },
             "final_accuracy": self.accuracy,
             "metrics": self.curve[-1].metrics if self.curve else {},
             "best_accuracy": self.best_accuracy,
@@ -249,10 +271,10 @@ class RunFold:
                 for point in self.curve
             ],
             "wall_s": round(self.wall_s, 3),
-            "first_task_s": round((self.first_task_at or self.now) - (self.started_at or 0), 3),
+            "first_task_s": None if self.first_task_s is None else round(self.first_task_s, 3),
             "bytes": {
-                "down": {"payload": self.payload_down, "wire": self.wire_down},
-                "up": {"payload": self.payload_up, "wire": self.wire_up},
+                "down": {"payload": self.payload_down, "wire": self._known(self.wire_down)},
+                "up": {"payload": self.payload_up, "wire": self._known(self.wire_up)},
                 "kinds": self.kinds,
             },
             "model_digest": self.model_digest,
@@ -261,9 +283,40 @@ class RunFold:
                 for name, node in self.nodes.items()
             },
             "ended": self.ended,
+            "disagreeing": self.disagreeing,
         }
         clients = self.clients
         return summary if clients is None else {**summary, "clients": clients}
+
+    def _known(self, nbytes: int) -> int | None:
+        """Return bytes on the wire, which the broker tells at the end of the run."""
+        return None if self.ended is None else nbytes
+
+    def _results(self) -> dict[str, Any]:
+        """Return counts of results; ``failed`` counts tasks, and ``unaccepted`` posts."""
+        outcomes = self.outcomes
+        return {
+            "used": outcomes.used,
+            "stale": outcomes.stale,
+            "refused": outcomes.refused,
+            "unused": outcomes.unused,
+            "failed": outcomes.failed.total(),
+            "unaccepted": outcomes.unaccepted,
+            "by_code": {code or "unknown": n for code, n in outcomes.rejected.items() if n},
+            "failed_by_code": {code or "unknown": n for code, n in outcomes.failed.items() if n},
+        }
+
+    def _rounds(self) -> dict[str, int] | None:
+        """Return how whole the cohorts of synchronous rounds were."""
+        cohorts = self.outcomes.cohorts
+        if not cohorts.versions:
+            return None
+        return {
+            "versions": cohorts.versions,
+            "whole": cohorts.whole,
+            "wanted": cohorts.wanted,
+            "missing": cohorts.missing,
+        }
 
     @property
     def clients(self) -> dict[str, float] | None:
@@ -293,5 +346,5 @@ def write_summary(folder: Path, started_at: float | None = None) -> dict[str, An
     fold = RunFold(started_at)
     fold.feed(read_entries(folder / "ledger"))
     summary = fold.summary()
-    (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    (folder / SUMMARY_FILE).write_text(json.dumps(summary, indent=2) + "\n")
     return summary

@@ -7,9 +7,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from fedmq.algorithms.rng import derive_seed
 from fedmq.algorithms.schedules import View
+from fedmq.broker.rejections import Code, Rejection
 from fedmq.broker.wire import Message
 from fedmq.nodes.checkpoint import Flight
 from fedmq.nodes.gathering import Gathering
@@ -38,6 +40,11 @@ class Tasks:
         self._changes = -1
         self._flying = 0
         self._outstanding: Counter[int] = Counter()
+        self._of_version: Counter[int] = Counter()
+        self._returned: set[str] = set()
+        """Tasks of clients that have come back since the version began."""
+        self._nobody_idle = False
+        """The last draw left nobody, and nobody has become idle since."""
         self._reachable = np.empty(0, np.int64)
 
     def resume(self, flights: dict[str, Flight]) -> None:
@@ -48,6 +55,15 @@ class Tasks:
     def begin_version(self) -> None:
         """Make tasks anew from now on."""
         self._same_for_all = None
+        self._nobody_idle = False
+        self._returned.clear()
+
+    def joined(self, message: Message) -> None:
+        """Note that a node has come, before its clients can be reached."""
+        for name, flight in self.flights.items():
+            back = flight.client not in self._members.hosts
+            if back and any(a <= flight.client <= b for a, b in message.body["clients"]):
+                self._returned.add(name)
 
     def pack(self, state: Any, version: int, client: int) -> Packed:
         """Return a client's task as what goes into its message."""
@@ -63,22 +79,34 @@ class Tasks:
         flight = self.flights[name] = Flight(client, version, self._members.hosts[client])
         self._count(flight, 1)
 
-    def answered(self, message: Message) -> Flight | str:
-        """Take a task off the list by its answer; or say why that is none."""
+    def answered(self, message: Message) -> Flight | Rejection:
+        """Take a task off the list by its answer; or say why that is none.
+
+        Its client may be drawn again only after `freed`: its result may stay in hand.
+        """
         flight = self.flights.get(message.re or "")
         if flight is None or message.re is None:
-            return f"no task {message.re!r} is out"
+            return Rejection(Code.UNKNOWN_TASK, f"no task {message.re!r} is out")
         if message.sender not in (flight.node, self._members.hosts.get(flight.client)):
-            return f"task {message.re!r} is not with {message.sender}"
-        self.forget(message.re)
+            text = f"task {message.re!r} is not with {message.sender}"
+            return Rejection(Code.WRONG_NODE, text)
+        self._returned.discard(message.re)
+        del self.flights[message.re]
+        self._count(flight, -1)
         return flight
 
     def forget(self, name: str) -> bool:
         """Expect no answer to a task any more; tell whether one was expected."""
         flight = self.flights.pop(name, None)
+        self._returned.discard(name)
         if flight is not None:
             self._count(flight, -1)
+            self.freed()
         return flight is not None
+
+    def freed(self) -> None:
+        """Note that a client may be drawn again: its answer does not count for this version."""
+        self._nobody_idle = False
 
     def overdue(self, version: int) -> None:
         """Do not wait for the tasks of a version any longer."""
@@ -94,6 +122,7 @@ class Tasks:
     def view(self, current: Gathering, version: int) -> View:
         """Return what a schedule wants to know of a version."""
         self._work_out()
+        asked = self._setup.schedule.ordered  # others replace tasks, and look at nobody's place
         return View(
             clients=self._setup.problem.clients,
             flying=self._flying,
@@ -101,30 +130,48 @@ class Tasks:
             outstanding=self._outstanding[version],
             results=current.absorbed + len(current.held),
             deadline_passed=current.deadline_passed,
+            late=current.late,
+            behind=self._flying - self._of_version[version] - self._back(version),
+            idle=len(self._idle(current)) if asked and not self._outstanding[version] else 0,
         )
+
+    def _back(self, version: int) -> int:
+        """Return how many tasks of earlier versions are with clients that have come back."""
+        found = (self.flights[name] for name in self._returned)
+        return sum(e.version != version and e.client in self._members.hosts for e in found)
 
     def draw(self, count: int, current: Gathering, version: int) -> list[int]:
         """Return so many reachable clients that have no task, or all of them, in order."""
         if not count:
             return []
         self._work_out()
+        idle = self._idle(current)
+        self._nobody_idle = len(idle) <= count
+        return current.draw(idle, count, self._setup.config.run.seed, version)
+
+    def _idle(self, current: Gathering) -> npt.NDArray[np.int64]:
+        """Return the reachable clients that have neither a task nor a result in hand, in order."""
+        if self._nobody_idle:
+            return self._reachable[:0]
         busy = {flight.client for flight in self.flights.values()} | current.contributed
         out = np.array([client for client in busy if client in self._members.hosts], np.int64)
-        idle = np.delete(self._reachable, np.searchsorted(self._reachable, out))
-        return current.draw(idle, count, self._setup.config.run.seed, version)
+        return np.delete(self._reachable, np.searchsorted(self._reachable, out))
 
     def _count(self, flight: Flight, by: int) -> None:
         if flight.client in self._members.hosts:
             self._flying += by
+            self._of_version[flight.version] += by
             self._outstanding[flight.version] += by * (not flight.overdue)
-            if not self._outstanding[flight.version]:
-                del self._outstanding[flight.version]  # versions come by the thousands, too
+            for counted in (self._of_version, self._outstanding):
+                if not counted[flight.version]:
+                    del counted[flight.version]  # versions come by the thousands, too
 
     def _work_out(self) -> None:
         """Count anew if nodes have come or gone."""
         if self._changes != self._members.changes:
             self._changes = self._members.changes
-            self._flying, self._outstanding = 0, Counter()
+            self._flying, self._outstanding, self._of_version = 0, Counter(), Counter()
+            self._nobody_idle = False
             for flight in self.flights.values():
                 self._count(flight, 1)
             self._reachable = np.array(sorted(self._members.hosts), np.int64)

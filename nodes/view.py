@@ -10,9 +10,13 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from fedmq.nodes.outcomes import NO_ANSWER, UNUSED
 from fedmq.nodes.summary import NodeState, RunFold
+from fedmq.nodes.trace.text import plain, plural, spans
 
 _PLAIN_EVERY_S = 5.0
+_NAMED = 10
+"""Groups of clients without a result that are named; the summary has all."""
 _BARS = "▁▂▃▄▅▆▇█"
 
 
@@ -58,7 +62,7 @@ class View:
 
 def render(fold: RunFold) -> RenderableType:
     """Return the live view of a run."""
-    head = Table.grid(padding=(0, 3))
+    head = Table.grid(padding=(0, 2))
     head.add_row(*(Text(name, style="dim") for name in _figures(fold)))
     head.add_row(*(Text(value, style="bold") for value in _figures(fold).values()))
     nodes = Table(box=None, padding=(0, 3, 0, 0), header_style="dim")
@@ -66,12 +70,18 @@ def render(fold: RunFold) -> RenderableType:
         nodes.add_column(column, justify="right" if column in ("done", "dropped") else "left")
     for name, node in sorted(fold.nodes.items()):
         nodes.add_row(name, _state(node), str(node.tasks or ""), str(node.drops or ""))
-    return Group(head, Text(_sparkline(fold), style="green"), nodes)
+    trouble = [Text(f"{name} {value}", style="red") for name, value in _trouble(fold).items()]
+    return Group(head, *trouble, Text(_sparkline(fold), style="green"), nodes)
 
 
 def line(fold: RunFold) -> str:
     """Return one line on a run's state."""
-    return "  ".join(f"{name} {value}" for name, value in _figures(fold).items())
+    figures = {**_figures(fold), **_trouble(fold)}
+    return "  ".join(f"{name} {value}" for name, value in figures.items())
+
+
+_IN_FLIGHT = (UNUSED, NO_ANSWER)
+"""Codes of clients whose task was out, or had just come back, when the run ended."""
 
 
 def closing_table(summary: Mapping[str, Any]) -> Table:
@@ -84,10 +94,12 @@ def closing_table(summary: Mapping[str, Any]) -> Table:
         "algorithm": f"{summary['algorithm']}, {summary['schedule']}",
         "versions": str(summary["versions"]),
         "accuracy": f"{_percent(summary['final_accuracy'])} "
-        f"(best {_percent(summary['best_accuracy'])})",
-        "results": f"{results['used']} used, {results['stale']} stale, "
-        f"{results['refused']} refused",
-        "time": f"{summary['wall_s']:.1f} s, first task after {summary['first_task_s']:.1f} s",
+        f"(best {_percent(summary['best_accuracy'])}){_of_version(summary)}",
+        "results": ", ".join(
+            f"{results[name]} {name}" for name in ("used", "stale", "refused", "unused")
+        ),
+        **_what_went_wrong(summary),
+        "time": f"{summary['wall_s']:.1f} s, first task after {_seconds(summary['first_task_s'])}",
         "bytes down": f"{_size(sizes['down']['payload'])} payload, "
         f"{_size(sizes['down']['wire'])} on the wire",
         "bytes up": f"{_size(sizes['up']['payload'])} payload, "
@@ -105,17 +117,86 @@ def closing_table(summary: Mapping[str, Any]) -> Table:
     return table
 
 
+def _what_went_wrong(summary: Mapping[str, Any]) -> dict[str, str]:
+    """Return the rows that a run without trouble does not have."""
+    results, rounds = summary["results"], summary["rounds"]
+    rows = {}
+    if results["refused"] or results["stale"]:
+        rows["rejected"] = _by_code(results["by_code"])
+    if results["failed"]:
+        rows["failed"] = (
+            f"{plural(results['failed'], 'task')}: {_by_code(results['failed_by_code'])}"
+        )
+    if results["unaccepted"]:
+        posts = plural(results["unaccepted"], "message")
+        rows["not kept"] = f"{posts} that the broker did not accept: see the logs"
+    if rounds is not None:
+        rows["rounds"] = (
+            f"{rounds['whole']} of {rounds['versions']} with their whole cohort, "
+            f"{rounds['missing']} of {rounds['wanted']} results missing"
+        )
+    if summary["disagreeing"]:
+        rows["first model"] = (
+            f"{', '.join(summary['disagreeing'])} started from other values than the aggregator: "
+            "model() must give the same ones on every node"
+        )
+    groups: dict[tuple[int, str], list[int]] = {}
+    for client, each in summary["clients_without_result"].items():
+        if each["tasks"] == 1 and each["code"] in _IN_FLIGHT and summary["ended"]:
+            continue  # nothing went wrong: the run ended before its first task did
+        groups.setdefault((each["tasks"], each["reason"]), []).append(int(client))
+    for number, ((tasks, reason), clients) in enumerate(groups.items()):
+        if number == _NAMED:
+            left = sum(map(len, list(groups.values())[number:]))
+            rows["and"] = f"{plural(left, 'more client')} without a result in any version"
+            break
+        what = f"client{'s' if len(clients) > 1 else ''} {plain(spans(clients), 60)}"
+        given = plural(tasks, "task") + (" each" if len(clients) > 1 else "")
+        rows[what] = f"{given}, no result in any version; last: {plain(reason, 100)}"
+    return rows
+
+
+def _of_version(summary: Mapping[str, Any]) -> str:
+    """Say which version an accuracy is of, where it is not of the newest."""
+    curve = summary["curve"]
+    if not curve or curve[-1]["version"] == summary["versions"]:
+        return ""
+    return f", of version {curve[-1]['version']}"
+
+
+def _by_code(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{plain(code)} {number}" for code, number in counts.items())
+
+
 def _figures(fold: RunFold) -> dict[str, str]:
-    return {
-        "time": f"{fold.wall_s:5.1f} s",
-        "version": f"{fold.version}",
-        "accuracy": _percent(fold.accuracy),
-        "used": f"{fold.used}",
-        "stale": f"{fold.stale}",
-        "staleness": f"{fold.mean_staleness:.1f}",
-        "down": _size(fold.payload_down),
-        "up": _size(fold.payload_up),
+    """Return the figures of a run; "-" where nothing is known yet."""
+    begun, newest = bool(fold.run), fold.newest
+    accuracy = _percent(fold.accuracy)
+    if newest is not None and fold.accuracy is not None and newest.version != fold.version:
+        accuracy += f" (v{newest.version})"  # of an older version than the one beside it
+    cohort = fold.outcomes.cohorts.last
+    figures = {
+        "time": f"{fold.wall_s:5.1f} s" if fold.now is not None else "-",
+        "version": f"{fold.version}" if begun else "-",
+        "accuracy": accuracy,
+        "used": f"{fold.outcomes.used}",
+        "stale": f"{fold.outcomes.stale}",
     }
+    if begun and fold.config["schedule"]["name"] == "rounds":
+        figures["cohort"] = "-" if cohort is None else f"{cohort[0]} of {cohort[1]}"
+    else:
+        known = fold.mean_staleness
+        figures["staleness"] = "-" if known is None else f"{known:.1f}"
+    return {**figures, "down": _size(fold.payload_down), "up": _size(fold.payload_up)}
+
+
+def _trouble(fold: RunFold) -> dict[str, str]:
+    """Return what a run without trouble does not show."""
+    counts = {"refused": fold.outcomes.refused, "failed": fold.outcomes.failed.total()}
+    found = {name: str(number) for name, number in counts.items() if number}
+    if fold.disagreeing:
+        found["other first model"] = ", ".join(fold.disagreeing)
+    return found
 
 
 def _state(node: NodeState) -> Text:
@@ -129,7 +210,7 @@ def _state(node: NodeState) -> Text:
 
 
 def _sparkline(fold: RunFold) -> str:
-    values = [point.accuracy or 0.0 for point in fold.curve][-60:]
+    values = [point.accuracy for point in fold.curve if point.accuracy is not None][-60:]
     return "".join(_BARS[min(7, int(value * 8))] for value in values)
 
 
@@ -137,7 +218,13 @@ def _percent(value: float | None) -> str:
     return "-" if value is None else f"{100 * value:.2f}%"
 
 
-def _size(nbytes: float) -> str:
+def _seconds(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1f} s"
+
+
+def _size(nbytes: float | None) -> str:
+    if nbytes is None:
+        return "-"
     for unit in ("B", "kB", "MB"):
         if nbytes < 1000:
             return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"

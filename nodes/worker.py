@@ -20,11 +20,14 @@ from fedmq.algorithms.base import Client, Payload, Reply, Task
 from fedmq.algorithms.problems.base import Problem
 from fedmq.algorithms.rng import derive_rng, derive_seed
 from fedmq.broker.errors import WireError
+from fedmq.broker.rejections import Code
 from fedmq.broker.state import AGGREGATOR
 from fedmq.broker.wire import Message
 from fedmq.codecs.base import brief
 from fedmq.codecs.errors import CodecError
 from fedmq.codecs.registry import decode
+from fedmq.nodes.agreement import Fingerprint
+from fedmq.nodes.errors import MessageError, rejection_of
 from fedmq.nodes.inbox import Done, Inbound, Post
 from fedmq.nodes.local import Kept, Locals
 from fedmq.nodes.payload import Packed, pack, unpack
@@ -52,13 +55,20 @@ class Evaluated(Struct, frozen=True):
     device: str = ""
 
 
+class Saved(Struct, frozen=True):
+    """A client's state is kept, and this is the result to post; see `Locals.put`."""
+
+    kept: Kept
+
+
 class Failed(Struct, frozen=True):
-    """A task could not be done, with the reason."""
+    """A task could not be done, with the reason; ``code``: the same for programs."""
 
     reason: str
+    code: str = Code.TRAINING_FAILED
 
 
-Event = Inbound | Trained | Evaluated | Failed
+Event = Inbound | Trained | Saved | Evaluated | Failed
 
 
 class Train(Struct, frozen=True):
@@ -104,13 +114,20 @@ class Pause(Struct, frozen=True):
 
 
 class Keep(Struct, frozen=True):
-    """Save a client's local state, before the result that follows is posted."""
+    """Save a client's local state, and say `Saved`: then its task's result is posted."""
 
     client: int
     kept: Kept
 
 
 Action = Train | Evaluate | Pause | Keep | Post | Done
+
+
+class _Before(Struct, frozen=True):
+    """Of what a client had kept when its current task was begun: task and memory; see `Kept`."""
+
+    task: str
+    memory: Payload | None
 
 
 class Worker:
@@ -122,6 +139,7 @@ class Worker:
         node: this node's name.
         clients: ranges of clients hosted here, both ends included.
         kept: local states of the clients; read here, written by the program.
+        version_0: see `fedmq.nodes.version_zero`; said with every answer.
     """
 
     def __init__(
@@ -131,14 +149,18 @@ class Worker:
         node: str,
         clients: Sequence[tuple[int, int]] = (),
         kept: Locals | None = None,
+        version_0: Fingerprint | None = None,
     ) -> None:
         self._setup = setup
         self._run, self._node = run, node
         self._clients = clients
+        self._version_0 = {"version_0": version_0} if version_0 is not None else {}
         self._straggling = setup.config.worker.straggling(node)
         self._queue: deque[Inbound] = deque()
         self._current: Inbound | None = None
         self._locals = kept if kept is not None else Locals()
+        self._before: _Before | None = None
+        """What the client of the current task had kept when it was begun."""
 
     def handle(self, event: Event) -> list[Action]:
         """Take one event; return what is to be done, in order."""
@@ -148,10 +170,13 @@ class Worker:
                 self._queue.append(event)
             case Trained():
                 self._trained(event, out)
+            case Saved(kept):
+                self._post_result(kept, out)
             case Evaluated(metrics, device):
-                self._answer("score", {"metrics": dict(metrics), "device": device}, out)
-            case Failed(reason):
-                self._answer("failed", {"reason": reason}, out)
+                body = {"metrics": dict(metrics), "device": device, **self._version_0}
+                self._answer("score", {**body, **self._started_from()}, out)
+            case Failed(reason, code):
+                self._fail(reason, code, out)
         while self._current is None and self._queue:
             self._begin(self._queue.popleft(), out)
         return out
@@ -165,12 +190,12 @@ class Worker:
                 if kept is not None and kept.task == message.id:
                     # Trained by a session, perhaps another node's, that ended before its
                     # result was receipted.
-                    again = msgspec.structs.replace(kept.message, sender=self._node)
-                    out.append(Post(again, kept.data, (inbound.seq,)))
+                    self._current = inbound
+                    self._post_result(kept, out)
                     return
                 task = _read_task(inbound)
                 seed = derive_seed(self._setup.config.run.seed, "train", client, message.id)
-                restrict = None
+                restrict, self._before = None, _before(kept)
                 if self._setup.up.structured:
                     uplink = self._uplink_seed(client, message)
                     restrict = functools.partial(self._setup.up.restrict, seed=uplink)
@@ -181,25 +206,29 @@ class Worker:
                 out.append(Done(inbound.seq))
                 return
             else:
-                raise ValueError(f"a worker takes no {message.kind!r} messages")
-        except (ValueError, WireError) as error:  # CodecError is a ValueError
-            out.append(Done(inbound.seq, str(error)))
+                text = f"a worker takes no {message.kind!r} messages"
+                raise MessageError(text, Code.UNKNOWN_KIND)
+        except (MessageError, ValueError, WireError) as error:  # CodecError is a ValueError
+            out.append(Done.of(inbound.seq, rejection_of(error)))
             return
         self._current = inbound
 
     def _evaluate(self, inbound: Inbound) -> Evaluate:
         message, task = inbound.message, _read_task(inbound)
         if "client" not in message.body:
-            return Evaluate(task)
+            seed = derive_seed(self._setup.config.run.seed, "evaluate", message.id)
+            return Evaluate(task, seed=seed)
         client = self._client_of(message)
         kept = self._locals.get(client)
+        self._before = _before(kept)
         seed = derive_seed(self._setup.config.run.seed, "evaluate", client, message.id)
         return Evaluate(task, client, kept.local if kept else None, seed)
 
     def _client_of(self, message: Message) -> int:
         client = message.body.get("client")
         if not isinstance(client, int) or not any(a <= client <= b for a, b in self._clients):
-            raise ValueError(f"client {brief(client)} is not hosted by {self._node}")
+            text = f"client {brief(client)} is not hosted by {self._node}"
+            raise MessageError(text, Code.WRONG_CLIENT)
         return client
 
     def _trained(self, event: Trained, out: list[Action]) -> None:
@@ -209,12 +238,12 @@ class Worker:
         message = inbound.message
         client = message.body["client"]
         if self._straggles(message.id, event.elapsed_s, out):
-            self._answer("failed", {"reason": "dropped on demand"}, out)
+            self._fail("dropped on demand", Code.DROPPED, out)
             return
         try:
             packed, memory = self._pack(event.payload, client, message)
         except CodecError as error:
-            self._answer("failed", {"reason": str(error)}, out)
+            self._fail(str(error), Code.UNUSABLE, out)
             return
         body = {
             **packed.body,
@@ -222,12 +251,23 @@ class Worker:
             "model_version": message.body["model_version"],
             "elapsed_s": event.elapsed_s,
             "device": event.device,
+            **self._started_from(),
+            **self._version_0,
         }
         reply = self._reply("result", body, packed.blobs)
+        kept = Kept(message.id, inbound.seq, event.local, reply, packed.data, memory)
         if event.local is not None or memory is not None:
-            kept = Kept(message.id, event.local, reply, packed.data, memory)
             out.append(Keep(client, kept))
-        out.append(Post(reply, packed.data, (inbound.seq,)))
+        else:
+            self._post_result(kept, out)
+
+    def _post_result(self, kept: Kept, out: list[Action]) -> None:
+        """Post a result, which another node may have kept for this client."""
+        if self._current is None:
+            raise RuntimeError("a result answers nothing")
+        body = {**kept.message.body, **self._version_0}
+        message = msgspec.structs.replace(kept.message, sender=self._node, body=body)
+        out.append(Post(message, kept.data, (self._current.seq,)))
         self._current = None
 
     def _uplink_seed(self, client: int, task: Message) -> int:
@@ -239,14 +279,20 @@ class Worker:
         codecs = self._setup.uplink
         if not codec.remembers:
             return pack(payload, codecs, seed), None
-        kept = self._locals.get(client)
         weights = dict(payload.weights)
-        if kept is not None and kept.memory is not None:
-            for name, left in kept.memory.weights.items():
-                weights[name] = weights[name] + left
+        if self._before is not None and self._before.memory is not None:
+            for name, left in self._before.memory.weights.items():
+                if name in weights:  # in 0.1.0 what is not trained was among them
+                    weights[name] = weights[name] + left
         packed = pack(dataclasses.replace(payload, weights=weights), codecs, seed)
         sent = decode(codec.encode(weights, seed))
         return packed, Payload({name: each - sent[name] for name, each in weights.items()})
+
+    def _started_from(self) -> dict[str, str]:
+        """Return after which task the state was kept that the client's current one started from."""
+        if self._current is None or "client" not in self._current.message.body:
+            return {}  # the evaluator's
+        return {"after": self._before.task if self._before is not None else ""}
 
     def _straggles(self, task: str, elapsed_s: float, out: list[Action]) -> bool:
         """Be slow, if that is asked for, and tell whether the client is to go away."""
@@ -258,6 +304,9 @@ class Worker:
         if factor > 1:
             out.append(Pause(min((factor - 1) * elapsed_s, MAX_SLOWDOWN_S)))
         return bool(rng.random() < wanted.drop)
+
+    def _fail(self, reason: str, code: str, out: list[Action]) -> None:
+        self._answer("failed", {"reason": reason, "code": code}, out)
 
     def _answer(self, kind: str, body: Mapping[str, Any], out: list[Action]) -> None:
         if self._current is None:
@@ -289,4 +338,9 @@ def _read_task(inbound: Inbound) -> Task:
             reply: Reply = "model" if body.get("reply") == "model" else "update"
             return Task(version, unpack(inbound.message, inbound.read), reply)
         case _:
-            raise ValueError("expected model_version in the task")
+            raise MessageError("expected model_version in the task", Code.MALFORMED)
+
+
+def _before(kept: Kept | None) -> _Before | None:
+    # Not the last result, which may be large.
+    return _Before(kept.task, kept.memory) if kept is not None else None

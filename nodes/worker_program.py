@@ -7,27 +7,31 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
+import msgspec
 import structlog
 import torch
 
+from fedmq.algorithms.allowed import NOTHING, Allowed
 from fedmq.broker.errors import BrokerError, RunOver
 from fedmq.broker.node_link import NodeLink
 from fedmq.broker.state import WORKER
 from fedmq.broker.wire import Hello
+from fedmq.nodes.carry_out import carry_out
 from fedmq.nodes.config import parse
-from fedmq.nodes.errors import NodeError
+from fedmq.nodes.errors import NodeError, StorageError
 from fedmq.nodes.inbox import Done, Post
 from fedmq.nodes.local import Kept, Locals, node_key
 from fedmq.nodes.programs import inbound_of, linked, new_session
-from fedmq.nodes.setup import Setup, choose_device, kind_of, set_up
+from fedmq.nodes.setup import Setup, choose_device, set_up
+from fedmq.nodes.version_zero import version_zero
 from fedmq.nodes.worker import (
     Action,
     Evaluate,
-    Evaluated,
     Event,
     Failed,
     Keep,
     Pause,
+    Saved,
     Train,
     Trained,
     Worker,
@@ -46,6 +50,7 @@ def run_worker(
     run: str = "",
     folder: Path | None = None,
     states: Path | None = None,
+    allowed: Allowed = NOTHING,
 ) -> str:
     """Run a worker or the evaluator until its run is over; return why it ended.
 
@@ -58,10 +63,13 @@ def run_worker(
         folder: where the node's key outlives this process; None keeps it in memory.
         states: where its clients' local states do; a node that takes over a client finds there
             what it has kept. By default in ``folder``.
+        allowed: which code the run's configuration, which the broker sends, may name.
 
     Raises:
-        ConfigError: the run's configuration cannot be used here.
+        ConfigError: the run's configuration cannot be used here, or names code that is not
+            allowed; or its model has other values at each call.
         DataError: the data set is not here.
+        ProblemError: the problem's model does to its tensors what cannot be followed.
         Rejected: the broker does not admit this node.
     """
     hello = Hello(
@@ -74,26 +82,33 @@ def run_worker(
     )
     try:
         with linked(endpoint, hello) as link:
-            _work_until_over(link, hello, folder if states is None else states)
+            _work_until_over(link, hello, folder if states is None else states, allowed)
     except RunOver as end:
         return str(end)
 
 
-def _work_until_over(link: NodeLink, hello: Hello, states: Path | None) -> NoReturn:
+def _work_until_over(
+    link: NodeLink, hello: Hello, states: Path | None, allowed: Allowed
+) -> NoReturn:
     """Take tasks one after the other; raises RunOver in the end."""
     welcome = link.welcome()
     with link.away():
         config = parse(welcome.config)
-        setup = set_up(config)
+        setup = set_up(config, allowed, welcome.run)
         torch.set_num_threads(config.worker.threads)
         device = choose_device(config.worker.device)
+        version_0 = version_zero(setup.problem)
         if hello.role == WORKER:
-            for low, _ in hello.clients:
-                setup.problem.client(low)
+            for at, (low, _) in enumerate(hello.clients):
+                data = setup.problem.client(low)
+                if not at:
+                    setup.algorithm.try_model(setup.problem, data, device)
         else:
             setup.problem.test()
-        kept = Locals(states / welcome.run if states is not None else None)
-        core = Worker(setup, welcome.run, hello.node, hello.clients, kept)
+        # The id of a run can come again, and its tasks' ids with it; its identity cannot.
+        mine = states / welcome.run / welcome.identity if states is not None else None
+        kept = Locals(mine)
+        core = Worker(setup, welcome.run, hello.node, hello.clients, kept, version_0)
     while True:
         delivery = link.get()
         if delivery.message.kind == "refused":
@@ -104,16 +119,18 @@ def _work_until_over(link: NodeLink, hello: Hello, states: Path | None) -> NoRet
             actions = [*more, *actions]
 
 
-def _keep(link: NodeLink, kept: Locals, client: int, state: Kept) -> None:
-    """Save a client's state; a disk that is full is waited for, as the broker does."""
+def _keep(link: NodeLink, kept: Locals, client: int, state: Kept) -> Kept:
+    """Save a client's state; a disk that is full is waited for, as the broker does.
+
+    Raises:
+        NodeError: the state cannot be saved for another reason.
+    """
     while True:
         try:
-            kept.put(client, state)
-        except NodeError as error:
+            return kept.put(client, state)
+        except StorageError as error:
             _log.error("local state cannot be kept", reason=str(error))
             link.pause(_FULL_RETRY_S)
-        else:
-            return
 
 
 def _work(
@@ -123,25 +140,21 @@ def _work(
     event: Event | None = None
     try:
         match action:
-            case Train(task=task) as train:
+            case Train() | Evaluate():
                 began = time.perf_counter()
                 with link.away():
-                    place = train.at(setup.problem, device)
-                    payload, new_local = setup.algorithm.train(task, place)
-                elapsed = time.perf_counter() - began
-                event = Trained(payload, new_local, elapsed, kind_of(device))
-            case Evaluate():
-                with link.away():
-                    metrics = action.metrics(setup, device)
-                event = Evaluated(metrics, kind_of(device))
+                    event = carry_out(action, setup, device)
+                if isinstance(event, Trained):
+                    elapsed = time.perf_counter() - began
+                    event = msgspec.structs.replace(event, elapsed_s=elapsed)
             case Pause(seconds):
                 link.pause(seconds)
             case Keep(client, state):
-                _keep(link, kept, client, state)
+                event = Saved(_keep(link, kept, client, state))
             case Post(message, data, consumes):
                 link.post(message, data, consumes)
-            case Done(seq, refused):
-                link.done([seq], {seq: refused} if refused else {})
+            case Done(seq, refused, code):
+                link.done([seq], {seq: refused} if refused else {}, {seq: code})
     except (BrokerError, NodeError):
         raise  # not the task's fault: the link has ended, or local state cannot be kept
     except Exception as error:  # noqa: BLE001 - whatever a model raises fails this one task only

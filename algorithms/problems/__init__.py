@@ -5,7 +5,12 @@ from fedmq.algorithms.problems.datasets import DATASETS, DataSet, load_dataset
 from fedmq.algorithms.problems.image import ImageClassification
 from fedmq.algorithms.problems.models import MODELS
 from fedmq.algorithms.problems.partitions import PARTITIONS, Partition
-from fedmq.algorithms.problems.registry import DEFAULT_MODEL, PROBLEMS, load_problem
+from fedmq.algorithms.problems.registry import (
+    DEFAULT_MODEL,
+    PROBLEMS,
+    complete_options,
+    load_problem,
+)
 
 __all__ = [
     "DATASETS",
@@ -18,6 +23,7 @@ __all__ = [
     "ImageClassification",
     "Partition",
     "Problem",
+    "complete_options",
     "load_dataset",
     "load_problem",
 ]

@@ -42,7 +42,7 @@ class Problem(ABC):
 
     @abstractmethod
     def model(self) -> nn.Module:
-        """Return a freshly initialised model; the same values at every call."""
+        """Return a freshly initialised model; the same values at every call, on every node."""
 
     @abstractmethod
     def client(self, index: int) -> Examples:

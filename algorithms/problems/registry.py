@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import operator
 from collections.abc import Mapping
 from typing import Any
 
-from fedmq.algorithms.errors import ProblemError
+from fedmq.algorithms.allowed import NOTHING, Allowed, installed, resolve
+from fedmq.algorithms.errors import AlgorithmError, NotAllowed, ProblemError
 from fedmq.algorithms.problems.base import Problem
 from fedmq.algorithms.problems.datasets import DATASETS
 from fedmq.algorithms.problems.image import ImageClassification
@@ -19,6 +19,9 @@ PROBLEMS: Mapping[str, str] = {name: source.about for name, source in DATASETS.i
 
 DEFAULT_MODEL: Mapping[str, str] = {name: source.model for name, source in DATASETS.items()}
 """The model of each built-in problem, unless the configuration names another."""
+
+ENTRY_POINTS = "fedmq.problems"
+"""The group of entry points by which installed packages bring problems."""
 
 _EXPECTED: Mapping[str, tuple[type, str]] = {
     "name": (str, "the name of a data set or module:attribute, in quotes"),
@@ -31,23 +34,25 @@ _EXPECTED: Mapping[str, tuple[type, str]] = {
 }
 
 
-def load_problem(options: Mapping[str, object], seed: int) -> Problem:
+def load_problem(options: Mapping[str, object], seed: int, allowed: Allowed = NOTHING) -> Problem:
     """Return the problem that the ``[problem]`` table of a configuration describes.
 
     The table holds ``name`` and ``clients`` and perhaps ``model``, ``partition`` (IID
     unless it is given), ``examples``, ``held_out`` and ``public``: the fields of
-    `ImageClassification`. If the name
-    is ``module:attribute``, that attribute is called instead, with all the other options
-    and ``seed`` as keywords, and returns a `Problem`. Since this runs the module's code,
-    options must come from whoever may run code here, never from the network.
+    `ImageClassification`. If the name is ``module:attribute``, or that of an entry point of
+    an installed package, what it names is called instead, with all the other options and
+    ``seed`` as keywords, and returns a `Problem`. This runs the module's code: `allowed` says
+    which may run, see `fedmq.algorithms.allowed`.
 
     Raises:
+        NotAllowed: the name is that of a module that is not allowed; nothing was imported.
         ProblemError: an option is unknown, missing, of a wrong type or out of range; the
             message begins with its key, ``problem.<key>``.
     """
     name = _option(options, "name")
-    if ":" in name:
-        return _load_own(name, {k: v for k, v in options.items() if k != "name"}, seed)
+    if ":" in name or (name not in DATASETS and _is_installed(name)):
+        others = {key: each for key, each in options.items() if key != "name"}
+        return _load_own(name, others, seed, allowed)
     for key in options:
         if key not in _EXPECTED:
             raise ProblemError(f"problem.{key}: {unknown('key', key, _EXPECTED)}")
@@ -75,6 +80,13 @@ def load_problem(options: Mapping[str, object], seed: int) -> Problem:
         raise ProblemError(f"problem.{error}") from None
 
 
+def complete_options(options: Mapping[str, object]) -> Mapping[str, object]:
+    """Return the ``[problem]`` table with the model that a built-in problem has by default."""
+    name = str(options.get("name"))
+    default = {"model": DEFAULT_MODEL[name]} if name in DEFAULT_MODEL else {}
+    return {"name": name, **default, **options}
+
+
 def _option(options: Mapping[str, object], key: str, default: object = None) -> Any:
     kind, expected = _EXPECTED[key]
     value = options.get(key, default)
@@ -85,23 +97,28 @@ def _option(options: Mapping[str, object], key: str, default: object = None) -> 
     return value
 
 
-def _load_own(name: str, options: Mapping[str, object], seed: int) -> Problem:
-    module_name, _, attribute = name.partition(":")
-    if not module_name or not attribute:
-        raise ProblemError(f"problem.name: expected module:attribute, got {name!r}")
+def _is_installed(name: str) -> bool:
+    try:
+        return installed(ENTRY_POINTS, name) is not None
+    except AlgorithmError as error:
+        raise ProblemError(f"problem.name: {error}") from None
+
+
+def _load_own(name: str, options: Mapping[str, object], seed: int, allowed: Allowed) -> Problem:
     if "seed" in options:
         raise ProblemError("problem.seed: the seed is that of the whole run, not of the problem")
+    factory: Any
     try:
-        factory = operator.attrgetter(attribute)(importlib.import_module(module_name))
-    except ImportError as error:
+        factory = resolve(name, allowed, ENTRY_POINTS, Problem, options)
+    except NotAllowed:
+        raise
+    except AlgorithmError as error:
+        raise ProblemError(f"problem.name: {error}") from error
+    if not callable(factory) or (isinstance(factory, type) and not issubclass(factory, Problem)):
         raise ProblemError(
-            f"problem.name: cannot import {module_name!r} of {name!r} ({error}); "
-            "is its folder on PYTHONPATH?"
-        ) from error
-    except AttributeError as error:
-        raise ProblemError(f"problem.name: {name!r} does not exist: {error}") from error
-    if not callable(factory):
-        raise ProblemError(f"problem.name: expected {name!r} to be callable, got {factory!r}")
+            f"problem.name: expected {name!r} to be a Problem class or a function that returns "
+            f"a Problem, it is of type {type(factory).__name__!r}"
+        )
     try:
         inspect.signature(factory).bind(**options, seed=seed)
     except TypeError as error:
@@ -110,5 +127,26 @@ def _load_own(name: str, options: Mapping[str, object], seed: int) -> Problem:
         ) from None
     problem = factory(**options, seed=seed)
     if not isinstance(problem, Problem):
-        raise ProblemError(f"problem.name: expected {name!r} to return a Problem, got {problem!r}")
+        raise ProblemError(
+            f"problem.name: expected {name!r} to return a Problem, got one of type "
+            f"{type(problem).__name__!r}"
+        )
+    _count_clients(name, problem)
     return problem
+
+
+def _count_clients(name: str, problem: Problem) -> None:
+    """Let a problem's number of clients be Python's own: numpy's cannot be sent.
+
+    Raises:
+        ProblemError: it is no whole number from 1.
+    """
+    found = getattr(problem, "clients", None)
+    try:
+        clients = operator.index(found)  # type: ignore[arg-type] # checked here
+        if type(found) is not int:
+            object.__setattr__(problem, "clients", clients)  # a frozen dataclass has it too
+    except (TypeError, AttributeError):
+        clients = 0
+    if clients < 1:
+        raise ProblemError(f"{name}: expected clients, a whole number from 1, got {found!r}")

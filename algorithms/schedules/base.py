@@ -23,6 +23,11 @@ class View:
     outstanding: tasks sent that may still bring a result.
     results: results in hand, late ones of earlier versions included.
     deadline_passed: whether `Schedule.deadline_s` is over.
+    late: how many of the results were made from earlier versions.
+    behind: tasks of earlier versions that are with clients who have been here since the version
+        began.
+    idle: clients that can be drawn; looked up only for ordered schedules, and where nothing is
+        outstanding.
     """
 
     clients: int
@@ -31,6 +36,9 @@ class View:
     outstanding: int
     results: int
     deadline_passed: bool
+    late: int = 0
+    behind: int = 0
+    idle: int = 0
 
 
 @dataclass(frozen=True)
@@ -50,6 +58,10 @@ class Schedule(ABC):
 
     def deadline(self) -> float | None:
         """Return how long after a version's start `View.deadline_passed` turns true, in seconds."""
+        return None
+
+    def cohort(self, clients: int) -> int | None:
+        """Return how many clients a version wants results from; None where that means nothing."""
         return None
 
     @abstractmethod
@@ -85,7 +97,7 @@ class Asynchronous(Schedule):
 
     folding: ClassVar[frozenset[str]] = frozenset({"staleness", "max_staleness"})
 
-    concurrency: Annotated[int, Field(ge=1)] = 20
+    concurrency: Annotated[int, Field(ge=1)] = 8
     staleness: StalenessSpec = "constant"
     max_staleness: Annotated[int, Field(ge=0)] | None = None
 

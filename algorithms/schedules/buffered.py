@@ -18,7 +18,8 @@ class Buffered(Asynchronous):
     """Algorithm 1: commit after every K results, whoever they come from.
 
     size: K, results in a buffer.
-    concurrency: M_c; staleness, max_staleness: as in `Asynchronous`. The sum of the
+    concurrency: M_c; staleness, max_staleness: as in `Asynchronous`; s = 1 / sqrt(1 + tau) in
+        the paper, which `polynomial(0.5)` of the other schedules is too. The sum of the
         s * Delta is divided by K, not by the sum of the s, and n_k does not count.
 
     The paper's server learning rate eta_g is the algorithm's ``server_lr``.
@@ -27,7 +28,7 @@ class Buffered(Asynchronous):
     name: ClassVar[str] = "buffered"
     folding: ClassVar[frozenset[str]] = Asynchronous.folding | {"size"}
 
-    size: Annotated[int, Field(ge=1)] = 10
+    size: Annotated[int, Field(ge=1)] = 5
     staleness: StalenessSpec = "inverse_sqrt"
 
     def closes(self, view: View) -> bool:

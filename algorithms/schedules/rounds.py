@@ -29,8 +29,12 @@ class Rounds(Schedule):
         it, others are drawn in their place.
     late: what becomes of a result that comes after its round: ``use`` counts it like any
         other, ``discount`` multiplies its weight by the staleness function, ``refuse``
-        does not use it.
+        does not use it. It never takes the place of a client of the round it comes in.
     staleness: the function for ``discount``.
+
+    A client that was away, or busy with a task of an earlier round, when the cohort was drawn
+    gets its task as soon as it is free. A round without a deadline waits for those who were
+    there, but busy, when it began: a lost client that comes back is missing for no longer.
 
     With over_select = 1 and no deadline, results are added up in cohort order and late
     ones do not exist, so the same configuration and seed give the same model to the bit.
@@ -59,11 +63,16 @@ class Rounds(Schedule):
         return max(round(self.fraction * clients), self.min_results, 1)
 
     def wants(self, view: View) -> int:
-        """Draw the cohort; draw again only when nobody is left to wait for."""
-        if view.outstanding or self.closes(view):
+        """Draw the cohort; draw again only when nobody is left to wait for.
+
+        Where there were not enough clients at first, those who come are drawn later.
+        """
+        if self.closes(view):
             return 0
-        missing = self.cohort(view.clients) - view.results
-        return math.ceil(missing * self.over_select)
+        if not view.outstanding:
+            missing = self.cohort(view.clients) - (view.results - view.late)
+            return math.ceil(missing * self.over_select)
+        return 0 if view.deadline_passed else max(0, self._tasks(view.clients) - view.started)
 
     def weight(self, n: int, staleness: int) -> float | None:
         """n_k, discounted or refused if late."""
@@ -74,11 +83,22 @@ class Rounds(Schedule):
         )
 
     def closes(self, view: View) -> bool:
-        """Close when all that is wanted is in, or nobody is left, or time is up."""
-        if view.results >= self.cohort(view.clients):
+        """Close when all that is wanted is in, or nobody is left, or time is up.
+
+        Only results of the round's own cohort count: late ones are added to them.
+        """
+        own = view.results - view.late
+        if own >= self.cohort(view.clients):
             return True
-        enough = view.results >= self.min_results
-        return enough and view.started > 0 and (view.deadline_passed or not view.outstanding)
+        if not view.started or own < self.min_results:
+            return False
+        # Who is still busy with an earlier round is drawn when that is over.
+        more = view.behind + view.idle if view.started < self._tasks(view.clients) else 0
+        return view.deadline_passed or not (view.outstanding or more)
+
+    def _tasks(self, clients: int) -> int:
+        """Return how many tasks a round sends at first."""
+        return math.ceil(self.cohort(clients) * self.over_select)
 
     def divisor(self, weights: float, results: int) -> float:
         """m_t, the sum of the cohort's weights: a weighted mean."""

@@ -88,7 +88,7 @@ class Ordering(Cell):
             "alone": runs.result(settings(DISTILLING, gamma=0.0, **common, **steps)),
             "fd": runs.result(settings(DISTILLING, gamma=0.5, **common, **steps)),
             "fd_faug": runs.result(settings(AUGMENTING, then="fd", gamma=0.5, **faug)),
-            "fl": runs.result(settings(AVERAGING, epochs=epochs, **common)),
+            "fl": runs.result(settings(AVERAGING, epochs=epochs, momentum=0.0, **common)),
             "fl_faug": runs.result(settings(AUGMENTING, then="fedavg", **faug)),
         }
         late = {name: each.late(LATE) for name, each in results.items()}

@@ -14,7 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from fedmq.nodes.trust import allow_option, allowed_here, find_own_code
+
 if TYPE_CHECKING:
+    from fedmq.algorithms.allowed import Allowed
     from fedmq.broker.trace import Trace
     from fedmq.nodes.replay.fold import Replay, Step
 
@@ -42,6 +45,7 @@ if TYPE_CHECKING:
     type=click.Path(path_type=Path),
     help="What --save wrote with other code, or another run: find where they part.",
 )
+@allow_option
 def replay(
     folder: Path,
     run_id: str,
@@ -53,6 +57,7 @@ def replay(
     settings: tuple[str, ...],
     save: Path | None,
     against: Path | None,
+    allow: tuple[str, ...],
 ) -> None:
     """Run a recorded run's aggregator again and hold all it says against the record.
 
@@ -68,13 +73,16 @@ def replay(
         from fedmq.broker.trace import Trace
 
         trace = Trace(folder, run_id)
+        allowed = allowed_here(allow)
+        find_own_code(allowed)
         try:
             if worker is not None:
-                same = _retrain(trace, worker, task)
+                same = _retrain(trace, allowed, worker, task)
             elif settings:
-                same = _what_if(trace, settings)
+                same = _what_if(trace, allowed, settings)
             else:
-                same = _fold(trace, until, save, against, shell=shell, resume=from_checkpoint)
+                resume = from_checkpoint
+                same = _fold(trace, allowed, until, save, against, shell=shell, resume=resume)
         except Diverged as error:
             click.echo(str(error))
             same = False
@@ -124,6 +132,7 @@ def _check_options(
 
 def _fold(
     trace: Trace,
+    allowed: Allowed,
     until: int | None,
     save: Path | None,
     against: Path | None,
@@ -138,11 +147,11 @@ def _fold(
     from fedmq.nodes.replay.steps import FILE
 
     began = time.perf_counter()
-    run = Replay(trace, last_checkpoint(trace, until) if resume else None)
+    run = Replay(trace, last_checkpoint(trace, until) if resume else None, allowed=allowed)
     last: Step | None = None
     shown = time.monotonic()
     try:
-        for step in _steps(run, until, save, against):
+        for step in _steps(run, allowed, until, save, against):
             last = step
             if sys.stderr.isatty() and time.monotonic() - shown > 1.0:
                 shown = time.monotonic()
@@ -169,7 +178,7 @@ def _fold(
 
 
 def _steps(
-    run: Replay, until: int | None, save: Path | None, against: Path | None
+    run: Replay, allowed: Allowed, until: int | None, save: Path | None, against: Path | None
 ) -> Iterator[Step]:
     from fedmq.broker.trace import Trace
     from fedmq.nodes.replay.fold import Replay
@@ -181,7 +190,7 @@ def _steps(
         return run.steps(until)
     if (against / FILE).exists():
         return against_steps(run, against, until)
-    return against_run(run, Replay(Trace(against)), until)
+    return against_run(run, Replay(Trace(against), allowed=allowed), until)
 
 
 def _report(run: Replay, took_s: float, until: int | None) -> None:
@@ -255,22 +264,29 @@ def _prompt(run: Replay, last: Step | None) -> None:
     code.interact(banner=banner, local=names, exitmsg="")
 
 
-def _retrain(trace: Trace, node: str, task: str | None) -> bool:
+def _retrain(trace: Trace, allowed: Allowed, node: str, task: str | None) -> bool:
     """Train a worker's tasks again; tell whether all results are what they were."""
     from fedmq.nodes.replay.fold import recorded_setup
-    from fedmq.nodes.replay.workers import TOLERANCE, Retraining
+    from fedmq.nodes.replay.tolerance import TOLERANCE
+    from fedmq.nodes.replay.workers import Retraining
+    from fedmq.nodes.setup import kind_of
 
-    again = Retraining(trace, recorded_setup(trace), node)
+    again = Retraining(trace, recorded_setup(trace, allowed=allowed), node)
     count = same = near = 0
     for each in [again.one(task)] if task is not None else again.all():
         count += 1
         same += each.same
         near += each.same and each.apart is not None
         if each.apart is not None:
-            verdict = (
-                f"apart by {each.apart:.2g}, on another kind of device than "
-                f"{each.message.body['device']} (tolerance {TOLERANCE:g})"
+            device = each.message.body.get("device")
+            why = (
+                "recorded by fedmq 0.1.0"
+                if device == kind_of("cpu")
+                else f"on another kind of device than {device}"
             )
+            verdict = f"apart by {each.apart:.2g}, {why} (tolerance {TOLERANCE:g})"
+            if each.apart > TOLERANCE:
+                verdict += "; rounding alone can grow so far in a long task"
         else:
             verdict = "same bytes" if each.same else "differs"
         click.echo(f"{each.message.re} -> {each.result}: {verdict}, {each.seconds:.2f} s")
@@ -283,18 +299,18 @@ def _retrain(trace: Trace, node: str, task: str | None) -> bool:
     return count == same
 
 
-def _what_if(trace: Trace, settings: tuple[str, ...]) -> bool:
+def _what_if(trace: Trace, allowed: Allowed, settings: tuple[str, ...]) -> bool:
     """Print the curves of the recorded run and of another rule side by side."""
     from fedmq.broker.errors import LedgerError
     from fedmq.nodes.replay.whatif import WhatIf, changed_setup
     from fedmq.nodes.trace.text import table
 
-    setup = changed_setup(trace, settings)
+    setup = changed_setup(trace, settings, allowed)
     names = ("time s", "results", "version", "accuracy", "loss")
     rows = []
     damage: LedgerError | None = None
     try:
-        for point in WhatIf(trace, setup).points():
+        for point in WhatIf(trace, setup, allowed).points():
             row = [f"{point.at:.1f}"]
             for index, metrics in enumerate((point.recorded or {}, point.other)):
                 row += [str(point.results[index]), str(point.versions[index])]

@@ -8,6 +8,7 @@ that does not is where the code, or the machine, has parted from the run.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import itertools
 from collections.abc import Iterator
@@ -16,17 +17,21 @@ from typing import TypeGuard
 
 import torch
 
+from fedmq.algorithms.allowed import NOTHING, Allowed
 from fedmq.algorithms.arithmetic import ARITHMETIC
 from fedmq.algorithms.base import Payload
+from fedmq.algorithms.schedules.recorded_rounds import RecordedRounds
+from fedmq.algorithms.schedules.rounds import Rounds
 from fedmq.broker.entries import Accepted, AnyEntry
 from fedmq.broker.errors import LedgerError
 from fedmq.broker.state import AGGREGATOR, CHECKPOINT, node_address
 from fedmq.broker.trace import Trace
-from fedmq.nodes.aggregator import Aggregator, Computed, Start
+from fedmq.nodes.aggregator import Aggregator
 from fedmq.nodes.checkpoint import unpack_checkpoint
+from fedmq.nodes.computed import Computed
 from fedmq.nodes.config import Config, parse
 from fedmq.nodes.errors import NodeError
-from fedmq.nodes.inbox import AggregatorAction, Finish, Inbound, Post
+from fedmq.nodes.inbox import AggregatorAction, Finish, Inbound, Post, Start
 from fedmq.nodes.replay.record import Record
 from fedmq.nodes.replay.tolerance import TOLERANCE, tensor_distance
 from fedmq.nodes.setup import Setup, kind_of, set_up
@@ -49,6 +54,7 @@ class Replay:
         trace: of the run.
         checkpoint: number of the checkpoint to start from; None starts from the beginning.
         setup: by default, what the record says.
+        allowed: which code the record may name.
 
     Attributes:
         setup: what is learned, how, and when.
@@ -65,10 +71,15 @@ class Replay:
     """
 
     def __init__(
-        self, trace: Trace, checkpoint: int | None = None, *, setup: Setup | None = None
+        self,
+        trace: Trace,
+        checkpoint: int | None = None,
+        *,
+        setup: Setup | None = None,
+        allowed: Allowed = NOTHING,
     ) -> None:
         self.trace = trace
-        self.setup = setup or recorded_setup(trace)
+        self.setup = setup or recorded_setup(trace, allowed=allowed)
         self._run_record = _run_record(trace)
         self.computed = _computed(self._run_record)
         self.version_0_distance: float | None = None
@@ -121,7 +132,7 @@ class Replay:
         if self._checkpoint is None:
             first = self._run_record if self.computed.arithmetic >= ARITHMETIC else None
             own = self.core.tensors()
-            step = self._take(Start(version_0=inbound(self.trace, first) if first else None))
+            step = self._take(Start(run_record=inbound(self.trace, first) if first else None))
             if first is not None:
                 one, other = Payload(exact=self.core.tensors()), Payload(exact=own)
                 self.version_0_distance = tensor_distance(one, other) / TOLERANCE
@@ -189,15 +200,14 @@ def _run_record(trace: Trace) -> Accepted | None:
     return None
 
 
-def _computed(run_record: Accepted | None) -> Computed:
+def computed_by(trace: Trace) -> Computed:
     """Return how a recorded run was computed; 0.1.0 did not say."""
-    if run_record is None:
-        return Computed()  # the trace holds nothing that was computed
-    match run_record.read().body:
-        case {"arithmetic": int(arithmetic), "device": str(device)}:
-            return Computed(arithmetic, device)
-        case _:
-            return Computed(arithmetic=1)
+    return _computed(_run_record(trace))
+
+
+def _computed(run_record: Accepted | None) -> Computed:
+    # Without a record the trace holds nothing that was computed.
+    return Computed.read(run_record.read().body) if run_record is not None else Computed()
 
 
 def _checkpoints(trace: Trace) -> dict[str, Accepted]:
@@ -212,14 +222,23 @@ def _checkpoints(trace: Trace) -> dict[str, Accepted]:
     return found
 
 
-def recorded_setup(trace: Trace, config: Config | None = None) -> Setup:
+def recorded_setup(trace: Trace, config: Config | None = None, allowed: Allowed = NOTHING) -> Setup:
     """Return the objects of a recorded run, as its aggregator made them.
 
+    Args:
+        trace: of the run.
+        config: another configuration than the recorded one.
+        allowed: which code it may name.
+
     Raises:
-        ConfigError: its configuration cannot be used here.
+        ConfigError: its configuration cannot be used here, or names code that is not allowed.
     """
-    setup = set_up(config or parse(trace.opened.config))
+    setup = set_up(config or parse(trace.opened.config), allowed, trace.run)
     torch.set_num_threads(setup.config.worker.threads)
+    old = computed_by(trace).arithmetic < ARITHMETIC
+    if old and isinstance(setup.schedule, Rounds):
+        schedule = RecordedRounds(**dataclasses.asdict(setup.schedule))
+        setup = dataclasses.replace(setup, schedule=schedule)
     return setup
 
 

@@ -24,6 +24,7 @@ from fedmq.nodes.inbox import Inbound
 from fedmq.nodes.replay.fold import Replay, Step
 from fedmq.nodes.replay.record import Diverged, describe
 from fedmq.nodes.trace.differ import Side, differences
+from fedmq.nodes.trace.differences import Difference, Field, Kind
 
 FILE = "steps.jsonl"
 _SHORT = 200
@@ -132,14 +133,14 @@ def against_run(replay: Replay, other: Replay, until: int | None = None) -> Iter
                     "the inboxes part; up to here, both runs have the same state",
                     f"this run: {mine.event.seq} {_summary(mine.event.message)}",
                     f"the other: {its.event.seq} {_summary(its.event.message)}",
-                    *found,
+                    *map(str, found),
                 ]
                 raise Diverged("\n  ".join(lines))
         a, b = ours.parts(replay.core), theirs.parts(other.core)
         a.pop("position"), b.pop("position")  # other runs have other numbers
         if not _same(a, b):
-            found = [f"{k}: {a[k]} here, {b[k]} there" for k in a if repr(a[k]) != repr(b[k])]
-            raise Diverged("\n  ".join([f"the state parts {_upon(mine)}", *found]))
+            parts = [f"{k}: {a[k]} here, {b[k]} there" for k in a if repr(a[k]) != repr(b[k])]
+            raise Diverged("\n  ".join([f"the state parts {_upon(mine)}", *parts]))
         yield mine
 
 
@@ -151,12 +152,13 @@ def _named(which: str, replay: Replay, until: int | None = None) -> Iterator[Ste
         raise Diverged(f"{which} was not recorded by this code: {error}") from None
 
 
-def _differences(mine: Inbound, its: Inbound) -> list[str]:
-    if (mine.message.sender, mine.message.id) != (its.message.sender, its.message.id):
-        return ["another message"]
-    return differences(
-        Side(mine.message, mine.read), Side(its.message, its.read), names=("this run", "the other")
-    )
+def _differences(mine: Inbound, its: Inbound) -> list[Difference]:
+    ours, theirs = mine.message, its.message
+    names = ("this run", "the other")
+    ids = f"{ours.sender} {ours.id}", f"{theirs.sender} {theirs.id}"
+    if ids[0] != ids[1]:
+        return [Difference(Kind.MESSAGE, Field(("id",)), ids, names)]
+    return differences(Side(ours, mine.read), Side(theirs, its.read), names=names)
 
 
 def _summary(message: Message) -> str:

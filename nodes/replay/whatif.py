@@ -11,20 +11,22 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from fedmq.algorithms.allowed import NOTHING, Allowed
 from fedmq.algorithms.base import Result, Task, examples_of
 from fedmq.algorithms.errors import ResultError
 from fedmq.algorithms.schedules import View
+from fedmq.broker.rejections import Code
 from fedmq.broker.trace import Trace
 from fedmq.codecs.errors import CodecError
-from fedmq.nodes.aggregator import Start
 from fedmq.nodes.config import Config, changed
 from fedmq.nodes.errors import ConfigError
-from fedmq.nodes.inbox import Done, Inbound, Post
+from fedmq.nodes.inbox import Done, Inbound, Post, Start
 from fedmq.nodes.payload import numbers_of, unpack
 from fedmq.nodes.replay.fold import Replay, Step, recorded_setup
 from fedmq.nodes.setup import Setup, choose_device
 
-_STALE = "too stale"
+_STALE = frozenset({Code.STALE, Code.LATE})
+"""Rejections that another rule may not make."""
 _REASONS = {
     "schedule": "other clients would have got tasks",
     "algorithm": "the clients would have sent others",
@@ -52,14 +54,19 @@ class Point:
     other: dict[str, float]
 
 
-def changed_setup(trace: Trace, settings: Sequence[str]) -> Setup:
+def changed_setup(trace: Trace, settings: Sequence[str], allowed: Allowed = NOTHING) -> Setup:
     """Return the objects of a run under another rule.
+
+    Args:
+        trace: of the run.
+        settings: ``key=value``, of the other rule.
+        allowed: which code the run's configuration may name; a setting cannot name any.
 
     Raises:
         ConfigError: a setting is wrong, or of a kind under which the recorded results
             mean nothing; the sentence says why.
     """
-    before = recorded_setup(trace)
+    before = recorded_setup(trace, allowed=allowed)
     asked = changed(before.config, settings)
     for table in _REASONS:
         named = table in ("schedule", "algorithm")
@@ -69,7 +76,9 @@ def changed_setup(trace: Trace, settings: Sequence[str]) -> Setup:
             f"--set: {before.algorithm.name} is evaluated by its clients, each with what it keeps, "
             "and of another rule there is nothing that they kept"
         )
-    setup = recorded_setup(trace, asked)  # now unknown keys and wrong values have been named
+    setup = recorded_setup(
+        trace, asked, allowed
+    )  # now unknown keys and wrong values have been named
     for table in ("schedule", "algorithm"):
         _check_table(table, before, setup.config)
     return setup
@@ -99,10 +108,11 @@ class WhatIf:
     Args:
         trace: of the run.
         setup: of the other rule, from `changed_setup`.
+        allowed: which code the run's configuration may name.
     """
 
-    def __init__(self, trace: Trace, setup: Setup) -> None:
-        self._replay = Replay(trace)
+    def __init__(self, trace: Trace, setup: Setup, allowed: Allowed = NOTHING) -> None:
+        self._replay = Replay(trace, allowed=allowed)
         self._setup = setup
         self._algorithm, self._schedule = setup.algorithm, setup.schedule
         self._state = self._algorithm.start(setup.problem)
@@ -174,9 +184,9 @@ class WhatIf:
             self._waiting[step.event.seq] = step.event
         for action in step.actions:
             match action:
-                case Done(seq, refused) if seq in self._waiting:
+                case Done(seq, refused, code) if seq in self._waiting:
                     event = self._waiting.pop(seq)
-                    if not refused or refused.startswith(_STALE):
+                    if not refused or code in _STALE:
                         self._absorb(event)
         if self._schedule.ordered and committed and self._results:
             self._commit()  # when a round closes, its cohort decides

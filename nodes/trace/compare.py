@@ -16,6 +16,7 @@ from fedmq.broker.state import BROKER
 from fedmq.broker.trace import Trace
 from fedmq.broker.wire import Message
 from fedmq.nodes.trace.differ import Side, differences
+from fedmq.nodes.trace.differences import Difference
 from fedmq.nodes.trace.fates import before_damage
 from fedmq.nodes.trace.text import count, plain, plural, word
 
@@ -74,7 +75,7 @@ class Comparison:
     common: int = 0
     models: tuple[int, int | None] = (0, None)
     parting: tuple[int, Numbered | None, Numbered | None, int | None] | None = None
-    content: list[tuple[Numbered, int, list[str]]] = field(default_factory=list)
+    content: list[tuple[Numbered, int, list[Difference]]] = field(default_factory=list)
 
     @property
     def equal(self) -> bool:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import msgspec
+import torch
 from torch import Tensor
 
 from fedmq.broker.errors import LedgerError
@@ -16,8 +17,17 @@ from fedmq.broker.headers import is_deeper
 from fedmq.broker.state import BROKER
 from fedmq.broker.wire import MAX_DEPTH, Message
 from fedmq.codecs.errors import CodecError
+from fedmq.nodes.trace.differences import (
+    ABSENT,
+    Difference,
+    Field,
+    Gap,
+    InBlob,
+    InGroup,
+    Kind,
+)
 from fedmq.nodes.trace.groups import Group, Read, groups_of
-from fedmq.nodes.trace.text import literal, plain
+from fedmq.nodes.trace.text import plain
 
 HONEST = frozenset(
     {
@@ -40,10 +50,7 @@ HONEST = frozenset(
 ``body.device`` is none of them: it is why a worker's numbers differ.
 """
 
-_SHOWN = 60
-"""Of a long text, this much is shown from where it differs."""
 _MAX_FOLD = 16 << 20
-_ABSENT = object()
 
 
 @dataclass(frozen=True)
@@ -56,15 +63,15 @@ class Side:
 
 def differences(
     a: Side, b: Side, *, names: tuple[str, str] = ("A", "B"), ignore: frozenset[str] = HONEST
-) -> list[str]:
-    """Return sentences on all that differs between two messages; none if they are equal.
+) -> list[Difference]:
+    """Return all that differs between two messages; nothing if they are equal.
 
     Blobs are read and decoded only where their digests differ. NaN equals NaN.
 
     Args:
         a: one message.
         b: the other.
-        names: of the two sides, for the sentences.
+        names: of the two sides.
         ignore: paths of fields that may differ: ``run``, ``body.elapsed_s``, ``fold.at``.
     """
     return list(_Differ(a, b, names, ignore).all())
@@ -76,103 +83,101 @@ class _Differ:
         self._names = names
         self._ignore = ignore
 
-    def all(self) -> Iterator[str]:
+    def all(self) -> Iterator[Difference]:
         a, b = self._a.message, self._b.message
         for name in ("kind", "id", "run", "sender", "to", "re"):
             if name == "id" and a.sender == b.sender == BROKER:
                 continue  # made from its number in the ledger
-            yield from self._values(name, getattr(a, name), getattr(b, name))
+            yield from self._values((name,), getattr(a, name), getattr(b, name))
         try:
             (ours, rest_a), (theirs, rest_b) = groups_of(a), groups_of(b)
         except CodecError:
-            yield from self._values("body", _opened(a.body), _opened(b.body))
+            yield from self._values(("body",), _opened(a.body), _opened(b.body))
             yield from self._blobs(0, 0)
             return
-        yield from self._values("body", _rest(a.body), _rest(b.body))
+        yield from self._values(("body",), _rest(a.body), _rest(b.body))
         yield from self._groups({each.name: each for each in ours}, {e.name: e for e in theirs})
         yield from self._blobs(rest_a, rest_b)
 
+    def _differ(
+        self,
+        kind: Kind,
+        place: Field | InGroup | InBlob,
+        sides: tuple[Any, Any],
+        gap: Gap | None = None,
+    ) -> Difference:
+        return Difference(kind, place, sides, self._names, gap)
+
     # ---- fields
 
-    def _values(self, path: str, a: Any, b: Any) -> Iterator[str]:
-        if path in self._ignore or _same(a, b):
+    def _values(self, path: tuple[str | int, ...], a: Any, b: Any) -> Iterator[Difference]:
+        place = Field(path)
+        if str(place) in self._ignore or _same(a, b):
             return
         if isinstance(a, Mapping) and isinstance(b, Mapping):
             for key in dict.fromkeys([*a, *b]):
-                name = f"{path}.{plain(key)}"
-                yield from self._values(name, a.get(key, _ABSENT), b.get(key, _ABSENT))
+                below = (*path, key if isinstance(key, str) else plain(key))
+                yield from self._values(below, a.get(key, ABSENT), b.get(key, ABSENT))
         elif _is_list(a) and _is_list(b) and len(a) == len(b):
             for index, (one, other) in enumerate(zip(a, b, strict=True)):
-                yield from self._values(f"{path}[{index}]", one, other)
+                yield from self._values((*path, index), one, other)
         else:
-            ours, theirs = _pair(a, b)
-            yield f"{path}: {self._two(ours, theirs)}"
-
-    def _two(self, ours: str, theirs: str) -> str:
-        return f"{ours} in {self._names[0]}, {theirs} in {self._names[1]}"
+            yield self._differ(Kind.FIELD, place, (a, b))
 
     # ---- tensors
 
-    def _groups(self, ours: Mapping[str, Group], theirs: Mapping[str, Group]) -> Iterator[str]:
+    def _groups(
+        self, ours: Mapping[str, Group], theirs: Mapping[str, Group]
+    ) -> Iterator[Difference]:
         for name in dict.fromkeys([*ours, *theirs]):
             a, b = ours.get(name), theirs.get(name)
             if a is None or b is None:
-                there, here = self._names if a is None else self._names[::-1]
-                yield f"{plain(name)}: only in {here}, not in {there}"
+                yield self._differ(Kind.MISSING, InGroup(name), (a or ABSENT, b or ABSENT))
                 continue
             if a.codec != b.codec:
-                yield f"{plain(name)} codec: {self._two(plain(a.codec), plain(b.codec))}"
+                yield self._differ(Kind.CODEC, InGroup(name), (a.codec, b.codec))
             elif a.blobs == b.blobs and _same(a.meta, b.meta):
                 continue
-            yield from self._group(plain(name), a, b)
+            yield from self._group(name, a, b)
 
-    def _group(self, name: str, a: Group, b: Group) -> Iterator[str]:
+    def _group(self, name: str, a: Group, b: Group) -> Iterator[Difference]:
+        digests = _digests(a), _digests(b)
         decoded: list[dict[str, Tensor]] = []
-        for side, group, label in zip((self._a, self._b), (a, b), self._names, strict=True):
+        for index, (side, group) in enumerate(zip((self._a, self._b), (a, b), strict=True)):
             try:
                 decoded.append(group.decode(side.read))
             except (CodecError, LedgerError) as error:
-                yield f"{name}: {self._two(_digests(a), _digests(b))}"
-                yield f"{name}: cannot be decoded in {label}: {plain(error)}"
+                yield self._differ(Kind.BYTES, InGroup(name), digests)
+                reason = _on(index, plain(error))
+                yield self._differ(Kind.UNDECODABLE, InGroup(name), reason)
                 return
         one, other = decoded
-        said = False
-        for tensor in dict.fromkeys([*one, *other]):
-            sentence = self._tensor(one.get(tensor), other.get(tensor))
-            if sentence:
-                said = True
-                yield f"{name} {plain(tensor)}: {sentence}"
-        if not said and a.codec == b.codec:
-            yield f"{name}: the same values from other bytes, {self._two(_digests(a), _digests(b))}"
+        found = [
+            difference
+            for tensor in dict.fromkeys([*one, *other])
+            for difference in self._tensor(
+                InGroup(name, tensor), one.get(tensor), other.get(tensor)
+            )
+        ]
+        yield from found
+        if not found and a.codec == b.codec:
+            yield self._differ(Kind.ENCODING, InGroup(name), digests)
 
-    def _tensor(self, a: Tensor | None, b: Tensor | None) -> str:
+    def _tensor(self, place: InGroup, a: Tensor | None, b: Tensor | None) -> Iterator[Difference]:
         if a is None or b is None:
-            there, here = self._names if a is None else self._names[::-1]
-            return f"only in {here}, not in {there}"
-        if (a.dtype, a.shape) != (b.dtype, b.shape):
-            return self._two(_form(a), _form(b))
-        where = ~((a == b) | (a.isnan() & b.isnan()))
-        differing = int(where.sum())
-        if not differing:
-            return ""
-        ours, theirs = a[where].double(), b[where].double()
-        nans = [int(each.isnan().sum()) for each in (ours, theirs)]
-        gaps = (ours - theirs).abs()
-        gaps = gaps[~gaps.isnan()]
-        said = f"{differing} of {a.numel()} elements differ"
-        if gaps.numel():
-            said += f", by at most {gaps.max().item():.3g}"
-        for number, here, there in zip(nans, self._names, self._names[::-1], strict=True):
-            if number:
-                said += f", {number} NaN in {here} and not in {there}"
-        return said
+            sides = tuple(ABSENT if each is None else form_of(each) for each in (a, b))
+            yield self._differ(Kind.MISSING, place, (sides[0], sides[1]))
+        elif (a.dtype, a.shape) != (b.dtype, b.shape):
+            yield self._differ(Kind.FORM, place, (form_of(a), form_of(b)))
+        elif (gap := gap_between(a, b)) is not None:
+            yield self._differ(Kind.VALUES, place, (form_of(a), form_of(b)), gap)
 
     # ---- blobs that are no tensors
 
-    def _blobs(self, first_a: int, first_b: int) -> Iterator[str]:
+    def _blobs(self, first_a: int, first_b: int) -> Iterator[Difference]:
         ours, theirs = self._a.message.blobs[first_a:], self._b.message.blobs[first_b:]
         if len(ours) != len(theirs):
-            yield f"blobs besides the tensors: {self._two(str(len(ours)), str(len(theirs)))}"
+            yield self._differ(Kind.BLOBS, InBlob(), (len(ours), len(theirs)))
             return
         for index, (a, b) in enumerate(zip(ours, theirs, strict=True)):
             if a == b:
@@ -182,13 +187,38 @@ class _Differ:
                 for side, first in ((self._a, first_a), (self._b, first_b))
             ]
             if isinstance(folds[0], Mapping) and isinstance(folds[1], Mapping):
-                yield from self._values("fold", *folds)
+                yield from self._values(("fold",), *folds)
                 continue
-            two = self._two(f"{a.size} bytes {a.digest.hex()}", f"{b.size} bytes {b.digest.hex()}")
-            yield f"blob {first_a + index}: {two}"
-            for label, fold in zip(self._names, folds, strict=True):
+            place = InBlob(first_a + index)
+            sides = [f"{each.size} bytes {each.digest.hex()}" for each in (a, b)]
+            yield self._differ(Kind.BYTES, place, (sides[0], sides[1]))
+            for which, fold in enumerate(folds):
                 if isinstance(fold, str):
-                    yield f"blob {first_a + index}: cannot be read in {label}: {fold}"
+                    yield self._differ(Kind.UNDECODABLE, place, _on(which, fold))
+
+
+def gap_between(a: Tensor, b: Tensor) -> Gap | None:
+    """Return by how much two tensors of one shape and dtype differ; None if they do not."""
+    where = ~((a == b) | (a.isnan() & b.isnan()))
+    differing = int(where.sum())
+    if not differing:
+        return None
+    wide = torch.complex128 if a.is_complex() else torch.float64
+    ours, theirs = a[where].to(wide), b[where].to(wide)
+    gaps = (ours - theirs).abs()
+    gaps = gaps[~gaps.isnan()]
+    return Gap(
+        differing,
+        a.numel(),
+        gaps.max().item() if gaps.numel() else None,
+        (int(ours.isnan().sum()), int(theirs.isnan().sum())),
+        rounded=a.is_floating_point() or a.is_complex(),
+    )
+
+
+def _on(side: int, reason: str) -> tuple[Any, Any]:
+    """Return two sides, of which one has a reason."""
+    return (reason, ABSENT) if side == 0 else (ABSENT, reason)
 
 
 def fold_of(side: Side, index: int) -> dict[Any, Any] | str:
@@ -225,7 +255,7 @@ def _same(a: Any, b: Any) -> bool:
     """Tell whether two values are the same: 1 is not 1.0, 0.0 not -0.0, and NaN is NaN."""
     if isinstance(a, float) and isinstance(b, float) and math.isnan(a):
         return math.isnan(b)
-    if a is _ABSENT or b is _ABSENT:
+    if a is ABSENT or b is ABSENT:
         return a is b
     try:
         return msgspec.msgpack.encode(a) == msgspec.msgpack.encode(b)
@@ -237,32 +267,11 @@ def _is_list(value: Any) -> bool:
     return isinstance(value, Sequence) and not isinstance(value, str | bytes)
 
 
-def _pair(a: Any, b: Any) -> tuple[str, str]:
-    """Return two values as text in which their difference is seen."""
-    ours, theirs = (_shown(each) for each in (a, b))
-    if max(len(ours), len(theirs)) <= 2 * _SHOWN:
-        return ours, theirs
-    start = next(
-        (n for n, (x, y) in enumerate(zip(ours, theirs, strict=False)) if x != y),
-        min(len(ours), len(theirs)),
-    )
-    start = max(0, start - _SHOWN // 3)
-    before = "..." if start else ""
-    first, second = (
-        before + each[start : start + _SHOWN] + ("..." if len(each) > start + _SHOWN else "")
-        for each in (ours, theirs)
-    )
-    return first, second
-
-
-def _shown(value: Any) -> str:
-    return "nothing" if value is _ABSENT else literal(value, 1 << 20)
-
-
 def _digests(group: Group) -> str:
     names = ", ".join(blob.digest.hex() for blob in group.blobs)
     return f"{group.nbytes} bytes ({names})"
 
 
-def _form(tensor: Tensor) -> str:
+def form_of(tensor: Tensor) -> str:
+    """Return a tensor's dtype and shape as text."""
     return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"

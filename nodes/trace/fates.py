@@ -6,15 +6,14 @@ import bisect
 from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
-
-import msgspec
+from typing import NamedTuple
 
 from fedmq.broker.entries import Accepted, AnyEntry, Refusal
 from fedmq.broker.errors import LedgerError
 from fedmq.broker.state import AGGREGATOR, BROKER, EVALUATOR, WORKER
 from fedmq.broker.trace import Trace
 from fedmq.broker.wire import Message
+from fedmq.nodes.outcomes import natural
 
 
 class Fates:
@@ -26,9 +25,7 @@ class Fates:
     Attributes:
         refused: refusals of accepted messages, by the message's number.
         versions: how many versions were committed.
-        end: number of the last message that the final state is the fold of, or None.
         places: who was there at the end.
-        used: how many results were used, as the aggregator says at the end, or None.
         numbers: of the refused messages, by their ids.
         widths: the longest kind, path and id.
         entries: how many there are.
@@ -37,8 +34,6 @@ class Fates:
     def __init__(self, trace: Trace) -> None:
         self.refused: dict[int, Refusal] = {}
         self.numbers: dict[str, int] = {}
-        self.end: int | None = None
-        self.used: int | None = None
         self.entries = 0
         self.widths = Widths()
         self._positions = array("q")
@@ -52,7 +47,7 @@ class Fates:
                     places.feed(message)
                     self.widths.feed(message, places.host_of(message.to) or "")
                     if message.sender == places.aggregator:
-                        self._from_aggregator(trace, entry.seq, message)
+                        self._from_aggregator(message)
                 case Refusal(of=int(of)):
                     self.refused[of] = entry
                     self.numbers[entry.id] = of
@@ -68,24 +63,21 @@ class Fates:
         return self._numbers[found - 1] if found else 0
 
     def staleness(self, seq: int, message: Message) -> int | None:
-        """Return how many versions old the model of a result was; None if it was not used."""
+        """Return how many versions old the model of a result was; None if no version holds it."""
         base = natural(message.body.get("model_version"))
         if message.kind != "result" or seq in self.refused or base is None:
             return None
-        if self.end is not None and seq > self.end:
+        if not self._positions or seq > self._positions[-1]:
             return None
         return self.version_at(seq) - base
 
-    def _from_aggregator(self, trace: Trace, seq: int, message: Message) -> None:
+    def _from_aggregator(self, message: Message) -> None:
         if message.kind == "version":
             number = natural(message.body.get("version"))
             position = natural(message.body.get("position"))
             if number is not None and position is not None:
                 self._numbers.append(number)
                 self._positions.append(position)
-        elif message.kind == "finished":
-            self.end = _position(trace, message, seq)
-            self.used = natural(message.body.get("used"))
 
 
 @dataclass
@@ -192,19 +184,3 @@ def client_of(address: str) -> int | None:
     """Return the client that an address names, or None."""
     kind, _, number = address.partition("/")
     return int(number) if kind == "client" and number.isascii() and number.isdecimal() else None
-
-
-def natural(value: Any) -> int | None:
-    """Return a value from a message's body if it is a whole number that can be one."""
-    whole = isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 62
-    return value if whole else None
-
-
-def _position(trace: Trace, message: Message, seq: int) -> int:
-    """Return up to where a run's last record is the fold of its inbox."""
-    try:
-        fold = msgspec.msgpack.decode(trace.blob(message, len(message.blobs) - 1))
-        found = natural(fold.get("position"))
-    except (LedgerError, msgspec.MsgspecError, ValueError, AttributeError, RecursionError):
-        found = None
-    return seq if found is None else found

@@ -13,7 +13,8 @@ from fedmq.broker.state import BROKER
 from fedmq.broker.trace import Trace
 from fedmq.broker.wire import Message
 from fedmq.nodes.errors import NodeError
-from fedmq.nodes.trace.fates import Fates, Places, Task, Tasks, before_damage, client_of, natural
+from fedmq.nodes.outcomes import natural
+from fedmq.nodes.trace.fates import Fates, Places, Task, Tasks, before_damage, client_of
 from fedmq.nodes.trace.text import figure, literal, plain, plural, seconds, spans, word
 
 _WIDEST = 60
@@ -250,7 +251,12 @@ def _joined(body: Mapping[str, Any]) -> str:
 def _version_note(body: Mapping[str, Any]) -> str:
     mean, most = float(body["mean_staleness"]), int(body["max_staleness"])
     stale = f"staleness {mean:.2f}, at most {most}" if body["results"] else "nothing to add up"
-    return f"{plural(int(body['results']), 'result')}, {stale}, model {body['model_digest'][:12]}"
+    results = plural(int(body["results"]), "result")
+    if "cohort" in body:
+        late = int(body["late"])
+        results = f"{int(body['results']) - late} of {int(body['cohort'])} results"
+        results += f" and {late} late" if late else ""
+    return f"{results}, {stale}, model {body['model_digest'][:12]}"
 
 
 def _result(body: Mapping[str, Any]) -> str:

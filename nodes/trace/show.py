@@ -206,6 +206,8 @@ def _story_of(trace: Trace, entry: Accepted, message: Message) -> _Story:
         if stale is not None:
             towards = fates.version_at(seq) + 1
             story.fate.append(f"used towards version {towards}, {plural(stale, 'version')} stale")
+        elif seq not in fates.refused:
+            story.fate.append("in no version")
     if message.to == RECORD:
         story.fate.append("kept as a record, delivered to nobody")
     elif not settled:

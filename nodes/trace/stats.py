@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -11,6 +12,7 @@ from fedmq.broker.entries import Accepted, Consumed, Ended, Refusal
 from fedmq.broker.state import AGGREGATOR, RECORD
 from fedmq.broker.trace import Trace
 from fedmq.broker.wire import Blob, Message
+from fedmq.nodes.outcomes import Outcomes
 from fedmq.nodes.trace.fates import Fates, Places, before_damage
 from fedmq.nodes.trace.text import count, plain, plural, seconds, table
 
@@ -149,6 +151,7 @@ class Stats:
 
     Attributes:
         staleness: of the results used: by versions, how many.
+        outcomes: what became of tasks and results.
     """
 
     def __init__(self, trace: Trace) -> None:
@@ -157,13 +160,15 @@ class Stats:
         self.places = Places()
         self.traffic, self.account = Traffic(), Account()
         self.staleness: Counter[int] = Counter()
+        self.outcomes = Outcomes()
         self.last_at = trace.opened.at
         self.ended: str | None = None
         for entry in before_damage(trace):
             self.last_at = entry.at
+            message = entry.read() if isinstance(entry, Accepted) else None
+            self.outcomes.feed(entry, message, self.places.aggregator)
             match entry:
-                case Accepted(seq=seq):
-                    message = entry.read()
+                case Accepted(seq=seq) if message is not None:
                     self.places.feed(message)
                     host = self.places.host_of(message.to)
                     self.traffic.feed(message, len(entry.message), host)
@@ -187,6 +192,8 @@ class Stats:
         yield from self._traffic()
         yield ""
         yield from self._account()
+        yield ""
+        yield from self._outcomes()
         yield ""
         yield from self._staleness()
 
@@ -250,6 +257,33 @@ class Stats:
         if account.unaccepted:
             yield f"besides: {plural(account.unaccepted, 'post')} refused and never accepted"
 
+    def _outcomes(self) -> Iterator[str]:
+        found = self.outcomes
+        yield (
+            f"results {count(found.results)} = used {count(found.used)} + stale "
+            f"{count(found.stale)} + refused {count(found.refused)} + unused {count(found.unused)}"
+        )
+        for what, codes in (("rejected", found.rejected), ("failed tasks", found.failed)):
+            if codes.total():
+                known = ", ".join(
+                    f"{plain(code) or 'unknown'} {count(n)}" for code, n in codes.most_common() if n
+                )
+                yield f"{what}: {known}"
+        cohorts = found.cohorts
+        if cohorts.versions:
+            yield (
+                f"cohorts: {count(cohorts.whole)} of {plural(cohorts.versions, 'version')} whole, "
+                f"{count(cohorts.missing)} of {plural(cohorts.wanted, 'result')} missing"
+            )
+        without = found.without_result
+        if without:
+            yield f"{plural(len(without), 'client')} without a result that was used:"
+        for client, record in itertools.islice(without.items(), _SHOWN):
+            last = plain(record.reason) or "no answer"
+            yield f"  client {client}: {plural(record.tasks, 'task')}, last: {last}"
+        if len(without) > _SHOWN:
+            yield f"  and {count(len(without) - _SHOWN)} more of these"
+
     def _staleness(self) -> Iterator[str]:
         used = self.staleness
         many = used.total()
@@ -262,8 +296,6 @@ class Stats:
             f"mean {mean:.2f}, at most {max(used)} versions"
         )
         yield from histogram(used)
-        if self.fates.used not in (None, many):
-            yield f"  (at its end, the aggregator counted {plural(self.fates.used or 0, 'result')})"
 
 
 def histogram(values: Counter[int]) -> Iterator[str]:

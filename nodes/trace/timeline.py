@@ -16,8 +16,9 @@ from fedmq.broker.entries import Accepted, AnyEntry, Refusal
 from fedmq.broker.state import BROKER
 from fedmq.broker.trace import Trace
 from fedmq.broker.wire import Message
+from fedmq.nodes.outcomes import natural
 from fedmq.nodes.trace.export import to_json
-from fedmq.nodes.trace.fates import Fates, Places, Task, Tasks, before_damage, natural
+from fedmq.nodes.trace.fates import Fates, Places, Task, Tasks, before_damage
 from fedmq.nodes.trace.text import word
 
 Event = dict[str, Any]
@@ -121,7 +122,7 @@ class _Drawing:
             self._sent[entry.seq] = self._versions.bind(self._now)
         elif message.kind == "version":
             number = natural(message.body.get("version"))
-            keys = ("results", "mean_staleness", "max_staleness", "model_digest")
+            keys = ("results", "late", "cohort", "mean_staleness", "max_staleness", "model_digest")
             args = {"entry": entry.seq} | {key: message.body.get(key) for key in keys}
             more = number is not None and number < self._fates.versions
             following = f"version {(number or 0) + 1}" if more else f"after version {number}"

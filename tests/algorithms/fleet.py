@@ -2,12 +2,12 @@
 
 from fedmq.broker.headers import decode_message, encode_message
 from fedmq.broker.wire import Blob, Message
-from fedmq.nodes.aggregator import Aggregator, Start
+from fedmq.nodes.aggregator import Aggregator
 from fedmq.nodes.config import build
-from fedmq.nodes.inbox import Commit, Done, Finish, Inbound, Post, Settle
+from fedmq.nodes.inbox import Commit, Done, Finish, Inbound, Post, Settle, Start
 from fedmq.nodes.local import Locals
 from fedmq.nodes.setup import set_up
-from fedmq.nodes.worker import Evaluate, Evaluated, Failed, Keep, Train, Trained, Worker
+from fedmq.nodes.worker import Evaluate, Evaluated, Failed, Keep, Saved, Train, Trained, Worker
 
 
 def make_setup(schedule, problem="Tiny", clients=2, codec="raw", algorithm=None, **run):
@@ -25,6 +25,15 @@ def make_setup(schedule, problem="Tiny", clients=2, codec="raw", algorithm=None,
     )
 
 
+def posted(worker, actions, save):
+    """Carry out what follows a training, as a worker's program does; return the post."""
+    (action,) = actions
+    if isinstance(action, Keep):
+        (action,) = worker.handle(Saved(save(action.client, action.kept)))
+    assert isinstance(action, Post)
+    return action
+
+
 class Fleet:
     """One aggregator, and a worker for each client: ``w0`` hosts client 0, and so on.
 
@@ -38,7 +47,7 @@ class Fleet:
         checkpoint: its newest checkpoint, as it is handed to its next session, or None.
         settled: every message up to this number is not given to its next session, but for
             those of the numbers ``untold``.
-        done: reason (or "") by the number of the message that was dealt with.
+        done, codes: reason and code (or "") by the number of the message that was dealt with.
         finished: why the run ended, or None.
     """
 
@@ -55,7 +64,7 @@ class Fleet:
         self.actions, self.inbox, self.commits = [], [], []
         self.tasks, self.evaluations, self.records, self.ticks = [], [], [], []
         self.checkpoint, self.settled, self.untold = None, 0, ()
-        self.done, self.finished, self.seq = {}, None, 0
+        self.done, self.codes, self.finished, self.seq, self.given = {}, {}, None, 0, 0
         self.act(self.core.handle(Start()))
         if join:
             for k in range(setup.problem.clients):
@@ -107,9 +116,9 @@ class Fleet:
                     self.settled, self.untold = self.seq, but
                 case Commit():
                     self.commits.append(action)
-                case Done(seq, refused):
+                case Done(seq, refused, code):
                     assert seq not in self.done, "a message was dealt with twice"
-                    self.done[seq] = refused
+                    self.done[seq], self.codes[seq] = refused, code
                 case Finish(reason):
                     assert self.finished is None, "the run ended twice"
                     self.finished = reason
@@ -136,15 +145,18 @@ class Fleet:
     def work(self, message, data):
         """Return (message, data) of what comes of a task, from whoever hosts its client."""
         worker = self.workers[f"w{message.body['client']}"]
-        (train,) = worker.handle(Inbound(0, 0.0, over_the_wire(message), data.__getitem__))
+        self.given += 1
+        task = Inbound(self.given, 0.0, over_the_wire(message), data.__getitem__)
+        (train,) = worker.handle(task)
         assert isinstance(train, Train)
         at = train.at(self.setup.problem, "cpu")
         payload, local = self.setup.algorithm.train(train.task, at)
-        *keeps, post = worker.handle(Trained(payload, local, 0.0))
-        for keep in keeps:
-            assert isinstance(keep, Keep)
-            self.locals[f"w{keep.client}"].put(keep.client, keep.kept)
+        post = posted(worker, worker.handle(Trained(payload, local, 0.0)), self.keep)
         return post.message, post.data
+
+    def keep(self, client, kept):
+        """Save what a client keeps; return what stands."""
+        return self.locals[f"w{client}"].put(client, kept)
 
     def score(self, message, data, *, fails=False):
         """Return what the evaluator says to an evaluation."""

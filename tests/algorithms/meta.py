@@ -7,7 +7,7 @@ from torch import nn
 from fedmq.algorithms.base import Task
 from fedmq.algorithms.problems.base import Examples
 from fedmq.algorithms.rng import derive_rng
-from tests.algorithms.tiny import Tiny, client, task
+from tests.algorithms.tiny import Tiny, change, client, task
 
 VARIANTS = ["fo", "hf", "fedavg"]
 
@@ -92,7 +92,7 @@ def update(algorithm, problem, index=0, seed=7, reply="update", state=None):
     state = algorithm.start(problem) if state is None else state
     result, local = algorithm.train(task(state, reply=reply), client(problem, index, seed))
     assert local is None
-    return state.layout.flatten(result.weights), result.numbers
+    return change(state.layout, result), result.numbers
 
 
 def evaluated(algorithm, problem, index=0, seed=3, state=None):

@@ -83,6 +83,18 @@ FAULTS = {
         "version 1, not 2",
     ),
 }
+CODES = {
+    "a foreign task": "unknown-task",
+    "no task": "unknown-task",
+    "a wrong sender": "wrong-node",
+    "NaN": "not-finite",
+    "infinity": "not-finite",
+    "a wrong shape": "wrong-shape",
+    "a missing tensor": "wrong-shape",
+    "a wrong dtype": "wrong-shape",
+    "no examples": "malformed",
+}
+"""Of all others, the bytes cannot be decoded."""
 KEEPS_ITS_TASK = {"a foreign task", "no task", "a wrong sender"}
 
 
@@ -95,6 +107,7 @@ def test_a_result_that_cannot_be_used_is_refused_and_counted_and_the_run_goes_on
     reason = fleet.reason(*spoil(*good))
     assert reason is not None
     assert re.search(message, reason), reason
+    assert fleet.codes[fleet.seq] == CODES.get(fault, "undecodable")
     assert fleet.counts == (0, 0, 1, 0)
     assert len(fleet.core._tasks.flights) == (
         2 if setup is STREAM or fault in KEEPS_ITS_TASK else 1
@@ -119,6 +132,7 @@ def test_a_result_that_is_too_stale_is_told_so_and_counted_apart():
     late = fleet.work(*fleet.tasks.pop(0))
     fleet.hear(*fleet.work(*fleet.tasks.pop(0)))
     assert fleet.reason(*late) == "too stale: 1 versions behind"
+    assert fleet.codes[fleet.seq] == "stale"
     assert fleet.counts == (1, 1, 0, 0)
     assert len(fleet.core._tasks.flights) == 2
     assert fleet.run().finished
@@ -154,6 +168,7 @@ def test_a_message_of_another_kind_is_refused(kind):
     fleet = Fleet(ROUNDS)
     seq = fleet.say(kind, {}, "w0")
     assert fleet.done[seq] == f"an aggregator takes no {kind!r} messages"
+    assert fleet.codes[seq] == "unknown-kind"
     assert fleet.run().finished
 
 

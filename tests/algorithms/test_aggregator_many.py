@@ -15,13 +15,14 @@ CLIENTS = 30
 SETUP = make_setup({"name": "rounds", "fraction": 1.0}, clients=CLIENTS)
 
 
-def about(kind, node, **body):
+def about(kind, node, *, re=None, sender="broker", **body):
     return Message(
         kind=kind,
         id="broker/1",
         run="run",
-        sender="broker",
+        sender=sender,
         to="aggregator",
+        re=re,
         body={"node": node, "role": "worker", **body},
     )
 
@@ -45,11 +46,18 @@ def test_counts_and_draws_are_those_of_looking_at_every_task_and_client(seed):
             case 2:
                 version += 1
                 current = Gathering(None)
+                tasks.begin_version()
             case 3:
                 tasks.overdue(dice.randint(0, version))
             case 4 if tasks.flights:
-                tasks.forget(dice.choice(sorted(tasks.flights)))
-                current.contributed.add(low)
+                name = dice.choice(sorted(tasks.flights))
+                client = tasks.flights[name].client
+                node = members.hosts.get(client, tasks.flights[name].node)
+                tasks.answered(about("result", node, re=name, sender=node))
+                if dice.random() < 0.5:
+                    current.contributed.add(client)
+                else:
+                    tasks.freed()
             case 5:
                 tasks.resume(dict(tasks.flights))
             case _:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from fedmq.algorithms.allowed import Allowed
 from fedmq.algorithms.errors import AlgorithmError, ProblemError, ResultError
 from fedmq.algorithms.fedavg import FedAvg
 from fedmq.algorithms.registry import ALGORITHMS, find_algorithm
@@ -60,21 +61,23 @@ def test_an_unknown_algorithm_is_answered_with_the_choices():
 
 
 def test_a_users_own_algorithm_is_found_by_module_and_class():
-    assert find_algorithm(f"{__name__}:Mine") is Mine
+    name = f"{__name__}:Mine"
+    assert find_algorithm(name, Allowed(names=frozenset({name}))) is Mine
+    assert find_algorithm(name, Allowed(modules=frozenset({__name__}))) is Mine
 
 
 @pytest.mark.parametrize(
     ("name", "message"),
     [
         (f"{__name__}:Half", "expected a dataclass derived from Algorithm"),
-        (f"{__name__}:Nobody", "cannot load"),
-        ("no_such_module:Mine", "cannot load 'no_such_module:Mine'"),
-        (":Mine", "cannot load"),
+        (f"{__name__}:Nobody", "Nobody does not exist"),
+        ("no_such_module:Mine", "cannot import 'no_such_module'"),
+        (":Mine", "expected module:attribute, got ':Mine'"),
     ],
 )
 def test_what_is_no_algorithm_is_refused(name, message):
     with pytest.raises(AlgorithmError, match=message):
-        find_algorithm(name)
+        find_algorithm(name, Allowed(names=frozenset({name})))
 
 
 def test_every_error_is_an_algorithm_error():

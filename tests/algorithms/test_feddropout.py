@@ -23,7 +23,7 @@ from tests.algorithms.layered import (
     trained,
     units_of,
 )
-from tests.algorithms.tiny import Normed, client
+from tests.algorithms.tiny import Normed, change, client
 
 GOLDEN_UNITS = [2, 7, 8, 15]
 
@@ -278,7 +278,6 @@ def bad(state):
     hostile = {
         "the whole model": ({"weights": whole}, "with shape"),
         "no weights": ({"weights": {}}, "it is missing"),
-        "no counters": ({"exact": {}}, "it is missing"),
         "not finite": ({"weights": sent(state, torch.nan, 1).weights}, "NaN or infinite"),
         "too large": ({"weights": sent(state, 1e35, 1).weights}, "as large as"),
         "no numbers": ({"numbers": {"n": 1}}, "expected version from 0 to"),
@@ -289,8 +288,8 @@ def bad(state):
     for value in (-1, 3, False, None, [1]):
         numbers = {**good.numbers, "client": value}
         hostile[f"client {value!r}"] = ({"numbers": numbers}, "expected client from 0 to 2, got")
-    for name, (change, message) in hostile.items():
-        yield name, dataclasses.replace(good, **change), message
+    for name, (wrong, message) in hostile.items():
+        yield name, dataclasses.replace(good, **wrong), message
 
 
 BAD = [name for name, *_ in bad(FedDropout(keep=0.5).start(Images(3)))]
@@ -326,16 +325,21 @@ def test_a_small_holder_among_large_ones_cannot_make_the_model_infinite(pair):
     assert commit(algorithm, Rounds(), pair, results).weights.isfinite().all()
 
 
+@pytest.mark.parametrize("old", [True, False], ids=["all weights", "what is trained"])
 @pytest.mark.parametrize("absent", ["zero", "holders"])
-def test_a_result_that_is_read_in_pieces_is_added_up_alike(absent):
+def test_a_result_that_is_read_in_pieces_is_added_up_alike(absent, old):
+    """In ledgers of 0.1.0 running statistics are among the weights."""
     problem, algorithm = Images(3), FedDropout(keep=0.5, absent=absent)
     state = algorithm.start(problem)
     result = trained(algorithm, problem, state, 2)
-    shapes = {slot.name: slot.shape for slot in state.parts.small.weights}
-    data = state.parts.small.flatten(result.weights).numpy().tobytes()
+    small = state.parts.small
+    shapes = {slot.name: slot.shape for slot in (small.weights if old else small.trained)}
+    size = small.dim if old else small.parameters
+    data = change(small, result)[:size].numpy().tobytes()
+    exact = {name: each for name, each in result.exact.items() if name not in shapes}
     pieces = Streamed(shapes, lambda: iter([data[:10], data[10:80], data[80:]]))
     whole = algorithm.absorb(algorithm.gather(state), state, Result(0, 0, result), 3.0)
-    streamed = dataclasses.replace(result, weights=pieces)
+    streamed = dataclasses.replace(result, weights=pieces, exact=exact)
     parts = algorithm.absorb(algorithm.gather(state), state, Result(0, 0, streamed), 3.0)
     assert parts.total.equal(whole.total)
 

@@ -5,9 +5,10 @@ import random
 import pytest
 
 from fedmq.algorithms.base import Task
-from fedmq.nodes.aggregator import Aggregator, Start
+from fedmq.nodes.aggregator import Aggregator
 from fedmq.nodes.config import build
 from fedmq.nodes.digests import model_digest
+from fedmq.nodes.inbox import Start
 from fedmq.nodes.setup import set_up
 from tests.algorithms.fleet import Fleet, changed
 from tests.sim.recorded import check_recorded_run

@@ -97,10 +97,18 @@ def test_optimizers_are_torch_s_and_go_on_where_they_were(kind):
 
 def test_each_pass_has_a_new_order_and_no_sample_twice():
     found = list(shuffled(10, 25, 4, derive_rng(0, "test")))
-    assert [len(each) for each in found] == [4, 4, 2, 4, 4, 2, 4, 1]
+    assert [len(each) for each in found] == [4, 4, 2, 4, 4, 2, 5]
     passes = [[*found[k], *found[k + 1], *found[k + 2]] for k in (0, 3)]
     assert all(sorted(each) == list(range(10)) for each in passes)
     assert passes[0] != passes[1]
+
+
+@pytest.mark.parametrize(("n", "samples", "size"), [(10, 21, 4), (9, 18, 4), (3, 4, 3), (1, 3, 2)])
+def test_no_batch_is_of_one_sample_where_there_are_more(n, samples, size):
+    """Neither the last one of a pass, nor a last pass of one sample."""
+    lengths = [len(each) for each in shuffled(n, samples, size, derive_rng(0, "test"))]
+    assert sum(lengths) == samples
+    assert min(lengths) > 1 or n == 1
 
 
 # ---- clients

@@ -46,7 +46,7 @@ def test_the_same_seed_gives_the_same_bytes_and_draws_from_nobody_elses():
 
 
 def test_a_state_is_saved_and_loaded_to_the_bit():
-    problem, algorithm = Tracking(), FedRep(head=3)
+    problem, algorithm = Tracking(), FedRep(head=3, epochs=1)
     state, _ = play(algorithm, problem, 2)
     saved = algorithm.load(problem, algorithm.save(state))
     assert saved.layout == state.layout
@@ -60,7 +60,6 @@ def bad(state, problem):
     whole = {name: each for name, each in problem.model().state_dict().items() if each.dim()}
     yield "a head beside the body", {"weights": {**good.weights, **whole}}, "no tensor"
     yield "the head alone", {"weights": head_of(problem, ("7.weight", "7.bias"))}, "missing"
-    yield "no counters", {"exact": {}}, "missing"
     yield "not finite", {"weights": payload(state, torch.inf).weights}, "NaN or infinite"
     yield "too large", {"weights": payload(state, 1e35).weights}, "as large as"
     shaped = {**good.weights, "0.bias": torch.zeros(7)}
@@ -69,7 +68,7 @@ def bad(state, problem):
     yield "another dtype", {"weights": doubles}, "as torch.float32"
 
 
-@pytest.mark.parametrize("which", range(7))
+@pytest.mark.parametrize("which", range(6))
 def test_a_result_that_cannot_be_used_leaves_the_sum_as_it_was(which):
     problem, algorithm = Tracking(), FedRep()
     state = algorithm.start(problem)

@@ -8,9 +8,10 @@ import torch
 
 from fedmq.algorithms.mocha import Mocha
 from fedmq.algorithms.problems.natural import DigitTasks
-from fedmq.nodes.aggregator import Aggregator, Start
+from fedmq.nodes.aggregator import Aggregator
 from fedmq.nodes.config import build
 from fedmq.nodes.digests import model_digest
+from fedmq.nodes.inbox import Start
 from fedmq.nodes.setup import set_up
 from tests.algorithms.fleet import Fleet
 from tests.algorithms.multitask import Federation

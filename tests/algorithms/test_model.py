@@ -7,7 +7,8 @@ from torch import nn
 from fedmq.algorithms.base import Task
 from fedmq.algorithms.errors import ProblemError, ResultError
 from fedmq.algorithms.fedavg import FedAvg, evaluate_module
-from fedmq.algorithms.model import FlatModel, Layout
+from fedmq.algorithms.layout import Layout
+from fedmq.algorithms.model import FlatModel
 from fedmq.algorithms.problems.base import Examples
 from tests.algorithms.tiny import Normed, Tiny, payload
 

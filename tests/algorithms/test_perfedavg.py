@@ -311,6 +311,6 @@ def test_keeping_to_plain_steps_over_an_epoch_is_fedavg():
     """One batch of everything a step: the order of examples is all that differs."""
     problem = Local()
     plain = PerFedAvg(variant="fedavg", steps=3, lr=0.2, batch_size=None)
-    average = FedAvg(lr=0.2, epochs=3, batch_size=None)
+    average = FedAvg(lr=0.2, epochs=3, batch_size=None, momentum=0.0)
     found, expected = (update(each, problem)[0] for each in (plain, average))
     np.testing.assert_allclose(found, expected, atol=1e-6)

@@ -13,7 +13,7 @@ from fedmq.algorithms.fedavg import FedAvg, batches
 from fedmq.algorithms.problems.base import Examples
 from fedmq.algorithms.reptile import PersonalisedFedAvg
 from fedmq.algorithms.rng import derive_rng
-from tests.algorithms.tiny import Dropping, Normed, Tiny, client
+from tests.algorithms.tiny import Dropping, Normed, Tiny, change, client
 from tests.algorithms.two_phases import FOREVER, Local, move, train
 
 
@@ -34,7 +34,7 @@ class Halves(Tiny):
 
 
 def vector(state, result):
-    return state.layout.flatten(result.weights)
+    return change(state.layout, result)
 
 
 # ---- the identity that the paper starts from
@@ -90,7 +90,7 @@ def test_before_the_switch_clients_do_fedavgs_epochs():
     problem = Local()
     algorithm = PersonalisedFedAvg(switch=1, epochs=3, lr=0.3, batch_size=5)
     state = algorithm.start(problem)
-    plain = FedAvg(lr=0.3, epochs=3, batch_size=5)
+    plain = FedAvg(lr=0.3, epochs=3, batch_size=5, momentum=0.0)
     expected, _ = plain.train(Task(0, plain.task(plain.start(problem), 0)), client(problem))
     result = train(algorithm, problem, state)
     assert vector(state, result).equal(vector(state, expected))
@@ -131,7 +131,7 @@ def test_clients_fine_tune_with_the_optimizer_and_the_rate_of_training(switch):
     problem = Local()
     algorithm = PersonalisedFedAvg(switch=switch, lr=0.4, batch_size=5, personal_epochs=3)
     metrics = evaluated(algorithm, problem)
-    plain = FedAvg(lr=0.4, epochs=3, batch_size=5)
+    plain = FedAvg(lr=0.4, epochs=3, batch_size=5, momentum=0.0)
     start = plain.start(problem)
     result, _ = plain.train(Task(0, plain.task(start, 0), "model"), client(problem, 0, 3))
     module, test = problem.model(), problem.client_test(0)

@@ -67,7 +67,7 @@ def test_plain_server_steps_are_fedavg():
     problem = Local()
     options = {"lr": 0.3, "epochs": 2, "batch_size": 5}
     one = PersonalisedFedAvg(switch=FOREVER, server_momentum=0.0, **options)
-    other = FedAvg(**options)
+    other = FedAvg(momentum=0.0, **options)
     state, plain = one.start(problem), other.start(problem)
     for _ in range(3):
         result = train(one, problem, state)

@@ -15,11 +15,12 @@ from fedmq.algorithms.schedules import (
     View,
     find_schedule,
 )
+from fedmq.algorithms.schedules.recorded_rounds import RecordedRounds
 from fedmq.algorithms.schedules.staleness import STALENESS, staleness
 from fedmq.codecs.errors import SpecError
 
 
-def view(clients=10, started=0, outstanding=0, results=0, *, passed=False, flying=None):
+def view(clients=10, started=0, outstanding=0, results=0, *, passed=False, flying=None, **more):
     """Return a view in which what flies is of the current version, unless it says otherwise."""
     return View(
         clients=clients,
@@ -28,6 +29,7 @@ def view(clients=10, started=0, outstanding=0, results=0, *, passed=False, flyin
         outstanding=outstanding,
         results=results,
         deadline_passed=passed,
+        **more,
     )
 
 
@@ -147,8 +149,54 @@ def test_a_deadline_closes_a_round_that_has_the_least_it_needs():
 
 def test_a_round_that_has_sent_nothing_does_not_close_on_late_results():
     schedule = Rounds(fraction=0.4, min_results=1)
-    assert not schedule.closes(view(started=0, results=1))
-    assert schedule.wants(view(started=0, results=1)) == 3
+    assert not schedule.closes(view(started=0, results=1, late=1))
+    assert schedule.wants(view(started=0, results=1, late=1)) == 4
+
+
+def test_a_late_result_takes_nobodys_place():
+    """4 wanted, 3 in hand and one late one: the fourth is still waited for."""
+    schedule = Rounds(fraction=0.4)
+    now = view(started=4, outstanding=1, results=4, late=1)
+    assert not schedule.closes(now)
+    assert schedule.wants(now) == 0
+    assert schedule.closes(view(started=4, outstanding=0, results=5, late=1))
+
+
+def test_late_results_alone_are_not_the_least_a_round_needs():
+    schedule = Rounds(fraction=0.4, min_results=2, deadline_s=5.0)
+    assert not schedule.closes(view(started=4, outstanding=2, results=4, late=3, passed=True))
+    assert schedule.closes(view(started=4, outstanding=2, results=5, late=3, passed=True))
+
+
+def test_a_client_that_is_busy_with_an_earlier_round_is_drawn_when_it_is_free():
+    """4 wanted, 3 drawn: the round goes on until the fourth has had its turn."""
+    schedule = Rounds(fraction=0.4)
+    busy = view(started=3, outstanding=0, results=3, behind=1)
+    assert not schedule.closes(busy)
+    assert schedule.wants(busy) == 1
+    assert schedule.wants(view(started=3, outstanding=2, results=1)) == 1
+    assert not schedule.closes(view(started=4, outstanding=1, results=3))
+    assert schedule.closes(view(started=3, outstanding=0, results=3, behind=0))
+
+
+def test_a_deadline_does_not_wait_for_a_client_that_is_busy():
+    schedule = Rounds(fraction=0.4, deadline_s=5.0)
+    late = view(started=3, outstanding=0, results=3, behind=1, passed=True)
+    assert schedule.closes(late)
+    assert schedule.wants(view(started=3, outstanding=1, results=0, passed=True)) == 0
+
+
+def test_a_whole_first_draw_waits_for_nobody_who_is_busy():
+    """Over-selection leaves some behind in every round; there are others to draw."""
+    schedule = Rounds(fraction=0.4, over_select=1.5)
+    assert schedule.closes(view(started=6, outstanding=0, results=3, behind=2))
+
+
+def test_rounds_of_old_runs_count_late_results_as_their_own():
+    schedule = RecordedRounds(fraction=0.4)
+    assert schedule.closes(view(started=4, outstanding=1, results=4, late=1))
+    assert schedule.wants(view(started=0, results=1, late=1)) == 3
+    assert not schedule.wants(view(started=3, outstanding=2, results=1, late=1))
 
 
 @pytest.mark.parametrize(("late", "weight"), [("use", 12.0), ("discount", 6.0), ("refuse", None)])

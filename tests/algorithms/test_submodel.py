@@ -6,7 +6,8 @@ import torch
 from torch import nn
 
 from fedmq.algorithms.errors import ProblemError
-from fedmq.algorithms.model import FlatModel, Layout
+from fedmq.algorithms.layout import Layout
+from fedmq.algorithms.model import FlatModel
 from fedmq.algorithms.problems import MODELS
 from fedmq.algorithms.submodel import SubModels, SubProblem, find_axes
 from tests.algorithms.tiny import Tiny

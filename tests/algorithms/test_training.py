@@ -1,12 +1,12 @@
 """The client half: local SGD against torch's own, and the papers' equalities."""
 
 import copy
-from itertools import chain
+from itertools import chain, pairwise
 
 import pytest
 import torch
 
-from fedmq.algorithms.fedavg import FedAvg, batches
+from fedmq.algorithms.fedavg import FedAvg, batches, spans
 from fedmq.algorithms.fedprox import FedProx
 from fedmq.algorithms.fedsgd import FedSGD
 from fedmq.algorithms.problems.base import Examples
@@ -17,6 +17,7 @@ from tests.algorithms.tiny import (
     Normed,
     Plain,
     Tiny,
+    change,
     client,
     one_round,
     task,
@@ -25,7 +26,7 @@ from tests.algorithms.tiny import (
 
 def vector(result, state):
     """Return a result's weights end to end."""
-    return state.layout.flatten(result.weights)
+    return change(state.layout, result)
 
 
 def trained_by_torch(problem, at, algorithm, mu=0.0):
@@ -182,7 +183,10 @@ def test_training_leaves_the_task_as_it_was(algorithm):
     assert torch.equal(state.counters, before.counters)
 
 
-@pytest.mark.parametrize("algorithm", [FedAvg(batch_size=None), FedSGD()], ids=["fedavg", "fedsgd"])
+ONE_STEP = FedAvg(epochs=1, batch_size=None)
+
+
+@pytest.mark.parametrize("algorithm", [ONE_STEP, FedSGD()], ids=["fedavg", "fedsgd"])
 def test_running_statistics_are_averaged_by_examples_and_the_counter_is_the_largest(algorithm):
     """Clients with 2 and 6 examples; momentum 0.1 of BatchNorm."""
     problem = Normed()
@@ -203,7 +207,7 @@ def test_running_statistics_are_averaged_by_examples_and_the_counter_is_the_larg
 
 def test_clients_with_more_batches_count_further():
     """6 examples by 3 are 2 batches; the client with 2 has one."""
-    problem, algorithm = Normed(), FedAvg(batch_size=3)
+    problem, algorithm = Normed(), FedAvg(epochs=1, batch_size=3)
     new = one_round(algorithm, problem, algorithm.start(problem))
     assert new.counters.tolist() == [2]
 
@@ -215,7 +219,10 @@ def test_weight_decay_leaves_frozen_parameters_alone():
     state, at = algorithm.start(problem), client(problem, 1)
     result, _ = algorithm.train(task(state, reply="model"), at)
     expected = trained_by_torch(problem, at, algorithm)
-    torch.testing.assert_close(vector(result, state), expected, rtol=1e-5, atol=1e-6)
+    assert list(result.weights) == ["weight"]
+    assert not result.exact
+    new = torch.cat([result.weights["weight"].flatten(), problem.model().bias])
+    torch.testing.assert_close(new, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_a_problem_that_is_a_plain_dataclass_can_be_trained():
@@ -228,8 +235,29 @@ def test_a_problem_that_is_a_plain_dataclass_can_be_trained():
 def test_every_epoch_has_every_example_once_in_a_new_order():
     data = Examples(torch.arange(7.0).view(7, 1), torch.arange(7))
     found = [y.tolist() for _, y in batches(data, 3, 2, derive_rng(1, "batches"))]
-    assert [len(each) for each in found] == [3, 3, 1, 3, 3, 1]
-    first, second = list(chain(*found[:3])), list(chain(*found[3:]))
+    assert [len(each) for each in found] == [3, 4, 3, 4]
+    first, second = list(chain(*found[:2])), list(chain(*found[2:]))
     assert sorted(first) == sorted(second) == list(range(7))
     assert first != second
     assert [len(y) for _, y in batches(data, None, 2, derive_rng(1, "batches"))] == [7, 7]
+
+
+@pytest.mark.parametrize(
+    ("n", "size", "lengths"),
+    [
+        (7, 3, [3, 4]),
+        (8, 3, [3, 3, 2]),
+        (6, 3, [3, 3]),
+        (3, 2, [3]),
+        (4, 3, [4]),
+        (1, 3, [1]),
+        (3, 1, [1, 1, 1]),
+        (2, 5, [2]),
+    ],
+)
+def test_a_last_batch_of_one_joins_the_one_before(n, size, lengths):
+    """Not where batches are of one, nor where there is one example."""
+    found = spans(n, size)
+    assert [end - start for start, end in found] == lengths
+    assert (found[0][0], found[-1][1]) == (0, n)
+    assert all(one[1] == other[0] for one, other in pairwise(found))

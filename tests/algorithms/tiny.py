@@ -9,6 +9,7 @@ from torch import nn
 from fedmq.algorithms.base import Client, Payload, Result, Task
 from fedmq.algorithms.fedavg import FedAvg, model_payload
 from fedmq.algorithms.problems.base import Examples, Problem
+from fedmq.algorithms.results import read_result
 
 
 class Tiny(Problem):
@@ -114,6 +115,15 @@ def payload(state, vector, counters=None, **numbers):
     vector = torch.as_tensor(vector, dtype=torch.float32).expand(state.layout.dim).contiguous()
     counters = state.counters if counters is None else torch.as_tensor(counters)
     return Payload(state.layout.views(vector), state.layout.counter_views(counters), numbers)
+
+
+def change(layout, result):
+    """Return what a result changes, float32 [dim], in the order of the weights."""
+    counters = torch.zeros(sum(slot.size for slot in layout.counters), dtype=torch.int64)
+    vector = torch.zeros(layout.dim)
+    for start, block in read_result(layout, result, counters):
+        vector[start : start + len(block)] = block
+    return vector
 
 
 def one_round(algorithm, problem, state, seed=7):

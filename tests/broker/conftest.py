@@ -1,5 +1,6 @@
 """A bench for the Broker core: no sockets, virtual time, a ledger of plain lists."""
 
+import itertools
 from collections import defaultdict
 
 import msgspec
@@ -78,6 +79,7 @@ class Bench:
         self.logs = []
         self.numbers = defaultdict(int)
         self.core = None
+        self.draw_identity = map("run{}".format, itertools.count(1)).__next__
         self.restart()
 
     def restart(self, *, offer_parked=False):
@@ -93,7 +95,7 @@ class Bench:
         self.sent.clear()
         self.uses = {}
         restorer.finish(self, self.now, self.settings.lease_s)
-        self.core = Broker(self.settings, self, restorer.box)
+        self.core = Broker(self.settings, self, self.draw_identity, restorer.box)
         for run, seq in restorer.lost:
             self.carry_out(self.core.give_up(run, [seq], "lost", self.now))
 

@@ -29,9 +29,10 @@ def refusal(bench, peer):
 
 def test_a_node_is_welcomed_with_the_times_and_the_configuration_of_the_run(bench):
     agg = bench.join("agg", "aggregator")
-    assert bench.take(agg) == [Welcome(run="r", beat_s=1.0, lease_s=10.0, config="[run]")]
+    welcome = Welcome(run="r", beat_s=1.0, lease_s=10.0, config="[run]", identity="run1")
+    assert bench.take(agg) == [welcome]
     w1 = bench.join("w1", clients=((0, 4),))
-    assert bench.take(w1) == [Welcome(run="r", beat_s=1.0, lease_s=10.0, config="[run]")]
+    assert bench.take(w1) == [welcome]
 
 
 def test_a_join_is_said_to_the_aggregator_and_its_own_is_recorded(bench):
@@ -239,7 +240,7 @@ def test_bytes_that_are_no_frame_are_answered_with_the_reason(bench):
 
 def test_a_large_reject_reason_can_still_be_read_by_its_node(bench):
     for number in range(30):
-        bench.joined("agg", "aggregator", session=f"s{number}", run=f"{number:0>119}")
+        bench.joined("agg", "aggregator", session=f"s{number}", run=f"{number:0>99}")
     bench.join("w1")
 
 
@@ -252,3 +253,20 @@ def test_hello_again_is_welcome_again_and_offers_what_is_not_done_with(bench):
     bench.say(worker, Hello(node="w1", role="worker", session="s1", clients=((0, 9),)))
     assert bench.texts(worker) == ["one", "two"]
     assert len(bench.said("joined")) == 2
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["", "..", ".", "/etc", "a/b", "../x", "a\n", "-a", ".a", "_a", "a b", "ä", "a\0", "x" * 101],
+)
+def test_names_that_could_be_paths_or_drive_a_terminal_are_rejected(bench, name):
+    """Of nodes and of runs; nothing is kept of them, and nobody waits."""
+    code, reason = refusal(bench, bench.join(name, "aggregator", run="r"))
+    assert (code, "expected 1 to 100 ASCII letters" in reason) == ("name", True)
+    code, reason = refusal(bench, bench.join("agg", "aggregator", run=name))
+    assert code == "run"
+    if name:
+        code, _ = refusal(bench, bench.join("w1", run=name))
+        assert code == "run"
+    assert bench.entries == []
+    assert isinstance(bench.take(bench.join("w1"))[0], Wait)

@@ -174,25 +174,32 @@ def test_a_gap_in_the_posts_makes_the_link_start_over(room):
 
 
 @pytest.mark.parametrize(
-    ("fields", "reason"),
+    ("fields", "code", "reason"),
     [
-        ({"sender": "w2"}, "expected a message from w1 in run r, got one from w2 in r"),
-        ({"run": "q"}, "expected a message from w1 in run r, got one from w1 in q"),
-        ({"to": "moon"}, "no such address: 'moon'"),
-        ({"to": "client/"}, "no such address: 'client/'"),
-        ({"to": "client/-1"}, "no such address: 'client/-1'"),
-        ({"to": "client/\u0663"}, "no such address"),
-        ({"to": "client/10"}, "client 10 is out of range: this run has 10 clients, 0 to 9"),
-        ({"to": "client/" + "9" * 100}, "is out of range"),
+        ({"sender": "w2"}, "not-own", "expected a message from w1 in run r, got one from w2 in r"),
+        ({"run": "q"}, "not-own", "expected a message from w1 in run r, got one from w1 in q"),
+        ({"kind": "joined"}, "reserved-kind", "only the broker says 'joined'"),
+        ({"to": "timer"}, "not-allowed", "only the aggregator may write to 'timer'"),
+        ({"to": "moon"}, "no-address", "no such address: 'moon'"),
+        ({"to": "client/"}, "no-address", "no such address: 'client/'"),
+        ({"to": "client/-1"}, "no-address", "no such address: 'client/-1'"),
+        ({"to": "client/\u0663"}, "no-address", "no such address"),
+        (
+            {"to": "client/10"},
+            "no-address",
+            "client 10 is out of range: this run has 10 clients, 0 to 9",
+        ),
+        ({"to": "client/" + "9" * 100}, "no-address", "is out of range"),
     ],
 )
 def test_a_message_that_cannot_be_accepted_is_refused_in_the_ledger_and_to_its_sender(
-    room, fields, reason
+    room, fields, code, reason
 ):
     room.post(W1, **{"to": "aggregator", **fields})
     [refusal] = room.refusals()
     assert reason in refusal.reason
     assert (refusal.node, refusal.run, refusal.of) == ("broker", "r", None)
+    assert refusal.code == code
     assert refused(room, W1) == [(refusal.id, refusal.reason, "broker")]
     room.post(W1, "aggregator", "the next one")
     assert room.texts(AGG) == ["the next one"]
@@ -315,8 +322,10 @@ def test_a_want_past_the_end_of_a_blob_does_no_harm(room, start, size):
 def test_a_message_that_its_recipient_cannot_use_is_refused_to_its_sender(room):
     room.post(W1, "aggregator", "odd", id="w1/7")
     seq = last(room).seq
-    room.tell(AGG, Done(refused={seq: "of another shape", 999: "who?"}))
+    reasons = {seq: "of another shape", 999: "who?"}
+    room.tell(AGG, Done(refused=reasons, codes={seq: "wrong-shape", 999: "unknown-task"}))
     [refusal] = room.refusals()
+    assert refusal.code == "wrong-shape"
     assert (refusal.node, refusal.id, refusal.of) == ("agg", "w1/7", seq)
     assert (refusal.reason, refusal.parked) == ("of another shape", False)
     assert refused(room, W1) == [("w1/7", "of another shape", "agg")]

@@ -164,7 +164,12 @@ def test_a_sender_that_was_away_is_told_of_a_refusal_when_it_returns(room):
     room.restart()
     come_back(room, "w1")
     [said] = [each for each in room.inbox(W1) if each.kind == "refused"]
-    assert said.body == {"id": "w1/7", "reason": "no such address: 'moon'", "by": "broker"}
+    assert said.body == {
+        "id": "w1/7",
+        "reason": "no such address: 'moon'",
+        "by": "broker",
+        "code": "no-address",
+    }
 
 
 def test_nodes_that_were_there_have_a_lease_to_come_back_and_have_not_joined_anew(room):

@@ -18,6 +18,7 @@ from fedmq.broker.headers import (
     encode_message,
     inline_choice,
 )
+from fedmq.broker.rejections import Code
 from fedmq.broker.wire import (
     CHUNK_BYTES,
     INLINE_BYTES,
@@ -82,6 +83,7 @@ FRAMES = {
         checkpoint=Deliver(seq=69000, at=1700000000.0, message=b"\x81\xa1a\x02"),
         ledger="/runs/a/ledger",
         proof="5e1f",
+        identity="0123456789abcdef",
     ),
     "reject": Reject(code="name", reason="a node named 'w1' is already connected"),
     "stranger": Stranger(),
@@ -117,14 +119,15 @@ FRAMES = {
 ALL = {**FRAMES, "message": MESSAGE}
 UNTIL_1_0 = {
     "reject": {"protocol": (1, 0)},
-    "welcome": {"ledger": "", "proof": ""},
+    "welcome": {"ledger": "", "proof": "", "identity": ""},
     "deliver": {"places": {}},
     "post": {"read": 0},
     "done": {"read": 0},
     "over": {"read": 0},
 }
-UNTIL_1_1 = {"reject": {"protocol": (1, 1)}}
-OLDER = {(1, 0): UNTIL_1_0, (1, 1): UNTIL_1_1}
+UNTIL_1_1 = {"reject": {"protocol": (1, 1)}, "welcome": {"identity": ""}}
+UNTIL_1_2 = {"reject": {"protocol": (1, 2)}, "welcome": {"identity": ""}}
+OLDER = {(1, 0): UNTIL_1_0, (1, 1): UNTIL_1_1, (1, 2): UNTIL_1_2}
 """By version and frame: fields, and what they are where it says something else, or nothing."""
 
 
@@ -155,6 +158,19 @@ def test_a_frame_comes_back_as_it_was(kind):
     assert type(decode_frame(memoryview(encode_frame(frame)))) is type(frame)
 
 
+def test_a_rejection_carries_a_code_only_if_it_has_one():
+    """Without one, the bytes are those of older versions; a code that is not listed is read."""
+    assert b"codes" not in encode_frame(Done(n=8, refused={3: "of another shape"}))
+    for code in (Code.WRONG_SHAPE, "of-tomorrow"):
+        frame = decode_frame(encode_frame(Done.rejecting(3, "of another shape", code, (3,))))
+        assert frame.code_of(3) == code
+        assert frame.code_of(4) == ""
+        assert (frame.seqs, frame.refused) == ((3,), {3: "of another shape"})
+    assert Done.rejecting(3, "why", "") == Done(refused={3: "why"})
+    with pytest.raises(WireError):
+        decode_frame(encode_frame(Done(refused={3: "why"}, codes={3: "x" * 41})))
+
+
 def test_a_message_comes_back_as_it_was():
     assert decode_message(encode_message(MESSAGE)) == MESSAGE
 
@@ -179,7 +195,7 @@ def test_the_golden_bytes_of_older_versions_are_read_for_ever(version):
 
 
 def test_unknown_fields_are_ignored():
-    assert decode_frame(header(kind="beat", v=[1, 2], mood="good", at={"x": [1]})) == Beat()
+    assert decode_frame(header(kind="beat", v=[*PROTOCOL], mood="good", at={"x": [1]})) == Beat()
     fields = msgpack.unpackb(encode_message(MESSAGE))
     assert decode_message(msgpack.packb({**fields, "later": [None]})) == MESSAGE
 
@@ -204,7 +220,7 @@ def test_another_minor_version_is_accepted():
     ids=["known frame", "changed field", "unknown kind", "no kind"],
 )
 def test_another_major_is_told_from_garbage_and_names_both_versions(fields):
-    with pytest.raises(VersionError, match=r"protocol 2\.5 cannot talk to protocol 1\.2") as caught:
+    with pytest.raises(VersionError, match=r"protocol 2\.5 cannot talk to protocol 1\.3") as caught:
         decode_frame(header(**fields))
     assert caught.value.theirs == (2, 5)
 
@@ -218,6 +234,9 @@ def test_another_major_is_told_from_garbage_and_names_both_versions(fields):
         {"kind": "beat", "v": "1.0"},
         {"kind": "hello", "node": "", "role": "worker", "session": "s"},
         {"kind": "receipt", "upto": -1},
+        {"kind": "welcome", "run": "r", "beat_s": 1, "lease_s": 1, "identity": "../x"},
+        {"kind": "welcome", "run": "r", "beat_s": 1, "lease_s": 1, "identity": "0a\n"},
+        {"kind": "welcome", "run": "r", "beat_s": 1, "lease_s": 1, "identity": "0" * 65},
         {"kind": "receipt", "upto": 1 << 63},
         {"kind": "want", "owner": "a", "digest": b"short", "start": 0, "size": 1},
         {"kind": "want", "owner": "a", "digest": bytes(16), "start": 0, "size": 0},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -42,6 +43,22 @@ class Vector(Problem):
         return {}
 
 
+class Unseeded(Vector):
+    """Its model has other values at each call."""
+
+    def model(self) -> nn.Module:
+        module = nn.Module()
+        module.vector = nn.Parameter(torch.randn(self.dim))
+        return module
+
+
+class Unlike(Vector):
+    """Its model has other values in each process."""
+
+    def model(self) -> nn.Module:
+        return Vector(self.dim, os.getpid()).model()
+
+
 @dataclass(frozen=True)
 class Echo(FedAvg):
     """Clients return the model that they receive; the server makes a new one of the mean.
@@ -73,6 +90,8 @@ class Echo(FedAvg):
 class Paced(FedAvg):
     """FedAvg whose every task takes a little longer, so that runs are as fast on any host."""
 
+    epochs: int = 1
+    momentum: float = 0.0
     pause_s: float = 0.0
 
     def train(self, task: Task, client: Client) -> tuple[Payload, None]:

@@ -166,7 +166,8 @@ class Crew:
     def node(self, name: str, command: str, *arguments: str, endpoint: str = "") -> Process:
         """Start any node by its command line."""
         log = self.folder / f"{name}.log"
-        whole = [command, "--connect", endpoint or self.endpoint, *arguments]
+        allow = ["--allow", "chaos_models"] if command == "worker" else []
+        whole = [command, "--connect", endpoint or self.endpoint, *allow, *arguments]
         pid = self.zygote.fork(whole, self.folder, log)
         ended = Path(f"{log}.{pid}.code")
 

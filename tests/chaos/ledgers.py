@@ -14,22 +14,27 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from fedmq.algorithms.allowed import Allowed
 from fedmq.broker.entries import Accepted, AnyEntry, BlobName, Consumed, Ended, Opened, Refusal
 from fedmq.broker.headers import encode_message
 from fedmq.broker.payload import PayloadIndex, open_payload
 from fedmq.broker.postbox import Postbox
 from fedmq.broker.reading import Follower, read_entries
+from fedmq.broker.rejections import Code
 from fedmq.broker.restore import Restorer
 from fedmq.broker.trace import Trace
 from fedmq.broker.wire import Message
-from fedmq.nodes.aggregator import Aggregator, Start
+from fedmq.nodes.aggregator import Aggregator
+from fedmq.nodes.computed import Computed
 from fedmq.nodes.config import parse
 from fedmq.nodes.digests import model_digest
-from fedmq.nodes.inbox import Done, Finish, Inbound, Post
+from fedmq.nodes.inbox import Done, Finish, Inbound, Post, Start
 from fedmq.nodes.replay.fold import Replay
-from fedmq.nodes.setup import set_up
+from fedmq.nodes.setup import kind_of, set_up
+from fedmq.nodes.version_zero import version_zero
 
 INBOX = ("aggregator", "node/aggregator")
+OWN_CODE = Allowed(modules=frozenset({"chaos_models"}))
 
 
 @dataclass(frozen=True)
@@ -101,7 +106,7 @@ class Refolded:
 
     core: Aggregator
     posts: list[Message] = field(default_factory=list)
-    refused: dict[int, str] = field(default_factory=dict)
+    refused: dict[int, Done] = field(default_factory=dict)
     used: dict[int, list[int]] = field(default_factory=dict)
     """By version: the results in it. The last one was not committed."""
 
@@ -111,7 +116,9 @@ def refold(folder: Path) -> Refolded:
     entries = list(read_entries(folder))
     opened = next(each for each in entries if isinstance(each, Opened))
     payload = open_payload(folder)
-    core = Aggregator(set_up(parse(opened.config)), opened.run, "aggregator")
+    setup = set_up(parse(opened.config), OWN_CODE, opened.run)
+    computed = Computed(device=kind_of("cpu"), version_0=version_zero(setup.problem))
+    core = Aggregator(setup, opened.run, "aggregator", computed)
     done = Refolded(core)
     actions = core.handle(Start())
     kinds: dict[int, str] = {}
@@ -126,7 +133,7 @@ def refold(folder: Path) -> Refolded:
             if isinstance(each, Post) and each.message.kind == "version":
                 version += 1  # what is taken after it counts towards the next
             elif isinstance(each, Done) and each.refused:
-                done.refused[each.seq] = each.refused
+                done.refused[each.seq] = each
             elif isinstance(each, Done) and kinds[each.seq] == "result":
                 done.used.setdefault(version, []).append(each.seq)
     else:
@@ -161,6 +168,7 @@ class Books:
     used: int
     stale: int
     refused: int
+    unused: int
     failed: int
     given_up: int
     open_at_end: int
@@ -183,7 +191,7 @@ def check_books(run: Path, model: Path | None = None) -> Books:
     _check_balance(watch)
     refolded = refold(watch.folder)
     _check_replay(watch, refolded)
-    for _ in (replay := Replay(Trace(watch.folder))).steps():
+    for _ in (replay := Replay(Trace(watch.folder), allowed=OWN_CODE)).steps():
         pass
     assert replay.record.compared
     books = _fates(watch, refolded)
@@ -191,7 +199,8 @@ def check_books(run: Path, model: Path | None = None) -> Books:
     finished = watch.of_kind("finished")
     assert len(finished) == 1
     counts = finished[0].message.body
-    assert (counts["used"], counts["stale"]) == (books.used, books.stale)
+    known = (counts["used"], counts["stale"], counts["unused"])
+    assert known == (books.used, books.stale, books.unused)
     versions = [each.message.body for each in watch.of_kind("version")]
     assert [each["version"] for each in versions] == list(range(1, books.versions + 1))
     for body in versions:
@@ -203,7 +212,12 @@ def check_books(run: Path, model: Path | None = None) -> Books:
         summary = json.loads((run / "summary.json").read_text())
         assert summary["model_digest"] == digest
         assert summary["versions"] == books.versions
-        assert summary["results"]["used"] == books.used
+        results = summary["results"]
+        assert results["used"] == sum(each["results"] for each in versions) == books.used
+        assert results["stale"] == books.stale
+        answers = watch.of_kind("result")
+        kinds = ("used", "stale", "refused", "unused")
+        assert sum(results[each] for each in kinds) == len(answers)
     if model is not None:
         with np.load(model / "model.npz", allow_pickle=False) as arrays:
             tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
@@ -255,9 +269,9 @@ def _check_replay(watch: Watch, refolded: Refolded) -> None:
         assert encode_message(ours) == encode_message(theirs)
     assert len(said) == len(refolded.posts)
     refused = {
-        each.of: each.reason
+        each.of: Done(each.of, each.reason, each.code)
         for each in watch.entries
-        if isinstance(each, Refusal) and each.node == "aggregator"
+        if isinstance(each, Refusal) and each.of is not None and each.node == "aggregator"
     }
     assert refused == refolded.refused
     strange = [each for each in watch.entries if isinstance(each, Refusal) and each.of is None]
@@ -267,6 +281,7 @@ def _check_replay(watch: Watch, refolded: Refolded) -> None:
 def _fates(watch: Watch, refolded: Refolded) -> Books:
     """Find the one fate of each task; results that nobody had asked for any more have none."""
     used = {seq for each in refolded.used.values() for seq in each}
+    over = set(refolded.used.get(refolded.core.version, []))
     assert len(used) == sum(map(len, refolded.used.values())), "a result was used twice"
     last = max([*used, *refolded.refused, 0])
     fates: dict[str, list[str]] = {each.message.id: [] for each in watch.of_kind("task")}
@@ -274,14 +289,15 @@ def _fates(watch: Watch, refolded: Refolded) -> Books:
     for each in watch.of_kind("result", "failed"):
         task = each.message.re
         assert task in fates, f"{each.message.id} answers no task"
-        reason = refolded.refused.get(each.seq, "")
+        rejected = refolded.refused.get(each.seq)
+        code = rejected.code if rejected is not None else ""
         if each.seq in used:
-            fates[task].append("used")
-        elif reason.startswith("too stale"):
+            fates[task].append("unused" if each.seq in over else "used")
+        elif code in (Code.STALE, Code.LATE):
             fates[task].append("stale")
         elif each.message.kind == "failed" and each.seq <= last:
             fates[task].append("failed")
-        elif reason and not reason.startswith(("no task", "task ")):
+        elif code and code not in (Code.UNKNOWN_TASK, Code.WRONG_NODE):
             fates[task].append("refused")
     for entry in watch.entries:
         if isinstance(entry, Refusal) and entry.of in tasks:
@@ -296,6 +312,7 @@ def _fates(watch: Watch, refolded: Refolded) -> Books:
         used=counted["used"],
         stale=counted["stale"],
         refused=counted["refused"],
+        unused=counted["unused"],
         failed=counted["failed"],
         given_up=counted["given up"],
         open_at_end=len(without),

@@ -17,7 +17,7 @@ from msgspec.msgpack import decode as unpack_any
 from torch import nn
 
 from fedmq.algorithms.errors import AlgorithmError
-from fedmq.algorithms.model import Layout
+from fedmq.algorithms.layout import Layout
 from fedmq.broker.entries import MESSAGES, PAYLOAD, Accepted, AnyEntry, blob_name, segment_path
 from fedmq.broker.errors import BrokerError, WireError
 from fedmq.broker.headers import (

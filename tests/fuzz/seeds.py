@@ -4,6 +4,7 @@ Frames and entries are made from the structs themselves, so a new kind or field 
 """
 
 import json
+import re
 import tempfile
 import typing
 from collections.abc import Iterable
@@ -68,6 +69,8 @@ def example(of: Any) -> Any:
             return tuple(example(item) for item in items)
         case inspect.DictType(key_type=key, value_type=value):
             return {example(key): example(value)}
+        case inspect.StrType(pattern=str(pattern)):
+            return next(each for each in ("some text", "0a") if re.search(pattern, each))
         case inspect.StrType() | inspect.AnyType():
             return "some text"
         case inspect.BytesType(min_length=least):

@@ -252,6 +252,36 @@ def test_a_process_that_ends_again_and_again_ends_the_run(start, tmp_path: Path)
     assert "fedmq: aggregator: ended with exit code -9" in output
 
 
+def test_a_model_that_cannot_be_followed_is_one_sentence_and_exit_code_2(
+    start, tmp_path: Path
+) -> None:
+    """A worker tries it before it takes a task."""
+    (tmp_path / "growing.py").write_text(
+        "import torch\n"
+        "from fedmq.algorithms.problems import ImageClassification\n"
+        "class Net(torch.nn.Module):\n"
+        "    def __init__(self, inner):\n"
+        "        super().__init__()\n"
+        "        self.inner = inner\n"
+        "        self.register_buffer('seen', torch.zeros(1))\n"
+        "    def forward(self, x):\n"
+        "        if self.training:\n"
+        "            self.seen = torch.cat([self.seen, self.seen])\n"
+        "        return self.inner(x)\n"
+        "class Growing(ImageClassification):\n"
+        "    def __init__(self, seed):\n"
+        "        super().__init__('mnist-mini', 'mlp', 4, 'iid', seed)\n"
+        "    def model(self):\n"
+        "        return Net(super().model())\n"
+    )
+    own = ("--set", "problem.name=growing:Growing")
+    cluster = start("cluster", "--run", str(tmp_path / "run"), *own)
+    output = cluster.output()
+    assert cluster.process.returncode == 2
+    assert "expected seen to stay float32 [1], the model made it float32 [2]" in output
+    assert "Traceback" not in output
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

@@ -1,7 +1,5 @@
 """What clients keep on their worker's disk, and the key by which a node is known again."""
 
-import os
-
 import pytest
 import torch
 
@@ -17,7 +15,7 @@ LOCAL = Payload(
 )
 
 
-def kept(task="aggregator/3", local=LOCAL, data=(b"result", b"", b"\0" * 100)):
+def kept(task="aggregator/3", local=LOCAL, data=(b"result", b"", b"\0" * 100), seq=7):
     result = Message(
         kind="result",
         id=f"{task}/result",
@@ -28,11 +26,11 @@ def kept(task="aggregator/3", local=LOCAL, data=(b"result", b"", b"\0" * 100)):
         body={"numbers": {"n": 3}, "groups": []},
         blobs=tuple(Blob.of(each) for each in data),
     )
-    return Kept(task, local, result, tuple(data))
+    return Kept(task, seq, local, result, tuple(data))
 
 
 def same(one, other):
-    assert (one.task, one.message) == (other.task, other.message)
+    assert (one.task, one.seq, one.message) == (other.task, other.seq, other.message)
     assert [bytes(each) for each in one.data] == [bytes(each) for each in other.data]
     assert one.local.numbers == other.local.numbers
     for mine, theirs in (
@@ -53,8 +51,9 @@ def test_what_was_kept_is_there_again(tmp_path, where):
     locals_.put(3, kept())
     assert same(locals_.get(3), kept())
     assert locals_.get(0) is None
-    locals_.put(3, kept("aggregator/9"))
-    assert locals_.get(3).task == "aggregator/9"
+    newer = kept("aggregator/9", seq=10**13)
+    assert locals_.put(3, newer) is newer
+    assert same(locals_.get(3), newer)
 
 
 def test_a_worker_that_was_started_again_finds_it(tmp_path):
@@ -75,7 +74,8 @@ def test_each_worker_and_run_has_its_own(tmp_path):
 
 def file_of(tmp_path):
     Locals(tmp_path).put(0, kept())
-    (path,) = tmp_path.iterdir()
+    (path,) = (tmp_path / "client-0").iterdir()
+    assert path.name == "000000000007.state"
     return path
 
 
@@ -94,19 +94,13 @@ def test_every_damage_is_one_sentence_that_names_the_file(tmp_path):
     assert same(Locals(tmp_path).get(0), kept())
 
 
-def test_a_worker_killed_while_it_wrote_has_the_state_before(tmp_path):
-    path = file_of(tmp_path)
-    path.with_suffix(".new").write_bytes(path.read_bytes()[:40])
-    assert same(Locals(tmp_path).get(0), kept())
-    Locals(tmp_path).put(0, kept("aggregator/4"))
-    assert Locals(tmp_path).get(0).task == "aggregator/4"
-
-
 def test_what_cannot_be_written_or_made_is_one_sentence(tmp_path):
     locals_ = Locals(tmp_path / "state")
-    (tmp_path / "state" / f"client-0.{os.getpid()}.new").mkdir()
-    with pytest.raises(NodeError, match=r"cannot write .*client-0\.state"):
+    (tmp_path / "state" / "client-0").write_text("")
+    with pytest.raises(NodeError, match=r"cannot write .*client-0"):
         locals_.put(0, kept())
+    with pytest.raises(NodeError, match=r"cannot read .*client-0"):
+        locals_.get(0)
     (tmp_path / "file").write_text("")
     with pytest.raises(NodeError, match="cannot make"):
         Locals(tmp_path / "file" / "state")

@@ -16,7 +16,7 @@ from fedmq.nodes.payload import unpack
 from fedmq.nodes.replay.workers import Retraining
 from fedmq.nodes.setup import set_up
 from fedmq.nodes.simulation import Chances, Simulation
-from fedmq.nodes.worker import Failed, Keep, Train, Trained, Worker
+from fedmq.nodes.worker import Failed, Keep, Saved, Train, Trained, Worker
 from tests.algorithms.fleet import Fleet, changed
 from tests.sim.recorded import check_recorded_run
 
@@ -154,12 +154,13 @@ TOPK = "limit(0) | topk(0.05)"
 
 
 def kept_and_posted(setup, worker, inbound):
-    """Do a task; return what was kept, what was posted, and what was trained."""
+    """Do a task; return what is to be kept, what is posted, and what was trained."""
     (train,) = worker.handle(inbound)
     assert isinstance(train, Train)
     done = trained(setup, train)
-    keep, post = worker.handle(done)
+    (keep,) = worker.handle(done)
     assert isinstance(keep, Keep)
+    (post,) = worker.handle(Saved(keep.kept))
     assert isinstance(post, Post)
     return keep.kept, post, done.payload
 
@@ -236,34 +237,18 @@ def test_with_other_codecs_nothing_is_kept():
     assert [type(each) for each in worker.handle(trained(setup, train))] == [Post]
 
 
-class Keeping(Fleet):
-    """A fleet whose workers keep what they are asked to."""
-
-    def work(self, message, data):
-        """Return (message, data) of what comes of a task."""
-        worker = self.workers[f"w{message.body['client']}"]
-        (train,) = worker.handle(Inbound(0, 0.0, message, data.__getitem__))
-        *keeps, post = worker.handle(trained(self.setup, train))
-        for keep in keeps:
-            self.keep(worker, keep)
-        return post.message, post.data
-
-    def keep(self, worker, keep):
-        """Do what a worker's program does."""
-        worker._locals.put(keep.client, keep.kept)
-
-
-class Forgetting(Keeping):
+class Forgetting(Fleet):
     """Without the memory."""
 
-    def keep(self, worker, keep):
-        """Do nothing."""
+    def keep(self, client, kept):
+        """Save nothing."""
+        return kept
 
 
 @pytest.mark.parametrize("spec", ["topk(0.05)", "topk(0.1) | quantize(8, 4) | entropy"])
 @pytest.mark.parametrize("schedule", ["rounds", "buffered"])
 def test_a_fleet_learns_from_the_largest_changes(spec, schedule):
-    fleet = Keeping(setup_of(f"limit(0) | {spec}", schedule=schedule, versions=80))
+    fleet = Fleet(setup_of(f"limit(0) | {spec}", schedule=schedule, versions=80))
     before = accuracy(fleet)
     fleet.run(random.Random(1))  # noqa: S311
     assert fleet.counts[1:] == (0, 0, 0)
@@ -273,7 +258,7 @@ def test_a_fleet_learns_from_the_largest_changes(spec, schedule):
 def test_the_rest_counts():
     """The same fleet without memory has sent something else."""
     ends = []
-    for kind in (Forgetting, Keeping):
+    for kind in (Forgetting, Fleet):
         fleet = kind(setup_of(TOPK, schedule="rounds", versions=10))
         fleet.run()
         ends.append(model_digest(fleet.core.tensors()))

@@ -6,8 +6,8 @@ from fedmq.broker.headers import encode_message
 from fedmq.broker.wire import Message
 from fedmq.nodes.inbox import Done, Inbound, Post
 from fedmq.nodes.local import Locals
-from fedmq.nodes.worker import Failed, Keep, Pause, Train, Trained, Worker
-from tests.algorithms.fleet import Fleet, changed, make_setup
+from fedmq.nodes.worker import Failed, Keep, Pause, Saved, Train, Trained, Worker
+from tests.algorithms.fleet import Fleet, changed, make_setup, posted
 
 STREAM = {"name": "stream", "concurrency": 2}
 COUNTING = {"name": "tests.algorithms.tiny:Counting"}
@@ -50,9 +50,11 @@ def test_what_a_client_keeps_is_saved_before_its_result_is_posted():
     worker = worker_of(setup)
     (train,) = worker.handle(task)
     assert train.local is None
-    keep, post = worker.handle(trained(setup, train))
+    (keep,) = worker.handle(trained(setup, train))
     assert isinstance(keep, Keep)
-    assert (keep.client, keep.kept.task, count(keep.kept.local)) == (0, task.message.id, 1)
+    assert (keep.client, keep.kept.task, keep.kept.seq) == (0, task.message.id, task.seq)
+    assert count(keep.kept.local) == 1
+    (post,) = worker.handle(Saved(keep.kept))
     assert (keep.kept.message, keep.kept.data) == (post.message, post.data)
     assert post.consumes == (task.seq,)
 
@@ -64,7 +66,7 @@ def test_the_next_task_starts_from_what_the_client_kept():
         worker = worker_of(setup, kept)  # whatever session it is
         (train,) = worker.handle(again(task, number, id=f"aggregator/{number}"))
         assert (train.local is None) is (number == 1)
-        keep, _ = worker.handle(trained(setup, train))
+        (keep,) = worker.handle(trained(setup, train))
         kept.put(keep.client, keep.kept)
         assert count(kept.get(0).local) == number
 
@@ -75,8 +77,7 @@ def test_a_task_that_comes_again_is_answered_with_the_result_that_is_there():
     task, _ = tasks_of(setup)
     worker = worker_of(setup, kept)
     (train,) = worker.handle(task)
-    keep, post = worker.handle(trained(setup, train))
-    kept.put(keep.client, keep.kept)
+    post = posted(worker, worker.handle(trained(setup, train)), kept.put)
     (again_posted,) = worker_of(setup, kept).handle(again(task, 99))
     assert isinstance(again_posted, Post)
     assert encode_message(again_posted.message) == encode_message(post.message)
@@ -90,13 +91,28 @@ def test_what_a_client_kept_moves_with_it_to_the_node_that_hosts_it_next(tmp_pat
     task, _ = tasks_of(setup)
     worker = worker_of(setup, Locals(tmp_path))
     (train,) = worker.handle(task)
-    keep, post = worker.handle(trained(setup, train))
-    Locals(tmp_path).put(keep.client, keep.kept)
+    post = posted(worker, worker.handle(trained(setup, train)), Locals(tmp_path).put)
     other = Worker(setup, "run", "other", [(0, 0)], Locals(tmp_path))
-    (posted,) = other.handle(again(task, 99))
-    assert encode_message(posted.message) == encode_message(changed(post.message, sender="other"))
+    (resent,) = other.handle(again(task, 99))
+    assert encode_message(resent.message) == encode_message(changed(post.message, sender="other"))
     (train,) = other.handle(again(task, 100, id="aggregator/9"))
     assert count(train.local) == 1
+
+
+def test_of_two_nodes_that_train_one_task_the_second_posts_what_the_first_has_kept(tmp_path):
+    """Whichever result is used, the client's next task starts from the state behind it."""
+    setup = counting()
+    task, _ = tasks_of(setup)
+    one = worker_of(setup, Locals(tmp_path))
+    other = Worker(setup, "run", "other", [(0, 0)], Locals(tmp_path))
+    trainings = [worker.handle(task)[0] for worker in (one, other)]
+    done = trained(setup, trainings[0])
+    first = posted(one, one.handle(done), Locals(tmp_path).put)
+    slower = Trained(done.payload, done.local, 9.0, "another device")
+    second = posted(other, other.handle(slower), Locals(tmp_path).put)
+    assert second.message == changed(first.message, sender="other")
+    assert second.consumes == (task.seq,)
+    assert other.handle(again(task, 100, id="aggregator/9"))[0].local is not None
 
 
 def test_a_task_that_was_not_kept_is_trained_again_and_its_result_is_the_same_message():
@@ -124,7 +140,8 @@ def test_a_task_that_failed_or_was_dropped_on_demand_changes_nothing_that_is_kep
     worker = worker_of(setup)
     (train,) = worker.handle(tasks_of(setup)[0])
     (post,) = worker.handle(Failed("no memory"))
-    assert (post.message.kind, post.message.body) == ("failed", {"reason": "no memory"})
+    body = {"reason": "no memory", "code": "training-failed"}
+    assert (post.message.kind, post.message.body) == ("failed", body)
     dropping = setup.config.model_copy(
         update={"worker": setup.config.worker.model_copy(update={"drop": 1.0})}
     )
@@ -134,7 +151,7 @@ def test_a_task_that_failed_or_was_dropped_on_demand_changes_nothing_that_is_kep
     (train,) = worker.handle(tasks_of(setup)[0])
     actions = worker.handle(trained(setup, train))
     assert [type(each) for each in actions if not isinstance(each, Pause)] == [Post]
-    assert actions[-1].message.body == {"reason": "dropped on demand"}
+    assert actions[-1].message.body == {"reason": "dropped on demand", "code": "dropped"}
 
 
 def test_tasks_are_worked_on_one_after_the_other():
@@ -159,17 +176,21 @@ def test_a_refusal_is_taken_note_of_and_done_with():
 
 
 @pytest.mark.parametrize(
-    ("fields", "reason"),
+    ("fields", "code", "reason"),
     [
-        ({"kind": "joined"}, "a worker takes no 'joined' messages"),
-        ({"body": {"client": 1}}, "client 1 is not hosted by w0"),
-        ({"body": {"client": "0"}}, "client '0' is not hosted by w0"),
-        ({"body": {"model_version": None}}, "expected model_version in the task"),
-        ({"body": {"groups": None}}, "expected groups as a list in the message's body"),
+        ({"kind": "joined"}, "unknown-kind", "a worker takes no 'joined' messages"),
+        ({"body": {"client": 1}}, "wrong-client", "client 1 is not hosted by w0"),
+        ({"body": {"client": "0"}}, "wrong-client", "client '0' is not hosted by w0"),
+        ({"body": {"model_version": None}}, "malformed", "expected model_version in the task"),
+        (
+            {"body": {"groups": None}},
+            "undecodable",
+            "expected groups as a list in the message's body",
+        ),
     ],
 )
-def test_a_task_that_cannot_be_used_is_refused_and_done_with(fields, reason):
+def test_a_task_that_cannot_be_used_is_refused_and_done_with(fields, code, reason):
     """It would be no better in another session."""
     setup = counting()
     task, _ = tasks_of(setup)
-    assert worker_of(setup).handle(again(task, 30, **fields)) == [Done(30, reason)]
+    assert worker_of(setup).handle(again(task, 30, **fields)) == [Done(30, reason, code)]

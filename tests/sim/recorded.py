@@ -16,7 +16,7 @@ def check_recorded_run(setup, folder, versions, nodes=("worker-0", "worker-1")):
     assert simulation.run(10.0, 400.0)
     simulation.broker.ledger.close()
     trace = Trace(folder)
-    replay = Replay(trace)
+    replay = Replay(trace, setup=setup)
     for _ in replay.steps():
         pass
     assert replay.core.version == versions

@@ -3,6 +3,7 @@ import sys
 
 import pytest
 
+from fedmq.algorithms.allowed import Allowed
 from fedmq.algorithms.errors import ProblemError
 from fedmq.algorithms.problems import (
     DATASETS,
@@ -94,6 +95,12 @@ def mine(tmp_path, monkeypatch):
         "def nothing(seed):\n"
         "    return None\n"
         "number = 4\n"
+        "import numpy\n"
+        "class Counted(ImageClassification):\n"
+        "    def __init__(self, *, seed, clients=3):\n"
+        "        super().__init__('mnist-mini', 'mlp', 3, 'iid', seed)\n"
+        "        found = {'none': 0, 'text': '3'}.get(clients, numpy.int64(3))\n"
+        "        object.__setattr__(self, 'clients', found)\n"
     )
     (tmp_path / "my_broken.py").write_text("import there_is_no_such_module\n")
     monkeypatch.syspath_prepend(tmp_path)
@@ -105,8 +112,17 @@ def mine(tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", ["my_problem:make", "my_problem:Inside.make"])
 def test_a_problem_of_ones_own(mine, name):
     """It gets the other options and the seed."""
-    problem = load_problem({"name": name, "clients": 6}, seed=9)
+    own = Allowed(names=frozenset({name}))
+    problem = load_problem({"name": name, "clients": 6}, 9, own)
     assert (problem.clients, problem.seed) == (6, 9)
+
+
+def test_a_number_of_clients_of_numpys_is_pythons(mine):
+    """`ids.max() + 1` is a number; msgpack does not know it."""
+    problem = load_problem(
+        {"name": "my_problem:Counted"}, 0, Allowed(names=frozenset({"my_problem:Counted"}))
+    )
+    assert (type(problem.clients), problem.clients) == (int, 3)
 
 
 @pytest.mark.parametrize(
@@ -116,17 +132,26 @@ def test_a_problem_of_ones_own(mine, name):
         ({"name": "my_problem:"}, "problem.name: expected module:attribute, got 'my_problem:'"),
         ({"name": "my_prblem:make"}, "problem.name: cannot import .* on PYTHONPATH"),
         ({"name": "my_broken:make"}, "problem.name: cannot import .*there_is_no_such_module"),
-        ({"name": "my_problem:mk"}, "problem.name: 'my_problem:mk' does not exist"),
-        ({"name": "my_problem:number"}, "problem.name: expected .* to be callable, got 4"),
-        ({"name": "my_problem:nothing"}, "problem.name: .*to return a Problem, got None"),
+        ({"name": "my_problem:mk"}, "problem.name: my_problem:mk does not exist"),
+        ({"name": "my_problem:number"}, "problem.name: expected .*, it is of type 'int'"),
+        ({"name": "my_problem:nothing"}, "problem.name: .*to return a Problem, got .*'NoneType'"),
         ({"name": "my_problem:make", "k": 1}, "problem: .*got an unexpected keyword argument 'k'"),
+        (
+            {"name": "my_problem:Counted", "clients": "none"},
+            "my_problem:Counted: expected clients, a whole number from 1, got 0",
+        ),
+        (
+            {"name": "my_problem:Counted", "clients": "text"},
+            "my_problem:Counted: expected clients, a whole number from 1, got '3'",
+        ),
         ({"name": "my_problem:make", "seed": 1}, "problem.seed: the seed is that of the whole"),
     ],
 )
 def test_a_problem_of_ones_own_that_cannot_be_had(mine, options, message):
     """Each way to fail has its own sentence."""
+    own = Allowed(names=frozenset({options["name"]}))
     with pytest.raises(ProblemError, match=f"^{message}"):
-        load_problem(options, seed=0)
+        load_problem(options, 0, own)
 
 
 def test_importing_problems_does_not_import_torchvision():

@@ -4,11 +4,13 @@ import itertools
 import re
 import shutil
 
+import msgspec
 import pytest
 
 from fedmq.broker.entries import Accepted
 from fedmq.broker.errors import LedgerError
 from fedmq.broker.trace import Trace
+from fedmq.broker.wire import Blob
 from fedmq.nodes.digests import model_digest
 from fedmq.nodes.inbox import Inbound, Post
 from fedmq.nodes.replay.fold import Replay, last_checkpoint
@@ -25,12 +27,13 @@ from tests.nodes.replay.material import (
     replay,
     rewrite,
 )
+from tests.own_code import OWN_CODE
 
 FIRST = re.compile(r"^([\d,]+) messages, ([\d,]+) actions, all equal$", re.MULTILINE)
 
 
 def ended(folder, checkpoint=None, until=None):
-    run = Replay(Trace(folder), checkpoint)
+    run = Replay(Trace(folder), checkpoint, allowed=OWN_CODE)
     steps = list(run.steps(until))
     return run, steps
 
@@ -124,7 +127,7 @@ def test_a_replay_that_stopped_goes_on_from_there():
     last = material.last_entry(BUFFERED).seq
     result, version = number(BUFFERED, 1, kind="result"), number(BUFFERED, 1, kind="version")
     for until in (0, result, version, material.quiet(BUFFERED).seq, last - 1):
-        run = Replay(Trace(BUFFERED))
+        run = Replay(Trace(BUFFERED), allowed=OWN_CODE)
         before = list(run.steps(until))
         after = list(run.steps())
         assert len(before) + len(after) == len(steps)
@@ -177,8 +180,14 @@ def test_a_message_that_is_no_checkpoint_is_refused():
 
 def test_a_run_of_a_later_release_is_compared_within_the_tolerance(tmp_path):
     """Its arithmetic may be another one; version 0 is in its record as well."""
-    seq = number(BUFFERED, 0, kind="run")
-    folder = rewrite(BUFFERED, tmp_path, {seq: edit(body={"arithmetic": 3})})
+    changes, blobs = {}, []
+    for seq, record in material.messages(BUFFERED, to="checkpoint"):
+        fold = msgspec.msgpack.decode(Trace(BUFFERED).blob(record, len(record.blobs) - 1))
+        data = msgspec.msgpack.encode({**fold, "arithmetic": 3})
+        body = {"arithmetic": 3} if record.kind == "run" else {}
+        changes[seq] = edit(body=body, blobs=(*record.blobs[:-1], Blob.of(data)))
+        blobs.append(("aggregator", data))
+    folder = rewrite(BUFFERED, tmp_path, changes, blobs=blobs)
     output = replay(folder).output
     assert "all within the tolerance\nthe run was recorded by a later fedmq" in output
     assert f"version 12, model {material.expected('fedavg-buffered')['model']}" in output

@@ -12,32 +12,35 @@ from fedmq.algorithms.registry import ALGORITHMS
 from fedmq.broker.trace import Trace
 from fedmq.nodes.payload import unpack
 from fedmq.nodes.setup import kind_of
+from tests.cpus import X86, capabilities
 from tests.nodes.replay import machines, material
 from tests.nodes.replay.machines import MAIN
 
-CAPABILITIES = ("default", "avx2", "avx512")
 ONCE = tuple(name for name in machines.RUNS if name not in machines.MAIN)
 TRAINED = tuple(name for name in ONCE if not ALGORITHMS[name].reproducible)
 """Of which the aggregator computes what is not the same everywhere."""
 HOME = "default"
 """Where the runs of `ONCE` are recorded."""
-PAIRS = [(a, b) for a in CAPABILITIES for b in CAPABILITIES if a != b]
+PAIRS = [(a, b) for a in X86 for b in X86 if a != b]
 
-pytestmark = pytest.mark.skipif(
-    platform.machine().lower() not in ("x86_64", "amd64"),
-    reason="torch's CPU capabilities are of x86 processors",
-)
+pytestmark = [
+    pytest.mark.skipif(
+        platform.machine().lower() not in ("x86_64", "amd64"),
+        reason="torch's CPU capabilities are of x86 processors",
+    ),
+    # All runs are recorded, and replayed, in the first test that needs them.
+    pytest.mark.timeout(600),
+]
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     """Return for each capability that this CPU has the folder of what was recorded under it."""
     folders = {}
-    for wanted in CAPABILITIES:
-        folder = tmp_path_factory.mktemp(wanted)
+    for wanted in capabilities():
+        folders[wanted] = folder = tmp_path_factory.mktemp(wanted)
         names = MAIN + ONCE if wanted == HOME else MAIN
-        if machines.elsewhere(wanted, f"record_all({str(folder)!r}, {names!r}, {wanted!r})"):
-            folders[wanted] = folder
+        machines.elsewhere(wanted, f"record_all({str(folder)!r}, {names!r})")
     return folders
 
 
@@ -79,7 +82,7 @@ def test_every_schedule_replays_to_the_bit(runs, replayed, name, recorded, here)
     assert f"version 6, model {last.body['model_digest']}" in output
 
 
-@pytest.mark.parametrize("here", [each for each in CAPABILITIES if each != HOME])
+@pytest.mark.parametrize("here", [each for each in X86 if each != HOME])
 @pytest.mark.parametrize("name", [name for name in ONCE if name not in TRAINED])
 def test_every_averaging_algorithm_replays_to_the_bit(runs, replayed, name, here):
     assert ", all equal\n" in said(runs, replayed, name, HOME, here)
@@ -90,7 +93,7 @@ def test_a_server_that_trains_replays_to_the_bit_on_its_own_kind_of_cpu(runs, re
     assert ", all equal\n" in said(runs, replayed, name, HOME, HOME)
 
 
-@pytest.mark.parametrize("here", [each for each in CAPABILITIES if each != HOME])
+@pytest.mark.parametrize("here", [each for each in X86 if each != HOME])
 @pytest.mark.parametrize("name", TRAINED)
 def test_a_server_that_trains_replays_within_the_tolerance_elsewhere(runs, replayed, name, here):
     output = said(runs, replayed, name, HOME, here)
@@ -102,7 +105,7 @@ def test_a_server_that_trains_replays_within_the_tolerance_elsewhere(runs, repla
 # ---- that the runs are what the tests above need
 
 
-@pytest.mark.parametrize("recorded", CAPABILITIES)
+@pytest.mark.parametrize("recorded", X86)
 def test_the_record_names_the_kind_of_cpu(runs, recorded):
     needs(runs, recorded)
     for name in MAIN:
@@ -118,7 +121,7 @@ def test_each_algorithm_has_a_run():
 
 def test_clients_do_train_to_other_bits(runs):
     """Else a replay would be equal whatever the aggregator computed."""
-    needs(runs, *CAPABILITIES[:2])
+    needs(runs, *X86[:2])
     digests = {
         material.nth(folder / name, -1, kind="version")[1].body["model_digest"]
         for name in MAIN

@@ -15,10 +15,11 @@ from tests.nodes.replay.material import (
     replay,
     rewrite,
 )
+from tests.own_code import ALLOW
 
 
 def prompt(*words, lines="", code=0):
-    result = CliRunner().invoke(main, ["replay", *map(str, words), "--shell"], input=lines)
+    result = CliRunner().invoke(main, ["replay", *ALLOW, *map(str, words), "--shell"], input=lines)
     assert result.exit_code == code, result.output
     return result.output
 

@@ -221,6 +221,14 @@ def refused_by(node, entry):
     )
 
 
+def test_a_changed_code_of_a_refusal(tmp_path):
+    refusal = material.refusal(BUFFERED)
+    assert refusal.code == "stale"
+    output = found(tmp_path, {refusal.seq: lambda entry: replace(entry, code="late")})
+    assert f"recorded: refused: {refusal.reason} (late)" in output
+    assert f"replayed: refused: {refusal.reason} (stale)" in output
+
+
 def test_a_refusal_that_the_core_does_not_say(tmp_path):
     entry = material.quiet(BUFFERED)
     refusal = refused_by("aggregator", entry)

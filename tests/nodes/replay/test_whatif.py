@@ -22,6 +22,7 @@ from tests.nodes.replay.material import (
     update,
     vector,
 )
+from tests.own_code import OWN_CODE
 
 STREAM = GOLDEN / "fedprox-stream"
 LATE = GOLDEN / "fedsgd-late"
@@ -38,7 +39,7 @@ SAME = {
 def fold(folder, *settings):
     """Fold under another rule; return the points, the model, and the fold."""
     trace = Trace(folder)
-    other = WhatIf(trace, changed_setup(trace, settings))
+    other = WhatIf(trace, changed_setup(trace, settings, OWN_CODE), OWN_CODE)
     points = list(other.points())
     return points, vector(other._algorithm.tensors(other._state)), other
 
@@ -67,7 +68,7 @@ def by_hand(folder, size, weight, step):
     What comes after the last version of the recorded run counts for neither rule.
     """
     x, version, buffer, born, used = start(folder), 0, [], {}, 0
-    run = Replay(Trace(folder))
+    run = Replay(Trace(folder), allowed=OWN_CODE)
     finishing = False
     for each in run.steps():
         if finishing:
@@ -107,7 +108,7 @@ def test_under_the_recorded_rule_both_curves_are_equal_to_all_digits(name):
     """Of the models; the scores are the evaluator's, and may be of another kind of CPU."""
     trace = Trace(GOLDEN / name)
     points, weights, _ = fold(GOLDEN / name, SAME[name])
-    run = Replay(trace)
+    run = Replay(trace, allowed=OWN_CODE)
     for _ in run.steps():
         pass
     assert torch.equal(weights, vector(run.core.tensors()))

@@ -8,9 +8,10 @@ import torch
 from fedmq.broker.trace import Trace
 from fedmq.broker.wire import Blob
 from fedmq.nodes.replay.fold import recorded_setup
-from fedmq.nodes.replay.workers import Retraining
+from fedmq.nodes.replay.workers import Retraining, depends_on_device
 from fedmq.nodes.setup import kind_of
 from fedmq.nodes.simulation import Chances, Simulation
+from fedmq.nodes.trace.differences import ABSENT, Difference, Field, Gap, InGroup, Kind
 from tests.nodes.replay import material
 from tests.nodes.replay.material import (
     BUFFERED,
@@ -22,6 +23,7 @@ from tests.nodes.replay.material import (
     rewrite,
     scaled,
 )
+from tests.own_code import OWN_CODE
 from tests.sim.history import setup_of
 
 NODES = ("worker-0", "worker-1", "evaluator")
@@ -43,7 +45,7 @@ def answers(folder, node):
 def rounds(tmp_path_factory):
     """A run of this machine, whatever its kind of CPU, of what the golden trace is of."""
     folder = tmp_path_factory.mktemp("rounds")
-    setup = recorded_setup(Trace(GOLDEN / "fedavg-rounds"))
+    setup = recorded_setup(Trace(GOLDEN / "fedavg-rounds"), allowed=OWN_CODE)
     simulation = Simulation(setup, 2, folder, 3, Chances(train_s=0.3))
     assert simulation.run(0.0, 400.0)
     simulation.broker.ledger.close()
@@ -95,9 +97,12 @@ def test_a_task_that_the_worker_has_no_result_of(rounds, task):
 def changed(rounds, tmp_path, factor, index=3, **fields):
     """Return a trace in which a result of worker-0 is ``factor`` times as large; its number."""
     seq, answer = answers(rounds, "worker-0")[index]
-    blob, data = scaled(rounds, seq, factor)
-    change = edit(blobs=(blob, *answer.blobs[1:]), body=fields)
-    folder = rewrite(rounds, tmp_path, {seq: change}, blobs=[("worker-0", data)])
+    # All but the one integer of the model, a count of batches.
+    floats = [at for at, blob in enumerate(answer.blobs) if blob.size != 8]
+    others = {at: scaled(rounds, seq, factor, at) for at in floats}
+    blobs = tuple(others[at][0] if at in others else blob for at, blob in enumerate(answer.blobs))
+    data = [("worker-0", each) for _, each in others.values()]
+    folder = rewrite(rounds, tmp_path, {seq: edit(blobs=blobs, body=fields)}, blobs=data)
     return folder, seq, answer
 
 
@@ -161,6 +166,60 @@ def test_within_the_tolerance_of_another_device(rounds, tmp_path):
     assert "as recorded" in output
 
 
+def with_signed_zeros(rounds, tmp_path, **fields):
+    """Return a trace in which the zeros of a result are others: -0.0 for 0.0 and back."""
+    seq, answer = answers(rounds, "worker-0")[3]
+    data = bytes(Trace(rounds).blob(answer, 0))
+    values = torch.frombuffer(bytearray(data), dtype=torch.float32)
+    assert (values == 0).any()
+    other = torch.where(values == 0, -values, values).numpy().tobytes()
+    change = edit(blobs=(Blob.of(other), *answer.blobs[1:]), body=fields)
+    folder = rewrite(rounds, tmp_path, {seq: change}, blobs=[("worker-0", other)])
+    return folder, seq, answer
+
+
+def test_a_zero_of_another_sign_is_within_the_tolerance_of_another_device(rounds, tmp_path):
+    folder, seq, answer = with_signed_zeros(rounds, tmp_path, device=OTHER)
+    output = replay(folder, "--worker", "worker-0", "--task", answer.re).output
+    assert f"{answer.re} -> {seq}: apart by 0, on another kind of device" in output
+    assert "1 tasks, 1 results as recorded, 1 of them within the tolerance only" in output
+
+
+def test_a_zero_of_another_sign_differs_on_this_device(rounds, tmp_path):
+    folder, seq, answer = with_signed_zeros(rounds, tmp_path)
+    output = replay(folder, "--worker", "worker-0", "--task", answer.re, code=1).output
+    assert f"{answer.re} -> {seq}: differs" in output
+    assert "the same values from other bytes" in output
+
+
+@pytest.mark.parametrize(
+    ("kind", "place", "sides", "gap"),
+    [
+        (Kind.MISSING, InGroup("weights", "w"), (ABSENT, "x"), None),
+        (Kind.MISSING, InGroup("weights"), (ABSENT, "x"), None),
+        (Kind.FORM, InGroup("weights", "w"), ("a", "b"), None),
+        (Kind.CODEC, InGroup("weights"), ("a", "b"), None),
+        (Kind.UNDECODABLE, InGroup("weights"), ("a", ABSENT), None),
+        (Kind.VALUES, InGroup("weights", "n"), ("a", "b"), Gap(1, 1, 1.0, rounded=False)),
+        (Kind.FIELD, Field(("body", "metrics.loss")), (1.0, 1.1), None),
+        (Kind.FIELD, Field(("body", "numbers", "n")), (1.0, 1.1), None),
+        (Kind.FIELD, Field(("body", "metrics", "loss")), (1.0, ABSENT), None),
+        (Kind.FIELD, Field(("body", "metrics", "loss")), ("1.0", 1.0), None),
+    ],
+)
+def test_no_device_makes_these_differences(kind, place, sides, gap):
+    assert not depends_on_device(Difference(kind, place, sides, gap=gap))
+
+
+@pytest.mark.parametrize("group", ["weights", "exact", "features", "logits"])
+def test_values_of_tensors_and_metrics_depend_on_the_device(group):
+    place = InGroup(group, "w")
+    assert depends_on_device(Difference(Kind.VALUES, place, gap=Gap(1, 9, 1e-8)))
+    assert depends_on_device(Difference(Kind.ENCODING, InGroup(group), ("a", "b")))
+    loss = Field(("body", "metrics", "loss"))
+    assert depends_on_device(Difference(Kind.FIELD, loss, (0.5, 0.5000001)))
+
+
 @pytest.mark.parametrize("factor", [1.1, 0.0, -1.0, float("inf")])
 def test_beyond_the_tolerance_of_another_device(rounds, factor, tmp_path):
     folder, seq, answer = changed(rounds, tmp_path, factor, device=OTHER)
@@ -181,7 +240,7 @@ def test_the_distance_is_relative_to_the_record(rounds, tmp_path):
     """|a - b| / |a|, a as recorded: 1.1 times the true one is 1/11 apart."""
     folder, _, answer = changed(rounds, tmp_path, 1.1, device=OTHER)
     trace = Trace(folder)
-    again = Retraining(trace, recorded_setup(trace), "worker-0").one(answer.re)
+    again = Retraining(trace, recorded_setup(trace, allowed=OWN_CODE), "worker-0").one(answer.re)
     assert again.apart == pytest.approx(1 / 11, rel=1e-4)
     assert not again.same
 
@@ -216,13 +275,15 @@ def late_task(folder):
 def test_a_late_task_needs_the_earlier_ones(tallied, monkeypatch):
     best = late_task(tallied)
     trained = []
-    train = type(recorded_setup(Trace(tallied)).algorithm).train
+    train = type(recorded_setup(Trace(tallied), allowed=OWN_CODE).algorithm).train
 
     def counted(self, task, client):
         trained.append(client.index)
         return train(self, task, client)
 
-    monkeypatch.setattr(type(recorded_setup(Trace(tallied)).algorithm), "train", counted)
+    monkeypatch.setattr(
+        type(recorded_setup(Trace(tallied), allowed=OWN_CODE).algorithm), "train", counted
+    )
     output = replay(tallied, "--worker", best.sender, "--task", best.re).output
     assert "1 tasks, 1 results as recorded" in output
     assert trained == [best.body["client"]] * best.body["numbers"]["tasks"]
@@ -235,7 +296,7 @@ def test_of_clients_that_keep_nothing_no_earlier_task_but_one_is_trained(rounds,
     most = max(by_client.values(), key=len)
     assert len(most) > 3
     trained = []
-    kind = type(recorded_setup(Trace(rounds)).algorithm)
+    kind = type(recorded_setup(Trace(rounds), allowed=OWN_CODE).algorithm)
     train = kind.train
     monkeypatch.setattr(kind, "train", lambda *a: trained.append(1) or train(*a))
     replay(rounds, "--worker", "worker-0", "--task", most[-1].re)

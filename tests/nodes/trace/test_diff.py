@@ -8,11 +8,18 @@ from fedmq.algorithms.base import Payload
 from fedmq.broker.wire import Blob, Message
 from fedmq.codecs.registry import make_codec
 from fedmq.nodes.payload import Codecs, pack
-from fedmq.nodes.trace.differ import Side, differences
+from fedmq.nodes.trace import differ
+from fedmq.nodes.trace.differ import Side
+from fedmq.nodes.trace.differences import ABSENT, Difference, Field, Gap, InGroup, Kind
 from tests.nodes.trace import story
 
 NAN = float("nan")
 W = torch.zeros(4, 5)
+
+
+def differences(a, b, **options):
+    """Return what differs as sentences."""
+    return [str(each) for each in differ.differences(a, b, **options)]
 
 
 def side(tensors=None, codec="raw", more=(), **fields):
@@ -157,6 +164,65 @@ def test_folds_are_compared_by_field():
     assert said == ["fold.counts.used: 3 in A, 4 in B"]
     said = differences(side(more=[b"\xc1"]), side(more=[b"\xc1\xc1"]))
     assert said[0].startswith("blob 0: 1 bytes ")
+
+
+# ---- differences are values
+
+
+def kinds(ours, theirs):
+    return [(each.kind, str(each.place)) for each in differ.differences(ours, theirs)]
+
+
+def test_a_difference_tells_its_kind_its_place_and_its_numbers():
+    ours, theirs = side({"w": W}, body={"metrics": {"a.b": 0.5}}), side({"w": poked(3, 0.5)})
+    field, values = differ.differences(ours, theirs)
+    assert field == Difference(
+        Kind.FIELD, Field(("body", "metrics")), ({"a.b": 0.5}, ABSENT), ("A", "B")
+    )
+    form = "float32 [4, 5]"
+    gap = Gap(differing=1, elements=20, largest=0.5)
+    assert values == Difference(Kind.VALUES, InGroup("weights", "w"), (form, form), gap=gap)
+
+
+@pytest.mark.parametrize(
+    ("theirs", "kind", "place"),
+    [
+        ({"w": poked(0, -0.0)}, Kind.ENCODING, "weights"),
+        ({"w": W.double()}, Kind.FORM, "weights w"),
+        ({"w": W, "b": W}, Kind.MISSING, "weights b"),
+        ({}, Kind.MISSING, "weights"),
+    ],
+)
+def test_the_kinds_of_tensors(theirs, kind, place):
+    assert kinds(side({"w": W}), side(theirs)) == [(kind, place)]
+
+
+def test_the_kinds_of_blobs_and_codecs():
+    assert kinds(side(more=[b"\xc1"]), side(more=[b"\xc1\xc1"])) == [
+        (Kind.BYTES, "blob 0"),
+        (Kind.UNDECODABLE, "blob 0"),
+        (Kind.UNDECODABLE, "blob 0"),
+    ]
+    assert kinds(side(), side(more=[b"x"])) == [(Kind.BLOBS, "blobs besides the tensors")]
+    assert kinds(side({"w": W}), side({"w": W}, "cast(float16)")) == [(Kind.CODEC, "weights")]
+
+
+def test_a_key_with_dots_is_not_taken_for_a_path():
+    ours, theirs = side(body={"metrics.loss": 1.0}), side(body={"metrics.loss": 2.0})
+    (found,) = differ.differences(ours, theirs)
+    assert not found.place.is_under("body", "metrics")
+
+
+def test_integers_are_not_rounded():
+    counted = torch.tensor([3])
+    (found,) = differ.differences(side({"n": counted}), side({"n": counted + 1}))
+    assert found.gap == Gap(1, 1, 1.0, rounded=False)
+
+
+def test_complex_values_are_compared_as_such():
+    gap = differ.gap_between(W + 0j, W + 3j)
+    assert gap == Gap(20, 20, 3.0)
+    assert differ.gap_between(W + 1j, W + 1j) is None
 
 
 # ---- whole runs
