@@ -25,7 +25,7 @@ ARITHMETIC = 2
 """How an aggregator computes. 1, of fedmq 0.1.0: as torch does, fused where the CPU can. 2: each
 product and each sum is rounded once."""
 _SMALL = 1 << 16
-"""Up to so many values torch's two steps, each in cache, need no compiled kernel."""
+"""Up to this many values, torch in two steps is fast enough and needs no compiled kernel."""
 _DIGITS = Context(prec=30)
 
 

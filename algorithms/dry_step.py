@@ -32,7 +32,7 @@ def dry_step(make: Callable[[], FlatModel], problem: Problem, data: Examples, de
         model = make()
     except AlgorithmError:
         raise
-    except Exception:  # noqa: BLE001 - as above
+    except Exception:  # noqa: BLE001 - the task that meets it says what it was
         return
     end = model.layout.parameters
     before = model.weights[end:].clone()
