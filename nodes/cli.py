@@ -303,16 +303,16 @@ def _make(folder: Path) -> None:
 
 @contextlib.contextmanager
 def exit_2_on_error() -> Iterator[None]:
-    """Turn the project's own errors into one sentence and exit code 2."""
+    """Turn the project's own errors into one sentence and exit code 2 (1: the broker failed)."""
     from fedmq.algorithms.errors import AlgorithmError
-    from fedmq.broker.errors import BrokerError
+    from fedmq.broker.errors import BrokerError, BrokerFailed
     from fedmq.codecs.errors import CodecError
 
     try:
         yield
     except (NodeError, BrokerError, AlgorithmError, CodecError) as error:
         click.echo(f"fedmq: {plain(error, _LONGEST)}", err=True)
-        sys.exit(2)
+        sys.exit(1 if isinstance(error, BrokerFailed) else 2)
 
 
 @contextlib.contextmanager
