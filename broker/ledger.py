@@ -35,7 +35,7 @@ from fedmq.broker.entries import (
 )
 from fedmq.broker.errors import LedgerDamage, LedgerError
 from fedmq.broker.lock import FolderLock
-from fedmq.broker.manifest import Manifest, check_payload, check_segments
+from fedmq.broker.manifest import Manifest, check_segments, payload_is_gone
 from fedmq.broker.payload import PayloadIndex
 from fedmq.broker.reading import EntryIndex, Follower
 from fedmq.broker.records import Record, pack
@@ -127,7 +127,8 @@ class Ledger:
             self._messages_number = firsts[-1] if firsts else 0
             self._messages_file = self._open(MESSAGES, self._messages_number)
             opened.callback(self._messages_file.close)
-            check_payload(folder)
+            if payload_is_gone(folder):
+                self.damage.append(LedgerDamage(f"there is no payload-*.log in {folder}"))
             self._open_payload()
             opened.callback(self._payload_file.close)
             self._manifest.begin()

@@ -134,15 +134,13 @@ def check_segments(folder: Path, manifest: Manifest) -> None:
         raise LedgerDamage(f"expected messages-*.log beside the payload in {folder}, there is none")
 
 
-def check_payload(folder: Path) -> None:
-    """Refuse a folder from which all payload is gone: of any ledger, one segment is kept.
+def payload_is_gone(folder: Path) -> bool:
+    """Tell whether all payload is gone: of any ledger, one segment is kept.
 
     Raises:
-        LedgerDamage: so it is.
         LedgerError: the folder cannot be read.
     """
-    if not segment_numbers(folder, PAYLOAD) and _holds_records(folder, MESSAGES):
-        raise LedgerDamage(f"expected payload-*.log beside the messages in {folder}, there is none")
+    return not segment_numbers(folder, PAYLOAD) and _holds_records(folder, MESSAGES)
 
 
 def _holds_records(folder: Path, family: str) -> bool:
