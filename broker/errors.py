@@ -7,6 +7,7 @@
     |   +-- VersionError    they are, but of another major version
     +-- LedgerError     the ledger on disk cannot be read or written; holds segment and offset
     |   +-- LedgerDamage    something in it is not what was written, or is missing
+    |   +-- NotKept         bytes are not there, as the retention policy may have it
     |   +-- NoSpace         there is no room for it now
     +-- BrokerFailed    the broker had to end while it was serving
     +-- Rejected        the broker does not admit this node; holds the broker's reason
@@ -79,6 +80,10 @@ class LedgerDamage(LedgerError):
         advised = LedgerDamage(str(self) + text)
         advised.segment, advised.offset = self.segment, self.offset
         return advised
+
+
+class NotKept(LedgerError):
+    """Bytes are not in the ledger. The retention policy may have deleted them."""
 
 
 class NoSpace(LedgerError):

@@ -58,7 +58,18 @@ class Restorer:
         self.lost: list[tuple[str, int]] = []
 
     def feed(self, entry: AnyEntry) -> None:
-        """Take the next entry."""
+        """Take the next entry.
+
+        Raises:
+            LedgerDamage: it is about a run, or a message, that was never there.
+        """
+        try:
+            self._feed(entry)
+        except KeyError as error:
+            unknown = f"entry {entry.seq} is about {error}, which no entry before it tells of"
+            raise LedgerDamage(unknown) from None
+
+    def _feed(self, entry: AnyEntry) -> None:
         self.box.next_seq = entry.seq + 1
         match entry:
             case Opened(run=name, config=config, total_clients=total, identity=identity):

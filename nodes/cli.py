@@ -25,6 +25,7 @@ from fedmq.broker.process import give_torch_huge_pages, tune_process
 from fedmq.nodes import logs
 from fedmq.nodes.codec_cli import codec
 from fedmq.nodes.errors import ConfigError, NodeError
+from fedmq.nodes.ledger_cli import ledger
 from fedmq.nodes.personalise import personalise
 from fedmq.nodes.replay.cli import replay
 from fedmq.nodes.trace.cli import trace
@@ -245,6 +246,7 @@ def list_(what: str) -> None:
 
 
 main.add_command(codec)
+main.add_command(ledger)
 main.add_command(personalise)
 main.add_command(replay)
 
