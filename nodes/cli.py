@@ -28,6 +28,7 @@ from fedmq.nodes.errors import ConfigError, NodeError
 from fedmq.nodes.ledger_cli import ledger
 from fedmq.nodes.personalise import personalise
 from fedmq.nodes.replay.cli import replay
+from fedmq.nodes.surroundings import check_surroundings
 from fedmq.nodes.trace.cli import trace
 from fedmq.nodes.trace.text import plain
 from fedmq.nodes.trust import allow_option, allowed_here, find_own_code
@@ -52,6 +53,8 @@ _connect = click.option(
 @click.version_option(package_name="fedmq")
 def main() -> None:
     """Asynchronous federated learning over a message queue."""
+    with exit_2_on_error():
+        check_surroundings()
     give_torch_huge_pages()
 
 
@@ -132,7 +135,8 @@ def broker(
 ) -> None:
     """Route messages and keep the ledger; goes on from the ledger that is in its folder."""
     from fedmq.broker.router import BrokerServer
-    from fedmq.nodes.config import build
+    from fedmq.nodes.config import build, setting_value
+    from fedmq.nodes.files import remove
     from fedmq.nodes.programs import Stopped, stop_on_signals
     from fedmq.nodes.summary import SUMMARY_FILE, write_summary
 
@@ -142,7 +146,7 @@ def broker(
         given = {
             "lease_s": lease_s,
             "durability": durability,
-            "retain": retain,
+            "retain": setting_value(retain),
             "share_files": share_files,
         }
         table = build({"broker": given}).broker
@@ -151,7 +155,7 @@ def broker(
         click.echo(f"listening on {server.endpoint}, ledger in {folder / 'ledger'}", err=True)
         if once:
             # What is here is of a run before this one, or is written again at the end.
-            (folder / SUMMARY_FILE).unlink(missing_ok=True)
+            remove(folder / SUMMARY_FILE)
         with contextlib.suppress(Stopped), stop_on_signals(signal.SIGINT, signal.SIGTERM):
             server.serve(until_idle=once)
         if once:
@@ -292,7 +296,15 @@ def _named(config: Config) -> Config:
 
 
 def _check_new(folder: Path) -> None:
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+    try:
+        used = any(folder.iterdir())
+    except FileNotFoundError:
+        return
+    except NotADirectoryError:
+        used = True
+    except OSError as error:
+        raise ConfigError(f"--run: cannot read {folder}: {error.strerror}") from None
+    if used:
         raise ConfigError(f"--run: expected a new or empty folder, {folder} is neither")
 
 

@@ -30,8 +30,10 @@ from fedmq.broker.state import EVALUATOR, WORKER
 from fedmq.nodes import logs
 from fedmq.nodes.config import Config, parse
 from fedmq.nodes.errors import NodeError
+from fedmq.nodes.files import write_text
 from fedmq.nodes.programs import Stopped, stop_on_signals
 from fedmq.nodes.summary import RunFold, write_summary
+from fedmq.nodes.surroundings import place_sockets
 from fedmq.nodes.view import View, closing_table
 
 _START_S = 30.0
@@ -93,7 +95,7 @@ class Cluster:
         130: interrupted.
         """
         text = self._config.to_toml()
-        (self._folder / "config.toml").write_text(text)
+        write_text(self._folder / "config.toml", text)
         code = 1
         try:
             with stop_on_signals(signal.SIGINT, signal.SIGTERM):
@@ -245,6 +247,7 @@ def preloading() -> Iterator[None]:
     After an error that process is ended at once, not when its import is done.
     """
     give_torch_huge_pages()
+    place_sockets()
     mp.get_context("forkserver").set_forkserver_preload(["fedmq.nodes.preload"])
     forkserver.ensure_running()
     try:

@@ -16,6 +16,7 @@ from fedmq.broker.state import AGGREGATOR, BROKER, EVALUATOR
 from fedmq.broker.wire import Message
 from fedmq.nodes.agreement import disagree
 from fedmq.nodes.config import parse
+from fedmq.nodes.files import write_text
 from fedmq.nodes.outcomes import Outcomes
 
 SUMMARY_FILE = "summary.json"
@@ -341,10 +342,11 @@ def write_summary(folder: Path, started_at: float | None = None) -> dict[str, An
     """Fold the ledger of a run's folder and write its ``summary.json``.
 
     Raises:
-        LedgerError: the ledger is damaged.
+        LedgerError: the ledger is damaged, or cannot be read.
+        StorageError: the summary cannot be written.
     """
     fold = RunFold(started_at)
     fold.feed(read_entries(folder / "ledger"))
     summary = fold.summary()
-    (folder / SUMMARY_FILE).write_text(json.dumps(summary, indent=2) + "\n")
+    write_text(folder / SUMMARY_FILE, json.dumps(summary, indent=2) + "\n")
     return summary
