@@ -10,21 +10,27 @@ has the ids that it had before, so the broker knows it again.
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Mapping
 from typing import Any
 
 import msgspec
-from torch import Tensor
 
 from fedmq.algorithms.schedules import View
+from fedmq.broker.errors import BrokerError
 from fedmq.broker.rejections import Code, Rejection
 from fedmq.broker.state import CHECKPOINT, RECORD, TIMER
 from fedmq.broker.wire import Message
-from fedmq.nodes.checkpoint import Fold, pack_checkpoint, unpack_checkpoint
-from fedmq.nodes.computed import Computed
+from fedmq.nodes.aggregator_state import AggregatorState
+from fedmq.nodes.causes import explained, may_pass, modules_of
+from fedmq.nodes.checkpoint import pack_checkpoint, unpack_checkpoint
 from fedmq.nodes.digests import model_digest
-from fedmq.nodes.evaluations import Evaluations, accuracy_in, requests
+from fedmq.nodes.errors import NodeError
+from fedmq.nodes.evaluations import (
+    Evaluations,
+    accuracy_in,
+    metrics_without_accuracy,
+    requests,
+)
 from fedmq.nodes.gathering import Gathering, Waiting
 from fedmq.nodes.inbox import (
     AggregatorAction,
@@ -32,84 +38,38 @@ from fedmq.nodes.inbox import (
     Done,
     Finish,
     Inbound,
-    Post,
     Settle,
     Start,
 )
-from fedmq.nodes.intake import Intake
-from fedmq.nodes.members import Members
-from fedmq.nodes.payload import Packed
-from fedmq.nodes.setup import Setup
-from fedmq.nodes.tasks import Letters, Tasks
 
 FINAL_EVALUATION_S = 60.0
 """How long the end of a run waits for an answer to any of the evaluations that are out."""
 _FINAL = "final evaluation"
+_RETRY = "retry"
 
 
-class Aggregator:
-    """The state of one run at its aggregator.
-
-    Args:
-        setup: what is learned, how, and when.
-        run: id of the run.
-        node: this node's name.
-        computed: how; by default as this release does.
-    """
-
-    def __init__(self, setup: Setup, run: str, node: str, computed: Computed | None = None) -> None:
-        self._setup = setup
-        self._computed = computed or Computed()
-        self._settings = setup.config.run
-        self._letters = Letters(run, node)
-        self._algorithm, self._schedule = setup.algorithm, setup.schedule
-        self.state = self._algorithm.start(setup.problem)
-        self.version = 0
-        self._members = Members()
-        self._tasks = Tasks(setup, self._members)
-        self._intake = Intake(setup, self._tasks, self.state)
-        self._evaluations = Evaluations()
-        self._committing: tuple[Gathering, Commit] | None = None
-        self._waiting = Waiting()
-        self._running = False
-        self._finishing = ""
-        self._asked_final: int | None = None
-        self._ended = False
-        self._evaluated = -1
-        self._position = -1
-        self._now = 0.0
-        self._checkpoint_at = -math.inf
-
-    def tensors(self) -> Mapping[str, Tensor]:
-        """Return the current model by name."""
-        return self._algorithm.tensors(self.state)
-
-    def parts(self) -> dict[str, Any]:
-        """Return all that this core is made of, by name, for whoever looks for a difference."""
-        current = self._intake.current
-        return {
-            "position": self._position,
-            "version": self.version,
-            "state": self.state,
-            "gathered": current.gathered,
-            "weights": current.weights,
-            "results": current.absorbed,
-            "staleness": current.staleness,
-            "held": sorted(current.held),
-            "tasks": self._tasks.flights,
-            "hosts": self._members.hosts,
-            "evaluating": sorted(self._evaluations.asked),
-            "examinations": self._evaluations.examinations,
-            "scores": self._evaluations.scores,
-            "committing": self._committing[1].token if self._committing else "",
-            "waiting": list(self._waiting.numbers()),
-            "counts": self._intake.counts,
-            "finishing": self._finishing,
-            "next_id": self._letters.next_id,
-        }
+class Aggregator(AggregatorState):
+    """The core of one run's aggregator; see `AggregatorState` for what it is made from."""
 
     def handle(self, event: Start | Inbound) -> list[AggregatorAction]:
-        """Take one event; return what is to be done, in order."""
+        """Take one event; return what is to be done, in order.
+
+        What the algorithm's own code raises ends the run: folded again, it would raise it again.
+
+        Raises:
+            BrokerError: a blob cannot be read now.
+            NodeError: the checkpoint does not fit.
+        """
+        try:
+            return self._handle(event)
+        except (BrokerError, NodeError):
+            raise
+        except Exception as error:
+            if may_pass(error) or isinstance(error.__cause__, BrokerError):
+                raise
+            return self._break_off(error)
+
+    def _handle(self, event: Start | Inbound) -> list[AggregatorAction]:
         out: list[AggregatorAction] = []
         if isinstance(event, Start):
             if event.checkpoint is None:
@@ -125,6 +85,7 @@ class Aggregator:
         if event.seq <= self._position:
             return [Settle(self._waiting.untold)]  # the checkpoint tells of it
         self._position, self._now = event.seq, event.at
+        self._progress.now = event.at
         why: Rejection | None = None
         if not self._ended:
             match message.kind:
@@ -146,7 +107,7 @@ class Aggregator:
                 case "score":
                     why = self._score(message)
                 case "refused":
-                    self._refused(str(message.body.get("id")))
+                    self._refused(message)
                 case kind:
                     text = f"an aggregator takes no {kind!r} messages"
                     why = Rejection(Code.UNKNOWN_KIND, text)
@@ -193,12 +154,16 @@ class Aggregator:
             if len(self._evaluations.asked) == self._asked_final:
                 self._end(out)
             self._asked_final = None  # while answers come, it goes on
+        elif token == _RETRY:
+            self._progress.timer_is_over(self._members.hosts)
+            self._tasks.freed()
 
-    def _refused(self, name: str) -> None:
+    def _refused(self, message: Message) -> None:
         """One of our own messages could not be used by its recipient, or not be delivered."""
+        name = str(message.body.get("id"))
         if name in self._evaluations.asked:
             self._evaluated_as(name, None)
-        self._intake.counts.dropped += self._tasks.forget(name)
+        self._intake.undelivered(name, message)
 
     def _score(self, message: Message) -> Rejection | None:
         name = message.re or ""
@@ -206,7 +171,12 @@ class Aggregator:
             text = f"no evaluation {message.re!r} is with {message.sender}"
             return Rejection(Code.UNKNOWN_TASK, text)
         accuracy, why = accuracy_in(message)
+        of_model = name not in self._evaluations.examinations
         self._evaluated_as(name, accuracy)
+        if self._computed.rules and of_model and self._settings.target_accuracy is not None:
+            found = metrics_without_accuracy(message)
+            if found is not None:
+                self._fail(f"run.target_accuracy: expected accuracy among the metrics, got {found}")
         return why
 
     def _evaluated_as(self, name: str, accuracy: float | None) -> None:
@@ -226,6 +196,10 @@ class Aggregator:
                 return
             self._take_waiting(out)
             self._intake.add_in_order(self.state, out)
+            # A result in hand may yet be used.
+            if self._progress.hopeless and not self._intake.current.held:
+                self._fail(self._progress.hopeless)
+                break
             view = self._tasks.view(self._intake.current, self.version)
             if self._schedule.closes(view) and self._intake.current.held:
                 self._intake.add_in_order(self.state, out, everything=True)
@@ -248,7 +222,13 @@ class Aggregator:
 
     def _start_tasks(self, view: View, out: list[AggregatorAction]) -> None:
         current = self._intake.current
-        clients = self._tasks.draw(self._schedule.wants(view), current, self.version)
+        wanted = self._schedule.wants(view)
+        clients = self._tasks.draw(wanted, current, self.version)
+        # A round goes on without those who failed, as long as it goes on.
+        if len(clients) < wanted and not (self._schedule.ordered and (clients or view.outstanding)):
+            after = self._progress.timer(self._members.hosts)
+            if after is not None:
+                self._post(out, "timer", TIMER, {"token": _RETRY, "after_s": after})
         deadline = self._schedule.deadline()
         if deadline is not None and clients and (current.deadline_passed or not current.started):
             body = {"token": f"deadline/{self.version}", "after_s": deadline}
@@ -281,6 +261,7 @@ class Aggregator:
         self.state = state
         cohort = self._schedule.cohort(self._setup.problem.clients)
         self.version += 1
+        self._progress.version = self.version
         self._tasks.begin_version()
         self._intake.begin_version(self.state)
         body = {
@@ -311,28 +292,6 @@ class Aggregator:
         self._post(out, kind, CHECKPOINT, {**packed.body, **body}, packed)
         out.append(Settle(self._waiting.untold))
 
-    def _fold(self) -> Fold:
-        """Return what a session that starts from here has to know besides the state."""
-        return Fold(
-            position=self._position,
-            at=self._now,
-            version=self.version,
-            next_id=self._letters.next_id + 1,
-            flights=self._tasks.flights,
-            hosts=self._members.hosts,
-            evaluators=sorted(self._members.evaluators),
-            evaluating=sorted(self._evaluations.asked),
-            evaluated=self._evaluated,
-            examinations=self._evaluations.examinations,
-            scores=self._evaluations.scores,
-            waiting=list(self._waiting.untold),
-            counts=self._intake.counts,
-            running=self._running,
-            finishing=self._finishing,
-            ended=self._ended,
-            arithmetic=self._computed.arithmetic,
-        )
-
     def _resume(self, inbound: Inbound, out: list[AggregatorAction]) -> None:
         """Start from a checkpoint, and go on as the session before it did."""
         self.state, fold = unpack_checkpoint(self._algorithm, self._setup.problem, inbound)
@@ -345,10 +304,11 @@ class Aggregator:
         self._evaluations = Evaluations(set(fold.evaluating), fold.examinations, fold.scores)
         self._waiting = Waiting(missing=set(fold.waiting), untold=tuple(fold.waiting))
         self._evaluated, self._running = fold.evaluated, fold.running
-        self._finishing, self._ended = fold.finishing, fold.ended
+        self._finishing, self._ended, self._failed = fold.finishing, fold.ended, fold.failed
         self._now = self._checkpoint_at = fold.at
+        self._progress.resume(fold.failures, self.version, self._now)
         if self._ended:
-            out.append(Finish(self._finishing))
+            out.append(Finish(self._finishing, self._failed))
             return
         if fold.version == 0 and not self._running:
             return  # from the run's record: whoever is here will be told of again
@@ -366,7 +326,24 @@ class Aggregator:
         for to, body, packed, of in requests(self._algorithm, self.state, self.version, hosts):
             self._evaluations.ask(self._post(out, "evaluate", to, body, packed), of)
 
+    def _fail(self, why: str) -> None:
+        """Let the run end without reaching its end."""
+        self._finishing, self._failed = self._finishing or why, True
+
+    def _break_off(self, error: Exception) -> list[AggregatorAction]:
+        """End the run at once: code that it needs has raised something."""
+        own = modules_of(self._algorithm, self._setup.problem)
+        why = f"{self._algorithm.name} raised {explained(error, own)}"
+        self._finishing, self._failed, self._ended = why, True, True
+        out: list[AggregatorAction] = []
+        body = {"reason": why, "position": self._position, "failed": True}
+        self._post(out, "finished", RECORD, body)
+        return [*out, Finish(why, failed=True, error=error)]
+
     def _finish(self, out: list[AggregatorAction]) -> None:
+        if self._failed:
+            self._end(out)
+            return
         if self._evaluated != self.version:
             self._evaluate(out)
         if not self._evaluations.awaited(self._members):
@@ -380,19 +357,8 @@ class Aggregator:
         self._ended = True
         out += self._intake.end(self._waiting)
         self._waiting = Waiting()
-        about = {"reason": self._finishing, "position": self._position}
+        about: dict[str, Any] = {"reason": self._finishing, "position": self._position}
+        about |= {"failed": True} if self._failed else {}
         body = {**about, **msgspec.structs.asdict(self._intake.counts)}
         self._checkpoint("finished", body, out)
-        out.append(Finish(self._finishing))
-
-    def _post(
-        self,
-        out: list[AggregatorAction],
-        kind: str,
-        to: str,
-        body: Mapping[str, Any],
-        packed: Packed | None = None,
-    ) -> str:
-        message = self._letters.write(kind, to, body, packed)
-        out.append(Post(message, packed.data if packed else ()))
-        return message.id
+        out.append(Finish(self._finishing, self._failed))

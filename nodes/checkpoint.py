@@ -20,6 +20,7 @@ from fedmq.nodes.errors import NodeError
 from fedmq.nodes.evaluations import Examination
 from fedmq.nodes.inbox import Inbound
 from fedmq.nodes.payload import RAW, Packed, pack, unpack
+from fedmq.nodes.progress import Failures
 
 
 class Flight(Struct):
@@ -52,6 +53,8 @@ class Fold(Struct):
     position, at: number and time of the last message that this is the fold of.
     waiting: numbers of the messages before it that it has yet to take.
     arithmetic: by which it was made, see `fedmq.nodes.computed`.
+    failures: that were not followed by a used result; see `fedmq.nodes.progress`.
+    failed: the run ends without reaching its end.
     """
 
     position: int
@@ -71,6 +74,8 @@ class Fold(Struct):
     scores: dict[int, list[float]] = {}
     waiting: list[int] = []
     arithmetic: int = 1
+    failures: Failures = msgspec.field(default_factory=Failures)
+    failed: bool = False
 
 
 def pack_checkpoint(algorithm: Algorithm, state: Any, fold: Fold) -> Packed:

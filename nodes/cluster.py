@@ -28,6 +28,7 @@ from fedmq.broker.process import give_torch_huge_pages, tune_process
 from fedmq.broker.reading import Follower
 from fedmq.broker.state import EVALUATOR, WORKER
 from fedmq.nodes import logs
+from fedmq.nodes.causes import explained
 from fedmq.nodes.config import Config, parse
 from fedmq.nodes.errors import NodeError
 from fedmq.nodes.programs import Stopped, stop_on_signals
@@ -280,9 +281,9 @@ def child_main(
         known = expected_errors()
         if not isinstance(error, known):
             log.exception("crashed")
-            report.send_bytes(f"crashed: {error!r}; see {path}".encode())
+            report.send_bytes(f"crashed: {explained(error)}; see {path}".encode())
             sys.exit(1)
-        log.warning("failed", reason=str(error))
+        log.warning("failed", reason=str(error), exc_info=error.__cause__)
         report.send_bytes(str(error).encode())
         sys.exit(2)
 

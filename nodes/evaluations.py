@@ -12,6 +12,7 @@ from fedmq.algorithms.base import Algorithm
 from fedmq.broker.rejections import Code, Rejection
 from fedmq.broker.state import EVALUATOR
 from fedmq.broker.wire import Message
+from fedmq.nodes.causes import shorten
 from fedmq.nodes.members import Members
 from fedmq.nodes.payload import RAW, Packed, pack
 
@@ -101,3 +102,12 @@ def accuracy_in(message: Message) -> tuple[float | None, Rejection | None]:
             text = "expected metrics as a map of numbers"
             failed = message.kind == "failed"
             return None, None if failed else Rejection(Code.MALFORMED, text)
+
+
+def metrics_without_accuracy(message: Message) -> str | None:
+    """Return which metrics an answer has, if it has some and accuracy is not among them."""
+    match message.body:
+        case {"metrics": dict(metrics)} if metrics and "accuracy" not in metrics:
+            return shorten(", ".join(sorted(map(str, metrics))))
+        case _:
+            return None

@@ -82,9 +82,14 @@ class Settle(Struct, frozen=True):
 
 
 class Finish(Struct, frozen=True):
-    """The run is over."""
+    """The run is over.
+
+    failed: it has not reached its end. error: what a user's code raised, if that is why.
+    """
 
     reason: str
+    failed: bool = False
+    error: Exception | None = None
 
 
 class Commit:

@@ -17,6 +17,7 @@ from fedmq.broker.link_state import Delivery
 from fedmq.broker.names import name_fault
 from fedmq.broker.node_link import NodeLink
 from fedmq.broker.wire import Hello
+from fedmq.nodes.causes import described
 from fedmq.nodes.errors import NodeError
 from fedmq.nodes.inbox import Inbound
 
@@ -72,7 +73,7 @@ def linked(endpoint: str, hello: Hello) -> Iterator[NodeLink]:
         yield link
     except BaseException as error:
         failed = isinstance(error, Exception) and not isinstance(error, LinkClosed)
-        link.close(f"{type(error).__name__}: {error}"[:2000], failed=failed)
+        link.close(described(error), failed=failed)
         raise
     else:
         link.close()

@@ -27,6 +27,7 @@ from fedmq.codecs.base import brief
 from fedmq.codecs.errors import CodecError
 from fedmq.codecs.registry import decode
 from fedmq.nodes.agreement import Fingerprint
+from fedmq.nodes.causes import described, modules_of, place_in, shorten
 from fedmq.nodes.errors import MessageError, rejection_of
 from fedmq.nodes.inbox import Done, Inbound, Post
 from fedmq.nodes.local import Kept, Locals
@@ -62,10 +63,20 @@ class Saved(Struct, frozen=True):
 
 
 class Failed(Struct, frozen=True):
-    """A task could not be done, with the reason; ``code``: the same for programs."""
+    """A task could not be done, with the reason; ``code``: the same for programs.
+
+    where: file and line of the user's own code that raised it, or "".
+    """
 
     reason: str
     code: str = Code.TRAINING_FAILED
+    where: str = ""
+
+    @classmethod
+    def of(cls, error: BaseException, setup: Setup) -> Failed:
+        """Return what is told of an exception: a line of bounded length, without data."""
+        own = modules_of(setup.problem, setup.algorithm)
+        return cls(described(error), where=place_in(error, own))
 
 
 Event = Inbound | Trained | Saved | Evaluated | Failed
@@ -175,8 +186,8 @@ class Worker:
             case Evaluated(metrics, device):
                 body = {"metrics": dict(metrics), "device": device, **self._version_0}
                 self._answer("score", {**body, **self._started_from()}, out)
-            case Failed(reason, code):
-                self._fail(reason, code, out)
+            case Failed():
+                self._fail(event, out)
         while self._current is None and self._queue:
             self._begin(self._queue.popleft(), out)
         return out
@@ -238,12 +249,15 @@ class Worker:
         message = inbound.message
         client = message.body["client"]
         if self._straggles(message.id, event.elapsed_s, out):
-            self._fail("dropped on demand", Code.DROPPED, out)
+            self._fail(Failed("dropped on demand", Code.DROPPED), out)
             return
         try:
             packed, memory = self._pack(event.payload, client, message)
         except CodecError as error:
-            self._fail(str(error), Code.UNUSABLE, out)
+            self._fail(Failed(shorten(str(error)), Code.UNUSABLE), out)
+            return
+        except Exception as error:  # noqa: BLE001 - what `train` returned may be anything
+            self._fail(Failed.of(error, self._setup), out)
             return
         body = {
             **packed.body,
@@ -305,8 +319,9 @@ class Worker:
             out.append(Pause(min((factor - 1) * elapsed_s, MAX_SLOWDOWN_S)))
         return bool(rng.random() < wanted.drop)
 
-    def _fail(self, reason: str, code: str, out: list[Action]) -> None:
-        self._answer("failed", {"reason": reason, "code": code}, out)
+    def _fail(self, why: Failed, out: list[Action]) -> None:
+        where = {"where": why.where} if why.where else {}
+        self._answer("failed", {"reason": why.reason, "code": why.code, **where}, out)
 
     def _answer(self, kind: str, body: Mapping[str, Any], out: list[Action]) -> None:
         if self._current is None:
