@@ -19,26 +19,25 @@ from torch import Tensor
 
 from fedmq.algorithms.schedules import View
 from fedmq.broker.rejections import Code, Rejection
-from fedmq.broker.state import CHECKPOINT, RECORD, TIMER
+from fedmq.broker.state import CHECKPOINT, CONTINUED, RECORD, TIMER
 from fedmq.broker.wire import Message
 from fedmq.nodes.checkpoint import Fold, pack_checkpoint, unpack_checkpoint
 from fedmq.nodes.computed import Computed
 from fedmq.nodes.digests import model_digest
 from fedmq.nodes.evaluations import Evaluations, accuracy_in, requests
 from fedmq.nodes.gathering import Gathering, Waiting
+from fedmq.nodes.goal import Goal
 from fedmq.nodes.inbox import (
     AggregatorAction,
     Commit,
     Done,
     Finish,
     Inbound,
-    Post,
     Settle,
     Start,
 )
 from fedmq.nodes.intake import Intake
 from fedmq.nodes.members import Members
-from fedmq.nodes.payload import Packed
 from fedmq.nodes.setup import Setup
 from fedmq.nodes.tasks import Letters, Tasks
 
@@ -61,7 +60,9 @@ class Aggregator:
         self._setup = setup
         self._computed = computed or Computed()
         self._settings = setup.config.run
+        self._goal = Goal.of(self._settings)
         self._letters = Letters(run, node)
+        self._post = self._letters.post
         self._algorithm, self._schedule = setup.algorithm, setup.schedule
         self.state = self._algorithm.start(setup.problem)
         self.version = 0
@@ -115,7 +116,7 @@ class Aggregator:
             if event.checkpoint is None:
                 self._begin_run(event.run_record, out)
             else:
-                self._resume(event.checkpoint, out)
+                self._resume(event.checkpoint, event.continued, out)
             return out
         message = event.message
         if event.seq in self._waiting.missing:
@@ -126,7 +127,10 @@ class Aggregator:
             return [Settle(self._waiting.untold)]  # the checkpoint tells of it
         self._position, self._now = event.seq, event.at
         why: Rejection | None = None
-        if not self._ended:
+        if message.kind == CONTINUED:
+            self._continued(message)
+            self._advance(out)
+        elif not self._ended:
             match message.kind:
                 case "joined":
                     self._joined(message, out)
@@ -177,9 +181,24 @@ class Aggregator:
         self._tasks.joined(message)
         self._members.joined(message)
         wanted = self._settings.min_clients or self._setup.problem.clients
-        if not self._running and len(self._members.hosts) >= wanted:
+        if not self._running and self._members.suffice(wanted):
             self._running = True
             self._begin_version(out)
+
+    def _continued(self, message: Message) -> None:
+        """The run was taken up again: it stands until its nodes are back, and may go further."""
+        self._members.all_gone()
+        self._running = False
+        self._asked_final = None
+        if not message.body["further"]:
+            return
+        self._goal, self._finishing = Goal.told(message.body), ""
+        if self._ended:  # what was under way then, nobody has any more
+            self._ended, self._committing = False, None
+            self._tasks.resume({})
+            self._tasks.begin_version()
+            self._evaluations = Evaluations()
+            self._intake.begin_version(self.state)
 
     def _tick(self, token: str, out: list[AggregatorAction]) -> None:
         if token == f"deadline/{self.version}":
@@ -212,10 +231,7 @@ class Aggregator:
     def _evaluated_as(self, name: str, accuracy: float | None) -> None:
         """An evaluation is over; the run may be too."""
         known = self._evaluations.end(name, accuracy)
-        target = self._settings.target_accuracy
-        met = known is not None and target is not None and known >= target
-        if met and not self._finishing:
-            self._finishing = f"accuracy {known:.4f} reached the target of {target:g}"
+        self._finishing = self._finishing or self._goal.met_by(known)
 
     # ---- versions
 
@@ -224,7 +240,7 @@ class Aggregator:
         while self._running and not self._finishing:
             if self._committing is not None or self._waiting.missing:
                 return
-            self._take_waiting(out)
+            self._intake.take_waiting(self._waiting, self.state, self.version, out)
             self._intake.add_in_order(self.state, out)
             view = self._tasks.view(self._intake.current, self.version)
             if self._schedule.closes(view) and self._intake.current.held:
@@ -235,16 +251,8 @@ class Aggregator:
                 self._start_tasks(view, out)
                 return
             self._commit(out)
-        if self._finishing and not self._ended:
+        if self._finishing and self._running and not self._ended:
             self._finish(out)
-
-    def _take_waiting(self, out: list[AggregatorAction]) -> None:
-        """Take the results that came while the version before this one was being committed."""
-        waiting, self._waiting.here = self._waiting.here, {}
-        for inbound in waiting.values():
-            done = self._intake.take(inbound, self.state, self.version, out)
-            if done is not None:
-                out.append(done)
 
     def _start_tasks(self, view: View, out: list[AggregatorAction]) -> None:
         current = self._intake.current
@@ -299,8 +307,7 @@ class Aggregator:
 
     def _go_on(self, out: list[AggregatorAction]) -> None:
         """What follows a commit, whether it was just now or before a restart."""
-        if self.version >= self._settings.versions:
-            self._finishing = f"{self.version} versions committed"
+        self._finishing = self._goal.after(self.version) or self._finishing
         self._begin_version(out)
 
     def _checkpoint(self, kind: str, body: Mapping[str, Any], out: list[AggregatorAction]) -> None:
@@ -331,9 +338,10 @@ class Aggregator:
             finishing=self._finishing,
             ended=self._ended,
             arithmetic=self._computed.arithmetic,
+            goal=self._goal,
         )
 
-    def _resume(self, inbound: Inbound, out: list[AggregatorAction]) -> None:
+    def _resume(self, inbound: Inbound, continued: int, out: list[AggregatorAction]) -> None:
         """Start from a checkpoint, and go on as the session before it did."""
         self.state, fold = unpack_checkpoint(self._algorithm, self._setup.problem, inbound)
         self._computed.check(fold.arithmetic, inbound.message.run)
@@ -347,8 +355,10 @@ class Aggregator:
         self._evaluated, self._running = fold.evaluated, fold.running
         self._finishing, self._ended = fold.finishing, fold.ended
         self._now = self._checkpoint_at = fold.at
+        self._goal = fold.goal or self._goal
         if self._ended:
-            out.append(Finish(self._finishing))
+            if continued < inbound.seq:
+                out.append(Finish(self._finishing))
             return
         if fold.version == 0 and not self._running:
             return  # from the run's record: whoever is here will be told of again
@@ -357,7 +367,7 @@ class Aggregator:
 
     def _begin_version(self, out: list[AggregatorAction]) -> None:
         every = self._settings.evaluate_every
-        if every and self.version % every == 0:
+        if every and self.version % every == 0 and self._evaluated != self.version:
             self._evaluate(out)
 
     def _evaluate(self, out: list[AggregatorAction]) -> None:
@@ -384,15 +394,3 @@ class Aggregator:
         body = {**about, **msgspec.structs.asdict(self._intake.counts)}
         self._checkpoint("finished", body, out)
         out.append(Finish(self._finishing))
-
-    def _post(
-        self,
-        out: list[AggregatorAction],
-        kind: str,
-        to: str,
-        body: Mapping[str, Any],
-        packed: Packed | None = None,
-    ) -> str:
-        message = self._letters.write(kind, to, body, packed)
-        out.append(Post(message, packed.data if packed else ()))
-        return message.id

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import msgspec
-from msgspec import Struct
+from msgspec import UNSET, Struct, UnsetType
 
 from fedmq.algorithms.base import Algorithm
 from fedmq.algorithms.errors import ResultError
@@ -18,6 +18,7 @@ from fedmq.broker.wire import Blob
 from fedmq.codecs.errors import CodecError
 from fedmq.nodes.errors import NodeError
 from fedmq.nodes.evaluations import Examination
+from fedmq.nodes.goal import Goal
 from fedmq.nodes.inbox import Inbound
 from fedmq.nodes.payload import RAW, Packed, pack, unpack
 
@@ -52,6 +53,7 @@ class Fold(Struct):
     position, at: number and time of the last message that this is the fold of.
     waiting: numbers of the messages before it that it has yet to take.
     arithmetic: by which it was made, see `fedmq.nodes.computed`.
+    goal: what the run was to reach; not in the checkpoints of 0.1.0.
     """
 
     position: int
@@ -71,6 +73,7 @@ class Fold(Struct):
     scores: dict[int, list[float]] = {}
     waiting: list[int] = []
     arithmetic: int = 1
+    goal: Goal | UnsetType = UNSET
 
 
 def pack_checkpoint(algorithm: Algorithm, state: Any, fold: Fold) -> Packed:

@@ -62,6 +62,16 @@ class Intake:
         self._tasks.freed()  # its client has no result in hand, and may be drawn again
         return Done.of(inbound.seq, why)
 
+    def take_waiting(
+        self, waiting: Waiting, state: Any, version: int, out: list[AggregatorAction]
+    ) -> None:
+        """Take the results that came while the version before this one was being committed."""
+        here, waiting.here = waiting.here, {}
+        for inbound in here.values():
+            done = self.take(inbound, state, version, out)
+            if done is not None:
+                out.append(done)
+
     def end(self, waiting: Waiting) -> list[Done]:
         """Note that there is no version any more for results in hand; reject those that wait."""
         done = []
