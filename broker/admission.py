@@ -12,6 +12,7 @@ from fedmq.broker.state import (
     AGGREGATOR,
     BROKER,
     CHECKPOINT,
+    CONTINUED,
     EVALUATOR,
     RECORD,
     ROLES,
@@ -32,7 +33,7 @@ MAX_CLIENTS = 1 << 20
 MAX_EARLY = 10_000
 """Nodes that may wait for a run that has not started."""
 MAX_TIMER_S = 1e9
-BROKERS_OWN = ("joined", "left", "tick", "refused")
+BROKERS_OWN = ("joined", "left", "tick", "refused", CONTINUED)
 """Kinds of messages that a node may rely on coming from the broker."""
 
 
@@ -71,8 +72,6 @@ def why_not(run: Run, hello: Hello, known: Node | None) -> tuple[str, str] | Non
     """Return (code, reason) if the node cannot be admitted."""
     if hello.role not in ROLES:
         return "role", f"unknown role {hello.role!r}; choose from {', '.join(ROLES)}"
-    if run.over:
-        return "over", f"run {run.id} is over"
     if len(hello.config.encode()) > MAX_MESSAGE_BYTES // 2:
         return "config", f"expected a configuration of at most {MAX_MESSAGE_BYTES // 2} bytes"
     if hello.node in (BROKER, RECORD):

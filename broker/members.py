@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import msgspec
+from msgspec import UNSET
 
 from fedmq.broker import offers
 from fedmq.broker.admission import MAX_EARLY, find_run, why_not, wrong_name
@@ -79,7 +80,7 @@ class Members:
             return
         self.early.pop(peer, None)
         known = run.nodes.get(hello.node)
-        if run.over and known is not None:
+        if run.over:
             out.append(Send(peer, Over(reason=run.over)))
             return
         reason = why_not(run, hello, known)
@@ -144,6 +145,7 @@ class Members:
         node.lease_until = now + self._settings.lease_s
         self.peers[peer] = node
         checkpoint = None if hello.got else self._checkpoint_for(node)
+        leads = hello.role == AGGREGATOR
         welcome = Welcome(
             run=run.id,
             beat_s=self._settings.beat_s,
@@ -151,6 +153,7 @@ class Members:
             config="" if checkpoint else run.config,
             checkpoint=checkpoint,
             identity=run.identity,
+            continued=UNSET if run.continued is None or not leads else run.continued,
         )
         out.append(Send(peer, welcome))
         if not node.alive:

@@ -18,6 +18,8 @@ from fedmq.broker.entries import (
     Refusal,
     blob_name,
 )
+from fedmq.broker.errors import LedgerError
+from fedmq.broker.headers import encode_message
 from fedmq.broker.ledger import EVERYTHING, Ledger
 from fedmq.broker.postbox import Postbox
 from fedmq.broker.remembered import Mark
@@ -25,10 +27,12 @@ from fedmq.broker.state import (
     AGGREGATOR,
     BROKER,
     CHECKPOINT,
+    CONTINUED,
     RECORD,
     TIMER,
     Append,
     BrokerSettings,
+    Continuation,
     Node,
     Run,
     addresses,
@@ -50,11 +54,15 @@ class Restorer:
         """Unfinished messages, checkpoints and timers included."""
         self._parked: dict[int, Message] = {}
         self._at: dict[int, float] = {}
+        self._last: dict[str, tuple[int, Message]] = {}
+        """The checkpoint that each run ended with, and its number."""
+        self._last_at: float | None = None
         self.lost: list[tuple[str, int]] = []
 
     def feed(self, entry: AnyEntry) -> None:
         """Take the next entry."""
         self.box.next_seq = entry.seq + 1
+        self._last_at = entry.at
         match entry:
             case Opened(run=name, config=config, total_clients=total, identity=identity):
                 self.box.runs[name] = Run(name, config, total, identity=identity)
@@ -67,6 +75,8 @@ class Restorer:
             case Ended(run=name, reason=reason):
                 run = self.box.runs[name]
                 run.over = reason
+                if run.checkpoint in self._pending:
+                    self._last[name] = run.checkpoint, self._pending[run.checkpoint]
                 run.checkpoint = None
                 for unfinished in (self._pending, self._parked):
                     for seq in [s for s, each in unfinished.items() if each.run == name]:
@@ -77,6 +87,8 @@ class Restorer:
         self._finished(entry.consumes)
         if message.sender == BROKER and message.kind in ("joined", "left"):
             self._member(run, message)
+        elif message.sender == BROKER and message.kind == CONTINUED:
+            self._continued(run, entry.seq, message)
         elif message.sender != BROKER:
             self.box.remembered.add(Mark.of(run.id, message.sender, message.id, entry.message))
         if message.to == CHECKPOINT:
@@ -110,6 +122,61 @@ class Restorer:
         sessions = known.sessions if known is not None else 0
         again = known is not None and known.hello.session == hello.session
         run.nodes[name] = Node(hello, run, b"", 0.0, sessions=sessions + (not again))
+
+    def _continued(self, run: Run, seq: int, message: Message) -> None:
+        """The run was taken up again: none of its nodes is here, and it may not be over now."""
+        run.config = message.body["config"]
+        for node in run.nodes.values():
+            node.alive = False
+        for at, each in self._pending.items():
+            if each.run == run.id and each.to == TIMER:
+                self._at[at] += message.body["stopped_s"]
+        if not message.body["further"]:
+            return
+        run.continued = seq
+        if run.over:
+            run.over = ""
+            if run.id in self._last:
+                run.checkpoint, last = self._last.pop(run.id)
+                self._pending[run.checkpoint] = last
+
+    def continue_run(self, continuation: Continuation, ledger: Ledger, now: float) -> None:
+        """Write down that a run is taken up again; none that the ledger does not hold is.
+
+        Raises:
+            LedgerError: it is to go further than its end, and its last state was not kept.
+        """
+        if continuation.run not in self.box.runs:
+            return
+        stopped_s = max(0.0, now - self._last_at) if self._last_at is not None else 0.0
+        message = Message(
+            kind=CONTINUED,
+            id=f"{BROKER}/{ledger.next_seq}",
+            run=continuation.run,
+            sender=BROKER,
+            to=AGGREGATOR,
+            body={
+                "config": continuation.config,
+                "further": continuation.further,
+                "stopped_s": stopped_s,
+            },
+        )
+        entry = Accepted(seq=ledger.next_seq, at=now, message=encode_message(message))
+        self.feed(entry)
+        if continuation.further:
+            self._check_last(self.box.runs[continuation.run], ledger)
+        ledger.append(entry)
+
+    def _check_last(self, run: Run, ledger: Ledger) -> None:
+        """Raise LedgerError if the checkpoint of a run that goes further cannot be read."""
+        last = None if run.checkpoint is None else self._pending.get(run.checkpoint)
+        if last is None or any(
+            ledger.size_of(blob_name(last, blob)) is None for blob in last.blobs
+        ):
+            raise LedgerError(
+                f"run {run.id} cannot go further: the ledger does not hold its last checkpoint "
+                "any more (broker.retain says what is kept)"
+            )
 
     def _finished(self, seqs: Iterable[int]) -> None:
         for seq in seqs:
@@ -176,6 +243,7 @@ def open_broker(
     *,
     retain_bytes: int | None = EVERYTHING,
     offer_parked: bool = False,
+    continuation: Continuation | None = None,
     draw_identity: Callable[[], str] = random_identity,
 ) -> tuple[Ledger, Broker]:
     """Open a ledger, new or not, and return it with the core that goes on from there.
@@ -186,6 +254,7 @@ def open_broker(
         now: in seconds since 1970.
         retain_bytes: see `Ledger`.
         offer_parked: whether parked messages are to be tried again, under a new number.
+        continuation: of a run that is taken up again with all of its nodes.
         draw_identity: see `Broker`.
 
     Raises:
@@ -199,6 +268,12 @@ def open_broker(
         entry = Accepted(seq=ledger.next_seq, at=now, message=data, consumes=(seq,))
         ledger.append(entry)
         restorer.feed(entry)
+    if continuation is not None:
+        try:
+            restorer.continue_run(continuation, ledger, now)
+        except LedgerError:
+            ledger.close()
+            raise
     restorer.finish(ledger, now, settings.lease_s)
     core = Broker(settings, ledger, draw_identity, restorer.box)
     for run, seq in restorer.lost:

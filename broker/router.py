@@ -32,6 +32,7 @@ from fedmq.broker.restore import open_broker
 from fedmq.broker.state import (
     Append,
     BrokerSettings,
+    Continuation,
     Drop,
     Event,
     Full,
@@ -84,6 +85,7 @@ class BrokerServer:
         folder: where the ledger lies; if there is one, the broker goes on from it.
         settings: leases, beats, the delivery limit.
         keeping: how, and for how long, the ledger keeps what it is given.
+        continuation: of a run in it that is taken up again with all of its nodes.
 
     Attributes:
         endpoint: where nodes can connect, with the real port.
@@ -99,6 +101,7 @@ class BrokerServer:
         folder: Path,
         settings: BrokerSettings | None = None,
         keeping: Keeping | None = None,
+        continuation: Continuation | None = None,
     ) -> None:
         settings, keeping = settings or BrokerSettings(), keeping or Keeping()
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
@@ -120,6 +123,7 @@ class BrokerServer:
                 self._clock(),
                 retain_bytes=keeping.retain_bytes,
                 offer_parked=keeping.offer_parked,
+                continuation=continuation,
             )
         except zmq.ZMQError as error:
             self._context.destroy(linger=0)

@@ -23,6 +23,9 @@ WORKER = "worker"
 ROLES = (AGGREGATOR, EVALUATOR, WORKER)
 BROKER = "broker"
 
+CONTINUED = "continued"
+"""Kind of the message by which the broker tells that a run was taken up again."""
+
 RECORD = "record"
 CHECKPOINT = "checkpoint"
 TIMER = "timer"
@@ -45,6 +48,20 @@ class BrokerSettings:
     lease_s: float = 10.0
     beat_s: float = 1.0
     deliveries: int = 5
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """A run that whoever starts the broker takes up again, with all of its nodes.
+
+    run: its id.
+    config: its configuration from now on.
+    further: whether an end that it has reached is lifted.
+    """
+
+    run: str
+    config: str
+    further: bool = False
 
 
 class Store(Protocol):
@@ -241,6 +258,7 @@ class Run:
     checkpoint: number of the newest one.
     over: why the run is over; empty while it is not.
     identity: tells this run from any other of the same id; empty for runs of old ledgers.
+    continued: number of the message by which it goes further than it was to, or None.
     """
 
     id: str
@@ -254,6 +272,7 @@ class Run:
     checkpoint: int | None = None
     over: str = ""
     identity: str = ""
+    continued: int | None = None
 
     def host_of(self, address: str) -> Node | None:
         """Return the live node that hosts an address."""

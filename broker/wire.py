@@ -242,6 +242,9 @@ class Welcome(Frame, frozen=True, kw_only=True):
     identity: Identity = ""
     """Drawn when the run was opened: another run under the same id has another one. Empty: the
     run was opened before 1.3."""
+    continued: Natural | UnsetType = UNSET
+    """For the aggregator: number of the message by which the run goes further than it was to; an
+    end in a checkpoint before that one holds no longer. Not sent before 1.3."""
 
 
 class Done(Numbered, frozen=True, kw_only=True):

@@ -11,6 +11,7 @@ from typing import NoReturn
 import numpy as np
 import structlog
 import torch
+from msgspec import UNSET
 
 from fedmq.algorithms import arithmetic
 from fedmq.algorithms.allowed import Allowed
@@ -81,7 +82,9 @@ def _fold_until_over(
     link: NodeLink, core: Aggregator, folder: Path | None, version_0: Fingerprint | None
 ) -> NoReturn:
     """Give the core its inbox, and carry out what it says; raises RunOver in the end."""
-    actions: Sequence[AggregatorAction] = core.handle(Start(_checkpoint(link)))
+    welcomed = link.welcome().continued
+    start = Start(_checkpoint(link), continued=-1 if welcomed is UNSET else welcomed)
+    actions: Sequence[AggregatorAction] = core.handle(start)
     if folder is not None:
         # A model that is here already is another run's, or will be written again at the end.
         (folder / MODEL_FILE).unlink(missing_ok=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import msgspec
-from msgspec import Struct
+from msgspec import UNSET, Struct, UnsetType
 
 from fedmq.algorithms.base import Algorithm
 from fedmq.algorithms.errors import ResultError
@@ -18,6 +18,7 @@ from fedmq.broker.wire import Blob
 from fedmq.codecs.errors import CodecError
 from fedmq.nodes.errors import NodeError
 from fedmq.nodes.evaluations import Examination
+from fedmq.nodes.goal import Goal
 from fedmq.nodes.inbox import Inbound
 from fedmq.nodes.payload import RAW, Packed, pack, unpack
 from fedmq.nodes.progress import Failures
@@ -55,6 +56,7 @@ class Fold(Struct):
     arithmetic: by which it was made, see `fedmq.nodes.computed`.
     failures: that were not followed by a used result; see `fedmq.nodes.progress`.
     failed: the run ends without reaching its end.
+    goal: what the run was to reach; not in the checkpoints of 0.1.0.
     """
 
     position: int
@@ -76,6 +78,7 @@ class Fold(Struct):
     arithmetic: int = 1
     failures: Failures = msgspec.field(default_factory=Failures)
     failed: bool = False
+    goal: Goal | UnsetType = UNSET
 
 
 def pack_checkpoint(algorithm: Algorithm, state: Any, fold: Fold) -> Packed:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import re
-import secrets
 import signal
 import socket
 import sys
@@ -62,34 +61,41 @@ main.add_command(trace)
 @_settings
 @click.option("--workers", type=click.IntRange(min=1), help="Number of worker processes.")
 @click.option(
-    "--run", "folder", type=click.Path(path_type=Path), help="Folder of the run; new or empty."
+    "--run",
+    "folder",
+    type=click.Path(path_type=Path),
+    help="Folder of the run. If a run is in it, that one goes on.",
 )
 def cluster(
     config: Path | None, settings: tuple[str, ...], workers: int | None, folder: Path | None
 ) -> None:
     """Train on this host: broker, aggregator, workers and evaluator as processes."""
-    started_at = time.time()
-    from fedmq.nodes.cluster import Cluster, preloading
-    from fedmq.nodes.config import load
+    now = time.time()
+    from fedmq.nodes.cluster import Cluster, preloading, worker_names
+    from fedmq.nodes.continuing import about, asking, continuation, show_ended
 
-    with exit_2_on_error():
-        chosen = load(config, (*settings, *([f"worker.count={workers}"] if workers else [])))
-        chosen = _named(chosen)
-        find_own_code(chosen.allowed)
-        folder = folder or Path("runs") / chosen.run.id
-        _check_new(folder)
+    settings = (*settings, *([f"worker.count={workers}"] if workers else []))
+    console = Console()
+    with exit_2_on_error(), asking(config, settings, folder, now) as asked:
+        find_own_code(asked.config.allowed)
+        going_on = None
+        if asked.recorded is not None:
+            going_on = continuation(asked)
+            if going_on is None:
+                show_ended(asked, console)
+                sys.exit(0)
+            console.print(about(asked, going_on), highlight=False, soft_wrap=True, markup=False)
         with preloading():
             from fedmq.nodes.setup import choose_device, set_up
 
-            setup = set_up(chosen)
+            setup = set_up(asked.config)
             # Data and device are there, or nothing is started.
-            choose_device(chosen.worker.device)
+            choose_device(asked.config.worker.device)
             setup.problem.test()
             setup.problem.client(0)
-            _make(folder)
-        console = Console()
-        complete = setup.config
-        code = Cluster(complete, setup.problem.clients, folder, started_at, console).run()
+            clients = setup.problem.clients
+            worker_names(setup.config, clients)
+        code = Cluster(setup.config, clients, asked.folder, asked.begun, console, going_on).run()
     sys.exit(code)
 
 
@@ -283,15 +289,9 @@ def default_name(host: str, clients: Sequence[tuple[int, int]]) -> str:
 
 def _named(config: Config) -> Config:
     """Return the configuration with an id for the run."""
-    if config.run.id:
-        return config
-    drawn = time.strftime("%Y%m%d-%H%M%S") + "-" + secrets.token_hex(2)
-    return config.model_copy(update={"run": config.run.model_copy(update={"id": drawn})})
+    from fedmq.nodes.continuing import called, draw_id
 
-
-def _check_new(folder: Path) -> None:
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise ConfigError(f"--run: expected a new or empty folder, {folder} is neither")
+    return config if config.run.id else called(config, draw_id())
 
 
 def _make(folder: Path) -> None:

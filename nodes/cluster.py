@@ -26,13 +26,14 @@ from fedmq.algorithms.allowed import Allowed
 from fedmq.broker.errors import BrokerError
 from fedmq.broker.process import give_torch_huge_pages, tune_process
 from fedmq.broker.reading import Follower
-from fedmq.broker.state import EVALUATOR, WORKER
+from fedmq.broker.state import EVALUATOR, WORKER, Continuation
 from fedmq.nodes import logs
 from fedmq.nodes.causes import explained
 from fedmq.nodes.config import Config, parse
-from fedmq.nodes.errors import NodeError
+from fedmq.nodes.errors import ConfigError, NodeError
 from fedmq.nodes.programs import Stopped, stop_on_signals
-from fedmq.nodes.summary import RunFold, write_summary
+from fedmq.nodes.run_folder import write_config
+from fedmq.nodes.summary import SUMMARY_FILE, RunFold, write_summary
 from fedmq.nodes.view import View, closing_table
 
 _START_S = 30.0
@@ -69,6 +70,20 @@ class _Child:
         return f"ended with exit code {self.process.exitcode}"
 
 
+def worker_names(config: Config, clients: int) -> list[str]:
+    """Return the names of a cluster's workers; none is without a client.
+
+    Raises:
+        ConfigError: there are other values for a worker that there is not.
+    """
+    names = [f"worker-{index}" for index in range(min(config.worker.count, clients))]
+    for name in config.worker.nodes:
+        if name not in names:
+            some = names[0] if len(names) == 1 else f"{names[0]} to {names[-1]}"
+            raise ConfigError(f"worker.nodes: this cluster has {some}, got {name!r}")
+    return names
+
+
 class Cluster:
     """Starts the processes, watches them, and ends every one of them.
 
@@ -76,13 +91,21 @@ class Cluster:
         config: checked and complete; the processes may run the code that it allows.
         clients: K, which are dealt to the workers in ranges.
         folder: of the run; it must exist.
-        started_at: when the command was given, in seconds since 1970.
+        started_at: when the run was begun, in seconds since 1970; None if nobody knows.
         console: for the view.
+        continuation: of a run in the folder that is taken up again.
     """
 
     def __init__(
-        self, config: Config, clients: int, folder: Path, started_at: float, console: Console
+        self,
+        config: Config,
+        clients: int,
+        folder: Path,
+        started_at: float | None,
+        console: Console,
+        continuation: Continuation | None = None,
     ) -> None:
+        self._continuation = continuation
         self._config, self._clients, self._folder = config, clients, folder
         self._started_at, self._console = started_at, console
         self._children: dict[str, _Child] = {}
@@ -94,7 +117,10 @@ class Cluster:
         130: interrupted.
         """
         text = self._config.to_toml()
-        (self._folder / "config.toml").write_text(text)
+        begun = time.time() if self._started_at is None else self._started_at
+        write_config(self._folder, self._config, begun)
+        # It tells of the run as it was before, or is written again at the end.
+        (self._folder / SUMMARY_FILE).unlink(missing_ok=True)
         code = 1
         try:
             with stop_on_signals(signal.SIGINT, signal.SIGTERM):
@@ -120,7 +146,8 @@ class Cluster:
     def _start_broker(self, text: str) -> str:
         # A fresh interpreter: the broker imports no torch.
         context = mp.get_context("spawn")
-        child = self._start(context, "broker", broker_main, text, self._config.broker.bind)
+        bind, going_on = self._config.broker.bind, self._continuation
+        child = self._start(context, "broker", broker_main, text, bind, going_on)
         if child.report.poll(_START_S):
             word, _, rest = child.report.recv_bytes().decode().partition(" ")
             if word == "ready":
@@ -137,12 +164,10 @@ class Cluster:
         own = self._config.allowed
         self._start(context, "aggregator", aggregator_main, endpoint, text, run, own)
         total = self._clients
-        count = min(self._config.worker.count, total)
-        for index in range(count):
-            clients = (index * total // count, (index + 1) * total // count - 1)
-            self._start(
-                context, f"worker-{index}", worker_main, endpoint, clients, WORKER, run, own
-            )
+        names = worker_names(self._config, total)
+        for index, name in enumerate(names):
+            clients = (index * total // len(names), (index + 1) * total // len(names) - 1)
+            self._start(context, name, worker_main, endpoint, clients, WORKER, run, own)
         self._start(context, "evaluator", worker_main, endpoint, None, EVALUATOR, run, own)
 
     def _start(self, context: Any, name: str, target: Callable[..., None], *args: Any) -> _Child:
@@ -288,12 +313,18 @@ def child_main(
         sys.exit(2)
 
 
-def broker_main(folder: Path, report: Connection, text: str, bind: str) -> None:
+def broker_main(
+    folder: Path,
+    report: Connection,
+    text: str,
+    bind: str,
+    continuation: Continuation | None = None,
+) -> None:
     """Run the broker of a local cluster."""
     from fedmq.broker.router import BrokerServer
 
     table = parse(text).broker
-    server = BrokerServer(bind, folder / "ledger", table.settings(), table.keeping())
+    server = BrokerServer(bind, folder / "ledger", table.settings(), table.keeping(), continuation)
     report.send_bytes(f"ready {server.endpoint}".encode())
     server.serve()
 

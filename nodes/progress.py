@@ -1,9 +1,9 @@
 """Whether a run gets anywhere: failures in a row, and clients that are not asked again at once.
 
 A pure part of the aggregator's fold. A client that failed k > 1 times in a row is skipped for a
-while that doubles with k, up to a limit: under synchronous rounds it is counted in versions, so that
-the cohorts follow from the seed and not from how fast a machine is; under the other schedules in
-seconds. So is a node, several of whose clients failed one after the other. When nobody else can
+while that doubles with k, up to a limit: under synchronous rounds it is counted in versions, so
+that the cohorts follow from the seed and not from how fast a machine is; under the other schedules
+in seconds. So is a node, several of whose clients failed one after the other. When nobody else can
 be asked, a timer ends the wait.
 """
 
@@ -97,6 +97,10 @@ class Progress:
     def resume(self, failures: Failures, version: int, now: float) -> None:
         """Take over what a checkpoint tells."""
         self.failures, self.version, self.now = failures, version, now
+
+    def start_over(self) -> None:
+        """Forget what failed: the run was taken up again, and its cause may be mended."""
+        self.failures = Failures()
 
     def used(self, client: int, node: str) -> None:
         """Note that a result is in a version."""

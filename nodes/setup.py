@@ -73,12 +73,7 @@ def set_up(config: Config, allowed: Allowed | None = None, run: str = "") -> Set
     """
     allowed = config.allowed if allowed is None else allowed
     run = run or config.run.id
-    find = functools.partial(find_algorithm, allowed=allowed)
-    with _naming_the_run(run, "algorithm.name"):
-        algorithm = _choose(config.algorithm, find, "algorithm")
-    if getattr(algorithm, "seed", 0) is None:
-        algorithm = dataclasses.replace(algorithm, seed=config.run.seed)  # type: ignore[call-arg] # it has that field
-    schedule = _choose(config.schedule, find_schedule, "schedule")
+    algorithm, schedule = _choices(config, allowed, run)
     if schedule.name not in algorithm.schedules:
         raise ConfigError(
             f"schedule.name: {algorithm.name} does not run under {schedule.name!r}; "
@@ -108,14 +103,46 @@ def set_up(config: Config, allowed: Allowed | None = None, run: str = "") -> Set
         raise ConfigError(
             f"run.min_clients: expected at most problem.clients, {problem.clients}, got {wanted}"
         )
-    complete = config.model_copy(
+    return Setup(
+        _complete(config, algorithm, schedule),
+        problem,
+        algorithm,
+        schedule,
+        down,
+        up,
+        features,
+        logits,
+    )
+
+
+def completed(config: Config, allowed: Allowed | None = None) -> Config:
+    """Return a configuration with every default filled in, as `set_up` does, without its objects.
+
+    Raises:
+        ConfigError: its algorithm or its schedule is unknown, not allowed, or unusable.
+    """
+    allowed = config.allowed if allowed is None else allowed
+    algorithm, schedule = _choices(config, allowed, config.run.id)
+    return _complete(config, algorithm, schedule)
+
+
+def _choices(config: Config, allowed: Allowed, run: str) -> tuple[Algorithm, Schedule]:
+    find = functools.partial(find_algorithm, allowed=allowed)
+    with _naming_the_run(run, "algorithm.name"):
+        algorithm = _choose(config.algorithm, find, "algorithm")
+    if getattr(algorithm, "seed", 0) is None:
+        algorithm = dataclasses.replace(algorithm, seed=config.run.seed)  # type: ignore[call-arg] # it has that field
+    return algorithm, _choose(config.schedule, find_schedule, "schedule")
+
+
+def _complete(config: Config, algorithm: Algorithm, schedule: Schedule) -> Config:
+    return config.model_copy(
         update={
             "problem": complete_options(config.problem),
             "algorithm": {**config.algorithm, **dataclasses.asdict(algorithm)},
             "schedule": {**config.schedule, **dataclasses.asdict(schedule)},
         }
     )
-    return Setup(complete, problem, algorithm, schedule, down, up, features, logits)
 
 
 @contextlib.contextmanager

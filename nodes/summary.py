@@ -12,7 +12,7 @@ from typing import Any
 
 from fedmq.broker.entries import Accepted, AnyEntry, Ended
 from fedmq.broker.reading import read_entries
-from fedmq.broker.state import AGGREGATOR, BROKER, EVALUATOR
+from fedmq.broker.state import AGGREGATOR, BROKER, CONTINUED, EVALUATOR
 from fedmq.broker.wire import Message
 from fedmq.nodes.agreement import disagree
 from fedmq.nodes.config import parse
@@ -91,6 +91,8 @@ class RunFold:
     wire_down: int = 0
     wire_up: int = 0
     ended: str | None = None
+    stopped_s: float = 0.0
+    """For how long nobody ran it, until it was taken up again."""
     version_0: Any = None
     """What the aggregator says of the model that the run starts from, and"""
     disagreeing: list[str] = field(default_factory=list)
@@ -121,10 +123,13 @@ class RunFold:
 
     @property
     def wall_s(self) -> float:
-        """Return how long the run has been going."""
+        """Return how long the run has been going; while nobody ran it, it was not."""
         if self.now is None:
             return 0.0
-        return self.now - (self.now if self.started_at is None else self.started_at)
+        return self._since_start(self.now)
+
+    def _since_start(self, at: float) -> float:
+        return at - (at if self.started_at is None else self.started_at) - self.stopped_s
 
     @property
     def first_task_s(self) -> float | None:
@@ -174,6 +179,13 @@ class RunFold:
             for low, high in body["clients"]:
                 for client in range(low, high + 1):
                     self._hosts[f"client/{client}"] = body["node"]
+        elif message.kind == CONTINUED:
+            self.ended = None
+            self.config = parse(body["config"]).model_dump()
+            self.stopped_s += body["stopped_s"]
+            for node in self.nodes.values():
+                node.here = False
+                node.doing.clear()
         elif message.kind == "left":
             self.nodes[body["node"]].here = False
             self.nodes[body["node"]].doing.clear()
@@ -215,7 +227,7 @@ class RunFold:
         match message.body:
             case {"metrics": dict(metrics)} if message.kind == "score" and version is not None:
                 known = {key: each for key, each in metrics.items() if isinstance(each, float)}
-                self._evaluated(version, asked, at - (self.started_at or at), known)
+                self._evaluated(version, asked, self._since_start(at), known)
 
     def _evaluated(
         self, version: int, asked: str, wall_s: float, metrics: dict[str, float]

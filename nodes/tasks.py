@@ -15,6 +15,7 @@ from fedmq.broker.rejections import Code, Rejection
 from fedmq.broker.wire import Message
 from fedmq.nodes.checkpoint import Flight
 from fedmq.nodes.gathering import Gathering
+from fedmq.nodes.inbox import AggregatorAction, Post
 from fedmq.nodes.members import Members
 from fedmq.nodes.payload import Packed, pack
 from fedmq.nodes.progress import Progress
@@ -203,3 +204,16 @@ class Letters:
         self.next_id += 1
         about = {"kind": kind, "id": name, "run": self._run, "sender": self._node, "to": to}
         return Message(**about, body=dict(body), blobs=packed.blobs if packed else ())
+
+    def post(
+        self,
+        out: list[AggregatorAction],
+        kind: str,
+        to: str,
+        body: Mapping[str, Any],
+        packed: Packed | None = None,
+    ) -> str:
+        """Write the next message, and post it; return its id."""
+        message = self.write(kind, to, body, packed)
+        out.append(Post(message, packed.data if packed else ()))
+        return message.id

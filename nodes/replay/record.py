@@ -86,6 +86,10 @@ class Record:
                 case Finish(reason):
                     self._finish = reason
 
+    def expect_another_end(self) -> None:
+        """Note that the core goes further than the end that it has come to."""
+        self._finish = None
+
     def compare(self, entry: AnyEntry) -> None:
         """Hold one entry of the ledger against what the core has said.
 

@@ -274,6 +274,7 @@ def _numbers(values: Mapping[str, Any]) -> str:
 
 _NOTES: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
     "joined": _joined,
+    "continued": lambda body: "goes further" if body["further"] else "goes on",
     "left": lambda body: f"{body['node']}: {body['reason']}",
     "version": _version_note,
     "result": _result,

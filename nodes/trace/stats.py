@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from fedmq.broker.entries import Accepted, Consumed, Ended, Refusal
-from fedmq.broker.state import AGGREGATOR, RECORD
+from fedmq.broker.state import AGGREGATOR, BROKER, CONTINUED, RECORD
 from fedmq.broker.trace import Trace
 from fedmq.broker.wire import Blob, Message
 from fedmq.nodes.outcomes import Outcomes
@@ -173,6 +173,8 @@ class Stats:
                     host = self.places.host_of(message.to)
                     self.traffic.feed(message, len(entry.message), host)
                     self.account.accepted(seq, message)
+                    if message.sender == BROKER and message.kind == CONTINUED:
+                        self.ended = None
                     self.account.consumed(seq, entry.consumes)
                     if message.to in (AGGREGATOR, f"node/{self.places.aggregator}"):
                         stale = self.fates.staleness(seq, message)

@@ -139,10 +139,10 @@ def test_nodes_of_one_broker_with_several_runs_must_name_theirs(bench):
     bench.joined("w1", session="s3", run="r", clients=((0, 2),))
 
 
-def test_a_run_that_is_over_does_not_count_and_cannot_be_joined(bench):
+def test_a_run_that_is_over_does_not_count_and_whoever_asks_for_it_is_told(bench):
     agg = bench.joined("agg", "aggregator")
     bench.tell(agg, Over(reason="done"))
-    assert refusal(bench, bench.join("w1", run="r")) == ("over", "run r is over")
+    assert bench.take(bench.join("w1", run="r")) == [Over(reason="done")]
     assert isinstance(bench.take(bench.join("w2"))[0], Wait)
     bench.joined("agg", "aggregator", session="s2", run="q")
     assert bench.take(b"w2:s1", Welcome)[0].run == "q"
