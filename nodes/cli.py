@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import re
-import signal
 import socket
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 import xxhash
@@ -21,11 +20,13 @@ from rich.text import Text
 
 from fedmq.broker.names import name_fault
 from fedmq.broker.process import give_torch_huge_pages, tune_process
-from fedmq.nodes import logs
+from fedmq.nodes import logs, streams
 from fedmq.nodes.codec_cli import codec
+from fedmq.nodes.entry import ending_well
 from fedmq.nodes.errors import ConfigError, NodeError
 from fedmq.nodes.personalise import personalise
 from fedmq.nodes.replay.cli import replay
+from fedmq.nodes.signals import this_process
 from fedmq.nodes.trace.cli import trace
 from fedmq.nodes.trace.text import plain
 from fedmq.nodes.trust import allow_option, allowed_here, find_own_code
@@ -46,7 +47,16 @@ _connect = click.option(
 )
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+class _Commands(click.Group):
+    """All commands: each begins and ends in the same way."""
+
+    def main(self, *args: Any, **extra: Any) -> Any:
+        """Run one; see `ending_well`."""
+        with ending_well():
+            return super().main(*args, **extra)
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="fedmq")
 def main() -> None:
     """Asynchronous federated learning over a message queue."""
@@ -71,7 +81,7 @@ def cluster(
 ) -> None:
     """Train on this host: broker, aggregator, workers and evaluator as processes."""
     now = time.time()
-    from fedmq.nodes.cluster import Cluster, preloading, worker_names
+    from fedmq.nodes.cluster import Cluster, go_on_command, preloading, worker_names
     from fedmq.nodes.continuing import about, asking, continuation, show_ended
 
     settings = (*settings, *([f"worker.count={workers}"] if workers else []))
@@ -95,7 +105,10 @@ def cluster(
             setup.problem.client(0)
             clients = setup.problem.clients
             worker_names(setup.config, clients)
-        code = Cluster(setup.config, clients, asked.folder, asked.begun, console, going_on).run()
+        # What --set has changed is in the folder's own configuration.
+        again = go_on_command(asked.folder, None if settings else config)
+        one = Cluster(setup.config, clients, asked.folder, asked.begun, console, going_on, again)
+        code = one.run()
     sys.exit(code)
 
 
@@ -138,9 +151,9 @@ def broker(
     """Route messages and keep the ledger; goes on from the ledger that is in its folder."""
     from fedmq.broker.router import BrokerServer
     from fedmq.nodes.config import build
-    from fedmq.nodes.programs import Stopped, stop_on_signals
     from fedmq.nodes.summary import SUMMARY_FILE, write_summary
 
+    streams.go_on_without_output()
     logs.configure(None, node="broker")
     tune_process()
     with exit_2_on_error():
@@ -157,10 +170,11 @@ def broker(
         if once:
             # What is here is of a run before this one, or is written again at the end.
             (folder / SUMMARY_FILE).unlink(missing_ok=True)
-        with contextlib.suppress(Stopped), stop_on_signals(signal.SIGINT, signal.SIGTERM):
+        with this_process.noting(server.stop):
             server.serve(until_idle=once)
-        if once:
-            write_summary(folder)
+            if once:
+                write_summary(folder)
+        this_process.check()
 
 
 @main.command()
@@ -180,7 +194,8 @@ def aggregator(
     from fedmq.nodes.aggregator_program import run_aggregator
     from fedmq.nodes.config import load
 
-    with exit_2_on_error(), _stoppable():
+    streams.go_on_without_output()
+    with exit_2_on_error():
         chosen = _named(load(config, settings))
         find_own_code(chosen.allowed)
         logs.configure(None, node="aggregator", run=chosen.run.id)
@@ -223,7 +238,8 @@ def worker(
     from fedmq.broker.state import EVALUATOR, WORKER
     from fedmq.nodes.worker_program import run_worker
 
-    with exit_2_on_error(), _stoppable():
+    streams.go_on_without_output()
+    with exit_2_on_error():
         if evaluator == bool(ranges):
             raise ConfigError("expected either --clients or --evaluator")
         role = EVALUATOR if evaluator else WORKER
@@ -313,19 +329,6 @@ def exit_2_on_error() -> Iterator[None]:
     except (NodeError, BrokerError, AlgorithmError, CodecError) as error:
         click.echo(f"fedmq: {plain(error, _LONGEST)}", err=True)
         sys.exit(2)
-
-
-@contextlib.contextmanager
-def _stoppable() -> Iterator[None]:
-    """End on Ctrl-C or SIGTERM without a traceback."""
-    from fedmq.nodes.programs import Stopped, stop_on_signals
-
-    try:
-        with stop_on_signals(signal.SIGINT, signal.SIGTERM):
-            yield
-    except Stopped as stopped:
-        click.echo(f"fedmq: stopped by {stopped}", err=True)
-        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -1,14 +1,12 @@
-"""What the node programs have in common: signals, sessions, a link that says goodbye."""
+"""What the node programs have in common: sessions, a link that says goodbye."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
 import secrets
-import signal
 import time
 from collections.abc import Iterator
-from types import FrameType
 
 import structlog
 
@@ -22,25 +20,6 @@ from fedmq.nodes.errors import NodeError
 from fedmq.nodes.inbox import Inbound
 
 _PATIENCE_S = 3.0
-
-
-class Stopped(BaseException):
-    """A signal asked this process to stop; not an Exception, so that training lets it through."""
-
-
-@contextlib.contextmanager
-def stop_on_signals(*signals: signal.Signals) -> Iterator[None]:
-    """Raise `Stopped` in the main thread when one of these signals comes."""
-
-    def stop(number: int, _frame: FrameType | None) -> None:
-        raise Stopped(signal.Signals(number).name)
-
-    before = {each: signal.signal(each, stop) for each in signals}
-    try:
-        yield
-    finally:
-        for each, handler in before.items():
-            signal.signal(each, handler)
 
 
 def new_session() -> str:

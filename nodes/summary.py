@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,9 @@ from fedmq.broker.state import AGGREGATOR, BROKER, CONTINUED, EVALUATOR
 from fedmq.broker.wire import Message
 from fedmq.nodes.agreement import disagree
 from fedmq.nodes.config import parse
+from fedmq.nodes.errors import NodeError
 from fedmq.nodes.outcomes import Outcomes
+from fedmq.nodes.streams import reason_of
 
 SUMMARY_FILE = "summary.json"
 
@@ -186,9 +189,9 @@ class RunFold:
             for node in self.nodes.values():
                 node.here = False
                 node.doing.clear()
-        elif message.kind == "left":
-            self.nodes[body["node"]].here = False
-            self.nodes[body["node"]].doing.clear()
+        elif message.kind == "left" and (left := self.nodes.get(body["node"])) is not None:
+            left.here = False
+            left.doing.clear()
 
     def _from_aggregator(self, message: Message, at: float, size: int) -> None:
         body = message.body
@@ -259,10 +262,11 @@ class RunFold:
         config = self.config
         summary = {
             "run": self.run,
-            "algorithm": config["algorithm"]["name"],
-            "schedule": config["schedule"]["name"],
-            "codec": config["codec"],
-            "seed": config["run"]["seed"],
+            # None: the run was stopped before its first record was written.
+            "algorithm": config.get("algorithm", {}).get("name"),
+            "schedule": config.get("schedule", {}).get("name"),
+            "codec": config.get("codec"),
+            "seed": config.get("run", {}).get("seed"),
             "versions": self.version,
             "results": self._results(),
             "rounds": self._rounds(),
@@ -354,9 +358,27 @@ def write_summary(folder: Path, started_at: float | None = None) -> dict[str, An
 
     Raises:
         LedgerError: the ledger is damaged.
+        NodeError: the file cannot be written.
     """
     fold = RunFold(started_at)
     fold.feed(read_entries(folder / "ledger"))
     summary = fold.summary()
-    (folder / SUMMARY_FILE).write_text(json.dumps(summary, indent=2) + "\n")
+    save_summary(folder, summary)
     return summary
+
+
+def save_summary(folder: Path, summary: Mapping[str, Any]) -> None:
+    """Write a summary; the file is whole, or the one before it.
+
+    Raises:
+        NodeError: it cannot be written.
+    """
+    path = folder / SUMMARY_FILE
+    fresh = path.with_suffix(".new")
+    try:
+        fresh.write_text(json.dumps(summary, indent=2) + "\n")
+        fresh.replace(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            fresh.unlink(missing_ok=True)
+        raise NodeError(f"cannot write {path}: {reason_of(error)}") from None

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+import time
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from rich.console import Console, Group, RenderableType
@@ -18,50 +20,84 @@ _PLAIN_EVERY_S = 5.0
 _NAMED = 10
 """Groups of clients without a result that are named; the summary has all."""
 _BARS = "▁▂▃▄▅▆▇█"
+_ASCII_BARS = "_.-~=+*#"
+_LIVE_EVERY_S = 0.125
 
 
 class View:
     """Shows a run while it goes on; a context manager.
 
+    Whatever cannot be shown is left out, once with the reason: a run does not end for it.
+
     Args:
         console: where to; a terminal gets the live view.
         title: what runs, in one line.
+        say: tells what went wrong with the view.
     """
 
-    def __init__(self, console: Console, title: str) -> None:
+    def __init__(self, console: Console, title: str, say: Callable[[str], None]) -> None:
         self._console = console
         self._title = title
-        self._live = (
-            Live(console=console, refresh_per_second=8, transient=True)
-            if console.is_terminal
-            else None
-        )
+        self._say = say
+        self._live: Live | None = None
+        self._lines = True
         self._points = 0
         self._last_line = 0.0
+        self._drawn_at = 0.0
 
     def __enter__(self) -> View:
-        self._console.print(self._title, highlight=False, soft_wrap=True)
-        if self._live:
-            self._live.__enter__()
+        try:
+            self._console.print(self._title, highlight=False, soft_wrap=True, markup=False)
+            if self._console.is_terminal:
+                # Drawn by `show`: what goes wrong in a thread of rich's own would end unseen.
+                self._live = Live(console=self._console, auto_refresh=False, transient=True)
+                self._live.start()
+        except Exception as error:  # noqa: BLE001 - a run does not end for its view
+            self._give_up(error)
         return self
 
     def __exit__(self, *exc: object) -> None:
-        if self._live:
-            self._live.stop()
+        self._stop_live()
 
     def show(self, fold: RunFold) -> None:
         """Bring the view up to date."""
-        if self._live:
-            self._live.update(render(fold))
-            return
+        try:
+            if self._live:
+                if time.monotonic() - self._drawn_at >= _LIVE_EVERY_S:
+                    self._live.update(render(fold, self._bars()), refresh=True)
+                    self._drawn_at = time.monotonic()
+            elif self._lines:
+                self._show_line(fold)
+        except Exception as error:  # noqa: BLE001 - a run does not end for its view
+            self._give_up(error)
+
+    def _show_line(self, fold: RunFold) -> None:
         fresh = len(fold.curve) > self._points
         if fresh or fold.wall_s - self._last_line >= _PLAIN_EVERY_S:
             self._points, self._last_line = len(fold.curve), fold.wall_s
-            self._console.print(line(fold), highlight=False, soft_wrap=True)
+            self._console.print(line(fold), highlight=False, soft_wrap=True, markup=False)
+
+    def _bars(self) -> str:
+        return _BARS if self._console.encoding.startswith("utf") else _ASCII_BARS
+
+    def _give_up(self, error: Exception) -> None:
+        """Go on with plain lines, or, if those cannot be shown, without."""
+        if self._live:
+            self._stop_live()
+            self._say(f"fedmq: the live view failed: {error!r}; lines instead")
+        else:
+            self._lines = False
+            self._say(f"fedmq: the view failed: {error!r}; the run goes on without it")
+
+    def _stop_live(self) -> None:
+        live, self._live = self._live, None
+        if live is not None:
+            with contextlib.suppress(Exception):  # it only clears what it has drawn
+                live.stop()
 
 
-def render(fold: RunFold) -> RenderableType:
-    """Return the live view of a run."""
+def render(fold: RunFold, bars: str = _BARS) -> RenderableType:
+    """Return the live view of a run; ``bars``: from low to high, for the accuracy."""
     head = Table.grid(padding=(0, 2))
     head.add_row(*(Text(name, style="dim") for name in _figures(fold)))
     head.add_row(*(Text(value, style="bold") for value in _figures(fold).values()))
@@ -71,7 +107,7 @@ def render(fold: RunFold) -> RenderableType:
     for name, node in sorted(fold.nodes.items()):
         nodes.add_row(name, _state(node), str(node.tasks or ""), str(node.drops or ""))
     trouble = [Text(f"{name} {value}", style="red") for name, value in _trouble(fold).items()]
-    return Group(head, *trouble, Text(_sparkline(fold), style="green"), nodes)
+    return Group(head, *trouble, Text(_sparkline(fold, bars), style="green"), nodes)
 
 
 def line(fold: RunFold) -> str:
@@ -89,9 +125,9 @@ def closing_table(summary: Mapping[str, Any]) -> Table:
     results, sizes = summary["results"], summary["bytes"]
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     rows = {
-        "run": summary["run"],
+        "run": summary["run"] or "-",
         "ended": summary["ended"] or "before its end",
-        "algorithm": f"{summary['algorithm']}, {summary['schedule']}",
+        "algorithm": f"{summary['algorithm'] or '-'}, {summary['schedule'] or '-'}",
         "versions": str(summary["versions"]),
         "accuracy": f"{_percent(summary['final_accuracy'])} "
         f"(best {_percent(summary['best_accuracy'])}){_of_version(summary)}",
@@ -209,9 +245,9 @@ def _state(node: NodeState) -> Text:
     return Text(f"{doing[0]}{more}", style="cyan")
 
 
-def _sparkline(fold: RunFold) -> str:
+def _sparkline(fold: RunFold, bars: str) -> str:
     values = [point.accuracy for point in fold.curve if point.accuracy is not None][-60:]
-    return "".join(_BARS[min(7, int(value * 8))] for value in values)
+    return "".join(bars[min(7, int(value * 8))] for value in values)
 
 
 def _percent(value: float | None) -> str:

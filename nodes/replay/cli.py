@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from fedmq.nodes.signals import this_process
 from fedmq.nodes.trust import allow_option, allowed_here, find_own_code
 
 if TYPE_CHECKING:
@@ -261,7 +262,8 @@ def _prompt(run: Replay, last: Step | None) -> None:
         "core: the aggregator, parts: all it is made of, event: the last message it took,\n"
         "actions: what it said to that, step(n): go on, setup, trace; Ctrl-D leaves"
     )
-    code.interact(banner=banner, local=names, exitmsg="")
+    with this_process.prompting():
+        code.interact(banner=banner, local=names, exitmsg="")
 
 
 def _retrain(trace: Trace, allowed: Allowed, node: str, task: str | None) -> bool:
