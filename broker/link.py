@@ -16,6 +16,7 @@ import msgspec
 
 from fedmq.broker import wire
 from fedmq.broker.arrivals import Arrivals
+from fedmq.broker.contact import Contact
 from fedmq.broker.errors import WireError
 from fedmq.broker.headers import (
     check_inline,
@@ -99,6 +100,7 @@ class Link:
         self._stall = Stall()
         self._judged = -math.inf
         self._arrivals = Arrivals()
+        self._contact = Contact()
 
     @property
     def deadline(self) -> float | None:
@@ -106,9 +108,10 @@ class Link:
         if self._ended:
             return None
         if self._welcome is None or not self._connected:
-            return self._next_hello
+            return min(self._next_hello, self._contact.due)
         quiet = self._last_heard + self._welcome.lease_s
-        return min(self._last_beat + self._welcome.beat_s, quiet, self._done_due)
+        beat = self._last_beat + self._welcome.beat_s
+        return min(beat, quiet, self._done_due, self._contact.due)
 
     @property
     def unreceipted(self) -> int:
@@ -129,6 +132,8 @@ class Link:
             case Received(frame=frame, buffers=buffers):
                 self._last_heard = now
                 self._received(frame, buffers, now, out)
+                if self._connected and (back := self._contact.connected(now)):
+                    out.append(back)
             case Wake():
                 self._wake(now, out)
             case Taken(deliveries=deliveries):
@@ -182,7 +187,19 @@ class Link:
         first = self.oldest_unreceipted
         out.append(Send(msgspec.structs.replace(self._hello, first=first, got=self._got)))
 
+    def give_up_after(self, seconds: float) -> None:
+        """End once the node has not been connected to its run for so long."""
+        self._contact.give_up_s = seconds
+
     def _wake(self, now: float, out: list[Action]) -> None:
+        self._contact.begin(now)
+        if now >= self._contact.due:
+            if given_up := self._contact.given_up(now):
+                self._ended = True
+                out.append(Ended("the node gave up", out_of_touch=given_up))
+                return
+            if report := self._contact.wake(now):
+                out.append(report)
         if now >= self._done_due:
             self._say_done(out)
         if self._welcome is not None and self._connected:
@@ -244,18 +261,21 @@ class Link:
                 # Each frame on its way draws one; one Hello answers them all.
                 self._connected = False
                 self._say_hello(now, out)
-            case wire.Reject(reason=reason):
+            case wire.Reject(code=code, reason=reason, config=config):
                 self._ended = True
-                out.append(Ended(reason, rejected=True))
+                out.append(Ended(reason, rejected=True, code=code, config=config or ""))
             case Over(reason=reason):
                 self._ended = True
                 out += [Send(Bye(reason="the run is over")), Ended(reason, over=True)]
             case wire.Full(reason=reason):
                 self._connected = False
                 self._next_hello = now + BLOCKED_S
+                self._contact.answered(frame, now)
                 out.append(Blocked(reason))
+            case wire.Wait():
+                self._contact.answered(frame, now)
             case _:
-                pass  # Wait, one more Stranger, and whatever a later version may say
+                pass  # one more Stranger, and whatever a later version may say
 
     def _welcomed(self, welcome: Welcome, out: list[Action]) -> None:
         if self._welcome is None:
