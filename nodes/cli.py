@@ -6,6 +6,7 @@ import contextlib
 import math
 import re
 import secrets
+import shutil
 import signal
 import socket
 import sys
@@ -18,8 +19,6 @@ from typing import TYPE_CHECKING
 import click
 import xxhash
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from fedmq.broker.names import name_fault
 from fedmq.broker.process import give_torch_huge_pages, tune_process
@@ -31,6 +30,7 @@ from fedmq.nodes.replay.cli import replay
 from fedmq.nodes.trace.cli import trace
 from fedmq.nodes.trace.text import plain
 from fedmq.nodes.trust import allow_option, allowed_here, find_own_code
+from fedmq.nodes.usage import Commands
 
 if TYPE_CHECKING:
     from fedmq.nodes.config import Config
@@ -66,7 +66,7 @@ _give_up = click.option(
 )
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="fedmq")
 def main() -> None:
     """Asynchronous federated learning over a message queue."""
@@ -262,14 +262,11 @@ def worker(
 @main.command("list")
 @click.argument("what", type=click.Choice(["algorithms", "codecs", "problems", "schedules"]))
 def list_(what: str) -> None:
-    """Say what there is to choose from."""
-    from fedmq.nodes.catalogue import catalogue
+    """List the available algorithms, codecs, problems or schedules."""
+    from fedmq.nodes.catalogue import lines
 
-    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
-    table.add_column(overflow="fold")
-    for name, about in catalogue(what):
-        table.add_row(Text(name), Text(about))
-    Console().print(table)
+    for line in lines(what, shutil.get_terminal_size().columns):
+        click.echo(line)
 
 
 main.add_command(codec)
