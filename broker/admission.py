@@ -24,8 +24,11 @@ from fedmq.broker.state import (
 from fedmq.broker.wire import (
     MAX_DEPTH,
     MAX_MESSAGE_BYTES,
+    MAX_NAMED,
     Hello,
     Message,
+    Serving,
+    Wait,
 )
 
 MAX_RANGES = 1000
@@ -66,6 +69,21 @@ def find_run(runs: dict[str, Run], hello: Hello) -> Run | str | None:
         names = ", ".join(run.id for run in current)
         return f"this broker serves several runs, name one of them: {names}"
     return current[0] if current else None
+
+
+def wait_for_run(runs: dict[str, Run]) -> Wait:
+    """Return what a node is told whose run is not there: which ones are."""
+    if not runs:
+        return Wait(reason="no run has started yet")
+    current = [run.id for run in reversed(runs.values()) if not run.over]
+    ended = [run.id for run in reversed(runs.values()) if run.over]
+    serving = Serving(
+        tuple(current[:MAX_NAMED]),
+        len(current[MAX_NAMED:]),
+        tuple(ended[:MAX_NAMED]),
+        len(ended[MAX_NAMED:]),
+    )
+    return Wait(reason="no such run has started yet", serving=serving)
 
 
 def why_not(run: Run, hello: Hello, known: Node | None) -> tuple[str, str] | None:

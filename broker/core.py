@@ -168,11 +168,12 @@ class Broker:
             elif peer not in self._members.early and not isinstance(frame, Hello):
                 out.append(Send(peer, Stranger()))
             return
-        node.heard = now
-        node.lease_until = now + self._settings.lease_s
         if node.run.over and not isinstance(frame, Bye):
+            # It says goodbye within the lease that it had when its run ended.
             out.append(Send(peer, Over(reason=node.run.over)))
             return
+        node.heard = now
+        node.lease_until = now + self._settings.lease_s
         node.received_bytes += event.nbytes
         match frame:
             case Numbered() if not self._full:
@@ -300,6 +301,7 @@ class Broker:
             Send(each.peer, Over(reason=run.over)) for each in run.nodes.values() if each.alive
         )
         for member in run.nodes.values():
+            member.lease_until = now + self._settings.lease_s
             member.pending.clear()
             member.queue.clear()
             member.held.clear()

@@ -8,6 +8,7 @@ sends: a receipt never runs ahead of the ledger.
 
 from __future__ import annotations
 
+import errno
 import itertools
 import socket as sockets
 from collections import defaultdict
@@ -20,7 +21,8 @@ import zmq
 
 from fedmq.broker import shared_files
 from fedmq.broker.clock import Clock, milliseconds_until
-from fedmq.broker.errors import BrokerError, LedgerError, WireError
+from fedmq.broker.endpoints import listening_address, parse_endpoint
+from fedmq.broker.errors import BrokerError, EndpointError, LedgerError, WireError
 from fedmq.broker.headers import (
     decode_frame,
     encode_frame,
@@ -70,11 +72,25 @@ _FULL_RETRY_S = 0.25
 _CHUNKS_WAITING = 64
 
 
-def _check_port(endpoint: str) -> None:
-    """Raise BrokerError for a port that is none: libzmq would take it modulo 65536."""
-    port = endpoint.rpartition(":")[2]
-    if endpoint.startswith("tcp://") and port.isdigit() and int(port) > 65535:
-        raise BrokerError(f"cannot listen on {endpoint}: a port is a number up to 65535")
+def _bind(socket: zmq.Socket[bytes], text: str) -> None:
+    """Make a socket listen.
+
+    Raises:
+        BrokerError: it cannot; the sentence says why.
+    """
+    try:
+        endpoint = parse_endpoint(text, listen=True)
+        address, ipv6 = listening_address(endpoint)
+        socket.setsockopt(zmq.IPV6, ipv6)
+        socket.bind(address)
+    except EndpointError as error:
+        raise BrokerError(f"cannot listen on {text}: {error}") from None
+    except zmq.ZMQError as error:
+        if error.errno == errno.EADDRNOTAVAIL:
+            reason = "this host has no such address"
+        else:
+            reason = zmq.strerror(error.errno or 0).lower()
+        raise BrokerError(f"cannot listen on {text}: {reason}") from None
 
 
 class BrokerServer:
@@ -115,8 +131,7 @@ class BrokerServer:
         self._socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, round(settings.lease_s * 1000))
         self._clock = Clock()
         try:
-            _check_port(endpoint)
-            self._socket.bind(endpoint)
+            _bind(self._socket, endpoint)
             self._ledger, self._core = open_broker(
                 folder,
                 settings,
@@ -125,10 +140,6 @@ class BrokerServer:
                 offer_parked=keeping.offer_parked,
                 continuation=continuation,
             )
-        except zmq.ZMQError as error:
-            self._context.destroy(linger=0)
-            reason = zmq.strerror(error.errno or 0).lower()
-            raise BrokerError(f"cannot listen on {endpoint}: {reason}") from None
         except BrokerError:
             self._context.destroy(linger=0)
             raise

@@ -15,7 +15,7 @@ from msgspec import UNSET
 
 from fedmq.algorithms import arithmetic
 from fedmq.algorithms.allowed import Allowed
-from fedmq.broker.errors import RunOver
+from fedmq.broker.errors import Rejected, RunOver
 from fedmq.broker.headers import decode_message
 from fedmq.broker.link_state import Delivery
 from fedmq.broker.node_link import NodeLink
@@ -25,6 +25,8 @@ from fedmq.nodes.aggregator import Aggregator
 from fedmq.nodes.agreement import Fingerprint, disagree
 from fedmq.nodes.computed import Computed
 from fedmq.nodes.config import Config
+from fedmq.nodes.differing import differing_keys
+from fedmq.nodes.errors import ConfigError
 from fedmq.nodes.inbox import AggregatorAction, Commit, Done, Finish, Inbound, Post, Settle, Start
 from fedmq.nodes.local import node_key
 from fedmq.nodes.programs import inbound_of, linked, new_session
@@ -40,6 +42,7 @@ def run_aggregator(
     run: str,
     folder: Path | None = None,
     allowed: Allowed | None = None,
+    give_up_s: float | None = None,
 ) -> str:
     """Run an aggregator until its run is over; return why it ended.
 
@@ -50,9 +53,11 @@ def run_aggregator(
         folder: where to leave the final model as ``model.npz``, and to keep the node's key;
             None keeps nothing.
         allowed: which code the configuration may name, as in `set_up`.
+        give_up_s: so long without the broker, and the node ends; None for never.
 
     Raises:
-        ConfigError: the configuration is unusable.
+        ConfigError: the configuration is unusable, or not the one that the run has.
+        GaveUp: the broker was not there for ``give_up_s``.
         Rejected: the broker does not admit this node.
         LinkClosed: the link ended before the run did.
     """
@@ -72,8 +77,16 @@ def run_aggregator(
     core = Aggregator(setup, run, AGGREGATOR, computed)
     arithmetic.prepare(sum(each.numel() for each in core.tensors().values()))
     try:
-        with linked(endpoint, hello) as link:
+        with linked(endpoint, hello, give_up_s) as link:
             _fold_until_over(link, core, folder, version_0)
+    except Rejected as error:
+        differ = differing_keys(hello.config, error.config)
+        if error.code == "config" and differ:
+            raise ConfigError(
+                f"run {run} at {endpoint} has another configuration: {differ}; "
+                "take the same, or give this one another run.id"
+            ) from None
+        raise
     except RunOver as end:
         return str(end)
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import re
+import shutil
 import socket
 import sys
 import time
@@ -15,8 +17,6 @@ from typing import TYPE_CHECKING, Any
 import click
 import xxhash
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from fedmq.broker.names import name_fault
 from fedmq.broker.process import give_torch_huge_pages, tune_process
@@ -30,6 +30,7 @@ from fedmq.nodes.signals import this_process
 from fedmq.nodes.trace.cli import trace
 from fedmq.nodes.trace.text import plain
 from fedmq.nodes.trust import allow_option, allowed_here, find_own_code
+from fedmq.nodes.usage import Commands
 
 if TYPE_CHECKING:
     from fedmq.nodes.config import Config
@@ -38,6 +39,16 @@ DEFAULT_ENDPOINT = "tcp://127.0.0.1:7700"
 _LONGEST = 2000
 """Of a sentence from elsewhere that is shown."""
 
+
+def _above_zero(
+    context: click.Context, option: click.Parameter, seconds: float | None
+) -> float | None:
+    """Check a time that was given: NaN and infinity are none."""
+    if seconds is not None and not 0 < seconds < math.inf:
+        raise click.BadParameter(f"expected seconds above 0, got {seconds:g}", context, option)
+    return seconds
+
+
 _settings = click.option(
     "--set", "settings", metavar="KEY=VALUE", multiple=True, help="Override a key, repeatable."
 )
@@ -45,9 +56,17 @@ _config = click.argument("config", required=False, type=click.Path(dir_okay=Fals
 _connect = click.option(
     "--connect", "endpoint", default=DEFAULT_ENDPOINT, show_default=True, help="The broker."
 )
+_give_up = click.option(
+    "--give-up",
+    "give_up_s",
+    metavar="SECONDS",
+    type=float,
+    callback=_above_zero,
+    help="End (exit code 1) after so long without the broker or the run; by default never.",
+)
 
 
-class _Commands(click.Group):
+class _Commands(Commands):
     """All commands: each begins and ends in the same way."""
 
     def main(self, *args: Any, **extra: Any) -> Any:
@@ -187,8 +206,13 @@ def broker(
     type=click.Path(path_type=Path),
     help="Where to leave the final model; with the same one, a restarted node goes on at once.",
 )
+@_give_up
 def aggregator(
-    endpoint: str, config: Path | None, settings: tuple[str, ...], folder: Path | None
+    endpoint: str,
+    config: Path | None,
+    settings: tuple[str, ...],
+    folder: Path | None,
+    give_up_s: float | None,
 ) -> None:
     """Run the aggregator of one run, and the run with it."""
     from fedmq.nodes.aggregator_program import run_aggregator
@@ -202,7 +226,9 @@ def aggregator(
         if folder is not None:
             _make(folder)
         tune_process()
-        click.echo(plain(run_aggregator(endpoint, chosen, chosen.run.id, folder), _LONGEST))
+        run = chosen.run.id
+        end = run_aggregator(endpoint, chosen, run, folder, give_up_s=give_up_s)
+        click.echo(plain(f"the run ended: {end}", _LONGEST))
 
 
 @main.command()
@@ -224,6 +250,7 @@ def aggregator(
     help="Where clients' local states are, if workers that may take over each other's share it.",
 )
 @allow_option
+@_give_up
 def worker(
     endpoint: str,
     ranges: str | None,
@@ -233,6 +260,7 @@ def worker(
     folder: Path | None,
     states: Path | None,
     allow: tuple[str, ...],
+    give_up_s: float | None,
 ) -> None:
     """Train the tasks of some clients (or evaluate) until the run is over."""
     from fedmq.broker.state import EVALUATOR, WORKER
@@ -249,21 +277,18 @@ def worker(
         find_own_code(allowed)
         logs.configure(None, node=node)
         tune_process()
-        end = run_worker(endpoint, node, clients, role, run_id, folder, states, allowed)
-        click.echo(plain(end, _LONGEST))
+        end = run_worker(endpoint, node, clients, role, run_id, folder, states, allowed, give_up_s)
+        click.echo(plain(f"the run ended: {end}", _LONGEST))
 
 
 @main.command("list")
 @click.argument("what", type=click.Choice(["algorithms", "codecs", "problems", "schedules"]))
 def list_(what: str) -> None:
-    """Say what there is to choose from."""
-    from fedmq.nodes.catalogue import catalogue
+    """List the available algorithms, codecs, problems or schedules."""
+    from fedmq.nodes.catalogue import lines
 
-    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
-    table.add_column(overflow="fold")
-    for name, about in catalogue(what):
-        table.add_row(Text(name), Text(about))
-    Console().print(table)
+    for line in lines(what, shutil.get_terminal_size().columns):
+        click.echo(line)
 
 
 main.add_command(codec)
@@ -319,16 +344,16 @@ def _make(folder: Path) -> None:
 
 @contextlib.contextmanager
 def exit_2_on_error() -> Iterator[None]:
-    """Turn the project's own errors into one sentence and exit code 2."""
+    """Turn the project's own errors into one sentence, and exit code 2 (1 for giving up)."""
     from fedmq.algorithms.errors import AlgorithmError
-    from fedmq.broker.errors import BrokerError
+    from fedmq.broker.errors import BrokerError, GaveUp
     from fedmq.codecs.errors import CodecError
 
     try:
         yield
     except (NodeError, BrokerError, AlgorithmError, CodecError) as error:
         click.echo(f"fedmq: {plain(error, _LONGEST)}", err=True)
-        sys.exit(2)
+        sys.exit(1 if isinstance(error, GaveUp) else 2)
 
 
 if __name__ == "__main__":

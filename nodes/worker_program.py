@@ -52,6 +52,7 @@ def run_worker(
     folder: Path | None = None,
     states: Path | None = None,
     allowed: Allowed = NOTHING,
+    give_up_s: float | None = None,
 ) -> str:
     """Run a worker or the evaluator until its run is over; return why it ended.
 
@@ -65,8 +66,10 @@ def run_worker(
         states: where its clients' local states do; a node that takes over a client finds there
             what it has kept. By default in ``folder``.
         allowed: which code the run's configuration, which the broker sends, may name.
+        give_up_s: so long without the broker or the run, and the node ends; None for never.
 
     Raises:
+        GaveUp: the broker, or the run, was not there for ``give_up_s``.
         ConfigError: the run's configuration cannot be used here, or names code that is not
             allowed; or its model has other values at each call.
         DataError: the data set is not here.
@@ -83,7 +86,7 @@ def run_worker(
         clients=tuple(clients),
     )
     try:
-        with linked(endpoint, hello) as link:
+        with linked(endpoint, hello, give_up_s) as link:
             _work_until_over(link, hello, folder if states is None else states, allowed)
     except RunOver as end:
         return str(end)

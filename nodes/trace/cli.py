@@ -13,6 +13,7 @@ import click
 from fedmq.broker.errors import LedgerError
 from fedmq.nodes.errors import NodeError
 from fedmq.nodes.trace.text import plain, word
+from fedmq.nodes.usage import Commands
 
 if TYPE_CHECKING:
     from fedmq.broker.trace import Trace
@@ -25,7 +26,7 @@ _folder = click.argument("folder", metavar="DIR", type=click.Path(path_type=Path
 _run_id = click.option("--run-id", default="", help="The run, if the ledger holds several.")
 
 
-@click.group()
+@click.group(cls=Commands)
 def trace() -> None:
     """Look at a recorded run: DIR is its folder, or that of its ledger.
 
