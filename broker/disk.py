@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from concurrent.futures import ThreadPoolExecutor
 
@@ -17,7 +18,8 @@ def let_go(fd: int) -> None:
     this at 0.5. It takes about 20 ms for a segment, so a thread of its own does it.
     """
     if hasattr(os, "posix_fadvise"):
-        _janitor.submit(_advise, os.dup(fd))
+        with contextlib.suppress(OSError):  # it is advice: without it, things are slower
+            _janitor.submit(_advise, os.dup(fd))
 
 
 def _advise(fd: int) -> None:

@@ -18,11 +18,13 @@ from fedmq.broker.entries import (
     Refusal,
     blob_name,
 )
-from fedmq.broker.errors import LedgerError
+from fedmq.broker.errors import LedgerDamage, LedgerError
 from fedmq.broker.headers import encode_message
-from fedmq.broker.ledger import EVERYTHING, Ledger
+from fedmq.broker.ledger import Ledger
+from fedmq.broker.payload import find_damage
 from fedmq.broker.postbox import Postbox
 from fedmq.broker.remembered import Mark
+from fedmq.broker.retention import EVERYTHING
 from fedmq.broker.state import (
     AGGREGATOR,
     BROKER,
@@ -39,13 +41,15 @@ from fedmq.broker.state import (
 )
 from fedmq.broker.wire import Hello, Message
 
+_LOST = "its bytes are not in the ledger any more"
+
 
 class Restorer:
     """Folds a ledger's entries, one by one, into a `Postbox`.
 
     Attributes:
         box: the runs, and everything that is unfinished in them.
-        lost: (run, number) of the messages whose bytes did not survive a failure of power.
+        lost: (run, number) of the unfinished messages whose bytes are not here.
     """
 
     def __init__(self, box: Postbox) -> None:
@@ -60,7 +64,18 @@ class Restorer:
         self.lost: list[tuple[str, int]] = []
 
     def feed(self, entry: AnyEntry) -> None:
-        """Take the next entry."""
+        """Take the next entry.
+
+        Raises:
+            LedgerDamage: it is about a run, or a message, that was never there.
+        """
+        try:
+            self._feed(entry)
+        except KeyError as error:
+            unknown = f"entry {entry.seq} is about {error}, which no entry before it tells of"
+            raise LedgerDamage(unknown) from None
+
+    def _feed(self, entry: AnyEntry) -> None:
         self.box.next_seq = entry.seq + 1
         self._last_at = entry.at
         match entry:
@@ -226,6 +241,11 @@ class Restorer:
                 run.waiting.setdefault(message.to, []).append(seq)
 
     @property
+    def unfinished(self) -> dict[int, Message]:
+        """Return the messages that are unfinished, by number; parked ones are not among them."""
+        return self._pending
+
+    @property
     def parked(self) -> tuple[int, ...]:
         """Return the numbers of the messages that nobody is offered any more."""
         return tuple(sorted(self._parked))
@@ -258,10 +278,15 @@ def open_broker(
         draw_identity: see `Broker`.
 
     Raises:
+        LedgerDamage: it is damaged where that matters; the sentence names the command that tells
+            more.
         LedgerError: the ledger cannot be read or written.
     """
     restorer = Restorer(Postbox())
-    ledger = Ledger(folder, restorer.feed, retain_bytes=retain_bytes)
+    try:
+        ledger = Ledger(folder, restorer.feed, retain_bytes=retain_bytes)
+    except LedgerDamage as error:
+        raise error.advise(_advice(folder)) from None
     for seq in restorer.parked if offer_parked else ():
         # As a new message: a session that lives on takes what is newer than what it has.
         data = ledger.read(seq).message
@@ -275,10 +300,39 @@ def open_broker(
             ledger.close()
             raise
     restorer.finish(ledger, now, settings.lease_s)
+    try:
+        _check_lost(restorer, ledger)
+    except LedgerError:
+        ledger.close()
+        raise
     core = Broker(settings, ledger, draw_identity, restorer.box)
     for run, seq in restorer.lost:
-        for action in core.give_up(run, [seq], "its bytes were lost with the power", now):
+        for action in core.give_up(run, [seq], _LOST, now):
             if isinstance(action, Append):
                 ledger.append(action.entry)
     ledger.commit()
     return ledger, core
+
+
+def _check_lost(restorer: Restorer, ledger: Ledger) -> None:
+    """Refuse to go on without bytes that an unfinished message needs, if there is damage.
+
+    Where there is none, a failure of power, or a repair, has taken the end of the payload:
+    their senders are told.
+
+    Raises:
+        LedgerDamage: the first place that is damaged.
+        LedgerError: the payload cannot be read.
+    """
+    if not restorer.lost:
+        return
+    damage = next(iter(ledger.damage), None) or find_damage(ledger.folder)
+    if damage is not None:
+        run, seq = restorer.lost[0]
+        rest = f" and {len(restorer.lost) - 1} more need" if len(restorer.lost) > 1 else " needs"
+        needed = f"; message {seq} of run {run}{rest} bytes that are damaged or lost"
+        raise damage.advise(needed + _advice(ledger.folder))
+
+
+def _advice(folder: Path) -> str:
+    return f"; `fedmq ledger check {folder}` says what is damaged and what would be lost"

@@ -22,7 +22,14 @@ import zmq
 from fedmq.broker import shared_files
 from fedmq.broker.clock import Clock, milliseconds_until
 from fedmq.broker.endpoints import listening_address, parse_endpoint
-from fedmq.broker.errors import BrokerError, EndpointError, LedgerError, WireError
+from fedmq.broker.errors import (
+    BrokerError,
+    BrokerFailed,
+    EndpointError,
+    LedgerError,
+    NoSpace,
+    WireError,
+)
 from fedmq.broker.headers import (
     decode_frame,
     encode_frame,
@@ -70,6 +77,8 @@ _BATCH_BYTES = CHUNK_BYTES // 2
 """A turn ends with the chunk that it has taken: what was said beside it is answered first."""
 _FULL_RETRY_S = 0.25
 _CHUNKS_WAITING = 64
+_DAMAGE_SAID = 5
+"""Damaged places that are logged one by one."""
 
 
 def _bind(socket: zmq.Socket[bytes], text: str) -> None:
@@ -144,17 +153,22 @@ class BrokerServer:
             self._context.destroy(linger=0)
             raise
         self.endpoint = self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
-        self._share_files = keeping.share_files
         self._sync = keeping.durability == "power"
         self._wake_reader, self._wake_writer = sockets.socketpair()
         self._stopping = False
         self._outboxes: defaultdict[bytes, Outbox] = defaultdict(Outbox)
         self._log = structlog.get_logger().bind(node="broker")
+        self._shared = self._offer_files() if keeping.share_files else ""
+        """The folder that nodes are told of; "" for none."""
         self._unwritten: list[Send] | None = None
         """While the disk is full: what is to be sent once the ledger could be written."""
         self._retry_at = 0.0
         if self._ledger.cut_bytes:
             self._log.warning("cut a torn tail", bytes=self._ledger.cut_bytes)
+        for damage in self._ledger.damage[:_DAMAGE_SAID]:
+            self._log.warning("damaged payload, which nothing unfinished needs", at=str(damage))
+        if self._ledger.damage:
+            self._log.warning("see `fedmq ledger check`", damaged=len(self._ledger.damage))
         if self._ledger.next_seq:
             self._log.info("goes on from its ledger", entries=self._ledger.next_seq)
 
@@ -167,6 +181,9 @@ class BrokerServer:
         """Serve until `stop`, or until every run is over.
 
         A disk that is full is waited for: nodes are told, and keep what they would say.
+
+        Raises:
+            BrokerFailed: the ledger cannot be read or written, and that will not mend itself.
         """
         poller = zmq.Poller()
         poller.register(self._socket, zmq.POLLIN)
@@ -175,6 +192,8 @@ class BrokerServer:
             while not (self._stopping or (until_idle and self._is_idle())):
                 poller.poll(self._timeout_ms())
                 self._turn()
+        except LedgerError as error:
+            raise BrokerFailed(f"the broker ends, its ledger fails: {error}") from error
         finally:
             self.close()
 
@@ -188,6 +207,13 @@ class BrokerServer:
             self._context.destroy(linger=200)
             self._wake_reader.close()
             self._wake_writer.close()
+
+    def _offer_files(self) -> str:
+        try:
+            return shared_files.shareable(self._ledger.folder)
+        except ValueError as error:
+            self._log.warning("blobs are not read from the ledger's files", reason=str(error))
+            return ""
 
     def _is_idle(self) -> bool:
         return self._core.idle and not self._outboxes
@@ -241,8 +267,8 @@ class BrokerServer:
     def _put_out(self, send: Send) -> None:
         """Put a frame into the outbox of its connection, with its bytes from the ledger."""
         frame = send.frame
-        if self._share_files:
-            frame = shared_files.point(send, self._ledger)
+        if self._shared:
+            frame = shared_files.point(send, self._ledger, self._shared)
         if isinstance(frame, Chunk) and self._outboxes[send.peer].large >= _CHUNKS_WAITING:
             return  # more than an honest node asks for at a time; lost ones it asks for again
         try:
@@ -261,7 +287,7 @@ class BrokerServer:
         """Write the ledger; if that cannot be done, hold back what must not be sent yet."""
         try:
             self._ledger.commit(sync=self._sync)
-        except LedgerError as error:
+        except NoSpace as error:
             self._unwritten = sends[:]
             sends.clear()
             self._retry_at = now + _FULL_RETRY_S

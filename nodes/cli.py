@@ -24,6 +24,7 @@ from fedmq.nodes import logs, streams
 from fedmq.nodes.codec_cli import codec
 from fedmq.nodes.entry import ending_well
 from fedmq.nodes.errors import ConfigError, NodeError
+from fedmq.nodes.ledger_cli import ledger
 from fedmq.nodes.personalise import personalise
 from fedmq.nodes.replay.cli import replay
 from fedmq.nodes.signals import this_process
@@ -292,6 +293,7 @@ def list_(what: str) -> None:
 
 
 main.add_command(codec)
+main.add_command(ledger)
 main.add_command(personalise)
 main.add_command(replay)
 
@@ -344,16 +346,16 @@ def _make(folder: Path) -> None:
 
 @contextlib.contextmanager
 def exit_2_on_error() -> Iterator[None]:
-    """Turn the project's own errors into one sentence, and exit code 2 (1 for giving up)."""
+    """Turn the project's own errors into one sentence, and exit code 2 (1: gave up, or failed)."""
     from fedmq.algorithms.errors import AlgorithmError
-    from fedmq.broker.errors import BrokerError, GaveUp
+    from fedmq.broker.errors import BrokerError, BrokerFailed, GaveUp
     from fedmq.codecs.errors import CodecError
 
     try:
         yield
     except (NodeError, BrokerError, AlgorithmError, CodecError) as error:
         click.echo(f"fedmq: {plain(error, _LONGEST)}", err=True)
-        sys.exit(1 if isinstance(error, GaveUp) else 2)
+        sys.exit(1 if isinstance(error, GaveUp | BrokerFailed) else 2)
 
 
 if __name__ == "__main__":
