@@ -32,7 +32,6 @@ from fedmq.nodes.inbox import (
     Done,
     Finish,
     Inbound,
-    Post,
     Settle,
     Start,
 )
@@ -393,6 +392,6 @@ class Aggregator:
         body: Mapping[str, Any],
         packed: Packed | None = None,
     ) -> str:
-        message = self._letters.write(kind, to, body, packed)
-        out.append(Post(message, packed.data if packed else ()))
-        return message.id
+        post = self._letters.post(kind, to, body, packed)
+        out.append(post)
+        return post.message.id

@@ -17,6 +17,7 @@ from fedmq.broker.wire import Message
 from fedmq.nodes.agreement import disagree
 from fedmq.nodes.config import parse
 from fedmq.nodes.outcomes import Outcomes
+from fedmq.nodes.tables import has_table
 
 SUMMARY_FILE = "summary.json"
 
@@ -238,7 +239,8 @@ class RunFold:
         for group in groups if isinstance(groups, list) else ():
             match group:
                 case {"name": str(name), "buffers": int(buffers)}:
-                    size = sum(blob.size for blob in itertools.islice(rest, max(0, buffers)))
+                    many = max(0, buffers) + has_table(group)
+                    size = sum(blob.size for blob in itertools.islice(rest, many))
                     kinds = self.kinds[direction]
                     kinds[name] = kinds.get(name, 0) + size
 

@@ -15,9 +15,11 @@ from fedmq.broker.rejections import Code, Rejection
 from fedmq.broker.wire import Message
 from fedmq.nodes.checkpoint import Flight
 from fedmq.nodes.gathering import Gathering
+from fedmq.nodes.inbox import Post
 from fedmq.nodes.members import Members
 from fedmq.nodes.payload import Packed, pack
 from fedmq.nodes.setup import Setup
+from fedmq.nodes.tables import fitted
 
 
 class Tasks:
@@ -70,8 +72,9 @@ class Tasks:
         if self._same_for_all is not None and not self._setup.algorithm.personal:
             return self._same_for_all
         seed = derive_seed(self._setup.config.run.seed, "downlink", version, client)
-        task = self._setup.algorithm.task(state, client)
-        self._same_for_all = pack(task, self._setup.downlink, seed)
+        algorithm = self._setup.algorithm
+        task, who = algorithm.task(state, client), f"{type(algorithm).__name__}.task"
+        self._same_for_all = pack(task, self._setup.downlink, seed, who)
         return self._same_for_all
 
     def sent(self, name: str, client: int, version: int) -> None:
@@ -187,6 +190,13 @@ class Letters:
     def __init__(self, run: str, node: str) -> None:
         self._run, self._node = run, node
         self.next_id = 0
+
+    def post(
+        self, kind: str, to: str, body: Mapping[str, Any], packed: Packed | None = None
+    ) -> Post:
+        """Return the next message as what is to be posted."""
+        message = self.write(kind, to, body, packed)
+        return Post(*fitted(message, packed.data if packed else ()))
 
     def write(
         self, kind: str, to: str, body: Mapping[str, Any], packed: Packed | None = None

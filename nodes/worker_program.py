@@ -12,6 +12,7 @@ import structlog
 import torch
 
 from fedmq.algorithms.allowed import NOTHING, Allowed
+from fedmq.algorithms.values import ReturnedError
 from fedmq.broker.errors import BrokerError, RunOver
 from fedmq.broker.node_link import NodeLink
 from fedmq.broker.state import WORKER
@@ -70,6 +71,8 @@ def run_worker(
             allowed; or its model has other values at each call.
         DataError: the data set is not here.
         ProblemError: the problem's model does to its tensors what cannot be followed.
+        ReturnedError: the problem or the algorithm returned what are no metrics, at the first
+            evaluation.
         Rejected: the broker does not admit this node.
     """
     hello = Hello(
@@ -157,7 +160,10 @@ def _work(
                 link.done([seq], {seq: refused} if refused else {}, {seq: code})
     except (BrokerError, NodeError):
         raise  # not the task's fault: the link has ended, or local state cannot be kept
-    except Exception as error:  # noqa: BLE001 - whatever a model raises fails this one task only
+    except Exception as error:  # whatever a model raises fails this one task only
+        no_metrics = isinstance(error, ReturnedError) and isinstance(action, Evaluate)
+        if no_metrics and not core.evaluations:
+            raise  # the first evaluation already: no other would go better
         _log.exception("task failed")
         event = Failed(f"{type(error).__name__}: {error}"[:2000])
     return core.handle(event) if event is not None else []

@@ -4,30 +4,15 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from fedmq.algorithms.errors import ProblemError
+from fedmq.algorithms.problems.examples import Examples
+from fedmq.algorithms.problems.guards import guard
 
-
-@dataclass(frozen=True)
-class Examples:
-    """Labelled examples, kept as whole tensors: indexing them beats a DataLoader on small data.
-
-    x: float32 [n, ...]; y: int64 [n] for classification.
-    """
-
-    x: Tensor
-    y: Tensor
-
-    def __len__(self) -> int:
-        return len(self.y)
-
-    def to(self, device: torch.device | str) -> Examples:
-        """Return the same examples on another device."""
-        return Examples(self.x.to(device), self.y.to(device))
+__all__ = ["Examples", "Problem"]
 
 
 class Problem(ABC):
@@ -35,10 +20,17 @@ class Problem(ABC):
 
     Everything is a deterministic function of the problem's fields and seed. Data are
     read only when asked for: the aggregator needs the model alone.
+
+    What the methods of a subclass return is checked wherever they are called: numbers of numpy
+    and of torch become Python's own, and what is of another kind raises `ReturnedError`.
     """
 
     clients: int
     """Number of clients, K; they are numbered 0 to K-1."""
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        guard(cls)
 
     @abstractmethod
     def model(self) -> nn.Module:
