@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import msgspec
 from torch import Tensor
 
 from fedmq.algorithms.base import Payload
 from fedmq.algorithms.values import ReturnedError, kind_of_value, plain_number
 from fedmq.codecs.base import brief
 
+MAX_NUMBERS_BYTES = 16 * 1024
+"""Of a payload's numbers, which stand in the header of its message."""
 _INT_RANGE = range(-(1 << 63), 1 << 64)
 """What msgpack can write."""
 
@@ -42,6 +45,12 @@ def payload_of(found: object, who: str) -> Payload:
         if not isinstance(name, str):
             raise ReturnedError(f"{who}: expected the names of numbers as text, got {brief(name)}")
         numbers[str(name)] = _plain(name, value, who)
+    size = len(msgspec.msgpack.encode(numbers))
+    if size > MAX_NUMBERS_BYTES:
+        raise ReturnedError(
+            f"{who}: expected at most {MAX_NUMBERS_BYTES} bytes of numbers with their names, "
+            f"got {size}: send many of them as a tensor among exact"
+        )
     return Payload(found.weights, found.exact, numbers, found.features, found.logits)
 
 

@@ -103,7 +103,8 @@ def plain_settings(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: plain_settings(each) for key, each in value.items()}
     if isinstance(value, list | tuple):
-        return [plain_settings(each) for each in value]
+        each_plain = (plain_settings(each) for each in value)
+        return list(each_plain) if isinstance(value, list) else tuple(each_plain)
     if value is None or isinstance(value, str | bool):
         return value
     number = plain_number(value)
