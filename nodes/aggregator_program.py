@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-import numpy as np
 import structlog
 import torch
 
 from fedmq.algorithms.allowed import Allowed
+from fedmq.algorithms.problems.base import Problem
 from fedmq.broker.errors import RunOver
 from fedmq.broker.headers import decode_message
 from fedmq.broker.link_state import Delivery
@@ -25,11 +25,10 @@ from fedmq.nodes.computed import Computed
 from fedmq.nodes.config import Config
 from fedmq.nodes.inbox import AggregatorAction, Commit, Done, Finish, Inbound, Post, Settle, Start
 from fedmq.nodes.local import node_key
+from fedmq.nodes.model_files import remove_model, save_model
 from fedmq.nodes.programs import inbound_of, linked, new_session
 from fedmq.nodes.setup import kind_of, set_up
 from fedmq.nodes.version_zero import version_zero
-
-MODEL_FILE = "model.npz"
 
 
 def run_aggregator(
@@ -45,14 +44,15 @@ def run_aggregator(
         endpoint: where the broker listens.
         config: the run's configuration.
         run: id of the run.
-        folder: where to leave the final model as ``model.npz``, and to keep the node's key;
-            None keeps nothing.
+        folder: where to leave the final model (`fedmq.nodes.model_files`), and to keep the
+            node's key; None keeps nothing.
         allowed: which code the configuration may name, as in `set_up`.
 
     Raises:
         ConfigError: the configuration is unusable.
         Rejected: the broker does not admit this node.
         LinkClosed: the link ended before the run did.
+        NodeError: the final model cannot be written; the ledger has it.
     """
     setup = set_up(config, allowed, run)
     torch.set_num_threads(config.worker.threads)
@@ -70,19 +70,22 @@ def run_aggregator(
     core = Aggregator(setup, run, AGGREGATOR, computed)
     try:
         with linked(endpoint, hello) as link:
-            _fold_until_over(link, core, folder, version_0)
+            _fold_until_over(link, core, setup.problem, folder, version_0)
     except RunOver as end:
         return str(end)
 
 
 def _fold_until_over(
-    link: NodeLink, core: Aggregator, folder: Path | None, version_0: Fingerprint | None
+    link: NodeLink,
+    core: Aggregator,
+    problem: Problem,
+    folder: Path | None,
+    version_0: Fingerprint | None,
 ) -> NoReturn:
     """Give the core its inbox, and carry out what it says; raises RunOver in the end."""
     actions: Sequence[AggregatorAction] = core.handle(Start(_checkpoint(link)))
     if folder is not None:
-        # A model that is here already is another run's, or will be written again at the end.
-        (folder / MODEL_FILE).unlink(missing_ok=True)
+        remove_model(folder)
     unsettled: list[int] = []
     disagreeing: set[str] = set()
     while True:
@@ -100,7 +103,9 @@ def _fold_until_over(
                         threading.Thread(target=_work, args=(link, action), daemon=True).start()
                     case Finish(reason):
                         if folder is not None:
-                            _save(folder, core)
+                            # Before the run is over: then no session is started any more.
+                            about = {"run": link.welcome().run, "version": str(core.version)}
+                            save_model(folder, core.tensors(), problem, about)
                         link.over(reason)
         delivery = link.get()
         unsettled.append(delivery.seq)
@@ -123,16 +128,6 @@ def _work(link: NodeLink, commit: Commit) -> None:
     with contextlib.suppress(Exception):  # the core meets it when it asks for the result
         commit.result()
     link.hand_in(commit.message)
-
-
-def _save(folder: Path, core: Aggregator) -> None:
-    """Leave the model; before the run is over, because then no session is started any more."""
-    # numpy has no bfloat16; each of its values is one of float32.
-    arrays = {
-        name: (each.float() if each.dtype == torch.bfloat16 else each).numpy()
-        for name, each in core.tensors().items()
-    }
-    np.savez(folder / MODEL_FILE, allow_pickle=False, **arrays)
 
 
 def _checkpoint(link: NodeLink) -> Inbound | None:
