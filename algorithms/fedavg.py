@@ -18,7 +18,7 @@ from torch import Tensor
 from fedmq.algorithms.arithmetic import add_scaled, scale_and_add
 from fedmq.algorithms.base import Algorithm, Client, Payload, Reply, Result, Task
 from fedmq.algorithms.dry_step import dry_step
-from fedmq.algorithms.errors import Fault, ResultError
+from fedmq.algorithms.errors import Fault, ProblemError, ResultError
 from fedmq.algorithms.layout import Layout
 from fedmq.algorithms.model import FlatModel, scratch_model, zeros
 from fedmq.algorithms.problems.base import Examples, Problem
@@ -279,8 +279,18 @@ def evaluate_module(module: torch.nn.Module, problem: Problem, device: str) -> d
 def metrics_on(
     module: torch.nn.Module, problem: Problem, data: Examples, device: str
 ) -> dict[str, float]:
-    """Return a module's metrics on some examples, averaged over them."""
+    """Return a module's metrics on some examples, averaged over them.
+
+    A metric that has no meaning in some batches, and is not among theirs, is averaged over the
+    others.
+
+    Raises:
+        ProblemError: there are no examples.
+    """
+    if not len(data):
+        raise ProblemError("expected at least one example to evaluate a model on, got none")
     sums: dict[str, float] = {}
+    counts: dict[str, int] = {}
     module.eval()
     with torch.no_grad():
         for start in range(0, len(data), _EVALUATION_BATCH):
@@ -288,7 +298,8 @@ def metrics_on(
             y = data.y[start : start + _EVALUATION_BATCH].to(device)
             for name, value in problem.metrics(module(x), y).items():
                 sums[name] = sums.get(name, 0.0) + value * len(y)
-    return {name: value / len(data) for name, value in sums.items()}
+                counts[name] = counts.get(name, 0) + len(y)
+    return {name: value / counts[name] for name, value in sums.items()}
 
 
 def cuda_devices(device: str) -> list[torch.device]:

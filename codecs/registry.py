@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fedmq.codecs.base import MAX_DECODED_BYTES, Codec, Encoded, brief
 from fedmq.codecs.cast import Cast
-from fedmq.codecs.errors import DecodeError, SpecError
+from fedmq.codecs.errors import CodecError, DecodeError, SpecError
 from fedmq.codecs.extensions import entry_points
 from fedmq.codecs.features import Features
 from fedmq.codecs.logits import Logits
@@ -69,7 +69,17 @@ def decode(encoded: Encoded, max_bytes: int = MAX_DECODED_BYTES) -> dict[str, Te
     Raises:
         DecodeError: unknown codec or version, or damaged bytes.
     """
-    return _reader(encoded.codec).decode(encoded, max_bytes)
+    codec = _reader(encoded.codec)
+    try:
+        return codec.decode(encoded, max_bytes)
+    except CodecError:
+        raise
+    except Exception as error:
+        # One from elsewhere may raise anything at damaged bytes, and must not end its reader.
+        if type(codec).__module__.startswith("fedmq."):
+            raise
+        text = f"codec {codec.wire_name} cannot decode: {type(error).__name__}: {error}"
+        raise DecodeError(text[:2000]) from error
 
 
 @functools.lru_cache(maxsize=256)

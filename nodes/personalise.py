@@ -147,6 +147,7 @@ def measure(
     """
     from fedmq.algorithms.base import Client
     from fedmq.algorithms.rng import derive_seed, seeded
+    from fedmq.algorithms.values import metrics_of
     from fedmq.nodes.setup import choose_device
 
     where = choose_device(device or setup.config.worker.device)
@@ -155,7 +156,8 @@ def measure(
         with seeded(seed, where):
             data = setup.problem.client(index)
             client = Client(index, setup.problem, data, None, seed, where)
-            metrics = setup.algorithm.personalise(start.state, start.version, client)
+            found = setup.algorithm.personalise(start.state, start.version, client)
+            metrics = metrics_of(found, f"{type(setup.algorithm).__name__}.personalise")
         if "accuracy" not in metrics:
             raise NodeError(f"client {index}: expected accuracy among the metrics, it is missing")
         yield index, {"examples": len(data), **metrics}

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fedmq.broker.entries import MESSAGES, PAYLOAD, Accepted, AnyEntry, Ended, Opened
-from fedmq.broker.ledger import LOCK_FILE
+from fedmq.broker.lock import LOCK_FILE
 from fedmq.broker.names import name_fault
 from fedmq.broker.reading import read_entries
 from fedmq.broker.state import BROKER, CONTINUED

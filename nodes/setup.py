@@ -20,6 +20,7 @@ from fedmq.algorithms.problems import complete_options, load_problem
 from fedmq.algorithms.problems.base import Problem
 from fedmq.algorithms.registry import find_algorithm
 from fedmq.algorithms.schedules import Schedule, find_schedule
+from fedmq.algorithms.values import plain_settings
 from fedmq.codecs.base import Codec
 from fedmq.codecs.errors import CodecError, SpecError
 from fedmq.codecs.features import Features
@@ -136,13 +137,18 @@ def _choices(config: Config, allowed: Allowed, run: str) -> tuple[Algorithm, Sch
 
 
 def _complete(config: Config, algorithm: Algorithm, schedule: Schedule) -> Config:
-    return config.model_copy(
+    complete = config.model_copy(
         update={
             "problem": complete_options(config.problem),
-            "algorithm": {**config.algorithm, **dataclasses.asdict(algorithm)},
+            "algorithm": {**config.algorithm, **plain_settings(dataclasses.asdict(algorithm))},
             "schedule": {**config.schedule, **dataclasses.asdict(schedule)},
         }
     )
+    try:
+        complete.to_toml()
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"the configuration cannot be written as TOML: {error}") from None
+    return complete
 
 
 @contextlib.contextmanager

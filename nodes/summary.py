@@ -20,6 +20,7 @@ from fedmq.nodes.config import parse
 from fedmq.nodes.errors import NodeError
 from fedmq.nodes.outcomes import Outcomes
 from fedmq.nodes.streams import reason_of
+from fedmq.nodes.tables import has_table
 
 SUMMARY_FILE = "summary.json"
 
@@ -253,7 +254,8 @@ class RunFold:
         for group in groups if isinstance(groups, list) else ():
             match group:
                 case {"name": str(name), "buffers": int(buffers)}:
-                    size = sum(blob.size for blob in itertools.islice(rest, max(0, buffers)))
+                    many = max(0, buffers) + has_table(group)
+                    size = sum(blob.size for blob in itertools.islice(rest, many))
                     kinds = self.kinds[direction]
                     kinds[name] = kinds.get(name, 0) + size
 

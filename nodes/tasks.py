@@ -20,6 +20,7 @@ from fedmq.nodes.members import Members
 from fedmq.nodes.payload import Packed, pack
 from fedmq.nodes.progress import Progress
 from fedmq.nodes.setup import Setup
+from fedmq.nodes.tables import fitted
 
 
 class Tasks:
@@ -74,8 +75,9 @@ class Tasks:
         if self._same_for_all is not None and not self._setup.algorithm.personal:
             return self._same_for_all
         seed = derive_seed(self._setup.config.run.seed, "downlink", version, client)
-        task = self._setup.algorithm.task(state, client)
-        self._same_for_all = pack(task, self._setup.downlink, seed)
+        algorithm = self._setup.algorithm
+        task, who = algorithm.task(state, client), f"{type(algorithm).__name__}.task"
+        self._same_for_all = pack(task, self._setup.downlink, seed, who)
         return self._same_for_all
 
     def sent(self, name: str, client: int, version: int) -> None:
@@ -215,5 +217,5 @@ class Letters:
     ) -> str:
         """Write the next message, and post it; return its id."""
         message = self.write(kind, to, body, packed)
-        out.append(Post(message, packed.data if packed else ()))
+        out.append(Post(*fitted(message, packed.data if packed else ())))
         return message.id

@@ -12,6 +12,7 @@ import structlog
 import torch
 
 from fedmq.algorithms.allowed import NOTHING, Allowed
+from fedmq.algorithms.values import ReturnedError
 from fedmq.broker.errors import BrokerError, RunOver
 from fedmq.broker.node_link import NodeLink
 from fedmq.broker.state import WORKER
@@ -75,6 +76,8 @@ def run_worker(
         DataError: the data set is not here.
         OwnCodeError: the problem, or its model, cannot be made, or raises when it is tried.
         ProblemError: the problem's model does to its tensors what cannot be followed.
+        ReturnedError: the problem or the algorithm returned what are no metrics, at the first
+            evaluation.
         Rejected: the broker does not admit this node.
     """
     hello = Hello(
@@ -182,7 +185,10 @@ def _work(
                 link.done([seq], {seq: refused} if refused else {}, {seq: code})
     except (BrokerError, NodeError):
         raise  # not the task's fault: the link has ended, or local state cannot be kept
-    except Exception as error:  # noqa: BLE001 - whatever a model raises fails this one task only
+    except Exception as error:  # whatever a model raises fails this one task only
+        no_metrics = isinstance(error, ReturnedError) and isinstance(action, Evaluate)
+        if no_metrics and not core.evaluations:
+            raise  # the first evaluation already: no other would go better
         event = Failed.of(error, setup)
         if times := repeats.count((type(error), event.where), time.monotonic()):
             about = {"reason": event.reason, "where": event.where, "times": times}

@@ -13,6 +13,7 @@ from fedmq.broker.state import AGGREGATOR, BROKER, CONTINUED, RECORD
 from fedmq.broker.trace import Trace
 from fedmq.broker.wire import Blob, Message
 from fedmq.nodes.outcomes import Outcomes
+from fedmq.nodes.tables import has_table
 from fedmq.nodes.trace.fates import Fates, Places, before_damage
 from fedmq.nodes.trace.text import count, plain, plural, seconds, table
 
@@ -332,7 +333,8 @@ def _by_codec(message: Message) -> Iterator[tuple[str, tuple[Blob, ...]]]:
     for group in groups if isinstance(groups, list) else ():
         match group:
             case {"codec": str(codec), "buffers": int(buffers)} if buffers >= 0:
-                yield codec, message.blobs[first : first + buffers]
-                first += buffers
+                many = buffers + has_table(group)
+                yield codec, message.blobs[first : first + many]
+                first += many
     if first < len(message.blobs):
         yield "(no tensors)", message.blobs[first:]
