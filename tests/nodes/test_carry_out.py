@@ -20,6 +20,7 @@ from fedmq.broker.wire import Message
 from fedmq.nodes.carry_out import carry_out
 from fedmq.nodes.inbox import Inbound
 from fedmq.nodes.local import Locals
+from fedmq.nodes.logs import Repeats
 from fedmq.nodes.payload import RAW, pack
 from fedmq.nodes.personalise import Start, measure
 from fedmq.nodes.replay.workers import Retraining
@@ -236,7 +237,7 @@ def test_metrics_that_are_none_end_a_node_at_its_first_evaluation_and_later_fail
         body = {**packed.body, "model_version": 0}
         message = Message(**about, body=body, blobs=packed.blobs)
         (asked,) = core.handle(Inbound(0, 0.0, message, packed.data.__getitem__))
-        return _work(Link(), changed, core, Locals(), "cpu", asked)
+        return _work(Link(), changed, core, Locals(), "cpu", Repeats(), asked)
 
     problem.metric = None
     with pytest.raises(ReturnedError, match=r"^Measured\.metrics: .* for 'mae', got None$"):
