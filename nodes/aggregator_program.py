@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
@@ -21,15 +23,20 @@ from fedmq.broker.state import AGGREGATOR
 from fedmq.broker.wire import Hello
 from fedmq.nodes.aggregator import Aggregator
 from fedmq.nodes.agreement import Fingerprint, disagree
+from fedmq.nodes.attainable import check_attainable
 from fedmq.nodes.computed import Computed
 from fedmq.nodes.config import Config
+from fedmq.nodes.errors import RunFailed, own_code
 from fedmq.nodes.inbox import AggregatorAction, Commit, Done, Finish, Inbound, Post, Settle, Start
 from fedmq.nodes.local import node_key
 from fedmq.nodes.programs import inbound_of, linked, new_session
 from fedmq.nodes.setup import kind_of, set_up
+from fedmq.nodes.trace.text import clients_in_words
 from fedmq.nodes.version_zero import version_zero
 
 MODEL_FILE = "model.npz"
+_QUIET_S = 5.0
+_TELL_AGAIN_S = 60.0
 
 
 def run_aggregator(
@@ -50,13 +57,17 @@ def run_aggregator(
         allowed: which code the configuration may name, as in `set_up`.
 
     Raises:
-        ConfigError: the configuration is unusable.
+        ConfigError: the configuration is unusable, or asks for what can never be.
+        OwnCodeError: the problem, its model or the algorithm's first state cannot be made.
+        RunFailed: the run ended without reaching its end.
         Rejected: the broker does not admit this node.
         LinkClosed: the link ended before the run did.
     """
-    setup = set_up(config, allowed, run)
-    torch.set_num_threads(config.worker.threads)
-    version_0 = version_zero(setup.problem)
+    with own_code("problem.name"):
+        setup = set_up(config, allowed, run)
+        check_attainable(setup)
+        torch.set_num_threads(config.worker.threads)
+        version_0 = version_zero(setup.problem)
     hello = Hello(
         node=AGGREGATOR,
         role=AGGREGATOR,
@@ -67,11 +78,14 @@ def run_aggregator(
         total_clients=setup.problem.clients,
     )
     computed = Computed(device=kind_of("cpu"), version_0=version_0)
-    core = Aggregator(setup, run, AGGREGATOR, computed)
+    with own_code("algorithm.name"):
+        core = Aggregator(setup, run, AGGREGATOR, computed)
     try:
         with linked(endpoint, hello) as link:
             _fold_until_over(link, core, folder, version_0)
     except RunOver as end:
+        if core.failed:
+            raise RunFailed(str(end)) from None
         return str(end)
 
 
@@ -84,6 +98,7 @@ def _fold_until_over(
         # A model that is here already is another run's, or will be written again at the end.
         (folder / MODEL_FILE).unlink(missing_ok=True)
     unsettled: list[int] = []
+    patience = _Patience()
     disagreeing: set[str] = set()
     while True:
         with link.together():
@@ -98,10 +113,14 @@ def _fold_until_over(
                         unsettled = [seq for seq in unsettled if seq in but]
                     case Commit():
                         threading.Thread(target=_work, args=(link, action), daemon=True).start()
-                    case Finish(reason):
-                        if folder is not None:
+                    case Finish(reason, failed, error):
+                        if failed:
+                            structlog.get_logger().error("failed", reason=reason, exc_info=error)
+                        if folder is not None and error is None:
                             _save(folder, core)
                         link.over(reason)
+        while not link.wait(_QUIET_S):
+            patience.look(core.missing_clients())
         delivery = link.get()
         unsettled.append(delivery.seq)
         if delivery.message.kind == "refused":
@@ -115,6 +134,22 @@ def _fold_until_over(
             log.warning("a node starts from another model", by=sender, here=version_0, there=theirs)
         with link.away():
             actions = core.handle(inbound_of(link, delivery))
+
+
+class _Patience:
+    """Says which clients a run waits for: when that changes, and every minute."""
+
+    def __init__(self) -> None:
+        self._told: list[int] = []
+        self._told_at = -math.inf
+
+    def look(self, missing: list[int]) -> None:
+        """Take a look, after nothing has come for a while."""
+        now = time.monotonic()
+        if missing and (missing != self._told or now >= self._told_at + _TELL_AGAIN_S):
+            self._told_at = now
+            structlog.get_logger().warning(f"waiting for {clients_in_words(missing)}")
+        self._told = missing
 
 
 def _work(link: NodeLink, commit: Commit) -> None:

@@ -24,7 +24,7 @@ from fedmq.broker.names import name_fault
 from fedmq.broker.process import give_torch_huge_pages, tune_process
 from fedmq.nodes import logs
 from fedmq.nodes.codec_cli import codec
-from fedmq.nodes.errors import ConfigError, NodeError
+from fedmq.nodes.errors import ConfigError, NodeError, RunFailed, own_code
 from fedmq.nodes.personalise import personalise
 from fedmq.nodes.replay.cli import replay
 from fedmq.nodes.trace.cli import trace
@@ -79,13 +79,17 @@ def cluster(
         folder = folder or Path("runs") / chosen.run.id
         _check_new(folder)
         with preloading():
+            from fedmq.nodes.attainable import check_attainable
             from fedmq.nodes.setup import choose_device, set_up
 
-            setup = set_up(chosen)
-            # Data and device are there, or nothing is started.
-            choose_device(chosen.worker.device)
-            setup.problem.test()
-            setup.problem.client(0)
+            with own_code("problem.name"):
+                setup = set_up(chosen)
+                # Data and device are there, or nothing is started.
+                choose_device(chosen.worker.device)
+                count = min(chosen.worker.count, setup.problem.clients)
+                check_attainable(setup, [f"worker-{index}" for index in range(count)])
+                setup.problem.test()
+                setup.problem.client(0)
             _make(folder)
         console = Console()
         complete = setup.config
@@ -303,13 +307,16 @@ def _make(folder: Path) -> None:
 
 @contextlib.contextmanager
 def exit_2_on_error() -> Iterator[None]:
-    """Turn the project's own errors into one sentence and exit code 2."""
+    """Turn the project's own errors into one sentence and exit code 2, or 1 if a run failed."""
     from fedmq.algorithms.errors import AlgorithmError
     from fedmq.broker.errors import BrokerError
     from fedmq.codecs.errors import CodecError
 
     try:
         yield
+    except RunFailed as error:
+        click.echo(f"fedmq: the run failed: {plain(error, _LONGEST)}", err=True)
+        sys.exit(1)
     except (NodeError, BrokerError, AlgorithmError, CodecError) as error:
         click.echo(f"fedmq: {plain(error, _LONGEST)}", err=True)
         sys.exit(2)

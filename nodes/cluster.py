@@ -30,14 +30,16 @@ from fedmq.broker.state import EVALUATOR, WORKER
 from fedmq.nodes import logs
 from fedmq.nodes.causes import explained
 from fedmq.nodes.config import Config, parse
-from fedmq.nodes.errors import NodeError
+from fedmq.nodes.errors import NodeError, RunFailed
 from fedmq.nodes.programs import Stopped, stop_on_signals
 from fedmq.nodes.summary import RunFold, write_summary
+from fedmq.nodes.trace.text import plain
 from fedmq.nodes.view import View, closing_table
 
 _START_S = 30.0
 _STOP_S = 5.0
 _REFRESH_S = 0.1
+_LONGEST = 1000
 _RESTARTS = 10
 _RESTARTS_WITHIN_S = 60.0
 """A process that ended more often than that within this time is beyond help."""
@@ -90,7 +92,7 @@ class Cluster:
     def run(self) -> int:
         """Run to the end; return the exit code.
 
-        0: the run reached its end. 1: a process failed. 2: it could not be started.
+        0: the run reached its end. 1: it failed, or a process did. 2: it could not be started.
         130: interrupted.
         """
         text = self._config.to_toml()
@@ -185,7 +187,9 @@ class Cluster:
                 ]
                 failed = [each for each in ended if each.process.exitcode]
                 if fold.ended is not None and all(each.name == "broker" for each in living):
-                    return 0
+                    if fold.failed:
+                        self._say(f"fedmq: the run failed: {plain(fold.ended, _LONGEST)}")
+                    return 1 if fold.failed else 0
                 if fold.ended is None and self._is_fatal(ended, failed, living):
                     for child in failed:
                         self._say(f"fedmq: {child.name}: {child.complaint()}")
@@ -309,7 +313,8 @@ def aggregator_main(
     """Run the aggregator of a local cluster."""
     from fedmq.nodes.aggregator_program import run_aggregator
 
-    run_aggregator(endpoint, parse(text), run, folder, allowed)
+    with contextlib.suppress(RunFailed):  # the ledger says so, and why
+        run_aggregator(endpoint, parse(text), run, folder, allowed)
 
 
 def worker_main(

@@ -57,12 +57,34 @@ class ClientRecord:
 
     tasks: that it was given. good: results that a version holds.
     code, reason: why the last task or result that came to nothing did, or "".
+    where: file and line of the user's own code that raised it, or "".
     """
 
     tasks: int = 0
     good: int = 0
     code: str = ""
     reason: str = ""
+    where: str = ""
+
+
+@dataclass
+class LastFailure:
+    """The newest task, result or evaluation that came to nothing.
+
+    client: whose it was; None for an evaluation on the problem's test data.
+    what: ``task`` that failed, ``result`` that was rejected, or ``evaluation`` that failed.
+    """
+
+    what: str
+    client: int | None
+    code: str
+    reason: str
+    where: str = ""
+
+    def __str__(self) -> str:
+        of = "" if self.client is None else f" of client {self.client}"
+        place = f" ({self.where})" if self.where else ""
+        return f"{self.what}{of}: {self.reason}{place}"
 
 
 class Outcomes:
@@ -73,6 +95,8 @@ class Outcomes:
         used: of them, those in a committed version.
         rejected: of them, those that were rejected, by code.
         failed: tasks that failed, by code.
+        failed_evaluations: that have failed.
+        last: the newest failure or rejection, or None.
         unaccepted: posts of any kind that the broker did not accept.
         cohorts: of synchronous rounds.
         clients: by number.
@@ -83,11 +107,15 @@ class Outcomes:
         self.used = 0
         self.rejected: Counter[str] = Counter()
         self.failed: Counter[str] = Counter()
+        self.failed_evaluations = 0
+        self.last: LastFailure | None = None
         self.unaccepted = 0
         self.cohorts = Cohorts()
         self.clients: dict[int, ClientRecord] = {}
         self._out: dict[str, int] = {}
         """Client of the tasks that are out, by id."""
+        self._evaluations: dict[str, int | None] = {}
+        """Client of the evaluations that are out, by id; None is the evaluator's."""
         self._given_up: dict[str, str] = {}
         """Code of the tasks that the broker gave up, by id: they may be sent again."""
         self._pending: dict[int, int] = {}
@@ -136,6 +164,8 @@ class Outcomes:
                     self._task(seq, message)
                 elif message.kind == "version":
                     self._version(message.body)
+                elif message.kind == "evaluate":
+                    self._evaluations[message.id] = natural(message.body.get("client"))
             case Accepted(seq=seq) if message is not None and message.sender != BROKER:
                 self._answer(seq, message)
             case Refusal(of=int(of)):
@@ -165,13 +195,16 @@ class Outcomes:
             if client is not None:
                 self._pending[seq] = client
         elif message.kind == "failed" and client is not None:
-            reason = str(message.body.get("reason", ""))
-            code = failure_code_of(str(message.body.get("code", "")), reason)
+            code, reason, where = _told(message)
             self.failed[code] += 1
-            self._blame(client, code, reason)
-        else:
+            self._blame("task", client, code, reason, where)
+        elif message.kind == "failed" and message.re in self._evaluations:
+            self.failed_evaluations += 1
+            self.last = LastFailure("evaluation", self._evaluations[message.re], *_told(message))
+        elif message.kind != "score":
             return
         self._out.pop(message.re or "", None)
+        self._evaluations.pop(message.re or "", None)
 
     def _version(self, body: dict[str, Any]) -> None:
         results, position = natural(body.get("results")), natural(body.get("position"))
@@ -199,12 +232,13 @@ class Outcomes:
             self.failed[code] += 1
             if refusal.parked:
                 self._given_up[refusal.id] = code
-        self._blame(client, code, refusal.reason)
+        self._blame("result" if kind == _RESULT else "task", client, code, refusal.reason)
 
-    def _blame(self, client: int, code: str, reason: str) -> None:
+    def _blame(self, what: str, client: int, code: str, reason: str, where: str = "") -> None:
+        self.last = LastFailure(what, client if client >= 0 else None, code, reason, where)
         record = self.clients.get(client)
         if record is not None:  # others were given no task
-            record.code, record.reason = code, reason
+            record.code, record.reason, record.where = code, reason, where
 
     def _note(self, seq: int, kind: int, client: int) -> None:
         missing = seq + 1 - len(self._kinds)
@@ -212,6 +246,13 @@ class Outcomes:
             self._kinds.extend(bytes(missing))
             self._owners.extend([-1] * missing)
         self._kinds[seq], self._owners[seq] = kind, client
+
+
+def _told(message: Message) -> tuple[str, str, str]:
+    """Return code, reason and place of what failed."""
+    reason = str(message.body.get("reason", ""))
+    code = failure_code_of(str(message.body.get("code", "")), reason)
+    return code, reason, str(message.body.get("where", ""))
 
 
 def natural(value: Any) -> int | None:

@@ -1,10 +1,10 @@
 """Whether a run gets anywhere: failures in a row, and clients that are not asked again at once.
 
-A pure part of the aggregator's fold. A client that failed k > 1 times in a row is skipped for a
-while that doubles with k, up to a limit: under synchronous rounds it is counted in versions, so that
-the cohorts follow from the seed and not from how fast a machine is; under the other schedules in
-seconds. So is a node, several of whose clients failed one after the other. When nobody else can
-be asked, a timer ends the wait.
+A pure part of the aggregator's fold. A client that failed twice or more in a row is skipped for a
+while that doubles with each failure, up to a limit. So is a node, several of whose clients failed
+one after the other. Under synchronous rounds the while is counted in versions, so that cohorts
+follow from the seed and not from the speed of a machine; under other schedules in seconds. When
+nobody else can be asked, a timer ends the wait.
 """
 
 from __future__ import annotations

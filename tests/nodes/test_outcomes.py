@@ -210,8 +210,8 @@ def test_an_accuracy_of_an_older_version_says_of_which(story):
 def test_trouble_is_shown_while_a_run_goes_on(story):
     story.task(0, 0)
     story.refuse(story.result(0, 0), "not-finite")
-    assert "refused 1" in line(story.fold)
-    assert "refused 1" in shown(render(story.fold))
+    assert "rejected 1" in line(story.fold)
+    assert "rejected 1" in shown(render(story.fold))
 
 
 def test_the_closing_table_names_what_went_wrong(story):
