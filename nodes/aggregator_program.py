@@ -14,6 +14,7 @@ import numpy as np
 import structlog
 import torch
 
+from fedmq.algorithms import arithmetic
 from fedmq.algorithms.allowed import Allowed
 from fedmq.broker.errors import RunOver
 from fedmq.broker.headers import decode_message
@@ -80,6 +81,7 @@ def run_aggregator(
     computed = Computed(device=kind_of("cpu"), version_0=version_0)
     with own_code("algorithm.name"):
         core = Aggregator(setup, run, AGGREGATOR, computed)
+        arithmetic.prepare(sum(each.numel() for each in core.tensors().values()))
     try:
         with linked(endpoint, hello) as link:
             _fold_until_over(link, core, folder, version_0)

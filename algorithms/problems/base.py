@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextvars import ContextVar
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fedmq.algorithms.errors import ProblemError
+from fedmq.algorithms.rng import derive_seed, seeded
 
 
 @dataclass(frozen=True)
@@ -40,9 +44,21 @@ class Problem(ABC):
     clients: int
     """Number of clients, K; they are numbered 0 to K-1."""
 
+    seed: int
+    """Of the run."""
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if "model" in vars(cls):
+            cls.model = _with_seed(cls.model)  # type: ignore[method-assign] # it keeps its signature
+
     @abstractmethod
     def model(self) -> nn.Module:
-        """Return a freshly initialised model; the same values at every call, on every node."""
+        """Return a freshly initialised model; the same values at every call, on every node.
+
+        The global generators of Python, numpy and torch are seeded with `seed` before each call.
+        What is drawn from others (``numpy.random.default_rng()``) needs a seed of its own.
+        """
 
     @abstractmethod
     def client(self, index: int) -> Examples:
@@ -112,3 +128,23 @@ class Problem(ABC):
     @abstractmethod
     def metrics(self, outputs: Tensor, y: Tensor) -> Mapping[str, float]:
         """Return means over a batch, at least ``loss``, and ``accuracy`` where it has a meaning."""
+
+
+_making: ContextVar[object] = ContextVar("the problem whose model is being made", default=None)
+
+
+def _with_seed(model: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+    """Let a problem's model draw the same first values at every call."""
+
+    @functools.wraps(model)
+    def with_seed(problem: Any, *args: Any, **options: Any) -> nn.Module:
+        if _making.get() is problem:  # super().model(): draws go on
+            return model(problem, *args, **options)
+        token = _making.set(problem)
+        try:
+            with seeded(derive_seed(getattr(problem, "seed", 0), "model")):
+                return model(problem, *args, **options)
+        finally:
+            _making.reset(token)
+
+    return with_seed

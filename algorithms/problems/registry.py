@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import operator
 from collections.abc import Mapping
@@ -132,6 +133,9 @@ def _load_own(name: str, options: Mapping[str, object], seed: int, allowed: Allo
             f"{type(problem).__name__!r}"
         )
     _count_clients(name, problem)
+    if not hasattr(problem, "seed"):
+        with contextlib.suppress(AttributeError):  # slots
+            object.__setattr__(problem, "seed", seed)  # a frozen dataclass has it too
     return problem
 
 
