@@ -327,8 +327,9 @@ class Aggregator(AggregatorState):
             self._evaluations.ask(self._post(out, "evaluate", to, body, packed), of)
 
     def _fail(self, why: str) -> None:
-        """Let the run end without reaching its end."""
-        self._finishing, self._failed = self._finishing or why, True
+        """Let the run end without reaching its end, if it has not reached it already."""
+        if not self._finishing:
+            self._finishing, self._failed = why, True
 
     def _break_off(self, error: Exception) -> list[AggregatorAction]:
         """End the run at once: code that it needs has raised something."""

@@ -28,10 +28,10 @@ def check_attainable(setup: Setup, workers: Collection[str] = ()) -> None:
             f"schedule.{key}: expected at most problem.clients, {clients}, got {wanted}"
         )
     run = config.run
-    if run.target_accuracy is not None and not 0 < run.evaluate_every < run.versions:
+    if run.target_accuracy is not None and not run.evaluate_every:
         raise ConfigError(
-            "run.evaluate_every: expected 1 to below run.versions, "
-            f"{run.versions}, where run.target_accuracy is to be reached, got {run.evaluate_every}"
+            "run.evaluate_every: expected at least 1 where run.target_accuracy is to end the run "
+            "early, got 0: only the last version would be evaluated"
         )
     if all(config.worker.straggling(name).drop >= 1 for name in workers or [""]):
         raise ConfigError(
