@@ -173,7 +173,7 @@ class Aggregator(AggregatorState):
         accuracy, why = accuracy_in(message)
         of_model = name not in self._evaluations.examinations
         self._evaluated_as(name, accuracy)
-        if self._computed.rules and of_model and self._settings.target_accuracy is not None:
+        if self._progress.rules and of_model and self._settings.target_accuracy is not None:
             found = metrics_without_accuracy(message)
             if found is not None:
                 self._fail(f"run.target_accuracy: expected accuracy among the metrics, got {found}")
@@ -306,7 +306,7 @@ class Aggregator(AggregatorState):
         self._evaluated, self._running = fold.evaluated, fold.running
         self._finishing, self._ended, self._failed = fold.finishing, fold.ended, fold.failed
         self._now = self._checkpoint_at = fold.at
-        self._progress.resume(fold.failures, self.version, self._now)
+        self._progress.resume(fold.failures, fold.rules, self.version, self._now)
         if self._ended:
             out.append(Finish(self._finishing, self._failed))
             return

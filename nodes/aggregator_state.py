@@ -125,6 +125,7 @@ class AggregatorState:
             arithmetic=self._computed.arithmetic,
             failures=self._progress.failures,
             failed=self._failed,
+            rules=self._progress.rules,
         )
 
     def _post(

@@ -34,6 +34,4 @@ def check_attainable(setup: Setup, workers: Collection[str] = ()) -> None:
             "early, got 0: only the last version would be evaluated"
         )
     if all(config.worker.straggling(name).drop >= 1 for name in workers or [""]):
-        raise ConfigError(
-            "worker.drop: expected less than 1 for some worker, or all tasks are lost"
-        )
+        raise ConfigError("worker.drop: expected less than 1, got 1: every result would be lost")

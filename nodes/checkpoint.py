@@ -54,7 +54,7 @@ class Fold(Struct):
     waiting: numbers of the messages before it that it has yet to take.
     arithmetic: by which it was made, see `fedmq.nodes.computed`.
     failures: that were not followed by a used result; see `fedmq.nodes.progress`.
-    failed: the run ends without reaching its end.
+    failed: the run ends without reaching its end. rules: by which failures are counted.
     """
 
     position: int
@@ -76,6 +76,7 @@ class Fold(Struct):
     arithmetic: int = 1
     failures: Failures = msgspec.field(default_factory=Failures)
     failed: bool = False
+    rules: int = 0
 
 
 def pack_checkpoint(algorithm: Algorithm, state: Any, fold: Fold) -> Packed:

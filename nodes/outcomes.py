@@ -23,7 +23,7 @@ _STALE = (Code.STALE, Code.LATE)
 UNUSED, NO_ANSWER = "unused", "no-answer"
 """Codes of a client whose result no version holds, and of one that has not answered."""
 _UNUSED, _NO_ANSWER = "its result is in no version", "no answer"
-_NOTHING, _RESULT, _TASK = 0, 1, 2
+_NOTHING, _RESULT, _TASK, _EVALUATION = 0, 1, 2, 3
 
 
 @dataclass
@@ -57,14 +57,12 @@ class ClientRecord:
 
     tasks: that it was given. good: results that a version holds.
     code, reason: why the last task or result that came to nothing did, or "".
-    where: file and line of the user's own code that raised it, or "".
     """
 
     tasks: int = 0
     good: int = 0
     code: str = ""
     reason: str = ""
-    where: str = ""
 
 
 @dataclass
@@ -96,7 +94,7 @@ class Outcomes:
         rejected: of them, those that were rejected, by code.
         failed: tasks that failed, by code.
         failed_evaluations: that have failed.
-        last: the newest failure or rejection, or None.
+        last: the newest failure or rejection but for staleness, or None.
         unaccepted: posts of any kind that the broker did not accept.
         cohorts: of synchronous rounds.
         clients: by number.
@@ -165,7 +163,9 @@ class Outcomes:
                 elif message.kind == "version":
                     self._version(message.body)
                 elif message.kind == "evaluate":
-                    self._evaluations[message.id] = natural(message.body.get("client"))
+                    client = natural(message.body.get("client"))
+                    self._evaluations[message.id] = client
+                    self._note(seq, _EVALUATION, -1 if client is None else client)
             case Accepted(seq=seq) if message is not None and message.sender != BROKER:
                 self._answer(seq, message)
             case Refusal(of=int(of)):
@@ -199,8 +199,7 @@ class Outcomes:
             self.failed[code] += 1
             self._blame("task", client, code, reason, where)
         elif message.kind == "failed" and message.re in self._evaluations:
-            self.failed_evaluations += 1
-            self.last = LastFailure("evaluation", self._evaluations[message.re], *_told(message))
+            self._not_evaluated(self._evaluations[message.re], *_told(message))
         elif message.kind != "score":
             return
         self._out.pop(message.re or "", None)
@@ -224,6 +223,9 @@ class Outcomes:
         if kind == _NOTHING:
             return
         client, code = self._owners[of], refusal.known_code
+        if kind == _EVALUATION:
+            self._not_evaluated(client if client >= 0 else None, code, refusal.reason)
+            return
         if kind == _RESULT:
             self.rejected[code] += 1
             if self._pending.pop(of, None) is None and client in self.clients:
@@ -234,11 +236,16 @@ class Outcomes:
                 self._given_up[refusal.id] = code
         self._blame("result" if kind == _RESULT else "task", client, code, refusal.reason)
 
+    def _not_evaluated(self, client: int | None, code: str, reason: str, where: str = "") -> None:
+        self.failed_evaluations += 1
+        self.last = LastFailure("evaluation", client, code, reason, where)
+
     def _blame(self, what: str, client: int, code: str, reason: str, where: str = "") -> None:
-        self.last = LastFailure(what, client if client >= 0 else None, code, reason, where)
+        if code not in _STALE:  # such a result only came late
+            self.last = LastFailure(what, client if client >= 0 else None, code, reason, where)
         record = self.clients.get(client)
         if record is not None:  # others were given no task
-            record.code, record.reason, record.where = code, reason, where
+            record.code, record.reason = code, reason
 
     def _note(self, seq: int, kind: int, client: int) -> None:
         missing = seq + 1 - len(self._kinds)

@@ -94,9 +94,9 @@ class Progress:
         self.version, self.now = 0, 0.0
         self._by_version = setup.schedule.ordered
 
-    def resume(self, failures: Failures, version: int, now: float) -> None:
-        """Take over what a checkpoint tells."""
-        self.failures, self.version, self.now = failures, version, now
+    def resume(self, failures: Failures, rules: int, version: int, now: float) -> None:
+        """Take over what a checkpoint tells; a run goes on by the rules that it began with."""
+        self.failures, self.rules, self.version, self.now = failures, rules, version, now
 
     def used(self, client: int, node: str) -> None:
         """Note that a result is in a version."""

@@ -250,12 +250,12 @@ def test_who_failed_twice_is_asked_again_after_a_timer_that_grows(schedule):
 
 @every_schedule
 def test_a_client_whose_failure_was_passing_comes_back(schedule):
-    fleet = fleet_of(schedule, versions=200, failures=1000)
-    for _ in range(60):
+    fleet = fleet_of(schedule, versions=60, failures=1000)
+    for _ in range(40):
         step(fleet, {1})
     assert 1 in fleet.core._progress.failures.clients
     asked = play(fleet, ())
-    assert asked.count(1) > 20
+    assert asked.count(1) > 5
     assert fleet.core._progress.failures.clients == {}
 
 
@@ -271,22 +271,22 @@ def test_cohorts_follow_from_the_seed_and_not_from_how_long_failures_take():
 
 
 def test_a_node_all_of_whose_clients_fail_is_made_to_wait_as_a_whole():
-    """A thousand clients that fail for the first time would take turns."""
-    setup = make_setup({"name": "stream", "concurrency": 4}, clients=200, versions=10**6)
+    """Many clients that fail for the first or second time would take turns."""
+    setup = make_setup({"name": "stream", "concurrency": 4}, clients=24, versions=10**6)
     fleet = Fleet(setup, join=False)
-    for node, (low, high) in {"w0": (0, 99), "w150": (100, 199)}.items():
+    for node, (low, high) in {"w0": (0, 11), "w12": (12, 23)}.items():
         fleet.say("joined", {"node": node, "role": "worker", "clients": [[low, high]]})
     fleet.pace = 1e-6  # all of this happens in no time
     asked = 0
-    for _ in range(400):
+    for _ in range(200):
         (message, data) = fleet.tasks.pop(0)
-        if message.body["client"] < 100:
+        if message.body["client"] < 12:
             asked += 1
             body = {"reason": "no disk", "code": "training-failed"}
             fleet.say("failed", body, "w0", re=message.id)
         else:
             result, blobs = fleet.work(message, data)
-            fleet.hear(changed(result, sender="w150"), blobs)
+            fleet.hear(changed(result, sender="w12"), blobs)
     assert asked < 20
     assert fleet.finished is None
 
@@ -321,10 +321,11 @@ def test_a_run_of_an_older_release_goes_on_as_it_did():
 def test_a_checkpoint_of_an_older_release_has_no_failures():
     fleet = fleet_of("buffered")
     fold = msgspec.to_builtins(fleet.core._fold())
-    del fold["failures"], fold["failed"]
+    del fold["failures"], fold["failed"], fold["rules"]
     one, other = (msgspec.convert(fold, Fold) for _ in range(2))
     assert one.failures == Failures()
     assert one.failures is not other.failures
+    assert one.rules == 0
 
 
 @every_schedule
@@ -432,3 +433,8 @@ def test_a_run_waits_midway_only_when_nobody_who_is_here_can_bring_a_result():
     assert fleet.core.missing_clients() == [3]
     fleet.join(3)
     assert fleet.core.missing_clients() == []
+
+
+def test_a_buffer_larger_than_the_cohort_is_filled_by_clients_that_take_turns():
+    setup = make_setup({"name": "buffered", "size": 9, "concurrency": 1}, clients=2, versions=2)
+    assert Fleet(setup).run().counts == (18, 0, 0, 0)
