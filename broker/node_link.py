@@ -64,6 +64,20 @@ class NodeLink(Dealer):
                 self._turn_or_raise()
             return self._welcome
 
+    def wait(self, timeout_s: float) -> bool:
+        """Wait for a message for a while; tell whether `get` has one.
+
+        Raises:
+            LinkClosed: the run is over, or the link was stopped.
+            Rejected: the broker does not admit this node any more.
+        """
+        if not self._inbox:
+            deadline = self._clock() + timeout_s
+            with self._baton:
+                while not self._inbox and self._clock() < deadline:
+                    self._turn_or_raise(deadline)
+        return bool(self._inbox)
+
     def get(self) -> Delivery:
         """Wait for the next message.
 

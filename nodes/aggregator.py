@@ -193,7 +193,7 @@ class Aggregator(AggregatorState):
         accuracy, why = accuracy_in(message)
         of_model = name not in self._evaluations.examinations
         self._evaluated_as(name, accuracy)
-        if self._computed.rules and of_model and self._settings.target_accuracy is not None:
+        if self._progress.rules and of_model and self._settings.target_accuracy is not None:
             found = metrics_without_accuracy(message)
             if found is not None:
                 self._fail(f"run.target_accuracy: expected accuracy among the metrics, got {found}")
@@ -314,7 +314,7 @@ class Aggregator(AggregatorState):
         self._evaluated, self._running = fold.evaluated, fold.running
         self._finishing, self._ended, self._failed = fold.finishing, fold.ended, fold.failed
         self._now = self._checkpoint_at = fold.at
-        self._progress.resume(fold.failures, self.version, self._now)
+        self._progress.resume(fold.failures, fold.rules, self.version, self._now)
         self._goal = fold.goal or self._goal
         if self._ended:
             if continued < inbound.seq:
@@ -337,8 +337,9 @@ class Aggregator(AggregatorState):
             self._evaluations.ask(self._post(out, "evaluate", to, body, packed), of)
 
     def _fail(self, why: str) -> None:
-        """Let the run end without reaching its end."""
-        self._finishing, self._failed = self._finishing or why, True
+        """Let the run end without reaching its end, if it has not reached it already."""
+        if not self._finishing:
+            self._finishing, self._failed = why, True
 
     def _break_off(self, error: Exception) -> list[AggregatorAction]:
         """End the run at once: code that it needs has raised something."""

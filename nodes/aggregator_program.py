@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
@@ -23,16 +25,21 @@ from fedmq.broker.state import AGGREGATOR
 from fedmq.broker.wire import Hello
 from fedmq.nodes.aggregator import Aggregator
 from fedmq.nodes.agreement import Fingerprint, disagree
+from fedmq.nodes.attainable import check_attainable
 from fedmq.nodes.computed import Computed
 from fedmq.nodes.config import Config
 from fedmq.nodes.differing import differing_keys
-from fedmq.nodes.errors import ConfigError
+from fedmq.nodes.errors import ConfigError, RunFailed, own_code
 from fedmq.nodes.inbox import AggregatorAction, Commit, Done, Finish, Inbound, Post, Settle, Start
 from fedmq.nodes.local import node_key
 from fedmq.nodes.model_files import remove_model, save_model
 from fedmq.nodes.programs import inbound_of, linked, new_session
 from fedmq.nodes.setup import kind_of, set_up
+from fedmq.nodes.trace.text import clients_in_words
 from fedmq.nodes.version_zero import version_zero
+
+_QUIET_S = 5.0
+_TELL_AGAIN_S = 60.0
 
 
 def run_aggregator(
@@ -55,15 +62,20 @@ def run_aggregator(
         give_up_s: so long without the broker, and the node ends; None for never.
 
     Raises:
-        ConfigError: the configuration is unusable, or not the one that the run has.
+        ConfigError: the configuration is unusable, asks for what can never be, or is not the
+            one that the run has.
         GaveUp: the broker was not there for ``give_up_s``.
+        OwnCodeError: the problem, its model or the algorithm's first state cannot be made.
+        RunFailed: the run ended without reaching its end.
         Rejected: the broker does not admit this node.
         LinkClosed: the link ended before the run did.
         NodeError: the final model cannot be written; the ledger has it.
     """
-    setup = set_up(config, allowed, run)
-    torch.set_num_threads(config.worker.threads)
-    version_0 = version_zero(setup.problem)
+    with own_code("problem.name"):
+        setup = set_up(config, allowed, run)
+        check_attainable(setup)
+        torch.set_num_threads(config.worker.threads)
+        version_0 = version_zero(setup.problem)
     hello = Hello(
         node=AGGREGATOR,
         role=AGGREGATOR,
@@ -74,8 +86,9 @@ def run_aggregator(
         total_clients=setup.problem.clients,
     )
     computed = Computed(device=kind_of("cpu"), version_0=version_0)
-    core = Aggregator(setup, run, AGGREGATOR, computed)
-    arithmetic.prepare(sum(each.numel() for each in core.tensors().values()))
+    with own_code("algorithm.name"):
+        core = Aggregator(setup, run, AGGREGATOR, computed)
+        arithmetic.prepare(sum(each.numel() for each in core.tensors().values()))
     try:
         with linked(endpoint, hello, give_up_s) as link:
             _fold_until_over(link, core, setup.problem, folder, version_0)
@@ -88,6 +101,8 @@ def run_aggregator(
             ) from None
         raise
     except RunOver as end:
+        if core.failed:
+            raise RunFailed(str(end)) from None
         return str(end)
 
 
@@ -105,6 +120,7 @@ def _fold_until_over(
     if folder is not None:
         remove_model(folder)
     unsettled: list[int] = []
+    patience = _Patience()
     disagreeing: set[str] = set()
     while True:
         with link.together():
@@ -119,12 +135,16 @@ def _fold_until_over(
                         unsettled = [seq for seq in unsettled if seq in but]
                     case Commit():
                         threading.Thread(target=_work, args=(link, action), daemon=True).start()
-                    case Finish(reason):
-                        if folder is not None:
+                    case Finish(reason, failed, error):
+                        if failed:
+                            structlog.get_logger().error("failed", reason=reason, exc_info=error)
+                        if folder is not None and error is None:
                             # Before the run is over: then no session is started any more.
                             about = {"run": link.welcome().run, "version": str(core.version)}
                             save_model(folder, core.tensors(), problem, about)
                         link.over(reason)
+        while not link.wait(_QUIET_S):
+            patience.look(core.missing_clients())
         delivery = link.get()
         unsettled.append(delivery.seq)
         if delivery.message.kind == "refused":
@@ -138,6 +158,22 @@ def _fold_until_over(
             log.warning("a node starts from another model", by=sender, here=version_0, there=theirs)
         with link.away():
             actions = core.handle(inbound_of(link, delivery))
+
+
+class _Patience:
+    """Says which clients a run waits for: when that changes, and every minute."""
+
+    def __init__(self) -> None:
+        self._told: list[int] = []
+        self._told_at = -math.inf
+
+    def look(self, missing: list[int]) -> None:
+        """Take a look, after nothing has come for a while."""
+        now = time.monotonic()
+        if missing and (missing != self._told or now >= self._told_at + _TELL_AGAIN_S):
+            self._told_at = now
+            structlog.get_logger().warning(f"waiting for {clients_in_words(missing)}")
+        self._told = missing
 
 
 def _work(link: NodeLink, commit: Commit) -> None:

@@ -128,4 +128,5 @@ class AggregatorState:
             failures=self._progress.failures,
             failed=self._failed,
             goal=self._goal,
+            rules=self._progress.rules,
         )

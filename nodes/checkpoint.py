@@ -55,7 +55,7 @@ class Fold(Struct):
     waiting: numbers of the messages before it that it has yet to take.
     arithmetic: by which it was made, see `fedmq.nodes.computed`.
     failures: that were not followed by a used result; see `fedmq.nodes.progress`.
-    failed: the run ends without reaching its end.
+    failed: the run ends without reaching its end. rules: by which failures are counted.
     goal: what the run was to reach; not in the checkpoints of 0.1.0.
     """
 
@@ -78,6 +78,7 @@ class Fold(Struct):
     arithmetic: int = 1
     failures: Failures = msgspec.field(default_factory=Failures)
     failed: bool = False
+    rules: int = 0
     goal: Goal | UnsetType = UNSET
 
 

@@ -23,7 +23,7 @@ from fedmq.broker.process import give_torch_huge_pages, tune_process
 from fedmq.nodes import logs, streams
 from fedmq.nodes.codec_cli import codec
 from fedmq.nodes.entry import ending_well
-from fedmq.nodes.errors import ConfigError, NodeError
+from fedmq.nodes.errors import ConfigError, NodeError, RunFailed, own_code
 from fedmq.nodes.ledger_cli import ledger
 from fedmq.nodes.personalise import personalise
 from fedmq.nodes.replay.cli import replay
@@ -116,15 +116,17 @@ def cluster(
                 sys.exit(0)
             console.print(about(asked, going_on), highlight=False, soft_wrap=True, markup=False)
         with preloading():
+            from fedmq.nodes.attainable import check_attainable
             from fedmq.nodes.setup import choose_device, set_up
 
-            setup = set_up(asked.config)
-            # Data and device are there, or nothing is started.
-            choose_device(asked.config.worker.device)
-            setup.problem.test()
-            setup.problem.client(0)
-            clients = setup.problem.clients
-            worker_names(setup.config, clients)
+            with own_code("problem.name"):
+                setup = set_up(asked.config)
+                # Data and device are there, or nothing is started.
+                choose_device(asked.config.worker.device)
+                clients = setup.problem.clients
+                check_attainable(setup, worker_names(setup.config, clients))
+                setup.problem.test()
+                setup.problem.client(0)
         # What --set has changed is in the folder's own configuration.
         again = go_on_command(asked.folder, None if settings else config)
         one = Cluster(setup.config, clients, asked.folder, asked.begun, console, going_on, again)
@@ -346,13 +348,16 @@ def _make(folder: Path) -> None:
 
 @contextlib.contextmanager
 def exit_2_on_error() -> Iterator[None]:
-    """Turn the project's own errors into one sentence, and exit code 2 (1: gave up, or failed)."""
+    """Turn the project's own errors into one sentence, and exit code 2 (1: failed, gave up)."""
     from fedmq.algorithms.errors import AlgorithmError
     from fedmq.broker.errors import BrokerError, BrokerFailed, GaveUp
     from fedmq.codecs.errors import CodecError
 
     try:
         yield
+    except RunFailed as error:
+        click.echo(f"fedmq: the run failed: {plain(error, _LONGEST)}", err=True)
+        sys.exit(1)
     except (NodeError, BrokerError, AlgorithmError, CodecError) as error:
         click.echo(f"fedmq: {plain(error, _LONGEST)}", err=True)
         sys.exit(1 if isinstance(error, GaveUp | BrokerFailed) else 2)

@@ -38,11 +38,13 @@ from fedmq.nodes.run_folder import write_config
 from fedmq.nodes.signals import ENOUGH, INTERRUPTED, Stopped, blocked, this_process
 from fedmq.nodes.speaker import Speaker
 from fedmq.nodes.summary import SUMMARY_FILE, RunFold, save_summary
+from fedmq.nodes.trace.text import plain
 from fedmq.nodes.view import View, closing_table
 
 _START_S = 30.0
 _STOP_S = 5.0
 _REFRESH_S = 0.1
+_LONGEST = 1000
 _RESTARTS = 10
 _RESTARTS_WITHIN_S = 60.0
 """A process that ended more often than that within this time is beyond help."""
@@ -136,7 +138,7 @@ class Cluster:
     def run(self) -> int:
         """Run to the end; return the exit code.
 
-        0: the run reached its end. 1: a process failed, or the summary cannot be written.
+        0: the run reached its end. 1: it failed, a process did, or the summary cannot be written.
         2: the run could not be started. 130: interrupted.
 
         Raises:
@@ -256,7 +258,9 @@ class Cluster:
                 ]
                 failed = [each for each in ended if each.process.exitcode]
                 if fold.ended is not None and all(each.name == "broker" for each in living):
-                    return 0
+                    if fold.failed:
+                        self._say(f"fedmq: the run failed: {plain(fold.ended, _LONGEST)}")
+                    return 1 if fold.failed else 0
                 if fold.ended is None and self._is_fatal(ended, failed, living):
                     this_process.check()  # a signal to all of them ends the nodes, too
                     for child in failed:

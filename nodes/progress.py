@@ -1,10 +1,10 @@
 """Whether a run gets anywhere: failures in a row, and clients that are not asked again at once.
 
-A pure part of the aggregator's fold. A client that failed k > 1 times in a row is skipped for a
-while that doubles with k, up to a limit: under synchronous rounds it is counted in versions, so
-that the cohorts follow from the seed and not from how fast a machine is; under the other schedules
-in seconds. So is a node, several of whose clients failed one after the other. When nobody else can
-be asked, a timer ends the wait.
+A pure part of the aggregator's fold. A client that failed twice or more in a row is skipped for a
+while that doubles with each failure, up to a limit. So is a node, several of whose clients failed
+one after the other. Under synchronous rounds the while is counted in versions, so that cohorts
+follow from the seed and not from the speed of a machine; under other schedules in seconds. When
+nobody else can be asked, a timer ends the wait.
 """
 
 from __future__ import annotations
@@ -94,9 +94,9 @@ class Progress:
         self.version, self.now = 0, 0.0
         self._by_version = setup.schedule.ordered
 
-    def resume(self, failures: Failures, version: int, now: float) -> None:
-        """Take over what a checkpoint tells."""
-        self.failures, self.version, self.now = failures, version, now
+    def resume(self, failures: Failures, rules: int, version: int, now: float) -> None:
+        """Take over what a checkpoint tells; a run goes on by the rules that it began with."""
+        self.failures, self.rules, self.version, self.now = failures, rules, version, now
 
     def start_over(self) -> None:
         """Forget what failed: the run was taken up again, and its cause may be mended."""
@@ -128,7 +128,7 @@ class Progress:
             self._let_wait(one, _LONGEST_WAIT_S)
         host = self.failures.nodes.setdefault(node, Failing())
         host.times += 1
-        if host.times >= _OF_A_NODE and host.due <= self._clock:
+        if host.times >= _OF_A_NODE and not self._waits(host):
             self._let_wait(host, _FIRST_WAIT_S)
 
     @property
@@ -145,9 +145,9 @@ class Progress:
 
     def waiting(self, hosts: Mapping[int, str]) -> set[int]:
         """Return the clients, of these, that are not to be asked now."""
-        clock = self._clock
-        found = {k for k, each in self.failures.clients.items() if each.due > clock and k in hosts}
-        nodes = {name for name, each in self.failures.nodes.items() if each.due > clock}
+        failures = self.failures
+        found = {k for k, each in failures.clients.items() if self._waits(each) and k in hosts}
+        nodes = {name for name, each in failures.nodes.items() if self._waits(each)}
         return found | {k for k, host in hosts.items() if host in nodes} if nodes else found
 
     def timer(self, hosts: Mapping[int, str]) -> float | None:
@@ -156,8 +156,8 @@ class Progress:
         if not waiting:
             return None
         if self._by_version:
-            waits = min(each.waits for each in self._soonest(waiting, hosts))
-            after = _seconds(waits)
+            soonest = self._soonest(waiting, hosts)
+            after = _seconds(min(max(each.waits for each in kept) for kept in soonest))
         else:
             after = max(_SHORTEST_TIMER_S, self._due(waiting, hosts) - self.now)
         if self.failures.wake and self.failures.wake <= self.now + after:
@@ -170,34 +170,41 @@ class Progress:
         self.failures.wake = 0.0
         waiting = self.waiting(hosts)
         if self._by_version and waiting:
-            for each in self._soonest(waiting, hosts):
-                each.due = self._clock
+            for kept in self._soonest(waiting, hosts):
+                for each in kept:
+                    each.due = self._clock
 
     @property
     def _clock(self) -> float:
         return self.version if self._by_version else self.now
 
+    def _waits(self, one: Failing) -> bool:
+        # A clock may be set back: nobody waits for longer than the longest wait.
+        longest = _LONGEST_WAIT_VERSIONS + 1 if self._by_version else _LONGEST_WAIT_S
+        return self._clock < one.due <= self._clock + longest
+
     def _let_wait(self, one: Failing, longest_s: float) -> None:
         one.waits += 1
         if self._by_version:
-            one.due = self.version + min(2.0 ** min(one.waits - 1, 10), _LONGEST_WAIT_VERSIONS)
+            skipped = min(2 ** min(one.waits - 1, 10), _LONGEST_WAIT_VERSIONS)
+            one.due = float(self.version + 1 + skipped)
         else:
             one.due = self.now + min(_seconds(one.waits), longest_s)
 
     def _of(self, client: int, hosts: Mapping[int, str]) -> list[Failing]:
         """Return what keeps a client waiting."""
         found = (self.failures.clients.get(client), self.failures.nodes.get(hosts[client]))
-        return [each for each in found if each is not None and each.due > self._clock]
+        return [each for each in found if each is not None and self._waits(each)]
 
     def _due(self, waiting: Iterable[int], hosts: Mapping[int, str]) -> float:
         """Return when the first of some clients may be asked again."""
         return min(max(each.due for each in self._of(k, hosts)) for k in waiting)
 
-    def _soonest(self, waiting: set[int], hosts: Mapping[int, str]) -> list[Failing]:
-        """Return what keeps those waiting who may be asked first."""
+    def _soonest(self, waiting: set[int], hosts: Mapping[int, str]) -> list[list[Failing]]:
+        """Return what keeps those waiting, each of them, who may be asked first."""
         due = self._due(waiting, hosts)
-        kept = [self._of(client, hosts) for client in waiting]
-        return [each for some in kept if max(one.due for one in some) <= due for each in some]
+        every = [self._of(client, hosts) for client in waiting]
+        return [kept for kept in every if max(each.due for each in kept) <= due]
 
 
 def _seconds(waits: int) -> float:

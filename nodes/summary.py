@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fedmq.broker.entries import Accepted, AnyEntry, Ended
+from fedmq.broker.entries import Accepted, AnyEntry, Ended, Opened
 from fedmq.broker.reading import read_entries
 from fedmq.broker.state import AGGREGATOR, BROKER, CONTINUED, EVALUATOR
 from fedmq.broker.wire import Message
@@ -97,11 +97,14 @@ class RunFold:
     ended: str | None = None
     stopped_s: float = 0.0
     """For how long nobody ran it, until it was taken up again."""
+    failed: bool = False
+    """The run has ended without reaching its end."""
     version_0: Any = None
     """What the aggregator says of the model that the run starts from, and"""
     disagreeing: list[str] = field(default_factory=list)
     """names of the nodes that say otherwise."""
     first_task_at: float | None = None
+    total_clients: int | None = None
     _aggregator: str = AGGREGATOR
     kinds: dict[str, dict[str, int]] = field(default_factory=lambda: {"down": {}, "up": {}})
     """Payload bytes by direction and by group of tensors."""
@@ -118,6 +121,8 @@ class RunFold:
             if message is not None:
                 self._message(message, entry.at)
             match entry:
+                case Opened(total_clients=clients):
+                    self.total_clients = clients
                 case Ended(reason=reason, nodes=nodes):
                     self.ended = reason
                     for name, counts in nodes.items():
@@ -134,6 +139,24 @@ class RunFold:
 
     def _since_start(self, at: float) -> float:
         return at - (at if self.started_at is None else self.started_at) - self.stopped_s
+
+    @property
+    def status(self) -> str:
+        """Return what has become of the run: ``finished``, ``failed`` or ``interrupted``."""
+        if self.ended is None:
+            return "interrupted"
+        return "failed" if self.failed else "finished"
+
+    @property
+    def missing_clients(self) -> list[int]:
+        """Return the clients that are away while nobody has anything to do: the run waits."""
+        if self.ended is not None or not self.run or self.total_clients is None:
+            return []
+        if any(node.here and node.doing for node in self.nodes.values()):
+            return []
+        here = {name for name, node in self.nodes.items() if node.here}
+        hosts = ((k, self._hosts.get(f"client/{k}")) for k in range(self.total_clients))
+        return [client for client, host in hosts if host not in here]
 
     @property
     def first_task_s(self) -> float | None:
@@ -184,7 +207,7 @@ class RunFold:
                 for client in range(low, high + 1):
                     self._hosts[f"client/{client}"] = body["node"]
         elif message.kind == CONTINUED:
-            self.ended = None
+            self.ended, self.failed = None, False
             self.config = parse(body["config"]).model_dump()
             self.stopped_s += body["stopped_s"]
             for node in self.nodes.values():
@@ -209,6 +232,8 @@ class RunFold:
                 host = self._hosts.get(message.to)
                 if host is not None:
                     self.nodes[host].doing[message.id] = message.to
+            case "finished":
+                self.failed = body.get("failed") is True
             case "version":
                 self.version = body["version"]
                 self.mean_staleness = body["mean_staleness"]
@@ -261,7 +286,7 @@ class RunFold:
 
     def summary(self) -> dict[str, Any]:
         """Return what ``summary.json`` holds."""
-        config = self.config
+        config, last = self.config, self.outcomes.last
         summary = {
             "run": self.run,
             # None: the run was stopped before its first record was written.
@@ -300,7 +325,9 @@ class RunFold:
                 name: {"sessions": node.sessions, "tasks": node.tasks, "drops": node.drops}
                 for name, node in self.nodes.items()
             },
+            "status": self.status,
             "ended": self.ended,
+            "last_failure": None if last is None else vars(last),
             "disagreeing": self.disagreeing,
         }
         clients = self.clients
@@ -319,6 +346,7 @@ class RunFold:
             "refused": outcomes.refused,
             "unused": outcomes.unused,
             "failed": outcomes.failed.total(),
+            "failed_evaluations": outcomes.failed_evaluations,
             "unaccepted": outcomes.unaccepted,
             "by_code": {code or "unknown": n for code, n in outcomes.rejected.items() if n},
             "failed_by_code": {code or "unknown": n for code, n in outcomes.failed.items() if n},

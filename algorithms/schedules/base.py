@@ -68,6 +68,10 @@ class Schedule(ABC):
         """Return how many tasks may be out at once."""
         return clients
 
+    def least_clients(self) -> tuple[str, int] | None:
+        """Return how many clients a version cannot do without, and the setting that says so."""
+        return None
+
     @abstractmethod
     def wants(self, view: View) -> int:
         """Return how many more clients are to get a task now; idle ones are drawn."""

@@ -66,6 +66,10 @@ class Rounds(Schedule):
         """Return how many tasks a round sends."""
         return min(self._tasks(clients), clients)
 
+    def least_clients(self) -> tuple[str, int]:
+        """A client counts once in a round."""
+        return "min_results", self.min_results
+
     def wants(self, view: View) -> int:
         """Draw the cohort; draw again only when nobody is left to wait for.
 

@@ -75,6 +75,12 @@ def spans(numbers: Iterable[int]) -> str:
     return " ".join(f"{low}" if low == high else f"{low}-{high}" for low, high in found)
 
 
+def clients_in_words(clients: Sequence[int], longest: int = _LONGEST) -> str:
+    """Return which clients these are: ``clients 3, 7-9``."""
+    text = spans(clients).replace(" ", ", ")
+    return f"client{'' if len(clients) == 1 else 's'} {plain(text, longest)}"
+
+
 def fields(value: Mapping[Any, Any], name: str = "") -> list[tuple[str, str]]:
     """Return the leaves of a map from a message: (path, value).
 
