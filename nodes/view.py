@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -210,8 +211,9 @@ def _state(node: NodeState) -> Text:
 
 
 def _sparkline(fold: RunFold) -> str:
-    values = [point.accuracy for point in fold.curve if point.accuracy is not None][-60:]
-    return "".join(_BARS[min(7, int(value * 8))] for value in values)
+    known = (point.accuracy for point in fold.curve if point.accuracy is not None)
+    values = [value for value in known if math.isfinite(value)][-60:]
+    return "".join(_BARS[max(0, min(7, int(value * 8)))] for value in values)
 
 
 def _percent(value: float | None) -> str:
