@@ -144,6 +144,7 @@ def measure(
 
     Raises:
         AlgorithmError: a client's data are not there.
+        ConfigError: the device is not there.
         NodeError: what an algorithm returned are no metrics.
     """
     from fedmq.algorithms.base import Client
@@ -151,7 +152,11 @@ def measure(
     from fedmq.algorithms.values import metrics_of
     from fedmq.nodes.setup import choose_device
 
-    where = choose_device(device or setup.config.worker.device)
+    where = (
+        choose_device(setup.config.worker.device)
+        if device is None
+        else choose_device(device, "--device")
+    )
     for index in clients:
         seed = derive_seed(setup.config.run.seed, "personalise", start.version, index)
         with seeded(seed, where):
