@@ -24,7 +24,8 @@ def model_digest(tensors: Mapping[str, Tensor]) -> str:
     Raises:
         ReturnedError: something in it is no tensor.
     """
-    for name, each in tensors.items():
+    found: Mapping[str, object] = tensors  # an algorithm of a user may return anything
+    for name, each in found.items():
         if not isinstance(each, Tensor):
             text = f"tensors: expected a tensor for {name!r} of the model"
             raise ReturnedError(f"{text}, got {kind_of_value(each)}")
