@@ -30,7 +30,7 @@ class Problem(ABC):
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
-        guard(cls)
+        guard(cls, Problem)
 
     @abstractmethod
     def model(self) -> nn.Module:

@@ -11,6 +11,7 @@ from fedmq.algorithms.allowed import NOTHING, Allowed, installed, resolve
 from fedmq.algorithms.errors import AlgorithmError, NotAllowed, ProblemError
 from fedmq.algorithms.problems.base import Problem
 from fedmq.algorithms.problems.datasets import DATASETS
+from fedmq.algorithms.problems.guards import guard_instance
 from fedmq.algorithms.problems.image import ImageClassification
 from fedmq.codecs.spec import unknown
 
@@ -134,6 +135,7 @@ def _load_own(name: str, options: Mapping[str, object], seed: int, allowed: Allo
             f"{type(problem).__name__!r}"
         )
     _count_clients(name, problem)
+    guard_instance(problem)
     return problem
 
 
