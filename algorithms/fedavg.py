@@ -18,7 +18,7 @@ from torch import Tensor
 from fedmq.algorithms.arithmetic import add_scaled, scale_and_add
 from fedmq.algorithms.base import Algorithm, Client, Payload, Reply, Result, Task
 from fedmq.algorithms.dry_step import dry_step
-from fedmq.algorithms.errors import Fault, ProblemError, ResultError
+from fedmq.algorithms.errors import Fault, ResultError
 from fedmq.algorithms.layout import Layout
 from fedmq.algorithms.model import FlatModel, scratch_model, zeros
 from fedmq.algorithms.problems.base import Examples, Problem
@@ -30,6 +30,7 @@ from fedmq.algorithms.results import (
     result_payload,
 )
 from fedmq.algorithms.rng import derive_rng
+from fedmq.algorithms.values import ReturnedError
 
 _EVALUATION_BATCH = 500
 _LARGEST = 1e30
@@ -285,10 +286,11 @@ def metrics_on(
     others.
 
     Raises:
-        ProblemError: there are no examples.
+        ReturnedError: there are no examples.
     """
     if not len(data):
-        raise ProblemError("expected at least one example to evaluate a model on, got none")
+        name = type(problem).__name__
+        raise ReturnedError(f"{name}: expected at least one example to evaluate on, got none")
     sums: dict[str, float] = {}
     counts: dict[str, int] = {}
     module.eval()

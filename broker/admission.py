@@ -105,7 +105,8 @@ def why_not(run: Run, hello: Hello, known: Node | None) -> tuple[str, str] | Non
     if hello.role == AGGREGATOR and hello.config != run.config:
         return "config", f"run {run.id} has another configuration; give this one another run.id"
     if len(hello.clients) > MAX_RANGES:
-        return "client", f"expected at most {MAX_RANGES} ranges of clients"
+        found = len(hello.clients)
+        return "client", f"expected at most {MAX_RANGES} ranges of clients, got {found}"
     if run.total_clients > MAX_CLIENTS:
         return "run", f"expected at most {MAX_CLIENTS} clients, got {run.total_clients}"
     for low, high in hello.clients:

@@ -70,16 +70,26 @@ def decode(encoded: Encoded, max_bytes: int = MAX_DECODED_BYTES) -> dict[str, Te
         DecodeError: unknown codec or version, or damaged bytes.
     """
     codec = _reader(encoded.codec)
-    try:
+    if type(codec).__module__.startswith("fedmq."):
         return codec.decode(encoded, max_bytes)
+    return _decode_elsewhere(codec, encoded, max_bytes)
+
+
+def _decode_elsewhere(codec: Codec, encoded: Encoded, max_bytes: int) -> dict[str, Tensor]:
+    """Read tensors with another package's codec: whatever it does must not end its reader."""
+    try:
+        found: object = codec.decode(encoded, max_bytes)
     except CodecError:
         raise
     except Exception as error:
-        # One from elsewhere may raise anything at damaged bytes, and must not end its reader.
-        if type(codec).__module__.startswith("fedmq."):
-            raise
         text = f"codec {codec.wire_name} cannot decode: {type(error).__name__}: {error}"
         raise DecodeError(text[:2000]) from error
+    if not isinstance(found, dict) or not all(
+        isinstance(name, str) and isinstance(each, Tensor) for name, each in found.items()
+    ):
+        kind = type(found).__name__
+        raise DecodeError(f"codec {codec.wire_name}: expected tensors by name, got {kind!r}")
+    return found
 
 
 @functools.lru_cache(maxsize=256)

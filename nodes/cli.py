@@ -18,6 +18,7 @@ import click
 import xxhash
 from rich.console import Console
 
+from fedmq.broker.admission import MAX_RANGES
 from fedmq.broker.names import name_fault
 from fedmq.broker.process import give_torch_huge_pages, tune_process
 from fedmq.nodes import logs, streams
@@ -173,7 +174,7 @@ def broker(
     """Route messages and keep the ledger; goes on from the ledger that is in its folder."""
     from fedmq.broker.router import BrokerServer
     from fedmq.nodes.config import build
-    from fedmq.nodes.summary import SUMMARY_FILE, write_summary
+    from fedmq.nodes.summary_file import SUMMARY_FILE, write_summary
 
     streams.go_on_without_output()
     logs.configure(None, node="broker")
@@ -275,6 +276,11 @@ def worker(
             raise ConfigError("expected either --clients or --evaluator")
         role = EVALUATOR if evaluator else WORKER
         clients = parse_ranges(ranges) if ranges else []
+        if len(clients) > MAX_RANGES:
+            raise ConfigError(
+                f"--clients: expected at most {MAX_RANGES} ranges, got {len(clients)}: give one "
+                "worker clients that follow one another, or start several workers"
+            )
         node = default_name(socket.gethostname(), clients) if name is None else name
         allowed = allowed_here(allow)
         find_own_code(allowed)
@@ -301,12 +307,12 @@ main.add_command(replay)
 
 
 def parse_ranges(text: str) -> list[tuple[int, int]]:
-    """Read client ranges such as ``0-9,12``, both ends included.
+    """Read client ranges such as ``0-9,12``, both ends included; neighbours become one.
 
     Raises:
         ConfigError: the text is not of that form.
     """
-    ranges = []
+    ranges: list[tuple[int, int]] = []
     for part in text.split(","):
         match = re.fullmatch(r"\s*(\d{1,9})(?:-(\d{1,9}))?\s*", part)
         if not match:
@@ -314,6 +320,8 @@ def parse_ranges(text: str) -> list[tuple[int, int]]:
         low, high = int(match[1]), int(match[2] or match[1])
         if high < low:
             raise ConfigError(f"--clients: expected low-high, got {part.strip()!r}")
+        if ranges and low == ranges[-1][1] + 1:
+            low = ranges.pop()[0]
         ranges.append((low, high))
     return ranges
 

@@ -37,7 +37,8 @@ from fedmq.nodes.errors import ConfigError, NodeError
 from fedmq.nodes.run_folder import write_config
 from fedmq.nodes.signals import ENOUGH, INTERRUPTED, Stopped, blocked, this_process
 from fedmq.nodes.speaker import Speaker
-from fedmq.nodes.summary import SUMMARY_FILE, RunFold, save_summary
+from fedmq.nodes.summary import RunFold
+from fedmq.nodes.summary_file import SUMMARY_FILE, save_summary
 from fedmq.nodes.trace.text import plain
 from fedmq.nodes.view import View, closing_table
 

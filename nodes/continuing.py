@@ -21,7 +21,7 @@ from fedmq.nodes.config import NONE, Config, changed, load, parse
 from fedmq.nodes.errors import ConfigError
 from fedmq.nodes.goal import Goal
 from fedmq.nodes.run_folder import Contents, Recorded, held, is_record, look_into, usable_config
-from fedmq.nodes.summary import SUMMARY_FILE, write_summary
+from fedmq.nodes.summary_file import SUMMARY_FILE, write_summary
 from fedmq.nodes.view import closing_table
 
 RUNS = Path("runs")

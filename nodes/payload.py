@@ -35,6 +35,8 @@ _GROUPS = ("weights", "exact", "features", "logits")
 _OWN = "fedmq."
 """Codecs from here write plain values only."""
 _MANY_RUNS = MAX_BUFFERS // 2
+_MOST_RUNS = MAX_BUFFERS - 8
+"""Of weights and exact tensors; a message has a few more blobs: tables, features, a fold."""
 STREAMED_BYTES = 64 << 20
 """Raw weights of this size are added up as they come, and never held as a whole."""
 
@@ -77,9 +79,10 @@ def pack(payload: Payload, codecs: Codecs, seed: int, who: str = "") -> Packed:
         payload = payload_of(payload, who)
     groups = []
     data: list[Buffer] = []
+    exact = _in_few_runs(payload.exact, _MANY_RUNS)
     for name, tensors, chosen in (
-        ("weights", payload.weights, codecs.weights),
-        ("exact", _in_few_runs(payload.exact), _RAW),
+        ("weights", _in_few_runs(payload.weights, _MOST_RUNS - _runs(exact)), codecs.weights),
+        ("exact", exact, _RAW),
         ("features", payload.features, codecs.features),
         ("logits", payload.logits, codecs.logits),
     ):
@@ -128,14 +131,20 @@ def _number(value: object) -> int | float:
     return number
 
 
-def _in_few_runs(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+def _runs(tensors: Mapping[str, Tensor]) -> int:
+    """Return how many runs of tensors of one dtype there are."""
+    if isinstance(tensors, Streamed):
+        return 1  # all are float32; looking at one would read all of them
+    return sum(1 for _ in itertools.groupby(each.dtype for each in tensors.values()))
+
+
+def _in_few_runs(tensors: Mapping[str, Tensor], most: int) -> Mapping[str, Tensor]:
     """Return tensors in an order in which not too many buffers are needed for them.
 
     One is for each run of tensors of one dtype. A buffer for each client's tensors is stored
     once as long as they stay the same; but a message holds few.
     """
-    runs = sum(1 for _ in itertools.groupby(each.dtype for each in tensors.values()))
-    if runs <= _MANY_RUNS:
+    if _runs(tensors) <= most:
         return tensors
     return dict(sorted(tensors.items(), key=lambda item: str(item[1].dtype)))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -250,18 +251,22 @@ def kind_of(device: str) -> str:
     return f"{name}, torch {torch.__version__}"
 
 
-def choose_device(wanted: str) -> str:
+def choose_device(wanted: str, key: str = "worker.device") -> str:
     """Return the torch device to use.
 
+    Args:
+        wanted: ``auto``, ``cpu``, ``cuda`` or ``cuda:1``.
+        key: what the error says was wrong.
+
     Raises:
-        ConfigError: a GPU is asked for that is not there.
+        ConfigError: there is no such device here; the sentence says which there are.
     """
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if wanted == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if (
-        wanted.startswith("cuda")
-        and torch.device(wanted).index in (None, *())
-        and not torch.cuda.is_available()
-    ):
-        raise ConfigError(f"worker.device: {wanted} is not there; choose cpu or auto")
-    return wanted
+        return "cuda" if gpus else "cpu"
+    # One spelling for each: "cuda:01" is none for torch.
+    match = re.fullmatch(r"cuda(?::(\d{1,9}))?", wanted, re.ASCII)
+    if wanted == "cpu" or (match is not None and int(match[1] or 0) < gpus):
+        return f"cuda:{int(match[1])}" if match is not None and match[1] else wanted
+    there = ", ".join(["auto", "cpu", *(f"cuda:{index}" for index in range(gpus))])
+    raise ConfigError(f"{key}: there is no device {wanted[:100]!r} here; choose from {there}")

@@ -2,27 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
-import json
+import math
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from fedmq.broker.entries import Accepted, AnyEntry, Ended, Opened
-from fedmq.broker.reading import read_entries
 from fedmq.broker.state import AGGREGATOR, BROKER, CONTINUED, EVALUATOR
 from fedmq.broker.wire import Message
 from fedmq.nodes.agreement import disagree
 from fedmq.nodes.config import parse
-from fedmq.nodes.errors import NodeError
 from fedmq.nodes.outcomes import Outcomes
-from fedmq.nodes.streams import reason_of
+from fedmq.nodes.strict_json import not_finite
 from fedmq.nodes.tables import has_table
-
-SUMMARY_FILE = "summary.json"
 
 
 @dataclass
@@ -177,9 +171,9 @@ class RunFold:
 
     @property
     def best_accuracy(self) -> float | None:
-        """Return the best accuracy so far."""
+        """Return the best accuracy so far; one that is not finite is no best one."""
         known = [point.accuracy for point in self.curve if point.accuracy is not None]
-        return max(known, default=None)
+        return max(filter(math.isfinite, known), default=None)
 
     def _message(self, message: Message, at: float) -> None:
         """Take a message; what only one kind of node says counts only if it comes from there."""
@@ -285,7 +279,10 @@ class RunFold:
                     kinds[name] = kinds.get(name, 0) + size
 
     def summary(self) -> dict[str, Any]:
-        """Return what ``summary.json`` holds."""
+        """Return what ``summary.json`` holds, where NaN and infinities become null.
+
+        ``not_finite``, if it is there, says which of its values are no finite numbers.
+        """
         config, last = self.config, self.outcomes.last
         summary = {
             "run": self.run,
@@ -330,8 +327,11 @@ class RunFold:
             "last_failure": None if last is None else vars(last),
             "disagreeing": self.disagreeing,
         }
-        clients = self.clients
-        return summary if clients is None else {**summary, "clients": clients}
+        if (clients := self.clients) is not None:
+            summary["clients"] = clients
+        if strange := not_finite(summary):
+            summary["not_finite"] = strange
+        return summary
 
     def _known(self, nbytes: int) -> int | None:
         """Return bytes on the wire, which the broker tells at the end of the run."""
@@ -373,42 +373,18 @@ class RunFold:
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
-    """Return mean, worst_decile (mean of the lowest tenth, at least one), std and count."""
-    worst = sorted(values)[: max(1, len(values) // 10)]
+    """Return mean, worst_decile (mean of the lowest tenth, at least one), std and count.
+
+    They are of the finite values; ``not_finite``, if it is there, says how many others there are.
+    """
+    finite = sorted(filter(math.isfinite, values))
+    others = {"not_finite": len(values) - len(finite)} if len(finite) < len(values) else {}
+    if not finite:
+        return {"mean": math.nan, "worst_decile": math.nan, "std": math.nan, "count": 0, **others}
     return {
-        "mean": statistics.fmean(values),
-        "worst_decile": statistics.fmean(worst),
-        "std": statistics.pstdev(values),
-        "count": len(values),
+        "mean": statistics.fmean(finite),
+        "worst_decile": statistics.fmean(finite[: max(1, len(finite) // 10)]),
+        "std": statistics.pstdev(finite),
+        "count": len(finite),
+        **others,
     }
-
-
-def write_summary(folder: Path, started_at: float | None = None) -> dict[str, Any]:
-    """Fold the ledger of a run's folder and write its ``summary.json``.
-
-    Raises:
-        LedgerError: the ledger is damaged.
-        NodeError: the file cannot be written.
-    """
-    fold = RunFold(started_at)
-    fold.feed(read_entries(folder / "ledger"))
-    summary = fold.summary()
-    save_summary(folder, summary)
-    return summary
-
-
-def save_summary(folder: Path, summary: Mapping[str, Any]) -> None:
-    """Write a summary; the file is whole, or the one before it.
-
-    Raises:
-        NodeError: it cannot be written.
-    """
-    path = folder / SUMMARY_FILE
-    fresh = path.with_suffix(".new")
-    try:
-        fresh.write_text(json.dumps(summary, indent=2) + "\n")
-        fresh.replace(path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            fresh.unlink(missing_ok=True)
-        raise NodeError(f"cannot write {path}: {reason_of(error)}") from None

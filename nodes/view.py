@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -284,8 +285,9 @@ def _state(node: NodeState) -> Text:
 
 
 def _sparkline(fold: RunFold, bars: str) -> str:
-    values = [point.accuracy for point in fold.curve if point.accuracy is not None][-60:]
-    return "".join(bars[min(7, int(value * 8))] for value in values)
+    known = (point.accuracy for point in fold.curve if point.accuracy is not None)
+    values = [value for value in known if math.isfinite(value)][-60:]
+    return "".join(bars[max(0, min(7, int(value * 8)))] for value in values)
 
 
 def _percent(value: float | None) -> str:

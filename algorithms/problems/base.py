@@ -36,7 +36,7 @@ class Problem(ABC):
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
-        guard(cls)
+        guard(cls, Problem)
         if not isinstance(model := vars(cls).get("model"), staticmethod) and callable(model):
             cls.model = _with_seed(model)  # type: ignore[method-assign] # it keeps its signature
 

@@ -7,7 +7,7 @@ the method.
 
 from __future__ import annotations
 
-import dataclasses
+import copy
 import functools
 import operator
 from collections.abc import Callable, Iterable, Mapping
@@ -23,10 +23,18 @@ _CACHE = ("cache_clear", "cache_info", "cache_parameters")
 """Of a method that `functools.cache` decorates: whoever calls them still can."""
 
 
-def guard(kind: type) -> None:
-    """Check from now on what the methods and properties of this class return."""
+def guard(kind: type, root: type) -> None:
+    """Check from now on what the methods and properties of this class return.
+
+    Args:
+        kind: a subclass, perhaps with some of them from classes that are no problems.
+        root: `Problem`, whose subclasses are all guarded.
+    """
     for name, check in _CHECKS.items():
-        found = kind.__dict__.get(name)
+        owner = next((each for each in kind.__mro__ if name in each.__dict__), root)
+        if owner is not kind and issubclass(owner, root):
+            continue
+        found = owner.__dict__.get(name)
         match found:
             case staticmethod():
                 setattr(kind, name, staticmethod(_checked(found.__func__, name, check, kind)))
@@ -40,13 +48,26 @@ def guard(kind: type) -> None:
                 setattr(kind, name, _checked(found, name, check))
 
 
+def guard_instance(problem: object) -> None:
+    """Check what a problem has as attributes of its own in the place of methods and properties."""
+    own = getattr(problem, "__dict__", {})
+    for name, check in _CHECKS.items():
+        if name not in own:
+            continue
+        if name in _VALUES:
+            value = check(own[name], f"{type(problem).__name__}.{name}")
+        else:
+            value = _checked(own[name], name, check, type(problem))
+        object.__setattr__(problem, name, value)  # a frozen dataclass has them too
+
+
 def _checked(
     method: Callable[..., Any],
     name: str,
     check: Callable[[Any, str], Any],
     kind: type | None = None,
 ) -> Callable[..., Any]:
-    """Return a method whose value is checked. ``kind``: of a static one, which has no self."""
+    """Return a method whose value is checked. ``kind``: of one that is not given its self."""
 
     @functools.wraps(method)
     def checked(*args: Any, **options: Any) -> Any:
@@ -79,7 +100,10 @@ def _examples(found: object, who: str) -> Examples:
     real = dtype.is_floating_point or dtype.is_complex
     if real or dtype in (torch.int64, torch.bool):
         return found
-    return dataclasses.replace(found, y=found.y.to(torch.int64))
+    # A copy: a subclass may be made from other arguments, and hold more.
+    changed = copy.copy(found)
+    object.__setattr__(changed, "y", found.y.to(torch.int64))
+    return changed
 
 
 def _model(found: object, who: str) -> nn.Module:

@@ -12,6 +12,7 @@ from fedmq.algorithms.allowed import NOTHING, Allowed, installed, resolve
 from fedmq.algorithms.errors import AlgorithmError, NotAllowed, ProblemError
 from fedmq.algorithms.problems.base import Problem
 from fedmq.algorithms.problems.datasets import DATASETS
+from fedmq.algorithms.problems.guards import guard_instance
 from fedmq.algorithms.problems.image import ImageClassification
 from fedmq.codecs.spec import unknown
 
@@ -138,6 +139,7 @@ def _load_own(name: str, options: Mapping[str, object], seed: int, allowed: Allo
     if not hasattr(problem, "seed"):
         with contextlib.suppress(AttributeError):  # slots
             object.__setattr__(problem, "seed", seed)  # a frozen dataclass has it too
+    guard_instance(problem)
     return problem
 
 

@@ -122,6 +122,12 @@ def test_whatever_another_packages_codec_raises_is_an_error_of_the_message(monke
     encoded = make_codec("elsewhere").encode({"w": torch.zeros(2)}, 0)
     with pytest.raises(DecodeError, match=r"elsewhere@1 cannot decode: ZeroDivisionError: by zero"):
         decode(encoded)
+    for found in (None, [torch.zeros(2)], {"w": 3}, {0: torch.zeros(2)}):
+        monkeypatch.setattr(Elsewhere, "decode", lambda *_, found=found: found)
+        with pytest.raises(DecodeError, match="elsewhere@1: expected tensors by name, got"):
+            decode(encoded)
+    monkeypatch.undo()
+    monkeypatch.setattr(registry, "codecs", lambda: known)
     monkeypatch.setattr(Elsewhere, "__module__", "fedmq.codecs.elsewhere")
     with pytest.raises(ZeroDivisionError):
         decode(encoded)

@@ -15,10 +15,12 @@ import psutil
 import pytest
 import torch
 
+from fedmq.algorithms.problems import load_problem
 from fedmq.broker.entries import Accepted, Consumed, Refusal
 from fedmq.broker.reading import read_entries
 from fedmq.nodes.config import load
 from fedmq.nodes.digests import model_digest
+from fedmq.nodes.model_files import read_state_dict
 
 pytestmark = pytest.mark.end_to_end
 
@@ -127,10 +129,12 @@ def test_a_cluster_trains_and_leaves_everything_behind(start, tmp_path: Path) ->
     for name in ("broker", "aggregator", "worker-0", "worker-3", "evaluator"):
         assert (run / f"{name}.log").exists()
 
-    # The model in the folder is the one in the summary.
+    # The model in the folder is the one in the summary, and its own module takes it.
     with np.load(run / "model.npz", allow_pickle=False) as arrays:
         model = {name: torch.from_numpy(array) for name, array in arrays.items()}
     assert model_digest(model) == summary["model_digest"]
+    module = load_problem(config.problem, 0).model()
+    module.load_state_dict(read_state_dict(run), strict=True)
 
     check_accounts(run)
 

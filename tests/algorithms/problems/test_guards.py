@@ -193,3 +193,61 @@ def test_none_is_a_text_where_an_option_has_a_text_as_its_default():
     options = {"kind": None, "maybe": None, "number": None}
     problem = load_problem({"name": name, **options}, 0, allowed)
     assert (problem.kind, problem.maybe, problem.number) == ("none", None, None)
+
+
+class Mixed:
+    """Methods from a class that is no problem."""
+
+    def metrics(self, outputs, y):
+        return {"mae": None}
+
+    @property
+    def classes(self):
+        return np.int64(3)
+
+
+class Inheriting(Mixed, Regression):
+    pass
+
+
+class Assigned(Counted):
+    """Its methods and sizes are attributes of its own."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name, value in {
+            "metrics": lambda outputs, y: {"mae": None},
+            "test": lambda: Examples(torch.zeros(1, 2), torch.zeros(1, dtype=torch.uint8)),
+            "shape": torch.zeros(1, 5).shape[1:],
+        }.items():
+            object.__setattr__(self, name, value)
+
+
+def test_methods_of_other_classes_are_checked_too():
+    problem = Inheriting()
+    with pytest.raises(ReturnedError, match=r"^Inheriting\.metrics: expected a number for 'mae'"):
+        problem.metrics(torch.ones(3), None)
+    assert type(problem.classes) is int
+    assert problem.client(0).y.dtype == torch.int64
+
+
+def test_attributes_in_the_place_of_methods_are_checked_too():
+    problem = load_problem({"name": f"{__name__}:Assigned"}, 0, OWN_CODE)
+    with pytest.raises(ReturnedError, match=r"^Assigned\.metrics: expected a number for 'mae'"):
+        problem.metrics(torch.ones(3), None)
+    assert problem.test().y.dtype == torch.int64
+    assert problem.shape == (5,)
+
+
+class Weighted(Examples):
+    """Examples as a user makes them, from other arguments."""
+
+    def __init__(self, n):
+        super().__init__(torch.zeros(n, 2), torch.zeros(n, dtype=torch.int32))
+        object.__setattr__(self, "weights", torch.ones(n))
+
+
+def test_examples_of_a_users_own_class_stay_so():
+    found = Regression(client=Weighted(3)).client(0)
+    assert type(found) is Weighted
+    assert (found.y.dtype, len(found.weights)) == (torch.int64, 3)
