@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import contextlib
 import os
 from collections import OrderedDict
 from dataclasses import dataclass, field
@@ -220,9 +221,10 @@ class PayloadIndex:
         return tuple((segment, offset, length) for segment, offset, _, length in stored.pieces)
 
     def let_go(self, segment: int) -> None:
-        """Let a segment's pages leave the page cache: see `disk.let_go`."""
-        if segment_path(self._folder, PAYLOAD, segment).exists():
-            disk.let_go(self._files.fd(segment))
+        """Let a segment's pages leave the page cache, if it can be done: see `disk.let_go`."""
+        with contextlib.suppress(OSError, RuntimeError):  # no descriptor, or no thread, to spare
+            if segment_path(self._folder, PAYLOAD, segment).exists():
+                disk.let_go(self._files.fd(segment))
 
     def close(self) -> None:
         """Close the files."""

@@ -56,6 +56,9 @@ class SharedFiles:
         if welcome.ledger and welcome.proof:
             folder = Path(welcome.ledger)
             try:
+                # What is no file, such as a pipe, might have a reader wait for ever.
+                if not (folder / LOCK_FILE).is_file():
+                    return
                 found = (folder / LOCK_FILE).read_text()
             except (OSError, ValueError):
                 return
@@ -102,7 +105,7 @@ class SharedFiles:
         try:
             if os.preadv(self._files.fd(segment), [piece], offset) == size:
                 return True
-        except OSError:
+        except (OSError, OverflowError):  # or the place is none that a file can have
             pass
         self.close()
         return False
