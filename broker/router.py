@@ -8,6 +8,7 @@ sends: a receipt never runs ahead of the ledger.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import itertools
 import socket as sockets
@@ -175,7 +176,8 @@ class BrokerServer:
     def stop(self) -> None:
         """Make `serve` return soon; callable from a signal handler or another thread."""
         self._stopping = True
-        self._wake_writer.send(b"x")
+        with contextlib.suppress(OSError):  # it is closed already
+            self._wake_writer.send(b"x")
 
     def serve(self, *, until_idle: bool = False) -> None:
         """Serve until `stop`, or until every run is over.
@@ -268,7 +270,14 @@ class BrokerServer:
         """Put a frame into the outbox of its connection, with its bytes from the ledger."""
         frame = send.frame
         if self._shared:
-            frame = shared_files.point(send, self._ledger, self._shared)
+            try:
+                frame = shared_files.point(send, self._ledger, self._shared)
+            except (OSError, RuntimeError, ValueError, LedgerError) as error:
+                self._shared = ""
+                self._log.warning(
+                    "the ledger's files are not shared any more, blobs are sent",
+                    reason=f"{type(error).__name__}: {error}",
+                )
         if isinstance(frame, Chunk) and self._outboxes[send.peer].large >= _CHUNKS_WAITING:
             return  # more than an honest node asks for at a time; lost ones it asks for again
         try:

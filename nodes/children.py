@@ -40,9 +40,9 @@ def child_main(
 
     Before it ends, and when it loses its log, it reports in words; see `READY` and `NOTE`.
     """
-    tune_process()
     path = Path(folder) / f"{name}.log"
     _log_to(path, name, report)
+    tune_process()
     log = structlog.get_logger()
     try:
         this_process.install(watchdog=False)

@@ -16,7 +16,6 @@ FAILED = 1
 
 def main() -> None:
     """Run ``fedmq``; the signals are taken before anything else is imported."""
-    this_process.install()
     with ending_well():
         from fedmq.nodes.cli import main as commands
 
@@ -29,11 +28,15 @@ def ending_well() -> Iterator[None]:
 
     Stopped by a signal, it ends with exit code 130 and one sentence, whatever it was doing.
     """
-    if streams.set_up():
-        this_process.install()  # to stay: signals come while the interpreter ends, too
+    # Where the streams are the process's own, the signals stay taken while it ends, too.
+    is_process = streams.set_up()
     try:
-        with this_process.taken():
+        with contextlib.ExitStack() as stack:
             try:
+                if is_process:
+                    this_process.install()
+                else:
+                    stack.enter_context(this_process.taken())
                 try:
                     yield
                 finally:

@@ -69,18 +69,15 @@ class Repeats:
 _LEVELS = structlog.make_filtering_bound_logger(logging.INFO)
 
 
-def logger(path: Path, **bound: str) -> structlog.typing.FilteringBoundLogger:
-    """Return a log of its own, in a file; what cannot be written is left out."""
-    stream: TextIO = io.StringIO()
-    with contextlib.suppress(OSError):
-        stream = _Lasting(path.open("ab", buffering=0), None)
-    made = structlog.wrap_logger(
-        structlog.PrintLogger(stream),
-        processors=[*_processors(), structlog.processors.JSONRenderer()],
-        wrapper_class=_LEVELS,
-    )
-    bound_logger: structlog.typing.FilteringBoundLogger = made.bind(**bound)
-    return bound_logger
+def append(path: Path, text: str, **bound: str) -> None:
+    """Write one line into a log that is not this process's; left out if it cannot be written."""
+    with contextlib.suppress(OSError), _Lasting(path.open("ab", buffering=0), None) as stream:
+        log = structlog.wrap_logger(
+            structlog.PrintLogger(stream),
+            processors=[*_processors(), structlog.processors.JSONRenderer()],
+            wrapper_class=_LEVELS,
+        )
+        log.info(text, **bound)
 
 
 def configure(path: Path | None, lost: Callable[[str], None] | None = None, **bound: str) -> None:

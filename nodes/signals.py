@@ -31,6 +31,8 @@ INTERRUPTED = 130
 ENOUGH = 3
 """The signal that ends at once what is still ending."""
 _GRACE_S = 5.0
+_SHORT_GRACE_S = 0.3
+"""After the third: the main thread may be about to end, or to say that it needs its time."""
 _TICK_MS = 100
 _AGAIN_S = 0.01
 
@@ -85,16 +87,21 @@ class StopSignals:
         if self.installed or threading.current_thread() is not threading.main_thread():
             yield
             return
-        self.install(watchdog=watchdog)
         try:
+            self.install(watchdog=watchdog)
             yield
         finally:
             self._uninstall()
 
     def install(self, *, watchdog: bool = True) -> None:
-        """Take the signals until the process ends; see `taken`."""
+        """Take the signals until the process ends; see `taken`.
+
+        Raises:
+            Stopped: one has come already.
+        """
         if self.installed:
             return
+        note, self._note = self._note, _nothing
         # The first that is registered is called last. After it the interpreter gives the
         # signals back to the system, takes a while to end, and would be killed by one.
         atexit.register(self._ignore)
@@ -113,6 +120,9 @@ class StopSignals:
         # A supervisor blocks them while it starts a node, which takes them from here on.
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
         self._unraisable_before, sys.unraisablehook = sys.unraisablehook, self._unraisable
+        self._note = note
+        if note is None:
+            self.check()
 
     @contextlib.contextmanager
     def noting(self, note: Callable[[], None] = _nothing) -> Iterator[None]:
@@ -269,7 +279,7 @@ class _Watchdog:
             self._came += 1
             self._signals.name = self._signals.name or signal.Signals(number).name
         if (number == 0 or number in self.watched) and not self._held:
-            grace = 0.0 if number and self._came >= ENOUGH else _GRACE_S
+            grace = _SHORT_GRACE_S if number and self._came >= ENOUGH else _GRACE_S
             until = time.monotonic() + grace
             self._until = until if self._until is None else min(self._until, until)
 

@@ -6,7 +6,6 @@ import contextlib
 from collections.abc import Callable
 from pathlib import Path
 
-import structlog
 from rich.console import Console, RenderableType
 
 from fedmq.nodes import logs, streams
@@ -22,7 +21,6 @@ class Speaker:
 
     def __init__(self, console: Console, path: Path) -> None:
         self._console = console
-        self._log: structlog.typing.FilteringBoundLogger | None = None
         self._path = path
         streams.go_on_without_output(self._lost)
 
@@ -45,7 +43,4 @@ class Speaker:
         streams.tell(f"fedmq: {what}; going on without it")
 
     def _note(self, text: str) -> None:
-        """Write a line into the log, which is there once there is something to say."""
-        if self._log is None:
-            self._log = logs.logger(self._path, node="cluster")
-        self._log.info(text)
+        logs.append(self._path, text, node="cluster")

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 _PATIENCE_S = 1.0
 """For so long a write waits for a reader; while there is none, the next ones do not wait."""
+_PAUSE_S = 0.01
 _PIECE = 512
 """There is room for so much in a pipe to which the system says one can write."""
 
@@ -44,6 +45,7 @@ class Stream(io.RawIOBase):
 
     Args:
         fd: its number.
+        name: for people.
         lost: is called once with the sentence that says what was lost, and why.
 
     Attributes:
@@ -51,10 +53,11 @@ class Stream(io.RawIOBase):
         failed: whether something was left out.
     """
 
-    def __init__(self, fd: int, lost: Callable[[str], None]) -> None:
+    def __init__(self, fd: int, name: str, lost: Callable[[str], None]) -> None:
         self.required = False
         self.failed = False
         self._fd = fd
+        self._name = name
         self._lost = lost
         self._own_fd: int | None = None
         if os.isatty(fd):
@@ -68,6 +71,13 @@ class Stream(io.RawIOBase):
     def fileno(self) -> int:
         """Return its number."""
         return self._fd
+
+    def close(self) -> None:
+        """Close what was opened for it; the stream itself stays open."""
+        if self._own_fd is not None:
+            os.close(self._own_fd)
+            self._own_fd = None
+        super().close()
 
     def isatty(self) -> bool:
         """Tell whether it is a terminal."""
@@ -92,7 +102,7 @@ class Stream(io.RawIOBase):
         self._patience_s = 0.0 if isinstance(error, TimeoutError) else _PATIENCE_S
         if error is not None and not self.failed:
             self.failed = True
-            self._lost(f"{_NAMES[self._fd]}: {reason_of(error)}")
+            self._lost(f"{self._name}: {reason_of(error)}")
         return len(view)
 
     def _write_or_raise(self, view: memoryview) -> None:
@@ -107,9 +117,6 @@ class Stream(io.RawIOBase):
                 raise OutputFailed(error) from None
 
 
-_NAMES = {1: "standard output", 2: "standard error"}
-
-
 def write_in_time(
     fd: int, data: bytes | memoryview, patience_s: float = _PATIENCE_S
 ) -> OSError | None:
@@ -120,10 +127,15 @@ def write_in_time(
     try:
         poller.register(fd, select.POLLOUT)
         while view:
-            if not poller.poll(max(0.0, 1000 * (until - time.monotonic()))):
+            written = 0
+            if poller.poll(max(0.0, 1000 * (until - time.monotonic()))):
+                try:
+                    written = os.write(fd, view[:_PIECE])
+                except BlockingIOError:
+                    time.sleep(_PAUSE_S)  # a terminal has less room than it says
+            if not written and time.monotonic() >= until:
                 return TimeoutError(errno.ETIMEDOUT, "nobody reads it")
-            with contextlib.suppress(BlockingIOError):
-                view = view[os.write(fd, view[:_PIECE]) :]
+            view = view[written:]
     except OSError as error:
         return error
     return None
@@ -169,8 +181,8 @@ def set_up() -> bool:
     if sys.stdout not in (None, sys.__stdout__) or sys.stderr not in (None, sys.__stderr__):
         return False
     _fill_gaps()
-    _streams.out = Stream(1, lambda what: _streams.lost(what))
-    _streams.err = Stream(2, lambda what: _streams.lost(what))
+    _streams.out = Stream(1, "standard output", lambda what: _streams.lost(what))
+    _streams.err = Stream(2, "standard error", lambda what: _streams.lost(what))
     _streams.out.required = True
     sys.stdout = _text(io.BufferedWriter(_streams.out), sys.stdout, line_buffering=os.isatty(1))
     sys.stderr = _text(_streams.err, sys.stderr, write_through=True)
