@@ -203,7 +203,7 @@ def write_config(folder: Path, config: Config, begun: float) -> None:
         "# The configuration of a run, every default filled in. `fedmq cluster --run FOLDER` goes\n"
         "# on with the run; `fedmq cluster FOLDER/config.toml` begins a new one that is the same.\n"
         f'# run.id = "{config.run.id}"\n'
-        f"# begun = {begun:.3f} ({when})\n\n{without.to_toml()}"
+        f"# begun = {float(begun)!r} ({when})\n\n{without.to_toml()}"
     )
     fresh = folder / _FRESH_FILE
     try:
