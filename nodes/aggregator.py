@@ -77,7 +77,7 @@ class Aggregator:
         self._asked_final: int | None = None
         self._ended = False
         self._evaluated = -1
-        self._position = -1
+        self._position = self._continues_at = -1
         self._now = 0.0
         self._checkpoint_at = -math.inf
 
@@ -113,10 +113,11 @@ class Aggregator:
         """Take one event; return what is to be done, in order."""
         out: list[AggregatorAction] = []
         if isinstance(event, Start):
+            self._continues_at = event.continued
             if event.checkpoint is None:
                 self._begin_run(event.run_record, out)
             else:
-                self._resume(event.checkpoint, event.continued, out)
+                self._resume(event.checkpoint, out)
             return out
         message = event.message
         if event.seq in self._waiting.missing:
@@ -188,11 +189,11 @@ class Aggregator:
     def _continued(self, message: Message) -> None:
         """The run was taken up again: it stands until its nodes are back, and may go further."""
         self._members.all_gone()
-        self._running = False
-        self._asked_final = None
+        self._running, self._asked_final = False, None
         if not message.body["further"]:
             return
-        self._goal, self._finishing = Goal.told(message.body), ""
+        self._goal = Goal.told(message.body)
+        self._finishing = self._goal.after(self.version)
         if self._ended:  # what was under way then, nobody has any more
             self._ended, self._committing = False, None
             self._tasks.resume({})
@@ -341,7 +342,7 @@ class Aggregator:
             goal=self._goal,
         )
 
-    def _resume(self, inbound: Inbound, continued: int, out: list[AggregatorAction]) -> None:
+    def _resume(self, inbound: Inbound, out: list[AggregatorAction]) -> None:
         """Start from a checkpoint, and go on as the session before it did."""
         self.state, fold = unpack_checkpoint(self._algorithm, self._setup.problem, inbound)
         self._computed.check(fold.arithmetic, inbound.message.run)
@@ -357,8 +358,7 @@ class Aggregator:
         self._now = self._checkpoint_at = fold.at
         self._goal = fold.goal or self._goal
         if self._ended:
-            if continued < inbound.seq:
-                out.append(Finish(self._finishing))
+            self._tell_end(out)
             return
         if fold.version == 0 and not self._running:
             return  # from the run's record: whoever is here will be told of again
@@ -393,4 +393,8 @@ class Aggregator:
         about = {"reason": self._finishing, "position": self._position}
         body = {**about, **msgspec.structs.asdict(self._intake.counts)}
         self._checkpoint("finished", body, out)
-        out.append(Finish(self._finishing))
+        self._tell_end(out)
+
+    def _tell_end(self, out: list[AggregatorAction]) -> None:
+        if self._position >= self._continues_at:  # else the inbox has more to do
+            out.append(Finish(self._finishing))

@@ -74,7 +74,9 @@ class Runs:
                 self.found[name].ended = reason
             case Accepted():
                 message = entry.read()
-                run = self.found[message.run]
+                run = self.found.get(message.run)
+                if run is None:
+                    return
                 if message.kind == "version":
                     run.version = message.body.get("version", run.version)
                 elif message.kind == CONTINUED and message.sender == BROKER:
