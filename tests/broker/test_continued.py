@@ -184,6 +184,35 @@ def test_a_run_that_is_not_in_the_ledger_is_a_new_one(net):
     assert len(list(read_entries(net.folder))) == before
 
 
+def test_bytes_on_the_wire_are_those_of_all_brokers_up_to_their_last_checkpoints(net):
+    net.post("agg", "client/1", 1, MODEL)
+    net.until(lambda: notes(net, "w1") == [1])
+    delivery = net.members["w1"].inbox[-1]
+    assert net.read("w1", delivery) == MODEL
+    for name in net.members:  # what its driver would tell it
+        net.broker.sent(net.members[name].peer, 1000 if name == "agg" else 300_000)
+    net.post("agg", "checkpoint", 2, b"state")
+    net.run(0.2)
+    net.kill_broker()
+    net.start_broker()
+    for name in list(net.members):
+        net.restart(name, "s2")
+    net.run(0.5)
+    net.broker.sent(net.members["w2"].peer, 7)
+    end(net)
+    [ended] = [each for each in read_entries(net.folder) if isinstance(each, Ended)]
+    nodes = [each for name, each in ended.nodes.items() if name != "agg"]
+    assert sum(each["sent_bytes"] for each in nodes) == 600_007
+    assert sum(each["received_bytes"] for each in nodes) >= 0
+    # What went further counts from its end on.
+    take_up(net, further=True)
+    start(net, "agg", config="[run]")
+    net.run(0.5)
+    end(net, "again")
+    *_, last = [each for each in read_entries(net.folder) if isinstance(each, Ended)]
+    assert sum(each["sent_bytes"] for name, each in last.nodes.items() if name != "agg") == 0
+
+
 def test_only_the_broker_says_so(net):
     forged = Message(
         kind="continued",

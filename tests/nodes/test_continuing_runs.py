@@ -99,6 +99,10 @@ def test_a_run_that_was_killed_again_and_again_ends_at_the_same_model(whole, tmp
         assert summary["results"][name] == whole["results"][name], name
     found, expected = ([point["version"] for point in each["curve"]] for each in (summary, whole))
     assert found == expected
+    for way in ("down", "up"):
+        sizes = summary["bytes"][way]
+        assert sizes["payload"] >= whole["bytes"][way]["payload"]
+        assert sizes["wire"] > 0.5 * sizes["payload"], "it counts all brokers"
     assert summary["final_accuracy"] == whole["final_accuracy"]
     assert kinds(run).count("run") == 1
     assert (
