@@ -292,6 +292,10 @@ class Broker:
             each = counts.pop(name)
             others = counts.setdefault("", dict.fromkeys(each, 0))
             counts[""] = {key: others[key] + each[key] for key in each}
+        if any(run.carried):
+            before = counts.setdefault("", {"sessions": 0, "sent_bytes": 0, "received_bytes": 0})
+            before["sent_bytes"] += run.carried[0]
+            before["received_bytes"] += run.carried[1]
         entry = Ended(seq=self._box.number(), at=now, run=run.id, reason=run.over, nodes=counts)
         out.append(Append(entry))
         self._receipts.owe(node, now)

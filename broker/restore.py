@@ -7,6 +7,8 @@ import secrets
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from msgspec import UNSET
+
 from fedmq.broker.admission import timer_of
 from fedmq.broker.core import Broker
 from fedmq.broker.entries import (
@@ -92,7 +94,7 @@ class Restorer:
                 run.over = reason
                 if run.checkpoint in self._pending:
                     self._last[name] = run.checkpoint, self._pending[run.checkpoint]
-                run.checkpoint = None
+                run.checkpoint, run.carried = None, (0, 0)
                 for unfinished in (self._pending, self._parked):
                     for seq in [s for s, each in unfinished.items() if each.run == name]:
                         del unfinished[seq]
@@ -108,6 +110,7 @@ class Restorer:
             self.box.remembered.add(Mark.of(run.id, message.sender, message.id, entry.message))
         if message.to == CHECKPOINT:
             run.checkpoint = entry.seq
+            run.carried = run.carried if entry.traffic is UNSET else entry.traffic
         if message.to != RECORD:
             self._pending[entry.seq] = message
             self._at[entry.seq] = entry.at

@@ -259,6 +259,7 @@ class Run:
     over: why the run is over; empty while it is not.
     identity: tells this run from any other of the same id; empty for runs of old ledgers.
     continued: number of the message by which it goes further than it was to, or None.
+    carried: bytes to its nodes, and from them, that brokers before this one have counted.
     """
 
     id: str
@@ -273,6 +274,16 @@ class Run:
     over: str = ""
     identity: str = ""
     continued: int | None = None
+    carried: tuple[int, int] = (0, 0)
+
+    def traffic(self) -> tuple[int, int]:
+        """Return the bytes on the wire to all nodes but the aggregator, and from them."""
+        nodes = [each for each in self.nodes.values() if each.hello.role != AGGREGATOR]
+        down, up = self.carried
+        return (
+            down + sum(each.sent_bytes + each.read_bytes for each in nodes),
+            up + sum(each.received_bytes for each in nodes),
+        )
 
     def host_of(self, address: str) -> Node | None:
         """Return the live node that hosts an address."""

@@ -73,10 +73,11 @@ class Aggregator(AggregatorState):
     def _handle(self, event: Start | Inbound) -> list[AggregatorAction]:
         out: list[AggregatorAction] = []
         if isinstance(event, Start):
+            self._continues_at = event.continued
             if event.checkpoint is None:
                 self._begin_run(event.run_record, out)
             else:
-                self._resume(event.checkpoint, event.continued, out)
+                self._resume(event.checkpoint, out)
             return out
         message = event.message
         if event.seq in self._waiting.missing:
@@ -149,11 +150,11 @@ class Aggregator(AggregatorState):
     def _continued(self, message: Message) -> None:
         """The run was taken up again: it stands until its nodes are back, and may go further."""
         self._members.all_gone()
-        self._running = False
-        self._asked_final = None
+        self._running, self._asked_final = False, None
         if not message.body["further"]:
             return
-        self._goal, self._finishing, self._failed = Goal.told(message.body), "", False
+        self._goal, self._failed = Goal.told(message.body), False
+        self._finishing = self._goal.after(self.version)
         self._progress.start_over()
         if self._ended:  # what was under way then, nobody has any more
             self._ended, self._committing = False, None
@@ -300,7 +301,7 @@ class Aggregator(AggregatorState):
         self._post(out, kind, CHECKPOINT, {**packed.body, **body}, packed)
         out.append(Settle(self._waiting.untold))
 
-    def _resume(self, inbound: Inbound, continued: int, out: list[AggregatorAction]) -> None:
+    def _resume(self, inbound: Inbound, out: list[AggregatorAction]) -> None:
         """Start from a checkpoint, and go on as the session before it did."""
         self.state, fold = unpack_checkpoint(self._algorithm, self._setup.problem, inbound)
         self._computed.check(fold.arithmetic, inbound.message.run)
@@ -317,8 +318,7 @@ class Aggregator(AggregatorState):
         self._progress.resume(fold.failures, fold.rules, self.version, self._now)
         self._goal = fold.goal or self._goal
         if self._ended:
-            if continued < inbound.seq:
-                out.append(Finish(self._finishing, self._failed))
+            self._tell_end(out)
             return
         if fold.version == 0 and not self._running:
             return  # from the run's record: whoever is here will be told of again
@@ -372,4 +372,8 @@ class Aggregator(AggregatorState):
         about |= {"failed": True} if self._failed else {}
         body = {**about, **msgspec.structs.asdict(self._intake.counts)}
         self._checkpoint("finished", body, out)
-        out.append(Finish(self._finishing, self._failed))
+        self._tell_end(out)
+
+    def _tell_end(self, out: list[AggregatorAction]) -> None:
+        if self._position >= self._continues_at:  # else the inbox has more to do
+            out.append(Finish(self._finishing, self._failed))

@@ -54,7 +54,7 @@ class AggregatorState:
         self._asked_final: int | None = None
         self._ended = False
         self._evaluated = -1
-        self._position = -1
+        self._position = self._continues_at = -1
         self._now = 0.0
         self._checkpoint_at = -math.inf
 

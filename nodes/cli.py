@@ -174,6 +174,7 @@ def broker(
     """Route messages and keep the ledger; goes on from the ledger that is in its folder."""
     from fedmq.broker.router import BrokerServer
     from fedmq.nodes.config import build
+    from fedmq.nodes.run_folder import LEDGER, begun_at, recorded_runs, state_of
     from fedmq.nodes.summary_file import SUMMARY_FILE, write_summary
 
     streams.go_on_without_output()
@@ -188,15 +189,18 @@ def broker(
         }
         table = build({"broker": given}).broker
         keeping = replace(table.keeping(), offer_parked=offer_parked)
-        server = BrokerServer(bind, folder / "ledger", table.settings(), keeping)
-        click.echo(f"listening on {server.endpoint}, ledger in {folder / 'ledger'}", err=True)
+        server = BrokerServer(bind, folder / LEDGER, table.settings(), keeping)
+        found = state_of(recorded_runs(folder / LEDGER), once=once)
+        where = f"listening on {server.endpoint}, ledger in {folder / LEDGER}"
+        click.echo(f"{where}: {found}", err=True)
         if once:
             # What is here is of a run before this one, or is written again at the end.
             (folder / SUMMARY_FILE).unlink(missing_ok=True)
         with this_process.noting(server.stop):
             server.serve(until_idle=once)
             if once:
-                write_summary(folder)
+                write_summary(folder, begun_at(folder))
+                click.echo(f"summary in {folder / SUMMARY_FILE}", err=True)
         this_process.check()
 
 

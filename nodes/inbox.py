@@ -42,7 +42,8 @@ class Start(Struct, frozen=True):
     run_record: of a replay that starts from the beginning, the run's record, which holds the
         state of version 0: another machine would draw other first weights.
     continued: number of the message by which the run goes further than it was to; an end before
-        that one holds no longer.
+    continued: number of the message by which the run goes further than it was to: an end before
+        that one is not told.
     """
 
     checkpoint: Inbound | None = None

@@ -8,7 +8,7 @@ import os
 import re
 import time
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,6 +29,8 @@ _OWN = re.compile(r'^# run\.id = "([^"\n]*)"(?:\n# begun = ([0-9]+\.[0-9]+))?', 
 _OLD = re.compile(r'\A\[run\]\nid = "([^"\n]*)')
 """How the file of 0.1.0 begins, whole or not."""
 _SEGMENT = re.compile(rf"({MESSAGES}|{PAYLOAD})-[0-9]{{20}}\.log")
+_NAMED = 5
+"""Runs that a broker names, of those that it finds."""
 _ENDING_S = 8.0
 """How long the broker of a supervisor that was killed may take to end."""
 
@@ -72,7 +74,9 @@ class Runs:
                 self.found[name].ended = reason
             case Accepted():
                 message = entry.read()
-                run = self.found[message.run]
+                run = self.found.get(message.run)
+                if run is None:
+                    return
                 if message.kind == "version":
                     run.version = message.body.get("version", run.version)
                 elif message.kind == CONTINUED and message.sender == BROKER:
@@ -89,6 +93,28 @@ def recorded_runs(ledger: Path) -> list[Recorded]:
     for _ in runs.watch(read_entries(ledger)):
         pass
     return list(runs.found.values())
+
+
+def state_of(runs: Sequence[Recorded], *, once: bool) -> str:
+    """Return what a broker finds in its ledger, and waits for, in one line."""
+    if not runs:
+        return "no run yet: waiting for an aggregator"
+    lines = [
+        f"run {each.id} has ended"
+        if each.ended is not None
+        else f"run {each.id} at version {each.version}, goes on when its aggregator comes"
+        for each in runs
+    ]
+    if len(lines) > _NAMED:
+        lines[_NAMED:] = [f"{len(lines) - _NAMED} more runs"]
+    if all(each.ended is not None for each in runs):
+        lines.append("nothing is left to be done" if once else "waiting for new runs")
+    return "; ".join(lines)
+
+
+def begun_at(folder: Path) -> float | None:
+    """Return when the run of a folder was begun, in seconds since 1970, if something says so."""
+    return _read_own(folder / CONFIG_FILE)[1]
 
 
 @dataclass
@@ -203,7 +229,7 @@ def write_config(folder: Path, config: Config, begun: float) -> None:
         "# The configuration of a run, every default filled in. `fedmq cluster --run FOLDER` goes\n"
         "# on with the run; `fedmq cluster FOLDER/config.toml` begins a new one that is the same.\n"
         f'# run.id = "{config.run.id}"\n'
-        f"# begun = {begun:.3f} ({when})\n\n{without.to_toml()}"
+        f"# begun = {float(begun)!r} ({when})\n\n{without.to_toml()}"
     )
     fresh = folder / _FRESH_FILE
     try:
