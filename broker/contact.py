@@ -63,10 +63,13 @@ class Contact:
 
     def connected(self, now: float) -> BackInTouch | None:
         """A frame came over the connection; tell what a person should hear of that."""
-        back = BackInTouch(now - self._away_since) if self._reported and self._admitted else None
-        self._mode, self._began, self._away_since = _Mode.CONNECTED, now, now
+        away_s = now - self._away_since
+        self._began = self._away_since = now
+        if self._mode is _Mode.CONNECTED and not self._reported:
+            return None  # as nearly always
+        back = BackInTouch(away_s) if self._reported and self._admitted else None
+        self._mode, self._answer = _Mode.CONNECTED, None
         self._reports, self._reported, self._admitted = 0, False, True
-        self._answer = None
         return back
 
     def answered(self, answer: Wait | Full, now: float) -> None:
