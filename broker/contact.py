@@ -16,6 +16,9 @@ _EACH_S = 60.0
 _ANSWER_LASTS_S = 5.0
 """A broker that answers is asked each second: it has gone if it says nothing for this long."""
 
+_STOPPED_S = 5.0
+"""A wake that comes later than this: this node was stopped, and did not wait meanwhile."""
+
 
 class _Mode(enum.Enum):
     SILENT = enum.auto()
@@ -42,6 +45,8 @@ class Contact:
         """When the present mode did; of a connection, when the last frame came."""
         self._reports = 0
         self._away_since = math.inf
+        self._waited_since = math.inf
+        """As `_away_since`, but for the time in which this node itself was stopped."""
         self._last_word = -math.inf
         self._answer: Wait | Full | None = None
         self._reported = self._admitted = False
@@ -49,7 +54,7 @@ class Contact:
     @property
     def due(self) -> float:
         """When `wake` has something to say, if nothing comes before."""
-        due = min(self._began + _report_s(self._reports), self._away_since + self.give_up_s)
+        due = min(self._began + _report_s(self._reports), self._waited_since + self.give_up_s)
         return min(due, self._last_word + _ANSWER_LASTS_S) if self._is_answered else due
 
     @property
@@ -59,14 +64,17 @@ class Contact:
     def begin(self, now: float) -> None:
         """The node begins to look for its broker."""
         if self._began == math.inf:
-            self._began = self._away_since = now
+            self._began = self._away_since = self._waited_since = now
 
     def connected(self, now: float) -> BackInTouch | None:
         """A frame came over the connection; tell what a person should hear of that."""
-        back = BackInTouch(now - self._away_since) if self._reported and self._admitted else None
-        self._mode, self._began, self._away_since = _Mode.CONNECTED, now, now
+        away_s = now - self._away_since
+        self._began = self._away_since = self._waited_since = now
+        if self._mode is _Mode.CONNECTED and not self._reported:
+            return None  # as nearly always
+        back = BackInTouch(away_s) if self._reported and self._admitted else None
+        self._mode, self._answer = _Mode.CONNECTED, None
         self._reports, self._reported, self._admitted = 0, False, True
-        self._answer = None
         return back
 
     def answered(self, answer: Wait | Full, now: float) -> None:
@@ -88,8 +96,11 @@ class Contact:
         return OutOfTouch(now - self._began, self._answer, self._admitted)
 
     def given_up(self, now: float) -> OutOfTouch | None:
-        """Tell what the node has waited for, if it has waited long enough."""
-        if now < self._away_since + self.give_up_s:
+        """Tell what the node has waited for, if it has waited long enough; before `wake`."""
+        late = now - self.due
+        if late > _STOPPED_S:
+            self._waited_since += late
+        if now < self._waited_since + self.give_up_s:
             return None
         return OutOfTouch(now - self._away_since, self._answer, self._admitted)
 

@@ -21,6 +21,8 @@ _GREETING = (b"\xff" + bytes(8) + b"\x7f" + b"\x03\x01" + b"NULL").ljust(_GREETI
 _VERSION_AT, _MECHANISM = 10, slice(12, 32)
 _COMMAND, _LONG = 0x04, 0x02
 """Flags of a frame."""
+_NEWLINES, _ANSWER_S = b"\r\n\r\n", 0.5
+"""What a server of HTTP, say, is waiting for, and for how long it may think."""
 _SOCKET_TYPE = b"Socket-Type"
 _MAX_READY_BYTES = 1024
 
@@ -31,6 +33,8 @@ class Listener(enum.Enum):
     UNRESOLVED = "unresolved"
     REFUSED = "refused"
     UNREACHABLE = "unreachable"
+    MUTE = "mute"
+    """It accepts connections and says nothing, as a process that is stopped."""
     NOT_ZEROMQ = "not-zeromq"
     OTHER_SOCKET = "other-socket"
     SECURED = "secured"
@@ -90,6 +94,12 @@ def _greet(plain: socket.socket, deadline: float) -> Finding:
         # The rest once it has said its mechanism: it leaves a peer of another one in silence.
         plain.sendall(_GREETING[: _MECHANISM.start])
         greeting = _receive(plain, _GREETING_BYTES, deadline)
+        if not greeting and time.monotonic() >= deadline:
+            plain.sendall(_NEWLINES)
+            greeting = _receive(plain, _GREETING_BYTES, time.monotonic() + _ANSWER_S)
+            if not greeting and not _is_closed(plain):
+                text = "something accepts connections there, but says nothing"
+                return Finding(Listener.MUTE, text)
         # Version 1 of ZMTP has another start; libzmq is long past it.
         if greeting[:1] != b"\xff" or greeting[9:10] != b"\x7f" or len(greeting) < _GREETING_BYTES:
             seen = f" (it says {greeting[:16]!r})" if greeting else ""
@@ -111,6 +121,14 @@ def _greet(plain: socket.socket, deadline: float) -> Finding:
         Listener.OTHER_SOCKET,
         f"a ZeroMQ socket of type {kind or 'unknown'} listens there, which is no broker",
     )
+
+
+def _is_closed(plain: socket.socket) -> bool:
+    plain.settimeout(0.0)
+    try:
+        return not plain.recv(1)
+    except BlockingIOError:
+        return False
 
 
 def _property(name: bytes, value: bytes) -> bytes:

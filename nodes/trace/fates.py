@@ -14,6 +14,10 @@ from fedmq.broker.state import AGGREGATOR, BROKER, CONTINUED, EVALUATOR, WORKER
 from fedmq.broker.trace import Trace
 from fedmq.broker.wire import Message
 from fedmq.nodes.outcomes import natural
+from fedmq.nodes.trace.text import word
+
+_MOST = 10_000
+"""Kinds, or names, that are kept: a flood of them must not fill the memory."""
 
 
 class Fates:
@@ -29,6 +33,7 @@ class Fates:
         numbers: of the refused messages, by their ids.
         widths: the longest kind, path and id.
         entries: how many there are.
+        kinds, senders: of all messages, as `word` shows them; of very many, the first.
     """
 
     def __init__(self, trace: Trace) -> None:
@@ -36,6 +41,8 @@ class Fates:
         self.numbers: dict[str, int] = {}
         self.entries = 0
         self.widths = Widths()
+        self.kinds: set[str] = set()
+        self.senders: set[str] = set()
         self._positions = array("q")
         self._numbers = array("q")
         self._ends: list[tuple[int, int]] = []
@@ -48,6 +55,9 @@ class Fates:
                 case Accepted():
                     message = entry.read()
                     places.feed(message)
+                    if len(self.kinds) < _MOST and len(self.senders) < _MOST:
+                        self.kinds.add(word(message.kind))
+                        self.senders.add(word(message.sender))
                     self.widths.feed(message, places.host_of(message.to) or "")
                     if message.sender == places.aggregator:
                         self._from_aggregator(message)

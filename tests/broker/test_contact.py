@@ -131,6 +131,21 @@ def test_a_connected_node_does_not_give_up():
     assert times.take() == []
 
 
+def test_the_time_in_which_a_node_itself_was_stopped_is_not_waiting():
+    """A machine that slept for an hour must not end its nodes when it wakes up."""
+    link = welcomed()
+    link.give_up_after(20.0)
+    times = Times(link)
+    times.go(10.0, Beat())
+    times.now = 3610.0
+    times.go(3625.0)
+    assert {type(each) for _, each in times.take()} == {OutOfTouch}
+    times.go(3700.0)
+    now, ended = times.take()[-1]
+    assert isinstance(ended, Ended)
+    assert 3625.0 < now <= 3635.0
+
+
 @pytest.mark.parametrize(
     ("report", "run", "words"),
     [

@@ -1,6 +1,7 @@
 """What a probe finds at an endpoint, over real sockets on loopback."""
 
 import contextlib
+import http.server
 import socket
 import threading
 
@@ -88,6 +89,29 @@ def test_what_does_not_speak_zeromq_is_told(answer):
     assert listener is Listener.NOT_ZEROMQ
     assert "does not speak ZeroMQ" in text
     assert ("HTTP" in text) == answer.startswith(b"HTTP")
+
+
+def test_what_accepts_connections_and_says_nothing_is_told():
+    """As a broker does that is stopped: the kernel accepts for it."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        listener, text = found(f"tcp://127.0.0.1:{server.getsockname()[1]}", 0.1)
+    assert listener is Listener.MUTE
+    assert "says nothing" in text
+
+
+class Quiet(http.server.BaseHTTPRequestHandler):
+    def log_message(self, *_):
+        pass
+
+
+def test_an_http_server_that_waits_for_the_end_of_a_line_is_told():
+    with http.server.HTTPServer(("127.0.0.1", 0), Quiet) as server:
+        thread = threading.Thread(target=server.handle_request)
+        thread.start()
+        listener, text = found(f"tcp://127.0.0.1:{server.server_port}", 0.1)
+        thread.join()
+    assert listener is Listener.NOT_ZEROMQ
+    assert "it says" in text
 
 
 GREETING = (b"\xff" + bytes(8) + b"\x7f\x03\x01NULL").ljust(64, b"\0")
