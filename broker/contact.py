@@ -127,7 +127,7 @@ def sentence(report: OutOfTouch, endpoint: str, run: str) -> str:
         case None:
             return f"waiting for the broker at {endpoint} {for_s}"
         case Full(reason=reason):
-            return f"the broker at {endpoint} stores nothing {for_s}: {reason}"
+            return f"the broker at {endpoint} keeps nothing {for_s}: {reason}"
         case Wait(serving=serving):
             wanted = f"run {run}" if run else "a run to start"
             return f"the broker at {endpoint} {_served(serving)}; waiting for {wanted} {for_s}"

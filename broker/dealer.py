@@ -57,8 +57,8 @@ class Dealer:
         self._hello = hello
         self._unanswered = 0
         """Hellos since the last frame from the broker."""
-        self._blocked = self._unreadable = ""
-        """The last reasons of these kinds that were logged: each is logged once in a row."""
+        self._unreadable = ""
+        """What was last logged of frames that cannot be read: each reason once in a row."""
         self._explaining: threading.Thread | None = None
         self._found = ""
         """What was last found at the endpoint in place of a broker that answers."""
@@ -202,7 +202,7 @@ class Dealer:
                 for frame, buffers in frames:
                     if isinstance(frame, Welcome):
                         self._files.look(frame)
-                        self._blocked = self._unreadable = ""
+                        self._unreadable = ""
                     self._carry_out(self._core.handle(link.Received(frame, buffers), now))
                 self._send_all()
 
@@ -221,9 +221,8 @@ class Dealer:
                     self._came.append(data)
                 case link.Admitted(welcome):
                     self._welcome = welcome
-                case link.Blocked(reason) if reason != self._blocked:
-                    self._blocked = reason
-                    self._log.warning("the broker stores nothing now", reason=reason)
+                case link.Blocked(reason):
+                    self._log.warning("the broker keeps nothing now", reason=reason)
                 case link.OutOfTouch() if action.answer is not None:
                     self._log.warning(self._sentence(action))
                 case link.OutOfTouch():

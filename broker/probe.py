@@ -25,6 +25,8 @@ _NEWLINES, _ANSWER_S = b"\r\n\r\n", 0.5
 """What a server of HTTP, say, is waiting for, and for how long it may think."""
 _SOCKET_TYPE = b"Socket-Type"
 _MAX_READY_BYTES = 1024
+_SHOWN = 4
+"""Addresses of a name."""
 
 
 class Listener(enum.Enum):
@@ -52,13 +54,18 @@ class Finding(NamedTuple):
 def probe(endpoint: Endpoint, timeout_s: float = _TIMEOUT_S) -> Finding:
     """Find out what is at an endpoint; takes up to ``timeout_s`` for each of its addresses."""
     finding = Finding(Listener.UNREACHABLE, "it has no address")
+    tried: list[str] = []
     try:
         for family, address in _addresses(endpoint):
+            tried.append(address[0] if isinstance(address, tuple) else address)
             finding = _try(family, address, timeout_s)
             if finding.listener not in (Listener.REFUSED, Listener.UNREACHABLE):
                 break
     except UnresolvedError as error:
         return Finding(Listener.UNRESOLVED, str(error))
+    if endpoint.host and not endpoint.literal:
+        some = ", ".join(tried[:_SHOWN])
+        return Finding(finding.listener, f"{finding.text}; {endpoint.host} is {some}")
     return finding
 
 
@@ -116,7 +123,8 @@ def _greet(plain: socket.socket, deadline: float) -> Finding:
     except OSError:
         return Finding(Listener.NOT_ZEROMQ, not_zeromq)
     if kind == "ROUTER":
-        return Finding(Listener.SILENT, "a ZeroMQ ROUTER listens there, but no broker answers")
+        text = "a ZeroMQ ROUTER there does not answer: a broker that is starting, or no broker"
+        return Finding(Listener.SILENT, text)
     return Finding(
         Listener.OTHER_SOCKET,
         f"a ZeroMQ socket of type {kind or 'unknown'} listens there, which is no broker",

@@ -56,7 +56,12 @@ _settings = click.option(
 )
 _config = click.argument("config", required=False, type=click.Path(dir_okay=False, path_type=Path))
 _connect = click.option(
-    "--connect", "endpoint", default=DEFAULT_ENDPOINT, show_default=True, help="The broker."
+    "--connect",
+    "endpoint",
+    metavar="ADDRESS",
+    default=DEFAULT_ENDPOINT,
+    show_default=True,
+    help="Of the broker: tcp://HOST:PORT or ipc://PATH.",
 )
 _give_up = click.option(
     "--give-up",

@@ -86,7 +86,8 @@ def _sentence(error: click.UsageError) -> str:
             text = f"expected {_expected(parameter)}"
         case click.BadParameter(param=click.Parameter() as parameter):
             is_word = isinstance(parameter.type, click.Choice) and not _is_option(parameter)
-            text = _plain(error) if is_word else f"{_shown(parameter)}: {_plain(error)}"
+            wanted = _whole_number(parameter.type) + _plain(error)
+            text = wanted if is_word else f"{_shown(parameter)}: {wanted}"
         case _:
             text = _plain(error)
     return _of_command(text, error.ctx)
@@ -105,6 +106,15 @@ def _plain(error: click.UsageError) -> str:
     """Return click's words as ours begin and end, in one line."""
     text = " ".join(error.message.split()).rstrip(".")
     return text[:1].lower() + text[1:]
+
+
+def _whole_number(kind: object) -> str:
+    """Return what click does not say of a whole number: which ones are expected."""
+    if not isinstance(kind, click.IntRange):
+        return ""
+    low = "" if kind.min is None else f" from {kind.min}"
+    high = "" if kind.max is None else f" to {kind.max}"
+    return f"expected a whole number{low}{high}; "
 
 
 def _is_option(parameter: click.Parameter) -> bool:

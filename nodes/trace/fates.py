@@ -14,7 +14,6 @@ from fedmq.broker.state import AGGREGATOR, BROKER, CONTINUED, EVALUATOR, WORKER
 from fedmq.broker.trace import Trace
 from fedmq.broker.wire import Message
 from fedmq.nodes.outcomes import natural
-from fedmq.nodes.trace.text import word
 
 _MOST = 10_000
 """Kinds, or names, that are kept: a flood of them must not fill the memory."""
@@ -33,7 +32,7 @@ class Fates:
         numbers: of the refused messages, by their ids.
         widths: the longest kind, path and id.
         entries: how many there are.
-        kinds, senders: of all messages, as `word` shows them; of very many, the first.
+        kinds, senders: of all messages; of very many, the first.
     """
 
     def __init__(self, trace: Trace) -> None:
@@ -55,9 +54,9 @@ class Fates:
                 case Accepted():
                     message = entry.read()
                     places.feed(message)
-                    if len(self.kinds) < _MOST and len(self.senders) < _MOST:
-                        self.kinds.add(word(message.kind))
-                        self.senders.add(word(message.sender))
+                    if self.has_all_names:
+                        self.kinds.add(message.kind)
+                        self.senders.add(message.sender)
                     self.widths.feed(message, places.host_of(message.to) or "")
                     if message.sender == places.aggregator:
                         self._from_aggregator(message)
@@ -66,6 +65,11 @@ class Fates:
                 case Refusal(of=int(of)):
                     self.refused[of] = entry
                     self.numbers[entry.id] = of
+
+    @property
+    def has_all_names(self) -> bool:
+        """Tell whether `kinds` and `senders` are complete."""
+        return len(self.kinds) < _MOST and len(self.senders) < _MOST
 
     @property
     def versions(self) -> int:

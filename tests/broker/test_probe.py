@@ -134,6 +134,17 @@ def test_nothing_there(tmp_path):
         assert found(text).listener is Listener.REFUSED
 
 
+def test_each_address_of_a_name_is_tried_and_named(monkeypatch):
+    with zmq_socket(zmq.PUB) as endpoint:
+        port = int(endpoint.rpartition(":")[2])
+        addresses = [("127.0.0.2", port), ("127.0.0.1", port), ("127.0.0.3", port)]
+        answers = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", each) for each in addresses]
+        monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: answers)
+        listener, text = found(f"tcp://broker.example:{port}")
+    assert listener is Listener.OTHER_SOCKET
+    assert text.endswith("; broker.example is 127.0.0.2, 127.0.0.1")
+
+
 def test_a_name_without_an_address(monkeypatch):
     def getaddrinfo(*_, **__):
         raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
