@@ -204,7 +204,10 @@ def _replace(path: Path, write: Callable[[Path], None]) -> None:
     """Write a file under another name, then put it in its place."""
     part = path.with_name(f"{path.name}.part")
     try:
+        part.touch()
+        mode = part.stat().st_mode
         write(part)
+        part.chmod(mode)  # safetensors lets nobody else read; the run's other files decide
         with part.open("rb+") as file:
             os.fsync(file.fileno())
         part.replace(path)

@@ -109,6 +109,9 @@ def test_the_model_loads_strictly_into_its_own_module(tmp_path, kind):
     for name, each in (dict(module.named_parameters()) | dict(module.named_buffers())).items():
         assert torch.equal(each.to(tensors[name].dtype), tensors[name]), name
     assert not list(tmp_path.glob("*.part"))
+    modes = {each.stat().st_mode for each in tmp_path.iterdir()}
+    assert len(list(tmp_path.iterdir())) == 2
+    assert len(modes) == 1
 
 
 def test_plain_safetensors_read_it_where_nothing_had_to_be_written_otherwise(tmp_path):
