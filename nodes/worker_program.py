@@ -165,5 +165,7 @@ def _work(
         if no_metrics and not core.evaluations:
             raise  # the first evaluation already: no other would go better
         _log.exception("task failed")
-        event = Failed(f"{type(error).__name__}: {error}"[:2000])
+        # What cannot be written in UTF-8 (a file's name in an error) would end the node.
+        text = f"{type(error).__name__}: {error}".encode(errors="backslashreplace").decode()
+        event = Failed(text[:2000])
     return core.handle(event) if event is not None else []

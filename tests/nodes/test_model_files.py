@@ -18,7 +18,6 @@ from fedmq.nodes.model_files import read_state_dict, remove_model, save_model
 from tests.algorithms.tiny import Normed, Tiny
 
 ABOUT = {"run": "r", "version": "3"}
-NO_TEXT = "lone \udc80"
 
 
 class Tied(nn.Module):
@@ -52,7 +51,6 @@ class Names(nn.Module):
             "__metadata__",
             "__metadata__ ",
             "größe",
-            NO_TEXT,
             "complex",
         ):
             self.register_parameter(name, nn.Parameter(torch.randn(2)))
@@ -139,7 +137,7 @@ def test_the_file_says_what_is_written_otherwise(tmp_path):
     saved(tmp_path, problem_of(Names))
     with safe_open(tmp_path / "model.safetensors", framework="pt") as opened:
         renamed = json.loads(opened.metadata()["fedmq"])["renamed"]
-    assert sorted(renamed.values()) == sorted(["__metadata__", NO_TEXT])
+    assert list(renamed.values()) == ["__metadata__"]
 
 
 def test_complex64_is_written_otherwise_where_safetensors_has_none(tmp_path, monkeypatch):
@@ -155,8 +153,7 @@ def test_complex64_is_written_otherwise_where_safetensors_has_none(tmp_path, mon
 def test_the_arrays_have_the_algorithms_names_whatever_they_are(tmp_path):
     tensors = saved(tmp_path, problem_of(Names))
     with np.load(tmp_path / "model.npz", allow_pickle=False) as arrays:
-        names = {name.replace("\\udc80", "\udc80") for name in arrays.files}
-        assert names == set(tensors)
+        assert set(arrays.files) == set(tensors)
         assert np.array_equal(arrays["file"], tensors["file"].numpy())
     tensors = saved(tmp_path, problem_of(Tied))
     with np.load(tmp_path / "model.npz", allow_pickle=False) as arrays:
