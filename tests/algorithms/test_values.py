@@ -171,6 +171,9 @@ def test_train_returns_two_values():
     result = Payload({"w": torch.zeros(2)}, numbers={"n": np.int32(1)})
     assert result_of((result, None), "Mine.train")[1] is None
     assert result_of([result, result], "Mine.train")[1].numbers == {"n": 1}
+    masked = Payload({"w": torch.zeros(2)}, numbers={"n": torch.ones(3).sum(), "loss": 2.0})
+    n, loss = result_of((masked, None), "Mine.train")[0].numbers.values()
+    assert (n, type(n), type(loss)) == (3, int, float)
     for found in (result, None, (result,), (result, None, None)):
         with pytest.raises(ReturnedError, match=r"Mine\.train: expected two values"):
             result_of(found, "Mine.train")
