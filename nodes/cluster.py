@@ -128,7 +128,7 @@ class Cluster:
         (self._folder / "config.toml").write_text(text)
         code = 1
         # From here on nothing is cut in two by a signal: what has been started is ended.
-        with this_process.noting():
+        with this_process.taken(), this_process.noting():
             try:
                 endpoint = self._start_broker(text)
                 self._start_nodes(endpoint, text)
@@ -288,6 +288,8 @@ class Cluster:
                 if this_process.count >= ENOUGH or time.monotonic() > deadline:
                     break
                 wait([each.process.sentinel for each in living], _REFRESH_S)
+            if living:
+                self._say(f"killing {', '.join(each.name for each in living)}")
             for child in living:
                 child.process.kill()
             for child in living:
