@@ -19,9 +19,11 @@ import structlog
 from fedmq.algorithms.allowed import Allowed
 from fedmq.broker.errors import BrokerError
 from fedmq.broker.process import tune_process
+from fedmq.broker.state import Continuation
 from fedmq.nodes import logs, streams
+from fedmq.nodes.causes import explained
 from fedmq.nodes.config import parse
-from fedmq.nodes.errors import NodeError
+from fedmq.nodes.errors import NodeError, RunFailed
 from fedmq.nodes.signals import Stopped, this_process
 
 READY = "ready "
@@ -51,14 +53,14 @@ def child_main(
     except Exception as error:
         if this_process.count:
             # Code that is cut in two by a signal raises what it likes.
-            log.info("stopped", by=this_process.name, error=repr(error)[:2000])
+            log.info("stopped", by=this_process.name, error=explained(error))
             return
         known = expected_errors()
         if not isinstance(error, known):
             log.exception("crashed")
-            _report(report, f"crashed: {error!r}; see {path}")
+            _report(report, f"crashed: {explained(error)}; see {path}")
             sys.exit(1)
-        log.warning("failed", reason=str(error))
+        log.warning("failed", reason=str(error), exc_info=error.__cause__)
         _report(report, str(error))
         sys.exit(2)
     finally:
@@ -95,12 +97,18 @@ def _report(report: Connection, text: str) -> None:
         report.send_bytes(text.encode(errors="backslashreplace"))
 
 
-def broker_main(folder: Path, report: Connection, text: str, bind: str) -> None:
+def broker_main(
+    folder: Path,
+    report: Connection,
+    text: str,
+    bind: str,
+    continuation: Continuation | None = None,
+) -> None:
     """Run the broker of a local cluster."""
     from fedmq.broker.router import BrokerServer
 
     table = parse(text).broker
-    server = BrokerServer(bind, folder / "ledger", table.settings(), table.keeping())
+    server = BrokerServer(bind, folder / "ledger", table.settings(), table.keeping(), continuation)
     _report(report, f"{READY}{server.endpoint}")
     with this_process.noting(server.stop):
         server.serve()
@@ -117,7 +125,8 @@ def aggregator_main(
     """Run the aggregator of a local cluster."""
     from fedmq.nodes.aggregator_program import run_aggregator
 
-    run_aggregator(endpoint, parse(text), run, folder, allowed)
+    with contextlib.suppress(RunFailed):  # the ledger says so, and why
+        run_aggregator(endpoint, parse(text), run, folder, allowed)
 
 
 def worker_main(

@@ -23,7 +23,7 @@ from rich.console import Console
 
 from fedmq.broker.process import give_torch_huge_pages
 from fedmq.broker.reading import Follower
-from fedmq.broker.state import EVALUATOR, WORKER
+from fedmq.broker.state import EVALUATOR, WORKER, Continuation
 from fedmq.nodes.children import (
     NOTE,
     READY,
@@ -33,15 +33,19 @@ from fedmq.nodes.children import (
     worker_main,
 )
 from fedmq.nodes.config import Config
-from fedmq.nodes.errors import NodeError
+from fedmq.nodes.errors import ConfigError, NodeError
+from fedmq.nodes.run_folder import write_config
 from fedmq.nodes.signals import ENOUGH, INTERRUPTED, Stopped, blocked, this_process
 from fedmq.nodes.speaker import Speaker
-from fedmq.nodes.summary import RunFold, save_summary
+from fedmq.nodes.summary import RunFold
+from fedmq.nodes.summary_file import remove_summary, save_summary
+from fedmq.nodes.trace.text import plain
 from fedmq.nodes.view import View, closing_table
 
 _START_S = 30.0
 _STOP_S = 5.0
 _REFRESH_S = 0.1
+_LONGEST = 1000
 _RESTARTS = 10
 _RESTARTS_WITHIN_S = 60.0
 """A process that ended more often than that within this time is beyond help."""
@@ -83,6 +87,20 @@ class _Child:
         return self.last_words or f"ended with exit code {self.process.exitcode}"
 
 
+def worker_names(config: Config, clients: int) -> list[str]:
+    """Return the names of a cluster's workers; none is without a client.
+
+    Raises:
+        ConfigError: there are other values for a worker that there is not.
+    """
+    names = [f"worker-{index}" for index in range(min(config.worker.count, clients))]
+    for name in config.worker.nodes:
+        if name not in names:
+            some = names[0] if len(names) == 1 else f"{names[0]} to {names[-1]}"
+            raise ConfigError(f"worker.nodes: this cluster has {some}, got {name!r}")
+    return names
+
+
 class Cluster:
     """Starts the processes, watches them, and ends every one of them.
 
@@ -90,8 +108,9 @@ class Cluster:
         config: checked and complete; the processes may run the code that it allows.
         clients: K, which are dealt to the workers in ranges.
         folder: of the run; it must exist.
-        started_at: when the command was given, in seconds since 1970.
+        started_at: when the run was begun, in seconds since 1970; None if nobody knows.
         console: for the view.
+        continuation: of a run in the folder that is taken up again.
         go_on: the command that takes up this run if it is stopped; by default the one that
             needs nothing but the folder.
     """
@@ -101,11 +120,14 @@ class Cluster:
         config: Config,
         clients: int,
         folder: Path,
-        started_at: float,
+        started_at: float | None,
         console: Console,
+        continuation: Continuation | None = None,
         go_on: str = "",
     ) -> None:
+        self._continuation = continuation
         self._config, self._clients, self._folder = config, clients, folder
+        self._started_at = started_at
         self._console = console
         self._go_on = go_on or go_on_command(folder)
         self._children: dict[str, _Child] = {}
@@ -117,7 +139,7 @@ class Cluster:
     def run(self) -> int:
         """Run to the end; return the exit code.
 
-        0: the run reached its end. 1: a process failed, or the summary cannot be written.
+        0: the run reached its end. 1: it failed, a process did, or the summary cannot be written.
         2: the run could not be started. 130: interrupted.
 
         Raises:
@@ -125,11 +147,13 @@ class Cluster:
             NodeError: the ledger does not hold the end of a run that has ended.
         """
         text = self._config.to_toml()
-        (self._folder / "config.toml").write_text(text)
+        begun = time.time() if self._started_at is None else self._started_at
         code = 1
         # From here on nothing is cut in two by a signal: what has been started is ended.
         with this_process.taken(), this_process.noting():
             try:
+                write_config(self._folder, self._config, begun)
+                remove_summary(self._folder)
                 endpoint = self._start_broker(text)
                 self._start_nodes(endpoint, text)
                 code = self._watch()
@@ -149,7 +173,8 @@ class Cluster:
     def _start_broker(self, text: str) -> str:
         # A fresh interpreter: the broker imports no torch.
         context = mp.get_context("spawn")
-        child = self._start(context, "broker", broker_main, text, self._config.broker.bind)
+        bind, going_on = self._config.broker.bind, self._continuation
+        child = self._start(context, "broker", broker_main, text, bind, going_on)
         deadline = time.monotonic() + _START_S
         while time.monotonic() < deadline:
             this_process.check()
@@ -177,12 +202,10 @@ class Cluster:
         with this_process.noting(kill_forkserver):
             self._start(context, "aggregator", aggregator_main, endpoint, text, run, own)
         total = self._clients
-        count = min(self._config.worker.count, total)
-        for index in range(count):
-            clients = (index * total // count, (index + 1) * total // count - 1)
-            self._start(
-                context, f"worker-{index}", worker_main, endpoint, clients, WORKER, run, own
-            )
+        names = worker_names(self._config, total)
+        for index, name in enumerate(names):
+            clients = (index * total // len(names), (index + 1) * total // len(names) - 1)
+            self._start(context, name, worker_main, endpoint, clients, WORKER, run, own)
         self._start(context, "evaluator", worker_main, endpoint, None, EVALUATOR, run, own)
 
     def _start(self, context: Any, name: str, target: Callable[..., None], *args: Any) -> _Child:
@@ -235,7 +258,9 @@ class Cluster:
                 ]
                 failed = [each for each in ended if each.process.exitcode]
                 if fold.ended is not None and all(each.name == "broker" for each in living):
-                    return 0
+                    if fold.failed:
+                        self._say(f"fedmq: the run failed: {plain(fold.ended, _LONGEST)}")
+                    return 1 if fold.failed else 0
                 if fold.ended is None and self._is_fatal(ended, failed, living):
                     this_process.check()  # a signal to all of them ends the nodes, too
                     for child in failed:

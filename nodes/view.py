@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -12,13 +13,19 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from fedmq.nodes.outcomes import NO_ANSWER, UNUSED
+from fedmq.nodes.outcomes import NO_ANSWER, UNUSED, LastFailure
 from fedmq.nodes.summary import NodeState, RunFold
-from fedmq.nodes.trace.text import plain, plural, spans
+from fedmq.nodes.trace.text import clients_in_words, plain, plural, spans
 
 _PLAIN_EVERY_S = 5.0
+_SAME_EVERY_S = 60.0
+_QUIET_S = 4.0
+"""After so long without news, it is said which clients a run waits for."""
+_LONGEST = 1000
 _NAMED = 10
 """Groups of clients without a result that are named; the summary has all."""
+_REASON = 300
+"""Characters of the newest failure that are shown."""
 _BARS = "▁▂▃▄▅▆▇█"
 _ASCII_BARS = "_.-~=+*#"
 _LIVE_EVERY_S = 0.125
@@ -42,8 +49,11 @@ class View:
         self._live: Live | None = None
         self._lines = True
         self._points = 0
-        self._last_line = 0.0
         self._drawn_at = 0.0
+        self._shown_at = time.monotonic()
+        self._shown: tuple[object, ...] = ()
+        self._news: float | None = None
+        self._news_at = time.monotonic()
 
     def __enter__(self) -> View:
         try:
@@ -61,21 +71,28 @@ class View:
 
     def show(self, fold: RunFold) -> None:
         """Bring the view up to date."""
+        now = time.monotonic()
+        if fold.now != self._news:
+            self._news, self._news_at = fold.now, now
+        waits = now - self._news_at >= _QUIET_S
         try:
             if self._live:
-                if time.monotonic() - self._drawn_at >= _LIVE_EVERY_S:
-                    self._live.update(render(fold, self._bars()), refresh=True)
-                    self._drawn_at = time.monotonic()
+                if now - self._drawn_at >= _LIVE_EVERY_S:
+                    self._live.update(render(fold, self._bars(), waits=waits), refresh=True)
+                    self._drawn_at = now
             elif self._lines:
-                self._show_line(fold)
+                self._show_line(fold, now, waits=waits)
         except Exception as error:  # noqa: BLE001 - a run does not end for its view
             self._give_up(error)
 
-    def _show_line(self, fold: RunFold) -> None:
-        fresh = len(fold.curve) > self._points
-        if fresh or fold.wall_s - self._last_line >= _PLAIN_EVERY_S:
-            self._points, self._last_line = len(fold.curve), fold.wall_s
-            self._console.print(line(fold), highlight=False, soft_wrap=True, markup=False)
+    def _show_line(self, fold: RunFold, now: float, *, waits: bool) -> None:
+        since, state = now - self._shown_at, (fold.now, waits)
+        due = since >= (_PLAIN_EVERY_S if state != self._shown else _SAME_EVERY_S)
+        if due or len(fold.curve) > self._points:
+            self._points, self._shown_at, self._shown = len(fold.curve), now, state
+            self._console.print(
+                line(fold, waits=waits), highlight=False, soft_wrap=True, markup=False
+            )
 
     def _bars(self) -> str:
         return _BARS if self._console.encoding.startswith("utf") else _ASCII_BARS
@@ -96,23 +113,30 @@ class View:
                 live.stop()
 
 
-def render(fold: RunFold, bars: str = _BARS) -> RenderableType:
-    """Return the live view of a run; ``bars``: from low to high, for the accuracy."""
+def render(fold: RunFold, bars: str = _BARS, *, waits: bool = False) -> RenderableType:
+    """Return the live view of a run.
+
+    Args:
+        fold: of the run.
+        bars: from low to high, for the accuracy.
+        waits: whether nothing has happened for a while.
+    """
     head = Table.grid(padding=(0, 2))
     head.add_row(*(Text(name, style="dim") for name in _figures(fold)))
     head.add_row(*(Text(value, style="bold") for value in _figures(fold).values()))
     nodes = Table(box=None, padding=(0, 3, 0, 0), header_style="dim")
-    for column in ("node", "state", "done", "dropped"):
-        nodes.add_column(column, justify="right" if column in ("done", "dropped") else "left")
+    for column in ("node", "state", "done", "failed"):
+        nodes.add_column(column, justify="right" if column in ("done", "failed") else "left")
     for name, node in sorted(fold.nodes.items()):
         nodes.add_row(name, _state(node), str(node.tasks or ""), str(node.drops or ""))
-    trouble = [Text(f"{name} {value}", style="red") for name, value in _trouble(fold).items()]
+    known = _trouble(fold, waits=waits)
+    trouble = [Text(f"{name} {value}", style="red") for name, value in known.items()]
     return Group(head, *trouble, Text(_sparkline(fold, bars), style="green"), nodes)
 
 
-def line(fold: RunFold) -> str:
-    """Return one line on a run's state."""
-    figures = {**_figures(fold), **_trouble(fold)}
+def line(fold: RunFold, *, waits: bool = False) -> str:
+    """Return one line on a run's state; ``waits``: nothing has happened for a while."""
+    figures = {**_figures(fold), **_trouble(fold, waits=waits)}
     return "  ".join(f"{name} {value}" for name, value in figures.items())
 
 
@@ -126,7 +150,8 @@ def closing_table(summary: Mapping[str, Any]) -> Table:
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     rows = {
         "run": summary["run"] or "-",
-        "ended": summary["ended"] or "before its end",
+        "status": summary["status"],
+        "ended": plain(summary["ended"] or "before its end", _LONGEST),
         "algorithm": f"{summary['algorithm'] or '-'}, {summary['schedule'] or '-'}",
         "versions": str(summary["versions"]),
         "accuracy": f"{_percent(summary['final_accuracy'])} "
@@ -163,6 +188,11 @@ def _what_went_wrong(summary: Mapping[str, Any]) -> dict[str, str]:
         rows["failed"] = (
             f"{plural(results['failed'], 'task')}: {_by_code(results['failed_by_code'])}"
         )
+    if results["failed_evaluations"]:
+        rows["not evaluated"] = f"{plural(results['failed_evaluations'], 'evaluation')} failed"
+    last = summary["last_failure"]
+    if last is not None and rows:
+        rows["last failure"] = plain(LastFailure(**last), _REASON)
     if results["unaccepted"]:
         posts = plural(results["unaccepted"], "message")
         rows["not kept"] = f"{posts} that the broker did not accept: see the logs"
@@ -226,12 +256,21 @@ def _figures(fold: RunFold) -> dict[str, str]:
     return {**figures, "down": _size(fold.payload_down), "up": _size(fold.payload_up)}
 
 
-def _trouble(fold: RunFold) -> dict[str, str]:
+def _trouble(fold: RunFold, *, waits: bool) -> dict[str, str]:
     """Return what a run without trouble does not show."""
-    counts = {"refused": fold.outcomes.refused, "failed": fold.outcomes.failed.total()}
+    outcomes = fold.outcomes
+    counts = {
+        "rejected": outcomes.refused,
+        "failed": outcomes.failed.total(),
+        "failed evaluations": outcomes.failed_evaluations,
+    }
     found = {name: str(number) for name, number in counts.items() if number}
+    if found and outcomes.last is not None:
+        found["last"] = plain(outcomes.last, _REASON)
     if fold.disagreeing:
         found["other first model"] = ", ".join(fold.disagreeing)
+    if waits and (missing := fold.missing_clients):
+        found["waiting for"] = clients_in_words(missing)
     return found
 
 
@@ -246,8 +285,9 @@ def _state(node: NodeState) -> Text:
 
 
 def _sparkline(fold: RunFold, bars: str) -> str:
-    values = [point.accuracy for point in fold.curve if point.accuracy is not None][-60:]
-    return "".join(bars[min(7, int(value * 8))] for value in values)
+    known = (point.accuracy for point in fold.curve if point.accuracy is not None)
+    values = [value for value in known if math.isfinite(value)][-60:]
+    return "".join(bars[max(0, min(7, int(value * 8)))] for value in values)
 
 
 def _percent(value: float | None) -> str:

@@ -305,7 +305,7 @@ def _what_if(trace: Trace, allowed: Allowed, settings: tuple[str, ...]) -> bool:
     """Print the curves of the recorded run and of another rule side by side."""
     from fedmq.broker.errors import LedgerError
     from fedmq.nodes.replay.whatif import WhatIf, changed_setup
-    from fedmq.nodes.trace.text import table
+    from fedmq.nodes.trace.text import fitted, table
 
     setup = changed_setup(trace, settings, allowed)
     names = ("time s", "results", "version", "accuracy", "loss")
@@ -321,7 +321,7 @@ def _what_if(trace: Trace, allowed: Allowed, settings: tuple[str, ...]) -> bool:
             rows.append(row)
     except LedgerError as error:
         damage = error
-    click.echo(f"left: as recorded; right: with {', '.join(settings)}")
+    click.echo("\n".join(fitted(f"left: as recorded; right: with {', '.join(settings)}")))
     click.echo("\n".join(table([*names, "|", *names[1:]], rows, left=0)))
     click.echo("The clients trained from the recorded models, not from those of the other rule.")
     if damage is not None:
