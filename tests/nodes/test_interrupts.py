@@ -6,6 +6,7 @@ import json
 import os
 import pty
 import re
+import shlex
 import signal
 import struct
 import subprocess
@@ -160,6 +161,21 @@ def test_the_line_on_going_on_names_the_configuration_that_was_given(start, tmp_
     cluster.signal(signal.SIGTERM)
     assert cluster.output(20).rstrip().endswith("fedmq cluster --run here 'my run.toml'")
     assert cluster.process.returncode == INTERRUPTED
+
+
+def test_the_command_that_a_stopped_run_prints_goes_on_to_its_end(start, tmp_path: Path) -> None:
+    run = tmp_path / "my run"
+    cluster = start("cluster", "--run", str(run), *SHORT, "--set", "run.versions=20")
+    wait_until("the first version", lambda: versions_in(run) >= 1)
+    cluster.signal(signal.SIGINT)
+    line = cluster.output(20).splitlines()[-1]
+    assert cluster.process.returncode == INTERRUPTED
+    program, *arguments = shlex.split(line.removeprefix("go on with: "))
+    assert program == "fedmq"
+    again = start(*arguments)
+    output = again.output()
+    assert again.process.returncode == 0, output
+    assert json.loads((run / "summary.json").read_text())["versions"] == 20
 
 
 @pytest.mark.parametrize("times", [1, 3])
