@@ -15,8 +15,8 @@ from harness import say
 
 from fedmq.broker import ledger, payload
 from fedmq.broker.ledger import Keeping
-from fedmq.broker.records import Segment
 from fedmq.broker.router import BrokerServer
+from fedmq.broker.segment import Segment
 from fedmq.broker.state import BrokerSettings
 from fedmq.broker.wire import Buffer
 

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import msgspec
-from msgspec import Struct
+from msgspec import UNSET, Struct, UnsetType
 
-from fedmq.broker.errors import LedgerError, WireError
+from fedmq.broker.errors import LedgerDamage, LedgerError, WireError, io_error
 from fedmq.broker.headers import decode_message
 from fedmq.broker.records import Record
 from fedmq.broker.rejections import code_of
@@ -56,6 +56,9 @@ class Accepted(Entry, frozen=True):
 
     message: bytes
     consumes: tuple[int, ...] = ()
+    traffic: tuple[int, int] | UnsetType = UNSET
+    """Of a checkpoint: bytes on the wire to all nodes but the aggregator, and from them, since the
+    run's beginning or its last end. A broker that is killed takes its newer counts with it."""
 
     def read(self) -> Message:
         """Return the message."""
@@ -151,7 +154,7 @@ def decode_entries(record: Record, path: Path) -> Sequence[AnyEntry]:
     """Read the entries of a record, mostly one, and check the messages in them.
 
     Raises:
-        LedgerError: it is none, with segment and offset.
+        LedgerDamage: it is none, with segment and offset.
     """
     found: AnyRecord = _decode(_entry_decoder, record, path)
     entries = found.each() if isinstance(found, AcceptedAll) else [found]
@@ -160,7 +163,7 @@ def decode_entries(record: Record, path: Path) -> Sequence[AnyEntry]:
             try:
                 entry.read()
             except WireError as error:
-                raise LedgerError(str(error), path.name, record.offset) from None
+                raise LedgerDamage(str(error), path.name, record.offset) from None
     return entries
 
 
@@ -168,7 +171,7 @@ def decode_piece(record: Record, path: Path) -> Piece:
     """Read the head of a payload record.
 
     Raises:
-        LedgerError: it is none, with segment and offset.
+        LedgerDamage: it is none, with segment and offset.
     """
     piece: Piece = _decode(_piece_decoder, record, path)
     return piece
@@ -180,16 +183,35 @@ def segment_path(folder: Path, family: str, number: int) -> Path:
 
 
 def segment_numbers(folder: Path, family: str) -> list[int]:
-    """Return the numbers of the segments of a family, in order; none where none can be seen."""
-    if not folder.is_dir():
-        return []
+    """Return the numbers of the segments of a family, in order; none where there is no folder.
+
+    Raises:
+        LedgerError: the folder cannot be read.
+    """
     pattern = re.compile(rf"{family}-([0-9]{{20}})\.log")
     try:
         with os.scandir(folder) as found:
             matches = [pattern.fullmatch(each.name) for each in found]
-    except PermissionError:
+    except (FileNotFoundError, NotADirectoryError):
         return []
+    except OSError as error:
+        raise io_error(f"cannot read {folder}", error) from None
     return sorted(int(match[1]) for match in matches if match)
+
+
+def ledger_folder(folder: Path) -> Path:
+    """Return the folder of the ledger: of a run's folder that in it, or else the folder itself.
+
+    Raises:
+        LedgerError: the folder cannot be looked into.
+    """
+    try:
+        (folder / "ledger").stat()  # `is_dir` would say no where it is refused to look
+    except (FileNotFoundError, NotADirectoryError):
+        return folder
+    except (OSError, ValueError) as error:
+        raise LedgerError(f"cannot read {folder}: {getattr(error, 'strerror', error)}") from None
+    return folder / "ledger"
 
 
 def blob_name(message: Message, blob: Blob) -> BlobName:
@@ -201,4 +223,4 @@ def _decode(decoder: msgspec.msgpack.Decoder[Any], record: Record, path: Path) -
     try:
         return decoder.decode(record.head)
     except (msgspec.MsgspecError, ValueError, RecursionError) as error:
-        raise LedgerError(f"not a ledger record: {error}", path.name, record.offset) from None
+        raise LedgerDamage(f"not a ledger record: {error}", path.name, record.offset) from None

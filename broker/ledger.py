@@ -9,9 +9,7 @@ crash from the pieces that are there, and a reader can follow the tail.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
-import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,14 +28,19 @@ from fedmq.broker.entries import (
     Ended,
     Entry,
     Piece,
+    decode_piece,
     encode_record,
     segment_numbers,
     segment_path,
 )
-from fedmq.broker.errors import LedgerError
+from fedmq.broker.errors import LedgerDamage, LedgerError
+from fedmq.broker.lock import FolderLock
+from fedmq.broker.manifest import Manifest, check_segments, payload_is_gone
 from fedmq.broker.payload import PayloadIndex
 from fedmq.broker.reading import EntryIndex, Follower
-from fedmq.broker.records import Segment, pack
+from fedmq.broker.records import Record, pack
+from fedmq.broker.retention import EVERYTHING, Retention
+from fedmq.broker.segment import Segment
 from fedmq.broker.shelf import Shelf
 from fedmq.broker.wire import Buffer, Place
 
@@ -45,12 +48,6 @@ _MESSAGES_SEGMENT_BYTES = 64 << 20
 _PAYLOAD_SEGMENT_BYTES = 128 << 20
 _CACHED_SEGMENTS = 2
 _RECENT_BYTES = 4 << 20
-
-LOCK_FILE = "lock"
-"""Locked by the broker that writes here, and holding a proof of its place."""
-
-EVERYTHING = None
-"""Retention: nothing is ever deleted."""
 
 
 @dataclass(frozen=True)
@@ -84,10 +81,13 @@ class Ledger:
     Attributes:
         next_seq: number of the next entry.
         cut_bytes: bytes of torn tails that opening removed.
-        proof: drawn for this writer, and written into `LOCK_FILE`; empty if it could not be.
+        damage: what is not as it was written in payload that is here. It is passed over: a blob
+            that it belongs to is not here as a whole.
+        proof: see `FolderLock`.
 
     Raises:
-        LedgerError: the folder cannot be written, or holds a damaged ledger.
+        LedgerDamage: the entries are damaged, or a segment is missing.
+        LedgerError: the folder cannot be read or written, or another broker writes to it.
     """
 
     def __init__(
@@ -100,11 +100,12 @@ class Ledger:
         self.folder = folder
         self.next_seq = 0
         self.cut_bytes = 0
-        self._retain_bytes = retain_bytes
+        self.damage: list[LedgerDamage] = []
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise LedgerError(f"cannot make {folder}: {error.strerror}") from None
+        self._retention = Retention(folder, retain_bytes)
         self.payload = PayloadIndex(folder)
         self._messages: list[Buffer] = []
         self._first_queued = 0
@@ -113,25 +114,24 @@ class Ledger:
         self._positions: list[tuple[int, int, int]] = []
         self._recent = Shelf()
         # What another broker wrote here may not be on the device either.
-        self._unsynced = self._unsynced_messages = True
+        self._unsynced = self._unsynced_messages = self._unsynced_folder = True
         self._uses: dict[int, tuple[BlobName, ...]] = {}
         with contextlib.ExitStack() as opened:
             opened.callback(self.payload.close)
-            self._lock = os.open(folder / LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-            opened.callback(os.close, self._lock)
-            self._take_lock()
-            self.proof = self._leave_proof()
-            numbers = segment_numbers(folder, PAYLOAD)
-            self._payload_number = numbers[-1] if numbers else 0
-            self._payload_file = self._open(PAYLOAD, self._payload_number)
-            opened.callback(self._payload_file.close)
-            self._piece_end = self._payload_file.size
-            for number in numbers:
-                self.payload.add_segment(number, verify=False)
+            self._lock = FolderLock(folder)
+            opened.callback(self._lock.release)
+            self.proof = self._lock.proof
+            self._manifest = Manifest(folder)
+            check_segments(folder, self._manifest)
             firsts = segment_numbers(folder, MESSAGES)
             self._messages_number = firsts[-1] if firsts else 0
             self._messages_file = self._open(MESSAGES, self._messages_number)
             opened.callback(self._messages_file.close)
+            if payload_is_gone(folder):
+                self.damage.append(LedgerDamage(f"there is no payload-*.log in {folder}"))
+            self._open_payload()
+            opened.callback(self._payload_file.close)
+            self._manifest.begin()
             follower = Follower(folder)
             for entry in follower.poll():
                 self._entries.add(entry.seq, *follower.at)
@@ -139,6 +139,27 @@ class Ledger:
                 if each is not None:
                     each(entry)
             opened.pop_all()
+
+    def _open_payload(self) -> None:
+        """Index all payload there is, and open the last segment for appending."""
+        numbers = segment_numbers(self.folder, PAYLOAD)
+        for number in numbers[:-1]:
+            self.damage += self.payload.add_segment(number)
+        last = self._payload_number = numbers[-1] if numbers else 0
+        path = segment_path(self.folder, PAYLOAD, last)
+
+        def note(record: Record) -> None:
+            try:
+                piece = decode_piece(record, path)
+            except LedgerDamage as error:
+                self.damage.append(error)
+            else:
+                self.payload.add(piece, last, record.data_offset, record.data_length)
+
+        self._payload_file = Segment(path, note, over_damage=True)
+        self.cut_bytes += self._payload_file.cut
+        self.damage += [gap.error(path) for gap in self._payload_file.damage]
+        self._piece_end = self._payload_file.size
 
     def append(self, entry: Entry) -> None:
         """Queue an entry, or many in one record; its number must be the next one."""
@@ -213,7 +234,12 @@ class Ledger:
             except LedgerError:
                 # What cannot be read back now cannot be hashed, and must not be used.
                 self.drop(name, self.payload.expected(name))
-        return self.payload.resume(name)
+        try:
+            return self.payload.resume(name)
+        except LedgerError:
+            # As above: the device refuses, or the file is shorter than it was.
+            self.drop(name, self.payload.expected(name))
+            return self.payload.resume(name)
 
     def release(self, names: Sequence[BlobName]) -> None:
         """Do not keep these blobs for a message that was to name them."""
@@ -242,10 +268,13 @@ class Ledger:
         """Write everything that is queued; with ``sync``, wait for the device as well.
 
         Raises:
+            NoSpace: the disk is full; what is queued stays so.
             LedgerError: the operating system refused the write.
         """
         if self._pieces:
             self._write_pieces()
+        if sync and self._unsynced_folder:
+            self._sync_folder()
         if sync and self._unsynced:
             # Before the messages: a message on the device has its blobs there.
             self._payload_file.sync()
@@ -256,7 +285,7 @@ class Ledger:
         if sync and self._unsynced_messages:
             self._messages_file.sync()
             self._unsynced_messages = False
-        if self._payload_file.size > _PAYLOAD_SEGMENT_BYTES:
+        if self._payload_file.size > self._retention.segment_bytes(_PAYLOAD_SEGMENT_BYTES):
             self._next_payload_segment()
 
     def _write_pieces(self) -> None:
@@ -290,53 +319,51 @@ class Ledger:
         self.payload.let_go(self._payload_number - _CACHED_SEGMENTS)
         self._payload_file, self._payload_number = fresh, number
         self._piece_end = fresh.size
-        self._retain()
+        self._retention.apply(self._delete)
 
     def close(self) -> None:
-        """Write what is queued and close the files."""
-        try:
+        """Write what is queued and close the files.
+
+        Raises:
+            LedgerError: not everything could be written; the files are closed all the same.
+        """
+        with contextlib.ExitStack() as last:
+            last.callback(self._lock.release)
+            last.callback(self.payload.close)
+            # These may be others after the commit.
+            last.callback(lambda: self._messages_file.close())
+            last.callback(lambda: self._payload_file.close())
             self.commit()
-        finally:
-            self._payload_file.close()
-            self._messages_file.close()
-            self.payload.close()
-            os.close(self._lock)
-
-    def _take_lock(self) -> None:
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise LedgerError(f"another broker is writing to {self.folder}") from None
-
-    def _leave_proof(self) -> str:
-        """Write down a secret that whoever sees it in this folder sees this ledger."""
-        proof = secrets.token_hex(16)
-        try:
-            os.ftruncate(self._lock, 0)
-            os.pwrite(self._lock, proof.encode(), 0)
-        except OSError:
-            return ""
-        return proof
 
     def _finish(self, seqs: Sequence[int]) -> None:
         for seq in seqs if self._uses else ():
             for name in self._uses.pop(seq, ()):
                 self.payload.finish(name)
 
-    def _retain(self) -> None:
-        """Delete what the retention policy does not keep."""
-        if self._retain_bytes is None:
-            return
-        numbers = segment_numbers(self.folder, PAYLOAD)
-        sizes = {n: segment_path(self.folder, PAYLOAD, n).stat().st_size for n in numbers}
-        total = sum(sizes.values())
-        for number in numbers[:-1]:
-            if total <= self._retain_bytes:
-                return
-            if self.payload.remove_segment(number):
-                total -= sizes[number]
+    def _delete(self, number: int) -> bool:
+        """Delete a payload segment that nobody needs; tell whether it was one."""
+        if self.payload.needs_segment(number):
+            return False
+        self._manifest.remove(PAYLOAD, number)
+        self.payload.remove_segment(number)
+        return True
 
     def _open(self, family: str, number: int) -> Segment:
         segment = Segment(segment_path(self.folder, family, number))
         self.cut_bytes += segment.cut
+        if self._manifest.exists:
+            self._manifest.add(family, number)
+        self._unsynced_folder = True
         return segment
+
+    def _sync_folder(self) -> None:
+        """Wait until the names of new segments are on the device."""
+        try:
+            fd = os.open(self.folder, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                os.fsync(fd)
+            finally:
+                os.close(fd)
+        except OSError as error:
+            raise LedgerError(f"cannot sync {self.folder}: {error.strerror}") from None
+        self._unsynced_folder = False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import contextlib
 import os
 from collections import OrderedDict
 from dataclasses import dataclass, field
@@ -19,8 +20,8 @@ from fedmq.broker.entries import (
     segment_numbers,
     segment_path,
 )
-from fedmq.broker.errors import LedgerError
-from fedmq.broker.records import scan
+from fedmq.broker.errors import LedgerDamage, LedgerError, io_error
+from fedmq.broker.records import Fault, Gap, walk
 from fedmq.broker.segment_files import SegmentFiles
 from fedmq.broker.wire import CHUNK_BYTES, Buffer, Place
 
@@ -136,17 +137,28 @@ class PayloadIndex:
         while len(self._idle) > _IDLE_BLOBS:
             self._forget(next(iter(self._idle)))
 
+    def needs_segment(self, number: int) -> bool:
+        """Tell whether a segment holds something that must stay."""
+        return bool(self._pins.get(number))
+
     def remove_segment(self, number: int) -> bool:
         """Forget a segment's blobs and delete it, unless one of them is still needed.
 
         Returns whether it was deleted.
+
+        Raises:
+            LedgerError: it cannot be deleted.
         """
-        if self._pins.get(number):
+        if self.needs_segment(number):
             return False
         for name in [n for n in self._idle if number in self._blobs[n].segments]:
             self._forget(name)
         self._files.close(number)
-        segment_path(self._folder, PAYLOAD, number).unlink(missing_ok=True)
+        path = segment_path(self._folder, PAYLOAD, number)
+        try:
+            path.unlink(missing_ok=True)
+        except OSError as error:
+            raise io_error("cannot delete", error, path.name) from None
         return True
 
     def resume(self, name: BlobName) -> tuple[int, xxhash.xxh3_128]:
@@ -158,16 +170,28 @@ class PayloadIndex:
             hasher.update(self.read(name, start, min(CHUNK_BYTES, have - start)))
         return have, hasher
 
-    def add_segment(self, number: int, *, verify: bool) -> None:
-        """Note every piece of a segment.
+    def add_segment(self, number: int, *, verify: bool = False) -> list[LedgerDamage]:
+        """Note every piece of a segment; return what is damaged in it, which is passed over.
+
+        Without ``verify``, the data of pieces are not looked at.
 
         Raises:
-            LedgerError: the segment is damaged.
+            LedgerError: the segment cannot be read, or is none.
         """
         path = segment_path(self._folder, PAYLOAD, number)
-        for record in scan(path, verify_data=verify):
-            piece = decode_piece(record, path)
-            self.add(piece, number, record.data_offset, record.data_length)
+        damage = []
+        for found in walk(path, verify_data=verify):
+            if isinstance(found, Gap):
+                if found.fault is not Fault.TORN:
+                    damage.append(found.error(path))
+                continue
+            try:
+                piece = decode_piece(found, path)
+            except LedgerDamage as error:
+                damage.append(error)
+                continue
+            self.add(piece, number, found.data_offset, found.data_length)
+        return damage
 
     def have(self, name: BlobName) -> int:
         """Return how many bytes of the blob, from its start, are here."""
@@ -203,9 +227,13 @@ class PayloadIndex:
             segment, offset, piece_start, length = stored.pieces[index]
             skip = start - piece_start
             take = min(size, length - skip)
-            data = os.pread(self._files.fd(segment), take, offset + skip)
+            file = segment_path(self._folder, PAYLOAD, segment).name
+            try:
+                data = os.pread(self._files.fd(segment), take, offset + skip)
+            except OSError as error:
+                raise io_error("cannot read", error, file, offset + skip) from None
             if len(data) != take:
-                raise LedgerError("payload is shorter than its index", f"payload {segment}", offset)
+                raise LedgerDamage("payload is shorter than its index", file, offset)
             parts.append(data)
             start, size, index = start + take, size - take, index + 1
         found = parts[0] if len(parts) == 1 else b"".join(parts)
@@ -220,8 +248,9 @@ class PayloadIndex:
         return tuple((segment, offset, length) for segment, offset, _, length in stored.pieces)
 
     def let_go(self, segment: int) -> None:
-        """Let a segment's pages leave the page cache: see `disk.let_go`."""
-        if segment_path(self._folder, PAYLOAD, segment).exists():
+        """Let a segment's pages leave the page cache, if it can be done: see `disk.let_go`."""
+        # Deleted, or no descriptor or thread to spare: it costs time only.
+        with contextlib.suppress(LedgerError, OSError, RuntimeError):
             disk.let_go(self._files.fd(segment))
 
     def close(self) -> None:
@@ -252,9 +281,23 @@ def open_payload(folder: Path) -> PayloadIndex:
     """Return an index of all blobs in a ledger, for reading.
 
     Raises:
-        LedgerError: a damaged payload segment.
+        LedgerError: a damaged payload segment, or one that cannot be read.
     """
     index = PayloadIndex(folder)
     for number in segment_numbers(folder, PAYLOAD):
-        index.add_segment(number, verify=True)
+        for damage in index.add_segment(number, verify=True):
+            raise damage
     return index
+
+
+def find_damage(folder: Path) -> LedgerDamage | None:
+    """Return the first damage in a ledger's payload, of which all is read; None if it is whole.
+
+    Raises:
+        LedgerError: a segment cannot be read, or is none.
+    """
+    index = PayloadIndex(folder)
+    for number in segment_numbers(folder, PAYLOAD):
+        for damage in index.add_segment(number, verify=True):
+            return damage
+    return None

@@ -7,6 +7,7 @@ damaged, another serves as well; where none is left, the damage is found.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -18,9 +19,9 @@ from fedmq.broker.entries import (
     segment_numbers,
     segment_path,
 )
-from fedmq.broker.errors import LedgerError
+from fedmq.broker.errors import LedgerError, NotKept, io_error
 from fedmq.broker.reading import tail_of
-from fedmq.broker.records import MAGIC, Record, scan
+from fedmq.broker.records import MAGIC, Record, scan, walk
 from fedmq.broker.wire import Buffer, digest
 
 
@@ -81,12 +82,12 @@ class Pieces:
             if number > self._last:
                 self._last, self._end = number, len(MAGIC)
             path = segment_path(self._folder, PAYLOAD, number)
-            try:
-                for record in scan(path, self._end, verify_data=False):
-                    self._note(number, record, path)
-                    self._end = record.end
-            except LedgerError:
-                pass  # it is told when a blob is missed for it, and other blobs are not
+            # Damage is told when a blob is missed for it, and other blobs are not.
+            with contextlib.suppress(LedgerError):
+                for found in walk(path, self._end, verify_data=False):
+                    if isinstance(found, Record):
+                        self._note(number, found, path)
+                        self._end = found.end
 
     def _note(self, number: int, record: Record, path: Path) -> None:
         try:
@@ -155,7 +156,7 @@ class Pieces:
                 file.seek(record.data_offset)
                 return file.read(record.data_length)
         except OSError as error:
-            raise LedgerError(f"cannot read: {error.strerror}", path.name, place.offset) from None
+            raise io_error("cannot read", error, path.name, place.offset) from None
 
     def _loss(self, what: str, last: _Place | None) -> LedgerError:
         """Say why a blob is not there, although it was written before its message.
@@ -174,20 +175,20 @@ class Pieces:
                 return damage
             if damage is not None:
                 either = f"{what} was not kept, or it was lost with a damaged record"
-                return LedgerError(either, damage.segment, damage.offset)
+                return NotKept(either, damage.segment, damage.offset)
         if not complete:
-            return LedgerError(f"{what} is not in the ledger: its payload was not kept")
+            return NotKept(f"{what} is not in the ledger: its payload was not kept")
         if last is not None:
             path = segment_path(self._folder, PAYLOAD, last.segment)
             return LedgerError(f"{what} is cut short: it goes on nowhere", path.name, last.end)
         path = segment_path(self._folder, PAYLOAD, numbers[-1] if numbers else 0)
-        end = path.stat().st_size if numbers else 0
+        end = _size(path) if numbers else 0
         return LedgerError(f"{what} is lost: the payload ends without it", path.name, end)
 
     def _check(self, number: int, start: int) -> LedgerError | None:
         """Return the first damage in a segment from a record on; each is read through once."""
         path = segment_path(self._folder, PAYLOAD, number)
-        key = (number, start, path.stat().st_size)
+        key = (number, start, _size(path))
         if key not in self._checked:
             self._checked[key] = None
             try:
@@ -196,6 +197,13 @@ class Pieces:
             except LedgerError as error:
                 self._checked[key] = error
         return self._checked[key]
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError as error:
+        raise io_error("cannot read", error, path.name) from None
 
 
 def check_segment(path: Path, start: int = len(MAGIC)) -> Iterator[int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import os
 from array import array
 from collections import deque
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ from fedmq.broker.entries import (
     segment_numbers,
     segment_path,
 )
-from fedmq.broker.errors import LedgerError
+from fedmq.broker.errors import LedgerDamage, LedgerError, io_error
 from fedmq.broker.records import MAGIC, scan
 
 Tail = tuple[str, int, int]
@@ -65,7 +66,7 @@ class Follower:
             for record in scan(path, self._offset):
                 entries = decode_entries(record, path)
                 if entries[0].seq != self._next_seq:
-                    raise LedgerError(
+                    raise LedgerDamage(
                         f"expected entry {self._next_seq}, got {entries[0].seq}",
                         path.name,
                         record.offset,
@@ -95,28 +96,31 @@ class Follower:
         if first != expected:
             reason = f"expected entry {expected}, got {first}"
             if first < expected:
-                raise LedgerError(reason, segment_path(self._folder, MESSAGES, first).name)
+                raise LedgerDamage(reason, segment_path(self._folder, MESSAGES, first).name)
+            reason += f": {first - expected} entries are missing"
             path = segment_path(self._folder, MESSAGES, self._first or 0)
             if self._first is None:
-                raise LedgerError(reason, path.name)
+                raise LedgerDamage(reason, path.name)
             tail = tail_of(path, self._offset)
-            raise LedgerError(reason, path.name, tail[1] if tail else self._offset)
+            raise LedgerDamage(reason, path.name, tail[1] if tail else self._offset)
         self._first, self._offset = first, len(MAGIC)
 
 
 def tail_of(path: Path, end: int) -> Tail | None:
     """Return what a segment holds behind its last whole record, which ends at ``end``.
 
-    A file that is too short for what a segment begins with is all tail, even an empty one.
+    A file that does not begin as a segment does (it is too short, or zeros) is all tail.
 
     Raises:
-        LedgerError: there is no such file.
+        LedgerError: it cannot be read.
     """
     try:
-        size = path.stat().st_size
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            begun = file.read(len(MAGIC)) == MAGIC
     except OSError as error:
-        raise LedgerError(f"cannot open: {error.strerror}", path.name) from None
-    if size < len(MAGIC):
+        raise io_error("cannot open", error, path.name) from None
+    if not begun:
         return path.name, 0, size
     return (path.name, end, size - end) if size > end else None
 

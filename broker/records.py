@@ -9,23 +9,27 @@ A segment starts with 16 bytes, ``FEDMQLOG`` and the format version. A record is
     head         a msgpack map
     data         raw bytes, possibly none
 
-A crash can cut the last record short, or leave blocks of zeros behind it: a *torn tail*,
-which is cut off when the segment is opened for writing. A bad record that others follow
-is *damage*, and is reported with segment and offset, never skipped. (The lengths have a
-check of their own, so that a damaged length is not taken for a record that was cut short.)
+A crash can cut the last record short, or leave zeros from somewhere in it to the end of the
+file: a *torn tail*, which is cut off when the segment is opened for writing. A bad record that
+others follow is *damage*, and is reported with segment and offset. (The lengths have a check of
+their own, so that a damaged length is not taken for a record that was cut short.) `scan` stops
+there; `walk` finds the next whole record behind it.
 """
 
 from __future__ import annotations
 
 import os
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
+from typing import BinaryIO
 
+import numpy as np
 import xxhash
 
-from fedmq.broker.errors import LedgerError
+from fedmq.broker.errors import LedgerDamage, LedgerError, io_error
 from fedmq.broker.wire import CHUNK_BYTES, MAX_HEADER_BYTES, Buffer
 
 MAGIC = b"FEDMQLOG" + struct.pack("<II", 1, 0)
@@ -34,6 +38,8 @@ _LENGTHS = struct.Struct("<II")
 # A head holds a whole message plus a few fields of the ledger's own.
 _MAX_HEAD = 2 * MAX_HEADER_BYTES
 _MAX_DATA = CHUNK_BYTES
+_BLOCK = 4 << 20
+"""So much is read at a time where the next record is looked for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +70,50 @@ def pack(head: bytes, data: Buffer = b"") -> bytes:
     return _PREFIX.pack(len(head), length, check, _checksum(head, data)) + head
 
 
+class Fault(StrEnum):
+    """What is wrong with bytes that are no record."""
+
+    TORN = "torn"
+    """The end of a segment, as a crash leaves it: cut short, or zeros to the end."""
+    LAST = "last"
+    """The last record is as long as it says and does not end in zeros, but it is not what was
+    written. A broker that was killed leaves no such thing behind."""
+    LENGTHS = "lengths"
+    CHECKSUM = "checksum"
+    FORMAT = "format"
+
+
+_SENTENCES = {
+    Fault.TORN: "no whole record: the end was cut short, or is zeros",
+    Fault.LAST: "damaged record: its checksum does not match, and it is the last one",
+    Fault.LENGTHS: "damaged record: its lengths are wrong",
+    Fault.CHECKSUM: "damaged record: its checksum does not match",
+    Fault.FORMAT: "not a ledger segment of this format",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Gap:
+    """Bytes of a segment that are no record, from ``offset`` up to ``end``.
+
+    full_length: the record's lengths are good, and all of its bytes are there.
+    """
+
+    fault: Fault
+    offset: int
+    end: int
+    full_length: bool = False
+
+    @property
+    def at_end(self) -> bool:
+        """Tell whether a reader of a ledger that is being written simply stops here."""
+        return self.fault in (Fault.TORN, Fault.LAST)
+
+    def error(self, path: Path) -> LedgerDamage:
+        """Return what to raise about it."""
+        return LedgerDamage(_SENTENCES[self.fault], path.name, self.offset)
+
+
 def scan(path: Path, start: int = len(MAGIC), *, verify_data: bool = True) -> Iterator[Record]:
     """Yield the whole records of a segment from byte ``start`` on, then stop.
 
@@ -72,128 +122,121 @@ def scan(path: Path, start: int = len(MAGIC), *, verify_data: bool = True) -> It
     which is how an index is built without reading every payload.
 
     Raises:
-        LedgerError: not a segment, or a bad record that is not the torn tail.
+        LedgerDamage: not a segment, or a bad record that is not the torn tail.
+        LedgerError: it cannot be read.
     """
-    try:
-        opened = path.open("rb", buffering=1 << 16)
-    except OSError as error:
-        raise LedgerError(f"cannot open: {error.strerror}", path.name) from None
-    with opened as file:
-        size = os.fstat(file.fileno()).st_size
-        magic = file.read(len(MAGIC))
-        if magic != MAGIC[: len(magic)]:
-            raise LedgerError("not a ledger segment of this format", path.name, 0)
-        offset = max(start, len(MAGIC))
-        file.seek(offset)
-        while offset + _PREFIX.size <= size:
-            prefix = file.read(_PREFIX.size)
-            if len(prefix) < _PREFIX.size:
-                return  # a writer took back what it could not write whole
-            head_length, data_length, check, checksum = _PREFIX.unpack(prefix)
-            if check != xxhash.xxh32_intdigest(_LENGTHS.pack(head_length, data_length)) or not (
-                0 < head_length <= _MAX_HEAD and data_length <= _MAX_DATA
-            ):
-                if _is_zero(path, offset, size):
-                    return
-                raise LedgerError("damaged record: its lengths are wrong", path.name, offset)
-            end = offset + _PREFIX.size + head_length + data_length
-            if end > size:
-                return
-            head = file.read(head_length)
-            data_offset = offset + _PREFIX.size + head_length
-            if data_length and not verify_data:
-                file.seek(data_length, os.SEEK_CUR)
-            elif _checksum(head, file.read(data_length)) != checksum:
-                if end == size or _is_zero(path, end, size):
-                    return
-                raise LedgerError("damaged record: its checksum does not match", path.name, offset)
-            yield Record(offset, head, data_offset, data_length)
-            offset = end
+    for found in walk(path, start, verify_data=verify_data, resync=False):
+        if isinstance(found, Record):
+            yield found
+        elif found.at_end:
+            return
+        else:
+            raise found.error(path)
 
 
-class Segment:
-    """One segment file open for appending.
+def walk(
+    path: Path, start: int = len(MAGIC), *, verify_data: bool = True, resync: bool = True
+) -> Iterator[Record | Gap]:
+    """Yield all of a segment from byte ``start`` on: whole records, and what lies between them.
 
-    A new file gets the magic bytes; an existing one is cut at its last whole record.
-
-    Attributes:
-        path: the file.
-        size: bytes in whole records, magic included.
-        cut: bytes of torn tail that opening removed.
+    Args:
+        path: the segment.
+        start: where a record begins.
+        verify_data: as for `scan`.
+        resync: look for the next whole record behind damage; otherwise damage is the last
+            thing to come, and goes on to the end of the segment.
 
     Raises:
-        LedgerError: the file is no segment, is damaged, or cannot be written.
+        LedgerDamage: the file is no segment, and no record begins where the first one should.
+        LedgerError: it cannot be read.
     """
+    offset = start
+    try:
+        with path.open("rb", buffering=1 << 16) as file:
+            size = os.fstat(file.fileno()).st_size
+            head = _check_magic(file, size)
+            if head is not None:
+                if head.fault is Fault.FORMAT and not (resync and _whole(file, head.end, size)):
+                    raise head.error(path)
+                yield head
+            offset = max(start, len(MAGIC) if head is None else head.end)
+            while offset < size:
+                found = _record(file, offset, size, verify_data=verify_data)
+                if found is None:
+                    return  # a writer took back what it could not write whole
+                if isinstance(found, Gap) and found.fault is Fault.LENGTHS:
+                    end = _next_whole(file, offset + 1, size) if resync else size
+                    found = Gap(found.fault, offset, end)
+                yield found
+                if isinstance(found, Gap) and not resync:
+                    return
+                offset = found.end
+    except OSError as error:
+        raise io_error("cannot read", error, path.name, offset) from None
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.cut = 0
-        try:
-            self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
-            found = os.fstat(self._fd).st_size
-        except OSError as error:
-            raise LedgerError(f"cannot open: {error.strerror}", str(path)) from None
-        try:
-            self._begin(found)
-        except LedgerError:
-            os.close(self._fd)
-            raise
 
-    def _begin(self, found: int) -> None:
-        """Find the end of the last whole record, and cut what is behind it."""
-        if found < len(MAGIC):
-            if found:
-                os.ftruncate(self._fd, 0)
-            self.size = 0
-            self._write([MAGIC])
-            return
-        self.size = len(MAGIC)
-        for record in scan(self.path):
-            self.size = record.end
-        self.cut = found - self.size
-        if self.cut:
-            os.ftruncate(self._fd, self.size)
+def _check_magic(file: BinaryIO, size: int) -> Gap | None:
+    """Return what is wrong with the first bytes of a segment; None if nothing is."""
+    magic = file.read(len(MAGIC))
+    if magic == MAGIC[: len(magic)]:
+        return Gap(Fault.TORN, 0, size) if 0 < size < len(MAGIC) else None
+    written = magic.rstrip(b"\0")
+    if written == MAGIC[: len(written)] and _is_zero(file, len(written), size):
+        return Gap(Fault.TORN, 0, size)
+    return Gap(Fault.FORMAT, 0, min(size, len(MAGIC)))
 
-    def append(self, buffers: Sequence[Buffer]) -> None:
-        """Write whole records; after an error the segment is as it was before.
 
-        Raises:
-            LedgerError: the operating system refused the write, for example a full disk.
-        """
-        self._write(buffers)
+def _record(file: BinaryIO, offset: int, size: int, *, verify_data: bool) -> Record | Gap | None:
+    """Return what begins at an offset of a file of so many bytes; None if it has shrunk."""
+    if offset + _PREFIX.size > size:
+        return Gap(Fault.TORN, offset, size)
+    file.seek(offset)
+    prefix = file.read(_PREFIX.size)
+    if len(prefix) < _PREFIX.size:
+        return None
+    head_length, data_length, check, checksum = _PREFIX.unpack(prefix)
+    data_offset = offset + _PREFIX.size + head_length
+    end = data_offset + data_length
+    if check != xxhash.xxh32_intdigest(_LENGTHS.pack(head_length, data_length)) or not (
+        0 < head_length <= _MAX_HEAD and data_length <= _MAX_DATA
+    ):
+        torn = _is_zero(file, offset + _PREFIX.size, size)
+        return Gap(Fault.TORN if torn else Fault.LENGTHS, offset, size)
+    if end > size:
+        return Gap(Fault.TORN, offset, size)
+    head = file.read(head_length)
+    if verify_data or not data_length:
+        data = file.read(data_length)
+        if _checksum(head, data) != checksum:
+            if not _is_zero(file, end, size):
+                return Gap(Fault.CHECKSUM, offset, end, full_length=True)
+            fault = Fault.TORN if (data or head).endswith(b"\0") else Fault.LAST
+            return Gap(fault, offset, size, full_length=True)
+    return Record(offset, head, data_offset, data_length)
 
-    def sync(self) -> None:
-        """Wait until everything appended is on the device.
 
-        Raises:
-            LedgerError: the device did not take it.
-        """
-        try:
-            os.fsync(self._fd)
-        except OSError as error:
-            raise LedgerError(f"cannot sync: {error.strerror}", self.path.name) from None
+def _whole(file: BinaryIO, offset: int, size: int) -> bool:
+    return isinstance(_record(file, offset, size, verify_data=True), Record)
 
-    def close(self) -> None:
-        """Close the file."""
-        os.close(self._fd)
 
-    def _write(self, buffers: Sequence[Buffer]) -> None:
-        views = [memoryview(buffer).cast("B") for buffer in buffers]
-        total = 0
-        try:
-            while views:
-                written = os.writev(self._fd, views[:512])
-                total += written
-                while views and written >= views[0].nbytes:
-                    written -= views.pop(0).nbytes
-                if written:
-                    views[0] = views[0][written:]
-        except OSError as error:
-            os.ftruncate(self._fd, self.size)
-            raise LedgerError(
-                f"cannot write: {error.strerror}", self.path.name, self.size
-            ) from None
-        self.size += total
+def _next_whole(file: BinaryIO, start: int, size: int) -> int:
+    """Return where the next whole record begins, or ``size`` if none does."""
+    while start < size:
+        file.seek(start)
+        block = np.frombuffer(file.read(_BLOCK), np.uint8)
+        # The high bytes of lengths within the limits are these; hardly anything else is.
+        count = max(0, len(block) - 7)
+        byte = [block[at : at + count] for at in range(8)]
+        likely = (byte[3] == 0) & (byte[2] <= _MAX_HEAD >> 16)
+        likely &= (byte[7] == 0) & (byte[6] <= _MAX_DATA >> 16)
+        likely &= (byte[0] | byte[1] | byte[2]) != 0
+        for index in np.flatnonzero(likely):
+            if _whole(file, start + int(index), size):
+                return start + int(index)
+        if len(block) < _BLOCK:
+            break
+        start += _BLOCK - 7
+    return size
 
 
 def _checksum(head: bytes, data: Buffer) -> int:
@@ -204,12 +247,13 @@ def _checksum(head: bytes, data: Buffer) -> int:
     return int(hasher.intdigest())
 
 
-def _is_zero(path: Path, start: int, end: int) -> bool:
-    with path.open("rb") as file:
-        file.seek(start)
-        while start < end:
-            piece = file.read(min(1 << 16, end - start))
-            if piece.strip(b"\0"):
-                return False
-            start += len(piece)
+def _is_zero(file: BinaryIO, start: int, end: int) -> bool:
+    file.seek(start)
+    while start < end:
+        piece = file.read(min(1 << 16, end - start))
+        if piece.strip(b"\0"):
+            return False
+        if not piece:
+            return True  # it has shrunk
+        start += len(piece)
     return True

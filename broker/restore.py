@@ -7,6 +7,8 @@ import secrets
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from msgspec import UNSET
+
 from fedmq.broker.admission import timer_of
 from fedmq.broker.core import Broker
 from fedmq.broker.entries import (
@@ -18,22 +20,30 @@ from fedmq.broker.entries import (
     Refusal,
     blob_name,
 )
-from fedmq.broker.ledger import EVERYTHING, Ledger
+from fedmq.broker.errors import LedgerDamage, LedgerError
+from fedmq.broker.headers import encode_message
+from fedmq.broker.ledger import Ledger
+from fedmq.broker.payload import find_damage
 from fedmq.broker.postbox import Postbox
 from fedmq.broker.remembered import Mark
+from fedmq.broker.retention import EVERYTHING
 from fedmq.broker.state import (
     AGGREGATOR,
     BROKER,
     CHECKPOINT,
+    CONTINUED,
     RECORD,
     TIMER,
     Append,
     BrokerSettings,
+    Continuation,
     Node,
     Run,
     addresses,
 )
 from fedmq.broker.wire import Hello, Message
+
+_LOST = "its bytes are not in the ledger any more"
 
 
 class Restorer:
@@ -41,7 +51,7 @@ class Restorer:
 
     Attributes:
         box: the runs, and everything that is unfinished in them.
-        lost: (run, number) of the messages whose bytes did not survive a failure of power.
+        lost: (run, number) of the unfinished messages whose bytes are not here.
     """
 
     def __init__(self, box: Postbox) -> None:
@@ -50,11 +60,26 @@ class Restorer:
         """Unfinished messages, checkpoints and timers included."""
         self._parked: dict[int, Message] = {}
         self._at: dict[int, float] = {}
+        self._last: dict[str, tuple[int, Message]] = {}
+        """The checkpoint that each run ended with, and its number."""
+        self._last_at: float | None = None
         self.lost: list[tuple[str, int]] = []
 
     def feed(self, entry: AnyEntry) -> None:
-        """Take the next entry."""
+        """Take the next entry.
+
+        Raises:
+            LedgerDamage: it is about a run, or a message, that was never there.
+        """
+        try:
+            self._feed(entry)
+        except KeyError as error:
+            unknown = f"entry {entry.seq} is about {error}, which no entry before it tells of"
+            raise LedgerDamage(unknown) from None
+
+    def _feed(self, entry: AnyEntry) -> None:
         self.box.next_seq = entry.seq + 1
+        self._last_at = entry.at
         match entry:
             case Opened(run=name, config=config, total_clients=total, identity=identity):
                 self.box.runs[name] = Run(name, config, total, identity=identity)
@@ -67,7 +92,9 @@ class Restorer:
             case Ended(run=name, reason=reason):
                 run = self.box.runs[name]
                 run.over = reason
-                run.checkpoint = None
+                if run.checkpoint in self._pending:
+                    self._last[name] = run.checkpoint, self._pending[run.checkpoint]
+                run.checkpoint, run.carried = None, (0, 0)
                 for unfinished in (self._pending, self._parked):
                     for seq in [s for s, each in unfinished.items() if each.run == name]:
                         del unfinished[seq]
@@ -77,10 +104,13 @@ class Restorer:
         self._finished(entry.consumes)
         if message.sender == BROKER and message.kind in ("joined", "left"):
             self._member(run, message)
+        elif message.sender == BROKER and message.kind == CONTINUED:
+            self._continued(run, entry.seq, message)
         elif message.sender != BROKER:
             self.box.remembered.add(Mark.of(run.id, message.sender, message.id, entry.message))
         if message.to == CHECKPOINT:
             run.checkpoint = entry.seq
+            run.carried = run.carried if entry.traffic is UNSET else entry.traffic
         if message.to != RECORD:
             self._pending[entry.seq] = message
             self._at[entry.seq] = entry.at
@@ -110,6 +140,61 @@ class Restorer:
         sessions = known.sessions if known is not None else 0
         again = known is not None and known.hello.session == hello.session
         run.nodes[name] = Node(hello, run, b"", 0.0, sessions=sessions + (not again))
+
+    def _continued(self, run: Run, seq: int, message: Message) -> None:
+        """The run was taken up again: none of its nodes is here, and it may not be over now."""
+        run.config = message.body["config"]
+        for node in run.nodes.values():
+            node.alive = False
+        for at, each in self._pending.items():
+            if each.run == run.id and each.to == TIMER:
+                self._at[at] += message.body["stopped_s"]
+        if not message.body["further"]:
+            return
+        run.continued = seq
+        if run.over:
+            run.over = ""
+            if run.id in self._last:
+                run.checkpoint, last = self._last.pop(run.id)
+                self._pending[run.checkpoint] = last
+
+    def continue_run(self, continuation: Continuation, ledger: Ledger, now: float) -> None:
+        """Write down that a run is taken up again; none that the ledger does not hold is.
+
+        Raises:
+            LedgerError: it is to go further than its end, and its last state was not kept.
+        """
+        if continuation.run not in self.box.runs:
+            return
+        stopped_s = max(0.0, now - self._last_at) if self._last_at is not None else 0.0
+        message = Message(
+            kind=CONTINUED,
+            id=f"{BROKER}/{ledger.next_seq}",
+            run=continuation.run,
+            sender=BROKER,
+            to=AGGREGATOR,
+            body={
+                "config": continuation.config,
+                "further": continuation.further,
+                "stopped_s": stopped_s,
+            },
+        )
+        entry = Accepted(seq=ledger.next_seq, at=now, message=encode_message(message))
+        self.feed(entry)
+        if continuation.further:
+            self._check_last(self.box.runs[continuation.run], ledger)
+        ledger.append(entry)
+
+    def _check_last(self, run: Run, ledger: Ledger) -> None:
+        """Raise LedgerError if the checkpoint of a run that goes further cannot be read."""
+        last = None if run.checkpoint is None else self._pending.get(run.checkpoint)
+        if last is None or any(
+            ledger.size_of(blob_name(last, blob)) is None for blob in last.blobs
+        ):
+            raise LedgerError(
+                f"run {run.id} cannot go further: the ledger does not hold its last checkpoint "
+                "any more (broker.retain says what is kept)"
+            )
 
     def _finished(self, seqs: Iterable[int]) -> None:
         for seq in seqs:
@@ -159,6 +244,11 @@ class Restorer:
                 run.waiting.setdefault(message.to, []).append(seq)
 
     @property
+    def unfinished(self) -> dict[int, Message]:
+        """Return the messages that are unfinished, by number; parked ones are not among them."""
+        return self._pending
+
+    @property
     def parked(self) -> tuple[int, ...]:
         """Return the numbers of the messages that nobody is offered any more."""
         return tuple(sorted(self._parked))
@@ -176,6 +266,7 @@ def open_broker(
     *,
     retain_bytes: int | None = EVERYTHING,
     offer_parked: bool = False,
+    continuation: Continuation | None = None,
     draw_identity: Callable[[], str] = random_identity,
 ) -> tuple[Ledger, Broker]:
     """Open a ledger, new or not, and return it with the core that goes on from there.
@@ -186,24 +277,65 @@ def open_broker(
         now: in seconds since 1970.
         retain_bytes: see `Ledger`.
         offer_parked: whether parked messages are to be tried again, under a new number.
+        continuation: of a run that is taken up again with all of its nodes.
         draw_identity: see `Broker`.
 
     Raises:
+        LedgerDamage: it is damaged where that matters; the sentence names the command that tells
+            more.
         LedgerError: the ledger cannot be read or written.
     """
     restorer = Restorer(Postbox())
-    ledger = Ledger(folder, restorer.feed, retain_bytes=retain_bytes)
+    try:
+        ledger = Ledger(folder, restorer.feed, retain_bytes=retain_bytes)
+    except LedgerDamage as error:
+        raise error.advise(_advice(folder)) from None
     for seq in restorer.parked if offer_parked else ():
         # As a new message: a session that lives on takes what is newer than what it has.
         data = ledger.read(seq).message
         entry = Accepted(seq=ledger.next_seq, at=now, message=data, consumes=(seq,))
         ledger.append(entry)
         restorer.feed(entry)
+    if continuation is not None:
+        try:
+            restorer.continue_run(continuation, ledger, now)
+        except LedgerError:
+            ledger.close()
+            raise
     restorer.finish(ledger, now, settings.lease_s)
+    try:
+        _check_lost(restorer, ledger)
+    except LedgerError:
+        ledger.close()
+        raise
     core = Broker(settings, ledger, draw_identity, restorer.box)
     for run, seq in restorer.lost:
-        for action in core.give_up(run, [seq], "its bytes were lost with the power", now):
+        for action in core.give_up(run, [seq], _LOST, now):
             if isinstance(action, Append):
                 ledger.append(action.entry)
     ledger.commit()
     return ledger, core
+
+
+def _check_lost(restorer: Restorer, ledger: Ledger) -> None:
+    """Refuse to go on without bytes that an unfinished message needs, if there is damage.
+
+    Where there is none, a failure of power, or a repair, has taken the end of the payload:
+    their senders are told.
+
+    Raises:
+        LedgerDamage: the first place that is damaged.
+        LedgerError: the payload cannot be read.
+    """
+    if not restorer.lost:
+        return
+    damage = next(iter(ledger.damage), None) or find_damage(ledger.folder)
+    if damage is not None:
+        run, seq = restorer.lost[0]
+        rest = f" and {len(restorer.lost) - 1} more need" if len(restorer.lost) > 1 else " needs"
+        needed = f"; message {seq} of run {run}{rest} bytes that are damaged or lost"
+        raise damage.advise(needed + _advice(ledger.folder))
+
+
+def _advice(folder: Path) -> str:
+    return f"; `fedmq ledger check {folder}` says what is damaged and what would be lost"

@@ -8,6 +8,8 @@ sends: a receipt never runs ahead of the ledger.
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import itertools
 import socket as sockets
 from collections import defaultdict
@@ -20,7 +22,15 @@ import zmq
 
 from fedmq.broker import shared_files
 from fedmq.broker.clock import Clock, milliseconds_until
-from fedmq.broker.errors import BrokerError, LedgerError, WireError
+from fedmq.broker.endpoints import listening_address, parse_endpoint
+from fedmq.broker.errors import (
+    BrokerError,
+    BrokerFailed,
+    EndpointError,
+    LedgerError,
+    NoSpace,
+    WireError,
+)
 from fedmq.broker.headers import (
     decode_frame,
     encode_frame,
@@ -32,6 +42,7 @@ from fedmq.broker.restore import open_broker
 from fedmq.broker.state import (
     Append,
     BrokerSettings,
+    Continuation,
     Drop,
     Event,
     Full,
@@ -67,13 +78,29 @@ _BATCH_BYTES = CHUNK_BYTES // 2
 """A turn ends with the chunk that it has taken: what was said beside it is answered first."""
 _FULL_RETRY_S = 0.25
 _CHUNKS_WAITING = 64
+_DAMAGE_SAID = 5
+"""Damaged places that are logged one by one."""
 
 
-def _check_port(endpoint: str) -> None:
-    """Raise BrokerError for a port that is none: libzmq would take it modulo 65536."""
-    port = endpoint.rpartition(":")[2]
-    if endpoint.startswith("tcp://") and port.isdigit() and int(port) > 65535:
-        raise BrokerError(f"cannot listen on {endpoint}: a port is a number up to 65535")
+def _bind(socket: zmq.Socket[bytes], text: str) -> None:
+    """Make a socket listen.
+
+    Raises:
+        BrokerError: it cannot; the sentence says why.
+    """
+    try:
+        endpoint = parse_endpoint(text, listen=True)
+        address, ipv6 = listening_address(endpoint)
+        socket.setsockopt(zmq.IPV6, ipv6)
+        socket.bind(address)
+    except EndpointError as error:
+        raise BrokerError(f"cannot listen on {text}: {error}") from None
+    except zmq.ZMQError as error:
+        if error.errno == errno.EADDRNOTAVAIL:
+            reason = "this host has no such address"
+        else:
+            reason = zmq.strerror(error.errno or 0).lower()
+        raise BrokerError(f"cannot listen on {text}: {reason}") from None
 
 
 class BrokerServer:
@@ -84,6 +111,7 @@ class BrokerServer:
         folder: where the ledger lies; if there is one, the broker goes on from it.
         settings: leases, beats, the delivery limit.
         keeping: how, and for how long, the ledger keeps what it is given.
+        continuation: of a run in it that is taken up again with all of its nodes.
 
     Attributes:
         endpoint: where nodes can connect, with the real port.
@@ -99,6 +127,7 @@ class BrokerServer:
         folder: Path,
         settings: BrokerSettings | None = None,
         keeping: Keeping | None = None,
+        continuation: Continuation | None = None,
     ) -> None:
         settings, keeping = settings or BrokerSettings(), keeping or Keeping()
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
@@ -112,46 +141,51 @@ class BrokerServer:
         self._socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, round(settings.lease_s * 1000))
         self._clock = Clock()
         try:
-            _check_port(endpoint)
-            self._socket.bind(endpoint)
+            _bind(self._socket, endpoint)
             self._ledger, self._core = open_broker(
                 folder,
                 settings,
                 self._clock(),
                 retain_bytes=keeping.retain_bytes,
                 offer_parked=keeping.offer_parked,
+                continuation=continuation,
             )
-        except zmq.ZMQError as error:
-            self._context.destroy(linger=0)
-            reason = zmq.strerror(error.errno or 0).lower()
-            raise BrokerError(f"cannot listen on {endpoint}: {reason}") from None
         except BrokerError:
             self._context.destroy(linger=0)
             raise
         self.endpoint = self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
-        self._share_files = keeping.share_files
         self._sync = keeping.durability == "power"
         self._wake_reader, self._wake_writer = sockets.socketpair()
         self._stopping = False
         self._outboxes: defaultdict[bytes, Outbox] = defaultdict(Outbox)
         self._log = structlog.get_logger().bind(node="broker")
+        self._shared = self._offer_files() if keeping.share_files else ""
+        """The folder that nodes are told of; "" for none."""
         self._unwritten: list[Send] | None = None
         """While the disk is full: what is to be sent once the ledger could be written."""
         self._retry_at = 0.0
         if self._ledger.cut_bytes:
             self._log.warning("cut a torn tail", bytes=self._ledger.cut_bytes)
+        for damage in self._ledger.damage[:_DAMAGE_SAID]:
+            self._log.warning("damaged payload, which nothing unfinished needs", at=str(damage))
+        if self._ledger.damage:
+            self._log.warning("see `fedmq ledger check`", damaged=len(self._ledger.damage))
         if self._ledger.next_seq:
             self._log.info("goes on from its ledger", entries=self._ledger.next_seq)
 
     def stop(self) -> None:
         """Make `serve` return soon; callable from a signal handler or another thread."""
         self._stopping = True
-        self._wake_writer.send(b"x")
+        with contextlib.suppress(OSError):  # it is closed already
+            self._wake_writer.send(b"x")
 
     def serve(self, *, until_idle: bool = False) -> None:
         """Serve until `stop`, or until every run is over.
 
         A disk that is full is waited for: nodes are told, and keep what they would say.
+
+        Raises:
+            BrokerFailed: the ledger cannot be read or written, and that will not mend itself.
         """
         poller = zmq.Poller()
         poller.register(self._socket, zmq.POLLIN)
@@ -160,6 +194,8 @@ class BrokerServer:
             while not (self._stopping or (until_idle and self._is_idle())):
                 poller.poll(self._timeout_ms())
                 self._turn()
+        except LedgerError as error:
+            raise BrokerFailed(f"the broker ends, its ledger fails: {error}") from error
         finally:
             self.close()
 
@@ -173,6 +209,13 @@ class BrokerServer:
             self._context.destroy(linger=200)
             self._wake_reader.close()
             self._wake_writer.close()
+
+    def _offer_files(self) -> str:
+        try:
+            return shared_files.shareable(self._ledger.folder)
+        except ValueError as error:
+            self._log.warning("blobs are not read from the ledger's files", reason=str(error))
+            return ""
 
     def _is_idle(self) -> bool:
         return self._core.idle and not self._outboxes
@@ -226,8 +269,15 @@ class BrokerServer:
     def _put_out(self, send: Send) -> None:
         """Put a frame into the outbox of its connection, with its bytes from the ledger."""
         frame = send.frame
-        if self._share_files:
-            frame = shared_files.point(send, self._ledger)
+        if self._shared:
+            try:
+                frame = shared_files.point(send, self._ledger, self._shared)
+            except (OSError, RuntimeError, ValueError, LedgerError) as error:
+                self._shared = ""
+                self._log.warning(
+                    "the ledger's files are not shared any more, blobs are sent",
+                    reason=f"{type(error).__name__}: {error}",
+                )
         if isinstance(frame, Chunk) and self._outboxes[send.peer].large >= _CHUNKS_WAITING:
             return  # more than an honest node asks for at a time; lost ones it asks for again
         try:
@@ -246,7 +296,7 @@ class BrokerServer:
         """Write the ledger; if that cannot be done, hold back what must not be sent yet."""
         try:
             self._ledger.commit(sync=self._sync)
-        except LedgerError as error:
+        except NoSpace as error:
             self._unwritten = sends[:]
             sends.clear()
             self._retry_at = now + _FULL_RETRY_S

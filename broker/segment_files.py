@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 
 from fedmq.broker.entries import PAYLOAD, segment_path
+from fedmq.broker.errors import io_error
 
 
 class SegmentFiles:
@@ -24,20 +26,24 @@ class SegmentFiles:
         """Return a segment's file descriptor.
 
         Raises:
-            OSError: it cannot be opened.
+            LedgerError: it cannot be opened.
         """
         if segment not in self._fds:
             if len(self._fds) >= self._limit:
                 self.close(next(iter(self._fds)))
             path = segment_path(self._folder, PAYLOAD, segment)
-            self._fds[segment] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                self._fds[segment] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            except OSError as error:
+                raise io_error("cannot open", error, path.name) from None
         return self._fds[segment]
 
     def close(self, segment: int) -> None:
         """Close one, if it is open."""
         fd = self._fds.pop(segment, None)
         if fd is not None:
-            os.close(fd)
+            with contextlib.suppress(OSError):  # nothing was written to it
+                os.close(fd)
 
     def close_all(self) -> None:
         """Close all of them."""

@@ -18,19 +18,46 @@ import msgspec
 import numpy as np
 import xxhash
 
-from fedmq.broker.ledger import LOCK_FILE, Ledger
+from fedmq.broker.errors import LedgerError
+from fedmq.broker.ledger import Ledger
+from fedmq.broker.lock import proof_in
 from fedmq.broker.segment_files import SegmentFiles
 from fedmq.broker.state import Send
 from fedmq.broker.wire import MAX_PLACES, Blob, Deliver, Frame, Place, Welcome
 
 _OPEN_FILES = 4
+_LONGEST_NAME = 4096
+"""Bytes of a folder's name: no system opens a longer one, and a header has no room for it."""
 
 
-def point(send: Send, ledger: Ledger) -> Frame:
-    """Return the frame that is to be sent, which says where in the ledger's files to look."""
+def shareable(folder: Path) -> str:
+    """Return a ledger's folder as a Welcome names it.
+
+    Raises:
+        ValueError: it has no such name; why, is a part of a sentence.
+    """
+    try:
+        name = str(folder.resolve())
+        size = len(name.encode())
+    except UnicodeEncodeError:
+        raise ValueError("the name of its folder is not UTF-8") from None
+    except (OSError, RuntimeError) as error:  # no current folder, or a circle of links
+        raise ValueError(f"its folder cannot be found: {error}") from None
+    if size > _LONGEST_NAME:
+        raise ValueError(f"the name of its folder has {size} bytes, more than {_LONGEST_NAME}")
+    return name
+
+
+def point(send: Send, ledger: Ledger, folder: str) -> Frame:
+    """Return the frame that is to be sent, which says where in the ledger's files to look.
+
+    Args:
+        send: what is to be sent.
+        ledger: which files.
+        folder: its name, as `shareable` returns it.
+    """
     frame = send.frame
     if isinstance(frame, Welcome):
-        folder = str(ledger.folder.resolve())
         return msgspec.structs.replace(frame, ledger=folder, proof=ledger.proof)
     if isinstance(frame, Deliver) and send.apart:
         room = MAX_PLACES
@@ -55,11 +82,7 @@ class SharedFiles:
         self.close()
         if welcome.ledger and welcome.proof:
             folder = Path(welcome.ledger)
-            try:
-                found = (folder / LOCK_FILE).read_text()
-            except (OSError, ValueError):
-                return
-            if found == welcome.proof:
+            if proof_in(folder) == welcome.proof:
                 self._files = SegmentFiles(folder, _OPEN_FILES)
 
     def pieces(
@@ -102,7 +125,7 @@ class SharedFiles:
         try:
             if os.preadv(self._files.fd(segment), [piece], offset) == size:
                 return True
-        except OSError:
+        except (OSError, OverflowError, LedgerError):  # or the place is none that a file can have
             pass
         self.close()
         return False

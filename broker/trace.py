@@ -25,6 +25,7 @@ from fedmq.broker.entries import (
     Opened,
     Refusal,
     blob_name,
+    ledger_folder,
     segment_numbers,
     segment_path,
 )
@@ -52,7 +53,7 @@ class Trace:
     """
 
     def __init__(self, folder: Path, run: str = "") -> None:
-        self.folder = folder / "ledger" if (folder / "ledger").is_dir() else folder
+        self.folder = ledger_folder(folder)
         if not segment_numbers(self.folder, MESSAGES):
             raise LedgerError(f"expected a run's folder with a ledger in it, {folder} holds none")
         self.damage: LedgerError | None = None
@@ -105,6 +106,10 @@ class Trace:
             self._catch_up()
         if seq >= self._count and self.damage is not None:
             raise self.damage
+        if seq >= self._count > 0:
+            raise LedgerError(
+                f"entry {seq} is not in the ledger: the last one is entry {self._count - 1}"
+            )
         return self._index.read(seq)
 
     def blob(self, message: Message, index: int) -> Buffer:
@@ -151,11 +156,11 @@ class Trace:
             return self._runs[run]
         if self.damage is not None and (run or not self._runs):
             raise self.damage  # what is looked for may lie behind it
-        if run:
-            raise LedgerError(f"expected a run of this ledger ({names}), got {run!r}")
         if not self._runs:
             where = self.torn[:2] if self.torn is not None else ()
             raise LedgerError(f"no run was ever opened in {self.folder}", *where)
+        if run:
+            raise LedgerError(f"expected a run of this ledger ({names}), got {run!r}")
         if len(self._runs) > 1:
             raise LedgerError(f"this ledger holds several runs, name one with --run-id: {names}")
         return next(iter(self._runs.values()))

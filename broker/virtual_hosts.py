@@ -93,7 +93,7 @@ class BrokerHost:
 
     def _put_out(self, send: state.Send) -> None:
         shared = self._network.share_files
-        frame = shared_files.point(send, self.ledger) if shared else send.frame
+        frame = shared_files.point(send, self.ledger, str(self._folder)) if shared else send.frame
         parts = [self.ledger.payload.read(*blob) for blob in send.blobs]
         self._network.to_node(send.peer, frame, parts)
 

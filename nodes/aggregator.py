@@ -18,7 +18,7 @@ import msgspec
 from fedmq.algorithms.schedules import View
 from fedmq.broker.errors import BrokerError
 from fedmq.broker.rejections import Code, Rejection
-from fedmq.broker.state import CHECKPOINT, RECORD, TIMER
+from fedmq.broker.state import CHECKPOINT, CONTINUED, RECORD, TIMER
 from fedmq.broker.wire import Message
 from fedmq.nodes.aggregator_state import AggregatorState
 from fedmq.nodes.causes import explained, may_pass, modules_of
@@ -32,6 +32,7 @@ from fedmq.nodes.evaluations import (
     requests,
 )
 from fedmq.nodes.gathering import Gathering, Waiting
+from fedmq.nodes.goal import Goal
 from fedmq.nodes.inbox import (
     AggregatorAction,
     Commit,
@@ -72,6 +73,7 @@ class Aggregator(AggregatorState):
     def _handle(self, event: Start | Inbound) -> list[AggregatorAction]:
         out: list[AggregatorAction] = []
         if isinstance(event, Start):
+            self._continues_at = event.continued
             if event.checkpoint is None:
                 self._begin_run(event.run_record, out)
             else:
@@ -87,7 +89,10 @@ class Aggregator(AggregatorState):
         self._position, self._now = event.seq, event.at
         self._progress.now = event.at
         why: Rejection | None = None
-        if not self._ended:
+        if message.kind == CONTINUED:
+            self._continued(message)
+            self._advance(out)
+        elif not self._ended:
             match message.kind:
                 case "joined":
                     self._joined(message, out)
@@ -138,9 +143,25 @@ class Aggregator(AggregatorState):
         self._tasks.joined(message)
         self._members.joined(message)
         wanted = self._settings.min_clients or self._setup.problem.clients
-        if not self._running and len(self._members.hosts) >= wanted:
+        if not self._running and self._members.suffice(wanted):
             self._running = True
             self._begin_version(out)
+
+    def _continued(self, message: Message) -> None:
+        """The run was taken up again: it stands until its nodes are back, and may go further."""
+        self._members.all_gone()
+        self._running, self._asked_final = False, None
+        if not message.body["further"]:
+            return
+        self._goal, self._failed = Goal.told(message.body), False
+        self._finishing = self._goal.after(self.version)
+        self._progress.start_over()
+        if self._ended:  # what was under way then, nobody has any more
+            self._ended, self._committing = False, None
+            self._tasks.resume({})
+            self._tasks.begin_version()
+            self._evaluations = Evaluations()
+            self._intake.begin_version(self.state)
 
     def _tick(self, token: str, out: list[AggregatorAction]) -> None:
         if token == f"deadline/{self.version}":
@@ -182,10 +203,7 @@ class Aggregator(AggregatorState):
     def _evaluated_as(self, name: str, accuracy: float | None) -> None:
         """An evaluation is over; the run may be too."""
         known = self._evaluations.end(name, accuracy)
-        target = self._settings.target_accuracy
-        met = known is not None and target is not None and known >= target
-        if met and not self._finishing:
-            self._finishing = f"accuracy {known:.4f} reached the target of {target:g}"
+        self._finishing = self._finishing or self._goal.met_by(known)
 
     # ---- versions
 
@@ -194,7 +212,7 @@ class Aggregator(AggregatorState):
         while self._running and not self._finishing:
             if self._committing is not None or self._waiting.missing:
                 return
-            self._take_waiting(out)
+            self._intake.take_waiting(self._waiting, self.state, self.version, out)
             self._intake.add_in_order(self.state, out)
             # A result in hand may yet be used.
             if self._progress.hopeless and not self._intake.current.held:
@@ -209,16 +227,8 @@ class Aggregator(AggregatorState):
                 self._start_tasks(view, out)
                 return
             self._commit(out)
-        if self._finishing and not self._ended:
+        if self._finishing and self._running and not self._ended:
             self._finish(out)
-
-    def _take_waiting(self, out: list[AggregatorAction]) -> None:
-        """Take the results that came while the version before this one was being committed."""
-        waiting, self._waiting.here = self._waiting.here, {}
-        for inbound in waiting.values():
-            done = self._intake.take(inbound, self.state, self.version, out)
-            if done is not None:
-                out.append(done)
 
     def _start_tasks(self, view: View, out: list[AggregatorAction]) -> None:
         current = self._intake.current
@@ -280,8 +290,7 @@ class Aggregator(AggregatorState):
 
     def _go_on(self, out: list[AggregatorAction]) -> None:
         """What follows a commit, whether it was just now or before a restart."""
-        if self.version >= self._settings.versions:
-            self._finishing = f"{self.version} versions committed"
+        self._finishing = self._goal.after(self.version) or self._finishing
         self._begin_version(out)
 
     def _checkpoint(self, kind: str, body: Mapping[str, Any], out: list[AggregatorAction]) -> None:
@@ -307,8 +316,9 @@ class Aggregator(AggregatorState):
         self._finishing, self._ended, self._failed = fold.finishing, fold.ended, fold.failed
         self._now = self._checkpoint_at = fold.at
         self._progress.resume(fold.failures, fold.rules, self.version, self._now)
+        self._goal = fold.goal or self._goal
         if self._ended:
-            out.append(Finish(self._finishing, self._failed))
+            self._tell_end(out)
             return
         if fold.version == 0 and not self._running:
             return  # from the run's record: whoever is here will be told of again
@@ -317,7 +327,7 @@ class Aggregator(AggregatorState):
 
     def _begin_version(self, out: list[AggregatorAction]) -> None:
         every = self._settings.evaluate_every
-        if every and self.version % every == 0:
+        if every and self.version % every == 0 and self._evaluated != self.version:
             self._evaluate(out)
 
     def _evaluate(self, out: list[AggregatorAction]) -> None:
@@ -362,4 +372,8 @@ class Aggregator(AggregatorState):
         about |= {"failed": True} if self._failed else {}
         body = {**about, **msgspec.structs.asdict(self._intake.counts)}
         self._checkpoint("finished", body, out)
-        out.append(Finish(self._finishing, self._failed))
+        self._tell_end(out)
+
+    def _tell_end(self, out: list[AggregatorAction]) -> None:
+        if self._position >= self._continues_at:  # else the inbox has more to do
+            out.append(Finish(self._finishing, self._failed))

@@ -12,10 +12,10 @@ from fedmq.nodes.checkpoint import Fold
 from fedmq.nodes.computed import Computed
 from fedmq.nodes.evaluations import Evaluations
 from fedmq.nodes.gathering import Gathering, Waiting
-from fedmq.nodes.inbox import AggregatorAction, Commit, Post
+from fedmq.nodes.goal import Goal
+from fedmq.nodes.inbox import Commit
 from fedmq.nodes.intake import Intake
 from fedmq.nodes.members import Members
-from fedmq.nodes.payload import Packed
 from fedmq.nodes.progress import Progress
 from fedmq.nodes.setup import Setup
 from fedmq.nodes.tasks import Letters, Tasks
@@ -35,7 +35,9 @@ class AggregatorState:
         self._setup = setup
         self._computed = computed or Computed()
         self._settings = setup.config.run
+        self._goal = Goal.of(self._settings)
         self._letters = Letters(run, node)
+        self._post = self._letters.post
         self._algorithm, self._schedule = setup.algorithm, setup.schedule
         self.state = self._algorithm.start(setup.problem)
         self.version = 0
@@ -52,7 +54,7 @@ class AggregatorState:
         self._asked_final: int | None = None
         self._ended = False
         self._evaluated = -1
-        self._position = -1
+        self._position = self._continues_at = -1
         self._now = 0.0
         self._checkpoint_at = -math.inf
 
@@ -125,17 +127,6 @@ class AggregatorState:
             arithmetic=self._computed.arithmetic,
             failures=self._progress.failures,
             failed=self._failed,
+            goal=self._goal,
             rules=self._progress.rules,
         )
-
-    def _post(
-        self,
-        out: list[AggregatorAction],
-        kind: str,
-        to: str,
-        body: Mapping[str, Any],
-        packed: Packed | None = None,
-    ) -> str:
-        message = self._letters.write(kind, to, body, packed)
-        out.append(Post(message, packed.data if packed else ()))
-        return message.id

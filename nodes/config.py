@@ -18,8 +18,9 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
 
 from fedmq.algorithms.allowed import NOTHING, Allowed, installed
 from fedmq.algorithms.errors import AlgorithmError
-from fedmq.broker.ledger import EVERYTHING, Keeping
+from fedmq.broker.ledger import Keeping
 from fedmq.broker.names import name_fault
+from fedmq.broker.retention import EVERYTHING
 from fedmq.broker.state import BrokerSettings
 from fedmq.nodes.errors import ConfigError
 

@@ -74,6 +74,16 @@ class Intake:
             told = (str(message.body.get(key, "")) for key in ("code", "reason"))
             self._progress.failed(flight.client, flight.node, *told)
 
+    def take_waiting(
+        self, waiting: Waiting, state: Any, version: int, out: list[AggregatorAction]
+    ) -> None:
+        """Take the results that came while the version before this one was being committed."""
+        here, waiting.here = waiting.here, {}
+        for inbound in here.values():
+            done = self.take(inbound, state, version, out)
+            if done is not None:
+                out.append(done)
+
     def end(self, waiting: Waiting) -> list[Done]:
         """Note that there is no version any more for results in hand; reject those that wait."""
         done = []

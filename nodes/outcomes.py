@@ -16,7 +16,7 @@ from typing import Any
 
 from fedmq.broker.entries import Accepted, AnyEntry, Refusal
 from fedmq.broker.rejections import Code, failure_code_of
-from fedmq.broker.state import BROKER
+from fedmq.broker.state import BROKER, CONTINUED
 from fedmq.broker.wire import Message
 
 _STALE = (Code.STALE, Code.LATE)
@@ -118,6 +118,7 @@ class Outcomes:
         """Code of the tasks that the broker gave up, by id: they may be sent again."""
         self._pending: dict[int, int] = {}
         """Client of the results that no version is known to hold yet, by number."""
+        self._finished = False
         # By number of an entry: what it was, and of which client. A run has many entries.
         self._kinds = bytearray()
         self._owners = array("q")
@@ -162,12 +163,20 @@ class Outcomes:
                     self._task(seq, message)
                 elif message.kind == "version":
                     self._version(message.body)
+                elif message.kind == "finished":
+                    self._finished = True
                 elif message.kind == "evaluate":
                     client = natural(message.body.get("client"))
                     self._evaluations[message.id] = client
                     self._note(seq, _EVALUATION, -1 if client is None else client)
             case Accepted(seq=seq) if message is not None and message.sender != BROKER:
                 self._answer(seq, message)
+            case Accepted() if message is not None and message.kind == CONTINUED:
+                if self._finished and message.body["further"]:
+                    # What was under way at the end is in no version that comes now.
+                    self._finished = False
+                    self._pending.clear()
+                    self._out.clear()
             case Refusal(of=int(of)):
                 self._refusal(of, entry)
             case Refusal():

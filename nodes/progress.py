@@ -98,6 +98,10 @@ class Progress:
         """Take over what a checkpoint tells; a run goes on by the rules that it began with."""
         self.failures, self.rules, self.version, self.now = failures, rules, version, now
 
+    def start_over(self) -> None:
+        """Forget what failed: the run was taken up again, and its cause may be mended."""
+        self.failures = Failures()
+
     def used(self, client: int, node: str) -> None:
         """Note that a result is in a version."""
         self.failures.in_a_row = self.failures.dropped = 0

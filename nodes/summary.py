@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import itertools
-import json
+import math
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from fedmq.broker.entries import Accepted, AnyEntry, Ended, Opened
-from fedmq.broker.reading import read_entries
-from fedmq.broker.state import AGGREGATOR, BROKER, EVALUATOR
+from fedmq.broker.state import AGGREGATOR, BROKER, CONTINUED, EVALUATOR
 from fedmq.broker.wire import Message
 from fedmq.nodes.agreement import disagree
 from fedmq.nodes.config import parse
 from fedmq.nodes.outcomes import Outcomes
-
-SUMMARY_FILE = "summary.json"
+from fedmq.nodes.strict_json import not_finite
+from fedmq.nodes.tables import has_table
 
 
 @dataclass
@@ -91,6 +89,8 @@ class RunFold:
     wire_down: int = 0
     wire_up: int = 0
     ended: str | None = None
+    stopped_s: float = 0.0
+    """For how long nobody ran it, until it was taken up again."""
     failed: bool = False
     """The run has ended without reaching its end."""
     version_0: Any = None
@@ -126,10 +126,13 @@ class RunFold:
 
     @property
     def wall_s(self) -> float:
-        """Return how long the run has been going."""
+        """Return how long the run has been going; while nobody ran it, it was not."""
         if self.now is None:
             return 0.0
-        return self.now - (self.now if self.started_at is None else self.started_at)
+        return self._since_start(self.now)
+
+    def _since_start(self, at: float) -> float:
+        return at - (at if self.started_at is None else self.started_at) - self.stopped_s
 
     @property
     def status(self) -> str:
@@ -168,9 +171,9 @@ class RunFold:
 
     @property
     def best_accuracy(self) -> float | None:
-        """Return the best accuracy so far."""
+        """Return the best accuracy so far; one that is not finite is no best one."""
         known = [point.accuracy for point in self.curve if point.accuracy is not None]
-        return max(known, default=None)
+        return max(filter(math.isfinite, known), default=None)
 
     def _message(self, message: Message, at: float) -> None:
         """Take a message; what only one kind of node says counts only if it comes from there."""
@@ -197,9 +200,16 @@ class RunFold:
             for low, high in body["clients"]:
                 for client in range(low, high + 1):
                     self._hosts[f"client/{client}"] = body["node"]
-        elif message.kind == "left":
-            self.nodes[body["node"]].here = False
-            self.nodes[body["node"]].doing.clear()
+        elif message.kind == CONTINUED:
+            self.ended, self.failed = None, False
+            self.config = parse(body["config"]).model_dump()
+            self.stopped_s += body["stopped_s"]
+            for node in self.nodes.values():
+                node.here = False
+                node.doing.clear()
+        elif message.kind == "left" and (left := self.nodes.get(body["node"])) is not None:
+            left.here = False
+            left.doing.clear()
 
     def _from_aggregator(self, message: Message, at: float, size: int) -> None:
         body = message.body
@@ -240,7 +250,7 @@ class RunFold:
         match message.body:
             case {"metrics": dict(metrics)} if message.kind == "score" and version is not None:
                 known = {key: each for key, each in metrics.items() if isinstance(each, float)}
-                self._evaluated(version, asked, at - (self.started_at or at), known)
+                self._evaluated(version, asked, self._since_start(at), known)
 
     def _evaluated(
         self, version: int, asked: str, wall_s: float, metrics: dict[str, float]
@@ -263,19 +273,24 @@ class RunFold:
         for group in groups if isinstance(groups, list) else ():
             match group:
                 case {"name": str(name), "buffers": int(buffers)}:
-                    size = sum(blob.size for blob in itertools.islice(rest, max(0, buffers)))
+                    many = max(0, buffers) + has_table(group)
+                    size = sum(blob.size for blob in itertools.islice(rest, many))
                     kinds = self.kinds[direction]
                     kinds[name] = kinds.get(name, 0) + size
 
     def summary(self) -> dict[str, Any]:
-        """Return what ``summary.json`` holds."""
+        """Return what ``summary.json`` holds, where NaN and infinities become null.
+
+        ``not_finite``, if it is there, says which of its values are no finite numbers.
+        """
         config, last = self.config, self.outcomes.last
         summary = {
             "run": self.run,
-            "algorithm": config["algorithm"]["name"],
-            "schedule": config["schedule"]["name"],
-            "codec": config["codec"],
-            "seed": config["run"]["seed"],
+            # None: the run was stopped before its first record was written.
+            "algorithm": config.get("algorithm", {}).get("name"),
+            "schedule": config.get("schedule", {}).get("name"),
+            "codec": config.get("codec"),
+            "seed": config.get("run", {}).get("seed"),
             "versions": self.version,
             "results": self._results(),
             "rounds": self._rounds(),
@@ -312,8 +327,11 @@ class RunFold:
             "last_failure": None if last is None else vars(last),
             "disagreeing": self.disagreeing,
         }
-        clients = self.clients
-        return summary if clients is None else {**summary, "clients": clients}
+        if (clients := self.clients) is not None:
+            summary["clients"] = clients
+        if strange := not_finite(summary):
+            summary["not_finite"] = strange
+        return summary
 
     def _known(self, nbytes: int) -> int | None:
         """Return bytes on the wire, which the broker tells at the end of the run."""
@@ -355,24 +373,18 @@ class RunFold:
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
-    """Return mean, worst_decile (mean of the lowest tenth, at least one), std and count."""
-    worst = sorted(values)[: max(1, len(values) // 10)]
-    return {
-        "mean": statistics.fmean(values),
-        "worst_decile": statistics.fmean(worst),
-        "std": statistics.pstdev(values),
-        "count": len(values),
-    }
+    """Return mean, worst_decile (mean of the lowest tenth, at least one), std and count.
 
-
-def write_summary(folder: Path, started_at: float | None = None) -> dict[str, Any]:
-    """Fold the ledger of a run's folder and write its ``summary.json``.
-
-    Raises:
-        LedgerError: the ledger is damaged.
+    They are of the finite values; ``not_finite``, if it is there, says how many others there are.
     """
-    fold = RunFold(started_at)
-    fold.feed(read_entries(folder / "ledger"))
-    summary = fold.summary()
-    (folder / SUMMARY_FILE).write_text(json.dumps(summary, indent=2) + "\n")
-    return summary
+    finite = sorted(filter(math.isfinite, values))
+    others = {"not_finite": len(values) - len(finite)} if len(finite) < len(values) else {}
+    if not finite:
+        return {"mean": math.nan, "worst_decile": math.nan, "std": math.nan, "count": 0, **others}
+    return {
+        "mean": statistics.fmean(finite),
+        "worst_decile": statistics.fmean(finite[: max(1, len(finite) // 10)]),
+        "std": statistics.pstdev(finite),
+        "count": len(finite),
+        **others,
+    }

@@ -15,10 +15,12 @@ from fedmq.broker.rejections import Code, Rejection
 from fedmq.broker.wire import Message
 from fedmq.nodes.checkpoint import Flight
 from fedmq.nodes.gathering import Gathering
+from fedmq.nodes.inbox import AggregatorAction, Post
 from fedmq.nodes.members import Members
 from fedmq.nodes.payload import Packed, pack
 from fedmq.nodes.progress import Progress
 from fedmq.nodes.setup import Setup
+from fedmq.nodes.tables import fitted
 
 
 class Tasks:
@@ -73,8 +75,9 @@ class Tasks:
         if self._same_for_all is not None and not self._setup.algorithm.personal:
             return self._same_for_all
         seed = derive_seed(self._setup.config.run.seed, "downlink", version, client)
-        task = self._setup.algorithm.task(state, client)
-        self._same_for_all = pack(task, self._setup.downlink, seed)
+        algorithm = self._setup.algorithm
+        task, who = algorithm.task(state, client), f"{type(algorithm).__name__}.task"
+        self._same_for_all = pack(task, self._setup.downlink, seed, who)
         return self._same_for_all
 
     def sent(self, name: str, client: int, version: int) -> None:
@@ -203,3 +206,16 @@ class Letters:
         self.next_id += 1
         about = {"kind": kind, "id": name, "run": self._run, "sender": self._node, "to": to}
         return Message(**about, body=dict(body), blobs=packed.blobs if packed else ())
+
+    def post(
+        self,
+        out: list[AggregatorAction],
+        kind: str,
+        to: str,
+        body: Mapping[str, Any],
+        packed: Packed | None = None,
+    ) -> str:
+        """Write the next message, and post it; return its id."""
+        message = self.write(kind, to, body, packed)
+        out.append(Post(*fitted(message, packed.data if packed else ())))
+        return message.id

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from rich.console import Console, Group, RenderableType
@@ -25,39 +27,47 @@ _NAMED = 10
 _REASON = 300
 """Characters of the newest failure that are shown."""
 _BARS = "▁▂▃▄▅▆▇█"
+_ASCII_BARS = "_.-~=+*#"
+_LIVE_EVERY_S = 0.125
 
 
 class View:
     """Shows a run while it goes on; a context manager.
 
+    Whatever cannot be shown is left out, once with the reason: a run does not end for it.
+
     Args:
         console: where to; a terminal gets the live view.
         title: what runs, in one line.
+        say: tells what went wrong with the view.
     """
 
-    def __init__(self, console: Console, title: str) -> None:
+    def __init__(self, console: Console, title: str, say: Callable[[str], None]) -> None:
         self._console = console
         self._title = title
-        self._live = (
-            Live(console=console, refresh_per_second=8, transient=True)
-            if console.is_terminal
-            else None
-        )
+        self._say = say
+        self._live: Live | None = None
+        self._lines = True
         self._points = 0
+        self._drawn_at = 0.0
         self._shown_at = time.monotonic()
         self._shown: tuple[object, ...] = ()
         self._news: float | None = None
         self._news_at = time.monotonic()
 
     def __enter__(self) -> View:
-        self._console.print(self._title, highlight=False, soft_wrap=True)
-        if self._live:
-            self._live.__enter__()
+        try:
+            self._console.print(self._title, highlight=False, soft_wrap=True, markup=False)
+            if self._console.is_terminal:
+                # Drawn by `show`: what goes wrong in a thread of rich's own would end unseen.
+                self._live = Live(console=self._console, auto_refresh=False, transient=True)
+                self._live.start()
+        except Exception as error:  # noqa: BLE001 - a run does not end for its view
+            self._give_up(error)
         return self
 
     def __exit__(self, *exc: object) -> None:
-        if self._live:
-            self._live.stop()
+        self._stop_live()
 
     def show(self, fold: RunFold) -> None:
         """Bring the view up to date."""
@@ -65,9 +75,17 @@ class View:
         if fold.now != self._news:
             self._news, self._news_at = fold.now, now
         waits = now - self._news_at >= _QUIET_S
-        if self._live:
-            self._live.update(render(fold, waits=waits))
-            return
+        try:
+            if self._live:
+                if now - self._drawn_at >= _LIVE_EVERY_S:
+                    self._live.update(render(fold, self._bars(), waits=waits), refresh=True)
+                    self._drawn_at = now
+            elif self._lines:
+                self._show_line(fold, now, waits=waits)
+        except Exception as error:  # noqa: BLE001 - a run does not end for its view
+            self._give_up(error)
+
+    def _show_line(self, fold: RunFold, now: float, *, waits: bool) -> None:
         since, state = now - self._shown_at, (fold.now, waits)
         due = since >= (_PLAIN_EVERY_S if state != self._shown else _SAME_EVERY_S)
         if due or len(fold.curve) > self._points:
@@ -76,9 +94,33 @@ class View:
                 line(fold, waits=waits), highlight=False, soft_wrap=True, markup=False
             )
 
+    def _bars(self) -> str:
+        return _BARS if self._console.encoding.startswith("utf") else _ASCII_BARS
 
-def render(fold: RunFold, *, waits: bool = False) -> RenderableType:
-    """Return the live view of a run; ``waits``: nothing has happened for a while."""
+    def _give_up(self, error: Exception) -> None:
+        """Go on with plain lines, or, if those cannot be shown, without."""
+        if self._live:
+            self._stop_live()
+            self._say(f"fedmq: the live view failed: {error!r}; lines instead")
+        else:
+            self._lines = False
+            self._say(f"fedmq: the view failed: {error!r}; the run goes on without it")
+
+    def _stop_live(self) -> None:
+        live, self._live = self._live, None
+        if live is not None:
+            with contextlib.suppress(Exception):  # it only clears what it has drawn
+                live.stop()
+
+
+def render(fold: RunFold, bars: str = _BARS, *, waits: bool = False) -> RenderableType:
+    """Return the live view of a run.
+
+    Args:
+        fold: of the run.
+        bars: from low to high, for the accuracy.
+        waits: whether nothing has happened for a while.
+    """
     head = Table.grid(padding=(0, 2))
     head.add_row(*(Text(name, style="dim") for name in _figures(fold)))
     head.add_row(*(Text(value, style="bold") for value in _figures(fold).values()))
@@ -89,7 +131,7 @@ def render(fold: RunFold, *, waits: bool = False) -> RenderableType:
         nodes.add_row(name, _state(node), str(node.tasks or ""), str(node.drops or ""))
     known = _trouble(fold, waits=waits)
     trouble = [Text(f"{name} {value}", style="red") for name, value in known.items()]
-    return Group(head, *trouble, Text(_sparkline(fold), style="green"), nodes)
+    return Group(head, *trouble, Text(_sparkline(fold, bars), style="green"), nodes)
 
 
 def line(fold: RunFold, *, waits: bool = False) -> str:
@@ -107,10 +149,10 @@ def closing_table(summary: Mapping[str, Any]) -> Table:
     results, sizes = summary["results"], summary["bytes"]
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     rows = {
-        "run": summary["run"],
+        "run": summary["run"] or "-",
         "status": summary["status"],
         "ended": plain(summary["ended"] or "before its end", _LONGEST),
-        "algorithm": f"{summary['algorithm']}, {summary['schedule']}",
+        "algorithm": f"{summary['algorithm'] or '-'}, {summary['schedule'] or '-'}",
         "versions": str(summary["versions"]),
         "accuracy": f"{_percent(summary['final_accuracy'])} "
         f"(best {_percent(summary['best_accuracy'])}){_of_version(summary)}",
@@ -242,9 +284,10 @@ def _state(node: NodeState) -> Text:
     return Text(f"{doing[0]}{more}", style="cyan")
 
 
-def _sparkline(fold: RunFold) -> str:
-    values = [point.accuracy for point in fold.curve if point.accuracy is not None][-60:]
-    return "".join(_BARS[min(7, int(value * 8))] for value in values)
+def _sparkline(fold: RunFold, bars: str) -> str:
+    known = (point.accuracy for point in fold.curve if point.accuracy is not None)
+    values = [value for value in known if math.isfinite(value)][-60:]
+    return "".join(bars[max(0, min(7, int(value * 8)))] for value in values)
 
 
 def _percent(value: float | None) -> str:

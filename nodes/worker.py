@@ -17,8 +17,10 @@ from msgspec import Struct
 from torch import Tensor
 
 from fedmq.algorithms.base import Client, Payload, Reply, Task
+from fedmq.algorithms.errors import ProblemError
 from fedmq.algorithms.problems.base import Problem
 from fedmq.algorithms.rng import derive_rng, derive_seed
+from fedmq.algorithms.values import metrics_of
 from fedmq.broker.errors import WireError
 from fedmq.broker.rejections import Code
 from fedmq.broker.state import AGGREGATOR
@@ -33,6 +35,7 @@ from fedmq.nodes.inbox import Done, Inbound, Post
 from fedmq.nodes.local import Kept, Locals
 from fedmq.nodes.payload import Packed, pack, unpack
 from fedmq.nodes.setup import Setup, slowdown
+from fedmq.nodes.tables import fitted
 
 MAX_SLOWDOWN_S = 3600.0
 
@@ -95,8 +98,15 @@ class Train(Struct, frozen=True):
     restrict: Callable[[Mapping[str, Tensor]], None] | None = None
 
     def at(self, problem: Problem, device: str) -> Client:
-        """Return where the client half is to run."""
+        """Return where the client half is to run.
+
+        Raises:
+            ProblemError: the client has no examples.
+        """
         data = problem.client(self.client)
+        if not len(data):
+            name = type(problem).__name__
+            raise ProblemError(f"{name}.client: expected at least one example, got none")
         return Client(self.client, problem, data, self.local, self.seed, device, self.restrict)
 
 
@@ -109,13 +119,19 @@ class Evaluate(Struct, frozen=True):
     seed: int = 0
 
     def metrics(self, setup: Setup, device: str) -> Mapping[str, float]:
-        """Return what the algorithm makes of it."""
-        problem = setup.problem
+        """Return what the algorithm makes of it.
+
+        Raises:
+            ReturnedError: that is no map of names to numbers.
+        """
+        problem, algorithm = setup.problem, setup.algorithm
+        who = type(algorithm).__name__
         if self.client is None:
-            return setup.algorithm.evaluate(self.task, problem, device)
+            return metrics_of(algorithm.evaluate(self.task, problem, device), f"{who}.evaluate")
         data = problem.client(self.client)
         place = Client(self.client, problem, data, self.local, self.seed, device)
-        return setup.algorithm.evaluate_client(self.task, place)
+        found = algorithm.evaluate_client(self.task, place)
+        return metrics_of(found, f"{who}.evaluate_client")
 
 
 class Pause(Struct, frozen=True):
@@ -151,6 +167,9 @@ class Worker:
         clients: ranges of clients hosted here, both ends included.
         kept: local states of the clients; read here, written by the program.
         version_0: see `fedmq.nodes.version_zero`; said with every answer.
+
+    Attributes:
+        evaluations: how many this session has done.
     """
 
     def __init__(
@@ -170,6 +189,7 @@ class Worker:
         self._queue: deque[Inbound] = deque()
         self._current: Inbound | None = None
         self._locals = kept if kept is not None else Locals()
+        self.evaluations = 0
         self._before: _Before | None = None
         """What the client of the current task had kept when it was begun."""
 
@@ -184,6 +204,7 @@ class Worker:
             case Saved(kept):
                 self._post_result(kept, out)
             case Evaluated(metrics, device):
+                self.evaluations += 1
                 body = {"metrics": dict(metrics), "device": device, **self._version_0}
                 self._answer("score", {**body, **self._started_from()}, out)
             case Failed():
@@ -268,8 +289,8 @@ class Worker:
             **self._started_from(),
             **self._version_0,
         }
-        reply = self._reply("result", body, packed.blobs)
-        kept = Kept(message.id, inbound.seq, event.local, reply, packed.data, memory)
+        reply, data = fitted(self._reply("result", body, packed.blobs), packed.data)
+        kept = Kept(message.id, inbound.seq, event.local, reply, data, memory)
         if event.local is not None or memory is not None:
             out.append(Keep(client, kept))
         else:
@@ -281,7 +302,8 @@ class Worker:
             raise RuntimeError("a result answers nothing")
         body = {**kept.message.body, **self._version_0}
         message = msgspec.structs.replace(kept.message, sender=self._node, body=body)
-        out.append(Post(message, kept.data, (self._current.seq,)))
+        # Fitted once more: this node's name may be longer than that of the one that kept it.
+        out.append(Post(*fitted(message, kept.data), (self._current.seq,)))
         self._current = None
 
     def _uplink_seed(self, client: int, task: Message) -> int:

@@ -12,6 +12,7 @@ import structlog
 import torch
 
 from fedmq.algorithms.allowed import NOTHING, Allowed
+from fedmq.algorithms.values import ReturnedError
 from fedmq.broker.errors import BrokerError, RunOver
 from fedmq.broker.node_link import NodeLink
 from fedmq.broker.state import WORKER
@@ -52,6 +53,7 @@ def run_worker(
     folder: Path | None = None,
     states: Path | None = None,
     allowed: Allowed = NOTHING,
+    give_up_s: float | None = None,
 ) -> str:
     """Run a worker or the evaluator until its run is over; return why it ended.
 
@@ -65,13 +67,17 @@ def run_worker(
         states: where its clients' local states do; a node that takes over a client finds there
             what it has kept. By default in ``folder``.
         allowed: which code the run's configuration, which the broker sends, may name.
+        give_up_s: so long without the broker or the run, and the node ends; None for never.
 
     Raises:
+        GaveUp: the broker, or the run, was not there for ``give_up_s``.
         ConfigError: the run's configuration cannot be used here, or names code that is not
             allowed; or its model has other values at each call.
         DataError: the data set is not here.
         OwnCodeError: the problem, or its model, cannot be made, or raises when it is tried.
         ProblemError: the problem's model does to its tensors what cannot be followed.
+        ReturnedError: the problem or the algorithm returned what are no metrics, at the first
+            evaluation.
         Rejected: the broker does not admit this node.
     """
     hello = Hello(
@@ -83,7 +89,7 @@ def run_worker(
         clients=tuple(clients),
     )
     try:
-        with linked(endpoint, hello) as link:
+        with linked(endpoint, hello, give_up_s) as link:
             _work_until_over(link, hello, folder if states is None else states, allowed)
     except RunOver as end:
         return str(end)
@@ -179,7 +185,10 @@ def _work(
                 link.done([seq], {seq: refused} if refused else {}, {seq: code})
     except (BrokerError, NodeError):
         raise  # not the task's fault: the link has ended, or local state cannot be kept
-    except Exception as error:  # noqa: BLE001 - whatever a model raises fails this one task only
+    except Exception as error:  # whatever a model raises fails this one task only
+        no_metrics = isinstance(error, ReturnedError) and isinstance(action, Evaluate)
+        if no_metrics and not core.evaluations:
+            raise  # the first evaluation already: no other would go better
         event = Failed.of(error, setup)
         if times := repeats.count((type(error), event.where), time.monotonic()):
             about = {"reason": event.reason, "where": event.where, "times": times}

@@ -6,32 +6,16 @@ import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
-from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from fedmq.algorithms.errors import ProblemError
+from fedmq.algorithms.problems.examples import Examples
+from fedmq.algorithms.problems.guards import guard
 from fedmq.algorithms.rng import derive_seed, seeded
 
-
-@dataclass(frozen=True)
-class Examples:
-    """Labelled examples, kept as whole tensors: indexing them beats a DataLoader on small data.
-
-    x: float32 [n, ...]; y: int64 [n] for classification.
-    """
-
-    x: Tensor
-    y: Tensor
-
-    def __len__(self) -> int:
-        return len(self.y)
-
-    def to(self, device: torch.device | str) -> Examples:
-        """Return the same examples on another device."""
-        return Examples(self.x.to(device), self.y.to(device))
+__all__ = ["Examples", "Problem"]
 
 
 class Problem(ABC):
@@ -39,6 +23,9 @@ class Problem(ABC):
 
     Everything is a deterministic function of the problem's fields and seed. Data are
     read only when asked for: the aggregator needs the model alone.
+
+    What the methods of a subclass return is checked wherever they are called: numbers of numpy
+    and of torch become Python's own, and what is of another kind raises `ReturnedError`.
     """
 
     clients: int
@@ -49,8 +36,9 @@ class Problem(ABC):
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
-        if "model" in vars(cls):
-            cls.model = _with_seed(cls.model)  # type: ignore[method-assign] # it keeps its signature
+        guard(cls, Problem)
+        if not isinstance(model := vars(cls).get("model"), staticmethod) and callable(model):
+            cls.model = _with_seed(model)  # type: ignore[method-assign] # it keeps its signature
 
     @abstractmethod
     def model(self) -> nn.Module:

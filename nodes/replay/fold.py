@@ -24,7 +24,7 @@ from fedmq.algorithms.schedules.recorded_rounds import RecordedRounds
 from fedmq.algorithms.schedules.rounds import Rounds
 from fedmq.broker.entries import Accepted, AnyEntry
 from fedmq.broker.errors import LedgerError
-from fedmq.broker.state import AGGREGATOR, CHECKPOINT, node_address
+from fedmq.broker.state import AGGREGATOR, CHECKPOINT, CONTINUED, node_address
 from fedmq.broker.trace import Trace
 from fedmq.nodes.aggregator import Aggregator
 from fedmq.nodes.checkpoint import unpack_checkpoint
@@ -157,11 +157,13 @@ class Replay:
 
     def _is_next(self, entry: AnyEntry) -> TypeGuard[Accepted]:
         """Tell whether this is a message that the core is to take."""
-        if not isinstance(entry, Accepted) or self._over:
+        if not isinstance(entry, Accepted):
             return False
         if entry.seq <= self.record.after and entry.seq not in self.core.parts()["waiting"]:
             return False
-        return entry.read().to in INBOX
+        message = entry.read()
+        # After its end, a run takes only what may make it go further.
+        return message.to in INBOX and (not self._over or message.kind == CONTINUED)
 
     def _take(self, event: Start | Inbound) -> Step:
         actions = self.core.handle(event)
@@ -172,7 +174,11 @@ class Replay:
         for action in actions:
             if isinstance(action, Post) and action.message.id in self._recorded:
                 self._anchor(self._recorded[action.message.id])
-        self._over = any(isinstance(each, Finish) for each in actions)
+        if any(isinstance(each, Finish) for each in actions):
+            self._over = True
+        elif self._over and not self.core.parts()["finishing"]:  # it was taken up again
+            self._over = False
+            self.record.expect_another_end()
         return Step(event, actions)
 
     def _is_exact(self) -> bool:

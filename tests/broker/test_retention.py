@@ -83,10 +83,12 @@ def test_full_segments_that_nobody_needs_are_deleted_oldest_first(tmp_path):
 
 
 def test_as_many_bytes_stay_as_are_to_be_retained(tmp_path):
-    ledger = Ledger(tmp_path, retain_bytes=7 * SIZE)
+    limit = 10 * SIZE
+    ledger = Ledger(tmp_path, retain_bytes=limit)
     for number in range(12):
         fill(ledger, number)
         consume(ledger, ledger.next_seq - 1)
+        assert sum(path.stat().st_size for path in tmp_path.glob(f"{PAYLOAD}-*.log")) <= limit
     kept = there(ledger, range(12))
     assert kept == list(range(12))[-len(kept) :], "the newest"
     assert 4 <= len(kept) <= 6

@@ -200,7 +200,7 @@ def test_more_places_than_a_header_has_room_for_are_not_told(tmp_path, monkeypat
         Message(kind="k", id="i", run="r", sender="agg", to="aggregator", blobs=(one, two))
     )
     frame = Deliver(seq=1, at=1.0, message=text)
-    told = shared_files.point(Send(b"peer", frame, (), ((0, first), (1, second))), ledger)
+    told = shared_files.point(Send(b"peer", frame, (), ((0, first), (1, second))), ledger, "")
     assert told.places == {0: ledger.places(first)}
     ledger.close()
 

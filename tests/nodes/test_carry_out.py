@@ -1,5 +1,6 @@
 """What a user's code draws from the global generators is drawn again by a replay."""
 
+import contextlib
 import random
 from dataclasses import dataclass
 
@@ -9,15 +10,23 @@ import pytest
 import torch
 
 from fedmq.algorithms.base import Payload, Task
+from fedmq.algorithms.errors import ProblemError
 from fedmq.algorithms.fedavg import FedAvg
 from fedmq.algorithms.problems.base import Examples
 from fedmq.algorithms.rng import seeded
+from fedmq.algorithms.values import ReturnedError
 from fedmq.broker.trace import Trace
+from fedmq.broker.wire import Message
 from fedmq.nodes.carry_out import carry_out
+from fedmq.nodes.inbox import Inbound
+from fedmq.nodes.local import Locals
+from fedmq.nodes.logs import Repeats
+from fedmq.nodes.payload import RAW, pack
 from fedmq.nodes.personalise import Start, measure
 from fedmq.nodes.replay.workers import Retraining
 from fedmq.nodes.simulation import Chances, Simulation
-from fedmq.nodes.worker import Evaluate, Train, Trained
+from fedmq.nodes.worker import Evaluate, Train, Trained, Worker
+from fedmq.nodes.worker_program import _work
 from tests.algorithms.fleet import make_setup
 from tests.algorithms.tiny import Tiny
 
@@ -135,3 +144,109 @@ def test_a_new_client_is_measured_with_the_same_draws(setup):
         assert state() == before
     assert found[0] == found[1]
     assert found[0][0]["accuracy"] != found[0][1]["accuracy"]
+
+
+# ---- what a user's methods return
+
+
+class Measured(Tiny):
+    """Of client 1 there is nothing to train on; its metrics are what they are told to be."""
+
+    metric = np.float64(0.25)
+
+    def client(self, index):
+        data = super().client(index)
+        return Examples(data.x[:0], data.y[:0]) if index == 1 else data
+
+    def metrics(self, outputs, y):
+        return {"loss": torch.tensor(0.5), "mae": self.metric}
+
+
+@dataclass(frozen=True)
+class Returning(FedAvg):
+    """It returns other values than it should."""
+
+    def train(self, task, client):
+        result, local = super().train(task, client)
+        numbers = {**result.numbers, "n": np.int64(3), "seen": torch.tensor(0.5)}
+        return [Payload(result.weights, result.exact, numbers), local]
+
+
+@dataclass(frozen=True)
+class Forgetful(FedAvg):
+    def train(self, task, client):
+        return super().train(task, client)[0]
+
+    def evaluate(self, task, problem, device):
+        return None
+
+
+def returning(setup, algorithm, problem=None):
+    fields = {**vars(setup), "problem": problem or Measured(), "algorithm": algorithm}
+    return type(setup)(**fields)
+
+
+def test_numbers_of_numpy_and_torch_in_a_result_and_in_metrics_are_numbers(setup):
+    changed = returning(setup, Returning(epochs=1))
+    actions = actions_of(changed)
+    numbers = carry_out(actions["train"], changed, "cpu").payload.numbers
+    assert [type(each) for each in numbers.values()] == [int, str, float]
+    metrics = carry_out(actions["evaluate"], changed, "cpu").metrics
+    assert metrics == {"loss": 0.5, "mae": 0.25}
+    assert {type(each) for each in metrics.values()} == {float}
+
+
+def test_what_is_no_result_and_no_metrics_is_named_with_the_method(setup):
+    changed = returning(setup, Forgetful(epochs=1))
+    actions = actions_of(changed)
+    with pytest.raises(ReturnedError, match=r"^Forgetful\.train: expected two values"):
+        carry_out(actions["train"], changed, "cpu")
+    with pytest.raises(ReturnedError, match=r"^Forgetful\.evaluate: expected a map"):
+        carry_out(actions["evaluate"], changed, "cpu")
+    problem = Measured()
+    problem.metric = None
+    changed = returning(setup, FedAvg(epochs=1), problem)
+    with pytest.raises(ReturnedError, match=r"^Measured\.metrics: .* for 'mae', got None$"):
+        carry_out(actions["evaluate"], changed, "cpu")
+
+
+def test_a_client_without_examples_fails_its_tasks_with_a_sentence(setup):
+    changed = returning(setup, FedAvg(epochs=1))
+    train = msgspec.structs.replace(actions_of(changed)["train"], client=1)
+    with pytest.raises(ProblemError, match=r"^Measured\.client: expected at least one example"):
+        carry_out(train, changed, "cpu")
+
+
+class Link:
+    """As much of a link as work needs."""
+
+    @contextlib.contextmanager
+    def away(self):
+        yield
+
+
+def test_metrics_that_are_none_end_a_node_at_its_first_evaluation_and_later_fail_it_alone(setup):
+    problem = Measured()
+    changed = returning(setup, FedAvg(epochs=1), problem)
+    core = Worker(changed, "r", "evaluator")
+    action = actions_of(changed)["evaluate"]
+
+    def evaluated():
+        packed = pack(action.task.payload, RAW, 0)
+        about = {"kind": "evaluate", "id": "a/1", "run": "r", "sender": "a", "to": "evaluator"}
+        body = {**packed.body, "model_version": 0}
+        message = Message(**about, body=body, blobs=packed.blobs)
+        (asked,) = core.handle(Inbound(0, 0.0, message, packed.data.__getitem__))
+        return _work(Link(), changed, core, Locals(), "cpu", Repeats(), asked)
+
+    problem.metric = None
+    with pytest.raises(ReturnedError, match=r"^Measured\.metrics: .* for 'mae', got None$"):
+        evaluated()
+    core = Worker(changed, "r", "evaluator")
+    problem.metric = 0.5
+    (post,) = evaluated()
+    assert post.message.body["metrics"] == {"loss": 0.5, "mae": 0.5}
+    problem.metric = None
+    (post,) = evaluated()
+    assert post.message.kind == "failed"
+    assert "Measured.metrics: expected a number for 'mae', got None" in post.message.body["reason"]

@@ -15,10 +15,12 @@ import psutil
 import pytest
 import torch
 
+from fedmq.algorithms.problems import load_problem
 from fedmq.broker.entries import Accepted, Consumed, Refusal
 from fedmq.broker.reading import read_entries
 from fedmq.nodes.config import load
 from fedmq.nodes.digests import model_digest
+from fedmq.nodes.model_files import read_state_dict
 
 pytestmark = pytest.mark.end_to_end
 
@@ -127,10 +129,12 @@ def test_a_cluster_trains_and_leaves_everything_behind(start, tmp_path: Path) ->
     for name in ("broker", "aggregator", "worker-0", "worker-3", "evaluator"):
         assert (run / f"{name}.log").exists()
 
-    # The model in the folder is the one in the summary.
+    # The model in the folder is the one in the summary, and its own module takes it.
     with np.load(run / "model.npz", allow_pickle=False) as arrays:
         model = {name: torch.from_numpy(array) for name, array in arrays.items()}
     assert model_digest(model) == summary["model_digest"]
+    module = load_problem(config.problem, 0).model()
+    module.load_state_dict(read_state_dict(run), strict=True)
 
     check_accounts(run)
 
@@ -337,3 +341,53 @@ def test_what_the_broker_refuses_is_one_sentence_and_exit_code_2(start, tmp_path
         refused = start("worker", "--connect", endpoint, *arguments)
         assert f"fedmq: {sentence}" in refused.output().splitlines()
         assert refused.process.returncode == 2
+
+
+def test_a_node_says_what_it_waits_for_and_in_what_its_configuration_differs(
+    start, tmp_path: Path
+) -> None:
+    endpoint = f"tcp://127.0.0.1:{free_port()}"
+    start("broker", "--bind", endpoint, "--run", str(tmp_path / "run"))
+    settings = ("--set", "problem.clients=4", "--set", "problem.examples=400", "--run", "out")
+    run = ("aggregator", "--connect", endpoint, *settings, "--set", "run.id=a")
+    first = start(*run)
+    lost = start(
+        *("worker", "--connect", endpoint, "--clients", "0", "--run-id", "b", "--give-up", "20")
+    )
+    output = lost.output()
+    assert f"the broker at {endpoint} serves run a; waiting for run b for " in output
+    assert "fedmq: gave up: " in output.splitlines()[-1]
+    assert lost.process.returncode == 1
+
+    first.process.kill()
+    other = start(*run, "--set", "algorithm.lr=0.3")
+    words = f"fedmq: run a at {endpoint} has another configuration: algorithm.lr (here 0.3, there"
+    assert words in other.output()
+    assert other.process.returncode == 2
+
+
+def test_a_node_that_starts_after_the_end_learns_it_or_says_that_the_broker_is_gone(
+    start, tmp_path: Path
+) -> None:
+    endpoint = f"tcp://127.0.0.1:{free_port()}"
+    settings = ("--set", "problem.clients=2", "--set", "problem.examples=400")
+    broker = start("broker", "--bind", endpoint, "--run", str(tmp_path / "run"))
+    node = ("worker", "--connect", endpoint, "--clients", "0-1", "--run-id", "a", "--state", "w")
+    worker = start(*node)
+    start("worker", "--connect", endpoint, "--evaluator")
+    short = ("--set", "run.id=a", "--set", "run.versions=1", "--set", "schedule.size=1")
+    start("aggregator", "--connect", endpoint, *settings, *short)
+    assert "the run ended: 1 versions committed" in worker.output()
+    assert worker.process.returncode == 0
+    again = start(*node)
+    assert "the run ended: 1 versions committed" in again.output()
+    assert again.process.returncode == 0
+
+    broker.process.terminate()
+    broker.output()
+    late = start(*node, "--give-up", "5")
+    words = f"waiting for the broker at {endpoint} for 3 s"
+    output = late.output()
+    assert words in output
+    assert "nothing listens there (connection refused)" in output
+    assert late.process.returncode == 1

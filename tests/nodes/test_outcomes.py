@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 
 import pytest
 from rich.console import Console
@@ -12,7 +13,9 @@ from fedmq.broker.reading import read_entries
 from fedmq.broker.wire import Message
 from fedmq.nodes import view
 from fedmq.nodes.simulation import Chances, Simulation
-from fedmq.nodes.summary import RunFold, write_summary
+from fedmq.nodes.strict_json import not_finite, to_strict_json
+from fedmq.nodes.summary import RunFold, spread
+from fedmq.nodes.summary_file import write_summary
 from fedmq.nodes.view import closing_table, line, render
 from tests.sim.history import setup_of
 
@@ -321,3 +324,50 @@ def test_lines_of_a_run_that_stands_still_are_few(monkeypatch):
     assert first == "title"
     assert 5 <= len(lines) <= 6
     assert all(each.endswith("waiting for client 2") for each in lines)
+
+
+def test_a_metric_that_is_no_finite_number_is_null_in_the_summary_and_named(story, tmp_path):
+    for number, (accuracy, loss) in enumerate([(0.5, math.inf), (math.nan, -math.inf)]):
+        story.feed("evaluate", "aggregator", f"a/{number}", to="evaluator", model_version=number)
+        metrics = {"accuracy": accuracy, "loss": loss, "mae": 0.25}
+        story.feed("score", "w0", re=f"a/{number}", metrics=metrics)
+        render(story.fold)
+    summary = story.fold.summary()
+    assert summary["not_finite"] == {
+        "final_accuracy": "NaN",
+        "metrics.accuracy": "NaN",
+        "metrics.loss": "-Infinity",
+        "curve[0].loss": "Infinity",
+        "curve[1].accuracy": "NaN",
+        "curve[1].loss": "-Infinity",
+    }
+    assert summary["best_accuracy"] == 0.5
+    read = json.loads(to_strict_json(summary), parse_constant=pytest.fail)
+    assert read["metrics"] == {"accuracy": None, "loss": None, "mae": 0.25}
+    assert [point["loss"] for point in read["curve"]] == [None, None]
+    assert "nan% (best 50.00%)" in shown(closing_table(summary))
+
+
+def test_clients_whose_accuracy_is_no_number_are_counted_beside_the_others(story):
+    for client, accuracy in ((0, 0.5), (1, math.nan)):
+        story.task(client, client)
+        about = {"model_version": 0, "client": client}
+        story.feed("evaluate", "aggregator", f"e/{client}", to=f"client/{client}", **about)
+        story.feed("score", f"w{client}", re=f"e/{client}", metrics={"accuracy": accuracy})
+    clients = story.fold.summary()["clients"]
+    assert clients["mean"] == clients["worst_decile"] == 0.5
+    assert (clients["count"], clients["not_finite"]) == (1, 1)
+    assert "50.00% on average" in shown(closing_table(story.fold.summary()))
+
+
+def test_a_spread_of_nothing_finite_is_no_number():
+    found = spread([math.nan, math.inf])
+    assert (found["count"], found["not_finite"]) == (0, 2)
+    assert math.isnan(found["mean"])
+
+
+def test_only_some_of_very_many_strange_numbers_are_named():
+    content = {"curve": [{"loss": math.nan}] * 5000, "rest": (1, None, "x", True)}
+    assert len(not_finite(content)) == 100
+    read = json.loads(to_strict_json(content), parse_constant=pytest.fail)
+    assert read == {"curve": [{"loss": None}] * 5000, "rest": [1, None, "x", True]}
