@@ -139,8 +139,8 @@ class Progress:
         if not self.rules or counted < self.allowed:
             return ""
         return (
-            f"{failures.in_a_row} tasks in a row failed or were rejected; the last, of "
-            f"{failures.last}"
+            f"{failures.in_a_row} tasks in a row failed or were rejected (run.failures); the last, "
+            f"of {failures.last}"
         )
 
     def waiting(self, hosts: Mapping[int, str]) -> set[int]:

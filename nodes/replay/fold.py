@@ -30,7 +30,7 @@ from fedmq.nodes.aggregator import Aggregator
 from fedmq.nodes.checkpoint import unpack_checkpoint
 from fedmq.nodes.computed import Computed
 from fedmq.nodes.config import Config, parse
-from fedmq.nodes.errors import NodeError
+from fedmq.nodes.errors import NodeError, own_code
 from fedmq.nodes.inbox import AggregatorAction, Finish, Inbound, Post, Start
 from fedmq.nodes.replay.record import Record
 from fedmq.nodes.replay.tolerance import TOLERANCE, tensor_distance
@@ -83,7 +83,8 @@ class Replay:
         self._run_record = _run_record(trace)
         self.computed = _computed(self._run_record)
         self.version_0_distance: float | None = None
-        self.core = Aggregator(self.setup, trace.run, AGGREGATOR, self.computed)
+        with own_code("algorithm.name"):
+            self.core = Aggregator(self.setup, trace.run, AGGREGATOR, self.computed)
         self.record = Record(trace, exact=self._is_exact())
         self._recorded = {} if self.record.exact else _checkpoints(trace)
         self.messages = 0
@@ -238,8 +239,10 @@ def recorded_setup(trace: Trace, config: Config | None = None, allowed: Allowed 
 
     Raises:
         ConfigError: its configuration cannot be used here, or names code that is not allowed.
+        OwnCodeError: the problem cannot be made.
     """
-    setup = set_up(config or parse(trace.opened.config), allowed, trace.run)
+    with own_code("problem.name"):
+        setup = set_up(config or parse(trace.opened.config), allowed, trace.run)
     torch.set_num_threads(setup.config.worker.threads)
     old = computed_by(trace).arithmetic < ARITHMETIC
     if old and isinstance(setup.schedule, Rounds):

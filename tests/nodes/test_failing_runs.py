@@ -92,7 +92,7 @@ def test_a_run_whose_tasks_all_raise_ends_and_says_what_was_raised(cluster):
     line = next(n for n, text in enumerate(MINE.splitlines(), 1) if "cannot use" in text)
     said = f"ValueError: cannot use tensor(...) (mine.py:{line})"
     assert (
-        "fedmq: the run failed: 12 tasks in a row failed or were rejected; the last, of client"
+        "fedmq: the run failed: 12 tasks in a row failed or were rejected (run.failures); the last"
         in output
     )
     assert said in output
@@ -154,7 +154,7 @@ def test_nodes_by_themselves_say_whom_they_wait_for_and_why_the_run_failed(start
     two = start("worker", "--connect", endpoint, "--clients", "1,3", "--allow", "mine")
     said = aggregator.output()
     assert aggregator.process.returncode == 1
-    assert "fedmq: the run failed: 3 tasks in a row failed or were rejected; the last" in said
+    assert "fedmq: the run failed: 3 tasks in a row failed or were rejected (run.fail" in said
     for node in (one, two, broker):
         node.output(20)
         assert node.process.returncode == 0
