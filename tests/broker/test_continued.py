@@ -172,7 +172,9 @@ def test_a_run_whose_last_checkpoint_was_not_kept_is_refused(net):
         segment_path(net.folder, PAYLOAD, number).unlink()
     before = list(read_entries(net.folder))
     going_on = Continuation("r", "more", further=True)
-    with pytest.raises(LedgerError, match="run r cannot go on: .* entry [0-9]+: a failure of power"):
+    with pytest.raises(
+        LedgerError, match=r"run r cannot go on: .* entry [0-9]+: a failure of power"
+    ):
         open_broker(net.folder, SETTINGS, net.now, continuation=going_on)
     assert list(read_entries(net.folder)) == before
     open_broker(net.folder, SETTINGS, net.now)[0].close()
