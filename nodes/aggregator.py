@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import msgspec
+from msgspec import UNSET
 from torch import Tensor
 
 from fedmq.algorithms.schedules import View
@@ -153,8 +154,7 @@ class Aggregator:
                 case "refused":
                     self._refused(str(message.body.get("id")))
                 case kind:
-                    text = f"an aggregator takes no {kind!r} messages"
-                    why = Rejection(Code.UNKNOWN_KIND, text)
+                    why = Rejection(Code.UNKNOWN_KIND, f"an aggregator takes no {kind!r} messages")
             self._advance(out)
         return [Done.of(event.seq, why), *out]
 
@@ -197,7 +197,6 @@ class Aggregator:
         if self._ended:  # what was under way then, nobody has any more
             self._ended, self._committing = False, None
             self._tasks.resume({})
-            self._tasks.begin_version()
             self._evaluations = Evaluations()
             self._intake.begin_version(self.state)
 
@@ -340,6 +339,7 @@ class Aggregator:
             ended=self._ended,
             arithmetic=self._computed.arithmetic,
             goal=self._goal,
+            expects_evaluator=self._members.expects_evaluator or UNSET,
         )
 
     def _resume(self, inbound: Inbound, out: list[AggregatorAction]) -> None:
@@ -350,6 +350,7 @@ class Aggregator:
         self._position, self.version = fold.position, fold.version
         self._letters.next_id, self._intake.counts = fold.next_id, fold.counts
         self._members.resume(fold.hosts, fold.evaluators)
+        self._members.expects_evaluator = fold.expects_evaluator is True
         self._tasks.resume(fold.flights)
         self._evaluations = Evaluations(set(fold.evaluating), fold.examinations, fold.scores)
         self._waiting = Waiting(missing=set(fold.waiting), untold=tuple(fold.waiting))
@@ -360,10 +361,9 @@ class Aggregator:
         if self._ended:
             self._tell_end(out)
             return
-        if fold.version == 0 and not self._running:
-            return  # from the run's record: whoever is here will be told of again
-        self._go_on(out)
-        self._advance(out)
+        if fold.version or self._running:  # else whoever is here will be told of again
+            self._go_on(out)
+            self._advance(out)
 
     def _begin_version(self, out: list[AggregatorAction]) -> None:
         every = self._settings.evaluate_every

@@ -54,6 +54,7 @@ class Fold(Struct):
     waiting: numbers of the messages before it that it has yet to take.
     arithmetic: by which it was made, see `fedmq.nodes.computed`.
     goal: what the run was to reach; not in the checkpoints of 0.1.0.
+    expects_evaluator: whether the run was taken up again, and had an evaluator before.
     """
 
     position: int
@@ -74,6 +75,7 @@ class Fold(Struct):
     waiting: list[int] = []
     arithmetic: int = 1
     goal: Goal | UnsetType = UNSET
+    expects_evaluator: bool | UnsetType = UNSET
 
 
 def pack_checkpoint(algorithm: Algorithm, state: Any, fold: Fold) -> Packed:
