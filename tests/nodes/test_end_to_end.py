@@ -125,7 +125,8 @@ def test_a_cluster_trains_and_leaves_everything_behind(start, tmp_path: Path) ->
     # The configuration that it wrote runs again, and is complete.
     config = load(run / "config.toml")
     assert config.algorithm["lr"] == 0.05
-    assert config.run.id == summary["run"]
+    assert config.run.id == "", "under a new id"
+    assert f'# run.id = "{summary["run"]}"' in (run / "config.toml").read_text()
     for name in ("broker", "aggregator", "worker-0", "worker-3", "evaluator"):
         assert (run / f"{name}.log").exists()
 
