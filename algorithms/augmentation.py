@@ -223,6 +223,7 @@ def share_metrics(module: nn.Module, client: Client) -> dict[str, float]:
     data, first = problem.test(), client.index % problem.clients
     x, y = data.x[first :: problem.clients], data.y[first :: problem.clients]
     sums: dict[str, float] = {}
+    counts: dict[str, int] = {}
     module.eval()
     with torch.no_grad():
         for start in range(0, len(y), _BATCH):
@@ -230,4 +231,5 @@ def share_metrics(module: nn.Module, client: Client) -> dict[str, float]:
             of = y[start : start + _BATCH].to(client.device)
             for name, value in problem.metrics(module(part), of).items():
                 sums[name] = sums.get(name, 0.0) + value * len(of)
-    return {name: value / max(1, len(y)) for name, value in sums.items()}
+                counts[name] = counts.get(name, 0) + len(of)
+    return {name: value / counts[name] for name, value in sums.items()}

@@ -9,6 +9,7 @@ from fedmq.algorithms.model import FlatModel
 from fedmq.algorithms.problems.base import Examples, Problem
 from fedmq.algorithms.results import refuse_unbounded
 from fedmq.algorithms.rng import seeded
+from fedmq.algorithms.values import ReturnedError
 
 _EXAMPLES = 4
 
@@ -25,6 +26,7 @@ def dry_step(make: Callable[[], FlatModel], problem: Problem, data: Examples, de
         device: of the model.
 
     Raises:
+        ReturnedError: the problem's loss is none.
         ProblemError: the model has tensors that cannot be carried, or does to them what cannot
             be followed. Whatever else goes wrong is left to the task that meets it.
     """
@@ -41,6 +43,8 @@ def dry_step(make: Callable[[], FlatModel], problem: Problem, data: Examples, de
         try:
             x, y = data.x[:_EXAMPLES].to(device), data.y[:_EXAMPLES].to(device)
             problem.loss(model.module(x), y).backward()  # type: ignore[no-untyped-call] # torch's
+        except ReturnedError:
+            raise
         except Exception:  # noqa: BLE001 - the task that meets it says what it was
             return
         model.after_backward()

@@ -30,6 +30,7 @@ from fedmq.algorithms.results import (
     result_payload,
 )
 from fedmq.algorithms.rng import derive_rng
+from fedmq.algorithms.values import ReturnedError
 
 _EVALUATION_BATCH = 500
 _LARGEST = 1e30
@@ -279,8 +280,19 @@ def evaluate_module(module: torch.nn.Module, problem: Problem, device: str) -> d
 def metrics_on(
     module: torch.nn.Module, problem: Problem, data: Examples, device: str
 ) -> dict[str, float]:
-    """Return a module's metrics on some examples, averaged over them."""
+    """Return a module's metrics on some examples, averaged over them.
+
+    A metric that has no meaning in some batches, and is not among theirs, is averaged over the
+    others.
+
+    Raises:
+        ReturnedError: there are no examples.
+    """
+    if not len(data):
+        name = type(problem).__name__
+        raise ReturnedError(f"{name}: expected at least one example to evaluate on, got none")
     sums: dict[str, float] = {}
+    counts: dict[str, int] = {}
     module.eval()
     with torch.no_grad():
         for start in range(0, len(data), _EVALUATION_BATCH):
@@ -288,7 +300,8 @@ def metrics_on(
             y = data.y[start : start + _EVALUATION_BATCH].to(device)
             for name, value in problem.metrics(module(x), y).items():
                 sums[name] = sums.get(name, 0.0) + value * len(y)
-    return {name: value / len(data) for name, value in sums.items()}
+                counts[name] = counts.get(name, 0) + len(y)
+    return {name: value / counts[name] for name, value in sums.items()}
 
 
 def cuda_devices(device: str) -> list[torch.device]:

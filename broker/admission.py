@@ -12,6 +12,7 @@ from fedmq.broker.state import (
     AGGREGATOR,
     BROKER,
     CHECKPOINT,
+    CONTINUED,
     EVALUATOR,
     RECORD,
     ROLES,
@@ -23,8 +24,11 @@ from fedmq.broker.state import (
 from fedmq.broker.wire import (
     MAX_DEPTH,
     MAX_MESSAGE_BYTES,
+    MAX_NAMED,
     Hello,
     Message,
+    Serving,
+    Wait,
 )
 
 MAX_RANGES = 1000
@@ -32,7 +36,7 @@ MAX_CLIENTS = 1 << 20
 MAX_EARLY = 10_000
 """Nodes that may wait for a run that has not started."""
 MAX_TIMER_S = 1e9
-BROKERS_OWN = ("joined", "left", "tick", "refused")
+BROKERS_OWN = ("joined", "left", "tick", "refused", CONTINUED)
 """Kinds of messages that a node may rely on coming from the broker."""
 
 
@@ -67,14 +71,27 @@ def find_run(runs: dict[str, Run], hello: Hello) -> Run | str | None:
     return current[0] if current else None
 
 
+def wait_for_run(runs: dict[str, Run]) -> Wait:
+    """Return what a node is told whose run is not there: which ones are."""
+    if not runs:
+        return Wait(reason="no run has started yet")
+    current = [run.id for run in reversed(runs.values()) if not run.over]
+    ended = [run.id for run in reversed(runs.values()) if run.over]
+    serving = Serving(
+        tuple(current[:MAX_NAMED]),
+        len(current[MAX_NAMED:]),
+        tuple(ended[:MAX_NAMED]),
+        len(ended[MAX_NAMED:]),
+    )
+    return Wait(reason="no such run has started yet", serving=serving)
+
+
 def why_not(run: Run, hello: Hello, known: Node | None) -> tuple[str, str] | None:
     """Return (code, reason) if the node cannot be admitted."""
     if hello.role not in ROLES:
         return "role", f"unknown role {hello.role!r}; choose from {', '.join(ROLES)}"
-    if run.over:
-        return "over", f"run {run.id} is over"
-    if len(hello.config.encode()) > MAX_MESSAGE_BYTES // 2:
-        return "config", f"expected a configuration of at most {MAX_MESSAGE_BYTES // 2} bytes"
+    if (size := len(hello.config.encode())) > (most := MAX_MESSAGE_BYTES // 2):
+        return "config", f"expected a configuration of at most {most} bytes, got {size}"
     if hello.node in (BROKER, RECORD):
         return "name", f"a node may not be named {hello.node!r}"
     if known is not None and known.alive and known.hello.session != hello.session:
@@ -88,7 +105,8 @@ def why_not(run: Run, hello: Hello, known: Node | None) -> tuple[str, str] | Non
     if hello.role == AGGREGATOR and hello.config != run.config:
         return "config", f"run {run.id} has another configuration; give this one another run.id"
     if len(hello.clients) > MAX_RANGES:
-        return "client", f"expected at most {MAX_RANGES} ranges of clients"
+        found = len(hello.clients)
+        return "client", f"expected at most {MAX_RANGES} ranges of clients, got {found}"
     if run.total_clients > MAX_CLIENTS:
         return "run", f"expected at most {MAX_CLIENTS} clients, got {run.total_clients}"
     for low, high in hello.clients:

@@ -168,11 +168,12 @@ class Broker:
             elif peer not in self._members.early and not isinstance(frame, Hello):
                 out.append(Send(peer, Stranger()))
             return
-        node.heard = now
-        node.lease_until = now + self._settings.lease_s
         if node.run.over and not isinstance(frame, Bye):
+            # It says goodbye within the lease that it had when its run ended.
             out.append(Send(peer, Over(reason=node.run.over)))
             return
+        node.heard = now
+        node.lease_until = now + self._settings.lease_s
         node.received_bytes += event.nbytes
         match frame:
             case Numbered() if not self._full:
@@ -291,6 +292,10 @@ class Broker:
             each = counts.pop(name)
             others = counts.setdefault("", dict.fromkeys(each, 0))
             counts[""] = {key: others[key] + each[key] for key in each}
+        if any(run.carried):
+            before = counts.setdefault("", {"sessions": 0, "sent_bytes": 0, "received_bytes": 0})
+            before["sent_bytes"] += run.carried[0]
+            before["received_bytes"] += run.carried[1]
         entry = Ended(seq=self._box.number(), at=now, run=run.id, reason=run.over, nodes=counts)
         out.append(Append(entry))
         self._receipts.owe(node, now)
@@ -300,6 +305,7 @@ class Broker:
             Send(each.peer, Over(reason=run.over)) for each in run.nodes.values() if each.alive
         )
         for member in run.nodes.values():
+            member.lease_until = now + self._settings.lease_s
             member.pending.clear()
             member.queue.clear()
             member.held.clear()

@@ -6,6 +6,7 @@ thread and one of the link's own: whoever holds the baton runs it (`fedmq.broker
 
 from __future__ import annotations
 
+import socket as sockets
 import threading
 from collections import deque
 from collections.abc import Sequence
@@ -16,20 +17,51 @@ import zmq
 from fedmq.broker import link_state as link
 from fedmq.broker.baton import Baton
 from fedmq.broker.clock import Clock, milliseconds_until
-from fedmq.broker.errors import LinkClosed, Rejected, RunOver, VersionError, WireError
+from fedmq.broker.contact import sentence
+from fedmq.broker.endpoints import parse_endpoint, resolve
+from fedmq.broker.errors import (
+    EndpointError,
+    GaveUp,
+    LinkClosed,
+    Rejected,
+    RunOver,
+    VersionError,
+    WireError,
+)
 from fedmq.broker.headers import encode_frame
 from fedmq.broker.link import Link
 from fedmq.broker.link_state import Delivery
 from fedmq.broker.outbox import Outbox
+from fedmq.broker.probe import probe
 from fedmq.broker.router import COPY_BELOW_BYTES, MAX_FRAME_BYTES, receive, send_parts
 from fedmq.broker.shared_files import SharedFiles
 from fedmq.broker.wire import Buffer, Hello, Message, Welcome
 
+_TRIES_A_FAMILY = 2
+"""Hellos without an answer, before a name's addresses of the other family are tried."""
+
 
 class Dealer:
-    """A Link core on a real socket, and what it hands on; see `NodeLink`, which is made of it."""
+    """A Link core on a real socket, and what it hands on; see `NodeLink`, which is made of it.
+
+    Raises:
+        LinkClosed: the endpoint is no address, or its name has none.
+    """
 
     def __init__(self, endpoint: str, hello: Hello) -> None:
+        try:
+            self._endpoint = parse_endpoint(endpoint)
+            self._families = deque(resolve(self._endpoint))
+        except EndpointError as error:
+            raise LinkClosed(f"cannot connect to {endpoint}: {error}") from None
+        self._hello = hello
+        self._unanswered = 0
+        """Hellos since the last frame from the broker."""
+        self._unreadable = ""
+        """What was last logged of frames that cannot be read: each reason once in a row."""
+        self._explaining: threading.Thread | None = None
+        self._found = ""
+        """What was last found at the endpoint in place of a broker that answers."""
         self._clock = Clock()
         self._core = Link(hello)
         self._inbox: deque[Delivery] = deque()
@@ -56,7 +88,7 @@ class Dealer:
         self._socket.setsockopt(zmq.RECONNECT_IVL, 50)
         self._socket.setsockopt(zmq.RECONNECT_IVL_MAX, 1000)
         try:
-            self._socket.connect(endpoint)
+            self._connect()
         except zmq.ZMQError as error:
             self._context.destroy(linger=0)
             self._baton.close()
@@ -72,6 +104,12 @@ class Dealer:
             target=self._baton.stand_in, args=(self._stand_in,), name="link", daemon=True
         )
         self._thread.start()
+
+    def _connect(self) -> None:
+        """Connect to the first of the families that are left to try."""
+        # libzmq looks a name up in one family only, each time that it connects.
+        self._socket.setsockopt(zmq.IPV6, self._families[0] is sockets.AF_INET6)
+        self._socket.connect(self._endpoint.text)
 
     def _stand_in(self) -> None:
         """Take a turn on the link's own thread."""
@@ -97,11 +135,19 @@ class Dealer:
 
     def _turn_or_raise(self, until: float | None = None) -> None:
         if self._ended is not None:
-            kind = Rejected if self._ended.rejected else RunOver if self._ended.over else LinkClosed
-            raise kind(self._ended.reason)
+            raise self._error(self._ended)
         if self._stopping:
             raise LinkClosed("the node was stopped")
         self._turn(until)
+
+    def _error(self, ended: link.Ended) -> Rejected | LinkClosed:
+        """Return the error that tells a program how its link has ended."""
+        if ended.rejected:
+            return Rejected(ended.reason, ended.code, ended.config)
+        if ended.out_of_touch is not None:
+            found = f" ({self._found})" if self._found else ""
+            return GaveUp(f"gave up: {self._sentence(ended.out_of_touch)}{found}")
+        return RunOver(ended.reason) if ended.over else LinkClosed(ended.reason)
 
     def _catch_up(self) -> None:
         """Tell the core what it was not told one by one."""
@@ -144,13 +190,19 @@ class Dealer:
             except zmq.Again:
                 return
             except VersionError as error:
-                self._ended = link.Ended(str(error), rejected=True)
+                reason = f"the broker at {self._endpoint.text} is of another release: {error}"
+                self._ended = link.Ended(reason, rejected=True, code="version")
             except WireError as error:
-                self._log.warning("unreadable frame from the broker", reason=str(error))
+                if self._unreadable != str(error):
+                    self._unreadable = str(error)
+                    text = f"what answers at {self._endpoint.text} is not in fedmq's protocol"
+                    self._log.warning(text, reason=self._unreadable)
             else:
+                self._unanswered, self._found = 0, ""
                 for frame, buffers in frames:
                     if isinstance(frame, Welcome):
                         self._files.look(frame)
+                        self._unreadable = ""
                     self._carry_out(self._core.handle(link.Received(frame, buffers), now))
                 self._send_all()
 
@@ -158,6 +210,8 @@ class Dealer:
         for action in actions:
             match action:
                 case link.Send(frame=frame, buffers=buffers):
+                    if isinstance(frame, Hello):
+                        self._start_over()
                     self._outgoing.add(encode_frame(frame), buffers)
                 case link.Deliveries(deliveries=deliveries):
                     self._inbox.extend(deliveries)
@@ -169,8 +223,45 @@ class Dealer:
                     self._welcome = welcome
                 case link.Blocked(reason):
                     self._log.warning("the broker keeps nothing now", reason=reason)
+                case link.OutOfTouch() if action.answer is not None:
+                    self._log.warning(self._sentence(action))
+                case link.OutOfTouch():
+                    self._explain(action)
+                case link.BackInTouch(seconds):
+                    self._log.info(f"back in touch with the broker after {seconds:.0f} s")
                 case link.Ended():
                     self._ended = action
+
+    def _start_over(self) -> None:
+        """Before a Hello: what was not sent yet is sent again after the Welcome.
+
+        So nothing piles up while nobody is there. Where nobody answers at a name's addresses of
+        one family, those of the other are tried.
+        """
+        self._outgoing = Outbox()
+        self._unanswered += 1
+        if len(self._families) > 1 and self._unanswered > _TRIES_A_FAMILY:
+            self._unanswered = 1
+            self._families.rotate()
+            self._socket.disconnect(self._endpoint.text)
+            self._connect()
+
+    def _sentence(self, report: link.OutOfTouch) -> str:
+        return sentence(report, self._endpoint.text, self._hello.run)
+
+    def _explain(self, report: link.OutOfTouch) -> None:
+        """Log that the broker is silent, and what is there in its place; not on this thread."""
+        if self._explaining is not None and self._explaining.is_alive():
+            return
+        self._explaining = threading.Thread(
+            target=self._find_out, args=(report,), name="probe", daemon=True
+        )
+        self._explaining.start()
+
+    def _find_out(self, report: link.OutOfTouch) -> None:
+        found = probe(self._endpoint)
+        if not self._over():
+            self._log.warning(self._sentence(report), reason=found.text, found=found.listener.value)
 
     def _send_all(self) -> None:
         while self._outgoing:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 from concurrent.futures import ThreadPoolExecutor
 
@@ -16,10 +15,18 @@ def let_go(fd: int) -> None:
     newest payloads and its pages are used again and again: where memory is scarce, or is
     handed out by a hypervisor, writing into ever new pages was measured at 3.2 ms a MiB,
     this at 0.5. It takes about 20 ms for a segment, so a thread of its own does it.
+
+    Raises:
+        OSError: there is no file descriptor to spare.
+        RuntimeError: there is no thread to spare.
     """
     if hasattr(os, "posix_fadvise"):
-        with contextlib.suppress(OSError):  # it is advice: without it, things are slower
-            _janitor.submit(_advise, os.dup(fd))
+        own = os.dup(fd)
+        try:
+            _janitor.submit(_advise, own)
+        except RuntimeError:
+            os.close(own)
+            raise
 
 
 def _advise(fd: int) -> None:

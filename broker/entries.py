@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import msgspec
-from msgspec import Struct
+from msgspec import UNSET, Struct, UnsetType
 
 from fedmq.broker.errors import LedgerDamage, LedgerError, WireError, io_error
 from fedmq.broker.headers import decode_message
@@ -56,6 +56,9 @@ class Accepted(Entry, frozen=True):
 
     message: bytes
     consumes: tuple[int, ...] = ()
+    traffic: tuple[int, int] | UnsetType = UNSET
+    """Of a checkpoint: bytes on the wire to all nodes but the aggregator, and from them, since the
+    run's beginning or its last end. A broker that is killed takes its newer counts with it."""
 
     def read(self) -> Message:
         """Return the message."""

@@ -10,9 +10,12 @@
     |   +-- NotKept         bytes are not there, as the retention policy may have it
     |   +-- NoSpace         there is no room for it now
     +-- BrokerFailed    the broker had to end while it was serving
+    +-- EndpointError   an endpoint is none, or cannot be listened on
+    |   +-- UnresolvedError   its name has no address
     +-- Rejected        the broker does not admit this node; holds the broker's reason
     +-- LinkClosed      the link has ended: the node was stopped, or it failed
         +-- RunOver         the run is over; holds the reason
+        +-- GaveUp          the broker, or the run, was not there for too long
 """
 
 from __future__ import annotations
@@ -74,6 +77,22 @@ class LedgerError(BrokerError):
         self.offset = offset
 
 
+class EndpointError(BrokerError):
+    """An endpoint is none, or cannot be listened on."""
+
+
+class UnresolvedError(EndpointError):
+    """The name in an endpoint has no address.
+
+    Attributes:
+        temporary: no name server could be asked; the answer may be another one later.
+    """
+
+    def __init__(self, reason: str, *, temporary: bool = False) -> None:
+        super().__init__(reason)
+        self.temporary = temporary
+
+
 class LedgerDamage(LedgerError):
     """Something in the ledger is not what was written, or is missing."""
 
@@ -110,7 +129,17 @@ class BrokerFailed(BrokerError):
 
 
 class Rejected(BrokerError):
-    """The broker does not admit this node; the message is the broker's reason."""
+    """The broker does not admit this node; the message is the broker's reason.
+
+    Attributes:
+        code: why, for programs; empty where the broker gave none.
+        config: of the run, where the node came with another one.
+    """
+
+    def __init__(self, reason: str, code: str = "", config: str = "") -> None:
+        super().__init__(reason)
+        self.code = code
+        self.config = config
 
 
 class LinkClosed(BrokerError):
@@ -119,3 +148,7 @@ class LinkClosed(BrokerError):
 
 class RunOver(LinkClosed):
     """The run is over; the message says why it ended."""
+
+
+class GaveUp(LinkClosed):
+    """The broker, or the run, was not there for longer than this node was to wait."""

@@ -10,15 +10,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import msgspec
-import numpy as np
 
 from fedmq.broker import wire
+from fedmq.broker.arrivals import Arrivals
+from fedmq.broker.contact import Contact
 from fedmq.broker.errors import WireError
-from fedmq.broker.fetch import WINDOW_CHUNKS, Fetcher, Owned
 from fedmq.broker.headers import (
     check_inline,
     decode_message,
@@ -31,13 +30,11 @@ from fedmq.broker.link_state import (
     Action,
     Admitted,
     Blocked,
-    Came,
     Deliveries,
     Delivery,
     Ended,
     Event,
     Fetch,
-    Fetched,
     Leave,
     More,
     Outgoing,
@@ -54,7 +51,6 @@ from fedmq.broker.said import Said, Stall
 from fedmq.broker.wire import (
     AnyFrame,
     Beat,
-    Blob,
     Buffer,
     Bye,
     Chunk,
@@ -76,13 +72,6 @@ TELL_TAKEN = 256
 """Deliveries, or KiB of them, after which the broker is told that they were taken."""
 DONE_WITHIN_S = 0.02
 _DONE_BATCH = 500
-
-
-@dataclass
-class _Arriving:
-    blob: Blob
-    data: memoryview | None
-    """None if it is handed on in pieces."""
 
 
 class Link:
@@ -108,12 +97,10 @@ class Link:
         self._untold = 0
         self._last_beat = 0.0
         self._chunks = 0
-        self._unread = 0
-        """Pieces that were handed on, and that the node is not done with."""
         self._stall = Stall()
         self._judged = -math.inf
-        self._fetcher = Fetcher()
-        self._arriving: dict[Owned, _Arriving] = {}
+        self._arrivals = Arrivals()
+        self._contact = Contact()
 
     @property
     def deadline(self) -> float | None:
@@ -121,9 +108,10 @@ class Link:
         if self._ended:
             return None
         if self._welcome is None or not self._connected:
-            return self._next_hello
+            return min(self._next_hello, self._contact.due)
         quiet = self._last_heard + self._welcome.lease_s
-        return min(self._last_beat + self._welcome.beat_s, quiet, self._done_due)
+        beat = self._last_beat + self._welcome.beat_s
+        return min(beat, quiet, self._done_due, self._contact.due)
 
     @property
     def unreceipted(self) -> int:
@@ -144,6 +132,8 @@ class Link:
             case Received(frame=frame, buffers=buffers):
                 self._last_heard = now
                 self._received(frame, buffers, now, out)
+                if self._connected and (back := self._contact.connected(now)):
+                    out.append(back)
             case Wake():
                 self._wake(now, out)
             case Taken(deliveries=deliveries):
@@ -152,26 +142,14 @@ class Link:
                 self._post(event, out)
             case Together(messages):
                 self._post_all(messages, out)
-            case Fetch(owner, blob, in_pieces):
-                name = Owned(owner, blob.digest)
-                if blob.size == 0:
-                    out.append(Fetched(owner, blob, b""))
-                elif name not in self._arriving:
-                    try:
-                        data = None if in_pieces else np.empty(blob.size, np.uint8).data
-                    except MemoryError:
-                        out.append(Fetched(owner, blob, None))
-                        return out
-                    self._arriving[name] = _Arriving(blob, data)
-                    self._fetcher.add(owner, blob)
-                    self._ask(out)
+            case Fetch():
+                self._arrivals.fetch(event, out)
+                self._ask(out)
             case More():
-                self._unread -= 1
+                self._arrivals.piece_was_read()
                 self._ask(out)
             case Leave(owner, blob):
-                self._unread = 0
-                self._fetcher.drop(Owned(owner, blob.digest))
-                self._arriving.pop(Owned(owner, blob.digest), None)
+                self._arrivals.leave(owner, blob)
             case Say(Done(seqs=seqs, refused=refused)) if not refused:
                 # Not urgent: it goes out with the next post, or with others, a little later.
                 self._done += seqs
@@ -209,7 +187,19 @@ class Link:
         first = self.oldest_unreceipted
         out.append(Send(msgspec.structs.replace(self._hello, first=first, got=self._got)))
 
+    def give_up_after(self, seconds: float) -> None:
+        """End once the node has not been connected to its run for so long."""
+        self._contact.give_up_s = seconds
+
     def _wake(self, now: float, out: list[Action]) -> None:
+        self._contact.begin(now)
+        if now >= self._contact.due:
+            if given_up := self._contact.given_up(now):
+                self._ended = True
+                out.append(Ended("the node gave up", out_of_touch=given_up))
+                return
+            if report := self._contact.wake(now):
+                out.append(report)
         if now >= self._done_due:
             self._say_done(out)
         if self._welcome is not None and self._connected:
@@ -242,7 +232,7 @@ class Link:
         if self._welcome is None or now < self._judged + self._welcome.beat_s / 2:
             return  # beats that tell what was taken follow one another, and so do the answers
         self._judged = now
-        due = bool(self._said) or bool(self._fetcher.outstanding) or beat.sent > self._got
+        due = bool(self._said) or bool(self._arrivals.outstanding) or beat.sent > self._got
         moved = (self.oldest_unreceipted, self._chunks, self._got)
         if self._stall.is_stuck(due=due, moved=moved):
             self._say_hello(now, out)
@@ -254,7 +244,9 @@ class Link:
             case Deliver():
                 self._deliver(frame, buffers, out)
             case Chunk():
-                self._chunk(frame, buffers, out)
+                self._chunks += 1
+                self._arrivals.receive(frame, buffers, out)
+                self._ask(out)
             case wire.Receipt(upto=upto):
                 self._said.receipted(upto)
             case Beat():
@@ -269,18 +261,21 @@ class Link:
                 # Each frame on its way draws one; one Hello answers them all.
                 self._connected = False
                 self._say_hello(now, out)
-            case wire.Reject(reason=reason):
+            case wire.Reject(code=code, reason=reason, config=config):
                 self._ended = True
-                out.append(Ended(reason, rejected=True))
+                out.append(Ended(reason, rejected=True, code=code, config=config or ""))
             case Over(reason=reason):
                 self._ended = True
                 out += [Send(Bye(reason="the run is over")), Ended(reason, over=True)]
             case wire.Full(reason=reason):
                 self._connected = False
                 self._next_hello = now + BLOCKED_S
+                self._contact.answered(frame, now)
                 out.append(Blocked(reason))
+            case wire.Wait():
+                self._contact.answered(frame, now)
             case _:
-                pass  # Wait, one more Stranger, and whatever a later version may say
+                pass  # one more Stranger, and whatever a later version may say
 
     def _welcomed(self, welcome: Welcome, out: list[Action]) -> None:
         if self._welcome is None:
@@ -292,7 +287,7 @@ class Link:
         self._welcome = welcome
         self._connected = True
         out.extend(self._said.sends())
-        self._fetcher.restart()
+        self._arrivals.restart()
         self._ask(out)
 
     def _post(self, event: Outgoing, out: list[Action]) -> None:
@@ -367,34 +362,6 @@ class Link:
         reply = Chunk(owner=want.owner, digest=want.digest, start=want.start)
         out.append(Send(reply, () if piece is None else (piece,)))
 
-    def _chunk(self, chunk: Chunk, buffers: Sequence[Buffer], out: list[Action]) -> None:
-        name = Owned(chunk.owner, chunk.digest)
-        arriving = self._arriving.get(name)
-        self._chunks += 1
-        if arriving is None:
-            return
-        if not buffers:
-            self._fetcher.drop(name)
-            out.append(Fetched(name.owner, arriving.blob, None))
-            del self._arriving[name]
-        else:
-            piece = self._fetcher.receive(chunk, buffers[0])
-            if piece is None:
-                return
-            if arriving.data is None:
-                self._unread += 1
-                out.append(Came(piece.data))
-            else:
-                end = piece.start + memoryview(piece.data).nbytes
-                arriving.data[piece.start : end] = piece.data
-            good = self._fetcher.finished(name)
-            if good is not None:
-                data = arriving.data if arriving.data is not None else b""
-                out.append(Fetched(name.owner, arriving.blob, data if good else None))
-                del self._arriving[name]
-        self._ask(out)
-
     def _ask(self, out: list[Action]) -> None:
         if self._connected:
-            window = max(0, WINDOW_CHUNKS - self._unread)
-            out.extend(Send(want) for want in self._fetcher.wants(window))
+            out.extend(Send(want) for want in self._arrivals.wants())

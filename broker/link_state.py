@@ -13,9 +13,11 @@ from fedmq.broker.wire import (
     Bye,
     Done,
     Frame,
+    Full,
     Message,
     Over,
     Place,
+    Wait,
     Welcome,
 )
 
@@ -143,18 +145,40 @@ class Blocked(Struct, frozen=True):
     reason: str
 
 
+class OutOfTouch(Struct, frozen=True):
+    """The node is not connected to its run: a person should know it now.
+
+    seconds: for how long. answer: what the broker says meanwhile; None if it is silent.
+    admitted: the node was connected before.
+    """
+
+    seconds: float
+    answer: Wait | Full | None
+    admitted: bool
+
+
+class BackInTouch(Struct, frozen=True):
+    """The node is connected to its run again, after so many seconds."""
+
+    seconds: float
+
+
 class Ended(Struct, frozen=True):
     """The link is at its end.
 
-    over: because the run is. rejected: the broker did not admit the node.
+    over: because the run is. rejected: the broker did not admit the node; code, config: see
+    `Rejected`. out_of_touch: the node gave up, after this.
     """
 
     reason: str
     rejected: bool = False
     over: bool = False
+    code: str = ""
+    config: str = ""
+    out_of_touch: OutOfTouch | None = None
 
 
-Action = Send | Admitted | Deliveries | Fetched | Came | Blocked | Ended
+Action = Send | Admitted | Deliveries | Fetched | Came | Blocked | OutOfTouch | BackInTouch | Ended
 
 
 def another_run(run: str) -> tuple[Send, Ended]:

@@ -68,6 +68,9 @@ class FolderLock:
 def proof_in(folder: Path) -> str:
     """Return the proof that stands in a folder; "" if there is none to be seen."""
     try:
+        # What is no file, such as a pipe, might have a reader wait for ever.
+        if not (folder / LOCK_FILE).is_file():
+            return ""
         return (folder / LOCK_FILE).read_text().partition("\n")[0]
     except (OSError, ValueError):
         return ""

@@ -7,9 +7,10 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import msgspec
+from msgspec import UNSET
 
 from fedmq.broker import offers
-from fedmq.broker.admission import MAX_EARLY, find_run, why_not, wrong_name
+from fedmq.broker.admission import MAX_EARLY, find_run, wait_for_run, why_not, wrong_name
 from fedmq.broker.entries import Opened
 from fedmq.broker.postbox import Postbox
 from fedmq.broker.rejections import Code
@@ -28,7 +29,7 @@ from fedmq.broker.state import (
     Send,
     addresses,
 )
-from fedmq.broker.wire import Deliver, Hello, Over, Reject, Wait, Welcome
+from fedmq.broker.wire import Deliver, Hello, Over, Reject, Welcome
 
 PATIENCE_LEASES = 10
 """A node whose connection stands may be silent for this many leases, and no longer."""
@@ -75,16 +76,20 @@ class Members:
             if len(self.early) >= MAX_EARLY:
                 del self.early[next(iter(self.early))]
             self.early[peer] = hello
-            out.append(Send(peer, Wait(reason="no run has started yet")))
+            out.append(Send(peer, wait_for_run(self._box.runs)))
             return
         self.early.pop(peer, None)
         known = run.nodes.get(hello.node)
-        if run.over and known is not None:
+        if run.over:
+            if known is not None and known.alive and known.hello.session == hello.session:
+                # It has another connection now: its goodbye comes over this one.
+                self.peers.pop(known.peer, None)
+                known.peer, self.peers[peer] = peer, known
             out.append(Send(peer, Over(reason=run.over)))
             return
         reason = why_not(run, hello, known)
         if reason:
-            self._reject(peer, hello, *reason, out)
+            self._reject(peer, hello, *reason, out, config=run.config)
             return
         if run.id not in self._box.runs:
             self._box.runs[run.id] = run
@@ -144,6 +149,7 @@ class Members:
         node.lease_until = now + self._settings.lease_s
         self.peers[peer] = node
         checkpoint = None if hello.got else self._checkpoint_for(node)
+        leads = hello.role == AGGREGATOR
         welcome = Welcome(
             run=run.id,
             beat_s=self._settings.beat_s,
@@ -151,6 +157,7 @@ class Members:
             config="" if checkpoint else run.config,
             checkpoint=checkpoint,
             identity=run.identity,
+            continued=UNSET if run.continued is None or not leads else run.continued,
         )
         out.append(Send(peer, welcome))
         if not node.alive:
@@ -176,8 +183,20 @@ class Members:
         accepted = self._box.read(seq)
         return Deliver(seq=seq, at=accepted.at, message=accepted.message)
 
-    def _reject(self, peer: bytes, hello: Hello, code: str, reason: str, out: list[Action]) -> None:
-        out.append(Send(peer, Reject(code=code, reason=reason[:2000])))
+    def _reject(
+        self,
+        peer: bytes,
+        hello: Hello,
+        code: str,
+        reason: str,
+        out: list[Action],
+        config: str = "",
+    ) -> None:
+        """Say why a node is not admitted; ``config``: of the run, to which its own may not fit."""
+        reject = Reject(code=code, reason=reason[:2000])
+        if code == "config" and hello.run in self._box.runs:
+            reject = msgspec.structs.replace(reject, config=config)
+        out.append(Send(peer, reject))
         out.append(Log("warning", "rejected", {"peer_node": hello.node[:100], "reason": reason}))
 
     def look_after(self, now: float, out: list[Action]) -> None:
@@ -202,10 +221,11 @@ class Members:
     def _lapse(self, node: Node, now: float, out: list[Action]) -> None:
         """A lease has run out: if even its connection is gone, the node has left.
 
-        An I/O thread keeps a connection up while Python is busy: such a node is slow.
+        An I/O thread keeps a connection up while Python is busy: such a node is slow. After the
+        end of its run only its goodbye is missing, which is not worth more than a lease.
         """
         silent = now - node.heard
-        if not node.peer or silent >= PATIENCE_LEASES * self._settings.lease_s:
+        if not node.peer or node.run.over or silent >= PATIENCE_LEASES * self._settings.lease_s:
             self.leave(node, f"silent for {silent:.1f} s", now, out)
         else:
             node.lease_until = now + self._settings.beat_s

@@ -40,20 +40,17 @@ class NodeLink(Dealer):
         hello: what the node says of itself.
 
     Raises:
-        LinkClosed: the endpoint is no address.
+        LinkClosed: the endpoint is no address, or its name has none.
     """
 
     def __init__(self, endpoint: str, hello: Hello) -> None:
         super().__init__(endpoint, hello)
         self._last_fetched: tuple[str, bytes, Buffer] | None = None
 
-    def wait_admitted(self, timeout_s: float) -> bool:
-        """Wait for an answer to Hello; tell whether it came in time."""
-        deadline = self._clock() + timeout_s
+    def give_up_after(self, seconds: float) -> None:
+        """Make what waits raise GaveUp once the broker, or the run, is away for so long."""
         with self._baton:
-            while self._welcome is None and self._ended is None and self._clock() < deadline:
-                self._turn(deadline)
-            return self._welcome is not None or self._ended is not None
+            self._core.give_up_after(seconds)
 
     def welcome(self) -> Welcome:
         """Wait until the broker admits this node, and return what it said.
@@ -66,6 +63,20 @@ class NodeLink(Dealer):
             while self._welcome is None:
                 self._turn_or_raise()
             return self._welcome
+
+    def wait(self, timeout_s: float) -> bool:
+        """Wait for a message for a while; tell whether `get` has one.
+
+        Raises:
+            LinkClosed: the run is over, or the link was stopped.
+            Rejected: the broker does not admit this node any more.
+        """
+        if not self._inbox:
+            deadline = self._clock() + timeout_s
+            with self._baton:
+                while not self._inbox and self._clock() < deadline:
+                    self._turn_or_raise(deadline)
+        return bool(self._inbox)
 
     def get(self) -> Delivery:
         """Wait for the next message.

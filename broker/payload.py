@@ -248,8 +248,9 @@ class PayloadIndex:
         return tuple((segment, offset, length) for segment, offset, _, length in stored.pieces)
 
     def let_go(self, segment: int) -> None:
-        """Let a segment's pages leave the page cache: see `disk.let_go`."""
-        with contextlib.suppress(LedgerError):  # deleted, or of no use: it costs time only
+        """Let a segment's pages leave the page cache, if it can be done: see `disk.let_go`."""
+        # Deleted, or no descriptor or thread to spare: it costs time only.
+        with contextlib.suppress(LedgerError, OSError, RuntimeError):
             disk.let_go(self._files.fd(segment))
 
     def close(self) -> None:

@@ -10,6 +10,8 @@ import heapq
 from collections.abc import Sequence
 from typing import Any
 
+from msgspec import UNSET
+
 from fedmq.broker import offers
 from fedmq.broker.admission import timer_of
 from fedmq.broker.entries import Accepted, AcceptedAll, Consumed, Refusal, blob_name
@@ -92,7 +94,8 @@ class Postbox:
             token, after_s = timer_of(message)
             heapq.heappush(self.timers, (now + after_s, seq, run.id, token))
         uses = [blob_name(message, blob) for blob in message.blobs]
-        entry = Accepted(seq=seq, at=now, message=data, consumes=consumes)
+        traffic = run.traffic() if message.to == CHECKPOINT else UNSET
+        entry = Accepted(seq=seq, at=now, message=data, consumes=consumes, traffic=traffic)
         self.fresh.add(entry)
         out.append(Append(entry, uses, kept=message.to != RECORD))
         if message.to in (RECORD, CHECKPOINT, TIMER):

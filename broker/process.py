@@ -9,6 +9,8 @@ import os
 import resource
 import sys
 
+import structlog
+
 _M_TRIM_THRESHOLD = -1
 _M_MMAP_THRESHOLD = -3
 _MMAP_THRESHOLD_BYTES = 32 << 20
@@ -19,11 +21,22 @@ ten runs each, in turn.)"""
 def tune_process() -> None:
     """Set a node's, or a broker's, process up; called once, before it begins.
 
-    Python's garbage collector is to leave alone what is there already (torch's many objects
-    are here to stay), and a link's thread waits for the interpreter at most a millisecond.
+    Whatever this system does not grant is left as it is: a node works without, only slower.
     """
-    keep_freed_memory()
-    allow_many_files()
+    for step in (keep_freed_memory, allow_many_files, _spare_the_collector):
+        try:
+            step()
+        except Exception as error:  # noqa: BLE001 - what a system does not have, it may say in any way
+            log = structlog.get_logger()
+            log.warning("goes on without", step=step.__name__.strip("_"), reason=repr(error))
+
+
+def _spare_the_collector() -> None:
+    """Let Python's garbage collector leave alone what is there already.
+
+    Torch's many objects are here to stay. And a link's thread waits for the interpreter at most
+    a millisecond.
+    """
     gc.freeze()
     gc.set_threshold(20_000, 20, 20)
     sys.setswitchinterval(0.001)

@@ -7,6 +7,8 @@ import secrets
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from msgspec import UNSET
+
 from fedmq.broker.admission import timer_of
 from fedmq.broker.core import Broker
 from fedmq.broker.entries import (
@@ -19,6 +21,7 @@ from fedmq.broker.entries import (
     blob_name,
 )
 from fedmq.broker.errors import LedgerDamage, LedgerError
+from fedmq.broker.headers import encode_message
 from fedmq.broker.ledger import Ledger
 from fedmq.broker.payload import find_damage
 from fedmq.broker.postbox import Postbox
@@ -28,10 +31,12 @@ from fedmq.broker.state import (
     AGGREGATOR,
     BROKER,
     CHECKPOINT,
+    CONTINUED,
     RECORD,
     TIMER,
     Append,
     BrokerSettings,
+    Continuation,
     Node,
     Run,
     addresses,
@@ -55,6 +60,9 @@ class Restorer:
         """Unfinished messages, checkpoints and timers included."""
         self._parked: dict[int, Message] = {}
         self._at: dict[int, float] = {}
+        self._last: dict[str, tuple[int, Message]] = {}
+        """The checkpoint that each run ended with, and its number."""
+        self._last_at: float | None = None
         self.lost: list[tuple[str, int]] = []
 
     def feed(self, entry: AnyEntry) -> None:
@@ -71,6 +79,7 @@ class Restorer:
 
     def _feed(self, entry: AnyEntry) -> None:
         self.box.next_seq = entry.seq + 1
+        self._last_at = entry.at
         match entry:
             case Opened(run=name, config=config, total_clients=total, identity=identity):
                 self.box.runs[name] = Run(name, config, total, identity=identity)
@@ -83,7 +92,9 @@ class Restorer:
             case Ended(run=name, reason=reason):
                 run = self.box.runs[name]
                 run.over = reason
-                run.checkpoint = None
+                if run.checkpoint in self._pending:
+                    self._last[name] = run.checkpoint, self._pending[run.checkpoint]
+                run.checkpoint, run.carried = None, (0, 0)
                 for unfinished in (self._pending, self._parked):
                     for seq in [s for s, each in unfinished.items() if each.run == name]:
                         del unfinished[seq]
@@ -93,10 +104,13 @@ class Restorer:
         self._finished(entry.consumes)
         if message.sender == BROKER and message.kind in ("joined", "left"):
             self._member(run, message)
+        elif message.sender == BROKER and message.kind == CONTINUED:
+            self._continued(run, entry.seq, message)
         elif message.sender != BROKER:
             self.box.remembered.add(Mark.of(run.id, message.sender, message.id, entry.message))
         if message.to == CHECKPOINT:
             run.checkpoint = entry.seq
+            run.carried = run.carried if entry.traffic is UNSET else entry.traffic
         if message.to != RECORD:
             self._pending[entry.seq] = message
             self._at[entry.seq] = entry.at
@@ -126,6 +140,61 @@ class Restorer:
         sessions = known.sessions if known is not None else 0
         again = known is not None and known.hello.session == hello.session
         run.nodes[name] = Node(hello, run, b"", 0.0, sessions=sessions + (not again))
+
+    def _continued(self, run: Run, seq: int, message: Message) -> None:
+        """The run was taken up again: none of its nodes is here, and it may not be over now."""
+        run.config = message.body["config"]
+        for node in run.nodes.values():
+            node.alive = False
+        for at, each in self._pending.items():
+            if each.run == run.id and each.to == TIMER:
+                self._at[at] += message.body["stopped_s"]
+        if not message.body["further"]:
+            return
+        run.continued = seq
+        if run.over:
+            run.over = ""
+            if run.id in self._last:
+                run.checkpoint, last = self._last.pop(run.id)
+                self._pending[run.checkpoint] = last
+
+    def continue_run(self, continuation: Continuation, ledger: Ledger, now: float) -> None:
+        """Write down that a run is taken up again; none that the ledger does not hold is.
+
+        Raises:
+            LedgerError: the ledger does not hold what its last checkpoint names.
+        """
+        if continuation.run not in self.box.runs:
+            return
+        stopped_s = max(0.0, now - self._last_at) if self._last_at is not None else 0.0
+        message = Message(
+            kind=CONTINUED,
+            id=f"{BROKER}/{ledger.next_seq}",
+            run=continuation.run,
+            sender=BROKER,
+            to=AGGREGATOR,
+            body={
+                "config": continuation.config,
+                "further": continuation.further,
+                "stopped_s": stopped_s,
+            },
+        )
+        entry = Accepted(seq=ledger.next_seq, at=now, message=encode_message(message))
+        self.feed(entry)
+        self._check_last(self.box.runs[continuation.run], ledger)
+        ledger.append(entry)
+
+    def _check_last(self, run: Run, ledger: Ledger) -> None:
+        """Raise LedgerError if the checkpoint that a run is to go on from cannot be read."""
+        last = None if run.checkpoint is None else self._pending.get(run.checkpoint)
+        if last is not None and any(
+            ledger.size_of(blob_name(last, blob)) is None for blob in last.blobs
+        ):
+            raise LedgerError(
+                f"run {run.id} cannot go on: the ledger has no longer the bytes of its last "
+                f"checkpoint, entry {run.checkpoint}: a failure of power took them (see "
+                "broker.durability), or they were not kept (see broker.retain)"
+            )
 
     def _finished(self, seqs: Iterable[int]) -> None:
         for seq in seqs:
@@ -197,6 +266,7 @@ def open_broker(
     *,
     retain_bytes: int | None = EVERYTHING,
     offer_parked: bool = False,
+    continuation: Continuation | None = None,
     draw_identity: Callable[[], str] = random_identity,
 ) -> tuple[Ledger, Broker]:
     """Open a ledger, new or not, and return it with the core that goes on from there.
@@ -207,6 +277,7 @@ def open_broker(
         now: in seconds since 1970.
         retain_bytes: see `Ledger`.
         offer_parked: whether parked messages are to be tried again, under a new number.
+        continuation: of a run that is taken up again with all of its nodes.
         draw_identity: see `Broker`.
 
     Raises:
@@ -225,6 +296,12 @@ def open_broker(
         entry = Accepted(seq=ledger.next_seq, at=now, message=data, consumes=(seq,))
         ledger.append(entry)
         restorer.feed(entry)
+    if continuation is not None:
+        try:
+            restorer.continue_run(continuation, ledger, now)
+        except LedgerError:
+            ledger.close()
+            raise
     restorer.finish(ledger, now, settings.lease_s)
     try:
         _check_lost(restorer, ledger)

@@ -8,6 +8,8 @@ sends: a receipt never runs ahead of the ledger.
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import itertools
 import socket as sockets
 from collections import defaultdict
@@ -20,7 +22,15 @@ import zmq
 
 from fedmq.broker import shared_files
 from fedmq.broker.clock import Clock, milliseconds_until
-from fedmq.broker.errors import BrokerError, BrokerFailed, LedgerError, NoSpace, WireError
+from fedmq.broker.endpoints import listening_address, parse_endpoint
+from fedmq.broker.errors import (
+    BrokerError,
+    BrokerFailed,
+    EndpointError,
+    LedgerError,
+    NoSpace,
+    WireError,
+)
 from fedmq.broker.headers import (
     decode_frame,
     encode_frame,
@@ -32,6 +42,7 @@ from fedmq.broker.restore import open_broker
 from fedmq.broker.state import (
     Append,
     BrokerSettings,
+    Continuation,
     Drop,
     Event,
     Full,
@@ -71,11 +82,25 @@ _DAMAGE_SAID = 5
 """Damaged places that are logged one by one."""
 
 
-def _check_port(endpoint: str) -> None:
-    """Raise BrokerError for a port that is none: libzmq would take it modulo 65536."""
-    port = endpoint.rpartition(":")[2]
-    if endpoint.startswith("tcp://") and port.isdigit() and int(port) > 65535:
-        raise BrokerError(f"cannot listen on {endpoint}: a port is a number up to 65535")
+def _bind(socket: zmq.Socket[bytes], text: str) -> None:
+    """Make a socket listen.
+
+    Raises:
+        BrokerError: it cannot; the sentence says why.
+    """
+    try:
+        endpoint = parse_endpoint(text, listen=True)
+        address, ipv6 = listening_address(endpoint)
+        socket.setsockopt(zmq.IPV6, ipv6)
+        socket.bind(address)
+    except EndpointError as error:
+        raise BrokerError(f"cannot listen on {text}: {error}") from None
+    except zmq.ZMQError as error:
+        if error.errno == errno.EADDRNOTAVAIL:
+            reason = "this host has no such address"
+        else:
+            reason = zmq.strerror(error.errno or 0).lower()
+        raise BrokerError(f"cannot listen on {text}: {reason}") from None
 
 
 class BrokerServer:
@@ -86,6 +111,7 @@ class BrokerServer:
         folder: where the ledger lies; if there is one, the broker goes on from it.
         settings: leases, beats, the delivery limit.
         keeping: how, and for how long, the ledger keeps what it is given.
+        continuation: of a run in it that is taken up again with all of its nodes.
 
     Attributes:
         endpoint: where nodes can connect, with the real port.
@@ -101,6 +127,7 @@ class BrokerServer:
         folder: Path,
         settings: BrokerSettings | None = None,
         keeping: Keeping | None = None,
+        continuation: Continuation | None = None,
     ) -> None:
         settings, keeping = settings or BrokerSettings(), keeping or Keeping()
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
@@ -114,19 +141,15 @@ class BrokerServer:
         self._socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, round(settings.lease_s * 1000))
         self._clock = Clock()
         try:
-            _check_port(endpoint)
-            self._socket.bind(endpoint)
+            _bind(self._socket, endpoint)
             self._ledger, self._core = open_broker(
                 folder,
                 settings,
                 self._clock(),
                 retain_bytes=keeping.retain_bytes,
                 offer_parked=keeping.offer_parked,
+                continuation=continuation,
             )
-        except zmq.ZMQError as error:
-            self._context.destroy(linger=0)
-            reason = zmq.strerror(error.errno or 0).lower()
-            raise BrokerError(f"cannot listen on {endpoint}: {reason}") from None
         except BrokerError:
             self._context.destroy(linger=0)
             raise
@@ -153,7 +176,8 @@ class BrokerServer:
     def stop(self) -> None:
         """Make `serve` return soon; callable from a signal handler or another thread."""
         self._stopping = True
-        self._wake_writer.send(b"x")
+        with contextlib.suppress(OSError):  # it is closed already
+            self._wake_writer.send(b"x")
 
     def serve(self, *, until_idle: bool = False) -> None:
         """Serve until `stop`, or until every run is over.
@@ -246,7 +270,11 @@ class BrokerServer:
         """Put a frame into the outbox of its connection, with its bytes from the ledger."""
         frame = send.frame
         if self._shared:
-            frame = shared_files.point(send, self._ledger, self._shared)
+            try:
+                frame = shared_files.point(send, self._ledger, self._shared)
+            except (OSError, RuntimeError, ValueError, LedgerError) as error:
+                self._shared = ""
+                self._log.warning("files are not shared, blobs are sent", reason=repr(error))
         if isinstance(frame, Chunk) and self._outboxes[send.peer].large >= _CHUNKS_WAITING:
             return  # more than an honest node asks for at a time; lost ones it asks for again
         try:

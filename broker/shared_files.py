@@ -125,7 +125,7 @@ class SharedFiles:
         try:
             if os.preadv(self._files.fd(segment), [piece], offset) == size:
                 return True
-        except (OSError, LedgerError):
+        except (OSError, OverflowError, LedgerError):  # or the place is none that a file can have
             pass
         self.close()
         return False

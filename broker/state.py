@@ -23,6 +23,9 @@ WORKER = "worker"
 ROLES = (AGGREGATOR, EVALUATOR, WORKER)
 BROKER = "broker"
 
+CONTINUED = "continued"
+"""Kind of the message by which the broker tells that a run was taken up again."""
+
 RECORD = "record"
 CHECKPOINT = "checkpoint"
 TIMER = "timer"
@@ -45,6 +48,20 @@ class BrokerSettings:
     lease_s: float = 10.0
     beat_s: float = 1.0
     deliveries: int = 5
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """A run that whoever starts the broker takes up again, with all of its nodes.
+
+    run: its id.
+    config: its configuration from now on.
+    further: whether an end that it has reached is lifted.
+    """
+
+    run: str
+    config: str
+    further: bool = False
 
 
 class Store(Protocol):
@@ -241,6 +258,8 @@ class Run:
     checkpoint: number of the newest one.
     over: why the run is over; empty while it is not.
     identity: tells this run from any other of the same id; empty for runs of old ledgers.
+    continued: number of the message by which it goes further than it was to, or None.
+    carried: bytes to its nodes, and from them, that brokers before this one have counted.
     """
 
     id: str
@@ -254,6 +273,17 @@ class Run:
     checkpoint: int | None = None
     over: str = ""
     identity: str = ""
+    continued: int | None = None
+    carried: tuple[int, int] = (0, 0)
+
+    def traffic(self) -> tuple[int, int]:
+        """Return the bytes on the wire to all nodes but the aggregator, and from them."""
+        nodes = [each for each in self.nodes.values() if each.hello.role != AGGREGATOR]
+        down, up = self.carried
+        return (
+            down + sum(each.sent_bytes + each.read_bytes for each in nodes),
+            up + sum(each.received_bytes for each in nodes),
+        )
 
     def host_of(self, address: str) -> Node | None:
         """Return the live node that hosts an address."""

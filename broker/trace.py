@@ -107,6 +107,10 @@ class Trace:
             self._catch_up()
         if seq >= self._count and self.damage is not None:
             raise self.damage
+        if seq >= self._count > 0:
+            raise LedgerError(
+                f"entry {seq} is not in the ledger: the last one is entry {self._count - 1}"
+            )
         return self._index.read(seq)
 
     def blob(self, message: Message, index: int) -> Buffer:

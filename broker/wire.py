@@ -40,6 +40,8 @@ MAX_ALL_BYTES = 56 * 1024
 """and their bytes, if they are more than one."""
 MIN_MESSAGE_BYTES = 32
 """No message has fewer: a frame of many cannot be one of very many that are none."""
+MAX_NAMED = 20
+"""Runs that a node is told by name when the one that it asks for is not there."""
 MAX_DEPTH = 32
 """Of a message's body: whoever reads it, or prints it, must not run out of stack."""
 CHUNK_BYTES = 1024 * 1024
@@ -150,16 +152,30 @@ class Reject(Frame, frozen=True, kw_only=True):
     code: Name
     reason: Reason
     protocol: tuple[int, int] = PROTOCOL
+    config: str | UnsetType = UNSET
+    """Of the run, for an aggregator that came with another one. Not sent before 1.3."""
 
 
 class Stranger(Frame, frozen=True, kw_only=True):
     """The broker does not know this connection (any more): say Hello."""
 
 
+class Serving(Struct, frozen=True):
+    """The runs that a broker has: some by name, the newest first, and how many others."""
+
+    runs: Annotated[tuple[Name, ...], Meta(max_length=MAX_NAMED)] = ()
+    others: Natural = 0
+    ended: Annotated[tuple[Name, ...], Meta(max_length=MAX_NAMED)] = ()
+    """Runs that have ended."""
+    others_ended: Natural = 0
+
+
 class Wait(Frame, frozen=True, kw_only=True):
     """The broker has no such run yet: keep the connection and say Hello again when told."""
 
     reason: Reason = ""
+    serving: Serving | UnsetType = UNSET
+    """What it has instead, if anything; not sent before 1.3."""
 
 
 class Post(Numbered, frozen=True, kw_only=True):
@@ -242,6 +258,9 @@ class Welcome(Frame, frozen=True, kw_only=True):
     identity: Identity = ""
     """Drawn when the run was opened: another run under the same id has another one. Empty: the
     run was opened before 1.3."""
+    continued: Natural | UnsetType = UNSET
+    """For the aggregator: number of the message by which the run goes further than it was to; an
+    end in a checkpoint before that one holds no longer. Not sent before 1.3."""
 
 
 class Done(Numbered, frozen=True, kw_only=True):

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fedmq.codecs.base import MAX_DECODED_BYTES, Codec, Encoded, brief
 from fedmq.codecs.cast import Cast
-from fedmq.codecs.errors import DecodeError, SpecError
+from fedmq.codecs.errors import CodecError, DecodeError, SpecError
 from fedmq.codecs.extensions import entry_points
 from fedmq.codecs.features import Features
 from fedmq.codecs.logits import Logits
@@ -69,7 +69,27 @@ def decode(encoded: Encoded, max_bytes: int = MAX_DECODED_BYTES) -> dict[str, Te
     Raises:
         DecodeError: unknown codec or version, or damaged bytes.
     """
-    return _reader(encoded.codec).decode(encoded, max_bytes)
+    codec = _reader(encoded.codec)
+    if type(codec).__module__.startswith("fedmq."):
+        return codec.decode(encoded, max_bytes)
+    return _decode_elsewhere(codec, encoded, max_bytes)
+
+
+def _decode_elsewhere(codec: Codec, encoded: Encoded, max_bytes: int) -> dict[str, Tensor]:
+    """Read tensors with another package's codec: whatever it does must not end its reader."""
+    try:
+        found: object = codec.decode(encoded, max_bytes)
+    except CodecError:
+        raise
+    except Exception as error:
+        text = f"codec {codec.wire_name} cannot decode: {type(error).__name__}: {error}"
+        raise DecodeError(text[:2000]) from error
+    if not isinstance(found, dict) or not all(
+        isinstance(name, str) and isinstance(each, Tensor) for name, each in found.items()
+    ):
+        kind = type(found).__name__
+        raise DecodeError(f"codec {codec.wire_name}: expected tensors by name, got {kind!r}")
+    return found
 
 
 @functools.lru_cache(maxsize=256)

@@ -10,108 +10,70 @@ has the ids that it had before, so the broker knows it again.
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Mapping
 from typing import Any
 
 import msgspec
-from torch import Tensor
 
 from fedmq.algorithms.schedules import View
+from fedmq.broker.errors import BrokerError
 from fedmq.broker.rejections import Code, Rejection
-from fedmq.broker.state import CHECKPOINT, RECORD, TIMER
+from fedmq.broker.state import CHECKPOINT, CONTINUED, RECORD, TIMER
 from fedmq.broker.wire import Message
-from fedmq.nodes.checkpoint import Fold, pack_checkpoint, unpack_checkpoint
-from fedmq.nodes.computed import Computed
+from fedmq.nodes.aggregator_state import AggregatorState
+from fedmq.nodes.causes import explained, may_pass, modules_of
+from fedmq.nodes.checkpoint import pack_checkpoint, unpack_checkpoint
 from fedmq.nodes.digests import model_digest
-from fedmq.nodes.evaluations import Evaluations, accuracy_in, requests
+from fedmq.nodes.errors import NodeError
+from fedmq.nodes.evaluations import (
+    Evaluations,
+    accuracy_in,
+    metrics_without_accuracy,
+    requests,
+)
 from fedmq.nodes.gathering import Gathering, Waiting
+from fedmq.nodes.goal import Goal
 from fedmq.nodes.inbox import (
     AggregatorAction,
     Commit,
     Done,
     Finish,
     Inbound,
-    Post,
     Settle,
     Start,
 )
-from fedmq.nodes.intake import Intake
-from fedmq.nodes.members import Members
-from fedmq.nodes.payload import Packed
-from fedmq.nodes.setup import Setup
-from fedmq.nodes.tasks import Letters, Tasks
 
 FINAL_EVALUATION_S = 60.0
 """How long the end of a run waits for an answer to any of the evaluations that are out."""
 _FINAL = "final evaluation"
+_RETRY = "retry"
 
 
-class Aggregator:
-    """The state of one run at its aggregator.
-
-    Args:
-        setup: what is learned, how, and when.
-        run: id of the run.
-        node: this node's name.
-        computed: how; by default as this release does.
-    """
-
-    def __init__(self, setup: Setup, run: str, node: str, computed: Computed | None = None) -> None:
-        self._setup = setup
-        self._computed = computed or Computed()
-        self._settings = setup.config.run
-        self._letters = Letters(run, node)
-        self._algorithm, self._schedule = setup.algorithm, setup.schedule
-        self.state = self._algorithm.start(setup.problem)
-        self.version = 0
-        self._members = Members()
-        self._tasks = Tasks(setup, self._members)
-        self._intake = Intake(setup, self._tasks, self.state)
-        self._evaluations = Evaluations()
-        self._committing: tuple[Gathering, Commit] | None = None
-        self._waiting = Waiting()
-        self._running = False
-        self._finishing = ""
-        self._asked_final: int | None = None
-        self._ended = False
-        self._evaluated = -1
-        self._position = -1
-        self._now = 0.0
-        self._checkpoint_at = -math.inf
-
-    def tensors(self) -> Mapping[str, Tensor]:
-        """Return the current model by name."""
-        return self._algorithm.tensors(self.state)
-
-    def parts(self) -> dict[str, Any]:
-        """Return all that this core is made of, by name, for whoever looks for a difference."""
-        current = self._intake.current
-        return {
-            "position": self._position,
-            "version": self.version,
-            "state": self.state,
-            "gathered": current.gathered,
-            "weights": current.weights,
-            "results": current.absorbed,
-            "staleness": current.staleness,
-            "held": sorted(current.held),
-            "tasks": self._tasks.flights,
-            "hosts": self._members.hosts,
-            "evaluating": sorted(self._evaluations.asked),
-            "examinations": self._evaluations.examinations,
-            "scores": self._evaluations.scores,
-            "committing": self._committing[1].token if self._committing else "",
-            "waiting": list(self._waiting.numbers()),
-            "counts": self._intake.counts,
-            "finishing": self._finishing,
-            "next_id": self._letters.next_id,
-        }
+class Aggregator(AggregatorState):
+    """The core of one run's aggregator; see `AggregatorState` for what it is made from."""
 
     def handle(self, event: Start | Inbound) -> list[AggregatorAction]:
-        """Take one event; return what is to be done, in order."""
+        """Take one event; return what is to be done, in order.
+
+        What the algorithm's own code raises ends the run: folded again, it would raise it again.
+
+        Raises:
+            BrokerError: a blob cannot be read now.
+            NodeError: the checkpoint does not fit.
+        """
+        try:
+            return self._handle(event)
+        except (BrokerError, NodeError):
+            raise
+        except Exception as error:
+            if may_pass(error) or isinstance(error.__cause__, BrokerError):
+                raise
+            return self._break_off(error)
+
+    def _handle(self, event: Start | Inbound) -> list[AggregatorAction]:
         out: list[AggregatorAction] = []
         if isinstance(event, Start):
+            self._continues_at = event.continued
             if event.checkpoint is None:
                 self._begin_run(event.run_record, out)
             else:
@@ -125,8 +87,12 @@ class Aggregator:
         if event.seq <= self._position:
             return [Settle(self._waiting.untold)]  # the checkpoint tells of it
         self._position, self._now = event.seq, event.at
+        self._progress.now = event.at
         why: Rejection | None = None
-        if not self._ended:
+        if message.kind == CONTINUED:
+            self._continued(message)
+            self._advance(out)
+        elif not self._ended:
             match message.kind:
                 case "joined":
                     self._joined(message, out)
@@ -146,10 +112,9 @@ class Aggregator:
                 case "score":
                     why = self._score(message)
                 case "refused":
-                    self._refused(str(message.body.get("id")))
+                    self._refused(message)
                 case kind:
-                    text = f"an aggregator takes no {kind!r} messages"
-                    why = Rejection(Code.UNKNOWN_KIND, text)
+                    why = Rejection(Code.UNKNOWN_KIND, f"an aggregator takes no {kind!r} messages")
             self._advance(out)
         return [Done.of(event.seq, why), *out]
 
@@ -177,9 +142,24 @@ class Aggregator:
         self._tasks.joined(message)
         self._members.joined(message)
         wanted = self._settings.min_clients or self._setup.problem.clients
-        if not self._running and len(self._members.hosts) >= wanted:
+        if not self._running and self._members.suffice(wanted):
             self._running = True
             self._begin_version(out)
+
+    def _continued(self, message: Message) -> None:
+        """The run was taken up again: it stands until its nodes are back, and may go further."""
+        self._members.all_gone()
+        self._running, self._asked_final = False, None
+        if not message.body["further"]:
+            return
+        self._goal, self._failed = Goal.told(message.body), False
+        self._finishing = self._goal.after(self.version)
+        self._progress.start_over()
+        if self._ended:  # what was under way then, nobody has any more
+            self._ended, self._committing = False, None
+            self._tasks.resume({})
+            self._evaluations = Evaluations()
+            self._intake.begin_version(self.state)
 
     def _tick(self, token: str, out: list[AggregatorAction]) -> None:
         if token == f"deadline/{self.version}":
@@ -193,12 +173,16 @@ class Aggregator:
             if len(self._evaluations.asked) == self._asked_final:
                 self._end(out)
             self._asked_final = None  # while answers come, it goes on
+        elif token == _RETRY:
+            self._progress.timer_is_over(self._members.hosts)
+            self._tasks.freed()
 
-    def _refused(self, name: str) -> None:
+    def _refused(self, message: Message) -> None:
         """One of our own messages could not be used by its recipient, or not be delivered."""
+        name = str(message.body.get("id"))
         if name in self._evaluations.asked:
             self._evaluated_as(name, None)
-        self._intake.counts.dropped += self._tasks.forget(name)
+        self._intake.undelivered(name, message)
 
     def _score(self, message: Message) -> Rejection | None:
         name = message.re or ""
@@ -206,16 +190,18 @@ class Aggregator:
             text = f"no evaluation {message.re!r} is with {message.sender}"
             return Rejection(Code.UNKNOWN_TASK, text)
         accuracy, why = accuracy_in(message)
+        of_model = name not in self._evaluations.examinations
         self._evaluated_as(name, accuracy)
+        if self._progress.rules and of_model and self._settings.target_accuracy is not None:
+            found = metrics_without_accuracy(message)
+            if found is not None:
+                self._fail(f"run.target_accuracy: expected accuracy among the metrics, got {found}")
         return why
 
     def _evaluated_as(self, name: str, accuracy: float | None) -> None:
         """An evaluation is over; the run may be too."""
         known = self._evaluations.end(name, accuracy)
-        target = self._settings.target_accuracy
-        met = known is not None and target is not None and known >= target
-        if met and not self._finishing:
-            self._finishing = f"accuracy {known:.4f} reached the target of {target:g}"
+        self._finishing = self._finishing or self._goal.met_by(known)
 
     # ---- versions
 
@@ -224,8 +210,12 @@ class Aggregator:
         while self._running and not self._finishing:
             if self._committing is not None or self._waiting.missing:
                 return
-            self._take_waiting(out)
+            self._intake.take_waiting(self._waiting, self.state, self.version, out)
             self._intake.add_in_order(self.state, out)
+            # A result in hand may yet be used.
+            if self._progress.hopeless and not self._intake.current.held:
+                self._fail(self._progress.hopeless)
+                break
             view = self._tasks.view(self._intake.current, self.version)
             if self._schedule.closes(view) and self._intake.current.held:
                 self._intake.add_in_order(self.state, out, everything=True)
@@ -235,20 +225,18 @@ class Aggregator:
                 self._start_tasks(view, out)
                 return
             self._commit(out)
-        if self._finishing and not self._ended:
+        if self._finishing and self._running and not self._ended:
             self._finish(out)
-
-    def _take_waiting(self, out: list[AggregatorAction]) -> None:
-        """Take the results that came while the version before this one was being committed."""
-        waiting, self._waiting.here = self._waiting.here, {}
-        for inbound in waiting.values():
-            done = self._intake.take(inbound, self.state, self.version, out)
-            if done is not None:
-                out.append(done)
 
     def _start_tasks(self, view: View, out: list[AggregatorAction]) -> None:
         current = self._intake.current
-        clients = self._tasks.draw(self._schedule.wants(view), current, self.version)
+        wanted = self._schedule.wants(view)
+        clients = self._tasks.draw(wanted, current, self.version)
+        # A round goes on without those who failed, as long as it goes on.
+        if len(clients) < wanted and not (self._schedule.ordered and (clients or view.outstanding)):
+            after = self._progress.timer(self._members.hosts)
+            if after is not None:
+                self._post(out, "timer", TIMER, {"token": _RETRY, "after_s": after})
         deadline = self._schedule.deadline()
         if deadline is not None and clients and (current.deadline_passed or not current.started):
             body = {"token": f"deadline/{self.version}", "after_s": deadline}
@@ -281,6 +269,7 @@ class Aggregator:
         self.state = state
         cohort = self._schedule.cohort(self._setup.problem.clients)
         self.version += 1
+        self._progress.version = self.version
         self._tasks.begin_version()
         self._intake.begin_version(self.state)
         body = {
@@ -299,8 +288,7 @@ class Aggregator:
 
     def _go_on(self, out: list[AggregatorAction]) -> None:
         """What follows a commit, whether it was just now or before a restart."""
-        if self.version >= self._settings.versions:
-            self._finishing = f"{self.version} versions committed"
+        self._finishing = self._goal.after(self.version) or self._finishing
         self._begin_version(out)
 
     def _checkpoint(self, kind: str, body: Mapping[str, Any], out: list[AggregatorAction]) -> None:
@@ -311,28 +299,6 @@ class Aggregator:
         self._post(out, kind, CHECKPOINT, {**packed.body, **body}, packed)
         out.append(Settle(self._waiting.untold))
 
-    def _fold(self) -> Fold:
-        """Return what a session that starts from here has to know besides the state."""
-        return Fold(
-            position=self._position,
-            at=self._now,
-            version=self.version,
-            next_id=self._letters.next_id + 1,
-            flights=self._tasks.flights,
-            hosts=self._members.hosts,
-            evaluators=sorted(self._members.evaluators),
-            evaluating=sorted(self._evaluations.asked),
-            evaluated=self._evaluated,
-            examinations=self._evaluations.examinations,
-            scores=self._evaluations.scores,
-            waiting=list(self._waiting.untold),
-            counts=self._intake.counts,
-            running=self._running,
-            finishing=self._finishing,
-            ended=self._ended,
-            arithmetic=self._computed.arithmetic,
-        )
-
     def _resume(self, inbound: Inbound, out: list[AggregatorAction]) -> None:
         """Start from a checkpoint, and go on as the session before it did."""
         self.state, fold = unpack_checkpoint(self._algorithm, self._setup.problem, inbound)
@@ -341,23 +307,25 @@ class Aggregator:
         self._position, self.version = fold.position, fold.version
         self._letters.next_id, self._intake.counts = fold.next_id, fold.counts
         self._members.resume(fold.hosts, fold.evaluators)
+        self._members.expects_evaluator = fold.expects_evaluator is True
         self._tasks.resume(fold.flights)
         self._evaluations = Evaluations(set(fold.evaluating), fold.examinations, fold.scores)
         self._waiting = Waiting(missing=set(fold.waiting), untold=tuple(fold.waiting))
         self._evaluated, self._running = fold.evaluated, fold.running
-        self._finishing, self._ended = fold.finishing, fold.ended
+        self._finishing, self._ended, self._failed = fold.finishing, fold.ended, fold.failed
         self._now = self._checkpoint_at = fold.at
+        self._progress.resume(fold.failures, fold.rules, self.version, self._now)
+        self._goal = fold.goal or self._goal
         if self._ended:
-            out.append(Finish(self._finishing))
+            self._tell_end(out)
             return
-        if fold.version == 0 and not self._running:
-            return  # from the run's record: whoever is here will be told of again
-        self._go_on(out)
-        self._advance(out)
+        if fold.version or self._running:  # else whoever is here will be told of again
+            self._go_on(out)
+            self._advance(out)
 
     def _begin_version(self, out: list[AggregatorAction]) -> None:
         every = self._settings.evaluate_every
-        if every and self.version % every == 0:
+        if every and self.version % every == 0 and self._evaluated != self.version:
             self._evaluate(out)
 
     def _evaluate(self, out: list[AggregatorAction]) -> None:
@@ -366,7 +334,25 @@ class Aggregator:
         for to, body, packed, of in requests(self._algorithm, self.state, self.version, hosts):
             self._evaluations.ask(self._post(out, "evaluate", to, body, packed), of)
 
+    def _fail(self, why: str) -> None:
+        """Let the run end without reaching its end, if it has not reached it already."""
+        if not self._finishing:
+            self._finishing, self._failed = why, True
+
+    def _break_off(self, error: Exception) -> list[AggregatorAction]:
+        """End the run at once: code that it needs has raised something."""
+        own = modules_of(self._algorithm, self._setup.problem)
+        why = f"{self._algorithm.name} raised {explained(error, own)}"
+        self._finishing, self._failed, self._ended = why, True, True
+        out: list[AggregatorAction] = []
+        body = {"reason": why, "position": self._position, "failed": True}
+        self._post(out, "finished", RECORD, body)
+        return [*out, Finish(why, failed=True, error=error)]
+
     def _finish(self, out: list[AggregatorAction]) -> None:
+        if self._failed:
+            self._end(out)
+            return
         if self._evaluated != self.version:
             self._evaluate(out)
         if not self._evaluations.awaited(self._members):
@@ -380,19 +366,12 @@ class Aggregator:
         self._ended = True
         out += self._intake.end(self._waiting)
         self._waiting = Waiting()
-        about = {"reason": self._finishing, "position": self._position}
+        about: dict[str, Any] = {"reason": self._finishing, "position": self._position}
+        about |= {"failed": True} if self._failed else {}
         body = {**about, **msgspec.structs.asdict(self._intake.counts)}
         self._checkpoint("finished", body, out)
-        out.append(Finish(self._finishing))
+        self._tell_end(out)
 
-    def _post(
-        self,
-        out: list[AggregatorAction],
-        kind: str,
-        to: str,
-        body: Mapping[str, Any],
-        packed: Packed | None = None,
-    ) -> str:
-        message = self._letters.write(kind, to, body, packed)
-        out.append(Post(message, packed.data if packed else ()))
-        return message.id
+    def _tell_end(self, out: list[AggregatorAction]) -> None:
+        if self._position >= self._continues_at:  # else the inbox has more to do
+            out.append(Finish(self._finishing, self._failed))

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-import numpy as np
 import structlog
 import torch
+from msgspec import UNSET
 
+from fedmq.algorithms import arithmetic
 from fedmq.algorithms.allowed import Allowed
-from fedmq.broker.errors import RunOver
+from fedmq.algorithms.problems.base import Problem
+from fedmq.broker.errors import Rejected, RunOver
 from fedmq.broker.headers import decode_message
 from fedmq.broker.link_state import Delivery
 from fedmq.broker.node_link import NodeLink
@@ -21,15 +25,21 @@ from fedmq.broker.state import AGGREGATOR
 from fedmq.broker.wire import Hello
 from fedmq.nodes.aggregator import Aggregator
 from fedmq.nodes.agreement import Fingerprint, disagree
+from fedmq.nodes.attainable import check_attainable
 from fedmq.nodes.computed import Computed
 from fedmq.nodes.config import Config
+from fedmq.nodes.differing import differing_keys
+from fedmq.nodes.errors import ConfigError, RunFailed, own_code
 from fedmq.nodes.inbox import AggregatorAction, Commit, Done, Finish, Inbound, Post, Settle, Start
 from fedmq.nodes.local import node_key
+from fedmq.nodes.model_files import remove_model, save_model
 from fedmq.nodes.programs import inbound_of, linked, new_session
 from fedmq.nodes.setup import kind_of, set_up
+from fedmq.nodes.trace.text import clients_in_words
 from fedmq.nodes.version_zero import version_zero
 
-MODEL_FILE = "model.npz"
+_QUIET_S = 5.0
+_TELL_AGAIN_S = 60.0
 
 
 def run_aggregator(
@@ -38,6 +48,7 @@ def run_aggregator(
     run: str,
     folder: Path | None = None,
     allowed: Allowed | None = None,
+    give_up_s: float | None = None,
 ) -> str:
     """Run an aggregator until its run is over; return why it ended.
 
@@ -45,18 +56,26 @@ def run_aggregator(
         endpoint: where the broker listens.
         config: the run's configuration.
         run: id of the run.
-        folder: where to leave the final model as ``model.npz``, and to keep the node's key;
-            None keeps nothing.
+        folder: where to leave the final model (`fedmq.nodes.model_files`), and to keep the
+            node's key; None keeps nothing.
         allowed: which code the configuration may name, as in `set_up`.
+        give_up_s: so long without the broker, and the node ends; None for never.
 
     Raises:
-        ConfigError: the configuration is unusable.
+        ConfigError: the configuration is unusable, asks for what can never be, or is not the
+            one that the run has.
+        GaveUp: the broker was not there for ``give_up_s``.
+        OwnCodeError: the problem, its model or the algorithm's first state cannot be made.
+        RunFailed: the run ended without reaching its end.
         Rejected: the broker does not admit this node.
         LinkClosed: the link ended before the run did.
+        NodeError: the final model cannot be written; the ledger has it.
     """
-    setup = set_up(config, allowed, run)
-    torch.set_num_threads(config.worker.threads)
-    version_0 = version_zero(setup.problem)
+    with own_code("problem.name"):
+        setup = set_up(config, allowed, run)
+        check_attainable(setup)
+        torch.set_num_threads(config.worker.threads)
+        version_0 = version_zero(setup.problem)
     hello = Hello(
         node=AGGREGATOR,
         role=AGGREGATOR,
@@ -67,23 +86,41 @@ def run_aggregator(
         total_clients=setup.problem.clients,
     )
     computed = Computed(device=kind_of("cpu"), version_0=version_0)
-    core = Aggregator(setup, run, AGGREGATOR, computed)
+    with own_code("algorithm.name"):
+        core = Aggregator(setup, run, AGGREGATOR, computed)
+        arithmetic.prepare(sum(each.numel() for each in core.tensors().values()))
     try:
-        with linked(endpoint, hello) as link:
-            _fold_until_over(link, core, folder, version_0)
+        with linked(endpoint, hello, give_up_s) as link:
+            _fold_until_over(link, core, setup.problem, folder, version_0)
+    except Rejected as error:
+        differ = differing_keys(hello.config, error.config)
+        if error.code == "config" and differ:
+            raise ConfigError(
+                f"run {run} at {endpoint} has another configuration: {differ}; "
+                "take the same, or give this one another run.id"
+            ) from None
+        raise
     except RunOver as end:
+        if core.failed:
+            raise RunFailed(str(end)) from None
         return str(end)
 
 
 def _fold_until_over(
-    link: NodeLink, core: Aggregator, folder: Path | None, version_0: Fingerprint | None
+    link: NodeLink,
+    core: Aggregator,
+    problem: Problem,
+    folder: Path | None,
+    version_0: Fingerprint | None,
 ) -> NoReturn:
     """Give the core its inbox, and carry out what it says; raises RunOver in the end."""
-    actions: Sequence[AggregatorAction] = core.handle(Start(_checkpoint(link)))
+    welcomed = link.welcome().continued
+    start = Start(_checkpoint(link), continued=-1 if welcomed is UNSET else welcomed)
+    actions: Sequence[AggregatorAction] = core.handle(start)
     if folder is not None:
-        # A model that is here already is another run's, or will be written again at the end.
-        (folder / MODEL_FILE).unlink(missing_ok=True)
+        remove_model(folder)
     unsettled: list[int] = []
+    patience = _Patience()
     disagreeing: set[str] = set()
     while True:
         with link.together():
@@ -98,10 +135,16 @@ def _fold_until_over(
                         unsettled = [seq for seq in unsettled if seq in but]
                     case Commit():
                         threading.Thread(target=_work, args=(link, action), daemon=True).start()
-                    case Finish(reason):
-                        if folder is not None:
-                            _save(folder, core)
+                    case Finish(reason, failed, error):
+                        if failed:
+                            structlog.get_logger().error("failed", reason=reason, exc_info=error)
+                        if folder is not None and error is None:
+                            # Before the run is over: then no session is started any more.
+                            about = {"run": link.welcome().run, "version": str(core.version)}
+                            save_model(folder, core.tensors(), problem, about)
                         link.over(reason)
+        while not link.wait(_QUIET_S):
+            patience.look(core.missing_clients())
         delivery = link.get()
         unsettled.append(delivery.seq)
         if delivery.message.kind == "refused":
@@ -117,22 +160,28 @@ def _fold_until_over(
             actions = core.handle(inbound_of(link, delivery))
 
 
+class _Patience:
+    """Says which clients a run waits for: when that changes, and every minute."""
+
+    def __init__(self) -> None:
+        self._told: list[int] = []
+        self._told_at = -math.inf
+
+    def look(self, missing: list[int]) -> None:
+        """Take a look, after nothing has come for a while."""
+        now = time.monotonic()
+        if missing and (missing != self._told or now >= self._told_at + _TELL_AGAIN_S):
+            self._told_at = now
+            structlog.get_logger().warning(f"waiting for {clients_in_words(missing)}")
+        self._told = missing
+
+
 def _work(link: NodeLink, commit: Commit) -> None:
     """Do what takes long, while the core goes on with its inbox."""
     torch.set_num_threads(torch.get_num_threads())  # each thread has a number of its own
     with contextlib.suppress(Exception):  # the core meets it when it asks for the result
         commit.result()
     link.hand_in(commit.message)
-
-
-def _save(folder: Path, core: Aggregator) -> None:
-    """Leave the model; before the run is over, because then no session is started any more."""
-    # numpy has no bfloat16; each of its values is one of float32.
-    arrays = {
-        name: (each.float() if each.dtype == torch.bfloat16 else each).numpy()
-        for name, each in core.tensors().items()
-    }
-    np.savez(folder / MODEL_FILE, allow_pickle=False, **arrays)
 
 
 def _checkpoint(link: NodeLink) -> Inbound | None:

@@ -6,6 +6,7 @@ client and on the same kind of device, comes to the same bytes.
 
 from __future__ import annotations
 
+from fedmq.algorithms.returned import result_of
 from fedmq.algorithms.rng import seeded
 from fedmq.nodes.setup import Setup, kind_of
 from fedmq.nodes.worker import Evaluate, Evaluated, Train, Trained
@@ -16,10 +17,14 @@ def carry_out(action: Train | Evaluate, setup: Setup, device: str) -> Trained | 
 
     Returns:
         The event for the core; how long it took is the caller's to say.
+
+    Raises:
+        ReturnedError: a method of the problem or the algorithm returned what cannot be used.
     """
     with seeded(action.seed, device):
         if isinstance(action, Train):
             client = action.at(setup.problem, device)
-            payload, local = setup.algorithm.train(action.task, client)
+            found = setup.algorithm.train(action.task, client)
+            payload, local = result_of(found, f"{type(setup.algorithm).__name__}.train")
             return Trained(payload, local, 0.0, kind_of(device))
         return Evaluated(action.metrics(setup, device), kind_of(device))

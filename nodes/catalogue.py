@@ -4,10 +4,35 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import json
 import re
+import textwrap
 from collections.abc import Iterator
 
 from fedmq.codecs.extensions import entry_points
+from fedmq.nodes.config import NONE
+
+_NAME_COLUMNS = 22
+"""A longer name has a line of its own."""
+_LEAST_COLUMNS = 40
+
+
+def lines(what: str, width: int) -> Iterator[str]:
+    """Yield `catalogue` as lines of at most so many columns; no word of it is broken."""
+    found = [(name, about.split("\n")) for name, about in catalogue(what)]
+    indent = min(_NAME_COLUMNS, max(len(name) for name, _ in found) + 2)
+    room = max(width, _LEAST_COLUMNS) - indent
+    for name, abouts in found:
+        wrapped = [
+            line
+            for about in abouts
+            for line in textwrap.wrap(about, room, break_long_words=False, break_on_hyphens=False)
+        ]
+        if len(name) + 2 > indent:
+            yield name
+        else:
+            yield f"{name:{indent}}{wrapped.pop(0) if wrapped else ''}".rstrip()
+        yield from (" " * indent + line for line in wrapped)
 
 
 def catalogue(what: str) -> Iterator[tuple[str, str]]:
@@ -67,14 +92,33 @@ def _first_sentence(kind: type) -> str:
 
 
 def _fields(kind: type) -> str:
-    return ", ".join(f"{each.name}={each.default!r}" for each in dataclasses.fields(kind))
+    return ", ".join(f"{each.name}={_toml(each.default)}" for each in dataclasses.fields(kind))
+
+
+def _toml(value: object) -> str:
+    """Return a default as it is written in a run's file; what is not set there is "none"."""
+    match value:
+        case None:
+            return json.dumps(NONE)
+        case tuple() | list():
+            return f"[{', '.join(map(_toml, value))}]"
+        case str() | bool():
+            return json.dumps(value)
+        case _:
+            return repr(value)
 
 
 def _parameters(factory: object) -> str:
     parameters = inspect.signature(factory).parameters.values()  # type: ignore[arg-type] # callable
     shown = [
-        each.name if each.default is each.empty else f"{each.name}={each.default!r}"
+        _parameter(each)
         for each in parameters
         if each.kind not in (each.VAR_POSITIONAL, each.VAR_KEYWORD)
     ]
     return f"({', '.join(shown)})" if shown else ""
+
+
+def _parameter(each: inspect.Parameter) -> str:
+    if each.default is each.empty:
+        return each.name
+    return f"[{each.name}]" if each.default is None else f"{each.name}={each.default!r}"

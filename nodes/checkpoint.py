@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import msgspec
-from msgspec import Struct
+from msgspec import UNSET, Struct, UnsetType
 
 from fedmq.algorithms.base import Algorithm
 from fedmq.algorithms.errors import ResultError
@@ -18,8 +18,10 @@ from fedmq.broker.wire import Blob
 from fedmq.codecs.errors import CodecError
 from fedmq.nodes.errors import NodeError
 from fedmq.nodes.evaluations import Examination
+from fedmq.nodes.goal import Goal
 from fedmq.nodes.inbox import Inbound
 from fedmq.nodes.payload import RAW, Packed, pack, unpack
+from fedmq.nodes.progress import Failures
 
 
 class Flight(Struct):
@@ -52,6 +54,10 @@ class Fold(Struct):
     position, at: number and time of the last message that this is the fold of.
     waiting: numbers of the messages before it that it has yet to take.
     arithmetic: by which it was made, see `fedmq.nodes.computed`.
+    failures: that were not followed by a used result; see `fedmq.nodes.progress`.
+    failed: the run ends without reaching its end. rules: by which failures are counted.
+    goal: what the run was to reach; not in the checkpoints of 0.1.0.
+    expects_evaluator: whether the run was taken up again, and had an evaluator before.
     """
 
     position: int
@@ -71,11 +77,16 @@ class Fold(Struct):
     scores: dict[int, list[float]] = {}
     waiting: list[int] = []
     arithmetic: int = 1
+    failures: Failures = msgspec.field(default_factory=Failures)
+    failed: bool = False
+    rules: int = 0
+    goal: Goal | UnsetType = UNSET
+    expects_evaluator: bool | UnsetType = UNSET
 
 
 def pack_checkpoint(algorithm: Algorithm, state: Any, fold: Fold) -> Packed:
     """Return a checkpoint as what goes into a message."""
-    packed = pack(algorithm.save(state), RAW, 0)
+    packed = pack(algorithm.save(state), RAW, 0, f"{type(algorithm).__name__}.save")
     data = msgspec.msgpack.encode(fold)
     return Packed(packed.body, (*packed.blobs, Blob.of(data)), (*packed.data, data))
 

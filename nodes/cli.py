@@ -3,35 +3,37 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import re
-import secrets
-import signal
+import shutil
 import socket
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 import xxhash
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
+from fedmq.broker.admission import MAX_RANGES
 from fedmq.broker.names import name_fault
 from fedmq.broker.process import give_torch_huge_pages, tune_process
-from fedmq.nodes import logs
+from fedmq.nodes import logs, streams
 from fedmq.nodes.codec_cli import codec
-from fedmq.nodes.errors import ConfigError, NodeError
+from fedmq.nodes.entry import ending_well
+from fedmq.nodes.errors import ConfigError, NodeError, RunFailed, own_code
 from fedmq.nodes.ledger_cli import ledger
 from fedmq.nodes.personalise import personalise
 from fedmq.nodes.replay.cli import replay
+from fedmq.nodes.signals import this_process
 from fedmq.nodes.surroundings import check_surroundings
 from fedmq.nodes.trace.cli import trace
 from fedmq.nodes.trace.text import plain
 from fedmq.nodes.trust import allow_option, allowed_here, find_own_code
+from fedmq.nodes.usage import Commands
 
 if TYPE_CHECKING:
     from fedmq.nodes.config import Config
@@ -40,16 +42,48 @@ DEFAULT_ENDPOINT = "tcp://127.0.0.1:7700"
 _LONGEST = 2000
 """Of a sentence from elsewhere that is shown."""
 
+
+def _above_zero(
+    context: click.Context, option: click.Parameter, seconds: float | None
+) -> float | None:
+    """Check a time that was given: NaN and infinity are none."""
+    if seconds is not None and not 0 < seconds < math.inf:
+        raise click.BadParameter(f"expected seconds above 0, got {seconds:g}", context, option)
+    return seconds
+
+
 _settings = click.option(
     "--set", "settings", metavar="KEY=VALUE", multiple=True, help="Override a key, repeatable."
 )
 _config = click.argument("config", required=False, type=click.Path(dir_okay=False, path_type=Path))
 _connect = click.option(
-    "--connect", "endpoint", default=DEFAULT_ENDPOINT, show_default=True, help="The broker."
+    "--connect",
+    "endpoint",
+    metavar="ADDRESS",
+    default=DEFAULT_ENDPOINT,
+    show_default=True,
+    help="Of the broker: tcp://HOST:PORT or ipc://PATH.",
+)
+_give_up = click.option(
+    "--give-up",
+    "give_up_s",
+    metavar="SECONDS",
+    type=float,
+    callback=_above_zero,
+    help="End (exit code 1) after so long without the broker or the run; by default never.",
 )
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+class _Commands(Commands):
+    """All commands: each begins and ends in the same way."""
+
+    def main(self, *args: Any, **extra: Any) -> Any:
+        """Run one; see `ending_well`."""
+        with ending_well():
+            return super().main(*args, **extra)
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="fedmq")
 def main() -> None:
     """Asynchronous federated learning over a message queue."""
@@ -66,34 +100,48 @@ main.add_command(trace)
 @_settings
 @click.option("--workers", type=click.IntRange(min=1), help="Number of worker processes.")
 @click.option(
-    "--run", "folder", type=click.Path(path_type=Path), help="Folder of the run; new or empty."
+    "--run",
+    "folder",
+    type=click.Path(path_type=Path),
+    help="Folder of the run. If a run is in it, that one goes on.",
 )
 def cluster(
     config: Path | None, settings: tuple[str, ...], workers: int | None, folder: Path | None
 ) -> None:
     """Train on this host: broker, aggregator, workers and evaluator as processes."""
-    started_at = time.time()
-    from fedmq.nodes.cluster import Cluster, preloading
-    from fedmq.nodes.config import load
+    now = time.time()
+    from fedmq.nodes.cluster import Cluster, go_on_command, preloading, worker_names
+    from fedmq.nodes.continuing import about, asking, continuation, show_ended
 
-    with exit_2_on_error():
-        chosen = load(config, (*settings, *([f"worker.count={workers}"] if workers else [])))
-        chosen = _named(chosen)
-        find_own_code(chosen.allowed)
-        folder = folder or Path("runs") / chosen.run.id
-        _check_new(folder)
+    settings = (*settings, *([f"worker.count={workers}"] if workers else []))
+    streams.go_on_without_output()
+    console = Console()
+    with exit_2_on_error(), asking(config, settings, folder, now) as asked:
+        find_own_code(asked.config.allowed)
+        # What --set has changed is in the folder's own configuration.
+        again = go_on_command(asked.folder, None if settings else config)
+        going_on = None
+        if asked.recorded is not None:
+            going_on = continuation(asked)
+            if going_on is None:
+                show_ended(asked, console)
+                sys.exit(0)
+            this_process.hint = f"go on with: {again}"
+            console.print(about(asked, going_on), highlight=False, soft_wrap=True, markup=False)
         with preloading():
+            from fedmq.nodes.attainable import check_attainable
             from fedmq.nodes.setup import choose_device, set_up
 
-            setup = set_up(chosen)
-            # Data and device are there, or nothing is started.
-            choose_device(chosen.worker.device)
-            setup.problem.test()
-            setup.problem.client(0)
-            _make(folder)
-        console = Console()
-        complete = setup.config
-        code = Cluster(complete, setup.problem.clients, folder, started_at, console).run()
+            with own_code("problem.name"):
+                setup = set_up(asked.config)
+                # Data and device are there, or nothing is started.
+                choose_device(asked.config.worker.device)
+                clients = setup.problem.clients
+                check_attainable(setup, worker_names(setup.config, clients))
+                setup.problem.test()
+                setup.problem.client(0)
+        one = Cluster(setup.config, clients, asked.folder, asked.begun, console, going_on, again)
+        code = one.run()
     sys.exit(code)
 
 
@@ -136,10 +184,10 @@ def broker(
     """Route messages and keep the ledger; goes on from the ledger that is in its folder."""
     from fedmq.broker.router import BrokerServer
     from fedmq.nodes.config import build, setting_value
-    from fedmq.nodes.files import remove
-    from fedmq.nodes.programs import Stopped, stop_on_signals
-    from fedmq.nodes.summary import SUMMARY_FILE, write_summary
+    from fedmq.nodes.run_folder import LEDGER, begun_at, recorded_runs, state_of
+    from fedmq.nodes.summary_file import SUMMARY_FILE, remove_summary, write_summary
 
+    streams.go_on_without_output()
     logs.configure(None, node="broker")
     tune_process()
     with exit_2_on_error():
@@ -151,15 +199,18 @@ def broker(
         }
         table = build({"broker": given}).broker
         keeping = replace(table.keeping(), offer_parked=offer_parked)
-        server = BrokerServer(bind, folder / "ledger", table.settings(), keeping)
-        click.echo(f"listening on {server.endpoint}, ledger in {folder / 'ledger'}", err=True)
+        server = BrokerServer(bind, folder / LEDGER, table.settings(), keeping)
+        found = state_of(recorded_runs(folder / LEDGER), once=once)
+        where = f"listening on {server.endpoint}, ledger in {folder / LEDGER}"
+        click.echo(f"{where}: {found}", err=True)
         if once:
-            # What is here is of a run before this one, or is written again at the end.
-            remove(folder / SUMMARY_FILE)
-        with contextlib.suppress(Stopped), stop_on_signals(signal.SIGINT, signal.SIGTERM):
+            remove_summary(folder)
+        with this_process.noting(server.stop):
             server.serve(until_idle=once)
-        if once:
-            write_summary(folder)
+            if once:
+                write_summary(folder, begun_at(folder))
+                click.echo(f"summary in {folder / SUMMARY_FILE}", err=True)
+        this_process.check()
 
 
 @main.command()
@@ -172,21 +223,29 @@ def broker(
     type=click.Path(path_type=Path),
     help="Where to leave the final model; with the same one, a restarted node goes on at once.",
 )
+@_give_up
 def aggregator(
-    endpoint: str, config: Path | None, settings: tuple[str, ...], folder: Path | None
+    endpoint: str,
+    config: Path | None,
+    settings: tuple[str, ...],
+    folder: Path | None,
+    give_up_s: float | None,
 ) -> None:
     """Run the aggregator of one run, and the run with it."""
     from fedmq.nodes.aggregator_program import run_aggregator
     from fedmq.nodes.config import load
 
-    with exit_2_on_error(), _stoppable():
+    streams.go_on_without_output()
+    with exit_2_on_error():
         chosen = _named(load(config, settings))
         find_own_code(chosen.allowed)
         logs.configure(None, node="aggregator", run=chosen.run.id)
         if folder is not None:
             _make(folder)
         tune_process()
-        click.echo(plain(run_aggregator(endpoint, chosen, chosen.run.id, folder), _LONGEST))
+        run = chosen.run.id
+        end = run_aggregator(endpoint, chosen, run, folder, give_up_s=give_up_s)
+        click.echo(plain(f"the run ended: {end}", _LONGEST))
 
 
 @main.command()
@@ -208,6 +267,7 @@ def aggregator(
     help="Where clients' local states are, if workers that may take over each other's share it.",
 )
 @allow_option
+@_give_up
 def worker(
     endpoint: str,
     ranges: str | None,
@@ -217,36 +277,40 @@ def worker(
     folder: Path | None,
     states: Path | None,
     allow: tuple[str, ...],
+    give_up_s: float | None,
 ) -> None:
     """Train the tasks of some clients (or evaluate) until the run is over."""
     from fedmq.broker.state import EVALUATOR, WORKER
     from fedmq.nodes.worker_program import run_worker
 
-    with exit_2_on_error(), _stoppable():
+    streams.go_on_without_output()
+    with exit_2_on_error():
         if evaluator == bool(ranges):
             raise ConfigError("expected either --clients or --evaluator")
         role = EVALUATOR if evaluator else WORKER
         clients = parse_ranges(ranges) if ranges else []
+        if len(clients) > MAX_RANGES:
+            raise ConfigError(
+                f"--clients: expected at most {MAX_RANGES} ranges, got {len(clients)}: give one "
+                "worker clients that follow one another, or start several workers"
+            )
         node = default_name(socket.gethostname(), clients) if name is None else name
         allowed = allowed_here(allow)
         find_own_code(allowed)
         logs.configure(None, node=node)
         tune_process()
-        end = run_worker(endpoint, node, clients, role, run_id, folder, states, allowed)
-        click.echo(plain(end, _LONGEST))
+        end = run_worker(endpoint, node, clients, role, run_id, folder, states, allowed, give_up_s)
+        click.echo(plain(f"the run ended: {end}", _LONGEST))
 
 
 @main.command("list")
 @click.argument("what", type=click.Choice(["algorithms", "codecs", "problems", "schedules"]))
 def list_(what: str) -> None:
-    """Say what there is to choose from."""
-    from fedmq.nodes.catalogue import catalogue
+    """List the available algorithms, codecs, problems or schedules."""
+    from fedmq.nodes.catalogue import lines
 
-    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
-    table.add_column(overflow="fold")
-    for name, about in catalogue(what):
-        table.add_row(Text(name), Text(about))
-    Console().print(table)
+    for line in lines(what, shutil.get_terminal_size().columns):
+        click.echo(line)
 
 
 main.add_command(codec)
@@ -256,12 +320,12 @@ main.add_command(replay)
 
 
 def parse_ranges(text: str) -> list[tuple[int, int]]:
-    """Read client ranges such as ``0-9,12``, both ends included.
+    """Read client ranges such as ``0-9,12``, both ends included; neighbours become one.
 
     Raises:
         ConfigError: the text is not of that form.
     """
-    ranges = []
+    ranges: list[tuple[int, int]] = []
     for part in text.split(","):
         match = re.fullmatch(r"\s*(\d{1,9})(?:-(\d{1,9}))?\s*", part)
         if not match:
@@ -269,6 +333,8 @@ def parse_ranges(text: str) -> list[tuple[int, int]]:
         low, high = int(match[1]), int(match[2] or match[1])
         if high < low:
             raise ConfigError(f"--clients: expected low-high, got {part.strip()!r}")
+        if ranges and low == ranges[-1][1] + 1:
+            low = ranges.pop()[0]
         ranges.append((low, high))
     return ranges
 
@@ -289,23 +355,9 @@ def default_name(host: str, clients: Sequence[tuple[int, int]]) -> str:
 
 def _named(config: Config) -> Config:
     """Return the configuration with an id for the run."""
-    if config.run.id:
-        return config
-    drawn = time.strftime("%Y%m%d-%H%M%S") + "-" + secrets.token_hex(2)
-    return config.model_copy(update={"run": config.run.model_copy(update={"id": drawn})})
+    from fedmq.nodes.continuing import called, draw_id
 
-
-def _check_new(folder: Path) -> None:
-    try:
-        used = any(folder.iterdir())
-    except FileNotFoundError:
-        return
-    except NotADirectoryError:
-        used = True
-    except OSError as error:
-        raise ConfigError(f"--run: cannot read {folder}: {error.strerror}") from None
-    if used:
-        raise ConfigError(f"--run: expected a new or empty folder, {folder} is neither")
+    return config if config.run.id else called(config, draw_id())
 
 
 def _make(folder: Path) -> None:
@@ -317,29 +369,19 @@ def _make(folder: Path) -> None:
 
 @contextlib.contextmanager
 def exit_2_on_error() -> Iterator[None]:
-    """Turn the project's own errors into one sentence and exit code 2 (1: the broker failed)."""
+    """Turn the project's own errors into one sentence, and exit code 2 (1: failed, gave up)."""
     from fedmq.algorithms.errors import AlgorithmError
-    from fedmq.broker.errors import BrokerError, BrokerFailed
+    from fedmq.broker.errors import BrokerError, BrokerFailed, GaveUp
     from fedmq.codecs.errors import CodecError
 
     try:
         yield
+    except RunFailed as error:
+        click.echo(f"fedmq: the run failed: {plain(error, _LONGEST)}", err=True)
+        sys.exit(1)
     except (NodeError, BrokerError, AlgorithmError, CodecError) as error:
         click.echo(f"fedmq: {plain(error, _LONGEST)}", err=True)
-        sys.exit(1 if isinstance(error, BrokerFailed) else 2)
-
-
-@contextlib.contextmanager
-def _stoppable() -> Iterator[None]:
-    """End on Ctrl-C or SIGTERM without a traceback."""
-    from fedmq.nodes.programs import Stopped, stop_on_signals
-
-    try:
-        with stop_on_signals(signal.SIGINT, signal.SIGTERM):
-            yield
-    except Stopped as stopped:
-        click.echo(f"fedmq: stopped by {stopped}", err=True)
-        sys.exit(130)
+        sys.exit(1 if isinstance(error, GaveUp | BrokerFailed) else 2)
 
 
 if __name__ == "__main__":

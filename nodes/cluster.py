@@ -6,39 +6,47 @@ A process that is killed or crashes is started again: the ledger has what it nee
 from __future__ import annotations
 
 import contextlib
+import functools
 import multiprocessing as mp
 import os
+import shlex
 import signal
-import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from multiprocessing import forkserver
+from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-import structlog
 from rich.console import Console
 
-from fedmq.algorithms.allowed import Allowed
-from fedmq.broker.errors import BrokerError
-from fedmq.broker.process import give_torch_huge_pages, tune_process
+from fedmq.broker.process import give_torch_huge_pages
 from fedmq.broker.reading import Follower
-from fedmq.broker.state import EVALUATOR, WORKER
-from fedmq.nodes import logs
-from fedmq.nodes.config import Config, parse
-from fedmq.nodes.errors import NodeError
-from fedmq.nodes.files import write_text
-from fedmq.nodes.programs import Stopped, stop_on_signals
-from fedmq.nodes.summary import RunFold, write_summary
+from fedmq.broker.state import EVALUATOR, WORKER, Continuation
+from fedmq.nodes.children import (
+    NOTE,
+    READY,
+    aggregator_main,
+    broker_main,
+    child_main,
+    worker_main,
+)
+from fedmq.nodes.config import Config
+from fedmq.nodes.errors import ConfigError, NodeError
+from fedmq.nodes.run_folder import write_config
+from fedmq.nodes.signals import ENOUGH, INTERRUPTED, Stopped, blocked, this_process
+from fedmq.nodes.speaker import Speaker
+from fedmq.nodes.summary import RunFold
+from fedmq.nodes.summary_file import remove_summary, save_summary
 from fedmq.nodes.surroundings import place_sockets
+from fedmq.nodes.trace.text import plain
 from fedmq.nodes.view import View, closing_table
 
 _START_S = 30.0
 _STOP_S = 5.0
 _REFRESH_S = 0.1
+_LONGEST = 1000
 _RESTARTS = 10
 _RESTARTS_WITHIN_S = 60.0
 """A process that ended more often than that within this time is beyond help."""
@@ -60,14 +68,38 @@ class _Child:
         recent = [each for each in self.restarts if each > now - _RESTARTS_WITHIN_S]
         return self.process.exitcode not in (None, 0, 2) and len(recent) < _RESTARTS
 
-    def complaint(self) -> str:
-        """Return what it said before it ended, or how it ended."""
+    last_words: str = ""
+    """What it said before it ended."""
+
+    def reports(self) -> Iterator[str]:
+        """Yield what it reports and goes on; keep what it says before it ends."""
         with contextlib.suppress(EOFError, OSError):
             while self.report.poll():
                 said = self.report.recv_bytes().decode()
-                if not said.startswith("ready "):
-                    return said
-        return f"ended with exit code {self.process.exitcode}"
+                if said.startswith((READY, NOTE)):
+                    yield said
+                else:
+                    self.last_words = said
+
+    def complaint(self) -> str:
+        """Return what it said before it ended, or how it ended."""
+        for _ in self.reports():
+            pass
+        return self.last_words or f"ended with exit code {self.process.exitcode}"
+
+
+def worker_names(config: Config, clients: int) -> list[str]:
+    """Return the names of a cluster's workers; none is without a client.
+
+    Raises:
+        ConfigError: there are other values for a worker that there is not.
+    """
+    names = [f"worker-{index}" for index in range(min(config.worker.count, clients))]
+    for name in config.worker.nodes:
+        if name not in names:
+            some = names[0] if len(names) == 1 else f"{names[0]} to {names[-1]}"
+            raise ConfigError(f"worker.nodes: this cluster has {some}, got {name!r}")
+    return names
 
 
 class Cluster:
@@ -77,58 +109,88 @@ class Cluster:
         config: checked and complete; the processes may run the code that it allows.
         clients: K, which are dealt to the workers in ranges.
         folder: of the run; it must exist.
-        started_at: when the command was given, in seconds since 1970.
+        started_at: when the run was begun, in seconds since 1970; None if nobody knows.
         console: for the view.
+        continuation: of a run in the folder that is taken up again.
+        go_on: the command that takes up this run if it is stopped; by default the one that
+            needs nothing but the folder.
     """
 
     def __init__(
-        self, config: Config, clients: int, folder: Path, started_at: float, console: Console
+        self,
+        config: Config,
+        clients: int,
+        folder: Path,
+        started_at: float | None,
+        console: Console,
+        continuation: Continuation | None = None,
+        go_on: str = "",
     ) -> None:
+        self._continuation = continuation
         self._config, self._clients, self._folder = config, clients, folder
-        self._started_at, self._console = started_at, console
+        self._started_at = started_at
+        self._console = console
+        self._go_on = go_on or go_on_command(folder)
         self._children: dict[str, _Child] = {}
+        self._fold = RunFold(started_at)
+        self._follower = Follower(folder / "ledger")
+        self._speaker = Speaker(console, folder / "cluster.log")
+        self._say = self._speaker.say
 
     def run(self) -> int:
         """Run to the end; return the exit code.
 
-        0: the run reached its end. 1: a process failed. 2: it could not be started.
-        130: interrupted.
+        0: the run reached its end. 1: it failed, a process did, or the summary cannot be written.
+        2: the run could not be started. 130: interrupted.
+
+        Raises:
+            LedgerError: the ledger is damaged.
+            NodeError: the ledger does not hold the end of a run that has ended.
         """
         text = self._config.to_toml()
-        write_text(self._folder / "config.toml", text)
+        begun = time.time() if self._started_at is None else self._started_at
         code = 1
-        try:
-            with stop_on_signals(signal.SIGINT, signal.SIGTERM):
+        # From here on nothing is cut in two by a signal: what has been started is ended.
+        with this_process.taken(), this_process.noting():
+            try:
+                write_config(self._folder, self._config, begun)
+                remove_summary(self._folder)
                 endpoint = self._start_broker(text)
                 self._start_nodes(endpoint, text)
                 code = self._watch()
-        except Stopped as stopped:
-            self._say(f"stopped by {stopped}")
-            code = 130
-        except NodeError as error:
-            self._say(f"fedmq: {error}")
-            code = 2
-        finally:
-            self._stop_all()
-        self._close(code)
-        return code
-
-    def _say(self, text: str) -> None:
-        self._console.print(text, highlight=False, soft_wrap=True, markup=False)
+            except Stopped as stopped:
+                this_process.announced = True
+                self._say(f"stopped by {stopped}; ending the nodes")
+                code = INTERRUPTED
+            except NodeError as error:
+                self._say(f"fedmq: {error}")
+                code = 2
+            finally:
+                self._stop_all()
+            return self._close(code)
 
     # ---- starting
 
     def _start_broker(self, text: str) -> str:
         # A fresh interpreter: the broker imports no torch.
         context = mp.get_context("spawn")
-        child = self._start(context, "broker", broker_main, text, self._config.broker.bind)
-        if child.report.poll(_START_S):
-            word, _, rest = child.report.recv_bytes().decode().partition(" ")
-            if word == "ready":
-                # Started again, it listens where the nodes know it.
-                child.start = lambda: self._start(context, "broker", broker_main, text, rest)
-                return rest
-            raise NodeError(f"{word} {rest}")
+        bind, going_on = self._config.broker.bind, self._continuation
+        child = self._start(context, "broker", broker_main, text, bind, going_on)
+        deadline = time.monotonic() + _START_S
+        while time.monotonic() < deadline:
+            this_process.check()
+            for said in child.reports():
+                if said.startswith(READY):
+                    where = said.removeprefix(READY)
+                    # Started again, it listens where the nodes know it.
+                    child.start = functools.partial(
+                        self._start, context, "broker", broker_main, text, where
+                    )
+                    return where
+                self._note(child, said)
+            if child.process.exitcode is not None:
+                raise NodeError(child.last_words or f"the broker {child.complaint()}")
+            wait([child.report, child.process.sentinel], _REFRESH_S)
         raise NodeError(f"the broker did not start within {_START_S:g} s")
 
     def _start_nodes(self, endpoint: str, text: str) -> None:
@@ -136,14 +198,15 @@ class Cluster:
         run = self._config.run.id
         # What the person's configuration names; over the wire might come another.
         own = self._config.allowed
-        self._start(context, "aggregator", aggregator_main, endpoint, text, run, own)
+        # The first waits until torch is imported in the process that it is forked from, which
+        # a signal ends; then there is nothing to wait for.
+        with this_process.noting(kill_forkserver):
+            self._start(context, "aggregator", aggregator_main, endpoint, text, run, own)
         total = self._clients
-        count = min(self._config.worker.count, total)
-        for index in range(count):
-            clients = (index * total // count, (index + 1) * total // count - 1)
-            self._start(
-                context, f"worker-{index}", worker_main, endpoint, clients, WORKER, run, own
-            )
+        names = worker_names(self._config, total)
+        for index, name in enumerate(names):
+            clients = (index * total // len(names), (index + 1) * total // len(names) - 1)
+            self._start(context, name, worker_main, endpoint, clients, WORKER, run, own)
         self._start(context, "evaluator", worker_main, endpoint, None, EVALUATOR, run, own)
 
     def _start(self, context: Any, name: str, target: Callable[..., None], *args: Any) -> _Child:
@@ -154,8 +217,16 @@ class Cluster:
         process = context.Process(
             target=child_main, name=name, args=(name, str(self._folder), theirs, target, args)
         )
-        process.start()
-        theirs.close()
+        try:
+            with blocked():
+                process.start()
+        except (EOFError, OSError) as error:
+            ours.close()
+            this_process.check()
+            # What nodes are forked from may have been killed, or there is no memory.
+            raise NodeError(f"cannot start {name}: {error!r}") from None
+        finally:
+            theirs.close()
         child = self._children[name] = _Child(name, start, process, ours)
         return child
 
@@ -163,18 +234,20 @@ class Cluster:
 
     def _watch(self) -> int:
         """Follow the ledger until the run is over; return the exit code."""
-        fold = RunFold(self._started_at)
-        follower = Follower(self._folder / "ledger")
-        config = self._config
+        fold, config = self._fold, self._config
         title = (
             f"fedmq {config.run.id}: {config.algorithm['name']}, {config.schedule['name']}, "
             f"{config.problem['name']}, {self._clients} clients on "
             f"{len(self._children) - 3} workers"
         )
-        with View(self._console, title) as view:
+        with View(self._console, title, self._say) as view:
             while True:
-                fold.feed(follower.poll())
+                this_process.check()
+                fold.feed(self._follower.poll())
                 view.show(fold)
+                for child in self._children.values():
+                    for said in child.reports():
+                        self._note(child, said)
                 if fold.ended is None:
                     self._restart()
                 living = [each for each in self._children.values() if each.process.exitcode is None]
@@ -186,22 +259,35 @@ class Cluster:
                 ]
                 failed = [each for each in ended if each.process.exitcode]
                 if fold.ended is not None and all(each.name == "broker" for each in living):
-                    return 0
+                    if fold.failed:
+                        self._say(f"fedmq: the run failed: {plain(fold.ended, _LONGEST)}")
+                    return 1 if fold.failed else 0
                 if fold.ended is None and self._is_fatal(ended, failed, living):
+                    this_process.check()  # a signal to all of them ends the nodes, too
                     for child in failed:
                         self._say(f"fedmq: {child.name}: {child.complaint()}")
                     return 2 if any(each.process.exitcode == 2 for each in failed) else 1
                 wait([each.process.sentinel for each in living], _REFRESH_S)
+
+    def _note(self, child: _Child, said: str) -> None:
+        """Say what a node reports that goes on."""
+        if said.startswith(NOTE):
+            self._say(f"fedmq: {child.name}: {said.removeprefix(NOTE)}")
 
     def _restart(self) -> None:
         """Start again what was killed or has crashed."""
         now = time.monotonic()
         for child in list(self._children.values()):
             if child.may_restart(now):
+                this_process.check()
                 self._say(f"{child.name} {child.complaint()}; starting it again")
-                fresh = child.start()
-                fresh.start = child.start
-                fresh.restarts = [*child.restarts, now]
+                child.restarts.append(now)
+                try:
+                    fresh = child.start()
+                except NodeError as error:
+                    self._say(f"fedmq: {error}")  # and tried again, not for ever
+                    continue
+                fresh.start, fresh.restarts = child.start, child.restarts
 
     def _is_fatal(self, ended: list[_Child], failed: list[_Child], living: list[_Child]) -> bool:
         """Tell whether the run cannot go on; a worker that died is not fatal while others live."""
@@ -215,29 +301,74 @@ class Cluster:
     # ---- ending
 
     def _stop_all(self) -> None:
-        """End the nodes first, then the broker, so that goodbyes are still heard."""
+        """End the nodes first, then the broker, so that goodbyes are still heard.
+
+        What has not ended in time is killed; with the third signal, everything at once.
+        """
         nodes = [child for name, child in self._children.items() if name != "broker"]
         for group in (nodes, [each for each in self._children.values() if each.name == "broker"]):
             for child in group:
                 child.process.terminate()
             deadline = time.monotonic() + _STOP_S
-            for child in group:
-                child.process.join(max(0.0, deadline - time.monotonic()))
+            while living := [each for each in group if each.process.exitcode is None]:
+                if this_process.count >= ENOUGH or time.monotonic() > deadline:
+                    break
+                wait([each.process.sentinel for each in living], _REFRESH_S)
+            if living:
+                self._say(f"killing {', '.join(each.name for each in living)}")
+            for child in living:
+                child.process.kill()
+            for child in living:
+                child.process.join(_STOP_S)
                 if child.process.exitcode is None:
-                    child.process.kill()
-                    child.process.join()
+                    self._say(f"fedmq: {child.name} does not end: process {child.process.pid}")
+        if this_process.count:
+            _end_forkserver()
 
-    def _close(self, code: int) -> None:
-        if not (self._folder / "ledger").is_dir():
-            return
-        fold_is_empty = next(Follower(self._folder / "ledger").poll(), None) is None
-        if fold_is_empty:
-            return
-        summary = write_summary(self._folder, self._started_at)
-        self._console.print(closing_table(summary))
+    def _close(self, code: int) -> int:
+        """Write what the run has come to, and only then print it; return the exit code."""
+        begun = (self._folder / "ledger").is_dir()
+        if begun:
+            self._fold.feed(self._follower.poll())
+        stopped = code == INTERRUPTED and self._fold.ended is None
+        if begun and (stopped or self._fold.now is not None):
+            code = self._sum_up(code)
+        if stopped:
+            self._say(f"go on with: {self._go_on}")
+        return code
+
+    def _sum_up(self, code: int) -> int:
+        summary = self._fold.summary()
+        try:
+            save_summary(self._folder, summary)
+        except NodeError as error:
+            self._say(f"fedmq: {error}")
+            code = code or 1
+        self._speaker.show(lambda: closing_table(summary))
         self._say(f"in {self._folder}")
         if code == 0 and summary["ended"] is None:
             raise NodeError("the ledger does not hold the end of the run")
+        return code
+
+
+def go_on_command(folder: Path, config: Path | None = None) -> str:
+    """Return the command that takes up a run which was stopped."""
+    given = [] if config is None else [str(config)]
+    return shlex.join(["fedmq", "cluster", "--run", str(folder), *given])
+
+
+def kill_forkserver() -> None:
+    """End the process that nodes are forked from, if it was started; nodes live on."""
+    pid = forkserver._forkserver._forkserver_pid  # type: ignore[attr-defined] # noqa: SLF001 - there is no public way
+    if pid is not None:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+def _end_forkserver() -> None:
+    kill_forkserver()
+    with contextlib.suppress(OSError):
+        forkserver._forkserver._stop()  # type: ignore[attr-defined] # noqa: SLF001 - it waits for its end
 
 
 @contextlib.contextmanager
@@ -248,103 +379,15 @@ def preloading() -> Iterator[None]:
     """
     give_torch_huge_pages()
     place_sockets()
-    mp.get_context("forkserver").set_forkserver_preload(["fedmq.nodes.preload"])
-    forkserver.ensure_running()
+    # Ctrl-C goes to all processes of a terminal; this one and its forks leave it to us.
+    with this_process.noting():
+        resource_tracker.ensure_running()
+        with blocked():
+            mp.get_context("forkserver").set_forkserver_preload(["fedmq.nodes.preload"])
+            forkserver.ensure_running()
     try:
+        this_process.check()
         yield
     except BaseException:
-        pid = forkserver._forkserver._forkserver_pid  # type: ignore[attr-defined] # noqa: SLF001 - there is no public way
-        os.kill(pid, signal.SIGKILL)
+        _end_forkserver()
         raise
-
-
-# ---- in the children
-
-
-def child_main(
-    name: str, folder: str, report: Connection, target: Callable[..., None], args: tuple[Any, ...]
-) -> None:
-    """Run one node in a process of its own, which ends with its parent."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the supervisor's to handle
-    tune_process()
-    path = Path(folder) / f"{name}.log"
-    with path.open("a") as stray:
-        os.dup2(stray.fileno(), 1)
-        os.dup2(stray.fileno(), 2)
-    logs.configure(path, node=name, pid=str(os.getpid()))
-    log = structlog.get_logger()
-    try:
-        with stop_on_signals(signal.SIGTERM):
-            threading.Thread(target=_end_with_parent, name="parent watch", daemon=True).start()
-            target(Path(folder), report, *args)
-    except Stopped as stopped:
-        log.info("stopped", by=str(stopped))
-    except Exception as error:
-        known = expected_errors()
-        if not isinstance(error, known):
-            log.exception("crashed")
-            report.send_bytes(f"crashed: {error!r}; see {path}".encode())
-            sys.exit(1)
-        log.warning("failed", reason=str(error))
-        report.send_bytes(str(error).encode())
-        sys.exit(2)
-
-
-def broker_main(folder: Path, report: Connection, text: str, bind: str) -> None:
-    """Run the broker of a local cluster."""
-    from fedmq.broker.router import BrokerServer
-
-    table = parse(text).broker
-    server = BrokerServer(bind, folder / "ledger", table.settings(), table.keeping())
-    report.send_bytes(f"ready {server.endpoint}".encode())
-    server.serve()
-
-
-def aggregator_main(
-    folder: Path,
-    report: Connection,  # noqa: ARG001
-    endpoint: str,
-    text: str,
-    run: str,
-    allowed: Allowed,
-) -> None:
-    """Run the aggregator of a local cluster."""
-    from fedmq.nodes.aggregator_program import run_aggregator
-
-    run_aggregator(endpoint, parse(text), run, folder, allowed)
-
-
-def worker_main(
-    folder: Path,
-    report: Connection,  # noqa: ARG001
-    endpoint: str,
-    clients: tuple[int, int] | None,
-    role: str,
-    run: str,
-    allowed: Allowed,
-) -> None:
-    """Run a worker or the evaluator of a local cluster."""
-    from fedmq.nodes.worker_program import run_worker
-
-    name = mp.current_process().name
-    ranges = [clients] if clients else []
-    # What clients keep belongs to them, not to the worker that hosts them now.
-    own, states = folder / "nodes" / name, folder / "clients"
-    run_worker(endpoint, name, ranges, role, run, own, states, allowed)
-
-
-def expected_errors() -> tuple[type[Exception], ...]:
-    """Return the roots of all errors that are raised on purpose, and need no traceback."""
-    from fedmq.algorithms.errors import AlgorithmError
-    from fedmq.codecs.errors import CodecError
-
-    return (NodeError, BrokerError, AlgorithmError, CodecError)
-
-
-def _end_with_parent() -> None:
-    parent = mp.parent_process()
-    if parent is not None:
-        parent.join()
-        os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(_STOP_S)  # only a process that ignores SIGTERM comes past this line
-        os._exit(1)

@@ -6,8 +6,10 @@ import time
 
 import click
 
+from fedmq.nodes.usage import Commands
 
-@click.group()
+
+@click.group(cls=Commands)
 def codec() -> None:
     """Try codecs out."""
 

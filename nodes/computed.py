@@ -9,6 +9,7 @@ from typing import Any
 from fedmq.algorithms.arithmetic import ARITHMETIC
 from fedmq.nodes.agreement import Fingerprint
 from fedmq.nodes.errors import NodeError
+from fedmq.nodes.progress import RULES
 
 
 @dataclass(frozen=True)
@@ -18,20 +19,23 @@ class Computed:
     arithmetic: see `fedmq.algorithms.arithmetic.ARITHMETIC`.
     device: kind of CPU, see `setup.kind_of`.
     version_0: fingerprint of the problem's model there, see `fedmq.nodes.version_zero`.
+    rules: of failures in a row, see `fedmq.nodes.progress.RULES`.
     """
 
     arithmetic: int = ARITHMETIC
     device: str = ""
     version_0: Fingerprint | None = None
+    rules: int = RULES
 
     @classmethod
     def read(cls, body: Mapping[str, Any]) -> Computed:
         """Return what a run's record says; 0.1.0 said nothing."""
         match body:
             case {"arithmetic": int(arithmetic), "device": str(device), **rest}:
-                return cls(arithmetic, device, rest.get("version_0"))
+                rules = rest.get("rules", 0)
+                return cls(arithmetic, device, rest.get("version_0"), rules)
             case _:
-                return cls(arithmetic=1)
+                return cls(arithmetic=1, rules=0)
 
     def check(self, arithmetic: int, run: str) -> None:
         """Refuse to go on with a run that was begun otherwise.
@@ -47,5 +51,6 @@ class Computed:
 
     def facts(self) -> dict[str, Any]:
         """Return it as it stands in the run's record."""
-        facts = {"arithmetic": self.arithmetic, "device": self.device}
+        facts: dict[str, Any] = {"arithmetic": self.arithmetic, "device": self.device}
+        facts |= {"rules": self.rules} if self.rules else {}
         return facts if self.version_0 is None else {**facts, "version_0": self.version_0}

@@ -54,6 +54,9 @@ class Run(_Table):
     target_accuracy: it ends earlier when an evaluation reaches this.
     evaluate_every: versions between evaluations; 0 evaluates only the last.
     min_clients: clients that must be reachable before the first task; 0 means all.
+    failures: the run fails when so many tasks in a row have failed, or had their results
+        rejected, without one whose result was used; by default three for each client, but 6 to
+        100, and at least twice as many as are out at once.
     checkpoint_s: a version is a checkpoint if the last one is this many seconds old; a
         restarted aggregator folds the messages since then once more.
     """
@@ -64,6 +67,7 @@ class Run(_Table):
     target_accuracy: Annotated[float, Field(gt=0, le=1)] | None = None
     evaluate_every: Annotated[int, Field(ge=0)] = 5
     min_clients: Annotated[int, Field(ge=0)] = 0
+    failures: Annotated[int, Field(ge=1)] | None = None
     checkpoint_s: Annotated[float, Field(ge=0)] = 1.0
 
 

@@ -6,12 +6,18 @@
     +-- ConfigError    a configuration is unusable; the sentence names the key
     +-- StorageError   a disk takes nothing now, and may later
     +-- MessageError   a message from another node is unusable; holds the code
+    +-- OwnCodeError   a problem's or an algorithm's own code raised something
+    +-- RunFailed      a run has ended without reaching its end
 """
 
-from fedmq.algorithms.errors import ResultError
-from fedmq.broker.errors import WireError
+import contextlib
+from collections.abc import Iterator
+
+from fedmq.algorithms.errors import AlgorithmError, ResultError
+from fedmq.broker.errors import BrokerError, WireError
 from fedmq.broker.rejections import Code, Rejection
 from fedmq.codecs.errors import CodecError
+from fedmq.nodes.causes import explained, may_pass, place_in, shorten
 
 
 class NodeError(Exception):
@@ -24,6 +30,14 @@ class ConfigError(NodeError):
 
 class StorageError(NodeError):
     """Something cannot be written now; it may be possible later, when a disk has room again."""
+
+
+class OwnCodeError(NodeError):
+    """Code of a user's problem or algorithm raised something that it would raise again."""
+
+
+class RunFailed(NodeError):
+    """A run has ended without reaching its end; the message says why."""
 
 
 class MessageError(NodeError):
@@ -49,4 +63,29 @@ def rejection_of(error: Exception) -> Rejection:
             code = Code.UNDECODABLE
         case _:
             code = Code.UNUSABLE
-    return Rejection(code, str(error))
+    # Sentences of this project name no values; what a user's algorithm raises may.
+    return Rejection(code, shorten(str(error)) if place_in(error) else str(error))
+
+
+ON_PURPOSE = (NodeError, BrokerError, AlgorithmError, CodecError)
+"""Roots of the errors that this project raises: their messages are whole sentences."""
+
+
+@contextlib.contextmanager
+def own_code(key: str) -> Iterator[None]:
+    """Run code of a user's; what it raises and would raise again becomes one sentence.
+
+    Args:
+        key: of the configuration, which names that code.
+
+    Raises:
+        OwnCodeError: it raised something that a restart does not cure.
+    """
+    try:
+        yield
+    except ON_PURPOSE:
+        raise
+    except Exception as error:
+        if may_pass(error):
+            raise
+        raise OwnCodeError(f"{key}: {explained(error)}") from error

@@ -12,6 +12,7 @@ from fedmq.algorithms.base import Algorithm
 from fedmq.broker.rejections import Code, Rejection
 from fedmq.broker.state import EVALUATOR
 from fedmq.broker.wire import Message
+from fedmq.nodes.causes import shorten
 from fedmq.nodes.members import Members
 from fedmq.nodes.payload import RAW, Packed, pack
 
@@ -80,12 +81,13 @@ def requests(
 
     The last is None for the evaluator's. ``clients``: those who can be reached.
     """
+    who = f"{type(algorithm).__name__}.examined"
     if algorithm.evaluated == "model":
-        packed = pack(algorithm.examined(state), RAW, 0)
+        packed = pack(algorithm.examined(state), RAW, 0, who)
         yield EVALUATOR, {**packed.body, "model_version": version}, packed, None
         return
     for client in sorted(clients):
-        packed = pack(algorithm.examined(state, client), RAW, 0)
+        packed = pack(algorithm.examined(state, client), RAW, 0, who)
         body = {**packed.body, "client": client, "model_version": version}
         yield f"client/{client}", body, packed, Examination(client, version)
 
@@ -101,3 +103,12 @@ def accuracy_in(message: Message) -> tuple[float | None, Rejection | None]:
             text = "expected metrics as a map of numbers"
             failed = message.kind == "failed"
             return None, None if failed else Rejection(Code.MALFORMED, text)
+
+
+def metrics_without_accuracy(message: Message) -> str | None:
+    """Return which metrics an answer has, if it has some and accuracy is not among them."""
+    match message.body:
+        case {"metrics": dict(metrics)} if metrics and "accuracy" not in metrics:
+            return shorten(", ".join(sorted(map(str, metrics))))
+        case _:
+            return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,7 +11,9 @@ import numpy.typing as npt
 
 from fedmq.algorithms.base import Algorithm, Result
 from fedmq.algorithms.errors import ResultError
+from fedmq.algorithms.returned import check_tensors
 from fedmq.algorithms.rng import derive_rng
+from fedmq.algorithms.values import ReturnedError, kind_of_value, plain_number
 from fedmq.broker.errors import WireError
 from fedmq.broker.rejections import Rejection
 from fedmq.codecs.errors import CodecError
@@ -24,8 +27,18 @@ _LEAST_BYTES = 1 << 20
 
 
 def room_for(algorithm: Algorithm, state: Any) -> int:
-    """Return what a result may take in memory while it is decoded, in bytes."""
-    return max(_LEAST_BYTES, _ROOM * algorithm.result_bytes(state))
+    """Return what a result may take in memory while it is decoded, in bytes.
+
+    Raises:
+        ReturnedError: the algorithm does not say how large one is, or has no tensors by name.
+    """
+    check_tensors(algorithm.tensors(state), "the model", f"{type(algorithm).__name__}.tensors")
+    found = algorithm.result_bytes(state)
+    number = plain_number(found)
+    if number is None or not 0 <= number < math.inf:
+        who = f"{type(algorithm).__name__}.result_bytes"
+        raise ReturnedError(f"{who}: expected a number of bytes, got {kind_of_value(found)}")
+    return max(_LEAST_BYTES, int(_ROOM * number))
 
 
 @dataclass

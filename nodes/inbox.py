@@ -41,10 +41,14 @@ class Start(Struct, frozen=True):
     checkpoint: the newest one of the session before it.
     run_record: of a replay that starts from the beginning, the run's record, which holds the
         state of version 0: another machine would draw other first weights.
+    continued: number of the message by which the run goes further than it was to; an end before
+    continued: number of the message by which the run goes further than it was to: an end before
+        that one is not told.
     """
 
     checkpoint: Inbound | None = None
     run_record: Inbound | None = None
+    continued: int = -1
 
 
 class Post(Struct, frozen=True):
@@ -82,9 +86,14 @@ class Settle(Struct, frozen=True):
 
 
 class Finish(Struct, frozen=True):
-    """The run is over."""
+    """The run is over.
+
+    failed: it has not reached its end. error: what a user's code raised, if that is why.
+    """
 
     reason: str
+    failed: bool = False
+    error: Exception | None = None
 
 
 class Commit:

@@ -8,12 +8,14 @@ from typing import Any, Literal
 from fedmq.algorithms.base import examples_of
 from fedmq.algorithms.errors import Fault, ResultError
 from fedmq.broker.rejections import Code, Rejection
+from fedmq.broker.wire import Message
 from fedmq.codecs.errors import CodecError
 from fedmq.nodes.checkpoint import Counts
 from fedmq.nodes.errors import rejection_of
 from fedmq.nodes.gathering import Gathering, Waiting, room_for
 from fedmq.nodes.inbox import AggregatorAction, Done, Inbound
 from fedmq.nodes.payload import numbers_of
+from fedmq.nodes.progress import Progress
 from fedmq.nodes.setup import Setup
 from fedmq.nodes.tasks import Tasks
 
@@ -34,6 +36,7 @@ class Intake:
         setup: what is learned, and when.
         tasks: that results answer.
         state: the algorithm's, of the first version.
+        progress: to be told of all that fails, and of what is used.
 
     Attributes:
         current: what has been gathered.
@@ -41,8 +44,9 @@ class Intake:
         reply: what a result is to be: a model, an update.
     """
 
-    def __init__(self, setup: Setup, tasks: Tasks, state: Any) -> None:
+    def __init__(self, setup: Setup, tasks: Tasks, state: Any, progress: Progress) -> None:
         self._algorithm, self._schedule, self._tasks = setup.algorithm, setup.schedule, tasks
+        self._progress = progress
         self._most_bytes = room_for(setup.algorithm, state)
         self.reply = setup.algorithm.sends or setup.schedule.reply
         self.counts = Counts()
@@ -61,6 +65,24 @@ class Intake:
             return None
         self._tasks.freed()  # its client has no result in hand, and may be drawn again
         return Done.of(inbound.seq, why)
+
+    def undelivered(self, name: str, message: Message) -> None:
+        """Note that a task was not delivered, or could not be used, as a message says."""
+        flight = self._tasks.forget(name)
+        if flight is not None:
+            self.counts.dropped += 1
+            told = (str(message.body.get(key, "")) for key in ("code", "reason"))
+            self._progress.failed(flight.client, flight.node, *told)
+
+    def take_waiting(
+        self, waiting: Waiting, state: Any, version: int, out: list[AggregatorAction]
+    ) -> None:
+        """Take the results that came while the version before this one was being committed."""
+        here, waiting.here = waiting.here, {}
+        for inbound in here.values():
+            done = self.take(inbound, state, version, out)
+            if done is not None:
+                out.append(done)
 
     def end(self, waiting: Waiting) -> list[Done]:
         """Note that there is no version any more for results in hand; reject those that wait."""
@@ -86,6 +108,8 @@ class Intake:
             return flight
         if message.kind == "failed":
             self.counts.dropped += 1
+            told = (str(message.body.get(key, "")) for key in ("code", "reason", "where"))
+            self._progress.failed(flight.client, message.sender, *told)
             return None
         staleness = version - flight.version
         try:
@@ -94,11 +118,11 @@ class Intake:
             if numbers.get("reply", self.reply) != self.reply:
                 raise ResultError(f"expected reply {self.reply!r}", Fault.MALFORMED)
         except (ResultError, CodecError) as error:
-            self.counts.refused += 1
-            return rejection_of(error)
+            return self._rejected(flight.client, message.sender, rejection_of(error))
         weight = self._schedule.weight(n, staleness)
         if weight is None:
             self.counts.stale += 1
+            self._progress.answered(flight.client, message.sender)
             code = Code.STALE if self._schedule.cohort(1) is None else Code.LATE
             return Rejection(code, f"too stale: {staleness} versions behind")
         if self._schedule.ordered and not staleness:
@@ -137,8 +161,14 @@ class Intake:
         """Add one result to the version; return why it was rejected, if so."""
         about = client, staleness
         why = self.current.absorb(self._algorithm, state, inbound, weight, about, self._most_bytes)
-        if why is None:
-            self.counts.used += 1
-        else:
-            self.counts.refused += 1
+        node = inbound.message.sender
+        if why is not None:
+            return self._rejected(client, node, why)
+        self.counts.used += 1
+        self._progress.used(client, node)
+        return None
+
+    def _rejected(self, client: int, node: str, why: Rejection) -> Rejection:
+        self.counts.refused += 1
+        self._progress.failed(client, node, why.code, why.reason)
         return why

@@ -17,11 +17,13 @@ class Members:
     evaluators: names of the evaluators.
     changes: how often a node has come or gone; what was worked out from the hosts before the
         last change no longer holds.
+    expects_evaluator: whether one was here when a run stopped that was taken up again.
     """
 
     hosts: dict[int, str] = field(default_factory=dict)
     evaluators: set[str] = field(default_factory=set)
     changes: int = 0
+    expects_evaluator: bool = False
 
     def joined(self, message: Message) -> None:
         """Take in a node; clients that it hosts are with it from now on."""
@@ -39,6 +41,15 @@ class Members:
         node = message.body["node"]
         self.evaluators.discard(node)
         self.hosts = {client: host for client, host in self.hosts.items() if host != node}
+
+    def all_gone(self) -> None:
+        """Let everybody go: the run was taken up again, and its nodes are yet to come."""
+        self.expects_evaluator |= bool(self.evaluators)
+        self.resume({}, ())
+
+    def suffice(self, clients: int) -> bool:
+        """Tell whether so many clients can be reached, and an evaluator that was here is back."""
+        return len(self.hosts) >= clients and bool(self.evaluators or not self.expects_evaluator)
 
     def resume(self, hosts: dict[int, str], evaluators: Iterable[str]) -> None:
         """Take over what a checkpoint tells."""

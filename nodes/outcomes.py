@@ -16,14 +16,14 @@ from typing import Any
 
 from fedmq.broker.entries import Accepted, AnyEntry, Refusal
 from fedmq.broker.rejections import Code, failure_code_of
-from fedmq.broker.state import BROKER
+from fedmq.broker.state import BROKER, CONTINUED
 from fedmq.broker.wire import Message
 
 _STALE = (Code.STALE, Code.LATE)
 UNUSED, NO_ANSWER = "unused", "no-answer"
 """Codes of a client whose result no version holds, and of one that has not answered."""
 _UNUSED, _NO_ANSWER = "its result is in no version", "no answer"
-_NOTHING, _RESULT, _TASK = 0, 1, 2
+_NOTHING, _RESULT, _TASK, _EVALUATION = 0, 1, 2, 3
 
 
 @dataclass
@@ -65,6 +65,26 @@ class ClientRecord:
     reason: str = ""
 
 
+@dataclass
+class LastFailure:
+    """The newest task, result or evaluation that came to nothing.
+
+    client: whose it was; None for an evaluation on the problem's test data.
+    what: ``task`` that failed, ``result`` that was rejected, or ``evaluation`` that failed.
+    """
+
+    what: str
+    client: int | None
+    code: str
+    reason: str
+    where: str = ""
+
+    def __str__(self) -> str:
+        of = "" if self.client is None else f" of client {self.client}"
+        place = f" ({self.where})" if self.where else ""
+        return f"{self.what}{of}: {self.reason}{place}"
+
+
 class Outcomes:
     """Counts of one run, entry by entry.
 
@@ -73,6 +93,8 @@ class Outcomes:
         used: of them, those in a committed version.
         rejected: of them, those that were rejected, by code.
         failed: tasks that failed, by code.
+        failed_evaluations: that have failed.
+        last: the newest failure or rejection but for staleness, or None.
         unaccepted: posts of any kind that the broker did not accept.
         cohorts: of synchronous rounds.
         clients: by number.
@@ -83,15 +105,20 @@ class Outcomes:
         self.used = 0
         self.rejected: Counter[str] = Counter()
         self.failed: Counter[str] = Counter()
+        self.failed_evaluations = 0
+        self.last: LastFailure | None = None
         self.unaccepted = 0
         self.cohorts = Cohorts()
         self.clients: dict[int, ClientRecord] = {}
         self._out: dict[str, int] = {}
         """Client of the tasks that are out, by id."""
+        self._evaluations: dict[str, int | None] = {}
+        """Client of the evaluations that are out, by id; None is the evaluator's."""
         self._given_up: dict[str, str] = {}
         """Code of the tasks that the broker gave up, by id: they may be sent again."""
         self._pending: dict[int, int] = {}
         """Client of the results that no version is known to hold yet, by number."""
+        self._finished = False
         # By number of an entry: what it was, and of which client. A run has many entries.
         self._kinds = bytearray()
         self._owners = array("q")
@@ -136,8 +163,20 @@ class Outcomes:
                     self._task(seq, message)
                 elif message.kind == "version":
                     self._version(message.body)
+                elif message.kind == "finished":
+                    self._finished = True
+                elif message.kind == "evaluate":
+                    client = natural(message.body.get("client"))
+                    self._evaluations[message.id] = client
+                    self._note(seq, _EVALUATION, -1 if client is None else client)
             case Accepted(seq=seq) if message is not None and message.sender != BROKER:
                 self._answer(seq, message)
+            case Accepted() if message is not None and message.kind == CONTINUED:
+                if self._finished and message.body["further"]:
+                    # What was under way at the end is in no version that comes now.
+                    self._finished = False
+                    self._pending.clear()
+                    self._out.clear()
             case Refusal(of=int(of)):
                 self._refusal(of, entry)
             case Refusal():
@@ -165,13 +204,15 @@ class Outcomes:
             if client is not None:
                 self._pending[seq] = client
         elif message.kind == "failed" and client is not None:
-            reason = str(message.body.get("reason", ""))
-            code = failure_code_of(str(message.body.get("code", "")), reason)
+            code, reason, where = _told(message)
             self.failed[code] += 1
-            self._blame(client, code, reason)
-        else:
+            self._blame("task", client, code, reason, where)
+        elif message.kind == "failed" and message.re in self._evaluations:
+            self._not_evaluated(self._evaluations[message.re], *_told(message))
+        elif message.kind != "score":
             return
         self._out.pop(message.re or "", None)
+        self._evaluations.pop(message.re or "", None)
 
     def _version(self, body: dict[str, Any]) -> None:
         results, position = natural(body.get("results")), natural(body.get("position"))
@@ -191,6 +232,9 @@ class Outcomes:
         if kind == _NOTHING:
             return
         client, code = self._owners[of], refusal.known_code
+        if kind == _EVALUATION:
+            self._not_evaluated(client if client >= 0 else None, code, refusal.reason)
+            return
         if kind == _RESULT:
             self.rejected[code] += 1
             if self._pending.pop(of, None) is None and client in self.clients:
@@ -199,9 +243,15 @@ class Outcomes:
             self.failed[code] += 1
             if refusal.parked:
                 self._given_up[refusal.id] = code
-        self._blame(client, code, refusal.reason)
+        self._blame("result" if kind == _RESULT else "task", client, code, refusal.reason)
 
-    def _blame(self, client: int, code: str, reason: str) -> None:
+    def _not_evaluated(self, client: int | None, code: str, reason: str, where: str = "") -> None:
+        self.failed_evaluations += 1
+        self.last = LastFailure("evaluation", client, code, reason, where)
+
+    def _blame(self, what: str, client: int, code: str, reason: str, where: str = "") -> None:
+        if code not in _STALE:  # such a result only came late
+            self.last = LastFailure(what, client if client >= 0 else None, code, reason, where)
         record = self.clients.get(client)
         if record is not None:  # others were given no task
             record.code, record.reason = code, reason
@@ -212,6 +262,13 @@ class Outcomes:
             self._kinds.extend(bytes(missing))
             self._owners.extend([-1] * missing)
         self._kinds[seq], self._owners[seq] = kind, client
+
+
+def _told(message: Message) -> tuple[str, str, str]:
+    """Return code, reason and place of what failed."""
+    reason = str(message.body.get("reason", ""))
+    code = failure_code_of(str(message.body.get("code", "")), reason)
+    return code, reason, str(message.body.get("where", ""))
 
 
 def natural(value: Any) -> int | None:

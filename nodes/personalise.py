@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import math
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +15,7 @@ from fedmq.broker.entries import Accepted
 from fedmq.broker.errors import LedgerError
 from fedmq.broker.state import CHECKPOINT
 from fedmq.nodes.errors import ConfigError, NodeError
+from fedmq.nodes.strict_json import to_strict_json
 from fedmq.nodes.summary import spread
 from fedmq.nodes.trace.text import plain, table
 from fedmq.nodes.trust import allow_option, allowed_here, find_own_code
@@ -143,19 +144,26 @@ def measure(
 
     Raises:
         AlgorithmError: a client's data are not there.
+        ConfigError: the device is not there.
         NodeError: what an algorithm returned are no metrics.
     """
     from fedmq.algorithms.base import Client
     from fedmq.algorithms.rng import derive_seed, seeded
+    from fedmq.algorithms.values import metrics_of
     from fedmq.nodes.setup import choose_device
 
-    where = choose_device(device or setup.config.worker.device)
+    where = (
+        choose_device(setup.config.worker.device)
+        if device is None
+        else choose_device(device, "--device")
+    )
     for index in clients:
         seed = derive_seed(setup.config.run.seed, "personalise", start.version, index)
         with seeded(seed, where):
             data = setup.problem.client(index)
             client = Client(index, setup.problem, data, None, seed, where)
-            metrics = setup.algorithm.personalise(start.state, start.version, client)
+            found = setup.algorithm.personalise(start.state, start.version, client)
+            metrics = metrics_of(found, f"{type(setup.algorithm).__name__}.personalise")
         if "accuracy" not in metrics:
             raise NodeError(f"client {index}: expected accuracy among the metrics, it is missing")
         yield index, {"examples": len(data), **metrics}
@@ -169,11 +177,19 @@ def lines(found: Mapping[int, Metrics]) -> list[str]:
         for index, each in found.items()
     ]
     columns = [_column(found, name) for name in names]
-    rows.append(["mean", *(_text("", statistics.fmean(each)) for each in columns)])
+    rows.append(["mean", *(_text("", _mean(each)) for each in columns)])
     worst = spread(_column(found, "accuracy"))["worst_decile"]
     rows.append(["worst decile", *(_text("", worst if n == "accuracy" else None) for n in names)])
-    rows.append(["std", *(_text("", statistics.pstdev(each)) for each in columns)])
+    rows.append(["std", *(_text("", _std(each)) for each in columns)])
     return table(["client", *map(plain, names)], rows)
+
+
+def _mean(values: Sequence[float]) -> float:
+    return statistics.fmean(values) if all(map(math.isfinite, values)) else math.nan
+
+
+def _std(values: Sequence[float]) -> float:
+    return statistics.pstdev(values) if all(map(math.isfinite, values)) else math.nan
 
 
 def _column(found: Mapping[int, Metrics], name: str) -> list[float]:
@@ -188,6 +204,6 @@ def _text(name: str, value: float | None) -> str:
 
 def _write(file: Path, content: Mapping[str, Any]) -> None:
     try:
-        file.write_text(json.dumps(content, indent=2) + "\n")
+        file.write_text(to_strict_json(content))
     except OSError as error:
         raise ConfigError(f"--json: cannot write {file}: {error.strerror}") from None

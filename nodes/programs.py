@@ -1,14 +1,12 @@
-"""What the node programs have in common: signals, sessions, a link that says goodbye."""
+"""What the node programs have in common: sessions, a link that says goodbye."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
 import secrets
-import signal
 import time
 from collections.abc import Iterator
-from types import FrameType
 
 import structlog
 
@@ -17,29 +15,9 @@ from fedmq.broker.link_state import Delivery
 from fedmq.broker.names import name_fault
 from fedmq.broker.node_link import NodeLink
 from fedmq.broker.wire import Hello
+from fedmq.nodes.causes import described
 from fedmq.nodes.errors import NodeError
 from fedmq.nodes.inbox import Inbound
-
-_PATIENCE_S = 3.0
-
-
-class Stopped(BaseException):
-    """A signal asked this process to stop; not an Exception, so that training lets it through."""
-
-
-@contextlib.contextmanager
-def stop_on_signals(*signals: signal.Signals) -> Iterator[None]:
-    """Raise `Stopped` in the main thread when one of these signals comes."""
-
-    def stop(number: int, _frame: FrameType | None) -> None:
-        raise Stopped(signal.Signals(number).name)
-
-    before = {each: signal.signal(each, stop) for each in signals}
-    try:
-        yield
-    finally:
-        for each, handler in before.items():
-            signal.signal(each, handler)
 
 
 def new_session() -> str:
@@ -48,10 +26,18 @@ def new_session() -> str:
 
 
 @contextlib.contextmanager
-def linked(endpoint: str, hello: Hello) -> Iterator[NodeLink]:
-    """Connect, and say goodbye whatever happens.
+def linked(endpoint: str, hello: Hello, give_up_s: float | None = None) -> Iterator[NodeLink]:
+    """Connect, wait to be admitted, and say goodbye whatever happens.
+
+    Args:
+        endpoint: where the broker listens.
+        hello: what the node says of itself.
+        give_up_s: so long without the broker or the run, now or later, and the node ends; None
+            waits for ever. What it waits for is in its log meanwhile.
 
     Raises:
+        GaveUp: the broker, or the run, was not there for ``give_up_s``.
+        LinkClosed: the endpoint is no address, or its name has none.
         NodeError: the name of the node or of the run is no name, or the broker welcomes the
             node to a run that is not the one asked for.
     """
@@ -61,8 +47,8 @@ def linked(endpoint: str, hello: Hello) -> Iterator[NodeLink]:
     log = structlog.get_logger()
     link = NodeLink(endpoint, hello)
     try:
-        if not link.wait_admitted(_PATIENCE_S):
-            log.warning("waiting for the broker", endpoint=endpoint)
+        if give_up_s is not None:
+            link.give_up_after(give_up_s)
         welcome = link.welcome()
         if fault := name_fault(welcome.run):
             raise NodeError(f"the broker names a run that is none: {fault}")
@@ -72,7 +58,7 @@ def linked(endpoint: str, hello: Hello) -> Iterator[NodeLink]:
         yield link
     except BaseException as error:
         failed = isinstance(error, Exception) and not isinstance(error, LinkClosed)
-        link.close(f"{type(error).__name__}: {error}"[:2000], failed=failed)
+        link.close(described(error), failed=failed)
         raise
     else:
         link.close()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -20,6 +21,7 @@ from fedmq.algorithms.problems import complete_options, load_problem
 from fedmq.algorithms.problems.base import Problem
 from fedmq.algorithms.registry import find_algorithm
 from fedmq.algorithms.schedules import Schedule, find_schedule
+from fedmq.algorithms.values import plain_settings
 from fedmq.codecs.base import Codec
 from fedmq.codecs.errors import CodecError, SpecError
 from fedmq.codecs.features import Features
@@ -74,12 +76,7 @@ def set_up(config: Config, allowed: Allowed | None = None, run: str = "") -> Set
     """
     allowed = config.allowed if allowed is None else allowed
     run = run or config.run.id
-    find = functools.partial(find_algorithm, allowed=allowed)
-    with _naming_the_run(run, "algorithm.name"):
-        algorithm = _choose(config.algorithm, find, "algorithm")
-    if getattr(algorithm, "seed", 0) is None:
-        algorithm = dataclasses.replace(algorithm, seed=config.run.seed)  # type: ignore[call-arg] # it has that field
-    schedule = _choose(config.schedule, find_schedule, "schedule")
+    algorithm, schedule = _choices(config, allowed, run)
     if schedule.name not in algorithm.schedules:
         raise ConfigError(
             f"schedule.name: {algorithm.name} does not run under {schedule.name!r}; "
@@ -109,14 +106,51 @@ def set_up(config: Config, allowed: Allowed | None = None, run: str = "") -> Set
         raise ConfigError(
             f"run.min_clients: expected at most problem.clients, {problem.clients}, got {wanted}"
         )
+    return Setup(
+        _complete(config, algorithm, schedule),
+        problem,
+        algorithm,
+        schedule,
+        down,
+        up,
+        features,
+        logits,
+    )
+
+
+def completed(config: Config, allowed: Allowed | None = None) -> Config:
+    """Return a configuration with every default filled in, as `set_up` does, without its objects.
+
+    Raises:
+        ConfigError: its algorithm or its schedule is unknown, not allowed, or unusable.
+    """
+    allowed = config.allowed if allowed is None else allowed
+    algorithm, schedule = _choices(config, allowed, config.run.id)
+    return _complete(config, algorithm, schedule)
+
+
+def _choices(config: Config, allowed: Allowed, run: str) -> tuple[Algorithm, Schedule]:
+    find = functools.partial(find_algorithm, allowed=allowed)
+    with _naming_the_run(run, "algorithm.name"):
+        algorithm = _choose(config.algorithm, find, "algorithm")
+    if getattr(algorithm, "seed", 0) is None:
+        algorithm = dataclasses.replace(algorithm, seed=config.run.seed)  # type: ignore[call-arg] # it has that field
+    return algorithm, _choose(config.schedule, find_schedule, "schedule")
+
+
+def _complete(config: Config, algorithm: Algorithm, schedule: Schedule) -> Config:
     complete = config.model_copy(
         update={
             "problem": complete_options(config.problem),
-            "algorithm": {**config.algorithm, **dataclasses.asdict(algorithm)},
+            "algorithm": {**config.algorithm, **plain_settings(dataclasses.asdict(algorithm))},
             "schedule": {**config.schedule, **dataclasses.asdict(schedule)},
         }
     )
-    return Setup(complete, problem, algorithm, schedule, down, up, features, logits)
+    try:
+        complete.to_toml()
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"the configuration cannot be written as TOML: {error}") from None
+    return complete
 
 
 @contextlib.contextmanager
@@ -220,18 +254,22 @@ def kind_of(device: str) -> str:
     return f"{name}, torch {torch.__version__}"
 
 
-def choose_device(wanted: str) -> str:
+def choose_device(wanted: str, key: str = "worker.device") -> str:
     """Return the torch device to use.
 
+    Args:
+        wanted: ``auto``, ``cpu``, ``cuda`` or ``cuda:1``.
+        key: what the error says was wrong.
+
     Raises:
-        ConfigError: a GPU is asked for that is not there.
+        ConfigError: there is no such device here; the sentence says which there are.
     """
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if wanted == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if (
-        wanted.startswith("cuda")
-        and torch.device(wanted).index in (None, *())
-        and not torch.cuda.is_available()
-    ):
-        raise ConfigError(f"worker.device: {wanted} is not there; choose cpu or auto")
-    return wanted
+        return "cuda" if gpus else "cpu"
+    # One spelling for each: "cuda:01" is none for torch.
+    match = re.fullmatch(r"cuda(?::(\d{1,9}))?", wanted, re.ASCII)
+    if wanted == "cpu" or (match is not None and int(match[1] or 0) < gpus):
+        return f"cuda:{int(match[1])}" if match is not None and match[1] else wanted
+    there = ", ".join(["auto", "cpu", *(f"cuda:{index}" for index in range(gpus))])
+    raise ConfigError(f"{key}: there is no device {wanted[:100]!r} here; choose from {there}")

@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import itertools
-import json
+import math
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-from fedmq.broker.entries import Accepted, AnyEntry, Ended
-from fedmq.broker.reading import read_entries
-from fedmq.broker.state import AGGREGATOR, BROKER, EVALUATOR
+from fedmq.broker.entries import Accepted, AnyEntry, Ended, Opened
+from fedmq.broker.state import AGGREGATOR, BROKER, CONTINUED, EVALUATOR, WORKER
 from fedmq.broker.wire import Message
 from fedmq.nodes.agreement import disagree
 from fedmq.nodes.config import parse
-from fedmq.nodes.files import write_text
 from fedmq.nodes.outcomes import Outcomes
-
-SUMMARY_FILE = "summary.json"
+from fedmq.nodes.strict_json import not_finite
+from fedmq.nodes.tables import has_table
 
 
 @dataclass
@@ -92,11 +89,16 @@ class RunFold:
     wire_down: int = 0
     wire_up: int = 0
     ended: str | None = None
+    stopped_s: float = 0.0
+    """For how long nobody ran it, until it was taken up again."""
+    failed: bool = False
+    """The run has ended without reaching its end."""
     version_0: Any = None
     """What the aggregator says of the model that the run starts from, and"""
     disagreeing: list[str] = field(default_factory=list)
     """names of the nodes that say otherwise."""
     first_task_at: float | None = None
+    total_clients: int | None = None
     _aggregator: str = AGGREGATOR
     kinds: dict[str, dict[str, int]] = field(default_factory=lambda: {"down": {}, "up": {}})
     """Payload bytes by direction and by group of tensors."""
@@ -113,6 +115,8 @@ class RunFold:
             if message is not None:
                 self._message(message, entry.at)
             match entry:
+                case Opened(total_clients=clients):
+                    self.total_clients = clients
                 case Ended(reason=reason, nodes=nodes):
                     self.ended = reason
                     for name, counts in nodes.items():
@@ -122,10 +126,31 @@ class RunFold:
 
     @property
     def wall_s(self) -> float:
-        """Return how long the run has been going."""
+        """Return how long the run has been going; while nobody ran it, it was not."""
         if self.now is None:
             return 0.0
-        return self.now - (self.now if self.started_at is None else self.started_at)
+        return self._since_start(self.now)
+
+    def _since_start(self, at: float) -> float:
+        return at - (at if self.started_at is None else self.started_at) - self.stopped_s
+
+    @property
+    def status(self) -> str:
+        """Return what has become of the run: ``finished``, ``failed`` or ``interrupted``."""
+        if self.ended is None:
+            return "interrupted"
+        return "failed" if self.failed else "finished"
+
+    @property
+    def missing_clients(self) -> list[int]:
+        """Return the clients that are away while nobody has anything to do: the run waits."""
+        if self.ended is not None or not self.run or self.total_clients is None:
+            return []
+        if any(node.here and node.doing for node in self.nodes.values()):
+            return []
+        here = {name for name, node in self.nodes.items() if node.here}
+        hosts = ((k, self._hosts.get(f"client/{k}")) for k in range(self.total_clients))
+        return [client for client, host in hosts if host not in here]
 
     @property
     def first_task_s(self) -> float | None:
@@ -146,9 +171,9 @@ class RunFold:
 
     @property
     def best_accuracy(self) -> float | None:
-        """Return the best accuracy so far."""
+        """Return the best accuracy so far; one that is not finite is no best one."""
         known = [point.accuracy for point in self.curve if point.accuracy is not None]
-        return max(known, default=None)
+        return max(filter(math.isfinite, known), default=None)
 
     def _message(self, message: Message, at: float) -> None:
         """Take a message; what only one kind of node says counts only if it comes from there."""
@@ -175,9 +200,16 @@ class RunFold:
             for low, high in body["clients"]:
                 for client in range(low, high + 1):
                     self._hosts[f"client/{client}"] = body["node"]
-        elif message.kind == "left":
-            self.nodes[body["node"]].here = False
-            self.nodes[body["node"]].doing.clear()
+        elif message.kind == CONTINUED:
+            self.ended, self.failed = None, False
+            self.config = parse(body["config"]).model_dump()
+            self.stopped_s += body["stopped_s"]
+            for node in self.nodes.values():
+                node.here = False
+                node.doing.clear()
+        elif message.kind == "left" and (left := self.nodes.get(body["node"])) is not None:
+            left.here = False
+            left.doing.clear()
 
     def _from_aggregator(self, message: Message, at: float, size: int) -> None:
         body = message.body
@@ -194,6 +226,8 @@ class RunFold:
                 host = self._hosts.get(message.to)
                 if host is not None:
                     self.nodes[host].doing[message.id] = message.to
+            case "finished":
+                self.failed = body.get("failed") is True
             case "version":
                 self.version = body["version"]
                 self.mean_staleness = body["mean_staleness"]
@@ -202,7 +236,7 @@ class RunFold:
     def _from_worker(self, message: Message, at: float, size: int) -> None:
         if message.kind not in ("result", "failed", "score"):
             return
-        node = self.nodes[message.sender]
+        node = self.nodes.setdefault(message.sender, NodeState(WORKER))
         if message.sender not in self.disagreeing and disagree(
             self.version_0, message.body.get("version_0")
         ):
@@ -216,7 +250,7 @@ class RunFold:
         match message.body:
             case {"metrics": dict(metrics)} if message.kind == "score" and version is not None:
                 known = {key: each for key, each in metrics.items() if isinstance(each, float)}
-                self._evaluated(version, asked, at - (self.started_at or at), known)
+                self._evaluated(version, asked, self._since_start(at), known)
 
     def _evaluated(
         self, version: int, asked: str, wall_s: float, metrics: dict[str, float]
@@ -239,19 +273,24 @@ class RunFold:
         for group in groups if isinstance(groups, list) else ():
             match group:
                 case {"name": str(name), "buffers": int(buffers)}:
-                    size = sum(blob.size for blob in itertools.islice(rest, max(0, buffers)))
+                    many = max(0, buffers) + has_table(group)
+                    size = sum(blob.size for blob in itertools.islice(rest, many))
                     kinds = self.kinds[direction]
                     kinds[name] = kinds.get(name, 0) + size
 
     def summary(self) -> dict[str, Any]:
-        """Return what ``summary.json`` holds."""
-        config = self.config
+        """Return what ``summary.json`` holds, where NaN and infinities become null.
+
+        ``not_finite``, if it is there, says which of its values are no finite numbers.
+        """
+        config, last = self.config, self.outcomes.last
         summary = {
             "run": self.run,
-            "algorithm": config["algorithm"]["name"],
-            "schedule": config["schedule"]["name"],
-            "codec": config["codec"],
-            "seed": config["run"]["seed"],
+            # None: the run was stopped before its first record was written.
+            "algorithm": config.get("algorithm", {}).get("name"),
+            "schedule": config.get("schedule", {}).get("name"),
+            "codec": config.get("codec"),
+            "seed": config.get("run", {}).get("seed"),
             "versions": self.version,
             "results": self._results(),
             "rounds": self._rounds(),
@@ -283,11 +322,16 @@ class RunFold:
                 name: {"sessions": node.sessions, "tasks": node.tasks, "drops": node.drops}
                 for name, node in self.nodes.items()
             },
+            "status": self.status,
             "ended": self.ended,
+            "last_failure": None if last is None else vars(last),
             "disagreeing": self.disagreeing,
         }
-        clients = self.clients
-        return summary if clients is None else {**summary, "clients": clients}
+        if (clients := self.clients) is not None:
+            summary["clients"] = clients
+        if strange := not_finite(summary):
+            summary["not_finite"] = strange
+        return summary
 
     def _known(self, nbytes: int) -> int | None:
         """Return bytes on the wire, which the broker tells at the end of the run."""
@@ -302,6 +346,7 @@ class RunFold:
             "refused": outcomes.refused,
             "unused": outcomes.unused,
             "failed": outcomes.failed.total(),
+            "failed_evaluations": outcomes.failed_evaluations,
             "unaccepted": outcomes.unaccepted,
             "by_code": {code or "unknown": n for code, n in outcomes.rejected.items() if n},
             "failed_by_code": {code or "unknown": n for code, n in outcomes.failed.items() if n},
@@ -328,25 +373,18 @@ class RunFold:
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
-    """Return mean, worst_decile (mean of the lowest tenth, at least one), std and count."""
-    worst = sorted(values)[: max(1, len(values) // 10)]
-    return {
-        "mean": statistics.fmean(values),
-        "worst_decile": statistics.fmean(worst),
-        "std": statistics.pstdev(values),
-        "count": len(values),
-    }
+    """Return mean, worst_decile (mean of the lowest tenth, at least one), std and count.
 
-
-def write_summary(folder: Path, started_at: float | None = None) -> dict[str, Any]:
-    """Fold the ledger of a run's folder and write its ``summary.json``.
-
-    Raises:
-        LedgerError: the ledger is damaged, or cannot be read.
-        StorageError: the summary cannot be written.
+    They are of the finite values; ``not_finite``, if it is there, says how many others there are.
     """
-    fold = RunFold(started_at)
-    fold.feed(read_entries(folder / "ledger"))
-    summary = fold.summary()
-    write_text(folder / SUMMARY_FILE, json.dumps(summary, indent=2) + "\n")
-    return summary
+    finite = sorted(filter(math.isfinite, values))
+    others = {"not_finite": len(values) - len(finite)} if len(finite) < len(values) else {}
+    if not finite:
+        return {"mean": math.nan, "worst_decile": math.nan, "std": math.nan, "count": 0, **others}
+    return {
+        "mean": statistics.fmean(finite),
+        "worst_decile": statistics.fmean(finite[: max(1, len(finite) // 10)]),
+        "std": statistics.pstdev(finite),
+        "count": len(finite),
+        **others,
+    }

@@ -15,9 +15,12 @@ from fedmq.broker.rejections import Code, Rejection
 from fedmq.broker.wire import Message
 from fedmq.nodes.checkpoint import Flight
 from fedmq.nodes.gathering import Gathering
+from fedmq.nodes.inbox import AggregatorAction, Post
 from fedmq.nodes.members import Members
 from fedmq.nodes.payload import Packed, pack
+from fedmq.nodes.progress import Progress
 from fedmq.nodes.setup import Setup
+from fedmq.nodes.tables import fitted
 
 
 class Tasks:
@@ -26,13 +29,15 @@ class Tasks:
     Args:
         setup: what is learned, and when.
         members: who is here.
+        progress: who has failed, and is not asked again at once; by default nobody.
 
     Attributes:
         flights: those that are out.
     """
 
-    def __init__(self, setup: Setup, members: Members) -> None:
+    def __init__(self, setup: Setup, members: Members, progress: Progress | None = None) -> None:
         self._setup, self._members = setup, members
+        self._progress = progress or Progress(setup, rules=0)
         self.flights: dict[str, Flight] = {}
         self._same_for_all: Packed | None = None
         # Worked out once for each change of the members, then kept up to date: a version may
@@ -51,6 +56,7 @@ class Tasks:
         """Take over what a checkpoint tells."""
         self.flights = flights
         self._changes = -1
+        self.begin_version()
 
     def begin_version(self) -> None:
         """Make tasks anew from now on."""
@@ -70,8 +76,9 @@ class Tasks:
         if self._same_for_all is not None and not self._setup.algorithm.personal:
             return self._same_for_all
         seed = derive_seed(self._setup.config.run.seed, "downlink", version, client)
-        task = self._setup.algorithm.task(state, client)
-        self._same_for_all = pack(task, self._setup.downlink, seed)
+        algorithm = self._setup.algorithm
+        task, who = algorithm.task(state, client), f"{type(algorithm).__name__}.task"
+        self._same_for_all = pack(task, self._setup.downlink, seed, who)
         return self._same_for_all
 
     def sent(self, name: str, client: int, version: int) -> None:
@@ -95,14 +102,14 @@ class Tasks:
         self._count(flight, -1)
         return flight
 
-    def forget(self, name: str) -> bool:
-        """Expect no answer to a task any more; tell whether one was expected."""
+    def forget(self, name: str) -> Flight | None:
+        """Expect no answer to a task any more; return it if one was expected."""
         flight = self.flights.pop(name, None)
         self._returned.discard(name)
         if flight is not None:
             self._count(flight, -1)
             self.freed()
-        return flight is not None
+        return flight
 
     def freed(self) -> None:
         """Note that a client may be drawn again: its answer does not count for this version."""
@@ -150,10 +157,14 @@ class Tasks:
         return current.draw(idle, count, self._setup.config.run.seed, version)
 
     def _idle(self, current: Gathering) -> npt.NDArray[np.int64]:
-        """Return the reachable clients that have neither a task nor a result in hand, in order."""
+        """Return the clients that may be asked now, in order.
+
+        They can be reached, have neither a task nor a result in hand, and are not made to wait.
+        """
         if self._nobody_idle:
             return self._reachable[:0]
         busy = {flight.client for flight in self.flights.values()} | current.contributed
+        busy |= self._progress.waiting(self._members.hosts)
         out = np.array([client for client in busy if client in self._members.hosts], np.int64)
         return np.delete(self._reachable, np.searchsorted(self._reachable, out))
 
@@ -196,3 +207,16 @@ class Letters:
         self.next_id += 1
         about = {"kind": kind, "id": name, "run": self._run, "sender": self._node, "to": to}
         return Message(**about, body=dict(body), blobs=packed.blobs if packed else ())
+
+    def post(
+        self,
+        out: list[AggregatorAction],
+        kind: str,
+        to: str,
+        body: Mapping[str, Any],
+        packed: Packed | None = None,
+    ) -> str:
+        """Write the next message, and post it; return its id."""
+        message = self.write(kind, to, body, packed)
+        out.append(Post(*fitted(message, packed.data if packed else ())))
+        return message.id

@@ -24,7 +24,8 @@ from fedmq.nodes.agreement import Fingerprint
 from fedmq.nodes.digests import digest_of
 from fedmq.nodes.errors import ConfigError
 
-_BLOCK = 1 << 20
+_BLOCK = 1 << 16
+"""Values that are summed at a time: larger blocks stay with malloc, tens of MB for a process."""
 
 
 def version_zero(problem: Problem) -> Fingerprint | None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+import math
+import time
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from rich.console import Console, Group, RenderableType
@@ -10,73 +13,130 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from fedmq.nodes.outcomes import NO_ANSWER, UNUSED
+from fedmq.nodes.outcomes import NO_ANSWER, UNUSED, LastFailure
 from fedmq.nodes.summary import NodeState, RunFold
-from fedmq.nodes.trace.text import plain, plural, spans
+from fedmq.nodes.trace.text import clients_in_words, plain, plural, spans
 
 _PLAIN_EVERY_S = 5.0
+_SAME_EVERY_S = 60.0
+_QUIET_S = 4.0
+"""After so long without news, it is said which clients a run waits for."""
+_LONGEST = 1000
 _NAMED = 10
 """Groups of clients without a result that are named; the summary has all."""
+_REASON = 300
+"""Characters of the newest failure that are shown."""
 _BARS = "▁▂▃▄▅▆▇█"
+_ASCII_BARS = "_.-~=+*#"
+_LIVE_EVERY_S = 0.125
 
 
 class View:
     """Shows a run while it goes on; a context manager.
 
+    Whatever cannot be shown is left out, once with the reason: a run does not end for it.
+
     Args:
         console: where to; a terminal gets the live view.
         title: what runs, in one line.
+        say: tells what went wrong with the view.
     """
 
-    def __init__(self, console: Console, title: str) -> None:
+    def __init__(self, console: Console, title: str, say: Callable[[str], None]) -> None:
         self._console = console
         self._title = title
-        self._live = (
-            Live(console=console, refresh_per_second=8, transient=True)
-            if console.is_terminal
-            else None
-        )
+        self._say = say
+        self._live: Live | None = None
+        self._lines = True
         self._points = 0
-        self._last_line = 0.0
+        self._drawn_at = 0.0
+        self._shown_at = time.monotonic()
+        self._shown: tuple[object, ...] = ()
+        self._news: float | None = None
+        self._news_at = time.monotonic()
 
     def __enter__(self) -> View:
-        self._console.print(self._title, highlight=False, soft_wrap=True)
-        if self._live:
-            self._live.__enter__()
+        try:
+            self._console.print(self._title, highlight=False, soft_wrap=True, markup=False)
+            if self._console.is_terminal:
+                # Drawn by `show`: what goes wrong in a thread of rich's own would end unseen.
+                self._live = Live(console=self._console, auto_refresh=False, transient=True)
+                self._live.start()
+        except Exception as error:  # noqa: BLE001 - a run does not end for its view
+            self._give_up(error)
         return self
 
     def __exit__(self, *exc: object) -> None:
-        if self._live:
-            self._live.stop()
+        self._stop_live()
 
     def show(self, fold: RunFold) -> None:
         """Bring the view up to date."""
+        now = time.monotonic()
+        if fold.now != self._news:
+            self._news, self._news_at = fold.now, now
+        waits = now - self._news_at >= _QUIET_S
+        try:
+            if self._live:
+                if now - self._drawn_at >= _LIVE_EVERY_S:
+                    self._live.update(render(fold, self._bars(), waits=waits), refresh=True)
+                    self._drawn_at = now
+            elif self._lines:
+                self._show_line(fold, now, waits=waits)
+        except Exception as error:  # noqa: BLE001 - a run does not end for its view
+            self._give_up(error)
+
+    def _show_line(self, fold: RunFold, now: float, *, waits: bool) -> None:
+        since, state = now - self._shown_at, (fold.now, waits)
+        due = since >= (_PLAIN_EVERY_S if state != self._shown else _SAME_EVERY_S)
+        if due or len(fold.curve) > self._points:
+            self._points, self._shown_at, self._shown = len(fold.curve), now, state
+            self._console.print(
+                line(fold, waits=waits), highlight=False, soft_wrap=True, markup=False
+            )
+
+    def _bars(self) -> str:
+        return _BARS if self._console.encoding.startswith("utf") else _ASCII_BARS
+
+    def _give_up(self, error: Exception) -> None:
+        """Go on with plain lines, or, if those cannot be shown, without."""
         if self._live:
-            self._live.update(render(fold))
-            return
-        fresh = len(fold.curve) > self._points
-        if fresh or fold.wall_s - self._last_line >= _PLAIN_EVERY_S:
-            self._points, self._last_line = len(fold.curve), fold.wall_s
-            self._console.print(line(fold), highlight=False, soft_wrap=True)
+            self._stop_live()
+            self._say(f"fedmq: the live view failed: {error!r}; lines instead")
+        else:
+            self._lines = False
+            self._say(f"fedmq: the view failed: {error!r}; the run goes on without it")
+
+    def _stop_live(self) -> None:
+        live, self._live = self._live, None
+        if live is not None:
+            with contextlib.suppress(Exception):  # it only clears what it has drawn
+                live.stop()
 
 
-def render(fold: RunFold) -> RenderableType:
-    """Return the live view of a run."""
+def render(fold: RunFold, bars: str = _BARS, *, waits: bool = False) -> RenderableType:
+    """Return the live view of a run.
+
+    Args:
+        fold: of the run.
+        bars: from low to high, for the accuracy.
+        waits: whether nothing has happened for a while.
+    """
     head = Table.grid(padding=(0, 2))
     head.add_row(*(Text(name, style="dim") for name in _figures(fold)))
     head.add_row(*(Text(value, style="bold") for value in _figures(fold).values()))
     nodes = Table(box=None, padding=(0, 3, 0, 0), header_style="dim")
-    for column in ("node", "state", "done", "dropped"):
-        nodes.add_column(column, justify="right" if column in ("done", "dropped") else "left")
+    for column in ("node", "state", "done", "failed"):
+        nodes.add_column(column, justify="right" if column in ("done", "failed") else "left")
     for name, node in sorted(fold.nodes.items()):
         nodes.add_row(name, _state(node), str(node.tasks or ""), str(node.drops or ""))
-    trouble = [Text(f"{name} {value}", style="red") for name, value in _trouble(fold).items()]
-    return Group(head, *trouble, Text(_sparkline(fold), style="green"), nodes)
+    known = _trouble(fold, waits=waits)
+    trouble = [Text(f"{name} {value}", style="red") for name, value in known.items()]
+    return Group(head, *trouble, Text(_sparkline(fold, bars), style="green"), nodes)
 
 
-def line(fold: RunFold) -> str:
-    """Return one line on a run's state."""
-    figures = {**_figures(fold), **_trouble(fold)}
+def line(fold: RunFold, *, waits: bool = False) -> str:
+    """Return one line on a run's state; ``waits``: nothing has happened for a while."""
+    figures = {**_figures(fold), **_trouble(fold, waits=waits)}
     return "  ".join(f"{name} {value}" for name, value in figures.items())
 
 
@@ -89,9 +149,10 @@ def closing_table(summary: Mapping[str, Any]) -> Table:
     results, sizes = summary["results"], summary["bytes"]
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     rows = {
-        "run": summary["run"],
-        "ended": summary["ended"] or "before its end",
-        "algorithm": f"{summary['algorithm']}, {summary['schedule']}",
+        "run": summary["run"] or "-",
+        "status": summary["status"],
+        "ended": plain(summary["ended"] or "before its end", _LONGEST),
+        "algorithm": f"{summary['algorithm'] or '-'}, {summary['schedule'] or '-'}",
         "versions": str(summary["versions"]),
         "accuracy": f"{_percent(summary['final_accuracy'])} "
         f"(best {_percent(summary['best_accuracy'])}){_of_version(summary)}",
@@ -127,6 +188,11 @@ def _what_went_wrong(summary: Mapping[str, Any]) -> dict[str, str]:
         rows["failed"] = (
             f"{plural(results['failed'], 'task')}: {_by_code(results['failed_by_code'])}"
         )
+    if results["failed_evaluations"]:
+        rows["not evaluated"] = f"{plural(results['failed_evaluations'], 'evaluation')} failed"
+    last = summary["last_failure"]
+    if last is not None and rows:
+        rows["last failure"] = plain(LastFailure(**last), _REASON)
     if results["unaccepted"]:
         posts = plural(results["unaccepted"], "message")
         rows["not kept"] = f"{posts} that the broker did not accept: see the logs"
@@ -190,12 +256,21 @@ def _figures(fold: RunFold) -> dict[str, str]:
     return {**figures, "down": _size(fold.payload_down), "up": _size(fold.payload_up)}
 
 
-def _trouble(fold: RunFold) -> dict[str, str]:
+def _trouble(fold: RunFold, *, waits: bool) -> dict[str, str]:
     """Return what a run without trouble does not show."""
-    counts = {"refused": fold.outcomes.refused, "failed": fold.outcomes.failed.total()}
+    outcomes = fold.outcomes
+    counts = {
+        "rejected": outcomes.refused,
+        "failed": outcomes.failed.total(),
+        "failed evaluations": outcomes.failed_evaluations,
+    }
     found = {name: str(number) for name, number in counts.items() if number}
+    if found and outcomes.last is not None:
+        found["last"] = plain(outcomes.last, _REASON)
     if fold.disagreeing:
         found["other first model"] = ", ".join(fold.disagreeing)
+    if waits and (missing := fold.missing_clients):
+        found["waiting for"] = clients_in_words(missing)
     return found
 
 
@@ -209,9 +284,10 @@ def _state(node: NodeState) -> Text:
     return Text(f"{doing[0]}{more}", style="cyan")
 
 
-def _sparkline(fold: RunFold) -> str:
-    values = [point.accuracy for point in fold.curve if point.accuracy is not None][-60:]
-    return "".join(_BARS[min(7, int(value * 8))] for value in values)
+def _sparkline(fold: RunFold, bars: str) -> str:
+    known = (point.accuracy for point in fold.curve if point.accuracy is not None)
+    values = [value for value in known if math.isfinite(value)][-60:]
+    return "".join(bars[max(0, min(7, int(value * 8)))] for value in values)
 
 
 def _percent(value: float | None) -> str:

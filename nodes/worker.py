@@ -17,8 +17,10 @@ from msgspec import Struct
 from torch import Tensor
 
 from fedmq.algorithms.base import Client, Payload, Reply, Task
+from fedmq.algorithms.errors import ProblemError
 from fedmq.algorithms.problems.base import Problem
 from fedmq.algorithms.rng import derive_rng, derive_seed
+from fedmq.algorithms.values import metrics_of
 from fedmq.broker.errors import WireError
 from fedmq.broker.rejections import Code
 from fedmq.broker.state import AGGREGATOR
@@ -27,11 +29,13 @@ from fedmq.codecs.base import brief
 from fedmq.codecs.errors import CodecError
 from fedmq.codecs.registry import decode
 from fedmq.nodes.agreement import Fingerprint
+from fedmq.nodes.causes import described, modules_of, place_in, shorten
 from fedmq.nodes.errors import MessageError, rejection_of
 from fedmq.nodes.inbox import Done, Inbound, Post
 from fedmq.nodes.local import Kept, Locals
 from fedmq.nodes.payload import Packed, pack, unpack
 from fedmq.nodes.setup import Setup, slowdown
+from fedmq.nodes.tables import fitted
 
 MAX_SLOWDOWN_S = 3600.0
 
@@ -62,10 +66,20 @@ class Saved(Struct, frozen=True):
 
 
 class Failed(Struct, frozen=True):
-    """A task could not be done, with the reason; ``code``: the same for programs."""
+    """A task could not be done, with the reason; ``code``: the same for programs.
+
+    where: file and line of the user's own code that raised it, or "".
+    """
 
     reason: str
     code: str = Code.TRAINING_FAILED
+    where: str = ""
+
+    @classmethod
+    def of(cls, error: BaseException, setup: Setup) -> Failed:
+        """Return what is told of an exception: a line of bounded length, without data."""
+        own = modules_of(setup.problem, setup.algorithm)
+        return cls(described(error), where=place_in(error, own))
 
 
 Event = Inbound | Trained | Saved | Evaluated | Failed
@@ -84,8 +98,15 @@ class Train(Struct, frozen=True):
     restrict: Callable[[Mapping[str, Tensor]], None] | None = None
 
     def at(self, problem: Problem, device: str) -> Client:
-        """Return where the client half is to run."""
+        """Return where the client half is to run.
+
+        Raises:
+            ProblemError: the client has no examples.
+        """
         data = problem.client(self.client)
+        if not len(data):
+            name = type(problem).__name__
+            raise ProblemError(f"{name}.client: expected at least one example, got none")
         return Client(self.client, problem, data, self.local, self.seed, device, self.restrict)
 
 
@@ -98,13 +119,19 @@ class Evaluate(Struct, frozen=True):
     seed: int = 0
 
     def metrics(self, setup: Setup, device: str) -> Mapping[str, float]:
-        """Return what the algorithm makes of it."""
-        problem = setup.problem
+        """Return what the algorithm makes of it.
+
+        Raises:
+            ReturnedError: that is no map of names to numbers.
+        """
+        problem, algorithm = setup.problem, setup.algorithm
+        who = type(algorithm).__name__
         if self.client is None:
-            return setup.algorithm.evaluate(self.task, problem, device)
+            return metrics_of(algorithm.evaluate(self.task, problem, device), f"{who}.evaluate")
         data = problem.client(self.client)
         place = Client(self.client, problem, data, self.local, self.seed, device)
-        return setup.algorithm.evaluate_client(self.task, place)
+        found = algorithm.evaluate_client(self.task, place)
+        return metrics_of(found, f"{who}.evaluate_client")
 
 
 class Pause(Struct, frozen=True):
@@ -140,6 +167,9 @@ class Worker:
         clients: ranges of clients hosted here, both ends included.
         kept: local states of the clients; read here, written by the program.
         version_0: see `fedmq.nodes.version_zero`; said with every answer.
+
+    Attributes:
+        evaluations: how many this session has done.
     """
 
     def __init__(
@@ -159,6 +189,7 @@ class Worker:
         self._queue: deque[Inbound] = deque()
         self._current: Inbound | None = None
         self._locals = kept if kept is not None else Locals()
+        self.evaluations = 0
         self._before: _Before | None = None
         """What the client of the current task had kept when it was begun."""
 
@@ -173,10 +204,11 @@ class Worker:
             case Saved(kept):
                 self._post_result(kept, out)
             case Evaluated(metrics, device):
+                self.evaluations += 1
                 body = {"metrics": dict(metrics), "device": device, **self._version_0}
                 self._answer("score", {**body, **self._started_from()}, out)
-            case Failed(reason, code):
-                self._fail(reason, code, out)
+            case Failed():
+                self._fail(event, out)
         while self._current is None and self._queue:
             self._begin(self._queue.popleft(), out)
         return out
@@ -238,12 +270,15 @@ class Worker:
         message = inbound.message
         client = message.body["client"]
         if self._straggles(message.id, event.elapsed_s, out):
-            self._fail("dropped on demand", Code.DROPPED, out)
+            self._fail(Failed("dropped on demand", Code.DROPPED), out)
             return
         try:
             packed, memory = self._pack(event.payload, client, message)
         except CodecError as error:
-            self._fail(str(error), Code.UNUSABLE, out)
+            self._fail(Failed(shorten(str(error)), Code.UNUSABLE), out)
+            return
+        except Exception as error:  # noqa: BLE001 - what `train` returned may be anything
+            self._fail(Failed.of(error, self._setup), out)
             return
         body = {
             **packed.body,
@@ -254,8 +289,8 @@ class Worker:
             **self._started_from(),
             **self._version_0,
         }
-        reply = self._reply("result", body, packed.blobs)
-        kept = Kept(message.id, inbound.seq, event.local, reply, packed.data, memory)
+        reply, data = fitted(self._reply("result", body, packed.blobs), packed.data)
+        kept = Kept(message.id, inbound.seq, event.local, reply, data, memory)
         if event.local is not None or memory is not None:
             out.append(Keep(client, kept))
         else:
@@ -267,7 +302,8 @@ class Worker:
             raise RuntimeError("a result answers nothing")
         body = {**kept.message.body, **self._version_0}
         message = msgspec.structs.replace(kept.message, sender=self._node, body=body)
-        out.append(Post(message, kept.data, (self._current.seq,)))
+        # Fitted once more: this node's name may be longer than that of the one that kept it.
+        out.append(Post(*fitted(message, kept.data), (self._current.seq,)))
         self._current = None
 
     def _uplink_seed(self, client: int, task: Message) -> int:
@@ -282,7 +318,9 @@ class Worker:
         weights = dict(payload.weights)
         if self._before is not None and self._before.memory is not None:
             for name, left in self._before.memory.weights.items():
-                if name in weights:  # in 0.1.0 what is not trained was among them
+                # In 0.1.0 what is not trained was among them; and another release of a user's own
+                # algorithm may send other tensors.
+                if name in weights and weights[name].shape == left.shape:
                     weights[name] = weights[name] + left
         packed = pack(dataclasses.replace(payload, weights=weights), codecs, seed)
         sent = decode(codec.encode(weights, seed))
@@ -305,8 +343,9 @@ class Worker:
             out.append(Pause(min((factor - 1) * elapsed_s, MAX_SLOWDOWN_S)))
         return bool(rng.random() < wanted.drop)
 
-    def _fail(self, reason: str, code: str, out: list[Action]) -> None:
-        self._answer("failed", {"reason": reason, "code": code}, out)
+    def _fail(self, why: Failed, out: list[Action]) -> None:
+        where = {"where": why.where} if why.where else {}
+        self._answer("failed", {"reason": why.reason, "code": why.code, **where}, out)
 
     def _answer(self, kind: str, body: Mapping[str, Any], out: list[Action]) -> None:
         if self._current is None:

@@ -12,15 +12,17 @@ import structlog
 import torch
 
 from fedmq.algorithms.allowed import NOTHING, Allowed
+from fedmq.algorithms.values import ReturnedError
 from fedmq.broker.errors import BrokerError, RunOver
 from fedmq.broker.node_link import NodeLink
 from fedmq.broker.state import WORKER
 from fedmq.broker.wire import Hello
 from fedmq.nodes.carry_out import carry_out
 from fedmq.nodes.config import parse
-from fedmq.nodes.errors import NodeError, StorageError
+from fedmq.nodes.errors import ON_PURPOSE, NodeError, StorageError, own_code
 from fedmq.nodes.inbox import Done, Post
 from fedmq.nodes.local import Kept, Locals, node_key
+from fedmq.nodes.logs import Repeats
 from fedmq.nodes.programs import inbound_of, linked, new_session
 from fedmq.nodes.setup import Setup, choose_device, set_up
 from fedmq.nodes.version_zero import version_zero
@@ -51,6 +53,7 @@ def run_worker(
     folder: Path | None = None,
     states: Path | None = None,
     allowed: Allowed = NOTHING,
+    give_up_s: float | None = None,
 ) -> str:
     """Run a worker or the evaluator until its run is over; return why it ended.
 
@@ -64,12 +67,17 @@ def run_worker(
         states: where its clients' local states do; a node that takes over a client finds there
             what it has kept. By default in ``folder``.
         allowed: which code the run's configuration, which the broker sends, may name.
+        give_up_s: so long without the broker or the run, and the node ends; None for never.
 
     Raises:
+        GaveUp: the broker, or the run, was not there for ``give_up_s``.
         ConfigError: the run's configuration cannot be used here, or names code that is not
             allowed; or its model has other values at each call.
         DataError: the data set is not here.
+        OwnCodeError: the problem, or its model, cannot be made, or raises when it is tried.
         ProblemError: the problem's model does to its tensors what cannot be followed.
+        ReturnedError: the problem or the algorithm returned what are no metrics, at the first
+            evaluation.
         Rejected: the broker does not admit this node.
     """
     hello = Hello(
@@ -81,7 +89,7 @@ def run_worker(
         clients=tuple(clients),
     )
     try:
-        with linked(endpoint, hello) as link:
+        with linked(endpoint, hello, give_up_s) as link:
             _work_until_over(link, hello, folder if states is None else states, allowed)
     except RunOver as end:
         return str(end)
@@ -94,29 +102,43 @@ def _work_until_over(
     welcome = link.welcome()
     with link.away():
         config = parse(welcome.config)
-        setup = set_up(config, allowed, welcome.run)
-        torch.set_num_threads(config.worker.threads)
-        device = choose_device(config.worker.device)
-        version_0 = version_zero(setup.problem)
-        if hello.role == WORKER:
-            for at, (low, _) in enumerate(hello.clients):
-                data = setup.problem.client(low)
-                if not at:
-                    setup.algorithm.try_model(setup.problem, data, device)
-        else:
-            setup.problem.test()
+        with own_code("problem.name"):
+            setup = set_up(config, allowed, welcome.run)
+            torch.set_num_threads(config.worker.threads)
+            device = choose_device(config.worker.device)
+            version_0 = version_zero(setup.problem)
+            if hello.role == WORKER:
+                _try(setup, hello.clients, device)
+            else:
+                setup.problem.test()
         # The id of a run can come again, and its tasks' ids with it; its identity cannot.
         mine = states / welcome.run / welcome.identity if states is not None else None
         kept = Locals(mine)
         core = Worker(setup, welcome.run, hello.node, hello.clients, kept, version_0)
+    repeats = Repeats()
     while True:
         delivery = link.get()
         if delivery.message.kind == "refused":
             _log.warning("refused", **delivery.message.body)
         actions: list[Action] = list(core.handle(inbound_of(link, delivery)))
         while actions:
-            more = _work(link, setup, core, kept, device, actions.pop(0))
+            more = _work(link, setup, core, kept, device, repeats, actions.pop(0))
             actions = [*more, *actions]
+
+
+def _try(setup: Setup, clients: Sequence[tuple[int, int]], device: str) -> None:
+    """Read the data of the first client of each range, and try the model on one's."""
+    tried = False
+    for low, _ in clients:
+        try:
+            data = setup.problem.client(low)
+        except ON_PURPOSE:
+            raise
+        except Exception:  # noqa: BLE001, S112 - other clients' data may be whole: its task says it
+            continue
+        if not tried:
+            setup.algorithm.try_model(setup.problem, data, device)
+            tried = True
 
 
 def _keep(link: NodeLink, kept: Locals, client: int, state: Kept) -> Kept:
@@ -134,7 +156,13 @@ def _keep(link: NodeLink, kept: Locals, client: int, state: Kept) -> Kept:
 
 
 def _work(
-    link: NodeLink, setup: Setup, core: Worker, kept: Locals, device: str, action: Action
+    link: NodeLink,
+    setup: Setup,
+    core: Worker,
+    kept: Locals,
+    device: str,
+    repeats: Repeats,
+    action: Action,
 ) -> list[Action]:
     """Carry out one action of a worker's core; return the actions that follow from it."""
     event: Event | None = None
@@ -157,7 +185,12 @@ def _work(
                 link.done([seq], {seq: refused} if refused else {}, {seq: code})
     except (BrokerError, NodeError):
         raise  # not the task's fault: the link has ended, or local state cannot be kept
-    except Exception as error:  # noqa: BLE001 - whatever a model raises fails this one task only
-        _log.exception("task failed")
-        event = Failed(f"{type(error).__name__}: {error}"[:2000])
+    except Exception as error:  # whatever a model raises fails this one task only
+        no_metrics = isinstance(error, ReturnedError) and isinstance(action, Evaluate)
+        if no_metrics and not core.evaluations:
+            raise  # the first evaluation already: no other would go better
+        event = Failed.of(error, setup)
+        if times := repeats.count((type(error), event.where), time.monotonic()):
+            about = {"reason": event.reason, "where": event.where, "times": times}
+            _log.error("task failed", **about, exc_info=error if times == 1 else None)
     return core.handle(event) if event is not None else []

@@ -2,32 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from contextvars import ContextVar
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from fedmq.algorithms.errors import ProblemError
+from fedmq.algorithms.problems.examples import Examples
+from fedmq.algorithms.problems.guards import guard
+from fedmq.algorithms.rng import derive_seed, seeded
 
-
-@dataclass(frozen=True)
-class Examples:
-    """Labelled examples, kept as whole tensors: indexing them beats a DataLoader on small data.
-
-    x: float32 [n, ...]; y: int64 [n] for classification.
-    """
-
-    x: Tensor
-    y: Tensor
-
-    def __len__(self) -> int:
-        return len(self.y)
-
-    def to(self, device: torch.device | str) -> Examples:
-        """Return the same examples on another device."""
-        return Examples(self.x.to(device), self.y.to(device))
+__all__ = ["Examples", "Problem"]
 
 
 class Problem(ABC):
@@ -35,14 +23,30 @@ class Problem(ABC):
 
     Everything is a deterministic function of the problem's fields and seed. Data are
     read only when asked for: the aggregator needs the model alone.
+
+    What the methods of a subclass return is checked wherever they are called: numbers of numpy
+    and of torch become Python's own, and what is of another kind raises `ReturnedError`.
     """
 
     clients: int
     """Number of clients, K; they are numbered 0 to K-1."""
 
+    seed: int
+    """Of the run."""
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        guard(cls, Problem)
+        if not isinstance(model := vars(cls).get("model"), staticmethod) and callable(model):
+            cls.model = _with_seed(model)  # type: ignore[method-assign] # it keeps its signature
+
     @abstractmethod
     def model(self) -> nn.Module:
-        """Return a freshly initialised model; the same values at every call, on every node."""
+        """Return a freshly initialised model; the same values at every call, on every node.
+
+        The global generators of Python, numpy and torch are seeded with `seed` before each call.
+        What is drawn from others (``numpy.random.default_rng()``) needs a seed of its own.
+        """
 
     @abstractmethod
     def client(self, index: int) -> Examples:
@@ -112,3 +116,23 @@ class Problem(ABC):
     @abstractmethod
     def metrics(self, outputs: Tensor, y: Tensor) -> Mapping[str, float]:
         """Return means over a batch, at least ``loss``, and ``accuracy`` where it has a meaning."""
+
+
+_making: ContextVar[object] = ContextVar("the problem whose model is being made", default=None)
+
+
+def _with_seed(model: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+    """Let a problem's model draw the same first values at every call."""
+
+    @functools.wraps(model)
+    def with_seed(problem: Any, *args: Any, **options: Any) -> nn.Module:
+        if _making.get() is problem:  # super().model(): draws go on
+            return model(problem, *args, **options)
+        token = _making.set(problem)
+        try:
+            with seeded(derive_seed(getattr(problem, "seed", 0), "model")):
+                return model(problem, *args, **options)
+        finally:
+            _making.reset(token)
+
+    return with_seed

@@ -23,6 +23,24 @@ CACHE_BYTES = 1 << 30
 """Clients' float32 examples are kept up to this size in all; later ones are converted anew."""
 
 
+class _Kept:
+    """Examples of clients, as many as there is room for."""
+
+    def __init__(self) -> None:
+        self._nbytes = 0
+        self._examples: dict[int, Examples] = {}
+
+    def get(self, index: int) -> Examples | None:
+        """Return a client's examples, if they are here."""
+        return self._examples.get(index)
+
+    def keep(self, index: int, examples: Examples) -> None:
+        """Keep them if they fit; their size is counted once."""
+        if self._nbytes + examples.x.nbytes <= CACHE_BYTES:
+            self._nbytes += examples.x.nbytes
+            self._examples[index] = examples
+
+
 @dataclass(frozen=True)
 class ImageClassification(Problem):
     """A classification problem on images, divided among clients.
@@ -107,8 +125,7 @@ class ImageClassification(Problem):
                 self._data.normalise(self._data.x_train[part]),
                 torch.from_numpy(self._data.y_train[part]),
             )
-            if sum(each.x.nbytes for each in self._kept.values()) + kept.x.nbytes <= CACHE_BYTES:
-                self._kept[index] = kept
+            self._kept.keep(index, kept)
         return kept
 
     def test(self) -> Examples:
@@ -229,8 +246,8 @@ class ImageClassification(Problem):
         return {}
 
     @cached_property
-    def _kept(self) -> dict[int, Examples]:
-        return {}
+    def _kept(self) -> _Kept:
+        return _Kept()
 
     @cached_property
     def _test(self) -> Examples:

@@ -128,7 +128,7 @@ class Dirichlet(Partition):
             shares = rng.dirichlet(np.full(clients, float(self.alpha)))
             sizes = _apportion(shares, len(members))
             owner[members] = np.repeat(np.arange(clients), sizes)
-        parts = [rng.permutation(np.flatnonzero(owner == client)) for client in range(clients)]
+        parts = [rng.permutation(part) for part in _by_owner(owner, clients)]
         sizes = np.array([len(part) for part in parts])
         for poor in np.flatnonzero(sizes < self.min_size):
             while sizes[poor] < self.min_size:
@@ -188,7 +188,7 @@ class ByWriter(Partition):
             sizes[client] += counts[writer]
         # Deal the hands out at random: otherwise client 0 always has the most productive writer.
         of_example = rng.permutation(clients)[owner][of_writer]
-        return [np.flatnonzero(of_example == client) for client in range(clients)]
+        return _by_owner(of_example, clients)
 
 
 @dataclass(frozen=True)
@@ -334,6 +334,12 @@ PARTITIONS: Mapping[str, Callable[..., Partition]] = {
     "fallah": Fallah,
 }
 """Factories by name, for spec strings such as ``dirichlet(0.5)``."""
+
+
+def _by_owner(owner: Indices, clients: int) -> list[Indices]:
+    """Return the sorted indices of what each client has, in one pass for all of them."""
+    order = np.argsort(owner, kind="stable")
+    return np.split(order, np.cumsum(np.bincount(owner, minlength=clients))[:-1])
 
 
 def _apportion(shares: NDArray[np.float64], total: int) -> Indices:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import operator
 from collections.abc import Mapping
@@ -11,6 +12,7 @@ from fedmq.algorithms.allowed import NOTHING, Allowed, installed, resolve
 from fedmq.algorithms.errors import AlgorithmError, NotAllowed, ProblemError
 from fedmq.algorithms.problems.base import Problem
 from fedmq.algorithms.problems.datasets import DATASETS
+from fedmq.algorithms.problems.guards import guard_instance
 from fedmq.algorithms.problems.image import ImageClassification
 from fedmq.codecs.spec import unknown
 
@@ -120,7 +122,9 @@ def _load_own(name: str, options: Mapping[str, object], seed: int, allowed: Allo
             f"a Problem, it is of type {type(factory).__name__!r}"
         )
     try:
-        inspect.signature(factory).bind(**options, seed=seed)
+        signature = inspect.signature(factory)
+        options = {key: _text_or_none(signature, key, each) for key, each in options.items()}
+        signature.bind(**options, seed=seed)
     except TypeError as error:
         raise ProblemError(
             f"problem: {name!r} is called with {', '.join([*options, 'seed'])}: {error}"
@@ -132,7 +136,23 @@ def _load_own(name: str, options: Mapping[str, object], seed: int, allowed: Allo
             f"{type(problem).__name__!r}"
         )
     _count_clients(name, problem)
+    if not hasattr(problem, "seed"):
+        with contextlib.suppress(AttributeError):  # slots
+            object.__setattr__(problem, "seed", seed)  # a frozen dataclass has it too
+    guard_instance(problem)
     return problem
+
+
+def _text_or_none(signature: inspect.Signature, key: str, value: object) -> object:
+    """Return an option's value; ``none``, TOML's word for null here, as text where text belongs.
+
+    That is where the option has a text as its default, and does not say that it may be None.
+    """
+    found = signature.parameters.get(key)
+    if value is not None or found is None or not isinstance(found.default, str):
+        return value
+    annotation = "" if found.annotation is found.empty else str(found.annotation)
+    return value if "None" in annotation or "Optional" in annotation else "none"
 
 
 def _count_clients(name: str, problem: Problem) -> None:

@@ -64,6 +64,14 @@ class Schedule(ABC):
         """Return how many clients a version wants results from; None where that means nothing."""
         return None
 
+    def at_once(self, clients: int) -> int:
+        """Return how many tasks may be out at once."""
+        return clients
+
+    def least_clients(self) -> tuple[str, int] | None:
+        """Return how many clients a version cannot do without, and the setting that says so."""
+        return None
+
     @abstractmethod
     def wants(self, view: View) -> int:
         """Return how many more clients are to get a task now; idle ones are drawn."""
@@ -103,6 +111,10 @@ class Asynchronous(Schedule):
 
     def __post_init__(self) -> None:
         functions.staleness(self.staleness)
+
+    def at_once(self, clients: int) -> int:
+        """As many as are kept out."""
+        return min(self.concurrency, clients)
 
     def wants(self, view: View) -> int:
         """Replace every task that has ended."""

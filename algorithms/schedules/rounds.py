@@ -62,6 +62,14 @@ class Rounds(Schedule):
         """m = max(C * K, 1), and never less than min_results."""
         return max(round(self.fraction * clients), self.min_results, 1)
 
+    def at_once(self, clients: int) -> int:
+        """Return how many tasks a round sends."""
+        return min(self._tasks(clients), clients)
+
+    def least_clients(self) -> tuple[str, int]:
+        """A client counts once in a round."""
+        return "min_results", self.min_results
+
     def wants(self, view: View) -> int:
         """Draw the cohort; draw again only when nobody is left to wait for.
 

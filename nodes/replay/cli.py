@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from fedmq.nodes.signals import this_process
 from fedmq.nodes.trust import allow_option, allowed_here, find_own_code
 
 if TYPE_CHECKING:
@@ -261,7 +262,8 @@ def _prompt(run: Replay, last: Step | None) -> None:
         "core: the aggregator, parts: all it is made of, event: the last message it took,\n"
         "actions: what it said to that, step(n): go on, setup, trace; Ctrl-D leaves"
     )
-    code.interact(banner=banner, local=names, exitmsg="")
+    with this_process.prompting():
+        code.interact(banner=banner, local=names, exitmsg="")
 
 
 def _retrain(trace: Trace, allowed: Allowed, node: str, task: str | None) -> bool:
@@ -303,7 +305,7 @@ def _what_if(trace: Trace, allowed: Allowed, settings: tuple[str, ...]) -> bool:
     """Print the curves of the recorded run and of another rule side by side."""
     from fedmq.broker.errors import LedgerError
     from fedmq.nodes.replay.whatif import WhatIf, changed_setup
-    from fedmq.nodes.trace.text import table
+    from fedmq.nodes.trace.text import fitted, table
 
     setup = changed_setup(trace, settings, allowed)
     names = ("time s", "results", "version", "accuracy", "loss")
@@ -319,7 +321,7 @@ def _what_if(trace: Trace, allowed: Allowed, settings: tuple[str, ...]) -> bool:
             rows.append(row)
     except LedgerError as error:
         damage = error
-    click.echo(f"left: as recorded; right: with {', '.join(settings)}")
+    click.echo("\n".join(fitted(f"left: as recorded; right: with {', '.join(settings)}")))
     click.echo("\n".join(table([*names, "|", *names[1:]], rows, left=0)))
     click.echo("The clients trained from the recorded models, not from those of the other rule.")
     if damage is not None:

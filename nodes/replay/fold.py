@@ -24,13 +24,13 @@ from fedmq.algorithms.schedules.recorded_rounds import RecordedRounds
 from fedmq.algorithms.schedules.rounds import Rounds
 from fedmq.broker.entries import Accepted, AnyEntry
 from fedmq.broker.errors import LedgerError
-from fedmq.broker.state import AGGREGATOR, CHECKPOINT, node_address
+from fedmq.broker.state import AGGREGATOR, CHECKPOINT, CONTINUED, node_address
 from fedmq.broker.trace import Trace
 from fedmq.nodes.aggregator import Aggregator
 from fedmq.nodes.checkpoint import unpack_checkpoint
 from fedmq.nodes.computed import Computed
 from fedmq.nodes.config import Config, parse
-from fedmq.nodes.errors import NodeError
+from fedmq.nodes.errors import NodeError, own_code
 from fedmq.nodes.inbox import AggregatorAction, Finish, Inbound, Post, Start
 from fedmq.nodes.replay.record import Record
 from fedmq.nodes.replay.tolerance import TOLERANCE, tensor_distance
@@ -83,7 +83,8 @@ class Replay:
         self._run_record = _run_record(trace)
         self.computed = _computed(self._run_record)
         self.version_0_distance: float | None = None
-        self.core = Aggregator(self.setup, trace.run, AGGREGATOR, self.computed)
+        with own_code("algorithm.name"):
+            self.core = Aggregator(self.setup, trace.run, AGGREGATOR, self.computed)
         self.record = Record(trace, exact=self._is_exact())
         self._recorded = {} if self.record.exact else _checkpoints(trace)
         self.messages = 0
@@ -156,11 +157,13 @@ class Replay:
 
     def _is_next(self, entry: AnyEntry) -> TypeGuard[Accepted]:
         """Tell whether this is a message that the core is to take."""
-        if not isinstance(entry, Accepted) or self._over:
+        if not isinstance(entry, Accepted):
             return False
         if entry.seq <= self.record.after and entry.seq not in self.core.parts()["waiting"]:
             return False
-        return entry.read().to in INBOX
+        message = entry.read()
+        # After its end, a run takes only what may make it go further.
+        return message.to in INBOX and (not self._over or message.kind == CONTINUED)
 
     def _take(self, event: Start | Inbound) -> Step:
         actions = self.core.handle(event)
@@ -171,7 +174,11 @@ class Replay:
         for action in actions:
             if isinstance(action, Post) and action.message.id in self._recorded:
                 self._anchor(self._recorded[action.message.id])
-        self._over = any(isinstance(each, Finish) for each in actions)
+        if any(isinstance(each, Finish) for each in actions):
+            self._over = True
+        elif self._over and not self.core.parts()["finishing"]:  # it was taken up again
+            self._over = False
+            self.record.expect_another_end()
         return Step(event, actions)
 
     def _is_exact(self) -> bool:
@@ -232,8 +239,10 @@ def recorded_setup(trace: Trace, config: Config | None = None, allowed: Allowed 
 
     Raises:
         ConfigError: its configuration cannot be used here, or names code that is not allowed.
+        OwnCodeError: the problem cannot be made.
     """
-    setup = set_up(config or parse(trace.opened.config), allowed, trace.run)
+    with own_code("problem.name"):
+        setup = set_up(config or parse(trace.opened.config), allowed, trace.run)
     torch.set_num_threads(setup.config.worker.threads)
     old = computed_by(trace).arithmetic < ARITHMETIC
     if old and isinstance(setup.schedule, Rounds):

@@ -86,6 +86,10 @@ class Record:
                 case Finish(reason):
                     self._finish = reason
 
+    def expect_another_end(self) -> None:
+        """Note that the core goes further than the end that it has come to."""
+        self._finish = None
+
     def compare(self, entry: AnyEntry) -> None:
         """Hold one entry of the ledger against what the core has said.
 
@@ -104,8 +108,8 @@ class Record:
             case Refusal(of=int(of), node=node) if node == AGGREGATOR:
                 if of > self.after or of in self._refusals:
                     self._compare_refusal(entry, of)
-            case Ended(reason=reason):
-                self._compare_end(entry.seq, reason)
+            case Ended(seq=seq, reason=reason) if seq > self.after:
+                self._compare_end(seq, reason)
 
     def _number(self, seq: int, message: Message) -> int:
         number = message.id.rpartition("/")[2]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -13,6 +14,7 @@ import click
 from fedmq.broker.errors import LedgerError
 from fedmq.nodes.errors import NodeError
 from fedmq.nodes.trace.text import plain, word
+from fedmq.nodes.usage import Commands
 
 if TYPE_CHECKING:
     from fedmq.broker.trace import Trace
@@ -25,7 +27,7 @@ _folder = click.argument("folder", metavar="DIR", type=click.Path(path_type=Path
 _run_id = click.option("--run-id", default="", help="The run, if the ledger holds several.")
 
 
-@click.group()
+@click.group(cls=Commands)
 def trace() -> None:
     """Look at a recorded run: DIR is its folder, or that of its ledger.
 
@@ -37,7 +39,9 @@ def trace() -> None:
 @trace.command()
 @_folder
 @_run_id
-@click.option("--kind", "kinds", multiple=True, help="task, result, version, refusal, ...")
+@click.option(
+    "--kind", "kinds", multiple=True, help="Of this kind: task, result, version; repeatable."
+)
 @click.option("--node", help="Sent by this node, to it, or about it.")
 @click.option("--client", type=click.IntRange(min=0), help="Tasks and results of this client.")
 @click.option(
@@ -63,7 +67,8 @@ def ls(
 
     Columns: number; seconds since the start; kind; from -> to, with the node that hosts a
     client at that time; version of the model; id; number of the entry that it answers;
-    bytes of its blobs; what else is worth knowing, first of all why it was refused.
+    bytes of its blobs; what else is worth knowing, first of all why it was refused. On a
+    terminal, a line that is too long goes on below.
     """
     from fedmq.nodes.trace.fates import Fates
     from fedmq.nodes.trace.listing import Columns, Filter, parse_versions, rows
@@ -83,12 +88,14 @@ def ls(
         )
         opened = _open(folder, run_id)
         fates = Fates(opened)
+        wanted.check(opened, fates)
         columns = Columns.of(fates)
-        if sys.stdout.isatty():
-            click.secho(columns.head(), dim=True)
-        lines = (row.line(columns) for row in rows(opened, fates) if wanted.takes(row))
-        if not _print(lines):
-            click.echo("fedmq: no entry is like that", err=True)
+        room = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+        if room is not None:
+            click.secho("\n".join(columns.head(room)), dim=True)
+        found = (row for row in rows(opened, fates) if wanted.takes(row))
+        if not _print(line for row in found for line in row.lines(columns, room)):
+            click.echo("fedmq: no entries match", err=True)
         _end(opened)
 
 

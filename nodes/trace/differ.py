@@ -136,7 +136,7 @@ class _Differ:
                 continue
             if a.codec != b.codec:
                 yield self._differ(Kind.CODEC, InGroup(name), (a.codec, b.codec))
-            elif a.blobs == b.blobs and _same(a.meta, b.meta):
+            elif (a.blobs, a.table) == (b.blobs, b.table) and _same(a.meta, b.meta):
                 continue
             yield from self._group(name, a, b)
 

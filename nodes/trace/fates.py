@@ -10,10 +10,13 @@ from typing import NamedTuple
 
 from fedmq.broker.entries import Accepted, AnyEntry, Refusal
 from fedmq.broker.errors import LedgerError
-from fedmq.broker.state import AGGREGATOR, BROKER, EVALUATOR, WORKER
+from fedmq.broker.state import AGGREGATOR, BROKER, CONTINUED, EVALUATOR, WORKER
 from fedmq.broker.trace import Trace
 from fedmq.broker.wire import Message
 from fedmq.nodes.outcomes import natural
+
+_MOST = 10_000
+"""Kinds, or names, that are kept: a flood of them must not fill the memory."""
 
 
 class Fates:
@@ -29,6 +32,7 @@ class Fates:
         numbers: of the refused messages, by their ids.
         widths: the longest kind, path and id.
         entries: how many there are.
+        kinds, senders: of all messages; of very many, the first.
     """
 
     def __init__(self, trace: Trace) -> None:
@@ -36,8 +40,13 @@ class Fates:
         self.numbers: dict[str, int] = {}
         self.entries = 0
         self.widths = Widths()
+        self.kinds: set[str] = set()
+        self.senders: set[str] = set()
         self._positions = array("q")
         self._numbers = array("q")
+        self._ends: list[tuple[int, int]] = []
+        """Where the run ended and went further: (position of the last version, continuation)."""
+        self._finished = False
         self.places = places = Places()
         for entry in before_damage(trace):
             self.entries += 1
@@ -45,12 +54,22 @@ class Fates:
                 case Accepted():
                     message = entry.read()
                     places.feed(message)
+                    if self.has_all_names:
+                        self.kinds.add(message.kind)
+                        self.senders.add(message.sender)
                     self.widths.feed(message, places.host_of(message.to) or "")
                     if message.sender == places.aggregator:
                         self._from_aggregator(message)
+                    elif message.sender == BROKER and message.kind == CONTINUED:
+                        self._continued(entry.seq, message)
                 case Refusal(of=int(of)):
                     self.refused[of] = entry
                     self.numbers[entry.id] = of
+
+    @property
+    def has_all_names(self) -> bool:
+        """Tell whether `kinds` and `senders` are complete."""
+        return len(self.kinds) < _MOST and len(self.senders) < _MOST
 
     @property
     def versions(self) -> int:
@@ -69,9 +88,17 @@ class Fates:
             return None
         if not self._positions or seq > self._positions[-1]:
             return None
+        if any(last < seq < continued for last, continued in self._ends):
+            return None
         return self.version_at(seq) - base
 
+    def _continued(self, seq: int, message: Message) -> None:
+        if self._finished and message.body.get("further"):
+            self._finished = False
+            self._ends.append((self._positions[-1] if self._positions else -1, seq))
+
     def _from_aggregator(self, message: Message) -> None:
+        self._finished |= message.kind == "finished"
         if message.kind == "version":
             number = natural(message.body.get("version"))
             position = natural(message.body.get("position"))
@@ -112,7 +139,10 @@ class Places:
 
     def feed(self, message: Message) -> None:
         """Take one more message; of most, there is nothing to learn."""
-        if message.sender != BROKER or message.kind not in ("joined", "left"):
+        if message.sender != BROKER or message.kind not in ("joined", "left", CONTINUED):
+            return
+        if message.kind == CONTINUED:  # whoever was here has gone, too
+            self._here.clear()
             return
         match message.body:
             case {"node": str(node), "role": str(role), "clients": list(ranges)}:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -15,9 +16,26 @@ from fedmq.broker.wire import Message
 from fedmq.nodes.errors import NodeError
 from fedmq.nodes.outcomes import natural
 from fedmq.nodes.trace.fates import Fates, Places, Task, Tasks, before_damage, client_of
-from fedmq.nodes.trace.text import figure, literal, plain, plural, seconds, spans, word
+from fedmq.nodes.trace.text import (
+    figure,
+    fitted,
+    literal,
+    plain,
+    plural,
+    seconds,
+    spans,
+    word,
+)
 
 _WIDEST = 60
+_NAMED = 30
+KINDS = frozenset(
+    {"opened", "consumed", "refusal", "ended"}
+    | {"joined", "left", "tick", "refused"}
+    | {"run", "task", "evaluate", "version", "finished", "timer"}
+    | {"result", "failed", "score"}
+)
+"""Of entries that are no messages, and of the messages of broker, aggregator and workers."""
 
 
 @dataclass(frozen=True)
@@ -42,21 +60,24 @@ class Row:
     nodes: tuple[str, ...] = ()
     refused: bool = False
 
+    def lines(self, widths: Columns, room: int | None) -> list[str]:
+        """Return the row as text: one line, or several where it would be wider than ``room``."""
+        line = self.line(widths)
+        if room is None or len(line) <= room:
+            return [line]
+        answers = f"re {self.answers}" if self.answers else ""
+        nbytes = f"{self.nbytes} bytes" if self.nbytes else ""
+        rest = [each for each in (self.id, answers, nbytes, self.note) if each]
+        return widths.folded((*self._front(), "  ".join(rest)), room)
+
+    def _front(self) -> tuple[str, str, str, str, str]:
+        version = "-" if self.version is None else f"v{self.version}"
+        return str(self.seq), seconds(self.at), self.kind, self.path or "-", version
+
     def line(self, widths: Columns) -> str:
         """Return the row as text, its columns as wide as said."""
-        version = "-" if self.version is None else f"v{self.version}"
         nbytes = str(self.nbytes) if self.nbytes else "-"
-        return widths.line(
-            str(self.seq),
-            seconds(self.at),
-            self.kind,
-            self.path or "-",
-            version,
-            self.id or "-",
-            self.answers or "-",
-            nbytes,
-            self.note,
-        )
+        return widths.line(*self._front(), self.id or "-", self.answers or "-", nbytes, self.note)
 
 
 class Columns(NamedTuple):
@@ -78,11 +99,26 @@ class Columns(NamedTuple):
             max(2, min(widths.id, _WIDEST)),
         )
 
-    def head(self) -> str:
-        """Return the names of the columns."""
-        return self.line(
-            "entry", "time", "kind", "from -> to", "model", "id", "re", "bytes", "note"
+    def head(self, room: int | None = None) -> list[str]:
+        """Return the names of the columns, in lines as `Row.lines` has them."""
+        names = ("entry", "time", "kind", "from -> to", "model", "id", "re", "bytes", "note")
+        line = self.line(*names)
+        if room is None or len(line) <= room:
+            return [line]
+        return self.folded((*names[:5], "  ".join(names[5:])), room)
+
+    def folded(self, cells: tuple[str, str, str, str, str, str], room: int) -> list[str]:
+        """Return the lines of a row in which what comes after the version stands below."""
+        number, at, kind, path, version, rest = cells
+        indent = self.number + 12
+        spare = max(room - indent - self.kind - 9, 10)
+        front = (
+            f"{number:>{self.number}} {at:>9}  {kind:<{self.kind}}  "
+            f"{path:<{min(self.path, spare)}}  {version:>5}"
         )
+        # Wrapped, its columns are no longer set apart by more than a space.
+        first = [front] if len(front) <= room else fitted(front, " " * indent, room)
+        return [*first, *(" " * indent + each for each in fitted(rest, "", room - indent))]
 
     def line(self, *cells: str) -> str:
         """Return one line of nine cells."""
@@ -108,6 +144,32 @@ class Filter:
     refused: bool = False
     everything: bool = False
 
+    def check(self, trace: Trace, fates: Fates) -> None:
+        """Check that what is asked for can be there.
+
+        Raises:
+            NodeError: no run, or not this one, has such a kind, node, client or version; the
+                sentence names the choices.
+        """
+        kinds = KINDS | set(map(word, fates.kinds))
+        for kind in sorted(self.kinds - kinds) if fates.has_all_names else ():
+            raise NodeError(f"--kind: {expected('kind', kind, kinds)}")
+        clients = trace.opened.total_clients
+        if self.client is not None and self.client >= clients:
+            raise NodeError(
+                f"--client: expected a client of this run, 0 to {clients - 1}, got {self.client}"
+            )
+        if trace.damage is not None or not fates.has_all_names:
+            return  # what is asked for may lie behind the damage
+        nodes = set(map(word, {*fates.places.roles, *fates.senders}))
+        if self.node is not None and word(self.node) not in nodes:
+            raise NodeError(f"--node: {expected('node of this run', self.node, nodes)}")
+        if self.versions is not None and self.versions[0] > fates.versions:
+            raise NodeError(
+                f"--versions: expected versions of this run, 0 to {fates.versions}, "
+                f"got {self.versions[0]} as the lowest"
+            )
+
     def takes(self, row: Row) -> bool:
         """Tell whether a row is wanted."""
         if row.kind == "consumed" and not (self.everything or "consumed" in self.kinds):
@@ -120,6 +182,15 @@ class Filter:
             and self.times[0] <= row.at <= self.times[1]
             and (row.refused or not self.refused)
         )
+
+
+def expected(what: str, word: str, choices: Collection[str]) -> str:
+    """Return the sentence on a word that is none of the choices, with the nearest of them."""
+    close = difflib.get_close_matches(word, choices, n=1)
+    guess = f" (did you mean {close[0]!r}?)" if close else ""
+    some = ", ".join(sorted(choices)[:_NAMED])
+    more = f" and {len(choices) - _NAMED} others" if len(choices) > _NAMED else ""
+    return f"expected a {what} ({some}{more}), got {word!r}{guess}"
 
 
 def rows(trace: Trace, fates: Fates) -> Iterator[Row]:
@@ -274,6 +345,7 @@ def _numbers(values: Mapping[str, Any]) -> str:
 
 _NOTES: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
     "joined": _joined,
+    "continued": lambda body: "goes further" if body["further"] else "goes on",
     "left": lambda body: f"{body['node']}: {body['reason']}",
     "version": _version_note,
     "result": _result,

@@ -128,12 +128,15 @@ def _payload(message: Message, read: Read) -> Iterator[str]:
 def _group(group: Group, read: Read) -> Iterator[str]:
     digests = ", ".join(blob.digest.hex() for blob in group.blobs)
     yield f"{plain(group.name)}: {plain(group.codec)}, {count(group.nbytes)} bytes ({digests})"
+    if group.table is not None:
+        size, digest = count(group.table.size), group.table.digest.hex()
+        yield f"  names and shapes: {size} bytes ({digest})"
     try:
         tensors = group.decode(read)
     except (CodecError, LedgerError) as error:
         yield f"  cannot be decoded: {plain(error)}"
         return
-    sizes = group.sizes()
+    sizes = group.sizes(read)
     rows = [_tensor(name, each, sizes.get(name)) for name, each in tensors.items()]
     if len(tensors) > 1:
         rows.append(_total(tensors, group.nbytes))

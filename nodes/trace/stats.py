@@ -9,14 +9,17 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from fedmq.broker.entries import Accepted, Consumed, Ended, Refusal
-from fedmq.broker.state import AGGREGATOR, RECORD
+from fedmq.broker.state import AGGREGATOR, BROKER, CONTINUED, RECORD
 from fedmq.broker.trace import Trace
 from fedmq.broker.wire import Blob, Message
 from fedmq.nodes.outcomes import Outcomes
+from fedmq.nodes.tables import has_table
 from fedmq.nodes.trace.fates import Fates, Places, before_damage
-from fedmq.nodes.trace.text import count, plain, plural, seconds, table
+from fedmq.nodes.trace.text import WIDTH, count, fitted, plain, plural, seconds, table
 
 _BAR = 50
+_BESIDE_BAR = 24
+"""Columns of the figures beside it."""
 _BARS = 24
 """Above this many, neighbouring values share a bar."""
 _SHOWN = 10
@@ -173,6 +176,8 @@ class Stats:
                     host = self.places.host_of(message.to)
                     self.traffic.feed(message, len(entry.message), host)
                     self.account.accepted(seq, message)
+                    if message.sender == BROKER and message.kind == CONTINUED:
+                        self.ended = None
                     self.account.consumed(seq, entry.consumes)
                     if message.to in (AGGREGATOR, f"node/{self.places.aggregator}"):
                         stale = self.fates.staleness(seq, message)
@@ -191,9 +196,9 @@ class Stats:
         yield ""
         yield from self._traffic()
         yield ""
-        yield from self._account()
+        yield from itertools.chain.from_iterable(map(_fitted, self._account()))
         yield ""
-        yield from self._outcomes()
+        yield from itertools.chain.from_iterable(map(_fitted, self._outcomes()))
         yield ""
         yield from self._staleness()
 
@@ -218,16 +223,12 @@ class Stats:
         yield from table(("kind", *head), [*kinds, ("all", *_cells(total))])
         yield ""
         nodes = [
-            (
-                plain(node),
-                self.places.roles.get(node, "-"),
-                *_cells(traffic.sent.get(node, Tally())),
-                *_cells(traffic.received.get(node, Tally())),
-            )
+            (plain(node), self.places.roles.get(node, "-"), way, *_cells(tallies[node]))
             for node in sorted({*traffic.sent, *traffic.received})
+            for way, tallies in (("sent", traffic.sent), ("received", traffic.received))
+            if node in tallies
         ]
-        sides = ("sent", *head[1:], "received", *head[1:])
-        yield from table(("node", "role", *sides), nodes, left=2)
+        yield from table(("node", "role", "direction", *head), nodes, left=3)
         yield ""
         codecs = [
             (plain(codec), plain(kind), count(each.messages), count(each.blobs))
@@ -311,12 +312,19 @@ def histogram(values: Counter[int]) -> Iterator[str]:
         for n in range((high - low) // step + 1)
     ]
     width = max(map(len, names))
+    longest = min(_BAR, WIDTH - width - _BESIDE_BAR)
     for index, name in enumerate(names):
         number = bars[index]
         # A value that is there at all is seen.
-        bar = "#" * max(round(_BAR * number / most), bool(number))
+        bar = "#" * max(round(longest * number / most), bool(number))
         share = f"{100 * number / total:.1f} %"
         yield f"  {name:>{width}}  {count(number):>9}  {share:>7}  {bar}".rstrip()
+
+
+def _fitted(line: str) -> list[str]:
+    """Return a line as lines that fit a terminal; those after the first are set in."""
+    inset = line[: len(line) - len(line.lstrip())]
+    return [inset + each for each in fitted(line.lstrip(), width=WIDTH - len(inset))]
 
 
 def _cells(tally: Tally) -> tuple[str, str, str]:
@@ -330,7 +338,8 @@ def _by_codec(message: Message) -> Iterator[tuple[str, tuple[Blob, ...]]]:
     for group in groups if isinstance(groups, list) else ():
         match group:
             case {"codec": str(codec), "buffers": int(buffers)} if buffers >= 0:
-                yield codec, message.blobs[first : first + buffers]
-                first += buffers
+                many = buffers + has_table(group)
+                yield codec, message.blobs[first : first + many]
+                first += many
     if first < len(message.blobs):
         yield "(no tensors)", message.blobs[first:]

@@ -1,4 +1,4 @@
-"""Text for a terminal or a pipe: escaped, aligned, never wrapped or cut by a width.
+"""Text for a terminal or a pipe: escaped, aligned, and never cut by a width.
 
 Names, reasons and bodies come from other nodes. What is no printable character, controls
 of the terminal and of the writing direction included, is shown as an escape.
@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import math
 import re
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+WIDTH = 80
+"""Columns of a terminal, at the least."""
 _LONGEST = 300
 _ESCAPE = re.compile(r"[^ -~]")
 
@@ -51,17 +54,40 @@ def plural(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
-def table(head: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> list[str]:
-    """Return the lines of a table; the first ``left`` columns are words, the others numbers."""
+def table(
+    head: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1, width: int = WIDTH
+) -> list[str]:
+    """Return the lines of a table; the first ``left`` columns are words, the others numbers.
+
+    Where it would be wider than ``width``, the longest first cells have lines of their own.
+    """
     lines = [tuple(head), *map(tuple, rows)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return [
-        "  ".join(
-            cell.ljust(width) if index < left else cell.rjust(width)
-            for index, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in lines
-    ]
+    others = sum(widths[1:]) + 2 * (len(widths) - 1)
+    if widths[0] + others > width:
+        widths[0] = max(len(head[0]), min(widths[0], width - others))
+    found: list[str] = []
+    for line in lines:
+        if len(line[0]) > widths[0]:
+            found.append(line[0])
+            line = ("", *line[1:])
+        cells = (
+            cell.ljust(size) if index < left else cell.rjust(size)
+            for index, (cell, size) in enumerate(zip(line, widths, strict=True))
+        )
+        found.append("  ".join(cells).rstrip())
+    return found
+
+
+def fitted(text: str, indent: str = "  ", width: int = WIDTH) -> list[str]:
+    """Return a sentence as lines of at most ``width`` columns; no word is broken."""
+    return textwrap.wrap(
+        text,
+        width,
+        subsequent_indent=indent,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
 
 
 def spans(numbers: Iterable[int]) -> str:
@@ -73,6 +99,12 @@ def spans(numbers: Iterable[int]) -> str:
         else:
             found.append([number, number])
     return " ".join(f"{low}" if low == high else f"{low}-{high}" for low, high in found)
+
+
+def clients_in_words(clients: Sequence[int], longest: int = _LONGEST) -> str:
+    """Return which clients these are: ``clients 3, 7-9``."""
+    text = spans(clients).replace(" ", ", ")
+    return f"client{'' if len(clients) == 1 else 's'} {plain(text, longest)}"
 
 
 def fields(value: Mapping[Any, Any], name: str = "") -> list[tuple[str, str]]:

@@ -13,7 +13,7 @@ from collections.abc import Generator, Iterator, Mapping
 from typing import Any
 
 from fedmq.broker.entries import Accepted, AnyEntry, Refusal
-from fedmq.broker.state import BROKER
+from fedmq.broker.state import BROKER, CONTINUED
 from fedmq.broker.trace import Trace
 from fedmq.broker.wire import Message
 from fedmq.nodes.outcomes import natural
@@ -135,6 +135,8 @@ class _Drawing:
         if message.kind in ("joined", "left"):
             args = {key: each for key, each in message.body.items() if key != "key"}
             yield from self._instant(f"{message.body.get('node')} {message.kind}", args)
+        elif message.kind == CONTINUED:
+            yield from self._instant("taken up again", {})
         elif message.kind == "tick":
             yield from self._instant(f"tick {message.body.get('token')}", {})
 

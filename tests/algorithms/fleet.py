@@ -49,10 +49,12 @@ class Fleet:
             those of the numbers ``untold``.
         done, codes: reason and code (or "") by the number of the message that was dealt with.
         finished: why the run ended, or None.
+        pace: seconds from one message in its inbox to the next.
     """
 
     def __init__(self, setup, *, join=True):
         self.setup = setup
+        self.pace = 1.0
         self.core = Aggregator(setup, "run", "aggregator")
         names = {f"w{k}": k for k in range(setup.problem.clients)}
         self.locals = {name: Locals() for name in names}
@@ -75,7 +77,7 @@ class Fleet:
     def hear(self, message, data=()):
         """Put a message into the aggregator's inbox; return its number."""
         self.seq += 1
-        inbound = Inbound(self.seq, float(self.seq), over_the_wire(message), data.__getitem__)
+        inbound = Inbound(self.seq, self.seq * self.pace, over_the_wire(message), data.__getitem__)
         self.inbox.append(inbound)
         self.act(self.core.handle(inbound))
         return inbound.seq

@@ -310,16 +310,18 @@ def test_while_a_version_is_being_made_nodes_come_and_go_and_results_wait():
     assert fleet.core._intake.current.staleness == [1]
 
 
-def test_what_fails_beside_the_inbox_fails_where_it_is_asked_for():
-    """Here, where its tick stands: a run does not go on with a version that was not made."""
+def test_what_fails_beside_the_inbox_ends_the_run_where_its_tick_stands():
+    """A run does not go on with a version that was not made, and would not be made again."""
     setup = setup_of("buffered", algorithm="tests.algorithms.tiny:Beside", versions=2)
     fleet = Fleet(setup)
     for _ in range(2):
         fleet.hear(*fleet.work(*fleet.tasks.pop(0)))
     (commit,) = fleet.commits
     commit._work = lambda: 1 / 0
-    with pytest.raises(ZeroDivisionError):
-        fleet.say("tick", {"token": commit.token})
+    assert fleet.finished is None
+    fleet.say("tick", {"token": commit.token})
+    assert "raised ZeroDivisionError: division by zero" in fleet.finished
+    assert fleet.core.failed
 
 
 def test_clients_score_a_version_together():

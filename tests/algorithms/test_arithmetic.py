@@ -114,3 +114,15 @@ def test_compiled_kernels_give_the_same_bits_on_a_cpu_without_extensions(tmp_pat
     plain = digest_of_kernels(NUMBA_CACHE_DIR=str(tmp_path), **generic)
     assert len(plain) == len(hashlib.sha256().hexdigest()) + 1
     assert plain == digest_of_kernels()
+
+
+@pytest.mark.parametrize(
+    ("values", "loaded"), [(arithmetic._SMALL, False), (arithmetic._SMALL + 1, True)]
+)
+def test_what_sums_of_a_size_need_is_loaded_before_the_first(values, loaded):
+    code = (
+        "import sys; from fedmq.algorithms import arithmetic; "
+        f"arithmetic.prepare({values}); print('numba' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100)
+    assert done.stdout.strip() == str(loaded), done.stderr

@@ -2,12 +2,14 @@ import re
 
 import msgpack
 import pytest
+from msgspec import UNSET
 
 from fedmq.broker.errors import VersionError, WireError
-from fedmq.broker.headers import decode_frame, decode_message
+from fedmq.broker.headers import decode_frame, decode_message, encode_frame
 from fedmq.broker.state import Unreadable
 from fedmq.broker.wire import (
     MAX_HEADER_BYTES,
+    MAX_NAMED,
     PROTOCOL,
     Beat,
     Bye,
@@ -16,6 +18,7 @@ from fedmq.broker.wire import (
     Hello,
     Over,
     Reject,
+    Serving,
     Stranger,
     Wait,
     Welcome,
@@ -139,10 +142,10 @@ def test_nodes_of_one_broker_with_several_runs_must_name_theirs(bench):
     bench.joined("w1", session="s3", run="r", clients=((0, 2),))
 
 
-def test_a_run_that_is_over_does_not_count_and_cannot_be_joined(bench):
+def test_a_run_that_is_over_does_not_count_and_whoever_asks_for_it_is_told(bench):
     agg = bench.joined("agg", "aggregator")
     bench.tell(agg, Over(reason="done"))
-    assert refusal(bench, bench.join("w1", run="r")) == ("over", "run r is over")
+    assert bench.take(bench.join("w1", run="r")) == [Over(reason="done")]
     assert isinstance(bench.take(bench.join("w2"))[0], Wait)
     bench.joined("agg", "aggregator", session="s2", run="q")
     assert bench.take(b"w2:s1", Welcome)[0].run == "q"
@@ -270,3 +273,99 @@ def test_names_that_could_be_paths_or_drive_a_terminal_are_rejected(bench, name)
         assert code == "run"
     assert bench.entries == []
     assert isinstance(bench.take(bench.join("w1"))[0], Wait)
+
+
+# ---- a run that is not here
+
+
+def served(bench, peer):
+    [wait] = bench.take(peer, Wait)
+    return wait.serving
+
+
+def test_a_node_whose_run_is_not_here_is_told_which_runs_are(bench):
+    assert served(bench, bench.join("w1", run="c")) is UNSET
+    over = bench.joined("agg", "aggregator", run="old")
+    bench.tell(over, Over(reason="done"))
+    bench.joined("agg", "aggregator", session="s2", run="a")
+    bench.joined("agg", "aggregator", session="s3", run="b")
+    assert served(bench, bench.join("w2", run="c")) == Serving(("b", "a"), 0, ("old",))
+    assert bench.entries[-1].read().body["node"] == "agg"
+
+
+def test_very_many_runs_are_named_in_part(bench):
+    for number in range(MAX_NAMED + 5):
+        over = bench.joined("agg", "aggregator", session=f"o{number}", run=f"old{number}")
+        bench.tell(over, Over(reason="done"))
+        bench.joined("agg", "aggregator", session=f"s{number}", run=f"{number}-" + "x" * 90)
+    serving = served(bench, bench.join("w1", run="c"))
+    assert (len(serving.runs), serving.others) == (MAX_NAMED, 5)
+    assert (len(serving.ended), serving.others_ended) == (MAX_NAMED, 5)
+    assert serving.ended[0] == f"old{MAX_NAMED + 4}"
+
+
+def test_an_older_end_reads_a_wait_that_says_what_is_served():
+    wait = Wait(reason="no such run", serving=Serving(("a",)))
+    fields = msgpack.unpackb(encode_frame(wait))
+    assert fields["serving"]["runs"] == ["a"]
+    assert decode_frame(encode_frame(Wait())) == Wait()
+    assert b"serving" not in encode_frame(Wait())
+
+
+def test_an_aggregator_with_another_configuration_is_told_that_of_the_run(bench):
+    bench.joined("agg", "aggregator")
+    peer = bench.join("agg", "aggregator", session="s2", config="[algorithm]", peer=b"x")
+    [reject] = bench.take(peer, Reject)
+    assert (reject.code, reject.config) == ("name", UNSET)
+    bench.say(b"agg:s1", Bye())
+    peer = bench.join("agg", "aggregator", session="s3", config="[algorithm]")
+    [reject] = bench.take(peer, Reject)
+    assert (reject.code, reject.config) == ("config", "[run]")
+
+
+def test_a_configuration_that_is_too_long_is_not_sent_back(bench):
+    peer = bench.join("agg", "aggregator", config="x" * 60_000)
+    [reject] = bench.take(peer, Reject)
+    assert (reject.code, reject.config) == ("config", UNSET)
+
+
+# ---- after the end of a run
+
+
+def test_a_broker_is_idle_when_each_node_has_said_goodbye_or_its_lease_is_over(bench):
+    agg, w1, w2 = (
+        bench.joined("agg", "aggregator"),
+        bench.joined("w1", clients=((0, 1),)),
+        bench.joined("w2", clients=((2, 3),)),
+    )
+    bench.standing.add(w2)  # a process that is stopped: its connection stands
+    bench.wake(5.0)
+    bench.tell(agg, Over(reason="done"))
+    for peer in (agg, w1):
+        assert bench.take(peer, Over)
+        bench.say(peer, Bye())
+    bench.wake(14.9)
+    assert not bench.core.idle
+    bench.say(w2, Beat())  # it cannot hold the broker for ever
+    bench.wake(15.1)
+    assert bench.core.idle
+    assert bench.said("left") == []
+
+
+def test_a_node_that_comes_back_after_the_end_says_goodbye_over_its_new_connection(bench):
+    agg, w1 = bench.joined("agg", "aggregator"), bench.joined("w1")
+    bench.tell(agg, Over(reason="done"))
+    bench.say(agg, Bye())
+    bench.take(w1)
+    again = bench.join("w1", peer=b"w1-again")
+    assert bench.take(again) == [Over(reason="done")]
+    assert not bench.core.idle
+    bench.say(again, Bye())
+    assert bench.core.idle
+
+
+def test_a_node_that_starts_again_after_the_end_is_told_it(bench):
+    agg, w1 = bench.joined("agg", "aggregator"), bench.joined("w1", run="r")
+    bench.tell(agg, Over(reason="done"))
+    bench.take(w1)
+    assert bench.take(bench.join("w1", session="s2", run="r")) == [Over(reason="done")]

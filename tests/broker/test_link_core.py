@@ -165,7 +165,8 @@ def test_what_is_done_with_is_said_before_the_last_word(link, last):
 )
 def test_a_link_ends_when_it_is_rejected_or_its_run_is_over(link, frame, rejected):
     actions = heard(link, frame)
-    assert actions[-1] == Ended("why", rejected=rejected, over=not rejected)
+    code = "name" if rejected else ""
+    assert actions[-1] == Ended("why", rejected=rejected, over=not rejected, code=code)
     assert frames(actions) == ([] if rejected else [Bye(reason="the run is over")])
     assert link.deadline is None
     assert link.handle(Wake(), 100.0) == []

@@ -48,7 +48,9 @@ class Unseeded(Vector):
 
     def model(self) -> nn.Module:
         module = nn.Module()
-        module.vector = nn.Parameter(torch.randn(self.dim))
+        generator = torch.Generator()
+        generator.seed()
+        module.vector = nn.Parameter(torch.randn(self.dim, generator=generator))
         return module
 
 

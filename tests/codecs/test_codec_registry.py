@@ -105,3 +105,30 @@ def test_an_extension_must_be_a_codec_class(monkeypatch):
     monkeypatch.setattr(registry, "entry_points", lambda group: [entry("other", dict)])
     with pytest.raises(SpecError, match=r"'other' of fedmq\.codecs is not a Codec class"):
         codecs.__wrapped__()
+
+
+class Elsewhere(Raw):
+    """A codec of another package, which raises what it likes."""
+
+    name = "elsewhere"
+
+    def decode(self, encoded, max_bytes):
+        raise ZeroDivisionError("by zero")
+
+
+def test_whatever_another_packages_codec_raises_is_an_error_of_the_message(monkeypatch):
+    known = {**codecs(), "elsewhere": Elsewhere}
+    monkeypatch.setattr(registry, "codecs", lambda: known)
+    encoded = make_codec("elsewhere").encode({"w": torch.zeros(2)}, 0)
+    with pytest.raises(DecodeError, match=r"elsewhere@1 cannot decode: ZeroDivisionError: by zero"):
+        decode(encoded)
+    for found in (None, [torch.zeros(2)], {"w": 3}, {0: torch.zeros(2)}):
+        monkeypatch.setattr(Elsewhere, "decode", lambda *_, found=found: found)
+        with pytest.raises(DecodeError, match="elsewhere@1: expected tensors by name, got"):
+            decode(encoded)
+    monkeypatch.undo()
+    monkeypatch.setattr(registry, "codecs", lambda: known)
+    monkeypatch.setattr(Elsewhere, "__module__", "fedmq.codecs.elsewhere")
+    with pytest.raises(ZeroDivisionError):
+        decode(encoded)
+    registry._reader.cache_clear()

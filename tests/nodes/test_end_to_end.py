@@ -15,10 +15,12 @@ import psutil
 import pytest
 import torch
 
+from fedmq.algorithms.problems import load_problem
 from fedmq.broker.entries import Accepted, Consumed, Refusal
 from fedmq.broker.reading import read_entries
 from fedmq.nodes.config import load
 from fedmq.nodes.digests import model_digest
+from fedmq.nodes.model_files import read_state_dict
 
 pytestmark = pytest.mark.end_to_end
 
@@ -123,14 +125,17 @@ def test_a_cluster_trains_and_leaves_everything_behind(start, tmp_path: Path) ->
     # The configuration that it wrote runs again, and is complete.
     config = load(run / "config.toml")
     assert config.algorithm["lr"] == 0.05
-    assert config.run.id == summary["run"]
+    assert config.run.id == "", "under a new id"
+    assert f'# run.id = "{summary["run"]}"' in (run / "config.toml").read_text()
     for name in ("broker", "aggregator", "worker-0", "worker-3", "evaluator"):
         assert (run / f"{name}.log").exists()
 
-    # The model in the folder is the one in the summary.
+    # The model in the folder is the one in the summary, and its own module takes it.
     with np.load(run / "model.npz", allow_pickle=False) as arrays:
         model = {name: torch.from_numpy(array) for name, array in arrays.items()}
     assert model_digest(model) == summary["model_digest"]
+    module = load_problem(config.problem, 0).model()
+    module.load_state_dict(read_state_dict(run), strict=True)
 
     check_accounts(run)
 
@@ -282,6 +287,67 @@ def test_a_model_that_cannot_be_followed_is_one_sentence_and_exit_code_2(
     assert "Traceback" not in output
 
 
+OWN_VALUES = """
+import math
+import numpy as np
+import torch
+from torch import nn
+from fedmq.algorithms.problems import ImageClassification
+
+class Wide(nn.Module):
+    def __init__(self):
+        super().__init__()
+        names = (f"features_denseblock{n}_transition_denselayer{n}" for n in range(900))
+        self.scales = nn.ParameterDict({name: torch.ones(()) for name in names})
+        self.last = nn.Linear(784, 10)
+    def forward(self, x):
+        return self.last(x.flatten(1)) * sum(self.scales.values()) / len(self.scales)
+
+class Own(ImageClassification):
+    def __init__(self, seed, value):
+        super().__init__("mnist-mini", "mlp", 4, "iid", seed, 80)
+        values = {"numpy": np.float64(0.25), "strange": torch.tensor(math.nan), "nothing": None}
+        object.__setattr__(self, "value", values[value])
+    def model(self):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed)
+            return Wide()
+    def metrics(self, outputs, y):
+        return {**super().metrics(outputs, y), "mae": self.value}
+"""
+
+
+def own_values(start, folder: Path, value: str) -> tuple[Started, Path]:
+    (folder / "own.py").write_text(OWN_VALUES)
+    run = folder / "run"
+    settings = ("problem.name=own:Own", f"problem.value={value}", "run.versions=2")
+    words = [word for each in settings for word in ("--set", each)]
+    return start("cluster", "--run", str(run), "--workers", "2", *words), run
+
+
+@pytest.mark.parametrize(("value", "mae"), [("numpy", 0.25), ("strange", None)])
+def test_numbers_of_any_kind_and_a_model_of_very_many_tensors(
+    start, tmp_path: Path, value: str, mae: float | None
+) -> None:
+    cluster, run = own_values(start, tmp_path, value)
+    output = cluster.output()
+    assert cluster.process.returncode == 0, output
+    text = (run / "summary.json").read_text()
+    summary = json.loads(text, parse_constant=pytest.fail)
+    assert summary["metrics"]["mae"] == mae
+    assert summary.get("not_finite", {}).get("metrics.mae") == (None if mae else "NaN")
+    assert summary["results"]["refused"] == 0
+    assert len(read_state_dict(run)) == 902
+
+
+def test_a_metric_that_is_no_number_is_one_sentence_and_exit_code_2(start, tmp_path: Path) -> None:
+    cluster, _ = own_values(start, tmp_path, "nothing")
+    output = cluster.output()
+    assert cluster.process.returncode == 2, output
+    assert "evaluator: Own.metrics: expected a number for 'mae', got None" in output
+    assert "Traceback" not in output
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -337,3 +403,53 @@ def test_what_the_broker_refuses_is_one_sentence_and_exit_code_2(start, tmp_path
         refused = start("worker", "--connect", endpoint, *arguments)
         assert f"fedmq: {sentence}" in refused.output().splitlines()
         assert refused.process.returncode == 2
+
+
+def test_a_node_says_what_it_waits_for_and_in_what_its_configuration_differs(
+    start, tmp_path: Path
+) -> None:
+    endpoint = f"tcp://127.0.0.1:{free_port()}"
+    start("broker", "--bind", endpoint, "--run", str(tmp_path / "run"))
+    settings = ("--set", "problem.clients=4", "--set", "problem.examples=400", "--run", "out")
+    run = ("aggregator", "--connect", endpoint, *settings, "--set", "run.id=a")
+    first = start(*run)
+    lost = start(
+        *("worker", "--connect", endpoint, "--clients", "0", "--run-id", "b", "--give-up", "20")
+    )
+    output = lost.output()
+    assert f"the broker at {endpoint} serves run a; waiting for run b for " in output
+    assert "fedmq: gave up: " in output.splitlines()[-1]
+    assert lost.process.returncode == 1
+
+    first.process.kill()
+    other = start(*run, "--set", "algorithm.lr=0.3")
+    words = f"fedmq: run a at {endpoint} has another configuration: algorithm.lr (here 0.3, there"
+    assert words in other.output()
+    assert other.process.returncode == 2
+
+
+def test_a_node_that_starts_after_the_end_learns_it_or_says_that_the_broker_is_gone(
+    start, tmp_path: Path
+) -> None:
+    endpoint = f"tcp://127.0.0.1:{free_port()}"
+    settings = ("--set", "problem.clients=2", "--set", "problem.examples=400")
+    broker = start("broker", "--bind", endpoint, "--run", str(tmp_path / "run"))
+    node = ("worker", "--connect", endpoint, "--clients", "0-1", "--run-id", "a", "--state", "w")
+    worker = start(*node)
+    start("worker", "--connect", endpoint, "--evaluator")
+    short = ("--set", "run.id=a", "--set", "run.versions=1", "--set", "schedule.size=1")
+    start("aggregator", "--connect", endpoint, *settings, *short)
+    assert "the run ended: 1 versions committed" in worker.output()
+    assert worker.process.returncode == 0
+    again = start(*node)
+    assert "the run ended: 1 versions committed" in again.output()
+    assert again.process.returncode == 0
+
+    broker.process.terminate()
+    broker.output()
+    late = start(*node, "--give-up", "5")
+    words = f"waiting for the broker at {endpoint} for 3 s"
+    output = late.output()
+    assert words in output
+    assert "nothing listens there (connection refused)" in output
+    assert late.process.returncode == 1

@@ -2,16 +2,20 @@
 
 import io
 import json
+import math
 
 import pytest
 from rich.console import Console
 
-from fedmq.broker.entries import Accepted, Ended, Refusal
+from fedmq.broker.entries import Accepted, Ended, Opened, Refusal
 from fedmq.broker.headers import encode_message
 from fedmq.broker.reading import read_entries
 from fedmq.broker.wire import Message
+from fedmq.nodes import view
 from fedmq.nodes.simulation import Chances, Simulation
-from fedmq.nodes.summary import RunFold, write_summary
+from fedmq.nodes.strict_json import not_finite, to_strict_json
+from fedmq.nodes.summary import RunFold, spread
+from fedmq.nodes.summary_file import write_summary
 from fedmq.nodes.view import closing_table, line, render
 from tests.sim.history import setup_of
 
@@ -210,8 +214,8 @@ def test_an_accuracy_of_an_older_version_says_of_which(story):
 def test_trouble_is_shown_while_a_run_goes_on(story):
     story.task(0, 0)
     story.refuse(story.result(0, 0), "not-finite")
-    assert "refused 1" in line(story.fold)
-    assert "refused 1" in shown(render(story.fold))
+    assert "rejected 1" in line(story.fold)
+    assert "rejected 1" in shown(render(story.fold))
 
 
 def test_the_closing_table_names_what_went_wrong(story):
@@ -237,3 +241,133 @@ def test_a_run_that_was_interrupted_does_not_know_its_bytes_on_the_wire(story):
 
 def test_a_run_without_a_task_has_no_first_one(story):
     assert "first task after -" in shown(closing_table(story.fold.summary()))
+
+
+def test_the_newest_failure_is_shown_with_its_place(story):
+    story.task(0, 0)
+    story.task(1, 1)
+    story.refuse(story.result(1, 1), "not-finite", "the result holds NaN")
+    assert "rejected 1  last result of client 1: the result holds NaN" in line(story.fold)
+    body = {"reason": "ValueError: no", "code": "training-failed", "where": "mine.py:7"}
+    story.feed("failed", "w0", re="a/0", **body)
+    text = "task of client 0: ValueError: no (mine.py:7)"
+    assert f"rejected 1  failed 1  last {text}" in line(story.fold)
+    assert text in shown(render(story.fold), 120)
+    (head,) = (each for each in shown(render(story.fold)).splitlines() if "state" in each)
+    assert head.split() == ["node", "state", "done", "failed"]
+    summary = story.end()
+    assert text in shown(closing_table(summary), 120)
+    assert summary["last_failure"] == {"what": "task", "client": 0, **body}
+    story.task(2, 1)
+    story.refuse(story.result(2, 1), "late", "too stale")
+    assert text in line(story.fold)
+
+
+def test_evaluations_that_fail_are_counted_apart(story):
+    for number in range(3):
+        story.feed("evaluate", "aggregator", f"a/{number}", to="evaluator", model_version=number)
+    story.feed("failed", "w0", re="a/0", reason="no metric", where="mine.py:9")
+    assert "last evaluation: no metric (mine.py:9)" in line(story.fold)
+    story.feed("score", "w1", re="a/1", metrics={"accuracy": 0.5})
+    story.refuse(story.seq - 2, "dead-letter", "parked")
+    assert "failed evaluations 2  last evaluation: parked" in line(story.fold)
+    summary = story.end()
+    assert summary["results"]["failed_evaluations"] == 2
+    assert summary["results"]["failed"] == 0
+    assert "2 evaluations failed" in shown(closing_table(summary), 100)
+
+
+def test_a_run_that_failed_says_so(story):
+    assert story.fold.summary()["status"] == "interrupted"
+    story.feed("finished", "aggregator", to="checkpoint", reason="12 tasks", failed=True)
+    summary = story.end()
+    assert (summary["status"], summary["ended"]) == ("failed", "enough")
+    assert "status      failed" in shown(closing_table(summary))
+    assert json.loads(json.dumps(summary)) == summary
+
+
+def test_a_run_that_reached_its_end_is_finished(story):
+    story.feed("finished", "aggregator", to="checkpoint", reason="2 versions")
+    assert story.end()["status"] == "finished"
+
+
+def test_a_run_that_waits_says_for_whom():
+    story = Story()
+    story.entry(Opened, run="r", config=CONFIG, total_clients=6)
+    story.begin()
+    assert story.fold.missing_clients == [2, 3, 4, 5]
+    assert "waiting for" not in line(story.fold)
+    assert line(story.fold, waits=True).endswith("waiting for clients 2-5")
+    assert "waiting for clients 2-5" in shown(render(story.fold, waits=True))
+    story.feed("left", "broker", node="w0", reason="lease")
+    assert story.fold.missing_clients == [0, 2, 3, 4, 5]
+    story.task(0, 1)
+    assert story.fold.missing_clients == []  # one is at work
+    story.result(0, 1)
+    assert line(story.fold, waits=True).endswith("waiting for clients 0, 2-5")
+    story.end()
+    assert story.fold.missing_clients == []
+
+
+def test_lines_of_a_run_that_stands_still_are_few(monkeypatch):
+    now = 0.0
+    monkeypatch.setattr(view.time, "monotonic", lambda: now)
+    story = Story()
+    story.entry(Opened, run="r", config=CONFIG, total_clients=3)
+    story.begin()
+    out = io.StringIO()
+    with view.View(Console(file=out, width=40), "title", pytest.fail) as shower:
+        for _ in range(3000):
+            now += 0.1
+            shower.show(story.fold)
+    first, *lines = out.getvalue().splitlines()
+    assert first == "title"
+    assert 5 <= len(lines) <= 6
+    assert all(each.endswith("waiting for client 2") for each in lines)
+
+
+def test_a_metric_that_is_no_finite_number_is_null_in_the_summary_and_named(story, tmp_path):
+    for number, (accuracy, loss) in enumerate([(0.5, math.inf), (math.nan, -math.inf)]):
+        story.feed("evaluate", "aggregator", f"a/{number}", to="evaluator", model_version=number)
+        metrics = {"accuracy": accuracy, "loss": loss, "mae": 0.25}
+        story.feed("score", "w0", re=f"a/{number}", metrics=metrics)
+        render(story.fold)
+    summary = story.fold.summary()
+    assert summary["not_finite"] == {
+        "final_accuracy": "NaN",
+        "metrics.accuracy": "NaN",
+        "metrics.loss": "-Infinity",
+        "curve[0].loss": "Infinity",
+        "curve[1].accuracy": "NaN",
+        "curve[1].loss": "-Infinity",
+    }
+    assert summary["best_accuracy"] == 0.5
+    read = json.loads(to_strict_json(summary), parse_constant=pytest.fail)
+    assert read["metrics"] == {"accuracy": None, "loss": None, "mae": 0.25}
+    assert [point["loss"] for point in read["curve"]] == [None, None]
+    assert "nan% (best 50.00%)" in shown(closing_table(summary))
+
+
+def test_clients_whose_accuracy_is_no_number_are_counted_beside_the_others(story):
+    for client, accuracy in ((0, 0.5), (1, math.nan)):
+        story.task(client, client)
+        about = {"model_version": 0, "client": client}
+        story.feed("evaluate", "aggregator", f"e/{client}", to=f"client/{client}", **about)
+        story.feed("score", f"w{client}", re=f"e/{client}", metrics={"accuracy": accuracy})
+    clients = story.fold.summary()["clients"]
+    assert clients["mean"] == clients["worst_decile"] == 0.5
+    assert (clients["count"], clients["not_finite"]) == (1, 1)
+    assert "50.00% on average" in shown(closing_table(story.fold.summary()))
+
+
+def test_a_spread_of_nothing_finite_is_no_number():
+    found = spread([math.nan, math.inf])
+    assert (found["count"], found["not_finite"]) == (0, 2)
+    assert math.isnan(found["mean"])
+
+
+def test_only_some_of_very_many_strange_numbers_are_named():
+    content = {"curve": [{"loss": math.nan}] * 5000, "rest": (1, None, "x", True)}
+    assert len(not_finite(content)) == 100
+    read = json.loads(to_strict_json(content), parse_constant=pytest.fail)
+    assert read == {"curve": [{"loss": None}] * 5000, "rest": [1, None, "x", True]}

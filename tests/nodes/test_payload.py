@@ -38,3 +38,20 @@ def test_few_clients_have_a_blob_each_which_is_stored_once():
     tensors["3.features"] += 0.5
     after, _ = there_and_back(Payload(exact=tensors))
     assert len(set(before.blobs) ^ set(after.blobs)) == 2
+
+
+def test_a_state_dict_as_weights_has_few_blobs():
+    """After each BatchNorm's floats comes its counter, which is another run of bytes."""
+    weights = {}
+    for n in range(100):
+        weights |= {f"{n}.weight": torch.full((2,), n), f"{n}.mean": torch.full((2,), float(n))}
+    packed, back = there_and_back(Payload(weights, of_clients(100)))
+    assert len(packed.blobs) < MAX_BUFFERS - 15
+    assert set(back.weights) == set(weights)
+    assert all(torch.equal(back.weights[name], each) for name, each in weights.items())
+
+
+def test_a_few_runs_of_weights_stay_in_their_order():
+    weights = {f"{n}": torch.tensor(n if n % 2 else float(n)) for n in range(48)}
+    _, back = there_and_back(Payload(weights))
+    assert list(back.weights) == list(weights)

@@ -280,9 +280,6 @@ def test_a_node_leaves_a_broker_that_welcomes_it_to_no_run_or_another(monkeypatc
         def __init__(self, endpoint, hello):
             pass
 
-        def wait_admitted(self, patience_s):
-            return True
-
         def welcome(self):
             return Welcome(run=answer, beat_s=1.0, lease_s=10.0)
 

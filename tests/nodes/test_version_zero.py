@@ -3,11 +3,13 @@
 import copy
 import itertools
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from fedmq.algorithms.errors import ProblemError
+from fedmq.algorithms.problems.registry import load_problem
 from fedmq.broker.entries import Accepted
 from fedmq.broker.headers import encode_message
 from fedmq.broker.trace import Trace
@@ -28,6 +30,7 @@ from fedmq.nodes.worker import Evaluated, Train, Trained, Worker
 from tests.algorithms.fleet import Fleet, make_setup, posted
 from tests.algorithms.tiny import Dropping, Normed, Tiny
 from tests.nodes.replay import material
+from tests.own_code import OWN_CODE
 
 
 class Made(Tiny):
@@ -39,6 +42,12 @@ class Made(Tiny):
 
     def model(self):
         return self.make(next(self.calls))
+
+
+def drawn_anew(module):
+    """Draw from a generator that nobody seeds."""
+    with torch.no_grad():
+        module.weight.copy_(torch.from_numpy(np.random.default_rng().random((2, 2))))
 
 
 def with_buffer(value, *, persistent=True):
@@ -57,10 +66,49 @@ def test_a_seeded_model_has_one_fingerprint_and_leaves_the_generators_alone(prob
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
+class Unseeded(Tiny):
+    def __init__(self, seed):
+        super().__init__(seed=seed)
+
+    def model(self):
+        return nn.Linear(2, 2)
+
+
+class Forgetful(Unseeded):
+    def __init__(self, seed):
+        super().__init__(seed)
+        del self.seed
+
+
+def weights(problem):
+    return torch.cat([each.detach().reshape(-1) for each in problem.model().parameters()])
+
+
+def test_a_model_without_a_seed_of_its_own_draws_from_the_runs():
+    class Longer(Unseeded):
+        def model(self):
+            return nn.Sequential(super().model(), nn.Linear(2, 2))
+
+    torch.manual_seed(5)
+    assert torch.equal(weights(Unseeded(1)), weights(Unseeded(1)))
+    assert not torch.equal(weights(Unseeded(1)), weights(Unseeded(2)))
+    assert version_zero(Unseeded(1)) is not None
+    first, second = Longer(1).model()
+    assert not torch.equal(first.weight, second.weight), "draws go on after the parent's"
+
+
+def test_a_problem_that_does_not_keep_the_seed_draws_from_it_all_the_same():
+    table = {"name": "tests.nodes.test_version_zero:Forgetful"}
+    made = [load_problem(table, seed, OWN_CODE) for seed in (1, 1, 2)]
+    first, again, other = (weights(each) for each in made)
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
 @pytest.mark.parametrize(
     ("make", "name"),
     [
-        (lambda _: nn.Linear(2, 2), "weight"),
+        (lambda _: nn.Linear(2, 2).apply(drawn_anew), "weight"),
         (lambda call: with_buffer(torch.tensor([0.0, float(call)])), "b"),
         (lambda call: with_buffer(torch.tensor([-0.0 if call else 0.0])), "b"),
         (lambda call: with_buffer(torch.tensor(call)), "b"),
@@ -278,7 +326,7 @@ def test_a_plain_tensor_that_is_drawn_anew_is_named():
         with torch.no_grad():
             module.weight.zero_()
             module.bias.zero_()
-        module.features = torch.randn(4)
+        module.features = torch.from_numpy(np.random.default_rng().random(4))
         return module
 
     with pytest.raises(ConfigError, match="'features' differs from one call to the next"):

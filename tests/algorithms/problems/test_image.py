@@ -95,6 +95,30 @@ def test_past_the_limit_clients_are_converted_anew(monkeypatch):
     assert torch.equal(p.client(3).x, p.client(3).x)
 
 
+class Sized:
+    """Examples of which it is counted how often somebody asks for their size."""
+
+    def __init__(self):
+        self.asked = 0
+
+    @property
+    def x(self):
+        return self
+
+    @property
+    def nbytes(self):
+        self.asked += 1
+        return 1
+
+
+def test_the_work_for_a_client_does_not_grow_with_those_before_it():
+    kept, clients = image._Kept(), [Sized() for _ in range(2000)]
+    for index, each in enumerate(clients):
+        kept.keep(index, each)
+    assert [kept.get(index) for index in range(2000)] == clients
+    assert max(each.asked for each in clients) <= 2
+
+
 def test_only_some_examples_can_be_dealt():
     """Quick experiments use few examples but the whole test set."""
     p = problem(examples=300, clients=10)

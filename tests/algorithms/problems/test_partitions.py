@@ -1,10 +1,12 @@
 import numpy as np
 import pytest
+import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedmq.algorithms.errors import ProblemError
 from fedmq.algorithms.problems import PARTITIONS
+from fedmq.algorithms.problems.partitions import _by_owner
 from fedmq.codecs.errors import SpecError
 from fedmq.codecs.spec import build
 
@@ -295,3 +297,36 @@ def test_fallah_is_the_papers_split():
 def test_what_cannot_be_dealt_is_said(spec, said):
     with pytest.raises((ProblemError, SpecError), match=said):
         deal(spec, balanced(1000, 10), 20)
+
+
+@given(st.lists(st.integers(0, 9), max_size=50), st.integers(10, 12))
+def test_one_pass_finds_what_a_pass_for_each_client_does(owners, clients):
+    owner = np.array(owners, np.int64)
+    found = _by_owner(owner, clients)
+    assert len(found) == clients
+    for client, part in enumerate(found):
+        assert part.dtype == np.int64
+        assert np.array_equal(part, np.flatnonzero(owner == client))
+
+
+# Hands that were dealt before the examples of all clients were found in one pass.
+DEALT = {
+    ("iid", 7): "cda77a75ae987f09082783cb2a31221c",
+    ("dirichlet(0.5)", 100): "b05ce02303d3543cfdc4bba4cdd074f1",
+    ("dirichlet(0.05, 3)", 100): "e74438065fbac33a9a24b3cc343efced",
+    ("by_writer", 100): "f26bddb98e20c0d9babfc055a1324b1b",
+    ("shards(2)", 100): "c9b2fa6a6c0a0e22b52aa220702b90fd",
+    ("classes(2)", 100): "571f6e5a1e5b4c6ea9d6d71f3de26b39",
+}
+
+
+@pytest.mark.parametrize(("spec", "clients"), DEALT)
+def test_hands_are_dealt_as_they_always_were(spec, clients):
+    rng = np.random.default_rng(5)
+    labels, groups = rng.integers(0, 10, 60000), rng.integers(0, 3000, 60000)
+    hasher = xxhash.xxh3_128()
+    for part in build(spec, PARTITIONS, "partition")(
+        labels, groups, clients, np.random.default_rng(3)
+    ):
+        hasher.update(np.int64(len(part)).tobytes() + part.tobytes())
+    assert hasher.hexdigest() == DEALT[spec, clients]

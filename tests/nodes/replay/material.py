@@ -8,7 +8,15 @@ import torch
 from click.testing import CliRunner
 from msgspec.structs import replace
 
-from fedmq.broker.entries import Accepted, BlobName, Consumed, Ended, Refusal
+from fedmq.broker.entries import (
+    MESSAGES,
+    Accepted,
+    BlobName,
+    Consumed,
+    Ended,
+    Refusal,
+    segment_path,
+)
 from fedmq.broker.headers import encode_message
 from fedmq.broker.ledger import Ledger
 from fedmq.broker.trace import Trace
@@ -159,6 +167,8 @@ def rewrite(source, target, changes=None, until=None, more=(), blobs=()):
     (target / "ledger").mkdir(parents=True)
     for path in trace.folder.glob("payload-*.log"):
         shutil.copy(path, target / "ledger")
+    # Just begun: a folder of payload alone would be a damaged one.
+    segment_path(target / "ledger", MESSAGES, 0).touch()
     ledger = Ledger(target / "ledger")
     at = 0.0
     for entry in trace.entries():

@@ -318,3 +318,20 @@ def test_whatif_table_is_not_cut_by_a_width():
 
 def test_scores_tell_their_device():
     assert "device" in material.messages(BUFFERED, kind="score")[0][1].body
+
+
+def test_an_entry_behind_the_end_is_refused_with_the_number_of_the_last():
+    last = list(Trace(BUFFERED).entries())[-1].seq
+    for words in (["--until", last + 1], ["--until", 10**9, "--from-checkpoint"]):
+        said = replay(BUFFERED, *words, code=2).stderr
+        assert f"is not in the ledger: the last one is entry {last}" in said
+    replay(BUFFERED, "--until", last)
+
+
+def test_a_worker_and_a_task_that_are_not_there_are_refused_with_those_that_are():
+    said = replay(BUFFERED, "--worker", "worker-99", code=2).stderr
+    assert "--worker: expected a node with results (" in said
+    assert said.endswith("got 'worker-99'\n")
+    name = said.partition("(")[2].partition(",")[0]
+    said = replay(BUFFERED, "--worker", name, "--task", "x", code=2).stderr
+    assert f"--task: expected a task that {name} has a result of (" in said

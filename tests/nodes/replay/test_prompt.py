@@ -123,6 +123,6 @@ def test_a_difference_opens_the_prompt_where_it_is(tmp_path):
 def test_options_that_make_no_sense_together_are_refused(words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     output = replay(BUFFERED, *words, code=2).output
-    (sentence,) = [line for line in output.split("\n") if line.startswith("Error: ")]
+    (sentence,) = [line for line in output.split("\n") if line.startswith("fedmq: ")]
     assert words[0] in sentence
     assert not list(tmp_path.iterdir())

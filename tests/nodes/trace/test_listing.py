@@ -6,6 +6,8 @@ from collections import Counter
 import pytest
 
 from fedmq.broker.trace import Trace
+from fedmq.nodes.trace.fates import Fates
+from fedmq.nodes.trace.listing import Columns, rows
 from tests.nodes.trace import story
 
 
@@ -88,9 +90,56 @@ def test_filters(fedmq, written, words, names):
 
 
 def test_a_filter_that_takes_nothing_says_so(fedmq, written):
-    result = fedmq("ls", written[0], "--kind", "nonsense")
+    for words in (["--kind", "tick"], ["--from", "9e9"], ["--kind", "score"]):
+        result = fedmq("ls", written[0], *words, "--versions", "1", "--refused")
+        assert result.stdout == ""
+        assert result.stderr == "fedmq: no entries match\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--kind", "taks"], "--kind: expected a kind .consumed, ended, .*got 'taks' .*'task'"),
+        (["--kind", "task", "--kind", "nonsense"], "--kind: expected a kind .*got 'nonsense'$"),
+        (["--node", "worker-9"], "--node: expected a node of this run .*worker-1.*got 'worker-9'"),
+        (["--client", "10"], "--client: expected a client of this run, 0 to 3, got 10"),
+        (["--versions", "50-60"], "--versions: expected versions of this run, 0 to [0-9]+, got 50"),
+        (["--versions", "50-"], "--versions: expected versions of this run"),
+    ],
+)
+def test_a_filter_for_what_is_not_there_names_the_choices(fedmq, written, words, said):
+    result = fedmq("ls", written[0], *words, code=2)
     assert result.stdout == ""
-    assert "no entry is like that" in result.stderr
+    [line] = result.stderr.splitlines()
+    assert re.match(f"fedmq: {said}", line)
+
+
+def test_of_a_damaged_trace_what_is_asked_for_may_lie_behind_the_damage(fedmq, tmp_path):
+    story.write(tmp_path)
+    [path] = tmp_path.glob("messages-*.log")
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-100] + b"x" + whole[-99:])
+    for words in (["--node", "worker-9"], ["--versions", "50"]):
+        result = fedmq("ls", tmp_path, *words, code=1)
+        assert "no entries match" in result.stderr
+        assert "damaged" in result.stderr
+
+
+def test_lines_fit_the_terminal_and_lose_nothing(written, simulated):
+    for folder in (written[0], simulated(2, 3)):
+        opened = Trace(folder)
+        fates = Fates(opened)
+        columns = Columns.of(fates)
+        for row in rows(opened, fates):
+            [line] = row.lines(columns, None)
+            for room in (60, 80, 120):
+                lines = row.lines(columns, room)
+                words = " ".join(lines).split()
+                assert [each for each in lines if len(each) > room and " " in each.strip()] == []
+                assert set(f"{row.id} {row.note}".split()) <= set(words)
+                assert words[:3] == line.split()[:3]
+            assert row.lines(columns, 10_000) == [line]
+        assert max(map(len, columns.head(80))) <= 80
 
 
 def test_of_a_run_with_trouble_every_entry_is_listed(fedmq, simulated):
@@ -144,7 +193,7 @@ def test_several_runs_in_one_ledger(fedmq, tmp_path):
         (["ls", "RUN", "--from", "nan"], "expected --from before --to"),
         (["ls", "RUN", "--client", "-1"], "--client"),
         (["ls", "RUN", "--run-id", "other"], "got 'other'"),
-        (["show", "RUN", "999"], "entry 999 is not in the ledger"),
+        (["show", "RUN", "999"], "entry 999 is not in the ledger: the last one is entry"),
         (["show", "RUN", "x"], "OFFSET"),
         (["export", "RUN"], "either --perfetto FILE or --json FILE"),
         (["export", "RUN", "--json", "a", "--perfetto", "b"], "either --perfetto"),

@@ -12,6 +12,7 @@ from fedmq.nodes.inbox import Inbound, Start
 from fedmq.nodes.simulation import RUN
 from fedmq.nodes.trace.payload import read_payload
 from fedmq.nodes.trace.stats import Account, Stats, histogram
+from fedmq.nodes.trace.text import table
 from tests.nodes.trace import story
 from tests.sim.history import setup_of
 
@@ -130,6 +131,32 @@ def test_a_histogram_of_many_values_joins_neighbours():
     assert len(lines) <= 24
     assert sum(int(line.split()[1]) for line in lines) == 100
     assert re.match(r" *0-4 ", lines[0])
+
+
+@pytest.mark.parametrize("most", [9, 10_000, 10_000_000])
+def test_a_histogram_fits_a_terminal(most):
+    lines = list(histogram(Counter({0: 1_000_000, most: 1, most // 2: 20})))
+    assert max(map(len, lines)) <= 80
+
+
+def test_all_that_is_counted_fits_a_terminal(fedmq, simulated):
+    lines = fedmq("stats", simulated(2, 3)).stdout.splitlines()
+    assert [line for line in lines if len(line) > 80 or line != line.rstrip()] == []
+    assert [line.split()[:3] for line in lines if line.startswith("worker-0")] == [
+        ["worker-0", "worker", "sent"],
+        ["worker-0", "worker", "received"],
+    ]
+
+
+def test_a_name_that_is_too_long_for_its_column_has_a_line_of_its_own():
+    long = "x" * 75
+    lines = table(("codec", "kind", "bytes"), [(long, "task", "1"), ("raw", "result", "20")])
+    assert lines == [
+        f"{'codec':<65}    kind  bytes",
+        long,
+        f"{'':<65}    task      1",
+        f"{'raw':<65}  result     20",
+    ]
 
 
 def test_all_payload_is_read(fedmq, written):

@@ -1,0 +1,235 @@
+"""Endpoints, checked before a socket sees them: ``tcp://HOST:PORT`` and ``ipc://PATH``.
+
+libzmq takes ports modulo 65536, says "invalid argument" to most mistakes, and removes whatever
+file stands where it is to listen. So each mistake is found here, and named.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ipaddress
+import re
+import socket
+import stat
+import sys
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from fedmq.broker.errors import EndpointError, UnresolvedError
+
+MAX_PORT = 65535
+MAX_PATH_BYTES = 107 if sys.platform.startswith("linux") else 103
+"""Of a socket file: the kernel's address of it has room for no more."""
+RESOLVE_PATIENCE_S = 10.0
+"""A name server that cannot be asked now (a machine that is starting) is asked again so long."""
+_SHOWN = 200
+_FORMS = "tcp://HOST:PORT or ipc://PATH"
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """Where a broker listens: ``host`` and ``port``, or ``path`` of a socket file.
+
+    text: as it was given. host: without brackets. literal: the host is an address, not a name.
+    """
+
+    text: str
+    host: str = ""
+    port: int = 0
+    path: str = ""
+    literal: bool = False
+
+    @property
+    def has_file(self) -> bool:
+        """Tell whether it is a socket file (Linux knows names without one, after an @)."""
+        return bool(self.path) and self.path != "*" and not self.path.startswith("@")
+
+    @property
+    def unix_address(self) -> str:
+        """Return the address of a socket file, as Python's sockets take it."""
+        return "\0" + self.path[1:] if self.path.startswith("@") else self.path
+
+
+def parse_endpoint(text: str, *, listen: bool = False) -> Endpoint:
+    """Read an endpoint.
+
+    Args:
+        text: as a person wrote it.
+        listen: it is to be listened on: any address (``*``) and any port (0) will do.
+
+    Raises:
+        EndpointError: it is none; the sentence says what was expected, and what stood there.
+    """
+    scheme, found, rest = text.partition("://")
+    if not found:
+        hint = f"; write tcp://{text}" if re.fullmatch(r"[^/\s]+:[0-9]{1,5}", text) else ""
+        raise EndpointError(f"expected {_FORMS}, got {text[:_SHOWN]!r}{hint}")
+    if scheme == "ipc":
+        return _parse_ipc(text, rest, listen=listen)
+    if scheme == "tcp":
+        return _parse_tcp(text, rest, listen=listen)
+    raise EndpointError(f"expected {_FORMS}, got {text[:_SHOWN]!r}")
+
+
+def _parse_ipc(text: str, path: str, *, listen: bool) -> Endpoint:
+    size = len(path.encode(errors="surrogateescape"))
+    if size > MAX_PATH_BYTES:
+        raise EndpointError(
+            f"expected a path of at most {MAX_PATH_BYTES} bytes after ipc://, got {size} bytes"
+        )
+    if path in ("", "@") or "\0" in path or (path == "*" and not listen):
+        raise EndpointError(f"expected ipc://PATH, got {text[:_SHOWN]!r}")
+    return Endpoint(text, path=path)
+
+
+def _parse_tcp(text: str, rest: str, *, listen: bool) -> Endpoint:
+    host, colon, port = rest.rpartition(":")
+    if not colon or (rest.startswith("[") and rest.endswith("]")):
+        raise EndpointError(f"expected a port, as in tcp://HOST:PORT, got {text[:_SHOWN]!r}")
+    if listen and port == "*":
+        port = "0"
+    lowest = 0 if listen else 1
+    if not (port.isascii() and port.isdigit() and lowest <= int(port[:9]) <= MAX_PORT):
+        raise EndpointError(
+            f"expected a port from {lowest} to {MAX_PORT}, got {port[:_SHOWN]!r} in "
+            f"{text[:_SHOWN]!r}"
+        )
+    bracketed = host.startswith("[") and host.endswith("]")
+    if bracketed:
+        host = host[1:-1]
+    elif ":" in host:
+        raise EndpointError(
+            f"expected an IPv6 address in brackets, tcp://[{host[:_SHOWN]}]:{port}, got "
+            f"{text[:_SHOWN]!r}"
+        )
+    if host == "*" and not listen:
+        raise EndpointError(
+            f"expected the broker's host in tcp://HOST:PORT, got {text[:_SHOWN]!r}; * is for a "
+            "broker that listens on all addresses"
+        )
+    literal = _is_address(host)
+    if bracketed and not (literal and ":" in host):
+        raise EndpointError(f"expected an IPv6 address in the brackets, got {text[:_SHOWN]!r}")
+    if not literal and host != "*" and not re.fullmatch(r"[!-.0-9<-~]{1,253}", host):
+        raise EndpointError(f"expected a host in tcp://HOST:PORT, got {text[:_SHOWN]!r}")
+    return Endpoint(text, host=host, port=int(port), literal=literal)
+
+
+def _is_address(host: str) -> bool:
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True
+
+
+def address_families(endpoint: Endpoint) -> list[socket.AddressFamily]:
+    """Return the families in which an endpoint has addresses, the one to try first in front.
+
+    A name may have addresses of both families while a broker listens on one of them only.
+
+    Raises:
+        UnresolvedError: its name has no address, or that cannot be found out now.
+    """
+    if endpoint.path:
+        return [socket.AF_UNIX]
+    if endpoint.host == "*":
+        return [socket.AF_INET6]  # the socket takes both
+    if endpoint.literal:
+        return [socket.AF_INET6 if ":" in endpoint.host else socket.AF_INET]
+    return list(dict.fromkeys(family for family, _ in addresses_of(endpoint)))
+
+
+def addresses_of(endpoint: Endpoint) -> list[tuple[socket.AddressFamily, str]]:
+    """Return the addresses of a tcp endpoint: (family, address).
+
+    Raises:
+        UnresolvedError: its name has none, or that cannot be found out now.
+    """
+    try:
+        found = socket.getaddrinfo(endpoint.host, endpoint.port, type=socket.SOCK_STREAM)
+    except UnicodeError:
+        raise UnresolvedError(f"the name {endpoint.host!r} is no host name") from None
+    except OSError as error:
+        temporary = isinstance(error, socket.gaierror) and error.errno == socket.EAI_AGAIN
+        why = (error.strerror or str(error)).lower()
+        raise UnresolvedError(
+            f"the name {endpoint.host!r} does not resolve: {why}", temporary=temporary
+        ) from None
+    known = (socket.AF_INET, socket.AF_INET6)
+    return [(family, str(address[0])) for family, _, _, _, address in found if family in known]
+
+
+def resolve(endpoint: Endpoint) -> list[socket.AddressFamily]:
+    """Return the families of an endpoint's addresses; ask again if that cannot be known yet.
+
+    The name server is asked on a thread: a signal ends the waiting at once.
+
+    Raises:
+        UnresolvedError: its name has no address, or nothing was to be learned for a while.
+    """
+    if endpoint.path or endpoint.literal:
+        return address_families(endpoint)
+    until = time.monotonic() + RESOLVE_PATIENCE_S
+    while True:
+        answers: list[list[socket.AddressFamily] | UnresolvedError] = []
+        thread = threading.Thread(target=_ask, args=(endpoint, answers), daemon=True)
+        thread.start()
+        thread.join()
+        answer = answers[0]
+        if not isinstance(answer, UnresolvedError):
+            return answer
+        if not answer.temporary or time.monotonic() >= until:
+            raise answer
+        time.sleep(0.5)
+
+
+def _ask(endpoint: Endpoint, answers: list[list[socket.AddressFamily] | UnresolvedError]) -> None:
+    try:
+        answers.append(address_families(endpoint))
+    except UnresolvedError as error:
+        answers.append(error)
+
+
+def listening_address(endpoint: Endpoint) -> tuple[str, bool]:
+    """Return what to hand to a socket that is to listen, and whether it is IPv6.
+
+    libzmq looks up no names to listen on, but those of network interfaces.
+
+    Raises:
+        EndpointError: a socket file cannot stand there, or the name has no address.
+    """
+    if endpoint.path:
+        _check_socket_file(endpoint)
+        return endpoint.text, False
+    interfaces = {name for _, name in socket.if_nameindex()}
+    if endpoint.host == "*" or endpoint.literal or endpoint.host in interfaces:
+        shown = f"[{endpoint.host}]" if ":" in endpoint.host else endpoint.host
+        ipv6 = endpoint.host == "*" or ":" in endpoint.host
+        return f"tcp://{shown}:{endpoint.port}", ipv6
+    family, address = addresses_of(endpoint)[0]
+    ipv6 = family == socket.AF_INET6
+    return f"tcp://{f'[{address}]' if ipv6 else address}:{endpoint.port}", ipv6
+
+
+def _check_socket_file(endpoint: Endpoint) -> None:
+    """Raise EndpointError where libzmq would take a file, or another broker's place, away."""
+    if not endpoint.has_file:
+        return
+    path = Path(endpoint.path)
+    try:
+        mode = path.lstat().st_mode
+    except FileNotFoundError:
+        if not path.parent.is_dir():
+            raise EndpointError(f"the folder {path.parent} does not exist") from None
+        return
+    except OSError as error:
+        raise EndpointError((error.strerror or str(error)).lower()) from None
+    if not stat.S_ISSOCK(mode):
+        raise EndpointError("a file that is no socket stands there")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as trial, contextlib.suppress(OSError):
+        trial.settimeout(1.0)
+        trial.connect(endpoint.unix_address)
+        raise EndpointError("address already in use")

@@ -1,0 +1,136 @@
+"""Mistakes on the command line, in one sentence each; help texts that are not cut."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from typing import Any
+
+import click
+
+_HELP = getattr(click.exceptions, "NoArgsIsHelpError", ())
+"""Not a mistake: ``fedmq`` alone shows its help. (Before 8.2, click has no error for it.)"""
+
+
+class UsageSentence(click.UsageError):
+    """A mistake on the command line; shown as all of the project's errors are."""
+
+    def show(self, file: Any = None) -> None:
+        """Print the sentence to standard error."""
+        click.echo(f"fedmq: {self.message}", file=file, err=file is None)
+
+
+class Commands(click.Group):
+    """A group of commands whose mistakes are sentences that name what there is to choose from."""
+
+    def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
+        """Read the group's own options."""
+        try:
+            return super().make_context(*args, **kwargs)
+        except click.UsageError as error:
+            raise _in_a_sentence(error) from error
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command that was asked for."""
+        try:
+            return super().invoke(ctx)
+        except click.UsageError as error:
+            raise _in_a_sentence(error) from error
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Find a command by its name.
+
+        Raises:
+            UsageSentence: there is none.
+        """
+        name, names = args[0], self.list_commands(ctx)
+        if name not in names and not name.startswith("-"):
+            text = f"there is no command {name!r}{_guess(name, names)}"
+            raise UsageSentence(_of_command(f"{text}; choose from {', '.join(names)}", ctx), ctx)
+        return super().resolve_command(ctx, args)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the first sentence on each command as a whole; click would cut it."""
+        commands = [(name, self.get_command(ctx, name)) for name in self.list_commands(ctx)]
+        rows = [(name, _first_sentence(each)) for name, each in commands if each is not None]
+        if rows:
+            with formatter.section("Commands"):
+                formatter.write_dl(rows)
+
+
+def _guess(word: str, words: Sequence[str]) -> str:
+    close = difflib.get_close_matches(word, words, n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def _first_sentence(command: click.Command) -> str:
+    text = " ".join((command.help or "").split("\f")[0].split())
+    return text.partition(". ")[0].rstrip(".")
+
+
+def _in_a_sentence(error: click.UsageError) -> click.UsageError:
+    """Return the same mistake as a sentence; what is help, or is a sentence, as it is."""
+    if isinstance(error, UsageSentence) or (_HELP and isinstance(error, _HELP)):
+        return error
+    return UsageSentence(_sentence(error), error.ctx)
+
+
+def _sentence(error: click.UsageError) -> str:
+    match error:
+        case click.NoSuchOption(option_name=name, possibilities=known):
+            close = f" (did you mean {known[0]!r}?)" if known else "; --help lists them"
+            text = f"there is no option {name!r}{close}"
+        case click.MissingParameter(param=click.Parameter() as parameter):
+            text = f"expected {_expected(parameter)}"
+        case click.BadParameter(param=click.Parameter() as parameter):
+            is_word = isinstance(parameter.type, click.Choice) and not _is_option(parameter)
+            wanted = _whole_number(parameter.type) + _plain(error)
+            text = wanted if is_word else f"{_shown(parameter)}: {wanted}"
+        case _:
+            text = _plain(error)
+    return _of_command(text, error.ctx)
+
+
+def _of_command(text: str, ctx: click.Context | None) -> str:
+    """Put the name of the command in front of a sentence."""
+    names: list[str] = []
+    while ctx is not None and ctx.parent is not None:
+        names.insert(0, ctx.info_name or "")
+        ctx = ctx.parent
+    return f"{' '.join(names)}: {text}" if names else text
+
+
+def _plain(error: click.UsageError) -> str:
+    """Return click's words as ours begin and end, in one line."""
+    text = " ".join(error.message.split()).rstrip(".")
+    return text[:1].lower() + text[1:]
+
+
+def _whole_number(kind: object) -> str:
+    """Return what click does not say of a whole number: which ones are expected."""
+    if not isinstance(kind, click.IntRange):
+        return ""
+    low = "" if kind.min is None else f" from {kind.min}"
+    high = "" if kind.max is None else f" to {kind.max}"
+    return f"expected a whole number{low}{high}; "
+
+
+def _is_option(parameter: click.Parameter) -> bool:
+    return isinstance(parameter, click.Option)
+
+
+def _shown(parameter: click.Parameter) -> str:
+    if _is_option(parameter):
+        return max(parameter.opts, key=len)
+    return (parameter.metavar or parameter.name or "").upper()
+
+
+def _expected(parameter: click.Parameter) -> str:
+    if isinstance(parameter.type, click.Choice):
+        choices = "one of " + ", ".join(map(str, parameter.type.choices))
+        return f"{_shown(parameter)} {choices}" if _is_option(parameter) else choices
+    if _is_option(parameter):
+        return f"{_shown(parameter)} {parameter.metavar or parameter.type.name.upper()}"
+    return _shown(parameter)

@@ -1,0 +1,40 @@
+"""A user's algorithm, one of whose methods raises."""
+
+import builtins
+from dataclasses import dataclass
+
+from fedmq.algorithms.fedavg import FedAvg
+
+
+@dataclass(frozen=True)
+class Raising(FedAvg):
+    """FedAvg whose method ``at`` raises what ``kind`` names."""
+
+    name = "raising"
+
+    at: str = "commit"
+    kind: str = "RuntimeError"
+
+    def _raise(self, at):
+        if self.at == at:
+            raise getattr(builtins, self.kind)(f"{at} is broken")
+
+    def start(self, problem):
+        self._raise("start")
+        return super().start(problem)
+
+    def task(self, state, client):
+        self._raise("task")
+        return super().task(state, client)
+
+    def examined(self, state, client=None):
+        self._raise("examined")
+        return super().examined(state, client)
+
+    def absorb(self, gathered, state, result, weight):
+        self._raise("absorb")
+        return super().absorb(gathered, state, result, weight)
+
+    def commit(self, state, gathered, divisor):
+        self._raise("commit")
+        return super().commit(state, gathered, divisor)
