@@ -253,8 +253,8 @@ def held(folder: Path) -> Iterator[None]:
     Raises:
         ConfigError: another process uses it; the sentence has its number. Or it cannot be made.
     """
-    new = [each for each in (folder, *folder.parents) if not each.exists()]
     try:
+        new = [each for each in (folder, *folder.parents) if not each.exists()]
         folder.mkdir(parents=True, exist_ok=True)
         lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     except (FileExistsError, NotADirectoryError):
