@@ -195,7 +195,7 @@ class BrokerServer:
                 poller.poll(self._timeout_ms())
                 self._turn()
         except LedgerError as error:
-            raise BrokerFailed(f"the broker ends, its ledger fails: {error}") from error
+            raise BrokerFailed(f"the broker ends, its ledger fails: {error}") from None
         finally:
             self.close()
 

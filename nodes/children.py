@@ -17,7 +17,7 @@ from typing import Any
 import structlog
 
 from fedmq.algorithms.allowed import Allowed
-from fedmq.broker.errors import BrokerError
+from fedmq.broker.errors import BrokerError, BrokerFailed
 from fedmq.broker.process import tune_process
 from fedmq.broker.state import Continuation
 from fedmq.nodes import logs, streams
@@ -31,6 +31,9 @@ READY = "ready "
 NOTE = "note "
 """Begins what a node reports that goes on. All else says why it ends."""
 _STOP_S = 5.0
+
+BEYOND_HELP = 3
+"""Exit code of a process that failed, and that would fail again."""
 
 
 def child_main(
@@ -62,7 +65,7 @@ def child_main(
             sys.exit(1)
         log.warning("failed", reason=str(error), exc_info=error.__cause__)
         _report(report, str(error))
-        sys.exit(2)
+        sys.exit(BEYOND_HELP if isinstance(error, BrokerFailed) else 2)
     finally:
         this_process.finish()
 

@@ -25,6 +25,7 @@ from fedmq.broker.process import give_torch_huge_pages
 from fedmq.broker.reading import Follower
 from fedmq.broker.state import EVALUATOR, WORKER, Continuation
 from fedmq.nodes.children import (
+    BEYOND_HELP,
     NOTE,
     READY,
     aggregator_main,
@@ -66,7 +67,7 @@ class _Child:
     def may_restart(self, now: float) -> bool:
         """Tell whether it is worth starting again: killed or crashed, and not too often."""
         recent = [each for each in self.restarts if each > now - _RESTARTS_WITHIN_S]
-        return self.process.exitcode not in (None, 0, 2) and len(recent) < _RESTARTS
+        return self.process.exitcode not in (None, 0, 2, BEYOND_HELP) and len(recent) < _RESTARTS
 
     last_words: str = ""
     """What it said before it ended."""

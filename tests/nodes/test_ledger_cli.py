@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+import zmq
 from click.testing import CliRunner
 
 from fedmq.broker.entries import MESSAGES, PAYLOAD, Ended, segment_path
@@ -193,3 +194,35 @@ def test_a_repaired_run_goes_on_to_its_end(tmp_path: Path) -> None:
     assert isinstance(entries[-1], Ended)
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["versions"] == 12
     assert fedmq("check", tmp_path / "run")[0] == 0
+
+
+FAILING = """
+import os, sys
+def fail(fd): raise OSError(5, "Input/output error")
+os.fsync = fail
+from fedmq.nodes.cli import main
+main(["broker", "--bind", sys.argv[1], "--run", "run", "--durability", "power"])
+"""
+
+
+@pytest.mark.end_to_end
+def test_a_broker_whose_device_fails_ends_with_the_place(tmp_path: Path) -> None:
+    endpoint = Nodes(tmp_path).endpoint
+    broker = subprocess.Popen(
+        [sys.executable, "-P", "-c", FAILING, endpoint],
+        cwd=tmp_path,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    with zmq.Context() as context, context.socket(zmq.DEALER) as peer:
+        peer.linger = 0
+        peer.connect(endpoint)
+        peer.send(b"anything")  # it takes a turn, and syncs what it found
+        try:
+            said = broker.communicate(timeout=40)[1]
+        finally:
+            broker.kill()
+    assert broker.returncode == 1
+    last = said.splitlines()[-1]
+    assert last.startswith("fedmq: the broker ends, its ledger fails: cannot sync")
+    assert last.endswith("Input/output error")

@@ -1,7 +1,6 @@
 """What surrounds a process: the current folder, TMPDIR, a home, names of folders."""
 
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -55,7 +54,6 @@ def test_sockets_get_a_short_place_where_tmpdir_is_long(
     made = util.get_temp_dir()
     assert len(os.fsencode(f"{made}/listener-12345678")) <= 107
     assert tempfile.gettempdir() == str(long), "for all else it is where the user said"
-    shutil.rmtree(made)
 
 
 @pytest.mark.usefixtures("no_temporary_folder_yet")
