@@ -30,9 +30,11 @@ from fedmq.broker.errors import LedgerDamage, LedgerError, NotKept
 from fedmq.broker.manifest import Manifest
 from fedmq.broker.pieces import Pieces
 from fedmq.broker.postbox import Postbox
+from fedmq.broker.reading import read_entries
 from fedmq.broker.records import MAGIC, Fault, Record, walk
 from fedmq.broker.repairs import accepted_losses
 from fedmq.broker.restore import Restorer
+from fedmq.broker.state import CHECKPOINT
 from fedmq.broker.wire import EMPTY
 
 
@@ -50,6 +52,9 @@ class Kind(StrEnum):
     """An entry that another one should stand before, or a segment in another's place."""
     MISSING = "missing"
     """A segment that is not there."""
+    CHECKPOINT = "checkpoint"
+    """A whole entry, but a run cannot go on from it: it is the newest checkpoint, and lacks
+    bytes. The one before it may serve."""
     READING = "reading"
     """The operating system does not read it."""
 
@@ -170,7 +175,8 @@ def check(folder: Path) -> Report:
     if not (messages or payload or manifest.expected):
         raise LedgerError(f"expected a run's folder with a ledger in it, {folder} holds none")
     restorer = Restorer(Postbox())
-    named = _Chain(report, restorer).read(messages)
+    chain = _Chain(report, restorer)
+    named = chain.read(messages)
     if not messages:
         reason = "there are no messages-*.log; nothing says what the payload belongs to"
         name = segment_path(report.folder, MESSAGES, 0).name
@@ -186,14 +192,40 @@ def check(folder: Path) -> Report:
     report.runs = list(restorer.box.runs)
     report.ended = [name for name, run in restorer.box.runs.items() if run.over]
     report.unfinished = len(restorer.unfinished)
-    needed = {
-        blob_name(message, blob)
-        for message in restorer.unfinished.values()
-        for blob in message.blobs
-    }
+    newest = [
+        run.checkpoint
+        for run in restorer.box.runs.values()
+        if run.checkpoint is not None and not run.over
+    ]
+    needed, vital = (
+        {blob_name(message, blob) for message in messages for blob in message.blobs}
+        for messages in (
+            restorer.unfinished.values(),
+            [restorer.unfinished[seq] for seq in newest if seq in restorer.unfinished],
+        )
+    )
     payload_missing = any(family == PAYLOAD for family, _ in manifest.missing())
-    _read_blobs(report, named, needed, kept_all=payload_missing or not payload)
+    given_up = accepted_losses(report.folder) - vital
+    _read_blobs(report, named, needed, given_up, kept_all=payload_missing or not payload)
+    _check_checkpoints(report, newest, chain)
     return report
+
+
+def _check_checkpoints(report: Report, newest: list[int], chain: _Chain) -> None:
+    """Note the first of the newest checkpoints that lacks bytes."""
+    lost = {seq for blob in report.lost if blob.needed for seq in blob.named_by}
+    bad = sorted(lost & set(newest))
+    if not bad or report.breaking is not None:
+        return
+    path, record = chain.checkpoints[bad[0]]
+    reason = f"the newest checkpoint, entry {bad[0]}, lacks bytes; the one before it may serve"
+    size = record.end - record.offset
+    found = Finding(
+        Kind.CHECKPOINT, path.name, record.offset, size, reason, (bad[0], bad[0]), breaks=True
+    )
+    report.findings.append(found)
+    report.behind = [each for each in read_entries(report.folder) if each.seq > bad[0]]
+    report.entries = bad[0]
 
 
 Named = dict[tuple[BlobName, int], list[int]]
@@ -206,6 +238,8 @@ class _Chain:
     def __init__(self, report: Report, restorer: Restorer) -> None:
         self._report, self._restorer = report, restorer
         self._named: Named = {}
+        self.checkpoints: dict[int, tuple[Path, Record]] = {}
+        """Where they lie, by number."""
         self._open: Finding | None = None
         """Damage of which it is not known yet which entries it took."""
 
@@ -268,6 +302,8 @@ class _Chain:
             report.entries = entry.seq + 1
             if isinstance(entry, Accepted):
                 message = entry.read()
+                if message.to == CHECKPOINT:
+                    self.checkpoints[entry.seq] = path, record
                 for blob in message.blobs:
                     if blob.size or blob.digest != EMPTY:
                         key = (blob_name(message, blob), blob.size)
@@ -315,10 +351,11 @@ def _read_payload(report: Report, number: int, *, last: bool) -> None:
     report.segments.append((path.name, _size(path), records))
 
 
-def _read_blobs(report: Report, named: Named, needed: set[BlobName], *, kept_all: bool) -> None:
+def _read_blobs(
+    report: Report, named: Named, needed: set[BlobName], given_up: set[BlobName], *, kept_all: bool
+) -> None:
     """Read every blob that a message names."""
     pieces = Pieces(report.folder)
-    given_up = accepted_losses(report.folder)
     for (name, size), seqs in named.items():
         report.blobs += 1
         what = f"blob {name.digest.hex()} of {name.owner}"

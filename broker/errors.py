@@ -111,6 +111,11 @@ class NoSpace(LedgerError):
     """There is no room on the device now, or the quota is used up; there may be later."""
 
 
+def check_advice(folder: object) -> str:
+    """Return the end of a sentence about damage in a folder: which command tells more."""
+    return f"; `fedmq ledger check {folder}` says what is damaged and what would be lost"
+
+
 def io_error(doing: str, error: OSError, segment: str = "", offset: int = 0) -> LedgerError:
     """Return what to raise where the operating system refused to read or write.
 

@@ -3,7 +3,8 @@
 Nothing is destroyed. What is cut from a segment is kept in a file beside it, and a segment that
 is taken out gets another name.
 
-- The entries end where the first damage among them begins. What lies behind is set aside.
+- The entries end where the first damage among them begins, or before the newest checkpoint, if
+  that lacks bytes. What lies behind is set aside.
 - Damaged payload is taken out of its segment. The broker then tells the senders of unfinished
   messages that their bytes are gone.
 - Segments that are missing are missed no more.
@@ -163,19 +164,20 @@ def repair(folder: Path, now: float) -> list[Step]:
     """
     lock = FolderLock(folder)
     try:
-        report = check(folder)
-        steps = plan(report)
-        if not steps:
-            return steps
-        note_repair(folder, now, [str(step) for step in steps], [each.name for each in report.lost])
-        manifest = Manifest(folder)
-        for step in steps:
-            _do(report, manifest, step)
-        _leave_a_beginning(folder, manifest)
-        _sync(folder)
+        done: list[Step] = []
+        # What was behind the damage may have hidden more of it: each round leaves less.
+        while steps := plan(report := check(folder)):
+            lost = [each.name for each in report.lost]
+            note_repair(folder, now, [str(step) for step in steps], lost)
+            manifest = Manifest(folder)
+            for step in steps:
+                _do(report, manifest, step)
+            _leave_a_beginning(folder, manifest)
+            _sync(folder)
+            done += steps
     finally:
         lock.release()
-    return steps
+    return done
 
 
 def _do(report: Report, manifest: Manifest, step: Step) -> None:

@@ -20,7 +20,7 @@ from fedmq.broker.entries import (
     Refusal,
     blob_name,
 )
-from fedmq.broker.errors import LedgerDamage, LedgerError
+from fedmq.broker.errors import LedgerDamage, LedgerError, check_advice
 from fedmq.broker.headers import encode_message
 from fedmq.broker.ledger import Ledger
 from fedmq.broker.payload import find_damage
@@ -289,7 +289,7 @@ def open_broker(
     try:
         ledger = Ledger(folder, restorer.feed, retain_bytes=retain_bytes)
     except LedgerDamage as error:
-        raise error.advise(_advice(folder)) from None
+        raise error.advise(check_advice(folder)) from None
     for seq in restorer.parked if offer_parked else ():
         # As a new message: a session that lives on takes what is newer than what it has.
         data = ledger.read(seq).message
@@ -334,8 +334,4 @@ def _check_lost(restorer: Restorer, ledger: Ledger) -> None:
         run, seq = restorer.lost[0]
         rest = f" and {len(restorer.lost) - 1} more need" if len(restorer.lost) > 1 else " needs"
         needed = f"; message {seq} of run {run}{rest} bytes that are damaged or lost"
-        raise damage.advise(needed + _advice(ledger.folder))
-
-
-def _advice(folder: Path) -> str:
-    return f"; `fedmq ledger check {folder}` says what is damaged and what would be lost"
+        raise damage.advise(needed + check_advice(ledger.folder))

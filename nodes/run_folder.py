@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fedmq.broker.entries import MESSAGES, PAYLOAD, Accepted, AnyEntry, Ended, Opened
+from fedmq.broker.errors import LedgerDamage, check_advice
 from fedmq.broker.lock import LOCK_FILE
 from fedmq.broker.names import name_fault
 from fedmq.broker.reading import read_entries
@@ -154,7 +155,10 @@ def look_into(folder: Path) -> Contents | None:
         )
     found = Contents(*_read_own(folder / CONFIG_FILE))
     runs, fold = Runs(), RunFold(found.begun)
-    fold.feed(runs.watch(read_entries(folder / LEDGER)))
+    try:
+        fold.feed(runs.watch(read_entries(folder / LEDGER)))
+    except LedgerDamage as error:
+        raise error.advise(check_advice(folder)) from None
     if len(runs.found) > 1:
         raise ConfigError(
             f"--run: the ledger in {folder} is that of several runs, {', '.join(runs.found)}: "

@@ -1,5 +1,6 @@
 """`fedmq ledger check` and `repair`: what is damaged, and a broker that goes on."""
 
+import contextlib
 import random
 
 import pytest
@@ -308,6 +309,29 @@ def test_a_repair_waits_for_no_broker(tmp_path):
     ledger = Ledger(tmp_path)
     with pytest.raises(LedgerError, match="another broker"):
         repair(tmp_path, 0.0)
+    ledger.close()
+
+
+def test_from_a_checkpoint_that_lacks_bytes_the_one_before_it_serves(tmp_path):
+    with contextlib.closing(Ledger(tmp_path)) as ledger:
+        ledger.append(Opened(seq=0, at=0.5, run="r", config="[run]", total_clients=3))
+        for number in range(3):
+            put(ledger, blob(number))
+            fields = {"kind": "version", "run": "r", "sender": "n", "to": "checkpoint"}
+            message = Message(id=f"n/{number}", blobs=(Blob.of(blob(number)),), **fields)
+            consumes = (ledger.next_seq - 1,) if number else ()
+            entry = Accepted(
+                seq=ledger.next_seq, at=1.1, message=encode_message(message), consumes=consumes
+            )
+            ledger.append(entry)
+    for number in (2, 1):
+        path, record = record_of(tmp_path, number)
+        flip(path, record.offset)
+    assert check(tmp_path).breaking.kind is Kind.CHECKPOINT
+    repair(tmp_path, 0.0)
+    assert check(tmp_path).sound
+    ledger, _ = open_broker(tmp_path, BrokerSettings(), 0.0)
+    assert ledger.next_seq == 2
     ledger.close()
 
 
