@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fedmq.algorithms.errors import ResultError
+from fedmq.algorithms.errors import AlgorithmError, ResultError
 
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
 _LEVELS = 256
@@ -222,13 +222,23 @@ def _coded(x: Tensor) -> tuple[Tensor, Tensor] | None:
 
 
 def _in_file(packed: Tensor) -> Tensor:
-    """Return the same tensor in a file's memory map: the kernel may take its pages back."""
+    """Return the same tensor in a file's memory map: the kernel may take its pages back.
+
+    Raises:
+        AlgorithmError: the file cannot be written.
+    """
     kind = _INTEGERS[packed.element_size()]
     array = packed.contiguous().view(kind).numpy()
-    with tempfile.TemporaryFile(prefix="fedmq-features-") as file:
-        array.tofile(file)
-        # Writable, as torch wants memory to be; nobody writes to it.
-        mapped = np.memmap(file, array.dtype, "r+", shape=array.shape)
+    try:
+        with tempfile.TemporaryFile(prefix="fedmq-features-") as file:
+            array.tofile(file)
+            # Writable, as torch wants memory to be; nobody writes to it.
+            mapped = np.memmap(file, array.dtype, "r+", shape=array.shape)
+    except OSError as error:
+        raise AlgorithmError(
+            f"cannot keep {array.nbytes:,} bytes of feature maps in a file in the folder that "
+            f"TMPDIR names: {error.strerror or error}"
+        ) from None
     return torch.from_numpy(mapped).view(packed.dtype)
 
 

@@ -219,7 +219,7 @@ class _Chain:
                 try:
                     entries = decode_entries(found, path)
                 except LedgerDamage as error:
-                    self.broken(Kind.CONTENT, path, found.offset, found.end, str(error))
+                    self.broken(Kind.CONTENT, path, found.offset, found.end, error.reason)
                 else:
                     self._take(entries, path, found)
             self._report.segments.append((path.name, _size(path), records))
@@ -263,7 +263,7 @@ class _Chain:
             try:
                 self._restorer.feed(entry)
             except LedgerDamage as error:
-                self.broken(Kind.CONTENT, path, record.offset, record.end, str(error))
+                self.broken(Kind.CONTENT, path, record.offset, record.end, error.reason)
                 continue
             report.entries = entry.seq + 1
             if isinstance(entry, Accepted):
@@ -282,7 +282,7 @@ def _each(path: Path, report: Report, *, last: bool, chain: _Chain | None) -> It
                 yield found
                 continue
             kind = Kind(found.fault)
-            reason = str(found.error(path))
+            reason = found.error(path).reason
             size = found.end - found.offset
             if found.fault is Fault.TORN and (last or chain is not None):
                 # In the middle of the chain, it is missed only if an entry is.
@@ -295,10 +295,10 @@ def _each(path: Path, report: Report, *, last: bool, chain: _Chain | None) -> It
         kind = Kind.FORMAT if isinstance(error, LedgerDamage) else Kind.READING
         start = error.offset
         if chain is not None:
-            chain.broken(kind, path, start, max(start, _size(path)), str(error))
+            chain.broken(kind, path, start, max(start, _size(path)), error.reason)
         else:
             size = max(0, _size(path) - start)
-            report.findings.append(Finding(kind, path.name, start, size, str(error)))
+            report.findings.append(Finding(kind, path.name, start, size, error.reason))
 
 
 def _read_payload(report: Report, number: int, *, last: bool) -> None:
@@ -310,7 +310,7 @@ def _read_payload(report: Report, number: int, *, last: bool) -> None:
             decode_piece(record, path)
         except LedgerDamage as error:
             size = record.end - record.offset
-            found = Finding(Kind.CONTENT, path.name, record.offset, size, str(error))
+            found = Finding(Kind.CONTENT, path.name, record.offset, size, error.reason)
             report.findings.append(found)
     report.segments.append((path.name, _size(path), records))
 
@@ -332,7 +332,7 @@ def _read_blobs(report: Report, named: Named, needed: set[BlobName], *, kept_all
             else:
                 report.lost.append(
                     LostBlob(
-                        name, size, seqs, name in needed, str(error), error.segment, error.offset
+                        name, size, seqs, name in needed, error.reason, error.segment, error.offset
                     )
                 )
 

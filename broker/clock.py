@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import time
 
+_DAY_S = 86_400.0
+
 
 class Clock:
     """Seconds since 1970 that never run backwards while the process lives."""
@@ -18,5 +20,10 @@ class Clock:
 
 
 def milliseconds_until(deadline: float | None, now: float) -> int | None:
-    """Return a timeout for a poller, rounded up so that waking early never makes it spin."""
-    return None if deadline is None else max(0, math.ceil((deadline - now) * 1000))
+    """Return a timeout for a poller, rounded up so that waking early never makes it spin.
+
+    It is a day at most: a poller's number has 32 bits, and whoever wakes too early asks again.
+    """
+    if deadline is None:
+        return None
+    return math.ceil(min(max(0.0, deadline - now), _DAY_S) * 1000)

@@ -64,6 +64,7 @@ class LedgerError(BrokerError):
     """The ledger cannot be read or written.
 
     Attributes:
+        reason: what is wrong, without the place.
         segment: name of the segment file, or "" where no single one is at fault.
         offset: byte offset in it.
     """
@@ -71,6 +72,7 @@ class LedgerError(BrokerError):
     def __init__(self, reason: str, segment: str = "", offset: int = 0) -> None:
         where = f" (at {segment}, byte {offset})" if segment else ""
         super().__init__(reason + where)
+        self.reason = reason
         self.segment = segment
         self.offset = offset
 

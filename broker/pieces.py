@@ -19,9 +19,9 @@ from fedmq.broker.entries import (
     segment_numbers,
     segment_path,
 )
-from fedmq.broker.errors import LedgerError, NotKept, io_error
+from fedmq.broker.errors import LedgerDamage, LedgerError, NotKept, io_error
 from fedmq.broker.reading import tail_of
-from fedmq.broker.records import MAGIC, Record, scan, walk
+from fedmq.broker.records import MAGIC, Gap, Record, scan, walk
 from fedmq.broker.wire import Buffer, digest
 
 
@@ -148,9 +148,13 @@ class Pieces:
             LedgerError: it is not.
         """
         path = segment_path(self._folder, PAYLOAD, place.segment)
-        record = next(scan(path, place.offset), None)
-        if record is None:  # the last of its segment: it could be a torn tail
-            raise LedgerError("damaged record: it is not whole", path.name, place.offset)
+        # What is wrong before it, in the first bytes of the file, is not wrong with it.
+        at = (each for each in walk(path, place.offset) if each.offset >= place.offset)
+        record = next(at, None)
+        if isinstance(record, Gap) and not record.at_end:
+            raise record.error(path)
+        if not isinstance(record, Record):  # the last of its segment: it could be a torn tail
+            raise LedgerDamage("damaged record: it is not whole", path.name, place.offset)
         try:
             with path.open("rb") as file:
                 file.seek(record.data_offset)

@@ -160,6 +160,7 @@ def walk(
                     raise head.error(path)
                 yield head
             offset = max(start, len(MAGIC) if head is None else head.end)
+            file.seek(offset)
             while offset < size:
                 found = _record(file, offset, size, verify_data=verify_data)
                 if found is None:
@@ -168,9 +169,13 @@ def walk(
                     end = _next_whole(file, offset + 1, size) if resync else size
                     found = Gap(found.fault, offset, end)
                 yield found
-                if isinstance(found, Gap) and not resync:
-                    return
                 offset = found.end
+                if isinstance(found, Gap):
+                    if not resync:
+                        return
+                    file.seek(offset)
+                elif found.data_length and not verify_data:
+                    file.seek(offset)
     except OSError as error:
         raise io_error("cannot read", error, path.name, offset) from None
 
@@ -187,10 +192,13 @@ def _check_magic(file: BinaryIO, size: int) -> Gap | None:
 
 
 def _record(file: BinaryIO, offset: int, size: int, *, verify_data: bool) -> Record | Gap | None:
-    """Return what begins at an offset of a file of so many bytes; None if it has shrunk."""
+    """Return what begins at an offset of a file of so many bytes; None if it has shrunk.
+
+    The file is read from there on; unless it is the data of a record that are left out, it is
+    read to the record's end.
+    """
     if offset + _PREFIX.size > size:
         return Gap(Fault.TORN, offset, size)
-    file.seek(offset)
     prefix = file.read(_PREFIX.size)
     if len(prefix) < _PREFIX.size:
         return None
@@ -216,6 +224,7 @@ def _record(file: BinaryIO, offset: int, size: int, *, verify_data: bool) -> Rec
 
 
 def _whole(file: BinaryIO, offset: int, size: int) -> bool:
+    file.seek(offset)
     return isinstance(_record(file, offset, size, verify_data=True), Record)
 
 

@@ -76,7 +76,7 @@ class Step:
             case Action.FORGET:
                 return f"go on without {self.segment}, which is missing"
             case Action.GIVE_UP:
-                return f"give up {self.count:,} blobs that are lost"
+                return f"give up what is lost: {self.count:,} blob{'' if self.count == 1 else 's'}"
 
 
 def plan(report: Report) -> list[Step]:
@@ -87,7 +87,11 @@ def plan(report: Report) -> list[Step]:
     """
     for finding in report.findings:
         if finding.kind is Kind.READING:
-            raise LedgerError(f"{finding.reason}; mend the device or the permissions first")
+            raise LedgerError(
+                f"{finding.reason}; mend the device, or the permissions, first",
+                finding.segment,
+                finding.offset,
+            )
     steps = _messages_steps(report)
     damaged: dict[str, list[Finding]] = {}
     for finding in report.findings:

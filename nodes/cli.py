@@ -29,6 +29,7 @@ from fedmq.nodes.ledger_cli import ledger
 from fedmq.nodes.personalise import personalise
 from fedmq.nodes.replay.cli import replay
 from fedmq.nodes.signals import this_process
+from fedmq.nodes.surroundings import check_surroundings
 from fedmq.nodes.trace.cli import trace
 from fedmq.nodes.trace.text import plain
 from fedmq.nodes.trust import allow_option, allowed_here, find_own_code
@@ -86,6 +87,8 @@ class _Commands(Commands):
 @click.version_option(package_name="fedmq")
 def main() -> None:
     """Asynchronous federated learning over a message queue."""
+    with exit_2_on_error():
+        check_surroundings()
     give_torch_huge_pages()
 
 
@@ -180,7 +183,7 @@ def broker(
 ) -> None:
     """Route messages and keep the ledger; goes on from the ledger that is in its folder."""
     from fedmq.broker.router import BrokerServer
-    from fedmq.nodes.config import build
+    from fedmq.nodes.config import build, setting_value
     from fedmq.nodes.run_folder import LEDGER, begun_at, recorded_runs, state_of
     from fedmq.nodes.summary_file import SUMMARY_FILE, remove_summary, write_summary
 
@@ -191,7 +194,7 @@ def broker(
         given = {
             "lease_s": lease_s,
             "durability": durability,
-            "retain": retain,
+            "retain": setting_value(retain),
             "share_files": share_files,
         }
         table = build({"broker": given}).broker

@@ -39,6 +39,7 @@ from fedmq.nodes.signals import ENOUGH, INTERRUPTED, Stopped, blocked, this_proc
 from fedmq.nodes.speaker import Speaker
 from fedmq.nodes.summary import RunFold
 from fedmq.nodes.summary_file import remove_summary, save_summary
+from fedmq.nodes.surroundings import place_sockets
 from fedmq.nodes.trace.text import plain
 from fedmq.nodes.view import View, closing_table
 
@@ -377,6 +378,7 @@ def preloading() -> Iterator[None]:
     After an error that process is ended at once, not when its import is done.
     """
     give_torch_huge_pages()
+    place_sockets()
     # Ctrl-C goes to all processes of a terminal; this one and its forks leave it to us.
     with this_process.noting():
         resource_tracker.ensure_running()

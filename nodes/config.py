@@ -8,21 +8,22 @@ from __future__ import annotations
 
 import difflib
 import re
-import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, ValidationError
 
 from fedmq.algorithms.allowed import NOTHING, Allowed, installed
 from fedmq.algorithms.errors import AlgorithmError
 from fedmq.broker.ledger import Keeping
 from fedmq.broker.names import name_fault
-from fedmq.broker.retention import EVERYTHING
+from fedmq.broker.retention import EVERYTHING, LEAST_RETAIN_BYTES
 from fedmq.broker.state import BrokerSettings
 from fedmq.nodes.errors import ConfigError
+from fedmq.nodes.finite import check_finite, check_types
+from fedmq.nodes.toml import parse_toml, read_toml
 
 DEFAULT: Mapping[str, Mapping[str, Any]] = {
     "problem": {"name": "mnist-mini"},
@@ -32,7 +33,9 @@ DEFAULT: Mapping[str, Mapping[str, Any]] = {
 """What ``make cluster`` runs. Whatever the name, all else has the defaults of what it names."""
 
 _PROBLEM_DEFAULT = {"clients": 40, "partition": "dirichlet(0.5)"}
-_MANY_DOTS = re.compile(r"(?:\.[^.\n]*){200}")
+_LONGEST_S = 1_000_000
+"""ZeroMQ counts milliseconds in 32 bits."""
+_RETAIN = f"'everything', 'unfinished' or a number of bytes, at least {LEAST_RETAIN_BYTES:,}"
 NONE = "none"
 """TOML has no null: this word stands for it, for example ``batch_size = "none"``."""
 
@@ -115,6 +118,12 @@ class Worker(Straggling):
         return Straggling.model_validate(general | special)
 
 
+def _check_retain(value: Any) -> Any:
+    if value in ("everything", "unfinished") or (isinstance(value, int | float) and value >= 0):
+        return value
+    raise ValueError(f"expected {_RETAIN}, got {value!r:.200}")
+
+
 class BrokerTable(_Table):
     """``[broker]``.
 
@@ -125,17 +134,20 @@ class BrokerTable(_Table):
         broker; ``power``, it is on the device (slower: one sync for each batch).
     retain: ``everything``; ``unfinished``, payloads are deleted when no message needs them
         any more; or at most this many bytes of payloads, such as ``20e9``, but for what is
-        needed. Messages themselves are kept for ever.
+        needed; 16 MiB is the least that works. Messages themselves are kept for ever.
     deliveries: a task at which so many sessions of workers died is parked.
     share_files: nodes on the broker's host read blobs from its ledger's files instead of the
         socket, if they may.
     """
 
-    lease_s: Annotated[float, Field(gt=0)] = 10.0
-    beat_s: Annotated[float, Field(gt=0)] = 1.0
+    lease_s: Annotated[float, Field(gt=0, le=_LONGEST_S)] = 10.0
+    beat_s: Annotated[float, Field(gt=0, le=_LONGEST_S)] = 1.0
     bind: str = "tcp://127.0.0.1:0"
     durability: Literal["process", "power"] = "process"
-    retain: Literal["everything", "unfinished"] | Annotated[float, Field(ge=0)] = "everything"
+    retain: Annotated[
+        Literal["everything", "unfinished"] | Annotated[float, Field(ge=0)],
+        BeforeValidator(_check_retain),
+    ] = "everything"
     deliveries: Annotated[int, Field(ge=1)] = 5
     share_files: bool = True
 
@@ -190,11 +202,9 @@ def load(path: Path | None, settings: Sequence[str] = ()) -> Config:
     given: dict[str, Any] = {}
     if path is not None:
         try:
-            given = _toml(path.read_text(), str(path))
+            given = read_toml(path)
         except OSError as error:
             raise ConfigError(f"cannot read {path}: {error.strerror}") from None
-        except UnicodeDecodeError as error:
-            raise ConfigError(f"{path} is not TOML: {error}") from None
     for setting in settings:
         _apply(given, setting)
     return build(given)
@@ -208,7 +218,7 @@ def parse(text: str) -> Config:
     Raises:
         ConfigError: it is not one.
     """
-    return _checked(_toml(text, "the configuration"))
+    return _checked(parse_toml(text, "the configuration"))
 
 
 def changed(config: Config, settings: Sequence[str]) -> Config:
@@ -218,8 +228,11 @@ def changed(config: Config, settings: Sequence[str]) -> Config:
         ConfigError: a key or value is wrong.
     """
     given = config.model_dump()
+    alone: dict[str, Any] = {}
     for setting in settings:
         _apply(given, setting)
+        _apply(alone, setting)
+    check_finite(alone)  # what was recorded is as it was
     return _checked(given)
 
 
@@ -231,7 +244,10 @@ def build(given: Mapping[str, Any]) -> Config:
     Raises:
         ConfigError: names the key, what was expected, and what stood there.
     """
+    check_finite(given)
     config = _checked(given)
+    if isinstance(config.broker.retain, float) and config.broker.retain < LEAST_RETAIN_BYTES:
+        raise ConfigError(f"broker.retain: expected {_RETAIN}, got {config.broker.retain:g}")
     if config.run.id and (fault := name_fault(config.run.id)):
         raise ConfigError(f"run.id: {fault}")
     named = (config.problem.get("name"), config.algorithm.get("name"))
@@ -250,9 +266,11 @@ def _checked(given: Mapping[str, Any]) -> Config:
     if not _is_code(str(tables["problem"]["name"])):
         tables["problem"] = {**_PROBLEM_DEFAULT, **tables["problem"]}
     try:
-        return Config.model_validate(tables)
+        config = Config.model_validate(tables)
     except ValidationError as error:
         raise ConfigError(describe(error, "", _keys(Config))) from None
+    check_types(tables, config.model_dump())
+    return config
 
 
 def describe(error: ValidationError, table: str, keys: Mapping[str, Sequence[str]]) -> str:
@@ -302,26 +320,15 @@ def _apply(given: dict[str, Any], setting: str) -> None:
         table = table.setdefault(part, {})
         if not isinstance(table, dict):
             raise ConfigError(f"--set {setting}: {part} is not a table")
-    table[parts[-1]] = _value(text.strip())
+    table[parts[-1]] = setting_value(text.strip())
 
 
-def _value(text: str) -> Any:
+def setting_value(text: str) -> Any:
     """Read a TOML value; what is none is taken as a string."""
     try:
-        return _toml(f"value = {text}", text)["value"]
+        return parse_toml(f"value = {text}", text)["value"]
     except ConfigError:
         return text
-
-
-def _toml(text: str, what: str) -> dict[str, Any]:
-    """Read TOML; ``what`` names it in an error."""
-    if _MANY_DOTS.search(text):
-        # tomllib's time and memory grow with the square of a key's length.
-        raise ConfigError(f"{what} is not a configuration: it has a key of too many parts")
-    try:
-        return tomllib.loads(text)
-    except (ValueError, RecursionError) as error:  # TOMLDecodeError is a ValueError
-        raise ConfigError(f"{what} is not TOML: {error}") from None
 
 
 def _none_words(value: Any) -> Any:

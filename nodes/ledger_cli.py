@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
+from fedmq.broker.entries import Accepted, AnyEntry
 from fedmq.broker.errors import LedgerError
 from fedmq.nodes.trace.text import count, plain, plural
 
@@ -205,7 +206,7 @@ def facts(report: Report) -> dict[str, Any]:
         "damage": [_finding(each) for each in report.findings],
         "tails": [_finding(each) for each in report.tails],
         "behind": {
-            "entries": [each.seq for each in report.behind],
+            "entries": [_entry(each) for each in report.behind],
             "kinds": dict(report.kinds_behind()),
         },
         "blobs": {
@@ -228,6 +229,13 @@ def facts(report: Report) -> dict[str, Any]:
             ],
         },
     }
+
+
+def _entry(entry: AnyEntry) -> dict[str, Any]:
+    if not isinstance(entry, Accepted):
+        return {"entry": entry.seq, "kind": type(entry).__name__.lower()}
+    message = entry.read()
+    return {"entry": entry.seq, "kind": message.kind, "id": message.id, "from": message.sender}
 
 
 def _finding(finding: Finding) -> dict[str, Any]:

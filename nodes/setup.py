@@ -31,6 +31,7 @@ from fedmq.codecs.registry import make_codec
 from fedmq.codecs.spec import build
 from fedmq.nodes.config import Config, describe
 from fedmq.nodes.errors import ConfigError
+from fedmq.nodes.finite import check_types
 from fedmq.nodes.payload import Codecs
 
 T = TypeVar("T", bound=Algorithm | Schedule)
@@ -172,9 +173,11 @@ def _choose(table: Mapping[str, Any], find: Callable[[str], type[T]], what: str)
         raise ConfigError(f"{what}.name: {error}") from None
     keys: list[str] = ["name", *(field.name for field in dataclasses.fields(chosen))]
     try:
-        return TypeAdapter(chosen).validate_python(options)
+        made = TypeAdapter(chosen).validate_python(options)
     except ValidationError as error:
         raise ConfigError(describe(error, what, {what: keys})) from None
+    check_types(options, vars(made), what)
+    return made
 
 
 def _codec(spec: str, direction: str) -> Codec:

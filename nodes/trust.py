@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import sys
-import tomllib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ import click
 
 from fedmq.algorithms.allowed import Allowed, is_module_name
 from fedmq.nodes.errors import ConfigError
+from fedmq.nodes.toml import read_toml
 
 allow_option = click.option(
     "--allow",
@@ -71,13 +71,11 @@ def find_own_code(allowed: Allowed) -> None:
 
 def _allowed_in(file: Path) -> list[str]:
     try:
-        content = tomllib.loads(file.read_text())
+        content = read_toml(file)
     except (FileNotFoundError, NotADirectoryError):
         return []
     except OSError as error:
         raise ConfigError(f"cannot read {file}: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:  # not TOML, or not text
-        raise ConfigError(f"{file} is not TOML: {error}") from None
     for key in content:
         if key != "allow":
             raise ConfigError(f"{file}: unknown key {key!r}; choose from allow")

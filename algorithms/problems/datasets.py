@@ -93,7 +93,10 @@ def load_dataset(name: str, root: Path | None = None) -> DataSet:
     """
     if name not in DATASETS:
         raise ProblemError(unknown("data set", name, DATASETS))
-    return _load(name, root or data_root())
+    if root is None:
+        # What the package holds needs no folder, and so no home to find one in.
+        root = Path() if DATASETS[name].read is _read_embedded else data_root()
+    return _load(name, root)
 
 
 @functools.cache

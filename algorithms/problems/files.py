@@ -34,8 +34,17 @@ _IDX_TYPES: dict[int, np.dtype[Any]] = {0x08: np.dtype(np.uint8), 0x0C: np.dtype
 
 
 def data_root() -> Path:
-    """Return the folder that holds data sets: ``$FEDMQ_DATA``, or else ``~/.cache/fedmq``."""
-    return Path(os.environ.get("FEDMQ_DATA") or "~/.cache/fedmq").expanduser()
+    """Return the folder that holds data sets: ``$FEDMQ_DATA``, or else ``~/.cache/fedmq``.
+
+    Raises:
+        DataError: it is not set, and this user has no home.
+    """
+    try:
+        return Path(os.environ.get("FEDMQ_DATA") or "~/.cache/fedmq").expanduser()
+    except RuntimeError:
+        raise DataError(
+            "expected a folder for data sets in FEDMQ_DATA, or a home folder: this user has none"
+        ) from None
 
 
 def read_npz(file: Path | Traversable, *keys: str) -> tuple[Array, ...]:

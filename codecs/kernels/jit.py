@@ -6,7 +6,9 @@ bits on every processor, and so does its torch counterpart in `on_device`.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numba
@@ -24,11 +26,26 @@ def entry(function: Function) -> Function:
     Where neither can be written (a read-only install without a home), each process
     compiles for itself on the first call.
     """
+    if not _has_place():
+        alone: Function = _njit(**_OPTIONS)(function)
+        return alone
     try:
         compiled: Function = _njit(cache=True, **_OPTIONS)(function)
     except RuntimeError:  # numba found no place for its cache
         compiled = _njit(**_OPTIONS)(function)
     return compiled
+
+
+def _has_place() -> bool:
+    """Tell whether there may be a place for a cache.
+
+    Of a user without a home, numba would make a folder named ``~`` in the current one.
+    """
+    return (
+        "NUMBA_CACHE_DIR" in os.environ
+        or os.access(Path(__file__).parent, os.W_OK)
+        or os.path.expanduser("~") != "~"  # noqa: PTH111 - pathlib's raises where there is none
+    )
 
 
 def helper(function: Function) -> Function:

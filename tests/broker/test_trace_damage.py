@@ -36,6 +36,9 @@ from fedmq.nodes.simulation import RUN, Chances, Simulation
 from tests.broker.small_ledger import name_of, put
 from tests.sim.history import pieces_of, setup_of
 
+PREFIX = 20
+"""Bytes of a record before its head: with zeros behind them, they are no record."""
+
 Ops = st.lists(
     st.tuples(
         st.sampled_from(["flip"] * 6 + ["cut", "trim", "zero", "grow", "empty", "remove"]),
@@ -242,9 +245,10 @@ def messages_end(original, files):
         spared += sum(bound <= (len(after) if at is None else at)
                       for bound in original.bounds[name][1:])  # fmt: skip
         size = len(original.files[name])
-        if at is None or (later and at == size and not any(after[size:])):
+        tail = after[size:]
+        if at is None or (later and at == size and not any(tail[PREFIX:])):
             before = (name, size)
-            continue  # zeros behind a segment that is not the last cost nothing
+            continue  # a torn tail behind a segment that is not the last costs nothing
         clean = at == len(after) and at in original.bounds[name]
         return spared, (name, record_at(original, name, at)), later or not clean
     return spared, None, False

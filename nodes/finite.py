@@ -1,0 +1,76 @@
+"""Numbers in a configuration: each is finite, and is a number."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from fedmq.codecs.errors import SpecError
+from fedmq.codecs.spec import parse
+from fedmq.nodes.errors import ConfigError
+
+_SPECS = frozenset({"down", "up", "features", "logits", "partition", "staleness", "slowdown"})
+"""Keys whose text is a choice with numbers in it, such as ``dirichlet(0.5)``."""
+
+_NO_NUMBERS = frozenset({"inf", "-inf", "infinity", "nan", "true", "false"})
+
+
+def check_finite(given: Any, where: str = "") -> None:
+    """Refuse infinities and NaN, wherever they stand.
+
+    Args:
+        given: a configuration, or a part of one.
+        where: its key.
+
+    Raises:
+        ConfigError: the sentence names the key.
+    """
+    if isinstance(given, Mapping):
+        for key, value in given.items():
+            check_finite(value, f"{where}.{key}" if where else str(key))
+    elif isinstance(given, list | tuple):
+        for value in given:
+            check_finite(value, where)
+    elif isinstance(given, float) and not math.isfinite(given):
+        raise ConfigError(f"{where}: expected a finite number, got {given}")
+    elif isinstance(given, str) and where.rpartition(".")[2] in _SPECS:
+        _check_spec(given, where)
+
+
+def check_types(given: Mapping[str, Any], taken: Mapping[str, Any], where: str = "") -> None:
+    """Refuse what is no number where a number was taken for it: true, or a text.
+
+    Args:
+        given: what stood in a table.
+        taken: what was made of it.
+        where: the table's key.
+
+    Raises:
+        ConfigError: the sentence names the key.
+    """
+    for key, value in given.items():
+        name, made = f"{where}.{key}" if where else str(key), taken.get(key)
+        if isinstance(value, Mapping) and isinstance(made, Mapping):
+            check_types(value, made, name)
+        elif (
+            isinstance(value, bool | str)
+            and isinstance(made, int | float)
+            and not isinstance(made, bool)
+        ):
+            raise ConfigError(f"{name}: expected a number, got {_shown(value)}")
+
+
+def _check_spec(text: str, where: str) -> None:
+    try:
+        calls = parse(text)
+    except SpecError:
+        return  # whoever makes something of it has the sentence for that
+    for call in calls:
+        for value in (*call.args, *call.kwargs.values()):
+            if isinstance(value, bool) or str(value).lower() in _NO_NUMBERS:
+                raise ConfigError(f"{where}: expected finite numbers, got {text!r:.200}")
+
+
+def _shown(value: bool | str) -> str:  # noqa: FBT001 - either is what stood there
+    return repr(value)[:200] if isinstance(value, str) else str(value).lower()
