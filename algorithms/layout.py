@@ -15,6 +15,7 @@ from torch.nn.parameter import is_lazy
 from fedmq.algorithms.base import Payload
 from fedmq.algorithms.errors import Fault, ProblemError, ResultError
 from fedmq.algorithms.shared_memory import refuse_shared_memory, refuse_views
+from fedmq.algorithms.values import is_utf8
 from fedmq.codecs.base import brief
 from fedmq.codecs.flat import as_flat
 from fedmq.codecs.streamed import Streamed
@@ -116,6 +117,8 @@ class Layout:
         """
         parameters, buffers = list(module.named_parameters()), list(module.named_buffers())
         for name, tensor in parameters + buffers:
+            if not is_utf8(name):
+                raise ProblemError(f"expected names of tensors in UTF-8, got {name!a:.200}")
             if tensor.layout != torch.strided:
                 raise ProblemError(f"expected dense tensors, {name} is {tensor.layout}")
             if is_lazy(tensor):

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 
 import msgspec
 from torch import Tensor
 
 from fedmq.algorithms.base import Payload
-from fedmq.algorithms.values import ReturnedError, kind_of_value, plain_number
+from fedmq.algorithms.values import ReturnedError, is_utf8, kind_of_value, plain_number
 from fedmq.codecs.base import brief
 
 MAX_NUMBERS_BYTES = 16 * 1024
@@ -30,20 +31,12 @@ def payload_of(found: object, who: str) -> Payload:
     if not isinstance(found, Payload):
         raise ReturnedError(f"{who}: expected a Payload, got {kind_of_value(found)}")
     for group in ("weights", "exact", "features", "logits"):
-        tensors = _map(getattr(found, group), f"{group} as a map from names to tensors", who)
-        if type(tensors) is not dict:
-            continue  # read piece by piece: looking at a tensor would read all of them
-        for name, each in tensors.items():
-            if not isinstance(name, str):
-                text = f"expected the names of {group} as text"
-                raise ReturnedError(f"{who}: {text}, got {brief(name)}")
-            if not isinstance(each, Tensor):
-                text = f"expected a tensor for {name!r} of {group}"
-                raise ReturnedError(f"{who}: {text}, got {kind_of_value(each)}")
+        check_tensors(getattr(found, group), group, who)
     numbers = {}
     for name, value in _map(found.numbers, "numbers as a map from names to values", who).items():
-        if not isinstance(name, str):
-            raise ReturnedError(f"{who}: expected the names of numbers as text, got {brief(name)}")
+        if not isinstance(name, str) or not is_utf8(name):
+            text = "expected the names of numbers as text in UTF-8"
+            raise ReturnedError(f"{who}: {text}, got {brief(name)}")
         numbers[str(name)] = _plain(name, value, who)
     size = len(msgspec.msgpack.encode(numbers))
     if size > MAX_NUMBERS_BYTES:
@@ -52,6 +45,29 @@ def payload_of(found: object, who: str) -> Payload:
             f"got {size}: send many of them as a tensor among exact"
         )
     return Payload(found.weights, found.exact, numbers, found.features, found.logits)
+
+
+def check_tensors(found: object, what: str, who: str) -> None:
+    """Check that these are tensors by name, which may be sent and saved.
+
+    Args:
+        found: what an algorithm returned.
+        what: the noun for the error, such as ``weights``.
+        who: its method.
+
+    Raises:
+        ReturnedError: they are something else.
+    """
+    tensors = _map(found, f"{what} as a map from names to tensors", who)
+    if type(tensors) is not dict:
+        return  # read piece by piece: looking at a tensor would read all of them
+    for name, each in tensors.items():
+        if not isinstance(name, str) or not is_utf8(name):
+            text = f"expected the names of {what} as text in UTF-8"
+            raise ReturnedError(f"{who}: {text}, got {brief(name)}")
+        if not isinstance(each, Tensor):
+            text = f"expected a tensor for {name!r} of {what}"
+            raise ReturnedError(f"{who}: {text}, got {kind_of_value(each)}")
 
 
 def result_of(found: object, who: str) -> tuple[Payload, Payload | None]:
@@ -65,8 +81,11 @@ def result_of(found: object, who: str) -> tuple[Payload, Payload | None]:
             f"{who}: expected two values, the result and the client's new state (or None), "
             f"got {kind_of_value(found)}"
         )
-    result, local = found
-    return payload_of(result, who), None if local is None else payload_of(local, who)
+    result, local = payload_of(found[0], who), found[1]
+    n = result.numbers.get("n")
+    if isinstance(n, float) and n.is_integer():  # a sum of a mask, for example
+        result = dataclasses.replace(result, numbers={**result.numbers, "n": int(n)})
+    return result, None if local is None else payload_of(local, who)
 
 
 def _map(value: object, expected: str, who: str) -> Mapping[object, object]:
@@ -76,7 +95,7 @@ def _map(value: object, expected: str, who: str) -> Mapping[object, object]:
 
 
 def _plain(name: str, value: object, who: str) -> int | float | str:
-    if isinstance(value, str):
+    if isinstance(value, str) and is_utf8(value):
         return str(value)
     if isinstance(value, bool):
         return value

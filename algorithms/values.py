@@ -53,6 +53,15 @@ def plain_number(value: object) -> int | float | None:
         return None  # without values (torch's "meta"), or larger than a float
 
 
+def is_utf8(text: str) -> bool:
+    """Tell whether a text can be written: one with half of a surrogate pair cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def kind_of_value(value: object) -> str:
     """Return what a value is, in a few words, and never its elements: they may be private data."""
     if value is None or isinstance(value, bool | int | float):
@@ -83,13 +92,15 @@ def metrics_of(found: object, who: str) -> dict[str, float]:
     for name, value in found.items():
         if not isinstance(name, str):
             raise ReturnedError(f"{who}: expected the name of a metric as text, got {brief(name)}")
+        if not is_utf8(name):
+            raise ReturnedError(f"{who}: expected the name of a metric in UTF-8, got {name!a:.100}")
         if not 1 <= len(name) <= _MAX_NAME:
             raise ReturnedError(
                 f"{who}: expected 1 to {_MAX_NAME} characters in the name of a metric, "
                 f"got {len(name)}"
             )
         metrics[str(name)] = _as_float(plain_number(value), name, value, who)
-    size = sum(len(name.encode(errors="replace")) + _NUMBER_BYTES for name in metrics)
+    size = sum(len(name.encode()) + _NUMBER_BYTES for name in metrics)
     if size > MAX_METRICS_BYTES:
         raise ReturnedError(
             f"{who}: expected at most {MAX_METRICS_BYTES} bytes of metrics with their names, "

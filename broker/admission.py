@@ -90,8 +90,8 @@ def why_not(run: Run, hello: Hello, known: Node | None) -> tuple[str, str] | Non
     """Return (code, reason) if the node cannot be admitted."""
     if hello.role not in ROLES:
         return "role", f"unknown role {hello.role!r}; choose from {', '.join(ROLES)}"
-    if len(hello.config.encode()) > MAX_MESSAGE_BYTES // 2:
-        return "config", f"expected a configuration of at most {MAX_MESSAGE_BYTES // 2} bytes"
+    if (size := len(hello.config.encode())) > (most := MAX_MESSAGE_BYTES // 2):
+        return "config", f"expected a configuration of at most {most} bytes, got {size}"
     if hello.node in (BROKER, RECORD):
         return "name", f"a node may not be named {hello.node!r}"
     if known is not None and known.alive and known.hello.session != hello.session:

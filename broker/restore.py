@@ -162,7 +162,7 @@ class Restorer:
         """Write down that a run is taken up again; none that the ledger does not hold is.
 
         Raises:
-            LedgerError: it is to go further than its end, and its last state was not kept.
+            LedgerError: the ledger does not hold what its last checkpoint names.
         """
         if continuation.run not in self.box.runs:
             return
@@ -181,19 +181,19 @@ class Restorer:
         )
         entry = Accepted(seq=ledger.next_seq, at=now, message=encode_message(message))
         self.feed(entry)
-        if continuation.further:
-            self._check_last(self.box.runs[continuation.run], ledger)
+        self._check_last(self.box.runs[continuation.run], ledger)
         ledger.append(entry)
 
     def _check_last(self, run: Run, ledger: Ledger) -> None:
-        """Raise LedgerError if the checkpoint of a run that goes further cannot be read."""
+        """Raise LedgerError if the checkpoint that a run is to go on from cannot be read."""
         last = None if run.checkpoint is None else self._pending.get(run.checkpoint)
-        if last is None or any(
+        if last is not None and any(
             ledger.size_of(blob_name(last, blob)) is None for blob in last.blobs
         ):
             raise LedgerError(
-                f"run {run.id} cannot go further: the ledger does not hold its last checkpoint "
-                "any more (broker.retain says what is kept)"
+                f"run {run.id} cannot go on: the ledger has no longer the bytes of its last "
+                f"checkpoint, entry {run.checkpoint}: a failure of power took them (see "
+                "broker.durability), or they were not kept (see broker.retain)"
             )
 
     def _finished(self, seqs: Iterable[int]) -> None:

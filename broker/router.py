@@ -274,10 +274,7 @@ class BrokerServer:
                 frame = shared_files.point(send, self._ledger, self._shared)
             except (OSError, RuntimeError, ValueError, LedgerError) as error:
                 self._shared = ""
-                self._log.warning(
-                    "the ledger's files are not shared any more, blobs are sent",
-                    reason=f"{type(error).__name__}: {error}",
-                )
+                self._log.warning("files are not shared, blobs are sent", reason=repr(error))
         if isinstance(frame, Chunk) and self._outboxes[send.peer].large >= _CHUNKS_WAITING:
             return  # more than an honest node asks for at a time; lost ones it asks for again
         try:

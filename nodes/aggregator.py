@@ -114,8 +114,7 @@ class Aggregator(AggregatorState):
                 case "refused":
                     self._refused(message)
                 case kind:
-                    text = f"an aggregator takes no {kind!r} messages"
-                    why = Rejection(Code.UNKNOWN_KIND, text)
+                    why = Rejection(Code.UNKNOWN_KIND, f"an aggregator takes no {kind!r} messages")
             self._advance(out)
         return [Done.of(event.seq, why), *out]
 
@@ -159,7 +158,6 @@ class Aggregator(AggregatorState):
         if self._ended:  # what was under way then, nobody has any more
             self._ended, self._committing = False, None
             self._tasks.resume({})
-            self._tasks.begin_version()
             self._evaluations = Evaluations()
             self._intake.begin_version(self.state)
 
@@ -309,6 +307,7 @@ class Aggregator(AggregatorState):
         self._position, self.version = fold.position, fold.version
         self._letters.next_id, self._intake.counts = fold.next_id, fold.counts
         self._members.resume(fold.hosts, fold.evaluators)
+        self._members.expects_evaluator = fold.expects_evaluator is True
         self._tasks.resume(fold.flights)
         self._evaluations = Evaluations(set(fold.evaluating), fold.examinations, fold.scores)
         self._waiting = Waiting(missing=set(fold.waiting), untold=tuple(fold.waiting))
@@ -320,10 +319,9 @@ class Aggregator(AggregatorState):
         if self._ended:
             self._tell_end(out)
             return
-        if fold.version == 0 and not self._running:
-            return  # from the run's record: whoever is here will be told of again
-        self._go_on(out)
-        self._advance(out)
+        if fold.version or self._running:  # else whoever is here will be told of again
+            self._go_on(out)
+            self._advance(out)
 
     def _begin_version(self, out: list[AggregatorAction]) -> None:
         every = self._settings.evaluate_every

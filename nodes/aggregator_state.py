@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from msgspec import UNSET
 from torch import Tensor
 
 from fedmq.nodes.checkpoint import Fold
@@ -129,5 +130,6 @@ class AggregatorState:
             failures=self._progress.failures,
             failed=self._failed,
             goal=self._goal,
+            expects_evaluator=self._members.expects_evaluator or UNSET,
             rules=self._progress.rules,
         )

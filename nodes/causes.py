@@ -35,8 +35,12 @@ _STDLIB = sysconfig.get_path("stdlib")
 
 
 def shorten(text: str, longest: int = MAX_TEXT) -> str:
-    """Return a text as one line of bounded length, without the values of tensors and lists."""
-    line = " ".join(without_values(text[:_MAX_READ]).split())
+    """Return a text as one line of bounded length, without the values of tensors and lists.
+
+    It can be sent: a file's name in an error need not be UTF-8.
+    """
+    known = text[:_MAX_READ].encode(errors="backslashreplace").decode()
+    line = " ".join(without_values(known).split())
     return line if len(line) <= longest else line[: longest - 3] + "..."
 
 

@@ -57,6 +57,7 @@ class Fold(Struct):
     failures: that were not followed by a used result; see `fedmq.nodes.progress`.
     failed: the run ends without reaching its end. rules: by which failures are counted.
     goal: what the run was to reach; not in the checkpoints of 0.1.0.
+    expects_evaluator: whether the run was taken up again, and had an evaluator before.
     """
 
     position: int
@@ -80,6 +81,7 @@ class Fold(Struct):
     failed: bool = False
     rules: int = 0
     goal: Goal | UnsetType = UNSET
+    expects_evaluator: bool | UnsetType = UNSET
 
 
 def pack_checkpoint(algorithm: Algorithm, state: Any, fold: Fold) -> Packed:

@@ -111,15 +111,19 @@ def cluster(
     from fedmq.nodes.continuing import about, asking, continuation, show_ended
 
     settings = (*settings, *([f"worker.count={workers}"] if workers else []))
+    streams.go_on_without_output()
     console = Console()
     with exit_2_on_error(), asking(config, settings, folder, now) as asked:
         find_own_code(asked.config.allowed)
+        # What --set has changed is in the folder's own configuration.
+        again = go_on_command(asked.folder, None if settings else config)
         going_on = None
         if asked.recorded is not None:
             going_on = continuation(asked)
             if going_on is None:
                 show_ended(asked, console)
                 sys.exit(0)
+            this_process.hint = f"go on with: {again}"
             console.print(about(asked, going_on), highlight=False, soft_wrap=True, markup=False)
         with preloading():
             from fedmq.nodes.attainable import check_attainable
@@ -133,8 +137,6 @@ def cluster(
                 check_attainable(setup, worker_names(setup.config, clients))
                 setup.problem.test()
                 setup.problem.client(0)
-        # What --set has changed is in the folder's own configuration.
-        again = go_on_command(asked.folder, None if settings else config)
         one = Cluster(setup.config, clients, asked.folder, asked.begun, console, going_on, again)
         code = one.run()
     sys.exit(code)
@@ -180,7 +182,7 @@ def broker(
     from fedmq.broker.router import BrokerServer
     from fedmq.nodes.config import build
     from fedmq.nodes.run_folder import LEDGER, begun_at, recorded_runs, state_of
-    from fedmq.nodes.summary_file import SUMMARY_FILE, write_summary
+    from fedmq.nodes.summary_file import SUMMARY_FILE, remove_summary, write_summary
 
     streams.go_on_without_output()
     logs.configure(None, node="broker")
@@ -199,8 +201,7 @@ def broker(
         where = f"listening on {server.endpoint}, ledger in {folder / LEDGER}"
         click.echo(f"{where}: {found}", err=True)
         if once:
-            # What is here is of a run before this one, or is written again at the end.
-            (folder / SUMMARY_FILE).unlink(missing_ok=True)
+            remove_summary(folder)
         with this_process.noting(server.stop):
             server.serve(until_idle=once)
             if once:

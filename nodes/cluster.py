@@ -38,7 +38,7 @@ from fedmq.nodes.run_folder import write_config
 from fedmq.nodes.signals import ENOUGH, INTERRUPTED, Stopped, blocked, this_process
 from fedmq.nodes.speaker import Speaker
 from fedmq.nodes.summary import RunFold
-from fedmq.nodes.summary_file import SUMMARY_FILE, save_summary
+from fedmq.nodes.summary_file import remove_summary, save_summary
 from fedmq.nodes.trace.text import plain
 from fedmq.nodes.view import View, closing_table
 
@@ -148,13 +148,12 @@ class Cluster:
         """
         text = self._config.to_toml()
         begun = time.time() if self._started_at is None else self._started_at
-        write_config(self._folder, self._config, begun)
-        # It tells of the run as it was before, or is written again at the end.
-        (self._folder / SUMMARY_FILE).unlink(missing_ok=True)
         code = 1
         # From here on nothing is cut in two by a signal: what has been started is ended.
-        with this_process.noting():
+        with this_process.taken(), this_process.noting():
             try:
+                write_config(self._folder, self._config, begun)
+                remove_summary(self._folder)
                 endpoint = self._start_broker(text)
                 self._start_nodes(endpoint, text)
                 code = self._watch()
@@ -314,6 +313,8 @@ class Cluster:
                 if this_process.count >= ENOUGH or time.monotonic() > deadline:
                     break
                 wait([each.process.sentinel for each in living], _REFRESH_S)
+            if living:
+                self._say(f"killing {', '.join(each.name for each in living)}")
             for child in living:
                 child.process.kill()
             for child in living:

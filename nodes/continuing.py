@@ -138,8 +138,11 @@ def continuation(asked: Asked) -> Continuation | None:
 
     Raises:
         ConfigError: others differ; or what is asked for is behind the run already.
+        NodeError: the run was begun by a release that computes otherwise.
     """
-    from fedmq.nodes.setup import completed  # brings torch, which a new run imports meanwhile
+    # These bring torch, which a new run imports meanwhile.
+    from fedmq.nodes.computed import Computed
+    from fedmq.nodes.setup import completed
 
     contents, run = asked.contents, asked.recorded
     if contents is None or run is None or contents.fold is None:
@@ -166,6 +169,9 @@ def continuation(asked: Asked) -> Continuation | None:
             )
         if met or goal.after(run.version):
             return None
+    if run.arithmetic is not None:
+        Computed().check(run.arithmetic, run.id)
+    _check_code(asked)
     # An end that is not what was to be reached is none that holds when the run is asked for again.
     further = changed_goal or run.ended is not None
     return Continuation(run.id, now.to_toml(), further=further)
@@ -198,6 +204,17 @@ def show_ended(asked: Asked, console: Console) -> None:
         soft_wrap=True,
         markup=False,
     )
+
+
+def _check_code(asked: Asked) -> None:
+    """Raise ConfigError if a run's code is named by its ledger alone: that allows nothing."""
+    named = [str(table.get("name")) for table in (asked.config.problem, asked.config.algorithm)]
+    own = [name for name in named if ":" in name]
+    if own and not asked.config.allowed.names:
+        raise ConfigError(
+            f"{asked.folder} has no config.toml that can be read, and its run needs the code of "
+            f"{' and '.join(own)}: give the configuration, fedmq cluster FILE --run {asked.folder}"
+        )
 
 
 def _check_same(asked: Asked, found: Differences) -> None:

@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from fedmq.algorithms.base import Algorithm, Result
 from fedmq.algorithms.errors import ResultError
+from fedmq.algorithms.returned import check_tensors
 from fedmq.algorithms.rng import derive_rng
 from fedmq.algorithms.values import ReturnedError, kind_of_value, plain_number
 from fedmq.broker.errors import WireError
@@ -29,8 +30,9 @@ def room_for(algorithm: Algorithm, state: Any) -> int:
     """Return what a result may take in memory while it is decoded, in bytes.
 
     Raises:
-        ReturnedError: the algorithm does not say how large one is.
+        ReturnedError: the algorithm does not say how large one is, or has no tensors by name.
     """
+    check_tensors(algorithm.tensors(state), "the model", f"{type(algorithm).__name__}.tensors")
     found = algorithm.result_bytes(state)
     number = plain_number(found)
     if number is None or not 0 <= number < math.inf:

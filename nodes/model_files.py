@@ -145,17 +145,16 @@ def _as_held(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str
         return name
 
     for name, tensor in tensors.items():
-        plain = name.encode(errors="backslashreplace").decode()
         if tensor.is_complex() and not _can_hold(tensor.dtype):
             # float64 holds every part exactly.
             both = torch.view_as_real(tensor.detach().cpu().resolve_conj()).double()
             parts = {
-                part: hold(free(f"{plain}.{part}"), both[..., index])
+                part: hold(free(f"{name}.{part}"), both[..., index])
                 for index, part in enumerate(("real", "imag"))
             }
             pairs[name] = {"dtype": str(tensor.dtype).removeprefix("torch."), **parts}
-        elif name == _RESERVED or plain != name:
-            renamed[hold(free(f"{plain}."), tensor)] = name
+        elif name == _RESERVED:
+            renamed[hold(free(f"{name}."), tensor)] = name
         else:
             hold(name, tensor)
     notes = {"complex": pairs, "renamed": renamed}
@@ -195,8 +194,7 @@ def _write_arrays(path: Path, tensors: Mapping[str, Tensor]) -> None:
             each = tensor.detach().cpu()
             # numpy has no bfloat16; each of its values is one of float32.
             array = (each.float() if each.dtype == torch.bfloat16 else each).numpy()
-            entry = f"{name.encode(errors='backslashreplace').decode()}.npy"
-            with archive.open(entry, "w", force_zip64=True) as file:
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
                 np.lib.format.write_array(file, np.asanyarray(array), allow_pickle=False)
 
 
@@ -204,7 +202,10 @@ def _replace(path: Path, write: Callable[[Path], None]) -> None:
     """Write a file under another name, then put it in its place."""
     part = path.with_name(f"{path.name}.part")
     try:
+        part.touch()
+        mode = part.stat().st_mode
         write(part)
+        part.chmod(mode)  # safetensors lets nobody else read; the run's other files decide
         with part.open("rb+") as file:
             os.fsync(file.fileno())
         part.replace(path)

@@ -35,8 +35,8 @@ _GROUPS = ("weights", "exact", "features", "logits")
 _OWN = "fedmq."
 """Codecs from here write plain values only."""
 _MANY_RUNS = MAX_BUFFERS // 2
-_MOST_RUNS = MAX_BUFFERS - 8
-"""Of weights and exact tensors; a message has a few more blobs: tables, features, a fold."""
+_MOST_RUNS = MAX_BUFFERS - 16
+"""Of weights and exact tensors; a message has some more blobs: tables, features, a fold."""
 STREAMED_BYTES = 64 << 20
 """Raw weights of this size are added up as they come, and never held as a whole."""
 

@@ -42,12 +42,14 @@ class Recorded:
     config: the newest one, as TOML.
     version: the newest one.
     ended: why it did, or None.
+    arithmetic: see `fedmq.nodes.computed`; None as long as its aggregator has not begun.
     """
 
     id: str
     config: str
     version: int = 0
     ended: str | None = None
+    arithmetic: int | None = None
 
 
 class Runs:
@@ -79,6 +81,8 @@ class Runs:
                     return
                 if message.kind == "version":
                     run.version = message.body.get("version", run.version)
+                elif message.kind == "run":
+                    run.arithmetic = message.body.get("arithmetic", 1)
                 elif message.kind == CONTINUED and message.sender == BROKER:
                     run.config, run.ended = message.body["config"], None
 

@@ -51,12 +51,14 @@ class StopSignals:
     Attributes:
         count: how many have come.
         name: of the first; empty before it.
+        hint: a line for the user, to go with the sentence that says so.
         announced: whether the user has been told that the process was stopped, and by what.
     """
 
     def __init__(self) -> None:
         self.count = 0
         self.name = ""
+        self.hint = ""
         self.announced = False
         self._note: Callable[[], None] | None = None
         self._lost = False
@@ -165,7 +167,9 @@ class StopSignals:
         """Tell the user once that a signal has stopped this process."""
         if not self.announced:
             self.announced = True
-            streams.write_in_time(2, f"fedmq: stopped by {self.name}\n".encode())
+            lines = [f"fedmq: stopped by {self.name}", *([self.hint] if self.hint else [])]
+            text = "".join(f"{each}\n" for each in lines)
+            streams.write_in_time(2, text.encode(errors="backslashreplace"))
 
     def _handle(self, number: int, _frame: FrameType | None) -> None:
         if self._lost:
@@ -200,7 +204,7 @@ class StopSignals:
         if self._watchdog is not None:
             self._watchdog.close()
             self._watchdog = None
-        self.count, self.name, self.announced, self._note = 0, "", False, None
+        self.count, self.name, self.hint, self.announced, self._note = 0, "", "", False, None
 
     def _in_fork(self) -> None:
         """In a process that user code has forked, signals do what they do by default."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fedmq.broker.entries import Accepted, AnyEntry, Ended, Opened
-from fedmq.broker.state import AGGREGATOR, BROKER, CONTINUED, EVALUATOR
+from fedmq.broker.state import AGGREGATOR, BROKER, CONTINUED, EVALUATOR, WORKER
 from fedmq.broker.wire import Message
 from fedmq.nodes.agreement import disagree
 from fedmq.nodes.config import parse
@@ -236,7 +236,7 @@ class RunFold:
     def _from_worker(self, message: Message, at: float, size: int) -> None:
         if message.kind not in ("result", "failed", "score"):
             return
-        node = self.nodes[message.sender]
+        node = self.nodes.setdefault(message.sender, NodeState(WORKER))
         if message.sender not in self.disagreeing and disagree(
             self.version_0, message.body.get("version_0")
         ):

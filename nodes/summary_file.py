@@ -30,6 +30,19 @@ def write_summary(folder: Path, started_at: float | None = None) -> dict[str, An
     return summary
 
 
+def remove_summary(folder: Path) -> None:
+    """Remove a summary: it tells of the run as it was before, or is written again at the end.
+
+    Raises:
+        NodeError: it cannot be removed.
+    """
+    path = folder / SUMMARY_FILE
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        raise NodeError(f"cannot remove {path}: {reason_of(error)}") from None
+
+
 def save_summary(folder: Path, summary: Mapping[str, Any]) -> None:
     """Write a summary; the file is whole, or the one before it.
 

@@ -56,6 +56,7 @@ class Tasks:
         """Take over what a checkpoint tells."""
         self.flights = flights
         self._changes = -1
+        self.begin_version()
 
     def begin_version(self) -> None:
         """Make tasks anew from now on."""

@@ -318,7 +318,9 @@ class Worker:
         weights = dict(payload.weights)
         if self._before is not None and self._before.memory is not None:
             for name, left in self._before.memory.weights.items():
-                if name in weights:  # in 0.1.0 what is not trained was among them
+                # In 0.1.0 what is not trained was among them; and another release of a user's own
+                # algorithm may send other tensors.
+                if name in weights and weights[name].shape == left.shape:
                     weights[name] = weights[name] + left
         packed = pack(dataclasses.replace(payload, weights=weights), codecs, seed)
         sent = decode(codec.encode(weights, seed))

@@ -1,8 +1,10 @@
 """A run that is taken up again: it waits for its nodes, and may go further than its end."""
 
+import msgspec
 import pytest
 
 from fedmq.nodes.aggregator import Aggregator
+from fedmq.nodes.checkpoint import Fold
 from fedmq.nodes.digests import model_digest
 from fedmq.nodes.inbox import Finish, Inbound, Post, Start
 from tests.algorithms.fleet import Fleet, make_setup
@@ -174,3 +176,26 @@ def test_a_last_evaluation_is_waited_for_across_the_pause():
     assert fleet.finished is None
     fleet.hear(fleet.score(*evaluation))
     assert fleet.finished == "1 versions committed"
+
+
+def test_a_checkpoint_that_is_left_while_it_waits_tells_what_it_waits_for():
+    """The last version was being made beside the inbox when the run was stopped."""
+    schedule = {"name": "rounds", "fraction": 0.5}
+    beside = {"name": "tests.algorithms.tiny:Beside"}
+    setup = make_setup(schedule, clients=2, algorithm=beside, versions=1, checkpoint_s=0.0)
+    fleet = Fleet(setup, join=False)
+    fleet.join_evaluator()
+    come_back(fleet)
+    fleet.hear(*fleet.work(*fleet.tasks.pop(0)))
+    [commit] = fleet.commits
+    go_on(fleet)
+    fleet.say("tick", {"token": commit.token})
+    fold = msgspec.msgpack.decode(fleet.checkpoint.read(-1), type=Fold)
+    assert (fold.version, fold.running, fold.expects_evaluator) == (1, False, True)
+    core = Aggregator(setup, "run", "aggregator")
+    core.handle(Start(fleet.checkpoint))
+    before = len(fleet.inbox)
+    come_back(fleet)
+    assert fleet.finished is None
+    for inbound in fleet.inbox[before:]:
+        assert not [each for each in core.handle(inbound) if isinstance(each, Finish)]

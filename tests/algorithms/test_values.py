@@ -87,7 +87,9 @@ NO_NUMBERS = [
 ]
 
 
-@pytest.mark.parametrize(("value", "said"), NO_NUMBERS, ids=lambda each: repr(each)[:30])
+@pytest.mark.parametrize(
+    ("value", "said"), NO_NUMBERS, ids=lambda each: repr(each)[:30].partition(" at 0x")[0]
+)
 def test_what_is_no_number_is_named_with_the_method(value, said):
     with pytest.raises(ReturnedError) as caught:
         metrics_of({"loss": 0.5, "mae": value}, WHO)
@@ -109,6 +111,7 @@ def test_the_elements_of_a_tensor_are_not_said():
         ([("loss", 1.0)], "got a value of type 'list'"),
         ({1: 0.5}, "expected the name of a metric as text, got 1"),
         ({None: 0.5}, "expected the name of a metric as text, got None"),
+        ({"lone \udc80": 0.5}, "expected the name of a metric in UTF-8, got 'lone \\udc80'"),
         ({"": 0.5}, "expected 1 to 200 characters in the name of a metric, got 0"),
         ({"m" * 201: 0.5}, "expected 1 to 200 characters in the name of a metric, got 201"),
         ({f"metric {n}": 0.5 for n in range(5000)}, f"expected at most {MAX_METRICS_BYTES} bytes"),
@@ -145,11 +148,13 @@ def test_numbers_of_a_payload_become_pythons_own():
         (Payload([torch.zeros(2)]), "expected weights as a map from names to tensors"),
         (Payload({"w": np.zeros(2)}), "expected a tensor for 'w' of weights, got a ndarray"),
         (Payload(exact={"w": 3}), "expected a tensor for 'w' of exact, got 3"),
-        (Payload({0: torch.zeros(2)}), "expected the names of weights as text, got 0"),
+        (Payload({0: torch.zeros(2)}), "expected the names of weights as text in UTF-8, got 0"),
+        (Payload({"\udc80": torch.zeros(2)}), "expected the names of weights as text in UTF-8"),
+        (Payload(numbers={"n": "\udc80"}), "expected a number or text for 'n', got a value"),
         (Payload(numbers={"n": None}), "expected a number or text for 'n', got None"),
         (Payload(numbers={"n": [1, 2]}), "expected a number or text for 'n', got a value"),
         (Payload(numbers={"n": 1 << 64}), "expected a number or text for 'n', got 18446744"),
-        (Payload(numbers={1: 2}), "expected the names of numbers as text, got 1"),
+        (Payload(numbers={1: 2}), "expected the names of numbers as text in UTF-8, got 1"),
         (Payload(numbers=3), "expected numbers as a map from names to values, got 3"),
         (
             Payload(numbers={f"number {n}": n for n in range(5000)}),
@@ -168,6 +173,9 @@ def test_train_returns_two_values():
     result = Payload({"w": torch.zeros(2)}, numbers={"n": np.int32(1)})
     assert result_of((result, None), "Mine.train")[1] is None
     assert result_of([result, result], "Mine.train")[1].numbers == {"n": 1}
+    masked = Payload({"w": torch.zeros(2)}, numbers={"n": torch.ones(3).sum(), "loss": 2.0})
+    n, loss = result_of((masked, None), "Mine.train")[0].numbers.values()
+    assert (n, type(n), type(loss)) == (3, int, float)
     for found in (result, None, (result,), (result, None, None)):
         with pytest.raises(ReturnedError, match=r"Mine\.train: expected two values"):
             result_of(found, "Mine.train")

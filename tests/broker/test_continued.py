@@ -165,14 +165,16 @@ def test_without_more_to_do_a_run_that_has_ended_stays_so(net):
     assert {each.ended for each in net.members.values()} == {node.Ended("enough", over=True)}
 
 
-def test_a_run_whose_last_state_was_not_kept_goes_no_further(net):
+def test_a_run_whose_last_checkpoint_was_not_kept_is_refused(net):
     end(net)
     net.kill_broker()
     for number in segment_numbers(net.folder, PAYLOAD):
         segment_path(net.folder, PAYLOAD, number).unlink()
     before = list(read_entries(net.folder))
     going_on = Continuation("r", "more", further=True)
-    with pytest.raises(LedgerError, match="run r cannot go further"):
+    with pytest.raises(
+        LedgerError, match=r"run r cannot go on: .* entry [0-9]+: a failure of power"
+    ):
         open_broker(net.folder, SETTINGS, net.now, continuation=going_on)
     assert list(read_entries(net.folder)) == before
     open_broker(net.folder, SETTINGS, net.now)[0].close()

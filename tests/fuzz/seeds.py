@@ -41,7 +41,7 @@ from fedmq.broker.wire import (
 from fedmq.codecs.base import Encoded
 from fedmq.codecs.registry import codecs, make_codec
 from fedmq.nodes.config import load
-from fedmq.nodes.payload import Codecs, pack
+from fedmq.nodes.payload import Codecs, Packed, pack
 from tests.fuzz.decoders import MODEL, READERS, join
 
 SPECS = {"cast": ("cast(float16)", "cast(bfloat16)")}
@@ -190,7 +190,17 @@ def _payloads(names: Iterable[str]) -> list[bytes]:
             packed = pack(_payload(name), Codecs(make_codec(spec)), 0)
             body = encode_message(message(body=dict(packed.body), blobs=packed.blobs))
             seeds.append(join(body, *(bytes(each) for each in packed.data)))
+            seeds.append(_with_table(packed))
     return seeds
+
+
+def _with_table(packed: Packed) -> bytes:
+    """Return a payload whose first group says what is in it in a blob, as large models do."""
+    group, *others = packed.body["groups"]
+    table = msgspec.msgpack.encode(group["meta"])
+    body = {**packed.body, "groups": [{**group, "meta": {}, "table": True}, *others]}
+    whole = encode_message(message(body=body, blobs=(Blob.of(table), *packed.blobs)))
+    return join(whole, table, *(bytes(each) for each in packed.data))
 
 
 def _configs() -> list[bytes]:

@@ -2,6 +2,7 @@
 
 import contextlib
 import random
+import re
 from dataclasses import dataclass
 
 import msgspec
@@ -15,6 +16,7 @@ from fedmq.algorithms.fedavg import FedAvg
 from fedmq.algorithms.problems.base import Examples
 from fedmq.algorithms.rng import seeded
 from fedmq.algorithms.values import ReturnedError
+from fedmq.broker.headers import decode_message, encode_message
 from fedmq.broker.trace import Trace
 from fedmq.broker.wire import Message
 from fedmq.nodes.carry_out import carry_out
@@ -27,7 +29,7 @@ from fedmq.nodes.replay.workers import Retraining
 from fedmq.nodes.simulation import Chances, Simulation
 from fedmq.nodes.worker import Evaluate, Train, Trained, Worker
 from fedmq.nodes.worker_program import _work
-from tests.algorithms.fleet import make_setup
+from tests.algorithms.fleet import Fleet, make_setup
 from tests.algorithms.tiny import Tiny
 
 STREAM = {"name": "stream", "concurrency": 2}
@@ -250,3 +252,69 @@ def test_metrics_that_are_none_end_a_node_at_its_first_evaluation_and_later_fail
     (post,) = evaluated()
     assert post.message.kind == "failed"
     assert "Measured.metrics: expected a number for 'mae', got None" in post.message.body["reason"]
+
+
+def test_an_error_that_utf_8_cannot_write_fails_its_task_alone(setup):
+    class Unreadable(Tiny):
+        def client(self, index):
+            raise OSError("no such file: photo\udc80.png")
+
+    changed = returning(setup, FedAvg(epochs=1), Unreadable())
+    core = Worker(changed, "r", "w0", [(0, 0)])
+    task = actions_of(changed)["train"].task
+    packed = pack(task.payload, RAW, 0)
+    about = {"kind": "task", "id": "a/1", "run": "r", "sender": "a", "to": "client/0"}
+    body = {**packed.body, "client": 0, "model_version": 0}
+    message = Message(**about, body=body, blobs=packed.blobs)
+    (train,) = core.handle(Inbound(0, 0.0, message, packed.data.__getitem__))
+    (post,) = _work(Link(), changed, core, Locals(), "cpu", train)
+    assert decode_message(encode_message(post.message)).body["reason"] == (
+        "OSError: no such file: photo\\udc80.png"
+    )
+
+
+@dataclass(frozen=True)
+class Odd(FedAvg):
+    """One of its server's methods returns something else."""
+
+    method: str = ""
+
+    def task(self, state, client):
+        return None if self.method == "task" else super().task(state, client)
+
+    def examined(self, state, client=0):
+        return None if self.method == "examined" else super().task(state, client)
+
+    def save(self, state):
+        return Payload({"w": 3}) if self.method == "save" else super().save(state)
+
+    def result_bytes(self, state):
+        return "many" if self.method == "result_bytes" else np.int64(super().result_bytes(state))
+
+    def tensors(self, state):
+        return {"w": [1.0]} if self.method == "tensors" else super().tensors(state)
+
+
+@pytest.mark.parametrize(
+    ("method", "said"),
+    [
+        ("task", "Odd.task: expected a Payload, got None"),
+        ("examined", "Odd.examined: expected a Payload, got None"),
+        ("save", "Odd.save: expected a tensor for 'w' of weights, got 3"),
+        ("result_bytes", "Odd.result_bytes: expected a number of bytes, got a value of type 'str'"),
+        (
+            "tensors",
+            "Odd.tensors: expected a tensor for 'w' of the model, got a value of type 'list'",
+        ),
+    ],
+)
+def test_what_a_servers_half_returns_is_named_with_the_method(setup, method, said):
+    def run(algorithm):
+        fleet = Fleet(type(setup)(**{**vars(setup), "problem": Tiny(), "algorithm": algorithm}))
+        fleet.join_evaluator()
+        fleet.run()
+        return fleet.core.version
+
+    assert run(Odd(epochs=1))
+    with pytest.raises(ReturnedError, match=re.escape(said)):
+        run(Odd(epochs=1, method=method))

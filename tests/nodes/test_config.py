@@ -1,12 +1,17 @@
 """Configuration: defaults, settings, and one clear sentence for what is wrong."""
 
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
-from fedmq.nodes.config import load, parse
+from fedmq.algorithms.fedavg import FedAvg
+from fedmq.nodes.config import build, load, parse
 from fedmq.nodes.errors import ConfigError
 from fedmq.nodes.setup import set_up, slowdown
+from tests.own_code import OWN_CODE
 
 
 def complaint(*settings: str) -> str:
@@ -104,9 +109,33 @@ def test_single_workers_may_straggle_differently() -> None:
 
 
 def test_a_slowdown_is_never_a_speed_up() -> None:
-    import numpy as np
-
     rng = np.random.default_rng(0)
     for spec in ("uniform(0, 3)", "halfnormal(1)", "pareto(1.5)", "exponential(2)"):
         assert min(slowdown(spec)(rng) for _ in range(1000)) >= 1
     assert slowdown(4.0)(rng) == 4
+
+
+@dataclass(frozen=True)
+class FromNumpy(FedAvg):
+    """Hyper-parameters as a user works them out."""
+
+    lr: float = np.float64(0.25)
+    sizes: tuple[int, ...] = (np.int64(3), np.int64(4))
+
+
+@dataclass(frozen=True)
+class Unwritable(FedAvg):
+    place: Any = Path("data")
+
+
+def test_hyper_parameters_of_numpy_are_numbers() -> None:
+    config = build({"algorithm": {"name": f"{__name__}:FromNumpy"}})
+    complete = set_up(config, OWN_CODE).config
+    assert type(complete.algorithm["lr"]) is float
+    assert parse(complete.to_toml()).algorithm["sizes"] == [3, 4]
+
+
+def test_hyper_parameters_that_toml_cannot_hold_are_one_sentence() -> None:
+    config = build({"algorithm": {"name": f"{__name__}:Unwritable"}})
+    with pytest.raises(ConfigError, match=r"the configuration cannot be written as TOML: .*Path"):
+        set_up(config, OWN_CODE)

@@ -4,6 +4,7 @@ import fcntl
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -12,17 +13,22 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
+from fedmq.algorithms.arithmetic import ARITHMETIC
 from fedmq.broker.entries import MESSAGES, Accepted, Ended, Opened, segment_path
 from fedmq.broker.headers import encode_message
 from fedmq.broker.ledger import Ledger
+from fedmq.broker.reading import read_entries
+from fedmq.broker.trace import Trace
 from fedmq.broker.wire import Message
 from fedmq.nodes.cli import main
 from fedmq.nodes.cluster import worker_names
 from fedmq.nodes.config import Config, build, load
 from fedmq.nodes.continuing import MAY_DIFFER, asking, continuation, differences
-from fedmq.nodes.errors import ConfigError
+from fedmq.nodes.errors import ConfigError, NodeError
 from fedmq.nodes.run_folder import recorded_runs, state_of, write_config
 from fedmq.nodes.setup import completed, set_up
+from fedmq.nodes.summary import RunFold
+from fedmq.nodes.trace.stats import Stats
 
 GIVEN = {
     "run": {"id": "r", "versions": 10},
@@ -42,17 +48,21 @@ class Story:
 
     def __init__(self, folder: Path, config: Config | None = None) -> None:
         self.ledger = Ledger(folder / "ledger")
+        self.at = BEGUN + 1
         text = completed(config or build(GIVEN)).to_toml()
         self.add(Opened, run="r", config=text, total_clients=4)
-        self.say("run", config=text)
+        self.say("run", config=text, arithmetic=ARITHMETIC)
 
-    def add(self, kind, **fields) -> None:
-        self.ledger.append(kind(seq=self.ledger.next_seq, at=BEGUN + 1, **fields))
+    def add(self, kind, **fields) -> int:
+        self.ledger.append(kind(seq=self.ledger.next_seq, at=self.at, **fields))
+        return self.ledger.next_seq - 1
 
-    def say(self, kind: str, sender: str = "aggregator", re: str | None = None, **body) -> None:
-        name = f"{sender}/{self.ledger.next_seq}"
-        about = {"kind": kind, "id": name, "run": "r", "sender": sender, "to": "record"}
-        self.add(Accepted, message=encode_message(Message(**about, body=body, re=re)))
+    def say(self, kind: str, sender: str = "aggregator", re: str | None = None, **body) -> int:
+        """Accept a message; return its number."""
+        name = f"{sender}/{body.pop('id', self.ledger.next_seq)}"
+        to = "aggregator" if kind in ("result", "continued") else "record"
+        about = {"kind": kind, "id": name, "run": "r", "sender": sender, "to": to}
+        return self.add(Accepted, message=encode_message(Message(**about, body=body, re=re)))
 
     def versions(self, number: int) -> None:
         for version in range(1, number + 1):
@@ -259,6 +269,21 @@ def test_half_a_file_of_the_release_before_is_taken_for_what_it_is(tmp_path, tex
     assert goes_on(folder) is not None, "its ledger has the configuration, too"
 
 
+def test_a_run_of_a_release_that_computed_otherwise_is_left_as_it_is(tmp_path) -> None:
+    traces = Path(__file__).parents[1] / "golden" / "traces"
+    old = shutil.copytree(traces / "0.1.0" / "fedavg-rounds", tmp_path / "old")
+    assert goes_on(old) is None, "it has ended"
+    with pytest.raises(NodeError, match="begun by another release of fedmq"):
+        goes_on(old, run__versions=40)
+
+
+def test_code_that_only_a_ledger_names_is_not_run(tmp_path) -> None:
+    traces = Path(__file__).parents[1] / "golden" / "traces"
+    folder = shutil.copytree(traces / "0.2.0" / "fedavg-buffered", tmp_path / "run")
+    with pytest.raises(ConfigError, match=r"no config\.toml.*tests\.golden\.points:Points"):
+        goes_on(folder, run__versions=40)
+
+
 def test_a_torn_ledger_is_read_up_to_there(tmp_path) -> None:
     folder = begun(tmp_path / "run", versions=3)
     path = segment_path(folder / "ledger", MESSAGES, 0)
@@ -410,6 +435,39 @@ def test_several_runs_in_one_ledger_are_a_brokers(tmp_path) -> None:
     story.close()
     with pytest.raises(ConfigError, match=r"several runs, r, q"):
         asked(folder)
+
+
+def test_what_an_end_left_in_hand_is_in_no_version_that_comes_later(tmp_path) -> None:
+    """And the time for which nobody ran the run is not the run's."""
+    story = Story(tmp_path)
+    joined = {"node": "w", "role": "worker", "session": "s", "clients": [[0, 1]]}
+    story.say("joined", "broker", **joined)
+    for client in (0, 1):
+        story.say("task", client=client, model_version=0, id=f"t{client}")
+    counts = {"results": 1, "mean_staleness": 0.0, "max_staleness": 0, "model_digest": "d"}
+    first = story.say("result", "w", "aggregator/t0", client=0, model_version=0)
+    story.say("version", version=1, position=first, **counts)
+    story.say("result", "w", "aggregator/t1", client=1, model_version=0)
+    story.say("finished", reason="done")
+    story.add(Ended, run="r", reason="done", nodes={"w": {"sent_bytes": 5, "received_bytes": 7}})
+    config = completed(build({**GIVEN, "run": {"versions": 11}})).to_toml()
+    story.at += 500.0
+    more = story.say("continued", "broker", config=config, further=True, stopped_s=499.0)
+    story.say("version", version=2, position=more, **counts)
+    story.add(Ended, run="r", reason="more", nodes={"w": {"sent_bytes": 6, "received_bytes": 8}})
+    story.close()
+    fold = RunFold(BEGUN)
+    fold.feed(read_entries(tmp_path / "ledger"))
+    assert (fold.ended, fold.version, fold.config["run"]["versions"]) == ("more", 2, 11)
+    assert fold.wall_s == pytest.approx(2.0)
+    assert (fold.wire_down, fold.wire_up) == (11, 15)
+    found = fold.outcomes
+    assert (found.results, found.used, found.unused) == (2, 2, 0)
+    assert [found.clients[client].good for client in (0, 1)] == [1, 0]
+    assert not fold.nodes["w"].here
+    stats = Stats(Trace(tmp_path))
+    assert stats.ended == "more"
+    assert stats.staleness.total() == 1
 
 
 def test_a_broker_says_what_it_finds_and_what_it_waits_for(tmp_path) -> None:

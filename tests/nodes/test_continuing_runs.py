@@ -140,8 +140,9 @@ def test_an_ended_run_is_shown_and_goes_further_when_more_is_asked_for(tmp_path)
     assert json.loads((run / "summary.json").read_text()) == before
 
     # The other number of workers is this host's business, and their clients move.
-    said = to_end(command(run, {**ROUNDS, "run.versions": 5, "worker.count": 3}))
-    assert "goes further from version 3" in said
+    words = command(run, {**ROUNDS, "run.versions": 5, "worker.count": 3})
+    kill_when(words, lambda: "continued" in kinds(run))
+    assert "goes on from version" in to_end(words)
     after = json.loads((run / "summary.json").read_text())
     assert after["versions"] == 5
     assert after["run"] == before["run"]
@@ -151,7 +152,7 @@ def test_an_ended_run_is_shown_and_goes_further_when_more_is_asked_for(tmp_path)
     for way in ("down", "up"):
         for what in ("payload", "wire"):
             assert after["bytes"][way][what] > before["bytes"][way][what]
-    assert after["nodes"]["aggregator"]["sessions"] == 2
+    assert after["nodes"]["aggregator"]["sessions"] >= 2
     assert (run / "model.npz").read_bytes() != model
     assert kinds(run).count("finished") == kinds(run).count("Ended") == 2
     assert "versions = 5" in (run / "config.toml").read_text()

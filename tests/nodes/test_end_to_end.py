@@ -125,7 +125,8 @@ def test_a_cluster_trains_and_leaves_everything_behind(start, tmp_path: Path) ->
     # The configuration that it wrote runs again, and is complete.
     config = load(run / "config.toml")
     assert config.algorithm["lr"] == 0.05
-    assert config.run.id == summary["run"]
+    assert config.run.id == "", "under a new id"
+    assert f'# run.id = "{summary["run"]}"' in (run / "config.toml").read_text()
     for name in ("broker", "aggregator", "worker-0", "worker-3", "evaluator"):
         assert (run / f"{name}.log").exists()
 
@@ -283,6 +284,67 @@ def test_a_model_that_cannot_be_followed_is_one_sentence_and_exit_code_2(
     output = cluster.output()
     assert cluster.process.returncode == 2
     assert "expected seen to stay float32 [1], the model made it float32 [2]" in output
+    assert "Traceback" not in output
+
+
+OWN_VALUES = """
+import math
+import numpy as np
+import torch
+from torch import nn
+from fedmq.algorithms.problems import ImageClassification
+
+class Wide(nn.Module):
+    def __init__(self):
+        super().__init__()
+        names = (f"features_denseblock{n}_transition_denselayer{n}" for n in range(900))
+        self.scales = nn.ParameterDict({name: torch.ones(()) for name in names})
+        self.last = nn.Linear(784, 10)
+    def forward(self, x):
+        return self.last(x.flatten(1)) * sum(self.scales.values()) / len(self.scales)
+
+class Own(ImageClassification):
+    def __init__(self, seed, value):
+        super().__init__("mnist-mini", "mlp", 4, "iid", seed, 80)
+        values = {"numpy": np.float64(0.25), "strange": torch.tensor(math.nan), "nothing": None}
+        object.__setattr__(self, "value", values[value])
+    def model(self):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed)
+            return Wide()
+    def metrics(self, outputs, y):
+        return {**super().metrics(outputs, y), "mae": self.value}
+"""
+
+
+def own_values(start, folder: Path, value: str) -> tuple[Started, Path]:
+    (folder / "own.py").write_text(OWN_VALUES)
+    run = folder / "run"
+    settings = ("problem.name=own:Own", f"problem.value={value}", "run.versions=2")
+    words = [word for each in settings for word in ("--set", each)]
+    return start("cluster", "--run", str(run), "--workers", "2", *words), run
+
+
+@pytest.mark.parametrize(("value", "mae"), [("numpy", 0.25), ("strange", None)])
+def test_numbers_of_any_kind_and_a_model_of_very_many_tensors(
+    start, tmp_path: Path, value: str, mae: float | None
+) -> None:
+    cluster, run = own_values(start, tmp_path, value)
+    output = cluster.output()
+    assert cluster.process.returncode == 0, output
+    text = (run / "summary.json").read_text()
+    summary = json.loads(text, parse_constant=pytest.fail)
+    assert summary["metrics"]["mae"] == mae
+    assert summary.get("not_finite", {}).get("metrics.mae") == (None if mae else "NaN")
+    assert summary["results"]["refused"] == 0
+    assert len(read_state_dict(run)) == 902
+
+
+def test_a_metric_that_is_no_number_is_one_sentence_and_exit_code_2(start, tmp_path: Path) -> None:
+    cluster, _ = own_values(start, tmp_path, "nothing")
+    output = cluster.output()
+    assert cluster.process.returncode == 2, output
+    assert "evaluator: Own.metrics: expected a number for 'mae', got None" in output
     assert "Traceback" not in output
 
 

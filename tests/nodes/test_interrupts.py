@@ -5,6 +5,8 @@ import fcntl
 import json
 import os
 import pty
+import re
+import shlex
 import signal
 import struct
 import subprocess
@@ -161,6 +163,21 @@ def test_the_line_on_going_on_names_the_configuration_that_was_given(start, tmp_
     assert cluster.process.returncode == INTERRUPTED
 
 
+def test_the_command_that_a_stopped_run_prints_goes_on_to_its_end(start, tmp_path: Path) -> None:
+    run = tmp_path / "my run"
+    cluster = start("cluster", "--run", str(run), *SHORT, "--set", "run.versions=20")
+    wait_until("the first version", lambda: versions_in(run) >= 1)
+    cluster.signal(signal.SIGINT)
+    line = cluster.output(20).splitlines()[-1]
+    assert cluster.process.returncode == INTERRUPTED
+    program, *arguments = shlex.split(line.removeprefix("go on with: "))
+    assert program == "fedmq"
+    again = start(*arguments)
+    output = again.output()
+    assert again.process.returncode == 0, output
+    assert json.loads((run / "summary.json").read_text())["versions"] == 20
+
+
 @pytest.mark.parametrize("times", [1, 3])
 def test_nodes_that_do_not_end_are_killed_at_once_by_the_third_signal(
     start, tmp_path: Path, times: int
@@ -180,6 +197,8 @@ def test_nodes_that_do_not_end_are_killed_at_once_by_the_third_signal(
     assert took_s < 4 if times == 3 else took_s > 4
     assert (run / "summary.json").exists()
     assert "Traceback" not in output
+    # The third may come before the others have ended, too.
+    assert re.search("^killing .*worker-0, worker-1", output, re.MULTILINE)
     wait_until("the children's end", lambda: not living(family), 10)
 
 

@@ -46,12 +46,12 @@ def test_a_state_dict_as_weights_has_few_blobs():
     for n in range(100):
         weights |= {f"{n}.weight": torch.full((2,), n), f"{n}.mean": torch.full((2,), float(n))}
     packed, back = there_and_back(Payload(weights, of_clients(100)))
-    assert len(packed.blobs) < MAX_BUFFERS - 3
+    assert len(packed.blobs) < MAX_BUFFERS - 15
     assert set(back.weights) == set(weights)
     assert all(torch.equal(back.weights[name], each) for name, each in weights.items())
 
 
 def test_a_few_runs_of_weights_stay_in_their_order():
-    weights = {f"{n}": torch.tensor(n if n % 2 else float(n)) for n in range(50)}
+    weights = {f"{n}": torch.tensor(n if n % 2 else float(n)) for n in range(48)}
     _, back = there_and_back(Payload(weights))
     assert list(back.weights) == list(weights)

@@ -71,7 +71,7 @@ def test_a_title_is_text_whatever_is_in_it() -> None:
 
 
 def test_after_an_error_in_the_live_view_lines_follow(monkeypatch) -> None:
-    monkeypatch.setattr(view, "render", lambda *_: 1 // 0)
+    monkeypatch.setattr(view, "render", lambda *_, **__: 1 // 0)
     terminal = Terminal(is_terminal=True)
     with terminal.view() as shown:
         for _ in range(3):
@@ -82,7 +82,7 @@ def test_after_an_error_in_the_live_view_lines_follow(monkeypatch) -> None:
 
 
 def test_an_error_in_the_lines_is_said_once_and_ends_nothing(monkeypatch) -> None:
-    monkeypatch.setattr(view, "line", lambda *_: 1 // 0)
+    monkeypatch.setattr(view, "line", lambda *_, **__: 1 // 0)
     terminal = Terminal(is_terminal=False)
     with terminal.view() as shown:
         for _ in range(3):
