@@ -385,9 +385,16 @@ def test_an_algorithm_that_raises_ends_the_run_at_once(schedule, at):
     assert finish.failed
     assert isinstance(finish.error, RuntimeError)
     record = fleet.records[-1]
-    assert (record.kind, record.to, record.body["failed"]) == ("finished", "record", True)
+    assert (record.kind, record.to, record.body["failed"]) == ("finished", "checkpoint", True)
     seq = fleet.say("nonsense", {})
     assert fleet.done[seq] == ""
+
+
+def test_a_state_that_cannot_be_saved_ends_the_run_as_well():
+    fleet = fleet_of("stream", algorithm={"name": "tests.algorithms.raising:Raising", "at": "save"})
+    assert "raising raised RuntimeError: save is broken" in fleet.finished
+    (record,) = fleet.records
+    assert (record.kind, record.to, record.body["failed"]) == ("finished", "record", True)
 
 
 @pytest.mark.parametrize("kind", ["MemoryError", "ConnectionResetError"])
