@@ -155,6 +155,7 @@ class Aggregator(AggregatorState):
         self._goal, self._failed, self._error = Goal.told(message.body), False, None
         self._finishing = self._goal.after(self.version)
         self._progress.start_over()
+        self._progress.allow(self._goal.failures)
         if self._ended:  # what was under way then, nobody has any more
             self._ended, self._committing = False, None
             self._tasks.resume({})
@@ -316,6 +317,7 @@ class Aggregator(AggregatorState):
         self._now = self._checkpoint_at = fold.at
         self._progress.resume(fold.failures, fold.rules, self.version, self._now)
         self._goal = fold.goal or self._goal
+        self._progress.allow(self._goal.failures)
         if self._ended:
             self._tell_end(out)
             return
