@@ -152,9 +152,10 @@ class Aggregator(AggregatorState):
         self._running, self._asked_final = False, None
         if not message.body["further"]:
             return
-        self._goal, self._failed = Goal.told(message.body), False
+        self._goal, self._failed, self._error = Goal.told(message.body), False, None
         self._finishing = self._goal.after(self.version)
         self._progress.start_over()
+        self._progress.allow(self._goal.failures)
         if self._ended:  # what was under way then, nobody has any more
             self._ended, self._committing = False, None
             self._tasks.resume({})
@@ -316,6 +317,7 @@ class Aggregator(AggregatorState):
         self._now = self._checkpoint_at = fold.at
         self._progress.resume(fold.failures, fold.rules, self.version, self._now)
         self._goal = fold.goal or self._goal
+        self._progress.allow(self._goal.failures)
         if self._ended:
             self._tell_end(out)
             return
@@ -343,11 +345,17 @@ class Aggregator(AggregatorState):
         """End the run at once: code that it needs has raised something."""
         own = modules_of(self._algorithm, self._setup.problem)
         why = f"{self._algorithm.name} raised {explained(error, own)}"
-        self._finishing, self._failed, self._ended = why, True, True
+        self._finishing, self._failed, self._error = why, True, error
+        self._committing = None
         out: list[AggregatorAction] = []
-        body = {"reason": why, "position": self._position, "failed": True}
-        self._post(out, "finished", RECORD, body)
-        return [*out, Finish(why, failed=True, error=error)]
+        try:
+            self._end(out)
+        except Exception:  # noqa: BLE001 - the state cannot be saved either: its last checkpoint stands
+            self._ended, out = True, []
+            body = {"reason": why, "position": self._position, "failed": True}
+            self._post(out, "finished", RECORD, body)
+            self._tell_end(out)
+        return out
 
     def _finish(self, out: list[AggregatorAction]) -> None:
         if self._failed:
@@ -374,4 +382,4 @@ class Aggregator(AggregatorState):
 
     def _tell_end(self, out: list[AggregatorAction]) -> None:
         if self._position >= self._continues_at:  # else the inbox has more to do
-            out.append(Finish(self._finishing, self._failed))
+            out.append(Finish(self._finishing, self._failed, self._error))

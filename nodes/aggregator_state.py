@@ -52,6 +52,7 @@ class AggregatorState:
         self._running = False
         self._finishing = ""
         self._failed = False
+        self._error: Exception | None = None
         self._asked_final: int | None = None
         self._ended = False
         self._evaluated = -1

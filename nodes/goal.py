@@ -15,15 +15,17 @@ class Goal(Struct, frozen=True):
 
     versions: it ends when this many have been committed.
     target_accuracy: it ends earlier when an evaluation reaches this.
+    failures: it fails after so many in a row; None for as many as `Progress` allows.
     """
 
     versions: int
     target_accuracy: float | None = None
+    failures: int | None = None
 
     @classmethod
     def of(cls, settings: Run) -> Goal:
         """Return what a run's configuration says."""
-        return cls(settings.versions, settings.target_accuracy)
+        return cls(settings.versions, settings.target_accuracy, settings.failures)
 
     @classmethod
     def told(cls, body: Mapping[str, Any]) -> Goal:

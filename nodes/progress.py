@@ -61,13 +61,12 @@ class Failures(Struct):
     wake: float = 0.0
 
 
-def failures_allowed(setup: Setup) -> int:
-    """Return how many failures in a row end a run.
+def failures_allowed(setup: Setup, wanted: int | None) -> int:
+    """Return how many failures in a row end a run; ``wanted``: what was asked for, if anything.
 
     By default each client of a small run is tried three times, and of any run as many tasks
     may fail as twice go out at once.
     """
-    wanted = setup.config.run.failures
     if wanted is not None:
         return wanted
     clients = setup.problem.clients
@@ -89,7 +88,8 @@ class Progress:
 
     def __init__(self, setup: Setup, rules: int) -> None:
         self.rules = rules
-        self.allowed = failures_allowed(setup)
+        self._setup = setup
+        self.allow(setup.config.run.failures)
         self.failures = Failures()
         self.version, self.now = 0, 0.0
         self._by_version = setup.schedule.ordered
@@ -97,6 +97,10 @@ class Progress:
     def resume(self, failures: Failures, rules: int, version: int, now: float) -> None:
         """Take over what a checkpoint tells; a run goes on by the rules that it began with."""
         self.failures, self.rules, self.version, self.now = failures, rules, version, now
+
+    def allow(self, failures: int | None) -> None:
+        """Let so many failures in a row end the run; None for the default."""
+        self.allowed = failures_allowed(self._setup, failures)
 
     def start_over(self) -> None:
         """Forget what failed: the run was taken up again, and its cause may be mended."""

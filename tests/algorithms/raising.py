@@ -23,6 +23,10 @@ class Raising(FedAvg):
         self._raise("start")
         return super().start(problem)
 
+    def save(self, state):
+        self._raise("save")
+        return super().save(state)
+
     def task(self, state, client):
         self._raise("task")
         return super().task(state, client)

@@ -13,6 +13,7 @@ from fedmq.nodes.computed import Computed
 from fedmq.nodes.inbox import Finish, Post, Start
 from fedmq.nodes.progress import Failures, Progress, failures_allowed
 from tests.algorithms.fleet import Fleet, changed, make_setup, with_data
+from tests.algorithms.test_aggregator_continued import come_back, go_on
 
 SCHEDULES = {
     "rounds": {"name": "rounds", "fraction": 0.5},
@@ -82,7 +83,7 @@ def play(fleet, bad, how=fail, limit=2000):
 def test_a_run_whose_tasks_all_fail_ends_with_the_last_reason(schedule):
     fleet = fleet_of(schedule)
     asked = play(fleet, range(4))
-    allowed = failures_allowed(fleet.setup)
+    allowed = failures_allowed(fleet.setup, None)
     assert len(asked) == allowed == 12
     assert set(asked) == set(range(4))
     assert "12 tasks in a row failed or were rejected" in fleet.finished
@@ -91,6 +92,22 @@ def test_a_run_whose_tasks_all_fail_ends_with_the_last_reason(schedule):
     assert fleet.records[-1].kind == "finished"
     assert fleet.records[-1].body["failed"] is True
     assert fleet.actions[-1] == Finish(fleet.finished, failed=True)
+
+
+@every_schedule
+def test_a_run_that_failed_goes_on_when_it_is_asked_for_again_with_more_failures(schedule):
+    fleet = fleet_of(schedule)
+    play(fleet, range(4))
+    go_on(fleet, further=True, failures=20)
+    come_back(fleet)
+    asked = play(fleet, range(4))
+    assert len(asked) == 20
+    assert "20 tasks in a row failed or were rejected" in fleet.finished
+    go_on(fleet, further=True, failures=None)
+    come_back(fleet)
+    play(fleet, ())
+    assert fleet.finished == f"{fleet.core.version} versions committed"
+    assert not fleet.core.failed
 
 
 @every_schedule
@@ -208,8 +225,8 @@ def test_clients_that_go_away_on_demand_count_a_tenth():
     ],
 )
 def test_by_default_each_client_of_a_small_run_is_tried_three_times(schedule, clients, allowed):
-    assert failures_allowed(make_setup(schedule, clients=clients)) == allowed
-    assert failures_allowed(make_setup(schedule, clients=clients, failures=7)) == 7
+    assert failures_allowed(make_setup(schedule, clients=clients), None) == allowed
+    assert failures_allowed(make_setup(schedule, clients=clients), 7) == 7
 
 
 def test_a_schedule_of_a_users_own_needs_to_say_nothing():
@@ -385,9 +402,16 @@ def test_an_algorithm_that_raises_ends_the_run_at_once(schedule, at):
     assert finish.failed
     assert isinstance(finish.error, RuntimeError)
     record = fleet.records[-1]
-    assert (record.kind, record.to, record.body["failed"]) == ("finished", "record", True)
+    assert (record.kind, record.to, record.body["failed"]) == ("finished", "checkpoint", True)
     seq = fleet.say("nonsense", {})
     assert fleet.done[seq] == ""
+
+
+def test_a_state_that_cannot_be_saved_ends_the_run_as_well():
+    fleet = fleet_of("stream", algorithm={"name": "tests.algorithms.raising:Raising", "at": "save"})
+    assert "raising raised RuntimeError: save is broken" in fleet.finished
+    (record,) = fleet.records
+    assert (record.kind, record.to, record.body["failed"]) == ("finished", "record", True)
 
 
 @pytest.mark.parametrize("kind", ["MemoryError", "ConnectionResetError"])

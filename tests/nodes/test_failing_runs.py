@@ -73,9 +73,10 @@ def run_of(*settings):
 @pytest.fixture
 def cluster(start, tmp_path):  # noqa: F811 - the fixture
     """Runs a cluster on the module above; returns exit code, output and the run's folder."""
-    (tmp_path / "mine.py").write_text(MINE)
 
-    def go(*settings):
+    def go(*settings, mended=False):
+        if not mended:
+            (tmp_path / "mine.py").write_text(MINE)
         folder = tmp_path / "run"
         words = ("cluster", "--workers", "2", "--run", str(folder), *run_of(*settings))
         started = start(*words)
@@ -110,7 +111,9 @@ def test_a_run_whose_tasks_all_raise_ends_and_says_what_was_raised(cluster):
 
 
 @pytest.mark.end_to_end
-def test_an_algorithm_that_raises_ends_the_run_at_once(cluster):
+def test_an_algorithm_that_raises_ends_the_run_at_once_and_goes_on_once_it_is_mended(
+    cluster, tmp_path
+):
     code, output, folder = cluster("algorithm.name=mine:Broken")
     assert code == 1
     assert "fedmq: the run failed: broken raised KeyError: 'momentum' (mine.py:" in output
@@ -118,6 +121,11 @@ def test_an_algorithm_that_raises_ends_the_run_at_once(cluster):
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["status"] == "failed"
     assert summary["nodes"]["aggregator"]["sessions"] == 1
+    (tmp_path / "mine.py").write_text(MINE.replace('raise KeyError("momentum")', "pass"))
+    code, output, _ = cluster("algorithm.name=mine:Broken", mended=True)
+    assert code == 0, output
+    summary = json.loads((folder / "summary.json").read_text())
+    assert (summary["status"], summary["versions"]) == ("finished", 4)
 
 
 @pytest.mark.end_to_end
