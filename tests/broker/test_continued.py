@@ -5,6 +5,7 @@ import pytest
 from fedmq.broker import link_state as node
 from fedmq.broker.entries import PAYLOAD, Ended, segment_numbers, segment_path
 from fedmq.broker.errors import LedgerError
+from fedmq.broker.manifest import Manifest
 from fedmq.broker.reading import read_entries
 from fedmq.broker.restore import open_broker
 from fedmq.broker.state import Continuation
@@ -168,7 +169,9 @@ def test_without_more_to_do_a_run_that_has_ended_stays_so(net):
 def test_a_run_whose_last_checkpoint_was_not_kept_is_refused(net):
     end(net)
     net.kill_broker()
+    # As retention does it.
     for number in segment_numbers(net.folder, PAYLOAD):
+        Manifest(net.folder).remove(PAYLOAD, number)
         segment_path(net.folder, PAYLOAD, number).unlink()
     before = list(read_entries(net.folder))
     going_on = Continuation("r", "more", further=True)
