@@ -32,8 +32,9 @@ from fedmq.nodes.differing import differing_keys
 from fedmq.nodes.errors import ConfigError, RunFailed, own_code
 from fedmq.nodes.inbox import AggregatorAction, Commit, Done, Finish, Inbound, Post, Settle, Start
 from fedmq.nodes.local import node_key
+from fedmq.nodes.logs import Repeats
 from fedmq.nodes.model_files import remove_model, save_model
-from fedmq.nodes.programs import inbound_of, linked, new_session
+from fedmq.nodes.programs import inbound_of, linked, new_session, tell_refused
 from fedmq.nodes.setup import kind_of, set_up
 from fedmq.nodes.trace.text import clients_in_words
 from fedmq.nodes.version_zero import version_zero
@@ -120,7 +121,7 @@ def _fold_until_over(
     if folder is not None:
         remove_model(folder)
     unsettled: list[int] = []
-    patience = _Patience()
+    patience, repeats = _Patience(), Repeats()
     disagreeing: set[str] = set()
     while True:
         with link.together():
@@ -148,7 +149,7 @@ def _fold_until_over(
         delivery = link.get()
         unsettled.append(delivery.seq)
         if delivery.message.kind == "refused":
-            structlog.get_logger().warning("refused", **delivery.message.body)
+            tell_refused(delivery.message, repeats)
         sender = delivery.message.sender
         if sender not in disagreeing and disagree(
             version_0, theirs := delivery.message.body.get("version_0")

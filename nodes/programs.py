@@ -14,10 +14,11 @@ from fedmq.broker.errors import LinkClosed
 from fedmq.broker.link_state import Delivery
 from fedmq.broker.names import name_fault
 from fedmq.broker.node_link import NodeLink
-from fedmq.broker.wire import Hello
+from fedmq.broker.wire import Hello, Message
 from fedmq.nodes.causes import described
 from fedmq.nodes.errors import NodeError
 from fedmq.nodes.inbox import Inbound
+from fedmq.nodes.logs import Repeats
 
 
 def new_session() -> str:
@@ -69,3 +70,10 @@ def inbound_of(link: NodeLink, delivery: Delivery) -> Inbound:
     read = functools.partial(link.read, delivery)
     stream = functools.partial(link.pieces, delivery)
     return Inbound(delivery.seq, delivery.at, delivery.message, read, stream)
+
+
+def tell_refused(message: Message, repeats: Repeats) -> None:
+    """Log that a message of this node was refused; those of one code once, and then a count."""
+    code = str(message.body.get("code", ""))
+    if times := repeats.count(("refused", code), time.monotonic()):
+        structlog.get_logger().warning("refused", **message.body, times=times)

@@ -23,7 +23,7 @@ from fedmq.nodes.errors import ON_PURPOSE, NodeError, StorageError, own_code
 from fedmq.nodes.inbox import Done, Post
 from fedmq.nodes.local import Kept, Locals, node_key
 from fedmq.nodes.logs import Repeats
-from fedmq.nodes.programs import inbound_of, linked, new_session
+from fedmq.nodes.programs import inbound_of, linked, new_session, tell_refused
 from fedmq.nodes.setup import Setup, choose_device, set_up
 from fedmq.nodes.version_zero import version_zero
 from fedmq.nodes.worker import (
@@ -119,7 +119,7 @@ def _work_until_over(
     while True:
         delivery = link.get()
         if delivery.message.kind == "refused":
-            _log.warning("refused", **delivery.message.body)
+            tell_refused(delivery.message, repeats)
         actions: list[Action] = list(core.handle(inbound_of(link, delivery)))
         while actions:
             more = _work(link, setup, core, kept, device, repeats, actions.pop(0))

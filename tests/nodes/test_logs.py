@@ -7,8 +7,10 @@ import pytest
 import structlog
 import torch
 
+from fedmq.broker.wire import Message
 from fedmq.nodes import logs
 from fedmq.nodes.logs import Repeats
+from fedmq.nodes.programs import tell_refused
 
 
 @pytest.fixture(autouse=True)
@@ -95,3 +97,16 @@ def test_what_is_remembered_of_events_is_bounded():
     for number in range(100_000):
         assert repeats.count(number, 0.0) == 1
     assert len(repeats._seen) <= 256
+
+
+def test_refusals_of_one_code_are_one_line(tmp_path):
+    path = tmp_path / "node.log"
+    logs.configure(path, node="w1")
+    repeats = Repeats()
+    for number in range(100):
+        for code in ("not-finite", "late"):
+            body = {"id": f"w1/{number}", "reason": "no", "code": code}
+            about = {"kind": "refused", "id": f"b/{number}", "run": "r", "sender": "broker"}
+            tell_refused(Message(**about, to="w1", body=body), repeats)
+    codes = [json.loads(line)["code"] for line in path.read_text().splitlines()]
+    assert codes == ["not-finite", "late"]
