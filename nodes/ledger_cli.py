@@ -14,6 +14,7 @@ import click
 from fedmq.broker.entries import Accepted, AnyEntry
 from fedmq.broker.errors import LedgerError
 from fedmq.nodes.trace.text import count, plain, plural
+from fedmq.nodes.usage import Commands
 
 if TYPE_CHECKING:
     from fedmq.broker.check import Finding, LostBlob, Report
@@ -27,7 +28,7 @@ _folder = click.argument("folder", metavar="DIR", type=click.Path(path_type=Path
 _json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead.")
 
 
-@click.group()
+@click.group(cls=Commands)
 def ledger() -> None:
     """Check a ledger for damage, and repair it: DIR is a run's folder, or that of its ledger."""
 
