@@ -13,6 +13,7 @@ from fedmq.broker.wire import Full, Serving, Wait
 
 _FIRST_REPORTS_S = (3.0, 10.0, 30.0)
 _EACH_S = 60.0
+"""Between the reports after those."""
 _ANSWER_LASTS_S = 5.0
 """A broker that answers is asked each second: it has gone if it says nothing for this long."""
 
@@ -132,7 +133,7 @@ def sentence(report: OutOfTouch, endpoint: str, run: str) -> str:
         case None:
             return f"waiting for the broker at {endpoint} {for_s}"
         case Full(reason=reason):
-            return f"the broker at {endpoint} keeps nothing {for_s}: {reason}"
+            return f"the broker at {endpoint} has accepted nothing {for_s}: {reason}"
         case Wait(serving=serving):
             wanted = f"run {run}" if run else "a run to start"
             return f"the broker at {endpoint} {_served(serving)}; waiting for {wanted} {for_s}"

@@ -13,6 +13,7 @@ from fedmq.broker.records import MAGIC, Fault, Gap, Record, walk
 from fedmq.broker.wire import Buffer
 
 _BLOCK = 4 << 20
+"""Bytes that are copied at a time."""
 
 
 class Segment:

@@ -71,7 +71,7 @@ _give_up = click.option(
     metavar="SECONDS",
     type=float,
     callback=_above_zero,
-    help="End (exit code 1) after so long without the broker or the run; by default never.",
+    help="Exit with code 1 after this time without the broker or the run; default: wait.",
 )
 
 
@@ -232,7 +232,7 @@ def aggregator(
     folder: Path | None,
     give_up_s: float | None,
 ) -> None:
-    """Run the aggregator of one run, and the run with it."""
+    """Run the aggregator; this starts the run."""
     from fedmq.nodes.aggregator_program import run_aggregator
     from fedmq.nodes.config import load
 

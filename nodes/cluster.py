@@ -48,6 +48,7 @@ _START_S = 30.0
 _STOP_S = 5.0
 _REFRESH_S = 0.1
 _LONGEST = 1000
+"""Characters of a reason that is shown."""
 _RESTARTS = 10
 _RESTARTS_WITHIN_S = 60.0
 """A process that ended more often than that within this time is beyond help."""

@@ -9,7 +9,9 @@ from typing import Any
 from fedmq.nodes.config import NONE
 
 _SHOWN = 10
+"""Keys that are named, where very many differ."""
 _LONGEST = 100
+"""Characters of a value."""
 _MISSING = object()
 
 Differences = dict[str, tuple[Any, Any]]
