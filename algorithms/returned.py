@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from typing import Any, NoReturn
 
 import msgspec
 from torch import Tensor
@@ -35,8 +36,7 @@ def payload_of(found: object, who: str) -> Payload:
     numbers = {}
     for name, value in _map(found.numbers, "numbers as a map from names to values", who).items():
         if not isinstance(name, str) or not is_utf8(name):
-            text = "expected the names of numbers as text in UTF-8"
-            raise ReturnedError(f"{who}: {text}, got {brief(name)}")
+            _refuse_name(name, "numbers", who)
         numbers[str(name)] = _plain(name, value, who)
     size = len(msgspec.msgpack.encode(numbers))
     if size > MAX_NUMBERS_BYTES:
@@ -59,15 +59,16 @@ def check_tensors(found: object, what: str, who: str) -> None:
         ReturnedError: they are something else.
     """
     tensors = _map(found, f"{what} as a map from names to tensors", who)
-    if type(tensors) is not dict:
-        return  # read piece by piece: looking at a tensor would read all of them
+    if not tensors or type(tensors) is not dict:
+        return  # none, or read piece by piece: looking at a tensor would read all of them
     for name, each in tensors.items():
-        if not isinstance(name, str) or not is_utf8(name):
-            text = f"expected the names of {what} as text in UTF-8"
-            raise ReturnedError(f"{who}: {text}, got {brief(name)}")
+        if not isinstance(name, str):
+            _refuse_name(name, what, who)
         if not isinstance(each, Tensor):
             text = f"expected a tensor for {name!r} of {what}"
             raise ReturnedError(f"{who}: {text}, got {kind_of_value(each)}")
+    if not is_utf8("".join(tensors)):
+        _refuse_name(next(name for name in tensors if not is_utf8(name)), what, who)
 
 
 def result_of(found: object, who: str) -> tuple[Payload, Payload | None]:
@@ -88,8 +89,13 @@ def result_of(found: object, who: str) -> tuple[Payload, Payload | None]:
     return result, None if local is None else payload_of(local, who)
 
 
-def _map(value: object, expected: str, who: str) -> Mapping[object, object]:
-    if not isinstance(value, Mapping):
+def _refuse_name(name: object, what: str, who: str) -> NoReturn:
+    text = f"expected the names of {what} as text in UTF-8"
+    raise ReturnedError(f"{who}: {text}, got {brief(name)}")
+
+
+def _map(value: object, expected: str, who: str) -> Mapping[Any, object]:
+    if type(value) is not dict and not isinstance(value, Mapping):  # the first is much cheaper
         raise ReturnedError(f"{who}: expected {expected}, got {kind_of_value(value)}")
     return value
 

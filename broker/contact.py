@@ -13,6 +13,7 @@ from fedmq.broker.wire import Full, Serving, Wait
 
 _FIRST_REPORTS_S = (3.0, 10.0, 30.0)
 _EACH_S = 60.0
+"""Between the reports after those."""
 _ANSWER_LASTS_S = 5.0
 """A broker that answers is asked each second: it has gone if it says nothing for this long."""
 
@@ -44,6 +45,8 @@ class Contact:
         self._began = math.inf
         """When the present mode did; of a connection, when the last frame came."""
         self._reports = 0
+        self._report_s = _FIRST_REPORTS_S[0]
+        """After so long in the present mode, the next report is due."""
         self._away_since = math.inf
         self._waited_since = math.inf
         """As `_away_since`, but for the time in which this node itself was stopped."""
@@ -54,12 +57,10 @@ class Contact:
     @property
     def due(self) -> float:
         """When `wake` has something to say, if nothing comes before."""
-        due = min(self._began + _report_s(self._reports), self._waited_since + self.give_up_s)
-        return min(due, self._last_word + _ANSWER_LASTS_S) if self._is_answered else due
-
-    @property
-    def _is_answered(self) -> bool:
-        return self._mode is _Mode.ANSWERED
+        due = min(self._began + self._report_s, self._waited_since + self.give_up_s)
+        if self._mode is _Mode.ANSWERED:
+            return min(due, self._last_word + _ANSWER_LASTS_S)
+        return due
 
     def begin(self, now: float) -> None:
         """The node begins to look for its broker."""
@@ -74,26 +75,31 @@ class Contact:
             return None  # as nearly always
         back = BackInTouch(away_s) if self._reported and self._admitted else None
         self._mode, self._answer = _Mode.CONNECTED, None
-        self._reports, self._reported, self._admitted = 0, False, True
+        self._reported, self._admitted = False, True
+        self._count_reports(0)
         return back
 
     def answered(self, answer: Wait | Full, now: float) -> None:
         """The broker answers, but the node cannot take part now."""
-        if not self._is_answered:
-            self._mode, self._began, self._reports = _Mode.ANSWERED, now, 0
+        if self._mode is not _Mode.ANSWERED:
+            self._mode, self._began = _Mode.ANSWERED, now
+            self._count_reports(0)
         self._answer, self._last_word = answer, now
 
     def wake(self, now: float) -> OutOfTouch | None:
         """Tell what a person should hear now."""
-        if self._is_answered and now >= self._last_word + _ANSWER_LASTS_S:
-            self._mode, self._began, self._reports = _Mode.SILENT, self._last_word, 0
-            self._answer = None
-        if now < self._began + _report_s(self._reports):
+        if self._mode is _Mode.ANSWERED and now >= self._last_word + _ANSWER_LASTS_S:
+            self._mode, self._began, self._answer = _Mode.SILENT, self._last_word, None
+            self._count_reports(0)
+        if now < self._began + self._report_s:
             return None
-        while now >= self._began + _report_s(self._reports):
-            self._reports += 1
+        while now >= self._began + self._report_s:
+            self._count_reports(self._reports + 1)
         self._reported = True
         return OutOfTouch(now - self._began, self._answer, self._admitted)
+
+    def _count_reports(self, number: int) -> None:
+        self._reports, self._report_s = number, _report_s(number)
 
     def given_up(self, now: float) -> OutOfTouch | None:
         """Tell what the node has waited for, if it has waited long enough; before `wake`."""
@@ -127,7 +133,7 @@ def sentence(report: OutOfTouch, endpoint: str, run: str) -> str:
         case None:
             return f"waiting for the broker at {endpoint} {for_s}"
         case Full(reason=reason):
-            return f"the broker at {endpoint} keeps nothing {for_s}: {reason}"
+            return f"the broker at {endpoint} has accepted nothing {for_s}: {reason}"
         case Wait(serving=serving):
             wanted = f"run {run}" if run else "a run to start"
             return f"the broker at {endpoint} {_served(serving)}; waiting for {wanted} {for_s}"

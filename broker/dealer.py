@@ -145,7 +145,8 @@ class Dealer:
         if ended.rejected:
             return Rejected(ended.reason, ended.code, ended.config)
         if ended.out_of_touch is not None:
-            found = f" ({self._found})" if self._found else ""
+            silent = ended.out_of_touch.answer is None
+            found = f"; {self._found}" if self._found and silent else ""
             return GaveUp(f"gave up: {self._sentence(ended.out_of_touch)}{found}")
         return RunOver(ended.reason) if ended.over else LinkClosed(ended.reason)
 
@@ -260,6 +261,7 @@ class Dealer:
 
     def _find_out(self, report: link.OutOfTouch) -> None:
         found = probe(self._endpoint)
+        self._found = found.text
         if not self._over():
             self._log.warning(self._sentence(report), reason=found.text, found=found.listener.value)
 

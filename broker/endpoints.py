@@ -25,6 +25,7 @@ MAX_PATH_BYTES = 107 if sys.platform.startswith("linux") else 103
 RESOLVE_PATIENCE_S = 10.0
 """A name server that cannot be asked now (a machine that is starting) is asked again so long."""
 _SHOWN = 200
+"""Characters of an endpoint in an error."""
 _FORMS = "tcp://HOST:PORT or ipc://PATH"
 
 

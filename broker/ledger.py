@@ -9,7 +9,6 @@ crash from the pieces that are there, and a reader can follow the tail.
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,7 +39,7 @@ from fedmq.broker.payload import PayloadIndex
 from fedmq.broker.reading import EntryIndex, Follower
 from fedmq.broker.records import Record, pack
 from fedmq.broker.retention import EVERYTHING, Retention
-from fedmq.broker.segment import Segment
+from fedmq.broker.segment import Segment, sync_folder
 from fedmq.broker.shelf import Shelf
 from fedmq.broker.wire import Buffer, Place
 
@@ -274,7 +273,9 @@ class Ledger:
         if self._pieces:
             self._write_pieces()
         if sync and self._unsynced_folder:
-            self._sync_folder()
+            # The names of new segments.
+            sync_folder(self.folder)
+            self._unsynced_folder = False
         if sync and self._unsynced:
             # Before the messages: a message on the device has its blobs there.
             self._payload_file.sync()
@@ -355,15 +356,3 @@ class Ledger:
             self._manifest.add(family, number)
         self._unsynced_folder = True
         return segment
-
-    def _sync_folder(self) -> None:
-        """Wait until the names of new segments are on the device."""
-        try:
-            fd = os.open(self.folder, os.O_RDONLY | os.O_CLOEXEC)
-            try:
-                os.fsync(fd)
-            finally:
-                os.close(fd)
-        except OSError as error:
-            raise LedgerError(f"cannot sync {self.folder}: {error.strerror}") from None
-        self._unsynced_folder = False

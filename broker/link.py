@@ -183,6 +183,7 @@ class Link:
         self._done_due = math.inf
 
     def _say_hello(self, now: float, out: list[Action]) -> None:
+        self._contact.begin(now)
         self._next_hello = now + HELLO_AGAIN_S
         first = self.oldest_unreceipted
         out.append(Send(msgspec.structs.replace(self._hello, first=first, got=self._got)))
@@ -192,7 +193,6 @@ class Link:
         self._contact.give_up_s = seconds
 
     def _wake(self, now: float, out: list[Action]) -> None:
-        self._contact.begin(now)
         if now >= self._contact.due:
             if given_up := self._contact.given_up(now):
                 self._ended = True

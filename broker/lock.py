@@ -17,6 +17,7 @@ LOCK_FILE = "lock"
 says which process that is."""
 
 _BYTES = 4096
+"""Of the file, at most, that are read."""
 
 
 class FolderLock:

@@ -227,12 +227,13 @@ class PayloadIndex:
             segment, offset, piece_start, length = stored.pieces[index]
             skip = start - piece_start
             take = min(size, length - skip)
-            file = segment_path(self._folder, PAYLOAD, segment).name
             try:
                 data = os.pread(self._files.fd(segment), take, offset + skip)
             except OSError as error:
+                file = segment_path(self._folder, PAYLOAD, segment).name
                 raise io_error("cannot read", error, file, offset + skip) from None
             if len(data) != take:
+                file = segment_path(self._folder, PAYLOAD, segment).name
                 raise LedgerDamage("payload is shorter than its index", file, offset)
             parts.append(data)
             start, size, index = start + take, size - take, index + 1

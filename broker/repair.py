@@ -25,9 +25,7 @@ from fedmq.broker.lock import FolderLock
 from fedmq.broker.manifest import Manifest
 from fedmq.broker.records import MAGIC, Record, walk
 from fedmq.broker.repairs import note_repair
-from fedmq.broker.segment import set_aside
-
-_BLOCK = 1 << 20
+from fedmq.broker.segment import copy_bytes, set_aside, sync_folder, unused_name
 
 
 class Action(StrEnum):
@@ -173,7 +171,7 @@ def repair(folder: Path, now: float) -> list[Step]:
             for step in steps:
                 _do(report, manifest, step)
             _leave_a_beginning(folder, manifest)
-            _sync(folder)
+            sync_folder(folder)
             done += steps
     finally:
         lock.release()
@@ -192,7 +190,7 @@ def _do(report: Report, manifest: Manifest, step: Step) -> None:
                 _take_out(path, gaps)
             case Action.RENAME:
                 _forget(manifest, step.segment)
-                path.rename(_free(path, "set-aside"))
+                path.rename(unused_name(path, "set-aside"))
             case Action.HEADER:
                 set_aside(path, 0, len(MAGIC))
                 with path.open("r+b") as file:
@@ -211,7 +209,7 @@ def _take_out(path: Path, findings: Iterable[Finding]) -> None:
     """Write a segment again without what is damaged; that is kept beside it."""
     for finding in findings:
         set_aside(path, finding.offset, finding.offset + finding.size)
-    fresh = _free(path, "new")
+    fresh = unused_name(path, "new")
     try:
         _copy_whole(path, fresh)
         fresh.replace(path)
@@ -231,11 +229,7 @@ def _copy_whole(path: Path, fresh: Path) -> None:
                 decode_piece(found, path)
             except LedgerDamage:
                 continue
-            source.seek(found.offset)
-            left = found.end - found.offset
-            while left and (block := source.read(min(_BLOCK, left))):
-                target.write(block)
-                left -= len(block)
+            copy_bytes(source, target, found.offset, found.end)
         target.flush()
         os.fsync(target.fileno())
 
@@ -258,23 +252,3 @@ def _forget(manifest: Manifest, segment: str) -> None:
     family, _, number = segment.removesuffix(".log").partition("-")
     if manifest.exists:
         manifest.remove(family, int(number))
-
-
-def _free(path: Path, suffix: str) -> Path:
-    """Return a name beside a file that is not taken."""
-    free, number = path.with_name(f"{path.name}.{suffix}"), 1
-    while free.exists():
-        number += 1
-        free = path.with_name(f"{path.name}.{suffix}-{number}")
-    return free
-
-
-def _sync(folder: Path) -> None:
-    try:
-        fd = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
-    except OSError as error:
-        raise io_error(f"cannot sync {folder}", error) from None

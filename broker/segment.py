@@ -6,12 +6,14 @@ import contextlib
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 from fedmq.broker.errors import LedgerError, io_error
 from fedmq.broker.records import MAGIC, Fault, Gap, Record, walk
 from fedmq.broker.wire import Buffer
 
 _BLOCK = 4 << 20
+"""Bytes that are copied at a time."""
 
 
 class Segment:
@@ -160,19 +162,46 @@ def set_aside(path: Path, start: int, end: int) -> Path:
     Raises:
         LedgerError: they cannot be read, or the copy cannot be written.
     """
-    copy = path.with_name(f"{path.name}.cut-{start}")
-    number = 1
-    while copy.exists():
-        number += 1
-        copy = path.with_name(f"{path.name}.cut-{start}-{number}")
+    copy = unused_name(path, f"cut-{start}")
     try:
         with path.open("rb") as source, copy.open("xb") as target:
-            source.seek(start)
-            while start < end and (block := source.read(min(_BLOCK, end - start))):
-                target.write(block)
-                start += len(block)
+            copy_bytes(source, target, start, end)
             target.flush()
             os.fsync(target.fileno())
     except OSError as error:
         raise io_error(f"cannot copy to {copy.name}", error, path.name, start) from None
     return copy
+
+
+def copy_bytes(source: BinaryIO, target: BinaryIO, start: int, end: int) -> None:
+    """Append bytes of one file to another, as far as they are there."""
+    source.seek(start)
+    while start < end and (block := source.read(min(_BLOCK, end - start))):
+        target.write(block)
+        start += len(block)
+
+
+def unused_name(path: Path, suffix: str) -> Path:
+    """Return a name beside a file that is not taken."""
+    unused, number = path.with_name(f"{path.name}.{suffix}"), 1
+    while unused.exists():
+        number += 1
+        unused = path.with_name(f"{path.name}.{suffix}-{number}")
+    return unused
+
+
+def sync_folder(folder: Path) -> None:
+    """Wait until the names of a folder's files are on the device.
+
+    Raises:
+        LedgerError: the device did not take them.
+    """
+    try:
+        fd = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+    except OSError as error:
+        # Not NoSpace: a sync that failed is not tried again.
+        raise LedgerError(f"cannot sync {folder}: {error.strerror}") from None

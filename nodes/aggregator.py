@@ -193,7 +193,7 @@ class Aggregator(AggregatorState):
         accuracy, why = accuracy_in(message)
         of_model = name not in self._evaluations.examinations
         self._evaluated_as(name, accuracy)
-        if self._progress.rules and of_model and self._settings.target_accuracy is not None:
+        if self._progress.rules and of_model and self._goal.target_accuracy is not None:
             found = metrics_without_accuracy(message)
             if found is not None:
                 self._fail(f"run.target_accuracy: expected accuracy among the metrics, got {found}")

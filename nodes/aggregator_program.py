@@ -39,8 +39,8 @@ from fedmq.nodes.setup import kind_of, set_up
 from fedmq.nodes.trace.text import clients_in_words
 from fedmq.nodes.version_zero import version_zero
 
-_QUIET_S = 5.0
-_TELL_AGAIN_S = 60.0
+_QUIET_S, _TELL_AGAIN_S = 5.0, 60.0
+"""When a run without messages says whom it waits for, and when it says so again."""
 
 
 def run_aggregator(

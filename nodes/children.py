@@ -17,13 +17,13 @@ from typing import Any
 import structlog
 
 from fedmq.algorithms.allowed import Allowed
-from fedmq.broker.errors import BrokerError, BrokerFailed
+from fedmq.broker.errors import BrokerFailed
 from fedmq.broker.process import tune_process
 from fedmq.broker.state import Continuation
 from fedmq.nodes import logs, streams
 from fedmq.nodes.causes import explained
 from fedmq.nodes.config import parse
-from fedmq.nodes.errors import NodeError, RunFailed
+from fedmq.nodes.errors import ON_PURPOSE, RunFailed
 from fedmq.nodes.signals import Stopped, this_process
 
 READY = "ready "
@@ -58,8 +58,7 @@ def child_main(
             # Code that is cut in two by a signal raises what it likes.
             log.info("stopped", by=this_process.name, error=explained(error))
             return
-        known = expected_errors()
-        if not isinstance(error, known):
+        if not isinstance(error, ON_PURPOSE):
             log.exception("crashed")
             _report(report, f"crashed: {explained(error)}; see {path}")
             sys.exit(1)
@@ -149,14 +148,6 @@ def worker_main(
     # What clients keep belongs to them, not to the worker that hosts them now.
     own, states = folder / "nodes" / name, folder / "clients"
     run_worker(endpoint, name, ranges, role, run, own, states, allowed)
-
-
-def expected_errors() -> tuple[type[Exception], ...]:
-    """Return the roots of all errors that are raised on purpose, and need no traceback."""
-    from fedmq.algorithms.errors import AlgorithmError
-    from fedmq.codecs.errors import CodecError
-
-    return (NodeError, BrokerError, AlgorithmError, CodecError)
 
 
 def _end_with_parent() -> None:

@@ -19,12 +19,13 @@ import xxhash
 from rich.console import Console
 
 from fedmq.broker.admission import MAX_RANGES
+from fedmq.broker.errors import BrokerFailed, GaveUp
 from fedmq.broker.names import name_fault
 from fedmq.broker.process import give_torch_huge_pages, tune_process
 from fedmq.nodes import logs, streams
 from fedmq.nodes.codec_cli import codec
 from fedmq.nodes.entry import ending_well
-from fedmq.nodes.errors import ConfigError, NodeError, RunFailed, own_code
+from fedmq.nodes.errors import ON_PURPOSE, ConfigError, RunFailed, own_code
 from fedmq.nodes.ledger_cli import ledger
 from fedmq.nodes.personalise import personalise
 from fedmq.nodes.replay.cli import replay
@@ -70,7 +71,7 @@ _give_up = click.option(
     metavar="SECONDS",
     type=float,
     callback=_above_zero,
-    help="End (exit code 1) after so long without the broker or the run; by default never.",
+    help="Exit with code 1 after this time without the broker or the run; default: wait.",
 )
 
 
@@ -231,7 +232,7 @@ def aggregator(
     folder: Path | None,
     give_up_s: float | None,
 ) -> None:
-    """Run the aggregator of one run, and the run with it."""
+    """Run the aggregator; this starts the run."""
     from fedmq.nodes.aggregator_program import run_aggregator
     from fedmq.nodes.config import load
 
@@ -370,16 +371,12 @@ def _make(folder: Path) -> None:
 @contextlib.contextmanager
 def exit_2_on_error() -> Iterator[None]:
     """Turn the project's own errors into one sentence, and exit code 2 (1: failed, gave up)."""
-    from fedmq.algorithms.errors import AlgorithmError
-    from fedmq.broker.errors import BrokerError, BrokerFailed, GaveUp
-    from fedmq.codecs.errors import CodecError
-
     try:
         yield
     except RunFailed as error:
         click.echo(f"fedmq: the run failed: {plain(error, _LONGEST)}", err=True)
         sys.exit(1)
-    except (NodeError, BrokerError, AlgorithmError, CodecError) as error:
+    except ON_PURPOSE as error:
         click.echo(f"fedmq: {plain(error, _LONGEST)}", err=True)
         sys.exit(1 if isinstance(error, GaveUp | BrokerFailed) else 2)
 

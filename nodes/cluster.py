@@ -48,6 +48,7 @@ _START_S = 30.0
 _STOP_S = 5.0
 _REFRESH_S = 0.1
 _LONGEST = 1000
+"""Characters of a reason that is shown."""
 _RESTARTS = 10
 _RESTARTS_WITHIN_S = 60.0
 """A process that ended more often than that within this time is beyond help."""
@@ -63,14 +64,13 @@ class _Child:
     report: Connection
     restarts: list[float] = field(default_factory=list)
     """When it was started again, newest last."""
+    last_words: str = ""
+    """What it said before it ended."""
 
     def may_restart(self, now: float) -> bool:
         """Tell whether it is worth starting again: killed or crashed, and not too often."""
         recent = [each for each in self.restarts if each > now - _RESTARTS_WITHIN_S]
         return self.process.exitcode not in (None, 0, 2, BEYOND_HELP) and len(recent) < _RESTARTS
-
-    last_words: str = ""
-    """What it said before it ended."""
 
     def reports(self) -> Iterator[str]:
         """Yield what it reports and goes on; keep what it says before it ends."""

@@ -12,12 +12,13 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from rich.console import Console
 
 from fedmq.broker.state import Continuation
 from fedmq.nodes.config import NONE, Config, changed, load, parse
+from fedmq.nodes.differing import Differences, differences, shown
 from fedmq.nodes.errors import ConfigError
 from fedmq.nodes.goal import Goal
 from fedmq.nodes.run_folder import Contents, Recorded, held, is_record, look_into, usable_config
@@ -44,9 +45,6 @@ _SHOWN = 12
 """Keys that are named, where very many differ."""
 _ROUNDING = 1e-9
 """A mean over clients was added up in another order by the aggregator."""
-
-Differences = dict[str, tuple[Any, Any]]
-"""(recorded, asked) by key."""
 
 
 @dataclass(frozen=True)
@@ -149,9 +147,9 @@ def continuation(asked: Asked) -> Continuation | None:
     if contents is None or run is None or contents.fold is None:
         raise ValueError("nothing has begun that could go on")
     before, now = parse(run.config), asked.config
-    _check_same(asked, differences(before, now, only=_NAMED))
+    _check_same(asked, _differences(before, now, only=_NAMED))
     before, now = completed(before, now.allowed), completed(now)
-    found = differences(before, now)
+    found = _differences(before, now)
     _check_same(asked, found)
     goal, best = Goal.of(now.run), contents.fold.best_accuracy
     changed_goal = any(_kind(key) == "goal" for key in found)
@@ -223,7 +221,7 @@ def _check_same(asked: Asked, found: Differences) -> None:
     wrong = {key: each for key, each in found.items() if _kind(key) is None}
     if not wrong or asked.recorded is None:
         return
-    named = [f"{key} {_shown(old)} there, {_shown(new)} here" for key, (old, new) in wrong.items()]
+    named = [f"{key} {shown(old)} there, {shown(new)} here" for key, (old, new) in wrong.items()]
     more = f"; and {len(named) - _SHOWN} more" if len(named) > _SHOWN else ""
     raise ConfigError(
         f"{asked.folder} holds run {asked.recorded.id} with another configuration: "
@@ -231,7 +229,7 @@ def _check_same(asked: Asked, found: Differences) -> None:
     )
 
 
-def differences(before: Config, now: Config, *, only: Sequence[str] = ()) -> Differences:
+def _differences(before: Config, now: Config, *, only: Sequence[str] = ()) -> Differences:
     """Return the keys in which two configurations differ, but for the run's id.
 
     Args:
@@ -239,36 +237,14 @@ def differences(before: Config, now: Config, *, only: Sequence[str] = ()) -> Dif
         now: the other.
         only: tables of which nothing but the name is compared; by default everything is.
     """
-    one, other = (dict(_flat(each.model_dump(), "")) for each in (before, now))
-    keys = [f"{table}.name" for table in only] or [
-        *one,
-        *(each for each in other if each not in one),
-    ]
-    pairs = {key: (one.get(key, _MISSING), other.get(key, _MISSING)) for key in keys}
-    return {key: pair for key, pair in pairs.items() if key != "run.id" and not _same(*pair)}
-
-
-_MISSING = object()
-
-
-def _same(one: Any, other: Any) -> bool:
-    return bool(one == other) and isinstance(one, bool) == isinstance(other, bool)
-
-
-def _flat(value: Any, path: str) -> Iterator[tuple[str, Any]]:
-    if isinstance(value, dict):
-        for key, each in value.items():
-            yield from _flat(each, f"{path}.{key}" if path else str(key))
-    else:
-        yield path, value
+    wanted = [f"{table}.name" for table in only]
+    return {
+        key: pair
+        for key, pair in differences(before.model_dump(), now.model_dump()).items()
+        if key != "run.id" and (not only or key in wanted)
+    }
 
 
 def _kind(key: str) -> str | None:
     """Return how a key may differ, or None if it may not."""
     return MAY_DIFFER.get(key) or MAY_DIFFER.get(key.partition(".")[0])
-
-
-def _shown(value: Any) -> str:
-    if value is _MISSING:
-        return "not set"
-    return NONE if value is None else repr(value)[:100]

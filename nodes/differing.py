@@ -1,4 +1,4 @@
-"""In which keys two configurations of one run differ, for people."""
+"""In which keys two configurations of one run differ."""
 
 from __future__ import annotations
 
@@ -6,8 +6,32 @@ import tomllib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from fedmq.nodes.config import NONE
+
 _SHOWN = 10
-_LONGEST = 60
+"""Keys that are named, where very many differ."""
+_LONGEST = 100
+"""Characters of a value."""
+_MISSING = object()
+
+Differences = dict[str, tuple[Any, Any]]
+"""Both values, by key; `shown` says what they are."""
+
+
+def differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> Differences:
+    """Return the keys that differ between the tables of two configurations."""
+    ours, theirs = dict(_leaves(one, "")), dict(_leaves(other, ""))
+    keys = [*ours, *(key for key in theirs if key not in ours)]
+    pairs = {key: (ours.get(key, _MISSING), theirs.get(key, _MISSING)) for key in keys}
+    return {key: pair for key, pair in pairs.items() if not _same(*pair)}
+
+
+def shown(value: Any) -> str:
+    """Return one of the two values, for people."""
+    if value is _MISSING:
+        return "not set"
+    text = NONE if value is None else repr(value)
+    return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 3]}..."
 
 
 def differing_keys(here: str, there: str) -> str:
@@ -21,25 +45,21 @@ def differing_keys(here: str, there: str) -> str:
         "" if one of them cannot be read, or none differs.
     """
     try:
-        ours, theirs = dict(_leaves(tomllib.loads(here))), dict(_leaves(tomllib.loads(there)))
+        found = differences(tomllib.loads(here), tomllib.loads(there))
     except (tomllib.TOMLDecodeError, RecursionError):
         return ""
-    keys = [key for key in sorted({*ours, *theirs}) if ours.get(key) != theirs.get(key)]
-    shown = [f"{key} (here {_value(ours, key)}, there {_value(theirs, key)})" for key in keys]
-    more = f" and {len(keys) - _SHOWN} more" if len(keys) > _SHOWN else ""
-    return ", ".join(shown[:_SHOWN]) + more
+    named = [f"{key} (here {shown(a)}, there {shown(b)})" for key, (a, b) in sorted(found.items())]
+    more = f" and {len(named) - _SHOWN} more" if len(named) > _SHOWN else ""
+    return ", ".join(named[:_SHOWN]) + more
 
 
-def _leaves(table: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in table.items():
-        if isinstance(value, dict) and value:
-            yield from _leaves(value, f"{above}{key}.")
-        else:
-            yield f"{above}{key}", value
+def _leaves(value: Any, path: str) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, Mapping):
+        for key, each in value.items():
+            yield from _leaves(each, f"{path}.{key}" if path else str(key))
+    else:
+        yield path, value
 
 
-def _value(leaves: Mapping[str, Any], key: str) -> str:
-    if key not in leaves:
-        return "not set"
-    text = repr(leaves[key])
-    return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 3]}..."
+def _same(one: Any, other: Any) -> bool:
+    return bool(one == other) and isinstance(one, bool) == isinstance(other, bool)

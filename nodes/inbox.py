@@ -41,7 +41,6 @@ class Start(Struct, frozen=True):
     checkpoint: the newest one of the session before it.
     run_record: of a replay that starts from the beginning, the run's record, which holds the
         state of version 0: another machine would draw other first weights.
-    continued: number of the message by which the run goes further than it was to; an end before
     continued: number of the message by which the run goes further than it was to: an end before
         that one is not told.
     """

@@ -14,20 +14,22 @@ import click
 from fedmq.broker.entries import Accepted, AnyEntry
 from fedmq.broker.errors import LedgerError
 from fedmq.nodes.trace.text import count, plain, plural
+from fedmq.nodes.usage import Commands
 
 if TYPE_CHECKING:
     from fedmq.broker.check import Finding, LostBlob, Report
     from fedmq.broker.repair import Step
 
 _SHOWN = 10
-"""Of a long list, so many are printed; all of them are in the JSON."""
+"""Blobs that are printed for each place; the JSON has all."""
 _SENTENCE = 2000
+"""Characters of one, at most."""
 
 _folder = click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
 _json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead.")
 
 
-@click.group()
+@click.group(cls=Commands)
 def ledger() -> None:
     """Check a ledger for damage, and repair it: DIR is a run's folder, or that of its ledger."""
 
@@ -176,7 +178,7 @@ def _behind(finding: Finding, report: Report) -> Iterator[str]:
         else:
             yield f"  run {plain(run)} needs them; it would go on from entry {report.entries - 1}"
     if not report.runs:
-        yield "  no run is left: a broker would begin anew"
+        yield "  no run is left: a broker would start with an empty ledger"
 
 
 def _blobs(lost: list[LostBlob]) -> Iterator[str]:

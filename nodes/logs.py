@@ -19,9 +19,10 @@ import structlog
 from fedmq.nodes.causes import MAX_TEXT, described, shorten
 from fedmq.nodes.streams import reason_of
 
-_MAX_FRAMES = 20
-_MAX_CAUSES = 3
+_MAX_FRAMES, _MAX_CAUSES = 20, 3
+"""Of an exception: the innermost frames, and exceptions that led to one another."""
 _MAX_KNOWN = 256
+"""Kinds of events that are counted; of more, those that came least recently are forgotten."""
 
 
 class _Lasting(io.TextIOWrapper):

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import functools
 import json
-import os
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -27,6 +26,8 @@ from torch import Tensor
 from fedmq.algorithms.errors import ProblemError
 from fedmq.algorithms.problems.base import Problem
 from fedmq.nodes.errors import NodeError
+from fedmq.nodes.replacing import replacing
+from fedmq.nodes.streams import reason_of
 
 MODEL_FILE = "model.safetensors"
 ARRAYS_FILE = "model.npz"
@@ -63,9 +64,16 @@ def save_model(
 
 
 def remove_model(folder: Path) -> None:
-    """Remove the files of a final model: they are another run's, or are written at the end."""
+    """Remove the files of a final model: they are another run's, or are written at the end.
+
+    Raises:
+        NodeError: one cannot be removed.
+    """
     for name in (MODEL_FILE, ARRAYS_FILE):
-        (folder / name).unlink(missing_ok=True)
+        try:
+            (folder / name).unlink(missing_ok=True)
+        except OSError as error:
+            raise NodeError(f"cannot remove {folder / name}: {reason_of(error)}") from None
 
 
 def read_state_dict(path: Path | str) -> dict[str, Tensor]:
@@ -200,16 +208,12 @@ def _write_arrays(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 def _replace(path: Path, write: Callable[[Path], None]) -> None:
     """Write a file under another name, then put it in its place."""
-    part = path.with_name(f"{path.name}.part")
     try:
-        part.touch()
-        mode = part.stat().st_mode
-        write(part)
-        part.chmod(mode)  # safetensors lets nobody else read; the run's other files decide
-        with part.open("rb+") as file:
-            os.fsync(file.fileno())
-        part.replace(path)
+        with replacing(path) as fresh:
+            fresh.touch()
+            mode = fresh.stat().st_mode
+            write(fresh)
+            fresh.chmod(mode)  # safetensors lets nobody else read; the run's other files decide
     except (OSError, SafetensorError) as error:
-        part.unlink(missing_ok=True)
         reason = error.strerror if isinstance(error, OSError) else None
         raise NodeError(f"cannot write the model to {path}: {reason or error}") from None

@@ -144,7 +144,7 @@ def _in_few_runs(tensors: Mapping[str, Tensor], most: int) -> Mapping[str, Tenso
     One is for each run of tensors of one dtype. A buffer for each client's tensors is stored
     once as long as they stay the same; but a message holds few.
     """
-    if _runs(tensors) <= most:
+    if len(tensors) <= most or _runs(tensors) <= most:
         return tensors
     return dict(sorted(tensors.items(), key=lambda item: str(item[1].dtype)))
 

@@ -150,6 +150,8 @@ class Progress:
     def waiting(self, hosts: Mapping[int, str]) -> set[int]:
         """Return the clients, of these, that are not to be asked now."""
         failures = self.failures
+        if not failures.clients and not failures.nodes:
+            return set()  # as nearly always
         found = {k for k, each in failures.clients.items() if self._waits(each) and k in hosts}
         nodes = {name for name, each in failures.nodes.items() if self._waits(each)}
         return found | {k for k, host in hosts.items() if host in nodes} if nodes else found

@@ -17,9 +17,10 @@ from fedmq.broker.errors import LedgerDamage, check_advice
 from fedmq.broker.lock import LOCK_FILE
 from fedmq.broker.names import name_fault
 from fedmq.broker.reading import read_entries
-from fedmq.broker.state import BROKER, CONTINUED
+from fedmq.broker.state import AGGREGATOR, BROKER, CONTINUED
 from fedmq.nodes.config import Config
 from fedmq.nodes.errors import ConfigError
+from fedmq.nodes.replacing import replacing
 from fedmq.nodes.summary import RunFold
 
 CONFIG_FILE = "config.toml"
@@ -80,9 +81,9 @@ class Runs:
                 run = self.found.get(message.run)
                 if run is None:
                     return
-                if message.kind == "version":
+                if message.kind == "version" and message.sender == AGGREGATOR:
                     run.version = message.body.get("version", run.version)
-                elif message.kind == "run":
+                elif message.kind == "run" and message.sender == AGGREGATOR:
                     run.arithmetic = message.body.get("arithmetic", 1)
                 elif message.kind == CONTINUED and message.sender == BROKER:
                     run.config, run.ended = message.body["config"], None
@@ -239,13 +240,9 @@ def write_config(folder: Path, config: Config, begun: float) -> None:
         f'# run.id = "{config.run.id}"\n'
         f"# begun = {float(begun)!r} ({when})\n\n{without.to_toml()}"
     )
-    fresh = folder / _FRESH_FILE
     try:
-        with fresh.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        fresh.replace(folder / CONFIG_FILE)
+        with replacing(folder / CONFIG_FILE) as fresh:
+            fresh.write_text(text, encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"cannot write {folder / CONFIG_FILE}: {error.strerror}") from None
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from fedmq.broker.reading import read_entries
 from fedmq.nodes.errors import NodeError
+from fedmq.nodes.replacing import replacing
 from fedmq.nodes.streams import reason_of
 from fedmq.nodes.strict_json import to_strict_json
 from fedmq.nodes.summary import RunFold
@@ -50,11 +50,8 @@ def save_summary(folder: Path, summary: Mapping[str, Any]) -> None:
         NodeError: it cannot be written.
     """
     path = folder / SUMMARY_FILE
-    fresh = path.with_suffix(".new")
     try:
-        fresh.write_text(to_strict_json(summary))
-        fresh.replace(path)
+        with replacing(path) as fresh:
+            fresh.write_text(to_strict_json(summary))
     except OSError as error:
-        with contextlib.suppress(OSError):
-            fresh.unlink(missing_ok=True)
         raise NodeError(f"cannot write {path}: {reason_of(error)}") from None

@@ -22,6 +22,7 @@ _SAME_EVERY_S = 60.0
 _QUIET_S = 4.0
 """After so long without news, it is said which clients a run waits for."""
 _LONGEST = 1000
+"""Characters of the reason for which a run ended, in the closing table."""
 _NAMED = 10
 """Groups of clients without a result that are named; the summary has all."""
 _REASON = 300

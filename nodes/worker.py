@@ -289,12 +289,14 @@ class Worker:
             **self._started_from(),
             **self._version_0,
         }
-        reply, data = fitted(self._reply("result", body, packed.blobs), packed.data)
-        kept = Kept(message.id, inbound.seq, event.local, reply, data, memory)
-        if event.local is not None or memory is not None:
-            out.append(Keep(client, kept))
-        else:
+        reply = self._reply("result", body, packed.blobs)
+        if event.local is None and memory is None:
+            kept = Kept(message.id, inbound.seq, None, reply, packed.data, None)
             self._post_result(kept, out)
+        else:
+            whole = fitted(reply, packed.data)
+            kept = Kept(message.id, inbound.seq, event.local, *whole, memory)
+            out.append(Keep(client, kept))
 
     def _post_result(self, kept: Kept, out: list[Action]) -> None:
         """Post a result, which another node may have kept for this client."""
@@ -302,7 +304,7 @@ class Worker:
             raise RuntimeError("a result answers nothing")
         body = {**kept.message.body, **self._version_0}
         message = msgspec.structs.replace(kept.message, sender=self._node, body=body)
-        # Fitted once more: this node's name may be longer than that of the one that kept it.
+        # What was kept is fitted once more: the node that kept it may have a shorter name.
         out.append(Post(*fitted(message, kept.data), (self._current.seq,)))
         self._current = None
 

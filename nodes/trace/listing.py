@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from fedmq.broker.entries import Accepted, AnyEntry, Consumed, Ended, Opened, Refusal
-from fedmq.broker.state import BROKER
+from fedmq.broker.state import BROKER, CONTINUED
 from fedmq.broker.trace import Trace
 from fedmq.broker.wire import Message
 from fedmq.nodes.errors import NodeError
@@ -31,7 +31,7 @@ _WIDEST = 60
 _NAMED = 30
 KINDS = frozenset(
     {"opened", "consumed", "refusal", "ended"}
-    | {"joined", "left", "tick", "refused"}
+    | {"joined", "left", "tick", "refused", CONTINUED}
     | {"run", "task", "evaluate", "version", "finished", "timer"}
     | {"result", "failed", "score"}
 )

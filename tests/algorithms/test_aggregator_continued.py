@@ -160,6 +160,19 @@ def test_what_is_reached_when_it_is_asked_for_ends_the_run():
     assert fleet.core.version == 3
 
 
+def test_a_target_that_is_asked_for_later_needs_accuracy_among_the_metrics():
+    fleet = Fleet(make_setup(ROUNDS, clients=2, versions=9, evaluate_every=1), join=False)
+    fleet.join_evaluator()
+    come_back(fleet)
+    go_on(fleet, further=True, target_accuracy=0.5)
+    come_back(fleet)
+    fleet.join_evaluator()
+    (message, _), *_ = fleet.evaluations
+    fleet.say("score", {"metrics": {"loss": 1.0}}, "evaluator", re=message.id)
+    assert fleet.core.failed
+    assert fleet.finished == "run.target_accuracy: expected accuracy among the metrics, got loss"
+
+
 def test_a_last_evaluation_is_waited_for_across_the_pause():
     fleet = Fleet(make_setup(ROUNDS, clients=2, versions=1, evaluate_every=0), join=False)
     fleet.join_evaluator()

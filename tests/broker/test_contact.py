@@ -174,7 +174,7 @@ def test_the_time_in_which_a_node_itself_was_stopped_is_not_waiting():
         (
             OutOfTouch(9.0, Full(reason="no space"), admitted=True),
             "c",
-            "keeps nothing for 9 s: no space",
+            "has accepted nothing for 9 s: no space",
         ),
     ],
 )

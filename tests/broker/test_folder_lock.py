@@ -43,7 +43,7 @@ def test_what_else_refuses_the_lock_is_no_other_broker(tmp_path, monkeypatch, co
     with pytest.raises(LedgerError) as caught:
         Ledger(tmp_path)
     assert str(caught.value) == f"cannot lock {tmp_path / LOCK_FILE}: {os.strerror(code)}"
-    assert open_files() == before
+    assert open_files() <= before  # sockets of a test before this one may close meanwhile
 
 
 def test_a_lock_file_that_cannot_be_opened_is_told(tmp_path, monkeypatch):

@@ -143,6 +143,14 @@ def test_a_broker_that_is_cut_off_is_in_the_log_with_the_time_and_so_is_its_retu
         agg.close()
 
 
+def test_a_node_that_gives_up_says_what_it_has_found(quick):
+    link = NodeLink(f"tcp://127.0.0.1:{free_port()}", WORKER)
+    link.give_up_after(1.5)
+    with pytest.raises(GaveUp, match=r"for [12] s; nothing listens there .connection refused.$"):
+        link.welcome()
+    link.close()
+
+
 def test_a_broker_without_the_run_says_what_it_serves(tmp_path, quick):
     with serving(tmp_path) as endpoint:
         other = NodeLink(endpoint, Hello(node="w9", role="worker", session="s", run="q"))
@@ -150,7 +158,9 @@ def test_a_broker_without_the_run_says_what_it_serves(tmp_path, quick):
         with linked(endpoint, AGGREGATOR):
             until(quick, f"the broker at {endpoint} serves run r; waiting for run q", other)
             other.give_up_after(0.3)
-            with pytest.raises(GaveUp, match=r"gave up: .*serves run r; waiting for run q"):
+            with pytest.raises(
+                GaveUp, match=r"gave up: .*serves run r; waiting for run q for \d s$"
+            ):
                 other.welcome()
         other.close()
 

@@ -54,6 +54,11 @@ def test_a_sound_ledger(run: Path) -> None:
     assert output.endswith("there is nothing to do\n")
 
 
+def test_a_misspelled_command_is_one_sentence_with_the_choices() -> None:
+    said = "fedmq: ledger: there is no command 'chekc' (did you mean 'check'?); choose from "
+    assert fedmq("chekc") == (2, said + "check, repair\n")
+
+
 def test_no_ledger_is_one_sentence(tmp_path: Path) -> None:
     for command in ("check", "repair"):
         code, output = fedmq(command, tmp_path)

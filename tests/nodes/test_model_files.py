@@ -106,7 +106,7 @@ def test_the_model_loads_strictly_into_its_own_module(tmp_path, kind):
     module.load_state_dict(state, strict=True)
     for name, each in (dict(module.named_parameters()) | dict(module.named_buffers())).items():
         assert torch.equal(each.to(tensors[name].dtype), tensors[name]), name
-    assert not list(tmp_path.glob("*.part"))
+    assert not list(tmp_path.glob("*.new"))
     modes = {each.stat().st_mode for each in tmp_path.iterdir()}
     assert len(list(tmp_path.iterdir())) == 2
     assert len(modes) == 1
@@ -206,7 +206,7 @@ def test_a_model_that_is_there_stays_until_the_new_one_is_whole(tmp_path, monkey
         saved(tmp_path, problem, 2.0)
     after = read_state_dict(tmp_path)
     assert all(torch.equal(each, after[name]) for name, each in before.items())
-    assert not list(tmp_path.glob("*.part"))
+    assert not list(tmp_path.glob("*.new"))
 
 
 def test_what_is_no_model_is_refused_with_a_sentence(tmp_path):

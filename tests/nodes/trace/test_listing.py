@@ -90,7 +90,12 @@ def test_filters(fedmq, written, words, names):
 
 
 def test_a_filter_that_takes_nothing_says_so(fedmq, written):
-    for words in (["--kind", "tick"], ["--from", "9e9"], ["--kind", "score"]):
+    for words in (
+        ["--kind", "tick"],
+        ["--kind", "continued"],
+        ["--from", "9e9"],
+        ["--kind", "score"],
+    ):
         result = fedmq("ls", written[0], *words, "--versions", "1", "--refused")
         assert result.stdout == ""
         assert result.stderr == "fedmq: no entries match\n"
@@ -99,7 +104,10 @@ def test_a_filter_that_takes_nothing_says_so(fedmq, written):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--kind", "taks"], "--kind: expected a kind .consumed, ended, .*got 'taks' .*'task'"),
+        (
+            ["--kind", "taks"],
+            "--kind: expected a kind .consumed, continued, ended, .*got 'taks' .*'task'",
+        ),
         (["--kind", "task", "--kind", "nonsense"], "--kind: expected a kind .*got 'nonsense'$"),
         (["--node", "worker-9"], "--node: expected a node of this run .*worker-1.*got 'worker-9'"),
         (["--client", "10"], "--client: expected a client of this run, 0 to 3, got 10"),
