@@ -38,7 +38,7 @@ _LENGTHS = struct.Struct("<II")
 # A head holds a whole message plus a few fields of the ledger's own.
 _MAX_HEAD = 2 * MAX_HEADER_BYTES
 _MAX_DATA = CHUNK_BYTES
-_BLOCK = 4 << 20
+_BLOCK = 1 << 20
 """So much is read at a time where the next record is looked for."""
 
 

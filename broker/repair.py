@@ -27,7 +27,7 @@ from fedmq.broker.records import MAGIC, Record, walk
 from fedmq.broker.repairs import note_repair
 from fedmq.broker.segment import set_aside
 
-_BLOCK = 4 << 20
+_BLOCK = 1 << 20
 
 
 class Action(StrEnum):

@@ -3,6 +3,7 @@
 import dataclasses
 
 import pytest
+import tomli_w
 from click.testing import CliRunner
 
 from fedmq.algorithms.registry import ALGORITHMS
@@ -81,6 +82,15 @@ def test_an_exception_stands_in_the_docstring_of_its_class(name, field):
     assert field in ({**ALGORITHMS, **SCHEDULES}[name].__doc__ or "")
 
 
+def written(default):
+    """Return a default as a run's file has it."""
+    if default is None:
+        return '"none"'
+    if isinstance(default, tuple):
+        return f"[{', '.join(written(each) for each in default)}]"
+    return tomli_w.dumps({"it": default})[5:-1]
+
+
 @pytest.mark.parametrize(
     ("table", "registry"), [("algorithm", ALGORITHMS), ("schedule", SCHEDULES)]
 )
@@ -94,7 +104,7 @@ def test_what_is_used_is_what_list_prints_whether_or_not_it_is_named(table, regi
         given = getattr(load(None, settings), table)
         assert given == {"name": name}
         for each in dataclasses.fields(kind):
-            assert f"{each.name}={each.default!r}" in printed
+            assert f"{each.name}={written(each.default)}" in printed
     assert getattr(load(None), table).keys() == {"name"}
 
 
