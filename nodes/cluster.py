@@ -238,8 +238,7 @@ class Cluster:
         fold, config = self._fold, self._config
         title = (
             f"fedmq {config.run.id}: {config.algorithm['name']}, {config.schedule['name']}, "
-            f"{config.problem['name']}, {self._clients} clients on "
-            f"{len(self._children) - 3} workers"
+            f"{config.problem['name']}, {self._clients} clients on {len(self._children) - 3} workers"
         )
         with View(self._console, title, self._say) as view:
             while True:
