@@ -238,7 +238,8 @@ class Cluster:
         fold, config = self._fold, self._config
         title = (
             f"fedmq {config.run.id}: {config.algorithm['name']}, {config.schedule['name']}, "
-            f"{config.problem['name']}, {self._clients} clients on {len(self._children) - 3} workers"
+            f"{config.problem['name']}, {self._clients} clients on "
+            f"{len(self._children) - 3} workers"
         )
         with View(self._console, title, self._say) as view:
             while True:
@@ -299,11 +300,9 @@ class Cluster:
     def _is_fatal(self, gone: list[_Child], failed: list[_Child]) -> bool:
         """Tell whether the run cannot go on; a worker that died is not fatal while others live."""
         names = {child.name for child in gone}
-        if names & {"broker", "aggregator"}:
-            # The aggregator may have ended a moment before its last entry was read here.
-            return bool(failed) or "broker" in names
         works = any(name.startswith("worker") for name in self._children.keys() - names)
-        return not works or any(child.process.exitcode == 2 for child in failed)
+        misconfigured = any(child.process.exitcode == 2 for child in failed)
+        return misconfigured or not works or not names.isdisjoint(("broker", "aggregator"))
 
     # ---- ending
 
