@@ -24,7 +24,7 @@ from fedmq.nodes.aggregator_state import AggregatorState
 from fedmq.nodes.causes import explained, may_pass, modules_of
 from fedmq.nodes.checkpoint import pack_checkpoint, unpack_checkpoint
 from fedmq.nodes.digests import model_digest
-from fedmq.nodes.errors import NodeError
+from fedmq.nodes.errors import NodeError, exits_as_errors
 from fedmq.nodes.evaluations import (
     Evaluations,
     accuracy_in,
@@ -62,7 +62,8 @@ class Aggregator(AggregatorState):
             NodeError: the checkpoint does not fit.
         """
         try:
-            return self._handle(event)
+            with exits_as_errors():
+                return self._handle(event)
         except (BrokerError, NodeError):
             raise
         except Exception as error:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from fedmq.algorithms.returned import result_of
 from fedmq.algorithms.rng import seeded
+from fedmq.nodes.errors import exits_as_errors
 from fedmq.nodes.setup import Setup, kind_of
 from fedmq.nodes.worker import Evaluate, Evaluated, Train, Trained
 
@@ -20,8 +21,9 @@ def carry_out(action: Train | Evaluate, setup: Setup, device: str) -> Trained | 
 
     Raises:
         ReturnedError: a method of the problem or the algorithm returned what cannot be used.
+        Exception: whatever those methods raise; ``exit()`` too is an error.
     """
-    with seeded(action.seed, device):
+    with exits_as_errors(), seeded(action.seed, device):
         if isinstance(action, Train):
             client = action.at(setup.problem, device)
             found = setup.algorithm.train(action.task, client)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import multiprocessing as mp
 import os
 import signal
@@ -87,6 +88,8 @@ def _log_to(path: Path, name: str, report: Connection) -> None:
             logs.configure(path, lost, node=name, pid=str(os.getpid()))
             os.dup2(stray.fileno(), 1)
             os.dup2(stray.fileno(), 2)
+            # A library that crashes leaves files and lines, without values.
+            faulthandler.enable(2, all_threads=False)
     except OSError as error:
         logs.configure(None, node=name, pid=str(os.getpid()))
         lost(f"cannot write {path}: {streams.reason_of(error)}")

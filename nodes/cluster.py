@@ -66,6 +66,8 @@ class _Child:
     """When it was started again, newest last."""
     last_words: str = ""
     """What it said before it ended."""
+    gone: bool | None = None
+    """Whether it has ended for good: False when that was seen once, True when more often."""
 
     def may_restart(self, now: float) -> bool:
         """Tell whether it is worth starting again: killed or crashed, and not too often."""
@@ -196,9 +198,8 @@ class Cluster:
 
     def _start_nodes(self, endpoint: str, text: str) -> None:
         context = mp.get_context("forkserver")
-        run = self._config.run.id
         # What the person's configuration names; over the wire might come another.
-        own = self._config.allowed
+        run, own = self._config.run.id, self._config.allowed
         # The first waits until torch is imported in the process that it is forked from, which
         # a signal ends; then there is nothing to wait for.
         with this_process.noting(kill_forkserver):
@@ -252,22 +253,22 @@ class Cluster:
                 if fold.ended is None:
                     self._restart()
                 living = [each for each in self._children.values() if each.process.exitcode is None]
-                now = time.monotonic()
-                ended = [
-                    each
-                    for each in self._children.values()
-                    if each not in living and (fold.ended or not each.may_restart(now))
-                ]
-                failed = [each for each in ended if each.process.exitcode]
+                ended = [each for each in self._children.values() if each not in living]
+                if fold.ended is None:
+                    ended = [each for each in ended if not each.may_restart(time.monotonic())]
                 if fold.ended is not None and all(each.name == "broker" for each in living):
                     if fold.failed:
                         self._say(f"fedmq: the run failed: {plain(fold.ended, _LONGEST)}")
                     return 1 if fold.failed else 0
-                if fold.ended is None and self._is_fatal(ended, failed, living):
+                # What ended after the ledger was read may have ended with the run.
+                gone = [each for each in ended if each.gone is not None]
+                failed = [each for each in gone if each.process.exitcode]
+                if fold.ended is None and self._is_fatal(gone, failed):
                     this_process.check()  # a signal to all of them ends the nodes, too
-                    for child in failed:
+                    for child in failed or gone:
                         self._say(f"fedmq: {child.name}: {child.complaint()}")
                     return 2 if any(each.process.exitcode == 2 for each in failed) else 1
+                self._tell_gone(ended)
                 wait([each.process.sentinel for each in living], _REFRESH_S)
 
     def _note(self, child: _Child, said: str) -> None:
@@ -290,14 +291,19 @@ class Cluster:
                     continue
                 fresh.start, fresh.restarts = child.start, child.restarts
 
-    def _is_fatal(self, ended: list[_Child], failed: list[_Child], living: list[_Child]) -> bool:
+    def _tell_gone(self, ended: list[_Child]) -> None:
+        """Say once which nodes have ended, while the run goes on."""
+        for child in ended:
+            if child.gone is False and self._fold.ended is None:
+                self._say(f"fedmq: {child.name}: {child.complaint()}; going on without it")
+            child.gone = child.gone is not None
+
+    def _is_fatal(self, gone: list[_Child], failed: list[_Child]) -> bool:
         """Tell whether the run cannot go on; a worker that died is not fatal while others live."""
-        essential = {"broker", "aggregator"}
-        if any(child.name in essential for child in ended):
-            # The aggregator may have ended a moment before its last entry was read here.
-            return bool(failed) or "broker" in {child.name for child in ended}
+        names = {child.name for child in gone}
+        works = any(name.startswith("worker") for name in self._children.keys() - names)
         misconfigured = any(child.process.exitcode == 2 for child in failed)
-        return misconfigured or not any(child.name.startswith("worker") for child in living)
+        return misconfigured or not works or not names.isdisjoint(("broker", "aggregator"))
 
     # ---- ending
 

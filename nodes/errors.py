@@ -17,7 +17,8 @@ from fedmq.algorithms.errors import AlgorithmError, ResultError
 from fedmq.broker.errors import BrokerError, WireError
 from fedmq.broker.rejections import Code, Rejection
 from fedmq.codecs.errors import CodecError
-from fedmq.nodes.causes import explained, may_pass, place_in, shorten
+from fedmq.nodes.causes import described, explained, may_pass, place_in, shorten
+from fedmq.nodes.signals import Stopped, this_process
 
 
 class NodeError(Exception):
@@ -82,10 +83,34 @@ def own_code(key: str) -> Iterator[None]:
         OwnCodeError: it raised something that a restart does not cure.
     """
     try:
-        yield
+        with exits_as_errors():
+            yield
     except ON_PURPOSE:
         raise
     except Exception as error:
         if may_pass(error):
             raise
         raise OwnCodeError(f"{key}: {explained(error)}") from error
+
+
+@contextlib.contextmanager
+def exits_as_errors() -> Iterator[None]:
+    """Run code of a user's; ``exit()`` in it raises an error like any other, and ends no process.
+
+    So does whatever else is raised past ``except Exception``. A signal passes, and Ctrl-C in a
+    program that leaves SIGINT to Python.
+
+    Raises:
+        RuntimeError: in the place of a SystemExit and the like; it names that, and where it came
+            from is in its traceback.
+    """
+    try:
+        yield
+    except (Exception, Stopped):
+        raise
+    except BaseException as error:
+        by_signal = isinstance(error, KeyboardInterrupt) and not this_process.installed
+        if by_signal or this_process.count:
+            raise
+        text = f"raised {described(error)}"
+        raise RuntimeError(text).with_traceback(error.__traceback__) from None

@@ -11,6 +11,7 @@ from msgspec import Struct
 from fedmq.broker.errors import WireError
 from fedmq.broker.rejections import Rejection
 from fedmq.broker.wire import Buffer, Message
+from fedmq.nodes.errors import exits_as_errors
 
 Read = Callable[[int], Buffer]
 """Returns the bytes of a message's i-th blob."""
@@ -119,7 +120,8 @@ class Commit:
         with self._lock:
             if self._work is not None:
                 try:
-                    self._result = self._work()
+                    with exits_as_errors():
+                        self._result = self._work()
                 except Exception as error:  # noqa: BLE001 - raised below, to whoever asks
                     self._error = error
                 self._work = None

@@ -19,7 +19,7 @@ from fedmq.broker.state import WORKER
 from fedmq.broker.wire import Hello
 from fedmq.nodes.carry_out import carry_out
 from fedmq.nodes.config import parse
-from fedmq.nodes.errors import ON_PURPOSE, NodeError, StorageError, own_code
+from fedmq.nodes.errors import ON_PURPOSE, NodeError, StorageError, exits_as_errors, own_code
 from fedmq.nodes.inbox import Done, Post
 from fedmq.nodes.local import Kept, Locals, node_key
 from fedmq.nodes.logs import Repeats
@@ -131,7 +131,8 @@ def _try(setup: Setup, clients: Sequence[tuple[int, int]], device: str) -> None:
     tried = False
     for low, _ in clients:
         try:
-            data = setup.problem.client(low)
+            with exits_as_errors():
+                data = setup.problem.client(low)
         except ON_PURPOSE:
             raise
         except Exception:  # noqa: BLE001, S112 - other clients' data may be whole: its task says it

@@ -4,6 +4,7 @@ import contextlib
 import random
 import re
 from dataclasses import dataclass
+from pathlib import Path
 
 import msgspec
 import numpy as np
@@ -26,8 +27,9 @@ from fedmq.nodes.logs import Repeats
 from fedmq.nodes.payload import RAW, pack
 from fedmq.nodes.personalise import Start, measure
 from fedmq.nodes.replay.workers import Retraining
+from fedmq.nodes.signals import this_process
 from fedmq.nodes.simulation import Chances, Simulation
-from fedmq.nodes.worker import Evaluate, Train, Trained, Worker
+from fedmq.nodes.worker import Evaluate, Failed, Train, Trained, Worker
 from fedmq.nodes.worker_program import _work
 from tests.algorithms.fleet import Fleet, make_setup
 from tests.algorithms.tiny import Tiny
@@ -271,6 +273,29 @@ def test_an_error_that_utf_8_cannot_write_fails_its_task_alone(setup):
     assert decode_message(encode_message(post.message)).body["reason"] == (
         "OSError: no such file: photo\\udc80.png"
     )
+
+
+@pytest.mark.parametrize(
+    "raised", [SystemExit(3), KeyboardInterrupt(), BaseExceptionGroup("two", [GeneratorExit()])]
+)
+def test_what_ends_a_process_fails_a_task_where_user_code_raises_it(setup, monkeypatch, raised):
+    class Exits(Tiny):
+        def client(self, index):
+            raise raised
+
+    changed = returning(setup, FedAvg(epochs=1), Exits())
+    train = actions_of(changed)["train"]
+    with this_process.taken(watchdog=False), pytest.raises(RuntimeError) as caught:
+        carry_out(train, changed, "cpu")
+    failed = Failed.of(caught.value, changed)
+    assert failed.reason.startswith(f"RuntimeError: raised {type(raised).__name__}")
+    assert Path(__file__).name in failed.where
+    if isinstance(raised, KeyboardInterrupt):
+        with pytest.raises(KeyboardInterrupt):  # SIGINT is Python's here: someone pressed Ctrl-C
+            carry_out(train, changed, "cpu")
+    monkeypatch.setattr(this_process, "count", 1)
+    with pytest.raises(type(raised)):  # after a signal it is the signal's doing
+        carry_out(train, changed, "cpu")
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """The processes of a cluster: a log that cannot be written is said, and the node goes on."""
 
+import ctypes
 import json
 import multiprocessing as mp
 import os
@@ -24,6 +25,10 @@ def work(folder: Path, report, lines: int) -> None:
 
 def fail(folder: Path, report) -> None:
     raise ValueError("a bug")
+
+
+def crash_in_c(folder: Path, report) -> None:
+    ctypes.string_at(0)
 
 
 def wait_for_a_signal(folder: Path, report) -> None:
@@ -98,6 +103,16 @@ def test_a_crash_is_reported_even_if_the_log_takes_nothing(tmp_path: Path) -> No
     assert re.fullmatch(r"crashed: ValueError.*a bug.*; see .*/w\.log", said)
     process.join(30)
     assert process.exitcode == 1
+
+
+def test_a_crash_in_a_library_leaves_file_and_line_in_the_log(tmp_path: Path) -> None:
+    process, pipe = start(tmp_path, crash_in_c)
+    assert reports(pipe) == []
+    process.join(30)
+    assert process.exitcode == -signal.SIGSEGV
+    log = (tmp_path / "w.log").read_text()
+    assert "Segmentation fault" in log
+    assert f'{Path(__file__).name}", line' in log
 
 
 def test_a_node_that_a_signal_ends_has_not_crashed(tmp_path: Path) -> None:
