@@ -57,6 +57,8 @@ class Kind(StrEnum):
     bytes. The one before it may serve."""
     READING = "reading"
     """The operating system does not read it."""
+    EMPTY = "empty"
+    """Messages without one whole entry, beside payload."""
 
 
 @dataclass
@@ -183,6 +185,8 @@ def check(folder: Path) -> Report:
         report.findings.append(Finding(Kind.MISSING, name, 0, 0, reason, breaks=True))
     for number in payload:
         _read_payload(report, number, last=number == payload[-1])
+    if messages and not report.entries and report.breaking is None:
+        _check_begun(report)
     known = {each.segment for each in report.findings}
     for missing in manifest.missing():
         name = segment_path(report.folder, *missing).name
@@ -209,6 +213,16 @@ def check(folder: Path) -> Report:
     _read_blobs(report, named, needed, given_up, kept_all=payload_missing or not payload)
     _check_checkpoints(report, newest, chain)
     return report
+
+
+def _check_begun(report: Report) -> None:
+    """Note messages without an entry, if there is payload that they should tell of."""
+    name = next(name for name, _, _ in report.segments if name.startswith(MESSAGES))
+    if any(records for other, _, records in report.segments if other.startswith(PAYLOAD)):
+        reason = "there is no whole entry in it; nothing says what the payload belongs to"
+        size = _size(report.folder / name)
+        report.findings.append(Finding(Kind.EMPTY, name, 0, size, reason, breaks=True))
+        report.tails = [each for each in report.tails if each.segment != name]
 
 
 def _check_checkpoints(report: Report, newest: list[int], chain: _Chain) -> None:

@@ -87,6 +87,10 @@ def _parse_ipc(text: str, path: str, *, listen: bool) -> Endpoint:
 
 def _parse_tcp(text: str, rest: str, *, listen: bool) -> Endpoint:
     host, colon, port = rest.rpartition(":")
+    if rest.startswith("[") != ("]" in rest):
+        raise EndpointError(
+            f"expected an IPv6 address in brackets, as in tcp://[::1]:7700, got {text[:_SHOWN]!r}"
+        )
     if not colon or (rest.startswith("[") and rest.endswith("]")):
         raise EndpointError(f"expected a port, as in tcp://HOST:PORT, got {text[:_SHOWN]!r}")
     if listen and port == "*":

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from fedmq.broker.entries import MESSAGES, PAYLOAD, segment_numbers, segment_path
 from fedmq.broker.errors import LedgerDamage, NoSpace, io_error
+from fedmq.broker.reading import read_entries
 from fedmq.broker.records import MAGIC
 
 MANIFEST_FILE = "segments"
@@ -132,6 +133,19 @@ def check_segments(folder: Path, manifest: Manifest) -> None:
         raise LedgerDamage(f"{names[0]}{also} missing from {folder}")
     if not segment_numbers(folder, MESSAGES) and _holds_records(folder, PAYLOAD):
         raise LedgerDamage(f"expected messages-*.log beside the payload in {folder}, there is none")
+
+
+def check_entries(folder: Path) -> None:
+    """Refuse payload beside messages without one whole entry: a run is opened before it.
+
+    Raises:
+        LedgerDamage: it is so, or the entries are damaged.
+        LedgerError: the folder cannot be read.
+    """
+    if not (segment_numbers(folder, MESSAGES) and _holds_records(folder, PAYLOAD)):
+        return
+    if next(read_entries(folder), None) is None:
+        raise LedgerDamage(f"expected entries beside the payload in {folder}, there are none")
 
 
 def payload_is_gone(folder: Path) -> bool:

@@ -127,13 +127,12 @@ def _messages_steps(report: Report) -> list[Step]:
     if breaking is None:
         return steps
     names = [segment_path(folder, MESSAGES, n).name for n in segment_numbers(folder, MESSAGES)]
-    if not names:
+    if not names or breaking.kind is Kind.EMPTY:
         # Without any entry, payload is bytes that nobody names.
-        names = [segment_path(folder, PAYLOAD, n).name for n in segment_numbers(folder, PAYLOAD)]
-        return [
-            *(Step(Action.RENAME, name, 0, (folder / name).stat().st_size) for name in names),
-            Step(Action.FORGET, breaking.segment),
-        ]
+        forget = [] if names else [Step(Action.FORGET, breaking.segment)]
+        names += [segment_path(folder, PAYLOAD, n).name for n in segment_numbers(folder, PAYLOAD)]
+        aside = [Step(Action.RENAME, name, 0, (folder / name).stat().st_size) for name in names]
+        return aside + forget
     whole = breaking.kind in (Kind.FORMAT, Kind.NUMBER) and breaking.offset == 0
     if breaking.kind is Kind.MISSING:
         steps.append(Step(Action.FORGET, breaking.segment))

@@ -23,6 +23,7 @@ from fedmq.broker.entries import (
 from fedmq.broker.errors import LedgerDamage, LedgerError, check_advice
 from fedmq.broker.headers import encode_message
 from fedmq.broker.ledger import Ledger
+from fedmq.broker.manifest import check_entries
 from fedmq.broker.payload import find_damage
 from fedmq.broker.postbox import Postbox
 from fedmq.broker.remembered import Mark
@@ -287,6 +288,7 @@ def open_broker(
     """
     restorer = Restorer(Postbox())
     try:
+        check_entries(folder)
         ledger = Ledger(folder, restorer.feed, retain_bytes=retain_bytes)
     except LedgerDamage as error:
         raise error.advise(check_advice(folder)) from None

@@ -287,6 +287,23 @@ def test_messages_that_are_gone(tmp_path, listed):
     assert len(list(tmp_path.glob("payload-*.set-aside"))) > 1
 
 
+@pytest.mark.parametrize("left", [0, 8, len(MAGIC), len(MAGIC) + 30])
+def test_messages_that_were_emptied_are_as_good_as_gone(tmp_path, left):
+    """A broker would begin anew, without a word, beside the payload of what has been."""
+    write(tmp_path, 1 << 20)
+    path = segment_path(tmp_path, MESSAGES, 0)
+    path.write_bytes(path.read_bytes()[:left])
+    (finding,) = check(tmp_path).findings
+    assert "nothing says what the payload belongs to" in finding.reason
+    with pytest.raises(LedgerDamage, match="`fedmq ledger check"):
+        open_broker(tmp_path, BrokerSettings(), 0.0)
+    assert path.stat().st_size == left
+    repair(tmp_path, 0.0)
+    assert check(tmp_path).sound
+    assert goes_on(tmp_path) == 0
+    assert len(list(tmp_path.glob("payload-*.set-aside"))) == 1
+
+
 def test_a_device_that_does_not_read_must_be_mended_first(tmp_path, monkeypatch):
     write(tmp_path)
     name = segment_path(tmp_path, PAYLOAD, 1).name

@@ -57,6 +57,8 @@ def test_what_is_an_endpoint(text, endpoint):
         ("tcp://host:٣", "expected a port"),
         ("tcp://host:7700/", "expected a port"),
         ("tcp://::1:7700", r"in brackets, tcp://\[::1\]:7700"),
+        ("tcp://[::1", r"in brackets, as in tcp://\[::1\]:7700, got .tcp://\[::1"),
+        ("tcp://::1]:7700", "in brackets, as in"),
         ("tcp://[host]:7700", "expected an IPv6 address in the brackets"),
         ("tcp://:7700", "expected a host"),
         ("tcp://two words:7700", "expected a host"),
