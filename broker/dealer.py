@@ -145,6 +145,8 @@ class Dealer:
         if ended.rejected:
             return Rejected(ended.reason, ended.code, ended.config)
         if ended.out_of_touch is not None:
+            if ended.out_of_touch.answer is None and not self._found:
+                self._found = probe(self._endpoint).text
             found = f" ({self._found})" if self._found else ""
             return GaveUp(f"gave up: {self._sentence(ended.out_of_touch)}{found}")
         return RunOver(ended.reason) if ended.over else LinkClosed(ended.reason)
@@ -261,6 +263,7 @@ class Dealer:
     def _find_out(self, report: link.OutOfTouch) -> None:
         found = probe(self._endpoint)
         if not self._over():
+            self._found = found.text
             self._log.warning(self._sentence(report), reason=found.text, found=found.listener.value)
 
     def _send_all(self) -> None:
