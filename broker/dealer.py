@@ -146,6 +146,8 @@ class Dealer:
             return Rejected(ended.reason, ended.code, ended.config)
         if ended.out_of_touch is not None:
             silent = ended.out_of_touch.answer is None
+            if silent and not self._found:
+                self._found = probe(self._endpoint).text
             found = f"; {self._found}" if self._found and silent else ""
             return GaveUp(f"gave up: {self._sentence(ended.out_of_touch)}{found}")
         return RunOver(ended.reason) if ended.over else LinkClosed(ended.reason)

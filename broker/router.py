@@ -13,7 +13,7 @@ import errno
 import itertools
 import socket as sockets
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import msgspec
@@ -31,11 +31,7 @@ from fedmq.broker.errors import (
     NoSpace,
     WireError,
 )
-from fedmq.broker.headers import (
-    decode_frame,
-    encode_frame,
-    split_header,
-)
+from fedmq.broker.headers import decode_frame, encode_frame, split_header
 from fedmq.broker.ledger import Keeping
 from fedmq.broker.outbox import Outbox
 from fedmq.broker.restore import open_broker
@@ -163,6 +159,8 @@ class BrokerServer:
         """The folder that nodes are told of; "" for none."""
         self._unwritten: list[Send] | None = None
         """While the disk is full: what is to be sent once the ledger could be written."""
+        self.on_space: Callable[[str], None] = lambda _reason: None
+        """Called each time nothing could be written, with the reason, and with "" once it could."""
         self._retry_at = 0.0
         if self._ledger.cut_bytes:
             self._log.warning("cut a torn tail", bytes=self._ledger.cut_bytes)
@@ -237,6 +235,8 @@ class BrokerServer:
         elif now >= self._retry_at:
             sends, self._unwritten = self._unwritten + sends, None
             self._commit(sends, now)
+            if self._unwritten is None:
+                self.on_space("")
         for send in sends:
             self._put_out(send)
         for peer in list(self._outboxes):
@@ -297,6 +297,7 @@ class BrokerServer:
             self._unwritten = sends[:]
             sends.clear()
             self._retry_at = now + _FULL_RETRY_S
+            self.on_space(str(error))
             self._handle(Full(str(error)), now, sends)
         else:
             self._handle(Full(""), now, sends)

@@ -103,4 +103,7 @@ def unpack_checkpoint(algorithm: Algorithm, problem: Problem, inbound: Inbound) 
         return state, msgspec.msgpack.decode(data, type=Fold)
     except (CodecError, ResultError, msgspec.MsgspecError) as error:
         name = inbound.message.id
-        raise NodeError(f"checkpoint {name} does not fit this configuration: {error}") from None
+        raise NodeError(
+            "the model, or the algorithm, is not the one that this run was begun with: checkpoint "
+            f"{name} does not fit it ({error}). Change it back, or begin a new run in a new folder"
+        ) from None

@@ -114,9 +114,25 @@ def broker_main(
 
     table = parse(text).broker
     server = BrokerServer(bind, folder / "ledger", table.settings(), table.keeping(), continuation)
+    server.on_space = _space_reporter(report, folder / "ledger")
     _report(report, f"{READY}{server.endpoint}")
     with this_process.noting(server.stop):
         server.serve()
+
+
+def _space_reporter(report: Connection, ledger: Path) -> Callable[[str], None]:
+    """Return what reports once that a disk is full, and once that there is room again."""
+    full = False
+
+    def on_space(reason: str) -> None:
+        nonlocal full
+        if reason and not full:
+            _report(report, f"{NOTE}{reason}; the run waits for room in {ledger}")
+        elif full and not reason:
+            _report(report, f"{NOTE}there is room again; the run goes on")
+        full = bool(reason)
+
+    return on_space
 
 
 def aggregator_main(

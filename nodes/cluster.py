@@ -35,7 +35,7 @@ from fedmq.nodes.children import (
 )
 from fedmq.nodes.config import Config
 from fedmq.nodes.errors import ConfigError, NodeError
-from fedmq.nodes.run_folder import write_config
+from fedmq.nodes.run_folder import SUPERVISOR_LOG, write_config
 from fedmq.nodes.signals import ENOUGH, INTERRUPTED, Stopped, blocked, this_process
 from fedmq.nodes.speaker import Speaker
 from fedmq.nodes.summary import RunFold
@@ -137,7 +137,7 @@ class Cluster:
         self._children: dict[str, _Child] = {}
         self._fold = RunFold(started_at)
         self._follower = Follower(folder / "ledger")
-        self._speaker = Speaker(console, folder / "cluster.log")
+        self._speaker = Speaker(console, folder / SUPERVISOR_LOG)
         self._say = self._speaker.say
 
     def run(self) -> int:

@@ -290,6 +290,7 @@ def describe(error: ValidationError, table: str, keys: Mapping[str, Sequence[str
             parent, _, name = where.rpartition(".")
             choices = keys.get(parent, ())
             close = difflib.get_close_matches(name, choices, n=1)
+            close += [f"{other}.{name}" for other in keys if other and name in keys[other]]
             guess = f" (did you mean {close[0]!r}?)" if close else ""
             return f"unknown key {where!r}{guess}; choose from {', '.join(choices)}"
         case "missing" | "missing_argument":

@@ -94,7 +94,7 @@ class Outcomes:
         rejected: of them, those that were rejected, by code.
         failed: tasks that failed, by code.
         failed_evaluations: that have failed.
-        last: the newest failure or rejection but for staleness, or None.
+        last: the newest failure or rejection, or None; a result that only came late is none.
         unaccepted: posts of any kind that the broker did not accept.
         cohorts: of synchronous rounds.
         clients: by number.
@@ -250,7 +250,7 @@ class Outcomes:
         self.last = LastFailure("evaluation", client, code, reason, where)
 
     def _blame(self, what: str, client: int, code: str, reason: str, where: str = "") -> None:
-        if code not in _STALE:  # such a result only came late
+        if code not in (*_STALE, Code.RUN_OVER):  # such a result only came late
             self.last = LastFailure(what, client if client >= 0 else None, code, reason, where)
         record = self.clients.get(client)
         if record is not None:  # others were given no task

@@ -25,6 +25,7 @@ from fedmq.nodes.summary import RunFold
 
 CONFIG_FILE = "config.toml"
 _FRESH_FILE = f"{CONFIG_FILE}.new"
+SUPERVISOR_LOG = "cluster.log"
 LEDGER = "ledger"
 
 _OWN = re.compile(r'^# run\.id = "([^"\n]*)"(?:\n# begun = ([0-9]+\.[0-9]+))?', re.MULTILINE)
@@ -187,7 +188,7 @@ def _is_run(folder: Path, names: set[str]) -> bool:
     if CONFIG_FILE in names:
         text = _text_of(folder / CONFIG_FILE)
         return not text or bool(_OWN.search(text) or _OLD.search(text))
-    return names == {_FRESH_FILE}
+    return names <= {_FRESH_FILE, SUPERVISOR_LOG}
 
 
 def _text_of(file: Path) -> str:

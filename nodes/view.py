@@ -13,6 +13,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from fedmq.broker.rejections import Code
 from fedmq.nodes.outcomes import NO_ANSWER, UNUSED, LastFailure
 from fedmq.nodes.summary import NodeState, RunFold
 from fedmq.nodes.trace.text import clients_in_words, plain, plural, spans
@@ -141,7 +142,7 @@ def line(fold: RunFold, *, waits: bool = False) -> str:
     return "  ".join(f"{name} {value}" for name, value in figures.items())
 
 
-_IN_FLIGHT = (UNUSED, NO_ANSWER)
+_IN_FLIGHT = (UNUSED, NO_ANSWER, Code.RUN_OVER)
 """Codes of clients whose task was out, or had just come back, when the run ended."""
 
 
@@ -152,7 +153,7 @@ def closing_table(summary: Mapping[str, Any]) -> Table:
     rows = {
         "run": summary["run"] or "-",
         "status": summary["status"],
-        "ended": plain(summary["ended"] or "before its end", _LONGEST),
+        **({"ended": plain(summary["ended"], _LONGEST)} if summary["ended"] else {}),
         "algorithm": f"{summary['algorithm'] or '-'}, {summary['schedule'] or '-'}",
         "versions": str(summary["versions"]),
         "accuracy": f"{_percent(summary['final_accuracy'])} "

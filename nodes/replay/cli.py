@@ -308,7 +308,7 @@ def _what_if(trace: Trace, allowed: Allowed, settings: tuple[str, ...]) -> bool:
     from fedmq.nodes.trace.text import fitted, table
 
     setup = changed_setup(trace, settings, allowed)
-    names = ("time s", "results", "version", "accuracy", "loss")
+    names = ("results", "version", "accuracy", "loss")
     rows = []
     damage: LedgerError | None = None
     try:
@@ -317,12 +317,12 @@ def _what_if(trace: Trace, allowed: Allowed, settings: tuple[str, ...]) -> bool:
             for index, metrics in enumerate((point.recorded or {}, point.other)):
                 row += [str(point.results[index]), str(point.versions[index])]
                 row += [_number(metrics.get(name)) for name in ("accuracy", "loss")]
-                row += ["|"] if not index else []
+            row[len(names)] += " |"
             rows.append(row)
     except LedgerError as error:
         damage = error
     click.echo("\n".join(fitted(f"left: as recorded; right: with {', '.join(settings)}")))
-    click.echo("\n".join(table([*names, "|", *names[1:]], rows, left=0)))
+    click.echo("\n".join(table(["time s", *names[:-1], "loss |", *names], rows, left=0)))
     click.echo("The clients trained from the recorded models, not from those of the other rule.")
     if damage is not None:
         raise damage

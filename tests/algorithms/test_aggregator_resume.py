@@ -287,7 +287,7 @@ def test_a_checkpoint_that_does_not_fit_is_one_sentence(fault):
         case "a weight less":
             data = (bytes(data[0])[:-4], *data[1:])
             message = changed(message, blobs=tuple(Blob.of(each) for each in data))
-    with pytest.raises(NodeError, match=f"checkpoint {message.id} does not fit this") as caught:
+    with pytest.raises(NodeError, match=f"checkpoint {message.id} does not fit it") as caught:
         resumed(setup, Inbound(1, 1.0, message, data.__getitem__), [])
     assert "\n" not in str(caught.value)
 

@@ -144,7 +144,8 @@ def test_a_segment_that_cannot_be_deleted_is_told(tmp_path, monkeypatch, code):
 def test_a_broker_waits_for_space_and_for_nothing_else(tmp_path, monkeypatch):
     server = BrokerServer(ANY, tmp_path)
     server._ledger.append(accepted(0))
-    calls = []
+    calls, said = [], []
+    server.on_space = said.append
 
     def writev(_fd, _buffers):
         calls.append(1)
@@ -159,7 +160,29 @@ def test_a_broker_waits_for_space_and_for_nothing_else(tmp_path, monkeypatch):
         with pytest.raises(BrokerFailed, match=r"Input/output error \(at messages-"):
             server.serve()
     assert len(calls) >= 3
+    assert said
+    assert all("No space left on device" in each for each in said)
     Ledger(tmp_path).close()
+
+
+def test_room_again_is_reported(tmp_path, monkeypatch):
+    server = BrokerServer(ANY, tmp_path)
+    server._ledger.append(accepted(0))
+    said = []
+
+    def on_space(reason):
+        said.append(reason)
+        if len(said) == 2:
+            device.undo()
+        if not reason:
+            server.stop()
+
+    server.on_space = on_space
+    server._timeout_ms = lambda: 300
+    with monkeypatch.context() as device:
+        device.setattr(os, "writev", refusing(errno.ENOSPC))
+        server.serve()
+    assert [bool(each) for each in said] == [True, True, False]
 
 
 # ---- whole segments

@@ -124,3 +124,13 @@ def test_a_node_that_a_signal_ends_has_not_crashed(tmp_path: Path) -> None:
     process.join(30)
     assert process.exitcode == 0
     assert json.loads((tmp_path / "w.log").read_text())["by"] == "SIGTERM"
+
+
+def test_a_full_disk_is_reported_once_and_so_is_room(tmp_path: Path) -> None:
+    ours, theirs = mp.Pipe(duplex=False)
+    on_space = children._space_reporter(theirs, tmp_path / "ledger")
+    for reason in ("", "no space", "no space", "", "", "no space"):
+        on_space(reason)
+    theirs.close()
+    full = f"{NOTE}no space; the run waits for room in {tmp_path / 'ledger'}"
+    assert reports(ours) == [full, f"{NOTE}there is room again; the run goes on", full]

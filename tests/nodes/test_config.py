@@ -100,6 +100,12 @@ def test_a_file_that_is_not_there_or_not_toml_is_named(tmp_path: Path) -> None:
         load(tmp_path / "bad.toml")
 
 
+def test_a_key_outside_its_table_is_told_where_it_belongs(tmp_path: Path) -> None:
+    (tmp_path / "run.toml").write_text("versions = 3\n")
+    with pytest.raises(ConfigError, match=r"unknown key 'versions' \(did you mean 'run\.versions'"):
+        load(tmp_path / "run.toml")
+
+
 def test_single_workers_may_straggle_differently() -> None:
     settings = ["worker.slowdown=2", 'worker.nodes.worker-1={slowdown = "uniform(1, 2)"}']
     worker = load(None, [*settings, "worker.drop=0.1"]).worker

@@ -239,6 +239,8 @@ def test_a_target_that_was_reached_ends_it_and_another_one_must_be_ahead(tmp_pat
         ["config.toml", "ledger/", "ledger/lock", "broker.log"],
         ["ledger/"],
         ["config.toml.new"],
+        ["cluster.log", "config.toml.new"],
+        ["cluster.log"],
         ["config.toml", "config.toml.new"],
     ],
 )

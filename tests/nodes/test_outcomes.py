@@ -230,11 +230,23 @@ def test_the_closing_table_names_what_went_wrong(story):
     assert "1 task, no result in any version; last: no\\x1b memory" in said
 
 
+def test_a_result_that_came_while_the_run_was_ending_is_no_failure(story):
+    story.task(0, 0)
+    story.task(1, 1)
+    story.version(1, story.result(1, 1), 1)
+    story.refuse(story.result(0, 0), "run-over", "the run is over")
+    said = shown(closing_table(story.end()), 100)
+    assert "run-over 1" in said
+    assert "last failure" not in said
+    assert "no result in any version" not in said
+
+
 def test_a_run_that_was_interrupted_does_not_know_its_bytes_on_the_wire(story):
     story.task(0, 0)
     summary = story.fold.summary()
     assert summary["bytes"]["down"]["wire"] is None
     assert "payload, - on the wire" in shown(closing_table(summary))
+    assert "ended" not in shown(closing_table(summary))
     assert "first task after 4.0 s" in shown(closing_table(summary))
     json.dumps(summary, allow_nan=False)
 
