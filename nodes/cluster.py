@@ -66,8 +66,10 @@ class _Child:
     """When it was started again, newest last."""
     last_words: str = ""
     """What it said before it ended."""
-    gone: bool | None = None
-    """Whether it has ended for good: False when that was seen once, True when more often."""
+    gone: bool = False
+    """It has ended for good."""
+    told: bool = False
+    """That was said."""
 
     def may_restart(self, now: float) -> bool:
         """Tell whether it is worth starting again: killed or crashed, and not too often."""
@@ -86,8 +88,7 @@ class _Child:
 
     def complaint(self) -> str:
         """Return what it said before it ended, or how it ended."""
-        for _ in self.reports():
-            pass
+        list(self.reports())
         return self.last_words or f"ended with exit code {self.process.exitcode}"
 
 
@@ -256,12 +257,8 @@ class Cluster:
                 ended = [each for each in self._children.values() if each not in living]
                 if fold.ended is None:
                     ended = [each for each in ended if not each.may_restart(time.monotonic())]
-                if fold.ended is not None and all(each.name == "broker" for each in living):
-                    if fold.failed:
-                        self._say(f"fedmq: the run failed: {plain(fold.ended, _LONGEST)}")
-                    return 1 if fold.failed else 0
                 # What ended after the ledger was read may have ended with the run.
-                gone = [each for each in ended if each.gone is not None]
+                gone = [each for each in ended if each.gone]
                 failed = [each for each in gone if each.process.exitcode]
                 if fold.ended is None and self._is_fatal(gone, failed):
                     this_process.check()  # a signal to all of them ends the nodes, too
@@ -269,6 +266,10 @@ class Cluster:
                         self._say(f"fedmq: {child.name}: {child.complaint()}")
                     return 2 if any(each.process.exitcode == 2 for each in failed) else 1
                 self._tell_gone(ended)
+                if fold.ended is not None and all(each.name == "broker" for each in living):
+                    if fold.failed:
+                        self._say(f"fedmq: the run failed: {plain(fold.ended, _LONGEST)}")
+                    return 1 if fold.failed else 0
                 wait([each.process.sentinel for each in living], _REFRESH_S)
 
     def _note(self, child: _Child, said: str) -> None:
@@ -292,11 +293,13 @@ class Cluster:
                 fresh.start, fresh.restarts = child.start, child.restarts
 
     def _tell_gone(self, ended: list[_Child]) -> None:
-        """Say once which nodes have ended, while the run goes on."""
+        """Say once which nodes have ended by themselves, and not with the run."""
+        over = self._fold.ended is not None
         for child in ended:
-            if child.gone is False and self._fold.ended is None:
-                self._say(f"fedmq: {child.name}: {child.complaint()}; going on without it")
-            child.gone = child.gone is not None
+            if not child.told and (child.process.exitcode if over else child.gone):
+                child.told, so = True, "" if over else "; going on without it"
+                self._say(f"fedmq: {child.name}: {child.complaint()}{so}")
+            child.gone = True
 
     def _is_fatal(self, gone: list[_Child], failed: list[_Child]) -> bool:
         """Tell whether the run cannot go on; a worker that died is not fatal while others live."""
@@ -360,7 +363,7 @@ class Cluster:
 
 def go_on_command(folder: Path, config: Path | None = None) -> str:
     """Return the command that takes up a run which was stopped."""
-    given = [] if config is None else [str(config)]
+    given = [str(config)] if config is not None else []
     return shlex.join(["fedmq", "cluster", "--run", str(folder), *given])
 
 

@@ -239,9 +239,12 @@ def _text(
 
 
 def _fill_gaps() -> None:
-    """Open what was closed before this process began, so that no file of a run gets its number."""
+    """Open what was closed before this process began, so that no file of a run gets its number.
+
+    Nor one of the processes that this one starts: they inherit what is opened here.
+    """
     for fd in (0, 1, 2):
         try:
             os.fstat(fd)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # noqa: FBT003 - it has no name

@@ -14,6 +14,8 @@ from fedmq.algorithms.problems.base import Problem
 from fedmq.algorithms.problems.datasets import DATASETS
 from fedmq.algorithms.problems.guards import guard_instance
 from fedmq.algorithms.problems.image import ImageClassification
+from fedmq.algorithms.values import kind_of_value
+from fedmq.codecs.base import brief
 from fedmq.codecs.spec import unknown
 
 PROBLEMS: Mapping[str, str] = {name: source.about for name, source in DATASETS.items()}
@@ -169,4 +171,5 @@ def _count_clients(name: str, problem: Problem) -> None:
     except (TypeError, AttributeError):
         clients = 0
     if clients < 1:
-        raise ProblemError(f"{name}: expected clients, a whole number from 1, got {found!r}")
+        got = brief(found) if isinstance(found, str) else kind_of_value(found)
+        raise ProblemError(f"{name}: expected clients, a whole number from 1, got {got}")

@@ -34,11 +34,14 @@ class Mine(Problem):
         return Examples(x, (x[:, 0] > 0).long())
 
     def test(self):
-        return self.client(999)
+        data = self.client(999)
+        return Examples(data.x[:0], data.y[:0]) if self.fails == "test" else data
 
     def loss(self, out, y):
         if self.fails == "loss":
             raise ValueError(f"cannot use {out}")
+        if self.fails == "leave":
+            os._exit(0)
         return nn.functional.cross_entropy(out, y)
 
     def metrics(self, out, y):
@@ -108,6 +111,20 @@ def test_a_run_whose_tasks_all_raise_ends_and_says_what_was_raised(cluster):
     assert "Traceback" not in output
     assert len(logs) < 20_000
     assert logs.count('"event": "task failed"') == 2  # once for each worker
+
+
+@pytest.mark.end_to_end
+def test_a_run_whose_workers_end_by_themselves_ends_and_says_so(cluster):
+    code, output, _ = cluster("problem.fails=leave")
+    assert code == 1
+    assert "fedmq: worker-0: ended with exit code 0" in output
+
+
+@pytest.mark.end_to_end
+def test_a_node_that_failed_is_told_of_even_if_the_run_is_over_by_then(cluster):
+    code, output, _ = cluster("problem.fails=test", "run.versions=1")
+    assert code in (0, 2)
+    assert "fedmq: evaluator: Mine: expected at least one example to evaluate on" in output
 
 
 @pytest.mark.end_to_end

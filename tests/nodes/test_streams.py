@@ -166,6 +166,20 @@ def test_no_file_of_a_run_becomes_standard_output(tmp_path) -> None:
     assert path.read_bytes() == b""
 
 
+_OWN_PROCESS = """
+import os, subprocess, sys
+from fedmq.nodes import streams
+streams.set_up()
+code = "import os; os.fstat(0); os.fstat(1); os.fstat(2)"
+sys.exit(subprocess.run([sys.executable, "-c", code], close_fds=True).returncode)
+"""
+
+
+def test_no_file_of_a_process_that_is_started_becomes_one_either() -> None:
+    script = f"exec {sys.executable} -P -c '{_OWN_PROCESS}' <&- >&- 2>&-"
+    assert subprocess.run(["/bin/sh", "-c", script], timeout=60, check=False).returncode == 0
+
+
 def test_an_ascii_terminal_prints_codes_of_what_it_does_not_have() -> None:
     code = "from fedmq.nodes import streams; streams.set_up(); print('\u2581')"
     ended = subprocess.run(

@@ -99,7 +99,8 @@ def mine(tmp_path, monkeypatch):
         "class Counted(ImageClassification):\n"
         "    def __init__(self, *, seed, clients=3):\n"
         "        super().__init__('mnist-mini', 'mlp', 3, 'iid', seed)\n"
-        "        found = {'none': 0, 'text': '3'}.get(clients, numpy.int64(3))\n"
+        "        kinds = {'none': 0, 'text': '3', 'ids': numpy.arange(3)}\n"
+        "        found = kinds.get(clients, numpy.int64(3))\n"
         "        object.__setattr__(self, 'clients', found)\n"
     )
     (tmp_path / "my_broken.py").write_text("import there_is_no_such_module\n")
@@ -143,6 +144,10 @@ def test_a_number_of_clients_of_numpys_is_pythons(mine):
         (
             {"name": "my_problem:Counted", "clients": "text"},
             "my_problem:Counted: expected clients, a whole number from 1, got '3'",
+        ),
+        (
+            {"name": "my_problem:Counted", "clients": "ids"},
+            r"my_problem:Counted: expected clients, .*, got a ndarray of int64 \[3\]$",
         ),
         ({"name": "my_problem:make", "seed": 1}, "problem.seed: the seed is that of the whole"),
     ],
