@@ -112,6 +112,27 @@ def test_a_run_that_was_killed_again_and_again_ends_at_the_same_model(whole, tmp
         to_end([*FEDMQ, "replay", str(run), *more])
 
 
+def test_a_run_that_was_stopped_in_the_middle_of_a_round_ends_at_the_same_model(
+    whole, tmp_path
+) -> None:
+    """Nobody closes the round without the results that its workers were at."""
+    run = tmp_path / "run"
+    slow = command(run, {**ROUNDS, "worker.slowdown": 30.0})
+    with subprocess.Popen(slow, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as one:
+        deadline = time.monotonic() + 60
+        while not (run / "ledger").is_dir() or kinds(run).count("task") < 6:
+            assert one.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        one.send_signal(signal.SIGINT)
+    assert one.returncode == 130
+    assert "left" not in kinds(run)
+    to_end(command(run, ROUNDS))
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["model_digest"] == whole["model_digest"]
+    assert summary["results"]["used"] == whole["results"]["used"]
+
+
 def test_a_run_that_was_killed_at_any_moment_goes_on_alone(whole, tmp_path) -> None:
     seed = random.randrange(1 << 30)  # noqa: S311 - a moment, not a secret
     print(f"seed {seed}")  # noqa: T201 - for whoever looks for the moment
