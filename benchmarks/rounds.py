@@ -37,8 +37,9 @@ from fedmq.algorithms.fedavg import FedAvg, Gathered, ModelState
 from fedmq.algorithms.problems.base import Examples, Problem
 from fedmq.broker.entries import Accepted
 from fedmq.broker.reading import read_entries
-from fedmq.nodes.cluster import Cluster, preloading
+from fedmq.nodes.cluster import Cluster
 from fedmq.nodes.config import build
+from fedmq.nodes.forking import preloading
 from fedmq.nodes.setup import set_up
 
 CLIENTS = 4

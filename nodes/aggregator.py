@@ -198,6 +198,9 @@ class Aggregator(AggregatorState):
             found = metrics_without_accuracy(message)
             if found is not None:
                 self._fail(f"run.target_accuracy: expected accuracy among the metrics, got {found}")
+            failed = str(message.body.get("reason")) if message.kind == "failed" else ""
+            if hopeless := self._progress.evaluated(failed):
+                self._fail(hopeless)
         return why
 
     def _evaluated_as(self, name: str, accuracy: float | None) -> None:

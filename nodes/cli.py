@@ -111,8 +111,9 @@ def cluster(
 ) -> None:
     """Train on this host: broker, aggregator, workers and evaluator as processes."""
     now = time.time()
-    from fedmq.nodes.cluster import Cluster, go_on_command, preloading, worker_names
+    from fedmq.nodes.cluster import Cluster, go_on_command, worker_names
     from fedmq.nodes.continuing import about, asking, continuation, show_ended
+    from fedmq.nodes.forking import preloading
 
     settings = (*settings, *([f"worker.count={workers}"] if workers else []))
     streams.go_on_without_output()

@@ -8,20 +8,17 @@ from __future__ import annotations
 import contextlib
 import functools
 import multiprocessing as mp
-import os
 import shlex
 import signal
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from fedmq.broker.process import give_torch_huge_pages
 from fedmq.broker.reading import Follower
 from fedmq.broker.state import EVALUATOR, WORKER, Continuation
 from fedmq.nodes.children import (
@@ -35,12 +32,12 @@ from fedmq.nodes.children import (
 )
 from fedmq.nodes.config import Config
 from fedmq.nodes.errors import ConfigError, NodeError
+from fedmq.nodes.forking import end_forkserver, kill_forkserver
 from fedmq.nodes.run_folder import SUPERVISOR_LOG, write_config
 from fedmq.nodes.signals import ENOUGH, INTERRUPTED, Stopped, blocked, this_process
 from fedmq.nodes.speaker import Speaker
 from fedmq.nodes.summary import RunFold
 from fedmq.nodes.summary_file import remove_summary, save_summary
-from fedmq.nodes.surroundings import place_sockets
 from fedmq.nodes.trace.text import plain
 from fedmq.nodes.view import View, closing_table
 
@@ -89,7 +86,10 @@ class _Child:
     def complaint(self) -> str:
         """Return what it said before it ended, or how it ended."""
         list(self.reports())
-        return self.last_words or f"ended with exit code {self.process.exitcode}"
+        code = self.process.exitcode
+        if code is not None and -code in signal.valid_signals():
+            return self.last_words or f"was ended by {signal.Signals(-code).name}"
+        return self.last_words or f"ended with exit code {code}"
 
 
 def worker_names(config: Config, clients: int) -> list[str]:
@@ -335,7 +335,7 @@ class Cluster:
                 if child.process.exitcode is None:
                     self._say(f"fedmq: {child.name} does not end: process {child.process.pid}")
         if this_process.count:
-            _end_forkserver()
+            end_forkserver()
 
     def _close(self, code: int) -> int:
         """Write what the run has come to, and only then print it; return the exit code."""
@@ -367,39 +367,3 @@ def go_on_command(folder: Path, config: Path | None = None) -> str:
     """Return the command that takes up a run which was stopped."""
     given = [str(config)] if config is not None else []
     return shlex.join(["fedmq", "cluster", "--run", str(folder), *given])
-
-
-def kill_forkserver() -> None:
-    """End the process that nodes are forked from, if it was started; nodes live on."""
-    pid = forkserver._forkserver._forkserver_pid  # type: ignore[attr-defined] # noqa: SLF001 - there is no public way
-    if pid is not None:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-
-
-def _end_forkserver() -> None:
-    kill_forkserver()
-    with contextlib.suppress(OSError):
-        forkserver._forkserver._stop()  # type: ignore[attr-defined] # noqa: SLF001 - it waits for its end
-
-
-@contextlib.contextmanager
-def preloading() -> Iterator[None]:
-    """Meanwhile, import torch in the process that the nodes are forked from.
-
-    After an error that process is ended at once, not when its import is done.
-    """
-    give_torch_huge_pages()
-    place_sockets()
-    # Ctrl-C goes to all processes of a terminal; this one and its forks leave it to us.
-    with this_process.noting():
-        resource_tracker.ensure_running()
-        with blocked():
-            mp.get_context("forkserver").set_forkserver_preload(["fedmq.nodes.preload"])
-            forkserver.ensure_running()
-    try:
-        this_process.check()
-        yield
-    except BaseException:
-        _end_forkserver()
-        raise

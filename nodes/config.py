@@ -248,6 +248,11 @@ def build(given: Mapping[str, Any]) -> Config:
     config = _checked(given)
     if isinstance(config.broker.retain, float) and config.broker.retain < LEAST_RETAIN_BYTES:
         raise ConfigError(f"broker.retain: expected {_RETAIN}, got {config.broker.retain:g}")
+    lease, beat = config.broker.lease_s, config.broker.beat_s
+    if lease < beat:
+        raise ConfigError(
+            f"broker.lease_s: expected at least broker.beat_s, {beat:g}, got {lease:g}"
+        )
     if config.run.id and (fault := name_fault(config.run.id)):
         raise ConfigError(f"run.id: {fault}")
     named = (config.problem.get("name"), config.algorithm.get("name"))

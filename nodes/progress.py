@@ -51,6 +51,7 @@ class Failures(Struct):
         that went away on demand. last: which the last one was, and why.
     clients, nodes: those that failed last time.
     wake: when the timer of `Progress.timer` is due; 0 without one.
+    evaluations: of the model that failed, without one in between that did not.
     """
 
     in_a_row: int = 0
@@ -59,6 +60,7 @@ class Failures(Struct):
     clients: dict[int, Failing] = {}
     nodes: dict[str, Failing] = {}
     wake: float = 0.0
+    evaluations: int = 0
 
 
 def failures_allowed(setup: Setup, wanted: int | None) -> int:
@@ -145,6 +147,20 @@ class Progress:
         return (
             f"{failures.in_a_row} tasks in a row failed or were rejected (run.failures); the last, "
             f"of {failures.last}"
+        )
+
+    def evaluated(self, failed: str) -> str:
+        """Note that an evaluation of the model is over, and why it failed, if it did.
+
+        Returns:
+            Why a run that ends at a target is to end now; "" if it is not.
+        """
+        self.failures.evaluations = self.failures.evaluations + 1 if failed else 0
+        if not self.rules or self.failures.evaluations < self.allowed:
+            return ""
+        return (
+            f"{self.failures.evaluations} evaluations in a row failed (run.failures), and "
+            f"run.target_accuracy needs them; the last: {shorten(failed)}"
         )
 
     def waiting(self, hosts: Mapping[int, str]) -> set[int]:

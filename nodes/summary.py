@@ -153,6 +153,13 @@ class RunFold:
         return [client for client, host in hosts if host not in here]
 
     @property
+    def working_clients(self) -> list[int]:
+        """Return the clients that have a task, on nodes that are here."""
+        names = {to for node in self.nodes.values() if node.here for to in node.doing.values()}
+        numbers = (name.removeprefix("client/") for name in names)
+        return sorted(int(number) for number in numbers if number.isdecimal())
+
+    @property
     def first_task_s(self) -> float | None:
         """Return how long after the start the first task was sent; None if none was."""
         if self.first_task_at is None or self.started_at is None:

@@ -273,6 +273,8 @@ def _trouble(fold: RunFold, *, waits: bool) -> dict[str, str]:
         found["other first model"] = ", ".join(fold.disagreeing)
     if waits and (missing := fold.missing_clients):
         found["waiting for"] = clients_in_words(missing)
+    elif waits and (working := fold.working_clients):
+        found["waiting for"] = f"results of {clients_in_words(working)}"
     return found
 
 

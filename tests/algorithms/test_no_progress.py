@@ -434,6 +434,36 @@ def test_a_target_that_the_metrics_do_not_have_ends_the_run():
     )
 
 
+def test_evaluations_that_all_fail_end_a_run_that_is_to_reach_a_target():
+    fleet = fleet_of("stream", target_accuracy=0.5, evaluate_every=1, versions=1000)
+    fleet.join_evaluator()
+    answered = 0
+    while fleet.finished is None and answered < 100:
+        while fleet.evaluations and fleet.finished is None:
+            message, _ = fleet.evaluations.pop(0)
+            fleet.say("failed", {"reason": "KeyError: 'mae'"}, "evaluator", re=message.id)
+            answered += 1
+        if fleet.finished is None:
+            fleet.hear(*fleet.work(*fleet.tasks.pop(0)))
+    assert answered == failures_allowed(fleet.setup, None)
+    assert fleet.core.failed
+    assert "12 evaluations in a row failed (run.failures)" in fleet.finished
+    assert fleet.finished.endswith("the last: KeyError: 'mae'")
+
+
+def test_without_a_target_evaluations_that_fail_end_nothing():
+    fleet = fleet_of("stream", evaluate_every=1, versions=20)
+    fleet.join_evaluator()
+    while fleet.finished is None:
+        while fleet.evaluations:
+            message, _ = fleet.evaluations.pop(0)
+            fleet.say("failed", {"reason": "KeyError: 'mae'"}, "evaluator", re=message.id)
+        if fleet.finished is None:
+            fleet.hear(*fleet.work(*fleet.tasks.pop(0)))
+    assert fleet.finished == "20 versions committed"
+    assert not fleet.core.failed
+
+
 # ---- whom a run waits for
 
 

@@ -181,8 +181,8 @@ def test_a_killed_broker_and_a_killed_aggregator_change_nothing_in_the_model(
         assert summary["versions"] == 25
         digests[name] = summary["model_digest"]
     assert digests["whole"] == digests["killed"]
-    assert output.count("broker ended with exit code -9; starting it again") == 2
-    assert output.count("aggregator ended with exit code -9; starting it again") == 1
+    assert output.count("broker was ended by SIGKILL; starting it again") == 2
+    assert output.count("aggregator was ended by SIGKILL; starting it again") == 1
     sessions = {name: node["sessions"] for name, node in summary["nodes"].items()}
     assert sessions.pop("aggregator") == 2
     assert set(sessions.values()) == {1}, "whoever lived on was there all the time"
@@ -237,7 +237,7 @@ def test_stragglers_drop_outs_and_a_killed_worker_are_ordinary(start, tmp_path: 
     kill(run, "worker-2")
     output = cluster.output()
     assert "40 versions committed" in output
-    assert "worker-2 ended with exit code -9; starting it again" in output
+    assert "worker-2 was ended by SIGKILL; starting it again" in output
     assert cluster.process.returncode == 0
     nodes = json.loads((run / "summary.json").read_text())["nodes"]
     assert sum(node["drops"] for node in nodes.values()) > 0
@@ -254,7 +254,7 @@ def test_a_process_that_ends_again_and_again_ends_the_run(start, tmp_path: Path)
     os.kill(pid_of(run, "aggregator"), signal.SIGKILL)
     output = cluster.output(20)
     assert cluster.process.returncode == 1
-    assert "fedmq: aggregator: ended with exit code -9" in output
+    assert "fedmq: aggregator: was ended by SIGKILL" in output
 
 
 def test_a_model_that_cannot_be_followed_is_one_sentence_and_exit_code_2(

@@ -315,6 +315,7 @@ def test_a_run_that_waits_says_for_whom():
     assert story.fold.missing_clients == [0, 2, 3, 4, 5]
     story.task(0, 1)
     assert story.fold.missing_clients == []  # one is at work
+    assert line(story.fold, waits=True).endswith("waiting for results of client 1")
     story.result(0, 1)
     assert line(story.fold, waits=True).endswith("waiting for clients 0, 2-5")
     story.end()
