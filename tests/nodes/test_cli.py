@@ -151,7 +151,7 @@ def test_a_node_that_gives_up_says_what_it_has_waited_for_and_exits_with_1() -> 
     result = CliRunner().invoke(main, command)
     assert result.exit_code == 1
     waited = "gave up: waiting for the broker at tcp://127.0.0.1:1 for 0 s"
-    assert f"{waited} (nothing listens there (connection refused))" in result.stderr
+    assert f"{waited}; nothing listens there (connection refused)" in result.stderr
 
 
 def test_a_worker_of_too_many_ranges_is_refused_before_it_connects() -> None:
