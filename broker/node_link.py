@@ -268,10 +268,16 @@ class NodeLink(Dealer):
         self._stopping = True
         self._baton.ring()
 
-    def close(self, reason: str = "", *, failed: bool = False) -> None:
-        """Say goodbye and let go of everything. ``failed``: the node ends for an error."""
+    def close(self, reason: str = "", *, failed: bool = False, silent: bool = False) -> None:
+        """Say goodbye and let go of everything.
+
+        Args:
+            reason: why, for the record.
+            failed: the node ends for an error.
+            silent: say nothing, as if the node had been killed.
+        """
         with self._baton:
-            if self._ended is None:
+            if self._ended is None and not silent:
                 self._tell(link.Say(Bye(reason=reason, failed=failed)))
             self._stopping = True
             self._turn(self._clock())

@@ -71,7 +71,9 @@ def described(error: BaseException, longest: int = MAX_TEXT) -> str:
 
 
 def place_in(error: BaseException, own: Collection[str] = ()) -> str:
-    """Return file and line of the innermost frame of a user's own code, or "".
+    """Return file and line of the innermost frame of a user's own code.
+
+    Where there is none, the layer of a model that raised it; "" if it was no layer.
 
     Args:
         error: as it was caught.
@@ -82,7 +84,7 @@ def place_in(error: BaseException, own: Collection[str] = ()) -> str:
         path = frame.f_code.co_filename
         if _is_own(path, str(frame.f_globals.get("__name__", "")), own):
             found = f"{_short(path)}:{line}"
-    return found
+    return found or _layer_in(error)
 
 
 def explained(error: BaseException, own: Collection[str] = ()) -> str:
@@ -104,6 +106,19 @@ def may_pass(error: BaseException) -> bool:
         return passing or error.errno in _PASSING
     # torch's is a RuntimeError, and not everyone who asks has imported torch.
     return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+
+
+def _layer_in(error: BaseException) -> str:
+    """Return the innermost of torch's own layers that was at work, with its name in the model."""
+    torch = sys.modules.get("torch")
+    selves = [frame.f_locals.get("self") for frame, _ in traceback.walk_tb(error.__traceback__)]
+    modules = [each for each in selves if torch and isinstance(each, torch.nn.Module)]
+    if not modules or not type(modules[-1]).__module__.startswith("torch."):
+        return ""
+    model, layer = modules[0], modules[-1]
+    name = next((name for name, each in model.named_modules() if each is layer), "")
+    what = type(layer).__name__ if any(layer.children()) else str(layer)
+    return shorten(f"layer {name!r}, {what}" if name else what, _MAX_PLACE)
 
 
 def _closing(text: str, at: int) -> int:

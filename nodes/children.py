@@ -50,6 +50,7 @@ def child_main(
     log = structlog.get_logger()
     try:
         this_process.install(watchdog=False)
+        this_process.supervised = True
         threading.Thread(target=_end_with_parent, name="parent watch", daemon=True).start()
         target(Path(folder), report, *args)
     except Stopped as stopped:

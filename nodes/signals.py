@@ -53,6 +53,7 @@ class StopSignals:
         name: of the first; empty before it.
         hint: a line for the user, to go with the sentence that says so.
         announced: whether the user has been told that the process was stopped, and by what.
+        supervised: whether the process is of a cluster, whose supervisor may go on with the run.
     """
 
     def __init__(self) -> None:
@@ -60,6 +61,7 @@ class StopSignals:
         self.name = ""
         self.hint = ""
         self.announced = False
+        self.supervised = False
         self._note: Callable[[], None] | None = None
         self._lost = False
         self._before: dict[signal.Signals, Any] = {}

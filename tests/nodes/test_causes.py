@@ -82,6 +82,24 @@ def test_the_place_is_the_innermost_of_the_users_own_code():
     assert explained(error).endswith(f"({place_in(error)})")
 
 
+@pytest.mark.parametrize(
+    ("model", "place"),
+    [
+        (torch.nn.Linear(3, 2), "Linear(in_features=3, out_features=2, bias=True)"),
+        (
+            torch.nn.Sequential(torch.nn.ReLU(), torch.nn.Sequential(torch.nn.Linear(3, 2))),
+            "layer '1.0', Linear(in_features=3, out_features=2, bias=True)",
+        ),
+    ],
+)
+def test_without_code_of_the_users_the_layer_is_named(model, place):
+    error = raised(lambda: model(DATA))
+    trace = error.__traceback__
+    while trace.tb_frame.f_globals["__name__"].partition(".")[0] != "torch":
+        trace = trace.tb_next  # as if called from this package
+    assert place_in(error.with_traceback(trace)) == place
+
+
 def test_frames_of_libraries_and_of_this_package_are_not_the_users():
     error = raised(lambda: None.x)
     error.__traceback__ = None
