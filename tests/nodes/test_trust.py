@@ -283,7 +283,7 @@ def test_a_node_leaves_a_broker_that_welcomes_it_to_no_run_or_another(monkeypatc
         def welcome(self):
             return Welcome(run=answer, beat_s=1.0, lease_s=10.0)
 
-        def close(self, reason="", *, failed=False):
+        def close(self, reason="", *, failed=False, silent=False):
             closed.append((reason, failed))
 
     monkeypatch.setattr(programs, "NodeLink", Link)
