@@ -72,7 +72,7 @@ def find_run(runs: dict[str, Run], hello: Hello) -> Run | str | None:
 
 
 def wait_for_run(runs: dict[str, Run]) -> Wait:
-    """Return what a node is told whose run is not there: which ones are."""
+    """Return the answer to a node whose run is not there: the runs that are."""
     if not runs:
         return Wait(reason="no run has started yet")
     current = [run.id for run in reversed(runs.values()) if not run.over]

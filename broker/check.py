@@ -85,7 +85,7 @@ class LostBlob:
 
 @dataclass
 class Finding:
-    """A place that is not as it was written.
+    """A damaged place: its bytes are not those that were written.
 
     Attributes:
         kind: what is wrong.

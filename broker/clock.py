@@ -22,7 +22,7 @@ class Clock:
 def milliseconds_until(deadline: float | None, now: float) -> int | None:
     """Return a timeout for a poller, rounded up so that waking early never makes it spin.
 
-    It is a day at most: a poller's number has 32 bits, and whoever wakes too early asks again.
+    It is a day at most: a poller's number has 32 bits, and one that wakes too early asks again.
     """
     if deadline is None:
         return None

@@ -1,6 +1,6 @@
 """Whether a node is connected to its run, and when a person should hear that it is not.
 
-Pure, as the Link core that it belongs to: it is told the time.
+Pure, as the Link core that it belongs to: the time is an argument.
 """
 
 from __future__ import annotations

@@ -58,7 +58,7 @@ def parse_endpoint(text: str, *, listen: bool = False) -> Endpoint:
 
     Args:
         text: as a person wrote it.
-        listen: it is to be listened on: any address (``*``) and any port (0) will do.
+        listen: the endpoint is one to listen on: any address (``*``) and any port (0) will do.
 
     Raises:
         EndpointError: it is none; the sentence says what was expected, and what stood there.
@@ -188,7 +188,7 @@ def resolve(endpoint: Endpoint) -> list[socket.AddressFamily]:
             return answer
         if not answer.temporary or time.monotonic() >= until:
             raise answer
-        time.sleep(0.5)
+        time.sleep(0.5)  # a name server is asked again
 
 
 def _ask(endpoint: Endpoint, answers: list[list[socket.AddressFamily] | UnresolvedError]) -> None:

@@ -80,7 +80,7 @@ class Ledger:
     Attributes:
         next_seq: number of the next entry.
         cut_bytes: bytes of torn tails that opening removed.
-        damage: what is not as it was written in payload that is here. It is passed over: a blob
+        damage: damaged places in the payload that is here. It is passed over: a blob
             that it belongs to is not here as a whole.
         proof: see `FolderLock`.
 

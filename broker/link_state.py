@@ -158,7 +158,7 @@ class OutOfTouch(Struct, frozen=True):
 
 
 class BackInTouch(Struct, frozen=True):
-    """The node is connected to its run again, after so many seconds."""
+    """The node is connected to its run again; it says after how many seconds."""
 
     seconds: float
 

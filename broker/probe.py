@@ -144,7 +144,7 @@ def _property(name: bytes, value: bytes) -> bytes:
 
 
 def _receive(plain: socket.socket, size: int, deadline: float) -> bytes:
-    """Read so many bytes; fewer if no more come in time."""
+    """Read this number of bytes; fewer if no more come in time."""
     data = b""
     while len(data) < size:
         left = deadline - time.monotonic()

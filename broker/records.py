@@ -192,7 +192,7 @@ def _check_magic(file: BinaryIO, size: int) -> Gap | None:
 
 
 def _record(file: BinaryIO, offset: int, size: int, *, verify_data: bool) -> Record | Gap | None:
-    """Return what begins at an offset of a file of so many bytes; None if it has shrunk.
+    """Return what begins at an offset of a file of this size; None if it has shrunk.
 
     The file is read from there on; unless it is the data of a record that are left out, it is
     read to the record's end.

@@ -14,7 +14,7 @@ EVERYTHING = None
 LEAST_SEGMENT_BYTES = 4 << 20
 """Smaller ones would be begun many times a second. (One batch writes up to 2 MiB.)"""
 _SEGMENTS = 4
-"""A limit is so many segments: only full ones can be deleted, and one is being filled."""
+"""Segments that a limit is divided into: only full ones can be deleted, and one is being filled."""
 LEAST_RETAIN_BYTES = _SEGMENTS * LEAST_SEGMENT_BYTES
 
 

@@ -89,7 +89,7 @@ class Segment:
             self._write([MAGIC])
 
     def append(self, buffers: Sequence[Buffer]) -> None:
-        """Write whole records; after an error the segment is as it was before.
+        """Write whole records; an error leaves the segment unchanged.
 
         Raises:
             NoSpace: the disk is full.

@@ -52,7 +52,7 @@ class BrokerSettings:
 
 @dataclass(frozen=True)
 class Continuation:
-    """A run that whoever starts the broker takes up again, with all of its nodes.
+    """A run that is taken up again, with all of its nodes, when the broker starts.
 
     run: its id.
     config: its configuration from now on.

@@ -41,7 +41,7 @@ MAX_ALL_BYTES = 56 * 1024
 MIN_MESSAGE_BYTES = 32
 """No message has fewer: a frame of many cannot be one of very many that are none."""
 MAX_NAMED = 20
-"""Runs that a node is told by name when the one that it asks for is not there."""
+"""Most runs that are named to a node which asks for one that is not there."""
 MAX_DEPTH = 32
 """Of a message's body: whoever reads it, or prints it, must not run out of stack."""
 CHUNK_BYTES = 1024 * 1024

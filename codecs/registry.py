@@ -81,7 +81,7 @@ def _decode_elsewhere(codec: Codec, encoded: Encoded, max_bytes: int) -> dict[st
         found: object = codec.decode(encoded, max_bytes)
     except CodecError:
         raise
-    except Exception as error:
+    except Exception as error:  # a codec may be a user's own, and raise anything
         text = f"codec {codec.wire_name} cannot decode: {type(error).__name__}: {error}"
         raise DecodeError(text[:2000]) from error
     if not isinstance(found, dict) or not all(

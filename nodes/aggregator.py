@@ -53,7 +53,7 @@ class Aggregator(AggregatorState):
     """The core of one run's aggregator; see `AggregatorState` for what it is made from."""
 
     def handle(self, event: Start | Inbound) -> list[AggregatorAction]:
-        """Take one event; return what is to be done, in order.
+        """Take one event; return the actions to carry out, in order.
 
         What the algorithm's own code raises ends the run: folded again, it would raise it again.
 
@@ -66,7 +66,7 @@ class Aggregator(AggregatorState):
                 return self._handle(event)
         except (BrokerError, NodeError):
             raise
-        except Exception as error:
+        except Exception as error:  # the algorithm's code is a user's
             if may_pass(error) or isinstance(error.__cause__, BrokerError):
                 raise
             return self._break_off(error)
@@ -325,7 +325,9 @@ class Aggregator(AggregatorState):
         if self._ended:
             self._tell_end(out)
             return
-        if fold.version or self._running:  # else whoever is here will be told of again
+        if (
+            fold.version or self._running
+        ):  # else the broker reports the nodes that are here once more
             self._go_on(out)
             self._advance(out)
 

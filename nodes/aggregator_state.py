@@ -70,7 +70,7 @@ class AggregatorState:
         return self._algorithm.tensors(self.state)
 
     def parts(self) -> dict[str, Any]:
-        """Return all that this core is made of, by name, for whoever looks for a difference."""
+        """Return all parts of this core by name, to find a difference between two."""
         current = self._intake.current
         return {
             "position": self._position,

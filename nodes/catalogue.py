@@ -18,7 +18,7 @@ _LEAST_COLUMNS = 40
 
 
 def lines(what: str, width: int) -> Iterator[str]:
-    """Yield `catalogue` as lines of at most so many columns; no word of it is broken."""
+    """Yield `catalogue` as lines of at most this many columns; no word of it is broken."""
     found = [(name, about.split("\n")) for name, about in catalogue(what)]
     indent = min(_NAME_COLUMNS, max(len(name) for name, _ in found) + 2)
     room = max(width, _LEAST_COLUMNS) - indent

@@ -55,7 +55,7 @@ def child_main(
         target(Path(folder), report, *args)
     except Stopped as stopped:
         log.info("stopped", by=str(stopped))
-    except Exception as error:
+    except Exception as error:  # whatever ends a node is reported to its supervisor
         if this_process.count:
             # Code that is cut in two by a signal raises what it likes.
             log.info("stopped", by=this_process.name, error=explained(error))

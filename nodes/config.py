@@ -54,7 +54,7 @@ class Run(_Table):
     target_accuracy: it ends earlier when an evaluation reaches this.
     evaluate_every: versions between evaluations; 0 evaluates only the last.
     min_clients: clients that must be reachable before the first task; 0 means all.
-    failures: the run fails when so many tasks in a row have failed, or had their results
+    failures: the run fails when this many tasks in a row have failed, or had their results
         rejected, without one whose result was used; by default three for each client, but 6 to
         100, and at least twice as many as are out at once.
     checkpoint_s: a version is a checkpoint if the last one is this many seconds old; a
@@ -232,7 +232,7 @@ def changed(config: Config, settings: Sequence[str]) -> Config:
     for setting in settings:
         _apply(given, setting)
         _apply(alone, setting)
-    check_finite(alone)  # what was recorded is as it was
+    check_finite(alone)  # a recorded configuration is not checked again
     return _checked(given)
 
 

@@ -87,7 +87,7 @@ def own_code(key: str) -> Iterator[None]:
             yield
     except ON_PURPOSE:
         raise
-    except Exception as error:
+    except Exception as error:  # a user's code may raise anything
         if may_pass(error):
             raise
         raise OwnCodeError(f"{key}: {explained(error)}") from error

@@ -65,7 +65,7 @@ def _check_spec(text: str, where: str) -> None:
     try:
         calls = parse(text)
     except SpecError:
-        return  # whoever makes something of it has the sentence for that
+        return  # the code that uses the text refuses it
     for call in calls:
         for value in (*call.args, *call.kwargs.values()):
             if isinstance(value, bool) or str(value).lower() in _NO_NUMBERS:

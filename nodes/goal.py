@@ -15,7 +15,7 @@ class Goal(Struct, frozen=True):
 
     versions: it ends when this many have been committed.
     target_accuracy: it ends earlier when an evaluation reaches this.
-    failures: it fails after so many in a row; None for as many as `Progress` allows.
+    failures: number in a row after which it fails; None for as many as `Progress` allows.
     """
 
     versions: int

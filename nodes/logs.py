@@ -86,7 +86,7 @@ def configure(path: Path | None, lost: Callable[[str], None] | None = None, **bo
 
     Args:
         path: the file; None for standard error.
-        lost: is told once if the file cannot be written any more, and why.
+        lost: called once, with the reason, if the file cannot be written any more.
         bound: what every line holds, such as run, node and session.
 
     Raises:

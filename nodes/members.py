@@ -48,7 +48,7 @@ class Members:
         self.resume({}, ())
 
     def suffice(self, clients: int) -> bool:
-        """Tell whether so many clients can be reached, and an evaluator that was here is back."""
+        """Tell whether this many clients can be reached, and an evaluator that was here is back."""
         return len(self.hosts) >= clients and bool(self.evaluators or not self.expects_evaluator)
 
     def resume(self, hosts: dict[int, str], evaluators: Iterable[str]) -> None:

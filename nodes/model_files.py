@@ -133,7 +133,7 @@ def module_state(tensors: Mapping[str, Tensor], problem: Problem) -> dict[str, T
 
 
 def _as_held(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return tensors as the format can hold them, and notes on what is not as it was."""
+    """Return tensors as the format can hold them, and notes on what had to be changed for that."""
     held: dict[str, Tensor] = {}
     pairs: dict[str, dict[str, str]] = {}
     renamed: dict[str, str] = {}

@@ -18,13 +18,13 @@ from fedmq.nodes.causes import shorten
 from fedmq.nodes.setup import Setup
 
 RULES = 1
-"""Of what is told here. A run's record names them; one of an older release has none: 0."""
+"""Version of the rules in this module. A run's record names it; older releases have none: 0."""
 
 _FEWEST, _MOST = 6, 100
 _TIMES_EACH = 3
 _AT_ONCE_EACH = 2
 _DROPPED_PER_FAILURE = 10
-"""So many clients that went away on demand (``worker.drop``) count as one failure."""
+"""Number of clients gone on demand (``worker.drop``) that count as one failure."""
 _FIRST_WAIT_S, _LONGEST_WAIT_S = 0.5, 30.0
 _LONGEST_WAIT_VERSIONS = 16
 _SHORTEST_TIMER_S = 0.01
@@ -101,7 +101,7 @@ class Progress:
         self.failures, self.rules, self.version, self.now = failures, rules, version, now
 
     def allow(self, failures: int | None) -> None:
-        """Let so many failures in a row end the run; None for the default."""
+        """Set how many failures in a row end the run; None for the default."""
         self.allowed = failures_allowed(self._setup, failures)
 
     def start_over(self) -> None:
@@ -173,7 +173,7 @@ class Progress:
         return found | {k for k, host in hosts.items() if host in nodes} if nodes else found
 
     def timer(self, hosts: Mapping[int, str]) -> float | None:
-        """Return after how many seconds somebody may be asked again, if a timer is to be set."""
+        """Return after how many seconds a client may be asked again; None if no timer is needed."""
         waiting = self.waiting(hosts)
         if not waiting:
             return None

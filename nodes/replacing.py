@@ -1,4 +1,4 @@
-"""Writing a file so that whoever reads it finds the old one or the new one, and no half."""
+"""Writing a file so that a reader finds the old one or the new one, never a part."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 def replacing(path: Path) -> Iterator[Path]:
     """Yield a name beside a file; what is written there takes the file's place in the end.
 
-    After an error the file is as it was before.
+    An error leaves the old file unchanged.
 
     Raises:
         OSError: the new file cannot be read back, synced or put in its place.

@@ -228,7 +228,7 @@ def is_record(file: Path) -> bool:
 def write_config(folder: Path, config: Config, begun: float) -> None:
     """Leave a run's configuration in its folder: complete, and without the id, to run it again.
 
-    Whoever reads it finds the old file or the new one, whatever happens meanwhile.
+    A reader finds the old file or the new one, even after a crash.
 
     Raises:
         ConfigError: it cannot be written.
@@ -287,7 +287,7 @@ def _wait_for_broker(folder: Path) -> None:
             pid = _pid_of_holder(lock)
             if not (pid and _is_orphan(pid)) or time.monotonic() > deadline:
                 raise ConfigError(f"--run: {folder} is in use by {_holder(lock, 'another broker')}")
-            time.sleep(0.05)
+            time.sleep(0.05)  # the broker of a killed supervisor is ending
     finally:
         os.close(lock)
 

@@ -147,7 +147,7 @@ def reason_of(error: OSError) -> str:
 
 
 class _Streams:
-    """The process's two streams, and to whom a failure of one is told."""
+    """The process's two streams, and where the failure of one is reported."""
 
     def __init__(self) -> None:
         self.out: Stream | None = None
@@ -193,7 +193,7 @@ def go_on_without_output(lost: Callable[[str], None] | None = None) -> None:
     """From here on this process runs something: what it prints may be lost.
 
     Args:
-        lost: is told what is lost, and why; by default that is said on the other stream.
+        lost: called with what is lost and why; by default the other stream says it.
     """
     if _streams.out is None or sys.stdout is None:
         return

@@ -31,7 +31,7 @@ def write_summary(folder: Path, started_at: float | None = None) -> dict[str, An
 
 
 def remove_summary(folder: Path) -> None:
-    """Remove a summary: it tells of the run as it was before, or is written again at the end.
+    """Remove a summary: it describes an earlier state of the run, and is written again at the end.
 
     Raises:
         NodeError: it cannot be removed.

@@ -77,7 +77,7 @@ class Failed(Struct, frozen=True):
 
     @classmethod
     def of(cls, error: BaseException, setup: Setup) -> Failed:
-        """Return what is told of an exception: a line of bounded length, without data."""
+        """Return what a task reports of an exception: a line of bounded length, without data."""
         own = modules_of(setup.problem, setup.algorithm)
         return cls(described(error), where=place_in(error, own))
 

@@ -186,7 +186,7 @@ def _work(
                 link.done([seq], {seq: refused} if refused else {}, {seq: code})
     except (BrokerError, NodeError):
         raise  # not the task's fault: the link has ended, or local state cannot be kept
-    except Exception as error:  # whatever a model raises fails this one task only
+    except Exception as error:  # any error of a model fails this one task only
         no_metrics = isinstance(error, ReturnedError) and isinstance(action, Evaluate)
         if no_metrics and not core.evaluations:
             raise  # the first evaluation already: no other would go better

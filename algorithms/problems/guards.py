@@ -20,7 +20,7 @@ from fedmq.algorithms.problems.examples import Examples
 from fedmq.algorithms.values import ReturnedError, kind_of_value, metrics_of
 
 _CACHE = ("cache_clear", "cache_info", "cache_parameters")
-"""Of a method that `functools.cache` decorates: whoever calls them still can."""
+"""Of a method that `functools.cache` decorates: they stay callable."""
 
 
 def guard(kind: type, root: type) -> None:

@@ -141,7 +141,7 @@ class Places:
         """Take one more message; of most, there is nothing to learn."""
         if message.sender != BROKER or message.kind not in ("joined", "left", CONTINUED):
             return
-        if message.kind == CONTINUED:  # whoever was here has gone, too
+        if message.kind == CONTINUED:  # all nodes have gone, too
             self._here.clear()
             return
         match message.body:

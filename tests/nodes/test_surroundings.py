@@ -24,7 +24,7 @@ from fedmq.nodes.surroundings import place_sockets
 def no_temporary_folder_yet(monkeypatch: pytest.MonkeyPatch) -> None:
     """multiprocessing, and tempfile, remember theirs."""
     monkeypatch.setattr(tempfile, "tempdir", None)
-    monkeypatch.setitem(util.process.current_process()._config, "tempdir", None)  # type: ignore[attr-defined]
+    monkeypatch.setitem(util.process.current_process()._config, "tempdir", None)  # type: ignore[attr-defined] # multiprocessing has no public way
 
 
 @pytest.mark.parametrize("command", [["list", "schedules"], ["broker", "--run", "x"], ["cluster"]])
