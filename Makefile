@@ -3,13 +3,12 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
-ROOMS  := broker codecs algorithms nodes
 ARGS   ?=
 SEEDS  ?= 10000
 FIRST  ?= 0
 
 .DEFAULT_GOAL := help
-.PHONY: help install view cluster test test-cpus soak lint format typecheck bench reproduce clean
+.PHONY: help install cluster test test-cpus soak lint format typecheck bench reproduce clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## */  make \1|/' | \
@@ -25,25 +24,20 @@ $(STAMP): pyproject.toml
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
 	@touch $@
 
-# Type checkers and pytest do not follow the package-dir mapping; .view spells it out.
-view:  ## make .view/fedmq, which maps the folders to fedmq.* for pytest and mypy
-	@mkdir -p .view/fedmq
-	@for room in $(ROOMS); do ln -sfn ../../$$room .view/fedmq/$$room; done
-
 cluster: install  ## train on the embedded MNIST subset: broker, aggregator, 4 workers, evaluator
 	@$(BIN)/fedmq cluster $(ARGS)
 
-test: install view  ## run all tests (ARGS='-k name' to choose)
+test: install  ## run all tests (ARGS='-k name' to choose)
 	@$(BIN)/python -P -m pytest -n auto --dist loadscope $(ARGS)
 
-test-cpus: install view  ## run the tests whose numbers could depend on the CPU under each of its instruction sets
+test-cpus: install  ## run the tests whose numbers could depend on the CPU under each of its instruction sets
 	@for cpu in $$($(BIN)/python -c 'import torch; print({"AVX512": "default avx2 avx512", "AVX2": "default avx2"}.get(torch.backends.cpu.get_cpu_capability(), "default"))'); do \
 	  echo "== ATEN_CPU_CAPABILITY=$$cpu"; \
 	  ATEN_CPU_CAPABILITY=$$cpu $(BIN)/python -P -m pytest -q -n auto --dist loadscope $(ARGS) tests/golden tests/nodes/replay tests/codecs || exit 1; \
 	done
 
-soak: install view  ## simulate SEEDS=10000 histories of crashes and bad networks, from FIRST=0
-	@PYTHONPATH=.view:. $(BIN)/python -m tests.sim.soak --first $(FIRST) --seeds $(SEEDS)
+soak: install  ## simulate SEEDS=10000 histories of crashes and bad networks, from FIRST=0
+	@PYTHONPATH=. $(BIN)/python -m tests.sim.soak --first $(FIRST) --seeds $(SEEDS)
 
 lint: install  ## ruff: lint and format check
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
@@ -51,8 +45,8 @@ lint: install  ## ruff: lint and format check
 format: install  ## let ruff format the code
 	@$(BIN)/ruff check --fix . && $(BIN)/ruff format .
 
-typecheck: install view  ## mypy, strict
-	@cd .view && ../$(BIN)/mypy --config-file ../pyproject.toml -p fedmq
+typecheck: install  ## mypy, strict
+	@$(BIN)/mypy -p fedmq
 
 bench: install  ## the figures that the README quotes
 	@for file in benchmarks/rounds.py benchmarks/broker.py benchmarks/crowd.py benchmarks/replay.py benchmarks/codecs.py; do echo "== $$file"; $(BIN)/python -P $$file $(ARGS) || exit 1; done
@@ -61,4 +55,4 @@ reproduce: install  ## the papers' figures beside ours, on MNIST under FEDMQ_DAT
 	@$(BIN)/python -P benchmarks/reproduce.py $(ARGS)
 
 clean:  ## remove what the other targets made, but not runs/
-	rm -rf $(VENV) .view build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

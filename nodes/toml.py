@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import codecs
 import re
 import tomllib
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 from fedmq.nodes.errors import ConfigError
 
+_UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")  # byte order marks, little and big endian
 _MANY_DOTS = re.compile(r"(?:\.[^.\n]*){200}")
 _PLACE = re.compile(r"(.*) \(at (?:line (\d+), column \d+|end of document)\)", re.DOTALL)
 _TWICE = re.compile(r"Cannot declare \((.*?),?\) twice")
@@ -27,7 +27,7 @@ def read_toml(path: Path) -> dict[str, Any]:
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        if data.startswith(_UTF16_MARKS):
             raise ConfigError(f"{path} is not TOML: expected UTF-8, it is UTF-16") from None
         line = data.count(b"\n", 0, error.start) + 1
         found = f"byte 0x{data[error.start]:02x}"

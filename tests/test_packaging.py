@@ -1,4 +1,4 @@
-"""The folders at the top level are the packages of ``fedmq``, in a wheel and editable."""
+"""``src/fedmq`` with its links to the rooms is one package, in a wheel and editable."""
 
 import subprocess
 import sys
@@ -34,10 +34,13 @@ def test_every_subpackage_is_listed() -> None:
         for room in ROOMS
         for path in (ROOT / room).rglob("__init__.py")
     }
-    assert set(settings["packages"]) == there
-    assert settings["package-dir"] == {
-        name: name.removeprefix("fedmq.").replace(".", "/") for name in sorted(there)
-    }
+    assert set(settings["packages"]) == there | {"fedmq"}
+    assert settings["package-dir"] == {"": "src"}
+
+
+def test_the_package_links_to_the_rooms() -> None:
+    for room in ROOMS:
+        assert (ROOT / "src" / "fedmq" / room).readlink() == Path("../..", room)
 
 
 def test_every_folder_with_code_is_a_package() -> None:
@@ -51,7 +54,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("wheel")
     source = folder / "source"
     source.mkdir()
-    for name in (*ROOMS, "pyproject.toml", "README.md"):
+    for name in (*ROOMS, "src", "pyproject.toml", "README.md"):
         (source / name).symlink_to(ROOT / name)
     command = (sys.executable, "-m", "build", "--wheel", "--no-isolation", "-o", str(folder))
     run(*command, str(source), cwd=folder, PATH="/usr/bin:/bin")
@@ -86,3 +89,29 @@ def test_the_command_line_starts_without_torch(tmp_path: Path) -> None:
         "print('torch' in sys.modules)"
     )
     assert run(sys.executable, "-P", "-c", code, cwd=tmp_path).strip() == "False"
+
+
+def test_the_public_names_are_there_and_imported_late(tmp_path: Path) -> None:
+    code = (
+        "import sys, fedmq; early = 'torch' in sys.modules;"
+        "print(early, all(hasattr(fedmq, name) for name in fedmq.__all__), fedmq.Problem.__name__)"
+    )
+    assert run(sys.executable, "-P", "-c", code, cwd=tmp_path).split() == [
+        "False",
+        "True",
+        "Problem",
+    ]
+
+
+def test_a_users_type_checker_follows_the_package(wheel: Path, tmp_path: Path) -> None:
+    """A name that is not there is an error, and `py.typed` is in the wheel."""
+    with zipfile.ZipFile(wheel) as archive:
+        assert "fedmq/py.typed" in archive.namelist()
+        archive.extractall(tmp_path / "site")
+    (tmp_path / "mine.py").write_text("import fedmq\nfedmq.Problem\nfedmq.Nonsense\n")
+    done = subprocess.run(
+        (sys.executable, "-m", "mypy", "--cache-dir", str(tmp_path / "cache"), "mine.py"),
+        cwd=tmp_path, env={"MYPYPATH": "site"}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert "Nonsense" in done.stdout
+    assert "Problem" not in done.stdout
