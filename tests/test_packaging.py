@@ -1,5 +1,6 @@
 """``src/fedmq`` with its links to the rooms is one package, in a wheel and editable."""
 
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -50,15 +51,21 @@ def test_every_folder_with_code_is_a_package() -> None:
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("wheel")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Build the sdist, and from it the wheel; return the folder that holds both."""
+    folder = tmp_path_factory.mktemp("built")
     source = folder / "source"
     source.mkdir()
-    for name in (*ROOMS, "src", "pyproject.toml", "README.md"):
+    for name in (*ROOMS, "src", "pyproject.toml", "README.md", "LICENSE"):
         (source / name).symlink_to(ROOT / name)
-    command = (sys.executable, "-m", "build", "--wheel", "--no-isolation", "-o", str(folder))
+    command = (sys.executable, "-m", "build", "--no-isolation", "-o", str(folder))
     run(*command, str(source), cwd=folder, PATH="/usr/bin:/bin")
-    return next(folder.glob("*.whl"))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def wheel(built: Path) -> Path:
+    return next(built.glob("*.whl"))
 
 
 def test_the_wheel_works_away_from_the_source(wheel: Path, tmp_path: Path) -> None:
@@ -75,6 +82,23 @@ def test_the_wheel_holds_no_tests_and_says_where_the_data_are_from(wheel: Path) 
         names = archive.namelist()
     assert "fedmq/algorithms/problems/ATTRIBUTION.md" in names
     assert all(name.startswith("fedmq") for name in names)
+
+
+def test_the_wheel_and_the_sdist_hold_the_licence_and_the_type_marker(
+    built: Path, wheel: Path, tmp_path: Path
+) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+        metadata = archive.read(next(name for name in names if name.endswith("/METADATA"))).decode()
+        licence = next(name for name in names if name.endswith(".dist-info/licenses/LICENSE"))
+        assert archive.read(licence) == (ROOT / "LICENSE").read_bytes()
+    assert "fedmq/py.typed" in names
+    assert "License-Expression: Apache-2.0\n" in metadata
+    assert "Author: The fedmq authors\n" in metadata
+    shutil.unpack_archive(next(built.glob("*.tar.gz")), tmp_path, filter="data")
+    (source,) = tmp_path.iterdir()
+    assert (source / "LICENSE").is_file()
+    assert (source / "src" / "fedmq" / "py.typed").is_file()
 
 
 def test_the_editable_install_is_the_source(tmp_path: Path) -> None:
