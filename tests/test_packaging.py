@@ -1,5 +1,7 @@
 """``src/fedmq`` with its links to the rooms is one package, in a wheel and editable."""
 
+import importlib.util
+import re
 import shutil
 import subprocess
 import sys
@@ -139,3 +141,17 @@ def test_a_users_type_checker_follows_the_package(wheel: Path, tmp_path: Path) -
     )  # fmt: skip
     assert "Nonsense" in done.stdout
     assert "Problem" not in done.stdout
+
+
+def test_each_pre_commit_hook_names_a_tool_of_the_virtual_environment() -> None:
+    """They are local, and run without network: each entry is `.venv/bin/TOOL ...`."""
+    text = (ROOT / ".pre-commit-config.yaml").read_text()
+    assert re.findall(r"- repo: (.*)", text) == ["local"]
+    entries = [entry.split() for entry in re.findall(r"^ +entry: (.*)$", text, re.MULTILINE)]
+    assert len(entries) == text.count("- id: ") == text.count("language: system")
+    here = Path(sys.executable).parent
+    for tool, *arguments in entries:
+        assert Path(tool).parent == Path(".venv/bin")
+        assert (here / Path(tool).name).exists()
+        if arguments[:1] == ["-m"]:
+            assert importlib.util.find_spec(arguments[1])
