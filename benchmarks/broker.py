@@ -32,9 +32,9 @@ from pathlib import Path
 import psutil
 from rich.console import Console
 
-from fedmq.broker.entries import Ended
-from fedmq.broker.reading import read_entries
-from fedmq.broker.state import AGGREGATOR
+from fedmq.broker.core.state import AGGREGATOR
+from fedmq.broker.ledger.entries import Ended
+from fedmq.broker.ledger.reader import read_entries
 
 sys.path.append(str(Path(__file__).parent))  # python -P leaves it out; rounds:Echo is there, too
 

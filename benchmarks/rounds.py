@@ -35,8 +35,8 @@ from torch import Tensor, nn
 from fedmq.algorithms.base import Client, Payload, Task
 from fedmq.algorithms.fedavg import FedAvg, Gathered, ModelState
 from fedmq.algorithms.problems.base import Examples, Problem
-from fedmq.broker.entries import Accepted
-from fedmq.broker.reading import read_entries
+from fedmq.broker.ledger.entries import Accepted
+from fedmq.broker.ledger.reader import read_entries
 from fedmq.nodes.cluster import Cluster
 from fedmq.nodes.config import build
 from fedmq.nodes.forking import preloading

@@ -20,22 +20,8 @@ import msgspec
 import structlog
 import zmq
 
-from fedmq.broker import shared_files
-from fedmq.broker.clock import Clock, milliseconds_until
-from fedmq.broker.endpoints import listening_address, parse_endpoint
-from fedmq.broker.errors import (
-    BrokerError,
-    BrokerFailed,
-    EndpointError,
-    LedgerError,
-    NoSpace,
-    WireError,
-)
-from fedmq.broker.headers import decode_frame, encode_frame, split_header
-from fedmq.broker.ledger import Keeping
-from fedmq.broker.outbox import Outbox
-from fedmq.broker.restore import open_broker
-from fedmq.broker.state import (
+from fedmq.broker.core.recovery import open_broker
+from fedmq.broker.core.state import (
     Append,
     BrokerSettings,
     Continuation,
@@ -52,7 +38,21 @@ from fedmq.broker.state import (
     Unreadable,
     Wake,
 )
-from fedmq.broker.wire import (
+from fedmq.broker.errors import (
+    BrokerError,
+    BrokerFailed,
+    EndpointError,
+    LedgerError,
+    NoSpace,
+    WireError,
+)
+from fedmq.broker.ledger.writer import Keeping
+from fedmq.broker.link import local_blobs
+from fedmq.broker.wire.batching import Outbox
+from fedmq.broker.wire.clock import Clock, milliseconds_until
+from fedmq.broker.wire.encoding import decode_frame, encode_frame, split_header
+from fedmq.broker.wire.endpoints import listening_address, parse_endpoint
+from fedmq.broker.wire.schema import (
     CHUNK_BYTES,
     INLINE_BYTES,
     MAX_BUFFERS,
@@ -210,7 +210,7 @@ class BrokerServer:
 
     def _offer_files(self) -> str:
         try:
-            return shared_files.shareable(self._ledger.folder)
+            return local_blobs.shareable(self._ledger.folder)
         except ValueError as error:
             self._log.warning("blobs are not read from the ledger's files", reason=str(error))
             return ""
@@ -271,7 +271,7 @@ class BrokerServer:
         frame = send.frame
         if self._shared:
             try:
-                frame = shared_files.point(send, self._ledger, self._shared)
+                frame = local_blobs.point(send, self._ledger, self._shared)
             except (OSError, RuntimeError, ValueError, LedgerError) as error:
                 self._shared = ""
                 self._log.warning("files are not shared, blobs are sent", reason=repr(error))

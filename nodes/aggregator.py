@@ -16,10 +16,10 @@ from typing import Any
 import msgspec
 
 from fedmq.algorithms.schedules import View
+from fedmq.broker.core.state import CHECKPOINT, CONTINUED, RECORD, TIMER
 from fedmq.broker.errors import BrokerError
 from fedmq.broker.rejections import Code, Rejection
-from fedmq.broker.state import CHECKPOINT, CONTINUED, RECORD, TIMER
-from fedmq.broker.wire import Message
+from fedmq.broker.wire.schema import Message
 from fedmq.nodes.aggregator_state import AggregatorState
 from fedmq.nodes.causes import explained, may_pass, modules_of
 from fedmq.nodes.checkpoint import pack_checkpoint, unpack_checkpoint

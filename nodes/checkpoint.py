@@ -14,7 +14,7 @@ from msgspec import UNSET, Struct, UnsetType
 from fedmq.algorithms.base import Algorithm
 from fedmq.algorithms.errors import ResultError
 from fedmq.algorithms.problems.base import Problem
-from fedmq.broker.wire import Blob
+from fedmq.broker.wire.schema import Blob
 from fedmq.codecs.errors import CodecError
 from fedmq.nodes.errors import NodeError
 from fedmq.nodes.evaluations import Examination

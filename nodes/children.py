@@ -18,9 +18,9 @@ from typing import Any
 import structlog
 
 from fedmq.algorithms.allowed import Allowed
+from fedmq.broker.core.state import Continuation
 from fedmq.broker.errors import BrokerFailed
 from fedmq.broker.process import tune_process
-from fedmq.broker.state import Continuation
 from fedmq.nodes import logs, streams
 from fedmq.nodes.causes import explained
 from fedmq.nodes.config import parse

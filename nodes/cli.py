@@ -18,10 +18,10 @@ import click
 import xxhash
 from rich.console import Console
 
-from fedmq.broker.admission import MAX_RANGES
+from fedmq.broker.core.admission import MAX_RANGES
 from fedmq.broker.errors import BrokerFailed, GaveUp
-from fedmq.broker.names import name_fault
 from fedmq.broker.process import give_torch_huge_pages, tune_process
+from fedmq.broker.wire.addresses import name_fault
 from fedmq.nodes import logs, streams
 from fedmq.nodes.codec_cli import codec
 from fedmq.nodes.entry import ending_well
@@ -282,7 +282,7 @@ def worker(
     give_up_s: float | None,
 ) -> None:
     """Train the tasks of some clients (or evaluate) until the run is over."""
-    from fedmq.broker.state import EVALUATOR, WORKER
+    from fedmq.broker.core.state import EVALUATOR, WORKER
     from fedmq.nodes.worker_program import run_worker
 
     streams.go_on_without_output()

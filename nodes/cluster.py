@@ -19,8 +19,8 @@ from typing import Any
 
 from rich.console import Console
 
-from fedmq.broker.reading import Follower
-from fedmq.broker.state import EVALUATOR, WORKER, Continuation
+from fedmq.broker.core.state import EVALUATOR, WORKER, Continuation
+from fedmq.broker.ledger.reader import Follower
 from fedmq.nodes.children import (
     BEYOND_HELP,
     NOTE,

@@ -17,10 +17,10 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr,
 
 from fedmq.algorithms.allowed import NOTHING, Allowed, installed
 from fedmq.algorithms.errors import AlgorithmError
-from fedmq.broker.ledger import Keeping
-from fedmq.broker.names import name_fault
-from fedmq.broker.retention import EVERYTHING, LEAST_RETAIN_BYTES
-from fedmq.broker.state import BrokerSettings
+from fedmq.broker.core.state import BrokerSettings
+from fedmq.broker.ledger.retention import EVERYTHING, LEAST_RETAIN_BYTES
+from fedmq.broker.ledger.writer import Keeping
+from fedmq.broker.wire.addresses import name_fault
 from fedmq.nodes.errors import ConfigError
 from fedmq.nodes.finite import check_finite, check_types
 from fedmq.nodes.toml import parse_toml, read_toml
@@ -47,8 +47,8 @@ class _Table(BaseModel):
 class Run(_Table):
     """``[run]``.
 
-    id: name of the run, unique at its broker, see `fedmq.broker.names`; drawn from the time
-        if empty.
+    id: name of the run, unique at its broker, see `fedmq.broker.wire.addresses`; drawn from
+        the time if empty.
     seed: of everything random.
     versions: the run ends when this many have been committed.
     target_accuracy: it ends earlier when an evaluation reaches this.

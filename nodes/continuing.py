@@ -16,7 +16,7 @@ from typing import Literal
 
 from rich.console import Console
 
-from fedmq.broker.state import Continuation
+from fedmq.broker.core.state import Continuation
 from fedmq.nodes.config import NONE, Config, changed, load, parse
 from fedmq.nodes.differing import Differences, differences, shown
 from fedmq.nodes.errors import ConfigError

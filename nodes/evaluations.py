@@ -9,9 +9,9 @@ from typing import Any
 from msgspec import Struct
 
 from fedmq.algorithms.base import Algorithm
+from fedmq.broker.core.state import EVALUATOR
 from fedmq.broker.rejections import Code, Rejection
-from fedmq.broker.state import EVALUATOR
-from fedmq.broker.wire import Message
+from fedmq.broker.wire.schema import Message
 from fedmq.nodes.causes import shorten
 from fedmq.nodes.members import Members
 from fedmq.nodes.payload import RAW, Packed, pack

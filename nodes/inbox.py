@@ -10,7 +10,7 @@ from msgspec import Struct
 
 from fedmq.broker.errors import WireError
 from fedmq.broker.rejections import Rejection
-from fedmq.broker.wire import Buffer, Message
+from fedmq.broker.wire.schema import Buffer, Message
 from fedmq.nodes.errors import exits_as_errors
 
 Read = Callable[[int], Buffer]

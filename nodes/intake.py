@@ -8,7 +8,7 @@ from typing import Any, Literal
 from fedmq.algorithms.base import examples_of
 from fedmq.algorithms.errors import Fault, ResultError
 from fedmq.broker.rejections import Code, Rejection
-from fedmq.broker.wire import Message
+from fedmq.broker.wire.schema import Message
 from fedmq.codecs.errors import CodecError
 from fedmq.nodes.checkpoint import Counts
 from fedmq.nodes.errors import rejection_of

@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
-from fedmq.broker.entries import Accepted, AnyEntry
 from fedmq.broker.errors import LedgerError
+from fedmq.broker.ledger.entries import Accepted, AnyEntry
 from fedmq.nodes.trace.text import count, plain, plural
 from fedmq.nodes.usage import Commands
 
 if TYPE_CHECKING:
-    from fedmq.broker.check import Finding, LostBlob, Report
-    from fedmq.broker.repair import Step
+    from fedmq.broker.inspection.check import Finding, LostBlob, Report
+    from fedmq.broker.inspection.repair import Step
 
 _SHOWN = 10
 """Blobs that are printed for each place; the JSON has all."""
@@ -66,8 +66,8 @@ def repair(folder: Path, yes: bool, as_json: bool) -> None:  # noqa: FBT001 - cl
     files beside the segments. Exit code 0: there is nothing to do, or it was done. 1: there is
     something to do. 2: it cannot be done; the sentence says why.
     """
-    from fedmq.broker.repair import plan
-    from fedmq.broker.repair import repair as do
+    from fedmq.broker.inspection.repair import plan
+    from fedmq.broker.inspection.repair import repair as do
 
     report = _checked(folder)
     try:
@@ -96,7 +96,7 @@ def repair(folder: Path, yes: bool, as_json: bool) -> None:  # noqa: FBT001 - cl
 
 
 def _checked(folder: Path) -> Report:
-    from fedmq.broker.check import check
+    from fedmq.broker.inspection.check import check
 
     try:
         return check(folder)

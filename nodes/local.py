@@ -18,8 +18,8 @@ import xxhash
 from msgspec import Struct
 
 from fedmq.algorithms.base import Payload
-from fedmq.broker.headers import decode_message, encode_message
-from fedmq.broker.wire import (
+from fedmq.broker.wire.encoding import decode_message, encode_message
+from fedmq.broker.wire.schema import (
     Blob,
     Buffer,
     Message,

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from fedmq.broker.state import EVALUATOR, WORKER
-from fedmq.broker.wire import Message
+from fedmq.broker.core.state import EVALUATOR, WORKER
+from fedmq.broker.wire.schema import Message
 
 
 @dataclass

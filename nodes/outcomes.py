@@ -14,10 +14,10 @@ from collections import Counter
 from dataclasses import dataclass, replace
 from typing import Any
 
-from fedmq.broker.entries import Accepted, AnyEntry, Refusal
+from fedmq.broker.core.state import BROKER, CONTINUED
+from fedmq.broker.ledger.entries import Accepted, AnyEntry, Refusal
 from fedmq.broker.rejections import Code, failure_code_of
-from fedmq.broker.state import BROKER, CONTINUED
-from fedmq.broker.wire import Message
+from fedmq.broker.wire.schema import Message
 
 _STALE = (Code.STALE, Code.LATE)
 UNUSED, NO_ANSWER = "unused", "no-answer"

@@ -21,7 +21,7 @@ from torch import Tensor
 from fedmq.algorithms.base import Payload
 from fedmq.algorithms.returned import payload_of
 from fedmq.algorithms.values import kind_of_value, plain_number
-from fedmq.broker.wire import MAX_BUFFERS, Blob, Buffer, Message
+from fedmq.broker.wire.schema import MAX_BUFFERS, Blob, Buffer, Message
 from fedmq.codecs.base import MAX_DECODED_BYTES, Codec, Encoded, brief
 from fedmq.codecs.errors import CodecError, DecodeError
 from fedmq.codecs.raw import Raw, read_table

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from fedmq.broker.entries import Accepted
+from fedmq.broker.core.state import CHECKPOINT
 from fedmq.broker.errors import LedgerError
-from fedmq.broker.state import CHECKPOINT
+from fedmq.broker.ledger.entries import Accepted
 from fedmq.nodes.errors import ConfigError, NodeError
 from fedmq.nodes.strict_json import to_strict_json
 from fedmq.nodes.summary import spread
@@ -21,7 +21,7 @@ from fedmq.nodes.trace.text import plain, table
 from fedmq.nodes.trust import allow_option, allowed_here, find_own_code
 
 if TYPE_CHECKING:
-    from fedmq.broker.trace import Trace
+    from fedmq.broker.inspection.trace import Trace
     from fedmq.nodes.setup import Setup
 
 Metrics = Mapping[str, float]
@@ -61,7 +61,7 @@ def personalise(
     from fedmq.nodes.cli import exit_2_on_error, parse_ranges
 
     with exit_2_on_error():
-        from fedmq.broker.trace import Trace
+        from fedmq.broker.inspection.trace import Trace
         from fedmq.nodes.replay.fold import recorded_setup
 
         chosen = parse_ranges(ranges) if ranges is not None else None

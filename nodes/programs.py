@@ -11,10 +11,10 @@ from collections.abc import Iterator
 import structlog
 
 from fedmq.broker.errors import LinkClosed
-from fedmq.broker.link_state import Delivery
-from fedmq.broker.names import name_fault
-from fedmq.broker.node_link import NodeLink
-from fedmq.broker.wire import Hello, Message
+from fedmq.broker.link.events import Delivery
+from fedmq.broker.link.node_link import NodeLink
+from fedmq.broker.wire.addresses import name_fault
+from fedmq.broker.wire.schema import Hello, Message
 from fedmq.nodes.causes import described
 from fedmq.nodes.errors import NodeError
 from fedmq.nodes.inbox import Inbound

@@ -15,12 +15,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
-from fedmq.broker.headers import decode_message
-from fedmq.broker.link_state import Delivery
-from fedmq.broker.state import AGGREGATOR, EVALUATOR, RECORD, WORKER, BrokerSettings
-from fedmq.broker.virtual import Faults, VirtualNetwork
-from fedmq.broker.virtual_hosts import BrokerHost, LinkHost
-from fedmq.broker.wire import (
+from fedmq.broker.core.state import AGGREGATOR, EVALUATOR, RECORD, WORKER, BrokerSettings
+from fedmq.broker.link.events import Delivery
+from fedmq.broker.virtual.hosts import BrokerHost, LinkHost
+from fedmq.broker.virtual.network import Faults, VirtualNetwork
+from fedmq.broker.wire.encoding import decode_message
+from fedmq.broker.wire.schema import (
     Buffer,
     Done,
     Hello,

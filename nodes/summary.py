@@ -9,9 +9,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from fedmq.broker.entries import Accepted, AnyEntry, Ended, Opened
-from fedmq.broker.state import AGGREGATOR, BROKER, CONTINUED, EVALUATOR, WORKER
-from fedmq.broker.wire import Message
+from fedmq.broker.core.state import AGGREGATOR, BROKER, CONTINUED, EVALUATOR, WORKER
+from fedmq.broker.ledger.entries import Accepted, AnyEntry, Ended, Opened
+from fedmq.broker.wire.schema import Message
 from fedmq.nodes.agreement import disagree
 from fedmq.nodes.config import parse
 from fedmq.nodes.outcomes import Outcomes

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fedmq.broker.reading import read_entries
+from fedmq.broker.ledger.reader import read_entries
 from fedmq.nodes.errors import NodeError
 from fedmq.nodes.replacing import replacing
 from fedmq.nodes.streams import reason_of

@@ -16,8 +16,8 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from fedmq.broker.headers import is_deeper
-from fedmq.broker.wire import MAX_DEPTH, MAX_MESSAGE_BYTES, Blob, Buffer, Message
+from fedmq.broker.wire.encoding import is_deeper
+from fedmq.broker.wire.schema import MAX_DEPTH, MAX_MESSAGE_BYTES, Blob, Buffer, Message
 from fedmq.codecs.errors import DecodeError
 
 MAX_TABLE_BYTES = 8 << 20

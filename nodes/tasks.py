@@ -12,7 +12,7 @@ import numpy.typing as npt
 from fedmq.algorithms.rng import derive_seed
 from fedmq.algorithms.schedules import View
 from fedmq.broker.rejections import Code, Rejection
-from fedmq.broker.wire import Message
+from fedmq.broker.wire.schema import Message
 from fedmq.nodes.checkpoint import Flight
 from fedmq.nodes.gathering import Gathering
 from fedmq.nodes.inbox import AggregatorAction, Post

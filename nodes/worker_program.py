@@ -13,10 +13,10 @@ import torch
 
 from fedmq.algorithms.allowed import NOTHING, Allowed
 from fedmq.algorithms.values import ReturnedError
+from fedmq.broker.core.state import WORKER
 from fedmq.broker.errors import BrokerError, RunOver
-from fedmq.broker.node_link import NodeLink
-from fedmq.broker.state import WORKER
-from fedmq.broker.wire import Hello
+from fedmq.broker.link.node_link import NodeLink
+from fedmq.broker.wire.schema import Hello
 from fedmq.nodes.carry_out import carry_out
 from fedmq.nodes.config import parse
 from fedmq.nodes.errors import ON_PURPOSE, NodeError, StorageError, exits_as_errors, own_code

@@ -12,7 +12,7 @@ MAY_IMPORT = {
     "algorithms": {"codecs"},
     "nodes": {"codecs", "broker", "algorithms"},
 }
-MAY_IMPORT_ZMQ = {"broker/router.py", "broker/dealer.py"}
+MAY_IMPORT_ZMQ = {"broker/router.py", "broker/link/dealer.py"}
 FILES = sorted(path for room in MAY_IMPORT for path in (ROOT / room).rglob("*.py"))
 
 

@@ -19,7 +19,7 @@ from fedmq.nodes.trust import allow_option, allowed_here, find_own_code
 
 if TYPE_CHECKING:
     from fedmq.algorithms.allowed import Allowed
-    from fedmq.broker.trace import Trace
+    from fedmq.broker.inspection.trace import Trace
     from fedmq.nodes.replay.fold import Replay, Step
 
 
@@ -71,7 +71,7 @@ def replay(
 
     _check_options(until, shell, from_checkpoint, worker, task, settings, save, against)
     with exit_2_on_error():
-        from fedmq.broker.trace import Trace
+        from fedmq.broker.inspection.trace import Trace
 
         trace = Trace(folder, run_id)
         allowed = allowed_here(allow)
@@ -181,7 +181,7 @@ def _fold(
 def _steps(
     run: Replay, allowed: Allowed, until: int | None, save: Path | None, against: Path | None
 ) -> Iterator[Step]:
-    from fedmq.broker.trace import Trace
+    from fedmq.broker.inspection.trace import Trace
     from fedmq.nodes.replay.fold import Replay
     from fedmq.nodes.replay.steps import FILE, against_run, against_steps, save_steps
 

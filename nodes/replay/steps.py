@@ -15,8 +15,8 @@ from typing import IO, Any
 import msgspec
 from msgspec import Struct
 
-from fedmq.broker.trace import Trace
-from fedmq.broker.wire import Message
+from fedmq.broker.inspection.trace import Trace
+from fedmq.broker.wire.schema import Message
 from fedmq.nodes.aggregator import Aggregator
 from fedmq.nodes.digests import digest_of
 from fedmq.nodes.errors import NodeError

@@ -15,8 +15,8 @@ from fedmq.algorithms.allowed import NOTHING, Allowed
 from fedmq.algorithms.base import Result, Task, examples_of
 from fedmq.algorithms.errors import ResultError
 from fedmq.algorithms.schedules import View
+from fedmq.broker.inspection.trace import Trace
 from fedmq.broker.rejections import Code
-from fedmq.broker.trace import Trace
 from fedmq.codecs.errors import CodecError
 from fedmq.nodes.config import Config, changed
 from fedmq.nodes.errors import ConfigError

@@ -17,8 +17,8 @@ from dataclasses import dataclass
 
 from fedmq.algorithms.arithmetic import ARITHMETIC
 from fedmq.broker.errors import LedgerError
-from fedmq.broker.trace import Trace
-from fedmq.broker.wire import Buffer, Message
+from fedmq.broker.inspection.trace import Trace
+from fedmq.broker.wire.schema import Buffer, Message
 from fedmq.codecs.errors import CodecError
 from fedmq.nodes.carry_out import carry_out
 from fedmq.nodes.inbox import Post

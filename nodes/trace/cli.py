@@ -17,7 +17,7 @@ from fedmq.nodes.trace.text import plain, word
 from fedmq.nodes.usage import Commands
 
 if TYPE_CHECKING:
-    from fedmq.broker.trace import Trace
+    from fedmq.broker.inspection.trace import Trace
 
 _LINES = 100
 """So many are printed at a time."""
@@ -208,7 +208,7 @@ def _print(lines: Iterable[str]) -> int:
 
 
 def _open(folder: Path, run_id: str) -> Trace:
-    from fedmq.broker.trace import Trace
+    from fedmq.broker.inspection.trace import Trace
 
     return Trace(folder, run_id)
 

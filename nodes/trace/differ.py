@@ -12,10 +12,10 @@ import msgspec
 import torch
 from torch import Tensor
 
+from fedmq.broker.core.state import BROKER
 from fedmq.broker.errors import LedgerError
-from fedmq.broker.headers import is_deeper
-from fedmq.broker.state import BROKER
-from fedmq.broker.wire import MAX_DEPTH, Message
+from fedmq.broker.wire.encoding import is_deeper
+from fedmq.broker.wire.schema import MAX_DEPTH, Message
 from fedmq.codecs.errors import CodecError
 from fedmq.nodes.trace.differences import (
     ABSENT,

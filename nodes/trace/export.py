@@ -10,9 +10,9 @@ from typing import Any
 
 import msgspec
 
-from fedmq.broker.entries import Accepted, AnyEntry
-from fedmq.broker.trace import Trace
-from fedmq.broker.wire import Message
+from fedmq.broker.inspection.trace import Trace
+from fedmq.broker.ledger.entries import Accepted, AnyEntry
+from fedmq.broker.wire.schema import Message
 from fedmq.nodes.trace.fates import before_damage
 
 

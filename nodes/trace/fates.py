@@ -8,11 +8,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from fedmq.broker.entries import Accepted, AnyEntry, Refusal
+from fedmq.broker.core.state import AGGREGATOR, BROKER, CONTINUED, EVALUATOR, WORKER
 from fedmq.broker.errors import LedgerError
-from fedmq.broker.state import AGGREGATOR, BROKER, CONTINUED, EVALUATOR, WORKER
-from fedmq.broker.trace import Trace
-from fedmq.broker.wire import Message
+from fedmq.broker.inspection.trace import Trace
+from fedmq.broker.ledger.entries import Accepted, AnyEntry, Refusal
+from fedmq.broker.wire.schema import Message
 from fedmq.nodes.outcomes import natural
 
 _MOST = 10_000

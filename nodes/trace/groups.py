@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fedmq.broker.wire import Blob, Buffer, Message
+from fedmq.broker.wire.schema import Blob, Buffer, Message
 from fedmq.codecs.base import Encoded, brief
 from fedmq.codecs.errors import DecodeError
 from fedmq.codecs.raw import read_table

@@ -9,10 +9,10 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-from fedmq.broker.entries import Accepted, AnyEntry, Consumed, Ended, Opened, Refusal
-from fedmq.broker.state import BROKER, CONTINUED
-from fedmq.broker.trace import Trace
-from fedmq.broker.wire import Message
+from fedmq.broker.core.state import BROKER, CONTINUED
+from fedmq.broker.inspection.trace import Trace
+from fedmq.broker.ledger.entries import Accepted, AnyEntry, Consumed, Ended, Opened, Refusal
+from fedmq.broker.wire.schema import Message
 from fedmq.nodes.errors import NodeError
 from fedmq.nodes.outcomes import natural
 from fedmq.nodes.trace.fates import Fates, Places, Task, Tasks, before_damage, client_of

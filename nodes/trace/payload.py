@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
-from fedmq.broker.entries import (
+from fedmq.broker.errors import LedgerError
+from fedmq.broker.inspection.trace import Trace
+from fedmq.broker.ledger.entries import (
     PAYLOAD,
     Piece,
     decode_piece,
     segment_numbers,
     segment_path,
 )
-from fedmq.broker.errors import LedgerError
-from fedmq.broker.reading import Tail, tail_of
-from fedmq.broker.records import MAGIC, scan
-from fedmq.broker.trace import Trace
+from fedmq.broker.ledger.reader import Tail, tail_of
+from fedmq.broker.ledger.records import MAGIC, scan
 from fedmq.nodes.trace.text import count, plain, plural
 
 

@@ -11,11 +11,11 @@ import msgspec
 import torch
 from torch import Tensor
 
-from fedmq.broker.entries import Accepted, Consumed, Ended, Refusal
+from fedmq.broker.core.state import RECORD
 from fedmq.broker.errors import LedgerError
-from fedmq.broker.state import RECORD
-from fedmq.broker.trace import Trace
-from fedmq.broker.wire import Message
+from fedmq.broker.inspection.trace import Trace
+from fedmq.broker.ledger.entries import Accepted, Consumed, Ended, Refusal
+from fedmq.broker.wire.schema import Message
 from fedmq.codecs.errors import CodecError
 from fedmq.nodes.errors import NodeError
 from fedmq.nodes.trace.differ import Side, fold_of

@@ -12,10 +12,10 @@ from __future__ import annotations
 from collections.abc import Generator, Iterator, Mapping
 from typing import Any
 
-from fedmq.broker.entries import Accepted, AnyEntry, Refusal
-from fedmq.broker.state import BROKER, CONTINUED
-from fedmq.broker.trace import Trace
-from fedmq.broker.wire import Message
+from fedmq.broker.core.state import BROKER, CONTINUED
+from fedmq.broker.inspection.trace import Trace
+from fedmq.broker.ledger.entries import Accepted, AnyEntry, Refusal
+from fedmq.broker.wire.schema import Message
 from fedmq.nodes.outcomes import natural
 from fedmq.nodes.trace.export import to_json
 from fedmq.nodes.trace.fates import Fates, Places, Task, Tasks, before_damage

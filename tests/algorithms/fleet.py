@@ -1,7 +1,7 @@
 """A whole run in memory: the Aggregator and Worker cores, and nothing between them."""
 
-from fedmq.broker.headers import decode_message, encode_message
-from fedmq.broker.wire import Blob, Message
+from fedmq.broker.wire.encoding import decode_message, encode_message
+from fedmq.broker.wire.schema import Blob, Message
 from fedmq.nodes.aggregator import Aggregator
 from fedmq.nodes.config import build
 from fedmq.nodes.inbox import Commit, Done, Finish, Inbound, Post, Settle, Start

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedmq.broker.errors import WireError
-from fedmq.broker.headers import decode_message, encode_message
+from fedmq.broker.wire.encoding import decode_message, encode_message
 from fedmq.nodes.inbox import Inbound
 from tests.algorithms.fleet import Fleet, changed, make_setup, with_data
 

@@ -5,7 +5,7 @@ import random
 import pytest
 
 from fedmq.algorithms.rng import derive_rng
-from fedmq.broker.wire import Message
+from fedmq.broker.wire.schema import Message
 from fedmq.nodes.gathering import Gathering
 from fedmq.nodes.members import Members
 from fedmq.nodes.tasks import Tasks

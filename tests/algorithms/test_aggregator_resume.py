@@ -7,8 +7,8 @@ import msgspec
 import numpy as np
 import pytest
 
-from fedmq.broker.headers import encode_message
-from fedmq.broker.wire import Blob
+from fedmq.broker.wire.encoding import encode_message
+from fedmq.broker.wire.schema import Blob
 from fedmq.nodes.aggregator import Aggregator
 from fedmq.nodes.checkpoint import Fold
 from fedmq.nodes.computed import Computed

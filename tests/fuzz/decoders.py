@@ -18,19 +18,26 @@ from torch import nn
 
 from fedmq.algorithms.errors import AlgorithmError
 from fedmq.algorithms.layout import Layout
-from fedmq.broker.entries import MESSAGES, PAYLOAD, Accepted, AnyEntry, blob_name, segment_path
 from fedmq.broker.errors import BrokerError, WireError
-from fedmq.broker.headers import (
+from fedmq.broker.ledger.blob_store import PayloadIndex, open_payload
+from fedmq.broker.ledger.entries import (
+    MESSAGES,
+    PAYLOAD,
+    Accepted,
+    AnyEntry,
+    blob_name,
+    segment_path,
+)
+from fedmq.broker.ledger.reader import read_entries
+from fedmq.broker.ledger.records import MAGIC, pack, scan
+from fedmq.broker.ledger.writer import Ledger
+from fedmq.broker.wire.encoding import (
     check_inline,
     decode_frame,
     decode_message,
     is_deeper,
 )
-from fedmq.broker.ledger import Ledger
-from fedmq.broker.payload import PayloadIndex, open_payload
-from fedmq.broker.reading import read_entries
-from fedmq.broker.records import MAGIC, pack, scan
-from fedmq.broker.wire import (
+from fedmq.broker.wire.schema import (
     CHUNK_BYTES,
     MAX_BUFFERS,
     MAX_DEPTH,

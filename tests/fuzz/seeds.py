@@ -17,7 +17,7 @@ import torch
 from msgspec import inspect, structs
 
 from fedmq.algorithms.base import Payload
-from fedmq.broker.entries import (
+from fedmq.broker.ledger.entries import (
     MESSAGES,
     PAYLOAD,
     Accepted,
@@ -26,14 +26,14 @@ from fedmq.broker.entries import (
     blob_name,
     segment_path,
 )
-from fedmq.broker.headers import (
+from fedmq.broker.ledger.records import MAGIC, scan
+from fedmq.broker.ledger.writer import Ledger
+from fedmq.broker.wire.encoding import (
     decode_message,
     encode_frame,
     encode_message,
 )
-from fedmq.broker.ledger import Ledger
-from fedmq.broker.records import MAGIC, scan
-from fedmq.broker.wire import (
+from fedmq.broker.wire.schema import (
     AnyFrame,
     Blob,
     Message,

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import torch
 
-from fedmq.broker.entries import Accepted
-from fedmq.broker.state import BrokerSettings
-from fedmq.broker.trace import Trace
-from fedmq.broker.virtual import Faults
+from fedmq.broker.core.state import BrokerSettings
+from fedmq.broker.inspection.trace import Trace
+from fedmq.broker.ledger.entries import Accepted
+from fedmq.broker.virtual.network import Faults
 from fedmq.nodes.config import build
 from fedmq.nodes.digests import model_digest
 from fedmq.nodes.replay.fold import Replay

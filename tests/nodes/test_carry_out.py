@@ -17,9 +17,9 @@ from fedmq.algorithms.fedavg import FedAvg
 from fedmq.algorithms.problems.base import Examples
 from fedmq.algorithms.rng import seeded
 from fedmq.algorithms.values import ReturnedError
-from fedmq.broker.headers import decode_message, encode_message
-from fedmq.broker.trace import Trace
-from fedmq.broker.wire import Message
+from fedmq.broker.inspection.trace import Trace
+from fedmq.broker.wire.encoding import decode_message, encode_message
+from fedmq.broker.wire.schema import Message
 from fedmq.nodes.carry_out import carry_out
 from fedmq.nodes.inbox import Inbound
 from fedmq.nodes.local import Locals

@@ -6,8 +6,8 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from fedmq.broker.admission import MAX_RANGES
-from fedmq.broker.names import name_fault
+from fedmq.broker.core.admission import MAX_RANGES
+from fedmq.broker.wire.addresses import name_fault
 from fedmq.nodes import cli
 from fedmq.nodes.catalogue import catalogue, lines
 from fedmq.nodes.cli import default_name, main, parse_ranges

@@ -14,12 +14,12 @@ import pytest
 from click.testing import CliRunner
 
 from fedmq.algorithms.arithmetic import ARITHMETIC
-from fedmq.broker.entries import MESSAGES, Accepted, Ended, Opened, segment_path
-from fedmq.broker.headers import encode_message
-from fedmq.broker.ledger import Ledger
-from fedmq.broker.reading import read_entries
-from fedmq.broker.trace import Trace
-from fedmq.broker.wire import Message
+from fedmq.broker.inspection.trace import Trace
+from fedmq.broker.ledger.entries import MESSAGES, Accepted, Ended, Opened, segment_path
+from fedmq.broker.ledger.reader import read_entries
+from fedmq.broker.ledger.writer import Ledger
+from fedmq.broker.wire.encoding import encode_message
+from fedmq.broker.wire.schema import Message
 from fedmq.nodes.cli import main
 from fedmq.nodes.cluster import worker_names
 from fedmq.nodes.config import Config, build, load

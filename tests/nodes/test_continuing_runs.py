@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from fedmq.broker.entries import MESSAGES, Accepted, Ended, segment_numbers, segment_path
-from fedmq.broker.reading import read_entries
+from fedmq.broker.ledger.entries import MESSAGES, Accepted, Ended, segment_numbers, segment_path
+from fedmq.broker.ledger.reader import read_entries
 
 pytestmark = pytest.mark.end_to_end
 

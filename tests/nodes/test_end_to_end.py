@@ -16,8 +16,8 @@ import pytest
 import torch
 
 from fedmq.algorithms.problems import load_problem
-from fedmq.broker.entries import Accepted, Consumed, Refusal
-from fedmq.broker.reading import read_entries
+from fedmq.broker.ledger.entries import Accepted, Consumed, Refusal
+from fedmq.broker.ledger.reader import read_entries
 from fedmq.nodes.config import load
 from fedmq.nodes.digests import model_digest
 from fedmq.nodes.model_files import read_state_dict

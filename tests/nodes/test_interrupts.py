@@ -20,9 +20,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from fedmq.broker.entries import Accepted
 from fedmq.broker.errors import LedgerError
-from fedmq.broker.reading import read_entries
+from fedmq.broker.ledger.entries import Accepted
+from fedmq.broker.ledger.reader import read_entries
 from fedmq.nodes.signals import INTERRUPTED
 
 pytestmark = pytest.mark.end_to_end

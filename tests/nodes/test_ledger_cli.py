@@ -14,10 +14,10 @@ import pytest
 import zmq
 from click.testing import CliRunner
 
-from fedmq.broker.entries import MESSAGES, PAYLOAD, Ended, segment_path
 from fedmq.broker.errors import LedgerError
-from fedmq.broker.reading import read_entries
-from fedmq.broker.records import scan
+from fedmq.broker.ledger.entries import MESSAGES, PAYLOAD, Ended, segment_path
+from fedmq.broker.ledger.reader import read_entries
+from fedmq.broker.ledger.records import scan
 from fedmq.nodes.cli import main
 
 RUN = Path(__file__).parent.parent / "golden" / "traces" / "0.2.0" / "fedavg-buffered"

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fedmq.algorithms.base import Payload
-from fedmq.broker.wire import Blob, Message
+from fedmq.broker.wire.schema import Blob, Message
 from fedmq.nodes.errors import NodeError
 from fedmq.nodes.local import Kept, Locals, node_key
 

@@ -7,7 +7,7 @@ import pytest
 import structlog
 import torch
 
-from fedmq.broker.wire import Message
+from fedmq.broker.wire.schema import Message
 from fedmq.nodes import logs
 from fedmq.nodes.logs import Repeats
 from fedmq.nodes.programs import tell_refused

@@ -5,8 +5,8 @@ import torch
 from click.testing import CliRunner
 from torch import nn
 
-from fedmq.broker.trace import Trace
-from fedmq.broker.wire import MAX_MESSAGE_BYTES
+from fedmq.broker.inspection.trace import Trace
+from fedmq.broker.wire.schema import MAX_MESSAGE_BYTES
 from fedmq.nodes.cli import main
 from fedmq.nodes.config import build
 from fedmq.nodes.replay.workers import Retraining

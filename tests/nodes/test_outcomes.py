@@ -7,10 +7,10 @@ import math
 import pytest
 from rich.console import Console
 
-from fedmq.broker.entries import Accepted, Ended, Opened, Refusal
-from fedmq.broker.headers import encode_message
-from fedmq.broker.reading import read_entries
-from fedmq.broker.wire import Message
+from fedmq.broker.ledger.entries import Accepted, Ended, Opened, Refusal
+from fedmq.broker.ledger.reader import read_entries
+from fedmq.broker.wire.encoding import encode_message
+from fedmq.broker.wire.schema import Message
 from fedmq.nodes import view
 from fedmq.nodes.simulation import Chances, Simulation
 from fedmq.nodes.strict_json import not_finite, to_strict_json

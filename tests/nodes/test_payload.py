@@ -3,7 +3,7 @@
 import torch
 
 from fedmq.algorithms.base import Payload
-from fedmq.broker.wire import MAX_BUFFERS, Message
+from fedmq.broker.wire.schema import MAX_BUFFERS, Message
 from fedmq.nodes.payload import RAW, pack, unpack
 
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from fedmq.algorithms.base import Client
 from fedmq.algorithms.rng import derive_seed
-from fedmq.broker.trace import Trace
+from fedmq.broker.inspection.trace import Trace
 from fedmq.nodes.config import build
 from fedmq.nodes.personalise import last_state, personalise, spread
 from fedmq.nodes.setup import set_up

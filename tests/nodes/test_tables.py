@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from fedmq.algorithms.base import Payload
-from fedmq.broker.headers import decode_message, encode_message
-from fedmq.broker.wire import MAX_BUFFERS, MAX_MESSAGE_BYTES, Blob, Message
+from fedmq.broker.wire.encoding import decode_message, encode_message
+from fedmq.broker.wire.schema import MAX_BUFFERS, MAX_MESSAGE_BYTES, Blob, Message
 from fedmq.codecs.base import Codec, Encoded
 from fedmq.codecs.errors import CodecError, DecodeError
 from fedmq.codecs.registry import make_codec

@@ -9,8 +9,8 @@ import zmq
 from click.testing import CliRunner
 
 from fedmq.algorithms.allowed import NOTHING, Allowed
-from fedmq.broker.trace import Trace
-from fedmq.broker.wire import Hello, Welcome
+from fedmq.broker.inspection.trace import Trace
+from fedmq.broker.wire.schema import Hello, Welcome
 from fedmq.nodes import programs
 from fedmq.nodes.cli import default_name, main
 from fedmq.nodes.config import build, changed, load, parse
@@ -123,8 +123,8 @@ def test_an_option_that_is_no_module_is_refused():
 
 def recorded(folder, config=None, run="gift"):
     """Return the folder of a run that has been opened, with any configuration."""
-    from fedmq.broker.entries import Opened
-    from fedmq.broker.ledger import Ledger
+    from fedmq.broker.ledger.entries import Opened
+    from fedmq.broker.ledger.writer import Ledger
 
     target = folder / "stranger"
     if not target.exists():

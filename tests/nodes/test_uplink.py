@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fedmq.algorithms.base import Payload, Task
-from fedmq.broker.trace import Trace
+from fedmq.broker.inspection.trace import Trace
 from fedmq.nodes.config import build
 from fedmq.nodes.digests import model_digest
 from fedmq.nodes.errors import ConfigError

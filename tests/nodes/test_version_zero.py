@@ -10,10 +10,10 @@ from torch import nn
 
 from fedmq.algorithms.errors import ProblemError
 from fedmq.algorithms.problems.registry import load_problem
-from fedmq.broker.entries import Accepted
-from fedmq.broker.headers import encode_message
-from fedmq.broker.trace import Trace
-from fedmq.broker.wire import Message
+from fedmq.broker.inspection.trace import Trace
+from fedmq.broker.ledger.entries import Accepted
+from fedmq.broker.wire.encoding import encode_message
+from fedmq.broker.wire.schema import Message
 from fedmq.nodes.aggregator import Aggregator
 from fedmq.nodes.agreement import disagree
 from fedmq.nodes.computed import Computed

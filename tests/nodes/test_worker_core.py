@@ -2,8 +2,8 @@
 
 import pytest
 
-from fedmq.broker.headers import encode_message
-from fedmq.broker.wire import Message
+from fedmq.broker.wire.encoding import encode_message
+from fedmq.broker.wire.schema import Message
 from fedmq.nodes.inbox import Done, Inbound, Post
 from fedmq.nodes.local import Locals
 from fedmq.nodes.worker import Failed, Keep, Pause, Saved, Train, Trained, Worker

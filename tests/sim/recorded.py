@@ -1,6 +1,6 @@
 """A run with crashes in virtual time, and its record folded and trained again."""
 
-from fedmq.broker.trace import Trace
+from fedmq.broker.inspection.trace import Trace
 from fedmq.nodes.digests import model_digest
 from fedmq.nodes.replay.fold import Replay
 from fedmq.nodes.replay.workers import Retraining

@@ -1,6 +1,6 @@
 """Deterministic fault simulation: whatever befalls a run, what is promised holds."""
 
-from fedmq.broker.remembered import Remembered
+from fedmq.broker.core.deduplication import Remembered
 from fedmq.nodes.local import Locals
 from tests.sim.history import check_history
 from tests.sim.soak import BATCH, run_seeds

@@ -13,7 +13,7 @@ import torch
 from click.testing import CliRunner
 from torch import nn
 
-from fedmq.broker.state import BrokerSettings
+from fedmq.broker.core.state import BrokerSettings
 from fedmq.nodes.cli import main
 from fedmq.nodes.config import build
 from fedmq.nodes.setup import set_up

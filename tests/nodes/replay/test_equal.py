@@ -7,10 +7,10 @@ import shutil
 import msgspec
 import pytest
 
-from fedmq.broker.entries import Accepted
 from fedmq.broker.errors import LedgerError
-from fedmq.broker.trace import Trace
-from fedmq.broker.wire import Blob
+from fedmq.broker.inspection.trace import Trace
+from fedmq.broker.ledger.entries import Accepted
+from fedmq.broker.wire.schema import Blob
 from fedmq.nodes.digests import model_digest
 from fedmq.nodes.inbox import Inbound, Post
 from fedmq.nodes.replay.fold import Replay, last_checkpoint

@@ -4,10 +4,10 @@ import pytest
 import torch
 from msgspec.structs import replace
 
-from fedmq.broker.entries import Accepted
-from fedmq.broker.headers import encode_message
-from fedmq.broker.trace import Trace
-from fedmq.broker.wire import Message
+from fedmq.broker.inspection.trace import Trace
+from fedmq.broker.ledger.entries import Accepted
+from fedmq.broker.wire.encoding import encode_message
+from fedmq.broker.wire.schema import Message
 from fedmq.nodes.local import Locals
 from fedmq.nodes.replay.histories import Histories, read_histories
 from fedmq.nodes.replay.workers import Retraining

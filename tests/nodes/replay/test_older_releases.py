@@ -10,8 +10,8 @@ import pytest
 import torch
 from msgspec.structs import replace
 
-from fedmq.broker.trace import Trace
-from fedmq.broker.wire import Blob
+from fedmq.broker.inspection.trace import Trace
+from fedmq.broker.wire.schema import Blob
 from tests.cpus import X86, capabilities
 from tests.golden.make_traces import EXPECTED, TRACES
 from tests.nodes.replay import material

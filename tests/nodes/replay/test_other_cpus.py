@@ -9,7 +9,7 @@ import platform
 import pytest
 
 from fedmq.algorithms.registry import ALGORITHMS
-from fedmq.broker.trace import Trace
+from fedmq.broker.inspection.trace import Trace
 from fedmq.nodes.payload import unpack
 from fedmq.nodes.setup import kind_of
 from tests.cpus import X86, capabilities

@@ -5,8 +5,8 @@ import re
 import pytest
 import torch
 
-from fedmq.broker.trace import Trace
-from fedmq.broker.wire import Blob
+from fedmq.broker.inspection.trace import Trace
+from fedmq.broker.wire.schema import Blob
 from fedmq.nodes.replay.fold import recorded_setup
 from fedmq.nodes.replay.workers import Retraining, depends_on_device
 from fedmq.nodes.setup import kind_of

@@ -3,8 +3,8 @@
 import pytest
 from click.testing import CliRunner
 
-from fedmq.broker.state import BrokerSettings
-from fedmq.broker.virtual import Faults
+from fedmq.broker.core.state import BrokerSettings
+from fedmq.broker.virtual.network import Faults
 from fedmq.nodes.cli import main
 from fedmq.nodes.simulation import Chances, Simulation
 from tests.nodes.trace import story

@@ -5,8 +5,8 @@ import random
 
 import pytest
 
-from fedmq.broker.entries import MESSAGES, PAYLOAD, segment_path
-from fedmq.broker.records import scan
+from fedmq.broker.ledger.entries import MESSAGES, PAYLOAD, segment_path
+from fedmq.broker.ledger.records import scan
 from tests.nodes.trace import story
 
 

@@ -5,7 +5,7 @@ from collections import Counter
 
 import pytest
 
-from fedmq.broker.trace import Trace
+from fedmq.broker.inspection.trace import Trace
 from fedmq.nodes.trace.fates import Fates
 from fedmq.nodes.trace.listing import Columns, rows
 from tests.nodes.trace import story

@@ -3,10 +3,10 @@ from collections import Counter
 
 import pytest
 
-from fedmq.broker.entries import Accepted, BlobName, Consumed, Opened, Refusal
-from fedmq.broker.ledger import Ledger
-from fedmq.broker.trace import Trace
-from fedmq.broker.wire import digest
+from fedmq.broker.inspection.trace import Trace
+from fedmq.broker.ledger.entries import Accepted, BlobName, Consumed, Opened, Refusal
+from fedmq.broker.ledger.writer import Ledger
+from fedmq.broker.wire.schema import digest
 from fedmq.nodes.aggregator import Aggregator
 from fedmq.nodes.inbox import Inbound, Start
 from fedmq.nodes.simulation import RUN
