@@ -32,9 +32,9 @@ from pathlib import Path
 import psutil
 from rich.console import Console
 
-from fedmq.broker.core.state import AGGREGATOR
 from fedmq.broker.ledger.entries import Ended
 from fedmq.broker.ledger.reader import read_entries
+from fedmq.broker.wire.addresses import AGGREGATOR
 
 sys.path.append(str(Path(__file__).parent))  # python -P leaves it out; rounds:Echo is there, too
 

@@ -16,9 +16,9 @@ from typing import Any
 import msgspec
 
 from fedmq.algorithms.schedules import View
-from fedmq.broker.core.state import CHECKPOINT, CONTINUED, RECORD, TIMER
 from fedmq.broker.errors import BrokerError
 from fedmq.broker.rejections import Code, Rejection
+from fedmq.broker.wire.addresses import CHECKPOINT, CONTINUED, RECORD, TIMER
 from fedmq.broker.wire.schema import Message
 from fedmq.nodes.aggregator_state import AggregatorState
 from fedmq.nodes.causes import explained, may_pass, modules_of

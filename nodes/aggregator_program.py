@@ -17,10 +17,10 @@ from msgspec import UNSET
 from fedmq.algorithms import arithmetic
 from fedmq.algorithms.allowed import Allowed
 from fedmq.algorithms.problems.base import Problem
-from fedmq.broker.core.state import AGGREGATOR
 from fedmq.broker.errors import Rejected, RunOver
 from fedmq.broker.link.events import Delivery
 from fedmq.broker.link.node_link import NodeLink
+from fedmq.broker.wire.addresses import AGGREGATOR
 from fedmq.broker.wire.encoding import decode_message
 from fedmq.broker.wire.schema import Hello
 from fedmq.nodes.aggregator import Aggregator

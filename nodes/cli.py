@@ -282,7 +282,7 @@ def worker(
     give_up_s: float | None,
 ) -> None:
     """Train the tasks of some clients (or evaluate) until the run is over."""
-    from fedmq.broker.core.state import EVALUATOR, WORKER
+    from fedmq.broker.wire.addresses import EVALUATOR, WORKER
     from fedmq.nodes.worker_program import run_worker
 
     streams.go_on_without_output()

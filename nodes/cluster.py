@@ -19,8 +19,9 @@ from typing import Any
 
 from rich.console import Console
 
-from fedmq.broker.core.state import EVALUATOR, WORKER, Continuation
+from fedmq.broker.core.state import Continuation
 from fedmq.broker.ledger.reader import Follower
+from fedmq.broker.wire.addresses import EVALUATOR, WORKER
 from fedmq.nodes.children import (
     BEYOND_HELP,
     NOTE,

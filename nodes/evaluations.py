@@ -9,8 +9,8 @@ from typing import Any
 from msgspec import Struct
 
 from fedmq.algorithms.base import Algorithm
-from fedmq.broker.core.state import EVALUATOR
 from fedmq.broker.rejections import Code, Rejection
+from fedmq.broker.wire.addresses import EVALUATOR
 from fedmq.broker.wire.schema import Message
 from fedmq.nodes.causes import shorten
 from fedmq.nodes.members import Members

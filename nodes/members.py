@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from fedmq.broker.core.state import EVALUATOR, WORKER
+from fedmq.broker.wire.addresses import EVALUATOR, WORKER
 from fedmq.broker.wire.schema import Message
 
 

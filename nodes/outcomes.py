@@ -14,9 +14,9 @@ from collections import Counter
 from dataclasses import dataclass, replace
 from typing import Any
 
-from fedmq.broker.core.state import BROKER, CONTINUED
 from fedmq.broker.ledger.entries import Accepted, AnyEntry, Refusal
 from fedmq.broker.rejections import Code, failure_code_of
+from fedmq.broker.wire.addresses import BROKER, CONTINUED
 from fedmq.broker.wire.schema import Message
 
 _STALE = (Code.STALE, Code.LATE)

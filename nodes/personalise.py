@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from fedmq.broker.core.state import CHECKPOINT
 from fedmq.broker.errors import LedgerError
 from fedmq.broker.ledger.entries import Accepted
+from fedmq.broker.wire.addresses import CHECKPOINT
 from fedmq.nodes.errors import ConfigError, NodeError
 from fedmq.nodes.strict_json import to_strict_json
 from fedmq.nodes.summary import spread

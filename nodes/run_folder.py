@@ -12,12 +12,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from fedmq.broker.core.state import AGGREGATOR, BROKER, CONTINUED
 from fedmq.broker.errors import LedgerDamage, check_advice
 from fedmq.broker.ledger.entries import MESSAGES, PAYLOAD, Accepted, AnyEntry, Ended, Opened
 from fedmq.broker.ledger.lock import LOCK_FILE
 from fedmq.broker.ledger.reader import read_entries
-from fedmq.broker.wire.addresses import name_fault
+from fedmq.broker.wire.addresses import AGGREGATOR, BROKER, CONTINUED, name_fault
 from fedmq.nodes.config import Config
 from fedmq.nodes.errors import ConfigError
 from fedmq.nodes.replacing import replacing

@@ -15,10 +15,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
-from fedmq.broker.core.state import AGGREGATOR, EVALUATOR, RECORD, WORKER, BrokerSettings
+from fedmq.broker.core.state import BrokerSettings
 from fedmq.broker.link.events import Delivery
 from fedmq.broker.virtual.hosts import BrokerHost, LinkHost
 from fedmq.broker.virtual.network import Faults, VirtualNetwork
+from fedmq.broker.wire.addresses import AGGREGATOR, EVALUATOR, RECORD, WORKER
 from fedmq.broker.wire.encoding import decode_message
 from fedmq.broker.wire.schema import (
     Buffer,

@@ -9,8 +9,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from fedmq.broker.core.state import AGGREGATOR, BROKER, CONTINUED, EVALUATOR, WORKER
 from fedmq.broker.ledger.entries import Accepted, AnyEntry, Ended, Opened
+from fedmq.broker.wire.addresses import AGGREGATOR, BROKER, CONTINUED, EVALUATOR, WORKER
 from fedmq.broker.wire.schema import Message
 from fedmq.nodes.agreement import disagree
 from fedmq.nodes.config import parse

@@ -21,9 +21,9 @@ from fedmq.algorithms.errors import ProblemError
 from fedmq.algorithms.problems.base import Problem
 from fedmq.algorithms.rng import derive_rng, derive_seed
 from fedmq.algorithms.values import metrics_of
-from fedmq.broker.core.state import AGGREGATOR
 from fedmq.broker.errors import WireError
 from fedmq.broker.rejections import Code
+from fedmq.broker.wire.addresses import AGGREGATOR
 from fedmq.broker.wire.schema import Message
 from fedmq.codecs.base import brief
 from fedmq.codecs.errors import CodecError

@@ -13,9 +13,9 @@ import torch
 
 from fedmq.algorithms.allowed import NOTHING, Allowed
 from fedmq.algorithms.values import ReturnedError
-from fedmq.broker.core.state import WORKER
 from fedmq.broker.errors import BrokerError, RunOver
 from fedmq.broker.link.node_link import NodeLink
+from fedmq.broker.wire.addresses import WORKER
 from fedmq.broker.wire.schema import Hello
 from fedmq.nodes.carry_out import carry_out
 from fedmq.nodes.config import parse

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from fedmq.broker.core.state import (
+from fedmq.broker.core.state import Node, Run
+from fedmq.broker.errors import WireError
+from fedmq.broker.rejections import Code
+from fedmq.broker.wire.addresses import (
     AGGREGATOR,
     BROKER,
     CHECKPOINT,
@@ -13,13 +16,9 @@ from fedmq.broker.core.state import (
     RECORD,
     ROLES,
     TIMER,
-    Node,
-    Run,
     addresses,
+    name_fault,
 )
-from fedmq.broker.errors import WireError
-from fedmq.broker.rejections import Code
-from fedmq.broker.wire.addresses import name_fault
 from fedmq.broker.wire.encoding import is_deeper
 from fedmq.broker.wire.schema import (
     MAX_DEPTH,

@@ -18,8 +18,6 @@ from fedmq.broker.core.acknowledgments import Receipts
 from fedmq.broker.core.mailboxes import Postbox
 from fedmq.broker.core.sessions import Members
 from fedmq.broker.core.state import (
-    AGGREGATOR,
-    BROKER,
     Action,
     Append,
     BrokerSettings,
@@ -43,6 +41,7 @@ from fedmq.broker.ledger.entries import (
 )
 from fedmq.broker.rejections import Code
 from fedmq.broker.wire import schema
+from fedmq.broker.wire.addresses import AGGREGATOR, BROKER
 from fedmq.broker.wire.schema import (
     Beat,
     Buffer,

@@ -15,21 +15,11 @@ from msgspec import UNSET
 from fedmq.broker.core import delivery
 from fedmq.broker.core.admission import timer_of
 from fedmq.broker.core.deduplication import Mark, Remembered
-from fedmq.broker.core.state import (
-    BROKER,
-    CHECKPOINT,
-    RECORD,
-    TIMER,
-    Action,
-    Append,
-    Node,
-    Run,
-    Store,
-    node_address,
-)
+from fedmq.broker.core.state import Action, Append, Node, Run, Store
 from fedmq.broker.ledger.entries import Accepted, AcceptedAll, Consumed, Refusal, blob_name
 from fedmq.broker.ledger.recent_messages import Shelf
 from fedmq.broker.rejections import Rejection
+from fedmq.broker.wire.addresses import BROKER, CHECKPOINT, RECORD, TIMER, node_address
 from fedmq.broker.wire.encoding import encode_message
 from fedmq.broker.wire.schema import Message
 

@@ -13,9 +13,6 @@ from fedmq.broker.core import delivery
 from fedmq.broker.core.admission import MAX_EARLY, find_run, wait_for_run, why_not, wrong_name
 from fedmq.broker.core.mailboxes import Postbox
 from fedmq.broker.core.state import (
-    AGGREGATOR,
-    BROKER,
-    RECORD,
     Action,
     Append,
     BrokerSettings,
@@ -25,10 +22,10 @@ from fedmq.broker.core.state import (
     Release,
     Run,
     Send,
-    addresses,
 )
 from fedmq.broker.ledger.entries import Opened
 from fedmq.broker.rejections import Code
+from fedmq.broker.wire.addresses import AGGREGATOR, BROKER, RECORD, addresses
 from fedmq.broker.wire.schema import Deliver, Hello, Over, Reject, Welcome
 
 PATIENCE_LEASES = 10

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -14,21 +14,9 @@ from fedmq.broker.core.deduplication import Mark
 from fedmq.broker.errors import WireError
 from fedmq.broker.ledger.entries import Accepted, BlobName, Entry, blob_name
 from fedmq.broker.rejections import Rejection
+from fedmq.broker.wire.addresses import AGGREGATOR
 from fedmq.broker.wire.chunked_transfer import Fetcher, Owned
 from fedmq.broker.wire.schema import AnyFrame, Blob, Buffer, Frame, Hello, Message, Numbered
-
-AGGREGATOR = "aggregator"
-EVALUATOR = "evaluator"
-WORKER = "worker"
-ROLES = (AGGREGATOR, EVALUATOR, WORKER)
-BROKER = "broker"
-
-CONTINUED = "continued"
-"""Kind of the message by which the broker tells that a run was taken up again."""
-
-RECORD = "record"
-CHECKPOINT = "checkpoint"
-TIMER = "timer"
 
 UPLOAD_WINDOW_CHUNKS = 8
 """Twice a node's own window: the broker writes each chunk, and more are to come meanwhile
@@ -289,19 +277,3 @@ class Run:
         """Return the live node that hosts an address."""
         node = self.nodes.get(self.hosts.get(address, ""))
         return node if node is not None and node.alive else None
-
-
-def addresses(hello: Hello) -> Iterator[str]:
-    """Yield the addresses that a node hosts."""
-    yield node_address(hello.node)
-    if hello.role == WORKER:
-        for low, high in hello.clients:
-            for client in range(low, high + 1):
-                yield f"client/{client}"
-    elif hello.role in (AGGREGATOR, EVALUATOR):
-        yield hello.role
-
-
-def node_address(name: str) -> str:
-    """Return the address of a node itself, whatever else it hosts."""
-    return f"node/{name}"

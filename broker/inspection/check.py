@@ -15,7 +15,6 @@ from pathlib import Path
 
 from fedmq.broker.core.mailboxes import Postbox
 from fedmq.broker.core.recovery import Restorer
-from fedmq.broker.core.state import CHECKPOINT
 from fedmq.broker.errors import LedgerDamage, LedgerError, NotKept
 from fedmq.broker.inspection.repair_notes import accepted_losses
 from fedmq.broker.inspection.verified_blobs import Pieces
@@ -35,6 +34,7 @@ from fedmq.broker.ledger.entries import (
 from fedmq.broker.ledger.manifest import Manifest
 from fedmq.broker.ledger.reader import read_entries
 from fedmq.broker.ledger.records import MAGIC, Fault, Record, walk
+from fedmq.broker.wire.addresses import CHECKPOINT
 from fedmq.broker.wire.schema import EMPTY
 
 

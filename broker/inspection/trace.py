@@ -7,8 +7,8 @@ as far as they are whole.
 What cannot be seen: that the messages end early where a record ends, or that their last
 segment is gone (a ledger may end there, and no later record says otherwise;
 `fedmq.broker.inspection.check` looks into the list of segments, too); and whether it was the
-retention policy that deleted a payload segment. Payload that ends early where a record ends is found by the messages that name
-it; where the cut was, is then not always known.
+retention policy that deleted a payload segment. Payload that ends early where a record ends is
+found by the messages that name it; where the cut was, is then not always known.
 """
 
 from __future__ import annotations

@@ -30,12 +30,12 @@ from fedmq.broker.link.events import Delivery
 from fedmq.broker.link.local_blobs import SharedFiles
 from fedmq.broker.link.probe import probe
 from fedmq.broker.link.thread_handoff import Baton
-from fedmq.broker.router import COPY_BELOW_BYTES, MAX_FRAME_BYTES, receive, send_parts
 from fedmq.broker.wire.batching import Outbox
 from fedmq.broker.wire.clock import Clock, milliseconds_until
 from fedmq.broker.wire.encoding import encode_frame
 from fedmq.broker.wire.endpoints import parse_endpoint, resolve
 from fedmq.broker.wire.schema import Buffer, Hello, Message, Welcome
+from fedmq.broker.wire.sockets import COPY_BELOW_BYTES, MAX_FRAME_BYTES, receive, send_parts
 
 _TRIES_A_FAMILY = 2
 """Hellos without an answer, before a name's addresses of the other family are tried."""

@@ -14,61 +14,15 @@ import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import msgspec
 import numpy as np
 import xxhash
 
-from fedmq.broker.core.state import Send
 from fedmq.broker.errors import LedgerError
 from fedmq.broker.ledger.lock import proof_in
 from fedmq.broker.ledger.segments import SegmentFiles
-from fedmq.broker.ledger.writer import Ledger
-from fedmq.broker.wire.schema import MAX_PLACES, Blob, Deliver, Frame, Place, Welcome
+from fedmq.broker.wire.schema import Blob, Place, Welcome
 
 _OPEN_FILES = 4
-_LONGEST_NAME = 4096
-"""Bytes of a folder's name: no system opens a longer one, and a header has no room for it."""
-
-
-def shareable(folder: Path) -> str:
-    """Return a ledger's folder as a Welcome names it.
-
-    Raises:
-        ValueError: it has no such name; why, is a part of a sentence.
-    """
-    try:
-        name = str(folder.resolve())
-        size = len(name.encode())
-    except UnicodeEncodeError:
-        raise ValueError("the name of its folder is not UTF-8") from None
-    except (OSError, RuntimeError) as error:  # no current folder, or a circle of links
-        raise ValueError(f"its folder cannot be found: {error}") from None
-    if size > _LONGEST_NAME:
-        raise ValueError(f"the name of its folder has {size} bytes, more than {_LONGEST_NAME}")
-    return name
-
-
-def point(send: Send, ledger: Ledger, folder: str) -> Frame:
-    """Return the frame that is to be sent, which says where in the ledger's files to look.
-
-    Args:
-        send: what is to be sent.
-        ledger: which files.
-        folder: its name, as `shareable` returns it.
-    """
-    frame = send.frame
-    if isinstance(frame, Welcome):
-        return msgspec.structs.replace(frame, ledger=folder, proof=ledger.proof)
-    if isinstance(frame, Deliver) and send.apart:
-        room = MAX_PLACES
-        found: dict[int, tuple[Place, ...]] = {}
-        for index, name in send.apart:
-            places = ledger.places(name)
-            if 0 < len(places) <= room:
-                found[index] = places
-                room -= len(places)
-        return msgspec.structs.replace(frame, places=found)
-    return frame
 
 
 class SharedFiles:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from fedmq.broker.core import state
+from fedmq.broker.core.blob_locations import point_to_blobs
 from fedmq.broker.core.recovery import open_broker
 from fedmq.broker.ledger.entries import MESSAGES, PAYLOAD, segment_numbers, segment_path
 from fedmq.broker.ledger.writer import Ledger
@@ -94,7 +95,7 @@ class BrokerHost:
 
     def _put_out(self, send: state.Send) -> None:
         shared = self._network.share_files
-        frame = local_blobs.point(send, self.ledger, str(self._folder)) if shared else send.frame
+        frame = point_to_blobs(send, self.ledger, str(self._folder)) if shared else send.frame
         parts = [self.ledger.payload.read(*blob) for blob in send.blobs]
         self._network.to_node(send.peer, frame, parts)
 

@@ -22,10 +22,10 @@ from fedmq.algorithms.arithmetic import ARITHMETIC
 from fedmq.algorithms.base import Payload
 from fedmq.algorithms.schedules.recorded_rounds import RecordedRounds
 from fedmq.algorithms.schedules.rounds import Rounds
-from fedmq.broker.core.state import AGGREGATOR, CHECKPOINT, CONTINUED, node_address
 from fedmq.broker.errors import LedgerError
 from fedmq.broker.inspection.trace import Trace
 from fedmq.broker.ledger.entries import Accepted, AnyEntry
+from fedmq.broker.wire.addresses import AGGREGATOR, CHECKPOINT, CONTINUED, node_address
 from fedmq.nodes.aggregator import Aggregator
 from fedmq.nodes.checkpoint import unpack_checkpoint
 from fedmq.nodes.computed import Computed

@@ -14,9 +14,9 @@ from typing import Any
 
 import msgspec
 
-from fedmq.broker.core.state import AGGREGATOR, BROKER, CHECKPOINT
 from fedmq.broker.inspection.trace import Trace
 from fedmq.broker.ledger.entries import Accepted, AnyEntry, Ended, Refusal
+from fedmq.broker.wire.addresses import AGGREGATOR, BROKER, CHECKPOINT
 from fedmq.broker.wire.encoding import encode_message
 from fedmq.broker.wire.schema import Message
 from fedmq.nodes.errors import NodeError

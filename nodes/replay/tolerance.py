@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from fedmq.algorithms.base import Payload
-from fedmq.broker.core.state import CHECKPOINT
 from fedmq.broker.errors import LedgerError
+from fedmq.broker.wire.addresses import CHECKPOINT
 from fedmq.codecs.errors import CodecError
 from fedmq.codecs.raw import Raw
 from fedmq.nodes.payload import unpack

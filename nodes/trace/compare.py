@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 import msgspec
 import xxhash
 
-from fedmq.broker.core.state import BROKER
 from fedmq.broker.inspection.trace import Trace
 from fedmq.broker.ledger.entries import Accepted
+from fedmq.broker.wire.addresses import BROKER
 from fedmq.broker.wire.schema import Message
 from fedmq.nodes.trace.differ import Side, differences
 from fedmq.nodes.trace.differences import Difference

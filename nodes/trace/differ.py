@@ -12,8 +12,8 @@ import msgspec
 import torch
 from torch import Tensor
 
-from fedmq.broker.core.state import BROKER
 from fedmq.broker.errors import LedgerError
+from fedmq.broker.wire.addresses import BROKER
 from fedmq.broker.wire.encoding import is_deeper
 from fedmq.broker.wire.schema import MAX_DEPTH, Message
 from fedmq.codecs.errors import CodecError

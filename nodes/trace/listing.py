@@ -9,9 +9,9 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-from fedmq.broker.core.state import BROKER, CONTINUED
 from fedmq.broker.inspection.trace import Trace
 from fedmq.broker.ledger.entries import Accepted, AnyEntry, Consumed, Ended, Opened, Refusal
+from fedmq.broker.wire.addresses import BROKER, CONTINUED
 from fedmq.broker.wire.schema import Message
 from fedmq.nodes.errors import NodeError
 from fedmq.nodes.outcomes import natural

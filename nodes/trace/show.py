@@ -11,10 +11,10 @@ import msgspec
 import torch
 from torch import Tensor
 
-from fedmq.broker.core.state import RECORD
 from fedmq.broker.errors import LedgerError
 from fedmq.broker.inspection.trace import Trace
 from fedmq.broker.ledger.entries import Accepted, Consumed, Ended, Refusal
+from fedmq.broker.wire.addresses import RECORD
 from fedmq.broker.wire.schema import Message
 from fedmq.codecs.errors import CodecError
 from fedmq.nodes.errors import NodeError

@@ -8,9 +8,9 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
-from fedmq.broker.core.state import AGGREGATOR, BROKER, CONTINUED, RECORD
 from fedmq.broker.inspection.trace import Trace
 from fedmq.broker.ledger.entries import Accepted, Consumed, Ended, Refusal
+from fedmq.broker.wire.addresses import AGGREGATOR, BROKER, CONTINUED, RECORD
 from fedmq.broker.wire.schema import Blob, Message
 from fedmq.nodes.outcomes import Outcomes
 from fedmq.nodes.tables import has_table

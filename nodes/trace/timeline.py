@@ -12,9 +12,9 @@ from __future__ import annotations
 from collections.abc import Generator, Iterator, Mapping
 from typing import Any
 
-from fedmq.broker.core.state import BROKER, CONTINUED
 from fedmq.broker.inspection.trace import Trace
 from fedmq.broker.ledger.entries import Accepted, AnyEntry, Refusal
+from fedmq.broker.wire.addresses import BROKER, CONTINUED
 from fedmq.broker.wire.schema import Message
 from fedmq.nodes.outcomes import natural
 from fedmq.nodes.trace.export import to_json

@@ -6,13 +6,13 @@ import threading
 
 import pytest
 
+from fedmq.broker.core import blob_locations
 from fedmq.broker.core.state import Send
 from fedmq.broker.errors import WireError
 from fedmq.broker.ledger import blob_store
 from fedmq.broker.ledger.entries import PAYLOAD, BlobName, segment_path
 from fedmq.broker.ledger.reader import read_entries
 from fedmq.broker.ledger.writer import Keeping, Ledger
-from fedmq.broker.link import local_blobs
 from fedmq.broker.link.local_blobs import SharedFiles
 from fedmq.broker.router import BrokerServer
 from fedmq.broker.wire.encoding import encode_frame, encode_message
@@ -191,7 +191,7 @@ def test_a_place_is_told_once_it_is_written(tmp_path):
 
 
 def test_more_places_than_a_header_has_room_for_are_not_told(tmp_path, monkeypatch):
-    monkeypatch.setattr(local_blobs, "MAX_PLACES", 3)
+    monkeypatch.setattr(blob_locations, "MAX_PLACES", 3)
     ledger, first, one = kept(tmp_path, b"a", b"b")
     second, two = BlobName("r", "agg", Blob.of(b"cd").digest), Blob.of(b"cd")
     for start, piece in enumerate((b"c", b"d")):
@@ -201,7 +201,8 @@ def test_more_places_than_a_header_has_room_for_are_not_told(tmp_path, monkeypat
         Message(kind="k", id="i", run="r", sender="agg", to="aggregator", blobs=(one, two))
     )
     frame = Deliver(seq=1, at=1.0, message=text)
-    told = local_blobs.point(Send(b"peer", frame, (), ((0, first), (1, second))), ledger, "")
+    send = Send(b"peer", frame, (), ((0, first), (1, second)))
+    told = blob_locations.point_to_blobs(send, ledger, "")
     assert told.places == {0: ledger.places(first)}
     ledger.close()
 
