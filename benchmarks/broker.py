@@ -227,7 +227,7 @@ def large(report: Report, options: argparse.Namespace) -> None:
 
     Without an evaluator, which would hold one more model.
     """
-    from fedmq.nodes.config import build
+    from fedmq.nodes.run.config import build
 
     model = options.large_bytes // 4 * 4
     config = build(

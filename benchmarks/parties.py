@@ -197,8 +197,8 @@ def collect_fedmq(pipe: Connection, endpoint: str, index: int) -> None:
 
 def aggregator_program(pipe: Connection, endpoint: str, config: str) -> None:
     """Run the real aggregator; say the most memory that it took."""
-    from fedmq.nodes.aggregator_program import run_aggregator
-    from fedmq.nodes.config import parse
+    from fedmq.nodes.aggregator.program import run_aggregator
+    from fedmq.nodes.run.config import parse
 
     run_aggregator(endpoint, parse(config), RUN, allowed=OWN_CODE)
     say(pipe, memory("VmHWM"))
@@ -206,7 +206,7 @@ def aggregator_program(pipe: Connection, endpoint: str, config: str) -> None:
 
 def worker_program(pipe: Connection, endpoint: str, client: int) -> None:
     """Run a real worker; say the most memory that it took."""
-    from fedmq.nodes.worker_program import run_worker
+    from fedmq.nodes.worker.program import run_worker
 
     own = [(client, client)]
     run_worker(endpoint, f"worker-{client}", own, WORKER, RUN, allowed=OWN_CODE)

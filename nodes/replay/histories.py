@@ -18,7 +18,7 @@ from fedmq.broker.inspection.trace import Trace
 from fedmq.broker.ledger.entries import Accepted
 from fedmq.broker.wire.addresses import BROKER
 from fedmq.broker.wire.schema import Message
-from fedmq.nodes.trace.text import plain
+from fedmq.nodes.process.terminal import plain
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from fedmq.codecs.base import Encoded, brief
 from fedmq.codecs.errors import DecodeError
 from fedmq.codecs.raw import read_table
 from fedmq.codecs.registry import decode
-from fedmq.nodes.tables import has_table, read_meta
+from fedmq.nodes.messages.tensor_tables import has_table, read_meta
 
 Read = Callable[[int], Buffer]
 

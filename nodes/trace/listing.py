@@ -14,9 +14,7 @@ from fedmq.broker.ledger.entries import Accepted, AnyEntry, Consumed, Ended, Ope
 from fedmq.broker.wire.addresses import BROKER, CONTINUED
 from fedmq.broker.wire.schema import Message
 from fedmq.nodes.errors import NodeError
-from fedmq.nodes.outcomes import natural
-from fedmq.nodes.trace.fates import Fates, Places, Task, Tasks, before_damage, client_of
-from fedmq.nodes.trace.text import (
+from fedmq.nodes.process.terminal import (
     figure,
     fitted,
     literal,
@@ -26,6 +24,8 @@ from fedmq.nodes.trace.text import (
     spans,
     word,
 )
+from fedmq.nodes.run_folder.outcomes import natural
+from fedmq.nodes.trace.outcomes import Fates, Places, Task, Tasks, before_damage, client_of
 
 _WIDEST = 60
 _NAMED = 30

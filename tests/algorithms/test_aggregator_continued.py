@@ -3,10 +3,10 @@
 import msgspec
 import pytest
 
-from fedmq.nodes.aggregator import Aggregator
-from fedmq.nodes.checkpoint import Fold
-from fedmq.nodes.digests import model_digest
-from fedmq.nodes.inbox import Finish, Inbound, Post, Start
+from fedmq.nodes.aggregator.checkpoint import Fold
+from fedmq.nodes.aggregator.core import Aggregator
+from fedmq.nodes.messages.actions import Finish, Inbound, Post, Start
+from fedmq.nodes.run.digests import model_digest
 from tests.algorithms.fleet import Fleet, make_setup
 from tests.algorithms.test_aggregator_resume import (
     ALGORITHMS,

@@ -7,7 +7,7 @@ import torch
 
 from fedmq.algorithms.fedavg import FedAvg
 from fedmq.codecs.registry import make_codec
-from fedmq.nodes.payload import Codecs, pack, unpack
+from fedmq.nodes.messages.payloads import Codecs, pack, unpack
 from tests.algorithms.fleet import Fleet, changed, make_setup
 from tests.algorithms.tiny import Normed, payload
 

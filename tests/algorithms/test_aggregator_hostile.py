@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from fedmq.broker.errors import WireError
 from fedmq.broker.wire.encoding import decode_message, encode_message
-from fedmq.nodes.inbox import Inbound
+from fedmq.nodes.messages.actions import Inbound
 from tests.algorithms.fleet import Fleet, changed, make_setup, with_data
 
 ROUNDS = make_setup({"name": "rounds", "fraction": 1.0}, versions=2)

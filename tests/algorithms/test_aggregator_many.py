@@ -6,9 +6,9 @@ import pytest
 
 from fedmq.algorithms.rng import derive_rng
 from fedmq.broker.wire.schema import Message
-from fedmq.nodes.gathering import Gathering
-from fedmq.nodes.members import Members
-from fedmq.nodes.tasks import Tasks
+from fedmq.nodes.aggregator.fleet import Members
+from fedmq.nodes.aggregator.tasks import Tasks
+from fedmq.nodes.aggregator.version import Gathering
 from tests.algorithms.fleet import Fleet, make_setup
 
 CLIENTS = 30

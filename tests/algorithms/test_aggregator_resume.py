@@ -9,12 +9,12 @@ import pytest
 
 from fedmq.broker.wire.encoding import encode_message
 from fedmq.broker.wire.schema import Blob
-from fedmq.nodes.aggregator import Aggregator
-from fedmq.nodes.checkpoint import Fold
-from fedmq.nodes.computed import Computed
-from fedmq.nodes.digests import model_digest
+from fedmq.nodes.aggregator.checkpoint import Fold
+from fedmq.nodes.aggregator.computed import Computed
+from fedmq.nodes.aggregator.core import Aggregator
 from fedmq.nodes.errors import NodeError
-from fedmq.nodes.inbox import Commit, Done, Finish, Inbound, Post, Settle, Start
+from fedmq.nodes.messages.actions import Commit, Done, Finish, Inbound, Post, Settle, Start
+from fedmq.nodes.run.digests import model_digest
 from tests.algorithms.fleet import Fleet, changed, make_setup, with_data
 
 SCHEDULES = {

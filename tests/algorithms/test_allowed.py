@@ -15,7 +15,7 @@ from fedmq.algorithms.problems.base import Problem
 from fedmq.algorithms.problems.natural import DigitTasks
 from fedmq.algorithms.registry import find_algorithm
 from fedmq.codecs.extensions import entry_points
-from fedmq.nodes.catalogue import catalogue
+from fedmq.nodes.cli.catalogue import catalogue
 
 PROBLEMS, ALGORITHMS = "fedmq.problems", "fedmq.algorithms"
 
@@ -116,7 +116,7 @@ def test_of_what_is_always_allowed_only_classes_that_are_defined_there(name):
 @pytest.mark.parametrize(
     "name",
     [
-        "fedmq.nodes.cluster:broker_main",
+        "fedmq.nodes.cluster.supervisor:broker_main",
         "fedmq.codecs.registry:make_codec",
         "fedmq:algorithms",
         "torch:load",

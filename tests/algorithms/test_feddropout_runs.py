@@ -5,11 +5,11 @@ import random
 import pytest
 
 from fedmq.algorithms.base import Task
-from fedmq.nodes.aggregator import Aggregator
-from fedmq.nodes.config import build
-from fedmq.nodes.digests import model_digest
-from fedmq.nodes.inbox import Start
-from fedmq.nodes.setup import set_up
+from fedmq.nodes.aggregator.core import Aggregator
+from fedmq.nodes.messages.actions import Start
+from fedmq.nodes.run.config import build
+from fedmq.nodes.run.digests import model_digest
+from fedmq.nodes.run.setup import set_up
 from tests.algorithms.fleet import Fleet, changed
 from tests.sim.recorded import check_recorded_run
 

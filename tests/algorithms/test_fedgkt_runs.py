@@ -2,8 +2,8 @@
 
 import pytest
 
-from fedmq.nodes.config import build
-from fedmq.nodes.setup import set_up
+from fedmq.nodes.run.config import build
+from fedmq.nodes.run.setup import set_up
 from tests.sim.recorded import check_recorded_run
 
 SCHEDULES = {

@@ -11,9 +11,9 @@ from fedmq.algorithms.errors import ProblemError, ResultError
 from fedmq.algorithms.fedrep import FedRep
 from fedmq.algorithms.schedules import Buffered, Rounds, Stream
 from fedmq.algorithms.split import cut
-from fedmq.nodes.config import build
-from fedmq.nodes.setup import set_up
-from fedmq.nodes.worker import Worker
+from fedmq.nodes.run.config import build
+from fedmq.nodes.run.setup import set_up
+from fedmq.nodes.worker.core import Worker
 from tests.algorithms.fleet import Fleet
 from tests.algorithms.split_problems import (
     Halves,

@@ -10,8 +10,8 @@ from fedmq.algorithms.errors import ProblemError, ResultError
 from fedmq.algorithms.fedavg import FedAvg, batches
 from fedmq.algorithms.finetune import FedAvgFT, LocalOnly
 from fedmq.algorithms.rng import derive_rng
-from fedmq.nodes.config import build
-from fedmq.nodes.setup import set_up
+from fedmq.nodes.run.config import build
+from fedmq.nodes.run.setup import set_up
 from tests.algorithms.fleet import Fleet
 from tests.algorithms.split_problems import Halves, Tracking, play, same, task_of
 from tests.algorithms.tiny import client

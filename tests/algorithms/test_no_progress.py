@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 
 from fedmq.algorithms.schedules import Schedule
-from fedmq.nodes.aggregator import Aggregator
-from fedmq.nodes.checkpoint import Fold
-from fedmq.nodes.computed import Computed
-from fedmq.nodes.inbox import Finish, Post, Start
-from fedmq.nodes.progress import Failures, Progress, failures_allowed
+from fedmq.nodes.aggregator.checkpoint import Fold
+from fedmq.nodes.aggregator.computed import Computed
+from fedmq.nodes.aggregator.core import Aggregator
+from fedmq.nodes.aggregator.progress import Failures, Progress, failures_allowed
+from fedmq.nodes.messages.actions import Finish, Post, Start
 from tests.algorithms.fleet import Fleet, changed, make_setup, with_data
 from tests.algorithms.test_aggregator_continued import come_back, go_on
 

@@ -12,7 +12,7 @@ from fedmq.algorithms.errors import ProblemError
 from fedmq.algorithms.pfedhn import PFedHN
 from fedmq.algorithms.problems.image import ImageClassification
 from fedmq.algorithms.schedules import Rounds
-from fedmq.nodes.payload import RAW, pack
+from fedmq.nodes.messages.payloads import RAW, pack
 from tests.algorithms.hyper import (
     Counted,
     Local,

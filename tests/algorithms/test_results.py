@@ -19,7 +19,7 @@ from fedmq.algorithms.model import FlatModel
 from fedmq.algorithms.pfedhn import PFedHN
 from fedmq.algorithms.reptile import PersonalisedFedAvg
 from fedmq.algorithms.results import merge_counters
-from fedmq.nodes.digests import model_digest
+from fedmq.nodes.run.digests import model_digest
 from tests.algorithms.restless import Restless
 from tests.algorithms.tiny import Normed, client, payload, task
 

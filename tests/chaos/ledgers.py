@@ -32,14 +32,14 @@ from fedmq.broker.ledger.reader import Follower, read_entries
 from fedmq.broker.rejections import Code
 from fedmq.broker.wire.encoding import encode_message
 from fedmq.broker.wire.schema import Message
-from fedmq.nodes.aggregator import Aggregator
-from fedmq.nodes.computed import Computed
-from fedmq.nodes.config import parse
-from fedmq.nodes.digests import model_digest
-from fedmq.nodes.inbox import Done, Finish, Inbound, Post, Start
+from fedmq.nodes.aggregator.computed import Computed
+from fedmq.nodes.aggregator.core import Aggregator
+from fedmq.nodes.messages.actions import Done, Finish, Inbound, Post, Start
 from fedmq.nodes.replay.fold import Replay
-from fedmq.nodes.setup import kind_of, set_up
-from fedmq.nodes.version_zero import version_zero
+from fedmq.nodes.run.config import parse
+from fedmq.nodes.run.digests import model_digest
+from fedmq.nodes.run.setup import kind_of, set_up
+from fedmq.nodes.run.version_zero import version_zero
 
 INBOX = ("aggregator", "node/aggregator")
 OWN_CODE = Allowed(modules=frozenset({"chaos_models"}))

@@ -50,9 +50,9 @@ from fedmq.codecs.base import Encoded
 from fedmq.codecs.errors import CodecError
 from fedmq.codecs.registry import codecs, make_codec
 from fedmq.codecs.registry import decode as decode_tensors
-from fedmq.nodes.config import parse as parse_config
 from fedmq.nodes.errors import NodeError
-from fedmq.nodes.payload import unpack
+from fedmq.nodes.messages.payloads import unpack
+from fedmq.nodes.run.config import parse as parse_config
 
 OWN_ERRORS = (BrokerError, CodecError, AlgorithmError, NodeError)
 

@@ -40,8 +40,8 @@ from fedmq.broker.wire.schema import (
 )
 from fedmq.codecs.base import Encoded
 from fedmq.codecs.registry import codecs, make_codec
-from fedmq.nodes.config import load
-from fedmq.nodes.payload import Codecs, Packed, pack
+from fedmq.nodes.messages.payloads import Codecs, Packed, pack
+from fedmq.nodes.run.config import load
 from tests.fuzz.decoders import MODEL, READERS, join
 
 SPECS = {"cast": ("cast(float16)", "cast(bfloat16)")}

@@ -17,11 +17,11 @@ from fedmq.broker.ledger.reader import read_entries
 from fedmq.broker.virtual.network import Faults
 from fedmq.broker.wire import chunked_transfer, schema
 from fedmq.broker.wire.addresses import RECORD
-from fedmq.nodes.config import build
-from fedmq.nodes.digests import model_digest
 from fedmq.nodes.replay.fold import Replay
-from fedmq.nodes.setup import set_up
-from fedmq.nodes.simulation import RUN, Chances, Simulation
+from fedmq.nodes.run.config import build
+from fedmq.nodes.run.digests import model_digest
+from fedmq.nodes.run.setup import set_up
+from fedmq.nodes.simulation.virtual_run import RUN, Chances, Simulation
 
 SCHEDULES = (
     {"name": "rounds", "fraction": 0.5},

@@ -33,7 +33,7 @@ from fedmq.broker.virtual.network import Faults
 from fedmq.broker.wire.addresses import CHECKPOINT
 from fedmq.broker.wire.encoding import encode_message
 from fedmq.broker.wire.schema import Blob, Message
-from fedmq.nodes.simulation import RUN, Chances, Simulation
+from fedmq.nodes.simulation.virtual_run import RUN, Chances, Simulation
 from tests.broker.ledger.small_ledger import name_of, put
 from tests.sim.history import pieces_of, setup_of
 

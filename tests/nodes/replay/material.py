@@ -22,8 +22,8 @@ from fedmq.broker.ledger.writer import Ledger
 from fedmq.broker.wire.encoding import encode_message
 from fedmq.broker.wire.schema import Blob
 from fedmq.codecs.raw import Raw
-from fedmq.nodes.cli import main
-from fedmq.nodes.payload import unpack
+from fedmq.nodes.cli.main import main
+from fedmq.nodes.messages.payloads import unpack
 from fedmq.nodes.replay.fold import INBOX, Replay
 from tests.golden.make_traces import EXPECTED, TRACES
 from tests.golden.points import Points

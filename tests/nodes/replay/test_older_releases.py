@@ -52,7 +52,7 @@ def test_the_model_is_the_recorded_one_on_every_kind_of_cpu(capability):
     if capability not in capabilities():
         pytest.skip(f"this CPU has no {capability}")
     code = (
-        "from fedmq.nodes.cli import main\n"
+        "from fedmq.nodes.cli.main import main\n"
         f"for name in {NAMES!r}:\n"
         f"    folder = {str(OLD)!r} + '/' + name\n"
         "    main(['replay', '--allow', 'tests', folder], standalone_mode=False)\n"

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fedmq.broker.inspection.trace import Trace
-from fedmq.nodes.inbox import Inbound, Post
+from fedmq.nodes.messages.actions import Inbound, Post
 from fedmq.nodes.replay.fold import Replay
 from fedmq.nodes.replay.whatif import WhatIf, changed_setup
 from tests.golden.points import Points

@@ -21,7 +21,7 @@ from fedmq.broker.wire.schema import (
     digest,
 )
 from fedmq.codecs.registry import make_codec
-from fedmq.nodes.payload import Codecs, pack
+from fedmq.nodes.messages.payloads import Codecs, pack
 
 START = 1_700_000_000.0
 CONFIG = '[run]\nid = "{run}"\nseed = 0\n\n[broker]\nretain = "everything"\n'

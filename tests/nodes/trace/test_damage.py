@@ -116,6 +116,6 @@ def fedmq_any(folder):
     """Run stats, whatever its exit code."""
     from click.testing import CliRunner
 
-    from fedmq.nodes.cli import main
+    from fedmq.nodes.cli.main import main
 
     return CliRunner().invoke(main, ["trace", "stats", str(folder)])
