@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fedmq.algorithms.errors import DataError, ProblemError
-from fedmq.algorithms.problems.files import (
+from fedmq.algorithms.problems.data_files import (
     Array,
     data_root,
     download,

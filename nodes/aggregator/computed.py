@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from fedmq.algorithms.arithmetic import ARITHMETIC
+from fedmq.algorithms.toolkit.arithmetic import ARITHMETIC
 from fedmq.nodes.aggregator.progress import RULES
 from fedmq.nodes.errors import NodeError
 from fedmq.nodes.run.agreement import Fingerprint
@@ -16,7 +16,7 @@ from fedmq.nodes.run.agreement import Fingerprint
 class Computed:
     """How the aggregator's numbers are computed.
 
-    arithmetic: see `fedmq.algorithms.arithmetic.ARITHMETIC`.
+    arithmetic: see `fedmq.algorithms.toolkit.arithmetic.ARITHMETIC`.
     device: kind of CPU, see `setup.kind_of`.
     version_0: fingerprint of the problem's model there, see `fedmq.nodes.run.version_zero`.
     rules: of failures in a row, see `fedmq.nodes.aggregator.progress.RULES`.

@@ -14,9 +14,9 @@ import structlog
 import torch
 from msgspec import UNSET
 
-from fedmq.algorithms import arithmetic
 from fedmq.algorithms.allowed import Allowed
 from fedmq.algorithms.problems.base import Problem
+from fedmq.algorithms.toolkit import arithmetic
 from fedmq.broker.errors import Rejected, RunOver
 from fedmq.broker.link.events import Delivery
 from fedmq.broker.link.node_link import NodeLink

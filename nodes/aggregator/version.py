@@ -11,8 +11,8 @@ import numpy.typing as npt
 
 from fedmq.algorithms.base import Algorithm, Result
 from fedmq.algorithms.errors import ResultError
-from fedmq.algorithms.returned import check_tensors
 from fedmq.algorithms.rng import derive_rng
+from fedmq.algorithms.toolkit.returned import check_tensors
 from fedmq.algorithms.values import ReturnedError, kind_of_value, plain_number
 from fedmq.broker.errors import WireError
 from fedmq.broker.rejections import Rejection

@@ -68,7 +68,7 @@ def catalogue(what: str) -> Iterator[tuple[str, str]]:
             yield "pipelines", f"one of each, in this order, any left out:\n{order}"
         case "problems":
             from fedmq.algorithms.problems import DEFAULT_MODEL, MODELS, PARTITIONS, PROBLEMS
-            from fedmq.algorithms.problems.natural import DigitTasks, LandMine, School
+            from fedmq.algorithms.problems.federated_datasets import DigitTasks, LandMine, School
             from fedmq.algorithms.problems.registry import ENTRY_POINTS
 
             for name, about in PROBLEMS.items():

@@ -45,8 +45,8 @@ def measure(spec: str, model: str, repeats: int, seed: int) -> list[tuple[str, s
     import msgspec
     import torch
 
-    from fedmq.algorithms.model import FlatModel
     from fedmq.algorithms.problems.models import MODELS
+    from fedmq.algorithms.toolkit.flat_model import FlatModel
     from fedmq.codecs.flat import as_flat
     from fedmq.codecs.registry import decode, make_codec
     from fedmq.codecs.spec import unknown

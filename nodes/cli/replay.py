@@ -211,7 +211,7 @@ def _report(run: Replay, took_s: float, until: int | None) -> None:
 
 def _about_machines(run: Replay) -> Iterator[str]:
     """Yield a sentence on all that this machine does not compute as the recording one did."""
-    from fedmq.algorithms.arithmetic import ARITHMETIC
+    from fedmq.algorithms.toolkit.arithmetic import ARITHMETIC
     from fedmq.nodes.replay.tolerance import LOSSY_TOLERANCE, TOLERANCE
     from fedmq.nodes.run.setup import kind_of
 

@@ -20,7 +20,7 @@ from msgspec import Struct
 from torch import Tensor
 
 from fedmq.algorithms.base import Payload
-from fedmq.algorithms.returned import payload_of
+from fedmq.algorithms.toolkit.returned import payload_of
 from fedmq.algorithms.values import kind_of_value, plain_number
 from fedmq.broker.wire.schema import MAX_BUFFERS, Blob, Buffer, Message
 from fedmq.codecs.base import MAX_DECODED_BYTES, Codec, Encoded, brief

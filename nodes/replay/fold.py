@@ -18,10 +18,10 @@ from typing import TypeGuard
 import torch
 
 from fedmq.algorithms.allowed import NOTHING, Allowed
-from fedmq.algorithms.arithmetic import ARITHMETIC
 from fedmq.algorithms.base import Payload
 from fedmq.algorithms.schedules.recorded_rounds import RecordedRounds
 from fedmq.algorithms.schedules.rounds import Rounds
+from fedmq.algorithms.toolkit.arithmetic import ARITHMETIC
 from fedmq.broker.errors import LedgerError
 from fedmq.broker.inspection.trace import Trace
 from fedmq.broker.ledger.entries import Accepted, AnyEntry

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from fedmq.algorithms.arithmetic import ARITHMETIC
+from fedmq.algorithms.toolkit.arithmetic import ARITHMETIC
 from fedmq.broker.errors import LedgerError
 from fedmq.broker.inspection.trace import Trace
 from fedmq.broker.wire.schema import Buffer, Message

@@ -6,8 +6,8 @@ client and on the same kind of device, comes to the same bytes.
 
 from __future__ import annotations
 
-from fedmq.algorithms.returned import result_of
 from fedmq.algorithms.rng import seeded
+from fedmq.algorithms.toolkit.returned import result_of
 from fedmq.nodes.errors import exits_as_errors
 from fedmq.nodes.run.setup import Setup, kind_of
 from fedmq.nodes.worker.core import Evaluate, Evaluated, Train, Trained

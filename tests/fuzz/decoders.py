@@ -17,7 +17,7 @@ from msgspec.msgpack import decode as unpack_any
 from torch import nn
 
 from fedmq.algorithms.errors import AlgorithmError
-from fedmq.algorithms.layout import Layout
+from fedmq.algorithms.toolkit.layout import Layout
 from fedmq.broker.errors import BrokerError, WireError
 from fedmq.broker.ledger.blob_store import PayloadIndex, open_payload
 from fedmq.broker.ledger.entries import (

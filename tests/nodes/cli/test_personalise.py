@@ -43,7 +43,7 @@ class Newcomers(Tiny):
 
 def setup_of(algorithm=None, held_out=3, **run):
     options = {"hidden": 6, "batches": 3, "batch_size": 6, "new_rounds": 3, **(algorithm or {})}
-    name = {"name": "fedmq.algorithms.pfedhn:PFedHN", **options}
+    name = {"name": "fedmq.algorithms.pfedhn.algorithm:PFedHN", **options}
     own = {"name": f"{__name__}:Newcomers", "clients": 4, "held_out": held_out}
     return set_up(
         build(

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from fedmq.algorithms.arithmetic import ARITHMETIC
+from fedmq.algorithms.toolkit.arithmetic import ARITHMETIC
 from fedmq.broker.inspection.trace import Trace
 from fedmq.broker.ledger.entries import MESSAGES, Accepted, Ended, Opened, segment_path
 from fedmq.broker.ledger.reader import read_entries

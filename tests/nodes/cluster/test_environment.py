@@ -11,7 +11,7 @@ import pytest
 from click.testing import CliRunner
 
 from fedmq.algorithms.errors import DataError
-from fedmq.algorithms.problems import files
+from fedmq.algorithms.problems import data_files
 from fedmq.algorithms.problems.datasets import load_dataset
 from fedmq.codecs.kernels import jit
 from fedmq.nodes.cli.main import main
@@ -86,7 +86,7 @@ def test_without_a_home_the_embedded_data_are_there_and_others_are_refused(
     monkeypatch.delenv("FEDMQ_DATA", raising=False)
     monkeypatch.setattr(Path, "expanduser", homeless)
     assert len(load_dataset("mnist-mini").y_train) == 5000
-    for reading in (files.data_root, lambda: load_dataset("mnist")):
+    for reading in (data_files.data_root, lambda: load_dataset("mnist")):
         with pytest.raises(DataError, match="FEDMQ_DATA, or a home folder: this user has none"):
             reading()
 

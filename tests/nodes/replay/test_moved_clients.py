@@ -12,7 +12,7 @@ from fedmq.nodes.replay.histories import Histories, read_histories
 from fedmq.nodes.replay.workers import Retraining
 from fedmq.nodes.simulation.virtual_run import Chances, Simulation, WorkerHost
 from fedmq.nodes.worker.client_state import Locals
-from tests.algorithms.test_fedrep_runs import setup_of
+from tests.algorithms.personal.test_fedrep_runs import setup_of
 from tests.nodes.replay import material
 
 LEASE_S = 3.0
