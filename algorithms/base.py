@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fedmq.algorithms.errors import Fault, ResultError
 from fedmq.algorithms.problems.base import Examples, Problem
-from fedmq.codecs.base import brief
+from fedmq.codecs.text import brief
 
 Reply = Literal["update", "model"]
 """What the schedule needs from a client: how its model changed, or the model itself."""

@@ -23,7 +23,7 @@ from fedmq.algorithms.personal.fedrep import FedRep
 from fedmq.algorithms.personal.perfedavg import PerFedAvg
 from fedmq.algorithms.personal.personalised_fedavg import PersonalisedFedAvg
 from fedmq.algorithms.pfedhn.algorithm import PFedHN
-from fedmq.codecs.spec import unknown
+from fedmq.codecs.text import unknown
 
 ALGORITHMS: Mapping[str, type[Algorithm]] = {
     each.name: each

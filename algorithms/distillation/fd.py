@@ -34,8 +34,7 @@ from fedmq.algorithms.problems.models import MODELS
 from fedmq.algorithms.rng import derive_rng, derive_seed
 from fedmq.algorithms.toolkit.dry_step import dry_step
 from fedmq.algorithms.toolkit.flat_model import FlatModel
-from fedmq.codecs.base import brief
-from fedmq.codecs.spec import unknown
+from fedmq.codecs.text import brief, unknown
 
 
 @dataclass(frozen=True)

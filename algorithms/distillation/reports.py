@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fedmq.algorithms.base import Payload
 from fedmq.algorithms.errors import Fault, ResultError
-from fedmq.codecs.base import brief
+from fedmq.codecs.text import brief
 
 MOST_COUNTED = 10**12
 """Outputs in one mean; honest reports stay far below."""

@@ -45,7 +45,7 @@ from fedmq.algorithms.faug.state import (
 from fedmq.algorithms.fedavg import load_model
 from fedmq.algorithms.problems.base import Problem
 from fedmq.algorithms.rng import derive_rng, derive_seed
-from fedmq.codecs.base import brief
+from fedmq.codecs.text import brief
 
 PHASES = ("seeds", "fill", "then")
 

@@ -15,7 +15,7 @@ from fedmq.algorithms.distillation.reports import check_shape
 from fedmq.algorithms.errors import ResultError
 from fedmq.algorithms.faug.augmentation import Gan, under
 from fedmq.algorithms.problems.base import Problem
-from fedmq.codecs.base import brief
+from fedmq.codecs.text import brief
 
 _LARGEST_PIXEL = 50.0
 """Of a normalised image: one beyond it would leave the others no contrast."""

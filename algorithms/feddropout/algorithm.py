@@ -24,7 +24,7 @@ from fedmq.algorithms.toolkit.arithmetic import add_scaled
 from fedmq.algorithms.toolkit.dry_step import dry_step
 from fedmq.algorithms.toolkit.flat_model import FlatModel, zeros
 from fedmq.algorithms.toolkit.results import merge_counters
-from fedmq.codecs.base import brief
+from fedmq.codecs.text import brief
 
 _LARGEST_VERSION = 10**12
 

@@ -30,7 +30,7 @@ from fedmq.algorithms.problems.resnets import EDGES, SERVERS, Shape, feature_sha
 from fedmq.algorithms.rng import derive_rng, derive_seed
 from fedmq.algorithms.toolkit.flat_model import FlatModel
 from fedmq.algorithms.toolkit.layout import Layout
-from fedmq.codecs.base import brief
+from fedmq.codecs.text import brief
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from fedmq.algorithms.fedgkt.feature_store import (
     Upload,
     UploadedTest,
 )
-from fedmq.codecs.base import brief
+from fedmq.codecs.text import brief
 
 LARGEST = 65504.0
 """Of a feature or a logit, float16's: a network that takes such inputs stays finite."""

@@ -22,7 +22,7 @@ from fedmq.algorithms.mocha.dual import Array
 from fedmq.algorithms.problems.base import Examples, Problem
 from fedmq.algorithms.rng import derive_rng
 from fedmq.algorithms.toolkit.layout import Layout
-from fedmq.codecs.base import brief
+from fedmq.codecs.text import brief
 
 _LARGEST = 1e12
 """Of a dual value or a coordinate of b: squares and sums of them are finite."""

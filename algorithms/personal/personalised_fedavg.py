@@ -34,7 +34,7 @@ from fedmq.algorithms.toolkit.adaptation import before_and_after
 from fedmq.algorithms.toolkit.arithmetic import power, square_root
 from fedmq.algorithms.toolkit.flat_model import FlatModel, zeros
 from fedmq.algorithms.toolkit.results import moved, read_result
-from fedmq.codecs.base import brief
+from fedmq.codecs.text import brief
 
 _FEDAVG, _REPTILE = "fedavg", "reptile"
 """The phases."""

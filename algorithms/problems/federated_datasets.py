@@ -25,7 +25,8 @@ from fedmq.algorithms.problems.datasets import DATASETS, load_dataset
 from fedmq.algorithms.problems.partitions import PARTITIONS
 from fedmq.algorithms.rng import derive_rng
 from fedmq.codecs.errors import SpecError
-from fedmq.codecs.spec import build, unknown
+from fedmq.codecs.spec import build
+from fedmq.codecs.text import unknown
 
 Parts = tuple[Examples, Examples]
 """Training and test examples of one task."""

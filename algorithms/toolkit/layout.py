@@ -16,9 +16,9 @@ from fedmq.algorithms.base import Payload
 from fedmq.algorithms.errors import Fault, ProblemError, ResultError
 from fedmq.algorithms.toolkit.shared_memory import refuse_shared_memory, refuse_views
 from fedmq.algorithms.values import is_utf8
-from fedmq.codecs.base import brief
-from fedmq.codecs.flat import as_flat
-from fedmq.codecs.streamed import Streamed
+from fedmq.codecs.formats.flat import as_flat
+from fedmq.codecs.formats.streamed import Streamed
+from fedmq.codecs.text import brief
 
 EXACT = (torch.float64, torch.float16, torch.bfloat16, torch.complex128)
 """Dtypes of constants that are carried bit by bit, and are nowhere computed with."""

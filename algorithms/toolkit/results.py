@@ -16,8 +16,8 @@ from torch import Tensor
 from fedmq.algorithms.base import Payload, Reply
 from fedmq.algorithms.errors import Fault, ProblemError, ResultError
 from fedmq.algorithms.toolkit.layout import EXACT, Layout, Slot, check_tensor, named_once, same_bits
-from fedmq.codecs.base import brief
-from fedmq.codecs.streamed import Streamed
+from fedmq.codecs.formats.streamed import Streamed
+from fedmq.codecs.text import brief
 
 
 @dataclass(frozen=True)

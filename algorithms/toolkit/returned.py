@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fedmq.algorithms.base import Payload
 from fedmq.algorithms.values import ReturnedError, is_utf8, kind_of_value, plain_number
-from fedmq.codecs.base import brief
+from fedmq.codecs.text import brief
 
 MAX_NUMBERS_BYTES = 16 * 1024
 """Of a payload's numbers, which stand in the header of its message."""

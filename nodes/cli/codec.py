@@ -47,9 +47,9 @@ def measure(spec: str, model: str, repeats: int, seed: int) -> list[tuple[str, s
 
     from fedmq.algorithms.problems.models import MODELS
     from fedmq.algorithms.toolkit.flat_model import FlatModel
-    from fedmq.codecs.flat import as_flat
+    from fedmq.codecs.formats.flat import as_flat
     from fedmq.codecs.registry import decode, make_codec
-    from fedmq.codecs.spec import unknown
+    from fedmq.codecs.text import unknown
     from fedmq.nodes.errors import ConfigError
 
     chosen = make_codec(spec)

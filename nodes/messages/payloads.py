@@ -23,11 +23,12 @@ from fedmq.algorithms.base import Payload
 from fedmq.algorithms.toolkit.returned import payload_of
 from fedmq.algorithms.values import kind_of_value, plain_number
 from fedmq.broker.wire.schema import MAX_BUFFERS, Blob, Buffer, Message
-from fedmq.codecs.base import MAX_DECODED_BYTES, Codec, Encoded, brief
+from fedmq.codecs.base import MAX_DECODED_BYTES, Codec, Encoded
 from fedmq.codecs.errors import CodecError, DecodeError
+from fedmq.codecs.formats.streamed import Streamed
 from fedmq.codecs.raw import Raw, read_table
 from fedmq.codecs.registry import decode
-from fedmq.codecs.streamed import Streamed
+from fedmq.codecs.text import brief
 from fedmq.nodes.messages.actions import Read, Stream
 from fedmq.nodes.messages.tensor_tables import has_table, read_meta
 

@@ -25,9 +25,9 @@ from fedmq.broker.errors import WireError
 from fedmq.broker.rejections import Code
 from fedmq.broker.wire.addresses import AGGREGATOR
 from fedmq.broker.wire.schema import Message
-from fedmq.codecs.base import brief
 from fedmq.codecs.errors import CodecError
 from fedmq.codecs.registry import decode
+from fedmq.codecs.text import brief
 from fedmq.nodes.errors import MessageError, rejection_of
 from fedmq.nodes.messages.actions import Done, Inbound, Post
 from fedmq.nodes.messages.payloads import Packed, pack, unpack

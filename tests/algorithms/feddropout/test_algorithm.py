@@ -11,7 +11,7 @@ from fedmq.algorithms.errors import ProblemError, ResultError
 from fedmq.algorithms.fedavg import FedAvg
 from fedmq.algorithms.feddropout.algorithm import FedDropout
 from fedmq.algorithms.schedules import Buffered, Rounds, Stream
-from fedmq.codecs.streamed import Streamed
+from fedmq.codecs.formats.streamed import Streamed
 from tests.algorithms.layered import (
     Hidden,
     Images,

@@ -10,7 +10,7 @@ from torch import nn
 from fedmq.algorithms.base import Payload, Result
 from fedmq.algorithms.errors import ResultError
 from fedmq.algorithms.schedules import Buffered, Rounds, Stream
-from fedmq.codecs.streamed import Streamed
+from fedmq.codecs.formats.streamed import Streamed
 from tests.algorithms.hyper import (
     Local,
     Tracked,

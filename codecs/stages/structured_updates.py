@@ -18,7 +18,7 @@ from fedmq.codecs import kernels
 from fedmq.codecs.base import Buffer
 from fedmq.codecs.errors import SpecError
 from fedmq.codecs.stages.base import Context, Place, Shapes, Values, ValueStage, fraction
-from fedmq.codecs.stages.subsets import kept
+from fedmq.codecs.stages.sparsifiers import kept
 
 _LARGEST_FRAME = 16
 """A frame takes at most so many times the memory of its matrix, whatever a message asks for."""

@@ -8,8 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fedmq.codecs.base import brief
 from fedmq.codecs.errors import DecodeError
+from fedmq.codecs.text import brief
 
 Integers = NDArray[np.int64]
 
