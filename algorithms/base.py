@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fedmq.algorithms.errors import Fault, ResultError
 from fedmq.algorithms.problems.base import Examples, Problem
-from fedmq.codecs.base import brief
+from fedmq.codecs.text import brief
 
 Reply = Literal["update", "model"]
 """What the schedule needs from a client: how its model changed, or the model itself."""
@@ -114,7 +114,7 @@ class Algorithm(ABC):
     beside the inbox, and results that come meanwhile count towards the next version."""
     reproducible: ClassVar[bool] = False
     """Whether what the aggregator computes is the same to the bit on every machine
-    (`fedmq.algorithms.arithmetic`): a trace then replays exactly anywhere. Else it replays
+    (`fedmq.algorithms.toolkit.arithmetic`): a trace then replays exactly anywhere. Else it replays
     exactly on the kind of CPU that it was recorded on, and within a tolerance on others. A
     subclass that computes more at the aggregator inherits the promise and has to keep it."""
     sends: ClassVar[Reply | None] = None

@@ -15,21 +15,21 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from fedmq.algorithms.arithmetic import add_scaled, scale_and_add
 from fedmq.algorithms.base import Algorithm, Client, Payload, Reply, Result, Task
-from fedmq.algorithms.dry_step import dry_step
 from fedmq.algorithms.errors import Fault, ResultError
-from fedmq.algorithms.layout import Layout
-from fedmq.algorithms.model import FlatModel, scratch_model, zeros
 from fedmq.algorithms.problems.base import Examples, Problem
-from fedmq.algorithms.results import (
+from fedmq.algorithms.rng import derive_rng
+from fedmq.algorithms.toolkit.arithmetic import add_scaled, scale_and_add
+from fedmq.algorithms.toolkit.dry_step import dry_step
+from fedmq.algorithms.toolkit.flat_model import FlatModel, scratch_model, zeros
+from fedmq.algorithms.toolkit.layout import Layout
+from fedmq.algorithms.toolkit.results import (
     Vectors,
     merge_counters,
     moved,
     read_result,
     result_payload,
 )
-from fedmq.algorithms.rng import derive_rng
 from fedmq.algorithms.values import ReturnedError
 
 _EVALUATION_BATCH = 500

@@ -20,7 +20,7 @@ from fedmq.algorithms.fedavg import (
     load_model,
     spans,
 )
-from fedmq.algorithms.results import moved
+from fedmq.algorithms.toolkit.results import moved
 
 _GRADIENT_BATCH = 500
 

@@ -7,23 +7,23 @@ from collections.abc import Mapping
 
 from fedmq.algorithms.allowed import NOTHING, Allowed, installed, resolve
 from fedmq.algorithms.base import Algorithm
-from fedmq.algorithms.codistillation import Codistillation
-from fedmq.algorithms.distillation import Distillation
+from fedmq.algorithms.distillation.codistillation import Codistillation
+from fedmq.algorithms.distillation.fd import Distillation
 from fedmq.algorithms.errors import AlgorithmError
-from fedmq.algorithms.faug import FAug
+from fedmq.algorithms.faug.algorithm import FAug
 from fedmq.algorithms.fedavg import FedAvg
-from fedmq.algorithms.feddropout import FedDropout
-from fedmq.algorithms.fedgkt import FedGKT
-from fedmq.algorithms.fedper import FedPer
+from fedmq.algorithms.feddropout.algorithm import FedDropout
+from fedmq.algorithms.fedgkt.algorithm import FedGKT
 from fedmq.algorithms.fedprox import FedProx
-from fedmq.algorithms.fedrep import FedRep
 from fedmq.algorithms.fedsgd import FedSGD
-from fedmq.algorithms.finetune import FedAvgFT, LocalOnly
-from fedmq.algorithms.mocha import Mocha
-from fedmq.algorithms.perfedavg import PerFedAvg
-from fedmq.algorithms.pfedhn import PFedHN
-from fedmq.algorithms.reptile import PersonalisedFedAvg
-from fedmq.codecs.spec import unknown
+from fedmq.algorithms.mocha.algorithm import Mocha
+from fedmq.algorithms.personal.fedavg_finetune import FedAvgFT, LocalOnly
+from fedmq.algorithms.personal.fedper import FedPer
+from fedmq.algorithms.personal.fedrep import FedRep
+from fedmq.algorithms.personal.perfedavg import PerFedAvg
+from fedmq.algorithms.personal.personalised_fedavg import PersonalisedFedAvg
+from fedmq.algorithms.pfedhn.algorithm import PFedHN
+from fedmq.codecs.text import unknown
 
 ALGORITHMS: Mapping[str, type[Algorithm]] = {
     each.name: each

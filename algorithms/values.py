@@ -15,7 +15,7 @@ import numpy as np
 from torch import Tensor
 
 from fedmq.algorithms.errors import AlgorithmError
-from fedmq.codecs.base import brief
+from fedmq.codecs.text import brief
 
 MAX_METRICS_BYTES = 32 * 1024
 """Of all metrics of one evaluation with their names, so that they fit into one message."""

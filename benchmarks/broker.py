@@ -32,9 +32,9 @@ from pathlib import Path
 import psutil
 from rich.console import Console
 
-from fedmq.broker.entries import Ended
-from fedmq.broker.reading import read_entries
-from fedmq.broker.state import AGGREGATOR
+from fedmq.broker.ledger.entries import Ended
+from fedmq.broker.ledger.reader import read_entries
+from fedmq.broker.wire.addresses import AGGREGATOR
 
 sys.path.append(str(Path(__file__).parent))  # python -P leaves it out; rounds:Echo is there, too
 
@@ -227,7 +227,7 @@ def large(report: Report, options: argparse.Namespace) -> None:
 
     Without an evaluator, which would hold one more model.
     """
-    from fedmq.nodes.config import build
+    from fedmq.nodes.run.config import build
 
     model = options.large_bytes // 4 * 4
     config = build(

@@ -23,10 +23,11 @@ import zmq
 from rich.console import Console
 from rich.table import Table
 
-from fedmq.broker.headers import encode_frame
+from fedmq.broker.core.state import BrokerSettings
 from fedmq.broker.process import allow_many_files
-from fedmq.broker.state import AGGREGATOR, WORKER, BrokerSettings
-from fedmq.broker.wire import Beat, Hello
+from fedmq.broker.wire.addresses import AGGREGATOR, WORKER
+from fedmq.broker.wire.encoding import encode_frame
+from fedmq.broker.wire.schema import Beat, Hello
 
 sys.path.append(str(Path(__file__).parent))  # python -P leaves it out
 

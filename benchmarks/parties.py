@@ -14,13 +14,14 @@ from typing import Any
 from harness import clocked, distinct, is_small, memory, pace, pings, say
 
 from fedmq.algorithms.allowed import Allowed
+from fedmq.broker.core.state import BrokerSettings
 from fedmq.broker.errors import LinkClosed
-from fedmq.broker.ledger import Keeping
-from fedmq.broker.link_state import Delivery
-from fedmq.broker.node_link import NodeLink
+from fedmq.broker.ledger.writer import Keeping
+from fedmq.broker.link.events import Delivery
+from fedmq.broker.link.node_link import NodeLink
 from fedmq.broker.router import BrokerServer
-from fedmq.broker.state import AGGREGATOR, BROKER, WORKER, BrokerSettings
-from fedmq.broker.wire import Blob, Buffer, Hello, Message
+from fedmq.broker.wire.addresses import AGGREGATOR, BROKER, WORKER
+from fedmq.broker.wire.schema import Blob, Buffer, Hello, Message
 
 RUN = "benchmark"
 OWN_CODE = Allowed(modules=frozenset({"rounds"}))
@@ -196,8 +197,8 @@ def collect_fedmq(pipe: Connection, endpoint: str, index: int) -> None:
 
 def aggregator_program(pipe: Connection, endpoint: str, config: str) -> None:
     """Run the real aggregator; say the most memory that it took."""
-    from fedmq.nodes.aggregator_program import run_aggregator
-    from fedmq.nodes.config import parse
+    from fedmq.nodes.aggregator.program import run_aggregator
+    from fedmq.nodes.run.config import parse
 
     run_aggregator(endpoint, parse(config), RUN, allowed=OWN_CODE)
     say(pipe, memory("VmHWM"))
@@ -205,7 +206,7 @@ def aggregator_program(pipe: Connection, endpoint: str, config: str) -> None:
 
 def worker_program(pipe: Connection, endpoint: str, client: int) -> None:
     """Run a real worker; say the most memory that it took."""
-    from fedmq.nodes.worker_program import run_worker
+    from fedmq.nodes.worker.program import run_worker
 
     own = [(client, client)]
     run_worker(endpoint, f"worker-{client}", own, WORKER, RUN, allowed=OWN_CODE)

@@ -42,8 +42,8 @@ from reproduction.runs import Cell, Outcome, RunError, Runs
 from fedmq.algorithms.errors import AlgorithmError
 from fedmq.algorithms.problems import load_problem
 from fedmq.codecs.errors import CodecError
-from fedmq.nodes.config import load
 from fedmq.nodes.errors import ConfigError
+from fedmq.nodes.run.config import load
 
 FIRST: Sequence[Cell] = (*fedavg.CELLS, *caldas.CELLS)
 CELLS: Sequence[Cell] = (

@@ -35,12 +35,12 @@ from torch import Tensor, nn
 from fedmq.algorithms.base import Client, Payload, Task
 from fedmq.algorithms.fedavg import FedAvg, Gathered, ModelState
 from fedmq.algorithms.problems.base import Examples, Problem
-from fedmq.broker.entries import Accepted
-from fedmq.broker.reading import read_entries
-from fedmq.nodes.cluster import Cluster
-from fedmq.nodes.config import build
-from fedmq.nodes.forking import preloading
-from fedmq.nodes.setup import set_up
+from fedmq.broker.ledger.entries import Accepted
+from fedmq.broker.ledger.reader import read_entries
+from fedmq.nodes.cluster.forking import preloading
+from fedmq.nodes.cluster.supervisor import Cluster
+from fedmq.nodes.run.config import build
+from fedmq.nodes.run.setup import set_up
 
 CLIENTS = 4
 LIMITS_MS = {21_840: 5.0, 1_663_370: 120.0, 25_000_000: 2000.0}

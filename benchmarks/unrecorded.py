@@ -13,12 +13,12 @@ from unittest import mock
 
 from harness import say
 
-from fedmq.broker import ledger, payload
-from fedmq.broker.ledger import Keeping
+from fedmq.broker.core.state import BrokerSettings
+from fedmq.broker.ledger import blob_store, writer
+from fedmq.broker.ledger.segment_writer import Segment
+from fedmq.broker.ledger.writer import Keeping
 from fedmq.broker.router import BrokerServer
-from fedmq.broker.segment import Segment
-from fedmq.broker.state import BrokerSettings
-from fedmq.broker.wire import Buffer
+from fedmq.broker.wire.schema import Buffer
 
 _IN_FLIGHT_BYTES = 192 << 20
 """More than a stream's window: whoever reads what is on its way finds it in memory."""
@@ -33,10 +33,10 @@ def broker(pipe: Connection, folder: str) -> None:
     """Serve, and say where."""
     with (
         mock.patch.object(Segment, "_write", _count),
-        mock.patch.object(payload, "_RECENT_BYTES", _IN_FLIGHT_BYTES),
-        mock.patch.object(ledger, "_RECENT_BYTES", _IN_FLIGHT_BYTES),
-        mock.patch.object(ledger, "_PAYLOAD_SEGMENT_BYTES", _WITHOUT_END),
-        mock.patch.object(ledger, "_MESSAGES_SEGMENT_BYTES", _WITHOUT_END),
+        mock.patch.object(blob_store, "_RECENT_BYTES", _IN_FLIGHT_BYTES),
+        mock.patch.object(writer, "_RECENT_BYTES", _IN_FLIGHT_BYTES),
+        mock.patch.object(writer, "_PAYLOAD_SEGMENT_BYTES", _WITHOUT_END),
+        mock.patch.object(writer, "_MESSAGES_SEGMENT_BYTES", _WITHOUT_END),
     ):
         keeping = Keeping(share_files=False)
         server = BrokerServer("tcp://127.0.0.1:0", Path(folder), BrokerSettings(), keeping)

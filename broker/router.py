@@ -13,29 +13,16 @@ import errno
 import itertools
 import socket as sockets
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import msgspec
 import structlog
 import zmq
 
-from fedmq.broker import shared_files
-from fedmq.broker.clock import Clock, milliseconds_until
-from fedmq.broker.endpoints import listening_address, parse_endpoint
-from fedmq.broker.errors import (
-    BrokerError,
-    BrokerFailed,
-    EndpointError,
-    LedgerError,
-    NoSpace,
-    WireError,
-)
-from fedmq.broker.headers import decode_frame, encode_frame, split_header
-from fedmq.broker.ledger import Keeping
-from fedmq.broker.outbox import Outbox
-from fedmq.broker.restore import open_broker
-from fedmq.broker.state import (
+from fedmq.broker.core.blob_locations import point_to_blobs, shareable_name
+from fedmq.broker.core.recovery import open_broker
+from fedmq.broker.core.state import (
     Append,
     BrokerSettings,
     Continuation,
@@ -52,23 +39,33 @@ from fedmq.broker.state import (
     Unreadable,
     Wake,
 )
-from fedmq.broker.wire import (
+from fedmq.broker.errors import (
+    BrokerError,
+    BrokerFailed,
+    EndpointError,
+    LedgerError,
+    NoSpace,
+    WireError,
+)
+from fedmq.broker.ledger.writer import Keeping
+from fedmq.broker.wire.batching import Outbox
+from fedmq.broker.wire.clock import Clock, milliseconds_until
+from fedmq.broker.wire.encoding import encode_frame
+from fedmq.broker.wire.endpoints import listening_address, parse_endpoint
+from fedmq.broker.wire.schema import (
     CHUNK_BYTES,
-    INLINE_BYTES,
-    MAX_BUFFERS,
-    AnyFrame,
     Beat,
-    Buffer,
     Chunk,
     Deliver,
 )
+from fedmq.broker.wire.sockets import (
+    COPY_BELOW_BYTES,
+    MAX_FRAME_BYTES,
+    NOBLOCK,
+    receive,
+    send_parts,
+)
 
-MAX_FRAME_BYTES = CHUNK_BYTES + 4096
-COPY_BELOW_BYTES = 512 * 1024
-"""Smaller parts are copied into zmq. Each part that is not wakes pyzmq's garbage-collector
-thread, which was measured to cost more."""
-_NOBLOCK, _MORE = int(zmq.NOBLOCK), int(zmq.NOBLOCK | zmq.SNDMORE)
-"""Plain numbers: an enum's flags are joined in Python, for each part of each message."""
 _BATCH = 256
 _BATCH_BYTES = CHUNK_BYTES // 2
 """A turn ends with the chunk that it has taken: what was said beside it is answered first."""
@@ -210,7 +207,7 @@ class BrokerServer:
 
     def _offer_files(self) -> str:
         try:
-            return shared_files.shareable(self._ledger.folder)
+            return shareable_name(self._ledger.folder)
         except ValueError as error:
             self._log.warning("blobs are not read from the ledger's files", reason=str(error))
             return ""
@@ -271,7 +268,7 @@ class BrokerServer:
         frame = send.frame
         if self._shared:
             try:
-                frame = shared_files.point(send, self._ledger, self._shared)
+                frame = point_to_blobs(send, self._ledger, self._shared)
             except (OSError, RuntimeError, ValueError, LedgerError) as error:
                 self._shared = ""
                 self._log.warning("files are not shared, blobs are sent", reason=repr(error))
@@ -308,7 +305,7 @@ class BrokerServer:
             if room <= 0:
                 return
             try:
-                first = self._socket.recv(_NOBLOCK, copy=False)
+                first = self._socket.recv(NOBLOCK, copy=False)
             except zmq.Again:
                 return
             peer = first.bytes
@@ -352,49 +349,3 @@ class BrokerServer:
                 raise
             return False
         return True
-
-
-def send_parts(socket: zmq.Socket[bytes], parts: Sequence[Buffer]) -> None:
-    """Send a message; parts that are not small are not copied, and must stay as they are.
-
-    Raises:
-        zmq.Again: there is no room for it now.
-        zmq.ZMQError: of EHOSTUNREACH, the connection that it is for is gone.
-    """
-    for part in parts[:-1]:
-        socket.send(part, _MORE, copy=False)
-    socket.send(parts[-1], _NOBLOCK, copy=False)
-
-
-def receive(socket: zmq.Socket[bytes]) -> tuple[list[tuple[AnyFrame, list[Buffer]]], int]:
-    """Read the frames of a message, each with its buffers.
-
-    Its next part is the header: a ROUTER's caller has read whom it is from.
-
-    Returns the frames, and the bytes that all took.
-
-    Raises:
-        WireError: not frames of this protocol; the rest of the message has been read.
-        zmq.Again: nothing has arrived.
-    """
-    part = socket.recv(_NOBLOCK, copy=False)
-    nbytes = len(part)
-    room = MAX_BUFFERS
-    frames: list[tuple[AnyFrame, list[Buffer]]] = []
-    try:
-        for header, count in split_header(part.buffer):
-            frame = decode_frame(header)
-            buffers: list[Buffer] = []
-            while part.more and len(buffers) != count:
-                if not room:
-                    raise WireError(f"expected at most {MAX_BUFFERS} buffers")
-                part = socket.recv(copy=False)
-                room -= 1
-                # A small buffer is copied, so that whoever keeps it does not keep zmq's frame.
-                buffers.append(part.buffer if len(part) > INLINE_BYTES else part.bytes)
-                nbytes += len(part)
-            frames.append((frame, buffers))
-    finally:
-        while part.more:
-            part = socket.recv(copy=False)
-    return frames, nbytes

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import reprlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -91,8 +90,3 @@ class Codec(ABC):
         Raises:
             DecodeError: the message is damaged or hostile; at most ``max_bytes`` are taken.
         """
-
-
-def brief(value: object) -> str:
-    """Return a short text of a value from a message, whatever its size and depth."""
-    return reprlib.repr(value)

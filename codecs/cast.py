@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fedmq.codecs.base import Codec, Encoded, Tensors, brief
+from fedmq.codecs.base import Codec, Encoded, Tensors
 from fedmq.codecs.errors import DecodeError, SpecError
 from fedmq.codecs.raw import DTYPES, Raw, read_table
+from fedmq.codecs.text import brief
 
 _CHOICES = ("float16", "bfloat16")
 _WIDE = ("float32", "float64")

@@ -10,11 +10,11 @@ import torch
 import zstandard
 from torch import Tensor
 
-from fedmq.codecs import affine
-from fedmq.codecs.affine import LEVELS, REACH, Grid
-from fedmq.codecs.base import Buffer, Codec, Encoded, Tensors, brief
+from fedmq.codecs.base import Buffer, Codec, Encoded, Tensors
 from fedmq.codecs.errors import CodecError, DecodeError, SpecError
-from fedmq.codecs.integers import (
+from fedmq.codecs.formats import affine
+from fedmq.codecs.formats.affine import LEVELS, REACH, Grid
+from fedmq.codecs.formats.integers import (
     MAX_COUNT,
     Integers,
     pack_integers,
@@ -23,6 +23,7 @@ from fedmq.codecs.integers import (
     unpack_integers,
 )
 from fedmq.codecs.raw import DTYPES
+from fedmq.codecs.text import brief
 
 _PACKS = ("zstd", "none")
 _MAX_ELEMENTS = 1 << 40
@@ -50,7 +51,7 @@ class Features(Codec):
     pack: zstd compresses the values, kept only where it saves bytes; or none.
 
     ``meta``: ``shape`` of the features; ``ids`` and ``labels`` (None without) as in
-    `fedmq.codecs.integers`; ``zstd``, whether the values are compressed. Two buffers: ids,
+    `fedmq.codecs.formats.integers`; ``zstd``, whether the values are compressed. Two buffers: ids,
     labels, and for int8 and int4 the float32 minima and then the float32 steps of the c
     channels; and the values in the order of the tensor, int4 two to a byte, low half first,
     each sample from a byte of its own.

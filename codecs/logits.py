@@ -6,12 +6,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedmq.codecs import affine
-from fedmq.codecs.affine import LEVELS
-from fedmq.codecs.base import Buffer, Codec, Encoded, Tensors, brief
+from fedmq.codecs.base import Buffer, Codec, Encoded, Tensors
 from fedmq.codecs.errors import CodecError, DecodeError, SpecError
-from fedmq.codecs.integers import MAX_COUNT, pack_integers, packed_size, repeated, unpack_integers
+from fedmq.codecs.formats import affine
+from fedmq.codecs.formats.affine import LEVELS
+from fedmq.codecs.formats.integers import (
+    MAX_COUNT,
+    pack_integers,
+    packed_size,
+    repeated,
+    unpack_integers,
+)
 from fedmq.codecs.raw import DTYPES
+from fedmq.codecs.text import brief
 
 _CHOICES = ("float32", "float16", "int8")
 _MAX_CLASSES = 1 << 20
@@ -34,7 +41,7 @@ class Logits(Codec):
     Rounding is to nearest, ties to even.
 
     ``meta``: ``shape`` of the logits, and ``ids`` or ``counts`` as in
-    `fedmq.codecs.integers`. Two buffers: ids or counts, and for int8 the minima and then the
+    `formats.integers`. Two buffers: ids or counts, and for int8 the minima and then the
     steps of the rows sent; and the rows sent.
 
     Used by FedGKT (He et al., NeurIPS 2020) by sample, and by federated distillation (Jeong

@@ -17,16 +17,17 @@ import xxhash
 from torch import Tensor
 
 from fedmq.codecs import kernels
-from fedmq.codecs.base import Buffer, Codec, Encoded, Tensors, brief
+from fedmq.codecs.base import Buffer, Codec, Encoded, Tensors
 from fedmq.codecs.errors import CodecError, DecodeError, SpecError
-from fedmq.codecs.flat import as_flat
+from fedmq.codecs.formats.flat import as_flat
 from fedmq.codecs.raw import Raw, read_table
 from fedmq.codecs.stages.base import Context, NumberStage, Place, Shapes, Stage, Values, ValueStage
-from fedmq.codecs.stages.bases import BasisStage, Hadamard, Identity, Kashin
 from fedmq.codecs.stages.entropy import Entropy
-from fedmq.codecs.stages.numbers import Float32, Half, Quantize
-from fedmq.codecs.stages.structures import LowRank, RandomMask
-from fedmq.codecs.stages.subsets import Subsample, TopK
+from fedmq.codecs.stages.quantizers import Float32, Half, Quantize
+from fedmq.codecs.stages.sparsifiers import Subsample, TopK
+from fedmq.codecs.stages.structured_updates import LowRank, RandomMask
+from fedmq.codecs.stages.transforms import BasisStage, Hadamard, Identity, Kashin
+from fedmq.codecs.text import brief
 
 LIMIT = 1000
 """Matrices and kernels of at least so many values are large, unless `Limit` says otherwise."""

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedmq.codecs.base import Buffer, Codec, Encoded, Tensors, brief
+from fedmq.codecs.base import Buffer, Codec, Encoded, Tensors
 from fedmq.codecs.errors import CodecError, DecodeError
-from fedmq.codecs.flat import as_flat
+from fedmq.codecs.formats.flat import as_flat
+from fedmq.codecs.text import brief
 
 DTYPES: Mapping[str, torch.dtype] = {
     "float32": torch.float32,

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from fedmq.codecs.base import MAX_DECODED_BYTES, Codec, Encoded, brief
+from fedmq.codecs.base import MAX_DECODED_BYTES, Codec, Encoded
 from fedmq.codecs.cast import Cast
 from fedmq.codecs.errors import CodecError, DecodeError, SpecError
 from fedmq.codecs.extensions import entry_points
@@ -20,8 +20,9 @@ from fedmq.codecs.features import Features
 from fedmq.codecs.logits import Logits
 from fedmq.codecs.pipeline import STAGES, Pipeline
 from fedmq.codecs.raw import Raw
-from fedmq.codecs.spec import build_call, parse, split, unknown
+from fedmq.codecs.spec import build_call, parse, split
 from fedmq.codecs.stages.base import Stage
+from fedmq.codecs.text import brief, unknown
 
 _WIRE_NAME = re.compile(r"([A-Za-z_][\w-]*)@(\d{1,9})(\(.*\))?", re.DOTALL)
 _MAX_WIRE_NAME = 1000

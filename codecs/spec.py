@@ -7,7 +7,6 @@ by such a string, so that a configuration file and a wire header can hold them.
 from __future__ import annotations
 
 import ast
-import difflib
 import inspect
 import keyword
 import math
@@ -17,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 from fedmq.codecs.errors import SpecError
+from fedmq.codecs.text import unknown
 
 Value = int | float | str | bool | None
 T = TypeVar("T")
@@ -107,13 +107,6 @@ def build_call(call: Call, choices: Mapping[str, Callable[..., T]], what: str) -
         raise
     except (TypeError, ValueError) as error:
         raise SpecError(f"{what} {str(call)!r}: {error}") from None
-
-
-def unknown(what: str, name: str, choices: Mapping[str, object]) -> str:
-    """Return the sentence for an unknown name: what stood there, a guess, the choices."""
-    close = difflib.get_close_matches(name, choices, n=1)
-    guess = f" (did you mean {close[0]!r}?)" if close else ""
-    return f"unknown {what} {name!r}{guess}; choose from {', '.join(sorted(choices))}"
 
 
 def _parse_call(part: str, text: str) -> Call:

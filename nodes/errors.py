@@ -17,8 +17,8 @@ from fedmq.algorithms.errors import AlgorithmError, ResultError
 from fedmq.broker.errors import BrokerError, WireError
 from fedmq.broker.rejections import Code, Rejection
 from fedmq.codecs.errors import CodecError
-from fedmq.nodes.causes import described, explained, may_pass, place_in, shorten
-from fedmq.nodes.signals import Stopped, this_process
+from fedmq.nodes.process.exception_text import described, explained, may_pass, place_in, shorten
+from fedmq.nodes.process.signals import Stopped, this_process
 
 
 class NodeError(Exception):

@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 ROOMS = ("broker", "codecs", "algorithms", "nodes")
 CHECK = """
-import fedmq.algorithms.problems, fedmq.broker.router, fedmq.codecs.registry, fedmq.nodes.cli
+import fedmq.algorithms.problems, fedmq.broker.router, fedmq.codecs.registry, fedmq.nodes.cli.main
 from fedmq.algorithms.problems import load_problem
 print(len(load_problem({"name": "mnist-mini", "clients": 4}, 0).test()))
 print(fedmq.broker.__file__)
@@ -111,7 +111,8 @@ def test_the_editable_install_is_the_source(tmp_path: Path) -> None:
 
 def test_the_command_line_starts_without_torch(tmp_path: Path) -> None:
     code = (
-        "import sys, fedmq.nodes.cli, fedmq.nodes.cluster, fedmq.nodes.programs, fedmq.nodes.view;"
+        "import sys, fedmq.nodes.cli.main, fedmq.nodes.cluster.supervisor;"
+        "import fedmq.nodes.cluster.view, fedmq.nodes.run.session;"
         "print('torch' in sys.modules)"
     )
     assert run(sys.executable, "-P", "-c", code, cwd=tmp_path).strip() == "False"

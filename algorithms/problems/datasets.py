@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fedmq.algorithms.errors import DataError, ProblemError
-from fedmq.algorithms.problems.files import (
+from fedmq.algorithms.problems.data_files import (
     Array,
     data_root,
     download,
@@ -25,7 +25,7 @@ from fedmq.algorithms.problems.files import (
     read_npz,
     refusing_damage,
 )
-from fedmq.codecs.spec import unknown
+from fedmq.codecs.text import unknown
 
 Arrays = tuple[Array, Array, Array, Array]
 """x_train, y_train, x_test, y_test; images as [n, H, W] or [n, C, H, W]."""

@@ -17,7 +17,8 @@ from fedmq.algorithms.problems.datasets import DATASETS, DataSet, load_dataset
 from fedmq.algorithms.problems.models import MODELS
 from fedmq.algorithms.problems.partitions import PARTITIONS, Indices, Partition
 from fedmq.codecs.errors import SpecError
-from fedmq.codecs.spec import build, unknown
+from fedmq.codecs.spec import build
+from fedmq.codecs.text import unknown
 
 CACHE_BYTES = 1 << 30
 """Clients' float32 examples are kept up to this size in all; later ones are converted anew."""

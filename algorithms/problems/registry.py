@@ -15,8 +15,7 @@ from fedmq.algorithms.problems.datasets import DATASETS
 from fedmq.algorithms.problems.guards import guard_instance
 from fedmq.algorithms.problems.image import ImageClassification
 from fedmq.algorithms.values import kind_of_value
-from fedmq.codecs.base import brief
-from fedmq.codecs.spec import unknown
+from fedmq.codecs.text import brief, unknown
 
 PROBLEMS: Mapping[str, str] = {name: source.about for name, source in DATASETS.items()}
 """The built-in problems, each with one line of what it is."""

@@ -7,7 +7,7 @@ from fedmq.algorithms.schedules.base import Schedule, View
 from fedmq.algorithms.schedules.buffered import Buffered
 from fedmq.algorithms.schedules.rounds import Rounds
 from fedmq.algorithms.schedules.stream import Stream
-from fedmq.codecs.spec import unknown
+from fedmq.codecs.text import unknown
 
 SCHEDULES: Mapping[str, type[Schedule]] = {each.name: each for each in (Rounds, Buffered, Stream)}
 

@@ -13,7 +13,7 @@ from typing import Annotated
 
 from pydantic import AfterValidator
 
-from fedmq.algorithms.arithmetic import power
+from fedmq.algorithms.toolkit.arithmetic import power
 from fedmq.codecs.errors import SpecError
 from fedmq.codecs.spec import build
 

@@ -14,7 +14,7 @@ from fedmq.algorithms.fedavg import evaluate_module
 from fedmq.algorithms.problems import Problem, load_problem
 from fedmq.codecs.base import MAX_DECODED_BYTES
 from fedmq.codecs.registry import make_codec
-from fedmq.nodes.config import load
+from fedmq.nodes.run.config import load
 from reproduction.fedavg import CNN_EVERY, CNN_IID, CNN_ROUNDS, settings
 from reproduction.runs import Cell, Outcome, Runs
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from fedmq.algorithms.reports import paper_bits
+from fedmq.algorithms.distillation.reports import paper_bits
 from reproduction.runs import Cell, Outcome, Runs, Settings
 
 ROUNDS = 16

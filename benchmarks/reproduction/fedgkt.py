@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from fedmq.algorithms.base import Client, Payload, Task
-from fedmq.algorithms.fedgkt import FedGKT
+from fedmq.algorithms.fedgkt.algorithm import FedGKT
 from fedmq.algorithms.rng import derive_seed
-from fedmq.nodes.config import load
-from fedmq.nodes.setup import set_up
+from fedmq.nodes.run.config import load
+from fedmq.nodes.run.setup import set_up
 from reproduction.runs import Cell, Outcome, Runs, Settings
 
 CLIENTS, IMAGES, ROUNDS = 4, 4000, 6

@@ -13,12 +13,12 @@ from typing import Any, Literal
 
 import numpy as np
 
-from fedmq.algorithms import mtl
 from fedmq.algorithms.base import Client, Payload, Result, Task
 from fedmq.algorithms.errors import DataError
-from fedmq.algorithms.mocha import Mocha, measured
+from fedmq.algorithms.mocha import dual
+from fedmq.algorithms.mocha.algorithm import Mocha, measured
 from fedmq.algorithms.problems import Problem
-from fedmq.algorithms.problems.natural import DigitTasks, LandMine, LinearTasks, School
+from fedmq.algorithms.problems.federated_datasets import DigitTasks, LandMine, LinearTasks, School
 from fedmq.algorithms.rng import derive_rng, derive_seed
 from reproduction.runs import Cell, Outcome, Runs, Settings
 
@@ -108,7 +108,7 @@ class Digits(Cell):
         return Settings(
             run={"versions": self.rounds, "evaluate_every": 0},
             problem={
-                "name": "fedmq.algorithms.problems.natural:DigitTasks",
+                "name": "fedmq.algorithms.problems.federated_datasets:DigitTasks",
                 "data": "mnist",
                 "digits": self.digits,
                 "clients": self.clients,
@@ -166,7 +166,7 @@ class Digits(Cell):
         )
 
 
-def federated(algorithm: Mocha, problem: Problem, rounds: int, seed: int) -> mtl.Array:
+def federated(algorithm: Mocha, problem: Problem, rounds: int, seed: int) -> dual.Array:
     """Return W, [m, d], after rounds of all clients."""
     state, kept = algorithm.start(problem), dict[int, Payload]()
 
@@ -184,7 +184,7 @@ def federated(algorithm: Mocha, problem: Problem, rounds: int, seed: int) -> mtl
     return state.weights
 
 
-def pooled(algorithm: Mocha, problem: Problem, seed: int) -> mtl.Array:
+def pooled(algorithm: Mocha, problem: Problem, seed: int) -> dual.Array:
     """Return W, [m, d], of the one w that is best for all examples together.
 
     It minimises (1/n) sum_i l(w^T x_i, y_i) + (lambda/2) |w|^2.
@@ -193,14 +193,14 @@ def pooled(algorithm: Mocha, problem: Problem, seed: int) -> mtl.Array:
     y = np.concatenate([part.y.numpy() for part in parts]).astype(np.float64)
     y = y if algorithm.loss == "squared" else 2 * y - 1
     x = np.concatenate([part.x.numpy() for part in parts]).astype(np.float64)
-    curvature, loss = 1 / algorithm.lam, mtl.LOSSES[algorithm.loss]
+    curvature, loss = 1 / algorithm.lam, dual.LOSSES[algorithm.loss]
     rng, steps = derive_rng(seed, "pooled"), POOLED_EPOCHS * len(y)
     zero = np.zeros(x.shape[1])
-    alpha = mtl.ascend(loss, x, y, np.zeros(len(y)), zero, curvature, steps, rng)
-    return np.tile(curvature * mtl.combine(x, alpha), (problem.clients, 1))
+    alpha = dual.ascend(loss, x, y, np.zeros(len(y)), zero, curvature, steps, rng)
+    return np.tile(curvature * dual.combine(x, alpha), (problem.clients, 1))
 
 
-def scored(problem: Problem, weights: mtl.Array) -> dict[str, float]:
+def scored(problem: Problem, weights: dual.Array) -> dict[str, float]:
     """Return the clients' mean metrics, and ``auc`` of all their outputs together.
 
     ``auc``: how often an example of class 1 has a larger output than one of class 0.

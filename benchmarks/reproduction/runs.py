@@ -15,8 +15,8 @@ from typing import Any
 
 import tomli_w
 
-from fedmq.broker.entries import Accepted, Ended
-from fedmq.broker.reading import read_entries
+from fedmq.broker.ledger.entries import Accepted, Ended
+from fedmq.broker.ledger.reader import read_entries
 
 FEDMQ = Path(sys.executable).with_name("fedmq")
 

@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import numpy as np
 
+from fedmq.codecs.kernels.bit_packing import pack, unpack
 from fedmq.codecs.kernels.hadamard import hadamard
 from fedmq.codecs.kernels.jit import entry, helper
 from fedmq.codecs.kernels.seeds import GOLDEN, HASH_A, HASH_B, MIX_A, MIX_B
-from fedmq.codecs.kernels.words import pack, unpack
 
 u32, u64, i32, f32 = np.uint32, np.uint64, np.int32, np.float32
 

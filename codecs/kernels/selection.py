@@ -57,11 +57,11 @@ def gather(x: Floats, indices: Indices) -> Floats:
     Raises:
         ValueError: x is no float32 vector, or an index lies outside of it.
     """
-    from fedmq.codecs.kernels import selecting
+    from fedmq.codecs.kernels import native_selection
 
     x = vector(x)
     out = np.empty(_inside(indices, x.size).size, np.float32)
-    selecting.gather(readonly(x), readonly(indices), out)
+    native_selection.gather(readonly(x), readonly(indices), out)
     return out
 
 
@@ -85,14 +85,14 @@ def scatter_add(total: Floats, indices: Indices, values: Floats, weight: float) 
         ValueError: an index lies outside of total, there are not as many values, the weight
             is not finite, or an array is of another type.
     """
-    from fedmq.codecs.kernels import selecting
+    from fedmq.codecs.kernels import native_selection
 
     if not vector(total).flags.writeable:
         raise ValueError("expected a total that can be added to in place")
     if not math.isfinite(weight):
         raise ValueError(f"expected a finite weight, got {weight}")
     _paired(values, _inside(indices, total.size))
-    selecting.scatter_add(total, readonly(indices), readonly(values), np.float32(weight))
+    native_selection.scatter_add(total, readonly(indices), readonly(values), np.float32(weight))
 
 
 def check_count(n: int, k: int) -> None:
@@ -108,9 +108,9 @@ def check_count(n: int, k: int) -> None:
 
 
 def _smallest(words: NDArray[np.int32] | None, key: np.uint64, n: int, k: int) -> Indices:
-    from fedmq.codecs.kernels import selecting
+    from fedmq.codecs.kernels import native_selection
 
-    counts = selecting.count(words, key, n)
+    counts = native_selection.count(words, key, n)
     if words is not None and counts[:_FINITE].any():
         raise ValueError("expected finite values, got an infinity or NaN")
     before = np.concatenate([[0], np.cumsum(counts)])
@@ -120,7 +120,7 @@ def _smallest(words: NDArray[np.int32] | None, key: np.uint64, n: int, k: int) -
     below = np.empty(int(before[border]) + 1, np.int64)
     inside = np.empty(int(counts[border]) + 1, np.int64)
     ranks = np.empty(inside.size, np.uint32)
-    selecting.collect(words, key, n, border, below, inside, ranks)
+    native_selection.collect(words, key, n, border, below, inside, ranks)
     missing = k - (below.size - 1)
     indices = np.concatenate([below[:-1], _first(inside[:-1], ranks[:-1], missing)])
     # Two ascending runs: this sort merges them.

@@ -26,13 +26,13 @@ def scale_add(total: Floats, factor: float, values: Floats, weight: float) -> No
     Raises:
         ValueError: the vectors differ in length, or ``total`` cannot be written to.
     """
-    from fedmq.codecs.kernels import summing
+    from fedmq.codecs.kernels import native_sums
 
     if not vector(total).flags.writeable:
         raise ValueError("expected a total that can be added to in place")
     if total.size != vector(values).size:
         raise ValueError(f"expected {total.size} values, got {values.size}")
-    summing.scale_add(total, np.float32(factor), readonly(values), np.float32(weight))
+    native_sums.scale_add(total, np.float32(factor), readonly(values), np.float32(weight))
 
 
 def multiply(left: Floats, right: Floats) -> Floats:
@@ -45,11 +45,11 @@ def multiply(left: Floats, right: Floats) -> Floats:
     Raises:
         ValueError: the shapes do not go together.
     """
-    from fedmq.codecs.kernels import summing
+    from fedmq.codecs.kernels import native_sums
 
     if left.ndim != 2 or right.ndim != 2 or left.shape[1] != right.shape[0]:
         raise ValueError(f"cannot multiply {list(left.shape)} by {list(right.shape)}")
     out = np.empty((left.shape[0], right.shape[1]), np.float32)
     left, right = (np.ascontiguousarray(each, np.float32) for each in (left, right))
-    summing.multiply(readonly(left), readonly(right), out)
+    native_sums.multiply(readonly(left), readonly(right), out)
     return out

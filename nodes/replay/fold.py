@@ -18,23 +18,23 @@ from typing import TypeGuard
 import torch
 
 from fedmq.algorithms.allowed import NOTHING, Allowed
-from fedmq.algorithms.arithmetic import ARITHMETIC
 from fedmq.algorithms.base import Payload
 from fedmq.algorithms.schedules.recorded_rounds import RecordedRounds
 from fedmq.algorithms.schedules.rounds import Rounds
-from fedmq.broker.entries import Accepted, AnyEntry
+from fedmq.algorithms.toolkit.arithmetic import ARITHMETIC
 from fedmq.broker.errors import LedgerError
-from fedmq.broker.state import AGGREGATOR, CHECKPOINT, CONTINUED, node_address
-from fedmq.broker.trace import Trace
-from fedmq.nodes.aggregator import Aggregator
-from fedmq.nodes.checkpoint import unpack_checkpoint
-from fedmq.nodes.computed import Computed
-from fedmq.nodes.config import Config, parse
+from fedmq.broker.inspection.trace import Trace
+from fedmq.broker.ledger.entries import Accepted, AnyEntry
+from fedmq.broker.wire.addresses import AGGREGATOR, CHECKPOINT, CONTINUED, node_address
+from fedmq.nodes.aggregator.checkpoint import unpack_checkpoint
+from fedmq.nodes.aggregator.computed import Computed
+from fedmq.nodes.aggregator.core import Aggregator
 from fedmq.nodes.errors import NodeError, own_code
-from fedmq.nodes.inbox import AggregatorAction, Finish, Inbound, Post, Start
+from fedmq.nodes.messages.actions import AggregatorAction, Finish, Inbound, Post, Start
 from fedmq.nodes.replay.record import Record
 from fedmq.nodes.replay.tolerance import TOLERANCE, tensor_distance
-from fedmq.nodes.setup import Setup, kind_of, set_up
+from fedmq.nodes.run.config import Config, parse
+from fedmq.nodes.run.setup import Setup, kind_of, set_up
 
 INBOX = (AGGREGATOR, node_address(AGGREGATOR))
 

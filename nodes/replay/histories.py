@@ -13,12 +13,12 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from fedmq.broker.entries import Accepted
 from fedmq.broker.errors import LedgerError
-from fedmq.broker.state import BROKER
-from fedmq.broker.trace import Trace
-from fedmq.broker.wire import Message
-from fedmq.nodes.trace.text import plain
+from fedmq.broker.inspection.trace import Trace
+from fedmq.broker.ledger.entries import Accepted
+from fedmq.broker.wire.addresses import BROKER
+from fedmq.broker.wire.schema import Message
+from fedmq.nodes.process.terminal import plain
 
 
 @dataclass(frozen=True)

@@ -14,17 +14,17 @@ from typing import Any
 
 import msgspec
 
-from fedmq.broker.entries import Accepted, AnyEntry, Ended, Refusal
-from fedmq.broker.headers import encode_message
-from fedmq.broker.state import AGGREGATOR, BROKER, CHECKPOINT
-from fedmq.broker.trace import Trace
-from fedmq.broker.wire import Message
+from fedmq.broker.inspection.trace import Trace
+from fedmq.broker.ledger.entries import Accepted, AnyEntry, Ended, Refusal
+from fedmq.broker.wire.addresses import AGGREGATOR, BROKER, CHECKPOINT
+from fedmq.broker.wire.encoding import encode_message
+from fedmq.broker.wire.schema import Message
 from fedmq.nodes.errors import NodeError
-from fedmq.nodes.inbox import AggregatorAction, Commit, Done, Finish, Post
+from fedmq.nodes.messages.actions import AggregatorAction, Commit, Done, Finish, Post
+from fedmq.nodes.process.terminal import literal, plain
 from fedmq.nodes.replay.tolerance import NAMES, counted_as_in, near_differences
 from fedmq.nodes.trace.differ import Side, differences
 from fedmq.nodes.trace.differences import Difference
-from fedmq.nodes.trace.text import literal, plain
 
 MAX_REASON = 2000
 """Of a refusal, as the ledger keeps it."""

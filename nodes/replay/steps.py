@@ -15,14 +15,14 @@ from typing import IO, Any
 import msgspec
 from msgspec import Struct
 
-from fedmq.broker.trace import Trace
-from fedmq.broker.wire import Message
-from fedmq.nodes.aggregator import Aggregator
-from fedmq.nodes.digests import digest_of
+from fedmq.broker.inspection.trace import Trace
+from fedmq.broker.wire.schema import Message
+from fedmq.nodes.aggregator.core import Aggregator
 from fedmq.nodes.errors import NodeError
-from fedmq.nodes.inbox import Inbound
+from fedmq.nodes.messages.actions import Inbound
 from fedmq.nodes.replay.fold import Replay, Step
 from fedmq.nodes.replay.record import Diverged, describe
+from fedmq.nodes.run.digests import digest_of
 from fedmq.nodes.trace.differ import Side, differences
 from fedmq.nodes.trace.differences import Difference, Field, Kind
 

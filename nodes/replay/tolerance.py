@@ -13,10 +13,10 @@ from torch import Tensor
 
 from fedmq.algorithms.base import Payload
 from fedmq.broker.errors import LedgerError
-from fedmq.broker.state import CHECKPOINT
+from fedmq.broker.wire.addresses import CHECKPOINT
 from fedmq.codecs.errors import CodecError
 from fedmq.codecs.raw import Raw
-from fedmq.nodes.payload import unpack
+from fedmq.nodes.messages.payloads import unpack
 from fedmq.nodes.trace.differ import Side, differences, fold_of, form_of, gap_between
 from fedmq.nodes.trace.differences import ABSENT, Difference, Field, InGroup, Kind
 from fedmq.nodes.trace.groups import groups_of

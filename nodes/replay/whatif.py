@@ -15,15 +15,15 @@ from fedmq.algorithms.allowed import NOTHING, Allowed
 from fedmq.algorithms.base import Result, Task, examples_of
 from fedmq.algorithms.errors import ResultError
 from fedmq.algorithms.schedules import View
+from fedmq.broker.inspection.trace import Trace
 from fedmq.broker.rejections import Code
-from fedmq.broker.trace import Trace
 from fedmq.codecs.errors import CodecError
-from fedmq.nodes.config import Config, changed
 from fedmq.nodes.errors import ConfigError
-from fedmq.nodes.inbox import Done, Inbound, Post, Start
-from fedmq.nodes.payload import numbers_of, unpack
+from fedmq.nodes.messages.actions import Done, Inbound, Post, Start
+from fedmq.nodes.messages.payloads import numbers_of, unpack
 from fedmq.nodes.replay.fold import Replay, Step, recorded_setup
-from fedmq.nodes.setup import Setup, choose_device
+from fedmq.nodes.run.config import Config, changed
+from fedmq.nodes.run.setup import Setup, choose_device
 
 _STALE = frozenset({Code.STALE, Code.LATE})
 """Rejections that another rule may not make."""

@@ -15,15 +15,13 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from fedmq.algorithms.arithmetic import ARITHMETIC
+from fedmq.algorithms.toolkit.arithmetic import ARITHMETIC
 from fedmq.broker.errors import LedgerError
-from fedmq.broker.trace import Trace
-from fedmq.broker.wire import Buffer, Message
+from fedmq.broker.inspection.trace import Trace
+from fedmq.broker.wire.schema import Buffer, Message
 from fedmq.codecs.errors import CodecError
-from fedmq.nodes.carry_out import carry_out
-from fedmq.nodes.inbox import Post
-from fedmq.nodes.local import Kept, Locals
-from fedmq.nodes.payload import unpack
+from fedmq.nodes.messages.actions import Post
+from fedmq.nodes.messages.payloads import unpack
 from fedmq.nodes.replay.fold import accepted_entry, computed_by, inbound
 from fedmq.nodes.replay.histories import Answer, last_uses, read_histories
 from fedmq.nodes.replay.tolerance import (
@@ -34,10 +32,12 @@ from fedmq.nodes.replay.tolerance import (
     number_distance,
     overall_distance,
 )
-from fedmq.nodes.setup import Setup, choose_device
+from fedmq.nodes.run.setup import Setup, choose_device
 from fedmq.nodes.trace.differ import Side, differences
 from fedmq.nodes.trace.differences import Difference, Field, Gap, Kind
-from fedmq.nodes.worker import Evaluate, Keep, Saved, Train, Worker
+from fedmq.nodes.worker.client_state import Kept, Locals
+from fedmq.nodes.worker.core import Evaluate, Keep, Saved, Train, Worker
+from fedmq.nodes.worker.training import carry_out
 
 _HONEST = frozenset({"body.elapsed_s", "body.device", "body.after", "body.version_0"})
 """What differs between two trainings of one task, and what a node says of where it started."""

@@ -11,14 +11,14 @@ from dataclasses import dataclass, field
 import msgspec
 import xxhash
 
-from fedmq.broker.entries import Accepted
-from fedmq.broker.state import BROKER
-from fedmq.broker.trace import Trace
-from fedmq.broker.wire import Message
+from fedmq.broker.inspection.trace import Trace
+from fedmq.broker.ledger.entries import Accepted
+from fedmq.broker.wire.addresses import BROKER
+from fedmq.broker.wire.schema import Message
+from fedmq.nodes.process.terminal import count, plain, plural, word
 from fedmq.nodes.trace.differ import Side, differences
 from fedmq.nodes.trace.differences import Difference
-from fedmq.nodes.trace.fates import before_damage
-from fedmq.nodes.trace.text import count, plain, plural, word
+from fedmq.nodes.trace.outcomes import before_damage
 
 
 @dataclass(frozen=True)

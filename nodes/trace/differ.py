@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from fedmq.broker.errors import LedgerError
-from fedmq.broker.headers import is_deeper
-from fedmq.broker.state import BROKER
-from fedmq.broker.wire import MAX_DEPTH, Message
+from fedmq.broker.wire.addresses import BROKER
+from fedmq.broker.wire.encoding import is_deeper
+from fedmq.broker.wire.schema import MAX_DEPTH, Message
 from fedmq.codecs.errors import CodecError
+from fedmq.nodes.process.terminal import plain
 from fedmq.nodes.trace.differences import (
     ABSENT,
     Difference,
@@ -27,7 +28,6 @@ from fedmq.nodes.trace.differences import (
     Kind,
 )
 from fedmq.nodes.trace.groups import Group, Read, groups_of
-from fedmq.nodes.trace.text import plain
 
 HONEST = frozenset(
     {

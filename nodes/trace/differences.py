@@ -10,7 +10,7 @@ import enum
 from dataclasses import dataclass
 from typing import Any
 
-from fedmq.nodes.trace.text import literal, plain
+from fedmq.nodes.process.terminal import literal, plain
 
 _SHOWN = 60
 """Of a long text, this much is shown from where it differs."""

@@ -10,10 +10,10 @@ from typing import Any
 
 import msgspec
 
-from fedmq.broker.entries import Accepted, AnyEntry
-from fedmq.broker.trace import Trace
-from fedmq.broker.wire import Message
-from fedmq.nodes.trace.fates import before_damage
+from fedmq.broker.inspection.trace import Trace
+from fedmq.broker.ledger.entries import Accepted, AnyEntry
+from fedmq.broker.wire.schema import Message
+from fedmq.nodes.trace.outcomes import before_damage
 
 
 def json_lines(trace: Trace) -> Iterator[str]:

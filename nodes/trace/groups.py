@@ -10,12 +10,13 @@ from typing import Any
 
 from torch import Tensor
 
-from fedmq.broker.wire import Blob, Buffer, Message
-from fedmq.codecs.base import Encoded, brief
+from fedmq.broker.wire.schema import Blob, Buffer, Message
+from fedmq.codecs.base import Encoded
 from fedmq.codecs.errors import DecodeError
 from fedmq.codecs.raw import read_table
 from fedmq.codecs.registry import decode
-from fedmq.nodes.tables import has_table, read_meta
+from fedmq.codecs.text import brief
+from fedmq.nodes.messages.tensor_tables import has_table, read_meta
 
 Read = Callable[[int], Buffer]
 

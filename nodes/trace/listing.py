@@ -9,14 +9,12 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-from fedmq.broker.entries import Accepted, AnyEntry, Consumed, Ended, Opened, Refusal
-from fedmq.broker.state import BROKER, CONTINUED
-from fedmq.broker.trace import Trace
-from fedmq.broker.wire import Message
+from fedmq.broker.inspection.trace import Trace
+from fedmq.broker.ledger.entries import Accepted, AnyEntry, Consumed, Ended, Opened, Refusal
+from fedmq.broker.wire.addresses import BROKER, CONTINUED
+from fedmq.broker.wire.schema import Message
 from fedmq.nodes.errors import NodeError
-from fedmq.nodes.outcomes import natural
-from fedmq.nodes.trace.fates import Fates, Places, Task, Tasks, before_damage, client_of
-from fedmq.nodes.trace.text import (
+from fedmq.nodes.process.terminal import (
     figure,
     fitted,
     literal,
@@ -26,6 +24,8 @@ from fedmq.nodes.trace.text import (
     spans,
     word,
 )
+from fedmq.nodes.run_folder.outcomes import natural
+from fedmq.nodes.trace.outcomes import Fates, Places, Task, Tasks, before_damage, client_of
 
 _WIDEST = 60
 _NAMED = 30

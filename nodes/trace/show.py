@@ -11,18 +11,14 @@ import msgspec
 import torch
 from torch import Tensor
 
-from fedmq.broker.entries import Accepted, Consumed, Ended, Refusal
 from fedmq.broker.errors import LedgerError
-from fedmq.broker.state import RECORD
-from fedmq.broker.trace import Trace
-from fedmq.broker.wire import Message
+from fedmq.broker.inspection.trace import Trace
+from fedmq.broker.ledger.entries import Accepted, Consumed, Ended, Refusal
+from fedmq.broker.wire.addresses import RECORD
+from fedmq.broker.wire.schema import Message
 from fedmq.codecs.errors import CodecError
 from fedmq.nodes.errors import NodeError
-from fedmq.nodes.trace.differ import Side, fold_of
-from fedmq.nodes.trace.fates import Fates, Places, before_damage
-from fedmq.nodes.trace.groups import Group, Read, groups_of
-from fedmq.nodes.trace.listing import at_host
-from fedmq.nodes.trace.text import (
+from fedmq.nodes.process.terminal import (
     count,
     fields,
     figure,
@@ -33,6 +29,10 @@ from fedmq.nodes.trace.text import (
     spans,
     table,
 )
+from fedmq.nodes.trace.differ import Side, fold_of
+from fedmq.nodes.trace.groups import Group, Read, groups_of
+from fedmq.nodes.trace.listing import at_host
+from fedmq.nodes.trace.outcomes import Fates, Places, before_damage
 
 _HEAD = ("tensor", "shape", "dtype", "bytes", "norm", "min", "max", "NaN")
 

@@ -8,14 +8,14 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
-from fedmq.broker.entries import Accepted, Consumed, Ended, Refusal
-from fedmq.broker.state import AGGREGATOR, BROKER, CONTINUED, RECORD
-from fedmq.broker.trace import Trace
-from fedmq.broker.wire import Blob, Message
-from fedmq.nodes.outcomes import Outcomes
-from fedmq.nodes.tables import has_table
-from fedmq.nodes.trace.fates import Fates, Places, before_damage
-from fedmq.nodes.trace.text import WIDTH, count, fitted, plain, plural, seconds, table
+from fedmq.broker.inspection.trace import Trace
+from fedmq.broker.ledger.entries import Accepted, Consumed, Ended, Refusal
+from fedmq.broker.wire.addresses import AGGREGATOR, BROKER, CONTINUED, RECORD
+from fedmq.broker.wire.schema import Blob, Message
+from fedmq.nodes.messages.tensor_tables import has_table
+from fedmq.nodes.process.terminal import WIDTH, count, fitted, plain, plural, seconds, table
+from fedmq.nodes.run_folder.outcomes import Outcomes
+from fedmq.nodes.trace.outcomes import Fates, Places, before_damage
 
 _BAR = 50
 _BESIDE_BAR = 24

@@ -12,14 +12,14 @@ from __future__ import annotations
 from collections.abc import Generator, Iterator, Mapping
 from typing import Any
 
-from fedmq.broker.entries import Accepted, AnyEntry, Refusal
-from fedmq.broker.state import BROKER, CONTINUED
-from fedmq.broker.trace import Trace
-from fedmq.broker.wire import Message
-from fedmq.nodes.outcomes import natural
+from fedmq.broker.inspection.trace import Trace
+from fedmq.broker.ledger.entries import Accepted, AnyEntry, Refusal
+from fedmq.broker.wire.addresses import BROKER, CONTINUED
+from fedmq.broker.wire.schema import Message
+from fedmq.nodes.process.terminal import word
+from fedmq.nodes.run_folder.outcomes import natural
 from fedmq.nodes.trace.export import to_json
-from fedmq.nodes.trace.fates import Fates, Places, Task, Tasks, before_damage
-from fedmq.nodes.trace.text import word
+from fedmq.nodes.trace.outcomes import Fates, Places, Task, Tasks, before_damage
 
 Event = dict[str, Any]
 

@@ -3,9 +3,9 @@
 import torch
 
 from fedmq.algorithms.base import Client, Result, Task
-from fedmq.algorithms.model import FlatModel
 from fedmq.algorithms.problems.base import Examples
 from fedmq.algorithms.problems.resnets import EDGES, SERVERS, initialised
+from fedmq.algorithms.toolkit.flat_model import FlatModel
 from tests.algorithms.tiny import Tiny
 
 TINY = {"edge": "tiny", "server": "tiny", "batch_size": 4, "max_samples": 50}

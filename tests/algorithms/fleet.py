@@ -1,13 +1,13 @@
 """A whole run in memory: the Aggregator and Worker cores, and nothing between them."""
 
-from fedmq.broker.headers import decode_message, encode_message
-from fedmq.broker.wire import Blob, Message
-from fedmq.nodes.aggregator import Aggregator
-from fedmq.nodes.config import build
-from fedmq.nodes.inbox import Commit, Done, Finish, Inbound, Post, Settle, Start
-from fedmq.nodes.local import Locals
-from fedmq.nodes.setup import set_up
-from fedmq.nodes.worker import Evaluate, Evaluated, Failed, Keep, Saved, Train, Trained, Worker
+from fedmq.broker.wire.encoding import decode_message, encode_message
+from fedmq.broker.wire.schema import Blob, Message
+from fedmq.nodes.aggregator.core import Aggregator
+from fedmq.nodes.messages.actions import Commit, Done, Finish, Inbound, Post, Settle, Start
+from fedmq.nodes.run.config import build
+from fedmq.nodes.run.setup import set_up
+from fedmq.nodes.worker.client_state import Locals
+from fedmq.nodes.worker.core import Evaluate, Evaluated, Failed, Keep, Saved, Train, Trained, Worker
 
 
 def make_setup(schedule, problem="Tiny", clients=2, codec="raw", algorithm=None, **run):

@@ -14,7 +14,7 @@ from fedmq.algorithms.base import Payload, Result
 from fedmq.algorithms.problems.base import Examples, Problem
 from fedmq.algorithms.registry import ALGORITHMS
 from fedmq.algorithms.schedules import find_schedule
-from fedmq.nodes.digests import digest_of
+from fedmq.nodes.run.digests import digest_of
 
 CLIENTS = 4
 VARIANTS = {

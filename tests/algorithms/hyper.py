@@ -4,9 +4,9 @@ import torch
 from torch import nn
 
 from fedmq.algorithms.base import Client, Payload, Result, Task
-from fedmq.algorithms.pfedhn import PFedHN
+from fedmq.algorithms.pfedhn.algorithm import PFedHN
 from fedmq.algorithms.problems.base import Examples
-from fedmq.nodes.payload import RAW, pack
+from fedmq.nodes.messages.payloads import RAW, pack
 from tests.algorithms.tiny import Tiny
 
 

@@ -3,11 +3,11 @@
 import numpy as np
 import torch
 
-from fedmq.algorithms import mtl
 from fedmq.algorithms.base import Client, Result, Task
-from fedmq.algorithms.mocha import Mocha
+from fedmq.algorithms.mocha import dual
+from fedmq.algorithms.mocha.algorithm import Mocha
 from fedmq.algorithms.problems.base import Examples
-from fedmq.algorithms.problems.natural import LinearTasks
+from fedmq.algorithms.problems.federated_datasets import LinearTasks
 from fedmq.algorithms.rng import derive_seed
 
 LOSSES = ["hinge", "squared"]
@@ -113,7 +113,7 @@ class Federation:
     @property
     def primal(self):
         """P(W), with Omega as the inverse of Sigma."""
-        w, loss = self.state.weights, mtl.LOSSES[self.algorithm.loss]
+        w, loss = self.state.weights, dual.LOSSES[self.algorithm.loss]
         fit = sum(loss.value(x @ w[t], y).mean() for t, (x, y) in enumerate(self.data))
         omega = np.linalg.inv(self.state.sigma)
         return fit + self.algorithm.lam / 2 * np.trace(w.T @ omega @ w)

@@ -12,10 +12,10 @@ from fedmq.algorithms.errors import AlgorithmError, DataError, NotAllowed, Probl
 from fedmq.algorithms.fedavg import FedAvg
 from fedmq.algorithms.problems import load_problem
 from fedmq.algorithms.problems.base import Problem
-from fedmq.algorithms.problems.natural import DigitTasks
+from fedmq.algorithms.problems.federated_datasets import DigitTasks
 from fedmq.algorithms.registry import find_algorithm
 from fedmq.codecs.extensions import entry_points
-from fedmq.nodes.catalogue import catalogue
+from fedmq.nodes.cli.catalogue import catalogue
 
 PROBLEMS, ALGORITHMS = "fedmq.problems", "fedmq.algorithms"
 
@@ -61,7 +61,7 @@ def imported(folder):
         ("torch.optim.lr_scheduler:StepLR", torch.optim.lr_scheduler.StepLR),
         ("torchvision.models:ResNet", torchvision.models.ResNet),
         ("torchvision.models.detection:FasterRCNN", torchvision.models.detection.FasterRCNN),
-        ("fedmq.algorithms.problems.natural:DigitTasks", DigitTasks),
+        ("fedmq.algorithms.problems.federated_datasets:DigitTasks", DigitTasks),
     ],
 )
 def test_a_class_of_a_library_or_of_fedmq_is_always_allowed(name, found):
@@ -101,11 +101,11 @@ def test_a_path_or_an_address_is_no_argument_for_a_library(value):
         "torchvision.models:resnet.ResNet",
         "torch.optim:__class__",
         "fedmq.algorithms.problems.registry:load_problem",
-        "fedmq.algorithms.problems.files:read_npz",
+        "fedmq.algorithms.problems.data_files:read_npz",
         "fedmq.algorithms.problems.datasets:resources",
         "fedmq.algorithms.problems.base:Problem",  # abstract
         "fedmq.algorithms.fedavg:FedAvg",  # no problem
-        "fedmq.algorithms.problems.natural:np.save",
+        "fedmq.algorithms.problems.federated_datasets:np.save",
     ],
 )
 def test_of_what_is_always_allowed_only_classes_that_are_defined_there(name):
@@ -116,7 +116,7 @@ def test_of_what_is_always_allowed_only_classes_that_are_defined_there(name):
 @pytest.mark.parametrize(
     "name",
     [
-        "fedmq.nodes.cluster:broker_main",
+        "fedmq.nodes.cluster.supervisor:broker_main",
         "fedmq.codecs.registry:make_codec",
         "fedmq:algorithms",
         "torch:load",
@@ -215,7 +215,7 @@ def test_an_installed_entry_point_is_allowed_by_its_name_and_by_what_it_names(st
 
 def test_an_installed_problem_and_an_installed_algorithm_are_found_by_name(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
-    install(tmp_path, PROBLEMS, "digits", "fedmq.algorithms.problems.natural:DigitTasks")
+    install(tmp_path, PROBLEMS, "digits", "fedmq.algorithms.problems.federated_datasets:DigitTasks")
     install(tmp_path, ALGORITHMS, "plain", "fedmq.algorithms.fedavg:FedAvg")
     assert isinstance(load_problem({"name": "digits", "clients": 10}, 0), DigitTasks)
     assert find_algorithm("plain") is FedAvg
@@ -251,7 +251,7 @@ def test_two_packages_with_one_name_are_a_sentence(strangers, tmp_path, monkeypa
 
 # ---- problems: no name of anything becomes a path
 
-TASKS = "fedmq.algorithms.problems.natural"
+TASKS = "fedmq.algorithms.problems.federated_datasets"
 
 
 @pytest.mark.parametrize(

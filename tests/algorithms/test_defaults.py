@@ -8,9 +8,9 @@ from click.testing import CliRunner
 
 from fedmq.algorithms.registry import ALGORITHMS
 from fedmq.algorithms.schedules import SCHEDULES
-from fedmq.nodes.cli import main
-from fedmq.nodes.config import load
-from fedmq.nodes.setup import set_up
+from fedmq.nodes.cli.main import main
+from fedmq.nodes.run.config import load
+from fedmq.nodes.run.setup import set_up
 
 _GKT = "the paper trains other networks, with Adam"
 _PFEDHN = "the paper's experiments"

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from fedmq.algorithms.base import Payload
-from fedmq.algorithms.returned import payload_of, result_of
+from fedmq.algorithms.toolkit.returned import payload_of, result_of
 from fedmq.algorithms.values import (
     MAX_METRICS_BYTES,
     ReturnedError,

@@ -9,7 +9,7 @@ from torch import nn
 from fedmq.algorithms.base import Client, Payload, Result, Task
 from fedmq.algorithms.fedavg import FedAvg, model_payload
 from fedmq.algorithms.problems.base import Examples, Problem
-from fedmq.algorithms.results import read_result
+from fedmq.algorithms.toolkit.results import read_result
 
 
 class Tiny(Problem):

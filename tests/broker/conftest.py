@@ -7,18 +7,10 @@ import msgspec
 import pytest
 import xxhash
 
-from fedmq.broker.core import Broker
-from fedmq.broker.entries import Accepted, AcceptedAll, Consumed, Refusal
-from fedmq.broker.headers import (
-    decode_frame,
-    decode_message,
-    encode_frame,
-    encode_message,
-    inline_choice,
-)
-from fedmq.broker.postbox import Postbox
-from fedmq.broker.restore import Restorer
-from fedmq.broker.state import (
+from fedmq.broker.core.broker import Broker
+from fedmq.broker.core.mailboxes import Postbox
+from fedmq.broker.core.recovery import Restorer
+from fedmq.broker.core.state import (
     Append,
     BrokerSettings,
     Drop,
@@ -30,7 +22,15 @@ from fedmq.broker.state import (
     Send,
     Wake,
 )
-from fedmq.broker.wire import (
+from fedmq.broker.ledger.entries import Accepted, AcceptedAll, Consumed, Refusal
+from fedmq.broker.wire.encoding import (
+    decode_frame,
+    decode_message,
+    encode_frame,
+    encode_message,
+    inline_choice,
+)
+from fedmq.broker.wire.schema import (
     POST_BYTES,
     Blob,
     Deliver,

@@ -1,9 +1,9 @@
 """What the tests of the Link core have in common."""
 
-from fedmq.broker.headers import encode_message
-from fedmq.broker.link import Link
-from fedmq.broker.link_state import Outgoing, Received, Send, Wake
-from fedmq.broker.wire import (
+from fedmq.broker.link.core import Link
+from fedmq.broker.link.events import Outgoing, Received, Send, Wake
+from fedmq.broker.wire.encoding import encode_message
+from fedmq.broker.wire.schema import (
     Blob,
     Deliver,
     Hello,

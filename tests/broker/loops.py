@@ -6,12 +6,12 @@ from collections import deque
 
 import zmq
 
-from fedmq.broker.entries import Accepted
-from fedmq.broker.headers import decode_frame, split_header
-from fedmq.broker.node_link import NodeLink
-from fedmq.broker.reading import read_entries
+from fedmq.broker.ledger.entries import Accepted
+from fedmq.broker.ledger.reader import read_entries
+from fedmq.broker.link.node_link import NodeLink
 from fedmq.broker.router import BrokerServer
-from fedmq.broker.wire import (
+from fedmq.broker.wire.encoding import decode_frame, split_header
+from fedmq.broker.wire.schema import (
     Blob,
     Hello,
     Message,

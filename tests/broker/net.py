@@ -5,11 +5,8 @@ from collections import defaultdict, deque
 
 import msgspec
 
-from fedmq.broker import link_state as node
-from fedmq.broker.headers import decode_frame, encode_frame
-from fedmq.broker.link import Link
-from fedmq.broker.restore import open_broker
-from fedmq.broker.state import (
+from fedmq.broker.core.recovery import open_broker
+from fedmq.broker.core.state import (
     Append,
     BrokerSettings,
     Drop,
@@ -20,7 +17,10 @@ from fedmq.broker.state import (
     Send,
     Wake,
 )
-from fedmq.broker.wire import (
+from fedmq.broker.link import events as node
+from fedmq.broker.link.core import Link
+from fedmq.broker.wire.encoding import decode_frame, encode_frame
+from fedmq.broker.wire.schema import (
     Blob,
     Chunk,
     Hello,

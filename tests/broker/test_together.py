@@ -7,12 +7,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedmq.broker.entries import Accepted, AcceptedAll
 from fedmq.broker.errors import WireError
-from fedmq.broker.headers import decode_frame, decode_message, encode_frame, encode_message
-from fedmq.broker.link import Link
-from fedmq.broker.link_state import Deliveries, Say, Taken, Together, Wake
-from fedmq.broker.wire import (
+from fedmq.broker.ledger.entries import Accepted, AcceptedAll
+from fedmq.broker.link.core import Link
+from fedmq.broker.link.events import Deliveries, Say, Taken, Together, Wake
+from fedmq.broker.wire.encoding import decode_frame, decode_message, encode_frame, encode_message
+from fedmq.broker.wire.schema import (
     MAX_ALL,
     MAX_ALL_BYTES,
     MAX_MESSAGE_BYTES,

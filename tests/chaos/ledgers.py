@@ -15,23 +15,31 @@ import numpy as np
 import torch
 
 from fedmq.algorithms.allowed import Allowed
-from fedmq.broker.entries import Accepted, AnyEntry, BlobName, Consumed, Ended, Opened, Refusal
-from fedmq.broker.headers import encode_message
-from fedmq.broker.payload import PayloadIndex, open_payload
-from fedmq.broker.postbox import Postbox
-from fedmq.broker.reading import Follower, read_entries
+from fedmq.broker.core.mailboxes import Postbox
+from fedmq.broker.core.recovery import Restorer
+from fedmq.broker.inspection.trace import Trace
+from fedmq.broker.ledger.blob_store import PayloadIndex, open_payload
+from fedmq.broker.ledger.entries import (
+    Accepted,
+    AnyEntry,
+    BlobName,
+    Consumed,
+    Ended,
+    Opened,
+    Refusal,
+)
+from fedmq.broker.ledger.reader import Follower, read_entries
 from fedmq.broker.rejections import Code
-from fedmq.broker.restore import Restorer
-from fedmq.broker.trace import Trace
-from fedmq.broker.wire import Message
-from fedmq.nodes.aggregator import Aggregator
-from fedmq.nodes.computed import Computed
-from fedmq.nodes.config import parse
-from fedmq.nodes.digests import model_digest
-from fedmq.nodes.inbox import Done, Finish, Inbound, Post, Start
+from fedmq.broker.wire.encoding import encode_message
+from fedmq.broker.wire.schema import Message
+from fedmq.nodes.aggregator.computed import Computed
+from fedmq.nodes.aggregator.core import Aggregator
+from fedmq.nodes.messages.actions import Done, Finish, Inbound, Post, Start
 from fedmq.nodes.replay.fold import Replay
-from fedmq.nodes.setup import kind_of, set_up
-from fedmq.nodes.version_zero import version_zero
+from fedmq.nodes.run.config import parse
+from fedmq.nodes.run.digests import model_digest
+from fedmq.nodes.run.setup import kind_of, set_up
+from fedmq.nodes.run.version_zero import version_zero
 
 INBOX = ("aggregator", "node/aggregator")
 OWN_CODE = Allowed(modules=frozenset({"chaos_models"}))

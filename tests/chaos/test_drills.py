@@ -8,9 +8,9 @@ import time
 
 import pytest
 
-from fedmq.broker.fetch import WINDOW_CHUNKS
-from fedmq.broker.payload import _RECENT_BYTES
-from fedmq.broker.wire import CHUNK_BYTES
+from fedmq.broker.ledger.blob_store import _RECENT_BYTES
+from fedmq.broker.wire.chunked_transfer import WINDOW_CHUNKS
+from fedmq.broker.wire.schema import CHUNK_BYTES
 from tests.chaos.crew import Crew, Process, wait_until
 from tests.chaos.ledgers import Seen, Watch, check_books
 

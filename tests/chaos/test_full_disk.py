@@ -18,10 +18,10 @@ from pathlib import Path
 import pytest
 from structlog.testing import capture_logs
 
-from fedmq.broker.entries import Accepted
-from fedmq.broker.node_link import NodeLink
-from fedmq.broker.reading import read_entries
-from fedmq.broker.wire import Blob, Hello, Message
+from fedmq.broker.ledger.entries import Accepted
+from fedmq.broker.ledger.reader import read_entries
+from fedmq.broker.link.node_link import NodeLink
+from fedmq.broker.wire.schema import Blob, Hello, Message
 from tests.chaos.crew import Crew, Process, wait_until
 from tests.chaos.ledgers import Watch, check_books
 

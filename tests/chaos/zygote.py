@@ -13,8 +13,8 @@ import signal
 import sys
 from pathlib import Path
 
-import fedmq.nodes.preload  # noqa: F401 - it is what is shared
-from fedmq.nodes.cli import main
+import fedmq.nodes.cluster.preload  # noqa: F401 - it is what is shared
+from fedmq.nodes.cli.main import main
 
 HERE = Path(__file__).parent
 

@@ -6,7 +6,7 @@ import torch
 from fedmq.codecs.base import Encoded
 from fedmq.codecs.cast import Cast
 from fedmq.codecs.errors import SpecError
-from fedmq.codecs.flat import as_flat
+from fedmq.codecs.formats.flat import as_flat
 from fedmq.codecs.registry import decode, make_codec
 
 

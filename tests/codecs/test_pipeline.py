@@ -8,13 +8,13 @@ from hypothesis import strategies as st
 from fedmq.codecs import registry
 from fedmq.codecs.base import Encoded
 from fedmq.codecs.errors import CodecError, SpecError
-from fedmq.codecs.flat import as_flat
+from fedmq.codecs.formats.flat import as_flat
 from fedmq.codecs.pipeline import LIMIT, STAGES, Limit, Pipeline, _seed
 from fedmq.codecs.registry import codecs, decode, make_codec
 from fedmq.codecs.spec import parse
 from fedmq.codecs.stages.base import Context, Place
-from fedmq.codecs.stages.bases import Hadamard, Kashin
-from fedmq.codecs.stages.numbers import Quantize
+from fedmq.codecs.stages.quantizers import Quantize
+from fedmq.codecs.stages.transforms import Hadamard, Kashin
 
 SINGLE = [
     "identity",

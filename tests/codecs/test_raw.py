@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from fedmq.codecs.base import Encoded
 from fedmq.codecs.errors import CodecError, DecodeError
-from fedmq.codecs.flat import as_flat
+from fedmq.codecs.formats.flat import as_flat
 from fedmq.codecs.raw import DTYPES, Raw
 from fedmq.codecs.registry import decode
 

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedmq.codecs.errors import SpecError
-from fedmq.codecs.spec import Call, build, parse, parse_one, unknown
+from fedmq.codecs.spec import Call, build, parse, parse_one
+from fedmq.codecs.text import unknown
 
 CONSTANTS = {"True", "False", "None"}
 

@@ -14,8 +14,8 @@ from fedmq.codecs import kernels
 from fedmq.codecs.pipeline import _seed
 from fedmq.codecs.registry import decode, make_codec
 from fedmq.codecs.stages.entropy import Entropy
-from fedmq.codecs.stages.numbers import Quantize
-from fedmq.codecs.stages.subsets import kept
+from fedmq.codecs.stages.quantizers import Quantize
+from fedmq.codecs.stages.sparsifiers import kept
 
 
 def there_and_back(spec, x, seed=0):

@@ -17,20 +17,27 @@ from msgspec.msgpack import decode as unpack_any
 from torch import nn
 
 from fedmq.algorithms.errors import AlgorithmError
-from fedmq.algorithms.layout import Layout
-from fedmq.broker.entries import MESSAGES, PAYLOAD, Accepted, AnyEntry, blob_name, segment_path
+from fedmq.algorithms.toolkit.layout import Layout
 from fedmq.broker.errors import BrokerError, WireError
-from fedmq.broker.headers import (
+from fedmq.broker.ledger.blob_store import PayloadIndex, open_payload
+from fedmq.broker.ledger.entries import (
+    MESSAGES,
+    PAYLOAD,
+    Accepted,
+    AnyEntry,
+    blob_name,
+    segment_path,
+)
+from fedmq.broker.ledger.reader import read_entries
+from fedmq.broker.ledger.records import MAGIC, pack, scan
+from fedmq.broker.ledger.writer import Ledger
+from fedmq.broker.wire.encoding import (
     check_inline,
     decode_frame,
     decode_message,
     is_deeper,
 )
-from fedmq.broker.ledger import Ledger
-from fedmq.broker.payload import PayloadIndex, open_payload
-from fedmq.broker.reading import read_entries
-from fedmq.broker.records import MAGIC, pack, scan
-from fedmq.broker.wire import (
+from fedmq.broker.wire.schema import (
     CHUNK_BYTES,
     MAX_BUFFERS,
     MAX_DEPTH,
@@ -43,9 +50,9 @@ from fedmq.codecs.base import Encoded
 from fedmq.codecs.errors import CodecError
 from fedmq.codecs.registry import codecs, make_codec
 from fedmq.codecs.registry import decode as decode_tensors
-from fedmq.nodes.config import parse as parse_config
 from fedmq.nodes.errors import NodeError
-from fedmq.nodes.payload import unpack
+from fedmq.nodes.messages.payloads import unpack
+from fedmq.nodes.run.config import parse as parse_config
 
 OWN_ERRORS = (BrokerError, CodecError, AlgorithmError, NodeError)
 

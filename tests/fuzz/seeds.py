@@ -17,7 +17,7 @@ import torch
 from msgspec import inspect, structs
 
 from fedmq.algorithms.base import Payload
-from fedmq.broker.entries import (
+from fedmq.broker.ledger.entries import (
     MESSAGES,
     PAYLOAD,
     Accepted,
@@ -26,22 +26,22 @@ from fedmq.broker.entries import (
     blob_name,
     segment_path,
 )
-from fedmq.broker.headers import (
+from fedmq.broker.ledger.records import MAGIC, scan
+from fedmq.broker.ledger.writer import Ledger
+from fedmq.broker.wire.encoding import (
     decode_message,
     encode_frame,
     encode_message,
 )
-from fedmq.broker.ledger import Ledger
-from fedmq.broker.records import MAGIC, scan
-from fedmq.broker.wire import (
+from fedmq.broker.wire.schema import (
     AnyFrame,
     Blob,
     Message,
 )
 from fedmq.codecs.base import Encoded
 from fedmq.codecs.registry import codecs, make_codec
-from fedmq.nodes.config import load
-from fedmq.nodes.payload import Codecs, Packed, pack
+from fedmq.nodes.messages.payloads import Codecs, Packed, pack
+from fedmq.nodes.run.config import load
 from tests.fuzz.decoders import MODEL, READERS, join
 
 SPECS = {"cast": ("cast(float16)", "cast(bfloat16)")}

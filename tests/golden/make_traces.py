@@ -11,15 +11,15 @@ from pathlib import Path
 
 import torch
 
-from fedmq.broker.entries import Accepted
-from fedmq.broker.state import BrokerSettings
-from fedmq.broker.trace import Trace
-from fedmq.broker.virtual import Faults
-from fedmq.nodes.config import build
-from fedmq.nodes.digests import model_digest
+from fedmq.broker.core.state import BrokerSettings
+from fedmq.broker.inspection.trace import Trace
+from fedmq.broker.ledger.entries import Accepted
+from fedmq.broker.virtual.network import Faults
 from fedmq.nodes.replay.fold import Replay
-from fedmq.nodes.setup import set_up
-from fedmq.nodes.simulation import Chances, Simulation
+from fedmq.nodes.run.config import build
+from fedmq.nodes.run.digests import model_digest
+from fedmq.nodes.run.setup import set_up
+from fedmq.nodes.simulation.virtual_run import Chances, Simulation
 from tests.own_code import OWN_CODE
 
 TRACES = Path(__file__).parent / "traces"

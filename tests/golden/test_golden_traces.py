@@ -4,11 +4,11 @@ import json
 
 import pytest
 
-from fedmq.broker.entries import Accepted, Ended
-from fedmq.broker.trace import Trace
+from fedmq.broker.inspection.trace import Trace
+from fedmq.broker.ledger.entries import Accepted, Ended
 from fedmq.nodes.replay.fold import recorded_setup
 from fedmq.nodes.replay.workers import Retraining
-from fedmq.nodes.setup import kind_of
+from fedmq.nodes.run.setup import kind_of
 from tests.golden.make_traces import TRACES, outcome
 from tests.own_code import OWN_CODE
 

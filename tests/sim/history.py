@@ -8,18 +8,20 @@ from collections import Counter, defaultdict
 from pathlib import Path
 from unittest import mock
 
-from fedmq.broker import fetch, payload, wire
-from fedmq.broker.entries import Accepted, Consumed, Ended, Refusal
-from fedmq.broker.payload import open_payload
-from fedmq.broker.reading import read_entries
-from fedmq.broker.state import RECORD, BrokerSettings
-from fedmq.broker.trace import Trace
-from fedmq.broker.virtual import Faults
-from fedmq.nodes.config import build
-from fedmq.nodes.digests import model_digest
+from fedmq.broker.core.state import BrokerSettings
+from fedmq.broker.inspection.trace import Trace
+from fedmq.broker.ledger import blob_store
+from fedmq.broker.ledger.blob_store import open_payload
+from fedmq.broker.ledger.entries import Accepted, Consumed, Ended, Refusal
+from fedmq.broker.ledger.reader import read_entries
+from fedmq.broker.virtual.network import Faults
+from fedmq.broker.wire import chunked_transfer, schema
+from fedmq.broker.wire.addresses import RECORD
 from fedmq.nodes.replay.fold import Replay
-from fedmq.nodes.setup import set_up
-from fedmq.nodes.simulation import RUN, Chances, Simulation
+from fedmq.nodes.run.config import build
+from fedmq.nodes.run.digests import model_digest
+from fedmq.nodes.run.setup import set_up
+from fedmq.nodes.simulation.virtual_run import RUN, Chances, Simulation
 
 SCHEDULES = (
     {"name": "rounds", "fraction": 0.5},
@@ -54,10 +56,10 @@ def setup_of(index, checkpoint_s, algorithm="Tally"):
 def pieces_of(inline_bytes, chunk_bytes):
     """Let a model of a few bytes travel as large ones do: apart, in chunks, under credit."""
     with (
-        mock.patch.object(wire, "INLINE_BYTES", inline_bytes),
-        mock.patch.object(wire, "POST_BYTES", inline_bytes),
-        mock.patch.object(fetch, "CHUNK_BYTES", chunk_bytes),
-        mock.patch.object(payload, "CHUNK_BYTES", chunk_bytes),
+        mock.patch.object(schema, "INLINE_BYTES", inline_bytes),
+        mock.patch.object(schema, "POST_BYTES", inline_bytes),
+        mock.patch.object(chunked_transfer, "CHUNK_BYTES", chunk_bytes),
+        mock.patch.object(blob_store, "CHUNK_BYTES", chunk_bytes),
     ):
         yield
 
@@ -94,7 +96,7 @@ def check_history(seed):
     setup = setup_of(index, checkpoint_s, rng.choice(["Tally", "Tally", "BesideTally"]))
     # Crashes here have nothing to do with the message that they interrupt.
     settings = BrokerSettings(lease_s=3.0, beat_s=0.5, deliveries=1000)
-    sizes = rng.choice([(wire.INLINE_BYTES, wire.CHUNK_BYTES), (100, 64)])
+    sizes = rng.choice([(schema.INLINE_BYTES, schema.CHUNK_BYTES), (100, 64)])
     with tempfile.TemporaryDirectory(prefix="fedmq-sim-") as folder, pieces_of(*sizes):
         simulation = Simulation(setup, 2, Path(folder), seed, chances, settings)
         try:

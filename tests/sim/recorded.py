@@ -1,10 +1,10 @@
 """A run with crashes in virtual time, and its record folded and trained again."""
 
-from fedmq.broker.trace import Trace
-from fedmq.nodes.digests import model_digest
+from fedmq.broker.inspection.trace import Trace
 from fedmq.nodes.replay.fold import Replay
 from fedmq.nodes.replay.workers import Retraining
-from fedmq.nodes.simulation import Chances, Simulation
+from fedmq.nodes.run.digests import model_digest
+from fedmq.nodes.simulation.virtual_run import Chances, Simulation
 
 
 def check_recorded_run(setup, folder, versions, nodes=("worker-0", "worker-1")):

@@ -1,7 +1,7 @@
 """Deterministic fault simulation: whatever befalls a run, what is promised holds."""
 
-from fedmq.broker.remembered import Remembered
-from fedmq.nodes.local import Locals
+from fedmq.broker.core.deduplication import Remembered
+from fedmq.nodes.worker.client_state import Locals
 from tests.sim.history import check_history
 from tests.sim.soak import BATCH, run_seeds
 

@@ -11,7 +11,7 @@ import torch
 
 from fedmq.algorithms.errors import DataError, ProblemError
 from fedmq.algorithms.problems import DATASETS, load_dataset
-from fedmq.algorithms.problems.files import data_root, read_idx
+from fedmq.algorithms.problems.data_files import data_root, read_idx
 
 RNG = np.random.default_rng(0)
 

@@ -4,7 +4,7 @@ import torch
 
 from fedmq.algorithms.errors import ProblemError
 from fedmq.algorithms.problems import ImageClassification, datasets, image
-from fedmq.algorithms.problems.files import data_root
+from fedmq.algorithms.problems.data_files import data_root
 
 
 def problem(**fields):

@@ -13,11 +13,11 @@ import torch
 from click.testing import CliRunner
 from torch import nn
 
-from fedmq.broker.state import BrokerSettings
-from fedmq.nodes.cli import main
-from fedmq.nodes.config import build
-from fedmq.nodes.setup import set_up
-from fedmq.nodes.simulation import Simulation
+from fedmq.broker.core.state import BrokerSettings
+from fedmq.nodes.cli.main import main
+from fedmq.nodes.run.config import build
+from fedmq.nodes.run.setup import set_up
+from fedmq.nodes.simulation.virtual_run import Simulation
 from tests.algorithms.hyper import Local
 from tests.golden.make_traces import CHANCES
 from tests.nodes.replay.material import messages

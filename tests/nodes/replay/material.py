@@ -8,7 +8,8 @@ import torch
 from click.testing import CliRunner
 from msgspec.structs import replace
 
-from fedmq.broker.entries import (
+from fedmq.broker.inspection.trace import Trace
+from fedmq.broker.ledger.entries import (
     MESSAGES,
     Accepted,
     BlobName,
@@ -17,13 +18,12 @@ from fedmq.broker.entries import (
     Refusal,
     segment_path,
 )
-from fedmq.broker.headers import encode_message
-from fedmq.broker.ledger import Ledger
-from fedmq.broker.trace import Trace
-from fedmq.broker.wire import Blob
+from fedmq.broker.ledger.writer import Ledger
+from fedmq.broker.wire.encoding import encode_message
+from fedmq.broker.wire.schema import Blob
 from fedmq.codecs.raw import Raw
-from fedmq.nodes.cli import main
-from fedmq.nodes.payload import unpack
+from fedmq.nodes.cli.main import main
+from fedmq.nodes.messages.payloads import unpack
 from fedmq.nodes.replay.fold import INBOX, Replay
 from tests.golden.make_traces import EXPECTED, TRACES
 from tests.golden.points import Points

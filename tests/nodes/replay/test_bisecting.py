@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 from fedmq.algorithms.schedules import staleness
-from fedmq.broker.trace import Trace
+from fedmq.broker.inspection.trace import Trace
 from fedmq.nodes.replay.steps import FILE
 from tests.nodes.replay import material
 from tests.nodes.replay.material import (

@@ -6,11 +6,11 @@ import pytest
 import torch
 from msgspec.structs import replace
 
-from fedmq.broker.entries import Accepted, Ended, Opened
-from fedmq.broker.headers import encode_message
-from fedmq.broker.trace import Trace
-from fedmq.nodes.digests import digest_of
+from fedmq.broker.inspection.trace import Trace
+from fedmq.broker.ledger.entries import Accepted, Ended, Opened
+from fedmq.broker.wire.encoding import encode_message
 from fedmq.nodes.replay.fold import Replay
+from fedmq.nodes.run.digests import digest_of
 from tests.nodes.replay import material
 from tests.nodes.replay.material import (
     BUFFERED,

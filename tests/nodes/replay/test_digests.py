@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from fedmq.nodes.checkpoint import Counts
-from fedmq.nodes.digests import digest_of, model_digest
+from fedmq.nodes.aggregator.checkpoint import Counts
+from fedmq.nodes.run.digests import digest_of, model_digest
 
 DIFFERENT = [
     None,

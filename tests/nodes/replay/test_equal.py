@@ -7,13 +7,13 @@ import shutil
 import msgspec
 import pytest
 
-from fedmq.broker.entries import Accepted
 from fedmq.broker.errors import LedgerError
-from fedmq.broker.trace import Trace
-from fedmq.broker.wire import Blob
-from fedmq.nodes.digests import model_digest
-from fedmq.nodes.inbox import Inbound, Post
+from fedmq.broker.inspection.trace import Trace
+from fedmq.broker.ledger.entries import Accepted
+from fedmq.broker.wire.schema import Blob
+from fedmq.nodes.messages.actions import Inbound, Post
 from fedmq.nodes.replay.fold import Replay, last_checkpoint
+from fedmq.nodes.run.digests import model_digest
 from tests.nodes.replay import material
 from tests.nodes.replay.material import (
     BUFFERED,

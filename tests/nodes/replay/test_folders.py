@@ -5,8 +5,8 @@ import shutil
 
 import pytest
 
-from fedmq.broker.entries import Consumed, Opened
-from fedmq.broker.trace import Trace
+from fedmq.broker.inspection.trace import Trace
+from fedmq.broker.ledger.entries import Consumed, Opened
 from tests.nodes.replay import material
 from tests.nodes.replay.material import BUFFERED, GOLDEN, edit, refused, replay, rewrite
 

@@ -4,15 +4,15 @@ import pytest
 import torch
 from msgspec.structs import replace
 
-from fedmq.broker.entries import Accepted
-from fedmq.broker.headers import encode_message
-from fedmq.broker.trace import Trace
-from fedmq.broker.wire import Message
-from fedmq.nodes.local import Locals
+from fedmq.broker.inspection.trace import Trace
+from fedmq.broker.ledger.entries import Accepted
+from fedmq.broker.wire.encoding import encode_message
+from fedmq.broker.wire.schema import Message
 from fedmq.nodes.replay.histories import Histories, read_histories
 from fedmq.nodes.replay.workers import Retraining
-from fedmq.nodes.simulation import Chances, Simulation, WorkerHost
-from tests.algorithms.test_fedrep_runs import setup_of
+from fedmq.nodes.simulation.virtual_run import Chances, Simulation, WorkerHost
+from fedmq.nodes.worker.client_state import Locals
+from tests.algorithms.personal.test_fedrep_runs import setup_of
 from tests.nodes.replay import material
 
 LEASE_S = 3.0

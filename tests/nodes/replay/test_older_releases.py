@@ -10,8 +10,8 @@ import pytest
 import torch
 from msgspec.structs import replace
 
-from fedmq.broker.trace import Trace
-from fedmq.broker.wire import Blob
+from fedmq.broker.inspection.trace import Trace
+from fedmq.broker.wire.schema import Blob
 from tests.cpus import X86, capabilities
 from tests.golden.make_traces import EXPECTED, TRACES
 from tests.nodes.replay import material
@@ -52,7 +52,7 @@ def test_the_model_is_the_recorded_one_on_every_kind_of_cpu(capability):
     if capability not in capabilities():
         pytest.skip(f"this CPU has no {capability}")
     code = (
-        "from fedmq.nodes.cli import main\n"
+        "from fedmq.nodes.cli.main import main\n"
         f"for name in {NAMES!r}:\n"
         f"    folder = {str(OLD)!r} + '/' + name\n"
         "    main(['replay', '--allow', 'tests', folder], standalone_mode=False)\n"

@@ -9,9 +9,9 @@ import platform
 import pytest
 
 from fedmq.algorithms.registry import ALGORITHMS
-from fedmq.broker.trace import Trace
-from fedmq.nodes.payload import unpack
-from fedmq.nodes.setup import kind_of
+from fedmq.broker.inspection.trace import Trace
+from fedmq.nodes.messages.payloads import unpack
+from fedmq.nodes.run.setup import kind_of
 from tests.cpus import X86, capabilities
 from tests.nodes.replay import machines, material
 from tests.nodes.replay.machines import MAIN

@@ -3,7 +3,7 @@
 import pytest
 from click.testing import CliRunner
 
-from fedmq.nodes.cli import main
+from fedmq.nodes.cli.main import main
 from tests.nodes.replay.material import (
     BUFFERED,
     closing,

@@ -7,9 +7,9 @@ import re
 import pytest
 from msgspec.structs import replace
 
-from fedmq.broker.entries import Accepted, Refusal
-from fedmq.broker.headers import encode_message
-from fedmq.broker.trace import Trace
+from fedmq.broker.inspection.trace import Trace
+from fedmq.broker.ledger.entries import Accepted, Refusal
+from fedmq.broker.wire.encoding import encode_message
 from tests.nodes.replay import material
 from tests.nodes.replay.material import (
     BUFFERED,

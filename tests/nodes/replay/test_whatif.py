@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from fedmq.broker.trace import Trace
-from fedmq.nodes.inbox import Inbound, Post
+from fedmq.broker.inspection.trace import Trace
+from fedmq.nodes.messages.actions import Inbound, Post
 from fedmq.nodes.replay.fold import Replay
 from fedmq.nodes.replay.whatif import WhatIf, changed_setup
 from tests.golden.points import Points

@@ -5,12 +5,12 @@ import re
 import pytest
 import torch
 
-from fedmq.broker.trace import Trace
-from fedmq.broker.wire import Blob
+from fedmq.broker.inspection.trace import Trace
+from fedmq.broker.wire.schema import Blob
 from fedmq.nodes.replay.fold import recorded_setup
 from fedmq.nodes.replay.workers import Retraining, depends_on_device
-from fedmq.nodes.setup import kind_of
-from fedmq.nodes.simulation import Chances, Simulation
+from fedmq.nodes.run.setup import kind_of
+from fedmq.nodes.simulation.virtual_run import Chances, Simulation
 from fedmq.nodes.trace.differences import ABSENT, Difference, Field, Gap, InGroup, Kind
 from tests.nodes.replay import material
 from tests.nodes.replay.material import (

@@ -3,10 +3,10 @@
 import pytest
 from click.testing import CliRunner
 
-from fedmq.broker.state import BrokerSettings
-from fedmq.broker.virtual import Faults
-from fedmq.nodes.cli import main
-from fedmq.nodes.simulation import Chances, Simulation
+from fedmq.broker.core.state import BrokerSettings
+from fedmq.broker.virtual.network import Faults
+from fedmq.nodes.cli.main import main
+from fedmq.nodes.simulation.virtual_run import Chances, Simulation
 from tests.nodes.trace import story
 from tests.sim.history import setup_of
 

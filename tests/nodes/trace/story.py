@@ -4,7 +4,8 @@ import msgspec
 import torch
 
 from fedmq.algorithms.base import Payload
-from fedmq.broker.entries import (
+from fedmq.broker.inspection.trace import Trace
+from fedmq.broker.ledger.entries import (
     Accepted,
     BlobName,
     Consumed,
@@ -12,16 +13,15 @@ from fedmq.broker.entries import (
     Opened,
     Refusal,
 )
-from fedmq.broker.headers import encode_message
-from fedmq.broker.ledger import Ledger
-from fedmq.broker.trace import Trace
-from fedmq.broker.wire import (
+from fedmq.broker.ledger.writer import Ledger
+from fedmq.broker.wire.encoding import encode_message
+from fedmq.broker.wire.schema import (
     Blob,
     Message,
     digest,
 )
 from fedmq.codecs.registry import make_codec
-from fedmq.nodes.payload import Codecs, pack
+from fedmq.nodes.messages.payloads import Codecs, pack
 
 START = 1_700_000_000.0
 CONFIG = '[run]\nid = "{run}"\nseed = 0\n\n[broker]\nretain = "everything"\n'

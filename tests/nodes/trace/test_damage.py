@@ -5,8 +5,8 @@ import random
 
 import pytest
 
-from fedmq.broker.entries import MESSAGES, PAYLOAD, segment_path
-from fedmq.broker.records import scan
+from fedmq.broker.ledger.entries import MESSAGES, PAYLOAD, segment_path
+from fedmq.broker.ledger.records import scan
 from tests.nodes.trace import story
 
 
@@ -116,6 +116,6 @@ def fedmq_any(folder):
     """Run stats, whatever its exit code."""
     from click.testing import CliRunner
 
-    from fedmq.nodes.cli import main
+    from fedmq.nodes.cli.main import main
 
     return CliRunner().invoke(main, ["trace", "stats", str(folder)])

@@ -5,9 +5,9 @@ import pytest
 import torch
 
 from fedmq.algorithms.base import Payload
-from fedmq.broker.wire import Blob, Message
+from fedmq.broker.wire.schema import Blob, Message
 from fedmq.codecs.registry import make_codec
-from fedmq.nodes.payload import Codecs, pack
+from fedmq.nodes.messages.payloads import Codecs, pack
 from fedmq.nodes.trace import differ
 from fedmq.nodes.trace.differ import Side
 from fedmq.nodes.trace.differences import ABSENT, Difference, Field, Gap, InGroup, Kind

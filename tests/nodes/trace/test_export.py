@@ -4,8 +4,8 @@ from collections import defaultdict
 
 import pytest
 
-from fedmq.broker.entries import Accepted
-from fedmq.broker.trace import Trace
+from fedmq.broker.inspection.trace import Trace
+from fedmq.broker.ledger.entries import Accepted
 from tests.nodes.trace import story
 
 

@@ -5,9 +5,9 @@ from collections import Counter
 
 import pytest
 
-from fedmq.broker.trace import Trace
-from fedmq.nodes.trace.fates import Fates
+from fedmq.broker.inspection.trace import Trace
 from fedmq.nodes.trace.listing import Columns, rows
+from fedmq.nodes.trace.outcomes import Fates
 from tests.nodes.trace import story
 
 
@@ -219,7 +219,7 @@ def test_wrong_usage_is_one_sentence_and_exit_code_2(
 
 
 def test_a_reader_that_goes_away_ends_the_listing_quietly(simulated, tmp_path):
-    command = [sys.executable, "-m", "fedmq.nodes.cli", "trace", "ls", str(simulated(2, 3))]
+    command = [sys.executable, "-m", "fedmq.nodes.cli.main", "trace", "ls", str(simulated(2, 3))]
     program = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     program.stdout.close()
     _, said = program.communicate(timeout=30)
@@ -228,7 +228,7 @@ def test_a_reader_that_goes_away_ends_the_listing_quietly(simulated, tmp_path):
 
 def test_listing_needs_no_torch(written):
     code = (
-        "import sys\nfrom fedmq.nodes.cli import main\n"
+        "import sys\nfrom fedmq.nodes.cli.main import main\n"
         "try:\n    main(sys.argv[1:])\nexcept SystemExit:\n    pass\n"
         "assert 'torch' not in sys.modules"
     )

@@ -1,7 +1,7 @@
 import shutil
 
-from fedmq.broker.entries import PAYLOAD, segment_path
-from fedmq.broker.records import MAGIC
+from fedmq.broker.ledger.entries import PAYLOAD, segment_path
+from fedmq.broker.ledger.records import MAGIC
 from tests.nodes.trace import story
 
 

@@ -3,16 +3,16 @@ from collections import Counter
 
 import pytest
 
-from fedmq.broker.entries import Accepted, BlobName, Consumed, Opened, Refusal
-from fedmq.broker.ledger import Ledger
-from fedmq.broker.trace import Trace
-from fedmq.broker.wire import digest
-from fedmq.nodes.aggregator import Aggregator
-from fedmq.nodes.inbox import Inbound, Start
-from fedmq.nodes.simulation import RUN
-from fedmq.nodes.trace.payload import read_payload
+from fedmq.broker.inspection.trace import Trace
+from fedmq.broker.ledger.entries import Accepted, BlobName, Consumed, Opened, Refusal
+from fedmq.broker.ledger.writer import Ledger
+from fedmq.broker.wire.schema import digest
+from fedmq.nodes.aggregator.core import Aggregator
+from fedmq.nodes.messages.actions import Inbound, Start
+from fedmq.nodes.process.terminal import table
+from fedmq.nodes.simulation.virtual_run import RUN
+from fedmq.nodes.trace.blobs import read_payload
 from fedmq.nodes.trace.stats import Account, Stats, histogram
-from fedmq.nodes.trace.text import table
 from tests.nodes.trace import story
 from tests.sim.history import setup_of
 

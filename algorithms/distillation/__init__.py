@@ -1,0 +1,1 @@
+"""Federated distillation and co-distillation."""

@@ -1,0 +1,122 @@
+"""What devices report of their outputs: the means that travel in federated distillation and in
+co-distillation, how they are told from anything else, and what the paper counts for them.
+"""  # noqa: D205 - one sentence
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fedmq.algorithms.base import Payload
+from fedmq.algorithms.errors import Fault, ResultError
+from fedmq.codecs.text import brief
+
+MOST_COUNTED = 10**12
+"""Outputs in one mean; honest reports stay far below."""
+
+
+@dataclass(frozen=True)
+class Reports:
+    """What each device said last: M devices, R rows (labels, or samples), L classes.
+
+    means: float32 [M, R, L], mean softmax outputs; a row that counts 0 is 0.
+    counts: int64 [M, R], how many outputs a row is the mean of.
+    total: float64 [R, L], the sum of the means over devices.
+    having: int64 [R], how many devices have a row.
+    """
+
+    means: Tensor
+    counts: Tensor
+    total: Tensor
+    having: Tensor
+
+    @classmethod
+    def of(cls, means: Tensor, counts: Tensor) -> Reports:
+        """Return reports with their sums."""
+        # Along the first axis numpy adds one device after the other, whatever the threads: a
+        # restored state has the same sums to the bit.
+        total = means.numpy().sum(axis=0, dtype=np.float64)
+        return cls(means, counts, torch.from_numpy(total), (counts > 0).sum(dim=0))
+
+    @classmethod
+    def none(cls, devices: int, rows: int, classes: int) -> Reports:
+        """Return what there is before anybody has said anything."""
+        counts = torch.zeros((devices, rows), dtype=torch.int64)
+        return cls.of(torch.zeros((devices, rows, classes)), counts)
+
+    def others(self, device: int) -> tuple[Tensor, Tensor]:
+        """Return the mean of the *other* devices' rows, and how many of them have each.
+
+        float32 [R, L] and int64 [R]. A row that no other device has counts 0 and is 0. A
+        device that is not among these M has M others.
+        """
+        total, having = self.total, self.having
+        if device < len(self.means):
+            total = total - self.means[device]
+            having = having - (self.counts[device] > 0).long()
+        means = (total / having.clamp(min=1).unsqueeze(1)).clamp(min=0).float()
+        return means * (having > 0).unsqueeze(1), having
+
+    def updated(self, news: Mapping[int, tuple[Tensor, Tensor]]) -> Reports:
+        """Return reports in which these devices have said something new."""
+        means, counts = self.means.clone(), self.counts.clone()
+        for device, (rows, of) in news.items():
+            means[device], counts[device] = rows, of
+        return Reports.of(means, counts)
+
+
+News = dict[int, tuple[Tensor, Tensor]]
+"""By device, the last (means, counts) that came for the next version."""
+
+
+def group_of(payload: Payload, key: Literal["ids", "counts"]) -> tuple[Tensor, Tensor]:
+    """Return logits and their ids or counts.
+
+    Raises:
+        ResultError: they are not there, or other tensors are.
+    """
+    if set(payload.logits) != {"logits", key} or payload.weights or payload.features:
+        found = brief(sorted([*payload.logits, *payload.weights, *payload.features]))
+        raise ResultError(f"expected logits with {key} and no other tensors, got {found}")
+    return payload.logits["logits"], payload.logits[key]
+
+
+def check_shape(tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...], what: str) -> None:
+    """Raise ResultError if a tensor is not of this dtype and shape."""
+    if tensor.dtype != dtype or tuple(tensor.shape) != shape:
+        raise ResultError(
+            f"expected {what} as {dtype} {list(shape)}, got {tensor.dtype} {list(tensor.shape)}",
+            Fault.WRONG_SHAPE,
+        )
+
+
+def check_probabilities(rows: Tensor) -> None:
+    """Raise ResultError if rows, float32 [n, L], are not of probabilities.
+
+    A codec may have moved each value by half of 1/255 of the row's span, and a little more.
+    """
+    values: NDArray[np.float32] = rows.numpy()
+    slack = 0.0025
+    if not np.isfinite(values).all() or (values < -slack).any() or (values > 1 + 2 * slack).any():
+        raise ResultError("expected probabilities, got values that are not from 0 to 1")
+    off = float(np.abs(values.sum(axis=1, dtype=np.float64) - 1).max(initial=0))
+    if off > 0.01 + slack * values.shape[1]:
+        raise ResultError(f"expected probabilities that sum to 1, got a sum off by {off:.3g}")
+
+
+def paper_bits(
+    rounds: int, classes: int = 10, *, generator: int = 0, samples: int = 0, pixels: int = 784
+) -> int:
+    """Return what the paper's Table 1 counts as a device's cost of FD, in bits.
+
+    A table of outputs each way a round, and with FAug a generator's parameters, of 32 bits
+    each, and seed samples of 8 bits a pixel. What it does not count: messages, and the
+    counts by label.
+    """
+    return 32 * (2 * rounds * classes * classes + generator) + 8 * samples * pixels

@@ -1,0 +1,1 @@
+"""Federated Augmentation: distillation helped by a shared generator."""

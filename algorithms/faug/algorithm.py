@@ -1,0 +1,304 @@
+"""Federated Augmentation (FAug): Jeong, Oh, Kim, Park, Bennis, Kim, "Communication-Efficient
+On-Device Machine Learning: Federated Distillation and Augmentation under Non-IID Private Data",
+2018.
+"""  # noqa: D205 - the citation is the summary
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from fedmq.algorithms.base import Algorithm, Client, Payload, Reply, Result, Task, examples_of
+from fedmq.algorithms.distillation.fd import Distillation
+from fedmq.algorithms.errors import AlgorithmError, ResultError
+from fedmq.algorithms.faug.augmentation import (
+    OWN,
+    Averaging,
+    Gan,
+    filled,
+    inner_local,
+    joined,
+    leakage_of,
+    missing,
+    own_local,
+    share_metrics,
+    split_labels,
+)
+from fedmq.algorithms.faug.cgan import WIDTHS, GanSettings
+from fedmq.algorithms.faug.state import (
+    AugGathered,
+    AugState,
+    check_empty,
+    inner_saved,
+    load_state,
+    save_state,
+    seeds_of,
+)
+from fedmq.algorithms.fedavg import load_model
+from fedmq.algorithms.problems.base import Problem
+from fedmq.algorithms.rng import derive_rng, derive_seed
+from fedmq.codecs.text import brief
+
+PHASES = ("seeds", "fill", "then")
+
+
+@dataclass(frozen=True)
+class FAug(Distillation):
+    """Section 3: devices give a few samples, get a generator, and fill what they lack.
+
+    Three kinds of task. ``seeds``: a device sends a few of its samples of its target labels
+    (those it has too few of) and of redundant ones, which hide the former from the server.
+    ``fill``: it gets the generator that the server trained on all seeds, and makes samples of
+    its target labels until it has as many as of the others. ``then``: federated distillation
+    or averaging goes on. Which comes next follows from what the device has done, so that one
+    that was away gets what it missed; but nobody is asked for seeds once the generator is
+    trained, where they would be given away for nothing.
+
+    then: ``fd`` or ``fedavg``, with the fields of `Distillation` (batch_size 64 among them), or
+        those of them that `FedAvg` has; its ``iterations`` are rounded to whole epochs, and its
+        SGD is plain, as that of `Distillation` is.
+    scarce: a label is a target of a device that has fewer samples of it than this share of
+        its mean number by label.
+    seeds: samples that a device gives of each target and redundant label, at most; 5.
+    redundant: how many redundant labels; 0 in the paper's Table 1.
+    wait: share of the devices whose seeds the server waits for; 1 in the paper.
+    gan_steps: of the generator's training; the paper does not state it, nor the next three.
+    gan_batch, gan_lr: of it.
+    gan_widths: of the generator's hidden layers; the default has 1,493,520 parameters on MNIST.
+
+    The paper's server oversamples the seeds by web image search; here it turns, scales and
+    moves them, and adds noise (`fedmq.algorithms.faug.cgan.augmented`).
+    """
+
+    name: ClassVar[str] = "faug"
+    trains: ClassVar[bool] = True
+    reproducible: ClassVar[bool] = False
+    sends: ClassVar[Reply | None] = None
+    at_commit: ClassVar[frozenset[str]] = frozenset({"wait", "gan_steps", "gan_batch", "gan_lr"})
+
+    then: Literal["fd", "fedavg"] = "fd"
+    scarce: Annotated[float, Field(gt=0, le=1)] = 0.25
+    seeds: Annotated[int, Field(ge=1, le=1000)] = 5
+    redundant: Annotated[int, Field(ge=0)] = 0
+    wait: Annotated[float, Field(gt=0, le=1)] = 1.0
+    gan_steps: Annotated[int, Field(ge=1)] = 5000
+    gan_batch: Annotated[int, Field(ge=2)] = 32
+    gan_lr: Annotated[float, Field(gt=0)] = 2e-4
+    gan_widths: tuple[int, int, int] = WIDTHS
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.then == "fedavg" and self.models:
+            raise AlgorithmError("models: with then = 'fedavg' all devices have one model")
+        if min(self.gan_widths) < 1:
+            raise AlgorithmError(f"gan_widths: expected at least 1, got {list(self.gan_widths)}")
+
+    @property
+    def _then(self) -> Algorithm:
+        if self.then == "fd":
+            names = [each.name for each in dataclasses.fields(Distillation)]
+            return Distillation(**{name: getattr(self, name) for name in names})
+        return Averaging(
+            lr=self.lr,
+            epochs=self.epochs,
+            batch_size=self.batch_size,
+            momentum=0.0,
+            iterations=self.iterations,
+        )
+
+    # ---- at the aggregator
+
+    def start(self, problem: Problem) -> AugState:
+        """Nobody has given anything."""
+        nobody = torch.zeros(problem.clients, dtype=torch.int64)
+        then = self._then.start(problem)
+        return AugState(then, nobody, nobody, {}, None, problem.shape, problem.classes)
+
+    def task(self, state: AugState, client: int) -> Payload:
+        """Return the next thing for this device to do, ``phase`` in its numbers."""
+        known = client < len(state.given)
+        if state.gan is None and known and not state.given[client]:
+            return Payload(numbers={"phase": "seeds"})
+        if state.gan is not None and not (known and state.served[client]):
+            return _in_phase(state.gan.payload(), "fill")
+        return _in_phase(self._then.task(state.then, client), "then")
+
+    def examined(self, state: AugState, client: int = 0) -> Payload:
+        """Return the global model, if there is one."""
+        return self._then.examined(state.then, client)
+
+    def result_bytes(self, state: AugState) -> int:
+        """Return the size of seeds or of what the algorithm sends, whichever is more."""
+        seeds = self.seeds * state.classes * (4 * math.prod(state.shape) + 16)
+        return max(seeds, self._then.result_bytes(state.then))
+
+    def gather(self, state: AugState) -> AugGathered:
+        """Return that nothing came."""
+        return AugGathered(self._then.gather(state.then))
+
+    def absorb(
+        self, gathered: AugGathered, state: AugState, result: Result, weight: float
+    ) -> AugGathered:
+        """Take a result in, by its phase."""
+        numbers = result.payload.numbers
+        examples_of(numbers)
+        phase = numbers.get("phase")
+        if phase == "seeds":
+            gathered.seeds[result.client] = seeds_of(state, result.payload, self.seeds)
+        elif phase == "fill":
+            check_empty(result.payload)
+            gathered.served.add(result.client)
+        elif phase == "then":
+            gathered.then = self._then.absorb(gathered.then, state.then, result, weight)
+            gathered.weight += weight
+        else:
+            raise ResultError(f"expected phase as one of {', '.join(PHASES)}, got {brief(phase)}")
+        gathered.total += weight
+        return gathered
+
+    def commit(self, state: AugState, gathered: AugGathered, divisor: float) -> AugState:
+        """Commit what the algorithm learned; train the generator when the seeds are there."""
+        then = state.then
+        if gathered.weight:
+            share = gathered.weight / gathered.total
+            then = self._then.commit(then, gathered.then, divisor * share)
+        given, served = state.given.clone(), state.served.clone()
+        given[list(gathered.seeds)] = 1
+        served[list(gathered.served)] = 1
+        if state.gan is not None:
+            return dataclasses.replace(state, then=then, given=given, served=served)
+        seeds = {**state.seeds, **gathered.seeds}
+        gan = None
+        enough = int(given.sum()) >= math.ceil(self.wait * len(given))
+        if enough and any(len(y) for _, y in seeds.values()):
+            # In the devices' order, whichever came first.
+            x, y = (torch.cat([seeds[k][part] for k in sorted(seeds)]) for part in (0, 1))
+            settings = GanSettings(self.gan_steps, self.gan_batch, self.gan_lr, self.gan_widths)
+            seed = derive_seed(self.seed or 0, "faug")
+            gan, seeds = Gan.trained(x, y, state.classes, settings, seed), {}
+        return dataclasses.replace(
+            state, then=then, given=given, served=served, seeds=seeds, gan=gan
+        )
+
+    def save(self, state: AugState) -> Payload:
+        """Return everything: seeds too, until the generator is trained."""
+        return save_state(state, self._then.save(state.then))
+
+    def load(self, problem: Problem, saved: Payload) -> AugState:
+        """Return a saved state."""
+        then = self._then.load(problem, inner_saved(saved))
+        return load_state(self.start(problem), then, saved, problem, self.gan_widths)
+
+    def tensors(self, state: AugState) -> Mapping[str, Tensor]:
+        """Return the algorithm's tensors, the generator's, and who is how far; never seeds."""
+        found = {"faug.given": state.given, "faug.served": state.served}
+        if state.gan is not None:
+            views = state.gan.layout.views(state.gan.weights)
+            found |= {f"generator.{name}": tensor for name, tensor in views.items()}
+        return {**self._then.tensors(state.then), **found}
+
+    # ---- at the device
+
+    def train(self, task: Task, client: Client) -> tuple[Payload, Payload | None]:
+        """Do what the task's phase says."""
+        phase = task.payload.numbers.get("phase")
+        if phase == "seeds":
+            result, local = self._give(client)
+        elif phase == "fill":
+            result, local = self._fill(task, client)
+        else:
+            phase = "then"
+            result, local = self._learn(task, client)
+        return _in_phase(result, phase), local
+
+    def _give(self, client: Client) -> tuple[Payload, Payload | None]:
+        """Choose seeds. They are sorted by label: their order tells nobody the targets.
+
+        Nor does the choice: its chance comes from the device's own samples. The task's seed is
+        known to the server, who could try which targets would lead to these redundant labels. A
+        device that is asked twice gives the same.
+        """
+        y = client.data.y.cpu()
+        targets, others = split_labels(y, client.problem.classes, self.scarce)
+        x = client.data.x.cpu()
+        secret = hashlib.blake2b(x.contiguous().numpy().tobytes() + y.numpy().tobytes())
+        rng = derive_rng(0, "faug seeds", secret.hexdigest())
+        shown = [label for label in targets if bool((y == label).any())]
+        hiding = rng.permutation(others)[: self.redundant].tolist()
+        rows: list[int] = []
+        for label in sorted([*shown, *hiding]):
+            rows += rng.permutation((y == label).nonzero()[:, 0].numpy())[: self.seeds].tolist()
+        own = {f"{OWN}targets": len(shown), f"{OWN}redundant": len(hiding)}
+        local = joined(inner_local(client.local), Payload(numbers=own))
+        chosen = torch.tensor(rows, dtype=torch.int64)
+        features = {
+            "features": x[chosen],
+            "ids": torch.arange(len(rows)),
+            "labels": y[chosen],
+        }
+        return Payload(numbers={"n": len(y)}, features=features if rows else {}), local
+
+    def _fill(self, task: Task, client: Client) -> tuple[Payload, Payload | None]:
+        """Make samples of each target, so far as the generator knows it."""
+        gan = Gan.of(task.payload, client.problem, self.gan_widths)
+        y, known = client.data.y.cpu(), set(gan.labels.tolist())
+        lacks = missing(y, client.problem.classes, self.scarce)
+        labels = torch.tensor(
+            [label for label, count in lacks.items() if label in known for _ in range(count)],
+            dtype=torch.int64,
+        )
+        seed = derive_seed(client.seed, "faug fill")
+        images = gan.make(labels, client.problem, self.gan_widths, seed)
+        before = {} if client.local is None else client.local.numbers
+        facts = {f"{OWN}union": len(known), f"{OWN}low": gan.low, f"{OWN}high": gan.high}
+        own = Payload(
+            exact={f"{OWN}images": images, f"{OWN}labels": labels}, numbers={**before, **facts}
+        )
+        return Payload(numbers={"n": len(y)}), joined(inner_local(client.local), own)
+
+    def _learn(self, task: Task, client: Client) -> tuple[Payload, Payload | None]:
+        """Train as the algorithm does, on own and made samples."""
+        local = inner_local(client.local)
+        whole = dataclasses.replace(client, data=filled(client), local=local)
+        result, inner = self._then.train(task, whole)
+        return result, joined(inner, own_local(client.local))
+
+    def evaluate_client(self, task: Task, client: Client) -> Mapping[str, float]:
+        """Return the metrics, and what this device's labels have leaked to whom.
+
+        With ``fd``, of the device's own model on the whole test set. With ``fedavg``, of the
+        global model on every K-th test example: together, devices go over each once.
+        """
+        if self.then == "fd":
+            inner = dataclasses.replace(client, local=inner_local(client.local))
+            metrics = self._then.evaluate_client(task, inner)
+        else:
+            model, _ = load_model(task, client.problem, client.device)
+            metrics = share_metrics(model.module, client)
+        return {**metrics, **leakage_of(client.local)}
+
+    def personalise(self, state: AugState, version: int, client: Client) -> Mapping[str, float]:
+        """Give a new device the generator, if there is one, let it learn once, and evaluate it.
+
+        With ``fedavg``, evaluate the global model.
+        """
+        if self.then == "fd":
+            todo = [_in_phase(self._then.task(state.then, client.index), "then")]
+            if state.gan is not None:
+                todo.insert(0, _in_phase(state.gan.payload(), "fill"))
+            for payload in todo:
+                _, local = self.train(Task(version, payload), client)
+                client = dataclasses.replace(client, local=local)
+        return self.evaluate_client(Task(version, self.examined(state, client.index)), client)
+
+
+def _in_phase(payload: Payload, phase: str) -> Payload:
+    return dataclasses.replace(payload, numbers={**payload.numbers, "phase": phase})

@@ -1,0 +1,154 @@
+"""What FAug's aggregator knows: who has given seeds, the seeds, the generator, and what learns."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedmq.algorithms.base import Payload
+from fedmq.algorithms.distillation.reports import check_shape
+from fedmq.algorithms.errors import ResultError
+from fedmq.algorithms.faug.augmentation import Gan, under
+from fedmq.algorithms.problems.base import Problem
+from fedmq.codecs.text import brief
+
+_LARGEST_PIXEL = 50.0
+"""Of a normalised image: one beyond it would leave the others no contrast."""
+_THEN = "then."
+
+Seeds = Mapping[int, tuple[Tensor, Tensor]]
+"""By device: float32 [m, C, H, W] and their labels, int64 [m]."""
+
+
+@dataclass(frozen=True)
+class AugState:
+    """One version.
+
+    then: state of the algorithm that learns.
+    given, served: int64 [M], 1 for a device whose seeds came, or that has filled its targets.
+    seeds: by device, (float32 [m, C, H, W], int64 [m]); none once the generator is trained.
+    gan: None until then.
+    shape, classes: of an example, and L.
+    """
+
+    then: Any
+    given: Tensor
+    served: Tensor
+    seeds: Mapping[int, tuple[Tensor, Tensor]]
+    gan: Gan | None
+    shape: tuple[int, ...]
+    classes: int
+
+
+@dataclass
+class AugGathered:
+    """What came for the next version: of the algorithm that learns, and of the phases.
+
+    weight, total: of the results for the former, and of all.
+    """
+
+    then: Any
+    seeds: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    served: set[int] = field(default_factory=set)
+    weight: float = 0.0
+    total: float = 0.0
+
+
+def seeds_of(state: AugState, payload: Payload, most: int) -> tuple[Tensor, Tensor]:
+    """Return a device's seeds, at most so many of a label.
+
+    Raises:
+        ResultError: they are not images of this problem with labels.
+    """
+    found = payload.features
+    check_empty(dataclasses.replace(payload, features={}))
+    if not found:
+        return torch.zeros((0, *state.shape)), torch.zeros(0, dtype=torch.int64)
+    if set(found) != {"features", "ids", "labels"}:
+        raise ResultError(f"expected features, ids and labels, got {brief(sorted(found))}")
+    x, y = found["features"], found["labels"]
+    check_shape(y, torch.int64, (len(x),), "labels")
+    check_shape(x, torch.float32, (len(x), *state.shape), "features")
+    if not len(y) or int(y.min()) < 0 or int(y.max()) >= state.classes:
+        raise ResultError(f"expected seeds with labels from 0 to {state.classes - 1}")
+    if int(y.bincount().max()) > most:
+        raise ResultError(f"expected at most {most} seeds of a label")
+    if not bool((x.abs() <= _LARGEST_PIXEL).all()):  # NaN is not less
+        raise ResultError(f"expected pixels of at most {_LARGEST_PIXEL:g} either way")
+    return x, y
+
+
+def check_empty(payload: Payload) -> None:
+    """Raise ResultError if there is any tensor in a payload."""
+    found = [*payload.weights, *payload.exact, *payload.features, *payload.logits]
+    if found:
+        raise ResultError(f"expected no tensors, got {brief(sorted(found))}")
+
+
+def save_state(state: AugState, then: Payload) -> Payload:
+    """Return a state for a checkpoint. then: what the algorithm that learns has saved."""
+    devices = sorted(state.seeds)
+    each = [state.seeds[device] for device in devices]
+    nothing = (torch.zeros((0, *state.shape)), torch.zeros(0, dtype=torch.int64))
+    exact = {
+        "given": state.given,
+        "served": state.served,
+        "seeds.of": torch.tensor(devices, dtype=torch.int64),
+        "seeds.sizes": torch.tensor([len(y) for _, y in each], dtype=torch.int64),
+        "seeds.x": torch.cat([nothing[0], *(x for x, _ in each)]),
+        "seeds.y": torch.cat([nothing[1], *(y for _, y in each)]),
+    }
+    exact |= {f"{_THEN}weights.{name}": tensor for name, tensor in then.weights.items()}
+    exact |= {f"{_THEN}exact.{name}": tensor for name, tensor in then.exact.items()}
+    numbers = {f"{_THEN}{name}": number for name, number in then.numbers.items()}
+    if state.gan is None:
+        return Payload(exact=exact, numbers=numbers)
+    # Its weights have a group of their own, with the bytes of the task that has it.
+    gan = state.gan.payload()
+    exact |= {f"gan.{name}": tensor for name, tensor in gan.exact.items()}
+    return Payload(gan.weights, exact, {**numbers, **gan.numbers})
+
+
+def inner_saved(saved: Payload) -> Payload:
+    """Return what the algorithm that learns has saved."""
+    weights, exact = (under(saved.exact, f"{_THEN}{group}.") for group in ("weights", "exact"))
+    return Payload(weights, exact, under(saved.numbers, _THEN))
+
+
+def load_state(
+    first: AugState, then: Any, saved: Payload, problem: Problem, widths: tuple[int, int, int]
+) -> AugState:
+    """Return a saved state. first: that of version 0; then: of the algorithm that learns.
+
+    Raises:
+        ResultError: it is not a state of this problem.
+    """
+    exact = saved.exact
+    names = ("given", "served", "seeds.of", "seeds.sizes", "seeds.x", "seeds.y")
+    if absent := [name for name in names if name not in exact]:
+        raise ResultError(f"expected a tensor {absent[0]!r}, it is missing")
+    given, served, of, sizes, x, y = (exact[name] for name in names)
+    devices = len(first.given)
+    check_shape(given, torch.int64, (devices,), "given")
+    check_shape(served, torch.int64, (devices,), "served")
+    check_shape(of, torch.int64, (sizes.numel(),), "seeds.of")
+    check_shape(sizes, torch.int64, (sizes.numel(),), "seeds.sizes")
+    check_shape(y, torch.int64, (y.numel(),), "seeds.y")
+    check_shape(x, torch.float32, (y.numel(), *first.shape), "seeds.x")
+    lengths = sizes.tolist()
+    if sum(lengths) != len(y) or any(length < 0 for length in lengths):
+        raise ResultError(f"expected sizes of {len(y)} seeds, got {brief(lengths)}")
+    if any(not 0 <= device < devices for device in of.tolist()):
+        raise ResultError(f"expected seeds of devices from 0 to {devices - 1}")
+    parts = zip(torch.split(x, lengths), torch.split(y, lengths), strict=True)
+    seeds = dict(zip(of.tolist(), parts, strict=True))
+    gan = None
+    if saved.weights:
+        part = Payload(saved.weights, under(exact, "gan."), saved.numbers)
+        gan = Gan.of(part, problem, widths)
+    return AugState(then, given, served, seeds, gan, first.shape, first.classes)

@@ -1,0 +1,1 @@
+"""Federated Dropout: sub-models of fewer units."""

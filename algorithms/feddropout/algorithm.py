@@ -1,0 +1,229 @@
+"""Federated Dropout: Caldas, Konecny, McMahan, Talwalkar,
+"Expanding the Reach of Federated Learning by Reducing Client Resource Requirements", 2018.
+"""  # noqa: D205 - the citation is the summary
+
+from __future__ import annotations
+
+import dataclasses
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from fedmq.algorithms.base import Client, Payload, Result, Task
+from fedmq.algorithms.errors import ResultError
+from fedmq.algorithms.fedavg import FedAvg, Gathered, ModelState, model_payload
+from fedmq.algorithms.feddropout.submodels import SubModels, SubProblem
+from fedmq.algorithms.problems.base import Examples, Problem
+from fedmq.algorithms.rng import derive_rng
+from fedmq.algorithms.toolkit.arithmetic import add_scaled
+from fedmq.algorithms.toolkit.dry_step import dry_step
+from fedmq.algorithms.toolkit.flat_model import FlatModel, zeros
+from fedmq.algorithms.toolkit.results import merge_counters
+from fedmq.codecs.text import brief
+
+_LARGEST_VERSION = 10**12
+
+
+@dataclass(frozen=True)
+class DropoutState(ModelState):
+    """One version of the global model, and what its sub-models follow from.
+
+    parts: the sub-models that clients get; the same for all versions.
+    version: how many were committed before it.
+    clients: K.
+    """
+
+    parts: SubModels
+    version: int
+    clients: int
+
+
+@dataclass
+class DropoutGathered(Gathered):
+    """The running sum over the results of sub-models; ``total`` is that of updates alone.
+
+    held: float32 [dim], for each coordinate the sum of the weights of the results that hold
+        it; None where nobody asks.
+    weight: of all results.
+    """
+
+    held: Tensor | None = None
+    weight: float = 0.0
+
+
+@dataclass(frozen=True)
+class FedDropout(FedAvg):
+    """Each client and round trains a random sub-model of its own.
+
+    keep: p, the share of the units (filters) of each hidden layer that a sub-model keeps:
+        ``round(p * units)`` of them, at least one. 1 is FedAvg.
+    absent: how the server counts a coordinate that a client was not sent. ``zero`` (the
+        paper): as an update of zero. ``holders``: not at all; each coordinate is averaged
+        over the clients that hold it.
+    seed: which sub-models there are; each follows from it, the version and the client. None
+        is the run's.
+    Other fields are FedAvg's.
+
+    Activations are not scaled by 1/p, neither in the sub-model nor in the whole: the paper
+    says nothing of it.
+    """
+
+    name: ClassVar[str] = "feddropout"
+    personal: ClassVar[bool] = True
+    at_commit: ClassVar[frozenset[str]] = FedAvg.at_commit | {"absent"}
+
+    keep: Annotated[float, Field(gt=0, le=1)] = 0.75
+    absent: Literal["zero", "holders"] = "zero"
+    seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
+
+    # ---- at the aggregator
+
+    def start(self, problem: Problem) -> DropoutState:
+        """w_0.
+
+        Raises:
+            ProblemError: the problem's model has a layer that cannot be cut.
+        """
+        parts = SubModels.of(problem, self.keep)
+        first = super().start(problem)
+        return DropoutState(first.layout, first.weights, first.counters, parts, 0, problem.clients)
+
+    def task(self, state: Any, client: int) -> Payload:
+        """Return the client's sub-model of w_t, and which it is: (version, client)."""
+        numbers = {"version": state.version, "client": client}
+        part = state.weights
+        if state.parts.cut:
+            part = part[self._index(state.parts, state.version, client)]
+        model: Payload = state.parts.small.write(part, state.counters)
+        return dataclasses.replace(model, numbers=numbers)
+
+    def examined(self, state: Any, client: int = 0) -> Payload:
+        """Return the whole model."""
+        return model_payload(state)
+
+    def gather(self, state: Any) -> DropoutGathered:
+        """Return an empty sum."""
+        dim = state.layout.dim
+        held = zeros(dim) if self.absent == "holders" and state.parts.cut else None
+        return DropoutGathered(zeros(dim), state.counters.clone(), held=held)
+
+    def absorb(self, gathered: Any, state: Any, result: Result, weight: float) -> Any:
+        """Add ``weight`` times a sub-model's update to the sum, at its coordinates.
+
+        A sub-model that was sent as a model counts as its change from w_t. What a client
+        says of the version and the client decides where its update goes; whatever it says,
+        that is a sub-model of this seed.
+        """
+        version, client = _mask_of(result.payload.numbers, state.clients)
+        if not state.parts.cut:
+            return super().absorb(gathered, state, result, weight)
+        # FedAvg's checks and its weighted sum, in a vector of the sub-model's size.
+        index = self._index(state.parts, version, client)
+        now, end = state.weights[index], state.parts.small.parameters
+        small = ModelState(state.parts.small, now, state.counters)
+        empty = Gathered(zeros(state.parts.small.dim), state.counters.clone())
+        part = super().absorb(empty, small, result, weight)
+        if part.models:
+            add_scaled(part.total[:end], now[:end], -weight)
+        gathered.total.index_add_(0, index, part.total)
+        fresh = not result.staleness
+        merge_counters(gathered.counters, state.counters, part.counters, fresh=fresh)
+        if gathered.held is not None:
+            gathered.held.index_add_(0, index, torch.tensor(weight).expand(len(index)))
+            gathered.weight += weight
+        return gathered
+
+    def commit(self, state: Any, gathered: Any, divisor: float) -> DropoutState:
+        """w_{t+1} = w_t + eta_g * sum_k (weight_k / divisor) * (w_k - w_t).
+
+        With ``holders``, the sum of a coordinate is replaced by its mean over those who hold
+        it, times the sum of all weights: as if the others had sent that mean. What nobody
+        holds stays.
+        """
+        if gathered.held is not None and gathered.weight:
+            # In this order a mean of finite updates is finite, whatever their weights.
+            gathered.total.div_(gathered.held.masked_fill_(gathered.held == 0, 1.0))
+            divisor /= gathered.weight
+        new = super().commit(state, gathered, divisor)
+        return DropoutState(
+            state.layout,
+            new.weights,
+            new.counters,
+            state.parts,
+            state.version + 1,
+            state.clients,
+        )
+
+    def save(self, state: Any) -> Payload:
+        """Return w_t and t."""
+        return dataclasses.replace(model_payload(state), numbers={"version": state.version})
+
+    def load(self, problem: Problem, saved: Payload) -> DropoutState:
+        """Return the state of a saved w_t and t."""
+        model = super().load(problem, saved)
+        parts = SubModels.of(problem, self.keep)
+        version = _count(saved.numbers, "version", _LARGEST_VERSION)
+        return DropoutState(
+            model.layout, model.weights, model.counters, parts, version, problem.clients
+        )
+
+    def _index(self, parts: SubModels, version: int, client: int) -> Tensor:
+        """Return where a client's sub-model of a version lies in w, int64 [small.dim].
+
+        Made anew each time: in memory it is twice the size of the sub-model.
+        """
+        rng = derive_rng(self.seed or 0, "federated dropout", version, client)
+        return parts.index(parts.draw(rng))
+
+    # ---- at the client
+
+    def try_model(self, problem: Problem, data: Examples, device: str) -> None:
+        """Try a sub-model."""
+        part = _sub_problem(problem, self.keep)
+        dry_step(lambda: FlatModel(part.model(), device), problem, data, device)
+
+    def train(self, task: Task, client: Client) -> tuple[Payload, None]:
+        """ClientUpdate(k, w) of FedAvg on the sub-model, which is an ordinary small model."""
+        problem = _sub_problem(client.problem, self.keep)
+        version, who = _mask_of(task.payload.numbers, client.problem.clients)
+        result, _ = super().train(task, dataclasses.replace(client, problem=problem))
+        numbers = {**result.numbers, "version": version, "client": who}
+        return dataclasses.replace(result, numbers=numbers), None
+
+
+def _mask_of(numbers: Mapping[str, Any], clients: int) -> tuple[int, int]:
+    """Return whose sub-model of which version a payload is of.
+
+    Any version will do: results of older ones come late, and a replay under other rules
+    counts versions otherwise.
+
+    Raises:
+        ResultError: it does not say so.
+    """
+    version = _count(numbers, "version", _LARGEST_VERSION)
+    return version, _count(numbers, "client", clients)
+
+
+def _count(numbers: Mapping[str, Any], key: str, end: int) -> int:
+    value = numbers.get(key)
+    if type(value) is not int or not 0 <= value < end:
+        raise ResultError(f"expected {key} from 0 to {end - 1}, got {brief(value)}")
+    return value
+
+
+def _sub_problem(problem: Problem, keep: float) -> SubProblem:
+    """Return this process's one sub-problem of a problem: FedAvg keeps a working copy of each."""
+    for known in _sub_problems:
+        if known.whole is problem and known.keep == keep:
+            return known
+    made = SubProblem(problem, keep)
+    _sub_problems.appendleft(made)
+    return made
+
+
+_sub_problems: deque[SubProblem] = deque(maxlen=4)

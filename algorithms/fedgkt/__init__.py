@@ -1,0 +1,1 @@
+"""FedGKT: group knowledge transfer between edge models and a server model."""

@@ -1,0 +1,389 @@
+"""FedGKT: He, Annavaram, Avestimehr,
+"Group Knowledge Transfer: Federated Learning of Large CNNs at the Edge", NeurIPS 2020.
+"""  # noqa: D205 - the citation is the summary
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Annotated, ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from fedmq.algorithms.base import Algorithm, Client, Payload, Result, Task
+from fedmq.algorithms.errors import ProblemError, ResultError
+from fedmq.algorithms.fedgkt.feature_store import FeatureStore, MemoryLimit, Upload
+from fedmq.algorithms.fedgkt.mutual_training import Batch, Objective, Optimizer, Trained, fit
+from fedmq.algorithms.fedgkt.networks import (
+    shuffled,
+    stack_metrics,
+    teacher_of,
+    through_edge,
+    through_server,
+)
+from fedmq.algorithms.fedgkt.uploads import TEST, Expected, check
+from fedmq.algorithms.problems.base import Examples, Problem
+from fedmq.algorithms.problems.resnets import EDGES, SERVERS, Shape, feature_shape, initialised
+from fedmq.algorithms.rng import derive_rng, derive_seed
+from fedmq.algorithms.toolkit.flat_model import FlatModel
+from fedmq.algorithms.toolkit.layout import Layout
+from fedmq.codecs.text import brief
+
+
+@dataclass(frozen=True)
+class GktState:
+    """One version of the server.
+
+    layout: of the server network. server: its weights, and its optimizer's moments.
+    store: the last upload of each client.
+    answers: by client, the server's logits for the samples of its upload, float32
+        [n, classes], in the order of its ids.
+    version: how many were committed before it.
+    features, classes: shape of a sample's feature maps, number of classes.
+    """
+
+    layout: Layout
+    server: Trained
+    store: FeatureStore
+    answers: Mapping[int, Tensor]
+    version: int
+    features: Shape
+    classes: int
+
+
+@dataclass
+class GktGathered:
+    """What came in for one version, by client; a client's newest upload."""
+
+    fresh: dict[int, Upload] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class FedGKT(Algorithm):
+    """Small networks at the edge and a large one at the server teach each other.
+
+    Each client trains an extractor f_e and a classifier f_c, and sends H = f_e(x), f_c(H) and
+    the labels of all of its samples. The server trains f_s on these, and answers f_s(H), by
+    sample. What is used in the end is f_s(f_e(x)).
+
+    edge: f_e and f_c, a key of `EDGES`. server: f_s, a key of `SERVERS`.
+    optimizer, lr, momentum, weight_decay, batch_size, epochs: of a client's training; what an
+        optimizer remembers is kept from task to task. Momentum is SGD's.
+        By default as with the paper's networks: Adam with lr 0.001, weight_decay 1e-4 (momentum
+        0.9 for SGD), batch_size 64 and one pass (epochs).
+    server_lr, server_batch_size: of the server's training; None is the clients'.
+    server_epochs: E_s, passes at each commit; 20 in the paper.
+    effort: what a pass at the server is as long as. ``fresh``: the samples that have come in
+        for this version; ``held``: all that are held. Both draw from all that are held, and
+        they are the same where every client takes part in every round.
+    alpha: weight of KL beside CE. temperature: T.
+    distil_server: the server learns from the edges' logits. distil_edge: the edges learn from
+        the server's; without it none are sent.
+    max_samples: that a client may have; bounds what an upload can take.
+    memory_mb: of feature maps in the server's memory, in 2^20 bytes; more go to temporary files
+        in the folder that TMPDIR names.
+    server_device: where the server trains; that it replays to the bit is promised for a CPU.
+    test_on: ``all``: a client tests on all test data; ``own``: on those of its own.
+    test_features: clients send the feature maps and labels of their test data too, as the
+        paper has it, and the evaluator tests; else they stay, and each client tests.
+    seed: of the networks' first values and the order of the server's samples; None is the
+        run's.
+
+    Adam is with amsgrad. How much a result counts, as a schedule sees it, has no meaning here:
+    the paper weighs no sample by its age.
+    """
+
+    name: ClassVar[str] = "fedgkt"
+    schedules: ClassVar[frozenset[str]] = frozenset({"rounds", "buffered", "stream"})
+    personal: ClassVar[bool] = True
+    trains: ClassVar[bool] = True
+    sends: ClassVar[Literal["update"]] = "update"
+    at_commit: ClassVar[frozenset[str]] = frozenset(
+        {
+            "server",
+            "server_lr",
+            "server_batch_size",
+            "server_epochs",
+            "effort",
+            "distil_server",
+            "memory_mb",
+            "server_device",
+        }
+    )
+
+    edge: Literal["resnet8", "tiny"] = "resnet8"
+    server: Literal["resnet55", "resnet109", "resnet10", "tiny"] = "resnet55"
+    optimizer: Literal["adam", "sgd"] = "adam"
+    lr: Annotated[float, Field(gt=0)] = 1e-3
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    weight_decay: Annotated[float, Field(ge=0)] = 1e-4
+    batch_size: Annotated[int, Field(ge=1)] = 64
+    epochs: Annotated[int, Field(ge=1)] = 1
+    server_lr: Annotated[float, Field(gt=0)] | None = None
+    server_batch_size: Annotated[int, Field(ge=1)] | None = None
+    server_epochs: Annotated[int, Field(ge=1)] = 1
+    effort: Literal["fresh", "held"] = "fresh"
+    alpha: Annotated[float, Field(ge=0)] = 1.0
+    temperature: Annotated[float, Field(gt=0)] = 3.0
+    distil_server: bool = True
+    distil_edge: bool = True
+    max_samples: Annotated[int, Field(ge=1, le=10**7)] = 10_000
+    memory_mb: Annotated[int, Field(ge=0)] = 1024
+    server_device: str = "cpu"
+    test_on: Literal["all", "own"] = "all"
+    test_features: bool = False
+    seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
+
+    # ---- at the aggregator
+
+    def start(self, problem: Problem) -> GktState:
+        """Nothing is held, and nobody is answered."""
+        features = feature_shape(self.edge, problem.shape)
+        model = self._server(features, problem.classes)
+        return GktState(
+            model.layout,
+            self._optimizer(at_server=True).first(model),
+            FeatureStore(MemoryLimit(self.memory_mb << 20)),
+            {},
+            0,
+            features,
+            problem.classes,
+        )
+
+    def task(self, state: GktState, client: int) -> Payload:
+        """Return the server's logits by sample id; none before the client's first upload."""
+        answer = state.answers.get(client)
+        if answer is None:
+            return Payload()
+        return Payload(logits={"logits": answer, "ids": state.store.uploads[client].ids})
+
+    @property
+    def evaluated(self) -> Literal["model", "clients"]:
+        """By clients, unless they give their test data's feature maps away."""
+        return "model" if self.test_features else "clients"
+
+    def examined(self, state: GktState, client: int = 0) -> Payload:
+        """Return the server network; with ``test_features`` what was uploaded of test data."""
+        exact = dict(self.tensors(state))
+        if self.test_features:
+            for index, upload in state.store.uploads.items():
+                if upload.test is not None:
+                    exact |= {
+                        f"{index}.test.features": upload.test.features[:],
+                        f"{index}.test.labels": upload.test.labels,
+                        f"{index}.test.logits": upload.test.logits,
+                    }
+        return Payload(exact=exact)
+
+    def result_bytes(self, state: GktState) -> int:
+        """Return the bytes of ``max_samples`` feature maps with ids, labels and logits."""
+        return self._expected(state).nbytes
+
+    def gather(self, state: GktState) -> GktGathered:
+        """Nothing has come in."""
+        return GktGathered()
+
+    def absorb(
+        self,
+        gathered: GktGathered,
+        state: GktState,
+        result: Result,
+        weight: float,
+    ) -> GktGathered:
+        """Hold a client's upload in place of its last one."""
+        upload = self._expected(state).upload(result.payload, state.store.limit)
+        gathered.fresh[result.client] = upload
+        return gathered
+
+    def commit(self, state: GktState, gathered: GktGathered, divisor: float) -> GktState:
+        """Train f_s on CE + alpha T^2 KL(p_c || p_s), then answer.
+
+        The server's logits are those of f_s after its training, in eval mode: of the clients
+        that have sent something for this version, or with effort ``held`` of all.
+        """
+        store = state.store.updated(gathered.fresh)
+        renewed = store.uploads if self.effort == "held" else gathered.fresh
+        model = self._server(state.features, state.classes)
+        samples = self.server_epochs * sum(len(each) for each in renewed.values())
+        alpha = self.alpha if self.distil_server else 0.0
+        server = fit(
+            model,
+            state.server,
+            self._optimizer(at_server=True),
+            Objective(alpha, self.temperature),
+            self._held_batches(store, samples, state.version),
+        )
+        answers = dict(state.answers)
+        if self.distil_edge:
+            for client in sorted(renewed):
+                answers[client] = through_server(model, store.uploads[client].features)
+        return dataclasses.replace(
+            state, server=server, store=store, answers=answers, version=state.version + 1
+        )
+
+    def save(self, state: GktState) -> Payload:
+        """Return the server network, its optimizer's moments, what is held, and the answers."""
+        exact = {f"server.{name}": each for name, each in state.server.save().items()}
+        exact |= {f"store.{name}": each for name, each in state.store.save().items()}
+        exact |= {f"answers.{client}": each for client, each in state.answers.items()}
+        return Payload(exact=exact, numbers={"version": state.version})
+
+    def load(self, problem: Problem, saved: Payload) -> GktState:
+        """Return the state that was saved; what it holds is checked like an upload."""
+        first = self.start(problem)
+        parts: dict[str, dict[str, Tensor]] = {"server": {}, "store": {}, "answers": {}}
+        for name, tensor in saved.exact.items():
+            part, _, rest = name.partition(".")
+            if part not in parts:
+                raise ResultError(f"expected no tensor {brief(name)}")
+            parts[part][rest] = tensor
+        version = saved.numbers.get("version")
+        if type(version) is not int or version < 0:
+            raise ResultError(f"expected version, at least 0, got {brief(version)}")
+        store = FeatureStore.load(parts["store"], first.store.limit)
+        self._expected(first).check_store(store, problem.clients)
+        answers = {}
+        for name, tensor in parts["answers"].items():
+            client = int(name) if name.isdecimal() else -1
+            if client not in store.uploads:
+                raise ResultError(f"expected an answer to a client, got {brief(name)}")
+            shape = (len(store.uploads[client]), first.classes)
+            check("answers", tensor, torch.float32, shape)
+            answers[client] = tensor.clone()
+        server = self._optimizer(at_server=True).load(first.layout, parts["server"])
+        return dataclasses.replace(
+            first, server=server, store=store, answers=answers, version=version
+        )
+
+    def tensors(self, state: GktState) -> Mapping[str, Tensor]:
+        """Return the server network; the edges' stay with the clients."""
+        layout, server = state.layout, state.server
+        return layout.views(server.weights) | layout.counter_views(server.counters)
+
+    def _held_batches(self, store: FeatureStore, samples: int, version: int) -> Iterator[Batch]:
+        """Yield so many samples of all that are held, in a new order whenever all had a turn."""
+        rng = derive_rng(self.seed or 0, "fedgkt", version)
+        size = self.server_batch_size or self.batch_size
+        for rows in shuffled(len(store), samples, size, rng):
+            yield Batch(*store.read(rows))
+
+    # ---- at the client
+
+    def train(self, task: Task, client: Client) -> tuple[Payload, Payload]:
+        """Train f_e and f_c on CE + alpha T^2 KL(p_s || p_c), then send H, z_c and y.
+
+        H and z_c are of the very images that were trained on, in eval mode. KL is left out for
+        a sample that the server has not answered, as in the first round.
+        """
+        data = client.data
+        n = len(data)
+        if n > self.max_samples:
+            raise ProblemError(
+                f"client {client.index} has {n} samples; raise algorithm.max_samples, "
+                f"{self.max_samples}"
+            )
+        model, trained = self._edge_of(client)
+        teacher = teacher_of(task.payload.logits, n, client.problem.classes)
+        rng = derive_rng(client.seed, "batches")
+        order = shuffled(n, n * self.epochs, self.batch_size, rng)
+        batches = (
+            Batch(data.x[rows], data.y[rows], None if teacher is None else teacher[rows])
+            for rows in map(torch.from_numpy, order)
+        )
+        objective = Objective(self.alpha, self.temperature)
+        trained = fit(model, trained, self._optimizer(at_server=False), objective, batches)
+        features, logits = through_edge(model, data)
+        ids = torch.arange(n)
+        exact = {}
+        if self.test_features:
+            test = self._test_data(client)
+            test_features, test_logits = through_edge(model, test)
+            exact = dict(zip(TEST, (test_features, test.y, test_logits), strict=True))
+        result = Payload(
+            exact=exact,
+            numbers={"n": n},
+            features={"features": features, "ids": ids, "labels": data.y},
+            logits={"logits": logits, "ids": ids},
+        )
+        return result, Payload(exact=trained.save())
+
+    def evaluate_client(self, task: Task, client: Client) -> Mapping[str, float]:
+        """Return the metrics of f_s(f_e(x)), and as ``edge_*`` those of f_c(f_e(x))."""
+        edge, trained = self._edge_of(client)
+        edge.load(trained.weights, trained.counters)
+        test = self._test_data(client)
+        server = self._received(task, client.problem, client.device)
+        return stack_metrics(client.problem, server, *through_edge(edge, test), test.y)
+
+    def personalise(self, state: GktState, version: int, client: Client) -> Mapping[str, float]:
+        """Return a new client's metrics after one task of training its edge, without answers."""
+        _, local = self.train(Task(version, Payload()), client)
+        kept = dataclasses.replace(client, local=local)
+        payload = Payload(exact=self.tensors(state))
+        return self.evaluate_client(Task(version, payload), kept)
+
+    # ---- at the evaluator
+
+    def evaluate(self, task: Task, problem: Problem, device: str) -> Mapping[str, float]:
+        """Return the metrics of what clients have uploaded of their test data.
+
+        Before the first upload, of the networks' first values on the problem's test data.
+        """
+        exact = task.payload.exact
+        clients = [name[: -len(".test.labels")] for name in exact if name.endswith(".test.labels")]
+        server = self._received(task, problem, device)
+        if not clients:
+            test = problem.test()
+            edge = self._edge(problem.shape, problem.classes, device)
+            return stack_metrics(problem, server, *through_edge(edge, test), test.y)
+        features, logits, y = (
+            torch.cat([exact[f"{client}.test.{what}"] for client in clients])
+            for what in ("features", "logits", "labels")
+        )
+        return stack_metrics(problem, server, features, logits, y)
+
+    # ---- networks
+
+    def _edge(self, shape: Shape, classes: int, device: str) -> FlatModel:
+        """Return f_e and f_c, the same first values for all clients; as in the paper's code."""
+        seed = derive_seed(self.seed or 0, "fedgkt edge")
+        return FlatModel(initialised(EDGES[self.edge], seed, shape, classes), device)
+
+    def _edge_of(self, client: Client) -> tuple[FlatModel, Trained]:
+        """Return a client's f_e and f_c, and what to load into them."""
+        problem, optimizer = client.problem, self._optimizer(at_server=False)
+        model = self._edge(problem.shape, problem.classes, client.device)
+        if client.local is None:
+            return model, optimizer.first(model)
+        return model, optimizer.load(model.layout, client.local.exact)
+
+    def _server(self, features: Shape, classes: int, device: str = "") -> FlatModel:
+        """Return f_s with its first values."""
+        seed = derive_seed(self.seed or 0, "fedgkt server")
+        module = initialised(SERVERS[self.server], seed, features, classes)
+        return FlatModel(module, device or self.server_device)
+
+    def _received(self, task: Task, problem: Problem, device: str) -> FlatModel:
+        """Return the f_s of an evaluation."""
+        features = feature_shape(self.edge, problem.shape)
+        model, exact = self._server(features, problem.classes, device), task.payload.exact
+        layout = model.layout
+        weights = layout.flatten({slot.name: exact[slot.name] for slot in layout.weights})
+        counters = {slot.name: exact[slot.name] for slot in layout.counters}
+        model.load(weights, layout.flatten_counters(counters))
+        return model
+
+    def _expected(self, state: GktState) -> Expected:
+        return Expected(state.features, state.classes, self.max_samples, self.test_features)
+
+    def _optimizer(self, *, at_server: bool) -> Optimizer:
+        lr = self.server_lr if at_server and self.server_lr is not None else self.lr
+        return Optimizer(self.optimizer, lr, self.momentum, self.weight_decay)
+
+    def _test_data(self, client: Client) -> Examples:
+        if self.test_on == "own":
+            return client.problem.client_test(client.index)
+        return client.problem.test()

@@ -1,0 +1,179 @@
+"""Training a network on labels and on what another network says of the same samples.
+
+Both sides of FedGKT do this (He, Annavaram, Avestimehr, NeurIPS 2020): the edge learns from
+the server's logits, the server from the edges'.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor
+
+from fedmq.algorithms.errors import ResultError
+from fedmq.algorithms.toolkit.flat_model import FlatModel
+from fedmq.algorithms.toolkit.layout import Layout
+
+_BETA1, _BETA2, _EPSILON = 0.9, 0.999, 1e-8
+_MOST_STEPS = 10**15
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Some samples. x: float32 [b, ...]; y: int64 [b].
+
+    teacher: float32 [b, classes], the other network's logits, a row of NaN where it has said
+    nothing; None if there are none at all.
+    """
+
+    x: Tensor
+    y: Tensor
+    teacher: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A network and what its optimizer remembers, as flat vectors; never changed in place.
+
+    weights: float32 [dim], counters: int64, in the order of `toolkit.layout.Layout`.
+    moments: float32 [rows, parameters]: Adam's m, v and largest v, or SGD's velocity.
+    steps: taken so far.
+    """
+
+    weights: Tensor
+    counters: Tensor
+    moments: Tensor
+    steps: int = 0
+
+    def save(self) -> dict[str, Tensor]:
+        """Return everything by name."""
+        steps = torch.tensor([self.steps])
+        return {
+            "weights": self.weights,
+            "counters": self.counters,
+            "moments": self.moments,
+            "steps": steps,
+        }
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """How a network is trained.
+
+    kind: ``adam`` (Kingma, Ba, ICLR 2015, with amsgrad of Reddi et al., ICLR 2018) or ``sgd``.
+    lr: learning rate. momentum: of SGD. weight_decay: added to the gradient in both.
+    """
+
+    kind: Literal["adam", "sgd"]
+    lr: Annotated[float, Field(gt=0)]
+    momentum: float
+    weight_decay: float
+
+    @property
+    def rows(self) -> int:
+        """Return how many vectors it remembers."""
+        return 3 if self.kind == "adam" else int(self.momentum > 0)
+
+    def first(self, model: FlatModel) -> Trained:
+        """Return a model that has not been trained by this optimizer yet."""
+        moments = torch.zeros(self.rows, model.layout.parameters)
+        return Trained(model.weights.cpu().clone(), model.read_counters(), moments)
+
+    def load(self, layout: Layout, saved: Mapping[str, Tensor]) -> Trained:
+        """Return what `Trained.save` was called on.
+
+        Raises:
+            ResultError: it is not of this network and optimizer.
+        """
+        counters = sum(slot.size for slot in layout.counters)
+        wanted = {
+            "weights": (torch.float32, (layout.dim,)),
+            "counters": (torch.int64, (counters,)),
+            "moments": (torch.float32, (self.rows, layout.parameters)),
+            "steps": (torch.int64, (1,)),
+        }
+        if set(saved) != set(wanted):
+            raise ResultError(f"expected tensors {', '.join(wanted)}, got {', '.join(saved)}")
+        for name, (dtype, shape) in wanted.items():
+            tensor = saved[name]
+            if tensor.dtype != dtype or tuple(tensor.shape) != shape:
+                raise ResultError(
+                    f"expected {name} as {dtype} {list(shape)}, "
+                    f"got {tensor.dtype} {list(tensor.shape)}"
+                )
+        steps = int(saved["steps"])
+        if not 0 <= steps < _MOST_STEPS:
+            raise ResultError(f"expected steps from 0 to {_MOST_STEPS - 1}, got {steps}")
+        copies = {name: saved[name].clone() for name in ("weights", "counters", "moments")}
+        return Trained(**copies, steps=steps)
+
+    def step(self, weights: Tensor, gradient: Tensor, moments: Tensor, step: int) -> None:
+        """Change weights and moments in place; ``step`` counts from 1. The gradient is used up."""
+        if self.weight_decay:
+            gradient.add_(weights, alpha=self.weight_decay)
+        if self.kind == "adam":
+            mean, square, largest = moments
+            mean.lerp_(gradient, 1 - _BETA1)
+            square.mul_(_BETA2).addcmul_(gradient, gradient, value=1 - _BETA2)
+            torch.maximum(largest, square, out=largest)
+            scale = (largest / (1 - _BETA2**step)).sqrt_().add_(_EPSILON)
+            weights.addcdiv_(mean, scale, value=-self.lr / (1 - _BETA1**step))
+            return
+        if self.momentum:
+            gradient = moments[0].mul_(self.momentum).add_(gradient)
+        weights.add_(gradient, alpha=-self.lr)
+
+
+@dataclass(frozen=True)
+class Objective:
+    """CE(z, y) + alpha * T^2 * KL(softmax(teacher / T) || softmax(z / T)), mean over a batch."""
+
+    alpha: float
+    temperature: float
+
+    def loss(self, logits: Tensor, batch: Batch) -> Tensor:
+        """Return the loss. Samples without a teacher count 0 in the second part."""
+        loss = F.cross_entropy(logits, batch.y)
+        if batch.teacher is None or not self.alpha:
+            return loss
+        known = ~batch.teacher.isnan().any(dim=1)
+        target = (batch.teacher[known] / self.temperature).softmax(dim=1)
+        said = (logits[known] / self.temperature).log_softmax(dim=1)
+        apart = F.kl_div(said, target, reduction="sum") / len(logits)
+        return loss + self.alpha * self.temperature**2 * apart
+
+
+def fit(
+    model: FlatModel,
+    trained: Trained,
+    optimizer: Optimizer,
+    objective: Objective,
+    batches: Iterable[Batch],
+) -> Trained:
+    """Train a network; return what it is after, and leave the module there, in eval mode.
+
+    Nothing is drawn from torch's own generators: the networks have no dropout.
+    """
+    model.load(trained.weights, trained.counters)
+    device = model.weights.device
+    moments = trained.moments.to(device, copy=True)
+    steps = trained.steps
+    model.module.train()
+    for batch in batches:
+        model.gradient.zero_()
+        teacher = None if batch.teacher is None else batch.teacher.to(device)
+        there = Batch(batch.x.to(device), batch.y.to(device), teacher)
+        objective.loss(model.module(there.x), there).backward()  # type: ignore[no-untyped-call] # torch's
+        model.after_backward()
+        steps += 1
+        with torch.no_grad():
+            optimizer.step(model.trained, model.gradient, moments, steps)
+    model.end_task()
+    model.module.eval()
+    weights = model.weights.detach().to("cpu", copy=True)
+    return Trained(weights, model.read_counters(), moments.cpu(), steps)

@@ -1,0 +1,1 @@
+"""MOCHA: federated multi-task learning."""

@@ -1,0 +1,149 @@
+"""What personal models are compared with: a common one that each client fine-tunes (in the
+tables of Collins et al., ICML 2021: FedAvg+FT), and one that each client trains alone (Local).
+"""  # noqa: D205 - one sentence
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, ClassVar, Literal
+
+import torch
+from pydantic import Field
+
+from fedmq.algorithms.base import Client, Payload, Result, Task
+from fedmq.algorithms.errors import ResultError
+from fedmq.algorithms.fedavg import FedAvg, Gathered, ModelState, cuda_devices, load_model
+from fedmq.algorithms.problems.base import Problem
+from fedmq.algorithms.toolkit.flat_model import FlatModel
+from fedmq.algorithms.toolkit.split_model import Split, local_metrics, scratch_split
+
+
+@dataclass(frozen=True)
+class FedAvgFT(FedAvg):
+    """FedAvg, whose model each client fits to its own training data before it is evaluated.
+
+    finetune_epochs: passes over the local data, by the same SGD as in training. Nothing of
+        them is kept or sent. With 0 it is the common model's accuracy on local data.
+    head: fine-tune only so many of the last trained layers, with the rest frozen; None
+        fine-tunes the whole model.
+    Other fields are FedAvg's.
+    """
+
+    name: ClassVar[str] = "fedavg-ft"
+
+    finetune_epochs: Annotated[int, Field(ge=0)] = 10
+    head: Annotated[int, Field(ge=1)] | None = None
+
+    @property
+    def evaluated(self) -> Literal["model", "clients"]:
+        """By clients, after fine-tuning."""
+        return "clients"
+
+    def start(self, problem: Problem) -> ModelState:
+        """w_0.
+
+        Raises:
+            ProblemError: the model cannot be cut where ``head`` says.
+        """
+        if self.head is not None:
+            Split(problem, self.head)
+        return super().start(problem)
+
+    def evaluate_client(self, task: Task, client: Client) -> Mapping[str, float]:
+        """Return the metrics of the fine-tuned w_t on the client's test data.
+
+        ``loss`` and ``accuracy`` are those after fine-tuning on its training data,
+        ``accuracy_before`` is that of w_t itself.
+        """
+        if self.head is None:
+            model, _ = load_model(task, client.problem, client.device)
+            return self._tuned(model, client)
+        split = scratch_split(client.problem, self.head, client.device)
+        split.whole.load(*split.whole.layout.read(task.payload))
+        return self._tuned(split.whole, client, split)
+
+    def _tuned(
+        self, model: FlatModel, client: Client, split: Split | None = None
+    ) -> Mapping[str, float]:
+        """Evaluate a loaded model, fine-tune it (or the head of ``split``), and evaluate it."""
+        start, counters = model.weights.clone(), model.read_counters()
+        before = local_metrics(model, client)
+        model.load(start, counters)  # an evaluation leaves no trace in the training
+        if not self.finetune_epochs:
+            return {**before, "accuracy_before": before["accuracy"]}
+        if split is None:
+            dataclasses.replace(self, epochs=self.finetune_epochs).alone(model, client)
+        else:
+            with torch.random.fork_rng(devices=cuda_devices(client.device)):
+                torch.manual_seed(client.seed)
+                data = client.data.to(client.device)
+                split.fit("head", data, self.finetune_epochs, self, client)
+        after = local_metrics(model, client)
+        return {**after, "accuracy_before": before["accuracy"]}
+
+    def alone(self, model: FlatModel, client: Client) -> None:
+        """Run E epochs on a loaded model that will not be sent."""
+        # What an uplink can carry does not matter here.
+        at = dataclasses.replace(client, data=client.data.to(client.device), restrict=None)
+        with torch.random.fork_rng(devices=cuda_devices(client.device)):
+            torch.manual_seed(client.seed)
+            self._sgd(model, model.trained, at.data, at)
+
+
+@dataclass(frozen=True)
+class LocalOnly(FedAvgFT):
+    """Each client goes on with a model of its own whenever it is asked; nothing is shared.
+
+    finetune_epochs: more passes over the local data before a client is evaluated, from the
+        model that it kept, or the problem's first one. Nothing of them is kept.
+    epochs, batch_size, lr, momentum, weight_decay: of its SGD.
+
+    All other fields, and what a result counts, do nothing: the aggregator's state stays the
+    problem's first model, which it does not send either.
+    """
+
+    name: ClassVar[str] = "local"
+
+    def task(self, state: ModelState, client: int) -> Payload:
+        """Return nothing: a client needs to know no more than that it is its turn."""
+        return Payload()
+
+    def absorb(
+        self,
+        gathered: Gathered,
+        state: ModelState,
+        result: Result,
+        weight: float,
+    ) -> Gathered:
+        """Take note of a result, in which there is nothing."""
+        if result.payload.weights or result.payload.exact:
+            raise ResultError("expected a result without tensors")
+        return gathered
+
+    def commit(self, state: ModelState, gathered: Gathered, divisor: float) -> ModelState:
+        """Return the state as it was."""
+        return state
+
+    def train(self, task: Task, client: Client) -> tuple[Payload, Payload]:
+        """E epochs of SGD from the model that the client kept, which it keeps."""
+        model = own_model(client)
+        self.alone(model, client)
+        layout = model.layout
+        kept = layout.views(model.weights.cpu()) | layout.counter_views(model.read_counters())
+        numbers = {"n": len(client.data), "reply": task.reply}
+        return Payload(numbers=numbers), Payload(exact=kept)
+
+    def evaluate_client(self, task: Task, client: Client) -> Mapping[str, float]:
+        """Return the metrics of the client's own model, trained further, on its test data."""
+        return self._tuned(own_model(client), client)
+
+
+def own_model(client: Client) -> FlatModel:
+    """Return the model that a client kept, or the problem's first one, to be trained."""
+    problem = client.problem
+    model = FlatModel(problem.model(), client.device, problem.model)
+    if client.local is not None:
+        model.load(*model.layout.read(client.local))
+    return model

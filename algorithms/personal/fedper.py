@@ -1,0 +1,38 @@
+"""FedPer: Arivazhagan, Aggarwal, Singh, Choudhary,
+"Federated Learning with Personalization Layers", 2019.
+"""  # noqa: D205 - the citation is the summary
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, ClassVar
+
+from pydantic import Field
+
+from fedmq.algorithms.base import Client
+from fedmq.algorithms.problems.base import Examples
+from fedmq.algorithms.toolkit.split_model import SharedBody, Split
+
+
+@dataclass(frozen=True)
+class FedPer(SharedBody):
+    """Body and head are trained together by SGD; only the body is averaged.
+
+    head: K_P, how many of the last trained layers are personal.
+    finetune_epochs: passes over the local data, of body and head together, before a client is
+        evaluated. Nothing of it is kept. With 0 a client that never trained is evaluated with
+        the head that it would start from.
+    Other fields are FedAvg's.
+    """
+
+    name: ClassVar[str] = "fedper"
+
+    finetune_epochs: Annotated[int, Field(ge=0)] = 10
+
+    def learn(self, model: Split, data: Examples, client: Client) -> None:
+        """E epochs of all parameters."""
+        model.fit("both", data, self.epochs, self, client)
+
+    def tune(self, model: Split, data: Examples, client: Client) -> None:
+        """Fit all parameters, as in training."""
+        model.fit("both", data, self.finetune_epochs, self, client)

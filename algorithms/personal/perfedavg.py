@@ -1,0 +1,158 @@
+"""Per-FedAvg: Fallah, Mokhtari, Ozdaglar, "Personalized Federated Learning with Theoretical
+Guarantees: A Model-Agnostic Meta-Learning Approach", NeurIPS 2020.
+"""  # noqa: D205 - the citation is the summary
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, ClassVar, Literal
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from fedmq.algorithms.base import Client, Payload, Task
+from fedmq.algorithms.fedavg import FedAvg, cuda_devices, learned, load_model, restrict
+from fedmq.algorithms.problems.base import Examples
+from fedmq.algorithms.rng import derive_rng
+from fedmq.algorithms.toolkit.adaptation import before_and_after
+from fedmq.algorithms.toolkit.flat_model import FlatModel
+
+
+@dataclass(frozen=True)
+class PerFedAvg(FedAvg):
+    """Algorithm 1: FedAvg on F(w) = (1/K) sum_k f_k(w - alpha grad f_k(w)).
+
+    What is learned is a model that is good after one gradient step on a client's own data.
+
+    variant: how a local step treats the Hessian in the gradient of F. ``fo`` (first order):
+        it is left out. ``hf`` (Hessian-free): its product with a vector is taken from two
+        gradients. ``fedavg``: no meta-step at all, v <- v - beta g(v; D); with the same
+        evaluation this is the paper's "FedAvg + update", what the others are compared with.
+    inner_lr: alpha, of the step that adapts, in training and at evaluation.
+    lr: beta, of the local steps.
+    steps: tau, local steps of a task.
+    batch_size: of each of D, D' and D''; None is the whole local set, whose gradient is exact.
+    perturbation: how far the two points of ``hf`` lie from v: ||delta u||, whatever ||u||
+        is. Too small a one drowns in float32's rounding, too large a one in the curvature.
+    adapt_steps: steps at evaluation; 1 in the paper.
+    adapt_examples: how many of the client's training examples each of them is taken on,
+        drawn at random; None is all.
+    server_lr: as in FedAvg; 1 in the paper.
+
+    lr, batch_size, inner_lr and steps are by default as in the paper's experiments. A task is of
+    ``steps``, plain ones, so epochs is 1 and momentum 0.
+
+    The server takes the plain mean, as in the paper: a result counts by the ``steps *
+    batch_size`` examples of its steps, which is the same for all clients that have
+    ``batch_size`` examples.
+    """
+
+    name: ClassVar[str] = "perfedavg"
+
+    lr: Annotated[float, Field(gt=0)] = 0.001
+    epochs: Annotated[int, Field(ge=1, le=1)] = 1
+    batch_size: Annotated[int, Field(ge=1)] | None = 40
+    momentum: Annotated[float, Field(ge=0, le=0)] = 0.0
+    weight_decay: Annotated[float, Field(ge=0, le=0)] = 0.0
+    variant: Literal["fo", "hf", "fedavg"] = "fo"
+    inner_lr: Annotated[float, Field(gt=0)] = 0.01
+    steps: Annotated[int, Field(ge=1)] = 10
+    perturbation: Annotated[float, Field(gt=0, le=1)] = 0.001
+    adapt_steps: Annotated[int, Field(ge=1)] = 1
+    adapt_examples: Annotated[int, Field(ge=1)] | None = None
+
+    @property
+    def evaluated(self) -> Literal["model", "clients"]:
+        """Return that each client adapts before it is tested."""
+        return "clients"
+
+    # ---- at the client
+
+    def train(self, task: Task, client: Client) -> tuple[Payload, None]:
+        """Take tau steps from w_t."""
+        model, start = load_model(task, client.problem, client.device)
+        layout = model.layout
+        data = client.data.to(client.device)
+        rng = derive_rng(client.seed, "batches")
+        model.module.train()
+        with torch.random.fork_rng(devices=cuda_devices(client.device)):
+            torch.manual_seed(client.seed)
+            for _ in range(self.steps):
+                direction = self._direction(model, data, rng, client)
+                restrict(client, layout, direction)
+                model.trained.add_(direction, alpha=-self.lr)
+        model.end_task()
+        n = self.steps * _size(data, self.batch_size)
+        return learned(model, start, {"n": n, "reply": task.reply}, task.reply), None
+
+    def _direction(
+        self, model: FlatModel, data: Examples, rng: np.random.Generator, client: Client
+    ) -> Tensor:
+        """(I - alpha Hess(v; D'')) g(v - alpha g(v; D); D'), float32 [parameters]; v stays."""
+        first = gradient(model, _batch(data, self.batch_size, rng), client)
+        if self.variant == "fedavg":
+            return first
+        v = model.trained.clone()
+        model.trained.add_(first, alpha=-self.inner_lr)
+        u = gradient(model, _batch(data, self.batch_size, rng), client)
+        if self.variant == "hf":
+            third = _batch(data, self.batch_size, rng)
+            product = hessian_product(model, v, u, third, client, self.perturbation)
+            u.sub_(product, alpha=self.inner_lr)
+        model.trained.copy_(v)
+        return u
+
+    def evaluate_client(self, task: Task, client: Client) -> Mapping[str, float]:
+        """Take one alpha-step on the client's training examples, then test."""
+        rng = derive_rng(client.seed, "adaptation")
+
+        def adapt(model: FlatModel, data: Examples) -> None:
+            for _ in range(self.adapt_steps):
+                batch = _batch(data, self.adapt_examples, rng)
+                model.trained.sub_(gradient(model, batch, client), alpha=self.inner_lr)
+
+        return before_and_after(task, client, adapt)
+
+
+def gradient(model: FlatModel, batch: Examples, client: Client) -> Tensor:
+    """g(v; D): of the mean loss over a batch where the model stands; float32 [parameters]."""
+    model.gradient.zero_()
+    client.problem.loss(model.module(batch.x), batch.y).backward()  # type: ignore[no-untyped-call] # torch's
+    model.after_backward()
+    return model.gradient.clone()
+
+
+def hessian_product(
+    model: FlatModel, v: Tensor, u: Tensor, batch: Examples, client: Client, perturbation: float
+) -> Tensor:
+    """Hess(v; D'') u ~ [g(v + delta u; D'') - g(v - delta u; D'')] / (2 delta).
+
+    With delta = perturbation / ||u||. The model is left beside v. Both gradients draw the
+    same numbers (of dropout, say): else their difference would be noise / delta.
+    """
+    length = torch.linalg.vector_norm(u)
+    if not length:
+        return torch.zeros_like(u)
+    delta = perturbation / length
+    with torch.random.fork_rng(devices=cuda_devices(client.device)):
+        torch.add(v, u * delta, out=model.trained)
+        above = gradient(model, batch, client)
+    torch.sub(v, u * delta, out=model.trained)
+    below = gradient(model, batch, client)
+    return above.sub_(below).div_(2 * delta)
+
+
+def _size(data: Examples, batch_size: int | None) -> int:
+    return len(data) if batch_size is None else min(batch_size, len(data))
+
+
+def _batch(data: Examples, batch_size: int | None, rng: np.random.Generator) -> Examples:
+    """Return examples drawn without replacement, independently of every batch before."""
+    size = _size(data, batch_size)
+    if size == len(data):
+        return data
+    chosen = torch.from_numpy(rng.choice(len(data), size, replace=False)).to(data.y.device)
+    return Examples(data.x[chosen], data.y[chosen])

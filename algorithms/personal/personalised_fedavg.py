@@ -1,0 +1,233 @@
+"""Personalised FedAvg: Jiang, Konecny, Rush, Kannan,
+"Improving Federated Learning Personalization via Model Agnostic Meta Learning", 2019.
+"""  # noqa: D205 - the citation is the summary
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import islice
+from typing import Annotated, Any, ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from fedmq.algorithms.base import Client, Payload, Reply, Result, Task
+from fedmq.algorithms.errors import Fault, ResultError
+from fedmq.algorithms.fedavg import (
+    FedAvg,
+    Gathered,
+    ModelState,
+    batches,
+    cuda_devices,
+    learned,
+    load_model,
+    model_payload,
+    restrict,
+)
+from fedmq.algorithms.personal.perfedavg import gradient
+from fedmq.algorithms.problems.base import Examples, Problem
+from fedmq.algorithms.rng import derive_rng
+from fedmq.algorithms.toolkit.adaptation import before_and_after
+from fedmq.algorithms.toolkit.arithmetic import power, square_root
+from fedmq.algorithms.toolkit.flat_model import FlatModel, zeros
+from fedmq.algorithms.toolkit.results import moved, read_result
+from fedmq.codecs.text import brief
+
+_FEDAVG, _REPTILE = "fedavg", "reptile"
+"""The phases."""
+_LARGEST_VERSION = 10**12
+_LARGEST_SQUARED = 1e15
+"""Of a value that Adam will square: the square is far from float32's end."""
+_PREFIX = "server/"
+
+
+@dataclass(frozen=True)
+class MetaState(ModelState):
+    """One version of the global model, and of the server's optimizer.
+
+    version: how many were committed before it; tells the phase.
+    moments: float32 [parameters] by name, of the phase: ``velocity`` of the momentum, or
+        ``first`` and ``second`` of Adam.
+    """
+
+    version: int
+    moments: Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class PersonalisedFedAvg(FedAvg):
+    """FedAvg(E), then Reptile(K), then each client fine-tunes.
+
+    epochs: E, local epochs of FedAvg(E); the paper wants it fairly large, so 10 by default.
+    momentum: 0, as the paper has it: the clients' SGD is plain.
+    lr, batch_size: eta and B of the clients' SGD, in both phases and when they fine-tune.
+    server_lr, server_momentum: of the server's step in FedAvg(E), SGD with momentum along the
+        averaged update.
+    switch: the version from which tasks are Reptile's; 0 is Reptile alone, and a number that
+        no run reaches is FedAvg alone.
+    steps: K, mini-batch steps of a task of Reptile(K).
+    reptile_lr, beta1, beta2, epsilon: of the server's step in Reptile(K), Adam (Kingma and Ba,
+        ICLR 2015, algorithm 1). Its gradient is the averaged update with its sign turned.
+    personal_epochs: local epochs of fine-tuning, at evaluation.
+
+    FedAvg's mean is weighted by examples, Reptile's is plain: there a result counts by the
+    ``steps * batch_size`` examples of its steps.
+    """
+
+    name: ClassVar[str] = "personalised-fedavg"
+    schedules: ClassVar[frozenset[str]] = frozenset({"rounds", "buffered"})
+    sends: ClassVar[Reply | None] = "update"
+    at_commit: ClassVar[frozenset[str]] = frozenset(
+        {"server_lr", "server_momentum", "reptile_lr", "beta1", "beta2", "epsilon"}
+    )
+
+    epochs: Annotated[int, Field(ge=1)] = 10
+    momentum: Annotated[float, Field(ge=0, le=0)] = 0.0
+    weight_decay: Annotated[float, Field(ge=0, le=0)] = 0.0
+    server_momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    switch: Annotated[int, Field(ge=0)] = 100
+    steps: Annotated[int, Field(ge=1)] = 10
+    reptile_lr: Annotated[float, Field(gt=0)] = 0.001
+    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
+    epsilon: Annotated[float, Field(gt=0)] = 1e-8
+    personal_epochs: Annotated[int, Field(ge=1)] = 1
+
+    @property
+    def evaluated(self) -> Literal["model", "clients"]:
+        """Return that each client fine-tunes before it is tested."""
+        return "clients"
+
+    def _phase(self, version: int) -> str:
+        return _FEDAVG if version < self.switch else _REPTILE
+
+    # ---- at the aggregator
+
+    def start(self, problem: Problem) -> MetaState:
+        """w_0."""
+        model = super().start(problem)
+        moments = self._rest(model.layout.parameters, 0)
+        return MetaState(model.layout, model.weights, model.counters, 0, moments)
+
+    def absorb(self, gathered: Gathered, state: Any, result: Result, weight: float) -> Gathered:
+        """Add ``weight`` times the client's update to the sum, if it is of the state's phase.
+
+        A late result of FedAvg(E) is refused after the switch: an update of many epochs would
+        set the scale of Adam's first steps, which is to be that of K steps.
+        """
+        payload = result.payload
+        phase, expected = payload.numbers.get("phase"), self._phase(state.version)
+        if phase != expected:
+            raise ResultError(f"expected a result of phase {expected!r}, got {brief(phase)}")
+        if expected == _REPTILE:
+            for _, block in read_result(state.layout, payload, state.counters):
+                largest = block.abs().max().item() if block.numel() else 0.0
+                if largest > _LARGEST_SQUARED:
+                    text = f"the result holds values as large as {largest:g}"
+                    raise ResultError(text, Fault.TOO_LARGE)
+        return super().absorb(gathered, state, result, weight)
+
+    def commit(self, state: Any, gathered: Gathered, divisor: float) -> MetaState:
+        """Take the server optimizer's step along the averaged update.
+
+        What has no gradient, such as BatchNorm's statistics, moves by the average itself.
+        """
+        end, version = state.layout.parameters, state.version
+        mean = gathered.total.div_(divisor)
+        step = self._sgdm if self._phase(version) == _FEDAVG else self._adam
+        change, moments = step(state, mean[:end])
+        if self._phase(version + 1) != self._phase(version):
+            moments = self._rest(end, version + 1)
+        rest = moved(state.weights[end:], mean[end:])
+        weights = torch.cat([state.weights[:end] + change, rest])
+        return MetaState(state.layout, weights, gathered.counters, version + 1, moments)
+
+    def _sgdm(self, state: MetaState, update: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """m <- mu m + Delta; w <- w + eta_g m."""
+        velocity = update.add(state.moments["velocity"] * self.server_momentum)
+        return velocity * self.server_lr, {"velocity": velocity}
+
+    def _adam(self, state: MetaState, update: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Adam on the gradient -Delta; t counts the steps since the switch."""
+        t = state.version - self.switch + 1
+        first = state.moments["first"] * self.beta1 + update * (1 - self.beta1)
+        second = state.moments["second"] * self.beta2 + update * update * (1 - self.beta2)
+        size = square_root(second / (1 - power(self.beta2, t))).add_(self.epsilon)
+        moved = (first / size).mul_(self.reptile_lr / (1 - power(self.beta1, t)))
+        return moved, {"first": first, "second": second}
+
+    def save(self, state: Any) -> Payload:
+        """Return w_t, t and the moments."""
+        model = model_payload(state)
+        moments = {_PREFIX + name: each for name, each in state.moments.items()}
+        return Payload(model.weights, {**model.exact, **moments}, {"version": state.version})
+
+    def load(self, problem: Problem, saved: Payload) -> MetaState:
+        """Return the state of a saved w_t, t and moments."""
+        version = saved.numbers.get("version")
+        if type(version) is not int or not 0 <= version < _LARGEST_VERSION:
+            raise ResultError(
+                f"expected version from 0 to {_LARGEST_VERSION - 1}, got {brief(version)}"
+            )
+        exact = dict(saved.exact)
+        wanted = self._rest(0, version)
+        moments = {name: exact.pop(_PREFIX + name, None) for name in wanted}
+        model = super().load(problem, dataclasses.replace(saved, exact=exact))
+        found: dict[str, Tensor] = {}
+        for name, each in moments.items():
+            if (
+                each is None
+                or each.dtype != torch.float32
+                or tuple(each.shape) != (model.layout.parameters,)
+                or not each.isfinite().all()
+                or (name == "second" and (each < 0).any())
+            ):
+                raise ResultError(
+                    f"expected {name!r} of the server's optimizer as "
+                    f"{model.layout.parameters} finite float32 values"
+                )
+            found[name] = each
+        return MetaState(model.layout, model.weights, model.counters, version, found)
+
+    def _rest(self, size: int, version: int) -> dict[str, Tensor]:
+        """Return the moments of an optimizer that has not moved yet."""
+        names = ("velocity",) if self._phase(version) == _FEDAVG else ("first", "second")
+        return {name: zeros(size) for name in names}
+
+    # ---- at the client
+
+    def train(self, task: Task, client: Client) -> tuple[Payload, None]:
+        """Do E epochs, or after the switch K steps, of SGD from w_t."""
+        phase = self._phase(task.version)
+        if phase == _FEDAVG:
+            result, _ = super().train(task, client)
+            numbers = {**result.numbers, "phase": phase}
+            return dataclasses.replace(result, numbers=numbers), None
+        model, start = load_model(task, client.problem, client.device)
+        layout = model.layout
+        data = client.data.to(client.device)
+        model.module.train()
+        with torch.random.fork_rng(devices=cuda_devices(client.device)):
+            torch.manual_seed(client.seed)
+            order = derive_rng(client.seed, "batches")
+            for x, y in islice(batches(data, self.batch_size, self.steps, order), self.steps):
+                step = gradient(model, Examples(x, y), client)
+                restrict(client, layout, step)
+                model.trained.add_(step, alpha=-self.lr)
+        model.end_task()
+        size = len(data) if self.batch_size is None else min(self.batch_size, len(data))
+        about = {"n": self.steps * size, "reply": task.reply, "phase": phase}
+        return learned(model, start, about), None
+
+    def evaluate_client(self, task: Task, client: Client) -> Mapping[str, float]:
+        """Fine-tune w_t on the client's training examples as in training, then test."""
+
+        def adapt(model: FlatModel, data: Examples) -> None:
+            free = dataclasses.replace(client, restrict=None)
+            tuned = dataclasses.replace(self, epochs=self.personal_epochs)
+            tuned._sgd(model, model.trained, data, free)  # noqa: SLF001 - this class, other epochs
+
+        return before_and_after(task, client, adapt)

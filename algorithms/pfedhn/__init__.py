@@ -1,0 +1,1 @@
+"""pFedHN: personal models from a hypernetwork."""

@@ -1,0 +1,331 @@
+"""pFedHN: Shamsian, Navon, Fetaya, Chechik,
+"Personalized Federated Learning using Hypernetworks", ICML 2021.
+"""  # noqa: D205 - the citation is the summary
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from fedmq.algorithms.base import Algorithm, Client, Payload, Reply, Result, Task
+from fedmq.algorithms.errors import Fault, ResultError
+from fedmq.algorithms.fedavg import batches, cuda_devices, metrics_on, restrict, spans
+from fedmq.algorithms.pfedhn.hypernetwork import HyperNet, largest
+from fedmq.algorithms.pfedhn.model_parts import Division
+from fedmq.algorithms.pfedhn.state import HyperGathered, HyperState, load_state, save_state
+from fedmq.algorithms.problems.base import Examples, Problem
+from fedmq.algorithms.rng import derive_rng, derive_seed
+from fedmq.algorithms.toolkit.dry_step import dry_step
+from fedmq.algorithms.toolkit.flat_model import FlatModel, scratch_model, zeros
+from fedmq.algorithms.toolkit.layout import Layout
+from fedmq.algorithms.toolkit.results import (
+    Vectors,
+    merge_counters,
+    moved,
+    read_result,
+    result_payload,
+)
+
+_LARGEST = 1e30
+"""Of a weighted value: millions of them still have a sum in float32."""
+_MOMENTUM = "momentum."
+
+
+@dataclass(frozen=True)
+class PFedHN(Algorithm):
+    """Algorithm 1, and with ``personal_classifier`` pFedHN-PC.
+
+    lr, momentum, weight_decay: of the local SGD, whose momentum starts from zero at each task;
+        by default those of the paper's experiments, and so are batches and batch_size.
+    batches: K, local steps: successive batches of shuffled passes over the local data.
+    batch_size: of the local steps.
+    clip: largest norm of a local gradient.
+    embedding: D_e, length of a client's embedding; None is int(1 + clients / 4).
+    hidden: units of each hidden layer of the hypernetwork. layers: (ReLU, linear) in it.
+    server_lr: alpha, of the server's SGD on phi and the embeddings; None is 0.01, and 0.05
+        with a personal classifier.
+    server_momentum, server_weight_decay, server_clip: of the server's SGD; the norm is that
+        of the gradients of phi and of all embeddings together.
+    personal_classifier: the last layer stays at each client, with its optimizer's momentum.
+    new_rounds: how often a new client trains and its embedding is moved, in `personalise`.
+    new_lr: of those moves. The paper states none; with server_lr they would be too short.
+    seed: of phi and the embeddings at the start; None is the run's.
+
+    An embedding moves only in versions in which its client has a result, as in the paper's
+    Algorithm 1; its momentum and weight decay rest in between.
+    """
+
+    name: ClassVar[str] = "pfedhn"
+    schedules: ClassVar[frozenset[str]] = frozenset({"rounds", "buffered", "stream"})
+    personal: ClassVar[bool] = True
+    sends: ClassVar[Reply | None] = "update"
+    at_commit: ClassVar[frozenset[str]] = frozenset(
+        {"server_lr", "server_momentum", "server_weight_decay", "server_clip"}
+    )
+
+    lr: Annotated[float, Field(gt=0)] = 5e-3
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    weight_decay: Annotated[float, Field(ge=0)] = 5e-5
+    batches: Annotated[int, Field(ge=1)] = 50
+    batch_size: Annotated[int, Field(ge=1)] = 64
+    clip: Annotated[float, Field(gt=0)] = 50.0
+    embedding: Annotated[int, Field(ge=1)] | None = None
+    hidden: Annotated[int, Field(ge=1)] = 100
+    layers: Annotated[int, Field(ge=0)] = 3
+    server_lr: Annotated[float, Field(gt=0)] | None = None
+    server_momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    server_weight_decay: Annotated[float, Field(ge=0)] = 1e-3
+    server_clip: Annotated[float, Field(gt=0)] = 50.0
+    personal_classifier: bool = False
+    new_rounds: Annotated[int, Field(ge=0)] = 20
+    new_lr: Annotated[float, Field(gt=0)] = 0.1
+    seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
+
+    # ---- at the aggregator
+
+    def start(self, problem: Problem) -> HyperState:
+        """phi_0 and the embeddings, standard normal; nothing of the problem's own first model.
+
+        Raises:
+            ProblemError: the personal classifier is all there is of the problem's model.
+        """
+        model = FlatModel(problem.model())
+        division, net = self._shape(problem, model.layout)
+        phi = net.initial(derive_seed(self.seed or 0, "hypernetwork"))
+        rng = derive_rng(self.seed or 0, "embeddings")
+        drawn = rng.standard_normal((problem.clients, net.embedding), dtype="float32")
+        embeddings = torch.from_numpy(drawn)
+        return HyperState(
+            net,
+            division,
+            phi,
+            embeddings,
+            zeros(len(phi)),
+            torch.zeros_like(embeddings),
+            division.part(model.weights)[division.theta :].clone(),
+            model.read_counters(),
+            torch.zeros(problem.clients, dtype=torch.int64),
+        )
+
+    def task(self, state: HyperState, client: int) -> Payload:
+        """theta_i = h(v_i; phi); phi itself never travels."""
+        return state.model_of(state.embedding(client))
+
+    @property
+    def evaluated(self) -> Literal["model", "clients"]:
+        """By each client: there is no model for all."""
+        return "clients"
+
+    def result_bytes(self, state: HyperState) -> int:
+        """Return the size of theta and what goes with it: whatever that of phi."""
+        return 4 * state.division.sent.dim + state.counters.nbytes
+
+    def gather(self, state: HyperState) -> HyperGathered:
+        """Return an empty sum."""
+        return HyperGathered.empty(state)
+
+    def absorb(
+        self, gathered: HyperGathered, state: HyperState, result: Result, weight: float
+    ) -> HyperGathered:
+        """Add ``weight`` times (d theta_i / d (phi, v_i))^T dtheta_i, at the current phi and v_i.
+
+        A late dtheta_i was found at an older theta_i; the product is that of now.
+        """
+        sent, net, who = state.division.sent, state.net, result.client
+        if not 0 <= who < len(state.used):
+            raise ResultError(f"expected a client from 0 to {len(state.used) - 1}, got {who}")
+        arrived = read_result(sent, result.payload, state.counters)
+        change = zeros(sent.dim)
+        for start, block in arrived:
+            change[start : start + block.numel()] = block
+        if not change.isfinite().all():
+            raise ResultError("the result holds NaN or infinite values", Fault.NOT_FINITE)
+        delta, rest = change[: sent.parameters], change[sent.parameters :]
+        pulled = net.pull_back(state.phi, state.embeddings[who], delta)
+        if weight * largest(pulled, change) > _LARGEST:
+            top = change.abs().max().item()
+            raise ResultError(f"the result holds values as large as {top:g}", Fault.TOO_LARGE)
+        net.add(gathered.phi, pulled, delta, weight)
+        gathered.embeddings[who].add_(pulled.embedding, alpha=weight)
+        gathered.shared.add_(rest, alpha=weight)
+        if arrived.counters is not None:
+            fresh = not result.staleness
+            merge_counters(gathered.counters, state.counters, arrived.counters, fresh=fresh)
+        gathered.present[who] = True
+        return gathered
+
+    def commit(self, state: HyperState, gathered: HyperGathered, divisor: float) -> HyperState:
+        """One step of the server's SGD on phi and on the embeddings of those who sent.
+
+        SGD descends, and dtheta = theta~ - theta is where theta should go: the gradient is
+        the product with -dtheta, summed with the weights and divided by the divisor.
+        """
+        rows = gathered.present
+        scale = -_within(self.server_clip * divisor, gathered.phi, gathered.embeddings) / divisor
+        lr = self._server_lr
+        embeddings, velocity = state.embeddings.clone(), state.embedding_momentum.clone()
+        embeddings[rows], velocity[rows] = self._descend(
+            embeddings[rows], gathered.embeddings[rows].mul_(scale), velocity[rows], lr
+        )
+        phi, phi_momentum = self._descend(
+            state.phi, gathered.phi.mul_(scale), state.phi_momentum, lr
+        )
+        return dataclasses.replace(
+            state,
+            phi=phi,
+            embeddings=embeddings,
+            phi_momentum=phi_momentum,
+            embedding_momentum=velocity,
+            shared=moved(state.shared, gathered.shared.mul_(1 / divisor)),
+            counters=gathered.counters,
+            used=state.used + rows,
+        )
+
+    def save(self, state: HyperState) -> Payload:
+        """Return phi, the embeddings, the momentum of both, and what goes with them."""
+        return save_state(state)
+
+    def load(self, problem: Problem, saved: Payload) -> HyperState:
+        """Return the state that was saved."""
+        layout = Layout.of(problem.model())
+        division, net = self._shape(problem, layout)
+        return load_state(net, division, problem.clients, saved)
+
+    def tensors(self, state: HyperState) -> Mapping[str, Tensor]:
+        """Return phi and the embeddings by name, and what all clients' models share."""
+        phi = {f"phi.{name}": each for name, each in state.net.layout.views(state.phi).items()}
+        division = state.division
+        shared = {slot.name: slot.tensor(state.shared) for slot in division.shared.weights}
+        counters = {slot.name: slot.tensor(state.counters) for slot in division.sent.counters}
+        return {"embeddings": state.embeddings} | phi | shared | counters
+
+    def _shape(self, problem: Problem, layout: Layout) -> tuple[Division, HyperNet]:
+        division = Division.of(layout, personal_classifier=self.personal_classifier)
+        length = int(1 + problem.clients / 4) if self.embedding is None else self.embedding
+        return division, HyperNet.of(length, self.hidden, self.layers, division.theta)
+
+    @property
+    def _server_lr(self) -> float:
+        if self.server_lr is None:
+            return 0.05 if self.personal_classifier else 0.01
+        return self.server_lr
+
+    def _descend(
+        self, weights: Tensor, gradient: Tensor, velocity: Tensor, lr: float
+    ) -> tuple[Tensor, Tensor]:
+        """Return weights and velocity after a step of the server's SGD.
+
+        The new velocity is made in the gradient's place: phi is large.
+        """
+        new = gradient.add_(weights, alpha=self.server_weight_decay)
+        new.add_(velocity, alpha=self.server_momentum)
+        return weights.add(new, alpha=-lr), new
+
+    # ---- at the client
+
+    def try_model(self, problem: Problem, data: Examples, device: str) -> None:
+        """Try the problem's model."""
+        dry_step(lambda: FlatModel(problem.model(), device), problem, data, device)
+
+    def train(self, task: Task, client: Client) -> tuple[Payload, Payload | None]:
+        """K steps of SGD from theta_i; dtheta_i = theta~_i - theta_i."""
+        model, division, velocity = self._load(task, client)
+        before = model.weights.clone()
+        with torch.random.fork_rng(devices=cuda_devices(client.device)):
+            torch.manual_seed(client.seed)
+            self._sgd(model, division, velocity, client)
+        result = result_payload(
+            division.sent,
+            Vectors(division.part(before), model.loaded_counters),
+            Vectors(division.part(model.weights), model.read_counters()),
+            {"n": len(client.data)},
+        )
+        if not self.personal_classifier:
+            return result, None
+        own, moving = division.kept(model.weights), division.kept(velocity)
+        return result, Payload(exact=own | {_MOMENTUM + name: moving[name] for name in moving})
+
+    def evaluate_client(self, task: Task, client: Client) -> Mapping[str, float]:
+        """Return the metrics of theta_i, as it is sent, on the client's test data."""
+        model, _, _ = self._load(task, client)
+        test = client.problem.client_test(client.index).to(client.device)
+        return metrics_on(model.module, client.problem, test, client.device)
+
+    def _load(self, task: Task, client: Client) -> tuple[FlatModel, Division, Tensor]:
+        """Return the working copy of the client's model, and its velocity [parameters]."""
+        model = scratch_model(client.problem, client.device)
+        division = Division.of(model.layout, personal_classifier=self.personal_classifier)
+        place = slice(division.theta, division.whole.parameters)
+        velocity = torch.zeros_like(model.gradient)
+        own = zeros(0)
+        if self.personal_classifier and client.local is None:
+            own = FlatModel(client.problem.model()).weights[place]
+        elif self.personal_classifier and client.local is not None:
+            names, kept = division.own.views(velocity[place]), client.local.exact
+            own = division.own.flatten({name: kept[name] for name in names})
+            moving = division.own.flatten({name: kept[_MOMENTUM + name] for name in names})
+            velocity[place] = moving.to(client.device)
+        sent, counters = division.sent.read(task.payload)
+        model.load(division.join(sent, own).to(client.device), counters)
+        return model, division, velocity
+
+    def _sgd(self, model: FlatModel, division: Division, velocity: Tensor, client: Client) -> None:
+        """Take the local steps on a loaded model."""
+        data = client.data.to(client.device)
+        loss, trained, gradient = client.problem.loss, model.trained, model.gradient
+        passes = math.ceil(self.batches / len(spans(len(data), self.batch_size)))
+        order = derive_rng(client.seed, "batches")
+        model.module.train()
+        for x, y in itertools.islice(batches(data, self.batch_size, passes, order), self.batches):
+            gradient.zero_()
+            loss(model.module(x), y).backward()  # type: ignore[no-untyped-call] # torch's
+            model.after_backward()
+            with torch.no_grad():
+                gradient.mul_(_within(self.clip, gradient))
+                gradient.add_(trained, alpha=self.weight_decay)
+                restrict(client, division.sent, gradient[: division.theta])
+                velocity.mul_(self.momentum).add_(gradient)
+                trained.add_(velocity, alpha=-self.lr)
+        model.end_task()
+
+    # ---- for a client that never took part
+
+    def personalise(self, state: HyperState, version: int, client: Client) -> Mapping[str, float]:
+        """Find a new client's embedding with phi as it is, and return the metrics of its theta.
+
+        It starts from the mean of the trained embeddings and is moved as the server would,
+        once after each of ``new_rounds`` local trainings.
+        """
+        net, sent = state.net, state.division.sent
+        embedding = state.embedding(len(state.embeddings))
+        velocity = torch.zeros_like(embedding)
+        for turn in range(self.new_rounds):
+            seed = derive_seed(client.seed, "personalise", turn)
+            task = Task(version, state.model_of(embedding))
+            result, local = self.train(task, dataclasses.replace(client, seed=seed))
+            client = dataclasses.replace(client, local=local)
+            delta = sent.flatten_trained(result.weights)
+            gradient = -net.pull_back(state.phi, embedding, delta).embedding
+            gradient.mul_(_within(self.server_clip, gradient))
+            embedding, velocity = self._descend(embedding, gradient, velocity, self.new_lr)
+        return self.evaluate_client(Task(version, state.model_of(embedding)), client)
+
+
+def _within(most: float, *gradients: Tensor) -> float:
+    """Return by what to multiply gradients so that their norm, together, is at most ``most``.
+
+    The squares of what is large, but still accepted, overflow float32: then in float64.
+    """
+    norm = math.hypot(*(torch.linalg.vector_norm(each).item() for each in gradients))
+    if not math.isfinite(norm):
+        norms = (torch.linalg.vector_norm(each, dtype=torch.float64) for each in gradients)
+        norm = math.hypot(*(each.item() for each in norms))
+    return most / norm if norm > most else 1.0

@@ -1,0 +1,106 @@
+"""One version of pFedHN: the hypernetwork, the embeddings, and what a version gathers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fedmq.algorithms.base import Payload
+from fedmq.algorithms.errors import ResultError
+from fedmq.algorithms.pfedhn.hypernetwork import HyperNet
+from fedmq.algorithms.pfedhn.model_parts import Division, layout_of
+from fedmq.algorithms.toolkit.flat_model import zeros
+
+_FLOATS = ("phi", "embeddings", "phi_momentum", "embedding_momentum", "shared")
+
+
+@dataclass(frozen=True)
+class HyperState:
+    """One version of the hypernetwork.
+
+    phi: its parameters, float32 [P]. embeddings: v_i, float32 [K, D_e]. phi_momentum,
+    embedding_momentum: of the server's SGD, shaped alike. shared: float32, what is not
+    trained in the clients' models. counters: int64, theirs. used: int64 [K], versions in
+    which each client had a result.
+    """
+
+    net: HyperNet
+    division: Division
+    phi: Tensor
+    embeddings: Tensor
+    phi_momentum: Tensor
+    embedding_momentum: Tensor
+    shared: Tensor
+    counters: Tensor
+    used: Tensor
+
+    def embedding(self, client: int) -> Tensor:
+        """Return v_i; of a new client the mean of those that were trained, float32 [D_e]."""
+        if client < len(self.embeddings):
+            return self.embeddings[client]
+        trained = self.used > 0
+        return self.embeddings[trained if trained.any() else ~trained].mean(dim=0)
+
+    def model_of(self, embedding: Tensor) -> Payload:
+        """Return the model that belongs to an embedding, and what all models share."""
+        sent = self.division.sent
+        weights = torch.cat([self.net.theta(self.phi, embedding), self.shared])
+        return sent.write(weights, self.counters)
+
+
+@dataclass
+class HyperGathered:
+    """The running sum over a version's results, whatever their number.
+
+    phi, embeddings: sum of weight * (d theta_i / d (phi, v_i))^T dtheta_i.
+    shared: sum of weight * the change of what is not trained. counters: largest so far.
+    present: bool [K], who has a result in it.
+    """
+
+    phi: Tensor
+    embeddings: Tensor
+    shared: Tensor
+    counters: Tensor
+    present: Tensor
+
+    @classmethod
+    def empty(cls, state: HyperState) -> HyperGathered:
+        """Return an empty sum."""
+        return cls(
+            zeros(len(state.phi)),
+            torch.zeros_like(state.embeddings),
+            torch.zeros_like(state.shared),
+            state.counters.clone(),
+            torch.zeros(len(state.used), dtype=torch.bool),
+        )
+
+
+def save_state(state: HyperState) -> Payload:
+    """Return everything that is in a state."""
+    floats = {name: getattr(state, name) for name in _FLOATS}
+    return Payload(weights=floats, exact={"counters": state.counters, "used": state.used})
+
+
+def load_state(net: HyperNet, division: Division, clients: int, saved: Payload) -> HyperState:
+    """Return the state that was saved.
+
+    Raises:
+        ResultError: it is of another hypernetwork, model or number of clients, or damaged.
+    """
+    phi, rows = (net.layout.dim,), (clients, net.embedding)
+    shapes = (phi, rows, phi, rows, (division.shared.dim,))
+    counts = sum(slot.size for slot in division.sent.counters)
+    wanted = layout_of(
+        dict(zip(_FLOATS, shapes, strict=True)), {"counters": (counts,), "used": (clients,)}
+    )
+    weights = wanted.flatten(saved.weights)
+    integers = wanted.counter_views(wanted.flatten_counters(saved.exact))
+    views = wanted.views(weights)
+    # What is shared may be a constant of any value.
+    if not all(views[name].isfinite().all() for name in _FLOATS if name != "shared"):
+        raise ResultError("the state holds NaN or infinite values")
+    if (integers["used"] < 0).any():
+        raise ResultError("the state holds negative counts of results")
+    return HyperState(net, division, **views, **integers)

@@ -1,0 +1,1 @@
+"""What algorithms are built from: flat models, SGD, split models, sums, checks of results."""

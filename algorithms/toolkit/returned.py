@@ -1,0 +1,113 @@
+"""What an algorithm's methods return, checked before it is encoded and sent."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, NoReturn
+
+import msgspec
+from torch import Tensor
+
+from fedmq.algorithms.base import Payload
+from fedmq.algorithms.values import ReturnedError, is_utf8, kind_of_value, plain_number
+from fedmq.codecs.text import brief
+
+MAX_NUMBERS_BYTES = 16 * 1024
+"""Of a payload's numbers, which stand in the header of its message."""
+_INT_RANGE = range(-(1 << 63), 1 << 64)
+"""What msgpack can write."""
+
+
+def payload_of(found: object, who: str) -> Payload:
+    """Return a payload whose tensors are tensors and whose numbers are Python's own.
+
+    Args:
+        found: what an algorithm returned.
+        who: its method, such as ``MyAlgorithm.train``, for the error.
+
+    Raises:
+        ReturnedError: it is no payload, or holds what cannot be sent.
+    """
+    if not isinstance(found, Payload):
+        raise ReturnedError(f"{who}: expected a Payload, got {kind_of_value(found)}")
+    for group in ("weights", "exact", "features", "logits"):
+        check_tensors(getattr(found, group), group, who)
+    numbers = {}
+    for name, value in _map(found.numbers, "numbers as a map from names to values", who).items():
+        if not isinstance(name, str) or not is_utf8(name):
+            _refuse_name(name, "numbers", who)
+        numbers[str(name)] = _plain(name, value, who)
+    size = len(msgspec.msgpack.encode(numbers))
+    if size > MAX_NUMBERS_BYTES:
+        raise ReturnedError(
+            f"{who}: expected at most {MAX_NUMBERS_BYTES} bytes of numbers with their names, "
+            f"got {size}: send many of them as a tensor among exact"
+        )
+    return Payload(found.weights, found.exact, numbers, found.features, found.logits)
+
+
+def check_tensors(found: object, what: str, who: str) -> None:
+    """Check that these are tensors by name, which may be sent and saved.
+
+    Args:
+        found: what an algorithm returned.
+        what: the noun for the error, such as ``weights``.
+        who: its method.
+
+    Raises:
+        ReturnedError: they are something else.
+    """
+    tensors = _map(found, f"{what} as a map from names to tensors", who)
+    if not tensors or type(tensors) is not dict:
+        return  # none, or read piece by piece: looking at a tensor would read all of them
+    for name, each in tensors.items():
+        if not isinstance(name, str):
+            _refuse_name(name, what, who)
+        if not isinstance(each, Tensor):
+            text = f"expected a tensor for {name!r} of {what}"
+            raise ReturnedError(f"{who}: {text}, got {kind_of_value(each)}")
+    if not is_utf8("".join(tensors)):
+        _refuse_name(next(name for name in tensors if not is_utf8(name)), what, who)
+
+
+def result_of(found: object, who: str) -> tuple[Payload, Payload | None]:
+    """Return what ``train`` returned: the result and the client's new local state.
+
+    Raises:
+        ReturnedError: it is something else.
+    """
+    if not (isinstance(found, tuple | list) and len(found) == 2):
+        raise ReturnedError(
+            f"{who}: expected two values, the result and the client's new state (or None), "
+            f"got {kind_of_value(found)}"
+        )
+    result, local = payload_of(found[0], who), found[1]
+    n = result.numbers.get("n")
+    if isinstance(n, float) and n.is_integer():  # a sum of a mask, for example
+        result = dataclasses.replace(result, numbers={**result.numbers, "n": int(n)})
+    return result, None if local is None else payload_of(local, who)
+
+
+def _refuse_name(name: object, what: str, who: str) -> NoReturn:
+    text = f"expected the names of {what} as text in UTF-8"
+    raise ReturnedError(f"{who}: {text}, got {brief(name)}")
+
+
+def _map(value: object, expected: str, who: str) -> Mapping[Any, object]:
+    if type(value) is not dict and not isinstance(value, Mapping):  # the first is much cheaper
+        raise ReturnedError(f"{who}: expected {expected}, got {kind_of_value(value)}")
+    return value
+
+
+def _plain(name: str, value: object, who: str) -> int | float | str:
+    if isinstance(value, str) and is_utf8(value):
+        return str(value)
+    if isinstance(value, bool):
+        return value
+    number = plain_number(value)
+    if number is None or (isinstance(number, int) and number not in _INT_RANGE):
+        raise ReturnedError(
+            f"{who}: expected a number or text for {name!r}, got {kind_of_value(value)}"
+        )
+    return number

@@ -1,0 +1,265 @@
+"""A model in two: a body that all clients share, and a head that each keeps to itself."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from fedmq.algorithms.base import Client, Payload, Task
+from fedmq.algorithms.errors import ProblemError
+from fedmq.algorithms.fedavg import FedAvg, ModelState, batches, cuda_devices, metrics_on, restrict
+from fedmq.algorithms.problems.base import Examples, Problem
+from fedmq.algorithms.rng import derive_rng
+from fedmq.algorithms.toolkit.dry_step import dry_step
+from fedmq.algorithms.toolkit.flat_model import FlatModel
+from fedmq.algorithms.toolkit.layout import Layout
+from fedmq.algorithms.toolkit.results import Vectors, result_payload
+
+_BATCH = 500
+"""Examples that go through a model at once where nothing is trained."""
+
+Part = Literal["head", "body", "both"]
+
+
+class Split:
+    """A working copy of a problem's model, cut in two.
+
+    Attributes:
+        whole: the model; its weights are those of `body` and `head`.
+        body, head: modules; the head takes what the body returns.
+        shared, kept: layouts of the body's tensors and of the head's, with the whole's names.
+
+    Raises:
+        ProblemError: the model cannot be cut there.
+    """
+
+    def __init__(self, problem: Problem, head: int, device: str = "cpu") -> None:
+        self._layers = head
+        self.whole = FlatModel(problem.model(), device, problem.model)
+        self.shared, self.kept = Layout.of(self.body), Layout.of(self.head)
+        names = [{each.name for each in part.weights} for part in (self.shared, self.kept)]
+        if names[0] & names[1] or len(names[0] | names[1]) != len(self.whole.layout.weights):
+            raise ProblemError("the model's body and head have a parameter in common")
+        # Parameters go by the layers' order: the body's gradients come first, then the head's.
+        self._border = self.shared.parameters
+        self._first = self.kept_tensors()
+
+    @property
+    def body(self) -> nn.Sequential:
+        """Return the body."""
+        return cut(self.whole.module, self._layers)[0]
+
+    @property
+    def head(self) -> nn.Sequential:
+        """Return the head."""
+        return cut(self.whole.module, self._layers)[1]
+
+    def load(self, body: Payload, local: Payload | None) -> Vectors:
+        """Load a body, and the head that a client kept or else the problem's first one.
+
+        Returns the body as it came.
+        """
+        came = Vectors(*self.shared.read(body))
+        tensors = _views(self.shared, came)
+        head = Payload(exact=self._first) if local is None else local
+        tensors |= _views(self.kept, Vectors(*self.kept.read(head)))
+        self.whole.load(*self.whole.layout.read(Payload(exact=tensors)))
+        return came
+
+    def body_vectors(self) -> Vectors:
+        """Return a copy of the body's numbers, on the CPU."""
+        mine = {slot.name for slot in (*self.shared.weights, *self.shared.counters)}
+        tensors = {name: each for name, each in self._tensors().items() if name in mine}
+        return Vectors(*self.shared.read(Payload(exact=tensors)))
+
+    def kept_tensors(self) -> dict[str, Tensor]:
+        """Return a copy of all tensors of the head by name, on the CPU."""
+        tensors = self._tensors()
+        return {slot.name: tensors[slot.name] for slot in (*self.kept.weights, *self.kept.counters)}
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """Return a copy of all tensors, as they travel."""
+        weights = self.whole.weights.detach().to("cpu", copy=True)
+        return _views(self.whole.layout, Vectors(weights, self.whole.read_counters()))
+
+    def fit(
+        self, part: Part, data: Examples, epochs: int, algorithm: FedAvg, client: Client
+    ) -> None:
+        """Run epochs of SGD on a part; the rest stays as it is, to the bit.
+
+        Only the part's own slice of the weights is stepped, so that no momentum and no weight
+        decay can reach the rest. What is frozen is in evaluation mode: its running statistics
+        stay as well, and its dropout is off. Momentum starts from zero.
+
+        Args:
+            part: what is trained.
+            data: x float32 [n, ...], y int64 [n], on the model's device.
+            epochs: passes over the data; 0 does nothing.
+            algorithm: whose lr, batch_size, momentum and weight_decay.
+            client: whose loss, randomness and structured updates.
+        """
+        if not epochs:
+            return
+        start, end = {"head": (self._border, None), "body": (0, self._border), "both": (0, None)}[
+            part
+        ]
+        trained, gradient = self.whole.trained[start:end], self.whole.gradient[start:end]
+        forward: nn.Module = self.whole.module
+        body, head = self.body, self.head
+        body.train(part != "head")
+        head.train(part != "body")
+        if part == "head":
+            # A frozen body says the same of an example in every epoch.
+            data, forward = Examples(outputs(body, data.x), data.y), head
+        velocity = torch.zeros_like(gradient) if algorithm.momentum else None
+        rng = derive_rng(client.seed, "head batches" if part == "head" else "batches")
+        for x, y in batches(data, algorithm.batch_size, epochs, rng):
+            gradient.zero_()
+            client.problem.loss(forward(x), y).backward()  # type: ignore[no-untyped-call] # torch's
+            self.whole.after_backward()
+            with torch.no_grad():
+                if algorithm.weight_decay:
+                    gradient.add_(trained, alpha=algorithm.weight_decay)
+                if part != "head":
+                    restrict(client, self.shared, gradient[: self._border])
+                step = gradient
+                if velocity is not None:
+                    step = velocity.mul_(algorithm.momentum).add_(gradient)
+                trained.add_(step, alpha=-algorithm.lr)
+        self.whole.end_task()
+
+
+@dataclass(frozen=True)
+class SharedBody(FedAvg):
+    """FedAvg of the body alone; each client keeps a head, which never travels.
+
+    head: how many of the last trained layers are the head; at least one, or nothing is personal.
+    Other fields are FedAvg's.
+    """
+
+    head: Annotated[int, Field(ge=1)] = 1
+
+    @property
+    def evaluated(self) -> Literal["model", "clients"]:
+        """By clients: there is no model without a client's head."""
+        return "clients"
+
+    # ---- at the aggregator
+
+    def start(self, problem: Problem) -> ModelState:
+        """phi_0, the body of the problem's first model.
+
+        Raises:
+            ProblemError: the model cannot be cut.
+        """
+        model = Split(problem, self.head)
+        body = model.body_vectors()
+        return ModelState(model.shared, body.weights, body.counters)
+
+    def load(self, problem: Problem, saved: Payload) -> ModelState:
+        """Return the state of a saved phi_t."""
+        layout = Layout.of(cut(problem.model(), self.head)[0])
+        return ModelState(layout, *layout.read(saved))
+
+    # ---- at the client
+
+    def try_model(self, problem: Problem, data: Examples, device: str) -> None:
+        """Try the problem's model, body and head."""
+        dry_step(lambda: Split(problem, self.head, device).whole, problem, data, device)
+
+    def train(self, task: Task, client: Client) -> tuple[Payload, Payload]:
+        """Return the change of the body (or the body), and the client's head."""
+        model = scratch_split(client.problem, self.head, client.device)
+        came = model.load(task.payload, client.local)
+        data = client.data.to(client.device)
+        with torch.random.fork_rng(devices=cuda_devices(client.device)):
+            torch.manual_seed(client.seed)
+            self.learn(model, data, client)
+        numbers: dict[str, int | str] = {"n": len(data), "reply": task.reply}
+        result = result_payload(model.shared, came, model.body_vectors(), numbers, task.reply)
+        return result, Payload(exact=model.kept_tensors())
+
+    @abstractmethod
+    def learn(self, model: Split, data: Examples, client: Client) -> None:
+        """Do a task's local epochs on a loaded model."""
+
+    def evaluate_client(self, task: Task, client: Client) -> Mapping[str, float]:
+        """Return the metrics, on the client's test data, of its head on phi_t.
+
+        ``loss`` and ``accuracy`` are those after `tune` on its training data;
+        ``accuracy_before`` is with the head as it was kept (or as it first was).
+        """
+        model = scratch_split(client.problem, self.head, client.device)
+        model.load(task.payload, client.local)
+        before = local_metrics(model.whole, client)["accuracy"]
+        model.load(task.payload, client.local)
+        data = client.data.to(client.device)
+        with torch.random.fork_rng(devices=cuda_devices(client.device)):
+            torch.manual_seed(client.seed)
+            self.tune(model, data, client)
+        return {**local_metrics(model.whole, client), "accuracy_before": before}
+
+    @abstractmethod
+    def tune(self, model: Split, data: Examples, client: Client) -> None:
+        """Fit a loaded model to the client's training data, for an evaluation."""
+
+
+def cut(module: nn.Module, head: int) -> tuple[nn.Sequential, nn.Sequential]:
+    """Return the body and the head of a model, which share its tensors and keep their names.
+
+    The head begins with the first of the last ``head`` layers that are trained.
+
+    Raises:
+        ProblemError: the model is no sequence of layers, or nothing would be left to share.
+    """
+    if not isinstance(module, nn.Sequential):
+        raise ProblemError(
+            f"expected a model that is an nn.Sequential of layers, got {type(module).__name__}"
+        )
+    places = [
+        at
+        for at, layer in enumerate(module)
+        if any(each.requires_grad for each in layer.parameters())
+    ]
+    if not 1 <= head < len(places):
+        raise ProblemError(
+            f"head: expected fewer than the model's {len(places)} trained layers, got {head}"
+        )
+    return module[: places[-head]], module[places[-head] :]
+
+
+def outputs(module: nn.Module, x: Tensor) -> Tensor:
+    """Return what a module makes of x, float32 [n, ...], without a gradient."""
+    with torch.no_grad():
+        return torch.cat([module(each) for each in torch.split(x, _BATCH)])
+
+
+def local_metrics(model: FlatModel, client: Client) -> dict[str, float]:
+    """Return a model's metrics on the client's own test data, averaged over examples."""
+    data = client.problem.client_test(client.index)
+    model.reset()
+    return metrics_on(model.module, client.problem, data, client.device)
+
+
+def _views(layout: Layout, numbers: Vectors) -> dict[str, Tensor]:
+    return layout.views(numbers.weights) | layout.counter_views(numbers.counters)
+
+
+def scratch_split(problem: Problem, head: int, device: str) -> Split:
+    """Return this process's one working copy of a problem's model, cut in two."""
+    for known, where, model in _scratch:
+        if known is problem and where == (head, device):
+            return model
+    model = Split(problem, head, device)
+    _scratch.appendleft((problem, (head, device), model))
+    return model
+
+
+_scratch: deque[tuple[Problem, tuple[int, str], Split]] = deque(maxlen=4)

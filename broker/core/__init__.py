@@ -1,0 +1,1 @@
+"""The Broker core: sessions, mailboxes, delivery, acknowledgments; no sockets, no clock."""

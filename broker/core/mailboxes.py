@@ -1,0 +1,228 @@
+"""What becomes of messages: accepted, offered, consumed, refused; each step an entry.
+
+The part of the Broker core that moves messages between its state and the ledger. It
+knows no connections, leases or frames other than deliveries.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Sequence
+from typing import Any
+
+from msgspec import UNSET
+
+from fedmq.broker.core import delivery
+from fedmq.broker.core.admission import timer_of
+from fedmq.broker.core.deduplication import Mark, Remembered
+from fedmq.broker.core.state import Action, Append, Node, Run, Store
+from fedmq.broker.ledger.entries import Accepted, AcceptedAll, Consumed, Refusal, blob_name
+from fedmq.broker.ledger.recent_messages import Shelf
+from fedmq.broker.rejections import Rejection
+from fedmq.broker.wire.addresses import BROKER, CHECKPOINT, RECORD, TIMER, node_address
+from fedmq.broker.wire.encoding import encode_message
+from fedmq.broker.wire.schema import Message
+
+_CONSUMED_BATCH = 1000
+
+
+class Postbox:
+    """The runs of a broker, and their messages.
+
+    Attributes:
+        store: what the ledger holds; set by the core that this belongs to.
+        next_seq: number of the next ledger entry.
+        runs: by id.
+        remembered: ids of messages that are not to be taken again.
+        timers: a heap of (due, number of the request, run, token).
+    """
+
+    store: Store
+
+    def __init__(self) -> None:
+        self.next_seq = 0
+        self.runs: dict[str, Run] = {}
+        self.remembered = Remembered()
+        self.timers: list[tuple[float, int, str, str]] = []
+        self.fresh = Shelf()
+        """What was accepted in this event, which the ledger does not have yet."""
+
+    def read(self, seq: int) -> Accepted:
+        """Return an accepted message."""
+        return self.fresh.find(seq) or self.store.read(seq)
+
+    def number(self) -> int:
+        """Return the number of the next entry."""
+        self.next_seq += 1
+        return self.next_seq - 1
+
+    def accept(
+        self,
+        run: Run,
+        message: Message,
+        data: bytes,
+        consumes: tuple[int, ...],
+        now: float,
+        out: list[Action],
+    ) -> None:
+        """Keep a message, and offer it to whoever hosts its address.
+
+        Args:
+            run: where it belongs.
+            message: read from ``data``.
+            data: as its sender wrote it.
+            consumes: numbers of the messages that its sender is done with.
+            now: in seconds since 1970.
+            out: the actions so far.
+        """
+        seq = self.number()
+        self._forget(run, consumes)
+        if message.to == CHECKPOINT:
+            consumes += () if run.checkpoint is None else (run.checkpoint,)
+            run.checkpoint = seq
+        elif message.to == TIMER:
+            token, after_s = timer_of(message)
+            heapq.heappush(self.timers, (now + after_s, seq, run.id, token))
+        uses = [blob_name(message, blob) for blob in message.blobs]
+        traffic = run.traffic() if message.to == CHECKPOINT else UNSET
+        entry = Accepted(seq=seq, at=now, message=data, consumes=consumes, traffic=traffic)
+        self.fresh.add(entry)
+        out.append(Append(entry, uses, kept=message.to != RECORD))
+        if message.to in (RECORD, CHECKPOINT, TIMER):
+            return
+        host = run.host_of(message.to)
+        if host is None:
+            run.waiting.setdefault(message.to, []).append(seq)
+        elif delivery.is_open(host, now):
+            host.pending[seq] = message.to
+            out.append(delivery.delivery(host, seq, now, data, message))
+        else:
+            delivery.add(host, seq, message.to)
+
+    def accept_all(
+        self,
+        run: Run,
+        messages: Sequence[Message],
+        data: Sequence[bytes],
+        now: float,
+        out: list[Action],
+    ) -> None:
+        """Keep messages without blobs as `accept` does each, but as one record.
+
+        None of them may be for a timer, or a checkpoint.
+        """
+        entry = AcceptedAll(seq=self.next_seq, at=now, messages=tuple(data))
+        self.next_seq += len(messages)
+        self.fresh.add(entry)
+        out.append(Append(entry))
+        addresses = [each.to for each in messages]
+        hosts = {to: run.host_of(to) for to in set(addresses)}
+        numbered = dict(enumerate(addresses, entry.seq))
+        found: dict[str, dict[int, str]] = {}
+        if len(hosts) == 1 and (host := hosts[addresses[0]]) is not None:
+            found[host.name] = numbered  # most often: all are for one node
+        else:
+            for seq, to in numbered.items():
+                if (host := hosts[to]) is not None:
+                    found.setdefault(host.name, {})[seq] = to
+                elif to != RECORD:
+                    run.waiting.setdefault(to, []).append(seq)
+        for name, numbers in found.items():
+            out += delivery.bring(run.nodes[name], numbers, entry, now)
+
+    def consume(self, node: Node, seqs: Sequence[int], now: float, out: list[Action]) -> None:
+        """Note that a node is done with these of its messages."""
+        finished = [seq for seq in seqs if node.pending.pop(seq, None) is not None]
+        self._forget(node.run, finished)
+        for start in range(0, len(finished), _CONSUMED_BATCH):
+            of = tuple(finished[start : start + _CONSUMED_BATCH])
+            entry = Consumed(seq=self.number(), at=now, node=node.name, of=of)
+            out.append(Append(entry))
+
+    def _forget(self, run: Run, seqs: Sequence[int]) -> None:
+        if run.refused:
+            run.refused.difference_update(seqs)
+        if run.interrupted:
+            for seq in seqs:
+                run.interrupted.pop(seq, None)
+
+    def refuse_post(
+        self, node: Node, name: str, why: Rejection, mark: Mark, now: float, out: list[Action]
+    ) -> None:
+        """Note that a post was not accepted, and tell its sender."""
+        reason = why.reason[:2000]
+        body = {"id": name, "reason": reason, "by": BROKER, "code": why.code}
+        self._tell_refused(node.run, node.name, body, now, out)
+        refusal = Refusal(
+            seq=self.number(),
+            at=now,
+            run=node.run.id,
+            node=BROKER,
+            id=name,
+            reason=reason,
+            mark=mark.to_bytes(),
+            code=why.code,
+        )
+        out.append(Append(refusal))
+
+    def refuse(
+        self,
+        run: Run,
+        seq: int,
+        by: str,
+        reason: str,
+        now: float,
+        out: list[Action],
+        *,
+        code: str = "",
+        parked: bool = False,
+    ) -> None:
+        """Note that a message could not be used, once, and tell its sender."""
+        if seq in run.refused:
+            return
+        run.refused.add(seq)
+        message = self.read(seq).read()
+        if message.sender != BROKER:
+            body = {"id": message.id, "reason": reason, "by": by, "code": code}
+            self._tell_refused(run, message.sender, body, now, out)
+        refusal = Refusal(
+            seq=self.number(),
+            at=now,
+            run=run.id,
+            node=by,
+            id=message.id,
+            reason=reason,
+            of=seq,
+            parked=parked,
+            code=code,
+        )
+        out.append(Append(refusal))
+
+    def _tell_refused(
+        self, run: Run, sender: str, body: dict[str, Any], now: float, out: list[Action]
+    ) -> None:
+        """Say it before it is noted: torn apart by a crash, it is said again, not forgotten."""
+        self.say(run, "refused", node_address(sender), body, now, out, re=body["id"])
+
+    def say(
+        self,
+        run: Run,
+        kind: str,
+        to: str,
+        body: dict[str, Any],
+        now: float,
+        out: list[Action],
+        re: str | None = None,
+        consumes: tuple[int, ...] = (),
+    ) -> None:
+        """Accept a message from the broker itself."""
+        message = Message(
+            kind=kind,
+            id=f"{BROKER}/{self.next_seq}",
+            run=run.id,
+            sender=BROKER,
+            to=to,
+            body=body,
+            re=re,
+        )
+        self.accept(run, message, encode_message(message), consumes, now, out)

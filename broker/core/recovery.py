@@ -1,0 +1,335 @@
+"""From a ledger back to what a broker knew: who was there, and what was unfinished."""
+
+from __future__ import annotations
+
+import heapq
+import secrets
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from msgspec import UNSET
+
+from fedmq.broker.core.admission import timer_of
+from fedmq.broker.core.broker import Broker
+from fedmq.broker.core.deduplication import Mark
+from fedmq.broker.core.mailboxes import Postbox
+from fedmq.broker.core.state import Append, BrokerSettings, Continuation, Node, Run
+from fedmq.broker.errors import LedgerDamage, LedgerError, check_advice
+from fedmq.broker.ledger.blob_store import find_damage
+from fedmq.broker.ledger.entries import (
+    Accepted,
+    AnyEntry,
+    Consumed,
+    Ended,
+    Opened,
+    Refusal,
+    blob_name,
+)
+from fedmq.broker.ledger.manifest import check_entries
+from fedmq.broker.ledger.retention import EVERYTHING
+from fedmq.broker.ledger.writer import Ledger
+from fedmq.broker.wire.addresses import (
+    AGGREGATOR,
+    BROKER,
+    CHECKPOINT,
+    CONTINUED,
+    RECORD,
+    TIMER,
+    addresses,
+)
+from fedmq.broker.wire.encoding import encode_message
+from fedmq.broker.wire.schema import Hello, Message
+
+_LOST = "its bytes are not in the ledger any more"
+
+
+class Restorer:
+    """Folds a ledger's entries, one by one, into a `Postbox`.
+
+    Attributes:
+        box: the runs, and everything that is unfinished in them.
+        lost: (run, number) of the unfinished messages whose bytes are not here.
+    """
+
+    def __init__(self, box: Postbox) -> None:
+        self.box = box
+        self._pending: dict[int, Message] = {}
+        """Unfinished messages, checkpoints and timers included."""
+        self._parked: dict[int, Message] = {}
+        self._at: dict[int, float] = {}
+        self._last: dict[str, tuple[int, Message]] = {}
+        """The checkpoint that each run ended with, and its number."""
+        self._last_at: float | None = None
+        self.lost: list[tuple[str, int]] = []
+
+    def feed(self, entry: AnyEntry) -> None:
+        """Take the next entry.
+
+        Raises:
+            LedgerDamage: it is about a run, or a message, that was never there.
+        """
+        try:
+            self._feed(entry)
+        except KeyError as error:
+            unknown = f"entry {entry.seq} is about {error}, which no entry before it tells of"
+            raise LedgerDamage(unknown) from None
+
+    def _feed(self, entry: AnyEntry) -> None:
+        self.box.next_seq = entry.seq + 1
+        self._last_at = entry.at
+        match entry:
+            case Opened(run=name, config=config, total_clients=total, identity=identity):
+                self.box.runs[name] = Run(name, config, total, identity=identity)
+            case Accepted():
+                self._accepted(entry, entry.read())
+            case Consumed(of=of):
+                self._finished(of)
+            case Refusal():
+                self._refused(entry)
+            case Ended(run=name, reason=reason):
+                run = self.box.runs[name]
+                run.over = reason
+                if run.checkpoint in self._pending:
+                    self._last[name] = run.checkpoint, self._pending[run.checkpoint]
+                run.checkpoint, run.carried = None, (0, 0)
+                for unfinished in (self._pending, self._parked):
+                    for seq in [s for s, each in unfinished.items() if each.run == name]:
+                        del unfinished[seq]
+
+    def _accepted(self, entry: Accepted, message: Message) -> None:
+        run = self.box.runs[message.run]
+        self._finished(entry.consumes)
+        if message.sender == BROKER and message.kind in ("joined", "left"):
+            self._member(run, message)
+        elif message.sender == BROKER and message.kind == CONTINUED:
+            self._continued(run, entry.seq, message)
+        elif message.sender != BROKER:
+            self.box.remembered.add(Mark.of(run.id, message.sender, message.id, entry.message))
+        if message.to == CHECKPOINT:
+            run.checkpoint = entry.seq
+            run.carried = run.carried if entry.traffic is UNSET else entry.traffic
+        if message.to != RECORD:
+            self._pending[entry.seq] = message
+            self._at[entry.seq] = entry.at
+
+    def _member(self, run: Run, message: Message) -> None:
+        """A node joined, or left."""
+        body = message.body
+        name = body["node"]
+        known = run.nodes.get(name)
+        if message.kind == "left":
+            if known is not None:
+                known.alive = False
+            seq = body.get("interrupted")
+            if seq in self._pending:
+                run.interrupted[seq] = run.interrupted.get(seq, 0) + 1
+            return
+        hello = Hello(
+            node=name,
+            role=body["role"],
+            session=body["session"],
+            key=body.get("key", ""),
+            run=run.id,
+            clients=tuple((low, high) for low, high in body["clients"]),
+            config=run.config if body["role"] == AGGREGATOR else "",
+            total_clients=run.total_clients,
+        )
+        sessions = known.sessions if known is not None else 0
+        again = known is not None and known.hello.session == hello.session
+        run.nodes[name] = Node(hello, run, b"", 0.0, sessions=sessions + (not again))
+
+    def _continued(self, run: Run, seq: int, message: Message) -> None:
+        """The run was taken up again: none of its nodes is here, and it may not be over now."""
+        run.config = message.body["config"]
+        for node in run.nodes.values():
+            node.alive = False
+        for at, each in self._pending.items():
+            if each.run == run.id and each.to == TIMER:
+                self._at[at] += message.body["stopped_s"]
+        if not message.body["further"]:
+            return
+        run.continued = seq
+        if run.over:
+            run.over = ""
+            if run.id in self._last:
+                run.checkpoint, last = self._last.pop(run.id)
+                self._pending[run.checkpoint] = last
+
+    def continue_run(self, continuation: Continuation, ledger: Ledger, now: float) -> None:
+        """Write down that a run is taken up again; none that the ledger does not hold is.
+
+        Raises:
+            LedgerError: the ledger does not hold what its last checkpoint names.
+        """
+        if continuation.run not in self.box.runs:
+            return
+        stopped_s = max(0.0, now - self._last_at) if self._last_at is not None else 0.0
+        message = Message(
+            kind=CONTINUED,
+            id=f"{BROKER}/{ledger.next_seq}",
+            run=continuation.run,
+            sender=BROKER,
+            to=AGGREGATOR,
+            body={
+                "config": continuation.config,
+                "further": continuation.further,
+                "stopped_s": stopped_s,
+            },
+        )
+        entry = Accepted(seq=ledger.next_seq, at=now, message=encode_message(message))
+        self.feed(entry)
+        self._check_last(self.box.runs[continuation.run], ledger)
+        ledger.append(entry)
+
+    def _check_last(self, run: Run, ledger: Ledger) -> None:
+        """Raise LedgerError if the checkpoint that a run is to go on from cannot be read."""
+        last = None if run.checkpoint is None else self._pending.get(run.checkpoint)
+        if last is not None and any(
+            ledger.size_of(blob_name(last, blob)) is None for blob in last.blobs
+        ):
+            raise LedgerError(
+                f"run {run.id} cannot go on: the ledger has no longer the bytes of its last "
+                f"checkpoint, entry {run.checkpoint}: a failure of power took them (see "
+                "broker.durability), or they were not kept (see broker.retain)"
+            )
+
+    def _finished(self, seqs: Iterable[int]) -> None:
+        for seq in seqs:
+            message = self._pending.pop(seq, None) or self._parked.pop(seq, None)
+            if message is not None:
+                run = self.box.runs[message.run]
+                run.refused.discard(seq)
+                run.interrupted.pop(seq, None)
+
+    def _refused(self, refusal: Refusal) -> None:
+        run = self.box.runs[refusal.run]
+        if refusal.of is None:
+            self.box.remembered.add(Mark.from_bytes(refusal.mark))
+            return
+        run.refused.add(refusal.of)
+        if refusal.parked:
+            self._parked[refusal.of] = self._pending.pop(refusal.of)
+            run.interrupted.pop(refusal.of, None)
+
+    def finish(self, ledger: Ledger, now: float, lease_s: float) -> None:
+        """Hand what is unfinished to whoever is to do it.
+
+        A node that was there has a lease's time to come back before it is taken to have left.
+        """
+        for run in self.box.runs.values():
+            for node in run.nodes.values():
+                node.alive = node.alive and not run.over
+                node.heard, node.lease_until = now, now + lease_s
+                if node.alive:
+                    run.hosts |= dict.fromkeys(addresses(node.hello), node.name)
+        for seq, message in sorted((self._pending | self._parked).items()):
+            ledger.use(seq, [blob_name(message, blob) for blob in message.blobs])
+        for seq, message in self._pending.items():
+            run = self.box.runs[message.run]
+            if any(ledger.size_of(blob_name(message, blob)) is None for blob in message.blobs):
+                self.lost.append((run.id, seq))
+                continue
+            host = run.host_of(message.to)
+            if message.to == TIMER:
+                token, after_s = timer_of(message)
+                heapq.heappush(self.box.timers, (self._at[seq] + after_s, seq, run.id, token))
+            elif message.to == CHECKPOINT:
+                pass
+            elif host is not None:
+                host.pending[seq] = message.to
+            else:
+                run.waiting.setdefault(message.to, []).append(seq)
+
+    @property
+    def unfinished(self) -> dict[int, Message]:
+        """Return the messages that are unfinished, by number; parked ones are not among them."""
+        return self._pending
+
+    @property
+    def parked(self) -> tuple[int, ...]:
+        """Return the numbers of the messages that nobody is offered any more."""
+        return tuple(sorted(self._parked))
+
+
+def random_identity() -> str:
+    """Return an identity for a run that no other run has."""
+    return secrets.token_hex(16)
+
+
+def open_broker(
+    folder: Path,
+    settings: BrokerSettings,
+    now: float,
+    *,
+    retain_bytes: int | None = EVERYTHING,
+    offer_parked: bool = False,
+    continuation: Continuation | None = None,
+    draw_identity: Callable[[], str] = random_identity,
+) -> tuple[Ledger, Broker]:
+    """Open a ledger, new or not, and return it with the core that goes on from there.
+
+    Args:
+        folder: where the ledger lies.
+        settings: of the broker.
+        now: in seconds since 1970.
+        retain_bytes: see `Ledger`.
+        offer_parked: whether parked messages are to be tried again, under a new number.
+        continuation: of a run that is taken up again with all of its nodes.
+        draw_identity: see `Broker`.
+
+    Raises:
+        LedgerDamage: it is damaged where that matters; the sentence names the command that tells
+            more.
+        LedgerError: the ledger cannot be read or written.
+    """
+    restorer = Restorer(Postbox())
+    try:
+        check_entries(folder)
+        ledger = Ledger(folder, restorer.feed, retain_bytes=retain_bytes)
+    except LedgerDamage as error:
+        raise error.advise(check_advice(folder)) from None
+    for seq in restorer.parked if offer_parked else ():
+        # As a new message: a session that lives on takes what is newer than what it has.
+        data = ledger.read(seq).message
+        entry = Accepted(seq=ledger.next_seq, at=now, message=data, consumes=(seq,))
+        ledger.append(entry)
+        restorer.feed(entry)
+    if continuation is not None:
+        try:
+            restorer.continue_run(continuation, ledger, now)
+        except LedgerError:
+            ledger.close()
+            raise
+    restorer.finish(ledger, now, settings.lease_s)
+    try:
+        _check_lost(restorer, ledger)
+    except LedgerError:
+        ledger.close()
+        raise
+    core = Broker(settings, ledger, draw_identity, restorer.box)
+    for run, seq in restorer.lost:
+        for action in core.give_up(run, [seq], _LOST, now):
+            if isinstance(action, Append):
+                ledger.append(action.entry)
+    ledger.commit()
+    return ledger, core
+
+
+def _check_lost(restorer: Restorer, ledger: Ledger) -> None:
+    """Refuse to go on without bytes that an unfinished message needs, if there is damage.
+
+    Where there is none, a failure of power, or a repair, has taken the end of the payload:
+    their senders are told.
+
+    Raises:
+        LedgerDamage: the first place that is damaged.
+        LedgerError: the payload cannot be read.
+    """
+    if not restorer.lost:
+        return
+    damage = next(iter(ledger.damage), None) or find_damage(ledger.folder)
+    if damage is not None:
+        run, seq = restorer.lost[0]
+        rest = f" and {len(restorer.lost) - 1} more need" if len(restorer.lost) > 1 else " needs"
+        needed = f"; message {seq} of run {run}{rest} bytes that are damaged or lost"
+        raise damage.advise(needed + check_advice(ledger.folder))

@@ -1,0 +1,1 @@
+"""The append-only record of all that a broker accepted: written, read by number, retained."""

@@ -1,0 +1,177 @@
+"""Reading a ledger's entries: all in order, as they are appended, or one by its number."""
+
+from __future__ import annotations
+
+import bisect
+import os
+from array import array
+from collections import deque
+from collections.abc import Iterator
+from pathlib import Path
+
+from fedmq.broker.errors import LedgerDamage, LedgerError, io_error
+from fedmq.broker.ledger.entries import (
+    MESSAGES,
+    AnyEntry,
+    decode_entries,
+    segment_numbers,
+    segment_path,
+)
+from fedmq.broker.ledger.records import MAGIC, scan
+
+Tail = tuple[str, int, int]
+"""What is no whole record at the end of a segment: its file, from where on, how many bytes."""
+_BLOCK = 64
+"""Of this many entries, one has its offset kept in memory; the others are read up to."""
+
+
+def read_entries(folder: Path) -> Iterator[AnyEntry]:
+    """Yield the entries of a ledger in order; stops at a torn tail.
+
+    Raises:
+        LedgerError: a damaged record, or a number that is missing, with segment and offset.
+    """
+    yield from Follower(folder).poll()
+
+
+class Follower:
+    """Reads entries as they are appended; keeps its place between calls.
+
+    Attributes:
+        at: where the entry that `poll` yielded last lies: (segment, offset).
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._first: int | None = None
+        self._offset = len(MAGIC)
+        self._next_seq = 0
+        self._unread: deque[AnyEntry] = deque()
+        """Of the record at ``at``."""
+        self.at = (0, 0)
+
+    def poll(self) -> Iterator[AnyEntry]:
+        """Yield the entries that have been appended since the last call.
+
+        Raises:
+            LedgerError: as `read_entries`.
+        """
+        yield from self._take()
+        for first in segment_numbers(self._folder, MESSAGES):
+            if self._first is not None and first < self._first:
+                continue
+            if first != self._first:
+                self._enter(first)
+            path = segment_path(self._folder, MESSAGES, first)
+            for record in scan(path, self._offset):
+                entries = decode_entries(record, path)
+                if entries[0].seq != self._next_seq:
+                    raise LedgerDamage(
+                        f"expected entry {self._next_seq}, got {entries[0].seq}",
+                        path.name,
+                        record.offset,
+                    )
+                self._next_seq += len(entries)
+                self._offset = record.end
+                self.at = (first, record.offset)
+                self._unread.extend(entries)
+                yield from self._take()
+
+    def _take(self) -> Iterator[AnyEntry]:
+        while self._unread:
+            yield self._unread.popleft()
+
+    def torn(self) -> Tail | None:
+        """Return what lies behind the last whole record, or None."""
+        if self._first is None:
+            return None
+        return tail_of(segment_path(self._folder, MESSAGES, self._first), self._offset)
+
+    def _enter(self, first: int) -> None:
+        """Go on to a segment, which is named by its first entry.
+
+        The one before it was whole when this was begun: if it ends early, it is damaged.
+        """
+        expected = self._next_seq
+        if first != expected:
+            reason = f"expected entry {expected}, got {first}"
+            if first < expected:
+                raise LedgerDamage(reason, segment_path(self._folder, MESSAGES, first).name)
+            reason += f": {first - expected} entries are missing"
+            path = segment_path(self._folder, MESSAGES, self._first or 0)
+            if self._first is None:
+                raise LedgerDamage(reason, path.name)
+            tail = tail_of(path, self._offset)
+            raise LedgerDamage(reason, path.name, tail[1] if tail else self._offset)
+        self._first, self._offset = first, len(MAGIC)
+
+
+def tail_of(path: Path, end: int) -> Tail | None:
+    """Return what a segment holds behind its last whole record, which ends at ``end``.
+
+    A file that does not begin as a segment does (it is too short, or zeros) is all tail.
+
+    Raises:
+        LedgerError: it cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            begun = file.read(len(MAGIC)) == MAGIC
+    except OSError as error:
+        raise io_error("cannot open", error, path.name) from None
+    if not begun:
+        return path.name, 0, size
+    return (path.name, end, size - end) if size > end else None
+
+
+class EntryIndex:
+    """Finds an entry by its number: a few bytes of memory for many entries on disk."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._firsts: list[int] = []
+        self._marks: dict[int, array[int]] = {}
+        self._block: list[AnyEntry] = []
+
+    def add(self, seq: int, segment: int, offset: int, count: int = 1) -> None:
+        """Note where so many entries lie in one record, from ``seq`` on; they come in order."""
+        if segment not in self._marks:
+            self._firsts.append(segment)
+            self._marks[segment] = array("Q")
+        marks = self._marks[segment]
+        marks.extend([offset] * (-(-(seq - segment + count) // _BLOCK) - len(marks)))
+
+    def read(self, seq: int) -> AnyEntry:
+        """Return an entry that is on disk.
+
+        Raises:
+            LedgerError: it is not there.
+        """
+        if not (self._block and self._block[0].seq <= seq <= self._block[-1].seq):
+            self._block = self._read_block(seq)
+        found = seq - self._block[0].seq if self._block else 0
+        if not 0 <= found < len(self._block):
+            raise LedgerError(f"entry {seq} is not in the ledger")
+        return self._block[found]
+
+    def _read_block(self, seq: int) -> list[AnyEntry]:
+        index = bisect.bisect_right(self._firsts, seq) - 1
+        if index < 0:
+            return []
+        segment = self._firsts[index]
+        marks, number = self._marks[segment], (seq - segment) // _BLOCK
+        if number >= len(marks):
+            return []
+        path = segment_path(self._folder, MESSAGES, segment)
+        block: list[AnyEntry] = []
+        try:
+            for record in scan(path, marks[number]):
+                block += decode_entries(record, path)
+                if block[-1].seq - segment >= (number + 1) * _BLOCK - 1:
+                    break
+        except LedgerError:
+            # Damage does not take with it what lies before.
+            if not (block and seq <= block[-1].seq):
+                raise
+        return block

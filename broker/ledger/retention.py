@@ -1,0 +1,65 @@
+"""Which payload a ledger keeps: how large its segments are, and which of them are deleted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from fedmq.broker.errors import io_error
+from fedmq.broker.ledger.entries import PAYLOAD, segment_numbers, segment_path
+
+EVERYTHING = None
+"""Retention: nothing is ever deleted."""
+
+LEAST_SEGMENT_BYTES = 4 << 20
+"""Smaller ones would be begun many times a second. (One batch writes up to 2 MiB.)"""
+_SEGMENTS = 4
+"""Segments that a limit is divided into: only full ones can be deleted, and one is being filled."""
+LEAST_RETAIN_BYTES = _SEGMENTS * LEAST_SEGMENT_BYTES
+
+
+class Retention:
+    """Keeps a folder's payload below a limit.
+
+    Args:
+        folder: of the ledger.
+        limit: bytes of payload; 0 keeps what unfinished messages need, `EVERYTHING` all.
+    """
+
+    def __init__(self, folder: Path, limit: int | None) -> None:
+        self._folder, self._limit = folder, limit
+
+    def segment_bytes(self, largest: int) -> int:
+        """Return how large a segment is when it is full: so large, or less if the limit asks."""
+        if not self._limit:
+            return largest
+        return min(largest, max(self._limit // _SEGMENTS, LEAST_SEGMENT_BYTES))
+
+    def apply(self, remove: Callable[[int], bool]) -> None:
+        """Delete the oldest full segments, until there is room below the limit for another one.
+
+        Args:
+            remove: deletes a segment by its number, unless it is needed; tells whether it did.
+
+        Raises:
+            LedgerError: the folder cannot be read, or a segment cannot be deleted.
+        """
+        if self._limit is None:
+            return
+        numbers = segment_numbers(self._folder, PAYLOAD)
+        sizes = {number: self._size(number) for number in numbers}
+        total = sum(sizes.values())
+        # The one that is begun now will become as large as the one before it.
+        room = sizes[numbers[-2]] if len(numbers) > 1 else 0
+        for number in numbers[:-1]:
+            if total + room <= self._limit:
+                return
+            if remove(number):
+                total -= sizes[number]
+
+    def _size(self, number: int) -> int:
+        path = segment_path(self._folder, PAYLOAD, number)
+        try:
+            return path.stat().st_size
+        except OSError as error:
+            raise io_error("cannot read", error, path.name) from None

@@ -1,0 +1,358 @@
+"""The ledger: one ordered, append-only record of everything that a broker accepted.
+
+Two families of segments lie in its folder: entries, numbered from 0 without gaps, and the
+pieces of blobs, each blob stored once. A message is written after all of its blobs. So
+headers can be kept for ever and payloads dropped, a large blob can be resumed after a
+crash from the pieces that are there, and a reader can follow the tail.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import xxhash
+
+from fedmq.broker.errors import LedgerDamage, LedgerError
+from fedmq.broker.ledger.blob_store import PayloadIndex
+from fedmq.broker.ledger.entries import (
+    MESSAGES,
+    PAYLOAD,
+    Accepted,
+    AcceptedAll,
+    AnyEntry,
+    BlobName,
+    Consumed,
+    Ended,
+    Entry,
+    Piece,
+    decode_piece,
+    encode_record,
+    segment_numbers,
+    segment_path,
+)
+from fedmq.broker.ledger.lock import FolderLock
+from fedmq.broker.ledger.manifest import Manifest, check_segments, payload_is_gone
+from fedmq.broker.ledger.reader import EntryIndex, Follower
+from fedmq.broker.ledger.recent_messages import Shelf
+from fedmq.broker.ledger.records import Record, pack
+from fedmq.broker.ledger.retention import EVERYTHING, Retention
+from fedmq.broker.ledger.segment_writer import Segment, sync_folder
+from fedmq.broker.wire.schema import Buffer, Place
+
+_MESSAGES_SEGMENT_BYTES = 64 << 20
+_PAYLOAD_SEGMENT_BYTES = 128 << 20
+_CACHED_SEGMENTS = 2
+_RECENT_BYTES = 4 << 20
+
+
+@dataclass(frozen=True)
+class Keeping:
+    """How a broker keeps its ledger.
+
+    durability: what a receipt promises: that the message outlives the broker's ``process``,
+        or a failure of ``power`` (each batch is synced to the device before its receipts).
+    retain_bytes: see `Ledger`.
+    offer_parked: offer parked messages again.
+    share_files: tell nodes where the ledger lies: those on its host read blobs there.
+    """
+
+    durability: Literal["process", "power"] = "process"
+    retain_bytes: int | None = EVERYTHING
+    offer_parked: bool = False
+    share_files: bool = True
+
+
+class Ledger:
+    """The ledger of one broker, open for appending. One writer at a time.
+
+    Appends are gathered and written together by `commit`, payload before messages.
+
+    Args:
+        folder: where it lies; made if need be.
+        each: is given every entry that is there already, in order.
+        retain_bytes: full payload segments that no unfinished message needs are deleted,
+            oldest first, while all of them together are larger; `EVERYTHING` deletes none.
+
+    Attributes:
+        next_seq: number of the next entry.
+        cut_bytes: bytes of torn tails that opening removed.
+        damage: damaged places in the payload that is here. It is passed over: a blob
+            that it belongs to is not here as a whole.
+        proof: see `FolderLock`.
+
+    Raises:
+        LedgerDamage: the entries are damaged, or a segment is missing.
+        LedgerError: the folder cannot be read or written, or another broker writes to it.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        each: Callable[[AnyEntry], None] | None = None,
+        *,
+        retain_bytes: int | None = EVERYTHING,
+    ) -> None:
+        self.folder = folder
+        self.next_seq = 0
+        self.cut_bytes = 0
+        self.damage: list[LedgerDamage] = []
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise LedgerError(f"cannot make {folder}: {error.strerror}") from None
+        self._retention = Retention(folder, retain_bytes)
+        self.payload = PayloadIndex(folder)
+        self._messages: list[Buffer] = []
+        self._first_queued = 0
+        self._pieces: list[Buffer] = []
+        self._entries = EntryIndex(folder)
+        self._positions: list[tuple[int, int, int]] = []
+        self._recent = Shelf()
+        # What another broker wrote here may not be on the device either.
+        self._unsynced = self._unsynced_messages = self._unsynced_folder = True
+        self._uses: dict[int, tuple[BlobName, ...]] = {}
+        with contextlib.ExitStack() as opened:
+            opened.callback(self.payload.close)
+            self._lock = FolderLock(folder)
+            opened.callback(self._lock.release)
+            self.proof = self._lock.proof
+            self._manifest = Manifest(folder)
+            check_segments(folder, self._manifest)
+            firsts = segment_numbers(folder, MESSAGES)
+            self._messages_number = firsts[-1] if firsts else 0
+            self._messages_file = self._open(MESSAGES, self._messages_number)
+            opened.callback(self._messages_file.close)
+            if payload_is_gone(folder):
+                self.damage.append(LedgerDamage(f"there is no payload-*.log in {folder}"))
+            self._open_payload()
+            opened.callback(self._payload_file.close)
+            self._manifest.begin()
+            follower = Follower(folder)
+            for entry in follower.poll():
+                self._entries.add(entry.seq, *follower.at)
+                self.next_seq = entry.seq + 1
+                if each is not None:
+                    each(entry)
+            opened.pop_all()
+
+    def _open_payload(self) -> None:
+        """Index all payload there is, and open the last segment for appending."""
+        numbers = segment_numbers(self.folder, PAYLOAD)
+        for number in numbers[:-1]:
+            self.damage += self.payload.add_segment(number)
+        last = self._payload_number = numbers[-1] if numbers else 0
+        path = segment_path(self.folder, PAYLOAD, last)
+
+        def note(record: Record) -> None:
+            try:
+                piece = decode_piece(record, path)
+            except LedgerDamage as error:
+                self.damage.append(error)
+            else:
+                self.payload.add(piece, last, record.data_offset, record.data_length)
+
+        self._payload_file = Segment(path, note, over_damage=True)
+        self.cut_bytes += self._payload_file.cut
+        self.damage += [gap.error(path) for gap in self._payload_file.damage]
+        self._piece_end = self._payload_file.size
+
+    def append(self, entry: Entry) -> None:
+        """Queue an entry, or many in one record; its number must be the next one."""
+        if entry.seq != self.next_seq:
+            raise LedgerError(f"expected entry {self.next_seq}, got {entry.seq}")
+        if not self._messages:
+            self._first_queued = entry.seq
+        record = pack(encode_record(entry))
+        self._messages.append(record)
+        count = 1
+        match entry:
+            case Accepted(consumes=consumes):
+                self._recent.add(entry)
+                self._finish(consumes)
+            case AcceptedAll(messages=messages):
+                self._recent.add(entry)
+                count = len(messages)
+            case Consumed(of=of):
+                self._finish(of)
+            case Ended(run=run):
+                self._finish([seq for seq, names in self._uses.items() if names[0].run == run])
+        self._positions.append((entry.seq, len(record), count))
+        self.next_seq += count
+
+    def use(self, seq: int, names: Sequence[BlobName], *, kept: bool = True) -> None:
+        """Keep these blobs until entry ``seq``, the message that names them, is consumed.
+
+        If it is not ``kept``, they are not needed any more.
+        """
+        if names:
+            self._uses[seq] = tuple(names)
+            for name in names:
+                self.payload.use(name)
+            if not kept:
+                self._finish((seq,))
+
+    def read(self, seq: int) -> Accepted:
+        """Return an accepted message by its number.
+
+        Raises:
+            LedgerError: there is none of this number.
+        """
+        entry = self._recent.find(seq) or self._entries.read(seq)
+        if not isinstance(entry, Accepted):
+            raise LedgerError(f"entry {seq} is no message")
+        return entry
+
+    def size_of(self, name: BlobName) -> int | None:
+        """Return the size of a blob that is here as a whole, or None."""
+        return self.payload.size_of(name)
+
+    def places(self, name: BlobName) -> tuple[Place, ...]:
+        """Return where a blob can be read in the files, in pieces; none if not all is written."""
+        places = self.payload.places(name)
+        if places and places[-1][0] == self._payload_number:
+            _, offset, length = places[-1]
+            if offset + length > self._payload_file.size:
+                return ()
+        return places
+
+    def have(self, name: BlobName) -> int:
+        """Return how many bytes of the blob, from its start, are here."""
+        return self.payload.have(name)
+
+    def resume(self, name: BlobName, size: int) -> tuple[int, xxhash.xxh3_128]:
+        """Return how many bytes of a blob, from its start, are here, and their hash so far."""
+        if self.payload.expected(name) not in (0, size):
+            self.drop(name, self.payload.expected(name))
+        if self._pieces and self.payload.have(name):
+            try:
+                self._write_pieces()
+            except LedgerError:
+                # What cannot be read back now cannot be hashed, and must not be used.
+                self.drop(name, self.payload.expected(name))
+        try:
+            return self.payload.resume(name)
+        except LedgerError:
+            # As above: the device refuses, or the file is shorter than it was.
+            self.drop(name, self.payload.expected(name))
+            return self.payload.resume(name)
+
+    def release(self, names: Sequence[BlobName]) -> None:
+        """Do not keep these blobs for a message that was to name them."""
+        for name in names:
+            self.payload.let_be(name)
+
+    def put(self, name: BlobName, size: int, start: int, data: Buffer) -> None:
+        """Queue a piece of a blob of ``size`` bytes; ``data`` must stay as it is until `commit`."""
+        piece = Piece(name.run, name.owner, name.digest, size, start)
+        record = pack(encode_record(piece), data)
+        length = memoryview(data).nbytes
+        self._pieces.append(record)
+        if length:
+            self._pieces.append(data)
+        begin = self._piece_end + len(record)
+        self._piece_end = begin + length
+        self.payload.add(piece, self._payload_number, begin, length, arriving=True)
+        if length:
+            self.payload.remember(name, start, data)
+
+    def drop(self, name: BlobName, size: int) -> None:
+        """Queue a note that the pieces of a blob so far are not to be used."""
+        self.put(name, size, 0, b"")
+
+    def commit(self, *, sync: bool = False) -> None:
+        """Write everything that is queued; with ``sync``, wait for the device as well.
+
+        Raises:
+            NoSpace: the disk is full; what is queued stays so.
+            LedgerError: the operating system refused the write.
+        """
+        if self._pieces:
+            self._write_pieces()
+        if sync and self._unsynced_folder:
+            # The names of new segments.
+            sync_folder(self.folder)
+            self._unsynced_folder = False
+        if sync and self._unsynced:
+            # Before the messages: a message on the device has its blobs there.
+            self._payload_file.sync()
+            self._unsynced = False
+        if self._messages:
+            self._write_messages()
+            self._unsynced_messages = True
+        if sync and self._unsynced_messages:
+            self._messages_file.sync()
+            self._unsynced_messages = False
+        if self._payload_file.size > self._retention.segment_bytes(_PAYLOAD_SEGMENT_BYTES):
+            self._next_payload_segment()
+
+    def _write_pieces(self) -> None:
+        self._payload_file.append(self._pieces)
+        self._pieces = []
+        self._unsynced = True
+
+    def _write_messages(self) -> None:
+        if self._messages_file.size > _MESSAGES_SEGMENT_BYTES:
+            fresh = self._open(MESSAGES, self._first_queued)
+            self._messages_file.close()
+            self._messages_file, self._messages_number = fresh, self._first_queued
+        offset = self._messages_file.size
+        self._messages_file.append([b"".join(self._messages)])
+        self._messages = []
+        for seq, length, count in self._positions:
+            self._entries.add(seq, self._messages_number, offset, count)
+            offset += length
+        self._positions.clear()
+        while self._recent.nbytes > _RECENT_BYTES:
+            self._recent.drop_oldest()
+
+    def _next_payload_segment(self) -> None:
+        number = self._payload_number + 1
+        try:
+            fresh = self._open(PAYLOAD, number)
+        except LedgerError:
+            return  # the disk is full: this one goes on growing until there is room
+        self._payload_file.close()
+        self.payload.let_go(self._payload_number)
+        self.payload.let_go(self._payload_number - _CACHED_SEGMENTS)
+        self._payload_file, self._payload_number = fresh, number
+        self._piece_end = fresh.size
+        self._retention.apply(self._delete)
+
+    def close(self) -> None:
+        """Write what is queued and close the files.
+
+        Raises:
+            LedgerError: not everything could be written; the files are closed all the same.
+        """
+        with contextlib.ExitStack() as last:
+            last.callback(self._lock.release)
+            last.callback(self.payload.close)
+            # These may be others after the commit.
+            last.callback(lambda: self._messages_file.close())
+            last.callback(lambda: self._payload_file.close())
+            self.commit()
+
+    def _finish(self, seqs: Sequence[int]) -> None:
+        for seq in seqs if self._uses else ():
+            for name in self._uses.pop(seq, ()):
+                self.payload.finish(name)
+
+    def _delete(self, number: int) -> bool:
+        """Delete a payload segment that nobody needs; tell whether it was one."""
+        if self.payload.needs_segment(number):
+            return False
+        self._manifest.remove(PAYLOAD, number)
+        self.payload.remove_segment(number)
+        return True
+
+    def _open(self, family: str, number: int) -> Segment:
+        segment = Segment(segment_path(self.folder, family, number))
+        self.cut_bytes += segment.cut
+        if self._manifest.exists:
+            self._manifest.add(family, number)
+        self._unsynced_folder = True
+        return segment

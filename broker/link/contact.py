@@ -1,0 +1,153 @@
+"""Whether a node is connected to its run, and when a person should hear that it is not.
+
+Pure, as the Link core that it belongs to: the time is an argument.
+"""
+
+from __future__ import annotations
+
+import enum
+import math
+
+from fedmq.broker.link.events import BackInTouch, OutOfTouch
+from fedmq.broker.wire.schema import Full, Serving, Wait
+
+_FIRST_REPORTS_S = (3.0, 10.0, 30.0)
+_EACH_S = 60.0
+"""Between the reports after those."""
+_ANSWER_LASTS_S = 5.0
+"""A broker that answers is asked each second: it has gone if it says nothing for this long."""
+
+_STOPPED_S = 5.0
+"""A wake that comes later than this: this node was stopped, and did not wait meanwhile."""
+
+
+class _Mode(enum.Enum):
+    SILENT = enum.auto()
+    """Nothing answers."""
+    ANSWERED = enum.auto()
+    """The broker answers, but the node cannot take part now."""
+    CONNECTED = enum.auto()
+
+
+class Contact:
+    """A node's contact with its broker: connected, answered with something else, or silence.
+
+    Each of these begins at some time, and what is no connection is reported after 3, 10 and
+    30 s, then each minute.
+
+    Attributes:
+        give_up_s: so long without a connection, and the node ends; infinite by default.
+    """
+
+    def __init__(self) -> None:
+        self.give_up_s = math.inf
+        self._mode = _Mode.SILENT
+        self._began = math.inf
+        """When the present mode did; of a connection, when the last frame came."""
+        self._reports = 0
+        self._report_s = _FIRST_REPORTS_S[0]
+        """After so long in the present mode, the next report is due."""
+        self._away_since = math.inf
+        self._waited_since = math.inf
+        """As `_away_since`, but for the time in which this node itself was stopped."""
+        self._last_word = -math.inf
+        self._answer: Wait | Full | None = None
+        self._reported = self._admitted = False
+
+    @property
+    def due(self) -> float:
+        """When `wake` has something to say, if nothing comes before."""
+        due = min(self._began + self._report_s, self._waited_since + self.give_up_s)
+        if self._mode is _Mode.ANSWERED:
+            return min(due, self._last_word + _ANSWER_LASTS_S)
+        return due
+
+    def begin(self, now: float) -> None:
+        """The node begins to look for its broker."""
+        if self._began == math.inf:
+            self._began = self._away_since = self._waited_since = now
+
+    def connected(self, now: float) -> BackInTouch | None:
+        """A frame came over the connection; tell what a person should hear of that."""
+        away_s = now - self._away_since
+        self._began = self._away_since = self._waited_since = now
+        if self._mode is _Mode.CONNECTED and not self._reported:
+            return None  # as nearly always
+        back = BackInTouch(away_s) if self._reported and self._admitted else None
+        self._mode, self._answer = _Mode.CONNECTED, None
+        self._reported, self._admitted = False, True
+        self._count_reports(0)
+        return back
+
+    def answered(self, answer: Wait | Full, now: float) -> None:
+        """The broker answers, but the node cannot take part now."""
+        if self._mode is not _Mode.ANSWERED:
+            self._mode, self._began = _Mode.ANSWERED, now
+            self._count_reports(0)
+        self._answer, self._last_word = answer, now
+
+    def wake(self, now: float) -> OutOfTouch | None:
+        """Tell what a person should hear now."""
+        if self._mode is _Mode.ANSWERED and now >= self._last_word + _ANSWER_LASTS_S:
+            self._mode, self._began, self._answer = _Mode.SILENT, self._last_word, None
+            self._count_reports(0)
+        if now < self._began + self._report_s:
+            return None
+        while now >= self._began + self._report_s:
+            self._count_reports(self._reports + 1)
+        self._reported = True
+        return OutOfTouch(now - self._began, self._answer, self._admitted)
+
+    def _count_reports(self, number: int) -> None:
+        self._reports, self._report_s = number, _report_s(number)
+
+    def given_up(self, now: float) -> OutOfTouch | None:
+        """Tell what the node has waited for, if it has waited long enough; before `wake`."""
+        late = now - self.due
+        if late > _STOPPED_S:
+            self._waited_since += late
+        if now < self._waited_since + self.give_up_s:
+            return None
+        return OutOfTouch(now - self._away_since, self._answer, self._admitted)
+
+
+def _report_s(number: int) -> float:
+    """Return after how many seconds the report of this number, from 0, is due."""
+    if number < len(_FIRST_REPORTS_S):
+        return _FIRST_REPORTS_S[number]
+    return _FIRST_REPORTS_S[-1] + _EACH_S * (number + 1 - len(_FIRST_REPORTS_S))
+
+
+def sentence(report: OutOfTouch, endpoint: str, run: str) -> str:
+    """Return a report as a sentence for people.
+
+    Args:
+        report: what there is to say.
+        endpoint: of the broker.
+        run: that the node asks for; empty if it takes any.
+    """
+    for_s = f"for {report.seconds:.0f} s"
+    match report.answer:
+        case None if report.admitted:
+            return f"no word from the broker at {endpoint} {for_s}"
+        case None:
+            return f"waiting for the broker at {endpoint} {for_s}"
+        case Full(reason=reason):
+            return f"the broker at {endpoint} has accepted nothing {for_s}: {reason}"
+        case Wait(serving=serving):
+            wanted = f"run {run}" if run else "a run to start"
+            return f"the broker at {endpoint} {_served(serving)}; waiting for {wanted} {for_s}"
+
+
+def _served(serving: object) -> str:
+    if not isinstance(serving, Serving):  # there is none, or the broker is older than 1.3
+        return "has no run for this node yet"
+    ended = f"; {_runs(serving.ended, serving.others_ended)} ended" if serving.ended else ""
+    if not serving.runs:
+        return f"serves no run now{ended}"
+    return f"serves {_runs(serving.runs, serving.others)}{ended}"
+
+
+def _runs(names: tuple[str, ...], others: int) -> str:
+    more = f" and {others} others" if others else ""
+    return f"run{'s' if len(names) > 1 else ''} {', '.join(names)}{more}"

@@ -1,0 +1,367 @@
+"""The Link core: a node's side of the wire; no sockets, no clock, no threads.
+
+``handle(event, now) -> [action]``. It says Hello until it is welcomed, sends posts again
+until they are receipted, serves the blobs that it posted, pulls those that it was asked
+to fetch, hands each delivery on once and in order, and beats. Whatever was lost on the
+way, with a connection or without, one thing mends it: saying Hello again.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+
+from fedmq.broker.errors import WireError
+from fedmq.broker.link.contact import Contact
+from fedmq.broker.link.downloads import Arrivals
+from fedmq.broker.link.events import (
+    Action,
+    Admitted,
+    Blocked,
+    Deliveries,
+    Delivery,
+    Ended,
+    Event,
+    Fetch,
+    Leave,
+    More,
+    Outgoing,
+    ReadInPlace,
+    Received,
+    Say,
+    Send,
+    Taken,
+    Together,
+    Wake,
+    another_run,
+)
+from fedmq.broker.link.unacknowledged import Said, Stall
+from fedmq.broker.wire import schema
+from fedmq.broker.wire.encoding import (
+    check_inline,
+    decode_message,
+    decode_messages,
+    encode_message,
+    inline_choice,
+    slices_of,
+)
+from fedmq.broker.wire.schema import (
+    AnyFrame,
+    Beat,
+    Buffer,
+    Bye,
+    Chunk,
+    Deliver,
+    DeliverAll,
+    Done,
+    Hello,
+    Numbered,
+    Over,
+    Post,
+    PostAll,
+    Want,
+    Welcome,
+)
+
+HELLO_AGAIN_S = 1.0
+BLOCKED_S = 0.5
+TELL_TAKEN = 256
+"""Deliveries, or KiB of them, after which the broker is told that they were taken."""
+DONE_WITHIN_S = 0.02
+_DONE_BATCH = 500
+
+
+class Link:
+    """The state of one node's connection to its broker.
+
+    Args:
+        hello: what the node says of itself; its session is drawn by the caller.
+    """
+
+    def __init__(self, hello: Hello) -> None:
+        self._hello = hello
+        self._welcome: Welcome | None = None
+        self._connected = False
+        self._ended = False
+        self._next_hello = 0.0
+        self._last_heard = 0.0
+        self._said = Said()
+        self._done: list[int] = []
+        self._done_due = math.inf
+        self._got = 0
+        self._taken = 0
+        self._read = 0
+        self._untold = 0
+        self._last_beat = 0.0
+        self._chunks = 0
+        self._stall = Stall()
+        self._judged = -math.inf
+        self._arrivals = Arrivals()
+        self._contact = Contact()
+
+    @property
+    def deadline(self) -> float | None:
+        """When the core next wants a Wake, whatever arrives."""
+        if self._ended:
+            return None
+        if self._welcome is None or not self._connected:
+            return min(self._next_hello, self._contact.due)
+        quiet = self._last_heard + self._welcome.lease_s
+        beat = self._last_beat + self._welcome.beat_s
+        return min(beat, quiet, self._done_due, self._contact.due)
+
+    @property
+    def unreceipted(self) -> int:
+        """Number of numbered frames that the broker has not receipted."""
+        return len(self._said)
+
+    @property
+    def oldest_unreceipted(self) -> int:
+        """Return the number of the oldest frame without a receipt; the next one if all have."""
+        return self._said.oldest
+
+    def handle(self, event: Event, now: float) -> list[Action]:
+        """Take one event; return what is to be done, in order."""
+        if self._ended:
+            return []
+        out: list[Action] = []
+        match event:  # the most frequent first
+            case Received(frame=frame, buffers=buffers):
+                self._last_heard = now
+                self._received(frame, buffers, now, out)
+                if self._connected and (back := self._contact.connected(now)):
+                    out.append(back)
+            case Wake():
+                self._wake(now, out)
+            case Taken(deliveries=deliveries):
+                self._take(deliveries, now, out)
+            case Outgoing():
+                self._post(event, out)
+            case Together(messages):
+                self._post_all(messages, out)
+            case Fetch():
+                self._arrivals.fetch(event, out)
+                self._ask(out)
+            case More():
+                self._arrivals.piece_was_read()
+                self._ask(out)
+            case Leave(owner, blob):
+                self._arrivals.leave(owner, blob)
+            case Say(Done(seqs=seqs, refused=refused)) if not refused:
+                # Not urgent: it goes out with the next post, or with others, a little later.
+                self._done += seqs
+                self._done_due = min(self._done_due, now + DONE_WITHIN_S)
+            case Say(Done(seqs=seqs, refused=refused) as done):
+                # One each: any number of reasons, of any length, fits the frames.
+                for seq, why in refused.items():
+                    self._say(done.rejecting(seq, why, done.code_of(seq), {seq} & {*seqs}), out)
+            case Say(frame):
+                self._say_done(out)
+                if isinstance(frame, Numbered):
+                    self._say(frame, out)
+                elif self._connected:
+                    out.append(Send(frame))
+            case ReadInPlace(nbytes):
+                self._read += nbytes
+        return out
+
+    def _say(self, frame: Numbered, out: list[Action], **more: Any) -> None:
+        """Send a frame until it is receipted; ``more``: what is kept with it."""
+        frame = msgspec.structs.replace(frame, taken=self._taken, read=self._read)
+        self._untold = 0
+        send = self._said.add(frame, **more)
+        if self._connected:
+            out.append(send)
+
+    def _say_done(self, out: list[Action]) -> None:
+        while self._done:
+            done, self._done = self._done[:_DONE_BATCH], self._done[_DONE_BATCH:]
+            self._say(Done(seqs=tuple(done)), out)
+        self._done_due = math.inf
+
+    def _say_hello(self, now: float, out: list[Action]) -> None:
+        self._contact.begin(now)
+        self._next_hello = now + HELLO_AGAIN_S
+        first = self.oldest_unreceipted
+        out.append(Send(msgspec.structs.replace(self._hello, first=first, got=self._got)))
+
+    def give_up_after(self, seconds: float) -> None:
+        """End once the node has not been connected to its run for so long."""
+        self._contact.give_up_s = seconds
+
+    def _wake(self, now: float, out: list[Action]) -> None:
+        if now >= self._contact.due:
+            if given_up := self._contact.given_up(now):
+                self._ended = True
+                out.append(Ended("the node gave up", out_of_touch=given_up))
+                return
+            if report := self._contact.wake(now):
+                out.append(report)
+        if now >= self._done_due:
+            self._say_done(out)
+        if self._welcome is not None and self._connected:
+            if now >= self._last_heard + self._welcome.lease_s:
+                self._connected = False
+                self._next_hello = now
+            elif now >= self._last_beat + self._welcome.beat_s:
+                self._beat(now, out)
+        if not self._connected and now >= self._next_hello:
+            self._say_hello(now, out)
+
+    def _beat(self, now: float, out: list[Action]) -> None:
+        self._last_beat = now
+        self._untold = 0
+        out.append(Send(Beat(taken=self._taken)))
+
+    def _take(self, deliveries: Sequence[Delivery], now: float, out: list[Action]) -> None:
+        self._taken = deliveries[-1].seq + 1
+        nbytes = sum(sum(map(len, each.inline.values())) for each in deliveries)
+        self._untold += len(deliveries) + (nbytes >> 10)
+        if self._untold >= TELL_TAKEN and self._connected:
+            self._beat(now, out)
+
+    def _answered(self, beat: Beat, now: float, out: list[Action]) -> None:
+        """The broker has answered a beat; is what we wait for still on its way?
+
+        What it sent before this answer has come before it. So if twice in a row something
+        is due and nothing has moved, it was lost.
+        """
+        if self._welcome is None or now < self._judged + self._welcome.beat_s / 2:
+            return  # beats that tell what was taken follow one another, and so do the answers
+        self._judged = now
+        due = bool(self._said) or bool(self._arrivals.outstanding) or beat.sent > self._got
+        moved = (self.oldest_unreceipted, self._chunks, self._got)
+        if self._stall.is_stuck(due=due, moved=moved):
+            self._say_hello(now, out)
+
+    def _received(
+        self, frame: AnyFrame, buffers: Sequence[Buffer], now: float, out: list[Action]
+    ) -> None:
+        match frame:  # the most frequent first
+            case Deliver():
+                self._deliver(frame, buffers, out)
+            case Chunk():
+                self._chunks += 1
+                self._arrivals.receive(frame, buffers, out)
+                self._ask(out)
+            case schema.Receipt(upto=upto):
+                self._said.receipted(upto)
+            case Beat():
+                self._answered(frame, now, out)
+            case Want():
+                self._serve(frame, out)
+            case DeliverAll():
+                self._deliver_all(frame, out)
+            case Welcome():
+                self._welcomed(frame, out)
+            case schema.Stranger() if self._connected:
+                # Each frame on its way draws one; one Hello answers them all.
+                self._connected = False
+                self._say_hello(now, out)
+            case schema.Reject(code=code, reason=reason, config=config):
+                self._ended = True
+                out.append(Ended(reason, rejected=True, code=code, config=config or ""))
+            case Over(reason=reason):
+                self._ended = True
+                out += [Send(Bye(reason="the run is over")), Ended(reason, over=True)]
+            case schema.Full(reason=reason):
+                self._connected = False
+                self._next_hello = now + BLOCKED_S
+                self._contact.answered(frame, now)
+                out.append(Blocked(reason))
+            case schema.Wait():
+                self._contact.answered(frame, now)
+            case _:
+                pass  # one more Stranger, and whatever a later version may say
+
+    def _welcomed(self, welcome: Welcome, out: list[Action]) -> None:
+        if self._welcome is None:
+            out.append(Admitted(welcome))
+        elif welcome.identity != self._welcome.identity:
+            self._ended = True
+            out += another_run(welcome.run)
+            return
+        self._welcome = welcome
+        self._connected = True
+        out.extend(self._said.sends())
+        self._arrivals.restart()
+        self._ask(out)
+
+    def _post(self, event: Outgoing, out: list[Action]) -> None:
+        message = event.message
+        # A model goes out with the first of its tasks; the broker has it for the others.
+        inline = tuple(
+            index
+            for index in inline_choice(message.blobs, schema.POST_BYTES)
+            if not self._said.serves(message.blobs[index].digest)
+        )
+        data = encode_message(message)  # an error leaves everything as it was
+        consumes = event.consumes + self._some_done()
+        self._say(
+            Post(message=data, inline=inline, consumes=consumes),
+            out,
+            buffers=[event.data[index] for index in inline],
+            blobs=[blob.digest for blob in message.blobs],
+            data=event.data,
+        )
+
+    def _some_done(self) -> tuple[int, ...]:
+        """Return what a post is to say is done with."""
+        some, self._done = self._done[:_DONE_BATCH], self._done[_DONE_BATCH:]
+        if not self._done:
+            self._done_due = math.inf
+        return tuple(some)
+
+    def _post_all(self, messages: Sequence[bytes], out: list[Action]) -> None:
+        # What is done with must not be heard of before all that was posted before it is.
+        consumes = self._some_done() if len(messages) == 1 else ()
+        knows_all = self._welcome is not None and self._welcome.v >= schema.ALL_SINCE
+        most = schema.MAX_ALL if knows_all else 1
+        for part in slices_of([len(each) for each in messages], most):
+            some = tuple(messages[part])
+            if len(some) == 1:
+                self._say(Post(message=some[0], consumes=consumes), out)
+            else:
+                self._say(PostAll(messages=some), out, count=len(some))
+
+    def _deliver(self, frame: Deliver, buffers: Sequence[Buffer], out: list[Action]) -> None:
+        if self._welcome is None or not frame.after <= self._got <= frame.seq:
+            return  # too early, here already, or after one that was lost and comes again
+        self._got = frame.seq + 1
+        try:
+            message = decode_message(frame.message)
+            check_inline(message.blobs, frame.inline, buffers, schema.INLINE_BYTES)
+        except WireError as error:
+            seq = frame.seq
+            self._say(Done.rejecting(seq, str(error)[:2000], error.code, (seq,)), out)
+            return
+        inline = dict(zip(frame.inline, buffers, strict=True))
+        out.append(Deliveries([Delivery(frame.seq, frame.at, message, inline, frame.places)]))
+
+    def _deliver_all(self, frame: DeliverAll, out: list[Action]) -> None:
+        if self._welcome is None or not frame.after <= self._got <= frame.messages[-1][0]:
+            return
+        # Offered again, the same messages may come with others: some may be here already.
+        new = [each for each in frame.messages if each[0] >= self._got]
+        messages = decode_messages([data for _, data in new])
+        if messages is None:
+            for seq, data in new:
+                self._deliver(Deliver(seq=seq, at=frame.at, message=data, after=self._got), (), out)
+            return
+        self._got = new[-1][0] + 1
+        found = zip(new, messages, strict=True)
+        out.append(Deliveries([Delivery(seq, frame.at, each) for (seq, _), each in found]))
+
+    def _serve(self, want: Want, out: list[Action]) -> None:
+        self._chunks += 1
+        own = want.owner == self._hello.node
+        piece = self._said.piece(want) if own else None
+        reply = Chunk(owner=want.owner, digest=want.digest, start=want.start)
+        out.append(Send(reply, () if piece is None else (piece,)))
+
+    def _ask(self, out: list[Action]) -> None:
+        if self._connected:
+            out.extend(Send(want) for want in self._arrivals.wants())

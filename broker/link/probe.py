@@ -1,0 +1,183 @@
+"""What is at an endpoint from which no broker answers: so that waiting says for what.
+
+A plain connection that speaks as much ZMTP as it takes to learn what listens there, and no
+more: libzmq itself tries again for ever, and says nothing of what it met.
+"""
+
+from __future__ import annotations
+
+import enum
+import socket
+import time
+from typing import NamedTuple
+
+from fedmq.broker.errors import UnresolvedError
+from fedmq.broker.wire.endpoints import Endpoint, addresses_of
+
+_TIMEOUT_S = 1.0
+_GREETING_BYTES = 64
+_GREETING = (b"\xff" + bytes(8) + b"\x7f" + b"\x03\x01" + b"NULL").ljust(_GREETING_BYTES, b"\0")
+"""Of ZMTP 3.1, without security: signature, version, mechanism."""
+_VERSION_AT, _MECHANISM = 10, slice(12, 32)
+_COMMAND, _LONG = 0x04, 0x02
+"""Flags of a frame."""
+_NEWLINES, _ANSWER_S = b"\r\n\r\n", 0.5
+"""What a server of HTTP, say, is waiting for, and for how long it may think."""
+_SOCKET_TYPE = b"Socket-Type"
+_MAX_READY_BYTES = 1024
+_SHOWN = 4
+"""Addresses of a name."""
+
+
+class Listener(enum.Enum):
+    """What is at an endpoint, for programs."""
+
+    UNRESOLVED = "unresolved"
+    REFUSED = "refused"
+    UNREACHABLE = "unreachable"
+    MUTE = "mute"
+    """It accepts connections and says nothing, as a process that is stopped."""
+    NOT_ZEROMQ = "not-zeromq"
+    OTHER_SOCKET = "other-socket"
+    SECURED = "secured"
+    SILENT = "silent"
+    """A ZeroMQ ROUTER, as a broker is; it says nothing."""
+
+
+class Finding(NamedTuple):
+    """What is there, and a clause on it for people."""
+
+    listener: Listener
+    text: str
+
+
+def probe(endpoint: Endpoint, timeout_s: float = _TIMEOUT_S) -> Finding:
+    """Find out what is at an endpoint; takes up to ``timeout_s`` for each of its addresses."""
+    finding = Finding(Listener.UNREACHABLE, "it has no address")
+    tried: list[str] = []
+    try:
+        for family, address in _addresses(endpoint):
+            tried.append(address[0] if isinstance(address, tuple) else address)
+            finding = _try(family, address, timeout_s)
+            if finding.listener not in (Listener.REFUSED, Listener.UNREACHABLE):
+                break
+    except UnresolvedError as error:
+        return Finding(Listener.UNRESOLVED, str(error))
+    if endpoint.host and not endpoint.literal:
+        some = ", ".join(tried[:_SHOWN])
+        return Finding(finding.listener, f"{finding.text}; {endpoint.host} is {some}")
+    return finding
+
+
+def _addresses(
+    endpoint: Endpoint,
+) -> list[tuple[socket.AddressFamily, str | tuple[str, int]]]:
+    if endpoint.path:
+        return [(socket.AF_UNIX, endpoint.unix_address)]
+    return [(family, (address, endpoint.port)) for family, address in addresses_of(endpoint)]
+
+
+def _try(family: socket.AddressFamily, address: str | tuple[str, int], timeout_s: float) -> Finding:
+    deadline = time.monotonic() + timeout_s
+    with socket.socket(family, socket.SOCK_STREAM) as plain:
+        plain.settimeout(timeout_s)
+        try:
+            plain.connect(address)
+        except FileNotFoundError:
+            return Finding(Listener.REFUSED, "there is no such socket file")
+        except ConnectionRefusedError:
+            return Finding(Listener.REFUSED, "nothing listens there (connection refused)")
+        except TimeoutError:
+            return Finding(Listener.UNREACHABLE, f"it did not answer within {timeout_s:g} s")
+        except OSError as error:
+            return Finding(Listener.UNREACHABLE, (error.strerror or str(error)).lower())
+        return _greet(plain, deadline)
+
+
+def _greet(plain: socket.socket, deadline: float) -> Finding:
+    """Learn from a connection what is at its other end."""
+    not_zeromq = "something listens there that does not speak ZeroMQ"
+    try:
+        # The rest once it has said its mechanism: it leaves a peer of another one in silence.
+        plain.sendall(_GREETING[: _MECHANISM.start])
+        greeting = _receive(plain, _GREETING_BYTES, deadline)
+        if not greeting and time.monotonic() >= deadline:
+            plain.sendall(_NEWLINES)
+            greeting = _receive(plain, _GREETING_BYTES, time.monotonic() + _ANSWER_S)
+            if not greeting and not _is_closed(plain):
+                text = "something accepts connections there, but says nothing"
+                return Finding(Listener.MUTE, text)
+        # Version 1 of ZMTP has another start; libzmq is long past it.
+        if greeting[:1] != b"\xff" or greeting[9:10] != b"\x7f" or len(greeting) < _GREETING_BYTES:
+            seen = f" (it says {greeting[:16]!r})" if greeting else ""
+            return Finding(Listener.NOT_ZEROMQ, not_zeromq + seen)
+        if greeting[_VERSION_AT] < _GREETING[_VERSION_AT]:
+            return Finding(Listener.OTHER_SOCKET, "a ZeroMQ before version 4 listens there")
+        mechanism = greeting[_MECHANISM].rstrip(b"\0").decode("ascii", "replace")
+        if mechanism != "NULL":
+            return Finding(Listener.SECURED, f"the ZeroMQ socket there asks for {mechanism} keys")
+        plain.sendall(_GREETING[_MECHANISM.start :])
+        body = b"\x05READY" + _property(_SOCKET_TYPE, b"DEALER") + _property(b"Identity", b"")
+        plain.sendall(bytes([_COMMAND, len(body)]) + body)
+        kind = _socket_type(_receive_command(plain, deadline))
+    except OSError:
+        return Finding(Listener.NOT_ZEROMQ, not_zeromq)
+    if kind == "ROUTER":
+        text = "a ZeroMQ ROUTER there does not answer: a broker that is starting, or no broker"
+        return Finding(Listener.SILENT, text)
+    return Finding(
+        Listener.OTHER_SOCKET,
+        f"a ZeroMQ socket of type {kind or 'unknown'} listens there, which is no broker",
+    )
+
+
+def _is_closed(plain: socket.socket) -> bool:
+    plain.settimeout(0.0)
+    try:
+        return not plain.recv(1)
+    except BlockingIOError:
+        return False
+
+
+def _property(name: bytes, value: bytes) -> bytes:
+    return bytes([len(name)]) + name + len(value).to_bytes(4, "big") + value
+
+
+def _receive(plain: socket.socket, size: int, deadline: float) -> bytes:
+    """Read this number of bytes; fewer if no more come in time."""
+    data = b""
+    while len(data) < size:
+        left = deadline - time.monotonic()
+        if left <= 0:
+            break
+        plain.settimeout(left)
+        try:
+            more = plain.recv(size - len(data))
+        except TimeoutError:
+            break
+        if not more:
+            break
+        data += more
+    return data
+
+
+def _receive_command(plain: socket.socket, deadline: float) -> bytes:
+    flags = _receive(plain, 1, deadline)
+    if not flags or not flags[0] & _COMMAND:
+        return b""
+    size = _receive(plain, 8 if flags[0] & _LONG else 1, deadline)
+    return _receive(plain, min(int.from_bytes(size, "big"), _MAX_READY_BYTES), deadline)
+
+
+def _socket_type(command: bytes) -> str:
+    """Return the socket type that a READY command names, or ""."""
+    if not command.startswith(b"\x05READY"):
+        return ""
+    rest = command[6:]
+    while rest:
+        name, rest = rest[1 : 1 + rest[0]], rest[1 + rest[0] :]
+        size = int.from_bytes(rest[:4], "big")
+        value, rest = rest[4 : 4 + size], rest[4 + size :]
+        if name.lower() == _SOCKET_TYPE.lower():
+            return value.decode("ascii", "replace")[:20]
+    return ""

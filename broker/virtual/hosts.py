@@ -1,0 +1,299 @@
+"""Cores on a virtual network: the Broker with a real ledger, and Links with their inboxes.
+
+Hosts can crash at any moment and start again; the broker's ledger lies in a folder, torn
+where the crash caught it.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import deque
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from fedmq.broker.core import state
+from fedmq.broker.core.blob_locations import point_to_blobs
+from fedmq.broker.core.recovery import open_broker
+from fedmq.broker.ledger.entries import MESSAGES, PAYLOAD, segment_numbers, segment_path
+from fedmq.broker.ledger.writer import Ledger
+from fedmq.broker.link import events as link
+from fedmq.broker.link import local_blobs
+from fedmq.broker.link.core import Link
+from fedmq.broker.link.events import Delivery
+from fedmq.broker.virtual.network import VirtualNetwork
+from fedmq.broker.wire.encoding import decode_message, encode_message
+from fedmq.broker.wire.schema import (
+    AnyFrame,
+    Blob,
+    Buffer,
+    Done,
+    Hello,
+    Message,
+    Over,
+    Post,
+    PostAll,
+    Welcome,
+)
+
+
+class BrokerHost:
+    """A Broker core with a real ledger, which crashes and starts again.
+
+    Args:
+        network: where it is reached.
+        folder: of its ledger.
+        settings: of its core.
+        draw_identity: of new runs; by default the first is ``virtual1``, however often it crashes.
+
+    Attributes:
+        up: whether it runs.
+        doomed: it crashes in the middle of its next batch.
+    """
+
+    def __init__(
+        self,
+        network: VirtualNetwork,
+        folder: Path,
+        settings: state.BrokerSettings,
+        draw_identity: Callable[[], str] | None = None,
+    ) -> None:
+        self._network, self._folder, self._settings = network, folder, settings
+        # From a count, so that a history stays the same for its seed.
+        self._draw_identity = draw_identity or map("virtual{}".format, itertools.count(1)).__next__
+        self._wake_at = float("inf")
+        network.broker = self
+        self.doomed = False
+        self.ledger: Ledger
+        self.start()
+
+    def start(self) -> None:
+        """Open the ledger and go on from it."""
+        self.ledger, self.core = open_broker(
+            self._folder,
+            self._settings,
+            self._network.now,
+            draw_identity=self._draw_identity,
+        )
+        self.up = True
+        self.handle([])
+
+    def receive(self, peer: bytes, frame: AnyFrame, buffers: Sequence[Buffer]) -> None:
+        """Take a frame."""
+        if self.up:
+            self.handle([state.Received(peer, frame, buffers, 1)])
+
+    def handle(self, events: Sequence[state.Event]) -> None:
+        """Take a batch: write the ledger, then send."""
+        sends = self.queue(events)
+        if self.doomed:
+            self.crash()
+            return
+        self.ledger.commit()
+        for send in sends:
+            self._put_out(send)
+        self._plan_wake()
+
+    def _put_out(self, send: state.Send) -> None:
+        shared = self._network.share_files
+        frame = point_to_blobs(send, self.ledger, str(self._folder)) if shared else send.frame
+        parts = [self.ledger.payload.read(*blob) for blob in send.blobs]
+        self._network.to_node(send.peer, frame, parts)
+
+    def queue(self, events: Sequence[state.Event]) -> list[state.Send]:
+        """Queue what a batch wants written; return what is to be sent once it is."""
+        sends: list[state.Send] = []
+        todo = deque([*events, state.Wake()])
+        while todo:
+            for action in self.core.handle(todo.popleft(), self._network.now):
+                match action:  # the most frequent first
+                    case state.Send():
+                        sends.append(action)
+                    case state.Append(entry=entry, uses=uses, kept=kept):
+                        self.ledger.use(entry.seq, uses, kept=kept)
+                        self.ledger.append(entry)
+                    case state.Put(name, size, start, data):
+                        self.ledger.put(name, size, start, data)
+                    case state.Drop(name, size):
+                        self.ledger.drop(name, size)
+                    case state.Release(names):
+                        self.ledger.release(names)
+                    case state.Probe(peer):
+                        if not self._network.is_up(peer):
+                            todo.append(state.Gone(peer))
+        return sends
+
+    def crash(self) -> None:
+        """End at once; what was being written is torn anywhere, what was written is not."""
+        rng = self._network.rng
+        self.up = self.doomed = False
+        before = self._sizes()
+        self.ledger.commit()
+        for path, size in self._sizes().items():
+            start = before.get(path, 0)
+            torn = rng.randint(start, size)
+            with path.open("r+b") as file:
+                file.truncate(torn)
+            if path.name.startswith(PAYLOAD) and torn < size:
+                # Messages are written after their payload: none of this batch was.
+                for other, begin in before.items():
+                    if other.name.startswith(MESSAGES):
+                        with other.open("r+b") as file:
+                            file.truncate(begin)
+                break
+        self.ledger.close()
+
+    def _sizes(self) -> dict[Path, int]:
+        paths = [
+            segment_path(self._folder, family, number)
+            for family in (PAYLOAD, MESSAGES)
+            for number in segment_numbers(self._folder, family)
+        ]
+        return {path: path.stat().st_size for path in paths}
+
+    def _plan_wake(self) -> None:
+        due = self.core.deadline
+        if due is not None and (due < self._wake_at or self._wake_at <= self._network.now):
+            self._wake_at = due
+            self._network.at(due, self._wake)
+
+    def _wake(self) -> None:
+        if self.up and self._network.now >= self._wake_at:
+            self._wake_at = float("inf")
+            self.handle([])
+
+
+class LinkHost:
+    """A Link core and the inbox behind it; `take` is for whoever lives there.
+
+    Args:
+        network: where it is connected.
+        hello: of this session.
+
+    Attributes:
+        receipted: ids of the posts that the broker has receipted.
+        posted: ids of all posts, in order.
+        doomed: if set, this session ends right after its next post, and this is called.
+    """
+
+    def __init__(self, network: VirtualNetwork, hello: Hello) -> None:
+        self.name = hello.node
+        self.network = network
+        self.core = Link(hello)
+        self.inbox: deque[Delivery] = deque()
+        self.fetched: dict[tuple[str, bytes], Buffer | None] = {}
+        self.admitted: link.Admitted | None = None
+        self.ended: link.Ended | None = None
+        self.receipted: list[str] = []
+        self.posted: list[str] = []
+        self.on_news: Callable[[], None] = lambda: None
+        self.doomed: Callable[[], object] | None = None
+        self.files = local_blobs.SharedFiles()
+        self._numbers: dict[int, list[str]] = {}
+        self._last_seq = -1
+        self._gathering = False
+        self._gathered: list[bytes] = []
+        self._wake_at = float("inf")
+        self.up = True
+        self.peer = network.connect(self)
+        self.hear(link.Wake())
+
+    def hear(self, event: link.Event) -> None:
+        """Give the core an event and carry out what it says."""
+        if not self.up:
+            return
+        if isinstance(event, link.Received) and isinstance(event.frame, Welcome):
+            self.files.look(event.frame)
+        news = self._carry_out(self.core.handle(event, self.network.now))
+        if self._numbers:
+            oldest = self.core.oldest_unreceipted
+            for n in [n for n in self._numbers if n < oldest]:
+                self.receipted += self._numbers.pop(n)
+        due = self.core.deadline
+        if due is not None and (due < self._wake_at or self._wake_at <= self.network.now):
+            self._wake_at = due
+            self.network.at(due, self._wake)
+        if news:
+            self.network.after(0.0, self._tell)
+
+    def post(self, message: Message, data: Sequence[Buffer], consumes: tuple[int, ...]) -> None:
+        """Post a message."""
+        if not self.up:
+            return
+        self.posted.append(message.id)
+        if self._gathering and not (message.blobs or consumes):
+            self._gathered.append(encode_message(message))
+        else:
+            self._say_gathered()
+            self.hear(link.Outgoing(message, data, consumes))
+        if self.doomed is not None:
+            self.crash()
+            self.doomed()
+
+    def gather(self, *, on: bool) -> None:
+        """Post the messages from here on together; or no longer."""
+        self._gathering = on
+        self._say_gathered()
+
+    def _say_gathered(self) -> None:
+        gathered, self._gathered = self._gathered, []
+        if gathered:
+            self.hear(link.Together(gathered))
+
+    def say(self, frame: Done | Over) -> None:
+        """Say something that is no message."""
+        self._say_gathered()
+        self.hear(link.Say(frame))
+
+    def fetch(self, owner: str, blob: Blob) -> None:
+        """Ask for a blob, which will be among `fetched`."""
+        self.hear(link.Fetch(owner, blob))
+
+    def take(self) -> Delivery:
+        """Take the next delivery out of the inbox."""
+        delivery = self.inbox.popleft()
+        self.hear(link.Taken([delivery]))
+        return delivery
+
+    def crash(self) -> None:
+        """End at once, with everything that is not on a disk."""
+        self.up = False
+        self.files.close()
+
+    def _carry_out(self, actions: Sequence[link.Action]) -> bool:
+        news = False
+        for action in actions:
+            news |= not isinstance(action, link.Send)
+            match action:
+                case link.Send(frame=frame, buffers=buffers):
+                    if isinstance(frame, Post | PostAll):
+                        self._number(frame)
+                    self.network.to_broker(self.peer, frame, buffers)
+                case link.Deliveries(deliveries):
+                    for delivery in deliveries:
+                        if delivery.seq <= self._last_seq:
+                            what = f"{self.name} was handed {delivery.seq} out of order"
+                            raise AssertionError(what)
+                        self._last_seq = delivery.seq
+                    self.inbox.extend(deliveries)
+                case link.Fetched(owner, blob, data):
+                    self.fetched[owner, blob.digest] = data
+                case link.Admitted():
+                    self.admitted = action
+                case link.Ended():
+                    self.ended = action
+        return news
+
+    def _number(self, post: Post | PostAll) -> None:
+        """Note under which number messages went out first."""
+        if post.n >= self.core.oldest_unreceipted and post.n not in self._numbers:
+            messages = [post.message] if isinstance(post, Post) else post.messages
+            self._numbers[post.n] = [decode_message(each).id for each in messages]
+
+    def _tell(self) -> None:
+        if self.up:
+            self.on_news()
+
+    def _wake(self) -> None:
+        if self.up and self.network.now >= self._wake_at:
+            self._wake_at = float("inf")
+            self.hear(link.Wake())

@@ -1,0 +1,155 @@
+"""A network in memory with a virtual clock and seeded faults, for the very same cores.
+
+Everything that happens follows from one seed: a history that went wrong can be run again.
+`VirtualNetwork` carries frames between a broker and any number of nodes (the hosts of
+`fedmq.broker.virtual.hosts`); it loses, delays, duplicates and reorders them, and cuts
+connections.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import math
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from fedmq.broker.link import events as link
+from fedmq.broker.wire.encoding import decode_frame, encode_frame
+from fedmq.broker.wire.schema import AnyFrame, Buffer, Frame
+
+
+class BrokerEnd(Protocol):
+    """Where the frames of nodes arrive."""
+
+    def receive(self, peer: bytes, frame: AnyFrame, buffers: Sequence[Buffer]) -> None:
+        """Take a frame."""
+
+
+class NodeEnd(Protocol):
+    """Where the frames for a node arrive."""
+
+    name: str
+    peer: bytes
+
+    def hear(self, event: link.Event) -> None:
+        """Take an event."""
+
+
+@dataclass(frozen=True)
+class Faults:
+    """What becomes of each frame: probabilities, and seconds.
+
+    loss, duplicate: of a frame. reorder: that a frame is held back for up to
+    ``reorder_s``, while others pass it. delay_s: the mean of what every frame takes.
+    """
+
+    loss: float = 0.0
+    duplicate: float = 0.0
+    reorder: float = 0.0
+    reorder_s: float = 0.5
+    delay_s: float = 0.005
+
+
+class VirtualNetwork:
+    """The clock, and the connections between nodes and their broker.
+
+    Args:
+        rng: of all faults and delays.
+        faults: may be replaced at any time.
+
+    Attributes:
+        now: virtual time, in seconds.
+        broker: takes what nodes send; set by the broker's host.
+        share_files: nodes read blobs from the broker's ledger, as on one host.
+    """
+
+    def __init__(self, rng: random.Random, faults: Faults | None = None) -> None:
+        self.rng = rng
+        self.faults = faults or Faults()
+        self.now = 1000.0
+        self.broker: BrokerEnd | None = None
+        self.share_files = False
+        self._events: list[tuple[float, int, Callable[[], object]]] = []
+        self._count = itertools.count()
+        self._ends: dict[bytes, NodeEnd] = {}
+        self._last_at: dict[tuple[bytes, bool], float] = {}
+        self._away: set[str] = set()
+
+    def at(self, when: float, act: Callable[[], object]) -> None:
+        """Let something happen at a time."""
+        now = self.now
+        heapq.heappush(self._events, (when if when > now else now, next(self._count), act))
+
+    def after(self, seconds: float, act: Callable[[], object]) -> None:
+        """Let something happen after a while."""
+        self.at(self.now + seconds, act)
+
+    def step(self) -> bool:
+        """Let the next thing happen; False if nothing is left."""
+        if not self._events:
+            return False
+        self.now, _, act = heapq.heappop(self._events)
+        act()
+        return True
+
+    def connect(self, host: NodeEnd) -> bytes:
+        """Give a node a new connection; the old one, and what is on it, is lost."""
+        for peer in [peer for peer, each in self._ends.items() if each.name == host.name]:
+            del self._ends[peer]
+        peer = f"{host.name}#{next(self._count)}".encode()
+        self._ends[peer] = host
+        return peer
+
+    def cut(self, host: NodeEnd) -> None:
+        """Break a node's connection; it has another one at once."""
+        if host.peer in self._ends:
+            host.peer = self.connect(host)
+
+    def partition(self, name: str, seconds: float) -> None:
+        """Lose everything between a node and the broker for a while."""
+        self._away.add(name)
+        self.after(seconds, lambda: self._away.discard(name))
+
+    def is_up(self, peer: bytes) -> bool:
+        """Tell whether a connection stands."""
+        host = self._ends.get(peer)
+        return host is not None and host.name not in self._away
+
+    def to_broker(self, peer: bytes, frame: Frame, buffers: Sequence[Buffer]) -> None:
+        """Carry a frame from a node."""
+        header, parts = encode_frame(frame), [bytes(each) for each in buffers]
+        self._carry(peer, lambda: self._arrive_at_broker(peer, header, parts), up=True)
+
+    def to_node(self, peer: bytes, frame: Frame, buffers: Sequence[Buffer]) -> None:
+        """Carry a frame to whoever is at the other end of a connection."""
+        header, parts = encode_frame(frame), [bytes(each) for each in buffers]
+        self._carry(peer, lambda: self._arrive_at_node(peer, header, parts), up=False)
+
+    def _carry(self, peer: bytes, act: Callable[[], None], *, up: bool) -> None:
+        if not self.is_up(peer):
+            return
+        faults, draw, way = self.faults, self.rng.random, (peer, up)
+        for _ in range(2 if draw() < faults.duplicate else 1):
+            if draw() < faults.loss:
+                continue
+            when = self.now - math.log(1.0 - draw()) * faults.delay_s  # exponential
+            if draw() < faults.reorder:
+                when += draw() * faults.reorder_s
+            else:
+                # A connection keeps order, but for what is reordered on purpose.
+                before = self._last_at.get(way, 0.0)
+                if when < before:
+                    when = before
+                self._last_at[way] = when
+            self.at(when, act)
+
+    def _arrive_at_broker(self, peer: bytes, header: bytes, parts: list[bytes]) -> None:
+        if self.broker is not None and self.is_up(peer):
+            self.broker.receive(peer, decode_frame(header), parts)
+
+    def _arrive_at_node(self, peer: bytes, header: bytes, parts: list[bytes]) -> None:
+        if self.is_up(peer):
+            self._ends[peer].hear(link.Received(decode_frame(header), parts))

@@ -1,0 +1,1 @@
+"""Messages as bytes: their schema, encoding, addresses, chunks and batches."""

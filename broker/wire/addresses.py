@@ -1,0 +1,56 @@
+"""Addresses, roles, and the names of runs and nodes.
+
+Names become names of files and folders, stand in addresses and in what is shown on terminals,
+so both ends check them: the broker when a Hello arrives, a node before it says Hello and when
+a Welcome names its run.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+from fedmq.broker.wire.schema import Hello
+
+AGGREGATOR = "aggregator"
+EVALUATOR = "evaluator"
+WORKER = "worker"
+ROLES = (AGGREGATOR, EVALUATOR, WORKER)
+BROKER = "broker"
+
+CONTINUED = "continued"
+"""Kind of the message by which the broker tells that a run was taken up again."""
+
+RECORD = "record"
+CHECKPOINT = "checkpoint"
+TIMER = "timer"
+
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+_SHOWN = 120
+
+
+def name_fault(name: str) -> str:
+    """Return what is wrong with the name of a run or a node, in one sentence; "" if nothing."""
+    if _NAME.fullmatch(name):
+        return ""
+    return (
+        "expected 1 to 100 ASCII letters, digits, '.', '_' and '-', the first a letter or a "
+        f"digit, got {name[:_SHOWN]!r}"
+    )
+
+
+def addresses(hello: Hello) -> Iterator[str]:
+    """Yield the addresses that a node hosts."""
+    yield node_address(hello.node)
+    if hello.role == WORKER:
+        for low, high in hello.clients:
+            for client in range(low, high + 1):
+                yield f"client/{client}"
+    elif hello.role in (AGGREGATOR, EVALUATOR):
+        yield hello.role
+
+
+def node_address(name: str) -> str:
+    """Return the address of a node itself, whatever else it hosts."""
+    return f"node/{name}"

@@ -1,0 +1,1 @@
+"""How numbers are written: whole numbers, affine grids, flat and streamed tensors."""

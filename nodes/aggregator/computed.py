@@ -1,0 +1,56 @@
+"""How the numbers of a run were computed; its record says so."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from fedmq.algorithms.toolkit.arithmetic import ARITHMETIC
+from fedmq.nodes.aggregator.progress import RULES
+from fedmq.nodes.errors import NodeError
+from fedmq.nodes.run.agreement import Fingerprint
+
+
+@dataclass(frozen=True)
+class Computed:
+    """How the aggregator's numbers are computed.
+
+    arithmetic: see `fedmq.algorithms.toolkit.arithmetic.ARITHMETIC`.
+    device: kind of CPU, see `setup.kind_of`.
+    version_0: fingerprint of the problem's model there, see `fedmq.nodes.run.version_zero`.
+    rules: of failures in a row, see `fedmq.nodes.aggregator.progress.RULES`.
+    """
+
+    arithmetic: int = ARITHMETIC
+    device: str = ""
+    version_0: Fingerprint | None = None
+    rules: int = RULES
+
+    @classmethod
+    def read(cls, body: Mapping[str, Any]) -> Computed:
+        """Return what a run's record says; 0.1.0 said nothing."""
+        match body:
+            case {"arithmetic": int(arithmetic), "device": str(device), **rest}:
+                rules = rest.get("rules", 0)
+                return cls(arithmetic, device, rest.get("version_0"), rules)
+            case _:
+                return cls(arithmetic=1, rules=0)
+
+    def check(self, arithmetic: int, run: str) -> None:
+        """Refuse to go on with a run that was begun otherwise.
+
+        Raises:
+            NodeError: it was.
+        """
+        if arithmetic != self.arithmetic:
+            raise NodeError(
+                f"run {run!r} was begun by another release of fedmq, which computes otherwise: "
+                "let that release end it, or start a new run"
+            )
+
+    def facts(self) -> dict[str, Any]:
+        """Return it as it stands in the run's record."""
+        facts: dict[str, Any] = {"arithmetic": self.arithmetic, "device": self.device}
+        facts |= {"rules": self.rules} if self.rules else {}
+        return facts if self.version_0 is None else {**facts, "version_0": self.version_0}

@@ -1,0 +1,391 @@
+"""The Aggregator core: a schedule and an algorithm, folded over an inbox.
+
+``handle(event) -> [action]``, and nothing else: no sockets, no clock (a message's time is
+the time at which the broker wrote it down), no randomness of its own. The same inbox
+gives the same actions, which is what makes a run recoverable and replayable: a restarted
+aggregator starts from its last checkpoint, folds what came after, and what it says then
+has the ids that it had before, so the broker knows it again.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import msgspec
+
+from fedmq.algorithms.schedules import View
+from fedmq.broker.errors import BrokerError
+from fedmq.broker.rejections import Code, Rejection
+from fedmq.broker.wire.addresses import CHECKPOINT, CONTINUED, RECORD, TIMER
+from fedmq.broker.wire.schema import Message
+from fedmq.nodes.aggregator.checkpoint import pack_checkpoint, unpack_checkpoint
+from fedmq.nodes.aggregator.evaluations import (
+    Evaluations,
+    accuracy_in,
+    metrics_without_accuracy,
+    requests,
+)
+from fedmq.nodes.aggregator.state import AggregatorState
+from fedmq.nodes.aggregator.version import Gathering, Waiting
+from fedmq.nodes.errors import NodeError, exits_as_errors
+from fedmq.nodes.messages.actions import (
+    AggregatorAction,
+    Commit,
+    Done,
+    Finish,
+    Inbound,
+    Settle,
+    Start,
+)
+from fedmq.nodes.process.exception_text import explained, may_pass, modules_of
+from fedmq.nodes.run.digests import model_digest
+from fedmq.nodes.run.goal import Goal
+
+FINAL_EVALUATION_S = 60.0
+"""How long the end of a run waits for an answer to any of the evaluations that are out."""
+_FINAL = "final evaluation"
+_RETRY = "retry"
+
+
+class Aggregator(AggregatorState):
+    """The core of one run's aggregator; see `AggregatorState` for what it is made from."""
+
+    def handle(self, event: Start | Inbound) -> list[AggregatorAction]:
+        """Take one event; return the actions to carry out, in order.
+
+        What the algorithm's own code raises ends the run: folded again, it would raise it again.
+
+        Raises:
+            BrokerError: a blob cannot be read now.
+            NodeError: the checkpoint does not fit.
+        """
+        try:
+            with exits_as_errors():
+                return self._handle(event)
+        except (BrokerError, NodeError):
+            raise
+        except Exception as error:  # the algorithm's code is a user's
+            if may_pass(error) or isinstance(error.__cause__, BrokerError):
+                raise
+            return self._break_off(error)
+
+    def _handle(self, event: Start | Inbound) -> list[AggregatorAction]:
+        out: list[AggregatorAction] = []
+        if isinstance(event, Start):
+            self._continues_at = event.continued
+            if event.checkpoint is None:
+                self._begin_run(event.run_record, out)
+            else:
+                self._resume(event.checkpoint, out)
+            return out
+        message = event.message
+        if event.seq in self._waiting.missing:
+            self._waiting.add(event)
+            self._advance(out)
+            return out
+        if event.seq <= self._position:
+            return [Settle(self._waiting.untold)]  # the checkpoint tells of it
+        self._position, self._now = event.seq, event.at
+        self._progress.now = event.at
+        why: Rejection | None = None
+        if message.kind == CONTINUED:
+            self._continued(message)
+            self._advance(out)
+        elif not self._ended:
+            match message.kind:
+                case "joined":
+                    self._joined(message, out)
+                case "left":
+                    self._members.left(message)
+                case "tick":
+                    self._tick(str(message.body.get("token")), out)
+                case "failed" if message.re in self._evaluations.asked:
+                    why = self._score(message)
+                case "result" | "failed" if self._committing is not None:
+                    self._waiting.add(event)
+                    return out
+                case "result" | "failed":
+                    done = self._intake.take(event, self.state, self.version, out)
+                    self._advance(out)
+                    return [done, *out] if done is not None else out
+                case "score":
+                    why = self._score(message)
+                case "refused":
+                    self._refused(message)
+                case kind:
+                    why = Rejection(Code.UNKNOWN_KIND, f"an aggregator takes no {kind!r} messages")
+            self._advance(out)
+        return [Done.of(event.seq, why), *out]
+
+    def adopt(self, state: Any) -> None:
+        """Go on from this state of the current version, such as the recorded one in a replay."""
+        self.state = state
+        self._tasks.begin_version()
+
+    # ---- the run
+
+    def _begin_run(self, recorded: Inbound | None, out: list[AggregatorAction]) -> None:
+        """Post the run's record: its configuration, and version 0, from which all else follows."""
+        body: dict[str, Any] = {"config": self._setup.config.to_toml()}
+        if self._computed.arithmetic < 2:  # of 0.1.0, whose record holds no version 0
+            self._post(out, "run", RECORD, body)
+            return
+        if recorded is not None:
+            self.state, _ = unpack_checkpoint(self._algorithm, self._setup.problem, recorded)
+            self._intake.begin_version(self.state)
+        self._checkpoint("run", {**body, **self._computed.facts()}, out)
+
+    # ---- the fleet
+
+    def _joined(self, message: Message, out: list[AggregatorAction]) -> None:
+        self._tasks.joined(message)
+        self._members.joined(message)
+        wanted = self._settings.min_clients or self._setup.problem.clients
+        if not self._running and self._members.suffice(wanted):
+            self._running = True
+            self._begin_version(out)
+
+    def _continued(self, message: Message) -> None:
+        """The run was taken up again: it stands until its nodes are back, and may go further."""
+        self._members.all_gone()
+        self._running, self._asked_final = False, None
+        if not message.body["further"]:
+            return
+        self._goal, self._failed, self._error = Goal.told(message.body), False, None
+        self._finishing = self._goal.after(self.version)
+        self._progress.start_over()
+        self._progress.allow(self._goal.failures)
+        if self._ended:  # what was under way then, nobody has any more
+            self._ended, self._committing = False, None
+            self._tasks.resume({})
+            self._evaluations = Evaluations()
+            self._intake.begin_version(self.state)
+
+    def _tick(self, token: str, out: list[AggregatorAction]) -> None:
+        if token == f"deadline/{self.version}":
+            # Nobody is awaited any longer: if results are still missing, others are drawn.
+            self._intake.current.deadline_passed = True
+            self._tasks.overdue(self.version)
+        elif self._committing is not None and token == self._committing[1].token:
+            (closed, commit), self._committing = self._committing, None
+            self._committed(closed, commit.result(), out)
+        elif token == _FINAL and self._finishing:
+            if len(self._evaluations.asked) == self._asked_final:
+                self._end(out)
+            self._asked_final = None  # while answers come, it goes on
+        elif token == _RETRY:
+            self._progress.timer_is_over(self._members.hosts)
+            self._tasks.freed()
+
+    def _refused(self, message: Message) -> None:
+        """One of our own messages could not be used by its recipient, or not be delivered."""
+        name = str(message.body.get("id"))
+        if name in self._evaluations.asked:
+            self._evaluated_as(name, None)
+        self._intake.undelivered(name, message)
+
+    def _score(self, message: Message) -> Rejection | None:
+        name = message.re or ""
+        if not self._evaluations.is_with(name, message.sender, self._members):
+            text = f"no evaluation {message.re!r} is with {message.sender}"
+            return Rejection(Code.UNKNOWN_TASK, text)
+        accuracy, why = accuracy_in(message)
+        of_model = name not in self._evaluations.examinations
+        self._evaluated_as(name, accuracy)
+        if self._progress.rules and of_model and self._goal.target_accuracy is not None:
+            found = metrics_without_accuracy(message)
+            if found is not None:
+                self._fail(f"run.target_accuracy: expected accuracy among the metrics, got {found}")
+            failed = str(message.body.get("reason")) if message.kind == "failed" else ""
+            if hopeless := self._progress.evaluated(failed):
+                self._fail(hopeless)
+        return why
+
+    def _evaluated_as(self, name: str, accuracy: float | None) -> None:
+        """An evaluation is over; the run may be too."""
+        known = self._evaluations.end(name, accuracy)
+        self._finishing = self._finishing or self._goal.met_by(known)
+
+    # ---- versions
+
+    def _advance(self, out: list[AggregatorAction]) -> None:
+        """Commit and start whatever can be, until nothing changes."""
+        while self._running and not self._finishing:
+            if self._committing is not None or self._waiting.missing:
+                return
+            self._intake.take_waiting(self._waiting, self.state, self.version, out)
+            self._intake.add_in_order(self.state, out)
+            # A result in hand may yet be used.
+            if self._progress.hopeless and not self._intake.current.held:
+                self._fail(self._progress.hopeless)
+                break
+            view = self._tasks.view(self._intake.current, self.version)
+            if self._schedule.closes(view) and self._intake.current.held:
+                self._intake.add_in_order(self.state, out, everything=True)
+                # A held result may have been refused.
+                view = self._tasks.view(self._intake.current, self.version)
+            if not self._schedule.closes(view):
+                self._start_tasks(view, out)
+                return
+            self._commit(out)
+        if self._finishing and self._running and not self._ended:
+            self._finish(out)
+
+    def _start_tasks(self, view: View, out: list[AggregatorAction]) -> None:
+        current = self._intake.current
+        wanted = self._schedule.wants(view)
+        clients = self._tasks.draw(wanted, current, self.version)
+        # A round goes on without those who failed, as long as it goes on.
+        if len(clients) < wanted and not (self._schedule.ordered and (clients or view.outstanding)):
+            after = self._progress.timer(self._members.hosts)
+            if after is not None:
+                self._post(out, "timer", TIMER, {"token": _RETRY, "after_s": after})
+        deadline = self._schedule.deadline()
+        if deadline is not None and clients and (current.deadline_passed or not current.started):
+            body = {"token": f"deadline/{self.version}", "after_s": deadline}
+            self._post(out, "timer", TIMER, body)
+        for client in clients:
+            packed = self._tasks.pack(self.state, self.version, client)
+            about = {"client": client, "model_version": self.version, "reply": self._intake.reply}
+            body = {**packed.body, **about}
+            name = self._post(out, "task", f"client/{client}", body, packed)
+            self._tasks.sent(name, client, self.version)
+            current.order.append(name)
+            current.started += 1
+
+    def _commit(self, out: list[AggregatorAction]) -> None:
+        closed = self._intake.current
+        divisor = self._schedule.divisor(closed.weights, closed.absorbed)
+        work = functools.partial(self._algorithm.commit, self.state, closed.gathered, divisor)
+        if not self._algorithm.trains:
+            self._committed(closed, work(), out)
+            return
+        # It is done beside the inbox, and a tick in the inbox says from where on it counts.
+        token = f"commit/{self.version + 1}"
+        commit = Commit(
+            token, self._letters.write("timer", TIMER, {"token": token, "after_s": 0}), work
+        )
+        self._committing = closed, commit
+        out.append(commit)
+
+    def _committed(self, closed: Gathering, state: Any, out: list[AggregatorAction]) -> None:
+        self.state = state
+        cohort = self._schedule.cohort(self._setup.problem.clients)
+        self.version += 1
+        self._progress.version = self.version
+        self._tasks.begin_version()
+        self._intake.begin_version(self.state)
+        body = {
+            "version": self.version,
+            "position": self._position,
+            **closed.facts(),
+            **({} if cohort is None else {"cohort": cohort}),
+            "model_digest": model_digest(self.tensors()),
+            **msgspec.structs.asdict(self._intake.counts),
+        }
+        if self._now - self._checkpoint_at >= self._settings.checkpoint_s:
+            self._checkpoint("version", body, out)
+        else:
+            self._post(out, "version", RECORD, body)
+        self._go_on(out)
+
+    def _go_on(self, out: list[AggregatorAction]) -> None:
+        """What follows a commit, whether it was just now or before a restart."""
+        self._finishing = self._goal.after(self.version) or self._finishing
+        self._begin_version(out)
+
+    def _checkpoint(self, kind: str, body: Mapping[str, Any], out: list[AggregatorAction]) -> None:
+        """Post a record from which the next session can start; what came before is settled."""
+        self._checkpoint_at = self._now
+        self._waiting.untold = self._waiting.numbers()
+        packed = pack_checkpoint(self._algorithm, self.state, self._fold())
+        self._post(out, kind, CHECKPOINT, {**packed.body, **body}, packed)
+        out.append(Settle(self._waiting.untold))
+
+    def _resume(self, inbound: Inbound, out: list[AggregatorAction]) -> None:
+        """Start from a checkpoint, and go on as the session before it did."""
+        self.state, fold = unpack_checkpoint(self._algorithm, self._setup.problem, inbound)
+        self._computed.check(fold.arithmetic, inbound.message.run)
+        self._intake.begin_version(self.state)
+        self._position, self.version = fold.position, fold.version
+        self._letters.next_id, self._intake.counts = fold.next_id, fold.counts
+        self._members.resume(fold.hosts, fold.evaluators)
+        self._members.expects_evaluator = fold.expects_evaluator is True
+        self._tasks.resume(fold.flights)
+        self._evaluations = Evaluations(set(fold.evaluating), fold.examinations, fold.scores)
+        self._waiting = Waiting(missing=set(fold.waiting), untold=tuple(fold.waiting))
+        self._evaluated, self._running = fold.evaluated, fold.running
+        self._finishing, self._ended, self._failed = fold.finishing, fold.ended, fold.failed
+        self._now = self._checkpoint_at = fold.at
+        self._progress.resume(fold.failures, fold.rules, self.version, self._now)
+        self._goal = fold.goal or self._goal
+        self._progress.allow(self._goal.failures)
+        if self._ended:
+            self._tell_end(out)
+            return
+        if (
+            fold.version or self._running
+        ):  # else the broker reports the nodes that are here once more
+            self._go_on(out)
+            self._advance(out)
+
+    def _begin_version(self, out: list[AggregatorAction]) -> None:
+        every = self._settings.evaluate_every
+        if every and self.version % every == 0 and self._evaluated != self.version:
+            self._evaluate(out)
+
+    def _evaluate(self, out: list[AggregatorAction]) -> None:
+        self._evaluated = self.version
+        hosts = self._members.hosts
+        for to, body, packed, of in requests(self._algorithm, self.state, self.version, hosts):
+            self._evaluations.ask(self._post(out, "evaluate", to, body, packed), of)
+
+    def _fail(self, why: str) -> None:
+        """Let the run end without reaching its end, if it has not reached it already."""
+        if not self._finishing:
+            self._finishing, self._failed = why, True
+
+    def _break_off(self, error: Exception) -> list[AggregatorAction]:
+        """End the run at once: code that it needs has raised something."""
+        own = modules_of(self._algorithm, self._setup.problem)
+        why = f"{self._algorithm.name} raised {explained(error, own)}"
+        self._finishing, self._failed, self._error = why, True, error
+        self._committing = None
+        out: list[AggregatorAction] = []
+        try:
+            self._end(out)
+        except Exception:  # noqa: BLE001 - the state cannot be saved either: its last checkpoint stands
+            self._ended, out = True, []
+            body = {"reason": why, "position": self._position, "failed": True}
+            self._post(out, "finished", RECORD, body)
+            self._tell_end(out)
+        return out
+
+    def _finish(self, out: list[AggregatorAction]) -> None:
+        if self._failed:
+            self._end(out)
+            return
+        if self._evaluated != self.version:
+            self._evaluate(out)
+        if not self._evaluations.awaited(self._members):
+            self._end(out)
+        elif self._asked_final is None:
+            self._asked_final = len(self._evaluations.asked)
+            body = {"token": _FINAL, "after_s": FINAL_EVALUATION_S}
+            self._post(out, "timer", TIMER, body)
+
+    def _end(self, out: list[AggregatorAction]) -> None:
+        self._ended = True
+        out += self._intake.end(self._waiting)
+        self._waiting = Waiting()
+        about: dict[str, Any] = {"reason": self._finishing, "position": self._position}
+        about |= {"failed": True} if self._failed else {}
+        body = {**about, **msgspec.structs.asdict(self._intake.counts)}
+        self._checkpoint("finished", body, out)
+        self._tell_end(out)
+
+    def _tell_end(self, out: list[AggregatorAction]) -> None:
+        if self._position >= self._continues_at:  # else the inbox has more to do
+            out.append(Finish(self._finishing, self._failed, self._error))

@@ -1,0 +1,114 @@
+"""The evaluations that an aggregator has asked for: who may answer, and what it comes to."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from msgspec import Struct
+
+from fedmq.algorithms.base import Algorithm
+from fedmq.broker.rejections import Code, Rejection
+from fedmq.broker.wire.addresses import EVALUATOR
+from fedmq.broker.wire.schema import Message
+from fedmq.nodes.aggregator.fleet import Members
+from fedmq.nodes.messages.payloads import RAW, Packed, pack
+from fedmq.nodes.process.exception_text import shorten
+
+
+class Examination(Struct):
+    """An evaluation that a client has been asked for, of which version."""
+
+    client: int
+    version: int
+
+
+@dataclass
+class Evaluations:
+    """Evaluations that are out, by the id of the message that asked for them.
+
+    One is with the evaluator, or with a client; what clients say of a version counts when
+    all of them have said it.
+
+    asked: ids of all that are out.
+    examinations: those of clients, by id.
+    scores: accuracies that clients have reported, by version, as long as some are missing.
+    """
+
+    asked: set[str] = field(default_factory=set)
+    examinations: dict[str, Examination] = field(default_factory=dict)
+    scores: dict[int, list[float]] = field(default_factory=dict)
+
+    def ask(self, name: str, examination: Examination | None = None) -> None:
+        """Note one that has been asked for; without an examination, of the evaluator."""
+        self.asked.add(name)
+        if examination is not None:
+            self.examinations[name] = examination
+
+    def is_with(self, name: str, node: str, members: Members) -> bool:
+        """Tell whether a node may answer it."""
+        if name not in self.asked:
+            return False
+        examination = self.examinations.get(name)
+        if examination is None:
+            return node in members.evaluators
+        return node == members.hosts.get(examination.client)
+
+    def awaited(self, members: Members) -> bool:
+        """Tell whether anybody who is here may still answer one."""
+        with_clients = any(each.client in members.hosts for each in self.examinations.values())
+        return with_clients or bool(members.evaluators and self.asked - self.examinations.keys())
+
+    def end(self, name: str, accuracy: float | None) -> float | None:
+        """Note that one is over; return the accuracy of its version, once that is known."""
+        self.asked.discard(name)
+        known = [] if accuracy is None else [accuracy]
+        examination = self.examinations.pop(name, None)
+        if examination is not None:
+            version = examination.version
+            known = [*self.scores.pop(version, ()), *known]
+            if any(each.version == version for each in self.examinations.values()):
+                self.scores[version] = known
+                return None
+        return sum(known) / len(known) if known else None
+
+
+def requests(
+    algorithm: Algorithm, state: Any, version: int, clients: Iterable[int]
+) -> Iterator[tuple[str, dict[str, Any], Packed, Examination | None]]:
+    """Yield the messages that ask for the evaluation of a version: to whom, body, tensors.
+
+    The last is None for the evaluator's. ``clients``: those who can be reached.
+    """
+    who = f"{type(algorithm).__name__}.examined"
+    if algorithm.evaluated == "model":
+        packed = pack(algorithm.examined(state), RAW, 0, who)
+        yield EVALUATOR, {**packed.body, "model_version": version}, packed, None
+        return
+    for client in sorted(clients):
+        packed = pack(algorithm.examined(state, client), RAW, 0, who)
+        body = {**packed.body, "client": client, "model_version": version}
+        yield f"client/{client}", body, packed, Examination(client, version)
+
+
+def accuracy_in(message: Message) -> tuple[float | None, Rejection | None]:
+    """Return the accuracy that an answer tells, if any, and why it cannot be used, if so."""
+    match message.body:
+        case {"metrics": {"accuracy": float(accuracy)}}:
+            return accuracy, None
+        case {"metrics": dict()}:
+            return None, None
+        case _:
+            text = "expected metrics as a map of numbers"
+            failed = message.kind == "failed"
+            return None, None if failed else Rejection(Code.MALFORMED, text)
+
+
+def metrics_without_accuracy(message: Message) -> str | None:
+    """Return which metrics an answer has, if it has some and accuracy is not among them."""
+    match message.body:
+        case {"metrics": dict(metrics)} if metrics and "accuracy" not in metrics:
+            return shorten(", ".join(sorted(map(str, metrics))))
+        case _:
+            return None

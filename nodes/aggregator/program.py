@@ -1,0 +1,205 @@
+"""The aggregator's program: its core, and the link that carries out what it says."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+import structlog
+import torch
+from msgspec import UNSET
+
+from fedmq.algorithms.allowed import Allowed
+from fedmq.algorithms.problems.base import Problem
+from fedmq.algorithms.toolkit import arithmetic
+from fedmq.broker.errors import Rejected, RunOver
+from fedmq.broker.link.events import Delivery
+from fedmq.broker.link.node_link import NodeLink
+from fedmq.broker.wire.addresses import AGGREGATOR
+from fedmq.broker.wire.encoding import decode_message
+from fedmq.broker.wire.schema import Hello
+from fedmq.nodes.aggregator.computed import Computed
+from fedmq.nodes.aggregator.core import Aggregator
+from fedmq.nodes.errors import ConfigError, RunFailed, own_code
+from fedmq.nodes.messages.actions import (
+    AggregatorAction,
+    Commit,
+    Done,
+    Finish,
+    Inbound,
+    Post,
+    Settle,
+    Start,
+)
+from fedmq.nodes.process.logs import Repeats
+from fedmq.nodes.process.terminal import clients_in_words
+from fedmq.nodes.run.agreement import Fingerprint, disagree
+from fedmq.nodes.run.attainable import check_attainable
+from fedmq.nodes.run.config import Config
+from fedmq.nodes.run.config_difference import differing_keys
+from fedmq.nodes.run.session import inbound_of, linked, new_session, tell_refused
+from fedmq.nodes.run.setup import kind_of, set_up
+from fedmq.nodes.run.version_zero import version_zero
+from fedmq.nodes.run_folder.model_files import remove_model, save_model
+from fedmq.nodes.worker.client_state import node_key
+
+_QUIET_S, _TELL_AGAIN_S = 5.0, 60.0
+"""When a run without messages says whom it waits for, and when it says so again."""
+
+
+def run_aggregator(
+    endpoint: str,
+    config: Config,
+    run: str,
+    folder: Path | None = None,
+    allowed: Allowed | None = None,
+    give_up_s: float | None = None,
+) -> str:
+    """Run an aggregator until its run is over; return why it ended.
+
+    Args:
+        endpoint: where the broker listens.
+        config: the run's configuration.
+        run: id of the run.
+        folder: where to leave the final model (`run_folder.model_files`), and to keep the
+            node's key; None keeps nothing.
+        allowed: which code the configuration may name, as in `set_up`.
+        give_up_s: so long without the broker, and the node ends; None for never.
+
+    Raises:
+        ConfigError: the configuration is unusable, asks for what can never be, or is not the
+            one that the run has.
+        GaveUp: the broker was not there for ``give_up_s``.
+        OwnCodeError: the problem, its model or the algorithm's first state cannot be made.
+        RunFailed: the run ended without reaching its end.
+        Rejected: the broker does not admit this node.
+        LinkClosed: the link ended before the run did.
+        NodeError: the final model cannot be written; the ledger has it.
+    """
+    with own_code("problem.name"):
+        setup = set_up(config, allowed, run)
+        check_attainable(setup)
+        torch.set_num_threads(config.worker.threads)
+        version_0 = version_zero(setup.problem)
+    hello = Hello(
+        node=AGGREGATOR,
+        role=AGGREGATOR,
+        session=new_session(),
+        key=node_key(folder / "nodes" / AGGREGATOR if folder is not None else None),
+        run=run,
+        config=setup.config.to_toml(),
+        total_clients=setup.problem.clients,
+    )
+    computed = Computed(device=kind_of("cpu"), version_0=version_0)
+    with own_code("algorithm.name"):
+        core = Aggregator(setup, run, AGGREGATOR, computed)
+        arithmetic.prepare(sum(each.numel() for each in core.tensors().values()))
+    try:
+        with linked(endpoint, hello, give_up_s) as link:
+            _fold_until_over(link, core, setup.problem, folder, version_0)
+    except Rejected as error:
+        differ = differing_keys(hello.config, error.config)
+        if error.code == "config" and differ:
+            raise ConfigError(
+                f"run {run} at {endpoint} has another configuration: {differ}; "
+                "take the same, or give this one another run.id"
+            ) from None
+        raise
+    except RunOver as end:
+        if core.failed:
+            raise RunFailed(str(end)) from None
+        return str(end)
+
+
+def _fold_until_over(
+    link: NodeLink,
+    core: Aggregator,
+    problem: Problem,
+    folder: Path | None,
+    version_0: Fingerprint | None,
+) -> NoReturn:
+    """Give the core its inbox, and carry out what it says; raises RunOver in the end."""
+    welcomed = link.welcome().continued
+    start = Start(_checkpoint(link), continued=-1 if welcomed is UNSET else welcomed)
+    actions: Sequence[AggregatorAction] = core.handle(start)
+    if folder is not None:
+        remove_model(folder)
+    unsettled: list[int] = []
+    patience, repeats = _Patience(), Repeats()
+    disagreeing: set[str] = set()
+    while True:
+        with link.together():
+            for action in actions:
+                match action:
+                    case Post(message, data, consumes):
+                        link.post(message, data, consumes)
+                    case Done(seq, refused, code) if refused:
+                        link.done([], {seq: refused}, {seq: code})
+                    case Settle(but):
+                        link.done([seq for seq in unsettled if seq not in but])
+                        unsettled = [seq for seq in unsettled if seq in but]
+                    case Commit():
+                        threading.Thread(target=_work, args=(link, action), daemon=True).start()
+                    case Finish(reason, failed, error):
+                        if failed:
+                            structlog.get_logger().error("failed", reason=reason, exc_info=error)
+                        if folder is not None and error is None:
+                            # Before the run is over: then no session is started any more.
+                            about = {"run": link.welcome().run, "version": str(core.version)}
+                            save_model(folder, core.tensors(), problem, about)
+                        link.over(reason)
+        while not link.wait(_QUIET_S):
+            patience.look(core.missing_clients())
+        delivery = link.get()
+        unsettled.append(delivery.seq)
+        if delivery.message.kind == "refused":
+            tell_refused(delivery.message, repeats)
+        sender = delivery.message.sender
+        if sender not in disagreeing and disagree(
+            version_0, theirs := delivery.message.body.get("version_0")
+        ):
+            disagreeing.add(sender)
+            log = structlog.get_logger()
+            log.warning("a node starts from another model", by=sender, here=version_0, there=theirs)
+        with link.away():
+            actions = core.handle(inbound_of(link, delivery))
+
+
+class _Patience:
+    """Says which clients a run waits for: when that changes, and every minute."""
+
+    def __init__(self) -> None:
+        self._told: list[int] = []
+        self._told_at = -math.inf
+
+    def look(self, missing: list[int]) -> None:
+        """Take a look, after nothing has come for a while."""
+        now = time.monotonic()
+        if missing and (missing != self._told or now >= self._told_at + _TELL_AGAIN_S):
+            self._told_at = now
+            structlog.get_logger().warning(f"waiting for {clients_in_words(missing)}")
+        self._told = missing
+
+
+def _work(link: NodeLink, commit: Commit) -> None:
+    """Do what takes long, while the core goes on with its inbox."""
+    torch.set_num_threads(torch.get_num_threads())  # each thread has a number of its own
+    with contextlib.suppress(Exception):  # the core meets it when it asks for the result
+        commit.result()
+    link.hand_in(commit.message)
+
+
+def _checkpoint(link: NodeLink) -> Inbound | None:
+    """Return the checkpoint of the session before this one, if there was one."""
+    found = link.welcome().checkpoint
+    if found is None:
+        return None
+    delivery = Delivery(found.seq, found.at, decode_message(found.message), {})
+    log = structlog.get_logger()
+    log.info("goes on from a checkpoint", version=delivery.message.body.get("version"))
+    return inbound_of(link, delivery)

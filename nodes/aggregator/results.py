@@ -1,0 +1,174 @@
+"""Results as they come: which of them count, how much, and in what order they are added up."""
+
+from __future__ import annotations
+
+import enum
+from typing import Any, Literal
+
+from fedmq.algorithms.base import examples_of
+from fedmq.algorithms.errors import Fault, ResultError
+from fedmq.broker.rejections import Code, Rejection
+from fedmq.broker.wire.schema import Message
+from fedmq.codecs.errors import CodecError
+from fedmq.nodes.aggregator.checkpoint import Counts
+from fedmq.nodes.aggregator.progress import Progress
+from fedmq.nodes.aggregator.tasks import Tasks
+from fedmq.nodes.aggregator.version import Gathering, Waiting, room_for
+from fedmq.nodes.errors import rejection_of
+from fedmq.nodes.messages.actions import AggregatorAction, Done, Inbound
+from fedmq.nodes.messages.payloads import numbers_of
+from fedmq.nodes.run.setup import Setup
+
+
+class _Held(enum.Enum):
+    HELD = enum.auto()
+
+
+HELD = _Held.HELD
+"""A result waits for those before it in its cohort."""
+Held = Literal[_Held.HELD]
+
+
+class Intake:
+    """What an aggregator does with results, towards its next version.
+
+    Args:
+        setup: what is learned, and when.
+        tasks: that results answer.
+        state: the algorithm's, of the first version.
+        progress: to be told of all that fails, and of what is used.
+
+    Attributes:
+        current: what has been gathered.
+        counts: what became of all results so far.
+        reply: what a result is to be: a model, an update.
+    """
+
+    def __init__(self, setup: Setup, tasks: Tasks, state: Any, progress: Progress) -> None:
+        self._algorithm, self._schedule, self._tasks = setup.algorithm, setup.schedule, tasks
+        self._progress = progress
+        self._most_bytes = room_for(setup.algorithm, state)
+        self.reply = setup.algorithm.sends or setup.schedule.reply
+        self.counts = Counts()
+        self.begin_version(state)
+
+    def begin_version(self, state: Any) -> None:
+        """Begin to gather towards the version after this one."""
+        self.current = Gathering(self._algorithm.gather(state))
+
+    def take(
+        self, inbound: Inbound, state: Any, version: int, out: list[AggregatorAction]
+    ) -> Done | None:
+        """Take a result: return that it is dealt with, and how, or None while it is held."""
+        why = self._take(inbound, state, version, out)
+        if why == HELD:
+            return None
+        self._tasks.freed()  # its client has no result in hand, and may be drawn again
+        return Done.of(inbound.seq, why)
+
+    def undelivered(self, name: str, message: Message) -> None:
+        """Note that a task was not delivered, or could not be used, as a message says."""
+        flight = self._tasks.forget(name)
+        if flight is not None:
+            self.counts.dropped += 1
+            told = (str(message.body.get(key, "")) for key in ("code", "reason"))
+            self._progress.failed(flight.client, flight.node, *told)
+
+    def take_waiting(
+        self, waiting: Waiting, state: Any, version: int, out: list[AggregatorAction]
+    ) -> None:
+        """Take the results that came while the version before this one was being committed."""
+        here, waiting.here = waiting.here, {}
+        for inbound in here.values():
+            done = self.take(inbound, state, version, out)
+            if done is not None:
+                out.append(done)
+
+    def end(self, waiting: Waiting) -> list[Done]:
+        """Note that there is no version any more for results in hand; reject those that wait."""
+        done = []
+        for seq, inbound in waiting.here.items():
+            self._tasks.forget(inbound.message.re or "")
+            failed = inbound.message.kind == "failed"
+            self.counts.dropped += failed
+            self.counts.refused += not failed
+            over = Rejection(Code.RUN_OVER, "the run is over")
+            done.append(Done.of(seq, None if failed else over))
+        self.counts.used -= self.current.absorbed
+        self.counts.unused += self.current.absorbed + len(self.current.held)
+        return done
+
+    def _take(
+        self, inbound: Inbound, state: Any, version: int, out: list[AggregatorAction]
+    ) -> Rejection | Held | None:
+        message = inbound.message
+        flight = self._tasks.answered(message)
+        if isinstance(flight, Rejection):
+            self.counts.refused += 1
+            return flight
+        if message.kind == "failed":
+            self.counts.dropped += 1
+            told = (str(message.body.get(key, "")) for key in ("code", "reason", "where"))
+            self._progress.failed(flight.client, message.sender, *told)
+            return None
+        staleness = version - flight.version
+        try:
+            numbers = numbers_of(message)
+            n = examples_of(numbers)
+            if numbers.get("reply", self.reply) != self.reply:
+                raise ResultError(f"expected reply {self.reply!r}", Fault.MALFORMED)
+        except (ResultError, CodecError) as error:
+            return self._rejected(flight.client, message.sender, rejection_of(error))
+        weight = self._schedule.weight(n, staleness)
+        if weight is None:
+            self.counts.stale += 1
+            self._progress.answered(flight.client, message.sender)
+            code = Code.STALE if self._schedule.cohort(1) is None else Code.LATE
+            return Rejection(code, f"too stale: {staleness} versions behind")
+        if self._schedule.ordered and not staleness:
+            self.current.held[message.re or ""] = (inbound, weight, flight.client)
+            self.current.contributed.add(flight.client)
+            self.add_in_order(state, out)
+            return HELD
+        return self._add(state, inbound, weight, flight.client, staleness)
+
+    def add_in_order(
+        self, state: Any, out: list[AggregatorAction], *, everything: bool = False
+    ) -> None:
+        """Add up held results in cohort order, up to the first that is still out."""
+        current = self.current
+        if not current.held:
+            return
+        order, flights = current.order, self._tasks.flights
+        # It ends: the task of a held result is in the order.
+        while order[current.settled] not in current.held and order[current.settled] not in flights:
+            current.settled += 1
+        for index in range(current.settled, len(order)):
+            name = order[index]
+            if name in current.held:
+                inbound, weight, client = current.held.pop(name)
+                why = self._add(state, inbound, weight, client, 0)
+                if why is not None:
+                    current.contributed.discard(client)
+                    self._tasks.freed()
+                out.append(Done.of(inbound.seq, why))
+            elif not everything and self._tasks.is_expected(name):
+                return
+
+    def _add(
+        self, state: Any, inbound: Inbound, weight: float, client: int, staleness: int
+    ) -> Rejection | None:
+        """Add one result to the version; return why it was rejected, if so."""
+        about = client, staleness
+        why = self.current.absorb(self._algorithm, state, inbound, weight, about, self._most_bytes)
+        node = inbound.message.sender
+        if why is not None:
+            return self._rejected(client, node, why)
+        self.counts.used += 1
+        self._progress.used(client, node)
+        return None
+
+    def _rejected(self, client: int, node: str, why: Rejection) -> Rejection:
+        self.counts.refused += 1
+        self._progress.failed(client, node, why.code, why.reason)
+        return why

@@ -1,0 +1,141 @@
+"""What an aggregator has gathered towards its next version."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fedmq.algorithms.base import Algorithm, Result
+from fedmq.algorithms.errors import ResultError
+from fedmq.algorithms.rng import derive_rng
+from fedmq.algorithms.toolkit.returned import check_tensors
+from fedmq.algorithms.values import ReturnedError, kind_of_value, plain_number
+from fedmq.broker.errors import WireError
+from fedmq.broker.rejections import Rejection
+from fedmq.codecs.errors import CodecError
+from fedmq.nodes.errors import rejection_of
+from fedmq.nodes.messages.actions import Inbound, steady
+from fedmq.nodes.messages.payloads import unpack
+
+_ROOM = 16
+"""Times the size of a result: what the codecs need while they decode one like it."""
+_LEAST_BYTES = 1 << 20
+
+
+def room_for(algorithm: Algorithm, state: Any) -> int:
+    """Return what a result may take in memory while it is decoded, in bytes.
+
+    Raises:
+        ReturnedError: the algorithm does not say how large one is, or has no tensors by name.
+    """
+    check_tensors(algorithm.tensors(state), "the model", f"{type(algorithm).__name__}.tensors")
+    found = algorithm.result_bytes(state)
+    number = plain_number(found)
+    if number is None or not 0 <= number < math.inf:
+        who = f"{type(algorithm).__name__}.result_bytes"
+        raise ReturnedError(f"{who}: expected a number of bytes, got {kind_of_value(found)}")
+    return max(_LEAST_BYTES, int(_ROOM * number))
+
+
+@dataclass
+class Gathering:
+    """The results of one version, and what was done to get them.
+
+    gathered: the algorithm's accumulator.
+    order: ids of the tasks sent, in cohort order.
+    settled: of so many of them, from the first on, no result is to be added up any more.
+    held: results that wait for the ones before them: (message, weight, client).
+    contributed: in a synchronous round, clients whose result is in hand: nobody counts twice.
+    absorbed, late, weights, staleness: how many results, how many of them were made from
+        earlier versions, the sum of what they count, and how late each is.
+    """
+
+    gathered: Any
+    order: list[str] = field(default_factory=list)
+    settled: int = 0
+    held: dict[str, tuple[Inbound, float, int]] = field(default_factory=dict)
+    contributed: set[int] = field(default_factory=set)
+    absorbed: int = 0
+    late: int = 0
+    weights: float = 0.0
+    started: int = 0
+    draws: int = 0
+    deadline_passed: bool = False
+    staleness: list[int] = field(default_factory=list)
+
+    def facts(self) -> dict[str, int | float]:
+        """Return what its version's record says of the results."""
+        return {
+            "results": self.absorbed,
+            "late": self.late,
+            "weights": self.weights,
+            "mean_staleness": sum(self.staleness) / len(self.staleness) if self.staleness else 0.0,
+            "max_staleness": max(self.staleness, default=0),
+        }
+
+    def draw(self, idle: npt.NDArray[np.int64], count: int, seed: int, version: int) -> list[int]:
+        """Return so many of these clients, or all of them, in order."""
+        if len(idle) <= count:
+            return [int(client) for client in idle]
+        rng = derive_rng(seed, "cohort", version, self.draws)
+        self.draws += 1
+        return sorted(int(client) for client in rng.choice(idle, count, replace=False))
+
+    def absorb(
+        self,
+        algorithm: Algorithm,
+        state: Any,
+        inbound: Inbound,
+        weight: float,
+        about: tuple[int, int],
+        max_bytes: int,
+    ) -> Rejection | None:
+        """Add one result; return why it cannot be used, if so.
+
+        Args:
+            algorithm: whose accumulator it is.
+            state: of the current version.
+            inbound: the result's message.
+            weight: how much it counts.
+            about: client and staleness.
+            max_bytes: that it may take in memory while it is decoded.
+        """
+        try:
+            stream = steady(inbound.stream) if inbound.stream is not None else None
+            payload = unpack(inbound.message, inbound.read, stream, max_bytes)
+            result = Result(*about, payload)
+            self.gathered = algorithm.absorb(self.gathered, state, result, weight)
+        except (ResultError, CodecError, WireError) as error:
+            return rejection_of(error)
+        self.absorbed += 1
+        self.weights += weight
+        self.staleness.append(about[1])
+        self.late += about[1] > 0
+        return None
+
+
+@dataclass
+class Waiting:
+    """The results that come while a version is being committed, which takes long.
+
+    here: by number, those that this session of the node has.
+    missing: numbers of those that the session before it had, and that are yet to come again.
+    untold: numbers of those that came before the last checkpoint, which does not tell of them.
+    """
+
+    here: dict[int, Inbound] = field(default_factory=dict)
+    missing: set[int] = field(default_factory=set)
+    untold: tuple[int, ...] = ()
+
+    def add(self, inbound: Inbound) -> None:
+        """Let a result wait."""
+        self.here[inbound.seq] = inbound
+        self.missing.discard(inbound.seq)
+
+    def numbers(self) -> tuple[int, ...]:
+        """Return the numbers of all that wait, here or on their way here again."""
+        return tuple(sorted({*self.here, *self.missing}))

@@ -1,0 +1,386 @@
+"""The command line: ``fedmq cluster``, ``trace``, ``replay``, and each node by itself."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import re
+import shutil
+import socket
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+import xxhash
+from rich.console import Console
+
+from fedmq.broker.core.admission import MAX_RANGES
+from fedmq.broker.errors import BrokerFailed, GaveUp
+from fedmq.broker.process import give_torch_huge_pages, tune_process
+from fedmq.broker.wire.addresses import name_fault
+from fedmq.nodes.cli.codec import codec
+from fedmq.nodes.cli.entry import ending_well
+from fedmq.nodes.cli.ledger import ledger
+from fedmq.nodes.cli.options import Commands
+from fedmq.nodes.cli.personalise import personalise
+from fedmq.nodes.cli.replay import replay
+from fedmq.nodes.cli.trace import trace
+from fedmq.nodes.cli.trust import allow_option, allowed_here, find_own_code
+from fedmq.nodes.cluster.environment import check_surroundings
+from fedmq.nodes.errors import ON_PURPOSE, ConfigError, RunFailed, own_code
+from fedmq.nodes.process import logs, streams
+from fedmq.nodes.process.signals import this_process
+from fedmq.nodes.process.terminal import plain
+
+if TYPE_CHECKING:
+    from fedmq.nodes.run.config import Config
+
+DEFAULT_ENDPOINT = "tcp://127.0.0.1:7700"
+_LONGEST = 2000
+"""Of a sentence from elsewhere that is shown."""
+
+
+def _above_zero(
+    context: click.Context, option: click.Parameter, seconds: float | None
+) -> float | None:
+    """Check a time that was given: NaN and infinity are none."""
+    if seconds is not None and not 0 < seconds < math.inf:
+        raise click.BadParameter(f"expected seconds above 0, got {seconds:g}", context, option)
+    return seconds
+
+
+_settings = click.option(
+    "--set", "settings", metavar="KEY=VALUE", multiple=True, help="Override a key, repeatable."
+)
+_config = click.argument("config", required=False, type=click.Path(dir_okay=False, path_type=Path))
+_connect = click.option(
+    "--connect",
+    "endpoint",
+    metavar="ADDRESS",
+    default=DEFAULT_ENDPOINT,
+    show_default=True,
+    help="Of the broker: tcp://HOST:PORT or ipc://PATH.",
+)
+_give_up = click.option(
+    "--give-up",
+    "give_up_s",
+    metavar="SECONDS",
+    type=float,
+    callback=_above_zero,
+    help="Exit with code 1 after this time without the broker or the run; default: wait.",
+)
+
+
+class _Commands(Commands):
+    """All commands: each begins and ends in the same way."""
+
+    def main(self, *args: Any, **extra: Any) -> Any:
+        """Run one; see `ending_well`."""
+        with ending_well():
+            return super().main(*args, **extra)
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="fedmq")
+def main() -> None:
+    """Asynchronous federated learning over a message queue."""
+    with exit_2_on_error():
+        check_surroundings()
+    give_torch_huge_pages()
+
+
+main.add_command(trace)
+
+
+@main.command()
+@_config
+@_settings
+@click.option("--workers", type=click.IntRange(min=1), help="Number of worker processes.")
+@click.option(
+    "--run",
+    "folder",
+    type=click.Path(path_type=Path),
+    help="Folder of the run. If a run is in it, that one goes on.",
+)
+def cluster(
+    config: Path | None, settings: tuple[str, ...], workers: int | None, folder: Path | None
+) -> None:
+    """Train on this host: broker, aggregator, workers and evaluator as processes."""
+    now = time.time()
+    from fedmq.nodes.cluster.continuing import about, asking, continuation, show_ended
+    from fedmq.nodes.cluster.forking import preloading
+    from fedmq.nodes.cluster.supervisor import Cluster, go_on_command, worker_names
+
+    settings = (*settings, *([f"worker.count={workers}"] if workers else []))
+    streams.go_on_without_output()
+    console = Console()
+    with exit_2_on_error(), asking(config, settings, folder, now) as asked:
+        find_own_code(asked.config.allowed)
+        # What --set has changed is in the folder's own configuration.
+        again = go_on_command(asked.folder, None if settings else config)
+        going_on = None
+        if asked.recorded is not None:
+            going_on = continuation(asked)
+            if going_on is None:
+                show_ended(asked, console)
+                sys.exit(0)
+            this_process.hint = f"go on with: {again}"
+            console.print(about(asked, going_on), highlight=False, soft_wrap=True, markup=False)
+        with preloading():
+            from fedmq.nodes.run.attainable import check_attainable
+            from fedmq.nodes.run.setup import choose_device, set_up
+
+            with own_code("problem.name"):
+                setup = set_up(asked.config)
+                # Data and device are there, or nothing is started.
+                choose_device(asked.config.worker.device)
+                clients = setup.problem.clients
+                check_attainable(setup, worker_names(setup.config, clients))
+                setup.problem.test()
+                setup.problem.client(0)
+        one = Cluster(setup.config, clients, asked.folder, asked.begun, console, going_on, again)
+        code = one.run()
+    sys.exit(code)
+
+
+@main.command()
+@click.option(
+    "--bind", default=DEFAULT_ENDPOINT, show_default=True, help="Where to listen; tcp://*:7700."
+)
+@click.option("--run", "folder", type=click.Path(path_type=Path), required=True, help="Its folder.")
+@click.option("--lease", "lease_s", type=float, default=10.0, show_default=True, help="Seconds.")
+@click.option(
+    "--durability",
+    type=click.Choice(["process", "power"]),
+    default="process",
+    show_default=True,
+    help="What a receipt promises to survive: the broker's death, or a failure of power.",
+)
+@click.option(
+    "--retain",
+    default="everything",
+    show_default=True,
+    help="Payloads to keep: everything, unfinished, or a number of bytes.",
+)
+@click.option(
+    "--share-files/--no-share-files",
+    default=True,
+    help="Let nodes on this host read blobs from the ledger's files.",
+)
+@click.option("--offer-parked", is_flag=True, help="Offer parked messages again.")
+@click.option("--once", is_flag=True, help="End with the run, and write its summary.")
+def broker(
+    bind: str,
+    folder: Path,
+    lease_s: float,
+    durability: str,
+    retain: str,
+    share_files: bool,  # noqa: FBT001 - click's
+    offer_parked: bool,  # noqa: FBT001 - click's
+    once: bool,  # noqa: FBT001 - click's
+) -> None:
+    """Route messages and keep the ledger; goes on from the ledger that is in its folder."""
+    from fedmq.broker.router import BrokerServer
+    from fedmq.nodes.run.config import build, setting_value
+    from fedmq.nodes.run_folder.folder import LEDGER, begun_at, recorded_runs, state_of
+    from fedmq.nodes.run_folder.summary_file import SUMMARY_FILE, remove_summary, write_summary
+
+    streams.go_on_without_output()
+    logs.configure(None, node="broker")
+    tune_process()
+    with exit_2_on_error():
+        given = {
+            "lease_s": lease_s,
+            "durability": durability,
+            "retain": setting_value(retain),
+            "share_files": share_files,
+        }
+        table = build({"broker": given}).broker
+        keeping = replace(table.keeping(), offer_parked=offer_parked)
+        server = BrokerServer(bind, folder / LEDGER, table.settings(), keeping)
+        found = state_of(recorded_runs(folder / LEDGER), once=once)
+        where = f"listening on {server.endpoint}, ledger in {folder / LEDGER}"
+        click.echo(f"{where}: {found}", err=True)
+        if once:
+            remove_summary(folder)
+        with this_process.noting(server.stop):
+            server.serve(until_idle=once)
+            if once:
+                write_summary(folder, begun_at(folder))
+                click.echo(f"summary in {folder / SUMMARY_FILE}", err=True)
+        this_process.check()
+
+
+@main.command()
+@_connect
+@_config
+@_settings
+@click.option(
+    "--run",
+    "folder",
+    type=click.Path(path_type=Path),
+    help="Where to leave the final model; with the same one, a restarted node goes on at once.",
+)
+@_give_up
+def aggregator(
+    endpoint: str,
+    config: Path | None,
+    settings: tuple[str, ...],
+    folder: Path | None,
+    give_up_s: float | None,
+) -> None:
+    """Run the aggregator; this starts the run."""
+    from fedmq.nodes.aggregator.program import run_aggregator
+    from fedmq.nodes.run.config import load
+
+    streams.go_on_without_output()
+    with exit_2_on_error():
+        chosen = _named(load(config, settings))
+        find_own_code(chosen.allowed)
+        logs.configure(None, node="aggregator", run=chosen.run.id)
+        if folder is not None:
+            _make(folder)
+        tune_process()
+        run = chosen.run.id
+        end = run_aggregator(endpoint, chosen, run, folder, give_up_s=give_up_s)
+        click.echo(plain(f"the run ended: {end}", _LONGEST))
+
+
+@main.command()
+@_connect
+@click.option("--clients", "ranges", help="Clients to host, for example 0-9 or 0-3,7.")
+@click.option("--evaluator", is_flag=True, help="Evaluate models instead of training them.")
+@click.option("--name", help="Name of the node; drawn from the host and the clients by default.")
+@click.option("--run-id", default="", help="The run to join, if the broker serves several.")
+@click.option(
+    "--state",
+    "folder",
+    type=click.Path(path_type=Path),
+    help="Where the node's key, and its clients' local states, survive a restart.",
+)
+@click.option(
+    "--client-states",
+    "states",
+    type=click.Path(path_type=Path),
+    help="Where clients' local states are, if workers that may take over each other's share it.",
+)
+@allow_option
+@_give_up
+def worker(
+    endpoint: str,
+    ranges: str | None,
+    evaluator: bool,  # noqa: FBT001 - click's
+    name: str | None,
+    run_id: str,
+    folder: Path | None,
+    states: Path | None,
+    allow: tuple[str, ...],
+    give_up_s: float | None,
+) -> None:
+    """Train the tasks of some clients (or evaluate) until the run is over."""
+    from fedmq.broker.wire.addresses import EVALUATOR, WORKER
+    from fedmq.nodes.worker.program import run_worker
+
+    streams.go_on_without_output()
+    with exit_2_on_error():
+        if evaluator == bool(ranges):
+            raise ConfigError("expected either --clients or --evaluator")
+        role = EVALUATOR if evaluator else WORKER
+        clients = parse_ranges(ranges) if ranges else []
+        if len(clients) > MAX_RANGES:
+            raise ConfigError(
+                f"--clients: expected at most {MAX_RANGES} ranges, got {len(clients)}: give one "
+                "worker clients that follow one another, or start several workers"
+            )
+        node = default_name(socket.gethostname(), clients) if name is None else name
+        allowed = allowed_here(allow)
+        find_own_code(allowed)
+        logs.configure(None, node=node)
+        tune_process()
+        end = run_worker(endpoint, node, clients, role, run_id, folder, states, allowed, give_up_s)
+        click.echo(plain(f"the run ended: {end}", _LONGEST))
+
+
+@main.command("list")
+@click.argument("what", type=click.Choice(["algorithms", "codecs", "problems", "schedules"]))
+def list_(what: str) -> None:
+    """List the available algorithms, codecs, problems or schedules."""
+    from fedmq.nodes.cli.catalogue import lines
+
+    for line in lines(what, shutil.get_terminal_size().columns):
+        click.echo(line)
+
+
+main.add_command(codec)
+main.add_command(ledger)
+main.add_command(personalise)
+main.add_command(replay)
+
+
+def parse_ranges(text: str) -> list[tuple[int, int]]:
+    """Read client ranges such as ``0-9,12``, both ends included; neighbours become one.
+
+    Raises:
+        ConfigError: the text is not of that form.
+    """
+    ranges: list[tuple[int, int]] = []
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(\d{1,9})(?:-(\d{1,9}))?\s*", part)
+        if not match:
+            raise ConfigError(f"--clients: expected ranges such as 0-9,12, got {text!r}")
+        low, high = int(match[1]), int(match[2] or match[1])
+        if high < low:
+            raise ConfigError(f"--clients: expected low-high, got {part.strip()!r}")
+        if ranges and low == ranges[-1][1] + 1:
+            low = ranges.pop()[0]
+        ranges.append((low, high))
+    return ranges
+
+
+def default_name(host: str, clients: Sequence[tuple[int, int]]) -> str:
+    """Return the name of a node that was given none: of its host and what it hosts there.
+
+    Every host's name and every list of ranges makes a valid one, and no two the same.
+    """
+    hosted = "_".join(str(a) if a == b else f"{a}-{b}" for a, b in clients) or "evaluator"
+    name = f"{host}.{hosted}"
+    if not name_fault(name):
+        return name
+    # What tells it from others is in the digest; the rest is for people.
+    readable = re.sub(r"[^A-Za-z0-9-]+", "-", f"{host}-{hosted}").lstrip("-") or "node"
+    return f"{readable[:60]}.x{xxhash.xxh3_128_hexdigest(name.encode(errors='surrogateescape'))}"
+
+
+def _named(config: Config) -> Config:
+    """Return the configuration with an id for the run."""
+    from fedmq.nodes.cluster.continuing import called, draw_id
+
+    return config if config.run.id else called(config, draw_id())
+
+
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--run: cannot make {folder}: {error.strerror}") from None
+
+
+@contextlib.contextmanager
+def exit_2_on_error() -> Iterator[None]:
+    """Turn the project's own errors into one sentence, and exit code 2 (1: failed, gave up)."""
+    try:
+        yield
+    except RunFailed as error:
+        click.echo(f"fedmq: the run failed: {plain(error, _LONGEST)}", err=True)
+        sys.exit(1)
+    except ON_PURPOSE as error:
+        click.echo(f"fedmq: {plain(error, _LONGEST)}", err=True)
+        sys.exit(1 if isinstance(error, GaveUp | BrokerFailed) else 2)
+
+
+if __name__ == "__main__":
+    main()

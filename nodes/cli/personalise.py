@@ -1,0 +1,209 @@
+"""``fedmq personalise``: what a finished run is worth to clients that never took part."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from fedmq.broker.errors import LedgerError
+from fedmq.broker.ledger.entries import Accepted
+from fedmq.broker.wire.addresses import CHECKPOINT
+from fedmq.nodes.cli.trust import allow_option, allowed_here, find_own_code
+from fedmq.nodes.errors import ConfigError, NodeError
+from fedmq.nodes.process.terminal import plain, table
+from fedmq.nodes.run_folder.strict_json import to_strict_json
+from fedmq.nodes.run_folder.summary import spread
+
+if TYPE_CHECKING:
+    from fedmq.broker.inspection.trace import Trace
+    from fedmq.nodes.run.setup import Setup
+
+Metrics = Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Start:
+    """What new clients start from: the state in a run's last checkpoint, and its version."""
+
+    state: Any
+    version: int
+    finished: bool
+
+
+@click.command()
+@click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
+@click.option("--run-id", default="", help="The run, if the ledger holds several.")
+@click.option("--clients", "ranges", help="Only these, for example 100-104; all by default.")
+@click.option("--device", help="Where to train; by default where the run's workers did.")
+@click.option(
+    "--json", "file", type=click.Path(dir_okay=False, path_type=Path), help="Write all of it here."
+)
+@allow_option
+def personalise(
+    folder: Path,
+    run_id: str,
+    ranges: str | None,
+    device: str | None,
+    file: Path | None,
+    allow: tuple[str, ...],
+) -> None:
+    """Adapt a finished run's last state to each client that never took part, and test it there.
+
+    DIR is the run's folder. Such clients are there if the run was started with
+    problem.held_out=N; their numbers follow those of the run's own clients.
+    """
+    from fedmq.nodes.cli.main import exit_2_on_error, parse_ranges
+
+    with exit_2_on_error():
+        from fedmq.broker.inspection.trace import Trace
+        from fedmq.nodes.replay.fold import recorded_setup
+
+        chosen = parse_ranges(ranges) if ranges is not None else None
+        trace = Trace(folder, run_id)
+        allowed = allowed_here(allow)
+        find_own_code(allowed)
+        setup = recorded_setup(trace, allowed=allowed)
+        numbers = new_clients(setup, chosen)
+        start = last_state(trace, setup)
+        if not start.finished:
+            click.echo(
+                f"the run has not ended: this is its newest checkpoint, version {start.version}",
+                err=True,
+            )
+        found = dict(measure(setup, start, numbers, device))
+        click.echo("\n".join(lines(found)))
+        if file is not None:
+            about = {"run": trace.run, "version": start.version, "finished": start.finished}
+            _write(file, {**about, "spread": spread(_column(found, "accuracy")), "clients": found})
+
+
+def new_clients(setup: Setup, ranges: Sequence[tuple[int, int]] | None = None) -> list[int]:
+    """Return the numbers of the clients that never train: these, or all there are.
+
+    Raises:
+        ConfigError: there are none, or one that is asked for is none of them; or the
+            algorithm has nothing that could be a client's own.
+    """
+    from fedmq.algorithms.base import Algorithm
+
+    kind, problem = type(setup.algorithm), setup.problem
+    if (
+        kind.personalise is Algorithm.personalise
+        and kind.evaluate_client is Algorithm.evaluate_client
+    ):
+        raise ConfigError(
+            f"algorithm.name: expected an algorithm that is evaluated by its clients, "
+            f"{setup.algorithm.name} has one model for all of them"
+        )
+    first, end = problem.clients, problem.clients + problem.held_out
+    if first == end:
+        raise ConfigError(
+            "this run has no clients that never took part: start one with problem.held_out=N"
+        )
+    if ranges is None:
+        return list(range(first, end))
+    for low, high in ranges:
+        if not first <= low <= high < end:
+            raise ConfigError(
+                f"--clients: expected clients that never took part, {first} to {end - 1}, "
+                f"got {low if low == high else f'{low}-{high}'}"
+            )
+    return sorted({each for low, high in ranges for each in range(low, high + 1)})
+
+
+def last_state(trace: Trace, setup: Setup) -> Start:
+    """Return what is in a run's last checkpoint, that of its end if it has ended.
+
+    Raises:
+        LedgerError: there is none, or the ledger is damaged.
+        NodeError: it does not fit the run's configuration.
+    """
+    from fedmq.nodes.aggregator.checkpoint import unpack_checkpoint
+    from fedmq.nodes.replay.fold import inbound
+
+    last: Accepted | None = None
+    for entry in trace.entries():
+        if isinstance(entry, Accepted) and entry.read().to == CHECKPOINT:
+            last = entry
+    if last is None:
+        raise LedgerError("the run has no checkpoint yet: wait for its end, or for the first one")
+    state, fold = unpack_checkpoint(setup.algorithm, setup.problem, inbound(trace, last))
+    return Start(state, fold.version, fold.ended)
+
+
+def measure(
+    setup: Setup, start: Start, clients: Sequence[int], device: str | None = None
+) -> Iterator[tuple[int, Metrics]]:
+    """Yield (client, its metrics). The same run and device give the same figures.
+
+    Raises:
+        AlgorithmError: a client's data are not there.
+        ConfigError: the device is not there.
+        NodeError: what an algorithm returned are no metrics.
+    """
+    from fedmq.algorithms.base import Client
+    from fedmq.algorithms.rng import derive_seed, seeded
+    from fedmq.algorithms.values import metrics_of
+    from fedmq.nodes.run.setup import choose_device
+
+    where = (
+        choose_device(setup.config.worker.device)
+        if device is None
+        else choose_device(device, "--device")
+    )
+    for index in clients:
+        seed = derive_seed(setup.config.run.seed, "personalise", start.version, index)
+        with seeded(seed, where):
+            data = setup.problem.client(index)
+            client = Client(index, setup.problem, data, None, seed, where)
+            found = setup.algorithm.personalise(start.state, start.version, client)
+            metrics = metrics_of(found, f"{type(setup.algorithm).__name__}.personalise")
+        if "accuracy" not in metrics:
+            raise NodeError(f"client {index}: expected accuracy among the metrics, it is missing")
+        yield index, {"examples": len(data), **metrics}
+
+
+def lines(found: Mapping[int, Metrics]) -> list[str]:
+    """Return the table: a line for each client, then mean, worst decile and spread."""
+    names = list(dict.fromkeys(name for each in found.values() for name in each))
+    rows = [
+        [str(index), *(_text(name, each.get(name)) for name in names)]
+        for index, each in found.items()
+    ]
+    columns = [_column(found, name) for name in names]
+    rows.append(["mean", *(_text("", _mean(each)) for each in columns)])
+    worst = spread(_column(found, "accuracy"))["worst_decile"]
+    rows.append(["worst decile", *(_text("", worst if n == "accuracy" else None) for n in names)])
+    rows.append(["std", *(_text("", _std(each)) for each in columns)])
+    return table(["client", *map(plain, names)], rows)
+
+
+def _mean(values: Sequence[float]) -> float:
+    return statistics.fmean(values) if all(map(math.isfinite, values)) else math.nan
+
+
+def _std(values: Sequence[float]) -> float:
+    return statistics.pstdev(values) if all(map(math.isfinite, values)) else math.nan
+
+
+def _column(found: Mapping[int, Metrics], name: str) -> list[float]:
+    return [each[name] for each in found.values() if name in each]
+
+
+def _text(name: str, value: float | None) -> str:
+    if value is None:
+        return "-"
+    return str(value) if name == "examples" else f"{value:.4f}"
+
+
+def _write(file: Path, content: Mapping[str, Any]) -> None:
+    try:
+        file.write_text(to_strict_json(content))
+    except OSError as error:
+        raise ConfigError(f"--json: cannot write {file}: {error.strerror}") from None

@@ -1,0 +1,333 @@
+"""``fedmq replay``: run the nodes of a recorded run again."""
+
+from __future__ import annotations
+
+import code
+import contextlib
+import gc
+import itertools
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from fedmq.nodes.cli.trust import allow_option, allowed_here, find_own_code
+from fedmq.nodes.process.signals import this_process
+
+if TYPE_CHECKING:
+    from fedmq.algorithms.allowed import Allowed
+    from fedmq.broker.inspection.trace import Trace
+    from fedmq.nodes.replay.fold import Replay, Step
+
+
+@click.command()
+@click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
+@click.option("--run-id", default="", help="The run, if the ledger holds several.")
+@click.option("--until", type=click.IntRange(min=0), metavar="OFFSET", help="Stop at this entry.")
+@click.option("--shell", is_flag=True, help="Open a Python prompt on the state there.")
+@click.option("--from-checkpoint", is_flag=True, help="Start from the newest one before that.")
+@click.option("--worker", metavar="NAME", help="Train this node's tasks again instead.")
+@click.option("--task", metavar="ID", help="Of the worker's tasks, only this one.")
+@click.option(
+    "--set",
+    "settings",
+    metavar="KEY=VALUE",
+    multiple=True,
+    help="Fold the recorded results under another rule, repeatable.",
+)
+@click.option(
+    "--save", type=click.Path(path_type=Path), help="Write the state's digests, for --against."
+)
+@click.option(
+    "--against",
+    type=click.Path(path_type=Path),
+    help="What --save wrote with other code, or another run: find where they part.",
+)
+@allow_option
+def replay(
+    folder: Path,
+    run_id: str,
+    until: int | None,
+    shell: bool,  # noqa: FBT001 - click's
+    from_checkpoint: bool,  # noqa: FBT001 - click's
+    worker: str | None,
+    task: str | None,
+    settings: tuple[str, ...],
+    save: Path | None,
+    against: Path | None,
+    allow: tuple[str, ...],
+) -> None:
+    """Run a recorded run's aggregator again and hold all it says against the record.
+
+    DIR is the run's folder. Exits with 1 where the replay and the record differ.
+    """
+    from fedmq.nodes.cli.main import exit_2_on_error
+
+    with _importing():
+        from fedmq.nodes.replay.record import Diverged
+
+    _check_options(until, shell, from_checkpoint, worker, task, settings, save, against)
+    with exit_2_on_error():
+        from fedmq.broker.inspection.trace import Trace
+
+        trace = Trace(folder, run_id)
+        allowed = allowed_here(allow)
+        find_own_code(allowed)
+        try:
+            if worker is not None:
+                same = _retrain(trace, allowed, worker, task)
+            elif settings:
+                same = _what_if(trace, allowed, settings)
+            else:
+                resume = from_checkpoint
+                same = _fold(trace, allowed, until, save, against, shell=shell, resume=resume)
+        except Diverged as error:
+            click.echo(str(error))
+            same = False
+    if not same:
+        raise click.exceptions.Exit(1)
+
+
+@contextlib.contextmanager
+def _importing() -> Iterator[None]:
+    """Import torch without garbage collections: 1.4 s instead of 1.7 were measured."""
+    gc.disable()
+    yield
+    gc.enable()
+
+
+def _check_options(
+    until: int | None,
+    shell: bool,  # noqa: FBT001 - as above
+    from_checkpoint: bool,  # noqa: FBT001
+    worker: str | None,
+    task: str | None,
+    settings: tuple[str, ...],
+    save: Path | None,
+    against: Path | None,
+) -> None:
+    """Refuse options that would be without effect."""
+    folds = {
+        "--until": until is not None,
+        "--shell": shell,
+        "--from-checkpoint": from_checkpoint,
+        "--save": save is not None,
+        "--against": against is not None,
+    }
+    given = [name for name, there in folds.items() if there]
+    if task is not None and worker is None:
+        raise click.UsageError("--task needs --worker")
+    if worker is not None and (given or settings):
+        raise click.UsageError(f"--worker does not go with {[*given, '--set'][0]}")
+    if settings and given:
+        raise click.UsageError(f"--set does not go with {given[0]}")
+    if save is not None and against is not None:
+        raise click.UsageError("--save does not go with --against")
+    if from_checkpoint and (save is not None or against is not None):
+        which = "--save" if save is not None else "--against"
+        raise click.UsageError(f"{which} does not go with --from-checkpoint")
+
+
+def _fold(
+    trace: Trace,
+    allowed: Allowed,
+    until: int | None,
+    save: Path | None,
+    against: Path | None,
+    *,
+    shell: bool,
+    resume: bool,
+) -> bool:
+    """Replay the aggregator; tell how much was equal."""
+    from fedmq.broker.errors import LedgerError
+    from fedmq.nodes.replay.fold import Replay, last_checkpoint
+    from fedmq.nodes.replay.record import Diverged
+    from fedmq.nodes.replay.steps import FILE
+
+    began = time.perf_counter()
+    run = Replay(trace, last_checkpoint(trace, until) if resume else None, allowed=allowed)
+    last: Step | None = None
+    shown = time.monotonic()
+    try:
+        for step in _steps(run, allowed, until, save, against):
+            last = step
+            if sys.stderr.isatty() and time.monotonic() - shown > 1.0:
+                shown = time.monotonic()
+                click.echo(f"\rversion {run.core.version}", nl=False, err=True)
+    except Diverged as error:
+        if not shell:
+            raise
+        click.echo(str(error))
+        _prompt(run, last)
+        return False
+    except LedgerError:
+        if run.messages:  # what lies before the damage
+            _report(run, time.perf_counter() - began, until)
+        raise
+    if shell:
+        _prompt(run, last)
+        return True
+    _report(run, time.perf_counter() - began, until)
+    if save is not None:
+        click.echo(f"the state after each message is in {save / FILE}")
+    elif against is not None:
+        click.echo(f"and so is the state after each message, to that of {against}")
+    return True
+
+
+def _steps(
+    run: Replay, allowed: Allowed, until: int | None, save: Path | None, against: Path | None
+) -> Iterator[Step]:
+    from fedmq.broker.inspection.trace import Trace
+    from fedmq.nodes.replay.fold import Replay
+    from fedmq.nodes.replay.steps import FILE, against_run, against_steps, save_steps
+
+    if save is not None:
+        return save_steps(run, save, until)
+    if against is None:
+        return run.steps(until)
+    if (against / FILE).exists():
+        return against_steps(run, against, until)
+    return against_run(run, Replay(Trace(against), allowed=allowed), until)
+
+
+def _report(run: Replay, took_s: float, until: int | None) -> None:
+    from fedmq.nodes.run.digests import model_digest
+
+    verdict = "all equal" if run.record.exact else "all within the tolerance"
+    click.echo(f"{run.messages:,} messages, {run.record.compared:,} actions, {verdict}")
+    click.echo("".join(f"{line}\n" for line in _about_machines(run)), nl=False)
+    core = run.core
+    click.echo(f"version {core.version}, model {model_digest(core.tensors())}")
+    if run.record.unfound and until is None:
+        click.echo(f"{run.record.unfound} actions more than the record holds: it ends before them")
+    lasted = run.at - run.trace.opened.at
+    where = f"up to entry {until}, " if until is not None else ""
+    click.echo(f"{where}{lasted:.1f} s of the run in {took_s:.2f} s")
+
+
+def _about_machines(run: Replay) -> Iterator[str]:
+    """Yield a sentence on all that this machine does not compute as the recording one did."""
+    from fedmq.algorithms.toolkit.arithmetic import ARITHMETIC
+    from fedmq.nodes.replay.tolerance import LOSSY_TOLERANCE, TOLERANCE
+    from fedmq.nodes.run.setup import kind_of
+
+    if not run.record.exact:
+        if run.computed.arithmetic < ARITHMETIC:
+            why = "the run was recorded by fedmq 0.1.0, whose sums differ in the last bits"
+        elif run.computed.arithmetic > ARITHMETIC:
+            why = "the run was recorded by a later fedmq, whose sums may differ in the last bits"
+        else:
+            why = (
+                f"{run.setup.algorithm.name} computes other last bits on {kind_of('cpu')} "
+                f"than on {run.computed.device or 'an unknown CPU'}"
+            )
+        yield (
+            f"{why}: tensors were compared within {TOLERANCE:g} (from lossy codecs, "
+            f"{LOSSY_TOLERANCE:g}), and the replay went on from each recorded checkpoint; "
+            f"the largest distance was {run.record.farthest:.2g} times that"
+        )
+    if run.version_0_distance:
+        apart = run.version_0_distance * TOLERANCE
+        yield f"version 0 was read from the record; model() gives one {apart:.2g} away from it here"
+        if apart > TOLERANCE:
+            yield f"that is more than {TOLERANCE:g}: is model() seeded, and the code the same?"
+
+
+def _prompt(run: Replay, last: Step | None) -> None:
+    """Open a Python prompt on the state of a replay."""
+    names: dict[str, Any] = {
+        "trace": run.trace,
+        "core": run.core,
+        "parts": run.core.parts(),
+        "setup": run.setup,
+        "event": last.event if last else None,
+        "actions": last.actions if last else [],
+    }
+
+    def step(count: int = 1) -> Any:
+        """Take the next messages of the inbox; return the last."""
+        for taken in itertools.islice(run.steps(), count):
+            names.update(event=taken.event, actions=taken.actions, parts=run.core.parts())
+        return names["event"]
+
+    names["step"] = step
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401 - input() has history and editing once it is imported
+    banner = (
+        f"version {run.core.version}, {run.messages} messages taken\n"
+        "core: the aggregator, parts: all it is made of, event: the last message it took,\n"
+        "actions: what it said to that, step(n): go on, setup, trace; Ctrl-D leaves"
+    )
+    with this_process.prompting():
+        code.interact(banner=banner, local=names, exitmsg="")
+
+
+def _retrain(trace: Trace, allowed: Allowed, node: str, task: str | None) -> bool:
+    """Train a worker's tasks again; tell whether all results are what they were."""
+    from fedmq.nodes.replay.fold import recorded_setup
+    from fedmq.nodes.replay.tolerance import TOLERANCE
+    from fedmq.nodes.replay.workers import Retraining
+    from fedmq.nodes.run.setup import kind_of
+
+    again = Retraining(trace, recorded_setup(trace, allowed=allowed), node)
+    count = same = near = 0
+    for each in [again.one(task)] if task is not None else again.all():
+        count += 1
+        same += each.same
+        near += each.same and each.apart is not None
+        if each.apart is not None:
+            device = each.message.body.get("device")
+            why = (
+                "recorded by fedmq 0.1.0"
+                if device == kind_of("cpu")
+                else f"on another kind of device than {device}"
+            )
+            verdict = f"apart by {each.apart:.2g}, {why} (tolerance {TOLERANCE:g})"
+            if each.apart > TOLERANCE:
+                verdict += "; rounding alone can grow so far in a long task"
+        else:
+            verdict = "same bytes" if each.same else "differs"
+        click.echo(f"{each.message.re} -> {each.result}: {verdict}, {each.seconds:.2f} s")
+        if not each.same:
+            click.echo("".join(f"  {line}\n" for line in each.differences), nl=False)
+    close = f", {near} of them within the tolerance only" if near else ""
+    click.echo(f"{count} tasks, {same} results as recorded{close}")
+    if trace.damage is not None:
+        raise trace.damage  # all before it has been trained
+    return count == same
+
+
+def _what_if(trace: Trace, allowed: Allowed, settings: tuple[str, ...]) -> bool:
+    """Print the curves of the recorded run and of another rule side by side."""
+    from fedmq.broker.errors import LedgerError
+    from fedmq.nodes.process.terminal import fitted, table
+    from fedmq.nodes.replay.whatif import WhatIf, changed_setup
+
+    setup = changed_setup(trace, settings, allowed)
+    names = ("results", "version", "accuracy", "loss")
+    rows = []
+    damage: LedgerError | None = None
+    try:
+        for point in WhatIf(trace, setup, allowed).points():
+            row = [f"{point.at:.1f}"]
+            for index, metrics in enumerate((point.recorded or {}, point.other)):
+                row += [str(point.results[index]), str(point.versions[index])]
+                row += [_number(metrics.get(name)) for name in ("accuracy", "loss")]
+            row[len(names)] += " |"
+            rows.append(row)
+    except LedgerError as error:
+        damage = error
+    click.echo("\n".join(fitted(f"left: as recorded; right: with {', '.join(settings)}")))
+    click.echo("\n".join(table(["time s", *names[:-1], "loss |", *names], rows, left=0)))
+    click.echo("The clients trained from the recorded models, not from those of the other rule.")
+    if damage is not None:
+        raise damage
+    return True
+
+
+def _number(value: object) -> str:
+    return f"{value:.4f}" if isinstance(value, int | float) else "-"

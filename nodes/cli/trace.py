@@ -1,0 +1,238 @@
+"""``fedmq trace``: the commands. What they need is imported by the one that runs."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from fedmq.broker.errors import LedgerError
+from fedmq.nodes.cli.options import Commands
+from fedmq.nodes.errors import NodeError
+from fedmq.nodes.process.terminal import plain, word
+
+if TYPE_CHECKING:
+    from fedmq.broker.inspection.trace import Trace
+
+_LINES = 100
+"""So many are printed at a time."""
+_SENTENCE = 2000
+
+_folder = click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
+_run_id = click.option("--run-id", default="", help="The run, if the ledger holds several.")
+
+
+@click.group(cls=Commands)
+def trace() -> None:
+    """Look at a recorded run: DIR is its folder, or that of its ledger.
+
+    A damaged ledger is told with segment and offset, after all that lies before (exit code
+    1); a torn tail, which a crash leaves behind, is told too (exit code 0).
+    """
+
+
+@trace.command()
+@_folder
+@_run_id
+@click.option(
+    "--kind", "kinds", multiple=True, help="Of this kind: task, result, version; repeatable."
+)
+@click.option("--node", help="Sent by this node, to it, or about it.")
+@click.option("--client", type=click.IntRange(min=0), help="Tasks and results of this client.")
+@click.option(
+    "--versions", metavar="A-B", help="Tasks made from these versions, results trained on them."
+)
+@click.option("--from", "start", type=float, help="Seconds since the run's start.")
+@click.option("--to", "end", type=float, help="Seconds since the run's start.")
+@click.option("--refused", is_flag=True, help="Only messages that were refused, and why.")
+@click.option("--all", "everything", is_flag=True, help="Entries about what was consumed too.")
+def ls(
+    folder: Path,
+    run_id: str,
+    kinds: tuple[str, ...],
+    node: str | None,
+    client: int | None,
+    versions: str | None,
+    start: float | None,
+    end: float | None,
+    refused: bool,  # noqa: FBT001 - click's
+    everything: bool,  # noqa: FBT001 - click's
+) -> None:
+    """List the entries, one a line.
+
+    Columns: number; seconds since the start; kind; from -> to, with the node that hosts a
+    client at that time; version of the model; id; number of the entry that it answers;
+    bytes of its blobs; what else is worth knowing, first of all why it was refused. On a
+    terminal, a line that is too long goes on below.
+    """
+    from fedmq.nodes.trace.listing import Columns, Filter, parse_versions, rows
+    from fedmq.nodes.trace.outcomes import Fates
+
+    with _exit_2_on_error():
+        times = (-float("inf") if start is None else start, float("inf") if end is None else end)
+        if not times[0] <= times[1]:
+            raise NodeError(f"expected --from before --to, got {times[0]:g} and {times[1]:g}")
+        wanted = Filter(
+            kinds=frozenset(map(word, kinds)),
+            node=node,
+            client=client,
+            versions=parse_versions(versions) if versions is not None else None,
+            times=times,
+            refused=refused,
+            everything=everything,
+        )
+        opened = _open(folder, run_id)
+        fates = Fates(opened)
+        wanted.check(opened, fates)
+        columns = Columns.of(fates)
+        room = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+        if room is not None:
+            click.secho("\n".join(columns.head(room)), dim=True)
+        found = (row for row in rows(opened, fates) if wanted.takes(row))
+        if not _print(line for row in found for line in row.lines(columns, room)):
+            click.echo("fedmq: no entries match", err=True)
+        _end(opened)
+
+
+@trace.command()
+@_folder
+@click.argument("offset", type=click.IntRange(min=0))
+@_run_id
+def show(folder: Path, offset: int, run_id: str) -> None:
+    """Show the entry of number OFFSET: its fields, its fate, and its tensors, decoded."""
+    with _exit_2_on_error():
+        opened = _open(folder, run_id)
+        from fedmq.nodes.trace.show import show as lines
+
+        _print(lines(opened, offset))
+
+
+@trace.command()
+@_folder
+@_run_id
+def stats(folder: Path, run_id: str) -> None:
+    """Count messages and bytes, check the account, and read all payload."""
+    from fedmq.nodes.trace.blobs import read_payload
+    from fedmq.nodes.trace.stats import Stats
+
+    with _exit_2_on_error():
+        opened = _open(folder, run_id)
+        counted = Stats(opened)
+        _print(counted.lines())
+        click.echo("")
+        payload = read_payload(opened)
+        missing = payload.missing(counted.traffic.named)
+        _print(payload.lines(missing))
+        _end(opened)
+        if payload.is_damaged(missing) or counted.account.faults:
+            sys.exit(1)
+
+
+@trace.command()
+@click.argument("a", metavar="A", type=click.Path(path_type=Path))
+@click.argument("b", metavar="B", type=click.Path(path_type=Path))
+@click.option(
+    "--run-id", "run_ids", multiple=True, help="Of A and B; given twice: of A, then of B."
+)
+def diff(a: Path, b: Path, run_ids: tuple[str, ...]) -> None:
+    """Say where two runs part: in order, and in which field or tensor of which message.
+
+    Times, sessions and numbers in the ledger are not compared. Exit code 0 if all messages
+    are equal, 1 if not.
+    """
+    with _exit_2_on_error():
+        if len(run_ids) > 2:
+            raise NodeError(f"expected --run-id at most twice, got it {len(run_ids)} times")
+        first, last = (run_ids[0], run_ids[-1]) if run_ids else ("", "")
+        sides = (_open(a, first), _open(b, last))
+        from fedmq.nodes.trace.compare import compare
+
+        found = compare(*sides)
+        _print(found.lines())
+        for opened in sides:
+            _end(opened)
+        if not found.equal:
+            sys.exit(1)
+
+
+@trace.command()
+@_folder
+@_run_id
+@click.option("--perfetto", metavar="FILE", help="Write a timeline for ui.perfetto.dev.")
+@click.option(
+    "--json",
+    "as_json",
+    metavar="FILE",
+    help='Write one JSON object a line; NaN and infinities become the strings "NaN", "Infinity".',
+)
+def export(folder: Path, run_id: str, perfetto: str | None, as_json: str | None) -> None:
+    """Write the trace to FILE (- for stdout) for other programs."""
+    from fedmq.nodes.trace.export import json_lines
+    from fedmq.nodes.trace.outcomes import Fates
+    from fedmq.nodes.trace.timeline import timeline
+
+    with _exit_2_on_error():
+        target = as_json if perfetto is None else perfetto
+        if target is None or (perfetto and as_json):
+            raise NodeError("expected either --perfetto FILE or --json FILE")
+        opened = _open(folder, run_id)
+        pieces = json_lines(opened) if perfetto is None else timeline(opened, Fates(opened))
+        try:
+            with click.open_file(target, "w", encoding="utf-8") as file:
+                file.writelines(pieces)
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            raise NodeError(f"cannot write {target}: {error.strerror}") from None
+        _end(opened)
+
+
+def _print(lines: Iterable[str]) -> int:
+    """Print lines, many at a time; return how many there were."""
+    block: list[str] = []
+    printed = 0
+    for line in lines:
+        block.append(line)
+        if len(block) == _LINES:
+            click.echo("\n".join(block))
+            printed += len(block)
+            block.clear()
+    if block:
+        click.echo("\n".join(block))
+    return printed + len(block)
+
+
+def _open(folder: Path, run_id: str) -> Trace:
+    from fedmq.broker.inspection.trace import Trace
+
+    return Trace(folder, run_id)
+
+
+def _end(opened: Trace) -> None:
+    """Say how the trace ends, if not as a whole one does; damage is exit code 1."""
+    if opened.damage is not None:
+        said = plain(opened.damage, _SENTENCE)
+        click.echo(f"fedmq: damaged: {said}; everything before it was read", err=True)
+        sys.exit(1)
+    if opened.torn is not None:
+        segment, offset, size = opened.torn
+        click.echo(
+            f"fedmq: torn tail: the last {size} bytes are no whole record "
+            f"(at {segment}, byte {offset}), as when a write was cut short",
+            err=True,
+        )
+
+
+@contextlib.contextmanager
+def _exit_2_on_error() -> Iterator[None]:
+    """Turn an expected error into one sentence and exit code 2, or 1 if it is damage."""
+    try:
+        yield
+    except (NodeError, LedgerError) as error:
+        click.echo(f"fedmq: {plain(error, _SENTENCE)}", err=True)
+        sys.exit(1 if isinstance(error, LedgerError) and error.segment else 2)

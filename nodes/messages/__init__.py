@@ -1,0 +1,1 @@
+"""What goes in and out of a node's core: events, actions, payloads."""

@@ -1,0 +1,228 @@
+"""Payloads as messages: which codec wrote which tensors, and where their bytes are.
+
+The body of a task or a result holds ``numbers`` and ``groups``; a group is
+``{name, codec, meta, buffers}``, and its bytes are the message's next ``buffers`` blobs. Of a
+model of very many tensors, a blob before these holds most of ``meta``
+(`fedmq.nodes.messages.tensor_tables`).
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+import torch
+from msgspec import Struct
+from torch import Tensor
+
+from fedmq.algorithms.base import Payload
+from fedmq.algorithms.toolkit.returned import payload_of
+from fedmq.algorithms.values import kind_of_value, plain_number
+from fedmq.broker.wire.schema import MAX_BUFFERS, Blob, Buffer, Message
+from fedmq.codecs.base import MAX_DECODED_BYTES, Codec, Encoded
+from fedmq.codecs.errors import CodecError, DecodeError
+from fedmq.codecs.formats.streamed import Streamed
+from fedmq.codecs.raw import Raw, read_table
+from fedmq.codecs.registry import decode
+from fedmq.codecs.text import brief
+from fedmq.nodes.messages.actions import Read, Stream
+from fedmq.nodes.messages.tensor_tables import has_table, read_meta
+
+_RAW = Raw()
+_GROUPS = ("weights", "exact", "features", "logits")
+_OWN = "fedmq."
+"""Codecs from here write plain values only."""
+_MANY_RUNS = MAX_BUFFERS // 2
+_MOST_RUNS = MAX_BUFFERS - 16
+"""Of weights and exact tensors; a message has some more blobs: tables, features, a fold."""
+STREAMED_BYTES = 64 << 20
+"""Raw weights of this size are added up as they come, and never held as a whole."""
+
+
+@dataclass(frozen=True)
+class Codecs:
+    """Which codec writes which group of a payload's tensors; what is exact is always raw."""
+
+    weights: Codec = _RAW
+    features: Codec = _RAW
+    logits: Codec = _RAW
+
+
+RAW = Codecs()
+"""All tensors as they are."""
+
+
+class Packed(Struct, frozen=True):
+    """A payload ready to be put into a message."""
+
+    body: Mapping[str, Any]
+    blobs: tuple[Blob, ...]
+    data: tuple[Buffer, ...]
+
+
+def pack(payload: Payload, codecs: Codecs, seed: int, who: str = "") -> Packed:
+    """Encode a payload, each group of tensors with its codec.
+
+    Args:
+        payload: to be sent or kept.
+        codecs: of each group.
+        seed: of all that codecs draw.
+        who: the method that has returned the payload; if given, it is checked.
+
+    Raises:
+        ReturnedError: the method returned what cannot be sent.
+        CodecError: a codec cannot write the tensors, or fails.
+    """
+    if who:
+        payload = payload_of(payload, who)
+    groups = []
+    data: list[Buffer] = []
+    exact = _in_few_runs(payload.exact, _MANY_RUNS)
+    for name, tensors, chosen in (
+        ("weights", _in_few_runs(payload.weights, _MOST_RUNS - _runs(exact)), codecs.weights),
+        ("exact", exact, _RAW),
+        ("features", payload.features, codecs.features),
+        ("logits", payload.logits, codecs.logits),
+    ):
+        if tensors:
+            codec, meta, buffers = _encode(chosen, tensors, seed)
+            groups.append({"name": name, "codec": codec, "meta": meta, "buffers": len(buffers)})
+            data += buffers
+    body = {"numbers": dict(payload.numbers), "groups": groups}
+    return Packed(body, tuple(Blob.of(each) for each in data), tuple(data))
+
+
+def _encode(
+    codec: Codec, tensors: Mapping[str, Tensor], seed: int
+) -> tuple[str, dict[str, Any], list[memoryview]]:
+    """Return a group's codec, its meta of plain values, and its bytes.
+
+    Raises:
+        CodecError: the codec fails, or returns what a message cannot hold.
+    """
+    try:
+        encoded = codec.encode(tensors, seed)
+        buffers = [memoryview(each).cast("B") for each in encoded.buffers]
+        name, meta = str(encoded.codec), dict(encoded.meta)
+    except CodecError:
+        raise
+    except Exception as error:
+        # A codec may be a user's own, and raise anything: it is named.
+        raise CodecError(
+            f"codec {codec.wire_name} cannot encode: {type(error).__name__}: {error}"[:2000]
+        ) from error
+    if type(codec).__module__.startswith(_OWN):
+        return name, meta, buffers
+    try:
+        return name, msgspec.to_builtins(meta, enc_hook=_number), buffers
+    except (TypeError, ValueError, OverflowError) as error:
+        raise CodecError(
+            f"codec {codec.wire_name}: expected plain numbers, text, lists and maps in meta: "
+            f"{error}"
+        ) from None
+
+
+def _number(value: object) -> int | float:
+    number = plain_number(value)
+    if number is None:
+        raise TypeError(f"got {kind_of_value(value)}")
+    return number
+
+
+def _runs(tensors: Mapping[str, Tensor]) -> int:
+    """Return how many runs of tensors of one dtype there are."""
+    if isinstance(tensors, Streamed):
+        return 1  # all are float32; looking at one would read all of them
+    return sum(1 for _ in itertools.groupby(each.dtype for each in tensors.values()))
+
+
+def _in_few_runs(tensors: Mapping[str, Tensor], most: int) -> Mapping[str, Tensor]:
+    """Return tensors in an order in which not too many buffers are needed for them.
+
+    One is for each run of tensors of one dtype. A buffer for each client's tensors is stored
+    once as long as they stay the same; but a message holds few.
+    """
+    if len(tensors) <= most or _runs(tensors) <= most:
+        return tensors
+    return dict(sorted(tensors.items(), key=lambda item: str(item[1].dtype)))
+
+
+def numbers_of(message: Message) -> dict[str, Any]:
+    """Return the numbers of a payload, without touching its bytes.
+
+    Raises:
+        DecodeError: they are not there.
+    """
+    numbers = message.body.get("numbers")
+    if not isinstance(numbers, dict) or not all(isinstance(key, str) for key in numbers):
+        raise DecodeError("expected numbers as a map in the message's body")
+    return numbers
+
+
+def unpack(
+    message: Message,
+    read: Read,
+    stream: Stream | None = None,
+    max_bytes: int = MAX_DECODED_BYTES,
+) -> Payload:
+    """Decode a payload; the tensors may share memory with the blobs.
+
+    Args:
+        message: whose payload it is.
+        read: returns a whole blob.
+        stream: returns a blob in pieces; with it, large raw weights are `Streamed`.
+        max_bytes: that decoding may take; a few bytes can stand for very many zeros.
+
+    Raises:
+        DecodeError: the body or the bytes are not a payload.
+    """
+    numbers = numbers_of(message)
+    groups = message.body.get("groups")
+    if not isinstance(groups, list):
+        raise DecodeError("expected groups as a list in the message's body")
+    found: dict[str, Mapping[str, Tensor]] = {name: {} for name in _GROUPS}
+    first = 0
+    for group in groups:
+        match group:
+            case {
+                "name": str(name),
+                "codec": str(codec),
+                "meta": dict(meta),
+                "buffers": int(count),
+            }:
+                table = has_table(group)
+            case _:
+                raise DecodeError(f"expected a group of tensors, got {brief(group)}")
+        if name not in found or found[name]:
+            raise DecodeError(
+                f"expected each of {', '.join(_GROUPS)} at most once, got {brief(name)}"
+            )
+        if not 0 <= count <= len(message.blobs) - first - table:
+            raise DecodeError(f"group {name!r} has {count} buffers, the message has fewer")
+        if table:
+            whole = read_meta(meta, message.blobs[first], functools.partial(read, first))
+            first += 1
+        else:
+            whole = meta
+        shapes = _streamable(codec, whole) if name == "weights" and count == 1 else None
+        if stream is not None and shapes and message.blobs[first].size >= STREAMED_BYTES:
+            found[name] = Streamed(shapes, functools.partial(stream, first))
+        else:
+            buffers = [read(index) for index in range(first, first + count)]
+            found[name] = decode(Encoded(codec, whole, buffers), max_bytes)
+        first += count
+    return Payload(numbers=numbers, **found)
+
+
+def _streamable(codec: str, meta: Mapping[str, Any]) -> dict[str, tuple[int, ...]] | None:
+    """Return the shapes by name, if these are raw float32 tensors in one buffer."""
+    if codec != _RAW.wire_name:
+        return None
+    table = read_table(meta)
+    if any(dtype != torch.float32 for _, dtype, _ in table):
+        return None
+    return {name: shape for name, _, shape in table}

@@ -1,0 +1,1 @@
+"""What every process does with signals, output streams, logs and text for people."""

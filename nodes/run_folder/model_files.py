@@ -1,0 +1,219 @@
+"""The final model of a run as files, and reading it back.
+
+``model.safetensors`` holds what the problem's own module calls its state: `read_state_dict`
+returns it for ``module.load_state_dict(state, strict=True)``. Of an algorithm whose model is
+not that module (a hypernetwork, a server network, tables of outputs) it holds the tensors that
+there are, by name. What the format cannot hold is written otherwise, and the file says how.
+``model.npz`` holds the algorithm's tensors as numpy arrays.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import zipfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.torch
+import structlog
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from fedmq.algorithms.errors import ProblemError
+from fedmq.algorithms.problems.base import Problem
+from fedmq.nodes.errors import NodeError
+from fedmq.nodes.process.streams import reason_of
+from fedmq.nodes.run_folder.atomic_write import replacing
+
+MODEL_FILE = "model.safetensors"
+ARRAYS_FILE = "model.npz"
+_RESERVED = "__metadata__"
+_NOTES = "fedmq"
+"""The key of the file's metadata under which it says what is not written as it is."""
+
+_log = structlog.get_logger()
+
+
+def save_model(
+    folder: Path, tensors: Mapping[str, Tensor], problem: Problem, about: Mapping[str, str]
+) -> None:
+    """Write the files of a run's final model; each is there as a whole or not at all.
+
+    Args:
+        folder: of the run.
+        tensors: the algorithm's, by name.
+        problem: whose module they belong to, if they do.
+        about: facts for the file's metadata, such as the run's id.
+
+    Raises:
+        NodeError: a file cannot be written.
+    """
+    state = module_state(tensors, problem)
+    holds = "tensors" if state is None else "module"
+    content, notes = _as_held(tensors if state is None else state)
+    metadata = {"format": "pt", _NOTES: json.dumps({"holds": holds, **about, **notes})}
+    _replace(
+        folder / MODEL_FILE,
+        lambda path: safetensors.torch.save_file(content, path, metadata=metadata),
+    )
+    _replace(folder / ARRAYS_FILE, lambda path: _write_arrays(path, tensors))
+
+
+def remove_model(folder: Path) -> None:
+    """Remove the files of a final model: they are another run's, or are written at the end.
+
+    Raises:
+        NodeError: one cannot be removed.
+    """
+    for name in (MODEL_FILE, ARRAYS_FILE):
+        try:
+            (folder / name).unlink(missing_ok=True)
+        except OSError as error:
+            raise NodeError(f"cannot remove {folder / name}: {reason_of(error)}") from None
+
+
+def read_state_dict(path: Path | str) -> dict[str, Tensor]:
+    """Return the final model of a run as a state dict.
+
+    Each tensor has the name, shape and dtype that the problem's module gives it, so that
+    ``module.load_state_dict(read_state_dict(path), strict=True)`` works.
+
+    Args:
+        path: the run's folder, or the file itself.
+
+    Raises:
+        NodeError: there is no such file, or it is no final model.
+    """
+    file = Path(path)
+    if file.is_dir():
+        file /= MODEL_FILE
+    try:
+        with safe_open(file, framework="pt") as opened:
+            tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118 - it is no dict
+            metadata = opened.metadata() or {}
+    except (OSError, SafetensorError) as error:
+        reason = "there is no such file" if not file.exists() else str(error)
+        raise NodeError(f"cannot read the model in {file}: {reason}") from None
+    try:
+        return _as_named(tensors, json.loads(metadata.get(_NOTES, "{}")))
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+        raise NodeError(
+            f"cannot read the model in {file}: its notes are damaged: {error}"
+        ) from None
+
+
+def module_state(tensors: Mapping[str, Tensor], problem: Problem) -> dict[str, Tensor] | None:
+    """Return the state dict of the problem's module with these values; None if it has others.
+
+    The module itself says which keys there are: a tied tensor is under each of its names, and a
+    buffer that is not persistent is under none.
+    """
+    try:
+        module = problem.model()
+        own = dict(module.named_parameters()) | dict(module.named_buffers())
+        if not own or any(
+            name not in tensors or tensors[name].shape != each.shape for name, each in own.items()
+        ):
+            return None
+        with torch.no_grad():
+            for name, each in own.items():
+                each.copy_(tensors[name])
+        state = module.state_dict()
+    except (ProblemError, NotImplementedError):
+        return None  # the algorithm brings its own
+    except Exception:  # noqa: BLE001 - a module of a user may raise anything; the run has its model
+        _log.exception("the problem's module does not give its state: writing tensors by name")
+        return None
+    # Extra state may be any object, which only the module itself can make again.
+    return {name: each.detach() for name, each in state.items() if isinstance(each, Tensor)}
+
+
+def _as_held(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return tensors as the format can hold them, and notes on what had to be changed for that."""
+    held: dict[str, Tensor] = {}
+    pairs: dict[str, dict[str, str]] = {}
+    renamed: dict[str, str] = {}
+    storages: set[int] = set()
+
+    def hold(name: str, tensor: Tensor) -> str:
+        tensor = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
+        # The format has no two tensors in one memory.
+        storage = tensor.untyped_storage().data_ptr()
+        held[name] = tensor.clone() if storage in storages else tensor
+        storages.add(storage)
+        return name
+
+    def free(name: str) -> str:
+        while name in tensors or name in held:
+            name += "_"
+        return name
+
+    for name, tensor in tensors.items():
+        if tensor.is_complex() and not _can_hold(tensor.dtype):
+            # float64 holds every part exactly.
+            both = torch.view_as_real(tensor.detach().cpu().resolve_conj()).double()
+            parts = {
+                part: hold(free(f"{name}.{part}"), both[..., index])
+                for index, part in enumerate(("real", "imag"))
+            }
+            pairs[name] = {"dtype": str(tensor.dtype).removeprefix("torch."), **parts}
+        elif name == _RESERVED:
+            renamed[hold(free(f"{name}."), tensor)] = name
+        else:
+            hold(name, tensor)
+    notes = {"complex": pairs, "renamed": renamed}
+    return held, {key: each for key, each in notes.items() if each}
+
+
+def _as_named(tensors: dict[str, Tensor], notes: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Undo what `_as_held` has done."""
+    renamed, pairs = notes.get("renamed", {}), notes.get("complex", {})
+    found = dict(tensors)
+    for key, name in renamed.items():
+        found[name] = found.pop(key)
+    for name, pair in pairs.items():
+        real, imaginary = found.pop(pair["real"]), found.pop(pair["imag"])
+        dtype = torch.complex64 if pair["dtype"] == "complex64" else torch.complex128
+        found[name] = torch.complex(real, imaginary).to(dtype)
+    return found
+
+
+@functools.cache
+def _can_hold(dtype: torch.dtype) -> bool:
+    """Tell whether the installed release of safetensors has this dtype."""
+    try:
+        safetensors.torch.save({"x": torch.zeros(1, dtype=dtype)})
+    except (KeyError, ValueError, TypeError, SafetensorError):
+        return False
+    return True
+
+
+def _write_arrays(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write tensors as `numpy.savez` does, whatever their names.
+
+    A tensor that is called ``file`` would be taken for its first argument.
+    """
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, tensor in tensors.items():
+            each = tensor.detach().cpu()
+            # numpy has no bfloat16; each of its values is one of float32.
+            array = (each.float() if each.dtype == torch.bfloat16 else each).numpy()
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
+                np.lib.format.write_array(file, np.asanyarray(array), allow_pickle=False)
+
+
+def _replace(path: Path, write: Callable[[Path], None]) -> None:
+    """Write a file under another name, then put it in its place."""
+    try:
+        with replacing(path) as fresh:
+            fresh.touch()
+            mode = fresh.stat().st_mode
+            write(fresh)
+            fresh.chmod(mode)  # safetensors lets nobody else read; the run's other files decide
+    except (OSError, SafetensorError) as error:
+        reason = error.strerror if isinstance(error, OSError) else None
+        raise NodeError(f"cannot write the model to {path}: {reason or error}") from None

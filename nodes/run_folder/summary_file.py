@@ -1,0 +1,57 @@
+"""``summary.json``: what a run came to, in its folder."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from fedmq.broker.ledger.reader import read_entries
+from fedmq.nodes.errors import NodeError
+from fedmq.nodes.process.streams import reason_of
+from fedmq.nodes.run_folder.atomic_write import replacing
+from fedmq.nodes.run_folder.strict_json import to_strict_json
+from fedmq.nodes.run_folder.summary import RunFold
+
+SUMMARY_FILE = "summary.json"
+
+
+def write_summary(folder: Path, started_at: float | None = None) -> dict[str, Any]:
+    """Fold the ledger of a run's folder and write its ``summary.json``.
+
+    Raises:
+        LedgerError: the ledger is damaged.
+        NodeError: the file cannot be written.
+    """
+    fold = RunFold(started_at)
+    fold.feed(read_entries(folder / "ledger"))
+    summary = fold.summary()
+    save_summary(folder, summary)
+    return summary
+
+
+def remove_summary(folder: Path) -> None:
+    """Remove a summary: it describes an earlier state of the run, and is written again at the end.
+
+    Raises:
+        NodeError: it cannot be removed.
+    """
+    path = folder / SUMMARY_FILE
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        raise NodeError(f"cannot remove {path}: {reason_of(error)}") from None
+
+
+def save_summary(folder: Path, summary: Mapping[str, Any]) -> None:
+    """Write a summary; the file is whole, or the one before it.
+
+    Raises:
+        NodeError: it cannot be written.
+    """
+    path = folder / SUMMARY_FILE
+    try:
+        with replacing(path) as fresh:
+            fresh.write_text(to_strict_json(summary))
+    except OSError as error:
+        raise NodeError(f"cannot write {path}: {reason_of(error)}") from None

@@ -1,0 +1,380 @@
+"""A whole run in virtual time: the live cores, over a network of seeded faults.
+
+The hosts here do what the programs do, without threads, sockets or waiting. Training is
+the algorithm's own; how long it takes is drawn. What a worker keeps on its disk, and the
+broker's ledger, survive a crash; nothing else does.
+"""
+
+from __future__ import annotations
+
+import functools
+import random
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeVar
+
+from fedmq.broker.core.state import BrokerSettings
+from fedmq.broker.link.events import Delivery
+from fedmq.broker.virtual.hosts import BrokerHost, LinkHost
+from fedmq.broker.virtual.network import Faults, VirtualNetwork
+from fedmq.broker.wire.addresses import AGGREGATOR, EVALUATOR, RECORD, WORKER
+from fedmq.broker.wire.encoding import decode_message
+from fedmq.broker.wire.schema import (
+    Buffer,
+    Done,
+    Hello,
+    Message,
+    Over,
+)
+from fedmq.nodes.aggregator.computed import Computed
+from fedmq.nodes.aggregator.core import Aggregator
+from fedmq.nodes.messages.actions import (
+    AggregatorAction,
+    Commit,
+    Finish,
+    Inbound,
+    Post,
+    Settle,
+    Start,
+)
+from fedmq.nodes.messages.actions import Done as DoneWith
+from fedmq.nodes.run.setup import Setup, kind_of
+from fedmq.nodes.worker.client_state import Locals
+from fedmq.nodes.worker.core import Action as WorkerAction
+from fedmq.nodes.worker.core import Evaluate, Evaluated, Keep, Pause, Saved, Train, Trained, Worker
+from fedmq.nodes.worker.training import carry_out
+
+RUN = "simulated"
+_CHAT_TO = (RECORD, EVALUATOR, AGGREGATOR)
+Ranges = tuple[tuple[int, int], ...]
+H = TypeVar("H", bound="NodeHost")
+
+
+@dataclass
+class Chances:
+    """What befalls a run, while it does. Rates are per second of virtual time.
+
+    faults: of every frame. crash: of each process. cut, partition: of each connection.
+    doom: of a crash at the worst moment: of the broker in the middle of a batch, of a node
+    right after a post. away_s, partition_s: the longest
+    that a crashed process, or a connection, is away. train_s: the mean of a task. chat: of
+    small messages, several at once, from each worker and the evaluator: nobody has a use for them.
+    share_files: nodes read blobs from the ledger's files, as on one host.
+    """
+
+    faults: Faults = field(default_factory=Faults)
+    crash: float = 0.0
+    doom: float = 0.0
+    cut: float = 0.0
+    partition: float = 0.0
+    away_s: float = 5.0
+    partition_s: float = 8.0
+    train_s: float = 0.5
+    chat: float = 0.0
+    share_files: bool = False
+
+
+class Simulation:
+    """One run: a broker, an aggregator, workers and an evaluator.
+
+    Args:
+        setup: what is learned; every process uses these same objects.
+        workers: how many; the clients are dealt to them.
+        folder: of the broker's ledger; new.
+        seed: of everything that happens.
+        chances: what befalls it.
+        settings: of the broker.
+    """
+
+    def __init__(
+        self,
+        setup: Setup,
+        workers: int,
+        folder: Path,
+        seed: int,
+        chances: Chances | None = None,
+        settings: BrokerSettings | None = None,
+    ) -> None:
+        self.setup, self.chances = setup, chances or Chances()
+        self.rng = random.Random(seed)  # noqa: S311 - not for secrets
+        self.network = VirtualNetwork(self.rng, self.chances.faults)
+        self.network.share_files = self.chances.share_files
+        self.broker = BrokerHost(self.network, folder, settings or BrokerSettings(3.0, 0.5))
+        self.sessions: list[NodeHost] = []
+        """Every session of every node, in the order of their starts."""
+        self.calm = False
+        self._config = setup.config.to_toml()
+        self._started = 0
+        total = setup.problem.clients
+        self.aggregator: AggregatorHost = self._begin(AggregatorHost, AGGREGATOR, (), None)
+        for index in range(workers):
+            clients = ((index * total // workers, (index + 1) * total // workers - 1),)
+            self._begin(WorkerHost, f"worker-{index}", clients, Locals())
+        self._begin(WorkerHost, EVALUATOR, (), Locals())
+        self._trouble()
+
+    def run(self, calm_after_s: float, limit_s: float) -> bool:
+        """Let it happen; no more trouble after a while. Tell whether the run ended in time."""
+        began = self.network.now
+        self.network.after(calm_after_s, self._calm_down)
+        while self.network.now - began < limit_s and self.network.step():
+            if self.broker.up and self.broker.core.idle:
+                return True
+        return False
+
+    @property
+    def nodes(self) -> list[NodeHost]:
+        """Return the sessions that are up."""
+        return [each for each in self.sessions if each.link.up]
+
+    def _begin(self, kind: type[H], name: str, clients: Ranges, kept: Locals | None) -> H:
+        self._started += 1
+        role = name if name in (AGGREGATOR, EVALUATOR) else WORKER
+        setup = self.setup
+        hello = Hello(
+            node=name,
+            role=role,
+            session=f"{self._started:08d}",
+            key=f"key of {name}",
+            run=RUN,
+            clients=clients,
+            config=self._config if role == AGGREGATOR else "",
+            total_clients=setup.problem.clients if role == AGGREGATOR else 0,
+        )
+        host = kind(self, hello, kept)
+        self.sessions.append(host)
+        if isinstance(host, AggregatorHost):
+            self.aggregator = host
+        return host
+
+    def _later_again(self, host: NodeHost) -> None:
+        """Start a node again after a while, as its disk and its broker know it."""
+        hello = host.hello
+        begin = functools.partial(self._begin, type(host), hello.node, hello.clients, host.kept)
+        self.network.after(self.rng.random() * self.chances.away_s, begin)
+
+    # ---- trouble
+
+    def _trouble(self) -> None:
+        """Every so often, something goes wrong."""
+        if self.calm:
+            return
+        every = 0.1
+        rng, chances = self.rng, self.chances
+        if self.broker.up and rng.random() < chances.crash * every:
+            self.broker.crash()
+        self.broker.doomed = self.broker.doomed or rng.random() < chances.doom * every
+        if not self.broker.up:
+            self.network.after(rng.random() * chances.away_s, self._revive_broker)
+        for host in self.nodes:
+            if host.link.ended is not None:
+                continue
+            if rng.random() < chances.crash * every:
+                host.link.crash()
+                self._later_again(host)
+            elif rng.random() < chances.doom * every:
+                host.link.doomed = functools.partial(self._later_again, host)
+            elif rng.random() < chances.cut * every:
+                self.network.cut(host.link)
+            elif rng.random() < chances.partition * every:
+                self.network.partition(host.link.name, rng.random() * chances.partition_s)
+            elif (
+                chances.chat
+                and isinstance(host, WorkerHost)
+                and rng.random() < chances.chat * every
+            ):
+                host.chat(rng)
+        self.network.after(every, self._trouble)
+
+    def _revive_broker(self) -> None:
+        if not self.broker.up:
+            self.broker.start()
+
+    def _calm_down(self) -> None:
+        self.calm = True
+        self.network.faults = Faults()
+        self.broker.doomed = False
+        self._revive_broker()
+
+
+class NodeHost(ABC):
+    """A session of a node: its link, and a core that lives behind it."""
+
+    def __init__(self, simulation: Simulation, hello: Hello, kept: Locals | None) -> None:
+        self.simulation, self.hello, self.kept = simulation, hello, kept
+        self.link = LinkHost(simulation.network, hello)
+        self.link.on_news = self.look
+        self._delivery: Delivery | None = None
+        self._blobs: dict[tuple[str, bytes], Buffer] = {}
+
+    def look(self) -> None:
+        """See what has come, and work on it."""
+        while self.link.ended is None and self.link.up and self.ready():
+            if self._delivery is None:
+                if not self.link.inbox:
+                    return
+                self._delivery = self.link.take()
+            if not self.has_blobs(self._delivery):
+                return
+            delivery, self._delivery = self._delivery, None
+            self.work(self.inbound(delivery))
+
+    @abstractmethod
+    def ready(self) -> bool:
+        """Tell whether the core can take a message now."""
+
+    @abstractmethod
+    def work(self, inbound: Inbound) -> None:
+        """Give the core a message whose blobs are here."""
+
+    def has_blobs(self, delivery: Delivery) -> bool:
+        """Tell whether a delivery's blobs are here; ask for the next that is not."""
+        owner = delivery.message.sender
+        for index, blob in enumerate(delivery.message.blobs):
+            name = (owner, blob.digest)
+            if index in delivery.inline:
+                self._blobs[name] = delivery.inline[index]
+            elif name in self.link.fetched:
+                data = self.link.fetched.pop(name)
+                if data is None:
+                    raise AssertionError(f"a blob of {delivery.message.id} is not to be had")
+                self._blobs[name] = data
+            elif name not in self._blobs and blob.size == len(
+                here := b"".join(self.link.files.pieces(blob, delivery.places.get(index, ())))
+            ):
+                self._blobs[name] = here
+            elif name not in self._blobs:
+                self.link.fetch(owner, blob)
+                return name in self.link.fetched and self.has_blobs(delivery)
+        return True
+
+    def inbound(self, delivery: Delivery) -> Inbound:
+        """Return a delivery as a core takes it."""
+        message = delivery.message
+        blobs = [self._blobs[message.sender, blob.digest] for blob in message.blobs]
+        return Inbound(delivery.seq, delivery.at, message, blobs.__getitem__)
+
+
+class AggregatorHost(NodeHost):
+    """What `run_aggregator` does."""
+
+    def __init__(self, simulation: Simulation, hello: Hello, kept: Locals | None) -> None:
+        super().__init__(simulation, hello, kept)
+        computed = Computed(device=kind_of("cpu"))
+        self.core = Aggregator(simulation.setup, RUN, AGGREGATOR, computed)
+        self.finished = ""
+        self._started = False
+        self._unsettled: list[int] = []
+
+    def ready(self) -> bool:
+        """It starts once it is admitted, with its checkpoint."""
+        if self.link.admitted is None:
+            return False
+        if not self._started:
+            found = self.link.admitted.welcome.checkpoint
+            start = Start()
+            if found is not None:
+                delivery = Delivery(found.seq, found.at, decode_message(found.message), {})
+                if not self.has_blobs(delivery):
+                    return False
+                start = Start(self.inbound(delivery))
+            self._started = True
+            self._act(self.core.handle(start))
+        return not self.finished
+
+    def work(self, inbound: Inbound) -> None:
+        """One step of the fold."""
+        self._unsettled.append(inbound.seq)
+        self._act(self.core.handle(inbound))
+
+    def _act(self, actions: Sequence[AggregatorAction]) -> None:
+        self.link.gather(on=True)
+        for action in actions:
+            match action:
+                case Post(message, data, consumes):
+                    self.link.post(message, data, consumes)
+                case DoneWith(seq, refused, code) if refused:
+                    self.link.say(Done.rejecting(seq, refused, code))
+                case Settle(but):
+                    settled = [seq for seq in self._unsettled if seq not in but]
+                    self.link.say(Done(seqs=tuple(settled)))
+                    self._unsettled = [seq for seq in self._unsettled if seq in but]
+                case Commit():
+                    self._commit(action)
+                case Finish(reason):
+                    self.finished = reason
+                    self.link.say(Over(reason=reason))
+        self.link.gather(on=False)
+
+    def _commit(self, commit: Commit) -> None:
+        """The work beside the inbox is done after a while, if this session still lives then."""
+
+        def done() -> None:
+            if self.link.up:
+                self.link.post(commit.message, (), ())
+
+        simulation = self.simulation
+        simulation.network.after(simulation.rng.expovariate(1 / simulation.chances.train_s), done)
+
+
+class WorkerHost(NodeHost):
+    """What `run_worker` does."""
+
+    def __init__(self, simulation: Simulation, hello: Hello, kept: Locals | None) -> None:
+        super().__init__(simulation, hello, kept)
+        self.core = Worker(simulation.setup, RUN, hello.node, hello.clients, kept)
+        self._busy = False
+        self._chats = 0
+
+    def chat(self, rng: random.Random) -> None:
+        """Say several small things at once, of which nobody has a use."""
+        self.link.gather(on=True)
+        for _ in range(rng.randint(2, 6)):
+            self._chats += 1
+            name, to = f"{self.hello.session}/{self._chats}", rng.choice(_CHAT_TO)
+            sender = self.hello.node
+            self.link.post(Message(kind="chat", id=name, run=RUN, sender=sender, to=to), (), ())
+        self.link.gather(on=False)
+
+    def ready(self) -> bool:
+        """One task at a time."""
+        return self.link.admitted is not None and not self._busy
+
+    def work(self, inbound: Inbound) -> None:
+        """Take a task."""
+        self._act(list(self.core.handle(inbound)))
+
+    def _act(self, actions: list[WorkerAction]) -> None:
+        setup = self.simulation.setup
+        while actions:
+            action = actions.pop(0)
+            match action:
+                case Train() | Evaluate():
+                    self._later(carry_out(action, setup, "cpu"), actions)
+                    return
+                case Keep(client, state):
+                    stands = self.kept.put(client, state) if self.kept is not None else state
+                    actions = [*self.core.handle(Saved(stands)), *actions]
+                case Post(message, data, consumes):
+                    self.link.post(message, data, consumes)
+                case DoneWith(seq, refused, code) if refused:
+                    self.link.say(Done.rejecting(seq, refused, code, (seq,)))
+                case DoneWith(seq):
+                    self.link.say(Done(seqs=(seq,)))
+                case Pause():
+                    pass  # time is drawn here as it is
+
+    def _later(self, event: Trained | Evaluated, rest: list[WorkerAction]) -> None:
+        """The work is done after a while, if this session still lives then."""
+
+        def done() -> None:
+            if self.link.up:
+                self._busy = False
+                self._act([*self.core.handle(event), *rest])
+                self.look()
+
+        self._busy = True
+        simulation = self.simulation
+        simulation.network.after(simulation.rng.expovariate(1 / simulation.chances.train_s), done)

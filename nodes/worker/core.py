@@ -1,0 +1,387 @@
+"""The Worker core: one task at a time, and what becomes of it; also the evaluator's.
+
+``handle(event) -> [action]``: no sockets, no clock, no training in here. The program does
+what `Train` and `Evaluate` ask for and reports it back as `Trained` or `Evaluated`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import msgspec
+from msgspec import Struct
+from torch import Tensor
+
+from fedmq.algorithms.base import Client, Payload, Reply, Task
+from fedmq.algorithms.errors import ProblemError
+from fedmq.algorithms.problems.base import Problem
+from fedmq.algorithms.rng import derive_rng, derive_seed
+from fedmq.algorithms.values import metrics_of
+from fedmq.broker.errors import WireError
+from fedmq.broker.rejections import Code
+from fedmq.broker.wire.addresses import AGGREGATOR
+from fedmq.broker.wire.schema import Message
+from fedmq.codecs.errors import CodecError
+from fedmq.codecs.registry import decode
+from fedmq.codecs.text import brief
+from fedmq.nodes.errors import MessageError, rejection_of
+from fedmq.nodes.messages.actions import Done, Inbound, Post
+from fedmq.nodes.messages.payloads import Packed, pack, unpack
+from fedmq.nodes.messages.tensor_tables import fitted
+from fedmq.nodes.process.exception_text import described, modules_of, place_in, shorten
+from fedmq.nodes.run.agreement import Fingerprint
+from fedmq.nodes.run.setup import Setup, slowdown
+from fedmq.nodes.worker.client_state import Kept, Locals
+
+MAX_SLOWDOWN_S = 3600.0
+
+
+class Trained(Struct, frozen=True):
+    """A task has been trained: its result and the client's new local state, if it has any.
+
+    device: kind of device, see `setup.kind_of`; the same kind trains to the same bytes.
+    """
+
+    payload: Payload
+    local: Payload | None
+    elapsed_s: float
+    device: str = ""
+
+
+class Evaluated(Struct, frozen=True):
+    """A model has been evaluated. ``device``: as in `Trained`."""
+
+    metrics: Mapping[str, float]
+    device: str = ""
+
+
+class Saved(Struct, frozen=True):
+    """A client's state is kept, and this is the result to post; see `Locals.put`."""
+
+    kept: Kept
+
+
+class Failed(Struct, frozen=True):
+    """A task could not be done, with the reason; ``code``: the same for programs.
+
+    where: file and line of the user's own code that raised it, or "".
+    """
+
+    reason: str
+    code: str = Code.TRAINING_FAILED
+    where: str = ""
+
+    @classmethod
+    def of(cls, error: BaseException, setup: Setup) -> Failed:
+        """Return what a task reports of an exception: a line of bounded length, without data."""
+        own = modules_of(setup.problem, setup.algorithm)
+        return cls(described(error), where=place_in(error, own))
+
+
+Event = Inbound | Trained | Saved | Evaluated | Failed
+
+
+class Train(Struct, frozen=True):
+    """Train a task for a client, from its local state, with all randomness from ``seed``.
+
+    restrict: as in `Client`.
+    """
+
+    client: int
+    task: Task
+    local: Payload | None
+    seed: int
+    restrict: Callable[[Mapping[str, Tensor]], None] | None = None
+
+    def at(self, problem: Problem, device: str) -> Client:
+        """Return where the client half is to run.
+
+        Raises:
+            ProblemError: the client has no examples.
+        """
+        data = problem.client(self.client)
+        if not len(data):
+            name = type(problem).__name__
+            raise ProblemError(f"{name}.client: expected at least one example, got none")
+        return Client(self.client, problem, data, self.local, self.seed, device, self.restrict)
+
+
+class Evaluate(Struct, frozen=True):
+    """Evaluate a task's model on the test data; or as this client, with what it keeps."""
+
+    task: Task
+    client: int | None = None
+    local: Payload | None = None
+    seed: int = 0
+
+    def metrics(self, setup: Setup, device: str) -> Mapping[str, float]:
+        """Return what the algorithm makes of it.
+
+        Raises:
+            ReturnedError: that is no map of names to numbers.
+        """
+        problem, algorithm = setup.problem, setup.algorithm
+        who = type(algorithm).__name__
+        if self.client is None:
+            return metrics_of(algorithm.evaluate(self.task, problem, device), f"{who}.evaluate")
+        data = problem.client(self.client)
+        place = Client(self.client, problem, data, self.local, self.seed, device)
+        found = algorithm.evaluate_client(self.task, place)
+        return metrics_of(found, f"{who}.evaluate_client")
+
+
+class Pause(Struct, frozen=True):
+    """Do nothing for a while before what follows: this worker is slow on demand."""
+
+    seconds: float
+
+
+class Keep(Struct, frozen=True):
+    """Save a client's local state, and say `Saved`: then its task's result is posted."""
+
+    client: int
+    kept: Kept
+
+
+Action = Train | Evaluate | Pause | Keep | Post | Done
+
+
+class _Before(Struct, frozen=True):
+    """Of what a client had kept when its current task was begun: task and memory; see `Kept`."""
+
+    task: str
+    memory: Payload | None
+
+
+class Worker:
+    """The state of a worker (or evaluator) node.
+
+    Args:
+        setup: what is learned, and how.
+        run: id of the run.
+        node: this node's name.
+        clients: ranges of clients hosted here, both ends included.
+        kept: local states of the clients; read here, written by the program.
+        version_0: see `fedmq.nodes.run.version_zero`; said with every answer.
+
+    Attributes:
+        evaluations: how many this session has done.
+    """
+
+    def __init__(
+        self,
+        setup: Setup,
+        run: str,
+        node: str,
+        clients: Sequence[tuple[int, int]] = (),
+        kept: Locals | None = None,
+        version_0: Fingerprint | None = None,
+    ) -> None:
+        self._setup = setup
+        self._run, self._node = run, node
+        self._clients = clients
+        self._version_0 = {"version_0": version_0} if version_0 is not None else {}
+        self._straggling = setup.config.worker.straggling(node)
+        self._queue: deque[Inbound] = deque()
+        self._current: Inbound | None = None
+        self._locals = kept if kept is not None else Locals()
+        self.evaluations = 0
+        self._before: _Before | None = None
+        """What the client of the current task had kept when it was begun."""
+
+    def handle(self, event: Event) -> list[Action]:
+        """Take one event; return what is to be done, in order."""
+        out: list[Action] = []
+        match event:
+            case Inbound():
+                self._queue.append(event)
+            case Trained():
+                self._trained(event, out)
+            case Saved(kept):
+                self._post_result(kept, out)
+            case Evaluated(metrics, device):
+                self.evaluations += 1
+                body = {"metrics": dict(metrics), "device": device, **self._version_0}
+                self._answer("score", {**body, **self._started_from()}, out)
+            case Failed():
+                self._fail(event, out)
+        while self._current is None and self._queue:
+            self._begin(self._queue.popleft(), out)
+        return out
+
+    def _begin(self, inbound: Inbound, out: list[Action]) -> None:
+        message = inbound.message
+        try:
+            if message.kind == "task":
+                client = self._client_of(message)
+                kept = self._locals.get(client)
+                if kept is not None and kept.task == message.id:
+                    # Trained by a session, perhaps another node's, that ended before its
+                    # result was receipted.
+                    self._current = inbound
+                    self._post_result(kept, out)
+                    return
+                task = _read_task(inbound)
+                seed = derive_seed(self._setup.config.run.seed, "train", client, message.id)
+                restrict, self._before = None, _before(kept)
+                if self._setup.up.structured:
+                    uplink = self._uplink_seed(client, message)
+                    restrict = functools.partial(self._setup.up.restrict, seed=uplink)
+                out.append(Train(client, task, kept.local if kept else None, seed, restrict))
+            elif message.kind == "evaluate":
+                out.append(self._evaluate(inbound))
+            elif message.kind == "refused":
+                out.append(Done(inbound.seq))
+                return
+            else:
+                text = f"a worker takes no {message.kind!r} messages"
+                raise MessageError(text, Code.UNKNOWN_KIND)
+        except (MessageError, ValueError, WireError) as error:  # CodecError is a ValueError
+            out.append(Done.of(inbound.seq, rejection_of(error)))
+            return
+        self._current = inbound
+
+    def _evaluate(self, inbound: Inbound) -> Evaluate:
+        message, task = inbound.message, _read_task(inbound)
+        if "client" not in message.body:
+            seed = derive_seed(self._setup.config.run.seed, "evaluate", message.id)
+            return Evaluate(task, seed=seed)
+        client = self._client_of(message)
+        kept = self._locals.get(client)
+        self._before = _before(kept)
+        seed = derive_seed(self._setup.config.run.seed, "evaluate", client, message.id)
+        return Evaluate(task, client, kept.local if kept else None, seed)
+
+    def _client_of(self, message: Message) -> int:
+        client = message.body.get("client")
+        if not isinstance(client, int) or not any(a <= client <= b for a, b in self._clients):
+            text = f"client {brief(client)} is not hosted by {self._node}"
+            raise MessageError(text, Code.WRONG_CLIENT)
+        return client
+
+    def _trained(self, event: Trained, out: list[Action]) -> None:
+        inbound = self._current
+        if inbound is None:
+            raise RuntimeError("a task was trained that nobody asked for")
+        message = inbound.message
+        client = message.body["client"]
+        if self._straggles(message.id, event.elapsed_s, out):
+            self._fail(Failed("dropped on demand", Code.DROPPED), out)
+            return
+        try:
+            packed, memory = self._pack(event.payload, client, message)
+        except CodecError as error:
+            self._fail(Failed(shorten(str(error)), Code.UNUSABLE), out)
+            return
+        except Exception as error:  # noqa: BLE001 - what `train` returned may be anything
+            self._fail(Failed.of(error, self._setup), out)
+            return
+        body = {
+            **packed.body,
+            "client": client,
+            "model_version": message.body["model_version"],
+            "elapsed_s": event.elapsed_s,
+            "device": event.device,
+            **self._started_from(),
+            **self._version_0,
+        }
+        reply = self._reply("result", body, packed.blobs)
+        if event.local is None and memory is None:
+            kept = Kept(message.id, inbound.seq, None, reply, packed.data, None)
+            self._post_result(kept, out)
+        else:
+            whole = fitted(reply, packed.data)
+            kept = Kept(message.id, inbound.seq, event.local, *whole, memory)
+            out.append(Keep(client, kept))
+
+    def _post_result(self, kept: Kept, out: list[Action]) -> None:
+        """Post a result, which another node may have kept for this client."""
+        if self._current is None:
+            raise RuntimeError("a result answers nothing")
+        body = {**kept.message.body, **self._version_0}
+        message = msgspec.structs.replace(kept.message, sender=self._node, body=body)
+        # What was kept is fitted once more: the node that kept it may have a shorter name.
+        out.append(Post(*fitted(message, kept.data), (self._current.seq,)))
+        self._current = None
+
+    def _uplink_seed(self, client: int, task: Message) -> int:
+        return derive_seed(self._setup.config.run.seed, "uplink", client, task.id)
+
+    def _pack(self, payload: Payload, client: int, task: Message) -> tuple[Packed, Payload | None]:
+        """Encode a result; also return what the codec has left out, if it is to be remembered."""
+        codec, seed = self._setup.up, self._uplink_seed(client, task)
+        codecs = self._setup.uplink
+        if not codec.remembers:
+            return pack(payload, codecs, seed), None
+        weights = dict(payload.weights)
+        if self._before is not None and self._before.memory is not None:
+            for name, left in self._before.memory.weights.items():
+                # In 0.1.0 what is not trained was among them; and another release of a user's own
+                # algorithm may send other tensors.
+                if name in weights and weights[name].shape == left.shape:
+                    weights[name] = weights[name] + left
+        packed = pack(dataclasses.replace(payload, weights=weights), codecs, seed)
+        sent = decode(codec.encode(weights, seed))
+        return packed, Payload({name: each - sent[name] for name, each in weights.items()})
+
+    def _started_from(self) -> dict[str, str]:
+        """Return after which task the state was kept that the client's current one started from."""
+        if self._current is None or "client" not in self._current.message.body:
+            return {}  # the evaluator's
+        return {"after": self._before.task if self._before is not None else ""}
+
+    def _straggles(self, task: str, elapsed_s: float, out: list[Action]) -> bool:
+        """Be slow, if that is asked for, and tell whether the client is to go away."""
+        wanted = self._straggling
+        if wanted.slowdown == 1 and not wanted.drop:
+            return False
+        rng = derive_rng(self._setup.config.run.seed, "straggling", self._node, task)
+        factor = slowdown(wanted.slowdown)(rng)
+        if factor > 1:
+            out.append(Pause(min((factor - 1) * elapsed_s, MAX_SLOWDOWN_S)))
+        return bool(rng.random() < wanted.drop)
+
+    def _fail(self, why: Failed, out: list[Action]) -> None:
+        where = {"where": why.where} if why.where else {}
+        self._answer("failed", {"reason": why.reason, "code": why.code, **where}, out)
+
+    def _answer(self, kind: str, body: Mapping[str, Any], out: list[Action]) -> None:
+        if self._current is None:
+            raise RuntimeError(f"a {kind} answers nothing")
+        out.append(Post(self._reply(kind, body, ()), (), (self._current.seq,)))
+        self._current = None
+
+    def _reply(self, kind: str, body: Mapping[str, Any], blobs: Any) -> Message:
+        if self._current is None:
+            raise RuntimeError(f"a {kind} answers nothing")
+        asked = self._current.message
+        # The id follows from the task's: done twice, it is still one message.
+        return Message(
+            kind=kind,
+            id=f"{asked.id}/{kind}",
+            run=self._run,
+            sender=self._node,
+            to=AGGREGATOR,
+            re=asked.id,
+            body=dict(body),
+            blobs=blobs,
+        )
+
+
+def _read_task(inbound: Inbound) -> Task:
+    body = inbound.message.body
+    match body:
+        case {"model_version": int(version)}:
+            reply: Reply = "model" if body.get("reply") == "model" else "update"
+            return Task(version, unpack(inbound.message, inbound.read), reply)
+        case _:
+            raise MessageError("expected model_version in the task", Code.MALFORMED)
+
+
+def _before(kept: Kept | None) -> _Before | None:
+    # Not the last result, which may be large.
+    return _Before(kept.task, kept.memory) if kept is not None else None

@@ -1,0 +1,197 @@
+"""The program of a worker or evaluator: its core, its link, and the training between them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+import msgspec
+import structlog
+import torch
+
+from fedmq.algorithms.allowed import NOTHING, Allowed
+from fedmq.algorithms.values import ReturnedError
+from fedmq.broker.errors import BrokerError, RunOver
+from fedmq.broker.link.node_link import NodeLink
+from fedmq.broker.wire.addresses import WORKER
+from fedmq.broker.wire.schema import Hello
+from fedmq.nodes.errors import ON_PURPOSE, NodeError, StorageError, exits_as_errors, own_code
+from fedmq.nodes.messages.actions import Done, Post
+from fedmq.nodes.process.logs import Repeats
+from fedmq.nodes.run.config import parse
+from fedmq.nodes.run.session import inbound_of, linked, new_session, tell_refused
+from fedmq.nodes.run.setup import Setup, choose_device, set_up
+from fedmq.nodes.run.version_zero import version_zero
+from fedmq.nodes.worker.client_state import Kept, Locals, node_key
+from fedmq.nodes.worker.core import (
+    Action,
+    Evaluate,
+    Event,
+    Failed,
+    Keep,
+    Pause,
+    Saved,
+    Train,
+    Trained,
+    Worker,
+)
+from fedmq.nodes.worker.training import carry_out
+
+_FULL_RETRY_S = 1.0
+
+_log = structlog.get_logger()
+
+
+def run_worker(
+    endpoint: str,
+    node: str,
+    clients: Sequence[tuple[int, int]],
+    role: str,
+    run: str = "",
+    folder: Path | None = None,
+    states: Path | None = None,
+    allowed: Allowed = NOTHING,
+    give_up_s: float | None = None,
+) -> str:
+    """Run a worker or the evaluator until its run is over; return why it ended.
+
+    Args:
+        endpoint: where the broker listens.
+        node: this node's name.
+        clients: ranges of clients hosted here, both ends included.
+        role: ``worker`` or ``evaluator``.
+        run: id of the run; empty for the one that the broker serves.
+        folder: where the node's key outlives this process; None keeps it in memory.
+        states: where its clients' local states do; a node that takes over a client finds there
+            what it has kept. By default in ``folder``.
+        allowed: which code the run's configuration, which the broker sends, may name.
+        give_up_s: so long without the broker or the run, and the node ends; None for never.
+
+    Raises:
+        GaveUp: the broker, or the run, was not there for ``give_up_s``.
+        ConfigError: the run's configuration cannot be used here, or names code that is not
+            allowed; or its model has other values at each call.
+        DataError: the data set is not here.
+        OwnCodeError: the problem, or its model, cannot be made, or raises when it is tried.
+        ProblemError: the problem's model does to its tensors what cannot be followed.
+        ReturnedError: the problem or the algorithm returned what are no metrics, at the first
+            evaluation.
+        Rejected: the broker does not admit this node.
+    """
+    hello = Hello(
+        node=node,
+        role=role,
+        session=new_session(),
+        key=node_key(folder),
+        run=run,
+        clients=tuple(clients),
+    )
+    try:
+        with linked(endpoint, hello, give_up_s) as link:
+            _work_until_over(link, hello, folder if states is None else states, allowed)
+    except RunOver as end:
+        return str(end)
+
+
+def _work_until_over(
+    link: NodeLink, hello: Hello, states: Path | None, allowed: Allowed
+) -> NoReturn:
+    """Take tasks one after the other; raises RunOver in the end."""
+    welcome = link.welcome()
+    with link.away():
+        config = parse(welcome.config)
+        with own_code("problem.name"):
+            setup = set_up(config, allowed, welcome.run)
+            torch.set_num_threads(config.worker.threads)
+            device = choose_device(config.worker.device)
+            version_0 = version_zero(setup.problem)
+            if hello.role == WORKER:
+                _try(setup, hello.clients, device)
+            else:
+                setup.problem.test()
+        # The id of a run can come again, and its tasks' ids with it; its identity cannot.
+        mine = states / welcome.run / welcome.identity if states is not None else None
+        kept = Locals(mine)
+        core = Worker(setup, welcome.run, hello.node, hello.clients, kept, version_0)
+    repeats = Repeats()
+    while True:
+        delivery = link.get()
+        if delivery.message.kind == "refused":
+            tell_refused(delivery.message, repeats)
+        actions: list[Action] = list(core.handle(inbound_of(link, delivery)))
+        while actions:
+            more = _work(link, setup, core, kept, device, repeats, actions.pop(0))
+            actions = [*more, *actions]
+
+
+def _try(setup: Setup, clients: Sequence[tuple[int, int]], device: str) -> None:
+    """Read the data of the first client of each range, and try the model on one's."""
+    tried = False
+    for low, _ in clients:
+        try:
+            with exits_as_errors():
+                data = setup.problem.client(low)
+        except ON_PURPOSE:
+            raise
+        except Exception:  # noqa: BLE001, S112 - other clients' data may be whole: its task says it
+            continue
+        if not tried:
+            setup.algorithm.try_model(setup.problem, data, device)
+            tried = True
+
+
+def _keep(link: NodeLink, kept: Locals, client: int, state: Kept) -> Kept:
+    """Save a client's state; a disk that is full is waited for, as the broker does.
+
+    Raises:
+        NodeError: the state cannot be saved for another reason.
+    """
+    while True:
+        try:
+            return kept.put(client, state)
+        except StorageError as error:
+            _log.error("local state cannot be kept", reason=str(error))
+            link.pause(_FULL_RETRY_S)
+
+
+def _work(
+    link: NodeLink,
+    setup: Setup,
+    core: Worker,
+    kept: Locals,
+    device: str,
+    repeats: Repeats,
+    action: Action,
+) -> list[Action]:
+    """Carry out one action of a worker's core; return the actions that follow from it."""
+    event: Event | None = None
+    try:
+        match action:
+            case Train() | Evaluate():
+                began = time.perf_counter()
+                with link.away():
+                    event = carry_out(action, setup, device)
+                if isinstance(event, Trained):
+                    elapsed = time.perf_counter() - began
+                    event = msgspec.structs.replace(event, elapsed_s=elapsed)
+            case Pause(seconds):
+                link.pause(seconds)
+            case Keep(client, state):
+                event = Saved(_keep(link, kept, client, state))
+            case Post(message, data, consumes):
+                link.post(message, data, consumes)
+            case Done(seq, refused, code):
+                link.done([seq], {seq: refused} if refused else {}, {seq: code})
+    except (BrokerError, NodeError):
+        raise  # not the task's fault: the link has ended, or local state cannot be kept
+    except Exception as error:  # any error of a model fails this one task only
+        no_metrics = isinstance(error, ReturnedError) and isinstance(action, Evaluate)
+        if no_metrics and not core.evaluations:
+            raise  # the first evaluation already: no other would go better
+        event = Failed.of(error, setup)
+        if times := repeats.count((type(error), event.where), time.monotonic()):
+            about = {"reason": event.reason, "where": event.where, "times": times}
+            _log.error("task failed", **about, exc_info=error if times == 1 else None)
+    return core.handle(event) if event is not None else []

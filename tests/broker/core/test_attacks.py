@@ -1,0 +1,169 @@
+"""Odd and hostile nodes: each of these once cost the broker, or another node, its life."""
+
+import pytest
+
+from fedmq.broker.core.recovery import open_broker
+from fedmq.broker.core.state import BrokerSettings
+from fedmq.broker.ledger.entries import Accepted, BlobName, Ended, Opened
+from fedmq.broker.ledger.reader import read_entries
+from fedmq.broker.ledger.writer import Ledger
+from fedmq.broker.wire.encoding import encode_message
+from fedmq.broker.wire.schema import (
+    Blob,
+    Bye,
+    Chunk,
+    Deliver,
+    Message,
+    Over,
+    Post,
+    Reject,
+    Want,
+    Welcome,
+    digest,
+)
+
+AGG, W1 = b"agg:s1", b"w1:s1"
+
+
+@pytest.fixture
+def room(bench):
+    bench.joined("agg", "aggregator")
+    bench.joined("w1", clients=((0, 4),))
+    bench.take(AGG)
+    return bench
+
+
+def test_a_blob_cannot_be_named_with_another_size(room):
+    """What it is given for, its recipient would make room for."""
+    data = b"small"
+    room.post(W1, "aggregator", "honest", blobs=[data])
+    lie = Blob(digest(data), 1 << 40)
+    message = Message(kind="note", id="w1/9", run="r", sender="w1", to="aggregator", blobs=(lie,))
+    room.tell(W1, Post(message=encode_message(message)))
+    [refusal] = room.refusals()
+    assert "to have 5 bytes" in refusal.reason
+    nothing = Blob(digest(b"something"), 0)
+    message = Message(kind="note", id="w1/8", run="r", sender="w1", to="record", blobs=(nothing,))
+    room.tell(W1, Post(message=encode_message(message)))
+    assert "not the digest of nothing" in room.refusals()[-1].reason
+
+
+def test_a_lie_about_a_blob_s_size_that_waits_behind_the_truth_is_refused_too(room):
+    """Both wait for the same bytes; the last of them must not vouch for both sizes."""
+    data = bytes(range(256)) * 2048
+    truth = Message(
+        kind="note", id="w1/0", run="r", sender="w1", to="record", blobs=(Blob.of(data),)
+    )
+    lie = Message(
+        kind="note",
+        id="w1/1",
+        run="r",
+        sender="w1",
+        to="aggregator",
+        blobs=(Blob(digest(data), 1 << 40),),
+    )
+    room.tell(W1, Post(message=encode_message(truth)))
+    room.tell(W1, Post(message=encode_message(lie)))
+    room.say(W1, Chunk(owner="w1", digest=digest(data), start=0), data)
+    [refusal] = room.refusals()
+    assert refusal.id == "w1/1"
+    assert f"to have {len(data)} bytes" in refusal.reason
+
+
+def test_a_number_named_twice_is_consumed_once_and_not_forgotten(room):
+    room.post(AGG, "client/0", "task")
+    [deliver] = room.take(W1, Deliver)
+    room.post(W1, "record", "done", consumes=(deliver.seq, deliver.seq))
+    assert room.entries[-1].consumes == (deliver.seq,)
+    assert deliver.seq not in room.pending()
+
+
+def test_an_older_aggregator_does_not_come_back_after_a_newer_one_was_there(bench):
+    bench.joined("agg", "aggregator", session="1", key="k")
+    newer = bench.joined("agg", "aggregator", session="2", key="k")
+    bench.say(newer, Bye())
+    peer = bench.join("agg", "aggregator", session="1", key="k", got=3, peer=b"agg:late")
+    [reject] = bench.take(peer, Reject)
+    assert reject.code == "replaced"
+
+
+def test_ranges_that_name_more_clients_than_there_are_are_refused_at_once(bench):
+    bench.joined("agg", "aggregator")
+    peer = bench.join("greedy", clients=((0, 9),) * 1000)
+    assert not bench.take(peer, Welcome)
+    peer = bench.join("agg2", "aggregator", run="q", total_clients=1 << 62)
+    [reject] = bench.take(peer, Reject)
+    assert "clients" in reject.reason
+
+
+def test_a_node_that_fails_says_so_and_its_task_counts_the_death(room):
+    room.post(AGG, "client/0", "deadly")
+    room.say(W1, Bye(reason="MemoryError", failed=True))
+    [(_, body)] = room.said("left")
+    assert room.entries[body["interrupted"]].read().body["text"] == "deadly"
+
+
+def test_the_end_of_a_run_of_very_many_nodes_can_be_read_again(room, tmp_path):
+    for number in range(3000):
+        name = f"node-{number:04d}-" + "x" * 90
+        peer = room.join(name)
+        room.say(peer, Bye())
+    room.tell(AGG, Over(reason="done"))
+    [ended] = [entry for entry in room.entries if isinstance(entry, Ended)]
+    total = sum(each["sessions"] for each in ended.nodes.values())
+    assert total == 3002
+    ledger = Ledger(tmp_path)
+    for entry in room.entries:
+        ledger.append(entry)
+    ledger.close()
+    assert sum(1 for _ in read_entries(tmp_path)) == len(room.entries)
+
+
+def test_a_post_refused_before_the_broker_died_is_known_again(room):
+    message = Message(kind="note", id="w1/0", run="r", sender="w1", to="client/99")
+    room.tell(W1, Post(message=encode_message(message)))
+    assert len(room.refusals()) == 1
+    room.restart()
+    room.join("agg", "aggregator")
+    room.join("w1", clients=((0, 4),))
+    room.say(W1, Post(n=0, message=encode_message(message)))
+    assert len(room.refusals()) == 1
+
+
+def test_pieces_that_an_upload_goes_on_from_are_kept_for_it(tmp_path):
+    """Found by an index of what was there before, they once were nobody's and deleted."""
+    name = BlobName("r", "agg", b"d" * 16)
+    ledger = Ledger(tmp_path)
+    ledger.append(Opened(seq=0, at=0.0, run="r", config="", total_clients=1))
+    ledger.put(name, 100, 0, b"x" * 40)
+    ledger.close()
+    ledger, _ = open_broker(tmp_path, BrokerSettings(), 0.0, retain_bytes=0)
+    assert ledger.resume(name, 100)[0] == 40
+    ledger.payload.finish(BlobName("r", "agg", b"e" * 16))
+    assert not ledger.payload.remove_segment(0)
+    ledger.release([name])
+    assert ledger.payload.remove_segment(0)
+    ledger.close()
+
+
+def test_a_node_that_only_asks_gets_an_answer_to_each_want_and_no_more(room):
+    room.say(W1, Want(owner="agg", digest=b"d" * 16, start=0, size=1))
+    assert len(room.take(W1)) == 1
+    assert all(isinstance(entry, Opened | Accepted) for entry in room.entries)
+
+
+def test_before_a_restarted_broker_gives_receipts_for_power_what_it_found_is_synced(
+    tmp_path, monkeypatch
+):
+    """Written by the broker before, it may be in memory only: known again, it is receipted."""
+    ledger = Ledger(tmp_path)
+    ledger.append(Opened(seq=0, at=0.0, run="r", config="", total_clients=1))
+    ledger.close()
+    synced = []
+    monkeypatch.setattr("os.fsync", synced.append)
+    ledger = Ledger(tmp_path)
+    ledger.commit(sync=True)
+    assert len(synced) == 3  # the folder, payload, messages
+    ledger.commit(sync=True)
+    assert len(synced) == 3  # the folder, payload, messages
+    ledger.close()

@@ -1,0 +1,163 @@
+"""Deliveries: in order, in a window, again until they are done with."""
+
+import pytest
+
+from fedmq.broker.core import delivery
+from fedmq.broker.core.delivery import WINDOW_BYTES, WINDOW_MESSAGES
+from fedmq.broker.wire.encoding import encode_message
+from fedmq.broker.wire.schema import (
+    INLINE_BYTES,
+    Beat,
+    Bye,
+    Deliver,
+    Done,
+    Post,
+)
+
+AGG, W1 = b"agg:s1", b"w1:s1"
+
+
+@pytest.fixture
+def room(bench):
+    bench.joined("agg", "aggregator")
+    bench.joined("w1", clients=((0, 9),))
+    bench.sent.clear()
+    return bench
+
+
+def tasks(room, count, first=0, size=0):
+    for number in range(first, first + count):
+        room.post(AGG, f"client/{number % 10}", f"{number}", blobs=[bytes(size)] if size else ())
+
+
+def take(room, peer=W1):
+    return room.take(peer, Deliver)
+
+
+def test_a_window_of_messages_is_on_its_way_and_the_others_stay_in_the_ledger(room, monkeypatch):
+    monkeypatch.setattr(delivery, "WINDOW_MESSAGES", 3)
+    tasks(room, 8)
+    first = take(room)
+    assert len(first) == 3
+    room.say(W1, Beat(taken=first[1].seq + 1))
+    assert room.texts(W1) == ["3", "4"]
+    room.say(W1, Beat(taken=first[1].seq + 1))
+    assert room.texts(W1) == []
+    room.say(W1, Beat(taken=10**6))
+    assert room.texts(W1) == ["5", "6", "7"]
+    tasks(room, 2, first=8)
+    assert room.texts(W1) == []
+    room.say(W1, Beat(taken=10**6))
+    assert room.texts(W1) == ["8", "9"]
+
+
+def test_the_window_is_wide_enough_for_many_small_messages(room):
+    tasks(room, WINDOW_MESSAGES + 7)
+    assert len(take(room)) == WINDOW_MESSAGES
+
+
+def test_the_window_counts_the_bytes_beside_a_message_too(room):
+    """A node that is slow to read costs at most a window of memory."""
+    tasks(room, 40, size=INLINE_BYTES)
+    window = -(-WINDOW_BYTES // INLINE_BYTES)
+    assert len(take(room)) == window
+    room.say(W1, Beat(taken=10**6))
+    assert len(take(room)) == window
+
+
+def test_a_large_message_waits_for_nothing_but_its_turn(room, monkeypatch):
+    """However small the window: one message may always be on its way."""
+    monkeypatch.setattr(delivery, "WINDOW_BYTES", 10)
+    tasks(room, 3, size=1000)
+    for number in range(3):
+        assert room.texts(W1) == [f"{number}"]
+        room.say(W1, Beat(taken=10**6))
+
+
+@pytest.mark.parametrize("how", ["a post", "done"])
+def test_whatever_a_node_says_gives_credit(room, monkeypatch, how):
+    monkeypatch.setattr(delivery, "WINDOW_MESSAGES", 1)
+    tasks(room, 2)
+    [first] = take(room)
+    if how == "done":
+        room.tell(W1, Done(taken=first.seq + 1))
+    else:
+        message = encode_message(room.messages()[0])
+        room.say(W1, Post(n=0, taken=first.seq + 1, message=message))
+    assert room.texts(W1) == ["1"]
+
+
+def test_done_is_no_credit_and_credit_is_not_done(room, monkeypatch):
+    """A node may be done with a message before it has read those in between, or long after."""
+    monkeypatch.setattr(delivery, "WINDOW_MESSAGES", 2)
+    tasks(room, 4)
+    first, second = take(room)
+    room.tell(W1, Done(seqs=(first.seq, second.seq)))
+    assert take(room) == []
+    room.say(W1, Beat(taken=second.seq + 1))
+    third, fourth = take(room)
+    room.say(W1, Beat(taken=fourth.seq + 1))
+    assert room.pending()[-2:] == [third.seq, fourth.seq]
+
+
+def test_what_is_done_with_before_it_was_sent_is_not_sent(room, monkeypatch):
+    monkeypatch.setattr(delivery, "WINDOW_MESSAGES", 1)
+    tasks(room, 3)
+    [first] = take(room)
+    middle = room.pending()[-2]
+    room.tell(W1, Done(seqs=(middle,)))
+    room.say(W1, Beat(taken=first.seq + 1))
+    assert room.texts(W1) == ["2"]
+
+
+def test_each_delivery_says_from_where_on_there_is_no_other(room):
+    tasks(room, 2)
+    room.post(AGG, "record", "for nobody here")
+    tasks(room, 2, first=2)
+    frames = take(room)
+    assert [frame.after for frame in frames] == [0, *(frame.seq + 1 for frame in frames[:-1])]
+    assert frames[2].seq == frames[1].seq + 2
+
+
+def test_after_a_reconnect_what_has_not_arrived_comes_in_order_and_new_ones_behind_it(room):
+    tasks(room, 5)
+    frames = take(room)
+    room.tell(W1, Done(seqs=(frames[3].seq,)))
+    room.join("w1", clients=((0, 9),), got=frames[1].seq + 1, first=1)
+    tasks(room, 1, first=5)
+    again = take(room)
+    assert [frame.seq for frame in again][:2] == [frames[2].seq, frames[4].seq]
+    assert [frame.after for frame in again] == [
+        frames[1].seq + 1,
+        frames[2].seq + 1,
+        frames[4].seq + 1,
+    ]
+
+
+def test_after_a_reconnect_the_whole_window_is_open(room, monkeypatch):
+    monkeypatch.setattr(delivery, "WINDOW_MESSAGES", 2)
+    tasks(room, 4)
+    assert len(take(room)) == 2
+    room.join("w1", clients=((0, 9),))
+    assert room.texts(W1) == ["0", "1"]
+
+
+def test_a_stalled_reader_costs_numbers_and_no_messages(room, monkeypatch):
+    monkeypatch.setattr(delivery, "WINDOW_MESSAGES", 2)
+    tasks(room, 100)
+    node = room.core._box.runs["r"].nodes["w1"]
+    assert len(node.flying) == 2
+    assert all(isinstance(each, int) for each in node.queue)
+    room.say(W1, Bye())
+    assert not node.queue
+    assert not node.pending
+
+
+def test_a_beat_is_answered_with_how_far_the_broker_has_sent(room, monkeypatch):
+    monkeypatch.setattr(delivery, "WINDOW_MESSAGES", 2)
+    room.say(W1, Beat())
+    assert room.take(W1) == [Beat(sent=0)]
+    tasks(room, 3)
+    frames = take(room)
+    room.say(W1, Beat())
+    assert room.take(W1) == [Beat(sent=frames[-1].seq + 1)]

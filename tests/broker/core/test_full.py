@@ -1,0 +1,141 @@
+"""Nothing can be written: the broker says so, takes nothing, and goes on when it can."""
+
+import pytest
+
+from fedmq.broker.core.state import Append, Full, Put
+from fedmq.broker.wire.encoding import encode_message
+from fedmq.broker.wire.schema import (
+    CHUNK_BYTES,
+    Beat,
+    Bye,
+    Chunk,
+    Done,
+    Over,
+    Post,
+    Receipt,
+    Stranger,
+    Want,
+    Welcome,
+    digest,
+)
+from fedmq.broker.wire.schema import Full as FullFrame
+
+AGG, W1 = b"agg:s1", b"w1:s1"
+WHY = "cannot write: No space left on device"
+
+
+@pytest.fixture
+def room(bench):
+    """A room with a task and a timer, whose disk is full."""
+    bench.joined("agg", "aggregator", key="ka")
+    bench.joined("w1", clients=((0, 4),), key="kw")
+    bench.post(AGG, "client/0", "task", blobs=[b"0123456789"])
+    bench.timer(AGG, "t", 5.0)
+    bench.wake(1.0)
+    bench.sent.clear()
+    assert bench.handle(Full(WHY))
+    return bench
+
+
+def test_numbered_frames_and_hellos_are_answered_by_full_and_not_taken(room):
+    entries = len(room.entries)
+    for frame in (Done(seqs=(2,)), Over(reason="done")):
+        room.say(W1, frame)
+    room.post(W1, "aggregator", "result", blobs=[b"x"], n=0)
+    room.join("w1", clients=((0, 4),))
+    room.join("w1", session="s2", key="kw", clients=((0, 4),), peer=W1)
+    assert room.take(W1) == [FullFrame(reason=WHY)] * 5
+    newcomer = room.join("w9", clients=((9, 9),))
+    assert room.take(newcomer) == [FullFrame(reason=WHY)]
+    room.post(b"nobody:s1", "aggregator", "?")
+    assert FullFrame(reason=WHY) in room.take(b"nobody:s1")
+    assert len(room.entries) == entries
+
+
+def test_nothing_at_all_is_written_meanwhile(room):
+    """Whatever comes, and whatever falls due."""
+    actions = []
+    data = bytes(CHUNK_BYTES)
+    chunk = Chunk(owner="w1", digest=digest(data), start=0)
+    for frame in (Beat(), Bye(), chunk, Stranger(), Post(n=0, message=b"?"), Done(seqs=(2,))):
+        actions += room.say(W1, frame, *([data] if frame is chunk else []))
+    actions += room.wake(500.0)
+    assert not [each for each in actions if isinstance(each, Append | Put)]
+    assert room.core.deadline is None
+
+
+def test_beats_are_answered_and_blobs_are_served(room):
+    room.say(W1, Beat())
+    assert isinstance(room.take(W1)[0], Beat)
+    room.say(W1, Want(owner="agg", digest=digest(b"0123456789"), start=2, size=3))
+    [(frame, buffers)] = room.sent.pop(W1)
+    assert (frame.start, buffers) == (2, [b"234"])
+
+
+def test_it_is_said_once_to_a_person_when_it_begins_and_when_it_ends(room):
+    for _ in range(3):
+        room.handle(Full(WHY))
+    room.handle(Full(""))
+    room.handle(Full(""))
+    told = [(log.level, log.event) for log in room.logs if log.event not in ("joined", "left")]
+    assert told == [("error", "nothing can be kept"), ("info", "there is room again")]
+
+
+def test_when_there_is_room_again_all_have_a_lease_and_what_fell_due_happens(room):
+    room.now = 300.0
+    room.handle(Full(""))
+    room.wake(309.0)
+    assert [body["token"] for _, body in room.said("tick")] == ["t"]
+    assert room.said("left") == []
+    room.wake(311.0)
+    assert [body["node"] for _, body in room.said("left")] == ["agg", "w1"]
+
+
+def test_what_was_not_taken_is_taken_when_it_comes_again(room):
+    room.post(W1, "aggregator", "first", n=0)
+    room.post(W1, "aggregator", "second", n=1)
+    room.handle(Full(""))
+    room.take(W1)
+    room.take(AGG)
+    room.join("w1", clients=((0, 4),), key="kw", got=room.entries[-1].seq + 1)
+    assert isinstance(room.take(W1)[0], Welcome)
+    room.post(W1, "aggregator", "first", n=0)
+    room.post(W1, "aggregator", "second", n=1)
+    assert room.texts(AGG) == ["first", "second"]
+    room.wake(room.now + 0.2)
+    assert Receipt(upto=1) in room.take(W1)
+
+
+def test_an_upload_that_was_under_way_goes_on_after_the_hello(room):
+    data = bytes(6 * CHUNK_BYTES)
+    room.handle(Full(""))
+    room.post(W1, "aggregator", "large", blobs=[data], n=0)
+    wants = room.take(W1, Want)
+    room.handle(Full(WHY))
+    for want in wants:
+        chunk = Chunk(owner="w1", digest=digest(data), start=want.start)
+        room.say(W1, chunk, data[: want.size])
+    room.handle(Full(""))
+    room.join("w1", clients=((0, 4),), key="kw", got=10**6)
+    room.post(W1, "aggregator", "large", blobs=[data], n=0)
+    while wants := room.take(W1, Want):
+        for want in wants:
+            chunk = Chunk(owner="w1", digest=digest(data), start=want.start)
+            room.say(W1, chunk, data[: want.size])
+    assert room.texts(AGG) == ["large"]
+
+
+def test_a_node_that_takes_its_place_over_meanwhile_is_welcomed_afterwards(room):
+    new = room.join("w1", session="s2", key="kw", clients=((0, 4),))
+    room.handle(Full(""))
+    room.take(new)
+    room.join("w1", session="s2", key="kw", clients=((0, 4),))
+    assert isinstance(room.sent[new][0][0], Welcome)
+    assert room.texts(new) == ["task"]
+
+
+def test_the_reason_is_one_that_a_frame_can_carry(room):
+    message = encode_message(room.messages()[-1])
+    room.say(W1, Post(n=0, message=message))
+    [frame] = room.take(W1)
+    assert frame.reason == WHY

@@ -1,0 +1,185 @@
+"""Who is slow, who is gone, and who was stopped: leases and probes."""
+
+import itertools
+import math
+import random
+
+import pytest
+
+from fedmq.broker.core.sessions import PATIENCE_LEASES, Members
+from fedmq.broker.core.state import Gone, Probe, Wake
+from fedmq.broker.wire.encoding import decode_message
+from fedmq.broker.wire.schema import (
+    Beat,
+    Deliver,
+    Stranger,
+)
+
+AGG, W1 = b"agg:s1", b"w1:s1"
+LEASE_S, BEAT_S = 10.0, 1.0
+
+
+@pytest.fixture
+def room(bench):
+    bench.joined("agg", "aggregator")
+    bench.joined("w1", clients=((0, 4),))
+    bench.take(AGG)
+    return bench
+
+
+def probes(actions):
+    return [action.peer for action in actions if isinstance(action, Probe)]
+
+
+def pass_time(bench, until, *peers):
+    """Let virtual time pass while these peers beat; returns the probes of others."""
+    found = []
+    while bench.now < until:
+        bench.now = min(bench.now + 0.5, until)
+        for peer in peers:
+            bench.say(peer, Beat())
+        found += [(peer, bench.now) for peer in probes(bench.handle(Wake()))]
+    return found
+
+
+def test_a_silent_node_whose_connection_stands_is_only_slow(room):
+    """Its I/O thread answers for it while Python is busy: to lose its work would be a waste."""
+    room.standing.add(W1)
+    found = pass_time(room, 3 * LEASE_S, AGG)
+    assert [peer for peer, _ in found] == [W1] * len(found)
+    assert found[0][1] == LEASE_S
+    pauses = [b - a for (_, a), (_, b) in itertools.pairwise(found)]
+    assert set(pauses) == {BEAT_S}
+    assert room.said("left") == []
+    room.say(W1, Beat())
+    assert isinstance(room.take(W1)[-1], Beat)
+
+
+def test_a_slow_node_that_speaks_again_has_a_whole_lease(room):
+    room.standing.add(W1)
+    pass_time(room, 15.0, AGG)
+    room.say(W1, Beat())
+    assert pass_time(room, 15.0 + LEASE_S - 0.5, AGG) == []
+    assert pass_time(room, 15.0 + LEASE_S, AGG) == [(W1, 15.0 + LEASE_S)]
+
+
+def test_a_connection_that_goes_later_is_found_at_the_next_probe(room):
+    room.standing.add(W1)
+    pass_time(room, 15.5, AGG)
+    room.standing.clear()
+    pass_time(room, 17.0, AGG)
+    [(_, body)] = room.said("left")
+    assert body["reason"] == "silent for 16.0 s, its connection is gone"
+
+
+def test_a_node_that_is_silent_for_very_long_has_left_though_its_connection_stands(room):
+    """A process that hangs keeps its connection for ever."""
+    room.standing.add(W1)
+    pass_time(room, PATIENCE_LEASES * LEASE_S - 1, AGG)
+    assert room.said("left") == []
+    pass_time(room, PATIENCE_LEASES * LEASE_S + 1, AGG)
+    [(_, body)] = room.said("left")
+    assert body["reason"] == "silent for 100.0 s"
+    room.say(W1, Beat())
+    assert Stranger() in room.take(W1)
+
+
+def test_a_probe_that_is_answered_late_throws_nobody_out(room):
+    pass_time(room, 5.0, AGG, W1)
+    room.joined("w1", clients=((0, 4),), peer=b"w1:another connection")
+    room.handle(Gone(W1))
+    room.handle(Gone(b"never heard of"))
+    assert room.said("left") == []
+
+
+def test_a_broker_that_was_stopped_blames_nobody_for_its_own_silence(room):
+    """Suspended with its host, it wakes to find that everybody was silent."""
+    pass_time(room, 5.0, AGG, W1)
+    room.now = 500.0
+    assert probes(room.handle(Wake())) == []
+    assert room.said("left") == []
+    room.say(AGG, Beat())
+    room.say(W1, Beat())
+    pass_time(room, 530.0, AGG, W1)
+    assert room.said("left") == []
+
+
+def test_who_does_not_come_back_after_the_broker_was_stopped_has_left_a_lease_later(room):
+    pass_time(room, 5.0, AGG, W1)
+    room.now = 500.0
+    room.handle(Wake())
+    pass_time(room, 500.0 + LEASE_S + BEAT_S, AGG)
+    assert [body["node"] for _, body in room.said("left")] == ["w1"]
+
+
+def test_a_wake_that_is_a_little_late_extends_no_lease(room):
+    pass_time(room, LEASE_S - 0.5, AGG)
+    room.now = LEASE_S + 0.9 * BEAT_S
+    assert probes(room.handle(Wake())) == [W1]
+
+
+def test_several_nodes_may_lapse_at_once(bench):
+    agg = bench.joined("agg", "aggregator")
+    for name, clients in (("w1", (0, 1)), ("w2", (2, 3)), ("w3", (4, 5))):
+        bench.joined(name, clients=(clients,))
+    bench.standing.add(b"w2:s1")
+    bench.timer(agg, "t", LEASE_S)
+    bench.take(agg)
+    pass_time(bench, LEASE_S, agg)
+    messages = [decode_message(frame.message) for frame in bench.take(agg, Deliver)]
+    assert sorted(each.kind for each in messages) == ["left", "left", "tick"]
+    assert {each.body.get("node") for each in messages} == {"w1", "w3", None}
+
+
+def test_a_turn_looks_at_the_node_that_speaks_and_not_at_all_of_them(bench, monkeypatch):
+    """With very many nodes, most of which are silent, a broker must not count them each time."""
+    looks = itertools.count()
+    alive = Members.alive
+
+    def counted(self):
+        next(looks)
+        return alive(self)
+
+    bench.joined("agg", "aggregator")
+    for number in range(10):
+        bench.joined(f"w{number}", clients=((number, number),))
+    monkeypatch.setattr(Members, "alive", counted)
+    for _ in range(100):
+        bench.now += BEAT_S / 100
+        bench.say(W1, Beat())
+        bench.handle(Wake())
+        assert bench.core.deadline <= LEASE_S + bench.now
+    assert next(looks) == 0
+    assert len(pass_time(bench, 2 * LEASE_S, AGG)) == 10
+
+
+def test_a_deadline_is_never_later_than_the_end_of_a_lease_or_a_pause(bench):
+    dice = random.Random(5)  # noqa: S311 - a test's own dice
+    bench.standing = {f"w{number}:s1".encode() for number in range(0, 8, 2)}
+    bench.joined("agg", "aggregator")
+    for number in range(8):
+        bench.joined(f"w{number}", clients=((number, number),))
+        bench.post(AGG, f"client/{number}", "a task that many sessions die of")
+    nodes = bench.core._members.peers
+    pauses = 0
+    for _ in range(1000):
+        bench.now += dice.choice((0.0, 0.1, 1.0, 4.0))
+        number = dice.randrange(8)
+        peer = f"w{number}:s1".encode()
+        match dice.randrange(4):
+            case 0 if nodes[peer].alive:
+                bench.say(peer, Beat())
+            case 1:
+                bench.join(f"w{number}", clients=((number, number),))
+            case 2:
+                bench.handle(Gone(peer))
+            case _:
+                bench.say(AGG, Beat())
+        bench.handle(Wake())
+        living = [node for node in nodes.values() if node.alive]
+        resuming = [node.resume_at for node in living if node.resume_at]
+        pauses += bool(resuming)
+        deadline = bench.core.deadline or math.inf
+        assert bench.now < deadline
+        assert deadline <= min([node.lease_until for node in living] + resuming, default=math.inf)
+    assert pauses > 20

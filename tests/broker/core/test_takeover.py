@@ -1,0 +1,218 @@
+"""A node is started again: it takes its name over; what it died of may be parked."""
+
+import pytest
+
+from fedmq.broker.core.delivery import RETRY_MAX_S, RETRY_S, retry_pause
+from fedmq.broker.wire.schema import Beat, Bye, Deliver, Done, Reject, Stranger, Welcome
+
+AGG = b"agg:s00"
+
+
+@pytest.fixture
+def room(bench):
+    """An aggregator, and a worker with all clients."""
+    bench.joined("agg", "aggregator", session="s00", key="ka")
+    start(bench, 0)
+    bench.sent.clear()
+    return bench
+
+
+def start(bench, number, name="w", **more):
+    """Start a worker (again); returns its connection."""
+    fields = {"session": f"s{number:02}", "key": "kw", "clients": ((0, 9),), **more}
+    return bench.join(name, **fields)
+
+
+def left(bench):
+    return [body for _, body in bench.said("left")]
+
+
+def test_a_newer_session_of_the_same_key_takes_over_at_once(room):
+    room.post(AGG, "client/3", "task")
+    old = b"w:s00"
+    [task] = room.take(old, Deliver)
+    new = start(room, 1)
+    assert room.take(old) == [Reject(code="replaced", reason="a newer session has taken over")]
+    assert isinstance(room.sent[new][0][0], Welcome)
+    assert room.texts(new) == ["task"]
+    kinds = [(kind, body["session"]) for kind, body in room.said() if body["node"] == "w"]
+    assert kinds == [("joined", "s00"), ("left", "s00"), ("joined", "s01")]
+    assert left(room)[0]["interrupted"] == task.seq
+    room.say(old, Beat())
+    assert room.take(old) == [Stranger()]
+
+
+@pytest.mark.parametrize(
+    ("mine", "theirs"), [("kw", "other"), ("kw", ""), ("", "kw"), ("", "")], ids=repr
+)
+def test_another_key_or_none_takes_nothing_over(bench, mine, theirs):
+    bench.joined("agg", "aggregator")
+    old = start(bench, 0, key=mine)
+    bench.take(old)
+    [reject] = bench.take(start(bench, 1, key=theirs))
+    assert (reject.code, reject.reason) == ("name", "a node named 'w' is already connected")
+    bench.say(old, Beat())
+    assert isinstance(bench.take(old)[0], Beat)
+    assert not left(bench)
+
+
+def test_an_older_session_does_not_take_the_name_back(room):
+    """Two processes of one key would otherwise throw each other out for ever."""
+    new = start(room, 5)
+    room.take(new)
+    [reject] = room.take(start(room, 4))
+    assert (reject.code, reject.reason) == ("replaced", "a newer session of 'w' is connected")
+    room.say(new, Beat())
+    assert isinstance(room.take(new)[0], Beat)
+
+
+def test_an_aggregator_that_was_started_again_finds_its_inbox_as_it_was(room):
+    room.post(b"w:s00", "aggregator", "one")
+    room.post(b"w:s00", "aggregator", "two")
+    seqs = [frame.seq for frame in room.take(AGG, Deliver)]
+    room.tell(AGG, Done(seqs=seqs[:1]))
+    new = room.join("agg", "aggregator", session="s01", key="ka")
+    assert room.texts(new) == ["two"]
+    assert "interrupted" not in left(room)[0]
+
+
+def test_only_what_was_delivered_is_what_a_session_died_of(room):
+    start(room, 1)
+    assert "interrupted" not in left(room)[-1]  # nothing at all
+    room.wake(room.now)
+    for number in range(2):
+        room.post(AGG, f"client/{number}", f"task {number}")
+    seqs = [frame.seq for frame in room.take(b"w:s01", Deliver)]
+    start(room, 2)
+    assert left(room)[-1]["interrupted"] == seqs[0]
+    room.tell(b"w:s02", Done(refused={seqs[0]: "odd"}))
+    start(room, 3)
+    assert left(room)[-1]["interrupted"] == seqs[1], "it is done with what it refused"
+    room.tell(b"w:s03", Done(seqs=seqs))
+    start(room, 4)
+    assert "interrupted" not in left(room)[-1]
+
+
+def test_a_session_that_says_goodbye_died_of_nothing(room):
+    room.post(AGG, "client/0", "task")
+    room.say(b"w:s00", Bye(reason="stopped"))
+    assert "interrupted" not in left(room)[-1]
+
+
+def test_each_pause_before_another_try_is_longer_up_to_a_limit():
+    assert [retry_pause(n) for n in range(6)] == [0, 0, RETRY_S, 1.0, 2.0, 4.0]
+    assert retry_pause(100) == RETRY_MAX_S
+
+
+def test_after_two_deaths_at_a_message_the_next_session_has_a_pause(room):
+    room.post(AGG, "client/0", "deadly")
+    assert room.texts(start(room, 1)) == ["deadly"]
+    third = start(room, 2)
+    assert room.texts(third) == []
+    room.post(AGG, "client/1", "behind it")
+    assert room.texts(third) == [], "order is kept"
+    room.wake(room.now + RETRY_S)
+    assert room.texts(third) == ["deadly", "behind it"]
+
+
+def killed(new_bench, deaths, deliveries=3):
+    """A worker that died so often at its first message, and is back."""
+    bench = new_bench(deliveries=deliveries)
+    bench.joined("agg", "aggregator", session="s00", key="ka")
+    start(bench, 0)
+    bench.post(AGG, "client/0", "deadly", id="agg/deadly")
+    bench.post(AGG, "client/1", "harmless")
+    for number in range(1, deaths + 1):
+        bench.wake(bench.now + 2.0)  # past any pause so far
+        bench.say(AGG, Beat())
+        start(bench, number)
+    bench.wake(bench.now + 2.0)
+    return bench, f"w:s{deaths:02}".encode()
+
+
+def test_a_message_at_which_too_many_sessions_died_is_parked_and_the_next_one_offered(new_bench):
+    bench, peer = killed(new_bench, deaths=2)
+    assert bench.texts(peer) == ["deadly", "harmless"]
+    assert not bench.refusals()
+    bench, peer = killed(new_bench, deaths=3)
+    assert bench.texts(peer) == ["harmless"]
+    [refusal] = bench.refusals()
+    assert (refusal.id, refusal.node, refusal.parked) == ("agg/deadly", "broker", True)
+    assert refusal.reason == "parked: 3 sessions ended while they worked on it"
+    [said] = [each for each in bench.inbox(AGG) if each.kind == "refused"]
+    assert (said.re, said.body["by"]) == ("agg/deadly", "broker")
+    assert refusal.of not in bench.pending()
+
+
+def test_deaths_at_different_messages_are_not_added_up(new_bench):
+    bench, peer = killed(new_bench, deaths=2)
+    bench.tell(peer, Done(seqs=[bench.take(peer, Deliver)[0].seq]))
+    for number in range(3, 5):
+        bench.wake(bench.now + 2.0)
+        bench.say(AGG, Beat())
+        start(bench, number)
+    assert not bench.refusals()
+
+
+def test_deaths_are_counted_on_after_the_broker_died_too(new_bench):
+    bench, _ = killed(new_bench, deaths=2)
+    bench.restart()
+    bench.join("agg", "aggregator", session="s00", key="ka", got=10**6)
+    peer = start(bench, 2)
+    bench.wake(bench.now + 2.0)
+    assert bench.texts(peer) == ["deadly", "harmless"]
+    start(bench, 3)
+    assert [entry.parked for entry in bench.refusals()] == [True]
+
+
+def test_parked_messages_stay_parked_until_somebody_wants_them_offered(new_bench):
+    bench, _ = killed(new_bench, deaths=3)
+    [refusal] = bench.refusals()
+    bench.restart()
+    start(bench, 4)
+    assert bench.texts(b"w:s04") == ["harmless"]
+    bench.restart(offer_parked=True)
+    assert bench.entries[-1].consumes == (refusal.of,)
+    start(bench, 5)
+    assert bench.texts(b"w:s05") == ["harmless", "deadly"]
+    count = len(bench.entries)
+    bench.restart(offer_parked=True)
+    assert len(bench.entries) == count
+
+
+def test_a_parked_message_that_is_offered_again_has_all_its_deliveries_before_it(new_bench):
+    bench, _ = killed(new_bench, deaths=3)
+    bench.restart(offer_parked=True)
+    start(bench, 4)
+    start(bench, 5)
+    assert len(bench.refusals()) == 1
+    assert bench.texts(b"w:s05") == ["harmless", "deadly"]
+
+
+def test_a_parked_message_that_is_offered_again_reaches_a_session_that_lived_on(new_bench):
+    """The broker was restarted for this; its workers were not."""
+    bench, peer = killed(new_bench, deaths=3)
+    [harmless] = bench.take(peer, Deliver)
+    bench.restart(offer_parked=True)
+    start(bench, 3, got=harmless.seq + 1)
+    bench.wake(bench.now + 2.0)
+    assert bench.texts(peer) == ["deadly"]
+
+
+def test_a_message_that_its_own_sender_dies_of_is_refused_to_its_next_session(new_bench):
+    """What is parked, and what is said of it, happens while that session is welcomed."""
+    bench = new_bench(deliveries=2)
+    bench.joined("agg", "aggregator")
+    bench.post(start(bench, 0), "client/0", "to itself", id="w/0")
+    start(bench, 1)
+    last = start(bench, 2)
+    assert [each.body["id"] for each in bench.inbox(last) if each.kind == "refused"] == ["w/0"]
+
+
+def test_a_connection_that_becomes_the_aggregator_is_told_of_the_worker_that_it_was(bench):
+    """However odd: a node may not bring the broker down."""
+    agg = bench.joined("agg", "aggregator")
+    peer = start(bench, 0)
+    bench.say(agg, Bye())
+    bench.join("agg", "aggregator", session="s2", peer=peer)
+    assert [each.kind for each in bench.inbox(peer)] == ["joined", "left"]

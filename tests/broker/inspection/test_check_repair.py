@@ -1,0 +1,416 @@
+"""`fedmq ledger check` and `repair`: what is damaged, and a broker that goes on."""
+
+import contextlib
+import random
+
+import pytest
+
+import fedmq.broker.ledger.writer as ledger_module
+from fedmq.broker.core.recovery import open_broker
+from fedmq.broker.core.state import BrokerSettings
+from fedmq.broker.errors import LedgerDamage, LedgerError
+from fedmq.broker.inspection.check import Kind, check
+from fedmq.broker.inspection.repair import Action, plan, repair
+from fedmq.broker.ledger.entries import (
+    MESSAGES,
+    PAYLOAD,
+    Accepted,
+    Consumed,
+    Opened,
+    Refusal,
+    segment_numbers,
+    segment_path,
+)
+from fedmq.broker.ledger.manifest import MANIFEST_FILE
+from fedmq.broker.ledger.reader import read_entries
+from fedmq.broker.ledger.records import MAGIC, scan
+from fedmq.broker.ledger.writer import Ledger
+from fedmq.broker.wire.encoding import encode_message
+from fedmq.broker.wire.schema import Blob, Message
+from tests.broker.ledger.small_ledger import name_of, put
+
+SIZE = 300
+DONE = 6
+"""Of the messages, so many are finished."""
+ALL = 10
+
+
+def blob(number):
+    return bytes([65 + number]) * SIZE
+
+
+def write(folder, segment_bytes=900):
+    """Write a run of ten tasks, each with a blob; the first six are done. Return its entries."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ledger_module, "_MESSAGES_SEGMENT_BYTES", segment_bytes)
+        patch.setattr(ledger_module, "_PAYLOAD_SEGMENT_BYTES", segment_bytes)
+        ledger = Ledger(folder)
+        ledger.append(Opened(seq=0, at=0.0, run="r", config="[run]", total_clients=3))
+        for number in range(ALL):
+            put(ledger, blob(number))
+            fields = {"kind": "task", "run": "r", "sender": "n", "to": "client/0"}
+            blobs = (Blob.of(blob(number)),)
+            message = Message(id=f"n/{number}", blobs=blobs, **fields)
+            seq = ledger.next_seq
+            ledger.append(Accepted(seq=seq, at=1.1, message=encode_message(message)))
+            ledger.commit()
+            if number < DONE:
+                ledger.append(Consumed(seq=seq + 1, at=2.2, node="w", of=(seq,)))
+        ledger.close()
+    return list(read_entries(folder))
+
+
+def goes_on(folder):
+    """Open a broker on the ledger and append to it; return how many entries it found."""
+    ledger, _ = open_broker(folder, BrokerSettings(), 0.0)
+    found = ledger.next_seq
+    ledger.append(Opened(seq=found, at=3.0, run="q", config="[run]", total_clients=1))
+    ledger.close()
+    return found
+
+
+def record_of(folder, number):
+    """Where the record of a blob lies."""
+    for segment in segment_numbers(folder, PAYLOAD):
+        path = segment_path(folder, PAYLOAD, segment)
+        for record in scan(path):
+            if path.read_bytes()[record.data_offset : record.end] == blob(number):
+                return path, record
+    raise AssertionError(number)
+
+
+def flip(path, at, bit=1):
+    data = bytearray(path.read_bytes())
+    data[at] ^= bit
+    path.write_bytes(data)
+
+
+def test_a_sound_ledger_is_sound_and_is_left_alone(tmp_path):
+    entries = write(tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    report = check(tmp_path)
+    assert report.sound
+    assert (report.entries, report.blobs, report.unfinished) == (len(entries), ALL, ALL - DONE)
+    assert plan(report) == []
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_run_s_folder_is_as_good_as_that_of_its_ledger(tmp_path):
+    write(tmp_path / "ledger")
+    assert check(tmp_path).folder == tmp_path / "ledger"
+    with pytest.raises(LedgerError, match="holds none"):
+        check(tmp_path / "nowhere")
+
+
+# ---- payload
+
+
+@pytest.mark.parametrize("part", ["length", "check", "checksum", "head", "data"])
+def test_damage_in_a_blob_that_nobody_needs_does_not_stop_a_broker(tmp_path, part):
+    entries = write(tmp_path)
+    path, record = record_of(tmp_path, 1)
+    places = {"length": 0, "check": 9, "checksum": 14, "head": 30, "data": SIZE}
+    flip(path, record.offset + places[part])
+    report = check(tmp_path)
+    (finding,) = report.findings
+    assert (finding.segment, finding.offset) == (path.name, record.offset)
+    assert finding.size == record.end - record.offset
+    (lost,) = report.lost
+    assert lost.name == name_of(blob(1))
+    assert not lost.needed
+    assert goes_on(tmp_path) == len(entries)
+    steps = repair(tmp_path, 0.0)
+    assert [each.action for each in steps] == [Action.TAKE_OUT, Action.GIVE_UP]
+    assert check(tmp_path).sound
+    assert check(tmp_path).given_up == 1
+    (kept,) = tmp_path.glob("*.cut-*")
+    assert kept.stat().st_size == finding.size
+    assert goes_on(tmp_path) == len(entries) + 1
+
+
+def test_damage_in_a_blob_that_is_needed_is_refused_with_the_command(tmp_path):
+    entries = write(tmp_path)
+    path, record = record_of(tmp_path, DONE + 1)
+    flip(path, record.offset + 2)
+    with pytest.raises(LedgerDamage, match=f"`fedmq ledger check {tmp_path}`") as caught:
+        open_broker(tmp_path, BrokerSettings(), 0.0)
+    assert (caught.value.segment, caught.value.offset) == (path.name, record.offset)
+    (lost,) = check(tmp_path).lost
+    assert lost.needed
+    repair(tmp_path, 0.0)
+    ledger, _ = open_broker(tmp_path, BrokerSettings(), 0.0)
+    # Its sender is told: the entry that says so is the next one.
+    assert ledger.next_seq > len(entries)
+    ledger.close()
+    said = list(read_entries(tmp_path))[len(entries) :]
+    (refusal,) = [each for each in said if isinstance(each, Refusal)]
+    assert refusal.of == lost.named_by[0]
+    assert "not in the ledger any more" in refusal.reason
+
+
+def test_bits_behind_a_damaged_length_are_found_again(tmp_path):
+    write(tmp_path, 1 << 20)
+    path, record = record_of(tmp_path, 2)
+    flip(path, record.offset)
+    ledger = Ledger(tmp_path)
+    for number in range(ALL):
+        whole = ledger.size_of(name_of(blob(number))) == SIZE
+        assert whole == (number != 2)
+        if whole:
+            assert bytes(ledger.payload.read(name_of(blob(number)), 0, SIZE)) == blob(number)
+    ledger.close()
+
+
+def test_a_header_that_is_damaged_costs_nothing(tmp_path):
+    entries = write(tmp_path)
+    for family, number in ((MESSAGES, 0), (PAYLOAD, 0)):
+        flip(segment_path(tmp_path, family, number), 3)
+    report = check(tmp_path)
+    assert {each.kind for each in report.findings} == {Kind.FORMAT}
+    assert not report.lost
+    with pytest.raises(LedgerDamage, match="not a ledger segment"):
+        open_broker(tmp_path, BrokerSettings(), 0.0)
+    repair(tmp_path, 0.0)
+    assert check(tmp_path).sound
+    assert list(read_entries(tmp_path)) == entries
+
+
+# ---- entries
+
+
+@pytest.mark.parametrize("segments", [900, 1 << 20])
+def test_entries_end_before_the_first_damage_and_what_is_behind_is_kept(tmp_path, segments):
+    entries = write(tmp_path, segments)
+    before = sum(path.stat().st_size for path in tmp_path.glob("messages-*"))
+    path = segment_path(tmp_path, MESSAGES, 0)
+    record = list(scan(path))[3]
+    flip(path, record.end - 1)
+    report = check(tmp_path)
+    assert report.entries == 3
+    assert report.breaking.entries == (3, 3)
+    assert [each.seq for each in report.behind] == list(range(4, len(entries)))
+    with pytest.raises(LedgerDamage, match="`fedmq ledger check"):
+        open_broker(tmp_path, BrokerSettings(), 0.0)
+    repair(tmp_path, 0.0)
+    assert list(read_entries(tmp_path)) == entries[:3]
+    after = sum(each.stat().st_size for each in tmp_path.glob("messages-*"))
+    assert after >= before - len(MAGIC)
+    assert check(tmp_path).sound
+    assert goes_on(tmp_path) == 3
+
+
+@pytest.mark.parametrize("zeros", [1, 7, 16, 21, 400, 70_000])
+def test_a_tail_of_zeros_is_cut_by_the_broker_itself(tmp_path, zeros):
+    entries = write(tmp_path, 1 << 20)
+    for family in (MESSAGES, PAYLOAD):
+        path = segment_path(tmp_path, family, 0)
+        path.write_bytes(path.read_bytes() + bytes(zeros))
+    report = check(tmp_path)
+    assert report.sound
+    assert len(report.tails) == 2
+    assert goes_on(tmp_path) == len(entries)
+
+
+def test_zeros_from_anywhere_to_the_end_are_a_torn_tail(tmp_path):
+    """As a failure of power leaves them, whatever was acknowledged without a sync."""
+    write(tmp_path, 1 << 20)
+    path = segment_path(tmp_path, MESSAGES, 0)
+    whole = path.read_bytes()
+    ends = [len(MAGIC), *(record.end for record in scan(path))]
+    for start in range(0, len(whole), 7):
+        path.write_bytes(whole[:start] + bytes(len(whole) - start))
+        # Zeros over zeros change nothing.
+        expected = sum(not any(whole[start:end]) for end in ends[1:])
+        ledger = Ledger(tmp_path)
+        assert ledger.next_seq == expected, start
+        ledger.close()
+
+
+def test_zeros_in_the_middle_are_refused(tmp_path):
+    write(tmp_path, 1 << 20)
+    path = segment_path(tmp_path, MESSAGES, 0)
+    records = list(scan(path))
+    data = bytearray(path.read_bytes())
+    data[records[4].offset : records[6].end] = bytes(records[6].end - records[4].offset)
+    path.write_bytes(data)
+    with pytest.raises(LedgerDamage, match="`fedmq ledger check"):
+        open_broker(tmp_path, BrokerSettings(), 0.0)
+    report = check(tmp_path)
+    assert report.breaking.entries == (4, 6)
+
+
+def test_a_flipped_bit_in_the_last_entry_is_not_cut_without_a_word(tmp_path):
+    """It may have been acknowledged: a broker that was killed leaves no whole length behind."""
+    write(tmp_path, 1 << 20)
+    path = segment_path(tmp_path, MESSAGES, 0)
+    last = list(scan(path))[-1]
+    flip(path, last.end - 3)
+    size = path.stat().st_size
+    with pytest.raises(LedgerDamage, match="it is the last one"):
+        open_broker(tmp_path, BrokerSettings(), 0.0)
+    assert path.stat().st_size == size
+    (finding,) = check(tmp_path).findings
+    assert finding.kind is Kind.LAST
+    repair(tmp_path, 0.0)
+    assert (tmp_path / f"{path.name}.cut-{last.offset}").stat().st_size == size - last.offset
+    goes_on(tmp_path)
+
+
+def test_segments_in_each_other_s_place_are_told(tmp_path):
+    write(tmp_path)
+    numbers = segment_numbers(tmp_path, MESSAGES)
+    a, b = (segment_path(tmp_path, MESSAGES, number) for number in numbers[:2])
+    a_bytes, b_bytes = a.read_bytes(), b.read_bytes()
+    a.write_bytes(b_bytes)
+    b.write_bytes(a_bytes)
+    report = check(tmp_path)
+    assert report.breaking.kind is Kind.NUMBER
+    assert f"perhaps this is {b.name} under another name" in report.breaking.reason
+    repair(tmp_path, 0.0)
+    assert check(tmp_path).sound
+    goes_on(tmp_path)
+
+
+@pytest.mark.parametrize("listed", [True, False], ids=["listed", "not listed"])
+def test_messages_that_are_gone(tmp_path, listed):
+    write(tmp_path)
+    for path in tmp_path.glob("messages-*.log"):
+        path.unlink()
+    if not listed:
+        (tmp_path / MANIFEST_FILE).unlink()
+    assert not check(tmp_path).sound
+    with pytest.raises(LedgerDamage, match="`fedmq ledger check"):
+        open_broker(tmp_path, BrokerSettings(), 0.0)
+    repair(tmp_path, 0.0)
+    assert check(tmp_path).sound
+    assert goes_on(tmp_path) == 0
+    assert len(list(tmp_path.glob("payload-*.set-aside"))) > 1
+
+
+@pytest.mark.parametrize("left", [0, 8, len(MAGIC), len(MAGIC) + 30])
+def test_messages_that_were_emptied_are_as_good_as_gone(tmp_path, left):
+    """A broker would begin anew, without a word, beside the payload of what has been."""
+    write(tmp_path, 1 << 20)
+    path = segment_path(tmp_path, MESSAGES, 0)
+    path.write_bytes(path.read_bytes()[:left])
+    (finding,) = check(tmp_path).findings
+    assert "nothing says what the payload belongs to" in finding.reason
+    with pytest.raises(LedgerDamage, match="`fedmq ledger check"):
+        open_broker(tmp_path, BrokerSettings(), 0.0)
+    assert path.stat().st_size == left
+    repair(tmp_path, 0.0)
+    assert check(tmp_path).sound
+    assert goes_on(tmp_path) == 0
+    assert len(list(tmp_path.glob("payload-*.set-aside"))) == 1
+
+
+def test_a_device_that_does_not_read_must_be_mended_first(tmp_path, monkeypatch):
+    write(tmp_path)
+    name = segment_path(tmp_path, PAYLOAD, 1).name
+    opened = type(tmp_path).open
+
+    def refuse(path, *args, **more):
+        if path.name == name:
+            raise OSError(5, "Input/output error")
+        return opened(path, *args, **more)
+
+    monkeypatch.setattr("pathlib.Path.open", refuse)
+    report = check(tmp_path)
+    assert {each.kind for each in report.findings} == {Kind.READING}
+    with pytest.raises(LedgerError, match="mend the device"):
+        plan(report)
+
+
+def test_a_repair_waits_for_no_broker(tmp_path):
+    write(tmp_path)
+    ledger = Ledger(tmp_path)
+    with pytest.raises(LedgerError, match="another broker"):
+        repair(tmp_path, 0.0)
+    ledger.close()
+
+
+def test_from_a_checkpoint_that_lacks_bytes_the_one_before_it_serves(tmp_path):
+    with contextlib.closing(Ledger(tmp_path)) as ledger:
+        ledger.append(Opened(seq=0, at=0.5, run="r", config="[run]", total_clients=3))
+        for number in range(3):
+            put(ledger, blob(number))
+            fields = {"kind": "version", "run": "r", "sender": "n", "to": "checkpoint"}
+            message = Message(id=f"n/{number}", blobs=(Blob.of(blob(number)),), **fields)
+            consumes = (ledger.next_seq - 1,) if number else ()
+            entry = Accepted(
+                seq=ledger.next_seq, at=1.1, message=encode_message(message), consumes=consumes
+            )
+            ledger.append(entry)
+    for number in (2, 1):
+        path, record = record_of(tmp_path, number)
+        flip(path, record.offset)
+    assert check(tmp_path).breaking.kind is Kind.CHECKPOINT
+    repair(tmp_path, 0.0)
+    assert check(tmp_path).sound
+    ledger, _ = open_broker(tmp_path, BrokerSettings(), 0.0)
+    assert ledger.next_seq == 2
+    ledger.close()
+
+
+# ---- anything
+
+
+def damaged(files, rng):
+    name = rng.choice([name for name in sorted(files) if name.endswith(".log")])
+    data = bytearray(files[name])
+    at = rng.randrange(len(data))
+    match rng.choice(["flip"] * 5 + ["cut", "zero", "hole", "grow", "garbage", "remove", "swap"]):
+        case "flip":
+            data[at] ^= 1 << rng.randrange(8)
+        case "cut":
+            del data[at:]
+        case "zero":
+            data[at:] = bytes(len(data) - at)
+        case "hole":
+            end = min(len(data), at + rng.choice([1, 20, 200]))
+            data[at:end] = bytes(end - at)
+        case "grow":
+            data += bytes(rng.choice([1, 19, 20, 21, 5000]))
+        case "garbage":
+            data += rng.randbytes(rng.choice([1, 20, 300]))
+        case "remove":
+            del files[name]
+            return
+        case "swap":
+            family = name.partition("-")[0]
+            other = rng.choice([each for each in files if each.startswith(family)])
+            files[name], files[other] = files[other], files[name]
+            return
+    files[name] = bytes(data)
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_after_a_repair_a_broker_goes_on_whatever_was_damaged(tmp_path, seed):
+    rng = random.Random(seed)  # noqa: S311 - accidents, not secrets
+    entries = write(tmp_path / "a")
+    files = {path.name: path.read_bytes() for path in (tmp_path / "a").iterdir()}
+    for _ in range(rng.choice([1, 1, 2])):
+        damaged(files, rng)
+    if rng.random() < 0.3:
+        files.pop(MANIFEST_FILE)
+    for folder in (tmp_path / "b", tmp_path / "c"):
+        folder.mkdir()
+        for name, data in files.items():
+            (folder / name).write_bytes(data)
+    report = check(tmp_path / "b")
+    refused = ""
+    try:
+        goes_on(tmp_path / "c")
+    except LedgerDamage as error:
+        refused = str(error)
+    if refused:
+        assert not report.sound
+        assert "`fedmq ledger check" in refused
+    else:
+        assert report.breaking is None
+    assert bool(repair(tmp_path / "b", 0.0)) == (not report.sound)
+    assert check(tmp_path / "b").sound
+    found = goes_on(tmp_path / "b")
+    assert found >= report.entries
+    assert list(read_entries(tmp_path / "b"))[: report.entries] == entries[: report.entries]
+    assert check(tmp_path / "b").sound

@@ -1,0 +1,245 @@
+"""Blobs read from the ledger's own files: by the same host, or else by nobody."""
+
+import os
+import shutil
+import threading
+
+import pytest
+
+from fedmq.broker.core import blob_locations
+from fedmq.broker.core.state import Send
+from fedmq.broker.errors import WireError
+from fedmq.broker.ledger import blob_store
+from fedmq.broker.ledger.entries import PAYLOAD, BlobName, segment_path
+from fedmq.broker.ledger.reader import read_entries
+from fedmq.broker.ledger.writer import Keeping, Ledger
+from fedmq.broker.link.local_blobs import SharedFiles
+from fedmq.broker.router import BrokerServer
+from fedmq.broker.wire.encoding import encode_frame, encode_message
+from fedmq.broker.wire.schema import (
+    CHUNK_BYTES,
+    MAX_BUFFERS,
+    MAX_MESSAGE_BYTES,
+    MAX_PLACES,
+    Blob,
+    Deliver,
+    Message,
+    Welcome,
+)
+from tests.broker.loops import AGGREGATOR, ANY, WORKER, get, linked, message
+
+SIZE = 3 * CHUNK_BYTES + 11
+READ = {
+    "whole": lambda worker, task: worker.read(task, 0),
+    "in pieces": lambda worker, task: b"".join(worker.pieces(task, 0)),
+}
+
+
+def served(folder, read=READ["whole"], after_task=lambda: None, *, share=True):
+    """Send one blob to a worker over real sockets; return how it came, and the last entry.
+
+    How: the pieces that the worker read in place, and the bytes that the broker counted for it.
+    """
+    found = []
+    fill = SharedFiles._fill
+
+    def noted(self, place, piece):
+        if done := fill(self, place, piece):
+            found.append(place)
+        return done
+
+    server = BrokerServer(ANY, folder, keeping=Keeping(share_files=share))
+    thread = threading.Thread(target=server.serve)
+    thread.start()
+    weights = os.urandom(SIZE)
+    try:
+        with (
+            pytest.MonkeyPatch.context() as patch,
+            linked(server.endpoint, AGGREGATOR) as agg,
+            linked(server.endpoint, WORKER) as worker,
+        ):
+            patch.setattr(SharedFiles, "_fill", noted)
+            agg.post(message("agg", "client/3", weights), [weights])
+            with agg.away():
+                task = get(worker)
+                after_task()
+                assert bytes(read(worker, task)) == weights
+            with worker.away():
+                worker.post(message("w1", "aggregator"), consumes=(task.seq,))
+                worker.flush()
+            agg.over("done")
+            agg.flush()
+    finally:
+        server.stop()
+        thread.join(10)
+    return found, list(read_entries(folder))[-1].nodes["w1"]["sent_bytes"]
+
+
+@pytest.mark.parametrize("how", READ)
+def test_a_node_on_the_broker_s_host_reads_large_blobs_where_they_lie(tmp_path, how):
+    found, _ = served(tmp_path, READ[how])
+    assert sum(size for *_, size in found) == SIZE
+
+
+@pytest.mark.parametrize("how", READ)
+def test_bytes_that_were_read_in_place_count_like_those_that_were_sent(tmp_path, how):
+    _, in_place = served(tmp_path / "a", READ[how])
+    found, over_the_socket = served(tmp_path / "b", READ[how], share=False)
+    assert not found
+    assert SIZE < in_place < SIZE + 3000
+    assert abs(in_place - over_the_socket) < 1000
+
+
+@pytest.mark.parametrize("how", READ)
+@pytest.mark.parametrize("readable", [0, 2])
+def test_a_file_that_cannot_be_read_after_all_costs_a_question_not_the_blob(
+    tmp_path, monkeypatch, how, readable
+):
+    """Also from the middle of a blob on, of which pieces have been handed out."""
+    calls = iter(range(100))
+    fill = SharedFiles._fill
+
+    def some(self, place, piece):
+        if next(calls) == readable:
+            self.close()
+        return fill(self, place, piece)
+
+    monkeypatch.setattr(SharedFiles, "_fill", some)
+    found, _ = served(tmp_path, READ[how])
+    assert len(found) == readable
+
+
+def whole(files, blob, places):
+    """The blob's bytes, or None if they do not all come."""
+    data = b"".join(files.pieces(blob, places))
+    return data if len(data) == blob.size else None
+
+
+def welcome(ledger):
+    return Welcome(run="r", beat_s=1.0, lease_s=1.0, ledger=str(ledger.folder), proof=ledger.proof)
+
+
+def kept(folder, *pieces):
+    """Return a ledger with one blob in it, and the blob."""
+    ledger = Ledger(folder)
+    data = b"".join(pieces)
+    blob = Blob.of(data)
+    name = BlobName("r", "agg", blob.digest)
+    start = 0
+    for piece in pieces:
+        ledger.put(name, len(data), start, piece)
+        start += len(piece)
+    return ledger, name, blob
+
+
+def test_a_folder_of_the_same_name_on_another_host_is_not_taken_for_the_ledger(tmp_path):
+    ledger, name, blob = kept(tmp_path / "here", b"some", b"bytes")
+    ledger.commit()
+    places = ledger.places(name)
+    there = tmp_path / "there"
+    shutil.copytree(ledger.folder, there)
+    (there / "lock").write_text("another proof")
+    files = SharedFiles()
+    assert whole(files, blob, places) is None
+    files.look(welcome(ledger))
+    assert whole(files, blob, places) == b"somebytes"
+    for folder, proof in ((there, ledger.proof), (tmp_path / "none", ledger.proof), (there, "")):
+        files.look(Welcome(run="r", beat_s=1.0, lease_s=1.0, ledger=str(folder), proof=proof))
+        assert whole(files, blob, places) is None
+    ledger.close()
+
+
+def test_every_start_of_a_broker_leaves_another_proof(tmp_path):
+    first = Ledger(tmp_path)
+    first.close()
+    second = Ledger(tmp_path)
+    second.close()
+    assert first.proof
+    assert first.proof != second.proof
+
+
+def test_places_that_lead_nowhere_yield_nothing(tmp_path):
+    ledger, name, blob = kept(tmp_path, b"some", b"bytes")
+    ledger.commit()
+    (segment, offset, _), second = ledger.places(name)
+    wrong = {
+        "past the end": [(segment, offset, 4), (segment, 1 << 40, 5)],
+        "no such segment": [(segment, offset, 4), (7, 16, 5)],
+        "of another size": [(segment, offset, 4)],
+        "other bytes": [(segment, offset + 1, 4), second],
+        "none": [],
+    }
+    files = SharedFiles()
+    for why, places in wrong.items():
+        files.look(welcome(ledger))
+        assert whole(files, blob, places) is None, f"{why}: the last piece says that all are right"
+    files.close()
+    ledger.close()
+
+
+def test_a_place_is_told_once_it_is_written(tmp_path):
+    ledger, name, _ = kept(tmp_path, os.urandom(60), os.urandom(40))
+    assert ledger.places(name) == (), "a crash of the broker could take it back"
+    ledger.commit()
+    assert [size for *_, size in ledger.places(name)] == [60, 40]
+    assert ledger.places(BlobName("r", "other", name.digest)) == ()
+    half = BlobName("r", "agg", bytes(16))
+    ledger.put(half, 10, 0, b"12345")
+    ledger.commit()
+    assert ledger.places(half) == (), "the rest is still on its way"
+    ledger.close()
+
+
+def test_more_places_than_a_header_has_room_for_are_not_told(tmp_path, monkeypatch):
+    monkeypatch.setattr(blob_locations, "MAX_PLACES", 3)
+    ledger, first, one = kept(tmp_path, b"a", b"b")
+    second, two = BlobName("r", "agg", Blob.of(b"cd").digest), Blob.of(b"cd")
+    for start, piece in enumerate((b"c", b"d")):
+        ledger.put(second, 2, start, piece)
+    ledger.commit()
+    text = encode_message(
+        Message(kind="k", id="i", run="r", sender="agg", to="aggregator", blobs=(one, two))
+    )
+    frame = Deliver(seq=1, at=1.0, message=text)
+    send = Send(b"peer", frame, (), ((0, first), (1, second)))
+    told = blob_locations.point_to_blobs(send, ledger, "")
+    assert told.places == {0: ledger.places(first)}
+    ledger.close()
+
+
+def test_the_places_of_any_delivery_fit_its_header():
+    largest = (1 << 32, 1 << 32, CHUNK_BYTES)
+    places = dict.fromkeys(range(MAX_BUFFERS), (largest,) * (MAX_PLACES // MAX_BUFFERS))
+    frame = Deliver(
+        seq=1 << 62, at=1.7e9, message=bytes(MAX_MESSAGE_BYTES), after=1 << 62, places=places
+    )
+    encode_frame(frame)
+
+
+def test_a_ledger_on_a_full_disk_is_not_shared(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "pwrite", full)
+    ledger, name, blob = kept(tmp_path, b"bytes")
+    ledger.commit()
+    assert ledger.proof == ""
+    files = SharedFiles()
+    files.look(welcome(ledger))
+    assert whole(files, blob, ledger.places(name)) is None
+    ledger.close()
+
+
+@pytest.mark.parametrize("how", READ)
+def test_wrong_bytes_in_a_file_are_told_by_their_digest(tmp_path, how):
+    def damage():
+        path = segment_path(tmp_path, PAYLOAD, 0)
+        with path.open("r+b") as file:
+            file.seek(1000)
+            file.write(b"damage")
+
+    # Damage that the broker has still in memory is mended by asking it: here it is not.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(blob_store, "_RECENT_BYTES", 0)
+        with pytest.raises(WireError, match="cannot be had"):
+            served(tmp_path, READ[how], damage)

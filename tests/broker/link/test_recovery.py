@@ -1,0 +1,177 @@
+"""How a link mends what was lost on the way: by beats, and by saying Hello again."""
+
+import pytest
+from msgspec.structs import replace
+
+from fedmq.broker.link.core import BLOCKED_S, TELL_TAKEN, Link
+from fedmq.broker.link.events import Blocked, Fetch, Taken, Wake
+from fedmq.broker.wire.schema import (
+    CHUNK_BYTES,
+    Beat,
+    Blob,
+    Chunk,
+    Full,
+    Hello,
+    Post,
+    Receipt,
+    Stranger,
+    Want,
+    digest,
+)
+from tests.broker.links import HELLO, WELCOME, deliver, frames, heard, outgoing, welcomed
+
+
+@pytest.fixture
+def link():
+    return welcomed()
+
+
+def seqs(actions):
+    """The numbers of what is handed on."""
+    return [delivery.seq for action in actions for delivery in action.deliveries]
+
+
+def test_a_quiet_link_beats(link):
+    assert link.deadline == 1.0
+    assert link.handle(Wake(), 0.9) == []
+    assert frames(link.handle(Wake(), 1.0)) == [Beat()]
+    heard(link, Beat(), now=1.01)
+    assert link.handle(Wake(), 1.9) == []
+    assert frames(link.handle(Wake(), 2.0)) == [Beat()]
+
+
+def test_a_broker_that_is_silent_for_a_lease_is_greeted_anew(link):
+    now = 0.0
+    while now < 9.5:
+        now += 0.5
+        assert frames(link.handle(Wake(), now), Hello) == []
+    assert link.deadline == 10.0
+    assert frames(link.handle(Wake(), 10.0)) == [HELLO]
+    assert frames(link.handle(Wake(), 11.0)) == [HELLO]
+    assert link.handle(outgoing(), 11.1) == []
+    assert [type(each) for each in frames(heard(link, WELCOME, now=11.2))] == [Post]
+
+
+def test_a_beat_tells_what_the_node_has_taken_and_so_does_whatever_it_says(link):
+    for seq in (3, 4):
+        [delivered] = link.handle(deliver(seq), 0.0)
+        assert frames(link.handle(Taken(delivered.deliveries), 0.0)) == []
+    assert frames(link.handle(Wake(), 1.0)) == [Beat(taken=5)]
+    [post] = frames(link.handle(outgoing(), 1.1))
+    assert post.taken == 5
+
+
+@pytest.mark.parametrize(("size", "after"), [(0, TELL_TAKEN), (64 << 10, 4)])
+def test_many_deliveries_or_large_ones_are_told_of_before_the_next_beat(link, size, after):
+    """Otherwise a fast reader would wait for credit that the broker would gladly give."""
+    told = []
+    for seq in range(after):
+        [delivered] = link.handle(deliver(seq, bytes(size)), 0.5)
+        told += frames(link.handle(Taken(delivered.deliveries), 0.5), Beat)
+    assert told == [Beat(taken=after)]
+
+
+def test_a_delivery_behind_one_that_was_lost_is_left_until_that_one_has_come(link):
+    """Taken at once it would come out of order, and a later Hello could not tell of the gap."""
+    assert len(link.handle(deliver(3), 0.0)) == 1
+    assert link.handle(deliver(9, after=8), 0.0) == []
+    assert seqs(link.handle(deliver(7, after=4), 0.0)) == [7]
+    assert seqs(link.handle(deliver(9, after=8), 0.0)) == [9]
+
+
+def test_hello_tells_what_has_arrived_and_what_has_no_receipt(link):
+    link.handle(deliver(3), 0.0)
+    link.handle(deliver(9, after=4), 0.0)
+    for number in range(3):
+        link.handle(outgoing(number), 0.0)
+    heard(link, Receipt(upto=0))
+    assert frames(heard(link, Stranger())) == [replace(HELLO, first=1, got=10)]
+
+
+def test_nothing_is_taken_before_the_welcome():
+    """It may be meant for the session before, whose place this one has taken."""
+    link = Link(HELLO)
+    link.handle(Wake(), 0.0)
+    assert link.handle(deliver(3), 0.1) == []
+    heard(link, WELCOME, now=0.2)
+    assert len(link.handle(deliver(3), 0.3)) == 1
+
+
+# ---- the broker's disk is full
+
+
+def test_a_full_broker_is_told_to_the_node_and_greeted_again_a_little_later(link):
+    link.handle(outgoing(0), 1.0)
+    assert heard(link, Full(reason="no space"), now=1.1) == [Blocked("no space")]
+    assert link.deadline == 1.1 + BLOCKED_S
+    assert link.handle(outgoing(1), 1.2) == []
+    assert link.handle(Wake(), 1.1 + BLOCKED_S - 0.01) == []
+    assert frames(link.handle(Wake(), 1.1 + BLOCKED_S)) == [HELLO]
+    assert heard(link, Full(reason="no space"), now=1.7) == [Blocked("no space")]
+    assert frames(link.handle(Wake(), 1.7 + BLOCKED_S)) == [HELLO]
+    again = frames(heard(link, WELCOME, now=2.3), Post)
+    assert [post.n for post in again] == [0, 1]
+
+
+# ---- what was lost with nobody noticing
+
+
+def beats(link, count, sent=0, start=1.0, before=lambda number: None):
+    """Let a link beat, and answer; returns at which beats it said Hello again."""
+    hellos = []
+    for number in range(count):
+        now = start + number
+        assert any(isinstance(frame, Beat) for frame in frames(link.handle(Wake(), now)))
+        before(number)
+        said = frames(heard(link, Beat(sent=sent), now=now + 0.01), Hello)
+        hellos += [number] * len(said)
+    return hellos
+
+
+def test_a_link_that_waits_for_nothing_never_says_hello_again(link):
+    assert beats(link, 20) == []
+
+
+@pytest.mark.parametrize("due", ["a receipt", "a delivery", "a chunk"])
+def test_what_is_due_and_does_not_come_is_asked_for_by_saying_hello_ever_more_seldom(link, due):
+    match due:
+        case "a receipt":
+            link.handle(outgoing(), 0.5)
+        case "a chunk":
+            link.handle(Fetch("agg", Blob.of(b"x")), 0.5)
+    # The first answer shows where things stand, and two more that nothing has moved.
+    assert beats(link, 40, sent=3 if due == "a delivery" else 0) == [2, 6, 14, 30]
+
+
+def test_what_is_on_its_way_is_not_asked_for_again(link):
+    """A slow transfer moves a little between two beats: that is no reason to start over."""
+    data = bytes(40 * CHUNK_BYTES)
+    link.handle(Fetch("agg", Blob.of(data)), 0.5)
+
+    def one_chunk(number):
+        chunk = Chunk(owner="agg", digest=digest(data), start=number * CHUNK_BYTES)
+        heard(link, chunk, data[:CHUNK_BYTES])
+
+    assert beats(link, 20, before=one_chunk) == []
+
+
+def test_a_node_that_serves_chunks_does_not_take_its_post_for_lost(link):
+    """The receipt of a large blob's post comes after the last of its chunks."""
+    data = bytes(30 * CHUNK_BYTES)
+    link.handle(outgoing(0, data), 0.5)
+
+    def one_chunk(number):
+        start = number * CHUNK_BYTES
+        heard(link, Want(owner="w1", digest=digest(data), start=start, size=CHUNK_BYTES))
+
+    assert beats(link, 20, before=one_chunk) == []
+
+
+def test_a_delivery_that_was_lost_comes_after_the_hello_and_is_taken_then(link):
+    assert len(link.handle(deliver(3), 0.0)) == 1
+    link.handle(deliver(9, after=8), 0.1)  # behind one that was lost
+    assert beats(link, 3, sent=10) == [2]
+    assert heard(link, WELCOME, now=3.1) == []
+    taken = link.handle(deliver(7, after=4), 3.2) + link.handle(deliver(9, after=8), 3.2)
+    assert seqs(taken) == [7, 9]
+    assert beats(link, 5, sent=10, start=4.0) == []

@@ -1,0 +1,99 @@
+"""Very many clients: what an aggregator knows of them is kept up to date, not counted each time."""
+
+import random
+
+import pytest
+
+from fedmq.algorithms.rng import derive_rng
+from fedmq.broker.wire.schema import Message
+from fedmq.nodes.aggregator.fleet import Members
+from fedmq.nodes.aggregator.tasks import Tasks
+from fedmq.nodes.aggregator.version import Gathering
+from tests.algorithms.fleet import Fleet, make_setup
+
+CLIENTS = 30
+SETUP = make_setup({"name": "rounds", "fraction": 1.0}, clients=CLIENTS)
+
+
+def about(kind, node, *, re=None, sender="broker", **body):
+    return Message(
+        kind=kind,
+        id="broker/1",
+        run="run",
+        sender=sender,
+        to="aggregator",
+        re=re,
+        body={"node": node, "role": "worker", **body},
+    )
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_counts_and_draws_are_those_of_looking_at_every_task_and_client(seed):
+    dice = random.Random(seed)  # noqa: S311 - a test's own dice
+    members = Members()
+    tasks = Tasks(SETUP, members)
+    current = Gathering(None)
+    version, names = 0, iter(range(10_000))
+    for _ in range(400):
+        node = dice.randrange(6)
+        low = dice.randrange(CLIENTS)
+        match dice.randrange(8):
+            case 0:
+                ends = [low, min(low + dice.randrange(8), CLIENTS - 1)]
+                members.joined(about("joined", f"w{node}", clients=[ends]))
+            case 1:
+                members.left(about("left", f"w{node}"))
+            case 2:
+                version += 1
+                current = Gathering(None)
+                tasks.begin_version()
+            case 3:
+                tasks.overdue(dice.randint(0, version))
+            case 4 if tasks.flights:
+                name = dice.choice(sorted(tasks.flights))
+                client = tasks.flights[name].client
+                node = members.hosts.get(client, tasks.flights[name].node)
+                tasks.answered(about("result", node, re=name, sender=node))
+                if dice.random() < 0.5:
+                    current.contributed.add(client)
+                else:
+                    tasks.freed()
+            case 5:
+                tasks.resume(dict(tasks.flights))
+            case _:
+                before = current.draws
+                count = dice.randrange(4)
+                found = tasks.draw(count, current, version)
+                busy = {each.client for each in tasks.flights.values()} | current.contributed
+                idle = sorted(set(members.hosts) - busy)
+                if 0 < count < len(idle):
+                    assert current.draws == before + 1
+                    rng = derive_rng(SETUP.config.run.seed, "cohort", version, before)
+                    assert found == sorted(rng.choice(idle, count, replace=False))
+                else:
+                    assert found == (idle if count else [])
+                for client in found:
+                    tasks.sent(f"aggregator/{next(names)}", client, version)
+        view = tasks.view(current, version)
+        expected = [each for each in tasks.flights.values() if each.client in members.hosts]
+        ours = [each for each in expected if each.version == version and not each.overdue]
+        assert (view.flying, view.outstanding) == (len(expected), len(ours))
+
+
+@pytest.mark.parametrize("backwards", [False, True])
+def test_a_result_costs_the_same_whatever_the_cohort(monkeypatch, backwards):
+    """Unless it has to wait for those before it: then the last one adds up all of them."""
+    asked = []
+    is_expected = Tasks.is_expected
+
+    def counted(self, name):
+        asked.append(name)
+        return is_expected(self, name)
+
+    monkeypatch.setattr(Tasks, "is_expected", counted)
+    setup = make_setup({"name": "rounds", "fraction": 1.0}, clients=CLIENTS, versions=2)
+    fleet = Fleet(setup)
+    while fleet.finished is None:
+        fleet.hear(*fleet.work(*fleet.tasks.pop(-1 if backwards else 0)))
+    assert fleet.counts == (2 * CLIENTS, 0, 0, 0)
+    assert len(asked) <= 2 * 2 * CLIENTS

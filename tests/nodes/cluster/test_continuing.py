@@ -1,0 +1,526 @@
+"""Which command goes on with what a folder holds, and which is refused, and why."""
+
+import fcntl
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from fedmq.algorithms.toolkit.arithmetic import ARITHMETIC
+from fedmq.broker.inspection.trace import Trace
+from fedmq.broker.ledger.entries import MESSAGES, Accepted, Ended, Opened, segment_path
+from fedmq.broker.ledger.reader import read_entries
+from fedmq.broker.ledger.writer import Ledger
+from fedmq.broker.wire.encoding import encode_message
+from fedmq.broker.wire.schema import Message
+from fedmq.nodes.cli.main import main
+from fedmq.nodes.cluster.continuing import MAY_DIFFER, asking, continuation, differences
+from fedmq.nodes.cluster.supervisor import worker_names
+from fedmq.nodes.errors import ConfigError, NodeError
+from fedmq.nodes.run.config import Config, build, load
+from fedmq.nodes.run.setup import completed, set_up
+from fedmq.nodes.run_folder.folder import recorded_runs, state_of, write_config
+from fedmq.nodes.run_folder.summary import RunFold
+from fedmq.nodes.trace.stats import Stats
+
+GIVEN = {
+    "run": {"id": "r", "versions": 10},
+    "problem": {"clients": 4},
+    "schedule": {"name": "rounds"},
+}
+BEGUN = 1_790_000_000.123456
+
+
+def settings(**given: object) -> list[str]:
+    """``run__versions=3`` as what stands behind --set."""
+    return [f"{key.replace('__', '.')}={value}" for key, value in given.items()]
+
+
+class Story:
+    """A ledger, written entry by entry."""
+
+    def __init__(self, folder: Path, config: Config | None = None) -> None:
+        self.ledger = Ledger(folder / "ledger")
+        self.at = BEGUN + 1
+        text = completed(config or build(GIVEN)).to_toml()
+        self.add(Opened, run="r", config=text, total_clients=4)
+        self.say("run", config=text, arithmetic=ARITHMETIC)
+
+    def add(self, kind, **fields) -> int:
+        self.ledger.append(kind(seq=self.ledger.next_seq, at=self.at, **fields))
+        return self.ledger.next_seq - 1
+
+    def say(self, kind: str, sender: str = "aggregator", re: str | None = None, **body) -> int:
+        """Accept a message; return its number."""
+        name = f"{sender}/{body.pop('id', self.ledger.next_seq)}"
+        to = "aggregator" if kind in ("result", "continued") else "record"
+        about = {"kind": kind, "id": name, "run": "r", "sender": sender, "to": to}
+        return self.add(Accepted, message=encode_message(Message(**about, body=body, re=re)))
+
+    def versions(self, number: int) -> None:
+        for version in range(1, number + 1):
+            counts = {"results": 1, "position": 0, "mean_staleness": 0.0}
+            self.say("version", version=version, model_digest="d", **counts)
+
+    def accuracy(self, value: float) -> None:
+        joined = {"node": "evaluator", "role": "evaluator", "session": "s", "clients": []}
+        self.say("joined", "broker", **joined)
+        self.say("evaluate", model_version=1)
+        about = {"kind": "evaluate", "id": "aggregator/e", "run": "r", "sender": "aggregator"}
+        message = Message(**about, to="evaluator", body={"model_version": 1})
+        self.add(Accepted, message=encode_message(message))
+        self.say("score", "evaluator", "aggregator/e", metrics={"accuracy": value})
+
+    def close(self, ended: str = "") -> None:
+        if ended:
+            self.add(Ended, run="r", reason=ended)
+        self.ledger.close()
+
+
+def begun(folder: Path, versions: int = 4, ended: str = "", accuracy: float | None = None) -> Path:
+    """A run's folder as its supervisor leaves it."""
+    folder.mkdir(parents=True)
+    write_config(folder, completed(build(GIVEN)), BEGUN)
+    story = Story(folder)
+    story.versions(versions)
+    if accuracy is not None:
+        story.accuracy(accuracy)
+    story.close(ended)
+    return folder
+
+
+def asked(folder: Path | None, file: Path | None = None, **given: object):
+    with asking(file, settings(**given), folder, time.time()) as found:
+        return found
+
+
+def goes_on(folder: Path, file: Path | None = None, **given: object):
+    return continuation(asked(folder, file, **given))
+
+
+SAME = {"run__versions": 10, "problem__clients": 4, "schedule__name": "rounds"}
+
+
+@pytest.fixture
+def file(tmp_path) -> Path:
+    path = tmp_path / "run.toml"
+    path.write_text('[run]\nversions = 10\n[problem]\nclients = 4\n[schedule]\nname = "rounds"\n')
+    return path
+
+
+def test_the_same_command_goes_on_with_a_file_with_settings_and_with_the_folder_alone(
+    tmp_path, file
+) -> None:
+    folder = begun(tmp_path / "run")
+    for found in (goes_on(folder), goes_on(folder, file), goes_on(folder, **SAME)):
+        assert found is not None
+        assert (found.run, found.further) == ("r", False)
+        assert found.config == completed(build(GIVEN)).to_toml()
+    assert asked(folder).begun == BEGUN
+
+
+def test_what_goes_on_is_what_the_aggregator_says_of_itself(tmp_path) -> None:
+    """Else its broker would take it for one of another configuration."""
+    folder = begun(tmp_path / "run")
+    found = goes_on(folder, worker__threads=2, run__target_accuracy=0.9)
+    assert found is not None
+    from fedmq.nodes.run.config import parse
+
+    assert set_up(parse(found.config)).config.to_toml() == found.config
+
+
+def test_values_that_belong_to_this_host_may_differ(tmp_path) -> None:
+    folder = begun(tmp_path / "run")
+    more = {"worker__count": 7, "worker__drop": 0.5, "broker__bind": "tcp://127.0.0.1:9"}
+    found = goes_on(folder, **more, broker__lease_s=3.0)
+    assert found is not None
+    assert not found.further
+    assert "count = 7" in found.config
+
+
+def test_the_table_in_the_docs_is_the_one_that_is_used() -> None:
+    text = (Path(__file__).parents[3] / "docs/configuration.md").read_text()
+    rows = re.findall(r"^\| `([a-z_.]+?)(?:\.\*)?`.* \| (goal|here) \|", text, re.MULTILINE)
+    assert dict(rows) == MAY_DIFFER
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"run__seed": 3}, "run.seed 0 there, 3 here"),
+        ({"run__checkpoint_s": 2}, "run.checkpoint_s 1.0 there, 2.0 here"),
+        ({"algorithm__lr": 0.1}, "algorithm.lr 0.05 there, 0.1 here"),
+        ({"algorithm__name": "fedprox"}, "algorithm.name 'fedavg' there, 'fedprox' here"),
+        ({"schedule__name": "stream"}, "schedule.name 'rounds' there, 'stream' here"),
+        ({"problem__clients": 5}, "problem.clients 4 there, 5 here"),
+        ({"problem__examples": 50}, "problem.examples not set there, 50 here"),
+        ({"schedule__deadline_s": 4}, "schedule.deadline_s none there, 4.0 here"),
+        ({"codec__up": "cast(float16)"}, "codec.up 'raw' there, 'cast(float16)' here"),
+        ({"run__id": "other"}, "run.id"),
+    ],
+)
+def test_others_are_refused_by_name_with_both_values(tmp_path, given, said) -> None:
+    folder = begun(tmp_path / "run")
+    with pytest.raises(ConfigError) as caught:
+        goes_on(folder, **given)
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_all_that_differs_is_named_at_once_and_an_own_number_may_be_written_as_one_likes(
+    tmp_path,
+) -> None:
+    folder = begun(tmp_path / "run")
+    with pytest.raises(ConfigError, match=r"run\.seed.*; .*algorithm\.lr"):
+        goes_on(folder, run__seed=3, algorithm__lr=0.1, worker__count=3)
+    assert goes_on(folder, schedule__over_select=1, run__checkpoint_s=1) is not None
+    one, other = build(GIVEN), build({**GIVEN, "problem": {"clients": True}})
+    assert differences(one, other)
+
+
+def test_more_or_fewer_versions_may_be_asked_for_as_long_as_they_are_ahead(tmp_path) -> None:
+    folder = begun(tmp_path / "run", versions=4)
+    for versions in (4, 5, 100):
+        found = goes_on(folder, run__versions=versions)
+        assert found is not None
+        assert found.further
+    with pytest.raises(ConfigError, match=r"run\.versions: run r in .* has 4 versions.*got 3"):
+        goes_on(folder, run__versions=3)
+
+
+def test_a_run_that_has_ended_goes_further_only_if_more_is_asked_for(tmp_path) -> None:
+    folder = begun(tmp_path / "run", versions=10, ended="10 versions committed")
+    assert goes_on(folder) is None
+    assert goes_on(folder, worker__count=2) is None
+    found = goes_on(folder, run__versions=11)
+    assert found is not None
+    assert found.further
+    with pytest.raises(ConfigError, match="has 10 versions already, got 9"):
+        goes_on(folder, run__versions=9)
+
+
+def test_a_run_that_ended_before_it_reached_what_it_was_to_goes_on_when_it_is_asked_again(
+    tmp_path,
+) -> None:
+    found = goes_on(begun(tmp_path / "run", versions=4, ended="nothing succeeded"))
+    assert found is not None
+    assert found.further
+
+
+def test_a_target_that_was_reached_ends_it_and_another_one_must_be_ahead(tmp_path) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    given = {**GIVEN, "run": {**GIVEN["run"], "target_accuracy": 0.5}}
+    write_config(folder, completed(build(given)), BEGUN)
+    story = Story(folder, build(given))
+    story.versions(4)
+    story.accuracy(0.625)
+    story.close("accuracy 0.6250 reached the target of 0.5")
+    assert goes_on(folder) is None
+    for more in ({"run__target_accuracy": 0.6}, {"run__versions": 20}):
+        with pytest.raises(ConfigError, match=r"run\.target_accuracy.*best accuracy is 0\.6250"):
+            goes_on(folder, **more)
+    for more in ({"run__target_accuracy": 0.7}, {"run__target_accuracy": "none"}):
+        assert goes_on(folder, **more) is not None
+
+
+@pytest.mark.parametrize(
+    "stopped",
+    [
+        ["config.toml"],
+        ["config.toml", "ledger/"],
+        ["config.toml", "ledger/", "ledger/lock", "broker.log"],
+        ["ledger/"],
+        ["config.toml.new"],
+        ["cluster.log", "config.toml.new"],
+        ["cluster.log"],
+        ["config.toml", "config.toml.new"],
+    ],
+)
+def test_a_run_that_was_stopped_at_its_very_beginning_begins(tmp_path, stopped, file) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    for name in stopped:
+        if name.endswith("/"):
+            (folder / name).mkdir()
+        elif name == "config.toml":
+            write_config(folder, completed(build(GIVEN)), BEGUN)
+        else:
+            (folder / name).touch()
+    found = asked(folder, file, algorithm__lr=0.5)  # nothing was learned: it may be another one
+    assert found.recorded is None
+    assert found.begun != BEGUN
+    assert found.config.run.id == ("r" if "config.toml" in stopped else found.config.run.id) != ""
+
+
+@pytest.mark.parametrize("text", ["", '[run]\nid = "old"\nseed = 0\nvers'])
+def test_half_a_file_of_the_release_before_is_taken_for_what_it_is(tmp_path, text, file) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "config.toml").write_text(text)
+    assert asked(folder, file).config.run.id
+    Story(folder).close()
+    assert goes_on(folder, file) is not None
+    assert goes_on(folder) is not None, "its ledger has the configuration, too"
+
+
+def test_a_run_of_a_release_that_computed_otherwise_is_left_as_it_is(tmp_path) -> None:
+    traces = Path(__file__).parents[2] / "golden" / "traces"
+    old = shutil.copytree(traces / "0.1.0" / "fedavg-rounds", tmp_path / "old")
+    assert goes_on(old) is None, "it has ended"
+    with pytest.raises(NodeError, match="begun by another release of fedmq"):
+        goes_on(old, run__versions=40)
+
+
+def test_code_that_only_a_ledger_names_is_not_run(tmp_path) -> None:
+    traces = Path(__file__).parents[2] / "golden" / "traces"
+    folder = shutil.copytree(traces / "0.2.0" / "fedavg-buffered", tmp_path / "run")
+    with pytest.raises(ConfigError, match=r"no config\.toml.*tests\.golden\.points:Points"):
+        goes_on(folder, run__versions=40)
+
+
+def test_a_torn_ledger_is_read_up_to_there(tmp_path) -> None:
+    folder = begun(tmp_path / "run", versions=3)
+    path = segment_path(folder / "ledger", MESSAGES, 0)
+    os.truncate(path, path.stat().st_size - 5)
+    found = asked(folder)
+    assert found.recorded is not None
+    assert found.recorded.version == 2
+    os.truncate(path, 3)  # all of it is torn
+    assert asked(folder).recorded is None
+
+
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        (["thesis.tex"], "in .* there is thesis.tex"),
+        (["a", "b", "c", "d"], r"there is a, b, c, \.\.\."),
+        (["summary.json"], "there is summary.json"),
+        (["config.toml"], "there is config.toml"),
+        (["ledger/", "ledger/accounts.xls"], "there is ledger"),
+        (["nodes/"], "there is nodes"),
+    ],
+)
+def test_a_folder_that_is_something_else_is_left_alone(tmp_path, names, said) -> None:
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    for name in names:
+        if name.endswith("/"):
+            (folder / name).mkdir()
+        else:
+            (folder / name).write_text("[tool.mine]\nkey = 1\n")
+    before = sorted(folder.rglob("*"))
+    with pytest.raises(ConfigError, match=said):
+        asked(folder)
+    assert sorted(folder.rglob("*")) == before
+
+
+def test_what_is_no_folder_is_refused_and_a_new_one_leaves_nothing_behind(tmp_path) -> None:
+    (tmp_path / "file").touch()
+    for path in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(ConfigError, match="expected a folder"):
+            asked(path)
+    with asking(None, [], tmp_path / "new" / "run", 0.0):
+        assert (tmp_path / "new" / "run").is_dir()
+    assert not (tmp_path / "new").exists()
+
+
+def test_the_id_names_the_folder_if_nothing_else_does(tmp_path, monkeypatch, file) -> None:
+    monkeypatch.chdir(tmp_path)
+    begun(tmp_path / "runs" / "r")
+    assert asked(None, file, run__id="r").recorded is not None
+    assert asked(None, run__id="r").recorded is not None
+    new = asked(None, file)
+    assert new.recorded is None
+    assert new.folder == Path("runs") / new.config.run.id
+    with pytest.raises(ConfigError, match=r"run\.id: .* holds run r, got s"):
+        asked(tmp_path / "runs" / "r", file, run__id="s")
+
+
+@pytest.mark.parametrize("old", [False, True], ids=["its id in a comment", "of 0.1.0"])
+def test_a_runs_own_file_begins_another_run(tmp_path, monkeypatch, old) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = begun(tmp_path / "runs" / "r")
+    own = folder / "config.toml"
+    if old:
+        own.write_text(completed(build(GIVEN)).to_toml())
+        assert load(own).run.id == "r"
+    new = asked(None, own)
+    assert new.recorded is None
+    assert new.config.run.id not in ("", "r")
+    assert completed(new.config).algorithm == completed(build(GIVEN)).algorithm
+    assert goes_on(folder, own) is not None
+    assert goes_on(folder) is not None
+    assert asked(None, own, run__id="r").recorded is not None
+
+
+def test_a_configuration_file_is_old_or_new_whatever_happens(tmp_path, monkeypatch) -> None:
+    write_config(tmp_path, build(GIVEN), BEGUN)
+    before = (tmp_path / "config.toml").read_text()
+    assert '# run.id = "r"\n' in before
+    assert load(tmp_path / "config.toml").run.id == ""
+
+    def fails(_number: int) -> None:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(os, "fsync", fails)
+    with pytest.raises(ConfigError, match=r"cannot write .*config\.toml: Input/output error"):
+        write_config(tmp_path, build({**GIVEN, "run": {"versions": 3}}), BEGUN)
+    assert (tmp_path / "config.toml").read_text() == before
+
+
+HOLD = (
+    "import sys, time\nfrom pathlib import Path\n"
+    "from fedmq.{module} import {name}\n"
+    "with {call}:\n    print('held', flush=True)\n    time.sleep(60)\n"
+)
+
+
+@pytest.mark.parametrize(
+    ("what", "code"),
+    [
+        ("cluster", ("nodes.run_folder.folder", "held", "held(Path(sys.argv[1]))")),
+        (
+            "broker",
+            (
+                "broker.ledger.writer",
+                "Ledger",
+                "__import__('contextlib').closing(Ledger(Path(sys.argv[1]) / 'ledger'))",
+            ),
+        ),
+    ],
+)
+def test_a_folder_that_another_process_uses_is_refused_at_once_with_its_number(
+    tmp_path, what, code
+) -> None:
+    folder = begun(tmp_path / "run")
+    module, name, call = code
+    program = HOLD.format(module=module, name=name, call=call)
+    process = subprocess.Popen(
+        [sys.executable, "-c", program, str(folder)], stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "held\n"
+        start = time.monotonic()
+        with pytest.raises(ConfigError, match=f"in use by another {what}, process {process.pid}"):
+            asked(folder)
+        assert time.monotonic() - start < 2
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+    assert asked(folder).recorded is not None
+
+
+def test_where_files_cannot_be_locked_nothing_is_refused(tmp_path, monkeypatch) -> None:
+    def no_locks(_file: int, _how: int) -> None:
+        raise OSError(37, "No locks available")
+
+    folder = begun(tmp_path / "run")
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    assert asked(folder).recorded is not None
+
+
+def test_several_runs_in_one_ledger_are_a_brokers(tmp_path) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    story = Story(folder)
+    story.add(Opened, run="q", config="[run]", total_clients=1)
+    story.close()
+    with pytest.raises(ConfigError, match=r"several runs, r, q"):
+        asked(folder)
+
+
+def test_what_an_end_left_in_hand_is_in_no_version_that_comes_later(tmp_path) -> None:
+    """And the time for which nobody ran the run is not the run's."""
+    story = Story(tmp_path)
+    joined = {"node": "w", "role": "worker", "session": "s", "clients": [[0, 1]]}
+    story.say("joined", "broker", **joined)
+    for client in (0, 1):
+        story.say("task", client=client, model_version=0, id=f"t{client}")
+    counts = {"results": 1, "mean_staleness": 0.0, "max_staleness": 0, "model_digest": "d"}
+    first = story.say("result", "w", "aggregator/t0", client=0, model_version=0)
+    story.say("version", version=1, position=first, **counts)
+    story.say("result", "w", "aggregator/t1", client=1, model_version=0)
+    story.say("finished", reason="done")
+    story.add(Ended, run="r", reason="done", nodes={"w": {"sent_bytes": 5, "received_bytes": 7}})
+    config = completed(build({**GIVEN, "run": {"versions": 11}})).to_toml()
+    story.at += 500.0
+    more = story.say("continued", "broker", config=config, further=True, stopped_s=499.0)
+    story.say("version", version=2, position=more, **counts)
+    story.add(Ended, run="r", reason="more", nodes={"w": {"sent_bytes": 6, "received_bytes": 8}})
+    story.close()
+    fold = RunFold(BEGUN)
+    fold.feed(read_entries(tmp_path / "ledger"))
+    assert (fold.ended, fold.version, fold.config["run"]["versions"]) == ("more", 2, 11)
+    assert fold.wall_s == pytest.approx(2.0)
+    assert (fold.wire_down, fold.wire_up) == (11, 15)
+    found = fold.outcomes
+    assert (found.results, found.used, found.unused) == (2, 2, 0)
+    assert [found.clients[client].good for client in (0, 1)] == [1, 0]
+    assert not fold.nodes["w"].here
+    stats = Stats(Trace(tmp_path))
+    assert stats.ended == "more"
+    assert stats.staleness.total() == 1
+
+
+def test_a_broker_says_what_it_finds_and_what_it_waits_for(tmp_path) -> None:
+    assert state_of([], once=True) == "no run yet: waiting for an aggregator"
+    runs = recorded_runs(begun(tmp_path / "one", versions=4) / "ledger")
+    assert state_of(runs, once=True) == "run r at version 4, goes on when its aggregator comes"
+    ended = recorded_runs(begun(tmp_path / "two", ended="done") / "ledger")
+    assert state_of(ended, once=False) == "run r has ended; waiting for new runs"
+    assert state_of(ended, once=True) == "run r has ended; nothing is left to be done"
+    assert state_of(runs * 9, once=False).endswith("; 4 more runs")
+
+
+def test_a_run_that_has_ended_is_shown_and_nothing_is_started(tmp_path) -> None:
+    folder = begun(tmp_path / "run", versions=10, ended="10 versions committed", accuracy=0.5)
+    before = sorted(folder.rglob("*"))
+    result = CliRunner().invoke(main, ["cluster", "--run", str(folder)])
+    assert result.exit_code == 0, result.output
+    assert "10 versions committed" in result.output
+    assert "run r has ended" in result.output
+    assert json.loads((folder / "summary.json").read_text())["versions"] == 10
+    assert set(folder.rglob("*")) - set(before) == {folder / "summary.json"}
+
+
+def test_a_broker_for_a_run_that_has_ended_ends_at_once_with_its_summary(tmp_path) -> None:
+    folder = begun(tmp_path / "run", versions=10, ended="10 versions committed")
+    command = ["broker", "--run", str(folder), "--bind", "tcp://127.0.0.1:0", "--once"]
+    result = CliRunner().invoke(main, command)
+    assert result.exit_code == 0, result.output
+    assert "run r has ended; nothing is left to be done" in result.output
+    assert json.loads((folder / "summary.json").read_text())["ended"] == "10 versions committed"
+
+
+def test_a_wrong_configuration_for_a_run_is_one_sentence(tmp_path) -> None:
+    folder = begun(tmp_path / "run")
+    before = sorted(folder.rglob("*"))
+    result = CliRunner().invoke(main, ["cluster", "--run", str(folder), "--set", "run.seed=9"])
+    assert result.exit_code == 2
+    assert "run.seed 0 there, 9 here" in result.output
+    assert sorted(folder.rglob("*")) == before
+
+
+def test_only_workers_that_there_are_have_values_of_their_own() -> None:
+    def named(name: str, count: int, clients: int = 40) -> list[str]:
+        worker = {"count": count, "nodes": {name: {"slowdown": 4.0}}}
+        return worker_names(build({"worker": worker}), clients)
+
+    assert named("worker-3", 4) == ["worker-0", "worker-1", "worker-2", "worker-3"]
+    for name, count, clients, there in (
+        ("worker-9", 4, 40, "worker-0 to worker-3"),
+        ("worker-3", 4, 2, "worker-0 to worker-1"),
+        ("evaluator", 1, 40, "worker-0"),
+    ):
+        with pytest.raises(ConfigError, match=f"this cluster has {there}, got {name!r}"):
+            named(name, count, clients)

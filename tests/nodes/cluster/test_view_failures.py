@@ -1,0 +1,122 @@
+"""A run does not end for its view: narrow and ASCII terminals, and errors in what draws it."""
+
+import io
+from dataclasses import dataclass, field
+
+import pytest
+from rich.console import Console
+from rich.table import Table
+
+from fedmq.nodes.cluster import view
+from fedmq.nodes.cluster.console import Speaker
+from fedmq.nodes.cluster.view import View, closing_table
+from fedmq.nodes.run_folder.summary import Point, RunFold
+
+
+@dataclass
+class Terminal:
+    """A console that keeps what it shows, and what was said about it."""
+
+    is_terminal: bool
+    width: int = 80
+    encoding: str = "utf-8"
+    said: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.bytes = io.BytesIO()
+        # As `streams` sets a process's own up.
+        file = io.TextIOWrapper(
+            self.bytes, encoding=self.encoding, errors="backslashreplace", write_through=True
+        )
+        self.console = Console(
+            file=file,
+            force_terminal=self.is_terminal,
+            width=self.width,
+        )
+
+    def view(self, title: str = "a run") -> View:
+        return View(self.console, title, self.said.append)
+
+    @property
+    def shown(self) -> str:
+        return self.bytes.getvalue().decode(self.encoding)
+
+
+def fold() -> RunFold:
+    made = RunFold(0.0, now=10.0)
+    made.curve = [Point(version, float(version), {"accuracy": 0.1 * version}) for version in (1, 9)]
+    return made
+
+
+@pytest.mark.parametrize("width", [1, 2, 20, 80])
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+@pytest.mark.parametrize("is_terminal", [False, True])
+def test_any_terminal_shows_a_run(is_terminal, encoding, width, monkeypatch) -> None:
+    monkeypatch.setattr(view, "_LIVE_EVERY_S", 0.0)
+    terminal = Terminal(is_terminal, width, encoding)
+    with terminal.view() as shown:
+        shown.show(fold())
+        shown.show(fold())
+    assert terminal.said == []
+    assert "run" in terminal.shown or width < 3
+    if is_terminal and width == 80:
+        assert ("█" if encoding == "utf-8" else "#") in terminal.shown
+
+
+def test_a_title_is_text_whatever_is_in_it() -> None:
+    terminal = Terminal(is_terminal=False)
+    with terminal.view("a [/run] of [red]"):
+        pass
+    assert terminal.shown.strip() == "a [/run] of [red]"
+
+
+def test_after_an_error_in_the_live_view_lines_follow(monkeypatch) -> None:
+    monkeypatch.setattr(view, "render", lambda *_, **__: 1 // 0)
+    terminal = Terminal(is_terminal=True)
+    with terminal.view() as shown:
+        for _ in range(3):
+            shown.show(fold())
+    assert len(terminal.said) == 1
+    assert "the live view failed: ZeroDivisionError" in terminal.said[0]
+    assert "accuracy 90.00%" in terminal.shown
+
+
+def test_an_error_in_the_lines_is_said_once_and_ends_nothing(monkeypatch) -> None:
+    monkeypatch.setattr(view, "line", lambda *_, **__: 1 // 0)
+    terminal = Terminal(is_terminal=False)
+    with terminal.view() as shown:
+        for _ in range(3):
+            shown.show(fold())
+    assert len(terminal.said) == 1
+    assert "the view failed: ZeroDivisionError" in terminal.said[0]
+
+
+def test_a_console_that_fails_is_said_once(monkeypatch) -> None:
+    terminal = Terminal(is_terminal=True)
+    monkeypatch.setattr(terminal.console, "print", lambda *_, **__: 1 // 0)
+    with terminal.view() as shown:
+        shown.show(fold())
+        shown.show(fold())
+    assert 1 <= len(terminal.said) <= 2
+
+
+def test_a_run_of_which_nothing_is_recorded_has_a_summary_and_a_table() -> None:
+    summary = RunFold(0.0).summary()
+    assert summary["algorithm"] is None
+    assert summary["versions"] == 0
+    assert isinstance(closing_table(summary), Table)
+
+
+def test_what_cannot_be_shown_is_said_and_logged(tmp_path) -> None:
+    terminal = Terminal(is_terminal=False)
+    speaker = Speaker(terminal.console, tmp_path / "cluster.log")
+    speaker.show(lambda: closing_table({}))
+    assert "cannot show how the run ended: KeyError('results'); see summary.json" in terminal.shown
+    assert "see summary.json" in (tmp_path / "cluster.log").read_text()
+
+
+def test_a_log_that_cannot_be_opened_silences_nobody(tmp_path) -> None:
+    (tmp_path / "cluster.log").mkdir()
+    terminal = Terminal(is_terminal=False)
+    Speaker(terminal.console, tmp_path / "cluster.log").say("a sentence")
+    assert terminal.shown == "a sentence\n"

@@ -1,0 +1,153 @@
+"""Configuration: defaults, settings, and one clear sentence for what is wrong."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fedmq.algorithms.fedavg import FedAvg
+from fedmq.nodes.errors import ConfigError
+from fedmq.nodes.run.config import build, load, parse
+from fedmq.nodes.run.setup import set_up, slowdown
+from tests.own_code import OWN_CODE
+
+
+def complaint(*settings: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        set_up(load(None, settings))
+    text = str(caught.value)
+    assert "\n" not in text
+    return text
+
+
+def test_the_defaults_are_the_run_of_make_cluster() -> None:
+    setup = set_up(load(None))
+    assert setup.problem.clients == 40
+    assert setup.algorithm.name == "fedavg"
+    assert (setup.schedule.name, setup.config.schedule["size"]) == ("buffered", 5)
+
+
+def test_a_complete_configuration_survives_being_written_and_read() -> None:
+    config = set_up(
+        load(None, ["algorithm.batch_size=none", "schedule.max_staleness=7", "run.id=x"])
+    ).config
+    again = set_up(parse(config.to_toml())).config
+    assert again == config
+    assert again.algorithm["batch_size"] is None
+    assert again.schedule["max_staleness"] == 7
+
+
+def test_a_table_with_another_name_starts_from_its_own_defaults() -> None:
+    config = set_up(load(None, ["algorithm.name=fedsgd", "schedule.name=rounds"])).config
+    assert config.algorithm["lr"] == 0.1
+    assert config.schedule["fraction"] == 0.1
+    assert "size" not in config.schedule
+
+
+def test_a_file_is_overridden_by_settings(tmp_path: Path) -> None:
+    path = tmp_path / "run.toml"
+    path.write_text('[run]\nseed = 3\nversions = 9\n[schedule]\nname = "stream"\nmixing = 0.3\n')
+    config = load(path, ["run.seed=4", "schedule.staleness=hinge(10, 4)"])
+    assert (config.run.seed, config.run.versions) == (4, 9)
+    assert config.schedule == {"name": "stream", "mixing": 0.3, "staleness": "hinge(10, 4)"}
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ("algorithm.name=fedavgg", ["algorithm.name", "'fedavgg'", "fedavg, fedavg-ft"]),
+        ("algorithm.lrr=1", ["algorithm.lrr", "did you mean 'lr'", "epochs"]),
+        ("algorithm.lr=-1", ["algorithm.lr", "greater than 0", "-1"]),
+        ("algorithm.epochs=abc", ["algorithm.epochs", "integer", "'abc'"]),
+        ("problem.name=mnits", ["problem.name", "'mnits'", "mnist-mini"]),
+        ("problem.partition=dirichlet(-1)", ["problem.partition", "alpha", "-1"]),
+        ("problem.foo=1", ["problem.foo", "clients", "partition"]),
+        ("problem.model=cnn-cifar", ["problem.model", "3x32x32", "1x28x28"]),
+        ("codec.up=cast(float8)", ["codec.up", "float16", "'float8'"]),
+        ("codec.down=quantum", ["codec.down", "'quantum'", "cast, entropy, features"]),
+        ("schedule.name=streamm", ["schedule.name", "buffered, rounds, stream"]),
+        ("schedule.staleness=hinge(1)", ["schedule.staleness", "hinge(a, b)"]),
+        ("run.sed=1", ["run.sed", "did you mean 'seed'"]),
+        ("run.versions=0", ["run.versions", "1", "got 0"]),
+        ("run.min_clients=41", ["run.min_clients", "40", "41"]),
+        ("foo.bar=1", ["'foo'", "algorithm", "schedule"]),
+        ("nonsense", ["nonsense", "table.key=value"]),
+        ("worker.slowdown=0.5", ["worker.slowdown", "at least 1", "0.5"]),
+        ("worker.slowdown=triangular(1)", ["worker.slowdown", "halfnormal", "uniform"]),
+        ("worker.drop=2", ["worker.drop", "1", "got 2"]),
+    ],
+)
+def test_what_is_wrong_is_one_sentence_that_names_the_key(setting: str, words: list[str]) -> None:
+    text = complaint(setting)
+    for word in words:
+        assert word in text
+
+
+def test_an_algorithm_refuses_a_schedule_that_makes_no_sense_for_it() -> None:
+    text = complaint("algorithm.name=fedsgd", "schedule.name=stream")
+    assert text == (
+        "schedule.name: fedsgd does not run under 'stream'; choose from buffered, rounds"
+    )
+
+
+def test_a_file_that_is_not_there_or_not_toml_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"cannot read .*no\.toml"):
+        load(tmp_path / "no.toml")
+    (tmp_path / "bad.toml").write_text("[run\n")
+    with pytest.raises(ConfigError, match=r"bad\.toml is not TOML"):
+        load(tmp_path / "bad.toml")
+
+
+def test_a_key_outside_its_table_is_told_where_it_belongs(tmp_path: Path) -> None:
+    (tmp_path / "run.toml").write_text("versions = 3\n")
+    with pytest.raises(ConfigError, match=r"unknown key 'versions' \(did you mean 'run\.versions'"):
+        load(tmp_path / "run.toml")
+
+
+def test_single_workers_may_straggle_differently() -> None:
+    settings = ["worker.slowdown=2", 'worker.nodes.worker-1={slowdown = "uniform(1, 2)"}']
+    worker = load(None, [*settings, "worker.drop=0.1"]).worker
+    assert (worker.straggling("worker-0").slowdown, worker.straggling("worker-0").drop) == (2, 0.1)
+    assert worker.straggling("worker-1").slowdown == "uniform(1, 2)"
+    assert worker.straggling("worker-1").drop == 0.1
+
+
+def test_a_slowdown_is_never_a_speed_up() -> None:
+    rng = np.random.default_rng(0)
+    for spec in ("uniform(0, 3)", "halfnormal(1)", "pareto(1.5)", "exponential(2)"):
+        assert min(slowdown(spec)(rng) for _ in range(1000)) >= 1
+    assert slowdown(4.0)(rng) == 4
+
+
+@dataclass(frozen=True)
+class FromNumpy(FedAvg):
+    """Hyper-parameters as a user works them out."""
+
+    lr: float = np.float64(0.25)
+    sizes: tuple[int, ...] = (np.int64(3), np.int64(4))
+
+
+@dataclass(frozen=True)
+class Unwritable(FedAvg):
+    place: Any = Path("data")
+
+
+def test_hyper_parameters_of_numpy_are_numbers() -> None:
+    config = build({"algorithm": {"name": f"{__name__}:FromNumpy"}})
+    complete = set_up(config, OWN_CODE).config
+    assert type(complete.algorithm["lr"]) is float
+    assert parse(complete.to_toml()).algorithm["sizes"] == [3, 4]
+
+
+def test_hyper_parameters_that_toml_cannot_hold_are_one_sentence() -> None:
+    config = build({"algorithm": {"name": f"{__name__}:Unwritable"}})
+    with pytest.raises(ConfigError, match=r"the configuration cannot be written as TOML: .*Path"):
+        set_up(config, OWN_CODE)
+
+
+def test_a_lease_that_is_over_before_a_beat_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"^broker.lease_s: expected at least broker.beat_s, 2, "):
+        build({"broker": {"lease_s": 1.5, "beat_s": 2.0}})
+    assert build({"broker": {"lease_s": 2.0, "beat_s": 2.0}}).broker.lease_s == 2.0

@@ -1,0 +1,146 @@
+"""Numbers of a configuration are finite, and numbers; TOML that is none is told with its line."""
+
+import math
+from pathlib import Path
+
+import pytest
+
+from fedmq.nodes.errors import ConfigError
+from fedmq.nodes.run.config import changed, load, parse
+from fedmq.nodes.run.setup import set_up
+
+
+def complaint(*settings: str, path: Path | None = None) -> str:
+    with pytest.raises(ConfigError) as caught:
+        set_up(load(path, settings))
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("value", ["inf", "-inf", "nan", "1e999"])
+@pytest.mark.parametrize(
+    "key",
+    [
+        "run.checkpoint_s",
+        "run.target_accuracy",
+        "run.seed",
+        "algorithm.lr",
+        "algorithm.momentum",
+        "schedule.max_staleness",
+        "problem.clients",
+        "worker.slowdown",
+        "worker.drop",
+        "worker.nodes.worker-0.slowdown",
+        "broker.lease_s",
+        "broker.beat_s",
+        "broker.retain",
+    ],
+)
+def test_a_number_that_is_not_finite_is_refused_by_its_key(key: str, value: str) -> None:
+    found = "inf" if value == "1e999" else value
+    assert complaint(f"{key}={value}") == f"{key}: expected a finite number, got {found}"
+
+
+def test_numbers_in_lists_and_of_a_problem_of_one_s_own_are_finite(tmp_path: Path) -> None:
+    path = tmp_path / "run.toml"
+    path.write_text('[problem]\nname = "own:Own"\nscale = [1.0, nan]\n')
+    assert complaint(path=path) == "problem.scale: expected a finite number, got nan"
+
+
+@pytest.mark.parametrize(
+    ("key", "text"),
+    [
+        ("worker.slowdown", "uniform(1, 1e999)"),
+        ("worker.slowdown", "pareto(nan)"),
+        ("worker.nodes.worker-1.slowdown", "exponential(inf)"),
+        ("schedule.staleness", "polynomial(true)"),
+        ("problem.partition", "dirichlet(1e999)"),
+        ("codec.up", "quantize(True)"),
+        ("codec.down", "cast(float16) | quantize(bits=nan)"),
+    ],
+)
+def test_numbers_within_a_choice_are_finite(key: str, text: str) -> None:
+    assert complaint(f"{key}={text}") == f"{key}: expected finite numbers, got {text!r}"
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "run.versions",
+        "run.seed",
+        "run.checkpoint_s",
+        "algorithm.epochs",
+        "algorithm.lr",
+        "schedule.size",
+        "schedule.concurrency",
+        "worker.count",
+        "broker.lease_s",
+        "broker.deliveries",
+    ],
+)
+@pytest.mark.parametrize(("value", "shown"), [("true", "true"), ('"5"', "'5'")])
+def test_what_is_no_number_is_not_taken_for_one(key: str, value: str, shown: str) -> None:
+    assert complaint(f"{key}={value}") == f"{key}: expected a number, got {shown}"
+
+
+def test_booleans_and_words_stay_what_they_are() -> None:
+    config = load(None, ["broker.share_files=false", "algorithm.batch_size=none"])
+    assert config.broker.share_files is False
+    assert set_up(config).config.algorithm["batch_size"] is None
+    assert load(None, ["run.versions=1e3"]).run.versions == 1000
+
+
+@pytest.mark.parametrize("limit", ["0", "1", "1e6", "16777215"])
+def test_a_limit_that_cannot_be_kept_is_refused_with_the_least_that_can(limit: str) -> None:
+    text = complaint(f"broker.retain={limit}")
+    assert text.startswith("broker.retain: expected 'everything', 'unfinished' or a number of")
+    assert "at least 16,777,216" in text
+
+
+def test_a_recorded_configuration_is_read_whatever_it_holds() -> None:
+    """Older releases took these; their runs stay readable."""
+    config = load(None, ["run.id=x"])
+    text = config.to_toml().replace("checkpoint_s = 1.0", "checkpoint_s = inf")
+    text = text.replace('retain = "everything"', "retain = 1000.0")
+    recorded = parse(text)
+    assert math.isinf(recorded.run.checkpoint_s)
+    assert recorded.broker.retain == 1000
+    assert math.isinf(changed(recorded, ["algorithm.lr=0.5"]).run.checkpoint_s)
+    with pytest.raises(ConfigError, match=r"algorithm.lr: expected a finite number"):
+        changed(recorded, ["algorithm.lr=inf"])
+
+
+# ---- TOML
+
+GOOD = "[run]\nseed = 7\nversions = 3\n"
+
+
+@pytest.mark.parametrize("ends", ["\n", "\r\n"])
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
+def test_a_byte_order_mark_and_either_end_of_lines_are_taken(
+    tmp_path: Path, mark: bytes, ends: str
+) -> None:
+    path = tmp_path / "run.toml"
+    path.write_bytes(mark + GOOD.replace("\n", ends).encode())
+    assert (load(path).run.seed, load(path).run.versions) == (7, 3)
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (b"[run]\nseed = 1\nseed = 2\n", "line 3: the key seed stands there a second time"),
+        (b"[run]\n[run]\n", "line 2: the table [run] stands there a second time"),
+        (b"[run]\nseed =\n", "line 2: Invalid value"),
+        (b"[run]\n\nid = \xff\n", "line 3 is not UTF-8 (byte 0xff)"),
+        (b"\xff\xfe[\x00r\x00", "expected UTF-8, it is UTF-16"),
+        (b"[run]\nid = '''x", "line 2: "),
+    ],
+)
+def test_what_is_not_toml_is_told_with_file_and_line(
+    tmp_path: Path, data: bytes, words: str
+) -> None:
+    path = tmp_path / "run.toml"
+    path.write_bytes(data)
+    with pytest.raises(ConfigError) as caught:
+        load(path)
+    assert str(caught.value).startswith(f"{path} is not TOML: {words}")
+    assert "\n" not in str(caught.value)

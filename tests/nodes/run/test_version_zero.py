@@ -1,0 +1,333 @@
+"""A problem's model is the same at every call; nodes that start from others are found."""
+
+import copy
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from fedmq.algorithms.errors import ProblemError
+from fedmq.algorithms.problems.registry import load_problem
+from fedmq.broker.inspection.trace import Trace
+from fedmq.broker.ledger.entries import Accepted
+from fedmq.broker.wire.encoding import encode_message
+from fedmq.broker.wire.schema import Message
+from fedmq.nodes.aggregator.computed import Computed
+from fedmq.nodes.aggregator.core import Aggregator
+from fedmq.nodes.cluster.view import closing_table, line
+from fedmq.nodes.errors import ConfigError
+from fedmq.nodes.messages.actions import Inbound, Post, Start
+from fedmq.nodes.replay.fold import Replay
+from fedmq.nodes.replay.workers import Retraining
+from fedmq.nodes.run.agreement import disagree
+from fedmq.nodes.run.version_zero import version_zero
+from fedmq.nodes.run_folder.summary import RunFold
+from fedmq.nodes.simulation.virtual_run import Chances, Simulation
+from fedmq.nodes.worker.client_state import Locals
+from fedmq.nodes.worker.core import Evaluated, Train, Trained, Worker
+from tests.algorithms.fleet import Fleet, make_setup, posted
+from tests.algorithms.tiny import Dropping, Normed, Tiny
+from tests.nodes.replay import material
+from tests.own_code import OWN_CODE
+
+
+class Made(Tiny):
+    """Whatever module it is given, made by a function of the number of the call."""
+
+    def __init__(self, make):
+        super().__init__()
+        self.make, self.calls = make, itertools.count()
+
+    def model(self):
+        return self.make(next(self.calls))
+
+
+def drawn_anew(module):
+    """Draw from a generator that nobody seeds."""
+    with torch.no_grad():
+        module.weight.copy_(torch.from_numpy(np.random.default_rng().random((2, 2))))
+
+
+def with_buffer(value, *, persistent=True):
+    module = nn.Linear(2, 2)
+    with torch.no_grad():
+        module.weight.fill_(0.5)
+        module.bias.fill_(0.25)
+    module.register_buffer("b", value, persistent=persistent)
+    return module
+
+
+@pytest.mark.parametrize("problem", [Tiny(), Normed(), Dropping()], ids=lambda p: type(p).__name__)
+def test_a_seeded_model_has_one_fingerprint_and_leaves_the_generators_alone(problem):
+    before = torch.random.get_rng_state()
+    assert version_zero(problem) == version_zero(problem)
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+class Unseeded(Tiny):
+    def __init__(self, seed):
+        super().__init__(seed=seed)
+
+    def model(self):
+        return nn.Linear(2, 2)
+
+
+class Forgetful(Unseeded):
+    def __init__(self, seed):
+        super().__init__(seed)
+        del self.seed
+
+
+def weights(problem):
+    return torch.cat([each.detach().reshape(-1) for each in problem.model().parameters()])
+
+
+def test_a_model_without_a_seed_of_its_own_draws_from_the_runs():
+    class Longer(Unseeded):
+        def model(self):
+            return nn.Sequential(super().model(), nn.Linear(2, 2))
+
+    torch.manual_seed(5)
+    assert torch.equal(weights(Unseeded(1)), weights(Unseeded(1)))
+    assert not torch.equal(weights(Unseeded(1)), weights(Unseeded(2)))
+    assert version_zero(Unseeded(1)) is not None
+    first, second = Longer(1).model()
+    assert not torch.equal(first.weight, second.weight), "draws go on after the parent's"
+
+
+def test_a_problem_that_does_not_keep_the_seed_draws_from_it_all_the_same():
+    table = {"name": "tests.nodes.run.test_version_zero:Forgetful"}
+    made = [load_problem(table, seed, OWN_CODE) for seed in (1, 1, 2)]
+    first, again, other = (weights(each) for each in made)
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+@pytest.mark.parametrize(
+    ("make", "name"),
+    [
+        (lambda _: nn.Linear(2, 2).apply(drawn_anew), "weight"),
+        (lambda call: with_buffer(torch.tensor([0.0, float(call)])), "b"),
+        (lambda call: with_buffer(torch.tensor([-0.0 if call else 0.0])), "b"),
+        (lambda call: with_buffer(torch.tensor(call)), "b"),
+        (lambda call: with_buffer(torch.tensor(1j * call), persistent=False), "b"),
+        (lambda call: with_buffer(torch.zeros(2 + call)), "b"),
+        (lambda call: with_buffer(torch.zeros(2, dtype=torch.bfloat16) + call), "b"),
+        (lambda call: with_buffer(torch.tensor([True, call == 0])), "b"),
+    ],
+)
+def test_a_model_that_differs_from_call_to_call_is_one_sentence_that_names_the_tensor(make, name):
+    with pytest.raises(ConfigError) as caught:
+        version_zero(Made(make))
+    assert str(caught.value) == (
+        f"problem.name: expected model() to give the same values at every call, '{name}' differs "
+        "from one call to the next: seed what it is drawn from"
+    )
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        torch.tensor([float("-inf"), 0.0]),
+        torch.tensor([float("nan")]),
+        torch.tensor([1 + 2j]),
+        torch.zeros(0),
+        torch.tensor(3),
+        torch.eye(2).to_sparse(),
+    ],
+    ids=str,
+)
+def test_values_of_every_kind_have_a_fingerprint(value):
+    norm, total = version_zero(Made(lambda _: with_buffer(value)))
+    assert norm >= 1.0
+    assert total == total
+
+
+def test_a_model_that_is_not_made_yet_has_a_fingerprint_without_it():
+    assert version_zero(Made(lambda _: nn.LazyLinear(3))) == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("error", [ProblemError("no model"), NotImplementedError()])
+def test_a_problem_without_a_model_has_none(error):
+    def none(_call):
+        raise error
+
+    assert version_zero(Made(none)) is None
+
+
+# ---- between nodes
+
+
+def values(seed, dtype=torch.float32):
+    torch_ = torch.Generator().manual_seed(seed)
+    return torch.randn(3_000_000, generator=torch_).to(dtype)
+
+
+def module_of(vector):
+    module = nn.Module()
+    module.w = nn.Parameter(vector)
+    return module
+
+
+def test_rounding_is_no_disagreement_and_another_seed_is():
+    one = version_zero(Made(lambda _: module_of(values(0))))
+    rounded = torch.nextafter(values(0), torch.tensor(torch.inf))  # every value, the same way
+    assert not disagree(one, version_zero(Made(lambda _: module_of(rounded))))
+    assert disagree(one, version_zero(Made(lambda _: module_of(values(1)))))
+    assert disagree(one, version_zero(Made(lambda _: module_of(-values(0)))))
+    assert disagree(one, version_zero(Made(lambda _: module_of(values(0).flip(0)))))
+
+
+def test_the_same_values_under_other_names_disagree():
+    def pair(first, second):
+        module = nn.Module()
+        module.a, module.b = nn.Parameter(values(first)), nn.Parameter(values(second))
+        return version_zero(Made(lambda _: copy.deepcopy(module)))
+
+    assert not disagree(pair(0, 1), pair(0, 1))
+    assert disagree(pair(0, 1), pair(1, 0))
+
+
+@pytest.mark.parametrize(
+    "other",
+    [None, [], [1.0], "x", [1.0, "2"], {"norm": 1.0}, [1.0, 2.0, 3.0], [True, 2.0]],
+    ids=str,
+)
+def test_what_is_no_fingerprint_says_nothing(other):
+    assert not disagree([1.0, 2.0], other)
+    assert not disagree(other, [1.0, 2.0])
+
+
+@pytest.mark.parametrize(
+    "other", [[float("nan"), 2.0], [1.0, float("inf")], [1.1, 2.0], [1.0, 2.1]]
+)
+def test_what_is_another_fingerprint_disagrees(other):
+    assert disagree([1.0, 2.0], other)
+
+
+def answers_of(fleet, worker, version_0):
+    """A result and a score, as a node with this fingerprint posts them."""
+    message, data = fleet.tasks[0]
+    node = Worker(fleet.setup, "run", worker, [(0, 1)], version_0=version_0)
+    [train] = node.handle(Inbound(7, 0.0, message, data.__getitem__))
+    at = train.at(fleet.setup.problem, "cpu")
+    done = Trained(*fleet.setup.algorithm.train(train.task, at), 0.0)
+    yield posted(node, node.handle(done), lambda _client, kept: kept).message
+    message, data = fleet.evaluations[0]
+    [_] = node.handle(Inbound(8, 0.0, message, data.__getitem__))
+    [post] = node.handle(Evaluated({"accuracy": 0.5, "loss": 0.5}))
+    yield post.message
+
+
+def ledger(*messages):
+    return [
+        Accepted(seq=seq, at=100.0 + seq, message=encode_message(message))
+        for seq, message in enumerate(messages)
+    ]
+
+
+def joined(node, role):
+    body = {"node": node, "role": role, "session": "s", "clients": []}
+    about = {"id": f"broker/{node}", "run": "run", "sender": "broker", "to": "aggregator"}
+    return Message(kind="joined", **about, body=body)
+
+
+def test_nodes_that_disagree_are_named_in_what_is_shown_of_a_run():
+    setup = make_setup({"name": "stream", "concurrency": 2}, evaluate_every=1)
+    core = Aggregator(setup, "run", "aggregator", Computed(version_0=[4.0, -1.0]))
+    [run] = [each.message for each in core.handle(Start()) if isinstance(each, Post)]
+    assert run.body["version_0"] == [4.0, -1.0]
+    fleet = Fleet(setup)
+    fleet.join_evaluator()
+    said = {"same": [4.0, -1.00001], "old": None, "other": [4.0, 2.0]}
+    messages = [joined("aggregator", "aggregator"), run]
+    for node, version_0 in said.items():
+        result, score = answers_of(fleet, node, version_0)
+        assert result.body.get("version_0") == score.body.get("version_0") == version_0
+        messages += [joined(node, "worker"), result, score]
+    fold = RunFold()
+    fold.feed(ledger(*messages))
+    assert fold.disagreeing == ["other"]
+    assert line(fold).endswith("other first model other")
+    summary = fold.summary()
+    assert summary["disagreeing"] == ["other"]
+    cells = [cell for column in closing_table(summary).columns for cell in column.cells]
+    assert any("other started from other values" in str(cell) for cell in cells)
+
+
+def test_nobody_is_named_where_all_agree():
+    fold = RunFold(
+        config={
+            "algorithm": {"name": "a"},
+            "schedule": {"name": "s"},
+            "codec": {},
+            "run": {"seed": 0},
+        }
+    )
+    assert fold.summary()["disagreeing"] == []
+    assert "first model" not in line(fold)
+    table = closing_table(fold.summary())
+    assert "first model" not in [str(cell) for cell in table.columns[0].cells]
+
+
+def test_a_result_that_another_node_kept_says_who_posts_it():
+    setup = make_setup(
+        {"name": "stream", "concurrency": 2},
+        "Normed",
+        algorithm={"name": "tests.algorithms.tiny:Counting"},
+    )
+    fleet = Fleet(setup)
+    message, data = fleet.tasks[0]
+    kept = Locals()
+    posts = []
+    for node, version_0 in (("one", [4.0, 2.0]), ("two", [4.0, -1.0])):
+        worker = Worker(setup, "run", node, [(0, 1)], kept, version_0)
+        actions = worker.handle(Inbound(7, 0.0, message, data.__getitem__))
+        if isinstance(actions[0], Train):
+            at = actions[0].at(setup.problem, "cpu")
+            actions = worker.handle(Trained(*setup.algorithm.train(actions[0].task, at), 0.0))
+        posts.append(posted(worker, actions, kept.put).message)
+    assert [each.body["version_0"] for each in posts] == [[4.0, 2.0], [4.0, -1.0]]
+
+
+def test_a_replay_on_another_kind_of_device_takes_the_records_word(tmp_path):
+    setup = make_setup({"name": "stream", "concurrency": 2}, evaluate_every=1)
+    simulation = Simulation(setup, 2, tmp_path / "run", 5, Chances(train_s=0.3))
+    assert simulation.run(0.0, 400.0)
+    simulation.broker.ledger.close()
+    kinds = {"run", "result", "score"}
+    changes = {
+        seq: material.edit(body={"version_0": [4.0, -1.0]})
+        for seq, each in material.messages(tmp_path / "run")
+        if each.kind in kinds
+    }
+    assert len(changes) > 6
+    (tmp_path / "other").mkdir()
+    trace = Trace(material.rewrite(tmp_path / "run", tmp_path / "other", changes))
+    replay = Replay(trace, setup=setup)
+    assert sum(1 for _ in replay.steps()) > 6
+    assert replay.core.version == 3
+    for node in ("worker-0", "evaluator"):
+        assert all(each.same for each in Retraining(trace, setup, node).all())
+
+
+def test_a_model_that_is_made_once_is_refused():
+    """Its second user would begin with what the first has learned."""
+    module = nn.Linear(2, 2)
+    with pytest.raises(ConfigError, match="to make a new module at every call"):
+        version_zero(Made(lambda _: module))
+
+
+def test_a_plain_tensor_that_is_drawn_anew_is_named():
+    def drawn(_):
+        module = nn.Linear(2, 2)
+        with torch.no_grad():
+            module.weight.zero_()
+            module.bias.zero_()
+        module.features = torch.from_numpy(np.random.default_rng().random(4))
+        return module
+
+    with pytest.raises(ConfigError, match="'features' differs from one call to the next"):
+        version_zero(Made(drawn))

@@ -1,0 +1,26 @@
+"""A file is replaced as a whole, or not at all."""
+
+from pathlib import Path
+
+import pytest
+
+from fedmq.nodes.run_folder.atomic_write import replacing
+
+
+def test_the_new_file_takes_the_place_of_the_old_one(tmp_path: Path) -> None:
+    path = tmp_path / "file.txt"
+    path.write_text("old")
+    with replacing(path) as fresh:
+        fresh.write_text("new")
+        assert path.read_text() == "old"
+    assert path.read_text() == "new"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_an_error_leaves_the_old_one_and_nothing_else(tmp_path: Path) -> None:
+    path = tmp_path / "file.txt"
+    path.write_text("old")
+    with pytest.raises(UnicodeEncodeError), replacing(path) as fresh:
+        fresh.write_text("ne\ud800")
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]

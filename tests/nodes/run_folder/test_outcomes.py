@@ -1,0 +1,386 @@
+"""Counts are folded from the ledger to its end; used, stale, refused and unused are all results."""
+
+import io
+import json
+import math
+
+import pytest
+from rich.console import Console
+
+from fedmq.broker.ledger.entries import Accepted, Ended, Opened, Refusal
+from fedmq.broker.ledger.reader import read_entries
+from fedmq.broker.wire.encoding import encode_message
+from fedmq.broker.wire.schema import Message
+from fedmq.nodes.cluster import view
+from fedmq.nodes.cluster.view import closing_table, line, render
+from fedmq.nodes.run_folder.strict_json import not_finite, to_strict_json
+from fedmq.nodes.run_folder.summary import RunFold, spread
+from fedmq.nodes.run_folder.summary_file import write_summary
+from fedmq.nodes.simulation.virtual_run import Chances, Simulation
+from tests.sim.history import setup_of
+
+CONFIG = '[run]\nseed = 0\n[schedule]\nname = "rounds"\n[algorithm]\nname = "fedavg"\n'
+
+
+class Story:
+    """A ledger in memory, told entry by entry; time stands at its numbers."""
+
+    def __init__(self, started_at=100.0):
+        self.fold = RunFold(started_at)
+        self.seq = -1
+        self.feed("joined", "broker", node="aggregator", role="aggregator", clients=[])
+        for k in range(2):
+            self.feed("joined", "broker", node=f"w{k}", role="worker", clients=[[k, k]])
+
+    def entry(self, kind, **fields):
+        self.seq += 1
+        self.fold.feed([kind(seq=self.seq, at=100.0 + self.seq, **fields)])
+        return self.seq
+
+    def feed(self, kind, sender, name=None, re=None, to="aggregator", **body):
+        name = name or f"{sender}/{self.seq + 1}"
+        message = Message(kind=kind, id=name, run="r", sender=sender, to=to, re=re, body=body)
+        return self.entry(Accepted, message=encode_message(message))
+
+    def begin(self):
+        self.feed("run", "aggregator", to="record", config=CONFIG)
+
+    def task(self, number, client, version=0):
+        body = {"client": client, "model_version": version}
+        return self.feed("task", "aggregator", f"a/{number}", to=f"client/{client}", **body)
+
+    def result(self, number, client, **body):
+        return self.feed("result", f"w{client}", re=f"a/{number}", client=client, **body)
+
+    def refuse(self, of, code, reason="?", node="aggregator", **more):
+        fields = {"run": "r", "node": node, "id": "x", "reason": reason, "code": code}
+        return self.entry(Refusal, **fields, of=of, **more)
+
+    def version(self, number, position, results, late=0, cohort=2):
+        body = {"version": number, "position": position, "results": results, "late": late}
+        body |= {"cohort": cohort, "mean_staleness": 0.0, "model_digest": "d" * 32}
+        self.feed("version", "aggregator", to="record", **body)
+
+    def end(self):
+        self.entry(Ended, run="r", reason="enough")
+        return self.fold.summary()
+
+
+@pytest.fixture
+def story():
+    found = Story()
+    found.begin()
+    return found
+
+
+def counts(summary, *names):
+    return tuple(summary["results"][name] for name in names or ALL)
+
+
+ALL = ("used", "stale", "refused", "unused")
+
+
+def test_every_result_is_used_stale_refused_or_unused(story):
+    for number in range(6):
+        story.task(number, number % 2)
+    first = story.result(0, 0)
+    story.version(1, first, 1)
+    story.refuse(story.result(1, 1), "stale")
+    story.refuse(story.result(2, 0), "late")
+    story.refuse(story.result(3, 1), "not-finite")
+    story.result(4, 0)
+    summary = story.end()
+    assert counts(summary) == (1, 2, 1, 1)
+    assert summary["results"]["by_code"] == {"stale": 1, "late": 1, "not-finite": 1}
+
+
+def test_what_was_refused_after_the_last_version_counts(story):
+    """The last version record knows nothing of it."""
+    story.task(0, 0)
+    story.version(1, story.result(0, 0), 1)
+    for number in range(1, 30):
+        story.task(number, 1, 1)
+        story.refuse(story.result(number, 1), "not-finite", "the result holds NaN")
+    summary = story.end()
+    assert counts(summary) == (1, 0, 29, 0)
+    assert summary["clients_without_result"] == {
+        "1": {"tasks": 29, "code": "not-finite", "reason": "the result holds NaN"}
+    }
+
+
+def test_failed_tasks_are_counted_by_code_and_evaluations_are_no_tasks(story):
+    for number in range(3):
+        story.task(number, 0)
+    story.feed("failed", "w0", re="a/0", reason="no memory", code="training-failed")
+    story.feed("failed", "w0", re="a/1", reason="dropped on demand")
+    story.refuse(6, "dead-letter", "parked", node="broker", parked=True)
+    story.feed("evaluate", "aggregator", "a/9", to="client/0", model_version=0)
+    story.feed("failed", "w0", re="a/9", reason="no memory", code="training-failed")
+    summary = story.end()
+    assert counts(summary, "failed", "refused") == (3, 0)
+    codes = {"training-failed": 1, "dropped": 1, "dead-letter": 1}
+    assert summary["results"]["failed_by_code"] == codes
+    assert summary["clients_without_result"]["0"]["tasks"] == 3
+    assert summary["clients_without_result"]["0"]["reason"] == "parked"
+
+
+def test_a_task_that_is_sent_again_has_not_failed(story):
+    story.task(0, 0)
+    refusal = {"run": "r", "node": "broker", "id": "a/0", "reason": "parked", "of": 4}
+    story.entry(Refusal, **refusal, parked=True, code="dead-letter")
+    assert story.fold.summary()["results"]["failed"] == 1
+    story.task(0, 0)
+    story.version(1, story.result(0, 0), 1)
+    summary = story.end()
+    assert counts(summary, "failed", "used") == (0, 1)
+    assert summary["clients_without_result"] == {}
+
+
+def test_an_old_ledger_has_no_codes_and_counts_the_same(story):
+    story.task(0, 0)
+    story.task(1, 0)
+    story.refuse(story.result(0, 0), "", "too stale: 2 versions behind")
+    story.refuse(story.result(1, 0), "", "of another shape")
+    summary = story.end()
+    assert counts(summary) == (0, 1, 1, 0)
+    assert summary["results"]["by_code"] == {"stale": 1, "unknown": 1}
+
+
+def test_posts_that_were_not_accepted_are_no_results(story):
+    story.refuse(None, "no-address", node="broker")
+    assert counts(story.end(), *ALL, "unaccepted") == (0, 0, 0, 0, 1)
+
+
+def test_cohorts_are_summed_and_late_results_are_none_of_them(story):
+    story.version(1, 3, 2)
+    story.version(2, 3, 2, late=1)
+    story.version(3, 3, 3, late=1)
+    assert story.end()["rounds"] == {"versions": 3, "whole": 2, "wanted": 6, "missing": 1}
+
+
+def test_a_client_whose_only_result_came_after_the_last_version_is_named(story):
+    story.task(0, 0)
+    story.task(1, 1)
+    story.result(0, 0)
+    summary = story.end()
+    assert [each["code"] for each in summary["clients_without_result"].values()] == [
+        "unused",
+        "no-answer",
+    ]
+    assert counts(summary) == (0, 0, 0, 1)
+
+
+@pytest.mark.parametrize(("schedule", "seed"), [(0, 5), (1, 2), (2, 3), (3, 4)])
+def test_a_run_with_trouble_accounts_for_all_results(tmp_path, schedule, seed):
+    simulation = Simulation(
+        setup_of(schedule, 1.0), 2, tmp_path / "ledger", seed, Chances(train_s=0.3)
+    )
+    assert simulation.run(8.0, 400.0)
+    simulation.broker.ledger.close()
+    results = write_summary(tmp_path, 0.0)["results"]
+    messages = [e.read() for e in read_entries(tmp_path / "ledger") if isinstance(e, Accepted)]
+    assert sum(results[name] for name in ALL) == sum(m.kind == "result" for m in messages)
+    (finished,) = [m.body for m in messages if m.kind == "finished"]
+    versions = [m.body["results"] for m in messages if m.kind == "version"]
+    assert results["used"] == sum(versions) == finished["used"]
+    assert results["stale"] == finished["stale"]
+
+
+# ---- what a person sees
+
+
+def shown(renderable, width=80):
+    console = Console(width=width, record=True, file=io.StringIO())
+    console.print(renderable)
+    return console.export_text()
+
+
+def test_what_is_not_known_yet_is_not_shown_as_a_number():
+    said = line(RunFold(started_at=1.8e9))
+    assert said.startswith("time -  version -  accuracy -  used 0")
+    assert "staleness -" in said
+
+
+def test_an_accuracy_of_an_older_version_says_of_which(story):
+    story.task(0, 0)
+    story.feed("evaluate", "aggregator", "a/1", to="evaluator", model_version=0)
+    story.feed("score", "w1", re="a/1", metrics={"accuracy": 0.5})
+    assert "accuracy 50.00%  used" in line(story.fold)
+    story.version(1, story.result(0, 0), 1)
+    assert "version 1  accuracy 50.00% (v0)  used 1" in line(story.fold)
+    assert "cohort 1 of 2" in line(story.fold)
+
+
+def test_trouble_is_shown_while_a_run_goes_on(story):
+    story.task(0, 0)
+    story.refuse(story.result(0, 0), "not-finite")
+    assert "rejected 1" in line(story.fold)
+    assert "rejected 1" in shown(render(story.fold))
+
+
+def test_the_closing_table_names_what_went_wrong(story):
+    story.task(0, 0)
+    story.task(1, 1)
+    story.feed("failed", "w0", re="a/0", reason="no\x1b memory", code="training-failed")
+    story.version(1, story.result(1, 1), 1)
+    said = shown(closing_table(story.end()), 100)
+    assert "1 used, 0 stale, 0 refused, 0 unused" in said
+    assert "1 task: training-failed 1" in said
+    assert "0 of 1 with their whole cohort, 1 of 2 results missing" in said
+    assert "1 task, no result in any version; last: no\\x1b memory" in said
+
+
+def test_a_result_that_came_while_the_run_was_ending_is_no_failure(story):
+    story.task(0, 0)
+    story.task(1, 1)
+    story.version(1, story.result(1, 1), 1)
+    story.refuse(story.result(0, 0), "run-over", "the run is over")
+    said = shown(closing_table(story.end()), 100)
+    assert "run-over 1" in said
+    assert "last failure" not in said
+    assert "no result in any version" not in said
+
+
+def test_a_run_that_was_interrupted_does_not_know_its_bytes_on_the_wire(story):
+    story.task(0, 0)
+    summary = story.fold.summary()
+    assert summary["bytes"]["down"]["wire"] is None
+    assert "payload, - on the wire" in shown(closing_table(summary))
+    assert "ended" not in shown(closing_table(summary))
+    assert "first task after 4.0 s" in shown(closing_table(summary))
+    json.dumps(summary, allow_nan=False)
+
+
+def test_a_run_without_a_task_has_no_first_one(story):
+    assert "first task after -" in shown(closing_table(story.fold.summary()))
+
+
+def test_the_newest_failure_is_shown_with_its_place(story):
+    story.task(0, 0)
+    story.task(1, 1)
+    story.refuse(story.result(1, 1), "not-finite", "the result holds NaN")
+    assert "rejected 1  last result of client 1: the result holds NaN" in line(story.fold)
+    body = {"reason": "ValueError: no", "code": "training-failed", "where": "mine.py:7"}
+    story.feed("failed", "w0", re="a/0", **body)
+    text = "task of client 0: ValueError: no (mine.py:7)"
+    assert f"rejected 1  failed 1  last {text}" in line(story.fold)
+    assert text in shown(render(story.fold), 120)
+    (head,) = (each for each in shown(render(story.fold)).splitlines() if "state" in each)
+    assert head.split() == ["node", "state", "done", "failed"]
+    summary = story.end()
+    assert text in shown(closing_table(summary), 120)
+    assert summary["last_failure"] == {"what": "task", "client": 0, **body}
+    story.task(2, 1)
+    story.refuse(story.result(2, 1), "late", "too stale")
+    assert text in line(story.fold)
+
+
+def test_evaluations_that_fail_are_counted_apart(story):
+    for number in range(3):
+        story.feed("evaluate", "aggregator", f"a/{number}", to="evaluator", model_version=number)
+    story.feed("failed", "w0", re="a/0", reason="no metric", where="mine.py:9")
+    assert "last evaluation: no metric (mine.py:9)" in line(story.fold)
+    story.feed("score", "w1", re="a/1", metrics={"accuracy": 0.5})
+    story.refuse(story.seq - 2, "dead-letter", "parked")
+    assert "failed evaluations 2  last evaluation: parked" in line(story.fold)
+    summary = story.end()
+    assert summary["results"]["failed_evaluations"] == 2
+    assert summary["results"]["failed"] == 0
+    assert "2 evaluations failed" in shown(closing_table(summary), 100)
+
+
+def test_a_run_that_failed_says_so(story):
+    assert story.fold.summary()["status"] == "interrupted"
+    story.feed("finished", "aggregator", to="checkpoint", reason="12 tasks", failed=True)
+    summary = story.end()
+    assert (summary["status"], summary["ended"]) == ("failed", "enough")
+    assert "status      failed" in shown(closing_table(summary))
+    assert json.loads(json.dumps(summary)) == summary
+
+
+def test_a_run_that_reached_its_end_is_finished(story):
+    story.feed("finished", "aggregator", to="checkpoint", reason="2 versions")
+    assert story.end()["status"] == "finished"
+
+
+def test_a_run_that_waits_says_for_whom():
+    story = Story()
+    story.entry(Opened, run="r", config=CONFIG, total_clients=6)
+    story.begin()
+    assert story.fold.missing_clients == [2, 3, 4, 5]
+    assert "waiting for" not in line(story.fold)
+    assert line(story.fold, waits=True).endswith("waiting for clients 2-5")
+    assert "waiting for clients 2-5" in shown(render(story.fold, waits=True))
+    story.feed("left", "broker", node="w0", reason="lease")
+    assert story.fold.missing_clients == [0, 2, 3, 4, 5]
+    story.task(0, 1)
+    assert story.fold.missing_clients == []  # one is at work
+    assert line(story.fold, waits=True).endswith("waiting for results of client 1")
+    story.result(0, 1)
+    assert line(story.fold, waits=True).endswith("waiting for clients 0, 2-5")
+    story.end()
+    assert story.fold.missing_clients == []
+
+
+def test_lines_of_a_run_that_stands_still_are_few(monkeypatch):
+    now = 0.0
+    monkeypatch.setattr(view.time, "monotonic", lambda: now)
+    story = Story()
+    story.entry(Opened, run="r", config=CONFIG, total_clients=3)
+    story.begin()
+    out = io.StringIO()
+    with view.View(Console(file=out, width=40), "title", pytest.fail) as shower:
+        for _ in range(3000):
+            now += 0.1
+            shower.show(story.fold)
+    first, *lines = out.getvalue().splitlines()
+    assert first == "title"
+    assert 5 <= len(lines) <= 6
+    assert all(each.endswith("waiting for client 2") for each in lines)
+
+
+def test_a_metric_that_is_no_finite_number_is_null_in_the_summary_and_named(story, tmp_path):
+    for number, (accuracy, loss) in enumerate([(0.5, math.inf), (math.nan, -math.inf)]):
+        story.feed("evaluate", "aggregator", f"a/{number}", to="evaluator", model_version=number)
+        metrics = {"accuracy": accuracy, "loss": loss, "mae": 0.25}
+        story.feed("score", "w0", re=f"a/{number}", metrics=metrics)
+        render(story.fold)
+    summary = story.fold.summary()
+    assert summary["not_finite"] == {
+        "final_accuracy": "NaN",
+        "metrics.accuracy": "NaN",
+        "metrics.loss": "-Infinity",
+        "curve[0].loss": "Infinity",
+        "curve[1].accuracy": "NaN",
+        "curve[1].loss": "-Infinity",
+    }
+    assert summary["best_accuracy"] == 0.5
+    read = json.loads(to_strict_json(summary), parse_constant=pytest.fail)
+    assert read["metrics"] == {"accuracy": None, "loss": None, "mae": 0.25}
+    assert [point["loss"] for point in read["curve"]] == [None, None]
+    assert "nan% (best 50.00%)" in shown(closing_table(summary))
+
+
+def test_clients_whose_accuracy_is_no_number_are_counted_beside_the_others(story):
+    for client, accuracy in ((0, 0.5), (1, math.nan)):
+        story.task(client, client)
+        about = {"model_version": 0, "client": client}
+        story.feed("evaluate", "aggregator", f"e/{client}", to=f"client/{client}", **about)
+        story.feed("score", f"w{client}", re=f"e/{client}", metrics={"accuracy": accuracy})
+    clients = story.fold.summary()["clients"]
+    assert clients["mean"] == clients["worst_decile"] == 0.5
+    assert (clients["count"], clients["not_finite"]) == (1, 1)
+    assert "50.00% on average" in shown(closing_table(story.fold.summary()))
+
+
+def test_a_spread_of_nothing_finite_is_no_number():
+    found = spread([math.nan, math.inf])
+    assert (found["count"], found["not_finite"]) == (0, 2)
+    assert math.isnan(found["mean"])
+
+
+def test_only_some_of_very_many_strange_numbers_are_named():
+    content = {"curve": [{"loss": math.nan}] * 5000, "rest": (1, None, "x", True)}
+    assert len(not_finite(content)) == 100
+    read = json.loads(to_strict_json(content), parse_constant=pytest.fail)
+    assert read == {"curve": [{"loss": None}] * 5000, "rest": [1, None, "x", True]}

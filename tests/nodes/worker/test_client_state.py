@@ -1,0 +1,131 @@
+"""What clients keep on their worker's disk, and the key by which a node is known again."""
+
+import pytest
+import torch
+
+from fedmq.algorithms.base import Payload
+from fedmq.broker.wire.schema import Blob, Message
+from fedmq.nodes.errors import NodeError
+from fedmq.nodes.worker.client_state import Kept, Locals, node_key
+
+LOCAL = Payload(
+    weights={"w": torch.tensor([[0.5, -1.0], [3.25, 1e-9]]), "b": torch.zeros(0)},
+    exact={"steps": torch.tensor([2**53 + 1]), "mask": torch.tensor([True, False])},
+    numbers={"round": 7, "lr": 0.1, "name": "x"},
+)
+
+
+def kept(task="aggregator/3", local=LOCAL, data=(b"result", b"", b"\0" * 100), seq=7):
+    result = Message(
+        kind="result",
+        id=f"{task}/result",
+        run="run",
+        sender="w0",
+        to="aggregator",
+        re=task,
+        body={"numbers": {"n": 3}, "groups": []},
+        blobs=tuple(Blob.of(each) for each in data),
+    )
+    return Kept(task, seq, local, result, tuple(data))
+
+
+def same(one, other):
+    assert (one.task, one.seq, one.message) == (other.task, other.seq, other.message)
+    assert [bytes(each) for each in one.data] == [bytes(each) for each in other.data]
+    assert one.local.numbers == other.local.numbers
+    for mine, theirs in (
+        (one.local.weights, other.local.weights),
+        (one.local.exact, other.local.exact),
+    ):
+        assert list(mine) == list(theirs)
+        for name in mine:
+            assert mine[name].dtype == theirs[name].dtype
+            assert torch.equal(mine[name], theirs[name])
+    return True
+
+
+@pytest.mark.parametrize("where", ["disk", "memory"])
+def test_what_was_kept_is_there_again(tmp_path, where):
+    locals_ = Locals(tmp_path / "w0" / "run" if where == "disk" else None)
+    assert locals_.get(3) is None
+    locals_.put(3, kept())
+    assert same(locals_.get(3), kept())
+    assert locals_.get(0) is None
+    newer = kept("aggregator/9", seq=10**13)
+    assert locals_.put(3, newer) is newer
+    assert same(locals_.get(3), newer)
+
+
+def test_a_worker_that_was_started_again_finds_it(tmp_path):
+    Locals(tmp_path).put(3, kept())
+    assert same(Locals(tmp_path).get(3), kept())
+
+
+def test_a_state_of_nothing_but_numbers_is_kept_too(tmp_path):
+    only = kept(local=Payload(numbers={"seen": 1}), data=())
+    Locals(tmp_path).put(0, only)
+    assert same(Locals(tmp_path).get(0), only)
+
+
+def test_each_worker_and_run_has_its_own(tmp_path):
+    Locals(tmp_path / "one").put(0, kept())
+    assert Locals(tmp_path / "another").get(0) is None
+
+
+def file_of(tmp_path):
+    Locals(tmp_path).put(0, kept())
+    (path,) = (tmp_path / "client-0").iterdir()
+    assert path.name == "000000000007.state"
+    return path
+
+
+def test_every_damage_is_one_sentence_that_names_the_file(tmp_path):
+    path = file_of(tmp_path)
+    whole = path.read_bytes()
+    damaged = [whole[:size] for size in (0, 1, 23, 24, len(whole) - 1)]
+    damaged += [whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :] for at in range(len(whole))]
+    damaged += [whole + b"x", bytes(len(whole))]
+    for data in damaged:
+        path.write_bytes(data)
+        with pytest.raises(NodeError, match=r"local state of client 0 in .*: damaged") as caught:
+            Locals(tmp_path).get(0)
+        assert "\n" not in str(caught.value)
+    path.write_bytes(whole)
+    assert same(Locals(tmp_path).get(0), kept())
+
+
+def test_what_cannot_be_written_or_made_is_one_sentence(tmp_path):
+    locals_ = Locals(tmp_path / "state")
+    (tmp_path / "state" / "client-0").write_text("")
+    with pytest.raises(NodeError, match=r"cannot write .*client-0"):
+        locals_.put(0, kept())
+    with pytest.raises(NodeError, match=r"cannot read .*client-0"):
+        locals_.get(0)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(NodeError, match="cannot make"):
+        Locals(tmp_path / "file" / "state")
+
+
+# ---- the key
+
+
+def test_a_node_has_one_key_for_ever_and_no_two_have_the_same(tmp_path):
+    keys = {node_key(tmp_path / name) for name in ("a", "b", "a", "b")}
+    assert len(keys) == 2
+    assert all(0 < len(key) <= 64 for key in keys)
+
+
+def test_without_a_folder_each_start_has_its_own_key():
+    assert node_key(None) != node_key(None)
+
+
+@pytest.mark.parametrize("fault", ["no folder", "no file"])
+def test_a_key_that_cannot_be_had_is_one_sentence(tmp_path, fault):
+    folder = tmp_path / "node"
+    if fault == "no folder":
+        folder.write_text("")
+    else:
+        (folder / "key").mkdir(parents=True)
+    with pytest.raises(NodeError) as caught:
+        node_key(folder)
+    assert str(folder) in str(caught.value)

@@ -1,0 +1,196 @@
+"""The Worker core: one task at a time, each once, whatever session it is given to."""
+
+import pytest
+
+from fedmq.broker.wire.encoding import encode_message
+from fedmq.broker.wire.schema import Message
+from fedmq.nodes.messages.actions import Done, Inbound, Post
+from fedmq.nodes.worker.client_state import Locals
+from fedmq.nodes.worker.core import Failed, Keep, Pause, Saved, Train, Trained, Worker
+from tests.algorithms.fleet import Fleet, changed, make_setup, posted
+
+STREAM = {"name": "stream", "concurrency": 2}
+COUNTING = {"name": "tests.algorithms.tiny:Counting"}
+
+
+def counting(**more):
+    return make_setup(STREAM, "Normed", algorithm=COUNTING, **more)
+
+
+def tasks_of(setup):
+    """The first task of each client, as its worker gets it."""
+    fleet = Fleet(setup)
+    return [
+        Inbound(number, 0.0, message, data.__getitem__)
+        for number, (message, data) in enumerate(fleet.tasks, start=10)
+    ]
+
+
+def worker_of(setup, kept=None, k=0):
+    return Worker(setup, "run", f"w{k}", [(k, k)], kept)
+
+
+def trained(setup, train):
+    """Do what a worker's program does when it is asked to train."""
+    at = train.at(setup.problem, "cpu")
+    return Trained(*setup.algorithm.train(train.task, at), 0.5)
+
+
+def again(inbound, seq, **fields):
+    return Inbound(seq, 1.0, changed(inbound.message, **fields), inbound.read)
+
+
+def count(payload):
+    return int(payload.exact["tasks"])
+
+
+def test_what_a_client_keeps_is_saved_before_its_result_is_posted():
+    setup = counting()
+    task, _ = tasks_of(setup)
+    worker = worker_of(setup)
+    (train,) = worker.handle(task)
+    assert train.local is None
+    (keep,) = worker.handle(trained(setup, train))
+    assert isinstance(keep, Keep)
+    assert (keep.client, keep.kept.task, keep.kept.seq) == (0, task.message.id, task.seq)
+    assert count(keep.kept.local) == 1
+    (post,) = worker.handle(Saved(keep.kept))
+    assert (keep.kept.message, keep.kept.data) == (post.message, post.data)
+    assert post.consumes == (task.seq,)
+
+
+def test_the_next_task_starts_from_what_the_client_kept():
+    setup, kept = counting(), Locals()
+    task, _ = tasks_of(setup)
+    for number in range(1, 4):
+        worker = worker_of(setup, kept)  # whatever session it is
+        (train,) = worker.handle(again(task, number, id=f"aggregator/{number}"))
+        assert (train.local is None) is (number == 1)
+        (keep,) = worker.handle(trained(setup, train))
+        kept.put(keep.client, keep.kept)
+        assert count(kept.get(0).local) == number
+
+
+def test_a_task_that_comes_again_is_answered_with_the_result_that_is_there():
+    """Trained twice, a client would have taken one step too many."""
+    setup, kept = counting(), Locals()
+    task, _ = tasks_of(setup)
+    worker = worker_of(setup, kept)
+    (train,) = worker.handle(task)
+    post = posted(worker, worker.handle(trained(setup, train)), kept.put)
+    (again_posted,) = worker_of(setup, kept).handle(again(task, 99))
+    assert isinstance(again_posted, Post)
+    assert encode_message(again_posted.message) == encode_message(post.message)
+    assert [bytes(each) for each in again_posted.data] == [bytes(each) for each in post.data]
+    assert again_posted.consumes == (99,)
+
+
+def test_what_a_client_kept_moves_with_it_to_the_node_that_hosts_it_next(tmp_path):
+    """Its state is a file, in a folder that both nodes may share; a task is still done once."""
+    setup = counting()
+    task, _ = tasks_of(setup)
+    worker = worker_of(setup, Locals(tmp_path))
+    (train,) = worker.handle(task)
+    post = posted(worker, worker.handle(trained(setup, train)), Locals(tmp_path).put)
+    other = Worker(setup, "run", "other", [(0, 0)], Locals(tmp_path))
+    (resent,) = other.handle(again(task, 99))
+    assert encode_message(resent.message) == encode_message(changed(post.message, sender="other"))
+    (train,) = other.handle(again(task, 100, id="aggregator/9"))
+    assert count(train.local) == 1
+
+
+def test_of_two_nodes_that_train_one_task_the_second_posts_what_the_first_has_kept(tmp_path):
+    """Whichever result is used, the client's next task starts from the state behind it."""
+    setup = counting()
+    task, _ = tasks_of(setup)
+    one = worker_of(setup, Locals(tmp_path))
+    other = Worker(setup, "run", "other", [(0, 0)], Locals(tmp_path))
+    trainings = [worker.handle(task)[0] for worker in (one, other)]
+    done = trained(setup, trainings[0])
+    first = posted(one, one.handle(done), Locals(tmp_path).put)
+    slower = Trained(done.payload, done.local, 9.0, "another device")
+    second = posted(other, other.handle(slower), Locals(tmp_path).put)
+    assert second.message == changed(first.message, sender="other")
+    assert second.consumes == (task.seq,)
+    assert other.handle(again(task, 100, id="aggregator/9"))[0].local is not None
+
+
+def test_a_task_that_was_not_kept_is_trained_again_and_its_result_is_the_same_message():
+    """Killed before it could keep anything, or with nothing to keep."""
+    setup = make_setup(STREAM, "Normed")
+    task, _ = tasks_of(setup)
+    posts = []
+    for _ in range(2):
+        worker = worker_of(setup)
+        (train,) = worker.handle(task)
+        (post,) = worker.handle(trained(setup, train))
+        posts.append((encode_message(post.message), [bytes(each) for each in post.data]))
+    assert posts[0] == posts[1]
+
+
+def test_an_algorithm_that_keeps_nothing_saves_nothing():
+    setup = make_setup(STREAM)
+    worker = worker_of(setup)
+    (train,) = worker.handle(tasks_of(setup)[0])
+    assert [type(each) for each in worker.handle(trained(setup, train))] == [Post]
+
+
+def test_a_task_that_failed_or_was_dropped_on_demand_changes_nothing_that_is_kept():
+    setup = counting()
+    worker = worker_of(setup)
+    (train,) = worker.handle(tasks_of(setup)[0])
+    (post,) = worker.handle(Failed("no memory"))
+    body = {"reason": "no memory", "code": "training-failed"}
+    assert (post.message.kind, post.message.body) == ("failed", body)
+    dropping = setup.config.model_copy(
+        update={"worker": setup.config.worker.model_copy(update={"drop": 1.0})}
+    )
+    worker = Worker(
+        type(setup)(**{**vars(setup), "config": dropping}), "run", "w0", [(0, 0)], Locals()
+    )
+    (train,) = worker.handle(tasks_of(setup)[0])
+    actions = worker.handle(trained(setup, train))
+    assert [type(each) for each in actions if not isinstance(each, Pause)] == [Post]
+    assert actions[-1].message.body == {"reason": "dropped on demand", "code": "dropped"}
+
+
+def test_tasks_are_worked_on_one_after_the_other():
+    setup = make_setup(STREAM)
+    first, _ = tasks_of(setup)
+    worker = worker_of(setup)
+    (train,) = worker.handle(first)
+    second = again(first, 20, id="aggregator/20")
+    assert worker.handle(second) == []
+    post, following = worker.handle(trained(setup, train))
+    assert (post.consumes, post.message.re) == ((first.seq,), first.message.id)
+    assert isinstance(following, Train)
+    (post,) = worker.handle(trained(setup, following))
+    assert (post.consumes, post.message.re) == ((20,), "aggregator/20")
+
+
+def test_a_refusal_is_taken_note_of_and_done_with():
+    note = Message(
+        kind="refused", id="broker/9", run="run", sender="broker", to="node/w0", body={"id": "x"}
+    )
+    assert worker_of(make_setup(STREAM)).handle(Inbound(9, 0.0, note, ().__getitem__)) == [Done(9)]
+
+
+@pytest.mark.parametrize(
+    ("fields", "code", "reason"),
+    [
+        ({"kind": "joined"}, "unknown-kind", "a worker takes no 'joined' messages"),
+        ({"body": {"client": 1}}, "wrong-client", "client 1 is not hosted by w0"),
+        ({"body": {"client": "0"}}, "wrong-client", "client '0' is not hosted by w0"),
+        ({"body": {"model_version": None}}, "malformed", "expected model_version in the task"),
+        (
+            {"body": {"groups": None}},
+            "undecodable",
+            "expected groups as a list in the message's body",
+        ),
+    ],
+)
+def test_a_task_that_cannot_be_used_is_refused_and_done_with(fields, code, reason):
+    """It would be no better in another session."""
+    setup = counting()
+    task, _ = tasks_of(setup)
+    assert worker_of(setup).handle(again(task, 30, **fields)) == [Done(30, reason, code)]

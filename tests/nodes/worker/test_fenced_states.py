@@ -1,0 +1,210 @@
+"""States of clients that several workers may save: the newest task's counts, whoever is late.
+
+A worker may be stopped, or killed, before any step of a save. Another one takes its client
+over meanwhile, does the same task and later ones; then the first one goes on.
+"""
+
+import contextlib
+import errno
+import os
+import shutil
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from fedmq.nodes.errors import NodeError
+from fedmq.nodes.worker.client_files import ClientFolder
+from fedmq.nodes.worker.client_state import Locals
+from tests.nodes.worker.test_client_state import kept, same
+
+STEPS = ("mkdir", "listdir", "scandir", "open", "link", "unlink")
+"""The calls to the operating system that a save is made of."""
+
+
+class Killed(BaseException):
+    """The worker is no more."""
+
+
+@contextlib.contextmanager
+def before_step(step, happens):
+    """Let something happen before the n-th step of what is done here, or the first of a name.
+
+    Yields the steps so far.
+    """
+    steps = []
+
+    def watched(name, real):
+        def call(*args, **more):
+            if not quiet:
+                steps.append(name)
+                if step == len(steps) - 1 or (step == name and steps.count(name) == 1):
+                    quiet.append(True)
+                    happens()
+                    quiet.clear()
+            return real(*args, **more)
+
+        return call
+
+    quiet = []
+    with pytest.MonkeyPatch.context() as patch:
+        for name in STEPS:
+            module = sys.modules["io"] if name == "open" else os
+            patch.setattr(module, name, watched(name, getattr(module, name)))
+        yield steps
+
+
+def names(folder):
+    return sorted(each.name for each in (folder / "client-0").iterdir())
+
+
+def steps_of_a_save(folder):
+    Locals(folder).put(0, kept(seq=3))
+    with before_step(-1, lambda: None) as steps:
+        Locals(folder).put(0, kept(seq=20))
+    assert steps.count("link") == steps.count("open") == 1
+    assert "unlink" in steps
+    return len(steps)
+
+
+@pytest.mark.parametrize("meanwhile", [(20, 106), (106,), (20,), ()], ids=str)
+def test_a_save_that_was_stopped_before_any_step_is_harmless_when_it_goes_on(tmp_path, meanwhile):
+    for step in range(steps_of_a_save(tmp_path / "none")):
+        folder = tmp_path / str(step)
+        Locals(folder).put(0, kept(seq=3))
+
+        def taken_over(folder=folder):
+            for number in meanwhile:
+                Locals(folder).put(0, kept(data=(b"theirs",), seq=number))
+
+        mine = kept(data=(b"mine",), seq=20)
+        with before_step(step, taken_over):
+            stands = Locals(folder).put(0, mine)
+        newest = Locals(folder).get(0)
+        assert newest.seq == max(20, *meanwhile, 0)
+        if newest.seq == 20:
+            assert same(stands, newest)  # what is posted is what the next task starts from
+        else:
+            assert same(newest, kept(data=(b"theirs",), seq=106))
+            Locals(folder).put(0, kept(seq=107))
+            assert names(folder) == ["000000000107.state"]
+
+
+def test_a_save_that_was_killed_before_any_step_leaves_the_state_before_or_its_own(tmp_path):
+    def killed():
+        raise Killed
+
+    for step in range(steps_of_a_save(tmp_path / "none")):
+        folder = tmp_path / str(step)
+        Locals(folder).put(0, kept(seq=3))
+        with before_step(step, killed), pytest.raises(Killed):
+            Locals(folder).put(0, kept(seq=20))
+        assert Locals(folder).get(0).seq in (3, 20)
+        Locals(folder).put(0, kept(seq=21))
+        assert names(folder) == ["000000000021.state"]
+
+
+def test_what_a_killed_worker_left_is_removed_and_never_read(tmp_path):
+    Locals(tmp_path).put(0, kept(seq=3))
+    folder = tmp_path / "client-0"
+    for name in ("000000000099.0a1b.new", "000000000003.0a1b.new", "notes.txt"):
+        (folder / name).write_bytes(b"half")
+    assert Locals(tmp_path).get(0).seq == 3
+    Locals(tmp_path).put(0, kept(seq=20))
+    assert names(tmp_path) == [
+        "000000000020.state",
+        "000000000099.0a1b.new",  # of a save that may be going on
+        "notes.txt",
+    ]
+
+
+def test_a_reader_finds_the_newest_though_files_go_under_its_hands(tmp_path):
+    for number in (3, 20):
+        Locals(tmp_path).put(0, kept(seq=number))
+        with before_step(
+            "open", lambda number=number: Locals(tmp_path).put(0, kept(seq=number + 5))
+        ):
+            assert Locals(tmp_path).get(0).seq == number + 5
+
+
+@pytest.mark.parametrize("step", ["open", "link"])
+def test_a_folder_that_goes_while_it_is_written_is_one_sentence(tmp_path, step):
+    def gone():
+        shutil.rmtree(tmp_path / "client-0")
+
+    Locals(tmp_path).put(0, kept(seq=3))
+    with before_step(step, gone), pytest.raises(NodeError, match=r"cannot write .*client-0"):
+        Locals(tmp_path).put(0, kept(seq=20))
+    assert not (tmp_path / "client-0").exists()
+
+
+@pytest.mark.parametrize("code", [errno.EPERM, errno.EOPNOTSUPP])
+def test_a_file_system_without_hard_links_has_the_same_fences(tmp_path, monkeypatch, code):
+    def link(*_args):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "link", link)
+    Locals(tmp_path).put(0, kept(seq=106))
+    Locals(tmp_path).put(0, kept(seq=20))
+    assert Locals(tmp_path).get(0).seq == 106
+    first = kept(data=(b"first",), seq=107)
+    Locals(tmp_path).put(0, first)
+    assert same(Locals(tmp_path).put(0, kept(data=(b"second",), seq=107)), first)
+    # Another worker's, between the look and the link.
+    with before_step("open", lambda: Locals(tmp_path).put(0, kept(data=(b"theirs",), seq=108))):
+        assert not ClientFolder(tmp_path, 0).save(108, b"late")
+    assert names(tmp_path) == ["000000000108.state"]
+
+
+def test_the_one_file_of_an_older_release_is_read_until_there_is_a_newer_state(tmp_path):
+    Locals(tmp_path / "now").put(3, kept(seq=5))
+    data = (tmp_path / "now" / "client-3" / "000000000005.state").read_bytes()
+    old = tmp_path / "old"
+    old.mkdir()
+    (old / "client-3.state").write_bytes(data)
+    assert same(Locals(old).get(3), kept(seq=-1))
+    Locals(old).put(3, kept("aggregator/9", seq=0))
+    assert Locals(old).get(3).task == "aggregator/9"
+    assert [each.name for each in old.iterdir()] == ["client-3"]
+
+
+def test_in_memory_too_the_newest_task_counts():
+    locals_ = Locals()
+    newest = kept(seq=106)
+    assert locals_.put(0, newest) is newest
+    late, again = kept(seq=20), kept(seq=106)
+    assert locals_.put(0, late) is late
+    assert locals_.put(0, again) is newest
+    assert locals_.get(0) is newest
+
+
+def test_a_process_that_was_really_stopped_puts_nothing_old_in_place_of_the_new(tmp_path):
+    """It stops itself after it has written its file, and before the file has its name."""
+    script = (
+        "import os, signal, sys\n"
+        "from pathlib import Path\n"
+        "from fedmq.nodes.worker.client_files import ClientFolder\n"
+        "real = os.link\n"
+        "def link(*args):\n"
+        "    os.kill(os.getpid(), signal.SIGSTOP)\n"
+        "    real(*args)\n"
+        "os.link = link\n"
+        "print(ClientFolder(Path(sys.argv[1]), 0).save(20, b'task 20'))\n"
+    )
+    command = [sys.executable, "-c", script, str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            _, status = os.waitpid(process.pid, os.WUNTRACED)
+            assert os.WIFSTOPPED(status)
+            [written] = (tmp_path / "client-0").iterdir()
+            assert written.read_bytes() == b"task 20"
+            for number in (19, 106):
+                Locals(tmp_path).put(0, kept(seq=number))
+            process.send_signal(signal.SIGCONT)
+            said, _ = process.communicate(timeout=30)
+        finally:
+            process.kill()
+    assert said == "False\n"
+    assert Locals(tmp_path).get(0).seq == 106
+    assert names(tmp_path) == ["000000000106.state"]
