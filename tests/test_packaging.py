@@ -70,6 +70,7 @@ def wheel(built: Path) -> Path:
     return next(built.glob("*.whl"))
 
 
+@pytest.mark.end_to_end
 def test_the_wheel_works_away_from_the_source(wheel: Path, tmp_path: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(tmp_path)
@@ -79,6 +80,7 @@ def test_the_wheel_works_away_from_the_source(wheel: Path, tmp_path: Path) -> No
     assert Path(where).is_relative_to(tmp_path)
 
 
+@pytest.mark.end_to_end
 def test_the_wheel_holds_no_tests_and_says_where_the_data_are_from(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
@@ -86,6 +88,7 @@ def test_the_wheel_holds_no_tests_and_says_where_the_data_are_from(wheel: Path) 
     assert all(name.startswith("fedmq") for name in names)
 
 
+@pytest.mark.end_to_end
 def test_the_wheel_and_the_sdist_hold_the_licence_and_the_type_marker(
     built: Path, wheel: Path, tmp_path: Path
 ) -> None:
@@ -103,12 +106,14 @@ def test_the_wheel_and_the_sdist_hold_the_licence_and_the_type_marker(
     assert (source / "src" / "fedmq" / "py.typed").is_file()
 
 
+@pytest.mark.end_to_end
 def test_the_editable_install_is_the_source(tmp_path: Path) -> None:
     size, where = run(sys.executable, "-P", "-c", CHECK, cwd=tmp_path).split()
     assert size == "1000"
     assert Path(where).resolve() == ROOT / "broker" / "__init__.py"
 
 
+@pytest.mark.end_to_end
 def test_the_command_line_starts_without_torch(tmp_path: Path) -> None:
     code = (
         "import sys, fedmq.nodes.cli.main, fedmq.nodes.cluster.supervisor;"
@@ -118,6 +123,7 @@ def test_the_command_line_starts_without_torch(tmp_path: Path) -> None:
     assert run(sys.executable, "-P", "-c", code, cwd=tmp_path).strip() == "False"
 
 
+@pytest.mark.end_to_end
 def test_the_public_names_are_there_and_imported_late(tmp_path: Path) -> None:
     code = (
         "import sys, fedmq; early = 'torch' in sys.modules;"
@@ -130,6 +136,7 @@ def test_the_public_names_are_there_and_imported_late(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.end_to_end
 def test_a_users_type_checker_follows_the_package(wheel: Path, tmp_path: Path) -> None:
     """A name that is not there is an error, and `py.typed` is in the wheel."""
     with zipfile.ZipFile(wheel) as archive:

@@ -11,6 +11,8 @@ from fedmq.algorithms.pfedhn.algorithm import PFedHN
 from fedmq.algorithms.problems.image import ImageClassification
 from fedmq.algorithms.rng import derive_seed
 
+pytestmark = pytest.mark.slow
+
 TASKS, SEED = 150, 1
 
 
