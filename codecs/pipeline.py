@@ -70,6 +70,7 @@ STAGES: Mapping[str, type[Stage]] = {
         Entropy,
     )
 }
+"""The stages by their name in a spec."""
 
 
 class Pipeline(Codec):
