@@ -11,16 +11,9 @@ import torch
 from pydantic import Field
 
 from fedmq.algorithms.base import Client, Payload, Task
-from fedmq.algorithms.fedavg import (
-    FedAvg,
-    Gathered,
-    ModelState,
-    cuda_devices,
-    learned,
-    load_model,
-    spans,
-)
+from fedmq.algorithms.fedavg import FedAvg, Gathered, ModelState
 from fedmq.algorithms.toolkit.results import moved
+from fedmq.algorithms.toolkit.sgd import cuda_devices, learned, load_model, spans
 
 _GRADIENT_BATCH = 500
 

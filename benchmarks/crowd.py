@@ -23,8 +23,8 @@ import zmq
 from rich.console import Console
 from rich.table import Table
 
-from fedmq.broker.core.state import BrokerSettings
 from fedmq.broker.process import allow_many_files
+from fedmq.broker.settings import BrokerSettings
 from fedmq.broker.wire.addresses import AGGREGATOR, WORKER
 from fedmq.broker.wire.encoding import encode_frame
 from fedmq.broker.wire.schema import Beat, Hello

@@ -14,12 +14,11 @@ from typing import Any
 from harness import clocked, distinct, is_small, memory, pace, pings, say
 
 from fedmq.algorithms.allowed import Allowed
-from fedmq.broker.core.state import BrokerSettings
 from fedmq.broker.errors import LinkClosed
-from fedmq.broker.ledger.writer import Keeping
 from fedmq.broker.link.events import Delivery
 from fedmq.broker.link.node_link import NodeLink
 from fedmq.broker.router import BrokerServer
+from fedmq.broker.settings import BrokerSettings, Keeping
 from fedmq.broker.wire.addresses import AGGREGATOR, BROKER, WORKER
 from fedmq.broker.wire.schema import Blob, Buffer, Hello, Message
 

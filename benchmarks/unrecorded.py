@@ -13,11 +13,10 @@ from unittest import mock
 
 from harness import say
 
-from fedmq.broker.core.state import BrokerSettings
 from fedmq.broker.ledger import blob_store, writer
 from fedmq.broker.ledger.segment_writer import Segment
-from fedmq.broker.ledger.writer import Keeping
 from fedmq.broker.router import BrokerServer
+from fedmq.broker.settings import BrokerSettings, Keeping
 from fedmq.broker.wire.schema import Buffer
 
 _IN_FLIGHT_BYTES = 192 << 20

@@ -24,7 +24,6 @@ from fedmq.broker.core.blob_locations import point_to_blobs, shareable_name
 from fedmq.broker.core.recovery import open_broker
 from fedmq.broker.core.state import (
     Append,
-    BrokerSettings,
     Continuation,
     Drop,
     Event,
@@ -47,7 +46,7 @@ from fedmq.broker.errors import (
     NoSpace,
     WireError,
 )
-from fedmq.broker.ledger.writer import Keeping
+from fedmq.broker.settings import BrokerSettings, Keeping
 from fedmq.broker.wire.batching import Outbox
 from fedmq.broker.wire.clock import Clock, milliseconds_until
 from fedmq.broker.wire.encoding import encode_frame

@@ -28,12 +28,12 @@ from fedmq.algorithms.distillation.reports import (
     group_of,
 )
 from fedmq.algorithms.errors import AlgorithmError, ResultError
-from fedmq.algorithms.fedavg import batches, cuda_devices, evaluate_module
 from fedmq.algorithms.problems.base import Examples, Problem
 from fedmq.algorithms.problems.models import MODELS
 from fedmq.algorithms.rng import derive_rng, derive_seed
 from fedmq.algorithms.toolkit.dry_step import dry_step
 from fedmq.algorithms.toolkit.flat_model import FlatModel
+from fedmq.algorithms.toolkit.sgd import batches, cuda_devices, evaluate_module
 from fedmq.codecs.text import brief, unknown
 
 

@@ -42,9 +42,9 @@ from fedmq.algorithms.faug.state import (
     save_state,
     seeds_of,
 )
-from fedmq.algorithms.fedavg import load_model
 from fedmq.algorithms.problems.base import Problem
 from fedmq.algorithms.rng import derive_rng, derive_seed
+from fedmq.algorithms.toolkit.sgd import load_model
 from fedmq.codecs.text import brief
 
 PHASES = ("seeds", "fill", "then")

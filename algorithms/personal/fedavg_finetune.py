@@ -14,9 +14,10 @@ from pydantic import Field
 
 from fedmq.algorithms.base import Client, Payload, Result, Task
 from fedmq.algorithms.errors import ResultError
-from fedmq.algorithms.fedavg import FedAvg, Gathered, ModelState, cuda_devices, load_model
+from fedmq.algorithms.fedavg import FedAvg, Gathered, ModelState
 from fedmq.algorithms.problems.base import Problem
 from fedmq.algorithms.toolkit.flat_model import FlatModel
+from fedmq.algorithms.toolkit.sgd import cuda_devices, load_model
 from fedmq.algorithms.toolkit.split_model import Split, local_metrics, scratch_split
 
 
@@ -79,7 +80,7 @@ class FedAvgFT(FedAvg):
             with torch.random.fork_rng(devices=cuda_devices(client.device)):
                 torch.manual_seed(client.seed)
                 data = client.data.to(client.device)
-                split.fit("head", data, self.finetune_epochs, self, client)
+                split.fit("head", data, self.finetune_epochs, self.sgd_settings, client)
         after = local_metrics(model, client)
         return {**after, "accuracy_before": before["accuracy"]}
 

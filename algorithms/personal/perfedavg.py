@@ -14,11 +14,12 @@ from pydantic import Field
 from torch import Tensor
 
 from fedmq.algorithms.base import Client, Payload, Task
-from fedmq.algorithms.fedavg import FedAvg, cuda_devices, learned, load_model, restrict
+from fedmq.algorithms.fedavg import FedAvg
 from fedmq.algorithms.problems.base import Examples
 from fedmq.algorithms.rng import derive_rng
 from fedmq.algorithms.toolkit.adaptation import before_and_after
 from fedmq.algorithms.toolkit.flat_model import FlatModel
+from fedmq.algorithms.toolkit.sgd import cuda_devices, learned, load_model, restrict
 
 
 @dataclass(frozen=True)

@@ -16,17 +16,7 @@ from torch import Tensor
 
 from fedmq.algorithms.base import Client, Payload, Reply, Result, Task
 from fedmq.algorithms.errors import Fault, ResultError
-from fedmq.algorithms.fedavg import (
-    FedAvg,
-    Gathered,
-    ModelState,
-    batches,
-    cuda_devices,
-    learned,
-    load_model,
-    model_payload,
-    restrict,
-)
+from fedmq.algorithms.fedavg import FedAvg, Gathered, ModelState, model_payload
 from fedmq.algorithms.personal.perfedavg import gradient
 from fedmq.algorithms.problems.base import Examples, Problem
 from fedmq.algorithms.rng import derive_rng
@@ -34,6 +24,7 @@ from fedmq.algorithms.toolkit.adaptation import before_and_after
 from fedmq.algorithms.toolkit.arithmetic import power, square_root
 from fedmq.algorithms.toolkit.flat_model import FlatModel, zeros
 from fedmq.algorithms.toolkit.results import moved, read_result
+from fedmq.algorithms.toolkit.sgd import batches, cuda_devices, learned, load_model, restrict
 from fedmq.codecs.text import brief
 
 _FEDAVG, _REPTILE = "fedavg", "reptile"

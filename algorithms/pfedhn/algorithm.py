@@ -17,7 +17,6 @@ from torch import Tensor
 
 from fedmq.algorithms.base import Algorithm, Client, Payload, Reply, Result, Task
 from fedmq.algorithms.errors import Fault, ResultError
-from fedmq.algorithms.fedavg import batches, cuda_devices, metrics_on, restrict, spans
 from fedmq.algorithms.pfedhn.hypernetwork import HyperNet, largest
 from fedmq.algorithms.pfedhn.model_parts import Division
 from fedmq.algorithms.pfedhn.state import HyperGathered, HyperState, load_state, save_state
@@ -33,6 +32,7 @@ from fedmq.algorithms.toolkit.results import (
     read_result,
     result_payload,
 )
+from fedmq.algorithms.toolkit.sgd import batches, cuda_devices, metrics_on, restrict, spans
 
 _LARGEST = 1e30
 """Of a weighted value: millions of them still have a sum in float32."""

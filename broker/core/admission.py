@@ -13,6 +13,7 @@ from fedmq.broker.wire.addresses import (
     CHECKPOINT,
     CONTINUED,
     EVALUATOR,
+    MAX_RANGES,
     RECORD,
     ROLES,
     TIMER,
@@ -30,7 +31,6 @@ from fedmq.broker.wire.schema import (
     Wait,
 )
 
-MAX_RANGES = 1000
 MAX_CLIENTS = 1 << 20
 MAX_EARLY = 10_000
 """Nodes that may wait for a run that has not started."""

@@ -20,7 +20,6 @@ from fedmq.broker.core.sessions import Members
 from fedmq.broker.core.state import (
     Action,
     Append,
-    BrokerSettings,
     Event,
     Full,
     Gone,
@@ -40,6 +39,7 @@ from fedmq.broker.ledger.entries import (
     Ended,
 )
 from fedmq.broker.rejections import Code
+from fedmq.broker.settings import BrokerSettings
 from fedmq.broker.wire import schema
 from fedmq.broker.wire.addresses import AGGREGATOR, BROKER
 from fedmq.broker.wire.schema import (

@@ -13,7 +13,7 @@ from fedmq.broker.core.admission import timer_of
 from fedmq.broker.core.broker import Broker
 from fedmq.broker.core.deduplication import Mark
 from fedmq.broker.core.mailboxes import Postbox
-from fedmq.broker.core.state import Append, BrokerSettings, Continuation, Node, Run
+from fedmq.broker.core.state import Append, Continuation, Node, Run
 from fedmq.broker.errors import LedgerDamage, LedgerError, check_advice
 from fedmq.broker.ledger.blob_store import find_damage
 from fedmq.broker.ledger.entries import (
@@ -26,8 +26,8 @@ from fedmq.broker.ledger.entries import (
     blob_name,
 )
 from fedmq.broker.ledger.manifest import check_entries
-from fedmq.broker.ledger.retention import EVERYTHING
 from fedmq.broker.ledger.writer import Ledger
+from fedmq.broker.settings import EVERYTHING, BrokerSettings
 from fedmq.broker.wire.addresses import (
     AGGREGATOR,
     BROKER,

@@ -12,19 +12,10 @@ from msgspec import UNSET
 from fedmq.broker.core import delivery
 from fedmq.broker.core.admission import MAX_EARLY, find_run, wait_for_run, why_not, wrong_name
 from fedmq.broker.core.mailboxes import Postbox
-from fedmq.broker.core.state import (
-    Action,
-    Append,
-    BrokerSettings,
-    Log,
-    Node,
-    Probe,
-    Release,
-    Run,
-    Send,
-)
+from fedmq.broker.core.state import Action, Append, Log, Node, Probe, Release, Run, Send
 from fedmq.broker.ledger.entries import Opened
 from fedmq.broker.rejections import Code
+from fedmq.broker.settings import BrokerSettings
 from fedmq.broker.wire.addresses import AGGREGATOR, BROKER, RECORD, addresses
 from fedmq.broker.wire.schema import Deliver, Hello, Over, Reject, Welcome
 

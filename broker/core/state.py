@@ -24,21 +24,6 @@ UPLOAD_WINDOW_CHUNKS = 8
 
 
 @dataclass(frozen=True)
-class BrokerSettings:
-    """How patient a broker is.
-
-    lease_s: a node that has been silent for this long, and whose connection is gone, has
-        left.
-    beat_s: a node says something at least this often.
-    deliveries: a task at which so many sessions of workers died is parked.
-    """
-
-    lease_s: float = 10.0
-    beat_s: float = 1.0
-    deliveries: int = 5
-
-
-@dataclass(frozen=True)
 class Continuation:
     """A run that is taken up again, with all of its nodes, when the broker starts.
 

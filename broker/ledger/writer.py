@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import xxhash
 
@@ -39,31 +37,15 @@ from fedmq.broker.ledger.manifest import Manifest, check_segments, payload_is_go
 from fedmq.broker.ledger.reader import EntryIndex, Follower
 from fedmq.broker.ledger.recent_messages import Shelf
 from fedmq.broker.ledger.records import Record, pack
-from fedmq.broker.ledger.retention import EVERYTHING, Retention
+from fedmq.broker.ledger.retention import Retention
 from fedmq.broker.ledger.segment_writer import Segment, sync_folder
+from fedmq.broker.settings import EVERYTHING
 from fedmq.broker.wire.schema import Buffer, Place
 
 _MESSAGES_SEGMENT_BYTES = 64 << 20
 _PAYLOAD_SEGMENT_BYTES = 128 << 20
 _CACHED_SEGMENTS = 2
 _RECENT_BYTES = 4 << 20
-
-
-@dataclass(frozen=True)
-class Keeping:
-    """How a broker keeps its ledger.
-
-    durability: what a receipt promises: that the message outlives the broker's ``process``,
-        or a failure of ``power`` (each batch is synced to the device before its receipts).
-    retain_bytes: see `Ledger`.
-    offer_parked: offer parked messages again.
-    share_files: tell nodes where the ledger lies: those on its host read blobs there.
-    """
-
-    durability: Literal["process", "power"] = "process"
-    retain_bytes: int | None = EVERYTHING
-    offer_parked: bool = False
-    share_files: bool = True
 
 
 class Ledger:

@@ -20,6 +20,7 @@ from fedmq.broker.link import events as link
 from fedmq.broker.link import local_blobs
 from fedmq.broker.link.core import Link
 from fedmq.broker.link.events import Delivery
+from fedmq.broker.settings import BrokerSettings
 from fedmq.broker.virtual.network import VirtualNetwork
 from fedmq.broker.wire.encoding import decode_message, encode_message
 from fedmq.broker.wire.schema import (
@@ -54,7 +55,7 @@ class BrokerHost:
         self,
         network: VirtualNetwork,
         folder: Path,
-        settings: state.BrokerSettings,
+        settings: BrokerSettings,
         draw_identity: Callable[[], str] | None = None,
     ) -> None:
         self._network, self._folder, self._settings = network, folder, settings

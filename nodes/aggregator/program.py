@@ -42,11 +42,10 @@ from fedmq.nodes.run.agreement import Fingerprint, disagree
 from fedmq.nodes.run.attainable import check_attainable
 from fedmq.nodes.run.config import Config
 from fedmq.nodes.run.config_difference import differing_keys
-from fedmq.nodes.run.session import inbound_of, linked, new_session, tell_refused
+from fedmq.nodes.run.session import inbound_of, linked, new_session, node_key, tell_refused
 from fedmq.nodes.run.setup import kind_of, set_up
 from fedmq.nodes.run.version_zero import version_zero
 from fedmq.nodes.run_folder.model_files import remove_model, save_model
-from fedmq.nodes.worker.client_state import node_key
 
 _QUIET_S, _TELL_AGAIN_S = 5.0, 60.0
 """When a run without messages says whom it waits for, and when it says so again."""

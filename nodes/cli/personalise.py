@@ -14,6 +14,7 @@ import click
 from fedmq.broker.errors import LedgerError
 from fedmq.broker.ledger.entries import Accepted
 from fedmq.broker.wire.addresses import CHECKPOINT
+from fedmq.nodes.cli.options import exit_2_on_error, parse_ranges
 from fedmq.nodes.cli.trust import allow_option, allowed_here, find_own_code
 from fedmq.nodes.errors import ConfigError, NodeError
 from fedmq.nodes.process.terminal import plain, table
@@ -58,8 +59,6 @@ def personalise(
     DIR is the run's folder. Such clients are there if the run was started with
     problem.held_out=N; their numbers follow those of the run's own clients.
     """
-    from fedmq.nodes.cli.main import exit_2_on_error, parse_ranges
-
     with exit_2_on_error():
         from fedmq.broker.inspection.trace import Trace
         from fedmq.nodes.replay.fold import recorded_setup

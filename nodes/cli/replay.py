@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from fedmq.nodes.cli.options import exit_2_on_error
 from fedmq.nodes.cli.trust import allow_option, allowed_here, find_own_code
 from fedmq.nodes.process.signals import this_process
 
@@ -64,8 +65,6 @@ def replay(
 
     DIR is the run's folder. Exits with 1 where the replay and the record differ.
     """
-    from fedmq.nodes.cli.main import exit_2_on_error
-
     with _importing():
         from fedmq.nodes.replay.record import Diverged
 

@@ -17,9 +17,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr,
 
 from fedmq.algorithms.allowed import NOTHING, Allowed, installed
 from fedmq.algorithms.errors import AlgorithmError
-from fedmq.broker.core.state import BrokerSettings
-from fedmq.broker.ledger.retention import EVERYTHING, LEAST_RETAIN_BYTES
-from fedmq.broker.ledger.writer import Keeping
+from fedmq.broker.settings import EVERYTHING, LEAST_RETAIN_BYTES, BrokerSettings, Keeping
 from fedmq.broker.wire.addresses import name_fault
 from fedmq.nodes.errors import ConfigError
 from fedmq.nodes.run.numbers import check_finite, check_types

@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
-from fedmq.broker.core.state import BrokerSettings
 from fedmq.broker.link.events import Delivery
+from fedmq.broker.settings import BrokerSettings
 from fedmq.broker.virtual.hosts import BrokerHost, LinkHost
 from fedmq.broker.virtual.network import Faults, VirtualNetwork
 from fedmq.broker.wire.addresses import AGGREGATOR, EVALUATOR, RECORD, WORKER

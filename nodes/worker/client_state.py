@@ -7,8 +7,6 @@ result that it has: a task changes its client once.
 
 from __future__ import annotations
 
-import os
-import secrets
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +25,7 @@ from fedmq.broker.wire.schema import (
 from fedmq.codecs.errors import CodecError
 from fedmq.nodes.errors import NodeError, StorageError
 from fedmq.nodes.messages.payloads import RAW, Packed, pack, unpack
+from fedmq.nodes.run.session import make_folder
 from fedmq.nodes.worker.client_files import ClientFolder
 
 
@@ -133,40 +132,6 @@ class Locals:
         if known is None:
             raise StorageError(f"cannot write {states}: it was removed meanwhile")
         return known if known.seq == kept.seq else kept
-
-
-def node_key(folder: Path | None) -> str:
-    """Return the key of the node that keeps its state here, drawn at its first start.
-
-    By its key a restarted node is told from another one that was given the same name.
-
-    Raises:
-        NodeError: the folder cannot be written.
-    """
-    if folder is None:
-        return secrets.token_hex(16)
-    make_folder(folder)
-    path = folder / "key"
-    try:
-        if not path.exists():
-            fresh = folder / f"key.{os.getpid()}"
-            fresh.write_text(secrets.token_hex(16) + "\n")
-            fresh.replace(path)
-        return path.read_text().strip()[:64]
-    except OSError as error:
-        raise NodeError(f"cannot read or write {path}: {error.strerror}") from None
-
-
-def make_folder(folder: Path) -> None:
-    """Make a folder for a node's state.
-
-    Raises:
-        NodeError: it cannot be made.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise NodeError(f"cannot make {folder}: {error.strerror}") from None
 
 
 def _write(kept: Kept) -> bytes:

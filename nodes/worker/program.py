@@ -21,10 +21,10 @@ from fedmq.nodes.errors import ON_PURPOSE, NodeError, StorageError, exits_as_err
 from fedmq.nodes.messages.actions import Done, Post
 from fedmq.nodes.process.logs import Repeats
 from fedmq.nodes.run.config import parse
-from fedmq.nodes.run.session import inbound_of, linked, new_session, tell_refused
+from fedmq.nodes.run.session import inbound_of, linked, new_session, node_key, tell_refused
 from fedmq.nodes.run.setup import Setup, choose_device, set_up
 from fedmq.nodes.run.version_zero import version_zero
-from fedmq.nodes.worker.client_state import Kept, Locals, node_key
+from fedmq.nodes.worker.client_state import Kept, Locals
 from fedmq.nodes.worker.core import (
     Action,
     Evaluate,

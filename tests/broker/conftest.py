@@ -10,19 +10,9 @@ import xxhash
 from fedmq.broker.core.broker import Broker
 from fedmq.broker.core.mailboxes import Postbox
 from fedmq.broker.core.recovery import Restorer
-from fedmq.broker.core.state import (
-    Append,
-    BrokerSettings,
-    Drop,
-    Gone,
-    Log,
-    Probe,
-    Put,
-    Received,
-    Send,
-    Wake,
-)
+from fedmq.broker.core.state import Append, Drop, Gone, Log, Probe, Put, Received, Send, Wake
 from fedmq.broker.ledger.entries import Accepted, AcceptedAll, Consumed, Refusal
+from fedmq.broker.settings import BrokerSettings
 from fedmq.broker.wire.encoding import (
     decode_frame,
     decode_message,

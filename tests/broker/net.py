@@ -6,19 +6,10 @@ from collections import defaultdict, deque
 import msgspec
 
 from fedmq.broker.core.recovery import open_broker
-from fedmq.broker.core.state import (
-    Append,
-    BrokerSettings,
-    Drop,
-    Gone,
-    Probe,
-    Put,
-    Received,
-    Send,
-    Wake,
-)
+from fedmq.broker.core.state import Append, Drop, Gone, Probe, Put, Received, Send, Wake
 from fedmq.broker.link import events as node
 from fedmq.broker.link.core import Link
+from fedmq.broker.settings import BrokerSettings
 from fedmq.broker.wire.encoding import decode_frame, encode_frame
 from fedmq.broker.wire.schema import (
     Blob,

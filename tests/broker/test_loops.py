@@ -8,11 +8,11 @@ import time
 import msgpack
 import pytest
 
-from fedmq.broker.core.state import BrokerSettings
 from fedmq.broker.errors import BrokerError, LinkClosed, Rejected
 from fedmq.broker.ledger.reader import read_entries
 from fedmq.broker.link.node_link import NodeLink
 from fedmq.broker.router import BrokerServer
+from fedmq.broker.settings import BrokerSettings
 from fedmq.broker.wire.encoding import encode_frame
 from fedmq.broker.wire.schema import (
     CHUNK_BYTES,

@@ -10,11 +10,11 @@ import pytest
 import structlog
 import zmq
 
-from fedmq.broker.core.state import BrokerSettings
 from fedmq.broker.errors import BrokerError, GaveUp, LinkClosed, Rejected, RunOver
 from fedmq.broker.link import contact, dealer
 from fedmq.broker.link.node_link import NodeLink
 from fedmq.broker.router import BrokerServer
+from fedmq.broker.settings import BrokerSettings
 from fedmq.broker.wire.schema import Hello
 from tests.broker.loops import AGGREGATOR, WORKER, get, linked, message, serving
 

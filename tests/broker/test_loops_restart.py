@@ -9,12 +9,11 @@ import zmq
 from msgspec.structs import replace
 
 import fedmq.broker.ledger.writer as ledger_module
-from fedmq.broker.core.state import BrokerSettings
 from fedmq.broker.errors import Rejected
 from fedmq.broker.ledger.reader import read_entries
-from fedmq.broker.ledger.writer import Keeping
 from fedmq.broker.link.node_link import NodeLink
 from fedmq.broker.router import BrokerServer
+from fedmq.broker.settings import BrokerSettings, Keeping
 from fedmq.broker.wire.encoding import encode_frame, encode_message
 from fedmq.broker.wire.schema import (
     Beat,

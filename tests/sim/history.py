@@ -8,12 +8,12 @@ from collections import Counter, defaultdict
 from pathlib import Path
 from unittest import mock
 
-from fedmq.broker.core.state import BrokerSettings
 from fedmq.broker.inspection.trace import Trace
 from fedmq.broker.ledger import blob_store
 from fedmq.broker.ledger.blob_store import open_payload
 from fedmq.broker.ledger.entries import Accepted, Consumed, Ended, Refusal
 from fedmq.broker.ledger.reader import read_entries
+from fedmq.broker.settings import BrokerSettings
 from fedmq.broker.virtual.network import Faults
 from fedmq.broker.wire import chunked_transfer, schema
 from fedmq.broker.wire.addresses import RECORD

@@ -17,8 +17,9 @@ from fedmq.algorithms.faug.augmentation import (
     missing,
     split_labels,
 )
-from fedmq.algorithms.fedavg import FedAvg, evaluate_module, load_model
+from fedmq.algorithms.fedavg import FedAvg
 from fedmq.algorithms.problems.base import Examples
+from fedmq.algorithms.toolkit.sgd import evaluate_module, load_model
 from fedmq.codecs.registry import decode, make_codec
 from tests.algorithms.augmenting import TINY, Run, Skewed
 from tests.algorithms.distilling import Pictures, Scarce

@@ -7,9 +7,10 @@ import torch
 
 from fedmq.algorithms.base import Payload, Result
 from fedmq.algorithms.errors import ProblemError, ResultError
-from fedmq.algorithms.fedavg import FedAvg, batches
+from fedmq.algorithms.fedavg import FedAvg
 from fedmq.algorithms.personal.fedavg_finetune import FedAvgFT, LocalOnly
 from fedmq.algorithms.rng import derive_rng
+from fedmq.algorithms.toolkit.sgd import batches
 from fedmq.nodes.run.config import build
 from fedmq.nodes.run.setup import set_up
 from tests.algorithms.fleet import Fleet

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from fedmq.algorithms.base import Payload
-from fedmq.algorithms.fedavg import batches
 from fedmq.algorithms.personal.fedrep import FedRep
 from fedmq.algorithms.problems.base import Examples
 from fedmq.algorithms.rng import derive_rng
+from fedmq.algorithms.toolkit.sgd import batches
 from fedmq.algorithms.toolkit.split_model import Split, scratch_split
 from tests.algorithms.split_problems import (
     BODY,

@@ -154,7 +154,7 @@ def setup_of(schedule, codec="raw", problem="Halves", algorithm="fedrep:FedRep",
             {
                 "run": {"versions": 6, "evaluate_every": 0, **run},
                 "problem": {"name": f"tests.algorithms.split_problems:{problem}", "clients": 4},
-                "algorithm": {"name": f"fedmq.algorithms.{algorithm}", "lr": 0.2},
+                "algorithm": {"name": f"fedmq.algorithms.personal.{algorithm}", "lr": 0.2},
                 "schedule": SCHEDULES[schedule],
                 "codec": {"up": codec, "down": codec},
             }

@@ -9,10 +9,11 @@ from pydantic import TypeAdapter, ValidationError
 from torch import nn
 
 from fedmq.algorithms.base import Result, Task
-from fedmq.algorithms.fedavg import FedAvg, batches
+from fedmq.algorithms.fedavg import FedAvg
 from fedmq.algorithms.personal.personalised_fedavg import PersonalisedFedAvg
 from fedmq.algorithms.problems.base import Examples
 from fedmq.algorithms.rng import derive_rng
+from fedmq.algorithms.toolkit.sgd import batches
 from tests.algorithms.tiny import Dropping, Normed, Tiny, change, client
 from tests.algorithms.two_phases import FOREVER, Local, move, train
 

@@ -6,10 +6,11 @@ import torch
 from torch import nn
 
 from fedmq.algorithms.base import Client, Result, Task
-from fedmq.algorithms.fedavg import FedAvg, load_model, metrics_on
+from fedmq.algorithms.fedavg import FedAvg
 from fedmq.algorithms.pfedhn.algorithm import PFedHN
 from fedmq.algorithms.problems.image import ImageClassification
 from fedmq.algorithms.rng import derive_seed
+from fedmq.algorithms.toolkit.sgd import load_model, metrics_on
 
 TASKS, SEED = 150, 1
 

@@ -6,10 +6,11 @@ from torch import nn
 
 from fedmq.algorithms.base import Task
 from fedmq.algorithms.errors import ProblemError, ResultError
-from fedmq.algorithms.fedavg import FedAvg, evaluate_module
+from fedmq.algorithms.fedavg import FedAvg
 from fedmq.algorithms.problems.base import Examples
 from fedmq.algorithms.toolkit.flat_model import FlatModel
 from fedmq.algorithms.toolkit.layout import Layout
+from fedmq.algorithms.toolkit.sgd import evaluate_module
 from tests.algorithms.tiny import Normed, Tiny, payload
 
 

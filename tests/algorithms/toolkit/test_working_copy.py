@@ -8,13 +8,14 @@ from torch import nn
 
 from fedmq.algorithms.base import Result, Task
 from fedmq.algorithms.errors import ProblemError
-from fedmq.algorithms.fedavg import FedAvg, evaluate_module
+from fedmq.algorithms.fedavg import FedAvg
 from fedmq.algorithms.fedsgd import FedSGD
 from fedmq.algorithms.personal.fedavg_finetune import FedAvgFT, LocalOnly
 from fedmq.algorithms.personal.fedper import FedPer
 from fedmq.algorithms.personal.perfedavg import PerFedAvg
 from fedmq.algorithms.personal.personalised_fedavg import PersonalisedFedAvg
 from fedmq.algorithms.pfedhn.algorithm import PFedHN
+from fedmq.algorithms.toolkit.sgd import evaluate_module
 from fedmq.codecs.registry import decode, make_codec
 from tests.algorithms import restless
 from tests.algorithms.restless import FOLLOWED, Restless, by_torch
@@ -291,8 +292,8 @@ def test_constants_are_constants_to_the_bit_and_what_changes_is_right(codec, rep
 
 
 def _batches(problem, index, algorithm):
-    from fedmq.algorithms.fedavg import batches
     from fedmq.algorithms.rng import derive_rng
+    from fedmq.algorithms.toolkit.sgd import batches
 
     at = client(problem, index)
     return batches(at.data, algorithm.batch_size, 1, derive_rng(at.seed, "batches"))

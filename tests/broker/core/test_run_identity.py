@@ -4,10 +4,11 @@ import msgspec
 from msgspec.structs import replace
 
 from fedmq.broker.core.recovery import open_broker
-from fedmq.broker.core.state import BrokerSettings, Received
+from fedmq.broker.core.state import Received
 from fedmq.broker.core.state import Send as BrokerSend
 from fedmq.broker.ledger.entries import Opened, encode_record
 from fedmq.broker.link.events import Admitted, Ended, Send
+from fedmq.broker.settings import BrokerSettings
 from fedmq.broker.wire.schema import Beat, Bye, Hello, Welcome
 from tests.broker.links import HELLO, WELCOME, deliver, heard, welcomed
 

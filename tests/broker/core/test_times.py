@@ -1,7 +1,8 @@
 import pytest
 
-from fedmq.broker.core.state import BrokerSettings, Wake
+from fedmq.broker.core.state import Wake
 from fedmq.broker.ledger.entries import Ended
+from fedmq.broker.settings import BrokerSettings
 from fedmq.broker.wire.encoding import decode_message
 from fedmq.broker.wire.schema import (
     POST_BYTES,

@@ -7,7 +7,6 @@ import pytest
 
 import fedmq.broker.ledger.writer as ledger_module
 from fedmq.broker.core.recovery import open_broker
-from fedmq.broker.core.state import BrokerSettings
 from fedmq.broker.errors import LedgerDamage, LedgerError
 from fedmq.broker.inspection.check import Kind, check
 from fedmq.broker.inspection.repair import Action, plan, repair
@@ -25,6 +24,7 @@ from fedmq.broker.ledger.manifest import MANIFEST_FILE
 from fedmq.broker.ledger.reader import read_entries
 from fedmq.broker.ledger.records import MAGIC, scan
 from fedmq.broker.ledger.writer import Ledger
+from fedmq.broker.settings import BrokerSettings
 from fedmq.broker.wire.encoding import encode_message
 from fedmq.broker.wire.schema import Blob, Message
 from tests.broker.ledger.small_ledger import name_of, put

@@ -11,7 +11,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fedmq.broker.ledger.writer as ledger_module
-from fedmq.broker.core.state import BrokerSettings
 from fedmq.broker.errors import LedgerError
 from fedmq.broker.inspection.trace import Trace
 from fedmq.broker.ledger.entries import (
@@ -29,6 +28,7 @@ from fedmq.broker.ledger.entries import (
 from fedmq.broker.ledger.reader import read_entries
 from fedmq.broker.ledger.records import MAGIC, scan
 from fedmq.broker.ledger.writer import Ledger
+from fedmq.broker.settings import BrokerSettings
 from fedmq.broker.virtual.network import Faults
 from fedmq.broker.wire.addresses import CHECKPOINT
 from fedmq.broker.wire.encoding import encode_message

@@ -6,12 +6,13 @@ import pytest
 import fedmq.broker.ledger.blob_store as payload_module
 import fedmq.broker.ledger.writer as ledger_module
 from fedmq.broker.core.recovery import open_broker
-from fedmq.broker.core.state import Append, BrokerSettings, Put, Received, Wake
+from fedmq.broker.core.state import Append, Put, Received, Wake
 from fedmq.broker.errors import LedgerError
 from fedmq.broker.ledger.blob_store import PayloadIndex, open_payload
 from fedmq.broker.ledger.entries import PAYLOAD, Consumed, Ended, segment_numbers
 from fedmq.broker.ledger.reader import read_entries
 from fedmq.broker.ledger.writer import Ledger
+from fedmq.broker.settings import BrokerSettings
 from fedmq.broker.wire.encoding import encode_message
 from fedmq.broker.wire.schema import (
     Blob,

@@ -12,9 +12,10 @@ from fedmq.broker.errors import WireError
 from fedmq.broker.ledger import blob_store
 from fedmq.broker.ledger.entries import PAYLOAD, BlobName, segment_path
 from fedmq.broker.ledger.reader import read_entries
-from fedmq.broker.ledger.writer import Keeping, Ledger
+from fedmq.broker.ledger.writer import Ledger
 from fedmq.broker.link.local_blobs import SharedFiles
 from fedmq.broker.router import BrokerServer
+from fedmq.broker.settings import Keeping
 from fedmq.broker.wire.encoding import encode_frame, encode_message
 from fedmq.broker.wire.schema import (
     CHUNK_BYTES,

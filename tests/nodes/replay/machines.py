@@ -13,7 +13,7 @@ import torch
 from click.testing import CliRunner
 from torch import nn
 
-from fedmq.broker.core.state import BrokerSettings
+from fedmq.broker.settings import BrokerSettings
 from fedmq.nodes.cli.main import main
 from fedmq.nodes.run.config import build
 from fedmq.nodes.run.setup import set_up

@@ -6,7 +6,8 @@ import torch
 from fedmq.algorithms.base import Payload
 from fedmq.broker.wire.schema import Blob, Message
 from fedmq.nodes.errors import NodeError
-from fedmq.nodes.worker.client_state import Kept, Locals, node_key
+from fedmq.nodes.run.session import node_key
+from fedmq.nodes.worker.client_state import Kept, Locals
 
 LOCAL = Payload(
     weights={"w": torch.tensor([[0.5, -1.0], [3.25, 1e-9]]), "b": torch.zeros(0)},
