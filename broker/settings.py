@@ -31,17 +31,17 @@ class BrokerSettings:
 
 
 @dataclass(frozen=True)
-class Keeping:
+class LedgerSettings:
     """How a broker keeps its ledger.
 
     durability: what a receipt promises: that the message outlives the broker's ``process``,
         or a failure of ``power`` (each batch is synced to the device before its receipts).
     retain_bytes: see `Ledger`.
-    offer_parked: offer parked messages again.
+    redeliver_dead_letters: deliver dead-lettered messages again.
     share_files: tell nodes where the ledger lies: those on its host read blobs there.
     """
 
     durability: Literal["process", "power"] = "process"
     retain_bytes: int | None = EVERYTHING
-    offer_parked: bool = False
+    redeliver_dead_letters: bool = False
     share_files: bool = True

@@ -10,7 +10,7 @@ from fedmq.broker.ledger.entries import PAYLOAD, segment_numbers, segment_path
 from fedmq.broker.settings import LEAST_SEGMENT_BYTES, RETAINED_SEGMENTS
 
 
-class Retention:
+class RetentionPolicy:
     """Keeps a folder's payload below a limit.
 
     Args:

@@ -20,7 +20,7 @@ from typing import Any
 from rich.console import Console
 
 from fedmq.broker.core.state import Continuation
-from fedmq.broker.ledger.reader import Follower
+from fedmq.broker.ledger.reader import LedgerTail
 from fedmq.broker.wire.addresses import EVALUATOR, WORKER
 from fedmq.nodes.cluster.children import (
     BEYOND_HELP,
@@ -138,7 +138,7 @@ class Cluster:
         self._go_on = go_on or go_on_command(folder)
         self._children: dict[str, _Child] = {}
         self._fold = RunFold(started_at)
-        self._follower = Follower(folder / "ledger")
+        self._follower = LedgerTail(folder / "ledger")
         self._speaker = Speaker(console, folder / SUPERVISOR_LOG)
         self._say = self._speaker.say
 

@@ -17,7 +17,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr,
 
 from fedmq.algorithms.allowed import NOTHING, Allowed, installed
 from fedmq.algorithms.errors import AlgorithmError
-from fedmq.broker.settings import EVERYTHING, LEAST_RETAIN_BYTES, BrokerSettings, Keeping
+from fedmq.broker.settings import EVERYTHING, LEAST_RETAIN_BYTES, BrokerSettings, LedgerSettings
 from fedmq.broker.wire.addresses import name_fault
 from fedmq.nodes.errors import ConfigError
 from fedmq.nodes.run.numbers import check_finite, check_types
@@ -153,7 +153,7 @@ class BrokerTable(_Table):
         """Return how patient the broker is to be."""
         return BrokerSettings(self.lease_s, self.beat_s, self.deliveries)
 
-    def keeping(self) -> Keeping:
+    def keeping(self) -> LedgerSettings:
         """Return how the broker is to keep its ledger."""
         match self.retain:
             case "everything":
@@ -162,7 +162,7 @@ class BrokerTable(_Table):
                 retain = 0
             case limit:
                 retain = int(limit)
-        return Keeping(self.durability, retain, share_files=self.share_files)
+        return LedgerSettings(self.durability, retain, share_files=self.share_files)
 
 
 class Config(_Table):

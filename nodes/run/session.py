@@ -74,7 +74,7 @@ def linked(endpoint: str, hello: Hello, give_up_s: float | None = None) -> Itera
 def inbound_of(link: NodeLink, delivery: Delivery) -> Inbound:
     """Return a delivery as a core takes it: its blobs are read through the link."""
     read = functools.partial(link.read, delivery)
-    stream = functools.partial(link.pieces, delivery)
+    stream = functools.partial(link.chunks, delivery)
     return Inbound(delivery.seq, delivery.at, delivery.message, read, stream)
 
 

@@ -26,7 +26,7 @@ from fedmq.broker.wire.schema import (
     Done,
     Hello,
     Message,
-    Over,
+    RunEnded,
 )
 from fedmq.nodes.aggregator.computed import Computed
 from fedmq.nodes.aggregator.core import Aggregator
@@ -242,7 +242,7 @@ class NodeHost(ABC):
                     raise AssertionError(f"a blob of {delivery.message.id} is not to be had")
                 self._blobs[name] = data
             elif name not in self._blobs and blob.size == len(
-                here := b"".join(self.link.files.pieces(blob, delivery.places.get(index, ())))
+                here := b"".join(self.link.files.chunks(blob, delivery.extents.get(index, ())))
             ):
                 self._blobs[name] = here
             elif name not in self._blobs:
@@ -296,16 +296,16 @@ class AggregatorHost(NodeHost):
                 case Post(message, data, consumes):
                     self.link.post(message, data, consumes)
                 case DoneWith(seq, refused, code) if refused:
-                    self.link.say(Done.rejecting(seq, refused, code))
+                    self.link.publish(Done.rejecting(seq, refused, code))
                 case Settle(but):
                     settled = [seq for seq in self._unsettled if seq not in but]
-                    self.link.say(Done(seqs=tuple(settled)))
+                    self.link.publish(Done(seqs=tuple(settled)))
                     self._unsettled = [seq for seq in self._unsettled if seq in but]
                 case Commit():
                     self._commit(action)
                 case Finish(reason):
                     self.finished = reason
-                    self.link.say(Over(reason=reason))
+                    self.link.publish(RunEnded(reason=reason))
         self.link.gather(on=False)
 
     def _commit(self, commit: Commit) -> None:
@@ -360,9 +360,9 @@ class WorkerHost(NodeHost):
                 case Post(message, data, consumes):
                     self.link.post(message, data, consumes)
                 case DoneWith(seq, refused, code) if refused:
-                    self.link.say(Done.rejecting(seq, refused, code, (seq,)))
+                    self.link.publish(Done.rejecting(seq, refused, code, (seq,)))
                 case DoneWith(seq):
-                    self.link.say(Done(seqs=(seq,)))
+                    self.link.publish(Done(seqs=(seq,)))
                 case Pause():
                     pass  # time is drawn here as it is
 

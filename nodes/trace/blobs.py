@@ -9,12 +9,12 @@ from fedmq.broker.errors import LedgerError
 from fedmq.broker.inspection.trace import Trace
 from fedmq.broker.ledger.entries import (
     PAYLOAD,
-    Piece,
-    decode_piece,
+    ChunkRecord,
+    decode_chunk,
     segment_numbers,
     segment_path,
 )
-from fedmq.broker.ledger.reader import Tail, tail_of
+from fedmq.broker.ledger.reader import TornTail, tail_of
 from fedmq.broker.ledger.records import MAGIC, scan
 from fedmq.nodes.process.terminal import count, plain, plural
 
@@ -31,12 +31,12 @@ class Payload:
     pieces: int = 0
     nbytes: int = 0
     damage: list[LedgerError] = field(default_factory=list)
-    torn: list[Tail] = field(default_factory=list)
+    torn: list[TornTail] = field(default_factory=list)
     complete: bool = True
     _blobs: dict[tuple[str, bytes], tuple[int, int]] = field(default_factory=dict)
     """Of each blob, by owner and digest: its size, and how much of it is here."""
 
-    def add(self, piece: Piece, length: int) -> None:
+    def add(self, piece: ChunkRecord, length: int) -> None:
         """Take one more piece; pieces of a blob come in order."""
         self.pieces += 1
         self.nbytes += length
@@ -81,7 +81,7 @@ def read_payload(trace: Trace) -> Payload:
         end = len(MAGIC)
         try:
             for record in scan(path):
-                piece = decode_piece(record, path)
+                piece = decode_chunk(record, path)
                 end = record.end
                 if piece.run == trace.run:
                     found.add(piece, record.data_length)

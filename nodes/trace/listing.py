@@ -261,7 +261,7 @@ def _message_row(
     )
     if refusal is None:
         return row
-    said = "parked" if refusal.parked else "refused"
+    said = "parked" if refusal.dead_lettered else "refused"
     mark = f"{said} by {word(refusal.node)}: {plain(refusal.reason)}"
     return replace(row, refused=True, note=f"{mark}; {row.note}" if row.note else mark)
 
@@ -275,7 +275,7 @@ def _other_row(entry: AnyEntry, at: float) -> Row:
             return Row(entry.seq, at, "consumed", name, note=plain(spans(of)), nodes=(name,))
         case Refusal(node=node, id=name, reason=reason, of=of):
             what = "a post" if of is None else f"entry {of}"
-            note = f"{'parked' if entry.parked else 'refused'} {what}: {plain(reason)}"
+            note = f"{'parked' if entry.dead_lettered else 'refused'} {what}: {plain(reason)}"
             by = word(node)
             lost = of is None
             return Row(

@@ -197,7 +197,7 @@ def _story_of(trace: Trace, entry: Accepted, message: Message) -> _Story:
                 by = plain(other.node)
                 story.fate.append(f"consumed by {by}, {since} (entry {other.seq})")
             case Refusal(of=of) if of == seq:
-                how = "parked" if other.parked else "refused"
+                how = "parked" if other.dead_lettered else "refused"
                 by = f"{how} by {plain(other.node)}, {since} (entry {other.seq})"
                 story.fate.append(f"{by}: {plain(other.reason, 2000)}")
             case Ended() if not settled:

@@ -99,7 +99,7 @@ class _Drawing:
                     yield from self._answer(entry, message, task)
             case Refusal(node=node, id=name, reason=reason):
                 args = {"by": node, "message": name, "reason": reason}
-                yield from self._instant("parked" if entry.parked else "refused", args)
+                yield from self._instant("parked" if entry.dead_lettered else "refused", args)
 
     def finish(self) -> Iterator[Event]:
         """Close what is open: the last span, and the tasks that nobody has answered."""

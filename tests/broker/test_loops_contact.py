@@ -248,7 +248,7 @@ def test_a_broker_that_ends_with_its_runs_waits_for_goodbyes_but_not_beyond_a_le
         agg = stack.enter_context(linked(server.endpoint, AGGREGATOR))
         worker = stack.enter_context(linked(server.endpoint, WORKER))
         # Its connection stands, but it says nothing: a process that is stopped.
-        stack.enter_context(worker._baton)
+        stack.enter_context(worker._handoff)
         agg.over("done")
         with pytest.raises(RunOver):
             get(agg, "never")

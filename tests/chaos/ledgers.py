@@ -15,10 +15,10 @@ import numpy as np
 import torch
 
 from fedmq.algorithms.allowed import Allowed
-from fedmq.broker.core.mailboxes import Postbox
+from fedmq.broker.core.mailboxes import Mailboxes
 from fedmq.broker.core.recovery import Restorer
 from fedmq.broker.inspection.trace import Trace
-from fedmq.broker.ledger.blob_store import PayloadIndex, open_payload
+from fedmq.broker.ledger.blob_store import BlobStore, open_payload
 from fedmq.broker.ledger.entries import (
     Accepted,
     AnyEntry,
@@ -28,7 +28,7 @@ from fedmq.broker.ledger.entries import (
     Opened,
     Refusal,
 )
-from fedmq.broker.ledger.reader import Follower, read_entries
+from fedmq.broker.ledger.reader import LedgerTail, read_entries
 from fedmq.broker.rejections import Code
 from fedmq.broker.wire.encoding import encode_message
 from fedmq.broker.wire.schema import Message
@@ -59,7 +59,7 @@ class Watch:
     """A ledger that is being written, as its test sees it."""
 
     def __init__(self, folder: Path) -> None:
-        self._follower = Follower(folder)
+        self._follower = LedgerTail(folder)
         self.folder = folder
         self.entries: list[AnyEntry] = []
         self.messages: list[Seen] = []
@@ -150,7 +150,7 @@ def refold(folder: Path) -> Refolded:
     return done
 
 
-def _inbox(entries: list[AnyEntry], payload: PayloadIndex) -> Iterator[Inbound]:
+def _inbox(entries: list[AnyEntry], payload: BlobStore) -> Iterator[Inbound]:
     for entry in entries:
         if isinstance(entry, Accepted) and (message := entry.read()).to in INBOX:
             yield Inbound(entry.seq, entry.at, message, partial(_blob, payload, message))
@@ -160,7 +160,7 @@ def _inbox(entries: list[AnyEntry], payload: PayloadIndex) -> Iterator[Inbound]:
     )
 
 
-def _blob(payload: PayloadIndex, message: Message, index: int) -> memoryview:
+def _blob(payload: BlobStore, message: Message, index: int) -> memoryview:
     blob = message.blobs[index]
     return memoryview(
         payload.read(BlobName(message.run, message.sender, blob.digest), 0, blob.size)
@@ -239,7 +239,7 @@ def _check_balance(watch: Watch) -> None:
     consumed: list[int] = []
     refused: list[int] = []
     parked: set[int] = set()
-    restorer = Restorer(Postbox())
+    restorer = Restorer(Mailboxes())
     ended = 0
     for entry in watch.entries:
         match entry:
@@ -249,7 +249,7 @@ def _check_balance(watch: Watch) -> None:
                 consumed += consumes
             case Consumed(of=of):
                 consumed += of
-            case Refusal(of=int(of), parked=given_up):
+            case Refusal(of=int(of), dead_lettered=given_up):
                 refused.append(of)
                 if given_up:
                     parked.add(of)

@@ -126,7 +126,7 @@ def check_kept(simulation, entries):
     assert not twice, f"accepted twice: {twice}"
     refused = {each.id for each in entries if isinstance(each, Refusal) and each.of is None}
     for host in simulation.sessions:
-        for name in host.link.receipted:
+        for name in host.link.acknowledged:
             known = (host.link.name, name) in accepted or name in refused
             assert known, f"{name} of {host.link.name} has a receipt, but is not in the ledger"
 

@@ -1,6 +1,6 @@
 """Deterministic fault simulation: whatever befalls a run, what is promised holds."""
 
-from fedmq.broker.core.deduplication import Remembered
+from fedmq.broker.core.deduplication import DedupWindow
 from fedmq.nodes.worker.client_state import Locals
 from tests.sim.history import check_history
 from tests.sim.soak import BATCH, run_seeds
@@ -42,7 +42,7 @@ def caught(seeds):
 
 
 def test_without_deduplication_histories_go_wrong(monkeypatch):
-    monkeypatch.setattr(Remembered, "look", lambda *_: "new")
+    monkeypatch.setattr(DedupWindow, "seen", lambda *_: "new")
     assert caught(10) > 0
 
 
