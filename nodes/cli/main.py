@@ -195,7 +195,7 @@ def broker(
             "share_files": share_files,
         }
         table = build({"broker": given}).broker
-        keeping = replace(table.keeping(), redeliver_dead_letters=offer_parked)
+        keeping = replace(table.ledger_settings(), redeliver_dead_letters=offer_parked)
         server = BrokerServer(bind, folder / LEDGER, table.settings(), keeping)
         found = state_of(recorded_runs(folder / LEDGER), once=once)
         where = f"listening on {server.endpoint}, ledger in {folder / LEDGER}"

@@ -19,9 +19,9 @@ from fedmq.broker.inspection.trace import Trace
 from fedmq.broker.rejections import Code
 from fedmq.codecs.errors import CodecError
 from fedmq.nodes.errors import ConfigError
-from fedmq.nodes.messages.actions import Done, Inbound, Post, Start
+from fedmq.nodes.messages.actions import Handled, Inbound, PostMessage, Start
 from fedmq.nodes.messages.payloads import numbers_of, unpack
-from fedmq.nodes.replay.fold import Replay, Step, recorded_setup
+from fedmq.nodes.replay.fold import Replay, ReplayStep, recorded_setup
 from fedmq.nodes.run.config import Config, changed
 from fedmq.nodes.run.setup import Setup, choose_device
 
@@ -39,7 +39,7 @@ _REASONS = {
 
 
 @dataclass
-class Point:
+class ComparedPoint:
     """Both models where the recorded run evaluated its own.
 
     at: seconds since the run's start. results: used so far, (recorded, other).
@@ -124,14 +124,14 @@ class WhatIf:
         self._gathered: Any = self._algorithm.gather(self._state)
         self._weights, self._results = 0.0, 0
 
-    def points(self) -> Iterator[Point]:
+    def points(self) -> Iterator[ComparedPoint]:
         """Yield a point for each evaluation of the recorded run, in order.
 
         Raises:
             Diverged: the recorded run itself does not replay.
             LedgerError: the trace is damaged.
         """
-        open_points: dict[str, Point] = {}
+        open_points: dict[str, ComparedPoint] = {}
         began: float | None = None
         version = used = 0
         finishing = False
@@ -147,16 +147,16 @@ class WhatIf:
                     self._score(event, open_points)
             if not finishing:  # what comes after the last version counts for neither
                 self._take(step, committed=core.version > version)
-                used = core.parts()["counts"].used
-            version, finishing = core.version, bool(core.parts()["finishing"])
+                used = core.state_snapshot()["counts"].used
+            version, finishing = core.version, bool(core.state_snapshot()["finishing"])
             for action in step.actions:
-                if isinstance(action, Post) and action.message.kind == "task":
+                if isinstance(action, PostMessage) and action.message.kind == "task":
                     client = action.message.body["client"]
                     self._born[action.message.id] = self._version, client
-                elif isinstance(action, Post) and action.message.kind == "evaluate":
+                elif isinstance(action, PostMessage) and action.message.kind == "evaluate":
                     task = Task(self._version, self._algorithm.examined(self._state))
                     metrics = self._algorithm.evaluate(task, self._setup.problem, device)
-                    point = Point(
+                    point = ComparedPoint(
                         event.at - began if isinstance(event, Inbound) and began else 0.0,
                         (used, self._used),
                         (version, self._version),
@@ -167,24 +167,24 @@ class WhatIf:
             yield from self._scored(open_points)
         yield from open_points.values()
 
-    def _score(self, event: Inbound, points: dict[str, Point]) -> None:
+    def _score(self, event: Inbound, points: dict[str, ComparedPoint]) -> None:
         point = points.get(event.message.re or "")
         metrics = event.message.body.get("metrics")
         if point is not None and isinstance(metrics, dict):
             point.recorded = metrics
 
-    def _scored(self, points: dict[str, Point]) -> Iterator[Point]:
+    def _scored(self, points: dict[str, ComparedPoint]) -> Iterator[ComparedPoint]:
         """Take out the points, from the oldest on, whose scores have come."""
         while points and (first := next(iter(points))) in points and points[first].recorded:
             yield points.pop(first)
 
-    def _take(self, step: Step, *, committed: bool) -> None:
+    def _take(self, step: ReplayStep, *, committed: bool) -> None:
         """Count the results that the recorded run was done with in this step."""
         if isinstance(step.event, Inbound) and step.event.message.kind == "result":
             self._waiting[step.event.seq] = step.event
         for action in step.actions:
             match action:
-                case Done(seq, refused, code) if seq in self._waiting:
+                case Handled(seq, refused, code) if seq in self._waiting:
                     event = self._waiting.pop(seq)
                     if not refused or code in _STALE:
                         self._absorb(event)

@@ -20,7 +20,7 @@ from fedmq.nodes.process.terminal import count, plain, plural
 
 
 @dataclass
-class Payload:
+class StoredBlobs:
     """What the payload segments hold of a run.
 
     damage: of each segment that cannot be read to its end.
@@ -69,13 +69,13 @@ class Payload:
             yield f"  {plural(missing, 'blob')} of accepted messages: {why}"
 
 
-def read_payload(trace: Trace) -> Payload:
+def read_payload(trace: Trace) -> StoredBlobs:
     """Read all payload, in all segments: damage in one does not hide the others.
 
     What belongs to other runs is checked too, but not counted.
     """
     numbers = segment_numbers(trace.folder, PAYLOAD)
-    found = Payload(complete=numbers == list(range(len(numbers))))
+    found = StoredBlobs(complete=numbers == list(range(len(numbers))))
     for number in numbers:
         path = segment_path(trace.folder, PAYLOAD, number)
         end = len(MAGIC)

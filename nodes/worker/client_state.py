@@ -30,7 +30,7 @@ from fedmq.nodes.worker.client_files import ClientFolder
 
 
 @dataclass(frozen=True)
-class Kept:
+class SavedClientState:
     """What a client keeps after a task, and that task's result as it was posted.
 
     task, seq: id of the task, and its number in the ledger. local: the algorithm's state, if it
@@ -62,7 +62,7 @@ class _Head(Struct):
     memory: _Part | None
 
 
-class Locals:
+class ClientStateStore:
     """The kept states of a worker's clients.
 
     On disk a client has a folder, and each state a file there that is named by the number of its
@@ -81,11 +81,11 @@ class Locals:
 
     def __init__(self, folder: Path | None = None) -> None:
         self._folder = folder
-        self._memory: dict[int, Kept] = {}
+        self._memory: dict[int, SavedClientState] = {}
         if folder is not None:
             make_folder(folder)
 
-    def get(self, client: int) -> Kept | None:
+    def get(self, client: int) -> SavedClientState | None:
         """Return what a client kept after the newest of its tasks, or None.
 
         Raises:
@@ -106,7 +106,7 @@ class Locals:
         except (ValueError, msgspec.MsgspecError, CodecError) as error:
             raise NodeError(f"local state of client {client} in {path}: {error}") from None
 
-    def put(self, client: int, kept: Kept) -> Kept:
+    def put(self, client: int, kept: SavedClientState) -> SavedClientState:
         """Keep a client's state; return what is to be posted as its task's result.
 
         That is ``kept``, or what another node has kept of the same task before: the client's
@@ -134,7 +134,7 @@ class Locals:
         return known if known.seq == kept.seq else kept
 
 
-def _write(kept: Kept) -> bytes:
+def _write(kept: SavedClientState) -> bytes:
     local, memory = _packed(kept.local), _packed(kept.memory)
     buffers = [*(local.data if local else ()), *(memory.data if memory else ()), *kept.data]
     head = msgspec.msgpack.encode(
@@ -154,7 +154,7 @@ def _packed(payload: Payload | None) -> Packed | None:
     return pack(payload, RAW, 0) if payload is not None else None
 
 
-def _read(data: bytes, seq: int) -> Kept:
+def _read(data: bytes, seq: int) -> SavedClientState:
     if len(data) < 24 or xxhash.xxh3_128_digest(memoryview(data)[16:]) != data[:16]:
         raise ValueError("damaged: its checksum does not match")
     start = 24 + int.from_bytes(data[16:24], "little")
@@ -166,7 +166,7 @@ def _read(data: bytes, seq: int) -> Kept:
     message = decode_message(head.message)
     local, rest = _take(head.local, message, buffers)
     memory, rest = _take(head.memory, message, rest)
-    return Kept(head.task, seq, local, message, tuple(rest), memory)
+    return SavedClientState(head.task, seq, local, message, tuple(rest), memory)
 
 
 def _take(

@@ -34,7 +34,7 @@ from fedmq.broker.wire.encoding import encode_message
 from fedmq.broker.wire.schema import Message
 from fedmq.nodes.aggregator.computed import Computed
 from fedmq.nodes.aggregator.core import Aggregator
-from fedmq.nodes.messages.actions import Done, Finish, Inbound, Post, Start
+from fedmq.nodes.messages.actions import EndRun, Handled, Inbound, PostMessage, Start
 from fedmq.nodes.replay.fold import Replay
 from fedmq.nodes.run.config import parse
 from fedmq.nodes.run.digests import model_digest
@@ -114,7 +114,7 @@ class Refolded:
 
     core: Aggregator
     posts: list[Message] = field(default_factory=list)
-    refused: dict[int, Done] = field(default_factory=dict)
+    refused: dict[int, Handled] = field(default_factory=dict)
     used: dict[int, list[int]] = field(default_factory=dict)
     """By version: the results in it. The last one was not committed."""
 
@@ -131,18 +131,18 @@ def refold(folder: Path) -> Refolded:
     actions = core.handle(Start())
     kinds: dict[int, str] = {}
     for event in _inbox(entries, payload):
-        done.posts += [each.message for each in actions if isinstance(each, Post)]
-        if any(isinstance(each, Finish) for each in actions):
+        done.posts += [each.message for each in actions if isinstance(each, PostMessage)]
+        if any(isinstance(each, EndRun) for each in actions):
             break
         kinds[event.seq] = event.message.kind
         version = core.version
         actions = core.handle(event)
         for each in actions:
-            if isinstance(each, Post) and each.message.kind == "version":
+            if isinstance(each, PostMessage) and each.message.kind == "version":
                 version += 1  # what is taken after it counts towards the next
-            elif isinstance(each, Done) and each.refused:
+            elif isinstance(each, Handled) and each.refused:
                 done.refused[each.seq] = each
-            elif isinstance(each, Done) and kinds[each.seq] == "result":
+            elif isinstance(each, Handled) and kinds[each.seq] == "result":
                 done.used.setdefault(version, []).append(each.seq)
     else:
         raise AssertionError("the inbox does not hold the end of the run")
@@ -277,7 +277,7 @@ def _check_replay(watch: Watch, refolded: Refolded) -> None:
         assert encode_message(ours) == encode_message(theirs)
     assert len(said) == len(refolded.posts)
     refused = {
-        each.of: Done(each.of, each.reason, each.code)
+        each.of: Handled(each.of, each.reason, each.code)
         for each in watch.entries
         if isinstance(each, Refusal) and each.of is not None and each.node == "aggregator"
     }
@@ -312,7 +312,7 @@ def _fates(watch: Watch, refolded: Refolded) -> Books:
             fates[tasks[entry.of]].append("given up")
     assert all(len(each) <= 1 for each in fates.values()), "a task had two fates"
     without = {name for name, each in fates.items() if not each}
-    assert without == set(refolded.core._tasks.flights), "a task was lost"
+    assert without == set(refolded.core._tasks.in_flight), "a task was lost"
     counted = Counter(fate for each in fates.values() for fate in each)
     return Books(
         versions=refolded.core.version,

@@ -1,7 +1,7 @@
 """Deterministic fault simulation: whatever befalls a run, what is promised holds."""
 
 from fedmq.broker.core.deduplication import DedupWindow
-from fedmq.nodes.worker.client_state import Locals
+from fedmq.nodes.worker.client_state import ClientStateStore
 from tests.sim.history import check_history
 from tests.sim.soak import BATCH, run_seeds
 
@@ -47,5 +47,5 @@ def test_without_deduplication_histories_go_wrong(monkeypatch):
 
 
 def test_without_saved_local_state_histories_go_wrong(monkeypatch):
-    monkeypatch.setattr(Locals, "put", lambda _self, _client, kept: kept)
+    monkeypatch.setattr(ClientStateStore, "put", lambda _self, _client, kept: kept)
     assert caught(5) > 0

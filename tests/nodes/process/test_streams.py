@@ -12,7 +12,7 @@ import time
 
 import pytest
 
-from fedmq.nodes.process.streams import OutputFailed, Stream, write_in_time
+from fedmq.nodes.process.streams import OutputFailed, OutputStream, write_in_time
 
 HAS_FULL = os.path.exists("/dev/full")  # noqa: PTH110 - a device, not a file of ours
 
@@ -28,9 +28,9 @@ def pipe():
             assert error.errno == errno.EBADF  # noqa: PT017 - the test has closed it
 
 
-def stream(fd: int, *, required: bool = False) -> tuple[Stream, list[str]]:
+def stream(fd: int, *, required: bool = False) -> tuple[OutputStream, list[str]]:
     lost: list[str] = []
-    made = Stream(fd, "standard output", lost.append)
+    made = OutputStream(fd, "standard output", lost.append)
     made.required = required
     return made, lost
 

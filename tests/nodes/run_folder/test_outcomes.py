@@ -329,7 +329,7 @@ def test_lines_of_a_run_that_stands_still_are_few(monkeypatch):
     story.entry(Opened, run="r", config=CONFIG, total_clients=3)
     story.begin()
     out = io.StringIO()
-    with view.View(Console(file=out, width=40), "title", pytest.fail) as shower:
+    with view.LiveView(Console(file=out, width=40), "title", pytest.fail) as shower:
         for _ in range(3000):
             now += 0.1
             shower.show(story.fold)
