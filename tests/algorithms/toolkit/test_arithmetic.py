@@ -121,7 +121,7 @@ def test_compiled_kernels_give_the_same_bits_on_a_cpu_without_extensions(tmp_pat
 )
 def test_what_sums_of_a_size_need_is_loaded_before_the_first(values, loaded):
     code = (
-        "import sys; from fedmq.algorithms import arithmetic; "
+        "import sys; from fedmq.algorithms.toolkit import arithmetic; "
         f"arithmetic.prepare({values}); print('numba' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100)

@@ -112,7 +112,7 @@ class Known(Tiny):
 @pytest.mark.parametrize("batch", [500, 2])
 def test_a_known_model_scores_what_it_should(monkeypatch, batch):
     """Logits (0, x): 3 of 5 right; averaged over examples, whatever the batches."""
-    monkeypatch.setattr("fedmq.algorithms.fedavg._EVALUATION_BATCH", batch)
+    monkeypatch.setattr("fedmq.algorithms.toolkit.sgd._EVALUATION_BATCH", batch)
     problem = Known()
     state = FedAvg().start(problem)
     sent = payload(state, [0.0, 0.0, 1.0, 0.0, 0.0, 0.0])

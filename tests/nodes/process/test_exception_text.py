@@ -85,7 +85,7 @@ def test_the_place_is_the_innermost_of_the_users_own_code():
 
     error = raised(model)
     assert line < int(place_in(error).rpartition(":")[2]) < line + 20
-    assert place_in(error).rpartition(":")[0].endswith("nodes/test_causes.py")
+    assert place_in(error).rpartition(":")[0].endswith("process/test_exception_text.py")
     assert explained(error).endswith(f"({place_in(error)})")
 
 
@@ -140,7 +140,7 @@ def test_errors_that_are_sentences_already_stay_as_they_are():
     with pytest.raises(ConfigError, match=r"^run.seed: no$"), own_code("problem.name"):
         raise ConfigError("run.seed: no")
     with (
-        pytest.raises(OwnCodeError, match=r"^problem.name: KeyError: 'x' \(.*test_causes.py:\d+\)"),
+        pytest.raises(OwnCodeError, match=r"^problem.name: KeyError: 'x' \(.*test_exception_text.py:\d+\)"),
         own_code("problem.name"),
     ):
         {}["x"]

@@ -151,7 +151,7 @@ def test_streams_that_were_closed_before_are_no_reason_to_fail() -> None:
 
 _OWN_FILES = """
 import os, sys
-from fedmq.nodes import streams
+from fedmq.nodes.process import streams
 streams.set_up()
 fd = os.open(sys.argv[1], os.O_WRONLY | os.O_CREAT)
 print("printed", flush=True)
@@ -168,7 +168,7 @@ def test_no_file_of_a_run_becomes_standard_output(tmp_path) -> None:
 
 _OWN_PROCESS = """
 import os, subprocess, sys
-from fedmq.nodes import streams
+from fedmq.nodes.process import streams
 streams.set_up()
 code = "import os; os.fstat(0); os.fstat(1); os.fstat(2)"
 sys.exit(subprocess.run([sys.executable, "-c", code], close_fds=True).returncode)

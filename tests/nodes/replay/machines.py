@@ -89,7 +89,7 @@ RUNS = {
     "feddropout": (HERE + "Plain", {"name": "feddropout"}, ROUNDS, {}),
     "fd": (THERE + "augmenting:Skewed", {"name": "fd", "models": ["mlp", "fd-cnn"]}, ALL, OUTPUTS),
     "codistillation": (
-        THERE + "test_codistillation:Shared",
+        THERE + "distillation.test_codistillation:Shared",
         {"name": "codistillation"},
         BUFFERED,
         OUTPUTS,
