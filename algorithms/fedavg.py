@@ -33,7 +33,7 @@ from fedmq.algorithms.toolkit.sgd import (
     evaluate_module,
     learned,
     load_model,
-    restrict,
+    project,
 )
 
 _LARGEST = 1e30
@@ -50,7 +50,7 @@ class ModelState:
 
 
 @dataclass
-class Gathered:
+class Accumulator:
     """The running sum over a version's results, whatever their number.
 
     total: float32 [dim], sum of weight * what a client sent. Of what is not trained that is
@@ -83,7 +83,7 @@ class FedAvg(Algorithm):
     name: ClassVar[str] = "fedavg"
     schedules: ClassVar[frozenset[str]] = frozenset({"rounds", "buffered", "stream"})
     reproducible: ClassVar[bool] = True
-    at_commit: ClassVar[frozenset[str]] = frozenset({"server_lr"})
+    server_hparams: ClassVar[frozenset[str]] = frozenset({"server_lr"})
 
     lr: Annotated[float, Field(gt=0)] = 0.05
     epochs: Annotated[int, Field(ge=1)] = 2
@@ -103,13 +103,13 @@ class FedAvg(Algorithm):
         """Return w_t; the same for every client."""
         return model_payload(state)
 
-    def gather(self, state: ModelState) -> Gathered:
+    def new_accumulator(self, state: ModelState) -> Accumulator:
         """Return an empty sum."""
-        return Gathered(zeros(state.layout.dim), state.counters.clone())
+        return Accumulator(zeros(state.layout.dim), state.counters.clone())
 
-    def absorb(
-        self, gathered: Gathered, state: ModelState, result: Result, weight: float
-    ) -> Gathered:
+    def accumulate(
+        self, gathered: Accumulator, state: ModelState, result: Result, weight: float
+    ) -> Accumulator:
         """Add ``weight`` times the client's update (or model) to the sum."""
         payload = result.payload
         model = payload.numbers.get("reply") == "model"
@@ -135,7 +135,7 @@ class FedAvg(Algorithm):
             gathered.models += weight
         return gathered
 
-    def commit(self, state: ModelState, gathered: Gathered, divisor: float) -> ModelState:
+    def commit(self, state: ModelState, gathered: Accumulator, divisor: float) -> ModelState:
         """w_{t+1} = w_t + eta_g * sum_k (weight_k / divisor) * (w_k - w_t).
 
         With weight_k = n_k and divisor = sum of n_k over the cohort this is line 8 of
@@ -191,7 +191,7 @@ class FedAvg(Algorithm):
             model.after_backward()
             with torch.no_grad():
                 self.regularize(gradient, trained, anchor)
-                restrict(client, model.layout, gradient)
+                project(client, model.layout, gradient)
                 if velocity is not None:
                     gradient = velocity.mul_(self.momentum).add_(gradient)
                 trained.add_(gradient, alpha=-self.lr)

@@ -31,7 +31,7 @@ class SharedBody(FedAvg):
     head: Annotated[int, Field(ge=1)] = 1
 
     @property
-    def evaluated(self) -> Literal["model", "clients"]:
+    def evaluated_by(self) -> Literal["model", "clients"]:
         """By clients: there is no model without a client's head."""
         return "clients"
 

@@ -61,10 +61,10 @@ def learned(
     return result_payload(model.layout, before, after, numbers, reply, trained)
 
 
-def restrict(client: Client, layout: Layout, gradient: Tensor) -> None:
-    """Project a gradient, float32 [parameters], in place: see `Client.restrict`."""
-    if client.restrict is not None:
-        client.restrict(layout.trained_views(gradient))
+def project(client: Client, layout: Layout, gradient: Tensor) -> None:
+    """Project a gradient, float32 [parameters], in place: see `Client.project`."""
+    if client.project is not None:
+        client.project(layout.trained_views(gradient))
 
 
 def batches(

@@ -15,7 +15,7 @@ from fedmq.algorithms.rng import derive_rng
 from fedmq.algorithms.toolkit.flat_model import FlatModel
 from fedmq.algorithms.toolkit.layout import Layout
 from fedmq.algorithms.toolkit.results import Vectors
-from fedmq.algorithms.toolkit.sgd import SGDSettings, batches, metrics_on, restrict
+from fedmq.algorithms.toolkit.sgd import SGDSettings, batches, metrics_on, project
 
 _BATCH = 500
 """Examples that go through a model at once where nothing is trained."""
@@ -123,7 +123,7 @@ class Split:
                 if sgd.weight_decay:
                     gradient.add_(trained, alpha=sgd.weight_decay)
                 if part != "head":
-                    restrict(client, self.shared, gradient[: self._border])
+                    project(client, self.shared, gradient[: self._border])
                 step = gradient
                 if velocity is not None:
                     step = velocity.mul_(sgd.momentum).add_(gradient)

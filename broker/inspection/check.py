@@ -1,8 +1,7 @@
 """Looking through a whole ledger: what is damaged, and what would be lost with it.
 
-`check` reads every record and every blob, and changes nothing. The entries are one chain: what
-lies behind the first damage among them cannot be used, however whole it is. Pieces of payload
-stand each for itself: damage there takes the blobs that it belongs to.
+`check` reads every record and every blob, and changes nothing. Entries form one chain: nothing
+behind the first damaged one can be used. Damaged payload loses only the blobs stored there.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ from fedmq.broker.wire.schema import EMPTY
 
 
 class FindingKind(StrEnum):
-    """What is wrong with a place in a ledger; the first five as in `records.Fault`."""
+    """What is wrong with a place in a ledger; the first five as in `records.DamageKind`."""
 
     TORN = "torn"
     LAST = "last"

@@ -15,7 +15,7 @@ from typing import Any
 
 import msgspec
 
-from fedmq.algorithms.schedules import View
+from fedmq.algorithms.schedules import ScheduleView
 from fedmq.broker.errors import BrokerError
 from fedmq.broker.rejections import Code, Rejection
 from fedmq.broker.wire.addresses import CHECKPOINT, CONTINUED, RECORD, TIMER
@@ -222,20 +222,20 @@ class Aggregator(AggregatorState):
                 self._fail(self._progress.hopeless)
                 break
             view = self._tasks.view(self._results.current, self.version)
-            if self._schedule.closes(view) and self._results.current.held:
+            if self._schedule.is_ready(view) and self._results.current.held:
                 self._results.add_in_order(self.state, out, everything=True)
                 # A held result may have been refused.
                 view = self._tasks.view(self._results.current, self.version)
-            if not self._schedule.closes(view):
+            if not self._schedule.is_ready(view):
                 self._start_tasks(view, out)
                 return
             self._commit(out)
         if self._finishing and self._running and not self._ended:
             self._finish(out)
 
-    def _start_tasks(self, view: View, out: list[AggregatorAction]) -> None:
+    def _start_tasks(self, view: ScheduleView, out: list[AggregatorAction]) -> None:
         current = self._results.current
-        wanted = self._schedule.wants(view)
+        wanted = self._schedule.num_to_start(view)
         clients = self._tasks.draw(wanted, current, self.version)
         # A round goes on without those who failed, as long as it goes on.
         if len(clients) < wanted and not (self._schedule.ordered and (clients or view.outstanding)):
@@ -259,7 +259,7 @@ class Aggregator(AggregatorState):
         closed = self._results.current
         divisor = self._schedule.divisor(closed.weights, closed.absorbed)
         work = functools.partial(self._algorithm.commit, self.state, closed.accumulator, divisor)
-        if not self._algorithm.trains:
+        if not self._algorithm.commits_in_background:
             self._committed(closed, work(), out)
             return
         # It is done beside the inbox, and a tick in the inbox says from where on it counts.

@@ -85,13 +85,13 @@ def requests(
 
     The last is None for the evaluator's. ``clients``: those who can be reached.
     """
-    who = f"{type(algorithm).__name__}.examined"
-    if algorithm.evaluated == "model":
-        packed = pack(algorithm.examined(state), RAW, 0, who)
+    who = f"{type(algorithm).__name__}.evaluation_task"
+    if algorithm.evaluated_by == "model":
+        packed = pack(algorithm.evaluation_task(state), RAW, 0, who)
         yield EVALUATOR, {**packed.body, "model_version": version}, packed, None
         return
     for client in sorted(clients):
-        packed = pack(algorithm.examined(state, client), RAW, 0, who)
+        packed = pack(algorithm.evaluation_task(state, client), RAW, 0, who)
         body = {**packed.body, "client": client, "model_version": version}
         yield f"client/{client}", body, packed, ClientEvaluation(client, version)
 

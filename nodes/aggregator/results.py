@@ -48,13 +48,13 @@ class ResultCollector:
         self._algorithm, self._schedule, self._tasks = setup.algorithm, setup.schedule, tasks
         self._progress = progress
         self._most_bytes = room_for(setup.algorithm, state)
-        self.reply = setup.algorithm.sends or setup.schedule.reply
+        self.reply = setup.algorithm.fixed_reply or setup.schedule.reply
         self.counts = Counts()
         self.begin_version(state)
 
     def begin_version(self, state: Any) -> None:
         """Begin to gather towards the version after this one."""
-        self.current = VersionBuffer(self._algorithm.gather(state))
+        self.current = VersionBuffer(self._algorithm.new_accumulator(state))
 
     def take(
         self, inbound: Inbound, state: Any, version: int, out: list[AggregatorAction]

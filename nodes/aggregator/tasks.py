@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fedmq.algorithms.rng import derive_seed
-from fedmq.algorithms.schedules import View
+from fedmq.algorithms.schedules import ScheduleView
 from fedmq.broker.rejections import Code, Rejection
 from fedmq.broker.wire.schema import Message
 from fedmq.nodes.aggregator.checkpoint import OutstandingTask
@@ -73,7 +73,7 @@ class Tasks:
 
     def pack(self, state: Any, version: int, client: int) -> Packed:
         """Return a client's task as what goes into its message."""
-        if self._same_for_all is not None and not self._setup.algorithm.personal:
+        if self._same_for_all is not None and not self._setup.algorithm.task_per_client:
             return self._same_for_all
         seed = derive_seed(self._setup.config.run.seed, "downlink", version, client)
         algorithm = self._setup.algorithm
@@ -126,13 +126,13 @@ class Tasks:
         flight = self.in_flight.get(name)
         return flight is not None and flight.client in self._fleet.hosts
 
-    def view(self, current: VersionBuffer, version: int) -> View:
+    def view(self, current: VersionBuffer, version: int) -> ScheduleView:
         """Return what a schedule wants to know of a version."""
         self._work_out()
         asked = self._setup.schedule.ordered  # others replace tasks, and look at nobody's place
-        return View(
+        return ScheduleView(
             clients=self._setup.problem.clients,
-            flying=self._in_flight,
+            in_flight=self._in_flight,
             started=current.started,
             outstanding=self._outstanding[version],
             results=current.absorbed + len(current.held),

@@ -108,7 +108,7 @@ class VersionBuffer:
             stream = fail_on_partial_reread(inbound.stream) if inbound.stream is not None else None
             payload = unpack(inbound.message, inbound.read, stream, max_bytes)
             result = Result(*about, payload)
-            self.accumulator = algorithm.absorb(self.accumulator, state, result, weight)
+            self.accumulator = algorithm.accumulate(self.accumulator, state, result, weight)
         except (ResultError, CodecError, WireError) as error:
             return rejection_of(error)
         self.absorbed += 1

@@ -27,7 +27,7 @@ from fedmq.broker.wire.addresses import AGGREGATOR
 from fedmq.broker.wire.schema import Message
 from fedmq.codecs.errors import CodecError
 from fedmq.codecs.registry import decode
-from fedmq.codecs.text import brief
+from fedmq.codecs.text import shorten
 from fedmq.nodes.errors import MessageError, rejection_of
 from fedmq.nodes.messages.actions import Handled, Inbound, PostMessage
 from fedmq.nodes.messages.payloads import Packed, pack, unpack
@@ -88,14 +88,14 @@ Event = Inbound | Trained | Saved | Evaluated | Failed
 class Train(Struct, frozen=True):
     """Train a task for a client, from its local state, with all randomness from ``seed``.
 
-    restrict: as in `Client`.
+    project: as in `Client`.
     """
 
     client: int
     task: Task
     local: Payload | None
     seed: int
-    restrict: Callable[[Mapping[str, Tensor]], None] | None = None
+    project: Callable[[Mapping[str, Tensor]], None] | None = None
 
     def at(self, problem: Problem, device: str) -> Client:
         """Return where the client half is to run.
@@ -107,7 +107,7 @@ class Train(Struct, frozen=True):
         if not len(data):
             name = type(problem).__name__
             raise ProblemError(f"{name}.client: expected at least one example, got none")
-        return Client(self.client, problem, data, self.local, self.seed, device, self.restrict)
+        return Client(self.client, problem, data, self.local, self.seed, device, self.project)
 
 
 class Evaluate(Struct, frozen=True):
@@ -227,11 +227,11 @@ class Worker:
                     return
                 task = _read_task(inbound)
                 seed = derive_seed(self._setup.config.run.seed, "train", client, message.id)
-                restrict, self._before = None, _before(kept)
+                project, self._before = None, _before(kept)
                 if self._setup.up.structured:
                     uplink = self._uplink_seed(client, message)
-                    restrict = functools.partial(self._setup.up.restrict, seed=uplink)
-                out.append(Train(client, task, kept.local if kept else None, seed, restrict))
+                    project = functools.partial(self._setup.up.project, seed=uplink)
+                out.append(Train(client, task, kept.local if kept else None, seed, project))
             elif message.kind == "evaluate":
                 out.append(self._evaluate(inbound))
             elif message.kind == "refused":
@@ -259,7 +259,7 @@ class Worker:
     def _client_of(self, message: Message) -> int:
         client = message.body.get("client")
         if not isinstance(client, int) or not any(a <= client <= b for a, b in self._clients):
-            text = f"client {brief(client)} is not hosted by {self._node}"
+            text = f"client {shorten(client)} is not hosted by {self._node}"
             raise MessageError(text, Code.WRONG_CLIENT)
         return client
 
@@ -315,7 +315,7 @@ class Worker:
         """Encode a result; also return what the codec has left out, if it is to be remembered."""
         codec, seed = self._setup.up, self._uplink_seed(client, task)
         codecs = self._setup.uplink
-        if not codec.remembers:
+        if not codec.error_feedback:
             return pack(payload, codecs, seed), None
         weights = dict(payload.weights)
         if self._before is not None and self._before.memory is not None:

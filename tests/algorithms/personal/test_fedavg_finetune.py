@@ -153,9 +153,9 @@ def test_nothing_that_clients_send_changes_the_state():
     state, _ = play(algorithm, problem, 2)
     assert torch.equal(state.weights, first.weights)
     whole = Payload(dict(algorithm.tensors(state)), numbers={"n": 1, "reply": "update"})
-    gathered = algorithm.gather(state)
+    gathered = algorithm.new_accumulator(state)
     with pytest.raises(ResultError, match="without tensors"):
-        algorithm.absorb(gathered, state, Result(0, 0, whole), 1.0)
+        algorithm.accumulate(gathered, state, Result(0, 0, whole), 1.0)
     assert not gathered.total.any()
 
 

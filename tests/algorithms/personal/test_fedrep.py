@@ -123,7 +123,7 @@ def test_structured_updates_restrict_the_body_alone():
         seen.append(set(tensors))
         tensors["0.weight"].zero_()
 
-    at = dataclasses.replace(client(problem, 1), restrict=restrict)
+    at = dataclasses.replace(client(problem, 1), project=restrict)
     result, kept = algorithm.train(task_of(algorithm, algorithm.start(problem)), at)
     assert seen == [set(BODY)]
     assert not result.weights["0.weight"].any()

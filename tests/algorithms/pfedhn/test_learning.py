@@ -41,7 +41,9 @@ def run(algorithm, problem, tasks=TASKS):
         seed = derive_seed(SEED, "task", turn, k)
         client = Client(k, problem, problem.client(k), local.get(k), seed)
         result, local[k] = algorithm.train(Task(turn, algorithm.task(state, k)), client)
-        gathered = algorithm.absorb(algorithm.gather(state), state, Result(k, 0, result), 1.0)
+        gathered = algorithm.accumulate(
+            algorithm.new_accumulator(state), state, Result(k, 0, result), 1.0
+        )
         state = algorithm.commit(state, gathered, 1.0)
     return state, local
 

@@ -85,7 +85,7 @@ kernels.scale_add(x, 0.7, y, 1 / 3)
 found.update(x)
 left, right = rng.standard_normal((33, 17), np.float32), rng.standard_normal((17, 65), np.float32)
 found.update(kernels.multiply(left, right))
-for basis in (None, kernels.Hadamard(1), kernels.Kashin(1)):
+for basis in (None, kernels.HadamardBasis(1), kernels.KashinFrame(1)):
     codes = rng.integers(0, 256, kernels.code_bytes(y.size, 4, 1024, basis), np.uint8)
     blocks = cut(y.size, 1024, basis).blocks
     ends = np.sort(rng.standard_normal((blocks, 2), np.float32), axis=1)

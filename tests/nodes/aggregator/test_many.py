@@ -77,7 +77,7 @@ def test_counts_and_draws_are_those_of_looking_at_every_task_and_client(seed):
         view = tasks.view(current, version)
         expected = [each for each in tasks.in_flight.values() if each.client in members.hosts]
         ours = [each for each in expected if each.version == version and not each.past_deadline]
-        assert (view.flying, view.outstanding) == (len(expected), len(ours))
+        assert (view.in_flight, view.outstanding) == (len(expected), len(ours))
 
 
 @pytest.mark.parametrize("backwards", [False, True])

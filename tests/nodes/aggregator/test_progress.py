@@ -233,10 +233,10 @@ def test_a_schedule_of_a_users_own_needs_to_say_nothing():
     class Own(Schedule):
         name = "own"
 
-        def wants(self, view):
+        def num_to_start(self, view):
             return 1
 
-        weight = closes = divisor = wants
+        weight = is_ready = divisor = num_to_start
 
     assert Own().at_once(9) == 9
     assert Own().least_clients() is None
@@ -388,11 +388,13 @@ def test_the_clock_of_a_broker_may_be_set_back():
 
 
 @pytest.mark.parametrize("schedule", ["rounds", "stream"])
-@pytest.mark.parametrize("at", ["task", "absorb", "commit", "examined"])
+@pytest.mark.parametrize("at", ["task", "accumulate", "commit", "evaluation_task"])
 def test_an_algorithm_that_raises_ends_the_run_at_once(schedule, at):
     name = "tests.algorithms.raising:Raising"
     fleet = fleet_of(
-        schedule, algorithm={"name": name, "at": at}, evaluate_every=1 if at == "examined" else 0
+        schedule,
+        algorithm={"name": name, "at": at},
+        evaluate_every=1 if at == "evaluation_task" else 0,
     )
     while fleet.finished is None:
         step(fleet, ())
@@ -417,8 +419,8 @@ def test_a_state_that_cannot_be_saved_ends_the_run_as_well():
 @pytest.mark.parametrize("kind", ["MemoryError", "ConnectionResetError"])
 def test_what_a_restart_may_cure_is_raised(kind):
     name = "tests.algorithms.raising:Raising"
-    fleet = fleet_of("stream", algorithm={"name": name, "at": "absorb", "kind": kind})
-    with pytest.raises(Exception, match="absorb is broken"):
+    fleet = fleet_of("stream", algorithm={"name": name, "at": "accumulate", "kind": kind})
+    with pytest.raises(Exception, match="accumulate is broken"):
         step(fleet, ())
     assert fleet.finished is None
 

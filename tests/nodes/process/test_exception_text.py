@@ -140,7 +140,7 @@ def test_errors_that_are_sentences_already_stay_as_they_are():
     with pytest.raises(ConfigError, match=r"^run.seed: no$"), own_code("problem.name"):
         raise ConfigError("run.seed: no")
     with (
-        pytest.raises(OwnCodeError, match=r"^problem.name: KeyError: 'x' \(.*test_exception_text.py:\d+\)"),
+        pytest.raises(OwnCodeError, match=r"^problem.name: KeyError: 'x' \(.*_text.py:\d+\)"),
         own_code("problem.name"),
     ):
         {}["x"]

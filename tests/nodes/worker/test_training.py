@@ -307,8 +307,8 @@ class Odd(FedAvg):
     def task(self, state, client):
         return None if self.method == "task" else super().task(state, client)
 
-    def examined(self, state, client=0):
-        return None if self.method == "examined" else super().task(state, client)
+    def evaluation_task(self, state, client=0):
+        return None if self.method == "evaluation_task" else super().task(state, client)
 
     def save(self, state):
         return Payload({"w": 3}) if self.method == "save" else super().save(state)
@@ -324,7 +324,7 @@ class Odd(FedAvg):
     ("method", "said"),
     [
         ("task", "Odd.task: expected a Payload, got None"),
-        ("examined", "Odd.examined: expected a Payload, got None"),
+        ("evaluation_task", "Odd.evaluation_task: expected a Payload, got None"),
         ("save", "Odd.save: expected a tensor for 'w' of weights, got 3"),
         ("result_bytes", "Odd.result_bytes: expected a number of bytes, got a value of type 'str'"),
         (
