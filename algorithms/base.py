@@ -1,7 +1,7 @@
 """What a federated algorithm is: a server half and a client half, both pure.
 
 An algorithm is a frozen dataclass whose fields are its hyper-parameters. The aggregator
-calls `start`, `task`, `gather`, `absorb` and `commit`; a worker calls `train`; the
+calls `start`, `task`, `new_accumulator`, `accumulate` and `commit`; a worker calls `train`; the
 evaluator calls `evaluate`, or each client `evaluate_client`. Nothing here knows of
 messages, schedules, clocks or files.
 """
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fedmq.algorithms.errors import Fault, ResultError
 from fedmq.algorithms.problems.base import Examples, Problem
-from fedmq.codecs.text import brief
+from fedmq.codecs.text import shorten
 
 Reply = Literal["update", "model"]
 """What the schedule needs from a client: how its model changed, or the model itself."""
@@ -81,7 +81,7 @@ class Client:
         before it sends the result, so that it survives a restart.
     seed: of everything random in this task.
     device: torch device to train on.
-    restrict: projects a gradient, tensors by name as in the result's weights, in place onto
+    project: projects a gradient, tensors by name as in the result's weights, in place onto
         what the uplink's codec can send (structured updates); None where it sends all.
     """
 
@@ -91,7 +91,7 @@ class Client:
     local: Payload | None
     seed: int
     device: str = "cpu"
-    restrict: Callable[[Mapping[str, Tensor]], None] | None = None
+    project: Callable[[Mapping[str, Tensor]], None] | None = None
 
 
 @dataclass(frozen=True)
@@ -107,9 +107,9 @@ class Algorithm(ABC):
     name: ClassVar[str]
     schedules: ClassVar[frozenset[str]]
     """Names of the schedules under which the algorithm makes sense."""
-    personal: ClassVar[bool] = False
+    task_per_client: ClassVar[bool] = False
     """Whether `task` depends on the client; if not, a version's task is encoded once."""
-    trains: ClassVar[bool] = False
+    commits_in_background: ClassVar[bool] = False
     """Whether `commit` may take long, for example because it trains a model: it is then done
     beside the inbox, and results that come meanwhile count towards the next version."""
     reproducible: ClassVar[bool] = False
@@ -117,9 +117,9 @@ class Algorithm(ABC):
     (`fedmq.algorithms.toolkit.arithmetic`): a trace then replays exactly anywhere. Else it replays
     exactly on the kind of CPU that it was recorded on, and within a tolerance on others. A
     subclass that computes more at the aggregator inherits the promise and has to keep it."""
-    sends: ClassVar[Reply | None] = None
+    fixed_reply: ClassVar[Reply | None] = None
     """What clients send whatever the schedule asks for; None: as it asks."""
-    at_commit: ClassVar[frozenset[str]] = frozenset()
+    server_hparams: ClassVar[frozenset[str]] = frozenset()
     """Hyper-parameters that act only where results are absorbed and committed, and not at
     clients: under others, the results of a recorded run still mean something."""
 
@@ -136,7 +136,7 @@ class Algorithm(ABC):
         """Return what this client is sent."""
 
     @property
-    def evaluated(self) -> Literal["model", "clients"]:
+    def evaluated_by(self) -> Literal["model", "clients"]:
         """Return where a version is evaluated.
 
         ``model``: by the evaluator, on the problem's test data. ``clients``: by each client,
@@ -144,7 +144,7 @@ class Algorithm(ABC):
         """
         return "model"
 
-    def examined(self, state: Any, client: int = 0) -> Payload:
+    def evaluation_task(self, state: Any, client: int = 0) -> Payload:
         """Return what the evaluator, or this client, is sent for an evaluation."""
         return self.task(state, client)
 
@@ -156,15 +156,15 @@ class Algorithm(ABC):
         return sum(each.nbytes for each in self.tensors(state).values())
 
     @abstractmethod
-    def gather(self, state: Any) -> Any:
+    def new_accumulator(self, state: Any) -> Any:
         """Return an empty accumulator for the results of one version."""
 
     @abstractmethod
-    def absorb(self, gathered: Any, state: Any, result: Result, weight: float) -> Any:
+    def accumulate(self, gathered: Any, state: Any, result: Result, weight: float) -> Any:
         """Add one result to the accumulator; memory does not grow with their number.
 
         Args:
-            gathered: from `gather` or the last `absorb`.
+            gathered: from `new_accumulator` or the last `accumulate`.
             state: of the current version; one older while a `commit` that `trains` goes on.
             result: what a client's `train` returned.
             weight: how much it counts, as the schedule decides.
@@ -205,7 +205,7 @@ class Algorithm(ABC):
     def evaluate_client(self, task: Task, client: Client) -> Mapping[str, float]:
         """Return this client's metrics, ``accuracy`` among them; what it keeps stays as it is.
 
-        Of algorithms that are evaluated by ``clients``. ``task`` holds what `examined`
+        Of algorithms that are evaluated by ``clients``. ``task`` holds what `evaluation_task`
         returned, and ``client.local`` what this client kept, None if it never trained.
         """
         raise NotImplementedError(f"{self.name} is not evaluated by clients")
@@ -236,7 +236,9 @@ class Algorithm(ABC):
 
         By default what `evaluate_client` makes of a client that has kept nothing.
         """
-        return self.evaluate_client(Task(version, self.examined(state, client.index)), client)
+        return self.evaluate_client(
+            Task(version, self.evaluation_task(state, client.index)), client
+        )
 
 
 def examples_of(numbers: Mapping[str, Any]) -> int:
@@ -247,6 +249,6 @@ def examples_of(numbers: Mapping[str, Any]) -> int:
     """
     n = numbers.get("n")
     if type(n) is not int or not 1 <= n <= 10**9:
-        text = f"expected n, the number of examples, from 1 to 10^9, got {brief(n)}"
+        text = f"expected n, the number of examples, from 1 to 10^9, got {shorten(n)}"
         raise ResultError(text, Fault.MALFORMED)
     return n

@@ -4,35 +4,38 @@
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
-import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from fedmq.algorithms.base import Algorithm, Client, Payload, Reply, Result, Task
+from fedmq.algorithms.base import Algorithm, Client, Payload, Result, Task
 from fedmq.algorithms.errors import Fault, ResultError
 from fedmq.algorithms.problems.base import Examples, Problem
 from fedmq.algorithms.rng import derive_rng
 from fedmq.algorithms.toolkit.arithmetic import add_scaled, scale_and_add
 from fedmq.algorithms.toolkit.dry_step import dry_step
-from fedmq.algorithms.toolkit.flat_model import FlatModel, scratch_model, zeros
+from fedmq.algorithms.toolkit.flat_model import FlatModel, zeros
 from fedmq.algorithms.toolkit.layout import Layout
 from fedmq.algorithms.toolkit.results import (
-    Vectors,
     merge_counters,
     moved,
     read_result,
-    result_payload,
 )
-from fedmq.algorithms.values import ReturnedError
+from fedmq.algorithms.toolkit.sgd import (
+    SGDSettings,
+    batches,
+    cuda_devices,
+    evaluate_module,
+    learned,
+    load_model,
+    project,
+)
 
-_EVALUATION_BATCH = 500
 _LARGEST = 1e30
 """Of a weighted value: millions of them still have a sum in float32."""
 
@@ -47,7 +50,7 @@ class ModelState:
 
 
 @dataclass
-class Gathered:
+class Accumulator:
     """The running sum over a version's results, whatever their number.
 
     total: float32 [dim], sum of weight * what a client sent. Of what is not trained that is
@@ -80,7 +83,7 @@ class FedAvg(Algorithm):
     name: ClassVar[str] = "fedavg"
     schedules: ClassVar[frozenset[str]] = frozenset({"rounds", "buffered", "stream"})
     reproducible: ClassVar[bool] = True
-    at_commit: ClassVar[frozenset[str]] = frozenset({"server_lr"})
+    server_hparams: ClassVar[frozenset[str]] = frozenset({"server_lr"})
 
     lr: Annotated[float, Field(gt=0)] = 0.05
     epochs: Annotated[int, Field(ge=1)] = 2
@@ -100,13 +103,13 @@ class FedAvg(Algorithm):
         """Return w_t; the same for every client."""
         return model_payload(state)
 
-    def gather(self, state: ModelState) -> Gathered:
+    def new_accumulator(self, state: ModelState) -> Accumulator:
         """Return an empty sum."""
-        return Gathered(zeros(state.layout.dim), state.counters.clone())
+        return Accumulator(zeros(state.layout.dim), state.counters.clone())
 
-    def absorb(
-        self, gathered: Gathered, state: ModelState, result: Result, weight: float
-    ) -> Gathered:
+    def accumulate(
+        self, gathered: Accumulator, state: ModelState, result: Result, weight: float
+    ) -> Accumulator:
         """Add ``weight`` times the client's update (or model) to the sum."""
         payload = result.payload
         model = payload.numbers.get("reply") == "model"
@@ -132,7 +135,7 @@ class FedAvg(Algorithm):
             gathered.models += weight
         return gathered
 
-    def commit(self, state: ModelState, gathered: Gathered, divisor: float) -> ModelState:
+    def commit(self, state: ModelState, gathered: Accumulator, divisor: float) -> ModelState:
         """w_{t+1} = w_t + eta_g * sum_k (weight_k / divisor) * (w_k - w_t).
 
         With weight_k = n_k and divisor = sum of n_k over the cohort this is line 8 of
@@ -188,12 +191,17 @@ class FedAvg(Algorithm):
             model.after_backward()
             with torch.no_grad():
                 self.regularize(gradient, trained, anchor)
-                restrict(client, model.layout, gradient)
+                project(client, model.layout, gradient)
                 if velocity is not None:
                     gradient = velocity.mul_(self.momentum).add_(gradient)
                 trained.add_(gradient, alpha=-self.lr)
                 gradient = model.gradient
         model.end_task()
+
+    @property
+    def sgd_settings(self) -> SGDSettings:
+        """Return how a client steps."""
+        return SGDSettings(self.lr, self.batch_size, self.momentum, self.weight_decay)
 
     def local_epochs(self, client: Client) -> int:
         """Return how many epochs this client does now."""
@@ -215,95 +223,3 @@ class FedAvg(Algorithm):
 def model_payload(state: ModelState) -> Payload:
     """Return a model as a payload: what is trained as the codec likes, the rest exactly."""
     return state.layout.write(state.weights, state.counters)
-
-
-def load_model(task: Task, problem: Problem, device: str) -> tuple[FlatModel, Tensor]:
-    """Return the working copy of the model, loaded with w_t, and w_t itself, float32 [dim]."""
-    model = scratch_model(problem, device)
-    weights, counters = model.layout.read(task.payload)
-    start = weights.to(device)
-    model.load(start, counters)
-    return model, start
-
-
-def learned(
-    model: FlatModel,
-    start: Tensor,
-    numbers: Mapping[str, int | float | str],
-    reply: Reply = "update",
-    trained: Tensor | None = None,
-) -> Payload:
-    """Return what a client sends of a model that was loaded with w_t, ``start``, and trained.
-
-    Other arguments as in `result_payload`.
-    """
-    before = Vectors(start, model.loaded_counters)
-    after = Vectors(model.weights, model.read_counters())
-    return result_payload(model.layout, before, after, numbers, reply, trained)
-
-
-def restrict(client: Client, layout: Layout, gradient: Tensor) -> None:
-    """Project a gradient, float32 [parameters], in place: see `Client.restrict`."""
-    if client.restrict is not None:
-        client.restrict(layout.trained_views(gradient))
-
-
-def batches(
-    data: Examples, batch_size: int | None, epochs: int, rng: np.random.Generator
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield shuffled batches (x [b, ...], y [b]), each epoch a new order, as `spans` cuts it."""
-    n = len(data)
-    size = n if batch_size is None else batch_size
-    for _ in range(epochs):
-        order = torch.from_numpy(rng.permutation(n)).to(data.y.device)
-        for start, end in spans(n, size):
-            chosen = order[start:end]
-            yield data.x[chosen], data.y[chosen]
-
-
-def spans(n: int, size: int) -> list[tuple[int, int]]:
-    """Return where the batches of n examples begin and end; the last one may be short.
-
-    A last one of a single example joins the one before: a BatchNorm cannot train on it.
-    """
-    starts = list(range(0, n, size))
-    if size > 1 and len(starts) > 1 and n % size == 1:
-        starts.pop()
-    return list(itertools.pairwise([*starts, n]))
-
-
-def evaluate_module(module: torch.nn.Module, problem: Problem, device: str) -> dict[str, float]:
-    """Return a module's metrics on the problem's test data, averaged over examples."""
-    return metrics_on(module, problem, problem.test(), device)
-
-
-def metrics_on(
-    module: torch.nn.Module, problem: Problem, data: Examples, device: str
-) -> dict[str, float]:
-    """Return a module's metrics on some examples, averaged over them.
-
-    A metric that has no meaning in some batches, and is not among theirs, is averaged over the
-    others.
-
-    Raises:
-        ReturnedError: there are no examples.
-    """
-    if not len(data):
-        name = type(problem).__name__
-        raise ReturnedError(f"{name}: expected at least one example to evaluate on, got none")
-    sums: dict[str, float] = {}
-    counts: dict[str, int] = {}
-    module.eval()
-    with torch.no_grad():
-        for start in range(0, len(data), _EVALUATION_BATCH):
-            x = data.x[start : start + _EVALUATION_BATCH].to(device)
-            y = data.y[start : start + _EVALUATION_BATCH].to(device)
-            for name, value in problem.metrics(module(x), y).items():
-                sums[name] = sums.get(name, 0.0) + value * len(y)
-                counts[name] = counts.get(name, 0) + len(y)
-    return {name: value / counts[name] for name, value in sums.items()}
-
-
-def cuda_devices(device: str) -> list[torch.device]:
-    """Return the devices, besides the CPU, whose generators a task on ``device`` uses."""
-    return [torch.device(device)] if device.startswith("cuda") else []

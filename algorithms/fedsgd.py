@@ -11,16 +11,9 @@ import torch
 from pydantic import Field
 
 from fedmq.algorithms.base import Client, Payload, Task
-from fedmq.algorithms.fedavg import (
-    FedAvg,
-    Gathered,
-    ModelState,
-    cuda_devices,
-    learned,
-    load_model,
-    spans,
-)
+from fedmq.algorithms.fedavg import Accumulator, FedAvg, ModelState
 from fedmq.algorithms.toolkit.results import moved
+from fedmq.algorithms.toolkit.sgd import cuda_devices, learned, load_model, spans
 
 _GRADIENT_BATCH = 500
 
@@ -39,7 +32,7 @@ class FedSGD(FedAvg):
 
     name: ClassVar[str] = "fedsgd"
     schedules: ClassVar[frozenset[str]] = frozenset({"rounds", "buffered"})
-    at_commit: ClassVar[frozenset[str]] = frozenset({"lr"})
+    server_hparams: ClassVar[frozenset[str]] = frozenset({"lr"})
 
     lr: Annotated[float, Field(gt=0)] = 0.1
     epochs: Annotated[int, Field(ge=1, le=1)] = 1
@@ -47,7 +40,7 @@ class FedSGD(FedAvg):
     momentum: Annotated[float, Field(ge=0, le=0)] = 0.0
     server_lr: Annotated[float, Field(ge=1, le=1)] = 1.0
 
-    def commit(self, state: ModelState, gathered: Gathered, divisor: float) -> ModelState:
+    def commit(self, state: ModelState, gathered: Accumulator, divisor: float) -> ModelState:
         """Take one step along the averaged gradient; statistics move by their averaged change."""
         mean, end = gathered.total.div_(divisor), state.layout.parameters
         mean[:end].mul_(-self.lr).add_(state.weights[:end])

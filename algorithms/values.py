@@ -15,7 +15,7 @@ import numpy as np
 from torch import Tensor
 
 from fedmq.algorithms.errors import AlgorithmError
-from fedmq.codecs.text import brief
+from fedmq.codecs.text import shorten
 
 MAX_METRICS_BYTES = 32 * 1024
 """Of all metrics of one evaluation with their names, so that they fit into one message."""
@@ -65,7 +65,7 @@ def is_utf8(text: str) -> bool:
 def kind_of_value(value: object) -> str:
     """Return what a value is, in a few words, and never its elements: they may be private data."""
     if value is None or isinstance(value, bool | int | float):
-        return brief(value)
+        return shorten(value)
     kind = type(value).__name__
     shape = getattr(value, "shape", None)
     if isinstance(value, Tensor | np.ndarray) and shape is not None:
@@ -91,7 +91,9 @@ def metrics_of(found: object, who: str) -> dict[str, float]:
     metrics: dict[str, float] = {}
     for name, value in found.items():
         if not isinstance(name, str):
-            raise ReturnedError(f"{who}: expected the name of a metric as text, got {brief(name)}")
+            raise ReturnedError(
+                f"{who}: expected the name of a metric as text, got {shorten(name)}"
+            )
         if not is_utf8(name):
             raise ReturnedError(f"{who}: expected the name of a metric in UTF-8, got {name!a:.100}")
         if not 1 <= len(name) <= _MAX_NAME:

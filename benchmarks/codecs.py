@@ -42,7 +42,7 @@ Vector = np.ndarray[tuple[int], np.dtype[np.float32]]
 def cases(x: Vector) -> Iterator[tuple[str, Callable[[], object]]]:
     """Yield what is measured, on the vector."""
     total = np.zeros_like(x)
-    hadamard, kashin = kernels.Hadamard(1), kernels.Kashin(1, iterations=3)
+    hadamard, kashin = kernels.HadamardBasis(1), kernels.KashinFrame(1, iterations=3)
     for name, bits, basis in (
         ("quantize(4)", 4, None),
         ("hadamard + quantize(4)", 4, hadamard),
@@ -131,7 +131,10 @@ def _first_calls(x: Vector) -> Iterator[tuple[str, Callable[[], object]]]:
     codes, ranges = np.zeros(x.size // 2, np.uint8), np.zeros((x.size // BLOCK, 2), np.float32)
     yield "quantize(4)", lambda: kernels.quantize(x, 4, BLOCK, 1)
     yield "accumulate(4)", lambda: kernels.accumulate(x.copy(), codes, ranges, 4, BLOCK, 1.0)
-    yield "kashin(3) + quantize(2)", lambda: kernels.quantize(x, 2, BLOCK, 1, kernels.Kashin(1))
+    yield (
+        "kashin(3) + quantize(2)",
+        lambda: kernels.quantize(x, 2, BLOCK, 1, kernels.KashinFrame(1)),
+    )
     yield "hadamard", lambda: kernels.rotate(x, BLOCK, 1)
     yield "add a weighted update", lambda: kernels.scale_add(x.copy(), 1.0, x, 0.5)
     yield "mask(1/4)", lambda: kernels.mask(x.size, 1, 1)

@@ -23,11 +23,11 @@ import zmq
 from rich.console import Console
 from rich.table import Table
 
-from fedmq.broker.core.state import BrokerSettings
 from fedmq.broker.process import allow_many_files
+from fedmq.broker.settings import BrokerSettings
 from fedmq.broker.wire.addresses import AGGREGATOR, WORKER
 from fedmq.broker.wire.encoding import encode_frame
-from fedmq.broker.wire.schema import Beat, Hello
+from fedmq.broker.wire.schema import Heartbeat, Hello
 
 sys.path.append(str(Path(__file__).parent))  # python -P leaves it out
 
@@ -85,7 +85,7 @@ def crowd(kind: str, nodes: int, seconds: float) -> dict[str, float]:
 
         process = psutil.Process(server.pid)
         before, began = threads_s(process), time.monotonic()
-        beat = encode_frame(Beat())
+        beat = encode_frame(Heartbeat())
         for number in range(int(nodes * seconds)):
             # Each at its time, as nodes are: in one burst a broker takes many at a turn.
             time.sleep(max(0.0, began + number * SETTINGS.beat_s / nodes - time.monotonic()))

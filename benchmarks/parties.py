@@ -14,12 +14,11 @@ from typing import Any
 from harness import clocked, distinct, is_small, memory, pace, pings, say
 
 from fedmq.algorithms.allowed import Allowed
-from fedmq.broker.core.state import BrokerSettings
 from fedmq.broker.errors import LinkClosed
-from fedmq.broker.ledger.writer import Keeping
 from fedmq.broker.link.events import Delivery
 from fedmq.broker.link.node_link import NodeLink
 from fedmq.broker.router import BrokerServer
+from fedmq.broker.settings import BrokerSettings, LedgerSettings
 from fedmq.broker.wire.addresses import AGGREGATOR, BROKER, WORKER
 from fedmq.broker.wire.schema import Blob, Buffer, Hello, Message
 
@@ -30,7 +29,7 @@ CLIENTS = 1024
 
 def broker(pipe: Connection, folder: str, share_files: bool = True) -> None:  # noqa: FBT001, FBT002 - a process's arguments
     """Serve, and say where."""
-    keeping = Keeping(share_files=share_files)
+    keeping = LedgerSettings(share_files=share_files)
     server = BrokerServer("tcp://127.0.0.1:0", Path(folder), BrokerSettings(), keeping)
     say(pipe, [server.endpoint, server.endpoint])
     server.serve()

@@ -33,7 +33,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from fedmq.algorithms.base import Client, Payload, Task
-from fedmq.algorithms.fedavg import FedAvg, Gathered, ModelState
+from fedmq.algorithms.fedavg import Accumulator, FedAvg, ModelState
 from fedmq.algorithms.problems.base import Examples, Problem
 from fedmq.broker.ledger.entries import Accepted
 from fedmq.broker.ledger.reader import read_entries
@@ -77,7 +77,7 @@ class Vector(Problem):
 class Echo(FedAvg):
     """Clients return the model that they receive; the server makes a new one of the mean."""
 
-    def commit(self, state: ModelState, gathered: Gathered, divisor: float) -> ModelState:
+    def commit(self, state: ModelState, gathered: Accumulator, divisor: float) -> ModelState:
         mean = gathered.total.mul_(1.0001 / divisor)
         return ModelState(state.layout, mean, gathered.counters)
 

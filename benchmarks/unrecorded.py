@@ -13,11 +13,10 @@ from unittest import mock
 
 from harness import say
 
-from fedmq.broker.core.state import BrokerSettings
 from fedmq.broker.ledger import blob_store, writer
 from fedmq.broker.ledger.segment_writer import Segment
-from fedmq.broker.ledger.writer import Keeping
 from fedmq.broker.router import BrokerServer
+from fedmq.broker.settings import BrokerSettings, LedgerSettings
 from fedmq.broker.wire.schema import Buffer
 
 _IN_FLIGHT_BYTES = 192 << 20
@@ -38,7 +37,7 @@ def broker(pipe: Connection, folder: str) -> None:
         mock.patch.object(writer, "_PAYLOAD_SEGMENT_BYTES", _WITHOUT_END),
         mock.patch.object(writer, "_MESSAGES_SEGMENT_BYTES", _WITHOUT_END),
     ):
-        keeping = Keeping(share_files=False)
+        keeping = LedgerSettings(share_files=False)
         server = BrokerServer("tcp://127.0.0.1:0", Path(folder), BrokerSettings(), keeping)
         say(pipe, [server.endpoint, server.endpoint])
         server.serve()

@@ -24,20 +24,19 @@ from fedmq.broker.core.blob_locations import point_to_blobs, shareable_name
 from fedmq.broker.core.recovery import open_broker
 from fedmq.broker.core.state import (
     Append,
-    BrokerSettings,
     Continuation,
-    Drop,
+    Discard,
+    DiskFull,
     Event,
-    Full,
     Gone,
     Log,
     Probe,
     Put,
-    Received,
-    Release,
-    Send,
+    ReceivedFrom,
+    SendTo,
+    TimerFired,
+    Unpin,
     Unreadable,
-    Wake,
 )
 from fedmq.broker.errors import (
     BrokerError,
@@ -47,16 +46,16 @@ from fedmq.broker.errors import (
     NoSpace,
     WireError,
 )
-from fedmq.broker.ledger.writer import Keeping
+from fedmq.broker.settings import BrokerSettings, LedgerSettings
 from fedmq.broker.wire.batching import Outbox
 from fedmq.broker.wire.clock import Clock, milliseconds_until
 from fedmq.broker.wire.encoding import encode_frame
 from fedmq.broker.wire.endpoints import listening_address, parse_endpoint
 from fedmq.broker.wire.schema import (
     CHUNK_BYTES,
-    Beat,
     Chunk,
     Deliver,
+    Heartbeat,
 )
 from fedmq.broker.wire.sockets import (
     COPY_BELOW_BYTES,
@@ -119,10 +118,10 @@ class BrokerServer:
         endpoint: str,
         folder: Path,
         settings: BrokerSettings | None = None,
-        keeping: Keeping | None = None,
+        keeping: LedgerSettings | None = None,
         continuation: Continuation | None = None,
     ) -> None:
-        settings, keeping = settings or BrokerSettings(), keeping or Keeping()
+        settings, keeping = settings or BrokerSettings(), keeping or LedgerSettings()
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._socket = self._context.socket(zmq.ROUTER)
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
@@ -140,7 +139,7 @@ class BrokerServer:
                 settings,
                 self._clock(),
                 retain_bytes=keeping.retain_bytes,
-                offer_parked=keeping.offer_parked,
+                redeliver_dead_letters=keeping.redeliver_dead_letters,
                 continuation=continuation,
             )
         except BrokerError:
@@ -154,7 +153,7 @@ class BrokerServer:
         self._log = structlog.get_logger().bind(node="broker")
         self._shared = self._offer_files() if keeping.share_files else ""
         """The folder that nodes are told of; "" for none."""
-        self._unwritten: list[Send] | None = None
+        self._unwritten: list[SendTo] | None = None
         """While the disk is full: what is to be sent once the ledger could be written."""
         self.on_space: Callable[[str], None] = lambda _reason: None
         """Called each time nothing could be written, with the reason, and with "" once it could."""
@@ -224,8 +223,8 @@ class BrokerServer:
     def _turn(self) -> None:
         """Take a batch of frames, write the ledger once, then send."""
         now = self._clock()
-        sends: list[Send] = []
-        for event in itertools.chain(self._drain(), [Wake()]):
+        sends: list[SendTo] = []
+        for event in itertools.chain(self._drain(), [TimerFired()]):
             self._handle(event, now, sends)
         if self._unwritten is None:
             self._commit(sends, now)
@@ -239,22 +238,22 @@ class BrokerServer:
         for peer in list(self._outboxes):
             self._flush(peer)
 
-    def _handle(self, event: Event, now: float, sends: list[Send]) -> None:
+    def _handle(self, event: Event, now: float, sends: list[SendTo]) -> None:
         """Let the core take an event; queue what is to be written and sent, do the rest."""
         gone = []
         for action in self._core.handle(event, now):
             match action:  # the most frequent first
-                case Send():
+                case SendTo():
                     sends.append(action)
                 case Append(entry=entry, uses=uses, kept=kept):
                     self._ledger.use(entry.seq, uses, kept=kept)
                     self._ledger.append(entry)
                 case Put(name=name, size=size, start=start, data=data):
                     self._ledger.put(name, size, start, data)
-                case Drop(name, size):
-                    self._ledger.drop(name, size)
-                case Release(names):
-                    self._ledger.release(names)
+                case Discard(name, size):
+                    self._ledger.discard(name, size)
+                case Unpin(names):
+                    self._ledger.unpin(names)
                 case Probe(peer):
                     if not self._is_up(peer):
                         gone.append(Gone(peer))
@@ -263,7 +262,7 @@ class BrokerServer:
         for each in gone:
             self._handle(each, now, sends)
 
-    def _put_out(self, send: Send) -> None:
+    def _put_out(self, send: SendTo) -> None:
         """Put a frame into the outbox of its connection, with its bytes from the ledger."""
         frame = send.frame
         if self._shared:
@@ -286,7 +285,7 @@ class BrokerServer:
                 frame = msgspec.structs.replace(frame, inline=())
         self._outboxes[send.peer].add(encode_frame(frame), buffers)
 
-    def _commit(self, sends: list[Send], now: float) -> None:
+    def _commit(self, sends: list[SendTo], now: float) -> None:
         """Write the ledger; if that cannot be done, hold back what must not be sent yet."""
         try:
             self._ledger.commit(sync=self._sync)
@@ -295,9 +294,9 @@ class BrokerServer:
             sends.clear()
             self._retry_at = now + _FULL_RETRY_S
             self.on_space(str(error))
-            self._handle(Full(str(error)), now, sends)
+            self._handle(DiskFull(str(error)), now, sends)
         else:
-            self._handle(Full(""), now, sends)
+            self._handle(DiskFull(""), now, sends)
 
     def _drain(self) -> Iterator[Event]:
         room = _BATCH_BYTES
@@ -318,7 +317,7 @@ class BrokerServer:
                 continue
             room -= nbytes
             for frame, buffers in frames:
-                yield Received(peer, frame, buffers, nbytes)
+                yield ReceivedFrom(peer, frame, buffers, nbytes)
                 nbytes = 0  # counted with the first
 
     def _flush(self, peer: bytes) -> None:
@@ -341,7 +340,7 @@ class BrokerServer:
     def _is_up(self, peer: bytes) -> bool:
         """Tell whether a connection stands, by sending a beat over it."""
         try:
-            send_parts(self._socket, [peer, encode_frame(Beat())])
+            send_parts(self._socket, [peer, encode_frame(Heartbeat())])
         except zmq.Again:
             return True
         except zmq.ZMQError as error:

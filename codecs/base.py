@@ -55,21 +55,21 @@ class Codec(ABC):
         return ""
 
     @property
-    def updates_only(self) -> bool:
+    def deltas_only(self) -> bool:
         """Tell whether what is not sent is taken for zero: it may be an update, but no model."""
         return False
 
     @property
-    def remembers(self) -> bool:
+    def error_feedback(self) -> bool:
         """Tell whether a sender must add to its next update what this codec has left out."""
         return False
 
     @property
     def structured(self) -> bool:
-        """Tell whether `restrict` does anything."""
+        """Tell whether `project` does anything."""
         return False
 
-    def restrict(self, update: Tensors, seed: int) -> None:  # noqa: B027 - most do nothing here
+    def project(self, update: Tensors, seed: int) -> None:  # noqa: B027 - most do nothing here
         """Project an update, in place, onto those that `encode` of this seed writes as a whole.
 
         Of a structured update (Konecny et al. 2016, section 3) that is done with every

@@ -8,7 +8,7 @@ from torch import Tensor
 from fedmq.codecs.base import Codec, Encoded, Tensors
 from fedmq.codecs.errors import DecodeError, SpecError
 from fedmq.codecs.raw import DTYPES, Raw, read_table
-from fedmq.codecs.text import brief
+from fedmq.codecs.text import shorten
 
 _CHOICES = ("float16", "bfloat16")
 _WIDE = ("float32", "float64")
@@ -55,7 +55,9 @@ class Cast(Codec):
         for (name, tensor), dtype in zip(decoded.items(), before, strict=True):
             if tensor.dtype == DTYPES[self.dtype]:
                 if dtype not in (*_WIDE, *_CHOICES):
-                    raise DecodeError(f"tensor {brief(name)} cannot be widened to {brief(dtype)}")
+                    raise DecodeError(
+                        f"tensor {shorten(name)} cannot be widened to {shorten(dtype)}"
+                    )
                 wide[name] = tensor.to(DTYPES[dtype])
             else:
                 wide[name] = tensor

@@ -23,7 +23,7 @@ from fedmq.codecs.formats.integers import (
     unpack_integers,
 )
 from fedmq.codecs.raw import DTYPES
-from fedmq.codecs.text import brief
+from fedmq.codecs.text import shorten
 
 _PACKS = ("zstd", "none")
 _MAX_ELEMENTS = 1 << 40
@@ -122,7 +122,7 @@ class Features(Codec):
         meta = encoded.meta
         shape, packed = _shape(meta.get("shape")), meta.get("zstd")
         if type(packed) is not bool:
-            raise DecodeError(f"expected meta.zstd as a truth, got {brief(packed)}")
+            raise DecodeError(f"expected meta.zstd as a truth, got {shorten(packed)}")
         n, channels, size = shape[0], shape[1], math.prod(shape[1:])
         row = self._row_bytes(size)
         need = n * (4 * size + row + 4 * 8) + 8 * size
@@ -193,7 +193,7 @@ class Features(Codec):
 def _checked(tensors: Tensors) -> tuple[Tensor, Tensor, Tensor | None]:
     """Return features, ids and labels that agree with each other."""
     if not {"features", "ids"} <= set(tensors) <= {"features", "ids", "labels"}:
-        names = brief(sorted(tensors))
+        names = shorten(sorted(tensors))
         raise CodecError(f"codec features: expected features, ids and perhaps labels, got {names}")
     features, ids, labels = tensors["features"], tensors["ids"], tensors.get("labels")
     shape = tuple(features.shape)
@@ -222,7 +222,7 @@ def _shape(shape: object) -> tuple[int, ...]:
         or any(not 0 < size < _MAX_ELEMENTS for size in shape[1:])
         or max(shape[0], 1) * math.prod(shape[1:]) >= _MAX_ELEMENTS
     ):
-        raise DecodeError(f"expected meta.shape as [n, channels, ...], got {brief(shape)}")
+        raise DecodeError(f"expected meta.shape as [n, channels, ...], got {shorten(shape)}")
     return tuple(shape)
 
 

@@ -18,7 +18,7 @@ from fedmq.codecs.formats.integers import (
     unpack_integers,
 )
 from fedmq.codecs.raw import DTYPES
-from fedmq.codecs.text import brief
+from fedmq.codecs.text import shorten
 
 _CHOICES = ("float32", "float16", "int8")
 _MAX_CLASSES = 1 << 20
@@ -144,7 +144,7 @@ class Logits(Codec):
 def _checked(tensors: Tensors) -> tuple[str, Tensor, Tensor]:
     """Return ids or counts, the logits, and the tensor of that name, in agreement."""
     if set(tensors) not in ({"logits", "ids"}, {"logits", "counts"}):
-        names = brief(sorted(tensors))
+        names = shorten(sorted(tensors))
         raise CodecError(f"codec logits: expected logits and either ids or counts, got {names}")
     key = "ids" if "ids" in tensors else "counts"
     logits, keys = tensors["logits"], tensors[key]
@@ -182,5 +182,5 @@ def _shape(shape: object, key: str) -> tuple[int, int]:
         or (key == "counts" and not shape[0] == shape[1] <= _MAX_LABELS)
     ):
         wanted = "[n, classes]" if key == "ids" else "[classes, classes]"
-        raise DecodeError(f"expected meta.shape as {wanted}, got {brief(shape)}")
+        raise DecodeError(f"expected meta.shape as {wanted}, got {shorten(shape)}")
     return shape[0], shape[1]

@@ -21,13 +21,21 @@ from fedmq.codecs.base import Buffer, Codec, Encoded, Tensors
 from fedmq.codecs.errors import CodecError, DecodeError, SpecError
 from fedmq.codecs.formats.flat import as_flat
 from fedmq.codecs.raw import Raw, read_table
-from fedmq.codecs.stages.base import Context, NumberStage, Place, Shapes, Stage, Values, ValueStage
+from fedmq.codecs.stages.base import (
+    Context,
+    NumberStage,
+    Shapes,
+    Stage,
+    StageOrder,
+    Values,
+    ValueStage,
+)
 from fedmq.codecs.stages.entropy import Entropy
 from fedmq.codecs.stages.quantizers import Float32, Half, Quantize
 from fedmq.codecs.stages.sparsifiers import Subsample, TopK
 from fedmq.codecs.stages.structured_updates import LowRank, RandomMask
 from fedmq.codecs.stages.transforms import BasisStage, Hadamard, Identity, Kashin
-from fedmq.codecs.text import brief
+from fedmq.codecs.text import shorten
 
 LIMIT = 1000
 """Matrices and kernels of at least so many values are large, unless `Limit` says otherwise."""
@@ -42,7 +50,7 @@ class Limit(Stage):
     """
 
     name = "limit"
-    place = Place.SELECTION
+    place = StageOrder.SELECTION
 
     def __init__(self, values: int) -> None:
         if type(values) is not int or not 0 <= values <= 1 << 40:
@@ -92,7 +100,9 @@ class Pipeline(Codec):
     def __init__(self, stages: Sequence[Stage]) -> None:
         places = [stage.place for stage in stages]
         if sorted(set(places)) != places:
-            order = ", ".join(f"{place.name.lower()} ({', '.join(_at(place))})" for place in Place)
+            order = ", ".join(
+                f"{place.name.lower()} ({', '.join(_at(place))})" for place in StageOrder
+            )
             names = " | ".join(stage.name for stage in stages)
             raise SpecError(f"codec {names}: expected stages in this order, one of each: {order}")
         self.stages = list(stages)
@@ -111,21 +121,23 @@ class Pipeline(Codec):
         )
 
     @property
-    def updates_only(self) -> bool:
+    def deltas_only(self) -> bool:
         """With stages that send only some values."""
-        return any(stage.place in (Place.STRUCTURE, Place.SUBSET) for stage in self.stages)
+        return any(
+            stage.place in (StageOrder.STRUCTURE, StageOrder.SUBSET) for stage in self.stages
+        )
 
     @property
-    def remembers(self) -> bool:
+    def error_feedback(self) -> bool:
         """With ``topk``: error feedback."""
         return any(isinstance(stage, TopK) for stage in self.stages)
 
     @property
     def structured(self) -> bool:
         """With ``lowrank`` or ``randommask``."""
-        return any(stage.place == Place.STRUCTURE for stage in self.stages)
+        return any(stage.place == StageOrder.STRUCTURE for stage in self.stages)
 
-    def restrict(self, update: Tensors, seed: int) -> None:
+    def project(self, update: Tensors, seed: int) -> None:
         """Project the large tensors onto what the structure's stage sends of them."""
         large = [each for each in update.values() if self._is_large(each)]
         if not large or not self.structured:
@@ -168,7 +180,7 @@ class Pipeline(Codec):
         large = _indices(encoded.meta.get("large"), len(table))
         seed = encoded.meta.get("seed")
         if type(seed) is not int or not 0 <= seed < 1 << 64:
-            raise DecodeError(f"expected a seed in meta.seed, got {brief(seed)}")
+            raise DecodeError(f"expected a seed in meta.seed, got {shorten(seed)}")
         if any(table[i][1] != torch.float32 for i in large):
             raise DecodeError("expected the large tensors to be float32")
         total = sum(math.prod(shape) * dtype.itemsize for _, dtype, shape in table)
@@ -207,7 +219,7 @@ class Pipeline(Codec):
 
     def _can_count(self, values: int) -> bool:
         """Tell whether so many values have places: a stage can choose from 2^31 of them."""
-        return values <= kernels.MAX_VALUES or not self.updates_only
+        return values <= kernels.MAX_VALUES or not self.deltas_only
 
     def _buffers(self) -> int:
         return sum(stage.sides for stage in self._values) + self._number.sides + 1
@@ -269,7 +281,7 @@ class Pipeline(Codec):
         return stage.basis(_seed(seed, len(self._values) - 1))
 
 
-def _at(place: Place) -> list[str]:
+def _at(place: StageOrder) -> list[str]:
     return [name for name, stage in STAGES.items() if stage.place == place]
 
 
@@ -290,5 +302,5 @@ def _indices(value: object, count: int) -> list[int]:
         or any(type(i) is not int or not 0 <= i < count for i in value)
         or list(value) != sorted(set(value))
     ):
-        raise DecodeError(f"expected meta.large as indices of tensors, got {brief(value)}")
+        raise DecodeError(f"expected meta.large as indices of tensors, got {shorten(value)}")
     return list(value)

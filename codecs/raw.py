@@ -14,7 +14,7 @@ from torch import Tensor
 from fedmq.codecs.base import Buffer, Codec, Encoded, Tensors
 from fedmq.codecs.errors import CodecError, DecodeError
 from fedmq.codecs.formats.flat import as_flat
-from fedmq.codecs.text import brief
+from fedmq.codecs.text import shorten
 
 DTYPES: Mapping[str, torch.dtype] = {
     "float32": torch.float32,
@@ -95,12 +95,12 @@ def read_table(meta: Mapping[str, Any]) -> list[tuple[str, torch.dtype, tuple[in
     seen = set()
     for row in table:
         if not (isinstance(row, list | tuple) and len(row) == 3):
-            raise DecodeError(f"expected [name, dtype, shape], got {brief(row)}")
+            raise DecodeError(f"expected [name, dtype, shape], got {shorten(row)}")
         name, dtype, shape = row
         if not isinstance(name, str) or name in seen:
-            raise DecodeError(f"expected a tensor name of its own, got {brief(name)}")
+            raise DecodeError(f"expected a tensor name of its own, got {shorten(name)}")
         if not isinstance(dtype, str) or dtype not in DTYPES:
-            raise DecodeError(f"unknown dtype {brief(dtype)} of tensor {brief(name)}")
+            raise DecodeError(f"unknown dtype {shorten(dtype)} of tensor {shorten(name)}")
         if (
             not isinstance(shape, list | tuple)
             or len(shape) > _MAX_DIMENSIONS
@@ -108,7 +108,7 @@ def read_table(meta: Mapping[str, Any]) -> list[tuple[str, torch.dtype, tuple[in
             # An empty tensor takes no bytes, but torch multiplies its other sizes all the same.
             or (0 in shape and math.prod(max(size, 1) for size in shape) >= _MAX_ELEMENTS)
         ):
-            raise DecodeError(f"expected a shape for tensor {brief(name)}, got {brief(shape)}")
+            raise DecodeError(f"expected a shape for tensor {shorten(name)}, got {shorten(shape)}")
         seen.add(name)
         rows.append((name, DTYPES[dtype], tuple(shape)))
     return rows

@@ -22,7 +22,7 @@ from fedmq.codecs.pipeline import STAGES, Pipeline
 from fedmq.codecs.raw import Raw
 from fedmq.codecs.spec import build_call, parse, split
 from fedmq.codecs.stages.base import Stage
-from fedmq.codecs.text import brief, unknown
+from fedmq.codecs.text import shorten, unknown
 
 _WIRE_NAME = re.compile(r"([A-Za-z_][\w-]*)@(\d{1,9})(\(.*\))?", re.DOTALL)
 _MAX_WIRE_NAME = 1000
@@ -98,13 +98,13 @@ def _reader(wire_name: str) -> Codec:
     """Return the codec of a wire name, which is a spec with versions."""
     texts = [part.strip() for part in split(wire_name[: _MAX_WIRE_NAME + 1])]
     if len(wire_name) > _MAX_WIRE_NAME or " | ".join(texts) != wire_name:
-        raise DecodeError(f"expected codec@version(parameters), got {brief(wire_name)}")
+        raise DecodeError(f"expected codec@version(parameters), got {shorten(wire_name)}")
     matches = [_WIRE_NAME.fullmatch(text) for text in texts]
     known: Mapping[str, type[Codec] | type[Stage]] = {**STAGES, **codecs()}
     parts = []
     for match in matches:
         if match is None:
-            raise DecodeError(f"expected codec@version(parameters), got {brief(wire_name)}")
+            raise DecodeError(f"expected codec@version(parameters), got {shorten(wire_name)}")
         name, version, parameters = match.groups()
         if name not in known:
             raise DecodeError(unknown("codec", name, known))

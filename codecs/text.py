@@ -7,7 +7,7 @@ import reprlib
 from collections.abc import Mapping
 
 
-def brief(value: object) -> str:
+def shorten(value: object) -> str:
     """Return a short text of a value from a message, whatever its size and depth."""
     return reprlib.repr(value)
 

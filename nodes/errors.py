@@ -17,7 +17,7 @@ from fedmq.algorithms.errors import AlgorithmError, ResultError
 from fedmq.broker.errors import BrokerError, WireError
 from fedmq.broker.rejections import Code, Rejection
 from fedmq.codecs.errors import CodecError
-from fedmq.nodes.process.exception_text import described, explained, may_pass, place_in, shorten
+from fedmq.nodes.process.exception_text import clip_text, described, explained, may_pass, place_in
 from fedmq.nodes.process.signals import Stopped, this_process
 
 
@@ -65,7 +65,7 @@ def rejection_of(error: Exception) -> Rejection:
         case _:
             code = Code.UNUSABLE
     # Sentences of this project name no values; what a user's algorithm raises may.
-    return Rejection(code, shorten(str(error)) if place_in(error) else str(error))
+    return Rejection(code, clip_text(str(error)) if place_in(error) else str(error))
 
 
 ON_PURPOSE = (NodeError, BrokerError, AlgorithmError, CodecError)

@@ -20,9 +20,9 @@ from fedmq.algorithms.distillation.reports import (
     group_of,
 )
 from fedmq.algorithms.errors import ResultError
-from fedmq.algorithms.fedavg import batches
 from fedmq.algorithms.problems.base import Examples, Problem
 from fedmq.algorithms.rng import derive_rng
+from fedmq.algorithms.toolkit.sgd import batches
 
 _BATCH = 500
 """Public samples whose outputs are computed at a time."""

@@ -21,20 +21,20 @@ from torch import Tensor, nn
 from fedmq.algorithms.base import Algorithm, Client, Payload, Reply, Result, Task, examples_of
 from fedmq.algorithms.distillation.reports import (
     MOST_COUNTED,
-    News,
+    NewOutputs,
     Reports,
     check_probabilities,
     check_shape,
     group_of,
 )
 from fedmq.algorithms.errors import AlgorithmError, ResultError
-from fedmq.algorithms.fedavg import batches, cuda_devices, evaluate_module
 from fedmq.algorithms.problems.base import Examples, Problem
 from fedmq.algorithms.problems.models import MODELS
 from fedmq.algorithms.rng import derive_rng, derive_seed
 from fedmq.algorithms.toolkit.dry_step import dry_step
 from fedmq.algorithms.toolkit.flat_model import FlatModel
-from fedmq.codecs.text import brief, unknown
+from fedmq.algorithms.toolkit.sgd import batches, cuda_devices, evaluate_module
+from fedmq.codecs.text import shorten, unknown
 
 
 @dataclass(frozen=True)
@@ -55,8 +55,8 @@ class Distillation(Algorithm):
     name: ClassVar[str] = "fd"
     schedules: ClassVar[frozenset[str]] = frozenset({"rounds", "buffered", "stream"})
     reproducible: ClassVar[bool] = True
-    personal: ClassVar[bool] = True
-    sends: ClassVar[Reply | None] = "update"
+    task_per_client: ClassVar[bool] = True
+    fixed_reply: ClassVar[Reply | None] = "update"
 
     lr: Annotated[float, Field(gt=0)] = 0.05
     gamma: Annotated[float, Field(ge=0)] = 0.5
@@ -90,11 +90,11 @@ class Distillation(Algorithm):
         return Payload(logits={"logits": means, "counts": having})
 
     @property
-    def evaluated(self) -> Literal["model", "clients"]:
+    def evaluated_by(self) -> Literal["model", "clients"]:
         """Each device evaluates its own model, on the whole test set as in the paper."""
         return "clients"
 
-    def examined(self, state: Any, client: int = 0) -> Payload:
+    def evaluation_task(self, state: Any, client: int = 0) -> Payload:
         """Return nothing: a device has all that it needs."""
         return Payload()
 
@@ -102,12 +102,12 @@ class Distillation(Algorithm):
         """Return the size of one device's report."""
         return int(state.means[0].nbytes + state.counts[0].nbytes)
 
-    def gather(self, state: Any) -> Any:
+    def new_accumulator(self, state: Any) -> Any:
         """Return that there is nothing new."""
-        news: News = {}
+        news: NewOutputs = {}
         return news
 
-    def absorb(self, gathered: Any, state: Any, result: Result, weight: float) -> Any:
+    def accumulate(self, gathered: Any, state: Any, result: Result, weight: float) -> Any:
         """Take down a device's report, in place of its last.
 
         ``weight`` has no part in it: the paper's mean over devices is unweighted.
@@ -146,7 +146,7 @@ class Distillation(Algorithm):
         first = self.start(problem)
         found = saved.exact
         if set(found) != {"means", "counts"}:
-            raise ResultError(f"expected means and counts, got {brief(sorted(found))}")
+            raise ResultError(f"expected means and counts, got {shorten(sorted(found))}")
         check_shape(found["means"], torch.float32, tuple(first.means.shape), "means")
         check_shape(found["counts"], torch.int64, tuple(first.counts.shape), "counts")
         return Reports.of(found["means"], found["counts"])

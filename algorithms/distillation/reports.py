@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fedmq.algorithms.base import Payload
 from fedmq.algorithms.errors import Fault, ResultError
-from fedmq.codecs.text import brief
+from fedmq.codecs.text import shorten
 
 MOST_COUNTED = 10**12
 """Outputs in one mean; honest reports stay far below."""
@@ -71,7 +71,7 @@ class Reports:
         return Reports.of(means, counts)
 
 
-News = dict[int, tuple[Tensor, Tensor]]
+NewOutputs = dict[int, tuple[Tensor, Tensor]]
 """By device, the last (means, counts) that came for the next version."""
 
 
@@ -82,7 +82,7 @@ def group_of(payload: Payload, key: Literal["ids", "counts"]) -> tuple[Tensor, T
         ResultError: they are not there, or other tensors are.
     """
     if set(payload.logits) != {"logits", key} or payload.weights or payload.features:
-        found = brief(sorted([*payload.logits, *payload.weights, *payload.features]))
+        found = shorten(sorted([*payload.logits, *payload.weights, *payload.features]))
         raise ResultError(f"expected logits with {key} and no other tensors, got {found}")
     return payload.logits["logits"], payload.logits[key]
 

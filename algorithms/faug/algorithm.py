@@ -34,7 +34,7 @@ from fedmq.algorithms.faug.augmentation import (
 )
 from fedmq.algorithms.faug.cgan import WIDTHS, GanSettings
 from fedmq.algorithms.faug.state import (
-    AugGathered,
+    AugAccumulator,
     AugState,
     check_empty,
     inner_saved,
@@ -42,10 +42,10 @@ from fedmq.algorithms.faug.state import (
     save_state,
     seeds_of,
 )
-from fedmq.algorithms.fedavg import load_model
 from fedmq.algorithms.problems.base import Problem
 from fedmq.algorithms.rng import derive_rng, derive_seed
-from fedmq.codecs.text import brief
+from fedmq.algorithms.toolkit.sgd import load_model
+from fedmq.codecs.text import shorten
 
 PHASES = ("seeds", "fill", "then")
 
@@ -79,10 +79,12 @@ class FAug(Distillation):
     """
 
     name: ClassVar[str] = "faug"
-    trains: ClassVar[bool] = True
+    commits_in_background: ClassVar[bool] = True
     reproducible: ClassVar[bool] = False
-    sends: ClassVar[Reply | None] = None
-    at_commit: ClassVar[frozenset[str]] = frozenset({"wait", "gan_steps", "gan_batch", "gan_lr"})
+    fixed_reply: ClassVar[Reply | None] = None
+    server_hparams: ClassVar[frozenset[str]] = frozenset(
+        {"wait", "gan_steps", "gan_batch", "gan_lr"}
+    )
 
     then: Literal["fd", "fedavg"] = "fd"
     scarce: Annotated[float, Field(gt=0, le=1)] = 0.25
@@ -131,22 +133,22 @@ class FAug(Distillation):
             return _in_phase(state.gan.payload(), "fill")
         return _in_phase(self._then.task(state.then, client), "then")
 
-    def examined(self, state: AugState, client: int = 0) -> Payload:
+    def evaluation_task(self, state: AugState, client: int = 0) -> Payload:
         """Return the global model, if there is one."""
-        return self._then.examined(state.then, client)
+        return self._then.evaluation_task(state.then, client)
 
     def result_bytes(self, state: AugState) -> int:
         """Return the size of seeds or of what the algorithm sends, whichever is more."""
         seeds = self.seeds * state.classes * (4 * math.prod(state.shape) + 16)
         return max(seeds, self._then.result_bytes(state.then))
 
-    def gather(self, state: AugState) -> AugGathered:
+    def new_accumulator(self, state: AugState) -> AugAccumulator:
         """Return that nothing came."""
-        return AugGathered(self._then.gather(state.then))
+        return AugAccumulator(self._then.new_accumulator(state.then))
 
-    def absorb(
-        self, gathered: AugGathered, state: AugState, result: Result, weight: float
-    ) -> AugGathered:
+    def accumulate(
+        self, gathered: AugAccumulator, state: AugState, result: Result, weight: float
+    ) -> AugAccumulator:
         """Take a result in, by its phase."""
         numbers = result.payload.numbers
         examples_of(numbers)
@@ -157,14 +159,14 @@ class FAug(Distillation):
             check_empty(result.payload)
             gathered.served.add(result.client)
         elif phase == "then":
-            gathered.then = self._then.absorb(gathered.then, state.then, result, weight)
+            gathered.then = self._then.accumulate(gathered.then, state.then, result, weight)
             gathered.weight += weight
         else:
-            raise ResultError(f"expected phase as one of {', '.join(PHASES)}, got {brief(phase)}")
+            raise ResultError(f"expected phase as one of {', '.join(PHASES)}, got {shorten(phase)}")
         gathered.total += weight
         return gathered
 
-    def commit(self, state: AugState, gathered: AugGathered, divisor: float) -> AugState:
+    def commit(self, state: AugState, gathered: AugAccumulator, divisor: float) -> AugState:
         """Commit what the algorithm learned; train the generator when the seeds are there."""
         then = state.then
         if gathered.weight:
@@ -297,7 +299,9 @@ class FAug(Distillation):
             for payload in todo:
                 _, local = self.train(Task(version, payload), client)
                 client = dataclasses.replace(client, local=local)
-        return self.evaluate_client(Task(version, self.examined(state, client.index)), client)
+        return self.evaluate_client(
+            Task(version, self.evaluation_task(state, client.index)), client
+        )
 
 
 def _in_phase(payload: Payload, phase: str) -> Payload:

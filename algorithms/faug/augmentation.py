@@ -16,10 +16,11 @@ from fedmq.algorithms.base import Client, Payload
 from fedmq.algorithms.distillation.reports import check_shape
 from fedmq.algorithms.errors import ResultError
 from fedmq.algorithms.faug.cgan import GanSettings, make_generator, make_images, train_gan
-from fedmq.algorithms.fedavg import FedAvg, spans
+from fedmq.algorithms.fedavg import FedAvg
 from fedmq.algorithms.problems.base import Examples, Problem
 from fedmq.algorithms.toolkit.flat_model import FlatModel
 from fedmq.algorithms.toolkit.layout import Layout
+from fedmq.algorithms.toolkit.sgd import spans
 
 OWN = "faug."
 """What begins the names of what a device keeps beside its model."""

@@ -15,7 +15,7 @@ from fedmq.algorithms.distillation.reports import check_shape
 from fedmq.algorithms.errors import ResultError
 from fedmq.algorithms.faug.augmentation import Gan, under
 from fedmq.algorithms.problems.base import Problem
-from fedmq.codecs.text import brief
+from fedmq.codecs.text import shorten
 
 _LARGEST_PIXEL = 50.0
 """Of a normalised image: one beyond it would leave the others no contrast."""
@@ -46,7 +46,7 @@ class AugState:
 
 
 @dataclass
-class AugGathered:
+class AugAccumulator:
     """What came for the next version: of the algorithm that learns, and of the phases.
 
     weight, total: of the results for the former, and of all.
@@ -70,7 +70,7 @@ def seeds_of(state: AugState, payload: Payload, most: int) -> tuple[Tensor, Tens
     if not found:
         return torch.zeros((0, *state.shape)), torch.zeros(0, dtype=torch.int64)
     if set(found) != {"features", "ids", "labels"}:
-        raise ResultError(f"expected features, ids and labels, got {brief(sorted(found))}")
+        raise ResultError(f"expected features, ids and labels, got {shorten(sorted(found))}")
     x, y = found["features"], found["labels"]
     check_shape(y, torch.int64, (len(x),), "labels")
     check_shape(x, torch.float32, (len(x), *state.shape), "features")
@@ -87,7 +87,7 @@ def check_empty(payload: Payload) -> None:
     """Raise ResultError if there is any tensor in a payload."""
     found = [*payload.weights, *payload.exact, *payload.features, *payload.logits]
     if found:
-        raise ResultError(f"expected no tensors, got {brief(sorted(found))}")
+        raise ResultError(f"expected no tensors, got {shorten(sorted(found))}")
 
 
 def save_state(state: AugState, then: Payload) -> Payload:
@@ -142,7 +142,7 @@ def load_state(
     check_shape(x, torch.float32, (y.numel(), *first.shape), "seeds.x")
     lengths = sizes.tolist()
     if sum(lengths) != len(y) or any(length < 0 for length in lengths):
-        raise ResultError(f"expected sizes of {len(y)} seeds, got {brief(lengths)}")
+        raise ResultError(f"expected sizes of {len(y)} seeds, got {shorten(lengths)}")
     if any(not 0 <= device < devices for device in of.tolist()):
         raise ResultError(f"expected seeds of devices from 0 to {devices - 1}")
     parts = zip(torch.split(x, lengths), torch.split(y, lengths), strict=True)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fedmq.algorithms.base import Client, Payload, Result, Task
 from fedmq.algorithms.errors import ResultError
-from fedmq.algorithms.fedavg import FedAvg, Gathered, ModelState, model_payload
+from fedmq.algorithms.fedavg import Accumulator, FedAvg, ModelState, model_payload
 from fedmq.algorithms.feddropout.submodels import SubModels, SubProblem
 from fedmq.algorithms.problems.base import Examples, Problem
 from fedmq.algorithms.rng import derive_rng
@@ -24,7 +24,7 @@ from fedmq.algorithms.toolkit.arithmetic import add_scaled
 from fedmq.algorithms.toolkit.dry_step import dry_step
 from fedmq.algorithms.toolkit.flat_model import FlatModel, zeros
 from fedmq.algorithms.toolkit.results import merge_counters
-from fedmq.codecs.text import brief
+from fedmq.codecs.text import shorten
 
 _LARGEST_VERSION = 10**12
 
@@ -44,7 +44,7 @@ class DropoutState(ModelState):
 
 
 @dataclass
-class DropoutGathered(Gathered):
+class DropoutAccumulator(Accumulator):
     """The running sum over the results of sub-models; ``total`` is that of updates alone.
 
     held: float32 [dim], for each coordinate the sum of the weights of the results that hold
@@ -74,8 +74,8 @@ class FedDropout(FedAvg):
     """
 
     name: ClassVar[str] = "feddropout"
-    personal: ClassVar[bool] = True
-    at_commit: ClassVar[frozenset[str]] = FedAvg.at_commit | {"absent"}
+    task_per_client: ClassVar[bool] = True
+    server_hparams: ClassVar[frozenset[str]] = FedAvg.server_hparams | {"absent"}
 
     keep: Annotated[float, Field(gt=0, le=1)] = 0.75
     absent: Literal["zero", "holders"] = "zero"
@@ -102,17 +102,17 @@ class FedDropout(FedAvg):
         model: Payload = state.parts.small.write(part, state.counters)
         return dataclasses.replace(model, numbers=numbers)
 
-    def examined(self, state: Any, client: int = 0) -> Payload:
+    def evaluation_task(self, state: Any, client: int = 0) -> Payload:
         """Return the whole model."""
         return model_payload(state)
 
-    def gather(self, state: Any) -> DropoutGathered:
+    def new_accumulator(self, state: Any) -> DropoutAccumulator:
         """Return an empty sum."""
         dim = state.layout.dim
         held = zeros(dim) if self.absent == "holders" and state.parts.cut else None
-        return DropoutGathered(zeros(dim), state.counters.clone(), held=held)
+        return DropoutAccumulator(zeros(dim), state.counters.clone(), held=held)
 
-    def absorb(self, gathered: Any, state: Any, result: Result, weight: float) -> Any:
+    def accumulate(self, gathered: Any, state: Any, result: Result, weight: float) -> Any:
         """Add ``weight`` times a sub-model's update to the sum, at its coordinates.
 
         A sub-model that was sent as a model counts as its change from w_t. What a client
@@ -121,13 +121,13 @@ class FedDropout(FedAvg):
         """
         version, client = _mask_of(result.payload.numbers, state.clients)
         if not state.parts.cut:
-            return super().absorb(gathered, state, result, weight)
+            return super().accumulate(gathered, state, result, weight)
         # FedAvg's checks and its weighted sum, in a vector of the sub-model's size.
         index = self._index(state.parts, version, client)
         now, end = state.weights[index], state.parts.small.parameters
         small = ModelState(state.parts.small, now, state.counters)
-        empty = Gathered(zeros(state.parts.small.dim), state.counters.clone())
-        part = super().absorb(empty, small, result, weight)
+        empty = Accumulator(zeros(state.parts.small.dim), state.counters.clone())
+        part = super().accumulate(empty, small, result, weight)
         if part.models:
             add_scaled(part.total[:end], now[:end], -weight)
         gathered.total.index_add_(0, index, part.total)
@@ -212,7 +212,7 @@ def _mask_of(numbers: Mapping[str, Any], clients: int) -> tuple[int, int]:
 def _count(numbers: Mapping[str, Any], key: str, end: int) -> int:
     value = numbers.get(key)
     if type(value) is not int or not 0 <= value < end:
-        raise ResultError(f"expected {key} from 0 to {end - 1}, got {brief(value)}")
+        raise ResultError(f"expected {key} from 0 to {end - 1}, got {shorten(value)}")
     return value
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from fedmq.algorithms.base import Algorithm, Client, Payload, Result, Task
 from fedmq.algorithms.errors import ProblemError, ResultError
 from fedmq.algorithms.fedgkt.feature_store import FeatureStore, MemoryLimit, Upload
-from fedmq.algorithms.fedgkt.mutual_training import Batch, Objective, Optimizer, Trained, fit
+from fedmq.algorithms.fedgkt.mutual_training import Batch, NetworkState, Objective, Optimizer, fit
 from fedmq.algorithms.fedgkt.networks import (
     shuffled,
     stack_metrics,
@@ -30,7 +30,7 @@ from fedmq.algorithms.problems.resnets import EDGES, SERVERS, Shape, feature_sha
 from fedmq.algorithms.rng import derive_rng, derive_seed
 from fedmq.algorithms.toolkit.flat_model import FlatModel
 from fedmq.algorithms.toolkit.layout import Layout
-from fedmq.codecs.text import brief
+from fedmq.codecs.text import shorten
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class GktState:
     """
 
     layout: Layout
-    server: Trained
+    server: NetworkState
     store: FeatureStore
     answers: Mapping[int, Tensor]
     version: int
@@ -55,7 +55,7 @@ class GktState:
 
 
 @dataclass
-class GktGathered:
+class GktAccumulator:
     """What came in for one version, by client; a client's newest upload."""
 
     fresh: dict[int, Upload] = field(default_factory=dict)
@@ -98,10 +98,10 @@ class FedGKT(Algorithm):
 
     name: ClassVar[str] = "fedgkt"
     schedules: ClassVar[frozenset[str]] = frozenset({"rounds", "buffered", "stream"})
-    personal: ClassVar[bool] = True
-    trains: ClassVar[bool] = True
-    sends: ClassVar[Literal["update"]] = "update"
-    at_commit: ClassVar[frozenset[str]] = frozenset(
+    task_per_client: ClassVar[bool] = True
+    commits_in_background: ClassVar[bool] = True
+    fixed_reply: ClassVar[Literal["update"]] = "update"
+    server_hparams: ClassVar[frozenset[str]] = frozenset(
         {
             "server",
             "server_lr",
@@ -161,11 +161,11 @@ class FedGKT(Algorithm):
         return Payload(logits={"logits": answer, "ids": state.store.uploads[client].ids})
 
     @property
-    def evaluated(self) -> Literal["model", "clients"]:
+    def evaluated_by(self) -> Literal["model", "clients"]:
         """By clients, unless they give their test data's feature maps away."""
         return "model" if self.test_features else "clients"
 
-    def examined(self, state: GktState, client: int = 0) -> Payload:
+    def evaluation_task(self, state: GktState, client: int = 0) -> Payload:
         """Return the server network; with ``test_features`` what was uploaded of test data."""
         exact = dict(self.tensors(state))
         if self.test_features:
@@ -182,23 +182,23 @@ class FedGKT(Algorithm):
         """Return the bytes of ``max_samples`` feature maps with ids, labels and logits."""
         return self._expected(state).nbytes
 
-    def gather(self, state: GktState) -> GktGathered:
+    def new_accumulator(self, state: GktState) -> GktAccumulator:
         """Nothing has come in."""
-        return GktGathered()
+        return GktAccumulator()
 
-    def absorb(
+    def accumulate(
         self,
-        gathered: GktGathered,
+        gathered: GktAccumulator,
         state: GktState,
         result: Result,
         weight: float,
-    ) -> GktGathered:
+    ) -> GktAccumulator:
         """Hold a client's upload in place of its last one."""
         upload = self._expected(state).upload(result.payload, state.store.limit)
         gathered.fresh[result.client] = upload
         return gathered
 
-    def commit(self, state: GktState, gathered: GktGathered, divisor: float) -> GktState:
+    def commit(self, state: GktState, gathered: GktAccumulator, divisor: float) -> GktState:
         """Train f_s on CE + alpha T^2 KL(p_c || p_s), then answer.
 
         The server's logits are those of f_s after its training, in eval mode: of the clients
@@ -238,18 +238,18 @@ class FedGKT(Algorithm):
         for name, tensor in saved.exact.items():
             part, _, rest = name.partition(".")
             if part not in parts:
-                raise ResultError(f"expected no tensor {brief(name)}")
+                raise ResultError(f"expected no tensor {shorten(name)}")
             parts[part][rest] = tensor
         version = saved.numbers.get("version")
         if type(version) is not int or version < 0:
-            raise ResultError(f"expected version, at least 0, got {brief(version)}")
+            raise ResultError(f"expected version, at least 0, got {shorten(version)}")
         store = FeatureStore.load(parts["store"], first.store.limit)
         self._expected(first).check_store(store, problem.clients)
         answers = {}
         for name, tensor in parts["answers"].items():
             client = int(name) if name.isdecimal() else -1
             if client not in store.uploads:
-                raise ResultError(f"expected an answer to a client, got {brief(name)}")
+                raise ResultError(f"expected an answer to a client, got {shorten(name)}")
             shape = (len(store.uploads[client]), first.classes)
             check("answers", tensor, torch.float32, shape)
             answers[client] = tensor.clone()
@@ -352,7 +352,7 @@ class FedGKT(Algorithm):
         seed = derive_seed(self.seed or 0, "fedgkt edge")
         return FlatModel(initialised(EDGES[self.edge], seed, shape, classes), device)
 
-    def _edge_of(self, client: Client) -> tuple[FlatModel, Trained]:
+    def _edge_of(self, client: Client) -> tuple[FlatModel, NetworkState]:
         """Return a client's f_e and f_c, and what to load into them."""
         problem, optimizer = client.problem, self._optimizer(at_server=False)
         model = self._edge(problem.shape, problem.classes, client.device)

@@ -37,7 +37,7 @@ class Batch:
 
 
 @dataclass(frozen=True)
-class Trained:
+class NetworkState:
     """A network and what its optimizer remembers, as flat vectors; never changed in place.
 
     weights: float32 [dim], counters: int64, in the order of `toolkit.layout.Layout`.
@@ -79,12 +79,12 @@ class Optimizer:
         """Return how many vectors it remembers."""
         return 3 if self.kind == "adam" else int(self.momentum > 0)
 
-    def first(self, model: FlatModel) -> Trained:
+    def first(self, model: FlatModel) -> NetworkState:
         """Return a model that has not been trained by this optimizer yet."""
         moments = torch.zeros(self.rows, model.layout.parameters)
-        return Trained(model.weights.cpu().clone(), model.read_counters(), moments)
+        return NetworkState(model.weights.cpu().clone(), model.read_counters(), moments)
 
-    def load(self, layout: Layout, saved: Mapping[str, Tensor]) -> Trained:
+    def load(self, layout: Layout, saved: Mapping[str, Tensor]) -> NetworkState:
         """Return what `Trained.save` was called on.
 
         Raises:
@@ -110,7 +110,7 @@ class Optimizer:
         if not 0 <= steps < _MOST_STEPS:
             raise ResultError(f"expected steps from 0 to {_MOST_STEPS - 1}, got {steps}")
         copies = {name: saved[name].clone() for name in ("weights", "counters", "moments")}
-        return Trained(**copies, steps=steps)
+        return NetworkState(**copies, steps=steps)
 
     def step(self, weights: Tensor, gradient: Tensor, moments: Tensor, step: int) -> None:
         """Change weights and moments in place; ``step`` counts from 1. The gradient is used up."""
@@ -150,11 +150,11 @@ class Objective:
 
 def fit(
     model: FlatModel,
-    trained: Trained,
+    trained: NetworkState,
     optimizer: Optimizer,
     objective: Objective,
     batches: Iterable[Batch],
-) -> Trained:
+) -> NetworkState:
     """Train a network; return what it is after, and leave the module there, in eval mode.
 
     Nothing is drawn from torch's own generators: the networks have no dropout.
@@ -176,4 +176,4 @@ def fit(
     model.end_task()
     model.module.eval()
     weights = model.weights.detach().to("cpu", copy=True)
-    return Trained(weights, model.read_counters(), moments.cpu(), steps)
+    return NetworkState(weights, model.read_counters(), moments.cpu(), steps)

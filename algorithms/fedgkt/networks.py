@@ -12,12 +12,12 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fedmq.algorithms.errors import ResultError
-from fedmq.algorithms.fedavg import spans
 from fedmq.algorithms.fedgkt.feature_store import Maps
 from fedmq.algorithms.fedgkt.uploads import check, check_names
 from fedmq.algorithms.problems.base import Examples, Problem
 from fedmq.algorithms.problems.resnets import Edge
 from fedmq.algorithms.toolkit.flat_model import FlatModel
+from fedmq.algorithms.toolkit.sgd import spans
 
 _BLOCK = 256
 """Samples at a time where nothing is trained."""

@@ -18,7 +18,7 @@ from fedmq.algorithms.fedgkt.feature_store import (
     Upload,
     UploadedTest,
 )
-from fedmq.codecs.text import brief
+from fedmq.codecs.text import shorten
 
 LARGEST = 65504.0
 """Of a feature or a logit, float16's: a network that takes such inputs stays finite."""
@@ -118,7 +118,7 @@ def check_names(tensors: Mapping[str, Tensor], names: tuple[str, ...]) -> None:
         ResultError: the sentence has the names.
     """
     if set(tensors) != set(names):
-        wanted, there = ", ".join(names) or "no tensors", ", ".join(map(brief, tensors))
+        wanted, there = ", ".join(names) or "no tensors", ", ".join(map(shorten, tensors))
         raise ResultError(f"expected {wanted}, got {there or 'none'}", Fault.WRONG_SHAPE)
 
 

@@ -22,7 +22,7 @@ from fedmq.algorithms.mocha.dual import Array
 from fedmq.algorithms.problems.base import Examples, Problem
 from fedmq.algorithms.rng import derive_rng
 from fedmq.algorithms.toolkit.layout import Layout
-from fedmq.codecs.text import brief
+from fedmq.codecs.text import shorten
 
 _LARGEST = 1e12
 """Of a dual value or a coordinate of b: squares and sums of them are finite."""
@@ -50,7 +50,7 @@ class MochaState:
     version: int
 
 
-Gathered = dict[int, tuple[Array, float]]
+MochaAccumulator = dict[int, tuple[Array, float]]
 """What is new of a client: b_t and its dual value. At most one entry a client."""
 
 
@@ -80,8 +80,8 @@ class Mocha(Algorithm):
 
     name: ClassVar[str] = "mocha"
     schedules: ClassVar[frozenset[str]] = frozenset({"rounds", "buffered", "stream"})
-    personal: ClassVar[bool] = True
-    sends: ClassVar[Literal["update"]] = "update"
+    task_per_client: ClassVar[bool] = True
+    fixed_reply: ClassVar[Literal["update"]] = "update"
 
     loss: Literal["hinge", "squared"] = "hinge"
     lam: Annotated[float, Field(gt=0)] = 1e-3
@@ -128,11 +128,11 @@ class Mocha(Algorithm):
         return Payload(exact={"v": torch.from_numpy(anchor)}, numbers={"curvature": curvature})
 
     @property
-    def evaluated(self) -> Literal["clients"]:
+    def evaluated_by(self) -> Literal["clients"]:
         """Return that each client is evaluated with its own w_t."""
         return "clients"
 
-    def examined(self, state: MochaState, client: int = 0) -> Payload:
+    def evaluation_task(self, state: MochaState, client: int = 0) -> Payload:
         """Return w_t; to a client that is not of the m, the mean of all."""
         known = client < len(state.weights)
         w = state.weights[client].copy() if known else state.weights.mean(axis=0)
@@ -142,17 +142,17 @@ class Mocha(Algorithm):
         """Return the size of one b_t."""
         return int(state.b[0].nbytes)
 
-    def gather(self, state: MochaState) -> Gathered:
+    def new_accumulator(self, state: MochaState) -> MochaAccumulator:
         """Return that nothing is new."""
         return {}
 
-    def absorb(
+    def accumulate(
         self,
-        gathered: Gathered,
+        gathered: MochaAccumulator,
         state: MochaState,
         result: Result,
         weight: float,
-    ) -> Gathered:
+    ) -> MochaAccumulator:
         """Note a client's whole b_t, if that raises the dual objective for certain.
 
         The sum over clients of what `_gain` says is at most what their steps add to the dual
@@ -186,7 +186,7 @@ class Mocha(Algorithm):
         )
         return math.fsum(terms), sum(map(abs, terms))
 
-    def commit(self, state: MochaState, gathered: Gathered, divisor: float) -> MochaState:
+    def commit(self, state: MochaState, gathered: MochaAccumulator, divisor: float) -> MochaState:
         """w_t += (1/lambda) sum_t' Sigma_tt' db_t'; after H versions Sigma follows W.
 
         W is made anew from b: when Sigma has changed, W and the clients' alpha still belong
@@ -221,7 +221,7 @@ class Mocha(Algorithm):
             raise ResultError("expected sigma to be symmetric, its diagonal above 0")
         version = saved.numbers.get("version")
         if type(version) is not int or version < 0:
-            raise ResultError(f"expected version of at least 0, got {brief(version)}")
+            raise ResultError(f"expected version of at least 0, got {shorten(version)}")
         return self._state(b, duals, sigma, version)
 
     def tensors(self, state: MochaState) -> Mapping[str, Tensor]:
@@ -288,7 +288,7 @@ class Mocha(Algorithm):
         min_w (1/n) sum_i l(w^T x_i, y_i) + (lambda m / 2) |w - mean|^2: as for a task alone at
         the start, but for the mean. The paper has no new tasks.
         """
-        payload = self.examined(state, client.index)
+        payload = self.evaluation_task(state, client.index)
         mean = _vector(payload.exact, "w", features(client.problem))
         curvature = 1.0 / (self.lam * len(state.weights))
         x, y = self._examples(client.data)
@@ -348,12 +348,12 @@ def _array(tensors: Mapping[str, Tensor], name: str, shape: tuple[int, ...]) -> 
 def _vector(tensors: Mapping[str, Tensor], name: str, size: int) -> Array:
     extra = sorted(set(tensors) - {name})
     if extra:
-        raise ResultError(f"expected no tensor {brief(extra[0])}")
+        raise ResultError(f"expected no tensor {shorten(extra[0])}")
     return _array(tensors, name, (size,))
 
 
 def _number(numbers: Mapping[str, Any], key: str) -> float:
     value = numbers.get(key)
     if type(value) is not float or not abs(value) <= _LARGEST:
-        raise ResultError(f"expected {key} as a finite number, got {brief(value)}")
+        raise ResultError(f"expected {key} as a finite number, got {shorten(value)}")
     return value

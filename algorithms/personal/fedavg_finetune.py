@@ -14,9 +14,10 @@ from pydantic import Field
 
 from fedmq.algorithms.base import Client, Payload, Result, Task
 from fedmq.algorithms.errors import ResultError
-from fedmq.algorithms.fedavg import FedAvg, Gathered, ModelState, cuda_devices, load_model
+from fedmq.algorithms.fedavg import Accumulator, FedAvg, ModelState
 from fedmq.algorithms.problems.base import Problem
 from fedmq.algorithms.toolkit.flat_model import FlatModel
+from fedmq.algorithms.toolkit.sgd import cuda_devices, load_model
 from fedmq.algorithms.toolkit.split_model import Split, local_metrics, scratch_split
 
 
@@ -37,7 +38,7 @@ class FedAvgFT(FedAvg):
     head: Annotated[int, Field(ge=1)] | None = None
 
     @property
-    def evaluated(self) -> Literal["model", "clients"]:
+    def evaluated_by(self) -> Literal["model", "clients"]:
         """By clients, after fine-tuning."""
         return "clients"
 
@@ -79,14 +80,14 @@ class FedAvgFT(FedAvg):
             with torch.random.fork_rng(devices=cuda_devices(client.device)):
                 torch.manual_seed(client.seed)
                 data = client.data.to(client.device)
-                split.fit("head", data, self.finetune_epochs, self, client)
+                split.fit("head", data, self.finetune_epochs, self.sgd_settings, client)
         after = local_metrics(model, client)
         return {**after, "accuracy_before": before["accuracy"]}
 
     def alone(self, model: FlatModel, client: Client) -> None:
         """Run E epochs on a loaded model that will not be sent."""
         # What an uplink can carry does not matter here.
-        at = dataclasses.replace(client, data=client.data.to(client.device), restrict=None)
+        at = dataclasses.replace(client, data=client.data.to(client.device), project=None)
         with torch.random.fork_rng(devices=cuda_devices(client.device)):
             torch.manual_seed(client.seed)
             self._sgd(model, model.trained, at.data, at)
@@ -110,19 +111,19 @@ class LocalOnly(FedAvgFT):
         """Return nothing: a client needs to know no more than that it is its turn."""
         return Payload()
 
-    def absorb(
+    def accumulate(
         self,
-        gathered: Gathered,
+        gathered: Accumulator,
         state: ModelState,
         result: Result,
         weight: float,
-    ) -> Gathered:
+    ) -> Accumulator:
         """Take note of a result, in which there is nothing."""
         if result.payload.weights or result.payload.exact:
             raise ResultError("expected a result without tensors")
         return gathered
 
-    def commit(self, state: ModelState, gathered: Gathered, divisor: float) -> ModelState:
+    def commit(self, state: ModelState, gathered: Accumulator, divisor: float) -> ModelState:
         """Return the state as it was."""
         return state
 

@@ -10,8 +10,9 @@ from typing import Annotated, ClassVar
 from pydantic import Field
 
 from fedmq.algorithms.base import Client
+from fedmq.algorithms.personal.shared_body import SharedBody
 from fedmq.algorithms.problems.base import Examples
-from fedmq.algorithms.toolkit.split_model import SharedBody, Split
+from fedmq.algorithms.toolkit.split_model import Split
 
 
 @dataclass(frozen=True)
@@ -31,8 +32,8 @@ class FedPer(SharedBody):
 
     def learn(self, model: Split, data: Examples, client: Client) -> None:
         """E epochs of all parameters."""
-        model.fit("both", data, self.epochs, self, client)
+        model.fit("both", data, self.epochs, self.sgd_settings, client)
 
     def tune(self, model: Split, data: Examples, client: Client) -> None:
         """Fit all parameters, as in training."""
-        model.fit("both", data, self.finetune_epochs, self, client)
+        model.fit("both", data, self.finetune_epochs, self.sgd_settings, client)

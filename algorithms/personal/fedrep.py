@@ -10,8 +10,9 @@ from typing import Annotated, ClassVar
 from pydantic import Field
 
 from fedmq.algorithms.base import Client
+from fedmq.algorithms.personal.shared_body import SharedBody
 from fedmq.algorithms.problems.base import Examples
-from fedmq.algorithms.toolkit.split_model import SharedBody, Split
+from fedmq.algorithms.toolkit.split_model import Split
 
 
 @dataclass(frozen=True)
@@ -37,9 +38,9 @@ class FedRep(SharedBody):
 
     def learn(self, model: Split, data: Examples, client: Client) -> None:
         """tau_h epochs of h with phi frozen, then tau_phi epochs of phi with h frozen."""
-        model.fit("head", data, self.head_epochs, self, client)
-        model.fit("body", data, self.epochs, self, client)
+        model.fit("head", data, self.head_epochs, self.sgd_settings, client)
+        model.fit("body", data, self.epochs, self.sgd_settings, client)
 
     def tune(self, model: Split, data: Examples, client: Client) -> None:
         """Refit the head to phi_t, which has changed since the client's last task."""
-        model.fit("head", data, self.final_head_epochs, self, client)
+        model.fit("head", data, self.final_head_epochs, self.sgd_settings, client)

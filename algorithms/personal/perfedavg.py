@@ -14,11 +14,12 @@ from pydantic import Field
 from torch import Tensor
 
 from fedmq.algorithms.base import Client, Payload, Task
-from fedmq.algorithms.fedavg import FedAvg, cuda_devices, learned, load_model, restrict
+from fedmq.algorithms.fedavg import FedAvg
 from fedmq.algorithms.problems.base import Examples
 from fedmq.algorithms.rng import derive_rng
 from fedmq.algorithms.toolkit.adaptation import before_and_after
 from fedmq.algorithms.toolkit.flat_model import FlatModel
+from fedmq.algorithms.toolkit.sgd import cuda_devices, learned, load_model, project
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ class PerFedAvg(FedAvg):
     adapt_examples: Annotated[int, Field(ge=1)] | None = None
 
     @property
-    def evaluated(self) -> Literal["model", "clients"]:
+    def evaluated_by(self) -> Literal["model", "clients"]:
         """Return that each client adapts before it is tested."""
         return "clients"
 
@@ -82,7 +83,7 @@ class PerFedAvg(FedAvg):
             torch.manual_seed(client.seed)
             for _ in range(self.steps):
                 direction = self._direction(model, data, rng, client)
-                restrict(client, layout, direction)
+                project(client, layout, direction)
                 model.trained.add_(direction, alpha=-self.lr)
         model.end_task()
         n = self.steps * _size(data, self.batch_size)

@@ -16,17 +16,7 @@ from torch import Tensor
 
 from fedmq.algorithms.base import Client, Payload, Reply, Result, Task
 from fedmq.algorithms.errors import Fault, ResultError
-from fedmq.algorithms.fedavg import (
-    FedAvg,
-    Gathered,
-    ModelState,
-    batches,
-    cuda_devices,
-    learned,
-    load_model,
-    model_payload,
-    restrict,
-)
+from fedmq.algorithms.fedavg import Accumulator, FedAvg, ModelState, model_payload
 from fedmq.algorithms.personal.perfedavg import gradient
 from fedmq.algorithms.problems.base import Examples, Problem
 from fedmq.algorithms.rng import derive_rng
@@ -34,7 +24,8 @@ from fedmq.algorithms.toolkit.adaptation import before_and_after
 from fedmq.algorithms.toolkit.arithmetic import power, square_root
 from fedmq.algorithms.toolkit.flat_model import FlatModel, zeros
 from fedmq.algorithms.toolkit.results import moved, read_result
-from fedmq.codecs.text import brief
+from fedmq.algorithms.toolkit.sgd import batches, cuda_devices, learned, load_model, project
+from fedmq.codecs.text import shorten
 
 _FEDAVG, _REPTILE = "fedavg", "reptile"
 """The phases."""
@@ -79,8 +70,8 @@ class PersonalisedFedAvg(FedAvg):
 
     name: ClassVar[str] = "personalised-fedavg"
     schedules: ClassVar[frozenset[str]] = frozenset({"rounds", "buffered"})
-    sends: ClassVar[Reply | None] = "update"
-    at_commit: ClassVar[frozenset[str]] = frozenset(
+    fixed_reply: ClassVar[Reply | None] = "update"
+    server_hparams: ClassVar[frozenset[str]] = frozenset(
         {"server_lr", "server_momentum", "reptile_lr", "beta1", "beta2", "epsilon"}
     )
 
@@ -97,7 +88,7 @@ class PersonalisedFedAvg(FedAvg):
     personal_epochs: Annotated[int, Field(ge=1)] = 1
 
     @property
-    def evaluated(self) -> Literal["model", "clients"]:
+    def evaluated_by(self) -> Literal["model", "clients"]:
         """Return that each client fine-tunes before it is tested."""
         return "clients"
 
@@ -112,7 +103,9 @@ class PersonalisedFedAvg(FedAvg):
         moments = self._rest(model.layout.parameters, 0)
         return MetaState(model.layout, model.weights, model.counters, 0, moments)
 
-    def absorb(self, gathered: Gathered, state: Any, result: Result, weight: float) -> Gathered:
+    def accumulate(
+        self, gathered: Accumulator, state: Any, result: Result, weight: float
+    ) -> Accumulator:
         """Add ``weight`` times the client's update to the sum, if it is of the state's phase.
 
         A late result of FedAvg(E) is refused after the switch: an update of many epochs would
@@ -121,16 +114,16 @@ class PersonalisedFedAvg(FedAvg):
         payload = result.payload
         phase, expected = payload.numbers.get("phase"), self._phase(state.version)
         if phase != expected:
-            raise ResultError(f"expected a result of phase {expected!r}, got {brief(phase)}")
+            raise ResultError(f"expected a result of phase {expected!r}, got {shorten(phase)}")
         if expected == _REPTILE:
             for _, block in read_result(state.layout, payload, state.counters):
                 largest = block.abs().max().item() if block.numel() else 0.0
                 if largest > _LARGEST_SQUARED:
                     text = f"the result holds values as large as {largest:g}"
                     raise ResultError(text, Fault.TOO_LARGE)
-        return super().absorb(gathered, state, result, weight)
+        return super().accumulate(gathered, state, result, weight)
 
-    def commit(self, state: Any, gathered: Gathered, divisor: float) -> MetaState:
+    def commit(self, state: Any, gathered: Accumulator, divisor: float) -> MetaState:
         """Take the server optimizer's step along the averaged update.
 
         What has no gradient, such as BatchNorm's statistics, moves by the average itself.
@@ -170,7 +163,7 @@ class PersonalisedFedAvg(FedAvg):
         version = saved.numbers.get("version")
         if type(version) is not int or not 0 <= version < _LARGEST_VERSION:
             raise ResultError(
-                f"expected version from 0 to {_LARGEST_VERSION - 1}, got {brief(version)}"
+                f"expected version from 0 to {_LARGEST_VERSION - 1}, got {shorten(version)}"
             )
         exact = dict(saved.exact)
         wanted = self._rest(0, version)
@@ -215,7 +208,7 @@ class PersonalisedFedAvg(FedAvg):
             order = derive_rng(client.seed, "batches")
             for x, y in islice(batches(data, self.batch_size, self.steps, order), self.steps):
                 step = gradient(model, Examples(x, y), client)
-                restrict(client, layout, step)
+                project(client, layout, step)
                 model.trained.add_(step, alpha=-self.lr)
         model.end_task()
         size = len(data) if self.batch_size is None else min(self.batch_size, len(data))
@@ -226,7 +219,7 @@ class PersonalisedFedAvg(FedAvg):
         """Fine-tune w_t on the client's training examples as in training, then test."""
 
         def adapt(model: FlatModel, data: Examples) -> None:
-            free = dataclasses.replace(client, restrict=None)
+            free = dataclasses.replace(client, project=None)
             tuned = dataclasses.replace(self, epochs=self.personal_epochs)
             tuned._sgd(model, model.trained, data, free)  # noqa: SLF001 - this class, other epochs
 

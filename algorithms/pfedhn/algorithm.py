@@ -17,10 +17,9 @@ from torch import Tensor
 
 from fedmq.algorithms.base import Algorithm, Client, Payload, Reply, Result, Task
 from fedmq.algorithms.errors import Fault, ResultError
-from fedmq.algorithms.fedavg import batches, cuda_devices, metrics_on, restrict, spans
-from fedmq.algorithms.pfedhn.hypernetwork import HyperNet, largest
-from fedmq.algorithms.pfedhn.model_parts import Division
-from fedmq.algorithms.pfedhn.state import HyperGathered, HyperState, load_state, save_state
+from fedmq.algorithms.pfedhn.hypernetwork import HyperNet, largest_magnitude
+from fedmq.algorithms.pfedhn.model_parts import ModelPartition
+from fedmq.algorithms.pfedhn.state import HyperAccumulator, HyperState, load_state, save_state
 from fedmq.algorithms.problems.base import Examples, Problem
 from fedmq.algorithms.rng import derive_rng, derive_seed
 from fedmq.algorithms.toolkit.dry_step import dry_step
@@ -33,6 +32,7 @@ from fedmq.algorithms.toolkit.results import (
     read_result,
     result_payload,
 )
+from fedmq.algorithms.toolkit.sgd import batches, cuda_devices, metrics_on, project, spans
 
 _LARGEST = 1e30
 """Of a weighted value: millions of them still have a sum in float32."""
@@ -65,9 +65,9 @@ class PFedHN(Algorithm):
 
     name: ClassVar[str] = "pfedhn"
     schedules: ClassVar[frozenset[str]] = frozenset({"rounds", "buffered", "stream"})
-    personal: ClassVar[bool] = True
-    sends: ClassVar[Reply | None] = "update"
-    at_commit: ClassVar[frozenset[str]] = frozenset(
+    task_per_client: ClassVar[bool] = True
+    fixed_reply: ClassVar[Reply | None] = "update"
+    server_hparams: ClassVar[frozenset[str]] = frozenset(
         {"server_lr", "server_momentum", "server_weight_decay", "server_clip"}
     )
 
@@ -120,26 +120,26 @@ class PFedHN(Algorithm):
         return state.model_of(state.embedding(client))
 
     @property
-    def evaluated(self) -> Literal["model", "clients"]:
+    def evaluated_by(self) -> Literal["model", "clients"]:
         """By each client: there is no model for all."""
         return "clients"
 
     def result_bytes(self, state: HyperState) -> int:
         """Return the size of theta and what goes with it: whatever that of phi."""
-        return 4 * state.division.sent.dim + state.counters.nbytes
+        return 4 * state.partition.sent.dim + state.counters.nbytes
 
-    def gather(self, state: HyperState) -> HyperGathered:
+    def new_accumulator(self, state: HyperState) -> HyperAccumulator:
         """Return an empty sum."""
-        return HyperGathered.empty(state)
+        return HyperAccumulator.empty(state)
 
-    def absorb(
-        self, gathered: HyperGathered, state: HyperState, result: Result, weight: float
-    ) -> HyperGathered:
+    def accumulate(
+        self, gathered: HyperAccumulator, state: HyperState, result: Result, weight: float
+    ) -> HyperAccumulator:
         """Add ``weight`` times (d theta_i / d (phi, v_i))^T dtheta_i, at the current phi and v_i.
 
         A late dtheta_i was found at an older theta_i; the product is that of now.
         """
-        sent, net, who = state.division.sent, state.net, result.client
+        sent, net, who = state.partition.sent, state.net, result.client
         if not 0 <= who < len(state.used):
             raise ResultError(f"expected a client from 0 to {len(state.used) - 1}, got {who}")
         arrived = read_result(sent, result.payload, state.counters)
@@ -149,8 +149,8 @@ class PFedHN(Algorithm):
         if not change.isfinite().all():
             raise ResultError("the result holds NaN or infinite values", Fault.NOT_FINITE)
         delta, rest = change[: sent.parameters], change[sent.parameters :]
-        pulled = net.pull_back(state.phi, state.embeddings[who], delta)
-        if weight * largest(pulled, change) > _LARGEST:
+        pulled = net.vjp(state.phi, state.embeddings[who], delta)
+        if weight * largest_magnitude(pulled, change) > _LARGEST:
             top = change.abs().max().item()
             raise ResultError(f"the result holds values as large as {top:g}", Fault.TOO_LARGE)
         net.add(gathered.phi, pulled, delta, weight)
@@ -162,7 +162,7 @@ class PFedHN(Algorithm):
         gathered.present[who] = True
         return gathered
 
-    def commit(self, state: HyperState, gathered: HyperGathered, divisor: float) -> HyperState:
+    def commit(self, state: HyperState, gathered: HyperAccumulator, divisor: float) -> HyperState:
         """One step of the server's SGD on phi and on the embeddings of those who sent.
 
         SGD descends, and dtheta = theta~ - theta is where theta should go: the gradient is
@@ -202,13 +202,13 @@ class PFedHN(Algorithm):
     def tensors(self, state: HyperState) -> Mapping[str, Tensor]:
         """Return phi and the embeddings by name, and what all clients' models share."""
         phi = {f"phi.{name}": each for name, each in state.net.layout.views(state.phi).items()}
-        division = state.division
+        division = state.partition
         shared = {slot.name: slot.tensor(state.shared) for slot in division.shared.weights}
         counters = {slot.name: slot.tensor(state.counters) for slot in division.sent.counters}
         return {"embeddings": state.embeddings} | phi | shared | counters
 
-    def _shape(self, problem: Problem, layout: Layout) -> tuple[Division, HyperNet]:
-        division = Division.of(layout, personal_classifier=self.personal_classifier)
+    def _shape(self, problem: Problem, layout: Layout) -> tuple[ModelPartition, HyperNet]:
+        division = ModelPartition.of(layout, personal_classifier=self.personal_classifier)
         length = int(1 + problem.clients / 4) if self.embedding is None else self.embedding
         return division, HyperNet.of(length, self.hidden, self.layers, division.theta)
 
@@ -259,10 +259,10 @@ class PFedHN(Algorithm):
         test = client.problem.client_test(client.index).to(client.device)
         return metrics_on(model.module, client.problem, test, client.device)
 
-    def _load(self, task: Task, client: Client) -> tuple[FlatModel, Division, Tensor]:
+    def _load(self, task: Task, client: Client) -> tuple[FlatModel, ModelPartition, Tensor]:
         """Return the working copy of the client's model, and its velocity [parameters]."""
         model = scratch_model(client.problem, client.device)
-        division = Division.of(model.layout, personal_classifier=self.personal_classifier)
+        division = ModelPartition.of(model.layout, personal_classifier=self.personal_classifier)
         place = slice(division.theta, division.whole.parameters)
         velocity = torch.zeros_like(model.gradient)
         own = zeros(0)
@@ -277,7 +277,9 @@ class PFedHN(Algorithm):
         model.load(division.join(sent, own).to(client.device), counters)
         return model, division, velocity
 
-    def _sgd(self, model: FlatModel, division: Division, velocity: Tensor, client: Client) -> None:
+    def _sgd(
+        self, model: FlatModel, division: ModelPartition, velocity: Tensor, client: Client
+    ) -> None:
         """Take the local steps on a loaded model."""
         data = client.data.to(client.device)
         loss, trained, gradient = client.problem.loss, model.trained, model.gradient
@@ -291,7 +293,7 @@ class PFedHN(Algorithm):
             with torch.no_grad():
                 gradient.mul_(_within(self.clip, gradient))
                 gradient.add_(trained, alpha=self.weight_decay)
-                restrict(client, division.sent, gradient[: division.theta])
+                project(client, division.sent, gradient[: division.theta])
                 velocity.mul_(self.momentum).add_(gradient)
                 trained.add_(velocity, alpha=-self.lr)
         model.end_task()
@@ -304,7 +306,7 @@ class PFedHN(Algorithm):
         It starts from the mean of the trained embeddings and is moved as the server would,
         once after each of ``new_rounds`` local trainings.
         """
-        net, sent = state.net, state.division.sent
+        net, sent = state.net, state.partition.sent
         embedding = state.embedding(len(state.embeddings))
         velocity = torch.zeros_like(embedding)
         for turn in range(self.new_rounds):
@@ -313,7 +315,7 @@ class PFedHN(Algorithm):
             result, local = self.train(task, dataclasses.replace(client, seed=seed))
             client = dataclasses.replace(client, local=local)
             delta = sent.flatten_trained(result.weights)
-            gradient = -net.pull_back(state.phi, embedding, delta).embedding
+            gradient = -net.vjp(state.phi, embedding, delta).embedding
             gradient.mul_(_within(self.server_clip, gradient))
             embedding, velocity = self._descend(embedding, gradient, velocity, self.new_lr)
         return self.evaluate_client(Task(version, state.model_of(embedding)), client)

@@ -25,7 +25,7 @@ _SEEDS = 1 << 63
 
 
 @dataclass(frozen=True)
-class Pulled:
+class VJP:
     """The gradient of <theta, delta>, in parts: that of the heads is an outer product.
 
     trunk: float32 [trunk parameters]; features: float32 [hidden], by which the product with
@@ -78,7 +78,7 @@ class HyperNet:
         features = self._features(views, embedding)
         return F.linear(features, views[f"{HEADS}.weight"], views[f"{HEADS}.bias"])
 
-    def pull_back(self, phi: Tensor, embedding: Tensor, delta: Tensor) -> Pulled:
+    def vjp(self, phi: Tensor, embedding: Tensor, delta: Tensor) -> VJP:
         """Return (d theta / d (phi, v))^T delta: one vector-Jacobian product.
 
         Args:
@@ -96,9 +96,9 @@ class HyperNet:
             features = self._features(views, point)
             above = views[f"{HEADS}.weight"].mT @ delta
             below = torch.autograd.grad(features, (trunk, point), above)
-        return Pulled(below[0], features.detach(), below[1])
+        return VJP(below[0], features.detach(), below[1])
 
-    def add(self, total: Tensor, pulled: Pulled, delta: Tensor, weight: float) -> None:
+    def add(self, total: Tensor, pulled: VJP, delta: Tensor, weight: float) -> None:
         """Add ``weight`` times a gradient to ``total``, float32 [layout.dim], in place."""
         total[: self.trunk].add_(pulled.trunk, alpha=weight)
         views = self.layout.views(total)
@@ -113,7 +113,7 @@ class HyperNet:
         return x
 
 
-def largest(pulled: Pulled, delta: Tensor) -> float:
+def largest_magnitude(pulled: VJP, delta: Tensor) -> float:
     """Return the largest magnitude in a gradient; infinite if one of its values is no number."""
     parts = [_peak(each) for each in (pulled.trunk, pulled.embedding)]
     parts.append(_peak(delta) * max(1.0, _peak(pulled.features)))

@@ -15,7 +15,7 @@ from fedmq.algorithms.toolkit.layout import Layout, Slot, end_to_end
 
 
 @dataclass(frozen=True)
-class Division:
+class ModelPartition:
     """How a client's model is divided.
 
     whole: all of it; its parameters are theta, then the classifier that the client keeps.
@@ -28,7 +28,7 @@ class Division:
     own: Layout
 
     @classmethod
-    def of(cls, whole: Layout, *, personal_classifier: bool) -> Division:
+    def of(cls, whole: Layout, *, personal_classifier: bool) -> ModelPartition:
         """Return how a model is divided; its classifier is its last layer that is trained.
 
         Raises:

@@ -10,7 +10,7 @@ from torch import Tensor
 from fedmq.algorithms.base import Payload
 from fedmq.algorithms.errors import ResultError
 from fedmq.algorithms.pfedhn.hypernetwork import HyperNet
-from fedmq.algorithms.pfedhn.model_parts import Division, layout_of
+from fedmq.algorithms.pfedhn.model_parts import ModelPartition, layout_of
 from fedmq.algorithms.toolkit.flat_model import zeros
 
 _FLOATS = ("phi", "embeddings", "phi_momentum", "embedding_momentum", "shared")
@@ -27,7 +27,7 @@ class HyperState:
     """
 
     net: HyperNet
-    division: Division
+    partition: ModelPartition
     phi: Tensor
     embeddings: Tensor
     phi_momentum: Tensor
@@ -45,13 +45,13 @@ class HyperState:
 
     def model_of(self, embedding: Tensor) -> Payload:
         """Return the model that belongs to an embedding, and what all models share."""
-        sent = self.division.sent
+        sent = self.partition.sent
         weights = torch.cat([self.net.theta(self.phi, embedding), self.shared])
         return sent.write(weights, self.counters)
 
 
 @dataclass
-class HyperGathered:
+class HyperAccumulator:
     """The running sum over a version's results, whatever their number.
 
     phi, embeddings: sum of weight * (d theta_i / d (phi, v_i))^T dtheta_i.
@@ -66,7 +66,7 @@ class HyperGathered:
     present: Tensor
 
     @classmethod
-    def empty(cls, state: HyperState) -> HyperGathered:
+    def empty(cls, state: HyperState) -> HyperAccumulator:
         """Return an empty sum."""
         return cls(
             zeros(len(state.phi)),
@@ -83,7 +83,7 @@ def save_state(state: HyperState) -> Payload:
     return Payload(weights=floats, exact={"counters": state.counters, "used": state.used})
 
 
-def load_state(net: HyperNet, division: Division, clients: int, saved: Payload) -> HyperState:
+def load_state(net: HyperNet, division: ModelPartition, clients: int, saved: Payload) -> HyperState:
     """Return the state that was saved.
 
     Raises:

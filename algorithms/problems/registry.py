@@ -15,7 +15,7 @@ from fedmq.algorithms.problems.datasets import DATASETS
 from fedmq.algorithms.problems.guards import guard_instance
 from fedmq.algorithms.problems.image import ImageClassification
 from fedmq.algorithms.values import kind_of_value
-from fedmq.codecs.text import brief, unknown
+from fedmq.codecs.text import shorten, unknown
 
 PROBLEMS: Mapping[str, str] = {name: source.about for name, source in DATASETS.items()}
 """The built-in problems, each with one line of what it is."""
@@ -170,5 +170,5 @@ def _count_clients(name: str, problem: Problem) -> None:
     except (TypeError, AttributeError):
         clients = 0
     if clients < 1:
-        got = brief(found) if isinstance(found, str) else kind_of_value(found)
+        got = shorten(found) if isinstance(found, str) else kind_of_value(found)
         raise ProblemError(f"{name}: expected clients, a whole number from 1, got {got}")

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 
 from fedmq.algorithms.errors import AlgorithmError
-from fedmq.algorithms.schedules.base import Schedule, View
+from fedmq.algorithms.schedules.base import Schedule, ScheduleView
 from fedmq.algorithms.schedules.buffered import Buffered
 from fedmq.algorithms.schedules.rounds import Rounds
 from fedmq.algorithms.schedules.stream import Stream
@@ -24,4 +24,4 @@ def find_schedule(name: str) -> type[Schedule]:
     return SCHEDULES[name]
 
 
-__all__ = ["SCHEDULES", "Buffered", "Rounds", "Schedule", "Stream", "View", "find_schedule"]
+__all__ = ["SCHEDULES", "Buffered", "Rounds", "Schedule", "ScheduleView", "Stream", "find_schedule"]

@@ -14,7 +14,7 @@ from fedmq.algorithms.schedules.staleness import StalenessSpec
 
 
 @dataclass(frozen=True)
-class View:
+class ScheduleView:
     """What a schedule may look at; all about the current version unless it says otherwise.
 
     clients: K, the number of clients of the run.
@@ -31,7 +31,7 @@ class View:
     """
 
     clients: int
-    flying: int
+    in_flight: int
     started: int
     outstanding: int
     results: int
@@ -73,7 +73,7 @@ class Schedule(ABC):
         return None
 
     @abstractmethod
-    def wants(self, view: View) -> int:
+    def num_to_start(self, view: ScheduleView) -> int:
         """Return how many more clients are to get a task now; idle ones are drawn."""
 
     @abstractmethod
@@ -86,7 +86,7 @@ class Schedule(ABC):
         """
 
     @abstractmethod
-    def closes(self, view: View) -> bool:
+    def is_ready(self, view: ScheduleView) -> bool:
         """Tell whether the version is to be committed now."""
 
     @abstractmethod
@@ -116,9 +116,9 @@ class Asynchronous(Schedule):
         """As many as are kept out."""
         return min(self.concurrency, clients)
 
-    def wants(self, view: View) -> int:
+    def num_to_start(self, view: ScheduleView) -> int:
         """Replace every task that has ended."""
-        return max(0, self.concurrency - view.flying)
+        return max(0, self.concurrency - view.in_flight)
 
     def weight(self, n: int, staleness: int) -> float | None:
         """s(tau), whatever n_k."""

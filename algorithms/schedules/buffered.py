@@ -9,7 +9,7 @@ from typing import Annotated, ClassVar
 
 from pydantic import Field
 
-from fedmq.algorithms.schedules.base import Asynchronous, View
+from fedmq.algorithms.schedules.base import Asynchronous, ScheduleView
 from fedmq.algorithms.schedules.staleness import StalenessSpec
 
 
@@ -31,7 +31,7 @@ class Buffered(Asynchronous):
     size: Annotated[int, Field(ge=1)] = 5
     staleness: StalenessSpec = "inverse_sqrt"
 
-    def closes(self, view: View) -> bool:
+    def is_ready(self, view: ScheduleView) -> bool:
         """Close when the buffer is full."""
         return view.results >= self.size
 

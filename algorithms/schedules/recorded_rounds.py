@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from fedmq.algorithms.schedules.base import View
+from fedmq.algorithms.schedules.base import ScheduleView
 from fedmq.algorithms.schedules.rounds import Rounds
 
 
@@ -17,14 +17,14 @@ class RecordedRounds(Rounds):
     result late. A recorded run replays as it was; no new run is made like this.
     """
 
-    def wants(self, view: View) -> int:
+    def num_to_start(self, view: ScheduleView) -> int:
         """Draw the cohort; draw again only when nobody is left to wait for."""
-        if view.outstanding or self.closes(view):
+        if view.outstanding or self.is_ready(view):
             return 0
         missing = self.cohort(view.clients) - view.results
         return math.ceil(missing * self.over_select)
 
-    def closes(self, view: View) -> bool:
+    def is_ready(self, view: ScheduleView) -> bool:
         """Close when as many results are in as are wanted, whichever, or nobody is left."""
         if view.results >= self.cohort(view.clients):
             return True

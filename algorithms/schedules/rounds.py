@@ -13,7 +13,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field
 
 from fedmq.algorithms.schedules import staleness as functions
-from fedmq.algorithms.schedules.base import Schedule, View
+from fedmq.algorithms.schedules.base import Schedule, ScheduleView
 
 
 @dataclass(frozen=True)
@@ -70,12 +70,12 @@ class Rounds(Schedule):
         """A client counts once in a round."""
         return "min_results", self.min_results
 
-    def wants(self, view: View) -> int:
+    def num_to_start(self, view: ScheduleView) -> int:
         """Draw the cohort; draw again only when nobody is left to wait for.
 
         Where there were not enough clients at first, those who come are drawn later.
         """
-        if self.closes(view):
+        if self.is_ready(view):
             return 0
         if not view.outstanding:
             missing = self.cohort(view.clients) - (view.results - view.late)
@@ -90,7 +90,7 @@ class Rounds(Schedule):
             n * functions.staleness(self.staleness)(staleness) if self.late == "discount" else None
         )
 
-    def closes(self, view: View) -> bool:
+    def is_ready(self, view: ScheduleView) -> bool:
         """Close when all that is wanted is in, or nobody is left, or time is up.
 
         Only results of the round's own cohort count: late ones are added to them.

@@ -8,7 +8,7 @@ from typing import Annotated, ClassVar
 from pydantic import Field
 
 from fedmq.algorithms.base import Reply
-from fedmq.algorithms.schedules.base import Asynchronous, View
+from fedmq.algorithms.schedules.base import Asynchronous, ScheduleView
 from fedmq.algorithms.schedules.staleness import StalenessSpec
 
 
@@ -37,7 +37,7 @@ class Stream(Asynchronous):
         discount = super().weight(n, staleness)
         return None if discount is None else self.mixing * discount
 
-    def closes(self, view: View) -> bool:
+    def is_ready(self, view: ScheduleView) -> bool:
         """Close after every result."""
         return view.results >= 1
 

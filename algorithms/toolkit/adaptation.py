@@ -7,9 +7,9 @@ from collections.abc import Callable, Mapping
 import torch
 
 from fedmq.algorithms.base import Client, Task
-from fedmq.algorithms.fedavg import cuda_devices, load_model, metrics_on
 from fedmq.algorithms.problems.base import Examples
 from fedmq.algorithms.toolkit.flat_model import FlatModel
+from fedmq.algorithms.toolkit.sgd import cuda_devices, load_model, metrics_on
 
 
 def before_and_after(

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fedmq.algorithms.errors import ProblemError
 from fedmq.algorithms.problems.base import Problem
 from fedmq.algorithms.toolkit.layout import EXACT, Layout, as_pairs, same_bits
-from fedmq.algorithms.toolkit.working_copy import Place, WorkingCopy
+from fedmq.algorithms.toolkit.working_copy import BoundTensor, WorkingCopy
 
 
 class FlatModel:
@@ -124,8 +124,8 @@ class FlatModel:
             if not filled:
                 view.copy_(tensor.detach())
             gradient = slot.tensor(self.gradient) if slot.start < layout.parameters else None
-            places.append(Place(slot.name, tensor, view, gradient))
-        counted = [Place(slot.name, named[slot.name]) for slot in layout.counters]
+            places.append(BoundTensor(slot.name, tensor, view, gradient))
+        counted = [BoundTensor(slot.name, named[slot.name]) for slot in layout.counters]
         self._counted = counted
         return WorkingCopy(module, [*places, *counted])
 

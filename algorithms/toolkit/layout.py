@@ -18,7 +18,7 @@ from fedmq.algorithms.toolkit.shared_memory import refuse_shared_memory, refuse_
 from fedmq.algorithms.values import is_utf8
 from fedmq.codecs.formats.flat import as_flat
 from fedmq.codecs.formats.streamed import Streamed
-from fedmq.codecs.text import brief
+from fedmq.codecs.text import shorten
 
 EXACT = (torch.float64, torch.float16, torch.bfloat16, torch.complex128)
 """Dtypes of constants that are carried bit by bit, and are nowhere computed with."""
@@ -241,7 +241,7 @@ def named_once(weights: Mapping[str, Tensor], exact: Mapping[str, Tensor]) -> Ma
     """
     twice = sorted(name for name in exact if name in weights)
     if twice:
-        raise _misfit(f"expected a tensor {brief(twice[0])} once, it is in two groups")
+        raise _misfit(f"expected a tensor {shorten(twice[0])} once, it is in two groups")
     return exact
 
 
@@ -291,7 +291,7 @@ def _flatten(slots: Sequence[Slot], tensors: Mapping[str, Tensor], dtype: torch.
         check_tensor(slot, tensors.get(slot.name))
     extra = sorted(set(tensors) - {slot.name for slot in slots})
     if extra:
-        raise _misfit(f"expected no tensor {brief(extra[0])}")
+        raise _misfit(f"expected no tensor {shorten(extra[0])}")
     if not slots:
         return torch.zeros(0, dtype=dtype)
     end = slots[-1].start + slots[-1].size

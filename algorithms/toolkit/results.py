@@ -17,7 +17,7 @@ from fedmq.algorithms.base import Payload, Reply
 from fedmq.algorithms.errors import Fault, ProblemError, ResultError
 from fedmq.algorithms.toolkit.layout import EXACT, Layout, Slot, check_tensor, named_once, same_bits
 from fedmq.codecs.formats.streamed import Streamed
-from fedmq.codecs.text import brief
+from fedmq.codecs.text import shorten
 
 
 @dataclass(frozen=True)
@@ -153,7 +153,7 @@ def read_result(
             text = f"expected {slot.name!r}, {slot.dtype}, as the constant that it is"
             raise ResultError(text, Fault.WRONG_SHAPE)
     if others:
-        raise ResultError(f"expected no tensor {brief(min(others))}", Fault.WRONG_SHAPE)
+        raise ResultError(f"expected no tensor {shorten(min(others))}", Fault.WRONG_SHAPE)
     return Arrived(blocks, rest, new)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fedmq.algorithms.base import Payload
 from fedmq.algorithms.values import ReturnedError, is_utf8, kind_of_value, plain_number
-from fedmq.codecs.text import brief
+from fedmq.codecs.text import shorten
 
 MAX_NUMBERS_BYTES = 16 * 1024
 """Of a payload's numbers, which stand in the header of its message."""
@@ -91,7 +91,7 @@ def result_of(found: object, who: str) -> tuple[Payload, Payload | None]:
 
 def _refuse_name(name: object, what: str, who: str) -> NoReturn:
     text = f"expected the names of {what} as text in UTF-8"
-    raise ReturnedError(f"{who}: {text}, got {brief(name)}")
+    raise ReturnedError(f"{who}: {text}, got {shorten(name)}")
 
 
 def _map(value: object, expected: str, who: str) -> Mapping[Any, object]:

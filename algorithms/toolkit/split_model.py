@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from collections import deque
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 
-from fedmq.algorithms.base import Client, Payload, Task
+from fedmq.algorithms.base import Client, Payload
 from fedmq.algorithms.errors import ProblemError
-from fedmq.algorithms.fedavg import FedAvg, ModelState, batches, cuda_devices, metrics_on, restrict
 from fedmq.algorithms.problems.base import Examples, Problem
 from fedmq.algorithms.rng import derive_rng
-from fedmq.algorithms.toolkit.dry_step import dry_step
 from fedmq.algorithms.toolkit.flat_model import FlatModel
 from fedmq.algorithms.toolkit.layout import Layout
-from fedmq.algorithms.toolkit.results import Vectors, result_payload
+from fedmq.algorithms.toolkit.results import Vectors
+from fedmq.algorithms.toolkit.sgd import SGDSettings, batches, metrics_on, project
 
 _BATCH = 500
 """Examples that go through a model at once where nothing is trained."""
@@ -90,7 +85,7 @@ class Split:
         return _views(self.whole.layout, Vectors(weights, self.whole.read_counters()))
 
     def fit(
-        self, part: Part, data: Examples, epochs: int, algorithm: FedAvg, client: Client
+        self, part: Part, data: Examples, epochs: int, sgd: SGDSettings, client: Client
     ) -> None:
         """Run epochs of SGD on a part; the rest stays as it is, to the bit.
 
@@ -102,7 +97,7 @@ class Split:
             part: what is trained.
             data: x float32 [n, ...], y int64 [n], on the model's device.
             epochs: passes over the data; 0 does nothing.
-            algorithm: whose lr, batch_size, momentum and weight_decay.
+            sgd: lr, batch_size, momentum and weight_decay.
             client: whose loss, randomness and structured updates.
         """
         if not epochs:
@@ -118,97 +113,22 @@ class Split:
         if part == "head":
             # A frozen body says the same of an example in every epoch.
             data, forward = Examples(outputs(body, data.x), data.y), head
-        velocity = torch.zeros_like(gradient) if algorithm.momentum else None
+        velocity = torch.zeros_like(gradient) if sgd.momentum else None
         rng = derive_rng(client.seed, "head batches" if part == "head" else "batches")
-        for x, y in batches(data, algorithm.batch_size, epochs, rng):
+        for x, y in batches(data, sgd.batch_size, epochs, rng):
             gradient.zero_()
             client.problem.loss(forward(x), y).backward()  # type: ignore[no-untyped-call] # torch's
             self.whole.after_backward()
             with torch.no_grad():
-                if algorithm.weight_decay:
-                    gradient.add_(trained, alpha=algorithm.weight_decay)
+                if sgd.weight_decay:
+                    gradient.add_(trained, alpha=sgd.weight_decay)
                 if part != "head":
-                    restrict(client, self.shared, gradient[: self._border])
+                    project(client, self.shared, gradient[: self._border])
                 step = gradient
                 if velocity is not None:
-                    step = velocity.mul_(algorithm.momentum).add_(gradient)
-                trained.add_(step, alpha=-algorithm.lr)
+                    step = velocity.mul_(sgd.momentum).add_(gradient)
+                trained.add_(step, alpha=-sgd.lr)
         self.whole.end_task()
-
-
-@dataclass(frozen=True)
-class SharedBody(FedAvg):
-    """FedAvg of the body alone; each client keeps a head, which never travels.
-
-    head: how many of the last trained layers are the head; at least one, or nothing is personal.
-    Other fields are FedAvg's.
-    """
-
-    head: Annotated[int, Field(ge=1)] = 1
-
-    @property
-    def evaluated(self) -> Literal["model", "clients"]:
-        """By clients: there is no model without a client's head."""
-        return "clients"
-
-    # ---- at the aggregator
-
-    def start(self, problem: Problem) -> ModelState:
-        """phi_0, the body of the problem's first model.
-
-        Raises:
-            ProblemError: the model cannot be cut.
-        """
-        model = Split(problem, self.head)
-        body = model.body_vectors()
-        return ModelState(model.shared, body.weights, body.counters)
-
-    def load(self, problem: Problem, saved: Payload) -> ModelState:
-        """Return the state of a saved phi_t."""
-        layout = Layout.of(cut(problem.model(), self.head)[0])
-        return ModelState(layout, *layout.read(saved))
-
-    # ---- at the client
-
-    def try_model(self, problem: Problem, data: Examples, device: str) -> None:
-        """Try the problem's model, body and head."""
-        dry_step(lambda: Split(problem, self.head, device).whole, problem, data, device)
-
-    def train(self, task: Task, client: Client) -> tuple[Payload, Payload]:
-        """Return the change of the body (or the body), and the client's head."""
-        model = scratch_split(client.problem, self.head, client.device)
-        came = model.load(task.payload, client.local)
-        data = client.data.to(client.device)
-        with torch.random.fork_rng(devices=cuda_devices(client.device)):
-            torch.manual_seed(client.seed)
-            self.learn(model, data, client)
-        numbers: dict[str, int | str] = {"n": len(data), "reply": task.reply}
-        result = result_payload(model.shared, came, model.body_vectors(), numbers, task.reply)
-        return result, Payload(exact=model.kept_tensors())
-
-    @abstractmethod
-    def learn(self, model: Split, data: Examples, client: Client) -> None:
-        """Do a task's local epochs on a loaded model."""
-
-    def evaluate_client(self, task: Task, client: Client) -> Mapping[str, float]:
-        """Return the metrics, on the client's test data, of its head on phi_t.
-
-        ``loss`` and ``accuracy`` are those after `tune` on its training data;
-        ``accuracy_before`` is with the head as it was kept (or as it first was).
-        """
-        model = scratch_split(client.problem, self.head, client.device)
-        model.load(task.payload, client.local)
-        before = local_metrics(model.whole, client)["accuracy"]
-        model.load(task.payload, client.local)
-        data = client.data.to(client.device)
-        with torch.random.fork_rng(devices=cuda_devices(client.device)):
-            torch.manual_seed(client.seed)
-            self.tune(model, data, client)
-        return {**local_metrics(model.whole, client), "accuracy_before": before}
-
-    @abstractmethod
-    def tune(self, model: Split, data: Examples, client: Client) -> None:
-        """Fit a loaded model to the client's training data, for an evaluation."""
 
 
 def cut(module: nn.Module, head: int) -> tuple[nn.Sequential, nn.Sequential]:

@@ -42,7 +42,7 @@ _CONTAINERS = (dict, OrderedDict, list, set)
 
 
 @dataclass
-class Place:
+class BoundTensor:
     """A tensor of a module, and where its values belong.
 
     tensor: the module's own object.
@@ -137,7 +137,7 @@ class Place:
 class WorkingCopy:
     """A module whose tensors are bound to their places."""
 
-    def __init__(self, module: nn.Module, places: Sequence[Place]) -> None:
+    def __init__(self, module: nn.Module, places: Sequence[BoundTensor]) -> None:
         self.module = module
         self._places = places
         self._trained = [each for each in places if each.gradient is not None]
@@ -177,7 +177,7 @@ class WorkingCopy:
         self._check_parameters()
         for each in self._parameters.values():
             each.follow()
-        values: dict[str, tuple[Place, Tensor]] = {}
+        values: dict[str, tuple[BoundTensor, Tensor]] = {}
         found: dict[str, Tensor] = {}
         now = dict(_buffers(self.module))
         for name, place in self._buffers.items():

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fedmq.algorithms.fedavg import evaluate_module
 from fedmq.algorithms.problems import Problem, load_problem
+from fedmq.algorithms.toolkit.sgd import evaluate_module
 from fedmq.codecs.base import MAX_DECODED_BYTES
 from fedmq.codecs.registry import make_codec
 from fedmq.nodes.run.config import load

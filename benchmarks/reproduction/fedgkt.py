@@ -139,7 +139,7 @@ def edges_alone(chosen: Settings, runs: Runs) -> float:
     algorithm, problem = setup.algorithm, setup.problem
     assert isinstance(algorithm, FedGKT)  # noqa: S101 - tells mypy
     start = algorithm.start(problem)
-    examined = Task(0, algorithm.examined(start))
+    examined = Task(0, algorithm.evaluation_task(start))
     total = 0.0
     for k in range(problem.clients):
         client = Client(k, problem, problem.client(k), None, 0)

@@ -175,11 +175,11 @@ def federated(algorithm: Mocha, problem: Problem, rounds: int, seed: int) -> dua
         return Client(index, problem, problem.client(index), kept.get(index), own)
 
     for turn in range(rounds):
-        gathered = algorithm.gather(state)
+        gathered = algorithm.new_accumulator(state)
         for index in range(problem.clients):
             task = Task(turn, algorithm.task(state, index))
             payload, kept[index] = algorithm.train(task, client(index, turn))
-            gathered = algorithm.absorb(gathered, state, Result(index, 0, payload), 1.0)
+            gathered = algorithm.accumulate(gathered, state, Result(index, 0, payload), 1.0)
         state = algorithm.commit(state, gathered, 1.0)
     return state.weights
 

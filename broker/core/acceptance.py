@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from fedmq.broker.core.admission import are_plain, check_message
-from fedmq.broker.core.deduplication import Mark
-from fedmq.broker.core.mailboxes import Postbox
-from fedmq.broker.core.state import Action, Held, Node, Release
+from fedmq.broker.core.deduplication import PostFingerprint
+from fedmq.broker.core.mailboxes import Mailboxes
+from fedmq.broker.core.state import Action, Node, PendingPost, Unpin
 from fedmq.broker.errors import WireError
 from fedmq.broker.rejections import Code, Rejection
 from fedmq.broker.wire import schema
@@ -15,19 +15,19 @@ from fedmq.broker.wire.encoding import check_inline, decode_message, decode_mess
 from fedmq.broker.wire.schema import Buffer, Message, Post, PostAll
 
 
-class Taking:
+class Acceptance:
     """The part of the Broker core that takes posts, in their order.
 
     Args:
         box: where accepted messages go.
     """
 
-    def __init__(self, box: Postbox) -> None:
-        self._box = box
+    def __init__(self, box: Mailboxes) -> None:
+        self._mailboxes = box
 
-    def check(self, node: Node, post: Post, buffers: Sequence[Buffer] = ()) -> Held:
+    def check(self, node: Node, post: Post, buffers: Sequence[Buffer] = ()) -> PendingPost:
         """Read a post's message, and note why it cannot be taken, if so."""
-        held = Held(post)
+        held = PendingPost(post)
         try:
             message = held.message = decode_message(post.message)
             check_inline(message.blobs, post.inline, buffers, schema.POST_BYTES)
@@ -35,14 +35,14 @@ class Taking:
         except WireError as error:
             held.refusal = Rejection(error.code, str(error))
         else:
-            held.mark = Mark.of(node.run.id, node.name, message.id, post.message)
+            held.fingerprint = PostFingerprint.of(node.run.id, node.name, message.id, post.message)
         return held
 
-    def take(
+    def accept(
         self,
         node: Node,
         post: Post,
-        held: Held,
+        held: PendingPost,
         now: float,
         out: list[Action],
         number: str = "",
@@ -52,31 +52,33 @@ class Taking:
         ``number``: of the post in its session, if not ``n``.
         """
         message, refusal = held.message, held.refusal
-        remembered = self._box.remembered
+        remembered = self._mailboxes.dedup_window
         # What has no id of its own is known by its number: it is refused, and only once.
         own_name = f"{node.hello.session}/{number or post.n}"
-        mark = held.mark or Mark.of(node.run.id, node.name, own_name, post.message)
-        known = remembered.look(mark)
+        mark = held.fingerprint or PostFingerprint.of(
+            node.run.id, node.name, own_name, post.message
+        )
+        known = remembered.seen(mark)
         if known == "other" and message is not None:
             why = f"another message of the id {message.id!r} was here before"
             refusal = refusal or Rejection(Code.DUPLICATE_ID, why)
-            mark = Mark.of(node.run.id, node.name, own_name, post.message)
-            known = remembered.look(mark)
+            mark = PostFingerprint.of(node.run.id, node.name, own_name, post.message)
+            known = remembered.seen(mark)
         if known != "same":
             remembered.add(mark)
         if known == "same" or refusal or message is None:
             # Its sender is done with what it consumes all the same.
-            self._box.consume(node, post.consumes, now, out)
+            self._mailboxes.consume(node, post.consumes, now, out)
             if known != "same" and refusal is not None:
                 name = message.id if message else own_name
-                self._box.refuse_post(node, name, refusal, mark, now, out)
-            out.append(Release(held.names()))
+                self._mailboxes.refuse_post(node, name, refusal, mark, now, out)
+            out.append(Unpin(held.names()))
             return
         # What is consumed is what the sender has, whatever it claims.
         consumes = post.consumes and tuple(
             seq for seq in post.consumes if node.pending.pop(seq, None) is not None
         )
-        self._box.accept(node.run, message, post.message, consumes, now, out)
+        self._mailboxes.accept(node.run, message, post.message, consumes, now, out)
 
     def take_all(
         self, node: Node, frame: PostAll, now: float, out: list[Action]
@@ -89,8 +91,8 @@ class Taking:
         messages = decode_messages(frame.messages)
         if messages is not None and are_plain(node, messages):
             names = [each.id for each in messages]
-            if self._box.remembered.add_new(node.run.id, node.name, names, frame.messages):
-                self._box.accept_all(node.run, messages, frame.messages, now, out)
+            if self._mailboxes.dedup_window.add_new(node.run.id, node.name, names, frame.messages):
+                self._mailboxes.accept_all(node.run, messages, frame.messages, now, out)
                 return messages
         for index, data in enumerate(frame.messages):
             post = Post(n=frame.n, message=data)
@@ -98,5 +100,5 @@ class Taking:
             if held.message is not None and held.message.blobs:
                 alone = Rejection(Code.MALFORMED, "a message with blobs is posted alone")
                 held.refusal = held.refusal or alone
-            self.take(node, post, held, now, out, f"{frame.n}.{index}")
+            self.accept(node, post, held, now, out, f"{frame.n}.{index}")
         return ()

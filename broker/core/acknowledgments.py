@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import math
 
-from fedmq.broker.core.state import Node, Send
-from fedmq.broker.wire.schema import Receipt
+from fedmq.broker.core.state import Node, SendTo
+from fedmq.broker.wire.schema import Ack
 
-RECEIPT_WITHIN_S = 0.1
+ACK_WITHIN_S = 0.1
 """One receipt tells of all the frames of this long,"""
-RECEIPT_MESSAGES = 128
+ACK_MESSAGES = 128
 """or of this many messages from one node, which may be waiting to say more."""
 
 
-class Receipts:
+class PendingAcks:
     """Which nodes are owed a receipt, and by when.
 
     Attributes:
@@ -22,24 +22,24 @@ class Receipts:
 
     def __init__(self) -> None:
         self.due = math.inf
-        self._owed: dict[int, Node] = {}
-        self._said: dict[int, int] = {}
+        self._pending: dict[int, Node] = {}
+        self._sent: dict[int, int] = {}
 
-    def owe(self, node: Node, now: float, messages: int = 1) -> None:
+    def add(self, node: Node, now: float, messages: int = 1) -> None:
         """Note that a frame of this node, of so many messages, has taken effect, or had before."""
         key = id(node)
-        self._owed[key] = node
-        said = self._said[key] = self._said.get(key, 0) + messages
-        self.due = min(self.due, now + (RECEIPT_WITHIN_S if said < RECEIPT_MESSAGES else 0.0))
+        self._pending[key] = node
+        said = self._sent[key] = self._sent.get(key, 0) + messages
+        self.due = min(self.due, now + (ACK_WITHIN_S if said < ACK_MESSAGES else 0.0))
 
-    def take(self) -> list[Send]:
+    def take(self) -> list[SendTo]:
         """Return all receipts that are owed."""
         sends = []
-        for node in self._owed.values():
-            settled = node.held[0].frame.n if node.held else node.next_n
+        for node in self._pending.values():
+            settled = node.pending_posts[0].frame.n if node.pending_posts else node.next_n
             if settled:
-                sends.append(Send(node.peer, Receipt(upto=settled - 1)))
-        self._owed.clear()
-        self._said.clear()
+                sends.append(SendTo(node.peer, Ack(upto=settled - 1)))
+        self._pending.clear()
+        self._sent.clear()
         self.due = math.inf
         return sends

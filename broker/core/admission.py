@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from fedmq.broker.core.state import Node, Run
+from fedmq.broker.core.state import Node, RunState
 from fedmq.broker.errors import WireError
 from fedmq.broker.rejections import Code
 from fedmq.broker.wire.addresses import (
@@ -13,6 +13,7 @@ from fedmq.broker.wire.addresses import (
     CHECKPOINT,
     CONTINUED,
     EVALUATOR,
+    MAX_RANGES,
     RECORD,
     ROLES,
     TIMER,
@@ -30,7 +31,6 @@ from fedmq.broker.wire.schema import (
     Wait,
 )
 
-MAX_RANGES = 1000
 MAX_CLIENTS = 1 << 20
 MAX_EARLY = 10_000
 """Nodes that may wait for a run that has not started."""
@@ -50,13 +50,13 @@ def wrong_name(hello: Hello) -> tuple[str, str] | None:
     return None
 
 
-def find_run(runs: dict[str, Run], hello: Hello) -> Run | str | None:
+def find_run(runs: dict[str, RunState], hello: Hello) -> RunState | str | None:
     """Return the run that a node belongs to, None if it must wait for one, or why there is none.
 
     An aggregator brings its run with it: a new one is returned, and is not in ``runs`` yet.
     """
     if hello.role == AGGREGATOR:
-        return runs.get(hello.run) or Run(hello.run, hello.config, hello.total_clients)
+        return runs.get(hello.run) or RunState(hello.run, hello.config, hello.total_clients)
     if hello.run:
         return runs.get(hello.run)
     for run in runs.values():
@@ -70,7 +70,7 @@ def find_run(runs: dict[str, Run], hello: Hello) -> Run | str | None:
     return current[0] if current else None
 
 
-def wait_for_run(runs: dict[str, Run]) -> Wait:
+def wait_for_run(runs: dict[str, RunState]) -> Wait:
     """Return the answer to a node whose run is not there: the runs that are."""
     if not runs:
         return Wait(reason="no run has started yet")
@@ -85,7 +85,7 @@ def wait_for_run(runs: dict[str, Run]) -> Wait:
     return Wait(reason="no such run has started yet", serving=serving)
 
 
-def why_not(run: Run, hello: Hello, known: Node | None) -> tuple[str, str] | None:
+def why_not(run: RunState, hello: Hello, known: Node | None) -> tuple[str, str] | None:
     """Return (code, reason) if the node cannot be admitted."""
     if hello.role not in ROLES:
         return "role", f"unknown role {hello.role!r}; choose from {', '.join(ROLES)}"

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import msgspec
 
-from fedmq.broker.core.state import Send
+from fedmq.broker.core.state import SendTo
 from fedmq.broker.ledger.writer import Ledger
-from fedmq.broker.wire.schema import MAX_PLACES, Deliver, Frame, Place, Welcome
+from fedmq.broker.wire.schema import MAX_EXTENTS, Deliver, Extent, Frame, Welcome
 
 _LONGEST_NAME = 4096
 """Bytes of a folder's name: no system opens a longer one, and a header has no room for it."""
@@ -36,7 +36,7 @@ def shareable_name(folder: Path) -> str:
     return name
 
 
-def point_to_blobs(send: Send, ledger: Ledger, folder: str) -> Frame:
+def point_to_blobs(send: SendTo, ledger: Ledger, folder: str) -> Frame:
     """Return the frame that is to be sent, which says where in the ledger's files to look.
 
     Args:
@@ -48,12 +48,12 @@ def point_to_blobs(send: Send, ledger: Ledger, folder: str) -> Frame:
     if isinstance(frame, Welcome):
         return msgspec.structs.replace(frame, ledger=folder, proof=ledger.proof)
     if isinstance(frame, Deliver) and send.apart:
-        room = MAX_PLACES
-        found: dict[int, tuple[Place, ...]] = {}
+        room = MAX_EXTENTS
+        found: dict[int, tuple[Extent, ...]] = {}
         for index, name in send.apart:
-            places = ledger.places(name)
+            places = ledger.extents(name)
             if 0 < len(places) <= room:
                 found[index] = places
                 room -= len(places)
-        return msgspec.structs.replace(frame, places=found)
+        return msgspec.structs.replace(frame, extents=found)
     return frame

@@ -9,7 +9,7 @@ import xxhash
 from msgspec import Struct
 
 Known = Literal["new", "same", "other"]
-REMEMBERED = 1 << 17
+DEDUP_WINDOW = 1 << 17
 """Ids kept in memory, of all runs together: up to twice as many, 32 MB.
 
 Far more than a sender can say again: a link resends what has no receipt, and a restarted
@@ -17,14 +17,14 @@ aggregator what it said since its last checkpoint.
 """
 
 
-class Mark(Struct, frozen=True, gc=False):
+class PostFingerprint(Struct, frozen=True, gc=False):
     """A message as it is remembered: the digest of its full id, and of its bytes."""
 
     name: int
     data: int
 
     @classmethod
-    def of(cls, run: str, sender: str, name: str, data: bytes) -> Mark:
+    def of(cls, run: str, sender: str, name: str, data: bytes) -> PostFingerprint:
         """Return the mark of a message."""
         full = xxhash.xxh3_128_intdigest(_full_name(run, sender, name))
         return cls(full, xxhash.xxh3_64_intdigest(data))
@@ -34,12 +34,12 @@ class Mark(Struct, frozen=True, gc=False):
         return self.name.to_bytes(16, "big") + self.data.to_bytes(8, "big")
 
     @classmethod
-    def from_bytes(cls, data: bytes) -> Mark:
+    def from_bytes(cls, data: bytes) -> PostFingerprint:
         """Read what `to_bytes` wrote."""
         return cls(int.from_bytes(data[:16], "big"), int.from_bytes(data[16:24], "big"))
 
 
-class Remembered:
+class DedupWindow:
     """The newest message ids, each with the digest of its message.
 
     Two halves: when the newer one is full, the older one is forgotten as a whole.
@@ -48,17 +48,17 @@ class Remembered:
         limit: how many there are at least to be, as soon as there were so many; at most twice.
     """
 
-    def __init__(self, limit: int = REMEMBERED) -> None:
+    def __init__(self, limit: int = DEDUP_WINDOW) -> None:
         self._limit = limit
         self._newer: dict[int, int] = {}
         self._older: dict[int, int] = {}
 
-    def add(self, mark: Mark) -> None:
+    def add(self, mark: PostFingerprint) -> None:
         """Remember a message."""
         self._newer[mark.name] = mark.data
-        self._forget()
+        self._expire()
 
-    def look(self, mark: Mark) -> Known:
+    def seen(self, mark: PostFingerprint) -> Known:
         """Tell whether this message, or another one of the same id, was here before."""
         known = self._newer.get(mark.name, self._older.get(mark.name))
         if known is None:
@@ -75,10 +75,10 @@ class Remembered:
         if not new.keys().isdisjoint(self._older.keys()):
             return False
         self._newer |= new
-        self._forget()
+        self._expire()
         return True
 
-    def _forget(self) -> None:
+    def _expire(self) -> None:
         if len(self._newer) >= self._limit:
             self._newer, self._older = {}, self._newer
 

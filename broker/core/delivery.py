@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 
-from fedmq.broker.core.state import Node, Send
+from fedmq.broker.core.state import Node, SendTo
 from fedmq.broker.ledger.entries import Accepted, AcceptedAll, BlobName, blob_name
 from fedmq.broker.wire import schema
 from fedmq.broker.wire.encoding import decode_message, inline_choice, slices_of
@@ -23,20 +23,20 @@ RETRY_S = 0.5
 RETRY_MAX_S = 30.0
 
 
-def add(node: Node, seq: int, address: str) -> None:
+def enqueue(node: Node, seq: int, address: str) -> None:
     """Put the newest message into a node's inbox."""
     node.pending[seq] = address
     node.queue.append(seq)
 
 
-def give(node: Node, seqs: dict[int, str]) -> None:
+def enqueue_waiting(node: Node, seqs: dict[int, str]) -> None:
     """Put messages that have waited for this node into its inbox."""
     node.pending = dict(sorted((node.pending | seqs).items()))
 
 
-def offer(node: Node, read: Callable[[int], Accepted], now: float) -> list[Send]:
+def deliver(node: Node, read: Callable[[int], Accepted], now: float) -> list[SendTo]:
     """Return the deliveries that a node's window has room for; ``read`` finds a message."""
-    sends: list[Send] = []
+    sends: list[SendTo] = []
     plain: list[tuple[int, bytes]] = []
     at = 0.0
     while node.queue and _may_send(node, now):
@@ -61,7 +61,7 @@ def offer(node: Node, read: Callable[[int], Accepted], now: float) -> list[Send]
     return sends
 
 
-def bring(node: Node, found: dict[int, str], among: AcceptedAll, now: float) -> list[Send]:
+def bring(node: Node, found: dict[int, str], among: AcceptedAll, now: float) -> list[SendTo]:
     """Put the newest messages, without blobs, into a node's inbox: their numbers, and addresses.
 
     Returns their deliveries, if there is room.
@@ -78,7 +78,7 @@ def bring(node: Node, found: dict[int, str], among: AcceptedAll, now: float) -> 
     return list(_frames(node, among.at, messages))
 
 
-def _frames(node: Node, at: float, messages: Sequence[tuple[int, bytes]]) -> Iterator[Send]:
+def _frames(node: Node, at: float, messages: Sequence[tuple[int, bytes]]) -> Iterator[SendTo]:
     """Yield deliveries of messages without blobs, as few as the node understands, as sent."""
     sizes = [len(data) for _, data in messages]
     for part in slices_of(sizes, 1 if node.hello.v < schema.ALL_SINCE else schema.MAX_ALL):
@@ -86,14 +86,14 @@ def _frames(node: Node, at: float, messages: Sequence[tuple[int, bytes]]) -> Ite
         (first, data), after = some[0], node.sent
         last = some[-1][0]
         node.sent = last + 1
-        node.flying.append((last, len(some), sum(sizes[part])))
+        node.in_flight.append((last, len(some), sum(sizes[part])))
         if len(some) == 1:
-            yield Send(node.peer, Deliver(seq=first, at=at, message=data, after=after))
+            yield SendTo(node.peer, Deliver(seq=first, at=at, message=data, after=after))
         else:
-            yield Send(node.peer, DeliverAll(at=at, messages=some, after=after))
+            yield SendTo(node.peer, DeliverAll(at=at, messages=some, after=after))
 
 
-def delivery(node: Node, seq: int, at: float, data: bytes, message: Message) -> Send:
+def delivery(node: Node, seq: int, at: float, data: bytes, message: Message) -> SendTo:
     """Return one delivery, and count it as sent."""
     inline = inline_choice(message.blobs, schema.INLINE_BYTES)
     size = len(data)
@@ -107,15 +107,15 @@ def delivery(node: Node, seq: int, at: float, data: bytes, message: Message) -> 
             apart.append((index, blob_name(message, blob)))
             node.pointed_bytes += blob.size
     _use_window(node, 1, size)
-    node.flying.append((seq, 1, size))
+    node.in_flight.append((seq, 1, size))
     frame = Deliver(seq=seq, at=at, message=data, inline=inline, after=node.sent)
     node.sent = seq + 1
-    return Send(node.peer, frame, beside, apart)
+    return SendTo(node.peer, frame, beside, apart)
 
 
 def _use_window(node: Node, messages: int, size: int) -> None:
-    node.flying_messages += messages
-    node.flying_bytes += size
+    node.in_flight_messages += messages
+    node.in_flight_bytes += size
 
 
 def is_open(node: Node, now: float) -> bool:
@@ -123,18 +123,18 @@ def is_open(node: Node, now: float) -> bool:
     return not node.queue and _may_send(node, now)
 
 
-def take(node: Node, taken: int) -> None:
+def note_taken(node: Node, taken: int) -> None:
     """Note that a node has taken every delivery numbered below ``taken``."""
-    while node.flying and node.flying[0][0] < taken:
-        _, messages, size = node.flying.popleft()
-        node.flying_messages -= messages
-        node.flying_bytes -= size
+    while node.in_flight and node.in_flight[0][0] < taken:
+        _, messages, size = node.in_flight.popleft()
+        node.in_flight_messages -= messages
+        node.in_flight_bytes -= size
 
 
 def start_over(node: Node, got: int) -> None:
     """After a Hello: whatever has not arrived is to be sent (again)."""
-    node.flying.clear()
-    node.flying_messages = node.flying_bytes = 0
+    node.in_flight.clear()
+    node.in_flight_messages = node.in_flight_bytes = 0
     node.sent = got
     node.queue = deque(seq for seq in node.pending if seq >= got)
 
@@ -145,5 +145,5 @@ def retry_pause(interrupted: int) -> float:
 
 
 def _may_send(node: Node, now: float) -> bool:
-    has_room = node.flying_messages < WINDOW_MESSAGES and node.flying_bytes < WINDOW_BYTES
+    has_room = node.in_flight_messages < WINDOW_MESSAGES and node.in_flight_bytes < WINDOW_BYTES
     return bool(node.peer) and node.resume_at <= now and has_room

@@ -14,10 +14,10 @@ from msgspec import UNSET
 
 from fedmq.broker.core import delivery
 from fedmq.broker.core.admission import timer_of
-from fedmq.broker.core.deduplication import Mark, Remembered
-from fedmq.broker.core.state import Action, Append, Node, Run, Store
+from fedmq.broker.core.deduplication import DedupWindow, PostFingerprint
+from fedmq.broker.core.state import Action, Append, Node, RunState, Store
 from fedmq.broker.ledger.entries import Accepted, AcceptedAll, Consumed, Refusal, blob_name
-from fedmq.broker.ledger.recent_messages import Shelf
+from fedmq.broker.ledger.recent_messages import RecentMessages
 from fedmq.broker.rejections import Rejection
 from fedmq.broker.wire.addresses import BROKER, CHECKPOINT, RECORD, TIMER, node_address
 from fedmq.broker.wire.encoding import encode_message
@@ -26,7 +26,7 @@ from fedmq.broker.wire.schema import Message
 _CONSUMED_BATCH = 1000
 
 
-class Postbox:
+class Mailboxes:
     """The runs of a broker, and their messages.
 
     Attributes:
@@ -41,10 +41,10 @@ class Postbox:
 
     def __init__(self) -> None:
         self.next_seq = 0
-        self.runs: dict[str, Run] = {}
-        self.remembered = Remembered()
+        self.runs: dict[str, RunState] = {}
+        self.dedup_window = DedupWindow()
         self.timers: list[tuple[float, int, str, str]] = []
-        self.fresh = Shelf()
+        self.fresh = RecentMessages()
         """What was accepted in this event, which the ledger does not have yet."""
 
     def read(self, seq: int) -> Accepted:
@@ -58,7 +58,7 @@ class Postbox:
 
     def accept(
         self,
-        run: Run,
+        run: RunState,
         message: Message,
         data: bytes,
         consumes: tuple[int, ...],
@@ -76,7 +76,7 @@ class Postbox:
             out: the actions so far.
         """
         seq = self.number()
-        self._forget(run, consumes)
+        self._discard(run, consumes)
         if message.to == CHECKPOINT:
             consumes += () if run.checkpoint is None else (run.checkpoint,)
             run.checkpoint = seq
@@ -97,11 +97,11 @@ class Postbox:
             host.pending[seq] = message.to
             out.append(delivery.delivery(host, seq, now, data, message))
         else:
-            delivery.add(host, seq, message.to)
+            delivery.enqueue(host, seq, message.to)
 
     def accept_all(
         self,
-        run: Run,
+        run: RunState,
         messages: Sequence[Message],
         data: Sequence[bytes],
         now: float,
@@ -133,13 +133,13 @@ class Postbox:
     def consume(self, node: Node, seqs: Sequence[int], now: float, out: list[Action]) -> None:
         """Note that a node is done with these of its messages."""
         finished = [seq for seq in seqs if node.pending.pop(seq, None) is not None]
-        self._forget(node.run, finished)
+        self._discard(node.run, finished)
         for start in range(0, len(finished), _CONSUMED_BATCH):
             of = tuple(finished[start : start + _CONSUMED_BATCH])
             entry = Consumed(seq=self.number(), at=now, node=node.name, of=of)
             out.append(Append(entry))
 
-    def _forget(self, run: Run, seqs: Sequence[int]) -> None:
+    def _discard(self, run: RunState, seqs: Sequence[int]) -> None:
         if run.refused:
             run.refused.difference_update(seqs)
         if run.interrupted:
@@ -147,7 +147,13 @@ class Postbox:
                 run.interrupted.pop(seq, None)
 
     def refuse_post(
-        self, node: Node, name: str, why: Rejection, mark: Mark, now: float, out: list[Action]
+        self,
+        node: Node,
+        name: str,
+        why: Rejection,
+        mark: PostFingerprint,
+        now: float,
+        out: list[Action],
     ) -> None:
         """Note that a post was not accepted, and tell its sender."""
         reason = why.reason[:2000]
@@ -167,7 +173,7 @@ class Postbox:
 
     def refuse(
         self,
-        run: Run,
+        run: RunState,
         seq: int,
         by: str,
         reason: str,
@@ -193,20 +199,20 @@ class Postbox:
             id=message.id,
             reason=reason,
             of=seq,
-            parked=parked,
+            dead_lettered=parked,
             code=code,
         )
         out.append(Append(refusal))
 
     def _tell_refused(
-        self, run: Run, sender: str, body: dict[str, Any], now: float, out: list[Action]
+        self, run: RunState, sender: str, body: dict[str, Any], now: float, out: list[Action]
     ) -> None:
         """Say it before it is noted: torn apart by a crash, it is said again, not forgotten."""
-        self.say(run, "refused", node_address(sender), body, now, out, re=body["id"])
+        self.publish(run, "refused", node_address(sender), body, now, out, re=body["id"])
 
-    def say(
+    def publish(
         self,
-        run: Run,
+        run: RunState,
         kind: str,
         to: str,
         body: dict[str, Any],

@@ -11,9 +11,9 @@ from msgspec import UNSET
 
 from fedmq.broker.core.admission import timer_of
 from fedmq.broker.core.broker import Broker
-from fedmq.broker.core.deduplication import Mark
-from fedmq.broker.core.mailboxes import Postbox
-from fedmq.broker.core.state import Append, BrokerSettings, Continuation, Node, Run
+from fedmq.broker.core.deduplication import PostFingerprint
+from fedmq.broker.core.mailboxes import Mailboxes
+from fedmq.broker.core.state import Append, Continuation, Node, RunState
 from fedmq.broker.errors import LedgerDamage, LedgerError, check_advice
 from fedmq.broker.ledger.blob_store import find_damage
 from fedmq.broker.ledger.entries import (
@@ -26,8 +26,8 @@ from fedmq.broker.ledger.entries import (
     blob_name,
 )
 from fedmq.broker.ledger.manifest import check_entries
-from fedmq.broker.ledger.retention import EVERYTHING
 from fedmq.broker.ledger.writer import Ledger
+from fedmq.broker.settings import EVERYTHING, BrokerSettings
 from fedmq.broker.wire.addresses import (
     AGGREGATOR,
     BROKER,
@@ -44,18 +44,18 @@ _LOST = "its bytes are not in the ledger any more"
 
 
 class Restorer:
-    """Folds a ledger's entries, one by one, into a `Postbox`.
+    """Folds a ledger's entries, one by one, into a `Mailboxes`.
 
     Attributes:
         box: the runs, and everything that is unfinished in them.
         lost: (run, number) of the unfinished messages whose bytes are not here.
     """
 
-    def __init__(self, box: Postbox) -> None:
-        self.box = box
+    def __init__(self, box: Mailboxes) -> None:
+        self.mailboxes = box
         self._pending: dict[int, Message] = {}
         """Unfinished messages, checkpoints and timers included."""
-        self._parked: dict[int, Message] = {}
+        self._dead_letters: dict[int, Message] = {}
         self._at: dict[int, float] = {}
         self._last: dict[str, tuple[int, Message]] = {}
         """The checkpoint that each run ended with, and its number."""
@@ -75,11 +75,11 @@ class Restorer:
             raise LedgerDamage(unknown) from None
 
     def _feed(self, entry: AnyEntry) -> None:
-        self.box.next_seq = entry.seq + 1
+        self.mailboxes.next_seq = entry.seq + 1
         self._last_at = entry.at
         match entry:
             case Opened(run=name, config=config, total_clients=total, identity=identity):
-                self.box.runs[name] = Run(name, config, total, identity=identity)
+                self.mailboxes.runs[name] = RunState(name, config, total, identity=identity)
             case Accepted():
                 self._accepted(entry, entry.read())
             case Consumed(of=of):
@@ -87,24 +87,26 @@ class Restorer:
             case Refusal():
                 self._refused(entry)
             case Ended(run=name, reason=reason):
-                run = self.box.runs[name]
+                run = self.mailboxes.runs[name]
                 run.over = reason
                 if run.checkpoint in self._pending:
                     self._last[name] = run.checkpoint, self._pending[run.checkpoint]
                 run.checkpoint, run.carried = None, (0, 0)
-                for unfinished in (self._pending, self._parked):
+                for unfinished in (self._pending, self._dead_letters):
                     for seq in [s for s, each in unfinished.items() if each.run == name]:
                         del unfinished[seq]
 
     def _accepted(self, entry: Accepted, message: Message) -> None:
-        run = self.box.runs[message.run]
+        run = self.mailboxes.runs[message.run]
         self._finished(entry.consumes)
         if message.sender == BROKER and message.kind in ("joined", "left"):
             self._member(run, message)
         elif message.sender == BROKER and message.kind == CONTINUED:
             self._continued(run, entry.seq, message)
         elif message.sender != BROKER:
-            self.box.remembered.add(Mark.of(run.id, message.sender, message.id, entry.message))
+            self.mailboxes.dedup_window.add(
+                PostFingerprint.of(run.id, message.sender, message.id, entry.message)
+            )
         if message.to == CHECKPOINT:
             run.checkpoint = entry.seq
             run.carried = run.carried if entry.traffic is UNSET else entry.traffic
@@ -112,7 +114,7 @@ class Restorer:
             self._pending[entry.seq] = message
             self._at[entry.seq] = entry.at
 
-    def _member(self, run: Run, message: Message) -> None:
+    def _member(self, run: RunState, message: Message) -> None:
         """A node joined, or left."""
         body = message.body
         name = body["node"]
@@ -138,7 +140,7 @@ class Restorer:
         again = known is not None and known.hello.session == hello.session
         run.nodes[name] = Node(hello, run, b"", 0.0, sessions=sessions + (not again))
 
-    def _continued(self, run: Run, seq: int, message: Message) -> None:
+    def _continued(self, run: RunState, seq: int, message: Message) -> None:
         """The run was taken up again: none of its nodes is here, and it may not be over now."""
         run.config = message.body["config"]
         for node in run.nodes.values():
@@ -161,7 +163,7 @@ class Restorer:
         Raises:
             LedgerError: the ledger does not hold what its last checkpoint names.
         """
-        if continuation.run not in self.box.runs:
+        if continuation.run not in self.mailboxes.runs:
             return
         stopped_s = max(0.0, now - self._last_at) if self._last_at is not None else 0.0
         message = Message(
@@ -178,10 +180,10 @@ class Restorer:
         )
         entry = Accepted(seq=ledger.next_seq, at=now, message=encode_message(message))
         self.feed(entry)
-        self._check_last(self.box.runs[continuation.run], ledger)
+        self._check_last(self.mailboxes.runs[continuation.run], ledger)
         ledger.append(entry)
 
-    def _check_last(self, run: Run, ledger: Ledger) -> None:
+    def _check_last(self, run: RunState, ledger: Ledger) -> None:
         """Raise LedgerError if the checkpoint that a run is to go on from cannot be read."""
         last = None if run.checkpoint is None else self._pending.get(run.checkpoint)
         if last is not None and any(
@@ -195,20 +197,20 @@ class Restorer:
 
     def _finished(self, seqs: Iterable[int]) -> None:
         for seq in seqs:
-            message = self._pending.pop(seq, None) or self._parked.pop(seq, None)
+            message = self._pending.pop(seq, None) or self._dead_letters.pop(seq, None)
             if message is not None:
-                run = self.box.runs[message.run]
+                run = self.mailboxes.runs[message.run]
                 run.refused.discard(seq)
                 run.interrupted.pop(seq, None)
 
     def _refused(self, refusal: Refusal) -> None:
-        run = self.box.runs[refusal.run]
+        run = self.mailboxes.runs[refusal.run]
         if refusal.of is None:
-            self.box.remembered.add(Mark.from_bytes(refusal.mark))
+            self.mailboxes.dedup_window.add(PostFingerprint.from_bytes(refusal.mark))
             return
         run.refused.add(refusal.of)
-        if refusal.parked:
-            self._parked[refusal.of] = self._pending.pop(refusal.of)
+        if refusal.dead_lettered:
+            self._dead_letters[refusal.of] = self._pending.pop(refusal.of)
             run.interrupted.pop(refusal.of, None)
 
     def finish(self, ledger: Ledger, now: float, lease_s: float) -> None:
@@ -216,23 +218,23 @@ class Restorer:
 
         A node that was there has a lease's time to come back before it is taken to have left.
         """
-        for run in self.box.runs.values():
+        for run in self.mailboxes.runs.values():
             for node in run.nodes.values():
                 node.alive = node.alive and not run.over
-                node.heard, node.lease_until = now, now + lease_s
+                node.last_seen, node.lease_until = now, now + lease_s
                 if node.alive:
                     run.hosts |= dict.fromkeys(addresses(node.hello), node.name)
-        for seq, message in sorted((self._pending | self._parked).items()):
+        for seq, message in sorted((self._pending | self._dead_letters).items()):
             ledger.use(seq, [blob_name(message, blob) for blob in message.blobs])
         for seq, message in self._pending.items():
-            run = self.box.runs[message.run]
+            run = self.mailboxes.runs[message.run]
             if any(ledger.size_of(blob_name(message, blob)) is None for blob in message.blobs):
                 self.lost.append((run.id, seq))
                 continue
             host = run.host_of(message.to)
             if message.to == TIMER:
                 token, after_s = timer_of(message)
-                heapq.heappush(self.box.timers, (self._at[seq] + after_s, seq, run.id, token))
+                heapq.heappush(self.mailboxes.timers, (self._at[seq] + after_s, seq, run.id, token))
             elif message.to == CHECKPOINT:
                 pass
             elif host is not None:
@@ -246,9 +248,9 @@ class Restorer:
         return self._pending
 
     @property
-    def parked(self) -> tuple[int, ...]:
+    def dead_letters(self) -> tuple[int, ...]:
         """Return the numbers of the messages that nobody is offered any more."""
-        return tuple(sorted(self._parked))
+        return tuple(sorted(self._dead_letters))
 
 
 def random_identity() -> str:
@@ -262,7 +264,7 @@ def open_broker(
     now: float,
     *,
     retain_bytes: int | None = EVERYTHING,
-    offer_parked: bool = False,
+    redeliver_dead_letters: bool = False,
     continuation: Continuation | None = None,
     draw_identity: Callable[[], str] = random_identity,
 ) -> tuple[Ledger, Broker]:
@@ -273,7 +275,7 @@ def open_broker(
         settings: of the broker.
         now: in seconds since 1970.
         retain_bytes: see `Ledger`.
-        offer_parked: whether parked messages are to be tried again, under a new number.
+        redeliver_dead_letters: deliver dead-lettered messages again, under new numbers.
         continuation: of a run that is taken up again with all of its nodes.
         draw_identity: see `Broker`.
 
@@ -282,13 +284,13 @@ def open_broker(
             more.
         LedgerError: the ledger cannot be read or written.
     """
-    restorer = Restorer(Postbox())
+    restorer = Restorer(Mailboxes())
     try:
         check_entries(folder)
         ledger = Ledger(folder, restorer.feed, retain_bytes=retain_bytes)
     except LedgerDamage as error:
         raise error.advise(check_advice(folder)) from None
-    for seq in restorer.parked if offer_parked else ():
+    for seq in restorer.dead_letters if redeliver_dead_letters else ():
         # As a new message: a session that lives on takes what is newer than what it has.
         data = ledger.read(seq).message
         entry = Accepted(seq=ledger.next_seq, at=now, message=data, consumes=(seq,))
@@ -306,7 +308,7 @@ def open_broker(
     except LedgerError:
         ledger.close()
         raise
-    core = Broker(settings, ledger, draw_identity, restorer.box)
+    core = Broker(settings, ledger, draw_identity, restorer.mailboxes)
     for run, seq in restorer.lost:
         for action in core.give_up(run, [seq], _LOST, now):
             if isinstance(action, Append):

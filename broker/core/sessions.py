@@ -11,28 +11,19 @@ from msgspec import UNSET
 
 from fedmq.broker.core import delivery
 from fedmq.broker.core.admission import MAX_EARLY, find_run, wait_for_run, why_not, wrong_name
-from fedmq.broker.core.mailboxes import Postbox
-from fedmq.broker.core.state import (
-    Action,
-    Append,
-    BrokerSettings,
-    Log,
-    Node,
-    Probe,
-    Release,
-    Run,
-    Send,
-)
+from fedmq.broker.core.mailboxes import Mailboxes
+from fedmq.broker.core.state import Action, Append, Log, Node, Probe, RunState, SendTo, Unpin
 from fedmq.broker.ledger.entries import Opened
 from fedmq.broker.rejections import Code
+from fedmq.broker.settings import BrokerSettings
 from fedmq.broker.wire.addresses import AGGREGATOR, BROKER, RECORD, addresses
-from fedmq.broker.wire.schema import Deliver, Hello, Over, Reject, Welcome
+from fedmq.broker.wire.schema import Deliver, Hello, Reject, RunEnded, Welcome
 
-PATIENCE_LEASES = 10
+MAX_SILENT_LEASES = 10
 """A node whose connection stands may be silent for this many leases, and no longer."""
 
 
-class Members:
+class Sessions:
     """The nodes of all runs, and their connections.
 
     Args:
@@ -50,11 +41,11 @@ class Members:
     def __init__(
         self,
         settings: BrokerSettings,
-        box: Postbox,
+        box: Mailboxes,
         draw_identity: Callable[[], str],
         on_admit: Callable[[Node, float, list[Action]], None],
     ) -> None:
-        self._settings, self._box = settings, box
+        self._settings, self._mailboxes = settings, box
         self._draw_identity, self._on_admit = draw_identity, on_admit
         self.peers: dict[bytes, Node] = {}
         self.early: dict[bytes, Hello] = {}
@@ -65,7 +56,7 @@ class Members:
         if wrong := wrong_name(hello):
             self._reject(peer, hello, *wrong, out)
             return
-        run = find_run(self._box.runs, hello)
+        run = find_run(self._mailboxes.runs, hello)
         if isinstance(run, str):
             self._reject(peer, hello, "run", run, out)
             return
@@ -73,7 +64,7 @@ class Members:
             if len(self.early) >= MAX_EARLY:
                 del self.early[next(iter(self.early))]
             self.early[peer] = hello
-            out.append(Send(peer, wait_for_run(self._box.runs)))
+            out.append(SendTo(peer, wait_for_run(self._mailboxes.runs)))
             return
         self.early.pop(peer, None)
         known = run.nodes.get(hello.node)
@@ -82,17 +73,17 @@ class Members:
                 # It has another connection now: its goodbye comes over this one.
                 self.peers.pop(known.peer, None)
                 known.peer, self.peers[peer] = peer, known
-            out.append(Send(peer, Over(reason=run.over)))
+            out.append(SendTo(peer, RunEnded(reason=run.over)))
             return
         reason = why_not(run, hello, known)
         if reason:
             self._reject(peer, hello, *reason, out, config=run.config)
             return
-        if run.id not in self._box.runs:
-            self._box.runs[run.id] = run
+        if run.id not in self._mailboxes.runs:
+            self._mailboxes.runs[run.id] = run
             run.identity = self._draw_identity()
             opened = Opened(
-                seq=self._box.number(),
+                seq=self._mailboxes.number(),
                 at=now,
                 run=run.id,
                 config=run.config,
@@ -115,7 +106,7 @@ class Members:
         self,
         peer: bytes,
         hello: Hello,
-        run: Run,
+        run: RunState,
         known: Node | None,
         now: float,
         out: list[Action],
@@ -134,7 +125,7 @@ class Members:
             if known is not None:
                 if known.alive:
                     reason = "a newer session has taken over"
-                    out.append(Send(known.peer, Reject(code="replaced", reason=reason)))
+                    out.append(SendTo(known.peer, Reject(code="replaced", reason=reason)))
                     self.leave(known, reason, now, out)
                 self.peers.pop(known.peer, None)
                 node.sessions = known.sessions
@@ -142,7 +133,7 @@ class Members:
                 node.sent_bytes = known.sent_bytes + known.read_bytes
             run.nodes[hello.node] = node
         node.next_n = max(node.next_n, hello.first)
-        node.heard = now
+        node.last_seen = now
         node.lease_until = now + self._settings.lease_s
         self.peers[peer] = node
         checkpoint = None if hello.got else self._checkpoint_for(node)
@@ -156,7 +147,7 @@ class Members:
             identity=run.identity,
             continued=UNSET if run.continued is None or not leads else run.continued,
         )
-        out.append(Send(peer, welcome))
+        out.append(SendTo(peer, welcome))
         if not node.alive:
             node.alive = True
             node.sessions += not returning
@@ -165,19 +156,19 @@ class Members:
             for address in addresses(hello):
                 run.hosts[address] = hello.node
                 found |= dict.fromkeys(run.waiting.pop(address, ()), address)
-            delivery.give(node, found)
+            delivery.enqueue_waiting(node, found)
             attempts = run.interrupted.get(next(iter(node.pending), -1), 0)
             node.resume_at = now + pause if (pause := delivery.retry_pause(attempts)) else 0.0
         self.due = min(self.due, _due(node))
         delivery.start_over(node, hello.got)
-        out.extend(delivery.offer(node, self._box.read, now))
+        out.extend(delivery.deliver(node, self._mailboxes.read, now))
         self._on_admit(node, now, out)
 
     def _checkpoint_for(self, node: Node) -> Deliver | None:
         seq = node.run.checkpoint
         if seq is None or node.hello.role != AGGREGATOR:
             return None
-        accepted = self._box.read(seq)
+        accepted = self._mailboxes.read(seq)
         return Deliver(seq=seq, at=accepted.at, message=accepted.message)
 
     def _reject(
@@ -191,9 +182,9 @@ class Members:
     ) -> None:
         """Say why a node is not admitted; ``config``: of the run, to which its own may not fit."""
         reject = Reject(code=code, reason=reason[:2000])
-        if code == "config" and hello.run in self._box.runs:
+        if code == "config" and hello.run in self._mailboxes.runs:
             reject = msgspec.structs.replace(reject, config=config)
-        out.append(Send(peer, reject))
+        out.append(SendTo(peer, reject))
         out.append(Log("warning", "rejected", {"peer_node": hello.node[:100], "reason": reason}))
 
     def look_after(self, now: float, out: list[Action]) -> None:
@@ -209,7 +200,7 @@ class Members:
         for node in self.alive():
             if node.resume_at and node.resume_at <= now:
                 node.resume_at = 0.0
-                out.extend(delivery.offer(node, self._box.read, now))
+                out.extend(delivery.deliver(node, self._mailboxes.read, now))
         self.due = self._next_due()
 
     def _next_due(self) -> float:
@@ -221,8 +212,8 @@ class Members:
         An I/O thread keeps a connection up while Python is busy: such a node is slow. After the
         end of its run only its goodbye is missing, which is not worth more than a lease.
         """
-        silent = now - node.heard
-        if not node.peer or node.run.over or silent >= PATIENCE_LEASES * self._settings.lease_s:
+        silent = now - node.last_seen
+        if not node.peer or node.run.over or silent >= MAX_SILENT_LEASES * self._settings.lease_s:
             self.leave(node, f"silent for {silent:.1f} s", now, out)
         else:
             node.lease_until = now + self._settings.beat_s
@@ -236,7 +227,7 @@ class Members:
         run = node.run
         if run.over:
             return
-        out.extend(Release(held.names()) for held in node.held if held.names())
+        out.extend(Unpin(held.names()) for held in node.pending_posts if held.names())
         more: dict[str, Any] = {"reason": reason}
         first = next((seq for seq in node.pending if seq not in run.refused), None)
         if first is not None and first < node.sent and not clean and node.hello.role != AGGREGATOR:
@@ -245,7 +236,7 @@ class Members:
             if attempts >= self._settings.deliveries:
                 text = f"parked: {attempts} sessions ended while they worked on it"
                 code = Code.DEAD_LETTER
-                self._box.refuse(run, first, BROKER, text, now, out, code=code, parked=True)
+                self._mailboxes.refuse(run, first, BROKER, text, now, out, code=code, parked=True)
                 del node.pending[first], run.interrupted[first]
         for address in addresses(node.hello):
             if run.hosts.get(address) == node.name:
@@ -271,12 +262,12 @@ class Members:
             **more,
         }
         to = RECORD if hello.role == AGGREGATOR else AGGREGATOR
-        self._box.say(node.run, kind, to, body, now, out)
+        self._mailboxes.publish(node.run, kind, to, body, now, out)
         out.append(Log("info", kind, {"peer_node": hello.node, "role": hello.role, **more}))
 
     def alive(self) -> Iterator[Node]:
         """Yield the nodes that are there."""
-        for run in self._box.runs.values():
+        for run in self._mailboxes.runs.values():
             for node in run.nodes.values():
                 if node.alive:
                     yield node

@@ -10,32 +10,17 @@ from typing import Any, Protocol
 import xxhash
 from msgspec import Struct
 
-from fedmq.broker.core.deduplication import Mark
+from fedmq.broker.core.deduplication import PostFingerprint
 from fedmq.broker.errors import WireError
 from fedmq.broker.ledger.entries import Accepted, BlobName, Entry, blob_name
 from fedmq.broker.rejections import Rejection
 from fedmq.broker.wire.addresses import AGGREGATOR
 from fedmq.broker.wire.chunked_transfer import Fetcher, Owned
-from fedmq.broker.wire.schema import AnyFrame, Blob, Buffer, Frame, Hello, Message, Numbered
+from fedmq.broker.wire.schema import AnyFrame, Blob, Buffer, Frame, Hello, Message, NumberedFrame
 
 UPLOAD_WINDOW_CHUNKS = 8
 """Twice a node's own window: the broker writes each chunk, and more are to come meanwhile
 (measured on two cores: 560 MB/s with 4, 640 with 8, 710 with 16)."""
-
-
-@dataclass(frozen=True)
-class BrokerSettings:
-    """How patient a broker is.
-
-    lease_s: a node that has been silent for this long, and whose connection is gone, has
-        left.
-    beat_s: a node says something at least this often.
-    deliveries: a task at which so many sessions of workers died is parked.
-    """
-
-    lease_s: float = 10.0
-    beat_s: float = 1.0
-    deliveries: int = 5
 
 
 @dataclass(frozen=True)
@@ -71,7 +56,7 @@ class Store(Protocol):
 # ---- events
 
 
-class Received(Struct, frozen=True):
+class ReceivedFrom(Struct, frozen=True):
     """A frame from a connection. ``nbytes``: what it took on the wire, buffers included."""
 
     peer: bytes
@@ -93,17 +78,17 @@ class Gone(Struct, frozen=True):
     peer: bytes
 
 
-class Full(Struct, frozen=True):
+class DiskFull(Struct, frozen=True):
     """Nothing can be written to the ledger, for this reason; empty: it can be again."""
 
     reason: str
 
 
-class Wake(Struct, frozen=True):
+class TimerFired(Struct, frozen=True):
     """A deadline has passed, or a batch of events has ended."""
 
 
-Event = Received | Unreadable | Gone | Full | Wake
+Event = ReceivedFrom | Unreadable | Gone | DiskFull | TimerFired
 
 
 # ---- actions
@@ -129,20 +114,20 @@ class Put(Struct, frozen=True):
     data: Buffer
 
 
-class Release(Struct, frozen=True):
+class Unpin(Struct, frozen=True):
     """These blobs were on their way, and are not wanted now."""
 
     names: tuple[BlobName, ...]
 
 
-class Drop(Struct, frozen=True):
+class Discard(Struct, frozen=True):
     """Take back the pieces of a blob that were put so far: they are not what it says."""
 
     name: BlobName
     size: int
 
 
-class Send(Struct, frozen=True):
+class SendTo(Struct, frozen=True):
     """Send a frame, with these blobs from the ledger as its buffers."""
 
     peer: bytes
@@ -167,19 +152,19 @@ class Log(Struct, frozen=True):
     fields: dict[str, Any]
 
 
-Action = Append | Put | Release | Drop | Send | Probe | Log
+Action = Append | Put | Unpin | Discard | SendTo | Probe | Log
 
 
 # ---- state
 
 
 @dataclass
-class Held:
+class PendingPost:
     """A numbered frame that waits for its blobs, or for the frames before it."""
 
-    frame: Numbered
+    frame: NumberedFrame
     message: Message | None = None
-    mark: Mark | None = None
+    fingerprint: PostFingerprint | None = None
     apart: list[Blob] = field(default_factory=list)
     """Its blobs that are not beside it."""
     missing: set[Owned] = field(default_factory=set)
@@ -205,19 +190,19 @@ class Node:
     """
 
     hello: Hello
-    run: Run
+    run: RunState
     peer: bytes
     lease_until: float
     alive: bool = True
-    heard: float = 0.0
+    last_seen: float = 0.0
     next_n: int = 0
-    held: deque[Held] = field(default_factory=deque)
+    pending_posts: deque[PendingPost] = field(default_factory=deque)
     fetcher: Fetcher = field(default_factory=lambda: Fetcher(UPLOAD_WINDOW_CHUNKS))
     pending: dict[int, str] = field(default_factory=dict)
     queue: deque[int] = field(default_factory=deque)
-    flying: deque[tuple[int, int, int]] = field(default_factory=deque)
-    flying_messages: int = 0
-    flying_bytes: int = 0
+    in_flight: deque[tuple[int, int, int]] = field(default_factory=deque)
+    in_flight_messages: int = 0
+    in_flight_bytes: int = 0
     sent: int = 0
     resume_at: float = 0.0
     received_bytes: int = 0
@@ -235,7 +220,7 @@ class Node:
 
 
 @dataclass
-class Run:
+class RunState:
     """A run: its nodes, who hosts which address, and what waits for an absent host.
 
     hosts: address to the name of the node that hosts it.

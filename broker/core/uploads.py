@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Mapping, Sequence
 
-from fedmq.broker.core.state import Action, Drop, Held, Node, Put, Send, Store
+from fedmq.broker.core.state import Action, Discard, Node, PendingPost, Put, SendTo, Store
 from fedmq.broker.ledger.entries import BlobName, blob_name
 from fedmq.broker.rejections import Code, Rejection
 from fedmq.broker.wire.chunked_transfer import Owned
@@ -13,9 +13,9 @@ from fedmq.broker.wire.schema import EMPTY, Blob, Buffer, Chunk, Message
 
 UPLOAD_CHUNKS = 32
 """Chunks on their way to the broker, from all nodes together; each may send at least one."""
-UPLOAD_CHUNKS_IN_TALK = 1
+UPLOAD_CHUNKS_AMID_SMALL_MESSAGES = 1
 """From one node, while others talk so much that round trips matter more than throughput:"""
-TALK, TALK_WITHIN_S = 4, 0.2
+SMALL_MESSAGE_RATE, SMALL_MESSAGE_PERIOD_S = 4, 0.2
 """so many messages without blobs in so many seconds, to nodes that upload nothing. (Measured
 on two cores, beside a stream of 100 MB blobs: round trips of small messages 25 to 28 ms at
 the 99th percentile with a window of 8 chunks, 15 to 17 with 2, 11 to 16 with 1.)"""
@@ -32,7 +32,7 @@ class Uploads:
         self._store = store
         self._busy: dict[int, Node] = {}
         """Nodes that were asked for chunks, by identity."""
-        self._talk: deque[float] = deque(maxlen=TALK)
+        self._small_messages: deque[float] = deque(maxlen=SMALL_MESSAGE_RATE)
         """When the last messages without blobs came."""
         self._completed: tuple[BlobName, int] | None = None
         """The blob, and its size, whose last piece this event has brought to the ledger."""
@@ -41,16 +41,16 @@ class Uploads:
         """Another event begins."""
         self._completed = None
 
-    def heard(self, node: Node, message: Message, now: float) -> None:
+    def note_message(self, node: Node, message: Message, now: float) -> None:
         """Note that something was said, and whether a round trip may be waiting for it."""
         recipient = node.run.host_of(message.to)
         if not message.blobs and not (recipient is not None and len(recipient.fetcher)):
-            self._talk.append(now)
+            self._small_messages.append(now)
 
     def begin_post(
         self,
         node: Node,
-        held: Held,
+        held: PendingPost,
         message: Message,
         beside: Mapping[Blob, Buffer],
         out: list[Action],
@@ -68,7 +68,7 @@ class Uploads:
                 held.apart.append(blob)
         self.lacks(node, held)
 
-    def lacks(self, node: Node, held: Held) -> bool:
+    def lacks(self, node: Node, held: PendingPost) -> bool:
         """Tell whether blobs of a post are missing, and see to it that they are fetched.
 
         Asked again when its turn has come: what was there may have been deleted meanwhile.
@@ -107,21 +107,21 @@ class Uploads:
             good = node.fetcher.finished(name)
             if good and not whole:
                 # Its first pieces were deleted while its node was away: once more, then.
-                for held in node.held:
+                for held in node.pending_posts:
                     held.missing.discard(name)
             elif good is False:
-                out.append(Drop(full, piece.size))
+                out.append(Discard(full, piece.size))
                 reason = "the bytes of a blob do not match its digest"
                 self._failed(node, name, Code.BAD_BLOB, reason)
             elif good:
                 self._completed = (full, piece.size)
-                for held in node.held:
+                for held in node.pending_posts:
                     held.missing.discard(name)
         return True
 
     def _failed(self, node: Node, name: Owned, code: Code, reason: str) -> None:
-        node.fetcher.drop(name)
-        for held in node.held:
+        node.fetcher.discard(name)
+        for held in node.pending_posts:
             if name in held.missing:
                 held.missing.discard(name)
                 held.refusal = Rejection(code, f"{reason} ({name.digest.hex()})")
@@ -132,9 +132,12 @@ class Uploads:
             self._busy[id(node)] = node
             self._busy = {k: each for k, each in self._busy.items() if _is_busy(each)}
             window = max(1, UPLOAD_CHUNKS // max(1, len(self._busy)))
-            if len(self._talk) == TALK and now - self._talk[0] < TALK_WITHIN_S:
-                window = min(window, UPLOAD_CHUNKS_IN_TALK)
-            out.extend(Send(node.peer, want) for want in node.fetcher.wants(window))
+            if (
+                len(self._small_messages) == SMALL_MESSAGE_RATE
+                and now - self._small_messages[0] < SMALL_MESSAGE_PERIOD_S
+            ):
+                window = min(window, UPLOAD_CHUNKS_AMID_SMALL_MESSAGES)
+            out.extend(SendTo(node.peer, want) for want in node.fetcher.wants(window))
 
 
 def _is_busy(node: Node) -> bool:

@@ -1,8 +1,7 @@
 """Looking through a whole ledger: what is damaged, and what would be lost with it.
 
-`check` reads every record and every blob, and changes nothing. The entries are one chain: what
-lies behind the first damage among them cannot be used, however whole it is. Pieces of payload
-stand each for itself: damage there takes the blobs that it belongs to.
+`check` reads every record and every blob, and changes nothing. Entries form one chain: nothing
+behind the first damaged one can be used. Damaged payload loses only the blobs stored there.
 """
 
 from __future__ import annotations
@@ -13,11 +12,11 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 
-from fedmq.broker.core.mailboxes import Postbox
+from fedmq.broker.core.mailboxes import Mailboxes
 from fedmq.broker.core.recovery import Restorer
 from fedmq.broker.errors import LedgerDamage, LedgerError, NotKept
 from fedmq.broker.inspection.repair_notes import accepted_losses
-from fedmq.broker.inspection.verified_blobs import Pieces
+from fedmq.broker.inspection.verified_blobs import VerifiedBlobReader
 from fedmq.broker.ledger.entries import (
     MESSAGES,
     PAYLOAD,
@@ -25,21 +24,21 @@ from fedmq.broker.ledger.entries import (
     AnyEntry,
     BlobName,
     blob_name,
+    decode_chunk,
     decode_entries,
-    decode_piece,
     ledger_folder,
     segment_numbers,
     segment_path,
 )
 from fedmq.broker.ledger.manifest import Manifest
 from fedmq.broker.ledger.reader import read_entries
-from fedmq.broker.ledger.records import MAGIC, Fault, Record, walk
+from fedmq.broker.ledger.records import MAGIC, DamageKind, Record, walk
 from fedmq.broker.wire.addresses import CHECKPOINT
 from fedmq.broker.wire.schema import EMPTY
 
 
-class Kind(StrEnum):
-    """What is wrong with a place in a ledger; the first five as in `records.Fault`."""
+class FindingKind(StrEnum):
+    """What is wrong with a place in a ledger; the first five as in `records.DamageKind`."""
 
     TORN = "torn"
     LAST = "last"
@@ -96,7 +95,7 @@ class Finding:
         breaks: whether no entry behind it can be used.
     """
 
-    kind: Kind
+    kind: FindingKind
     segment: str
     offset: int
     size: int
@@ -176,13 +175,13 @@ def check(folder: Path) -> Report:
     payload = segment_numbers(report.folder, PAYLOAD)
     if not (messages or payload or manifest.expected):
         raise LedgerError(f"expected a run's folder with a ledger in it, {folder} holds none")
-    restorer = Restorer(Postbox())
+    restorer = Restorer(Mailboxes())
     chain = _Chain(report, restorer)
     named = chain.read(messages)
     if not messages:
         reason = "there are no messages-*.log; nothing says what the payload belongs to"
         name = segment_path(report.folder, MESSAGES, 0).name
-        report.findings.append(Finding(Kind.MISSING, name, 0, 0, reason, breaks=True))
+        report.findings.append(Finding(FindingKind.MISSING, name, 0, 0, reason, breaks=True))
     for number in payload:
         _read_payload(report, number, last=number == payload[-1])
     if messages and not report.entries and report.breaking is None:
@@ -192,13 +191,13 @@ def check(folder: Path) -> Report:
         name = segment_path(report.folder, *missing).name
         if name not in known:
             reason = "the segment is missing"
-            report.findings.append(Finding(Kind.MISSING, name, 0, 0, reason))
-    report.runs = list(restorer.box.runs)
-    report.ended = [name for name, run in restorer.box.runs.items() if run.over]
+            report.findings.append(Finding(FindingKind.MISSING, name, 0, 0, reason))
+    report.runs = list(restorer.mailboxes.runs)
+    report.ended = [name for name, run in restorer.mailboxes.runs.items() if run.over]
     report.unfinished = len(restorer.unfinished)
     newest = [
         run.checkpoint
-        for run in restorer.box.runs.values()
+        for run in restorer.mailboxes.runs.values()
         if run.checkpoint is not None and not run.over
     ]
     needed, vital = (
@@ -221,7 +220,7 @@ def _check_begun(report: Report) -> None:
     if any(records for other, _, records in report.segments if other.startswith(PAYLOAD)):
         reason = "there is no whole entry in it; nothing says what the payload belongs to"
         size = _size(report.folder / name)
-        report.findings.append(Finding(Kind.EMPTY, name, 0, size, reason, breaks=True))
+        report.findings.append(Finding(FindingKind.EMPTY, name, 0, size, reason, breaks=True))
         report.tails = [each for each in report.tails if each.segment != name]
 
 
@@ -235,7 +234,13 @@ def _check_checkpoints(report: Report, newest: list[int], chain: _Chain) -> None
     reason = f"the newest checkpoint, entry {bad[0]}, lacks bytes; the one before it may serve"
     size = record.end - record.offset
     found = Finding(
-        Kind.CHECKPOINT, path.name, record.offset, size, reason, (bad[0], bad[0]), breaks=True
+        FindingKind.CHECKPOINT,
+        path.name,
+        record.offset,
+        size,
+        reason,
+        (bad[0], bad[0]),
+        breaks=True,
     )
     report.findings.append(found)
     report.behind = [each for each in read_entries(report.folder) if each.seq > bad[0]]
@@ -267,13 +272,13 @@ class _Chain:
                 try:
                     entries = decode_entries(found, path)
                 except LedgerDamage as error:
-                    self.broken(Kind.CONTENT, path, found.offset, found.end, error.reason)
+                    self.broken(FindingKind.CONTENT, path, found.offset, found.end, error.reason)
                 else:
                     self._take(entries, path, found)
             self._report.segments.append((path.name, _size(path), records))
         return self._named
 
-    def broken(self, kind: Kind, path: Path, offset: int, end: int, reason: str) -> None:
+    def broken(self, kind: FindingKind, path: Path, offset: int, end: int, reason: str) -> None:
         """Note damage; if it is the first, no entry behind it counts."""
         first = self._report.breaking is None
         found = Finding(kind, path.name, offset, end - offset, reason, breaks=first)
@@ -288,10 +293,10 @@ class _Chain:
         if number > expected:
             missing = segment_path(self._report.folder, MESSAGES, expected)
             reason = f"entries {expected} to {number - 1} are missing"
-            self.broken(Kind.MISSING, missing, 0, 0, reason)
+            self.broken(FindingKind.MISSING, missing, 0, 0, reason)
         else:
             reason = f"expected the segment to begin with entry {expected}, by its name"
-            self.broken(Kind.NUMBER, path, 0, _size(path), reason)
+            self.broken(FindingKind.NUMBER, path, 0, _size(path), reason)
 
     def _take(self, entries: Sequence[AnyEntry], path: Path, record: Record) -> None:
         report, first = self._report, entries[0].seq
@@ -302,7 +307,7 @@ class _Chain:
             if record.offset == len(MAGIC):
                 other = segment_path(report.folder, MESSAGES, first).name
                 reason += f"; perhaps this is {other} under another name"
-            self.broken(Kind.NUMBER, path, record.offset, record.end, reason)
+            self.broken(FindingKind.NUMBER, path, record.offset, record.end, reason)
             self._open = None
         for entry in entries:
             if report.breaking is not None:
@@ -311,7 +316,7 @@ class _Chain:
             try:
                 self._restorer.feed(entry)
             except LedgerDamage as error:
-                self.broken(Kind.CONTENT, path, record.offset, record.end, error.reason)
+                self.broken(FindingKind.CONTENT, path, record.offset, record.end, error.reason)
                 continue
             report.entries = entry.seq + 1
             if isinstance(entry, Accepted):
@@ -331,18 +336,18 @@ def _each(path: Path, report: Report, *, last: bool, chain: _Chain | None) -> It
             if isinstance(found, Record):
                 yield found
                 continue
-            kind = Kind(found.fault)
+            kind = FindingKind(found.fault)
             reason = found.error(path).reason
             size = found.end - found.offset
-            if found.fault is Fault.TORN and (last or chain is not None):
+            if found.fault is DamageKind.TORN and (last or chain is not None):
                 # In the middle of the chain, it is missed only if an entry is.
                 report.tails.append(Finding(kind, path.name, found.offset, size, reason))
-            elif chain is not None and found.fault is not Fault.FORMAT:
+            elif chain is not None and found.fault is not DamageKind.FORMAT:
                 chain.broken(kind, path, found.offset, found.end, reason)
             else:
                 report.findings.append(Finding(kind, path.name, found.offset, size, reason))
     except LedgerError as error:
-        kind = Kind.FORMAT if isinstance(error, LedgerDamage) else Kind.READING
+        kind = FindingKind.FORMAT if isinstance(error, LedgerDamage) else FindingKind.READING
         start = error.offset
         if chain is not None:
             chain.broken(kind, path, start, max(start, _size(path)), error.reason)
@@ -357,10 +362,10 @@ def _read_payload(report: Report, number: int, *, last: bool) -> None:
     for record in _each(path, report, last=last, chain=None):
         records += 1
         try:
-            decode_piece(record, path)
+            decode_chunk(record, path)
         except LedgerDamage as error:
             size = record.end - record.offset
-            found = Finding(Kind.CONTENT, path.name, record.offset, size, error.reason)
+            found = Finding(FindingKind.CONTENT, path.name, record.offset, size, error.reason)
             report.findings.append(found)
     report.segments.append((path.name, _size(path), records))
 
@@ -369,7 +374,7 @@ def _read_blobs(
     report: Report, named: Named, needed: set[BlobName], given_up: set[BlobName], *, kept_all: bool
 ) -> None:
     """Read every blob that a message names."""
-    pieces = Pieces(report.folder)
+    pieces = VerifiedBlobReader(report.folder)
     for (name, size), seqs in named.items():
         report.blobs += 1
         what = f"blob {name.digest.hex()} of {name.owner}"

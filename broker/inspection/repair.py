@@ -19,12 +19,12 @@ from enum import StrEnum
 from pathlib import Path
 
 from fedmq.broker.errors import LedgerDamage, LedgerError, io_error
-from fedmq.broker.inspection.check import Finding, Kind, Report, check
+from fedmq.broker.inspection.check import Finding, FindingKind, Report, check
 from fedmq.broker.inspection.repair_notes import note_repair
 from fedmq.broker.ledger.entries import (
     MESSAGES,
     PAYLOAD,
-    decode_piece,
+    decode_chunk,
     segment_numbers,
     segment_path,
 )
@@ -34,7 +34,7 @@ from fedmq.broker.ledger.records import MAGIC, Record, walk
 from fedmq.broker.ledger.segment_writer import copy_bytes, set_aside, sync_folder, unused_name
 
 
-class Action(StrEnum):
+class RepairAction(StrEnum):
     """What a step does to a segment."""
 
     CUT = "cut"
@@ -52,13 +52,13 @@ class Action(StrEnum):
 
 
 @dataclass(frozen=True)
-class Step:
+class RepairStep:
     """One thing that a repair does.
 
     segment: name of the file. offset, size: which bytes of it are set aside. count: of blobs.
     """
 
-    action: Action
+    action: RepairAction
     segment: str
     offset: int = 0
     size: int = 0
@@ -67,31 +67,31 @@ class Step:
     def __str__(self) -> str:
         """Return what it does, as a sentence."""
         match self.action:
-            case Action.CUT:
+            case RepairAction.CUT:
                 return (
                     f"cut {self.segment} at byte {self.offset:,}: {self.size:,} bytes go to a "
                     "file beside it"
                 )
-            case Action.TAKE_OUT:
+            case RepairAction.TAKE_OUT:
                 return f"move {self.size:,} damaged bytes of {self.segment} to a file beside it"
-            case Action.RENAME:
+            case RepairAction.RENAME:
                 return f"set {self.segment} aside as a whole ({self.size:,} bytes)"
-            case Action.HEADER:
+            case RepairAction.HEADER:
                 return f"write the first {len(MAGIC)} bytes of {self.segment} again"
-            case Action.FORGET:
+            case RepairAction.FORGET:
                 return f"go on without {self.segment}, which is missing"
-            case Action.GIVE_UP:
+            case RepairAction.GIVE_UP:
                 return f"give up what is lost: {self.count:,} blob{'' if self.count == 1 else 's'}"
 
 
-def plan(report: Report) -> list[Step]:
+def plan(report: Report) -> list[RepairStep]:
     """Return what would make a broker go on with this ledger; nothing if it does already.
 
     Raises:
         LedgerError: a file cannot be read: a device, or its file system, must be mended first.
     """
     for finding in report.findings:
-        if finding.kind is Kind.READING:
+        if finding.kind is FindingKind.READING:
             raise LedgerError(
                 f"{finding.reason}; mend the device, or the permissions, first",
                 finding.segment,
@@ -100,62 +100,67 @@ def plan(report: Report) -> list[Step]:
     steps = _messages_steps(report)
     damaged: dict[str, list[Finding]] = {}
     for finding in report.findings:
-        if finding.family == PAYLOAD and finding.kind is not Kind.MISSING:
+        if finding.family == PAYLOAD and finding.kind is not FindingKind.MISSING:
             damaged.setdefault(finding.segment, []).append(finding)
-    gone = {each.segment for each in steps if each.action is Action.RENAME}
+    gone = {each.segment for each in steps if each.action is RepairAction.RENAME}
     for segment, findings in damaged.items():
         size = (report.folder / segment).stat().st_size
         if segment in gone:
             continue
-        if all(each.kind is Kind.FORMAT for each in findings):
+        if all(each.kind is FindingKind.FORMAT for each in findings):
             # The records behind a header that is wrong are read; of another kind of file, none.
             whole = findings[0].size > len(MAGIC)
-            action = Action.RENAME if whole else Action.HEADER
-            steps.append(Step(action, segment, 0, size if whole else 0))
+            action = RepairAction.RENAME if whole else RepairAction.HEADER
+            steps.append(RepairStep(action, segment, 0, size if whole else 0))
         else:
-            steps.append(Step(Action.TAKE_OUT, segment, 0, sum(each.size for each in findings)))
+            steps.append(
+                RepairStep(RepairAction.TAKE_OUT, segment, 0, sum(each.size for each in findings))
+            )
     for finding in report.findings:
-        if finding.kind is Kind.MISSING and not finding.breaks:
-            steps.append(Step(Action.FORGET, finding.segment))
+        if finding.kind is FindingKind.MISSING and not finding.breaks:
+            steps.append(RepairStep(RepairAction.FORGET, finding.segment))
     if report.lost:
-        steps.append(Step(Action.GIVE_UP, "", count=len(report.lost)))
+        steps.append(RepairStep(RepairAction.GIVE_UP, "", count=len(report.lost)))
     return steps
 
 
-def _messages_steps(report: Report) -> list[Step]:
+def _messages_steps(report: Report) -> list[RepairStep]:
     folder = report.folder
     steps = [
-        Step(Action.HEADER, each.segment)
+        RepairStep(RepairAction.HEADER, each.segment)
         for each in report.findings
-        if each.family == MESSAGES and each.kind is Kind.FORMAT and not each.breaks
+        if each.family == MESSAGES and each.kind is FindingKind.FORMAT and not each.breaks
     ]
     breaking = report.breaking
     if breaking is None:
         return steps
     names = [segment_path(folder, MESSAGES, n).name for n in segment_numbers(folder, MESSAGES)]
-    if not names or breaking.kind is Kind.EMPTY:
+    if not names or breaking.kind is FindingKind.EMPTY:
         # Without any entry, payload is bytes that nobody names.
-        forget = [] if names else [Step(Action.FORGET, breaking.segment)]
+        forget = [] if names else [RepairStep(RepairAction.FORGET, breaking.segment)]
         names += [segment_path(folder, PAYLOAD, n).name for n in segment_numbers(folder, PAYLOAD)]
-        aside = [Step(Action.RENAME, name, 0, (folder / name).stat().st_size) for name in names]
+        aside = [
+            RepairStep(RepairAction.RENAME, name, 0, (folder / name).stat().st_size)
+            for name in names
+        ]
         return aside + forget
-    whole = breaking.kind in (Kind.FORMAT, Kind.NUMBER) and breaking.offset == 0
-    if breaking.kind is Kind.MISSING:
-        steps.append(Step(Action.FORGET, breaking.segment))
+    whole = breaking.kind in (FindingKind.FORMAT, FindingKind.NUMBER) and breaking.offset == 0
+    if breaking.kind is FindingKind.MISSING:
+        steps.append(RepairStep(RepairAction.FORGET, breaking.segment))
     elif whole:
-        steps.append(Step(Action.RENAME, breaking.segment, 0, breaking.size))
+        steps.append(RepairStep(RepairAction.RENAME, breaking.segment, 0, breaking.size))
     else:
         size = (folder / breaking.segment).stat().st_size - breaking.offset
-        steps.append(Step(Action.CUT, breaking.segment, breaking.offset, size))
+        steps.append(RepairStep(RepairAction.CUT, breaking.segment, breaking.offset, size))
     steps += [
-        Step(Action.RENAME, name, 0, (folder / name).stat().st_size)
+        RepairStep(RepairAction.RENAME, name, 0, (folder / name).stat().st_size)
         for name in names
         if name > breaking.segment
     ]
     return steps
 
 
-def repair(folder: Path, now: float) -> list[Step]:
+def repair(folder: Path, now: float) -> list[RepairStep]:
     """Do what `plan` says; return what was done.
 
     Args:
@@ -167,7 +172,7 @@ def repair(folder: Path, now: float) -> list[Step]:
     """
     lock = FolderLock(folder)
     try:
-        done: list[Step] = []
+        done: list[RepairStep] = []
         # What was behind the damage may have hidden more of it: each round leaves less.
         while steps := plan(report := check(folder)):
             lost = [each.name for each in report.lost]
@@ -183,28 +188,28 @@ def repair(folder: Path, now: float) -> list[Step]:
     return done
 
 
-def _do(report: Report, manifest: Manifest, step: Step) -> None:
+def _do(report: Report, manifest: Manifest, step: RepairStep) -> None:
     path = report.folder / step.segment
     try:
         match step.action:
-            case Action.CUT:
+            case RepairAction.CUT:
                 set_aside(path, step.offset, step.offset + step.size)
                 os.truncate(path, step.offset)
-            case Action.TAKE_OUT:
+            case RepairAction.TAKE_OUT:
                 gaps = [each for each in report.findings if each.segment == step.segment]
                 _take_out(path, gaps)
-            case Action.RENAME:
+            case RepairAction.RENAME:
                 _forget(manifest, step.segment)
                 path.rename(unused_name(path, "set-aside"))
-            case Action.HEADER:
+            case RepairAction.HEADER:
                 set_aside(path, 0, len(MAGIC))
                 with path.open("r+b") as file:
                     file.write(MAGIC)
                     file.flush()
                     os.fsync(file.fileno())
-            case Action.FORGET:
+            case RepairAction.FORGET:
                 _forget(manifest, step.segment)
-            case Action.GIVE_UP:
+            case RepairAction.GIVE_UP:
                 pass  # it is in the note of this repair
     except OSError as error:
         raise io_error(f"cannot {step.action}", error, step.segment, step.offset) from None
@@ -231,7 +236,7 @@ def _copy_whole(path: Path, fresh: Path) -> None:
             if not isinstance(found, Record):
                 continue
             try:
-                decode_piece(found, path)
+                decode_chunk(found, path)
             except LedgerDamage:
                 continue
             copy_bytes(source, target, found.offset, found.end)

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from fedmq.broker.errors import LedgerError
-from fedmq.broker.inspection.verified_blobs import Pieces, check_segment
+from fedmq.broker.inspection.verified_blobs import VerifiedBlobReader, check_segment
 from fedmq.broker.ledger.entries import (
     MESSAGES,
     PAYLOAD,
@@ -32,7 +32,7 @@ from fedmq.broker.ledger.entries import (
     segment_numbers,
     segment_path,
 )
-from fedmq.broker.ledger.reader import EntryIndex, Follower, Tail
+from fedmq.broker.ledger.reader import EntryIndex, LedgerTail, TornTail
 from fedmq.broker.wire.schema import EMPTY, Buffer, Message
 
 
@@ -58,12 +58,12 @@ class Trace:
         if not segment_numbers(self.folder, MESSAGES):
             raise LedgerError(f"expected a run's folder with a ledger in it, {folder} holds none")
         self.damage: LedgerError | None = None
-        self.torn: Tail | None = None
+        self.torn: TornTail | None = None
         self._index = EntryIndex(self.folder)
-        self._follower = Follower(self.folder)
+        self._follower = LedgerTail(self.folder)
         self._count = 0
         self._runs: dict[str, Opened] = {}
-        self._pieces = Pieces(self.folder)
+        self._blobs = VerifiedBlobReader(self.folder)
         self._catch_up()
         self.opened = self._choose(run)
 
@@ -81,7 +81,7 @@ class Trace:
         # Before another run was opened, every message was of this one.
         alone_until: int | None = None
         mine: set[int] = set()
-        for entry in Follower(self.folder).poll():
+        for entry in LedgerTail(self.folder).poll():
             match entry:
                 case Opened(run=run, seq=seq) if run != self.run:
                     alone_until = seq if alone_until is None else alone_until
@@ -126,7 +126,7 @@ class Trace:
         if not blob.size and blob.digest == EMPTY:
             return b""
         what = f"blob {index} of {message.id} ({blob.digest.hex()})"
-        return self._pieces.read(blob_name(message, blob), blob.size, what)
+        return self._blobs.read(blob_name(message, blob), blob.size, what)
 
     def check_payload(self) -> Iterator[int]:
         """Read all payload there is; yield the size of each piece.

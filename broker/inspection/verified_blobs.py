@@ -1,6 +1,6 @@
 """Reading blobs from payload that may be damaged.
 
-The broker's own `PayloadIndex` trusts what it wrote. Here each piece is held against the
+The broker's own `BlobStore` trusts what it wrote. Here each piece is held against the
 checksum of its record, and each blob against its digest. Where one copy of a piece is
 damaged, another serves as well; where none is left, the damage is found.
 """
@@ -16,16 +16,16 @@ from fedmq.broker.errors import LedgerDamage, LedgerError, NotKept, io_error
 from fedmq.broker.ledger.entries import (
     PAYLOAD,
     BlobName,
-    decode_piece,
+    decode_chunk,
     segment_numbers,
     segment_path,
 )
 from fedmq.broker.ledger.reader import tail_of
-from fedmq.broker.ledger.records import MAGIC, Gap, Record, scan, walk
+from fedmq.broker.ledger.records import MAGIC, DamagedRange, Record, scan, walk
 from fedmq.broker.wire.schema import Buffer, digest
 
 
-class _Place(NamedTuple):
+class _StoredChunk(NamedTuple):
     """Where a piece lies, as the head of its record says: that is not verified yet."""
 
     segment: int
@@ -44,17 +44,17 @@ class _Attempt(NamedTuple):
 
     data: Buffer | None = None
     damage: LedgerError | None = None
-    last: _Place | None = None
+    last: _StoredChunk | None = None
 
 
-class Pieces:
+class VerifiedBlobReader:
     """Finds blobs in the payload segments of a folder, and reads them."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         # By blob and its size: the places of its pieces, by where they start in it. The
         # broker may give a blob up and store it again; then another dict is begun.
-        self._places: dict[tuple[BlobName, int], list[dict[int, list[_Place]]]] = {}
+        self._chunks: dict[tuple[BlobName, int], list[dict[int, list[_StoredChunk]]]] = {}
         self._last = 0
         self._end = len(MAGIC)
         self._checked: dict[tuple[int, int, int], LedgerError | None] = {}
@@ -91,14 +91,14 @@ class Pieces:
 
     def _note(self, number: int, record: Record, path: Path) -> None:
         try:
-            piece = decode_piece(record, path)
+            piece = decode_chunk(record, path)
         except LedgerError:
             return  # as in `_catch_up`; by its lengths, the records behind it are found
         name = BlobName(piece.run, piece.owner, piece.digest)
-        attempts = self._places.setdefault((name, piece.size), [{}])
+        attempts = self._chunks.setdefault((name, piece.size), [{}])
         if record.data_length:
             length = record.data_length
-            place = _Place(number, record.offset, record.end, piece.start, length)
+            place = _StoredChunk(number, record.offset, record.end, piece.start, length)
             attempts[-1].setdefault(piece.start, []).append(place)
         elif attempts[-1]:
             attempts.append({})
@@ -106,7 +106,7 @@ class Pieces:
     def _put_together(self, name: BlobName, size: int) -> _Attempt:
         """Try what was stored last first: what the broker gave up is rarely whole."""
         damage, last = None, None
-        for places in reversed(self._places.get((name, size), [])):
+        for places in reversed(self._chunks.get((name, size), [])):
             if not places:
                 continue
             found = self._attempt(places, size)
@@ -120,13 +120,13 @@ class Pieces:
             damage, last = damage or found.damage, last or found.last
         return _Attempt(None, damage, last)
 
-    def _attempt(self, places: dict[int, list[_Place]], size: int) -> _Attempt:
+    def _attempt(self, places: dict[int, list[_StoredChunk]], size: int) -> _Attempt:
         parts: list[Buffer] = []
         have, damage, last = 0, None, None
         while have < size:
             for place in places.get(have, []):
                 try:
-                    part = self._piece(place)
+                    part = self._chunk(place)
                 except LedgerError as error:
                     # What the broker has deleted in the meantime is not damaged.
                     if segment_path(self._folder, PAYLOAD, place.segment).exists():
@@ -141,7 +141,7 @@ class Pieces:
             return _Attempt(None, damage, last)
         return _Attempt(parts[0] if len(parts) == 1 else b"".join(parts))
 
-    def _piece(self, place: _Place) -> Buffer:
+    def _chunk(self, place: _StoredChunk) -> Buffer:
         """Return a piece that is what was written.
 
         Raises:
@@ -151,7 +151,7 @@ class Pieces:
         # What is wrong before it, in the first bytes of the file, is not wrong with it.
         at = (each for each in walk(path, place.offset) if each.offset >= place.offset)
         record = next(at, None)
-        if isinstance(record, Gap) and not record.at_end:
+        if isinstance(record, DamagedRange) and not record.at_end:
             raise record.error(path)
         if not isinstance(record, Record):  # the last of its segment: it could be a torn tail
             raise LedgerDamage("damaged record: it is not whole", path.name, place.offset)
@@ -162,7 +162,7 @@ class Pieces:
         except OSError as error:
             raise io_error("cannot read", error, path.name, place.offset) from None
 
-    def _loss(self, what: str, last: _Place | None) -> LedgerError:
+    def _loss(self, what: str, last: _StoredChunk | None) -> LedgerError:
         """Say why a blob is not there, although it was written before its message.
 
         A missing segment was deleted by the retention policy, which leaves the last one.
@@ -218,7 +218,7 @@ def check_segment(path: Path, start: int = len(MAGIC)) -> Iterator[int]:
     """
     end = start
     for record in scan(path, start):
-        decode_piece(record, path)
+        decode_chunk(record, path)
         end = record.end
         yield record.data_length
     tail = tail_of(path, end)

@@ -16,14 +16,14 @@ from fedmq.broker.ledger import page_cache
 from fedmq.broker.ledger.entries import (
     PAYLOAD,
     BlobName,
-    Piece,
-    decode_piece,
+    ChunkRecord,
+    decode_chunk,
     segment_numbers,
     segment_path,
 )
-from fedmq.broker.ledger.records import Fault, Gap, walk
+from fedmq.broker.ledger.records import DamagedRange, DamageKind, walk
 from fedmq.broker.ledger.segments import SegmentFiles
-from fedmq.broker.wire.schema import CHUNK_BYTES, Buffer, Place
+from fedmq.broker.wire.schema import CHUNK_BYTES, Buffer, Extent
 
 _RECENT_BYTES = 32 << 20
 _OPEN_FILES = 64
@@ -46,7 +46,7 @@ class _Stored:
     """Whether its segments must stay: it is on its way, or has users."""
 
 
-class PayloadIndex:
+class BlobStore:
     """Which blobs a folder's payload segments hold, and where; reads them.
 
     Blobs that an unfinished message names are all known; of the others, those that were
@@ -77,7 +77,7 @@ class PayloadIndex:
             self._recent_bytes -= memoryview(dropped).nbytes
 
     def add(
-        self, piece: Piece, segment: int, offset: int, length: int, *, arriving: bool = False
+        self, piece: ChunkRecord, segment: int, offset: int, length: int, *, arriving: bool = False
     ) -> None:
         """Note a piece. Pieces of a blob come in order; one that is already there is ignored.
 
@@ -86,7 +86,7 @@ class PayloadIndex:
         """
         name = BlobName(piece.run, piece.owner, piece.digest)
         if piece.size and not length:
-            self._forget(name)
+            self._discard(name)
             return
         stored = self._blobs.get(name)
         if stored is None:
@@ -94,7 +94,7 @@ class PayloadIndex:
             if not arriving:
                 self._idle[name] = None
         elif arriving:
-            self.hold(name)
+            self.pin(name)
         if piece.start == stored.end and length:
             if segment not in stored.segments:
                 stored.segments.append(segment)
@@ -103,14 +103,14 @@ class PayloadIndex:
             stored.pieces.append((segment, offset, piece.start, length))
             stored.end += length
 
-    def hold(self, name: BlobName) -> None:
+    def pin(self, name: BlobName) -> None:
         """Keep a blob that is on its way, or some of it, until `use` or `let_be`."""
         stored = self._blobs.get(name)
         if stored is not None:
             self._idle.pop(name, None)
             self._pin(stored, pinned=True)
 
-    def let_be(self, name: BlobName) -> None:
+    def unpin(self, name: BlobName) -> None:
         """A blob that was on its way is not wanted now; it may be, but it is not kept for that."""
         stored = self._blobs.get(name)
         if stored is not None and not stored.users:
@@ -135,7 +135,7 @@ class PayloadIndex:
             self._pin(stored, pinned=False)
             self._idle[name] = None
         while len(self._idle) > _IDLE_BLOBS:
-            self._forget(next(iter(self._idle)))
+            self._discard(next(iter(self._idle)))
 
     def needs_segment(self, number: int) -> bool:
         """Tell whether a segment holds something that must stay."""
@@ -152,7 +152,7 @@ class PayloadIndex:
         if self.needs_segment(number):
             return False
         for name in [n for n in self._idle if number in self._blobs[n].segments]:
-            self._forget(name)
+            self._discard(name)
         self._files.close(number)
         path = segment_path(self._folder, PAYLOAD, number)
         try:
@@ -165,7 +165,7 @@ class PayloadIndex:
         """Return how many bytes of a blob, from its start, are here, and their hash so far."""
         hasher = xxhash.xxh3_128()
         have = self.have(name)
-        self.hold(name)
+        self.pin(name)
         for start in range(0, have, CHUNK_BYTES):
             hasher.update(self.read(name, start, min(CHUNK_BYTES, have - start)))
         return have, hasher
@@ -181,12 +181,12 @@ class PayloadIndex:
         path = segment_path(self._folder, PAYLOAD, number)
         damage = []
         for found in walk(path, verify_data=verify):
-            if isinstance(found, Gap):
-                if found.fault is not Fault.TORN:
+            if isinstance(found, DamagedRange):
+                if found.fault is not DamageKind.TORN:
                     damage.append(found.error(path))
                 continue
             try:
-                piece = decode_piece(found, path)
+                piece = decode_chunk(found, path)
             except LedgerDamage as error:
                 damage.append(error)
                 continue
@@ -241,24 +241,24 @@ class PayloadIndex:
         self.remember(name, first, found)
         return found
 
-    def places(self, name: BlobName) -> tuple[Place, ...]:
+    def extents(self, name: BlobName) -> tuple[Extent, ...]:
         """Return where the pieces of a blob lie, in order; none if it is not here as a whole."""
         stored = self._blobs.get(name)
         if stored is None or stored.end < stored.size:
             return ()
         return tuple((segment, offset, length) for segment, offset, _, length in stored.pieces)
 
-    def let_go(self, segment: int) -> None:
+    def evict(self, segment: int) -> None:
         """Let a segment's pages leave the page cache, if it can be done: see `disk.let_go`."""
         # Deleted, or no descriptor or thread to spare: it costs time only.
         with contextlib.suppress(LedgerError, OSError, RuntimeError):
-            page_cache.let_go(self._files.fd(segment))
+            page_cache.evict(self._files.fd(segment))
 
     def close(self) -> None:
         """Close the files."""
         self._files.close_all()
 
-    def _forget(self, name: BlobName) -> None:
+    def _discard(self, name: BlobName) -> None:
         stored = self._blobs.pop(name, None)
         self._idle.pop(name, None)
         if stored is not None:
@@ -278,13 +278,13 @@ def _start_of(piece: tuple[int, int, int, int]) -> int:
     return piece[2]
 
 
-def open_payload(folder: Path) -> PayloadIndex:
+def open_payload(folder: Path) -> BlobStore:
     """Return an index of all blobs in a ledger, for reading.
 
     Raises:
         LedgerError: a damaged payload segment, or one that cannot be read.
     """
-    index = PayloadIndex(folder)
+    index = BlobStore(folder)
     for number in segment_numbers(folder, PAYLOAD):
         for damage in index.add_segment(number, verify=True):
             raise damage
@@ -297,7 +297,7 @@ def find_damage(folder: Path) -> LedgerDamage | None:
     Raises:
         LedgerError: a segment cannot be read, or is none.
     """
-    index = PayloadIndex(folder)
+    index = BlobStore(folder)
     for number in segment_numbers(folder, PAYLOAD):
         for damage in index.add_segment(number, verify=True):
             return damage

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import msgspec
-from msgspec import UNSET, Struct, UnsetType
+from msgspec import UNSET, Struct, UnsetType, field
 
 from fedmq.broker.errors import LedgerDamage, LedgerError, WireError, io_error
 from fedmq.broker.ledger.records import Record
@@ -110,7 +110,7 @@ class Refusal(Entry, frozen=True):
     id: str
     reason: str
     of: int | None = None
-    parked: bool = False
+    dead_lettered: bool = field(name="parked", default=False)
     """Its recipients died of it, one after the other: nobody is offered it any more."""
     mark: bytes = b""
     """Of a post that was not accepted, so that it is known again: see `remembered.Mark`."""
@@ -135,7 +135,7 @@ AnyEntry = Opened | Accepted | Consumed | Refusal | Ended
 AnyRecord = AnyEntry | AcceptedAll
 
 
-class Piece(Struct, frozen=True):
+class ChunkRecord(Struct, frozen=True):
     """Head of a payload record: these data are bytes ``start...`` of a blob of ``size``."""
 
     run: str
@@ -147,7 +147,7 @@ class Piece(Struct, frozen=True):
 
 encode_record = msgspec.msgpack.Encoder().encode
 _entry_decoder: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(AnyRecord)
-_piece_decoder = msgspec.msgpack.Decoder(Piece)
+_chunk_decoder = msgspec.msgpack.Decoder(ChunkRecord)
 
 
 def decode_entries(record: Record, path: Path) -> Sequence[AnyEntry]:
@@ -167,13 +167,13 @@ def decode_entries(record: Record, path: Path) -> Sequence[AnyEntry]:
     return entries
 
 
-def decode_piece(record: Record, path: Path) -> Piece:
+def decode_chunk(record: Record, path: Path) -> ChunkRecord:
     """Read the head of a payload record.
 
     Raises:
         LedgerDamage: it is none, with segment and offset.
     """
-    piece: Piece = _decode(_piece_decoder, record, path)
+    piece: ChunkRecord = _decode(_chunk_decoder, record, path)
     return piece
 
 

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 _janitor = ThreadPoolExecutor(1, thread_name_prefix="janitor")
 
 
-def let_go(fd: int) -> None:
+def evict(fd: int) -> None:
     """Start writing a file to the device; what is there already leaves the page cache.
 
     Called when a segment is full, and again some segments later. So the cache holds the

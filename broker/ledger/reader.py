@@ -19,7 +19,7 @@ from fedmq.broker.ledger.entries import (
 )
 from fedmq.broker.ledger.records import MAGIC, scan
 
-Tail = tuple[str, int, int]
+TornTail = tuple[str, int, int]
 """What is no whole record at the end of a segment: its file, from where on, how many bytes."""
 _BLOCK = 64
 """Of this many entries, one has its offset kept in memory; the others are read up to."""
@@ -31,10 +31,10 @@ def read_entries(folder: Path) -> Iterator[AnyEntry]:
     Raises:
         LedgerError: a damaged record, or a number that is missing, with segment and offset.
     """
-    yield from Follower(folder).poll()
+    yield from LedgerTail(folder).poll()
 
 
-class Follower:
+class LedgerTail:
     """Reads entries as they are appended; keeps its place between calls.
 
     Attributes:
@@ -81,7 +81,7 @@ class Follower:
         while self._unread:
             yield self._unread.popleft()
 
-    def torn(self) -> Tail | None:
+    def torn(self) -> TornTail | None:
         """Return what lies behind the last whole record, or None."""
         if self._first is None:
             return None
@@ -106,7 +106,7 @@ class Follower:
         self._first, self._offset = first, len(MAGIC)
 
 
-def tail_of(path: Path, end: int) -> Tail | None:
+def tail_of(path: Path, end: int) -> TornTail | None:
     """Return what a segment holds behind its last whole record, which ends at ``end``.
 
     A file that does not begin as a segment does (it is too short, or zeros) is all tail.

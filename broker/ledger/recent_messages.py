@@ -8,7 +8,7 @@ from collections import OrderedDict, deque
 from fedmq.broker.ledger.entries import Accepted, AcceptedAll
 
 
-class Shelf:
+class RecentMessages:
     """The newest accepted messages.
 
     Attributes:

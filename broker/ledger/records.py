@@ -70,7 +70,7 @@ def pack(head: bytes, data: Buffer = b"") -> bytes:
     return _PREFIX.pack(len(head), length, check, _checksum(head, data)) + head
 
 
-class Fault(StrEnum):
+class DamageKind(StrEnum):
     """What is wrong with bytes that are no record."""
 
     TORN = "torn"
@@ -84,22 +84,22 @@ class Fault(StrEnum):
 
 
 _SENTENCES = {
-    Fault.TORN: "no whole record: the end was cut short, or is zeros",
-    Fault.LAST: "damaged record: its checksum does not match, and it is the last one",
-    Fault.LENGTHS: "damaged record: its lengths are wrong",
-    Fault.CHECKSUM: "damaged record: its checksum does not match",
-    Fault.FORMAT: "not a ledger segment of this format",
+    DamageKind.TORN: "no whole record: the end was cut short, or is zeros",
+    DamageKind.LAST: "damaged record: its checksum does not match, and it is the last one",
+    DamageKind.LENGTHS: "damaged record: its lengths are wrong",
+    DamageKind.CHECKSUM: "damaged record: its checksum does not match",
+    DamageKind.FORMAT: "not a ledger segment of this format",
 }
 
 
 @dataclass(frozen=True, slots=True)
-class Gap:
+class DamagedRange:
     """Bytes of a segment that are no record, from ``offset`` up to ``end``.
 
     full_length: the record's lengths are good, and all of its bytes are there.
     """
 
-    fault: Fault
+    fault: DamageKind
     offset: int
     end: int
     full_length: bool = False
@@ -107,7 +107,7 @@ class Gap:
     @property
     def at_end(self) -> bool:
         """Tell whether a reader of a ledger that is being written simply stops here."""
-        return self.fault in (Fault.TORN, Fault.LAST)
+        return self.fault in (DamageKind.TORN, DamageKind.LAST)
 
     def error(self, path: Path) -> LedgerDamage:
         """Return what to raise about it."""
@@ -136,7 +136,7 @@ def scan(path: Path, start: int = len(MAGIC), *, verify_data: bool = True) -> It
 
 def walk(
     path: Path, start: int = len(MAGIC), *, verify_data: bool = True, resync: bool = True
-) -> Iterator[Record | Gap]:
+) -> Iterator[Record | DamagedRange]:
     """Yield all of a segment from byte ``start`` on: whole records, and what lies between them.
 
     Args:
@@ -156,7 +156,9 @@ def walk(
             size = os.fstat(file.fileno()).st_size
             head = _check_magic(file, size)
             if head is not None:
-                if head.fault is Fault.FORMAT and not (resync and _whole(file, head.end, size)):
+                if head.fault is DamageKind.FORMAT and not (
+                    resync and _whole(file, head.end, size)
+                ):
                     raise head.error(path)
                 yield head
             offset = max(start, len(MAGIC) if head is None else head.end)
@@ -165,12 +167,12 @@ def walk(
                 found = _record(file, offset, size, verify_data=verify_data)
                 if found is None:
                     return  # a writer took back what it could not write whole
-                if isinstance(found, Gap) and found.fault is Fault.LENGTHS:
+                if isinstance(found, DamagedRange) and found.fault is DamageKind.LENGTHS:
                     end = _next_whole(file, offset + 1, size) if resync else size
-                    found = Gap(found.fault, offset, end)
+                    found = DamagedRange(found.fault, offset, end)
                 yield found
                 offset = found.end
-                if isinstance(found, Gap):
+                if isinstance(found, DamagedRange):
                     if not resync:
                         return
                     file.seek(offset)
@@ -180,25 +182,27 @@ def walk(
         raise io_error("cannot read", error, path.name, offset) from None
 
 
-def _check_magic(file: BinaryIO, size: int) -> Gap | None:
+def _check_magic(file: BinaryIO, size: int) -> DamagedRange | None:
     """Return what is wrong with the first bytes of a segment; None if nothing is."""
     magic = file.read(len(MAGIC))
     if magic == MAGIC[: len(magic)]:
-        return Gap(Fault.TORN, 0, size) if 0 < size < len(MAGIC) else None
+        return DamagedRange(DamageKind.TORN, 0, size) if 0 < size < len(MAGIC) else None
     written = magic.rstrip(b"\0")
     if written == MAGIC[: len(written)] and _is_zero(file, len(written), size):
-        return Gap(Fault.TORN, 0, size)
-    return Gap(Fault.FORMAT, 0, min(size, len(MAGIC)))
+        return DamagedRange(DamageKind.TORN, 0, size)
+    return DamagedRange(DamageKind.FORMAT, 0, min(size, len(MAGIC)))
 
 
-def _record(file: BinaryIO, offset: int, size: int, *, verify_data: bool) -> Record | Gap | None:
+def _record(
+    file: BinaryIO, offset: int, size: int, *, verify_data: bool
+) -> Record | DamagedRange | None:
     """Return what begins at an offset of a file of this size; None if it has shrunk.
 
     The file is read from there on; unless it is the data of a record that are left out, it is
     read to the record's end.
     """
     if offset + _PREFIX.size > size:
-        return Gap(Fault.TORN, offset, size)
+        return DamagedRange(DamageKind.TORN, offset, size)
     prefix = file.read(_PREFIX.size)
     if len(prefix) < _PREFIX.size:
         return None
@@ -209,17 +213,17 @@ def _record(file: BinaryIO, offset: int, size: int, *, verify_data: bool) -> Rec
         0 < head_length <= _MAX_HEAD and data_length <= _MAX_DATA
     ):
         torn = _is_zero(file, offset + _PREFIX.size, size)
-        return Gap(Fault.TORN if torn else Fault.LENGTHS, offset, size)
+        return DamagedRange(DamageKind.TORN if torn else DamageKind.LENGTHS, offset, size)
     if end > size:
-        return Gap(Fault.TORN, offset, size)
+        return DamagedRange(DamageKind.TORN, offset, size)
     head = file.read(head_length)
     if verify_data or not data_length:
         data = file.read(data_length)
         if _checksum(head, data) != checksum:
             if not _is_zero(file, end, size):
-                return Gap(Fault.CHECKSUM, offset, end, full_length=True)
-            fault = Fault.TORN if (data or head).endswith(b"\0") else Fault.LAST
-            return Gap(fault, offset, size, full_length=True)
+                return DamagedRange(DamageKind.CHECKSUM, offset, end, full_length=True)
+            fault = DamageKind.TORN if (data or head).endswith(b"\0") else DamageKind.LAST
+            return DamagedRange(fault, offset, size, full_length=True)
     return Record(offset, head, data_offset, data_length)
 
 

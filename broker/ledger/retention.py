@@ -7,18 +7,10 @@ from pathlib import Path
 
 from fedmq.broker.errors import io_error
 from fedmq.broker.ledger.entries import PAYLOAD, segment_numbers, segment_path
-
-EVERYTHING = None
-"""Retention: nothing is ever deleted."""
-
-LEAST_SEGMENT_BYTES = 4 << 20
-"""Smaller ones would be begun many times a second. (One batch writes up to 2 MiB.)"""
-_SEGMENTS = 4
-"""Segments that a limit is divided into: only full ones can be deleted, and one is being filled."""
-LEAST_RETAIN_BYTES = _SEGMENTS * LEAST_SEGMENT_BYTES
+from fedmq.broker.settings import LEAST_SEGMENT_BYTES, RETAINED_SEGMENTS
 
 
-class Retention:
+class RetentionPolicy:
     """Keeps a folder's payload below a limit.
 
     Args:
@@ -33,7 +25,7 @@ class Retention:
         """Return how large a segment is when it is full: so large, or less if the limit asks."""
         if not self._limit:
             return largest
-        return min(largest, max(self._limit // _SEGMENTS, LEAST_SEGMENT_BYTES))
+        return min(largest, max(self._limit // RETAINED_SEGMENTS, LEAST_SEGMENT_BYTES))
 
     def apply(self, remove: Callable[[int], bool]) -> None:
         """Delete the oldest full segments, until there is room below the limit for another one.

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from fedmq.broker.errors import LedgerError, io_error
-from fedmq.broker.ledger.records import MAGIC, Fault, Gap, Record, walk
+from fedmq.broker.ledger.records import MAGIC, DamagedRange, DamageKind, Record, walk
 from fedmq.broker.wire.schema import Buffer
 
 _BLOCK = 4 << 20
@@ -47,7 +47,7 @@ class Segment:
     ) -> None:
         self.path = path
         self.cut = 0
-        self.damage: list[Gap] = []
+        self.damage: list[DamagedRange] = []
         self._overhang = False
         """Whether a failed write could not be taken back, and still lies behind ``size``."""
         try:
@@ -63,14 +63,14 @@ class Segment:
     def _begin(self, each: Callable[[Record], None] | None, *, over_damage: bool) -> None:
         """Find the end of the last whole record, and cut what is behind it."""
         self.size = 0
-        tail: Gap | None = None
+        tail: DamagedRange | None = None
         if self._length() >= len(MAGIC):
             self.size = len(MAGIC)
             for found in walk(self.path, resync=over_damage):
                 if isinstance(found, Record):
                     if each is not None:
                         each(found)
-                elif found.fault is Fault.TORN:
+                elif found.fault is DamageKind.TORN:
                     tail = found
                     break
                 elif over_damage:

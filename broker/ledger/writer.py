@@ -10,14 +10,12 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import xxhash
 
 from fedmq.broker.errors import LedgerDamage, LedgerError
-from fedmq.broker.ledger.blob_store import PayloadIndex
+from fedmq.broker.ledger.blob_store import BlobStore
 from fedmq.broker.ledger.entries import (
     MESSAGES,
     PAYLOAD,
@@ -25,45 +23,29 @@ from fedmq.broker.ledger.entries import (
     AcceptedAll,
     AnyEntry,
     BlobName,
+    ChunkRecord,
     Consumed,
     Ended,
     Entry,
-    Piece,
-    decode_piece,
+    decode_chunk,
     encode_record,
     segment_numbers,
     segment_path,
 )
 from fedmq.broker.ledger.lock import FolderLock
 from fedmq.broker.ledger.manifest import Manifest, check_segments, payload_is_gone
-from fedmq.broker.ledger.reader import EntryIndex, Follower
-from fedmq.broker.ledger.recent_messages import Shelf
+from fedmq.broker.ledger.reader import EntryIndex, LedgerTail
+from fedmq.broker.ledger.recent_messages import RecentMessages
 from fedmq.broker.ledger.records import Record, pack
-from fedmq.broker.ledger.retention import EVERYTHING, Retention
+from fedmq.broker.ledger.retention import RetentionPolicy
 from fedmq.broker.ledger.segment_writer import Segment, sync_folder
-from fedmq.broker.wire.schema import Buffer, Place
+from fedmq.broker.settings import EVERYTHING
+from fedmq.broker.wire.schema import Buffer, Extent
 
 _MESSAGES_SEGMENT_BYTES = 64 << 20
 _PAYLOAD_SEGMENT_BYTES = 128 << 20
 _CACHED_SEGMENTS = 2
 _RECENT_BYTES = 4 << 20
-
-
-@dataclass(frozen=True)
-class Keeping:
-    """How a broker keeps its ledger.
-
-    durability: what a receipt promises: that the message outlives the broker's ``process``,
-        or a failure of ``power`` (each batch is synced to the device before its receipts).
-    retain_bytes: see `Ledger`.
-    offer_parked: offer parked messages again.
-    share_files: tell nodes where the ledger lies: those on its host read blobs there.
-    """
-
-    durability: Literal["process", "power"] = "process"
-    retain_bytes: int | None = EVERYTHING
-    offer_parked: bool = False
-    share_files: bool = True
 
 
 class Ledger:
@@ -104,14 +86,14 @@ class Ledger:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise LedgerError(f"cannot make {folder}: {error.strerror}") from None
-        self._retention = Retention(folder, retain_bytes)
-        self.payload = PayloadIndex(folder)
+        self._retention = RetentionPolicy(folder, retain_bytes)
+        self.payload = BlobStore(folder)
         self._messages: list[Buffer] = []
         self._first_queued = 0
         self._pieces: list[Buffer] = []
         self._entries = EntryIndex(folder)
         self._positions: list[tuple[int, int, int]] = []
-        self._recent = Shelf()
+        self._recent = RecentMessages()
         # What another broker wrote here may not be on the device either.
         self._unsynced = self._unsynced_messages = self._unsynced_folder = True
         self._uses: dict[int, tuple[BlobName, ...]] = {}
@@ -131,7 +113,7 @@ class Ledger:
             self._open_payload()
             opened.callback(self._payload_file.close)
             self._manifest.begin()
-            follower = Follower(folder)
+            follower = LedgerTail(folder)
             for entry in follower.poll():
                 self._entries.add(entry.seq, *follower.at)
                 self.next_seq = entry.seq + 1
@@ -149,7 +131,7 @@ class Ledger:
 
         def note(record: Record) -> None:
             try:
-                piece = decode_piece(record, path)
+                piece = decode_chunk(record, path)
             except LedgerDamage as error:
                 self.damage.append(error)
             else:
@@ -210,9 +192,9 @@ class Ledger:
         """Return the size of a blob that is here as a whole, or None."""
         return self.payload.size_of(name)
 
-    def places(self, name: BlobName) -> tuple[Place, ...]:
+    def extents(self, name: BlobName) -> tuple[Extent, ...]:
         """Return where a blob can be read in the files, in pieces; none if not all is written."""
-        places = self.payload.places(name)
+        places = self.payload.extents(name)
         if places and places[-1][0] == self._payload_number:
             _, offset, length = places[-1]
             if offset + length > self._payload_file.size:
@@ -226,28 +208,28 @@ class Ledger:
     def resume(self, name: BlobName, size: int) -> tuple[int, xxhash.xxh3_128]:
         """Return how many bytes of a blob, from its start, are here, and their hash so far."""
         if self.payload.expected(name) not in (0, size):
-            self.drop(name, self.payload.expected(name))
+            self.discard(name, self.payload.expected(name))
         if self._pieces and self.payload.have(name):
             try:
                 self._write_pieces()
             except LedgerError:
                 # What cannot be read back now cannot be hashed, and must not be used.
-                self.drop(name, self.payload.expected(name))
+                self.discard(name, self.payload.expected(name))
         try:
             return self.payload.resume(name)
         except LedgerError:
             # As above: the device refuses, or the file is shorter than it was.
-            self.drop(name, self.payload.expected(name))
+            self.discard(name, self.payload.expected(name))
             return self.payload.resume(name)
 
-    def release(self, names: Sequence[BlobName]) -> None:
+    def unpin(self, names: Sequence[BlobName]) -> None:
         """Do not keep these blobs for a message that was to name them."""
         for name in names:
-            self.payload.let_be(name)
+            self.payload.unpin(name)
 
     def put(self, name: BlobName, size: int, start: int, data: Buffer) -> None:
         """Queue a piece of a blob of ``size`` bytes; ``data`` must stay as it is until `commit`."""
-        piece = Piece(name.run, name.owner, name.digest, size, start)
+        piece = ChunkRecord(name.run, name.owner, name.digest, size, start)
         record = pack(encode_record(piece), data)
         length = memoryview(data).nbytes
         self._pieces.append(record)
@@ -259,7 +241,7 @@ class Ledger:
         if length:
             self.payload.remember(name, start, data)
 
-    def drop(self, name: BlobName, size: int) -> None:
+    def discard(self, name: BlobName, size: int) -> None:
         """Queue a note that the pieces of a blob so far are not to be used."""
         self.put(name, size, 0, b"")
 
@@ -316,8 +298,8 @@ class Ledger:
         except LedgerError:
             return  # the disk is full: this one goes on growing until there is room
         self._payload_file.close()
-        self.payload.let_go(self._payload_number)
-        self.payload.let_go(self._payload_number - _CACHED_SEGMENTS)
+        self.payload.evict(self._payload_number)
+        self.payload.evict(self._payload_number - _CACHED_SEGMENTS)
         self._payload_file, self._payload_number = fresh, number
         self._piece_end = fresh.size
         self._retention.apply(self._delete)

@@ -9,7 +9,7 @@ import enum
 import math
 
 from fedmq.broker.link.events import BackInTouch, OutOfTouch
-from fedmq.broker.wire.schema import Full, Serving, Wait
+from fedmq.broker.wire.schema import Serving, StorageFull, Wait
 
 _FIRST_REPORTS_S = (3.0, 10.0, 30.0)
 _EACH_S = 60.0
@@ -51,7 +51,7 @@ class Contact:
         self._waited_since = math.inf
         """As `_away_since`, but for the time in which this node itself was stopped."""
         self._last_word = -math.inf
-        self._answer: Wait | Full | None = None
+        self._answer: Wait | StorageFull | None = None
         self._reported = self._admitted = False
 
     @property
@@ -79,7 +79,7 @@ class Contact:
         self._count_reports(0)
         return back
 
-    def answered(self, answer: Wait | Full, now: float) -> None:
+    def answered(self, answer: Wait | StorageFull, now: float) -> None:
         """The broker answers, but the node cannot take part now."""
         if self._mode is not _Mode.ANSWERED:
             self._mode, self._began = _Mode.ANSWERED, now
@@ -132,7 +132,7 @@ def sentence(report: OutOfTouch, endpoint: str, run: str) -> str:
             return f"no word from the broker at {endpoint} {for_s}"
         case None:
             return f"waiting for the broker at {endpoint} {for_s}"
-        case Full(reason=reason):
+        case StorageFull(reason=reason):
             return f"the broker at {endpoint} has accepted nothing {for_s}: {reason}"
         case Wait(serving=serving):
             wanted = f"run {run}" if run else "a run to start"

@@ -23,22 +23,22 @@ from fedmq.broker.link.events import (
     Blocked,
     Deliveries,
     Delivery,
-    Ended,
     Event,
     Fetch,
+    FrameReceived,
     Leave,
+    LinkEnded,
     More,
     Outgoing,
+    Publish,
     ReadInPlace,
-    Received,
-    Say,
     Send,
     Taken,
     Together,
     Wake,
     another_run,
 )
-from fedmq.broker.link.unacknowledged import Said, Stall
+from fedmq.broker.link.unacknowledged import Stall, UnacknowledgedFrames
 from fedmq.broker.wire import schema
 from fedmq.broker.wire.encoding import (
     check_inline,
@@ -50,19 +50,19 @@ from fedmq.broker.wire.encoding import (
 )
 from fedmq.broker.wire.schema import (
     AnyFrame,
-    Beat,
     Buffer,
-    Bye,
     Chunk,
+    ChunkRequest,
     Deliver,
     DeliverAll,
     Done,
+    Goodbye,
+    Heartbeat,
     Hello,
-    Numbered,
-    Over,
+    NumberedFrame,
     Post,
     PostAll,
-    Want,
+    RunEnded,
     Welcome,
 )
 
@@ -88,17 +88,17 @@ class Link:
         self._ended = False
         self._next_hello = 0.0
         self._last_heard = 0.0
-        self._said = Said()
+        self._unacknowledged = UnacknowledgedFrames()
         self._done: list[int] = []
         self._done_due = math.inf
         self._got = 0
         self._taken = 0
         self._read = 0
-        self._untold = 0
+        self._unreported_credit = 0
         self._last_beat = 0.0
         self._chunks = 0
         self._stall = Stall()
-        self._judged = -math.inf
+        self._last_stall_check = -math.inf
         self._arrivals = Arrivals()
         self._contact = Contact()
 
@@ -114,14 +114,14 @@ class Link:
         return min(beat, quiet, self._done_due, self._contact.due)
 
     @property
-    def unreceipted(self) -> int:
+    def unacknowledged(self) -> int:
         """Number of numbered frames that the broker has not receipted."""
-        return len(self._said)
+        return len(self._unacknowledged)
 
     @property
-    def oldest_unreceipted(self) -> int:
+    def oldest_unacknowledged(self) -> int:
         """Return the number of the oldest frame without a receipt; the next one if all have."""
-        return self._said.oldest
+        return self._unacknowledged.oldest
 
     def handle(self, event: Event, now: float) -> list[Action]:
         """Take one event; return what is to be done, in order."""
@@ -129,7 +129,7 @@ class Link:
             return []
         out: list[Action] = []
         match event:  # the most frequent first
-            case Received(frame=frame, buffers=buffers):
+            case FrameReceived(frame=frame, buffers=buffers):
                 self._last_heard = now
                 self._received(frame, buffers, now, out)
                 if self._connected and (back := self._contact.connected(now)):
@@ -150,42 +150,44 @@ class Link:
                 self._ask(out)
             case Leave(owner, blob):
                 self._arrivals.leave(owner, blob)
-            case Say(Done(seqs=seqs, refused=refused)) if not refused:
+            case Publish(Done(seqs=seqs, refused=refused)) if not refused:
                 # Not urgent: it goes out with the next post, or with others, a little later.
                 self._done += seqs
                 self._done_due = min(self._done_due, now + DONE_WITHIN_S)
-            case Say(Done(seqs=seqs, refused=refused) as done):
+            case Publish(Done(seqs=seqs, refused=refused) as done):
                 # One each: any number of reasons, of any length, fits the frames.
                 for seq, why in refused.items():
-                    self._say(done.rejecting(seq, why, done.code_of(seq), {seq} & {*seqs}), out)
-            case Say(frame):
-                self._say_done(out)
-                if isinstance(frame, Numbered):
-                    self._say(frame, out)
+                    self._send_numbered(
+                        done.rejecting(seq, why, done.code_of(seq), {seq} & {*seqs}), out
+                    )
+            case Publish(frame):
+                self._send_done(out)
+                if isinstance(frame, NumberedFrame):
+                    self._send_numbered(frame, out)
                 elif self._connected:
                     out.append(Send(frame))
             case ReadInPlace(nbytes):
                 self._read += nbytes
         return out
 
-    def _say(self, frame: Numbered, out: list[Action], **more: Any) -> None:
+    def _send_numbered(self, frame: NumberedFrame, out: list[Action], **more: Any) -> None:
         """Send a frame until it is receipted; ``more``: what is kept with it."""
         frame = msgspec.structs.replace(frame, taken=self._taken, read=self._read)
-        self._untold = 0
-        send = self._said.add(frame, **more)
+        self._unreported_credit = 0
+        send = self._unacknowledged.add(frame, **more)
         if self._connected:
             out.append(send)
 
-    def _say_done(self, out: list[Action]) -> None:
+    def _send_done(self, out: list[Action]) -> None:
         while self._done:
             done, self._done = self._done[:_DONE_BATCH], self._done[_DONE_BATCH:]
-            self._say(Done(seqs=tuple(done)), out)
+            self._send_numbered(Done(seqs=tuple(done)), out)
         self._done_due = math.inf
 
-    def _say_hello(self, now: float, out: list[Action]) -> None:
+    def _send_hello(self, now: float, out: list[Action]) -> None:
         self._contact.begin(now)
         self._next_hello = now + HELLO_AGAIN_S
-        first = self.oldest_unreceipted
+        first = self.oldest_unacknowledged
         out.append(Send(msgspec.structs.replace(self._hello, first=first, got=self._got)))
 
     def give_up_after(self, seconds: float) -> None:
@@ -196,12 +198,12 @@ class Link:
         if now >= self._contact.due:
             if given_up := self._contact.given_up(now):
                 self._ended = True
-                out.append(Ended("the node gave up", out_of_touch=given_up))
+                out.append(LinkEnded("the node gave up", out_of_touch=given_up))
                 return
             if report := self._contact.wake(now):
                 out.append(report)
         if now >= self._done_due:
-            self._say_done(out)
+            self._send_done(out)
         if self._welcome is not None and self._connected:
             if now >= self._last_heard + self._welcome.lease_s:
                 self._connected = False
@@ -209,33 +211,35 @@ class Link:
             elif now >= self._last_beat + self._welcome.beat_s:
                 self._beat(now, out)
         if not self._connected and now >= self._next_hello:
-            self._say_hello(now, out)
+            self._send_hello(now, out)
 
     def _beat(self, now: float, out: list[Action]) -> None:
         self._last_beat = now
-        self._untold = 0
-        out.append(Send(Beat(taken=self._taken)))
+        self._unreported_credit = 0
+        out.append(Send(Heartbeat(taken=self._taken)))
 
     def _take(self, deliveries: Sequence[Delivery], now: float, out: list[Action]) -> None:
         self._taken = deliveries[-1].seq + 1
         nbytes = sum(sum(map(len, each.inline.values())) for each in deliveries)
-        self._untold += len(deliveries) + (nbytes >> 10)
-        if self._untold >= TELL_TAKEN and self._connected:
+        self._unreported_credit += len(deliveries) + (nbytes >> 10)
+        if self._unreported_credit >= TELL_TAKEN and self._connected:
             self._beat(now, out)
 
-    def _answered(self, beat: Beat, now: float, out: list[Action]) -> None:
+    def _answered(self, beat: Heartbeat, now: float, out: list[Action]) -> None:
         """The broker has answered a beat; is what we wait for still on its way?
 
         What it sent before this answer has come before it. So if twice in a row something
         is due and nothing has moved, it was lost.
         """
-        if self._welcome is None or now < self._judged + self._welcome.beat_s / 2:
+        if self._welcome is None or now < self._last_stall_check + self._welcome.beat_s / 2:
             return  # beats that tell what was taken follow one another, and so do the answers
-        self._judged = now
-        due = bool(self._said) or bool(self._arrivals.outstanding) or beat.sent > self._got
-        moved = (self.oldest_unreceipted, self._chunks, self._got)
+        self._last_stall_check = now
+        due = (
+            bool(self._unacknowledged) or bool(self._arrivals.outstanding) or beat.sent > self._got
+        )
+        moved = (self.oldest_unacknowledged, self._chunks, self._got)
         if self._stall.is_stuck(due=due, moved=moved):
-            self._say_hello(now, out)
+            self._send_hello(now, out)
 
     def _received(
         self, frame: AnyFrame, buffers: Sequence[Buffer], now: float, out: list[Action]
@@ -247,27 +251,27 @@ class Link:
                 self._chunks += 1
                 self._arrivals.receive(frame, buffers, out)
                 self._ask(out)
-            case schema.Receipt(upto=upto):
-                self._said.receipted(upto)
-            case Beat():
+            case schema.Ack(upto=upto):
+                self._unacknowledged.acknowledged(upto)
+            case Heartbeat():
                 self._answered(frame, now, out)
-            case Want():
+            case ChunkRequest():
                 self._serve(frame, out)
             case DeliverAll():
                 self._deliver_all(frame, out)
             case Welcome():
                 self._welcomed(frame, out)
-            case schema.Stranger() if self._connected:
+            case schema.UnknownSession() if self._connected:
                 # Each frame on its way draws one; one Hello answers them all.
                 self._connected = False
-                self._say_hello(now, out)
+                self._send_hello(now, out)
             case schema.Reject(code=code, reason=reason, config=config):
                 self._ended = True
-                out.append(Ended(reason, rejected=True, code=code, config=config or ""))
-            case Over(reason=reason):
+                out.append(LinkEnded(reason, rejected=True, code=code, config=config or ""))
+            case RunEnded(reason=reason):
                 self._ended = True
-                out += [Send(Bye(reason="the run is over")), Ended(reason, over=True)]
-            case schema.Full(reason=reason):
+                out += [Send(Goodbye(reason="the run is over")), LinkEnded(reason, over=True)]
+            case schema.StorageFull(reason=reason):
                 self._connected = False
                 self._next_hello = now + BLOCKED_S
                 self._contact.answered(frame, now)
@@ -275,7 +279,7 @@ class Link:
             case schema.Wait():
                 self._contact.answered(frame, now)
             case _:
-                pass  # one more Stranger, and whatever a later version may say
+                pass  # one more UnknownSession, and whatever a later version may say
 
     def _welcomed(self, welcome: Welcome, out: list[Action]) -> None:
         if self._welcome is None:
@@ -286,7 +290,7 @@ class Link:
             return
         self._welcome = welcome
         self._connected = True
-        out.extend(self._said.sends())
+        out.extend(self._unacknowledged.sends())
         self._arrivals.restart()
         self._ask(out)
 
@@ -296,11 +300,11 @@ class Link:
         inline = tuple(
             index
             for index in inline_choice(message.blobs, schema.POST_BYTES)
-            if not self._said.serves(message.blobs[index].digest)
+            if not self._unacknowledged.serves(message.blobs[index].digest)
         )
         data = encode_message(message)  # an error leaves everything as it was
         consumes = event.consumes + self._some_done()
-        self._say(
+        self._send_numbered(
             Post(message=data, inline=inline, consumes=consumes),
             out,
             buffers=[event.data[index] for index in inline],
@@ -323,9 +327,9 @@ class Link:
         for part in slices_of([len(each) for each in messages], most):
             some = tuple(messages[part])
             if len(some) == 1:
-                self._say(Post(message=some[0], consumes=consumes), out)
+                self._send_numbered(Post(message=some[0], consumes=consumes), out)
             else:
-                self._say(PostAll(messages=some), out, count=len(some))
+                self._send_numbered(PostAll(messages=some), out, count=len(some))
 
     def _deliver(self, frame: Deliver, buffers: Sequence[Buffer], out: list[Action]) -> None:
         if self._welcome is None or not frame.after <= self._got <= frame.seq:
@@ -336,10 +340,10 @@ class Link:
             check_inline(message.blobs, frame.inline, buffers, schema.INLINE_BYTES)
         except WireError as error:
             seq = frame.seq
-            self._say(Done.rejecting(seq, str(error)[:2000], error.code, (seq,)), out)
+            self._send_numbered(Done.rejecting(seq, str(error)[:2000], error.code, (seq,)), out)
             return
         inline = dict(zip(frame.inline, buffers, strict=True))
-        out.append(Deliveries([Delivery(frame.seq, frame.at, message, inline, frame.places)]))
+        out.append(Deliveries([Delivery(frame.seq, frame.at, message, inline, frame.extents)]))
 
     def _deliver_all(self, frame: DeliverAll, out: list[Action]) -> None:
         if self._welcome is None or not frame.after <= self._got <= frame.messages[-1][0]:
@@ -355,10 +359,10 @@ class Link:
         found = zip(new, messages, strict=True)
         out.append(Deliveries([Delivery(seq, frame.at, each) for (seq, _), each in found]))
 
-    def _serve(self, want: Want, out: list[Action]) -> None:
+    def _serve(self, want: ChunkRequest, out: list[Action]) -> None:
         self._chunks += 1
         own = want.owner == self._hello.node
-        piece = self._said.piece(want) if own else None
+        piece = self._unacknowledged.chunk(want) if own else None
         reply = Chunk(owner=want.owner, digest=want.digest, start=want.start)
         out.append(Send(reply, () if piece is None else (piece,)))
 

@@ -27,9 +27,9 @@ from fedmq.broker.link import events as link
 from fedmq.broker.link.contact import sentence
 from fedmq.broker.link.core import Link
 from fedmq.broker.link.events import Delivery
-from fedmq.broker.link.local_blobs import SharedFiles
+from fedmq.broker.link.local_blobs import LocalBlobs
 from fedmq.broker.link.probe import probe
-from fedmq.broker.link.thread_handoff import Baton
+from fedmq.broker.link.thread_handoff import LoopHandoff
 from fedmq.broker.wire.batching import Outbox
 from fedmq.broker.wire.clock import Clock, milliseconds_until
 from fedmq.broker.wire.encoding import encode_frame
@@ -66,18 +66,18 @@ class Dealer:
         self._core = Link(hello)
         self._inbox: deque[Delivery] = deque()
         self._outgoing = Outbox()
-        self._files = SharedFiles()
+        self._files = LocalBlobs()
         self._gathering = False
         self._gathered: list[bytes] = []
         self._taken: deque[Delivery] = deque()
         self._fetched: dict[tuple[str, bytes], Buffer | None] = {}
-        self._came: deque[Buffer] = deque()
+        self._streamed: deque[Buffer] = deque()
         self._handed_in: deque[Message] = deque()
         self._welcome: Welcome | None = None
-        self._ended: link.Ended | None = None
+        self._ended: link.LinkEnded | None = None
         self._stopping = False
         self._log = structlog.get_logger().bind(node=hello.node)
-        self._baton = Baton(self._over)
+        self._handoff = LoopHandoff(self._over)
 
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._socket = self._context.socket(zmq.DEALER)
@@ -91,17 +91,20 @@ class Dealer:
             self._connect()
         except zmq.ZMQError as error:
             self._context.destroy(linger=0)
-            self._baton.close()
+            self._handoff.close()
             raise LinkClosed(f"cannot connect to {endpoint}: {str(error).lower()}") from None
         self._incoming, self._both_ways = zmq.Poller(), zmq.Poller()
         for poller, events in (
             (self._incoming, zmq.POLLIN),
             (self._both_ways, zmq.POLLIN | zmq.POLLOUT),
         ):
-            poller.register(self._baton.bell, zmq.POLLIN)
+            poller.register(self._handoff.wakeup, zmq.POLLIN)
             poller.register(self._socket, events)
         self._thread = threading.Thread(
-            target=self._baton.stand_in, args=(self._stand_in,), name="link", daemon=True
+            target=self._handoff.run_in_background,
+            args=(self._background_loop,),
+            name="link",
+            daemon=True,
         )
         self._thread.start()
 
@@ -111,25 +114,25 @@ class Dealer:
         self._socket.setsockopt(zmq.IPV6, self._families[0] is sockets.AF_INET6)
         self._socket.connect(self._endpoint.text)
 
-    def _stand_in(self) -> None:
+    def _background_loop(self) -> None:
         """Take a turn on the link's own thread."""
         try:
             self._turn(None)
         except Exception as error:  # noqa: BLE001 - the main thread must hear of any end
             self._log.exception("link failed")
-            self._ended = link.Ended(f"the link failed: {error!r}")
+            self._ended = link.LinkEnded(f"the link failed: {error!r}")
 
     def _over(self) -> bool:
         return self._ended is not None or self._stopping
 
-    def _let_go(self) -> None:
+    def _release(self) -> None:
         """Close everything, once the loop is to stop."""
-        self._baton.let_go()
+        self._handoff.release()
         self._thread.join()
         self._files.close()
         # A goodbye may still be on its way: give it a moment.
         self._context.destroy(linger=200)
-        self._baton.close()
+        self._handoff.close()
 
     # ---- the loop; only with the baton
 
@@ -140,7 +143,7 @@ class Dealer:
             raise LinkClosed("the node was stopped")
         self._turn(until)
 
-    def _error(self, ended: link.Ended) -> Rejected | LinkClosed:
+    def _error(self, ended: link.LinkEnded) -> Rejected | LinkClosed:
         """Return the error that tells a program how its link has ended."""
         if ended.rejected:
             return Rejected(ended.reason, ended.code, ended.config)
@@ -169,8 +172,8 @@ class Dealer:
             deadline = until
         poller = self._both_ways if self._outgoing else self._incoming
         ready = poller.poll(milliseconds_until(deadline, self._clock()))
-        if self._baton.bell in dict(ready):
-            self._baton.heard()
+        if self._handoff.wakeup in dict(ready):
+            self._handoff.clear_wakeup()
         now = self._clock()
         self._receive_all(now)
         while self._handed_in:
@@ -180,7 +183,7 @@ class Dealer:
         self._send_all()
 
     def _tell(self, event: link.Event) -> None:
-        with self._baton:
+        with self._handoff:
             self._catch_up()
             self._carry_out(self._core.handle(event, self._clock()))
             if not self._gathering:
@@ -194,7 +197,7 @@ class Dealer:
                 return
             except VersionError as error:
                 reason = f"the broker at {self._endpoint.text} is of another release: {error}"
-                self._ended = link.Ended(reason, rejected=True, code="version")
+                self._ended = link.LinkEnded(reason, rejected=True, code="version")
             except WireError as error:
                 if self._unreadable != str(error):
                     self._unreadable = str(error)
@@ -204,9 +207,9 @@ class Dealer:
                 self._unanswered, self._found = 0, ""
                 for frame, buffers in frames:
                     if isinstance(frame, Welcome):
-                        self._files.look(frame)
+                        self._files.open(frame)
                         self._unreadable = ""
-                    self._carry_out(self._core.handle(link.Received(frame, buffers), now))
+                    self._carry_out(self._core.handle(link.FrameReceived(frame, buffers), now))
                 self._send_all()
 
     def _carry_out(self, actions: Sequence[link.Action]) -> None:
@@ -220,8 +223,8 @@ class Dealer:
                     self._inbox.extend(deliveries)
                 case link.Fetched(owner, blob, data):
                     self._fetched[owner, blob.digest] = data
-                case link.Came(data):
-                    self._came.append(data)
+                case link.ChunkStreamed(data):
+                    self._streamed.append(data)
                 case link.Admitted(welcome):
                     self._welcome = welcome
                 case link.Blocked(reason):
@@ -232,7 +235,7 @@ class Dealer:
                     self._explain(action)
                 case link.BackInTouch(seconds):
                     self._log.info(f"back in touch with the broker after {seconds:.0f} s")
-                case link.Ended():
+                case link.LinkEnded():
                     self._ended = action
 
     def _start_over(self) -> None:

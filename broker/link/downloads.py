@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fedmq.broker.link.events import Action, Came, Fetch, Fetched
+from fedmq.broker.link.events import Action, ChunkStreamed, Fetch, Fetched
 from fedmq.broker.wire.chunked_transfer import WINDOW_CHUNKS, Fetcher, Owned
-from fedmq.broker.wire.schema import Blob, Buffer, Chunk, Want
+from fedmq.broker.wire.schema import Blob, Buffer, Chunk, ChunkRequest
 
 
 @dataclass
@@ -56,7 +56,7 @@ class Arrivals:
         """The node does not want the rest of a blob."""
         name = Owned(owner, blob.digest)
         self._unread = 0
-        self._fetcher.drop(name)
+        self._fetcher.discard(name)
         self._arriving.pop(name, None)
 
     def receive(self, chunk: Chunk, buffers: Sequence[Buffer], out: list[Action]) -> None:
@@ -66,7 +66,7 @@ class Arrivals:
         if arriving is None:
             return
         if not buffers:
-            self._fetcher.drop(name)
+            self._fetcher.discard(name)
             out.append(Fetched(name.owner, arriving.blob, None))
             del self._arriving[name]
             return
@@ -75,7 +75,7 @@ class Arrivals:
             return
         if arriving.data is None:
             self._unread += 1
-            out.append(Came(piece.data))
+            out.append(ChunkStreamed(piece.data))
         else:
             end = piece.start + memoryview(piece.data).nbytes
             arriving.data[piece.start : end] = piece.data
@@ -89,6 +89,6 @@ class Arrivals:
         """After a reconnect: what was asked for and did not come is asked for again."""
         self._fetcher.restart()
 
-    def wants(self) -> list[Want]:
+    def wants(self) -> list[ChunkRequest]:
         """Return the requests that there is room for."""
         return self._fetcher.wants(max(0, WINDOW_CHUNKS - self._unread))

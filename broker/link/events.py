@@ -10,13 +10,13 @@ from fedmq.broker.wire.schema import (
     AnyFrame,
     Blob,
     Buffer,
-    Bye,
     Done,
+    Extent,
     Frame,
-    Full,
+    Goodbye,
     Message,
-    Over,
-    Place,
+    RunEnded,
+    StorageFull,
     Wait,
     Welcome,
 )
@@ -32,13 +32,13 @@ class Delivery(Struct, frozen=True):
     at: float
     message: Message
     inline: Mapping[int, Buffer] = {}
-    places: Mapping[int, Sequence[Place]] = {}
+    extents: Mapping[int, Sequence[Extent]] = {}
 
 
 # ---- events
 
 
-class Received(Struct, frozen=True):
+class FrameReceived(Struct, frozen=True):
     """A frame from the broker."""
 
     frame: AnyFrame
@@ -78,10 +78,10 @@ class Leave(Struct, frozen=True):
     blob: Blob
 
 
-class Say(Struct, frozen=True):
-    """The node says something that is no message: Done, Over or Bye."""
+class Publish(Struct, frozen=True):
+    """The node says something that is no message: Done, Over or Goodbye."""
 
-    frame: Done | Over | Bye
+    frame: Done | RunEnded | Goodbye
 
 
 class Taken(Struct, frozen=True):
@@ -100,7 +100,18 @@ class Wake(Struct, frozen=True):
     """A deadline has passed."""
 
 
-Event = Received | Together | Outgoing | Fetch | More | Leave | Say | Taken | ReadInPlace | Wake
+Event = (
+    FrameReceived
+    | Together
+    | Outgoing
+    | Fetch
+    | More
+    | Leave
+    | Publish
+    | Taken
+    | ReadInPlace
+    | Wake
+)
 
 
 # ---- actions
@@ -133,7 +144,7 @@ class Fetched(Struct, frozen=True):
     data: Buffer | None
 
 
-class Came(Struct, frozen=True):
+class ChunkStreamed(Struct, frozen=True):
     """A piece of a blob that was asked for in pieces; whether they are right comes last."""
 
     data: Buffer
@@ -153,7 +164,7 @@ class OutOfTouch(Struct, frozen=True):
     """
 
     seconds: float
-    answer: Wait | Full | None
+    answer: Wait | StorageFull | None
     admitted: bool
 
 
@@ -163,7 +174,7 @@ class BackInTouch(Struct, frozen=True):
     seconds: float
 
 
-class Ended(Struct, frozen=True):
+class LinkEnded(Struct, frozen=True):
     """The link is at its end.
 
     over: because the run is. rejected: the broker did not admit the node; code, config: see
@@ -178,10 +189,20 @@ class Ended(Struct, frozen=True):
     out_of_touch: OutOfTouch | None = None
 
 
-Action = Send | Admitted | Deliveries | Fetched | Came | Blocked | OutOfTouch | BackInTouch | Ended
+Action = (
+    Send
+    | Admitted
+    | Deliveries
+    | Fetched
+    | ChunkStreamed
+    | Blocked
+    | OutOfTouch
+    | BackInTouch
+    | LinkEnded
+)
 
 
-def another_run(run: str) -> tuple[Send, Ended]:
+def another_run(run: str) -> tuple[Send, LinkEnded]:
     """Return how a link ends whose broker has started another run under the same id.
 
     What the node knows, and what it has sent, belong to the run before.
@@ -190,4 +211,4 @@ def another_run(run: str) -> tuple[Send, Ended]:
         f"the broker has another run {run!r} now than the one that this node took part in: "
         "start the node again to join it"
     )
-    return Send(Bye(reason="this is another run")), Ended(reason, rejected=True)
+    return Send(Goodbye(reason="this is another run")), LinkEnded(reason, rejected=True)

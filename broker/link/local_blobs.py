@@ -20,18 +20,18 @@ import xxhash
 from fedmq.broker.errors import LedgerError
 from fedmq.broker.ledger.lock import proof_in
 from fedmq.broker.ledger.segments import SegmentFiles
-from fedmq.broker.wire.schema import Blob, Place, Welcome
+from fedmq.broker.wire.schema import Blob, Extent, Welcome
 
 _OPEN_FILES = 4
 
 
-class SharedFiles:
+class LocalBlobs:
     """A node's view of the ledger's files, while its broker's Welcome leads to any."""
 
     def __init__(self) -> None:
         self._files: SegmentFiles | None = None
 
-    def look(self, welcome: Welcome) -> None:
+    def open(self, welcome: Welcome) -> None:
         """Find out whether the folder that the broker names is the one that is seen here."""
         self.close()
         if welcome.ledger and welcome.proof:
@@ -39,8 +39,8 @@ class SharedFiles:
             if proof_in(folder) == welcome.proof:
                 self._files = SegmentFiles(folder, _OPEN_FILES)
 
-    def pieces(
-        self, blob: Blob, places: Sequence[Place], into: memoryview | None = None
+    def chunks(
+        self, blob: Blob, places: Sequence[Extent], into: memoryview | None = None
     ) -> Iterator[memoryview]:
         """Yield a blob's bytes, in pieces; it ends early where they cannot be had here.
 
@@ -71,7 +71,7 @@ class SharedFiles:
             self._files.close_all()
         self._files = None
 
-    def _fill(self, place: Place, piece: memoryview) -> bool:
+    def _fill(self, place: Extent, piece: memoryview) -> bool:
         """Read a piece from its place; without success, do not look at the files again."""
         if self._files is None:
             return False

@@ -17,15 +17,15 @@ from fedmq.broker.wire.encoding import encode_message
 from fedmq.broker.wire.schema import (
     MAX_ALL,
     Buffer,
-    Bye,
     Done,
+    Goodbye,
     Hello,
     Message,
-    Over,
+    RunEnded,
     Welcome,
 )
 
-_MAX_UNRECEIPTED = 4096
+_MAX_UNACKNOWLEDGED = 4096
 _TAKEN_TOGETHER = 64
 """Of so many messages that were taken, the core is told at once."""
 
@@ -49,7 +49,7 @@ class NodeLink(Dealer):
 
     def give_up_after(self, seconds: float) -> None:
         """Make what waits raise GaveUp once the broker, or the run, is away for so long."""
-        with self._baton:
+        with self._handoff:
             self._core.give_up_after(seconds)
 
     def welcome(self) -> Welcome:
@@ -59,7 +59,7 @@ class NodeLink(Dealer):
             Rejected: it does not; the message is its reason.
             LinkClosed: the link was stopped.
         """
-        with self._baton:
+        with self._handoff:
             while self._welcome is None:
                 self._turn_or_raise()
             return self._welcome
@@ -73,7 +73,7 @@ class NodeLink(Dealer):
         """
         if not self._inbox:
             deadline = self._clock() + timeout_s
-            with self._baton:
+            with self._handoff:
                 while not self._inbox and self._clock() < deadline:
                     self._turn_or_raise(deadline)
         return bool(self._inbox)
@@ -86,13 +86,13 @@ class NodeLink(Dealer):
             Rejected: the broker does not admit this node any more.
         """
         if not self._inbox:
-            with self._baton:
+            with self._handoff:
                 while not self._inbox:
                     self._turn_or_raise()
         delivery = self._inbox.popleft()
         self._taken.append(delivery)
         if len(self._taken) >= _TAKEN_TOGETHER:
-            with self._baton:
+            with self._handoff:
                 self._catch_up()
                 if not self._gathering:
                     self._send_all()
@@ -115,8 +115,8 @@ class NodeLink(Dealer):
             self._catch_up()
         else:
             self._tell(link.Outgoing(message, data, consumes))
-        if self._core.unreceipted > _MAX_UNRECEIPTED:
-            self.flush(_MAX_UNRECEIPTED // 2)
+        if self._core.unacknowledged > _MAX_UNACKNOWLEDGED:
+            self.flush(_MAX_UNACKNOWLEDGED // 2)
 
     def hand_in(self, message: Message) -> None:
         """Have a message without data posted soon; may be called from another thread.
@@ -125,7 +125,7 @@ class NodeLink(Dealer):
         """
         self._handed_in.append(message)
         if not self._over():
-            self._baton.ring()
+            self._handoff.wake()
 
     def flush(self, limit: int = 0) -> None:
         """Wait until at most ``limit`` of all that was said have no receipt.
@@ -133,9 +133,9 @@ class NodeLink(Dealer):
         Raises:
             LinkClosed: the link ended meanwhile.
         """
-        with self._baton:
+        with self._handoff:
             self._catch_up()
-            while self._core.unreceipted > limit:
+            while self._core.unacknowledged > limit:
                 self._turn_or_raise()
 
     def read(self, delivery: Delivery, index: int) -> Buffer:
@@ -153,12 +153,12 @@ class NodeLink(Dealer):
             return self._last_fetched[2]
         self._last_fetched = None
         data: Buffer | None = None
-        if index in delivery.places:
+        if index in delivery.extents:
             whole = np.empty(blob.size, np.uint8).data
             found = sum(map(len, self._in_place(delivery, index, whole)))
             data = whole if found == blob.size else None
         if data is None:
-            with self._baton:
+            with self._handoff:
                 self._tell(link.Fetch(owner, blob))
                 while (owner, blob.digest) not in self._fetched:
                     self._turn_or_raise()
@@ -169,7 +169,7 @@ class NodeLink(Dealer):
         self._last_fetched = (owner, blob.digest, data)
         return data
 
-    def pieces(self, delivery: Delivery, index: int) -> Iterator[Buffer]:
+    def chunks(self, delivery: Delivery, index: int) -> Iterator[Buffer]:
         """Yield the bytes of a delivery's blob in order, without holding all of them.
 
         It must be read to its end before anything else is read.
@@ -192,12 +192,12 @@ class NodeLink(Dealer):
         name = (owner, blob.digest)
         self._tell(link.Fetch(owner, blob, in_pieces=True))
         try:
-            while name not in self._fetched or self._came:
-                with self._baton:
-                    while not self._came and name not in self._fetched:
+            while name not in self._fetched or self._streamed:
+                with self._handoff:
+                    while not self._streamed and name not in self._fetched:
                         self._turn_or_raise()
-                if self._came:
-                    came = memoryview(self._came.popleft())
+                if self._streamed:
+                    came = memoryview(self._streamed.popleft())
                     known = min(found, came.nbytes)
                     found -= known
                     if known < came.nbytes:
@@ -208,17 +208,17 @@ class NodeLink(Dealer):
                 raise WireError(text, Code.MISSING_BLOB)
         finally:
             self._tell(link.Leave(owner, blob))
-            self._came.clear()
+            self._streamed.clear()
             self._fetched.pop(name, None)
 
     def _in_place(
         self, delivery: Delivery, index: int, into: memoryview | None = None
     ) -> Iterator[memoryview]:
         """Yield a blob's bytes from the ledger's files; it ends early where that cannot be done."""
-        places = delivery.places.get(index, ())
-        pieces = self._files.pieces(delivery.message.blobs[index], places, into)
+        places = delivery.extents.get(index, ())
+        pieces = self._files.chunks(delivery.message.blobs[index], places, into)
         while True:
-            with self._baton:  # not while the link's thread hears of another ledger
+            with self._handoff:  # not while the link's thread hears of another ledger
                 piece = next(pieces, None)
                 if piece is None:
                     return
@@ -239,18 +239,18 @@ class NodeLink(Dealer):
         reasons = {seq: why[:2000] for seq, why in (refused or {}).items()}
         if reasons:
             frame = Done(seqs=tuple(seqs), refused=reasons, codes=dict(codes) if codes else UNSET)
-            self._tell(link.Say(frame))
+            self._tell(link.Publish(frame))
         used = tuple(seq for seq in seqs if seq not in reasons)
         if used:
-            self._tell(link.Say(Done(seqs=used)))
+            self._tell(link.Publish(Done(seqs=used)))
 
     def over(self, reason: str) -> None:
         """End the run; `get` raises LinkClosed once the broker has recorded it."""
-        self._tell(link.Say(Over(reason=reason)))
+        self._tell(link.Publish(RunEnded(reason=reason)))
 
     def away(self) -> contextlib.AbstractContextManager[None]:
         """Do something that may take long; the link's thread takes over meanwhile."""
-        return self._baton.away()
+        return self._handoff.away()
 
     def pause(self, seconds: float) -> None:
         """Let time pass.
@@ -259,14 +259,14 @@ class NodeLink(Dealer):
             LinkClosed: the link ended meanwhile.
         """
         deadline = self._clock() + seconds
-        with self._baton:
+        with self._handoff:
             while self._clock() < deadline:
                 self._turn_or_raise(deadline)
 
     def stop(self) -> None:
         """Make what waits raise LinkClosed soon; may be called from another thread."""
         self._stopping = True
-        self._baton.ring()
+        self._handoff.wake()
 
     def close(self, reason: str = "", *, failed: bool = False, silent: bool = False) -> None:
         """Say goodbye and let go of everything.
@@ -276,17 +276,17 @@ class NodeLink(Dealer):
             failed: the node ends for an error.
             silent: say nothing, as if the node had been killed.
         """
-        with self._baton:
+        with self._handoff:
             if self._ended is None and not silent:
-                self._tell(link.Say(Bye(reason=reason, failed=failed)))
+                self._tell(link.Publish(Goodbye(reason=reason, failed=failed)))
             self._stopping = True
             self._turn(self._clock())
-        self._let_go()
+        self._release()
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
         """Hold the link for several posts in a row, which travel together."""
-        with self._baton:
+        with self._handoff:
             self._gathering = True
             try:
                 yield

@@ -44,16 +44,16 @@ class Listener(enum.Enum):
     """A ZeroMQ ROUTER, as a broker is; it says nothing."""
 
 
-class Finding(NamedTuple):
+class ProbeResult(NamedTuple):
     """What is there, and a clause on it for people."""
 
     listener: Listener
     text: str
 
 
-def probe(endpoint: Endpoint, timeout_s: float = _TIMEOUT_S) -> Finding:
+def probe(endpoint: Endpoint, timeout_s: float = _TIMEOUT_S) -> ProbeResult:
     """Find out what is at an endpoint; takes up to ``timeout_s`` for each of its addresses."""
-    finding = Finding(Listener.UNREACHABLE, "it has no address")
+    finding = ProbeResult(Listener.UNREACHABLE, "it has no address")
     tried: list[str] = []
     try:
         for family, address in _addresses(endpoint):
@@ -62,10 +62,10 @@ def probe(endpoint: Endpoint, timeout_s: float = _TIMEOUT_S) -> Finding:
             if finding.listener not in (Listener.REFUSED, Listener.UNREACHABLE):
                 break
     except UnresolvedError as error:
-        return Finding(Listener.UNRESOLVED, str(error))
+        return ProbeResult(Listener.UNRESOLVED, str(error))
     if endpoint.host and not endpoint.literal:
         some = ", ".join(tried[:_SHOWN])
-        return Finding(finding.listener, f"{finding.text}; {endpoint.host} is {some}")
+        return ProbeResult(finding.listener, f"{finding.text}; {endpoint.host} is {some}")
     return finding
 
 
@@ -77,24 +77,26 @@ def _addresses(
     return [(family, (address, endpoint.port)) for family, address in addresses_of(endpoint)]
 
 
-def _try(family: socket.AddressFamily, address: str | tuple[str, int], timeout_s: float) -> Finding:
+def _try(
+    family: socket.AddressFamily, address: str | tuple[str, int], timeout_s: float
+) -> ProbeResult:
     deadline = time.monotonic() + timeout_s
     with socket.socket(family, socket.SOCK_STREAM) as plain:
         plain.settimeout(timeout_s)
         try:
             plain.connect(address)
         except FileNotFoundError:
-            return Finding(Listener.REFUSED, "there is no such socket file")
+            return ProbeResult(Listener.REFUSED, "there is no such socket file")
         except ConnectionRefusedError:
-            return Finding(Listener.REFUSED, "nothing listens there (connection refused)")
+            return ProbeResult(Listener.REFUSED, "nothing listens there (connection refused)")
         except TimeoutError:
-            return Finding(Listener.UNREACHABLE, f"it did not answer within {timeout_s:g} s")
+            return ProbeResult(Listener.UNREACHABLE, f"it did not answer within {timeout_s:g} s")
         except OSError as error:
-            return Finding(Listener.UNREACHABLE, (error.strerror or str(error)).lower())
+            return ProbeResult(Listener.UNREACHABLE, (error.strerror or str(error)).lower())
         return _greet(plain, deadline)
 
 
-def _greet(plain: socket.socket, deadline: float) -> Finding:
+def _greet(plain: socket.socket, deadline: float) -> ProbeResult:
     """Learn from a connection what is at its other end."""
     not_zeromq = "something listens there that does not speak ZeroMQ"
     try:
@@ -106,26 +108,28 @@ def _greet(plain: socket.socket, deadline: float) -> Finding:
             greeting = _receive(plain, _GREETING_BYTES, time.monotonic() + _ANSWER_S)
             if not greeting and not _is_closed(plain):
                 text = "something accepts connections there, but says nothing"
-                return Finding(Listener.MUTE, text)
+                return ProbeResult(Listener.MUTE, text)
         # Version 1 of ZMTP has another start; libzmq is long past it.
         if greeting[:1] != b"\xff" or greeting[9:10] != b"\x7f" or len(greeting) < _GREETING_BYTES:
             seen = f" (it says {greeting[:16]!r})" if greeting else ""
-            return Finding(Listener.NOT_ZEROMQ, not_zeromq + seen)
+            return ProbeResult(Listener.NOT_ZEROMQ, not_zeromq + seen)
         if greeting[_VERSION_AT] < _GREETING[_VERSION_AT]:
-            return Finding(Listener.OTHER_SOCKET, "a ZeroMQ before version 4 listens there")
+            return ProbeResult(Listener.OTHER_SOCKET, "a ZeroMQ before version 4 listens there")
         mechanism = greeting[_MECHANISM].rstrip(b"\0").decode("ascii", "replace")
         if mechanism != "NULL":
-            return Finding(Listener.SECURED, f"the ZeroMQ socket there asks for {mechanism} keys")
+            return ProbeResult(
+                Listener.SECURED, f"the ZeroMQ socket there asks for {mechanism} keys"
+            )
         plain.sendall(_GREETING[_MECHANISM.start :])
         body = b"\x05READY" + _property(_SOCKET_TYPE, b"DEALER") + _property(b"Identity", b"")
         plain.sendall(bytes([_COMMAND, len(body)]) + body)
         kind = _socket_type(_receive_command(plain, deadline))
     except OSError:
-        return Finding(Listener.NOT_ZEROMQ, not_zeromq)
+        return ProbeResult(Listener.NOT_ZEROMQ, not_zeromq)
     if kind == "ROUTER":
         text = "a ZeroMQ ROUTER there does not answer: a broker that is starting, or no broker"
-        return Finding(Listener.SILENT, text)
-    return Finding(
+        return ProbeResult(Listener.SILENT, text)
+    return ProbeResult(
         Listener.OTHER_SOCKET,
         f"a ZeroMQ socket of type {kind or 'unknown'} listens there, which is no broker",
     )

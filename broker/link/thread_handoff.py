@@ -22,7 +22,7 @@ _SHORT_S = 0.005
 """After an absence shorter than this, the next one is not worth waking the thread for."""
 
 
-class Baton:
+class LoopHandoff:
     """A lock between two threads, of which the main one comes first.
 
     The main thread has it ``with`` the baton, as often as it likes.
@@ -40,9 +40,9 @@ class Baton:
         self._main_wants = False
         self._away = threading.Event()
         self._absence = _Absence(self._away)
-        self.bell, self._rope = os.pipe()
-        os.set_blocking(self.bell, False)
-        os.set_blocking(self._rope, False)
+        self.wakeup, self._wakeup_writer = os.pipe()
+        os.set_blocking(self.wakeup, False)
+        os.set_blocking(self._wakeup_writer, False)
 
     def __enter__(self) -> None:
         """Take the baton for the main thread, if it does not have it, and tell the other."""
@@ -51,7 +51,7 @@ class Baton:
         if not self._lock.acquire(blocking=False):
             self._main_wants = True
             try:
-                self.ring()
+                self.wake()
                 self._lock.acquire()
             finally:  # a signal may have ended the waiting
                 self._main_wants = False
@@ -67,11 +67,11 @@ class Baton:
         """
         return self._absence
 
-    def let_go(self) -> None:
+    def release(self) -> None:
         """The main thread does not come back: let the other see that it is over."""
         self._away.set()
 
-    def stand_in(self, turn: Callable[[], None]) -> None:
+    def run_in_background(self, turn: Callable[[], None]) -> None:
         """On the other thread: run the loop whenever the main one is away, until it is over.
 
         At its word, or after a while.
@@ -86,19 +86,19 @@ class Baton:
             finally:
                 self._lock.release()
 
-    def ring(self) -> None:
+    def wake(self) -> None:
         """Wake the loop; may be called from any thread."""
         with contextlib.suppress(BlockingIOError):  # a wake-up is waiting already
-            os.write(self._rope, b"x")
+            os.write(self._wakeup_writer, b"x")
 
-    def heard(self) -> None:
+    def clear_wakeup(self) -> None:
         """Take note of all that have rung."""
-        os.read(self.bell, 4096)
+        os.read(self.wakeup, 4096)
 
     def close(self) -> None:
         """Close the bell."""
-        os.close(self.bell)
-        os.close(self._rope)
+        os.close(self.wakeup)
+        os.close(self._wakeup_writer)
 
 
 class _Absence:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import msgspec
 
 from fedmq.broker.link.events import Send
-from fedmq.broker.wire.schema import Buffer, Numbered, Want
+from fedmq.broker.wire.schema import Buffer, ChunkRequest, NumberedFrame
 
 
 @dataclass
@@ -28,7 +28,7 @@ class _Served:
     posts: int = 0
 
 
-class Said:
+class UnacknowledgedFrames:
     """Numbered frames, from the first that has no receipt on, and the blobs that they name."""
 
     def __init__(self) -> None:
@@ -48,7 +48,7 @@ class Said:
 
     def add(
         self,
-        frame: Numbered,
+        frame: NumberedFrame,
         buffers: Sequence[Buffer] = (),
         blobs: Sequence[bytes] = (),
         data: Sequence[Buffer] = (),
@@ -75,7 +75,7 @@ class Said:
         """Yield all that has no receipt, in order, to be sent again."""
         return (each.send for each in self._frames.values())
 
-    def receipted(self, upto: int) -> None:
+    def acknowledged(self, upto: int) -> None:
         """Forget the frames up to this number, and the blobs that only they named."""
         while self._frames and next(iter(self._frames)) <= upto:
             _, frame = self._frames.popitem(last=False)
@@ -90,7 +90,7 @@ class Said:
         """Tell whether a frame without a receipt names this blob."""
         return digest in self._served
 
-    def piece(self, want: Want) -> Buffer | None:
+    def chunk(self, want: ChunkRequest) -> Buffer | None:
         """Return a piece of a blob that is served; None if there is no such piece."""
         served = self._served.get(want.digest)
         if served is None or want.start + want.size > memoryview(served.data).nbytes:

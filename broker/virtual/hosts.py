@@ -20,6 +20,7 @@ from fedmq.broker.link import events as link
 from fedmq.broker.link import local_blobs
 from fedmq.broker.link.core import Link
 from fedmq.broker.link.events import Delivery
+from fedmq.broker.settings import BrokerSettings
 from fedmq.broker.virtual.network import VirtualNetwork
 from fedmq.broker.wire.encoding import decode_message, encode_message
 from fedmq.broker.wire.schema import (
@@ -29,9 +30,9 @@ from fedmq.broker.wire.schema import (
     Done,
     Hello,
     Message,
-    Over,
     Post,
     PostAll,
+    RunEnded,
     Welcome,
 )
 
@@ -54,7 +55,7 @@ class BrokerHost:
         self,
         network: VirtualNetwork,
         folder: Path,
-        settings: state.BrokerSettings,
+        settings: BrokerSettings,
         draw_identity: Callable[[], str] | None = None,
     ) -> None:
         self._network, self._folder, self._settings = network, folder, settings
@@ -80,7 +81,7 @@ class BrokerHost:
     def receive(self, peer: bytes, frame: AnyFrame, buffers: Sequence[Buffer]) -> None:
         """Take a frame."""
         if self.up:
-            self.handle([state.Received(peer, frame, buffers, 1)])
+            self.handle([state.ReceivedFrom(peer, frame, buffers, 1)])
 
     def handle(self, events: Sequence[state.Event]) -> None:
         """Take a batch: write the ledger, then send."""
@@ -93,30 +94,30 @@ class BrokerHost:
             self._put_out(send)
         self._plan_wake()
 
-    def _put_out(self, send: state.Send) -> None:
+    def _put_out(self, send: state.SendTo) -> None:
         shared = self._network.share_files
         frame = point_to_blobs(send, self.ledger, str(self._folder)) if shared else send.frame
         parts = [self.ledger.payload.read(*blob) for blob in send.blobs]
         self._network.to_node(send.peer, frame, parts)
 
-    def queue(self, events: Sequence[state.Event]) -> list[state.Send]:
+    def queue(self, events: Sequence[state.Event]) -> list[state.SendTo]:
         """Queue what a batch wants written; return what is to be sent once it is."""
-        sends: list[state.Send] = []
-        todo = deque([*events, state.Wake()])
+        sends: list[state.SendTo] = []
+        todo = deque([*events, state.TimerFired()])
         while todo:
             for action in self.core.handle(todo.popleft(), self._network.now):
                 match action:  # the most frequent first
-                    case state.Send():
+                    case state.SendTo():
                         sends.append(action)
                     case state.Append(entry=entry, uses=uses, kept=kept):
                         self.ledger.use(entry.seq, uses, kept=kept)
                         self.ledger.append(entry)
                     case state.Put(name, size, start, data):
                         self.ledger.put(name, size, start, data)
-                    case state.Drop(name, size):
-                        self.ledger.drop(name, size)
-                    case state.Release(names):
-                        self.ledger.release(names)
+                    case state.Discard(name, size):
+                        self.ledger.discard(name, size)
+                    case state.Unpin(names):
+                        self.ledger.unpin(names)
                     case state.Probe(peer):
                         if not self._network.is_up(peer):
                             todo.append(state.Gone(peer))
@@ -182,12 +183,12 @@ class LinkHost:
         self.inbox: deque[Delivery] = deque()
         self.fetched: dict[tuple[str, bytes], Buffer | None] = {}
         self.admitted: link.Admitted | None = None
-        self.ended: link.Ended | None = None
-        self.receipted: list[str] = []
+        self.ended: link.LinkEnded | None = None
+        self.acknowledged: list[str] = []
         self.posted: list[str] = []
         self.on_news: Callable[[], None] = lambda: None
         self.doomed: Callable[[], object] | None = None
-        self.files = local_blobs.SharedFiles()
+        self.files = local_blobs.LocalBlobs()
         self._numbers: dict[int, list[str]] = {}
         self._last_seq = -1
         self._gathering = False
@@ -201,13 +202,13 @@ class LinkHost:
         """Give the core an event and carry out what it says."""
         if not self.up:
             return
-        if isinstance(event, link.Received) and isinstance(event.frame, Welcome):
-            self.files.look(event.frame)
+        if isinstance(event, link.FrameReceived) and isinstance(event.frame, Welcome):
+            self.files.open(event.frame)
         news = self._carry_out(self.core.handle(event, self.network.now))
         if self._numbers:
-            oldest = self.core.oldest_unreceipted
+            oldest = self.core.oldest_unacknowledged
             for n in [n for n in self._numbers if n < oldest]:
-                self.receipted += self._numbers.pop(n)
+                self.acknowledged += self._numbers.pop(n)
         due = self.core.deadline
         if due is not None and (due < self._wake_at or self._wake_at <= self.network.now):
             self._wake_at = due
@@ -239,10 +240,10 @@ class LinkHost:
         if gathered:
             self.hear(link.Together(gathered))
 
-    def say(self, frame: Done | Over) -> None:
+    def publish(self, frame: Done | RunEnded) -> None:
         """Say something that is no message."""
         self._say_gathered()
-        self.hear(link.Say(frame))
+        self.hear(link.Publish(frame))
 
     def fetch(self, owner: str, blob: Blob) -> None:
         """Ask for a blob, which will be among `fetched`."""
@@ -279,13 +280,13 @@ class LinkHost:
                     self.fetched[owner, blob.digest] = data
                 case link.Admitted():
                     self.admitted = action
-                case link.Ended():
+                case link.LinkEnded():
                     self.ended = action
         return news
 
     def _number(self, post: Post | PostAll) -> None:
         """Note under which number messages went out first."""
-        if post.n >= self.core.oldest_unreceipted and post.n not in self._numbers:
+        if post.n >= self.core.oldest_unacknowledged and post.n not in self._numbers:
             messages = [post.message] if isinstance(post, Post) else post.messages
             self._numbers[post.n] = [decode_message(each).id for each in messages]
 

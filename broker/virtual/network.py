@@ -152,4 +152,4 @@ class VirtualNetwork:
 
     def _arrive_at_node(self, peer: bytes, header: bytes, parts: list[bytes]) -> None:
         if self.is_up(peer):
-            self._ends[peer].hear(link.Received(decode_frame(header), parts))
+            self._ends[peer].hear(link.FrameReceived(decode_frame(header), parts))

@@ -18,6 +18,9 @@ WORKER = "worker"
 ROLES = (AGGREGATOR, EVALUATOR, WORKER)
 BROKER = "broker"
 
+MAX_RANGES = 1000
+"""Of client numbers, in one Hello."""
+
 CONTINUED = "continued"
 """Kind of the message by which the broker tells that a run was taken up again."""
 

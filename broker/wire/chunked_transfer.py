@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import xxhash
 from msgspec import Struct
 
-from fedmq.broker.wire.schema import CHUNK_BYTES, Blob, Buffer, Chunk, Want
+from fedmq.broker.wire.schema import CHUNK_BYTES, Blob, Buffer, Chunk, ChunkRequest
 
 WINDOW_CHUNKS = 4
 
@@ -26,7 +26,7 @@ class Owned(Struct, frozen=True, gc=False):
     digest: bytes
 
 
-class Piece(Struct, frozen=True):
+class ReceivedChunk(Struct, frozen=True):
     """What a chunk brought: bytes ``start...`` of a blob of ``size``."""
 
     name: Owned
@@ -78,7 +78,7 @@ class Fetcher:
             hasher = hasher or xxhash.xxh3_128()
             self._transfers[name] = _Transfer(blob.size, received, received, hasher)
 
-    def wants(self, window: int | None = None) -> list[Want]:
+    def wants(self, window: int | None = None) -> list[ChunkRequest]:
         """Return the requests that a window (by default this fetcher's) has room for."""
         limit = self._window if window is None else min(window, self._window)
         wants = []
@@ -86,7 +86,9 @@ class Fetcher:
             while transfer.asked < transfer.size and self._outstanding < limit:
                 size = min(CHUNK_BYTES, transfer.size - transfer.asked)
                 wants.append(
-                    Want(owner=name.owner, digest=name.digest, start=transfer.asked, size=size)
+                    ChunkRequest(
+                        owner=name.owner, digest=name.digest, start=transfer.asked, size=size
+                    )
                 )
                 transfer.asked += size
                 self._outstanding += 1
@@ -94,7 +96,7 @@ class Fetcher:
                 break
         return wants
 
-    def receive(self, chunk: Chunk, data: Buffer) -> Piece | None:
+    def receive(self, chunk: Chunk, data: Buffer) -> ReceivedChunk | None:
         """Take a chunk; None if it is not the next piece of a blob that was asked for.
 
         Chunks of a blob come in the order in which they were asked for, because a link
@@ -109,7 +111,7 @@ class Fetcher:
         transfer.hasher.update(data)
         transfer.received += memoryview(data).nbytes
         self._outstanding -= 1
-        return Piece(name, transfer.size, chunk.start, data)
+        return ReceivedChunk(name, transfer.size, chunk.start, data)
 
     def finished(self, name: Owned) -> bool | None:
         """Forget a blob whose bytes are all here, and tell whether they match its digest.
@@ -122,7 +124,7 @@ class Fetcher:
         del self._transfers[name]
         return transfer.hasher.digest() == name.digest
 
-    def drop(self, name: Owned) -> None:
+    def discard(self, name: Owned) -> None:
         """Give up on a blob."""
         transfer = self._transfers.pop(name, None)
         if transfer is not None:

@@ -27,6 +27,7 @@ from fedmq.broker.wire.schema import (
     Message,
     Natural,
     digest,
+    kind_of,
 )
 
 _FOREIGN = 1024
@@ -204,7 +205,7 @@ def _encode(value: Frame | Message, limit: int) -> bytes:
     except (TypeError, ValueError, OverflowError) as error:
         raise WireError(f"cannot write {value!r:.200}: {error}") from None
     if len(data) > limit:
-        kind = value.kind if isinstance(value, Message) else type(value).__name__.lower()
+        kind = value.kind if isinstance(value, Message) else kind_of(value)
         raise WireError(f"expected at most {limit} bytes of header, a {kind} needs {len(data)}")
     return data
 

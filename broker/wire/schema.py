@@ -21,7 +21,7 @@ from collections.abc import Iterable
 from typing import Annotated, Any
 
 import xxhash
-from msgspec import UNSET, Meta, Struct, UnsetType
+from msgspec import UNSET, Meta, Struct, UnsetType, field
 
 from fedmq.broker.rejections import MAX_CODE
 
@@ -65,9 +65,9 @@ Natural = Annotated[int, Meta(ge=0, le=1 << 62)]
 Size = Annotated[int, Meta(ge=0, le=MAX_BLOB_BYTES)]
 Digest = Annotated[bytes, Meta(min_length=16, max_length=16)]
 Range = tuple[Natural, Natural]
-Place = tuple[Natural, Natural, Annotated[int, Meta(ge=1, le=CHUNK_BYTES)]]
+Extent = tuple[Natural, Natural, Annotated[int, Meta(ge=1, le=CHUNK_BYTES)]]
 """Where bytes lie in a ledger: number of the payload segment, offset there, how many."""
-MAX_PLACES = 640
+MAX_EXTENTS = 640
 """In one delivery: they leave room in its header for any message."""
 
 
@@ -104,13 +104,17 @@ class Message(Struct, frozen=True, kw_only=True):
 
 
 class Frame(Struct, frozen=True, kw_only=True, tag_field="kind", tag=str.lower):
-    """Root of all frames; the field ``kind`` on the wire is the class's name in lower case."""
+    """Root of all frames.
+
+    The field ``kind`` on the wire is the class's name in lower case, or its ``tag`` where the
+    class was renamed after messages had been recorded.
+    """
 
     v: tuple[int, int] = PROTOCOL
     """Protocol version of who wrote the frame, [major, minor]."""
 
 
-class Numbered(Frame, frozen=True, kw_only=True):
+class NumberedFrame(Frame, frozen=True, kw_only=True):
     """Frames that must not be lost. ``n`` counts them in a session, from 0.
 
     They are taken in order and once, receipted, and sent again after a reconnect.
@@ -156,7 +160,7 @@ class Reject(Frame, frozen=True, kw_only=True):
     """Of the run, for an aggregator that came with another one. Not sent before 1.3."""
 
 
-class Stranger(Frame, frozen=True, kw_only=True):
+class UnknownSession(Frame, frozen=True, kw_only=True, tag="stranger"):
     """The broker does not know this connection (any more): say Hello."""
 
 
@@ -178,7 +182,7 @@ class Wait(Frame, frozen=True, kw_only=True):
     """What it has instead, if anything; not sent before 1.3."""
 
 
-class Post(Numbered, frozen=True, kw_only=True):
+class Post(NumberedFrame, frozen=True, kw_only=True):
     """A message for the ledger and its recipient. ``inline``: which blobs stand beside it."""
 
     message: bytes
@@ -187,7 +191,7 @@ class Post(Numbered, frozen=True, kw_only=True):
     """Ledger numbers of the messages that are done with once this one is kept."""
 
 
-class PostAll(Numbered, frozen=True, kw_only=True):
+class PostAll(NumberedFrame, frozen=True, kw_only=True):
     """Messages without blobs, in order: each is taken as if it had been posted alone.
 
     What a frame costs, a small message costs many times over its bytes.
@@ -199,7 +203,7 @@ class PostAll(Numbered, frozen=True, kw_only=True):
     ]
 
 
-class Receipt(Frame, frozen=True, kw_only=True):
+class Ack(Frame, frozen=True, kw_only=True, tag="receipt"):
     """Every numbered frame up to ``upto`` has taken effect: a post is in the ledger.
 
     (Or was refused, and that was said.)
@@ -208,10 +212,10 @@ class Receipt(Frame, frozen=True, kw_only=True):
     upto: Natural
 
 
-class Full(Frame, frozen=True, kw_only=True):
+class StorageFull(Frame, frozen=True, kw_only=True, tag="full"):
     """The broker cannot keep anything now, for the reason given: hold on, and say Hello again.
 
-    Nothing that was sent since the last Receipt is lost to its sender, nor taken.
+    Nothing that was sent since the last Ack is lost to its sender, nor taken.
     """
 
     reason: Reason
@@ -226,7 +230,7 @@ class Deliver(Frame, frozen=True, kw_only=True):
     inline: tuple[Natural, ...] = ()
     after: Natural = 0
     """This session has no other unfinished message from here to ``seq``: a gap is noticed."""
-    places: dict[Natural, tuple[Place, ...]] = {}
+    extents: dict[Natural, tuple[Extent, ...]] = field(name="places", default_factory=dict)
     """Where blobs that are not inline lie in the ledger, in pieces, by their index."""
 
 
@@ -263,7 +267,7 @@ class Welcome(Frame, frozen=True, kw_only=True):
     end in a checkpoint before that one holds no longer. Not sent before 1.3."""
 
 
-class Done(Numbered, frozen=True, kw_only=True):
+class Done(NumberedFrame, frozen=True, kw_only=True):
     """The recipient is done with ``seqs`` and will not need them again, in any session.
 
     ``refused``: why some could not be used, by number; one that is not in ``seqs`` as well
@@ -285,7 +289,7 @@ class Done(Numbered, frozen=True, kw_only=True):
         return self.codes.get(seq, "") if self.codes else ""
 
 
-class Want(Frame, frozen=True, kw_only=True):
+class ChunkRequest(Frame, frozen=True, kw_only=True, tag="want"):
     """Send me ``size`` bytes of a blob, from ``start``. ``owner``: the node that named it."""
 
     owner: Name
@@ -302,7 +306,7 @@ class Chunk(Frame, frozen=True, kw_only=True):
     start: Size
 
 
-class Beat(Frame, frozen=True, kw_only=True):
+class Heartbeat(Frame, frozen=True, kw_only=True, tag="beat"):
     """Nothing to say, but alive; the broker answers in kind."""
 
     taken: Natural = 0
@@ -311,13 +315,13 @@ class Beat(Frame, frozen=True, kw_only=True):
     """From the broker: every delivery numbered below this has been sent."""
 
 
-class Over(Numbered, frozen=True, kw_only=True):
+class RunEnded(NumberedFrame, frozen=True, kw_only=True, tag="over"):
     """The run has ended. From the aggregator to the broker, and from there to every node."""
 
     reason: Reason = ""
 
 
-class Bye(Frame, frozen=True, kw_only=True):
+class Goodbye(Frame, frozen=True, kw_only=True, tag="bye"):
     """This node leaves; ``failed``: not on purpose, but for an error."""
 
     reason: Reason = ""
@@ -328,21 +332,26 @@ AnyFrame = (
     Hello
     | Welcome
     | Reject
-    | Stranger
+    | UnknownSession
     | Wait
     | Post
     | PostAll
-    | Receipt
-    | Full
+    | Ack
+    | StorageFull
     | Deliver
     | DeliverAll
     | Done
-    | Want
+    | ChunkRequest
     | Chunk
-    | Beat
-    | Over
-    | Bye
+    | Heartbeat
+    | RunEnded
+    | Goodbye
 )
+
+
+def kind_of(value: Frame | type[Frame]) -> str:
+    """Return the kind of a frame, or of a class of frames, as it stands on the wire."""
+    return str(value.__struct_config__.tag)
 
 
 def digest(data: Buffer) -> bytes:

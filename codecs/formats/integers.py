@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fedmq.codecs.errors import DecodeError
-from fedmq.codecs.text import brief
+from fedmq.codecs.text import shorten
 
 Integers = NDArray[np.int64]
 
@@ -59,15 +59,17 @@ def packed_size(meta: object, count: int, what: str) -> int:
         DecodeError: it is not what `pack_integers` returns; ``what`` names the integers.
     """
     if not isinstance(meta, dict):
-        raise DecodeError(f"expected meta.{what} with width, base and rising, got {brief(meta)}")
+        raise DecodeError(f"expected meta.{what} with width, base and rising, got {shorten(meta)}")
     width, base, rising = meta.get("width"), meta.get("base"), meta.get("rising")
     if type(width) is not int or width not in (*_WIDTHS, 8):
-        raise DecodeError(f"expected meta.{what}.width as 0, 1, 2, 4 or 8, got {brief(width)}")
+        raise DecodeError(f"expected meta.{what}.width as 0, 1, 2, 4 or 8, got {shorten(width)}")
     if type(base) is not int or not _LEAST <= base <= _MOST or (width == 8 and base):
-        raise DecodeError(f"expected meta.{what}.base as an int64, 0 at width 8, got {brief(base)}")
+        raise DecodeError(
+            f"expected meta.{what}.base as an int64, 0 at width 8, got {shorten(base)}"
+        )
     if type(rising) is not bool or (width == 8 and rising):
         raise DecodeError(
-            f"expected meta.{what}.rising as a truth, false at width 8, got {brief(rising)}"
+            f"expected meta.{what}.rising as a truth, false at width 8, got {shorten(rising)}"
         )
     return width * count
 

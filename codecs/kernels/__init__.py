@@ -22,7 +22,7 @@ The kernels are compiled on their first call: a few seconds, once a machine. Imp
 package imports neither numba nor torch.
 """
 
-from fedmq.codecs.kernels.layout import MAX_BLOCK, Basis, Hadamard, Kashin
+from fedmq.codecs.kernels.layout import MAX_BLOCK, Basis, HadamardBasis, KashinFrame
 from fedmq.codecs.kernels.quantization import (
     accumulate,
     code_bytes,
@@ -50,8 +50,8 @@ __all__ = [
     "MAX_BLOCK",
     "MAX_VALUES",
     "Basis",
-    "Hadamard",
-    "Kashin",
+    "HadamardBasis",
+    "KashinFrame",
     "accumulate",
     "code_bytes",
     "dequantize",

@@ -11,7 +11,7 @@ _SMALLEST_FRAME = 64
 
 
 @dataclass(frozen=True)
-class Hadamard:
+class HadamardBasis:
     """Blocks are rotated, y = H D x / sqrt(block); Konecny et al. 2016, section 4 (iii).
 
     D is a diagonal of random signs that follow from ``seed`` and the number of the block,
@@ -23,7 +23,7 @@ class Hadamard:
 
 
 @dataclass(frozen=True)
-class Kashin:
+class KashinFrame:
     """Blocks become Kashin coefficients; Lyubarskii and Vershynin 2010, Caldas et al. 2018.
 
     Our own variant, since those in use differ. A block of N coefficients (N = ``block``)
@@ -54,7 +54,7 @@ class Kashin:
     clipped: bool = False
 
 
-Basis = Hadamard | Kashin | None
+Basis = HadamardBasis | KashinFrame | None
 
 
 @dataclass(frozen=True)
@@ -103,11 +103,11 @@ def cut(n: int, block: int, basis: Basis) -> Cut:
         raise ValueError(f"expected a block of 1 to {MAX_BLOCK} values, got {block!r}")
     if basis is not None and block & (block - 1):
         raise ValueError(f"expected a block that is a power of two, got {block}")
-    if isinstance(basis, Kashin) and not (
+    if isinstance(basis, KashinFrame) and not (
         1 <= basis.iterations <= 100 and 0 < basis.eta <= 1 and 0 < basis.delta <= 1
     ):
         raise ValueError(f"expected 1..100 iterations, eta and delta in (0, 1], got {basis}")
-    inputs = capacity(block) if isinstance(basis, Kashin) else block
+    inputs = capacity(block) if isinstance(basis, KashinFrame) else block
     return Cut(block, inputs, n // inputs, tuple(_tail(n % inputs, block, basis)))
 
 
@@ -121,9 +121,9 @@ def _tail(rest: int, block: int, basis: Basis) -> Iterator[tuple[int, int]]:
         yield rest, rest
         return
     size = block
-    smallest = min(_SMALLEST_FRAME, block) if isinstance(basis, Kashin) else 1
+    smallest = min(_SMALLEST_FRAME, block) if isinstance(basis, KashinFrame) else 1
     while rest:
-        holds = capacity(size) if isinstance(basis, Kashin) else size
+        holds = capacity(size) if isinstance(basis, KashinFrame) else size
         if holds <= rest:
             yield holds, size
             rest -= holds

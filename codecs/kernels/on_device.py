@@ -16,7 +16,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from fedmq.codecs.kernels.layout import Basis, Cut, Hadamard, Kashin, cut
+from fedmq.codecs.kernels.layout import Basis, Cut, HadamardBasis, KashinFrame, cut
 from fedmq.codecs.kernels.quantization import check_sizes, code_bytes
 from fedmq.codecs.kernels.seeds import GOLDEN, HASH_A, HASH_B, MIX_A, MIX_B, Purpose, state
 from fedmq.codecs.kernels.selection import check_count
@@ -96,7 +96,7 @@ def accumulate(
 
 def rotate(x: Tensor, block: int, seed: int) -> Tensor:
     """Return the coefficients [n] of `Hadamard`."""
-    return _coefficients(_vector(x), block, Hadamard(seed))[0]
+    return _coefficients(_vector(x), block, HadamardBasis(seed))[0]
 
 
 def unrotate(y: Tensor, block: int, seed: int, n: int) -> Tensor:
@@ -105,12 +105,12 @@ def unrotate(y: Tensor, block: int, seed: int, n: int) -> Tensor:
     Raises:
         ValueError: there are not as many coefficients as n values have.
     """
-    return _restore(y, n, block, Hadamard(seed))
+    return _restore(y, n, block, HadamardBasis(seed))
 
 
 def kashin(x: Tensor, block: int, iterations: int, eta: float, delta: float, seed: int) -> Tensor:
     """Return the coefficients [`kashin_size`] of `Kashin`."""
-    return _coefficients(_vector(x), block, Kashin(seed, iterations, eta, delta))[0]
+    return _coefficients(_vector(x), block, KashinFrame(seed, iterations, eta, delta))[0]
 
 
 def unkashin(a: Tensor, n: int, block: int, seed: int) -> Tensor:
@@ -119,7 +119,7 @@ def unkashin(a: Tensor, n: int, block: int, seed: int) -> Tensor:
     Raises:
         ValueError: there are not as many coefficients as n values have.
     """
-    return _restore(a, n, block, Kashin(seed))
+    return _restore(a, n, block, KashinFrame(seed))
 
 
 def mask(n: int, k: int, seed: int, device: torch.device | str) -> Tensor:
@@ -185,14 +185,14 @@ def _coefficients(x: Tensor, block: int, basis: Basis) -> tuple[Tensor, Cut]:
         rows = x[start : start + pieces * values].view(pieces, values)
         signs = _sign_bits(_keys(seed, first, pieces, x.device), size)
         out = y[begin : begin + pieces * size].view(pieces, size)
-        if isinstance(basis, Kashin):
+        if isinstance(basis, KashinFrame):
             out.copy_(_iterate(rows, size, signs, basis))
         else:
             out.copy_(_hadamard(_flip(rows * _scale(size, x.device), signs)))
     return y, shape
 
 
-def _restore(y: Tensor, n: int, block: int, basis: Hadamard | Kashin) -> Tensor:
+def _restore(y: Tensor, n: int, block: int, basis: HadamardBasis | KashinFrame) -> Tensor:
     shape = cut(n, block, basis)
     if _vector(y).numel() != shape.coefficients:
         raise ValueError(f"expected {shape.coefficients} coefficients, got {y.numel()}")
@@ -212,7 +212,7 @@ def _values(y: Tensor, shape: Cut, basis: Basis) -> Tensor:
     return torch.cat(parts) if parts else y.new_empty(0)
 
 
-def _iterate(x: Tensor, size: int, signs: Tensor, basis: Kashin) -> Tensor:
+def _iterate(x: Tensor, size: int, signs: Tensor, basis: KashinFrame) -> Tensor:
     """Return the Kashin coefficients [pieces, size] of x [pieces, values]."""
     values = x.shape[1]
     scale = _scale(size, x.device)

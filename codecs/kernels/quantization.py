@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fedmq.codecs.kernels.layout import Basis, Cut, Hadamard, Kashin, cut
+from fedmq.codecs.kernels.layout import Basis, Cut, HadamardBasis, KashinFrame, cut
 from fedmq.codecs.kernels.seeds import Purpose, state
 
 Floats = NDArray[np.float32]
@@ -114,7 +114,7 @@ def rotate(x: Floats, block: int, seed: int) -> Floats:
     Raises:
         ValueError: block is no power of two in 1..MAX_BLOCK, or x no float32 vector.
     """
-    return _transform(x, block, Hadamard(seed))
+    return _transform(x, block, HadamardBasis(seed))
 
 
 def unrotate(y: Floats, block: int, seed: int, n: int) -> Floats:
@@ -123,7 +123,7 @@ def unrotate(y: Floats, block: int, seed: int, n: int) -> Floats:
     Raises:
         ValueError: as `rotate`, or there are not `rotated_size` coefficients.
     """
-    return _restore(y, n, block, Hadamard(seed))
+    return _restore(y, n, block, HadamardBasis(seed))
 
 
 def rotated_size(n: int, block: int) -> int:
@@ -132,7 +132,7 @@ def rotated_size(n: int, block: int) -> int:
     Raises:
         ValueError: block is no power of two in 1..MAX_BLOCK.
     """
-    return cut(n, block, Hadamard(0)).coefficients
+    return cut(n, block, HadamardBasis(0)).coefficients
 
 
 def kashin(
@@ -151,7 +151,7 @@ def kashin(
         ValueError: block is no power of two in 1..MAX_BLOCK, a parameter is out of range, or
             x is no float32 vector.
     """
-    return _transform(x, block, Kashin(seed, iterations, eta, delta, clipped))
+    return _transform(x, block, KashinFrame(seed, iterations, eta, delta, clipped))
 
 
 def unkashin(a: Floats, n: int, block: int, seed: int) -> Floats:
@@ -160,7 +160,7 @@ def unkashin(a: Floats, n: int, block: int, seed: int) -> Floats:
     Raises:
         ValueError: as `kashin`, or there are not `kashin_size` coefficients.
     """
-    return _restore(a, n, block, Kashin(seed))
+    return _restore(a, n, block, KashinFrame(seed))
 
 
 def kashin_size(n: int, block: int) -> int:
@@ -169,7 +169,7 @@ def kashin_size(n: int, block: int) -> int:
     Raises:
         ValueError: block is no power of two in 1..MAX_BLOCK.
     """
-    return cut(n, block, Kashin(0)).coefficients
+    return cut(n, block, KashinFrame(0)).coefficients
 
 
 def signs(n: int, seed: int) -> Floats:
@@ -253,7 +253,7 @@ def vector(x: Floats) -> Floats:
     return x
 
 
-def _transform(x: Floats, block: int, basis: Hadamard | Kashin) -> Floats:
+def _transform(x: Floats, block: int, basis: HadamardBasis | KashinFrame) -> Floats:
     from fedmq.codecs.kernels import native
 
     x = vector(x)
@@ -263,7 +263,7 @@ def _transform(x: Floats, block: int, basis: Hadamard | Kashin) -> Floats:
     return out
 
 
-def _restore(y: Floats, n: int, block: int, basis: Hadamard | Kashin) -> Floats:
+def _restore(y: Floats, n: int, block: int, basis: HadamardBasis | KashinFrame) -> Floats:
     from fedmq.codecs.kernels import native
 
     y = vector(y)
@@ -312,7 +312,7 @@ def _signs(basis: Basis) -> np.uint64:
 
 
 def _iteration(basis: Basis) -> tuple[int, np.float32, np.float32, bool] | None:
-    if not isinstance(basis, Kashin):
+    if not isinstance(basis, KashinFrame):
         return None
     return basis.iterations, np.float32(basis.eta), np.float32(basis.delta), basis.clipped
 

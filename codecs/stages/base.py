@@ -20,7 +20,7 @@ Shapes = tuple[tuple[int, ...], ...]
 """Of the tensors that the first stage's values are, end to end, in order."""
 
 
-class Place(IntEnum):
+class StageOrder(IntEnum):
     """Where in a pipeline a stage may stand; at most one stage in each place."""
 
     SELECTION = 0
@@ -48,7 +48,7 @@ class Stage(ABC):
 
     name: ClassVar[str]
     version: ClassVar[int] = 1
-    place: ClassVar[Place]
+    place: ClassVar[StageOrder]
     sides: ClassVar[int] = 0
     """How many buffers travel beside the values."""
 

@@ -8,7 +8,7 @@ import zstandard
 
 from fedmq.codecs.base import Buffer
 from fedmq.codecs.errors import DecodeError, SpecError
-from fedmq.codecs.stages.base import Place, Stage
+from fedmq.codecs.stages.base import Stage, StageOrder
 
 
 class Entropy(Stage):
@@ -19,7 +19,7 @@ class Entropy(Stage):
     """
 
     name = "entropy"
-    place = Place.ENTROPY
+    place = StageOrder.ENTROPY
 
     def __init__(self, level: int = 3) -> None:
         if type(level) is not int or not 1 <= level <= 19:

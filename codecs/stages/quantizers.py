@@ -10,7 +10,7 @@ import torch
 from fedmq.codecs import kernels
 from fedmq.codecs.base import Buffer
 from fedmq.codecs.errors import CodecError, DecodeError, SpecError
-from fedmq.codecs.stages.base import Context, NumberStage, Place, Values, array_of
+from fedmq.codecs.stages.base import Context, NumberStage, StageOrder, Values, array_of
 
 _HALVES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 MAX_BLOCK = kernels.MAX_BLOCK
@@ -20,7 +20,7 @@ class Float32(NumberStage):
     """Values as they are: what a pipeline ends with that names no other."""
 
     name = "float32"
-    place = Place.NUMBER
+    place = StageOrder.NUMBER
 
     def parameters(self) -> str:
         """None."""
@@ -39,7 +39,7 @@ class Half(NumberStage):
     """Values rounded to float16 or bfloat16, as the codec ``cast`` does."""
 
     name = "cast"
-    place = Place.NUMBER
+    place = StageOrder.NUMBER
 
     def __init__(self, dtype: str) -> None:
         if dtype not in _HALVES:
@@ -74,7 +74,7 @@ class Quantize(NumberStage):
     """
 
     name = "quantize"
-    place = Place.NUMBER
+    place = StageOrder.NUMBER
     sides = 1
 
     def __init__(self, bits: int, block: int = 4096) -> None:

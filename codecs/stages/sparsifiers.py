@@ -12,7 +12,15 @@ import numpy as np
 from fedmq.codecs import kernels
 from fedmq.codecs.base import Buffer
 from fedmq.codecs.errors import CodecError, DecodeError
-from fedmq.codecs.stages.base import Context, Place, Shapes, Values, ValueStage, array_of, fraction
+from fedmq.codecs.stages.base import (
+    Context,
+    Shapes,
+    StageOrder,
+    Values,
+    ValueStage,
+    array_of,
+    fraction,
+)
 
 
 class Subsample(ValueStage):
@@ -23,7 +31,7 @@ class Subsample(ValueStage):
     """
 
     name = "subsample"
-    place = Place.SUBSET
+    place = StageOrder.SUBSET
 
     def __init__(self, keep: float) -> None:
         self.keep = fraction("subsample", "keep", keep)
@@ -60,7 +68,7 @@ class TopK(ValueStage):
     """
 
     name = "topk"
-    place = Place.SUBSET
+    place = StageOrder.SUBSET
     sides = 1
 
     def __init__(self, keep: float) -> None:

@@ -1,7 +1,7 @@
 """Structured updates: what is trained, not only what is sent, is of a small form.
 
 Konecny et al. 2016, section 3. With such a stage in its uplink a client's gradient is
-projected at every step (`restrict`), so that what it sends is all that has changed. A
+projected at every step (`project`), so that what it sends is all that has changed. A
 random mask is in `subsets`, beside the subsample that it resembles.
 """
 
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from fedmq.codecs import kernels
 from fedmq.codecs.base import Buffer
 from fedmq.codecs.errors import SpecError
-from fedmq.codecs.stages.base import Context, Place, Shapes, Values, ValueStage, fraction
+from fedmq.codecs.stages.base import Context, Shapes, StageOrder, Values, ValueStage, fraction
 from fedmq.codecs.stages.sparsifiers import kept
 
 _LARGEST_FRAME = 16
@@ -31,7 +31,7 @@ class RandomMask(ValueStage):
     """
 
     name = "randommask"
-    place = Place.STRUCTURE
+    place = StageOrder.STRUCTURE
 
     def __init__(self, keep: float) -> None:
         self.keep = fraction("randommask", "keep", keep)
@@ -73,7 +73,7 @@ class LowRank(ValueStage):
     """
 
     name = "lowrank"
-    place = Place.STRUCTURE
+    place = StageOrder.STRUCTURE
 
     def __init__(self, rank: int) -> None:
         if type(rank) is not int or not 1 <= rank <= 1 << 16:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from fedmq.codecs import kernels
 from fedmq.codecs.base import Buffer
 from fedmq.codecs.errors import SpecError
-from fedmq.codecs.stages.base import Context, Place, Shapes, Values, ValueStage, fraction
+from fedmq.codecs.stages.base import Context, Shapes, StageOrder, Values, ValueStage, fraction
 
 MAX_BLOCK = 1 << 16
 
@@ -21,7 +21,7 @@ MAX_BLOCK = 1 << 16
 class BasisStage(ValueStage):
     """A basis that quantization can apply block by block, while a block is in cache."""
 
-    place = Place.BASIS
+    place = StageOrder.BASIS
 
     block: int
 
@@ -34,7 +34,7 @@ class Identity(ValueStage):
     """The values as they are: the papers' I."""
 
     name = "identity"
-    place = Place.BASIS
+    place = StageOrder.BASIS
 
     def parameters(self) -> str:
         """None."""
@@ -75,7 +75,7 @@ class Hadamard(BasisStage):
 
     def basis(self, seed: int) -> kernels.Basis:
         """Return H D."""
-        return kernels.Hadamard(seed)
+        return kernels.HadamardBasis(seed)
 
     def encode(self, values: Values, context: Context) -> tuple[Values, list[Buffer]]:
         """Rotate."""
@@ -118,7 +118,7 @@ class Kashin(BasisStage):
 
     def basis(self, seed: int) -> kernels.Basis:
         """Return the frame and how it is iterated."""
-        return kernels.Kashin(seed, self.iterations, self.eta, self.delta)
+        return kernels.KashinFrame(seed, self.iterations, self.eta, self.delta)
 
     def encode(self, values: Values, context: Context) -> tuple[Values, list[Buffer]]:
         """Return the coefficients."""

@@ -16,7 +16,7 @@ from fedmq.algorithms.errors import ResultError
 from fedmq.algorithms.problems.base import Problem
 from fedmq.broker.wire.schema import Blob
 from fedmq.codecs.errors import CodecError
-from fedmq.nodes.aggregator.evaluations import Examination
+from fedmq.nodes.aggregator.evaluations import ClientEvaluation
 from fedmq.nodes.aggregator.progress import Failures
 from fedmq.nodes.errors import NodeError
 from fedmq.nodes.messages.actions import Inbound
@@ -24,13 +24,13 @@ from fedmq.nodes.messages.payloads import RAW, Packed, pack, unpack
 from fedmq.nodes.run.goal import Goal
 
 
-class Flight(Struct):
+class OutstandingTask(Struct):
     """A task that is out: for which client, made from which version, sent to which node."""
 
     client: int
     version: int
     node: str
-    overdue: bool = False
+    past_deadline: bool = msgspec.field(name="overdue", default=False)
 
 
 class Counts(Struct):
@@ -52,7 +52,7 @@ class Fold(Struct):
     """What an aggregator knows between two versions, besides the algorithm's state.
 
     position, at: number and time of the last message that this is the fold of.
-    waiting: numbers of the messages before it that it has yet to take.
+    deferred: numbers of the messages before it that are not handled yet.
     arithmetic: by which it was made, see `fedmq.nodes.aggregator.computed`.
     failures: that were not followed by a used result; see `fedmq.nodes.aggregator.progress`.
     failed: the run ends without reaching its end. rules: by which failures are counted.
@@ -64,7 +64,7 @@ class Fold(Struct):
     at: float
     version: int
     next_id: int
-    flights: dict[str, Flight]
+    outstanding: dict[str, OutstandingTask] = msgspec.field(name="flights")
     hosts: dict[int, str]
     evaluators: list[str]
     evaluating: list[str]
@@ -73,9 +73,11 @@ class Fold(Struct):
     running: bool
     finishing: str
     ended: bool
-    examinations: dict[str, Examination] = {}
+    client_evaluations: dict[str, ClientEvaluation] = msgspec.field(
+        name="examinations", default_factory=dict
+    )
     scores: dict[int, list[float]] = {}
-    waiting: list[int] = []
+    deferred: list[int] = msgspec.field(name="waiting", default_factory=list)
     arithmetic: int = 1
     failures: Failures = msgspec.field(default_factory=Failures)
     failed: bool = False

@@ -15,7 +15,7 @@ from typing import Any
 
 import msgspec
 
-from fedmq.algorithms.schedules import View
+from fedmq.algorithms.schedules import ScheduleView
 from fedmq.broker.errors import BrokerError
 from fedmq.broker.rejections import Code, Rejection
 from fedmq.broker.wire.addresses import CHECKPOINT, CONTINUED, RECORD, TIMER
@@ -28,15 +28,15 @@ from fedmq.nodes.aggregator.evaluations import (
     requests,
 )
 from fedmq.nodes.aggregator.state import AggregatorState
-from fedmq.nodes.aggregator.version import Gathering, Waiting
+from fedmq.nodes.aggregator.version import DeferredResults, VersionBuffer
 from fedmq.nodes.errors import NodeError, exits_as_errors
 from fedmq.nodes.messages.actions import (
+    AckUpTo,
     AggregatorAction,
     Commit,
-    Done,
-    Finish,
+    EndRun,
+    Handled,
     Inbound,
-    Settle,
     Start,
 )
 from fedmq.nodes.process.exception_text import explained, may_pass, modules_of
@@ -81,12 +81,12 @@ class Aggregator(AggregatorState):
                 self._resume(event.checkpoint, out)
             return out
         message = event.message
-        if event.seq in self._waiting.missing:
-            self._waiting.add(event)
+        if event.seq in self._deferred.awaited:
+            self._deferred.add(event)
             self._advance(out)
             return out
         if event.seq <= self._position:
-            return [Settle(self._waiting.untold)]  # the checkpoint tells of it
+            return [AckUpTo(self._deferred.unsettled)]  # the checkpoint tells of it
         self._position, self._now = event.seq, event.at
         self._progress.now = event.at
         why: Rejection | None = None
@@ -98,16 +98,16 @@ class Aggregator(AggregatorState):
                 case "joined":
                     self._joined(message, out)
                 case "left":
-                    self._members.left(message)
+                    self._fleet.left(message)
                 case "tick":
                     self._tick(str(message.body.get("token")), out)
                 case "failed" if message.re in self._evaluations.asked:
                     why = self._score(message)
                 case "result" | "failed" if self._committing is not None:
-                    self._waiting.add(event)
+                    self._deferred.add(event)
                     return out
                 case "result" | "failed":
-                    done = self._intake.take(event, self.state, self.version, out)
+                    done = self._results.take(event, self.state, self.version, out)
                     self._advance(out)
                     return [done, *out] if done is not None else out
                 case "score":
@@ -117,7 +117,7 @@ class Aggregator(AggregatorState):
                 case kind:
                     why = Rejection(Code.UNKNOWN_KIND, f"an aggregator takes no {kind!r} messages")
             self._advance(out)
-        return [Done.of(event.seq, why), *out]
+        return [Handled.of(event.seq, why), *out]
 
     def adopt(self, state: Any) -> None:
         """Go on from this state of the current version, such as the recorded one in a replay."""
@@ -134,22 +134,22 @@ class Aggregator(AggregatorState):
             return
         if recorded is not None:
             self.state, _ = unpack_checkpoint(self._algorithm, self._setup.problem, recorded)
-            self._intake.begin_version(self.state)
+            self._results.begin_version(self.state)
         self._checkpoint("run", {**body, **self._computed.facts()}, out)
 
     # ---- the fleet
 
     def _joined(self, message: Message, out: list[AggregatorAction]) -> None:
         self._tasks.joined(message)
-        self._members.joined(message)
+        self._fleet.joined(message)
         wanted = self._settings.min_clients or self._setup.problem.clients
-        if not self._running and self._members.suffice(wanted):
+        if not self._running and self._fleet.suffice(wanted):
             self._running = True
             self._begin_version(out)
 
     def _continued(self, message: Message) -> None:
         """The run was taken up again: it stands until its nodes are back, and may go further."""
-        self._members.all_gone()
+        self._fleet.all_gone()
         self._running, self._asked_final = False, None
         if not message.body["further"]:
             return
@@ -161,13 +161,13 @@ class Aggregator(AggregatorState):
             self._ended, self._committing = False, None
             self._tasks.resume({})
             self._evaluations = Evaluations()
-            self._intake.begin_version(self.state)
+            self._results.begin_version(self.state)
 
     def _tick(self, token: str, out: list[AggregatorAction]) -> None:
         if token == f"deadline/{self.version}":
             # Nobody is awaited any longer: if results are still missing, others are drawn.
-            self._intake.current.deadline_passed = True
-            self._tasks.overdue(self.version)
+            self._results.current.deadline_passed = True
+            self._tasks.past_deadline(self.version)
         elif self._committing is not None and token == self._committing[1].token:
             (closed, commit), self._committing = self._committing, None
             self._committed(closed, commit.result(), out)
@@ -176,7 +176,7 @@ class Aggregator(AggregatorState):
                 self._end(out)
             self._asked_final = None  # while answers come, it goes on
         elif token == _RETRY:
-            self._progress.timer_is_over(self._members.hosts)
+            self._progress.timer_is_over(self._fleet.hosts)
             self._tasks.freed()
 
     def _refused(self, message: Message) -> None:
@@ -184,15 +184,15 @@ class Aggregator(AggregatorState):
         name = str(message.body.get("id"))
         if name in self._evaluations.asked:
             self._evaluated_as(name, None)
-        self._intake.undelivered(name, message)
+        self._results.undelivered(name, message)
 
     def _score(self, message: Message) -> Rejection | None:
         name = message.re or ""
-        if not self._evaluations.is_with(name, message.sender, self._members):
+        if not self._evaluations.is_with(name, message.sender, self._fleet):
             text = f"no evaluation {message.re!r} is with {message.sender}"
             return Rejection(Code.UNKNOWN_TASK, text)
         accuracy, why = accuracy_in(message)
-        of_model = name not in self._evaluations.examinations
+        of_model = name not in self._evaluations.client_evaluations
         self._evaluated_as(name, accuracy)
         if self._progress.rules and of_model and self._goal.target_accuracy is not None:
             found = metrics_without_accuracy(message)
@@ -213,33 +213,33 @@ class Aggregator(AggregatorState):
     def _advance(self, out: list[AggregatorAction]) -> None:
         """Commit and start whatever can be, until nothing changes."""
         while self._running and not self._finishing:
-            if self._committing is not None or self._waiting.missing:
+            if self._committing is not None or self._deferred.awaited:
                 return
-            self._intake.take_waiting(self._waiting, self.state, self.version, out)
-            self._intake.add_in_order(self.state, out)
+            self._results.take_waiting(self._deferred, self.state, self.version, out)
+            self._results.add_in_order(self.state, out)
             # A result in hand may yet be used.
-            if self._progress.hopeless and not self._intake.current.held:
+            if self._progress.hopeless and not self._results.current.held:
                 self._fail(self._progress.hopeless)
                 break
-            view = self._tasks.view(self._intake.current, self.version)
-            if self._schedule.closes(view) and self._intake.current.held:
-                self._intake.add_in_order(self.state, out, everything=True)
+            view = self._tasks.view(self._results.current, self.version)
+            if self._schedule.is_ready(view) and self._results.current.held:
+                self._results.add_in_order(self.state, out, everything=True)
                 # A held result may have been refused.
-                view = self._tasks.view(self._intake.current, self.version)
-            if not self._schedule.closes(view):
+                view = self._tasks.view(self._results.current, self.version)
+            if not self._schedule.is_ready(view):
                 self._start_tasks(view, out)
                 return
             self._commit(out)
         if self._finishing and self._running and not self._ended:
             self._finish(out)
 
-    def _start_tasks(self, view: View, out: list[AggregatorAction]) -> None:
-        current = self._intake.current
-        wanted = self._schedule.wants(view)
+    def _start_tasks(self, view: ScheduleView, out: list[AggregatorAction]) -> None:
+        current = self._results.current
+        wanted = self._schedule.num_to_start(view)
         clients = self._tasks.draw(wanted, current, self.version)
         # A round goes on without those who failed, as long as it goes on.
         if len(clients) < wanted and not (self._schedule.ordered and (clients or view.outstanding)):
-            after = self._progress.timer(self._members.hosts)
+            after = self._progress.timer(self._fleet.hosts)
             if after is not None:
                 self._post(out, "timer", TIMER, {"token": _RETRY, "after_s": after})
         deadline = self._schedule.deadline()
@@ -248,7 +248,7 @@ class Aggregator(AggregatorState):
             self._post(out, "timer", TIMER, body)
         for client in clients:
             packed = self._tasks.pack(self.state, self.version, client)
-            about = {"client": client, "model_version": self.version, "reply": self._intake.reply}
+            about = {"client": client, "model_version": self.version, "reply": self._results.reply}
             body = {**packed.body, **about}
             name = self._post(out, "task", f"client/{client}", body, packed)
             self._tasks.sent(name, client, self.version)
@@ -256,34 +256,34 @@ class Aggregator(AggregatorState):
             current.started += 1
 
     def _commit(self, out: list[AggregatorAction]) -> None:
-        closed = self._intake.current
+        closed = self._results.current
         divisor = self._schedule.divisor(closed.weights, closed.absorbed)
-        work = functools.partial(self._algorithm.commit, self.state, closed.gathered, divisor)
-        if not self._algorithm.trains:
+        work = functools.partial(self._algorithm.commit, self.state, closed.accumulator, divisor)
+        if not self._algorithm.commits_in_background:
             self._committed(closed, work(), out)
             return
         # It is done beside the inbox, and a tick in the inbox says from where on it counts.
         token = f"commit/{self.version + 1}"
         commit = Commit(
-            token, self._letters.write("timer", TIMER, {"token": token, "after_s": 0}), work
+            token, self._messages.write("timer", TIMER, {"token": token, "after_s": 0}), work
         )
         self._committing = closed, commit
         out.append(commit)
 
-    def _committed(self, closed: Gathering, state: Any, out: list[AggregatorAction]) -> None:
+    def _committed(self, closed: VersionBuffer, state: Any, out: list[AggregatorAction]) -> None:
         self.state = state
         cohort = self._schedule.cohort(self._setup.problem.clients)
         self.version += 1
         self._progress.version = self.version
         self._tasks.begin_version()
-        self._intake.begin_version(self.state)
+        self._results.begin_version(self.state)
         body = {
             "version": self.version,
             "position": self._position,
             **closed.facts(),
             **({} if cohort is None else {"cohort": cohort}),
             "model_digest": model_digest(self.tensors()),
-            **msgspec.structs.asdict(self._intake.counts),
+            **msgspec.structs.asdict(self._results.counts),
         }
         if self._now - self._checkpoint_at >= self._settings.checkpoint_s:
             self._checkpoint("version", body, out)
@@ -299,23 +299,23 @@ class Aggregator(AggregatorState):
     def _checkpoint(self, kind: str, body: Mapping[str, Any], out: list[AggregatorAction]) -> None:
         """Post a record from which the next session can start; what came before is settled."""
         self._checkpoint_at = self._now
-        self._waiting.untold = self._waiting.numbers()
+        self._deferred.unsettled = self._deferred.numbers()
         packed = pack_checkpoint(self._algorithm, self.state, self._fold())
         self._post(out, kind, CHECKPOINT, {**packed.body, **body}, packed)
-        out.append(Settle(self._waiting.untold))
+        out.append(AckUpTo(self._deferred.unsettled))
 
     def _resume(self, inbound: Inbound, out: list[AggregatorAction]) -> None:
         """Start from a checkpoint, and go on as the session before it did."""
         self.state, fold = unpack_checkpoint(self._algorithm, self._setup.problem, inbound)
         self._computed.check(fold.arithmetic, inbound.message.run)
-        self._intake.begin_version(self.state)
+        self._results.begin_version(self.state)
         self._position, self.version = fold.position, fold.version
-        self._letters.next_id, self._intake.counts = fold.next_id, fold.counts
-        self._members.resume(fold.hosts, fold.evaluators)
-        self._members.expects_evaluator = fold.expects_evaluator is True
-        self._tasks.resume(fold.flights)
-        self._evaluations = Evaluations(set(fold.evaluating), fold.examinations, fold.scores)
-        self._waiting = Waiting(missing=set(fold.waiting), untold=tuple(fold.waiting))
+        self._messages.next_id, self._results.counts = fold.next_id, fold.counts
+        self._fleet.resume(fold.hosts, fold.evaluators)
+        self._fleet.expects_evaluator = fold.expects_evaluator is True
+        self._tasks.resume(fold.outstanding)
+        self._evaluations = Evaluations(set(fold.evaluating), fold.client_evaluations, fold.scores)
+        self._deferred = DeferredResults(awaited=set(fold.deferred), unsettled=tuple(fold.deferred))
         self._evaluated, self._running = fold.evaluated, fold.running
         self._finishing, self._ended, self._failed = fold.finishing, fold.ended, fold.failed
         self._now = self._checkpoint_at = fold.at
@@ -338,7 +338,7 @@ class Aggregator(AggregatorState):
 
     def _evaluate(self, out: list[AggregatorAction]) -> None:
         self._evaluated = self.version
-        hosts = self._members.hosts
+        hosts = self._fleet.hosts
         for to, body, packed, of in requests(self._algorithm, self.state, self.version, hosts):
             self._evaluations.ask(self._post(out, "evaluate", to, body, packed), of)
 
@@ -369,7 +369,7 @@ class Aggregator(AggregatorState):
             return
         if self._evaluated != self.version:
             self._evaluate(out)
-        if not self._evaluations.awaited(self._members):
+        if not self._evaluations.awaited(self._fleet):
             self._end(out)
         elif self._asked_final is None:
             self._asked_final = len(self._evaluations.asked)
@@ -378,14 +378,14 @@ class Aggregator(AggregatorState):
 
     def _end(self, out: list[AggregatorAction]) -> None:
         self._ended = True
-        out += self._intake.end(self._waiting)
-        self._waiting = Waiting()
+        out += self._results.end(self._deferred)
+        self._deferred = DeferredResults()
         about: dict[str, Any] = {"reason": self._finishing, "position": self._position}
         about |= {"failed": True} if self._failed else {}
-        body = {**about, **msgspec.structs.asdict(self._intake.counts)}
+        body = {**about, **msgspec.structs.asdict(self._results.counts)}
         self._checkpoint("finished", body, out)
         self._tell_end(out)
 
     def _tell_end(self, out: list[AggregatorAction]) -> None:
         if self._position >= self._continues_at:  # else the inbox has more to do
-            out.append(Finish(self._finishing, self._failed, self._error))
+            out.append(EndRun(self._finishing, self._failed, self._error))

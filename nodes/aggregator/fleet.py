@@ -10,7 +10,7 @@ from fedmq.broker.wire.schema import Message
 
 
 @dataclass
-class Members:
+class Fleet:
     """The nodes that are here.
 
     hosts: the worker that hosts each client that can be reached.

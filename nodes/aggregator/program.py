@@ -27,13 +27,13 @@ from fedmq.nodes.aggregator.computed import Computed
 from fedmq.nodes.aggregator.core import Aggregator
 from fedmq.nodes.errors import ConfigError, RunFailed, own_code
 from fedmq.nodes.messages.actions import (
+    AckUpTo,
     AggregatorAction,
     Commit,
-    Done,
-    Finish,
+    EndRun,
+    Handled,
     Inbound,
-    Post,
-    Settle,
+    PostMessage,
     Start,
 )
 from fedmq.nodes.process.logs import Repeats
@@ -42,11 +42,10 @@ from fedmq.nodes.run.agreement import Fingerprint, disagree
 from fedmq.nodes.run.attainable import check_attainable
 from fedmq.nodes.run.config import Config
 from fedmq.nodes.run.config_difference import differing_keys
-from fedmq.nodes.run.session import inbound_of, linked, new_session, tell_refused
+from fedmq.nodes.run.session import inbound_of, linked, new_session, node_key, tell_refused
 from fedmq.nodes.run.setup import kind_of, set_up
 from fedmq.nodes.run.version_zero import version_zero
 from fedmq.nodes.run_folder.model_files import remove_model, save_model
-from fedmq.nodes.worker.client_state import node_key
 
 _QUIET_S, _TELL_AGAIN_S = 5.0, 60.0
 """When a run without messages says whom it waits for, and when it says so again."""
@@ -136,16 +135,16 @@ def _fold_until_over(
         with link.together():
             for action in actions:
                 match action:
-                    case Post(message, data, consumes):
+                    case PostMessage(message, data, consumes):
                         link.post(message, data, consumes)
-                    case Done(seq, refused, code) if refused:
+                    case Handled(seq, refused, code) if refused:
                         link.done([], {seq: refused}, {seq: code})
-                    case Settle(but):
+                    case AckUpTo(but):
                         link.done([seq for seq in unsettled if seq not in but])
                         unsettled = [seq for seq in unsettled if seq in but]
                     case Commit():
                         threading.Thread(target=_work, args=(link, action), daemon=True).start()
-                    case Finish(reason, failed, error):
+                    case EndRun(reason, failed, error):
                         if failed:
                             structlog.get_logger().error("failed", reason=reason, exc_info=error)
                         if folder is not None and error is None:

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping
 from msgspec import Struct
 
 from fedmq.broker.rejections import Code
-from fedmq.nodes.process.exception_text import shorten
+from fedmq.nodes.process.exception_text import clip_text
 from fedmq.nodes.run.setup import Setup
 
 RULES = 1
@@ -122,9 +122,9 @@ class Progress:
         """Note that a task failed, or that its result was rejected."""
         if not self.rules:
             return
-        place = f" ({shorten(where)})" if where else ""
+        place = f" ({clip_text(where)})" if where else ""
         self.failures.in_a_row += 1
-        self.failures.last = f"client {client}: {shorten(reason)}{place}"
+        self.failures.last = f"client {client}: {clip_text(reason)}{place}"
         if code == Code.DROPPED:  # an experiment: it was asked to
             self.failures.dropped += 1
             return
@@ -160,7 +160,7 @@ class Progress:
             return ""
         return (
             f"{self.failures.evaluations} evaluations in a row failed (run.failures), and "
-            f"run.target_accuracy needs them; the last: {shorten(failed)}"
+            f"run.target_accuracy needs them; the last: {clip_text(failed)}"
         )
 
     def waiting(self, hosts: Mapping[int, str]) -> set[int]:

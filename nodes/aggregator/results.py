@@ -13,9 +13,9 @@ from fedmq.codecs.errors import CodecError
 from fedmq.nodes.aggregator.checkpoint import Counts
 from fedmq.nodes.aggregator.progress import Progress
 from fedmq.nodes.aggregator.tasks import Tasks
-from fedmq.nodes.aggregator.version import Gathering, Waiting, room_for
+from fedmq.nodes.aggregator.version import DeferredResults, VersionBuffer, room_for
 from fedmq.nodes.errors import rejection_of
-from fedmq.nodes.messages.actions import AggregatorAction, Done, Inbound
+from fedmq.nodes.messages.actions import AggregatorAction, Handled, Inbound
 from fedmq.nodes.messages.payloads import numbers_of
 from fedmq.nodes.run.setup import Setup
 
@@ -29,7 +29,7 @@ HELD = _Held.HELD
 Held = Literal[_Held.HELD]
 
 
-class Intake:
+class ResultCollector:
     """What an aggregator does with results, towards its next version.
 
     Args:
@@ -48,52 +48,52 @@ class Intake:
         self._algorithm, self._schedule, self._tasks = setup.algorithm, setup.schedule, tasks
         self._progress = progress
         self._most_bytes = room_for(setup.algorithm, state)
-        self.reply = setup.algorithm.sends or setup.schedule.reply
+        self.reply = setup.algorithm.fixed_reply or setup.schedule.reply
         self.counts = Counts()
         self.begin_version(state)
 
     def begin_version(self, state: Any) -> None:
         """Begin to gather towards the version after this one."""
-        self.current = Gathering(self._algorithm.gather(state))
+        self.current = VersionBuffer(self._algorithm.new_accumulator(state))
 
     def take(
         self, inbound: Inbound, state: Any, version: int, out: list[AggregatorAction]
-    ) -> Done | None:
+    ) -> Handled | None:
         """Take a result: return that it is dealt with, and how, or None while it is held."""
         why = self._take(inbound, state, version, out)
         if why == HELD:
             return None
         self._tasks.freed()  # its client has no result in hand, and may be drawn again
-        return Done.of(inbound.seq, why)
+        return Handled.of(inbound.seq, why)
 
     def undelivered(self, name: str, message: Message) -> None:
         """Note that a task was not delivered, or could not be used, as a message says."""
-        flight = self._tasks.forget(name)
+        flight = self._tasks.discard(name)
         if flight is not None:
             self.counts.dropped += 1
             told = (str(message.body.get(key, "")) for key in ("code", "reason"))
             self._progress.failed(flight.client, flight.node, *told)
 
     def take_waiting(
-        self, waiting: Waiting, state: Any, version: int, out: list[AggregatorAction]
+        self, waiting: DeferredResults, state: Any, version: int, out: list[AggregatorAction]
     ) -> None:
         """Take the results that came while the version before this one was being committed."""
-        here, waiting.here = waiting.here, {}
+        here, waiting.received = waiting.received, {}
         for inbound in here.values():
             done = self.take(inbound, state, version, out)
             if done is not None:
                 out.append(done)
 
-    def end(self, waiting: Waiting) -> list[Done]:
+    def end(self, waiting: DeferredResults) -> list[Handled]:
         """Note that there is no version any more for results in hand; reject those that wait."""
         done = []
-        for seq, inbound in waiting.here.items():
-            self._tasks.forget(inbound.message.re or "")
+        for seq, inbound in waiting.received.items():
+            self._tasks.discard(inbound.message.re or "")
             failed = inbound.message.kind == "failed"
             self.counts.dropped += failed
             self.counts.refused += not failed
             over = Rejection(Code.RUN_OVER, "the run is over")
-            done.append(Done.of(seq, None if failed else over))
+            done.append(Handled.of(seq, None if failed else over))
         self.counts.used -= self.current.absorbed
         self.counts.unused += self.current.absorbed + len(self.current.held)
         return done
@@ -139,7 +139,7 @@ class Intake:
         current = self.current
         if not current.held:
             return
-        order, flights = current.order, self._tasks.flights
+        order, flights = current.order, self._tasks.in_flight
         # It ends: the task of a held result is in the order.
         while order[current.settled] not in current.held and order[current.settled] not in flights:
             current.settled += 1
@@ -151,7 +151,7 @@ class Intake:
                 if why is not None:
                     current.contributed.discard(client)
                     self._tasks.freed()
-                out.append(Done.of(inbound.seq, why))
+                out.append(Handled.of(inbound.seq, why))
             elif not everything and self._tasks.is_expected(name):
                 return
 

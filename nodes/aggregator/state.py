@@ -12,11 +12,11 @@ from torch import Tensor
 from fedmq.nodes.aggregator.checkpoint import Fold
 from fedmq.nodes.aggregator.computed import Computed
 from fedmq.nodes.aggregator.evaluations import Evaluations
-from fedmq.nodes.aggregator.fleet import Members
+from fedmq.nodes.aggregator.fleet import Fleet
 from fedmq.nodes.aggregator.progress import Progress
-from fedmq.nodes.aggregator.results import Intake
-from fedmq.nodes.aggregator.tasks import Letters, Tasks
-from fedmq.nodes.aggregator.version import Gathering, Waiting
+from fedmq.nodes.aggregator.results import ResultCollector
+from fedmq.nodes.aggregator.tasks import MessageFactory, Tasks
+from fedmq.nodes.aggregator.version import DeferredResults, VersionBuffer
 from fedmq.nodes.messages.actions import Commit
 from fedmq.nodes.run.goal import Goal
 from fedmq.nodes.run.setup import Setup
@@ -37,18 +37,18 @@ class AggregatorState:
         self._computed = computed or Computed()
         self._settings = setup.config.run
         self._goal = Goal.of(self._settings)
-        self._letters = Letters(run, node)
-        self._post = self._letters.post
+        self._messages = MessageFactory(run, node)
+        self._post = self._messages.post
         self._algorithm, self._schedule = setup.algorithm, setup.schedule
         self.state = self._algorithm.start(setup.problem)
         self.version = 0
-        self._members = Members()
+        self._fleet = Fleet()
         self._progress = Progress(setup, self._computed.rules)
-        self._tasks = Tasks(setup, self._members, self._progress)
-        self._intake = Intake(setup, self._tasks, self.state, self._progress)
+        self._tasks = Tasks(setup, self._fleet, self._progress)
+        self._results = ResultCollector(setup, self._tasks, self.state, self._progress)
         self._evaluations = Evaluations()
-        self._committing: tuple[Gathering, Commit] | None = None
-        self._waiting = Waiting()
+        self._committing: tuple[VersionBuffer, Commit] | None = None
+        self._deferred = DeferredResults()
         self._running = False
         self._finishing = ""
         self._failed = False
@@ -69,28 +69,28 @@ class AggregatorState:
         """Return the current model by name."""
         return self._algorithm.tensors(self.state)
 
-    def parts(self) -> dict[str, Any]:
+    def state_snapshot(self) -> dict[str, Any]:
         """Return all parts of this core by name, to find a difference between two."""
-        current = self._intake.current
+        current = self._results.current
         return {
             "position": self._position,
             "version": self.version,
             "state": self.state,
-            "gathered": current.gathered,
+            "gathered": current.accumulator,
             "weights": current.weights,
             "results": current.absorbed,
             "staleness": current.staleness,
             "held": sorted(current.held),
-            "tasks": self._tasks.flights,
-            "hosts": self._members.hosts,
+            "tasks": self._tasks.in_flight,
+            "hosts": self._fleet.hosts,
             "evaluating": sorted(self._evaluations.asked),
-            "examinations": self._evaluations.examinations,
+            "examinations": self._evaluations.client_evaluations,
             "scores": self._evaluations.scores,
             "committing": self._committing[1].token if self._committing else "",
-            "waiting": list(self._waiting.numbers()),
-            "counts": self._intake.counts,
+            "waiting": list(self._deferred.numbers()),
+            "counts": self._results.counts,
             "finishing": self._finishing,
-            "next_id": self._letters.next_id,
+            "next_id": self._messages.next_id,
         }
 
     def missing_clients(self) -> list[int]:
@@ -99,10 +99,10 @@ class AggregatorState:
         Before the first task these are all that have not come. Later, all that are away, where
         nothing is going on that could bring a result.
         """
-        hosts, clients = self._members.hosts, self._setup.problem.clients
+        hosts, clients = self._fleet.hosts, self._setup.problem.clients
         if self._ended or self._finishing or self._committing is not None:
             return []
-        busy = any(each.client in hosts for each in self._tasks.flights.values())
+        busy = any(each.client in hosts for each in self._tasks.in_flight.values())
         if self._running and (busy or self._progress.waiting(hosts)):
             return []
         return [client for client in range(clients) if client not in hosts]
@@ -113,16 +113,16 @@ class AggregatorState:
             position=self._position,
             at=self._now,
             version=self.version,
-            next_id=self._letters.next_id + 1,
-            flights=self._tasks.flights,
-            hosts=self._members.hosts,
-            evaluators=sorted(self._members.evaluators),
+            next_id=self._messages.next_id + 1,
+            outstanding=self._tasks.in_flight,
+            hosts=self._fleet.hosts,
+            evaluators=sorted(self._fleet.evaluators),
             evaluating=sorted(self._evaluations.asked),
             evaluated=self._evaluated,
-            examinations=self._evaluations.examinations,
+            client_evaluations=self._evaluations.client_evaluations,
             scores=self._evaluations.scores,
-            waiting=list(self._waiting.untold),
-            counts=self._intake.counts,
+            deferred=list(self._deferred.unsettled),
+            counts=self._results.counts,
             running=self._running,
             finishing=self._finishing,
             ended=self._ended,
@@ -130,6 +130,6 @@ class AggregatorState:
             failures=self._progress.failures,
             failed=self._failed,
             goal=self._goal,
-            expects_evaluator=self._members.expects_evaluator or UNSET,
+            expects_evaluator=self._fleet.expects_evaluator or UNSET,
             rules=self._progress.rules,
         )

@@ -10,14 +10,14 @@ import numpy as np
 import numpy.typing as npt
 
 from fedmq.algorithms.rng import derive_seed
-from fedmq.algorithms.schedules import View
+from fedmq.algorithms.schedules import ScheduleView
 from fedmq.broker.rejections import Code, Rejection
 from fedmq.broker.wire.schema import Message
-from fedmq.nodes.aggregator.checkpoint import Flight
-from fedmq.nodes.aggregator.fleet import Members
+from fedmq.nodes.aggregator.checkpoint import OutstandingTask
+from fedmq.nodes.aggregator.fleet import Fleet
 from fedmq.nodes.aggregator.progress import Progress
-from fedmq.nodes.aggregator.version import Gathering
-from fedmq.nodes.messages.actions import AggregatorAction, Post
+from fedmq.nodes.aggregator.version import VersionBuffer
+from fedmq.nodes.messages.actions import AggregatorAction, PostMessage
 from fedmq.nodes.messages.payloads import Packed, pack
 from fedmq.nodes.messages.tensor_tables import fitted
 from fedmq.nodes.run.setup import Setup
@@ -35,15 +35,15 @@ class Tasks:
         flights: those that are out.
     """
 
-    def __init__(self, setup: Setup, members: Members, progress: Progress | None = None) -> None:
-        self._setup, self._members = setup, members
+    def __init__(self, setup: Setup, members: Fleet, progress: Progress | None = None) -> None:
+        self._setup, self._fleet = setup, members
         self._progress = progress or Progress(setup, rules=0)
-        self.flights: dict[str, Flight] = {}
+        self.in_flight: dict[str, OutstandingTask] = {}
         self._same_for_all: Packed | None = None
         # Worked out once for each change of the members, then kept up to date: a version may
         # wait for thousands of tasks, and each result asks how many are left.
         self._changes = -1
-        self._flying = 0
+        self._in_flight = 0
         self._outstanding: Counter[int] = Counter()
         self._of_version: Counter[int] = Counter()
         self._returned: set[str] = set()
@@ -52,9 +52,9 @@ class Tasks:
         """The last draw left nobody, and nobody has become idle since."""
         self._reachable = np.empty(0, np.int64)
 
-    def resume(self, flights: dict[str, Flight]) -> None:
+    def resume(self, flights: dict[str, OutstandingTask]) -> None:
         """Take over what a checkpoint tells."""
-        self.flights = flights
+        self.in_flight = flights
         self._changes = -1
         self.begin_version()
 
@@ -66,14 +66,14 @@ class Tasks:
 
     def joined(self, message: Message) -> None:
         """Note that a node has come, before its clients can be reached."""
-        for name, flight in self.flights.items():
-            back = flight.client not in self._members.hosts
+        for name, flight in self.in_flight.items():
+            back = flight.client not in self._fleet.hosts
             if back and any(a <= flight.client <= b for a, b in message.body["clients"]):
                 self._returned.add(name)
 
     def pack(self, state: Any, version: int, client: int) -> Packed:
         """Return a client's task as what goes into its message."""
-        if self._same_for_all is not None and not self._setup.algorithm.personal:
+        if self._same_for_all is not None and not self._setup.algorithm.task_per_client:
             return self._same_for_all
         seed = derive_seed(self._setup.config.run.seed, "downlink", version, client)
         algorithm = self._setup.algorithm
@@ -83,28 +83,28 @@ class Tasks:
 
     def sent(self, name: str, client: int, version: int) -> None:
         """Note that a task is out."""
-        flight = self.flights[name] = Flight(client, version, self._members.hosts[client])
+        flight = self.in_flight[name] = OutstandingTask(client, version, self._fleet.hosts[client])
         self._count(flight, 1)
 
-    def answered(self, message: Message) -> Flight | Rejection:
+    def answered(self, message: Message) -> OutstandingTask | Rejection:
         """Take a task off the list by its answer; or say why that is none.
 
         Its client may be drawn again only after `freed`: its result may stay in hand.
         """
-        flight = self.flights.get(message.re or "")
+        flight = self.in_flight.get(message.re or "")
         if flight is None or message.re is None:
             return Rejection(Code.UNKNOWN_TASK, f"no task {message.re!r} is out")
-        if message.sender not in (flight.node, self._members.hosts.get(flight.client)):
+        if message.sender not in (flight.node, self._fleet.hosts.get(flight.client)):
             text = f"task {message.re!r} is not with {message.sender}"
             return Rejection(Code.WRONG_NODE, text)
         self._returned.discard(message.re)
-        del self.flights[message.re]
+        del self.in_flight[message.re]
         self._count(flight, -1)
         return flight
 
-    def forget(self, name: str) -> Flight | None:
+    def discard(self, name: str) -> OutstandingTask | None:
         """Expect no answer to a task any more; return it if one was expected."""
-        flight = self.flights.pop(name, None)
+        flight = self.in_flight.pop(name, None)
         self._returned.discard(name)
         if flight is not None:
             self._count(flight, -1)
@@ -115,39 +115,39 @@ class Tasks:
         """Note that a client may be drawn again: its answer does not count for this version."""
         self._nobody_idle = False
 
-    def overdue(self, version: int) -> None:
+    def past_deadline(self, version: int) -> None:
         """Do not wait for the tasks of a version any longer."""
-        for flight in self.flights.values():
-            flight.overdue |= flight.version == version
+        for flight in self.in_flight.values():
+            flight.past_deadline |= flight.version == version
         self._changes = -1
 
     def is_expected(self, name: str) -> bool:
         """Tell whether a task is out, with a client that can be reached."""
-        flight = self.flights.get(name)
-        return flight is not None and flight.client in self._members.hosts
+        flight = self.in_flight.get(name)
+        return flight is not None and flight.client in self._fleet.hosts
 
-    def view(self, current: Gathering, version: int) -> View:
+    def view(self, current: VersionBuffer, version: int) -> ScheduleView:
         """Return what a schedule wants to know of a version."""
         self._work_out()
         asked = self._setup.schedule.ordered  # others replace tasks, and look at nobody's place
-        return View(
+        return ScheduleView(
             clients=self._setup.problem.clients,
-            flying=self._flying,
+            in_flight=self._in_flight,
             started=current.started,
             outstanding=self._outstanding[version],
             results=current.absorbed + len(current.held),
             deadline_passed=current.deadline_passed,
             late=current.late,
-            behind=self._flying - self._of_version[version] - self._back(version),
+            behind=self._in_flight - self._of_version[version] - self._back(version),
             idle=len(self._idle(current)) if asked and not self._outstanding[version] else 0,
         )
 
     def _back(self, version: int) -> int:
         """Return how many tasks of earlier versions are with clients that have come back."""
-        found = (self.flights[name] for name in self._returned)
-        return sum(e.version != version and e.client in self._members.hosts for e in found)
+        found = (self.in_flight[name] for name in self._returned)
+        return sum(e.version != version and e.client in self._fleet.hosts for e in found)
 
-    def draw(self, count: int, current: Gathering, version: int) -> list[int]:
+    def draw(self, count: int, current: VersionBuffer, version: int) -> list[int]:
         """Return so many reachable clients that have no task, or all of them, in order."""
         if not count:
             return []
@@ -156,39 +156,39 @@ class Tasks:
         self._nobody_idle = len(idle) <= count
         return current.draw(idle, count, self._setup.config.run.seed, version)
 
-    def _idle(self, current: Gathering) -> npt.NDArray[np.int64]:
+    def _idle(self, current: VersionBuffer) -> npt.NDArray[np.int64]:
         """Return the clients that may be asked now, in order.
 
         They can be reached, have neither a task nor a result in hand, and are not made to wait.
         """
         if self._nobody_idle:
             return self._reachable[:0]
-        busy = {flight.client for flight in self.flights.values()} | current.contributed
-        busy |= self._progress.waiting(self._members.hosts)
-        out = np.array([client for client in busy if client in self._members.hosts], np.int64)
+        busy = {flight.client for flight in self.in_flight.values()} | current.contributed
+        busy |= self._progress.waiting(self._fleet.hosts)
+        out = np.array([client for client in busy if client in self._fleet.hosts], np.int64)
         return np.delete(self._reachable, np.searchsorted(self._reachable, out))
 
-    def _count(self, flight: Flight, by: int) -> None:
-        if flight.client in self._members.hosts:
-            self._flying += by
+    def _count(self, flight: OutstandingTask, by: int) -> None:
+        if flight.client in self._fleet.hosts:
+            self._in_flight += by
             self._of_version[flight.version] += by
-            self._outstanding[flight.version] += by * (not flight.overdue)
+            self._outstanding[flight.version] += by * (not flight.past_deadline)
             for counted in (self._of_version, self._outstanding):
                 if not counted[flight.version]:
                     del counted[flight.version]  # versions come by the thousands, too
 
     def _work_out(self) -> None:
         """Count anew if nodes have come or gone."""
-        if self._changes != self._members.changes:
-            self._changes = self._members.changes
-            self._flying, self._outstanding, self._of_version = 0, Counter(), Counter()
+        if self._changes != self._fleet.changes:
+            self._changes = self._fleet.changes
+            self._in_flight, self._outstanding, self._of_version = 0, Counter(), Counter()
             self._nobody_idle = False
-            for flight in self.flights.values():
+            for flight in self.in_flight.values():
                 self._count(flight, 1)
-            self._reachable = np.array(sorted(self._members.hosts), np.int64)
+            self._reachable = np.array(sorted(self._fleet.hosts), np.int64)
 
 
-class Letters:
+class MessageFactory:
     """Messages of one node to its run, each with an id that follows from how many came before.
 
     Attributes:
@@ -218,5 +218,5 @@ class Letters:
     ) -> str:
         """Write the next message, and post it; return its id."""
         message = self.write(kind, to, body, packed)
-        out.append(Post(*fitted(message, packed.data if packed else ())))
+        out.append(PostMessage(*fitted(message, packed.data if packed else ())))
         return message.id

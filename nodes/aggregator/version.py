@@ -18,7 +18,7 @@ from fedmq.broker.errors import WireError
 from fedmq.broker.rejections import Rejection
 from fedmq.codecs.errors import CodecError
 from fedmq.nodes.errors import rejection_of
-from fedmq.nodes.messages.actions import Inbound, steady
+from fedmq.nodes.messages.actions import Inbound, fail_on_partial_reread
 from fedmq.nodes.messages.payloads import unpack
 
 _ROOM = 16
@@ -42,7 +42,7 @@ def room_for(algorithm: Algorithm, state: Any) -> int:
 
 
 @dataclass
-class Gathering:
+class VersionBuffer:
     """The results of one version, and what was done to get them.
 
     gathered: the algorithm's accumulator.
@@ -54,7 +54,7 @@ class Gathering:
         earlier versions, the sum of what they count, and how late each is.
     """
 
-    gathered: Any
+    accumulator: Any
     order: list[str] = field(default_factory=list)
     settled: int = 0
     held: dict[str, tuple[Inbound, float, int]] = field(default_factory=dict)
@@ -105,10 +105,10 @@ class Gathering:
             max_bytes: that it may take in memory while it is decoded.
         """
         try:
-            stream = steady(inbound.stream) if inbound.stream is not None else None
+            stream = fail_on_partial_reread(inbound.stream) if inbound.stream is not None else None
             payload = unpack(inbound.message, inbound.read, stream, max_bytes)
             result = Result(*about, payload)
-            self.gathered = algorithm.absorb(self.gathered, state, result, weight)
+            self.accumulator = algorithm.accumulate(self.accumulator, state, result, weight)
         except (ResultError, CodecError, WireError) as error:
             return rejection_of(error)
         self.absorbed += 1
@@ -119,7 +119,7 @@ class Gathering:
 
 
 @dataclass
-class Waiting:
+class DeferredResults:
     """The results that come while a version is being committed, which takes long.
 
     here: by number, those that this session of the node has.
@@ -127,15 +127,15 @@ class Waiting:
     untold: numbers of those that came before the last checkpoint, which does not tell of them.
     """
 
-    here: dict[int, Inbound] = field(default_factory=dict)
-    missing: set[int] = field(default_factory=set)
-    untold: tuple[int, ...] = ()
+    received: dict[int, Inbound] = field(default_factory=dict)
+    awaited: set[int] = field(default_factory=set)
+    unsettled: tuple[int, ...] = ()
 
     def add(self, inbound: Inbound) -> None:
         """Let a result wait."""
-        self.here[inbound.seq] = inbound
-        self.missing.discard(inbound.seq)
+        self.received[inbound.seq] = inbound
+        self.awaited.discard(inbound.seq)
 
     def numbers(self) -> tuple[int, ...]:
         """Return the numbers of all that wait, here or on their way here again."""
-        return tuple(sorted({*self.here, *self.missing}))
+        return tuple(sorted({*self.received, *self.awaited}))

@@ -6,7 +6,7 @@ import time
 
 import click
 
-from fedmq.nodes.cli.options import Commands
+from fedmq.nodes.cli.options import Commands, exit_2_on_error
 
 
 @click.group(cls=Commands)
@@ -26,8 +26,6 @@ def bench(spec: str, model: str, repeats: int, seed: int) -> None:
     than float32; the normalised squared error, |decoded - weights|^2 / |weights|^2, averaged
     over the repeats; and GB of float32 a second on one thread, medians.
     """
-    from fedmq.nodes.cli.main import exit_2_on_error
-
     with exit_2_on_error():
         rows = measure(spec, model, repeats, seed)
     width = max(len(name) for name, _ in rows)

@@ -18,7 +18,7 @@ from fedmq.nodes.process.terminal import count, plain, plural
 
 if TYPE_CHECKING:
     from fedmq.broker.inspection.check import Finding, LostBlob, Report
-    from fedmq.broker.inspection.repair import Step
+    from fedmq.broker.inspection.repair import RepairStep
 
 _SHOWN = 10
 """Blobs that are printed for each place; the JSON has all."""
@@ -252,7 +252,7 @@ def _finding(finding: Finding) -> dict[str, Any]:
     }
 
 
-def _step(step: Step) -> dict[str, Any]:
+def _step(step: RepairStep) -> dict[str, Any]:
     return {
         "action": step.action.value,
         "segment": step.segment,

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import re
 import shutil
 import socket
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,21 +17,19 @@ import click
 import xxhash
 from rich.console import Console
 
-from fedmq.broker.core.admission import MAX_RANGES
-from fedmq.broker.errors import BrokerFailed, GaveUp
 from fedmq.broker.process import give_torch_huge_pages, tune_process
-from fedmq.broker.wire.addresses import name_fault
+from fedmq.broker.wire.addresses import MAX_RANGES, name_fault
 from fedmq.nodes.cli.codec import codec
-from fedmq.nodes.cli.entry import ending_well
 from fedmq.nodes.cli.ledger import ledger
-from fedmq.nodes.cli.options import Commands
+from fedmq.nodes.cli.options import LONGEST_TEXT, Commands, exit_2_on_error, parse_ranges
 from fedmq.nodes.cli.personalise import personalise
 from fedmq.nodes.cli.replay import replay
 from fedmq.nodes.cli.trace import trace
 from fedmq.nodes.cli.trust import allow_option, allowed_here, find_own_code
 from fedmq.nodes.cluster.environment import check_surroundings
-from fedmq.nodes.errors import ON_PURPOSE, ConfigError, RunFailed, own_code
+from fedmq.nodes.errors import ConfigError, own_code
 from fedmq.nodes.process import logs, streams
+from fedmq.nodes.process.ending import ending_well
 from fedmq.nodes.process.signals import this_process
 from fedmq.nodes.process.terminal import plain
 
@@ -40,8 +37,6 @@ if TYPE_CHECKING:
     from fedmq.nodes.run.config import Config
 
 DEFAULT_ENDPOINT = "tcp://127.0.0.1:7700"
-_LONGEST = 2000
-"""Of a sentence from elsewhere that is shown."""
 
 
 def _above_zero(
@@ -200,7 +195,7 @@ def broker(
             "share_files": share_files,
         }
         table = build({"broker": given}).broker
-        keeping = replace(table.keeping(), offer_parked=offer_parked)
+        keeping = replace(table.ledger_settings(), redeliver_dead_letters=offer_parked)
         server = BrokerServer(bind, folder / LEDGER, table.settings(), keeping)
         found = state_of(recorded_runs(folder / LEDGER), once=once)
         where = f"listening on {server.endpoint}, ledger in {folder / LEDGER}"
@@ -247,7 +242,7 @@ def aggregator(
         tune_process()
         run = chosen.run.id
         end = run_aggregator(endpoint, chosen, run, folder, give_up_s=give_up_s)
-        click.echo(plain(f"the run ended: {end}", _LONGEST))
+        click.echo(plain(f"the run ended: {end}", LONGEST_TEXT))
 
 
 @main.command()
@@ -302,7 +297,7 @@ def worker(
         logs.configure(None, node=node)
         tune_process()
         end = run_worker(endpoint, node, clients, role, run_id, folder, states, allowed, give_up_s)
-        click.echo(plain(f"the run ended: {end}", _LONGEST))
+        click.echo(plain(f"the run ended: {end}", LONGEST_TEXT))
 
 
 @main.command("list")
@@ -319,26 +314,6 @@ main.add_command(codec)
 main.add_command(ledger)
 main.add_command(personalise)
 main.add_command(replay)
-
-
-def parse_ranges(text: str) -> list[tuple[int, int]]:
-    """Read client ranges such as ``0-9,12``, both ends included; neighbours become one.
-
-    Raises:
-        ConfigError: the text is not of that form.
-    """
-    ranges: list[tuple[int, int]] = []
-    for part in text.split(","):
-        match = re.fullmatch(r"\s*(\d{1,9})(?:-(\d{1,9}))?\s*", part)
-        if not match:
-            raise ConfigError(f"--clients: expected ranges such as 0-9,12, got {text!r}")
-        low, high = int(match[1]), int(match[2] or match[1])
-        if high < low:
-            raise ConfigError(f"--clients: expected low-high, got {part.strip()!r}")
-        if ranges and low == ranges[-1][1] + 1:
-            low = ranges.pop()[0]
-        ranges.append((low, high))
-    return ranges
 
 
 def default_name(host: str, clients: Sequence[tuple[int, int]]) -> str:
@@ -367,20 +342,3 @@ def _make(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"--run: cannot make {folder}: {error.strerror}") from None
-
-
-@contextlib.contextmanager
-def exit_2_on_error() -> Iterator[None]:
-    """Turn the project's own errors into one sentence, and exit code 2 (1: failed, gave up)."""
-    try:
-        yield
-    except RunFailed as error:
-        click.echo(f"fedmq: the run failed: {plain(error, _LONGEST)}", err=True)
-        sys.exit(1)
-    except ON_PURPOSE as error:
-        click.echo(f"fedmq: {plain(error, _LONGEST)}", err=True)
-        sys.exit(1 if isinstance(error, GaveUp | BrokerFailed) else 2)
-
-
-if __name__ == "__main__":
-    main()

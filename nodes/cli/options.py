@@ -1,13 +1,22 @@
-"""Mistakes on the command line, in one sentence each; help texts that are not cut."""
+"""What the commands share: mistakes in one sentence each, exit codes, ranges of clients."""
 
 from __future__ import annotations
 
+import contextlib
 import difflib
-from collections.abc import Sequence
+import re
+import sys
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import click
 
+from fedmq.broker.errors import BrokerFailed, GaveUp
+from fedmq.nodes.errors import ON_PURPOSE, ConfigError, RunFailed
+from fedmq.nodes.process.terminal import plain
+
+LONGEST_TEXT = 2000
+"""Characters of an error's sentence that are shown."""
 _HELP = getattr(click.exceptions, "NoArgsIsHelpError", ())
 """Not a mistake: ``fedmq`` alone shows its help. (Before 8.2, click has no error for it.)"""
 
@@ -134,3 +143,36 @@ def _expected(parameter: click.Parameter) -> str:
     if _is_option(parameter):
         return f"{_shown(parameter)} {parameter.metavar or parameter.type.name.upper()}"
     return _shown(parameter)
+
+
+def parse_ranges(text: str) -> list[tuple[int, int]]:
+    """Read client ranges such as ``0-9,12``, both ends included; neighbours become one.
+
+    Raises:
+        ConfigError: the text is not of that form.
+    """
+    ranges: list[tuple[int, int]] = []
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(\d{1,9})(?:-(\d{1,9}))?\s*", part)
+        if not match:
+            raise ConfigError(f"--clients: expected ranges such as 0-9,12, got {text!r}")
+        low, high = int(match[1]), int(match[2] or match[1])
+        if high < low:
+            raise ConfigError(f"--clients: expected low-high, got {part.strip()!r}")
+        if ranges and low == ranges[-1][1] + 1:
+            low = ranges.pop()[0]
+        ranges.append((low, high))
+    return ranges
+
+
+@contextlib.contextmanager
+def exit_2_on_error() -> Iterator[None]:
+    """Turn the project's own errors into one sentence, and exit code 2 (1: failed, gave up)."""
+    try:
+        yield
+    except RunFailed as error:
+        click.echo(f"fedmq: the run failed: {plain(error, LONGEST_TEXT)}", err=True)
+        sys.exit(1)
+    except ON_PURPOSE as error:
+        click.echo(f"fedmq: {plain(error, LONGEST_TEXT)}", err=True)
+        sys.exit(1 if isinstance(error, GaveUp | BrokerFailed) else 2)

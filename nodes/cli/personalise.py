@@ -14,6 +14,7 @@ import click
 from fedmq.broker.errors import LedgerError
 from fedmq.broker.ledger.entries import Accepted
 from fedmq.broker.wire.addresses import CHECKPOINT
+from fedmq.nodes.cli.options import exit_2_on_error, parse_ranges
 from fedmq.nodes.cli.trust import allow_option, allowed_here, find_own_code
 from fedmq.nodes.errors import ConfigError, NodeError
 from fedmq.nodes.process.terminal import plain, table
@@ -28,7 +29,7 @@ Metrics = Mapping[str, float]
 
 
 @dataclass(frozen=True)
-class Start:
+class StartingState:
     """What new clients start from: the state in a run's last checkpoint, and its version."""
 
     state: Any
@@ -58,8 +59,6 @@ def personalise(
     DIR is the run's folder. Such clients are there if the run was started with
     problem.held_out=N; their numbers follow those of the run's own clients.
     """
-    from fedmq.nodes.cli.main import exit_2_on_error, parse_ranges
-
     with exit_2_on_error():
         from fedmq.broker.inspection.trace import Trace
         from fedmq.nodes.replay.fold import recorded_setup
@@ -117,7 +116,7 @@ def new_clients(setup: Setup, ranges: Sequence[tuple[int, int]] | None = None) -
     return sorted({each for low, high in ranges for each in range(low, high + 1)})
 
 
-def last_state(trace: Trace, setup: Setup) -> Start:
+def last_state(trace: Trace, setup: Setup) -> StartingState:
     """Return what is in a run's last checkpoint, that of its end if it has ended.
 
     Raises:
@@ -134,11 +133,11 @@ def last_state(trace: Trace, setup: Setup) -> Start:
     if last is None:
         raise LedgerError("the run has no checkpoint yet: wait for its end, or for the first one")
     state, fold = unpack_checkpoint(setup.algorithm, setup.problem, inbound(trace, last))
-    return Start(state, fold.version, fold.ended)
+    return StartingState(state, fold.version, fold.ended)
 
 
 def measure(
-    setup: Setup, start: Start, clients: Sequence[int], device: str | None = None
+    setup: Setup, start: StartingState, clients: Sequence[int], device: str | None = None
 ) -> Iterator[tuple[int, Metrics]]:
     """Yield (client, its metrics). The same run and device give the same figures.
 

@@ -14,13 +14,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from fedmq.nodes.cli.options import exit_2_on_error
 from fedmq.nodes.cli.trust import allow_option, allowed_here, find_own_code
 from fedmq.nodes.process.signals import this_process
 
 if TYPE_CHECKING:
     from fedmq.algorithms.allowed import Allowed
     from fedmq.broker.inspection.trace import Trace
-    from fedmq.nodes.replay.fold import Replay, Step
+    from fedmq.nodes.replay.fold import Replay, ReplayStep
 
 
 @click.command()
@@ -64,8 +65,6 @@ def replay(
 
     DIR is the run's folder. Exits with 1 where the replay and the record differ.
     """
-    from fedmq.nodes.cli.main import exit_2_on_error
-
     with _importing():
         from fedmq.nodes.replay.record import Diverged
 
@@ -145,11 +144,11 @@ def _fold(
     from fedmq.broker.errors import LedgerError
     from fedmq.nodes.replay.fold import Replay, last_checkpoint
     from fedmq.nodes.replay.record import Diverged
-    from fedmq.nodes.replay.steps import FILE
+    from fedmq.nodes.replay.state_digests import FILE
 
     began = time.perf_counter()
     run = Replay(trace, last_checkpoint(trace, until) if resume else None, allowed=allowed)
-    last: Step | None = None
+    last: ReplayStep | None = None
     shown = time.monotonic()
     try:
         for step in _steps(run, allowed, until, save, against):
@@ -180,18 +179,23 @@ def _fold(
 
 def _steps(
     run: Replay, allowed: Allowed, until: int | None, save: Path | None, against: Path | None
-) -> Iterator[Step]:
+) -> Iterator[ReplayStep]:
     from fedmq.broker.inspection.trace import Trace
     from fedmq.nodes.replay.fold import Replay
-    from fedmq.nodes.replay.steps import FILE, against_run, against_steps, save_steps
+    from fedmq.nodes.replay.state_digests import (
+        FILE,
+        compare_runs,
+        compare_state_digests,
+        save_state_digests,
+    )
 
     if save is not None:
-        return save_steps(run, save, until)
+        return save_state_digests(run, save, until)
     if against is None:
         return run.steps(until)
     if (against / FILE).exists():
-        return against_steps(run, against, until)
-    return against_run(run, Replay(Trace(against), allowed=allowed), until)
+        return compare_state_digests(run, against, until)
+    return compare_runs(run, Replay(Trace(against), allowed=allowed), until)
 
 
 def _report(run: Replay, took_s: float, until: int | None) -> None:
@@ -237,12 +241,12 @@ def _about_machines(run: Replay) -> Iterator[str]:
             yield f"that is more than {TOLERANCE:g}: is model() seeded, and the code the same?"
 
 
-def _prompt(run: Replay, last: Step | None) -> None:
+def _prompt(run: Replay, last: ReplayStep | None) -> None:
     """Open a Python prompt on the state of a replay."""
     names: dict[str, Any] = {
         "trace": run.trace,
         "core": run.core,
-        "parts": run.core.parts(),
+        "parts": run.core.state_snapshot(),
         "setup": run.setup,
         "event": last.event if last else None,
         "actions": last.actions if last else [],
@@ -251,7 +255,7 @@ def _prompt(run: Replay, last: Step | None) -> None:
     def step(count: int = 1) -> Any:
         """Take the next messages of the inbox; return the last."""
         for taken in itertools.islice(run.steps(), count):
-            names.update(event=taken.event, actions=taken.actions, parts=run.core.parts())
+            names.update(event=taken.event, actions=taken.actions, parts=run.core.state_snapshot())
         return names["event"]
 
     names["step"] = step

@@ -114,7 +114,9 @@ def broker_main(
     from fedmq.broker.router import BrokerServer
 
     table = parse(text).broker
-    server = BrokerServer(bind, folder / "ledger", table.settings(), table.keeping(), continuation)
+    server = BrokerServer(
+        bind, folder / "ledger", table.settings(), table.ledger_settings(), continuation
+    )
     server.on_space = _space_reporter(report, folder / "ledger")
     _report(report, f"{READY}{server.endpoint}")
     with this_process.noting(server.stop):

@@ -11,7 +11,7 @@ from rich.console import Console, RenderableType
 from fedmq.nodes.process import logs, streams
 
 
-class Speaker:
+class SupervisorConsole:
     """Says things to people; nothing that fails there ends a run.
 
     Args:

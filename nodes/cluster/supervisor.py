@@ -20,7 +20,7 @@ from typing import Any
 from rich.console import Console
 
 from fedmq.broker.core.state import Continuation
-from fedmq.broker.ledger.reader import Follower
+from fedmq.broker.ledger.reader import LedgerTail
 from fedmq.broker.wire.addresses import EVALUATOR, WORKER
 from fedmq.nodes.cluster.children import (
     BEYOND_HELP,
@@ -31,9 +31,9 @@ from fedmq.nodes.cluster.children import (
     child_main,
     worker_main,
 )
-from fedmq.nodes.cluster.console import Speaker
+from fedmq.nodes.cluster.console import SupervisorConsole
 from fedmq.nodes.cluster.forking import end_forkserver, kill_forkserver
-from fedmq.nodes.cluster.view import View, closing_table
+from fedmq.nodes.cluster.view import LiveView, closing_table
 from fedmq.nodes.errors import ConfigError, NodeError
 from fedmq.nodes.process.signals import ENOUGH, INTERRUPTED, Stopped, blocked, this_process
 from fedmq.nodes.process.terminal import plain
@@ -138,8 +138,8 @@ class Cluster:
         self._go_on = go_on or go_on_command(folder)
         self._children: dict[str, _Child] = {}
         self._fold = RunFold(started_at)
-        self._follower = Follower(folder / "ledger")
-        self._speaker = Speaker(console, folder / SUPERVISOR_LOG)
+        self._follower = LedgerTail(folder / "ledger")
+        self._speaker = SupervisorConsole(console, folder / SUPERVISOR_LOG)
         self._say = self._speaker.say
 
     def run(self) -> int:
@@ -244,7 +244,7 @@ class Cluster:
             f"{config.problem['name']}, {self._clients} clients on "
             f"{len(self._children) - 3} workers"
         )
-        with View(self._console, title, self._say) as view:
+        with LiveView(self._console, title, self._say) as view:
             while True:
                 this_process.check()
                 fold.feed(self._follower.poll())

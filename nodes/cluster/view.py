@@ -33,7 +33,7 @@ _ASCII_BARS = "_.-~=+*#"
 _LIVE_EVERY_S = 0.125
 
 
-class View:
+class LiveView:
     """Shows a run while it goes on; a context manager.
 
     Whatever cannot be shown is left out, once with the reason: a run does not end for it.
@@ -57,7 +57,7 @@ class View:
         self._news: float | None = None
         self._news_at = time.monotonic()
 
-    def __enter__(self) -> View:
+    def __enter__(self) -> LiveView:
         try:
             self._console.print(self._title, highlight=False, soft_wrap=True, markup=False)
             if self._console.is_terminal:

@@ -51,7 +51,7 @@ class Start(Struct, frozen=True):
     continued: int = -1
 
 
-class Post(Struct, frozen=True):
+class PostMessage(Struct, frozen=True):
     """Post a message; ``data[i]`` are the bytes of its i-th blob."""
 
     message: Message
@@ -60,7 +60,7 @@ class Post(Struct, frozen=True):
     """Numbers of the messages that are dealt with once this one is in the ledger."""
 
 
-class Done(Struct, frozen=True):
+class Handled(Struct, frozen=True):
     """This message has been dealt with.
 
     refused: why it could not be used; code: the same for programs, see `rejections.Code`.
@@ -71,12 +71,12 @@ class Done(Struct, frozen=True):
     code: str = ""
 
     @classmethod
-    def of(cls, seq: int, why: Rejection | None) -> Done:
+    def of(cls, seq: int, why: Rejection | None) -> Handled:
         """Return the action for a message that was rejected, or else used or not needed."""
         return cls(seq) if why is None else cls(seq, why.reason, why.code)
 
 
-class Settle(Struct, frozen=True):
+class AckUpTo(Struct, frozen=True):
     """No session of this node will need the messages so far again, this one included.
 
     but: numbers of those that one will.
@@ -85,7 +85,7 @@ class Settle(Struct, frozen=True):
     but: tuple[int, ...] = ()
 
 
-class Finish(Struct, frozen=True):
+class EndRun(Struct, frozen=True):
     """The run is over.
 
     failed: it has not reached its end. error: what a user's code raised, if that is why.
@@ -130,7 +130,7 @@ class Commit:
         return self._result
 
 
-def steady(stream: Stream) -> Stream:
+def fail_on_partial_reread(stream: Stream) -> Stream:
     """Return a stream whose second reading cannot fail half-way and be taken for a refusal."""
     whole = set()
 
@@ -146,4 +146,4 @@ def steady(stream: Stream) -> Stream:
     return pieces
 
 
-AggregatorAction = Post | Done | Settle | Finish | Commit
+AggregatorAction = PostMessage | Handled | AckUpTo | EndRun | Commit

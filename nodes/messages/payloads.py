@@ -28,7 +28,7 @@ from fedmq.codecs.errors import CodecError, DecodeError
 from fedmq.codecs.formats.streamed import Streamed
 from fedmq.codecs.raw import Raw, read_table
 from fedmq.codecs.registry import decode
-from fedmq.codecs.text import brief
+from fedmq.codecs.text import shorten
 from fedmq.nodes.messages.actions import Read, Stream
 from fedmq.nodes.messages.tensor_tables import has_table, read_meta
 
@@ -196,10 +196,10 @@ def unpack(
             }:
                 table = has_table(group)
             case _:
-                raise DecodeError(f"expected a group of tensors, got {brief(group)}")
+                raise DecodeError(f"expected a group of tensors, got {shorten(group)}")
         if name not in found or found[name]:
             raise DecodeError(
-                f"expected each of {', '.join(_GROUPS)} at most once, got {brief(name)}"
+                f"expected each of {', '.join(_GROUPS)} at most once, got {shorten(name)}"
             )
         if not 0 <= count <= len(message.blobs) - first - table:
             raise DecodeError(f"group {name!r} has {count} buffers, the message has fewer")

@@ -34,7 +34,7 @@ _PASSING = frozenset(
 _STDLIB = sysconfig.get_path("stdlib")
 
 
-def shorten(text: str, longest: int = MAX_TEXT) -> str:
+def clip_text(text: str, longest: int = MAX_TEXT) -> str:
     """Return a text as one line of bounded length, without the values of tensors and lists.
 
     It can be sent: a file's name in an error need not be UTF-8.
@@ -67,7 +67,7 @@ def described(error: BaseException, longest: int = MAX_TEXT) -> str:
     except Exception:  # noqa: BLE001 - a user's own exception; its type is still known
         text = ""
     name = type(error).__name__
-    return shorten(f"{name}: {text}" if text else name, longest)
+    return clip_text(f"{name}: {text}" if text else name, longest)
 
 
 def place_in(error: BaseException, own: Collection[str] = ()) -> str:
@@ -118,7 +118,7 @@ def _layer_in(error: BaseException) -> str:
     model, layer = modules[0], modules[-1]
     name = next((name for name, each in model.named_modules() if each is layer), "")
     what = type(layer).__name__ if any(layer.children()) else str(layer)
-    return shorten(f"layer {name!r}, {what}" if name else what, _MAX_PLACE)
+    return clip_text(f"layer {name!r}, {what}" if name else what, _MAX_PLACE)
 
 
 def _closing(text: str, at: int) -> int:

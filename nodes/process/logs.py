@@ -16,7 +16,7 @@ from typing import Any, TextIO
 
 import structlog
 
-from fedmq.nodes.process.exception_text import MAX_TEXT, described, shorten
+from fedmq.nodes.process.exception_text import MAX_TEXT, clip_text, described
 from fedmq.nodes.process.streams import reason_of
 
 _MAX_FRAMES, _MAX_CAUSES = 20, 3
@@ -131,9 +131,9 @@ def _bound_values(
         if name == "exc_info":
             continue
         if isinstance(value, str):
-            event[name] = shorten(value)
+            event[name] = clip_text(value)
         elif not isinstance(value, int | float) and len(text := repr(value)) > MAX_TEXT:
-            event[name] = shorten(text)
+            event[name] = clip_text(text)
     return event
 
 

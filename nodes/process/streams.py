@@ -40,7 +40,7 @@ class OutputFailed(Exception):
         self.broken_pipe = error.errno == errno.EPIPE
 
 
-class Stream(io.RawIOBase):
+class OutputStream(io.RawIOBase):
     """One of the standard streams.
 
     Args:
@@ -150,8 +150,8 @@ class _Streams:
     """The process's two streams, and where the failure of one is reported."""
 
     def __init__(self) -> None:
-        self.out: Stream | None = None
-        self.err: Stream | None = None
+        self.out: OutputStream | None = None
+        self.err: OutputStream | None = None
         self.lost: Callable[[str], None] = _tell_on_the_other
 
 
@@ -181,8 +181,8 @@ def set_up() -> bool:
     if sys.stdout not in (None, sys.__stdout__) or sys.stderr not in (None, sys.__stderr__):
         return False
     _fill_gaps()
-    _streams.out = Stream(1, "standard output", lambda what: _streams.lost(what))
-    _streams.err = Stream(2, "standard error", lambda what: _streams.lost(what))
+    _streams.out = OutputStream(1, "standard output", lambda what: _streams.lost(what))
+    _streams.err = OutputStream(2, "standard error", lambda what: _streams.lost(what))
     _streams.out.required = True
     sys.stdout = _text(io.BufferedWriter(_streams.out), sys.stdout, line_buffering=os.isatty(1))
     sys.stderr = _text(_streams.err, sys.stderr, write_through=True)
@@ -221,7 +221,7 @@ def flush() -> None:
 
 
 def _text(
-    binary: io.BufferedWriter[Stream] | Stream,
+    binary: io.BufferedWriter[OutputStream] | OutputStream,
     before: TextIO | None,
     *,
     line_buffering: bool = False,

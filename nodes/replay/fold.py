@@ -30,8 +30,8 @@ from fedmq.nodes.aggregator.checkpoint import unpack_checkpoint
 from fedmq.nodes.aggregator.computed import Computed
 from fedmq.nodes.aggregator.core import Aggregator
 from fedmq.nodes.errors import NodeError, own_code
-from fedmq.nodes.messages.actions import AggregatorAction, Finish, Inbound, Post, Start
-from fedmq.nodes.replay.record import Record
+from fedmq.nodes.messages.actions import AggregatorAction, EndRun, Inbound, PostMessage, Start
+from fedmq.nodes.replay.record import RecordedOutput
 from fedmq.nodes.replay.tolerance import TOLERANCE, tensor_distance
 from fedmq.nodes.run.config import Config, parse
 from fedmq.nodes.run.setup import Setup, kind_of, set_up
@@ -40,7 +40,7 @@ INBOX = (AGGREGATOR, node_address(AGGREGATOR))
 
 
 @dataclass(frozen=True)
-class Step:
+class ReplayStep:
     """One event that the core has taken, and what it said to that."""
 
     event: Start | Inbound
@@ -85,7 +85,7 @@ class Replay:
         self.version_0_distance: float | None = None
         with own_code("algorithm.name"):
             self.core = Aggregator(self.setup, trace.run, AGGREGATOR, self.computed)
-        self.record = Record(trace, exact=self._is_exact())
+        self.record = RecordedOutput(trace, exact=self._is_exact())
         self._recorded = {} if self.record.exact else _checkpoints(trace)
         self.messages = 0
         self.at = trace.opened.at
@@ -93,7 +93,7 @@ class Replay:
         self._rest: Iterator[AnyEntry] = trace.entries()
         self._begun = self._over = False
 
-    def steps(self, until: int | None = None) -> Iterator[Step]:
+    def steps(self, until: int | None = None) -> Iterator[ReplayStep]:
         """Give the core its inbox, message by message; called again, it goes on from there.
 
         Args:
@@ -129,7 +129,7 @@ class Replay:
                 break  # what lies behind may be damaged
         self._rest = itertools.chain(skipped, self._rest)
 
-    def _begin(self) -> Step:
+    def _begin(self) -> ReplayStep:
         if self._checkpoint is None:
             first = self._run_record if self.computed.arithmetic >= ARITHMETIC else None
             own = self.core.tensors()
@@ -144,7 +144,7 @@ class Replay:
             raise LedgerError(f"expected a checkpoint, message {self._checkpoint} is none")
         self.record.first = int(message.id.rpartition("/")[2]) + 1
         step = self._take(Start(inbound(self.trace, accepted)))
-        self.record.after = self.core.parts()["position"]
+        self.record.after = self.core.state_snapshot()["position"]
         return step
 
     def _own_id(self, seq: int) -> str | None:
@@ -159,27 +159,30 @@ class Replay:
         """Tell whether this is a message that the core is to take."""
         if not isinstance(entry, Accepted):
             return False
-        if entry.seq <= self.record.after and entry.seq not in self.core.parts()["waiting"]:
+        if (
+            entry.seq <= self.record.after
+            and entry.seq not in self.core.state_snapshot()["waiting"]
+        ):
             return False
         message = entry.read()
         # After its end, a run takes only what may make it go further.
         return message.to in INBOX and (not self._over or message.kind == CONTINUED)
 
-    def _take(self, event: Start | Inbound) -> Step:
+    def _take(self, event: Start | Inbound) -> ReplayStep:
         actions = self.core.handle(event)
         if isinstance(event, Inbound):
             self.messages += 1
             self.at = event.at
         self.record.expect(actions, event.seq if isinstance(event, Inbound) else -1)
         for action in actions:
-            if isinstance(action, Post) and action.message.id in self._recorded:
+            if isinstance(action, PostMessage) and action.message.id in self._recorded:
                 self._anchor(self._recorded[action.message.id])
-        if any(isinstance(each, Finish) for each in actions):
+        if any(isinstance(each, EndRun) for each in actions):
             self._over = True
-        elif self._over and not self.core.parts()["finishing"]:  # it was taken up again
+        elif self._over and not self.core.state_snapshot()["finishing"]:  # it was taken up again
             self._over = False
             self.record.expect_another_end()
-        return Step(event, actions)
+        return ReplayStep(event, actions)
 
     def _is_exact(self) -> bool:
         """Tell whether this machine computes what was recorded to the bit."""
@@ -293,7 +296,7 @@ def inbound(trace: Trace, entry: Accepted) -> Inbound:
     return Inbound(entry.seq, entry.at, message, functools.partial(trace.blob, message))
 
 
-def _says(step: Step, name: str | None) -> bool:
+def _says(step: ReplayStep, name: str | None) -> bool:
     return name is not None and any(
-        isinstance(each, Post) and each.message.id == name for each in step.actions
+        isinstance(each, PostMessage) and each.message.id == name for each in step.actions
     )

@@ -20,10 +20,10 @@ from fedmq.broker.wire.addresses import AGGREGATOR, BROKER, CHECKPOINT
 from fedmq.broker.wire.encoding import encode_message
 from fedmq.broker.wire.schema import Message
 from fedmq.nodes.errors import NodeError
-from fedmq.nodes.messages.actions import AggregatorAction, Commit, Done, Finish, Post
+from fedmq.nodes.messages.actions import AggregatorAction, Commit, EndRun, Handled, PostMessage
 from fedmq.nodes.process.terminal import literal, plain
 from fedmq.nodes.replay.tolerance import NAMES, counted_as_in, near_differences
-from fedmq.nodes.trace.differ import Side, differences
+from fedmq.nodes.trace.differ import Operand, differences
 from fedmq.nodes.trace.differences import Difference
 
 MAX_REASON = 2000
@@ -37,7 +37,7 @@ class Diverged(NodeError):
     """What the core says is not what was recorded; the message shows both, and where."""
 
 
-class Record:
+class RecordedOutput:
     """The aggregator's part of a trace, met entry by entry.
 
     Args:
@@ -60,8 +60,8 @@ class Record:
         self.first = 0
         self.after = -1
         self._trace = trace
-        self._posts: deque[tuple[Post, int]] = deque()
-        self._commits: dict[str, tuple[Post, int]] = {}
+        self._posts: deque[tuple[PostMessage, int]] = deque()
+        self._commits: dict[str, tuple[PostMessage, int]] = {}
         """What is said at the end of work beside the inbox, between whatever else is said."""
         self._refusals: dict[int, tuple[str, str]] = {}
         """(code, reason) by the message's number."""
@@ -77,13 +77,13 @@ class Record:
         """Note what the core says to message ``upon``; -1 is its start."""
         for action in actions:
             match action:
-                case Post():
+                case PostMessage():
                     self._posts.append((action, upon))
                 case Commit(message=message):
-                    self._commits[message.id] = (Post(message), upon)
-                case Done(seq, refused, code) if refused:
+                    self._commits[message.id] = (PostMessage(message), upon)
+                case Handled(seq, refused, code) if refused:
                     self._refusals[seq] = code, refused[:MAX_REASON]
-                case Finish(reason):
+                case EndRun(reason):
                     self._finish = reason
 
     def expect_another_end(self) -> None:
@@ -132,8 +132,8 @@ class Record:
             post, upon = self._posts.popleft()
         replayed = self._as_far_as_recorded(post, message)
         if encode_message(message) != encode_message(replayed):
-            recorded = Side(message, functools.partial(self._trace.blob, message))
-            found = self._differences(recorded, Side(replayed, post.data.__getitem__))
+            recorded = Operand(message, functools.partial(self._trace.blob, message))
+            found = self._differences(recorded, Operand(replayed, post.data.__getitem__))
             if found:
                 cause = f"message {upon}" if upon >= 0 else "its start"
                 lines = [
@@ -145,7 +145,7 @@ class Record:
                 raise Diverged("\n  ".join(lines))
         self.compared += 1
 
-    def _differences(self, recorded: Side, replayed: Side) -> list[Difference]:
+    def _differences(self, recorded: Operand, replayed: Operand) -> list[Difference]:
         if self.exact:
             return differences(recorded, replayed, names=NAMES, ignore=frozenset())
         found, distance = near_differences(recorded, replayed)
@@ -189,7 +189,7 @@ class Record:
                 )
         self.compared += 1
 
-    def _as_far_as_recorded(self, post: Post, recorded: Message) -> Message:
+    def _as_far_as_recorded(self, post: PostMessage, recorded: Message) -> Message:
         """Return what is said now, without what is said more than was recorded."""
         replayed = post.message
         full = replayed.body if self.exact else counted_as_in(recorded.body, replayed.body)

@@ -17,8 +17,8 @@ from fedmq.broker.wire.addresses import CHECKPOINT
 from fedmq.codecs.errors import CodecError
 from fedmq.codecs.raw import Raw
 from fedmq.nodes.messages.payloads import unpack
-from fedmq.nodes.trace.differ import Side, differences, fold_of, form_of, gap_between
-from fedmq.nodes.trace.differences import ABSENT, Difference, Field, InGroup, Kind
+from fedmq.nodes.trace.differ import Operand, differences, fold_of, form_of, gap_between
+from fedmq.nodes.trace.differences import ABSENT, Difference, DifferenceKind, Field, InGroup
 from fedmq.nodes.trace.groups import groups_of
 
 TOLERANCE = 1e-3
@@ -36,7 +36,11 @@ nothing but rounding, for example a bias before a BatchNorm, whose gradient is 0
 
 
 def near_differences(
-    recorded: Side, replayed: Side, *, ignore: frozenset[str] = frozenset(), overall: bool = False
+    recorded: Operand,
+    replayed: Operand,
+    *,
+    ignore: frozenset[str] = frozenset(),
+    overall: bool = False,
 ) -> tuple[list[Difference], float]:
     """Return what is not near in two messages, and the distance of their tensors.
 
@@ -116,7 +120,7 @@ def is_number(value: object) -> TypeGuard[int | float]:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def facts(side: Side) -> dict[str, Any]:
+def facts(side: Operand) -> dict[str, Any]:
     """Return all that a message says besides its tensors, a checkpoint's fold included.
 
     Raises:
@@ -151,7 +155,7 @@ def far_fields(
         for index, (one, other) in enumerate(zip(recorded, replayed, strict=True)):
             yield from far_fields(one, other, (*path, index))
     elif number_distance(recorded, replayed) > TOLERANCE:
-        yield Difference(Kind.FIELD, Field(path), (recorded, replayed), NAMES)
+        yield Difference(DifferenceKind.FIELD, Field(path), (recorded, replayed), NAMES)
 
 
 def counted_as_in(recorded: Mapping[str, Any], replayed: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -176,7 +180,7 @@ class _TensorGap:
     distance: float = math.inf
 
 
-def _payload(side: Side) -> Payload:
+def _payload(side: Operand) -> Payload:
     return unpack(side.message, side.read) if "groups" in side.message.body else Payload()
 
 
@@ -198,14 +202,14 @@ def _gap(
         if one is not None and not one.any():
             return None  # 0.1.0 sent a change of 0, where nothing is sent now
         forms = tuple(ABSENT if each is None else form_of(each) for each in (one, other))
-        return _TensorGap(Difference(Kind.MISSING, place, (forms[0], forms[1]), NAMES))
+        return _TensorGap(Difference(DifferenceKind.MISSING, place, (forms[0], forms[1]), NAMES))
     both = form_of(one), form_of(other)
     if (one.dtype, one.shape) != (other.dtype, other.shape):
-        return _TensorGap(Difference(Kind.FORM, place, both, NAMES))
+        return _TensorGap(Difference(DifferenceKind.FORM, place, both, NAMES))
     found = gap_between(one, other)
     if found is None:
         return None
-    difference = Difference(Kind.VALUES, place, both, NAMES, found)
+    difference = Difference(DifferenceKind.VALUES, place, both, NAMES, found)
     if not found.rounded:
         return _TensorGap(difference)
     x, y = _real(one), _real(other)

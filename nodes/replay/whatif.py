@@ -14,14 +14,14 @@ from typing import Any
 from fedmq.algorithms.allowed import NOTHING, Allowed
 from fedmq.algorithms.base import Result, Task, examples_of
 from fedmq.algorithms.errors import ResultError
-from fedmq.algorithms.schedules import View
+from fedmq.algorithms.schedules import ScheduleView
 from fedmq.broker.inspection.trace import Trace
 from fedmq.broker.rejections import Code
 from fedmq.codecs.errors import CodecError
 from fedmq.nodes.errors import ConfigError
-from fedmq.nodes.messages.actions import Done, Inbound, Post, Start
+from fedmq.nodes.messages.actions import Handled, Inbound, PostMessage, Start
 from fedmq.nodes.messages.payloads import numbers_of, unpack
-from fedmq.nodes.replay.fold import Replay, Step, recorded_setup
+from fedmq.nodes.replay.fold import Replay, ReplayStep, recorded_setup
 from fedmq.nodes.run.config import Config, changed
 from fedmq.nodes.run.setup import Setup, choose_device
 
@@ -39,7 +39,7 @@ _REASONS = {
 
 
 @dataclass
-class Point:
+class ComparedPoint:
     """Both models where the recorded run evaluated its own.
 
     at: seconds since the run's start. results: used so far, (recorded, other).
@@ -71,7 +71,7 @@ def changed_setup(trace: Trace, settings: Sequence[str], allowed: Allowed = NOTH
     for table in _REASONS:
         named = table in ("schedule", "algorithm")
         _check_table(table, before, asked, only=("name",) if named else ())
-    if before.algorithm.evaluated != "model":
+    if before.algorithm.evaluated_by != "model":
         raise ConfigError(
             f"--set: {before.algorithm.name} is evaluated by its clients, each with what it keeps, "
             "and of another rule there is nothing that they kept"
@@ -87,7 +87,7 @@ def changed_setup(trace: Trace, settings: Sequence[str], allowed: Allowed = NOTH
 def _check_table(table: str, before: Setup, asked: Config, only: Sequence[str] = ()) -> None:
     """Refuse what recorded results tell nothing about; ``only``: look at these keys."""
     old, new = before.config.model_dump()[table], asked.model_dump()[table]
-    can = {"schedule": before.schedule.folding, "algorithm": before.algorithm.at_commit}
+    can = {"schedule": before.schedule.folding, "algorithm": before.algorithm.server_hparams}
     for key in only or sorted({*old, *new}):
         if old.get(key) != new.get(key) and key not in can.get(table, ()):
             raise ConfigError(_refusal(f"{table}.{key}", _REASONS[table], before))
@@ -95,7 +95,7 @@ def _check_table(table: str, before: Setup, asked: Config, only: Sequence[str] =
 
 def _refusal(name: str, why: str, before: Setup) -> str:
     rules = [f"schedule.{key}" for key in sorted(before.schedule.folding)]
-    rules += [f"algorithm.{key}" for key in sorted(before.algorithm.at_commit)]
+    rules += [f"algorithm.{key}" for key in sorted(before.algorithm.server_hparams)]
     return (
         f"--set {name}: the recorded results say nothing about it, {why}; "
         f"of this run, {', '.join(rules)} can be changed"
@@ -121,17 +121,17 @@ class WhatIf:
         """The other rule's version when a task was sent, and its client, by the task's id."""
         self._waiting: dict[int, Inbound] = {}
         """Results that the recorded run held back until their turn."""
-        self._gathered: Any = self._algorithm.gather(self._state)
+        self._gathered: Any = self._algorithm.new_accumulator(self._state)
         self._weights, self._results = 0.0, 0
 
-    def points(self) -> Iterator[Point]:
+    def points(self) -> Iterator[ComparedPoint]:
         """Yield a point for each evaluation of the recorded run, in order.
 
         Raises:
             Diverged: the recorded run itself does not replay.
             LedgerError: the trace is damaged.
         """
-        open_points: dict[str, Point] = {}
+        open_points: dict[str, ComparedPoint] = {}
         began: float | None = None
         version = used = 0
         finishing = False
@@ -140,23 +140,23 @@ class WhatIf:
             event, core = step.event, self._replay.core
             if isinstance(event, Start):
                 self._state = core.state  # version 0, as it was recorded
-                self._gathered = self._algorithm.gather(self._state)
+                self._gathered = self._algorithm.new_accumulator(self._state)
             if isinstance(event, Inbound):
                 began = event.at if began is None else began
                 if event.message.kind == "score":
                     self._score(event, open_points)
             if not finishing:  # what comes after the last version counts for neither
                 self._take(step, committed=core.version > version)
-                used = core.parts()["counts"].used
-            version, finishing = core.version, bool(core.parts()["finishing"])
+                used = core.state_snapshot()["counts"].used
+            version, finishing = core.version, bool(core.state_snapshot()["finishing"])
             for action in step.actions:
-                if isinstance(action, Post) and action.message.kind == "task":
+                if isinstance(action, PostMessage) and action.message.kind == "task":
                     client = action.message.body["client"]
                     self._born[action.message.id] = self._version, client
-                elif isinstance(action, Post) and action.message.kind == "evaluate":
-                    task = Task(self._version, self._algorithm.examined(self._state))
+                elif isinstance(action, PostMessage) and action.message.kind == "evaluate":
+                    task = Task(self._version, self._algorithm.evaluation_task(self._state))
                     metrics = self._algorithm.evaluate(task, self._setup.problem, device)
-                    point = Point(
+                    point = ComparedPoint(
                         event.at - began if isinstance(event, Inbound) and began else 0.0,
                         (used, self._used),
                         (version, self._version),
@@ -167,24 +167,24 @@ class WhatIf:
             yield from self._scored(open_points)
         yield from open_points.values()
 
-    def _score(self, event: Inbound, points: dict[str, Point]) -> None:
+    def _score(self, event: Inbound, points: dict[str, ComparedPoint]) -> None:
         point = points.get(event.message.re or "")
         metrics = event.message.body.get("metrics")
         if point is not None and isinstance(metrics, dict):
             point.recorded = metrics
 
-    def _scored(self, points: dict[str, Point]) -> Iterator[Point]:
+    def _scored(self, points: dict[str, ComparedPoint]) -> Iterator[ComparedPoint]:
         """Take out the points, from the oldest on, whose scores have come."""
         while points and (first := next(iter(points))) in points and points[first].recorded:
             yield points.pop(first)
 
-    def _take(self, step: Step, *, committed: bool) -> None:
+    def _take(self, step: ReplayStep, *, committed: bool) -> None:
         """Count the results that the recorded run was done with in this step."""
         if isinstance(step.event, Inbound) and step.event.message.kind == "result":
             self._waiting[step.event.seq] = step.event
         for action in step.actions:
             match action:
-                case Done(seq, refused, code) if seq in self._waiting:
+                case Handled(seq, refused, code) if seq in self._waiting:
                     event = self._waiting.pop(seq)
                     if not refused or code in _STALE:
                         self._absorb(event)
@@ -200,22 +200,22 @@ class WhatIf:
             if weight is None:
                 return
             result = Result(client, staleness, unpack(message, event.read))
-            self._gathered = self._algorithm.absorb(self._gathered, self._state, result, weight)
+            self._gathered = self._algorithm.accumulate(self._gathered, self._state, result, weight)
         except (ResultError, CodecError):
             return  # under no rule can it be used
         self._weights += weight
         self._results += 1
         self._used += 1
-        if not self._schedule.ordered and self._schedule.closes(self._view()):
+        if not self._schedule.ordered and self._schedule.is_ready(self._view()):
             self._commit()
 
-    def _view(self) -> View:
+    def _view(self) -> ScheduleView:
         clients = self._setup.problem.clients
-        return View(clients, 0, 0, 0, results=self._results, deadline_passed=False)
+        return ScheduleView(clients, 0, 0, 0, results=self._results, deadline_passed=False)
 
     def _commit(self) -> None:
         divisor = self._schedule.divisor(self._weights, self._results)
         self._state = self._algorithm.commit(self._state, self._gathered, divisor)
         self._version += 1
-        self._gathered = self._algorithm.gather(self._state)
+        self._gathered = self._algorithm.new_accumulator(self._state)
         self._weights, self._results = 0.0, 0

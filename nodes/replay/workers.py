@@ -20,7 +20,7 @@ from fedmq.broker.errors import LedgerError
 from fedmq.broker.inspection.trace import Trace
 from fedmq.broker.wire.schema import Buffer, Message
 from fedmq.codecs.errors import CodecError
-from fedmq.nodes.messages.actions import Post
+from fedmq.nodes.messages.actions import PostMessage
 from fedmq.nodes.messages.payloads import unpack
 from fedmq.nodes.replay.fold import accepted_entry, computed_by, inbound
 from fedmq.nodes.replay.histories import Answer, last_uses, read_histories
@@ -33,10 +33,10 @@ from fedmq.nodes.replay.tolerance import (
     overall_distance,
 )
 from fedmq.nodes.run.setup import Setup, choose_device
-from fedmq.nodes.trace.differ import Side, differences
-from fedmq.nodes.trace.differences import Difference, Field, Gap, Kind
-from fedmq.nodes.worker.client_state import Kept, Locals
-from fedmq.nodes.worker.core import Evaluate, Keep, Saved, Train, Worker
+from fedmq.nodes.trace.differ import Operand, differences
+from fedmq.nodes.trace.differences import Difference, DifferenceKind, Field, Gap
+from fedmq.nodes.worker.client_state import ClientStateStore, SavedClientState
+from fedmq.nodes.worker.core import Evaluate, SaveClientState, Saved, Train, Worker
 from fedmq.nodes.worker.training import carry_out
 
 _HONEST = frozenset({"body.elapsed_s", "body.device", "body.after", "body.version_0"})
@@ -119,7 +119,7 @@ class Retraining:
         answers, shown = self._histories.answers, set(wanted)
         needed = self._histories.behind(wanted)
         last_use = last_uses(answers, needed)
-        states: dict[int, Kept | None] = {}
+        states: dict[int, SavedClientState | None] = {}
         keeps_nothing: set[int | None] = set()
         for index in needed:
             answer = answers[index]
@@ -138,12 +138,14 @@ class Retraining:
                 seconds = time.perf_counter() - began
                 yield self._compare(answer.seq, answer.result, post, seconds)
 
-    def _again(self, answer: Answer, before: Kept | None) -> tuple[Post, Kept | None]:
+    def _again(
+        self, answer: Answer, before: SavedClientState | None
+    ) -> tuple[PostMessage, SavedClientState | None]:
         """Give a worker's core a task and carry out what it asks for.
 
         Return its answer, and what the client keeps.
         """
-        kept = Locals()
+        kept = ClientStateStore()
         if before is not None and answer.client is not None:
             kept.put(answer.client, before)
         core = Worker(
@@ -151,24 +153,27 @@ class Retraining:
         )
         task = inbound(self._trace, accepted_entry(self._trace, answer.seq))
         actions = list(core.handle(task))
-        post: Post | None = None
-        after: Kept | None = None
+        post: PostMessage | None = None
+        after: SavedClientState | None = None
         while actions:
             match actions.pop(0):
                 case Train() | Evaluate() as action:
                     actions += core.handle(carry_out(action, self._setup, self._device))
-                case Keep(kept=after):
+                case SaveClientState(kept=after):
                     actions += core.handle(Saved(after))
-                case Post() as post:
+                case PostMessage() as post:
                     pass
         if post is None:
             raise LedgerError(f"task {answer.task} cannot be read by a worker")
         return post, after
 
-    def _compare(self, task: int, seq: int, answer: Post, seconds: float) -> Retrained:
+    def _compare(self, task: int, seq: int, answer: PostMessage, seconds: float) -> Retrained:
         message = accepted_entry(self._trace, seq).read()
         read = functools.partial(self._trace.blob, message)
-        recorded, replayed = Side(message, read), Side(answer.message, answer.data.__getitem__)
+        recorded, replayed = (
+            Operand(message, read),
+            Operand(answer.message, answer.data.__getitem__),
+        )
         if self._computed.arithmetic < ARITHMETIC:
             found, distance = near_differences(recorded, replayed, ignore=_HONEST, overall=True)
             return Retrained(task, seq, message, seconds, found, distance * TOLERANCE)
@@ -189,17 +194,17 @@ def depends_on_device(difference: Difference) -> bool:
     integers, adds or removes nothing, and gives no tensor another shape.
     """
     match difference:
-        case Difference(kind=Kind.VALUES, gap=Gap(rounded=rounded)):
+        case Difference(kind=DifferenceKind.VALUES, gap=Gap(rounded=rounded)):
             return rounded
-        case Difference(kind=Kind.ENCODING):
+        case Difference(kind=DifferenceKind.ENCODING):
             return True
-        case Difference(kind=Kind.FIELD, place=Field() as place, sides=sides):
+        case Difference(kind=DifferenceKind.FIELD, place=Field() as place, operands=sides):
             return place.is_under("body", "metrics") and all(map(is_number, sides))
         case _:
             return False
 
 
-def _distance(message: Message, read: Callable[[int], Buffer], answer: Post) -> float:
+def _distance(message: Message, read: Callable[[int], Buffer], answer: PostMessage) -> float:
     """Return how far the computed numbers of two answers lie apart; infinity: not comparable."""
     if message.kind == "score":
         ours, theirs = message.body.get("metrics"), answer.message.body["metrics"]

@@ -17,9 +17,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr,
 
 from fedmq.algorithms.allowed import NOTHING, Allowed, installed
 from fedmq.algorithms.errors import AlgorithmError
-from fedmq.broker.core.state import BrokerSettings
-from fedmq.broker.ledger.retention import EVERYTHING, LEAST_RETAIN_BYTES
-from fedmq.broker.ledger.writer import Keeping
+from fedmq.broker.settings import EVERYTHING, LEAST_RETAIN_BYTES, BrokerSettings, LedgerSettings
 from fedmq.broker.wire.addresses import name_fault
 from fedmq.nodes.errors import ConfigError
 from fedmq.nodes.run.numbers import check_finite, check_types
@@ -44,7 +42,7 @@ class _Table(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=False)
 
 
-class Run(_Table):
+class RunTable(_Table):
     """``[run]``.
 
     id: name of the run, unique at its broker, see `fedmq.broker.wire.addresses`; drawn from
@@ -84,7 +82,7 @@ class CodecTable(_Table):
     logits: str = "logits(float32)"
 
 
-class Straggling(_Table):
+class StragglingTable(_Table):
     """How a worker is slow or loses clients, on demand, for experiments.
 
     slowdown: how many times as long as it took a task is made to take: a number, or a
@@ -97,7 +95,7 @@ class Straggling(_Table):
     drop: Annotated[float, Field(ge=0, le=1)] = 0.0
 
 
-class Worker(Straggling):
+class WorkerTable(StragglingTable):
     """``[worker]``.
 
     count: workers of a local cluster; the clients are dealt to them in ranges.
@@ -109,13 +107,13 @@ class Worker(Straggling):
     count: Annotated[int, Field(ge=1, le=1024)] = 4
     device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = "auto"
     threads: Annotated[int, Field(ge=1, le=1024)] = 1
-    nodes: dict[str, Straggling] = {}
+    nodes: dict[str, StragglingTable] = {}
 
-    def straggling(self, node: str) -> Straggling:
+    def straggling(self, node: str) -> StragglingTable:
         """Return the values that hold for one worker."""
         general = {"slowdown": self.slowdown, "drop": self.drop}
         special = self.nodes[node].model_dump(exclude_unset=True) if node in self.nodes else {}
-        return Straggling.model_validate(general | special)
+        return StragglingTable.model_validate(general | special)
 
 
 def _check_retain(value: Any) -> Any:
@@ -155,7 +153,7 @@ class BrokerTable(_Table):
         """Return how patient the broker is to be."""
         return BrokerSettings(self.lease_s, self.beat_s, self.deliveries)
 
-    def keeping(self) -> Keeping:
+    def ledger_settings(self) -> LedgerSettings:
         """Return how the broker is to keep its ledger."""
         match self.retain:
             case "everything":
@@ -164,7 +162,7 @@ class BrokerTable(_Table):
                 retain = 0
             case limit:
                 retain = int(limit)
-        return Keeping(self.durability, retain, share_files=self.share_files)
+        return LedgerSettings(self.durability, retain, share_files=self.share_files)
 
 
 class Config(_Table):
@@ -174,12 +172,12 @@ class Config(_Table):
     that came from elsewhere, as `parse` reads it, may not.
     """
 
-    run: Run = Run()
+    run: RunTable = RunTable()
     problem: dict[str, Any]
     algorithm: dict[str, Any]
     schedule: dict[str, Any]
     codec: CodecTable = CodecTable()
-    worker: Worker = Worker()
+    worker: WorkerTable = WorkerTable()
     broker: BrokerTable = BrokerTable()
     _allowed: Allowed = PrivateAttr(default=NOTHING)
 

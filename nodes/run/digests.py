@@ -72,7 +72,9 @@ def _feed(hasher: xxhash.xxh3_128, value: Any) -> None:
         case set() | frozenset():
             _feed(hasher, sorted(value))
         case msgspec.Struct():
-            _feed(hasher, msgspec.structs.asdict(value))
+            # By the names of the encoding: these outlive a renamed field.
+            names = zip(value.__struct_fields__, value.__struct_encode_fields__, strict=True)
+            _feed(hasher, {encoded: getattr(value, name) for name, encoded in names})
         case _ if dataclasses.is_dataclass(value) and not isinstance(value, type):
             fields = [each.name for each in dataclasses.fields(value)]
             _feed(hasher, {name: getattr(value, name) for name in fields})

@@ -7,7 +7,7 @@ from typing import Any
 
 from msgspec import Struct
 
-from fedmq.nodes.run.config import Run, parse
+from fedmq.nodes.run.config import RunTable, parse
 
 
 class Goal(Struct, frozen=True):
@@ -23,7 +23,7 @@ class Goal(Struct, frozen=True):
     failures: int | None = None
 
     @classmethod
-    def of(cls, settings: Run) -> Goal:
+    def of(cls, settings: RunTable) -> Goal:
         """Return what a run's configuration says."""
         return cls(settings.versions, settings.target_accuracy, settings.failures)
 

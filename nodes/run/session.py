@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 import secrets
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import structlog
 
@@ -72,7 +74,7 @@ def linked(endpoint: str, hello: Hello, give_up_s: float | None = None) -> Itera
 def inbound_of(link: NodeLink, delivery: Delivery) -> Inbound:
     """Return a delivery as a core takes it: its blobs are read through the link."""
     read = functools.partial(link.read, delivery)
-    stream = functools.partial(link.pieces, delivery)
+    stream = functools.partial(link.chunks, delivery)
     return Inbound(delivery.seq, delivery.at, delivery.message, read, stream)
 
 
@@ -81,3 +83,37 @@ def tell_refused(message: Message, repeats: Repeats) -> None:
     code = str(message.body.get("code", ""))
     if times := repeats.count(("refused", code), time.monotonic()):
         structlog.get_logger().warning("refused", **message.body, times=times)
+
+
+def node_key(folder: Path | None) -> str:
+    """Return the key of the node that keeps its state here, drawn at its first start.
+
+    By its key a restarted node is told from another one that was given the same name.
+
+    Raises:
+        NodeError: the folder cannot be written.
+    """
+    if folder is None:
+        return secrets.token_hex(16)
+    make_folder(folder)
+    path = folder / "key"
+    try:
+        if not path.exists():
+            fresh = folder / f"key.{os.getpid()}"
+            fresh.write_text(secrets.token_hex(16) + "\n")
+            fresh.replace(path)
+        return path.read_text().strip()[:64]
+    except OSError as error:
+        raise NodeError(f"cannot read or write {path}: {error.strerror}") from None
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder for a node's state.
+
+    Raises:
+        NodeError: it cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise NodeError(f"cannot make {folder}: {error.strerror}") from None

@@ -193,17 +193,17 @@ def _check_codecs(down: Codec, up: Codec, schedule: Schedule, algorithm: Algorit
     Raises:
         ConfigError: the sentence says which, and why.
     """
-    if (algorithm.sends or schedule.reply) == "model" and up.updates_only:
+    if (algorithm.fixed_reply or schedule.reply) == "model" and up.deltas_only:
         raise ConfigError(
             f"codec.up: under schedule {schedule.name} clients send models, and "
             f"{up.wire_name!r} takes for zero what it does not send"
         )
-    if up.remembers and algorithm.personal:
+    if up.error_feedback and algorithm.task_per_client:
         raise ConfigError(
             f"codec.up: {up.wire_name!r} remembers what it did not send, and with "
             f"{algorithm.name} a client's next result is of other weights"
         )
-    if down.structured or down.remembers:
+    if down.structured or down.error_feedback:
         raise ConfigError(
             f"codec.down: {down.wire_name!r} is for updates of clients; a model that goes down "
             "is neither trained by the codec's structure nor sent a second time"

@@ -241,7 +241,7 @@ class Outcomes:
                 self.clients[client].good -= 1  # it waited while the version was committed
         else:
             self.failed[code] += 1
-            if refusal.parked:
+            if refusal.dead_lettered:
                 self._given_up[refusal.id] = code
         self._blame("result" if kind == _RESULT else "task", client, code, refusal.reason)
 

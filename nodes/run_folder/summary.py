@@ -33,7 +33,7 @@ class NodeState:
 
 
 @dataclass
-class Point:
+class CurvePoint:
     """One evaluation of a version: of the global model, or by clients, each of its own.
 
     metrics: by name; means over the clients that have answered so far.
@@ -82,7 +82,7 @@ class RunFold:
     outcomes: Outcomes = field(default_factory=Outcomes)
     mean_staleness: float | None = None
     model_digest: str = ""
-    curve: list[Point] = field(default_factory=list)
+    curve: list[CurvePoint] = field(default_factory=list)
     nodes: dict[str, NodeState] = field(default_factory=dict)
     payload_down: int = 0
     payload_up: int = 0
@@ -167,7 +167,7 @@ class RunFold:
         return self.first_task_at - self.started_at
 
     @property
-    def newest(self) -> Point | None:
+    def newest(self) -> CurvePoint | None:
         """Return the newest evaluation."""
         return self.curve[-1] if self.curve else None
 
@@ -264,11 +264,11 @@ class RunFold:
     ) -> None:
         """Note what the evaluator, or a client, says of a version."""
         if asked == EVALUATOR:
-            self.curve.append(Point(version, wall_s, metrics))
+            self.curve.append(CurvePoint(version, wall_s, metrics))
             return
         point = next((each for each in reversed(self.curve) if each.version == version), None)
         if point is None:
-            point = Point(version, wall_s, {})
+            point = CurvePoint(version, wall_s, {})
             self.curve.append(point)
         point.wall_s = wall_s
         point.take(asked, metrics)

@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
-from fedmq.broker.core.state import BrokerSettings
 from fedmq.broker.link.events import Delivery
+from fedmq.broker.settings import BrokerSettings
 from fedmq.broker.virtual.hosts import BrokerHost, LinkHost
 from fedmq.broker.virtual.network import Faults, VirtualNetwork
 from fedmq.broker.wire.addresses import AGGREGATOR, EVALUATOR, RECORD, WORKER
@@ -26,24 +26,33 @@ from fedmq.broker.wire.schema import (
     Done,
     Hello,
     Message,
-    Over,
+    RunEnded,
 )
 from fedmq.nodes.aggregator.computed import Computed
 from fedmq.nodes.aggregator.core import Aggregator
 from fedmq.nodes.messages.actions import (
+    AckUpTo,
     AggregatorAction,
     Commit,
-    Finish,
+    EndRun,
     Inbound,
-    Post,
-    Settle,
+    PostMessage,
     Start,
 )
-from fedmq.nodes.messages.actions import Done as DoneWith
+from fedmq.nodes.messages.actions import Handled as DoneWith
 from fedmq.nodes.run.setup import Setup, kind_of
-from fedmq.nodes.worker.client_state import Locals
+from fedmq.nodes.worker.client_state import ClientStateStore
 from fedmq.nodes.worker.core import Action as WorkerAction
-from fedmq.nodes.worker.core import Evaluate, Evaluated, Keep, Pause, Saved, Train, Trained, Worker
+from fedmq.nodes.worker.core import (
+    Evaluate,
+    Evaluated,
+    Pause,
+    SaveClientState,
+    Saved,
+    Train,
+    Trained,
+    Worker,
+)
 from fedmq.nodes.worker.training import carry_out
 
 RUN = "simulated"
@@ -111,8 +120,8 @@ class Simulation:
         self.aggregator: AggregatorHost = self._begin(AggregatorHost, AGGREGATOR, (), None)
         for index in range(workers):
             clients = ((index * total // workers, (index + 1) * total // workers - 1),)
-            self._begin(WorkerHost, f"worker-{index}", clients, Locals())
-        self._begin(WorkerHost, EVALUATOR, (), Locals())
+            self._begin(WorkerHost, f"worker-{index}", clients, ClientStateStore())
+        self._begin(WorkerHost, EVALUATOR, (), ClientStateStore())
         self._trouble()
 
     def run(self, calm_after_s: float, limit_s: float) -> bool:
@@ -129,7 +138,7 @@ class Simulation:
         """Return the sessions that are up."""
         return [each for each in self.sessions if each.link.up]
 
-    def _begin(self, kind: type[H], name: str, clients: Ranges, kept: Locals | None) -> H:
+    def _begin(self, kind: type[H], name: str, clients: Ranges, kept: ClientStateStore | None) -> H:
         self._started += 1
         role = name if name in (AGGREGATOR, EVALUATOR) else WORKER
         setup = self.setup
@@ -202,7 +211,7 @@ class Simulation:
 class NodeHost(ABC):
     """A session of a node: its link, and a core that lives behind it."""
 
-    def __init__(self, simulation: Simulation, hello: Hello, kept: Locals | None) -> None:
+    def __init__(self, simulation: Simulation, hello: Hello, kept: ClientStateStore | None) -> None:
         self.simulation, self.hello, self.kept = simulation, hello, kept
         self.link = LinkHost(simulation.network, hello)
         self.link.on_news = self.look
@@ -242,7 +251,7 @@ class NodeHost(ABC):
                     raise AssertionError(f"a blob of {delivery.message.id} is not to be had")
                 self._blobs[name] = data
             elif name not in self._blobs and blob.size == len(
-                here := b"".join(self.link.files.pieces(blob, delivery.places.get(index, ())))
+                here := b"".join(self.link.files.chunks(blob, delivery.extents.get(index, ())))
             ):
                 self._blobs[name] = here
             elif name not in self._blobs:
@@ -260,7 +269,7 @@ class NodeHost(ABC):
 class AggregatorHost(NodeHost):
     """What `run_aggregator` does."""
 
-    def __init__(self, simulation: Simulation, hello: Hello, kept: Locals | None) -> None:
+    def __init__(self, simulation: Simulation, hello: Hello, kept: ClientStateStore | None) -> None:
         super().__init__(simulation, hello, kept)
         computed = Computed(device=kind_of("cpu"))
         self.core = Aggregator(simulation.setup, RUN, AGGREGATOR, computed)
@@ -293,19 +302,19 @@ class AggregatorHost(NodeHost):
         self.link.gather(on=True)
         for action in actions:
             match action:
-                case Post(message, data, consumes):
+                case PostMessage(message, data, consumes):
                     self.link.post(message, data, consumes)
                 case DoneWith(seq, refused, code) if refused:
-                    self.link.say(Done.rejecting(seq, refused, code))
-                case Settle(but):
+                    self.link.publish(Done.rejecting(seq, refused, code))
+                case AckUpTo(but):
                     settled = [seq for seq in self._unsettled if seq not in but]
-                    self.link.say(Done(seqs=tuple(settled)))
+                    self.link.publish(Done(seqs=tuple(settled)))
                     self._unsettled = [seq for seq in self._unsettled if seq in but]
                 case Commit():
                     self._commit(action)
-                case Finish(reason):
+                case EndRun(reason):
                     self.finished = reason
-                    self.link.say(Over(reason=reason))
+                    self.link.publish(RunEnded(reason=reason))
         self.link.gather(on=False)
 
     def _commit(self, commit: Commit) -> None:
@@ -322,7 +331,7 @@ class AggregatorHost(NodeHost):
 class WorkerHost(NodeHost):
     """What `run_worker` does."""
 
-    def __init__(self, simulation: Simulation, hello: Hello, kept: Locals | None) -> None:
+    def __init__(self, simulation: Simulation, hello: Hello, kept: ClientStateStore | None) -> None:
         super().__init__(simulation, hello, kept)
         self.core = Worker(simulation.setup, RUN, hello.node, hello.clients, kept)
         self._busy = False
@@ -354,15 +363,15 @@ class WorkerHost(NodeHost):
                 case Train() | Evaluate():
                     self._later(carry_out(action, setup, "cpu"), actions)
                     return
-                case Keep(client, state):
+                case SaveClientState(client, state):
                     stands = self.kept.put(client, state) if self.kept is not None else state
                     actions = [*self.core.handle(Saved(stands)), *actions]
-                case Post(message, data, consumes):
+                case PostMessage(message, data, consumes):
                     self.link.post(message, data, consumes)
                 case DoneWith(seq, refused, code) if refused:
-                    self.link.say(Done.rejecting(seq, refused, code, (seq,)))
+                    self.link.publish(Done.rejecting(seq, refused, code, (seq,)))
                 case DoneWith(seq):
-                    self.link.say(Done(seqs=(seq,)))
+                    self.link.publish(Done(seqs=(seq,)))
                 case Pause():
                     pass  # time is drawn here as it is
 

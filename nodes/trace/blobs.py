@@ -9,18 +9,18 @@ from fedmq.broker.errors import LedgerError
 from fedmq.broker.inspection.trace import Trace
 from fedmq.broker.ledger.entries import (
     PAYLOAD,
-    Piece,
-    decode_piece,
+    ChunkRecord,
+    decode_chunk,
     segment_numbers,
     segment_path,
 )
-from fedmq.broker.ledger.reader import Tail, tail_of
+from fedmq.broker.ledger.reader import TornTail, tail_of
 from fedmq.broker.ledger.records import MAGIC, scan
 from fedmq.nodes.process.terminal import count, plain, plural
 
 
 @dataclass
-class Payload:
+class StoredBlobs:
     """What the payload segments hold of a run.
 
     damage: of each segment that cannot be read to its end.
@@ -31,12 +31,12 @@ class Payload:
     pieces: int = 0
     nbytes: int = 0
     damage: list[LedgerError] = field(default_factory=list)
-    torn: list[Tail] = field(default_factory=list)
+    torn: list[TornTail] = field(default_factory=list)
     complete: bool = True
     _blobs: dict[tuple[str, bytes], tuple[int, int]] = field(default_factory=dict)
     """Of each blob, by owner and digest: its size, and how much of it is here."""
 
-    def add(self, piece: Piece, length: int) -> None:
+    def add(self, piece: ChunkRecord, length: int) -> None:
         """Take one more piece; pieces of a blob come in order."""
         self.pieces += 1
         self.nbytes += length
@@ -69,19 +69,19 @@ class Payload:
             yield f"  {plural(missing, 'blob')} of accepted messages: {why}"
 
 
-def read_payload(trace: Trace) -> Payload:
+def read_payload(trace: Trace) -> StoredBlobs:
     """Read all payload, in all segments: damage in one does not hide the others.
 
     What belongs to other runs is checked too, but not counted.
     """
     numbers = segment_numbers(trace.folder, PAYLOAD)
-    found = Payload(complete=numbers == list(range(len(numbers))))
+    found = StoredBlobs(complete=numbers == list(range(len(numbers))))
     for number in numbers:
         path = segment_path(trace.folder, PAYLOAD, number)
         end = len(MAGIC)
         try:
             for record in scan(path):
-                piece = decode_piece(record, path)
+                piece = decode_chunk(record, path)
                 end = record.end
                 if piece.run == trace.run:
                     found.add(piece, record.data_length)

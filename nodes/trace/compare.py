@@ -16,13 +16,13 @@ from fedmq.broker.ledger.entries import Accepted
 from fedmq.broker.wire.addresses import BROKER
 from fedmq.broker.wire.schema import Message
 from fedmq.nodes.process.terminal import count, plain, plural, word
-from fedmq.nodes.trace.differ import Side, differences
+from fedmq.nodes.trace.differ import Operand, differences
 from fedmq.nodes.trace.differences import Difference
 from fedmq.nodes.trace.outcomes import before_damage
 
 
 @dataclass(frozen=True)
-class Numbered:
+class NumberedMessage:
     """A message of a run: its entry, and a key that is the same for the same one of another.
 
     That is who said it and its id. The broker makes its ids from numbers in the ledger, so
@@ -42,7 +42,7 @@ class Numbered:
         return f"{what}, {word(message.sender)} -> {word(message.to)}"
 
 
-def messages(trace: Trace) -> Iterator[Numbered]:
+def messages(trace: Trace) -> Iterator[NumberedMessage]:
     """Yield the messages of a run, up to its end or its damage."""
     before: Counter[int] = Counter()
     for entry in before_damage(trace):
@@ -56,7 +56,7 @@ def messages(trace: Trace) -> Iterator[Numbered]:
             if message.sender == BROKER:
                 before[key] += 1
                 key = xxhash.xxh3_64_intdigest(msgspec.msgpack.encode((key, before[key])))
-            yield Numbered(entry.seq, key, message)
+            yield NumberedMessage(entry.seq, key, message)
 
 
 @dataclass
@@ -74,8 +74,8 @@ class Comparison:
     counts: tuple[int, int] = (0, 0)
     common: int = 0
     models: tuple[int, int | None] = (0, None)
-    parting: tuple[int, Numbered | None, Numbered | None, int | None] | None = None
-    content: list[tuple[Numbered, int, list[Difference]]] = field(default_factory=list)
+    parting: tuple[int, NumberedMessage | None, NumberedMessage | None, int | None] | None = None
+    content: list[tuple[NumberedMessage, int, list[Difference]]] = field(default_factory=list)
 
     @property
     def equal(self) -> bool:
@@ -116,7 +116,11 @@ class Comparison:
             yield "model: there is no version that both have"
 
     def _parting(
-        self, index: int, ours: Numbered | None, theirs: Numbered | None, there: int | None
+        self,
+        index: int,
+        ours: NumberedMessage | None,
+        theirs: NumberedMessage | None,
+        there: int | None,
     ) -> Iterator[str]:
         yield f"order: they part after {plural(index, 'message')}; then comes"
         for name, each in (("A", ours), ("B", theirs)):
@@ -176,5 +180,5 @@ def _message(trace: Trace, seq: int) -> Message:
     return entry.read()
 
 
-def _side(trace: Trace, message: Message) -> Side:
-    return Side(message, functools.partial(trace.blob, message))
+def _side(trace: Trace, message: Message) -> Operand:
+    return Operand(message, functools.partial(trace.blob, message))

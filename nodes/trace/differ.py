@@ -21,11 +21,11 @@ from fedmq.nodes.process.terminal import plain
 from fedmq.nodes.trace.differences import (
     ABSENT,
     Difference,
+    DifferenceKind,
     Field,
     Gap,
     InBlob,
     InGroup,
-    Kind,
 )
 from fedmq.nodes.trace.groups import Group, Read, groups_of
 
@@ -54,7 +54,7 @@ _MAX_FOLD = 16 << 20
 
 
 @dataclass(frozen=True)
-class Side:
+class Operand:
     """One of two messages. ``read`` returns the bytes of its blobs, by index."""
 
     message: Message
@@ -62,7 +62,7 @@ class Side:
 
 
 def differences(
-    a: Side, b: Side, *, names: tuple[str, str] = ("A", "B"), ignore: frozenset[str] = HONEST
+    a: Operand, b: Operand, *, names: tuple[str, str] = ("A", "B"), ignore: frozenset[str] = HONEST
 ) -> list[Difference]:
     """Return all that differs between two messages; nothing if they are equal.
 
@@ -78,7 +78,9 @@ def differences(
 
 
 class _Differ:
-    def __init__(self, a: Side, b: Side, names: tuple[str, str], ignore: frozenset[str]) -> None:
+    def __init__(
+        self, a: Operand, b: Operand, names: tuple[str, str], ignore: frozenset[str]
+    ) -> None:
         self._a, self._b = a, b
         self._names = names
         self._ignore = ignore
@@ -101,7 +103,7 @@ class _Differ:
 
     def _differ(
         self,
-        kind: Kind,
+        kind: DifferenceKind,
         place: Field | InGroup | InBlob,
         sides: tuple[Any, Any],
         gap: Gap | None = None,
@@ -122,7 +124,7 @@ class _Differ:
             for index, (one, other) in enumerate(zip(a, b, strict=True)):
                 yield from self._values((*path, index), one, other)
         else:
-            yield self._differ(Kind.FIELD, place, (a, b))
+            yield self._differ(DifferenceKind.FIELD, place, (a, b))
 
     # ---- tensors
 
@@ -132,10 +134,12 @@ class _Differ:
         for name in dict.fromkeys([*ours, *theirs]):
             a, b = ours.get(name), theirs.get(name)
             if a is None or b is None:
-                yield self._differ(Kind.MISSING, InGroup(name), (a or ABSENT, b or ABSENT))
+                yield self._differ(
+                    DifferenceKind.MISSING, InGroup(name), (a or ABSENT, b or ABSENT)
+                )
                 continue
             if a.codec != b.codec:
-                yield self._differ(Kind.CODEC, InGroup(name), (a.codec, b.codec))
+                yield self._differ(DifferenceKind.CODEC, InGroup(name), (a.codec, b.codec))
             elif (a.blobs, a.table) == (b.blobs, b.table) and _same(a.meta, b.meta):
                 continue
             yield from self._group(name, a, b)
@@ -147,9 +151,9 @@ class _Differ:
             try:
                 decoded.append(group.decode(side.read))
             except (CodecError, LedgerError) as error:
-                yield self._differ(Kind.BYTES, InGroup(name), digests)
+                yield self._differ(DifferenceKind.BYTES, InGroup(name), digests)
                 reason = _on(index, plain(error))
-                yield self._differ(Kind.UNDECODABLE, InGroup(name), reason)
+                yield self._differ(DifferenceKind.UNDECODABLE, InGroup(name), reason)
                 return
         one, other = decoded
         found = [
@@ -161,23 +165,23 @@ class _Differ:
         ]
         yield from found
         if not found and a.codec == b.codec:
-            yield self._differ(Kind.ENCODING, InGroup(name), digests)
+            yield self._differ(DifferenceKind.ENCODING, InGroup(name), digests)
 
     def _tensor(self, place: InGroup, a: Tensor | None, b: Tensor | None) -> Iterator[Difference]:
         if a is None or b is None:
             sides = tuple(ABSENT if each is None else form_of(each) for each in (a, b))
-            yield self._differ(Kind.MISSING, place, (sides[0], sides[1]))
+            yield self._differ(DifferenceKind.MISSING, place, (sides[0], sides[1]))
         elif (a.dtype, a.shape) != (b.dtype, b.shape):
-            yield self._differ(Kind.FORM, place, (form_of(a), form_of(b)))
+            yield self._differ(DifferenceKind.FORM, place, (form_of(a), form_of(b)))
         elif (gap := gap_between(a, b)) is not None:
-            yield self._differ(Kind.VALUES, place, (form_of(a), form_of(b)), gap)
+            yield self._differ(DifferenceKind.VALUES, place, (form_of(a), form_of(b)), gap)
 
     # ---- blobs that are no tensors
 
     def _blobs(self, first_a: int, first_b: int) -> Iterator[Difference]:
         ours, theirs = self._a.message.blobs[first_a:], self._b.message.blobs[first_b:]
         if len(ours) != len(theirs):
-            yield self._differ(Kind.BLOBS, InBlob(), (len(ours), len(theirs)))
+            yield self._differ(DifferenceKind.BLOBS, InBlob(), (len(ours), len(theirs)))
             return
         for index, (a, b) in enumerate(zip(ours, theirs, strict=True)):
             if a == b:
@@ -191,10 +195,10 @@ class _Differ:
                 continue
             place = InBlob(first_a + index)
             sides = [f"{each.size} bytes {each.digest.hex()}" for each in (a, b)]
-            yield self._differ(Kind.BYTES, place, (sides[0], sides[1]))
+            yield self._differ(DifferenceKind.BYTES, place, (sides[0], sides[1]))
             for which, fold in enumerate(folds):
                 if isinstance(fold, str):
-                    yield self._differ(Kind.UNDECODABLE, place, _on(which, fold))
+                    yield self._differ(DifferenceKind.UNDECODABLE, place, _on(which, fold))
 
 
 def gap_between(a: Tensor, b: Tensor) -> Gap | None:
@@ -221,7 +225,7 @@ def _on(side: int, reason: str) -> tuple[Any, Any]:
     return (reason, ABSENT) if side == 0 else (ABSENT, reason)
 
 
-def fold_of(side: Side, index: int) -> dict[Any, Any] | str:
+def fold_of(side: Operand, index: int) -> dict[Any, Any] | str:
     """Return the fields of a blob that is a map in msgpack, or why it cannot be read."""
     if side.message.blobs[index].size > _MAX_FOLD:
         return "it is too large to be a map of fields"

@@ -26,7 +26,7 @@ class Absent:
 ABSENT = Absent()
 
 
-class Kind(enum.Enum):
+class DifferenceKind(enum.Enum):
     """What kind of difference it is."""
 
     FIELD = "field"
@@ -118,9 +118,9 @@ class Difference:
     gap: of `Kind.VALUES`.
     """
 
-    kind: Kind
+    kind: DifferenceKind
     place: Field | InGroup | InBlob
-    sides: tuple[Any, Any] = (ABSENT, ABSENT)
+    operands: tuple[Any, Any] = (ABSENT, ABSENT)
     names: tuple[str, str] = ("A", "B")
     gap: Gap | None = None
 
@@ -129,28 +129,28 @@ class Difference:
 
     def sentence(self) -> str:
         """Return the difference as one line of text."""
-        ours, theirs = self.sides
+        ours, theirs = self.operands
         match self.kind:
-            case Kind.FIELD:
+            case DifferenceKind.FIELD:
                 return f"{self.place}: {self._two(*_pair(ours, theirs))}"
-            case Kind.MISSING:
+            case DifferenceKind.MISSING:
                 there, here = self.names if ours is ABSENT else self.names[::-1]
                 return f"{self.place}: only in {here}, not in {there}"
-            case Kind.CODEC:
+            case DifferenceKind.CODEC:
                 return f"{self.place} codec: {self._two(plain(ours), plain(theirs))}"
-            case Kind.ENCODING:
+            case DifferenceKind.ENCODING:
                 return f"{self.place}: the same values from other bytes, {self._two(ours, theirs)}"
-            case Kind.UNDECODABLE:
+            case DifferenceKind.UNDECODABLE:
                 name, reason = next(
                     (name, side)
-                    for name, side in zip(self.names, self.sides, strict=True)
+                    for name, side in zip(self.names, self.operands, strict=True)
                     if side is not ABSENT
                 )
                 verb = "read" if isinstance(self.place, InBlob) else "decoded"
                 return f"{self.place}: cannot be {verb} in {name}: {reason}"
-            case Kind.VALUES if self.gap is not None:
+            case DifferenceKind.VALUES if self.gap is not None:
                 return f"{self.place}: {self._numbers(self.gap)}"
-            case Kind.MESSAGE:
+            case DifferenceKind.MESSAGE:
                 return "another message"
             case _:
                 return f"{self.place}: {self._two(ours, theirs)}"

@@ -41,9 +41,10 @@ def _entry(entry: AnyEntry) -> dict[str, Any]:
         fields["consumes"] = entry.consumes
         fields["message"] = _message(entry.read())
         return fields
-    for name in type(entry).__struct_fields__:
-        if name not in fields:
-            fields[name] = getattr(entry, name)
+    kind = type(entry)
+    for name, key in zip(kind.__struct_fields__, kind.__struct_encode_fields__, strict=True):
+        if key not in fields:
+            fields[key] = getattr(entry, name)
     return fields
 
 

@@ -15,7 +15,7 @@ from fedmq.codecs.base import Encoded
 from fedmq.codecs.errors import DecodeError
 from fedmq.codecs.raw import read_table
 from fedmq.codecs.registry import decode
-from fedmq.codecs.text import brief
+from fedmq.codecs.text import shorten
 from fedmq.nodes.messages.tensor_tables import has_table, read_meta
 
 Read = Callable[[int], Buffer]
@@ -95,5 +95,5 @@ def groups_of(message: Message) -> tuple[list[Group], int]:
                 found.append(Group(name, codec, meta, first, blobs, table))
                 first += buffers
             case _:
-                raise DecodeError(f"expected a group of tensors, got {brief(each)}")
+                raise DecodeError(f"expected a group of tensors, got {shorten(each)}")
     return found, first

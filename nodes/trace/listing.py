@@ -25,7 +25,14 @@ from fedmq.nodes.process.terminal import (
     word,
 )
 from fedmq.nodes.run_folder.outcomes import natural
-from fedmq.nodes.trace.outcomes import Fates, Places, Task, Tasks, before_damage, client_of
+from fedmq.nodes.trace.outcomes import (
+    ClientPlacement,
+    MessageOutcomes,
+    TracedTask,
+    TracedTasks,
+    before_damage,
+    client_of,
+)
 
 _WIDEST = 60
 _NAMED = 30
@@ -89,11 +96,11 @@ class Columns(NamedTuple):
     id: int
 
     @classmethod
-    def of(cls, fates: Fates) -> Columns:
+    def of(cls, message_outcomes: MessageOutcomes) -> Columns:
         """Return columns in which nearly all rows of a run stand aligned."""
-        widths = fates.widths
+        widths = message_outcomes.widths
         return cls(
-            max(5, len(str(fates.entries))),
+            max(5, len(str(message_outcomes.entries))),
             max(8, min(widths.kind, 20)),
             max(10, min(widths.path, _WIDEST)),
             max(2, min(widths.id, _WIDEST)),
@@ -144,29 +151,29 @@ class Filter:
     refused: bool = False
     everything: bool = False
 
-    def check(self, trace: Trace, fates: Fates) -> None:
+    def check(self, trace: Trace, message_outcomes: MessageOutcomes) -> None:
         """Check that what is asked for can be there.
 
         Raises:
             NodeError: no run, or not this one, has such a kind, node, client or version; the
                 sentence names the choices.
         """
-        kinds = KINDS | set(map(word, fates.kinds))
-        for kind in sorted(self.kinds - kinds) if fates.has_all_names else ():
+        kinds = KINDS | set(map(word, message_outcomes.kinds))
+        for kind in sorted(self.kinds - kinds) if message_outcomes.has_all_names else ():
             raise NodeError(f"--kind: {expected('kind', kind, kinds)}")
         clients = trace.opened.total_clients
         if self.client is not None and self.client >= clients:
             raise NodeError(
                 f"--client: expected a client of this run, 0 to {clients - 1}, got {self.client}"
             )
-        if trace.damage is not None or not fates.has_all_names:
+        if trace.damage is not None or not message_outcomes.has_all_names:
             return  # what is asked for may lie behind the damage
-        nodes = set(map(word, {*fates.places.roles, *fates.senders}))
+        nodes = set(map(word, {*message_outcomes.placement.roles, *message_outcomes.senders}))
         if self.node is not None and word(self.node) not in nodes:
             raise NodeError(f"--node: {expected('node of this run', self.node, nodes)}")
-        if self.versions is not None and self.versions[0] > fates.versions:
+        if self.versions is not None and self.versions[0] > message_outcomes.versions:
             raise NodeError(
-                f"--versions: expected versions of this run, 0 to {fates.versions}, "
+                f"--versions: expected versions of this run, 0 to {message_outcomes.versions}, "
                 f"got {self.versions[0]} as the lowest"
             )
 
@@ -193,16 +200,16 @@ def expected(what: str, word: str, choices: Collection[str]) -> str:
     return f"expected a {what} ({some}{more}), got {word!r}{guess}"
 
 
-def rows(trace: Trace, fates: Fates) -> Iterator[Row]:
+def rows(trace: Trace, message_outcomes: MessageOutcomes) -> Iterator[Row]:
     """Yield a row for each entry of a run, up to its end or its damage."""
-    places, tasks = Places(), Tasks()
+    places, tasks = ClientPlacement(), TracedTasks()
     for entry in before_damage(trace):
         at = entry.at - trace.opened.at
         if isinstance(entry, Accepted):
             message = entry.read()
             places.feed(message)
             task = tasks.feed(entry, message, places)
-            yield _message_row(entry.seq, at, message, places, task, fates)
+            yield _message_row(entry.seq, at, message, places, task, message_outcomes)
         else:
             yield _other_row(entry, at)
 
@@ -231,7 +238,12 @@ def at_host(address: str, host: str | None) -> str:
 
 
 def _message_row(
-    seq: int, at: float, message: Message, places: Places, task: Task | None, fates: Fates
+    seq: int,
+    at: float,
+    message: Message,
+    places: ClientPlacement,
+    task: TracedTask | None,
+    message_outcomes: MessageOutcomes,
 ) -> Row:
     host = places.host_of(message.to)
     client = task.client if task else client_of(message.to)
@@ -240,11 +252,13 @@ def _message_row(
     sender = message.sender
     answers = task is not None and message.re is not None
     spoken = at_host(f"client/{client}", sender) if answers and client is not None else word(sender)
-    refusal = fates.refused.get(seq)
+    refusal = message_outcomes.refused.get(seq)
     note = plain(_note(message))
     base = _version(message, task)
     if message.kind == "result" and base is not None:
-        note = f"staleness {fates.version_at(seq) - base}" + (f", {note}" if note else "")
+        note = f"staleness {message_outcomes.version_at(seq) - base}" + (
+            f", {note}" if note else ""
+        )
     whom = message.body.get("node") if message.sender == BROKER else None
     row = Row(
         seq=seq,
@@ -253,7 +267,7 @@ def _message_row(
         path=f"{spoken} -> {at_host(message.to, host)}",
         version=base,
         id=word(message.id),
-        answers=_answers(message, task, fates),
+        answers=_answers(message, task, message_outcomes),
         nbytes=sum(blob.size for blob in message.blobs),
         note=note,
         client=client if message.kind in ("task", "result", "failed") else None,
@@ -261,7 +275,7 @@ def _message_row(
     )
     if refusal is None:
         return row
-    said = "parked" if refusal.parked else "refused"
+    said = "parked" if refusal.dead_lettered else "refused"
     mark = f"{said} by {word(refusal.node)}: {plain(refusal.reason)}"
     return replace(row, refused=True, note=f"{mark}; {row.note}" if row.note else mark)
 
@@ -275,7 +289,7 @@ def _other_row(entry: AnyEntry, at: float) -> Row:
             return Row(entry.seq, at, "consumed", name, note=plain(spans(of)), nodes=(name,))
         case Refusal(node=node, id=name, reason=reason, of=of):
             what = "a post" if of is None else f"entry {of}"
-            note = f"{'parked' if entry.parked else 'refused'} {what}: {plain(reason)}"
+            note = f"{'parked' if entry.dead_lettered else 'refused'} {what}: {plain(reason)}"
             by = word(node)
             lost = of is None
             return Row(
@@ -287,14 +301,14 @@ def _other_row(entry: AnyEntry, at: float) -> Row:
             return Row(entry.seq, at, word(type(entry).__name__.lower()))
 
 
-def _answers(message: Message, task: Task | None, fates: Fates) -> str:
+def _answers(message: Message, task: TracedTask | None, message_outcomes: MessageOutcomes) -> str:
     if message.re is None:
         return ""
-    found = task.seq if task else fates.numbers.get(message.re)
+    found = task.seq if task else message_outcomes.numbers.get(message.re)
     return word(message.re) if found is None else str(found)
 
 
-def _version(message: Message, task: Task | None) -> int | None:
+def _version(message: Message, task: TracedTask | None) -> int | None:
     if message.kind == "version":
         return natural(message.body.get("version"))
     own = natural(message.body.get("model_version"))

@@ -19,7 +19,7 @@ _MOST = 10_000
 """Kinds, or names, that are kept: a flood of them must not fill the memory."""
 
 
-class Fates:
+class MessageOutcomes:
     """What became of the messages of a run; of most, nothing is kept in memory.
 
     Args:
@@ -47,7 +47,7 @@ class Fates:
         self._ends: list[tuple[int, int]] = []
         """Where the run ended and went further: (position of the last version, continuation)."""
         self._finished = False
-        self.places = places = Places()
+        self.placement = places = ClientPlacement()
         for entry in before_damage(trace):
             self.entries += 1
             match entry:
@@ -123,7 +123,7 @@ class Widths:
         self.path = max(self.path, len(message.sender) + len(message.to) + len(host) + 5)
 
 
-class Places:
+class ClientPlacement:
     """Who is there, as the broker has told it so far.
 
     Attributes:
@@ -166,7 +166,7 @@ class Places:
         return node if node in self._here else None
 
 
-class Task(NamedTuple):
+class TracedTask(NamedTuple):
     """A task or an evaluation that was asked for."""
 
     seq: int
@@ -182,18 +182,18 @@ class Task(NamedTuple):
         return client_of(self.to)
 
 
-class Tasks:
+class TracedTasks:
     """The tasks that are out, by id; an answer takes its task away."""
 
     def __init__(self) -> None:
-        self.out: dict[str, Task] = {}
+        self.out: dict[str, TracedTask] = {}
 
-    def feed(self, entry: Accepted, message: Message, places: Places) -> Task | None:
+    def feed(self, entry: Accepted, message: Message, places: ClientPlacement) -> TracedTask | None:
         """Take one more message; return the task that it is, or that it answers."""
         if message.sender == places.aggregator and message.kind in ("task", "evaluate"):
             version = natural(message.body.get("model_version"))
             host = places.host_of(message.to)
-            task = Task(entry.seq, entry.at, message.to, host, version)
+            task = TracedTask(entry.seq, entry.at, message.to, host, version)
             self.out[message.id] = task
             return task
         if message.kind in ("result", "failed", "score") and message.re is not None:

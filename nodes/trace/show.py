@@ -29,10 +29,10 @@ from fedmq.nodes.process.terminal import (
     spans,
     table,
 )
-from fedmq.nodes.trace.differ import Side, fold_of
+from fedmq.nodes.trace.differ import Operand, fold_of
 from fedmq.nodes.trace.groups import Group, Read, groups_of
 from fedmq.nodes.trace.listing import at_host
-from fedmq.nodes.trace.outcomes import Fates, Places, before_damage
+from fedmq.nodes.trace.outcomes import ClientPlacement, MessageOutcomes, before_damage
 
 _HEAD = ("tensor", "shape", "dtype", "bytes", "norm", "min", "max", "NaN")
 
@@ -121,7 +121,7 @@ def _payload(message: Message, read: Read) -> Iterator[str]:
         blob = message.blobs[index]
         yield ""
         yield f"blob {index}: {plural(blob.size, 'byte')}, {blob.digest.hex()}"
-        found = fold_of(Side(message, read), index)
+        found = fold_of(Operand(message, read), index)
         yield from [f"  {found}"] if isinstance(found, str) else pairs(fields(found))
 
 
@@ -174,7 +174,7 @@ def _norm(tensor: Tensor) -> float:
 
 def _story_of(trace: Trace, entry: Accepted, message: Message) -> _Story:
     """Read the whole trace for what has to do with one message."""
-    story, places, seq = _Story(), Places(), entry.seq
+    story, places, seq = _Story(), ClientPlacement(), entry.seq
     settled = message.to == RECORD
     for other in before_damage(trace):
         since = f"{seconds(other.at - entry.at)} s later"
@@ -197,19 +197,19 @@ def _story_of(trace: Trace, entry: Accepted, message: Message) -> _Story:
                 by = plain(other.node)
                 story.fate.append(f"consumed by {by}, {since} (entry {other.seq})")
             case Refusal(of=of) if of == seq:
-                how = "parked" if other.parked else "refused"
+                how = "parked" if other.dead_lettered else "refused"
                 by = f"{how} by {plain(other.node)}, {since} (entry {other.seq})"
                 story.fate.append(f"{by}: {plain(other.reason, 2000)}")
             case Ended() if not settled:
                 settled = True
                 story.fate.append(f"pending when the run ended (entry {other.seq})")
     if message.kind == "result":
-        fates = Fates(trace)
-        stale = fates.staleness(seq, message)
+        message_outcomes = MessageOutcomes(trace)
+        stale = message_outcomes.staleness(seq, message)
         if stale is not None:
-            towards = fates.version_at(seq) + 1
+            towards = message_outcomes.version_at(seq) + 1
             story.fate.append(f"used towards version {towards}, {plural(stale, 'version')} stale")
-        elif seq not in fates.refused:
+        elif seq not in message_outcomes.refused:
             story.fate.append("in no version")
     if message.to == RECORD:
         story.fate.append("kept as a record, delivered to nobody")

@@ -15,7 +15,7 @@ from fedmq.broker.wire.schema import Blob, Message
 from fedmq.nodes.messages.tensor_tables import has_table
 from fedmq.nodes.process.terminal import WIDTH, count, fitted, plain, plural, seconds, table
 from fedmq.nodes.run_folder.outcomes import Outcomes
-from fedmq.nodes.trace.outcomes import Fates, Places, before_damage
+from fedmq.nodes.trace.outcomes import ClientPlacement, MessageOutcomes, before_damage
 
 _BAR = 50
 _BESIDE_BAR = 24
@@ -70,7 +70,7 @@ class Traffic:
             tally.add(0, sum(blob.size for blob in blobs))
 
 
-class Account:
+class DeliveryAudit:
     """The identity of the guarantees: accepted = consumed + pending + refused.
 
     Of what was accepted for somebody: a record is kept, and delivered to nobody. A message
@@ -159,9 +159,9 @@ class Stats:
 
     def __init__(self, trace: Trace) -> None:
         self.trace = trace
-        self.fates = Fates(trace)
-        self.places = Places()
-        self.traffic, self.account = Traffic(), Account()
+        self.message_outcomes = MessageOutcomes(trace)
+        self.placement = ClientPlacement()
+        self.traffic, self.account = Traffic(), DeliveryAudit()
         self.staleness: Counter[int] = Counter()
         self.outcomes = Outcomes()
         self.last_at = trace.opened.at
@@ -169,18 +169,18 @@ class Stats:
         for entry in before_damage(trace):
             self.last_at = entry.at
             message = entry.read() if isinstance(entry, Accepted) else None
-            self.outcomes.feed(entry, message, self.places.aggregator)
+            self.outcomes.feed(entry, message, self.placement.aggregator)
             match entry:
                 case Accepted(seq=seq) if message is not None:
-                    self.places.feed(message)
-                    host = self.places.host_of(message.to)
+                    self.placement.feed(message)
+                    host = self.placement.host_of(message.to)
                     self.traffic.feed(message, len(entry.message), host)
                     self.account.accepted(seq, message)
                     if message.sender == BROKER and message.kind == CONTINUED:
                         self.ended = None
                     self.account.consumed(seq, entry.consumes)
-                    if message.to in (AGGREGATOR, f"node/{self.places.aggregator}"):
-                        stale = self.fates.staleness(seq, message)
+                    if message.to in (AGGREGATOR, f"node/{self.placement.aggregator}"):
+                        stale = self.message_outcomes.staleness(seq, message)
                         if stale is not None:
                             self.staleness[stale] += 1
                 case Consumed(seq=seq, of=of):
@@ -207,8 +207,8 @@ class Stats:
         lasted = seconds(self.last_at - self.trace.opened.at)
         yield f"run {plain(self.trace.run)}: {end}"
         yield (
-            f"{count(self.fates.entries)} entries in {lasted} s, "
-            f"{plural(self.fates.versions, 'version')}"
+            f"{count(self.message_outcomes.entries)} entries in {lasted} s, "
+            f"{plural(self.message_outcomes.versions, 'version')}"
         )
 
     def _traffic(self) -> Iterator[str]:
@@ -223,7 +223,7 @@ class Stats:
         yield from table(("kind", *head), [*kinds, ("all", *_cells(total))])
         yield ""
         nodes = [
-            (plain(node), self.places.roles.get(node, "-"), way, *_cells(tallies[node]))
+            (plain(node), self.placement.roles.get(node, "-"), way, *_cells(tallies[node]))
             for node in sorted({*traffic.sent, *traffic.received})
             for way, tallies in (("sent", traffic.sent), ("received", traffic.received))
             if node in tallies

@@ -19,26 +19,32 @@ from fedmq.broker.wire.schema import Message
 from fedmq.nodes.process.terminal import word
 from fedmq.nodes.run_folder.outcomes import natural
 from fedmq.nodes.trace.export import to_json
-from fedmq.nodes.trace.outcomes import Fates, Places, Task, Tasks, before_damage
+from fedmq.nodes.trace.outcomes import (
+    ClientPlacement,
+    MessageOutcomes,
+    TracedTask,
+    TracedTasks,
+    before_damage,
+)
 
 Event = dict[str, Any]
 
 _SPANS = {"result": "train", "failed": "failed", "score": "evaluate"}
 
 
-def timeline(trace: Trace, fates: Fates) -> Iterator[str]:
+def timeline(trace: Trace, message_outcomes: MessageOutcomes) -> Iterator[str]:
     """Yield the pieces of a JSON file, up to the trace's end or its damage."""
     yield '{"displayTimeUnit": "ms", "traceEvents": [\n'
     separator = ""
-    for event in events(trace, fates):
+    for event in events(trace, message_outcomes):
         yield separator + to_json(event)
         separator = ",\n"
     yield "\n]}\n"
 
 
-def events(trace: Trace, fates: Fates) -> Iterator[Event]:
+def events(trace: Trace, message_outcomes: MessageOutcomes) -> Iterator[Event]:
     """Yield the events of a run's timeline; those of one lane are in order."""
-    drawing = _Drawing(trace.opened.at, fates)
+    drawing = _Drawing(trace.opened.at, message_outcomes)
     for entry in before_damage(trace):
         yield from drawing.feed(entry)
     yield from drawing.finish()
@@ -69,16 +75,16 @@ class _Versions:
 
 
 class _Drawing:
-    def __init__(self, start: float, fates: Fates) -> None:
-        self._start, self._fates = start, fates
-        self._places, self._tasks = Places(), Tasks()
+    def __init__(self, start: float, message_outcomes: MessageOutcomes) -> None:
+        self._start, self._fates = start, message_outcomes
+        self._places, self._tasks = ClientPlacement(), TracedTasks()
         self._versions = _Versions()
         self._ends: dict[str, int] = {}
         """When the last span of each lane ended."""
         self._sent: dict[int, int] = {}
         """When a task that is out was sent, on the aggregator's lane, by its number."""
-        first = fates.places.aggregator
-        others = sorted(node for node in fates.places.roles if node != first)
+        first = message_outcomes.placement.aggregator
+        others = sorted(node for node in message_outcomes.placement.roles if node != first)
         self._order = {node: index for index, node in enumerate([first, *others])}
         self._processes: dict[str, int] = {}
         self._now = 0
@@ -99,7 +105,7 @@ class _Drawing:
                     yield from self._answer(entry, message, task)
             case Refusal(node=node, id=name, reason=reason):
                 args = {"by": node, "message": name, "reason": reason}
-                yield from self._instant("parked" if entry.parked else "refused", args)
+                yield from self._instant("parked" if entry.dead_lettered else "refused", args)
 
     def finish(self) -> Iterator[Event]:
         """Close what is open: the last span, and the tasks that nobody has answered."""
@@ -114,7 +120,7 @@ class _Drawing:
     # ---- who says what
 
     def _from_aggregator(
-        self, entry: Accepted, message: Message, task: Task | None
+        self, entry: Accepted, message: Message, task: TracedTask | None
     ) -> Iterator[Event]:
         if task is not None:
             if self._versions.name == "waiting for clients":
@@ -140,7 +146,7 @@ class _Drawing:
         elif message.kind == "tick":
             yield from self._instant(f"tick {message.body.get('token')}", {})
 
-    def _answer(self, entry: Accepted, message: Message, task: Task) -> Iterator[Event]:
+    def _answer(self, entry: Accepted, message: Message, task: TracedTask) -> Iterator[Event]:
         """A span on the lane of who answered, and the arrows to it and from it."""
         node, name = message.sender, message.re or ""
         sent = self._sent.pop(task.seq)
@@ -166,7 +172,7 @@ class _Drawing:
         if message.kind == "score":
             yield from self._counters(message.body.get("metrics"), arrived)
 
-    def _about(self, entry: Accepted, message: Message, task: Task) -> Event:
+    def _about(self, entry: Accepted, message: Message, task: TracedTask) -> Event:
         body = message.body
         if message.kind != "result":
             return {key: body[key] for key in ("metrics", "reason") if key in body}
@@ -206,7 +212,7 @@ class _Drawing:
         yield {"ph": "i", "s": "t", "name": name, "pid": pid, "tid": 1, "ts": at, "args": args}
 
     def _wait(
-        self, node: str, task: Task, times: tuple[int, int], name: str, args: Event
+        self, node: str, task: TracedTask, times: tuple[int, int], name: str, args: Event
     ) -> Iterator[Event]:
         """From when a task was accepted until it is begun: on its way, or in a queue.
 

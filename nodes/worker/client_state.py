@@ -7,8 +7,6 @@ result that it has: a task changes its client once.
 
 from __future__ import annotations
 
-import os
-import secrets
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,11 +25,12 @@ from fedmq.broker.wire.schema import (
 from fedmq.codecs.errors import CodecError
 from fedmq.nodes.errors import NodeError, StorageError
 from fedmq.nodes.messages.payloads import RAW, Packed, pack, unpack
+from fedmq.nodes.run.session import make_folder
 from fedmq.nodes.worker.client_files import ClientFolder
 
 
 @dataclass(frozen=True)
-class Kept:
+class SavedClientState:
     """What a client keeps after a task, and that task's result as it was posted.
 
     task, seq: id of the task, and its number in the ledger. local: the algorithm's state, if it
@@ -63,7 +62,7 @@ class _Head(Struct):
     memory: _Part | None
 
 
-class Locals:
+class ClientStateStore:
     """The kept states of a worker's clients.
 
     On disk a client has a folder, and each state a file there that is named by the number of its
@@ -82,11 +81,11 @@ class Locals:
 
     def __init__(self, folder: Path | None = None) -> None:
         self._folder = folder
-        self._memory: dict[int, Kept] = {}
+        self._memory: dict[int, SavedClientState] = {}
         if folder is not None:
             make_folder(folder)
 
-    def get(self, client: int) -> Kept | None:
+    def get(self, client: int) -> SavedClientState | None:
         """Return what a client kept after the newest of its tasks, or None.
 
         Raises:
@@ -107,7 +106,7 @@ class Locals:
         except (ValueError, msgspec.MsgspecError, CodecError) as error:
             raise NodeError(f"local state of client {client} in {path}: {error}") from None
 
-    def put(self, client: int, kept: Kept) -> Kept:
+    def put(self, client: int, kept: SavedClientState) -> SavedClientState:
         """Keep a client's state; return what is to be posted as its task's result.
 
         That is ``kept``, or what another node has kept of the same task before: the client's
@@ -135,41 +134,7 @@ class Locals:
         return known if known.seq == kept.seq else kept
 
 
-def node_key(folder: Path | None) -> str:
-    """Return the key of the node that keeps its state here, drawn at its first start.
-
-    By its key a restarted node is told from another one that was given the same name.
-
-    Raises:
-        NodeError: the folder cannot be written.
-    """
-    if folder is None:
-        return secrets.token_hex(16)
-    make_folder(folder)
-    path = folder / "key"
-    try:
-        if not path.exists():
-            fresh = folder / f"key.{os.getpid()}"
-            fresh.write_text(secrets.token_hex(16) + "\n")
-            fresh.replace(path)
-        return path.read_text().strip()[:64]
-    except OSError as error:
-        raise NodeError(f"cannot read or write {path}: {error.strerror}") from None
-
-
-def make_folder(folder: Path) -> None:
-    """Make a folder for a node's state.
-
-    Raises:
-        NodeError: it cannot be made.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise NodeError(f"cannot make {folder}: {error.strerror}") from None
-
-
-def _write(kept: Kept) -> bytes:
+def _write(kept: SavedClientState) -> bytes:
     local, memory = _packed(kept.local), _packed(kept.memory)
     buffers = [*(local.data if local else ()), *(memory.data if memory else ()), *kept.data]
     head = msgspec.msgpack.encode(
@@ -189,7 +154,7 @@ def _packed(payload: Payload | None) -> Packed | None:
     return pack(payload, RAW, 0) if payload is not None else None
 
 
-def _read(data: bytes, seq: int) -> Kept:
+def _read(data: bytes, seq: int) -> SavedClientState:
     if len(data) < 24 or xxhash.xxh3_128_digest(memoryview(data)[16:]) != data[:16]:
         raise ValueError("damaged: its checksum does not match")
     start = 24 + int.from_bytes(data[16:24], "little")
@@ -201,7 +166,7 @@ def _read(data: bytes, seq: int) -> Kept:
     message = decode_message(head.message)
     local, rest = _take(head.local, message, buffers)
     memory, rest = _take(head.memory, message, rest)
-    return Kept(head.task, seq, local, message, tuple(rest), memory)
+    return SavedClientState(head.task, seq, local, message, tuple(rest), memory)
 
 
 def _take(

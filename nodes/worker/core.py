@@ -27,15 +27,15 @@ from fedmq.broker.wire.addresses import AGGREGATOR
 from fedmq.broker.wire.schema import Message
 from fedmq.codecs.errors import CodecError
 from fedmq.codecs.registry import decode
-from fedmq.codecs.text import brief
+from fedmq.codecs.text import shorten
 from fedmq.nodes.errors import MessageError, rejection_of
-from fedmq.nodes.messages.actions import Done, Inbound, Post
+from fedmq.nodes.messages.actions import Handled, Inbound, PostMessage
 from fedmq.nodes.messages.payloads import Packed, pack, unpack
 from fedmq.nodes.messages.tensor_tables import fitted
-from fedmq.nodes.process.exception_text import described, modules_of, place_in, shorten
+from fedmq.nodes.process.exception_text import clip_text, described, modules_of, place_in
 from fedmq.nodes.run.agreement import Fingerprint
 from fedmq.nodes.run.setup import Setup, slowdown
-from fedmq.nodes.worker.client_state import Kept, Locals
+from fedmq.nodes.worker.client_state import ClientStateStore, SavedClientState
 
 MAX_SLOWDOWN_S = 3600.0
 
@@ -60,9 +60,9 @@ class Evaluated(Struct, frozen=True):
 
 
 class Saved(Struct, frozen=True):
-    """A client's state is kept, and this is the result to post; see `Locals.put`."""
+    """A client's state is kept, and this is the result to post; see `ClientStateStore.put`."""
 
-    kept: Kept
+    kept: SavedClientState
 
 
 class Failed(Struct, frozen=True):
@@ -88,14 +88,14 @@ Event = Inbound | Trained | Saved | Evaluated | Failed
 class Train(Struct, frozen=True):
     """Train a task for a client, from its local state, with all randomness from ``seed``.
 
-    restrict: as in `Client`.
+    project: as in `Client`.
     """
 
     client: int
     task: Task
     local: Payload | None
     seed: int
-    restrict: Callable[[Mapping[str, Tensor]], None] | None = None
+    project: Callable[[Mapping[str, Tensor]], None] | None = None
 
     def at(self, problem: Problem, device: str) -> Client:
         """Return where the client half is to run.
@@ -107,7 +107,7 @@ class Train(Struct, frozen=True):
         if not len(data):
             name = type(problem).__name__
             raise ProblemError(f"{name}.client: expected at least one example, got none")
-        return Client(self.client, problem, data, self.local, self.seed, device, self.restrict)
+        return Client(self.client, problem, data, self.local, self.seed, device, self.project)
 
 
 class Evaluate(Struct, frozen=True):
@@ -140,14 +140,14 @@ class Pause(Struct, frozen=True):
     seconds: float
 
 
-class Keep(Struct, frozen=True):
+class SaveClientState(Struct, frozen=True):
     """Save a client's local state, and say `Saved`: then its task's result is posted."""
 
     client: int
-    kept: Kept
+    kept: SavedClientState
 
 
-Action = Train | Evaluate | Pause | Keep | Post | Done
+Action = Train | Evaluate | Pause | SaveClientState | PostMessage | Handled
 
 
 class _Before(Struct, frozen=True):
@@ -178,7 +178,7 @@ class Worker:
         run: str,
         node: str,
         clients: Sequence[tuple[int, int]] = (),
-        kept: Locals | None = None,
+        kept: ClientStateStore | None = None,
         version_0: Fingerprint | None = None,
     ) -> None:
         self._setup = setup
@@ -188,7 +188,7 @@ class Worker:
         self._straggling = setup.config.worker.straggling(node)
         self._queue: deque[Inbound] = deque()
         self._current: Inbound | None = None
-        self._locals = kept if kept is not None else Locals()
+        self._client_states = kept if kept is not None else ClientStateStore()
         self.evaluations = 0
         self._before: _Before | None = None
         """What the client of the current task had kept when it was begun."""
@@ -218,7 +218,7 @@ class Worker:
         try:
             if message.kind == "task":
                 client = self._client_of(message)
-                kept = self._locals.get(client)
+                kept = self._client_states.get(client)
                 if kept is not None and kept.task == message.id:
                     # Trained by a session, perhaps another node's, that ended before its
                     # result was receipted.
@@ -227,21 +227,21 @@ class Worker:
                     return
                 task = _read_task(inbound)
                 seed = derive_seed(self._setup.config.run.seed, "train", client, message.id)
-                restrict, self._before = None, _before(kept)
+                project, self._before = None, _before(kept)
                 if self._setup.up.structured:
                     uplink = self._uplink_seed(client, message)
-                    restrict = functools.partial(self._setup.up.restrict, seed=uplink)
-                out.append(Train(client, task, kept.local if kept else None, seed, restrict))
+                    project = functools.partial(self._setup.up.project, seed=uplink)
+                out.append(Train(client, task, kept.local if kept else None, seed, project))
             elif message.kind == "evaluate":
                 out.append(self._evaluate(inbound))
             elif message.kind == "refused":
-                out.append(Done(inbound.seq))
+                out.append(Handled(inbound.seq))
                 return
             else:
                 text = f"a worker takes no {message.kind!r} messages"
                 raise MessageError(text, Code.UNKNOWN_KIND)
         except (MessageError, ValueError, WireError) as error:  # CodecError is a ValueError
-            out.append(Done.of(inbound.seq, rejection_of(error)))
+            out.append(Handled.of(inbound.seq, rejection_of(error)))
             return
         self._current = inbound
 
@@ -251,7 +251,7 @@ class Worker:
             seed = derive_seed(self._setup.config.run.seed, "evaluate", message.id)
             return Evaluate(task, seed=seed)
         client = self._client_of(message)
-        kept = self._locals.get(client)
+        kept = self._client_states.get(client)
         self._before = _before(kept)
         seed = derive_seed(self._setup.config.run.seed, "evaluate", client, message.id)
         return Evaluate(task, client, kept.local if kept else None, seed)
@@ -259,7 +259,7 @@ class Worker:
     def _client_of(self, message: Message) -> int:
         client = message.body.get("client")
         if not isinstance(client, int) or not any(a <= client <= b for a, b in self._clients):
-            text = f"client {brief(client)} is not hosted by {self._node}"
+            text = f"client {shorten(client)} is not hosted by {self._node}"
             raise MessageError(text, Code.WRONG_CLIENT)
         return client
 
@@ -275,7 +275,7 @@ class Worker:
         try:
             packed, memory = self._pack(event.payload, client, message)
         except CodecError as error:
-            self._fail(Failed(shorten(str(error)), Code.UNUSABLE), out)
+            self._fail(Failed(clip_text(str(error)), Code.UNUSABLE), out)
             return
         except Exception as error:  # noqa: BLE001 - what `train` returned may be anything
             self._fail(Failed.of(error, self._setup), out)
@@ -291,21 +291,21 @@ class Worker:
         }
         reply = self._reply("result", body, packed.blobs)
         if event.local is None and memory is None:
-            kept = Kept(message.id, inbound.seq, None, reply, packed.data, None)
+            kept = SavedClientState(message.id, inbound.seq, None, reply, packed.data, None)
             self._post_result(kept, out)
         else:
             whole = fitted(reply, packed.data)
-            kept = Kept(message.id, inbound.seq, event.local, *whole, memory)
-            out.append(Keep(client, kept))
+            kept = SavedClientState(message.id, inbound.seq, event.local, *whole, memory)
+            out.append(SaveClientState(client, kept))
 
-    def _post_result(self, kept: Kept, out: list[Action]) -> None:
+    def _post_result(self, kept: SavedClientState, out: list[Action]) -> None:
         """Post a result, which another node may have kept for this client."""
         if self._current is None:
             raise RuntimeError("a result answers nothing")
         body = {**kept.message.body, **self._version_0}
         message = msgspec.structs.replace(kept.message, sender=self._node, body=body)
         # What was kept is fitted once more: the node that kept it may have a shorter name.
-        out.append(Post(*fitted(message, kept.data), (self._current.seq,)))
+        out.append(PostMessage(*fitted(message, kept.data), (self._current.seq,)))
         self._current = None
 
     def _uplink_seed(self, client: int, task: Message) -> int:
@@ -315,7 +315,7 @@ class Worker:
         """Encode a result; also return what the codec has left out, if it is to be remembered."""
         codec, seed = self._setup.up, self._uplink_seed(client, task)
         codecs = self._setup.uplink
-        if not codec.remembers:
+        if not codec.error_feedback:
             return pack(payload, codecs, seed), None
         weights = dict(payload.weights)
         if self._before is not None and self._before.memory is not None:
@@ -352,7 +352,7 @@ class Worker:
     def _answer(self, kind: str, body: Mapping[str, Any], out: list[Action]) -> None:
         if self._current is None:
             raise RuntimeError(f"a {kind} answers nothing")
-        out.append(Post(self._reply(kind, body, ()), (), (self._current.seq,)))
+        out.append(PostMessage(self._reply(kind, body, ()), (), (self._current.seq,)))
         self._current = None
 
     def _reply(self, kind: str, body: Mapping[str, Any], blobs: Any) -> Message:
@@ -382,6 +382,6 @@ def _read_task(inbound: Inbound) -> Task:
             raise MessageError("expected model_version in the task", Code.MALFORMED)
 
 
-def _before(kept: Kept | None) -> _Before | None:
+def _before(kept: SavedClientState | None) -> _Before | None:
     # Not the last result, which may be large.
     return _Before(kept.task, kept.memory) if kept is not None else None

@@ -18,20 +18,20 @@ from fedmq.broker.link.node_link import NodeLink
 from fedmq.broker.wire.addresses import WORKER
 from fedmq.broker.wire.schema import Hello
 from fedmq.nodes.errors import ON_PURPOSE, NodeError, StorageError, exits_as_errors, own_code
-from fedmq.nodes.messages.actions import Done, Post
+from fedmq.nodes.messages.actions import Handled, PostMessage
 from fedmq.nodes.process.logs import Repeats
 from fedmq.nodes.run.config import parse
-from fedmq.nodes.run.session import inbound_of, linked, new_session, tell_refused
+from fedmq.nodes.run.session import inbound_of, linked, new_session, node_key, tell_refused
 from fedmq.nodes.run.setup import Setup, choose_device, set_up
 from fedmq.nodes.run.version_zero import version_zero
-from fedmq.nodes.worker.client_state import Kept, Locals, node_key
+from fedmq.nodes.worker.client_state import ClientStateStore, SavedClientState
 from fedmq.nodes.worker.core import (
     Action,
     Evaluate,
     Event,
     Failed,
-    Keep,
     Pause,
+    SaveClientState,
     Saved,
     Train,
     Trained,
@@ -113,7 +113,7 @@ def _work_until_over(
                 setup.problem.test()
         # The id of a run can come again, and its tasks' ids with it; its identity cannot.
         mine = states / welcome.run / welcome.identity if states is not None else None
-        kept = Locals(mine)
+        kept = ClientStateStore(mine)
         core = Worker(setup, welcome.run, hello.node, hello.clients, kept, version_0)
     repeats = Repeats()
     while True:
@@ -142,7 +142,9 @@ def _try(setup: Setup, clients: Sequence[tuple[int, int]], device: str) -> None:
             tried = True
 
 
-def _keep(link: NodeLink, kept: Locals, client: int, state: Kept) -> Kept:
+def _keep(
+    link: NodeLink, kept: ClientStateStore, client: int, state: SavedClientState
+) -> SavedClientState:
     """Save a client's state; a disk that is full is waited for, as the broker does.
 
     Raises:
@@ -160,7 +162,7 @@ def _work(
     link: NodeLink,
     setup: Setup,
     core: Worker,
-    kept: Locals,
+    kept: ClientStateStore,
     device: str,
     repeats: Repeats,
     action: Action,
@@ -178,11 +180,11 @@ def _work(
                     event = msgspec.structs.replace(event, elapsed_s=elapsed)
             case Pause(seconds):
                 link.pause(seconds)
-            case Keep(client, state):
+            case SaveClientState(client, state):
                 event = Saved(_keep(link, kept, client, state))
-            case Post(message, data, consumes):
+            case PostMessage(message, data, consumes):
                 link.post(message, data, consumes)
-            case Done(seq, refused, code):
+            case Handled(seq, refused, code):
                 link.done([seq], {seq: refused} if refused else {}, {seq: code})
     except (BrokerError, NodeError):
         raise  # not the task's fault: the link has ended, or local state cannot be kept

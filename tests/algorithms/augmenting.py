@@ -37,13 +37,15 @@ class Run:
     def round(self, devices=None):
         """One round; return what was sent up, by device."""
         devices = range(self.problem.clients) if devices is None else devices
-        gathered, total, sent = self.algorithm.gather(self.state), 0, {}
+        gathered, total, sent = self.algorithm.new_accumulator(self.state), 0, {}
         for k in devices:
             task = Task(self.version, self.algorithm.task(self.state, k))
             self.phases.append((k, task.payload.numbers.get("phase")))
             sent[k], self.locals[k] = self.algorithm.train(task, self.at(k))
             n = sent[k].numbers["n"]
-            gathered = self.algorithm.absorb(gathered, self.state, Result(k, 0, sent[k]), float(n))
+            gathered = self.algorithm.accumulate(
+                gathered, self.state, Result(k, 0, sent[k]), float(n)
+            )
             total += n
         self.state = self.algorithm.commit(self.state, gathered, float(total))
         self.version += 1
@@ -58,6 +60,6 @@ class Run:
         """Return the devices' mean of each metric."""
         found = []
         for k in range(self.problem.clients):
-            task = Task(self.version, self.algorithm.examined(self.state, k))
+            task = Task(self.version, self.algorithm.evaluation_task(self.state, k))
             found.append(self.algorithm.evaluate_client(task, self.at(k)))
         return {name: np.mean([each[name] for each in found]) for name in found[0]}

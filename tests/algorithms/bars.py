@@ -42,9 +42,9 @@ def train(algorithm, problem, state, index=0, local=None, seed=7, payload=None):
 
 def commit(algorithm, state, results):
     """Return the version that results by client make, in this order."""
-    gathered = algorithm.gather(state)
+    gathered = algorithm.new_accumulator(state)
     for index, payload in results.items():
-        gathered = algorithm.absorb(gathered, state, Result(index, 0, payload), 1.0)
+        gathered = algorithm.accumulate(gathered, state, Result(index, 0, payload), 1.0)
     return algorithm.commit(state, gathered, 1.0)
 
 

@@ -96,11 +96,11 @@ def rounds(algorithm, problem, count, seed=0):
     """Return the state and what each device keeps, after rounds of all of them."""
     state, locals_ = algorithm.start(problem), [None] * problem.clients
     for version in range(count):
-        gathered = algorithm.gather(state)
+        gathered = algorithm.new_accumulator(state)
         for k in range(problem.clients):
             at = client(problem, k, locals_[k], derive_seed(seed, "task", version, k))
             result, locals_[k] = algorithm.train(Task(version, algorithm.task(state, k)), at)
-            algorithm.absorb(gathered, state, Result(k, 0, result), 1.0)
+            algorithm.accumulate(gathered, state, Result(k, 0, result), 1.0)
         state = algorithm.commit(state, gathered, 1.0)
     return state, locals_
 
@@ -111,7 +111,7 @@ def accuracy(algorithm, problem, count, seed=0):
     return np.mean(
         [
             algorithm.evaluate_client(
-                Task(count, algorithm.examined(state, k)), client(problem, k, locals_[k])
+                Task(count, algorithm.evaluation_task(state, k)), client(problem, k, locals_[k])
             )["accuracy"]
             for k in range(problem.clients)
         ]
@@ -119,7 +119,7 @@ def accuracy(algorithm, problem, count, seed=0):
 
 
 def absorbed(algorithm, state, reports):
-    gathered = algorithm.gather(state)
+    gathered = algorithm.new_accumulator(state)
     for device, payload in reports.items():
-        algorithm.absorb(gathered, state, Result(device, 0, payload), 1.0)
+        algorithm.accumulate(gathered, state, Result(device, 0, payload), 1.0)
     return algorithm.commit(state, gathered, 1.0)

@@ -3,11 +3,28 @@
 from fedmq.broker.wire.encoding import decode_message, encode_message
 from fedmq.broker.wire.schema import Blob, Message
 from fedmq.nodes.aggregator.core import Aggregator
-from fedmq.nodes.messages.actions import Commit, Done, Finish, Inbound, Post, Settle, Start
+from fedmq.nodes.messages.actions import (
+    AckUpTo,
+    Commit,
+    EndRun,
+    Handled,
+    Inbound,
+    PostMessage,
+    Start,
+)
 from fedmq.nodes.run.config import build
 from fedmq.nodes.run.setup import set_up
-from fedmq.nodes.worker.client_state import Locals
-from fedmq.nodes.worker.core import Evaluate, Evaluated, Failed, Keep, Saved, Train, Trained, Worker
+from fedmq.nodes.worker.client_state import ClientStateStore
+from fedmq.nodes.worker.core import (
+    Evaluate,
+    Evaluated,
+    Failed,
+    SaveClientState,
+    Saved,
+    Train,
+    Trained,
+    Worker,
+)
 
 
 def make_setup(schedule, problem="Tiny", clients=2, codec="raw", algorithm=None, **run):
@@ -28,9 +45,9 @@ def make_setup(schedule, problem="Tiny", clients=2, codec="raw", algorithm=None,
 def posted(worker, actions, save):
     """Carry out what follows a training, as a worker's program does; return the post."""
     (action,) = actions
-    if isinstance(action, Keep):
+    if isinstance(action, SaveClientState):
         (action,) = worker.handle(Saved(save(action.client, action.kept)))
-    assert isinstance(action, Post)
+    assert isinstance(action, PostMessage)
     return action
 
 
@@ -57,7 +74,7 @@ class Fleet:
         self.pace = 1.0
         self.core = Aggregator(setup, "run", "aggregator")
         names = {f"w{k}": k for k in range(setup.problem.clients)}
-        self.locals = {name: Locals() for name in names}
+        self.locals = {name: ClientStateStore() for name in names}
         self.workers = {
             name: Worker(setup, "run", name, [(k, k)], self.locals[name])
             for name, k in names.items()
@@ -112,16 +129,16 @@ class Fleet:
         self.actions += actions
         for action in actions:
             match action:
-                case Post(message, data):
+                case PostMessage(message, data):
                     self.posted(message, data)
-                case Settle(but):
+                case AckUpTo(but):
                     self.settled, self.untold = self.seq, but
                 case Commit():
                     self.commits.append(action)
-                case Done(seq, refused, code):
+                case Handled(seq, refused, code):
                     assert seq not in self.done, "a message was dealt with twice"
                     self.done[seq], self.codes[seq] = refused, code
-                case Finish(reason):
+                case EndRun(reason):
                     assert self.finished is None, "the run ended twice"
                     self.finished = reason
 
@@ -189,7 +206,7 @@ class Fleet:
     @property
     def counts(self):
         """Return (used, stale, refused, dropped)."""
-        counts = self.core._intake.counts
+        counts = self.core._results.counts
         return counts.used, counts.stale, counts.refused, counts.dropped
 
 

@@ -95,14 +95,14 @@ def fold(algorithm, schedule):
     rng = np.random.default_rng(7)
     of = Layers(400 if algorithm.name in SEVERAL else 5)
     state = first_state(algorithm, of, rng)
-    reply = algorithm.sends or schedule.reply
+    reply = algorithm.fixed_reply or schedule.reply
     found = []
     for version in range(3):
-        gathered, weights = algorithm.gather(state), 0.0
+        gathered, weights = algorithm.new_accumulator(state), 0.0
         for client in range(CLIENTS):
             result = result_of(algorithm, state, client, version, reply, rng)
             weight = schedule.weight(20 + client, result.staleness)
-            gathered = algorithm.absorb(gathered, state, result, weight)
+            gathered = algorithm.accumulate(gathered, state, result, weight)
             weights += weight
         state = algorithm.commit(state, gathered, schedule.divisor(weights, CLIENTS))
         found.append(dict(algorithm.tensors(state)))

@@ -75,7 +75,7 @@ def at(problem, index=0, seed=7, local=None):
 
 def sent(state, value, **numbers):
     """Return a result whose change is a vector, or all one number."""
-    layout = state.division.sent
+    layout = state.partition.sent
     vector = torch.as_tensor(value, dtype=torch.float32).expand(layout.dim).contiguous()
     exact = layout.counter_views(state.counters)
     return Payload(layout.views(vector), exact, {"n": 1, **numbers})
@@ -83,10 +83,10 @@ def sent(state, value, **numbers):
 
 def commit(algorithm, schedule, state, results):
     """Return the version that (client, payload, n, staleness) make under a schedule."""
-    gathered, total = algorithm.gather(state), 0.0
+    gathered, total = algorithm.new_accumulator(state), 0.0
     for who, payload, n, staleness in results:
         weight = schedule.weight(n, staleness)
-        gathered = algorithm.absorb(gathered, state, Result(who, staleness, payload), weight)
+        gathered = algorithm.accumulate(gathered, state, Result(who, staleness, payload), weight)
         total += weight
     return algorithm.commit(state, gathered, schedule.divisor(total, len(results)))
 

@@ -72,10 +72,10 @@ def sent(state, value, index, version=0, **numbers):
 
 def commit(algorithm, schedule, state, results):
     """Return the version that (result, n, staleness) make under a schedule."""
-    gathered, total = algorithm.gather(state), 0.0
+    gathered, total = algorithm.new_accumulator(state), 0.0
     for result, n, staleness in results:
         weight = schedule.weight(n, staleness)
-        gathered = algorithm.absorb(gathered, state, Result(0, 0, result), weight)
+        gathered = algorithm.accumulate(gathered, state, Result(0, 0, result), weight)
         total += weight
     return algorithm.commit(state, gathered, schedule.divisor(total, len(results)))
 

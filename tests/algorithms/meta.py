@@ -97,5 +97,5 @@ def update(algorithm, problem, index=0, seed=7, reply="update", state=None):
 
 def evaluated(algorithm, problem, index=0, seed=3, state=None):
     state = algorithm.start(problem) if state is None else state
-    examined = Task(0, algorithm.examined(state, index))
+    examined = Task(0, algorithm.evaluation_task(state, index))
     return algorithm.evaluate_client(examined, client(problem, index, seed))

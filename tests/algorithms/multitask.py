@@ -98,10 +98,10 @@ class Federation:
 
     def round(self, who=None):
         """Commit a version from the results of some clients, or of all."""
-        gathered = self.algorithm.gather(self.state)
+        gathered = self.algorithm.new_accumulator(self.state)
         for k in range(self.problem.clients) if who is None else who:
             payload, alpha = self.work(k)
-            gathered = self.algorithm.absorb(gathered, self.state, Result(k, 0, payload), 1.0)
+            gathered = self.algorithm.accumulate(gathered, self.state, Result(k, 0, payload), 1.0)
             self.alphas[k] = alpha
         self.state = self.algorithm.commit(self.state, gathered, 1.0)
 
@@ -122,7 +122,7 @@ class Federation:
         """Return the mean of all clients' metrics."""
         found = [
             self.algorithm.evaluate_client(
-                Task(0, self.algorithm.examined(self.state, k)), self.at(k)
+                Task(0, self.algorithm.evaluation_task(self.state, k)), self.at(k)
             )
             for k in range(self.problem.clients)
         ]

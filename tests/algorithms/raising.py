@@ -31,13 +31,13 @@ class Raising(FedAvg):
         self._raise("task")
         return super().task(state, client)
 
-    def examined(self, state, client=None):
-        self._raise("examined")
-        return super().examined(state, client)
+    def evaluation_task(self, state, client=None):
+        self._raise("evaluation_task")
+        return super().evaluation_task(state, client)
 
-    def absorb(self, gathered, state, result, weight):
-        self._raise("absorb")
-        return super().absorb(gathered, state, result, weight)
+    def accumulate(self, gathered, state, result, weight):
+        self._raise("accumulate")
+        return super().accumulate(gathered, state, result, weight)
 
     def commit(self, state, gathered, divisor):
         self._raise("commit")

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fedmq.algorithms.fedavg import batches
 from fedmq.algorithms.rng import derive_rng
+from fedmq.algorithms.toolkit.sgd import batches
 from tests.algorithms.tiny import Tiny
 
 

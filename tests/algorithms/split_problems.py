@@ -67,13 +67,13 @@ def play(algorithm, problem, rounds, seed=0, keep=None):
     """Run rounds of all clients; return the state and what the clients keep."""
     state, keep = algorithm.start(problem), dict(keep or {})
     for version in range(rounds):
-        gathered, total = algorithm.gather(state), 0.0
+        gathered, total = algorithm.new_accumulator(state), 0.0
         for index in range(problem.clients):
             at = client(problem, index, seed=1000 * seed + 10 * version + index)
             at = type(at)(**{**vars(at), "local": keep.get(index)})
             result, keep[index] = algorithm.train(task_of(algorithm, state, version=version), at)
             n = float(result.numbers["n"])
-            gathered = algorithm.absorb(gathered, state, Result(index, 0, result), n)
+            gathered = algorithm.accumulate(gathered, state, Result(index, 0, result), n)
             total += n
         state = algorithm.commit(state, gathered, total)
     return state, keep

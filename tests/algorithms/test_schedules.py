@@ -11,8 +11,8 @@ from fedmq.algorithms.schedules import (
     SCHEDULES,
     Buffered,
     Rounds,
+    ScheduleView,
     Stream,
-    View,
     find_schedule,
 )
 from fedmq.algorithms.schedules.recorded_rounds import RecordedRounds
@@ -22,9 +22,9 @@ from fedmq.codecs.errors import SpecError
 
 def view(clients=10, started=0, outstanding=0, results=0, *, passed=False, flying=None, **more):
     """Return a view in which what flies is of the current version, unless it says otherwise."""
-    return View(
+    return ScheduleView(
         clients=clients,
-        flying=outstanding if flying is None else flying,
+        in_flight=outstanding if flying is None else flying,
         started=started,
         outstanding=outstanding,
         results=results,
@@ -101,102 +101,102 @@ def test_a_cohort_is_a_share_of_the_clients(fraction, clients, min_results, coho
     """m = max(C K, 1)."""
     schedule = Rounds(fraction=fraction, min_results=min_results)
     assert schedule.cohort(clients) == cohort
-    assert schedule.wants(view(clients)) == cohort
+    assert schedule.num_to_start(view(clients)) == cohort
 
 
 def test_a_round_waits_for_its_whole_cohort():
     schedule = Rounds(fraction=0.3)
-    assert schedule.wants(view()) == 3
-    assert not schedule.closes(view())
+    assert schedule.num_to_start(view()) == 3
+    assert not schedule.is_ready(view())
     for results in range(3):
         now = view(started=3, outstanding=3 - results, results=results)
-        assert schedule.wants(now) == 0
-        assert not schedule.closes(now)
+        assert schedule.num_to_start(now) == 0
+        assert not schedule.is_ready(now)
     done = view(started=3, outstanding=0, results=3)
-    assert schedule.closes(done)
-    assert schedule.wants(done) == 0
+    assert schedule.is_ready(done)
+    assert schedule.num_to_start(done) == 0
 
 
 def test_over_selection_asks_more_than_it_waits_for():
     """4 wanted, 1.3 tasks for each: ceil(5.2) = 6 are sent, the first 4 close the round."""
     schedule = Rounds(fraction=0.4, over_select=1.3)
-    assert schedule.wants(view()) == 6
-    assert not schedule.closes(view(started=6, outstanding=3, results=3))
-    assert schedule.closes(view(started=6, outstanding=2, results=4))
+    assert schedule.num_to_start(view()) == 6
+    assert not schedule.is_ready(view(started=6, outstanding=3, results=3))
+    assert schedule.is_ready(view(started=6, outstanding=2, results=4))
 
 
 def test_a_round_closes_with_whom_is_left_if_they_are_enough():
     schedule = Rounds(fraction=0.4, min_results=2)
-    assert not schedule.closes(view(started=4, outstanding=1, results=2))
-    assert schedule.closes(view(started=4, outstanding=0, results=2))
+    assert not schedule.is_ready(view(started=4, outstanding=1, results=2))
+    assert schedule.is_ready(view(started=4, outstanding=0, results=2))
 
 
 def test_a_round_with_too_few_left_draws_others():
     """4 wanted, 1 in hand, nobody out: 3 are missing."""
     schedule = Rounds(fraction=0.4, min_results=2, over_select=2.0)
     now = view(started=4, outstanding=0, results=1)
-    assert not schedule.closes(now)
-    assert schedule.wants(now) == 6
+    assert not schedule.is_ready(now)
+    assert schedule.num_to_start(now) == 6
 
 
 def test_a_deadline_closes_a_round_that_has_the_least_it_needs():
     schedule = Rounds(fraction=0.4, min_results=2, deadline_s=5.0)
     assert schedule.deadline() == 5.0
-    assert not schedule.closes(view(started=4, outstanding=2, results=2))
-    assert schedule.closes(view(started=4, outstanding=2, results=2, passed=True))
-    assert not schedule.closes(view(started=4, outstanding=3, results=1, passed=True))
+    assert not schedule.is_ready(view(started=4, outstanding=2, results=2))
+    assert schedule.is_ready(view(started=4, outstanding=2, results=2, passed=True))
+    assert not schedule.is_ready(view(started=4, outstanding=3, results=1, passed=True))
 
 
 def test_a_round_that_has_sent_nothing_does_not_close_on_late_results():
     schedule = Rounds(fraction=0.4, min_results=1)
-    assert not schedule.closes(view(started=0, results=1, late=1))
-    assert schedule.wants(view(started=0, results=1, late=1)) == 4
+    assert not schedule.is_ready(view(started=0, results=1, late=1))
+    assert schedule.num_to_start(view(started=0, results=1, late=1)) == 4
 
 
 def test_a_late_result_takes_nobodys_place():
     """4 wanted, 3 in hand and one late one: the fourth is still waited for."""
     schedule = Rounds(fraction=0.4)
     now = view(started=4, outstanding=1, results=4, late=1)
-    assert not schedule.closes(now)
-    assert schedule.wants(now) == 0
-    assert schedule.closes(view(started=4, outstanding=0, results=5, late=1))
+    assert not schedule.is_ready(now)
+    assert schedule.num_to_start(now) == 0
+    assert schedule.is_ready(view(started=4, outstanding=0, results=5, late=1))
 
 
 def test_late_results_alone_are_not_the_least_a_round_needs():
     schedule = Rounds(fraction=0.4, min_results=2, deadline_s=5.0)
-    assert not schedule.closes(view(started=4, outstanding=2, results=4, late=3, passed=True))
-    assert schedule.closes(view(started=4, outstanding=2, results=5, late=3, passed=True))
+    assert not schedule.is_ready(view(started=4, outstanding=2, results=4, late=3, passed=True))
+    assert schedule.is_ready(view(started=4, outstanding=2, results=5, late=3, passed=True))
 
 
 def test_a_client_that_is_busy_with_an_earlier_round_is_drawn_when_it_is_free():
     """4 wanted, 3 drawn: the round goes on until the fourth has had its turn."""
     schedule = Rounds(fraction=0.4)
     busy = view(started=3, outstanding=0, results=3, behind=1)
-    assert not schedule.closes(busy)
-    assert schedule.wants(busy) == 1
-    assert schedule.wants(view(started=3, outstanding=2, results=1)) == 1
-    assert not schedule.closes(view(started=4, outstanding=1, results=3))
-    assert schedule.closes(view(started=3, outstanding=0, results=3, behind=0))
+    assert not schedule.is_ready(busy)
+    assert schedule.num_to_start(busy) == 1
+    assert schedule.num_to_start(view(started=3, outstanding=2, results=1)) == 1
+    assert not schedule.is_ready(view(started=4, outstanding=1, results=3))
+    assert schedule.is_ready(view(started=3, outstanding=0, results=3, behind=0))
 
 
 def test_a_deadline_does_not_wait_for_a_client_that_is_busy():
     schedule = Rounds(fraction=0.4, deadline_s=5.0)
     late = view(started=3, outstanding=0, results=3, behind=1, passed=True)
-    assert schedule.closes(late)
-    assert schedule.wants(view(started=3, outstanding=1, results=0, passed=True)) == 0
+    assert schedule.is_ready(late)
+    assert schedule.num_to_start(view(started=3, outstanding=1, results=0, passed=True)) == 0
 
 
 def test_a_whole_first_draw_waits_for_nobody_who_is_busy():
     """Over-selection leaves some behind in every round; there are others to draw."""
     schedule = Rounds(fraction=0.4, over_select=1.5)
-    assert schedule.closes(view(started=6, outstanding=0, results=3, behind=2))
+    assert schedule.is_ready(view(started=6, outstanding=0, results=3, behind=2))
 
 
 def test_rounds_of_old_runs_count_late_results_as_their_own():
     schedule = RecordedRounds(fraction=0.4)
-    assert schedule.closes(view(started=4, outstanding=1, results=4, late=1))
-    assert schedule.wants(view(started=0, results=1, late=1)) == 3
-    assert not schedule.wants(view(started=3, outstanding=2, results=1, late=1))
+    assert schedule.is_ready(view(started=4, outstanding=1, results=4, late=1))
+    assert schedule.num_to_start(view(started=0, results=1, late=1)) == 3
+    assert not schedule.num_to_start(view(started=3, outstanding=2, results=1, late=1))
 
 
 @pytest.mark.parametrize(("late", "weight"), [("use", 12.0), ("discount", 6.0), ("refuse", None)])
@@ -218,14 +218,14 @@ def test_a_round_divides_by_the_sum_of_the_weights():
 
 @pytest.mark.parametrize("schedule", [Buffered(concurrency=5), Stream(concurrency=5)])
 def test_every_task_that_has_ended_is_replaced(schedule):
-    assert [schedule.wants(view(flying=flying)) for flying in (0, 3, 5, 6)] == [5, 2, 0, 0]
+    assert [schedule.num_to_start(view(flying=flying)) for flying in (0, 3, 5, 6)] == [5, 2, 0, 0]
     assert schedule.deadline() is None
     assert not schedule.ordered
 
 
 def test_a_buffer_closes_when_it_is_full():
     schedule = Buffered(size=3)
-    assert [schedule.closes(view(results=n)) for n in range(5)] == [False] * 3 + [True] * 2
+    assert [schedule.is_ready(view(results=n)) for n in range(5)] == [False] * 3 + [True] * 2
     assert schedule.reply == "update"
 
 
@@ -239,7 +239,7 @@ def test_a_buffered_result_counts_by_its_staleness_alone():
 
 def test_a_stream_closes_after_every_result():
     schedule = Stream()
-    assert [schedule.closes(view(results=n)) for n in (0, 1)] == [False, True]
+    assert [schedule.is_ready(view(results=n)) for n in (0, 1)] == [False, True]
     assert schedule.reply == "model"
 
 
@@ -269,7 +269,7 @@ def test_a_result_beyond_the_bound_is_not_used(schedule):
 def test_a_schedule_always_has_something_to_wait_for(schedule, clients, out, results, passed):
     """Where nothing is out, it either closes or wants somebody: no run stands still."""
     now = view(clients, started=out, outstanding=0, results=results, passed=passed)
-    assert schedule.closes(now) or schedule.wants(now) > 0
+    assert schedule.is_ready(now) or schedule.num_to_start(now) > 0
 
 
 # ---- registry

@@ -6,11 +6,12 @@ from itertools import chain, pairwise
 import pytest
 import torch
 
-from fedmq.algorithms.fedavg import FedAvg, batches, spans
+from fedmq.algorithms.fedavg import FedAvg
 from fedmq.algorithms.fedprox import FedProx
 from fedmq.algorithms.fedsgd import FedSGD
 from fedmq.algorithms.problems.base import Examples
 from fedmq.algorithms.rng import derive_rng
+from fedmq.algorithms.toolkit.sgd import batches, spans
 from tests.algorithms.tiny import (
     Dropping,
     HalfFrozen,

@@ -103,8 +103,8 @@ def task(state, version=0, reply="update"):
 class Beside(FedAvg):
     """Its versions are made beside the inbox, and evaluated by each client."""
 
-    trains = True
-    evaluated = "clients"
+    commits_in_background = True
+    evaluated_by = "clients"
 
     def evaluate_client(self, task, client):
         return {"accuracy": (1 + client.index) / 10, "n": float(len(client.data))}
@@ -128,10 +128,10 @@ def change(layout, result):
 
 def one_round(algorithm, problem, state, seed=7):
     """Return the state after a round of all clients, weighted by their examples."""
-    gathered, total = algorithm.gather(state), 0
+    gathered, total = algorithm.new_accumulator(state), 0
     for index in range(problem.clients):
         result, _ = algorithm.train(task(state), client(problem, index, seed))
         n = result.numbers["n"]
-        gathered = algorithm.absorb(gathered, state, Result(0, 0, result), float(n))
+        gathered = algorithm.accumulate(gathered, state, Result(0, 0, result), float(n))
         total += n
     return algorithm.commit(state, gathered, float(total))

@@ -35,5 +35,5 @@ def move(algorithm, state, update, schedule=None, staleness=0):
     result = Result(0, staleness, payload(state, update, n=4, reply="update", phase=phase))
     schedule = schedule or Rounds()
     weight = schedule.weight(4, staleness)
-    gathered = algorithm.absorb(algorithm.gather(state), state, result, weight)
+    gathered = algorithm.accumulate(algorithm.new_accumulator(state), state, result, weight)
     return algorithm.commit(state, gathered, schedule.divisor(weight, 1))

@@ -8,21 +8,21 @@ import pytest
 import xxhash
 
 from fedmq.broker.core.broker import Broker
-from fedmq.broker.core.mailboxes import Postbox
+from fedmq.broker.core.mailboxes import Mailboxes
 from fedmq.broker.core.recovery import Restorer
 from fedmq.broker.core.state import (
     Append,
-    BrokerSettings,
-    Drop,
+    Discard,
     Gone,
     Log,
     Probe,
     Put,
-    Received,
-    Send,
-    Wake,
+    ReceivedFrom,
+    SendTo,
+    TimerFired,
 )
 from fedmq.broker.ledger.entries import Accepted, AcceptedAll, Consumed, Refusal
+from fedmq.broker.settings import BrokerSettings
 from fedmq.broker.wire.encoding import (
     decode_frame,
     decode_message,
@@ -37,7 +37,7 @@ from fedmq.broker.wire.schema import (
     DeliverAll,
     Hello,
     Message,
-    Numbered,
+    NumberedFrame,
     Post,
     Welcome,
 )
@@ -82,12 +82,12 @@ class Bench:
         self.draw_identity = map("run{}".format, itertools.count(1)).__next__
         self.restart()
 
-    def restart(self, *, offer_parked=False):
+    def restart(self, *, redeliver_dead_letters=False):
         """The broker dies; another one goes on from its ledger, and knows no connection."""
-        restorer = Restorer(Postbox())
+        restorer = Restorer(Mailboxes())
         for entry in self.entries:
             restorer.feed(msgspec.msgpack.decode(msgspec.msgpack.encode(entry), type=type(entry)))
-        for seq in restorer.parked if offer_parked else ():
+        for seq in restorer.dead_letters if redeliver_dead_letters else ():
             data = self.entries[seq].message
             entry = Accepted(seq=len(self.entries), at=self.now, message=data, consumes=(seq,))
             self.entries.append(entry)
@@ -95,7 +95,7 @@ class Bench:
         self.sent.clear()
         self.uses = {}
         restorer.finish(self, self.now, self.settings.lease_s)
-        self.core = Broker(self.settings, self, self.draw_identity, restorer.box)
+        self.core = Broker(self.settings, self, self.draw_identity, restorer.mailboxes)
         for run, seq in restorer.lost:
             self.carry_out(self.core.give_up(run, [seq], "lost", self.now))
 
@@ -153,13 +153,13 @@ class Bench:
                     self.sizes.setdefault(name, size)
                     if start == len(have):
                         have += data
-                case Drop(name):
+                case Discard(name):
                     self.blobs.pop(name)
                     self.sizes.pop(name)
-                case Send(peer, DeliverAll() as many):
+                case SendTo(peer, DeliverAll() as many):
                     assert decode_frame(encode_frame(many)) == many
-                    self.carry_out([Send(peer, frame) for frame in one_by_one(many)])
-                case Send(peer, frame, blobs):
+                    self.carry_out([SendTo(peer, frame) for frame in one_by_one(many)])
+                case SendTo(peer, frame, blobs):
                     assert decode_frame(encode_frame(frame)) == frame
                     if isinstance(frame, Deliver):
                         assert frame.seq < len(self.entries), "delivered before it is kept"
@@ -175,11 +175,11 @@ class Bench:
 
     def say(self, peer, frame, *buffers):
         """A frame from a peer; returns the actions."""
-        return self.handle(Received(peer, frame, buffers))
+        return self.handle(ReceivedFrom(peer, frame, buffers))
 
     def tell(self, peer, frame):
         """A numbered frame from a peer, with its next number; returns the actions."""
-        assert isinstance(frame, Numbered)
+        assert isinstance(frame, NumberedFrame)
         self.numbers[peer] += 1
         return self.say(peer, msgspec.structs.replace(frame, n=self.numbers[peer] - 1))
 
@@ -188,9 +188,9 @@ class Bench:
         until = self.now if now is None else now
         while self.core.deadline is not None and self.core.deadline < until:
             self.now = max(self.now, self.core.deadline)
-            self.handle(Wake())
+            self.handle(TimerFired())
         self.now = until
-        return self.handle(Wake())
+        return self.handle(TimerFired())
 
     # ---- nodes
 
@@ -279,11 +279,11 @@ class Bench:
     def pending(self):
         """Numbers of what is still to be done with, by the core's own books, in order."""
         found = []
-        for run in self.core._box.runs.values():
+        for run in self.core._mailboxes.runs.values():
             found += [seq for node in run.nodes.values() if node.alive for seq in node.pending]
             found += [seq for seqs in run.waiting.values() for seq in seqs]
             found += [] if run.checkpoint is None else [run.checkpoint]
-        return sorted([*found, *(seq for _, seq, _, _ in self.core._box.timers)])
+        return sorted([*found, *(seq for _, seq, _, _ in self.core._mailboxes.timers)])
 
 
 @pytest.fixture

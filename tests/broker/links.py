@@ -1,7 +1,7 @@
 """What the tests of the Link core have in common."""
 
 from fedmq.broker.link.core import Link
-from fedmq.broker.link.events import Outgoing, Received, Send, Wake
+from fedmq.broker.link.events import FrameReceived, Outgoing, Send, Wake
 from fedmq.broker.wire.encoding import encode_message
 from fedmq.broker.wire.schema import (
     Blob,
@@ -30,7 +30,7 @@ def deliver(seq, *blobs, buffers=None, after=0):
     inline = tuple(range(len(blobs)))
     data = encode_message(note)
     frame = Deliver(seq=seq, at=float(seq), message=data, inline=inline, after=after)
-    return Received(frame, blobs if buffers is None else buffers)
+    return FrameReceived(frame, blobs if buffers is None else buffers)
 
 
 def frames(actions, kind=object):
@@ -39,7 +39,7 @@ def frames(actions, kind=object):
 
 
 def heard(link, frame, *buffers, now=0.0):
-    return link.handle(Received(frame, buffers), now)
+    return link.handle(FrameReceived(frame, buffers), now)
 
 
 def welcomed():

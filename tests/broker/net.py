@@ -8,17 +8,17 @@ import msgspec
 from fedmq.broker.core.recovery import open_broker
 from fedmq.broker.core.state import (
     Append,
-    BrokerSettings,
-    Drop,
+    Discard,
     Gone,
     Probe,
     Put,
-    Received,
-    Send,
-    Wake,
+    ReceivedFrom,
+    SendTo,
+    TimerFired,
 )
 from fedmq.broker.link import events as node
 from fedmq.broker.link.core import Link
+from fedmq.broker.settings import BrokerSettings
 from fedmq.broker.wire.encoding import decode_frame, encode_frame
 from fedmq.broker.wire.schema import (
     Blob,
@@ -88,7 +88,7 @@ class Net:
                     member.welcome = welcome
                 case node.Blocked(reason):
                     member.blocked.append(reason)
-                case node.Ended():
+                case node.LinkEnded():
                     member.ended = action
 
     def post(self, name, to, number, *blobs, consumes=(), **body):
@@ -150,7 +150,7 @@ class Net:
                     self.chunk_bytes_under_way, sum(len(b) for parts in chunks for b in parts[1:])
                 )
                 header, *buffers = queue.popleft()
-                self.tell(name, node.Received(decode_frame(header), buffers))
+                self.tell(name, node.FrameReceived(decode_frame(header), buffers))
             self.tell(name, node.Wake())
         return moved
 
@@ -170,8 +170,8 @@ class Net:
                 header, *buffers = queue.popleft()
                 frame = decode_frame(header)
                 self.counts[peer.partition(b"#")[0].decode(), type(frame).__name__] += 1
-                sends += self._broker(Received(peer, frame, buffers))
-        return moved, sends + self._broker(Wake())
+                sends += self._broker(ReceivedFrom(peer, frame, buffers))
+        return moved, sends + self._broker(TimerFired())
 
     def _broker(self, event):
         sends, gone = [], []
@@ -182,9 +182,9 @@ class Net:
                     self.ledger.use(entry.seq, uses)
                 case Put(name, size, start, data):
                     self.ledger.put(name, size, start, data)
-                case Drop(name, size):
-                    self.ledger.drop(name, size)
-                case Send():
+                case Discard(name, size):
+                    self.ledger.discard(name, size)
+                case SendTo():
                     sends.append(action)
                 case Probe(peer):
                     gone.append(peer)

@@ -8,20 +8,20 @@ import time
 import msgpack
 import pytest
 
-from fedmq.broker.core.state import BrokerSettings
 from fedmq.broker.errors import BrokerError, LinkClosed, Rejected
 from fedmq.broker.ledger.reader import read_entries
 from fedmq.broker.link.node_link import NodeLink
 from fedmq.broker.router import BrokerServer
+from fedmq.broker.settings import BrokerSettings
 from fedmq.broker.wire.encoding import encode_frame
 from fedmq.broker.wire.schema import (
     CHUNK_BYTES,
     PROTOCOL,
-    Beat,
+    ChunkRequest,
+    Heartbeat,
     Hello,
     Reject,
-    Stranger,
-    Want,
+    UnknownSession,
     Welcome,
     digest,
 )
@@ -98,8 +98,8 @@ def test_garbage_on_the_socket_does_not_hurt_the_broker(tmp_path):
         [b"\xff" * 1000],
         [b"\x81", b"x"],
         [bytes(70_000)],
-        [encode_frame(Beat())] + [b"x"] * 100,
-        [encode_frame(Beat())[:-1]],
+        [encode_frame(Heartbeat())] + [b"x"] * 100,
+        [encode_frame(Heartbeat())[:-1]],
         [msgpack.packb({"kind": "post", "n": 0, "message": b""}), b"x"],
         [b"\x91" * 60_000],
     ]
@@ -107,7 +107,7 @@ def test_garbage_on_the_socket_does_not_hurt_the_broker(tmp_path):
         with raw_dealer(endpoint) as raw:
             for parts in garbage:
                 raw.send(*parts)
-                assert isinstance(raw.answer(), Reject | Stranger)
+                assert isinstance(raw.answer(), Reject | UnknownSession)
             raw.send(b"x", *[bytes(100)] * 3)
             raw.answer()
             raw.send(encode_frame(WORKER))
@@ -122,11 +122,13 @@ def test_an_admitted_node_that_asks_for_too_much_does_not_hurt_the_broker(tmp_pa
             raw.send(encode_frame(WORKER))
             assert isinstance(raw.answer(), Welcome)
             raw.answer()
-            want = Want(owner="agg", digest=digest(b"0123456789"), start=5, size=CHUNK_BYTES)
+            want = ChunkRequest(
+                owner="agg", digest=digest(b"0123456789"), start=5, size=CHUNK_BYTES
+            )
             raw.send(encode_frame(want))
-            raw.send(encode_frame(Beat()))
+            raw.send(encode_frame(Heartbeat()))
             raw.answer()
-            assert isinstance(raw.answer(), Beat)
+            assert isinstance(raw.answer(), Heartbeat)
 
 
 def test_a_node_under_a_live_name_is_rejected_with_the_reason(tmp_path):

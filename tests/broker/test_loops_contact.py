@@ -10,11 +10,11 @@ import pytest
 import structlog
 import zmq
 
-from fedmq.broker.core.state import BrokerSettings
 from fedmq.broker.errors import BrokerError, GaveUp, LinkClosed, Rejected, RunOver
 from fedmq.broker.link import contact, dealer
 from fedmq.broker.link.node_link import NodeLink
 from fedmq.broker.router import BrokerServer
+from fedmq.broker.settings import BrokerSettings
 from fedmq.broker.wire.schema import Hello
 from tests.broker.loops import AGGREGATOR, WORKER, get, linked, message, serving
 
@@ -250,7 +250,7 @@ def test_a_broker_that_ends_with_its_runs_waits_for_goodbyes_but_not_beyond_a_le
         agg = stack.enter_context(linked(server.endpoint, AGGREGATOR))
         worker = stack.enter_context(linked(server.endpoint, WORKER))
         # Its connection stands, but it says nothing: a process that is stopped.
-        stack.enter_context(worker._baton)
+        stack.enter_context(worker._handoff)
         agg.over("done")
         with pytest.raises(RunOver):
             get(agg, "never")

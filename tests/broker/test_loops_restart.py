@@ -9,20 +9,19 @@ import zmq
 from msgspec.structs import replace
 
 import fedmq.broker.ledger.writer as ledger_module
-from fedmq.broker.core.state import BrokerSettings
 from fedmq.broker.errors import Rejected
 from fedmq.broker.ledger.reader import read_entries
-from fedmq.broker.ledger.writer import Keeping
 from fedmq.broker.link.node_link import NodeLink
 from fedmq.broker.router import BrokerServer
+from fedmq.broker.settings import BrokerSettings, LedgerSettings
 from fedmq.broker.wire.encoding import encode_frame, encode_message
 from fedmq.broker.wire.schema import (
-    Beat,
     Chunk,
+    ChunkRequest,
     Deliver,
     Done,
+    Heartbeat,
     Post,
-    Want,
     Welcome,
     digest,
 )
@@ -105,7 +104,7 @@ def test_a_full_disk_is_waited_for_and_nothing_is_lost(tmp_path, monkeypatch):
                     message("agg", "client/0", b"%d" % number, number=number), [b"%d" % number]
                 )
             agg.pause(1.3)  # longer than a lease
-            assert agg._core.unreceipted == 3
+            assert agg._core.unacknowledged == 3
             assert kinds(tmp_path) == ["joined", "joined"]
         tasks = [get(worker) for _ in range(3)]
         assert [bytes(worker.read(each, 0)) for each in tasks] == [b"0", b"1", b"2"]
@@ -198,7 +197,7 @@ def test_a_node_may_lapse_in_the_turn_in_which_a_timer_is_due(turns):
     room.nodes["w1"].socket.close()
     while room.now < 1001.1:
         room.now += 0.15
-        room.say("agg", Beat())
+        room.say("agg", Heartbeat())
     found = kinds(room.server._ledger.folder)
     assert (found.count("tick"), found.count("left")) == (1, 1)
 
@@ -207,7 +206,7 @@ def test_a_want_for_what_retention_deletes_in_the_same_turn_does_not_end_the_bro
     turns, monkeypatch
 ):
     monkeypatch.setattr(ledger_module, "_PAYLOAD_SEGMENT_BYTES", 1000)
-    room = turns(None, Keeping(retain_bytes=0))
+    room = turns(None, LedgerSettings(retain_bytes=0))
     room.join(AGGREGATOR)
     room.join(WORKER)
     first, second = bytes(2000), bytes(range(200)) * 10
@@ -215,7 +214,7 @@ def test_a_want_for_what_retention_deletes_in_the_same_turn_does_not_end_the_bro
     task = room.hear("w1")
     assert isinstance(task, Deliver)
     room.say("w1", Done(seqs=(task.seq,)))
-    room.put("w1", Want(owner="agg", digest=digest(first), start=0, size=2000))
+    room.put("w1", ChunkRequest(owner="agg", digest=digest(first), start=0, size=2000))
     room.put("agg", posted("agg", 1, "client/0", second), second)
     room.server._turn()
     assert {type(room.hear("w1")) for _ in range(2)} == {Chunk, Deliver}
@@ -232,7 +231,7 @@ def test_a_want_for_what_a_full_disk_has_not_taken_does_not_end_the_broker(turns
     with monkeypatch.context() as disk:
         disk.setattr(os, "writev", refuse)
         room.say("agg", posted("agg", 0, "client/0", data), data)
-        room.say("w1", Want(owner="agg", digest=digest(data), start=5, size=100))
-        room.say("w1", Beat())
-    while not isinstance(room.hear("w1"), Beat):
+        room.say("w1", ChunkRequest(owner="agg", digest=digest(data), start=5, size=100))
+        room.say("w1", Heartbeat())
+    while not isinstance(room.hear("w1"), Heartbeat):
         pass

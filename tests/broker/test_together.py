@@ -10,24 +10,24 @@ from hypothesis import strategies as st
 from fedmq.broker.errors import WireError
 from fedmq.broker.ledger.entries import Accepted, AcceptedAll
 from fedmq.broker.link.core import Link
-from fedmq.broker.link.events import Deliveries, Say, Taken, Together, Wake
+from fedmq.broker.link.events import Deliveries, Publish, Taken, Together, Wake
 from fedmq.broker.wire.encoding import decode_frame, decode_message, encode_frame, encode_message
 from fedmq.broker.wire.schema import (
     MAX_ALL,
     MAX_ALL_BYTES,
     MAX_MESSAGE_BYTES,
     MIN_MESSAGE_BYTES,
-    Beat,
+    Ack,
     Blob,
     Deliver,
     DeliverAll,
     Done,
+    Heartbeat,
     Hello,
     Message,
     Post,
     PostAll,
-    Receipt,
-    Stranger,
+    UnknownSession,
 )
 from tests.broker.links import HELLO, WELCOME, frames, heard, message, outgoing, welcomed
 from tests.broker.net import network, notes
@@ -60,7 +60,7 @@ def test_messages_go_in_as_few_frames_as_their_limits_allow(link, count, size):
         if following is not None:
             more = sum(map(len, part)) + len(following[0])
             assert len(part) == MAX_ALL or more > MAX_ALL_BYTES
-    assert link.unreceipted == count
+    assert link.unacknowledged == count
 
 
 def test_many_and_one_keep_their_order():
@@ -73,10 +73,10 @@ def test_many_and_one_keep_their_order():
 
 def test_a_frame_of_many_is_said_again_until_it_is_receipted(link):
     [frame] = frames(link.handle(together(0, 1, 2), 0.0))
-    heard(link, Stranger())
+    heard(link, UnknownSession())
     assert frames(heard(link, WELCOME)) == [frame]
-    heard(link, Receipt(upto=0))
-    assert link.unreceipted == 0
+    heard(link, Ack(upto=0))
+    assert link.unacknowledged == 0
 
 
 def test_a_broker_of_an_older_version_gets_them_one_by_one():
@@ -88,11 +88,11 @@ def test_a_broker_of_an_older_version_gets_them_one_by_one():
 
 def test_what_is_done_with_is_not_heard_of_before_what_was_posted_before_it(link):
     """Else a node could die between the two, and what it owes for the one would be lost."""
-    link.handle(Say(Done(seqs=(3,))), 0.0)
+    link.handle(Publish(Done(seqs=(3,))), 0.0)
     [frame] = frames(link.handle(together(0, 1), 0.0))
     assert isinstance(frame, PostAll)
     assert frames(link.handle(Wake(), 1.0), Done) == [Done(n=1, seqs=(3,))]
-    link.handle(Say(Done(seqs=(4,))), 1.0)
+    link.handle(Publish(Done(seqs=(4,))), 1.0)
     [alone] = frames(link.handle(together(2), 1.0))
     assert (type(alone), alone.consumes) == (Post, (4,))
 
@@ -109,8 +109,8 @@ def test_beats_that_tell_what_was_taken_do_not_make_a_link_start_over(link):
             said += frames(link.handle(Taken([delivery_of(seq)]), now))
             seq += 1
         for _ in range(3):
-            said += frames(heard(link, Beat(sent=seq + 5), now=now))
-    assert {type(each) for each in said} == {Beat}
+            said += frames(heard(link, Heartbeat(sent=seq + 5), now=now))
+    assert {type(each) for each in said} == {Heartbeat}
 
 
 # ---- a node that is sent many
@@ -264,7 +264,7 @@ def story(bench):
         peer: [(frame.seq, told(frame.message), frame.after) for frame in bench.take(peer, Deliver)]
         for peer in (AGG, W1, W2)
     }
-    return books, refusals, heard, bench.pending(), bench.core._box.next_seq
+    return books, refusals, heard, bench.pending(), bench.core._mailboxes.next_seq
 
 
 def told(data):
@@ -361,7 +361,7 @@ def test_a_broker_that_dies_takes_none_of_many_or_all_of_them_and_none_twice(
     net.kill_broker(written=written)
     net.run(1.0)
     net.start_broker()
-    net.until(lambda: all(m.core.unreceipted == 0 for m in net.members.values()))
+    net.until(lambda: all(m.core.unacknowledged == 0 for m in net.members.values()))
     net.run(1.0)
     got = sorted([*notes(net, "w1"), *notes(net, "w2")])
     assert got == [*range(30), 100, 110, 120]

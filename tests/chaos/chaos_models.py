@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fedmq.algorithms.base import Client, Payload, Task
-from fedmq.algorithms.fedavg import FedAvg, Gathered, ModelState
+from fedmq.algorithms.fedavg import Accumulator, FedAvg, ModelState
 from fedmq.algorithms.problems.base import Examples, Problem
 
 
@@ -73,7 +73,7 @@ class Echo(FedAvg):
     rest_s: float = 0.0
     hold_s: float = 0.0
 
-    def commit(self, state: ModelState, gathered: Gathered, divisor: float) -> ModelState:
+    def commit(self, state: ModelState, gathered: Accumulator, divisor: float) -> ModelState:
         mean = gathered.total.mul_(1.0001 / divisor)
         return ModelState(state.layout, mean, gathered.counters)
 

@@ -15,10 +15,10 @@ import numpy as np
 import torch
 
 from fedmq.algorithms.allowed import Allowed
-from fedmq.broker.core.mailboxes import Postbox
+from fedmq.broker.core.mailboxes import Mailboxes
 from fedmq.broker.core.recovery import Restorer
 from fedmq.broker.inspection.trace import Trace
-from fedmq.broker.ledger.blob_store import PayloadIndex, open_payload
+from fedmq.broker.ledger.blob_store import BlobStore, open_payload
 from fedmq.broker.ledger.entries import (
     Accepted,
     AnyEntry,
@@ -28,13 +28,13 @@ from fedmq.broker.ledger.entries import (
     Opened,
     Refusal,
 )
-from fedmq.broker.ledger.reader import Follower, read_entries
+from fedmq.broker.ledger.reader import LedgerTail, read_entries
 from fedmq.broker.rejections import Code
 from fedmq.broker.wire.encoding import encode_message
 from fedmq.broker.wire.schema import Message
 from fedmq.nodes.aggregator.computed import Computed
 from fedmq.nodes.aggregator.core import Aggregator
-from fedmq.nodes.messages.actions import Done, Finish, Inbound, Post, Start
+from fedmq.nodes.messages.actions import EndRun, Handled, Inbound, PostMessage, Start
 from fedmq.nodes.replay.fold import Replay
 from fedmq.nodes.run.config import parse
 from fedmq.nodes.run.digests import model_digest
@@ -59,7 +59,7 @@ class Watch:
     """A ledger that is being written, as its test sees it."""
 
     def __init__(self, folder: Path) -> None:
-        self._follower = Follower(folder)
+        self._follower = LedgerTail(folder)
         self.folder = folder
         self.entries: list[AnyEntry] = []
         self.messages: list[Seen] = []
@@ -114,7 +114,7 @@ class Refolded:
 
     core: Aggregator
     posts: list[Message] = field(default_factory=list)
-    refused: dict[int, Done] = field(default_factory=dict)
+    refused: dict[int, Handled] = field(default_factory=dict)
     used: dict[int, list[int]] = field(default_factory=dict)
     """By version: the results in it. The last one was not committed."""
 
@@ -131,18 +131,18 @@ def refold(folder: Path) -> Refolded:
     actions = core.handle(Start())
     kinds: dict[int, str] = {}
     for event in _inbox(entries, payload):
-        done.posts += [each.message for each in actions if isinstance(each, Post)]
-        if any(isinstance(each, Finish) for each in actions):
+        done.posts += [each.message for each in actions if isinstance(each, PostMessage)]
+        if any(isinstance(each, EndRun) for each in actions):
             break
         kinds[event.seq] = event.message.kind
         version = core.version
         actions = core.handle(event)
         for each in actions:
-            if isinstance(each, Post) and each.message.kind == "version":
+            if isinstance(each, PostMessage) and each.message.kind == "version":
                 version += 1  # what is taken after it counts towards the next
-            elif isinstance(each, Done) and each.refused:
+            elif isinstance(each, Handled) and each.refused:
                 done.refused[each.seq] = each
-            elif isinstance(each, Done) and kinds[each.seq] == "result":
+            elif isinstance(each, Handled) and kinds[each.seq] == "result":
                 done.used.setdefault(version, []).append(each.seq)
     else:
         raise AssertionError("the inbox does not hold the end of the run")
@@ -150,7 +150,7 @@ def refold(folder: Path) -> Refolded:
     return done
 
 
-def _inbox(entries: list[AnyEntry], payload: PayloadIndex) -> Iterator[Inbound]:
+def _inbox(entries: list[AnyEntry], payload: BlobStore) -> Iterator[Inbound]:
     for entry in entries:
         if isinstance(entry, Accepted) and (message := entry.read()).to in INBOX:
             yield Inbound(entry.seq, entry.at, message, partial(_blob, payload, message))
@@ -160,7 +160,7 @@ def _inbox(entries: list[AnyEntry], payload: PayloadIndex) -> Iterator[Inbound]:
     )
 
 
-def _blob(payload: PayloadIndex, message: Message, index: int) -> memoryview:
+def _blob(payload: BlobStore, message: Message, index: int) -> memoryview:
     blob = message.blobs[index]
     return memoryview(
         payload.read(BlobName(message.run, message.sender, blob.digest), 0, blob.size)
@@ -239,7 +239,7 @@ def _check_balance(watch: Watch) -> None:
     consumed: list[int] = []
     refused: list[int] = []
     parked: set[int] = set()
-    restorer = Restorer(Postbox())
+    restorer = Restorer(Mailboxes())
     ended = 0
     for entry in watch.entries:
         match entry:
@@ -249,7 +249,7 @@ def _check_balance(watch: Watch) -> None:
                 consumed += consumes
             case Consumed(of=of):
                 consumed += of
-            case Refusal(of=int(of), parked=given_up):
+            case Refusal(of=int(of), dead_lettered=given_up):
                 refused.append(of)
                 if given_up:
                     parked.add(of)
@@ -277,7 +277,7 @@ def _check_replay(watch: Watch, refolded: Refolded) -> None:
         assert encode_message(ours) == encode_message(theirs)
     assert len(said) == len(refolded.posts)
     refused = {
-        each.of: Done(each.of, each.reason, each.code)
+        each.of: Handled(each.of, each.reason, each.code)
         for each in watch.entries
         if isinstance(each, Refusal) and each.of is not None and each.node == "aggregator"
     }
@@ -312,7 +312,7 @@ def _fates(watch: Watch, refolded: Refolded) -> Books:
             fates[tasks[entry.of]].append("given up")
     assert all(len(each) <= 1 for each in fates.values()), "a task had two fates"
     without = {name for name, each in fates.items() if not each}
-    assert without == set(refolded.core._tasks.flights), "a task was lost"
+    assert without == set(refolded.core._tasks.in_flight), "a task was lost"
     counted = Counter(fate for each in fates.values() for fate in each)
     return Books(
         versions=refolded.core.version,

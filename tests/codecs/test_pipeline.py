@@ -12,7 +12,7 @@ from fedmq.codecs.formats.flat import as_flat
 from fedmq.codecs.pipeline import LIMIT, STAGES, Limit, Pipeline, _seed
 from fedmq.codecs.registry import codecs, decode, make_codec
 from fedmq.codecs.spec import parse
-from fedmq.codecs.stages.base import Context, Place
+from fedmq.codecs.stages.base import Context, StageOrder
 from fedmq.codecs.stages.quantizers import Quantize
 from fedmq.codecs.stages.transforms import Hadamard, Kashin
 
@@ -251,28 +251,28 @@ def test_a_wire_name_holds_every_parameter():
     )
 
 
-@pytest.mark.parametrize("fields", ["updates_only", "remembers", "structured"])
+@pytest.mark.parametrize("fields", ["deltas_only", "error_feedback", "structured"])
 def test_what_a_pipeline_asks_of_its_sender(fields):
     wanted = {
-        "updates_only": {"lowrank(2)", "randommask(0.4)", "subsample(0.3)", "topk(0.2)"},
-        "remembers": {"topk(0.2)"},
+        "deltas_only": {"lowrank(2)", "randommask(0.4)", "subsample(0.3)", "topk(0.2)"},
+        "error_feedback": {"topk(0.2)"},
         "structured": {"lowrank(2)", "randommask(0.4)"},
     }[fields]
     assert {spec for spec in SINGLE if getattr(make_codec(spec), fields)} == wanted
 
 
 ONE_OF_EACH = {
-    Place.SELECTION: "limit(0)",
-    Place.STRUCTURE: "lowrank(1)",
-    Place.BASIS: "hadamard(4)",
-    Place.SUBSET: "topk(0.5)",
-    Place.NUMBER: "quantize(2)",
-    Place.ENTROPY: "entropy",
+    StageOrder.SELECTION: "limit(0)",
+    StageOrder.STRUCTURE: "lowrank(1)",
+    StageOrder.BASIS: "hadamard(4)",
+    StageOrder.SUBSET: "topk(0.5)",
+    StageOrder.NUMBER: "quantize(2)",
+    StageOrder.ENTROPY: "entropy",
 }
 
 
-@pytest.mark.parametrize("first", Place)
-@pytest.mark.parametrize("second", Place)
+@pytest.mark.parametrize("first", StageOrder)
+@pytest.mark.parametrize("second", StageOrder)
 def test_every_wrong_order_is_one_sentence_with_the_right_one(first, second):
     spec = f"{ONE_OF_EACH[first]} | {ONE_OF_EACH[second]}"
     if first < second:

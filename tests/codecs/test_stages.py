@@ -155,9 +155,9 @@ def test_what_is_restricted_is_sent_as_a_whole(spec, shapes, seed):
     update = {f"t{i}": torch.randn(s, generator=generator) for i, s in enumerate(shapes)}
     codec = make_codec(f"limit(0) | {spec}")
     before = {name: each.clone() for name, each in update.items()}
-    codec.restrict(update, seed)
+    codec.project(update, seed)
     once = {name: each.clone() for name, each in update.items()}
-    codec.restrict(update, seed)
+    codec.project(update, seed)
     found = decode(codec.encode(once, seed))
     for name, each in once.items():
         size = before[name].norm() + 1e-6
@@ -173,7 +173,7 @@ def test_frames_of_dependent_columns_are_borne(seed, rank, width):
     codec = make_codec(f"limit(0) | lowrank({rank})")
     update = {"w": torch.randn(30, width, generator=torch.Generator().manual_seed(seed))}
     size = update["w"].norm()
-    codec.restrict(update, seed)
+    codec.project(update, seed)
     found = decode(codec.encode(update, seed))["w"]
     assert (found - update["w"]).norm() <= 1e-4 * size
     assert found.norm() <= size * 1.0001
@@ -218,7 +218,7 @@ def test_a_mask_keeps_as_many_values_as_it_says_and_changes_none():
 def test_small_tensors_are_not_restricted(spec):
     update = {"w": torch.randn(40, 30), "b": torch.randn(40)}
     bias = update["b"].clone()
-    make_codec(spec).restrict(update, 1)
+    make_codec(spec).project(update, 1)
     assert torch.equal(update["b"], bias)
     assert update["w"].count_nonzero() < 1200 or spec.startswith("lowrank")
 

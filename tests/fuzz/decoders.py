@@ -19,7 +19,7 @@ from torch import nn
 from fedmq.algorithms.errors import AlgorithmError
 from fedmq.algorithms.toolkit.layout import Layout
 from fedmq.broker.errors import BrokerError, WireError
-from fedmq.broker.ledger.blob_store import PayloadIndex, open_payload
+from fedmq.broker.ledger.blob_store import BlobStore, open_payload
 from fedmq.broker.ledger.entries import (
     MESSAGES,
     PAYLOAD,
@@ -127,7 +127,7 @@ def _open_for_reading(folder: Path) -> None:
         index.close()
 
 
-def _read_blobs(index: PayloadIndex, entries: Iterable[AnyEntry]) -> None:
+def _read_blobs(index: BlobStore, entries: Iterable[AnyEntry]) -> None:
     for entry in entries:
         if isinstance(entry, Accepted):
             message = entry.read()

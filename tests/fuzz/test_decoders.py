@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedmq.broker.ledger.blob_store import open_payload
-from fedmq.broker.ledger.entries import Piece
+from fedmq.broker.ledger.entries import ChunkRecord
 from fedmq.broker.ledger.reader import read_entries
 from fedmq.broker.ledger.records import MAGIC
 from fedmq.broker.ledger.writer import Ledger
@@ -129,7 +129,7 @@ def pieces_of_a_blob(*pieces):
     parts = []
     for size, start, data in pieces:
         fields = {"run": note.run, "owner": note.sender, "digest": blob}
-        head = msgspec.structs.replace(example(Piece), **fields, size=size, start=start)
+        head = msgspec.structs.replace(example(ChunkRecord), **fields, size=size, start=start)
         parts += [msgspec.msgpack.encode(head), data]
     return join(msgspec.msgpack.encode(entry), b"", *parts)
 

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import torch
 
-from fedmq.broker.core.state import BrokerSettings
 from fedmq.broker.inspection.trace import Trace
 from fedmq.broker.ledger.entries import Accepted
+from fedmq.broker.settings import BrokerSettings
 from fedmq.broker.virtual.network import Faults
 from fedmq.nodes.replay.fold import Replay
 from fedmq.nodes.run.config import build

@@ -8,12 +8,12 @@ from collections import Counter, defaultdict
 from pathlib import Path
 from unittest import mock
 
-from fedmq.broker.core.state import BrokerSettings
 from fedmq.broker.inspection.trace import Trace
 from fedmq.broker.ledger import blob_store
 from fedmq.broker.ledger.blob_store import open_payload
 from fedmq.broker.ledger.entries import Accepted, Consumed, Ended, Refusal
 from fedmq.broker.ledger.reader import read_entries
+from fedmq.broker.settings import BrokerSettings
 from fedmq.broker.virtual.network import Faults
 from fedmq.broker.wire import chunked_transfer, schema
 from fedmq.broker.wire.addresses import RECORD
@@ -126,7 +126,7 @@ def check_kept(simulation, entries):
     assert not twice, f"accepted twice: {twice}"
     refused = {each.id for each in entries if isinstance(each, Refusal) and each.of is None}
     for host in simulation.sessions:
-        for name in host.link.receipted:
+        for name in host.link.acknowledged:
             known = (host.link.name, name) in accepted or name in refused
             assert known, f"{name} of {host.link.name} has a receipt, but is not in the ledger"
 
@@ -220,5 +220,5 @@ def check_fold(simulation, setup, folder):
     ]
     assert replay.core.version == live.version == setup.config.run.versions
     assert model_digest(replay.core.tensors()) == model_digest(live.tensors())
-    assert replay.core.parts()["counts"] == live.parts()["counts"]
+    assert replay.core.state_snapshot()["counts"] == live.parts()["counts"]
     assert not replay.record.unfound

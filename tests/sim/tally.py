@@ -56,8 +56,8 @@ class Tally(FedAvg):
 class BesideTally(Tally):
     """Its versions are made beside the inbox, and evaluated by clients with what they keep."""
 
-    trains = True
-    evaluated = "clients"
+    commits_in_background = True
+    evaluated_by = "clients"
 
     def evaluate_client(self, task, client):
         done = client.local.numbers["tasks"] if client.local else 0

@@ -2,8 +2,8 @@
 
 import pytest
 
-from fedmq.broker.core.deduplication import Remembered
-from fedmq.nodes.worker.client_state import Locals
+from fedmq.broker.core.deduplication import DedupWindow
+from fedmq.nodes.worker.client_state import ClientStateStore
 from tests.sim.history import check_history
 from tests.sim.soak import BATCH, run_seeds
 
@@ -46,10 +46,10 @@ def caught(seeds):
 
 
 def test_without_deduplication_histories_go_wrong(monkeypatch):
-    monkeypatch.setattr(Remembered, "look", lambda *_: "new")
+    monkeypatch.setattr(DedupWindow, "seen", lambda *_: "new")
     assert caught(10) > 0
 
 
 def test_without_saved_local_state_histories_go_wrong(monkeypatch):
-    monkeypatch.setattr(Locals, "put", lambda _self, _client, kept: kept)
+    monkeypatch.setattr(ClientStateStore, "put", lambda _self, _client, kept: kept)
     assert caught(5) > 0

@@ -35,9 +35,9 @@ def outputs(seed):
 
 
 def absorbed(algorithm, state, reports):
-    gathered = algorithm.gather(state)
+    gathered = algorithm.new_accumulator(state)
     for device, payload in reports.items():
-        algorithm.absorb(gathered, state, Result(device, 0, payload), 1.0)
+        algorithm.accumulate(gathered, state, Result(device, 0, payload), 1.0)
     return algorithm.commit(state, gathered, 1.0)
 
 
@@ -109,9 +109,9 @@ def test_it_sends_outputs_by_sample_where_federated_distillation_sends_them_by_l
 def test_memory_is_bounded_by_devices_and_public_samples():
     algorithm, problem = Codistillation(), Shared()
     state = algorithm.start(problem)
-    gathered = algorithm.gather(state)
+    gathered = algorithm.new_accumulator(state)
     for seed in range(20):
-        gathered = algorithm.absorb(gathered, state, Result(0, 0, report(outputs(seed))), 1.0)
+        gathered = algorithm.accumulate(gathered, state, Result(0, 0, report(outputs(seed))), 1.0)
     assert len(gathered) == 1
     assert algorithm.commit(state, gathered, 1.0).means[0].equal(outputs(19))
     assert algorithm.result_bytes(state) == SAMPLES * (3 * 4 + 8)
@@ -136,9 +136,9 @@ TWICE = torch.cat([torch.zeros(1).long(), torch.arange(SAMPLES - 1)])
 def test_a_hostile_report_is_refused_and_nothing_of_it_stays(payload, reason):
     algorithm = Codistillation()
     state = algorithm.start(Shared())
-    gathered = algorithm.gather(state)
+    gathered = algorithm.new_accumulator(state)
     with pytest.raises(ResultError, match=reason):
-        algorithm.absorb(gathered, state, Result(0, 0, payload), 1.0)
+        algorithm.accumulate(gathered, state, Result(0, 0, payload), 1.0)
     assert gathered == {}
 
 

@@ -166,9 +166,9 @@ def test_an_unknown_model_is_refused():
 
 def test_a_device_is_evaluated_with_what_it_keeps_on_the_whole_test_set():
     algorithm, problem = Distillation(lr=0.3, iterations=30), Blobs()
-    assert algorithm.evaluated == "clients"
+    assert algorithm.evaluated_by == "clients"
     state, locals_ = rounds(algorithm, problem, 2)
-    task = Task(2, algorithm.examined(state, 1))
+    task = Task(2, algorithm.evaluation_task(state, 1))
     assert task.payload == Payload()
     model = problem.model()
     model.load_state_dict(dict(locals_[1].weights))

@@ -126,10 +126,10 @@ def test_a_device_that_is_away_is_still_heard_by_its_last_report():
 def test_memory_is_bounded_by_the_devices_whatever_number_of_reports():
     algorithm, problem = Distillation(), Blobs(2)
     state = algorithm.start(problem)
-    gathered = algorithm.gather(state)
+    gathered = algorithm.new_accumulator(state)
     for n in range(1, 50):
         result = Result(1, 3, report(torch.eye(3), [n, n, n]))
-        gathered = algorithm.absorb(gathered, state, result, 0.1)
+        gathered = algorithm.accumulate(gathered, state, result, 0.1)
     assert len(gathered) == 1
     assert algorithm.commit(state, gathered, 1.0).counts.tolist() == [[0] * 3, [49] * 3]
 
@@ -168,10 +168,12 @@ def with_logits(**tensors):
 def test_a_hostile_report_is_refused_and_nothing_of_it_stays(payload, reason):
     algorithm, problem = Distillation(), Blobs()
     state = algorithm.start(problem)
-    gathered = algorithm.absorb(algorithm.gather(state), state, Result(0, 0, GOOD), 1.0)
+    gathered = algorithm.accumulate(
+        algorithm.new_accumulator(state), state, Result(0, 0, GOOD), 1.0
+    )
     before = dict(gathered)
     with pytest.raises(ResultError, match=reason):
-        algorithm.absorb(gathered, state, Result(1, 0, payload), 1.0)
+        algorithm.accumulate(gathered, state, Result(1, 0, payload), 1.0)
     assert gathered == before
 
 

@@ -27,7 +27,7 @@ ALGORITHMS = {
     [
         ("fd", "rounds", "augmenting:Skewed"),
         ("fd", "stream", "augmenting:Skewed"),
-        ("codistillation", "buffered", "test_codistillation:Shared"),
+        ("codistillation", "buffered", "distillation.test_codistillation:Shared"),
         ("faug", "rounds", "augmenting:Skewed"),
         ("faug", "buffered", "augmenting:Skewed"),
         ("faug-fedavg", "rounds", "augmenting:Skewed"),

@@ -17,8 +17,9 @@ from fedmq.algorithms.faug.augmentation import (
     missing,
     split_labels,
 )
-from fedmq.algorithms.fedavg import FedAvg, evaluate_module, load_model
+from fedmq.algorithms.fedavg import FedAvg
 from fedmq.algorithms.problems.base import Examples
+from fedmq.algorithms.toolkit.sgd import evaluate_module, load_model
 from fedmq.codecs.registry import decode, make_codec
 from tests.algorithms.augmenting import TINY, Run, Skewed
 from tests.algorithms.distilling import Pictures, Scarce
@@ -168,9 +169,9 @@ def test_results_of_phases_have_no_part_in_the_average():
     sent = run.round([0, 1, 2])
     assert run.phases[-1] == (2, "fill")
     average = FedAvg(**options)
-    gathered = average.gather(before.then)
+    gathered = average.new_accumulator(before.then)
     for k in (0, 1):
-        gathered = average.absorb(
+        gathered = average.accumulate(
             gathered, before.then, Result(k, 0, sent[k]), sent[k].numbers["n"]
         )
     divisor = float(sent[0].numbers["n"] + sent[1].numbers["n"])
@@ -223,7 +224,7 @@ def test_iterations_are_rounded_to_whole_epochs_under_averaging():
 
 def test_devices_together_evaluate_the_global_model_on_each_test_example_once():
     run = Run(FAug(then="fedavg", lr=0.05, **TINY), Skewed(4)).rounds(4)
-    task = Task(4, run.algorithm.examined(run.state))
+    task = Task(4, run.algorithm.evaluation_task(run.state))
     model, _ = load_model(task, run.problem, "cpu")
     whole = evaluate_module(model.module, run.problem, "cpu")
     found = run.metrics()

@@ -49,18 +49,18 @@ def seeds(**changed):
 def test_a_hostile_result_is_refused_and_nothing_of_it_stays(payload, reason):
     algorithm = FAug(**TINY)
     state = algorithm.start(Skewed(3))
-    gathered = algorithm.gather(state)
+    gathered = algorithm.new_accumulator(state)
     with pytest.raises(ResultError, match=reason):
-        algorithm.absorb(gathered, state, Result(0, 0, payload), 1.0)
-    assert gathered == algorithm.gather(state)
+        algorithm.accumulate(gathered, state, Result(0, 0, payload), 1.0)
+    assert gathered == algorithm.new_accumulator(state)
 
 
 def test_seeds_that_come_too_late_change_nothing():
     run = Run(FAug(wait=0.6, **TINY), Skewed(3))
     run.round([0, 1])
     before = run.state
-    gathered = run.algorithm.gather(before)
-    run.algorithm.absorb(gathered, before, Result(2, 1, seeds()), 1.0)
+    gathered = run.algorithm.new_accumulator(before)
+    run.algorithm.accumulate(gathered, before, Result(2, 1, seeds()), 1.0)
     after = run.algorithm.commit(before, gathered, 1.0)
     assert after.gan is before.gan
     assert after.seeds == {}

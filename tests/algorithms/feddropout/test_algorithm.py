@@ -86,7 +86,7 @@ def test_the_whole_model_is_evaluated():
     problem, algorithm = Hidden(), FedDropout(keep=0.5)
     state = algorithm.start(problem)
     whole = FedAvg().evaluate(Task(0, FedAvg().task(state, 0)), problem, "cpu")
-    assert algorithm.evaluate(Task(0, algorithm.examined(state)), problem, "cpu") == whole
+    assert algorithm.evaluate(Task(0, algorithm.evaluation_task(state)), problem, "cpu") == whole
 
 
 def test_a_model_that_cannot_be_cut_is_refused_at_the_start():
@@ -302,8 +302,8 @@ BAD = [name for name, *_ in bad(FedDropout(keep=0.5).start(Images(3)))]
 def test_a_result_that_cannot_be_used_leaves_the_sum_as_it_was(which, absent):
     algorithm = FedDropout(keep=0.5, absent=absent)
     state = algorithm.start(Images(3))
-    gathered = algorithm.absorb(
-        algorithm.gather(state), state, Result(0, 0, sent(state, 0.1, 2)), 3.0
+    gathered = algorithm.accumulate(
+        algorithm.new_accumulator(state), state, Result(0, 0, sent(state, 0.1, 2)), 3.0
     )
     before = dataclasses.replace(gathered, total=gathered.total.clone())
     before.counters = gathered.counters.clone()
@@ -311,7 +311,7 @@ def test_a_result_that_cannot_be_used_leaves_the_sum_as_it_was(which, absent):
     results = {name: (result, message) for name, result, message in bad(state)}
     result, message = results[which]
     with pytest.raises(ResultError, match=message):
-        algorithm.absorb(gathered, state, Result(0, 0, result), 2.0)
+        algorithm.accumulate(gathered, state, Result(0, 0, result), 2.0)
     assert gathered.total.equal(before.total)
     assert gathered.counters.equal(before.counters)
     assert (gathered.weight, gathered.models) == (before.weight, before.models)
@@ -340,19 +340,21 @@ def test_a_result_that_is_read_in_pieces_is_added_up_alike(absent, old):
     data = change(small, result)[:size].numpy().tobytes()
     exact = {name: each for name, each in result.exact.items() if name not in shapes}
     pieces = Streamed(shapes, lambda: iter([data[:10], data[10:80], data[80:]]))
-    whole = algorithm.absorb(algorithm.gather(state), state, Result(0, 0, result), 3.0)
+    whole = algorithm.accumulate(algorithm.new_accumulator(state), state, Result(0, 0, result), 3.0)
     streamed = dataclasses.replace(result, weights=pieces, exact=exact)
-    parts = algorithm.absorb(algorithm.gather(state), state, Result(0, 0, streamed), 3.0)
+    parts = algorithm.accumulate(
+        algorithm.new_accumulator(state), state, Result(0, 0, streamed), 3.0
+    )
     assert parts.total.equal(whole.total)
 
 
 def test_many_results_take_no_more_memory_than_one(pair):
     algorithm = FedDropout(keep=0.5, absent="holders")
-    gathered = algorithm.gather(pair)
+    gathered = algorithm.new_accumulator(pair)
     memory = gathered.total.data_ptr(), gathered.held.data_ptr()
     for index in range(500):
         assert (
-            algorithm.absorb(gathered, pair, Result(0, 0, sent(pair, 1, index % 20)), 1.0)
+            algorithm.accumulate(gathered, pair, Result(0, 0, sent(pair, 1, index % 20)), 1.0)
             is gathered
         )
     assert (gathered.total.data_ptr(), gathered.held.data_ptr()) == memory

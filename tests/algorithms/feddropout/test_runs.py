@@ -38,7 +38,7 @@ def setup_of(schedule, problem="Hidden", clients=4, codec="raw", algorithm=None,
 
 def accuracy(fleet):
     algorithm, problem = fleet.setup.algorithm, fleet.setup.problem
-    task = Task(fleet.core.version, algorithm.examined(fleet.core.state))
+    task = Task(fleet.core.version, algorithm.evaluation_task(fleet.core.state))
     return algorithm.evaluate(task, problem, "cpu")["accuracy"]
 
 

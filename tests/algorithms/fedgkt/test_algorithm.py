@@ -229,9 +229,9 @@ def test_logits_of_other_samples_are_refused(problem, logits, ids, message):
 def test_a_client_is_evaluated_with_its_own_edge_before_the_server(problem):
     algorithm = FedGKT(**TINY)
     state, local = one_round(algorithm, problem, algorithm.start(problem))
-    assert algorithm.evaluated == "clients"
+    assert algorithm.evaluated_by == "clients"
     data, server = problem.test(), server_of(algorithm, state)
-    task = Task(1, algorithm.examined(state, 1))
+    task = Task(1, algorithm.evaluation_task(state, 1))
     client = Client(1, problem, problem.client(1), local[1], 0)
     before = bits(local[1])
     metrics = algorithm.evaluate_client(task, client)
@@ -252,7 +252,7 @@ def test_a_client_is_evaluated_with_its_own_edge_before_the_server(problem):
 def test_what_is_sent_for_an_evaluation_is_the_server_exactly_and_no_features(problem):
     algorithm = FedGKT(**TINY)
     state, _ = one_round(algorithm, problem, algorithm.start(problem))
-    payload = algorithm.examined(state)
+    payload = algorithm.evaluation_task(state)
     assert (payload.weights, payload.features, payload.logits) == ({}, {}, {})
     assert set(payload.exact) == set(algorithm.tensors(state))
 
@@ -272,13 +272,13 @@ def test_test_features_leave_the_client_only_if_it_is_told_so(problem):
 def test_the_evaluator_finds_what_the_clients_would(problem):
     """Of 40 test samples each, as all are tested on all."""
     algorithm = FedGKT(**TINY, test_features=True)
-    assert algorithm.evaluated == "model"
+    assert algorithm.evaluated_by == "model"
     start = algorithm.start(problem)
-    untrained = algorithm.evaluate(Task(0, algorithm.examined(start)), problem, "cpu")
+    untrained = algorithm.evaluate(Task(0, algorithm.evaluation_task(start)), problem, "cpu")
     client = Client(0, problem, problem.client(0), None, 0)
-    assert untrained == algorithm.evaluate_client(Task(0, algorithm.examined(start)), client)
+    assert untrained == algorithm.evaluate_client(Task(0, algorithm.evaluation_task(start)), client)
     state, local = one_round(algorithm, problem, start)
-    task = Task(1, algorithm.examined(state))
+    task = Task(1, algorithm.evaluation_task(state))
     found = algorithm.evaluate(task, problem, "cpu")
     each = [
         algorithm.evaluate_client(task, Client(k, problem, problem.client(k), local[k], 0))
@@ -292,7 +292,7 @@ def test_a_new_client_trains_its_edge_first(problem):
     algorithm = FedGKT(**TINY)
     state, _ = one_round(algorithm, problem, algorithm.start(problem))
     client = Client(5, problem, problem.client(2), None, 3)
-    before = algorithm.evaluate_client(Task(1, algorithm.examined(state)), client)
+    before = algorithm.evaluate_client(Task(1, algorithm.evaluation_task(state)), client)
     after = algorithm.personalise(state, 1, client)
     assert set(after) == {"accuracy", "loss", "edge_accuracy", "edge_loss"}
     assert after["edge_loss"] != before["edge_loss"]

@@ -80,9 +80,9 @@ class Run:
         return Payload(numbers=sent.numbers, features=features, logits=sent.logits)
 
     def commit(self, results):
-        gathered = self.algorithm.gather(self.state)
+        gathered = self.algorithm.new_accumulator(self.state)
         for k, payload in results.items():
-            gathered = self.algorithm.absorb(gathered, self.state, Result(k, 0, payload), 1.0)
+            gathered = self.algorithm.accumulate(gathered, self.state, Result(k, 0, payload), 1.0)
         self.state = self.algorithm.commit(self.state, gathered, 1.0)
 
     def synchronous(self):
@@ -101,7 +101,7 @@ class Run:
         return self
 
     def metrics(self):
-        task = Task(self.state.version, self.algorithm.examined(self.state))
+        task = Task(self.state.version, self.algorithm.evaluation_task(self.state))
         each = [self.algorithm.evaluate_client(task, self.client(k, 0)) for k in range(CLIENTS)]
         return {name: sum(one[name] for one in each) / CLIENTS for name in each[0]}
 

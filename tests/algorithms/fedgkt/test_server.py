@@ -134,8 +134,12 @@ def test_what_comes_during_a_commit_counts_for_the_next_version(problem):
     algorithm = FedGKT(**TINY)
     start = algorithm.start(problem)
     results = {k: train(algorithm, problem, start, k)[0] for k in range(2)}
-    gathered = algorithm.absorb(algorithm.gather(start), start, Result(0, 0, results[0]), 1.0)
-    meanwhile = algorithm.absorb(algorithm.gather(start), start, Result(1, 0, results[1]), 1.0)
+    gathered = algorithm.accumulate(
+        algorithm.new_accumulator(start), start, Result(0, 0, results[0]), 1.0
+    )
+    meanwhile = algorithm.accumulate(
+        algorithm.new_accumulator(start), start, Result(1, 0, results[1]), 1.0
+    )
     state = algorithm.commit(start, gathered, 1.0)
     assert list(state.store.uploads) == [0]
     assert list(algorithm.commit(state, meanwhile, 1.0).store.uploads) == [0, 1]
@@ -194,11 +198,15 @@ HOSTILE = list(hostile(example()[2]))
 @pytest.mark.parametrize("index", range(len(HOSTILE)), ids=[name for name, *_ in HOSTILE])
 def test_a_result_that_cannot_be_used_is_refused_and_leaves_what_was_there(index):
     algorithm, state, good = example()
-    gathered = algorithm.absorb(algorithm.gather(state), state, Result(0, 0, good), 1.0)
+    gathered = algorithm.accumulate(
+        algorithm.new_accumulator(state), state, Result(0, 0, good), 1.0
+    )
     kept = gathered.fresh[0]
     _, change, message = HOSTILE[index]
     with pytest.raises(ResultError, match=message):
-        algorithm.absorb(gathered, state, Result(0, 0, dataclasses.replace(good, **change)), 1.0)
+        algorithm.accumulate(
+            gathered, state, Result(0, 0, dataclasses.replace(good, **change)), 1.0
+        )
     assert gathered.fresh == {0: kept}
 
 

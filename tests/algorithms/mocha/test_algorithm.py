@@ -235,7 +235,7 @@ def test_each_client_is_evaluated_with_its_own_w_on_its_own_test_data():
         each.round()
     for k in (0, 4):
         found = each.algorithm.evaluate_client(
-            Task(20, each.algorithm.examined(each.state, k)), each.at(k)
+            Task(20, each.algorithm.evaluation_task(each.state, k)), each.at(k)
         )
         test = each.problem.client_test(k)
         u = test.x.double().numpy() @ each.state.weights[k]
@@ -243,7 +243,7 @@ def test_each_client_is_evaluated_with_its_own_w_on_its_own_test_data():
         assert found["accuracy"] == pytest.approx(right)
         y = 2 * test.y.numpy() - 1
         assert found["loss"] == pytest.approx(np.maximum(0, 1 - y * u).mean(), rel=1e-5)
-    assert each.algorithm.evaluated == "clients"
+    assert each.algorithm.evaluated_by == "clients"
 
 
 def test_a_client_that_never_trained_can_be_evaluated():
@@ -264,7 +264,7 @@ def test_a_new_task_gets_a_w_near_the_mean_of_the_others():
     test = each.problem.client_test(5)
     error = np.mean((test.x.double().numpy() @ w - test.y.numpy()) ** 2)
     assert found["loss"] == pytest.approx(error / 2, rel=1e-4)
-    assert each.algorithm.examined(each.state, 5).exact["w"].tolist() == mean.tolist()
+    assert each.algorithm.evaluation_task(each.state, 5).exact["w"].tolist() == mean.tolist()
 
 
 def test_adapting_uses_the_new_clients_training_data_alone():

@@ -37,11 +37,11 @@ def test_late_results_never_lower_the_dual_objective_and_it_still_converges(loss
     for _ in range(200):
         for k in set(range(5)) - set(flying):
             flying[k] = each.work(k)
-        gathered = each.algorithm.gather(each.state)
+        gathered = each.algorithm.new_accumulator(each.state)
         for k in rng.sample(sorted(flying), rng.randint(1, 3)):
             payload, alpha = flying.pop(k)
             try:
-                each.algorithm.absorb(gathered, each.state, Result(k, 1, payload), 0.3)
+                each.algorithm.accumulate(gathered, each.state, Result(k, 1, payload), 0.3)
                 each.alphas[k] = alpha
             except ResultError:
                 refused += 1
@@ -62,7 +62,7 @@ def test_a_client_that_lost_its_alpha_is_not_counted_until_it_has_caught_up():
         payload, _ = each.work(1)
         gathered = {}
         try:
-            each.algorithm.absorb(gathered, each.state, Result(1, 0, payload), 1.0)
+            each.algorithm.accumulate(gathered, each.state, Result(1, 0, payload), 1.0)
             break
         except ResultError:
             assert gathered == {}
@@ -95,7 +95,9 @@ def test_a_result_that_cannot_be_used_leaves_everything_as_it_was(which):
     exact, numbers, message = cases[which]
     gathered = {1: (np.ones(3), 0.5)}
     with pytest.raises(ResultError) as caught:
-        each.algorithm.absorb(gathered, each.state, Result(0, 0, Payload({}, exact, numbers)), 1.0)
+        each.algorithm.accumulate(
+            gathered, each.state, Result(0, 0, Payload({}, exact, numbers)), 1.0
+        )
     assert message in str(caught.value)
     assert list(gathered) == [1]
     assert gathered[1][0].tolist() == [1, 1, 1]
@@ -103,10 +105,10 @@ def test_a_result_that_cannot_be_used_leaves_everything_as_it_was(which):
 
 def test_a_clients_second_result_replaces_its_first_and_takes_no_more_memory():
     each = federation()
-    gathered = each.algorithm.gather(each.state)
+    gathered = each.algorithm.new_accumulator(each.state)
     for _ in range(4):
         payload, alpha = each.work(2)
-        each.algorithm.absorb(gathered, each.state, Result(2, 0, payload), 1.0)
+        each.algorithm.accumulate(gathered, each.state, Result(2, 0, payload), 1.0)
     assert list(gathered) == [2]
     each.alphas[2] = alpha
     before = each.state.b.copy()
@@ -153,7 +155,7 @@ def test_a_dropped_node_sends_what_it_sent_and_its_alpha_stays():
     assert payload.numbers["steps"] == 0
     assert np.array_equal(payload.exact["b"].numpy(), counted)
     assert alpha.tolist() == kept.exact["alpha"].tolist()
-    gathered = each.algorithm.absorb({}, each.state, Result(1, 0, payload), 1.0)
+    gathered = each.algorithm.accumulate({}, each.state, Result(1, 0, payload), 1.0)
     new = each.algorithm.commit(each.state, gathered, 1.0)
     assert np.array_equal(new.weights, each.state.weights)
 

@@ -7,9 +7,10 @@ import torch
 
 from fedmq.algorithms.base import Payload, Result
 from fedmq.algorithms.errors import ProblemError, ResultError
-from fedmq.algorithms.fedavg import FedAvg, batches
+from fedmq.algorithms.fedavg import FedAvg
 from fedmq.algorithms.personal.fedavg_finetune import FedAvgFT, LocalOnly
 from fedmq.algorithms.rng import derive_rng
+from fedmq.algorithms.toolkit.sgd import batches
 from fedmq.nodes.run.config import build
 from fedmq.nodes.run.setup import set_up
 from tests.algorithms.fleet import Fleet
@@ -153,9 +154,9 @@ def test_nothing_that_clients_send_changes_the_state():
     state, _ = play(algorithm, problem, 2)
     assert torch.equal(state.weights, first.weights)
     whole = Payload(dict(algorithm.tensors(state)), numbers={"n": 1, "reply": "update"})
-    gathered = algorithm.gather(state)
+    gathered = algorithm.new_accumulator(state)
     with pytest.raises(ResultError, match="without tensors"):
-        algorithm.absorb(gathered, state, Result(0, 0, whole), 1.0)
+        algorithm.accumulate(gathered, state, Result(0, 0, whole), 1.0)
     assert not gathered.total.any()
 
 

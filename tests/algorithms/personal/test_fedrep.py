@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from fedmq.algorithms.base import Payload
-from fedmq.algorithms.fedavg import batches
 from fedmq.algorithms.personal.fedrep import FedRep
 from fedmq.algorithms.problems.base import Examples
 from fedmq.algorithms.rng import derive_rng
+from fedmq.algorithms.toolkit.sgd import batches
 from fedmq.algorithms.toolkit.split_model import Split, scratch_split
 from tests.algorithms.split_problems import (
     BODY,
@@ -123,7 +123,7 @@ def test_structured_updates_restrict_the_body_alone():
         seen.append(set(tensors))
         tensors["0.weight"].zero_()
 
-    at = dataclasses.replace(client(problem, 1), restrict=restrict)
+    at = dataclasses.replace(client(problem, 1), project=restrict)
     result, kept = algorithm.train(task_of(algorithm, algorithm.start(problem)), at)
     assert seen == [set(BODY)]
     assert not result.weights["0.weight"].any()

@@ -75,11 +75,15 @@ def test_a_result_that_cannot_be_used_leaves_the_sum_as_it_was(which):
     problem, algorithm = Tracking(), FedRep()
     state = algorithm.start(problem)
     good = payload(state, 0.1, n=1, reply="update")
-    gathered = algorithm.absorb(algorithm.gather(state), state, Result(0, 0, good), 2.0)
+    gathered = algorithm.accumulate(
+        algorithm.new_accumulator(state), state, Result(0, 0, good), 2.0
+    )
     before = gathered.total.clone(), gathered.counters.clone(), gathered.models
     _, change, message = list(bad(state, problem))[which]
     with pytest.raises(ResultError, match=message):
-        algorithm.absorb(gathered, state, Result(1, 0, dataclasses.replace(good, **change)), 1.0)
+        algorithm.accumulate(
+            gathered, state, Result(1, 0, dataclasses.replace(good, **change)), 1.0
+        )
     assert torch.equal(gathered.total, before[0])
     assert torch.equal(gathered.counters, before[1])
     assert gathered.models == before[2]
@@ -110,11 +114,11 @@ def test_layers_that_are_not_trained_do_not_count():
 
 
 def weighted(schedule, algorithm, state, results):
-    gathered, total = algorithm.gather(state), 0.0
+    gathered, total = algorithm.new_accumulator(state), 0.0
     for vector, n, staleness, reply in results:
         weight = schedule.weight(n, staleness)
         sent = payload(state, vector, n=n, reply=reply)
-        gathered = algorithm.absorb(gathered, state, Result(0, staleness, sent), weight)
+        gathered = algorithm.accumulate(gathered, state, Result(0, staleness, sent), weight)
         total += weight
     return algorithm.commit(state, gathered, schedule.divisor(total, len(results)))
 
@@ -156,7 +160,7 @@ def setup_of(schedule, codec="raw", problem="Halves", algorithm="fedrep:FedRep",
             {
                 "run": {"versions": 6, "evaluate_every": 0, **run},
                 "problem": {"name": f"tests.algorithms.split_problems:{problem}", "clients": 4},
-                "algorithm": {"name": f"fedmq.algorithms.{algorithm}", "lr": 0.2},
+                "algorithm": {"name": f"fedmq.algorithms.personal.{algorithm}", "lr": 0.2},
                 "schedule": SCHEDULES[schedule],
                 "codec": {"up": codec, "down": codec},
             }

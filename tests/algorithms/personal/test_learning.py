@@ -71,17 +71,17 @@ def accuracy(algorithm, problem, seed=0):
     """Return the mean of all clients' local test accuracies after the rounds."""
     state, kept = algorithm.start(problem), {}
     for version in range(ROUNDS):
-        gathered, total = algorithm.gather(state), 0.0
+        gathered, total = algorithm.new_accumulator(state), 0.0
         task = Task(version, algorithm.task(state, 0))
         for index in derive_rng(seed, "cohort", version).choice(CLIENTS, COHORT, replace=False):
             k, own = int(index), derive_seed(seed, "task", version, int(index))
             at = Client(k, problem, problem.client(k), kept.get(k), own)
             result, kept[k] = algorithm.train(task, at)
             n = result.numbers["n"]
-            gathered = algorithm.absorb(gathered, state, Result(k, 0, result), float(n))
+            gathered = algorithm.accumulate(gathered, state, Result(k, 0, result), float(n))
             total += n
         state = algorithm.commit(state, gathered, total)
-    task = Task(ROUNDS, algorithm.examined(state, 0))
+    task = Task(ROUNDS, algorithm.evaluation_task(state, 0))
     found = [
         algorithm.evaluate_client(
             task, Client(k, problem, problem.client(k), kept.get(k), derive_seed(seed, "score", k))

@@ -123,7 +123,7 @@ def test_what_the_uplink_cannot_send_is_left_out_of_every_step():
             if name.startswith("2."):
                 each.zero_()
 
-    at = dataclasses.replace(client(problem), restrict=body_only)
+    at = dataclasses.replace(client(problem), project=body_only)
     result, _ = algorithm.train(task(state), at)
     assert not result.weights["2.weight"].any()
     assert result.weights["0.weight"].all()
@@ -192,10 +192,10 @@ def test_dropout_is_the_same_at_both_points():
 
 
 def commit(algorithm, schedule, state, results):
-    gathered, total = algorithm.gather(state), 0.0
+    gathered, total = algorithm.new_accumulator(state), 0.0
     for index, (result, staleness) in enumerate(results):
         weight = schedule.weight(result.numbers["n"], staleness)
-        gathered = algorithm.absorb(gathered, state, Result(index, staleness, result), weight)
+        gathered = algorithm.accumulate(gathered, state, Result(index, staleness, result), weight)
         total += weight
     return algorithm.commit(state, gathered, schedule.divisor(total, len(results)))
 
@@ -235,10 +235,10 @@ def test_a_result_that_cannot_be_used_leaves_the_sum_as_it_was(which):
     algorithm = PerFedAvg()
     state = algorithm.start(Local())
     good = Result(0, 0, payload(state, 0.5, n=1, reply="update"))
-    gathered = algorithm.absorb(algorithm.gather(state), state, good, 2.0)
+    gathered = algorithm.accumulate(algorithm.new_accumulator(state), state, good, 2.0)
     before = gathered.total.clone()
     with pytest.raises(ResultError, match=message):
-        algorithm.absorb(gathered, state, Result(0, 0, payload(state, value, n=1)), 2.0)
+        algorithm.accumulate(gathered, state, Result(0, 0, payload(state, value, n=1)), 2.0)
     assert gathered.total.equal(before)
 
 
@@ -267,7 +267,7 @@ def test_evaluation_takes_one_alpha_step_on_the_whole_local_training_set():
     assert metrics["loss"] == pytest.approx(f(adapted, test).item())
     assert metrics["loss"] < metrics["loss_before"]
     assert set(metrics) == {"accuracy", "loss", "accuracy_before", "loss_before"}
-    assert algorithm.evaluated == "clients"
+    assert algorithm.evaluated_by == "clients"
 
 
 def test_evaluation_on_some_examples_draws_them_from_the_clients_seed():

@@ -66,15 +66,15 @@ def learned(problem, variant):
 
     for version in range(ROUNDS):
         cohort = derive_rng(SEED, "cohort", version).permutation(CLIENTS)[:COHORT]
-        gathered = algorithm.gather(state)
+        gathered = algorithm.new_accumulator(state)
         for index in sorted(cohort.tolist()):
             task = Task(version, algorithm.task(state, index))
             result, _ = algorithm.train(task, client(index, "train", version))
-            gathered = algorithm.absorb(gathered, state, Result(index, 0, result), 1.0)
+            gathered = algorithm.accumulate(gathered, state, Result(index, 0, result), 1.0)
         state = algorithm.commit(state, gathered, float(COHORT))
         if version >= ROUNDS - LAST:
             for index in range(CLIENTS):
-                task = Task(version + 1, algorithm.examined(state, index))
+                task = Task(version + 1, algorithm.evaluation_task(state, index))
                 found.append(algorithm.evaluate_client(task, client(index, "evaluation")))
     return {name: float(np.mean([each[name] for each in found])) for name in found[0]}
 

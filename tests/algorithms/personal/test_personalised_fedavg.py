@@ -9,10 +9,11 @@ from pydantic import TypeAdapter, ValidationError
 from torch import nn
 
 from fedmq.algorithms.base import Result, Task
-from fedmq.algorithms.fedavg import FedAvg, batches
+from fedmq.algorithms.fedavg import FedAvg
 from fedmq.algorithms.personal.personalised_fedavg import PersonalisedFedAvg
 from fedmq.algorithms.problems.base import Examples
 from fedmq.algorithms.rng import derive_rng
+from fedmq.algorithms.toolkit.sgd import batches
 from tests.algorithms.tiny import Dropping, Normed, Tiny, change, client
 from tests.algorithms.two_phases import FOREVER, Local, move, train
 
@@ -111,7 +112,7 @@ def test_the_same_seed_gives_the_same_bytes_and_leaves_torch_alone(problem, swit
 def test_what_the_uplink_cannot_send_is_left_out_of_each_of_the_k_steps():
     problem, algorithm = Local(), PersonalisedFedAvg(switch=0, batch_size=5)
     state = algorithm.start(problem)
-    at = dataclasses.replace(client(problem), restrict=lambda tensors: tensors["2.bias"].zero_())
+    at = dataclasses.replace(client(problem), project=lambda tensors: tensors["2.bias"].zero_())
     result, _ = algorithm.train(Task(0, algorithm.task(state, 0)), at)
     assert not result.weights["2.bias"].any()
     assert result.weights["0.weight"].all()
@@ -122,7 +123,7 @@ def test_what_the_uplink_cannot_send_is_left_out_of_each_of_the_k_steps():
 
 def evaluated(algorithm, problem, index=0, seed=3, state=None):
     state = algorithm.start(problem) if state is None else state
-    task = Task(state.version, algorithm.examined(state, index))
+    task = Task(state.version, algorithm.evaluation_task(state, index))
     return algorithm.evaluate_client(task, client(problem, index, seed))
 
 
@@ -140,7 +141,7 @@ def test_clients_fine_tune_with_the_optimizer_and_the_rate_of_training(switch):
     assert metrics["loss_before"] == pytest.approx(before)
     assert metrics["loss"] == pytest.approx(problem.loss(module(test.x), test.y).item())
     assert set(metrics) == {"accuracy", "loss", "accuracy_before", "loss_before"}
-    assert algorithm.evaluated == "clients"
+    assert algorithm.evaluated_by == "clients"
 
 
 def test_fine_tuning_never_sees_test_examples():
@@ -180,10 +181,10 @@ def test_both_phases_learn():
     rng = random.Random(1)  # noqa: S311 - a cohort, not a secret
     for _ in range(12):
         cohort = rng.sample(range(4), 2)
-        gathered = algorithm.gather(state)
+        gathered = algorithm.new_accumulator(state)
         for index in cohort:
             result = train(algorithm, problem, state, index)
-            algorithm.absorb(gathered, state, Result(index, 0, result), 1.0)
+            algorithm.accumulate(gathered, state, Result(index, 0, result), 1.0)
         state = algorithm.commit(state, gathered, 2.0)
         losses.append(evaluated(algorithm, problem, state=state)["loss_before"])
     assert losses[4] < 0.6 * losses[0]

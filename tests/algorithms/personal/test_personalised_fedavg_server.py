@@ -72,9 +72,11 @@ def test_plain_server_steps_are_fedavg():
     for _ in range(3):
         result = train(one, problem, state)
         expected, _ = other.train(Task(0, other.task(plain, 0)), client(problem))
-        gathered = one.absorb(one.gather(state), state, Result(0, 0, result), 12.0)
+        gathered = one.accumulate(one.new_accumulator(state), state, Result(0, 0, result), 12.0)
         state = one.commit(state, gathered, 12.0)
-        gathered = other.absorb(other.gather(plain), plain, Result(0, 0, expected), 12.0)
+        gathered = other.accumulate(
+            other.new_accumulator(plain), plain, Result(0, 0, expected), 12.0
+        )
         plain = other.commit(plain, gathered, 12.0)
     torch.testing.assert_close(state.weights, plain.weights)
 
@@ -134,10 +136,10 @@ def test_a_result_of_the_other_phase_is_refused(version, phase, expected):
     state = algorithm.start(Local())
     if version:
         state = move(algorithm, state, 0.1)
-    gathered = algorithm.gather(state)
+    gathered = algorithm.new_accumulator(state)
     result = Result(0, 1, payload(state, 0.1, n=4, reply="update", phase=phase))
     with pytest.raises(ResultError, match=expected.replace("(", r"\(")):
-        algorithm.absorb(gathered, state, result, 1.0)
+        algorithm.accumulate(gathered, state, result, 1.0)
     assert not gathered.total.any()
 
 
@@ -147,11 +149,11 @@ def test_a_result_that_is_not_of_this_world_leaves_the_sum_as_it_was(switch, val
     algorithm = PersonalisedFedAvg(switch=switch)
     phase = "fedavg" if switch else "reptile"
     state = algorithm.start(Local())
-    gathered = algorithm.gather(state)
+    gathered = algorithm.new_accumulator(state)
     good, bad = (payload(state, each, n=4, phase=phase) for each in (0.5, value))
-    algorithm.absorb(gathered, state, Result(0, 0, good), 2.0)
+    algorithm.accumulate(gathered, state, Result(0, 0, good), 2.0)
     with pytest.raises(ResultError, match=r"NaN or infinite|as large as"):
-        algorithm.absorb(gathered, state, Result(0, 0, bad), 2.0)
+        algorithm.accumulate(gathered, state, Result(0, 0, bad), 2.0)
     assert gathered.total.tolist() == [1.0] * state.layout.dim
 
 
@@ -176,10 +178,10 @@ def test_a_saved_state_goes_on_to_the_bit(versions):
 
     def on(state, count):
         for _ in range(count):
-            gathered = algorithm.gather(state)
+            gathered = algorithm.new_accumulator(state)
             for index in range(2):
                 result = train(algorithm, problem, state, index)
-                algorithm.absorb(gathered, state, Result(index, 0, result), 1.0)
+                algorithm.accumulate(gathered, state, Result(index, 0, result), 1.0)
             state = algorithm.commit(state, gathered, 2.0)
         return state
 

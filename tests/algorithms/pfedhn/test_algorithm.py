@@ -40,7 +40,7 @@ def test_a_task_is_theta_of_the_client_and_differs_by_client():
     for k in range(3):
         expected = module(state.embeddings[k]).detach()
         torch.testing.assert_close(theta(algorithm.task(state, k)), expected)
-        assert theta(algorithm.examined(state, k)).equal(theta(algorithm.task(state, k)))
+        assert theta(algorithm.evaluation_task(state, k)).equal(theta(algorithm.task(state, k)))
     assert not theta(algorithm.task(state, 0)).equal(theta(algorithm.task(state, 1)))
 
 
@@ -58,7 +58,7 @@ def test_messages_are_4_d_bytes_each_way_whatever_the_size_of_phi(hidden):
 def test_clients_send_how_their_model_changed_whatever_the_schedule_asks_for():
     algorithm, problem = small(), Local(2)
     state = algorithm.start(problem)
-    assert algorithm.sends == "update"
+    assert algorithm.fixed_reply == "update"
     task = Task(0, algorithm.task(state, 1))
     one, _ = algorithm.train(task, at(problem, 1))
     other, _ = algorithm.train(dataclasses.replace(task, reply="model"), at(problem, 1))
@@ -162,7 +162,7 @@ def test_a_personal_classifier_never_travels():
     assert set(task.exact) == {"0.bias"} | tracked
     assert set(result.exact) == tracked  # the bias is frozen
     assert set(local.exact) == kept | {f"momentum.{name}" for name in kept}
-    assert state.division.theta == 8 + 4 + 4 + 12 + 3
+    assert state.partition.theta == 8 + 4 + 4 + 12 + 3
 
 
 def test_a_personal_classifier_starts_as_the_problems_and_goes_on_with_its_momentum():
@@ -191,7 +191,7 @@ def test_with_a_personal_classifier_the_hypernetwork_learns_faster():
 
 
 def test_a_model_of_one_layer_has_nothing_to_send_beside_its_classifier():
-    assert small().start(OneLayer(2)).division.theta == 6
+    assert small().start(OneLayer(2)).partition.theta == 6
     with pytest.raises(ProblemError, match="the problem's model has no other"):
         small(personal_classifier=True).start(OneLayer(2))
 
@@ -203,13 +203,13 @@ def test_a_model_of_one_layer_has_nothing_to_send_beside_its_classifier():
 def test_a_client_is_measured_on_its_own_test_data_with_what_it_keeps(personal):
     problem, algorithm = Local(2), small(personal_classifier=personal)
     state = algorithm.start(problem)
-    assert algorithm.evaluated == "clients"
+    assert algorithm.evaluated_by == "clients"
     local = None
     if personal:
         _, local = trained(algorithm, problem, state, 1)
         before = bits(local)
     found = algorithm.evaluate_client(
-        Task(0, algorithm.examined(state, 1)), at(problem, 1, local=local)
+        Task(0, algorithm.evaluation_task(state, 1)), at(problem, 1, local=local)
     )
     module = problem.model()
     module.load_state_dict({**algorithm.task(state, 1).weights}, strict=False)
@@ -258,7 +258,7 @@ def test_structured_updates_restrict_the_gradient_of_what_travels():
         assert list(gradient) == ["0.weight", "0.bias"]
         gradient["0.bias"].zero_()
 
-    client = dataclasses.replace(at(problem, 1), restrict=no_bias)
+    client = dataclasses.replace(at(problem, 1), project=no_bias)
     result, local = algorithm.train(Task(0, algorithm.task(state, 1)), client)
     assert not result.weights["0.bias"].any()
     assert result.weights["0.weight"].any()

@@ -26,7 +26,7 @@ def test_the_product_is_the_gradient_of_theta_times_delta_by_autograd(layers):
     delta = torch.randn(11, generator=source)
     module, point = reference(net, phi), v.clone().requires_grad_()
     (module(point) @ delta).backward()
-    pulled, total = net.pull_back(phi, v, delta), torch.zeros(net.layout.dim)
+    pulled, total = net.vjp(phi, v, delta), torch.zeros(net.layout.dim)
     net.add(total, pulled, delta, 2.0)
     expected = torch.cat([each.grad.reshape(-1) for each in module.parameters()])
     torch.testing.assert_close(total, 2 * expected, rtol=1e-6, atol=1e-7)

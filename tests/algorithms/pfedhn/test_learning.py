@@ -6,10 +6,11 @@ import torch
 from torch import nn
 
 from fedmq.algorithms.base import Client, Result, Task
-from fedmq.algorithms.fedavg import FedAvg, load_model, metrics_on
+from fedmq.algorithms.fedavg import FedAvg
 from fedmq.algorithms.pfedhn.algorithm import PFedHN
 from fedmq.algorithms.problems.image import ImageClassification
 from fedmq.algorithms.rng import derive_seed
+from fedmq.algorithms.toolkit.sgd import load_model, metrics_on
 
 pytestmark = pytest.mark.slow
 
@@ -42,7 +43,9 @@ def run(algorithm, problem, tasks=TASKS):
         seed = derive_seed(SEED, "task", turn, k)
         client = Client(k, problem, problem.client(k), local.get(k), seed)
         result, local[k] = algorithm.train(Task(turn, algorithm.task(state, k)), client)
-        gathered = algorithm.absorb(algorithm.gather(state), state, Result(k, 0, result), 1.0)
+        gathered = algorithm.accumulate(
+            algorithm.new_accumulator(state), state, Result(k, 0, result), 1.0
+        )
         state = algorithm.commit(state, gathered, 1.0)
     return state, local
 

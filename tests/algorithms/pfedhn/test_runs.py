@@ -43,7 +43,7 @@ def loss(fleet):
     found = []
     for k in range(problem.clients):
         client = Client(k, problem, problem.client(k), None, 0)
-        task = Task(0, algorithm.examined(fleet.core.state, k))
+        task = Task(0, algorithm.evaluation_task(fleet.core.state, k))
         found.append(algorithm.evaluate_client(task, client)["loss"])
     return sum(found) / len(found)
 

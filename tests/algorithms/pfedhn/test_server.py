@@ -77,10 +77,10 @@ def test_a_round_is_the_mean_of_products_by_examples_and_is_added_up_in_constant
     expected = torch.cat([each.grad.reshape(-1) for each in module.parameters()])
     torch.testing.assert_close(new.phi - state.phi, expected, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(new.embeddings - state.embeddings, v.grad, rtol=1e-4, atol=1e-6)
-    gathered = algorithm.gather(state)
+    gathered = algorithm.new_accumulator(state)
     size = sum(each.nbytes for each in vars(gathered).values())
     for _ in range(20):
-        gathered = algorithm.absorb(gathered, state, Result(1, 0, sent(state, 0.1)), 1.0)
+        gathered = algorithm.accumulate(gathered, state, Result(1, 0, sent(state, 0.1)), 1.0)
     assert sum(each.nbytes for each in vars(gathered).values()) == size
 
 
@@ -126,7 +126,7 @@ def test_a_stale_delta_is_multiplied_with_the_current_phi_and_scaled_by_s(
     late = sent(old, 0.1)
     new = commit(algorithm, schedule, now, [(0, late, 9, staleness)])
     pulled, total = (
-        now.net.pull_back(now.phi, now.embeddings[0], theta(late)),
+        now.net.vjp(now.phi, now.embeddings[0], theta(late)),
         torch.zeros(now.net.layout.dim),
     )
     now.net.add(total, pulled, theta(late), factor)
@@ -138,10 +138,10 @@ def test_what_is_not_trained_is_averaged_and_the_largest_count_taken():
     state = algorithm.start(problem)
     results = [trained(algorithm, problem, state, k)[0] for k in range(2)]
     new = commit(algorithm, Rounds(), state, [(k, results[k], 3 * k + 1, 0) for k in range(2)])
-    changes = [change(state.division.sent, each)[state.division.theta :] for each in results]
+    changes = [change(state.partition.sent, each)[state.partition.theta :] for each in results]
     expected = state.shared + 0.2 * changes[0] + 0.8 * changes[1]
     torch.testing.assert_close(new.shared, expected)
-    assert state.division.shared.views(changes[0])["0.bias"].tolist() == [0.0] * 4
+    assert state.partition.shared.views(changes[0])["0.bias"].tolist() == [0.0] * 4
     assert new.counters.tolist() == [2]
     mean = algorithm.task(new, 0).exact["1.running_mean"]
     assert mean.equal(algorithm.task(new, 1).exact["1.running_mean"])
@@ -172,9 +172,9 @@ def hostile(state):
     yield "NaN", {"weights": sent(state, torch.nan).weights}, "NaN or infinite"
     yield "infinite", {"weights": sent(state, torch.inf).weights}, "NaN or infinite"
     yield "huge", {"weights": sent(state, 1e38).weights}, "as large as 1e"
-    rest = torch.zeros(state.division.sent.dim)
+    rest = torch.zeros(state.partition.sent.dim)
     rest[-1] = 1e38
-    yield "huge statistics", {"weights": state.division.sent.views(rest)}, "as large as 1e"
+    yield "huge statistics", {"weights": state.partition.sent.views(rest)}, "as large as 1e"
 
 
 NAMES = [name for name, *_ in hostile(small().start(Tracked(2)))]
@@ -184,12 +184,14 @@ NAMES = [name for name, *_ in hostile(small().start(Tracked(2)))]
 def test_a_result_that_cannot_be_used_is_refused_and_the_sum_stays(which):
     algorithm = small()
     state = algorithm.start(Tracked(2))
-    gathered = algorithm.absorb(algorithm.gather(state), state, Result(0, 0, sent(state, 0.1)), 2.0)
+    gathered = algorithm.accumulate(
+        algorithm.new_accumulator(state), state, Result(0, 0, sent(state, 0.1)), 2.0
+    )
     before = {name: each.clone() for name, each in vars(gathered).items()}
     ((change, message),) = [rest for name, *rest in hostile(state) if name == which]
     payload = dataclasses.replace(sent(state, 0.1), **change)
     with pytest.raises(ResultError, match=message):
-        algorithm.absorb(gathered, state, Result(1, 0, payload), 1.0)
+        algorithm.accumulate(gathered, state, Result(1, 0, payload), 1.0)
     assert all(each.equal(before[name]) for name, each in vars(gathered).items())
 
 
@@ -197,19 +199,21 @@ def test_a_client_that_has_no_embedding_is_refused():
     algorithm = small()
     state = algorithm.start(Local(2))
     with pytest.raises(ResultError, match="expected a client from 0 to 1, got 2"):
-        algorithm.absorb(algorithm.gather(state), state, Result(2, 0, sent(state, 0.1)), 1.0)
+        algorithm.accumulate(
+            algorithm.new_accumulator(state), state, Result(2, 0, sent(state, 0.1)), 1.0
+        )
 
 
 def test_a_result_that_is_read_in_pieces_counts_alike():
     problem, algorithm = Local(2), small()
     state = algorithm.start(problem)
     result, _ = trained(algorithm, problem, state)
-    shapes = {slot.name: slot.shape for slot in state.division.sent.weights}
+    shapes = {slot.name: slot.shape for slot in state.partition.sent.weights}
     data = theta(result).numpy().tobytes()
     pieces = Streamed(shapes, lambda: iter([data[:12], data[12:]]))
     streamed = dataclasses.replace(result, weights=pieces)
     whole, parts = (
-        algorithm.absorb(algorithm.gather(state), state, Result(1, 0, each), 3.0)
+        algorithm.accumulate(algorithm.new_accumulator(state), state, Result(1, 0, each), 3.0)
         for each in (result, streamed)
     )
     assert whole.phi.equal(parts.phi)

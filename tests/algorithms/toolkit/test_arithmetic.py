@@ -86,7 +86,7 @@ kernels.scale_add(x, 0.7, y, 1 / 3)
 found.update(x)
 left, right = rng.standard_normal((33, 17), np.float32), rng.standard_normal((17, 65), np.float32)
 found.update(kernels.multiply(left, right))
-for basis in (None, kernels.Hadamard(1), kernels.Kashin(1)):
+for basis in (None, kernels.HadamardBasis(1), kernels.KashinFrame(1)):
     codes = rng.integers(0, 256, kernels.code_bytes(y.size, 4, 1024, basis), np.uint8)
     blocks = cut(y.size, 1024, basis).blocks
     ends = np.sort(rng.standard_normal((blocks, 2), np.float32), axis=1)
@@ -124,7 +124,7 @@ def test_compiled_kernels_give_the_same_bits_on_a_cpu_without_extensions(tmp_pat
 )
 def test_what_sums_of_a_size_need_is_loaded_before_the_first(values, loaded):
     code = (
-        "import sys; from fedmq.algorithms import arithmetic; "
+        "import sys; from fedmq.algorithms.toolkit import arithmetic; "
         f"arithmetic.prepare({values}); print('numba' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100)

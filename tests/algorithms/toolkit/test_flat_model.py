@@ -6,10 +6,11 @@ from torch import nn
 
 from fedmq.algorithms.base import Task
 from fedmq.algorithms.errors import ProblemError, ResultError
-from fedmq.algorithms.fedavg import FedAvg, evaluate_module
+from fedmq.algorithms.fedavg import FedAvg
 from fedmq.algorithms.problems.base import Examples
 from fedmq.algorithms.toolkit.flat_model import FlatModel
 from fedmq.algorithms.toolkit.layout import Layout
+from fedmq.algorithms.toolkit.sgd import evaluate_module
 from tests.algorithms.tiny import Normed, Tiny, payload
 
 
@@ -111,7 +112,7 @@ class Known(Tiny):
 @pytest.mark.parametrize("batch", [500, 2])
 def test_a_known_model_scores_what_it_should(monkeypatch, batch):
     """Logits (0, x): 3 of 5 right; averaged over examples, whatever the batches."""
-    monkeypatch.setattr("fedmq.algorithms.fedavg._EVALUATION_BATCH", batch)
+    monkeypatch.setattr("fedmq.algorithms.toolkit.sgd._EVALUATION_BATCH", batch)
     problem = Known()
     state = FedAvg().start(problem)
     sent = payload(state, [0.0, 0.0, 1.0, 0.0, 0.0, 0.0])

@@ -116,7 +116,7 @@ def test_a_tensor_may_be_in_either_group_and_not_in_both():
         state.layout.read(Payload(old.weights, new.exact))
     result = Result(0, 0, Payload(old.weights, new.exact))
     with pytest.raises(ResultError, match="it is in two groups"):
-        FedAvg().absorb(FedAvg().gather(state), state, result, 1.0)
+        FedAvg().accumulate(FedAvg().new_accumulator(state), state, result, 1.0)
 
 
 @pytest.mark.parametrize("missing", ["0.weight", "1.running_var", "1.num_batches_tracked"])
@@ -139,10 +139,10 @@ def test_what_a_result_does_not_bring_stayed_as_it_was(reply):
     weights = {name: each + 1 for name, each in state.layout.trained_views(state.weights).items()}
     numbers = {"n": 1, "reply": reply}
     brought = {"1.running_mean": torch.full((3,), 3.0)}
-    gathered = FedAvg().gather(state)
+    gathered = FedAvg().new_accumulator(state)
     for exact in (brought, {}):
         result = Result(0, 0, Payload(weights, exact, numbers))
-        gathered = FedAvg().absorb(gathered, state, result, 1.0)
+        gathered = FedAvg().accumulate(gathered, state, result, 1.0)
     new = FedAvg().tensors(FedAvg().commit(state, gathered, 2.0))
     assert new["1.running_mean"].tolist() == [1.5] * 3
     assert new["1.running_var"].tolist() == [1.0] * 3
@@ -156,7 +156,7 @@ def test_an_element_that_stays_infinite_changes_by_nothing(reply):
     trained = state.layout.trained_views(torch.zeros(6))
     mask = [1.0, -torch.inf] if reply == "model" else [1.0, 0.0]
     sent = Payload(trained, {"mask": torch.tensor(mask)}, {"n": 1, "reply": reply})
-    gathered = FedAvg().absorb(FedAvg().gather(state), state, Result(0, 0, sent), 2.0)
+    gathered = FedAvg().accumulate(FedAvg().new_accumulator(state), state, Result(0, 0, sent), 2.0)
     new = FedAvg().commit(state, gathered, 2.0)
     assert FedAvg().tensors(new)["mask"].tolist() == [1.0, -torch.inf]
 
@@ -177,7 +177,7 @@ def test_what_a_result_brings_is_checked(name, value, message):
     trained = state.layout.trained_views(torch.zeros(6))
     sent = Payload(trained, {name: torch.tensor(value)}, {"n": 1})
     with pytest.raises(ResultError, match=message):
-        FedAvg().absorb(FedAvg().gather(state), state, Result(0, 0, sent), 1.0)
+        FedAvg().accumulate(FedAvg().new_accumulator(state), state, Result(0, 0, sent), 1.0)
 
 
 def test_a_constant_of_another_dtype_cannot_be_changed_by_a_result():
@@ -187,10 +187,10 @@ def test_a_constant_of_another_dtype_cannot_be_changed_by_a_result():
         exact = {"doubles": torch.tensor([[value]], dtype=torch.float64)}
         result = Result(0, 0, Payload(trained, exact, {"n": 1}))
         if not wrong:
-            FedAvg().absorb(FedAvg().gather(state), state, result, 1.0)
+            FedAvg().accumulate(FedAvg().new_accumulator(state), state, result, 1.0)
             continue
         with pytest.raises(ResultError, match=r"'doubles', torch\.float64, as the constant"):
-            FedAvg().absorb(FedAvg().gather(state), state, result, 1.0)
+            FedAvg().accumulate(FedAvg().new_accumulator(state), state, result, 1.0)
 
 
 # ---- what cannot be laid out
@@ -286,7 +286,7 @@ def test_every_algorithm_keeps_constants_and_averages_what_is_tracked(algorithm)
     problem = Restless(lambda: nn.Sequential(nn.Linear(2, 2), Body(), nn.Linear(2, 2)))
     state, local = algorithm.start(problem), {}
     for version in range(3):
-        gathered = algorithm.gather(state)
+        gathered = algorithm.new_accumulator(state)
         before, after = algorithm.tensors(state)["1.mean"][0].item(), 0.0
         for index in range(3):
             at = client(problem, index, local=local.get(index))
@@ -296,7 +296,7 @@ def test_every_algorithm_keeps_constants_and_averages_what_is_tracked(algorithm)
             came = before + result.exact["1.mean"][0].item()
             assert before < came <= 2
             after += came
-            gathered = algorithm.absorb(gathered, state, Result(index, 0, result), 1.0)
+            gathered = algorithm.accumulate(gathered, state, Result(index, 0, result), 1.0)
         state = algorithm.commit(state, gathered, 3.0)
         state = algorithm.load(problem, algorithm.save(state))
         found = algorithm.tensors(state)
@@ -326,7 +326,9 @@ def test_sub_models_bring_running_statistics_to_their_own_units(absent, reply):
     result, _ = algorithm.train(sent, client(problem, 1))
     tracked = {"1.running_mean", "1.running_var", "1.num_batches_tracked"}
     assert set(result.exact) == tracked
-    gathered = algorithm.absorb(algorithm.gather(state), state, Result(1, 0, result), 2.0)
+    gathered = algorithm.accumulate(
+        algorithm.new_accumulator(state), state, Result(1, 0, result), 2.0
+    )
     new = algorithm.tensors(algorithm.commit(state, gathered, 2.0))
     old = algorithm.tensors(state)
     for name in ("3.weight", "3.bias"):

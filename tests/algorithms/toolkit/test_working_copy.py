@@ -8,13 +8,14 @@ from torch import nn
 
 from fedmq.algorithms.base import Result, Task
 from fedmq.algorithms.errors import ProblemError
-from fedmq.algorithms.fedavg import FedAvg, evaluate_module
+from fedmq.algorithms.fedavg import FedAvg
 from fedmq.algorithms.fedsgd import FedSGD
 from fedmq.algorithms.personal.fedavg_finetune import FedAvgFT, LocalOnly
 from fedmq.algorithms.personal.fedper import FedPer
 from fedmq.algorithms.personal.perfedavg import PerFedAvg
 from fedmq.algorithms.personal.personalised_fedavg import PersonalisedFedAvg
 from fedmq.algorithms.pfedhn.algorithm import PFedHN
+from fedmq.algorithms.toolkit.sgd import evaluate_module
 from fedmq.codecs.registry import decode, make_codec
 from tests.algorithms import restless
 from tests.algorithms.restless import FOLLOWED, Restless, by_torch
@@ -54,7 +55,9 @@ def test_one_client_learns_what_a_plain_loop_of_torch_does(kind):
         at = client(problem, 0, seed=version)
         expected = by_torch(problem, at, loaded(problem, algorithm, state), algorithm)
         result, _ = algorithm.train(task(state, reply="model"), at)
-        gathered = algorithm.absorb(algorithm.gather(state), state, Result(0, 0, result), 1.0)
+        gathered = algorithm.accumulate(
+            algorithm.new_accumulator(state), state, Result(0, 0, result), 1.0
+        )
         state = algorithm.commit(state, gathered, 1.0)
         now = loaded(problem, algorithm, state)
         wanted = dict(expected.state_dict())
@@ -92,8 +95,8 @@ def test_the_order_of_clients_and_evaluations_does_not_matter(algorithm, kind):
         return bits(payload.weights), bits(payload.exact)
 
     def score(index):
-        examined = Task(0, algorithm.examined(state, index))
-        if algorithm.evaluated == "model":
+        examined = Task(0, algorithm.evaluation_task(state, index))
+        if algorithm.evaluated_by == "model":
             return dict(algorithm.evaluate(examined, problem, "cpu"))
         return dict(algorithm.evaluate_client(examined, client(problem, index)))
 
@@ -255,14 +258,14 @@ class Constants(nn.Module):
 @pytest.mark.parametrize("codec", ["raw", "cast(float16)", "hadamard | quantize(2)", "topk(0.5)"])
 def test_constants_are_constants_to_the_bit_and_what_changes_is_right(codec, reply):
     """After three versions, encoded both ways where the codec allows it."""
-    if reply == "model" and make_codec(codec).updates_only:
+    if reply == "model" and make_codec(codec).deltas_only:
         pytest.skip("a codec for updates")
     problem, algorithm = Restless(Constants), FedAvg(batch_size=3, epochs=1)
     first = problem.model().state_dict()
     state, means = algorithm.start(problem), []
-    down = "raw" if make_codec(codec).updates_only else codec
+    down = "raw" if make_codec(codec).deltas_only else codec
     for _ in range(VERSIONS):
-        gathered, mean = algorithm.gather(state), algorithm.tensors(state)["mean"].clone()
+        gathered, mean = algorithm.new_accumulator(state), algorithm.tensors(state)["mean"].clone()
         for index in range(3):
             sent = task(state, reply=reply)
             arrived = {**decode(make_codec(down).encode(sent.payload.weights, 1))}
@@ -274,7 +277,7 @@ def test_constants_are_constants_to_the_bit_and_what_changes_is_right(codec, rep
             assert set(result.exact) == {"mean"}
             back = dict(decode(make_codec(codec).encode(result.weights, 2)))
             result = dataclasses.replace(result, weights=back)
-            gathered = algorithm.absorb(gathered, state, Result(index, 0, result), 1.0)
+            gathered = algorithm.accumulate(gathered, state, Result(index, 0, result), 1.0)
             mean[0] += sum(x.mean() for x, _ in _batches(problem, index, algorithm)) / 3
         state = algorithm.commit(state, gathered, 3.0)
         means.append((algorithm.tensors(state)["mean"], mean))
@@ -295,8 +298,8 @@ def test_constants_are_constants_to_the_bit_and_what_changes_is_right(codec, rep
 
 
 def _batches(problem, index, algorithm):
-    from fedmq.algorithms.fedavg import batches
     from fedmq.algorithms.rng import derive_rng
+    from fedmq.algorithms.toolkit.sgd import batches
 
     at = client(problem, index)
     return batches(at.data, algorithm.batch_size, 1, derive_rng(at.seed, "batches"))

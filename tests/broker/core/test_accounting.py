@@ -4,7 +4,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from fedmq.broker.wire.schema import Beat, Bye, Deliver, Done
+from fedmq.broker.wire.schema import Deliver, Done, Goodbye, Heartbeat
 
 HOSTS = {"agg": (), "w1": ((0, 4),), "w2": ((5, 9),)}
 
@@ -63,7 +63,7 @@ class Nodes:
         for _ in range(seconds):
             self.bench.wake(self.bench.now + 1)
             for name in self.alive:
-                self.bench.say(self.peer(name), Beat(taken=self.got[name]))
+                self.bench.say(self.peer(name), Heartbeat(taken=self.got[name]))
             self.listen()
 
     def take_one(self, name):
@@ -85,7 +85,7 @@ class Nodes:
         name = ("agg", "w1", "w2")[number % 3]
         match what:
             case "broker":
-                self.bench.restart(offer_parked=number == 9)
+                self.bench.restart(redeliver_dead_letters=number == 9)
                 for each in sorted(self.alive):
                     self.come_back(each)
             case "time":
@@ -101,7 +101,7 @@ class Nodes:
     def act(self, name, what, number):
         match what:
             case "leave":
-                self.bench.say(self.peer(name), Bye())
+                self.bench.say(self.peer(name), Goodbye())
                 self.alive.discard(name)
             case "die":
                 self.alive.discard(name)
@@ -222,7 +222,7 @@ def test_what_a_refused_post_consumes_is_consumed_all_the_same(bench):
     accepted, consumed, _ = bench.account()
     assert seq in accepted
     assert consumed == [seq]
-    bench.say(worker, Bye())
+    bench.say(worker, Goodbye())
     assert bench.texts(bench.join("w1", session="s2", clients=((0, 4),))) == []
 
 

@@ -11,15 +11,15 @@ from fedmq.broker.wire.schema import (
     MAX_HEADER_BYTES,
     MAX_NAMED,
     PROTOCOL,
-    Beat,
-    Bye,
     Deliver,
     Done,
+    Goodbye,
+    Heartbeat,
     Hello,
-    Over,
     Reject,
+    RunEnded,
     Serving,
-    Stranger,
+    UnknownSession,
     Wait,
     Welcome,
 )
@@ -86,8 +86,8 @@ def test_a_node_that_cannot_be_admitted_is_told_why(bench, hello, code, reason):
     assert got_code == code
     assert re.search(reason, got_reason)
     assert bench.logs[-1].level == "warning"
-    bench.say(peer, Beat())
-    assert bench.take(peer) == [Stranger()]
+    bench.say(peer, Heartbeat())
+    assert bench.take(peer) == [UnknownSession()]
     assert len(bench.entries) == entries
 
 
@@ -144,8 +144,8 @@ def test_nodes_of_one_broker_with_several_runs_must_name_theirs(bench):
 
 def test_a_run_that_is_over_does_not_count_and_whoever_asks_for_it_is_told(bench):
     agg = bench.joined("agg", "aggregator")
-    bench.tell(agg, Over(reason="done"))
-    assert bench.take(bench.join("w1", run="r")) == [Over(reason="done")]
+    bench.tell(agg, RunEnded(reason="done"))
+    assert bench.take(bench.join("w1", run="r")) == [RunEnded(reason="done")]
     assert isinstance(bench.take(bench.join("w2"))[0], Wait)
     bench.joined("agg", "aggregator", session="s2", run="q")
     assert bench.take(b"w2:s1", Welcome)[0].run == "q"
@@ -160,7 +160,7 @@ def test_workers_that_come_first_wait_and_are_welcomed_when_the_run_comes(bench)
     assert [bench.take(peer) for peer in (first, named, other)] == [
         [Wait(reason="no run has started yet")]
     ] * 3
-    bench.say(first, Beat())
+    bench.say(first, Heartbeat())
     assert bench.take(first) == []
     agg = bench.join("agg", "aggregator")
     assert isinstance(bench.take(agg)[0], Welcome)
@@ -170,7 +170,7 @@ def test_workers_that_come_first_wait_and_are_welcomed_when_the_run_comes(bench)
 
 def test_a_worker_that_says_goodbye_while_it_waits_is_not_welcomed_later(bench):
     gone = bench.join("w1", session="s1")
-    bench.say(gone, Bye())
+    bench.say(gone, Goodbye())
     back = bench.join("w1", session="s2")
     bench.take(gone)
     bench.take(back)
@@ -198,8 +198,8 @@ def test_the_same_session_on_a_new_connection_takes_its_place_over(bench):
     assert bench.texts(new) == ["one"]
     bench.post(agg, "client/2", "two")
     assert (bench.texts(old), bench.texts(new)) == ([], ["two"])
-    bench.say(old, Beat())
-    assert bench.take(old) == [Stranger()]
+    bench.say(old, Heartbeat())
+    assert bench.take(old) == [UnknownSession()]
     assert len(bench.said("joined")) == 2
 
 
@@ -209,25 +209,25 @@ def test_a_connection_that_changes_its_name_does_not_leave_an_immortal_behind(be
     bench.join("w2", clients=((5, 9),), peer=peer)
     for now in range(1, 30):
         bench.wake(float(now))
-        bench.say(agg, Beat())
-        bench.say(peer, Beat())
+        bench.say(agg, Heartbeat())
+        bench.say(peer, Heartbeat())
     bench.joined("w1", session="s2", clients=((0, 4),))
 
 
 def test_an_unknown_connection_is_told_to_say_hello(bench):
-    for frame in (Beat(), Done(seqs=(1,))):
+    for frame in (Heartbeat(), Done(seqs=(1,))):
         bench.say(b"nobody", frame)
-        assert bench.take(b"nobody") == [Stranger()]
-    bench.say(b"nobody", Bye())
+        assert bench.take(b"nobody") == [UnknownSession()]
+    bench.say(b"nobody", Goodbye())
     assert bench.take(b"nobody") == []
 
 
 def test_frames_that_only_a_broker_sends_are_rejected(bench):
     agg = bench.joined("agg", "aggregator")
-    bench.say(agg, Stranger())
+    bench.say(agg, UnknownSession())
     assert refusal(bench, agg) == ("unexpected", "a node does not send stranger frames")
     worker = bench.joined("w1")
-    bench.tell(worker, Over())
+    bench.tell(worker, RunEnded())
     assert refusal(bench, worker) == ("unexpected", "only the aggregator ends a run")
 
 
@@ -286,7 +286,7 @@ def served(bench, peer):
 def test_a_node_whose_run_is_not_here_is_told_which_runs_are(bench):
     assert served(bench, bench.join("w1", run="c")) is UNSET
     over = bench.joined("agg", "aggregator", run="old")
-    bench.tell(over, Over(reason="done"))
+    bench.tell(over, RunEnded(reason="done"))
     bench.joined("agg", "aggregator", session="s2", run="a")
     bench.joined("agg", "aggregator", session="s3", run="b")
     assert served(bench, bench.join("w2", run="c")) == Serving(("b", "a"), 0, ("old",))
@@ -296,7 +296,7 @@ def test_a_node_whose_run_is_not_here_is_told_which_runs_are(bench):
 def test_very_many_runs_are_named_in_part(bench):
     for number in range(MAX_NAMED + 5):
         over = bench.joined("agg", "aggregator", session=f"o{number}", run=f"old{number}")
-        bench.tell(over, Over(reason="done"))
+        bench.tell(over, RunEnded(reason="done"))
         bench.joined("agg", "aggregator", session=f"s{number}", run=f"{number}-" + "x" * 90)
     serving = served(bench, bench.join("w1", run="c"))
     assert (len(serving.runs), serving.others) == (MAX_NAMED, 5)
@@ -317,7 +317,7 @@ def test_an_aggregator_with_another_configuration_is_told_that_of_the_run(bench)
     peer = bench.join("agg", "aggregator", session="s2", config="[algorithm]", peer=b"x")
     [reject] = bench.take(peer, Reject)
     assert (reject.code, reject.config) == ("name", UNSET)
-    bench.say(b"agg:s1", Bye())
+    bench.say(b"agg:s1", Goodbye())
     peer = bench.join("agg", "aggregator", session="s3", config="[algorithm]")
     [reject] = bench.take(peer, Reject)
     assert (reject.code, reject.config) == ("config", "[run]")
@@ -340,13 +340,13 @@ def test_a_broker_is_idle_when_each_node_has_said_goodbye_or_its_lease_is_over(b
     )
     bench.standing.add(w2)  # a process that is stopped: its connection stands
     bench.wake(5.0)
-    bench.tell(agg, Over(reason="done"))
+    bench.tell(agg, RunEnded(reason="done"))
     for peer in (agg, w1):
-        assert bench.take(peer, Over)
-        bench.say(peer, Bye())
+        assert bench.take(peer, RunEnded)
+        bench.say(peer, Goodbye())
     bench.wake(14.9)
     assert not bench.core.idle
-    bench.say(w2, Beat())  # it cannot hold the broker for ever
+    bench.say(w2, Heartbeat())  # it cannot hold the broker for ever
     bench.wake(15.1)
     assert bench.core.idle
     assert bench.said("left") == []
@@ -354,18 +354,18 @@ def test_a_broker_is_idle_when_each_node_has_said_goodbye_or_its_lease_is_over(b
 
 def test_a_node_that_comes_back_after_the_end_says_goodbye_over_its_new_connection(bench):
     agg, w1 = bench.joined("agg", "aggregator"), bench.joined("w1")
-    bench.tell(agg, Over(reason="done"))
-    bench.say(agg, Bye())
+    bench.tell(agg, RunEnded(reason="done"))
+    bench.say(agg, Goodbye())
     bench.take(w1)
     again = bench.join("w1", peer=b"w1-again")
-    assert bench.take(again) == [Over(reason="done")]
+    assert bench.take(again) == [RunEnded(reason="done")]
     assert not bench.core.idle
-    bench.say(again, Bye())
+    bench.say(again, Goodbye())
     assert bench.core.idle
 
 
 def test_a_node_that_starts_again_after_the_end_is_told_it(bench):
     agg, w1 = bench.joined("agg", "aggregator"), bench.joined("w1", run="r")
-    bench.tell(agg, Over(reason="done"))
+    bench.tell(agg, RunEnded(reason="done"))
     bench.take(w1)
-    assert bench.take(bench.join("w1", session="s2", run="r")) == [Over(reason="done")]
+    assert bench.take(bench.join("w1", session="s2", run="r")) == [RunEnded(reason="done")]

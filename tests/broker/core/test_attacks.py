@@ -3,21 +3,21 @@
 import pytest
 
 from fedmq.broker.core.recovery import open_broker
-from fedmq.broker.core.state import BrokerSettings
 from fedmq.broker.ledger.entries import Accepted, BlobName, Ended, Opened
 from fedmq.broker.ledger.reader import read_entries
 from fedmq.broker.ledger.writer import Ledger
+from fedmq.broker.settings import BrokerSettings
 from fedmq.broker.wire.encoding import encode_message
 from fedmq.broker.wire.schema import (
     Blob,
-    Bye,
     Chunk,
+    ChunkRequest,
     Deliver,
+    Goodbye,
     Message,
-    Over,
     Post,
     Reject,
-    Want,
+    RunEnded,
     Welcome,
     digest,
 )
@@ -81,7 +81,7 @@ def test_a_number_named_twice_is_consumed_once_and_not_forgotten(room):
 def test_an_older_aggregator_does_not_come_back_after_a_newer_one_was_there(bench):
     bench.joined("agg", "aggregator", session="1", key="k")
     newer = bench.joined("agg", "aggregator", session="2", key="k")
-    bench.say(newer, Bye())
+    bench.say(newer, Goodbye())
     peer = bench.join("agg", "aggregator", session="1", key="k", got=3, peer=b"agg:late")
     [reject] = bench.take(peer, Reject)
     assert reject.code == "replaced"
@@ -98,7 +98,7 @@ def test_ranges_that_name_more_clients_than_there_are_are_refused_at_once(bench)
 
 def test_a_node_that_fails_says_so_and_its_task_counts_the_death(room):
     room.post(AGG, "client/0", "deadly")
-    room.say(W1, Bye(reason="MemoryError", failed=True))
+    room.say(W1, Goodbye(reason="MemoryError", failed=True))
     [(_, body)] = room.said("left")
     assert room.entries[body["interrupted"]].read().body["text"] == "deadly"
 
@@ -107,8 +107,8 @@ def test_the_end_of_a_run_of_very_many_nodes_can_be_read_again(room, tmp_path):
     for number in range(3000):
         name = f"node-{number:04d}-" + "x" * 90
         peer = room.join(name)
-        room.say(peer, Bye())
-    room.tell(AGG, Over(reason="done"))
+        room.say(peer, Goodbye())
+    room.tell(AGG, RunEnded(reason="done"))
     [ended] = [entry for entry in room.entries if isinstance(entry, Ended)]
     total = sum(each["sessions"] for each in ended.nodes.values())
     assert total == 3002
@@ -141,13 +141,13 @@ def test_pieces_that_an_upload_goes_on_from_are_kept_for_it(tmp_path):
     assert ledger.resume(name, 100)[0] == 40
     ledger.payload.finish(BlobName("r", "agg", b"e" * 16))
     assert not ledger.payload.remove_segment(0)
-    ledger.release([name])
+    ledger.unpin([name])
     assert ledger.payload.remove_segment(0)
     ledger.close()
 
 
 def test_a_node_that_only_asks_gets_an_answer_to_each_want_and_no_more(room):
-    room.say(W1, Want(owner="agg", digest=b"d" * 16, start=0, size=1))
+    room.say(W1, ChunkRequest(owner="agg", digest=b"d" * 16, start=0, size=1))
     assert len(room.take(W1)) == 1
     assert all(isinstance(entry, Opened | Accepted) for entry in room.entries)
 

@@ -1,24 +1,28 @@
 import msgpack
 import pytest
 
-from fedmq.broker.core.acknowledgments import RECEIPT_WITHIN_S
-from fedmq.broker.core.state import UPLOAD_WINDOW_CHUNKS, Append, Put, Send
-from fedmq.broker.core.uploads import TALK, TALK_WITHIN_S, UPLOAD_CHUNKS_IN_TALK
+from fedmq.broker.core.acknowledgments import ACK_WITHIN_S
+from fedmq.broker.core.state import UPLOAD_WINDOW_CHUNKS, Append, Put, SendTo
+from fedmq.broker.core.uploads import (
+    SMALL_MESSAGE_PERIOD_S,
+    SMALL_MESSAGE_RATE,
+    UPLOAD_CHUNKS_AMID_SMALL_MESSAGES,
+)
 from fedmq.broker.ledger.entries import BlobName
 from fedmq.broker.wire.encoding import decode_frame, encode_message
 from fedmq.broker.wire.schema import (
     CHUNK_BYTES,
     MAX_HEADER_BYTES,
     POST_BYTES,
+    Ack,
     Chunk,
+    ChunkRequest,
     Deliver,
     Done,
     Message,
     Post,
     PostAll,
-    Receipt,
-    Stranger,
-    Want,
+    UnknownSession,
     digest,
 )
 
@@ -39,8 +43,8 @@ AGG, W1, W2 = b"agg:s1", b"w1:s1", b"w2:s1"
 
 def upto(room, peer):
     """The latest receipt that is said within its time, or None."""
-    room.wake(room.now + RECEIPT_WITHIN_S)
-    said = [frame.upto for frame, _ in room.sent.pop(peer, []) if isinstance(frame, Receipt)]
+    room.wake(room.now + ACK_WITHIN_S)
+    said = [frame.upto for frame, _ in room.sent.pop(peer, []) if isinstance(frame, Ack)]
     assert said == sorted(said)
     return said[-1] if said else None
 
@@ -61,7 +65,7 @@ def feed(room, peer, *blobs, limit=None):
     by_digest = {digest(data): data for data in blobs}
     answered = 0
     while limit is None or answered < limit:
-        wants = [frame for frame, _ in room.sent[peer] if isinstance(frame, Want)]
+        wants = [frame for frame, _ in room.sent[peer] if isinstance(frame, ChunkRequest)]
         assert len(wants) <= UPLOAD_WINDOW_CHUNKS
         if not wants:
             break
@@ -99,7 +103,7 @@ def test_a_delivery_follows_its_append_and_carries_number_time_and_bytes(room):
     room.now = 12.5
     actions = room.post(AGG, "client/3", "task", blobs=[b"model"])
     kinds = [type(each) for each in actions]
-    assert kinds == [Put, Append, Send]
+    assert kinds == [Put, Append, SendTo]
     entry = actions[1].entry
     [(frame, buffers)] = room.sent[W1]
     assert frame == Deliver(seq=entry.seq, at=12.5, message=entry.message, inline=(0,), after=0)
@@ -130,12 +134,12 @@ def test_receipts_are_cumulative_and_follow_the_ledger(room):
     actions = []
     for number in range(3):
         actions += room.post(W1, "aggregator", f"{number}")
-    assert not any(isinstance(each, Send) and isinstance(each.frame, Receipt) for each in actions)
-    actions += room.wake(room.now + RECEIPT_WITHIN_S)
+    assert not any(isinstance(each, SendTo) and isinstance(each.frame, Ack) for each in actions)
+    actions += room.wake(room.now + ACK_WITHIN_S)
     order = [
         "kept" if isinstance(each, Append) else each.frame.upto
         for each in actions
-        if isinstance(each, Append) or isinstance(each.frame, Receipt)
+        if isinstance(each, Append) or isinstance(each.frame, Ack)
     ]
     assert order == ["kept", "kept", "kept", 2]
     assert upto(room, W2) is None
@@ -166,7 +170,7 @@ def test_a_post_that_comes_twice_is_kept_once_and_receipted_again(room):
 
 def test_a_gap_in_the_posts_makes_the_link_start_over(room):
     room.post(W1, "aggregator", "third", n=2)
-    assert room.take(W1) == [Stranger()]
+    assert room.take(W1) == [UnknownSession()]
     assert room.texts(AGG) == []
     for number, text in enumerate(["first", "second", "third"]):
         room.post(W1, "aggregator", text, n=number)
@@ -260,7 +264,7 @@ def test_a_blob_whose_sender_does_not_hold_it_refuses_its_message_and_no_other(r
     data = bytes(CHUNK_BYTES + 1)
     room.post(W1, "aggregator", "broken", blobs=[data])
     room.post(W1, "aggregator", "fine")
-    wants = room.take(W1, Want)
+    wants = room.take(W1, ChunkRequest)
     for want in wants:
         room.say(W1, Chunk(owner="w1", digest=want.digest, start=want.start))
     assert "its sender does not hold the blob that it names" in room.refusals()[0].reason
@@ -271,7 +275,7 @@ def test_chunks_that_do_not_match_their_digest_refuse_the_message_and_good_ones_
     """What failed must not be taken for the blob when its real bytes come later."""
     data = bytes(CHUNK_BYTES) + b"end"
     room.post(W1, "aggregator", "broken", blobs=[data])
-    for want in room.take(W1, Want):
+    for want in room.take(W1, ChunkRequest):
         piece = b"x" * want.size
         room.say(W1, Chunk(owner="w1", digest=want.digest, start=want.start), piece)
     assert "do not match its digest" in room.refusals()[0].reason
@@ -289,7 +293,7 @@ def test_a_blob_is_asked_for_once_however_many_messages_name_it(room):
     assert feed(room, AGG, model) == 4
     assert room.texts(W1) == [f"task {client}" for client in range(4)]
     room.post(AGG, "client/0", "task 4", blobs=[model])
-    assert room.take(AGG, Want) == []
+    assert room.take(AGG, ChunkRequest) == []
     assert room.texts(W1) == ["task 4"]
 
 
@@ -304,9 +308,9 @@ def test_a_node_reads_any_range_of_a_blob(room):
     room.post(AGG, "client/0", "task", blobs=[b"0123456789"])
     room.take(W1)
     name = digest(b"0123456789")
-    room.say(W1, Want(owner="agg", digest=name, start=3, size=4))
+    room.say(W1, ChunkRequest(owner="agg", digest=name, start=3, size=4))
     assert room.sent.pop(W1) == [(Chunk(owner="agg", digest=name, start=3), [b"3456"])]
-    room.say(W1, Want(owner="w2", digest=name, start=3, size=4))
+    room.say(W1, ChunkRequest(owner="w2", digest=name, start=3, size=4))
     assert room.sent.pop(W1) == [(Chunk(owner="w2", digest=name, start=3), [])]
 
 
@@ -314,7 +318,7 @@ def test_a_node_reads_any_range_of_a_blob(room):
 def test_a_want_past_the_end_of_a_blob_does_no_harm(room, start, size):
     """The driver would read it from the ledger, and the broker would end with LedgerError."""
     room.post(AGG, "client/0", "task", blobs=[b"0123456789"])
-    room.say(W1, Want(owner="agg", digest=digest(b"0123456789"), start=start, size=size))
+    room.say(W1, ChunkRequest(owner="agg", digest=digest(b"0123456789"), start=start, size=size))
     [chunk] = room.take(W1, Chunk)
     assert chunk.start == start
 
@@ -327,7 +331,7 @@ def test_a_message_that_its_recipient_cannot_use_is_refused_to_its_sender(room):
     [refusal] = room.refusals()
     assert refusal.code == "wrong-shape"
     assert (refusal.node, refusal.id, refusal.of) == ("agg", "w1/7", seq)
-    assert (refusal.reason, refusal.parked) == ("of another shape", False)
+    assert (refusal.reason, refusal.dead_lettered) == ("of another shape", False)
     assert refused(room, W1) == [("w1/7", "of another shape", "agg")]
     entries = len(room.entries)
     room.tell(AGG, Done(refused={seq: "again"}))
@@ -348,14 +352,14 @@ def test_a_blob_that_was_deleted_while_its_message_waited_is_asked_for_again(roo
 
 def wanted(room, peer):
     """How many chunks a node has been asked for and has not sent."""
-    return sum(isinstance(frame, Want) for frame, _ in room.sent[peer])
+    return sum(isinstance(frame, ChunkRequest) for frame, _ in room.sent[peer])
 
 
 def test_an_upload_has_a_wide_window_while_nobody_else_talks(room):
     model = bytes(40 * CHUNK_BYTES)
     room.post(AGG, "client/3", "task", blobs=[model], inline=[])
     assert wanted(room, AGG) == UPLOAD_WINDOW_CHUNKS
-    for number in range(3 * TALK):
+    for number in range(3 * SMALL_MESSAGE_RATE):
         # What its receiver says to the sender waits for nothing but the upload itself.
         room.post(W1, "aggregator", f"taken {number}")
     feed(room, AGG, model, limit=1)
@@ -366,8 +370,8 @@ def test_an_upload_has_a_wide_window_while_nobody_else_talks(room):
 def test_an_upload_makes_room_while_others_talk(room, words):
     model = bytes(40 * CHUNK_BYTES)
     room.post(AGG, "client/3", "task", blobs=[model], inline=[])
-    for number in range(TALK):
-        room.now += TALK_WITHIN_S / (TALK + 1)
+    for number in range(SMALL_MESSAGE_RATE):
+        room.now += SMALL_MESSAGE_PERIOD_S / (SMALL_MESSAGE_RATE + 1)
         if words == 1:
             room.post(W1, "client/9", f"word {number}")
             continue
@@ -376,8 +380,8 @@ def test_an_upload_makes_room_while_others_talk(room, words):
         data = [encode_message(Message(id=name, **about)) for name in names]
         room.tell(W1, PostAll(messages=tuple(data)))
     feed(room, AGG, model, limit=UPLOAD_WINDOW_CHUNKS)
-    assert wanted(room, AGG) == UPLOAD_CHUNKS_IN_TALK
-    room.now += TALK_WITHIN_S
+    assert wanted(room, AGG) == UPLOAD_CHUNKS_AMID_SMALL_MESSAGES
+    room.now += SMALL_MESSAGE_PERIOD_S
     feed(room, AGG, model, limit=1)
     assert wanted(room, AGG) == UPLOAD_WINDOW_CHUNKS
 

@@ -9,7 +9,7 @@ from fedmq.broker.ledger.entries import PAYLOAD, Ended, segment_numbers, segment
 from fedmq.broker.ledger.manifest import Manifest
 from fedmq.broker.ledger.reader import read_entries
 from fedmq.broker.link import events as node
-from fedmq.broker.wire.schema import Message, Over
+from fedmq.broker.wire.schema import Message, RunEnded
 from tests.broker.net import SETTINGS, network, notes
 
 MODEL = b"m" * 200_000
@@ -46,7 +46,7 @@ def start(net, name, **more):
 def end(net, reason="enough"):
     """The aggregator leaves its last checkpoint, and ends the run."""
     net.post("agg", "checkpoint", reason, MODEL)
-    net.tell("agg", node.Say(Over(reason=reason)))
+    net.tell("agg", node.Publish(RunEnded(reason=reason)))
     net.until(lambda: net.members["agg"].ended is not None)
 
 
@@ -100,7 +100,7 @@ def test_other_values_are_those_of_the_run_from_then_on(net):
     net.run(0.5)
     assert net.members["agg"].ended is None
     net.restart("agg", "s4").hello = net.members["agg"].hello
-    assert net.broker._box.runs["r"].config == "other = 1"
+    assert net.broker._mailboxes.runs["r"].config == "other = 1"
 
 
 def test_timers_stand_still_as_long_as_the_run_does(net):
@@ -163,7 +163,7 @@ def test_without_more_to_do_a_run_that_has_ended_stays_so(net):
     for name in list(net.members):
         start(net, name)
     net.run(0.5)
-    assert {each.ended for each in net.members.values()} == {node.Ended("enough", over=True)}
+    assert {each.ended for each in net.members.values()} == {node.LinkEnded("enough", over=True)}
 
 
 def test_a_run_whose_last_checkpoint_was_not_kept_is_refused(net):

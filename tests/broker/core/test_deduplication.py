@@ -1,60 +1,60 @@
-from fedmq.broker.core.deduplication import Mark, Remembered
+from fedmq.broker.core.deduplication import DedupWindow, PostFingerprint
 
 
 def test_a_message_is_the_same_another_or_new():
-    known = Remembered()
-    assert known.look(Mark.of("r", "w1", "7", b"bytes")) == "new"
-    known.add(Mark.of("r", "w1", "7", b"bytes"))
-    assert known.look(Mark.of("r", "w1", "7", b"bytes")) == "same"
-    assert known.look(Mark.of("r", "w1", "7", b"other bytes")) == "other"
-    assert known.look(Mark.of("r", "w1", "8", b"bytes")) == "new"
+    known = DedupWindow()
+    assert known.seen(PostFingerprint.of("r", "w1", "7", b"bytes")) == "new"
+    known.add(PostFingerprint.of("r", "w1", "7", b"bytes"))
+    assert known.seen(PostFingerprint.of("r", "w1", "7", b"bytes")) == "same"
+    assert known.seen(PostFingerprint.of("r", "w1", "7", b"other bytes")) == "other"
+    assert known.seen(PostFingerprint.of("r", "w1", "8", b"bytes")) == "new"
 
 
 def test_each_run_and_sender_has_ids_of_its_own():
-    known = Remembered()
-    known.add(Mark.of("r", "w1", "7", b"bytes"))
-    assert known.look(Mark.of("q", "w1", "7", b"bytes")) == "new"
-    assert known.look(Mark.of("r", "w2", "7", b"bytes")) == "new"
-    known.add(Mark.of("a", "b/c", "d", b""))
-    assert known.look(Mark.of("a", "b", "c/d", b"")) == "new"
-    known.add(Mark.of("ab", "c", "d", b""))
-    assert known.look(Mark.of("a", "bc", "d", b"")) == "new"
+    known = DedupWindow()
+    known.add(PostFingerprint.of("r", "w1", "7", b"bytes"))
+    assert known.seen(PostFingerprint.of("q", "w1", "7", b"bytes")) == "new"
+    assert known.seen(PostFingerprint.of("r", "w2", "7", b"bytes")) == "new"
+    known.add(PostFingerprint.of("a", "b/c", "d", b""))
+    assert known.seen(PostFingerprint.of("a", "b", "c/d", b"")) == "new"
+    known.add(PostFingerprint.of("ab", "c", "d", b""))
+    assert known.seen(PostFingerprint.of("a", "bc", "d", b"")) == "new"
 
 
 def test_the_newest_are_kept_and_at_most_twice_as_many():
-    known = Remembered(limit=3)
-    marks = [Mark.of("r", "w1", name, b"") for name in "abcdefghij"]
+    known = DedupWindow(limit=3)
+    marks = [PostFingerprint.of("r", "w1", name, b"") for name in "abcdefghij"]
     for count, mark in enumerate(marks, 1):
         known.add(mark)
-        looks = [known.look(each) for each in marks[:count]]
+        looks = [known.seen(each) for each in marks[:count]]
         assert looks[-3:] == ["same"] * min(3, count)
         assert looks[:-6] == ["new"] * max(0, count - 6)
 
 
 def test_what_came_again_is_not_forgotten_with_what_came_before_it():
-    known = Remembered(limit=3)
+    known = DedupWindow(limit=3)
     for name in "abcabde":
-        known.add(Mark.of("r", "w1", name, b""))
-    assert [known.look(Mark.of("r", "w1", name, b"")) for name in "bde"] == ["same"] * 3
+        known.add(PostFingerprint.of("r", "w1", name, b""))
+    assert [known.seen(PostFingerprint.of("r", "w1", name, b"")) for name in "bde"] == ["same"] * 3
 
 
 def test_many_are_remembered_at_once_if_all_of_them_are_new():
-    known = Remembered(limit=4)
+    known = DedupWindow(limit=4)
     assert known.add_new("r", "w1", ["a", "b"], [b"1", b"2"])
-    assert known.look(Mark.of("r", "w1", "b", b"2")) == "same"
-    assert known.look(Mark.of("r", "w1", "b", b"3")) == "other"
+    assert known.seen(PostFingerprint.of("r", "w1", "b", b"2")) == "same"
+    assert known.seen(PostFingerprint.of("r", "w1", "b", b"3")) == "other"
     assert not known.add_new("r", "w1", ["c", "b"], [b"3", b"2"])
     assert not known.add_new("r", "w1", ["c", "c"], [b"3", b"3"])
-    assert known.look(Mark.of("r", "w1", "c", b"3")) == "new"
+    assert known.seen(PostFingerprint.of("r", "w1", "c", b"3")) == "new"
     assert known.add_new("r", "w2", ["a", "b"], [b"1", b"2"])
     assert not known.add_new("r", "w1", ["a", "e"], [b"1", b""]), "it is among the older ones"
 
 
 def test_of_one_id_the_bytes_that_came_last_count():
-    known = Remembered(limit=2)
-    known.add(Mark.of("r", "w1", "7", b"one"))
-    known.add(Mark.of("r", "w1", "7", b"two"))
-    assert known.look(Mark.of("r", "w1", "7", b"two")) == "same"
-    assert known.look(Mark.of("r", "w1", "7", b"one")) == "other"
-    known.add(Mark.of("r", "w1", "8", b""))
-    assert known.look(Mark.of("r", "w1", "7", b"two")) == "same", "it was counted once"
+    known = DedupWindow(limit=2)
+    known.add(PostFingerprint.of("r", "w1", "7", b"one"))
+    known.add(PostFingerprint.of("r", "w1", "7", b"two"))
+    assert known.seen(PostFingerprint.of("r", "w1", "7", b"two")) == "same"
+    assert known.seen(PostFingerprint.of("r", "w1", "7", b"one")) == "other"
+    known.add(PostFingerprint.of("r", "w1", "8", b""))
+    assert known.seen(PostFingerprint.of("r", "w1", "7", b"two")) == "same", "it was counted once"

@@ -7,10 +7,10 @@ from fedmq.broker.core.delivery import WINDOW_BYTES, WINDOW_MESSAGES
 from fedmq.broker.wire.encoding import encode_message
 from fedmq.broker.wire.schema import (
     INLINE_BYTES,
-    Beat,
-    Bye,
     Deliver,
     Done,
+    Goodbye,
+    Heartbeat,
     Post,
 )
 
@@ -39,15 +39,15 @@ def test_a_window_of_messages_is_on_its_way_and_the_others_stay_in_the_ledger(ro
     tasks(room, 8)
     first = take(room)
     assert len(first) == 3
-    room.say(W1, Beat(taken=first[1].seq + 1))
+    room.say(W1, Heartbeat(taken=first[1].seq + 1))
     assert room.texts(W1) == ["3", "4"]
-    room.say(W1, Beat(taken=first[1].seq + 1))
+    room.say(W1, Heartbeat(taken=first[1].seq + 1))
     assert room.texts(W1) == []
-    room.say(W1, Beat(taken=10**6))
+    room.say(W1, Heartbeat(taken=10**6))
     assert room.texts(W1) == ["5", "6", "7"]
     tasks(room, 2, first=8)
     assert room.texts(W1) == []
-    room.say(W1, Beat(taken=10**6))
+    room.say(W1, Heartbeat(taken=10**6))
     assert room.texts(W1) == ["8", "9"]
 
 
@@ -61,7 +61,7 @@ def test_the_window_counts_the_bytes_beside_a_message_too(room):
     tasks(room, 40, size=INLINE_BYTES)
     window = -(-WINDOW_BYTES // INLINE_BYTES)
     assert len(take(room)) == window
-    room.say(W1, Beat(taken=10**6))
+    room.say(W1, Heartbeat(taken=10**6))
     assert len(take(room)) == window
 
 
@@ -71,7 +71,7 @@ def test_a_large_message_waits_for_nothing_but_its_turn(room, monkeypatch):
     tasks(room, 3, size=1000)
     for number in range(3):
         assert room.texts(W1) == [f"{number}"]
-        room.say(W1, Beat(taken=10**6))
+        room.say(W1, Heartbeat(taken=10**6))
 
 
 @pytest.mark.parametrize("how", ["a post", "done"])
@@ -94,9 +94,9 @@ def test_done_is_no_credit_and_credit_is_not_done(room, monkeypatch):
     first, second = take(room)
     room.tell(W1, Done(seqs=(first.seq, second.seq)))
     assert take(room) == []
-    room.say(W1, Beat(taken=second.seq + 1))
+    room.say(W1, Heartbeat(taken=second.seq + 1))
     third, fourth = take(room)
-    room.say(W1, Beat(taken=fourth.seq + 1))
+    room.say(W1, Heartbeat(taken=fourth.seq + 1))
     assert room.pending()[-2:] == [third.seq, fourth.seq]
 
 
@@ -106,7 +106,7 @@ def test_what_is_done_with_before_it_was_sent_is_not_sent(room, monkeypatch):
     [first] = take(room)
     middle = room.pending()[-2]
     room.tell(W1, Done(seqs=(middle,)))
-    room.say(W1, Beat(taken=first.seq + 1))
+    room.say(W1, Heartbeat(taken=first.seq + 1))
     assert room.texts(W1) == ["2"]
 
 
@@ -145,19 +145,19 @@ def test_after_a_reconnect_the_whole_window_is_open(room, monkeypatch):
 def test_a_stalled_reader_costs_numbers_and_no_messages(room, monkeypatch):
     monkeypatch.setattr(delivery, "WINDOW_MESSAGES", 2)
     tasks(room, 100)
-    node = room.core._box.runs["r"].nodes["w1"]
-    assert len(node.flying) == 2
+    node = room.core._mailboxes.runs["r"].nodes["w1"]
+    assert len(node.in_flight) == 2
     assert all(isinstance(each, int) for each in node.queue)
-    room.say(W1, Bye())
+    room.say(W1, Goodbye())
     assert not node.queue
     assert not node.pending
 
 
 def test_a_beat_is_answered_with_how_far_the_broker_has_sent(room, monkeypatch):
     monkeypatch.setattr(delivery, "WINDOW_MESSAGES", 2)
-    room.say(W1, Beat())
-    assert room.take(W1) == [Beat(sent=0)]
+    room.say(W1, Heartbeat())
+    assert room.take(W1) == [Heartbeat(sent=0)]
     tasks(room, 3)
     frames = take(room)
-    room.say(W1, Beat())
-    assert room.take(W1) == [Beat(sent=frames[-1].seq + 1)]
+    room.say(W1, Heartbeat())
+    assert room.take(W1) == [Heartbeat(sent=frames[-1].seq + 1)]

@@ -2,23 +2,23 @@
 
 import pytest
 
-from fedmq.broker.core.state import Append, Full, Put
+from fedmq.broker.core.state import Append, DiskFull, Put
 from fedmq.broker.wire.encoding import encode_message
 from fedmq.broker.wire.schema import (
     CHUNK_BYTES,
-    Beat,
-    Bye,
+    Ack,
     Chunk,
+    ChunkRequest,
     Done,
-    Over,
+    Goodbye,
+    Heartbeat,
     Post,
-    Receipt,
-    Stranger,
-    Want,
+    RunEnded,
+    UnknownSession,
     Welcome,
     digest,
 )
-from fedmq.broker.wire.schema import Full as FullFrame
+from fedmq.broker.wire.schema import StorageFull as FullFrame
 
 AGG, W1 = b"agg:s1", b"w1:s1"
 WHY = "cannot write: No space left on device"
@@ -33,13 +33,13 @@ def room(bench):
     bench.timer(AGG, "t", 5.0)
     bench.wake(1.0)
     bench.sent.clear()
-    assert bench.handle(Full(WHY))
+    assert bench.handle(DiskFull(WHY))
     return bench
 
 
 def test_numbered_frames_and_hellos_are_answered_by_full_and_not_taken(room):
     entries = len(room.entries)
-    for frame in (Done(seqs=(2,)), Over(reason="done")):
+    for frame in (Done(seqs=(2,)), RunEnded(reason="done")):
         room.say(W1, frame)
     room.post(W1, "aggregator", "result", blobs=[b"x"], n=0)
     room.join("w1", clients=((0, 4),))
@@ -57,7 +57,14 @@ def test_nothing_at_all_is_written_meanwhile(room):
     actions = []
     data = bytes(CHUNK_BYTES)
     chunk = Chunk(owner="w1", digest=digest(data), start=0)
-    for frame in (Beat(), Bye(), chunk, Stranger(), Post(n=0, message=b"?"), Done(seqs=(2,))):
+    for frame in (
+        Heartbeat(),
+        Goodbye(),
+        chunk,
+        UnknownSession(),
+        Post(n=0, message=b"?"),
+        Done(seqs=(2,)),
+    ):
         actions += room.say(W1, frame, *([data] if frame is chunk else []))
     actions += room.wake(500.0)
     assert not [each for each in actions if isinstance(each, Append | Put)]
@@ -65,25 +72,25 @@ def test_nothing_at_all_is_written_meanwhile(room):
 
 
 def test_beats_are_answered_and_blobs_are_served(room):
-    room.say(W1, Beat())
-    assert isinstance(room.take(W1)[0], Beat)
-    room.say(W1, Want(owner="agg", digest=digest(b"0123456789"), start=2, size=3))
+    room.say(W1, Heartbeat())
+    assert isinstance(room.take(W1)[0], Heartbeat)
+    room.say(W1, ChunkRequest(owner="agg", digest=digest(b"0123456789"), start=2, size=3))
     [(frame, buffers)] = room.sent.pop(W1)
     assert (frame.start, buffers) == (2, [b"234"])
 
 
 def test_it_is_said_once_to_a_person_when_it_begins_and_when_it_ends(room):
     for _ in range(3):
-        room.handle(Full(WHY))
-    room.handle(Full(""))
-    room.handle(Full(""))
+        room.handle(DiskFull(WHY))
+    room.handle(DiskFull(""))
+    room.handle(DiskFull(""))
     told = [(log.level, log.event) for log in room.logs if log.event not in ("joined", "left")]
     assert told == [("error", "nothing can be kept"), ("info", "there is room again")]
 
 
 def test_when_there_is_room_again_all_have_a_lease_and_what_fell_due_happens(room):
     room.now = 300.0
-    room.handle(Full(""))
+    room.handle(DiskFull(""))
     room.wake(309.0)
     assert [body["token"] for _, body in room.said("tick")] == ["t"]
     assert room.said("left") == []
@@ -94,7 +101,7 @@ def test_when_there_is_room_again_all_have_a_lease_and_what_fell_due_happens(roo
 def test_what_was_not_taken_is_taken_when_it_comes_again(room):
     room.post(W1, "aggregator", "first", n=0)
     room.post(W1, "aggregator", "second", n=1)
-    room.handle(Full(""))
+    room.handle(DiskFull(""))
     room.take(W1)
     room.take(AGG)
     room.join("w1", clients=((0, 4),), key="kw", got=room.entries[-1].seq + 1)
@@ -103,22 +110,22 @@ def test_what_was_not_taken_is_taken_when_it_comes_again(room):
     room.post(W1, "aggregator", "second", n=1)
     assert room.texts(AGG) == ["first", "second"]
     room.wake(room.now + 0.2)
-    assert Receipt(upto=1) in room.take(W1)
+    assert Ack(upto=1) in room.take(W1)
 
 
 def test_an_upload_that_was_under_way_goes_on_after_the_hello(room):
     data = bytes(6 * CHUNK_BYTES)
-    room.handle(Full(""))
+    room.handle(DiskFull(""))
     room.post(W1, "aggregator", "large", blobs=[data], n=0)
-    wants = room.take(W1, Want)
-    room.handle(Full(WHY))
+    wants = room.take(W1, ChunkRequest)
+    room.handle(DiskFull(WHY))
     for want in wants:
         chunk = Chunk(owner="w1", digest=digest(data), start=want.start)
         room.say(W1, chunk, data[: want.size])
-    room.handle(Full(""))
+    room.handle(DiskFull(""))
     room.join("w1", clients=((0, 4),), key="kw", got=10**6)
     room.post(W1, "aggregator", "large", blobs=[data], n=0)
-    while wants := room.take(W1, Want):
+    while wants := room.take(W1, ChunkRequest):
         for want in wants:
             chunk = Chunk(owner="w1", digest=digest(data), start=want.start)
             room.say(W1, chunk, data[: want.size])
@@ -127,7 +134,7 @@ def test_an_upload_that_was_under_way_goes_on_after_the_hello(room):
 
 def test_a_node_that_takes_its_place_over_meanwhile_is_welcomed_afterwards(room):
     new = room.join("w1", session="s2", key="kw", clients=((0, 4),))
-    room.handle(Full(""))
+    room.handle(DiskFull(""))
     room.take(new)
     room.join("w1", session="s2", key="kw", clients=((0, 4),))
     assert isinstance(room.sent[new][0][0], Welcome)

@@ -6,13 +6,13 @@ import random
 
 import pytest
 
-from fedmq.broker.core.sessions import PATIENCE_LEASES, Members
-from fedmq.broker.core.state import Gone, Probe, Wake
+from fedmq.broker.core.sessions import MAX_SILENT_LEASES, Sessions
+from fedmq.broker.core.state import Gone, Probe, TimerFired
 from fedmq.broker.wire.encoding import decode_message
 from fedmq.broker.wire.schema import (
-    Beat,
     Deliver,
-    Stranger,
+    Heartbeat,
+    UnknownSession,
 )
 
 AGG, W1 = b"agg:s1", b"w1:s1"
@@ -37,8 +37,8 @@ def pass_time(bench, until, *peers):
     while bench.now < until:
         bench.now = min(bench.now + 0.5, until)
         for peer in peers:
-            bench.say(peer, Beat())
-        found += [(peer, bench.now) for peer in probes(bench.handle(Wake()))]
+            bench.say(peer, Heartbeat())
+        found += [(peer, bench.now) for peer in probes(bench.handle(TimerFired()))]
     return found
 
 
@@ -51,14 +51,14 @@ def test_a_silent_node_whose_connection_stands_is_only_slow(room):
     pauses = [b - a for (_, a), (_, b) in itertools.pairwise(found)]
     assert set(pauses) == {BEAT_S}
     assert room.said("left") == []
-    room.say(W1, Beat())
-    assert isinstance(room.take(W1)[-1], Beat)
+    room.say(W1, Heartbeat())
+    assert isinstance(room.take(W1)[-1], Heartbeat)
 
 
 def test_a_slow_node_that_speaks_again_has_a_whole_lease(room):
     room.standing.add(W1)
     pass_time(room, 15.0, AGG)
-    room.say(W1, Beat())
+    room.say(W1, Heartbeat())
     assert pass_time(room, 15.0 + LEASE_S - 0.5, AGG) == []
     assert pass_time(room, 15.0 + LEASE_S, AGG) == [(W1, 15.0 + LEASE_S)]
 
@@ -75,13 +75,13 @@ def test_a_connection_that_goes_later_is_found_at_the_next_probe(room):
 def test_a_node_that_is_silent_for_very_long_has_left_though_its_connection_stands(room):
     """A process that hangs keeps its connection for ever."""
     room.standing.add(W1)
-    pass_time(room, PATIENCE_LEASES * LEASE_S - 1, AGG)
+    pass_time(room, MAX_SILENT_LEASES * LEASE_S - 1, AGG)
     assert room.said("left") == []
-    pass_time(room, PATIENCE_LEASES * LEASE_S + 1, AGG)
+    pass_time(room, MAX_SILENT_LEASES * LEASE_S + 1, AGG)
     [(_, body)] = room.said("left")
     assert body["reason"] == "silent for 100.0 s"
-    room.say(W1, Beat())
-    assert Stranger() in room.take(W1)
+    room.say(W1, Heartbeat())
+    assert UnknownSession() in room.take(W1)
 
 
 def test_a_probe_that_is_answered_late_throws_nobody_out(room):
@@ -96,10 +96,10 @@ def test_a_broker_that_was_stopped_blames_nobody_for_its_own_silence(room):
     """Suspended with its host, it wakes to find that everybody was silent."""
     pass_time(room, 5.0, AGG, W1)
     room.now = 500.0
-    assert probes(room.handle(Wake())) == []
+    assert probes(room.handle(TimerFired())) == []
     assert room.said("left") == []
-    room.say(AGG, Beat())
-    room.say(W1, Beat())
+    room.say(AGG, Heartbeat())
+    room.say(W1, Heartbeat())
     pass_time(room, 530.0, AGG, W1)
     assert room.said("left") == []
 
@@ -107,7 +107,7 @@ def test_a_broker_that_was_stopped_blames_nobody_for_its_own_silence(room):
 def test_who_does_not_come_back_after_the_broker_was_stopped_has_left_a_lease_later(room):
     pass_time(room, 5.0, AGG, W1)
     room.now = 500.0
-    room.handle(Wake())
+    room.handle(TimerFired())
     pass_time(room, 500.0 + LEASE_S + BEAT_S, AGG)
     assert [body["node"] for _, body in room.said("left")] == ["w1"]
 
@@ -115,7 +115,7 @@ def test_who_does_not_come_back_after_the_broker_was_stopped_has_left_a_lease_la
 def test_a_wake_that_is_a_little_late_extends_no_lease(room):
     pass_time(room, LEASE_S - 0.5, AGG)
     room.now = LEASE_S + 0.9 * BEAT_S
-    assert probes(room.handle(Wake())) == [W1]
+    assert probes(room.handle(TimerFired())) == [W1]
 
 
 def test_several_nodes_may_lapse_at_once(bench):
@@ -134,7 +134,7 @@ def test_several_nodes_may_lapse_at_once(bench):
 def test_a_turn_looks_at_the_node_that_speaks_and_not_at_all_of_them(bench, monkeypatch):
     """With very many nodes, most of which are silent, a broker must not count them each time."""
     looks = itertools.count()
-    alive = Members.alive
+    alive = Sessions.alive
 
     def counted(self):
         next(looks)
@@ -143,11 +143,11 @@ def test_a_turn_looks_at_the_node_that_speaks_and_not_at_all_of_them(bench, monk
     bench.joined("agg", "aggregator")
     for number in range(10):
         bench.joined(f"w{number}", clients=((number, number),))
-    monkeypatch.setattr(Members, "alive", counted)
+    monkeypatch.setattr(Sessions, "alive", counted)
     for _ in range(100):
         bench.now += BEAT_S / 100
-        bench.say(W1, Beat())
-        bench.handle(Wake())
+        bench.say(W1, Heartbeat())
+        bench.handle(TimerFired())
         assert bench.core.deadline <= LEASE_S + bench.now
     assert next(looks) == 0
     assert len(pass_time(bench, 2 * LEASE_S, AGG)) == 10
@@ -160,7 +160,7 @@ def test_a_deadline_is_never_later_than_the_end_of_a_lease_or_a_pause(bench):
     for number in range(8):
         bench.joined(f"w{number}", clients=((number, number),))
         bench.post(AGG, f"client/{number}", "a task that many sessions die of")
-    nodes = bench.core._members.peers
+    nodes = bench.core._sessions.peers
     pauses = 0
     for _ in range(1000):
         bench.now += dice.choice((0.0, 0.1, 1.0, 4.0))
@@ -168,14 +168,14 @@ def test_a_deadline_is_never_later_than_the_end_of_a_lease_or_a_pause(bench):
         peer = f"w{number}:s1".encode()
         match dice.randrange(4):
             case 0 if nodes[peer].alive:
-                bench.say(peer, Beat())
+                bench.say(peer, Heartbeat())
             case 1:
                 bench.join(f"w{number}", clients=((number, number),))
             case 2:
                 bench.handle(Gone(peer))
             case _:
-                bench.say(AGG, Beat())
-        bench.handle(Wake())
+                bench.say(AGG, Heartbeat())
+        bench.handle(TimerFired())
         living = [node for node in nodes.values() if node.alive]
         resuming = [node.resume_at for node in living if node.resume_at]
         pauses += bool(resuming)

@@ -7,7 +7,7 @@ from fedmq.broker.wire.encoding import decode_message
 from fedmq.broker.wire.schema import (
     Deliver,
     Done,
-    Over,
+    RunEnded,
     Welcome,
     digest,
 )
@@ -63,7 +63,7 @@ def test_a_request_that_is_none_is_refused(room, body):
     room.post(AGG, "timer", body=body)
     [refusal] = room.refusals()
     assert refusal.reason == "expected a token, and after_s from 0 to 1e+09"
-    assert not room.core._box.timers
+    assert not room.core._mailboxes.timers
 
 
 def test_a_request_that_comes_twice_ticks_once(room):
@@ -80,7 +80,7 @@ def test_only_the_aggregator_may_write_there(room, address):
     room.post(W1, address, body={"token": "t", "after_s": 1.0})
     [refusal] = room.refusals()
     assert refusal.reason == f"only the aggregator may write to {address!r}"
-    assert room.core._box.runs["r"].checkpoint is None
+    assert room.core._mailboxes.runs["r"].checkpoint is None
 
 
 def test_a_checkpoint_is_delivered_to_nobody_and_consumes_the_one_before(room):
@@ -143,7 +143,7 @@ def test_what_the_checkpoint_does_not_tell_of_follows_it_in_order(room):
 def test_a_run_that_is_over_needs_no_checkpoint_and_no_timer(room):
     room.post(AGG, "checkpoint", "0", blobs=[b"x"])
     room.timer(AGG, "t", 1.0)
-    room.tell(AGG, Over(reason="done"))
+    room.tell(AGG, RunEnded(reason="done"))
     room.wake(9.0)
     assert room.said("tick") == []
     room.restart()

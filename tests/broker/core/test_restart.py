@@ -5,16 +5,16 @@ import pytest
 from fedmq.broker.ledger.entries import Accepted, BlobName, Opened, Refusal
 from fedmq.broker.wire.schema import (
     CHUNK_BYTES,
-    Beat,
     Blob,
-    Bye,
     Chunk,
+    ChunkRequest,
     Deliver,
     Done,
-    Over,
-    Stranger,
+    Goodbye,
+    Heartbeat,
+    RunEnded,
+    UnknownSession,
     Wait,
-    Want,
     Welcome,
     digest,
 )
@@ -65,11 +65,11 @@ def test_a_session_that_lives_on_is_offered_only_what_it_has_not_got(room):
 
 
 def test_messages_for_a_client_that_nobody_hosts_wait_on(room):
-    room.say(W2, Bye())
+    room.say(W2, Goodbye())
     room.post(AGG, "client/7", "waits")
     room.restart()
     room.post(AGG, "client/8", "to a stranger")
-    assert room.take(AGG) == [Stranger()]
+    assert room.take(AGG) == [UnknownSession()]
     room.numbers[AGG] -= 1  # its link says it again
     come_back(room, "agg")
     room.post(AGG, "client/8", "waits as well")
@@ -125,7 +125,7 @@ def test_timers_survive_and_those_that_came_due_meanwhile_tick_at_once(room):
     come_back(room, "agg")
     for now in range(6, 32):
         room.wake(float(now))
-        room.say(AGG, Beat())
+        room.say(AGG, Heartbeat())
     assert [body["token"] for _, body in room.said("tick")] == ["done", "soon", "late"]
     assert room.entries[-1].at == 30.0
 
@@ -139,7 +139,7 @@ def test_the_newest_checkpoint_survives_and_is_handed_to_a_new_session(room):
     come_back(room, "agg", session="s2")
     [welcome] = room.take(b"agg:s2", Welcome)
     assert welcome.checkpoint == Deliver(seq=seq, at=0.0, message=room.read(seq).message)
-    room.say(b"agg:s2", Want(owner="agg", digest=digest(b"2"), start=0, size=1))
+    room.say(b"agg:s2", ChunkRequest(owner="agg", digest=digest(b"2"), start=0, size=1))
     assert room.sent[b"agg:s2"][-1][1] == [b"2"]
     room.post(b"agg:s2", "checkpoint", "version 3")
     assert room.entries[-1].consumes == (seq,)
@@ -203,12 +203,12 @@ def test_numbers_go_on_where_the_link_says(room):
     for number in range(3):
         room.post(W1, "aggregator", f"{number}")
     room.restart()
-    room.say(W1, Beat())
-    assert room.take(W1) == [Stranger()]
+    room.say(W1, Heartbeat())
+    assert room.take(W1) == [UnknownSession()]
     come_back(room, "w1", first=1)
     for number in range(1, 4):
         room.post(W1, "aggregator", f"{number}", n=number)
-    assert room.take(W1, Stranger) == []
+    assert room.take(W1, UnknownSession) == []
     come_back(room, "agg")
     assert room.texts(AGG) == ["0", "1", "2", "3"]
 
@@ -227,7 +227,7 @@ def test_who_holds_a_name_is_known_after_a_restart(room):
 
 def test_a_run_goes_on_without_its_aggregator_and_takes_it_back_with_its_configuration(room):
     assert isinstance(room.entries[0], Opened)
-    room.say(AGG, Bye())
+    room.say(AGG, Goodbye())
     room.restart()
     come_back(room, "w1")
     room.post(W1, "aggregator", "result")
@@ -236,17 +236,17 @@ def test_a_run_goes_on_without_its_aggregator_and_takes_it_back_with_its_configu
     assert reject.reason == "run r has another configuration; give this one another run.id"
     come_back(room, "agg", session="s2")
     assert isinstance(room.take(b"agg:s2")[0], Welcome)
-    assert room.core._box.runs["r"].total_clients == 10
+    assert room.core._mailboxes.runs["r"].total_clients == 10
 
 
 def test_a_run_that_is_over_stays_over(room):
     room.post(AGG, "client/0", "task")
-    room.tell(AGG, Over(reason="done"))
+    room.tell(AGG, RunEnded(reason="done"))
     room.restart()
     assert room.core.idle
     assert room.core.deadline is None
     come_back(room, "w1")
-    assert room.take(W1) == [Over(reason="done")]
+    assert room.take(W1) == [RunEnded(reason="done")]
     assert isinstance(room.take(room.join("w9"))[0], Wait)
     assert room.pending() == []
 
@@ -255,14 +255,14 @@ def test_an_upload_goes_on_from_the_pieces_that_are_there(room):
     data = bytes(range(256)) * 8192 + b"the end"
     assert len(data) > 2 * CHUNK_BYTES
     room.post(W1, "aggregator", "large", blobs=[data], n=0)
-    wants = room.take(W1, Want)
+    wants = room.take(W1, ChunkRequest)
     assert [want.start for want in wants] == [0, CHUNK_BYTES, 2 * CHUNK_BYTES]
     room.say(W1, Chunk(owner="w1", digest=digest(data), start=0), data[:CHUNK_BYTES])
     room.restart()
     come_back(room, "agg")
     come_back(room, "w1", first=0)
     room.post(W1, "aggregator", "large", blobs=[data], n=0)
-    wants = room.take(W1, Want)
+    wants = room.take(W1, ChunkRequest)
     assert [want.start for want in wants] == [CHUNK_BYTES, 2 * CHUNK_BYTES]
     for want in wants:
         chunk = Chunk(owner="w1", digest=want.digest, start=want.start)
@@ -279,7 +279,7 @@ def test_a_message_whose_bytes_were_lost_with_the_power_is_refused_to_its_sender
     come_back(room)
     assert room.texts(W1) == ["whole"]
     [refusal] = room.refusals()
-    assert (refusal.id, refusal.node, refusal.parked) == ("agg/lost", "broker", True)
+    assert (refusal.id, refusal.node, refusal.dead_lettered) == ("agg/lost", "broker", True)
     told = [each.body["id"] for each in room.inbox(AGG) if each.kind == "refused"]
     assert told == ["agg/lost"]
 

@@ -4,11 +4,12 @@ import msgspec
 from msgspec.structs import replace
 
 from fedmq.broker.core.recovery import open_broker
-from fedmq.broker.core.state import BrokerSettings, Received
-from fedmq.broker.core.state import Send as BrokerSend
+from fedmq.broker.core.state import ReceivedFrom
+from fedmq.broker.core.state import SendTo as BrokerSend
 from fedmq.broker.ledger.entries import Opened, encode_record
-from fedmq.broker.link.events import Admitted, Ended, Send
-from fedmq.broker.wire.schema import Beat, Bye, Hello, Welcome
+from fedmq.broker.link.events import Admitted, LinkEnded, Send
+from fedmq.broker.settings import BrokerSettings
+from fedmq.broker.wire.schema import Goodbye, Heartbeat, Hello, Welcome
 from tests.broker.links import HELLO, WELCOME, deliver, heard, welcomed
 
 
@@ -37,7 +38,7 @@ def test_a_run_that_is_started_again_under_its_id_in_a_new_ledger_has_another_id
     for folder in ("one", "two", "two"):
         ledger, core = open_broker(tmp_path / folder, BrokerSettings(), 0.0)
         hello = Hello(node="agg", role="aggregator", session="s", run="r", total_clients=1)
-        for action in core.handle(Received(b"agg", hello), 0.0):
+        for action in core.handle(ReceivedFrom(b"agg", hello), 0.0):
             if isinstance(action, BrokerSend) and isinstance(action.frame, Welcome):
                 found.append(action.frame.identity)
             elif hasattr(action, "entry"):
@@ -61,15 +62,15 @@ def test_a_session_ends_when_its_run_is_another_one():
     assert heard(link, replace(WELCOME, beat_s=2.0)) == []  # a reconnect
     bye, end = heard(link, replace(WELCOME, identity="other"))
     assert isinstance(bye, Send)
-    assert isinstance(bye.frame, Bye)
-    assert end == Ended(
+    assert isinstance(bye.frame, Goodbye)
+    assert end == LinkEnded(
         "the broker has another run 'r' now than the one that this node took part in: "
         "start the node again to join it",
         rejected=True,
     )
     late = deliver(0, after=0)
     assert link.handle(late, 1.0) == []
-    assert heard(link, Beat(), now=1.0) == []
+    assert heard(link, Heartbeat(), now=1.0) == []
 
 
 def test_a_new_session_takes_any_identity():

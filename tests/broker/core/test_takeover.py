@@ -3,7 +3,15 @@
 import pytest
 
 from fedmq.broker.core.delivery import RETRY_MAX_S, RETRY_S, retry_pause
-from fedmq.broker.wire.schema import Beat, Bye, Deliver, Done, Reject, Stranger, Welcome
+from fedmq.broker.wire.schema import (
+    Deliver,
+    Done,
+    Goodbye,
+    Heartbeat,
+    Reject,
+    UnknownSession,
+    Welcome,
+)
 
 AGG = b"agg:s00"
 
@@ -38,8 +46,8 @@ def test_a_newer_session_of_the_same_key_takes_over_at_once(room):
     kinds = [(kind, body["session"]) for kind, body in room.said() if body["node"] == "w"]
     assert kinds == [("joined", "s00"), ("left", "s00"), ("joined", "s01")]
     assert left(room)[0]["interrupted"] == task.seq
-    room.say(old, Beat())
-    assert room.take(old) == [Stranger()]
+    room.say(old, Heartbeat())
+    assert room.take(old) == [UnknownSession()]
 
 
 @pytest.mark.parametrize(
@@ -51,8 +59,8 @@ def test_another_key_or_none_takes_nothing_over(bench, mine, theirs):
     bench.take(old)
     [reject] = bench.take(start(bench, 1, key=theirs))
     assert (reject.code, reject.reason) == ("name", "a node named 'w' is already connected")
-    bench.say(old, Beat())
-    assert isinstance(bench.take(old)[0], Beat)
+    bench.say(old, Heartbeat())
+    assert isinstance(bench.take(old)[0], Heartbeat)
     assert not left(bench)
 
 
@@ -62,8 +70,8 @@ def test_an_older_session_does_not_take_the_name_back(room):
     room.take(new)
     [reject] = room.take(start(room, 4))
     assert (reject.code, reject.reason) == ("replaced", "a newer session of 'w' is connected")
-    room.say(new, Beat())
-    assert isinstance(room.take(new)[0], Beat)
+    room.say(new, Heartbeat())
+    assert isinstance(room.take(new)[0], Heartbeat)
 
 
 def test_an_aggregator_that_was_started_again_finds_its_inbox_as_it_was(room):
@@ -95,7 +103,7 @@ def test_only_what_was_delivered_is_what_a_session_died_of(room):
 
 def test_a_session_that_says_goodbye_died_of_nothing(room):
     room.post(AGG, "client/0", "task")
-    room.say(b"w:s00", Bye(reason="stopped"))
+    room.say(b"w:s00", Goodbye(reason="stopped"))
     assert "interrupted" not in left(room)[-1]
 
 
@@ -124,7 +132,7 @@ def killed(new_bench, deaths, deliveries=3):
     bench.post(AGG, "client/1", "harmless")
     for number in range(1, deaths + 1):
         bench.wake(bench.now + 2.0)  # past any pause so far
-        bench.say(AGG, Beat())
+        bench.say(AGG, Heartbeat())
         start(bench, number)
     bench.wake(bench.now + 2.0)
     return bench, f"w:s{deaths:02}".encode()
@@ -137,7 +145,7 @@ def test_a_message_at_which_too_many_sessions_died_is_parked_and_the_next_one_of
     bench, peer = killed(new_bench, deaths=3)
     assert bench.texts(peer) == ["harmless"]
     [refusal] = bench.refusals()
-    assert (refusal.id, refusal.node, refusal.parked) == ("agg/deadly", "broker", True)
+    assert (refusal.id, refusal.node, refusal.dead_lettered) == ("agg/deadly", "broker", True)
     assert refusal.reason == "parked: 3 sessions ended while they worked on it"
     [said] = [each for each in bench.inbox(AGG) if each.kind == "refused"]
     assert (said.re, said.body["by"]) == ("agg/deadly", "broker")
@@ -149,7 +157,7 @@ def test_deaths_at_different_messages_are_not_added_up(new_bench):
     bench.tell(peer, Done(seqs=[bench.take(peer, Deliver)[0].seq]))
     for number in range(3, 5):
         bench.wake(bench.now + 2.0)
-        bench.say(AGG, Beat())
+        bench.say(AGG, Heartbeat())
         start(bench, number)
     assert not bench.refusals()
 
@@ -162,7 +170,7 @@ def test_deaths_are_counted_on_after_the_broker_died_too(new_bench):
     bench.wake(bench.now + 2.0)
     assert bench.texts(peer) == ["deadly", "harmless"]
     start(bench, 3)
-    assert [entry.parked for entry in bench.refusals()] == [True]
+    assert [entry.dead_lettered for entry in bench.refusals()] == [True]
 
 
 def test_parked_messages_stay_parked_until_somebody_wants_them_offered(new_bench):
@@ -171,18 +179,18 @@ def test_parked_messages_stay_parked_until_somebody_wants_them_offered(new_bench
     bench.restart()
     start(bench, 4)
     assert bench.texts(b"w:s04") == ["harmless"]
-    bench.restart(offer_parked=True)
+    bench.restart(redeliver_dead_letters=True)
     assert bench.entries[-1].consumes == (refusal.of,)
     start(bench, 5)
     assert bench.texts(b"w:s05") == ["harmless", "deadly"]
     count = len(bench.entries)
-    bench.restart(offer_parked=True)
+    bench.restart(redeliver_dead_letters=True)
     assert len(bench.entries) == count
 
 
 def test_a_parked_message_that_is_offered_again_has_all_its_deliveries_before_it(new_bench):
     bench, _ = killed(new_bench, deaths=3)
-    bench.restart(offer_parked=True)
+    bench.restart(redeliver_dead_letters=True)
     start(bench, 4)
     start(bench, 5)
     assert len(bench.refusals()) == 1
@@ -193,7 +201,7 @@ def test_a_parked_message_that_is_offered_again_reaches_a_session_that_lived_on(
     """The broker was restarted for this; its workers were not."""
     bench, peer = killed(new_bench, deaths=3)
     [harmless] = bench.take(peer, Deliver)
-    bench.restart(offer_parked=True)
+    bench.restart(redeliver_dead_letters=True)
     start(bench, 3, got=harmless.seq + 1)
     bench.wake(bench.now + 2.0)
     assert bench.texts(peer) == ["deadly"]
@@ -213,6 +221,6 @@ def test_a_connection_that_becomes_the_aggregator_is_told_of_the_worker_that_it_
     """However odd: a node may not bring the broker down."""
     agg = bench.joined("agg", "aggregator")
     peer = start(bench, 0)
-    bench.say(agg, Bye())
+    bench.say(agg, Goodbye())
     bench.join("agg", "aggregator", session="s2", peer=peer)
     assert [each.kind for each in bench.inbox(peer)] == ["joined", "left"]

@@ -1,19 +1,20 @@
 import pytest
 
-from fedmq.broker.core.state import BrokerSettings, Wake
+from fedmq.broker.core.state import TimerFired
 from fedmq.broker.ledger.entries import Ended
+from fedmq.broker.settings import BrokerSettings
 from fedmq.broker.wire.encoding import decode_message
 from fedmq.broker.wire.schema import (
     POST_BYTES,
-    Beat,
-    Bye,
+    Ack,
     Deliver,
     Done,
-    Numbered,
-    Over,
-    Receipt,
+    Goodbye,
+    Heartbeat,
+    NumberedFrame,
     Reject,
-    Stranger,
+    RunEnded,
+    UnknownSession,
     Welcome,
 )
 
@@ -35,7 +36,7 @@ def pass_time(bench, until, *peers, step=1.0):
     while bench.now < until:
         bench.wake(min(bench.now + step, until))
         for peer in peers:
-            bench.say(peer, Beat())
+            bench.say(peer, Heartbeat())
 
 
 def test_a_silent_node_has_left_when_its_lease_ends_and_the_aggregator_reads_it(bench):
@@ -60,16 +61,16 @@ def test_a_node_that_goes_on_beating_never_lapses(bench):
     worker = bench.joined("w1", clients=((0, 4),))
     pass_time(bench, 20 * LEASE_S, agg, worker, step=LEASE_S * 0.9)
     assert bench.said("left") == []
-    assert isinstance(bench.take(worker)[-1], Beat)
+    assert isinstance(bench.take(worker)[-1], Heartbeat)
 
 
 def test_any_frame_renews_the_lease(bench):
     agg = bench.joined("agg", "aggregator")
     worker = bench.joined("w1", clients=((0, 4),))
-    frames = [Done(), Beat(taken=9), Done(seqs=(99,)), Beat()]
+    frames = [Done(), Heartbeat(taken=9), Done(seqs=(99,)), Heartbeat()]
     for frame in frames:
         pass_time(bench, bench.now + LEASE_S - 1, agg)
-        (bench.tell if isinstance(frame, Numbered) else bench.say)(worker, frame)
+        (bench.tell if isinstance(frame, NumberedFrame) else bench.say)(worker, frame)
     assert bench.said("left") == []
 
 
@@ -80,8 +81,8 @@ def test_a_returning_session_has_joined_again_and_is_offered_what_it_had(bench):
     assert bench.texts(worker) == ["one"]
     pass_time(bench, LEASE_S + 1, agg)
     bench.post(agg, "client/1", "two")
-    bench.say(worker, Beat())
-    assert bench.take(worker) == [Stranger()]
+    bench.say(worker, Heartbeat())
+    assert bench.take(worker) == [UnknownSession()]
     bench.join("w1", clients=((0, 4),))
     assert bench.texts(worker) == ["one", "two"]
     assert [kind for kind, body in bench.said() if body["node"] == "w1"] == [
@@ -111,10 +112,10 @@ def test_an_absent_aggregator_finds_everything_in_its_inbox_in_order(bench):
     worker = bench.joined("w1", clients=((0, 4),))
     bench.timer(agg, "deadline", 12.0)
     bench.take(agg)
-    bench.say(agg, Bye())
+    bench.say(agg, Goodbye())
     bench.post(worker, "aggregator", "result")
     pass_time(bench, 13.0, worker)
-    bench.say(worker, Bye(reason="stopped"))
+    bench.say(worker, Goodbye(reason="stopped"))
     again = bench.join("agg", "aggregator", session="s2")
     messages = [decode_message(frame.message) for frame in bench.take(again, Deliver)]
     assert [each.kind for each in messages] == ["joined", "note", "tick", "left"]
@@ -126,7 +127,7 @@ def test_a_tick_is_posted_when_it_is_due_and_not_before(bench):
     bench.timer(agg, "late", 5.0)
     bench.timer(agg, "early", 2.5)
     bench.timer(agg, "now", 0.0)
-    bench.handle(Wake())
+    bench.handle(TimerFired())
     assert inbox(bench, agg) == [("tick", 0.0, {"token": "now"})]
     bench.wake(2.4)
     assert bench.core.deadline == 2.5
@@ -160,7 +161,7 @@ def test_a_node_that_reads_in_place_is_believed_up_to_what_it_was_pointed_at(ben
     for session, read in (("s1", 1000), ("s2", 1 << 62), ("s3", 0)):
         w1 = bench.joined("w1", session=session, key="k", clients=((0, 4),))
         bench.tell(w1, Done(read=read))
-    bench.tell(agg, Over())
+    bench.tell(agg, RunEnded())
     assert bench.entries[-1].nodes["w1"]["sent_bytes"] == 1000 + len(model)
 
 
@@ -171,14 +172,16 @@ def test_the_end_of_a_run_is_recorded_and_every_node_is_told(bench):
     bench.post(agg, "record", "last words")
     bench.timer(agg, "never", 1.0)
     bench.take(agg)
-    bench.tell(agg, Over(reason="reached 100 versions"))
+    bench.tell(agg, RunEnded(reason="reached 100 versions"))
     ended = bench.entries[-1]
     assert isinstance(ended, Ended)
     assert (ended.run, ended.reason) == ("r", "reached 100 versions")
     assert set(ended.nodes) == {"agg", "w1", "w2"}
     assert ended.nodes["w1"] == {"sessions": 1, "sent_bytes": 100, "received_bytes": 0}
-    assert bench.take(agg) == [Receipt(upto=2), Over(reason="reached 100 versions")]
-    assert [bench.take(peer) for peer in (w1, w2)] == [[Over(reason="reached 100 versions")]] * 2
+    assert bench.take(agg) == [Ack(upto=2), RunEnded(reason="reached 100 versions")]
+    assert [bench.take(peer) for peer in (w1, w2)] == [
+        [RunEnded(reason="reached 100 versions")]
+    ] * 2
     bench.wake(2.0)
     assert bench.entries[-1] is ended
 
@@ -186,13 +189,13 @@ def test_the_end_of_a_run_is_recorded_and_every_node_is_told(bench):
 def test_after_the_end_the_broker_is_idle_once_every_node_has_gone(bench):
     agg, worker = bench.joined("agg", "aggregator"), bench.joined("w1", clients=((0, 4),))
     bench.joined("w2", clients=((5, 9),))
-    bench.tell(agg, Over(reason="done"))
+    bench.tell(agg, RunEnded(reason="done"))
     bench.take(worker)
-    bench.say(worker, Beat())
-    assert bench.take(worker) == [Over(reason="done")]
+    bench.say(worker, Heartbeat())
+    assert bench.take(worker) == [RunEnded(reason="done")]
     for peer in (agg, worker):
         assert not bench.core.idle
-        bench.say(peer, Bye())
+        bench.say(peer, Goodbye())
     assert not bench.core.idle
     entries = len(bench.entries)
     bench.wake(2 * LEASE_S)
@@ -206,10 +209,10 @@ def test_a_node_that_missed_the_end_hears_of_it_when_it_returns(bench, run):
     agg = bench.joined("agg", "aggregator")
     silent = bench.joined("w1", clients=((0, 4),), run=run)
     pass_time(bench, LEASE_S + 1, agg)
-    bench.tell(agg, Over(reason="done"))
+    bench.tell(agg, RunEnded(reason="done"))
     bench.take(silent)
     bench.join("w1", clients=((0, 4),), run=run)
-    assert bench.take(silent) == [Over(reason="done")]
+    assert bench.take(silent) == [RunEnded(reason="done")]
 
 
 def test_two_runs_share_nothing(bench):
@@ -220,8 +223,8 @@ def test_two_runs_share_nothing(bench):
     bench.post(one, "client/0", "in r")
     bench.post(two, "client/0", "in q", run="q")
     assert (bench.texts(w1), bench.texts(w2)) == (["in r"], ["in q"])
-    bench.tell(one, Over(reason="done"))
-    assert bench.take(w1) == [Over(reason="done")]
+    bench.tell(one, RunEnded(reason="done"))
+    assert bench.take(w1) == [RunEnded(reason="done")]
     assert bench.take(w2) == []
     assert not bench.core.idle
     bench.post(w2, "aggregator", "goes on", run="q")
@@ -234,7 +237,7 @@ def test_a_late_wake_says_left_once(new_bench, silent_s):
     bench.joined("agg", "aggregator")
     bench.joined("w1", clients=((0, 4),))
     bench.now = silent_s
-    bench.handle(Wake())
-    bench.handle(Wake())
+    bench.handle(TimerFired())
+    bench.handle(TimerFired())
     assert len(bench.said("left")) == 2
     assert isinstance(bench.take(bench.join("w1", session="s2"))[0], Welcome)

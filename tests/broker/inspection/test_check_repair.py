@@ -7,10 +7,9 @@ import pytest
 
 import fedmq.broker.ledger.writer as ledger_module
 from fedmq.broker.core.recovery import open_broker
-from fedmq.broker.core.state import BrokerSettings
 from fedmq.broker.errors import LedgerDamage, LedgerError
-from fedmq.broker.inspection.check import Kind, check
-from fedmq.broker.inspection.repair import Action, plan, repair
+from fedmq.broker.inspection.check import FindingKind, check
+from fedmq.broker.inspection.repair import RepairAction, plan, repair
 from fedmq.broker.ledger.entries import (
     MESSAGES,
     PAYLOAD,
@@ -25,6 +24,7 @@ from fedmq.broker.ledger.manifest import MANIFEST_FILE
 from fedmq.broker.ledger.reader import read_entries
 from fedmq.broker.ledger.records import MAGIC, scan
 from fedmq.broker.ledger.writer import Ledger
+from fedmq.broker.settings import BrokerSettings
 from fedmq.broker.wire.encoding import encode_message
 from fedmq.broker.wire.schema import Blob, Message
 from tests.broker.ledger.small_ledger import name_of, put
@@ -120,7 +120,7 @@ def test_damage_in_a_blob_that_nobody_needs_does_not_stop_a_broker(tmp_path, par
     assert not lost.needed
     assert goes_on(tmp_path) == len(entries)
     steps = repair(tmp_path, 0.0)
-    assert [each.action for each in steps] == [Action.TAKE_OUT, Action.GIVE_UP]
+    assert [each.action for each in steps] == [RepairAction.TAKE_OUT, RepairAction.GIVE_UP]
     assert check(tmp_path).sound
     assert check(tmp_path).given_up == 1
     (kept,) = tmp_path.glob("*.cut-*")
@@ -166,7 +166,7 @@ def test_a_header_that_is_damaged_costs_nothing(tmp_path):
     for family, number in ((MESSAGES, 0), (PAYLOAD, 0)):
         flip(segment_path(tmp_path, family, number), 3)
     report = check(tmp_path)
-    assert {each.kind for each in report.findings} == {Kind.FORMAT}
+    assert {each.kind for each in report.findings} == {FindingKind.FORMAT}
     assert not report.lost
     with pytest.raises(LedgerDamage, match="not a ledger segment"):
         open_broker(tmp_path, BrokerSettings(), 0.0)
@@ -251,7 +251,7 @@ def test_a_flipped_bit_in_the_last_entry_is_not_cut_without_a_word(tmp_path):
         open_broker(tmp_path, BrokerSettings(), 0.0)
     assert path.stat().st_size == size
     (finding,) = check(tmp_path).findings
-    assert finding.kind is Kind.LAST
+    assert finding.kind is FindingKind.LAST
     repair(tmp_path, 0.0)
     assert (tmp_path / f"{path.name}.cut-{last.offset}").stat().st_size == size - last.offset
     goes_on(tmp_path)
@@ -265,7 +265,7 @@ def test_segments_in_each_other_s_place_are_told(tmp_path):
     a.write_bytes(b_bytes)
     b.write_bytes(a_bytes)
     report = check(tmp_path)
-    assert report.breaking.kind is Kind.NUMBER
+    assert report.breaking.kind is FindingKind.NUMBER
     assert f"perhaps this is {b.name} under another name" in report.breaking.reason
     repair(tmp_path, 0.0)
     assert check(tmp_path).sound
@@ -317,7 +317,7 @@ def test_a_device_that_does_not_read_must_be_mended_first(tmp_path, monkeypatch)
 
     monkeypatch.setattr("pathlib.Path.open", refuse)
     report = check(tmp_path)
-    assert {each.kind for each in report.findings} == {Kind.READING}
+    assert {each.kind for each in report.findings} == {FindingKind.READING}
     with pytest.raises(LedgerError, match="mend the device"):
         plan(report)
 
@@ -345,7 +345,7 @@ def test_from_a_checkpoint_that_lacks_bytes_the_one_before_it_serves(tmp_path):
     for number in (2, 1):
         path, record = record_of(tmp_path, number)
         flip(path, record.offset)
-    assert check(tmp_path).breaking.kind is Kind.CHECKPOINT
+    assert check(tmp_path).breaking.kind is FindingKind.CHECKPOINT
     repair(tmp_path, 0.0)
     assert check(tmp_path).sound
     ledger, _ = open_broker(tmp_path, BrokerSettings(), 0.0)

@@ -280,7 +280,7 @@ def test_what_the_broker_gave_up_is_not_read(ledger):
     with pytest.raises(LedgerError, match="not the bytes that its name says") as caught:
         Trace(ledger.folder).blob(named, 0)
     assert (caught.value.segment, caught.value.offset) == (path.name, len(MAGIC))
-    ledger.drop(name_of(data), SIZE)
+    ledger.discard(name_of(data), SIZE)
     message = post(ledger, data)
     assert bytes(Trace(ledger.folder).blob(message, 0)) == data
 

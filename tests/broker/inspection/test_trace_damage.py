@@ -11,7 +11,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fedmq.broker.ledger.writer as ledger_module
-from fedmq.broker.core.state import BrokerSettings
 from fedmq.broker.errors import LedgerError
 from fedmq.broker.inspection.trace import Trace
 from fedmq.broker.ledger.entries import (
@@ -24,11 +23,12 @@ from fedmq.broker.ledger.entries import (
     Opened,
     Refusal,
     blob_name,
-    decode_piece,
+    decode_chunk,
 )
 from fedmq.broker.ledger.reader import read_entries
 from fedmq.broker.ledger.records import MAGIC, scan
 from fedmq.broker.ledger.writer import Ledger
+from fedmq.broker.settings import BrokerSettings
 from fedmq.broker.virtual.network import Faults
 from fedmq.broker.wire.addresses import CHECKPOINT
 from fedmq.broker.wire.encoding import encode_message
@@ -83,7 +83,7 @@ def look_at(folder, run):
         for record in scan(folder / name):
             found.append(record.end)
             if name.startswith(PAYLOAD):
-                piece = decode_piece(record, folder / name)
+                piece = decode_chunk(record, folder / name)
                 data = files[name][record.data_offset : record.end]
                 attempts = stored[BlobName(piece.run, piece.owner, piece.digest)]
                 if piece.start == 0 or not data:
@@ -148,7 +148,7 @@ def write(folder):
     put(ledger, data[6], "n", 100)
     post("n", data[6])
     put(ledger, data[5], "n", 200)
-    ledger.drop(name_of(data[5], "n"), len(data[5]))
+    ledger.discard(name_of(data[5], "n"), len(data[5]))
     append(Opened, run="q", config="[run]", total_clients=2)
     put(ledger, data[5], "n", 300)
     put(ledger, data[3], "m", 300)
@@ -164,7 +164,7 @@ def write(folder):
         put(ledger, data[number], "m", 90)
         post("m", data[number])
     append(Refusal, run="q", node="broker", id="n/9", reason="no such address")
-    append(Refusal, run="r", node="broker", id="n/1", reason="parked", of=1, parked=True)
+    append(Refusal, run="r", node="broker", id="n/1", reason="parked", of=1, dead_lettered=True)
     append(Ended, run="q", reason="done", nodes={"n": {"sessions": 1}})
     append(Ended, run="r", reason="done", nodes={"n": {"sessions": 1}})
     ledger.close()

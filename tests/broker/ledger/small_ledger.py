@@ -43,6 +43,8 @@ ENTRIES = [
     Consumed(seq=2, at=2.5, node="n", of=(0, 1)),
     Refusal(seq=3, at=3.0, run="r", node="broker", id="n/9", reason="no such address"),
     Opened(seq=4, at=3.5, run="q", config="[run]", total_clients=3),
-    Refusal(seq=5, at=3.6, run="r", node="broker", id="n/1", reason="parked", of=1, parked=True),
+    Refusal(
+        seq=5, at=3.6, run="r", node="broker", id="n/1", reason="parked", of=1, dead_lettered=True
+    ),
     Ended(seq=6, at=4.0, run="r", reason="done", nodes={"n": {"sessions": 1}}),
 ]

@@ -5,13 +5,13 @@ import pytest
 import fedmq.broker.ledger.writer as ledger_module
 from fedmq.broker.errors import LedgerError
 from fedmq.broker.ledger.entries import MESSAGES, Accepted, segment_numbers
-from fedmq.broker.ledger.reader import EntryIndex, Follower
+from fedmq.broker.ledger.reader import EntryIndex, LedgerTail
 from fedmq.broker.ledger.writer import Ledger
 from tests.broker.ledger.small_ledger import ENTRIES, accepted, write
 
 
 def index_of(folder):
-    index, follower = EntryIndex(folder), Follower(folder)
+    index, follower = EntryIndex(folder), LedgerTail(folder)
     for entry in follower.poll():
         index.add(entry.seq, *follower.at)
     return index

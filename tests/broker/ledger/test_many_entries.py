@@ -7,7 +7,7 @@ import pytest
 
 import fedmq.broker.ledger.writer as ledger_module
 from fedmq.broker.ledger.entries import MESSAGES, AcceptedAll, segment_path
-from fedmq.broker.ledger.reader import EntryIndex, Follower, read_entries
+from fedmq.broker.ledger.reader import EntryIndex, LedgerTail, read_entries
 from fedmq.broker.ledger.writer import Ledger
 from tests.broker.ledger.small_ledger import accepted
 
@@ -37,7 +37,7 @@ def test_each_of_many_is_an_entry_of_its_own(tmp_path, monkeypatch, segment_byte
     monkeypatch.setattr(ledger_module, "_RECENT_BYTES", 2000)
     entries = write(tmp_path, [1, 200, 1, 1, 63, 64, 65, 3, 1, 130, 1])
     assert list(read_entries(tmp_path)) == entries
-    index, follower = EntryIndex(tmp_path), Follower(tmp_path)
+    index, follower = EntryIndex(tmp_path), LedgerTail(tmp_path)
     for entry in follower.poll():
         index.add(entry.seq, *follower.at)
     ledger = Ledger(tmp_path)
@@ -49,7 +49,7 @@ def test_each_of_many_is_an_entry_of_its_own(tmp_path, monkeypatch, segment_byte
 
 def test_a_reader_that_stops_in_the_middle_of_many_goes_on_there(tmp_path):
     entries = write(tmp_path, [2, 5, 1, 4])
-    follower = Follower(tmp_path)
+    follower = LedgerTail(tmp_path)
     found = []
     for count in (1, 3, 2, 3, 100):
         found += itertools.islice(follower.poll(), count)

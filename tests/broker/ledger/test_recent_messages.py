@@ -2,13 +2,13 @@
 
 import random
 
-from fedmq.broker.ledger.recent_messages import Shelf
+from fedmq.broker.ledger.recent_messages import RecentMessages
 from tests.broker.ledger.small_ledger import accepted
 from tests.broker.ledger.test_many_entries import many
 
 
 def test_a_message_is_found_by_its_number_however_it_came():
-    shelf, seq, all_of_them, rng = Shelf(), 0, {}, random.Random(1)  # noqa: S311 - not a secret
+    shelf, seq, all_of_them, rng = RecentMessages(), 0, {}, random.Random(1)  # noqa: S311 - not a secret
     oldest = []
     for _ in range(200):
         count = rng.choice([1, 1, 2, 40])

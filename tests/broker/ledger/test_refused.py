@@ -102,7 +102,7 @@ def test_a_blob_that_cannot_be_read_is_told_with_its_place(tmp_path, monkeypatch
     put(ledger, b"some bytes")
     ledger.commit()
     ledger.payload._recent.clear()
-    (place,) = ledger.places(name_of(b"some bytes"))
+    (place,) = ledger.extents(name_of(b"some bytes"))
     with monkeypatch.context() as device:
         device.setattr(os, "pread", refusing(code))
         with pytest.raises(LedgerError, match=f"cannot read: {os.strerror(code)}") as caught:
@@ -132,7 +132,7 @@ def test_a_segment_that_cannot_be_deleted_is_told(tmp_path, monkeypatch, code):
     ledger = Ledger(tmp_path, retain_bytes=0)
     put(ledger, b"some bytes")
     ledger.commit()
-    ledger.release([name_of(b"some bytes")])
+    ledger.unpin([name_of(b"some bytes")])
     with monkeypatch.context() as device:
         device.setattr("pathlib.Path.unlink", refusing(code))
         put(ledger, b"other bytes")
@@ -246,7 +246,7 @@ def test_what_retention_deletes_is_not_missed(tmp_path, monkeypatch):
     for number in range(4):
         put(ledger, b"some bytes %d" % number)
         ledger.commit()
-        ledger.release([name_of(b"some bytes %d" % number)])
+        ledger.unpin([name_of(b"some bytes %d" % number)])
     ledger.close()
     assert len(list(tmp_path.glob("payload-*.log"))) < 4
     Ledger(tmp_path).close()

@@ -6,19 +6,20 @@ import pytest
 import fedmq.broker.ledger.blob_store as payload_module
 import fedmq.broker.ledger.writer as ledger_module
 from fedmq.broker.core.recovery import open_broker
-from fedmq.broker.core.state import Append, BrokerSettings, Put, Received, Wake
+from fedmq.broker.core.state import Append, Put, ReceivedFrom, TimerFired
 from fedmq.broker.errors import LedgerError
-from fedmq.broker.ledger.blob_store import PayloadIndex, open_payload
+from fedmq.broker.ledger.blob_store import BlobStore, open_payload
 from fedmq.broker.ledger.entries import PAYLOAD, Consumed, Ended, segment_numbers
 from fedmq.broker.ledger.reader import read_entries
 from fedmq.broker.ledger.writer import Ledger
+from fedmq.broker.settings import BrokerSettings
 from fedmq.broker.wire.encoding import encode_message
 from fedmq.broker.wire.schema import (
     Blob,
     Hello,
     Message,
-    Over,
     Post,
+    RunEnded,
 )
 from tests.broker.ledger.small_ledger import accepted, name_of, put
 
@@ -189,7 +190,7 @@ def test_a_segment_that_is_needed_is_not_removed(tmp_path):
     ledger = Ledger(tmp_path)
     fill(ledger, 0, 1, 2)
     ledger.close()
-    index = PayloadIndex(tmp_path)
+    index = BlobStore(tmp_path)
     for number in segment_numbers(tmp_path, PAYLOAD):
         index.add_segment(number, verify=True)
     index.use(name_of(blob(0)))
@@ -213,7 +214,7 @@ class Room:
         self.n = 0
 
     def say(self, frame, *buffers):
-        for event in (Received(b"agg", frame, buffers), Wake()):
+        for event in (ReceivedFrom(b"agg", frame, buffers), TimerFired()):
             for action in self.core.handle(event, 0.0):
                 match action:
                     case Append(entry, uses, kept):
@@ -247,7 +248,7 @@ def test_what_waits_for_an_absent_client_is_kept(tmp_path):
     for number in range(1, 10):
         room.post("checkpoint", blob(number))
     assert room.ledger.size_of(name_of(blob(0), "agg")) == SIZE
-    room.say(Over(n=room.n, reason="done"))
+    room.say(RunEnded(n=room.n, reason="done"))
     room.ledger.close()
 
 

@@ -4,7 +4,7 @@ import fedmq.broker.ledger.writer as ledger_module
 from fedmq.broker.errors import LedgerError
 from fedmq.broker.ledger.blob_store import open_payload
 from fedmq.broker.ledger.entries import MESSAGES, PAYLOAD, segment_numbers, segment_path
-from fedmq.broker.ledger.reader import Follower, read_entries
+from fedmq.broker.ledger.reader import LedgerTail, read_entries
 from fedmq.broker.ledger.records import scan
 from fedmq.broker.ledger.writer import Ledger
 from fedmq.broker.wire.schema import CHUNK_BYTES
@@ -117,7 +117,7 @@ def test_pieces_that_were_dropped_are_gone_for_good_and_the_blob_can_come_again(
     name = name_of(b"right")
     ledger.put(name, 5, 0, b"wr")
     ledger.put(name, 5, 2, b"ong")
-    ledger.drop(name, 5)
+    ledger.discard(name, 5)
     assert (ledger.payload.have(name), ledger.payload.size_of(name)) == (0, None)
     ledger.close()
     ledger = Ledger(tmp_path)
@@ -164,7 +164,7 @@ def test_message_segments_rotate_and_read_as_one_ledger(tmp_path, monkeypatch):
 
 def test_a_follower_sees_entries_as_they_come_across_segments(tmp_path, monkeypatch):
     monkeypatch.setattr(ledger_module, "_MESSAGES_SEGMENT_BYTES", 200)
-    follower = Follower(tmp_path)
+    follower = LedgerTail(tmp_path)
     assert list(follower.poll()) == []
     ledger = Ledger(tmp_path)
     assert list(follower.poll()) == []
@@ -182,7 +182,7 @@ def test_a_follower_waits_for_the_rest_of_a_record(tmp_path):
     whole = path.read_bytes()
     ends = [record.end for record in scan(path)]
     path.write_bytes(b"")
-    follower = Follower(tmp_path)
+    follower = LedgerTail(tmp_path)
     seen = []
     for size in range(len(whole) + 1):
         path.write_bytes(whole[:size])

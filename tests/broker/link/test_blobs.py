@@ -1,14 +1,14 @@
 import pytest
 
-from fedmq.broker.link.events import Came, Fetch, Fetched, Leave, More, Send
+from fedmq.broker.link.events import ChunkStreamed, Fetch, Fetched, Leave, More, Send
 from fedmq.broker.wire.schema import (
     CHUNK_BYTES,
     POST_BYTES,
+    Ack,
     Blob,
     Chunk,
-    Receipt,
-    Stranger,
-    Want,
+    ChunkRequest,
+    UnknownSession,
     digest,
 )
 from tests.broker.links import WELCOME, frames, heard, outgoing, welcomed
@@ -32,23 +32,23 @@ def test_blobs_are_served_until_their_last_post_is_receipted(link):
     for number in range(2):
         [sent] = link.handle(outgoing(number, data), 0.0)
         assert (sent.frame.inline, sent.buffers) == ((), [])
-    want = Want(owner="w1", digest=digest(data), start=256, size=300)
+    want = ChunkRequest(owner="w1", digest=digest(data), start=256, size=300)
     reply = Chunk(owner="w1", digest=digest(data), start=256)
     for receipt in (None, 0):
         if receipt is not None:
-            heard(link, Receipt(upto=receipt))
+            heard(link, Ack(upto=receipt))
         [sent] = heard(link, want)
         assert (sent.frame, bytes(sent.buffers[0])) == (reply, data[256:556])
-    heard(link, Receipt(upto=1))
+    heard(link, Ack(upto=1))
     assert heard(link, want) == [Send(reply, ())]
 
 
 def test_only_its_own_blobs_and_only_what_there_is_of_them_are_served(link):
     link.handle(outgoing(0, b"abc"), 0.0)
     for want in (
-        Want(owner="w2", digest=digest(b"abc"), start=0, size=3),
-        Want(owner="w1", digest=digest(b"xyz"), start=0, size=3),
-        Want(owner="w1", digest=digest(b"abc"), start=1, size=3),
+        ChunkRequest(owner="w2", digest=digest(b"abc"), start=0, size=3),
+        ChunkRequest(owner="w1", digest=digest(b"xyz"), start=0, size=3),
+        ChunkRequest(owner="w1", digest=digest(b"abc"), start=1, size=3),
     ):
         [sent] = heard(link, want)
         assert sent.buffers == ()
@@ -60,7 +60,7 @@ def serve(link, actions, data, now=0.0):
     queue = list(actions)
     while queue:
         action = queue.pop(0)
-        if isinstance(action, Send) and isinstance(action.frame, Want):
+        if isinstance(action, Send) and isinstance(action.frame, ChunkRequest):
             want = action.frame
             piece = data[want.start : want.start + want.size]
             queue += heard(
@@ -104,9 +104,9 @@ def test_a_fetch_goes_on_after_a_reconnect_from_where_it_was(link):
     for start in (0, CHUNK_BYTES):
         chunk = Chunk(owner="agg", digest=blob.digest, start=start)
         heard(link, chunk, data[:CHUNK_BYTES])
-    heard(link, Stranger(), now=0.1)
+    heard(link, UnknownSession(), now=0.1)
     actions = heard(link, WELCOME, now=0.2)
-    assert [want.start // CHUNK_BYTES for want in frames(actions, Want)] == [2, 3, 4, 5]
+    assert [want.start // CHUNK_BYTES for want in frames(actions, ChunkRequest)] == [2, 3, 4, 5]
     [fetched] = serve(link, actions, data)
     assert bytes(fetched.data) == data
 
@@ -115,7 +115,7 @@ def test_a_fetch_goes_on_after_a_reconnect_from_where_it_was(link):
 
 
 def asked(actions):
-    return [want.start // CHUNK_BYTES for want in frames(actions, Want)]
+    return [want.start // CHUNK_BYTES for want in frames(actions, ChunkRequest)]
 
 
 def test_a_blob_in_pieces_comes_in_order_and_no_further_than_it_is_read(link):
@@ -128,7 +128,7 @@ def test_a_blob_in_pieces_comes_in_order_and_no_further_than_it_is_read(link):
         start = number * CHUNK_BYTES
         chunk = Chunk(owner="agg", digest=blob.digest, start=start)
         actions = heard(link, chunk, data[start : start + CHUNK_BYTES])
-        came += [each.data for each in actions if isinstance(each, Came)]
+        came += [each.data for each in actions if isinstance(each, ChunkStreamed)]
         assert asked(actions) == []
     assert b"".join(bytes(each) for each in came) == data[: 4 * CHUNK_BYTES]
     for number in range(4, 10):
@@ -136,7 +136,7 @@ def test_a_blob_in_pieces_comes_in_order_and_no_further_than_it_is_read(link):
         start = number * CHUNK_BYTES
         chunk = Chunk(owner="agg", digest=blob.digest, start=start)
         actions = heard(link, chunk, data[start : start + CHUNK_BYTES])
-        came += [each.data for each in actions if isinstance(each, Came)]
+        came += [each.data for each in actions if isinstance(each, ChunkStreamed)]
         assert asked(actions) == []
     assert b"".join(bytes(each) for each in came) == data
     [fetched] = [each for each in actions if isinstance(each, Fetched)]
@@ -147,7 +147,7 @@ def test_pieces_that_were_wrong_are_told_after_the_last(link):
     blob = Blob.of(b"right")
     link.handle(Fetch("agg", blob, in_pieces=True), 0.0)
     actions = heard(link, Chunk(owner="agg", digest=blob.digest, start=0), b"wrong")
-    assert [type(each) for each in actions] == [Came, Fetched]
+    assert [type(each) for each in actions] == [ChunkStreamed, Fetched]
     assert actions[-1].data is None
 
 

@@ -4,8 +4,8 @@ import pytest
 
 from fedmq.broker.link.contact import sentence
 from fedmq.broker.link.core import Link
-from fedmq.broker.link.events import BackInTouch, Ended, OutOfTouch, Wake
-from fedmq.broker.wire.schema import Beat, Full, Hello, Serving, Stranger, Wait
+from fedmq.broker.link.events import BackInTouch, LinkEnded, OutOfTouch, Wake
+from fedmq.broker.wire.schema import Heartbeat, Hello, Serving, StorageFull, UnknownSession, Wait
 from tests.broker.links import HELLO, WELCOME, frames, heard, welcomed
 
 
@@ -16,7 +16,7 @@ class Times:
         self.link, self.now, self.told = link, now, []
 
     def _note(self, actions):
-        kinds = OutOfTouch | BackInTouch | Ended
+        kinds = OutOfTouch | BackInTouch | LinkEnded
         self.told += [(self.now, each) for each in actions if isinstance(each, kinds)]
 
     def go(self, until, answer=None):
@@ -28,7 +28,7 @@ class Times:
             self.now = max(self.now, due)
             actions = self.link.handle(Wake(), self.now)
             self._note(actions)
-            for _ in frames(actions, Hello | Beat) if answer is not None else ():
+            for _ in frames(actions, Hello | Heartbeat) if answer is not None else ():
                 self.hear(answer)
         self.now = until
 
@@ -57,25 +57,25 @@ def test_a_broker_that_is_not_there_is_told_after_growing_times():
 
 def test_a_broker_that_falls_silent_is_told_and_so_is_its_return():
     times = Times(welcomed())
-    times.go(100.0, Beat())
+    times.go(100.0, Heartbeat())
     assert times.take() == []
     times.go(114.0)
     silent_since = 100.0
     assert reports(times) == [(silent_since + after, after, None, True) for after in (3, 10)]
-    times.hear(Stranger())
+    times.hear(UnknownSession())
     assert times.take() == []  # the broker has started again, and does not know us yet
     times.hear(WELCOME)
     assert times.take() == [(114.0, BackInTouch(14.0))]
-    times.go(200.0, Beat())
+    times.go(200.0, Heartbeat())
     assert times.take() == []
 
 
 def test_a_short_silence_is_told_neither_when_it_begins_nor_when_it_ends():
     times = Times(welcomed())
     times.go(2.9)
-    times.hear(Beat())
+    times.hear(Heartbeat())
     times.go(5.8)
-    times.hear(Beat())
+    times.hear(Heartbeat())
     assert times.take() == []
 
 
@@ -96,7 +96,7 @@ def test_a_broker_without_the_run_is_told_apart_and_its_silence_later_too():
 
 def test_a_broker_that_comes_back_without_the_run_is_told_with_what_it_serves():
     times = Times(welcomed())
-    times.hear(Stranger())
+    times.hear(UnknownSession())
     times.go(20.0, WAIT)
     assert [each[2:] for each in reports(times)] == [(WAIT, True), (WAIT, True)]
     times.hear(WELCOME)
@@ -105,7 +105,7 @@ def test_a_broker_that_comes_back_without_the_run_is_told_with_what_it_serves():
 
 def test_a_broker_whose_disk_is_full_is_told_from_time_to_time():
     times = Times(welcomed())
-    full = Full(reason="no space left on device")
+    full = StorageFull(reason="no space left on device")
     times.hear(full)
     times.go(35.0, full)
     assert [each[2] for each in reports(times)] == [full] * 3
@@ -118,7 +118,7 @@ def test_a_node_gives_up_only_if_it_was_told_to(answer, admitted):
     times = Times(link)
     times.go(1000.0, answer)
     now, ended = times.take()[-1]
-    assert (now, type(ended), ended.out_of_touch.answer) == (20.0, Ended, answer)
+    assert (now, type(ended), ended.out_of_touch.answer) == (20.0, LinkEnded, answer)
     assert (ended.over, ended.rejected) == (False, False)
     assert link.deadline is None
 
@@ -127,7 +127,7 @@ def test_a_connected_node_does_not_give_up():
     link = welcomed()
     link.give_up_after(20.0)
     times = Times(link)
-    times.go(1000.0, Beat())
+    times.go(1000.0, Heartbeat())
     assert times.take() == []
 
 
@@ -136,13 +136,13 @@ def test_the_time_in_which_a_node_itself_was_stopped_is_not_waiting():
     link = welcomed()
     link.give_up_after(20.0)
     times = Times(link)
-    times.go(10.0, Beat())
+    times.go(10.0, Heartbeat())
     times.now = 3610.0
     times.go(3625.0)
     assert {type(each) for _, each in times.take()} == {OutOfTouch}
     times.go(3700.0)
     now, ended = times.take()[-1]
-    assert isinstance(ended, Ended)
+    assert isinstance(ended, LinkEnded)
     assert 3625.0 < now <= 3635.0
 
 
@@ -172,7 +172,7 @@ def test_the_time_in_which_a_node_itself_was_stopped_is_not_waiting():
             "the broker at E has no run for this node yet; waiting for run c for 9 s",
         ),
         (
-            OutOfTouch(9.0, Full(reason="no space"), admitted=True),
+            OutOfTouch(9.0, StorageFull(reason="no space"), admitted=True),
             "c",
             "has accepted nothing for 9 s: no space",
         ),

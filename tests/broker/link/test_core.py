@@ -3,7 +3,7 @@ import pytest
 
 from fedmq.broker.errors import WireError
 from fedmq.broker.link.core import DONE_WITHIN_S, HELLO_AGAIN_S, Link
-from fedmq.broker.link.events import Admitted, Deliveries, Ended, Received, Say, Wake
+from fedmq.broker.link.events import Admitted, Deliveries, FrameReceived, LinkEnded, Publish, Wake
 from fedmq.broker.wire.encoding import (
     decode_frame,
     encode_frame,
@@ -11,15 +11,15 @@ from fedmq.broker.wire.encoding import (
 )
 from fedmq.broker.wire.schema import (
     MAX_HEADER_BYTES,
-    Bye,
+    Ack,
     Deliver,
     Done,
+    Goodbye,
     Hello,
-    Over,
     Post,
-    Receipt,
     Reject,
-    Stranger,
+    RunEnded,
+    UnknownSession,
     Wait,
 )
 from tests.broker.links import HELLO, WELCOME, deliver, frames, heard, outgoing, welcomed
@@ -46,24 +46,26 @@ def test_hello_is_said_again_until_the_broker_answers():
 def test_what_is_posted_before_the_welcome_goes_out_with_it():
     link = Link(HELLO)
     assert link.handle(outgoing(0, b"abc"), 0.0) == []
-    assert link.handle(Say(Over(reason="done")), 0.0) == []
+    assert link.handle(Publish(RunEnded(reason="done")), 0.0) == []
     actions = heard(link, WELCOME)
-    assert [type(frame) for frame in frames(actions)] == [Post, Over]
+    assert [type(frame) for frame in frames(actions)] == [Post, RunEnded]
     assert actions[1].buffers == [b"abc"]
 
 
 def test_posts_are_counted_and_sent_again_after_a_reconnect_until_they_are_receipted(link):
     sent = [frames(link.handle(outgoing(number), 0.0))[0] for number in range(4)]
     assert [post.n for post in sent] == [0, 1, 2, 3]
-    assert link.unreceipted == 4
-    heard(link, Receipt(upto=1))
-    assert link.unreceipted == 2
-    assert frames(heard(link, Stranger(), now=0.1)) == [msgspec.structs.replace(HELLO, first=2)]
+    assert link.unacknowledged == 4
+    heard(link, Ack(upto=1))
+    assert link.unacknowledged == 2
+    assert frames(heard(link, UnknownSession(), now=0.1)) == [
+        msgspec.structs.replace(HELLO, first=2)
+    ]
     assert link.handle(outgoing(4), 0.1) == []
     again = frames(heard(link, WELCOME, now=0.2), Post)
     assert [post.n for post in again] == [2, 3, 4]
     assert again[:2] == sent[2:]
-    heard(link, Receipt(upto=4))
+    heard(link, Ack(upto=4))
     assert frames(heard(link, WELCOME, now=0.2)) == []
 
 
@@ -72,7 +74,7 @@ def test_many_strangers_are_answered_by_one_hello(link):
     for number in range(20):
         link.handle(outgoing(number), 0.0)
     hellos = [
-        hello for _ in range(20) for hello in frames(heard(link, Stranger(), now=0.01), Hello)
+        hello for _ in range(20) for hello in frames(heard(link, UnknownSession(), now=0.01), Hello)
     ]
     assert len(hellos) == 1
 
@@ -93,7 +95,7 @@ def test_a_delivery_is_handed_on_once(link):
     [
         deliver(3, b"model", buffers=[b"other"]),
         deliver(3, b"model", buffers=[]),
-        Received(Deliver(seq=3, at=0.0, message=b"\xc1")),
+        FrameReceived(Deliver(seq=3, at=0.0, message=b"\xc1")),
     ],
     ids=["other bytes", "no bytes", "no message"],
 )
@@ -106,8 +108,8 @@ def test_a_delivery_that_cannot_be_read_is_refused_once(link, event):
 def test_done_waits_a_little_for_company_and_goes_out_alone_then(link):
     link.handle(deliver(3), 0.5)
     link.handle(deliver(4), 0.5)
-    assert link.handle(Say(Done(seqs=(3,))), 0.5) == []
-    assert link.handle(Say(Done(seqs=(4,))), 0.51) == []
+    assert link.handle(Publish(Done(seqs=(3,))), 0.5) == []
+    assert link.handle(Publish(Done(seqs=(4,))), 0.51) == []
     assert link.deadline == 0.5 + DONE_WITHIN_S
     assert frames(link.handle(Wake(), 0.5 + DONE_WITHIN_S)) == [Done(n=0, seqs=(3, 4))]
     assert link.handle(Wake(), 0.6) == []
@@ -116,7 +118,7 @@ def test_done_waits_a_little_for_company_and_goes_out_alone_then(link):
 def test_done_travels_with_the_next_post(link):
     link.handle(deliver(3), 0.0)
     link.handle(deliver(4), 0.0)
-    link.handle(Say(Done(seqs=(3,))), 0.0)
+    link.handle(Publish(Done(seqs=(3,))), 0.0)
     [post] = frames(link.handle(outgoing(0, consumes=(4,)), 0.0))
     assert post.consumes == (4, 3)
     assert link.handle(Wake(), DONE_WITHIN_S * 2) == []
@@ -127,47 +129,48 @@ def test_done_travels_with_the_next_post(link):
     [
         Done(seqs=(3,)),
         Done(refused={3: "odd"}),
-        Over(reason="done"),
+        RunEnded(reason="done"),
     ],
     ids=["done", "refusal", "over"],
 )
 def test_a_word_that_was_lost_with_the_connection_is_said_again_until_it_is_receipted(link, frame):
     link.handle(deliver(3), 0.0)
-    said = frames(link.handle(Say(frame), 0.0) + link.handle(Wake(), DONE_WITHIN_S))
+    said = frames(link.handle(Publish(frame), 0.0) + link.handle(Wake(), DONE_WITHIN_S))
     assert said == [frame]
-    heard(link, Stranger(), now=0.1)
+    heard(link, UnknownSession(), now=0.1)
     assert frames(heard(link, WELCOME, now=0.2)) == [frame]
     assert link.handle(deliver(3), 0.2) == []
-    heard(link, Receipt(upto=0), now=0.3)
+    heard(link, Ack(upto=0), now=0.3)
     assert frames(heard(link, WELCOME, now=0.4)) == []
 
 
 def test_any_number_of_refusals_fits_the_frames_that_say_them(link):
     reasons = dict.fromkeys(range(40), "€" * 2000)
-    said = frames(link.handle(Say(Done(refused=reasons)), 0.0))
+    said = frames(link.handle(Publish(Done(refused=reasons)), 0.0))
     assert {seq for frame in said for seq in decode_frame(encode_frame(frame)).refused} == set(
         reasons
     )
 
 
-@pytest.mark.parametrize("last", [Over(reason="done"), Bye()])
+@pytest.mark.parametrize("last", [RunEnded(reason="done"), Goodbye()])
 def test_what_is_done_with_is_said_before_the_last_word(link, last):
     """After it nobody listens, and the ledger would end with messages pending that were used."""
     link.handle(deliver(3), 0.0)
-    link.handle(Say(Done(seqs=(3,))), 0.0)
-    assert frames(link.handle(Say(last), 0.0)) == (
-        [Done(n=0, seqs=(3,)), last if isinstance(last, Bye) else Over(n=1, reason="done")]
+    link.handle(Publish(Done(seqs=(3,))), 0.0)
+    assert frames(link.handle(Publish(last), 0.0)) == (
+        [Done(n=0, seqs=(3,)), last if isinstance(last, Goodbye) else RunEnded(n=1, reason="done")]
     )
 
 
 @pytest.mark.parametrize(
-    ("frame", "rejected"), [(Reject(code="name", reason="why"), True), (Over(reason="why"), False)]
+    ("frame", "rejected"),
+    [(Reject(code="name", reason="why"), True), (RunEnded(reason="why"), False)],
 )
 def test_a_link_ends_when_it_is_rejected_or_its_run_is_over(link, frame, rejected):
     actions = heard(link, frame)
     code = "name" if rejected else ""
-    assert actions[-1] == Ended("why", rejected=rejected, over=not rejected, code=code)
-    assert frames(actions) == ([] if rejected else [Bye(reason="the run is over")])
+    assert actions[-1] == LinkEnded("why", rejected=rejected, over=not rejected, code=code)
+    assert frames(actions) == ([] if rejected else [Goodbye(reason="the run is over")])
     assert link.deadline is None
     assert link.handle(Wake(), 100.0) == []
     assert link.handle(outgoing(), 100.0) == []
@@ -176,10 +179,10 @@ def test_a_link_ends_when_it_is_rejected_or_its_run_is_over(link, frame, rejecte
 
 def test_a_message_that_cannot_be_sent_is_an_error_at_once_and_leaves_nothing_behind(link):
     link.handle(deliver(3), 0.0)
-    link.handle(Say(Done(seqs=(3,))), 0.0)
+    link.handle(Publish(Done(seqs=(3,))), 0.0)
     with pytest.raises(WireError, match="expected at most"):
         link.handle(outgoing(0, body={"x": bytes(MAX_HEADER_BYTES)}), 0.0)
-    assert link.unreceipted == 0
+    assert link.unacknowledged == 0
     [post] = frames(link.handle(outgoing(1), 0.0))
     assert (post.n, post.consumes) == (0, (3,))
 
@@ -189,7 +192,7 @@ def test_whatever_a_link_takes_it_can_send(link, dones):
     """A message within its own limit, with all that is put around it."""
     for seq in range(dones):
         link.handle(deliver((1 << 40) + seq), 0.0)
-        link.handle(Say(Done(seqs=((1 << 40) + seq,))), 0.0)
+        link.handle(Publish(Done(seqs=((1 << 40) + seq,))), 0.0)
     room = MAX_HEADER_BYTES
     while True:
         event = outgoing(0, body={"x": bytes(room)})
@@ -202,7 +205,7 @@ def test_whatever_a_link_takes_it_can_send(link, dones):
     try:
         actions = link.handle(event, 0.0)
     except WireError:
-        assert link.unreceipted == 0
+        assert link.unacknowledged == 0
     else:
         for frame in frames(actions):
             encode_frame(frame)
@@ -218,8 +221,8 @@ def test_what_was_done_with_is_forgotten_in_the_end(link):
     for start in (0, 1000, 2000):
         for seq in range(start, start + 1000):
             link.handle(deliver(seq), float(seq))
-            link.handle(Say(Done(seqs=(seq,))), float(seq))
+            link.handle(Publish(Done(seqs=(seq,))), float(seq))
             link.handle(Wake(), seq + 0.5)
-            heard(link, Receipt(upto=seq), now=seq + 0.6)
+            heard(link, Ack(upto=seq), now=seq + 0.6)
         sizes.append(size())
     assert sizes[2] < sizes[1] + 500

@@ -7,20 +7,21 @@ import threading
 import pytest
 
 from fedmq.broker.core import blob_locations
-from fedmq.broker.core.state import Send
+from fedmq.broker.core.state import SendTo
 from fedmq.broker.errors import WireError
 from fedmq.broker.ledger import blob_store
 from fedmq.broker.ledger.entries import PAYLOAD, BlobName, segment_path
 from fedmq.broker.ledger.reader import read_entries
-from fedmq.broker.ledger.writer import Keeping, Ledger
-from fedmq.broker.link.local_blobs import SharedFiles
+from fedmq.broker.ledger.writer import Ledger
+from fedmq.broker.link.local_blobs import LocalBlobs
 from fedmq.broker.router import BrokerServer
+from fedmq.broker.settings import LedgerSettings
 from fedmq.broker.wire.encoding import encode_frame, encode_message
 from fedmq.broker.wire.schema import (
     CHUNK_BYTES,
     MAX_BUFFERS,
+    MAX_EXTENTS,
     MAX_MESSAGE_BYTES,
-    MAX_PLACES,
     Blob,
     Deliver,
     Message,
@@ -31,7 +32,7 @@ from tests.broker.loops import AGGREGATOR, ANY, WORKER, get, linked, message
 SIZE = 3 * CHUNK_BYTES + 11
 READ = {
     "whole": lambda worker, task: worker.read(task, 0),
-    "in pieces": lambda worker, task: b"".join(worker.pieces(task, 0)),
+    "in pieces": lambda worker, task: b"".join(worker.chunks(task, 0)),
 }
 
 
@@ -41,14 +42,14 @@ def served(folder, read=READ["whole"], after_task=lambda: None, *, share=True):
     How: the pieces that the worker read in place, and the bytes that the broker counted for it.
     """
     found = []
-    fill = SharedFiles._fill
+    fill = LocalBlobs._fill
 
     def noted(self, place, piece):
         if done := fill(self, place, piece):
             found.append(place)
         return done
 
-    server = BrokerServer(ANY, folder, keeping=Keeping(share_files=share))
+    server = BrokerServer(ANY, folder, keeping=LedgerSettings(share_files=share))
     thread = threading.Thread(target=server.serve)
     thread.start()
     weights = os.urandom(SIZE)
@@ -58,7 +59,7 @@ def served(folder, read=READ["whole"], after_task=lambda: None, *, share=True):
             linked(server.endpoint, AGGREGATOR) as agg,
             linked(server.endpoint, WORKER) as worker,
         ):
-            patch.setattr(SharedFiles, "_fill", noted)
+            patch.setattr(LocalBlobs, "_fill", noted)
             agg.post(message("agg", "client/3", weights), [weights])
             with agg.away():
                 task = get(worker)
@@ -100,21 +101,21 @@ def test_a_file_that_cannot_be_read_after_all_costs_a_question_not_the_blob(
 ):
     """Also from the middle of a blob on, of which pieces have been handed out."""
     calls = iter(range(100))
-    fill = SharedFiles._fill
+    fill = LocalBlobs._fill
 
     def some(self, place, piece):
         if next(calls) == readable:
             self.close()
         return fill(self, place, piece)
 
-    monkeypatch.setattr(SharedFiles, "_fill", some)
+    monkeypatch.setattr(LocalBlobs, "_fill", some)
     found, _ = served(tmp_path, READ[how])
     assert len(found) == readable
 
 
 def whole(files, blob, places):
     """The blob's bytes, or None if they do not all come."""
-    data = b"".join(files.pieces(blob, places))
+    data = b"".join(files.chunks(blob, places))
     return data if len(data) == blob.size else None
 
 
@@ -138,16 +139,16 @@ def kept(folder, *pieces):
 def test_a_folder_of_the_same_name_on_another_host_is_not_taken_for_the_ledger(tmp_path):
     ledger, name, blob = kept(tmp_path / "here", b"some", b"bytes")
     ledger.commit()
-    places = ledger.places(name)
+    places = ledger.extents(name)
     there = tmp_path / "there"
     shutil.copytree(ledger.folder, there)
     (there / "lock").write_text("another proof")
-    files = SharedFiles()
+    files = LocalBlobs()
     assert whole(files, blob, places) is None
-    files.look(welcome(ledger))
+    files.open(welcome(ledger))
     assert whole(files, blob, places) == b"somebytes"
     for folder, proof in ((there, ledger.proof), (tmp_path / "none", ledger.proof), (there, "")):
-        files.look(Welcome(run="r", beat_s=1.0, lease_s=1.0, ledger=str(folder), proof=proof))
+        files.open(Welcome(run="r", beat_s=1.0, lease_s=1.0, ledger=str(folder), proof=proof))
         assert whole(files, blob, places) is None
     ledger.close()
 
@@ -164,7 +165,7 @@ def test_every_start_of_a_broker_leaves_another_proof(tmp_path):
 def test_places_that_lead_nowhere_yield_nothing(tmp_path):
     ledger, name, blob = kept(tmp_path, b"some", b"bytes")
     ledger.commit()
-    (segment, offset, _), second = ledger.places(name)
+    (segment, offset, _), second = ledger.extents(name)
     wrong = {
         "past the end": [(segment, offset, 4), (segment, 1 << 40, 5)],
         "no such segment": [(segment, offset, 4), (7, 16, 5)],
@@ -172,9 +173,9 @@ def test_places_that_lead_nowhere_yield_nothing(tmp_path):
         "other bytes": [(segment, offset + 1, 4), second],
         "none": [],
     }
-    files = SharedFiles()
+    files = LocalBlobs()
     for why, places in wrong.items():
-        files.look(welcome(ledger))
+        files.open(welcome(ledger))
         assert whole(files, blob, places) is None, f"{why}: the last piece says that all are right"
     files.close()
     ledger.close()
@@ -182,19 +183,19 @@ def test_places_that_lead_nowhere_yield_nothing(tmp_path):
 
 def test_a_place_is_told_once_it_is_written(tmp_path):
     ledger, name, _ = kept(tmp_path, os.urandom(60), os.urandom(40))
-    assert ledger.places(name) == (), "a crash of the broker could take it back"
+    assert ledger.extents(name) == (), "a crash of the broker could take it back"
     ledger.commit()
-    assert [size for *_, size in ledger.places(name)] == [60, 40]
-    assert ledger.places(BlobName("r", "other", name.digest)) == ()
+    assert [size for *_, size in ledger.extents(name)] == [60, 40]
+    assert ledger.extents(BlobName("r", "other", name.digest)) == ()
     half = BlobName("r", "agg", bytes(16))
     ledger.put(half, 10, 0, b"12345")
     ledger.commit()
-    assert ledger.places(half) == (), "the rest is still on its way"
+    assert ledger.extents(half) == (), "the rest is still on its way"
     ledger.close()
 
 
 def test_more_places_than_a_header_has_room_for_are_not_told(tmp_path, monkeypatch):
-    monkeypatch.setattr(blob_locations, "MAX_PLACES", 3)
+    monkeypatch.setattr(blob_locations, "MAX_EXTENTS", 3)
     ledger, first, one = kept(tmp_path, b"a", b"b")
     second, two = BlobName("r", "agg", Blob.of(b"cd").digest), Blob.of(b"cd")
     for start, piece in enumerate((b"c", b"d")):
@@ -204,17 +205,17 @@ def test_more_places_than_a_header_has_room_for_are_not_told(tmp_path, monkeypat
         Message(kind="k", id="i", run="r", sender="agg", to="aggregator", blobs=(one, two))
     )
     frame = Deliver(seq=1, at=1.0, message=text)
-    send = Send(b"peer", frame, (), ((0, first), (1, second)))
+    send = SendTo(b"peer", frame, (), ((0, first), (1, second)))
     told = blob_locations.point_to_blobs(send, ledger, "")
-    assert told.places == {0: ledger.places(first)}
+    assert told.extents == {0: ledger.extents(first)}
     ledger.close()
 
 
 def test_the_places_of_any_delivery_fit_its_header():
     largest = (1 << 32, 1 << 32, CHUNK_BYTES)
-    places = dict.fromkeys(range(MAX_BUFFERS), (largest,) * (MAX_PLACES // MAX_BUFFERS))
+    places = dict.fromkeys(range(MAX_BUFFERS), (largest,) * (MAX_EXTENTS // MAX_BUFFERS))
     frame = Deliver(
-        seq=1 << 62, at=1.7e9, message=bytes(MAX_MESSAGE_BYTES), after=1 << 62, places=places
+        seq=1 << 62, at=1.7e9, message=bytes(MAX_MESSAGE_BYTES), after=1 << 62, extents=places
     )
     encode_frame(frame)
 
@@ -227,9 +228,9 @@ def test_a_ledger_on_a_full_disk_is_not_shared(tmp_path, monkeypatch):
     ledger, name, blob = kept(tmp_path, b"bytes")
     ledger.commit()
     assert ledger.proof == ""
-    files = SharedFiles()
-    files.look(welcome(ledger))
-    assert whole(files, blob, ledger.places(name)) is None
+    files = LocalBlobs()
+    files.open(welcome(ledger))
+    assert whole(files, blob, ledger.extents(name)) is None
     ledger.close()
 
 

@@ -7,15 +7,15 @@ from fedmq.broker.link.core import BLOCKED_S, TELL_TAKEN, Link
 from fedmq.broker.link.events import Blocked, Fetch, Taken, Wake
 from fedmq.broker.wire.schema import (
     CHUNK_BYTES,
-    Beat,
+    Ack,
     Blob,
     Chunk,
-    Full,
+    ChunkRequest,
+    Heartbeat,
     Hello,
     Post,
-    Receipt,
-    Stranger,
-    Want,
+    StorageFull,
+    UnknownSession,
     digest,
 )
 from tests.broker.links import HELLO, WELCOME, deliver, frames, heard, outgoing, welcomed
@@ -34,10 +34,10 @@ def seqs(actions):
 def test_a_quiet_link_beats(link):
     assert link.deadline == 1.0
     assert link.handle(Wake(), 0.9) == []
-    assert frames(link.handle(Wake(), 1.0)) == [Beat()]
-    heard(link, Beat(), now=1.01)
+    assert frames(link.handle(Wake(), 1.0)) == [Heartbeat()]
+    heard(link, Heartbeat(), now=1.01)
     assert link.handle(Wake(), 1.9) == []
-    assert frames(link.handle(Wake(), 2.0)) == [Beat()]
+    assert frames(link.handle(Wake(), 2.0)) == [Heartbeat()]
 
 
 def test_a_broker_that_is_silent_for_a_lease_is_greeted_anew(link):
@@ -56,7 +56,7 @@ def test_a_beat_tells_what_the_node_has_taken_and_so_does_whatever_it_says(link)
     for seq in (3, 4):
         [delivered] = link.handle(deliver(seq), 0.0)
         assert frames(link.handle(Taken(delivered.deliveries), 0.0)) == []
-    assert frames(link.handle(Wake(), 1.0)) == [Beat(taken=5)]
+    assert frames(link.handle(Wake(), 1.0)) == [Heartbeat(taken=5)]
     [post] = frames(link.handle(outgoing(), 1.1))
     assert post.taken == 5
 
@@ -67,8 +67,8 @@ def test_many_deliveries_or_large_ones_are_told_of_before_the_next_beat(link, si
     told = []
     for seq in range(after):
         [delivered] = link.handle(deliver(seq, bytes(size)), 0.5)
-        told += frames(link.handle(Taken(delivered.deliveries), 0.5), Beat)
-    assert told == [Beat(taken=after)]
+        told += frames(link.handle(Taken(delivered.deliveries), 0.5), Heartbeat)
+    assert told == [Heartbeat(taken=after)]
 
 
 def test_a_delivery_behind_one_that_was_lost_is_left_until_that_one_has_come(link):
@@ -84,8 +84,8 @@ def test_hello_tells_what_has_arrived_and_what_has_no_receipt(link):
     link.handle(deliver(9, after=4), 0.0)
     for number in range(3):
         link.handle(outgoing(number), 0.0)
-    heard(link, Receipt(upto=0))
-    assert frames(heard(link, Stranger())) == [replace(HELLO, first=1, got=10)]
+    heard(link, Ack(upto=0))
+    assert frames(heard(link, UnknownSession())) == [replace(HELLO, first=1, got=10)]
 
 
 def test_nothing_is_taken_before_the_welcome():
@@ -102,12 +102,12 @@ def test_nothing_is_taken_before_the_welcome():
 
 def test_a_full_broker_is_told_to_the_node_and_greeted_again_a_little_later(link):
     link.handle(outgoing(0), 1.0)
-    assert heard(link, Full(reason="no space"), now=1.1) == [Blocked("no space")]
+    assert heard(link, StorageFull(reason="no space"), now=1.1) == [Blocked("no space")]
     assert link.deadline == 1.1 + BLOCKED_S
     assert link.handle(outgoing(1), 1.2) == []
     assert link.handle(Wake(), 1.1 + BLOCKED_S - 0.01) == []
     assert frames(link.handle(Wake(), 1.1 + BLOCKED_S)) == [HELLO]
-    assert heard(link, Full(reason="no space"), now=1.7) == [Blocked("no space")]
+    assert heard(link, StorageFull(reason="no space"), now=1.7) == [Blocked("no space")]
     assert frames(link.handle(Wake(), 1.7 + BLOCKED_S)) == [HELLO]
     again = frames(heard(link, WELCOME, now=2.3), Post)
     assert [post.n for post in again] == [0, 1]
@@ -121,9 +121,9 @@ def beats(link, count, sent=0, start=1.0, before=lambda number: None):
     hellos = []
     for number in range(count):
         now = start + number
-        assert any(isinstance(frame, Beat) for frame in frames(link.handle(Wake(), now)))
+        assert any(isinstance(frame, Heartbeat) for frame in frames(link.handle(Wake(), now)))
         before(number)
-        said = frames(heard(link, Beat(sent=sent), now=now + 0.01), Hello)
+        said = frames(heard(link, Heartbeat(sent=sent), now=now + 0.01), Hello)
         hellos += [number] * len(said)
     return hellos
 
@@ -162,7 +162,7 @@ def test_a_node_that_serves_chunks_does_not_take_its_post_for_lost(link):
 
     def one_chunk(number):
         start = number * CHUNK_BYTES
-        heard(link, Want(owner="w1", digest=digest(data), start=start, size=CHUNK_BYTES))
+        heard(link, ChunkRequest(owner="w1", digest=digest(data), start=start, size=CHUNK_BYTES))
 
     assert beats(link, 20, before=one_chunk) == []
 

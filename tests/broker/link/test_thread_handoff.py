@@ -5,7 +5,7 @@ import threading
 
 import pytest
 
-from fedmq.broker.link.thread_handoff import Baton
+from fedmq.broker.link.thread_handoff import LoopHandoff
 
 
 class Stopped(BaseException):
@@ -18,7 +18,7 @@ def stop(*_):
 
 @pytest.fixture
 def baton():
-    baton = Baton(lambda: False)
+    baton = LoopHandoff(lambda: False)
     yield baton
     baton.close()
 

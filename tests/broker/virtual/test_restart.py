@@ -5,7 +5,7 @@ from collections import Counter, defaultdict
 
 import pytest
 
-from fedmq.broker.core.state import Full
+from fedmq.broker.core.state import DiskFull
 from fedmq.broker.ledger.entries import Accepted
 from fedmq.broker.ledger.reader import read_entries
 from fedmq.broker.link import events as node
@@ -13,7 +13,7 @@ from fedmq.broker.wire.encoding import decode_message
 from fedmq.broker.wire.schema import (
     CHUNK_BYTES,
     Done,
-    Over,
+    RunEnded,
 )
 from tests.broker.net import lose_the_answers, model, network, notes
 
@@ -45,7 +45,7 @@ def test_a_broker_that_dies_at_any_moment_is_gone_on_with(net, after, written):
     net.run(2.0)
     net.post("w2", "aggregator", 6)
     net.start_broker()
-    net.until(lambda: all(m.core.unreceipted == 0 for m in net.members.values()))
+    net.until(lambda: all(m.core.unacknowledged == 0 for m in net.members.values()))
     net.run(1.0)
     assert (notes(net, "w1"), notes(net, "w2")) == ([0, 1, 2], [3, 4, 5])
     assert Counter(notes(net, "agg")) == Counter(range(7))
@@ -96,7 +96,7 @@ def test_a_worker_that_is_started_again_is_given_its_tasks_again(net):
     net.post("agg", "client/0", 0)
     net.post("agg", "client/1", 1)
     net.until(lambda: notes(net, "w1") == [0, 1])
-    net.tell("w1", node.Say(Done(seqs=(net.members["w1"].inbox[0].seq,))))
+    net.tell("w1", node.Publish(Done(seqs=(net.members["w1"].inbox[0].seq,))))
     net.run(0.2)
     net.restart("w1", "s2")
     net.until(lambda: notes(net, "w1") == [1])
@@ -129,7 +129,7 @@ def test_an_aggregator_that_is_started_again_has_its_checkpoint_and_what_came_si
     weights = model(2 * CHUNK_BYTES)
     used = tuple(each.seq for each in net.members["agg"].inbox)[:-1]
     net.post("agg", "checkpoint", 100, weights)
-    net.tell("agg", node.Say(Done(seqs=used)))
+    net.tell("agg", node.Publish(Done(seqs=used)))
     net.run(0.5)
     net.kill_broker()
     net.start_broker()
@@ -145,14 +145,14 @@ def test_an_aggregator_that_is_started_again_has_its_checkpoint_and_what_came_si
 
 def test_a_full_disk_is_sat_out_by_all(net, monkeypatch):
     """Links and broker, until there is room again."""
-    net._broker(Full("no space"))
+    net._broker(DiskFull("no space"))
     for number in range(4):
         net.post("w1", "aggregator", number)
     net.run(15.0)
     assert net.members["w1"].blocked
     assert set(net.members["w1"].blocked) == {"no space"}
     assert notes(net, "agg") == []
-    net._broker(Full(""))
+    net._broker(DiskFull(""))
     net.run(2.0)
     assert notes(net, "agg") == [0, 1, 2, 3]
     assert notes(net, "agg", "left") == []
@@ -195,11 +195,11 @@ def test_whatever_dies_and_whenever_all_is_done_once(net, seed):
     for _ in range(40):
         net.run(1.0)
         work()
-    assert all(member.core.unreceipted == 0 for member in net.members.values())
+    assert all(member.core.unacknowledged == 0 for member in net.members.values())
     assert accepted(net, "agg") == list(range(30))
     assert sorted(accepted(net, "w1")) == [n for n in range(30) if n % 10 < 5]
     assert sorted(accepted(net, "w2")) == [n for n in range(30) if n % 10 >= 5]
     assert Counter(notes(net, "agg")) == Counter(range(30))
-    net.tell("agg", node.Say(Over(reason="done")))
+    net.tell("agg", node.Publish(RunEnded(reason="done")))
     net.run(2.0)
-    assert {member.ended for member in net.members.values()} == {node.Ended("done", over=True)}
+    assert {member.ended for member in net.members.values()} == {node.LinkEnded("done", over=True)}

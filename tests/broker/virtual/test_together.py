@@ -7,7 +7,7 @@ import pytest
 
 from fedmq.broker.ledger.reader import read_entries
 from fedmq.broker.link import events as node
-from fedmq.broker.wire.schema import CHUNK_BYTES, Done, Over
+from fedmq.broker.wire.schema import CHUNK_BYTES, Done, RunEnded
 from tests.broker.net import TICK_S, lose_the_answers, model, network, notes
 
 DEADLINE = {"token": "deadline", "after_s": 1.0}
@@ -35,7 +35,7 @@ def test_messages_and_large_blobs_make_the_round_trip(net, tmp_path):
     assert net.read("agg", result, 0) == update
     assert net.read("agg", result, 1) == b"small"
     net.run(0.1)
-    assert all(member.core.unreceipted == 0 for member in net.members.values())
+    assert all(member.core.unacknowledged == 0 for member in net.members.values())
     kept = [entry.consumes for entry in read_entries(tmp_path) if getattr(entry, "consumes", ())]
     assert kept == [(task.seq,)]
 
@@ -68,7 +68,7 @@ def test_a_connection_cut_in_the_middle_of_an_upload_costs_only_what_was_under_w
     assert net.counts["agg", "Chunk"] <= 9 + 4
     net.run(1.0)
     assert notes(net, "w1") == [0, 1, 2]
-    assert net.members["agg"].core.unreceipted == 0
+    assert net.members["agg"].core.unacknowledged == 0
 
 
 @pytest.mark.parametrize("after", range(0, 12, 2))
@@ -100,7 +100,7 @@ def test_everything_arrives_once_and_in_order_whatever_connections_are_cut(net, 
             net.step()
         if rng.random() < 0.4:
             net.cut(rng.choice(["agg", "w1", "w2"]))
-    net.until(lambda: all(m.core.unreceipted == 0 for m in net.members.values()))
+    net.until(lambda: all(m.core.unacknowledged == 0 for m in net.members.values()))
     net.run(3.0)
     assert notes(net, "w1") == [number for number in range(24) if number % 10 < 5]
     assert notes(net, "w2") == [number for number in range(24) if number % 10 >= 5]
@@ -142,7 +142,7 @@ def test_a_refusal_that_was_lost_in_a_cut_is_said_again(net):
         net.post("w1", "client/99", number)
     lose_the_answers(net, "w1", steps=2)
     net.run(3.0)
-    assert net.members["w1"].core.unreceipted == 0
+    assert net.members["w1"].core.unacknowledged == 0
     said = [each.message for each in net.members["w1"].inbox]
     assert [each.body["id"] for each in said if each.kind == "refused"] == ["w1/0", "w1/1"]
 
@@ -151,7 +151,7 @@ def test_what_was_done_with_is_handed_on_once_though_the_post_that_said_so_is_re
     """Whatever is lost of the refusal, and however often the session reconnects."""
     net.post("agg", "client/0", 0)
     net.until(lambda: notes(net, "w1") == [0])
-    net.tell("w1", node.Say(Done(seqs=(net.members["w1"].inbox[0].seq,))))
+    net.tell("w1", node.Publish(Done(seqs=(net.members["w1"].inbox[0].seq,))))
     net.post("w1", "client/99", 1)
     lose_the_answers(net, "w1", steps=1)
     net.run(2.0)
@@ -161,10 +161,12 @@ def test_what_was_done_with_is_handed_on_once_though_the_post_that_said_so_is_re
 
 
 def test_the_end_of_a_run_said_just_before_a_cut_reaches_every_node(net):
-    net.tell("agg", node.Say(Over(reason="done")))
+    net.tell("agg", node.Publish(RunEnded(reason="done")))
     net.cut("agg")
     net.run(15.0)
-    assert [member.ended for member in net.members.values()] == [node.Ended("done", over=True)] * 3
+    assert [member.ended for member in net.members.values()] == [
+        node.LinkEnded("done", over=True)
+    ] * 3
 
 
 def test_a_broker_that_was_away_with_posts_under_way_gets_each_of_them_once(net):
@@ -175,7 +177,7 @@ def test_a_broker_that_was_away_with_posts_under_way_gets_each_of_them_once(net)
     net.cut("w1")
     for number in range(30, 60):
         net.post("w1", "aggregator", number)
-    net.until(lambda: net.members["w1"].core.unreceipted == 0)
+    net.until(lambda: net.members["w1"].core.unacknowledged == 0)
     net.run(1.0)
     assert notes(net, "agg") == list(range(60))
     assert net.counts["w1", "Post"] <= 60 + 60
@@ -190,8 +192,8 @@ def test_the_ledger_accounts_for_everything_in_the_end(net, tmp_path):
         for each in net.members[name].inbox:
             net.post(name, "aggregator", each.message.body["number"], consumes=(each.seq,))
     net.until(lambda: len(notes(net, "agg")) == 10)
-    net.tell("agg", node.Say(Done(seqs=tuple(each.seq for each in net.members["agg"].inbox))))
-    net.tell("agg", node.Say(Over(reason="done")))
+    net.tell("agg", node.Publish(Done(seqs=tuple(each.seq for each in net.members["agg"].inbox))))
+    net.tell("agg", node.Publish(RunEnded(reason="done")))
     net.run(1.0)
     assert all(member.ended for member in net.members.values())
     accepted, gone = set(), []

@@ -15,8 +15,8 @@ from fedmq.broker.wire.schema import (
     INLINE_BYTES,
     MAX_BUFFERS,
     MAX_HEADER_BYTES,
-    Beat,
-    Bye,
+    Goodbye,
+    Heartbeat,
 )
 
 
@@ -43,22 +43,22 @@ def taken_apart(messages):
 def test_a_frame_alone_travels_as_it_is():
     outbox = Outbox()
     assert not outbox
-    outbox.add(encode_frame(Beat()), [b"x"])
-    assert emptied(outbox) == [[encode_frame(Beat()), b"x"]]
+    outbox.add(encode_frame(Heartbeat()), [b"x"])
+    assert emptied(outbox) == [[encode_frame(Heartbeat()), b"x"]]
     assert not outbox
 
 
 def test_small_frames_travel_together_until_the_first_is_sent():
     outbox = Outbox()
     for number in range(5):
-        outbox.add(encode_frame(Beat(taken=number)), [b"%d" % number] * number)
+        outbox.add(encode_frame(Heartbeat(taken=number)), [b"%d" % number] * number)
     first = outbox.next()
-    outbox.add(encode_frame(Bye()))
+    outbox.add(encode_frame(Goodbye()))
     assert outbox.next() is first
     messages = emptied(outbox)
     assert len(messages) == 2
-    assert taken_apart(messages)[3] == (encode_frame(Beat(taken=3)), [b"3"] * 3)
-    assert taken_apart(messages)[5] == (encode_frame(Bye()), [])
+    assert taken_apart(messages)[3] == (encode_frame(Heartbeat(taken=3)), [b"3"] * 3)
+    assert taken_apart(messages)[5] == (encode_frame(Goodbye()), [])
 
 
 @settings(deadline=None, max_examples=60)
@@ -74,7 +74,7 @@ def test_small_frames_travel_together_until_the_first_is_sent():
 def test_whatever_is_put_in_comes_out_in_order_and_within_the_limits(sizes):
     outbox, frames = Outbox(), []
     for number, (size, lengths) in enumerate(sizes):
-        header = encode_frame(Bye(reason=f"{number}")).ljust(size, b"\0")[:MAX_HEADER_BYTES]
+        header = encode_frame(Goodbye(reason=f"{number}")).ljust(size, b"\0")[:MAX_HEADER_BYTES]
         buffers = [bytes([number % 256]) * length for length in lengths]
         frames.append((header, buffers))
         outbox.add(header, buffers)
@@ -88,7 +88,7 @@ def test_whatever_is_put_in_comes_out_in_order_and_within_the_limits(sizes):
 def test_many_buffers_are_spread_over_messages():
     outbox = Outbox()
     for _ in range(5):
-        outbox.add(encode_frame(Beat()), [b"x"] * (MAX_BUFFERS // 2))
+        outbox.add(encode_frame(Heartbeat()), [b"x"] * (MAX_BUFFERS // 2))
     assert [len(message) - 1 for message in emptied(outbox)] == [MAX_BUFFERS, MAX_BUFFERS, 32]
 
 

@@ -139,8 +139,8 @@ def test_giving_up_on_a_blob_frees_its_part_of_the_window():
     fetcher = fetching(first, second)
     wants = fetcher.wants()
     fetcher.receive(*answer(wants[0], first))
-    fetcher.drop(name_of(first))
-    fetcher.drop(name_of(first))
+    fetcher.discard(name_of(first))
+    fetcher.discard(name_of(first))
     assert fetcher.receive(*answer(wants[1], first)) is None
     again = fetcher.wants()
     assert starts(again) == [0, CHUNK, CHUNK * 2, CHUNK * 3]

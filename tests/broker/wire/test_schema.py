@@ -25,29 +25,30 @@ from fedmq.broker.wire.schema import (
     MAX_BUFFERS,
     MAX_HEADER_BYTES,
     PROTOCOL,
+    Ack,
     AnyFrame,
-    Beat,
     Blob,
-    Bye,
     Chunk,
+    ChunkRequest,
     Deliver,
     DeliverAll,
     Done,
     Frame,
-    Full,
+    Goodbye,
+    Heartbeat,
     Hello,
     Message,
-    Numbered,
-    Over,
+    NumberedFrame,
     Post,
     PostAll,
-    Receipt,
     Reject,
-    Stranger,
+    RunEnded,
+    StorageFull,
+    UnknownSession,
     Wait,
-    Want,
     Welcome,
     digest,
+    kind_of,
 )
 
 GOLDEN = Path(__file__).parents[2] / "golden"
@@ -86,21 +87,21 @@ FRAMES = {
         identity="0123456789abcdef",
     ),
     "reject": Reject(code="name", reason="a node named 'w1' is already connected"),
-    "stranger": Stranger(),
+    "stranger": UnknownSession(),
     "wait": Wait(reason="no run has started yet"),
     "post": Post(
         n=7, taken=70001, read=1 << 20, message=b"\x81\xa1a\x01", inline=(0, 2), consumes=(3, 70000)
     ),
     "postall": PostAll(n=8, taken=70001, read=1 << 20, messages=(bytes(range(40)), bytes(32))),
-    "receipt": Receipt(upto=7),
-    "full": Full(reason="cannot write: No space left on device"),
+    "receipt": Ack(upto=7),
+    "full": StorageFull(reason="cannot write: No space left on device"),
     "deliver": Deliver(
         seq=70000,
         at=1700000000.25,
         message=b"\x81\xa1a\x01",
         inline=(0,),
         after=69001,
-        places={2: ((3, 4096, 1 << 20), (4, 16, 5))},
+        extents={2: ((3, 4096, 1 << 20), (4, 16, 5))},
     ),
     "deliverall": DeliverAll(
         at=1700000000.25,
@@ -110,17 +111,17 @@ FRAMES = {
     "done": Done(
         n=8, taken=70001, read=1 << 20, seqs=(1, 2, 70000), refused={3: "of another shape"}
     ),
-    "want": Want(owner="aggregator", digest=bytes(range(16)), start=1 << 20, size=1 << 20),
+    "want": ChunkRequest(owner="aggregator", digest=bytes(range(16)), start=1 << 20, size=1 << 20),
     "chunk": Chunk(owner="aggregator", digest=bytes(range(16)), start=1 << 20),
-    "beat": Beat(taken=70001, sent=70002),
-    "over": Over(n=9, taken=70001, read=1 << 20, reason="reached 100 versions"),
-    "bye": Bye(reason="stopped"),
+    "beat": Heartbeat(taken=70001, sent=70002),
+    "over": RunEnded(n=9, taken=70001, read=1 << 20, reason="reached 100 versions"),
+    "bye": Goodbye(reason="stopped"),
 }
 ALL = {**FRAMES, "message": MESSAGE}
 UNTIL_1_0 = {
     "reject": {"protocol": (1, 0)},
     "welcome": {"ledger": "", "proof": "", "identity": ""},
-    "deliver": {"places": {}},
+    "deliver": {"extents": {}},
     "post": {"read": 0},
     "done": {"read": 0},
     "over": {"read": 0},
@@ -144,10 +145,10 @@ def header(**fields):
 
 
 def test_every_kind_of_frame_has_an_example_and_golden_bytes():
-    roots = Frame.__subclasses__() + Numbered.__subclasses__()
-    kinds = {kind.__name__.lower() for kind in roots if kind is not Numbered}
+    roots = Frame.__subclasses__() + NumberedFrame.__subclasses__()
+    kinds = {kind_of(kind) for kind in roots if kind is not NumberedFrame}
     assert kinds == set(FRAMES)
-    assert kinds == {kind.__name__.lower() for kind in typing.get_args(AnyFrame)}
+    assert kinds == {kind_of(kind) for kind in typing.get_args(AnyFrame)}
     assert set(golden()) == kinds | {"message"}
 
 
@@ -195,18 +196,20 @@ def test_the_golden_bytes_of_older_versions_are_read_for_ever(version):
 
 
 def test_unknown_fields_are_ignored():
-    assert decode_frame(header(kind="beat", v=[*PROTOCOL], mood="good", at={"x": [1]})) == Beat()
+    assert (
+        decode_frame(header(kind="beat", v=[*PROTOCOL], mood="good", at={"x": [1]})) == Heartbeat()
+    )
     fields = msgpack.unpackb(encode_message(MESSAGE))
     assert decode_message(msgpack.packb({**fields, "later": [None]})) == MESSAGE
 
 
 def test_a_header_may_leave_out_what_has_a_default():
-    assert decode_frame(header(kind="over")) == Over()
+    assert decode_frame(header(kind="over")) == RunEnded()
 
 
 def test_another_minor_version_is_accepted():
     frame = decode_frame(header(kind="receipt", v=[PROTOCOL[0], 99], upto=3))
-    assert frame == Receipt(upto=3, v=(PROTOCOL[0], 99))
+    assert frame == Ack(upto=3, v=(PROTOCOL[0], 99))
 
 
 @pytest.mark.parametrize(
@@ -253,9 +256,9 @@ def test_a_field_out_of_its_bounds_is_a_wire_error(fields):
 
 
 def test_a_header_over_the_limit_is_neither_written_nor_read():
-    empty = len(encode_frame(Over(reason="")))
+    empty = len(encode_frame(RunEnded(reason="")))
     with pytest.raises(WireError, match=f"at most {MAX_HEADER_BYTES} bytes of header"):
-        encode_frame(Over(reason="x" * MAX_HEADER_BYTES))
+        encode_frame(RunEnded(reason="x" * MAX_HEADER_BYTES))
     with pytest.raises(WireError, match="a result needs"):
         encode_message(
             Message(

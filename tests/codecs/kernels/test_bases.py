@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedmq.codecs import kernels
-from fedmq.codecs.kernels.layout import Hadamard, Kashin, cut
+from fedmq.codecs.kernels.layout import HadamardBasis, KashinFrame, cut
 
 quick = settings(deadline=None, max_examples=60)
 blocks = st.sampled_from([1, 2, 4, 8, 16, 64, 128, 512, 4096])
@@ -100,12 +100,12 @@ def test_signs_are_fair_and_follow_from_the_seed() -> None:
 
 @given(st.integers(0, 1 << 40), st.sampled_from([1, 2, 8, 32, 64, 1024, 4096, 1 << 20]))
 def test_a_cut_covers_all_values_and_wastes_few(n: int, block: int) -> None:
-    for basis in (None, Hadamard(0), Kashin(0)):
+    for basis in (None, HadamardBasis(0), KashinFrame(0)):
         shape = cut(n, block, basis)
         assert shape.whole * shape.inputs + sum(values for values, _ in shape.tail) == n
         assert shape.rest <= block
         assert all(values <= size for values, size in shape.tail)
-        if not isinstance(basis, Kashin):
+        if not isinstance(basis, KashinFrame):
             assert shape.coefficients == n
         elif block >= 64:
             assert shape.coefficients <= n * 16 / 15 + 64

@@ -8,14 +8,16 @@ from hypothesis import strategies as st
 
 from fedmq.codecs import kernels
 from fedmq.codecs.kernels import on_device
-from fedmq.codecs.kernels.layout import Basis, Hadamard, Kashin
+from fedmq.codecs.kernels.layout import Basis, HadamardBasis, KashinFrame
 
 pytestmark = pytest.mark.slow
 
 quick = settings(deadline=None, max_examples=40)
 sizes = st.sampled_from([0, 1, 7, 60, 64, 65, 100, 255, 1000, 4097])
 blocks = st.sampled_from([1, 2, 8, 32, 64, 256, 4096])
-bases = st.sampled_from([None, Hadamard(5), Kashin(5), Kashin(5, 4, 0.9, 1.0, clipped=True)])
+bases = st.sampled_from(
+    [None, HadamardBasis(5), KashinFrame(5), KashinFrame(5, 4, 0.9, 1.0, clipped=True)]
+)
 
 
 def some(n: int, unit: float = 1.0) -> tuple[np.ndarray, torch.Tensor]:

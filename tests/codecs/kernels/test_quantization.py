@@ -8,12 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedmq.codecs import kernels
-from fedmq.codecs.kernels.layout import Basis, Hadamard, Kashin
+from fedmq.codecs.kernels.layout import Basis, HadamardBasis, KashinFrame
 
 # The first call compiles, which takes seconds on a machine that never did.
 quick = settings(deadline=None, max_examples=40)
 blocks = st.sampled_from([1, 2, 8, 32, 64, 256])
-bases = st.sampled_from([None, Hadamard(5), Kashin(5)])
+bases = st.sampled_from([None, HadamardBasis(5), KashinFrame(5)])
 FLOAT_MAX = float(np.finfo(np.float32).max)
 
 
@@ -98,8 +98,8 @@ def test_any_finite_values_keep_their_extremes(values: list[float], bits: int, s
         (FLOAT_MAX, None),
         (1e-30, None),
         (1e-41, None),
-        (1.0, Hadamard(2)),
-        (1.0, Kashin(2)),
+        (1.0, HadamardBasis(2)),
+        (1.0, KashinFrame(2)),
     ],
 )
 def test_the_mean_over_seeds_is_the_value(unit: float, basis: Basis) -> None:
@@ -117,7 +117,7 @@ def test_the_mean_over_seeds_is_the_value(unit: float, basis: Basis) -> None:
     assert (np.abs(total / seeds) <= 5 * standard_error + 2**-21 + spacing).all()
 
 
-@pytest.mark.parametrize("basis", [None, Hadamard(2), Kashin(2)])
+@pytest.mark.parametrize("basis", [None, HadamardBasis(2), KashinFrame(2)])
 def test_the_error_falls_with_bits(basis: Basis) -> None:
     errors = [nmse(heavy_tailed(3840 * 2), bits, 4096, basis) for bits in range(1, 9)]
     assert errors == sorted(errors, reverse=True)
@@ -128,21 +128,23 @@ def test_the_error_falls_with_bits(basis: Basis) -> None:
 def test_kashin_errs_less_than_a_rotation_and_that_less_than_none(bits: int) -> None:
     """Caldas et al. 2018: for the same number of bits a coefficient."""
     x = heavy_tailed(200_000)
-    plain, hadamard, kashin = (nmse(x, bits, 4096, b) for b in (None, Hadamard(2), Kashin(2)))
+    plain, hadamard, kashin = (
+        nmse(x, bits, 4096, b) for b in (None, HadamardBasis(2), KashinFrame(2))
+    )
     assert kashin < 0.9 * hadamard
     assert hadamard < 0.3 * plain
 
 
 def test_one_bit_of_kashin_beats_a_rotation_for_the_same_bytes_too() -> None:
     x = heavy_tailed(400_000)
-    one, two = (np.log(nmse(x, bits, 4096, Hadamard(2))) for bits in (1, 2))
-    basis = Kashin(2, iterations=6, eta=0.5, delta=0.8)
+    one, two = (np.log(nmse(x, bits, 4096, HadamardBasis(2))) for bits in (1, 2))
+    basis = KashinFrame(2, iterations=6, eta=0.5, delta=0.8)
     extra = kernels.code_bytes(x.size, 1, 4096, basis) * 8 / x.size - 1
     # What a rotation would reach with a fraction of a bit more, were there such codes.
     assert np.log(nmse(x, 1, 4096, basis)) < one + extra * (two - one)
 
 
-@pytest.mark.parametrize("basis", [None, Hadamard(2), Kashin(2)])
+@pytest.mark.parametrize("basis", [None, HadamardBasis(2), KashinFrame(2)])
 def test_the_seed_and_nothing_else_makes_the_bytes(basis: Basis) -> None:
     x = heavy_tailed(5000)
     ours, again, other = (kernels.quantize(x, 3, 256, seed, basis)[0] for seed in (7, 7, 8))
@@ -154,8 +156,8 @@ def test_the_seed_and_nothing_else_makes_the_bytes(basis: Basis) -> None:
 def test_fusing_changes_no_byte() -> None:
     x = heavy_tailed(10_000)
     for basis, spread in (
-        (Hadamard(3), kernels.rotate(x, 1024, 3)),
-        (Kashin(3), kernels.kashin(x, 1024, 3, 0.3, 0.5, 3)),
+        (HadamardBasis(3), kernels.rotate(x, 1024, 3)),
+        (KashinFrame(3), kernels.kashin(x, 1024, 3, 0.3, 0.5, 3)),
     ):
         fused = kernels.quantize(x, 4, 1024, 9, basis)
         apart = kernels.quantize(spread, 4, 1024, 9)
@@ -164,7 +166,7 @@ def test_fusing_changes_no_byte() -> None:
 
 
 @pytest.mark.parametrize("value", [np.nan, -np.nan, np.inf, -np.inf])
-@pytest.mark.parametrize("basis", [None, Hadamard(2), Kashin(2)])
+@pytest.mark.parametrize("basis", [None, HadamardBasis(2), KashinFrame(2)])
 @pytest.mark.parametrize("place", [0, 70, 99])
 def test_what_is_not_finite_is_refused(value: float, basis: Basis, place: int) -> None:
     x = np.ones(100, np.float32)
@@ -219,8 +221,9 @@ def test_a_damaged_message_is_refused(change: Callable[[Message], Message]) -> N
     [
         (-1, 3, 32, None), (1 << 62, 3, 32, None), (N, 0, 32, None), (N, 9, 32, None),
         (N, True, 32, None), (N, 3.0, 32, None), (N, 3, 0, None), (N, 3, 1 << 21, None),
-        (N, 3, 24, Hadamard(0)), (float(N), 3, 32, None), (N, 3, 32, Kashin(0, iterations=0)),
-        (N, 3, 32, Kashin(0, eta=2.0)), (N, 3, 32, Kashin(0, delta=float("nan"))),
+        (N, 3, 24, HadamardBasis(0)), (float(N), 3, 32, None),
+        (N, 3, 32, KashinFrame(0, iterations=0)),
+        (N, 3, 32, KashinFrame(0, eta=2.0)), (N, 3, 32, KashinFrame(0, delta=float("nan"))),
     ],
 )  # fmt: skip
 def test_absurd_parameters_are_refused(n: int, bits: int, block: int, basis: Basis) -> None:

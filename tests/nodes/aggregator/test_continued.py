@@ -5,7 +5,7 @@ import pytest
 
 from fedmq.nodes.aggregator.checkpoint import Fold
 from fedmq.nodes.aggregator.core import Aggregator
-from fedmq.nodes.messages.actions import Finish, Inbound, Post, Start
+from fedmq.nodes.messages.actions import EndRun, Inbound, PostMessage, Start
 from fedmq.nodes.run.digests import model_digest
 from tests.algorithms.fleet import Fleet, make_setup
 from tests.nodes.aggregator.test_resume import (
@@ -63,7 +63,7 @@ def test_an_ended_run_goes_further_and_says_the_same_from_any_checkpoint(schedul
     with_evaluations(fleet)
     assert (fleet.core.version, fleet.finished) == (12, "12 versions committed")
     assert [each["version"] for each in fleet.versions] == list(range(1, 13))
-    sums = fleet.core._intake.counts
+    sums = fleet.core._results.counts
     assert sums.used == sum(each["results"] for each in fleet.versions)
 
     ends = 0
@@ -76,10 +76,10 @@ def test_an_ended_run_goes_further_and_says_the_same_from_any_checkpoint(schedul
         core = Aggregator(fleet.setup, "run", "aggregator")
         actions = list(core.handle(Start(checkpoint, continued=continued)))
         for inbound in fleet.inbox:
-            if inbound.seq > fold.position or inbound.seq in fold.waiting:
+            if inbound.seq > fold.position or inbound.seq in fold.deferred:
                 actions += core.handle(inbound)
         # Its first end is none to a session that knows that it goes further.
-        said = [each for each in fleet.actions[at + 2 :] if each != Finish("9 versions committed")]
+        said = [each for each in fleet.actions[at + 2 :] if each != EndRun("9 versions committed")]
         assert plain(actions) == plain(said)
         assert model_digest(core.tensors()) == model_digest(fleet.core.tensors())
     assert ends == 2
@@ -95,7 +95,7 @@ def test_it_waits_for_its_clients_and_its_evaluator_and_then_goes_on_as_if_nothi
                 before = len(fleet.actions)
                 go_on(fleet)
                 come_back(fleet)
-                posts = [each for each in fleet.actions[before:] if isinstance(each, Post)]
+                posts = [each for each in fleet.actions[before:] if isinstance(each, PostMessage)]
                 assert not posts, "its evaluator is not here yet"
                 fleet.join_evaluator()
             if fleet.finished is not None:
@@ -105,7 +105,7 @@ def test_it_waits_for_its_clients_and_its_evaluator_and_then_goes_on_as_if_nothi
             elif fleet.tasks:
                 fleet.hear(*fleet.work(*fleet.tasks.pop(0)))
         assert fleet.finished == "3 versions committed"
-        posts = [each for each in fleet.actions if isinstance(each, Post)]
+        posts = [each for each in fleet.actions if isinstance(each, PostMessage)]
         return (
             # How long it waits for the last evaluation is counted anew.
             [each.message.kind for each in posts if each.message.kind != "timer"],
@@ -122,12 +122,12 @@ def test_a_run_that_has_ended_stays_so_unless_it_is_to_go_further():
     end, before = fleet.checkpoint, len(fleet.actions)
     go_on(fleet)
     come_back(fleet)
-    assert not [each for each in fleet.actions[before:] if isinstance(each, Post)]
+    assert not [each for each in fleet.actions[before:] if isinstance(each, PostMessage)]
     for continued, ended in ((-1, True), (10**6, False)):
         core = Aggregator(fleet.setup, "run", "aggregator")
         newest = Inbound(99, 1.0, end.message, end.read)
         finishes = [
-            isinstance(each, Finish) for each in core.handle(Start(newest, None, continued))
+            isinstance(each, EndRun) for each in core.handle(Start(newest, None, continued))
         ]
         assert any(finishes) is ended
 
@@ -213,4 +213,4 @@ def test_a_checkpoint_that_is_left_while_it_waits_tells_what_it_waits_for():
     come_back(fleet)
     assert fleet.finished is None
     for inbound in fleet.inbox[before:]:
-        assert not [each for each in core.handle(inbound) if isinstance(each, Finish)]
+        assert not [each for each in core.handle(inbound) if isinstance(each, EndRun)]

@@ -216,7 +216,7 @@ def test_a_tick_that_nobody_asked_for_changes_nothing(token):
     fleet = Fleet(make_setup({**ROUNDS, "deadline_s": 5.0}))
     seq = fleet.say("tick", {"token": token})
     assert fleet.done[seq] == ""
-    assert not fleet.core._intake.current.deadline_passed
+    assert not fleet.core._results.current.deadline_passed
     assert fleet.finished is None
 
 

@@ -109,7 +109,7 @@ def test_a_result_that_cannot_be_used_is_refused_and_counted_and_the_run_goes_on
     assert re.search(message, reason), reason
     assert fleet.codes[fleet.seq] == CODES.get(fault, "undecodable")
     assert fleet.counts == (0, 0, 1, 0)
-    assert len(fleet.core._tasks.flights) == (
+    assert len(fleet.core._tasks.in_flight) == (
         2 if setup is STREAM or fault in KEEPS_ITS_TASK else 1
     )
     if fault in KEEPS_ITS_TASK:
@@ -134,7 +134,7 @@ def test_a_result_that_is_too_stale_is_told_so_and_counted_apart():
     assert fleet.reason(*late) == "too stale: 1 versions behind"
     assert fleet.codes[fleet.seq] == "stale"
     assert fleet.counts == (1, 1, 0, 0)
-    assert len(fleet.core._tasks.flights) == 2
+    assert len(fleet.core._tasks.in_flight) == 2
     assert fleet.run().finished
 
 

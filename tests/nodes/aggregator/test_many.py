@@ -6,9 +6,9 @@ import pytest
 
 from fedmq.algorithms.rng import derive_rng
 from fedmq.broker.wire.schema import Message
-from fedmq.nodes.aggregator.fleet import Members
+from fedmq.nodes.aggregator.fleet import Fleet as Members
 from fedmq.nodes.aggregator.tasks import Tasks
-from fedmq.nodes.aggregator.version import Gathering
+from fedmq.nodes.aggregator.version import VersionBuffer
 from tests.algorithms.fleet import Fleet, make_setup
 
 CLIENTS = 30
@@ -32,7 +32,7 @@ def test_counts_and_draws_are_those_of_looking_at_every_task_and_client(seed):
     dice = random.Random(seed)  # noqa: S311 - a test's own dice
     members = Members()
     tasks = Tasks(SETUP, members)
-    current = Gathering(None)
+    current = VersionBuffer(None)
     version, names = 0, iter(range(10_000))
     for _ in range(400):
         node = dice.randrange(6)
@@ -45,26 +45,26 @@ def test_counts_and_draws_are_those_of_looking_at_every_task_and_client(seed):
                 members.left(about("left", f"w{node}"))
             case 2:
                 version += 1
-                current = Gathering(None)
+                current = VersionBuffer(None)
                 tasks.begin_version()
             case 3:
-                tasks.overdue(dice.randint(0, version))
-            case 4 if tasks.flights:
-                name = dice.choice(sorted(tasks.flights))
-                client = tasks.flights[name].client
-                node = members.hosts.get(client, tasks.flights[name].node)
+                tasks.past_deadline(dice.randint(0, version))
+            case 4 if tasks.in_flight:
+                name = dice.choice(sorted(tasks.in_flight))
+                client = tasks.in_flight[name].client
+                node = members.hosts.get(client, tasks.in_flight[name].node)
                 tasks.answered(about("result", node, re=name, sender=node))
                 if dice.random() < 0.5:
                     current.contributed.add(client)
                 else:
                     tasks.freed()
             case 5:
-                tasks.resume(dict(tasks.flights))
+                tasks.resume(dict(tasks.in_flight))
             case _:
                 before = current.draws
                 count = dice.randrange(4)
                 found = tasks.draw(count, current, version)
-                busy = {each.client for each in tasks.flights.values()} | current.contributed
+                busy = {each.client for each in tasks.in_flight.values()} | current.contributed
                 idle = sorted(set(members.hosts) - busy)
                 if 0 < count < len(idle):
                     assert current.draws == before + 1
@@ -75,9 +75,9 @@ def test_counts_and_draws_are_those_of_looking_at_every_task_and_client(seed):
                 for client in found:
                     tasks.sent(f"aggregator/{next(names)}", client, version)
         view = tasks.view(current, version)
-        expected = [each for each in tasks.flights.values() if each.client in members.hosts]
-        ours = [each for each in expected if each.version == version and not each.overdue]
-        assert (view.flying, view.outstanding) == (len(expected), len(ours))
+        expected = [each for each in tasks.in_flight.values() if each.client in members.hosts]
+        ours = [each for each in expected if each.version == version and not each.past_deadline]
+        assert (view.in_flight, view.outstanding) == (len(expected), len(ours))
 
 
 @pytest.mark.parametrize("backwards", [False, True])

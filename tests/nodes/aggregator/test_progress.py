@@ -11,7 +11,7 @@ from fedmq.nodes.aggregator.checkpoint import Fold
 from fedmq.nodes.aggregator.computed import Computed
 from fedmq.nodes.aggregator.core import Aggregator
 from fedmq.nodes.aggregator.progress import Failures, Progress, failures_allowed
-from fedmq.nodes.messages.actions import Finish, Post, Start
+from fedmq.nodes.messages.actions import EndRun, PostMessage, Start
 from tests.algorithms.fleet import Fleet, changed, make_setup, with_data
 from tests.nodes.aggregator.test_continued import come_back, go_on
 
@@ -91,7 +91,7 @@ def test_a_run_whose_tasks_all_fail_ends_with_the_last_reason(schedule):
     assert fleet.core.failed
     assert fleet.records[-1].kind == "finished"
     assert fleet.records[-1].body["failed"] is True
-    assert fleet.actions[-1] == Finish(fleet.finished, failed=True)
+    assert fleet.actions[-1] == EndRun(fleet.finished, failed=True)
 
 
 @every_schedule
@@ -234,10 +234,10 @@ def test_a_schedule_of_a_users_own_needs_to_say_nothing():
     class Own(Schedule):
         name = "own"
 
-        def wants(self, view):
+        def num_to_start(self, view):
             return 1
 
-        weight = closes = divisor = wants
+        weight = is_ready = divisor = num_to_start
 
     assert Own().at_once(9) == 9
     assert Own().least_clients() is None
@@ -257,7 +257,7 @@ def test_who_failed_twice_is_asked_again_after_a_timer_that_grows(schedule):
         waits += [
             each.message.body["after_s"]
             for each in fleet.actions
-            if isinstance(each, Post) and each.message.body.get("token") == "retry"
+            if isinstance(each, PostMessage) and each.message.body.get("token") == "retry"
         ]
         fleet.actions.clear()
         if fleet.finished is None:
@@ -366,14 +366,14 @@ def test_the_next_session_counts_on_and_says_the_same(schedule):
     assert fleet.core.failed
     for checkpoint, heard in seen[1:]:
         core = Aggregator(fleet.setup, "run", "aggregator")
-        posts = [each for each in core.handle(Start(checkpoint)) if isinstance(each, Post)]
+        posts = [each for each in core.handle(Start(checkpoint)) if isinstance(each, PostMessage)]
         for inbound in fleet.inbox[heard:]:
-            posts += [each for each in core.handle(inbound) if isinstance(each, Post)]
+            posts += [each for each in core.handle(inbound) if isinstance(each, PostMessage)]
         assert core._progress.failures == fleet.core._progress.failures
         assert core._finishing == fleet.finished
         assert core.failed
         assert [each.message for each in posts] == [
-            each.message for each in fleet.actions if isinstance(each, Post)
+            each.message for each in fleet.actions if isinstance(each, PostMessage)
         ][-len(posts) :]
 
 
@@ -393,11 +393,13 @@ def test_the_clock_of_a_broker_may_be_set_back():
 
 
 @pytest.mark.parametrize("schedule", ["rounds", "stream"])
-@pytest.mark.parametrize("at", ["task", "absorb", "commit", "examined"])
+@pytest.mark.parametrize("at", ["task", "accumulate", "commit", "evaluation_task"])
 def test_an_algorithm_that_raises_ends_the_run_at_once(schedule, at):
     name = "tests.algorithms.raising:Raising"
     fleet = fleet_of(
-        schedule, algorithm={"name": name, "at": at}, evaluate_every=1 if at == "examined" else 0
+        schedule,
+        algorithm={"name": name, "at": at},
+        evaluate_every=1 if at == "evaluation_task" else 0,
     )
     while fleet.finished is None:
         step(fleet, ())
@@ -422,8 +424,8 @@ def test_a_state_that_cannot_be_saved_ends_the_run_as_well():
 @pytest.mark.parametrize("kind", ["MemoryError", "ConnectionResetError"])
 def test_what_a_restart_may_cure_is_raised(kind):
     name = "tests.algorithms.raising:Raising"
-    fleet = fleet_of("stream", algorithm={"name": name, "at": "absorb", "kind": kind})
-    with pytest.raises(Exception, match="absorb is broken"):
+    fleet = fleet_of("stream", algorithm={"name": name, "at": "accumulate", "kind": kind})
+    with pytest.raises(Exception, match="accumulate is broken"):
         step(fleet, ())
     assert fleet.finished is None
 

@@ -13,7 +13,15 @@ from fedmq.nodes.aggregator.checkpoint import Fold
 from fedmq.nodes.aggregator.computed import Computed
 from fedmq.nodes.aggregator.core import Aggregator
 from fedmq.nodes.errors import NodeError
-from fedmq.nodes.messages.actions import Commit, Done, Finish, Inbound, Post, Settle, Start
+from fedmq.nodes.messages.actions import (
+    AckUpTo,
+    Commit,
+    EndRun,
+    Handled,
+    Inbound,
+    PostMessage,
+    Start,
+)
 from fedmq.nodes.run.digests import model_digest
 from tests.algorithms.fleet import Fleet, changed, make_setup, with_data
 
@@ -78,7 +86,7 @@ def plain(actions):
     """Actions as what can be compared: a message by its bytes and those of its blobs."""
     return [
         ("post", encode_message(each.message), [bytes(data) for data in each.data], each.consumes)
-        if isinstance(each, Post)
+        if isinstance(each, PostMessage)
         else ("commit", encode_message(each.message))
         if isinstance(each, Commit)
         else each
@@ -87,7 +95,7 @@ def plain(actions):
 
 
 def is_checkpoint(action):
-    return isinstance(action, Post) and action.message.to == "checkpoint"
+    return isinstance(action, PostMessage) and action.message.to == "checkpoint"
 
 
 def handed_over(post):
@@ -134,17 +142,17 @@ def test_from_any_checkpoint_a_run_goes_on_as_it_did(schedule, every_s, seed, al
     assert len(checkpoints) >= 2
     for at in checkpoints:
         post = fleet.actions[at]
-        assert isinstance(fleet.actions[at + 1], Settle)
+        assert isinstance(fleet.actions[at + 1], AckUpTo)
         fold = fold_of(post)
         unknown = [
-            each for each in fleet.inbox if each.seq > fold.position or each.seq in fold.waiting
+            each for each in fleet.inbox if each.seq > fold.position or each.seq in fold.deferred
         ]
         core, actions = resumed(setup, handed_over(post), unknown)
         assert plain(actions) == plain(fleet.actions[at + 2 :])
         assert model_digest(core.tensors()) == digest
-        assert (core.version, core._intake.counts) == (
+        assert (core.version, core._results.counts) == (
             fleet.core.version,
-            fleet.core._intake.counts,
+            fleet.core._results.counts,
         )
 
 
@@ -164,7 +172,9 @@ def test_cut_after_any_message_nothing_is_missing_and_nothing_is_said_anew(sched
     """The next session gets the newest checkpoint, and what no session has settled."""
     setup = setup_of(schedule, algorithm=algorithm, checkpoint_s=9.0)
     fleet = busy_run(setup, 11)
-    said = {each.message.id: plain([each]) for each in fleet.actions if isinstance(each, Post)}
+    said = {
+        each.message.id: plain([each]) for each in fleet.actions if isinstance(each, PostMessage)
+    }
     replay = Fleet(setup, join=False)
     for cut, inbound in enumerate(fleet.inbox):
         replay.seq = inbound.seq
@@ -176,16 +186,16 @@ def test_cut_after_any_message_nothing_is_missing_and_nothing_is_said_anew(sched
         ]
         core, actions = resumed(setup, replay.checkpoint, unfinished)
         for each in actions:
-            assert not isinstance(each, Post) or plain([each]) == said[each.message.id]
+            assert not isinstance(each, PostMessage) or plain([each]) == said[each.message.id]
         assert model_digest(core.tensors()) == model_digest(replay.core.tensors())
-        assert core._letters.next_id == replay.core._letters.next_id
-        assert core._tasks.flights == replay.core._tasks.flights
+        assert core._messages.next_id == replay.core._messages.next_id
+        assert core._tasks.in_flight == replay.core._tasks.in_flight
         held = (
-            core._intake.current.order,
-            sorted(core._intake.current.held),
-            core._intake.current.started,
+            core._results.current.order,
+            sorted(core._results.current.held),
+            core._results.current.started,
         )
-        there = replay.core._intake.current
+        there = replay.core._results.current
         assert held == (there.order, sorted(there.held), there.started)
 
 
@@ -198,8 +208,8 @@ def test_nothing_is_settled_that_no_checkpoint_tells_of(schedule):
         if is_checkpoint(action):
             assert fold_of(action).position > position
             position = fold_of(action).position
-            assert isinstance(following, Settle)
-    assert sum(isinstance(each, Settle) for each in fleet.actions) == sum(
+            assert isinstance(following, AckUpTo)
+    assert sum(isinstance(each, AckUpTo) for each in fleet.actions) == sum(
         map(is_checkpoint, fleet.actions)
     )
     assert fleet.settled == position
@@ -217,17 +227,17 @@ def test_a_message_that_the_checkpoint_tells_of_is_settled_and_changes_nothing(s
     before = (
         core.version,
         model_digest(core.tensors()),
-        dict(core._tasks.flights),
-        core._letters.next_id,
+        dict(core._tasks.in_flight),
+        core._messages.next_id,
     )
     for inbound in fleet.inbox:
         if inbound.seq <= position:
-            assert core.handle(inbound) == [Settle()]
+            assert core.handle(inbound) == [AckUpTo()]
     assert before == (
         core.version,
         model_digest(core.tensors()),
-        core._tasks.flights,
-        core._letters.next_id,
+        core._tasks.in_flight,
+        core._messages.next_id,
     )
 
 
@@ -236,10 +246,10 @@ def test_after_the_end_a_new_session_only_says_so_again(schedule):
     setup = setup_of(schedule)
     fleet = busy_run(setup, 19)
     core, actions = resumed(setup, fleet.checkpoint, [])
-    assert actions == [Finish(fleet.finished)]
+    assert actions == [EndRun(fleet.finished)]
     assert model_digest(core.tensors()) == model_digest(fleet.core.tensors())
     late = fleet.inbox[-1]
-    assert core.handle(late) == [Done(late.seq)]
+    assert core.handle(late) == [Handled(late.seq)]
 
 
 def test_a_version_is_a_checkpoint_when_the_last_one_is_old_enough_and_a_record_else():
@@ -305,11 +315,11 @@ def test_while_a_version_is_being_made_nodes_come_and_go_and_results_wait():
     waiting = fleet.hear(*fleet.work(*fleet.tasks.pop(0)))
     assert waiting not in fleet.done
     fleet.leave("w3")
-    assert 3 not in fleet.core._members.hosts
+    assert 3 not in fleet.core._fleet.hosts
     fleet.say("tick", {"token": fleet.commits.pop().token})
     assert fleet.core.version == 1
     assert fleet.done[waiting] == ""
-    assert fleet.core._intake.current.staleness == [1]
+    assert fleet.core._results.current.staleness == [1]
 
 
 def test_what_fails_beside_the_inbox_ends_the_run_where_its_tick_stands():

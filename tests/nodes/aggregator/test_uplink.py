@@ -8,15 +8,15 @@ import torch
 from fedmq.algorithms.base import Payload, Task
 from fedmq.broker.inspection.trace import Trace
 from fedmq.nodes.errors import ConfigError
-from fedmq.nodes.messages.actions import Inbound, Post
+from fedmq.nodes.messages.actions import Inbound, PostMessage
 from fedmq.nodes.messages.payloads import unpack
 from fedmq.nodes.replay.workers import Retraining
 from fedmq.nodes.run.config import build
 from fedmq.nodes.run.digests import model_digest
 from fedmq.nodes.run.setup import set_up
 from fedmq.nodes.simulation.virtual_run import Chances, Simulation
-from fedmq.nodes.worker.client_state import Locals
-from fedmq.nodes.worker.core import Failed, Keep, Saved, Train, Trained, Worker
+from fedmq.nodes.worker.client_state import ClientStateStore
+from fedmq.nodes.worker.core import Failed, SaveClientState, Saved, Train, Trained, Worker
 from tests.algorithms.fleet import Fleet, changed
 from tests.sim.recorded import check_recorded_run
 
@@ -104,7 +104,7 @@ def test_what_is_sent_of_a_structured_update_is_all_of_it(spec, form):
     assert (found - meant).norm() <= 1e-4 * meant.norm()
     free = setup_of("raw", algorithm=FORMS[form])
     (train,) = worker_of(free, client).handle(task)
-    assert train.restrict is None
+    assert train.project is None
     other = flat(trained(free, train).payload.weights)
     assert (other - meant).norm() > 0.05 * other.norm()
     assert sum(each.nbytes for each in map(memoryview, post.data)) < 4 * meant.numel()
@@ -161,14 +161,14 @@ def kept_and_posted(setup, worker, inbound):
     assert isinstance(train, Train)
     done = trained(setup, train)
     (keep,) = worker.handle(done)
-    assert isinstance(keep, Keep)
+    assert isinstance(keep, SaveClientState)
     (post,) = worker.handle(Saved(keep.kept))
-    assert isinstance(post, Post)
+    assert isinstance(post, PostMessage)
     return keep.kept, post, done.payload
 
 
 def test_what_is_left_out_is_kept_and_sent_with_the_next_task():
-    setup, kept = setup_of(TOPK), Locals()
+    setup, kept = setup_of(TOPK), ClientStateStore()
     task, client = first_task(setup)
     worker = worker_of(setup, client, kept)
     meant, total = torch.zeros(()), torch.zeros(())
@@ -193,16 +193,18 @@ def test_the_rest_survives_a_worker_that_starts_again(tmp_path):
     task, client = first_task(setup)
     posts = []
     for folder in (None, tmp_path / "state"):
-        kept, results = Locals(folder), []
+        kept, results = ClientStateStore(folder), []
         for number in range(1, 4):
             if folder is not None:
-                kept = Locals(folder)  # started again
+                kept = ClientStateStore(folder)  # started again
             inbound = named(task, number, f"aggregator/{number}")
             state, post, _ = kept_and_posted(setup, worker_of(setup, client, kept), inbound)
             kept.put(client, state)
             results.append([bytes(each) for each in post.data])
-        (again,) = worker_of(setup, client, Locals(folder) if folder else kept).handle(inbound)
-        assert isinstance(again, Post)
+        (again,) = worker_of(setup, client, ClientStateStore(folder) if folder else kept).handle(
+            inbound
+        )
+        assert isinstance(again, PostMessage)
         assert [bytes(each) for each in again.data] == results[-1]
         posts.append(results)
     assert posts[0] == posts[1]
@@ -211,7 +213,7 @@ def test_the_rest_survives_a_worker_that_starts_again(tmp_path):
 
 @pytest.mark.parametrize("way", ["failed", "dropped", "not finite"])
 def test_a_failed_task_leaves_the_rest_as_it_was(way):
-    setup, kept = setup_of(TOPK), Locals()
+    setup, kept = setup_of(TOPK), ClientStateStore()
     task, client = first_task(setup)
     state, _, payload = kept_and_posted(setup, worker_of(setup, client, kept), task)
     kept.put(client, state)
@@ -226,7 +228,7 @@ def test_a_failed_task_leaves_the_rest_as_it_was(way):
         bad = {name: each * float("nan") for name, each in payload.weights.items()}
         done = Trained(Payload(bad, payload.exact, payload.numbers), None, 0.1)
     actions = worker.handle(Failed("no memory") if way == "failed" else done)
-    assert not [each for each in actions if isinstance(each, Keep)]
+    assert not [each for each in actions if isinstance(each, SaveClientState)]
     assert actions[-1].message.kind == "failed"
     assert kept.get(client) is state
 
@@ -236,7 +238,7 @@ def test_with_other_codecs_nothing_is_kept():
     task, client = first_task(setup)
     worker = worker_of(setup, client)
     (train,) = worker.handle(task)
-    assert [type(each) for each in worker.handle(trained(setup, train))] == [Post]
+    assert [type(each) for each in worker.handle(trained(setup, train))] == [PostMessage]
 
 
 class Forgetting(Fleet):

@@ -6,11 +6,11 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from fedmq.broker.core.admission import MAX_RANGES
-from fedmq.broker.wire.addresses import name_fault
+from fedmq.broker.wire.addresses import MAX_RANGES, name_fault
 from fedmq.nodes.cli import main as main_module
 from fedmq.nodes.cli.catalogue import catalogue, lines
-from fedmq.nodes.cli.main import default_name, main, parse_ranges
+from fedmq.nodes.cli.main import default_name, main
+from fedmq.nodes.cli.options import parse_ranges
 from fedmq.nodes.errors import ConfigError
 from fedmq.nodes.run.setup import choose_device
 

@@ -8,9 +8,9 @@ from rich.console import Console
 from rich.table import Table
 
 from fedmq.nodes.cluster import view
-from fedmq.nodes.cluster.console import Speaker
-from fedmq.nodes.cluster.view import View, closing_table
-from fedmq.nodes.run_folder.summary import Point, RunFold
+from fedmq.nodes.cluster.console import SupervisorConsole
+from fedmq.nodes.cluster.view import LiveView, closing_table
+from fedmq.nodes.run_folder.summary import CurvePoint, RunFold
 
 
 @dataclass
@@ -34,8 +34,8 @@ class Terminal:
             width=self.width,
         )
 
-    def view(self, title: str = "a run") -> View:
-        return View(self.console, title, self.said.append)
+    def view(self, title: str = "a run") -> LiveView:
+        return LiveView(self.console, title, self.said.append)
 
     @property
     def shown(self) -> str:
@@ -44,7 +44,9 @@ class Terminal:
 
 def fold() -> RunFold:
     made = RunFold(0.0, now=10.0)
-    made.curve = [Point(version, float(version), {"accuracy": 0.1 * version}) for version in (1, 9)]
+    made.curve = [
+        CurvePoint(version, float(version), {"accuracy": 0.1 * version}) for version in (1, 9)
+    ]
     return made
 
 
@@ -109,7 +111,7 @@ def test_a_run_of_which_nothing_is_recorded_has_a_summary_and_a_table() -> None:
 
 def test_what_cannot_be_shown_is_said_and_logged(tmp_path) -> None:
     terminal = Terminal(is_terminal=False)
-    speaker = Speaker(terminal.console, tmp_path / "cluster.log")
+    speaker = SupervisorConsole(terminal.console, tmp_path / "cluster.log")
     speaker.show(lambda: closing_table({}))
     assert "cannot show how the run ended: KeyError('results'); see summary.json" in terminal.shown
     assert "see summary.json" in (tmp_path / "cluster.log").read_text()
@@ -118,5 +120,5 @@ def test_what_cannot_be_shown_is_said_and_logged(tmp_path) -> None:
 def test_a_log_that_cannot_be_opened_silences_nobody(tmp_path) -> None:
     (tmp_path / "cluster.log").mkdir()
     terminal = Terminal(is_terminal=False)
-    Speaker(terminal.console, tmp_path / "cluster.log").say("a sentence")
+    SupervisorConsole(terminal.console, tmp_path / "cluster.log").say("a sentence")
     assert terminal.shown == "a sentence\n"

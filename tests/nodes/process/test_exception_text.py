@@ -8,12 +8,12 @@ import torch
 
 from fedmq.nodes.errors import ConfigError, OwnCodeError, own_code
 from fedmq.nodes.process.exception_text import (
+    clip_text,
     described,
     explained,
     may_pass,
     modules_of,
     place_in,
-    shorten,
 )
 
 DATA = torch.arange(40.0).reshape(5, 8) + 0.125
@@ -38,7 +38,7 @@ DATA = torch.arange(40.0).reshape(5, 8) + 0.125
     ],
 )
 def test_values_of_tensors_and_lists_are_elided(text, shown):
-    assert shorten(text) == shown
+    assert clip_text(text) == shown
 
 
 @pytest.mark.parametrize(
@@ -52,13 +52,13 @@ def test_values_of_tensors_and_lists_are_elided(text, shown):
     ],
 )
 def test_shapes_and_words_stay(text):
-    assert shorten(text) == text
+    assert clip_text(text) == text
 
 
 def test_a_text_is_one_line_of_bounded_length():
-    assert shorten("a\n\tb  c") == "a b c"
-    assert len(shorten("x" * 10**7)) == 500
-    assert shorten("x" * 600).endswith("x...")
+    assert clip_text("a\n\tb  c") == "a b c"
+    assert len(clip_text("x" * 10**7)) == 500
+    assert clip_text("x" * 600).endswith("x...")
 
 
 def test_an_exception_that_cannot_say_what_it_is_still_has_a_type():
@@ -85,7 +85,7 @@ def test_the_place_is_the_innermost_of_the_users_own_code():
 
     error = raised(model)
     assert line < int(place_in(error).rpartition(":")[2]) < line + 20
-    assert place_in(error).rpartition(":")[0].endswith("nodes/test_causes.py")
+    assert place_in(error).rpartition(":")[0].endswith("process/test_exception_text.py")
     assert explained(error).endswith(f"({place_in(error)})")
 
 
@@ -140,7 +140,7 @@ def test_errors_that_are_sentences_already_stay_as_they_are():
     with pytest.raises(ConfigError, match=r"^run.seed: no$"), own_code("problem.name"):
         raise ConfigError("run.seed: no")
     with (
-        pytest.raises(OwnCodeError, match=r"^problem.name: KeyError: 'x' \(.*test_causes.py:\d+\)"),
+        pytest.raises(OwnCodeError, match=r"^problem.name: KeyError: 'x' \(.*_text.py:\d+\)"),
         own_code("problem.name"),
     ):
         {}["x"]

@@ -94,8 +94,8 @@ def test_what_is_started_begins_with_the_signals_blocked():
 
 _BEGIN = """
 import hashlib, os, signal, sys, time
-from fedmq.nodes import signals
-from fedmq.nodes.cli.entry import ending_well
+from fedmq.nodes.process import signals
+from fedmq.nodes.process.ending import ending_well
 from fedmq.nodes.process.signals import this_process
 signals._GRACE_S = float(sys.argv[1])
 def ready():

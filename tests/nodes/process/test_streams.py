@@ -12,7 +12,7 @@ import time
 
 import pytest
 
-from fedmq.nodes.process.streams import OutputFailed, Stream, write_in_time
+from fedmq.nodes.process.streams import OutputFailed, OutputStream, write_in_time
 
 HAS_FULL = os.path.exists("/dev/full")  # noqa: PTH110 - a device, not a file of ours
 
@@ -28,9 +28,9 @@ def pipe():
             assert error.errno == errno.EBADF  # noqa: PT017 - the test has closed it
 
 
-def stream(fd: int, *, required: bool = False) -> tuple[Stream, list[str]]:
+def stream(fd: int, *, required: bool = False) -> tuple[OutputStream, list[str]]:
     lost: list[str] = []
-    made = Stream(fd, "standard output", lost.append)
+    made = OutputStream(fd, "standard output", lost.append)
     made.required = required
     return made, lost
 
@@ -156,7 +156,7 @@ def test_streams_that_were_closed_before_are_no_reason_to_fail() -> None:
 
 _OWN_FILES = """
 import os, sys
-from fedmq.nodes import streams
+from fedmq.nodes.process import streams
 streams.set_up()
 fd = os.open(sys.argv[1], os.O_WRONLY | os.O_CREAT)
 print("printed", flush=True)
@@ -174,7 +174,7 @@ def test_no_file_of_a_run_becomes_standard_output(tmp_path) -> None:
 
 _OWN_PROCESS = """
 import os, subprocess, sys
-from fedmq.nodes import streams
+from fedmq.nodes.process import streams
 streams.set_up()
 code = "import os; os.fstat(0); os.fstat(1); os.fstat(2)"
 sys.exit(subprocess.run([sys.executable, "-c", code], close_fds=True).returncode)

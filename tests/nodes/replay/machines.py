@@ -13,7 +13,7 @@ import torch
 from click.testing import CliRunner
 from torch import nn
 
-from fedmq.broker.core.state import BrokerSettings
+from fedmq.broker.settings import BrokerSettings
 from fedmq.nodes.cli.main import main
 from fedmq.nodes.run.config import build
 from fedmq.nodes.run.setup import set_up
@@ -89,7 +89,7 @@ RUNS = {
     "feddropout": (HERE + "Plain", {"name": "feddropout"}, ROUNDS, {}),
     "fd": (THERE + "augmenting:Skewed", {"name": "fd", "models": ["mlp", "fd-cnn"]}, ALL, OUTPUTS),
     "codistillation": (
-        THERE + "test_codistillation:Shared",
+        THERE + "distillation.test_codistillation:Shared",
         {"name": "codistillation"},
         BUFFERED,
         OUTPUTS,

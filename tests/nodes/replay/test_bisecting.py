@@ -7,7 +7,7 @@ import pytest
 
 from fedmq.algorithms.schedules import staleness
 from fedmq.broker.inspection.trace import Trace
-from fedmq.nodes.replay.steps import FILE
+from fedmq.nodes.replay.state_digests import FILE
 from tests.nodes.replay import material
 from tests.nodes.replay.material import (
     BUFFERED,

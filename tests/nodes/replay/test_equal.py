@@ -11,7 +11,7 @@ from fedmq.broker.errors import LedgerError
 from fedmq.broker.inspection.trace import Trace
 from fedmq.broker.ledger.entries import Accepted
 from fedmq.broker.wire.schema import Blob
-from fedmq.nodes.messages.actions import Inbound, Post
+from fedmq.nodes.messages.actions import Inbound, PostMessage
 from fedmq.nodes.replay.fold import Replay, last_checkpoint
 from fedmq.nodes.run.digests import model_digest
 from tests.nodes.replay import material
@@ -102,11 +102,14 @@ def test_until_any_entry_stops_there(name):
     for entry in list(Trace(GOLDEN / name).entries())[::5]:
         run, steps = ended(GOLDEN / name, until=entry.seq)
         message = entry.read() if isinstance(entry, Accepted) else None
-        said = [a.message.id for a in steps[-1].actions if isinstance(a, Post)]
+        said = [a.message.id for a in steps[-1].actions if isinstance(a, PostMessage)]
         if message is not None and message.sender == "aggregator":
             assert message.id in said
             assert message.id not in [
-                a.message.id for step in steps[:-1] for a in step.actions if isinstance(a, Post)
+                a.message.id
+                for step in steps[:-1]
+                for a in step.actions
+                if isinstance(a, PostMessage)
             ]
         else:
             inbox = [e.event.seq for e in steps if isinstance(e.event, Inbound)]
@@ -121,8 +124,8 @@ def test_until_a_version_the_next_one_is_not_yet_made():
     for (seq, message), (_, after) in itertools.pairwise(versions):
         run, steps = ended(BUFFERED, until=seq)
         assert model_digest(run.core.tensors()) == message.body["model_digest"]
-        assert run.core.parts()["position"] == message.body["position"]
-        said = {a.message.id for step in steps for a in step.actions if isinstance(a, Post)}
+        assert run.core.state_snapshot()["position"] == message.body["position"]
+        said = {a.message.id for step in steps for a in step.actions if isinstance(a, PostMessage)}
         assert after.id not in said
 
 
@@ -210,7 +213,7 @@ def test_a_run_that_was_cut_off_is_equal_up_to_its_end(tmp_path):
     assert FIRST.search(output)
     more = int(re.search(r"(\d+) actions more than the record holds", output)[1])
     steps = ended(BUFFERED, until=last)[1]
-    posts = sum(isinstance(action, Post) for step in steps for action in step.actions)
+    posts = sum(isinstance(action, PostMessage) for step in steps for action in step.actions)
     recorded = [m for s, m in material.messages(BUFFERED, sender="aggregator") if s <= last]
     assert more == posts - len(recorded)
 

@@ -11,7 +11,7 @@ from fedmq.broker.wire.schema import Message
 from fedmq.nodes.replay.histories import Histories, read_histories
 from fedmq.nodes.replay.workers import Retraining
 from fedmq.nodes.simulation.virtual_run import Chances, Simulation, WorkerHost
-from fedmq.nodes.worker.client_state import Locals
+from fedmq.nodes.worker.client_state import ClientStateStore
 from tests.algorithms.personal.test_fedrep_runs import setup_of
 from tests.nodes.replay import material
 
@@ -36,7 +36,7 @@ def host(simulation, name):
 
 def shared(*hosts):
     """What is in a folder that these share."""
-    kept = Locals()
+    kept = ClientStateStore()
     for each in hosts:
         for client, state in each.kept._memory.items():
             kept.put(client, state)

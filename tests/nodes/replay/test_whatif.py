@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fedmq.broker.inspection.trace import Trace
-from fedmq.nodes.messages.actions import Inbound, Post
+from fedmq.nodes.messages.actions import Inbound, PostMessage
 from fedmq.nodes.replay.fold import Replay
 from fedmq.nodes.replay.whatif import WhatIf, changed_setup
 from tests.golden.points import Points
@@ -73,7 +73,7 @@ def by_hand(folder, size, weight, step):
     for each in run.steps():
         if finishing:
             break
-        finishing = bool(run.core.parts()["finishing"])
+        finishing = bool(run.core.state_snapshot()["finishing"])
         event = each.event
         if isinstance(event, Inbound) and event.message.kind == "result":
             found = weight(version - born[event.message.re])
@@ -83,7 +83,7 @@ def by_hand(folder, size, weight, step):
             if len(buffer) == size:
                 x, version, buffer = step(x, buffer), version + 1, []
         for action in each.actions:
-            if isinstance(action, Post) and action.message.kind == "task":
+            if isinstance(action, PostMessage) and action.message.kind == "task":
                 born[action.message.id] = version
     return x, version, used
 

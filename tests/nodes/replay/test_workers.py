@@ -11,7 +11,7 @@ from fedmq.nodes.replay.fold import recorded_setup
 from fedmq.nodes.replay.workers import Retraining, depends_on_device
 from fedmq.nodes.run.setup import kind_of
 from fedmq.nodes.simulation.virtual_run import Chances, Simulation
-from fedmq.nodes.trace.differences import ABSENT, Difference, Field, Gap, InGroup, Kind
+from fedmq.nodes.trace.differences import ABSENT, Difference, DifferenceKind, Field, Gap, InGroup
 from tests.nodes.replay import material
 from tests.nodes.replay.material import (
     BUFFERED,
@@ -196,16 +196,16 @@ def test_a_zero_of_another_sign_differs_on_this_device(rounds, tmp_path):
 @pytest.mark.parametrize(
     ("kind", "place", "sides", "gap"),
     [
-        (Kind.MISSING, InGroup("weights", "w"), (ABSENT, "x"), None),
-        (Kind.MISSING, InGroup("weights"), (ABSENT, "x"), None),
-        (Kind.FORM, InGroup("weights", "w"), ("a", "b"), None),
-        (Kind.CODEC, InGroup("weights"), ("a", "b"), None),
-        (Kind.UNDECODABLE, InGroup("weights"), ("a", ABSENT), None),
-        (Kind.VALUES, InGroup("weights", "n"), ("a", "b"), Gap(1, 1, 1.0, rounded=False)),
-        (Kind.FIELD, Field(("body", "metrics.loss")), (1.0, 1.1), None),
-        (Kind.FIELD, Field(("body", "numbers", "n")), (1.0, 1.1), None),
-        (Kind.FIELD, Field(("body", "metrics", "loss")), (1.0, ABSENT), None),
-        (Kind.FIELD, Field(("body", "metrics", "loss")), ("1.0", 1.0), None),
+        (DifferenceKind.MISSING, InGroup("weights", "w"), (ABSENT, "x"), None),
+        (DifferenceKind.MISSING, InGroup("weights"), (ABSENT, "x"), None),
+        (DifferenceKind.FORM, InGroup("weights", "w"), ("a", "b"), None),
+        (DifferenceKind.CODEC, InGroup("weights"), ("a", "b"), None),
+        (DifferenceKind.UNDECODABLE, InGroup("weights"), ("a", ABSENT), None),
+        (DifferenceKind.VALUES, InGroup("weights", "n"), ("a", "b"), Gap(1, 1, 1.0, rounded=False)),
+        (DifferenceKind.FIELD, Field(("body", "metrics.loss")), (1.0, 1.1), None),
+        (DifferenceKind.FIELD, Field(("body", "numbers", "n")), (1.0, 1.1), None),
+        (DifferenceKind.FIELD, Field(("body", "metrics", "loss")), (1.0, ABSENT), None),
+        (DifferenceKind.FIELD, Field(("body", "metrics", "loss")), ("1.0", 1.0), None),
     ],
 )
 def test_no_device_makes_these_differences(kind, place, sides, gap):
@@ -215,10 +215,10 @@ def test_no_device_makes_these_differences(kind, place, sides, gap):
 @pytest.mark.parametrize("group", ["weights", "exact", "features", "logits"])
 def test_values_of_tensors_and_metrics_depend_on_the_device(group):
     place = InGroup(group, "w")
-    assert depends_on_device(Difference(Kind.VALUES, place, gap=Gap(1, 9, 1e-8)))
-    assert depends_on_device(Difference(Kind.ENCODING, InGroup(group), ("a", "b")))
+    assert depends_on_device(Difference(DifferenceKind.VALUES, place, gap=Gap(1, 9, 1e-8)))
+    assert depends_on_device(Difference(DifferenceKind.ENCODING, InGroup(group), ("a", "b")))
     loss = Field(("body", "metrics", "loss"))
-    assert depends_on_device(Difference(Kind.FIELD, loss, (0.5, 0.5000001)))
+    assert depends_on_device(Difference(DifferenceKind.FIELD, loss, (0.5, 0.5000001)))
 
 
 @pytest.mark.parametrize("factor", [1.1, 0.0, -1.0, float("inf")])

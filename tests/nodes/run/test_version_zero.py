@@ -18,14 +18,14 @@ from fedmq.nodes.aggregator.computed import Computed
 from fedmq.nodes.aggregator.core import Aggregator
 from fedmq.nodes.cluster.view import closing_table, line
 from fedmq.nodes.errors import ConfigError
-from fedmq.nodes.messages.actions import Inbound, Post, Start
+from fedmq.nodes.messages.actions import Inbound, PostMessage, Start
 from fedmq.nodes.replay.fold import Replay
 from fedmq.nodes.replay.workers import Retraining
 from fedmq.nodes.run.agreement import disagree
 from fedmq.nodes.run.version_zero import version_zero
 from fedmq.nodes.run_folder.summary import RunFold
 from fedmq.nodes.simulation.virtual_run import Chances, Simulation
-from fedmq.nodes.worker.client_state import Locals
+from fedmq.nodes.worker.client_state import ClientStateStore
 from fedmq.nodes.worker.core import Evaluated, Train, Trained, Worker
 from tests.algorithms.fleet import Fleet, make_setup, posted
 from tests.algorithms.tiny import Dropping, Normed, Tiny
@@ -237,7 +237,7 @@ def joined(node, role):
 def test_nodes_that_disagree_are_named_in_what_is_shown_of_a_run():
     setup = make_setup({"name": "stream", "concurrency": 2}, evaluate_every=1)
     core = Aggregator(setup, "run", "aggregator", Computed(version_0=[4.0, -1.0]))
-    [run] = [each.message for each in core.handle(Start()) if isinstance(each, Post)]
+    [run] = [each.message for each in core.handle(Start()) if isinstance(each, PostMessage)]
     assert run.body["version_0"] == [4.0, -1.0]
     fleet = Fleet(setup)
     fleet.join_evaluator()
@@ -280,7 +280,7 @@ def test_a_result_that_another_node_kept_says_who_posts_it():
     )
     fleet = Fleet(setup)
     message, data = fleet.tasks[0]
-    kept = Locals()
+    kept = ClientStateStore()
     posts = []
     for node, version_0 in (("one", [4.0, 2.0]), ("two", [4.0, -1.0])):
         worker = Worker(setup, "run", node, [(0, 1)], kept, version_0)

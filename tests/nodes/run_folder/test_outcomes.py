@@ -113,7 +113,7 @@ def test_failed_tasks_are_counted_by_code_and_evaluations_are_no_tasks(story):
         story.task(number, 0)
     story.feed("failed", "w0", re="a/0", reason="no memory", code="training-failed")
     story.feed("failed", "w0", re="a/1", reason="dropped on demand")
-    story.refuse(6, "dead-letter", "parked", node="broker", parked=True)
+    story.refuse(6, "dead-letter", "parked", node="broker", dead_lettered=True)
     story.feed("evaluate", "aggregator", "a/9", to="client/0", model_version=0)
     story.feed("failed", "w0", re="a/9", reason="no memory", code="training-failed")
     summary = story.end()
@@ -127,7 +127,7 @@ def test_failed_tasks_are_counted_by_code_and_evaluations_are_no_tasks(story):
 def test_a_task_that_is_sent_again_has_not_failed(story):
     story.task(0, 0)
     refusal = {"run": "r", "node": "broker", "id": "a/0", "reason": "parked", "of": 4}
-    story.entry(Refusal, **refusal, parked=True, code="dead-letter")
+    story.entry(Refusal, **refusal, dead_lettered=True, code="dead-letter")
     assert story.fold.summary()["results"]["failed"] == 1
     story.task(0, 0)
     story.version(1, story.result(0, 0), 1)
@@ -329,7 +329,7 @@ def test_lines_of_a_run_that_stands_still_are_few(monkeypatch):
     story.entry(Opened, run="r", config=CONFIG, total_clients=3)
     story.begin()
     out = io.StringIO()
-    with view.View(Console(file=out, width=40), "title", pytest.fail) as shower:
+    with view.LiveView(Console(file=out, width=40), "title", pytest.fail) as shower:
         for _ in range(3000):
             now += 0.1
             shower.show(story.fold)

@@ -3,7 +3,7 @@
 import pytest
 from click.testing import CliRunner
 
-from fedmq.broker.core.state import BrokerSettings
+from fedmq.broker.settings import BrokerSettings
 from fedmq.broker.virtual.network import Faults
 from fedmq.nodes.cli.main import main
 from fedmq.nodes.simulation.virtual_run import Chances, Simulation

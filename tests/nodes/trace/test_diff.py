@@ -9,8 +9,8 @@ from fedmq.broker.wire.schema import Blob, Message
 from fedmq.codecs.registry import make_codec
 from fedmq.nodes.messages.payloads import Codecs, pack
 from fedmq.nodes.trace import differ
-from fedmq.nodes.trace.differ import Side
-from fedmq.nodes.trace.differences import ABSENT, Difference, Field, Gap, InGroup, Kind
+from fedmq.nodes.trace.differ import Operand
+from fedmq.nodes.trace.differences import ABSENT, Difference, DifferenceKind, Field, Gap, InGroup
 from tests.nodes.trace import story
 
 NAN = float("nan")
@@ -28,7 +28,7 @@ def side(tensors=None, codec="raw", more=(), **fields):
     body = {**packed.body, **fields.pop("body", {})}
     known = {"kind": "result", "id": "a/1", "run": "r", "sender": "w", "to": "aggregator"}
     blobs = tuple(Blob.of(each) for each in data)
-    return Side(Message(**{**known, **fields}, body=body, blobs=blobs), data.__getitem__)
+    return Operand(Message(**{**known, **fields}, body=body, blobs=blobs), data.__getitem__)
 
 
 def poked(index, value, tensor=W):
@@ -140,7 +140,7 @@ def test_blobs_are_read_only_where_digests_differ():
         raise AssertionError(index)
 
     ours = side({"w": W}, more=[b"fold"])
-    assert differences(Side(ours.message, never), Side(ours.message, never)) == []
+    assert differences(Operand(ours.message, never), Operand(ours.message, never)) == []
 
 
 def test_what_cannot_be_decoded_is_told_by_size_and_digest():
@@ -148,7 +148,7 @@ def test_what_cannot_be_decoded_is_told_by_size_and_digest():
     body = {**theirs.message.body, "groups": [dict(theirs.message.body["groups"][0])]}
     body["groups"][0]["codec"] = "unknown@7"
     message = msgspec.structs.replace(theirs.message, body=body)
-    said = differences(ours, Side(message, theirs.read))
+    said = differences(ours, Operand(message, theirs.read))
     assert said[0] == "weights codec: raw@1 in A, unknown@7 in B"
     digests = [each.message.blobs[0].digest.hex() for each in (ours, theirs)]
     assert said[1] == f"weights: 80 bytes ({digests[0]}) in A, 80 bytes ({digests[1]}) in B"
@@ -177,20 +177,22 @@ def test_a_difference_tells_its_kind_its_place_and_its_numbers():
     ours, theirs = side({"w": W}, body={"metrics": {"a.b": 0.5}}), side({"w": poked(3, 0.5)})
     field, values = differ.differences(ours, theirs)
     assert field == Difference(
-        Kind.FIELD, Field(("body", "metrics")), ({"a.b": 0.5}, ABSENT), ("A", "B")
+        DifferenceKind.FIELD, Field(("body", "metrics")), ({"a.b": 0.5}, ABSENT), ("A", "B")
     )
     form = "float32 [4, 5]"
     gap = Gap(differing=1, elements=20, largest=0.5)
-    assert values == Difference(Kind.VALUES, InGroup("weights", "w"), (form, form), gap=gap)
+    assert values == Difference(
+        DifferenceKind.VALUES, InGroup("weights", "w"), (form, form), gap=gap
+    )
 
 
 @pytest.mark.parametrize(
     ("theirs", "kind", "place"),
     [
-        ({"w": poked(0, -0.0)}, Kind.ENCODING, "weights"),
-        ({"w": W.double()}, Kind.FORM, "weights w"),
-        ({"w": W, "b": W}, Kind.MISSING, "weights b"),
-        ({}, Kind.MISSING, "weights"),
+        ({"w": poked(0, -0.0)}, DifferenceKind.ENCODING, "weights"),
+        ({"w": W.double()}, DifferenceKind.FORM, "weights w"),
+        ({"w": W, "b": W}, DifferenceKind.MISSING, "weights b"),
+        ({}, DifferenceKind.MISSING, "weights"),
     ],
 )
 def test_the_kinds_of_tensors(theirs, kind, place):
@@ -199,12 +201,14 @@ def test_the_kinds_of_tensors(theirs, kind, place):
 
 def test_the_kinds_of_blobs_and_codecs():
     assert kinds(side(more=[b"\xc1"]), side(more=[b"\xc1\xc1"])) == [
-        (Kind.BYTES, "blob 0"),
-        (Kind.UNDECODABLE, "blob 0"),
-        (Kind.UNDECODABLE, "blob 0"),
+        (DifferenceKind.BYTES, "blob 0"),
+        (DifferenceKind.UNDECODABLE, "blob 0"),
+        (DifferenceKind.UNDECODABLE, "blob 0"),
     ]
-    assert kinds(side(), side(more=[b"x"])) == [(Kind.BLOBS, "blobs besides the tensors")]
-    assert kinds(side({"w": W}), side({"w": W}, "cast(float16)")) == [(Kind.CODEC, "weights")]
+    assert kinds(side(), side(more=[b"x"])) == [(DifferenceKind.BLOBS, "blobs besides the tensors")]
+    assert kinds(side({"w": W}), side({"w": W}, "cast(float16)")) == [
+        (DifferenceKind.CODEC, "weights")
+    ]
 
 
 def test_a_key_with_dots_is_not_taken_for_a_path():

@@ -12,7 +12,7 @@ from fedmq.nodes.messages.actions import Inbound, Start
 from fedmq.nodes.process.terminal import table
 from fedmq.nodes.simulation.virtual_run import RUN
 from fedmq.nodes.trace.blobs import read_payload
-from fedmq.nodes.trace.stats import Account, Stats, histogram
+from fedmq.nodes.trace.stats import DeliveryAudit, Stats, histogram
 from tests.nodes.trace import story
 from tests.sim.history import setup_of
 
@@ -65,7 +65,7 @@ def test_the_account_of_the_story(fedmq, written):
     ],
 )
 def test_an_account_that_does_not_hold(of, said):
-    account = Account()
+    account = DeliveryAudit()
     message = story.Message(kind="k", id="i", run="r", sender="s", to="client/1")
     account.accepted(7, message)
     account.consumed(8, (7,))
@@ -104,10 +104,14 @@ def test_staleness_is_what_the_aggregator_counted(simulated, schedule, seed):
         if not (isinstance(entry, Accepted) and entry.read().to == "aggregator"):
             continue
         message = entry.read()
-        version, used, held = core.version, core._intake.counts.used, len(core._intake.current.held)
+        version, used, held = (
+            core.version,
+            core._results.counts.used,
+            len(core._results.current.held),
+        )
         blobs = [bytes(trace.blob(message, n)) for n in range(len(message.blobs))]
         core.handle(Inbound(entry.seq, entry.at, message, blobs.__getitem__))
-        taken = core._intake.counts.used + len(core._intake.current.held) > used + held
+        taken = core._results.counts.used + len(core._results.current.held) > used + held
         if message.kind == "result" and taken:
             waiting[version - message.body["model_version"]] += 1
         if core.version > version:
@@ -115,7 +119,7 @@ def test_staleness_is_what_the_aggregator_counted(simulated, schedule, seed):
             waiting.clear()
     stats = Stats(trace)
     assert stats.staleness == found
-    assert stats.outcomes.used == core._intake.counts.used == found.total()
+    assert stats.outcomes.used == core._results.counts.used == found.total()
     assert stats.outcomes.unused >= waiting.total()
 
 

@@ -6,7 +6,8 @@ import torch
 from fedmq.algorithms.base import Payload
 from fedmq.broker.wire.schema import Blob, Message
 from fedmq.nodes.errors import NodeError
-from fedmq.nodes.worker.client_state import Kept, Locals, node_key
+from fedmq.nodes.run.session import node_key
+from fedmq.nodes.worker.client_state import ClientStateStore, SavedClientState
 
 LOCAL = Payload(
     weights={"w": torch.tensor([[0.5, -1.0], [3.25, 1e-9]]), "b": torch.zeros(0)},
@@ -26,7 +27,7 @@ def kept(task="aggregator/3", local=LOCAL, data=(b"result", b"", b"\0" * 100), s
         body={"numbers": {"n": 3}, "groups": []},
         blobs=tuple(Blob.of(each) for each in data),
     )
-    return Kept(task, seq, local, result, tuple(data))
+    return SavedClientState(task, seq, local, result, tuple(data))
 
 
 def same(one, other):
@@ -46,7 +47,7 @@ def same(one, other):
 
 @pytest.mark.parametrize("where", ["disk", "memory"])
 def test_what_was_kept_is_there_again(tmp_path, where):
-    locals_ = Locals(tmp_path / "w0" / "run" if where == "disk" else None)
+    locals_ = ClientStateStore(tmp_path / "w0" / "run" if where == "disk" else None)
     assert locals_.get(3) is None
     locals_.put(3, kept())
     assert same(locals_.get(3), kept())
@@ -57,23 +58,23 @@ def test_what_was_kept_is_there_again(tmp_path, where):
 
 
 def test_a_worker_that_was_started_again_finds_it(tmp_path):
-    Locals(tmp_path).put(3, kept())
-    assert same(Locals(tmp_path).get(3), kept())
+    ClientStateStore(tmp_path).put(3, kept())
+    assert same(ClientStateStore(tmp_path).get(3), kept())
 
 
 def test_a_state_of_nothing_but_numbers_is_kept_too(tmp_path):
     only = kept(local=Payload(numbers={"seen": 1}), data=())
-    Locals(tmp_path).put(0, only)
-    assert same(Locals(tmp_path).get(0), only)
+    ClientStateStore(tmp_path).put(0, only)
+    assert same(ClientStateStore(tmp_path).get(0), only)
 
 
 def test_each_worker_and_run_has_its_own(tmp_path):
-    Locals(tmp_path / "one").put(0, kept())
-    assert Locals(tmp_path / "another").get(0) is None
+    ClientStateStore(tmp_path / "one").put(0, kept())
+    assert ClientStateStore(tmp_path / "another").get(0) is None
 
 
 def file_of(tmp_path):
-    Locals(tmp_path).put(0, kept())
+    ClientStateStore(tmp_path).put(0, kept())
     (path,) = (tmp_path / "client-0").iterdir()
     assert path.name == "000000000007.state"
     return path
@@ -89,14 +90,14 @@ def test_every_damage_is_one_sentence_that_names_the_file(tmp_path):
     for data in damaged:
         path.write_bytes(data)
         with pytest.raises(NodeError, match=r"local state of client 0 in .*: damaged") as caught:
-            Locals(tmp_path).get(0)
+            ClientStateStore(tmp_path).get(0)
         assert "\n" not in str(caught.value)
     path.write_bytes(whole)
-    assert same(Locals(tmp_path).get(0), kept())
+    assert same(ClientStateStore(tmp_path).get(0), kept())
 
 
 def test_what_cannot_be_written_or_made_is_one_sentence(tmp_path):
-    locals_ = Locals(tmp_path / "state")
+    locals_ = ClientStateStore(tmp_path / "state")
     (tmp_path / "state" / "client-0").write_text("")
     with pytest.raises(NodeError, match=r"cannot write .*client-0"):
         locals_.put(0, kept())
@@ -104,7 +105,7 @@ def test_what_cannot_be_written_or_made_is_one_sentence(tmp_path):
         locals_.get(0)
     (tmp_path / "file").write_text("")
     with pytest.raises(NodeError, match="cannot make"):
-        Locals(tmp_path / "file" / "state")
+        ClientStateStore(tmp_path / "file" / "state")
 
 
 # ---- the key

@@ -4,9 +4,9 @@ import pytest
 
 from fedmq.broker.wire.encoding import encode_message
 from fedmq.broker.wire.schema import Message
-from fedmq.nodes.messages.actions import Done, Inbound, Post
-from fedmq.nodes.worker.client_state import Locals
-from fedmq.nodes.worker.core import Failed, Keep, Pause, Saved, Train, Trained, Worker
+from fedmq.nodes.messages.actions import Handled, Inbound, PostMessage
+from fedmq.nodes.worker.client_state import ClientStateStore
+from fedmq.nodes.worker.core import Failed, Pause, SaveClientState, Saved, Train, Trained, Worker
 from tests.algorithms.fleet import Fleet, changed, make_setup, posted
 
 STREAM = {"name": "stream", "concurrency": 2}
@@ -51,7 +51,7 @@ def test_what_a_client_keeps_is_saved_before_its_result_is_posted():
     (train,) = worker.handle(task)
     assert train.local is None
     (keep,) = worker.handle(trained(setup, train))
-    assert isinstance(keep, Keep)
+    assert isinstance(keep, SaveClientState)
     assert (keep.client, keep.kept.task, keep.kept.seq) == (0, task.message.id, task.seq)
     assert count(keep.kept.local) == 1
     (post,) = worker.handle(Saved(keep.kept))
@@ -60,7 +60,7 @@ def test_what_a_client_keeps_is_saved_before_its_result_is_posted():
 
 
 def test_the_next_task_starts_from_what_the_client_kept():
-    setup, kept = counting(), Locals()
+    setup, kept = counting(), ClientStateStore()
     task, _ = tasks_of(setup)
     for number in range(1, 4):
         worker = worker_of(setup, kept)  # whatever session it is
@@ -73,13 +73,13 @@ def test_the_next_task_starts_from_what_the_client_kept():
 
 def test_a_task_that_comes_again_is_answered_with_the_result_that_is_there():
     """Trained twice, a client would have taken one step too many."""
-    setup, kept = counting(), Locals()
+    setup, kept = counting(), ClientStateStore()
     task, _ = tasks_of(setup)
     worker = worker_of(setup, kept)
     (train,) = worker.handle(task)
     post = posted(worker, worker.handle(trained(setup, train)), kept.put)
     (again_posted,) = worker_of(setup, kept).handle(again(task, 99))
-    assert isinstance(again_posted, Post)
+    assert isinstance(again_posted, PostMessage)
     assert encode_message(again_posted.message) == encode_message(post.message)
     assert [bytes(each) for each in again_posted.data] == [bytes(each) for each in post.data]
     assert again_posted.consumes == (99,)
@@ -89,10 +89,10 @@ def test_what_a_client_kept_moves_with_it_to_the_node_that_hosts_it_next(tmp_pat
     """Its state is a file, in a folder that both nodes may share; a task is still done once."""
     setup = counting()
     task, _ = tasks_of(setup)
-    worker = worker_of(setup, Locals(tmp_path))
+    worker = worker_of(setup, ClientStateStore(tmp_path))
     (train,) = worker.handle(task)
-    post = posted(worker, worker.handle(trained(setup, train)), Locals(tmp_path).put)
-    other = Worker(setup, "run", "other", [(0, 0)], Locals(tmp_path))
+    post = posted(worker, worker.handle(trained(setup, train)), ClientStateStore(tmp_path).put)
+    other = Worker(setup, "run", "other", [(0, 0)], ClientStateStore(tmp_path))
     (resent,) = other.handle(again(task, 99))
     assert encode_message(resent.message) == encode_message(changed(post.message, sender="other"))
     (train,) = other.handle(again(task, 100, id="aggregator/9"))
@@ -103,13 +103,13 @@ def test_of_two_nodes_that_train_one_task_the_second_posts_what_the_first_has_ke
     """Whichever result is used, the client's next task starts from the state behind it."""
     setup = counting()
     task, _ = tasks_of(setup)
-    one = worker_of(setup, Locals(tmp_path))
-    other = Worker(setup, "run", "other", [(0, 0)], Locals(tmp_path))
+    one = worker_of(setup, ClientStateStore(tmp_path))
+    other = Worker(setup, "run", "other", [(0, 0)], ClientStateStore(tmp_path))
     trainings = [worker.handle(task)[0] for worker in (one, other)]
     done = trained(setup, trainings[0])
-    first = posted(one, one.handle(done), Locals(tmp_path).put)
+    first = posted(one, one.handle(done), ClientStateStore(tmp_path).put)
     slower = Trained(done.payload, done.local, 9.0, "another device")
-    second = posted(other, other.handle(slower), Locals(tmp_path).put)
+    second = posted(other, other.handle(slower), ClientStateStore(tmp_path).put)
     assert second.message == changed(first.message, sender="other")
     assert second.consumes == (task.seq,)
     assert other.handle(again(task, 100, id="aggregator/9"))[0].local is not None
@@ -132,7 +132,7 @@ def test_an_algorithm_that_keeps_nothing_saves_nothing():
     setup = make_setup(STREAM)
     worker = worker_of(setup)
     (train,) = worker.handle(tasks_of(setup)[0])
-    assert [type(each) for each in worker.handle(trained(setup, train))] == [Post]
+    assert [type(each) for each in worker.handle(trained(setup, train))] == [PostMessage]
 
 
 def test_a_task_that_failed_or_was_dropped_on_demand_changes_nothing_that_is_kept():
@@ -146,11 +146,15 @@ def test_a_task_that_failed_or_was_dropped_on_demand_changes_nothing_that_is_kep
         update={"worker": setup.config.worker.model_copy(update={"drop": 1.0})}
     )
     worker = Worker(
-        type(setup)(**{**vars(setup), "config": dropping}), "run", "w0", [(0, 0)], Locals()
+        type(setup)(**{**vars(setup), "config": dropping}),
+        "run",
+        "w0",
+        [(0, 0)],
+        ClientStateStore(),
     )
     (train,) = worker.handle(tasks_of(setup)[0])
     actions = worker.handle(trained(setup, train))
-    assert [type(each) for each in actions if not isinstance(each, Pause)] == [Post]
+    assert [type(each) for each in actions if not isinstance(each, Pause)] == [PostMessage]
     assert actions[-1].message.body == {"reason": "dropped on demand", "code": "dropped"}
 
 
@@ -172,7 +176,9 @@ def test_a_refusal_is_taken_note_of_and_done_with():
     note = Message(
         kind="refused", id="broker/9", run="run", sender="broker", to="node/w0", body={"id": "x"}
     )
-    assert worker_of(make_setup(STREAM)).handle(Inbound(9, 0.0, note, ().__getitem__)) == [Done(9)]
+    assert worker_of(make_setup(STREAM)).handle(Inbound(9, 0.0, note, ().__getitem__)) == [
+        Handled(9)
+    ]
 
 
 @pytest.mark.parametrize(
@@ -193,4 +199,4 @@ def test_a_task_that_cannot_be_used_is_refused_and_done_with(fields, code, reaso
     """It would be no better in another session."""
     setup = counting()
     task, _ = tasks_of(setup)
-    assert worker_of(setup).handle(again(task, 30, **fields)) == [Done(30, reason, code)]
+    assert worker_of(setup).handle(again(task, 30, **fields)) == [Handled(30, reason, code)]

@@ -16,7 +16,7 @@ import pytest
 
 from fedmq.nodes.errors import NodeError
 from fedmq.nodes.worker.client_files import ClientFolder
-from fedmq.nodes.worker.client_state import Locals
+from fedmq.nodes.worker.client_state import ClientStateStore
 from tests.nodes.worker.test_client_state import kept, same
 
 STEPS = ("mkdir", "listdir", "scandir", "open", "link", "unlink")
@@ -60,9 +60,9 @@ def names(folder):
 
 
 def steps_of_a_save(folder):
-    Locals(folder).put(0, kept(seq=3))
+    ClientStateStore(folder).put(0, kept(seq=3))
     with before_step(-1, lambda: None) as steps:
-        Locals(folder).put(0, kept(seq=20))
+        ClientStateStore(folder).put(0, kept(seq=20))
     assert steps.count("link") == steps.count("open") == 1
     assert "unlink" in steps
     return len(steps)
@@ -72,22 +72,22 @@ def steps_of_a_save(folder):
 def test_a_save_that_was_stopped_before_any_step_is_harmless_when_it_goes_on(tmp_path, meanwhile):
     for step in range(steps_of_a_save(tmp_path / "none")):
         folder = tmp_path / str(step)
-        Locals(folder).put(0, kept(seq=3))
+        ClientStateStore(folder).put(0, kept(seq=3))
 
         def taken_over(folder=folder):
             for number in meanwhile:
-                Locals(folder).put(0, kept(data=(b"theirs",), seq=number))
+                ClientStateStore(folder).put(0, kept(data=(b"theirs",), seq=number))
 
         mine = kept(data=(b"mine",), seq=20)
         with before_step(step, taken_over):
-            stands = Locals(folder).put(0, mine)
-        newest = Locals(folder).get(0)
+            stands = ClientStateStore(folder).put(0, mine)
+        newest = ClientStateStore(folder).get(0)
         assert newest.seq == max(20, *meanwhile, 0)
         if newest.seq == 20:
             assert same(stands, newest)  # what is posted is what the next task starts from
         else:
             assert same(newest, kept(data=(b"theirs",), seq=106))
-            Locals(folder).put(0, kept(seq=107))
+            ClientStateStore(folder).put(0, kept(seq=107))
             assert names(folder) == ["000000000107.state"]
 
 
@@ -97,21 +97,21 @@ def test_a_save_that_was_killed_before_any_step_leaves_the_state_before_or_its_o
 
     for step in range(steps_of_a_save(tmp_path / "none")):
         folder = tmp_path / str(step)
-        Locals(folder).put(0, kept(seq=3))
+        ClientStateStore(folder).put(0, kept(seq=3))
         with before_step(step, killed), pytest.raises(Killed):
-            Locals(folder).put(0, kept(seq=20))
-        assert Locals(folder).get(0).seq in (3, 20)
-        Locals(folder).put(0, kept(seq=21))
+            ClientStateStore(folder).put(0, kept(seq=20))
+        assert ClientStateStore(folder).get(0).seq in (3, 20)
+        ClientStateStore(folder).put(0, kept(seq=21))
         assert names(folder) == ["000000000021.state"]
 
 
 def test_what_a_killed_worker_left_is_removed_and_never_read(tmp_path):
-    Locals(tmp_path).put(0, kept(seq=3))
+    ClientStateStore(tmp_path).put(0, kept(seq=3))
     folder = tmp_path / "client-0"
     for name in ("000000000099.0a1b.new", "000000000003.0a1b.new", "notes.txt"):
         (folder / name).write_bytes(b"half")
-    assert Locals(tmp_path).get(0).seq == 3
-    Locals(tmp_path).put(0, kept(seq=20))
+    assert ClientStateStore(tmp_path).get(0).seq == 3
+    ClientStateStore(tmp_path).put(0, kept(seq=20))
     assert names(tmp_path) == [
         "000000000020.state",
         "000000000099.0a1b.new",  # of a save that may be going on
@@ -121,11 +121,11 @@ def test_what_a_killed_worker_left_is_removed_and_never_read(tmp_path):
 
 def test_a_reader_finds_the_newest_though_files_go_under_its_hands(tmp_path):
     for number in (3, 20):
-        Locals(tmp_path).put(0, kept(seq=number))
+        ClientStateStore(tmp_path).put(0, kept(seq=number))
         with before_step(
-            "open", lambda number=number: Locals(tmp_path).put(0, kept(seq=number + 5))
+            "open", lambda number=number: ClientStateStore(tmp_path).put(0, kept(seq=number + 5))
         ):
-            assert Locals(tmp_path).get(0).seq == number + 5
+            assert ClientStateStore(tmp_path).get(0).seq == number + 5
 
 
 @pytest.mark.parametrize("step", ["open", "link"])
@@ -133,9 +133,9 @@ def test_a_folder_that_goes_while_it_is_written_is_one_sentence(tmp_path, step):
     def gone():
         shutil.rmtree(tmp_path / "client-0")
 
-    Locals(tmp_path).put(0, kept(seq=3))
+    ClientStateStore(tmp_path).put(0, kept(seq=3))
     with before_step(step, gone), pytest.raises(NodeError, match=r"cannot write .*client-0"):
-        Locals(tmp_path).put(0, kept(seq=20))
+        ClientStateStore(tmp_path).put(0, kept(seq=20))
     assert not (tmp_path / "client-0").exists()
 
 
@@ -145,32 +145,34 @@ def test_a_file_system_without_hard_links_has_the_same_fences(tmp_path, monkeypa
         raise OSError(code, os.strerror(code))
 
     monkeypatch.setattr(os, "link", link)
-    Locals(tmp_path).put(0, kept(seq=106))
-    Locals(tmp_path).put(0, kept(seq=20))
-    assert Locals(tmp_path).get(0).seq == 106
+    ClientStateStore(tmp_path).put(0, kept(seq=106))
+    ClientStateStore(tmp_path).put(0, kept(seq=20))
+    assert ClientStateStore(tmp_path).get(0).seq == 106
     first = kept(data=(b"first",), seq=107)
-    Locals(tmp_path).put(0, first)
-    assert same(Locals(tmp_path).put(0, kept(data=(b"second",), seq=107)), first)
+    ClientStateStore(tmp_path).put(0, first)
+    assert same(ClientStateStore(tmp_path).put(0, kept(data=(b"second",), seq=107)), first)
     # Another worker's, between the look and the link.
-    with before_step("open", lambda: Locals(tmp_path).put(0, kept(data=(b"theirs",), seq=108))):
+    with before_step(
+        "open", lambda: ClientStateStore(tmp_path).put(0, kept(data=(b"theirs",), seq=108))
+    ):
         assert not ClientFolder(tmp_path, 0).save(108, b"late")
     assert names(tmp_path) == ["000000000108.state"]
 
 
 def test_the_one_file_of_an_older_release_is_read_until_there_is_a_newer_state(tmp_path):
-    Locals(tmp_path / "now").put(3, kept(seq=5))
+    ClientStateStore(tmp_path / "now").put(3, kept(seq=5))
     data = (tmp_path / "now" / "client-3" / "000000000005.state").read_bytes()
     old = tmp_path / "old"
     old.mkdir()
     (old / "client-3.state").write_bytes(data)
-    assert same(Locals(old).get(3), kept(seq=-1))
-    Locals(old).put(3, kept("aggregator/9", seq=0))
-    assert Locals(old).get(3).task == "aggregator/9"
+    assert same(ClientStateStore(old).get(3), kept(seq=-1))
+    ClientStateStore(old).put(3, kept("aggregator/9", seq=0))
+    assert ClientStateStore(old).get(3).task == "aggregator/9"
     assert [each.name for each in old.iterdir()] == ["client-3"]
 
 
 def test_in_memory_too_the_newest_task_counts():
-    locals_ = Locals()
+    locals_ = ClientStateStore()
     newest = kept(seq=106)
     assert locals_.put(0, newest) is newest
     late, again = kept(seq=20), kept(seq=106)
@@ -201,11 +203,11 @@ def test_a_process_that_was_really_stopped_puts_nothing_old_in_place_of_the_new(
             [written] = (tmp_path / "client-0").iterdir()
             assert written.read_bytes() == b"task 20"
             for number in (19, 106):
-                Locals(tmp_path).put(0, kept(seq=number))
+                ClientStateStore(tmp_path).put(0, kept(seq=number))
             process.send_signal(signal.SIGCONT)
             said, _ = process.communicate(timeout=30)
         finally:
             process.kill()
     assert said == "False\n"
-    assert Locals(tmp_path).get(0).seq == 106
+    assert ClientStateStore(tmp_path).get(0).seq == 106
     assert names(tmp_path) == ["000000000106.state"]

@@ -20,14 +20,14 @@ from fedmq.algorithms.values import ReturnedError
 from fedmq.broker.inspection.trace import Trace
 from fedmq.broker.wire.encoding import decode_message, encode_message
 from fedmq.broker.wire.schema import Message
-from fedmq.nodes.cli.personalise import Start, measure
+from fedmq.nodes.cli.personalise import StartingState, measure
 from fedmq.nodes.messages.actions import Inbound
 from fedmq.nodes.messages.payloads import RAW, pack
 from fedmq.nodes.process.logs import Repeats
 from fedmq.nodes.process.signals import this_process
 from fedmq.nodes.replay.workers import Retraining
 from fedmq.nodes.simulation.virtual_run import Chances, Simulation
-from fedmq.nodes.worker.client_state import Locals
+from fedmq.nodes.worker.client_state import ClientStateStore
 from fedmq.nodes.worker.core import Evaluate, Failed, Train, Trained, Worker
 from fedmq.nodes.worker.program import _work
 from fedmq.nodes.worker.training import carry_out
@@ -140,7 +140,7 @@ def test_every_task_and_evaluation_of_a_run_replays_to_the_same_bytes(setup, tmp
 
 
 def test_a_new_client_is_measured_with_the_same_draws(setup):
-    start = Start(setup.algorithm.start(setup.problem), 3, finished=True)
+    start = StartingState(setup.algorithm.start(setup.problem), 3, finished=True)
     found = []
     for _ in range(2):
         drawn()
@@ -243,7 +243,7 @@ def test_metrics_that_are_none_end_a_node_at_its_first_evaluation_and_later_fail
         body = {**packed.body, "model_version": 0}
         message = Message(**about, body=body, blobs=packed.blobs)
         (asked,) = core.handle(Inbound(0, 0.0, message, packed.data.__getitem__))
-        return _work(Link(), changed, core, Locals(), "cpu", Repeats(), asked)
+        return _work(Link(), changed, core, ClientStateStore(), "cpu", Repeats(), asked)
 
     problem.metric = None
     with pytest.raises(ReturnedError, match=r"^Measured\.metrics: .* for 'mae', got None$"):
@@ -271,7 +271,7 @@ def test_an_error_that_utf_8_cannot_write_fails_its_task_alone(setup):
     body = {**packed.body, "client": 0, "model_version": 0}
     message = Message(**about, body=body, blobs=packed.blobs)
     (train,) = core.handle(Inbound(0, 0.0, message, packed.data.__getitem__))
-    (post,) = _work(Link(), changed, core, Locals(), "cpu", Repeats(), train)
+    (post,) = _work(Link(), changed, core, ClientStateStore(), "cpu", Repeats(), train)
     assert decode_message(encode_message(post.message)).body["reason"] == (
         "OSError: no such file: photo\\udc80.png"
     )
@@ -309,8 +309,8 @@ class Odd(FedAvg):
     def task(self, state, client):
         return None if self.method == "task" else super().task(state, client)
 
-    def examined(self, state, client=0):
-        return None if self.method == "examined" else super().task(state, client)
+    def evaluation_task(self, state, client=0):
+        return None if self.method == "evaluation_task" else super().task(state, client)
 
     def save(self, state):
         return Payload({"w": 3}) if self.method == "save" else super().save(state)
@@ -327,7 +327,7 @@ class Odd(FedAvg):
     ("method", "said"),
     [
         ("task", "Odd.task: expected a Payload, got None"),
-        ("examined", "Odd.examined: expected a Payload, got None"),
+        ("evaluation_task", "Odd.evaluation_task: expected a Payload, got None"),
         ("save", "Odd.save: expected a tensor for 'w' of weights, got 3"),
         ("result_bytes", "Odd.result_bytes: expected a number of bytes, got a value of type 'str'"),
         (

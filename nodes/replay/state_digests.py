@@ -20,11 +20,11 @@ from fedmq.broker.wire.schema import Message
 from fedmq.nodes.aggregator.core import Aggregator
 from fedmq.nodes.errors import NodeError
 from fedmq.nodes.messages.actions import Inbound
-from fedmq.nodes.replay.fold import Replay, Step
+from fedmq.nodes.replay.fold import Replay, ReplayStep
 from fedmq.nodes.replay.record import Diverged, describe
 from fedmq.nodes.run.digests import digest_of
-from fedmq.nodes.trace.differ import Side, differences
-from fedmq.nodes.trace.differences import Difference, Field, Kind
+from fedmq.nodes.trace.differ import Operand, differences
+from fedmq.nodes.trace.differences import Difference, DifferenceKind, Field
 
 FILE = "steps.jsonl"
 _SHORT = 200
@@ -53,10 +53,10 @@ class Digester:
         self._state: Any = None
         self._digest = ""
 
-    def parts(self, core: Aggregator) -> Parts:
+    def state_digests(self, core: Aggregator) -> Parts:
         """Return the core's parts: what is short as it is, all else as digests."""
         found: Parts = {}
-        for name, value in core.parts().items():
+        for name, value in core.state_snapshot().items():
             if isinstance(value, int | float):
                 found[name] = value
             elif isinstance(value, list | Struct) and len(text := repr(value)) <= _SHORT:
@@ -70,7 +70,9 @@ class Digester:
         return found
 
 
-def save_steps(replay: Replay, folder: Path, until: int | None = None) -> Iterator[Step]:
+def save_state_digests(
+    replay: Replay, folder: Path, until: int | None = None
+) -> Iterator[ReplayStep]:
     """Yield the steps of a replay, and write each to a new file in the folder.
 
     Raises:
@@ -82,13 +84,15 @@ def save_steps(replay: Replay, folder: Path, until: int | None = None) -> Iterat
         opened = replay.trace.opened
         file.write(msgspec.json.encode(_Header(opened.run, opened.at)) + b"\n")
         for step in replay.steps(until):
-            line = _Line(_number(step), digester.parts(replay.core))
+            line = _Line(_number(step), digester.state_digests(replay.core))
             file.write(msgspec.json.encode(line) + b"\n")
             yield step
     fresh.replace(path)  # only what is whole counts
 
 
-def against_steps(replay: Replay, folder: Path, until: int | None = None) -> Iterator[Step]:
+def compare_state_digests(
+    replay: Replay, folder: Path, until: int | None = None
+) -> Iterator[ReplayStep]:
     """Yield the steps of a replay as long as its state is that of the steps in a file.
 
     Raises:
@@ -101,7 +105,7 @@ def against_steps(replay: Replay, folder: Path, until: int | None = None) -> Ite
         saved = next(lines, None)
         if saved is None:
             return
-        parts = digester.parts(replay.core)
+        parts = digester.state_digests(replay.core)
         if saved.seq != _number(step) or not _same(saved.parts, parts):
             found = [
                 f"{name}: {saved.parts[name]} there, {parts[name]} here"
@@ -112,7 +116,7 @@ def against_steps(replay: Replay, folder: Path, until: int | None = None) -> Ite
         yield step
 
 
-def against_run(replay: Replay, other: Replay, until: int | None = None) -> Iterator[Step]:
+def compare_runs(replay: Replay, other: Replay, until: int | None = None) -> Iterator[ReplayStep]:
     """Yield the steps of a replay as long as another run's replay takes and makes the same.
 
     Raises:
@@ -136,7 +140,7 @@ def against_run(replay: Replay, other: Replay, until: int | None = None) -> Iter
                     *map(str, found),
                 ]
                 raise Diverged("\n  ".join(lines))
-        a, b = ours.parts(replay.core), theirs.parts(other.core)
+        a, b = ours.state_digests(replay.core), theirs.state_digests(other.core)
         a.pop("position"), b.pop("position")  # other runs have other numbers
         if not _same(a, b):
             parts = [f"{k}: {a[k]} here, {b[k]} there" for k in a if repr(a[k]) != repr(b[k])]
@@ -144,7 +148,7 @@ def against_run(replay: Replay, other: Replay, until: int | None = None) -> Iter
         yield mine
 
 
-def _named(which: str, replay: Replay, until: int | None = None) -> Iterator[Step]:
+def _named(which: str, replay: Replay, until: int | None = None) -> Iterator[ReplayStep]:
     """Yield a run's steps; say which run it is that is not what this code makes of it."""
     try:
         yield from replay.steps(until)
@@ -157,19 +161,19 @@ def _differences(mine: Inbound, its: Inbound) -> list[Difference]:
     names = ("this run", "the other")
     ids = f"{ours.sender} {ours.id}", f"{theirs.sender} {theirs.id}"
     if ids[0] != ids[1]:
-        return [Difference(Kind.MESSAGE, Field(("id",)), ids, names)]
-    return differences(Side(ours, mine.read), Side(theirs, its.read), names=names)
+        return [Difference(DifferenceKind.MESSAGE, Field(("id",)), ids, names)]
+    return differences(Operand(ours, mine.read), Operand(theirs, its.read), names=names)
 
 
 def _summary(message: Message) -> str:
     return f"{describe(message)}, from {message.sender}"
 
 
-def _number(step: Step) -> int:
+def _number(step: ReplayStep) -> int:
     return step.event.seq if isinstance(step.event, Inbound) else -1
 
 
-def _upon(step: Step) -> str:
+def _upon(step: ReplayStep) -> str:
     event = step.event
     if isinstance(event, Inbound):
         return f"with message {event.seq}: {_summary(event.message)}"

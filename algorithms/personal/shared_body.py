@@ -1,0 +1,95 @@
+"""What FedPer and FedRep share: FedAvg of a model's body, under a head that each client keeps."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field
+
+from fedmq.algorithms.base import Client, Payload, Task
+from fedmq.algorithms.fedavg import FedAvg, ModelState
+from fedmq.algorithms.problems.base import Examples, Problem
+from fedmq.algorithms.toolkit.dry_step import dry_step
+from fedmq.algorithms.toolkit.layout import Layout
+from fedmq.algorithms.toolkit.results import result_payload
+from fedmq.algorithms.toolkit.sgd import cuda_devices
+from fedmq.algorithms.toolkit.split_model import Split, cut, local_metrics, scratch_split
+
+
+@dataclass(frozen=True)
+class SharedBody(FedAvg):
+    """FedAvg of the body alone; each client keeps a head, which never travels.
+
+    head: how many of the last trained layers are the head; at least one, or nothing is personal.
+    Other fields are FedAvg's.
+    """
+
+    head: Annotated[int, Field(ge=1)] = 1
+
+    @property
+    def evaluated_by(self) -> Literal["model", "clients"]:
+        """By clients: there is no model without a client's head."""
+        return "clients"
+
+    # ---- at the aggregator
+
+    def start(self, problem: Problem) -> ModelState:
+        """phi_0, the body of the problem's first model.
+
+        Raises:
+            ProblemError: the model cannot be cut.
+        """
+        model = Split(problem, self.head)
+        body = model.body_vectors()
+        return ModelState(model.shared, body.weights, body.counters)
+
+    def load(self, problem: Problem, saved: Payload) -> ModelState:
+        """Return the state of a saved phi_t."""
+        layout = Layout.of(cut(problem.model(), self.head)[0])
+        return ModelState(layout, *layout.read(saved))
+
+    # ---- at the client
+
+    def try_model(self, problem: Problem, data: Examples, device: str) -> None:
+        """Try the problem's model, body and head."""
+        dry_step(lambda: Split(problem, self.head, device).whole, problem, data, device)
+
+    def train(self, task: Task, client: Client) -> tuple[Payload, Payload]:
+        """Return the change of the body (or the body), and the client's head."""
+        model = scratch_split(client.problem, self.head, client.device)
+        came = model.load(task.payload, client.local)
+        data = client.data.to(client.device)
+        with torch.random.fork_rng(devices=cuda_devices(client.device)):
+            torch.manual_seed(client.seed)
+            self.learn(model, data, client)
+        numbers: dict[str, int | str] = {"n": len(data), "reply": task.reply}
+        result = result_payload(model.shared, came, model.body_vectors(), numbers, task.reply)
+        return result, Payload(exact=model.kept_tensors())
+
+    @abstractmethod
+    def learn(self, model: Split, data: Examples, client: Client) -> None:
+        """Do a task's local epochs on a loaded model."""
+
+    def evaluate_client(self, task: Task, client: Client) -> Mapping[str, float]:
+        """Return the metrics, on the client's test data, of its head on phi_t.
+
+        ``loss`` and ``accuracy`` are those after `tune` on its training data;
+        ``accuracy_before`` is with the head as it was kept (or as it first was).
+        """
+        model = scratch_split(client.problem, self.head, client.device)
+        model.load(task.payload, client.local)
+        before = local_metrics(model.whole, client)["accuracy"]
+        model.load(task.payload, client.local)
+        data = client.data.to(client.device)
+        with torch.random.fork_rng(devices=cuda_devices(client.device)):
+            torch.manual_seed(client.seed)
+            self.tune(model, data, client)
+        return {**local_metrics(model.whole, client), "accuracy_before": before}
+
+    @abstractmethod
+    def tune(self, model: Split, data: Examples, client: Client) -> None:
+        """Fit a loaded model to the client's training data, for an evaluation."""
