@@ -18,6 +18,8 @@ from fedmq.nodes.simulation.virtual_run import Chances, Simulation
 from tests.algorithms.tiny import Tiny
 from tests.own_code import ALLOW
 
+pytestmark = pytest.mark.slow
+
 
 class Newcomers(Tiny):
     """Four clients that train, and as many that never do as it is told."""
@@ -159,7 +161,6 @@ def test_an_algorithm_with_one_model_for_all_is_refused(tmp_path):
     assert "fedavg has one model for all of them" in refused(tmp_path)
 
 
-@pytest.mark.slow
 def test_a_run_that_goes_on_is_taken_at_its_newest_checkpoint_and_that_is_said(tmp_path):
     assert not record(tmp_path, setup_of(versions=10_000, checkpoint_s=0.5), until=10.0)
     result = call(tmp_path, "--clients", "4")

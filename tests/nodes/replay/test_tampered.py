@@ -27,6 +27,8 @@ from tests.nodes.replay.material import (
     silence,
 )
 
+pytestmark = pytest.mark.slow
+
 TASK = {"kind": "task"}
 VERSION = {"kind": "version"}
 FINISHED = {"kind": "finished"}
@@ -64,7 +66,6 @@ def test_only_what_differs_is_told(tmp_path):
     assert len(re.findall(r"in the record, .* in the replay", output)) == 1
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("which", "index", "field", "other"),
     [
