@@ -46,7 +46,7 @@ ALGORITHMS: Mapping[str, type[Algorithm]] = {
         PersonalisedFedAvg,
     )
 }
-
+"""The built-in algorithms by the name that a configuration uses."""
 
 ENTRY_POINTS = "fedmq.algorithms"
 """The group of entry points by which installed packages bring algorithms."""

@@ -78,6 +78,7 @@ STAGES: Mapping[str, type[Stage]] = {
         Entropy,
     )
 }
+"""The stages by their name in a spec."""
 
 
 class Pipeline(Codec):

@@ -111,8 +111,10 @@ def draw_room(room: str, left: int, top: int, width: int) -> tuple[list[str], in
     out = [
         f'<rect class="room" x="{left}" y="{top}" width="{width}" height="{height}" rx="8"/>',
         f'<text class="title" x="{left + MARGIN}" y="{top + 27}">{room}/</text>',
-        (f'<text class="about" x="{left + MARGIN + 11 * len(room) + 16}" y="{top + 27}">'
-        f"{ROOMS[room]}</text>"),
+        (
+            f'<text class="about" x="{left + MARGIN + 11 * len(room) + 16}" y="{top + 27}">'
+            f"{ROOMS[room]}</text>"
+        ),
     ]
     place: dict[str, tuple[float, int]] = {}
     for floor, names in enumerate(floors):
@@ -136,8 +138,10 @@ def draw_room(room: str, left: int, top: int, width: int) -> tuple[list[str], in
         kind = "folder" if (ROOT / room / name).is_dir() else "module"
         half = width_of(name) / 2
         out += [
-            (f'<rect class="{kind}" x="{x - half:.0f}" y="{y}" width="{2 * half:.0f}" '
-            f'height="{BOX_HEIGHT}" rx="5"><title>{_escaped(parts[name].about)}</title></rect>'),
+            (
+                f'<rect class="{kind}" x="{x - half:.0f}" y="{y}" width="{2 * half:.0f}" '
+                f'height="{BOX_HEIGHT}" rx="5"><title>{_escaped(parts[name].about)}</title></rect>'
+            ),
             f'<text class="name" x="{x:.0f}" y="{y + 22}">{name}</text>',
         ]
     return out, height
@@ -175,17 +179,23 @@ def draw() -> str:
         body.append(f'<path class="between" d="M{x},{y} L{x},{y + 28}" marker-end="url(#big)"/>')
     return "\n".join(
         [
-            (f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{bottom + 10}" '
-            f'viewBox="0 0 {width} {bottom + 10}" font-family="sans-serif">'),
-            ("<style>.room{fill:#f6f8fa;stroke:#57606a}.folder{fill:#fff;stroke:#0550ae}"
-            ".module{fill:#fff;stroke:#8c959f;stroke-dasharray:4 3}.title{font-size:18px;"
-            "font-weight:bold}.about{font-size:14px;fill:#57606a}.name{font-size:13px;"
-            "text-anchor:middle}.arrow{fill:none;stroke:#8c959f}.between{stroke:#57606a;"
-            "stroke-width:3}</style>"),
-            ('<defs><marker id="head" markerWidth="8" markerHeight="8" refX="6" refY="4" '
-            'orient="auto"><path d="M0,0 L8,4 L0,8 z" fill="#8c959f"/></marker>'
-            '<marker id="big" markerWidth="5" markerHeight="5" refX="2" refY="2.5" '
-            'orient="auto"><path d="M0,0 L5,2.5 L0,5 z" fill="#57606a"/></marker></defs>'),
+            (
+                f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{bottom + 10}" '
+                f'viewBox="0 0 {width} {bottom + 10}" font-family="sans-serif">'
+            ),
+            (
+                "<style>.room{fill:#f6f8fa;stroke:#57606a}.folder{fill:#fff;stroke:#0550ae}"
+                ".module{fill:#fff;stroke:#8c959f;stroke-dasharray:4 3}.title{font-size:18px;"
+                "font-weight:bold}.about{font-size:14px;fill:#57606a}.name{font-size:13px;"
+                "text-anchor:middle}.arrow{fill:none;stroke:#8c959f}.between{stroke:#57606a;"
+                "stroke-width:3}</style>"
+            ),
+            (
+                '<defs><marker id="head" markerWidth="8" markerHeight="8" refX="6" refY="4" '
+                'orient="auto"><path d="M0,0 L8,4 L0,8 z" fill="#8c959f"/></marker>'
+                '<marker id="big" markerWidth="5" markerHeight="5" refX="2" refY="2.5" '
+                'orient="auto"><path d="M0,0 L5,2.5 L0,5 z" fill="#57606a"/></marker></defs>'
+            ),
             '<rect width="100%" height="100%" fill="#fff"/>',
             *body,
             "</svg>\n",

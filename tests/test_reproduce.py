@@ -45,6 +45,7 @@ def tiny(*more: str) -> list[str]:
     return [each for setting in (*TINY, *more) for each in ("--set", setting)]
 
 
+@pytest.mark.end_to_end
 def test_the_short_cells_and_those_of_hours_have_names_of_their_own() -> None:
     short = [line.split()[0] for line in reproduce("--list").stdout.splitlines()]
     assert short == CELLS
@@ -56,12 +57,14 @@ def test_the_short_cells_and_those_of_hours_have_names_of_their_own() -> None:
     assert len(set(every)) == len(every) > len(more) > len(short)
 
 
+@pytest.mark.end_to_end
 def test_an_unknown_cell_ends_in_one_sentence() -> None:
     done = reproduce("--only", "2nn-ood")
     assert done.returncode == 2
     assert done.stderr.startswith("reproduce: unknown cell '2nn-ood'; choose from 2nn-iid, ")
 
 
+@pytest.mark.end_to_end
 def test_missing_data_end_in_one_sentence(tmp_path: Path) -> None:
     # A file where the folder should be: nothing is downloaded, not even where there is a network.
     (tmp_path / "data").touch()
@@ -73,6 +76,7 @@ def test_missing_data_end_in_one_sentence(tmp_path: Path) -> None:
     assert "set FEDMQ_DATA to a folder that holds MNIST/raw/" in sentence
 
 
+@pytest.mark.slow
 def test_a_model_is_sent_once_in_every_way(measured: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     runs, _ = measured
     from reproduction import caldas

@@ -10,6 +10,7 @@ from fedmq.algorithms.schedules.stream import Stream
 from fedmq.codecs.text import unknown
 
 SCHEDULES: Mapping[str, type[Schedule]] = {each.name: each for each in (Rounds, Buffered, Stream)}
+"""The schedules by the name that a configuration uses."""
 
 
 def find_schedule(name: str) -> type[Schedule]:

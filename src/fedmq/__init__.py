@@ -16,25 +16,14 @@ if TYPE_CHECKING:
     from fedmq.algorithms.schedules.base import Schedule
     from fedmq.codecs.base import Codec
 else:
-    # Hidden from type checkers: a visible __getattr__ makes them accept any name.
-    _HOMES = {
-        "Algorithm": "fedmq.algorithms.base",
-        "Codec": "fedmq.codecs.base",
-        "Examples": "fedmq.algorithms.problems.base",
-        "Problem": "fedmq.algorithms.problems.base",
-        "Schedule": "fedmq.algorithms.schedules.base",
-    }
+    from fedmq._lazy import lazily
 
-    def __getattr__(name: str) -> object:
-        """Import a public name when it is first used."""
-        if name not in _HOMES:
-            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        from importlib import import_module
-
-        value = getattr(import_module(_HOMES[name]), name)
-        globals()[name] = value
-        return value
-
-    def __dir__() -> list[str]:
-        """List the public names beside what the module holds."""
-        return sorted({*globals(), *__all__})
+    __getattr__, __dir__ = lazily(
+        __name__,
+        {
+            "fedmq.algorithms.base": "Algorithm",
+            "fedmq.algorithms.problems.base": "Examples Problem",
+            "fedmq.algorithms.schedules.base": "Schedule",
+            "fedmq.codecs.base": "Codec",
+        },
+    )

@@ -23,6 +23,7 @@ def folded(**machine):
     return done.stdout.splitlines()
 
 
+@pytest.mark.end_to_end
 def test_every_averaging_algorithm_gives_the_same_bits_on_every_kind_of_cpu():
     if len(capabilities()) < 2:
         pytest.skip("torch has one set of instructions to choose from on this CPU")

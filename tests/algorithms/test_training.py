@@ -51,6 +51,7 @@ def trained_by_torch(problem, at, algorithm, mu=0.0):
     return torch.cat([each.detach().reshape(-1) for each in module.parameters()])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("epochs", [1, 2, 3, 4])
 @pytest.mark.parametrize("batch_size", [None, 2], ids=["full batch", "batches of 2"])
 @pytest.mark.parametrize(

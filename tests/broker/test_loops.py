@@ -36,6 +36,8 @@ from tests.broker.loops import (
     serving,
 )
 
+pytestmark = pytest.mark.end_to_end
+
 
 def test_a_message_and_a_large_blob_make_the_round_trip(tmp_path):
     weights = os.urandom(3 * CHUNK_BYTES + 11)

@@ -18,6 +18,8 @@ from fedmq.broker.settings import BrokerSettings
 from fedmq.broker.wire.schema import Hello
 from tests.broker.loops import AGGREGATOR, WORKER, get, linked, message, serving
 
+pytestmark = pytest.mark.end_to_end
+
 
 def has_ipv6():
     with contextlib.suppress(OSError), socket.create_server(("::1", 0), family=socket.AF_INET6):

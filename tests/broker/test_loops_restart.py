@@ -37,6 +37,8 @@ from tests.broker.loops import (
     serving,
 )
 
+pytestmark = pytest.mark.end_to_end
+
 
 def test_a_broker_goes_on_from_its_ledger_and_its_nodes_with_it(tmp_path):
     """Nodes are not started again: their links find the broker where it was."""

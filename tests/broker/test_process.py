@@ -7,6 +7,8 @@ import sys
 
 import pytest
 
+pytestmark = pytest.mark.end_to_end
+
 _ALLOCATE = """
 import resource, sys
 import numpy as np

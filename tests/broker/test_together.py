@@ -97,6 +97,7 @@ def test_what_is_done_with_is_not_heard_of_before_what_was_posted_before_it(link
     assert (type(alone), alone.consumes) == (Post, (4,))
 
 
+@pytest.mark.slow
 def test_beats_that_tell_what_was_taken_do_not_make_a_link_start_over(link):
     """Their answers come soon after one another: that nothing has moved meanwhile is no sign."""
     link.handle(outgoing(0), 0.5)

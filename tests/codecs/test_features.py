@@ -65,6 +65,7 @@ def messages(draw, values=floats):
     )
 
 
+@pytest.mark.slow
 @given(messages(), st.sampled_from(DTYPES), st.sampled_from(PACKS))
 @settings(deadline=None, max_examples=150)
 def test_names_shapes_dtypes_ids_and_labels_come_back_and_values_nearly(tensors, dtype, pack):
@@ -93,6 +94,7 @@ def test_empty_single_and_odd_shapes_come_back(dtype, shape, pack):
     check_bounds(dtype, x, arrived)
 
 
+@pytest.mark.slow
 def test_a_batch_of_many_blocks_comes_back():
     x = torch.randn((30, 1, 77, 91), generator=torch.Generator().manual_seed(1))
     for dtype in DTYPES:

@@ -81,6 +81,7 @@ def test_each_missing_field_is_refused(path):
         Features("int8", "zstd").decode(Encoded(encoded.codec, meta, encoded.buffers), LIMIT)
 
 
+@pytest.mark.slow
 @given(st.sampled_from(HONEST), st.integers(0, 1), st.data())
 @settings(deadline=None, max_examples=300)
 def test_whatever_bit_turns_only_a_decode_error_comes_of_it(kind, which, data):
@@ -170,6 +171,7 @@ def test_a_bit_behind_the_last_code_is_refused():
     refused(Features("int4"), meta_of([1, 1]), [head, b"\x10"], "expected 0 in the half byte")
 
 
+@pytest.mark.slow
 @given(
     st.sampled_from(HONEST),
     st.dictionaries(

@@ -38,6 +38,7 @@ metas = st.fixed_dictionaries(
 ) | st.dictionaries(st.text(max_size=8), anything, max_size=3)
 
 
+@pytest.mark.slow
 @given(st.sampled_from(WIRE_NAMES), metas, st.lists(st.binary(max_size=24), max_size=3))
 @settings(deadline=None, max_examples=300)
 def test_whatever_stands_in_a_message_only_a_codec_error_comes_of_it(wire_name, meta, buffers):

@@ -73,6 +73,7 @@ def messages(draw, values=floats):
     return by_label(logits, counts)
 
 
+@pytest.mark.slow
 @given(messages(), st.sampled_from(DTYPES))
 @settings(deadline=None, max_examples=200)
 def test_names_shapes_dtypes_ids_and_counts_come_back_and_logits_nearly(tensors, dtype):

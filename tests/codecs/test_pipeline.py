@@ -88,6 +88,7 @@ def check(tensors, decoded, limit):
             assert torch.isfinite(found).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spec", SPECS)
 @given(tables, st.sampled_from([0, 1, 5, 24, 1000]), st.integers(0, 2**64 - 1))
 @settings(deadline=None, max_examples=12)
@@ -199,6 +200,7 @@ def test_another_seed_writes_other_bytes(spec):
 # ---- a basis and a quantization in one pass
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", range(1, 9))
 @pytest.mark.parametrize("basis", [Hadamard(32), Kashin(64), Kashin(32, 6, 0.5, 0.8)])
 @pytest.mark.parametrize("n", [1, 31, 32, 60, 64, 1000, 4099])

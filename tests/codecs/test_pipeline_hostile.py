@@ -62,6 +62,7 @@ def test_every_field_of_meta_may_be_anything(spec):
             tried(good.codec, {**good.meta, key: value}, good.buffers)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spec", PIPELINES)
 def test_every_cell_of_the_table_may_be_anything(spec):
     good = message(spec)
@@ -74,6 +75,7 @@ def test_every_cell_of_the_table_may_be_anything(spec):
                     tried(good.codec, {**good.meta, "tensors": table, "large": large}, good.buffers)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spec", PIPELINES)
 @pytest.mark.parametrize("shape", [[0], [0, 5], [5, 0], [3, 0, 2], [], [1], [1, 1], [2, 1]])
 def test_large_tensors_that_are_tiny_or_empty(spec, shape):
@@ -117,6 +119,7 @@ def test_buffers_too_few_too_many_short_long_or_in_disorder(spec):
     tried(good.codec, good.meta, buffers[::-1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spec", PIPELINES)
 def test_every_byte_may_be_flipped(spec):
     good = message(spec)
@@ -129,6 +132,7 @@ def test_every_byte_may_be_flipped(spec):
                 buffer[at] ^= bits
 
 
+@pytest.mark.slow
 @given(
     st.sampled_from(PIPELINES),
     st.sampled_from(PIPELINES),

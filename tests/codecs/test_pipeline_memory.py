@@ -40,6 +40,7 @@ SMALL = {"tensors": [["x", "float32", [100]]], "large": [0], "seed": 0}
 ENTROPY = "limit@1(0) | entropy@1(3)"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("said", [400, 4000, 7000, 1 << 20, 1 << 26, 1 << 40, 0, 1])
 @pytest.mark.parametrize("window", [False, True])
 def test_a_bomb_takes_no_memory(said, window):
@@ -125,6 +126,7 @@ def test_more_values_than_can_be_chosen_from_are_refused(stage):
         decode(Encoded(f"limit@1(0) | {stage}@1(1e-12)", meta, buffers))
 
 
+@pytest.mark.slow
 def test_a_hundred_thousand_tensors_take_no_more_time_than_they_need():
     """Quadratic, it would be minutes; no clock, the test's own time limit tells."""
     count = 100_000

@@ -46,6 +46,7 @@ def test_the_text_of_a_call_parses_back_to_it(call):
     assert same(parse_one(str(call)), call)
 
 
+@pytest.mark.slow
 @given(st.lists(calls, min_size=1, max_size=4))
 @settings(deadline=None)
 def test_a_pipeline_is_read_in_order(several):

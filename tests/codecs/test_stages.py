@@ -54,6 +54,7 @@ def trained():
 # ---- no bias
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "spec",
     [
@@ -90,6 +91,7 @@ def test_topk_is_biased_and_that_is_why_its_rest_is_remembered():
 # ---- errors
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("basis", ["identity", "hadamard", "kashin"])
 def test_the_error_falls_with_each_bit(trained, basis):
     errors = [nmse(f"limit(0) | {basis} | quantize({bits})", trained, 2) for bits in range(1, 9)]

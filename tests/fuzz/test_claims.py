@@ -8,10 +8,13 @@ import sys
 from pathlib import Path
 
 import msgpack
+import pytest
 
 from fedmq.codecs.registry import codecs
 from tests.fuzz.decoders import DECODERS, join, split
 from tests.fuzz.seeds import ALL
+
+pytestmark = pytest.mark.end_to_end
 
 
 def claiming(name, rows):

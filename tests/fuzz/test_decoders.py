@@ -63,6 +63,7 @@ def test_the_pieces_of_an_input_come_back_whatever_lengths_they_claim():
     assert split(b"") == split(b"\1\2\3") == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 @settings(max_examples=20)
 @given(data=st.data())
@@ -71,6 +72,7 @@ def test_random_bytes(name, data):
     check(name, data.draw(plain | st.lists(plain, max_size=4).map(lambda all_: join(*all_))))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 @settings(max_examples=50)
 @given(data=st.data())
@@ -80,6 +82,7 @@ def test_almost_valid_inputs(name, data):
     check(name, spoil(rng, first, second, pieces=name in JOINED))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["frame", "message", "inline"])
 @pytest.mark.parametrize("claim", CLAIMS, ids=bytes.hex)
 def test_a_length_that_is_claimed_anywhere_in_a_header_takes_no_memory(name, claim):
@@ -131,6 +134,7 @@ def pieces_of_a_blob(*pieces):
     return join(msgspec.msgpack.encode(entry), b"", *parts)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", LARGE)
 @pytest.mark.parametrize("start", LARGE)
 def test_a_piece_that_claims_to_be_of_a_large_blob_takes_no_memory(size, start):

@@ -213,6 +213,7 @@ COMPRESSED = Encoded(
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spec", GOLDEN)
 def test_version_1_writes_these_bytes(spec):
     wire_name, buffers, _ = GOLDEN[spec]

@@ -25,6 +25,7 @@ def test_every_trace_has_its_expected_end():
     assert FOLDERS
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("folder", FOLDERS, ids=of)
 def test_a_golden_trace_reads_and_replays_as_it_was_recorded(folder):
     trace = Trace(folder)
@@ -45,6 +46,7 @@ def test_a_golden_trace_holds_restarts(folder):
     assert len(joined) > len(set(joined))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("folder", FOLDERS, ids=of)
 def test_a_golden_workers_tasks_train_to_the_same_result(folder):
     """Another CPU, or another torch, may differ in the last bits: then it is said by how much."""

@@ -1,9 +1,13 @@
 """Deterministic fault simulation: whatever befalls a run, what is promised holds."""
 
+import pytest
+
 from fedmq.broker.core.deduplication import DedupWindow
 from fedmq.nodes.worker.client_state import ClientStateStore
 from tests.sim.history import check_history
 from tests.sim.soak import BATCH, run_seeds
+
+pytestmark = pytest.mark.soak
 
 SEEDS = 2000
 

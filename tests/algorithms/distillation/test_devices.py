@@ -201,6 +201,7 @@ def test_a_problem_must_say_its_classes():
 # ---- learning
 
 
+@pytest.mark.slow
 def test_devices_that_distill_learn_more_than_devices_alone():
     """Four devices with 300 images of mnist-mini, of which three labels keep 5."""
     problem = Scarce()

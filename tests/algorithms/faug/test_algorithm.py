@@ -232,6 +232,7 @@ def test_devices_together_evaluate_the_global_model_on_each_test_example_once():
     assert found["loss"] == pytest.approx(whole["loss"], rel=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("then", ["fd", "fedavg"])
 def test_a_new_device_gets_the_generator_and_learns(then):
     problem = Skewed(3)
@@ -283,6 +284,7 @@ def test_a_generator_of_other_widths_is_refused():
 # ---- learning
 
 
+@pytest.mark.slow
 def test_augmented_devices_learn_more_than_distilling_ones_and_averaging_ones_most():
     """Four devices with 300 images of mnist-mini, of which three labels keep 5, by a small GAN."""
     problem = Scarce(clients=4, each=300, keep=5)

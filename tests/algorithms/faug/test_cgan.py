@@ -59,6 +59,7 @@ def test_a_fresh_generator_has_keras_first_parameters():
     assert (norm.momentum, norm.eps) == (pytest.approx(0.2), 1e-3)
 
 
+@pytest.mark.slow
 def test_images_are_of_the_labels_asked_for():
     x, y = two_shapes()
     generator = train_gan(x, y, 3, GanSettings(250, 16, 2e-3, SMALL), seed=0)

@@ -69,6 +69,7 @@ def test_seeds_that_come_too_late_change_nothing():
 # ---- state
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("then", ["fd", "fedavg"])
 @pytest.mark.parametrize("script", [[], [[0, 1]], [[0, 1, 2]], [None] * 3])
 def test_a_state_is_saved_and_restored_to_the_bit(then, script):

@@ -72,6 +72,7 @@ def test_sub_models_never_change_between_releases():
     assert units_of(algorithm, algorithm.start(Hidden(9)), 4, 7) == GOLDEN_UNITS
 
 
+@pytest.mark.slow
 def test_every_unit_is_kept_in_a_share_of_the_versions():
     algorithm = FedDropout(keep=0.75)
     state = algorithm.start(Hidden())
@@ -118,6 +119,7 @@ def test_a_sub_model_is_trained_as_fedavg_trains_a_small_model():
     assert result.numbers == {"n": 10, "reply": "model", "version": 0, "client": 2}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("problem", [Normed(3), Images(3), Hidden(3)])
 @pytest.mark.parametrize("reply", ["update", "model"])
 @pytest.mark.parametrize("absent", ["zero", "holders"])

@@ -13,6 +13,8 @@ from fedmq.nodes.run.setup import set_up
 from tests.algorithms.fleet import Fleet, changed
 from tests.sim.recorded import check_recorded_run
 
+pytestmark = pytest.mark.slow
+
 SCHEDULES = {
     "rounds": {"name": "rounds", "fraction": 0.6},
     "buffered": {"name": "buffered", "size": 2, "concurrency": 3},

@@ -177,6 +177,7 @@ def test_all_units_are_the_model_itself(name):
 # ---- what they compute
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["train", "eval"])
 @pytest.mark.parametrize("name", EVERY)
 def test_a_sub_model_computes_what_the_whole_does_with_the_other_units_silenced(name, mode):

@@ -90,6 +90,7 @@ def test_a_copy_is_kept_not_what_came():
     assert maps[:].equal(expected)
 
 
+@pytest.mark.slow
 def test_memory_is_bounded_and_comes_back_when_nobody_uses_it():
     limit = MemoryLimit(2 * noise().nbytes)
     first, second, third = (Maps.of(noise(seed=seed), limit) for seed in range(3))

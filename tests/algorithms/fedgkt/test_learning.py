@@ -14,6 +14,8 @@ from fedmq.algorithms.rng import derive_seed
 from fedmq.codecs.base import MAX_DECODED_BYTES
 from fedmq.codecs.registry import decode, make_codec
 
+pytestmark = pytest.mark.slow
+
 CLIENTS, ROUNDS, SEED = 3, 3, 1
 ALGORITHM = FedGKT(
     edge="tiny",

@@ -194,6 +194,7 @@ def example():
 HOSTILE = list(hostile(example()[2]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("index", range(len(HOSTILE)), ids=[name for name, *_ in HOSTILE])
 def test_a_result_that_cannot_be_used_is_refused_and_leaves_what_was_there(index):
     algorithm, state, good = example()
@@ -239,6 +240,7 @@ def test_the_bound_on_a_result_is_that_of_the_largest_honest_one(problem, test_f
 # ---- checkpoints
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("test_features", [False, True])
 @pytest.mark.parametrize("optimizer", ["adam", "sgd"])
 def test_a_saved_state_goes_on_to_the_same_bits(problem, optimizer, test_features):
@@ -272,6 +274,7 @@ def wrong(saved):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("index", range(10))
 def test_what_is_no_state_is_refused(problem, index):
     algorithm = FedGKT(**TINY)

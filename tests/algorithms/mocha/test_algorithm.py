@@ -90,6 +90,7 @@ def test_the_dual_objective_never_falls_when_30_percent_of_nodes_drop_each_round
     assert values[-1] > 0.1 + values[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss", LOSSES)
 def test_the_gap_shrinks_to_nothing_and_is_what_the_clients_say_it_is(loss):
     each, gaps = federation(loss, epochs_low=1, epochs_high=1), []
@@ -103,6 +104,7 @@ def test_the_gap_shrinks_to_nothing_and_is_what_the_clients_say_it_is(loss):
     assert min(gaps) > -1e-12
 
 
+@pytest.mark.slow
 def test_with_the_squared_loss_w_is_that_of_the_normal_equations():
     """(1/n_t) X_t^T (X_t w_t - y_t) + lambda sum_t' Omega_tt' w_t' = 0 for every task."""
     each = federation("squared", epochs_low=2, epochs_high=2)
@@ -119,6 +121,7 @@ def test_with_the_squared_loss_w_is_that_of_the_normal_equations():
     np.testing.assert_allclose(each.state.weights, expected, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_with_the_hinge_loss_the_objective_is_that_of_a_direct_solver():
     """Projected gradient ascent over all alpha of all tasks at once."""
     each = federation(epochs_low=2, epochs_high=2)
@@ -148,6 +151,7 @@ def test_local_tasks_know_nothing_of_each_other():
     assert alone.state.weights.all()
 
 
+@pytest.mark.slow
 def test_a_global_relation_is_one_w_that_fits_all_tasks():
     """(1/m) sum_t of the normal equations, and a ridge of lambda."""
     options = {"relation": "global", "lam": 0.5, "epochs_low": 2, "epochs_high": 2}

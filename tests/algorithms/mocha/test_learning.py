@@ -17,6 +17,8 @@ from tests.algorithms.fleet import Fleet
 from tests.algorithms.multitask import Federation
 from tests.sim.recorded import check_recorded_run
 
+pytestmark = pytest.mark.slow
+
 SCHEDULES = {
     "rounds": {"name": "rounds", "fraction": 0.6},
     "buffered": {"name": "buffered", "size": 2, "concurrency": 3},

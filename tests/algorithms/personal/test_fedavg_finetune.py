@@ -101,6 +101,7 @@ def test_nothing_is_adapted_on_test_data(algorithm):
     assert found[0]["accuracy_before"] == pytest.approx(1 - found[1]["accuracy_before"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("algorithm", [FedAvgFT(), FedAvgFT(head=1), LocalOnly()])
 def test_an_evaluation_follows_from_its_seed_and_leaves_the_task_as_it_was(algorithm):
     problem = Tracking()

@@ -29,6 +29,8 @@ from tests.algorithms.split_problems import (
 from tests.algorithms.tiny import HalfFrozen, client, payload
 from tests.sim.recorded import check_recorded_run
 
+pytestmark = pytest.mark.slow
+
 # ---- determinism, state, and what is refused
 
 

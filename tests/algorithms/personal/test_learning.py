@@ -3,6 +3,7 @@
 import dataclasses
 
 import numpy as np
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -13,6 +14,8 @@ from fedmq.algorithms.personal.fedrep import FedRep
 from fedmq.algorithms.problems import load_problem
 from fedmq.algorithms.problems.base import Problem
 from fedmq.algorithms.rng import derive_rng, derive_seed
+
+pytestmark = pytest.mark.slow
 
 CLIENTS, COHORT, ROUNDS = 20, 10, 15
 SGD = {"lr": 0.1, "batch_size": 20, "momentum": 0.0}

@@ -12,6 +12,8 @@ from fedmq.algorithms.problems.base import Examples, Problem
 from fedmq.algorithms.problems.image import ImageClassification
 from fedmq.algorithms.rng import derive_rng, derive_seed
 
+pytestmark = pytest.mark.slow
+
 CLIENTS, COHORT, ROUNDS, SEED = 20, 5, 50, 1
 LAST = 10
 """Single rounds differ by a point."""

@@ -171,6 +171,7 @@ def test_the_largest_update_that_is_taken_leaves_adam_finite():
 # ---- states
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("versions", [0, 1, 2, 3, 5])
 def test_a_saved_state_goes_on_to_the_bit(versions):
     problem, algorithm = Normed(), PersonalisedFedAvg(switch=2, steps=3, epochs=2, batch_size=2)

@@ -221,6 +221,7 @@ def test_a_client_is_measured_on_its_own_test_data_with_what_it_keeps(personal):
     assert found == pytest.approx(problem.metrics(module(test.x), test.y))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("personal", [False, True])
 def test_a_new_client_finds_its_embedding_with_phi_frozen(personal):
     problem = SameTest(2)

@@ -12,6 +12,8 @@ from fedmq.algorithms.problems.image import ImageClassification
 from fedmq.algorithms.rng import derive_seed
 from fedmq.algorithms.toolkit.sgd import load_model, metrics_on
 
+pytestmark = pytest.mark.slow
+
 TASKS, SEED = 150, 1
 
 

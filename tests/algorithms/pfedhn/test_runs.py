@@ -13,6 +13,8 @@ from fedmq.nodes.run.setup import set_up
 from tests.algorithms.fleet import Fleet
 from tests.sim.recorded import check_recorded_run
 
+pytestmark = pytest.mark.slow
+
 SCHEDULES = {
     "rounds": {"name": "rounds", "fraction": 0.5},
     "buffered": {"name": "buffered", "size": 2, "concurrency": 3},

@@ -55,6 +55,7 @@ def cases(draw):
     return kind + arguments[kind], labels, groups, clients
 
 
+@pytest.mark.slow
 @given(case=cases(), seed=st.integers(0, 2**63 - 1))
 @settings(max_examples=300, deadline=None)
 def test_every_example_goes_to_exactly_one_client_and_no_client_is_empty(case, seed):
@@ -94,6 +95,7 @@ def test_iid_sizes_differ_by_at_most_one(n, data):
     assert max(sizes) - min(sizes) <= 1
 
 
+@pytest.mark.slow
 @given(case=cases().filter(lambda case: case[0].startswith("shards")))
 @settings(deadline=None)
 def test_shards_cross_few_borders_between_labels(case):

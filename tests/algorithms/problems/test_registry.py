@@ -159,6 +159,7 @@ def test_a_problem_of_ones_own_that_cannot_be_had(mine, options, message):
         load_problem(options, 0, own)
 
 
+@pytest.mark.end_to_end
 def test_importing_problems_does_not_import_torchvision():
     """It takes seconds, and the aggregator and `fedmq list` never need it."""
     code = (

@@ -21,6 +21,7 @@ def vectors(n, seed=0):
     return [torch.from_numpy(rng.standard_normal(n, np.float32)) for _ in range(2)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n", SIZES)
 @pytest.mark.parametrize("weight", [1.0, -0.3, 1 / 3, 1e-30])
 def test_a_product_is_rounded_and_then_the_sum(n, weight):
@@ -108,6 +109,7 @@ def digest_of_kernels(**machine):
     return done.stdout
 
 
+@pytest.mark.end_to_end
 def test_compiled_kernels_give_the_same_bits_on_a_cpu_without_extensions(tmp_path):
     """LLVM may use this CPU's fused and wide instructions, or those of the oldest one."""
     generic = {"NUMBA_CPU_NAME": "generic", "NUMBA_CPU_FEATURES": ""}
@@ -116,6 +118,7 @@ def test_compiled_kernels_give_the_same_bits_on_a_cpu_without_extensions(tmp_pat
     assert plain == digest_of_kernels()
 
 
+@pytest.mark.end_to_end
 @pytest.mark.parametrize(
     ("values", "loaded"), [(arithmetic._SMALL, False), (arithmetic._SMALL + 1, True)]
 )

@@ -267,6 +267,7 @@ class Body(nn.Module):
         return x * self.scale + self.mask.softmax(0) + self.wave.imag
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "algorithm",
     [

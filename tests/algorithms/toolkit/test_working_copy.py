@@ -44,6 +44,7 @@ def options(kind):
     return {"momentum": 0.0 if kind is restless.SparseGradient else 0.8}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", FOLLOWED)
 def test_one_client_learns_what_a_plain_loop_of_torch_does(kind):
     """Three versions of two epochs: the module starts each task as it was made."""
@@ -68,6 +69,7 @@ def test_one_client_learns_what_a_plain_loop_of_torch_does(kind):
         assert metrics == pytest.approx(evaluate_module(judge, problem, "cpu"), abs=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", FOLLOWED)
 @pytest.mark.parametrize(
     "algorithm",
@@ -124,6 +126,7 @@ def test_what_cannot_be_followed_is_refused_by_name(kind):
         FedAvg(epochs=1).train(task(state), client(problem))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", FOLLOWED)
 def test_a_dry_step_leaves_nothing_behind(kind):
     problem, untried = Restless(kind), Restless(kind)
@@ -250,6 +253,7 @@ class Constants(nn.Module):
         return self.layer(self.frozen(x) @ weight + turned) + self.mean[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reply", ["update", "model"])
 @pytest.mark.parametrize("codec", ["raw", "cast(float16)", "hadamard | quantize(2)", "topk(0.5)"])
 def test_constants_are_constants_to_the_bit_and_what_changes_is_right(codec, reply):

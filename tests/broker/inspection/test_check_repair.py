@@ -211,6 +211,7 @@ def test_a_tail_of_zeros_is_cut_by_the_broker_itself(tmp_path, zeros):
     assert goes_on(tmp_path) == len(entries)
 
 
+@pytest.mark.slow
 def test_zeros_from_anywhere_to_the_end_are_a_torn_tail(tmp_path):
     """As a failure of power leaves them, whatever was acknowledged without a sync."""
     write(tmp_path, 1 << 20)
@@ -384,6 +385,7 @@ def damaged(files, rng):
     files[name] = bytes(data)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(60))
 def test_after_a_repair_a_broker_goes_on_whatever_was_damaged(tmp_path, seed):
     rng = random.Random(seed)  # noqa: S311 - accidents, not secrets

@@ -37,6 +37,8 @@ from fedmq.nodes.simulation.virtual_run import RUN, Chances, Simulation
 from tests.broker.ledger.small_ledger import name_of, put
 from tests.sim.history import pieces_of, setup_of
 
+pytestmark = pytest.mark.slow
+
 PREFIX = 20
 """Bytes of a record before its head: with zeros behind them, they are no record."""
 

@@ -88,6 +88,7 @@ def outcome(folder):
     return entries, None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mask", [0x01, 0x80, 0xFF])
 def test_no_flipped_byte_ever_yields_a_wrong_entry(tmp_path, mask):
     write(tmp_path, ENTRIES)
@@ -102,6 +103,7 @@ def test_no_flipped_byte_ever_yields_a_wrong_entry(tmp_path, mask):
             assert error.segment == path.name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mask", [0x01, 0x10, 0x80, 0xFF])
 def test_a_flipped_byte_that_records_follow_is_damage_with_its_place(tmp_path, mask):
     """Never taken for a torn tail: opening for writing would cut off everything after it."""

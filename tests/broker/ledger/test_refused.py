@@ -141,6 +141,7 @@ def test_a_segment_that_cannot_be_deleted_is_told(tmp_path, monkeypatch, code):
     ledger.close()
 
 
+@pytest.mark.end_to_end
 def test_a_broker_waits_for_space_and_for_nothing_else(tmp_path, monkeypatch):
     server = BrokerServer(ANY, tmp_path)
     server._ledger.append(accepted(0))
@@ -165,6 +166,7 @@ def test_a_broker_waits_for_space_and_for_nothing_else(tmp_path, monkeypatch):
     Ledger(tmp_path).close()
 
 
+@pytest.mark.end_to_end
 def test_room_again_is_reported(tmp_path, monkeypatch):
     server = BrokerServer(ANY, tmp_path)
     server._ledger.append(accepted(0))
@@ -250,6 +252,7 @@ def test_what_retention_deletes_is_not_missed(tmp_path, monkeypatch):
     Ledger(tmp_path).close()
 
 
+@pytest.mark.slow
 def test_a_line_of_the_list_that_was_cut_short_does_no_harm(tmp_path, monkeypatch):
     several(tmp_path, monkeypatch)
     path = tmp_path / MANIFEST_FILE

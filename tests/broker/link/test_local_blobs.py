@@ -76,12 +76,14 @@ def served(folder, read=READ["whole"], after_task=lambda: None, *, share=True):
     return found, list(read_entries(folder))[-1].nodes["w1"]["sent_bytes"]
 
 
+@pytest.mark.end_to_end
 @pytest.mark.parametrize("how", READ)
 def test_a_node_on_the_broker_s_host_reads_large_blobs_where_they_lie(tmp_path, how):
     found, _ = served(tmp_path, READ[how])
     assert sum(size for *_, size in found) == SIZE
 
 
+@pytest.mark.end_to_end
 @pytest.mark.parametrize("how", READ)
 def test_bytes_that_were_read_in_place_count_like_those_that_were_sent(tmp_path, how):
     _, in_place = served(tmp_path / "a", READ[how])
@@ -91,6 +93,7 @@ def test_bytes_that_were_read_in_place_count_like_those_that_were_sent(tmp_path,
     assert abs(in_place - over_the_socket) < 1000
 
 
+@pytest.mark.end_to_end
 @pytest.mark.parametrize("how", READ)
 @pytest.mark.parametrize("readable", [0, 2])
 def test_a_file_that_cannot_be_read_after_all_costs_a_question_not_the_blob(
@@ -231,6 +234,7 @@ def test_a_ledger_on_a_full_disk_is_not_shared(tmp_path, monkeypatch):
     ledger.close()
 
 
+@pytest.mark.end_to_end
 @pytest.mark.parametrize("how", READ)
 def test_wrong_bytes_in_a_file_are_told_by_their_digest(tmp_path, how):
     def damage():

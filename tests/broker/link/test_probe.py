@@ -12,6 +12,8 @@ from fedmq.broker.link.probe import Listener, probe
 from fedmq.broker.wire.endpoints import parse_endpoint
 from tests.broker.loops import serving
 
+pytestmark = pytest.mark.end_to_end
+
 
 @contextlib.contextmanager
 def zmq_socket(kind, **options):

@@ -158,6 +158,7 @@ def test_a_full_disk_is_sat_out_by_all(net, monkeypatch):
     assert notes(net, "agg", "left") == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(16))
 def test_whatever_dies_and_whenever_all_is_done_once(net, seed):
     """Workers answer each task once, whatever session had it; the ledger tells the whole story."""

@@ -352,12 +352,14 @@ def test_arbitrary_bytes_are_at_worst_a_wire_error(data):
     read_and_expect_nothing_but_wire_errors(data)
 
 
+@pytest.mark.slow
 @settings(deadline=None)
 @given(TREES)
 def test_arbitrary_structures_are_at_worst_a_wire_error(tree):
     read_and_expect_nothing_but_wire_errors(msgpack.packb(tree))
 
 
+@pytest.mark.slow
 @settings(deadline=None)
 @given(st.sampled_from(sorted(ALL)), st.dictionaries(KEYS, TREES, min_size=1, max_size=3))
 def test_valid_headers_with_strange_fields_are_at_worst_a_wire_error(kind, strange):

@@ -21,6 +21,7 @@ def sylvester(n: int) -> np.ndarray:
     return matrix
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n", [2**k for k in range(12)])
 def test_a_rotation_is_the_hadamard_matrix_times_signs(n: int) -> None:
     """Konecny et al. 2016, section 4 (iii); the signs are what the inverse shows of them."""
@@ -30,6 +31,7 @@ def test_a_rotation_is_the_hadamard_matrix_times_signs(n: int) -> None:
     np.testing.assert_allclose(np.abs(signed), np.abs(x), atol=1e-5)
 
 
+@pytest.mark.slow
 @quick
 @given(st.integers(0, 9000), blocks, st.integers(-(2**70), 2**70))
 def test_a_rotation_keeps_the_norm_and_can_be_undone(n: int, block: int, seed: int) -> None:
@@ -42,6 +44,7 @@ def test_a_rotation_keeps_the_norm_and_can_be_undone(n: int, block: int, seed: i
     assert np.linalg.norm(back - x) <= 1e-6 * np.linalg.norm(x)
 
 
+@pytest.mark.slow
 @quick
 @given(
     st.integers(0, 9000),

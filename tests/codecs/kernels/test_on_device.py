@@ -10,6 +10,8 @@ from fedmq.codecs import kernels
 from fedmq.codecs.kernels import on_device
 from fedmq.codecs.kernels.layout import Basis, HadamardBasis, KashinFrame
 
+pytestmark = pytest.mark.slow
+
 quick = settings(deadline=None, max_examples=40)
 sizes = st.sampled_from([0, 1, 7, 60, 64, 65, 100, 255, 1000, 4097])
 blocks = st.sampled_from([1, 2, 8, 32, 64, 256, 4096])

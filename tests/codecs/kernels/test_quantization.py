@@ -90,6 +90,7 @@ def test_any_finite_values_keep_their_extremes(values: list[float], bits: int, s
     assert (decoded <= high).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("unit", "basis"),
     [
@@ -272,6 +273,7 @@ def test_vectors_of_another_kind_are_refused() -> None:
         kernels.accumulate(total, codes, ranges, 4, 64, 1.0)
 
 
+@pytest.mark.end_to_end
 def test_numba_is_imported_by_the_first_kernel_only() -> None:
     code = f"import sys; sys.path[:0] = {sys.path!r}; import fedmq.codecs.kernels"
     code += "; sys.exit('numba' in sys.modules)"

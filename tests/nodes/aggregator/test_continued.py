@@ -18,6 +18,8 @@ from tests.nodes.aggregator.test_resume import (
     setup_of,
 )
 
+pytestmark = pytest.mark.slow
+
 ROUNDS = {"name": "rounds", "fraction": 0.5}
 
 

@@ -39,6 +39,7 @@ def test_without_a_minimum_all_clients_are_waited_for():
     assert len(fleet.tasks) == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("schedule", [ROUNDS, BUFFERED, STREAM], ids=lambda s: s["name"])
 @pytest.mark.parametrize("problem", ["Tiny", "Normed"])
 @pytest.mark.parametrize("codec", ["raw", "cast(float16)"])
@@ -69,6 +70,7 @@ def test_the_model_learns():
     assert losses[1] < losses[0] / 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("codec", ["raw", "cast(bfloat16)"])
 def test_rounds_give_the_same_model_in_whatever_order_results_come(codec):
     """Sums of floats depend on their order, so results are added up in cohort order."""

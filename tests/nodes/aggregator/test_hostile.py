@@ -231,6 +231,7 @@ bodies = st.fixed_dictionaries(
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("setup", [ROUNDS, STREAM, NORMED], ids=["rounds", "stream", "normed"])
 @given(
     kind=st.sampled_from(["result", "failed"]),
@@ -248,6 +249,7 @@ def test_no_body_of_a_result_raises(setup, kind, body, data):
     assert fleet.run().finished == "2 versions committed"
 
 
+@pytest.mark.slow
 @given(body=bodies, sender=st.sampled_from(["evaluator", "w0"]))
 @settings(deadline=None, max_examples=100)
 def test_no_body_of_a_score_raises(body, sender):
@@ -264,6 +266,7 @@ def nested(depth):
     return msgspec.Raw(b"\x91" * depth + b"\xc0")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "body",
     [

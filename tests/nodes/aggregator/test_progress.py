@@ -119,6 +119,7 @@ def test_a_run_whose_results_are_all_rejected_ends_with_the_last_reason(schedule
     assert fleet.core.failed
 
 
+@pytest.mark.slow
 @every_schedule
 def test_one_client_that_always_fails_does_not_end_a_run_and_is_rarely_asked(schedule):
     fleet = fleet_of(schedule, versions=64)
@@ -265,6 +266,7 @@ def test_who_failed_twice_is_asked_again_after_a_timer_that_grows(schedule):
     assert waits == pytest.approx([0.5, 1.0, 2.0, 4.0])
 
 
+@pytest.mark.slow
 @every_schedule
 def test_a_client_whose_failure_was_passing_comes_back(schedule):
     fleet = fleet_of(schedule, versions=80, failures=1000)
@@ -276,6 +278,7 @@ def test_a_client_whose_failure_was_passing_comes_back(schedule):
     assert failures == {}
 
 
+@pytest.mark.slow
 def test_cohorts_follow_from_the_seed_and_not_from_how_long_failures_take():
     drawn = []
     for pace in (1.0, 1000.0):
@@ -287,6 +290,7 @@ def test_cohorts_follow_from_the_seed_and_not_from_how_long_failures_take():
     assert drawn[0] == drawn[1]
 
 
+@pytest.mark.slow
 def test_a_node_all_of_whose_clients_fail_is_made_to_wait_as_a_whole():
     """Many clients that fail for the first or second time would take turns."""
     setup = make_setup({"name": "stream", "concurrency": 4}, clients=24, versions=10**6)
@@ -345,6 +349,7 @@ def test_a_checkpoint_of_an_older_release_has_no_failures():
     assert one.rules == 0
 
 
+@pytest.mark.slow
 @every_schedule
 def test_the_next_session_counts_on_and_says_the_same(schedule):
     """From each checkpoint: what a new core says to the rest of the inbox was said before."""

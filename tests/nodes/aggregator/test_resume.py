@@ -126,6 +126,7 @@ def setup_of(schedule, problem="Normed", algorithm="fedavg", **run):
 ALGORITHMS = pytest.mark.parametrize("algorithm", ["fedavg", "tests.algorithms.tiny:Beside"])
 
 
+@pytest.mark.slow
 @ALGORITHMS
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("every_s", [0.0, 12.0, 1e9])
@@ -164,6 +165,7 @@ def test_without_any_checkpoint_a_run_begins_anew_and_says_the_same(schedule):
     assert model_digest(core.tensors()) == model_digest(fleet.core.tensors())
 
 
+@pytest.mark.slow
 @ALGORITHMS
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_cut_after_any_message_nothing_is_missing_and_nothing_is_said_anew(schedule, algorithm):

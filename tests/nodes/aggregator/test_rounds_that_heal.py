@@ -60,6 +60,7 @@ def test_after_one_lost_client_every_later_round_is_whole(late):
     assert fleet.counts == (31 + helped, 1 - helped, 0, 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("late", LATE)
 @pytest.mark.parametrize("seed", range(5))
 def test_whoever_is_first_a_round_waits_for_a_client_that_is_behind(late, seed):
@@ -78,6 +79,7 @@ def test_whoever_is_first_a_round_waits_for_a_client_that_is_behind(late, seed):
     assert sum(each["late"] for each in fleet.versions) == (late != "refuse")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("late", LATE)
 def test_a_client_that_stays_away_is_not_waited_for(late):
     fleet, _ = lose_one(late)
@@ -104,6 +106,7 @@ def test_a_client_whose_late_task_fails_is_drawn_as_well():
     assert own(fleet) == [3, *[4] * 7]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("late", LATE)
 def test_a_deadline_makes_one_result_late_and_no_others(late):
     """A slow client misses one deadline; the next round is whole within its own."""
@@ -135,6 +138,7 @@ def test_late_results_do_not_stand_for_the_least_that_a_round_needs():
     assert [each["results"] for each in fleet.versions] == [3, 4]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("late", LATE)
 def test_over_selection_leaves_some_behind_and_every_round_whole(late):
     schedule = rounds(late, fraction=0.5, over_select=1.5)

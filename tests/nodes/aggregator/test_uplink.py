@@ -88,6 +88,7 @@ def sent(post):
 # ---- structured updates
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("spec", ["lowrank(2)", "lowrank(1)", "randommask(0.1)", "randommask(0.5)"])
 def test_what_is_sent_of_a_structured_update_is_all_of_it(spec, form):
@@ -132,6 +133,7 @@ def test_small_layers_are_trained_in_full():
     assert min(zeros.values()) > 0.6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spec", ["lowrank(1)", "randommask(0.5)", "lowrank(1) | quantize(8, 16)"])
 @pytest.mark.parametrize("schedule", ["rounds", "buffered"])
 def test_a_fleet_learns_with_structured_updates(spec, schedule):
@@ -247,6 +249,7 @@ class Forgetting(Fleet):
         return kept
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spec", ["topk(0.05)", "topk(0.1) | quantize(8, 4) | entropy"])
 @pytest.mark.parametrize("schedule", ["rounds", "buffered"])
 def test_a_fleet_learns_from_the_largest_changes(spec, schedule):
@@ -299,6 +302,7 @@ def test_a_pipeline_that_is_none_is_one_sentence_with_its_key():
 BOTH = "limit(0) | hadamard(64) | quantize(4)"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("spec", [BOTH, "limit(0) | kashin(64) | quantize(6, 64) | entropy"])
 def test_every_schedule_runs_with_coarse_numbers_down_and_up(schedule, spec):
@@ -311,6 +315,7 @@ def test_every_schedule_runs_with_coarse_numbers_down_and_up(schedule, spec):
     assert accuracy(fleet) >= max(0.8, before)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("schedule", "up", "problem"),
     [

@@ -159,6 +159,7 @@ def test_an_algorithm_with_one_model_for_all_is_refused(tmp_path):
     assert "fedavg has one model for all of them" in refused(tmp_path)
 
 
+@pytest.mark.slow
 def test_a_run_that_goes_on_is_taken_at_its_newest_checkpoint_and_that_is_said(tmp_path):
     assert not record(tmp_path, setup_of(versions=10_000, checkpoint_s=0.5), until=10.0)
     result = call(tmp_path, "--clients", "4")

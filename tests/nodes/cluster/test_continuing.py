@@ -151,6 +151,7 @@ def test_the_table_in_the_docs_is_the_one_that_is_used() -> None:
     assert dict(rows) == MAY_DIFFER
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("given", "said"),
     [
@@ -383,6 +384,7 @@ HOLD = (
 )
 
 
+@pytest.mark.end_to_end
 @pytest.mark.parametrize(
     ("what", "code"),
     [

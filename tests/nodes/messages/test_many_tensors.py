@@ -16,6 +16,8 @@ from fedmq.nodes.trace.groups import groups_of
 from tests.algorithms.tiny import Tiny
 from tests.own_code import ALLOW, OWN_CODE
 
+pytestmark = pytest.mark.slow
+
 LAYERS = 120
 
 

@@ -53,6 +53,7 @@ def test_a_message_that_fits_is_written_as_it_was():
     assert fitted(message, packed.data) == (message, packed.data)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [900, 1213, 20_000])
 def test_a_table_that_does_not_fit_is_a_blob(count):
     payload = Payload(of(count), of(count, 1, torch.int64), {"n": 3})

@@ -161,6 +161,7 @@ class Process:
         return self.process.returncode, errors
 
 
+@pytest.mark.end_to_end
 @pytest.mark.parametrize("code", CODES.values(), ids=CODES)
 def test_one_signal_ends_a_process_wherever_it_is(code):
     process = Process(code, 0.5)
@@ -168,6 +169,7 @@ def test_one_signal_ends_a_process_wherever_it_is(code):
     assert process.end() == (INTERRUPTED, "fedmq: stopped by SIGINT\n")
 
 
+@pytest.mark.end_to_end
 @pytest.mark.parametrize("code", CODES.values(), ids=CODES)
 def test_the_third_signal_does_not_wait(code):
     process = Process(code, 1000)
@@ -178,6 +180,7 @@ def test_the_third_signal_does_not_wait(code):
     assert process.end() == (INTERRUPTED, "fedmq: stopped by SIGTERM\n")
 
 
+@pytest.mark.end_to_end
 def test_cleaning_up_is_not_cut_in_two():
     code = """
 try:
@@ -193,6 +196,7 @@ finally:
     assert process.end() == (INTERRUPTED, "clean fedmq: stopped by SIGINT\n")
 
 
+@pytest.mark.end_to_end
 def test_what_takes_its_time_may_take_it():
     """A supervisor that ends its nodes is longer about it than the watchdog waits."""
     code = """
@@ -207,6 +211,7 @@ with this_process.noting():
     assert process.end() == (INTERRUPTED, "whole fedmq: stopped by SIGINT\n")
 
 
+@pytest.mark.end_to_end
 def test_a_forked_process_does_with_signals_what_it_did_before():
     code = """
 pid = os.fork()

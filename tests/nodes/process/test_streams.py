@@ -53,6 +53,7 @@ def test_a_closed_pipe_is_told_once_and_ends_nothing(pipe) -> None:
     assert lost == ["standard output: broken pipe"]
 
 
+@pytest.mark.slow
 def test_a_pipe_that_nobody_reads_holds_nobody_up_and_goes_on_when_somebody_does(pipe) -> None:
     reader, writer = pipe
     fcntl.fcntl(writer, fcntl.F_SETPIPE_SZ, 4096)
@@ -67,6 +68,7 @@ def test_a_pipe_that_nobody_reads_holds_nobody_up_and_goes_on_when_somebody_does
     assert os.read(reader, 1 << 20).endswith(b"after")
 
 
+@pytest.mark.slow
 def test_a_terminal_that_nobody_reads_holds_nobody_up() -> None:
     ours, theirs = pty.openpty()
     made, lost = stream(theirs)
@@ -127,6 +129,7 @@ def run(*arguments: str, **options) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, stderr=subprocess.PIPE, text=True, timeout=60, **options)
 
 
+@pytest.mark.end_to_end
 @pytest.mark.skipif(not HAS_FULL, reason="no /dev/full here")
 @pytest.mark.parametrize("arguments", [("list", "problems"), ("--help",)])
 def test_a_command_whose_output_finds_no_room_is_one_sentence(arguments) -> None:
@@ -136,6 +139,7 @@ def test_a_command_whose_output_finds_no_room_is_one_sentence(arguments) -> None
     assert ended.stderr == "fedmq: cannot write to standard output: no space left on device\n"
 
 
+@pytest.mark.end_to_end
 def test_a_command_whose_reader_has_gone_ends_like_other_tools(pipe) -> None:
     reader, writer = pipe
     os.close(reader)
@@ -144,6 +148,7 @@ def test_a_command_whose_reader_has_gone_ends_like_other_tools(pipe) -> None:
     assert ended.stderr == ""
 
 
+@pytest.mark.end_to_end
 def test_streams_that_were_closed_before_are_no_reason_to_fail() -> None:
     script = f"exec {sys.executable} -P -m fedmq.nodes list problems <&- >&- 2>&-"
     assert subprocess.run(["/bin/sh", "-c", script], timeout=60, check=False).returncode == 0
@@ -159,6 +164,7 @@ assert fd > 2, fd
 """
 
 
+@pytest.mark.end_to_end
 def test_no_file_of_a_run_becomes_standard_output(tmp_path) -> None:
     path = tmp_path / "ledger"
     script = f"exec {sys.executable} -P -c '{_OWN_FILES}' {path} >&-"
@@ -175,11 +181,13 @@ sys.exit(subprocess.run([sys.executable, "-c", code], close_fds=True).returncode
 """
 
 
+@pytest.mark.end_to_end
 def test_no_file_of_a_process_that_is_started_becomes_one_either() -> None:
     script = f"exec {sys.executable} -P -c '{_OWN_PROCESS}' <&- >&- 2>&-"
     assert subprocess.run(["/bin/sh", "-c", script], timeout=60, check=False).returncode == 0
 
 
+@pytest.mark.end_to_end
 def test_an_ascii_terminal_prints_codes_of_what_it_does_not_have() -> None:
     code = "from fedmq.nodes.process import streams; streams.set_up(); print('\u2581')"
     ended = subprocess.run(

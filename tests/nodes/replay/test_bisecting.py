@@ -23,6 +23,8 @@ from tests.nodes.replay.material import (
     scaled,
 )
 
+pytestmark = pytest.mark.slow
+
 STREAM = GOLDEN / "fedprox-stream"
 ROUNDS = GOLDEN / "fedavg-rounds"
 

@@ -29,6 +29,8 @@ from tests.nodes.replay.material import (
 from tests.nodes.replay.test_equal import torn
 from tests.own_code import OWN_CODE
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("name", NAMES)
 def test_cut_off_right_before_the_last_message(name, tmp_path):

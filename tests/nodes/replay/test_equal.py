@@ -38,6 +38,7 @@ def ended(folder, checkpoint=None, until=None):
     return run, steps
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_a_golden_trace_is_equal(name):
     expected = material.expected(name)
@@ -52,6 +53,7 @@ def test_a_ledgers_own_folder_will_do():
     assert FIRST.search(replay(BUFFERED / "ledger").output)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_every_checkpoint_leads_to_the_same_model(name):
     whole, _ = ended(GOLDEN / name)
@@ -78,6 +80,7 @@ def test_from_checkpoint_takes_the_newest(name):
     assert material.expected(name)["model"] in output
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_the_runs_record_is_a_checkpoint_of_version_0(name):
     seq, record = nth(GOLDEN / name, 0, kind="run", sender="aggregator")
@@ -91,6 +94,7 @@ def test_the_runs_record_is_a_checkpoint_of_version_0(name):
     assert record.body["device"].startswith("cpu ")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_until_any_entry_stops_there(name):
     """At an inbox message it is the last one taken; at an own one, it is the last one said."""
@@ -114,6 +118,7 @@ def test_until_any_entry_stops_there(name):
             assert run.core.version == message.body["version"]
 
 
+@pytest.mark.slow
 def test_until_a_version_the_next_one_is_not_yet_made():
     versions = material.messages(BUFFERED, kind="version")
     for (seq, message), (_, after) in itertools.pairwise(versions):
@@ -124,6 +129,7 @@ def test_until_a_version_the_next_one_is_not_yet_made():
         assert after.id not in said
 
 
+@pytest.mark.slow
 def test_a_replay_that_stopped_goes_on_from_there():
     """Neither kind of stop loses a message or takes one twice."""
     whole, steps = ended(BUFFERED)
@@ -153,6 +159,7 @@ def test_until_past_the_end_is_refused(beyond):
     assert str(until) in refused(BUFFERED, "--until", until)
 
 
+@pytest.mark.slow
 def test_from_checkpoint_until_goes_from_the_newest_before():
     one, other = [seq for seq, _ in material.messages(BUFFERED, kind="version", to="checkpoint")][
         1:3
@@ -211,6 +218,7 @@ def test_a_run_that_was_cut_off_is_equal_up_to_its_end(tmp_path):
     assert more == posts - len(recorded)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_cut_off_anywhere_before_the_core_has_finished(name, tmp_path):
     """Wherever a broker dies, what it has written replays."""

@@ -13,6 +13,7 @@ from tests.nodes.replay.material import BUFFERED, GOLDEN, edit, refused, replay,
 FIRST = re.compile(r"^([\d,]+) messages, ([\d,]+) actions, all equal$", re.MULTILINE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "words",
     [

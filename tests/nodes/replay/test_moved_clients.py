@@ -15,6 +15,8 @@ from fedmq.nodes.worker.client_state import ClientStateStore
 from tests.algorithms.personal.test_fedrep_runs import setup_of
 from tests.nodes.replay import material
 
+pytestmark = pytest.mark.slow
+
 LEASE_S = 3.0
 SETUP = setup_of("stream", versions=30, evaluate_every=15)
 

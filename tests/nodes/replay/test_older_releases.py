@@ -17,6 +17,8 @@ from tests.golden.make_traces import EXPECTED, TRACES
 from tests.nodes.replay import material
 from tests.nodes.replay.material import edit, nth, number, replay, rewrite, scaled, silence
 
+pytestmark = pytest.mark.slow
+
 OLD = TRACES / "0.1.0"
 NAMES = sorted(path.name for path in OLD.iterdir())
 BUFFERED = OLD / "fedavg-buffered"
@@ -47,6 +49,7 @@ def test_a_trace_replays_and_says_how(name):
     assert f"version 12, model {expected['model']}" in output
 
 
+@pytest.mark.end_to_end
 @pytest.mark.parametrize("capability", X86)
 def test_the_model_is_the_recorded_one_on_every_kind_of_cpu(capability):
     if capability not in capabilities():

@@ -24,6 +24,7 @@ HOME = "default"
 PAIRS = [(a, b) for a in X86 for b in X86 if a != b]
 
 pytestmark = [
+    pytest.mark.end_to_end,
     pytest.mark.skipif(
         platform.machine().lower() not in ("x86_64", "amd64"),
         reason="torch's CPU capabilities are of x86 processors",

@@ -64,6 +64,7 @@ def test_only_what_differs_is_told(tmp_path):
     assert len(re.findall(r"in the record, .* in the replay", output)) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("which", "index", "field", "other"),
     [

@@ -103,6 +103,7 @@ def mix(x, buffer):
 # ---- the recorded rule
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_under_the_recorded_rule_both_curves_are_equal_to_all_digits(name):
     """Of the models; the scores are the evaluator's, and may be of another kind of CPU."""
@@ -147,6 +148,7 @@ def test_the_table_shows_both_rules_side_by_side():
 # ---- other rules, against sums made here
 
 
+@pytest.mark.slow
 def test_two_results_at_a_time_by_hand():
     """K = 2, s = 1, nothing too stale: x += server_lr * (u1 + u2) / 2, in order of arrival."""
     points, _, _ = fold(
@@ -187,6 +189,7 @@ def at_most(limit, s):
     return lambda tau: None if tau > limit else s(tau)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("folder", "settings", "size", "weight", "step"),
     [
@@ -269,6 +272,7 @@ def parameters():
     return sum(each.numel() for each in Points().model().parameters())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("folder", "settings", "weight", "lr"),
     [

@@ -52,6 +52,7 @@ def rounds(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("node", NODES)
 @pytest.mark.parametrize("name", NAMES)
 def test_every_node_of_a_golden_trace(name, node):

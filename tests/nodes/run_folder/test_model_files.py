@@ -161,6 +161,7 @@ def test_the_arrays_have_the_algorithms_names_whatever_they_are(tmp_path):
         assert arrays["exact"].dtype == np.complex128
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["fedgkt", "pfedhn", "fd", "fedper"])
 def test_of_another_model_than_the_problems_module_there_are_tensors_by_name(tmp_path, name):
     class Pictures(Tiny):

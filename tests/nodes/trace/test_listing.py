@@ -218,6 +218,7 @@ def test_wrong_usage_is_one_sentence_and_exit_code_2(
     assert result.stdout == ""
 
 
+@pytest.mark.end_to_end
 def test_a_reader_that_goes_away_ends_the_listing_quietly(simulated, tmp_path):
     command = [sys.executable, "-m", "fedmq.nodes.cli.main", "trace", "ls", str(simulated(2, 3))]
     program = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
@@ -226,6 +227,7 @@ def test_a_reader_that_goes_away_ends_the_listing_quietly(simulated, tmp_path):
     assert said == b""
 
 
+@pytest.mark.end_to_end
 def test_listing_needs_no_torch(written):
     code = (
         "import sys\nfrom fedmq.nodes.cli.main import main\n"
@@ -237,6 +239,7 @@ def test_listing_needs_no_torch(written):
         subprocess.run([sys.executable, "-c", code, *words], check=True, capture_output=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("junk", [None, 7, "x", [1], {"a": 1}, float("inf"), 1 << 60, b"b"])
 def test_bodies_that_are_no_such_bodies_are_listed_all_the_same(fedmq, tmp_path, junk):
     it = story.Writer(tmp_path)

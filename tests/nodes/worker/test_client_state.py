@@ -80,6 +80,7 @@ def file_of(tmp_path):
     return path
 
 
+@pytest.mark.slow
 def test_every_damage_is_one_sentence_that_names_the_file(tmp_path):
     path = file_of(tmp_path)
     whole = path.read_bytes()

@@ -181,6 +181,7 @@ def test_in_memory_too_the_newest_task_counts():
     assert locals_.get(0) is newest
 
 
+@pytest.mark.end_to_end
 def test_a_process_that_was_really_stopped_puts_nothing_old_in_place_of_the_new(tmp_path):
     """It stops itself after it has written its file, and before the file has its name."""
     script = (

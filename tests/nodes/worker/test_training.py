@@ -126,6 +126,7 @@ def test_each_generator_is_seeded_with_the_whole_seed(seed):
     assert all(a != b for a, b in zip(found[0], found[3], strict=True))
 
 
+@pytest.mark.slow
 def test_every_task_and_evaluation_of_a_run_replays_to_the_same_bytes(setup, tmp_path):
     simulation = Simulation(setup, 2, tmp_path, 5, Chances(train_s=0.3, crash=0.1))
     assert simulation.run(10.0, 400.0)
@@ -229,6 +230,7 @@ class Link:
         yield
 
 
+@pytest.mark.slow
 def test_metrics_that_are_none_end_a_node_at_its_first_evaluation_and_later_fail_it_alone(setup):
     problem = Measured()
     changed = returning(setup, FedAvg(epochs=1), problem)
@@ -320,6 +322,7 @@ class Odd(FedAvg):
         return {"w": [1.0]} if self.method == "tensors" else super().tensors(state)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "said"),
     [
