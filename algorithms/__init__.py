@@ -21,8 +21,8 @@ __all__ = [
     "Result",
     "ResultError",
     "Schedule",
+    "ScheduleView",
     "Task",
-    "View",
     "derive_rng",
     "derive_seed",
     "find_algorithm",
@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from fedmq.algorithms.registry import ALGORITHMS, find_algorithm
     from fedmq.algorithms.rng import derive_rng, derive_seed
     from fedmq.algorithms.schedules import SCHEDULES, find_schedule
-    from fedmq.algorithms.schedules.base import Schedule, View
+    from fedmq.algorithms.schedules.base import Schedule, ScheduleView
 else:
     from fedmq._lazy import lazily
 
@@ -64,6 +64,6 @@ else:
             "fedmq.algorithms.registry": "ALGORITHMS find_algorithm",
             "fedmq.algorithms.rng": "derive_rng derive_seed",
             "fedmq.algorithms.schedules": "SCHEDULES find_schedule",
-            "fedmq.algorithms.schedules.base": "Schedule View",
+            "fedmq.algorithms.schedules.base": "Schedule ScheduleView",
         },
     )

@@ -15,10 +15,10 @@ __all__ = [
     "Ended",
     "EndpointError",
     "GaveUp",
-    "Keeping",
     "Ledger",
     "LedgerDamage",
     "LedgerError",
+    "LedgerSettings",
     "Link",
     "LinkClosed",
     "Message",
@@ -37,7 +37,6 @@ __all__ = [
 
 if TYPE_CHECKING:
     from fedmq.broker.core.broker import Broker
-    from fedmq.broker.core.state import BrokerSettings
     from fedmq.broker.errors import (
         BrokerError,
         BrokerFailed,
@@ -56,11 +55,12 @@ if TYPE_CHECKING:
     )
     from fedmq.broker.inspection.trace import Trace
     from fedmq.broker.ledger.entries import Accepted, Consumed, Ended, Opened
-    from fedmq.broker.ledger.writer import Keeping, Ledger
+    from fedmq.broker.ledger.writer import Ledger
     from fedmq.broker.link.core import Link
     from fedmq.broker.link.node_link import NodeLink
     from fedmq.broker.rejections import Code, Rejection
     from fedmq.broker.router import BrokerServer
+    from fedmq.broker.settings import BrokerSettings, LedgerSettings
     from fedmq.broker.wire.schema import Blob, Message
 else:
     from fedmq._lazy import lazily
@@ -69,13 +69,13 @@ else:
         __name__,
         {
             "fedmq.broker.core.broker": "Broker",
-            "fedmq.broker.core.state": "BrokerSettings",
             "fedmq.broker.errors": "BrokerError BrokerFailed EndpointError GaveUp "
             "LedgerDamage LedgerError LinkClosed NoSpace NotKept "
             "Rejected RunOver UnresolvedError VersionError WireError",
             "fedmq.broker.inspection.trace": "Trace",
             "fedmq.broker.ledger.entries": "Accepted Consumed Ended Opened",
-            "fedmq.broker.ledger.writer": "Keeping Ledger",
+            "fedmq.broker.ledger.writer": "Ledger",
+            "fedmq.broker.settings": "BrokerSettings LedgerSettings",
             "fedmq.broker.link.core": "Link",
             "fedmq.broker.link.node_link": "NodeLink",
             "fedmq.broker.rejections": "Code Rejection",

@@ -11,9 +11,9 @@ __all__ = [
     "Encoded",
     "NumberStage",
     "Pipeline",
-    "Place",
     "SpecError",
     "Stage",
+    "StageOrder",
     "ValueStage",
     "codecs",
     "decode",
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from fedmq.codecs.errors import CodecError, DecodeError, SpecError
     from fedmq.codecs.pipeline import STAGES, Pipeline
     from fedmq.codecs.registry import codecs, decode, make_codec
-    from fedmq.codecs.stages.base import Context, NumberStage, Place, Stage, ValueStage
+    from fedmq.codecs.stages.base import Context, NumberStage, Stage, StageOrder, ValueStage
 else:
     from fedmq._lazy import lazily
 
@@ -36,6 +36,6 @@ else:
             "fedmq.codecs.errors": "CodecError DecodeError SpecError",
             "fedmq.codecs.pipeline": "STAGES Pipeline",
             "fedmq.codecs.registry": "codecs decode make_codec",
-            "fedmq.codecs.stages.base": "Context NumberStage Place Stage ValueStage",
+            "fedmq.codecs.stages.base": "Context NumberStage StageOrder Stage ValueStage",
         },
     )

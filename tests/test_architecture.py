@@ -33,7 +33,7 @@ def test_every_file_that_a_page_links_to_exists() -> None:
 def test_every_file_that_a_page_names_exists() -> None:
     pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *DOCS.glob("*.md")]
     named = re.compile(
-        r"\b((?:broker|codecs|algorithms|nodes|tests|benchmarks)/[\w/]+\.(?:py|json))"
+        r"\b((?:broker|codecs|algorithms|nodes|tests|benchmarks)/[a-z0-9_/]+\.(?:py|json))"
     )
     missing = [
         f"{page.name}: {name}"
