@@ -1,5 +1,7 @@
 """The kernels of this package in torch, for tensors that lie on a device.
 
+No codec calls this module yet; it stays for codecs that encode on the device.
+
 What leaves the device is packed already, and the same as on the CPU bit for bit: every sum is
 of the same terms in the same order (stages of the Hadamard transform, the halving norm), each
 step its own torch operation, so that nothing is contracted to fused multiply-adds. Bits may
