@@ -1,19 +1,19 @@
-"""What the broker carries, how fast, and in how much memory, beside bare ZeroMQ.
+"""Measure the broker's throughput, latency and memory against bare ZeroMQ and TCP.
 
-Real processes on loopback, ledger on disk. The references give none of the guarantees: no
-ledger, no receipts, no sessions, no digests. They are ZeroMQ's own proxy in C, a relay in
-Python that copies, and two TCP connections with a relay between.
+Real processes on loopback, with the ledger on disk. The references give none of the
+guarantees: no ledger, acknowledgments, sessions or digests. They are ZeroMQ's own proxy in C,
+a relay in Python that copies, and two TCP connections with a relay between them.
 
     python benchmarks/broker.py [--json FILE] [--only small,1mb,7mb,100mb,fanout,latency,recording]
                                 [--large]
 
-small, 1mb, 7mb, 100mb: a stream from one node to another; each large message is new bytes.
-fanout: one model for many workers, one of which is stopped half-way: the relay's memory over
-    idle, the time until all others have it, and how often it left the aggregator.
-latency: round trips of small messages while a stream of large ones crosses the same broker.
-recording: streams of payloads that never repeat, and that do, beside a broker without a record.
-3gb: a model of 3 GB through the programs of aggregator and workers, with --large only: the
-    peak memory of each in models, of the broker over idle, and the time with start-up.
+small, 1mb, 7mb, 100mb: a stream from one node to another; each large message has new bytes.
+fanout: one model sent to many workers, one of which stops half-way: the relay's memory over
+    idle, the time until all others have the model, and how often the aggregator sent it.
+latency: round trips of small messages while large ones stream through the same broker.
+recording: streams of new and of repeated payloads, against a broker without a ledger.
+3gb: a 3 GB model through the real aggregator and workers, with --large only: the peak memory
+    of each in model sizes, of the broker over idle, and the time including start-up.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ from fedmq.broker.ledger.entries import Ended
 from fedmq.broker.ledger.reader import read_entries
 from fedmq.broker.wire.addresses import AGGREGATOR
 
-sys.path.append(str(Path(__file__).parent))  # python -P leaves it out; rounds:Echo is there, too
+sys.path.append(str(Path(__file__).parent))  # python -P leaves it out; it also holds rounds:Echo
 
-import relays
-import unrecorded
-from harness import WAIT_S, Crew, Report, is_small
-from parties import (
+import broker_without_ledger
+import zmq_relays
+from harness import WAIT_S, ProcessGroup, Report, is_small
+from peers import (
     RUN,
     aggregator_program,
     broker,
@@ -56,19 +56,19 @@ from parties import (
 
 MB = 1_000_000
 STREAMS = {"small": (100, 0.3), "1mb": (MB, 0.7), "7mb": (7 * MB, 0.7), "100mb": (100 * MB, 1.0)}
-"""By case: bytes of a message, and the least share of the proxy's rate."""
+"""By case: bytes of a message, and the limit: the smallest accepted ratio to the proxy's rate."""
 MODEL_BYTES = 100 * MB
 FANOUT_PEAK_MB = 150.0
 FANOUT_CROSSINGS = 1.05
 LATENCY_P99_MS = 20.0
-REPEATED = 4
-"""Different payloads, where they repeat."""
+REPEATED_PAYLOADS = 4
+"""Number of different payloads in a stream of repeated ones."""
 RECORDING = {
     "fresh_1mb": (MB, False, 0.70),
     "fresh_7mb": (7 * MB, False, 0.70),
     "repeated_7mb": (7 * MB, True, 0.95),
 }
-"""By case: bytes of a message, whether payloads repeat, and the least share of the rate."""
+"""By case: bytes of a message, whether payloads repeat, and the smallest accepted ratio."""
 LARGE_NODE_MODELS = 2.2
 LARGE_BROKER_MB = 200.0
 SPARE_BYTES = 1_500 * MB
@@ -76,31 +76,31 @@ CASES = (*STREAMS, "fanout", "latency", "recording", "3gb")
 Program = Callable[..., None]
 
 
-def stream(kind: str, size: int, seconds: float, few: int | None = None) -> float:
-    """Return the messages a second of one stream through a broker, the proxy or TCP."""
-    with Crew() as crew:
-        patience = WAIT_S + 2 * seconds
-        if kind in ("fedmq", "recorded", "unrecorded"):
-            server = unrecorded.broker if kind == "unrecorded" else broker
-            # What is not recorded cannot be read from files: its counterpart sends all, too.
-            apart = (False,) if kind == "recorded" else ()
-            place, _ = crew.start(server, str(crew.folder / "ledger"), *apart).hear()
-            crew.start(send_fedmq, place, ["client/0", AGGREGATOR], size, few)
-            receiver = crew.start(receive_fedmq, place, "client/0", AGGREGATOR, size, seconds)
+def stream(kind: str, size: int, seconds: float, distinct: int | None = None) -> float:
+    """Return the messages per second of one stream through a broker, the proxy or TCP."""
+    with ProcessGroup() as group:
+        timeout = WAIT_S + 2 * seconds
+        if kind in ("fedmq", "recorded", "without_ledger"):
+            server = broker_without_ledger.broker if kind == "without_ledger" else broker
+            # Without a ledger there are no files to read blobs from: both sides use sockets only.
+            share_files = (False,) if kind == "recorded" else ()
+            endpoint, _ = group.start(server, str(group.folder / "ledger"), *share_files).receive()
+            group.start(send_fedmq, endpoint, ["client/0", AGGREGATOR], size, distinct)
+            receiver = group.start(receive_fedmq, endpoint, "client/0", AGGREGATOR, size, seconds)
         elif kind == "proxy":
-            front, back = crew.start(relays.proxy).hear()
-            crew.start(relays.send_zmq, front, [], size)
-            receiver = crew.start(relays.receive_zmq, back, size, seconds)
+            front, back = group.start(zmq_relays.proxy).receive()
+            group.start(zmq_relays.send_zmq, front, [], size)
+            receiver = group.start(zmq_relays.receive_zmq, back, size, seconds)
         else:
-            port, _ = crew.start(relays.tcp_relay).hear()
-            crew.start(relays.send_tcp, port, size)
-            receiver = crew.start(relays.receive_tcp, port, size, seconds)
-        receiver.hear(patience)  # warm
-        return float(receiver.hear(patience))
+            port, _ = group.start(zmq_relays.tcp_relay).receive()
+            group.start(zmq_relays.send_tcp, port, size)
+            receiver = group.start(zmq_relays.receive_tcp, port, size, seconds)
+        receiver.receive(timeout)  # the warm-up is over
+        return float(receiver.receive(timeout))
 
 
 def streams(report: Report, case: str, options: argparse.Namespace) -> None:
-    """Compare streams; repetitions alternate, so that a slow spell hits all alike."""
+    """Compare streams; repetitions alternate, so that a slow period affects all alike."""
     size, share = STREAMS[case]
     rates: dict[str, list[float]] = {"fedmq": [], "proxy": [], "tcp": []}
     for _ in range(options.repeats):
@@ -113,20 +113,25 @@ def streams(report: Report, case: str, options: argparse.Namespace) -> None:
 
 
 def recording(report: Report, options: argparse.Namespace) -> None:
-    """Compare brokers with a ledger and without; repetitions alternate, as in `streams`."""
+    """Compare brokers with and without a ledger; repetitions alternate, as in `streams`."""
     for name, (size, repeat, share) in RECORDING.items():
-        rates: dict[str, list[float]] = {"recorded": [], "unrecorded": []}
-        few = REPEATED if repeat else None
+        rates: dict[str, list[float]] = {"recorded": [], "without_ledger": []}
+        distinct = REPEATED_PAYLOADS if repeat else None
         for _ in range(options.repeats):
             for kind, found in rates.items():
-                found.append(stream(kind, size, options.seconds, few))
+                found.append(stream(kind, size, options.seconds, distinct))
         ours, bare = (statistics.median(found) for found in rates.values())
         report.add(f"recording.{name}", ours, "messages/s", reference=bare, ratio=share)
 
 
 @dataclass
 class FanOut:
-    """What a fan-out took: seconds, and bytes of the relay's memory above idle."""
+    """Result of a fan-out.
+
+    seconds: until all workers but the stopped one have the model.
+    peak, peak_anonymous: bytes of the relay's memory above idle.
+    received: bytes that the broker received from the aggregator.
+    """
 
     seconds: float
     peak: int
@@ -135,45 +140,46 @@ class FanOut:
 
 
 def fan_out(start: Program, sender: Program, worker: Program, workers: int) -> FanOut:
-    """Send one model to many workers, and stop one when it has half of it."""
-    with Crew() as crew:
-        ledger = crew.folder / "ledger"
-        relay = crew.start(start, *([str(ledger)] if start is broker else []))
-        front, back = relay.hear()
-        source = crew.start(sender, front, workers, MODEL_BYTES)
-        members = [crew.start(worker, back, index) for index in range(workers)]
-        for member in (*members, source):
-            member.hear()
-        time.sleep(1.0)  # what start-up has left behind is not idle memory
+    """Send one model to many workers, and stop one worker when it has half of it."""
+    with ProcessGroup() as group:
+        ledger = group.folder / "ledger"
+        relay = group.start(start, *([str(ledger)] if start is broker else []))
+        front, back = relay.receive()
+        source = group.start(sender, front, workers, MODEL_BYTES)
+        receivers = [group.start(worker, back, index) for index in range(workers)]
+        for process in (*receivers, source):
+            process.receive()
+        time.sleep(1.0)  # memory that start-up still frees is not idle memory
         idle, idle_anonymous = relay.memory("VmRSS"), relay.memory("RssAnon")
-        slow = members[0]
+        slow = receivers[0]
         half = slow.memory("VmRSS") + MODEL_BYTES // 2
         peak, stopped, until = 0, False, time.monotonic() + WAIT_S
-        source.tell("go")
-        # What a worker has received is seen by its memory: it waits for nothing else.
-        while not source.has_spoken(0.001 if not stopped else 0.02):
+        source.send("go")
+        # The worker's memory shows how much it has received.
+        while not source.has_message(0.001 if not stopped else 0.02):
             peak = max(peak, relay.memory("RssAnon"))
             if not stopped and slow.memory("VmRSS") >= half:
                 os.kill(slow.pid, signal.SIGSTOP)
                 stopped = True
             if time.monotonic() > until:
-                raise SystemExit(f"{sender.__name__}: not done after {WAIT_S:g} s")
+                raise SystemExit(f"{sender.__name__}: not finished after {WAIT_S:g} s")
         if not stopped:
-            raise SystemExit("the worker to be stopped was done too soon")
-        found = FanOut(source.hear(), relay.memory("VmHWM") - idle, max(0, peak - idle_anonymous))
+            raise SystemExit("cannot measure the fan-out: a worker finished before it was stopped")
+        peak_rss = relay.memory("VmHWM") - idle
+        found = FanOut(source.receive(), peak_rss, max(0, peak - idle_anonymous))
         if start is broker:
-            source.tell("end")
-            source.hear()
+            source.send("end")
+            source.receive()
             ended = [entry for entry in read_entries(ledger) if isinstance(entry, Ended)]
             found.received = ended[-1].nodes[AGGREGATOR]["received_bytes"]
         return found
 
 
 def fanout(report: Report, options: argparse.Namespace) -> None:
-    """Compare what one model for many workers takes."""
+    """Compare time and memory of sending one model to many workers."""
     workers = options.workers
     ours = fan_out(broker, fan_out_fedmq, collect_fedmq, workers)
-    bare = fan_out(relays.proxy, relays.fan_out_zmq, relays.collect_zmq, workers)
+    bare = fan_out(zmq_relays.proxy, zmq_relays.fan_out_zmq, zmq_relays.collect_zmq, workers)
     report.add(
         "fanout.peak_rss", ours.peak / MB, "MB", reference=bare.peak / MB,
         at_most=FANOUT_PEAK_MB,
@@ -191,24 +197,24 @@ def fanout(report: Report, options: argparse.Namespace) -> None:
 
 
 def round_trips(kind: str, seconds: float) -> list[float]:
-    """Return round trips in ms of small messages while large ones stream past them."""
-    with Crew() as crew:
+    """Return the round trips of small messages, in ms, while large ones stream."""
+    with ProcessGroup() as group:
         if kind == "fedmq":
-            place, _ = crew.start(broker, str(crew.folder / "ledger")).hear()
-            crew.start(echo_fedmq, place)
-            pinger = crew.start(ping_fedmq, place, seconds)
-            crew.start(send_fedmq, place, ["client/2", "client/1"], MODEL_BYTES)
-            load = crew.start(receive_fedmq, place, "client/2", "client/1", MODEL_BYTES, 1e9)
+            endpoint, _ = group.start(broker, str(group.folder / "ledger")).receive()
+            group.start(echo_fedmq, endpoint)
+            pinger = group.start(ping_fedmq, endpoint, seconds)
+            group.start(send_fedmq, endpoint, ["client/2", "client/1"], MODEL_BYTES)
+            load = group.start(receive_fedmq, endpoint, "client/2", "client/1", MODEL_BYTES, 1e9)
         else:
-            place, _ = crew.start(relays.copying_relay).hear()
-            crew.start(relays.echo_zmq, place)
-            pinger = crew.start(relays.ping_zmq, place, seconds)
-            crew.start(relays.send_zmq, place, ["receiver"], MODEL_BYTES)
-            load = crew.start(relays.receive_zmq, place, MODEL_BYTES, 1e9)
-        pinger.hear()
-        load.hear()
-        pinger.tell("go")
-        return [float(each) for each in pinger.hear(WAIT_S + 2 * seconds)]
+            endpoint, _ = group.start(zmq_relays.copying_relay).receive()
+            group.start(zmq_relays.echo_zmq, endpoint)
+            pinger = group.start(zmq_relays.ping_zmq, endpoint, seconds)
+            group.start(zmq_relays.send_zmq, endpoint, ["receiver"], MODEL_BYTES)
+            load = group.start(zmq_relays.receive_zmq, endpoint, MODEL_BYTES, 1e9)
+        pinger.receive()
+        load.receive()
+        pinger.send("go")
+        return [float(each) for each in pinger.receive(WAIT_S + 2 * seconds)]
 
 
 def latency(report: Report, options: argparse.Namespace) -> None:
@@ -225,7 +231,7 @@ def latency(report: Report, options: argparse.Namespace) -> None:
 def large(report: Report, options: argparse.Namespace) -> None:
     """Send a very large model to two workers and back through the real programs.
 
-    Without an evaluator, which would hold one more model.
+    There is no evaluator: it would hold one more model.
     """
     from fedmq.nodes.run.config import build
 
@@ -240,20 +246,20 @@ def large(report: Report, options: argparse.Namespace) -> None:
         }
     ).to_toml()
     until = time.monotonic() + WAIT_S + model / 5e6
-    with Crew() as crew:
-        relay = crew.start(broker, str(crew.folder / "ledger"))
-        place, _ = relay.hear()
+    with ProcessGroup() as group:
+        relay = group.start(broker, str(group.folder / "ledger"))
+        endpoint, _ = relay.receive()
         idle = relay.memory("VmRSS")
         began = time.monotonic()
-        source = crew.start(aggregator_program, place, config)
-        workers = [crew.start(worker_program, place, client) for client in range(2)]
-        # Whatever takes too much must not take the whole machine with it.
-        while not source.has_spoken(0.05) and time.monotonic() < until:
+        source = group.start(aggregator_program, endpoint, config)
+        workers = [group.start(worker_program, endpoint, client) for client in range(2)]
+        # A process that takes too much memory must not make the whole machine swap.
+        while not source.has_message(0.05) and time.monotonic() < until:
             if psutil.virtual_memory().available < SPARE_BYTES:
                 sizes = [each.memory("VmRSS") / model for each in (source, *workers)]
-                taken = ", ".join(f"{each:.2f}" for each in sizes)
-                raise SystemExit(f"3gb: out of memory with {taken} models at the nodes")
-        peaks = [float(each.hear(10.0)) / model for each in (source, *workers)]
+                held = ", ".join(f"{each:.2f}" for each in sizes)
+                raise SystemExit(f"3gb: out of memory; the nodes hold {held} model sizes")
+        peaks = [float(each.receive(10.0)) / model for each in (source, *workers)]
         seconds = time.monotonic() - began
         peak = relay.memory("VmHWM") - idle
     limit = LARGE_NODE_MODELS
@@ -267,16 +273,16 @@ def main() -> int:
     """Print the table; return 1 if a limit is missed."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--only", help=f"cases, of {','.join(CASES)}; all but 3gb by default")
-    parser.add_argument("--seconds", type=float, default=3.0, help="of each stream")
+    parser.add_argument("--only", help=f"cases from {','.join(CASES)} (default: all but 3gb)")
+    parser.add_argument("--seconds", type=float, default=3.0, help="duration of each stream")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--workers", type=int, default=32, help="of fanout")
-    parser.add_argument("--large", action="store_true", help="3gb as well; needs 16 GB of memory")
-    parser.add_argument("--large-bytes", type=int, default=3_000 * MB, help="size of its model")
+    parser.add_argument("--workers", type=int, default=32, help="number of workers in fanout")
+    parser.add_argument("--large", action="store_true", help="run 3gb, too; needs 16 GB of memory")
+    parser.add_argument("--large-bytes", type=int, default=3_000 * MB, help="model size of 3gb")
     options = parser.parse_args()
     chosen = options.only.split(",") if options.only else CASES[:-1]
     if unknown := set(chosen) - set(CASES):
-        parser.error(f"no such case: {', '.join(sorted(unknown))}; choose from {', '.join(CASES)}")
+        parser.error(f"unknown case {', '.join(sorted(unknown))}; choose from {', '.join(CASES)}")
     if options.large and "3gb" not in chosen:
         chosen = (*chosen, "3gb")
     others = {"fanout": fanout, "latency": latency, "recording": recording, "3gb": large}
@@ -287,7 +293,7 @@ def main() -> int:
                 streams(report, case, options)
             else:
                 others[case](report, options)
-    finally:  # a case that fails does not take the figures of the others with it
+    finally:  # a case that fails must not lose the figures of the others
         Console(width=max(100, Console().width)).print(report.table)
         if options.json:
             options.json.write_text(json.dumps(report.figures, indent=2) + "\n")

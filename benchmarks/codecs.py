@@ -56,7 +56,7 @@ def cases(x: Vector) -> Iterator[tuple[str, Callable[[], object]]]:
                 total, c, r, b, BLOCK, 0.5, a
             ),
         )
-    yield "hadamard", lambda: kernels.rotate(x, BLOCK, 1)
+    yield "hadamard", lambda: kernels.transform(x, BLOCK, kernels.HadamardBasis(1))
     yield "add a weighted update", lambda: kernels.scale_add(total, 1.0, x, 0.5)
     sums, values = torch.from_numpy(total), torch.from_numpy(x)
     yield "the same, torch's add_", lambda: sums.add_(values, alpha=0.5)
@@ -135,7 +135,7 @@ def _first_calls(x: Vector) -> Iterator[tuple[str, Callable[[], object]]]:
         "kashin(3) + quantize(2)",
         lambda: kernels.quantize(x, 2, BLOCK, 1, kernels.KashinFrame(1)),
     )
-    yield "hadamard", lambda: kernels.rotate(x, BLOCK, 1)
+    yield "hadamard", lambda: kernels.transform(x, BLOCK, kernels.HadamardBasis(1))
     yield "add a weighted update", lambda: kernels.scale_add(x.copy(), 1.0, x, 0.5)
     yield "mask(1/4)", lambda: kernels.mask(x.size, 1, 1)
     yield "gather(1/4)", lambda: kernels.gather(x, np.arange(3))

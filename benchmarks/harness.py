@@ -1,4 +1,4 @@
-"""What runs, paces and measures the processes of either side, and ends them whatever happens."""
+"""Start, pace, measure and kill the processes of both sides of a benchmark."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ from rich.table import Column, Table
 from fedmq.broker.process import tune_process
 
 WAIT_S = 120.0
-"""Longer than anything here takes: who is silent for so long has failed."""
+"""Timeout for a process's next message; every step of a benchmark is shorter."""
 _WARM_UP_S = 0.5
 _FEW_BYTES = 4096
-_REFERENCES = "relays"
-"""The module of the targets that are not fedmq's own."""
+_REFERENCES = "zmq_relays"
+"""The module with the references, which are not fedmq's own code."""
 
 
 # ---- processes
 
 
-class Crew:
-    """Processes and a temporary folder that are gone at the end."""
+class ProcessGroup:
+    """Processes and a temporary folder; leaving the context kills and deletes them."""
 
     def __init__(self) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="fedmq-broker-"))
@@ -47,12 +47,12 @@ class Crew:
 
     def __exit__(self, *_: object) -> None:
         for process in self._processes:
-            process.kill()  # ends one that is stopped, too
+            process.kill()  # also ends a stopped process
         for process in self._processes:
             process.join()
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    def start(self, target: Callable[..., None], *args: Any) -> Member:
+    def start(self, target: Callable[..., None], *args: Any) -> ChildProcess:
         """Run ``target(pipe, *args)`` in a fresh interpreter."""
         context = mp.get_context("spawn")
         ours, theirs = context.Pipe()
@@ -60,31 +60,31 @@ class Crew:
         process.start()
         theirs.close()
         self._processes.append(process)
-        return Member(target.__name__, process.pid or 0, ours)
+        return ChildProcess(target.__name__, process.pid or 0, ours)
 
 
-class Member:
-    """A process of a crew, as its parent sees it."""
+class ChildProcess:
+    """The parent's handle of a process in a group."""
 
     def __init__(self, name: str, pid: int, pipe: Connection) -> None:
         self.name, self.pid, self._pipe = name, pid, pipe
 
-    def has_spoken(self, within_s: float) -> bool:
-        """Wait a while for the process to say something."""
+    def has_message(self, within_s: float) -> bool:
+        """Wait up to ``within_s`` seconds for a message from the process."""
         return self._pipe.poll(within_s)
 
-    def hear(self, within_s: float = WAIT_S) -> Any:
-        """Return what the process says next."""
+    def receive(self, within_s: float = WAIT_S) -> Any:
+        """Return the next message of the process."""
         try:
-            if self.has_spoken(within_s):
+            if self.has_message(within_s):
                 return json.loads(self._pipe.recv_bytes())
         except (EOFError, OSError):
-            raise SystemExit(f"{self.name} has failed") from None
-        raise SystemExit(f"{self.name} said nothing for {within_s:g} s")
+            raise SystemExit(f"{self.name} failed") from None
+        raise SystemExit(f"no message from {self.name} within {within_s:g} s")
 
-    def tell(self, value: Any) -> None:
-        """Say something to the process."""
-        say(self._pipe, value)
+    def send(self, value: Any) -> None:
+        """Send a message to the process."""
+        send_json(self._pipe, value)
 
     def memory(self, field: str) -> int:
         """Return a field of the process's memory, such as VmHWM, in bytes."""
@@ -96,20 +96,20 @@ def memory(field: str, pid: int | str = "self") -> int:
     for line in Path(f"/proc/{pid}/status").read_text().splitlines():
         if line.startswith(f"{field}:"):
             return int(line.split()[1]) * 1024
-    raise SystemExit(f"the system does not tell {field}")
+    raise SystemExit(f"cannot find {field} in /proc/{pid}/status")
 
 
-def say(pipe: Connection, value: Any) -> None:
-    """Say something to the other end."""
+def send_json(pipe: Connection, value: Any) -> None:
+    """Send a value as JSON to the other end."""
     pipe.send_bytes(json.dumps(value).encode())
 
 
 def _child(pipe: Connection, target: Callable[..., None], args: tuple[Any, ...]) -> None:
-    """Run the target; fedmq's own are set up as its programs are, the references are not.
+    """Run the target; only fedmq's own targets get the process settings of its programs.
 
-    (What fedmq asks of malloc would make frames of several MB slower for the references.)
+    fedmq's malloc settings would make frames of several MB slower for the references.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
     if target.__module__ != _REFERENCES:
         tune_process()
     quiet = structlog.make_filtering_bound_logger(logging.WARNING)
@@ -143,7 +143,7 @@ class Report:
         ratio: float | None = None,
         at_most: float | None = None,
     ) -> None:
-        """Add a figure and its references; ``ratio`` is the least to the reference."""
+        """Add a figure and its references; ``ratio`` is the smallest accepted one."""
         missed = at_most is not None and value > at_most
         self.figures[f"broker.{name}.fedmq"] = value
         share = None
@@ -170,16 +170,15 @@ class Report:
 
 
 def is_small(size: int) -> bool:
-    """Tell whether messages are so small that their bytes do not count."""
+    """Return whether the cost of a message of this size is per message, not per byte."""
     return size <= _FEW_BYTES
 
 
 def pace(size: int) -> tuple[int, int, int]:
-    """Return how a stream is paced, in messages: (window, batch, acknowledgement).
+    """Return how a stream is paced, in messages: (window, batch, messages per credit).
 
-    At most a window is on the way, posted a batch at a time, and the receiver says when it
-    has another few: that bounds every process's memory. The same for all but TCP, which
-    has its own way.
+    The sender posts in batches and has at most one window in flight; the receiver returns
+    credit. That bounds every process's memory. TCP is not paced: it has its own flow control.
     """
     if is_small(size):
         return 8192, 256, 1024
@@ -187,40 +186,40 @@ def pace(size: int) -> tuple[int, int, int]:
     return window, 1, window // 4
 
 
-def distinct(size: int, kept: int) -> Iterator[memoryview]:
-    """Yield buffers of which no two are alike; each is used again after ``kept`` others."""
+def distinct(size: int, pool_size: int) -> Iterator[memoryview]:
+    """Yield buffers with different contents; a buffer is reused after ``pool_size`` others."""
     first = bytearray(os.urandom(size))
-    pool = [memoryview(first), *(memoryview(bytearray(first)) for _ in range(kept - 1))]
+    pool = [memoryview(first), *(memoryview(bytearray(first)) for _ in range(pool_size - 1))]
     for number in itertools.count():
-        buffer = pool[number % kept]
+        buffer = pool[number % pool_size]
         struct.pack_into("<Q", buffer, 0, number)
         yield buffer
 
 
-def clocked(pipe: Connection, take: Callable[[], None], seconds: float) -> None:
-    """Take messages for a while after a warm-up; say "warm", then how many came in a second."""
+def time_receiver(pipe: Connection, take: Callable[[], None], seconds: float) -> None:
+    """Take messages for ``seconds`` after a warm-up; report "warm", then messages per second."""
     until = time.perf_counter() + _WARM_UP_S
     take()
     while time.perf_counter() < until:
         take()
-    say(pipe, "warm")
+    send_json(pipe, "warm")
     count, began = 0, time.perf_counter()
     elapsed = 0.0
     while elapsed < seconds or count < 4:
         take()
         count += 1
         elapsed = time.perf_counter() - began
-    say(pipe, count / elapsed)
+    send_json(pipe, count / elapsed)
 
 
-def pings(pipe: Connection, exchange: Callable[[], None], seconds: float) -> None:
-    """Say "here"; once told to, make round trips for a while and say how long each took, in ms."""
-    say(pipe, "here")
+def time_round_trips(pipe: Connection, exchange: Callable[[], None], seconds: float) -> None:
+    """Report "ready"; after any message, make round trips and report their durations in ms."""
+    send_json(pipe, "ready")
     pipe.recv_bytes()
     durations = []
     until = time.perf_counter() + seconds
     while (began := time.perf_counter()) < until:
         exchange()
         durations.append((time.perf_counter() - began) * 1000)
-        time.sleep(0.002)  # a probe, not a load of its own
-    say(pipe, durations)
+        time.sleep(0.002)  # the probe itself must not be a load
+    send_json(pipe, durations)

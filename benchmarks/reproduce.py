@@ -1,15 +1,15 @@
-"""The papers' figures beside ours, on all of MNIST.
+"""Reproduce the papers' results on all of MNIST.
 
     python benchmarks/reproduce.py [--only NAME,...] [--all] [--hours] [--seed N]
                                    [--json FILE] [--set key=value]...
 
-Each line is one cell of a paper's tables: a configuration that `fedmq cluster` runs in
-processes of its own. MNIST is looked for under FEDMQ_DATA. ``--set`` goes over every
+Each line is one cell of a paper's tables: a configuration that `fedmq cluster` runs in its
+own processes. MNIST is looked up under FEDMQ_DATA. ``--set`` overrides a key of every
 configuration, to try a cell out: ``--set run.versions=3``. By default the cells of FedAvg and
-of Caldas run, in about half an hour; ``--all`` adds those of the other papers, about an hour.
+Caldas run, in about half an hour; ``--all`` adds the other papers, about an hour.
 
-Exits with 0 if every bar of the cells that ran is met, with 1 if one is missed or a run
-failed, and with 2 if there was nothing to run.
+Exit codes: 0 every cell that ran meets its bar, 1 a bar is missed or a run failed, 2 an
+argument is wrong or the data are missing.
 """
 
 from __future__ import annotations
@@ -61,15 +61,18 @@ _ROW = "{:<23} {:<41} {:<46} {:>4} {:>8}  {}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the cells that are asked for; return the exit code."""
+    """Run the chosen cells; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--only", default="", help="cells to run, by name, with commas between")
-    parser.add_argument("--all", action="store_true", help="the cells of every paper")
-    parser.add_argument("--hours", action="store_true", help="all, and those that need hours")
-    parser.add_argument("--seed", type=int, default=0, help="of every run (0)")
-    parser.add_argument("--json", type=Path, help="write all figures as one flat map")
-    parser.add_argument("--set", dest="overrides", action="append", default=[])
-    parser.add_argument("--list", action="store_true", help="name the cells and run none")
+    parser.add_argument("--only", default="", help="run these cells: names with commas between")
+    parser.add_argument("--all", action="store_true", help="run the cells of every paper")
+    parser.add_argument("--hours", action="store_true", help="run also the cells that need hours")
+    parser.add_argument("--seed", type=int, default=0, help="seed of every run (0)")
+    parser.add_argument("--json", type=Path, help="write all figures to this file as one flat map")
+    parser.add_argument(
+        "--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE",
+        help="override a key of every configuration, repeatable",
+    )  # fmt: skip
+    parser.add_argument("--list", action="store_true", help="list the cells without running them")
     options = parser.parse_args(arguments)
     try:
         cells = choose(options.only, every=options.all or options.hours, hours=options.hours)
@@ -81,17 +84,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, AlgorithmError, CodecError, ConfigError) as error:
         print(f"reproduce: {error}", file=sys.stderr)
         return 2
-    torch.set_num_threads(1)  # of the cell that runs here: two on a busy machine are far slower
-    # A run that is told to stop ends its cluster first.
+    torch.set_num_threads(1)  # for cells in this process: two on a busy machine are far slower
+    # On SIGTERM, too, the running cluster stops before this process exits.
     signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(128 + number))
     return reproduce(cells, Runs(options.seed, options.overrides), options.json)
 
 
 def choose(only: str, *, every: bool, hours: bool) -> list[Cell]:
-    """Return the cells that are asked for, in their order; naming one is asking for it.
+    """Return the chosen cells, in the order of `CELLS`.
+
+    Args:
+        only: names with commas between; if empty, `FIRST` or all cells.
+        every: include the cells of all papers.
+        hours: include the cells that need hours; those named in ``only`` always run.
 
     Raises:
-        ValueError: there is no such cell.
+        ValueError: ``only`` names an unknown cell.
     """
     names = [name.strip() for name in only.split(",") if name.strip()]
     unknown = [name for name in names if name not in {cell.name for cell in CELLS}]
@@ -104,11 +112,10 @@ def choose(only: str, *, every: bool, hours: bool) -> list[Cell]:
 
 
 def check_data(overrides: Sequence[str]) -> None:
-    """Read the data once, so that a missing file ends in one sentence and not in a run's log.
+    """Read the data once, so that a missing file is reported before the first run.
 
     Raises:
-        AlgorithmError, CodecError, ConfigError: it says what is missing, and where it is
-            looked for; or what is wrong with the overrides.
+        AlgorithmError, CodecError, ConfigError: the data are missing, or an override is wrong.
     """
     keys = [f"problem.{key}={each}" for key, each in fedavg.CNN_IID.problem.items()]
     config = load(None, [*keys, *overrides])
@@ -116,7 +123,7 @@ def check_data(overrides: Sequence[str]) -> None:
 
 
 def reproduce(cells: Sequence[Cell], runs: Runs, file: Path | None) -> int:
-    """Measure cells and print a line as soon as each is done; return the exit code."""
+    """Measure cells; print each one's line as soon as it is done; return the exit code."""
     print(_ROW.format("cell", "paper", "ours", "seed", "time", "bar"))
     figures: dict[str, float] = {}
     missed = 0
@@ -137,16 +144,16 @@ def reproduce(cells: Sequence[Cell], runs: Runs, file: Path | None) -> int:
             figures[f"{cell.name}.met"] = float(outcome.met)
         if file is not None:
             file.write_text(json.dumps(figures, indent=2) + "\n")
-    barred = sum(f"{cell.name}.met" in figures for cell in cells)
-    print(f"{barred - missed} of {barred} bars met, {_clock(time.monotonic() - began)}")
+    bars = sum(f"{cell.name}.met" in figures for cell in cells)
+    print(f"{bars - missed} of {bars} bars met, {_clock(time.monotonic() - began)}")
     return int(missed > 0)
 
 
 def show(cell: Cell, outcome: Outcome, seed: int, took: float) -> None:
-    """Print a cell's line, and what is below it."""
-    word = {None: "", True: "met: ", False: "MISSED: "}[outcome.met]
+    """Print a cell's line and its details below."""
+    verdict = {None: "", True: "met: ", False: "MISSED: "}[outcome.met]
     row = _ROW.format(
-        cell.name, cell.paper, outcome.ours, seed, _clock(took), f"{word}{cell.bar}"
+        cell.name, cell.paper, outcome.ours, seed, _clock(took), f"{verdict}{cell.bar}"
     ).rstrip()
     print(row, flush=True)
     if outcome.lines:

@@ -1,10 +1,10 @@
-"""How long a synchronous round takes when nobody trains: what fedmq itself costs.
+"""Measure the duration of a synchronous round without training: fedmq's own cost.
 
-Real processes on loopback: broker with its ledger on disk, aggregator, four workers of one
-client each, that return what they receive. Each round's model differs from the last, so
-every byte moves: the model goes to the broker once and to four workers, and four results
-come back. Beside it, the same exchange over bare ZeroMQ through a relay, with none of the
-guarantees: no ledger, no receipts, no sessions, no digests.
+Real processes on loopback: a broker with its ledger on disk, an aggregator, and four workers
+with one client each that return the model they receive. Each round's model differs from the
+last, so every byte moves: the model goes to the broker once and to four workers, and four
+results come back. The reference is the same exchange over bare ZeroMQ through a relay, with
+none of the guarantees: no ledger, acknowledgments, sessions or digests.
 
     python benchmarks/rounds.py [--json FILE] [--sizes 21840,1663370,25000000] [--rounds N]
 """
@@ -48,7 +48,7 @@ LIMITS_MS = {21_840: 5.0, 1_663_370: 120.0, 25_000_000: 2000.0}
 
 @dataclass(frozen=True)
 class Vector(Problem):
-    """A model that is one vector, and no data to speak of."""
+    """A model that is one vector, and one dummy example per client."""
 
     dim: int
     seed: int
@@ -75,11 +75,11 @@ class Vector(Problem):
 
 @dataclass(frozen=True)
 class Echo(FedAvg):
-    """Clients return the model that they receive; the server makes a new one of the mean."""
+    """Clients return the model that they receive; the server scales the mean a little."""
 
-    def commit(self, state: ModelState, gathered: Accumulator, divisor: float) -> ModelState:
-        mean = gathered.total.mul_(1.0001 / divisor)
-        return ModelState(state.layout, mean, gathered.counters)
+    def commit(self, state: ModelState, accumulator: Accumulator, divisor: float) -> ModelState:
+        mean = accumulator.total.mul_(1.0001 / divisor)
+        return ModelState(state.layout, mean, accumulator.counters)
 
     def train(self, task: Task, client: Client) -> tuple[Payload, None]:
         return Payload(task.payload.weights, task.payload.exact, {"n": 1}), None
@@ -167,7 +167,7 @@ def _echo(endpoint: str, index: int) -> None:
     socket = zmq.Context().socket(zmq.DEALER)
     socket.setsockopt(zmq.IDENTITY, b"client%d" % index)
     socket.connect(endpoint)
-    time.sleep(0.5)  # the aggregator must be known to the relay before it is written to
+    time.sleep(0.5)  # the relay drops messages to an aggregator that has not connected yet
     socket.send_multipart([b"aggregator", b"ready"])
     while True:
         socket.send_multipart(socket.recv_multipart(copy=False), copy=False)
@@ -178,10 +178,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--json", type=Path)
     parser.add_argument("--sizes", default=",".join(map(str, LIMITS_MS)))
-    parser.add_argument("--rounds", type=int, help="default: as many as fit in a few seconds")
+    parser.add_argument("--rounds", type=int, help="rounds per size (default: a few seconds)")
     options = parser.parse_args()
     here = str(Path(__file__).parent)
-    sys.path.append(here)  # this process and the workers find rounds:Echo there
+    sys.path.append(here)  # this process and the workers import rounds:Echo from here
     os.environ["PYTHONPATH"] = os.pathsep.join([here, os.environ.get("PYTHONPATH", "")])
     with preloading():
         pass

@@ -1,8 +1,8 @@
 """Codecs made of stages: ``kashin(4096) | subsample(0.5) | quantize(2) | entropy``.
 
-The large float32 tensors of a group are one vector, end to end; the stages change it one
-after the other, and the last writes it. Tensors below the size limit (biases, norms), and
-those of other dtypes, travel as they are: they are few, and errors in them cost most.
+The large float32 tensors of a group are concatenated to one vector; the stages transform it
+one after the other, and the last one writes it. Tensors below the size limit (biases, norms)
+and those of other dtypes are sent unchanged: they are small, and errors in them cost most.
 """
 
 from __future__ import annotations
@@ -38,15 +38,15 @@ from fedmq.codecs.stages.transforms import BasisStage, Hadamard, Identity, Kashi
 from fedmq.codecs.text import shorten
 
 LIMIT = 1000
-"""Matrices and kernels of at least so many values are large, unless `Limit` says otherwise."""
+"""Smallest number of values in a large matrix or kernel, without a `Limit` stage."""
 _MAX_VALUES = 1 << 38
 
 
 class Limit(Stage):
-    """Which tensors the pipeline works on: all of at least so many values, vectors too.
+    """The smallest float32 tensor that the pipeline encodes, vectors included.
 
-    values: the limit; 0 takes all float32 tensors. Of a model with BatchNorm, mind that its
-    running variances are among them, and that an error can make one negative.
+    values: the limit, in values; 0 includes all float32 tensors. They include the running
+    variances of BatchNorm, and an error can make one negative.
     """
 
     name = "limit"
@@ -84,15 +84,15 @@ STAGES: Mapping[str, type[Stage]] = {
 class Pipeline(Codec):
     """A codec of several stages.
 
-    ``meta``: ``tensors`` as in raw; ``large``, the indices of those that the stages work
-    on; ``seed``; ``sizes``, of compressed buffers. The buffers are those of the stages, in
-    their order, then the values', then those of the small tensors.
+    ``meta``: ``tensors`` as in raw; ``large``, the indices of the tensors that the stages
+    encode; ``seed``; ``sizes`` of compressed buffers. The buffers are the stages' side
+    buffers in order, the values, and the small tensors.
 
     Args:
-        stages: in the order of their places, each place at most once.
+        stages: in `StageOrder`, at most one per position.
 
     Raises:
-        SpecError: they are in another order.
+        SpecError: the stages are in another order.
     """
 
     name = "pipeline"
@@ -122,23 +122,23 @@ class Pipeline(Codec):
 
     @property
     def deltas_only(self) -> bool:
-        """With stages that send only some values."""
+        """Return whether a stage sends only some values."""
         return any(
             stage.place in (StageOrder.STRUCTURE, StageOrder.SUBSET) for stage in self.stages
         )
 
     @property
     def error_feedback(self) -> bool:
-        """With ``topk``: error feedback."""
+        """Return whether the pipeline has ``topk``."""
         return any(isinstance(stage, TopK) for stage in self.stages)
 
     @property
     def structured(self) -> bool:
-        """With ``lowrank`` or ``randommask``."""
+        """Return whether the pipeline has ``lowrank`` or ``randommask``."""
         return any(stage.place == StageOrder.STRUCTURE for stage in self.stages)
 
     def project(self, update: Tensors, seed: int) -> None:
-        """Project the large tensors onto what the structure's stage sends of them."""
+        """Replace the large tensors by what `encode` of this seed sends of them, in place."""
         large = [each for each in update.values() if self._is_large(each)]
         if not large or not self.structured:
             return
@@ -146,16 +146,16 @@ class Pipeline(Codec):
         values = as_flat([each.detach().cpu() for each in large]).contiguous().numpy()
         context = Context(_seed(seed, 0), shapes, len(values))
         stage = self._values[0]
-        kept, sides = stage.encode(values, context)
-        flat = torch.from_numpy(stage.decode(kept, context, sides))
-        for tensor, piece in zip(large, torch.split(flat, [t.numel() for t in large]), strict=True):
-            tensor.copy_(piece.view(tensor.shape))
+        encoded, side = stage.encode(values, context)
+        flat = torch.from_numpy(stage.decode(encoded, context, side))
+        for tensor, part in zip(large, torch.split(flat, [t.numel() for t in large]), strict=True):
+            tensor.copy_(part.view(tensor.shape))
 
     def encode(self, tensors: Tensors, seed: int) -> Encoded:
-        """Write tensors.
+        """Encode tensors.
 
         Raises:
-            CodecError: a value cannot be written, for example NaN where levels are wanted.
+            CodecError: a value cannot be encoded, for example NaN by ``quantize``.
         """
         table = [
             [name, str(tensor.dtype).removeprefix("torch."), list(tensor.shape)]
@@ -165,9 +165,9 @@ class Pipeline(Codec):
         names = list(tensors)
         if not self._can_count(sum(tensors[names[i]].numel() for i in large)):
             raise CodecError(f"expected at most {kernels.MAX_VALUES} values to choose from")
-        chosen = [tensors[names[i]].detach().cpu() for i in large]
+        on_cpu = [tensors[names[i]].detach().cpu() for i in large]
         small = {name: t for name, t in tensors.items() if not self._is_large(t)}
-        buffers = self._write(chosen, seed) if chosen else []
+        buffers = self._write(on_cpu, seed) if on_cpu else []
         buffers += self._raw.encode(small, 0).buffers
         meta: dict[str, Any] = {"tensors": table, "large": large, "seed": seed}
         if self._entropy is not None:
@@ -175,16 +175,16 @@ class Pipeline(Codec):
         return Encoded(self.wire_name, meta, buffers)
 
     def decode(self, encoded: Encoded, max_bytes: int) -> dict[str, Tensor]:
-        """Read tensors; the large ones are neighbours in one vector."""
+        """Decode tensors; the large ones are adjacent views of one vector."""
         table = read_table(encoded.meta)
         large = _indices(encoded.meta.get("large"), len(table))
         seed = encoded.meta.get("seed")
         if type(seed) is not int or not 0 <= seed < 1 << 64:
-            raise DecodeError(f"expected a seed in meta.seed, got {shorten(seed)}")
+            raise DecodeError(f"expected meta.seed as an unsigned 64-bit seed, got {shorten(seed)}")
         if any(table[i][1] != torch.float32 for i in large):
             raise DecodeError("expected the large tensors to be float32")
         total = sum(math.prod(shape) * dtype.itemsize for _, dtype, shape in table)
-        # A stage may need some times the memory of its result.
+        # A stage may need several times the memory of its result.
         if total > max_bytes // 8 or total > _MAX_VALUES:
             raise DecodeError(f"expected at most {max_bytes // 8} bytes of tensors, got {total}")
         if not self._can_count(sum(math.prod(table[i][2]) for i in large)):
@@ -196,42 +196,42 @@ class Pipeline(Codec):
         count = self._buffers() if large else 0
         if len(buffers) < count:
             raise DecodeError(f"expected at least {count} buffers, got {len(buffers)}")
-        found: dict[str, Tensor] = {}
+        decoded: dict[str, Tensor] = {}
         if large:
             flat = torch.from_numpy(self._read(shapes, seed, buffers[:count]))
-            pieces = torch.split(flat, [math.prod(shape) for shape in shapes])
-            for i, piece in zip(large, pieces, strict=True):
-                found[table[i][0]] = piece.view(table[i][2])
+            views = torch.split(flat, [math.prod(shape) for shape in shapes])
+            for i, view in zip(large, views, strict=True):
+                decoded[table[i][0]] = view.view(table[i][2])
         rest = [
             [name, str(dtype).removeprefix("torch."), list(shape)]
             for name, dtype, shape in table
-            if name not in found
+            if name not in decoded
         ]
         small = Encoded(self._raw.wire_name, {"tensors": rest}, buffers[count:])
-        found |= self._raw.decode(small, max_bytes)
-        return {name: found[name] for name, _, _ in table}
+        decoded |= self._raw.decode(small, max_bytes)
+        return {name: decoded[name] for name, _, _ in table}
 
     def _is_large(self, tensor: Tensor) -> bool:
         if self._limit is None:
-            # A vector may be a BatchNorm's variances, which must not become negative.
+            # A vector may hold BatchNorm's variances, which must not become negative.
             return tensor.dtype == torch.float32 and tensor.dim() > 1 and tensor.numel() >= LIMIT
         return tensor.dtype == torch.float32 and tensor.numel() >= max(1, self._limit)
 
     def _can_count(self, values: int) -> bool:
-        """Tell whether so many values have places: a stage can choose from 2^31 of them."""
+        """Return whether a stage that selects values can index this many."""
         return values <= kernels.MAX_VALUES or not self.deltas_only
 
     def _buffers(self) -> int:
-        return sum(stage.sides for stage in self._values) + self._number.sides + 1
+        return sum(stage.side_buffers for stage in [*self._values, self._number]) + 1
 
     def _write(self, tensors: Sequence[Tensor], seed: int) -> list[Buffer]:
         shapes: Shapes = tuple(tuple(each.shape) for each in tensors)
         values: Values = as_flat(tensors).contiguous().numpy()
         buffers: list[Buffer] = []
-        for index, stage in enumerate(self._apart):
+        for index, stage in enumerate(self._own_passes):
             context = Context(_seed(seed, index), shapes, len(values))
-            values, sides = stage.encode(values, context)
-            buffers += sides
+            values, side = stage.encode(values, context)
+            buffers += side
         context = Context(_seed(seed, len(self._values)), shapes, len(values))
         values = np.ascontiguousarray(values)
         if isinstance(self._number, Quantize):
@@ -241,27 +241,27 @@ class Pipeline(Codec):
     def _read(self, shapes: Shapes, seed: int, buffers: Sequence[Buffer]) -> Values:
         n = sum(math.prod(shape) for shape in shapes)
         contexts = []
-        for index, stage in enumerate(self._apart):
+        for index, stage in enumerate(self._own_passes):
             contexts.append(Context(_seed(seed, index), shapes, n))
             n = stage.size(n, shapes)
-        end = len(buffers) - self._number.sides - 1
+        end = len(buffers) - self._number.side_buffers - 1
         last = Context(_seed(seed, len(self._values)), shapes, n)
         if isinstance(self._number, Quantize):
             values = self._number.decode(last, buffers[end:], self._basis(seed))
         else:
             values = self._number.decode(last, buffers[end:])
-        for stage, context in zip(reversed(self._apart), reversed(contexts), strict=True):
-            sides = buffers[end - stage.sides : end]
-            end -= stage.sides
-            values = stage.decode(values, context, sides)
+        for stage, context in zip(reversed(self._own_passes), reversed(contexts), strict=True):
+            side = buffers[end - stage.side_buffers : end]
+            end -= stage.side_buffers
+            values = stage.decode(values, context, side)
         return values
 
     @property
-    def _apart(self) -> list[ValueStage]:
-        """Return the stages that are passes of their own.
+    def _own_passes(self) -> list[ValueStage]:
+        """Return the stages that run as a pass of their own.
 
-        A basis right before a quantization of the same blocks is not: each block is rotated
-        while it is in cache. The bytes are the same.
+        A basis directly before a quantization of the same blocks does not: the quantization
+        transforms each block while it is in cache. The bytes are the same.
         """
         last = self._values[-1] if self._values else None
         number = self._number
@@ -274,10 +274,10 @@ class Pipeline(Codec):
         return self._values
 
     def _basis(self, seed: int) -> kernels.Basis:
-        if len(self._apart) == len(self._values):
+        if len(self._own_passes) == len(self._values):
             return None
         stage = self._values[-1]
-        assert isinstance(stage, BasisStage)  # noqa: S101 - `_apart` says so
+        assert isinstance(stage, BasisStage)  # noqa: S101 - see `_own_passes`
         return stage.basis(_seed(seed, len(self._values) - 1))
 
 
@@ -291,10 +291,10 @@ def _seed(seed: int, index: int) -> int:
 
 
 def _indices(value: object, count: int) -> list[int]:
-    """Read indices of tensors, in order.
+    """Return ascending indices of tensors.
 
     Raises:
-        DecodeError: they are none.
+        DecodeError: ``value`` is not a list of them.
     """
     if (
         not isinstance(value, list | tuple)

@@ -1,4 +1,4 @@
-"""``make reproduce`` on the embedded digits: every cell runs, and every line says what it is."""
+"""``make reproduce`` on the embedded digits."""
 
 import os
 import subprocess
@@ -46,7 +46,7 @@ def tiny(*more: str) -> list[str]:
 
 
 @pytest.mark.end_to_end
-def test_the_short_cells_and_those_of_hours_have_names_of_their_own() -> None:
+def test_all_and_hours_add_cells_with_different_names() -> None:
     short = [line.split()[0] for line in reproduce("--list").stdout.splitlines()]
     assert short == CELLS
     more = [line.split()[0] for line in reproduce("--list", "--all").stdout.splitlines()]
@@ -58,14 +58,14 @@ def test_the_short_cells_and_those_of_hours_have_names_of_their_own() -> None:
 
 
 @pytest.mark.end_to_end
-def test_an_unknown_cell_ends_in_one_sentence() -> None:
+def test_an_unknown_cell_is_a_one_line_error() -> None:
     done = reproduce("--only", "2nn-ood")
     assert done.returncode == 2
     assert done.stderr.startswith("reproduce: unknown cell '2nn-ood'; choose from 2nn-iid, ")
 
 
 @pytest.mark.end_to_end
-def test_missing_data_end_in_one_sentence(tmp_path: Path) -> None:
+def test_missing_data_are_a_one_line_error(tmp_path: Path) -> None:
     # A file where the folder should be: nothing is downloaded, not even where there is a network.
     (tmp_path / "data").touch()
     done = reproduce(FEDMQ_DATA=str(tmp_path / "data"))
@@ -77,7 +77,9 @@ def test_missing_data_end_in_one_sentence(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_model_is_sent_once_in_every_way(measured: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_shot_encodes_a_model_with_every_codec(
+    measured: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     runs, _ = measured
     from reproduction import caldas
 
@@ -94,7 +96,7 @@ def test_a_model_is_sent_once_in_every_way(measured: Any, monkeypatch: pytest.Mo
 
 
 @pytest.mark.end_to_end
-def test_a_run_that_fails_is_a_missed_bar_and_the_others_go_on() -> None:
+def test_a_failed_run_is_a_missed_bar_and_the_other_cells_still_run() -> None:
     done = reproduce("--only", "2nn-iid,2nn-shards", *tiny("worker.slowdown=0.5"))
     assert done.returncode == 1
     assert [line.split()[0] for line in done.stdout.splitlines()[1:3]] == ["2nn-iid", "2nn-shards"]
@@ -104,7 +106,7 @@ def test_a_run_that_fails_is_a_missed_bar_and_the_others_go_on() -> None:
 
 @pytest.fixture
 def measured(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Cells and results; importable as the program imports them."""
+    """The modules of cells and results, imported as the program imports them."""
     monkeypatch.syspath_prepend(str(PROGRAM.parent))
     from reproduction import fedavg, runs
 

@@ -1,1 +1,1 @@
-"""The cells of ``benchmarks/reproduce.py``: what each runs, and how it is judged."""
+"""The cells of ``benchmarks/reproduce.py``: each runs configurations and checks the result."""

@@ -24,8 +24,8 @@ WAYS: Mapping[str, str] = {
     "K": "kashin(4096) | quantize({bits})",
     "I/4096": "identity | quantize({bits})",
 }
-"""As in the paper, what is transformed together has one least and one largest value: a block,
-and without a basis a layer (of up to 2^20 values). I/4096, beside it, has them by block, too."""
+"""As in the paper, values that are transformed together share a minimum and a maximum: a
+block, or without a basis a layer (of up to 2^20 values). I/4096 has them for every block."""
 BITS = (1, 2, 3, 4, 8)
 ORDERED_BITS = (1, 2, 3, 4)
 EPOCHS, BATCH, LR = 2, 50, 0.1
@@ -33,29 +33,29 @@ EPOCHS, BATCH, LR = 2, 50, 0.1
 KEEP = 0.75
 DOWN = "limit(500) | kashin(4096) | quantize(4)"
 UP = "limit(500) | kashin(4096) | quantize(2)"
-"""With the first layer's 600 weights: as float32 they alone would be 1 % of what goes up."""
+"""``limit(500)`` includes the first layer's 600 weights: as float32 they are 1 % of the upload."""
 TIMES_DOWN, TIMES_UP, POINTS = 13.0, 26.0, 0.003
 LATE = 5
 
 
 @dataclass(frozen=True)
 class OneShot(Cell):
-    """A trained model is written once, and tested as it is read, by bits and basis."""
+    """Accuracy of a trained model after one encoding, by bits and basis."""
 
     def measure(self, runs: Runs) -> Outcome:
-        """Train a CNN on all examples in one place, then send it once in each way."""
+        """Train a CNN on all examples in one place, then encode it once with each codec."""
         keys = [f"problem.{key}={each}" for key, each in CNN_IID.problem.items()]
         problem = load_problem(load(None, [*keys, *runs.overrides]).problem, runs.seed)
         model = trained(problem, runs.seed)
         weights = {name: each.detach().clone() for name, each in model.state_dict().items()}
         plain = evaluate_module(model, problem, "cpu")["accuracy"]
         figures = {"accuracy": plain}
-        lines = [f"as it is: {plain:.2%}; accuracy, NMSE, bytes by bits and basis:"]
+        lines = [f"not encoded: {plain:.2%}; accuracy, NMSE, bytes by bits and basis:"]
         for bits in BITS:
             row = []
             for short, spec in WAYS.items():
-                found, nmse, size = sent(weights, spec.format(bits=bits), runs.seed)
-                model.load_state_dict(found)
+                decoded, nmse, size = encode_once(weights, spec.format(bits=bits), runs.seed)
+                model.load_state_dict(decoded)
                 accuracy = evaluate_module(model, problem, "cpu")["accuracy"]
                 key = f"{short}.{bits}"
                 figures |= {f"{key}.accuracy": accuracy, f"{key}.nmse": nmse, f"{key}.bytes": size}
@@ -72,15 +72,16 @@ class OneShot(Cell):
 
 @dataclass(frozen=True)
 class Combined(Cell):
-    """Federated Dropout and coarse transfers both ways against plain FedAvg, at equal rounds.
+    """Federated Dropout with lossy codecs both ways against FedAvg, after the same rounds.
 
-    absent: what a coordinate that a client was not sent counts; ``zero`` is the paper's.
+    absent: the algorithm's rule for coordinates that a client did not receive; the paper's
+        is ``zero``.
     """
 
     absent: str
 
     def measure(self, runs: Runs) -> Outcome:
-        """Run both; the plain one is the cell cnn-iid's."""
+        """Run both; FedAvg's run is that of the cell cnn-iid."""
         plain = runs.result(CNN_IID)
         ours = runs.result(
             settings(
@@ -104,12 +105,13 @@ class Combined(Cell):
             f"{plain.late(LATE):.2%}; of the last one: {ours.last:.2%}, plain {plain.last:.2%}"
         )
         sizes = (
-            f"bytes a client and round: {ours.traffic.down:,.0f} down, {ours.traffic.up:,.0f} up; "
+            f"bytes per client and round: {ours.traffic.down:,.0f} down, "
+            f"{ours.traffic.up:,.0f} up; "
             f"plain {plain.traffic.down:,.0f} and {plain.traffic.up:,.0f}"
         )
         sockets = (
-            f"at the workers' sockets, where a node of 50 clients fetches the plain model once "
-            f"for all of them: {sockets_down:.2f}x down, {sockets_up:.2f}x up"
+            f"at the workers' sockets, where a node of 50 clients fetches the plain model only "
+            f"once: {sockets_down:.2f}x down, {sockets_up:.2f}x up"
         )
         return Outcome(
             f"{down:.2f}x down, {up:.2f}x up, {100 * gain:+.2f} points",
@@ -161,19 +163,20 @@ def trained(problem: Problem, seed: int) -> torch.nn.Module:
     return model
 
 
-def sent(
+def encode_once(
     weights: Mapping[str, Tensor], spec: str, seed: int
 ) -> tuple[dict[str, Tensor], float, int]:
-    """Return weights as they are read, their normalised squared error, and the bytes.
+    """Encode and decode weights layer by layer, as in the paper.
 
-    Layer by layer, as the paper does.
+    Returns:
+        The decoded weights, their normalised squared error, and the encoded bytes.
     """
     codec = make_codec(spec)
-    found: dict[str, Tensor] = {}
+    decoded: dict[str, Tensor] = {}
     size = 0
     for index, (name, tensor) in enumerate(weights.items()):
         encoded = codec.encode({name: tensor}, seed + index)
-        found |= codec.decode(encoded, MAX_DECODED_BYTES)
+        decoded |= codec.decode(encoded, MAX_DECODED_BYTES)
         size += encoded.nbytes
-    error = sum(float((found[name] - each).square().sum()) for name, each in weights.items())
-    return found, error / sum(float(w.square().sum()) for w in weights.values()), size
+    error = sum(float((decoded[name] - each).square().sum()) for name, each in weights.items())
+    return decoded, error / sum(float(w.square().sum()) for w in weights.values()), size

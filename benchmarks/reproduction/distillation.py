@@ -1,4 +1,4 @@
-"""Distilling instead of averaging, with and without made samples: Jeong et al. 2018,
+"""Distilling instead of averaging, with and without generated samples: Jeong et al. 2018,
 "Communication-Efficient On-Device Machine Learning: Federated Distillation and Augmentation
 under Non-IID Private Data", Table 1.
 """  # noqa: D205 - the citation is the summary
@@ -12,15 +12,15 @@ from fedmq.algorithms.distillation.reports import paper_bits
 from reproduction.runs import Cell, Outcome, Runs, Settings
 
 ROUNDS = 16
-"""The paper's at most; those of FAug come after its two phases."""
+"""The paper's maximum; with FAug they follow its two phases."""
 PHASES = 2
 LATE = 3
-"""Accuracies are means of so many last rounds, and of all devices, on the whole test set."""
+"""Accuracies are means over this many last rounds and all devices, on the whole test set."""
 DISTILLING, AVERAGING = "fd", "fedavg"
 AUGMENTING = "faug"
 PUBLIC = "codistillation"
 POINTS = 0.002
-"""That distilling must be above training alone: it was 0.007 to 0.013 on mnist-mini."""
+"""Smallest accepted gain of distilling over training alone; 0.007 to 0.013 on mnist-mini."""
 
 
 def settings(
@@ -33,15 +33,15 @@ def settings(
     public: int = 0,
     **options: Any,
 ) -> Settings:
-    """Return the paper's setting: 2,000 MNIST images a device, of three labels only 5 stay.
+    """Return the paper's setting: 2,000 MNIST images per device, only 5 of each of three labels.
 
     Args:
-        algorithm: its name.
+        algorithm: name of the algorithm.
         devices: M.
-        model: of every device.
-        lr: eta, which the paper does not state.
-        phases: rounds before the first in which anything is learned.
-        public: examples that all share, for co-distillation.
+        model: model of every device.
+        lr: eta; the paper does not state it.
+        phases: rounds before the first training round.
+        public: number of shared examples, for co-distillation.
         options: other keys of the algorithm.
     """
     chosen: dict[str, Any] = {"name": algorithm, "lr": lr, "batch_size": 64, **options}
@@ -67,9 +67,9 @@ def settings(
 class Ordering(Cell):
     """Training alone, FD, FD+FAug, FL and FL+FAug in one setting.
 
-    devices, model, lr: of all of them.
-    iterations: n, local steps a round; FL makes as many whole epochs as come closest.
-    gan_steps: of the generator.
+    devices, model, lr: the same for all five.
+    iterations: n, local steps per round; for FL the nearest number of whole epochs.
+    gan_steps: training steps of the generator.
     """
 
     devices: int
@@ -103,7 +103,7 @@ class Ordering(Cell):
             f"FL {late['fl']:.2%}, FL+FAug {late['fl_faug']:.2%}: means of the last {LATE} rounds"
         )
         sizes = (
-            f"FD: {ROUNDS * (down + up):,.0f} bytes a device in all, messages and tensors; the "
+            f"FD: {ROUNDS * (down + up):,.0f} bytes per device, messages and tensors; the "
             f"paper counts {paper_bits(ROUNDS) // 8:,}"
         )
         figures = {f"{name}_accuracy": each for name, each in late.items()}
@@ -117,10 +117,10 @@ class Ordering(Cell):
 
 @dataclass(frozen=True)
 class ByLabel(Cell):
-    """FD beside co-distillation, which sends its outputs by sample.
+    """FD against co-distillation, which sends its outputs by sample.
 
-    devices, model, lr, iterations: of both.
-    public: samples that all share.
+    devices, model, lr, iterations: the same for both.
+    public: number of shared samples.
     """
 
     devices: int
@@ -161,7 +161,7 @@ CELLS: tuple[Cell, ...] = (
         "codistillation", "outputs by sample cost more (section 2)", "at least 10x the bytes",
         devices=4, model="mlp-elu", lr=0.05, iterations=50, public=1000,
     ),
-    # The paper's CNN: 70 ms a step on a core, 64,000 steps a run but for M = 2.
+    # The paper's CNN takes 70 ms per step on one core; M = 2 has the fewest steps.
     Ordering(
         "distillation-full", "FD .72, FD+FAug .85, FL .81, FL+FAug .91 (Table 1, M = 2)", _BAR,
         devices=2, model="fd-cnn", lr=0.01, iterations=250, gan_steps=5000, hours=True,

@@ -10,11 +10,11 @@ from typing import Any
 from reproduction.runs import Cell, Outcome, Runs, Settings
 
 TARGETS = {"2nn": 0.97, "cnn": 0.99}
-"""The tables count rounds to these."""
+"""Test accuracy, by model, at which the tables stop counting rounds."""
 
 NON_IID = "shards(2)"
 _POINTS = 20
-"""Evaluations of a run in which no round is looked for."""
+"""Evaluations of a run that reports only its accuracy."""
 
 
 def settings(
@@ -35,15 +35,15 @@ def settings(
 
     Args:
         model: ``2nn`` or ``cnn``.
-        partition: of the examples.
-        rounds: the run ends after as many.
-        algorithm: its name; FedSGD has no epochs and no batches.
+        partition: spec of the examples' partition.
+        rounds: length of the run.
+        algorithm: name of the algorithm; FedSGD has no epochs and no batches.
         lr: eta.
         epochs: E.
         fraction: C.
-        target: the run ends at this accuracy.
+        target: accuracy at which the run ends.
         every: rounds between evaluations.
-        codec: specs for both directions, if not raw.
+        codec: specs for both directions; raw by default.
         options: other keys of the algorithm.
     """
     chosen: dict[str, Any] = {"name": algorithm, "lr": lr, **options}
@@ -63,11 +63,11 @@ def settings(
 
 @dataclass(frozen=True)
 class RoundsTo(Cell):
-    """Rounds until the test accuracy has reached a target.
+    """Rounds until the test accuracy reaches a target.
 
-    settings: end at the target, or at a number of rounds.
+    settings: the run; it ends at the target or after a number of rounds.
     target: the accuracy.
-    at_most: rounds that it may take; None where the paper's figure only stands beside ours.
+    at_most: largest accepted number of rounds; None for a cell without a bar.
     """
 
     settings: Settings
@@ -80,7 +80,7 @@ class RoundsTo(Cell):
         first, crossing = result.first(self.target), result.crossing(self.target)
         figures = {"best_accuracy": result.best, "rounds_run": float(result.curve[-1][0])}
         if first is None or crossing is None:
-            ours = f"not in {figures['rounds_run']:.0f}, best {result.best:.2%}"
+            ours = f"not in {figures['rounds_run']:.0f} rounds, best {result.best:.2%}"
             return Outcome(ours, None if self.at_most is None else False, figures)
         figures |= {"rounds": float(first), "rounds_interpolated": crossing}
         met = None if self.at_most is None else first <= self.at_most
@@ -89,7 +89,7 @@ class RoundsTo(Cell):
 
 @dataclass(frozen=True)
 class AccuracyAfter(Cell):
-    """The accuracy after as many rounds as another cell may take."""
+    """The best accuracy of a run, without a bar."""
 
     settings: Settings
 
@@ -98,7 +98,7 @@ class AccuracyAfter(Cell):
         result = runs.result(self.settings)
         rounds = result.curve[-1][0]
         return Outcome(
-            f"{result.best:.2%} best in {rounds}",
+            f"best {result.best:.2%} in {rounds} rounds",
             None,
             {"best_accuracy": result.best, "rounds_run": float(rounds)},
         )
@@ -106,9 +106,9 @@ class AccuracyAfter(Cell):
 
 CNN_ROUNDS = 40
 CNN_EVERY = 2
-"""Rounds between evaluations: each passes 10,000 images, a round's training 6,000."""
+"""Rounds between evaluations: an evaluation passes 10,000 images, a round's training 6,000."""
 CNN_IID = settings("cnn", "iid", CNN_ROUNDS, lr=0.15, every=CNN_EVERY)
-"""Without a target: the pipeline of Caldas et al. is held against all of its rounds."""
+"""Without a target: the pipeline of Caldas et al. is compared with all of its rounds."""
 
 
 def _cell(
@@ -146,8 +146,8 @@ CELLS: tuple[Cell, ...] = (
     _fedsgd("cnn-iid-fedsgd", "626 (table 2)", "cnn", "iid", CNN_ROUNDS, 0.2),
 )
 
-# Twice the paper's rounds, and no bar: where the paper gives one of these cells in two tables,
-# the two differ by up to 90 %.
+# Twice the paper's rounds, and no bar: for these cells the paper's own tables differ by up to
+# 90 %.
 HOURS: tuple[Cell, ...] = (
     _cell("2nn-iid-fedsgd-full", "1474 (table 1)", "2nn", "iid", 2948, algorithm="fedsgd", lr=0.5),
     _cell(

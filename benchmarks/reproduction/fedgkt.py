@@ -1,8 +1,8 @@
 """A small network at the edge, a larger one at the server: He, Annavaram, Avestimehr,
 "Group Knowledge Transfer: Federated Learning of Large CNNs at the Edge", NeurIPS 2020.
 
-The paper's own networks take 200 rounds of 20 server epochs on CIFAR-10. Here the small pair
-learns from 4,000 images, and what is held against the paper is the order of its results.
+The paper's own networks take 200 rounds of 20 server epochs on CIFAR-10. Here a small pair of
+networks learns from 4,000 images; the bars are on the order of the results.
 """  # noqa: D205 - the citation is the summary
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ CLIENTS, IMAGES, ROUNDS = 4, 4000, 6
 NAME = "fedgkt"
 FLOAT32, INT8 = "features(float32, none)", "features(int8, none)"
 ALONE, POINTS, COARSE, QUARTER = 0.05, 0.01, 0.005, 0.26
-"""Bars: above the edges alone; asynchronous below synchronous; int8 below float32; bytes."""
+"""Bars: gain over edges alone; loss by asynchrony; loss by int8; share of float32's bytes."""
 
 
 def settings(
     data: str, *, asynchronous: bool = False, features: str = FLOAT32, **options: Any
 ) -> Settings:
-    """Return 4 clients with 1,000 images each, and as many uploads of each in every variant.
+    """Return a run of 4 clients with 1,000 images and the same number of uploads each.
 
     Args:
         data: data set.
-        asynchronous: commit at each upload, and answer it at once; else in rounds of all.
-        features: codec.
-        options: other keys of the algorithm. Alpha undoes the T^2 before KL, which is in
-            the authors' code and not in the paper's equations: with so few rounds the first
-            answers are poor, and nine times their weight is too much.
+        asynchronous: commit at each upload and answer it at once; otherwise rounds of all.
+        features: codec of the feature maps.
+        options: other keys of the algorithm. ``alpha`` cancels the factor T^2 before KL, which
+            is in the authors' code but not in the paper's equations: with so few rounds the
+            first answers are poor, and nine times their weight is too much.
     """
     versions = ROUNDS * CLIENTS if asynchronous else ROUNDS
     return Settings(
@@ -71,7 +71,7 @@ def settings(
 
 @dataclass(frozen=True)
 class Order(Cell):
-    """The stack against edges that train as long alone, and against itself undistilled."""
+    """The full stack against edges alone with equal training, and without distillation."""
 
     data: str
 
@@ -89,7 +89,7 @@ class Order(Cell):
 
 @dataclass(frozen=True)
 class Asynchronous(Cell):
-    """Uploads that are answered one by one against rounds."""
+    """Answering each upload at once against rounds."""
 
     data: str
 
@@ -112,7 +112,7 @@ class Asynchronous(Cell):
 
 @dataclass(frozen=True)
 class Coarse(Cell):
-    """Features as int8 against float32, neither compressed further."""
+    """Features as int8 against float32, both without zstd."""
 
     data: str
 
@@ -121,7 +121,7 @@ class Coarse(Cell):
         fine = runs.result(settings(self.data))
         coarse = runs.result(settings(self.data, features=INT8))
         gain, share = coarse.last - fine.last, coarse.traffic.up / fine.traffic.up
-        sizes = f"bytes an upload: {coarse.traffic.up:,.0f}; float32 {fine.traffic.up:,.0f}"
+        sizes = f"bytes per upload: {coarse.traffic.up:,.0f}; float32 {fine.traffic.up:,.0f}"
         return Outcome(
             f"{100 * gain:+.2f} points, {share:.3f} of the bytes",
             gain >= -COARSE and share <= QUARTER,
@@ -131,15 +131,15 @@ class Coarse(Cell):
 
 
 def edges_alone(chosen: Settings, runs: Runs) -> float:
-    """Return the mean test accuracy of edges after as many tasks as in a run, unanswered."""
+    """Return the mean test accuracy of edges after a run's tasks without the server's answers."""
     with tempfile.TemporaryDirectory(prefix="fedmq-reproduce-") as folder:
         file = Path(folder) / "run.toml"
         file.write_text(chosen.toml(runs.seed))
         setup = set_up(load(file, runs.overrides))
     algorithm, problem = setup.algorithm, setup.problem
-    assert isinstance(algorithm, FedGKT)  # noqa: S101 - tells mypy
+    assert isinstance(algorithm, FedGKT)  # noqa: S101 - narrows the type
     start = algorithm.start(problem)
-    examined = Task(0, algorithm.evaluation_task(start))
+    evaluation = Task(0, algorithm.evaluation_task(start))
     total = 0.0
     for k in range(problem.clients):
         client = Client(k, problem, problem.client(k), None, 0)
@@ -148,7 +148,7 @@ def edges_alone(chosen: Settings, runs: Runs) -> float:
             client = dataclasses.replace(client, seed=seed)
             _, local = algorithm.train(Task(version, Payload()), client)
             client = dataclasses.replace(client, local=local)
-        total += algorithm.evaluate_client(examined, client)["edge_accuracy"]
+        total += algorithm.evaluate_client(evaluation, client)["edge_accuracy"]
     return total / problem.clients
 
 

@@ -1,10 +1,10 @@
 """A shared body and personal heads: Collins, Hassani, Mokhtari, Shakkottai, ICML 2021,
 "Exploiting Shared Representations for Personalized Federated Learning", table 1.
 
-The paper has no MNIST column. Its claim is held against ours at its own setting (10 clients a
-round, batches of 10, lr 0.01, momentum 0.5), on clients with five classes and 60 to 100 images
-each: digits, 10 + 1 epochs; and CIFAR-10 as in the paper, 10 + 5, but of 5,000 images, which are
-enough for 50 clients. With two digits, local training alone is above 98 %.
+The paper has no MNIST column. Its claim is tested in its own setting (10 clients per round,
+batches of 10, lr 0.01, momentum 0.5), on clients with five classes and 60 to 100 images each:
+digits with 10 + 1 epochs; and CIFAR-10 with 10 + 5 as in the paper, but on 5,000 images and so 50
+clients. On clients with two digits, local training alone is above 98 %.
 """  # noqa: D205 - the citation is the summary
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ PROBLEMS = {
     "cifar10-6k": {"name": "cifar10-6k", "model": "cnn-cifar", "clients": 50},
 }
 ABOVE = 0.01
-"""What FedRep must be above local training."""
+"""Smallest accepted gain of FedRep over local training."""
 
 
 def settings(data: str, algorithm: str, **options: Any) -> Settings:
-    """Return one of the algorithms in the common setting."""
+    """Return one algorithm in the common setting."""
     problem = PROBLEMS[data]
     return Settings(
         run={"versions": ROUNDS, "evaluate_every": EVERY},
@@ -48,7 +48,7 @@ def fedrep(data: str) -> Settings:
 
 
 def other(data: str, which: str) -> Settings:
-    """Return what it is compared with; all go over the local data ten times more at the end."""
+    """Return an algorithm to compare with; each ends with ten more epochs on the local data."""
     epochs = BODY_EPOCHS[data]
     match which:
         case "local":
@@ -63,10 +63,10 @@ def other(data: str, which: str) -> Settings:
 
 @dataclass(frozen=True)
 class Against(Cell):
-    """FedRep's mean local accuracy after the last round, less another's.
+    """FedRep's mean local accuracy after the last round, minus another algorithm's.
 
-    data: of `PROBLEMS`. which: of `other`.
-    least: what the difference must be; None where it only stands beside the paper's.
+    data: a key of `PROBLEMS`. which: a case of `other`.
+    least: smallest accepted difference; None for a cell without a bar.
     """
 
     data: str

@@ -1,4 +1,4 @@
-"""Tasks that help each other: Smith, Chiang, Sanjabi, Talwalkar, NeurIPS 2017,
+"""Multi-task learning on related tasks: Smith, Chiang, Sanjabi, Talwalkar, NeurIPS 2017,
 "Federated Multi-Task Learning", table 1 and section 5.
 """  # noqa: D205 - the citation is the summary
 
@@ -28,15 +28,16 @@ POOLED_EPOCHS = 20
 
 @dataclass(frozen=True)
 class Natural(Cell):
-    """Metrics of a natural data set's tasks, without a network: one w, each alone, MOCHA.
+    """Metrics of a natural data set's tasks, without a network: one w, local w, MOCHA.
 
-    make: the problem of a seed.
-    loss: the algorithm's.
-    lams: lambda of each kind, the best of a few for the splits of seeds 100 and 101.
-    shuffles: splits into training and test parts, of seeds s, s + 1, ..; the paper has ten.
-    rounds: of MOCHA; tasks alone need a third of them.
+    make: returns the problem of a seed.
+    loss: the algorithm's loss.
+    lams: lambda of each kind, the best of a few on the splits of seeds 100 and 101.
+    shuffles: number of splits into training and test parts, with seeds s, s + 1, ..; the
+        paper has ten.
+    rounds: rounds of MOCHA; local training takes a third.
     inner: H.
-    shown: metrics, the one that counts first. Where 94 % are of one class, that is the AUC.
+    shown: metrics, the deciding one first; that is the AUC where 94 % are of one class.
     """
 
     make: Callable[[int], LinearTasks]
@@ -48,12 +49,12 @@ class Natural(Cell):
     shown: Sequence[str] = ("auc", "accuracy", "loss")
 
     def measure(self, runs: Runs) -> Outcome:
-        """Run all shuffles; nothing, where the data are not there."""
+        """Run all shuffles; return "no data" if the data are missing."""
         try:
             self.make(runs.seed).client(0)
         except DataError as error:
             return Outcome("no data", None, {}, (str(error),))
-        found: dict[str, list[Mapping[str, float]]] = {kind: [] for kind in KINDS}
+        scores: dict[str, list[Mapping[str, float]]] = {kind: [] for kind in KINDS}
         for seed in range(runs.seed, runs.seed + self.shuffles):
             problem = self.make(seed)
             common: dict[str, Any] = {
@@ -64,16 +65,16 @@ class Natural(Cell):
                 "safety": "eigenvalue",
             }
             shared = Mocha(lam=self.lams["global"], loss=common["loss"])
-            found["global"].append(scored(problem, pooled(shared, problem, seed)))
+            scores["global"].append(scored(problem, pooled(shared, problem, seed)))
             alone = Mocha(lam=self.lams["local"], relation="local", **common)
             weights = federated(alone, problem, self.rounds // 3, seed)
-            found["local"].append(scored(problem, weights))
+            scores["local"].append(scored(problem, weights))
             related = Mocha(lam=self.lams["learned"], **common)
             weights = federated(related, problem, self.rounds, seed)
-            found["learned"].append(scored(problem, weights))
+            scores["learned"].append(scored(problem, weights))
         figures: dict[str, float] = {}
         for kind, name in itertools.product(KINDS, self.shown):
-            values = [each[name] for each in found[kind]]
+            values = [each[name] for each in scores[kind]]
             figures[f"{kind}.{name}"] = statistics.fmean(values)
             figures[f"{kind}.{name}.se"] = statistics.stdev(values) / self.shuffles**0.5
         ours, *more = (
@@ -85,13 +86,13 @@ class Natural(Cell):
 
 @dataclass(frozen=True)
 class Digits(Cell):
-    """Tasks of MNIST images: MOCHA with stragglers, and 30 % of nodes gone in each round.
+    """Tasks of MNIST images: MOCHA with stragglers, and 30 % of the nodes missing per round.
 
-    As a cluster for the run's seed; the bar is on the mean of three seeds, without a network.
+    The run's seed runs as a cluster; the bar is on the mean of three seeds without a network.
 
-    digits: which tasks.
-    lams: lambda of each kind, the best of a few for images of another seed.
-    lead: how far MOCHA's error must be below that of tasks alone.
+    digits: kind of the tasks.
+    lams: lambda of each kind, the best of a few on images of another seed.
+    lead: smallest accepted difference between the error of local training and MOCHA's.
     """
 
     digits: Literal["one-vs-rest", "odd-even"]
@@ -122,7 +123,7 @@ class Digits(Cell):
         )
 
     def measure(self, runs: Runs) -> Outcome:
-        """Run MOCHA, tasks alone without stragglers, and one w."""
+        """Run MOCHA, local training without stragglers, and one w."""
         learned = Mocha(
             lam=self.lams["learned"],
             inner=10,
@@ -156,7 +157,7 @@ class Digits(Cell):
         )
         cluster = (
             f"as a cluster: {1 - run.last:.2%}; {run.traffic.down:,.0f} bytes down and "
-            f"{run.traffic.up:,.0f} up a client and round"
+            f"{run.traffic.up:,.0f} up per client and round"
         )
         return Outcome(
             " / ".join(f"{means[kind]:.2%}" for kind in KINDS),
@@ -167,27 +168,28 @@ class Digits(Cell):
 
 
 def federated(algorithm: Mocha, problem: Problem, rounds: int, seed: int) -> dual.Array:
-    """Return W, [m, d], after rounds of all clients."""
-    state, kept = algorithm.start(problem), dict[int, Payload]()
+    """Return W, float64 [m, d], after rounds of all clients."""
+    state, local_states = algorithm.start(problem), dict[int, Payload]()
 
     def client(index: int, turn: int) -> Client:
         own = derive_seed(seed, "natural", turn, index)
-        return Client(index, problem, problem.client(index), kept.get(index), own)
+        return Client(index, problem, problem.client(index), local_states.get(index), own)
 
     for turn in range(rounds):
-        gathered = algorithm.new_accumulator(state)
+        accumulator = algorithm.new_accumulator(state)
         for index in range(problem.clients):
             task = Task(turn, algorithm.task(state, index))
-            payload, kept[index] = algorithm.train(task, client(index, turn))
-            gathered = algorithm.accumulate(gathered, state, Result(index, 0, payload), 1.0)
-        state = algorithm.commit(state, gathered, 1.0)
+            payload, local_states[index] = algorithm.train(task, client(index, turn))
+            result = Result(index, 0, payload)
+            accumulator = algorithm.accumulate(accumulator, state, result, 1.0)
+        state = algorithm.commit(state, accumulator, 1.0)
     return state.weights
 
 
 def pooled(algorithm: Mocha, problem: Problem, seed: int) -> dual.Array:
-    """Return W, [m, d], of the one w that is best for all examples together.
+    """Return W, float64 [m, d], whose rows are the one w trained on all examples together.
 
-    It minimises (1/n) sum_i l(w^T x_i, y_i) + (lambda/2) |w|^2.
+    w minimises (1/n) sum_i l(w^T x_i, y_i) + (lambda/2) |w|^2.
     """
     parts = [problem.client(index) for index in range(problem.clients)]
     y = np.concatenate([part.y.numpy() for part in parts]).astype(np.float64)
@@ -201,9 +203,9 @@ def pooled(algorithm: Mocha, problem: Problem, seed: int) -> dual.Array:
 
 
 def scored(problem: Problem, weights: dual.Array) -> dict[str, float]:
-    """Return the clients' mean metrics, and ``auc`` of all their outputs together.
+    """Return the clients' mean metrics, and ``auc`` over the outputs of all clients.
 
-    ``auc``: how often an example of class 1 has a larger output than one of class 0.
+    ``auc``: probability that an example of class 1 has a larger output than one of class 0.
     """
     metrics = [measured(problem, index, w) for index, w in enumerate(weights)]
     found = {name: statistics.fmean(each[name] for each in metrics) for name in metrics[0]}

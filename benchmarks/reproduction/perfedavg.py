@@ -11,16 +11,16 @@ from reproduction.runs import Cell, Outcome, Result, Runs, Settings
 
 VARIANTS = ("fedavg", "fo", "hf")
 NAMES = {"fedavg": "FedAvg+update", "fo": "FO", "hf": "HF"}
-"""What the paper calls them, in the order in which they are to come out."""
+"""The paper's names, in the order of the expected accuracies."""
 ROUNDS = 1000
 GAP = 0.02
-"""Points of HF above FedAvg+update."""
+"""Smallest accepted gain of HF over FedAvg+update."""
 _POINTS = 20
 _LATE = 5
 
 
 def settings(rounds: int = ROUNDS, **algorithm: Any) -> Settings:
-    """Return the paper's setting: 50 users, a fifth of them a round, tau = 10, batches of 40."""
+    """Return the paper's setting: 50 users, a fifth per round, tau = 10, batches of 40."""
     return Settings(
         run={"versions": rounds, "evaluate_every": max(1, rounds // _POINTS)},
         problem={
@@ -46,7 +46,7 @@ class Order(Cell):
     """The mean accuracy of all users, each after one step on its own training examples."""
 
     def measure(self, runs: Runs) -> Outcome:
-        """Run all three, over the same cohorts and from the same model."""
+        """Run all three, with the same cohorts and the same first model."""
         results = {each: runs.result(settings(variant=each)) for each in VARIANTS}
         late = {each: result.late(_LATE) for each, result in results.items()}
         ordered = late["fedavg"] < late["fo"] < late["hf"]

@@ -13,7 +13,7 @@ from reproduction.runs import Cell, Outcome, Runs, Settings
 CLIENTS, TASKS, BATCH = 20, 1000, 64
 EPOCHS = 3
 STEPS = 48
-"""K: as many batches of 64 as three epochs of 1,024 images, a client's mean; that is FedAvg's."""
+"""K, the batches of 64 in FedAvg's three epochs of 1,024 images, the mean size of a client."""
 WEIGHTS = 50_890
 POINTS = 0.05
 LOCAL: Mapping[str, Any] = {
@@ -22,7 +22,7 @@ LOCAL: Mapping[str, Any] = {
 
 
 def settings(algorithm: Mapping[str, Any], cohort: int, tasks: int = TASKS) -> Settings:
-    """Return a run of so many tasks, ``cohort`` of them a round."""
+    """Return a run of ``tasks`` tasks in rounds of ``cohort`` clients."""
     rounds = tasks // cohort
     return Settings(
         run={"versions": rounds, "evaluate_every": max(1, rounds // 4)},
@@ -39,18 +39,18 @@ def settings(algorithm: Mapping[str, Any], cohort: int, tasks: int = TASKS) -> S
 
 
 FEDAVG: Mapping[str, Any] = {"name": "fedavg-ft", "finetune_epochs": 0, "epochs": EPOCHS}
-"""Without fine-tuning that is FedAvg, evaluated by the clients."""
+"""Without fine-tuning this is FedAvg, evaluated by the clients."""
 COHORTS = (1, 5)
 
 
 @dataclass(frozen=True)
 class AboveFedAvg(Cell):
-    """Mean accuracy on clients' own test data, against FedAvg's after the same number of tasks.
+    """pFedHN's mean accuracy on the clients' own test data against FedAvg's.
 
-    tasks: of pFedHN; FedAvg has `TASKS` of them, one or five clients a round, and the better
-        of the two counts.
-    options: of pFedHN.
-    sent: weights in each of its messages.
+    tasks: number of pFedHN's tasks. FedAvg has `TASKS`, with one or with five clients per
+        round; the better of the two counts.
+    sent: number of weights in each of pFedHN's messages.
+    options: pFedHN's other keys.
     """
 
     tasks: int
@@ -58,19 +58,19 @@ class AboveFedAvg(Cell):
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def measure(self, runs: Runs) -> Outcome:
-        """Run pFedHN, one client a round as in the paper, and FedAvg twice."""
+        """Run pFedHN, one client per round as in the paper, and FedAvg twice."""
         algorithm = {"name": "pfedhn", "batches": STEPS, **self.options}
         ours = runs.result(settings(algorithm, 1, self.tasks))
         fedavg = {each: runs.result(settings(FEDAVG, each)).last for each in COHORTS}
         gain = ours.last - max(fedavg.values())
-        # Names and shapes go with the weights; phi would be a hundred times as much.
+        # A message also holds names and shapes; phi, the hypernetwork, is 100 times larger.
         slim = max(ours.traffic.down, ours.traffic.up) < 4 * self.sent + 4096
         level = (
-            f"FedAvg after {TASKS} tasks: {fedavg[1]:.2%} with one client a round, "
+            f"FedAvg after {TASKS} tasks: {fedavg[1]:.2%} with one client per round, "
             f"{fedavg[5]:.2%} with five"
         )
         sizes = (
-            f"bytes a message: {ours.traffic.down:,.0f} down, {ours.traffic.up:,.0f} up; "
+            f"bytes per message: {ours.traffic.down:,.0f} down, {ours.traffic.up:,.0f} up; "
             f"{self.sent:,} weights are {4 * self.sent:,}"
         )
         return Outcome(

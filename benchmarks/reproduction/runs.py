@@ -1,4 +1,4 @@
-"""One run of ``fedmq cluster`` in a process of its own, and what its folder says of it."""
+"""Run ``fedmq cluster`` in its own process and read the results from the run's folder."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ Table = Mapping[str, Any]
 
 
 class RunError(Exception):
-    """A cluster did not come to its end; the text is what it said."""
+    """A cluster failed; the text is its output."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """One configuration, by the tables of its TOML file; every key that matters is stated."""
+    """One configuration, as the tables of its TOML file."""
 
     run: Table
     problem: Table
@@ -48,7 +48,7 @@ class Settings:
                 "schedule": dict(self.schedule),
                 "codec": dict(self.codec),
                 "worker": {"count": 2},
-                # Thousands of models would fill a disk; sizes are in the messages, which stay.
+                # Thousands of models would fill a disk; the kept messages hold their sizes.
                 "broker": {"retain": "unfinished"},
             }
         )
@@ -56,13 +56,12 @@ class Settings:
 
 @dataclass(frozen=True)
 class Traffic:
-    """Bytes to and from clients; evaluations do not count.
+    """Bytes to and from clients, without evaluations.
 
-    down, up: mean bytes of one client's task and result, message and tensors: what crosses
-        the wire when a client is alone on its host.
-    sockets_down, sockets_up: all bytes at the workers' sockets in this run, as the broker
-        counted them. A node that hosts several clients of a round fetches a blob that they
-        share only once.
+    down, up: mean bytes of one client's task and result, message and tensors: the bytes on
+        the wire if each client is alone on its host.
+    sockets_down, sockets_up: all bytes at the workers' sockets in this run, as counted by the
+        broker. A node that hosts several clients of a round fetches their shared blobs once.
     """
 
     down: float
@@ -73,9 +72,11 @@ class Traffic:
 
 @dataclass(frozen=True)
 class Result:
-    """What came of a run.
+    """Results of a run.
 
     curve: (version, accuracy) of every evaluation, in order.
+    traffic: bytes to and from clients.
+    seconds: duration of the whole command.
     """
 
     curve: Sequence[tuple[int, float]]
@@ -83,13 +84,13 @@ class Result:
     seconds: float
 
     def first(self, target: float) -> int | None:
-        """Return the first version that was evaluated at the target or above."""
+        """Return the first evaluated version with at least this accuracy."""
         return next((version for version, accuracy in self.curve if accuracy >= target), None)
 
     def crossing(self, target: float) -> float | None:
-        """Return where the running maximum, made linear between versions, meets the target.
+        """Return the version at which the linearly interpolated running maximum is ``target``.
 
-        The FedAvg paper counts rounds like this.
+        The FedAvg paper counts rounds in this way.
         """
         best, at = 0.0, 0
         for version, accuracy in self.curve:
@@ -111,7 +112,7 @@ class Result:
         return self.curve[-1][1]
 
     def late(self, count: int) -> float:
-        """Return the mean of the last so many accuracies."""
+        """Return the mean of the last ``count`` accuracies."""
         tail = [accuracy for _, accuracy in self.curve[-count:]]
         return sum(tail) / len(tail)
 
@@ -120,24 +121,24 @@ class Runs:
     """Runs configurations, each at most once.
 
     Args:
-        seed: of every run.
-        overrides: ``key=value`` settings that go over every configuration.
+        seed: seed of every run.
+        overrides: ``key=value`` settings, applied to every configuration.
     """
 
     def __init__(self, seed: int, overrides: Sequence[str] = ()) -> None:
         self.seed, self.overrides = seed, tuple(overrides)
-        self._done: dict[str, Result] = {}
+        self._results: dict[str, Result] = {}
 
     def result(self, settings: Settings) -> Result:
-        """Return what came of a configuration.
+        """Return the results of a configuration; run it if it has not run yet.
 
         Raises:
             RunError: the cluster failed.
         """
         text = settings.toml(self.seed)
-        if text not in self._done:
-            self._done[text] = self._run(text)
-        return self._done[text]
+        if text not in self._results:
+            self._results[text] = self._run(text)
+        return self._results[text]
 
     def _run(self, text: str) -> Result:
         with tempfile.TemporaryDirectory(prefix="fedmq-reproduce-") as temporary:
@@ -174,28 +175,28 @@ def traffic(ledger: Path) -> Traffic:
 
 
 def _cluster(command: Sequence[str]) -> None:
-    """Run a cluster to its end; it is told to stop, and waited for, whatever comes between."""
+    """Run a cluster to its end; on any exception stop it and wait for it."""
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     ) as process:
         try:
-            said, _ = process.communicate()
+            output, _ = process.communicate()
         except BaseException:
             process.terminate()
             process.communicate()
             raise
     if process.returncode:
-        raise RunError(said.strip())
+        raise RunError(output.strip())
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a cell came to.
+    """Result of a cell.
 
     ours: our figure, as text.
-    met: whether the bar is met; None where the paper's figure only stands beside ours.
+    met: whether the bar is met; None for a cell without a bar.
     figures: all numbers, by name.
-    lines: more to print below.
+    lines: details to print below.
     """
 
     ours: str
@@ -208,10 +209,10 @@ class Outcome:
 class Cell(ABC):
     """One figure of a paper.
 
-    name: to choose it by.
-    paper: the paper's figure, and where it stands.
-    bar: what ours must be; empty if nothing.
-    hours: it takes longer than ``make reproduce`` may, and runs only when asked for.
+    name: the cell's name on the command line.
+    paper: the paper's figure, and its place in the paper.
+    bar: the value that our figure must reach, as text; empty for none.
+    hours: whether it needs hours; such a cell runs only with ``--hours`` or by name.
     """
 
     name: str

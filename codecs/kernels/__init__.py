@@ -1,24 +1,23 @@
 """Compression kernels: compiled loops over float32 vectors, behind plain functions on arrays.
 
-======================================== ===================================================
-`quantize` `dequantize` `accumulate`     stochastic rounding to 1..8 bits, packed; in a basis
-`Hadamard` `Kashin`                      the bases: a randomized rotation, Kashin's frame
-`rotate` `unrotate` `kashin` `unkashin`  to a basis and back without quantization
-`mask` `top`                             which values to send: at random, or the largest
-`gather` `scatter` `scatter_add`         these values out of a vector, and back into one
-`signs`                                  random signs
-`scale_add` `multiply`                   a weighted sum, a product of matrices
-`rotated_size` `kashin_size`             coefficients of a vector
-`code_bytes`                             bytes of its packed codes
-`on_device` (a module)                   the same for torch tensors where they are
-======================================== ===================================================
+====================================== =====================================================
+`quantize` `dequantize` `accumulate`   stochastic rounding to packed codes of 1 to 8 bits
+`HadamardBasis` `KashinFrame`          the bases: a randomized rotation, Kashin's frame
+`transform` `restore`                  to a basis and back, without quantization
+`mask` `top`                           indices of a random subset, or of the largest values
+`gather` `scatter` `scatter_add`       values at indices: read, write, add
+`signs`                                random signs
+`scale_add` `multiply`                 a weighted sum, a product of matrices
+`coefficients` `code_bytes`            sizes of a vector in a basis, and of its packed codes
+`on_device` (a module)                 the same functions for torch tensors on a device
+====================================== =====================================================
 
-Arrays are numpy's: contiguous float32 vectors, as ``tensor.numpy()`` shares them. All that is
-random follows from a seed by a counter (`fedmq.codecs.kernels.seeds`), so the same seed gives
-the same bytes on any device, and any number of threads may run kernels at once: they hold no
-lock. Arguments that do not fit raise ValueError before any kernel runs.
+Arrays are contiguous float32 numpy vectors, such as ``tensor.numpy()``. Random numbers come
+from a seed and a counter (`fedmq.codecs.kernels.seeds`), so the same seed gives the same bytes
+on any device. Kernels release the interpreter's lock and are thread-safe. Invalid arguments
+raise ValueError before any kernel runs.
 
-The kernels are compiled on their first call: a few seconds, once a machine. Importing this
+The first call of a kernel compiles it: a few seconds, once per machine. Importing this
 package imports neither numba nor torch.
 """
 
@@ -26,15 +25,12 @@ from fedmq.codecs.kernels.layout import MAX_BLOCK, Basis, HadamardBasis, KashinF
 from fedmq.codecs.kernels.quantization import (
     accumulate,
     code_bytes,
+    coefficients,
     dequantize,
-    kashin,
-    kashin_size,
     quantize,
-    rotate,
-    rotated_size,
+    restore,
     signs,
-    unkashin,
-    unrotate,
+    transform,
 )
 from fedmq.codecs.kernels.selection import (
     MAX_VALUES,
@@ -54,20 +50,17 @@ __all__ = [
     "KashinFrame",
     "accumulate",
     "code_bytes",
+    "coefficients",
     "dequantize",
     "gather",
-    "kashin",
-    "kashin_size",
     "mask",
     "multiply",
     "quantize",
-    "rotate",
-    "rotated_size",
+    "restore",
     "scale_add",
     "scatter",
     "scatter_add",
     "signs",
     "top",
-    "unkashin",
-    "unrotate",
+    "transform",
 ]

@@ -1,45 +1,79 @@
-"""How kernels are compiled: once a machine, without the interpreter's lock, strictly IEEE.
+"""How kernels are compiled: once per machine, without the interpreter's lock, strictly IEEE.
 
 No ``fastmath`` and no contraction to fused multiply-adds: every kernel gives the same
 bits on every processor, and so does its torch counterpart in `on_device`.
 """
 
+# numba's classes have untyped methods.
+# mypy: disable-error-code="no-untyped-call"
+
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numba
+from numba.core.caching import CompileResultCacheImpl, FunctionCache
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
-# numba's own types know neither all options nor what becomes of the decorated function.
+# numba's types know neither all options nor the type of the compiled function.
 _njit: Any = numba.njit
 _OPTIONS = {"nogil": True, "error_model": "numpy"}
 
 
-def entry(function: Function) -> Function:
-    """Compile what Python calls, and keep the machine code beside the source or in ~/.cache.
+def _digest_of_sources() -> str:
+    """Return a digest of all source files of this folder."""
+    digest = hashlib.sha256()
+    for file in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(hashlib.sha256(file.read_bytes()).digest())
+    return digest.hexdigest()[:16]
 
-    Where neither can be written (a read-only install without a home), each process
-    compiles for itself on the first call.
+
+_SOURCES = _digest_of_sources()
+
+
+class _CacheFiles(CompileResultCacheImpl):
+    """Puts the digest of all sources into the names of cache files.
+
+    An entry's machine code contains its helpers, but numba checks only the entry's own file
+    and would load code with an outdated helper. With the digest in the name, processes that
+    run different versions of the sources never share a file either.
     """
-    if not _has_place():
-        alone: Function = _njit(**_OPTIONS)(function)
-        return alone
-    try:
-        compiled: Function = _njit(cache=True, **_OPTIONS)(function)
-    except RuntimeError:  # numba found no place for its cache
-        compiled = _njit(**_OPTIONS)(function)
-    return compiled
+
+    def get_filename_base(self, fullname: str, abiflags: str) -> str:
+        """Return the name that the index and all data files of an entry begin with."""
+        return f"{super().get_filename_base(fullname, abiflags)}-{_SOURCES}"
 
 
-def _has_place() -> bool:
-    """Tell whether there may be a place for a cache.
+class _Cache(FunctionCache):
+    """numba's cache of one function, with our file names."""
 
-    Of a user without a home, numba would make a folder named ``~`` in the current one.
+    _impl_class = _CacheFiles
+
+
+def entry(function: Function) -> Function:
+    """Compile a function that Python calls; cache its code beside the source or in ~/.cache.
+
+    Where neither is writable (a read-only install and no home), each process compiles on
+    its first call.
+    """
+    compiled: Any = _njit(**_OPTIONS)(function)
+    if _may_cache():
+        with contextlib.suppress(RuntimeError):  # numba found no writable folder
+            compiled._cache = _Cache(function)  # noqa: SLF001 - numba's switch takes no class
+    entry_point: Function = compiled
+    return entry_point
+
+
+def _may_cache() -> bool:
+    """Return whether numba may look for a cache folder.
+
+    For a user without a home, numba would create a folder named ``~`` in the current one.
     """
     return (
         "NUMBA_CACHE_DIR" in os.environ
@@ -49,6 +83,6 @@ def _has_place() -> bool:
 
 
 def helper(function: Function) -> Function:
-    """Compile what only other kernels call; it becomes part of their machine code."""
+    """Compile a function that only kernels call; it becomes part of their machine code."""
     compiled: Function = _njit(no_cpython_wrapper=True, no_cfunc_wrapper=True, **_OPTIONS)(function)
     return compiled

@@ -1,8 +1,7 @@
 """The compiled kernels. Arguments are checked by the facade: nothing here checks bounds.
 
 Integers are cast at each step because numba widens 32-bit arithmetic to 64 bits, which
-would halve the lanes of a vector. numba's cache looks at the date of this file only: after a
-change to `hadamard`, `words` or `seeds`, touch it.
+would halve the lanes of a vector.
 """
 # The functions are compiled, not run by the interpreter; the facade has the types.
 # mypy: disable-error-code="no-untyped-def, no-untyped-call"
@@ -39,8 +38,8 @@ def _key(seed, index):
 
 
 @helper
-def _hash(j, low, high):
-    """Return 32 random bits for counter ``j`` under the two halves of a key."""
+def random_bits(j, low, high):
+    """Return 32 random bits for counter ``j`` under the lower and upper half of a key."""
     h = u32(j ^ low)
     h = u32(h ^ (h >> u32(16)))
     h = u32(h * _HASH_A)
@@ -51,7 +50,8 @@ def _hash(j, low, high):
 
 
 @helper
-def _halves(key):
+def halves(key):
+    """Return the lower and the upper 32 bits of a key."""
     return u32(key & _HALF), u32(key >> u64(32))
 
 
@@ -61,11 +61,11 @@ def _signed(words, key):
 
     words: floats as int32 [a power of two]; W is a 32nd of that, or 1 for 32 and fewer.
     """
-    low, high = _halves(key)
+    low, high = halves(key)
     width = max(1, words.size // 32)
     random = np.empty(width, np.uint32)
     for w in range(width):
-        random[w] = _hash(u32(w), low, high)
+        random[w] = random_bits(u32(w), low, high)
     for k in range(min(32, words.size)):
         part = words[k * width : (k + 1) * width]
         for w in range(width):
@@ -190,11 +190,11 @@ def _round(y, low, high, levels, key, fields):
     if high > low:
         # Two units in the last place more: the maximum must reach the highest code.
         scale = f32(f32(levels << _FRACTION_BITS) / f32(high - low)) * f32(1.0 + 2.0**-22)
-    first, second = _halves(key)
+    first, second = halves(key)
     top = u32(levels)
     for j in range(y.size):
         place = i32((y[j] - low) * scale)
-        noise = u32(_hash(u32(j), first, second) >> u32(32 - _FRACTION_BITS))
+        noise = u32(random_bits(u32(j), first, second) >> u32(32 - _FRACTION_BITS))
         fields[j] = min(u32(u32(u32(place) + noise) >> u32(_FRACTION_BITS)), top)
 
 

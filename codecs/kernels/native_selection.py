@@ -12,35 +12,24 @@ from __future__ import annotations
 import numpy as np
 
 from fedmq.codecs.kernels.jit import entry, helper
-from fedmq.codecs.kernels.seeds import HASH_A, HASH_B
+from fedmq.codecs.kernels.native import halves, random_bits
 
-u32, u64 = np.uint32, np.uint64
+u32 = np.uint32
 
 SHIFT = 20
 BINS = 1 << (32 - SHIFT)
 
 _CHUNK = 4096
-_HASH_A, _HASH_B = u32(HASH_A), u32(HASH_B)
-_HALF = u64(0xFFFFFFFF)
 _MAGNITUDE = u32(0x7FFFFFFF)
 
 
 @helper
 def _ranks(words, key, start, ranks):
-    """Write the ranks of the values from start on: by magnitude, or where words is None, random.
-
-    The hash is that of `native`; two copies, as numba's cache does not see a change elsewhere.
-    """
+    """Write the ranks of the values from ``start`` on: by magnitude; random if words is None."""
     if words is None:
-        low, high = u32(key & _HALF), u32(key >> u64(32))
+        low, high = halves(key)
         for j in range(ranks.size):
-            h = u32(u32(start + j) ^ low)
-            h = u32(h ^ (h >> u32(16)))
-            h = u32(h * _HASH_A)
-            h = u32(h ^ high)
-            h = u32(h ^ (h >> u32(15)))
-            h = u32(h * _HASH_B)
-            ranks[j] = u32(h ^ (h >> u32(15)))
+            ranks[j] = random_bits(u32(start + j), low, high)
     else:
         part = words[start : start + ranks.size]
         for j in range(ranks.size):

@@ -1,5 +1,7 @@
 """The kernels of this package in torch, for tensors that lie on a device.
 
+No codec calls this module yet; it stays for codecs that encode on the device.
+
 What leaves the device is packed already, and the same as on the CPU bit for bit: every sum is
 of the same terms in the same order (stages of the Hadamard transform, the halving norm), each
 step its own torch operation, so that nothing is contracted to fused multiply-adds. Bits may
@@ -94,32 +96,21 @@ def accumulate(
     total.add_(values.mul_(weight))
 
 
-def rotate(x: Tensor, block: int, seed: int) -> Tensor:
-    """Return the coefficients [n] of `Hadamard`."""
-    return _coefficients(_vector(x), block, HadamardBasis(seed))[0]
+def transform(x: Tensor, block: int, basis: HadamardBasis | KashinFrame) -> Tensor:
+    """Return the coefficients of x in a basis."""
+    return _coefficients(_vector(x), block, basis)[0]
 
 
-def unrotate(y: Tensor, block: int, seed: int, n: int) -> Tensor:
-    """Return x [n] of ``rotate(x, block, seed)``.
-
-    Raises:
-        ValueError: there are not as many coefficients as n values have.
-    """
-    return _restore(y, n, block, HadamardBasis(seed))
-
-
-def kashin(x: Tensor, block: int, iterations: int, eta: float, delta: float, seed: int) -> Tensor:
-    """Return the coefficients [`kashin_size`] of `Kashin`."""
-    return _coefficients(_vector(x), block, KashinFrame(seed, iterations, eta, delta))[0]
-
-
-def unkashin(a: Tensor, n: int, block: int, seed: int) -> Tensor:
-    """Return x [n] of ``kashin(x, block, .., seed)``.
+def restore(y: Tensor, n: int, block: int, basis: HadamardBasis | KashinFrame) -> Tensor:
+    """Return x [n] of ``y = transform(x, block, basis)``.
 
     Raises:
-        ValueError: there are not as many coefficients as n values have.
+        ValueError: y has another number of coefficients than n values have.
     """
-    return _restore(a, n, block, KashinFrame(seed))
+    shape = cut(n, block, basis)
+    if _vector(y).numel() != shape.coefficients:
+        raise ValueError(f"expected {shape.coefficients} coefficients, got {y.numel()}")
+    return _values(y, shape, basis)
 
 
 def mask(n: int, k: int, seed: int, device: torch.device | str) -> Tensor:
@@ -190,13 +181,6 @@ def _coefficients(x: Tensor, block: int, basis: Basis) -> tuple[Tensor, Cut]:
         else:
             out.copy_(_hadamard(_flip(rows * _scale(size, x.device), signs)))
     return y, shape
-
-
-def _restore(y: Tensor, n: int, block: int, basis: HadamardBasis | KashinFrame) -> Tensor:
-    shape = cut(n, block, basis)
-    if _vector(y).numel() != shape.coefficients:
-        raise ValueError(f"expected {shape.coefficients} coefficients, got {y.numel()}")
-    return _values(y, shape, basis)
 
 
 def _values(y: Tensor, shape: Cut, basis: Basis) -> Tensor:

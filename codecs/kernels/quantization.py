@@ -108,68 +108,48 @@ def accumulate(
     _decode(total, codes, ranges, bits, shape, basis, weight=weight, adding=True)
 
 
-def rotate(x: Floats, block: int, seed: int) -> Floats:
-    """Return the coefficients [n] of `Hadamard`: blocks H D x / sqrt(block), norms kept.
+def transform(x: Floats, block: int, basis: HadamardBasis | KashinFrame) -> Floats:
+    """Return the coefficients of x in a basis, float32 [`coefficients`].
 
     Raises:
-        ValueError: block is no power of two in 1..MAX_BLOCK, or x no float32 vector.
+        ValueError: ``block`` is not a power of two in 1..MAX_BLOCK, a parameter of the basis is
+            out of range, or x is not a float32 vector.
     """
-    return _transform(x, block, HadamardBasis(seed))
+    from fedmq.codecs.kernels import native
+
+    x = vector(x)
+    shape = cut(x.size, block, basis)
+    out = np.empty(shape.coefficients, np.float32)
+    native.transform(readonly(x), *_plan(shape, basis), _signs(basis), _iteration(basis), out)
+    return out
 
 
-def unrotate(y: Floats, block: int, seed: int, n: int) -> Floats:
-    """Return x [n] of ``rotate(x, block, seed)`` to float32 rounding.
+def restore(y: Floats, n: int, block: int, basis: HadamardBasis | KashinFrame) -> Floats:
+    """Return x [n] of ``y = transform(x, block, basis)``, exact up to float32 rounding.
+
+    This is one Hadamard transform per block in either basis.
 
     Raises:
-        ValueError: as `rotate`, or there are not `rotated_size` coefficients.
+        ValueError: as `transform`, or y does not have `coefficients` values.
     """
-    return _restore(y, n, block, HadamardBasis(seed))
+    from fedmq.codecs.kernels import native
+
+    y = vector(y)
+    shape = cut(n, block, basis)
+    if y.size != shape.coefficients:
+        raise ValueError(f"expected {shape.coefficients} coefficients, got {y.size}")
+    out = np.empty(n, np.float32)
+    native.restore(readonly(y), *_plan(shape, basis), _signs(basis), out)
+    return out
 
 
-def rotated_size(n: int, block: int) -> int:
-    """Return how many coefficients `rotate` makes of n values: n, none is wasted.
+def coefficients(n: int, block: int, basis: Basis) -> int:
+    """Return the number of coefficients of n values: n, and about 16/15 n in a Kashin frame.
 
     Raises:
-        ValueError: block is no power of two in 1..MAX_BLOCK.
+        ValueError: as `cut`.
     """
-    return cut(n, block, HadamardBasis(0)).coefficients
-
-
-def kashin(
-    x: Floats,
-    block: int,
-    iterations: int,
-    eta: float,
-    delta: float,
-    seed: int,
-    *,
-    clipped: bool = False,
-) -> Floats:
-    """Return the coefficients of `Kashin`, float32 [`kashin_size`].
-
-    Raises:
-        ValueError: block is no power of two in 1..MAX_BLOCK, a parameter is out of range, or
-            x is no float32 vector.
-    """
-    return _transform(x, block, KashinFrame(seed, iterations, eta, delta, clipped))
-
-
-def unkashin(a: Floats, n: int, block: int, seed: int) -> Floats:
-    """Return x [n] of ``kashin(x, block, .., seed)``: one Hadamard transform a block.
-
-    Raises:
-        ValueError: as `kashin`, or there are not `kashin_size` coefficients.
-    """
-    return _restore(a, n, block, KashinFrame(seed))
-
-
-def kashin_size(n: int, block: int) -> int:
-    """Return how many coefficients `kashin` makes of n values: about 16/15 n.
-
-    Raises:
-        ValueError: block is no power of two in 1..MAX_BLOCK.
-    """
-    return cut(n, block, KashinFrame(0)).coefficients
+    return cut(n, block, basis).coefficients
 
 
 def signs(n: int, seed: int) -> Floats:
@@ -251,28 +231,6 @@ def vector(x: Floats) -> Floats:
     if x.dtype != np.float32 or x.ndim != 1 or not (x.flags.c_contiguous and x.flags.aligned):
         raise ValueError(f"expected a contiguous float32 vector, got {x.dtype} {x.shape}")
     return x
-
-
-def _transform(x: Floats, block: int, basis: HadamardBasis | KashinFrame) -> Floats:
-    from fedmq.codecs.kernels import native
-
-    x = vector(x)
-    shape = cut(x.size, block, basis)
-    out = np.empty(shape.coefficients, np.float32)
-    native.transform(readonly(x), *_plan(shape, basis), _signs(basis), _iteration(basis), out)
-    return out
-
-
-def _restore(y: Floats, n: int, block: int, basis: HadamardBasis | KashinFrame) -> Floats:
-    from fedmq.codecs.kernels import native
-
-    y = vector(y)
-    shape = cut(n, block, basis)
-    if y.size != shape.coefficients:
-        raise ValueError(f"expected {shape.coefficients} coefficients, got {y.size}")
-    out = np.empty(n, np.float32)
-    native.restore(readonly(y), *_plan(shape, basis), _signs(basis), out)
-    return out
 
 
 def _decode(

@@ -1,4 +1,4 @@
-"""What a stage of a pipeline is: values to fewer or other values, and at last to bytes."""
+"""Base classes of pipeline stages: stages that transform values, and stages that write bytes."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from fedmq.codecs.errors import DecodeError, SpecError
 Values = NDArray[np.float32]
 """float32 [n], contiguous."""
 Shapes = tuple[tuple[int, ...], ...]
-"""Of the tensors that the first stage's values are, end to end, in order."""
+"""Shapes of the tensors that the first stage gets, concatenated in this order."""
 
 
 class StageOrder(IntEnum):
-    """Where in a pipeline a stage may stand; at most one stage in each place."""
+    """Position of a stage in a pipeline; at most one stage per position."""
 
     SELECTION = 0
     STRUCTURE = 1
@@ -33,7 +33,12 @@ class StageOrder(IntEnum):
 
 @dataclass(frozen=True)
 class Context:
-    """What both ends know. seed: of this stage; n: values that it was given."""
+    """What sender and receiver both know.
+
+    seed: of this stage.
+    shapes: of the tensors in the pipeline's vector.
+    n: number of values that the stage encodes.
+    """
 
     seed: int
     shapes: Shapes
@@ -41,20 +46,20 @@ class Context:
 
 
 class Stage(ABC):
-    """One step, and its way back.
+    """One step of a pipeline, with its inverse.
 
-    A stage is made from its call in the spec. ``version`` changes with its bytes.
+    A stage is made from its call in the spec. A change to its bytes is a new ``version``.
     """
 
     name: ClassVar[str]
     version: ClassVar[int] = 1
     place: ClassVar[StageOrder]
-    sides: ClassVar[int] = 0
-    """How many buffers travel beside the values."""
+    side_buffers: ClassVar[int] = 0
+    """Number of buffers sent besides the values."""
 
     @abstractmethod
     def parameters(self) -> str:
-        """Return the parameters as they stand in the wire name, without parentheses."""
+        """Return the parameters as in the wire name, without parentheses."""
 
 
 class ValueStage(Stage):
@@ -62,42 +67,42 @@ class ValueStage(Stage):
 
     @abstractmethod
     def size(self, n: int, shapes: Shapes) -> int:
-        """Return how many values become of ``n``; bounded by a small multiple of ``n``."""
+        """Return the number of values that ``n`` values become, at most a small multiple."""
 
     @abstractmethod
     def encode(self, values: Values, context: Context) -> tuple[Values, list[Buffer]]:
-        """Return the values that travel on, and what travels beside them."""
+        """Return the values for the next stage, and ``side_buffers`` buffers."""
 
     @abstractmethod
-    def decode(self, values: Values, context: Context, sides: Sequence[Buffer]) -> Values:
+    def decode(self, values: Values, context: Context, side: Sequence[Buffer]) -> Values:
         """Return ``context.n`` values.
 
         Raises:
-            DecodeError: what travelled beside them is damaged.
+            DecodeError: the side buffers are damaged.
         """
 
 
 class NumberStage(Stage):
-    """The stage that turns values into bytes."""
+    """A stage that turns values into bytes."""
 
     @abstractmethod
     def encode(self, values: Values, context: Context) -> list[Buffer]:
-        """Return ``sides + 1`` buffers, the last of them the values'."""
+        """Return ``side_buffers + 1`` buffers, the values' last."""
 
     @abstractmethod
     def decode(self, context: Context, buffers: Sequence[Buffer]) -> Values:
         """Return ``context.n`` values.
 
         Raises:
-            DecodeError: the buffers are damaged, or not of the sizes that they must have.
+            DecodeError: the buffers are damaged or have wrong sizes.
         """
 
 
 def array_of(buffer: Buffer, dtype: np.dtype[np.generic] | type, count: int) -> NDArray[np.generic]:
-    """Return the numbers in a buffer, without a copy.
+    """Return the ``count`` numbers in a buffer, without a copy.
 
     Raises:
-        DecodeError: it holds another number of them.
+        DecodeError: the buffer has another size.
     """
     wanted = np.dtype(dtype)
     view = memoryview(buffer).cast("B")
@@ -109,10 +114,10 @@ def array_of(buffer: Buffer, dtype: np.dtype[np.generic] | type, count: int) -> 
 
 
 def fraction(codec: str, parameter: str, value: object) -> float:
-    """Return a fraction.
+    """Return a parameter's value, checked to be a fraction.
 
     Raises:
-        SpecError: it is none above 0 and at most 1.
+        SpecError: it is not a number above 0 and at most 1.
     """
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1:
         raise SpecError(f"codec {codec}: {parameter} must be above 0 and at most 1, got {value!r}")

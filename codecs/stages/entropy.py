@@ -1,4 +1,4 @@
-"""Lossless compression of what a pipeline has written, where it pays."""
+"""Lossless compression of a pipeline's buffers."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from fedmq.codecs.stages.base import Stage, StageOrder
 
 
 class Entropy(Stage):
-    """Zstandard, last of all. Each buffer is only compressed if that makes it smaller.
+    """Zstandard, as the last stage; a buffer stays uncompressed if that is not smaller.
 
-    level: 1 (fast) to 19. Codes of probabilistic quantization are nearly random: it pays for
-    float bytes, for places, and for few bits with long tails.
+    level: 1 (fast) to 19. Codes of probabilistic quantization are nearly random: compression
+    saves bytes of floats and positions, and of few-bit codes with long tails.
     """
 
     name = "entropy"
@@ -31,28 +31,28 @@ class Entropy(Stage):
         return str(self.level)
 
     def compress(self, buffers: Sequence[Buffer]) -> tuple[list[Buffer], list[int]]:
-        """Return the buffers, and the size before of each that is compressed, else -1."""
+        """Return the buffers, and the original size of each compressed one; -1 for others."""
         compressor = zstandard.ZstdCompressor(level=self.level)
-        found: list[Buffer] = []
+        written: list[Buffer] = []
         sizes = []
         for buffer in buffers:
             size = memoryview(buffer).nbytes
-            small = compressor.compress(buffer)
-            pays = len(small) < size
-            found.append(small if pays else buffer)
-            sizes.append(size if pays else -1)
-        return found, sizes
+            compressed = compressor.compress(buffer)
+            is_smaller = len(compressed) < size
+            written.append(compressed if is_smaller else buffer)
+            sizes.append(size if is_smaller else -1)
+        return written, sizes
 
     def decompress(self, buffers: Sequence[Buffer], sizes: object, max_bytes: int) -> list[Buffer]:
-        """Return the buffers as they were; at most ``max_bytes`` are taken.
+        """Return the original buffers; allocate at most ``max_bytes``.
 
         Raises:
-            DecodeError: the sizes, or what is compressed, are damaged or hostile.
+            DecodeError: the sizes or the compressed bytes are damaged or hostile.
         """
         if not isinstance(sizes, list | tuple) or len(sizes) != len(buffers):
-            raise DecodeError("expected meta.sizes to have the size of each buffer")
+            raise DecodeError("expected meta.sizes with the size of each buffer")
         if any(type(size) is not int or size < -1 for size in sizes):
-            raise DecodeError("expected meta.sizes as numbers of bytes, or -1")
+            raise DecodeError("expected meta.sizes as numbers of bytes or -1")
         if (total := sum(size for size in sizes if size > 0)) > max_bytes:
             raise DecodeError(f"expected at most {max_bytes} bytes in all buffers, got {total}")
         pairs = zip(buffers, sizes, strict=True)
@@ -62,10 +62,10 @@ class Entropy(Stage):
 def _decompress(buffer: Buffer, size: int) -> bytes:
     try:
         reader = zstandard.ZstdDecompressor(max_window_size=1 << 27).stream_reader(buffer)
-        # One byte more than it says: whoever has more is caught without taking it.
+        # Reading one more byte detects a longer frame without decompressing it.
         data: bytes = reader.read(size + 1)
     except zstandard.ZstdError as error:
-        raise DecodeError(f"not what zstd has compressed: {error}") from None
+        raise DecodeError(f"cannot read the zstd frame: {error}") from None
     if len(data) != size:
         raise DecodeError(f"expected {size} bytes after decompression, got {len(data)} or more")
     return data

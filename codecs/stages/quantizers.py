@@ -1,4 +1,4 @@
-"""Writing values as coarse numbers."""
+"""Stages that write values as float32, half-precision floats or packed codes."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ MAX_BLOCK = kernels.MAX_BLOCK
 
 
 class Float32(NumberStage):
-    """Values as they are: what a pipeline ends with that names no other."""
+    """float32 values; the default if a pipeline names no other number stage."""
 
     name = "float32"
     place = StageOrder.NUMBER
 
     def parameters(self) -> str:
-        """None."""
+        """Return an empty string."""
         return ""
 
     def encode(self, values: Values, context: Context) -> list[Buffer]:  # noqa: ARG002
-        """Return the values' bytes."""
+        """Return the bytes of the values."""
         return [np.ascontiguousarray(values).data.cast("B")]
 
     def decode(self, context: Context, buffers: Sequence[Buffer]) -> Values:
@@ -51,31 +51,30 @@ class Half(NumberStage):
         return self.dtype
 
     def encode(self, values: Values, context: Context) -> list[Buffer]:  # noqa: ARG002
-        """Round."""
+        """Return the rounded values."""
         narrow = torch.from_numpy(values).to(_HALVES[self.dtype])
         return [narrow.view(torch.uint8).numpy().data]
 
     def decode(self, context: Context, buffers: Sequence[Buffer]) -> Values:
-        """Widen."""
+        """Return the values as float32."""
         narrow = array_of(buffers[0], np.int16, context.n).copy()
-        wide = torch.from_numpy(narrow).view(_HALVES[self.dtype]).to(torch.float32)
-        found: Values = wide.numpy()
-        return found
+        wide: Values = torch.from_numpy(narrow).view(_HALVES[self.dtype]).float().numpy()
+        return wide
 
 
 class Quantize(NumberStage):
-    """Probabilistic quantization to 2^bits levels between the least and largest of a block.
+    """Probabilistic quantization to 2^bits levels between a block's minimum and maximum.
 
     Konecny et al. 2016, section 4; Caldas et al. 2018, section 3. A value is rounded up or
-    down at random, so that on average it is what it was. 2^bits levels are 2^bits - 1
-    intervals, and one bit gives the two ends. Each block's ends travel beside it as float32.
+    down at random, without bias. 2^bits levels are 2^bits - 1 intervals; one bit gives the
+    minimum or the maximum. Both are sent with each block as float32.
 
-    bits: 1 to 8. block: values that share their ends.
+    bits: per code, 1 to 8. block: values that share a minimum and a maximum.
     """
 
     name = "quantize"
     place = StageOrder.NUMBER
-    sides = 1
+    side_buffers = 1
 
     def __init__(self, bits: int, block: int = 4096) -> None:
         if type(bits) is not int or not 1 <= bits <= 8:
@@ -89,27 +88,27 @@ class Quantize(NumberStage):
         return f"{self.bits}, {self.block}"
 
     def encode(self, values: Values, context: Context, basis: kernels.Basis = None) -> list[Buffer]:
-        """Return the blocks' ends, and the codes, packed; ``basis``: of each block, if any.
+        """Return the blocks' ranges and the packed codes of the values in ``basis``.
 
         Raises:
             CodecError: a value is not finite.
         """
         try:
-            codes, ends = kernels.quantize(values, self.bits, self.block, context.seed, basis)
+            codes, ranges = kernels.quantize(values, self.bits, self.block, context.seed, basis)
         except ValueError as error:
             raise CodecError(f"quantize: {error}") from None
-        return [ends.data.cast("B"), codes.data.cast("B")]
+        return [ranges.data.cast("B"), codes.data.cast("B")]
 
     def decode(
         self, context: Context, buffers: Sequence[Buffer], basis: kernels.Basis = None
     ) -> Values:
-        """Return the values that the codes stand for."""
+        """Return the values of the codes."""
         flat = np.frombuffer(memoryview(buffers[0]).cast("B"), np.uint8)
         codes = np.frombuffer(memoryview(buffers[1]).cast("B"), np.uint8)
         if flat.size % 8:
             raise DecodeError(f"expected pairs of float32, got {flat.size} bytes")
-        ends = flat.view(np.float32).reshape(-1, 2)
+        ranges = flat.view(np.float32).reshape(-1, 2)
         try:
-            return kernels.dequantize(codes, ends, context.n, self.bits, self.block, basis)
+            return kernels.dequantize(codes, ranges, context.n, self.bits, self.block, basis)
         except ValueError as error:
             raise DecodeError(f"quantize: {error}") from None

@@ -1,8 +1,7 @@
-"""Structured updates: what is trained, not only what is sent, is of a small form.
+"""Structured updates: a client trains within a small subspace, and sends all that changed.
 
-Konecny et al. 2016, section 3. With such a stage in its uplink a client's gradient is
-projected at every step (`project`), so that what it sends is all that has changed. A
-random mask is in `subsets`, beside the subsample that it resembles.
+Konecny et al. 2016, section 3. With such a stage in its uplink, a client projects its
+gradient at every step (`Pipeline.project`).
 """
 
 from __future__ import annotations
@@ -17,57 +16,44 @@ from numpy.typing import NDArray
 from fedmq.codecs import kernels
 from fedmq.codecs.base import Buffer
 from fedmq.codecs.errors import SpecError
-from fedmq.codecs.stages.base import Context, Shapes, StageOrder, Values, ValueStage, fraction
-from fedmq.codecs.stages.sparsifiers import kept
+from fedmq.codecs.stages.base import Context, Shapes, StageOrder, Values, ValueStage
+from fedmq.codecs.stages.sparsifiers import SparseStage
 
 _LARGEST_FRAME = 16
-"""A frame takes at most so many times the memory of its matrix, whatever a message asks for."""
+"""Limit on a frame's memory, as a multiple of its matrix's: a message could ask for more."""
 
 
-class RandomMask(ValueStage):
-    """Only a random subset of the values is trained, and travels; the others do not change.
+class RandomMask(SparseStage):
+    """Training and sending of a random subset of the values; the others do not change.
 
-    keep: fraction of the values. Which they are follows from the seed.
+    keep: fraction of the values. The seed determines the subset.
     """
 
     name = "randommask"
     place = StageOrder.STRUCTURE
 
-    def __init__(self, keep: float) -> None:
-        self.keep = fraction("randommask", "keep", keep)
-
-    def parameters(self) -> str:
-        """Return the fraction."""
-        return repr(self.keep)
-
-    def size(self, n: int, shapes: Shapes) -> int:  # noqa: ARG002
-        """Return how many of n values are trained."""
-        return kept(n, self.keep)
-
     def encode(self, values: Values, context: Context) -> tuple[Values, list[Buffer]]:
-        """Take the values of the subset."""
-        return kernels.gather(values, self._chosen(context)), []
+        """Return the values of the subset."""
+        return kernels.gather(values, self._indices(context)), []
 
-    def decode(self, values: Values, context: Context, sides: Sequence[Buffer]) -> Values:  # noqa: ARG002
-        """Put the values where they were, and zeros elsewhere."""
-        return kernels.scatter(values, self._chosen(context), context.n)
+    def decode(self, values: Values, context: Context, side: Sequence[Buffer]) -> Values:  # noqa: ARG002
+        """Return the values at their positions, and zeros elsewhere."""
+        return kernels.scatter(values, self._indices(context), context.n)
 
-    def _chosen(self, context: Context) -> NDArray[np.int64]:
-        return _mask(context.n, kept(context.n, self.keep), context.seed)
+    def _indices(self, context: Context) -> NDArray[np.int64]:
+        return _mask(context.n, self.size(context.n, context.shapes), context.seed)
 
 
-@functools.lru_cache(maxsize=2)
-def _mask(n: int, k: int, seed: int) -> NDArray[np.int64]:
-    """Return the mask of one task, which every step of its training asks for."""
-    return kernels.mask(n, k, seed)
+# Every training step of a task needs the same mask.
+_mask = functools.lru_cache(maxsize=2)(kernels.mask)
 
 
 class LowRank(ValueStage):
     """Each matrix W [out, in] is C A^T, where A [in, rank] follows from the seed.
 
-    A kernel [out, in, h, w] is the matrix [out, in * h * w]. A has random signs / sqrt(in), so
-    that both ends have the same one to the bit; C = W A (A^T A)^-1 is the nearest there is. What
-    is no matrix, or not larger than its C, or has few rows (less than rank / 16), travels whole.
+    A kernel [out, in, h, w] is the matrix [out, in * h * w]. A has random signs / sqrt(in), the
+    same to the bit at both ends; C = W A (A^T A)^-1 gives the nearest such matrix. A tensor is
+    sent whole if it is not a matrix, not larger than its C, or has fewer than rank / 16 rows.
 
     rank: k, of every matrix.
     """
@@ -85,7 +71,7 @@ class LowRank(ValueStage):
         return str(self.rank)
 
     def size(self, n: int, shapes: Shapes) -> int:  # noqa: ARG002
-        """Return the values of all C, and of what travels whole."""
+        """Return the number of values in all C and in the tensors sent whole."""
         return sum(
             out * (self.rank if self._is_cut(out, width) else width)
             for out, width in map(_matrix, shapes)
@@ -98,13 +84,13 @@ class LowRank(ValueStage):
             if frame is None:
                 parts.append(matrix.reshape(-1))
                 continue
-            # The columns of a small A may depend on each other; a pseudo-inverse bears that.
+            # The columns of a small A can be linearly dependent: hence the pseudo-inverse.
             gram = frame.T.astype(np.float64) @ frame.astype(np.float64)
             c = (matrix @ frame).astype(np.float64) @ np.linalg.pinv(gram, 1e-6, hermitian=True)
             parts.append(np.ascontiguousarray(c, np.float32).reshape(-1))
         return np.concatenate(parts) if parts else values, []
 
-    def decode(self, values: Values, context: Context, sides: Sequence[Buffer]) -> Values:  # noqa: ARG002
+    def decode(self, values: Values, context: Context, side: Sequence[Buffer]) -> Values:  # noqa: ARG002
         """Return C A^T of each matrix."""
         full = np.empty(context.n, np.float32)
         start = 0
@@ -122,7 +108,7 @@ class LowRank(ValueStage):
     def _matrices(
         self, values: Values, context: Context
     ) -> Iterator[tuple[Values, NDArray[np.float32] | None]]:
-        """Yield each tensor as a view [out, in], with its A if it has one."""
+        """Yield each tensor as a view [out, in], and its A; None for tensors sent whole."""
         start = 0
         for index, shape in enumerate(context.shapes):
             out, width = _matrix(shape)
@@ -135,7 +121,7 @@ class LowRank(ValueStage):
 
 
 def _matrix(shape: tuple[int, ...]) -> tuple[int, int]:
-    """Return a tensor's sizes as a matrix, [first, all the others]."""
+    """Return the sizes of a tensor as a matrix: the first, and the product of the others."""
     if len(shape) < 2:
         return 1, math.prod(shape)
     return shape[0], math.prod(shape[1:])

@@ -208,8 +208,8 @@ def test_fused_or_not_the_bytes_and_values_are_the_same(basis, bits, n):
     x = torch.randn(n, generator=torch.Generator().manual_seed(n))
     number = Quantize(bits, basis.block)
     fused = Pipeline([Limit(0), basis, number])
-    assert fused._apart == []
-    apart = type("Apart", (Pipeline,), {"_apart": property(lambda self: self._values)})(
+    assert fused._own_passes == []
+    apart = type("Apart", (Pipeline,), {"_own_passes": property(lambda self: self._values)})(
         fused.stages
     )
     one, other = fused.encode({"x": x}, 9), apart.encode({"x": x}, 9)
@@ -229,8 +229,8 @@ def test_stages_one_after_the_other_write_what_the_pipeline_writes():
 
 def test_other_blocks_are_two_passes():
     pipeline = make_codec("hadamard(64) | quantize(4)")
-    assert pipeline._apart == pipeline._values
-    assert make_codec("hadamard | quantize(4)")._apart == []
+    assert pipeline._own_passes == pipeline._values
+    assert make_codec("hadamard | quantize(4)")._own_passes == []
 
 
 # ---- specs and wire names

@@ -28,7 +28,7 @@ def test_places_out_of_order_or_range_are_refused(places):
     spec = f"topk@1({len(places) / 100!r})"
     meta = {"tensors": [["x", "float32", [100]]], "large": [0], "seed": 0}
     steps, values = np.array(places, np.uint32), np.ones(len(places), np.float32)
-    with pytest.raises(DecodeError, match="places in order"):
+    with pytest.raises(DecodeError, match="expected ascending positions"):
         decode(Encoded(f"limit@1(0) | {spec}", meta, [steps.tobytes(), values.tobytes()]))
 
 

@@ -15,7 +15,7 @@ from fedmq.codecs.pipeline import _seed
 from fedmq.codecs.registry import decode, make_codec
 from fedmq.codecs.stages.entropy import Entropy
 from fedmq.codecs.stages.quantizers import Quantize
-from fedmq.codecs.stages.sparsifiers import kept
+from fedmq.codecs.stages.sparsifiers import TopK
 
 
 def there_and_back(spec, x, seed=0):
@@ -258,7 +258,7 @@ def test_with_error_feedback_all_is_sent_in_the_end(spec):
     ("n", "keep", "count"), [(0, 0.5, 0), (1, 1e-9, 1), (10, 0.25, 2), (10, 1, 10), (3, 0.9, 3)]
 )
 def test_how_many_values_a_fraction_is(n, keep, count):
-    assert kept(n, keep) == count
+    assert TopK(keep).size(n, ()) == count
 
 
 # ---- sizes

@@ -26,7 +26,7 @@ def sylvester(n: int) -> np.ndarray:
 def test_a_rotation_is_the_hadamard_matrix_times_signs(n: int) -> None:
     """Konecny et al. 2016, section 4 (iii); the signs are what the inverse shows of them."""
     x = heavy_tailed(n)
-    y = kernels.rotate(x, n, 3)
+    y = kernels.transform(x, n, HadamardBasis(3))
     signed = sylvester(n) @ y / np.sqrt(n)
     np.testing.assert_allclose(np.abs(signed), np.abs(x), atol=1e-5)
 
@@ -36,11 +36,12 @@ def test_a_rotation_is_the_hadamard_matrix_times_signs(n: int) -> None:
 @given(st.integers(0, 9000), blocks, st.integers(-(2**70), 2**70))
 def test_a_rotation_keeps_the_norm_and_can_be_undone(n: int, block: int, seed: int) -> None:
     x = heavy_tailed(n)
-    y = kernels.rotate(x, block, seed)
+    basis = HadamardBasis(seed)
+    y = kernels.transform(x, block, basis)
     assert y.dtype == np.float32
-    assert y.shape == (kernels.rotated_size(n, block),) == (n,)
+    assert y.shape == (kernels.coefficients(n, block, basis),) == (n,)
     np.testing.assert_allclose(np.linalg.norm(y), np.linalg.norm(x), rtol=1e-5)
-    back = kernels.unrotate(y, block, seed, n)
+    back = kernels.restore(y, n, block, basis)
     assert np.linalg.norm(back - x) <= 1e-6 * np.linalg.norm(x)
 
 
@@ -58,34 +59,37 @@ def test_kashin_coefficients_represent_the_values_exactly(
     n: int, block: int, iterations: int, eta: float, delta: float, unit: float
 ) -> None:
     x = heavy_tailed(n) * np.float32(unit)
-    a = kernels.kashin(x, block, iterations, eta, delta, 5)
+    frame = KashinFrame(5, iterations, eta, delta)
+    a = kernels.transform(x, block, frame)
     assert a.dtype == np.float32
-    assert a.shape == (kernels.kashin_size(n, block),)
-    back = kernels.unkashin(a, n, block, 5).astype(np.float64)
+    assert a.shape == (kernels.coefficients(n, block, frame),)
+    back = kernels.restore(a, n, block, frame).astype(np.float64)
     assert np.linalg.norm(back - x) <= 1e-5 * np.linalg.norm(x.astype(np.float64))
 
 
 def test_clipping_bounds_every_coefficient() -> None:
     """Lyubarskii, Vershynin 2010: at most the sum of all levels, M (1 + eta + eta^2 ..)."""
     x = heavy_tailed(3840)
-    a = kernels.kashin(x, 4096, 3, 0.5, 0.5, 1, clipped=True)
+    frame = KashinFrame(1, 3, 0.5, 0.5, clipped=True)
+    a = kernels.transform(x, 4096, frame)
     level = np.linalg.norm(x) / np.sqrt(0.5 * 4096)
     assert np.abs(a).max() <= level * (1 + 0.5 + 0.25) * 1.0001
-    residual = np.linalg.norm(kernels.unkashin(a, x.size, 4096, 1) - x)
+    residual = np.linalg.norm(kernels.restore(a, x.size, 4096, frame) - x)
     assert residual < 0.2 * np.linalg.norm(x)
 
 
 def test_zeros_stay_zeros() -> None:
     zeros = np.zeros(5000, np.float32)
-    assert not kernels.rotate(zeros, 4096, 1).any()
-    assert not kernels.kashin(zeros, 4096, 3, 0.3, 0.5, 1).any()
+    assert not kernels.transform(zeros, 4096, HadamardBasis(1)).any()
+    assert not kernels.transform(zeros, 4096, KashinFrame(1)).any()
 
 
 def test_each_block_and_each_seed_has_its_own_signs() -> None:
     same = np.tile(heavy_tailed(64), 20)
-    rows = kernels.rotate(same, 64, 1).reshape(20, 64)
+    first, second = (kernels.transform(same, 64, HadamardBasis(seed)) for seed in (1, 2))
+    rows = first.reshape(20, 64)
     assert len({row.tobytes() for row in rows}) == 20
-    assert (kernels.rotate(same, 64, 1) != kernels.rotate(same, 64, 2)).mean() > 0.9
+    assert (first != second).mean() > 0.9
 
 
 def test_signs_are_fair_and_follow_from_the_seed() -> None:
@@ -114,15 +118,14 @@ def test_a_cut_covers_all_values_and_wastes_few(n: int, block: int) -> None:
 @pytest.mark.parametrize("size", [0, 99, 101, 4096])
 def test_a_wrong_number_of_coefficients_is_refused(size: int) -> None:
     y = np.zeros(size, np.float32)
-    with pytest.raises(ValueError, match="coefficients"):
-        kernels.unrotate(y, 64, 1, 100)
-    with pytest.raises(ValueError, match="coefficients"):
-        kernels.unkashin(y, 100, 64, 1)
+    for basis in (HadamardBasis(1), KashinFrame(1)):
+        with pytest.raises(ValueError, match="coefficients"):
+            kernels.restore(y, 100, 64, basis)
 
 
 @pytest.mark.parametrize("block", [0, -4, 3, 48, 1 << 21, 64.0, True + 2])
 def test_only_powers_of_two_are_blocks(block: int) -> None:
     with pytest.raises(ValueError, match="block"):
-        kernels.rotate(np.zeros(100, np.float32), block, 1)
+        kernels.transform(np.zeros(100, np.float32), block, HadamardBasis(1))
     with pytest.raises(ValueError, match="block"):
-        kernels.kashin_size(100, block)
+        kernels.coefficients(100, block, KashinFrame(1))

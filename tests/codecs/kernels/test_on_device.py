@@ -61,14 +61,11 @@ def test_a_range_beyond_float32_is_the_same_too() -> None:
 @given(sizes, blocks, st.integers(-5, 2**64))
 def test_bases_are_the_same(n: int, block: int, seed: int) -> None:
     x, tensor = some(n)
-    y = kernels.rotate(x, block, seed)
-    assert same(y, on_device.rotate(tensor, block, seed))
-    back = on_device.unrotate(torch.from_numpy(y), block, seed, n)
-    assert same(kernels.unrotate(y, block, seed, n), back)
-    a = kernels.kashin(x, block, 3, 0.3, 0.5, seed)
-    assert same(a, on_device.kashin(tensor, block, 3, 0.3, 0.5, seed))
-    back = on_device.unkashin(torch.from_numpy(a), n, block, seed)
-    assert same(kernels.unkashin(a, n, block, seed), back)
+    for basis in (HadamardBasis(seed), KashinFrame(seed)):
+        y = kernels.transform(x, block, basis)
+        assert same(y, on_device.transform(tensor, block, basis))
+        back = on_device.restore(torch.from_numpy(y), n, block, basis)
+        assert same(kernels.restore(y, n, block, basis), back)
 
 
 @quick
@@ -105,6 +102,6 @@ def test_what_is_unsound_is_refused() -> None:
     with pytest.raises(ValueError, match="finite"):
         on_device.top(tensor, 3)
     with pytest.raises(ValueError, match="coefficients"):
-        on_device.unkashin(tensor, 100, 64, 1)
+        on_device.restore(tensor, 100, 64, KashinFrame(1))
     with pytest.raises(ValueError, match="float32 vector"):
         on_device.accumulate(torch.zeros(200)[::2], codes, ranges, 3, 32, 1.0)

@@ -13,7 +13,6 @@ from click.testing import CliRunner
 from fedmq.algorithms.errors import DataError
 from fedmq.algorithms.problems import data_files
 from fedmq.algorithms.problems.datasets import load_dataset
-from fedmq.codecs.kernels import jit
 from fedmq.nodes.cli.main import main
 from fedmq.nodes.cluster import environment
 from fedmq.nodes.cluster.environment import place_sockets
@@ -131,13 +130,3 @@ def test_a_run_may_lie_in_a_folder_of_any_name(tmp_path: Path, name: bytes) -> N
     assert done.returncode == 0, done.stdout
     log = Path(os.fsdecode(folder), "broker.log").read_text()
     assert ("is not UTF-8" in log) == (name == b"by\xfftes")
-
-
-def test_without_a_home_no_kernel_s_cache_is_put_into_a_folder_named_tilde(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.delenv("NUMBA_CACHE_DIR", raising=False)
-    monkeypatch.setattr(os, "access", lambda *_: False)
-    assert jit._has_place()
-    monkeypatch.setattr(os.path, "expanduser", lambda path: path)
-    assert not jit._has_place()

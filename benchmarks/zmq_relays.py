@@ -1,4 +1,4 @@
-"""What the broker is measured against: ZeroMQ's proxy in C, a copying relay in Python, and TCP."""
+"""The references of the broker benchmark: ZeroMQ's proxy in C, a copying relay, and TCP."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import time
 from multiprocessing.connection import Connection
 
 import zmq
-from harness import clocked, distinct, is_small, pace, pings, say
+from harness import distinct, is_small, pace, send_json, time_receiver, time_round_trips
 
 from fedmq.broker.process import allow_many_files
 
@@ -21,35 +21,35 @@ _TCP_BLOCK = 256 * 1024
 
 
 def proxy(pipe: Connection) -> None:
-    """Relay in C, from one ROUTER to one DEALER, which deals messages out in turn."""
+    """Relay in C, from one ROUTER to one DEALER, which sends to its peers in turn."""
     context = zmq.Context()
     front, back = context.socket(zmq.ROUTER), context.socket(zmq.DEALER)
     endpoints = []
     for each in (front, back):
         each.bind("tcp://127.0.0.1:*")
         endpoints.append(each.getsockopt_string(zmq.LAST_ENDPOINT))
-    say(pipe, endpoints)
+    send_json(pipe, endpoints)
     zmq.proxy(front, back)
 
 
 def copying_relay(pipe: Connection) -> None:
-    """Relay in Python, by name, with a copy of each frame on the way in and out."""
+    """Relay in Python, by name; copies each frame on the way in and on the way out."""
     socket = zmq.Context().socket(zmq.ROUTER)
     socket.bind("tcp://127.0.0.1:*")
-    say(pipe, [socket.getsockopt_string(zmq.LAST_ENDPOINT)] * 2)
+    send_json(pipe, [socket.getsockopt_string(zmq.LAST_ENDPOINT)] * 2)
     while True:
         sender, to, *rest = socket.recv_multipart()
         socket.send_multipart([to, sender, *rest])
 
 
 def answering_router(pipe: Connection, beat_s: float, lease_s: float) -> None:
-    """Send every frame back to very many, with as many pings as a broker's socket sends."""
+    """Echo every frame to any number of peers, with as many pings as a broker's socket sends."""
     allow_many_files()
     socket = zmq.Context().socket(zmq.ROUTER)
     socket.setsockopt(zmq.HEARTBEAT_IVL, round(beat_s * 1000))
     socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, round(lease_s * 1000))
     socket.bind("tcp://127.0.0.1:*")
-    say(pipe, [socket.getsockopt_string(zmq.LAST_ENDPOINT)] * 2)
+    send_json(pipe, [socket.getsockopt_string(zmq.LAST_ENDPOINT)] * 2)
     while True:
         socket.send_multipart(socket.recv_multipart())
 
@@ -64,13 +64,13 @@ def _dealer(endpoint: str, name: str) -> zmq.Socket[bytes]:
 
 
 def _introduce(socket: zmq.Socket[bytes], to: str, word: bytes) -> None:
-    """Say a word until something arrives: the other one may not be known to the relay yet."""
+    """Send a word until an answer arrives: the relay may not know the other peer yet."""
     while not socket.poll(100):
         socket.send_multipart([to.encode(), word])
 
 
 def send_zmq(_pipe: Connection, endpoint: str, to: list[str], size: int) -> None:
-    """Send a stream to the receiver; ``to`` is empty for a relay that knows no names."""
+    """Send a stream to the receiver; ``to`` is empty for a relay that does not route by name."""
     socket = _dealer(endpoint, "sender")
     window, batch, _ = pace(size)
     buffers = distinct(size, window + 1)
@@ -91,24 +91,24 @@ def send_zmq(_pipe: Connection, endpoint: str, to: list[str], size: int) -> None
 
 
 def receive_zmq(pipe: Connection, endpoint: str, size: int, seconds: float) -> None:
-    """Receive a stream, and time it."""
+    """Receive and time a stream."""
     socket = _dealer(endpoint, "receiver")
-    _, _, acknowledgement = pace(size)
+    _, _, credit = pace(size)
     taken = 0
 
     def take() -> None:
         nonlocal taken
-        socket.recv()  # from whom
+        socket.recv()  # the sender's name
         length = len(socket.recv() if is_small(size) else socket.recv(copy=False))
         if length != size:
             raise SystemExit(f"expected {size} bytes, got {length}")
         taken += 1
-        if taken == acknowledgement:
+        if taken == credit:
             socket.send_multipart([b"sender", b"%d" % taken])
             taken = 0
 
     _introduce(socket, "sender", b"ready")
-    clocked(pipe, take, seconds)
+    time_receiver(pipe, take, seconds)
     while True:
         take()
 
@@ -123,25 +123,25 @@ def ping_zmq(pipe: Connection, endpoint: str, seconds: float) -> None:
         socket.recv_multipart()
 
     while socket.poll(200):
-        socket.recv_multipart()  # what was said to introduce it
-    pings(pipe, exchange, seconds)
+        socket.recv_multipart()  # answers to the introductions
+    time_round_trips(pipe, exchange, seconds)
 
 
 def echo_zmq(_pipe: Connection, endpoint: str) -> None:
-    """Send back what arrives."""
+    """Send every message back."""
     socket = _dealer(endpoint, "echo")
     while True:
         socket.send_multipart(socket.recv_multipart())
 
 
 def fan_out_zmq(pipe: Connection, endpoint: str, workers: int, size: int) -> None:
-    """Send one model to all workers; say how long all but one took to have it."""
+    """Send one model to all workers; report the seconds until all but one have it."""
     socket = _dealer(endpoint, "sender")
     model = os.urandom(size)
     ready: set[bytes] = set()
     while len(ready) < workers:
         ready.add(socket.recv_multipart()[-1])
-    say(pipe, "here")
+    send_json(pipe, "ready")
     pipe.recv_bytes()
     began = time.monotonic()
     for _ in range(workers):
@@ -151,19 +151,19 @@ def fan_out_zmq(pipe: Connection, endpoint: str, workers: int, size: int) -> Non
         word, _, at = socket.recv_multipart()[-1].partition(b" ")
         if word == b"got":
             last, got = max(last, float(at)), got + 1
-    say(pipe, last - began)
+    send_json(pipe, last - began)
     signal.pause()
 
 
 def collect_zmq(pipe: Connection, endpoint: str, index: int) -> None:
     """Receive the model once."""
     socket = _dealer(endpoint, f"worker-{index}")
-    say(pipe, "here")
+    send_json(pipe, "ready")
     _introduce(socket, "sender", b"ready-%d" % index)
-    kept = socket.recv_multipart(copy=False)
+    model = socket.recv_multipart(copy=False)
     socket.send_multipart([b"sender", b"got %f" % time.monotonic()])
     signal.pause()
-    del kept
+    del model
 
 
 # ---- TCP
@@ -173,7 +173,7 @@ def tcp_relay(pipe: Connection) -> None:
     """Copy bytes from one connection to another."""
     with sockets.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
-        say(pipe, [port, port])
+        send_json(pipe, [port, port])
         ends: dict[bytes, sockets.socket] = {}
         while len(ends) < 2:
             connection, _ = server.accept()
@@ -192,7 +192,7 @@ def _connected(port: int, word: bytes) -> sockets.socket:
 
 
 def send_tcp(_pipe: Connection, port: int, size: int) -> None:
-    """Send a stream of bytes, a message at a time."""
+    """Send a stream of bytes, one message at a time."""
     connection = _connected(port, b"S")
     with contextlib.suppress(ConnectionError):
         for buffer in distinct(size, 4):
@@ -200,7 +200,7 @@ def send_tcp(_pipe: Connection, port: int, size: int) -> None:
 
 
 def receive_tcp(pipe: Connection, port: int, size: int, seconds: float) -> None:
-    """Receive a stream of bytes, and time it."""
+    """Receive and time a stream of bytes."""
     connection = _connected(port, b"R")
     buffered = connection.makefile("rb", buffering=_TCP_BLOCK)
     block = memoryview(bytearray(size))
@@ -213,5 +213,5 @@ def receive_tcp(pipe: Connection, port: int, size: int, seconds: float) -> None:
         if length != size:
             raise SystemExit(f"expected {size} bytes, got {length}")
 
-    clocked(pipe, take, seconds)
+    time_receiver(pipe, take, seconds)
     signal.pause()

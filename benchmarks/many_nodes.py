@@ -1,13 +1,13 @@
-"""What very many nodes cost a broker that have nothing to say but that they are there.
+"""Measure the cost of many idle nodes for the broker.
 
-Each node is a connection of its own over loopback, and says a beat each second. Beside it,
-a bare ROUTER that answers whatever comes, with the same pings of ZeroMQ's own.
+Each node is a connection of its own over loopback and sends one heartbeat per second. The
+reference is a bare ROUTER that answers every message, with the same ZeroMQ pings.
 
-    python benchmarks/crowd.py [--json FILE] [--nodes 100,1000,4000] [--seconds 5]
+    python benchmarks/many_nodes.py [--json FILE] [--nodes 100,1000,4000] [--seconds 5]
 
-joined: until every node has its Welcome, in seconds.
-cpu: of the broker's process while all of them beat, in cores; and what of it is the thread
-    of ZeroMQ's that pings the connections.
+joined: seconds until every node has its Welcome.
+cpu: of the broker's process while all nodes send heartbeats, in cores; and the part of it
+    used by ZeroMQ's thread, which pings the connections.
 """
 
 from __future__ import annotations
@@ -31,36 +31,36 @@ from fedmq.broker.wire.schema import Heartbeat, Hello
 
 sys.path.append(str(Path(__file__).parent))  # python -P leaves it out
 
-import relays
-from harness import WAIT_S, Crew
-from parties import RUN, broker
+import zmq_relays
+from harness import WAIT_S, ProcessGroup
+from peers import RUN, broker
 
 SETTINGS = BrokerSettings()
 
 
 def threads_s(process: psutil.Process) -> tuple[float, float]:
-    """Return the CPU time of a process so far: of all threads, and of all but the main one."""
+    """Return the CPU seconds of a process so far: of all threads, and of all but the main one."""
     times = {each.id: each.user_time + each.system_time for each in process.threads()}
     return sum(times.values()), sum(times.values()) - times[process.pid]
 
 
-def crowd(kind: str, nodes: int, seconds: float) -> dict[str, float]:
-    """Let nodes join, then beat for some seconds; return the figures."""
+def many_nodes(kind: str, nodes: int, seconds: float) -> dict[str, float]:
+    """Let nodes join, then send heartbeats for some seconds; return the figures."""
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     context.set(zmq.MAX_SOCKETS, nodes + 1)
-    with Crew() as crew, context:
+    with ProcessGroup() as group, context:
         ours = kind == "fedmq"
         server = (
-            crew.start(broker, str(crew.folder))
+            group.start(broker, str(group.folder))
             if ours
-            else crew.start(relays.answering_router, SETTINGS.beat_s, SETTINGS.lease_s)
+            else group.start(zmq_relays.answering_router, SETTINGS.beat_s, SETTINGS.lease_s)
         )
-        place, _ = server.hear()
+        endpoint, _ = server.receive()
 
         def join(hello: Hello) -> zmq.Socket[bytes]:
             socket = context.socket(zmq.DEALER)
             socket.setsockopt(zmq.LINGER, 0)
-            socket.connect(place)
+            socket.connect(endpoint)
             socket.send(encode_frame(hello))
             return socket
 
@@ -80,16 +80,18 @@ def crowd(kind: str, nodes: int, seconds: float) -> dict[str, float]:
                 poller.unregister(socket)
                 joining.discard(socket)
         if joining:
-            raise SystemExit(f"{len(joining)} of {nodes} nodes could not join {kind}")
+            raise SystemExit(
+                f"{kind}: {len(joining)} of {nodes} nodes did not join in {WAIT_S:g} s"
+            )
         joined = time.monotonic() - began
 
         process = psutil.Process(server.pid)
         before, began = threads_s(process), time.monotonic()
-        beat = encode_frame(Heartbeat())
+        heartbeat = encode_frame(Heartbeat())
         for number in range(int(nodes * seconds)):
-            # Each at its time, as nodes are: in one burst a broker takes many at a turn.
+            # Evenly spaced, as real nodes send: a broker reads a burst in few turns of its loop.
             time.sleep(max(0.0, began + number * SETTINGS.beat_s / nodes - time.monotonic()))
-            sockets[number % nodes].send(beat)
+            sockets[number % nodes].send(heartbeat)
         elapsed = time.monotonic() - began
         total, others = (b - a for a, b in zip(before, threads_s(process), strict=True))
         for socket in sockets:
@@ -105,13 +107,13 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=5.0)
     options = parser.parse_args()
     allow_many_files()
-    table = Table("nodes", "", "joined (s)", "CPU (cores)", "ZeroMQ's thread of it")
+    table = Table("nodes", "", "joined (s)", "CPU (cores)", "of it ZeroMQ's thread")
     figures = {}
     for nodes in [int(each) for each in options.nodes.split(",")]:
         for kind in ("fedmq", "bare ROUTER"):
-            found = crowd(kind, nodes, options.seconds)
+            found = many_nodes(kind, nodes, options.seconds)
             table.add_row(f"{nodes:,}", kind, *(f"{value:.2f}" for value in found.values()))
-            figures |= {f"crowd.{nodes}.{kind}.{name}": value for name, value in found.items()}
+            figures |= {f"many_nodes.{nodes}.{kind}.{name}": value for name, value in found.items()}
     Console().print(table)
     if options.json:
         options.json.write_text(json.dumps(figures, indent=2) + "\n")

@@ -1,7 +1,7 @@
-"""A broker that records nothing, to see what recording costs.
+"""A broker without a ledger on disk, to measure the cost of recording.
 
-It is the real one in all else: the same loop, the same ledger's code. But what would be
-written is only counted, and what is on its way to a recipient is kept in memory.
+It runs the real broker's loop and ledger code, but writes nothing: it only counts the bytes,
+and keeps undelivered messages and blobs in memory.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from unittest import mock
 
-from harness import say
+from harness import send_json
 
 from fedmq.broker.ledger import blob_store, writer
 from fedmq.broker.ledger.segment_writer import Segment
@@ -20,8 +20,8 @@ from fedmq.broker.settings import BrokerSettings, LedgerSettings
 from fedmq.broker.wire.schema import Buffer
 
 _IN_FLIGHT_BYTES = 192 << 20
-"""More than a stream's window: whoever reads what is on its way finds it in memory."""
-_WITHOUT_END = 1 << 60
+"""More than a stream's window, so every read of an undelivered blob is served from memory."""
+_UNLIMITED = 1 << 60
 
 
 def _count(segment: Segment, buffers: Sequence[Buffer]) -> None:
@@ -29,15 +29,15 @@ def _count(segment: Segment, buffers: Sequence[Buffer]) -> None:
 
 
 def broker(pipe: Connection, folder: str) -> None:
-    """Serve, and say where."""
+    """Serve; report the endpoint."""
     with (
         mock.patch.object(Segment, "_write", _count),
         mock.patch.object(blob_store, "_RECENT_BYTES", _IN_FLIGHT_BYTES),
         mock.patch.object(writer, "_RECENT_BYTES", _IN_FLIGHT_BYTES),
-        mock.patch.object(writer, "_PAYLOAD_SEGMENT_BYTES", _WITHOUT_END),
-        mock.patch.object(writer, "_MESSAGES_SEGMENT_BYTES", _WITHOUT_END),
+        mock.patch.object(writer, "_PAYLOAD_SEGMENT_BYTES", _UNLIMITED),
+        mock.patch.object(writer, "_MESSAGES_SEGMENT_BYTES", _UNLIMITED),
     ):
-        keeping = LedgerSettings(share_files=False)
-        server = BrokerServer("tcp://127.0.0.1:0", Path(folder), BrokerSettings(), keeping)
-        say(pipe, [server.endpoint, server.endpoint])
+        settings = LedgerSettings(share_files=False)
+        server = BrokerServer("tcp://127.0.0.1:0", Path(folder), BrokerSettings(), settings)
+        send_json(pipe, [server.endpoint, server.endpoint])
         server.serve()

@@ -1,4 +1,4 @@
-"""fedmq's side of the broker's benchmark: a broker and its nodes, each in a process of its own."""
+"""fedmq's side of the broker benchmark: a broker and its nodes, each in its own process."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from harness import clocked, distinct, is_small, memory, pace, pings, say
+from harness import distinct, is_small, memory, pace, send_json, time_receiver, time_round_trips
 
 from fedmq.algorithms.allowed import Allowed
 from fedmq.broker.errors import LinkClosed
@@ -28,15 +28,15 @@ CLIENTS = 1024
 
 
 def broker(pipe: Connection, folder: str, share_files: bool = True) -> None:  # noqa: FBT001, FBT002 - a process's arguments
-    """Serve, and say where."""
-    keeping = LedgerSettings(share_files=share_files)
-    server = BrokerServer("tcp://127.0.0.1:0", Path(folder), BrokerSettings(), keeping)
-    say(pipe, [server.endpoint, server.endpoint])
+    """Serve; report the endpoint."""
+    settings = LedgerSettings(share_files=share_files)
+    server = BrokerServer("tcp://127.0.0.1:0", Path(folder), BrokerSettings(), settings)
+    send_json(pipe, [server.endpoint, server.endpoint])
     server.serve()
 
 
-class Party:
-    """A node with one address, which is an aggregator's or a client's."""
+class Peer:
+    """A node with one address: the aggregator's or a client's."""
 
     def __init__(self, endpoint: str, address: str) -> None:
         self.name = address.replace("client/", "worker-")
@@ -72,13 +72,13 @@ class Party:
         self.link.post(message, [buffer for _, buffer in data] if data else (), consumes)
 
     def get(self) -> Delivery:
-        """Return the next message from another node: who joins and leaves does not matter."""
+        """Return the next message from another node; skip the broker's joins and leaves."""
         while (delivery := self.link.get()).message.sender == BROKER:
             self.link.done([delivery.seq])
         return delivery
 
     def linger(self) -> None:
-        """Wait until the run is over, and say goodbye."""
+        """Wait for the end of the run, then close the link."""
         with contextlib.suppress(LinkClosed):
             while True:
                 self.get()
@@ -86,127 +86,127 @@ class Party:
 
 
 def send_fedmq(
-    _pipe: Connection, endpoint: str, to: list[str], size: int, few: int | None = None
+    _pipe: Connection, endpoint: str, to: list[str], size: int, repeated: int | None = None
 ) -> None:
-    """Send a stream; ``to`` is the receiver's address and the sender's own.
+    """Send a stream; ``to`` holds the receiver's address and the sender's own.
 
-    Large messages are all new bytes; or there are a ``few`` of them, sent again and again.
+    Every large message has new bytes; with ``repeated``, the stream cycles through that many.
     """
     receiver, own = to
-    party = Party(endpoint, own)
+    peer = Peer(endpoint, own)
     window, batch, _ = pace(size)
-    buffers = distinct(size, few or window + 1)
+    buffers = distinct(size, repeated or window + 1)
     fixed = {"x": bytes(next(buffers))}
     payloads: Iterator[tuple[Blob, Buffer]] = ((Blob.of(data), data) for data in buffers)
-    if few:
-        payloads = itertools.cycle(list(itertools.islice(payloads, few)))
+    if repeated:
+        payloads = itertools.cycle(list(itertools.islice(payloads, repeated)))
     credit = window
     while True:
         while credit < batch:
-            delivery = party.get()
+            delivery = peer.get()
             credit += delivery.message.body["taken"]
-            party.link.done([delivery.seq])
-        with party.link.together():
+            peer.link.done([delivery.seq])
+        with peer.link.together():
             for _ in range(batch):
                 if is_small(size):
-                    party.post(receiver, fixed)
+                    peer.post(receiver, fixed)
                 else:
-                    party.post(receiver, {}, [next(payloads)])
+                    peer.post(receiver, {}, [next(payloads)])
         credit -= batch
 
 
 def receive_fedmq(
     pipe: Connection, endpoint: str, own: str, sender: str, size: int, seconds: float
 ) -> None:
-    """Receive a stream, and time it."""
-    party = Party(endpoint, own)
-    _, _, acknowledgement = pace(size)
+    """Receive and time a stream."""
+    peer = Peer(endpoint, own)
+    _, _, credit = pace(size)
     taken: list[int] = []
 
     def take() -> None:
-        delivery = party.get()
+        delivery = peer.get()
         if is_small(size):
             length = len(delivery.message.body["x"])
         else:
-            length = memoryview(party.link.read(delivery, 0)).nbytes
+            length = memoryview(peer.link.read(delivery, 0)).nbytes
         if length != size:
             raise SystemExit(f"expected {size} bytes, got {length}")
         taken.append(delivery.seq)
-        if len(taken) == acknowledgement:
-            with party.link.together():
-                party.link.done(taken)
-                party.post(sender, {"taken": len(taken)})
+        if len(taken) == credit:
+            with peer.link.together():
+                peer.link.done(taken)
+                peer.post(sender, {"taken": len(taken)})
             taken.clear()
 
-    clocked(pipe, take, seconds)
+    time_receiver(pipe, take, seconds)
     while True:
         take()
 
 
 def ping_fedmq(pipe: Connection, endpoint: str, seconds: float) -> None:
     """Measure round trips to the aggregator."""
-    party = Party(endpoint, "client/0")
+    peer = Peer(endpoint, "client/0")
 
     def exchange() -> None:
-        party.post(AGGREGATOR, {})
-        party.link.done([party.get().seq])
+        peer.post(AGGREGATOR, {})
+        peer.link.done([peer.get().seq])
 
-    pings(pipe, exchange, seconds)
+    time_round_trips(pipe, exchange, seconds)
 
 
 def echo_fedmq(_pipe: Connection, endpoint: str) -> None:
     """Answer every message of client 0."""
-    party = Party(endpoint, AGGREGATOR)
+    peer = Peer(endpoint, AGGREGATOR)
     while True:
-        party.post("client/0", {}, consumes=(party.get().seq,))
+        peer.post("client/0", {}, consumes=(peer.get().seq,))
 
 
 def fan_out_fedmq(pipe: Connection, endpoint: str, workers: int, size: int) -> None:
-    """Post one model for all workers; say how long all but one took to have it."""
-    party = Party(endpoint, AGGREGATOR)
+    """Post one model for all workers; report the seconds until all but one have it."""
+    peer = Peer(endpoint, AGGREGATOR)
     model = os.urandom(size)
-    say(pipe, "here")
+    send_json(pipe, "ready")
     pipe.recv_bytes()
     began = time.monotonic()
     data = [(Blob.of(model), model)]
-    with party.link.together():
+    with peer.link.together():
         for index in range(workers):
-            party.post(f"client/{index}", {}, data)
+            peer.post(f"client/{index}", {}, data)
     last = began
     for _ in range(workers - 1):
-        delivery = party.get()
+        delivery = peer.get()
         last = max(last, delivery.message.body["at"])
-        party.link.done([delivery.seq])
-    say(pipe, last - began)
+        peer.link.done([delivery.seq])
+    send_json(pipe, last - began)
     pipe.recv_bytes()
-    party.link.over("everyone has it")
-    party.linger()
-    say(pipe, "over")
+    peer.link.over("all workers have the model")
+    peer.linger()
+    send_json(pipe, "over")
 
 
 def collect_fedmq(pipe: Connection, endpoint: str, index: int) -> None:
     """Fetch the model once."""
-    party = Party(endpoint, f"client/{index}")
-    say(pipe, "here")
-    delivery = party.get()
-    party.link.read(delivery, 0)
-    party.post(AGGREGATOR, {"at": time.monotonic()}, consumes=(delivery.seq,))
-    party.linger()
+    peer = Peer(endpoint, f"client/{index}")
+    send_json(pipe, "ready")
+    delivery = peer.get()
+    peer.link.read(delivery, 0)
+    peer.post(AGGREGATOR, {"at": time.monotonic()}, consumes=(delivery.seq,))
+    peer.linger()
 
 
 def aggregator_program(pipe: Connection, endpoint: str, config: str) -> None:
-    """Run the real aggregator; say the most memory that it took."""
+    """Run the real aggregator; report its peak memory in bytes."""
     from fedmq.nodes.aggregator.program import run_aggregator
     from fedmq.nodes.run.config import parse
 
     run_aggregator(endpoint, parse(config), RUN, allowed=OWN_CODE)
-    say(pipe, memory("VmHWM"))
+    send_json(pipe, memory("VmHWM"))
 
 
 def worker_program(pipe: Connection, endpoint: str, client: int) -> None:
-    """Run a real worker; say the most memory that it took."""
+    """Run a real worker; report its peak memory in bytes."""
     from fedmq.nodes.worker.program import run_worker
 
     own = [(client, client)]
     run_worker(endpoint, f"worker-{client}", own, WORKER, RUN, allowed=OWN_CODE)
-    say(pipe, memory("VmHWM"))
+    send_json(pipe, memory("VmHWM"))
