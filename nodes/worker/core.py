@@ -34,7 +34,8 @@ from fedmq.nodes.messages.payloads import Packed, pack, unpack
 from fedmq.nodes.messages.tensor_tables import fitted
 from fedmq.nodes.process.exception_text import clip_text, described, modules_of, place_in
 from fedmq.nodes.run.agreement import Fingerprint
-from fedmq.nodes.run.setup import Setup, slowdown
+from fedmq.nodes.run.setup import Setup
+from fedmq.nodes.run.stragglers import slowdown
 from fedmq.nodes.worker.client_state import ClientStateStore, SavedClientState
 
 MAX_SLOWDOWN_S = 3600.0
@@ -43,7 +44,7 @@ MAX_SLOWDOWN_S = 3600.0
 class Trained(Struct, frozen=True):
     """A task has been trained: its result and the client's new local state, if it has any.
 
-    device: kind of device, see `setup.kind_of`; the same kind trains to the same bytes.
+    device: kind of device, see `devices.kind_of`; the same kind trains to the same bytes.
     """
 
     payload: Payload

@@ -21,8 +21,9 @@ from fedmq.nodes.errors import ON_PURPOSE, NodeError, StorageError, exits_as_err
 from fedmq.nodes.messages.actions import Handled, PostMessage
 from fedmq.nodes.process.logs import Repeats
 from fedmq.nodes.run.config import parse
-from fedmq.nodes.run.session import inbound_of, linked, new_session, node_key, tell_refused
-from fedmq.nodes.run.setup import Setup, choose_device, set_up
+from fedmq.nodes.run.devices import choose_device
+from fedmq.nodes.run.session import inbound_of, linked, log_rejected, new_session, node_key
+from fedmq.nodes.run.setup import Setup, set_up
 from fedmq.nodes.run.version_zero import version_zero
 from fedmq.nodes.worker.client_state import ClientStateStore, SavedClientState
 from fedmq.nodes.worker.core import (
@@ -119,7 +120,7 @@ def _work_until_over(
     while True:
         delivery = link.get()
         if delivery.message.kind == "refused":
-            tell_refused(delivery.message, repeats)
+            log_rejected(delivery.message, repeats)
         actions: list[Action] = list(core.handle(inbound_of(link, delivery)))
         while actions:
             more = _work(link, setup, core, kept, device, repeats, actions.pop(0))

@@ -9,7 +9,8 @@ from __future__ import annotations
 from fedmq.algorithms.rng import seeded
 from fedmq.algorithms.toolkit.returned import result_of
 from fedmq.nodes.errors import exits_as_errors
-from fedmq.nodes.run.setup import Setup, kind_of
+from fedmq.nodes.run.devices import kind_of
+from fedmq.nodes.run.setup import Setup
 from fedmq.nodes.worker.core import Evaluate, Evaluated, Train, Trained
 
 

@@ -10,7 +10,7 @@ import torch
 from fedmq.broker.wire.schema import Message
 from fedmq.nodes.process import logs
 from fedmq.nodes.process.logs import Repeats
-from fedmq.nodes.run.session import tell_refused
+from fedmq.nodes.run.session import log_rejected
 
 
 @pytest.fixture(autouse=True)
@@ -107,6 +107,6 @@ def test_rejections_with_the_same_code_are_one_line(tmp_path):
         for code in ("not-finite", "late"):
             body = {"id": f"w1/{number}", "reason": "no", "code": code}
             about = {"kind": "refused", "id": f"b/{number}", "run": "r", "sender": "broker"}
-            tell_refused(Message(**about, to="w1", body=body), repeats)
+            log_rejected(Message(**about, to="w1", body=body), repeats)
     codes = [json.loads(line)["code"] for line in path.read_text().splitlines()]
     assert codes == ["not-finite", "late"]
