@@ -71,14 +71,10 @@ class CurvePoint:
 
 @dataclass
 class RunFold:
-    """The state of one run, from the entries of its ledger.
-
-    Args:
-        started_at: start of the run in seconds since 1970; by default, the time of its first
-            message.
-    """
+    """The state of one run, folded from the entries of its ledger."""
 
     started_at: float | None = None
+    """Start of the run in seconds since 1970; by default, the time of its first message."""
     run: str = ""
     config: dict[str, Any] = field(default_factory=dict)
     now: float | None = None
