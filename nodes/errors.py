@@ -1,13 +1,13 @@
-"""What can go wrong in the programs.
+"""Errors of the node programs.
 
 ::
 
     NodeError (Exception)
-    +-- ConfigError    a configuration is unusable; the sentence names the key
-    +-- StorageError   a disk takes nothing now, and may later
-    +-- MessageError   a message from another node is unusable; holds the code
-    +-- OwnCodeError   a problem's or an algorithm's own code raised something
-    +-- RunFailed      a run has ended without reaching its end
+    +-- ConfigError    invalid configuration; the message names the key
+    +-- StorageError   a file cannot be written now; a retry may succeed
+    +-- MessageError   a message from another node cannot be used; has a code
+    +-- OwnCodeError   code of a user's problem or algorithm raised an error
+    +-- RunFailed      the run ended before it reached its goal
 """
 
 import contextlib
@@ -22,30 +22,30 @@ from fedmq.nodes.process.signals import Stopped, this_process
 
 
 class NodeError(Exception):
-    """Root of every error that this package raises on purpose."""
+    """Base class of the errors that the node programs raise."""
 
 
 class ConfigError(NodeError):
-    """A configuration is unusable: which key, what was expected, what stood there."""
+    """The configuration is invalid; the message names the key and the expected value."""
 
 
 class StorageError(NodeError):
-    """Something cannot be written now; it may be possible later, when a disk has room again."""
+    """A file cannot be written now; a retry may succeed once the disk has space again."""
 
 
 class OwnCodeError(NodeError):
-    """Code of a user's problem or algorithm raised something that it would raise again."""
+    """Code of a user's problem or algorithm raised an error that a restart would not cure."""
 
 
 class RunFailed(NodeError):
-    """A run has ended without reaching its end; the message says why."""
+    """The run ended before it reached its goal; the message gives the reason."""
 
 
 class MessageError(NodeError):
     """A message from another node cannot be used.
 
     Attributes:
-        code: why, for programs.
+        code: machine-readable reason.
     """
 
     def __init__(self, reason: str, code: Code) -> None:
@@ -54,7 +54,7 @@ class MessageError(NodeError):
 
 
 def rejection_of(error: Exception) -> Rejection:
-    """Return why a message is rejected that raised this error."""
+    """Convert an error that a message caused into the message's rejection."""
     match error:
         case MessageError() | WireError():
             code = error.code
@@ -64,30 +64,30 @@ def rejection_of(error: Exception) -> Rejection:
             code = Code.UNDECODABLE
         case _:
             code = Code.UNUSABLE
-    # Sentences of this project name no values; what a user's algorithm raises may.
+    # Errors of fedmq contain no data; an error of a user's algorithm may.
     return Rejection(code, clip_text(str(error)) if place_in(error) else str(error))
 
 
 ON_PURPOSE = (NodeError, BrokerError, AlgorithmError, CodecError)
-"""Roots of the errors that this project raises: their messages are whole sentences."""
+"""Base classes of fedmq's errors: their messages are complete sentences."""
 
 
 @contextlib.contextmanager
 def own_code(key: str) -> Iterator[None]:
-    """Run code of a user's; what it raises and would raise again becomes one sentence.
+    """Run a user's code; convert a permanent error to an `OwnCodeError`.
 
     Args:
-        key: of the configuration, which names that code.
+        key: configuration key that names the code.
 
     Raises:
-        OwnCodeError: it raised something that a restart does not cure.
+        OwnCodeError: the code raised an error that a restart would not cure.
     """
     try:
         with exits_as_errors():
             yield
     except ON_PURPOSE:
         raise
-    except Exception as error:  # a user's code may raise anything
+    except Exception as error:  # a user's code can raise anything
         if may_pass(error):
             raise
         raise OwnCodeError(f"{key}: {explained(error)}") from error
@@ -95,14 +95,12 @@ def own_code(key: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def exits_as_errors() -> Iterator[None]:
-    """Run code of a user's; ``exit()`` in it raises an error like any other, and ends no process.
+    """Run a user's code; convert ``exit()`` and other non-`Exception` errors to a `RuntimeError`.
 
-    So does whatever else is raised past ``except Exception``. A signal passes, and Ctrl-C in a
-    program that leaves SIGINT to Python.
+    A stop signal passes through. So does Ctrl-C in a program that leaves SIGINT to Python.
 
     Raises:
-        RuntimeError: in the place of a SystemExit and the like; it names that, and where it came
-            from is in its traceback.
+        RuntimeError: replaces a SystemExit or similar; it names the original and has its traceback.
     """
     try:
         yield

@@ -17,7 +17,7 @@ class Computed:
     """How the aggregator's numbers are computed.
 
     arithmetic: see `fedmq.algorithms.toolkit.arithmetic.ARITHMETIC`.
-    device: kind of CPU, see `setup.kind_of`.
+    device: kind of CPU, see `devices.kind_of`.
     version_0: fingerprint of the problem's model there, see `fedmq.nodes.run.version_zero`.
     rules: of failures in a row, see `fedmq.nodes.aggregator.progress.RULES`.
     """

@@ -153,7 +153,7 @@ class Aggregator(AggregatorState):
         self._running, self._asked_final = False, None
         if not message.body["further"]:
             return
-        self._goal, self._failed, self._error = Goal.told(message.body), False, None
+        self._goal, self._failed, self._error = Goal.of_continued(message.body), False, None
         self._finishing = self._goal.after(self.version)
         self._progress.start_over()
         self._progress.allow(self._goal.failures)

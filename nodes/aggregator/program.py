@@ -39,11 +39,11 @@ from fedmq.nodes.messages.actions import (
 from fedmq.nodes.process.logs import Repeats
 from fedmq.nodes.process.terminal import clients_in_words
 from fedmq.nodes.run.agreement import Fingerprint, disagree
-from fedmq.nodes.run.attainable import check_attainable
 from fedmq.nodes.run.config import Config
 from fedmq.nodes.run.config_difference import differing_keys
-from fedmq.nodes.run.session import inbound_of, linked, new_session, node_key, tell_refused
-from fedmq.nodes.run.setup import kind_of, set_up
+from fedmq.nodes.run.devices import kind_of
+from fedmq.nodes.run.session import inbound_of, linked, log_rejected, new_session, node_key
+from fedmq.nodes.run.setup import check_attainable, set_up
 from fedmq.nodes.run.version_zero import version_zero
 from fedmq.nodes.run_folder.model_files import remove_model, save_model
 
@@ -157,7 +157,7 @@ def _fold_until_over(
         delivery = link.get()
         unsettled.append(delivery.seq)
         if delivery.message.kind == "refused":
-            tell_refused(delivery.message, repeats)
+            log_rejected(delivery.message, repeats)
         sender = delivery.message.sender
         if sender not in disagreeing and disagree(
             version_0, theirs := delivery.message.body.get("version_0")

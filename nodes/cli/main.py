@@ -126,8 +126,8 @@ def cluster(
             this_process.hint = f"go on with: {again}"
             console.print(about(asked, going_on), highlight=False, soft_wrap=True, markup=False)
         with preloading():
-            from fedmq.nodes.run.attainable import check_attainable
-            from fedmq.nodes.run.setup import choose_device, set_up
+            from fedmq.nodes.run.devices import choose_device
+            from fedmq.nodes.run.setup import check_attainable, set_up
 
             with own_code("problem.name"):
                 setup = set_up(asked.config)

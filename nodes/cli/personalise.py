@@ -149,7 +149,7 @@ def measure(
     from fedmq.algorithms.base import Client
     from fedmq.algorithms.rng import derive_seed, seeded
     from fedmq.algorithms.values import metrics_of
-    from fedmq.nodes.run.setup import choose_device
+    from fedmq.nodes.run.devices import choose_device
 
     where = (
         choose_device(setup.config.worker.device)

@@ -217,7 +217,7 @@ def _about_machines(run: Replay) -> Iterator[str]:
     """Yield a sentence on all that this machine does not compute as the recording one did."""
     from fedmq.algorithms.toolkit.arithmetic import ARITHMETIC
     from fedmq.nodes.replay.tolerance import LOSSY_TOLERANCE, TOLERANCE
-    from fedmq.nodes.run.setup import kind_of
+    from fedmq.nodes.run.devices import kind_of
 
     if not run.record.exact:
         if run.computed.arithmetic < ARITHMETIC:
@@ -275,7 +275,7 @@ def _retrain(trace: Trace, allowed: Allowed, node: str, task: str | None) -> boo
     from fedmq.nodes.replay.fold import recorded_setup
     from fedmq.nodes.replay.tolerance import TOLERANCE
     from fedmq.nodes.replay.workers import Retraining
-    from fedmq.nodes.run.setup import kind_of
+    from fedmq.nodes.run.devices import kind_of
 
     again = Retraining(trace, recorded_setup(trace, allowed=allowed), node)
     count = same = near = 0

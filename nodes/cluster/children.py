@@ -23,7 +23,7 @@ from fedmq.broker.errors import BrokerFailed
 from fedmq.broker.process import tune_process
 from fedmq.nodes.errors import ON_PURPOSE, RunFailed
 from fedmq.nodes.process import logs, streams
-from fedmq.nodes.process.exception_text import explained
+from fedmq.nodes.process.exception_text import explained, reason_of
 from fedmq.nodes.process.signals import Stopped, this_process
 from fedmq.nodes.run.config import parse
 
@@ -93,7 +93,7 @@ def _log_to(path: Path, name: str, report: Connection) -> None:
             faulthandler.enable(2, all_threads=False)
     except OSError as error:
         logs.configure(None, node=name, pid=str(os.getpid()))
-        lost(f"cannot write {path}: {streams.reason_of(error)}")
+        lost(f"cannot write {path}: {reason_of(error)}")
     streams.set_up()
     streams.go_on_without_output(lost)
 

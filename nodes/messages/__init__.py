@@ -1,1 +1,1 @@
-"""What goes in and out of a node's core: events, actions, payloads."""
+"""Input and output of a node's core: events, actions, payloads."""

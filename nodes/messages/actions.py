@@ -1,4 +1,4 @@
-"""What a node's core takes from its inbox, and the actions that end at its link."""
+"""Events from a node's inbox, and the actions that its link carries out."""
 
 from __future__ import annotations
 
@@ -16,13 +16,14 @@ from fedmq.nodes.errors import exits_as_errors
 Read = Callable[[int], Buffer]
 """Returns the bytes of a message's i-th blob."""
 Stream = Callable[[int], Iterator[Buffer]]
-"""Returns them in pieces, in order."""
+"""Returns the chunks of a message's i-th blob, in order."""
 
 
 class Inbound(Struct, frozen=True):
-    """A message from the inbox: its number, its time, and how to read its blobs.
+    """A message from the inbox.
 
-    Blobs are content-addressed, so reading one is a pure function of its name.
+    seq, at: its number in the ledger, and the time at which the broker accepted it.
+    read, stream: return its blobs; these are content-addressed, so reading is a pure function.
     """
 
     seq: int
@@ -31,19 +32,15 @@ class Inbound(Struct, frozen=True):
     read: Read
     stream: Stream | None = None
 
-    def pieces(self, index: int) -> Iterator[Buffer]:
-        """Return the bytes of the i-th blob in pieces, without holding all of them."""
-        return self.stream(index) if self.stream is not None else iter((self.read(index),))
-
 
 class Start(Struct, frozen=True):
-    """An aggregator has been admitted.
+    """The broker has admitted the aggregator.
 
-    checkpoint: the newest one of the session before it.
-    run_record: of a replay that starts from the beginning, the run's record, which holds the
-        state of version 0: another machine would draw other first weights.
-    continued: number of the message by which the run goes further than it was to: an end before
-        that one is not told.
+    checkpoint: newest checkpoint of an earlier session.
+    run_record: the run's record with the state of version 0, in a replay from the beginning:
+        another machine would draw other first weights.
+    continued: number of the last message that extended the run's goal; an end of the run before
+        it is not reported.
     """
 
     checkpoint: Inbound | None = None
@@ -52,18 +49,21 @@ class Start(Struct, frozen=True):
 
 
 class PostMessage(Struct, frozen=True):
-    """Post a message; ``data[i]`` are the bytes of its i-th blob."""
+    """Post a message.
+
+    data: bytes of each of its blobs.
+    consumes: numbers of the messages that are handled once this one is in the ledger.
+    """
 
     message: Message
     data: tuple[Buffer, ...] = ()
     consumes: tuple[int, ...] = ()
-    """Numbers of the messages that are dealt with once this one is in the ledger."""
 
 
 class Handled(Struct, frozen=True):
-    """This message has been dealt with.
+    """A message has been handled.
 
-    refused: why it could not be used; code: the same for programs, see `rejections.Code`.
+    refused: reason if it was rejected, else "". code: the reason's code, see `rejections.Code`.
     """
 
     seq: int
@@ -72,23 +72,24 @@ class Handled(Struct, frozen=True):
 
     @classmethod
     def of(cls, seq: int, why: Rejection | None) -> Handled:
-        """Return the action for a message that was rejected, or else used or not needed."""
+        """Return the action for a message that was rejected, if ``why`` is given, or handled."""
         return cls(seq) if why is None else cls(seq, why.reason, why.code)
 
 
 class AckUpTo(Struct, frozen=True):
-    """No session of this node will need the messages so far again, this one included.
+    """Acknowledge all messages up to and including the current one.
 
-    but: numbers of those that one will.
+    but: numbers of the messages that a later session of this node still needs.
     """
 
     but: tuple[int, ...] = ()
 
 
 class EndRun(Struct, frozen=True):
-    """The run is over.
+    """End the run.
 
-    failed: it has not reached its end. error: what a user's code raised, if that is why.
+    failed: whether it ends without reaching its goal. error: the error of a user's code that
+    ended it, if any.
     """
 
     reason: str
@@ -97,15 +98,15 @@ class EndRun(Struct, frozen=True):
 
 
 class Commit:
-    """Work that takes long: it is begun now, beside the inbox, and its end is posted.
+    """Long work that runs beside the inbox from now on; a message is posted when it is done.
 
-    What it comes to counts from where that message's tick stands in the inbox; whoever folds
-    the inbox again may do the work only there.
+    The result takes effect at that message's tick in the inbox. A recovery or replay of the inbox
+    can do the work at that point.
 
     Args:
-        token: of the tick.
-        message: the timer to be posted at the end.
-        work: what is to be done, from nothing but its own values.
+        token: token of the tick.
+        message: timer message to post when the work is done.
+        work: pure function that returns the result.
     """
 
     def __init__(self, token: str, message: Message, work: Callable[[], Any]) -> None:
@@ -116,13 +117,13 @@ class Commit:
         self._error: Exception | None = None
 
     def result(self) -> Any:
-        """Return what the work comes to; done here if nobody has begun it."""
+        """Return the result; do the work now if it has not been done."""
         with self._lock:
             if self._work is not None:
                 try:
                     with exits_as_errors():
                         self._result = self._work()
-                except Exception as error:  # noqa: BLE001 - raised below, to whoever asks
+                except Exception as error:  # noqa: BLE001 - raised below, at every call
                     self._error = error
                 self._work = None
         if self._error is not None:
@@ -131,10 +132,17 @@ class Commit:
 
 
 def fail_on_partial_reread(stream: Stream) -> Stream:
-    """Return a stream whose second reading cannot fail half-way and be taken for a refusal."""
+    """Raise an error if a blob that was read once cannot be read again.
+
+    The first reading checks the blob, so that a failure there rejects the message. A failure of a
+    later reading comes when the result is partly accumulated.
+
+    Raises:
+        RuntimeError: on such a failure, while iterating.
+    """
     whole = set()
 
-    def pieces(index: int) -> Iterator[Buffer]:
+    def chunks(index: int) -> Iterator[Buffer]:
         try:
             yield from stream(index)
         except WireError as error:
@@ -143,7 +151,7 @@ def fail_on_partial_reread(stream: Stream) -> Stream:
             raise
         whole.add(index)
 
-    return pieces
+    return chunks
 
 
 AggregatorAction = PostMessage | Handled | AckUpTo | EndRun | Commit

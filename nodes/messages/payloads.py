@@ -1,8 +1,8 @@
-"""Payloads as messages: which codec wrote which tensors, and where their bytes are.
+"""Encoding of payloads as messages.
 
-The body of a task or a result holds ``numbers`` and ``groups``; a group is
-``{name, codec, meta, buffers}``, and its bytes are the message's next ``buffers`` blobs. Of a
-model of very many tensors, a blob before these holds most of ``meta``
+The body of a task or a result has ``numbers`` and ``groups``. A group is
+``{name, codec, meta, buffers}``; its bytes are the message's next ``buffers`` blobs. In a message
+of very many tensors, a blob before these has most of ``meta``
 (`fedmq.nodes.messages.tensor_tables`).
 """
 
@@ -35,17 +35,18 @@ from fedmq.nodes.messages.tensor_tables import has_table, read_meta
 _RAW = Raw()
 _GROUPS = ("weights", "exact", "features", "logits")
 _OWN = "fedmq."
-"""Codecs from here write plain values only."""
-_MANY_RUNS = MAX_BUFFERS // 2
-_MOST_RUNS = MAX_BUFFERS - 16
-"""Of weights and exact tensors; a message has some more blobs: tables, features, a fold."""
+"""Package of fedmq's own codecs, whose meta has plain values only."""
+_MAX_EXACT_RUNS = MAX_BUFFERS // 2
+_MAX_RUNS = MAX_BUFFERS - 16
+"""Runs of tensors of one dtype, of weights and exact together. The other blobs of a message are
+tables, features, logits and a fold."""
 STREAMED_BYTES = 64 << 20
-"""Raw weights of this size are added up as they come, and never held as a whole."""
+"""Raw weights of at least this size are accumulated while they are read, chunk by chunk."""
 
 
 @dataclass(frozen=True)
 class Codecs:
-    """Which codec writes which group of a payload's tensors; what is exact is always raw."""
+    """The codec of each group of a payload's tensors; exact tensors are always raw."""
 
     weights: Codec = _RAW
     features: Codec = _RAW
@@ -53,11 +54,11 @@ class Codecs:
 
 
 RAW = Codecs()
-"""All tensors as they are."""
+"""All groups unencoded."""
 
 
 class Packed(Struct, frozen=True):
-    """A payload ready to be put into a message."""
+    """A payload as a message's body and blobs, and the blobs' bytes."""
 
     body: Mapping[str, Any]
     blobs: tuple[Blob, ...]
@@ -68,22 +69,22 @@ def pack(payload: Payload, codecs: Codecs, seed: int, who: str = "") -> Packed:
     """Encode a payload, each group of tensors with its codec.
 
     Args:
-        payload: to be sent or kept.
+        payload: to send or save.
         codecs: of each group.
-        seed: of all that codecs draw.
-        who: the method that has returned the payload; if given, it is checked.
+        seed: seed of the codecs' randomness.
+        who: method that returned the payload; if given, the payload is checked.
 
     Raises:
-        ReturnedError: the method returned what cannot be sent.
-        CodecError: a codec cannot write the tensors, or fails.
+        ReturnedError: the method returned something that cannot be sent.
+        CodecError: a codec cannot encode the tensors.
     """
     if who:
         payload = payload_of(payload, who)
     groups = []
     data: list[Buffer] = []
-    exact = _in_few_runs(payload.exact, _MANY_RUNS)
+    exact = _in_few_runs(payload.exact, _MAX_EXACT_RUNS)
     for name, tensors, chosen in (
-        ("weights", _in_few_runs(payload.weights, _MOST_RUNS - _runs(exact)), codecs.weights),
+        ("weights", _in_few_runs(payload.weights, _MAX_RUNS - _runs(exact)), codecs.weights),
         ("exact", exact, _RAW),
         ("features", payload.features, codecs.features),
         ("logits", payload.logits, codecs.logits),
@@ -102,7 +103,7 @@ def _encode(
     """Return a group's codec, its meta of plain values, and its bytes.
 
     Raises:
-        CodecError: the codec fails, or returns what a message cannot hold.
+        CodecError: the codec fails, or its meta cannot be written into a message.
     """
     try:
         encoded = codec.encode(tensors, seed)
@@ -111,7 +112,7 @@ def _encode(
     except CodecError:
         raise
     except Exception as error:
-        # A codec may be a user's own, and raise anything: it is named.
+        # A user's codec can raise anything.
         raise CodecError(
             f"codec {codec.wire_name} cannot encode: {type(error).__name__}: {error}"[:2000]
         ) from error
@@ -134,28 +135,28 @@ def _number(value: object) -> int | float:
 
 
 def _runs(tensors: Mapping[str, Tensor]) -> int:
-    """Return how many runs of tensors of one dtype there are."""
+    """Return the number of runs of consecutive tensors of one dtype."""
     if isinstance(tensors, Streamed):
-        return 1  # all are float32; looking at one would read all of them
+        return 1  # all are float32; access to one would read all of them
     return sum(1 for _ in itertools.groupby(each.dtype for each in tensors.values()))
 
 
-def _in_few_runs(tensors: Mapping[str, Tensor], most: int) -> Mapping[str, Tensor]:
-    """Return tensors in an order in which not too many buffers are needed for them.
+def _in_few_runs(tensors: Mapping[str, Tensor], limit: int) -> Mapping[str, Tensor]:
+    """Order tensors so that they have at most ``limit`` runs, if possible.
 
-    One is for each run of tensors of one dtype. A buffer for each client's tensors is stored
-    once as long as they stay the same; but a message holds few.
+    Each run of tensors of one dtype has a buffer. The original order is better where it fits: a
+    client's unchanged tensors then have an unchanged buffer, which is stored once.
     """
-    if len(tensors) <= most or _runs(tensors) <= most:
+    if len(tensors) <= limit or _runs(tensors) <= limit:
         return tensors
     return dict(sorted(tensors.items(), key=lambda item: str(item[1].dtype)))
 
 
 def numbers_of(message: Message) -> dict[str, Any]:
-    """Return the numbers of a payload, without touching its bytes.
+    """Return a payload's numbers without decoding its tensors.
 
     Raises:
-        DecodeError: they are not there.
+        DecodeError: the message has no valid numbers.
     """
     numbers = message.body.get("numbers")
     if not isinstance(numbers, dict) or not all(isinstance(key, str) for key in numbers):
@@ -169,16 +170,16 @@ def unpack(
     stream: Stream | None = None,
     max_bytes: int = MAX_DECODED_BYTES,
 ) -> Payload:
-    """Decode a payload; the tensors may share memory with the blobs.
+    """Decode a payload; its tensors can share memory with the blobs.
 
     Args:
-        message: whose payload it is.
+        message: with the payload.
         read: returns a whole blob.
-        stream: returns a blob in pieces; with it, large raw weights are `Streamed`.
-        max_bytes: that decoding may take; a few bytes can stand for very many zeros.
+        stream: returns a blob in chunks; with it, large raw weights are `Streamed`.
+        max_bytes: memory limit of decoding: a few bytes can stand for very many zeros.
 
     Raises:
-        DecodeError: the body or the bytes are not a payload.
+        DecodeError: the body or the bytes are not a valid payload.
     """
     numbers = numbers_of(message)
     groups = message.body.get("groups")
@@ -202,7 +203,7 @@ def unpack(
                 f"expected each of {', '.join(_GROUPS)} at most once, got {shorten(name)}"
             )
         if not 0 <= count <= len(message.blobs) - first - table:
-            raise DecodeError(f"group {name!r} has {count} buffers, the message has fewer")
+            raise DecodeError(f"group {name!r} has {count} buffers, but the message has fewer")
         if table:
             whole = read_meta(meta, message.blobs[first], functools.partial(read, first))
             first += 1
@@ -219,7 +220,7 @@ def unpack(
 
 
 def _streamable(codec: str, meta: Mapping[str, Any]) -> dict[str, tuple[int, ...]] | None:
-    """Return the shapes by name, if these are raw float32 tensors in one buffer."""
+    """Return the shapes by name if the tensors are raw float32 in one buffer, else None."""
     if codec != _RAW.wire_name:
         return None
     table = read_table(meta)

@@ -1,10 +1,9 @@
-"""Tables of a message that are too long for its header: they travel as blobs.
+"""Tensor tables that are too long for a message's header: they are sent as blobs.
 
-What a codec says beside a group's bytes (``meta``: the names, dtypes and shapes of all
-tensors, and other lists as long) grows with the model, and a header is bounded. Where a
-message would not fit, the long values of each group's meta are a blob of their own, the first
-of the group's blobs and not counted in its ``buffers``; the group then says ``table: true``. A
-message that fits is written as it always was.
+A group's ``meta`` (names, dtypes and shapes of all tensors, and other lists as long) grows with
+the model, but a header is bounded. If a message would not fit, the long values of each group's
+meta become a blob: the first of the group's blobs, not counted in its ``buffers``. The group then
+has ``table: true``. A message that fits has no such blob.
 """
 
 from __future__ import annotations
@@ -21,19 +20,19 @@ from fedmq.broker.wire.schema import MAX_DEPTH, MAX_MESSAGE_BYTES, Blob, Buffer,
 from fedmq.codecs.errors import DecodeError
 
 MAX_TABLE_BYTES = 8 << 20
-"""Of a table as it travels: 100,000 tensors with names of 60 characters have one of 7 MB."""
+"""Limit of an encoded table: 100,000 tensors with names of 60 characters need 7 MB."""
 MAX_TABLE_MEMORY = 256 << 20
-"""Of a table that has been read, in the worst case."""
+"""Limit of the memory that a decoded table can need."""
 _CONTAINER_BYTES = 72
-"""Of an empty list or map in memory, with the place that refers to it; one byte in msgpack."""
+"""Memory of an empty list or map and the reference to it; it is one byte in msgpack."""
 _BYTE_BYTES = 32
-"""Of other values in memory, at most, for each of their bytes in msgpack."""
+"""Upper bound of the memory of other values, per byte in msgpack."""
 _LONG = 8
-"""Entries of a list or map in a meta that may be worth a blob."""
+"""Length from which a list or map in a meta goes into the table."""
 
 
 def fitted(message: Message, data: Sequence[Buffer]) -> tuple[Message, tuple[Buffer, ...]]:
-    """Return a message and its blobs' bytes, with long tables as blobs if it would not fit."""
+    """Return a message and its blobs' bytes; if it would not fit, move long tables to blobs."""
     groups = message.body.get("groups", ())
     if not any(_long(group["meta"]) for group in groups):
         return message, tuple(data)
@@ -62,22 +61,22 @@ def fitted(message: Message, data: Sequence[Buffer]) -> tuple[Message, tuple[Buf
 
 
 def has_table(group: Mapping[str, Any]) -> bool:
-    """Tell whether the first of a group's blobs is its table."""
+    """Return whether the first of a group's blobs is its table."""
     return group.get("table") is True
 
 
 def read_meta(
     meta: Mapping[str, Any], blob: Blob | None, read: Callable[[], Buffer]
 ) -> Mapping[str, Any]:
-    """Return a group's whole meta.
+    """Return a group's complete meta.
 
     Args:
-        meta: what of it stands in the header.
-        blob: its table, if it has one.
-        read: reads that blob; not called if the blob is too large.
+        meta: the part in the header.
+        blob: the table, if the group has one.
+        read: reads the blob; not called if the blob is too large.
 
     Raises:
-        DecodeError: the blob is no table, or would take too much memory.
+        DecodeError: the blob is no valid table, or would need too much memory.
     """
     if blob is None:
         return meta
@@ -89,8 +88,8 @@ def read_meta(
     needed = _memory_of(data)
     if needed > MAX_TABLE_MEMORY:
         raise DecodeError(
-            f"expected a table of tensors that takes at most {MAX_TABLE_MEMORY} bytes of memory, "
-            f"it may take {needed}"
+            f"expected a table of tensors that needs at most {MAX_TABLE_MEMORY} bytes of memory, "
+            f"got one that can need {needed}"
         )
     try:
         table = msgspec.msgpack.decode(data)
@@ -113,9 +112,9 @@ def _long(meta: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _memory_of(data: memoryview) -> int:
-    """Return how much memory the values of some msgpack take, at most.
+    """Return an upper bound of the memory that decoded msgpack needs, in bytes.
 
-    Every list and map begins with a byte that is counted here; some other bytes look the same.
+    It counts each byte that can begin a list or a map, including equal bytes of other values.
     """
     counts = np.bincount(np.frombuffer(data, np.uint8), minlength=256)
     containers = int(counts[0x80:0xA0].sum() + counts[0xDC:0xE0].sum())

@@ -1,1 +1,1 @@
-"""What every process does with signals, output streams, logs and text for people."""
+"""Signals, output streams, logs and terminal text of every process."""

@@ -1,4 +1,4 @@
-"""How every command ends: signals, standard streams, and its exit code."""
+"""End a command: signals, standard streams, exit code."""
 
 from __future__ import annotations
 
@@ -16,11 +16,12 @@ FAILED = 1
 
 @contextlib.contextmanager
 def ending_well() -> Iterator[None]:
-    """Run a command; end with its exit code, or as Unix tools do if its output cannot be written.
+    """Run a command and exit with the documented code.
 
-    Stopped by a signal, it ends with exit code 130 and one sentence, whatever it was doing.
+    After a stop signal the command exits with code 130 and one line on standard error. If the
+    reader of standard output has closed it, the process ends by SIGPIPE, as Unix tools do.
     """
-    # Where the streams are the process's own, the signals stay taken while it ends, too.
+    # In a process of its own, the handlers stay installed until the interpreter has ended.
     is_process = streams.set_up()
     try:
         with contextlib.ExitStack() as stack:
@@ -34,8 +35,7 @@ def ending_well() -> Iterator[None]:
                 finally:
                     streams.flush()
             except BaseException:
-                # After a signal, any error may be its doing: code that is cut in two by
-                # `Stopped` raises what it likes.
+                # After a signal, ignore errors: code that `Stopped` interrupts can raise anything.
                 if not this_process.count:
                     raise
             finally:

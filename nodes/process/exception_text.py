@@ -1,8 +1,8 @@
-"""What an exception says, fit for a log, a message and a terminal.
+"""Text of exceptions for logs, messages and terminals.
 
-The text of an exception is a user's, or a library's about a user's data: it may be of any length
-and hold any value. What leaves the process is one line of bounded length, in which printed
-tensors and lists of numbers are elided.
+An exception's text comes from a user, or from a library that handled the user's data: it can have
+any length and contain data. What leaves the process is one line of bounded length, in which
+printed tensors and lists of numbers are elided.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ MAX_TEXT = 500
 """Characters of one text in a log line or message."""
 _MAX_PLACE = 120
 _MAX_READ = 20_000
-"""Of a text, before it is shortened: a printed tensor may have millions of characters."""
+"""Characters of a text that are read: a printed tensor can have millions."""
 _MAX_INTEGERS = 8
-"""In a list: more are data, fewer are a shape."""
+"""A longer list of integers is data; a shorter one is a shape."""
 
 _PRINTED = re.compile(r"\b(tensor|array|Parameter|Tensor|ndarray)\(\s*\[")
 _LIST = re.compile(r"\[[^\[\]]*\]")
 _NUMBER = re.compile(r"(?<![\w.])[-+]?(?:\d[\d_]*\.?\d*(?:e[-+]?\d+)?|\.\d+|nan|inf)(?![\w])", re.I)
 _NESTED = re.compile(r"\[\s*(?:\[\.\.\.\][\s,]*|\.\.\.[\s,]*)+\]")
-_PASSING = frozenset(
+_TRANSIENT = frozenset(
     getattr(errno, name)
     for name in ("EAGAIN", "EINTR", "EIO", "EMFILE", "ENFILE", "ENOMEM", "ENOSPC", "ESTALE")
 )
@@ -37,17 +37,17 @@ _STDLIB = sysconfig.get_path("stdlib")
 def clip_text(text: str, longest: int = MAX_TEXT) -> str:
     """Return a text as one line of bounded length, without the values of tensors and lists.
 
-    It can be sent: a file's name in an error need not be UTF-8.
+    The line is valid UTF-8, even if the text contains a file name that is not.
     """
-    known = text[:_MAX_READ].encode(errors="backslashreplace").decode()
-    line = " ".join(without_values(known).split())
+    head = text[:_MAX_READ].encode(errors="backslashreplace").decode()
+    line = " ".join(without_values(head).split())
     return line if len(line) <= longest else line[: longest - 3] + "..."
 
 
 def without_values(text: str) -> str:
-    """Return a text in which printed tensors, arrays and lists of numbers are elided.
+    """Elide printed tensors, arrays and lists of numbers in a text.
 
-    Short lists of whole numbers stay: they are shapes.
+    Short lists of integers stay: they are shapes.
     """
     out, at = [], 0
     while found := _PRINTED.search(text, at):
@@ -61,23 +61,23 @@ def without_values(text: str) -> str:
 
 
 def described(error: BaseException, longest: int = MAX_TEXT) -> str:
-    """Return an exception's type and what it says, as `shorten` does."""
+    """Return an exception's type and text, clipped by `clip_text`."""
     try:
         text = str(error)
-    except Exception:  # noqa: BLE001 - a user's own exception; its type is still known
+    except Exception:  # noqa: BLE001 - `__str__` of a user's exception can raise anything
         text = ""
     name = type(error).__name__
     return clip_text(f"{name}: {text}" if text else name, longest)
 
 
 def place_in(error: BaseException, own: Collection[str] = ()) -> str:
-    """Return file and line of the innermost frame of a user's own code.
+    """Return the file and line of the innermost frame in a user's code.
 
-    Where there is none, the layer of a model that raised it; "" if it was no layer.
+    Without such a frame, return the layer of the model that raised the error, or "".
 
     Args:
-        error: as it was caught.
-        own: top-level modules of the user's, wherever they are installed.
+        error: a caught exception, with its traceback.
+        own: names of the user's top-level modules, wherever they are installed.
     """
     found = ""
     for frame, line in traceback.walk_tb(error.__traceback__):
@@ -88,28 +88,32 @@ def place_in(error: BaseException, own: Collection[str] = ()) -> str:
 
 
 def explained(error: BaseException, own: Collection[str] = ()) -> str:
-    """Return what an exception says, and where in the user's own code it was raised."""
+    """Return an exception's type and text, and where in the user's code it was raised."""
     place = place_in(error, own)
     return f"{described(error)} ({place})" if place else described(error)
 
 
 def modules_of(*objects: object) -> frozenset[str]:
-    """Return the top-level modules of these objects' classes that are not this package's."""
+    """Return the top-level modules of the objects' classes, without fedmq's."""
     named = {type(each).__module__.partition(".")[0] for each in objects}
     return frozenset(named - {"fedmq", "builtins"})
 
 
 def may_pass(error: BaseException) -> bool:
-    """Tell whether an error may be gone after a restart: memory, files, networks."""
+    """Return whether a restart may cure an error: out of memory, files, networks."""
     if isinstance(error, OSError):
-        passing = isinstance(error, ConnectionError | TimeoutError)
-        return passing or error.errno in _PASSING
-    # torch's is a RuntimeError, and not everyone who asks has imported torch.
+        return isinstance(error, ConnectionError | TimeoutError) or error.errno in _TRANSIENT
+    # torch's OutOfMemoryError, by name: some callers run without torch.
     return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
 
 
+def reason_of(error: OSError) -> str:
+    """Return the reason of a system error in lower case, such as "no space left on device"."""
+    return (error.strerror or str(error) or type(error).__name__).lower()
+
+
 def _layer_in(error: BaseException) -> str:
-    """Return the innermost of torch's own layers that was at work, with its name in the model."""
+    """Return the innermost running layer, if it is one of torch's, with its name in the model."""
     torch = sys.modules.get("torch")
     selves = [frame.f_locals.get("self") for frame, _ in traceback.walk_tb(error.__traceback__)]
     modules = [each for each in selves if torch and isinstance(each, torch.nn.Module)]
@@ -122,7 +126,7 @@ def _layer_in(error: BaseException) -> str:
 
 
 def _closing(text: str, at: int) -> int:
-    """Return the place after the bracket that closes the one before ``at``."""
+    """Return the index after the bracket that closes the one before ``at``."""
     depth = 1
     while at < len(text) and depth:
         depth += (text[at] in "([{") - (text[at] in ")]}")
@@ -149,7 +153,7 @@ def _is_own(path: str, module: str, own: Collection[str]) -> bool:
 
 
 def _short(path: str) -> str:
-    """Return a file as it is imported: from the folder in which Python found it."""
+    """Return a file's path relative to the folder that Python imported it from."""
     parents = [each for each in sys.path if each and path.startswith(each.rstrip("/") + "/")]
     shown = path[len(max(parents, key=len).rstrip("/")) + 1 :] if parents else path
     shown = shown if parents else "/".join(Path(path).parts[-2:])

@@ -1,6 +1,6 @@
-"""Structured logs: readable on a terminal, JSON in files; every line says which node.
+"""Structured logs: readable on a terminal, JSON in files; every line names its node.
 
-No line holds a local variable, whose values may be a client's data, and each is of bounded length.
+Lines have bounded length and contain no local variables, which may hold a client's data.
 """
 
 from __future__ import annotations
@@ -16,17 +16,16 @@ from typing import Any, TextIO
 
 import structlog
 
-from fedmq.nodes.process.exception_text import MAX_TEXT, clip_text, described
-from fedmq.nodes.process.streams import reason_of
+from fedmq.nodes.process.exception_text import MAX_TEXT, clip_text, described, reason_of
 
 _MAX_FRAMES, _MAX_CAUSES = 20, 3
-"""Of an exception: the innermost frames, and exceptions that led to one another."""
-_MAX_KNOWN = 256
-"""Kinds of events that are counted; of more, those that came least recently are forgotten."""
+"""Limits for an exception: innermost frames of each, and length of the chain of causes."""
+_MAX_COUNTED = 256
+"""Distinct events that `Repeats` counts; it discards the least recent ones."""
 
 
-class _Lasting(io.TextIOWrapper):
-    """A log that a full disk does not turn into a crash: what cannot be written is left out."""
+class _LossyLog(io.TextIOWrapper):
+    """A log file that drops what it cannot write, so that a full disk does not end the run."""
 
     def __init__(self, raw: io.FileIO, lost: Callable[[str], None] | None) -> None:
         super().__init__(raw)
@@ -42,14 +41,14 @@ class _Lasting(io.TextIOWrapper):
         return len(text)
 
     def flush(self) -> None:
-        """Nothing is held back."""
+        """Do nothing: `write` does not buffer."""
 
 
 class Repeats:
-    """Counts equal events, so that a log tells of them once, and then from time to time.
+    """Limit repeated log lines: the first of equal events is logged, then at most one a period.
 
     Args:
-        every_s: how long after a line the next one of an equal event is due.
+        every_s: period, in seconds.
     """
 
     def __init__(self, every_s: float = 60.0) -> None:
@@ -57,12 +56,12 @@ class Repeats:
         self._seen: dict[object, tuple[int, float]] = {}
 
     def count(self, event: object, now: float) -> int:
-        """Return how often an event has come if a line on it is due, else 0."""
-        times, told = self._seen.pop(event, (0, now))
+        """Count an event; return its count if it should be logged now, else 0."""
+        times, logged_at = self._seen.pop(event, (0, now))
         times += 1
-        due = times == 1 or now - told >= self._every_s
-        self._seen[event] = times, now if due else told
-        if len(self._seen) > _MAX_KNOWN:
+        due = times == 1 or now - logged_at >= self._every_s
+        self._seen[event] = times, now if due else logged_at
+        if len(self._seen) > _MAX_COUNTED:
             del self._seen[next(iter(self._seen))]
         return times if due else 0
 
@@ -71,8 +70,8 @@ _LEVELS = structlog.make_filtering_bound_logger(logging.INFO)
 
 
 def append(path: Path, text: str, **bound: str) -> None:
-    """Write one line into a log that is not this process's; left out if it cannot be written."""
-    with contextlib.suppress(OSError), _Lasting(path.open("ab", buffering=0), None) as stream:
+    """Append one line to another process's log, if it can be written."""
+    with contextlib.suppress(OSError), _LossyLog(path.open("ab", buffering=0), None) as stream:
         log = structlog.wrap_logger(
             structlog.PrintLogger(stream),
             processors=[*_processors(), structlog.processors.JSONRenderer()],
@@ -86,15 +85,15 @@ def configure(path: Path | None, lost: Callable[[str], None] | None = None, **bo
 
     Args:
         path: the file; None for standard error.
-        lost: called once, with the reason, if the file cannot be written any more.
-        bound: what every line holds, such as run, node and session.
+        lost: called once, with the reason, when the file can no longer be written.
+        bound: fields of every line, such as run, node and session.
 
     Raises:
         OSError: the file cannot be opened.
     """
     stream: TextIO = sys.stderr
     if path is not None:
-        stream = _Lasting(path.open("ab", buffering=0), lost)
+        stream = _LossyLog(path.open("ab", buffering=0), lost)
     renderer: structlog.types.Processor = (
         structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())
         if path is None
@@ -126,7 +125,7 @@ def _processors() -> Sequence[structlog.types.Processor]:
 def _bound_values(
     _logger: object, _method: str, event: MutableMapping[str, Any]
 ) -> MutableMapping[str, Any]:
-    """Cut what is long: values come from other nodes and from exceptions, too."""
+    """Clip long values: some come from other nodes or from exceptions."""
     for name, value in event.items():
         if name == "exc_info":
             continue
@@ -140,7 +139,7 @@ def _bound_values(
 def _show_exception(
     _logger: object, _method: str, event: MutableMapping[str, Any]
 ) -> MutableMapping[str, Any]:
-    """Put the frames of an exception, and what it says, in place of the exception."""
+    """Replace an exception by its frames and text."""
     error = event.pop("exc_info", None)
     if isinstance(error, tuple):
         error = error[1]
@@ -152,14 +151,14 @@ def _show_exception(
 
 
 def _frames(error: BaseException) -> str:
-    """Return where an exception came from: files, lines and functions, and no values."""
+    """Return the traceback of an exception and its causes: files, lines, functions, no values."""
     lines: list[str] = []
     each: BaseException | None = error
     for _ in range(_MAX_CAUSES):
         if each is None:
             break
         if lines:
-            lines.append("which came from")
+            lines.append("caused by")
         frames = traceback.StackSummary.extract(
             traceback.walk_tb(each.__traceback__), capture_locals=False, lookup_lines=False
         )[-_MAX_FRAMES:]

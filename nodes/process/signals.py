@@ -1,11 +1,11 @@
-"""Signals that ask a process to stop: one place for all commands and for the nodes of a cluster.
+"""Handling of stop signals, for all commands and for the nodes of a cluster.
 
-Two ways to take them. By default the first signal raises `Stopped` in the main thread, wherever
-it is: in an import, in a user's code, in training. Where the work must not be cut in two (a
-supervisor that watches and ends its nodes, a broker between two turns), `StopSignals.noting`
-only counts them, and the code there asks. What raises nothing (a library's long call in C, user
-code that catches everything, an exit handler that waits) is ended by a watchdog: some seconds
-after the first signal, or with the third.
+By default the first signal raises `Stopped` in the main thread, wherever that is: in an import,
+in a user's code, in training. Code that must not be interrupted (a supervisor that watches and
+ends its nodes, a broker between two turns) uses `StopSignals.noting`, which only counts signals,
+and checks the count. A watchdog ends the process where the exception has no effect (a long call
+in C, user code that catches everything, an exit handler that waits): some seconds after the first
+signal, or with the third.
 """
 
 from __future__ import annotations
@@ -27,33 +27,33 @@ from fedmq.nodes.process import streams
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 INTERRUPTED = 130
-"""The exit code of whatever was stopped by one of them."""
+"""Exit code of a process that a stop signal ended."""
 ENOUGH = 3
-"""The signal that ends at once what is still ending."""
+"""Number of signals after which a process that is still ending is ended at once."""
 _GRACE_S = 5.0
 _SHORT_GRACE_S = 0.3
-"""After the third: the main thread may be about to end, or to say that it needs its time."""
+"""Grace after the third signal: the main thread may be about to end, or to hold the watchdog."""
 _TICK_MS = 100
-_AGAIN_S = 0.01
+_REDELIVER_S = 0.01
 
 
 class Stopped(BaseException):
-    """A signal asked this process to stop; not an Exception, so that training lets it through."""
+    """A signal asked this process to stop; not an `Exception`, so that training passes it on."""
 
 
 def _nothing() -> None:
-    """Do no more than count."""
+    """Do nothing on a signal but count it."""
 
 
 class StopSignals:
-    """The signals that have asked this process to stop. There is one: `this_process`.
+    """Count of the stop signals that this process received; the one instance is `this_process`.
 
     Attributes:
-        count: how many have come.
-        name: of the first; empty before it.
-        hint: a line for the user, to go with the sentence that says so.
-        announced: whether the user has been told that the process was stopped, and by what.
-        supervised: whether the process is of a cluster, whose supervisor may go on with the run.
+        count: number of signals received.
+        name: name of the first signal; "" before it.
+        hint: line for the user, printed after "stopped by SIGNAL".
+        announced: whether "stopped by SIGNAL" has been printed.
+        supervised: whether the process is a node of a cluster, whose run can be resumed.
     """
 
     def __init__(self) -> None:
@@ -70,23 +70,23 @@ class StopSignals:
 
     @property
     def installed(self) -> bool:
-        """Return whether this process takes the signals."""
+        """Return whether the handlers are installed."""
         return bool(self._before)
 
     def check(self) -> None:
-        """Raise `Stopped` if a signal has come."""
+        """Raise `Stopped` if a signal was received."""
         if self.count:
             raise Stopped(self.name)
 
     @contextlib.contextmanager
     def taken(self, *, watchdog: bool = True) -> Iterator[None]:
-        """Take the signals from now on; once the block is left, they do what they did before.
+        """Handle stop signals inside the block; restore the previous handlers after it.
 
         Inside another such block, or outside of the main thread, this does nothing.
 
         Args:
-            watchdog: end this process if it does not end itself. A node of a cluster is ended
-                by its supervisor, which also takes SIGINT and SIGHUP for it.
+            watchdog: end this process if it does not end by itself. A node of a cluster needs no
+                watchdog: its supervisor ends it, and handles SIGINT and SIGHUP for it.
         """
         if self.installed or threading.current_thread() is not threading.main_thread():
             yield
@@ -98,20 +98,20 @@ class StopSignals:
             self._uninstall()
 
     def install(self, *, watchdog: bool = True) -> None:
-        """Take the signals until the process ends; see `taken`.
+        """Handle stop signals until the process ends; see `taken`.
 
         Raises:
-            Stopped: one has come already.
+            Stopped: a signal arrived in the meantime.
         """
         if self.installed:
             return
         note, self._note = self._note, _nothing
-        # The first that is registered is called last. After it the interpreter gives the
-        # signals back to the system, takes a while to end, and would be killed by one.
+        # The first registered handler is called last. After it the interpreter restores the
+        # default handlers and takes a while to end; a signal would kill it then.
         atexit.register(self._ignore)
         for each in STOP_SIGNALS if watchdog else (signal.SIGTERM,):
-            # nohup has SIGHUP ignored. SIGINT is ignored in whatever a script starts with `&`,
-            # and yet whoever sends it there means it.
+            # nohup ignores SIGHUP on purpose. A script's `&` ignores SIGINT, but a SIGINT sent
+            # to that process is intended.
             if each == signal.SIGHUP and signal.getsignal(each) == signal.SIG_IGN:
                 continue
             self._before[each] = signal.signal(each, self._handle)
@@ -121,7 +121,7 @@ class StopSignals:
             self._before |= {
                 each: signal.signal(each, signal.SIG_IGN) for each in (signal.SIGINT, signal.SIGHUP)
             }
-        # A supervisor blocks them while it starts a node, which takes them from here on.
+        # A supervisor blocks the signals while it starts a node.
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
         self._unraisable_before, sys.unraisablehook = sys.unraisablehook, self._unraisable
         self._note = note
@@ -130,9 +130,10 @@ class StopSignals:
 
     @contextlib.contextmanager
     def noting(self, note: Callable[[], None] = _nothing) -> Iterator[None]:
-        """Meanwhile, call ``note`` for each signal, and for those that have come, instead.
+        """Inside the block, call ``note`` for each signal instead of raising `Stopped`.
 
-        Nothing is raised, and the watchdog lets this block take its time.
+        It is also called at once if a signal was received before. The watchdog does not end the
+        process inside the block.
         """
         before, self._note = self._note, note
         if self._watchdog is not None:
@@ -144,11 +145,11 @@ class StopSignals:
         finally:
             self._note = before
             if self._watchdog is not None and before is None:
-                self._watchdog.let_go(armed=self.count > 0)
+                self._watchdog.resume(armed=self.count > 0)
 
     @contextlib.contextmanager
     def prompting(self) -> Iterator[None]:
-        """Meanwhile, SIGINT is KeyboardInterrupt: at a prompt it cancels the line."""
+        """Inside the block, SIGINT raises KeyboardInterrupt: at a prompt it cancels the line."""
         before = signal.signal(signal.SIGINT, signal.default_int_handler)
         if self._watchdog is not None:
             self._watchdog.watched = frozenset(STOP_SIGNALS) - {signal.SIGINT}
@@ -160,13 +161,13 @@ class StopSignals:
                 self._watchdog.watched = frozenset(STOP_SIGNALS)
 
     def finish(self) -> None:
-        """The work is done: raise nothing while the interpreter ends."""
+        """Raise nothing from now on: the interpreter is about to end."""
         self._note = _nothing
         if self._watchdog is not None:
-            self._watchdog.let_go(armed=self.count > 0)
+            self._watchdog.resume(armed=self.count > 0)
 
     def announce(self) -> None:
-        """Tell the user once that a signal has stopped this process."""
+        """Print "stopped by SIGNAL" once."""
         if not self.announced:
             self.announced = True
             lines = [f"fedmq: stopped by {self.name}", *([self.hint] if self.hint else [])]
@@ -185,15 +186,15 @@ class StopSignals:
             raise Stopped(self.name)
 
     def _unraisable(self, what: sys.UnraisableHookArgs) -> None:
-        """Raise `Stopped` again where it met code that cannot raise, such as a finalizer."""
+        """Raise `Stopped` again if it was lost in code that cannot raise, such as a finalizer."""
         if isinstance(what.exc_value, Stopped):
             self._lost = True
-            _thread.start_new_thread(self._again, ())
+            _thread.start_new_thread(self._redeliver, ())
         elif self._unraisable_before is not None:
             self._unraisable_before(what)
 
-    def _again(self) -> None:
-        time.sleep(_AGAIN_S)  # by then the main thread has left where it is
+    def _redeliver(self) -> None:
+        time.sleep(_REDELIVER_S)  # until the main thread has left the finalizer
         if self._watchdog is not None:
             self._watchdog.ignore_one()
         _thread.interrupt_main(signal.SIGTERM)
@@ -209,7 +210,7 @@ class StopSignals:
         self.count, self.name, self.hint, self.announced, self._note = 0, "", "", False, None
 
     def _in_fork(self) -> None:
-        """In a process that user code has forked, signals do what they do by default."""
+        """Restore the default handlers in a process that user code has forked."""
         if self._watchdog is not None:
             signal.set_wakeup_fd(-1)
             self._watchdog = None
@@ -221,16 +222,16 @@ class StopSignals:
 
     def _restore(self) -> None:
         for each, handler in self._before.items():
-            # None: it was not set from Python.
+            # None: the handler was not set from Python.
             signal.signal(each, signal.SIG_DFL if handler is None else handler)
         self._before.clear()
 
 
 class _Watchdog:
-    """Ends the process if a signal does not: a thread, which also sees what Python does not.
+    """A thread that ends the process if a signal does not.
 
-    Python calls a handler between two steps of the main thread. The number of the signal is
-    written to this thread's pipe as it comes, whatever the main thread does.
+    Python calls a signal handler only between two steps of the main thread. The signal's number is
+    written to this thread's pipe at once, whatever the main thread does.
     """
 
     def __init__(self, signals: StopSignals) -> None:
@@ -246,22 +247,22 @@ class _Watchdog:
         self._thread.start()
 
     def hold(self) -> None:
-        """Let the main thread take its time."""
+        """Do not end the process until `resume` is called."""
         self._held, self._until = True, None
 
-    def let_go(self, *, armed: bool) -> None:
-        """Watch again; ``armed``: a signal has come, and the time runs from now on."""
+    def resume(self, *, armed: bool) -> None:
+        """Watch again; ``armed``: a signal was received, so the grace period starts now."""
         self._held = False
         if armed:
-            with contextlib.suppress(BlockingIOError):  # it is awake
+            with contextlib.suppress(BlockingIOError):  # a full pipe wakes the thread, too
                 os.write(self._writer, b"\0")
 
     def ignore_one(self) -> None:
-        """Do not count the next: it is the one before, taken again."""
+        """Do not count the next signal: it is delivered a second time."""
         self._came -= 1
 
     def close(self) -> None:
-        """Watch no more."""
+        """Stop the thread."""
         signal.set_wakeup_fd(-1)
         os.close(self._writer)
         self._thread.join()
@@ -296,10 +297,10 @@ class _Watchdog:
 
 @contextlib.contextmanager
 def blocked() -> Iterator[None]:
-    """Meanwhile, what this thread starts begins with the signals blocked, until it takes them.
+    """Inside the block, start child processes with stop signals blocked, until they handle them.
 
-    So a Ctrl-C, which the terminal sends to all, does not end a process that has only begun.
-    Must be inside `StopSignals.noting`: signals still reach this process.
+    So a Ctrl-C, which the terminal sends to all processes, does not kill a child at its start.
+    Use it inside `StopSignals.noting`: signals still reach this process.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
@@ -309,5 +310,5 @@ def blocked() -> Iterator[None]:
 
 
 this_process = StopSignals()
-# A callback that is registered cannot be taken back: there is one, which looks.
+# Registered once for all: such a callback cannot be removed.
 os.register_at_fork(after_in_child=this_process._in_fork)  # noqa: SLF001 - of this module

@@ -1,9 +1,8 @@
-"""Standard output and error: what is written there may fail without ending a run.
+"""Standard output and error: a failed write does not end a run.
 
-A pipe is closed by `head`, a disk is full, a terminal goes away or is not read any more. For a
-command that prints what it was asked for, such as ``fedmq trace ls``, that is the end, as it is
-for other Unix tools. A command that runs something goes on, and says once what it lost, on what
-still works.
+Writes fail when `head` closes a pipe, a disk is full, or a terminal goes away or is no longer
+read. A command whose purpose is its output, such as ``fedmq trace ls``, then ends like other Unix
+tools. A command that runs something continues, and reports the loss once on the other stream.
 """
 
 from __future__ import annotations
@@ -21,18 +20,20 @@ from typing import TYPE_CHECKING, TextIO
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
 
-_PATIENCE_S = 1.0
-"""For so long a write waits for a reader; while there is none, the next ones do not wait."""
+from fedmq.nodes.process.exception_text import reason_of
+
+_WRITE_TIMEOUT_S = 1.0
+"""A write waits this long for a reader; after a timeout, later writes do not wait."""
 _PAUSE_S = 0.01
-_PIECE = 512
-"""There is room for so much in a pipe to which the system says one can write."""
+_CHUNK_BYTES = 512
+"""A pipe that poll() reports as writable has room for this much: POSIX's least PIPE_BUF."""
 
 
 class OutputFailed(Exception):
-    """Standard output, which was all this command is for, cannot be written.
+    """Standard output, the purpose of this command, cannot be written.
 
     Attributes:
-        broken_pipe: its reader has closed it.
+        broken_pipe: whether the reader has closed it.
     """
 
     def __init__(self, error: OSError) -> None:
@@ -44,13 +45,13 @@ class OutputStream(io.RawIOBase):
     """One of the standard streams.
 
     Args:
-        fd: its number.
-        name: for people.
-        lost: is called once with the sentence that says what was lost, and why.
+        fd: file descriptor.
+        name: name for messages, such as "standard output".
+        lost: called once, with the name and the reason, when a write fails.
 
     Attributes:
-        required: raise `OutputFailed` if it cannot be written, instead of leaving it out.
-        failed: whether something was left out.
+        required: raise `OutputFailed` when a write fails, instead of dropping the data.
+        failed: whether a write has failed.
     """
 
     def __init__(self, fd: int, name: str, lost: Callable[[str], None]) -> None:
@@ -61,52 +62,52 @@ class OutputStream(io.RawIOBase):
         self._lost = lost
         self._own_fd: int | None = None
         if os.isatty(fd):
-            # A terminal that nobody reads would hold a write for ever, whatever poll() says of
-            # it; O_NONBLOCK on the shell's own descriptor would be set for the shell, too.
+            # A write to a terminal that nobody reads blocks for ever, even after poll(), so it
+            # needs O_NONBLOCK: on a descriptor of our own, as the shell shares the standard ones.
             with contextlib.suppress(OSError):
                 flags = os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
                 self._own_fd = os.open(os.ttyname(fd), flags)
-        self._patience_s = _PATIENCE_S
+        self._timeout_s = _WRITE_TIMEOUT_S
 
     def fileno(self) -> int:
-        """Return its number."""
+        """Return the file descriptor."""
         return self._fd
 
     def close(self) -> None:
-        """Close what was opened for it; the stream itself stays open."""
+        """Close this object's own descriptor; the standard one stays open."""
         if self._own_fd is not None:
             os.close(self._own_fd)
             self._own_fd = None
         super().close()
 
     def isatty(self) -> bool:
-        """Tell whether it is a terminal."""
+        """Return whether the stream is a terminal."""
         return os.isatty(self._fd)
 
     def writable(self) -> bool:
-        """Tell that it can be written."""
+        """Return True."""
         return True
 
     def write(self, data: ReadableBuffer) -> int:
-        """Write all of it, or leave it out and say so.
+        """Write all data; if that fails, drop the rest and report it once.
 
         Raises:
-            OutputFailed: it is required.
+            OutputFailed: the write failed and the stream is required.
         """
         view = memoryview(data).cast("B")
         if self.required:
             self._write_or_raise(view)
             return len(view)
         fd = self._fd if self._own_fd is None else self._own_fd
-        error = write_in_time(fd, view, self._patience_s)
-        self._patience_s = 0.0 if isinstance(error, TimeoutError) else _PATIENCE_S
+        error = write_in_time(fd, view, self._timeout_s)
+        self._timeout_s = 0.0 if isinstance(error, TimeoutError) else _WRITE_TIMEOUT_S
         if error is not None and not self.failed:
             self.failed = True
             self._lost(f"{self._name}: {reason_of(error)}")
         return len(view)
 
     def _write_or_raise(self, view: memoryview) -> None:
-        """Write all; after a failure, drop what buffers above still hold."""
+        """Write all data; after a failure, drop it: buffers above are flushed again at exit."""
         while view and not self.failed:
             try:
                 view = view[os.write(self._fd, view) :]
@@ -118,11 +119,11 @@ class OutputStream(io.RawIOBase):
 
 
 def write_in_time(
-    fd: int, data: bytes | memoryview, patience_s: float = _PATIENCE_S
+    fd: int, data: bytes | memoryview, timeout_s: float = _WRITE_TIMEOUT_S
 ) -> OSError | None:
-    """Write to a pipe, a terminal or a file; return why not all was written, or None."""
+    """Write to a pipe, a terminal or a file; return the error if not all was written."""
     view = memoryview(data)
-    until = time.monotonic() + patience_s
+    until = time.monotonic() + timeout_s
     poller = select.poll()
     try:
         poller.register(fd, select.POLLOUT)
@@ -130,9 +131,9 @@ def write_in_time(
             written = 0
             if poller.poll(max(0.0, 1000 * (until - time.monotonic()))):
                 try:
-                    written = os.write(fd, view[:_PIECE])
+                    written = os.write(fd, view[:_CHUNK_BYTES])
                 except BlockingIOError:
-                    time.sleep(_PAUSE_S)  # a terminal has less room than it says
+                    time.sleep(_PAUSE_S)  # a terminal can be full although poll() succeeded
             if not written and time.monotonic() >= until:
                 return TimeoutError(errno.ETIMEDOUT, "nobody reads it")
             view = view[written:]
@@ -141,21 +142,16 @@ def write_in_time(
     return None
 
 
-def reason_of(error: OSError) -> str:
-    """Return why the system did not do something, for people."""
-    return (error.strerror or str(error) or type(error).__name__).lower()
-
-
 class _Streams:
-    """The process's two streams, and where the failure of one is reported."""
+    """The process's two streams, and the function that reports the failure of one."""
 
     def __init__(self) -> None:
         self.out: OutputStream | None = None
         self.err: OutputStream | None = None
-        self.lost: Callable[[str], None] = _tell_on_the_other
+        self.lost: Callable[[str], None] = _report_on_the_other
 
 
-def _tell_on_the_other(what: str) -> None:
+def _report_on_the_other(what: str) -> None:
     tell(f"fedmq: {what}; going on without it")
 
 
@@ -163,7 +159,7 @@ _streams = _Streams()
 
 
 def tell(text: str) -> None:
-    """Write a line on whichever stream works, standard error first."""
+    """Write a line to standard error, or to standard output if that has failed."""
     for stream in (_streams.err, _streams.out):
         if stream is not None and not stream.failed and not stream.required:
             stream.write(f"{text}\n".encode(errors="backslashreplace"))
@@ -171,10 +167,10 @@ def tell(text: str) -> None:
 
 
 def set_up() -> bool:
-    """Take over standard output and error for as long as the process lasts; tell whether.
+    """Replace standard output and error until the process ends; return whether that was done.
 
-    Standard output is required; see `go_on_without_output`. Does nothing where something else
-    has taken them over, such as a test.
+    Standard output is required until `go_on_without_output` is called. If something else, such
+    as a test, has replaced the streams, this does nothing.
     """
     if _streams.out is not None:
         return True
@@ -190,10 +186,10 @@ def set_up() -> bool:
 
 
 def go_on_without_output(lost: Callable[[str], None] | None = None) -> None:
-    """From here on this process runs something: what it prints may be lost.
+    """Let the process continue when standard output fails from now on.
 
     Args:
-        lost: called with what is lost and why; by default the other stream says it.
+        lost: called with the stream's name and the reason; by default the other stream reports it.
     """
     if _streams.out is None or sys.stdout is None:
         return
@@ -204,16 +200,16 @@ def go_on_without_output(lost: Callable[[str], None] | None = None) -> None:
 
 
 def tell_elsewhere(text: str) -> None:
-    """Write a line to standard error, because standard output has failed."""
+    """Write a line to standard error if standard output has failed."""
     if _streams.out is not None and _streams.out.failed:
         tell(text)
 
 
 def flush() -> None:
-    """Write what is buffered.
+    """Write buffered output.
 
     Raises:
-        OutputFailed: it is required, and cannot be written.
+        OutputFailed: standard output is required and cannot be written.
     """
     for stream in (sys.stdout, sys.stderr):
         if stream is not None:
@@ -228,7 +224,7 @@ def _text(
     write_through: bool = False,
 ) -> io.TextIOWrapper:
     encoding = getattr(before, "encoding", None) or "utf-8"
-    # A terminal of ASCII is no reason to fail: what it does not know is written as its code.
+    # An ASCII terminal shows escapes for other characters, rather than raising an error.
     return io.TextIOWrapper(
         binary,  # type: ignore[arg-type] # a raw stream has what is used without a buffer
         encoding=encoding,
@@ -239,9 +235,9 @@ def _text(
 
 
 def _fill_gaps() -> None:
-    """Open what was closed before this process began, so that no file of a run gets its number.
+    """Open standard descriptors that are closed, so that no file of a run gets their numbers.
 
-    Nor one of the processes that this one starts: they inherit what is opened here.
+    Child processes inherit them, for the same reason.
     """
     for fd in (0, 1, 2):
         try:

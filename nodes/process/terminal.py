@@ -1,7 +1,7 @@
-"""Text for a terminal or a pipe: escaped, aligned, and never cut by a width.
+"""Text for a terminal or a pipe: escaped, aligned, wrapped rather than cut.
 
-Names, reasons and bodies come from other nodes. What is no printable character, controls
-of the terminal and of the writing direction included, is shown as an escape.
+Names, reasons and bodies come from other nodes: characters that are not printable, such as
+controls of the terminal and of the writing direction, are shown as escapes.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 WIDTH = 80
-"""Columns of a terminal, at the least."""
+"""Columns that every table and sentence fits into."""
 _LONGEST = 300
 _ESCAPE = re.compile(r"[^ -~]")
 
 
 def plain(value: object, longest: int = _LONGEST) -> str:
-    """Return a value as one line without anything that could drive a terminal."""
+    """Return a value as one line, with control characters escaped."""
     text = str(value)
     if len(text) > longest:
         text = text[: longest - 3] + "..."
@@ -27,12 +27,12 @@ def plain(value: object, longest: int = _LONGEST) -> str:
 
 
 def word(value: object) -> str:
-    """Return a value as one word: it cannot pass itself off as several columns."""
+    """Return a value as one word, with spaces escaped, so that it fills one column."""
     return plain(value).replace(" ", "\\x20")
 
 
 def literal(value: object, longest: int = _LONGEST) -> str:
-    """Return a value from a message as Python would write it, in one line."""
+    """Return a value from a message as a Python literal, in one line."""
     if isinstance(value, bytes):
         shown = value[: longest // 2].hex()
         return f"{len(value)} bytes {shown}{'...' if len(value) > longest // 2 else ''}"
@@ -40,26 +40,27 @@ def literal(value: object, longest: int = _LONGEST) -> str:
 
 
 def count(number: int) -> str:
-    """Return a whole number with its thousands set apart."""
+    """Return an integer with thousands separators."""
     return f"{number:,}"
 
 
 def seconds(value: float) -> str:
-    """Return a time in seconds, to the millisecond."""
+    """Return a time in seconds with three decimals."""
     return f"{value:.3f}"
 
 
 def plural(number: int, noun: str) -> str:
-    """Return a number and its noun."""
+    """Return a number and its noun, in the plural unless the number is 1."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def table(
     head: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1, width: int = WIDTH
 ) -> list[str]:
-    """Return the lines of a table; the first ``left`` columns are words, the others numbers.
+    """Return the lines of a table; the first ``left`` columns align left, the others right.
 
-    Where it would be wider than ``width``, the longest first cells have lines of their own.
+    If the table is wider than ``width``, the longest cells of the first column get lines of their
+    own.
     """
     lines = [tuple(head), *map(tuple, rows)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
@@ -80,7 +81,7 @@ def table(
 
 
 def fitted(text: str, indent: str = "  ", width: int = WIDTH) -> list[str]:
-    """Return a sentence as lines of at most ``width`` columns; no word is broken."""
+    """Wrap a sentence to lines of at most ``width`` columns; words are not broken."""
     return textwrap.wrap(
         text,
         width,
@@ -91,7 +92,7 @@ def fitted(text: str, indent: str = "  ", width: int = WIDTH) -> list[str]:
 
 
 def spans(numbers: Iterable[int]) -> str:
-    """Return numbers in order, neighbours as a range: ``3-5 9``."""
+    """Return ascending numbers with ranges joined: ``3-5 9``."""
     found: list[list[int]] = []
     for number in numbers:
         if found and number == found[-1][1] + 1:
@@ -102,15 +103,15 @@ def spans(numbers: Iterable[int]) -> str:
 
 
 def clients_in_words(clients: Sequence[int], longest: int = _LONGEST) -> str:
-    """Return which clients these are: ``clients 3, 7-9``."""
+    """Return the clients as text: ``clients 3, 7-9``."""
     text = spans(clients).replace(" ", ", ")
     return f"client{'' if len(clients) == 1 else 's'} {plain(text, longest)}"
 
 
 def fields(value: Mapping[Any, Any], name: str = "") -> list[tuple[str, str]]:
-    """Return the leaves of a map from a message: (path, value).
+    """Return the leaves of a map from a message as (path, value).
 
-    Of a map by number, as clients have it, the numbers with one value stand together.
+    In a map with integer keys, such as client numbers, keys with equal values share a line.
     """
     found: list[tuple[str, str]] = []
     if len(value) > 1 and all(type(key) is int for key in value):
@@ -131,13 +132,13 @@ def fields(value: Mapping[Any, Any], name: str = "") -> list[tuple[str, str]]:
 
 
 def pairs(rows: Sequence[tuple[str, str]]) -> list[str]:
-    """Return lines of names and values, indented and aligned."""
+    """Return aligned, indented lines of names and values."""
     width = max((len(name) for name, _ in rows), default=0)
     return [f"  {name.ljust(width)}  {value}".rstrip() for name, value in rows]
 
 
 def figure(value: float) -> str:
-    """Return a measured value with enough digits to read, and not more."""
+    """Return a measured value with six significant digits."""
     return f"{value:.6g}" if math.isfinite(value) else str(value)
 
 

@@ -34,7 +34,8 @@ from fedmq.nodes.messages.actions import AggregatorAction, EndRun, Inbound, Post
 from fedmq.nodes.replay.record import RecordedOutput
 from fedmq.nodes.replay.tolerance import TOLERANCE, tensor_distance
 from fedmq.nodes.run.config import Config, parse
-from fedmq.nodes.run.setup import Setup, kind_of, set_up
+from fedmq.nodes.run.devices import kind_of
+from fedmq.nodes.run.setup import Setup, set_up
 
 INBOX = (AGGREGATOR, node_address(AGGREGATOR))
 

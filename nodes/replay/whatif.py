@@ -23,7 +23,8 @@ from fedmq.nodes.messages.actions import Handled, Inbound, PostMessage, Start
 from fedmq.nodes.messages.payloads import numbers_of, unpack
 from fedmq.nodes.replay.fold import Replay, ReplayStep, recorded_setup
 from fedmq.nodes.run.config import Config, changed
-from fedmq.nodes.run.setup import Setup, choose_device
+from fedmq.nodes.run.devices import choose_device
+from fedmq.nodes.run.setup import Setup
 
 _STALE = frozenset({Code.STALE, Code.LATE})
 """Rejections that another rule may not make."""

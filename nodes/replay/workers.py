@@ -32,7 +32,8 @@ from fedmq.nodes.replay.tolerance import (
     number_distance,
     overall_distance,
 )
-from fedmq.nodes.run.setup import Setup, choose_device
+from fedmq.nodes.run.devices import choose_device
+from fedmq.nodes.run.setup import Setup
 from fedmq.nodes.trace.differ import Operand, differences
 from fedmq.nodes.trace.differences import Difference, DifferenceKind, Field, Gap
 from fedmq.nodes.worker.client_state import ClientStateStore, SavedClientState

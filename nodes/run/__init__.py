@@ -1,1 +1,1 @@
-"""One run: its configuration, the objects it is set up from, and the sessions of its nodes."""
+"""One run: its configuration, the objects that it names, and the sessions of its nodes."""

@@ -1,6 +1,6 @@
-"""Whether the nodes of a run start from one model: how the fingerprints of two compare.
+"""Comparison of two nodes' fingerprints of the model that a run starts from.
 
-`fedmq.nodes.run.version_zero` makes them; whoever only reads a ledger needs no torch.
+`fedmq.nodes.run.version_zero` computes them; this module needs no torch.
 """
 
 from __future__ import annotations
@@ -9,19 +9,19 @@ Fingerprint = list[float]
 """[norm, signed sum] of a model, each a float64."""
 
 TOLERANCE = 1e-4
-"""How far two fingerprints may lie apart, as a part of the norm. Rounding in float32 moves them
-by some 1e-7 of it; another seed moves the sum by about all of it."""
+"""Largest difference of two fingerprints of one model, relative to the norm. Rounding in float32
+moves them by about 1e-7 of the norm; another seed moves the sum by about the whole norm."""
 
 
 def disagree(one: object, other: object) -> bool:
-    """Tell whether two nodes say that they start from different models.
+    """Return whether two fingerprints belong to different models.
 
-    What is no fingerprint, or not there (an older release's), says nothing.
+    A missing fingerprint (of an older release) or a malformed one agrees with any other.
     """
     if one == other:
         return False
     match one, other:
         case [float(norm), float(total)], [float(norm_b), float(total_b)]:
-            most = TOLERANCE * max(abs(norm), abs(norm_b))
-            return not (abs(norm - norm_b) <= most and abs(total - total_b) <= most)
+            limit = TOLERANCE * max(abs(norm), abs(norm_b))
+            return not (abs(norm - norm_b) <= limit and abs(total - total_b) <= limit)
     return False

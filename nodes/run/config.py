@@ -1,7 +1,7 @@
 """The configuration of a run: one TOML file, ``--set key=value``, and defaults.
 
-It is read in two steps, so that the broker and the command line stay free of torch:
-`load` checks everything that needs no algorithm, `nodes.setup` makes the objects.
+It is read in two steps, so that the broker and the command line need no torch: `load` checks
+everything but the tables of problem, algorithm and schedule; `nodes.run.setup` makes the objects.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from fedmq.algorithms.errors import AlgorithmError
 from fedmq.broker.settings import EVERYTHING, LEAST_RETAIN_BYTES, BrokerSettings, LedgerSettings
 from fedmq.broker.wire.addresses import name_fault
 from fedmq.nodes.errors import ConfigError
+from fedmq.nodes.process.exception_text import reason_of
 from fedmq.nodes.run.numbers import check_finite, check_types
 from fedmq.nodes.run.toml import parse_toml, read_toml
 
@@ -28,14 +29,14 @@ DEFAULT: Mapping[str, Mapping[str, Any]] = {
     "algorithm": {"name": "fedavg"},
     "schedule": {"name": "buffered"},
 }
-"""What ``make cluster`` runs. Whatever the name, all else has the defaults of what it names."""
+"""The run of ``make cluster``. Other keys of these tables default to those of the named object."""
 
 _PROBLEM_DEFAULT = {"clients": 40, "partition": "dirichlet(0.5)"}
 _LONGEST_S = 1_000_000
-"""ZeroMQ counts milliseconds in 32 bits."""
+"""Longest time, in seconds: ZeroMQ counts milliseconds in 32 bits."""
 _RETAIN = f"'everything', 'unfinished' or a number of bytes, at least {LEAST_RETAIN_BYTES:,}"
 NONE = "none"
-"""TOML has no null: this word stands for it, for example ``batch_size = "none"``."""
+"""The word for null, which TOML does not have, for example ``batch_size = "none"``."""
 
 
 class _Table(BaseModel):
@@ -45,18 +46,18 @@ class _Table(BaseModel):
 class RunTable(_Table):
     """``[run]``.
 
-    id: name of the run, unique at its broker, see `fedmq.broker.wire.addresses`; drawn from
-        the time if empty.
-    seed: of everything random.
-    versions: the run ends when this many have been committed.
-    target_accuracy: it ends earlier when an evaluation reaches this.
+    id: name of the run, unique at its broker, see `fedmq.broker.wire.addresses`; made from the
+        time if empty.
+    seed: seed of all randomness.
+    versions: number of versions after which the run ends.
+    target_accuracy: accuracy of an evaluation that ends the run earlier.
     evaluate_every: versions between evaluations; 0 evaluates only the last.
-    min_clients: clients that must be reachable before the first task; 0 means all.
-    failures: the run fails when this many tasks in a row have failed, or had their results
-        rejected, without one whose result was used; by default three for each client, but 6 to
-        100, and at least twice as many as are out at once.
-    checkpoint_s: a version is a checkpoint if the last one is this many seconds old; a
-        restarted aggregator folds the messages since then once more.
+    min_clients: number of clients that must be reachable before the first task; 0 means all.
+    failures: number of failed tasks and rejected results in a row, without a used result in
+        between, after which the run fails; by default three per client, within 6 to 100, and at
+        least twice the number of concurrent tasks.
+    checkpoint_s: least time between checkpoints, in seconds; a restarted aggregator folds the
+        messages since the last one again.
     """
 
     id: str = ""
@@ -70,10 +71,11 @@ class RunTable(_Table):
 
 
 class CodecTable(_Table):
-    """``[codec]``: specs of codecs.
+    """``[codec]``: codec specs.
 
-    down, up: for the weights in tasks and in results.
-    features, logits: for those, in either direction, of algorithms that exchange knowledge.
+    down, up: codec of the weights in tasks and in results.
+    features, logits: codecs of features and logits in both directions, for algorithms that
+        exchange knowledge.
     """
 
     down: str = "raw"
@@ -83,12 +85,12 @@ class CodecTable(_Table):
 
 
 class StragglingTable(_Table):
-    """How a worker is slow or loses clients, on demand, for experiments.
+    """Simulated slow workers and lost results, for experiments.
 
-    slowdown: how many times as long as it took a task is made to take: a number, or a
-        distribution drawn for every task: ``uniform(low, high)``, ``halfnormal(scale)``,
-        ``pareto(shape)``, ``exponential(scale)``; each draw is added to 1.
-    drop: probability that a client goes away during a task and its result is lost.
+    slowdown: factor by which a task takes longer: a number, or a distribution drawn for every
+        task: ``uniform(low, high)``, ``halfnormal(scale)``, ``pareto(shape)``,
+        ``exponential(scale)``; each draw is added to 1.
+    drop: probability that a client drops out during a task and its result is lost.
     """
 
     slowdown: float | str = 1.0
@@ -98,10 +100,10 @@ class StragglingTable(_Table):
 class WorkerTable(StragglingTable):
     """``[worker]``.
 
-    count: workers of a local cluster; the clients are dealt to them in ranges.
-    device: torch device to train on; ``auto`` is the first GPU if there is one.
-    threads: of torch, per worker. One, where workers share a host.
-    nodes: other values of slowdown and drop for single workers, by name.
+    count: number of workers of a local cluster; each hosts a range of clients.
+    device: torch device to train on; ``auto`` is the first GPU, or else the CPU.
+    threads: torch threads per worker; 1 where workers share a host.
+    nodes: slowdown and drop of single workers, by name.
     """
 
     count: Annotated[int, Field(ge=1, le=1024)] = 4
@@ -110,7 +112,7 @@ class WorkerTable(StragglingTable):
     nodes: dict[str, StragglingTable] = {}
 
     def straggling(self, node: str) -> StragglingTable:
-        """Return the values that hold for one worker."""
+        """Return slowdown and drop of one worker."""
         general = {"slowdown": self.slowdown, "drop": self.drop}
         special = self.nodes[node].model_dump(exclude_unset=True) if node in self.nodes else {}
         return StragglingTable.model_validate(general | special)
@@ -125,17 +127,18 @@ def _check_retain(value: Any) -> Any:
 class BrokerTable(_Table):
     """``[broker]``.
 
-    lease_s: a node that has been silent for this long has left.
-    beat_s: a node with nothing to say says so this often.
-    bind: where the broker of a local cluster listens; port 0 is any free one.
-    durability: what a receipt promises: ``process``, the message survives the death of the
-        broker; ``power``, it is on the device (slower: one sync for each batch).
+    lease_s: seconds of silence after which a node counts as gone.
+    beat_s: seconds between the heartbeats of an idle node.
+    bind: address of a local cluster's broker; port 0 is any free port.
+    durability: what an acknowledged message survives: ``process``, a crash of the broker;
+        ``power``, a power failure (slower: one sync per batch).
     retain: ``everything``; ``unfinished``, payloads are deleted when no message needs them
-        any more; or at most this many bytes of payloads, such as ``20e9``, but for what is
-        needed; 16 MiB is the least that works. Messages themselves are kept for ever.
-    deliveries: a task at which so many sessions of workers died is parked.
+        any more; or the most bytes of payloads to keep, such as ``20e9``, at least 16 MiB; needed
+        payloads are kept even beyond it. Messages themselves are kept for ever.
+    deliveries: number of deliveries of a task, each ended by the death of the worker's session,
+        after which the task is dead-lettered.
     share_files: nodes on the broker's host read blobs from its ledger's files instead of the
-        socket, if they may.
+        socket, if file permissions allow it.
     """
 
     lease_s: Annotated[float, Field(gt=0, le=_LONGEST_S)] = 10.0
@@ -150,11 +153,11 @@ class BrokerTable(_Table):
     share_files: bool = True
 
     def settings(self) -> BrokerSettings:
-        """Return how patient the broker is to be."""
+        """Return the broker's timeouts and delivery limit."""
         return BrokerSettings(self.lease_s, self.beat_s, self.deliveries)
 
     def ledger_settings(self) -> LedgerSettings:
-        """Return how the broker is to keep its ledger."""
+        """Return the ledger's durability and retention."""
         match self.retain:
             case "everything":
                 retain = EVERYTHING
@@ -166,10 +169,10 @@ class BrokerTable(_Table):
 
 
 class Config(_Table):
-    """A whole configuration. The tables with a name are checked when they are set up.
+    """A complete configuration; `nodes.run.setup` checks the tables with a name.
 
-    One that the person at this machine gave, with `load` or `build`, may name any code. One
-    that came from elsewhere, as `parse` reads it, may not.
+    A configuration that the user of this machine gave, read by `load` or `build`, can name any
+    code. One from elsewhere, read by `parse`, cannot.
     """
 
     run: RunTable = RunTable()
@@ -183,11 +186,11 @@ class Config(_Table):
 
     @property
     def allowed(self) -> Allowed:
-        """Return what may be imported because this very configuration names it."""
+        """Return the code that may be imported because this configuration names it."""
         return self._allowed
 
     def to_toml(self) -> str:
-        """Return the configuration as a complete TOML file, which `parse` reads back."""
+        """Return the configuration as complete TOML, which `parse` reads."""
         return tomli_w.dumps(_without_none(self.model_dump()))
 
 
@@ -202,45 +205,45 @@ def load(path: Path | None, settings: Sequence[str] = ()) -> Config:
         try:
             given = read_toml(path)
         except OSError as error:
-            raise ConfigError(f"cannot read {path}: {error.strerror}") from None
+            raise ConfigError(f"cannot read {path}: {reason_of(error)}") from None
     for setting in settings:
         _apply(given, setting)
     return build(given)
 
 
 def parse(text: str) -> Config:
-    """Read a complete configuration from TOML text, as the broker hands it to nodes.
+    """Read a complete configuration from TOML text, as the broker sends it to nodes.
 
-    Nobody knows who wrote it: it allows no code.
+    Its author is unknown, so it allows no code.
 
     Raises:
-        ConfigError: it is not one.
+        ConfigError: the text is no valid configuration.
     """
     return _checked(parse_toml(text, "the configuration"))
 
 
 def changed(config: Config, settings: Sequence[str]) -> Config:
-    """Return a recorded configuration with ``key=value`` settings applied; it allows no code.
+    """Apply ``key=value`` settings to a recorded configuration; the result allows no code.
 
     Raises:
         ConfigError: a key or value is wrong.
     """
     given = config.model_dump()
-    alone: dict[str, Any] = {}
+    new: dict[str, Any] = {}
     for setting in settings:
         _apply(given, setting)
-        _apply(alone, setting)
-    check_finite(alone)  # a recorded configuration is not checked again
+        _apply(new, setting)
+    check_finite(new)  # older releases recorded configurations with infinities
     return _checked(given)
 
 
 def build(given: Mapping[str, Any]) -> Config:
-    """Return the configuration that a person gave: checked, and defaults filled in.
+    """Check the configuration that a user gave and fill in defaults.
 
     The code that it names is allowed.
 
     Raises:
-        ConfigError: names the key, what was expected, and what stood there.
+        ConfigError: names the key, the expected value and the given one.
     """
     check_finite(given)
     config = _checked(given)
@@ -277,12 +280,12 @@ def _checked(given: Mapping[str, Any]) -> Config:
 
 
 def describe(error: ValidationError, table: str, keys: Mapping[str, Sequence[str]]) -> str:
-    """Return the first fault as one sentence: key, what was expected, what stood there.
+    """Return the first error as one sentence: key, expected value, given value.
 
     Args:
-        error: from pydantic.
-        table: where the validated value stands, for example ``algorithm``.
-        keys: known keys by table, to choose from.
+        error: of pydantic.
+        table: table of the validated value, for example ``algorithm``.
+        keys: known keys by table.
     """
     first = error.errors()[0]
     path = [str(part) for part in first["loc"] if not _is_type_name(str(part))]
@@ -307,11 +310,11 @@ def describe(error: ValidationError, table: str, keys: Mapping[str, Sequence[str
 
 
 def _is_code(problem: str) -> bool:
-    """Tell whether a problem's name is that of code, with options of its own."""
+    """Return whether a problem is a user's code, with options of its own."""
     try:
         return ":" in problem or installed("fedmq.problems", problem) is not None
     except AlgorithmError:
-        return True  # several of one name: the sentence is made where they are looked up
+        return True  # several packages have one of this name: `load_problem` raises the error
 
 
 def _apply(given: dict[str, Any], setting: str) -> None:
@@ -328,7 +331,7 @@ def _apply(given: dict[str, Any], setting: str) -> None:
 
 
 def setting_value(text: str) -> Any:
-    """Read a TOML value; what is none is taken as a string."""
+    """Read a TOML value; other text is a string."""
     try:
         return parse_toml(f"value = {text}", text)["value"]
     except ConfigError:
@@ -358,5 +361,5 @@ def _keys(model: type[BaseModel]) -> dict[str, Sequence[str]]:
 
 
 def _is_type_name(part: str) -> bool:
-    """Tell pydantic's names of union members in an error's location from keys."""
+    """Return whether a part of an error's location is pydantic's name of a union member."""
     return part in {"int", "float", "str", "none"} or part.startswith(("constrained", "literal["))

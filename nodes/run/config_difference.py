@@ -1,4 +1,4 @@
-"""In which keys two configurations of one run differ."""
+"""Keys in which two configurations of one run differ."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import Any
 from fedmq.nodes.run.config import NONE
 
 _SHOWN = 10
-"""Keys that are named, where very many differ."""
+"""Number of keys that the text names."""
 _LONGEST = 100
-"""Characters of a value."""
+"""Characters of a shown value."""
 _MISSING = object()
 
 Differences = dict[str, tuple[Any, Any]]
-"""Both values, by key; `shown` says what they are."""
+"""Both values by key; `shown` formats a value."""
 
 
 def differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> Differences:
@@ -27,7 +27,7 @@ def differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> Differences
 
 
 def shown(value: Any) -> str:
-    """Return one of the two values, for people."""
+    """Format one of the two values."""
     if value is _MISSING:
         return "not set"
     text = NONE if value is None else repr(value)
@@ -38,11 +38,11 @@ def differing_keys(here: str, there: str) -> str:
     """Return the keys that differ between two complete configurations, and both values.
 
     Args:
-        here: TOML of this node's.
-        there: of the broker's.
+        here: TOML of this node's configuration.
+        there: TOML of the broker's.
 
     Returns:
-        "" if one of them cannot be read, or none differs.
+        "" if no key differs or one of them cannot be read.
     """
     try:
         found = differences(tomllib.loads(here), tomllib.loads(there))

@@ -1,4 +1,4 @@
-"""Digests of models and of whatever else a node is made of: equal bytes, equal digest."""
+"""Digests of models and of a node's state: equal bytes have equal digests."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ def model_digest(tensors: Mapping[str, Tensor]) -> str:
 
 
 def digest_of(value: Any) -> str:
-    """Return the XXH3-128 digest of a value, however it is made of tensors, numbers and names.
+    """Return the XXH3-128 digest of a value made of tensors, arrays, numbers, text and containers.
 
     Raises:
-        TypeError: something in it is of a kind whose bytes are not known.
+        TypeError: the value contains an object of an unsupported type.
     """
     hasher = xxhash.xxh3_128()
     _feed(hasher, value)
@@ -43,10 +43,10 @@ def digest_of(value: Any) -> str:
 
 
 def _feed(hasher: xxhash.xxh3_128, value: Any) -> None:
-    """Hash a value and the kinds of all that is in it, so that no two values read alike."""
+    """Hash a value with the types and sizes of its parts, so that unequal values differ."""
     match value:
         case None | bool() | int() | float() | str() | bytes():
-            # The text of a float is exact: two floats that differ read differently.
+            # The repr of a float is exact.
             text = repr(value).encode()
             hasher.update(b"%d:%b" % (len(text), text))
         case torch.dtype():
@@ -72,7 +72,7 @@ def _feed(hasher: xxhash.xxh3_128, value: Any) -> None:
         case set() | frozenset():
             _feed(hasher, sorted(value))
         case msgspec.Struct():
-            # By the names of the encoding: these outlive a renamed field.
+            # Field names of the encoding: they stay when a field is renamed.
             names = zip(value.__struct_fields__, value.__struct_encode_fields__, strict=True)
             _feed(hasher, {encoded: getattr(value, name) for name, encoded in names})
         case _ if dataclasses.is_dataclass(value) and not isinstance(value, type):

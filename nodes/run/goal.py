@@ -1,4 +1,4 @@
-"""What a run is to reach; a run that is taken up again may be given more to reach."""
+"""The goal of a run, which a continued run can extend."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from fedmq.nodes.run.config import RunTable, parse
 
 
 class Goal(Struct, frozen=True):
-    """When a run has reached its end.
+    """When a run ends; the keys of the same names in ``[run]``.
 
-    versions: it ends when this many have been committed.
-    target_accuracy: it ends earlier when an evaluation reaches this.
-    failures: number in a row after which it fails; None for as many as `Progress` allows.
+    versions: number of versions after which the run ends.
+    target_accuracy: accuracy of an evaluation that ends the run earlier.
+    failures: number of failures in a row after which the run fails; None for the default.
     """
 
     versions: int
@@ -24,24 +24,24 @@ class Goal(Struct, frozen=True):
 
     @classmethod
     def of(cls, settings: RunTable) -> Goal:
-        """Return what a run's configuration says."""
+        """Return the goal in a run's configuration."""
         return cls(settings.versions, settings.target_accuracy, settings.failures)
 
     @classmethod
-    def told(cls, body: Mapping[str, Any]) -> Goal:
-        """Return what the broker tells when a run was taken up again.
+    def of_continued(cls, body: Mapping[str, Any]) -> Goal:
+        """Return the goal in the body of the broker's ``continued`` message.
 
         Raises:
-            ConfigError: its configuration is none.
+            ConfigError: the configuration in it is invalid.
         """
         return cls.of(parse(body["config"]).run)
 
     def after(self, version: int) -> str:
-        """Return why the run ends with this version; empty if it does not."""
+        """Return the reason if the run ends with this version, else ""."""
         return f"{version} versions committed" if version >= self.versions else ""
 
     def met_by(self, accuracy: float | None) -> str:
-        """Return why the run ends with an evaluation; empty if it does not."""
+        """Return the reason if the run ends with an evaluation of this accuracy, else ""."""
         target = self.target_accuracy
         if accuracy is not None and target is not None and accuracy >= target:
             return f"accuracy {accuracy:.4f} reached the target of {target:g}"

@@ -1,4 +1,4 @@
-"""Numbers in a configuration: each is finite, and is a number."""
+"""Checks of the numbers in a configuration: finite, and of a numeric type."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from fedmq.codecs.spec import parse
 from fedmq.nodes.errors import ConfigError
 
 _SPECS = frozenset({"down", "up", "features", "logits", "partition", "staleness", "slowdown"})
-"""Keys whose text is a choice with numbers in it, such as ``dirichlet(0.5)``."""
+"""Keys whose text is a spec with numbers, such as ``dirichlet(0.5)``."""
 
 _NO_NUMBERS = frozenset({"inf", "-inf", "infinity", "nan", "true", "false"})
 
 
 def check_finite(given: Any, where: str = "") -> None:
-    """Refuse infinities and NaN, wherever they stand.
+    """Check that a configuration contains no infinity and no NaN.
 
     Args:
         given: a configuration, or a part of one.
-        where: its key.
+        where: key of the part.
 
     Raises:
-        ConfigError: the sentence names the key.
+        ConfigError: names the key.
     """
     if isinstance(given, Mapping):
         for key, value in given.items():
@@ -39,15 +39,15 @@ def check_finite(given: Any, where: str = "") -> None:
 
 
 def check_types(given: Mapping[str, Any], taken: Mapping[str, Any], where: str = "") -> None:
-    """Refuse what is no number where a number was taken for it: true, or a text.
+    """Check that no boolean and no text was converted to a number.
 
     Args:
-        given: what stood in a table.
-        taken: what was made of it.
-        where: the table's key.
+        given: values of a table.
+        taken: the values that pydantic made of them.
+        where: key of the table.
 
     Raises:
-        ConfigError: the sentence names the key.
+        ConfigError: names the key.
     """
     for key, value in given.items():
         name, made = f"{where}.{key}" if where else str(key), taken.get(key)
@@ -65,12 +65,12 @@ def _check_spec(text: str, where: str) -> None:
     try:
         calls = parse(text)
     except SpecError:
-        return  # the code that uses the text refuses it
+        return  # the code that uses the spec raises the error
     for call in calls:
         for value in (*call.args, *call.kwargs.values()):
             if isinstance(value, bool) or str(value).lower() in _NO_NUMBERS:
                 raise ConfigError(f"{where}: expected finite numbers, got {text!r:.200}")
 
 
-def _shown(value: bool | str) -> str:  # noqa: FBT001 - either is what stood there
+def _shown(value: bool | str) -> str:  # noqa: FBT001 - a value of a configuration, no flag
     return repr(value)[:200] if isinstance(value, str) else str(value).lower()

@@ -1,4 +1,4 @@
-"""What the node programs have in common: sessions, a link that says goodbye."""
+"""Sessions of a node program: its key, its link to the broker, its logs of rejections."""
 
 from __future__ import annotations
 
@@ -19,31 +19,31 @@ from fedmq.broker.wire.addresses import name_fault
 from fedmq.broker.wire.schema import Hello, Message
 from fedmq.nodes.errors import NodeError
 from fedmq.nodes.messages.actions import Inbound
-from fedmq.nodes.process.exception_text import described
+from fedmq.nodes.process.exception_text import described, reason_of
 from fedmq.nodes.process.logs import Repeats
 from fedmq.nodes.process.signals import Stopped, this_process
 
 
 def new_session() -> str:
-    """Return a session id: a restart of a node is told from a reconnect by it."""
+    """Return a new session id, which distinguishes a node's restart from a reconnect."""
     return f"{time.time_ns():x}-{secrets.token_hex(4)}"
 
 
 @contextlib.contextmanager
 def linked(endpoint: str, hello: Hello, give_up_s: float | None = None) -> Iterator[NodeLink]:
-    """Connect, wait to be admitted, and say goodbye, unless a cluster is stopped.
+    """Connect to the broker, wait for admission, and say goodbye at the end of the block.
 
     Args:
-        endpoint: where the broker listens.
-        hello: what the node says of itself.
-        give_up_s: so long without the broker or the run, now or later, and the node ends; None
-            waits for ever. What it waits for is in its log meanwhile.
+        endpoint: address of the broker.
+        hello: the node's name, role, session and clients.
+        give_up_s: seconds without the broker or the run, at any time, after which the node ends;
+            None waits for ever. Meanwhile the log names what the node waits for.
 
     Raises:
-        GaveUp: the broker, or the run, was not there for ``give_up_s``.
-        LinkClosed: the endpoint is no address, or its name has none.
-        NodeError: the name of the node or of the run is no name, or the broker welcomes the
-            node to a run that is not the one asked for.
+        GaveUp: the broker or the run was unavailable for ``give_up_s``.
+        LinkClosed: the endpoint is invalid, or its host name cannot be resolved.
+        NodeError: the name of the node or of the run is invalid, or the broker admits the node to
+            another run.
     """
     for what, name in (("node", hello.node), ("run", hello.run)):
         if (name or what == "node") and (fault := name_fault(name)):
@@ -55,15 +55,17 @@ def linked(endpoint: str, hello: Hello, give_up_s: float | None = None) -> Itera
             link.give_up_after(give_up_s)
         welcome = link.welcome()
         if fault := name_fault(welcome.run):
-            raise NodeError(f"the broker names a run that is none: {fault}")
+            raise NodeError(f"the broker sent an invalid run name: {fault}")
         if hello.run not in ("", welcome.run):
-            raise NodeError(f"asked for run {hello.run}, the broker welcomes to {welcome.run}")
+            raise NodeError(
+                f"expected to join run {hello.run}, the broker admitted this node to {welcome.run}"
+            )
         log.info("admitted", run=welcome.run)
         yield link
     except BaseException as error:
         failed = isinstance(error, Exception) and not isinstance(error, LinkClosed)
-        # A cluster that is stopped goes on later, and a node that has said goodbye would be one
-        # that is gone: the round would be closed without what it was at.
+        # A stopped cluster can be resumed. After a goodbye the aggregator would close the round
+        # without this node's tasks.
         silent = this_process.supervised and isinstance(error, Stopped)
         link.close(described(error), failed=failed, silent=silent)
         raise
@@ -72,26 +74,29 @@ def linked(endpoint: str, hello: Hello, give_up_s: float | None = None) -> Itera
 
 
 def inbound_of(link: NodeLink, delivery: Delivery) -> Inbound:
-    """Return a delivery as a core takes it: its blobs are read through the link."""
+    """Return a delivery as an event of a core, with its blobs read through the link."""
     read = functools.partial(link.read, delivery)
     stream = functools.partial(link.chunks, delivery)
     return Inbound(delivery.seq, delivery.at, delivery.message, read, stream)
 
 
-def tell_refused(message: Message, repeats: Repeats) -> None:
-    """Log that a message of this node was refused; those of one code once, and then a count."""
+def log_rejected(message: Message, repeats: Repeats) -> None:
+    """Log that a message of this node was rejected; for each code once, and then a count."""
     code = str(message.body.get("code", ""))
-    if times := repeats.count(("refused", code), time.monotonic()):
-        structlog.get_logger().warning("refused", **message.body, times=times)
+    if times := repeats.count(("rejected", code), time.monotonic()):
+        structlog.get_logger().warning("message rejected", **message.body, times=times)
 
 
 def node_key(folder: Path | None) -> str:
-    """Return the key of the node that keeps its state here, drawn at its first start.
+    """Return a node's key, read from its folder; a new random one at its first start.
 
-    By its key a restarted node is told from another one that was given the same name.
+    The key distinguishes a restarted node from another node with the same name.
+
+    Args:
+        folder: of the node's state; None for a key that is not stored.
 
     Raises:
-        NodeError: the folder cannot be written.
+        NodeError: the key cannot be read or written.
     """
     if folder is None:
         return secrets.token_hex(16)
@@ -104,16 +109,16 @@ def node_key(folder: Path | None) -> str:
             fresh.replace(path)
         return path.read_text().strip()[:64]
     except OSError as error:
-        raise NodeError(f"cannot read or write {path}: {error.strerror}") from None
+        raise NodeError(f"cannot read or write {path}: {reason_of(error)}") from None
 
 
 def make_folder(folder: Path) -> None:
     """Make a folder for a node's state.
 
     Raises:
-        NodeError: it cannot be made.
+        NodeError: the folder cannot be made.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise NodeError(f"cannot make {folder}: {error.strerror}") from None
+        raise NodeError(f"cannot make {folder}: {reason_of(error)}") from None

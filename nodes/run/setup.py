@@ -1,17 +1,14 @@
-"""From a checked configuration to the objects of a run; this is where torch comes in."""
+"""Make the objects of a run from its configuration; importing this module imports torch."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
 import functools
-import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-import numpy as np
-import torch
 from pydantic import TypeAdapter, ValidationError
 
 from fedmq.algorithms.allowed import Allowed
@@ -28,19 +25,18 @@ from fedmq.codecs.features import Features
 from fedmq.codecs.logits import Logits
 from fedmq.codecs.raw import Raw
 from fedmq.codecs.registry import make_codec
-from fedmq.codecs.spec import build
 from fedmq.nodes.errors import ConfigError
 from fedmq.nodes.messages.payloads import Codecs
 from fedmq.nodes.run.config import Config, describe
 from fedmq.nodes.run.numbers import check_types
+from fedmq.nodes.run.stragglers import slowdown
 
 T = TypeVar("T", bound=Algorithm | Schedule)
-Slowdown = Callable[[np.random.Generator], float]
 
 
 @dataclass(frozen=True)
 class Setup:
-    """The objects of a run, and the configuration with every default filled in."""
+    """The objects of a run, and its configuration with every default filled in."""
 
     config: Config
     problem: Problem
@@ -53,12 +49,12 @@ class Setup:
 
     @property
     def downlink(self) -> Codecs:
-        """Return what encodes tasks."""
+        """Return the codecs of tasks."""
         return Codecs(self.down, self.features, self.logits)
 
     @property
     def uplink(self) -> Codecs:
-        """Return what encodes results."""
+        """Return the codecs of results."""
         return Codecs(self.up, self.features, self.logits)
 
 
@@ -67,12 +63,12 @@ def set_up(config: Config, allowed: Allowed | None = None, run: str = "") -> Set
 
     Args:
         config: of the run.
-        allowed: which code it may name; by default that which it names itself if the person at
+        allowed: user code that the configuration may name; by default all code if the user of
             this machine gave it (`load`, `build`), and none if it came from elsewhere (`parse`).
-        run: id of the run, for error messages; by default what the configuration says.
+        run: id of the run, for error messages; by default the one in the configuration.
 
     Raises:
-        ConfigError: one of them is unknown or not allowed, or they do not fit together.
+        ConfigError: an object is unknown, not allowed or invalid, or two do not fit together.
     """
     allowed = config.allowed if allowed is None else allowed
     run = run or config.run.id
@@ -118,11 +114,40 @@ def set_up(config: Config, allowed: Allowed | None = None, run: str = "") -> Set
     )
 
 
-def completed(config: Config, allowed: Allowed | None = None) -> Config:
-    """Return a configuration with every default filled in, as `set_up` does, without its objects.
+def check_attainable(setup: Setup, workers: Collection[str] = ()) -> None:
+    """Check that a new run can reach its goal.
+
+    Existing runs are not checked: the ledger of a run with such settings can still be replayed.
+
+    Args:
+        setup: of the run.
+        workers: names of all workers, if they are known.
 
     Raises:
-        ConfigError: its algorithm or its schedule is unknown, not allowed, or unusable.
+        ConfigError: names the key, the expected value and the given one.
+    """
+    config, clients = setup.config, setup.problem.clients
+    least = setup.schedule.least_clients()
+    if least is not None and least[1] > clients:
+        key, wanted = least
+        raise ConfigError(
+            f"schedule.{key}: expected at most problem.clients, {clients}, got {wanted}"
+        )
+    run = config.run
+    if run.target_accuracy is not None and not run.evaluate_every:
+        raise ConfigError(
+            "run.evaluate_every: expected at least 1 because run.target_accuracy is set, got 0: "
+            "only the last version would be evaluated"
+        )
+    if all(config.worker.straggling(name).drop >= 1 for name in workers or [""]):
+        raise ConfigError("worker.drop: expected less than 1, got 1: every result would be lost")
+
+
+def completed(config: Config, allowed: Allowed | None = None) -> Config:
+    """Return a configuration with every default filled in, without making its problem.
+
+    Raises:
+        ConfigError: the algorithm or schedule is unknown, not allowed or invalid.
     """
     allowed = config.allowed if allowed is None else allowed
     algorithm, schedule = _choices(config, allowed, config.run.id)
@@ -155,7 +180,7 @@ def _complete(config: Config, algorithm: Algorithm, schedule: Schedule) -> Confi
 
 @contextlib.contextmanager
 def _naming_the_run(run: str, key: str) -> Iterator[None]:
-    """Say of code that is not allowed which run names it."""
+    """Add the key and the run to the error for code that is not allowed."""
     try:
         yield
     except NotAllowed as error:
@@ -188,88 +213,23 @@ def _codec(spec: str, direction: str) -> Codec:
 
 
 def _check_codecs(down: Codec, up: Codec, schedule: Schedule, algorithm: Algorithm) -> None:
-    """Refuse to send a model with a codec for updates.
+    """Check that codecs which only work for updates are not used for models.
 
     Raises:
-        ConfigError: the sentence says which, and why.
+        ConfigError: names the codec and the reason.
     """
     if (algorithm.fixed_reply or schedule.reply) == "model" and up.deltas_only:
         raise ConfigError(
             f"codec.up: under schedule {schedule.name} clients send models, and "
-            f"{up.wire_name!r} takes for zero what it does not send"
+            f"{up.wire_name!r} treats omitted values as zero"
         )
     if up.error_feedback and algorithm.task_per_client:
         raise ConfigError(
-            f"codec.up: {up.wire_name!r} remembers what it did not send, and with "
-            f"{algorithm.name} a client's next result is of other weights"
+            f"codec.up: {up.wire_name!r} keeps an error-feedback residual, but with "
+            f"{algorithm.name} a client's next result has other weights"
         )
     if down.structured or down.error_feedback:
         raise ConfigError(
-            f"codec.down: {down.wire_name!r} is for updates of clients; a model that goes down "
-            "is neither trained by the codec's structure nor sent a second time"
+            f"codec.down: {down.wire_name!r} works only for updates of clients: the server's model "
+            "has no such structure, and no later message carries an error-feedback residual"
         )
-
-
-def _added(draw: Callable[[np.random.Generator], float]) -> Slowdown:
-    return lambda rng: 1.0 + max(0.0, float(draw(rng)))
-
-
-DISTRIBUTIONS: Mapping[str, Callable[..., Slowdown]] = {
-    "uniform": lambda low, high: _added(lambda rng: rng.uniform(low, high)),
-    "halfnormal": lambda scale: _added(lambda rng: abs(rng.normal(0.0, scale))),
-    "pareto": lambda shape: _added(lambda rng: rng.pareto(shape)),
-    "exponential": lambda scale: _added(lambda rng: rng.exponential(scale)),
-}
-
-
-@functools.lru_cache(maxsize=64)
-def slowdown(spec: float | str) -> Slowdown:
-    """Return how many times as long a task is to take, as a draw.
-
-    Raises:
-        ConfigError: unknown distribution, a factor below 1, or parameters out of range.
-    """
-    if not isinstance(spec, str):
-        if spec < 1:
-            raise ConfigError(f"worker.slowdown: expected a factor of at least 1, got {spec}")
-        return lambda _rng: spec
-    try:
-        chosen = build(spec, DISTRIBUTIONS, "distribution")
-        chosen(np.random.default_rng(0))
-    except (SpecError, ValueError, TypeError) as error:
-        raise ConfigError(f"worker.slowdown: {error}") from None
-    return chosen
-
-
-@functools.cache
-def kind_of(device: str) -> str:
-    """Return what kind of device this is: to which bytes a task is trained depends on it.
-
-    A GPU's name, or the widest instructions that torch uses on a CPU; and torch's version.
-    """
-    if device.startswith("cuda"):
-        name = torch.cuda.get_device_name(device)
-    else:
-        name = f"cpu {torch.backends.cpu.get_cpu_capability()}"
-    return f"{name}, torch {torch.__version__}"
-
-
-def choose_device(wanted: str, key: str = "worker.device") -> str:
-    """Return the torch device to use.
-
-    Args:
-        wanted: ``auto``, ``cpu``, ``cuda`` or ``cuda:1``.
-        key: what the error says was wrong.
-
-    Raises:
-        ConfigError: there is no such device here; the sentence says which there are.
-    """
-    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if wanted == "auto":
-        return "cuda" if gpus else "cpu"
-    # One spelling for each: "cuda:01" is none for torch.
-    match = re.fullmatch(r"cuda(?::(\d{1,9}))?", wanted, re.ASCII)
-    if wanted == "cpu" or (match is not None and int(match[1] or 0) < gpus):
-        return f"cuda:{int(match[1])}" if match is not None and match[1] else wanted
-    there = ", ".join(["auto", "cpu", *(f"cuda:{index}" for index in range(gpus))])
-    raise ConfigError(f"{key}: there is no device {wanted[:100]!r} here; choose from {there}")

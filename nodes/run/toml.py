@@ -1,4 +1,4 @@
-"""Reading TOML: errors say which file, which line, and what stands there."""
+"""Read TOML; errors name the file, the line and the text there."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ _OVERWRITTEN = "Cannot overwrite a value"
 
 
 def read_toml(path: Path) -> dict[str, Any]:
-    """Read a file: UTF-8, with or without a byte order mark, lines ended in either way.
+    """Read a TOML file in UTF-8, with or without a byte order mark.
 
     Raises:
-        OSError: it cannot be read.
-        ConfigError: it is not TOML.
+        OSError: the file cannot be read.
+        ConfigError: the file is not TOML.
     """
     data = path.read_bytes()
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         if data.startswith(_UTF16_MARKS):
-            raise ConfigError(f"{path} is not TOML: expected UTF-8, it is UTF-16") from None
+            raise ConfigError(f"{path} is not TOML: expected UTF-8, got UTF-16") from None
         line = data.count(b"\n", 0, error.start) + 1
         found = f"byte 0x{data[error.start]:02x}"
         raise ConfigError(f"{path} is not TOML: line {line} is not UTF-8 ({found})") from None
@@ -36,14 +36,14 @@ def read_toml(path: Path) -> dict[str, Any]:
 
 
 def parse_toml(text: str, what: str) -> dict[str, Any]:
-    """Read TOML; ``what`` names it in an error.
+    """Read TOML text; errors name it ``what``.
 
     Raises:
-        ConfigError: it is not TOML.
+        ConfigError: the text is not TOML.
     """
     if _MANY_DOTS.search(text):
         # tomllib's time and memory grow with the square of a key's length.
-        raise ConfigError(f"{what} is not a configuration: it has a key of too many parts")
+        raise ConfigError(f"{what} is not a configuration: a key has too many parts")
     try:
         return tomllib.loads(text)
     except (ValueError, RecursionError) as error:  # TOMLDecodeError is a ValueError
@@ -51,7 +51,7 @@ def parse_toml(text: str, what: str) -> dict[str, Any]:
 
 
 def _described(error: str, text: str) -> str:
-    """Return a sentence of tomllib with the line first, and the key where one stands twice."""
+    """Return an error of tomllib with the line first, and the name of a duplicate key."""
     match = _PLACE.fullmatch(error)
     if match is None:
         return error
@@ -60,8 +60,8 @@ def _described(error: str, text: str) -> str:
     reason = match[1]
     if reason == _OVERWRITTEN:
         key = lines[number - 1].partition("=")[0].strip()
-        reason = f"the key {key:.100} stands there a second time"
+        reason = f"duplicate key {key:.100}"
     elif table := _TWICE.fullmatch(reason):
         name = ".".join(part.strip(" '\"") for part in table[1].split(","))
-        reason = f"the table [{name:.100}] stands there a second time"
+        reason = f"duplicate table [{name:.100}]"
     return f"line {number}: {reason}"

@@ -1,9 +1,9 @@
-"""The model that a run starts from, as each of its nodes makes it.
+"""Check that each node of a run starts from the same model.
 
-A problem's `model()` must give the same values at every call and on every node. That it does so
-twice on one node is checked to the bit. Across machines it is compared within a tolerance, since
-torch draws slightly other numbers on another kind of CPU: by a fingerprint, which the aggregator
-writes into its ``run`` record and workers and evaluators into their answers.
+A problem's `model()` must return the same values at every call and on every node. One node
+compares two calls to the bit. Nodes compare fingerprints within a tolerance, since torch draws
+slightly different numbers on another kind of CPU: the aggregator writes its fingerprint into the
+``run`` record, workers and evaluators write theirs into their answers.
 """
 
 from __future__ import annotations
@@ -25,44 +25,44 @@ from fedmq.nodes.run.agreement import Fingerprint
 from fedmq.nodes.run.digests import digest_of
 
 _BLOCK = 1 << 16
-"""Values that are summed at a time: larger blocks stay with malloc, tens of MB for a process."""
+"""Number of values summed at a time: malloc would keep larger blocks, tens of MB per process."""
 
 
 def version_zero(problem: Problem) -> Fingerprint | None:
-    """Return the fingerprint of a problem's model; None if the problem has none.
+    """Return the fingerprint of a problem's model; None if the problem has no model.
 
-    The model is made twice, one after the other, and read: besides the making, 0.2 s for one of
-    400 MB, and never more memory than for one.
+    The model is made twice, one after the other, so memory for one model is enough. Reading both
+    takes 0.2 s for a model of 400 MB.
 
     Raises:
-        ConfigError: the two have other values, or are one module.
+        ConfigError: the two models differ, or are the same object.
     """
     try:
         module = problem.model()
     except (ProblemError, NotImplementedError):
-        return None  # the algorithm brings its own
+        return None  # the algorithm makes its own
     digests = {name: digest_of(tensor) for name, tensor in _tensors(module)}
-    found, kept = _fingerprint(module), weakref.ref(module)
+    found, first = _fingerprint(module), weakref.ref(module)
     del module
-    if kept() is not None:
-        gc.collect()  # it may only hold itself
+    if first() is not None:
+        gc.collect()  # frees a module with a reference cycle
     again = problem.model()
-    if kept() is again:
+    if first() is again:
         raise ConfigError(
-            "problem.name: expected model() to make a new module at every call, it returned the "
-            "same one twice: it would begin the second task with what the first has learned"
+            "problem.name: expected model() to make a new module at every call, got the same one "
+            "twice: the second task would start from the weights that the first has trained"
         )
     for name, tensor in _tensors(again):
         if digest_of(tensor) != digests.pop(name, None):
             raise ConfigError(
-                f"problem.name: expected model() to give the same values at every call, "
-                f"{name!r} differs from one call to the next: seed what it is drawn from"
+                f"problem.name: expected model() to return the same values at every call, but "
+                f"{name!r} differs from one call to the next: seed its random generator"
             )
     return found
 
 
 def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Yield parameters and buffers, by name, that have values which can be read."""
+    """Yield dense parameters, buffers and tensor attributes by name."""
     for named in (module.named_parameters(), module.named_buffers(), _attributes(module)):
         for name, tensor in named:
             plain = tensor.layout == torch.strided and not tensor.is_quantized
@@ -71,7 +71,7 @@ def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def _attributes(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Yield tensors that modules hold as plain attributes."""
+    """Yield tensors that are plain attributes of modules, by name."""
     for path, each in module.named_modules():
         for name, value in vars(each).items():
             if isinstance(value, Tensor):
@@ -81,8 +81,8 @@ def _attributes(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 def _fingerprint(module: nn.Module) -> Fingerprint:
     """Return the norm of all values, and their sum with alternating signs.
 
-    Each tensor's sum counts with a factor from its name, so that values in another place make
-    another sum. What is not finite counts as zero.
+    Each tensor's sum is multiplied by a factor made from its name, so that swapped tensors change
+    the sum. Values that are not finite count as zero.
     """
     squares = total = 0.0
     for name, tensor in _tensors(module):

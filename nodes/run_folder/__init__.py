@@ -1,1 +1,1 @@
-"""The folder of a run: its files, its summary and the run's final model."""
+"""The folder of a run: its configuration, summary and final model."""

@@ -1,4 +1,4 @@
-"""Writing a file so that a reader finds the old one or the new one, never a part."""
+"""Atomic replacement of files: a reader finds the old file or the new one, never a part."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from pathlib import Path
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield a name beside a file; what is written there takes the file's place in the end.
+    """Yield a temporary path; at the end of the block, sync it and rename it to ``path``.
 
     An error leaves the old file unchanged.
 
     Raises:
-        OSError: the new file cannot be read back, synced or put in its place.
+        OSError: the new file cannot be opened, synced or renamed.
     """
     fresh = path.with_name(f"{path.name}.new")
     try:

@@ -1,4 +1,4 @@
-"""The folder of a run: what it holds, who uses it, and its ``config.toml``."""
+"""The folder of a run: its contents, its lock, and its ``config.toml``."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from fedmq.broker.ledger.lock import LOCK_FILE
 from fedmq.broker.ledger.reader import read_entries
 from fedmq.broker.wire.addresses import AGGREGATOR, BROKER, CONTINUED, name_fault
 from fedmq.nodes.errors import ConfigError
+from fedmq.nodes.process.exception_text import reason_of
 from fedmq.nodes.run.config import Config
 from fedmq.nodes.run_folder.atomic_write import replacing
 from fedmq.nodes.run_folder.summary import RunFold
@@ -29,22 +30,22 @@ LEDGER = "ledger"
 
 _OWN = re.compile(r'^# run\.id = "([^"\n]*)"(?:\n# begun = ([0-9]+\.[0-9]+))?', re.MULTILINE)
 _OLD = re.compile(r'\A\[run\]\nid = "([^"\n]*)')
-"""How the file of 0.1.0 begins, whole or not."""
+"""Start of a ``config.toml`` of 0.1.0, which can be incomplete."""
 _SEGMENT = re.compile(rf"({MESSAGES}|{PAYLOAD})-[0-9]{{20}}\.log")
-_NAMED = 5
-"""Runs that a broker names, of those that it finds."""
+_MAX_NAMED = 5
+"""Number of runs that a broker names when it starts."""
 _ENDING_S = 8.0
-"""How long the broker of a supervisor that was killed may take to end."""
+"""Seconds that the broker of a killed supervisor can take to end."""
 
 
 @dataclass
 class Recorded:
-    """What a ledger tells of one run.
+    """State of one run in a ledger.
 
-    config: the newest one, as TOML.
-    version: the newest one.
-    ended: why it did, or None.
-    arithmetic: see `fedmq.nodes.aggregator.computed`; None as long as its aggregator has not begun.
+    config: newest configuration, as TOML.
+    version: newest version.
+    ended: reason why the run ended, or None.
+    arithmetic: see `fedmq.nodes.aggregator.computed`; None before the aggregator's first record.
     """
 
     id: str
@@ -58,19 +59,19 @@ class Runs:
     """The runs of a ledger, folded entry by entry.
 
     Attributes:
-        found: by id, in the order in which they were opened.
+        found: runs by id, in the order of their first entries.
     """
 
     def __init__(self) -> None:
         self.found: dict[str, Recorded] = {}
 
     def watch(self, entries: Iterator[AnyEntry]) -> Iterator[AnyEntry]:
-        """Yield entries, and take each."""
+        """Fold entries while passing them on."""
         for entry in entries:
-            self._take(entry)
+            self._fold(entry)
             yield entry
 
-    def _take(self, entry: AnyEntry) -> None:
+    def _fold(self, entry: AnyEntry) -> None:
         match entry:
             case Opened(run=name, config=config):
                 self.found[name] = Recorded(name, config)
@@ -90,7 +91,7 @@ class Runs:
 
 
 def recorded_runs(ledger: Path) -> list[Recorded]:
-    """Return the runs of a ledger, in the order in which they were opened; none without one.
+    """Return the runs of a ledger, in the order of their first entries.
 
     Raises:
         LedgerError: the ledger is damaged.
@@ -102,35 +103,35 @@ def recorded_runs(ledger: Path) -> list[Recorded]:
 
 
 def state_of(runs: Sequence[Recorded], *, once: bool) -> str:
-    """Return what a broker finds in its ledger, and waits for, in one line."""
+    """Describe in one line the runs that a broker found in its ledger, and what it waits for."""
     if not runs:
         return "no run yet: waiting for an aggregator"
     lines = [
         f"run {each.id} has ended"
         if each.ended is not None
-        else f"run {each.id} at version {each.version}, goes on when its aggregator comes"
+        else f"run {each.id} at version {each.version}, waiting for its aggregator"
         for each in runs
     ]
-    if len(lines) > _NAMED:
-        lines[_NAMED:] = [f"{len(lines) - _NAMED} more runs"]
+    if len(lines) > _MAX_NAMED:
+        lines[_MAX_NAMED:] = [f"{len(lines) - _MAX_NAMED} more runs"]
     if all(each.ended is not None for each in runs):
-        lines.append("nothing is left to be done" if once else "waiting for new runs")
+        lines.append("nothing left to do" if once else "waiting for new runs")
     return "; ".join(lines)
 
 
 def begun_at(folder: Path) -> float | None:
-    """Return when the run of a folder was begun, in seconds since 1970, if something says so."""
+    """Return the start time of a folder's run, in seconds since 1970, or None if unknown."""
     return _read_own(folder / CONFIG_FILE)[1]
 
 
 @dataclass
 class Contents:
-    """What the folder of a run holds.
+    """Contents of the folder of a run.
 
-    id: of the run, or "" if nothing says so.
-    begun: when it was begun, in seconds since 1970, or None if nothing says so.
-    run: what its ledger tells of it, or None if there is nothing of it yet.
-    fold: the same at length.
+    id: id of the run, or "" if unknown.
+    begun: start time in seconds since 1970, or None if unknown.
+    run: state of the run in the ledger, or None if the ledger has no run.
+    fold: summary of the run from the ledger, or None likewise.
     """
 
     id: str = ""
@@ -140,11 +141,11 @@ class Contents:
 
 
 def look_into(folder: Path) -> Contents | None:
-    """Return what the folder of a run holds; None if it is empty, or not there.
+    """Return the contents of a run's folder; None if it is empty or missing.
 
     Raises:
-        ConfigError: it cannot be read, is not that of a run, or of several runs.
-        LedgerError: its ledger is damaged.
+        ConfigError: the folder cannot be read, is not that of a run, or has several runs.
+        LedgerError: the ledger is damaged.
     """
     names = _names(folder)
     if not names:
@@ -152,7 +153,8 @@ def look_into(folder: Path) -> Contents | None:
     if not _is_run(folder, names):
         some = ", ".join(sorted(names)[:3]) + (", ..." if len(names) > 3 else "")
         raise ConfigError(
-            f"--run: expected a new or empty folder, or that of a run; in {folder} there is {some}"
+            f"--run: expected a new or empty folder, or the folder of a run; {folder} contains "
+            f"{some}"
         )
     found = Contents(*_read_own(folder / CONFIG_FILE))
     runs, fold = Runs(), RunFold(found.begun)
@@ -162,8 +164,8 @@ def look_into(folder: Path) -> Contents | None:
         raise error.advise(check_advice(folder)) from None
     if len(runs.found) > 1:
         raise ConfigError(
-            f"--run: the ledger in {folder} is that of several runs, {', '.join(runs.found)}: "
-            "`fedmq broker` goes on with them"
+            f"--run: expected the ledger of one run, {folder} has {', '.join(runs.found)}: "
+            "resume them with `fedmq broker`"
         )
     for run in runs.found.values():
         found.id, found.run, found.fold = run.id, run, fold
@@ -176,11 +178,11 @@ def _names(folder: Path) -> set[str]:
     except FileNotFoundError:
         return set()
     except OSError as error:
-        raise ConfigError(f"--run: cannot read {folder}: {error.strerror}") from None
+        raise ConfigError(f"--run: cannot read {folder}: {reason_of(error)}") from None
 
 
 def _is_run(folder: Path, names: set[str]) -> bool:
-    """Tell whether this is what a run leaves, be it at its very beginning."""
+    """Return whether a folder is that of a run, even of one that has just begun."""
     if LEDGER in names and (folder / LEDGER).is_dir():
         inside = _names(folder / LEDGER)
         return inside <= {LOCK_FILE} or any(map(_SEGMENT.fullmatch, inside))
@@ -196,11 +198,11 @@ def _text_of(file: Path) -> str:
     except FileNotFoundError:
         return ""
     except OSError as error:
-        raise ConfigError(f"cannot read {file}: {error.strerror}") from None
+        raise ConfigError(f"cannot read {file}: {reason_of(error)}") from None
 
 
 def _read_own(file: Path) -> tuple[str, float | None]:
-    """Return the id of the run that wrote this configuration, and when; "" and None without."""
+    """Return the run's id, or "", and its start time, or None, from a configuration file."""
     text = _text_of(file)
     match = _OWN.search(text)
     if match is not None and not name_fault(match[1]):
@@ -210,7 +212,7 @@ def _read_own(file: Path) -> tuple[str, float | None]:
 
 
 def usable_config(folder: Path) -> Path | None:
-    """Return the configuration file in a run's folder, if it is a whole one."""
+    """Return the configuration file in a run's folder if it is complete, else None."""
     file = folder / CONFIG_FILE
     try:
         tables = tomllib.loads(_text_of(file))
@@ -220,23 +222,21 @@ def usable_config(folder: Path) -> Path | None:
 
 
 def is_record(file: Path) -> bool:
-    """Tell whether a configuration file was left by a run: its id is that of what has been."""
+    """Return whether a run wrote this configuration file, so that its run.id is in use."""
     return bool(_OWN.search(_text_of(file))) or (file.parent / LEDGER).is_dir()
 
 
 def write_config(folder: Path, config: Config, begun: float) -> None:
-    """Leave a run's configuration in its folder: complete, and without the id, to run it again.
-
-    A reader finds the old file or the new one, even after a crash.
+    """Write a run's complete configuration to its folder, without the id, so that it can be reused.
 
     Raises:
-        ConfigError: it cannot be written.
+        ConfigError: the file cannot be written.
     """
     without = config.model_copy(update={"run": config.run.model_copy(update={"id": ""})})
     when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(begun))
     text = (
-        "# The configuration of a run, every default filled in. `fedmq cluster --run FOLDER` goes\n"
-        "# on with the run; `fedmq cluster FOLDER/config.toml` begins a new one that is the same.\n"
+        "# The configuration of a run with every default. `fedmq cluster --run FOLDER` resumes\n"
+        "# this run; `fedmq cluster FOLDER/config.toml` starts a new run with the same settings.\n"
         f'# run.id = "{config.run.id}"\n'
         f"# begun = {float(begun)!r} ({when})\n\n{without.to_toml()}"
     )
@@ -244,61 +244,62 @@ def write_config(folder: Path, config: Config, begun: float) -> None:
         with replacing(folder / CONFIG_FILE) as fresh:
             fresh.write_text(text, encoding="utf-8")
     except OSError as error:
-        raise ConfigError(f"cannot write {folder / CONFIG_FILE}: {error.strerror}") from None
+        raise ConfigError(f"cannot write {folder / CONFIG_FILE}: {reason_of(error)}") from None
 
 
 @contextlib.contextmanager
 def held(folder: Path) -> Iterator[None]:
-    """Make a run's folder if need be, and keep other supervisors and brokers out of it.
+    """Make a run's folder if it is missing, and lock it against other supervisors and brokers.
 
     Raises:
-        ConfigError: another process uses it; the sentence has its number. Or it cannot be made.
+        ConfigError: another process uses the folder (the message has its id), or the folder cannot
+            be made.
     """
     try:
         new = [each for each in (folder, *folder.parents) if not each.exists()]
         folder.mkdir(parents=True, exist_ok=True)
         lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     except (FileExistsError, NotADirectoryError):
-        raise ConfigError(f"--run: expected a folder, got {folder}, which is none") from None
+        raise ConfigError(f"--run: expected a folder, {folder} is not one") from None
     except OSError as error:
-        raise ConfigError(f"--run: cannot make {folder}: {error.strerror}") from None
+        raise ConfigError(f"--run: cannot make {folder}: {reason_of(error)}") from None
     try:
-        if _is_taken(lock):
+        if _is_locked(lock):
             raise ConfigError(f"--run: {folder} is in use by {_holder(lock, 'another cluster')}")
         _wait_for_broker(folder)
         yield
     finally:
         os.close(lock)
-        with contextlib.suppress(OSError):  # unless something is in them now
+        with contextlib.suppress(OSError):  # rmdir removes only empty folders
             for each in new:
                 each.rmdir()
 
 
 def _wait_for_broker(folder: Path) -> None:
-    """Check that no broker writes in a folder; that of a supervisor which was killed is ending."""
+    """Check that no broker writes to a folder; wait for the broker of a killed supervisor."""
     try:
         lock = os.open(folder / LEDGER / LOCK_FILE, os.O_RDWR | os.O_CLOEXEC)
     except OSError:
-        return  # there is none; or the broker itself will say why it cannot be locked
+        return  # no ledger yet; for other reasons, the broker reports that it cannot lock it
     try:
         deadline = time.monotonic() + _ENDING_S
-        while _is_taken(lock):
+        while _is_locked(lock):
             pid = _pid_of_holder(lock)
             if not (pid and _is_orphan(pid)) or time.monotonic() > deadline:
                 raise ConfigError(f"--run: {folder} is in use by {_holder(lock, 'another broker')}")
-            time.sleep(0.05)  # the broker of a killed supervisor is ending
+            time.sleep(0.05)
     finally:
         os.close(lock)
 
 
-def _is_taken(lock: int) -> bool:
-    """Lock a file; tell whether another process has."""
+def _is_locked(lock: int) -> bool:
+    """Lock a file; return whether another process has locked it."""
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
     except OSError:
-        return False  # a file system without locks: nothing is known
+        return False  # the file system has no locks
     return False
 
 
@@ -308,7 +309,7 @@ def _holder(lock: int, what: str) -> str:
 
 
 def _pid_of_holder(lock: int) -> int | None:
-    """Return which process has locked a file, where the system tells."""
+    """Return the id of the process that locked a file, if /proc shows it."""
     inode = str(os.fstat(lock).st_ino)
     with contextlib.suppress(OSError, ValueError):
         for line in Path("/proc/locks").read_text().splitlines():
@@ -319,8 +320,8 @@ def _pid_of_holder(lock: int) -> int | None:
 
 
 def _is_orphan(pid: int) -> bool:
-    """Tell whether a process is a supervisor's child: if that is gone, it ends by itself."""
+    """Return whether a process is a supervisor's child, which ends when the supervisor is gone."""
     try:
         return b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()
     except OSError:
-        return True  # it has just ended
+        return True  # the process has just ended

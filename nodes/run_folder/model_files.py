@@ -1,10 +1,10 @@
-"""The final model of a run as files, and reading it back.
+"""Write the final model of a run to files, and read it.
 
-``model.safetensors`` holds what the problem's own module calls its state: `read_state_dict`
-returns it for ``module.load_state_dict(state, strict=True)``. Of an algorithm whose model is
-not that module (a hypernetwork, a server network, tables of outputs) it holds the tensors that
-there are, by name. What the format cannot hold is written otherwise, and the file says how.
-``model.npz`` holds the algorithm's tensors as numpy arrays.
+``model.safetensors`` has the state dict of the problem's module: `read_state_dict` returns it for
+``module.load_state_dict(state, strict=True)``. If the algorithm's model is not that module (a
+hypernetwork, a server network, tables of outputs), the file has the algorithm's tensors by name.
+Tensors that the format does not support are converted, and the file's metadata describe how.
+``model.npz`` has the algorithm's tensors as numpy arrays.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from torch import Tensor
 from fedmq.algorithms.errors import ProblemError
 from fedmq.algorithms.problems.base import Problem
 from fedmq.nodes.errors import NodeError
-from fedmq.nodes.process.streams import reason_of
+from fedmq.nodes.process.exception_text import reason_of
 from fedmq.nodes.run_folder.atomic_write import replacing
 
 MODEL_FILE = "model.safetensors"
 ARRAYS_FILE = "model.npz"
 _RESERVED = "__metadata__"
 _NOTES = "fedmq"
-"""The key of the file's metadata under which it says what is not written as it is."""
+"""Key in the file's metadata: facts about the run, and notes on converted tensors."""
 
 _log = structlog.get_logger()
 
@@ -41,12 +41,12 @@ _log = structlog.get_logger()
 def save_model(
     folder: Path, tensors: Mapping[str, Tensor], problem: Problem, about: Mapping[str, str]
 ) -> None:
-    """Write the files of a run's final model; each is there as a whole or not at all.
+    """Write the files of a run's final model, each atomically.
 
     Args:
         folder: of the run.
-        tensors: the algorithm's, by name.
-        problem: whose module they belong to, if they do.
+        tensors: the algorithm's tensors by name.
+        problem: makes the module that the tensors may belong to.
         about: facts for the file's metadata, such as the run's id.
 
     Raises:
@@ -64,10 +64,10 @@ def save_model(
 
 
 def remove_model(folder: Path) -> None:
-    """Remove the files of a final model: they are another run's, or are written at the end.
+    """Remove the files of an earlier final model; the run writes them again at its end.
 
     Raises:
-        NodeError: one cannot be removed.
+        NodeError: a file cannot be removed.
     """
     for name in (MODEL_FILE, ARRAYS_FILE):
         try:
@@ -86,7 +86,7 @@ def read_state_dict(path: Path | str) -> dict[str, Tensor]:
         path: the run's folder, or the file itself.
 
     Raises:
-        NodeError: there is no such file, or it is no final model.
+        NodeError: the file is missing, or is not a final model.
     """
     file = Path(path)
     if file.is_dir():
@@ -107,10 +107,10 @@ def read_state_dict(path: Path | str) -> dict[str, Tensor]:
 
 
 def module_state(tensors: Mapping[str, Tensor], problem: Problem) -> dict[str, Tensor] | None:
-    """Return the state dict of the problem's module with these values; None if it has others.
+    """Return the state dict of the problem's module with these values; None if they do not fit it.
 
-    The module itself says which keys there are: a tied tensor is under each of its names, and a
-    buffer that is not persistent is under none.
+    The module determines the keys: a tied tensor is under each of its names, and a buffer that is
+    not persistent is under none.
     """
     try:
         module = problem.model()
@@ -124,16 +124,16 @@ def module_state(tensors: Mapping[str, Tensor], problem: Problem) -> dict[str, T
                 each.copy_(tensors[name])
         state = module.state_dict()
     except (ProblemError, NotImplementedError):
-        return None  # the algorithm brings its own
-    except Exception:  # noqa: BLE001 - a module of a user may raise anything; the run has its model
-        _log.exception("the problem's module does not give its state: writing tensors by name")
+        return None  # the algorithm makes its own
+    except Exception:  # noqa: BLE001 - a user's module can raise anything; the run has its model
+        _log.exception("cannot get the state of the problem's module: writing tensors by name")
         return None
-    # Extra state may be any object, which only the module itself can make again.
+    # Extra state can be any object, which only the module itself can make again.
     return {name: each.detach() for name, each in state.items() if isinstance(each, Tensor)}
 
 
 def _as_held(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return tensors as the format can hold them, and notes on what had to be changed for that."""
+    """Convert tensors to those that the format supports; also return notes on the conversions."""
     held: dict[str, Tensor] = {}
     pairs: dict[str, dict[str, str]] = {}
     renamed: dict[str, str] = {}
@@ -141,7 +141,7 @@ def _as_held(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str
 
     def hold(name: str, tensor: Tensor) -> str:
         tensor = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
-        # The format has no two tensors in one memory.
+        # The format has no tensors that share memory.
         storage = tensor.untyped_storage().data_ptr()
         held[name] = tensor.clone() if storage in storages else tensor
         storages.add(storage)
@@ -154,7 +154,7 @@ def _as_held(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str
 
     for name, tensor in tensors.items():
         if tensor.is_complex() and not _can_hold(tensor.dtype):
-            # float64 holds every part exactly.
+            # float64 represents each part exactly.
             both = torch.view_as_real(tensor.detach().cpu().resolve_conj()).double()
             parts = {
                 part: hold(free(f"{name}.{part}"), both[..., index])
@@ -170,7 +170,7 @@ def _as_held(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str
 
 
 def _as_named(tensors: dict[str, Tensor], notes: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Undo what `_as_held` has done."""
+    """Undo the conversions of `_as_held`."""
     renamed, pairs = notes.get("renamed", {}), notes.get("complex", {})
     found = dict(tensors)
     for key, name in renamed.items():
@@ -184,7 +184,7 @@ def _as_named(tensors: dict[str, Tensor], notes: Mapping[str, Any]) -> dict[str,
 
 @functools.cache
 def _can_hold(dtype: torch.dtype) -> bool:
-    """Tell whether the installed release of safetensors has this dtype."""
+    """Return whether the installed release of safetensors supports a dtype."""
     try:
         safetensors.torch.save({"x": torch.zeros(1, dtype=dtype)})
     except (KeyError, ValueError, TypeError, SafetensorError):
@@ -193,27 +193,24 @@ def _can_hold(dtype: torch.dtype) -> bool:
 
 
 def _write_arrays(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write tensors as `numpy.savez` does, whatever their names.
-
-    A tensor that is called ``file`` would be taken for its first argument.
-    """
+    """Write tensors as `numpy.savez` does, which does not accept a tensor named ``file``."""
     with zipfile.ZipFile(path, "w") as archive:
         for name, tensor in tensors.items():
             each = tensor.detach().cpu()
-            # numpy has no bfloat16; each of its values is one of float32.
+            # numpy has no bfloat16; float32 represents its values exactly.
             array = (each.float() if each.dtype == torch.bfloat16 else each).numpy()
             with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
                 np.lib.format.write_array(file, np.asanyarray(array), allow_pickle=False)
 
 
 def _replace(path: Path, write: Callable[[Path], None]) -> None:
-    """Write a file under another name, then put it in its place."""
+    """Replace a file of the model atomically."""
     try:
         with replacing(path) as fresh:
             fresh.touch()
             mode = fresh.stat().st_mode
             write(fresh)
-            fresh.chmod(mode)  # safetensors lets nobody else read; the run's other files decide
+            fresh.chmod(mode)  # safetensors makes it 0600; give it the mode of the other files
     except (OSError, SafetensorError) as error:
-        reason = error.strerror if isinstance(error, OSError) else None
-        raise NodeError(f"cannot write the model to {path}: {reason or error}") from None
+        reason = reason_of(error) if isinstance(error, OSError) else error
+        raise NodeError(f"cannot write the model to {path}: {reason}") from None

@@ -1,10 +1,9 @@
-"""What became of the tasks and results of a run, counted from its ledger to the end.
+"""Outcomes of a run's tasks and results, counted from its ledger.
 
-The one way of counting: summary, view and ``trace stats`` all show what is folded here. A result
-is *used* if a committed version holds it, *stale* or *refused* if it was rejected, and *unused*
-otherwise: it was good, but no version that it could be in was committed. The four add up to all
-results that the broker accepted. A task is *failed* if its worker says so, or if the broker gave
-it up.
+Summary, view and ``trace stats`` all show these counts. A result is *used* if it is in a committed
+version, *stale* or *refused* if it was rejected, and *unused* otherwise: it was valid, but the
+version that it was for was not committed. The four add up to all results that the broker accepted.
+A task *failed* if its worker reported so, or if the broker dead-lettered it.
 """
 
 from __future__ import annotations
@@ -21,18 +20,19 @@ from fedmq.broker.wire.schema import Message
 
 _STALE = (Code.STALE, Code.LATE)
 UNUSED, NO_ANSWER = "unused", "no-answer"
-"""Codes of a client whose result no version holds, and of one that has not answered."""
+"""Codes of a client whose result is in no version, and of one that has not answered."""
 _UNUSED, _NO_ANSWER = "its result is in no version", "no answer"
 _NOTHING, _RESULT, _TASK, _EVALUATION = 0, 1, 2, 3
 
 
 @dataclass
 class Cohorts:
-    """How many clients versions wanted results from, and got them, where a schedule says that.
+    """Completeness of the cohorts of synchronous rounds.
 
-    versions: with a cohort. wanted: results, in all of them. missing: so many never came, or
-        came late. whole: versions from which none was missing.
-    last: (results of its own cohort, wanted) of the newest version.
+    versions: number of versions with a cohort. whole: number of those that missed no result.
+    wanted: number of clients in all cohorts. missing: number of their results that came late or
+        not at all.
+    last: (results of its own cohort, clients in the cohort) of the newest version.
     """
 
     versions: int = 0
@@ -42,7 +42,7 @@ class Cohorts:
     last: tuple[int, int] | None = None
 
     def add(self, results: int, late: int, cohort: int) -> None:
-        """Count one more version."""
+        """Count a version."""
         own = max(0, results - late)
         self.versions += 1
         self.wanted += cohort
@@ -53,10 +53,10 @@ class Cohorts:
 
 @dataclass
 class ClientRecord:
-    """What became of one client's tasks.
+    """Outcomes of one client's tasks.
 
-    tasks: that it was given. good: results that a version holds.
-    code, reason: why the last task or result that came to nothing did, or "".
+    tasks: number of tasks sent to it. good: number of its results in versions.
+    code, reason: why its last failed task or rejected result failed, or "".
     """
 
     tasks: int = 0
@@ -67,10 +67,11 @@ class ClientRecord:
 
 @dataclass
 class LastFailure:
-    """The newest task, result or evaluation that came to nothing.
+    """The newest failed task, rejected result or failed evaluation.
 
-    client: whose it was; None for an evaluation on the problem's test data.
-    what: ``task`` that failed, ``result`` that was rejected, or ``evaluation`` that failed.
+    what: ``task``, ``result`` or ``evaluation``.
+    client: its client; None for an evaluation on the problem's test data.
+    where: file and line of the user's code that raised the error, or "".
     """
 
     what: str
@@ -86,18 +87,18 @@ class LastFailure:
 
 
 class Outcomes:
-    """Counts of one run, entry by entry.
+    """Counts of one run, folded entry by entry.
 
     Attributes:
-        results: that the broker accepted.
-        used: of them, those in a committed version.
-        rejected: of them, those that were rejected, by code.
-        failed: tasks that failed, by code.
-        failed_evaluations: that have failed.
-        last: the newest failure or rejection, or None; a result that only came late is none.
-        unaccepted: posts of any kind that the broker did not accept.
-        cohorts: of synchronous rounds.
-        clients: by number.
+        results: number of results that the broker accepted.
+        used: number of results in committed versions.
+        rejected: number of rejected results by code.
+        failed: number of failed tasks by code.
+        failed_evaluations: number of failed evaluations.
+        last: newest failure or rejection, except of late and stale results; or None.
+        unaccepted: number of posts of any kind that the broker did not accept.
+        cohorts: completeness of synchronous rounds.
+        clients: outcomes by client number.
     """
 
     def __init__(self) -> None:
@@ -111,36 +112,36 @@ class Outcomes:
         self.cohorts = Cohorts()
         self.clients: dict[int, ClientRecord] = {}
         self._out: dict[str, int] = {}
-        """Client of the tasks that are out, by id."""
+        """Client of each outstanding task, by the task's id."""
         self._evaluations: dict[str, int | None] = {}
-        """Client of the evaluations that are out, by id; None is the evaluator's."""
+        """Client of each outstanding evaluation, by its id; None for the evaluator's."""
         self._given_up: dict[str, str] = {}
-        """Code of the tasks that the broker gave up, by id: they may be sent again."""
+        """Code of each dead-lettered task, by its id: it can be redelivered."""
         self._pending: dict[int, int] = {}
-        """Client of the results that no version is known to hold yet, by number."""
+        """Client of each result that is not in a version yet, by the result's number."""
         self._finished = False
-        # By number of an entry: what it was, and of which client. A run has many entries.
+        # Kind and client of each entry, by its number: compact, as a run has many entries.
         self._kinds = bytearray()
         self._owners = array("q")
 
     @property
     def stale(self) -> int:
-        """Return how many results were too many versions behind, or after their round."""
+        """Return the number of results that came too many versions late, or after their round."""
         return sum(self.rejected[code] for code in _STALE)
 
     @property
     def refused(self) -> int:
-        """Return how many results were rejected for any other reason."""
+        """Return the number of results rejected for any other reason."""
         return self.rejected.total() - self.stale
 
     @property
     def unused(self) -> int:
-        """Return how many results are in no version, although nobody has rejected them."""
+        """Return the number of results that are in no version although they were not rejected."""
         return max(0, self.results - self.used - self.rejected.total())
 
     @property
     def without_result(self) -> dict[int, ClientRecord]:
-        """Return the clients that were given tasks, and of which no version holds a result."""
+        """Return the clients that got tasks but have no result in any version."""
         found = {k: each for k, each in self.clients.items() if each.tasks and each.good <= 0}
         for client in set(self._pending.values()) & found.keys():
             found[client] = replace(found[client], code=UNUSED, reason=_UNUSED)
@@ -150,11 +151,11 @@ class Outcomes:
         return dict(sorted(found.items()))
 
     def feed(self, entry: AnyEntry, message: Message | None, aggregator: str) -> None:
-        """Take the next entry.
+        """Fold the next entry of the ledger.
 
         Args:
-            entry: of the ledger.
-            message: of the entry, if it has one.
+            entry: the entry.
+            message: the entry's message, if it has one.
             aggregator: name of the run's aggregator.
         """
         match entry:
@@ -173,7 +174,7 @@ class Outcomes:
                 self._answer(seq, message)
             case Accepted() if message is not None and message.kind == CONTINUED:
                 if self._finished and message.body["further"]:
-                    # What was under way at the end is in no version that comes now.
+                    # Later versions do not include results that were pending at the end.
                     self._finished = False
                     self._pending.clear()
                     self._out.clear()
@@ -190,7 +191,7 @@ class Outcomes:
         if given_up is None:
             self.clients.setdefault(client, ClientRecord()).tasks += 1
         else:
-            self.failed[given_up] -= 1  # it has been sent again
+            self.failed[given_up] -= 1  # it was redelivered
         self._out[message.id] = client
         self._note(seq, _TASK, client)
 
@@ -204,11 +205,11 @@ class Outcomes:
             if client is not None:
                 self._pending[seq] = client
         elif message.kind == "failed" and client is not None:
-            code, reason, where = _told(message)
+            code, reason, where = _failure_of(message)
             self.failed[code] += 1
             self._blame("task", client, code, reason, where)
         elif message.kind == "failed" and message.re in self._evaluations:
-            self._not_evaluated(self._evaluations[message.re], *_told(message))
+            self._not_evaluated(self._evaluations[message.re], *_failure_of(message))
         elif message.kind != "score":
             return
         self._out.pop(message.re or "", None)
@@ -238,7 +239,7 @@ class Outcomes:
         if kind == _RESULT:
             self.rejected[code] += 1
             if self._pending.pop(of, None) is None and client in self.clients:
-                self.clients[client].good -= 1  # it waited while the version was committed
+                self.clients[client].good -= 1  # deferred during the commit, then rejected
         else:
             self.failed[code] += 1
             if refusal.dead_lettered:
@@ -250,10 +251,10 @@ class Outcomes:
         self.last = LastFailure("evaluation", client, code, reason, where)
 
     def _blame(self, what: str, client: int, code: str, reason: str, where: str = "") -> None:
-        if code not in (*_STALE, Code.RUN_OVER):  # such a result only came late
+        if code not in (*_STALE, Code.RUN_OVER):  # these results only came late
             self.last = LastFailure(what, client if client >= 0 else None, code, reason, where)
         record = self.clients.get(client)
-        if record is not None:  # others were given no task
+        if record is not None:
             record.code, record.reason = code, reason
 
     def _note(self, seq: int, kind: int, client: int) -> None:
@@ -264,14 +265,14 @@ class Outcomes:
         self._kinds[seq], self._owners[seq] = kind, client
 
 
-def _told(message: Message) -> tuple[str, str, str]:
-    """Return code, reason and place of what failed."""
+def _failure_of(message: Message) -> tuple[str, str, str]:
+    """Return code, reason and place in a ``failed`` message."""
     reason = str(message.body.get("reason", ""))
     code = failure_code_of(str(message.body.get("code", "")), reason)
     return code, reason, str(message.body.get("where", ""))
 
 
 def natural(value: Any) -> int | None:
-    """Return a value from a message's body if it is a whole number that can be one."""
+    """Return a value from a message's body if it is a natural number below 2^62, else None."""
     whole = isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 62
     return value if whole else None

@@ -1,7 +1,6 @@
-"""JSON that every parser reads: it has no NaN and no infinities.
+"""Strict JSON, in which NaN and infinities are null.
 
-They become null. Where a reader should know that a value is not just missing, `not_finite`
-says which ones were what.
+`not_finite` lists those values, so that a reader can distinguish them from missing ones.
 """
 
 from __future__ import annotations
@@ -13,16 +12,16 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 _MOST = 100
-"""Values that are named; a metric that diverged is not finite in every version since."""
+"""Number of listed values: after a divergence, the metrics of every version are not finite."""
 
 
 def to_strict_json(value: Any) -> str:
-    """Return a value as indented JSON text, null in the place of NaN and infinities."""
+    """Return a value as indented JSON text, with null for NaN and infinities."""
     return json.dumps(_strict(value), indent=2, allow_nan=False) + "\n"
 
 
 def not_finite(value: Any) -> dict[str, str]:
-    """Return which numbers in a value are not finite: ``{"metrics.loss": "NaN"}``, at most 100."""
+    """Return the numbers that are not finite, such as ``{"metrics.loss": "NaN"}``, at most 100."""
     return dict(itertools.islice(_paths(value, ""), _MOST))
 
 

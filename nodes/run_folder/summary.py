@@ -1,4 +1,4 @@
-"""What a run has come to, folded from its ledger entry by entry; nothing else is needed."""
+"""Summary of a run, folded from its ledger entry by entry."""
 
 from __future__ import annotations
 
@@ -21,7 +21,12 @@ from fedmq.nodes.run_folder.strict_json import not_finite
 
 @dataclass
 class NodeState:
-    """One node as the ledger shows it."""
+    """State of one node.
+
+    sessions, tasks, drops: number of its sessions, answered tasks and failed tasks.
+    here: whether it is connected.
+    doing: addressee of each task that it has now, by the task's id.
+    """
 
     role: str
     sessions: int = 0
@@ -29,15 +34,15 @@ class NodeState:
     drops: int = 0
     here: bool = False
     doing: dict[str, str] = field(default_factory=dict)
-    """Tasks that are with this node: by id, what for."""
 
 
 @dataclass
 class CurvePoint:
-    """One evaluation of a version: of the global model, or by clients, each of its own.
+    """The evaluation of one version, by the evaluator or by the clients.
 
-    metrics: by name; means over the clients that have answered so far.
-    clients: metrics of each client, where clients evaluate.
+    wall_s: seconds since the start of the run, without the time in which it was stopped.
+    metrics: metrics by name; means over the clients that have answered so far.
+    clients: metrics of each client that has answered, by its address.
     """
 
     version: int
@@ -47,16 +52,16 @@ class CurvePoint:
 
     @property
     def accuracy(self) -> float | None:
-        """Return the accuracy, if it has a meaning."""
+        """Return the accuracy, if it is among the metrics."""
         return self.metrics.get("accuracy")
 
     @property
     def loss(self) -> float | None:
-        """Return the loss, if it has a meaning."""
+        """Return the loss, if it is among the metrics."""
         return self.metrics.get("loss")
 
-    def take(self, client: str, metrics: dict[str, float]) -> None:
-        """Take what a client says of this version."""
+    def add(self, client: str, metrics: dict[str, float]) -> None:
+        """Add a client's metrics of this version."""
         self.clients[client] = metrics
         names = dict.fromkeys(name for each in self.clients.values() for name in each)
         for name in names:
@@ -66,14 +71,10 @@ class CurvePoint:
 
 @dataclass
 class RunFold:
-    """The state of one run, from the entries of its ledger.
-
-    Args:
-        started_at: when the run was asked for, in seconds since 1970; by default, when
-            its first message was written down.
-    """
+    """The state of one run, folded from the entries of its ledger."""
 
     started_at: float | None = None
+    """Start of the run in seconds since 1970; by default, the time of its first message."""
     run: str = ""
     config: dict[str, Any] = field(default_factory=dict)
     now: float | None = None
@@ -90,24 +91,24 @@ class RunFold:
     wire_up: int = 0
     ended: str | None = None
     stopped_s: float = 0.0
-    """For how long nobody ran it, until it was taken up again."""
+    """Seconds in which the run was stopped, until it was resumed."""
     failed: bool = False
-    """The run has ended without reaching its end."""
+    """Whether the run ended without reaching its goal."""
     version_0: Any = None
-    """What the aggregator says of the model that the run starts from, and"""
+    """The aggregator's fingerprint of the model that the run starts from."""
     disagreeing: list[str] = field(default_factory=list)
-    """names of the nodes that say otherwise."""
+    """Names of the nodes whose fingerprint differs."""
     first_task_at: float | None = None
     total_clients: int | None = None
     _aggregator: str = AGGREGATOR
     kinds: dict[str, dict[str, int]] = field(default_factory=lambda: {"down": {}, "up": {}})
     """Payload bytes by direction and by group of tensors."""
     _asked: dict[str, tuple[int, str]] = field(default_factory=dict)
-    """(version, address) of the tasks and evaluations that are out, by id."""
+    """(version, addressee) of each outstanding task and evaluation, by its id."""
     _hosts: dict[str, str] = field(default_factory=dict)
 
     def feed(self, entries: Iterable[AnyEntry]) -> None:
-        """Take more entries, in order."""
+        """Fold more entries, in order."""
         for entry in entries:
             self.now = entry.at
             message = entry.read() if isinstance(entry, Accepted) else None
@@ -126,7 +127,7 @@ class RunFold:
 
     @property
     def wall_s(self) -> float:
-        """Return how long the run has been going; while nobody ran it, it was not."""
+        """Return the run's duration in seconds, without the time in which it was stopped."""
         if self.now is None:
             return 0.0
         return self._since_start(self.now)
@@ -136,14 +137,14 @@ class RunFold:
 
     @property
     def status(self) -> str:
-        """Return what has become of the run: ``finished``, ``failed`` or ``interrupted``."""
+        """Return the run's status: ``finished``, ``failed`` or ``interrupted``."""
         if self.ended is None:
             return "interrupted"
         return "failed" if self.failed else "finished"
 
     @property
     def missing_clients(self) -> list[int]:
-        """Return the clients that are away while nobody has anything to do: the run waits."""
+        """Return the unreachable clients if the run waits for them: no node has a task."""
         if self.ended is not None or not self.run or self.total_clients is None:
             return []
         if any(node.here and node.doing for node in self.nodes.values()):
@@ -154,14 +155,14 @@ class RunFold:
 
     @property
     def working_clients(self) -> list[int]:
-        """Return the clients that have a task, on nodes that are here."""
+        """Return the clients that have a task on a connected node."""
         names = {to for node in self.nodes.values() if node.here for to in node.doing.values()}
         numbers = (name.removeprefix("client/") for name in names)
         return sorted(int(number) for number in numbers if number.isdecimal())
 
     @property
     def first_task_s(self) -> float | None:
-        """Return how long after the start the first task was sent; None if none was."""
+        """Return the seconds from the start to the first task; None before it."""
         if self.first_task_at is None or self.started_at is None:
             return None
         return self.first_task_at - self.started_at
@@ -178,12 +179,12 @@ class RunFold:
 
     @property
     def best_accuracy(self) -> float | None:
-        """Return the best accuracy so far; one that is not finite is no best one."""
+        """Return the best finite accuracy so far."""
         known = [point.accuracy for point in self.curve if point.accuracy is not None]
         return max(filter(math.isfinite, known), default=None)
 
     def _message(self, message: Message, at: float) -> None:
-        """Take a message; what only one kind of node says counts only if it comes from there."""
+        """Fold a message; a kind counts only from the sender that it belongs to."""
         if self.started_at is None:
             self.started_at = at
         size = sum(blob.size for blob in message.blobs)
@@ -262,7 +263,7 @@ class RunFold:
     def _evaluated(
         self, version: int, asked: str, wall_s: float, metrics: dict[str, float]
     ) -> None:
-        """Note what the evaluator, or a client, says of a version."""
+        """Record the metrics of a version from the evaluator or a client."""
         if asked == EVALUATOR:
             self.curve.append(CurvePoint(version, wall_s, metrics))
             return
@@ -271,10 +272,10 @@ class RunFold:
             point = CurvePoint(version, wall_s, {})
             self.curve.append(point)
         point.wall_s = wall_s
-        point.take(asked, metrics)
+        point.add(asked, metrics)
 
     def _count(self, direction: str, message: Message) -> None:
-        """Count a payload's bytes by the groups of tensors that it is made of."""
+        """Count a payload's bytes by group of tensors."""
         groups = message.body.get("groups")
         rest = iter(message.blobs)
         for group in groups if isinstance(groups, list) else ():
@@ -286,9 +287,9 @@ class RunFold:
                     kinds[name] = kinds.get(name, 0) + size
 
     def summary(self) -> dict[str, Any]:
-        """Return what ``summary.json`` holds, where NaN and infinities become null.
+        """Return the content of ``summary.json``, in which NaN and infinities become null.
 
-        ``not_finite``, if it is there, says which of its values are no finite numbers.
+        ``not_finite``, if present, lists those values.
         """
         config, last = self.config, self.outcomes.last
         summary = {
@@ -341,7 +342,7 @@ class RunFold:
         return summary
 
     def _known(self, nbytes: int) -> int | None:
-        """Return bytes on the wire, which the broker tells at the end of the run."""
+        """Return bytes on the wire, which the broker records at the end of the run."""
         return None if self.ended is None else nbytes
 
     def _results(self) -> dict[str, Any]:
@@ -360,7 +361,7 @@ class RunFold:
         }
 
     def _rounds(self) -> dict[str, int] | None:
-        """Return how whole the cohorts of synchronous rounds were."""
+        """Return the completeness of cohorts, if the run has synchronous rounds."""
         cohorts = self.outcomes.cohorts
         if not cohorts.versions:
             return None
@@ -373,7 +374,7 @@ class RunFold:
 
     @property
     def clients(self) -> dict[str, float] | None:
-        """Return how accuracy is spread over the clients that evaluated the newest version."""
+        """Return statistics of accuracy over the clients that evaluated the newest version."""
         answers = self.curve[-1].clients.values() if self.curve else ()
         known = [each["accuracy"] for each in answers if "accuracy" in each]
         return spread(known) if known else None
@@ -382,7 +383,7 @@ class RunFold:
 def spread(values: Sequence[float]) -> dict[str, float]:
     """Return mean, worst_decile (mean of the lowest tenth, at least one), std and count.
 
-    They are of the finite values; ``not_finite``, if it is there, says how many others there are.
+    They include the finite values only; ``not_finite``, if present, is the number of the others.
     """
     finite = sorted(filter(math.isfinite, values))
     others = {"not_finite": len(values) - len(finite)} if len(finite) < len(values) else {}

@@ -1,4 +1,4 @@
-"""``summary.json``: what a run came to, in its folder."""
+"""Write ``summary.json`` in a run's folder."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from fedmq.broker.ledger.reader import read_entries
 from fedmq.nodes.errors import NodeError
-from fedmq.nodes.process.streams import reason_of
+from fedmq.nodes.process.exception_text import reason_of
 from fedmq.nodes.run_folder.atomic_write import replacing
 from fedmq.nodes.run_folder.strict_json import to_strict_json
 from fedmq.nodes.run_folder.summary import RunFold
@@ -31,10 +31,10 @@ def write_summary(folder: Path, started_at: float | None = None) -> dict[str, An
 
 
 def remove_summary(folder: Path) -> None:
-    """Remove a summary: it describes an earlier state of the run, and is written again at the end.
+    """Remove a summary of an earlier state of the run; it is written again at the end.
 
     Raises:
-        NodeError: it cannot be removed.
+        NodeError: the file cannot be removed.
     """
     path = folder / SUMMARY_FILE
     try:
@@ -44,10 +44,10 @@ def remove_summary(folder: Path) -> None:
 
 
 def save_summary(folder: Path, summary: Mapping[str, Any]) -> None:
-    """Write a summary; the file is whole, or the one before it.
+    """Write a summary atomically.
 
     Raises:
-        NodeError: it cannot be written.
+        NodeError: the file cannot be written.
     """
     path = folder / SUMMARY_FILE
     try:

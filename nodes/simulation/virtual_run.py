@@ -40,7 +40,8 @@ from fedmq.nodes.messages.actions import (
     Start,
 )
 from fedmq.nodes.messages.actions import Handled as DoneWith
-from fedmq.nodes.run.setup import Setup, kind_of
+from fedmq.nodes.run.devices import kind_of
+from fedmq.nodes.run.setup import Setup
 from fedmq.nodes.worker.client_state import ClientStateStore
 from fedmq.nodes.worker.core import Action as WorkerAction
 from fedmq.nodes.worker.core import (

@@ -1,8 +1,8 @@
-"""The files of one client's states: numbered by task, and each written once.
+"""The files of one client's states: one per task, numbered, each written once.
 
-Whatever a worker does last, and whenever it does it, a reader finds the state of the newest
-task: a file is complete before it has its name, no file is ever replaced, and only files of
-older tasks are removed.
+A reader finds the state of the newest task even if a worker crashes or is delayed at any point: a
+file is complete before it gets its name, no file is ever replaced, and only files of older tasks
+are removed.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 _NAME = re.compile(r"([0-9]{12,})(\.state|\.[0-9a-f]+\.new)")
 _BEFORE_NUMBERS = -1
 _NO_LINKS = frozenset({errno.EPERM, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK})
-"""What file systems say that have no hard links."""
+"""Errors of file systems without hard links."""
 
 
 class ClientFolder:
@@ -31,7 +31,7 @@ class ClientFolder:
 
     def __init__(self, folder: Path, client: int) -> None:
         self._folder = folder / f"client-{client}"
-        # The one file of a client, in runs that older releases began: they have no identity.
+        # The only file of a client in runs of older releases, which have no run identity.
         self._unnumbered = folder / f"client-{client}.state"
 
     def __str__(self) -> str:
@@ -41,28 +41,27 @@ class ClientFolder:
         """Return (number, path, bytes) of the newest task's state, or None.
 
         Raises:
-            OSError: it cannot be read.
+            OSError: the file cannot be read.
         """
-        gone = _BEFORE_NUMBERS
-        while (number := self._newest_number()) > gone:
+        removed = _BEFORE_NUMBERS
+        while (number := self._newest_number()) > removed:
             path = self._path(number)
             try:
                 return number, path, path.read_bytes()
             except FileNotFoundError:
-                gone = number  # whoever removed it has saved a newer one
+                removed = number  # by a worker that has saved a newer one
         try:
             return _BEFORE_NUMBERS, self._unnumbered, self._unnumbered.read_bytes()
         except FileNotFoundError:
             return None
 
     def save(self, number: int, data: bytes) -> bool:
-        """Write a task's state, unless that of this task or of a newer one is here.
+        """Write a task's state, unless the state of this task or of a newer one exists.
 
-        Tell whether it was written. Files of older tasks are removed, and so is what is left of
-        writes that never ended.
+        Return whether it was written. Files of older tasks and of incomplete writes are removed.
 
         Raises:
-            OSError: it cannot be written; what was here still is.
+            OSError: the file cannot be written; the existing files are unchanged.
         """
         self._folder.mkdir(exist_ok=True)
         if self._newest_number() >= number:
@@ -76,7 +75,7 @@ class ClientFolder:
         except FileNotFoundError:
             if self._newest_number() < number:
                 raise
-            return False  # another worker has saved this task, or a newer one, and cleaned up
+            return False  # another worker has saved this task or a newer one, and removed ours
         finally:
             with contextlib.suppress(OSError):
                 fresh.unlink()
@@ -87,7 +86,7 @@ class ClientFolder:
         return self._folder / f"{number:012d}.state"
 
     def _files(self) -> Iterator[tuple[int, bool, Path]]:
-        """Yield (number, whether it is whole, path) of each file."""
+        """Yield (number, whether it is complete, path) of each file."""
         try:
             paths = list(self._folder.iterdir())
         except FileNotFoundError:
@@ -100,7 +99,7 @@ class ClientFolder:
         return max((number for number, whole, _ in self._files() if whole), default=_BEFORE_NUMBERS)
 
     def _remove_older(self, number: int) -> None:
-        """Remove what no reader will look for; what cannot be removed does no harm."""
+        """Remove files that no reader needs, where possible."""
         for each, whole, path in [*self._files(), (_BEFORE_NUMBERS, True, self._unnumbered)]:
             if each < number or (each == number and not whole):
                 with contextlib.suppress(OSError):
@@ -108,17 +107,17 @@ class ClientFolder:
 
 
 def _name(fresh: Path, path: Path) -> None:
-    """Give a written file its name; the first one of a name keeps it.
+    """Give a complete file its name, unless the name exists.
 
     Raises:
-        FileExistsError: the name is taken.
+        FileExistsError: the name exists.
     """
     try:
         os.link(fresh, path)
     except OSError as error:
         if error.errno not in _NO_LINKS:
             raise
-        # Two workers that save one task at the same moment: here the last one keeps the name.
+        # Without hard links, of two workers that save a task at the same moment the last one wins.
         if path.exists():
             raise FileExistsError(path) from None
         fresh.rename(path)

@@ -1,8 +1,8 @@
-"""What clients keep between their tasks, on the disk of the worker that hosts them.
+"""State that clients keep between tasks, on the disk of the worker that hosts them.
 
-A worker saves a client's new local state, with the result that goes with it, before it
-sends that result. Killed in between, it is given the task again, finds both, and sends the
-result that it has: a task changes its client once.
+A worker saves a client's new local state together with the task's result before it posts the
+result. If it is killed in between, it receives the task again and posts the saved result: a task
+changes its client's state exactly once.
 """
 
 from __future__ import annotations
@@ -25,17 +25,19 @@ from fedmq.broker.wire.schema import (
 from fedmq.codecs.errors import CodecError
 from fedmq.nodes.errors import NodeError, StorageError
 from fedmq.nodes.messages.payloads import RAW, Packed, pack, unpack
+from fedmq.nodes.process.exception_text import reason_of
 from fedmq.nodes.run.session import make_folder
 from fedmq.nodes.worker.client_files import ClientFolder
 
 
 @dataclass(frozen=True)
 class SavedClientState:
-    """What a client keeps after a task, and that task's result as it was posted.
+    """A client's state after a task, and the task's result.
 
-    task, seq: id of the task, and its number in the ledger. local: the algorithm's state, if it
-    has any. memory: what the uplink's codec has left out of the results so far, if it remembers
-    that.
+    task, seq: id of the task, and its number in the ledger.
+    local: the algorithm's local state, if it has any.
+    message, data: the result, as posted.
+    memory: error-feedback residual of the uplink's codec, if it keeps one.
     """
 
     task: str
@@ -47,7 +49,7 @@ class SavedClientState:
 
 
 class _Part(Struct):
-    """A payload that is kept: a message's body, and how many of the buffers are its own."""
+    """A saved payload: a message's body, and the number of its buffers."""
 
     body: dict[str, Any]
     buffers: int
@@ -57,23 +59,22 @@ class _Head(Struct):
     task: str
     message: bytes
     sizes: list[int]
-    """Of the buffers: those of the local state, of the memory, and of the result."""
+    """Sizes of the buffers of local state, memory and result, in this order, in bytes."""
     local: _Part | None
     memory: _Part | None
 
 
 class ClientStateStore:
-    """The kept states of a worker's clients.
+    """The saved states of a worker's clients.
 
-    On disk a client has a folder, and each state a file there that is named by the number of its
-    task in the ledger, ``client-3/000000000106.state``. The newest task counts, and saving one
-    removes the files of older tasks. So a worker that was stopped while it saved, and whose
-    clients were taken over meanwhile, cannot put its old state in the place of a newer one,
-    whenever it goes on; nobody holds a lock.
+    Each client has a folder, and each state a file there, named by the number of its task in the
+    ledger: ``client-3/000000000106.state``. The newest task counts; saving it removes the files of
+    older tasks. So a worker that is suspended while it saves, and whose clients another worker
+    takes over, cannot replace a newer state by its old one when it continues. No lock is needed.
 
     Args:
-        folder: of one run, and no other; several workers may share it. None keeps the states in
-            memory, where they end with the worker.
+        folder: of one run only; several workers can share it. None keeps the states in memory,
+            until the worker ends.
 
     Raises:
         NodeError: the folder cannot be made.
@@ -86,10 +87,10 @@ class ClientStateStore:
             make_folder(folder)
 
     def get(self, client: int) -> SavedClientState | None:
-        """Return what a client kept after the newest of its tasks, or None.
+        """Return a client's state after its newest task, or None.
 
         Raises:
-            NodeError: its file is damaged, or cannot be read.
+            NodeError: the file is damaged or cannot be read.
         """
         if self._folder is None:
             return self._memory.get(client)
@@ -97,7 +98,7 @@ class ClientStateStore:
         try:
             found = states.newest()
         except OSError as error:
-            raise NodeError(f"cannot read {states}: {error.strerror}") from None
+            raise NodeError(f"cannot read {states}: {reason_of(error)}") from None
         if found is None:
             return None
         seq, path, data = found
@@ -106,41 +107,41 @@ class ClientStateStore:
         except (ValueError, msgspec.MsgspecError, CodecError) as error:
             raise NodeError(f"local state of client {client} in {path}: {error}") from None
 
-    def put(self, client: int, kept: SavedClientState) -> SavedClientState:
-        """Keep a client's state; return what is to be posted as its task's result.
+    def put(self, client: int, state: SavedClientState) -> SavedClientState:
+        """Save a client's state; return the state whose result is to be posted.
 
-        That is ``kept``, or what another node has kept of the same task before: the client's
-        next task starts from that.
+        If another node has saved the same task before, its state is returned: the client's next
+        task starts from that one.
 
         Raises:
-            StorageError: its file cannot be written now.
-            NodeError: what another node has kept is damaged.
+            StorageError: the file cannot be written now.
+            NodeError: the state that another node has saved is damaged.
         """
         if self._folder is None:
             known = self._memory.get(client)
-            if known is not None and known.seq >= kept.seq:
-                return known if known.seq == kept.seq else kept
-            self._memory[client] = kept
-            return kept
+            if known is not None and known.seq >= state.seq:
+                return known if known.seq == state.seq else state
+            self._memory[client] = state
+            return state
         states = ClientFolder(self._folder, client)
         try:
-            if states.save(kept.seq, _write(kept)):
-                return kept
+            if states.save(state.seq, _write(state)):
+                return state
         except OSError as error:
-            raise StorageError(f"cannot write {states}: {error.strerror}") from None
+            raise StorageError(f"cannot write {states}: {reason_of(error)}") from None
         known = self.get(client)
         if known is None:
-            raise StorageError(f"cannot write {states}: it was removed meanwhile")
-        return known if known.seq == kept.seq else kept
+            raise StorageError(f"cannot write {states}: the new file was removed")
+        return known if known.seq == state.seq else state
 
 
-def _write(kept: SavedClientState) -> bytes:
-    local, memory = _packed(kept.local), _packed(kept.memory)
-    buffers = [*(local.data if local else ()), *(memory.data if memory else ()), *kept.data]
+def _write(state: SavedClientState) -> bytes:
+    local, memory = _packed(state.local), _packed(state.memory)
+    buffers = [*(local.data if local else ()), *(memory.data if memory else ()), *state.data]
     head = msgspec.msgpack.encode(
         _Head(
-            task=kept.task,
-            message=encode_message(kept.message),
+            task=state.task,
+            message=encode_message(state.message),
             sizes=[memoryview(each).nbytes for each in buffers],
             local=_Part(dict(local.body), len(local.data)) if local else None,
             memory=_Part(dict(memory.body), len(memory.data)) if memory else None,
@@ -164,18 +165,18 @@ def _read(data: bytes, seq: int) -> SavedClientState:
         buffers.append(data[start : start + size])
         start += size
     message = decode_message(head.message)
-    local, rest = _take(head.local, message, buffers)
-    memory, rest = _take(head.memory, message, rest)
+    local, rest = _split_off(head.local, message, buffers)
+    memory, rest = _split_off(head.memory, message, rest)
     return SavedClientState(head.task, seq, local, message, tuple(rest), memory)
 
 
-def _take(
+def _split_off(
     part: _Part | None, message: Message, buffers: list[Buffer]
 ) -> tuple[Payload | None, list[Buffer]]:
-    """Return a kept payload from the first buffers, and the other buffers."""
+    """Decode a saved payload from the first buffers; also return the other buffers."""
     if part is None:
         return None, buffers
-    mine = buffers[: part.buffers]
-    blobs = tuple(Blob.of(each) for each in mine)
+    own = buffers[: part.buffers]
+    blobs = tuple(Blob.of(each) for each in own)
     holder = msgspec.structs.replace(message, body=part.body, blobs=blobs)
-    return unpack(holder, mine.__getitem__), buffers[part.buffers :]
+    return unpack(holder, own.__getitem__), buffers[part.buffers :]

@@ -1,7 +1,7 @@
-"""The Worker core: one task at a time, and what becomes of it; also the evaluator's.
+"""The Worker core, also used by the evaluator: handles one task at a time.
 
-``handle(event) -> [action]``: no sockets, no clock, no training in here. The program does
-what `Train` and `Evaluate` ask for and reports it back as `Trained` or `Evaluated`.
+``handle(event) -> [action]``, without sockets, clock or training. The program carries out `Train`
+and `Evaluate`, and reports back `Trained`, `Evaluated` or `Failed`.
 """
 
 from __future__ import annotations
@@ -34,16 +34,17 @@ from fedmq.nodes.messages.payloads import Packed, pack, unpack
 from fedmq.nodes.messages.tensor_tables import fitted
 from fedmq.nodes.process.exception_text import clip_text, described, modules_of, place_in
 from fedmq.nodes.run.agreement import Fingerprint
-from fedmq.nodes.run.setup import Setup, slowdown
+from fedmq.nodes.run.setup import Setup
+from fedmq.nodes.run.stragglers import slowdown
 from fedmq.nodes.worker.client_state import ClientStateStore, SavedClientState
 
 MAX_SLOWDOWN_S = 3600.0
 
 
 class Trained(Struct, frozen=True):
-    """A task has been trained: its result and the client's new local state, if it has any.
+    """A task was trained: its result and the client's new local state, if it has any.
 
-    device: kind of device, see `setup.kind_of`; the same kind trains to the same bytes.
+    device: kind of device, see `devices.kind_of`; the same kind trains to the same bytes.
     """
 
     payload: Payload
@@ -53,22 +54,23 @@ class Trained(Struct, frozen=True):
 
 
 class Evaluated(Struct, frozen=True):
-    """A model has been evaluated. ``device``: as in `Trained`."""
+    """A model was evaluated. ``device``: as in `Trained`."""
 
     metrics: Mapping[str, float]
     device: str = ""
 
 
 class Saved(Struct, frozen=True):
-    """A client's state is kept, and this is the result to post; see `ClientStateStore.put`."""
+    """A client's state was saved; ``kept`` has the result to post, see `ClientStateStore.put`."""
 
     kept: SavedClientState
 
 
 class Failed(Struct, frozen=True):
-    """A task could not be done, with the reason; ``code``: the same for programs.
+    """A task failed.
 
-    where: file and line of the user's own code that raised it, or "".
+    reason, code: why, and the code of the reason.
+    where: file and line of the user's code that raised the error, or "".
     """
 
     reason: str
@@ -77,7 +79,7 @@ class Failed(Struct, frozen=True):
 
     @classmethod
     def of(cls, error: BaseException, setup: Setup) -> Failed:
-        """Return what a task reports of an exception: a line of bounded length, without data."""
+        """Return the failure for an exception: text of bounded length, without data."""
         own = modules_of(setup.problem, setup.algorithm)
         return cls(described(error), where=place_in(error, own))
 
@@ -98,7 +100,7 @@ class Train(Struct, frozen=True):
     project: Callable[[Mapping[str, Tensor]], None] | None = None
 
     def at(self, problem: Problem, device: str) -> Client:
-        """Return where the client half is to run.
+        """Return the `Client` that the algorithm trains.
 
         Raises:
             ProblemError: the client has no examples.
@@ -111,7 +113,7 @@ class Train(Struct, frozen=True):
 
 
 class Evaluate(Struct, frozen=True):
-    """Evaluate a task's model on the test data; or as this client, with what it keeps."""
+    """Evaluate a task's model on the test data, or as a client with its data and local state."""
 
     task: Task
     client: int | None = None
@@ -119,10 +121,10 @@ class Evaluate(Struct, frozen=True):
     seed: int = 0
 
     def metrics(self, setup: Setup, device: str) -> Mapping[str, float]:
-        """Return what the algorithm makes of it.
+        """Return the metrics that the algorithm computes.
 
         Raises:
-            ReturnedError: that is no map of names to numbers.
+            ReturnedError: the algorithm returned no map of names to numbers.
         """
         problem, algorithm = setup.problem, setup.algorithm
         who = type(algorithm).__name__
@@ -135,13 +137,13 @@ class Evaluate(Struct, frozen=True):
 
 
 class Pause(Struct, frozen=True):
-    """Do nothing for a while before what follows: this worker is slow on demand."""
+    """Wait before the next action: this worker simulates a straggler."""
 
     seconds: float
 
 
 class SaveClientState(Struct, frozen=True):
-    """Save a client's local state, and say `Saved`: then its task's result is posted."""
+    """Save a client's local state, then report `Saved`, so that the task's result is posted."""
 
     client: int
     kept: SavedClientState
@@ -151,7 +153,7 @@ Action = Train | Evaluate | Pause | SaveClientState | PostMessage | Handled
 
 
 class _Before(Struct, frozen=True):
-    """Of what a client had kept when its current task was begun: task and memory; see `Kept`."""
+    """Task and memory of a client's `SavedClientState` at the start of the current task."""
 
     task: str
     memory: Payload | None
@@ -161,15 +163,15 @@ class Worker:
     """The state of a worker (or evaluator) node.
 
     Args:
-        setup: what is learned, and how.
+        setup: objects of the run.
         run: id of the run.
         node: this node's name.
         clients: ranges of clients hosted here, both ends included.
         kept: local states of the clients; read here, written by the program.
-        version_0: see `fedmq.nodes.run.version_zero`; said with every answer.
+        version_0: see `fedmq.nodes.run.version_zero`; part of every answer.
 
     Attributes:
-        evaluations: how many this session has done.
+        evaluations: number of evaluations in this session.
     """
 
     def __init__(
@@ -191,10 +193,10 @@ class Worker:
         self._client_states = kept if kept is not None else ClientStateStore()
         self.evaluations = 0
         self._before: _Before | None = None
-        """What the client of the current task had kept when it was begun."""
+        """State of the current task's client at the start of the task."""
 
     def handle(self, event: Event) -> list[Action]:
-        """Take one event; return what is to be done, in order."""
+        """Handle one event; return the actions to carry out, in order."""
         out: list[Action] = []
         match event:
             case Inbound():
@@ -220,8 +222,8 @@ class Worker:
                 client = self._client_of(message)
                 kept = self._client_states.get(client)
                 if kept is not None and kept.task == message.id:
-                    # Trained by a session, perhaps another node's, that ended before its
-                    # result was receipted.
+                    # Trained by an earlier session, perhaps of another node, that ended before
+                    # its result was acknowledged.
                     self._current = inbound
                     self._post_result(kept, out)
                     return
@@ -266,7 +268,7 @@ class Worker:
     def _trained(self, event: Trained, out: list[Action]) -> None:
         inbound = self._current
         if inbound is None:
-            raise RuntimeError("a task was trained that nobody asked for")
+            raise RuntimeError("expected a current task for the trained result")
         message = inbound.message
         client = message.body["client"]
         if self._straggles(message.id, event.elapsed_s, out):
@@ -277,7 +279,7 @@ class Worker:
         except CodecError as error:
             self._fail(Failed(clip_text(str(error)), Code.UNUSABLE), out)
             return
-        except Exception as error:  # noqa: BLE001 - what `train` returned may be anything
+        except Exception as error:  # noqa: BLE001 - `train` can return anything
             self._fail(Failed.of(error, self._setup), out)
             return
         body = {
@@ -299,12 +301,12 @@ class Worker:
             out.append(SaveClientState(client, kept))
 
     def _post_result(self, kept: SavedClientState, out: list[Action]) -> None:
-        """Post a result, which another node may have kept for this client."""
+        """Post a saved result, which another node may have saved for this client."""
         if self._current is None:
-            raise RuntimeError("a result answers nothing")
+            raise RuntimeError("expected a current task for the saved result")
         body = {**kept.message.body, **self._version_0}
         message = msgspec.structs.replace(kept.message, sender=self._node, body=body)
-        # What was kept is fitted once more: the node that kept it may have a shorter name.
+        # Fitted again: the node that saved the result may have a shorter name.
         out.append(PostMessage(*fitted(message, kept.data), (self._current.seq,)))
         self._current = None
 
@@ -312,7 +314,7 @@ class Worker:
         return derive_seed(self._setup.config.run.seed, "uplink", client, task.id)
 
     def _pack(self, payload: Payload, client: int, task: Message) -> tuple[Packed, Payload | None]:
-        """Encode a result; also return what the codec has left out, if it is to be remembered."""
+        """Encode a result; also return the error-feedback residual, if the codec keeps one."""
         codec, seed = self._setup.up, self._uplink_seed(client, task)
         codecs = self._setup.uplink
         if not codec.error_feedback:
@@ -320,8 +322,8 @@ class Worker:
         weights = dict(payload.weights)
         if self._before is not None and self._before.memory is not None:
             for name, left in self._before.memory.weights.items():
-                # In 0.1.0 what is not trained was among them; and another release of a user's own
-                # algorithm may send other tensors.
+                # Residuals of 0.1.0 include tensors that are not trained, and another release of
+                # a user's algorithm may send other tensors.
                 if name in weights and weights[name].shape == left.shape:
                     weights[name] = weights[name] + left
         packed = pack(dataclasses.replace(payload, weights=weights), codecs, seed)
@@ -329,13 +331,13 @@ class Worker:
         return packed, Payload({name: each - sent[name] for name, each in weights.items()})
 
     def _started_from(self) -> dict[str, str]:
-        """Return after which task the state was kept that the client's current one started from."""
+        """Return the task after which the client's state was saved that the current one uses."""
         if self._current is None or "client" not in self._current.message.body:
             return {}  # the evaluator's
         return {"after": self._before.task if self._before is not None else ""}
 
     def _straggles(self, task: str, elapsed_s: float, out: list[Action]) -> bool:
-        """Be slow, if that is asked for, and tell whether the client is to go away."""
+        """Simulate a straggler, if configured; return whether to drop the result."""
         wanted = self._straggling
         if wanted.slowdown == 1 and not wanted.drop:
             return False
@@ -351,15 +353,15 @@ class Worker:
 
     def _answer(self, kind: str, body: Mapping[str, Any], out: list[Action]) -> None:
         if self._current is None:
-            raise RuntimeError(f"a {kind} answers nothing")
+            raise RuntimeError(f"expected a current task for the {kind}")
         out.append(PostMessage(self._reply(kind, body, ()), (), (self._current.seq,)))
         self._current = None
 
     def _reply(self, kind: str, body: Mapping[str, Any], blobs: Any) -> Message:
         if self._current is None:
-            raise RuntimeError(f"a {kind} answers nothing")
+            raise RuntimeError(f"expected a current task for the {kind}")
         asked = self._current.message
-        # The id follows from the task's: done twice, it is still one message.
+        # The id is derived from the task's, so that the broker recognizes a repeated answer.
         return Message(
             kind=kind,
             id=f"{asked.id}/{kind}",
@@ -383,5 +385,5 @@ def _read_task(inbound: Inbound) -> Task:
 
 
 def _before(kept: SavedClientState | None) -> _Before | None:
-    # Not the last result, which may be large.
+    # Without the last result, which may be large.
     return _Before(kept.task, kept.memory) if kept is not None else None

@@ -1,4 +1,4 @@
-"""The program of a worker or evaluator: its core, its link, and the training between them."""
+"""The program of a worker or evaluator: connects its core, its link and the training."""
 
 from __future__ import annotations
 
@@ -21,8 +21,9 @@ from fedmq.nodes.errors import ON_PURPOSE, NodeError, StorageError, exits_as_err
 from fedmq.nodes.messages.actions import Handled, PostMessage
 from fedmq.nodes.process.logs import Repeats
 from fedmq.nodes.run.config import parse
-from fedmq.nodes.run.session import inbound_of, linked, new_session, node_key, tell_refused
-from fedmq.nodes.run.setup import Setup, choose_device, set_up
+from fedmq.nodes.run.devices import choose_device
+from fedmq.nodes.run.session import inbound_of, linked, log_rejected, new_session, node_key
+from fedmq.nodes.run.setup import Setup, set_up
 from fedmq.nodes.run.version_zero import version_zero
 from fedmq.nodes.worker.client_state import ClientStateStore, SavedClientState
 from fedmq.nodes.worker.core import (
@@ -58,25 +59,25 @@ def run_worker(
     """Run a worker or the evaluator until its run is over; return why it ended.
 
     Args:
-        endpoint: where the broker listens.
+        endpoint: address of the broker.
         node: this node's name.
         clients: ranges of clients hosted here, both ends included.
         role: ``worker`` or ``evaluator``.
         run: id of the run; empty for the one that the broker serves.
-        folder: where the node's key outlives this process; None keeps it in memory.
-        states: where its clients' local states do; a node that takes over a client finds there
-            what it has kept. By default in ``folder``.
-        allowed: which code the run's configuration, which the broker sends, may name.
-        give_up_s: so long without the broker or the run, and the node ends; None for never.
+        folder: stores the node's key; None keeps it in memory.
+        states: stores the clients' local states, for this node and for a node that takes over its
+            clients; by default ``folder``.
+        allowed: user code that the run's configuration, which the broker sends, may name.
+        give_up_s: seconds without the broker or the run after which the node ends; None for never.
 
     Raises:
-        GaveUp: the broker, or the run, was not there for ``give_up_s``.
-        ConfigError: the run's configuration cannot be used here, or names code that is not
-            allowed; or its model has other values at each call.
-        DataError: the data set is not here.
-        OwnCodeError: the problem, or its model, cannot be made, or raises when it is tried.
-        ProblemError: the problem's model does to its tensors what cannot be followed.
-        ReturnedError: the problem or the algorithm returned what are no metrics, at the first
+        GaveUp: the broker or the run was unavailable for ``give_up_s``.
+        ConfigError: the run's configuration cannot be used here, names code that is not allowed,
+            or its model differs from call to call.
+        DataError: the data set is missing on this machine.
+        OwnCodeError: the problem or its model cannot be made, or raises in a trial step.
+        ProblemError: the problem's model changes its tensors in an unsupported way.
+        ReturnedError: the problem or the algorithm returned invalid metrics at the first
             evaluation.
         Rejected: the broker does not admit this node.
     """
@@ -98,7 +99,7 @@ def run_worker(
 def _work_until_over(
     link: NodeLink, hello: Hello, states: Path | None, allowed: Allowed
 ) -> NoReturn:
-    """Take tasks one after the other; raises RunOver in the end."""
+    """Handle tasks one after the other; raise RunOver at the end of the run."""
     welcome = link.welcome()
     with link.away():
         config = parse(welcome.config)
@@ -108,26 +109,26 @@ def _work_until_over(
             device = choose_device(config.worker.device)
             version_0 = version_zero(setup.problem)
             if hello.role == WORKER:
-                _try(setup, hello.clients, device)
+                _check_problem(setup, hello.clients, device)
             else:
                 setup.problem.test()
-        # The id of a run can come again, and its tasks' ids with it; its identity cannot.
-        mine = states / welcome.run / welcome.identity if states is not None else None
-        kept = ClientStateStore(mine)
-        core = Worker(setup, welcome.run, hello.node, hello.clients, kept, version_0)
+        # A run's id can be used again, and its tasks' ids with it; its identity cannot.
+        folder = states / welcome.run / welcome.identity if states is not None else None
+        store = ClientStateStore(folder)
+        core = Worker(setup, welcome.run, hello.node, hello.clients, store, version_0)
     repeats = Repeats()
     while True:
         delivery = link.get()
         if delivery.message.kind == "refused":
-            tell_refused(delivery.message, repeats)
+            log_rejected(delivery.message, repeats)
         actions: list[Action] = list(core.handle(inbound_of(link, delivery)))
         while actions:
-            more = _work(link, setup, core, kept, device, repeats, actions.pop(0))
+            more = _work(link, setup, core, store, device, repeats, actions.pop(0))
             actions = [*more, *actions]
 
 
-def _try(setup: Setup, clients: Sequence[tuple[int, int]], device: str) -> None:
-    """Read the data of the first client of each range, and try the model on one's."""
+def _check_problem(setup: Setup, clients: Sequence[tuple[int, int]], device: str) -> None:
+    """Read the data of the first client of each range; do a trial step on the first that works."""
     tried = False
     for low, _ in clients:
         try:
@@ -135,26 +136,26 @@ def _try(setup: Setup, clients: Sequence[tuple[int, int]], device: str) -> None:
                 data = setup.problem.client(low)
         except ON_PURPOSE:
             raise
-        except Exception:  # noqa: BLE001, S112 - other clients' data may be whole: its task says it
+        except Exception:  # noqa: BLE001, S112 - this client's tasks fail; other clients may work
             continue
         if not tried:
             setup.algorithm.try_model(setup.problem, data, device)
             tried = True
 
 
-def _keep(
-    link: NodeLink, kept: ClientStateStore, client: int, state: SavedClientState
+def _save(
+    link: NodeLink, store: ClientStateStore, client: int, state: SavedClientState
 ) -> SavedClientState:
-    """Save a client's state; a disk that is full is waited for, as the broker does.
+    """Save a client's state; retry while it cannot be written, as on a full disk.
 
     Raises:
-        NodeError: the state cannot be saved for another reason.
+        NodeError: the state that another node has saved is damaged.
     """
     while True:
         try:
-            return kept.put(client, state)
+            return store.put(client, state)
         except StorageError as error:
-            _log.error("local state cannot be kept", reason=str(error))
+            _log.error("cannot save local state", reason=str(error))
             link.pause(_FULL_RETRY_S)
 
 
@@ -162,7 +163,7 @@ def _work(
     link: NodeLink,
     setup: Setup,
     core: Worker,
-    kept: ClientStateStore,
+    store: ClientStateStore,
     device: str,
     repeats: Repeats,
     action: Action,
@@ -181,17 +182,17 @@ def _work(
             case Pause(seconds):
                 link.pause(seconds)
             case SaveClientState(client, state):
-                event = Saved(_keep(link, kept, client, state))
+                event = Saved(_save(link, store, client, state))
             case PostMessage(message, data, consumes):
                 link.post(message, data, consumes)
             case Handled(seq, refused, code):
                 link.done([seq], {seq: refused} if refused else {}, {seq: code})
     except (BrokerError, NodeError):
-        raise  # not the task's fault: the link has ended, or local state cannot be kept
-    except Exception as error:  # any error of a model fails this one task only
+        raise  # not an error of the task: the link has ended, or local state cannot be saved
+    except Exception as error:  # any error of a model fails only this task
         no_metrics = isinstance(error, ReturnedError) and isinstance(action, Evaluate)
         if no_metrics and not core.evaluations:
-            raise  # the first evaluation already: no other would go better
+            raise  # at the first evaluation: every other would fail, too
         event = Failed.of(error, setup)
         if times := repeats.count((type(error), event.where), time.monotonic()):
             about = {"reason": event.reason, "where": event.where, "times": times}

@@ -1,7 +1,7 @@
-"""Training and evaluating: what a worker's core asks for, done in one place by all who drive it.
+"""Training and evaluation for a worker's core, shared by programs, simulations and replays.
 
-Programs, simulations and replays call `carry_out`: the same task, from the same state of its
-client and on the same kind of device, comes to the same bytes.
+The same task, from the same state of its client and on the same kind of device, gives the same
+bytes.
 """
 
 from __future__ import annotations
@@ -9,19 +9,20 @@ from __future__ import annotations
 from fedmq.algorithms.rng import seeded
 from fedmq.algorithms.toolkit.returned import result_of
 from fedmq.nodes.errors import exits_as_errors
-from fedmq.nodes.run.setup import Setup, kind_of
+from fedmq.nodes.run.devices import kind_of
+from fedmq.nodes.run.setup import Setup
 from fedmq.nodes.worker.core import Evaluate, Evaluated, Train, Trained
 
 
 def carry_out(action: Train | Evaluate, setup: Setup, device: str) -> Trained | Evaluated:
-    """Do what a worker's core asks for; whatever the model, the data and the loss draw is seeded.
+    """Train or evaluate, with the global generators seeded for model, data and loss.
 
     Returns:
-        The event for the core; how long it took is the caller's to say.
+        The event for the core; the caller adds the elapsed time.
 
     Raises:
-        ReturnedError: a method of the problem or the algorithm returned what cannot be used.
-        Exception: whatever those methods raise; ``exit()`` too is an error.
+        ReturnedError: a method of the problem or the algorithm returned an invalid value.
+        Exception: any error of those methods; ``exit()`` is converted to an error.
     """
     with exits_as_errors(), seeded(action.seed, device):
         if isinstance(action, Train):

@@ -37,8 +37,9 @@ from fedmq.nodes.aggregator.core import Aggregator
 from fedmq.nodes.messages.actions import EndRun, Handled, Inbound, PostMessage, Start
 from fedmq.nodes.replay.fold import Replay
 from fedmq.nodes.run.config import parse
+from fedmq.nodes.run.devices import kind_of
 from fedmq.nodes.run.digests import model_digest
-from fedmq.nodes.run.setup import kind_of, set_up
+from fedmq.nodes.run.setup import set_up
 from fedmq.nodes.run.version_zero import version_zero
 
 INBOX = ("aggregator", "node/aggregator")

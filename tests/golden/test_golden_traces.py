@@ -8,7 +8,7 @@ from fedmq.broker.inspection.trace import Trace
 from fedmq.broker.ledger.entries import Accepted, Ended
 from fedmq.nodes.replay.fold import recorded_setup
 from fedmq.nodes.replay.workers import Retraining
-from fedmq.nodes.run.setup import kind_of
+from fedmq.nodes.run.devices import kind_of
 from tests.golden.make_traces import TRACES, outcome
 from tests.own_code import OWN_CODE
 

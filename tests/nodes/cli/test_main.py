@@ -12,7 +12,7 @@ from fedmq.nodes.cli.catalogue import catalogue, lines
 from fedmq.nodes.cli.main import default_name, main
 from fedmq.nodes.cli.options import parse_ranges
 from fedmq.nodes.errors import ConfigError
-from fedmq.nodes.run.setup import choose_device
+from fedmq.nodes.run.devices import choose_device
 
 
 @pytest.mark.parametrize(

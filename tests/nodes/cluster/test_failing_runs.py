@@ -5,9 +5,8 @@ import json
 import pytest
 
 from fedmq.nodes.errors import ConfigError
-from fedmq.nodes.run.attainable import check_attainable
 from fedmq.nodes.run.config import build
-from fedmq.nodes.run.setup import set_up
+from fedmq.nodes.run.setup import check_attainable, set_up
 from tests.nodes.cluster.test_end_to_end import free_port, start, wait_until  # noqa: F401 - a fixture
 
 MINE = """
@@ -211,7 +210,7 @@ def checked(workers=(), **tables):
         ),
         (
             {"run": {"target_accuracy": 0.9, "evaluate_every": 0}},
-            "run.evaluate_every: expected at least 1 where run.target_accuracy is to end the run",
+            "run.evaluate_every: expected at least 1 because run.target_accuracy is set",
         ),
         ({"worker": {"drop": 1.0}}, "worker.drop: expected less than 1, got 1"),
         ({"run": {"failures": 0}}, "run.failures: expected a number greater than or equal to 1"),

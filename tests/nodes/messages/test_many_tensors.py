@@ -1,4 +1,4 @@
-"""A model of more tensors than a header can name: it trains, resumes, replays, and is shown."""
+"""A model of more tensors than fit into a header: training, recovery, replay, trace."""
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ LAYERS = 120
 
 
 class Wide(nn.Module):
-    """Many small layers beside one another, under names as long as torchvision's."""
+    """Many small parallel layers with names as long as torchvision's."""
 
     def __init__(self):
         super().__init__()
@@ -40,7 +40,7 @@ class Wide(nn.Module):
 
 
 class Many(Tiny):
-    """Two clients that train, and one that never does."""
+    """Two clients that train, and one that never trains."""
 
     held_out = 1
 
@@ -82,7 +82,7 @@ RUNS = {
 
 @pytest.fixture(scope="module", autouse=True)
 def _one_thread():
-    """As the command of a replay has it: BatchNorm's sums depend on the number."""
+    """Use the threads of ``fedmq replay``: BatchNorm's sums depend on their number."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -91,7 +91,7 @@ def _one_thread():
 
 @pytest.fixture(scope="module", params=RUNS)
 def run(request, tmp_path_factory):
-    """Return (setup, folder) of a run in which processes crash and go on from checkpoints."""
+    """Return (setup, folder) of a run in which processes crash and resume from checkpoints."""
     schedule, codec, options = RUNS[request.param]
     setup = setup_of(request.param.partition("-")[0], schedule, codec, **options)
     folder = tmp_path_factory.mktemp("run")

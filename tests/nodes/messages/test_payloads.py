@@ -15,7 +15,7 @@ def there_and_back(payload):
 
 
 def of_clients(count):
-    """Return tensors as a server keeps them that trains on what each client has sent."""
+    """Return the tensors of a server that trains on each client's uploads."""
     tensors = {}
     for client in range(count):
         tensors[f"{client}.features"] = torch.full((3, 2), float(client))
@@ -24,7 +24,7 @@ def of_clients(count):
 
 
 def test_a_message_of_many_clients_tensors_has_few_blobs():
-    """More blobs than a message may have would be a checkpoint that nobody keeps."""
+    """A message cannot have more than MAX_BUFFERS blobs."""
     tensors = of_clients(100)
     packed, back = there_and_back(Payload(exact=tensors))
     assert len(packed.blobs) < MAX_BUFFERS
@@ -41,7 +41,7 @@ def test_few_clients_have_a_blob_each_which_is_stored_once():
 
 
 def test_a_state_dict_as_weights_has_few_blobs():
-    """After each BatchNorm's floats comes its counter, which is another run of bytes."""
+    """Each BatchNorm's integer counter interrupts the run of its floats."""
     weights = {}
     for n in range(100):
         weights |= {f"{n}.weight": torch.full((2,), n), f"{n}.mean": torch.full((2,), float(n))}

@@ -1,4 +1,4 @@
-"""Tables of a message that are too long for its header, and what a hostile one may take."""
+"""Tensor tables that are too long for a message's header, and limits for hostile ones."""
 
 import time
 import tracemalloc
@@ -29,7 +29,7 @@ def of(count, size=3, dtype=torch.float32):
 
 
 def posted(payload, codecs=RAW, seed=0, last=()):
-    """Return a message as it is posted, read back from its bytes, and its blobs' bytes."""
+    """Return a message after encoding and decoding, and its blobs' bytes."""
     packed = pack(payload, codecs, seed)
     blobs = (*packed.blobs, *(Blob.of(each) for each in last))
     message = Message(**ABOUT, body=dict(packed.body), blobs=blobs)
@@ -45,7 +45,7 @@ def same(payload, other):
         assert all(torch.equal(each, theirs[name]) for name, each in ours.items())
 
 
-def test_a_message_that_fits_is_written_as_it_was():
+def test_a_message_that_fits_is_unchanged():
     payload = Payload(of(600), numbers={"n": 3})
     packed = pack(payload, RAW, 0)
     message = Message(**ABOUT, body=dict(packed.body), blobs=packed.blobs)
@@ -66,7 +66,7 @@ def test_a_table_that_does_not_fit_is_a_blob(count):
 
 
 @pytest.mark.parametrize("spec", ["raw", "cast(float16)", "quantize(4)", "limit(0) | topk(0.1)"])
-def test_every_codecs_tables_may_be_long(spec):
+def test_every_codecs_table_can_be_long(spec):
     payload = Payload({name: each.repeat(400, 1) for name, each in of(1300).items()})
     packed = pack(payload, Codecs(make_codec(spec)), 7)
     message, data = posted(payload, Codecs(make_codec(spec)), 7)
@@ -79,7 +79,7 @@ def test_every_codecs_tables_may_be_long(spec):
 
 
 def test_the_table_of_one_model_is_one_blob_whatever_the_seed():
-    """So it is stored once, and crosses a link once."""
+    """It is stored once and sent once."""
     codecs = Codecs(make_codec("quantize(4)"))
     one, _ = posted(Payload(of(1300, 2000)), codecs, 1)
     other, _ = posted(Payload({name: each + 1 for name, each in of(1300, 2000).items()}), codecs, 2)
@@ -87,7 +87,7 @@ def test_the_table_of_one_model_is_one_blob_whatever_the_seed():
     assert one.blobs[1:] != other.blobs[1:]
 
 
-def test_what_is_behind_the_groups_stays_behind_them():
+def test_blobs_after_the_groups_stay_after_them():
     message, data = posted(Payload(of(1300), of(3, 1, torch.int64)), last=(b"a fold",))
     groups, rest = groups_of(message)
     assert [(each.name, each.first, each.table is not None) for each in groups] == [
@@ -97,7 +97,7 @@ def test_what_is_behind_the_groups_stays_behind_them():
     assert data[rest:] == (b"a fold",)
     assert list(groups[0].decode(data.__getitem__)) == list(of(1300))
     assert groups[0].sizes(data.__getitem__) == dict.fromkeys(of(1300), 12)
-    # Done twice, it is done once: a result that another node has kept is fitted again.
+    # Fitting twice changes nothing more: a result that another node has saved is fitted again.
     assert fitted(message, data) == (message, data)
 
 
@@ -111,7 +111,7 @@ def test_a_message_of_many_dtypes_and_long_tables_has_few_blobs():
 
 
 def hostile(table, size=None):
-    """Return a message whose table is these bytes, or says it has another size."""
+    """Return a message with these bytes as its table, of their size or a false one."""
     payload = Payload(of(1300))
     message, data = posted(payload)
     blob = Blob.of(table) if size is None else Blob(Blob.of(table).digest, size)
@@ -123,7 +123,7 @@ NAMES = b"\x81\xa7tensors\xdd" + (3 << 20).to_bytes(4) + b"\xa1\xe9" * (3 << 20)
 
 
 @pytest.mark.parametrize(
-    ("table", "said"),
+    ("table", "error"),
     [
         (b"", "expected a table of tensors"),
         (b"\xc1", "expected a table of tensors"),
@@ -132,7 +132,7 @@ NAMES = b"\x81\xa7tensors\xdd" + (3 << 20).to_bytes(4) + b"\xa1\xe9" * (3 << 20)
         (b"\x81\xa7tensors\xdd\xff\xff\xff\xff", "expected a table of tensors"),
         (b"\x81\xa7tensors" + b"\x91" * 500_000 + b"\x90", "expected a table of tensors"),
         (b"\x81\xa7tensors" + b"\x91" * 200 + b"\x90", "nested at most 32 deep"),
-        (MAPS, "takes at most 268435456 bytes of memory"),
+        (MAPS, "needs at most 268435456 bytes of memory"),
         (NAMES, "expected a table of tensors"),
         (msgspec.msgpack.encode({"tensors": [["a", "float32", [3]]]}), "its tensors need 12"),
         (msgspec.msgpack.encode({"tensors": 3}), "expected meta.tensors as a list"),
@@ -140,11 +140,11 @@ NAMES = b"\x81\xa7tensors\xdd" + (3 << 20).to_bytes(4) + b"\xa1\xe9" * (3 << 20)
     ],
     ids=range(12),
 )
-def test_a_hostile_table_is_rejected_within_bounds(table, said):
+def test_a_hostile_table_is_rejected_within_bounds(table, error):
     message, data = hostile(table)
     tracemalloc.start()
     began = time.process_time()
-    with pytest.raises(DecodeError, match=said):
+    with pytest.raises(DecodeError, match=error):
         unpack(message, data.__getitem__)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
@@ -153,7 +153,7 @@ def test_a_hostile_table_is_rejected_within_bounds(table, said):
 
 
 @pytest.mark.parametrize("size", [MAX_TABLE_BYTES + 1, 1 << 40])
-def test_a_table_that_says_it_is_too_large_is_not_read(size):
+def test_a_table_with_too_large_a_size_is_not_read(size):
     message, data = hostile(b"\x80", size)
 
     def read(index):
@@ -169,16 +169,16 @@ def test_a_group_with_a_table_has_no_more_blobs_than_its_message(count):
     message, data = posted(Payload(of(1300)))
     group = {**message.body["groups"][0], "buffers": count}
     message = msgspec.structs.replace(message, body={**message.body, "groups": [group]})
-    with pytest.raises(DecodeError, match="buffers, the message has fewer"):
+    with pytest.raises(DecodeError, match="buffers, but the message has fewer"):
         unpack(message, data.__getitem__)
     with pytest.raises(DecodeError):
         groups_of(message)
 
 
-def test_a_table_that_is_not_there_is_rejected():
+def test_a_missing_table_is_rejected():
     message, data = posted(Payload(of(1300)))
     message = msgspec.structs.replace(message, blobs=())
-    with pytest.raises(DecodeError, match="buffers, the message has fewer"):
+    with pytest.raises(DecodeError, match="buffers, but the message has fewer"):
         unpack(message, data.__getitem__)
 
 
@@ -186,7 +186,7 @@ def test_a_table_that_is_not_there_is_rejected():
 
 
 class Own(Codec):
-    """A codec as a user writes one, with what it returns."""
+    """A user's codec with a given return value."""
 
     name = "own"
 
@@ -210,7 +210,7 @@ def test_numbers_of_numpy_in_a_codecs_meta_are_numbers():
 
 
 @pytest.mark.parametrize(
-    ("returned", "said"),
+    ("returned", "error"),
     [
         (ZeroDivisionError("by zero"), "codec own@1 cannot encode: ZeroDivisionError: by zero"),
         (None, "codec own@1 cannot encode: AttributeError"),
@@ -221,7 +221,7 @@ def test_numbers_of_numpy_in_a_codecs_meta_are_numbers():
     ],
     ids=range(6),
 )
-def test_a_codec_that_fails_is_named(returned, said):
+def test_a_codec_that_fails_is_named(returned, error):
     with pytest.raises(CodecError) as caught:
         pack(Payload(of(1)), Codecs(Own(returned)), 0)
-    assert str(caught.value).startswith(said)
+    assert str(caught.value).startswith(error)

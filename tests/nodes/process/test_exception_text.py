@@ -1,4 +1,4 @@
-"""What an exception says leaves the process without data, in one line of bounded length."""
+"""Exception text leaves the process without data, as one line of bounded length."""
 
 import errno
 
@@ -61,7 +61,7 @@ def test_a_text_is_one_line_of_bounded_length():
     assert clip_text("x" * 600).endswith("x...")
 
 
-def test_an_exception_that_cannot_say_what_it_is_still_has_a_type():
+def test_an_exception_whose_str_raises_is_described_by_its_type():
     class Mute(Exception):
         def __str__(self):
             raise ValueError
@@ -77,7 +77,7 @@ def raised(function):
     return caught.value
 
 
-def test_the_place_is_the_innermost_of_the_users_own_code():
+def test_the_place_is_the_innermost_frame_of_the_users_code():
     line = raised.__code__.co_firstlineno
 
     def model():
@@ -99,7 +99,7 @@ def test_the_place_is_the_innermost_of_the_users_own_code():
         ),
     ],
 )
-def test_without_code_of_the_users_the_layer_is_named(model, place):
+def test_without_a_frame_of_the_users_the_layer_is_named(model, place):
     error = raised(lambda: model(DATA))
     trace = error.__traceback__
     while trace.tb_frame.f_globals["__name__"].partition(".")[0] != "torch":
@@ -107,7 +107,7 @@ def test_without_code_of_the_users_the_layer_is_named(model, place):
     assert place_in(error.with_traceback(trace)) == place
 
 
-def test_frames_of_libraries_and_of_this_package_are_not_the_users():
+def test_frames_of_libraries_and_of_fedmq_are_not_the_users():
     error = raised(lambda: None.x)
     error.__traceback__ = None
     assert place_in(error) == ""

@@ -1,4 +1,4 @@
-"""Logs do not take a node down with them."""
+"""Logs are bounded, contain no data, and do not crash a node."""
 
 import json
 from pathlib import Path
@@ -10,21 +10,21 @@ import torch
 from fedmq.broker.wire.schema import Message
 from fedmq.nodes.process import logs
 from fedmq.nodes.process.logs import Repeats
-from fedmq.nodes.run.session import tell_refused
+from fedmq.nodes.run.session import log_rejected
 
 
 @pytest.fixture(autouse=True)
 def restored():
     yield
     if isinstance(
-        file := getattr(structlog.get_config()["logger_factory"], "_file", None), logs._Lasting
+        file := getattr(structlog.get_config()["logger_factory"], "_file", None), logs._LossyLog
     ):
         file.close()
     structlog.reset_defaults()
     structlog.contextvars.clear_contextvars()
 
 
-def test_lines_hold_what_is_bound_and_go_to_the_file(tmp_path):
+def test_lines_have_the_bound_fields_and_go_to_the_file(tmp_path):
     path = tmp_path / "node.log"
     logs.configure(path, node="w1")
     structlog.get_logger().info("admitted", run="r")
@@ -33,8 +33,8 @@ def test_lines_hold_what_is_bound_and_go_to_the_file(tmp_path):
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
-def test_a_log_on_a_full_disk_is_no_crash():
-    """The first thing that a broker does about a full disk is to say so."""
+def test_a_log_on_a_full_disk_does_not_raise():
+    """A broker logs that the disk is full, on the same disk."""
     logs.configure(Path("/dev/full"), node="broker")
     structlog.get_logger().error("nothing can be kept", reason="no space left on device")
 
@@ -64,7 +64,7 @@ def test_an_exception_is_logged_without_any_value(tmp_path, capsys, to_file):
     assert "a_failing_task" in text
 
 
-def test_lines_are_bounded_whatever_is_logged(tmp_path):
+def test_the_length_of_lines_is_bounded(tmp_path):
     path = tmp_path / "node.log"
     logs.configure(path, node="w1")
     log = structlog.get_logger()
@@ -83,7 +83,7 @@ def test_lines_are_bounded_whatever_is_logged(tmp_path):
     assert json.loads(line)["exception"].endswith("x...")
 
 
-def test_equal_events_are_told_once_and_then_from_time_to_time():
+def test_equal_events_are_logged_once_and_then_once_a_period():
     repeats = Repeats(every_s=60.0)
     assert repeats.count("a", 0.0) == 1
     assert [repeats.count("a", 0.1 * n) for n in range(1, 600)] == [0] * 599
@@ -92,14 +92,14 @@ def test_equal_events_are_told_once_and_then_from_time_to_time():
     assert repeats.count("a", 61.0) == 0
 
 
-def test_what_is_remembered_of_events_is_bounded():
+def test_the_number_of_counted_events_is_bounded():
     repeats = Repeats()
     for number in range(100_000):
         assert repeats.count(number, 0.0) == 1
     assert len(repeats._seen) <= 256
 
 
-def test_refusals_of_one_code_are_one_line(tmp_path):
+def test_rejections_with_the_same_code_are_one_line(tmp_path):
     path = tmp_path / "node.log"
     logs.configure(path, node="w1")
     repeats = Repeats()
@@ -107,6 +107,6 @@ def test_refusals_of_one_code_are_one_line(tmp_path):
         for code in ("not-finite", "late"):
             body = {"id": f"w1/{number}", "reason": "no", "code": code}
             about = {"kind": "refused", "id": f"b/{number}", "run": "r", "sender": "broker"}
-            tell_refused(Message(**about, to="w1", body=body), repeats)
+            log_rejected(Message(**about, to="w1", body=body), repeats)
     codes = [json.loads(line)["code"] for line in path.read_text().splitlines()]
     assert codes == ["not-finite", "late"]

@@ -1,4 +1,4 @@
-"""Signals that stop a process: at any time, any number of them, whatever the code makes of them."""
+"""Stop signals end a process at any time, in any number, whatever code they interrupt."""
 
 import os
 import signal
@@ -16,9 +16,9 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 @pytest.mark.parametrize("number", SIGNALS)
 @pytest.mark.parametrize("watchdog", [False, True])
-def test_the_first_signal_raises_and_the_next_do_not_cut_the_ending_in_two(number, watchdog):
+def test_the_first_signal_raises_and_later_ones_do_not_interrupt_cleanup(number, watchdog):
     if not watchdog and number != signal.SIGTERM:
-        pytest.skip("a node of a cluster leaves it to its supervisor")
+        pytest.skip("the supervisor of a cluster handles it for its nodes")
     signals = StopSignals()
     ended = []
 
@@ -37,14 +37,14 @@ def test_the_first_signal_raises_and_the_next_do_not_cut_the_ending_in_two(numbe
     assert not signals.installed
 
 
-def test_handlers_are_given_back():
+def test_handlers_are_restored():
     before = [signal.getsignal(each) for each in SIGNALS]
     with StopSignals().taken():
         assert [signal.getsignal(each) for each in SIGNALS] != before
     assert [signal.getsignal(each) for each in SIGNALS] == before
 
 
-def test_where_it_is_noted_a_signal_raises_nothing_and_is_called_for_each():
+def test_noting_calls_the_function_for_each_signal_and_raises_nothing():
     signals = StopSignals()
     calls = []
     with signals.taken():
@@ -53,12 +53,12 @@ def test_where_it_is_noted_a_signal_raises_nothing_and_is_called_for_each():
                 signal.raise_signal(signal.SIGINT)
             assert calls == [1, 2, 3]
             with signals.noting(lambda: calls.append(-1)):
-                assert calls[-1] == -1, "of those that have come, it hears at once"
+                assert calls[-1] == -1, "it is called at once for signals received before"
         with pytest.raises(Stopped, match="SIGINT"):
             signals.check()
 
 
-def test_a_node_of_a_cluster_leaves_ctrl_c_to_its_supervisor():
+def test_a_node_of_a_cluster_ignores_ctrl_c():
     with StopSignals().taken(watchdog=False):
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGHUP)
@@ -83,7 +83,7 @@ def test_at_a_prompt_ctrl_c_cancels_the_line():
             signal.raise_signal(signal.SIGINT)
 
 
-def test_what_is_started_begins_with_the_signals_blocked():
+def test_blocked_masks_the_signals_inside_the_block():
     with blocked():
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, ())
     assert mask >= set(SIGNALS)
@@ -124,13 +124,13 @@ time.sleep(60)
 import threading
 threading.Thread(target=time.sleep, args=(60,)).start()
 """,
-    "ended with an error that the signal has caused": """
+    "ended with an error that the signal caused": """
 try:
     time.sleep(60)
 except BaseException as error:
     raise RuntimeError("half done") from error
 """,
-    "asleep in a process that has made another": """
+    "asleep in a process that has forked": """
 if os.fork() == 0:
     try:
         time.sleep(1)
@@ -163,7 +163,7 @@ class Process:
 
 @pytest.mark.end_to_end
 @pytest.mark.parametrize("code", CODES.values(), ids=CODES)
-def test_one_signal_ends_a_process_wherever_it_is(code):
+def test_one_signal_ends_a_process(code):
     process = Process(code, 0.5)
     process.process.send_signal(signal.SIGINT)
     assert process.end() == (INTERRUPTED, "fedmq: stopped by SIGINT\n")
@@ -181,7 +181,7 @@ def test_the_third_signal_does_not_wait(code):
 
 
 @pytest.mark.end_to_end
-def test_cleaning_up_is_not_cut_in_two():
+def test_later_signals_do_not_interrupt_cleanup():
     code = """
 try:
     time.sleep(60)
@@ -197,8 +197,8 @@ finally:
 
 
 @pytest.mark.end_to_end
-def test_what_takes_its_time_may_take_it():
-    """A supervisor that ends its nodes is longer about it than the watchdog waits."""
+def test_the_watchdog_does_not_end_a_block_of_noting():
+    """A supervisor takes longer to end its nodes than the watchdog waits."""
     code = """
 with this_process.noting():
     while not this_process.count:
@@ -212,7 +212,7 @@ with this_process.noting():
 
 
 @pytest.mark.end_to_end
-def test_a_forked_process_does_with_signals_what_it_did_before():
+def test_a_forked_process_has_the_default_handlers():
     code = """
 pid = os.fork()
 if pid == 0:
@@ -234,7 +234,7 @@ def takes_signals(pid: int) -> bool:
 @pytest.mark.end_to_end
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="no /proc here")
 @pytest.mark.parametrize("after_s", [0.0, 0.15, 0.45])
-def test_a_command_that_has_only_begun_says_one_sentence(tmp_path, after_s):
+def test_a_command_that_has_just_started_prints_one_line(tmp_path, after_s):
     process = subprocess.Popen(
         [sys.executable, "-P", "-m", "fedmq.nodes", "cluster"],
         cwd=tmp_path,
@@ -244,7 +244,7 @@ def test_a_command_that_has_only_begun_says_one_sentence(tmp_path, after_s):
         start_new_session=True,
     )
     deadline = time.monotonic() + 30
-    while not takes_signals(process.pid):  # what Python does before the first line is its own
+    while not takes_signals(process.pid):
         assert time.monotonic() < deadline
     time.sleep(after_s)
     for _ in range(2):

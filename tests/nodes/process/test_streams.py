@@ -1,4 +1,4 @@
-"""Standard output may fail: a command that only prints ends as Unix tools do, a run goes on."""
+"""When standard output fails, a command that only prints ends as Unix tools do; a run continues."""
 
 import errno
 import fcntl
@@ -35,7 +35,7 @@ def stream(fd: int, *, required: bool = False) -> tuple[OutputStream, list[str]]
     return made, lost
 
 
-def test_what_is_written_arrives(pipe) -> None:
+def test_written_text_arrives(pipe) -> None:
     reader, writer = pipe
     made, lost = stream(writer)
     text = io.TextIOWrapper(made, encoding="ascii", errors="backslashreplace", write_through=True)
@@ -44,7 +44,7 @@ def test_what_is_written_arrives(pipe) -> None:
     assert not lost
 
 
-def test_a_closed_pipe_is_told_once_and_ends_nothing(pipe) -> None:
+def test_a_closed_pipe_is_reported_once_and_raises_nothing(pipe) -> None:
     reader, writer = pipe
     made, lost = stream(writer)
     os.close(reader)
@@ -54,14 +54,14 @@ def test_a_closed_pipe_is_told_once_and_ends_nothing(pipe) -> None:
 
 
 @pytest.mark.slow
-def test_a_pipe_that_nobody_reads_holds_nobody_up_and_goes_on_when_somebody_does(pipe) -> None:
+def test_a_pipe_without_a_reader_blocks_once_and_works_again_when_read(pipe) -> None:
     reader, writer = pipe
     fcntl.fcntl(writer, fcntl.F_SETPIPE_SZ, 4096)
     made, lost = stream(writer)
     began = time.monotonic()
     for _ in range(200):
         made.write(b"x" * 1000)
-    assert time.monotonic() - began < 5, "it is waited for once, not each time"
+    assert time.monotonic() - began < 5, "only the first write waits"
     assert lost == ["standard output: nobody reads it"]
     assert os.read(reader, 1 << 20)
     made.write(b"after")
@@ -69,7 +69,7 @@ def test_a_pipe_that_nobody_reads_holds_nobody_up_and_goes_on_when_somebody_does
 
 
 @pytest.mark.slow
-def test_a_terminal_that_nobody_reads_holds_nobody_up() -> None:
+def test_a_terminal_without_a_reader_does_not_block() -> None:
     ours, theirs = pty.openpty()
     made, lost = stream(theirs)
     try:
@@ -77,14 +77,14 @@ def test_a_terminal_that_nobody_reads_holds_nobody_up() -> None:
             made.write(b"x" * 1000)
         assert lost == ["standard output: nobody reads it"]
         flags = fcntl.fcntl(theirs, fcntl.F_GETFL)
-        assert not flags & os.O_NONBLOCK, "the terminal is the shell's, too"
+        assert not flags & os.O_NONBLOCK, "the shell shares this descriptor"
     finally:
         made.close()
         os.close(ours)
         os.close(theirs)
 
 
-def test_a_terminal_that_went_away_is_told() -> None:
+def test_a_terminal_that_went_away_is_reported() -> None:
     ours, theirs = pty.openpty()
     made, lost = stream(theirs)
     os.close(ours)
@@ -95,7 +95,7 @@ def test_a_terminal_that_went_away_is_told() -> None:
 
 
 @pytest.mark.skipif(not HAS_FULL, reason="no /dev/full here")
-def test_a_full_disk_is_told_once() -> None:
+def test_a_full_disk_is_reported_once() -> None:
     fd = os.open("/dev/full", os.O_WRONLY)
     made, lost = stream(fd)
     made.write(b"line\n")
@@ -104,7 +104,7 @@ def test_a_full_disk_is_told_once() -> None:
     os.close(fd)
 
 
-def test_what_is_required_is_written_or_said_and_buffers_let_go(pipe) -> None:
+def test_a_required_stream_raises_and_later_flushes_drop_the_buffer(pipe) -> None:
     reader, writer = pipe
     made, lost = stream(writer, required=True)
     text = io.TextIOWrapper(io.BufferedWriter(made), encoding="utf-8")
@@ -120,7 +120,7 @@ def test_what_is_required_is_written_or_said_and_buffers_let_go(pipe) -> None:
     assert not lost
 
 
-def test_a_descriptor_that_is_closed_is_an_error_not_a_crash() -> None:
+def test_a_closed_descriptor_is_returned_as_an_error() -> None:
     assert isinstance(write_in_time(9999, b"x"), OSError)
 
 
@@ -132,7 +132,7 @@ def run(*arguments: str, **options) -> subprocess.CompletedProcess[str]:
 @pytest.mark.end_to_end
 @pytest.mark.skipif(not HAS_FULL, reason="no /dev/full here")
 @pytest.mark.parametrize("arguments", [("list", "problems"), ("--help",)])
-def test_a_command_whose_output_finds_no_room_is_one_sentence(arguments) -> None:
+def test_a_command_that_cannot_write_its_output_prints_one_line(arguments) -> None:
     with open("/dev/full", "w") as full:  # noqa: PTH123 - a device
         ended = run(*arguments, stdout=full)
     assert ended.returncode == 1
@@ -140,7 +140,7 @@ def test_a_command_whose_output_finds_no_room_is_one_sentence(arguments) -> None
 
 
 @pytest.mark.end_to_end
-def test_a_command_whose_reader_has_gone_ends_like_other_tools(pipe) -> None:
+def test_a_command_whose_reader_has_gone_ends_by_sigpipe(pipe) -> None:
     reader, writer = pipe
     os.close(reader)
     ended = run("list", "problems", stdout=writer)
@@ -149,7 +149,7 @@ def test_a_command_whose_reader_has_gone_ends_like_other_tools(pipe) -> None:
 
 
 @pytest.mark.end_to_end
-def test_streams_that_were_closed_before_are_no_reason_to_fail() -> None:
+def test_a_command_works_with_closed_standard_streams() -> None:
     script = f"exec {sys.executable} -P -m fedmq.nodes list problems <&- >&- 2>&-"
     assert subprocess.run(["/bin/sh", "-c", script], timeout=60, check=False).returncode == 0
 
@@ -165,7 +165,7 @@ assert fd > 2, fd
 
 
 @pytest.mark.end_to_end
-def test_no_file_of_a_run_becomes_standard_output(tmp_path) -> None:
+def test_no_file_of_a_run_gets_the_number_of_a_standard_stream(tmp_path) -> None:
     path = tmp_path / "ledger"
     script = f"exec {sys.executable} -P -c '{_OWN_FILES}' {path} >&-"
     assert subprocess.run(["/bin/sh", "-c", script], timeout=60, check=False).returncode == 0
@@ -182,13 +182,13 @@ sys.exit(subprocess.run([sys.executable, "-c", code], close_fds=True).returncode
 
 
 @pytest.mark.end_to_end
-def test_no_file_of_a_process_that_is_started_becomes_one_either() -> None:
+def test_no_file_of_a_child_process_gets_the_number_of_a_standard_stream() -> None:
     script = f"exec {sys.executable} -P -c '{_OWN_PROCESS}' <&- >&- 2>&-"
     assert subprocess.run(["/bin/sh", "-c", script], timeout=60, check=False).returncode == 0
 
 
 @pytest.mark.end_to_end
-def test_an_ascii_terminal_prints_codes_of_what_it_does_not_have() -> None:
+def test_an_ascii_terminal_prints_escapes() -> None:
     code = "from fedmq.nodes.process import streams; streams.set_up(); print('\u2581')"
     ended = subprocess.run(
         [sys.executable, "-P", "-c", code],

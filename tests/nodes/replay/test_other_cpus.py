@@ -11,7 +11,7 @@ import pytest
 from fedmq.algorithms.registry import ALGORITHMS
 from fedmq.broker.inspection.trace import Trace
 from fedmq.nodes.messages.payloads import unpack
-from fedmq.nodes.run.setup import kind_of
+from fedmq.nodes.run.devices import kind_of
 from tests.cpus import X86, capabilities
 from tests.nodes.replay import machines, material
 from tests.nodes.replay.machines import MAIN

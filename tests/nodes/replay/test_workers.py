@@ -9,7 +9,7 @@ from fedmq.broker.inspection.trace import Trace
 from fedmq.broker.wire.schema import Blob
 from fedmq.nodes.replay.fold import recorded_setup
 from fedmq.nodes.replay.workers import Retraining, depends_on_device
-from fedmq.nodes.run.setup import kind_of
+from fedmq.nodes.run.devices import kind_of
 from fedmq.nodes.simulation.virtual_run import Chances, Simulation
 from fedmq.nodes.trace.differences import ABSENT, Difference, DifferenceKind, Field, Gap, InGroup
 from tests.nodes.replay import material

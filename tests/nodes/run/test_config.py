@@ -1,4 +1,4 @@
-"""Configuration: defaults, settings, and one clear sentence for what is wrong."""
+"""Configuration: defaults, settings, and errors of one clear sentence."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +10,8 @@ import pytest
 from fedmq.algorithms.fedavg import FedAvg
 from fedmq.nodes.errors import ConfigError
 from fedmq.nodes.run.config import build, load, parse
-from fedmq.nodes.run.setup import set_up, slowdown
+from fedmq.nodes.run.setup import set_up
+from fedmq.nodes.run.stragglers import slowdown
 from tests.own_code import OWN_CODE
 
 
@@ -29,7 +30,7 @@ def test_the_defaults_are_the_run_of_make_cluster() -> None:
     assert (setup.schedule.name, setup.config.schedule["size"]) == ("buffered", 5)
 
 
-def test_a_complete_configuration_survives_being_written_and_read() -> None:
+def test_a_complete_configuration_is_the_same_after_writing_and_reading() -> None:
     config = set_up(
         load(None, ["algorithm.batch_size=none", "schedule.max_staleness=7", "run.id=x"])
     ).config
@@ -79,20 +80,20 @@ def test_a_file_is_overridden_by_settings(tmp_path: Path) -> None:
         ("worker.drop=2", ["worker.drop", "1", "got 2"]),
     ],
 )
-def test_what_is_wrong_is_one_sentence_that_names_the_key(setting: str, words: list[str]) -> None:
+def test_an_error_names_the_key(setting: str, words: list[str]) -> None:
     text = complaint(setting)
     for word in words:
         assert word in text
 
 
-def test_an_algorithm_refuses_a_schedule_that_makes_no_sense_for_it() -> None:
+def test_a_schedule_that_the_algorithm_does_not_support_is_an_error() -> None:
     text = complaint("algorithm.name=fedsgd", "schedule.name=stream")
     assert text == (
         "schedule.name: fedsgd does not run under 'stream'; choose from buffered, rounds"
     )
 
 
-def test_a_file_that_is_not_there_or_not_toml_is_named(tmp_path: Path) -> None:
+def test_a_file_that_is_missing_or_not_toml_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"cannot read .*no\.toml"):
         load(tmp_path / "no.toml")
     (tmp_path / "bad.toml").write_text("[run\n")
@@ -100,13 +101,13 @@ def test_a_file_that_is_not_there_or_not_toml_is_named(tmp_path: Path) -> None:
         load(tmp_path / "bad.toml")
 
 
-def test_a_key_outside_its_table_is_told_where_it_belongs(tmp_path: Path) -> None:
+def test_the_error_for_a_key_outside_its_table_names_the_table(tmp_path: Path) -> None:
     (tmp_path / "run.toml").write_text("versions = 3\n")
     with pytest.raises(ConfigError, match=r"unknown key 'versions' \(did you mean 'run\.versions'"):
         load(tmp_path / "run.toml")
 
 
-def test_single_workers_may_straggle_differently() -> None:
+def test_single_workers_can_have_their_own_slowdown() -> None:
     settings = ["worker.slowdown=2", 'worker.nodes.worker-1={slowdown = "uniform(1, 2)"}']
     worker = load(None, [*settings, "worker.drop=0.1"]).worker
     assert (worker.straggling("worker-0").slowdown, worker.straggling("worker-0").drop) == (2, 0.1)
@@ -114,7 +115,7 @@ def test_single_workers_may_straggle_differently() -> None:
     assert worker.straggling("worker-1").drop == 0.1
 
 
-def test_a_slowdown_is_never_a_speed_up() -> None:
+def test_a_slowdown_is_at_least_1() -> None:
     rng = np.random.default_rng(0)
     for spec in ("uniform(0, 3)", "halfnormal(1)", "pareto(1.5)", "exponential(2)"):
         assert min(slowdown(spec)(rng) for _ in range(1000)) >= 1
@@ -123,7 +124,7 @@ def test_a_slowdown_is_never_a_speed_up() -> None:
 
 @dataclass(frozen=True)
 class FromNumpy(FedAvg):
-    """Hyper-parameters as a user works them out."""
+    """Hyper-parameters as numpy scalars and arrays."""
 
     lr: float = np.float64(0.25)
     sizes: tuple[int, ...] = (np.int64(3), np.int64(4))
@@ -141,13 +142,13 @@ def test_hyper_parameters_of_numpy_are_numbers() -> None:
     assert parse(complete.to_toml()).algorithm["sizes"] == [3, 4]
 
 
-def test_hyper_parameters_that_toml_cannot_hold_are_one_sentence() -> None:
+def test_a_hyper_parameter_that_toml_cannot_represent_is_an_error() -> None:
     config = build({"algorithm": {"name": f"{__name__}:Unwritable"}})
     with pytest.raises(ConfigError, match=r"the configuration cannot be written as TOML: .*Path"):
         set_up(config, OWN_CODE)
 
 
-def test_a_lease_that_is_over_before_a_beat_is_refused() -> None:
+def test_a_lease_shorter_than_the_heartbeat_period_is_an_error() -> None:
     with pytest.raises(ConfigError, match=r"^broker.lease_s: expected at least broker.beat_s, 2, "):
         build({"broker": {"lease_s": 1.5, "beat_s": 2.0}})
     assert build({"broker": {"lease_s": 2.0, "beat_s": 2.0}}).broker.lease_s == 2.0

@@ -1,4 +1,4 @@
-"""In which keys configurations differ, and how that is said."""
+"""Keys in which two configurations differ, and their text."""
 
 import pytest
 
@@ -16,20 +16,20 @@ def test_keys_are_compared_one_by_one():
     }
 
 
-def test_both_values_are_named_and_long_ones_are_cut():
+def test_both_values_are_shown_and_long_ones_are_cut():
     here = "[algorithm]\nlr = 0.1\nname = 'a'"
     there = f"[algorithm]\nname = 'a'\ntext = '{'x' * 1000}'"
-    said = differing_keys(here, there)
-    assert said.startswith("algorithm.lr (here 0.1, there not set), algorithm.text (here not set, ")
-    assert said.endswith("xxx...)")
-    assert len(said) < 250
+    text = differing_keys(here, there)
+    assert text.startswith("algorithm.lr (here 0.1, there not set), algorithm.text (here not set, ")
+    assert text.endswith("xxx...)")
+    assert len(text) < 250
 
 
-def test_of_very_many_some_are_named():
+def test_the_number_of_named_keys_is_bounded():
     keys = "".join(f"key_{number:02} = 1\n" for number in range(30))
     assert differing_keys(keys, "").endswith("key_09 (here 1, there not set) and 20 more")
 
 
 @pytest.mark.parametrize("text", ["no toml", "x = " + "[" * 100_000])
-def test_what_cannot_be_read_differs_in_nothing(text):
+def test_invalid_toml_differs_in_no_key(text):
     assert differing_keys("x = 1", text) == differing_keys(text, "x = 1") == ""

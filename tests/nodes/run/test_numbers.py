@@ -1,4 +1,4 @@
-"""Numbers of a configuration are finite, and numbers; TOML that is none is told with its line."""
+"""Numbers of a configuration are finite and of a numeric type; TOML errors name file and line."""
 
 import math
 from pathlib import Path
@@ -35,12 +35,12 @@ def complaint(*settings: str, path: Path | None = None) -> str:
         "broker.retain",
     ],
 )
-def test_a_number_that_is_not_finite_is_refused_by_its_key(key: str, value: str) -> None:
+def test_the_error_for_a_number_that_is_not_finite_names_its_key(key: str, value: str) -> None:
     found = "inf" if value == "1e999" else value
     assert complaint(f"{key}={value}") == f"{key}: expected a finite number, got {found}"
 
 
-def test_numbers_in_lists_and_of_a_problem_of_one_s_own_are_finite(tmp_path: Path) -> None:
+def test_numbers_in_lists_and_of_a_users_problem_are_finite(tmp_path: Path) -> None:
     path = tmp_path / "run.toml"
     path.write_text('[problem]\nname = "own:Own"\nscale = [1.0, nan]\n')
     assert complaint(path=path) == "problem.scale: expected a finite number, got nan"
@@ -58,7 +58,7 @@ def test_numbers_in_lists_and_of_a_problem_of_one_s_own_are_finite(tmp_path: Pat
         ("codec.down", "cast(float16) | quantize(bits=nan)"),
     ],
 )
-def test_numbers_within_a_choice_are_finite(key: str, text: str) -> None:
+def test_numbers_in_a_spec_are_finite(key: str, text: str) -> None:
     assert complaint(f"{key}={text}") == f"{key}: expected finite numbers, got {text!r}"
 
 
@@ -78,11 +78,11 @@ def test_numbers_within_a_choice_are_finite(key: str, text: str) -> None:
     ],
 )
 @pytest.mark.parametrize(("value", "shown"), [("true", "true"), ('"5"', "'5'")])
-def test_what_is_no_number_is_not_taken_for_one(key: str, value: str, shown: str) -> None:
+def test_booleans_and_text_are_not_converted_to_numbers(key: str, value: str, shown: str) -> None:
     assert complaint(f"{key}={value}") == f"{key}: expected a number, got {shown}"
 
 
-def test_booleans_and_words_stay_what_they_are() -> None:
+def test_booleans_and_words_keep_their_type() -> None:
     config = load(None, ["broker.share_files=false", "algorithm.batch_size=none"])
     assert config.broker.share_files is False
     assert set_up(config).config.algorithm["batch_size"] is None
@@ -90,14 +90,14 @@ def test_booleans_and_words_stay_what_they_are() -> None:
 
 
 @pytest.mark.parametrize("limit", ["0", "1", "1e6", "16777215"])
-def test_a_limit_that_cannot_be_kept_is_refused_with_the_least_that_can(limit: str) -> None:
+def test_the_error_for_a_retention_limit_that_is_too_small_names_the_least(limit: str) -> None:
     text = complaint(f"broker.retain={limit}")
     assert text.startswith("broker.retain: expected 'everything', 'unfinished' or a number of")
     assert "at least 16,777,216" in text
 
 
-def test_a_recorded_configuration_is_read_whatever_it_holds() -> None:
-    """Older releases took these; their runs stay readable."""
+def test_a_recorded_configuration_with_infinities_is_readable() -> None:
+    """Older releases accepted these values; their runs stay readable."""
     config = load(None, ["run.id=x"])
     text = config.to_toml().replace("checkpoint_s = 1.0", "checkpoint_s = inf")
     text = text.replace('retain = "everything"', "retain = 1000.0")
@@ -116,7 +116,7 @@ GOOD = "[run]\nseed = 7\nversions = 3\n"
 
 @pytest.mark.parametrize("ends", ["\n", "\r\n"])
 @pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
-def test_a_byte_order_mark_and_either_end_of_lines_are_taken(
+def test_a_byte_order_mark_and_both_line_endings_are_accepted(
     tmp_path: Path, mark: bytes, ends: str
 ) -> None:
     path = tmp_path / "run.toml"
@@ -127,17 +127,15 @@ def test_a_byte_order_mark_and_either_end_of_lines_are_taken(
 @pytest.mark.parametrize(
     ("data", "words"),
     [
-        (b"[run]\nseed = 1\nseed = 2\n", "line 3: the key seed stands there a second time"),
-        (b"[run]\n[run]\n", "line 2: the table [run] stands there a second time"),
+        (b"[run]\nseed = 1\nseed = 2\n", "line 3: duplicate key seed"),
+        (b"[run]\n[run]\n", "line 2: duplicate table [run]"),
         (b"[run]\nseed =\n", "line 2: Invalid value"),
         (b"[run]\n\nid = \xff\n", "line 3 is not UTF-8 (byte 0xff)"),
-        (b"\xff\xfe[\x00r\x00", "expected UTF-8, it is UTF-16"),
+        (b"\xff\xfe[\x00r\x00", "expected UTF-8, got UTF-16"),
         (b"[run]\nid = '''x", "line 2: "),
     ],
 )
-def test_what_is_not_toml_is_told_with_file_and_line(
-    tmp_path: Path, data: bytes, words: str
-) -> None:
+def test_toml_errors_name_file_and_line(tmp_path: Path, data: bytes, words: str) -> None:
     path = tmp_path / "run.toml"
     path.write_bytes(data)
     with pytest.raises(ConfigError) as caught:

@@ -1,4 +1,4 @@
-"""A problem's model is the same at every call; nodes that start from others are found."""
+"""A problem's model is the same at every call; nodes that start from another model are found."""
 
 import copy
 import itertools
@@ -34,7 +34,7 @@ from tests.own_code import OWN_CODE
 
 
 class Made(Tiny):
-    """Whatever module it is given, made by a function of the number of the call."""
+    """A module made by a function of the number of the call."""
 
     def __init__(self, make):
         super().__init__()
@@ -45,7 +45,7 @@ class Made(Tiny):
 
 
 def drawn_anew(module):
-    """Draw from a generator that nobody seeds."""
+    """Draw from an unseeded generator."""
     with torch.no_grad():
         module.weight.copy_(torch.from_numpy(np.random.default_rng().random((2, 2))))
 
@@ -60,7 +60,7 @@ def with_buffer(value, *, persistent=True):
 
 
 @pytest.mark.parametrize("problem", [Tiny(), Normed(), Dropping()], ids=lambda p: type(p).__name__)
-def test_a_seeded_model_has_one_fingerprint_and_leaves_the_generators_alone(problem):
+def test_a_seeded_model_has_one_fingerprint_and_does_not_use_global_generators(problem):
     before = torch.random.get_rng_state()
     assert version_zero(problem) == version_zero(problem)
     assert torch.equal(torch.random.get_rng_state(), before)
@@ -97,7 +97,7 @@ def test_a_model_without_a_seed_of_its_own_draws_from_the_runs():
     assert not torch.equal(first.weight, second.weight), "draws go on after the parent's"
 
 
-def test_a_problem_that_does_not_keep_the_seed_draws_from_it_all_the_same():
+def test_a_problem_that_does_not_store_the_seed_still_draws_from_it():
     table = {"name": "tests.nodes.run.test_version_zero:Forgetful"}
     made = [load_problem(table, seed, OWN_CODE) for seed in (1, 1, 2)]
     first, again, other = (weights(each) for each in made)
@@ -118,12 +118,12 @@ def test_a_problem_that_does_not_keep_the_seed_draws_from_it_all_the_same():
         (lambda call: with_buffer(torch.tensor([True, call == 0])), "b"),
     ],
 )
-def test_a_model_that_differs_from_call_to_call_is_one_sentence_that_names_the_tensor(make, name):
+def test_a_model_that_differs_from_call_to_call_is_an_error_that_names_the_tensor(make, name):
     with pytest.raises(ConfigError) as caught:
         version_zero(Made(make))
     assert str(caught.value) == (
-        f"problem.name: expected model() to give the same values at every call, '{name}' differs "
-        "from one call to the next: seed what it is drawn from"
+        "problem.name: expected model() to return the same values at every call, but "
+        f"'{name}' differs from one call to the next: seed its random generator"
     )
 
 
@@ -145,7 +145,7 @@ def test_values_of_every_kind_have_a_fingerprint(value):
     assert total == total
 
 
-def test_a_model_that_is_not_made_yet_has_a_fingerprint_without_it():
+def test_uninitialized_lazy_parameters_are_left_out_of_the_fingerprint():
     assert version_zero(Made(lambda _: nn.LazyLinear(3))) == [0.0, 0.0]
 
 
@@ -195,7 +195,7 @@ def test_the_same_values_under_other_names_disagree():
     [None, [], [1.0], "x", [1.0, "2"], {"norm": 1.0}, [1.0, 2.0, 3.0], [True, 2.0]],
     ids=str,
 )
-def test_what_is_no_fingerprint_says_nothing(other):
+def test_a_malformed_fingerprint_does_not_disagree(other):
     assert not disagree([1.0, 2.0], other)
     assert not disagree(other, [1.0, 2.0])
 
@@ -203,12 +203,12 @@ def test_what_is_no_fingerprint_says_nothing(other):
 @pytest.mark.parametrize(
     "other", [[float("nan"), 2.0], [1.0, float("inf")], [1.1, 2.0], [1.0, 2.1]]
 )
-def test_what_is_another_fingerprint_disagrees(other):
+def test_another_fingerprint_disagrees(other):
     assert disagree([1.0, 2.0], other)
 
 
 def answers_of(fleet, worker, version_0):
-    """A result and a score, as a node with this fingerprint posts them."""
+    """Yield a result and a score posted by a node with this fingerprint."""
     message, data = fleet.tasks[0]
     node = Worker(fleet.setup, "run", worker, [(0, 1)], version_0=version_0)
     [train] = node.handle(Inbound(7, 0.0, message, data.__getitem__))
@@ -234,16 +234,16 @@ def joined(node, role):
     return Message(kind="joined", **about, body=body)
 
 
-def test_nodes_that_disagree_are_named_in_what_is_shown_of_a_run():
+def test_summary_and_view_name_the_nodes_that_disagree():
     setup = make_setup({"name": "stream", "concurrency": 2}, evaluate_every=1)
     core = Aggregator(setup, "run", "aggregator", Computed(version_0=[4.0, -1.0]))
     [run] = [each.message for each in core.handle(Start()) if isinstance(each, PostMessage)]
     assert run.body["version_0"] == [4.0, -1.0]
     fleet = Fleet(setup)
     fleet.join_evaluator()
-    said = {"same": [4.0, -1.00001], "old": None, "other": [4.0, 2.0]}
+    fingerprints = {"same": [4.0, -1.00001], "old": None, "other": [4.0, 2.0]}
     messages = [joined("aggregator", "aggregator"), run]
-    for node, version_0 in said.items():
+    for node, version_0 in fingerprints.items():
         result, score = answers_of(fleet, node, version_0)
         assert result.body.get("version_0") == score.body.get("version_0") == version_0
         messages += [joined(node, "worker"), result, score]
@@ -257,7 +257,7 @@ def test_nodes_that_disagree_are_named_in_what_is_shown_of_a_run():
     assert any("other started from other values" in str(cell) for cell in cells)
 
 
-def test_nobody_is_named_where_all_agree():
+def test_no_node_is_named_if_all_agree():
     fold = RunFold(
         config={
             "algorithm": {"name": "a"},
@@ -272,7 +272,7 @@ def test_nobody_is_named_where_all_agree():
     assert "first model" not in [str(cell) for cell in table.columns[0].cells]
 
 
-def test_a_result_that_another_node_kept_says_who_posts_it():
+def test_a_result_saved_by_another_node_names_the_node_that_posts_it():
     setup = make_setup(
         {"name": "stream", "concurrency": 2},
         "Normed",
@@ -292,7 +292,7 @@ def test_a_result_that_another_node_kept_says_who_posts_it():
     assert [each.body["version_0"] for each in posts] == [[4.0, 2.0], [4.0, -1.0]]
 
 
-def test_a_replay_on_another_kind_of_device_takes_the_records_word(tmp_path):
+def test_a_replay_on_another_kind_of_device_starts_from_the_recorded_version_0(tmp_path):
     setup = make_setup({"name": "stream", "concurrency": 2}, evaluate_every=1)
     simulation = Simulation(setup, 2, tmp_path / "run", 5, Chances(train_s=0.3))
     assert simulation.run(0.0, 400.0)
@@ -313,14 +313,14 @@ def test_a_replay_on_another_kind_of_device_takes_the_records_word(tmp_path):
         assert all(each.same for each in Retraining(trace, setup, node).all())
 
 
-def test_a_model_that_is_made_once_is_refused():
-    """Its second user would begin with what the first has learned."""
+def test_a_model_that_is_the_same_object_twice_is_an_error():
+    """The second task would start from the weights that the first has trained."""
     module = nn.Linear(2, 2)
     with pytest.raises(ConfigError, match="to make a new module at every call"):
         version_zero(Made(lambda _: module))
 
 
-def test_a_plain_tensor_that_is_drawn_anew_is_named():
+def test_a_tensor_attribute_that_differs_is_named():
     def drawn(_):
         module = nn.Linear(2, 2)
         with torch.no_grad():

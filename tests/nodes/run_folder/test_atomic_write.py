@@ -1,4 +1,4 @@
-"""A file is replaced as a whole, or not at all."""
+"""Files are replaced atomically."""
 
 from pathlib import Path
 
@@ -7,7 +7,7 @@ import pytest
 from fedmq.nodes.run_folder.atomic_write import replacing
 
 
-def test_the_new_file_takes_the_place_of_the_old_one(tmp_path: Path) -> None:
+def test_the_new_file_replaces_the_old_one(tmp_path: Path) -> None:
     path = tmp_path / "file.txt"
     path.write_text("old")
     with replacing(path) as fresh:
@@ -17,7 +17,7 @@ def test_the_new_file_takes_the_place_of_the_old_one(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_an_error_leaves_the_old_one_and_nothing_else(tmp_path: Path) -> None:
+def test_an_error_leaves_the_old_file_and_no_temporary_one(tmp_path: Path) -> None:
     path = tmp_path / "file.txt"
     path.write_text("old")
     with pytest.raises(UnicodeEncodeError), replacing(path) as fresh:

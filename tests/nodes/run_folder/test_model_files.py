@@ -1,4 +1,4 @@
-"""The final model as files: it loads strictly into the module that it is of."""
+"""The final model as files: it loads strictly into the problem's module."""
 
 import json
 from collections import OrderedDict
@@ -40,7 +40,7 @@ class Tied(nn.Module):
 
 
 class Names(nn.Module):
-    """Names that files reserve, or that look like what a file writes for another."""
+    """Names that the formats reserve, or that equal the name of a converted tensor."""
 
     def __init__(self):
         super().__init__()
@@ -59,7 +59,7 @@ class Names(nn.Module):
 
 
 class Wrapped(nn.Module):
-    """Its state dict has other keys than its parameters, and state that is no tensor."""
+    """A state dict with other keys than the parameters, and a state that is no tensor."""
 
     def __init__(self):
         super().__init__()
@@ -81,7 +81,7 @@ def problem_of(kind):
 
 
 def saved(folder, problem, move=0.5):
-    """Save a trained model; return the tensors by name that the algorithm has."""
+    """Save a trained model; return the algorithm's tensors by name."""
     algorithm = FedAvg()
     state = algorithm.start(problem)
     state.weights[: state.layout.parameters] += move
@@ -112,7 +112,7 @@ def test_the_model_loads_strictly_into_its_own_module(tmp_path, kind):
     assert len(modes) == 1
 
 
-def test_plain_safetensors_read_it_where_nothing_had_to_be_written_otherwise(tmp_path):
+def test_safetensors_alone_reads_a_file_without_converted_tensors(tmp_path):
     problem = Normed()
     saved(tmp_path, problem)
     state = safetensors.torch.load_file(tmp_path / "model.safetensors")
@@ -123,7 +123,7 @@ def test_plain_safetensors_read_it_where_nothing_had_to_be_written_otherwise(tmp
     assert json.loads(metadata["fedmq"]) == {"holds": "module", **ABOUT}
 
 
-def test_the_file_says_what_is_written_otherwise(tmp_path):
+def test_the_metadata_list_converted_tensors(tmp_path):
     saved(tmp_path, problem_of(Tied))
     with safe_open(tmp_path / "model.safetensors", framework="pt") as opened:
         notes = json.loads(opened.metadata()["fedmq"])
@@ -140,7 +140,7 @@ def test_the_file_says_what_is_written_otherwise(tmp_path):
     assert list(renamed.values()) == ["__metadata__"]
 
 
-def test_complex64_is_written_otherwise_where_safetensors_has_none(tmp_path, monkeypatch):
+def test_complex64_is_converted_if_safetensors_does_not_support_it(tmp_path, monkeypatch):
     monkeypatch.setattr(model_files, "_can_hold", lambda dtype: not dtype.is_complex)
     problem = problem_of(Tied)
     tensors = saved(tmp_path, problem)
@@ -150,7 +150,7 @@ def test_complex64_is_written_otherwise_where_safetensors_has_none(tmp_path, mon
     problem.model().load_state_dict(state, strict=True)
 
 
-def test_the_arrays_have_the_algorithms_names_whatever_they_are(tmp_path):
+def test_the_arrays_have_the_algorithms_names(tmp_path):
     tensors = saved(tmp_path, problem_of(Names))
     with np.load(tmp_path / "model.npz", allow_pickle=False) as arrays:
         assert set(arrays.files) == set(tensors)
@@ -163,7 +163,7 @@ def test_the_arrays_have_the_algorithms_names_whatever_they_are(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["fedgkt", "pfedhn", "fd", "fedper"])
-def test_of_another_model_than_the_problems_module_there_are_tensors_by_name(tmp_path, name):
+def test_a_model_that_is_not_the_problems_module_is_saved_by_tensor_name(tmp_path, name):
     class Pictures(Tiny):
         shape, classes = (1, 8, 8), 2
 
@@ -187,13 +187,13 @@ class Stubborn(nn.Linear):
         raise ZeroDivisionError
 
 
-def test_a_module_that_does_not_give_its_state_costs_no_model(tmp_path):
+def test_a_module_whose_state_dict_raises_is_saved_by_tensor_name(tmp_path):
     problem = problem_of(lambda: Stubborn(2, 2))
     tensors = saved(tmp_path, problem)
     assert set(read_state_dict(tmp_path / "model.safetensors")) == set(tensors)
 
 
-def test_a_model_that_is_there_stays_until_the_new_one_is_whole(tmp_path, monkeypatch):
+def test_an_old_model_stays_until_the_new_one_is_complete(tmp_path, monkeypatch):
     problem = Normed()
     saved(tmp_path, problem)
     before = read_state_dict(tmp_path)
@@ -203,14 +203,14 @@ def test_a_model_that_is_there_stays_until_the_new_one_is_whole(tmp_path, monkey
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(safetensors.torch, "save_file", full)
-    with pytest.raises(NodeError, match=r"cannot write the model to .*: No space left on device"):
+    with pytest.raises(NodeError, match=r"cannot write the model to .*: no space left on device"):
         saved(tmp_path, problem, 2.0)
     after = read_state_dict(tmp_path)
     assert all(torch.equal(each, after[name]) for name, each in before.items())
     assert not list(tmp_path.glob("*.new"))
 
 
-def test_what_is_no_model_is_refused_with_a_sentence(tmp_path):
+def test_a_file_that_is_no_model_is_an_error(tmp_path):
     with pytest.raises(NodeError, match="there is no such file"):
         read_state_dict(tmp_path)
     file = tmp_path / "model.safetensors"
@@ -223,7 +223,7 @@ def test_what_is_no_model_is_refused_with_a_sentence(tmp_path):
             read_state_dict(file)
 
 
-def test_another_programs_file_is_read_as_it_is(tmp_path):
+def test_another_programs_file_is_read_without_conversion(tmp_path):
     file = tmp_path / "other.safetensors"
     safetensors.torch.save_file({"w": torch.zeros(1)}, file)
     assert set(read_state_dict(str(file))) == {"w"}

@@ -1,4 +1,4 @@
-"""Counts are folded from the ledger to its end; used, stale, refused and unused are all results."""
+"""Counts of a run: used, stale, refused and unused results add up to all results."""
 
 import io
 import json
@@ -23,7 +23,7 @@ CONFIG = '[run]\nseed = 0\n[schedule]\nname = "rounds"\n[algorithm]\nname = "fed
 
 
 class Story:
-    """A ledger in memory, told entry by entry; time stands at its numbers."""
+    """A ledger in memory, written entry by entry; an entry's time is its number."""
 
     def __init__(self, started_at=100.0):
         self.fold = RunFold(started_at)
@@ -94,8 +94,8 @@ def test_every_result_is_used_stale_refused_or_unused(story):
     assert summary["results"]["by_code"] == {"stale": 1, "late": 1, "not-finite": 1}
 
 
-def test_what_was_refused_after_the_last_version_counts(story):
-    """The last version record knows nothing of it."""
+def test_rejections_after_the_last_version_count(story):
+    """The record of the last version does not include them."""
     story.task(0, 0)
     story.version(1, story.result(0, 0), 1)
     for number in range(1, 30):
@@ -108,7 +108,7 @@ def test_what_was_refused_after_the_last_version_counts(story):
     }
 
 
-def test_failed_tasks_are_counted_by_code_and_evaluations_are_no_tasks(story):
+def test_failed_tasks_are_counted_by_code_without_evaluations(story):
     for number in range(3):
         story.task(number, 0)
     story.feed("failed", "w0", re="a/0", reason="no memory", code="training-failed")
@@ -124,7 +124,7 @@ def test_failed_tasks_are_counted_by_code_and_evaluations_are_no_tasks(story):
     assert summary["clients_without_result"]["0"]["reason"] == "parked"
 
 
-def test_a_task_that_is_sent_again_has_not_failed(story):
+def test_a_redelivered_task_has_not_failed(story):
     story.task(0, 0)
     refusal = {"run": "r", "node": "broker", "id": "a/0", "reason": "parked", "of": 4}
     story.entry(Refusal, **refusal, dead_lettered=True, code="dead-letter")
@@ -146,12 +146,12 @@ def test_an_old_ledger_has_no_codes_and_counts_the_same(story):
     assert summary["results"]["by_code"] == {"stale": 1, "unknown": 1}
 
 
-def test_posts_that_were_not_accepted_are_no_results(story):
+def test_posts_that_were_not_accepted_are_not_counted_as_results(story):
     story.refuse(None, "no-address", node="broker")
     assert counts(story.end(), *ALL, "unaccepted") == (0, 0, 0, 0, 1)
 
 
-def test_cohorts_are_summed_and_late_results_are_none_of_them(story):
+def test_cohorts_are_summed_without_late_results(story):
     story.version(1, 3, 2)
     story.version(2, 3, 2, late=1)
     story.version(3, 3, 3, late=1)
@@ -195,13 +195,13 @@ def shown(renderable, width=80):
     return console.export_text()
 
 
-def test_what_is_not_known_yet_is_not_shown_as_a_number():
-    said = line(RunFold(started_at=1.8e9))
-    assert said.startswith("time -  version -  accuracy -  used 0")
-    assert "staleness -" in said
+def test_unknown_values_are_shown_as_dashes():
+    text = line(RunFold(started_at=1.8e9))
+    assert text.startswith("time -  version -  accuracy -  used 0")
+    assert "staleness -" in text
 
 
-def test_an_accuracy_of_an_older_version_says_of_which(story):
+def test_the_accuracy_of_an_older_version_is_shown_with_the_version(story):
     story.task(0, 0)
     story.feed("evaluate", "aggregator", "a/1", to="evaluator", model_version=0)
     story.feed("score", "w1", re="a/1", metrics={"accuracy": 0.5})
@@ -211,7 +211,7 @@ def test_an_accuracy_of_an_older_version_says_of_which(story):
     assert "cohort 1 of 2" in line(story.fold)
 
 
-def test_trouble_is_shown_while_a_run_goes_on(story):
+def test_failures_are_shown_during_a_run(story):
     story.task(0, 0)
     story.refuse(story.result(0, 0), "not-finite")
     assert "rejected 1" in line(story.fold)
@@ -223,25 +223,25 @@ def test_the_closing_table_names_what_went_wrong(story):
     story.task(1, 1)
     story.feed("failed", "w0", re="a/0", reason="no\x1b memory", code="training-failed")
     story.version(1, story.result(1, 1), 1)
-    said = shown(closing_table(story.end()), 100)
-    assert "1 used, 0 stale, 0 refused, 0 unused" in said
-    assert "1 task: training-failed 1" in said
-    assert "0 of 1 with their whole cohort, 1 of 2 results missing" in said
-    assert "1 task, no result in any version; last: no\\x1b memory" in said
+    text = shown(closing_table(story.end()), 100)
+    assert "1 used, 0 stale, 0 refused, 0 unused" in text
+    assert "1 task: training-failed 1" in text
+    assert "0 of 1 with their whole cohort, 1 of 2 results missing" in text
+    assert "1 task, no result in any version; last: no\\x1b memory" in text
 
 
-def test_a_result_that_came_while_the_run_was_ending_is_no_failure(story):
+def test_a_result_that_came_while_the_run_was_ending_is_not_the_last_failure(story):
     story.task(0, 0)
     story.task(1, 1)
     story.version(1, story.result(1, 1), 1)
     story.refuse(story.result(0, 0), "run-over", "the run is over")
-    said = shown(closing_table(story.end()), 100)
-    assert "run-over 1" in said
-    assert "last failure" not in said
-    assert "no result in any version" not in said
+    text = shown(closing_table(story.end()), 100)
+    assert "run-over 1" in text
+    assert "last failure" not in text
+    assert "no result in any version" not in text
 
 
-def test_a_run_that_was_interrupted_does_not_know_its_bytes_on_the_wire(story):
+def test_bytes_on_the_wire_of_an_interrupted_run_are_unknown(story):
     story.task(0, 0)
     summary = story.fold.summary()
     assert summary["bytes"]["down"]["wire"] is None
@@ -251,7 +251,7 @@ def test_a_run_that_was_interrupted_does_not_know_its_bytes_on_the_wire(story):
     json.dumps(summary, allow_nan=False)
 
 
-def test_a_run_without_a_task_has_no_first_one(story):
+def test_a_run_without_a_task_has_no_first_task_time(story):
     assert "first task after -" in shown(closing_table(story.fold.summary()))
 
 
@@ -275,7 +275,7 @@ def test_the_newest_failure_is_shown_with_its_place(story):
     assert text in line(story.fold)
 
 
-def test_evaluations_that_fail_are_counted_apart(story):
+def test_failed_evaluations_are_counted_separately(story):
     for number in range(3):
         story.feed("evaluate", "aggregator", f"a/{number}", to="evaluator", model_version=number)
     story.feed("failed", "w0", re="a/0", reason="no metric", where="mine.py:9")
@@ -289,7 +289,7 @@ def test_evaluations_that_fail_are_counted_apart(story):
     assert "2 evaluations failed" in shown(closing_table(summary), 100)
 
 
-def test_a_run_that_failed_says_so(story):
+def test_the_status_of_a_failed_run_is_failed(story):
     assert story.fold.summary()["status"] == "interrupted"
     story.feed("finished", "aggregator", to="checkpoint", reason="12 tasks", failed=True)
     summary = story.end()
@@ -298,12 +298,12 @@ def test_a_run_that_failed_says_so(story):
     assert json.loads(json.dumps(summary)) == summary
 
 
-def test_a_run_that_reached_its_end_is_finished(story):
+def test_the_status_of_a_run_that_reached_its_goal_is_finished(story):
     story.feed("finished", "aggregator", to="checkpoint", reason="2 versions")
     assert story.end()["status"] == "finished"
 
 
-def test_a_run_that_waits_says_for_whom():
+def test_a_waiting_run_names_the_clients_it_waits_for():
     story = Story()
     story.entry(Opened, run="r", config=CONFIG, total_clients=6)
     story.begin()
@@ -322,7 +322,7 @@ def test_a_run_that_waits_says_for_whom():
     assert story.fold.missing_clients == []
 
 
-def test_lines_of_a_run_that_stands_still_are_few(monkeypatch):
+def test_a_waiting_run_prints_few_lines(monkeypatch):
     now = 0.0
     monkeypatch.setattr(view.time, "monotonic", lambda: now)
     story = Story()
@@ -339,7 +339,7 @@ def test_lines_of_a_run_that_stands_still_are_few(monkeypatch):
     assert all(each.endswith("waiting for client 2") for each in lines)
 
 
-def test_a_metric_that_is_no_finite_number_is_null_in_the_summary_and_named(story, tmp_path):
+def test_a_metric_that_is_not_finite_is_null_and_listed_in_the_summary(story, tmp_path):
     for number, (accuracy, loss) in enumerate([(0.5, math.inf), (math.nan, -math.inf)]):
         story.feed("evaluate", "aggregator", f"a/{number}", to="evaluator", model_version=number)
         metrics = {"accuracy": accuracy, "loss": loss, "mae": 0.25}
@@ -361,7 +361,7 @@ def test_a_metric_that_is_no_finite_number_is_null_in_the_summary_and_named(stor
     assert "nan% (best 50.00%)" in shown(closing_table(summary))
 
 
-def test_clients_whose_accuracy_is_no_number_are_counted_beside_the_others(story):
+def test_clients_whose_accuracy_is_nan_are_counted_separately(story):
     for client, accuracy in ((0, 0.5), (1, math.nan)):
         story.task(client, client)
         about = {"model_version": 0, "client": client}
@@ -373,13 +373,13 @@ def test_clients_whose_accuracy_is_no_number_are_counted_beside_the_others(story
     assert "50.00% on average" in shown(closing_table(story.fold.summary()))
 
 
-def test_a_spread_of_nothing_finite_is_no_number():
+def test_a_spread_without_finite_values_is_nan():
     found = spread([math.nan, math.inf])
     assert (found["count"], found["not_finite"]) == (0, 2)
     assert math.isnan(found["mean"])
 
 
-def test_only_some_of_very_many_strange_numbers_are_named():
+def test_the_number_of_listed_values_is_bounded():
     content = {"curve": [{"loss": math.nan}] * 5000, "rest": (1, None, "x", True)}
     assert len(not_finite(content)) == 100
     read = json.loads(to_strict_json(content), parse_constant=pytest.fail)

@@ -1,4 +1,4 @@
-"""What clients keep on their worker's disk, and the key by which a node is known again."""
+"""Clients' states on their worker's disk, and a node's key."""
 
 import pytest
 import torch
@@ -46,7 +46,7 @@ def same(one, other):
 
 
 @pytest.mark.parametrize("where", ["disk", "memory"])
-def test_what_was_kept_is_there_again(tmp_path, where):
+def test_a_saved_state_is_read_back(tmp_path, where):
     locals_ = ClientStateStore(tmp_path / "w0" / "run" if where == "disk" else None)
     assert locals_.get(3) is None
     locals_.put(3, kept())
@@ -57,18 +57,18 @@ def test_what_was_kept_is_there_again(tmp_path, where):
     assert same(locals_.get(3), newer)
 
 
-def test_a_worker_that_was_started_again_finds_it(tmp_path):
+def test_a_restarted_worker_finds_the_state(tmp_path):
     ClientStateStore(tmp_path).put(3, kept())
     assert same(ClientStateStore(tmp_path).get(3), kept())
 
 
-def test_a_state_of_nothing_but_numbers_is_kept_too(tmp_path):
+def test_a_state_without_tensors_is_saved_too(tmp_path):
     only = kept(local=Payload(numbers={"seen": 1}), data=())
     ClientStateStore(tmp_path).put(0, only)
     assert same(ClientStateStore(tmp_path).get(0), only)
 
 
-def test_each_worker_and_run_has_its_own(tmp_path):
+def test_each_worker_and_run_has_its_own_states(tmp_path):
     ClientStateStore(tmp_path / "one").put(0, kept())
     assert ClientStateStore(tmp_path / "another").get(0) is None
 
@@ -81,7 +81,7 @@ def file_of(tmp_path):
 
 
 @pytest.mark.slow
-def test_every_damage_is_one_sentence_that_names_the_file(tmp_path):
+def test_any_damage_is_an_error_that_names_the_file(tmp_path):
     path = file_of(tmp_path)
     whole = path.read_bytes()
     damaged = [whole[:size] for size in (0, 1, 23, 24, len(whole) - 1)]
@@ -96,7 +96,7 @@ def test_every_damage_is_one_sentence_that_names_the_file(tmp_path):
     assert same(ClientStateStore(tmp_path).get(0), kept())
 
 
-def test_what_cannot_be_written_or_made_is_one_sentence(tmp_path):
+def test_a_file_or_folder_that_cannot_be_written_is_an_error(tmp_path):
     locals_ = ClientStateStore(tmp_path / "state")
     (tmp_path / "state" / "client-0").write_text("")
     with pytest.raises(NodeError, match=r"cannot write .*client-0"):
@@ -111,7 +111,7 @@ def test_what_cannot_be_written_or_made_is_one_sentence(tmp_path):
 # ---- the key
 
 
-def test_a_node_has_one_key_for_ever_and_no_two_have_the_same(tmp_path):
+def test_a_node_keeps_its_key_and_no_two_nodes_share_one(tmp_path):
     keys = {node_key(tmp_path / name) for name in ("a", "b", "a", "b")}
     assert len(keys) == 2
     assert all(0 < len(key) <= 64 for key in keys)
@@ -122,7 +122,7 @@ def test_without_a_folder_each_start_has_its_own_key():
 
 
 @pytest.mark.parametrize("fault", ["no folder", "no file"])
-def test_a_key_that_cannot_be_had_is_one_sentence(tmp_path, fault):
+def test_a_key_that_cannot_be_read_or_written_is_an_error(tmp_path, fault):
     folder = tmp_path / "node"
     if fault == "no folder":
         folder.write_text("")

@@ -1,4 +1,4 @@
-"""The Worker core: one task at a time, each once, whatever session it is given to."""
+"""The Worker core: one task at a time, each applied once across sessions and nodes."""
 
 import pytest
 
@@ -18,7 +18,7 @@ def counting(**more):
 
 
 def tasks_of(setup):
-    """The first task of each client, as its worker gets it."""
+    """Return the first task of each client, as its worker receives it."""
     fleet = Fleet(setup)
     return [
         Inbound(number, 0.0, message, data.__getitem__)
@@ -31,7 +31,7 @@ def worker_of(setup, kept=None, k=0):
 
 
 def trained(setup, train):
-    """Do what a worker's program does when it is asked to train."""
+    """Carry out a `Train` action, as the worker's program does."""
     at = train.at(setup.problem, "cpu")
     return Trained(*setup.algorithm.train(train.task, at), 0.5)
 
@@ -44,7 +44,7 @@ def count(payload):
     return int(payload.exact["tasks"])
 
 
-def test_what_a_client_keeps_is_saved_before_its_result_is_posted():
+def test_a_clients_state_is_saved_before_its_result_is_posted():
     setup = counting()
     task, _ = tasks_of(setup)
     worker = worker_of(setup)
@@ -59,7 +59,7 @@ def test_what_a_client_keeps_is_saved_before_its_result_is_posted():
     assert post.consumes == (task.seq,)
 
 
-def test_the_next_task_starts_from_what_the_client_kept():
+def test_the_next_task_starts_from_the_saved_state():
     setup, kept = counting(), ClientStateStore()
     task, _ = tasks_of(setup)
     for number in range(1, 4):
@@ -71,8 +71,8 @@ def test_the_next_task_starts_from_what_the_client_kept():
         assert count(kept.get(0).local) == number
 
 
-def test_a_task_that_comes_again_is_answered_with_the_result_that_is_there():
-    """Trained twice, a client would have taken one step too many."""
+def test_a_redelivered_task_is_answered_with_the_saved_result():
+    """Training again would change the client's state twice."""
     setup, kept = counting(), ClientStateStore()
     task, _ = tasks_of(setup)
     worker = worker_of(setup, kept)
@@ -85,8 +85,8 @@ def test_a_task_that_comes_again_is_answered_with_the_result_that_is_there():
     assert again_posted.consumes == (99,)
 
 
-def test_what_a_client_kept_moves_with_it_to_the_node_that_hosts_it_next(tmp_path):
-    """Its state is a file, in a folder that both nodes may share; a task is still done once."""
+def test_a_clients_state_moves_to_the_node_that_takes_it_over(tmp_path):
+    """Both nodes share the folder of states; a task is still applied once."""
     setup = counting()
     task, _ = tasks_of(setup)
     worker = worker_of(setup, ClientStateStore(tmp_path))
@@ -99,8 +99,8 @@ def test_what_a_client_kept_moves_with_it_to_the_node_that_hosts_it_next(tmp_pat
     assert count(train.local) == 1
 
 
-def test_of_two_nodes_that_train_one_task_the_second_posts_what_the_first_has_kept(tmp_path):
-    """Whichever result is used, the client's next task starts from the state behind it."""
+def test_of_two_nodes_that_train_a_task_the_second_posts_the_result_of_the_first(tmp_path):
+    """Whichever post is used, the client's next task starts from the matching state."""
     setup = counting()
     task, _ = tasks_of(setup)
     one = worker_of(setup, ClientStateStore(tmp_path))
@@ -115,8 +115,8 @@ def test_of_two_nodes_that_train_one_task_the_second_posts_what_the_first_has_ke
     assert other.handle(again(task, 100, id="aggregator/9"))[0].local is not None
 
 
-def test_a_task_that_was_not_kept_is_trained_again_and_its_result_is_the_same_message():
-    """Killed before it could keep anything, or with nothing to keep."""
+def test_a_task_without_saved_state_is_trained_again_to_the_same_message():
+    """The worker was killed before it saved the state, or the algorithm has none."""
     setup = make_setup(STREAM, "Normed")
     task, _ = tasks_of(setup)
     posts = []
@@ -128,14 +128,14 @@ def test_a_task_that_was_not_kept_is_trained_again_and_its_result_is_the_same_me
     assert posts[0] == posts[1]
 
 
-def test_an_algorithm_that_keeps_nothing_saves_nothing():
+def test_nothing_is_saved_for_an_algorithm_without_local_state():
     setup = make_setup(STREAM)
     worker = worker_of(setup)
     (train,) = worker.handle(tasks_of(setup)[0])
     assert [type(each) for each in worker.handle(trained(setup, train))] == [PostMessage]
 
 
-def test_a_task_that_failed_or_was_dropped_on_demand_changes_nothing_that_is_kept():
+def test_a_failed_or_dropped_task_does_not_change_the_saved_state():
     setup = counting()
     worker = worker_of(setup)
     (train,) = worker.handle(tasks_of(setup)[0])
@@ -158,7 +158,7 @@ def test_a_task_that_failed_or_was_dropped_on_demand_changes_nothing_that_is_kep
     assert actions[-1].message.body == {"reason": "dropped on demand", "code": "dropped"}
 
 
-def test_tasks_are_worked_on_one_after_the_other():
+def test_tasks_are_trained_one_after_the_other():
     setup = make_setup(STREAM)
     first, _ = tasks_of(setup)
     worker = worker_of(setup)
@@ -172,7 +172,7 @@ def test_tasks_are_worked_on_one_after_the_other():
     assert (post.consumes, post.message.re) == ((20,), "aggregator/20")
 
 
-def test_a_refusal_is_taken_note_of_and_done_with():
+def test_the_rejection_of_an_own_message_is_handled():
     note = Message(
         kind="refused", id="broker/9", run="run", sender="broker", to="node/w0", body={"id": "x"}
     )
@@ -195,8 +195,8 @@ def test_a_refusal_is_taken_note_of_and_done_with():
         ),
     ],
 )
-def test_a_task_that_cannot_be_used_is_refused_and_done_with(fields, code, reason):
-    """It would be no better in another session."""
+def test_an_invalid_task_is_rejected_and_handled(fields, code, reason):
+    """Another session could not use it either."""
     setup = counting()
     task, _ = tasks_of(setup)
     assert worker_of(setup).handle(again(task, 30, **fields)) == [Handled(30, reason, code)]

@@ -1,7 +1,7 @@
-"""States of clients that several workers may save: the newest task's counts, whoever is late.
+"""States of clients that several workers save: the newest task's state counts.
 
-A worker may be stopped, or killed, before any step of a save. Another one takes its client
-over meanwhile, does the same task and later ones; then the first one goes on.
+A worker is suspended or killed before any step of a save. Meanwhile another one takes over its
+client and does the same task and later ones; then the first one continues.
 """
 
 import contextlib
@@ -20,18 +20,18 @@ from fedmq.nodes.worker.client_state import ClientStateStore
 from tests.nodes.worker.test_client_state import kept, same
 
 STEPS = ("mkdir", "listdir", "scandir", "open", "link", "unlink")
-"""The calls to the operating system that a save is made of."""
+"""The system calls of a save."""
 
 
 class Killed(BaseException):
-    """The worker is no more."""
+    """The worker was killed."""
 
 
 @contextlib.contextmanager
 def before_step(step, happens):
-    """Let something happen before the n-th step of what is done here, or the first of a name.
+    """Call ``happens`` before the n-th system call in the block, or the first with a name.
 
-    Yields the steps so far.
+    Yields the list of calls so far.
     """
     steps = []
 
@@ -69,7 +69,7 @@ def steps_of_a_save(folder):
 
 
 @pytest.mark.parametrize("meanwhile", [(20, 106), (106,), (20,), ()], ids=str)
-def test_a_save_that_was_stopped_before_any_step_is_harmless_when_it_goes_on(tmp_path, meanwhile):
+def test_a_save_that_is_suspended_before_any_step_replaces_no_newer_state(tmp_path, meanwhile):
     for step in range(steps_of_a_save(tmp_path / "none")):
         folder = tmp_path / str(step)
         ClientStateStore(folder).put(0, kept(seq=3))
@@ -91,7 +91,7 @@ def test_a_save_that_was_stopped_before_any_step_is_harmless_when_it_goes_on(tmp
             assert names(folder) == ["000000000107.state"]
 
 
-def test_a_save_that_was_killed_before_any_step_leaves_the_state_before_or_its_own(tmp_path):
+def test_a_save_that_is_killed_before_any_step_leaves_the_old_state_or_the_new_one(tmp_path):
     def killed():
         raise Killed
 
@@ -105,7 +105,7 @@ def test_a_save_that_was_killed_before_any_step_leaves_the_state_before_or_its_o
         assert names(folder) == ["000000000021.state"]
 
 
-def test_what_a_killed_worker_left_is_removed_and_never_read(tmp_path):
+def test_incomplete_files_of_a_killed_worker_are_never_read_and_get_removed(tmp_path):
     ClientStateStore(tmp_path).put(0, kept(seq=3))
     folder = tmp_path / "client-0"
     for name in ("000000000099.0a1b.new", "000000000003.0a1b.new", "notes.txt"):
@@ -119,7 +119,7 @@ def test_what_a_killed_worker_left_is_removed_and_never_read(tmp_path):
     ]
 
 
-def test_a_reader_finds_the_newest_though_files_go_under_its_hands(tmp_path):
+def test_a_reader_finds_the_newest_state_while_files_are_removed(tmp_path):
     for number in (3, 20):
         ClientStateStore(tmp_path).put(0, kept(seq=number))
         with before_step(
@@ -129,7 +129,7 @@ def test_a_reader_finds_the_newest_though_files_go_under_its_hands(tmp_path):
 
 
 @pytest.mark.parametrize("step", ["open", "link"])
-def test_a_folder_that_goes_while_it_is_written_is_one_sentence(tmp_path, step):
+def test_a_folder_that_disappears_during_a_write_is_an_error(tmp_path, step):
     def gone():
         shutil.rmtree(tmp_path / "client-0")
 
@@ -140,7 +140,7 @@ def test_a_folder_that_goes_while_it_is_written_is_one_sentence(tmp_path, step):
 
 
 @pytest.mark.parametrize("code", [errno.EPERM, errno.EOPNOTSUPP])
-def test_a_file_system_without_hard_links_has_the_same_fences(tmp_path, monkeypatch, code):
+def test_a_file_system_without_hard_links_protects_newer_states_too(tmp_path, monkeypatch, code):
     def link(*_args):
         raise OSError(code, os.strerror(code))
 
@@ -159,7 +159,7 @@ def test_a_file_system_without_hard_links_has_the_same_fences(tmp_path, monkeypa
     assert names(tmp_path) == ["000000000108.state"]
 
 
-def test_the_one_file_of_an_older_release_is_read_until_there_is_a_newer_state(tmp_path):
+def test_the_state_file_of_an_older_release_is_read_until_a_newer_state_exists(tmp_path):
     ClientStateStore(tmp_path / "now").put(3, kept(seq=5))
     data = (tmp_path / "now" / "client-3" / "000000000005.state").read_bytes()
     old = tmp_path / "old"
@@ -171,7 +171,7 @@ def test_the_one_file_of_an_older_release_is_read_until_there_is_a_newer_state(t
     assert [each.name for each in old.iterdir()] == ["client-3"]
 
 
-def test_in_memory_too_the_newest_task_counts():
+def test_the_newest_task_counts_in_memory_too():
     locals_ = ClientStateStore()
     newest = kept(seq=106)
     assert locals_.put(0, newest) is newest
@@ -182,8 +182,8 @@ def test_in_memory_too_the_newest_task_counts():
 
 
 @pytest.mark.end_to_end
-def test_a_process_that_was_really_stopped_puts_nothing_old_in_place_of_the_new(tmp_path):
-    """It stops itself after it has written its file, and before the file has its name."""
+def test_a_suspended_process_does_not_replace_the_newer_state_when_it_continues(tmp_path):
+    """It suspends itself after it has written its file, before it gives the file its name."""
     script = (
         "import os, signal, sys\n"
         "from pathlib import Path\n"
@@ -205,9 +205,9 @@ def test_a_process_that_was_really_stopped_puts_nothing_old_in_place_of_the_new(
             for number in (19, 106):
                 ClientStateStore(tmp_path).put(0, kept(seq=number))
             process.send_signal(signal.SIGCONT)
-            said, _ = process.communicate(timeout=30)
+            output, _ = process.communicate(timeout=30)
         finally:
             process.kill()
-    assert said == "False\n"
+    assert output == "False\n"
     assert ClientStateStore(tmp_path).get(0).seq == 106
     assert names(tmp_path) == ["000000000106.state"]

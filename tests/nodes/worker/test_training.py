@@ -1,4 +1,4 @@
-"""What a user's code draws from the global generators is drawn again by a replay."""
+"""A replay repeats what a user's code draws from the global generators."""
 
 import contextlib
 import random
@@ -38,12 +38,12 @@ STREAM = {"name": "stream", "concurrency": 2}
 
 
 def drawn():
-    """A number of each global generator."""
+    """Return a number from each global generator."""
     return random.random() + np.random.random() + torch.rand(()).item()  # noqa: NPY002, S311
 
 
 def state():
-    """What all of them are in."""
+    """Return the states of all global generators."""
     legacy = [np.asarray(each).tolist() for each in np.random.get_state()[1:]]  # noqa: NPY002
     return random.getstate(), legacy, torch.random.get_rng_state().tolist()
 
@@ -64,7 +64,7 @@ class Augmented(Tiny):
 
 @dataclass(frozen=True)
 class Careless(FedAvg):
-    """It trains and draws without a generator of its own."""
+    """An algorithm that draws from the global generators."""
 
     def train(self, task, client):
         result, local = super().train(task, client)
@@ -94,7 +94,7 @@ def bits(event):
 
 
 @pytest.mark.parametrize("which", ["train", "evaluate"])
-def test_what_is_drawn_follows_from_the_seed_and_leaves_the_generators_as_they_were(setup, which):
+def test_draws_depend_on_the_seed_only_and_the_generators_are_restored(setup, which):
     action = actions_of(setup)[which]
     found = []
     for _ in range(2):
@@ -106,7 +106,7 @@ def test_what_is_drawn_follows_from_the_seed_and_leaves_the_generators_as_they_w
     assert bits(carry_out(msgspec.structs.replace(action, seed=8), setup, "cpu")) != found[0]
 
 
-def test_generators_are_as_they_were_after_a_task_that_fails(setup):
+def test_generators_are_restored_after_a_failed_task(setup):
     action = msgspec.structs.replace(actions_of(setup)["train"], task=Task(0, Payload()))
     before = state()
     with pytest.raises(Exception, match="missing"):
@@ -139,7 +139,7 @@ def test_every_task_and_evaluation_of_a_run_replays_to_the_same_bytes(setup, tmp
         assert [each.message.re for each in answers if not each.same] == []
 
 
-def test_a_new_client_is_measured_with_the_same_draws(setup):
+def test_a_new_client_is_evaluated_with_the_same_draws(setup):
     start = StartingState(setup.algorithm.start(setup.problem), 3, finished=True)
     found = []
     for _ in range(2):
@@ -155,7 +155,7 @@ def test_a_new_client_is_measured_with_the_same_draws(setup):
 
 
 class Measured(Tiny):
-    """Of client 1 there is nothing to train on; its metrics are what they are told to be."""
+    """Client 1 has no examples; the metrics are given values."""
 
     metric = np.float64(0.25)
 
@@ -169,7 +169,7 @@ class Measured(Tiny):
 
 @dataclass(frozen=True)
 class Returning(FedAvg):
-    """It returns other values than it should."""
+    """An algorithm that returns invalid values."""
 
     def train(self, task, client):
         result, local = super().train(task, client)
@@ -201,7 +201,7 @@ def test_numbers_of_numpy_and_torch_in_a_result_and_in_metrics_are_numbers(setup
     assert {type(each) for each in metrics.values()} == {float}
 
 
-def test_what_is_no_result_and_no_metrics_is_named_with_the_method(setup):
+def test_the_error_for_an_invalid_result_or_metrics_names_the_method(setup):
     changed = returning(setup, Forgetful(epochs=1))
     actions = actions_of(changed)
     with pytest.raises(ReturnedError, match=r"^Forgetful\.train: expected two values"):
@@ -215,7 +215,7 @@ def test_what_is_no_result_and_no_metrics_is_named_with_the_method(setup):
         carry_out(actions["evaluate"], changed, "cpu")
 
 
-def test_a_client_without_examples_fails_its_tasks_with_a_sentence(setup):
+def test_tasks_of_a_client_without_examples_fail(setup):
     changed = returning(setup, FedAvg(epochs=1))
     train = msgspec.structs.replace(actions_of(changed)["train"], client=1)
     with pytest.raises(ProblemError, match=r"^Measured\.client: expected at least one example"):
@@ -223,7 +223,7 @@ def test_a_client_without_examples_fails_its_tasks_with_a_sentence(setup):
 
 
 class Link:
-    """As much of a link as work needs."""
+    """The parts of a link that `_work` uses."""
 
     @contextlib.contextmanager
     def away(self):
@@ -231,7 +231,7 @@ class Link:
 
 
 @pytest.mark.slow
-def test_metrics_that_are_none_end_a_node_at_its_first_evaluation_and_later_fail_it_alone(setup):
+def test_invalid_metrics_end_a_node_at_its_first_evaluation_and_later_fail_one_evaluation(setup):
     problem = Measured()
     changed = returning(setup, FedAvg(epochs=1), problem)
     core = Worker(changed, "r", "evaluator")
@@ -258,7 +258,7 @@ def test_metrics_that_are_none_end_a_node_at_its_first_evaluation_and_later_fail
     assert "Measured.metrics: expected a number for 'mae', got None" in post.message.body["reason"]
 
 
-def test_an_error_that_utf_8_cannot_write_fails_its_task_alone(setup):
+def test_an_error_that_is_not_valid_utf_8_fails_only_its_task(setup):
     class Unreadable(Tiny):
         def client(self, index):
             raise OSError("no such file: photo\udc80.png")
@@ -280,7 +280,7 @@ def test_an_error_that_utf_8_cannot_write_fails_its_task_alone(setup):
 @pytest.mark.parametrize(
     "raised", [SystemExit(3), KeyboardInterrupt(), BaseExceptionGroup("two", [GeneratorExit()])]
 )
-def test_what_ends_a_process_fails_a_task_where_user_code_raises_it(setup, monkeypatch, raised):
+def test_exit_in_user_code_fails_the_task(setup, monkeypatch, raised):
     class Exits(Tiny):
         def client(self, index):
             raise raised
@@ -302,7 +302,7 @@ def test_what_ends_a_process_fails_a_task_where_user_code_raises_it(setup, monke
 
 @dataclass(frozen=True)
 class Odd(FedAvg):
-    """One of its server's methods returns something else."""
+    """An algorithm one of whose server methods returns an invalid value."""
 
     method: str = ""
 
@@ -324,7 +324,7 @@ class Odd(FedAvg):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("method", "said"),
+    ("method", "error"),
     [
         ("task", "Odd.task: expected a Payload, got None"),
         ("evaluation_task", "Odd.evaluation_task: expected a Payload, got None"),
@@ -336,7 +336,7 @@ class Odd(FedAvg):
         ),
     ],
 )
-def test_what_a_servers_half_returns_is_named_with_the_method(setup, method, said):
+def test_the_error_for_an_invalid_value_of_the_server_half_names_the_method(setup, method, error):
     def run(algorithm):
         fleet = Fleet(type(setup)(**{**vars(setup), "problem": Tiny(), "algorithm": algorithm}))
         fleet.join_evaluator()
@@ -345,9 +345,9 @@ def test_what_a_servers_half_returns_is_named_with_the_method(setup, method, sai
 
     assert not run(Odd(epochs=1)).core.failed
     if method in ("tensors", "result_bytes"):  # asked for before the run begins
-        with pytest.raises(ReturnedError, match=re.escape(said)):
+        with pytest.raises(ReturnedError, match=re.escape(error)):
             run(Odd(epochs=1, method=method))
     else:
         fleet = run(Odd(epochs=1, method=method))
         assert fleet.core.failed
-        assert said in fleet.finished
+        assert error in fleet.finished
