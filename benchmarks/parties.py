@@ -106,12 +106,11 @@ def send_fedmq(
             delivery = party.get()
             credit += delivery.message.body["taken"]
             party.link.done([delivery.seq])
-        with party.link.together():
-            for _ in range(batch):
-                if is_small(size):
-                    party.post(receiver, fixed)
-                else:
-                    party.post(receiver, {}, [next(payloads)])
+        for _ in range(batch):
+            if is_small(size):
+                party.post(receiver, fixed)
+            else:
+                party.post(receiver, {}, [next(payloads)])
         credit -= batch
 
 
@@ -133,9 +132,8 @@ def receive_fedmq(
             raise SystemExit(f"expected {size} bytes, got {length}")
         taken.append(delivery.seq)
         if len(taken) == acknowledgement:
-            with party.link.together():
-                party.link.done(taken)
-                party.post(sender, {"taken": len(taken)})
+            party.link.done(taken)
+            party.post(sender, {"taken": len(taken)})
             taken.clear()
 
     clocked(pipe, take, seconds)
@@ -169,9 +167,8 @@ def fan_out_fedmq(pipe: Connection, endpoint: str, workers: int, size: int) -> N
     pipe.recv_bytes()
     began = time.monotonic()
     data = [(Blob.of(model), model)]
-    with party.link.together():
-        for index in range(workers):
-            party.post(f"client/{index}", {}, data)
+    for index in range(workers):
+        party.post(f"client/{index}", {}, data)
     last = began
     for _ in range(workers - 1):
         delivery = party.get()

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from fedmq.broker.core.admission import are_plain, check_message
+from fedmq.broker.core.admission import check_message
 from fedmq.broker.core.deduplication import PostFingerprint
 from fedmq.broker.core.mailboxes import Mailboxes
 from fedmq.broker.core.state import Action, Node, PendingPost, Unpin
 from fedmq.broker.errors import WireError
 from fedmq.broker.rejections import Code, Rejection
 from fedmq.broker.wire import schema
-from fedmq.broker.wire.encoding import check_inline, decode_message, decode_messages
-from fedmq.broker.wire.schema import Buffer, Message, Post, PostAll
+from fedmq.broker.wire.encoding import check_inline, decode_message
+from fedmq.broker.wire.schema import Buffer, Post
 
 
 class Acceptance:
@@ -45,16 +45,12 @@ class Acceptance:
         held: PendingPost,
         now: float,
         out: list[Action],
-        number: str = "",
     ) -> None:
-        """Accept a post that was checked, or refuse it; or neither, if it was here before.
-
-        ``number``: of the post in its session, if not ``n``.
-        """
+        """Accept a post that was checked, or refuse it; or neither, if it was here before."""
         message, refusal = held.message, held.refusal
         remembered = self._mailboxes.dedup_window
         # What has no id of its own is known by its number: it is refused, and only once.
-        own_name = f"{node.hello.session}/{number or post.n}"
+        own_name = f"{node.hello.session}/{post.n}"
         mark = held.fingerprint or PostFingerprint.of(
             node.run.id, node.name, own_name, post.message
         )
@@ -79,26 +75,3 @@ class Acceptance:
             seq for seq in post.consumes if node.pending.pop(seq, None) is not None
         )
         self._mailboxes.accept(node.run, message, post.message, consumes, now, out)
-
-    def take_all(
-        self, node: Node, frame: PostAll, now: float, out: list[Action]
-    ) -> Sequence[Message]:
-        """Take many messages as `take` would one by one.
-
-        At once, if there is nothing to be said of any of them: one by one, a small message
-        costs several times as much. Returns those that were taken at once: all, or none.
-        """
-        messages = decode_messages(frame.messages)
-        if messages is not None and are_plain(node, messages):
-            names = [each.id for each in messages]
-            if self._mailboxes.dedup_window.add_new(node.run.id, node.name, names, frame.messages):
-                self._mailboxes.accept_all(node.run, messages, frame.messages, now, out)
-                return messages
-        for index, data in enumerate(frame.messages):
-            post = Post(n=frame.n, message=data)
-            held = self.check(node, post)
-            if held.message is not None and held.message.blobs:
-                alone = Rejection(Code.MALFORMED, "a message with blobs is posted alone")
-                held.refusal = held.refusal or alone
-            self.accept(node, post, held, now, out, f"{frame.n}.{index}")
-        return ()

@@ -25,11 +25,11 @@ class PendingAcks:
         self._pending: dict[int, Node] = {}
         self._sent: dict[int, int] = {}
 
-    def add(self, node: Node, now: float, messages: int = 1) -> None:
-        """Note that a frame of this node, of so many messages, has taken effect, or had before."""
+    def add(self, node: Node, now: float) -> None:
+        """Note that a frame of this node has taken effect, or had before."""
         key = id(node)
         self._pending[key] = node
-        said = self._sent[key] = self._sent.get(key, 0) + messages
+        said = self._sent[key] = self._sent.get(key, 0) + 1
         self.due = min(self.due, now + (ACK_WITHIN_S if said < ACK_MESSAGES else 0.0))
 
     def take(self) -> list[SendTo]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from fedmq.broker.core.state import Node, RunState
 from fedmq.broker.errors import WireError
 from fedmq.broker.rejections import Code
@@ -151,30 +149,6 @@ def check_message(node: Node, message: Message) -> None:
             timer_of(message)
     elif why := _why_nowhere(message.to, node.run.total_clients):
         raise WireError(why, Code.NO_ADDRESS)
-
-
-def are_plain(node: Node, messages: Sequence[Message]) -> bool:
-    """Tell whether all of these pass `check_message`, have no blobs, and are just delivered.
-
-    Each question is put to all of them together: that costs a fraction of asking each.
-    """
-    if {each.sender for each in messages} != {node.name}:
-        return False
-    if {each.run for each in messages} != {node.run.id}:
-        return False
-    if not {each.kind for each in messages}.isdisjoint(BROKERS_OWN):
-        return False
-    if any(each.blobs for each in messages):
-        return False
-    if any(
-        is_deeper(each.body, MAX_DEPTH)
-        for each in messages
-        for value in each.body.values()
-        if isinstance(value, dict | list)
-    ):
-        return False
-    addresses = {each.to for each in messages}
-    return not any(_why_nowhere(each, node.run.total_clients) for each in addresses)
 
 
 def _why_nowhere(address: str, clients: int) -> str:

@@ -220,12 +220,13 @@ class Broker:
         elif len(node.pending_posts) < HELD_FRAMES:
             node.next_n += 1
             node.read_bytes = min(frame.read, node.pointed_bytes)
-            if isinstance(frame, Post):
-                held = self._acceptance.check(node, frame, buffers)
-                self._begin(node, frame, buffers, held, now, out)
-            else:
-                held = PendingPost(frame)
-            node.pending_posts.append(held)
+            for each in frame.each() if isinstance(frame, PostAll) else [frame]:
+                if isinstance(each, Post):
+                    held = self._acceptance.check(node, each, buffers)
+                    self._begin(node, each, buffers, held, now, out)
+                else:
+                    held = PendingPost(each)
+                node.pending_posts.append(held)
             self._settle(node, now, out)
 
     def _begin(
@@ -253,14 +254,9 @@ class Broker:
         """Take, in order, the held frames whose blobs are here; ask for what is missing."""
         while node.pending_posts and not self._uploads.lacks(node, node.pending_posts[0]):
             held = node.pending_posts.popleft()
-            messages = 1
             match held.frame:
                 case Post() as post:
                     self._acceptance.accept(node, post, held, now, out)
-                case PostAll() as post:
-                    messages = len(post.messages)
-                    for message in self._acceptance.take_all(node, post, now, out)[:1]:
-                        self._uploads.note_message(node, message, now)
                 case Done(seqs=seqs, refused=refused) as done:
                     for seq, reason in refused.items():
                         if seq in node.pending:
@@ -272,7 +268,7 @@ class Broker:
                 case RunEnded(reason=reason):
                     self._over(node, reason, now, out)
                     return
-            self._acks.add(node, now, messages)
+            self._acks.add(node, now)
         self._uploads.ask(node, now, out)
 
     def _serve_chunk(self, node: Node, want: ChunkRequest, out: list[Action]) -> None:

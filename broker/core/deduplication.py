@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Literal
 
 import xxhash
@@ -26,7 +25,7 @@ class PostFingerprint(Struct, frozen=True, gc=False):
     @classmethod
     def of(cls, run: str, sender: str, name: str, data: bytes) -> PostFingerprint:
         """Return the mark of a message."""
-        full = xxhash.xxh3_128_intdigest(_full_name(run, sender, name))
+        full = xxhash.xxh3_128_intdigest(f"{run}\0{sender}\0{name}".encode())
         return cls(full, xxhash.xxh3_64_intdigest(data))
 
     def to_bytes(self) -> bytes:
@@ -56,7 +55,8 @@ class DedupWindow:
     def add(self, mark: PostFingerprint) -> None:
         """Remember a message."""
         self._newer[mark.name] = mark.data
-        self._expire()
+        if len(self._newer) >= self._limit:
+            self._newer, self._older = {}, self._newer
 
     def seen(self, mark: PostFingerprint) -> Known:
         """Tell whether this message, or another one of the same id, was here before."""
@@ -64,24 +64,3 @@ class DedupWindow:
         if known is None:
             return "new"
         return "same" if known == mark.data else "other"
-
-    def add_new(self, run: str, sender: str, names: Sequence[str], data: Sequence[bytes]) -> bool:
-        """Remember messages of one sender, if all of them are new; tell whether they were."""
-        start = _full_name(run, sender, "")
-        keys = [xxhash.xxh3_128_intdigest(start + name.encode()) for name in names]
-        new = dict(zip(keys, map(xxhash.xxh3_64_intdigest, data), strict=True))
-        if len(new) < len(keys) or not new.keys().isdisjoint(self._newer.keys()):
-            return False
-        if not new.keys().isdisjoint(self._older.keys()):
-            return False
-        self._newer |= new
-        self._expire()
-        return True
-
-    def _expire(self) -> None:
-        if len(self._newer) >= self._limit:
-            self._newer, self._older = {}, self._newer
-
-
-def _full_name(run: str, sender: str, name: str) -> bytes:
-    return f"{run}\0{sender}\0{name}".encode()

@@ -16,8 +16,7 @@ from fedmq.broker.core import delivery
 from fedmq.broker.core.admission import timer_of
 from fedmq.broker.core.deduplication import DedupWindow, PostFingerprint
 from fedmq.broker.core.state import Action, Append, Node, RunState, Store
-from fedmq.broker.ledger.entries import Accepted, AcceptedAll, Consumed, Refusal, blob_name
-from fedmq.broker.ledger.recent_messages import RecentMessages
+from fedmq.broker.ledger.entries import Accepted, Consumed, Refusal, blob_name
 from fedmq.broker.rejections import Rejection
 from fedmq.broker.wire.addresses import BROKER, CHECKPOINT, RECORD, TIMER, node_address
 from fedmq.broker.wire.encoding import encode_message
@@ -44,12 +43,12 @@ class Mailboxes:
         self.runs: dict[str, RunState] = {}
         self.dedup_window = DedupWindow()
         self.timers: list[tuple[float, int, str, str]] = []
-        self.fresh = RecentMessages()
+        self.fresh: dict[int, Accepted] = {}
         """What was accepted in this event, which the ledger does not have yet."""
 
     def read(self, seq: int) -> Accepted:
         """Return an accepted message."""
-        return self.fresh.find(seq) or self.store.read(seq)
+        return self.fresh.get(seq) or self.store.read(seq)
 
     def number(self) -> int:
         """Return the number of the next entry."""
@@ -86,7 +85,7 @@ class Mailboxes:
         uses = [blob_name(message, blob) for blob in message.blobs]
         traffic = run.traffic() if message.to == CHECKPOINT else UNSET
         entry = Accepted(seq=seq, at=now, message=data, consumes=consumes, traffic=traffic)
-        self.fresh.add(entry)
+        self.fresh[seq] = entry
         out.append(Append(entry, uses, kept=message.to != RECORD))
         if message.to in (RECORD, CHECKPOINT, TIMER):
             return
@@ -98,37 +97,6 @@ class Mailboxes:
             out.append(delivery.delivery(host, seq, now, data, message))
         else:
             delivery.enqueue(host, seq, message.to)
-
-    def accept_all(
-        self,
-        run: RunState,
-        messages: Sequence[Message],
-        data: Sequence[bytes],
-        now: float,
-        out: list[Action],
-    ) -> None:
-        """Keep messages without blobs as `accept` does each, but as one record.
-
-        None of them may be for a timer, or a checkpoint.
-        """
-        entry = AcceptedAll(seq=self.next_seq, at=now, messages=tuple(data))
-        self.next_seq += len(messages)
-        self.fresh.add(entry)
-        out.append(Append(entry))
-        addresses = [each.to for each in messages]
-        hosts = {to: run.host_of(to) for to in set(addresses)}
-        numbered = dict(enumerate(addresses, entry.seq))
-        found: dict[str, dict[int, str]] = {}
-        if len(hosts) == 1 and (host := hosts[addresses[0]]) is not None:
-            found[host.name] = numbered  # most often: all are for one node
-        else:
-            for seq, to in numbered.items():
-                if (host := hosts[to]) is not None:
-                    found.setdefault(host.name, {})[seq] = to
-                elif to != RECORD:
-                    run.waiting.setdefault(to, []).append(seq)
-        for name, numbers in found.items():
-            out += delivery.bring(run.nodes[name], numbers, entry, now)
 
     def consume(self, node: Node, seqs: Sequence[int], now: float, out: list[Action]) -> None:
         """Note that a node is done with these of its messages."""

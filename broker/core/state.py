@@ -184,7 +184,7 @@ class Node:
     next_n: number of the next numbered frame.
     pending: numbers of its unfinished messages, in order, each with its address.
     queue: those of them that are still to be sent.
-    flying: (last number, messages, bytes) of each frame of them that is sent, and not all taken.
+    in_flight: (number, bytes) of each of them that was sent and not taken yet.
     sent: every one of them below this number has been sent.
     resume_at: nothing is sent before this time.
     """
@@ -200,8 +200,7 @@ class Node:
     fetcher: Fetcher = field(default_factory=lambda: Fetcher(UPLOAD_WINDOW_CHUNKS))
     pending: dict[int, str] = field(default_factory=dict)
     queue: deque[int] = field(default_factory=deque)
-    in_flight: deque[tuple[int, int, int]] = field(default_factory=deque)
-    in_flight_messages: int = 0
+    in_flight: deque[tuple[int, int]] = field(default_factory=deque)
     in_flight_bytes: int = 0
     sent: int = 0
     resume_at: float = 0.0

@@ -64,30 +64,14 @@ class Accepted(Entry, frozen=True):
         """Return the message."""
         return decode_message(self.message)
 
-    def find(self, seq: int) -> Accepted | None:
-        """Return this entry, if it has that number."""
-        return self if self.seq == seq else None
-
 
 class AcceptedAll(Entry, frozen=True):
-    """Messages that came together, numbered from ``seq`` on: so many entries in one record."""
+    """Several messages in one record, numbered from ``seq`` on; written by 0.1.0 only."""
 
     messages: Annotated[tuple[bytes, ...], msgspec.Meta(min_length=1)]
 
-    @property
-    def nbytes(self) -> int:
-        """Return the bytes of all messages."""
-        return sum(map(len, self.messages))
-
-    def find(self, seq: int) -> Accepted | None:
-        """Return the entry of a number, if it is one of these."""
-        index = seq - self.seq
-        if not 0 <= index < len(self.messages):
-            return None
-        return Accepted(seq=seq, at=self.at, message=self.messages[index])
-
     def each(self) -> list[Accepted]:
-        """Return them one by one."""
+        """Return the same as single entries."""
         return [
             Accepted(seq=seq, at=self.at, message=data)
             for seq, data in enumerate(self.messages, self.seq)

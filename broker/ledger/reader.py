@@ -134,13 +134,14 @@ class EntryIndex:
         self._marks: dict[int, array[int]] = {}
         self._block: list[AnyEntry] = []
 
-    def add(self, seq: int, segment: int, offset: int, count: int = 1) -> None:
-        """Note where so many entries lie in one record, from ``seq`` on; they come in order."""
+    def add(self, seq: int, segment: int, offset: int) -> None:
+        """Note where an entry's record begins; entries come in order."""
         if segment not in self._marks:
             self._firsts.append(segment)
             self._marks[segment] = array("Q")
         marks = self._marks[segment]
-        marks.extend([offset] * (-(-(seq - segment + count) // _BLOCK) - len(marks)))
+        if (seq - segment) // _BLOCK == len(marks):
+            marks.append(offset)
 
     def read(self, seq: int) -> AnyEntry:
         """Return an entry that is on disk.

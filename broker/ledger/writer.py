@@ -9,6 +9,7 @@ crash from the pieces that are there, and a reader can follow the tail.
 from __future__ import annotations
 
 import contextlib
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -20,7 +21,6 @@ from fedmq.broker.ledger.entries import (
     MESSAGES,
     PAYLOAD,
     Accepted,
-    AcceptedAll,
     AnyEntry,
     BlobName,
     ChunkRecord,
@@ -35,7 +35,6 @@ from fedmq.broker.ledger.entries import (
 from fedmq.broker.ledger.lock import FolderLock
 from fedmq.broker.ledger.manifest import Manifest, check_segments, payload_is_gone
 from fedmq.broker.ledger.reader import EntryIndex, LedgerTail
-from fedmq.broker.ledger.recent_messages import RecentMessages
 from fedmq.broker.ledger.records import Record, pack
 from fedmq.broker.ledger.retention import RetentionPolicy
 from fedmq.broker.ledger.segment_writer import Segment, sync_folder
@@ -92,8 +91,9 @@ class Ledger:
         self._first_queued = 0
         self._pieces: list[Buffer] = []
         self._entries = EntryIndex(folder)
-        self._positions: list[tuple[int, int, int]] = []
-        self._recent = RecentMessages()
+        self._positions: list[tuple[int, int]] = []
+        self._recent: OrderedDict[int, Accepted] = OrderedDict()
+        self._recent_bytes = 0
         # What another broker wrote here may not be on the device either.
         self._unsynced = self._unsynced_messages = self._unsynced_folder = True
         self._uses: dict[int, tuple[BlobName, ...]] = {}
@@ -143,27 +143,24 @@ class Ledger:
         self._piece_end = self._payload_file.size
 
     def append(self, entry: Entry) -> None:
-        """Queue an entry, or many in one record; its number must be the next one."""
+        """Queue an entry; its number must be the next one."""
         if entry.seq != self.next_seq:
             raise LedgerError(f"expected entry {self.next_seq}, got {entry.seq}")
         if not self._messages:
             self._first_queued = entry.seq
         record = pack(encode_record(entry))
         self._messages.append(record)
-        count = 1
         match entry:
             case Accepted(consumes=consumes):
-                self._recent.add(entry)
+                self._recent[entry.seq] = entry
+                self._recent_bytes += len(entry.message)
                 self._finish(consumes)
-            case AcceptedAll(messages=messages):
-                self._recent.add(entry)
-                count = len(messages)
             case Consumed(of=of):
                 self._finish(of)
             case Ended(run=run):
                 self._finish([seq for seq, names in self._uses.items() if names[0].run == run])
-        self._positions.append((entry.seq, len(record), count))
-        self.next_seq += count
+        self._positions.append((entry.seq, len(record)))
+        self.next_seq += 1
 
     def use(self, seq: int, names: Sequence[BlobName], *, kept: bool = True) -> None:
         """Keep these blobs until entry ``seq``, the message that names them, is consumed.
@@ -183,7 +180,7 @@ class Ledger:
         Raises:
             LedgerError: there is none of this number.
         """
-        entry = self._recent.find(seq) or self._entries.read(seq)
+        entry = self._recent.get(seq) or self._entries.read(seq)
         if not isinstance(entry, Accepted):
             raise LedgerError(f"entry {seq} is no message")
         return entry
@@ -284,12 +281,13 @@ class Ledger:
         offset = self._messages_file.size
         self._messages_file.append([b"".join(self._messages)])
         self._messages = []
-        for seq, length, count in self._positions:
-            self._entries.add(seq, self._messages_number, offset, count)
+        for seq, length in self._positions:
+            self._entries.add(seq, self._messages_number, offset)
             offset += length
         self._positions.clear()
-        while self._recent.nbytes > _RECENT_BYTES:
-            self._recent.drop_oldest()
+        while self._recent_bytes > _RECENT_BYTES:
+            _, dropped = self._recent.popitem(last=False)
+            self._recent_bytes -= len(dropped.message)
 
     def _next_payload_segment(self) -> None:
         number = self._payload_number + 1

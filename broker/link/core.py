@@ -34,7 +34,6 @@ from fedmq.broker.link.events import (
     ReadInPlace,
     Send,
     Taken,
-    Together,
     Wake,
     another_run,
 )
@@ -43,10 +42,8 @@ from fedmq.broker.wire import schema
 from fedmq.broker.wire.encoding import (
     check_inline,
     decode_message,
-    decode_messages,
     encode_message,
     inline_choice,
-    slices_of,
 )
 from fedmq.broker.wire.schema import (
     AnyFrame,
@@ -61,7 +58,6 @@ from fedmq.broker.wire.schema import (
     Hello,
     NumberedFrame,
     Post,
-    PostAll,
     RunEnded,
     Welcome,
 )
@@ -140,8 +136,6 @@ class Link:
                 self._take(deliveries, now, out)
             case Outgoing():
                 self._post(event, out)
-            case Together(messages):
-                self._post_all(messages, out)
             case Fetch():
                 self._arrivals.fetch(event, out)
                 self._ask(out)
@@ -258,7 +252,8 @@ class Link:
             case ChunkRequest():
                 self._serve(frame, out)
             case DeliverAll():
-                self._deliver_all(frame, out)
+                for each in frame.each():
+                    self._deliver(each, (), out)
             case Welcome():
                 self._welcomed(frame, out)
             case schema.UnknownSession() if self._connected:
@@ -303,33 +298,16 @@ class Link:
             if not self._unacknowledged.serves(message.blobs[index].digest)
         )
         data = encode_message(message)  # an error leaves everything as it was
-        consumes = event.consumes + self._some_done()
+        done, self._done = self._done[:_DONE_BATCH], self._done[_DONE_BATCH:]
+        if not self._done:
+            self._done_due = math.inf
         self._send_numbered(
-            Post(message=data, inline=inline, consumes=consumes),
+            Post(message=data, inline=inline, consumes=event.consumes + tuple(done)),
             out,
             buffers=[event.data[index] for index in inline],
             blobs=[blob.digest for blob in message.blobs],
             data=event.data,
         )
-
-    def _some_done(self) -> tuple[int, ...]:
-        """Return what a post is to say is done with."""
-        some, self._done = self._done[:_DONE_BATCH], self._done[_DONE_BATCH:]
-        if not self._done:
-            self._done_due = math.inf
-        return tuple(some)
-
-    def _post_all(self, messages: Sequence[bytes], out: list[Action]) -> None:
-        # What is done with must not be heard of before all that was posted before it is.
-        consumes = self._some_done() if len(messages) == 1 else ()
-        knows_all = self._welcome is not None and self._welcome.v >= schema.ALL_SINCE
-        most = schema.MAX_ALL if knows_all else 1
-        for part in slices_of([len(each) for each in messages], most):
-            some = tuple(messages[part])
-            if len(some) == 1:
-                self._send_numbered(Post(message=some[0], consumes=consumes), out)
-            else:
-                self._send_numbered(PostAll(messages=some), out, count=len(some))
 
     def _deliver(self, frame: Deliver, buffers: Sequence[Buffer], out: list[Action]) -> None:
         if self._welcome is None or not frame.after <= self._got <= frame.seq:
@@ -344,20 +322,6 @@ class Link:
             return
         inline = dict(zip(frame.inline, buffers, strict=True))
         out.append(Deliveries([Delivery(frame.seq, frame.at, message, inline, frame.extents)]))
-
-    def _deliver_all(self, frame: DeliverAll, out: list[Action]) -> None:
-        if self._welcome is None or not frame.after <= self._got <= frame.messages[-1][0]:
-            return
-        # Offered again, the same messages may come with others: some may be here already.
-        new = [each for each in frame.messages if each[0] >= self._got]
-        messages = decode_messages([data for _, data in new])
-        if messages is None:
-            for seq, data in new:
-                self._deliver(Deliver(seq=seq, at=frame.at, message=data, after=self._got), (), out)
-            return
-        self._got = new[-1][0] + 1
-        found = zip(new, messages, strict=True)
-        out.append(Deliveries([Delivery(seq, frame.at, each) for (seq, _), each in found]))
 
     def _serve(self, want: ChunkRequest, out: list[Action]) -> None:
         self._chunks += 1

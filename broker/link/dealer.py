@@ -67,8 +67,6 @@ class Dealer:
         self._inbox: deque[Delivery] = deque()
         self._outgoing = Outbox()
         self._files = LocalBlobs()
-        self._gathering = False
-        self._gathered: list[bytes] = []
         self._taken: deque[Delivery] = deque()
         self._fetched: dict[tuple[str, bytes], Buffer | None] = {}
         self._streamed: deque[Buffer] = deque()
@@ -160,9 +158,6 @@ class Dealer:
         if self._taken:
             taken = [self._taken.popleft() for _ in range(len(self._taken))]
             self._carry_out(self._core.handle(link.Taken(taken), self._clock()))
-        if self._gathered:
-            gathered, self._gathered = self._gathered, []
-            self._carry_out(self._core.handle(link.Together(gathered), self._clock()))
 
     def _turn(self, until: float | None) -> None:
         """Wait for something to do, but not past ``until``, and do it."""
@@ -186,8 +181,7 @@ class Dealer:
         with self._handoff:
             self._catch_up()
             self._carry_out(self._core.handle(event, self._clock()))
-            if not self._gathering:
-                self._send_all()
+            self._send_all()
 
     def _receive_all(self, now: float) -> None:
         while self._ended is None:

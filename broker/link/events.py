@@ -45,12 +45,6 @@ class FrameReceived(Struct, frozen=True):
     buffers: Sequence[Buffer] = ()
 
 
-class Together(Struct, frozen=True):
-    """The node posts messages without blobs, as the bytes that `encode_message` makes of them."""
-
-    messages: Sequence[bytes]
-
-
 class Outgoing(Struct, frozen=True):
     """The node posts a message; ``data[i]`` are the bytes of its i-th blob."""
 
@@ -100,18 +94,7 @@ class Wake(Struct, frozen=True):
     """A deadline has passed."""
 
 
-Event = (
-    FrameReceived
-    | Together
-    | Outgoing
-    | Fetch
-    | More
-    | Leave
-    | Publish
-    | Taken
-    | ReadInPlace
-    | Wake
-)
+Event = FrameReceived | Outgoing | Fetch | More | Leave | Publish | Taken | ReadInPlace | Wake
 
 
 # ---- actions

@@ -13,9 +13,7 @@ from fedmq.broker.link import events as link
 from fedmq.broker.link.dealer import Dealer
 from fedmq.broker.link.events import Delivery
 from fedmq.broker.rejections import Code
-from fedmq.broker.wire.encoding import encode_message
 from fedmq.broker.wire.schema import (
-    MAX_ALL,
     Buffer,
     Done,
     Goodbye,
@@ -94,8 +92,7 @@ class NodeLink(Dealer):
         if len(self._taken) >= _TAKEN_TOGETHER:
             with self._handoff:
                 self._catch_up()
-                if not self._gathering:
-                    self._send_all()
+                self._send_all()
         return delivery
 
     def post(
@@ -108,13 +105,7 @@ class NodeLink(Dealer):
         Raises:
             LinkClosed: the link ended meanwhile.
         """
-        if self._gathering and not (message.blobs or consumes):
-            self._gathered.append(encode_message(message))
-            if len(self._gathered) < MAX_ALL:
-                return
-            self._catch_up()
-        else:
-            self._tell(link.Outgoing(message, data, consumes))
+        self._tell(link.Outgoing(message, data, consumes))
         if self._core.unacknowledged > _MAX_UNACKNOWLEDGED:
             self.flush(_MAX_UNACKNOWLEDGED // 2)
 
@@ -282,15 +273,3 @@ class NodeLink(Dealer):
             self._stopping = True
             self._turn(self._clock())
         self._release()
-
-    @contextlib.contextmanager
-    def together(self) -> Iterator[None]:
-        """Hold the link for several posts in a row, which travel together."""
-        with self._handoff:
-            self._gathering = True
-            try:
-                yield
-            finally:
-                self._gathering = False
-                self._catch_up()
-                self._send_all()

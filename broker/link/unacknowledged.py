@@ -18,8 +18,6 @@ class _Frame:
 
     send: Send
     blobs: Sequence[bytes] = ()
-    count: int = 1
-    """How many messages it holds; 1 for what is no message, too."""
 
 
 @dataclass
@@ -35,11 +33,10 @@ class UnacknowledgedFrames:
         self._frames: OrderedDict[int, _Frame] = OrderedDict()
         self._next_n = 0
         self._served: dict[bytes, _Served] = {}
-        self._count = 0
 
     def __len__(self) -> int:
-        """Return how many messages, and other frames, there are."""
-        return self._count
+        """Return the number of these frames."""
+        return len(self._frames)
 
     @property
     def oldest(self) -> int:
@@ -52,7 +49,6 @@ class UnacknowledgedFrames:
         buffers: Sequence[Buffer] = (),
         blobs: Sequence[bytes] = (),
         data: Sequence[Buffer] = (),
-        count: int = 1,
     ) -> Send:
         """Give a frame its number, and keep it until it is receipted; return how it is sent.
 
@@ -61,11 +57,9 @@ class UnacknowledgedFrames:
             buffers: that travel beside it.
             blobs: digests of all that its message names.
             data: the bytes of each.
-            count: how many messages it holds.
         """
         send = Send(msgspec.structs.replace(frame, n=self._next_n), buffers)
-        self._frames[self._next_n] = _Frame(send, blobs, count)
-        self._count += count
+        self._frames[self._next_n] = _Frame(send, blobs)
         self._next_n += 1
         for digest, each in zip(blobs, data, strict=True):
             self._served.setdefault(digest, _Served(each)).posts += 1
@@ -79,7 +73,6 @@ class UnacknowledgedFrames:
         """Forget the frames up to this number, and the blobs that only they named."""
         while self._frames and next(iter(self._frames)) <= upto:
             _, frame = self._frames.popitem(last=False)
-            self._count -= frame.count
             for digest in frame.blobs:
                 served = self._served[digest]
                 served.posts -= 1

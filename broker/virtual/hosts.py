@@ -22,7 +22,7 @@ from fedmq.broker.link.core import Link
 from fedmq.broker.link.events import Delivery
 from fedmq.broker.settings import BrokerSettings
 from fedmq.broker.virtual.network import VirtualNetwork
-from fedmq.broker.wire.encoding import decode_message, encode_message
+from fedmq.broker.wire.encoding import decode_message
 from fedmq.broker.wire.schema import (
     AnyFrame,
     Blob,
@@ -31,7 +31,6 @@ from fedmq.broker.wire.schema import (
     Hello,
     Message,
     Post,
-    PostAll,
     RunEnded,
     Welcome,
 )
@@ -189,10 +188,9 @@ class LinkHost:
         self.on_news: Callable[[], None] = lambda: None
         self.doomed: Callable[[], object] | None = None
         self.files = local_blobs.LocalBlobs()
-        self._numbers: dict[int, list[str]] = {}
+        self._unacknowledged: dict[int, str] = {}
+        """Ids of posts, by the number of their frame."""
         self._last_seq = -1
-        self._gathering = False
-        self._gathered: list[bytes] = []
         self._wake_at = float("inf")
         self.up = True
         self.peer = network.connect(self)
@@ -205,10 +203,9 @@ class LinkHost:
         if isinstance(event, link.FrameReceived) and isinstance(event.frame, Welcome):
             self.files.open(event.frame)
         news = self._carry_out(self.core.handle(event, self.network.now))
-        if self._numbers:
-            oldest = self.core.oldest_unacknowledged
-            for n in [n for n in self._numbers if n < oldest]:
-                self.acknowledged += self._numbers.pop(n)
+        oldest = self.core.oldest_unacknowledged
+        while self._unacknowledged and (first := next(iter(self._unacknowledged))) < oldest:
+            self.acknowledged.append(self._unacknowledged.pop(first))
         due = self.core.deadline
         if due is not None and (due < self._wake_at or self._wake_at <= self.network.now):
             self._wake_at = due
@@ -221,28 +218,13 @@ class LinkHost:
         if not self.up:
             return
         self.posted.append(message.id)
-        if self._gathering and not (message.blobs or consumes):
-            self._gathered.append(encode_message(message))
-        else:
-            self._say_gathered()
-            self.hear(link.Outgoing(message, data, consumes))
+        self.hear(link.Outgoing(message, data, consumes))
         if self.doomed is not None:
             self.crash()
             self.doomed()
 
-    def gather(self, *, on: bool) -> None:
-        """Post the messages from here on together; or no longer."""
-        self._gathering = on
-        self._say_gathered()
-
-    def _say_gathered(self) -> None:
-        gathered, self._gathered = self._gathered, []
-        if gathered:
-            self.hear(link.Together(gathered))
-
     def publish(self, frame: Done | RunEnded) -> None:
         """Say something that is no message."""
-        self._say_gathered()
         self.hear(link.Publish(frame))
 
     def fetch(self, owner: str, blob: Blob) -> None:
@@ -266,8 +248,9 @@ class LinkHost:
             news |= not isinstance(action, link.Send)
             match action:
                 case link.Send(frame=frame, buffers=buffers):
-                    if isinstance(frame, Post | PostAll):
-                        self._number(frame)
+                    if isinstance(frame, Post) and frame.n >= self.core.oldest_unacknowledged:
+                        message = decode_message(frame.message)
+                        self._unacknowledged.setdefault(frame.n, message.id)
                     self.network.to_broker(self.peer, frame, buffers)
                 case link.Deliveries(deliveries):
                     for delivery in deliveries:
@@ -283,12 +266,6 @@ class LinkHost:
                 case link.LinkEnded():
                     self.ended = action
         return news
-
-    def _number(self, post: Post | PostAll) -> None:
-        """Note under which number messages went out first."""
-        if post.n >= self.core.oldest_unacknowledged and post.n not in self._numbers:
-            messages = [post.message] if isinstance(post, Post) else post.messages
-            self._numbers[post.n] = [decode_message(each).id for each in messages]
 
     def _tell(self) -> None:
         if self.up:

@@ -5,7 +5,7 @@ What they say is `fedmq.broker.wire.schema`'s; here are the limits kept that it 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import msgpack
@@ -14,8 +14,6 @@ import msgspec
 from fedmq.broker.errors import VersionError, WireError
 from fedmq.broker.rejections import Code
 from fedmq.broker.wire.schema import (
-    MAX_ALL,
-    MAX_ALL_BYTES,
     MAX_BUFFERS,
     MAX_HEADER_BYTES,
     MAX_MESSAGE_BYTES,
@@ -114,17 +112,6 @@ def decode_message(data: Buffer) -> Message:
     return message
 
 
-def decode_messages(data: Sequence[bytes]) -> list[Message] | None:
-    """Read many messages at once; None if `decode_message` would refuse any of them."""
-    try:
-        messages: list[Message] = list(map(_message_decoder.decode, data))
-    except (msgspec.MsgspecError, ValueError, RecursionError):
-        return None
-    fit = max(map(len, data)) <= MAX_MESSAGE_BYTES
-    few = max(len(each.blobs) for each in messages) <= MAX_BUFFERS
-    return messages if fit and few else None
-
-
 def is_deeper(body: dict[str, Any], depth: int) -> bool:
     """Tell whether a message's body is nested deeper than this."""
     level: list[Any] = [body]
@@ -182,21 +169,6 @@ def inline_choice(blobs: Sequence[Blob], limit: int) -> tuple[int, ...]:
             chosen.append(index)
             room -= blob.size
     return tuple(chosen)
-
-
-def slices_of(sizes: Sequence[int], most: int = MAX_ALL) -> Iterator[slice]:
-    """Yield how messages of these sizes, in order, go into frames of at most so many."""
-    if 0 < len(sizes) <= most and sum(sizes) <= MAX_ALL_BYTES:
-        yield slice(0, len(sizes))
-        return
-    start, room = 0, MAX_ALL_BYTES
-    for index, size in enumerate(sizes):
-        room -= size
-        if index > start and (room < 0 or index - start == most):
-            yield slice(start, index)
-            start, room = index, MAX_ALL_BYTES - size
-    if sizes:
-        yield slice(start, len(sizes))
 
 
 def _encode(value: Frame | Message, limit: int) -> bytes:

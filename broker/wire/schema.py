@@ -27,19 +27,15 @@ from fedmq.broker.rejections import MAX_CODE
 
 PROTOCOL = (1, 3)
 """Protocol version, [major, minor]; both ends of a link must have the same major."""
-ALL_SINCE = (1, 2)
-"""Of this version on, the other end knows frames of many messages."""
 
 MAX_HEADER_BYTES = 64 * 1024
 MAX_MESSAGE_BYTES = 48 * 1024
 """Of a message; less than a header, which carries it and more."""
 MAX_BUFFERS = 64
 MAX_ALL = 256
-"""Messages in one frame of many;"""
-MAX_ALL_BYTES = 56 * 1024
-"""and their bytes, if they are more than one."""
+"""Messages in a `PostAll` or `DeliverAll`."""
 MIN_MESSAGE_BYTES = 32
-"""No message has fewer: a frame of many cannot be one of very many that are none."""
+"""No message is shorter: a small `PostAll` cannot cause very many rejections."""
 MAX_NAMED = 20
 """Most runs that are named to a node which asks for one that is not there."""
 MAX_DEPTH = 32
@@ -192,15 +188,18 @@ class Post(NumberedFrame, frozen=True, kw_only=True):
 
 
 class PostAll(NumberedFrame, frozen=True, kw_only=True):
-    """Messages without blobs, in order: each is taken as if it had been posted alone.
-
-    What a frame costs, a small message costs many times over its bytes.
-    """
+    """Several messages without blobs, in order, under one number; sent by 0.1.0 only."""
 
     messages: Annotated[
         tuple[Annotated[bytes, Meta(min_length=MIN_MESSAGE_BYTES)], ...],
         Meta(min_length=1, max_length=MAX_ALL),
     ]
+
+    def each(self) -> list[Post]:
+        """Return the same as single posts, all with the number of this frame."""
+        return [
+            Post(n=self.n, taken=self.taken, read=self.read, message=data) for data in self.messages
+        ]
 
 
 class Ack(Frame, frozen=True, kw_only=True, tag="receipt"):
@@ -235,13 +234,21 @@ class Deliver(Frame, frozen=True, kw_only=True):
 
 
 class DeliverAll(Frame, frozen=True, kw_only=True):
-    """Messages without blobs from the ledger, in order, and the one time of all of them there."""
+    """Several messages without blobs from the ledger, in order; sent by 0.1.0 only."""
 
     at: float
     messages: Annotated[tuple[tuple[Natural, bytes], ...], Meta(min_length=1, max_length=MAX_ALL)]
     """Each with its number."""
     after: Natural = 0
     """As in `Deliver`, of the first."""
+
+    def each(self) -> list[Deliver]:
+        """Return the same as single deliveries."""
+        afters = [self.after, *(seq + 1 for seq, _ in self.messages)]
+        return [
+            Deliver(seq=seq, at=self.at, message=data, after=after)
+            for (seq, data), after in zip(self.messages, afters, strict=False)
+        ]
 
 
 class Welcome(Frame, frozen=True, kw_only=True):

@@ -185,15 +185,3 @@ def test_what_was_said_is_flushed_when_the_broker_has_it(tmp_path):
         assert kinds(tmp_path).count("note") >= 10
         agg.flush()
         assert kinds(tmp_path).count("note") == 20
-
-
-def test_what_is_posted_together_is_flushed_when_the_broker_has_it(tmp_path):
-    with serving(tmp_path) as endpoint, linked(endpoint, AGGREGATOR) as agg:
-        with agg.together():
-            for number in range(300):
-                agg.post(message("agg", "record", number=number))
-            agg.flush()
-            assert kinds(tmp_path).count("note") == 300
-            agg.post(message("agg", "record", number=300))
-        agg.flush()
-        assert kinds(tmp_path).count("note") == 301

@@ -70,7 +70,7 @@ def test_a_ledger_reads_a_message_whether_it_is_written_or_not(tmp_path, monkeyp
             ledger.commit()
         for each in {0, seq // 2, seq}:
             assert ledger.read(each) == accepted(each)
-    assert len(ledger._recent._entries) < 20
+    assert len(ledger._recent) < 20
     assert len(segment_numbers(tmp_path, MESSAGES)) > 3
     ledger.close()
     ledger = Ledger(tmp_path)

@@ -71,6 +71,20 @@ def test_many_deliveries_or_large_ones_are_told_of_before_the_next_beat(link, si
     assert told == [Heartbeat(taken=after)]
 
 
+def test_answers_to_frequent_beats_do_not_make_a_link_start_over(link):
+    """They come soon after one another: that nothing has moved meanwhile is no sign of a loss."""
+    link.handle(outgoing(0), 0.5)
+    sent = []
+    for seq in range(25_600):
+        now = 0.5 + seq / 256_000
+        [delivered] = link.handle(deliver(seq), now)
+        sent += frames(link.handle(Taken(delivered.deliveries), now))
+        if seq % 256 == 0:
+            for _ in range(3):
+                sent += frames(heard(link, Heartbeat(sent=seq + 5), now=now))
+    assert {type(each) for each in sent} == {Heartbeat}
+
+
 def test_a_delivery_behind_one_that_was_lost_is_left_until_that_one_has_come(link):
     """Taken at once it would come out of order, and a later Hello could not tell of the gap."""
     assert len(link.handle(deliver(3), 0.0)) == 1
