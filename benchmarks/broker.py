@@ -55,7 +55,7 @@ from parties import (
 )
 
 MB = 1_000_000
-STREAMS = {"small": (100, 0.3), "1mb": (MB, 0.7), "7mb": (7 * MB, 0.7), "100mb": (100 * MB, 1.0)}
+STREAMS = {"small": (100, 0.05), "1mb": (MB, 0.7), "7mb": (7 * MB, 0.7), "100mb": (100 * MB, 1.0)}
 """By case: bytes of a message, and the least share of the proxy's rate."""
 MODEL_BYTES = 100 * MB
 FANOUT_PEAK_MB = 150.0
