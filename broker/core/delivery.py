@@ -1,9 +1,9 @@
-"""Offering a node its messages: in order, under credit, again until they are done with.
+"""Deliver messages to a node: in order, under credit, again until the node has handled them.
 
-Deliveries go out in the order of their numbers, and each says from where on the node has
-no other unfinished message (``after``): so a node notices a gap, and takes a message once
-however often it comes. Only a window of them is on its way; the others stay in the ledger,
-and a reader that stalls costs the broker a few bytes a message.
+Deliveries go out in the order of their numbers. Each says from which number on the node has
+no other unfinished message (``after``), so a node notices a gap and takes each message once.
+Only a window of deliveries is in flight; the others stay in the ledger, so a slow reader costs
+the broker a few bytes a message.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ RETRY_MAX_S = 30.0
 
 
 def enqueue(node: Node, seq: int, address: str) -> None:
-    """Put the newest message into a node's inbox."""
+    """Queue the newest message for a node."""
     node.pending[seq] = address
     node.queue.append(seq)
 
 
 def enqueue_waiting(node: Node, seqs: dict[int, str]) -> None:
-    """Put messages that have waited for this node into its inbox."""
+    """Queue messages that have waited for this node."""
     node.pending = dict(sorted((node.pending | seqs).items()))
 
 
 def deliver(node: Node, read: Callable[[int], Accepted], now: float) -> list[SendTo]:
-    """Return the deliveries that a node's window has room for; ``read`` finds a message."""
+    """Return the deliveries that fit a node's window; ``read`` returns a message by number."""
     sends: list[SendTo] = []
     while node.queue and _may_send(node, now):
         seq = node.queue.popleft()
@@ -46,7 +46,7 @@ def deliver(node: Node, read: Callable[[int], Accepted], now: float) -> list[Sen
 
 
 def delivery(node: Node, seq: int, at: float, data: bytes, message: Message) -> SendTo:
-    """Return one delivery, and count it as sent."""
+    """Return the delivery of one message, and count it as in flight."""
     inline = inline_choice(message.blobs, schema.INLINE_BYTES)
     size = len(data)
     beside: list[tuple[BlobName, int, int]] = []
@@ -66,19 +66,19 @@ def delivery(node: Node, seq: int, at: float, data: bytes, message: Message) -> 
 
 
 def is_open(node: Node, now: float) -> bool:
-    """Tell whether a new message may go out at once."""
+    """Return whether a new message may be sent at once."""
     return not node.queue and _may_send(node, now)
 
 
 def note_taken(node: Node, taken: int) -> None:
-    """Note that a node has taken every delivery numbered below ``taken``."""
+    """Release the credit of every delivery numbered below ``taken``: the node has it."""
     while node.in_flight and node.in_flight[0][0] < taken:
         _, size = node.in_flight.popleft()
         node.in_flight_bytes -= size
 
 
 def start_over(node: Node, got: int) -> None:
-    """After a Hello: whatever has not arrived is to be sent (again)."""
+    """After a Hello, queue every pending message that has not arrived at the node."""
     node.in_flight.clear()
     node.in_flight_bytes = 0
     node.sent = got
@@ -86,7 +86,7 @@ def start_over(node: Node, got: int) -> None:
 
 
 def retry_pause(interrupted: int) -> float:
-    """Return how long a message waits, at which so many sessions died, in seconds."""
+    """Return the pause, in seconds, before a message that ended sessions is sent again."""
     return 0.0 if interrupted < 2 else min(RETRY_MAX_S, RETRY_S * 2.0 ** (interrupted - 2))
 
 

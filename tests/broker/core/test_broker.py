@@ -180,7 +180,7 @@ def test_a_gap_in_the_posts_makes_the_link_start_over(room):
     [
         ({"sender": "w2"}, "not-own", "expected a message from w1 in run r, got one from w2 in r"),
         ({"run": "q"}, "not-own", "expected a message from w1 in run r, got one from w1 in q"),
-        ({"kind": "joined"}, "reserved-kind", "only the broker says 'joined'"),
+        ({"kind": "joined"}, "reserved-kind", "only the broker may send 'joined'"),
         ({"to": "timer"}, "not-allowed", "only the aggregator may write to 'timer'"),
         ({"to": "moon"}, "no-address", "no such address: 'moon'"),
         ({"to": "client/"}, "no-address", "no such address: 'client/'"),
@@ -265,7 +265,7 @@ def test_a_blob_whose_sender_does_not_hold_it_refuses_its_message_and_no_other(r
     wants = room.take(W1, ChunkRequest)
     for want in wants:
         room.say(W1, Chunk(owner="w1", digest=want.digest, start=want.start))
-    assert "its sender does not hold the blob that it names" in room.refusals()[0].reason
+    assert "the sender does not have the blob that its message names" in room.refusals()[0].reason
     assert room.texts(AGG) == ["fine"]
 
 
