@@ -1,1 +1,1 @@
-"""Messages move: wire format, ledger, routing, links. Never imports torch."""
+"""Messaging: wire format, ledger, broker and links. Never imports torch."""

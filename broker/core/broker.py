@@ -94,11 +94,6 @@ class Broker:
         self._next_wake = math.inf
 
     @property
-    def next_seq(self) -> int:
-        """Return the number of the next ledger entry."""
-        return self._mailboxes.next_seq
-
-    @property
     def deadline(self) -> float | None:
         """Time at which the core needs a TimerFired even if nothing arrives; None for never."""
         if self._full:

@@ -152,7 +152,7 @@ def effect(bench):
         peer: [(each.seq, shown(each.message), each.after) for each in bench.take(peer, Deliver)]
         for peer in (AGG, W1, W2)
     }
-    return entries, refusals, received, bench.pending(), bench.core.next_seq
+    return entries, refusals, received, bench.pending(), bench.core._mailboxes.next_seq
 
 
 def shown(data):

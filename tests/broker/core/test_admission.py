@@ -237,7 +237,7 @@ def test_bytes_that_are_no_frame_are_answered_with_the_reason(bench):
     assert refusal(bench, b"x") == ("unreadable", "not a frame: nonsense")
     [reject] = bench.take(b"y", Reject)
     assert (reject.code, reject.protocol) == ("version", PROTOCOL)
-    assert "protocol 2.0 cannot talk to protocol 1.0" in reject.reason
+    assert "expected protocol 1.x, got 2.0" in reject.reason
     bench.handle(Unreadable(b"x", WireError("x" * 9000)))
 
 

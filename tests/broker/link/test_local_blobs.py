@@ -49,7 +49,7 @@ def served(folder, read=READ["whole"], after_task=lambda: None, *, share=True):
             found.append(place)
         return done
 
-    server = BrokerServer(ANY, folder, keeping=LedgerSettings(share_files=share))
+    server = BrokerServer(ANY, folder, ledger_settings=LedgerSettings(share_files=share))
     thread = threading.Thread(target=server.serve)
     thread.start()
     weights = os.urandom(SIZE)

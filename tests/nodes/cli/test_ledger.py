@@ -229,5 +229,5 @@ def test_a_broker_whose_device_fails_ends_with_the_place(tmp_path: Path) -> None
             broker.kill()
     assert broker.returncode == 1
     last = said.splitlines()[-1]
-    assert last.startswith("fedmq: the broker ends, its ledger fails: cannot sync")
+    assert last.startswith("fedmq: stopped serving, the ledger failed: cannot sync")
     assert last.endswith("Input/output error")
