@@ -245,7 +245,9 @@ def test_inline_bytes_that_are_not_what_they_claim_are_refused_and_not_kept(room
     room.post(W1, "aggregator", blobs=[b"right"])
     message = last(room).message.replace(b"w1", b"w2")
     room.say(W2, Post(n=0, message=message, inline=(0,)), b"wrong")
-    assert room.refusals()[0].reason == "inline blob 0 is not the bytes that its name says"
+    assert (
+        room.refusals()[0].reason == "the bytes of inline blob 0 do not match its size and digest"
+    )
     assert not room.size_of(BlobName("r", "w2", digest(b"right")))
 
 
@@ -384,4 +386,4 @@ def test_blobs_beside_a_post_are_not_asked_for_and_larger_ones_are(room):
     assert wanted(room, AGG) == 2
     room.post(W1, "aggregator", "result", blobs=[b"x" * (POST_BYTES + 1)], inline=[0])
     [(_, reason, _)] = refused(room, W1)
-    assert reason == f"expected at most {POST_BYTES} bytes beside a message"
+    assert reason == f"expected at most {POST_BYTES} bytes of blobs with a message"
