@@ -110,7 +110,7 @@ def test_what_is_posted_while_nothing_can_be_kept_arrives_once_and_in_order(
             sender.post(*note(number))
 
         def refusals() -> list[str]:
-            return [each["reason"] for each in logs if "keeps nothing now" in each["event"]]
+            return [each["reason"] for each in logs if "cannot write its ledger" in each["event"]]
 
         wait_until("the broker to say that it is full", lambda: len(refusals()) >= 8, 20)
         assert "File too large" in refusals()[0]
@@ -171,7 +171,7 @@ def test_a_run_waits_while_the_disk_is_full_and_then_ends(crew: Crew, watch: Wat
 
 
 def keeps_nothing(node: Process) -> int:
-    return node.said().count("the broker keeps nothing now")
+    return node.said().count("the broker cannot write its ledger")
 
 
 def may_mount() -> bool:

@@ -242,5 +242,5 @@ def test_wrong_bytes_in_a_file_are_told_by_their_digest(tmp_path, how):
     # Damage that the broker has still in memory is mended by asking it: here it is not.
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(blob_store, "_RECENT_BYTES", 0)
-        with pytest.raises(WireError, match="cannot be had"):
+        with pytest.raises(WireError, match="nobody has blob"):
             served(tmp_path, READ[how], damage)

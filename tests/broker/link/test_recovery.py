@@ -3,7 +3,7 @@
 import pytest
 from msgspec.structs import replace
 
-from fedmq.broker.link.core import BLOCKED_S, TELL_TAKEN, Link
+from fedmq.broker.link.core import BLOCKED_S, CREDIT_BATCH, Link
 from fedmq.broker.link.events import Blocked, Fetch, Taken, Wake
 from fedmq.broker.wire.schema import (
     CHUNK_BYTES,
@@ -61,7 +61,7 @@ def test_a_beat_tells_what_the_node_has_taken_and_so_does_whatever_it_says(link)
     assert post.taken == 5
 
 
-@pytest.mark.parametrize(("size", "after"), [(0, TELL_TAKEN), (64 << 10, 4)])
+@pytest.mark.parametrize(("size", "after"), [(0, CREDIT_BATCH), (64 << 10, 4)])
 def test_many_deliveries_or_large_ones_are_told_of_before_the_next_beat(link, size, after):
     """Otherwise a fast reader would wait for credit that the broker would gladly give."""
     told = []
