@@ -265,7 +265,7 @@ def test_segments_in_each_other_s_place_are_told(tmp_path):
     b.write_bytes(a_bytes)
     report = check(tmp_path)
     assert report.breaking.kind is FindingKind.NUMBER
-    assert f"perhaps this is {b.name} under another name" in report.breaking.reason
+    assert f"the segment may be {b.name} under another name" in report.breaking.reason
     repair(tmp_path, 0.0)
     assert check(tmp_path).sound
     goes_on(tmp_path)
@@ -294,7 +294,7 @@ def test_messages_that_were_emptied_are_as_good_as_gone(tmp_path, left):
     path = segment_path(tmp_path, MESSAGES, 0)
     path.write_bytes(path.read_bytes()[:left])
     (finding,) = check(tmp_path).findings
-    assert "nothing says what the payload belongs to" in finding.reason
+    assert "the payload cannot be assigned to messages" in finding.reason
     with pytest.raises(LedgerDamage, match="`fedmq ledger check"):
         open_broker(tmp_path, BrokerSettings(), 0.0)
     assert path.stat().st_size == left
@@ -317,7 +317,7 @@ def test_a_device_that_does_not_read_must_be_mended_first(tmp_path, monkeypatch)
     monkeypatch.setattr("pathlib.Path.open", refuse)
     report = check(tmp_path)
     assert {each.kind for each in report.findings} == {FindingKind.READING}
-    with pytest.raises(LedgerError, match="mend the device"):
+    with pytest.raises(LedgerError, match="fix the device"):
         plan(report)
 
 

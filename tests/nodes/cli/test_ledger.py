@@ -80,7 +80,7 @@ def test_damaged_entries_are_listed_and_cut_only_when_told(run: Path) -> None:
     assert f"`fedmq ledger repair {run}`" in output
     code, output = fedmq("repair", run)
     assert code == 1
-    assert f"cut {path.name} at byte {records[20].offset:,}" in output
+    assert f"truncate {path.name} at byte {records[20].offset:,}" in output
     assert output.endswith("nothing was changed; add --yes to do this\n")
     assert files(run) == before
     facts = json.loads(fedmq("repair", run, "--json")[1])
