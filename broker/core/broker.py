@@ -266,11 +266,11 @@ class Broker:
             self._acks.add(node, now)
         self._uploads.ask(node, now, out)
 
-    def _serve_chunk(self, node: Node, want: ChunkRequest, out: list[Action]) -> None:
-        name = BlobName(node.run.id, want.owner, want.digest)
-        reply = Chunk(owner=want.owner, digest=want.digest, start=want.start)
-        here = (self._store.size_of(name) or 0) >= want.start + want.size
-        out.append(SendTo(node.peer, reply, ((name, want.start, want.size),) if here else ()))
+    def _serve_chunk(self, node: Node, request: ChunkRequest, out: list[Action]) -> None:
+        name = BlobName(node.run.id, request.owner, request.digest)
+        reply = Chunk(owner=request.owner, digest=request.digest, start=request.start)
+        here = (self._store.size_of(name) or 0) >= request.start + request.size
+        out.append(SendTo(node.peer, reply, ((name, request.start, request.size),) if here else ()))
 
     def _end_run(self, node: Node, reason: str, now: float, out: list[Action]) -> None:
         if node.hello.role != AGGREGATOR:

@@ -138,7 +138,7 @@ class Uploads:
                 and now - self._small_messages[0] < SMALL_MESSAGE_PERIOD_S
             ):
                 window = min(window, UPLOAD_CHUNKS_AMID_SMALL_MESSAGES)
-            out.extend(SendTo(node.peer, want) for want in node.fetcher.wants(window))
+            out.extend(SendTo(node.peer, request) for request in node.fetcher.requests(window))
 
 
 def _is_busy(node: Node) -> bool:

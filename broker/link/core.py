@@ -322,13 +322,13 @@ class Link:
         inline = dict(zip(frame.inline, buffers, strict=True))
         out.append(Deliveries([Delivery(frame.seq, frame.at, message, inline, frame.extents)]))
 
-    def _serve(self, want: ChunkRequest, out: list[Action]) -> None:
+    def _serve(self, request: ChunkRequest, out: list[Action]) -> None:
         self._chunks += 1
-        own = want.owner == self._hello.node
-        data = self._unacknowledged.chunk(want) if own else None
-        reply = Chunk(owner=want.owner, digest=want.digest, start=want.start)
+        own = request.owner == self._hello.node
+        data = self._unacknowledged.chunk(request) if own else None
+        reply = Chunk(owner=request.owner, digest=request.digest, start=request.start)
         out.append(Send(reply, () if data is None else (data,)))
 
     def _ask(self, out: list[Action]) -> None:
         if self._connected:
-            out.extend(Send(want) for want in self._arrivals.wants())
+            out.extend(Send(request) for request in self._arrivals.requests())

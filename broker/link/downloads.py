@@ -89,6 +89,6 @@ class Arrivals:
         """After a reconnect, request again what has not arrived."""
         self._fetcher.restart()
 
-    def wants(self) -> list[ChunkRequest]:
+    def requests(self) -> list[ChunkRequest]:
         """Return the requests that fit the window."""
-        return self._fetcher.wants(max(0, WINDOW_CHUNKS - self._unread))
+        return self._fetcher.requests(max(0, WINDOW_CHUNKS - self._unread))

@@ -83,12 +83,12 @@ class UnacknowledgedFrames:
         """Return whether an unacknowledged frame names this blob."""
         return digest in self._served
 
-    def chunk(self, want: ChunkRequest) -> Buffer | None:
+    def chunk(self, request: ChunkRequest) -> Buffer | None:
         """Return the requested bytes of a served blob; None if there are none."""
-        served = self._served.get(want.digest)
-        if served is None or want.start + want.size > memoryview(served.data).nbytes:
+        served = self._served.get(request.digest)
+        if served is None or request.start + request.size > memoryview(served.data).nbytes:
             return None
-        return memoryview(served.data).cast("B")[want.start : want.start + want.size]
+        return memoryview(served.data).cast("B")[request.start : request.start + request.size]
 
 
 class Stall:

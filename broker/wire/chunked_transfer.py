@@ -77,14 +77,14 @@ class Fetcher:
             hasher = hasher or xxhash.xxh3_128()
             self._transfers[name] = _Transfer(blob.size, received, received, hasher)
 
-    def wants(self, window: int | None = None) -> list[ChunkRequest]:
+    def requests(self, window: int | None = None) -> list[ChunkRequest]:
         """Return the requests that fit a window, by default the fetcher's own."""
         limit = self._window if window is None else min(window, self._window)
-        wants = []
+        requests = []
         for name, transfer in self._transfers.items():
             while transfer.requested < transfer.size and self._outstanding < limit:
                 size = min(CHUNK_BYTES, transfer.size - transfer.requested)
-                wants.append(
+                requests.append(
                     ChunkRequest(
                         owner=name.owner, digest=name.digest, start=transfer.requested, size=size
                     )
@@ -93,7 +93,7 @@ class Fetcher:
                 self._outstanding += 1
             if self._outstanding >= limit:
                 break
-        return wants
+        return requests
 
     def receive(self, chunk: Chunk, data: Buffer) -> ReceivedChunk | None:
         """Take a chunk; return None if it is not the next one of a requested blob.
