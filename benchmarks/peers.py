@@ -106,12 +106,11 @@ def send_fedmq(
             delivery = peer.get()
             credit += delivery.message.body["taken"]
             peer.link.done([delivery.seq])
-        with peer.link.together():
-            for _ in range(batch):
-                if is_small(size):
-                    peer.post(receiver, fixed)
-                else:
-                    peer.post(receiver, {}, [next(payloads)])
+        for _ in range(batch):
+            if is_small(size):
+                peer.post(receiver, fixed)
+            else:
+                peer.post(receiver, {}, [next(payloads)])
         credit -= batch
 
 
@@ -133,9 +132,8 @@ def receive_fedmq(
             raise SystemExit(f"expected {size} bytes, got {length}")
         taken.append(delivery.seq)
         if len(taken) == credit:
-            with peer.link.together():
-                peer.link.done(taken)
-                peer.post(sender, {"taken": len(taken)})
+            peer.link.done(taken)
+            peer.post(sender, {"taken": len(taken)})
             taken.clear()
 
     time_receiver(pipe, take, seconds)
@@ -169,9 +167,8 @@ def fan_out_fedmq(pipe: Connection, endpoint: str, workers: int, size: int) -> N
     pipe.recv_bytes()
     began = time.monotonic()
     data = [(Blob.of(model), model)]
-    with peer.link.together():
-        for index in range(workers):
-            peer.post(f"client/{index}", {}, data)
+    for index in range(workers):
+        peer.post(f"client/{index}", {}, data)
     last = began
     for _ in range(workers - 1):
         delivery = peer.get()

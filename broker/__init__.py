@@ -1,4 +1,4 @@
-"""Messages move: wire format, ledger, routing, links. Never imports torch."""
+"""Messaging: wire format, ledger, broker and links. Never imports torch."""
 
 from typing import TYPE_CHECKING
 

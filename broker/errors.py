@@ -1,21 +1,21 @@
-"""What can go wrong between nodes.
+"""The exceptions of the messaging layer.
 
 ::
 
     BrokerError (Exception)
     +-- WireError       bytes from the network are not a frame of this protocol
-    |   +-- VersionError    they are, but of another major version
+    |   +-- VersionError    a frame of another major version
     +-- LedgerError     the ledger on disk cannot be read or written; holds segment and offset
-    |   +-- LedgerDamage    something in it is not what was written, or is missing
-    |   +-- NotKept         bytes are not there, as the retention policy may have it
-    |   +-- NoSpace         there is no room for it now
-    +-- BrokerFailed    the broker had to end while it was serving
-    +-- EndpointError   an endpoint is none, or cannot be listened on
-    |   +-- UnresolvedError   its name has no address
+    |   +-- LedgerDamage    bytes are missing or differ from those written
+    |   +-- NotKept         bytes are missing; the retention policy may have deleted them
+    |   +-- NoSpace         the disk or the quota is full
+    +-- BrokerFailed    the broker had to stop while it was serving
+    +-- EndpointError   an endpoint is invalid, or cannot be listened on
+    |   +-- UnresolvedError   its host name has no address
     +-- Rejected        the broker does not admit this node; holds the broker's reason
     +-- LinkClosed      the link has ended: the node was stopped, or it failed
-        +-- RunOver         the run is over; holds the reason
-        +-- GaveUp          the broker, or the run, was not there for too long
+        +-- RunOver         the run has ended; holds the reason
+        +-- GaveUp          no broker or run was found within the time limit
 """
 
 from __future__ import annotations
@@ -48,13 +48,13 @@ class VersionError(WireError):
 
     Attributes:
         theirs: the version in the frame, (major, minor).
-        ours: the version spoken here.
+        ours: the version of this side.
     """
 
     def __init__(self, theirs: tuple[int, int], ours: tuple[int, int]) -> None:
         super().__init__(
-            f"protocol {theirs[0]}.{theirs[1]} cannot talk to protocol {ours[0]}.{ours[1]}: "
-            "the major numbers must be equal"
+            f"expected protocol {ours[0]}.x, got {theirs[0]}.{theirs[1]}: both ends need the same "
+            "major version"
         )
         self.theirs = theirs
         self.ours = ours
@@ -64,8 +64,8 @@ class LedgerError(BrokerError):
     """The ledger cannot be read or written.
 
     Attributes:
-        reason: what is wrong, without the place.
-        segment: name of the segment file, or "" where no single one is at fault.
+        reason: what is wrong, without the location.
+        segment: name of the segment file; "" if the error is not about a single one.
         offset: byte offset in it.
     """
 
@@ -78,14 +78,14 @@ class LedgerError(BrokerError):
 
 
 class EndpointError(BrokerError):
-    """An endpoint is none, or cannot be listened on."""
+    """An endpoint is invalid, or cannot be listened on."""
 
 
 class UnresolvedError(EndpointError):
-    """The name in an endpoint has no address.
+    """The host name in an endpoint has no address.
 
     Attributes:
-        temporary: no name server could be asked; the answer may be another one later.
+        temporary: no name server could be reached; a later attempt may succeed.
     """
 
     def __init__(self, reason: str, *, temporary: bool = False) -> None:
@@ -94,34 +94,34 @@ class UnresolvedError(EndpointError):
 
 
 class LedgerDamage(LedgerError):
-    """Something in the ledger is not what was written, or is missing."""
+    """Bytes in the ledger are missing or differ from those written."""
 
     def advise(self, text: str) -> LedgerDamage:
-        """Return the same error with a longer sentence: what it means, and what to do."""
+        """Return the same error with advice appended to its message."""
         advised = LedgerDamage(str(self) + text)
         advised.segment, advised.offset = self.segment, self.offset
         return advised
 
 
 class NotKept(LedgerError):
-    """Bytes are not in the ledger. The retention policy may have deleted them."""
+    """Bytes are missing from the ledger; the retention policy may have deleted them."""
 
 
 class NoSpace(LedgerError):
-    """There is no room on the device now, or the quota is used up; there may be later."""
+    """The disk or the quota is full; a later attempt may succeed."""
 
 
 def check_advice(folder: object) -> str:
-    """Return the end of a sentence about damage in a folder: which command tells more."""
-    return f"; `fedmq ledger check {folder}` says what is damaged and what would be lost"
+    """Return the end of an error about damage: the command that reports it in full."""
+    return f"; `fedmq ledger check {folder}` shows what is damaged and what would be lost"
 
 
 def io_error(doing: str, error: OSError, segment: str = "", offset: int = 0) -> LedgerError:
-    """Return what to raise where the operating system refused to read or write.
+    """Return the exception to raise for an error of the operating system.
 
     Args:
-        doing: what was refused, such as "cannot write".
-        error: the operating system's.
+        doing: what failed, such as "cannot write".
+        error: the operating system's error.
         segment: name of the file.
         offset: byte offset in it.
     """
@@ -130,15 +130,15 @@ def io_error(doing: str, error: OSError, segment: str = "", offset: int = 0) -> 
 
 
 class BrokerFailed(BrokerError):
-    """The broker had to end while it was serving: its ledger cannot be kept any more."""
+    """The broker had to stop while it was serving: its ledger cannot be read or written."""
 
 
 class Rejected(BrokerError):
     """The broker does not admit this node; the message is the broker's reason.
 
     Attributes:
-        code: why, for programs; empty where the broker gave none.
-        config: of the run, where the node came with another one.
+        code: the reason, for programs; empty if the broker sent none.
+        config: the run's configuration, if the node has another one.
     """
 
     def __init__(self, reason: str, code: str = "", config: str = "") -> None:
@@ -152,8 +152,8 @@ class LinkClosed(BrokerError):
 
 
 class RunOver(LinkClosed):
-    """The run is over; the message says why it ended."""
+    """The run has ended; the message says why."""
 
 
 class GaveUp(LinkClosed):
-    """The broker, or the run, was not there for longer than this node was to wait."""
+    """The node found no broker or run within its time limit."""

@@ -1,4 +1,4 @@
-"""How the process of a node, or of a broker, is set up: memory, files, the interpreter."""
+"""Set up the process of a node or a broker: memory, open files, the interpreter."""
 
 from __future__ import annotations
 
@@ -14,28 +14,28 @@ import structlog
 _M_TRIM_THRESHOLD = -1
 _M_MMAP_THRESHOLD = -3
 _MMAP_THRESHOLD_BYTES = 32 << 20
-"""The most that glibc takes. (Messages of 7 MB: 709 MB/s with 32 MiB, 582 with 4 MiB; medians of
-ten runs each, in turn.)"""
+"""The largest value that glibc accepts. (Messages of 7 MB: 709 MB/s with 32 MiB, 582 with 4 MiB;
+medians of ten alternating runs.)"""
 
 
 def tune_process() -> None:
-    """Set a node's, or a broker's, process up; called once, before it begins.
+    """Tune the process of a node or a broker; called once, at its start.
 
-    Whatever this system does not grant is left as it is: a node works without, only slower.
+    A step that the system does not allow is skipped: the node works without it, only slower.
     """
     for step in (keep_freed_memory, allow_many_files, _spare_the_collector):
         try:
             step()
-        except Exception as error:  # noqa: BLE001 - what a system does not have, it may say in any way
+        except Exception as error:  # noqa: BLE001 - a system may fail in any way
             log = structlog.get_logger()
-            log.warning("goes on without", step=step.__name__.strip("_"), reason=repr(error))
+            log.warning("skipped a tuning step", step=step.__name__.strip("_"), reason=repr(error))
 
 
 def _spare_the_collector() -> None:
-    """Let Python's garbage collector leave alone what is there already.
+    """Exclude existing objects from garbage collection, and switch threads within a millisecond.
 
-    Torch's many objects are here to stay. And a link's thread waits for the interpreter at most
-    a millisecond.
+    Torch's many objects live as long as the process. The switch interval bounds how long a link's
+    thread waits for the interpreter.
     """
     gc.freeze()
     gc.set_threshold(20_000, 20, 20)
@@ -43,31 +43,30 @@ def _spare_the_collector() -> None:
 
 
 def give_torch_huge_pages() -> None:
-    """Let torch, in this process and those that it starts, map large tensors in huge pages.
+    """Make torch map large tensors in huge pages, in this process and its children.
 
-    To be called before torch is imported: it looks only once.
+    Call it before torch is imported: torch reads the setting once.
     """
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 
 def allow_many_files() -> None:
-    """Open as many files as the system's administrator allows, not as many as is usual.
+    """Raise the limit of open files to the hard limit.
 
-    Each node is a connection, and so a file, of the broker's: the usual 1,024 would keep
-    every further node waiting.
+    Each node's connection is an open file of the broker: with the usual limit of 1,024, further
+    nodes would wait.
     """
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with contextlib.suppress(ValueError, OSError):  # not every system grants what it names
+    with contextlib.suppress(ValueError, OSError):  # some systems refuse their own hard limit
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def keep_freed_memory() -> None:
-    """Let malloc hand out again what was freed, instead of returning it to the system.
+    """Make malloc reuse freed memory instead of returning it to the system.
 
-    By default glibc maps each large block freshly, so every chunk, and every model that is
-    fetched, lands in pages that the kernel must clear and map first: measured, a quarter of
-    a broker's time. At most 64 MiB of freed memory are kept in each arena, and blocks of
-    more than 32 MiB are mapped as ever. Does nothing on other C libraries.
+    By default glibc maps new pages for each large block, which the kernel must clear: measured, a
+    quarter of a broker's time. Each arena keeps at most 64 MiB of freed memory, and blocks of
+    more than 32 MiB are still mapped. Does nothing with other C libraries.
     """
     if not sys.platform.startswith("linux"):
         return

@@ -1,4 +1,4 @@
-"""Why a message was rejected: a code for programs, a sentence for people."""
+"""Reasons for rejections: a code for programs, a sentence for people."""
 
 from __future__ import annotations
 
@@ -7,66 +7,66 @@ import enum
 from msgspec import Struct
 
 MAX_CODE = 40
-"""Characters of a code; other nodes may use codes that are not listed here."""
+"""Most characters of a code; other nodes may use codes that are not listed here."""
 
 
 class Code(enum.StrEnum):
-    """The reasons that programs know; each side of a link may use more."""
+    """The codes that this version knows; the other end of a link may use others."""
 
     UNKNOWN = ""
-    """From an older peer or ledger, which has only the sentence."""
+    """From an older node or ledger, which has only the sentence."""
 
     # ---- posts that the broker does not accept
     UNREADABLE = "unreadable"
-    """The bytes are no message of this protocol."""
+    """The bytes are not a message of this protocol."""
     NOT_OWN = "not-own"
-    """It carries the name of another node or run."""
+    """The message names another sender or run."""
     RESERVED_KIND = "reserved-kind"
     """Only the broker sends messages of this kind."""
     TOO_DEEP = "too-deep"
     NOT_ALLOWED = "not-allowed"
-    """This role may not write to this address."""
+    """This role may not send to this address."""
     NO_ADDRESS = "no-address"
     DUPLICATE_ID = "duplicate-id"
-    """Another message of this id was here before."""
+    """Another message with this id was accepted or rejected before."""
     BAD_BLOB = "bad-blob"
-    """The bytes of a blob are not what its name says, or too many."""
+    """The bytes of a blob do not match its digest or size, or exceed a limit."""
     MISSING_BLOB = "missing-blob"
-    """The sender does not hold a blob that it names."""
+    """The sender does not have a blob that its message names."""
 
     # ---- messages that cannot be delivered
     DEAD_LETTER = "dead-letter"
-    """Several sessions ended while they worked on it."""
+    """Several sessions ended while they handled the message."""
     LOST = "lost"
-    """Its bytes did not survive a failure of power."""
+    """The message's bytes were lost in a power failure."""
 
     # ---- messages that their recipient cannot use
     UNKNOWN_KIND = "unknown-kind"
     MALFORMED = "malformed"
-    """A field is missing, or is not what it must be."""
+    """A field is missing or invalid."""
     UNDECODABLE = "undecodable"
-    """No codec makes tensors of the bytes."""
+    """No codec can decode the bytes."""
     WRONG_CLIENT = "wrong-client"
-    """The client is not hosted by this node."""
+    """This node does not host the client."""
     UNKNOWN_TASK = "unknown-task"
-    """No such task or evaluation is out."""
+    """No such task or evaluation is outstanding."""
     WRONG_NODE = "wrong-node"
-    """The task or evaluation is with another node."""
+    """The task or evaluation is assigned to another node."""
     STALE = "stale"
-    """More versions behind than the schedule allows."""
+    """The result is more versions behind than the schedule allows."""
     LATE = "late"
-    """After its round, where late results are not used."""
+    """The result came after its round, and the schedule does not use late results."""
     WRONG_SHAPE = "wrong-shape"
-    """Names, shapes or dtypes of the tensors are not the model's."""
+    """Names, shapes or dtypes of the tensors differ from the model's."""
     NOT_FINITE = "not-finite"
     TOO_LARGE = "too-large"
     """Values are so large that sums of them would overflow."""
     UNUSABLE = "unusable"
-    """The algorithm cannot use it, for another reason than these."""
+    """The algorithm cannot use the message for another reason."""
     RUN_OVER = "run-over"
-    """It came while the last version was being committed."""
+    """The result came while the last version was being committed."""
 
-    # ---- tasks that failed, from the worker that had them
+    # ---- failed tasks, reported by their worker
     DROPPED = "dropped"
     """The client dropped out on demand: ``worker.drop``."""
     TRAINING_FAILED = "training-failed"
@@ -96,8 +96,8 @@ _BEFORE_CODES = {
 def code_of(code: str, reason: str) -> str:
     """Return the code of a recorded rejection.
 
-    Version 0.1.0 recorded sentences only: where there is no code, this is the one place that
-    tells by the beginnings of its sentences. Those that nothing depends on stay unknown.
+    Version 0.1.0 recorded only sentences. Those that programs depend on are recognised by their
+    beginning, here and nowhere else; the others have the code UNKNOWN.
     """
     if code:
         return code
@@ -106,7 +106,7 @@ def code_of(code: str, reason: str) -> str:
 
 
 def failure_code_of(code: str, reason: str) -> str:
-    """Return the code of a recorded failure of a task; without one, of what a user's code says."""
+    """Return the code of a recorded failure of a task; a 0.1.0 ledger has only the reason."""
     if code:
         return code
     dropped = code_of("", reason) == Code.DROPPED

@@ -1,9 +1,9 @@
 """The ROUTER loop: drives a Broker core with real sockets, clock and ledger.
 
-One of the two files that move bytes over zmq. A plain poll loop that drains with NOBLOCK
-(asyncio costs 2.5 to 11 times as much on small messages). Small frames are copied, chunks
-are not. Each turn takes what has arrived, writes it to the ledger in one go, and only then
-sends: a receipt never runs ahead of the ledger.
+One of the three files that use zmq. A plain poll loop that drains the socket with NOBLOCK
+(asyncio takes 2.5 to 11 times as long with small messages). Small frames are copied, chunks
+are not. Each turn handles what has arrived, writes the ledger once, and only then sends: nothing
+is acknowledged before it is in the ledger.
 """
 
 from __future__ import annotations
@@ -67,18 +67,18 @@ from fedmq.broker.wire.sockets import (
 
 _BATCH = 256
 _BATCH_BYTES = CHUNK_BYTES // 2
-"""A turn ends with the chunk that it has taken: what was said beside it is answered first."""
+"""A turn ends after one chunk, so that small messages that came before it are answered first."""
 _FULL_RETRY_S = 0.25
 _CHUNKS_WAITING = 64
-_DAMAGE_SAID = 5
-"""Damaged places that are logged one by one."""
+_LOGGED_DAMAGE = 5
+"""Most damaged ranges that are logged one by one."""
 
 
 def _bind(socket: zmq.Socket[bytes], text: str) -> None:
     """Make a socket listen.
 
     Raises:
-        BrokerError: it cannot; the sentence says why.
+        BrokerError: the socket cannot listen; the message says why.
     """
     try:
         endpoint = parse_endpoint(text, listen=True)
@@ -100,10 +100,10 @@ class BrokerServer:
 
     Args:
         endpoint: for example ``tcp://127.0.0.1:7700``; port 0 takes any free one.
-        folder: where the ledger lies; if there is one, the broker goes on from it.
-        settings: leases, beats, the delivery limit.
-        keeping: how, and for how long, the ledger keeps what it is given.
-        continuation: of a run in it that is taken up again with all of its nodes.
+        folder: of the ledger; the broker continues from an existing one.
+        settings: leases, heartbeats, the delivery limit.
+        ledger_settings: durability and retention of the ledger.
+        continuation: a recorded run that continues with new sessions of all nodes.
 
     Attributes:
         endpoint: where nodes can connect, with the real port.
@@ -118,17 +118,20 @@ class BrokerServer:
         endpoint: str,
         folder: Path,
         settings: BrokerSettings | None = None,
-        keeping: LedgerSettings | None = None,
+        ledger_settings: LedgerSettings | None = None,
         continuation: Continuation | None = None,
     ) -> None:
-        settings, keeping = settings or BrokerSettings(), keeping or LedgerSettings()
+        settings, ledger_settings = (
+            settings or BrokerSettings(),
+            ledger_settings or LedgerSettings(),
+        )
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._socket = self._context.socket(zmq.ROUTER)
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
         self._socket.copy_threshold = COPY_BELOW_BYTES
         self._socket.setsockopt(zmq.LINGER, 0)
         self._socket.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME_BYTES)
-        # Its I/O thread asks, and that of each node answers, however busy Python is there.
+        # The I/O threads exchange these heartbeats even while Python is busy in a node.
         self._socket.setsockopt(zmq.HEARTBEAT_IVL, round(settings.beat_s * 1000))
         self._socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, round(settings.lease_s * 1000))
         self._clock = Clock()
@@ -138,48 +141,50 @@ class BrokerServer:
                 folder,
                 settings,
                 self._clock(),
-                retain_bytes=keeping.retain_bytes,
-                redeliver_dead_letters=keeping.redeliver_dead_letters,
+                retain_bytes=ledger_settings.retain_bytes,
+                redeliver_dead_letters=ledger_settings.redeliver_dead_letters,
                 continuation=continuation,
             )
         except BrokerError:
             self._context.destroy(linger=0)
             raise
         self.endpoint = self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
-        self._sync = keeping.durability == "power"
+        self._sync = ledger_settings.durability == "power"
         self._wake_reader, self._wake_writer = sockets.socketpair()
         self._stopping = False
         self._outboxes: defaultdict[bytes, Outbox] = defaultdict(Outbox)
         self._log = structlog.get_logger().bind(node="broker")
-        self._shared = self._offer_files() if keeping.share_files else ""
-        """The folder that nodes are told of; "" for none."""
+        self._shared = self._shareable_folder() if ledger_settings.share_files else ""
+        """The ledger's folder as nodes are to open it; "" if files are not shared."""
         self._unwritten: list[SendTo] | None = None
-        """While the disk is full: what is to be sent once the ledger could be written."""
+        """While the disk is full: frames to send once the ledger has been written."""
         self.on_space: Callable[[str], None] = lambda _reason: None
-        """Called each time nothing could be written, with the reason, and with "" once it could."""
+        """Called with the reason when the disk is full, and with "" once it is writable again."""
         self._retry_at = 0.0
         if self._ledger.cut_bytes:
-            self._log.warning("cut a torn tail", bytes=self._ledger.cut_bytes)
-        for damage in self._ledger.damage[:_DAMAGE_SAID]:
-            self._log.warning("damaged payload, which nothing unfinished needs", at=str(damage))
+            self._log.warning("truncated an incomplete record", bytes=self._ledger.cut_bytes)
+        for damage in self._ledger.damage[:_LOGGED_DAMAGE]:
+            self._log.warning(
+                "skipped damaged payload: no unfinished message needs it", at=str(damage)
+            )
         if self._ledger.damage:
-            self._log.warning("see `fedmq ledger check`", damaged=len(self._ledger.damage))
+            self._log.warning("run `fedmq ledger check`", damaged=len(self._ledger.damage))
         if self._ledger.next_seq:
-            self._log.info("goes on from its ledger", entries=self._ledger.next_seq)
+            self._log.info("resuming from the ledger", entries=self._ledger.next_seq)
 
     def stop(self) -> None:
         """Make `serve` return soon; callable from a signal handler or another thread."""
         self._stopping = True
-        with contextlib.suppress(OSError):  # it is closed already
+        with contextlib.suppress(OSError):  # closed already
             self._wake_writer.send(b"x")
 
     def serve(self, *, until_idle: bool = False) -> None:
-        """Serve until `stop`, or until every run is over.
+        """Serve until `stop`; with ``until_idle``, also until every run has ended.
 
-        A disk that is full is waited for: nodes are told, and keep what they would say.
+        While the disk is full, nodes keep their posts and the broker waits for space.
 
         Raises:
-            BrokerFailed: the ledger cannot be read or written, and that will not mend itself.
+            BrokerFailed: the ledger cannot be read or written, other than for a full disk.
         """
         poller = zmq.Poller()
         poller.register(self._socket, zmq.POLLIN)
@@ -189,7 +194,7 @@ class BrokerServer:
                 poller.poll(self._timeout_ms())
                 self._turn()
         except LedgerError as error:
-            raise BrokerFailed(f"the broker ends, its ledger fails: {error}") from None
+            raise BrokerFailed(f"stopped serving, the ledger failed: {error}") from None
         finally:
             self.close()
 
@@ -198,17 +203,20 @@ class BrokerServer:
         try:
             self._ledger.close()
         except LedgerError as error:
-            self._log.error("not everything could be written", reason=str(error))
+            self._log.error("cannot write the last entries", reason=str(error))
         finally:
             self._context.destroy(linger=200)
             self._wake_reader.close()
             self._wake_writer.close()
 
-    def _offer_files(self) -> str:
+    def _shareable_folder(self) -> str:
         try:
             return shareable_name(self._ledger.folder)
         except ValueError as error:
-            self._log.warning("blobs are not read from the ledger's files", reason=str(error))
+            self._log.warning(
+                "cannot share the ledger's files: nodes get blobs over the socket",
+                reason=str(error),
+            )
             return ""
 
     def _is_idle(self) -> bool:
@@ -221,7 +229,7 @@ class BrokerServer:
         return milliseconds_until(until, self._clock())
 
     def _turn(self) -> None:
-        """Take a batch of frames, write the ledger once, then send."""
+        """Handle a batch of frames, write the ledger once, then send."""
         now = self._clock()
         sends: list[SendTo] = []
         for event in itertools.chain(self._drain(), [TimerFired()]):
@@ -234,12 +242,12 @@ class BrokerServer:
             if self._unwritten is None:
                 self.on_space("")
         for send in sends:
-            self._put_out(send)
+            self._enqueue(send)
         for peer in list(self._outboxes):
             self._flush(peer)
 
     def _handle(self, event: Event, now: float, sends: list[SendTo]) -> None:
-        """Let the core take an event; queue what is to be written and sent, do the rest."""
+        """Pass an event to the core, and carry out its actions; writes and sends are queued."""
         gone = []
         for action in self._core.handle(event, now):
             match action:  # the most frequent first
@@ -262,31 +270,34 @@ class BrokerServer:
         for each in gone:
             self._handle(each, now, sends)
 
-    def _put_out(self, send: SendTo) -> None:
-        """Put a frame into the outbox of its connection, with its bytes from the ledger."""
+    def _enqueue(self, send: SendTo) -> None:
+        """Put a frame into the outbox of its connection, with its blobs from the ledger."""
         frame = send.frame
         if self._shared:
             try:
                 frame = point_to_blobs(send, self._ledger, self._shared)
             except (OSError, RuntimeError, ValueError, LedgerError) as error:
                 self._shared = ""
-                self._log.warning("files are not shared, blobs are sent", reason=repr(error))
+                self._log.warning(
+                    "cannot share the ledger's files: nodes get blobs over the socket",
+                    reason=repr(error),
+                )
         if isinstance(frame, Chunk) and self._outboxes[send.peer].large >= _CHUNKS_WAITING:
-            return  # more than an honest node asks for at a time; lost ones it asks for again
+            return  # more than a node of ours requests at a time; it requests lost ones again
         try:
             buffers = [self._ledger.payload.read(*blob) for blob in send.blobs]
         except LedgerError as error:
             if self._unwritten is not None:
-                return  # not written yet: whoever wants it asks again
-            self._log.warning("a blob cannot be read", reason=str(error))
-            # Without it, the node asks for the blob, and hears that nobody holds it.
+                return  # not written yet: the node requests it again
+            self._log.warning("cannot read a blob", reason=str(error))
+            # Without it, the node requests the blob, and gets a chunk without bytes.
             buffers = []
             if isinstance(frame, Deliver):
                 frame = msgspec.structs.replace(frame, inline=())
         self._outboxes[send.peer].add(encode_frame(frame), buffers)
 
     def _commit(self, sends: list[SendTo], now: float) -> None:
-        """Write the ledger; if that cannot be done, hold back what must not be sent yet."""
+        """Write the ledger; if the disk is full, hold back what must not be sent yet."""
         try:
             self._ledger.commit(sync=self._sync)
         except NoSpace as error:
@@ -318,10 +329,10 @@ class BrokerServer:
             room -= nbytes
             for frame, buffers in frames:
                 yield ReceivedFrom(peer, frame, buffers, nbytes)
-                nbytes = 0  # counted with the first
+                nbytes = 0  # counted with the first frame
 
     def _flush(self, peer: bytes) -> None:
-        """Send what waits for a connection, as far as its queue has room."""
+        """Send the frames of a connection until its queue is full."""
         outbox = self._outboxes[peer]
         while outbox:
             parts = outbox.next()
@@ -332,13 +343,13 @@ class BrokerServer:
             except zmq.ZMQError as error:
                 if error.errno != zmq.EHOSTUNREACH:
                     raise
-                # It is gone. What it missed is offered again when its node returns.
+                # It is gone. What it missed is delivered again when its node returns.
                 break
             self._core.sent(peer, outbox.sent())
         del self._outboxes[peer]
 
     def _is_up(self, peer: bytes) -> bool:
-        """Tell whether a connection stands, by sending a beat over it."""
+        """Return whether a connection is up, by sending a heartbeat over it."""
         try:
             send_parts(self._socket, [peer, encode_frame(Heartbeat())])
         except zmq.Again:

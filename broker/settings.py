@@ -1,4 +1,4 @@
-"""Settings of a broker and of its ledger; a configuration reads them without the broker itself."""
+"""Settings of a broker and of its ledger; a configuration imports them without the broker."""
 
 from __future__ import annotations
 
@@ -6,23 +6,23 @@ from dataclasses import dataclass
 from typing import Literal
 
 EVERYTHING = None
-"""Retention: nothing is ever deleted."""
+"""Retention: delete nothing."""
 
 LEAST_SEGMENT_BYTES = 4 << 20
-"""Smaller ones would be begun many times a second. (One batch writes up to 2 MiB.)"""
+"""A broker would begin smaller segments many times a second: one batch writes up to 2 MiB."""
 RETAINED_SEGMENTS = 4
-"""Segments that a limit is divided into: only full ones can be deleted, and one is being filled."""
+"""Segments per retention limit: only full ones can be deleted, and one is being filled."""
 LEAST_RETAIN_BYTES = RETAINED_SEGMENTS * LEAST_SEGMENT_BYTES
 
 
 @dataclass(frozen=True)
 class BrokerSettings:
-    """How patient a broker is.
+    """Time limits of a broker, and its limit of deliveries.
 
-    lease_s: a node that has been silent for this long, and whose connection is gone, has
-        left.
-    beat_s: a node says something at least this often.
-    deliveries: a task at which so many sessions of workers died is parked.
+    lease_s: silence, in seconds, after which a node without a connection has left.
+    beat_s: longest time, in seconds, between two frames of a node.
+    deliveries: number of worker sessions that may end while they handle a message; after that,
+        the message is dead-lettered.
     """
 
     lease_s: float = 10.0
@@ -32,13 +32,13 @@ class BrokerSettings:
 
 @dataclass(frozen=True)
 class LedgerSettings:
-    """How a broker keeps its ledger.
+    """How a broker writes and keeps its ledger.
 
-    durability: what a receipt promises: that the message outlives the broker's ``process``,
-        or a failure of ``power`` (each batch is synced to the device before its receipts).
+    durability: what acknowledged messages survive: the end of the broker's ``process``, or a
+        ``power`` failure (each batch is synced to the device before it is acknowledged).
     retain_bytes: see `Ledger`.
     redeliver_dead_letters: deliver dead-lettered messages again.
-    share_files: tell nodes where the ledger lies: those on its host read blobs there.
+    share_files: let nodes on the broker's host read blobs from the ledger's files.
     """
 
     durability: Literal["process", "power"] = "process"

@@ -1,104 +1,79 @@
-"""What becomes of a post once its blobs are here: known already, refused, or accepted."""
+"""Decide about posts whose blobs have arrived: duplicate, rejected or accepted."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from fedmq.broker.core.admission import are_plain, check_message
+from fedmq.broker.core.admission import check_message
 from fedmq.broker.core.deduplication import PostFingerprint
 from fedmq.broker.core.mailboxes import Mailboxes
 from fedmq.broker.core.state import Action, Node, PendingPost, Unpin
 from fedmq.broker.errors import WireError
 from fedmq.broker.rejections import Code, Rejection
 from fedmq.broker.wire import schema
-from fedmq.broker.wire.encoding import check_inline, decode_message, decode_messages
-from fedmq.broker.wire.schema import Buffer, Message, Post, PostAll
+from fedmq.broker.wire.encoding import check_inline, decode_message
+from fedmq.broker.wire.schema import Buffer, Post
 
 
 class Acceptance:
-    """The part of the Broker core that takes posts, in their order.
+    """The part of the Broker core that accepts or rejects posts, in order.
 
     Args:
-        box: where accepted messages go.
+        mailboxes: where accepted messages go.
     """
 
-    def __init__(self, box: Mailboxes) -> None:
-        self._mailboxes = box
+    def __init__(self, mailboxes: Mailboxes) -> None:
+        self._mailboxes = mailboxes
 
     def check(self, node: Node, post: Post, buffers: Sequence[Buffer] = ()) -> PendingPost:
-        """Read a post's message, and note why it cannot be taken, if so."""
-        held = PendingPost(post)
+        """Decode a post's message; return it with the reason for a rejection, if there is one."""
+        pending = PendingPost(post)
         try:
-            message = held.message = decode_message(post.message)
+            message = pending.message = decode_message(post.message)
             check_inline(message.blobs, post.inline, buffers, schema.POST_BYTES)
             check_message(node, message)
         except WireError as error:
-            held.refusal = Rejection(error.code, str(error))
+            pending.refusal = Rejection(error.code, str(error))
         else:
-            held.fingerprint = PostFingerprint.of(node.run.id, node.name, message.id, post.message)
-        return held
+            pending.fingerprint = PostFingerprint.of(
+                node.run.id, node.name, message.id, post.message
+            )
+        return pending
 
     def accept(
         self,
         node: Node,
         post: Post,
-        held: PendingPost,
+        pending: PendingPost,
         now: float,
         out: list[Action],
-        number: str = "",
     ) -> None:
-        """Accept a post that was checked, or refuse it; or neither, if it was here before.
-
-        ``number``: of the post in its session, if not ``n``.
-        """
-        message, refusal = held.message, held.refusal
-        remembered = self._mailboxes.dedup_window
-        # What has no id of its own is known by its number: it is refused, and only once.
-        own_name = f"{node.hello.session}/{number or post.n}"
-        mark = held.fingerprint or PostFingerprint.of(
-            node.run.id, node.name, own_name, post.message
+        """Accept or reject a post that `check` returned; ignore it if it is a duplicate."""
+        message, refusal = pending.message, pending.refusal
+        window = self._mailboxes.dedup_window
+        # A message without an id is identified by its frame, so it is rejected only once.
+        frame_name = f"{node.hello.session}/{post.n}"
+        fingerprint = pending.fingerprint or PostFingerprint.of(
+            node.run.id, node.name, frame_name, post.message
         )
-        known = remembered.seen(mark)
-        if known == "other" and message is not None:
-            why = f"another message of the id {message.id!r} was here before"
-            refusal = refusal or Rejection(Code.DUPLICATE_ID, why)
-            mark = PostFingerprint.of(node.run.id, node.name, own_name, post.message)
-            known = remembered.seen(mark)
-        if known != "same":
-            remembered.add(mark)
-        if known == "same" or refusal or message is None:
-            # Its sender is done with what it consumes all the same.
+        seen = window.seen(fingerprint)
+        if seen == "other" and message is not None:
+            reason = f"another message with the id {message.id!r} was accepted or rejected before"
+            refusal = refusal or Rejection(Code.DUPLICATE_ID, reason)
+            fingerprint = PostFingerprint.of(node.run.id, node.name, frame_name, post.message)
+            seen = window.seen(fingerprint)
+        if seen != "same":
+            window.add(fingerprint)
+        if seen == "same" or refusal or message is None:
+            # Its sender has handled what the post consumes, in either case.
             self._mailboxes.consume(node, post.consumes, now, out)
-            if known != "same" and refusal is not None:
-                name = message.id if message else own_name
-                self._mailboxes.refuse_post(node, name, refusal, mark, now, out)
-            out.append(Unpin(held.names()))
+            if seen != "same" and refusal is not None:
+                name = message.id if message else frame_name
+                self._mailboxes.refuse_post(node, name, refusal, fingerprint, now, out)
+            out.append(Unpin(pending.names()))
             return
-        # What is consumed is what the sender has, whatever it claims.
+        # A node can only consume messages that were delivered to it.
         consumes = post.consumes and tuple(
             seq for seq in post.consumes if node.pending.pop(seq, None) is not None
         )
         self._mailboxes.accept(node.run, message, post.message, consumes, now, out)
-
-    def take_all(
-        self, node: Node, frame: PostAll, now: float, out: list[Action]
-    ) -> Sequence[Message]:
-        """Take many messages as `take` would one by one.
-
-        At once, if there is nothing to be said of any of them: one by one, a small message
-        costs several times as much. Returns those that were taken at once: all, or none.
-        """
-        messages = decode_messages(frame.messages)
-        if messages is not None and are_plain(node, messages):
-            names = [each.id for each in messages]
-            if self._mailboxes.dedup_window.add_new(node.run.id, node.name, names, frame.messages):
-                self._mailboxes.accept_all(node.run, messages, frame.messages, now, out)
-                return messages
-        for index, data in enumerate(frame.messages):
-            post = Post(n=frame.n, message=data)
-            held = self.check(node, post)
-            if held.message is not None and held.message.blobs:
-                alone = Rejection(Code.MALFORMED, "a message with blobs is posted alone")
-                held.refusal = held.refusal or alone
-            self.accept(node, post, held, now, out, f"{frame.n}.{index}")
-        return ()

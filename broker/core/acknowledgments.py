@@ -1,4 +1,4 @@
-"""Receipts: cumulative, and a little late, because nobody waits for them."""
+"""Cumulative acknowledgments, sent a little late because no node waits for them."""
 
 from __future__ import annotations
 
@@ -8,38 +8,38 @@ from fedmq.broker.core.state import Node, SendTo
 from fedmq.broker.wire.schema import Ack
 
 ACK_WITHIN_S = 0.1
-"""One receipt tells of all the frames of this long,"""
-ACK_MESSAGES = 128
-"""or of this many messages from one node, which may be waiting to say more."""
+"""Longest time until a frame is acknowledged, in seconds."""
+ACK_FRAMES = 128
+"""Frames of one node after which they are acknowledged at once."""
 
 
 class PendingAcks:
-    """Which nodes are owed a receipt, and by when.
+    """Nodes with frames that were applied but not acknowledged yet.
 
     Attributes:
-        due: when the oldest receipt owed is to go out; infinite if none is.
+        due: when the oldest of them must be acknowledged; infinite if there are none.
     """
 
     def __init__(self) -> None:
         self.due = math.inf
         self._pending: dict[int, Node] = {}
-        self._sent: dict[int, int] = {}
+        self._counts: dict[int, int] = {}
 
-    def add(self, node: Node, now: float, messages: int = 1) -> None:
-        """Note that a frame of this node, of so many messages, has taken effect, or had before."""
+    def add(self, node: Node, now: float) -> None:
+        """Schedule an acknowledgment for a frame that has just been applied, or had been before."""
         key = id(node)
         self._pending[key] = node
-        said = self._sent[key] = self._sent.get(key, 0) + messages
-        self.due = min(self.due, now + (ACK_WITHIN_S if said < ACK_MESSAGES else 0.0))
+        count = self._counts[key] = self._counts.get(key, 0) + 1
+        self.due = min(self.due, now + (ACK_WITHIN_S if count < ACK_FRAMES else 0.0))
 
     def take(self) -> list[SendTo]:
-        """Return all receipts that are owed."""
+        """Return all acknowledgments that are pending, and clear them."""
         sends = []
         for node in self._pending.values():
-            settled = node.pending_posts[0].frame.n if node.pending_posts else node.next_n
-            if settled:
-                sends.append(SendTo(node.peer, Ack(upto=settled - 1)))
+            first = node.pending_posts[0].frame.n if node.pending_posts else node.next_n
+            if first:
+                sends.append(SendTo(node.peer, Ack(upto=first - 1)))
         self._pending.clear()
-        self._sent.clear()
+        self._counts.clear()
         self.due = math.inf
         return sends

@@ -1,8 +1,6 @@
-"""Who may join which run, and say what to whom: the checks behind Reject and Refused."""
+"""Check which nodes may join a run, and which messages they may post."""
 
 from __future__ import annotations
-
-from collections.abc import Sequence
 
 from fedmq.broker.core.state import Node, RunState
 from fedmq.broker.errors import WireError
@@ -33,27 +31,28 @@ from fedmq.broker.wire.schema import (
 
 MAX_CLIENTS = 1 << 20
 MAX_EARLY = 10_000
-"""Nodes that may wait for a run that has not started."""
+"""Most connections that may wait for a run that has not started."""
 MAX_TIMER_S = 1e9
 BROKERS_OWN = ("joined", "left", "tick", "refused", CONTINUED)
-"""Kinds of messages that a node may rely on coming from the broker."""
+"""Kinds of messages that only the broker may send."""
 
 
 def wrong_name(hello: Hello) -> tuple[str, str] | None:
-    """Return (code, reason) if the name of the node, or that of the run it asks for, is none."""
+    """Return (code, reason) if the name of the node or of its run is invalid."""
     if fault := name_fault(hello.node):
-        return "name", f"name of the node: {fault}; give it one with --name"
+        return "name", f"invalid node name: {fault}; set one with --name"
     if hello.run and (fault := name_fault(hello.run)):
-        return "run", f"name of the run: {fault}"
+        return "run", f"invalid run name: {fault}"
     if hello.role == AGGREGATOR and not hello.run:
         return "run", "an aggregator must name its run"
     return None
 
 
 def find_run(runs: dict[str, RunState], hello: Hello) -> RunState | str | None:
-    """Return the run that a node belongs to, None if it must wait for one, or why there is none.
+    """Return the run that a node belongs to.
 
-    An aggregator brings its run with it: a new one is returned, and is not in ``runs`` yet.
+    Returns None if the node must wait for a run, or the reason (str) for a rejection. For the
+    aggregator of a new run, returns a new `RunState` that is not in ``runs`` yet.
     """
     if hello.role == AGGREGATOR:
         return runs.get(hello.run) or RunState(hello.run, hello.config, hello.total_clients)
@@ -66,12 +65,12 @@ def find_run(runs: dict[str, RunState], hello: Hello) -> RunState | str | None:
     current = [run for run in runs.values() if not run.over]
     if len(current) > 1:
         names = ", ".join(run.id for run in current)
-        return f"this broker serves several runs, name one of them: {names}"
+        return f"this broker serves several runs, choose one with --run-id: {names}"
     return current[0] if current else None
 
 
 def wait_for_run(runs: dict[str, RunState]) -> Wait:
-    """Return the answer to a node whose run is not there: the runs that are."""
+    """Return the answer to a node whose run does not exist: it lists the runs that do."""
     if not runs:
         return Wait(reason="no run has started yet")
     current = [run.id for run in reversed(runs.values()) if not run.over]
@@ -92,25 +91,25 @@ def why_not(run: RunState, hello: Hello, known: Node | None) -> tuple[str, str] 
     if (size := len(hello.config.encode())) > (most := MAX_MESSAGE_BYTES // 2):
         return "config", f"expected a configuration of at most {most} bytes, got {size}"
     if hello.node in (BROKER, RECORD):
-        return "name", f"a node may not be named {hello.node!r}"
+        return "name", f"the node name {hello.node!r} is reserved"
     if known is not None and known.alive and known.hello.session != hello.session:
         if not hello.key or hello.key != known.hello.key:
             return "name", f"a node named {hello.node!r} is already connected"
         if hello.session < known.hello.session:
             return "replaced", f"a newer session of {hello.node!r} is connected"
     elif known is not None and hello.role == AGGREGATOR and hello.session < known.hello.session:
-        # It lacks what the newer one has settled, even if that one is away.
+        # It lacks what the newer session has settled, even if that one is disconnected.
         return "replaced", f"a newer session of {hello.node!r} was connected"
     if hello.role == AGGREGATOR and hello.config != run.config:
-        return "config", f"run {run.id} has another configuration; give this one another run.id"
+        return "config", f"run {run.id} has another configuration; set another run.id for this one"
     if len(hello.clients) > MAX_RANGES:
-        found = len(hello.clients)
-        return "client", f"expected at most {MAX_RANGES} ranges of clients, got {found}"
+        count = len(hello.clients)
+        return "client", f"expected at most {MAX_RANGES} ranges of clients, got {count}"
     if run.total_clients > MAX_CLIENTS:
         return "run", f"expected at most {MAX_CLIENTS} clients, got {run.total_clients}"
     for low, high in hello.clients:
         if low > high:
-            return "client", f"expected ranges of clients from low to high, got {low}-{high}"
+            return "client", f"expected a range of clients from low to high, got {low}-{high}"
         if high >= run.total_clients:
             return "client", (
                 f"client {high} is out of range: this run has {run.total_clients} clients, "
@@ -118,7 +117,7 @@ def why_not(run: RunState, hello: Hello, known: Node | None) -> tuple[str, str] 
             )
     if sum(high - low + 1 for low, high in hello.clients) > run.total_clients:
         return "client", (
-            f"expected ranges of the {run.total_clients} clients of this run, each client once"
+            f"expected each of the {run.total_clients} clients of this run at most once"
         )
     for address in addresses(hello):
         host = run.nodes.get(run.hosts.get(address, ""))
@@ -128,10 +127,10 @@ def why_not(run: RunState, hello: Hello, known: Node | None) -> tuple[str, str] 
 
 
 def check_message(node: Node, message: Message) -> None:
-    """Check that a message is the node's own, and that its address exists.
+    """Check that a node may post a message: its sender, run, kind, depth and address.
 
     Raises:
-        WireError: the reason for a refusal.
+        WireError: the reason for a rejection.
     """
     if message.sender != node.name or message.run != node.run.id:
         raise WireError(
@@ -140,7 +139,7 @@ def check_message(node: Node, message: Message) -> None:
             Code.NOT_OWN,
         )
     if message.kind in BROKERS_OWN:
-        raise WireError(f"only the broker says {message.kind!r}", Code.RESERVED_KIND)
+        raise WireError(f"only the broker may send {message.kind!r}", Code.RESERVED_KIND)
     if is_deeper(message.body, MAX_DEPTH):
         raise WireError(f"expected a body nested at most {MAX_DEPTH} deep", Code.TOO_DEEP)
     if message.to in (CHECKPOINT, TIMER):
@@ -149,36 +148,12 @@ def check_message(node: Node, message: Message) -> None:
             raise WireError(text, Code.NOT_ALLOWED)
         if message.to == TIMER:
             timer_of(message)
-    elif why := _why_nowhere(message.to, node.run.total_clients):
-        raise WireError(why, Code.NO_ADDRESS)
+    elif fault := _address_fault(message.to, node.run.total_clients):
+        raise WireError(fault, Code.NO_ADDRESS)
 
 
-def are_plain(node: Node, messages: Sequence[Message]) -> bool:
-    """Tell whether all of these pass `check_message`, have no blobs, and are just delivered.
-
-    Each question is put to all of them together: that costs a fraction of asking each.
-    """
-    if {each.sender for each in messages} != {node.name}:
-        return False
-    if {each.run for each in messages} != {node.run.id}:
-        return False
-    if not {each.kind for each in messages}.isdisjoint(BROKERS_OWN):
-        return False
-    if any(each.blobs for each in messages):
-        return False
-    if any(
-        is_deeper(each.body, MAX_DEPTH)
-        for each in messages
-        for value in each.body.values()
-        if isinstance(value, dict | list)
-    ):
-        return False
-    addresses = {each.to for each in messages}
-    return not any(_why_nowhere(each, node.run.total_clients) for each in addresses)
-
-
-def _why_nowhere(address: str, clients: int) -> str:
-    """Return why nothing is delivered to an address, in a run of so many clients; or ""."""
+def _address_fault(address: str, clients: int) -> str:
+    """Return why an address does not exist in a run with this number of clients; "" if it does."""
     if address in (AGGREGATOR, EVALUATOR, RECORD):
         return ""
     kind, _, number = address.partition("/")
@@ -194,14 +169,14 @@ def _why_nowhere(address: str, clients: int) -> str:
 
 
 def timer_of(message: Message) -> tuple[str, float]:
-    """Return the token of a timer, and after how many seconds it is due.
+    """Return the token of a requested timer, and its delay in seconds.
 
     Raises:
-        WireError: the message is not a request for a tick.
+        WireError: the message is not a valid timer request.
     """
     match message.body:
         case {"token": str(token), "after_s": float() | int() as after_s}:
             if token and 0 <= after_s <= MAX_TIMER_S:
                 return token, float(after_s)
-    text = f"expected a token, and after_s from 0 to {MAX_TIMER_S:g}"
+    text = f"expected a body with a token and after_s from 0 to {MAX_TIMER_S:g}"
     raise WireError(text, Code.MALFORMED)

@@ -1,7 +1,7 @@
-"""Where a delivery's large blobs lie in the ledger's files, for nodes on the broker's host.
+"""Tell nodes on the broker's host where a delivery's large blobs are in the ledger's files.
 
-The Welcome names the ledger's folder and a proof that stands in a file there; a Deliver says
-in which extents its blobs lie. The other half is `fedmq.broker.link.local_blobs`.
+A Welcome names the ledger's folder and a proof, the content of a file there; a Deliver lists
+the extents of its blobs. `fedmq.broker.link.local_blobs` reads them.
 """
 
 from __future__ import annotations
@@ -14,35 +14,35 @@ from fedmq.broker.core.state import SendTo
 from fedmq.broker.ledger.writer import Ledger
 from fedmq.broker.wire.schema import MAX_EXTENTS, Deliver, Extent, Frame, Welcome
 
-_LONGEST_NAME = 4096
-"""Bytes of a folder's name: no system opens a longer one, and a header has no room for it."""
+_LONGEST_PATH = 4096
+"""Bytes of a folder's path: no system opens a longer one, and it would not fit a header."""
 
 
 def shareable_name(folder: Path) -> str:
-    """Return a ledger's folder as a Welcome names it.
+    """Return the path of a ledger's folder as a Welcome names it.
 
     Raises:
-        ValueError: it has no such name; why, is a part of a sentence.
+        ValueError: the path cannot be sent; the message says why.
     """
     try:
         name = str(folder.resolve())
         size = len(name.encode())
     except UnicodeEncodeError:
-        raise ValueError("the name of its folder is not UTF-8") from None
-    except (OSError, RuntimeError) as error:  # no current folder, or a circle of links
-        raise ValueError(f"its folder cannot be found: {error}") from None
-    if size > _LONGEST_NAME:
-        raise ValueError(f"the name of its folder has {size} bytes, more than {_LONGEST_NAME}")
+        raise ValueError("the path of the ledger is not UTF-8") from None
+    except (OSError, RuntimeError) as error:  # no current folder, or a loop of symbolic links
+        raise ValueError(f"cannot resolve the path of the ledger: {error}") from None
+    if size > _LONGEST_PATH:
+        raise ValueError(f"the path of the ledger has {size} bytes, more than {_LONGEST_PATH}")
     return name
 
 
 def point_to_blobs(send: SendTo, ledger: Ledger, folder: str) -> Frame:
-    """Return the frame that is to be sent, which says where in the ledger's files to look.
+    """Return the frame of a send action, with the extents of its blobs in the ledger's files.
 
     Args:
-        send: what is to be sent.
-        ledger: which files.
-        folder: its name, as `shareable_name` returns it.
+        send: the action.
+        ledger: the ledger that holds the blobs.
+        folder: its path, as `shareable_name` returns it.
     """
     frame = send.frame
     if isinstance(frame, Welcome):
@@ -51,9 +51,9 @@ def point_to_blobs(send: SendTo, ledger: Ledger, folder: str) -> Frame:
         room = MAX_EXTENTS
         found: dict[int, tuple[Extent, ...]] = {}
         for index, name in send.apart:
-            places = ledger.extents(name)
-            if 0 < len(places) <= room:
-                found[index] = places
-                room -= len(places)
+            extents = ledger.extents(name)
+            if 0 < len(extents) <= room:
+                found[index] = extents
+                room -= len(extents)
         return msgspec.structs.replace(frame, extents=found)
     return frame

@@ -1,9 +1,9 @@
-"""The Broker core: who is there, what goes where, what is kept; no sockets, no clock.
+"""The Broker core: sessions, routing and the ledger's content; no sockets, no clock.
 
-``handle(event, now) -> [action]``. The driver carries actions out in order, with one
-rule that the guarantees stand on: **no Send goes out before every Append and Put that
-precedes it is in the ledger.** So it may run a whole batch of events, write once, and
-send then. `fedmq.broker.core.recovery` makes a core from a ledger.
+``handle(event, now) -> [action]``. The driver carries actions out in order, with one rule that
+the guarantees depend on: **before a SendTo goes out, every Append and Put that precedes it is in
+the ledger.** So the driver may handle a batch of events, write once, and send afterwards.
+`fedmq.broker.core.recovery` makes a core from a ledger.
 """
 
 from __future__ import annotations
@@ -60,19 +60,19 @@ from fedmq.broker.wire.schema import (
 )
 
 ENDED_NODES = 400
-"""Nodes of a run that its end tells of one by one."""
+"""Most nodes that the entry of a run's end lists one by one."""
 HELD_FRAMES = 8192
-"""Frames of a node that may wait behind a post whose blobs are on their way."""
+"""Most frames of a node that wait behind a post whose blobs have not arrived."""
 
 
 class Broker:
-    """Routes messages, keeps leases and timers, and says what the ledger must hold.
+    """Routes messages, keeps leases and timers, and decides what the ledger records.
 
     Args:
-        settings: leases, beats, the delivery limit.
-        store: what the ledger holds.
-        draw_identity: returns an identity that no run has had; asked once for each new run.
-        box: the runs and messages that a ledger held; by default none.
+        settings: leases, heartbeats, the delivery limit.
+        store: reads the ledger.
+        draw_identity: returns a new unique identity; called once for each new run.
+        mailboxes: the runs and messages recovered from a ledger; by default none.
     """
 
     def __init__(
@@ -80,27 +80,22 @@ class Broker:
         settings: BrokerSettings,
         store: Store,
         draw_identity: Callable[[], str],
-        box: Mailboxes | None = None,
+        mailboxes: Mailboxes | None = None,
     ) -> None:
         self._settings = settings
         self._store = store
-        self._mailboxes = box or Mailboxes()
+        self._mailboxes = mailboxes or Mailboxes()
         self._mailboxes.store = store
         self._uploads = Uploads(store)
         self._sessions = Sessions(settings, self._mailboxes, draw_identity, self._uploads.ask)
         self._acceptance = Acceptance(self._mailboxes)
         self._acks = PendingAcks()
         self._full = ""
-        self._promised = math.inf
-
-    @property
-    def next_seq(self) -> int:
-        """Return the number of the next ledger entry."""
-        return self._mailboxes.next_seq
+        self._next_wake = math.inf
 
     @property
     def deadline(self) -> float | None:
-        """When the core next wants a Wake, whatever arrives; None for never."""
+        """Time at which the core needs a TimerFired even if nothing arrives; None for never."""
         if self._full:
             return None
         timer = self._mailboxes.timers[0][0] if self._mailboxes.timers else math.inf
@@ -109,20 +104,20 @@ class Broker:
 
     @property
     def idle(self) -> bool:
-        """Tell whether every run that this broker has seen is over, and every node knows."""
+        """Return whether there were runs, all of them have ended, and no node is connected."""
         for run in self._mailboxes.runs.values():
             if not run.over:
                 return False
         return bool(self._mailboxes.runs) and not any(self._sessions.alive())
 
     def sent(self, peer: bytes, nbytes: int) -> None:
-        """Count bytes that the driver has put on the wire."""
+        """Count bytes that the driver has sent to a connection."""
         node = self._sessions.peers.get(peer)
         if node is not None:
             node.sent_bytes += nbytes
 
     def handle(self, event: Event, now: float) -> list[Action]:
-        """Take one event; return what is to be done, in order."""
+        """Handle one event; return the actions to carry out, in order."""
         self._mailboxes.fresh.clear()
         self._uploads.begin()
         out: list[Action] = []
@@ -139,18 +134,18 @@ class Broker:
                     silent = f"silent for {now - node.last_seen:.1f} s, its connection is gone"
                     self._sessions.leave(node, silent, now, out)
             case DiskFull(reason):
-                self._filled(reason, now, out)
+                self._disk_full(reason, now, out)
             case TimerFired():
                 self._wake(now, out)
         return out
 
     def give_up(self, run: str, seqs: Sequence[int], reason: str, now: float) -> list[Action]:
-        """Park messages that cannot be delivered, and tell their senders."""
+        """Dead-letter messages that cannot be delivered, and notify their senders."""
         out: list[Action] = []
         for seq in seqs:
             where = self._mailboxes.runs[run]
             self._mailboxes.refuse(
-                where, seq, BROKER, reason, now, out, code=Code.LOST, parked=True
+                where, seq, BROKER, reason, now, out, code=Code.LOST, dead_lettered=True
             )
         self._mailboxes.fresh.clear()
         return out
@@ -172,7 +167,7 @@ class Broker:
                 out.append(SendTo(peer, UnknownSession()))
             return
         if node.run.over and not isinstance(frame, Goodbye):
-            # It says goodbye within the lease that it had when its run ended.
+            # It must say goodbye within the lease that it had when its run ended.
             out.append(SendTo(peer, RunEnded(reason=node.run.over)))
             return
         node.last_seen = now
@@ -180,15 +175,15 @@ class Broker:
         node.received_bytes += event.nbytes
         match frame:
             case NumberedFrame() if not self._full:
-                self._taken(node, frame.taken, now, out)
+                self._take_credit(node, frame.taken, now, out)
                 self._numbered(node, frame, event.buffers, now, out)
             case ChunkRequest():
                 self._serve_chunk(node, frame, out)
             case Heartbeat(taken=taken):
-                self._taken(node, taken, now, out)
+                self._take_credit(node, taken, now, out)
                 out.append(SendTo(peer, Heartbeat(sent=node.sent)))
             case _ if self._full:
-                pass  # what cannot be kept is not taken; its sender says it again
+                pass  # a frame that cannot be recorded is ignored; its sender sends it again
             case Chunk():
                 if self._uploads.take(node, frame, event.buffers, out):
                     self._settle(node, now, out)
@@ -198,7 +193,7 @@ class Broker:
                 reason = f"a node does not send {kind_of(frame)} frames"
                 out.append(SendTo(peer, Reject(code="unexpected", reason=reason)))
 
-    def _taken(self, node: Node, taken: int, now: float, out: list[Action]) -> None:
+    def _take_credit(self, node: Node, taken: int, now: float, out: list[Action]) -> None:
         delivery.note_taken(node, taken)
         if node.queue and not self._full:
             out.extend(delivery.deliver(node, self._mailboxes.read, now))
@@ -212,20 +207,21 @@ class Broker:
         out: list[Action],
     ) -> None:
         if frame.n < node.next_n:
-            # Sent again after a reconnect, and here already.
+            # A duplicate, sent again after a reconnect.
             self._acks.add(node, now)
         elif frame.n > node.next_n:
-            # Some were lost on the way: Stranger makes the link start over from its oldest.
+            # Frames were lost: UnknownSession makes the link resend from its oldest one.
             out.append(SendTo(node.peer, UnknownSession()))
         elif len(node.pending_posts) < HELD_FRAMES:
             node.next_n += 1
             node.read_bytes = min(frame.read, node.pointed_bytes)
-            if isinstance(frame, Post):
-                held = self._acceptance.check(node, frame, buffers)
-                self._begin(node, frame, buffers, held, now, out)
-            else:
-                held = PendingPost(frame)
-            node.pending_posts.append(held)
+            for each in frame.each() if isinstance(frame, PostAll) else [frame]:
+                if isinstance(each, Post):
+                    pending = self._acceptance.check(node, each, buffers)
+                    self._begin(node, each, buffers, pending, now, out)
+                else:
+                    pending = PendingPost(each)
+                node.pending_posts.append(pending)
             self._settle(node, now, out)
 
     def _begin(
@@ -233,34 +229,29 @@ class Broker:
         node: Node,
         post: Post,
         buffers: Sequence[Buffer],
-        held: PendingPost,
+        pending: PendingPost,
         now: float,
         out: list[Action],
     ) -> None:
-        """Keep the blobs beside a post, and find out which others are missing."""
-        message, mark = held.message, held.fingerprint
-        if message is None or mark is None:
+        """Store the blobs that came with a post, and request those that are missing."""
+        message, fingerprint = pending.message, pending.fingerprint
+        if message is None or fingerprint is None:
             return
         self._uploads.note_message(node, message, now)
-        if self._mailboxes.dedup_window.seen(mark) != "new":
-            return  # its blobs are not needed
+        if self._mailboxes.dedup_window.seen(fingerprint) != "new":
+            return  # a duplicate: its blobs are not needed
         beside = {
             message.blobs[index]: data for index, data in zip(post.inline, buffers, strict=True)
         }
-        self._uploads.begin_post(node, held, message, beside, out)
+        self._uploads.begin_post(node, pending, message, beside, out)
 
     def _settle(self, node: Node, now: float, out: list[Action]) -> None:
-        """Take, in order, the held frames whose blobs are here; ask for what is missing."""
+        """Apply, in order, the pending frames whose blobs have arrived; request missing blobs."""
         while node.pending_posts and not self._uploads.lacks(node, node.pending_posts[0]):
-            held = node.pending_posts.popleft()
-            messages = 1
-            match held.frame:
+            pending = node.pending_posts.popleft()
+            match pending.frame:
                 case Post() as post:
-                    self._acceptance.accept(node, post, held, now, out)
-                case PostAll() as post:
-                    messages = len(post.messages)
-                    for message in self._acceptance.take_all(node, post, now, out)[:1]:
-                        self._uploads.note_message(node, message, now)
+                    self._acceptance.accept(node, post, pending, now, out)
                 case Done(seqs=seqs, refused=refused) as done:
                     for seq, reason in refused.items():
                         if seq in node.pending:
@@ -270,20 +261,20 @@ class Broker:
                             )
                     self._mailboxes.consume(node, seqs, now, out)
                 case RunEnded(reason=reason):
-                    self._over(node, reason, now, out)
+                    self._end_run(node, reason, now, out)
                     return
-            self._acks.add(node, now, messages)
+            self._acks.add(node, now)
         self._uploads.ask(node, now, out)
 
-    def _serve_chunk(self, node: Node, want: ChunkRequest, out: list[Action]) -> None:
-        name = BlobName(node.run.id, want.owner, want.digest)
-        reply = Chunk(owner=want.owner, digest=want.digest, start=want.start)
-        held = (self._store.size_of(name) or 0) >= want.start + want.size
-        out.append(SendTo(node.peer, reply, ((name, want.start, want.size),) if held else ()))
+    def _serve_chunk(self, node: Node, request: ChunkRequest, out: list[Action]) -> None:
+        name = BlobName(node.run.id, request.owner, request.digest)
+        reply = Chunk(owner=request.owner, digest=request.digest, start=request.start)
+        here = (self._store.size_of(name) or 0) >= request.start + request.size
+        out.append(SendTo(node.peer, reply, ((name, request.start, request.size),) if here else ()))
 
-    def _over(self, node: Node, reason: str, now: float, out: list[Action]) -> None:
+    def _end_run(self, node: Node, reason: str, now: float, out: list[Action]) -> None:
         if node.hello.role != AGGREGATOR:
-            text = "only the aggregator ends a run"
+            text = "only the aggregator may end a run"
             out.append(SendTo(node.peer, Reject(code="unexpected", reason=text)))
             return
         run = node.run
@@ -296,7 +287,7 @@ class Broker:
             }
             for name, each in run.nodes.items()
         }
-        # An entry has a largest size: of very many nodes, the last are counted together.
+        # The size of an entry is limited: the last of very many nodes are counted together.
         names = list(counts)
         for name in names[ENDED_NODES:]:
             each = counts.pop(name)
@@ -312,7 +303,7 @@ class Broker:
         out.append(Append(entry))
         self._acks.add(node, now)
         out.extend(self._acks.take())
-        # A node stays until it says goodbye; whatever else it says is answered by Over.
+        # A node stays until it says goodbye; any other frame is answered with RunEnded.
         out.extend(
             SendTo(each.peer, RunEnded(reason=run.over))
             for each in run.nodes.values()
@@ -332,11 +323,11 @@ class Broker:
     def _wake(self, now: float, out: list[Action]) -> None:
         if self._full:
             return
-        late = now - self._promised
-        if late > self._settings.beat_s:
-            # It is the broker that was stopped, not the nodes: they get a lease to be heard.
+        late_s = now - self._next_wake
+        if late_s > self._settings.beat_s:
+            # The broker was suspended, not the nodes: each gets a new lease.
             for node in self._sessions.alive():
-                node.last_seen += late
+                node.last_seen += late_s
                 node.lease_until = now + self._settings.lease_s
         self._sessions.look_after(now, out)
         while self._mailboxes.timers and self._mailboxes.timers[0][0] <= now:
@@ -347,14 +338,14 @@ class Broker:
             )
         if now >= self._acks.due:
             out.extend(self._acks.take())
-        self._promised = self.deadline or math.inf
+        self._next_wake = self.deadline or math.inf
 
-    def _filled(self, reason: str, now: float, out: list[Action]) -> None:
+    def _disk_full(self, reason: str, now: float, out: list[Action]) -> None:
         if reason and not self._full:
-            out.append(Log("error", "nothing can be kept", {"reason": reason}))
+            out.append(Log("error", "cannot write the ledger", {"reason": reason}))
         if self._full and not reason:
-            out.append(Log("info", "there is room again", {}))
+            out.append(Log("info", "the ledger is writable again", {}))
             for node in self._sessions.alive():
                 node.lease_until = now + self._settings.lease_s
-            self._promised = math.inf
+            self._next_wake = math.inf
         self._full = reason

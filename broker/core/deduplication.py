@@ -1,8 +1,7 @@
-"""Ids of messages that were accepted or refused: what comes again is known again."""
+"""Recognise duplicates of messages that were accepted or rejected, by their ids."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Literal
 
 import xxhash
@@ -10,42 +9,42 @@ from msgspec import Struct
 
 Known = Literal["new", "same", "other"]
 DEDUP_WINDOW = 1 << 17
-"""Ids kept in memory, of all runs together: up to twice as many, 32 MB.
+"""Least number of ids kept in memory for all runs; at most twice as many, 32 MB.
 
-Far more than a sender can say again: a link resends what has no receipt, and a restarted
-aggregator what it said since its last checkpoint.
+Far more than a sender can repeat: a link resends what is unacknowledged, and a restarted
+aggregator what it posted since its last checkpoint.
 """
 
 
 class PostFingerprint(Struct, frozen=True, gc=False):
-    """A message as it is remembered: the digest of its full id, and of its bytes."""
+    """The digests of a message's full id (XXH3-128) and of its bytes (XXH3-64)."""
 
     name: int
     data: int
 
     @classmethod
     def of(cls, run: str, sender: str, name: str, data: bytes) -> PostFingerprint:
-        """Return the mark of a message."""
-        full = xxhash.xxh3_128_intdigest(_full_name(run, sender, name))
+        """Return the fingerprint of a message."""
+        full = xxhash.xxh3_128_intdigest(f"{run}\0{sender}\0{name}".encode())
         return cls(full, xxhash.xxh3_64_intdigest(data))
 
     def to_bytes(self) -> bytes:
-        """Return it as 24 bytes."""
+        """Encode as 24 bytes, big endian."""
         return self.name.to_bytes(16, "big") + self.data.to_bytes(8, "big")
 
     @classmethod
     def from_bytes(cls, data: bytes) -> PostFingerprint:
-        """Read what `to_bytes` wrote."""
+        """Decode what `to_bytes` returned."""
         return cls(int.from_bytes(data[:16], "big"), int.from_bytes(data[16:24], "big"))
 
 
 class DedupWindow:
     """The newest message ids, each with the digest of its message.
 
-    Two halves: when the newer one is full, the older one is forgotten as a whole.
+    It has two halves: once the newer half is full, the older half is discarded.
 
     Args:
-        limit: how many there are at least to be, as soon as there were so many; at most twice.
+        limit: number of ids that fill a half; so many are always kept, and at most twice as many.
     """
 
     def __init__(self, limit: int = DEDUP_WINDOW) -> None:
@@ -53,35 +52,15 @@ class DedupWindow:
         self._newer: dict[int, int] = {}
         self._older: dict[int, int] = {}
 
-    def add(self, mark: PostFingerprint) -> None:
-        """Remember a message."""
-        self._newer[mark.name] = mark.data
-        self._expire()
-
-    def seen(self, mark: PostFingerprint) -> Known:
-        """Tell whether this message, or another one of the same id, was here before."""
-        known = self._newer.get(mark.name, self._older.get(mark.name))
-        if known is None:
-            return "new"
-        return "same" if known == mark.data else "other"
-
-    def add_new(self, run: str, sender: str, names: Sequence[str], data: Sequence[bytes]) -> bool:
-        """Remember messages of one sender, if all of them are new; tell whether they were."""
-        start = _full_name(run, sender, "")
-        keys = [xxhash.xxh3_128_intdigest(start + name.encode()) for name in names]
-        new = dict(zip(keys, map(xxhash.xxh3_64_intdigest, data), strict=True))
-        if len(new) < len(keys) or not new.keys().isdisjoint(self._newer.keys()):
-            return False
-        if not new.keys().isdisjoint(self._older.keys()):
-            return False
-        self._newer |= new
-        self._expire()
-        return True
-
-    def _expire(self) -> None:
+    def add(self, fingerprint: PostFingerprint) -> None:
+        """Add a message."""
+        self._newer[fingerprint.name] = fingerprint.data
         if len(self._newer) >= self._limit:
             self._newer, self._older = {}, self._newer
 
-
-def _full_name(run: str, sender: str, name: str) -> bytes:
-    return f"{run}\0{sender}\0{name}".encode()
+    def seen(self, fingerprint: PostFingerprint) -> Known:
+        """Return whether the id is new, or belongs to the same or to another message."""
+        known = self._newer.get(fingerprint.name, self._older.get(fingerprint.name))
+        if known is None:
+            return "new"
+        return "same" if known == fingerprint.data else "other"

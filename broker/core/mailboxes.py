@@ -1,7 +1,7 @@
-"""What becomes of messages: accepted, offered, consumed, refused; each step an entry.
+"""The life of a message: accepted, delivered, consumed or rejected; each step is an entry.
 
-The part of the Broker core that moves messages between its state and the ledger. It
-knows no connections, leases or frames other than deliveries.
+The part of the Broker core that moves messages between its state and the ledger. It knows no
+connections, no leases, and no frames other than deliveries.
 """
 
 from __future__ import annotations
@@ -16,8 +16,7 @@ from fedmq.broker.core import delivery
 from fedmq.broker.core.admission import timer_of
 from fedmq.broker.core.deduplication import DedupWindow, PostFingerprint
 from fedmq.broker.core.state import Action, Append, Node, RunState, Store
-from fedmq.broker.ledger.entries import Accepted, AcceptedAll, Consumed, Refusal, blob_name
-from fedmq.broker.ledger.recent_messages import RecentMessages
+from fedmq.broker.ledger.entries import Accepted, Consumed, Refusal, blob_name
 from fedmq.broker.rejections import Rejection
 from fedmq.broker.wire.addresses import BROKER, CHECKPOINT, RECORD, TIMER, node_address
 from fedmq.broker.wire.encoding import encode_message
@@ -30,10 +29,10 @@ class Mailboxes:
     """The runs of a broker, and their messages.
 
     Attributes:
-        store: what the ledger holds; set by the core that this belongs to.
+        store: reads the ledger; set by the Broker core.
         next_seq: number of the next ledger entry.
         runs: by id.
-        remembered: ids of messages that are not to be taken again.
+        dedup_window: ids of messages that are not accepted again.
         timers: a heap of (due, number of the request, run, token).
     """
 
@@ -44,15 +43,15 @@ class Mailboxes:
         self.runs: dict[str, RunState] = {}
         self.dedup_window = DedupWindow()
         self.timers: list[tuple[float, int, str, str]] = []
-        self.fresh = RecentMessages()
-        """What was accepted in this event, which the ledger does not have yet."""
+        self.fresh: dict[int, Accepted] = {}
+        """Messages accepted in this event, by number; the ledger does not have them yet."""
 
     def read(self, seq: int) -> Accepted:
-        """Return an accepted message."""
-        return self.fresh.find(seq) or self.store.read(seq)
+        """Return an accepted message by its number."""
+        return self.fresh.get(seq) or self.store.read(seq)
 
     def number(self) -> int:
-        """Return the number of the next entry."""
+        """Assign the number of the next entry, and return it."""
         self.next_seq += 1
         return self.next_seq - 1
 
@@ -65,15 +64,15 @@ class Mailboxes:
         now: float,
         out: list[Action],
     ) -> None:
-        """Keep a message, and offer it to whoever hosts its address.
+        """Accept a message, and deliver it to the node that hosts its address.
 
         Args:
-            run: where it belongs.
-            message: read from ``data``.
-            data: as its sender wrote it.
-            consumes: numbers of the messages that its sender is done with.
+            run: the message's run.
+            message: decoded from ``data``.
+            data: the bytes that its sender wrote.
+            consumes: numbers of the messages that its sender has handled.
             now: in seconds since 1970.
-            out: the actions so far.
+            out: list to which the actions are appended.
         """
         seq = self.number()
         self._discard(run, consumes)
@@ -86,7 +85,7 @@ class Mailboxes:
         uses = [blob_name(message, blob) for blob in message.blobs]
         traffic = run.traffic() if message.to == CHECKPOINT else UNSET
         entry = Accepted(seq=seq, at=now, message=data, consumes=consumes, traffic=traffic)
-        self.fresh.add(entry)
+        self.fresh[seq] = entry
         out.append(Append(entry, uses, kept=message.to != RECORD))
         if message.to in (RECORD, CHECKPOINT, TIMER):
             return
@@ -99,39 +98,8 @@ class Mailboxes:
         else:
             delivery.enqueue(host, seq, message.to)
 
-    def accept_all(
-        self,
-        run: RunState,
-        messages: Sequence[Message],
-        data: Sequence[bytes],
-        now: float,
-        out: list[Action],
-    ) -> None:
-        """Keep messages without blobs as `accept` does each, but as one record.
-
-        None of them may be for a timer, or a checkpoint.
-        """
-        entry = AcceptedAll(seq=self.next_seq, at=now, messages=tuple(data))
-        self.next_seq += len(messages)
-        self.fresh.add(entry)
-        out.append(Append(entry))
-        addresses = [each.to for each in messages]
-        hosts = {to: run.host_of(to) for to in set(addresses)}
-        numbered = dict(enumerate(addresses, entry.seq))
-        found: dict[str, dict[int, str]] = {}
-        if len(hosts) == 1 and (host := hosts[addresses[0]]) is not None:
-            found[host.name] = numbered  # most often: all are for one node
-        else:
-            for seq, to in numbered.items():
-                if (host := hosts[to]) is not None:
-                    found.setdefault(host.name, {})[seq] = to
-                elif to != RECORD:
-                    run.waiting.setdefault(to, []).append(seq)
-        for name, numbers in found.items():
-            out += delivery.bring(run.nodes[name], numbers, entry, now)
-
     def consume(self, node: Node, seqs: Sequence[int], now: float, out: list[Action]) -> None:
-        """Note that a node is done with these of its messages."""
+        """Record that a node has handled messages; numbers that are not pending are ignored."""
         finished = [seq for seq in seqs if node.pending.pop(seq, None) is not None]
         self._discard(node.run, finished)
         for start in range(0, len(finished), _CONSUMED_BATCH):
@@ -150,15 +118,15 @@ class Mailboxes:
         self,
         node: Node,
         name: str,
-        why: Rejection,
-        mark: PostFingerprint,
+        rejection: Rejection,
+        fingerprint: PostFingerprint,
         now: float,
         out: list[Action],
     ) -> None:
-        """Note that a post was not accepted, and tell its sender."""
-        reason = why.reason[:2000]
-        body = {"id": name, "reason": reason, "by": BROKER, "code": why.code}
-        self._tell_refused(node.run, node.name, body, now, out)
+        """Record that a post was rejected, and notify its sender."""
+        reason = rejection.reason[:2000]
+        body = {"id": name, "reason": reason, "by": BROKER, "code": rejection.code}
+        self._notify_sender(node.run, node.name, body, now, out)
         refusal = Refusal(
             seq=self.number(),
             at=now,
@@ -166,8 +134,8 @@ class Mailboxes:
             node=BROKER,
             id=name,
             reason=reason,
-            mark=mark.to_bytes(),
-            code=why.code,
+            mark=fingerprint.to_bytes(),
+            code=rejection.code,
         )
         out.append(Append(refusal))
 
@@ -181,16 +149,16 @@ class Mailboxes:
         out: list[Action],
         *,
         code: str = "",
-        parked: bool = False,
+        dead_lettered: bool = False,
     ) -> None:
-        """Note that a message could not be used, once, and tell its sender."""
+        """Record once that an accepted message was rejected, and notify its sender."""
         if seq in run.refused:
             return
         run.refused.add(seq)
         message = self.read(seq).read()
         if message.sender != BROKER:
             body = {"id": message.id, "reason": reason, "by": by, "code": code}
-            self._tell_refused(run, message.sender, body, now, out)
+            self._notify_sender(run, message.sender, body, now, out)
         refusal = Refusal(
             seq=self.number(),
             at=now,
@@ -199,15 +167,15 @@ class Mailboxes:
             id=message.id,
             reason=reason,
             of=seq,
-            dead_lettered=parked,
+            dead_lettered=dead_lettered,
             code=code,
         )
         out.append(Append(refusal))
 
-    def _tell_refused(
+    def _notify_sender(
         self, run: RunState, sender: str, body: dict[str, Any], now: float, out: list[Action]
     ) -> None:
-        """Say it before it is noted: torn apart by a crash, it is said again, not forgotten."""
+        """Notify before recording: after a crash in between, the sender is notified again."""
         self.publish(run, "refused", node_address(sender), body, now, out, re=body["id"])
 
     def publish(
@@ -221,7 +189,7 @@ class Mailboxes:
         re: str | None = None,
         consumes: tuple[int, ...] = (),
     ) -> None:
-        """Accept a message from the broker itself."""
+        """Accept a message that the broker itself sends."""
         message = Message(
             kind=kind,
             id=f"{BROKER}/{self.next_seq}",

@@ -1,4 +1,4 @@
-"""From a ledger back to what a broker knew: who was there, and what was unfinished."""
+"""Recover a broker's state from its ledger: the nodes and the unfinished messages."""
 
 from __future__ import annotations
 
@@ -40,38 +40,38 @@ from fedmq.broker.wire.addresses import (
 from fedmq.broker.wire.encoding import encode_message
 from fedmq.broker.wire.schema import Hello, Message
 
-_LOST = "its bytes are not in the ledger any more"
+_LOST = "its bytes are no longer in the ledger"
 
 
 class Restorer:
     """Folds a ledger's entries, one by one, into a `Mailboxes`.
 
     Attributes:
-        box: the runs, and everything that is unfinished in them.
-        lost: (run, number) of the unfinished messages whose bytes are not here.
+        mailboxes: the runs, and what is unfinished in them.
+        lost: (run, number) of the unfinished messages whose blobs are not in the ledger.
     """
 
-    def __init__(self, box: Mailboxes) -> None:
-        self.mailboxes = box
+    def __init__(self, mailboxes: Mailboxes) -> None:
+        self.mailboxes = mailboxes
         self._pending: dict[int, Message] = {}
-        """Unfinished messages, checkpoints and timers included."""
+        """Unfinished messages, including checkpoints and timers, by number."""
         self._dead_letters: dict[int, Message] = {}
         self._at: dict[int, float] = {}
         self._last: dict[str, tuple[int, Message]] = {}
-        """The checkpoint that each run ended with, and its number."""
+        """(number, message) of the last checkpoint of each ended run."""
         self._last_at: float | None = None
         self.lost: list[tuple[str, int]] = []
 
     def feed(self, entry: AnyEntry) -> None:
-        """Take the next entry.
+        """Apply the next entry.
 
         Raises:
-            LedgerDamage: it is about a run, or a message, that was never there.
+            LedgerDamage: it refers to a run or a message that no earlier entry has.
         """
         try:
             self._feed(entry)
         except KeyError as error:
-            unknown = f"entry {entry.seq} is about {error}, which no entry before it tells of"
+            unknown = f"entry {entry.seq} refers to {error}, which no earlier entry has"
             raise LedgerDamage(unknown) from None
 
     def _feed(self, entry: AnyEntry) -> None:
@@ -115,7 +115,7 @@ class Restorer:
             self._at[entry.seq] = entry.at
 
     def _member(self, run: RunState, message: Message) -> None:
-        """A node joined, or left."""
+        """Apply that a node joined or left."""
         body = message.body
         name = body["node"]
         known = run.nodes.get(name)
@@ -141,7 +141,7 @@ class Restorer:
         run.nodes[name] = Node(hello, run, b"", 0.0, sessions=sessions + (not again))
 
     def _continued(self, run: RunState, seq: int, message: Message) -> None:
-        """The run was taken up again: none of its nodes is here, and it may not be over now."""
+        """Apply that a run was continued: its nodes are gone, and its end may be lifted."""
         run.config = message.body["config"]
         for node in run.nodes.values():
             node.alive = False
@@ -158,10 +158,10 @@ class Restorer:
                 self._pending[run.checkpoint] = last
 
     def continue_run(self, continuation: Continuation, ledger: Ledger, now: float) -> None:
-        """Write down that a run is taken up again; none that the ledger does not hold is.
+        """Record that a run continues; does nothing if the ledger has no such run.
 
         Raises:
-            LedgerError: the ledger does not hold what its last checkpoint names.
+            LedgerError: a blob of the run's last checkpoint is not in the ledger.
         """
         if continuation.run not in self.mailboxes.runs:
             return
@@ -184,15 +184,15 @@ class Restorer:
         ledger.append(entry)
 
     def _check_last(self, run: RunState, ledger: Ledger) -> None:
-        """Raise LedgerError if the checkpoint that a run is to go on from cannot be read."""
+        """Raise LedgerError if a blob of a run's last checkpoint is not in the ledger."""
         last = None if run.checkpoint is None else self._pending.get(run.checkpoint)
         if last is not None and any(
             ledger.size_of(blob_name(last, blob)) is None for blob in last.blobs
         ):
             raise LedgerError(
-                f"run {run.id} cannot go on: the ledger has no longer the bytes of its last "
-                f"checkpoint, entry {run.checkpoint}: a failure of power took them (see "
-                "broker.durability), or they were not kept (see broker.retain)"
+                f"cannot continue run {run.id}: the bytes of its last checkpoint, entry "
+                f"{run.checkpoint}, are not in the ledger; they were lost in a power failure (see "
+                "broker.durability) or deleted by retention (see broker.retain)"
             )
 
     def _finished(self, seqs: Iterable[int]) -> None:
@@ -214,9 +214,9 @@ class Restorer:
             run.interrupted.pop(refusal.of, None)
 
     def finish(self, ledger: Ledger, now: float, lease_s: float) -> None:
-        """Hand what is unfinished to whoever is to do it.
+        """Assign unfinished messages to the nodes that host their addresses.
 
-        A node that was there has a lease's time to come back before it is taken to have left.
+        A node that was connected gets a new lease in which to reconnect.
         """
         for run in self.mailboxes.runs.values():
             for node in run.nodes.values():
@@ -244,17 +244,17 @@ class Restorer:
 
     @property
     def unfinished(self) -> dict[int, Message]:
-        """Return the messages that are unfinished, by number; parked ones are not among them."""
+        """Return the unfinished messages by number, without the dead-lettered ones."""
         return self._pending
 
     @property
     def dead_letters(self) -> tuple[int, ...]:
-        """Return the numbers of the messages that nobody is offered any more."""
+        """Return the numbers of the dead-lettered messages, in order."""
         return tuple(sorted(self._dead_letters))
 
 
 def random_identity() -> str:
-    """Return an identity for a run that no other run has."""
+    """Return a unique identity for a run."""
     return secrets.token_hex(16)
 
 
@@ -268,20 +268,20 @@ def open_broker(
     continuation: Continuation | None = None,
     draw_identity: Callable[[], str] = random_identity,
 ) -> tuple[Ledger, Broker]:
-    """Open a ledger, new or not, and return it with the core that goes on from there.
+    """Open or create a ledger, and return it with a core that continues from it.
 
     Args:
-        folder: where the ledger lies.
+        folder: the ledger's folder.
         settings: of the broker.
         now: in seconds since 1970.
         retain_bytes: see `Ledger`.
         redeliver_dead_letters: deliver dead-lettered messages again, under new numbers.
-        continuation: of a run that is taken up again with all of its nodes.
+        continuation: a run that continues with new sessions of all nodes.
         draw_identity: see `Broker`.
 
     Raises:
-        LedgerDamage: it is damaged where that matters; the sentence names the command that tells
-            more.
+        LedgerDamage: damage that affects unfinished messages; the message names the command that
+            reports it.
         LedgerError: the ledger cannot be read or written.
     """
     restorer = Restorer(Mailboxes())
@@ -291,7 +291,7 @@ def open_broker(
     except LedgerDamage as error:
         raise error.advise(check_advice(folder)) from None
     for seq in restorer.dead_letters if redeliver_dead_letters else ():
-        # As a new message: a session that lives on takes what is newer than what it has.
+        # Under a new number: a session that is still alive skips lower numbers.
         data = ledger.read(seq).message
         entry = Accepted(seq=ledger.next_seq, at=now, message=data, consumes=(seq,))
         ledger.append(entry)
@@ -318,13 +318,13 @@ def open_broker(
 
 
 def _check_lost(restorer: Restorer, ledger: Ledger) -> None:
-    """Refuse to go on without bytes that an unfinished message needs, if there is damage.
+    """Check that no unfinished message lacks bytes because of damage.
 
-    Where there is none, a failure of power, or a repair, has taken the end of the payload:
-    their senders are told.
+    Without damage, a power failure or a repair has truncated the payload: then the messages are
+    dead-lettered and their senders notified.
 
     Raises:
-        LedgerDamage: the first place that is damaged.
+        LedgerDamage: the first damaged range.
         LedgerError: the payload cannot be read.
     """
     if not restorer.lost:

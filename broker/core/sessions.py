@@ -1,4 +1,4 @@
-"""Who is there: sessions that come, go, take over from one another, and fall silent."""
+"""Admit nodes, and track their sessions and leases: join, leave, take-over, silence."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from fedmq.broker.wire.addresses import AGGREGATOR, BROKER, RECORD, addresses
 from fedmq.broker.wire.schema import Deliver, Hello, Reject, RunEnded, Welcome
 
 MAX_SILENT_LEASES = 10
-"""A node whose connection stands may be silent for this many leases, and no longer."""
+"""Leases after which a silent node has left, even if its connection is up."""
 
 
 class Sessions:
@@ -28,33 +28,33 @@ class Sessions:
 
     Args:
         settings: leases and the delivery limit.
-        box: the runs and their messages.
+        mailboxes: the runs and their messages.
         draw_identity: see `Broker`.
-        on_admit: is told of each node that was admitted, new or returning.
+        on_admit: called with each node that is admitted, new or reconnected.
 
     Attributes:
         peers: nodes by connection.
-        early: connections that said Hello before their run existed.
-        due: no lease ends, and no pause of a node, before this time; infinite without nodes.
+        early: the Hello of each connection that waits for its run to start.
+        due: earliest time at which a lease or a pause of a node may end; infinite without nodes.
     """
 
     def __init__(
         self,
         settings: BrokerSettings,
-        box: Mailboxes,
+        mailboxes: Mailboxes,
         draw_identity: Callable[[], str],
         on_admit: Callable[[Node, float, list[Action]], None],
     ) -> None:
-        self._settings, self._mailboxes = settings, box
+        self._settings, self._mailboxes = settings, mailboxes
         self._draw_identity, self._on_admit = draw_identity, on_admit
         self.peers: dict[bytes, Node] = {}
         self.early: dict[bytes, Hello] = {}
         self.due = self._next_due()
 
     def hello(self, peer: bytes, hello: Hello, now: float, out: list[Action]) -> None:
-        """Take a Hello: admit its node, let it wait, or say why not."""
-        if wrong := wrong_name(hello):
-            self._reject(peer, hello, *wrong, out)
+        """Handle a Hello: admit the node, let it wait, or reject it."""
+        if fault := wrong_name(hello):
+            self._reject(peer, hello, *fault, out)
             return
         run = find_run(self._mailboxes.runs, hello)
         if isinstance(run, str):
@@ -70,7 +70,7 @@ class Sessions:
         known = run.nodes.get(hello.node)
         if run.over:
             if known is not None and known.alive and known.hello.session == hello.session:
-                # It has another connection now: its goodbye comes over this one.
+                # It has reconnected: its goodbye comes over the new connection.
                 self.peers.pop(known.peer, None)
                 known.peer, self.peers[peer] = peer, known
             out.append(SendTo(peer, RunEnded(reason=run.over)))
@@ -93,10 +93,12 @@ class Sessions:
             out.append(Append(opened))
         before = self.peers.get(peer)
         if before is not None and before is not known and before.alive:
-            self.leave(before, f"its connection is {hello.node} now", now, out, clean=True)
+            self.leave(
+                before, f"node {hello.node} has taken over its connection", now, out, clean=True
+            )
         self._admit(peer, hello, run, known, now, out)
         if hello.role == AGGREGATOR:
-            # Of several sessions that waited under one name, the newest is the node.
+            # The newest of several waiting sessions with one name is the node.
             early = {each.node: (other, each) for other, each in self.early.items()}
             self.early = {}
             for other, their_hello in early.values():
@@ -111,13 +113,13 @@ class Sessions:
         now: float,
         out: list[Action],
     ) -> None:
-        """Welcome a node, new or known, and offer it what it has not got."""
+        """Welcome a new or reconnected node, and deliver what it has not received."""
         returning = known is not None and known.hello.session == hello.session
         if known is not None and returning:
             self.peers.pop(known.peer, None)
             node = known
             node.peer = peer
-            # A broker that was restarted has its hello from the ledger, which has no version.
+            # After a restart of the broker, its Hello is from the ledger, without a version.
             node.hello = msgspec.structs.replace(node.hello, v=hello.v)
             node.fetcher.restart()
         else:
@@ -180,7 +182,7 @@ class Sessions:
         out: list[Action],
         config: str = "",
     ) -> None:
-        """Say why a node is not admitted; ``config``: of the run, to which its own may not fit."""
+        """Reject a node; ``config``: the run's configuration, sent if the node has another one."""
         reject = Reject(code=code, reason=reason[:2000])
         if code == "config" and hello.run in self._mailboxes.runs:
             reject = msgspec.structs.replace(reject, config=config)
@@ -188,10 +190,10 @@ class Sessions:
         out.append(Log("warning", "rejected", {"peer_node": hello.node[:100], "reason": reason}))
 
     def look_after(self, now: float, out: list[Action]) -> None:
-        """End the leases, and the pauses, whose time has come: if any has, by `due`.
+        """End the leases and pauses that have expired; returns at once before `due`.
 
-        Leases only ever grow meanwhile, so a broker need not look at all of its nodes at
-        each turn. (With 1,000 of them, that was measured to take ten times what a turn does.)
+        A lease can only become longer meanwhile, so the nodes need not be checked at each turn:
+        with 1,000 nodes, that took ten times as long as the turn itself.
         """
         if now < self.due:
             return
@@ -207,10 +209,10 @@ class Sessions:
         return min(map(_due, self.alive()), default=math.inf)
 
     def _lapse(self, node: Node, now: float, out: list[Action]) -> None:
-        """A lease has run out: if even its connection is gone, the node has left.
+        """Handle the end of a lease: the node has left if its connection is gone, too.
 
-        An I/O thread keeps a connection up while Python is busy: such a node is slow. After the
-        end of its run only its goodbye is missing, which is not worth more than a lease.
+        An I/O thread keeps the connection of a busy node up: it is slow, not gone. After the
+        end of its run, a node that does not say goodbye gets no further lease.
         """
         silent = now - node.last_seen
         if not node.peer or node.run.over or silent >= MAX_SILENT_LEASES * self._settings.lease_s:
@@ -222,21 +224,23 @@ class Sessions:
     def leave(
         self, node: Node, reason: str, now: float, out: list[Action], *, clean: bool = False
     ) -> None:
-        """Take a node to have left; ``clean``: on purpose, and not for what it was doing."""
+        """Record that a node has left; ``clean``: not because of the message that it handled."""
         node.alive = False
         run = node.run
         if run.over:
             return
-        out.extend(Unpin(held.names()) for held in node.pending_posts if held.names())
-        more: dict[str, Any] = {"reason": reason}
+        out.extend(Unpin(post.names()) for post in node.pending_posts if post.names())
+        details: dict[str, Any] = {"reason": reason}
         first = next((seq for seq in node.pending if seq not in run.refused), None)
         if first is not None and first < node.sent and not clean and node.hello.role != AGGREGATOR:
-            more["interrupted"] = first
+            details["interrupted"] = first
             attempts = run.interrupted[first] = run.interrupted.get(first, 0) + 1
             if attempts >= self._settings.deliveries:
-                text = f"parked: {attempts} sessions ended while they worked on it"
+                text = f"dead-lettered: {attempts} sessions ended while they handled it"
                 code = Code.DEAD_LETTER
-                self._mailboxes.refuse(run, first, BROKER, text, now, out, code=code, parked=True)
+                self._mailboxes.refuse(
+                    run, first, BROKER, text, now, out, code=code, dead_lettered=True
+                )
                 del node.pending[first], run.interrupted[first]
         for address in addresses(node.hello):
             if run.hosts.get(address) == node.name:
@@ -247,10 +251,10 @@ class Sessions:
             run.waiting[address].sort()
         node.pending.clear()
         node.queue.clear()
-        self._announce("left", node, more, now, out)
+        self._announce("left", node, details, now, out)
 
     def _announce(
-        self, kind: str, node: Node, more: dict[str, Any], now: float, out: list[Action]
+        self, kind: str, node: Node, details: dict[str, Any], now: float, out: list[Action]
     ) -> None:
         hello = node.hello
         body = {
@@ -259,14 +263,14 @@ class Sessions:
             "session": hello.session,
             "clients": [list(each) for each in hello.clients],
             **({"key": hello.key} if hello.key and kind == "joined" else {}),
-            **more,
+            **details,
         }
         to = RECORD if hello.role == AGGREGATOR else AGGREGATOR
         self._mailboxes.publish(node.run, kind, to, body, now, out)
-        out.append(Log("info", kind, {"peer_node": hello.node, "role": hello.role, **more}))
+        out.append(Log("info", kind, {"peer_node": hello.node, "role": hello.role, **details}))
 
     def alive(self) -> Iterator[Node]:
-        """Yield the nodes that are there."""
+        """Yield the nodes that have not left."""
         for run in self._mailboxes.runs.values():
             for node in run.nodes.values():
                 if node.alive:

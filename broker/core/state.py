@@ -19,17 +19,17 @@ from fedmq.broker.wire.chunked_transfer import Fetcher, Owned
 from fedmq.broker.wire.schema import AnyFrame, Blob, Buffer, Frame, Hello, Message, NumberedFrame
 
 UPLOAD_WINDOW_CHUNKS = 8
-"""Twice a node's own window: the broker writes each chunk, and more are to come meanwhile
-(measured on two cores: 560 MB/s with 4, 640 with 8, 710 with 16)."""
+"""Twice a node's own window, so that chunks arrive while the broker writes (measured on two
+cores: 560 MB/s with 4, 640 with 8, 710 with 16)."""
 
 
 @dataclass(frozen=True)
 class Continuation:
-    """A run that is taken up again, with all of its nodes, when the broker starts.
+    """A run that continues, with new sessions of all nodes, when the broker starts.
 
     run: its id.
-    config: its configuration from now on.
-    further: whether an end that it has reached is lifted.
+    config: its new configuration.
+    further: whether a run that has ended is reopened.
     """
 
     run: str
@@ -38,26 +38,26 @@ class Continuation:
 
 
 class Store(Protocol):
-    """What the core reads from the ledger."""
+    """The part of the ledger that the core reads."""
 
     def size_of(self, name: BlobName) -> int | None:
-        """Return the size of a blob that is there as a whole, or None."""
+        """Return the size in bytes of a complete blob, or None."""
 
     def have(self, name: BlobName) -> int:
-        """Return how many bytes of a blob, from its start, are there."""
+        """Return how many bytes of a blob, from its start, are stored."""
 
     def resume(self, name: BlobName, size: int) -> tuple[int, xxhash.xxh3_128]:
-        """Return how many bytes of a blob, from its start, are there, and their hash so far."""
+        """Return how many bytes of a blob, from its start, are stored, and their hash."""
 
     def read(self, seq: int) -> Accepted:
-        """Return an accepted message, written or still to be written."""
+        """Return the entry of an accepted message, written or queued."""
 
 
 # ---- events
 
 
 class ReceivedFrom(Struct, frozen=True):
-    """A frame from a connection. ``nbytes``: what it took on the wire, buffers included."""
+    """A frame from a connection. ``nbytes``: its size on the wire, including buffers."""
 
     peer: bytes
     frame: AnyFrame
@@ -66,20 +66,20 @@ class ReceivedFrom(Struct, frozen=True):
 
 
 class Unreadable(Struct, frozen=True):
-    """Bytes from a connection that are not a frame."""
+    """Bytes from a connection that are not a valid frame."""
 
     peer: bytes
     error: WireError
 
 
 class Gone(Struct, frozen=True):
-    """A connection that was probed is no more."""
+    """A connection that was probed is closed."""
 
     peer: bytes
 
 
 class DiskFull(Struct, frozen=True):
-    """Nothing can be written to the ledger, for this reason; empty: it can be again."""
+    """The ledger cannot be written. ``reason``: empty once it can be written again."""
 
     reason: str
 
@@ -95,9 +95,9 @@ Event = ReceivedFrom | Unreadable | Gone | DiskFull | TimerFired
 
 
 class Append(Struct, frozen=True):
-    """Put an entry into the ledger.
+    """Append an entry to the ledger.
 
-    uses: blobs that it names. kept: until it is consumed; else nobody is to read them.
+    uses: blobs that it names. kept: whether they must be kept until the entry is consumed.
     """
 
     entry: Entry
@@ -106,7 +106,7 @@ class Append(Struct, frozen=True):
 
 
 class Put(Struct, frozen=True):
-    """Put a piece of a blob into the ledger."""
+    """Append a chunk of a blob to the ledger."""
 
     name: BlobName
     size: int
@@ -115,37 +115,37 @@ class Put(Struct, frozen=True):
 
 
 class Unpin(Struct, frozen=True):
-    """These blobs were on their way, and are not wanted now."""
+    """Stop keeping blobs whose message will not be accepted now."""
 
     names: tuple[BlobName, ...]
 
 
 class Discard(Struct, frozen=True):
-    """Take back the pieces of a blob that were put so far: they are not what it says."""
+    """Discard the stored chunks of a blob: they do not match its digest."""
 
     name: BlobName
     size: int
 
 
 class SendTo(Struct, frozen=True):
-    """Send a frame, with these blobs from the ledger as its buffers."""
+    """Send a frame, with blobs from the ledger as its buffers."""
 
     peer: bytes
     frame: Frame
     blobs: Sequence[tuple[BlobName, int, int]] = ()
     """(name, start, size) of each buffer."""
     apart: Sequence[tuple[int, BlobName]] = ()
-    """Of a delivery: blobs that are not sent with it, and their indices."""
+    """(index, name) of a delivery's blobs that are not sent with it."""
 
 
 class Probe(Struct, frozen=True):
-    """Find out whether this connection still stands; if not, say `Gone`."""
+    """Check whether a connection is still up; if not, the driver reports `Gone`."""
 
     peer: bytes
 
 
 class Log(Struct, frozen=True):
-    """Something that a person may want to know; ``level`` as in logging."""
+    """Log an event for people; ``level`` as in `logging`."""
 
     level: str
     event: str
@@ -160,13 +160,13 @@ Action = Append | Put | Unpin | Discard | SendTo | Probe | Log
 
 @dataclass
 class PendingPost:
-    """A numbered frame that waits for its blobs, or for the frames before it."""
+    """A numbered frame that waits for its blobs or for the frames before it."""
 
     frame: NumberedFrame
     message: Message | None = None
     fingerprint: PostFingerprint | None = None
     apart: list[Blob] = field(default_factory=list)
-    """Its blobs that are not beside it."""
+    """Blobs of its message that did not come with it."""
     missing: set[Owned] = field(default_factory=set)
     refusal: Rejection | None = None
 
@@ -178,15 +178,15 @@ class PendingPost:
 
 @dataclass
 class Node:
-    """A node that has been admitted, here or gone: its session, lease, and what is under way.
+    """An admitted node, connected or gone: its session, its lease, and its messages.
 
     peer: its connection; empty after a restart of the broker, until it says Hello.
     next_n: number of the next numbered frame.
-    pending: numbers of its unfinished messages, in order, each with its address.
-    queue: those of them that are still to be sent.
-    flying: (last number, messages, bytes) of each frame of them that is sent, and not all taken.
-    sent: every one of them below this number has been sent.
-    resume_at: nothing is sent before this time.
+    pending: its unfinished messages, in order: number to address.
+    queue: numbers of the pending messages that have not been sent yet.
+    in_flight: (number, bytes) of each delivery that was sent and not taken yet.
+    sent: every pending message below this number has been sent.
+    resume_at: no message is delivered before this time, in seconds since 1970.
     """
 
     hello: Hello
@@ -200,39 +200,38 @@ class Node:
     fetcher: Fetcher = field(default_factory=lambda: Fetcher(UPLOAD_WINDOW_CHUNKS))
     pending: dict[int, str] = field(default_factory=dict)
     queue: deque[int] = field(default_factory=deque)
-    in_flight: deque[tuple[int, int, int]] = field(default_factory=deque)
-    in_flight_messages: int = 0
+    in_flight: deque[tuple[int, int]] = field(default_factory=deque)
     in_flight_bytes: int = 0
     sent: int = 0
     resume_at: float = 0.0
     received_bytes: int = 0
     sent_bytes: int = 0
     pointed_bytes: int = 0
-    """Blobs of this session's deliveries that did not go with them."""
+    """Bytes of blobs of this session's deliveries that were not sent with them."""
     read_bytes: int = 0
-    """What of those it has read from the ledger's files, in place of being sent it."""
+    """The part of these that the node has read from the ledger's files."""
     sessions: int = 0
     name: str = field(init=False)
 
     def __post_init__(self) -> None:
-        """Look the name up once: it is asked for at each message."""
+        """Look the name up once: it is needed for each message."""
         self.name = self.hello.node
 
 
 @dataclass
 class RunState:
-    """A run: its nodes, who hosts which address, and what waits for an absent host.
+    """A run: its nodes, their addresses, and the messages for addresses without a node.
 
     hosts: address to the name of the node that hosts it.
-    waiting: numbers of the messages for an address that no live node hosts, in order.
-    refused: messages that were refused, but are not done with: their recipient needs them
-        again should it restart.
-    interrupted: how many sessions died at a message, by its number.
-    checkpoint: number of the newest one.
-    over: why the run is over; empty while it is not.
-    identity: tells this run from any other of the same id; empty for runs of old ledgers.
-    continued: number of the message by which it goes further than it was to, or None.
-    carried: bytes to its nodes, and from them, that brokers before this one have counted.
+    waiting: numbers of the messages for an address that no connected node hosts, in order.
+    refused: messages that were rejected, but not consumed: a new session of their recipient
+        needs them again.
+    interrupted: number of sessions that ended while they handled a message, by its number.
+    checkpoint: number of the newest checkpoint.
+    over: why the run has ended; empty until then.
+    identity: distinguishes runs with the same id; empty for runs of old ledgers.
+    continued: number of the message that reopened the run, or None.
+    carried: bytes (to, from) its nodes that earlier brokers have counted.
     """
 
     id: str
@@ -250,7 +249,7 @@ class RunState:
     carried: tuple[int, int] = (0, 0)
 
     def traffic(self) -> tuple[int, int]:
-        """Return the bytes on the wire to all nodes but the aggregator, and from them."""
+        """Return the bytes (to, from) all nodes other than the aggregator."""
         nodes = [each for each in self.nodes.values() if each.hello.role != AGGREGATOR]
         down, up = self.carried
         return (
@@ -259,6 +258,6 @@ class RunState:
         )
 
     def host_of(self, address: str) -> Node | None:
-        """Return the live node that hosts an address."""
+        """Return the connected node that hosts an address, or None."""
         node = self.nodes.get(self.hosts.get(address, ""))
         return node if node is not None and node.alive else None

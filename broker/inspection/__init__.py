@@ -1,1 +1,1 @@
-"""A ledger read from its files alone: as a trace, for damage, and its repair."""
+"""Read a ledger from its files alone: as a trace, to check it, and to repair it."""

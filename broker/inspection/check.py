@@ -1,7 +1,7 @@
-"""Looking through a whole ledger: what is damaged, and what would be lost with it.
+"""Check a whole ledger: find the damage, and what would be lost with it. Changes nothing.
 
-`check` reads every record and every blob, and changes nothing. Entries form one chain: nothing
-behind the first damaged one can be used. Damaged payload loses only the blobs stored there.
+Entries form a chain: none after the first damaged one can be used. Damaged payload affects only
+the blobs in it.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from fedmq.broker.wire.schema import EMPTY
 
 
 class FindingKind(StrEnum):
-    """What is wrong with a place in a ledger; the first five as in `records.DamageKind`."""
+    """What is wrong in a ledger; the first five are those of `records.DamageKind`."""
 
     TORN = "torn"
     LAST = "last"
@@ -46,31 +46,30 @@ class FindingKind(StrEnum):
     CHECKSUM = "checksum"
     FORMAT = "format"
     CONTENT = "content"
-    """A whole record, but not one of a ledger."""
+    """A whole record whose content is not valid."""
     NUMBER = "number"
-    """An entry that another one should stand before, or a segment in another's place."""
+    """An entry or a segment with another number than expected."""
     MISSING = "missing"
-    """A segment that is not there."""
+    """A segment that is missing."""
     CHECKPOINT = "checkpoint"
-    """A whole entry, but a run cannot go on from it: it is the newest checkpoint, and lacks
-    bytes. The one before it may serve."""
+    """A run's newest checkpoint, a whole entry, lacks bytes; the one before it may be complete."""
     READING = "reading"
-    """The operating system does not read it."""
+    """The operating system cannot read it."""
     EMPTY = "empty"
-    """Messages without one whole entry, beside payload."""
+    """There is payload, but no whole entry."""
 
 
 @dataclass
 class LostBlob:
-    """A blob that a message names and that is not here as a whole.
+    """An incomplete blob that a message names.
 
     Attributes:
         name: of the blob.
         size: in bytes.
         named_by: numbers of the messages that name it.
         needed: whether one of them is unfinished.
-        reason: what is wrong with it.
-        segment, offset: where, if that is known.
+        reason: what is wrong with the blob.
+        segment, offset: position of the damage, if known.
     """
 
     name: BlobName
@@ -84,15 +83,15 @@ class LostBlob:
 
 @dataclass
 class Finding:
-    """A damaged place: its bytes are not those that were written.
+    """Damage in a ledger.
 
     Attributes:
         kind: what is wrong.
         segment: name of the file.
-        offset, size: which bytes of it; no bytes where all of it is missing.
-        reason: a sentence.
-        entries: numbers of the first and the last entry that were there, if that is known.
-        breaks: whether no entry behind it can be used.
+        offset, size: the damaged bytes; size 0 if the whole segment is missing.
+        reason: what is wrong, for people.
+        entries: numbers of the first and the last entry that it affects, if known.
+        breaks: whether no entry after it can be used.
     """
 
     kind: FindingKind
@@ -105,27 +104,27 @@ class Finding:
 
     @property
     def family(self) -> str:
-        """Return which of the two families of segments it is in."""
+        """Return the family of its segment."""
         return MESSAGES if self.segment.startswith(MESSAGES) else PAYLOAD
 
 
 @dataclass
 class Report:
-    """What came of a check.
+    """The result of a check.
 
     Attributes:
         folder: of the ledger.
-        segments: (name, bytes, records) of each.
-        entries: how many can be used; the broker would go on with this number.
-        findings: what is damaged, in order.
-        tails: what a crash has left at an end: the broker cuts it by itself.
-        behind: entries that are whole, and lost because they lie behind damage.
-        lost: blobs that are named and not whole.
-        blobs: how many blobs are named by messages, each counted once.
-        not_kept: how many of them the retention policy deleted.
-        given_up: how many of them an earlier repair has given up.
-        unfinished: messages that are unfinished, up to the damage.
-        ended: runs that have ended, up to the damage; `runs`: all.
+        segments: (name, bytes, records) of each segment.
+        entries: number of usable entries; a broker would continue with this number.
+        findings: the damage, in order.
+        tails: incomplete last records after a crash: the broker truncates them by itself.
+        behind: whole entries that are lost because they come after damage.
+        lost: incomplete blobs that a message names.
+        blobs: number of different blobs that messages name.
+        not_kept: number of these that retention has deleted.
+        given_up: number of these that an earlier repair has given up.
+        unfinished: number of unfinished messages before the damage.
+        runs, ended: ids of all runs before the damage, and of those that have ended.
     """
 
     folder: Path
@@ -144,16 +143,16 @@ class Report:
 
     @property
     def sound(self) -> bool:
-        """Tell whether nothing is damaged or lost; a torn tail is no damage."""
+        """Return whether nothing is damaged or lost; a torn tail is not damage."""
         return not (self.findings or self.lost)
 
     @property
     def breaking(self) -> Finding | None:
-        """Return the damage behind which no entry can be used, or None."""
+        """Return the damage after which no entry can be used, or None."""
         return next((each for each in self.findings if each.breaks), None)
 
     def kinds_behind(self) -> Counter[str]:
-        """Return how many entries of which kind lie behind the damage."""
+        """Return the number of entries after the damage, by kind."""
         return Counter(
             each.read().kind if isinstance(each, Accepted) else type(each).__name__.lower()
             for each in self.behind
@@ -161,7 +160,7 @@ class Report:
 
 
 def check(folder: Path) -> Report:
-    """Read all of a ledger.
+    """Read and check all of a ledger.
 
     Args:
         folder: of the ledger, or of its run.
@@ -179,7 +178,7 @@ def check(folder: Path) -> Report:
     chain = _Chain(report, restorer)
     named = chain.read(messages)
     if not messages:
-        reason = "there are no messages-*.log; nothing says what the payload belongs to"
+        reason = "there are no messages-*.log: the payload cannot be assigned to messages"
         name = segment_path(report.folder, MESSAGES, 0).name
         report.findings.append(Finding(FindingKind.MISSING, name, 0, 0, reason, breaks=True))
     for number in payload:
@@ -215,23 +214,23 @@ def check(folder: Path) -> Report:
 
 
 def _check_begun(report: Report) -> None:
-    """Note messages without an entry, if there is payload that they should tell of."""
+    """Report message segments without an entry, if there is payload."""
     name = next(name for name, _, _ in report.segments if name.startswith(MESSAGES))
     if any(records for other, _, records in report.segments if other.startswith(PAYLOAD)):
-        reason = "there is no whole entry in it; nothing says what the payload belongs to"
+        reason = "there is no whole entry: the payload cannot be assigned to messages"
         size = _size(report.folder / name)
         report.findings.append(Finding(FindingKind.EMPTY, name, 0, size, reason, breaks=True))
         report.tails = [each for each in report.tails if each.segment != name]
 
 
 def _check_checkpoints(report: Report, newest: list[int], chain: _Chain) -> None:
-    """Note the first of the newest checkpoints that lacks bytes."""
+    """Report the first of the newest checkpoints that lacks bytes."""
     lost = {seq for blob in report.lost if blob.needed for seq in blob.named_by}
     bad = sorted(lost & set(newest))
     if not bad or report.breaking is not None:
         return
     path, record = chain.checkpoints[bad[0]]
-    reason = f"the newest checkpoint, entry {bad[0]}, lacks bytes; the one before it may serve"
+    reason = f"the newest checkpoint, entry {bad[0]}, lacks bytes"
     size = record.end - record.offset
     found = Finding(
         FindingKind.CHECKPOINT,
@@ -248,7 +247,7 @@ def _check_checkpoints(report: Report, newest: list[int], chain: _Chain) -> None
 
 
 Named = dict[tuple[BlobName, int], list[int]]
-"""By name and size of a blob: the messages that name it."""
+"""Numbers of the messages that name a blob, by (name, size)."""
 
 
 class _Chain:
@@ -258,9 +257,9 @@ class _Chain:
         self._report, self._restorer = report, restorer
         self._named: Named = {}
         self.checkpoints: dict[int, tuple[Path, Record]] = {}
-        """Where they lie, by number."""
+        """(segment, record) of each checkpoint, by number."""
         self._open: Finding | None = None
-        """Damage of which it is not known yet which entries it took."""
+        """Damage whose affected entries are not known yet."""
 
     def read(self, numbers: Sequence[int]) -> Named:
         for number in numbers:
@@ -279,7 +278,7 @@ class _Chain:
         return self._named
 
     def broken(self, kind: FindingKind, path: Path, offset: int, end: int, reason: str) -> None:
-        """Note damage; if it is the first, no entry behind it counts."""
+        """Report damage; no entry after the first damage can be used."""
         first = self._report.breaking is None
         found = Finding(kind, path.name, offset, end - offset, reason, breaks=first)
         self._report.findings.append(found)
@@ -295,7 +294,7 @@ class _Chain:
             reason = f"entries {expected} to {number - 1} are missing"
             self.broken(FindingKind.MISSING, missing, 0, 0, reason)
         else:
-            reason = f"expected the segment to begin with entry {expected}, by its name"
+            reason = f"expected entry {expected} as the segment's first, got {number} in its name"
             self.broken(FindingKind.NUMBER, path, 0, _size(path), reason)
 
     def _take(self, entries: Sequence[AnyEntry], path: Path, record: Record) -> None:
@@ -306,7 +305,7 @@ class _Chain:
             reason = f"expected entry {report.entries}, got {first}"
             if record.offset == len(MAGIC):
                 other = segment_path(report.folder, MESSAGES, first).name
-                reason += f"; perhaps this is {other} under another name"
+                reason += f"; the segment may be {other} under another name"
             self.broken(FindingKind.NUMBER, path, record.offset, record.end, reason)
             self._open = None
         for entry in entries:
@@ -330,7 +329,7 @@ class _Chain:
 
 
 def _each(path: Path, report: Report, *, last: bool, chain: _Chain | None) -> Iterator[Record]:
-    """Yield the whole records of a segment; note what else there is."""
+    """Yield the whole records of a segment; report everything else."""
     try:
         for found in walk(path):
             if isinstance(found, Record):
@@ -340,7 +339,7 @@ def _each(path: Path, report: Report, *, last: bool, chain: _Chain | None) -> It
             reason = found.error(path).reason
             size = found.end - found.offset
             if found.fault is DamageKind.TORN and (last or chain is not None):
-                # In the middle of the chain, it is missed only if an entry is.
+                # In the middle of the chain, it matters only if an entry is missing.
                 report.tails.append(Finding(kind, path.name, found.offset, size, reason))
             elif chain is not None and found.fault is not DamageKind.FORMAT:
                 chain.broken(kind, path, found.offset, found.end, reason)
@@ -374,12 +373,12 @@ def _read_blobs(
     report: Report, named: Named, needed: set[BlobName], given_up: set[BlobName], *, kept_all: bool
 ) -> None:
     """Read every blob that a message names."""
-    pieces = VerifiedBlobReader(report.folder)
+    reader = VerifiedBlobReader(report.folder)
     for (name, size), seqs in named.items():
         report.blobs += 1
         what = f"blob {name.digest.hex()} of {name.owner}"
         try:
-            pieces.read(name, size, what)
+            reader.read(name, size, what)
         except LedgerError as error:
             if name in given_up:
                 report.given_up += 1

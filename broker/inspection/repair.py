@@ -1,13 +1,13 @@
-"""Mending a damaged ledger so far that a broker goes on: `plan` says how, `repair` does it.
+"""Repair a damaged ledger so that a broker can continue: `plan` lists steps, `repair` does them.
 
-Nothing is destroyed. What is cut from a segment is kept in a file beside it, and a segment that
-is taken out gets another name.
+Nothing is destroyed. Bytes cut from a segment are kept in a file beside it, and a removed segment
+is renamed.
 
-- The entries end where the first damage among them begins, or before the newest checkpoint, if
-  that lacks bytes. What lies behind is set aside.
-- Damaged payload is taken out of its segment. The broker then tells the senders of unfinished
-  messages that their bytes are gone.
-- Segments that are missing are missed no more.
+- The entries are truncated at their first damage, or before the newest checkpoint if that lacks
+  bytes. Later segments are set aside.
+- Damaged payload is removed from its segment. The broker then rejects unfinished messages that need
+  it.
+- Missing segments are recorded as gone.
 """
 
 from __future__ import annotations
@@ -38,24 +38,24 @@ class RepairAction(StrEnum):
     """What a step does to a segment."""
 
     CUT = "cut"
-    """Everything from an offset on is moved into a file beside it."""
+    """Move everything from an offset on to a file beside it."""
     TAKE_OUT = "take-out"
-    """What is damaged in a segment of payload is moved into files beside it."""
+    """Move the damaged ranges of a payload segment to files beside it."""
     RENAME = "rename"
-    """All of it gets another name, which no broker looks at."""
+    """Rename the segment, so that no broker reads it."""
     HEADER = "header"
-    """Its first bytes are written again; nothing else is wrong with it."""
+    """Rewrite the first bytes; the rest is sound."""
     FORGET = "forget"
-    """It is not there, and is not missed any more."""
+    """Record a missing segment as gone."""
     GIVE_UP = "give-up"
-    """Blobs that are lost are not missed any more; senders of unfinished messages are told."""
+    """Record lost blobs as gone; the broker rejects unfinished messages that need them."""
 
 
 @dataclass(frozen=True)
 class RepairStep:
-    """One thing that a repair does.
+    """A step of a repair.
 
-    segment: name of the file. offset, size: which bytes of it are set aside. count: of blobs.
+    segment: name of the file. offset, size: the bytes that are set aside. count: number of blobs.
     """
 
     action: RepairAction
@@ -65,35 +65,35 @@ class RepairStep:
     count: int = 0
 
     def __str__(self) -> str:
-        """Return what it does, as a sentence."""
+        """Return the step as a sentence."""
         match self.action:
             case RepairAction.CUT:
                 return (
-                    f"cut {self.segment} at byte {self.offset:,}: {self.size:,} bytes go to a "
-                    "file beside it"
+                    f"truncate {self.segment} at byte {self.offset:,}: move {self.size:,} bytes "
+                    "to a file beside it"
                 )
             case RepairAction.TAKE_OUT:
                 return f"move {self.size:,} damaged bytes of {self.segment} to a file beside it"
             case RepairAction.RENAME:
-                return f"set {self.segment} aside as a whole ({self.size:,} bytes)"
+                return f"rename {self.segment} ({self.size:,} bytes)"
             case RepairAction.HEADER:
-                return f"write the first {len(MAGIC)} bytes of {self.segment} again"
+                return f"rewrite the first {len(MAGIC)} bytes of {self.segment}"
             case RepairAction.FORGET:
-                return f"go on without {self.segment}, which is missing"
+                return f"record that {self.segment} is gone"
             case RepairAction.GIVE_UP:
-                return f"give up what is lost: {self.count:,} blob{'' if self.count == 1 else 's'}"
+                return f"give up {self.count:,} lost blob{'' if self.count == 1 else 's'}"
 
 
 def plan(report: Report) -> list[RepairStep]:
-    """Return what would make a broker go on with this ledger; nothing if it does already.
+    """Return the steps after which a broker can continue; none for a sound ledger.
 
     Raises:
-        LedgerError: a file cannot be read: a device, or its file system, must be mended first.
+        LedgerError: a file cannot be read: fix the device or the permissions first.
     """
     for finding in report.findings:
         if finding.kind is FindingKind.READING:
             raise LedgerError(
-                f"{finding.reason}; mend the device, or the permissions, first",
+                f"{finding.reason}; fix the device or the permissions first",
                 finding.segment,
                 finding.offset,
             )
@@ -108,7 +108,7 @@ def plan(report: Report) -> list[RepairStep]:
         if segment in gone:
             continue
         if all(each.kind is FindingKind.FORMAT for each in findings):
-            # The records behind a header that is wrong are read; of another kind of file, none.
+            # After a damaged header, records are readable; in another kind of file, none are.
             whole = findings[0].size > len(MAGIC)
             action = RepairAction.RENAME if whole else RepairAction.HEADER
             steps.append(RepairStep(action, segment, 0, size if whole else 0))
@@ -136,7 +136,7 @@ def _messages_steps(report: Report) -> list[RepairStep]:
         return steps
     names = [segment_path(folder, MESSAGES, n).name for n in segment_numbers(folder, MESSAGES)]
     if not names or breaking.kind is FindingKind.EMPTY:
-        # Without any entry, payload is bytes that nobody names.
+        # Without any entry, no message names the payload.
         forget = [] if names else [RepairStep(RepairAction.FORGET, breaking.segment)]
         names += [segment_path(folder, PAYLOAD, n).name for n in segment_numbers(folder, PAYLOAD)]
         aside = [
@@ -161,26 +161,26 @@ def _messages_steps(report: Report) -> list[RepairStep]:
 
 
 def repair(folder: Path, now: float) -> list[RepairStep]:
-    """Do what `plan` says; return what was done.
+    """Do the steps of `plan`; return the steps done.
 
     Args:
         folder: of the ledger.
-        now: in seconds since 1970, for the note of what was done.
+        now: in seconds since 1970, recorded with the repair.
 
     Raises:
-        LedgerError: a broker is writing there, or the operating system refuses something.
+        LedgerError: a broker is writing there, or a file cannot be read or written.
     """
     lock = FolderLock(folder)
     try:
         done: list[RepairStep] = []
-        # What was behind the damage may have hidden more of it: each round leaves less.
+        # Repaired damage may have hidden more: repeat until none is left.
         while steps := plan(report := check(folder)):
             lost = [each.name for each in report.lost]
             note_repair(folder, now, [str(step) for step in steps], lost)
             manifest = Manifest(folder)
             for step in steps:
                 _do(report, manifest, step)
-            _leave_a_beginning(folder, manifest)
+            _ensure_segments(folder, manifest)
             sync_folder(folder)
             done += steps
     finally:
@@ -196,10 +196,10 @@ def _do(report: Report, manifest: Manifest, step: RepairStep) -> None:
                 set_aside(path, step.offset, step.offset + step.size)
                 os.truncate(path, step.offset)
             case RepairAction.TAKE_OUT:
-                gaps = [each for each in report.findings if each.segment == step.segment]
-                _take_out(path, gaps)
+                damage = [each for each in report.findings if each.segment == step.segment]
+                _take_out(path, damage)
             case RepairAction.RENAME:
-                _forget(manifest, step.segment)
+                _record_gone(manifest, step.segment)
                 path.rename(unused_name(path, "set-aside"))
             case RepairAction.HEADER:
                 set_aside(path, 0, len(MAGIC))
@@ -208,29 +208,29 @@ def _do(report: Report, manifest: Manifest, step: RepairStep) -> None:
                     file.flush()
                     os.fsync(file.fileno())
             case RepairAction.FORGET:
-                _forget(manifest, step.segment)
+                _record_gone(manifest, step.segment)
             case RepairAction.GIVE_UP:
-                pass  # it is in the note of this repair
+                pass  # `note_repair` has recorded it
     except OSError as error:
         raise io_error(f"cannot {step.action}", error, step.segment, step.offset) from None
 
 
 def _take_out(path: Path, findings: Iterable[Finding]) -> None:
-    """Write a segment again without what is damaged; that is kept beside it."""
+    """Rewrite a segment without its damaged ranges, which are kept in files beside it."""
     for finding in findings:
         set_aside(path, finding.offset, finding.offset + finding.size)
-    fresh = unused_name(path, "new")
+    new = unused_name(path, "new")
     try:
-        _copy_whole(path, fresh)
-        fresh.replace(path)
+        _copy_whole(path, new)
+        new.replace(path)
     except BaseException:
-        fresh.unlink(missing_ok=True)
+        new.unlink(missing_ok=True)
         raise
 
 
-def _copy_whole(path: Path, fresh: Path) -> None:
-    """Copy the pieces that are whole to another file."""
-    with path.open("rb") as source, fresh.open("xb") as target:
+def _copy_whole(path: Path, new: Path) -> None:
+    """Copy the whole records to another file."""
+    with path.open("rb") as source, new.open("xb") as target:
         target.write(MAGIC)
         for found in walk(path):
             if not isinstance(found, Record):
@@ -244,8 +244,8 @@ def _copy_whole(path: Path, fresh: Path) -> None:
         os.fsync(target.fileno())
 
 
-def _leave_a_beginning(folder: Path, manifest: Manifest) -> None:
-    """See to it that each family has a segment: a folder with one of them alone is refused."""
+def _ensure_segments(folder: Path, manifest: Manifest) -> None:
+    """Create a segment for a family without one: a broker refuses a folder without it."""
     present = {family: segment_numbers(folder, family) for family in (MESSAGES, PAYLOAD)}
     for family, numbers in present.items():
         if not numbers:
@@ -258,7 +258,7 @@ def _leave_a_beginning(folder: Path, manifest: Manifest) -> None:
         manifest.begin()
 
 
-def _forget(manifest: Manifest, segment: str) -> None:
+def _record_gone(manifest: Manifest, segment: str) -> None:
     family, _, number = segment.removesuffix(".log").partition("-")
     if manifest.exists:
         manifest.remove(family, int(number))

@@ -1,4 +1,4 @@
-"""What earlier repairs of a ledger have given up, as they noted it beside the segments."""
+"""Read and write the record of a ledger's repairs, a file beside its segments."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ REPAIRS_FILE = "repairs.jsonl"
 
 
 class Repair(msgspec.Struct, kw_only=True, frozen=True):
-    """One repair: when, what was done, and which blobs were lost by then."""
+    """A repair: its time, its steps, and the blobs that were given up."""
 
     at: float
     steps: list[str]
     blobs: list[tuple[str, str, str]]
-    """(run, owner, digest in hexadecimal digits)."""
+    """(run, owner, hexadecimal digest) of each."""
 
 
 _decoder = msgspec.json.Decoder(Repair)
 
 
 def read_repairs(folder: Path) -> list[Repair]:
-    """Return the repairs of a ledger, oldest first; a line that is none is passed over.
+    """Return the repairs of a ledger, oldest first; invalid lines are skipped.
 
     Raises:
-        LedgerError: the file is there and cannot be read.
+        LedgerError: the file exists and cannot be read.
     """
     path = folder / REPAIRS_FILE
     try:
@@ -44,7 +44,7 @@ def read_repairs(folder: Path) -> list[Repair]:
         try:
             found.append(_decoder.decode(line))
         except (msgspec.MsgspecError, UnicodeDecodeError):
-            continue  # cut short by a crash: the repair it tells of was not finished
+            continue  # truncated by a crash: the repair was not finished
     return found
 
 
@@ -52,7 +52,7 @@ def accepted_losses(folder: Path) -> set[BlobName]:
     """Return the blobs that earlier repairs have given up.
 
     Raises:
-        LedgerError: the file that names them cannot be read.
+        LedgerError: the file exists and cannot be read.
     """
     return {
         BlobName(run, owner, bytes.fromhex(digest))
@@ -62,10 +62,10 @@ def accepted_losses(folder: Path) -> set[BlobName]:
 
 
 def note_repair(folder: Path, at: float, steps: Sequence[str], blobs: Sequence[BlobName]) -> None:
-    """Write down what is done, before it is.
+    """Record a repair before its steps are done.
 
     Raises:
-        LedgerError: it cannot be written.
+        LedgerError: the file cannot be written.
     """
     named = [(each.run, each.owner, each.digest.hex()) for each in blobs]
     line = msgspec.json.encode(Repair(at=at, steps=list(steps), blobs=named))

@@ -1,14 +1,12 @@
-"""A ledger as a trace: one run in it, read from the files alone, and nothing taken on trust.
+"""Read one run of a ledger from its files alone, verifying every byte.
 
-Reading changes nothing, and may go on while a broker writes. Whatever is damaged is said
-with segment and offset, and what lies before it can be read; blobs that lie behind it, too,
-as far as they are whole.
+Reading changes nothing and is safe while a broker writes. Damage is reported with segment and
+offset. The entries before it can be read, and every blob that is complete.
 
-What cannot be seen: that the messages end early where a record ends, or that their last
-segment is gone (a ledger may end there, and no later record says otherwise;
-`fedmq.broker.inspection.check` looks into the list of segments, too); and whether it was the
-retention policy that deleted a payload segment. Payload that ends early where a record ends is
-found by the messages that name it; where the cut was, is then not always known.
+Two things cannot be detected: that the messages were cut exactly between two records, or their last
+segment is missing (but `fedmq.broker.inspection.check` compares the list of segments); and whether
+retention or something else deleted a payload segment. If payload was cut between two records, the
+messages that name it reveal the loss, but not always its position.
 """
 
 from __future__ import annotations
@@ -37,20 +35,20 @@ from fedmq.broker.wire.schema import EMPTY, Buffer, Message
 
 
 class Trace:
-    """What a ledger tells of one run.
+    """One run of a ledger.
 
     Args:
         folder: of the run, or of its ledger.
-        run: id of the run; empty for the only one there is.
+        run: id of the run; empty if the ledger has only one.
 
     Attributes:
         folder: of the ledger.
-        opened: what the aggregator brought.
-        damage: what stops the reading of entries before the end, or None.
-        torn: a tail of the entries that is no whole record: (segment, offset, bytes), or None.
+        opened: the run's first entry, with its configuration.
+        damage: the damage that ends the readable entries, or None.
+        torn: (segment, offset, bytes) of an incomplete last record of the entries, or None.
 
     Raises:
-        LedgerError: there is no ledger, or no such run in it.
+        LedgerError: there is no ledger, or it has no such run.
     """
 
     def __init__(self, folder: Path, run: str = "") -> None:
@@ -60,7 +58,7 @@ class Trace:
         self.damage: LedgerError | None = None
         self.torn: TornTail | None = None
         self._index = EntryIndex(self.folder)
-        self._follower = LedgerTail(self.folder)
+        self._tail = LedgerTail(self.folder)
         self._count = 0
         self._runs: dict[str, Opened] = {}
         self._blobs = VerifiedBlobReader(self.folder)
@@ -76,11 +74,11 @@ class Trace:
         """Yield the entries of the run, in order; stops at a torn tail.
 
         Raises:
-            LedgerError: what lies behind cannot be read; all before it has been yielded.
+            LedgerError: the next entry cannot be read; all entries before it were yielded.
         """
-        # Before another run was opened, every message was of this one.
+        # Until another run is opened, every message belongs to this one.
         alone_until: int | None = None
-        mine: set[int] = set()
+        own: set[int] = set()
         for entry in LedgerTail(self.folder).poll():
             match entry:
                 case Opened(run=run, seq=seq) if run != self.run:
@@ -89,19 +87,19 @@ class Trace:
                 case Accepted(seq=seq) if alone_until is not None:
                     if entry.read().run != self.run:
                         continue
-                    mine.add(seq)
+                    own.add(seq)
                 case Consumed(of=of) if alone_until is not None:
-                    if not any(seq < alone_until or seq in mine for seq in of):
+                    if not any(seq < alone_until or seq in own for seq in of):
                         continue
                 case Refusal(run=run) | Ended(run=run) if run != self.run:
                     continue
             yield entry
 
     def entry(self, seq: int) -> AnyEntry:
-        """Return one entry of the ledger, of whatever run.
+        """Return one entry of the ledger, of any run.
 
         Raises:
-            LedgerError: there is none of this number, or it cannot be read.
+            LedgerError: there is no entry with this number, or it cannot be read.
         """
         if seq >= self._count and self.damage is None:
             self._catch_up()
@@ -114,14 +112,16 @@ class Trace:
         return self._index.read(seq)
 
     def blob(self, message: Message, index: int) -> Buffer:
-        """Return the bytes of a message's blob; they are those that it names.
+        """Return the bytes of a message's blob, verified by its digest.
 
         Raises:
-            LedgerError: they are damaged or lost, with segment and offset; or they were not
-                kept, or there is no such blob, with neither.
+            LedgerError: the bytes are damaged or lost, with segment and offset; or they were
+                deleted by retention, or there is no such blob, without a position.
         """
         if not 0 <= index < len(message.blobs):
-            raise LedgerError(f"{message.id} has {len(message.blobs)} blobs, there is no {index}")
+            raise LedgerError(
+                f"expected a blob of {message.id} below {len(message.blobs)}, got {index}"
+            )
         blob = message.blobs[index]
         if not blob.size and blob.digest == EMPTY:
             return b""
@@ -129,25 +129,25 @@ class Trace:
         return self._blobs.read(blob_name(message, blob), blob.size, what)
 
     def check_payload(self) -> Iterator[int]:
-        """Read all payload there is; yield the size of each piece.
+        """Read all payload; yield the size of each chunk in bytes.
 
-        A torn tail counts as damage here: whether a message misses it, `blob` tells.
+        A torn tail counts as damage here, whether a message needs it or not.
 
         Raises:
-            LedgerError: damage, located; all before it in this segment has been yielded.
+            LedgerError: damage, with its position; all chunks before it were yielded.
         """
         for number in segment_numbers(self.folder, PAYLOAD):
             yield from check_segment(segment_path(self.folder, PAYLOAD, number))
 
     def _catch_up(self) -> None:
-        """Note what has been appended, up to the end or to the first damage."""
+        """Index what has been appended, up to the end or the first damage."""
         try:
-            for entry in self._follower.poll():
-                self._index.add(entry.seq, *self._follower.at)
+            for entry in self._tail.poll():
+                self._index.add(entry.seq, *self._tail.at)
                 self._count = entry.seq + 1
                 if isinstance(entry, Opened):
                     self._runs[entry.run] = entry
-            self.torn = self._follower.torn()
+            self.torn = self._tail.torn()
         except LedgerError as error:
             self.damage, self.torn = error, None
 
@@ -156,12 +156,12 @@ class Trace:
         if run in self._runs:
             return self._runs[run]
         if self.damage is not None and (run or not self._runs):
-            raise self.damage  # what is looked for may lie behind it
+            raise self.damage  # the run may come after it
         if not self._runs:
             where = self.torn[:2] if self.torn is not None else ()
-            raise LedgerError(f"no run was ever opened in {self.folder}", *where)
+            raise LedgerError(f"there is no run in {self.folder}", *where)
         if run:
             raise LedgerError(f"expected a run of this ledger ({names}), got {run!r}")
         if len(self._runs) > 1:
-            raise LedgerError(f"this ledger holds several runs, name one with --run-id: {names}")
+            raise LedgerError(f"this ledger holds several runs, choose one with --run-id: {names}")
         return next(iter(self._runs.values()))

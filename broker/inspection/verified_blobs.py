@@ -1,8 +1,8 @@
-"""Reading blobs from payload that may be damaged.
+"""Read and verify blobs from payload that may be damaged.
 
-The broker's own `BlobStore` trusts what it wrote. Here each piece is held against the
-checksum of its record, and each blob against its digest. Where one copy of a piece is
-damaged, another serves as well; where none is left, the damage is found.
+The broker's own `BlobStore` trusts what it wrote. Here, each chunk is verified by the checksum of
+its record, and each blob by its digest. If one copy of a chunk is damaged, another one is used; if
+there is no other, the damage is located.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from fedmq.broker.wire.schema import Buffer, digest
 
 
 class _StoredChunk(NamedTuple):
-    """Where a piece lies, as the head of its record says: that is not verified yet."""
+    """The position of a chunk, from the unverified head of its record."""
 
     segment: int
     offset: int
@@ -36,10 +36,9 @@ class _StoredChunk(NamedTuple):
 
 
 class _Attempt(NamedTuple):
-    """What came of putting a blob together.
+    """The result of assembling a blob.
 
-    data: the blob, or None. damage: a piece that is there, but is not what was written.
-    last: the last piece that is whole.
+    data: the blob, or None. damage: of a chunk that exists. last: the last undamaged chunk.
     """
 
     data: Buffer | None = None
@@ -52,37 +51,37 @@ class VerifiedBlobReader:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        # By blob and its size: the places of its pieces, by where they start in it. The
-        # broker may give a blob up and store it again; then another dict is begun.
+        # By (blob, size): the copies of each chunk, by its start in the blob. The broker may
+        # discard a blob and store it again, which begins another dict.
         self._chunks: dict[tuple[BlobName, int], list[dict[int, list[_StoredChunk]]]] = {}
         self._last = 0
         self._end = len(MAGIC)
         self._checked: dict[tuple[int, int, int], LedgerError | None] = {}
 
     def read(self, name: BlobName, size: int, what: str) -> Buffer:
-        """Return a blob that an accepted message names; an error calls it ``what``.
+        """Return a blob that an accepted message names; errors call it ``what``.
 
         Raises:
-            LedgerError: it is damaged or lost, with segment and offset; or retention did not
-                keep it, with neither.
+            LedgerError: the blob is damaged or lost, with segment and offset; or retention has
+                deleted it, without a position.
         """
-        found = self._put_together(name, size)
-        if found.data is None:  # it may have been written since
+        found = self._assemble(name, size)
+        if found.data is None:  # it may be new
             self._catch_up()
-            found = self._put_together(name, size)
+            found = self._assemble(name, size)
         if found.data is None:
             raise found.damage or self._loss(what, found.last)
         return found.data
 
     def _catch_up(self) -> None:
-        """Note where the pieces lie that are new, by the heads of their records."""
+        """Index new chunks, by the heads of their records."""
         for number in segment_numbers(self._folder, PAYLOAD):
             if number < self._last:
                 continue
             if number > self._last:
                 self._last, self._end = number, len(MAGIC)
             path = segment_path(self._folder, PAYLOAD, number)
-            # Damage is told when a blob is missed for it, and other blobs are not.
+            # Damage is reported when a blob needs the damaged chunk, not here.
             with contextlib.suppress(LedgerError):
                 for found in walk(path, self._end, verify_data=False):
                     if isinstance(found, Record):
@@ -91,49 +90,49 @@ class VerifiedBlobReader:
 
     def _note(self, number: int, record: Record, path: Path) -> None:
         try:
-            piece = decode_chunk(record, path)
+            head = decode_chunk(record, path)
         except LedgerError:
-            return  # as in `_catch_up`; by its lengths, the records behind it are found
-        name = BlobName(piece.run, piece.owner, piece.digest)
-        attempts = self._chunks.setdefault((name, piece.size), [{}])
+            return  # as in `_catch_up`; later records are still found
+        name = BlobName(head.run, head.owner, head.digest)
+        copies = self._chunks.setdefault((name, head.size), [{}])
         if record.data_length:
             length = record.data_length
-            place = _StoredChunk(number, record.offset, record.end, piece.start, length)
-            attempts[-1].setdefault(piece.start, []).append(place)
-        elif attempts[-1]:
-            attempts.append({})
+            chunk = _StoredChunk(number, record.offset, record.end, head.start, length)
+            copies[-1].setdefault(head.start, []).append(chunk)
+        elif copies[-1]:
+            copies.append({})
 
-    def _put_together(self, name: BlobName, size: int) -> _Attempt:
-        """Try what was stored last first: what the broker gave up is rarely whole."""
+    def _assemble(self, name: BlobName, size: int) -> _Attempt:
+        """Try the newest copy first: one that the broker has discarded is rarely whole."""
         damage, last = None, None
-        for places in reversed(self._chunks.get((name, size), [])):
-            if not places:
+        for chunks in reversed(self._chunks.get((name, size), [])):
+            if not chunks:
                 continue
-            found = self._attempt(places, size)
+            found = self._attempt(chunks, size)
             if found.data is not None:
                 if digest(found.data) == name.digest:
                     return found
-                first = places[0][0]
+                first = chunks[0][0]
                 path = segment_path(self._folder, PAYLOAD, first.segment)
-                wrong = f"blob {name.digest.hex()} is not the bytes that its name says"
-                damage = damage or LedgerError(wrong, path.name, first.offset)
+                text = f"the bytes of blob {name.digest.hex()} do not match its digest"
+                damage = damage or LedgerError(text, path.name, first.offset)
             damage, last = damage or found.damage, last or found.last
         return _Attempt(None, damage, last)
 
-    def _attempt(self, places: dict[int, list[_StoredChunk]], size: int) -> _Attempt:
+    def _attempt(self, chunks: dict[int, list[_StoredChunk]], size: int) -> _Attempt:
         parts: list[Buffer] = []
         have, damage, last = 0, None, None
         while have < size:
-            for place in places.get(have, []):
+            for chunk in chunks.get(have, []):
                 try:
-                    part = self._chunk(place)
+                    part = self._chunk(chunk)
                 except LedgerError as error:
-                    # What the broker has deleted in the meantime is not damaged.
-                    if segment_path(self._folder, PAYLOAD, place.segment).exists():
+                    # A segment that the broker has deleted meanwhile is not damaged.
+                    if segment_path(self._folder, PAYLOAD, chunk.segment).exists():
                         damage = damage or error
                     continue
                 parts.append(part)
-                have, last = have + place.length, place
+                have, last = have + chunk.length, chunk
                 break
             else:
                 return _Attempt(None, damage, last)
@@ -141,33 +140,33 @@ class VerifiedBlobReader:
             return _Attempt(None, damage, last)
         return _Attempt(parts[0] if len(parts) == 1 else b"".join(parts))
 
-    def _chunk(self, place: _StoredChunk) -> Buffer:
-        """Return a piece that is what was written.
+    def _chunk(self, chunk: _StoredChunk) -> Buffer:
+        """Return the verified bytes of a chunk.
 
         Raises:
-            LedgerError: it is not.
+            LedgerError: the chunk is damaged, or cannot be read.
         """
-        path = segment_path(self._folder, PAYLOAD, place.segment)
-        # What is wrong before it, in the first bytes of the file, is not wrong with it.
-        at = (each for each in walk(path, place.offset) if each.offset >= place.offset)
+        path = segment_path(self._folder, PAYLOAD, chunk.segment)
+        # Damage of the first bytes of the file does not affect the chunk.
+        at = (each for each in walk(path, chunk.offset) if each.offset >= chunk.offset)
         record = next(at, None)
         if isinstance(record, DamagedRange) and not record.at_end:
             raise record.error(path)
-        if not isinstance(record, Record):  # the last of its segment: it could be a torn tail
-            raise LedgerDamage("damaged record: it is not whole", path.name, place.offset)
+        if not isinstance(record, Record):  # at the end of its segment: it may be a torn tail
+            raise LedgerDamage("damaged record: it is incomplete", path.name, chunk.offset)
         try:
             with path.open("rb") as file:
                 file.seek(record.data_offset)
                 return file.read(record.data_length)
         except OSError as error:
-            raise io_error("cannot read", error, path.name, place.offset) from None
+            raise io_error("cannot read", error, path.name, chunk.offset) from None
 
     def _loss(self, what: str, last: _StoredChunk | None) -> LedgerError:
-        """Say why a blob is not there, although it was written before its message.
+        """Return the reason why a blob is missing, although it was written before its message.
 
-        A missing segment was deleted by the retention policy, which leaves the last one.
-        (It cannot be told from one that was lost.) Where none is missing, there is damage; if
-        none is to be seen, a segment was cut where a record ends, maybe not the last one.
+        A missing segment counts as deleted by retention, which leaves the last one. (It cannot be
+        distinguished from a lost one.) Without a missing segment there is damage, or a segment was
+        cut between two records, which may be any of them.
         """
         since = last.segment if last else 0
         numbers = [n for n in segment_numbers(self._folder, PAYLOAD) if n >= since]
@@ -178,19 +177,21 @@ class VerifiedBlobReader:
             if damage is not None and complete:
                 return damage
             if damage is not None:
-                either = f"{what} was not kept, or it was lost with a damaged record"
+                either = f"{what} was deleted by retention, or lost in a damaged record"
                 return NotKept(either, damage.segment, damage.offset)
         if not complete:
-            return NotKept(f"{what} is not in the ledger: its payload was not kept")
+            return NotKept(f"{what} is not in the ledger: its payload segment was deleted")
         if last is not None:
             path = segment_path(self._folder, PAYLOAD, last.segment)
-            return LedgerError(f"{what} is cut short: it goes on nowhere", path.name, last.end)
+            return LedgerError(
+                f"{what} is truncated: its next chunk is missing", path.name, last.end
+            )
         path = segment_path(self._folder, PAYLOAD, numbers[-1] if numbers else 0)
         end = _size(path) if numbers else 0
-        return LedgerError(f"{what} is lost: the payload ends without it", path.name, end)
+        return LedgerError(f"{what} is lost: the payload ends before it", path.name, end)
 
     def _check(self, number: int, start: int) -> LedgerError | None:
-        """Return the first damage in a segment from a record on; each is read through once."""
+        """Return the first damage in a segment from a record on; the result is cached."""
         path = segment_path(self._folder, PAYLOAD, number)
         key = (number, start, _size(path))
         if key not in self._checked:
@@ -211,10 +212,10 @@ def _size(path: Path) -> int:
 
 
 def check_segment(path: Path, start: int = len(MAGIC)) -> Iterator[int]:
-    """Read a segment of payload from a record on; yield the size of each piece.
+    """Read a payload segment from a record on; yield the size of each chunk in bytes.
 
     Raises:
-        LedgerError: damage, or a tail that is no whole record; all before has been yielded.
+        LedgerError: damage, or an incomplete last record; all chunks before it were yielded.
     """
     end = start
     for record in scan(path, start):
@@ -224,4 +225,4 @@ def check_segment(path: Path, start: int = len(MAGIC)) -> Iterator[int]:
     tail = tail_of(path, end)
     if tail is not None:
         name, offset, size = tail
-        raise LedgerError(f"no whole record: {size} bytes of a torn tail", name, offset)
+        raise LedgerError(f"incomplete record: a torn tail of {size} bytes", name, offset)

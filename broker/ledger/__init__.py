@@ -1,1 +1,1 @@
-"""The append-only record of all that a broker accepted: written, read by number, retained."""
+"""The append-only ledger of what a broker accepted: writing, reading, retention."""

@@ -1,4 +1,4 @@
-"""Where a ledger's blobs lie, and reading them."""
+"""Index and read the blobs of a ledger."""
 
 from __future__ import annotations
 
@@ -28,29 +28,29 @@ from fedmq.broker.wire.schema import CHUNK_BYTES, Buffer, Extent
 _RECENT_BYTES = 32 << 20
 _OPEN_FILES = 64
 _IDLE_BLOBS = 4096
-"""Blobs that no unfinished message names, but that the next one may."""
+"""Most blobs kept in the index that no unfinished message names; the next one may."""
 
 
 @dataclass
 class _Stored:
-    """Where the pieces of a blob lie: (segment number, offset, start, length), in order."""
+    """A blob's chunks in order: (segment, offset in it, start in the blob, length)."""
 
     size: int
-    pieces: list[tuple[int, int, int, int]] = field(default_factory=list)
+    chunks: list[tuple[int, int, int, int]] = field(default_factory=list)
     segments: list[int] = field(default_factory=list)
-    """Numbers of the segments that they lie in, in order."""
+    """Numbers of the segments of its chunks, in order."""
     end: int = 0
     users: int = 0
-    """Unfinished messages that name this blob."""
+    """Number of unfinished messages that name this blob."""
     pinned: bool = False
-    """Whether its segments must stay: it is on its way, or has users."""
+    """Whether its segments must be kept: it is being uploaded, or has users."""
 
 
 class BlobStore:
-    """Which blobs a folder's payload segments hold, and where; reads them.
+    """Index of the blobs in a folder's payload segments, and their reader.
 
-    Blobs that an unfinished message names are all known; of the others, those that were
-    used last, so that memory does not grow with a run.
+    It holds all blobs that an unfinished message names, and the most recently used of the others,
+    so that its memory does not grow with a run.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -58,16 +58,16 @@ class BlobStore:
         self._blobs: dict[BlobName, _Stored] = {}
         self._idle: OrderedDict[BlobName, None] = OrderedDict()
         self._pins: dict[int, int] = {}
-        """Blobs that need a segment, by its number."""
+        """Number of pinned blobs of each segment, by its number."""
         self._files = SegmentFiles(folder, _OPEN_FILES)
         self._recent: OrderedDict[tuple[BlobName, int], Buffer] = OrderedDict()
         self._recent_bytes = 0
 
     def remember(self, name: BlobName, start: int, data: Buffer) -> None:
-        """Keep a piece at hand: most are read once, right after they came, or by many at once.
+        """Cache a chunk: most chunks are read right after they arrive, often for many nodes.
 
-        Whoever reads the same piece gets the same bytes, so a model that goes out to many
-        workers at a time is in memory once.
+        All readers share the cached bytes, so a model that is sent to many workers at a time is
+        in memory once.
         """
         if (name, start) not in self._recent:
             self._recent[name, start] = data
@@ -77,48 +77,48 @@ class BlobStore:
             self._recent_bytes -= memoryview(dropped).nbytes
 
     def add(
-        self, piece: ChunkRecord, segment: int, offset: int, length: int, *, arriving: bool = False
+        self, chunk: ChunkRecord, segment: int, offset: int, length: int, *, arriving: bool = False
     ) -> None:
-        """Note a piece. Pieces of a blob come in order; one that is already there is ignored.
+        """Index a chunk. The chunks of a blob come in order; a duplicate is ignored.
 
-        A piece without data, of a blob that is not empty, takes back all before it. The
-        segments of a blob that is ``arriving`` stay until a message that named it is done.
+        A chunk without data, of a blob that is not empty, discards the chunks before it. A blob
+        that is ``arriving`` is pinned.
         """
-        name = BlobName(piece.run, piece.owner, piece.digest)
-        if piece.size and not length:
+        name = BlobName(chunk.run, chunk.owner, chunk.digest)
+        if chunk.size and not length:
             self._discard(name)
             return
         stored = self._blobs.get(name)
         if stored is None:
-            stored = self._blobs[name] = _Stored(piece.size, pinned=arriving)
+            stored = self._blobs[name] = _Stored(chunk.size, pinned=arriving)
             if not arriving:
                 self._idle[name] = None
         elif arriving:
             self.pin(name)
-        if piece.start == stored.end and length:
+        if chunk.start == stored.end and length:
             if segment not in stored.segments:
                 stored.segments.append(segment)
                 if stored.pinned:
                     self._pins[segment] = self._pins.get(segment, 0) + 1
-            stored.pieces.append((segment, offset, piece.start, length))
+            stored.chunks.append((segment, offset, chunk.start, length))
             stored.end += length
 
     def pin(self, name: BlobName) -> None:
-        """Keep a blob that is on its way, or some of it, until `use` or `let_be`."""
+        """Keep the segments of a blob that is being uploaded, until `unpin` or `finish`."""
         stored = self._blobs.get(name)
         if stored is not None:
             self._idle.pop(name, None)
             self._pin(stored, pinned=True)
 
     def unpin(self, name: BlobName) -> None:
-        """A blob that was on its way is not wanted now; it may be, but it is not kept for that."""
+        """Allow the deletion of a blob that was being uploaded, unless a message names it."""
         stored = self._blobs.get(name)
         if stored is not None and not stored.users:
             self._pin(stored, pinned=False)
             self._idle[name] = None
 
     def use(self, name: BlobName) -> None:
-        """Note that an unfinished message names this blob."""
+        """Pin a blob that an unfinished message names."""
         stored = self._blobs.get(name)
         if stored is not None:
             stored.users += 1
@@ -126,7 +126,7 @@ class BlobStore:
             self._pin(stored, pinned=True)
 
     def finish(self, name: BlobName) -> None:
-        """Note that one message that named this blob is done."""
+        """Unpin a blob once every message that named it is finished."""
         stored = self._blobs.get(name)
         if stored is None:
             return
@@ -138,16 +138,16 @@ class BlobStore:
             self._discard(next(iter(self._idle)))
 
     def needs_segment(self, number: int) -> bool:
-        """Tell whether a segment holds something that must stay."""
+        """Return whether a segment holds a pinned blob."""
         return bool(self._pins.get(number))
 
     def remove_segment(self, number: int) -> bool:
-        """Forget a segment's blobs and delete it, unless one of them is still needed.
+        """Delete a segment and discard its blobs, unless one of them is pinned.
 
         Returns whether it was deleted.
 
         Raises:
-            LedgerError: it cannot be deleted.
+            LedgerError: the file cannot be deleted.
         """
         if self.needs_segment(number):
             return False
@@ -162,7 +162,7 @@ class BlobStore:
         return True
 
     def resume(self, name: BlobName) -> tuple[int, xxhash.xxh3_128]:
-        """Return how many bytes of a blob, from its start, are here, and their hash so far."""
+        """Return how many bytes of a blob, from its start, are stored, and their hash; pins it."""
         hasher = xxhash.xxh3_128()
         have = self.have(name)
         self.pin(name)
@@ -171,12 +171,12 @@ class BlobStore:
         return have, hasher
 
     def add_segment(self, number: int, *, verify: bool = False) -> list[LedgerDamage]:
-        """Note every piece of a segment; return what is damaged in it, which is passed over.
+        """Index every chunk of a segment; skip damaged ones, and return the damage.
 
-        Without ``verify``, the data of pieces are not looked at.
+        Without ``verify``, the checksums of data are not verified.
 
         Raises:
-            LedgerError: the segment cannot be read, or is none.
+            LedgerError: the file cannot be read, or is not a segment.
         """
         path = segment_path(self._folder, PAYLOAD, number)
         damage = []
@@ -186,33 +186,33 @@ class BlobStore:
                     damage.append(found.error(path))
                 continue
             try:
-                piece = decode_chunk(found, path)
+                chunk = decode_chunk(found, path)
             except LedgerDamage as error:
                 damage.append(error)
                 continue
-            self.add(piece, number, found.data_offset, found.data_length)
+            self.add(chunk, number, found.data_offset, found.data_length)
         return damage
 
     def have(self, name: BlobName) -> int:
-        """Return how many bytes of the blob, from its start, are here."""
+        """Return how many bytes of a blob, from its start, are stored."""
         stored = self._blobs.get(name)
         return stored.end if stored else 0
 
     def expected(self, name: BlobName) -> int:
-        """Return the size that a blob will have; 0 if nothing of it is here."""
+        """Return the full size of a blob in bytes; 0 if no chunk of it is stored."""
         stored = self._blobs.get(name)
         return stored.size if stored else 0
 
     def size_of(self, name: BlobName) -> int | None:
-        """Return the size of a blob that is here as a whole, or None."""
+        """Return the size in bytes of a complete blob, or None."""
         stored = self._blobs.get(name)
         return stored.size if stored is not None and stored.end == stored.size else None
 
     def read(self, name: BlobName, start: int, size: int) -> Buffer:
-        """Return bytes of a blob that is here.
+        """Return ``size`` bytes of a blob from ``start`` on.
 
         Raises:
-            LedgerError: those bytes are not here.
+            LedgerError: these bytes are not in the ledger.
         """
         recent = self._recent.get((name, start))
         if recent is not None and size == memoryview(recent).nbytes:
@@ -222,10 +222,10 @@ class BlobStore:
             raise LedgerError(f"blob {name.digest.hex()} of {name.owner} is not in the ledger")
         parts = []
         first = start
-        index = bisect.bisect_right(stored.pieces, start, key=_start_of) - 1
+        index = bisect.bisect_right(stored.chunks, start, key=_start_of) - 1
         while size:
-            segment, offset, piece_start, length = stored.pieces[index]
-            skip = start - piece_start
+            segment, offset, chunk_start, length = stored.chunks[index]
+            skip = start - chunk_start
             take = min(size, length - skip)
             try:
                 data = os.pread(self._files.fd(segment), take, offset + skip)
@@ -234,7 +234,7 @@ class BlobStore:
                 raise io_error("cannot read", error, file, offset + skip) from None
             if len(data) != take:
                 file = segment_path(self._folder, PAYLOAD, segment).name
-                raise LedgerDamage("payload is shorter than its index", file, offset)
+                raise LedgerDamage("the segment is shorter than its index", file, offset)
             parts.append(data)
             start, size, index = start + take, size - take, index + 1
         found = parts[0] if len(parts) == 1 else b"".join(parts)
@@ -242,15 +242,15 @@ class BlobStore:
         return found
 
     def extents(self, name: BlobName) -> tuple[Extent, ...]:
-        """Return where the pieces of a blob lie, in order; none if it is not here as a whole."""
+        """Return the extents of a blob in order; none if it is incomplete."""
         stored = self._blobs.get(name)
         if stored is None or stored.end < stored.size:
             return ()
-        return tuple((segment, offset, length) for segment, offset, _, length in stored.pieces)
+        return tuple((segment, offset, length) for segment, offset, _, length in stored.chunks)
 
     def evict(self, segment: int) -> None:
-        """Let a segment's pages leave the page cache, if it can be done: see `disk.let_go`."""
-        # Deleted, or no descriptor or thread to spare: it costs time only.
+        """Drop a segment's pages from the page cache, if possible: see `page_cache.evict`."""
+        # Failures (a deleted file, no descriptor, no thread) cost only time.
         with contextlib.suppress(LedgerError, OSError, RuntimeError):
             page_cache.evict(self._files.fd(segment))
 
@@ -263,7 +263,7 @@ class BlobStore:
         self._idle.pop(name, None)
         if stored is not None:
             self._pin(stored, pinned=False)
-        for start in [piece[2] for piece in stored.pieces] if stored is not None else ():
+        for start in [chunk[2] for chunk in stored.chunks] if stored is not None else ():
             dropped = self._recent.pop((name, start), b"")
             self._recent_bytes -= memoryview(dropped).nbytes
 
@@ -274,28 +274,15 @@ class BlobStore:
                 self._pins[segment] = self._pins.get(segment, 0) + (1 if pinned else -1)
 
 
-def _start_of(piece: tuple[int, int, int, int]) -> int:
-    return piece[2]
-
-
-def open_payload(folder: Path) -> BlobStore:
-    """Return an index of all blobs in a ledger, for reading.
-
-    Raises:
-        LedgerError: a damaged payload segment, or one that cannot be read.
-    """
-    index = BlobStore(folder)
-    for number in segment_numbers(folder, PAYLOAD):
-        for damage in index.add_segment(number, verify=True):
-            raise damage
-    return index
+def _start_of(chunk: tuple[int, int, int, int]) -> int:
+    return chunk[2]
 
 
 def find_damage(folder: Path) -> LedgerDamage | None:
-    """Return the first damage in a ledger's payload, of which all is read; None if it is whole.
+    """Read all payload of a ledger; return the first damage, or None.
 
     Raises:
-        LedgerError: a segment cannot be read, or is none.
+        LedgerError: a file cannot be read, or is not a segment.
     """
     index = BlobStore(folder)
     for number in segment_numbers(folder, PAYLOAD):

@@ -1,8 +1,8 @@
-"""What the ledger's records say: entries about messages, and pieces of blobs.
+"""The ledger's records: entries about messages, and chunks of blobs.
 
-``messages-*.log`` holds the entries, numbered from 0 without gaps: each accepted message,
-and what became of it. ``payload-*.log`` holds the pieces. From the entries alone follows,
-at every moment: accepted = consumed + pending + refused.
+``messages-*.log`` holds the entries, numbered from 0 without gaps: each accepted message, and
+whether it was consumed or rejected. ``payload-*.log`` holds the chunks. At every entry: accepted =
+consumed + pending + rejected.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ PAYLOAD = "payload"
 
 
 class BlobName(Struct, frozen=True, gc=False):
-    """A blob's full name. Scoped by owner: nobody can pass bytes off as someone else's."""
+    """A blob's full name. The owner is part of it, so no node can supply another node's bytes."""
 
     run: str
     owner: str
@@ -35,24 +35,24 @@ class BlobName(Struct, frozen=True, gc=False):
 
 
 class Entry(Struct, frozen=True, kw_only=True, tag_field="kind", tag=str.lower):
-    """Root of the ledger's entries. ``seq`` counts from 0; ``at`` is in seconds since 1970."""
+    """Base of the ledger's entries. ``seq`` counts from 0; ``at`` is in seconds since 1970."""
 
     seq: int
     at: float
 
 
 class Opened(Entry, frozen=True):
-    """An aggregator has brought a run."""
+    """An aggregator has opened a run."""
 
     run: str
     config: str
     total_clients: int
     identity: str = ""
-    """Drawn when the run was opened; a run of the same id in another ledger has another one."""
+    """Drawn when the run was opened, to distinguish runs with the same id in several ledgers."""
 
 
 class Accepted(Entry, frozen=True):
-    """A message, as the bytes its sender wrote, and the messages that it consumes."""
+    """An accepted message, as the bytes its sender wrote; and the messages that it consumes."""
 
     message: bytes
     consumes: tuple[int, ...] = ()
@@ -61,33 +61,17 @@ class Accepted(Entry, frozen=True):
     run's beginning or its last end. A broker that is killed takes its newer counts with it."""
 
     def read(self) -> Message:
-        """Return the message."""
+        """Decode the message."""
         return decode_message(self.message)
-
-    def find(self, seq: int) -> Accepted | None:
-        """Return this entry, if it has that number."""
-        return self if self.seq == seq else None
 
 
 class AcceptedAll(Entry, frozen=True):
-    """Messages that came together, numbered from ``seq`` on: so many entries in one record."""
+    """Several messages in one record, numbered from ``seq`` on; written by 0.1.0 only."""
 
     messages: Annotated[tuple[bytes, ...], msgspec.Meta(min_length=1)]
 
-    @property
-    def nbytes(self) -> int:
-        """Return the bytes of all messages."""
-        return sum(map(len, self.messages))
-
-    def find(self, seq: int) -> Accepted | None:
-        """Return the entry of a number, if it is one of these."""
-        index = seq - self.seq
-        if not 0 <= index < len(self.messages):
-            return None
-        return Accepted(seq=seq, at=self.at, message=self.messages[index])
-
     def each(self) -> list[Accepted]:
-        """Return them one by one."""
+        """Return the same as single entries."""
         return [
             Accepted(seq=seq, at=self.at, message=data)
             for seq, data in enumerate(self.messages, self.seq)
@@ -95,36 +79,36 @@ class AcceptedAll(Entry, frozen=True):
 
 
 class Consumed(Entry, frozen=True):
-    """A recipient is done with these messages, and will not need them again."""
+    """A recipient has handled these messages, and will not need them again."""
 
     node: str
     of: tuple[int, ...]
 
 
 class Refusal(Entry, frozen=True):
-    """A message was not accepted (``of`` is None), or its recipient could not use it."""
+    """A post was rejected (``of`` is None), or an accepted message was."""
 
     run: str
     node: str
-    """Who refused."""
+    """Name of the node, or the broker, that rejected it."""
     id: str
     reason: str
     of: int | None = None
     dead_lettered: bool = field(name="parked", default=False)
-    """Its recipients died of it, one after the other: nobody is offered it any more."""
+    """Whether it is not delivered any more: too many sessions ended while they handled it."""
     mark: bytes = b""
-    """Of a post that was not accepted, so that it is known again: see `remembered.Mark`."""
+    """Fingerprint of a rejected post, to recognise duplicates: see `PostFingerprint.to_bytes`."""
     code: str = ""
-    """See `rejections.Code`; empty in ledgers of version 0.1.0, which have only the reason."""
+    """See `rejections.Code`; empty in ledgers of 0.1.0, which have only the reason."""
 
     @property
     def known_code(self) -> str:
-        """Return the code, also where an old ledger has only the reason."""
+        """Return the code; for a ledger of 0.1.0, the one of the reason."""
         return code_of(self.code, self.reason)
 
 
 class Ended(Entry, frozen=True):
-    """A run is over. ``nodes``: by name, what the broker counted for each."""
+    """A run has ended. ``nodes``: the broker's counts for each node, by name."""
 
     run: str
     reason: str
@@ -136,7 +120,7 @@ AnyRecord = AnyEntry | AcceptedAll
 
 
 class ChunkRecord(Struct, frozen=True):
-    """Head of a payload record: these data are bytes ``start...`` of a blob of ``size``."""
+    """Head of a payload record: its data are bytes ``start...`` of a blob of ``size`` bytes."""
 
     run: str
     owner: str
@@ -151,10 +135,10 @@ _chunk_decoder = msgspec.msgpack.Decoder(ChunkRecord)
 
 
 def decode_entries(record: Record, path: Path) -> Sequence[AnyEntry]:
-    """Read the entries of a record, mostly one, and check the messages in them.
+    """Decode the entries of a record (usually one), and check the messages in them.
 
     Raises:
-        LedgerDamage: it is none, with segment and offset.
+        LedgerDamage: the record does not hold an entry; with segment and offset.
     """
     found: AnyRecord = _decode(_entry_decoder, record, path)
     entries = found.each() if isinstance(found, AcceptedAll) else [found]
@@ -168,22 +152,22 @@ def decode_entries(record: Record, path: Path) -> Sequence[AnyEntry]:
 
 
 def decode_chunk(record: Record, path: Path) -> ChunkRecord:
-    """Read the head of a payload record.
+    """Decode the head of a payload record.
 
     Raises:
-        LedgerDamage: it is none, with segment and offset.
+        LedgerDamage: the record is not a chunk; with segment and offset.
     """
-    piece: ChunkRecord = _decode(_chunk_decoder, record, path)
-    return piece
+    chunk: ChunkRecord = _decode(_chunk_decoder, record, path)
+    return chunk
 
 
 def segment_path(folder: Path, family: str, number: int) -> Path:
-    """Return the path of a segment: messages by their first entry, payload by count."""
+    """Return the path of a segment; messages are numbered by first entry, payload by count."""
     return folder / f"{family}-{number:020d}.log"
 
 
 def segment_numbers(folder: Path, family: str) -> list[int]:
-    """Return the numbers of the segments of a family, in order; none where there is no folder.
+    """Return the numbers of a family's segments, in order; none if the folder does not exist.
 
     Raises:
         LedgerError: the folder cannot be read.
@@ -200,13 +184,13 @@ def segment_numbers(folder: Path, family: str) -> list[int]:
 
 
 def ledger_folder(folder: Path) -> Path:
-    """Return the folder of the ledger: of a run's folder that in it, or else the folder itself.
+    """Return ``ledger`` within a run's folder, or else the folder itself.
 
     Raises:
-        LedgerError: the folder cannot be looked into.
+        LedgerError: the folder cannot be read.
     """
     try:
-        (folder / "ledger").stat()  # `is_dir` would say no where it is refused to look
+        (folder / "ledger").stat()  # `is_dir` would hide a permission error
     except (FileNotFoundError, NotADirectoryError):
         return folder
     except (OSError, ValueError) as error:

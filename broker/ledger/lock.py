@@ -1,4 +1,4 @@
-"""The lock of a ledger's folder: one broker writes there at a time."""
+"""The lock of a ledger's folder: only one broker writes there at a time."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from pathlib import Path
 from fedmq.broker.errors import LedgerError
 
 LOCK_FILE = "lock"
-"""Locked by the broker that writes here. Its first line is a proof of its place, its second
-says which process that is."""
+"""Locked by the broker that writes to the folder. The first line is a proof, by which nodes
+recognise the folder; the second line names the broker's process."""
 
 _BYTES = 4096
-"""Of the file, at most, that are read."""
+"""Most bytes of the file that are read."""
 
 
 class FolderLock:
-    """Holds the lock of a folder from now on, until `release`.
+    """Holds the lock of a folder until `release`.
 
     Attributes:
-        proof: drawn for this writer, and written into `LOCK_FILE`; empty if it could not be.
+        proof: random text that was written to `LOCK_FILE`; empty if that failed.
 
     Raises:
-        LedgerError: another process holds it, or the operating system refused; which, it says.
+        LedgerError: another process holds the lock, or the file cannot be opened or locked.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -47,15 +47,15 @@ class FolderLock:
         except OSError as error:
             os.close(self._fd)
             raise LedgerError(f"cannot lock {path}: {error.strerror}") from None
-        self.proof = self._leave_proof()
+        self.proof = self._write_proof()
 
     def release(self) -> None:
-        """Let others write here."""
-        with contextlib.suppress(OSError):  # what was written there is of no use any more
+        """Release the lock."""
+        with contextlib.suppress(OSError):  # the lock file has no content that matters any more
             os.close(self._fd)
 
-    def _leave_proof(self) -> str:
-        """Write down a secret that whoever sees it in this folder sees this ledger."""
+    def _write_proof(self) -> str:
+        """Write a random text that proves to its readers that they see this folder."""
         proof = secrets.token_hex(16)
         text = f"{proof}\n{os.getpid()} {socket.gethostname()}\n"
         try:
@@ -67,9 +67,9 @@ class FolderLock:
 
 
 def proof_in(folder: Path) -> str:
-    """Return the proof that stands in a folder; "" if there is none to be seen."""
+    """Return the proof in a folder; "" if it cannot be read."""
     try:
-        # What is no file, such as a pipe, might have a reader wait for ever.
+        # Opening a pipe, for example, could block for ever.
         if not (folder / LOCK_FILE).is_file():
             return ""
         return (folder / LOCK_FILE).read_text().partition("\n")[0]
@@ -78,7 +78,7 @@ def proof_in(folder: Path) -> str:
 
 
 def _holder(fd: int) -> str:
-    """Return which process says that it holds the lock, as a part of a sentence."""
+    """Return the process that the lock file names, for an error; "" if it names none."""
     try:
         lines = os.pread(fd, _BYTES, 0).decode().splitlines()
     except (OSError, ValueError):
@@ -90,7 +90,7 @@ def _holder(fd: int) -> str:
 
 
 def _owner(path: Path) -> str:
-    """Return whose file another user's is, as a part of a sentence."""
+    """Return the owner of another user's file, for an error; "" for a file of this user."""
     try:
         owner = path.stat().st_uid
     except OSError:

@@ -1,8 +1,8 @@
-"""Which segments a ledger's folder should hold, so that one that is missing is missed.
+"""List the segments that a ledger's folder should hold, to detect missing ones.
 
-A text file beside the segments, a line for each that was begun (``+ payload 3``) or that the
-retention policy deleted (``- payload 3``). Ledgers of older releases have none: what is missing
-from them is found only where a later record, or a message that names a blob, tells of it.
+A text file beside the segments has a line for each segment that was begun (``+ payload 3``) or that
+the retention policy deleted (``- payload 3``). Older ledgers have no such file: there, a missing
+segment is found only by a later record, or by a message that names a blob.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _LINE = re.compile(rf"([+-]) ({MESSAGES}|{PAYLOAD}) ([0-9]{{1,20}})")
 _MADE_WITH = "# the segments of this ledger: + begun, - deleted\n"
 
 Name = tuple[str, int]
-"""A segment: its family, and its number."""
+"""(family, number) of a segment."""
 
 
 class Manifest:
@@ -32,11 +32,11 @@ class Manifest:
         folder: of the ledger.
 
     Attributes:
-        exists: whether there is a list; without one nothing is known to be missing.
+        exists: whether the file exists; without it, no segment is known to be missing.
         expected: the segments that were begun and not deleted.
 
     Raises:
-        LedgerError: it cannot be read.
+        LedgerError: the file cannot be read.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -44,7 +44,7 @@ class Manifest:
         self._path = folder / MANIFEST_FILE
         self.expected: set[Name] = set()
         self._unwritten: list[str] = []
-        """Lines for which there was no space: they go with the next ones."""
+        """Lines that did not fit the disk; they are written with the next ones."""
         try:
             text = self._path.read_bytes().decode("ascii", errors="replace")
         except FileNotFoundError:
@@ -54,21 +54,21 @@ class Manifest:
             raise io_error("cannot read", error, self._path.name) from None
         self.exists = True
         for line in text.splitlines():
-            # A line that a crash cut short tells nothing, and does no harm.
+            # A line that a crash has truncated is ignored.
             if match := _LINE.fullmatch(line):
                 sign, family, number = match.groups()
                 change = self.expected.add if sign == "+" else self.expected.discard
                 change((family, int(number)))
 
     def missing(self) -> list[Name]:
-        """Return the segments that should be here and are not."""
+        """Return the expected segments that do not exist."""
         return sorted(self.expected - _present(self._folder))
 
     def begin(self) -> None:
-        """Note what is here and not listed yet; the folder's list begins with the first call.
+        """List the existing segments that are not listed yet; creates the file if needed.
 
         Raises:
-            LedgerError: the list cannot be written.
+            LedgerError: the file cannot be written.
         """
         lines = [f"+ {family} {n}\n" for family, n in sorted(_present(self._folder))]
         if not self.exists:
@@ -80,21 +80,21 @@ class Manifest:
         self.expected |= _present(self._folder)
 
     def add(self, family: str, number: int) -> None:
-        """Note that a segment was begun.
+        """List a segment that was begun.
 
         Raises:
-            LedgerError: the list cannot be written, and not for want of space.
+            LedgerError: the file cannot be written, other than for a full disk.
         """
         if (family, number) not in self.expected:
             self.expected.add((family, number))
             self._append([f"+ {family} {number}\n"])
 
     def remove(self, family: str, number: int) -> None:
-        """Note that a segment is not to be missed; it may be deleted then.
+        """List a segment as deleted, before its deletion.
 
         Raises:
-            LedgerError: the list cannot be written, and not for want of space: to delete a
-                segment makes some.
+            LedgerError: the file cannot be written, other than for a full disk, where deleting
+                the segment makes space.
         """
         self._append([f"- {family} {number}\n"], sync=True)
         self.expected.discard((family, number))
@@ -105,7 +105,7 @@ class Manifest:
             return
         try:
             with self._path.open("ab") as file:
-                # Whatever a crash has left of a line before is a line of its own.
+                # A line that a crash has truncated stays on a line of its own.
                 begin = "\n" if file.tell() else ""
                 file.write((begin + "".join(self._unwritten)).encode())
                 file.flush()
@@ -120,10 +120,10 @@ class Manifest:
 
 
 def check_segments(folder: Path, manifest: Manifest) -> None:
-    """Refuse a folder from which whole segments are gone.
+    """Check that no whole segment is missing.
 
     Raises:
-        LedgerDamage: some are missing.
+        LedgerDamage: segments are missing.
         LedgerError: the folder cannot be read.
     """
     missing = manifest.missing()
@@ -132,24 +132,24 @@ def check_segments(folder: Path, manifest: Manifest) -> None:
         also = f" and {len(names) - 1} more segments are" if len(names) > 1 else " is"
         raise LedgerDamage(f"{names[0]}{also} missing from {folder}")
     if not segment_numbers(folder, MESSAGES) and _holds_records(folder, PAYLOAD):
-        raise LedgerDamage(f"expected messages-*.log beside the payload in {folder}, there is none")
+        raise LedgerDamage(f"expected messages-*.log beside the payload in {folder}, found none")
 
 
 def check_entries(folder: Path) -> None:
-    """Refuse payload beside messages without one whole entry: a run is opened before it.
+    """Check that there are entries if there is payload: a run is opened before its first blob.
 
     Raises:
-        LedgerDamage: it is so, or the entries are damaged.
+        LedgerDamage: there are none, or the first one is damaged.
         LedgerError: the folder cannot be read.
     """
     if not (segment_numbers(folder, MESSAGES) and _holds_records(folder, PAYLOAD)):
         return
     if next(read_entries(folder), None) is None:
-        raise LedgerDamage(f"expected entries beside the payload in {folder}, there are none")
+        raise LedgerDamage(f"expected entries beside the payload in {folder}, found none")
 
 
 def payload_is_gone(folder: Path) -> bool:
-    """Tell whether all payload is gone: of any ledger, one segment is kept.
+    """Return whether all payload is missing: retention always keeps one segment.
 
     Raises:
         LedgerError: the folder cannot be read.

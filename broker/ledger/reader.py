@@ -1,4 +1,4 @@
-"""Reading a ledger's entries: all in order, as they are appended, or one by its number."""
+"""Read a ledger's entries: in order as they are appended, or one by its number."""
 
 from __future__ import annotations
 
@@ -20,25 +20,25 @@ from fedmq.broker.ledger.entries import (
 from fedmq.broker.ledger.records import MAGIC, scan
 
 TornTail = tuple[str, int, int]
-"""What is no whole record at the end of a segment: its file, from where on, how many bytes."""
+"""(file name, offset, size) of the bytes after the last whole record of a segment."""
 _BLOCK = 64
-"""Of this many entries, one has its offset kept in memory; the others are read up to."""
+"""Entries per offset that is kept in memory; a reader scans to the others from there."""
 
 
 def read_entries(folder: Path) -> Iterator[AnyEntry]:
     """Yield the entries of a ledger in order; stops at a torn tail.
 
     Raises:
-        LedgerError: a damaged record, or a number that is missing, with segment and offset.
+        LedgerError: a damaged record, or a missing number; with segment and offset.
     """
     yield from LedgerTail(folder).poll()
 
 
 class LedgerTail:
-    """Reads entries as they are appended; keeps its place between calls.
+    """Reads entries as they are appended; keeps its position between calls.
 
     Attributes:
-        at: where the entry that `poll` yielded last lies: (segment, offset).
+        at: (segment, offset) of the record of the entry that `poll` yielded last.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -47,7 +47,7 @@ class LedgerTail:
         self._offset = len(MAGIC)
         self._next_seq = 0
         self._unread: deque[AnyEntry] = deque()
-        """Of the record at ``at``."""
+        """Entries of the record at ``at`` that were not yielded yet."""
         self.at = (0, 0)
 
     def poll(self) -> Iterator[AnyEntry]:
@@ -82,15 +82,15 @@ class LedgerTail:
             yield self._unread.popleft()
 
     def torn(self) -> TornTail | None:
-        """Return what lies behind the last whole record, or None."""
+        """Return the bytes after the last whole record, or None."""
         if self._first is None:
             return None
         return tail_of(segment_path(self._folder, MESSAGES, self._first), self._offset)
 
     def _enter(self, first: int) -> None:
-        """Go on to a segment, which is named by its first entry.
+        """Continue with a segment, which is named by its first entry.
 
-        The one before it was whole when this was begun: if it ends early, it is damaged.
+        The segment before it was whole when this one was begun: if it ends early, it is damaged.
         """
         expected = self._next_seq
         if first != expected:
@@ -107,12 +107,12 @@ class LedgerTail:
 
 
 def tail_of(path: Path, end: int) -> TornTail | None:
-    """Return what a segment holds behind its last whole record, which ends at ``end``.
+    """Return the bytes of a segment after ``end``, the end of its last whole record; or None.
 
-    A file that does not begin as a segment does (it is too short, or zeros) is all tail.
+    All of a file that does not begin like a segment (too short, or zeros) is its tail.
 
     Raises:
-        LedgerError: it cannot be read.
+        LedgerError: the file cannot be read.
     """
     try:
         with path.open("rb") as file:
@@ -126,27 +126,28 @@ def tail_of(path: Path, end: int) -> TornTail | None:
 
 
 class EntryIndex:
-    """Finds an entry by its number: a few bytes of memory for many entries on disk."""
+    """Finds an entry by its number, with a few bytes of memory for many entries on disk."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._firsts: list[int] = []
-        self._marks: dict[int, array[int]] = {}
+        self._offsets: dict[int, array[int]] = {}
         self._block: list[AnyEntry] = []
 
-    def add(self, seq: int, segment: int, offset: int, count: int = 1) -> None:
-        """Note where so many entries lie in one record, from ``seq`` on; they come in order."""
-        if segment not in self._marks:
+    def add(self, seq: int, segment: int, offset: int) -> None:
+        """Index an entry by the offset of its record; entries come in order."""
+        if segment not in self._offsets:
             self._firsts.append(segment)
-            self._marks[segment] = array("Q")
-        marks = self._marks[segment]
-        marks.extend([offset] * (-(-(seq - segment + count) // _BLOCK) - len(marks)))
+            self._offsets[segment] = array("Q")
+        offsets = self._offsets[segment]
+        if (seq - segment) // _BLOCK == len(offsets):
+            offsets.append(offset)
 
     def read(self, seq: int) -> AnyEntry:
         """Return an entry that is on disk.
 
         Raises:
-            LedgerError: it is not there.
+            LedgerError: there is none with this number, or it cannot be read.
         """
         if not (self._block and self._block[0].seq <= seq <= self._block[-1].seq):
             self._block = self._read_block(seq)
@@ -160,18 +161,18 @@ class EntryIndex:
         if index < 0:
             return []
         segment = self._firsts[index]
-        marks, number = self._marks[segment], (seq - segment) // _BLOCK
-        if number >= len(marks):
+        offsets, number = self._offsets[segment], (seq - segment) // _BLOCK
+        if number >= len(offsets):
             return []
         path = segment_path(self._folder, MESSAGES, segment)
         block: list[AnyEntry] = []
         try:
-            for record in scan(path, marks[number]):
+            for record in scan(path, offsets[number]):
                 block += decode_entries(record, path)
                 if block[-1].seq - segment >= (number + 1) * _BLOCK - 1:
                     break
         except LedgerError:
-            # Damage does not take with it what lies before.
+            # Damage does not affect the entries before it.
             if not (block and seq <= block[-1].seq):
                 raise
         return block

@@ -9,11 +9,11 @@ A segment starts with 16 bytes, ``FEDMQLOG`` and the format version. A record is
     head         a msgpack map
     data         raw bytes, possibly none
 
-A crash can cut the last record short, or leave zeros from somewhere in it to the end of the
-file: a *torn tail*, which is cut off when the segment is opened for writing. A bad record that
-others follow is *damage*, and is reported with segment and offset. (The lengths have a check of
-their own, so that a damaged length is not taken for a record that was cut short.) `scan` stops
-there; `walk` finds the next whole record behind it.
+A crash can truncate the last record, or leave zeros from within it to the end of the file: a *torn
+tail*, which is removed when the segment is opened for writing. An invalid record that others follow
+is *damage*, and is reported with segment and offset. (The lengths have a checksum of their own, so
+that a damaged length is not mistaken for a truncated record.) `scan` stops there; `walk` finds the
+next whole record after it.
 """
 
 from __future__ import annotations
@@ -35,16 +35,16 @@ from fedmq.broker.wire.schema import CHUNK_BYTES, MAX_HEADER_BYTES, Buffer
 MAGIC = b"FEDMQLOG" + struct.pack("<II", 1, 0)
 _PREFIX = struct.Struct("<IIIQ")
 _LENGTHS = struct.Struct("<II")
-# A head holds a whole message plus a few fields of the ledger's own.
+# A head holds a whole message and a few fields of the ledger.
 _MAX_HEAD = 2 * MAX_HEADER_BYTES
 _MAX_DATA = CHUNK_BYTES
 _BLOCK = 1 << 20
-"""So much is read at a time where the next record is looked for."""
+"""Bytes that are read at a time while searching for the next record."""
 
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """Where a record lies and what its head says; its data are read when wanted."""
+    """The position and the head of a record; the data are not read."""
 
     offset: int
     head: bytes
@@ -58,10 +58,10 @@ class Record:
 
 
 def pack(head: bytes, data: Buffer = b"") -> bytes:
-    """Return all of a record that stands before its data.
+    """Return the bytes of a record up to its data: lengths, checksums and head.
 
     Raises:
-        LedgerError: the head is larger than `scan` would read.
+        LedgerError: the head is larger than the limit of readers.
     """
     if len(head) > _MAX_HEAD:
         raise LedgerError(f"expected a head of at most {_MAX_HEAD} bytes, got {len(head)}")
@@ -71,21 +71,21 @@ def pack(head: bytes, data: Buffer = b"") -> bytes:
 
 
 class DamageKind(StrEnum):
-    """What is wrong with bytes that are no record."""
+    """What is wrong with bytes that are not a valid record."""
 
     TORN = "torn"
-    """The end of a segment, as a crash leaves it: cut short, or zeros to the end."""
+    """The end of a segment after a crash: a truncated record, or zeros to the end."""
     LAST = "last"
-    """The last record is as long as it says and does not end in zeros, but it is not what was
-    written. A broker that was killed leaves no such thing behind."""
+    """The last record has its full length and does not end in zeros, but its checksum does not
+    match. A killed broker does not leave this behind."""
     LENGTHS = "lengths"
     CHECKSUM = "checksum"
     FORMAT = "format"
 
 
 _SENTENCES = {
-    DamageKind.TORN: "no whole record: the end was cut short, or is zeros",
-    DamageKind.LAST: "damaged record: its checksum does not match, and it is the last one",
+    DamageKind.TORN: "incomplete record: truncated, or zeros to the end",
+    DamageKind.LAST: "damaged record: the checksum of the last record does not match",
     DamageKind.LENGTHS: "damaged record: its lengths are wrong",
     DamageKind.CHECKSUM: "damaged record: its checksum does not match",
     DamageKind.FORMAT: "not a ledger segment of this format",
@@ -94,9 +94,9 @@ _SENTENCES = {
 
 @dataclass(frozen=True, slots=True)
 class DamagedRange:
-    """Bytes of a segment that are no record, from ``offset`` up to ``end``.
+    """Bytes of a segment that are not a valid record, from ``offset`` up to ``end``.
 
-    full_length: the record's lengths are good, and all of its bytes are there.
+    full_length: whether the record's lengths are valid and all of its bytes exist.
     """
 
     fault: DamageKind
@@ -106,24 +106,23 @@ class DamagedRange:
 
     @property
     def at_end(self) -> bool:
-        """Tell whether a reader of a ledger that is being written simply stops here."""
+        """Return whether a reader stops here without an error: the record may be being written."""
         return self.fault in (DamageKind.TORN, DamageKind.LAST)
 
     def error(self, path: Path) -> LedgerDamage:
-        """Return what to raise about it."""
+        """Return the exception for this damage."""
         return LedgerDamage(_SENTENCES[self.fault], path.name, self.offset)
 
 
 def scan(path: Path, start: int = len(MAGIC), *, verify_data: bool = True) -> Iterator[Record]:
-    """Yield the whole records of a segment from byte ``start`` on, then stop.
+    """Yield the whole records of a segment from byte ``start`` on.
 
-    It stops without an error at a torn tail; `Record.end` of the last one says where.
-    Without ``verify_data``, records that carry data are taken by their lengths alone,
-    which is how an index is built without reading every payload.
+    Stops without an error at a torn tail, which begins at `Record.end` of the last record. Without
+    ``verify_data``, the data are skipped, so that an index is built without reading all payload.
 
     Raises:
-        LedgerDamage: not a segment, or a bad record that is not the torn tail.
-        LedgerError: it cannot be read.
+        LedgerDamage: the file is not a segment, or has an invalid record before its tail.
+        LedgerError: the file cannot be read.
     """
     for found in walk(path, start, verify_data=verify_data, resync=False):
         if isinstance(found, Record):
@@ -137,18 +136,18 @@ def scan(path: Path, start: int = len(MAGIC), *, verify_data: bool = True) -> It
 def walk(
     path: Path, start: int = len(MAGIC), *, verify_data: bool = True, resync: bool = True
 ) -> Iterator[Record | DamagedRange]:
-    """Yield all of a segment from byte ``start`` on: whole records, and what lies between them.
+    """Yield all of a segment from byte ``start`` on: whole records, and the damage between them.
 
     Args:
         path: the segment.
-        start: where a record begins.
+        start: offset of a record.
         verify_data: as for `scan`.
-        resync: look for the next whole record behind damage; otherwise damage is the last
-            thing to come, and goes on to the end of the segment.
+        resync: search for the next whole record after damage; otherwise the first damage extends
+            to the end of the segment, and is the last item.
 
     Raises:
-        LedgerDamage: the file is no segment, and no record begins where the first one should.
-        LedgerError: it cannot be read.
+        LedgerDamage: the file is not a segment, and no record begins where the first one should.
+        LedgerError: the file cannot be read.
     """
     offset = start
     try:
@@ -166,7 +165,7 @@ def walk(
             while offset < size:
                 found = _record(file, offset, size, verify_data=verify_data)
                 if found is None:
-                    return  # a writer took back what it could not write whole
+                    return  # the writer has truncated an incomplete write
                 if isinstance(found, DamagedRange) and found.fault is DamageKind.LENGTHS:
                     end = _next_whole(file, offset + 1, size) if resync else size
                     found = DamagedRange(found.fault, offset, end)
@@ -183,7 +182,7 @@ def walk(
 
 
 def _check_magic(file: BinaryIO, size: int) -> DamagedRange | None:
-    """Return what is wrong with the first bytes of a segment; None if nothing is."""
+    """Return what is wrong with the first bytes of a segment, or None."""
     magic = file.read(len(MAGIC))
     if magic == MAGIC[: len(magic)]:
         return DamagedRange(DamageKind.TORN, 0, size) if 0 < size < len(MAGIC) else None
@@ -196,10 +195,10 @@ def _check_magic(file: BinaryIO, size: int) -> DamagedRange | None:
 def _record(
     file: BinaryIO, offset: int, size: int, *, verify_data: bool
 ) -> Record | DamagedRange | None:
-    """Return what begins at an offset of a file of this size; None if it has shrunk.
+    """Return the record or damage at an offset of a file of this size; None if it has shrunk.
 
-    The file is read from there on; unless it is the data of a record that are left out, it is
-    read to the record's end.
+    The file's position must be the offset; afterwards it is the end of the record, or the end of
+    its head if the data were skipped.
     """
     if offset + _PREFIX.size > size:
         return DamagedRange(DamageKind.TORN, offset, size)
@@ -233,11 +232,11 @@ def _whole(file: BinaryIO, offset: int, size: int) -> bool:
 
 
 def _next_whole(file: BinaryIO, start: int, size: int) -> int:
-    """Return where the next whole record begins, or ``size`` if none does."""
+    """Return the offset of the next whole record, or ``size`` if there is none."""
     while start < size:
         file.seek(start)
         block = np.frombuffer(file.read(_BLOCK), np.uint8)
-        # The high bytes of lengths within the limits are these; hardly anything else is.
+        # Valid lengths have small high bytes; few other bytes look like this.
         count = max(0, len(block) - 7)
         byte = [block[at : at + count] for at in range(8)]
         likely = (byte[3] == 0) & (byte[2] <= _MAX_HEAD >> 16)
@@ -263,10 +262,10 @@ def _checksum(head: bytes, data: Buffer) -> int:
 def _is_zero(file: BinaryIO, start: int, end: int) -> bool:
     file.seek(start)
     while start < end:
-        piece = file.read(min(1 << 16, end - start))
-        if piece.strip(b"\0"):
+        block = file.read(min(1 << 16, end - start))
+        if block.strip(b"\0"):
             return False
-        if not piece:
+        if not block:
             return True  # it has shrunk
-        start += len(piece)
+        start += len(block)
     return True

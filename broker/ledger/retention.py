@@ -1,4 +1,4 @@
-"""Which payload a ledger keeps: how large its segments are, and which of them are deleted."""
+"""Limit the payload of a ledger: the size of its segments, and the deletion of old ones."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ class RetentionPolicy:
 
     Args:
         folder: of the ledger.
-        limit: bytes of payload; 0 keeps what unfinished messages need, `EVERYTHING` all.
+        limit: most bytes of payload; 0 keeps what unfinished messages need, `EVERYTHING` all.
     """
 
     def __init__(self, folder: Path, limit: int | None) -> None:
         self._folder, self._limit = folder, limit
 
     def segment_bytes(self, largest: int) -> int:
-        """Return how large a segment is when it is full: so large, or less if the limit asks."""
+        """Return the size of a full segment: ``largest``, or less for a small limit."""
         if not self._limit:
             return largest
         return min(largest, max(self._limit // RETAINED_SEGMENTS, LEAST_SEGMENT_BYTES))
 
     def apply(self, remove: Callable[[int], bool]) -> None:
-        """Delete the oldest full segments, until there is room below the limit for another one.
+        """Delete the oldest full segments until another one fits the limit.
 
         Args:
-            remove: deletes a segment by its number, unless it is needed; tells whether it did.
+            remove: deletes a segment by its number, unless it is needed; returns whether it did.
 
         Raises:
             LedgerError: the folder cannot be read, or a segment cannot be deleted.
@@ -41,10 +41,10 @@ class RetentionPolicy:
         numbers = segment_numbers(self._folder, PAYLOAD)
         sizes = {number: self._size(number) for number in numbers}
         total = sum(sizes.values())
-        # The one that is begun now will become as large as the one before it.
-        room = sizes[numbers[-2]] if len(numbers) > 1 else 0
+        # The new segment will become as large as the one before it.
+        next_size = sizes[numbers[-2]] if len(numbers) > 1 else 0
         for number in numbers[:-1]:
-            if total + room <= self._limit:
+            if total + next_size <= self._limit:
                 return
             if remove(number):
                 total -= sizes[number]

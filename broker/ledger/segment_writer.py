@@ -1,4 +1,4 @@
-"""A segment file that is open for appending, and bytes that are kept when one is cut."""
+"""Append to a segment file, and set aside the bytes that are cut from it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fedmq.broker.ledger.records import MAGIC, DamagedRange, DamageKind, Record,
 from fedmq.broker.wire.schema import Buffer
 
 _BLOCK = 4 << 20
-"""Bytes that are copied at a time."""
+"""Bytes copied at a time."""
 
 
 class Segment:
@@ -23,19 +23,19 @@ class Segment:
 
     Args:
         path: the file.
-        each: is given every record that is there already, in order.
-        over_damage: damaged records stay where they are, and are passed over. Otherwise a
-            segment with one is not opened.
+        each: called with every existing record, in order.
+        over_damage: whether to skip damaged records and leave them in place; otherwise, damage is
+            an error.
 
     Attributes:
         path: the file.
         size: bytes in whole records, magic included.
-        cut: bytes of torn tail that opening removed.
-        damage: what was passed over.
+        cut: bytes of the torn tail that opening has removed.
+        damage: the skipped damage.
 
     Raises:
-        LedgerDamage: the file is no segment, or is damaged.
-        LedgerError: it cannot be read or written.
+        LedgerDamage: the file is not a segment, or is damaged.
+        LedgerError: the file cannot be read or written.
     """
 
     def __init__(
@@ -48,8 +48,8 @@ class Segment:
         self.path = path
         self.cut = 0
         self.damage: list[DamagedRange] = []
-        self._overhang = False
-        """Whether a failed write could not be taken back, and still lies behind ``size``."""
+        self._has_excess = False
+        """Whether bytes of a failed write, which could not be truncated, follow after ``size``."""
         try:
             self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
         except OSError as error:
@@ -61,7 +61,7 @@ class Segment:
             raise
 
     def _begin(self, each: Callable[[Record], None] | None, *, over_damage: bool) -> None:
-        """Find the end of the last whole record, and cut what is behind it."""
+        """Find the end of the last whole record, and truncate the file there."""
         self.size = 0
         tail: DamagedRange | None = None
         if self._length() >= len(MAGIC):
@@ -84,7 +84,7 @@ class Segment:
         if self.cut:
             if tail is not None and tail.full_length:
                 set_aside(self.path, tail.offset, tail.end)
-            self._take_back()
+            self._truncate()
         if not self.size:
             self._write([MAGIC])
 
@@ -101,8 +101,8 @@ class Segment:
         """Wait until everything appended is on the device.
 
         Raises:
-            LedgerError: the device did not take it. Whether it is there will never be known:
-                the kernel tells of a failed write once, and may have dropped what it was.
+            LedgerError: the sync failed. Whether the data are on the device cannot be found
+                out: the kernel reports a failed write once, and may have dropped the data.
         """
         try:
             os.fsync(self._fd)
@@ -114,7 +114,7 @@ class Segment:
         """Close the file.
 
         Raises:
-            LedgerError: the operating system says that something was not written.
+            LedgerError: the operating system reports that a write has failed.
         """
         try:
             os.close(self._fd)
@@ -127,17 +127,17 @@ class Segment:
         except OSError as error:
             raise io_error("cannot read", error, self.path.name) from None
 
-    def _take_back(self) -> None:
-        """Cut the file behind the last whole record."""
+    def _truncate(self) -> None:
+        """Truncate the file after the last whole record."""
         try:
             os.ftruncate(self._fd, self.size)
         except OSError as error:
             raise io_error("cannot cut", error, self.path.name, self.size) from None
-        self._overhang = False
+        self._has_excess = False
 
     def _write(self, buffers: Sequence[Buffer]) -> None:
-        if self._overhang:
-            self._take_back()
+        if self._has_excess:
+            self._truncate()
         views = [memoryview(buffer).cast("B") for buffer in buffers]
         total = 0
         try:
@@ -149,18 +149,18 @@ class Segment:
                 if written:
                     views[0] = views[0][written:]
         except OSError as error:
-            self._overhang = True
-            with contextlib.suppress(LedgerError):  # it is tried again before the next write
-                self._take_back()
+            self._has_excess = True
+            with contextlib.suppress(LedgerError):  # tried again before the next write
+                self._truncate()
             raise io_error("cannot write", error, self.path.name, self.size) from None
         self.size += total
 
 
 def set_aside(path: Path, start: int, end: int) -> Path:
-    """Copy bytes that are to be cut from a segment into a file beside it; return that file.
+    """Copy bytes that will be cut from a segment to a file beside it; return that file.
 
     Raises:
-        LedgerError: they cannot be read, or the copy cannot be written.
+        LedgerError: the bytes cannot be read, or the copy cannot be written.
     """
     copy = unused_name(path, f"cut-{start}")
     try:
@@ -174,7 +174,7 @@ def set_aside(path: Path, start: int, end: int) -> Path:
 
 
 def copy_bytes(source: BinaryIO, target: BinaryIO, start: int, end: int) -> None:
-    """Append bytes of one file to another, as far as they are there."""
+    """Append the bytes of one file from ``start`` to ``end`` to another; fewer at its end."""
     source.seek(start)
     while start < end and (block := source.read(min(_BLOCK, end - start))):
         target.write(block)
@@ -182,7 +182,7 @@ def copy_bytes(source: BinaryIO, target: BinaryIO, start: int, end: int) -> None
 
 
 def unused_name(path: Path, suffix: str) -> Path:
-    """Return a name beside a file that is not taken."""
+    """Return an unused path beside a file, with a suffix."""
     unused, number = path.with_name(f"{path.name}.{suffix}"), 1
     while unused.exists():
         number += 1
@@ -194,7 +194,7 @@ def sync_folder(folder: Path) -> None:
     """Wait until the names of a folder's files are on the device.
 
     Raises:
-        LedgerError: the device did not take them.
+        LedgerError: the sync failed.
     """
     try:
         fd = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
@@ -203,5 +203,5 @@ def sync_folder(folder: Path) -> None:
         finally:
             os.close(fd)
     except OSError as error:
-        # Not NoSpace: a sync that failed is not tried again.
+        # Not NoSpace: a failed sync must not be retried.
         raise LedgerError(f"cannot sync {folder}: {error.strerror}") from None

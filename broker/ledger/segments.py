@@ -1,4 +1,4 @@
-"""Open files of payload segments, for reading: the ones used last stay open."""
+"""Open payload segments for reading, and keep some of them open."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from fedmq.broker.ledger.entries import PAYLOAD, segment_path
 
 
 class SegmentFiles:
-    """The payload segments of a folder, opened as they are asked for.
+    """The payload segments of a folder, opened on demand.
 
     Args:
         folder: of the ledger.
-        limit: how many stay open.
+        limit: most open files; the one opened first is closed first.
     """
 
     def __init__(self, folder: Path, limit: int) -> None:
@@ -26,7 +26,7 @@ class SegmentFiles:
         """Return a segment's file descriptor.
 
         Raises:
-            LedgerError: it cannot be opened.
+            LedgerError: the file cannot be opened.
         """
         if segment not in self._fds:
             if len(self._fds) >= self._limit:
@@ -39,13 +39,13 @@ class SegmentFiles:
         return self._fds[segment]
 
     def close(self, segment: int) -> None:
-        """Close one, if it is open."""
+        """Close a segment if it is open."""
         fd = self._fds.pop(segment, None)
         if fd is not None:
-            with contextlib.suppress(OSError):  # nothing was written to it
+            with contextlib.suppress(OSError):  # nothing was written
                 os.close(fd)
 
     def close_all(self) -> None:
-        """Close all of them."""
+        """Close all segments."""
         for segment in list(self._fds):
             self.close(segment)

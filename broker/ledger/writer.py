@@ -1,14 +1,15 @@
-"""The ledger: one ordered, append-only record of everything that a broker accepted.
+"""Write the ledger: the ordered, append-only record of everything that a broker accepted.
 
-Two families of segments lie in its folder: entries, numbered from 0 without gaps, and the
-pieces of blobs, each blob stored once. A message is written after all of its blobs. So
-headers can be kept for ever and payloads dropped, a large blob can be resumed after a
-crash from the pieces that are there, and a reader can follow the tail.
+Its folder has two families of segments: entries, numbered from 0 without gaps, and chunks of blobs,
+each blob stored once. A message is written after all of its blobs. So messages can be kept for ever
+while payload is deleted, the upload of a large blob resumes after a crash from the stored chunks,
+and a reader can follow the tail.
 """
 
 from __future__ import annotations
 
 import contextlib
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -20,7 +21,6 @@ from fedmq.broker.ledger.entries import (
     MESSAGES,
     PAYLOAD,
     Accepted,
-    AcceptedAll,
     AnyEntry,
     BlobName,
     ChunkRecord,
@@ -35,7 +35,6 @@ from fedmq.broker.ledger.entries import (
 from fedmq.broker.ledger.lock import FolderLock
 from fedmq.broker.ledger.manifest import Manifest, check_segments, payload_is_gone
 from fedmq.broker.ledger.reader import EntryIndex, LedgerTail
-from fedmq.broker.ledger.recent_messages import RecentMessages
 from fedmq.broker.ledger.records import Record, pack
 from fedmq.broker.ledger.retention import RetentionPolicy
 from fedmq.broker.ledger.segment_writer import Segment, sync_folder
@@ -49,21 +48,20 @@ _RECENT_BYTES = 4 << 20
 
 
 class Ledger:
-    """The ledger of one broker, open for appending. One writer at a time.
+    """The ledger of one broker, open for appending by a single writer.
 
-    Appends are gathered and written together by `commit`, payload before messages.
+    Appends are queued, and written together by `commit`, payload before messages.
 
     Args:
-        folder: where it lies; made if need be.
-        each: is given every entry that is there already, in order.
+        folder: of the ledger; created if it does not exist.
+        each: called with every existing entry, in order.
         retain_bytes: full payload segments that no unfinished message needs are deleted,
             oldest first, while all of them together are larger; `EVERYTHING` deletes none.
 
     Attributes:
         next_seq: number of the next entry.
-        cut_bytes: bytes of torn tails that opening removed.
-        damage: damaged places in the payload that is here. It is passed over: a blob
-            that it belongs to is not here as a whole.
+        cut_bytes: bytes of torn tails that opening has removed.
+        damage: damage of the payload, which is skipped: its blobs are incomplete.
         proof: see `FolderLock`.
 
     Raises:
@@ -85,16 +83,17 @@ class Ledger:
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise LedgerError(f"cannot make {folder}: {error.strerror}") from None
+            raise LedgerError(f"cannot create {folder}: {error.strerror}") from None
         self._retention = RetentionPolicy(folder, retain_bytes)
         self.payload = BlobStore(folder)
         self._messages: list[Buffer] = []
         self._first_queued = 0
-        self._pieces: list[Buffer] = []
+        self._chunks: list[Buffer] = []
         self._entries = EntryIndex(folder)
-        self._positions: list[tuple[int, int, int]] = []
-        self._recent = RecentMessages()
-        # What another broker wrote here may not be on the device either.
+        self._positions: list[tuple[int, int]] = []
+        self._recent: OrderedDict[int, Accepted] = OrderedDict()
+        self._recent_bytes = 0
+        # The writes of an earlier broker may not be on the device either.
         self._unsynced = self._unsynced_messages = self._unsynced_folder = True
         self._uses: dict[int, tuple[BlobName, ...]] = {}
         with contextlib.ExitStack() as opened:
@@ -113,16 +112,16 @@ class Ledger:
             self._open_payload()
             opened.callback(self._payload_file.close)
             self._manifest.begin()
-            follower = LedgerTail(folder)
-            for entry in follower.poll():
-                self._entries.add(entry.seq, *follower.at)
+            tail = LedgerTail(folder)
+            for entry in tail.poll():
+                self._entries.add(entry.seq, *tail.at)
                 self.next_seq = entry.seq + 1
                 if each is not None:
                     each(entry)
             opened.pop_all()
 
     def _open_payload(self) -> None:
-        """Index all payload there is, and open the last segment for appending."""
+        """Index all payload, and open the last segment for appending."""
         numbers = segment_numbers(self.folder, PAYLOAD)
         for number in numbers[:-1]:
             self.damage += self.payload.add_segment(number)
@@ -131,44 +130,41 @@ class Ledger:
 
         def note(record: Record) -> None:
             try:
-                piece = decode_chunk(record, path)
+                chunk = decode_chunk(record, path)
             except LedgerDamage as error:
                 self.damage.append(error)
             else:
-                self.payload.add(piece, last, record.data_offset, record.data_length)
+                self.payload.add(chunk, last, record.data_offset, record.data_length)
 
         self._payload_file = Segment(path, note, over_damage=True)
         self.cut_bytes += self._payload_file.cut
         self.damage += [gap.error(path) for gap in self._payload_file.damage]
-        self._piece_end = self._payload_file.size
+        self._chunk_end = self._payload_file.size
 
     def append(self, entry: Entry) -> None:
-        """Queue an entry, or many in one record; its number must be the next one."""
+        """Queue an entry; its number must be the next one."""
         if entry.seq != self.next_seq:
             raise LedgerError(f"expected entry {self.next_seq}, got {entry.seq}")
         if not self._messages:
             self._first_queued = entry.seq
         record = pack(encode_record(entry))
         self._messages.append(record)
-        count = 1
         match entry:
             case Accepted(consumes=consumes):
-                self._recent.add(entry)
+                self._recent[entry.seq] = entry
+                self._recent_bytes += len(entry.message)
                 self._finish(consumes)
-            case AcceptedAll(messages=messages):
-                self._recent.add(entry)
-                count = len(messages)
             case Consumed(of=of):
                 self._finish(of)
             case Ended(run=run):
                 self._finish([seq for seq, names in self._uses.items() if names[0].run == run])
-        self._positions.append((entry.seq, len(record), count))
-        self.next_seq += count
+        self._positions.append((entry.seq, len(record)))
+        self.next_seq += 1
 
     def use(self, seq: int, names: Sequence[BlobName], *, kept: bool = True) -> None:
-        """Keep these blobs until entry ``seq``, the message that names them, is consumed.
+        """Keep blobs until the message ``seq`` that names them is consumed.
 
-        If it is not ``kept``, they are not needed any more.
+        If it is not ``kept``, they may be deleted at once.
         """
         if names:
             self._uses[seq] = tuple(names)
@@ -178,88 +174,88 @@ class Ledger:
                 self._finish((seq,))
 
     def read(self, seq: int) -> Accepted:
-        """Return an accepted message by its number.
+        """Return an accepted message by its number, written or queued.
 
         Raises:
-            LedgerError: there is none of this number.
+            LedgerError: there is no message with this number.
         """
-        entry = self._recent.find(seq) or self._entries.read(seq)
+        entry = self._recent.get(seq) or self._entries.read(seq)
         if not isinstance(entry, Accepted):
-            raise LedgerError(f"entry {seq} is no message")
+            raise LedgerError(f"entry {seq} is not a message")
         return entry
 
     def size_of(self, name: BlobName) -> int | None:
-        """Return the size of a blob that is here as a whole, or None."""
+        """Return the size in bytes of a complete blob, or None."""
         return self.payload.size_of(name)
 
     def extents(self, name: BlobName) -> tuple[Extent, ...]:
-        """Return where a blob can be read in the files, in pieces; none if not all is written."""
-        places = self.payload.extents(name)
-        if places and places[-1][0] == self._payload_number:
-            _, offset, length = places[-1]
+        """Return the extents of a blob in the files; none if not all of it is written."""
+        extents = self.payload.extents(name)
+        if extents and extents[-1][0] == self._payload_number:
+            _, offset, length = extents[-1]
             if offset + length > self._payload_file.size:
                 return ()
-        return places
+        return extents
 
     def have(self, name: BlobName) -> int:
-        """Return how many bytes of the blob, from its start, are here."""
+        """Return how many bytes of a blob, from its start, are stored."""
         return self.payload.have(name)
 
     def resume(self, name: BlobName, size: int) -> tuple[int, xxhash.xxh3_128]:
-        """Return how many bytes of a blob, from its start, are here, and their hash so far."""
+        """Return how many bytes of a blob, from its start, are stored, and their hash."""
         if self.payload.expected(name) not in (0, size):
             self.discard(name, self.payload.expected(name))
-        if self._pieces and self.payload.have(name):
+        if self._chunks and self.payload.have(name):
             try:
-                self._write_pieces()
+                self._write_chunks()
             except LedgerError:
-                # What cannot be read back now cannot be hashed, and must not be used.
+                # Unwritten chunks cannot be read back and hashed.
                 self.discard(name, self.payload.expected(name))
         try:
             return self.payload.resume(name)
         except LedgerError:
-            # As above: the device refuses, or the file is shorter than it was.
+            # As above: a read error, or the file has become shorter.
             self.discard(name, self.payload.expected(name))
             return self.payload.resume(name)
 
     def unpin(self, names: Sequence[BlobName]) -> None:
-        """Do not keep these blobs for a message that was to name them."""
+        """Stop keeping blobs whose message will not be accepted now."""
         for name in names:
             self.payload.unpin(name)
 
     def put(self, name: BlobName, size: int, start: int, data: Buffer) -> None:
-        """Queue a piece of a blob of ``size`` bytes; ``data`` must stay as it is until `commit`."""
-        piece = ChunkRecord(name.run, name.owner, name.digest, size, start)
-        record = pack(encode_record(piece), data)
+        """Queue a chunk of a blob of ``size`` bytes; ``data`` must not change before `commit`."""
+        chunk = ChunkRecord(name.run, name.owner, name.digest, size, start)
+        record = pack(encode_record(chunk), data)
         length = memoryview(data).nbytes
-        self._pieces.append(record)
+        self._chunks.append(record)
         if length:
-            self._pieces.append(data)
-        begin = self._piece_end + len(record)
-        self._piece_end = begin + length
-        self.payload.add(piece, self._payload_number, begin, length, arriving=True)
+            self._chunks.append(data)
+        begin = self._chunk_end + len(record)
+        self._chunk_end = begin + length
+        self.payload.add(chunk, self._payload_number, begin, length, arriving=True)
         if length:
             self.payload.remember(name, start, data)
 
     def discard(self, name: BlobName, size: int) -> None:
-        """Queue a note that the pieces of a blob so far are not to be used."""
+        """Queue a record that discards the chunks of a blob so far."""
         self.put(name, size, 0, b"")
 
     def commit(self, *, sync: bool = False) -> None:
         """Write everything that is queued; with ``sync``, wait for the device as well.
 
         Raises:
-            NoSpace: the disk is full; what is queued stays so.
+            NoSpace: the disk is full; the queue is kept.
             LedgerError: the operating system refused the write.
         """
-        if self._pieces:
-            self._write_pieces()
+        if self._chunks:
+            self._write_chunks()
         if sync and self._unsynced_folder:
             # The names of new segments.
             sync_folder(self.folder)
             self._unsynced_folder = False
         if sync and self._unsynced:
-            # Before the messages: a message on the device has its blobs there.
+            # Before the messages, so that a message on the device has its blobs there.
             self._payload_file.sync()
             self._unsynced = False
         if self._messages:
@@ -271,9 +267,9 @@ class Ledger:
         if self._payload_file.size > self._retention.segment_bytes(_PAYLOAD_SEGMENT_BYTES):
             self._next_payload_segment()
 
-    def _write_pieces(self) -> None:
-        self._payload_file.append(self._pieces)
-        self._pieces = []
+    def _write_chunks(self) -> None:
+        self._payload_file.append(self._chunks)
+        self._chunks = []
         self._unsynced = True
 
     def _write_messages(self) -> None:
@@ -284,36 +280,37 @@ class Ledger:
         offset = self._messages_file.size
         self._messages_file.append([b"".join(self._messages)])
         self._messages = []
-        for seq, length, count in self._positions:
-            self._entries.add(seq, self._messages_number, offset, count)
+        for seq, length in self._positions:
+            self._entries.add(seq, self._messages_number, offset)
             offset += length
         self._positions.clear()
-        while self._recent.nbytes > _RECENT_BYTES:
-            self._recent.drop_oldest()
+        while self._recent_bytes > _RECENT_BYTES:
+            _, dropped = self._recent.popitem(last=False)
+            self._recent_bytes -= len(dropped.message)
 
     def _next_payload_segment(self) -> None:
         number = self._payload_number + 1
         try:
             fresh = self._open(PAYLOAD, number)
         except LedgerError:
-            return  # the disk is full: this one goes on growing until there is room
+            return  # the disk is full: the present segment grows until there is space
         self._payload_file.close()
         self.payload.evict(self._payload_number)
         self.payload.evict(self._payload_number - _CACHED_SEGMENTS)
         self._payload_file, self._payload_number = fresh, number
-        self._piece_end = fresh.size
+        self._chunk_end = fresh.size
         self._retention.apply(self._delete)
 
     def close(self) -> None:
         """Write what is queued and close the files.
 
         Raises:
-            LedgerError: not everything could be written; the files are closed all the same.
+            LedgerError: not everything could be written; the files are closed nevertheless.
         """
         with contextlib.ExitStack() as last:
             last.callback(self._lock.release)
             last.callback(self.payload.close)
-            # These may be others after the commit.
+            # The commit may replace these files.
             last.callback(lambda: self._messages_file.close())
             last.callback(lambda: self._payload_file.close())
             self.commit()
@@ -324,7 +321,7 @@ class Ledger:
                 self.payload.finish(name)
 
     def _delete(self, number: int) -> bool:
-        """Delete a payload segment that nobody needs; tell whether it was one."""
+        """Delete a payload segment unless it is needed; return whether it was deleted."""
         if self.payload.needs_segment(number):
             return False
         self._manifest.remove(PAYLOAD, number)

@@ -1,1 +1,1 @@
-"""A node's side of the wire: the Link core, its DEALER loop, and the link that programs use."""
+"""A node's connection to its broker: the Link core, its DEALER loop, and `NodeLink`."""

@@ -1,6 +1,6 @@
-"""Whether a node is connected to its run, and when a person should hear that it is not.
+"""Track whether a node is connected to its run, and when to report that it is not.
 
-Pure, as the Link core that it belongs to: the time is an argument.
+Part of the Link core and pure like it: the time is an argument.
 """
 
 from __future__ import annotations
@@ -13,66 +13,65 @@ from fedmq.broker.wire.schema import Serving, StorageFull, Wait
 
 _FIRST_REPORTS_S = (3.0, 10.0, 30.0)
 _EACH_S = 60.0
-"""Between the reports after those."""
+"""Time between later reports."""
 _ANSWER_LASTS_S = 5.0
-"""A broker that answers is asked each second: it has gone if it says nothing for this long."""
+"""Silence after which a broker that has answered is gone: the node sends Hello each second."""
 
 _STOPPED_S = 5.0
-"""A wake that comes later than this: this node was stopped, and did not wait meanwhile."""
+"""A wake later than this means that this node was suspended; that time does not count."""
 
 
 class _Mode(enum.Enum):
     SILENT = enum.auto()
-    """Nothing answers."""
+    """The broker does not answer."""
     ANSWERED = enum.auto()
-    """The broker answers, but the node cannot take part now."""
+    """The broker answers, but the node cannot join a run now."""
     CONNECTED = enum.auto()
 
 
 class Contact:
-    """A node's contact with its broker: connected, answered with something else, or silence.
+    """A node's contact with its broker: connected, answered without admission, or silent.
 
-    Each of these begins at some time, and what is no connection is reported after 3, 10 and
-    30 s, then each minute.
+    The last two are reported after 3, 10 and 30 s, and then each minute.
 
     Attributes:
-        give_up_s: so long without a connection, and the node ends; infinite by default.
+        give_up_s: seconds without a connection after which the node ends; infinite by default.
     """
 
     def __init__(self) -> None:
         self.give_up_s = math.inf
         self._mode = _Mode.SILENT
         self._began = math.inf
-        """When the present mode did; of a connection, when the last frame came."""
+        """Start of the present mode; while connected, arrival of the last frame."""
         self._reports = 0
         self._report_s = _FIRST_REPORTS_S[0]
-        """After so long in the present mode, the next report is due."""
+        """Seconds in the present mode after which the next report is due."""
         self._away_since = math.inf
         self._waited_since = math.inf
-        """As `_away_since`, but for the time in which this node itself was stopped."""
-        self._last_word = -math.inf
+        """As `_away_since`, but without the time in which this node was suspended."""
+        self._last_answer = -math.inf
         self._answer: Wait | StorageFull | None = None
         self._reported = self._admitted = False
 
     @property
     def due(self) -> float:
-        """When `wake` has something to say, if nothing comes before."""
+        """Time at which `wake` or `given_up` has something to report, unless a frame arrives."""
         due = min(self._began + self._report_s, self._waited_since + self.give_up_s)
         if self._mode is _Mode.ANSWERED:
-            return min(due, self._last_word + _ANSWER_LASTS_S)
+            return min(due, self._last_answer + _ANSWER_LASTS_S)
         return due
 
     def begin(self, now: float) -> None:
-        """The node begins to look for its broker."""
+        """Begin to look for the broker."""
         if self._began == math.inf:
             self._began = self._away_since = self._waited_since = now
 
     def connected(self, now: float) -> BackInTouch | None:
-        """A frame came over the connection; tell what a person should hear of that."""
+        """Note a frame on the connection; return a report if the node was out of touch."""
         away_s = now - self._away_since
         self._began = self._away_since = self._waited_since = now
         if self._mode is _Mode.CONNECTED and not self._reported:
-            return None  # as nearly always
+            return None  # the usual case
         back = BackInTouch(away_s) if self._reported and self._admitted else None
         self._mode, self._answer = _Mode.CONNECTED, None
         self._reported, self._admitted = False, True
@@ -80,16 +79,16 @@ class Contact:
         return back
 
     def answered(self, answer: Wait | StorageFull, now: float) -> None:
-        """The broker answers, but the node cannot take part now."""
+        """Note an answer of the broker that does not admit the node now."""
         if self._mode is not _Mode.ANSWERED:
             self._mode, self._began = _Mode.ANSWERED, now
             self._count_reports(0)
-        self._answer, self._last_word = answer, now
+        self._answer, self._last_answer = answer, now
 
     def wake(self, now: float) -> OutOfTouch | None:
-        """Tell what a person should hear now."""
-        if self._mode is _Mode.ANSWERED and now >= self._last_word + _ANSWER_LASTS_S:
-            self._mode, self._began, self._answer = _Mode.SILENT, self._last_word, None
+        """Return the report that is due, or None."""
+        if self._mode is _Mode.ANSWERED and now >= self._last_answer + _ANSWER_LASTS_S:
+            self._mode, self._began, self._answer = _Mode.SILENT, self._last_answer, None
             self._count_reports(0)
         if now < self._began + self._report_s:
             return None
@@ -102,7 +101,7 @@ class Contact:
         self._reports, self._report_s = number, _report_s(number)
 
     def given_up(self, now: float) -> OutOfTouch | None:
-        """Tell what the node has waited for, if it has waited long enough; before `wake`."""
+        """Return what the node has waited for, if the limit is reached; call it before `wake`."""
         late = now - self.due
         if late > _STOPPED_S:
             self._waited_since += late
@@ -112,7 +111,7 @@ class Contact:
 
 
 def _report_s(number: int) -> float:
-    """Return after how many seconds the report of this number, from 0, is due."""
+    """Return the seconds after which a report is due; reports are numbered from 0."""
     if number < len(_FIRST_REPORTS_S):
         return _FIRST_REPORTS_S[number]
     return _FIRST_REPORTS_S[-1] + _EACH_S * (number + 1 - len(_FIRST_REPORTS_S))
@@ -122,25 +121,25 @@ def sentence(report: OutOfTouch, endpoint: str, run: str) -> str:
     """Return a report as a sentence for people.
 
     Args:
-        report: what there is to say.
+        report: the report.
         endpoint: of the broker.
-        run: that the node asks for; empty if it takes any.
+        run: id of the run that the node wants to join; empty for any.
     """
     for_s = f"for {report.seconds:.0f} s"
     match report.answer:
         case None if report.admitted:
-            return f"no word from the broker at {endpoint} {for_s}"
+            return f"no answer from the broker at {endpoint} {for_s}"
         case None:
             return f"waiting for the broker at {endpoint} {for_s}"
         case StorageFull(reason=reason):
-            return f"the broker at {endpoint} has accepted nothing {for_s}: {reason}"
+            return f"the broker at {endpoint} has not been able to write {for_s}: {reason}"
         case Wait(serving=serving):
             wanted = f"run {run}" if run else "a run to start"
             return f"the broker at {endpoint} {_served(serving)}; waiting for {wanted} {for_s}"
 
 
 def _served(serving: object) -> str:
-    if not isinstance(serving, Serving):  # there is none, or the broker is older than 1.3
+    if not isinstance(serving, Serving):  # there are no runs, or the broker is older than 1.3
         return "has no run for this node yet"
     ended = f"; {_runs(serving.ended, serving.others_ended)} ended" if serving.ended else ""
     if not serving.runs:

@@ -1,9 +1,8 @@
 """The Link core: a node's side of the wire; no sockets, no clock, no threads.
 
-``handle(event, now) -> [action]``. It says Hello until it is welcomed, sends posts again
-until they are receipted, serves the blobs that it posted, pulls those that it was asked
-to fetch, hands each delivery on once and in order, and beats. Whatever was lost on the
-way, with a connection or without, one thing mends it: saying Hello again.
+``handle(event, now) -> [action]``. The core sends Hello until it is welcomed, resends frames until
+they are acknowledged, serves the blobs that it posted, pulls the blobs that the node fetches, hands
+on each delivery once and in order, and sends heartbeats. Recovery from any loss: send Hello again.
 """
 
 from __future__ import annotations
@@ -34,7 +33,6 @@ from fedmq.broker.link.events import (
     ReadInPlace,
     Send,
     Taken,
-    Together,
     Wake,
     another_run,
 )
@@ -43,10 +41,8 @@ from fedmq.broker.wire import schema
 from fedmq.broker.wire.encoding import (
     check_inline,
     decode_message,
-    decode_messages,
     encode_message,
     inline_choice,
-    slices_of,
 )
 from fedmq.broker.wire.schema import (
     AnyFrame,
@@ -61,15 +57,14 @@ from fedmq.broker.wire.schema import (
     Hello,
     NumberedFrame,
     Post,
-    PostAll,
     RunEnded,
     Welcome,
 )
 
 HELLO_AGAIN_S = 1.0
 BLOCKED_S = 0.5
-TELL_TAKEN = 256
-"""Deliveries, or KiB of them, after which the broker is told that they were taken."""
+CREDIT_BATCH = 256
+"""Number of deliveries, or KiB of them, after which a heartbeat returns their credit."""
 DONE_WITHIN_S = 0.02
 _DONE_BATCH = 500
 
@@ -78,7 +73,7 @@ class Link:
     """The state of one node's connection to its broker.
 
     Args:
-        hello: what the node says of itself; its session is drawn by the caller.
+        hello: the node's Hello, with a session that the caller has drawn.
     """
 
     def __init__(self, hello: Hello) -> None:
@@ -104,7 +99,7 @@ class Link:
 
     @property
     def deadline(self) -> float | None:
-        """When the core next wants a Wake, whatever arrives."""
+        """Time at which the core needs a Wake even if nothing arrives; None for never."""
         if self._ended:
             return None
         if self._welcome is None or not self._connected:
@@ -115,16 +110,16 @@ class Link:
 
     @property
     def unacknowledged(self) -> int:
-        """Number of numbered frames that the broker has not receipted."""
+        """Number of unacknowledged frames."""
         return len(self._unacknowledged)
 
     @property
     def oldest_unacknowledged(self) -> int:
-        """Return the number of the oldest frame without a receipt; the next one if all have."""
+        """Return the number of the oldest unacknowledged frame; without one, the next number."""
         return self._unacknowledged.oldest
 
     def handle(self, event: Event, now: float) -> list[Action]:
-        """Take one event; return what is to be done, in order."""
+        """Handle one event; return the actions to carry out, in order."""
         if self._ended:
             return []
         out: list[Action] = []
@@ -140,22 +135,20 @@ class Link:
                 self._take(deliveries, now, out)
             case Outgoing():
                 self._post(event, out)
-            case Together(messages):
-                self._post_all(messages, out)
             case Fetch():
                 self._arrivals.fetch(event, out)
                 self._ask(out)
             case More():
-                self._arrivals.piece_was_read()
+                self._arrivals.chunk_was_read()
                 self._ask(out)
             case Leave(owner, blob):
                 self._arrivals.leave(owner, blob)
             case Publish(Done(seqs=seqs, refused=refused)) if not refused:
-                # Not urgent: it goes out with the next post, or with others, a little later.
+                # Not urgent: it is sent with the next post, or a little later.
                 self._done += seqs
                 self._done_due = min(self._done_due, now + DONE_WITHIN_S)
             case Publish(Done(seqs=seqs, refused=refused) as done):
-                # One each: any number of reasons, of any length, fits the frames.
+                # One frame each, so that any number of reasons of any length fits.
                 for seq, why in refused.items():
                     self._send_numbered(
                         done.rejecting(seq, why, done.code_of(seq), {seq} & {*seqs}), out
@@ -171,7 +164,7 @@ class Link:
         return out
 
     def _send_numbered(self, frame: NumberedFrame, out: list[Action], **more: Any) -> None:
-        """Send a frame until it is receipted; ``more``: what is kept with it."""
+        """Send a frame until it is acknowledged; ``more``: see `UnacknowledgedFrames.add`."""
         frame = msgspec.structs.replace(frame, taken=self._taken, read=self._read)
         self._unreported_credit = 0
         send = self._unacknowledged.add(frame, **more)
@@ -191,7 +184,7 @@ class Link:
         out.append(Send(msgspec.structs.replace(self._hello, first=first, got=self._got)))
 
     def give_up_after(self, seconds: float) -> None:
-        """End once the node has not been connected to its run for so long."""
+        """End the link once the node has been without its run for this long."""
         self._contact.give_up_s = seconds
 
     def _wake(self, now: float, out: list[Action]) -> None:
@@ -222,17 +215,17 @@ class Link:
         self._taken = deliveries[-1].seq + 1
         nbytes = sum(sum(map(len, each.inline.values())) for each in deliveries)
         self._unreported_credit += len(deliveries) + (nbytes >> 10)
-        if self._unreported_credit >= TELL_TAKEN and self._connected:
+        if self._unreported_credit >= CREDIT_BATCH and self._connected:
             self._beat(now, out)
 
     def _answered(self, beat: Heartbeat, now: float, out: list[Action]) -> None:
-        """The broker has answered a beat; is what we wait for still on its way?
+        """Handle the answer to a heartbeat: find out whether frames were lost.
 
-        What it sent before this answer has come before it. So if twice in a row something
-        is due and nothing has moved, it was lost.
+        What the broker sent before this answer has arrived before it. If something is outstanding
+        at two answers in a row, and nothing has arrived in between, it was lost.
         """
         if self._welcome is None or now < self._last_stall_check + self._welcome.beat_s / 2:
-            return  # beats that tell what was taken follow one another, and so do the answers
+            return  # heartbeats that return credit follow one another closely
         self._last_stall_check = now
         due = (
             bool(self._unacknowledged) or bool(self._arrivals.outstanding) or beat.sent > self._got
@@ -258,11 +251,12 @@ class Link:
             case ChunkRequest():
                 self._serve(frame, out)
             case DeliverAll():
-                self._deliver_all(frame, out)
+                for each in frame.each():
+                    self._deliver(each, (), out)
             case Welcome():
                 self._welcomed(frame, out)
             case schema.UnknownSession() if self._connected:
-                # Each frame on its way draws one; one Hello answers them all.
+                # Each frame in flight draws one; a single Hello answers them all.
                 self._connected = False
                 self._send_hello(now, out)
             case schema.Reject(code=code, reason=reason, config=config):
@@ -279,7 +273,7 @@ class Link:
             case schema.Wait():
                 self._contact.answered(frame, now)
             case _:
-                pass  # one more UnknownSession, and whatever a later version may say
+                pass  # another UnknownSession, or a frame of a later version
 
     def _welcomed(self, welcome: Welcome, out: list[Action]) -> None:
         if self._welcome is None:
@@ -296,44 +290,27 @@ class Link:
 
     def _post(self, event: Outgoing, out: list[Action]) -> None:
         message = event.message
-        # A model goes out with the first of its tasks; the broker has it for the others.
+        # A model is sent with the first of its tasks; for the others, the broker has it.
         inline = tuple(
             index
             for index in inline_choice(message.blobs, schema.POST_BYTES)
             if not self._unacknowledged.serves(message.blobs[index].digest)
         )
-        data = encode_message(message)  # an error leaves everything as it was
-        consumes = event.consumes + self._some_done()
+        data = encode_message(message)  # before any change of state: it may raise
+        done, self._done = self._done[:_DONE_BATCH], self._done[_DONE_BATCH:]
+        if not self._done:
+            self._done_due = math.inf
         self._send_numbered(
-            Post(message=data, inline=inline, consumes=consumes),
+            Post(message=data, inline=inline, consumes=event.consumes + tuple(done)),
             out,
             buffers=[event.data[index] for index in inline],
             blobs=[blob.digest for blob in message.blobs],
             data=event.data,
         )
 
-    def _some_done(self) -> tuple[int, ...]:
-        """Return what a post is to say is done with."""
-        some, self._done = self._done[:_DONE_BATCH], self._done[_DONE_BATCH:]
-        if not self._done:
-            self._done_due = math.inf
-        return tuple(some)
-
-    def _post_all(self, messages: Sequence[bytes], out: list[Action]) -> None:
-        # What is done with must not be heard of before all that was posted before it is.
-        consumes = self._some_done() if len(messages) == 1 else ()
-        knows_all = self._welcome is not None and self._welcome.v >= schema.ALL_SINCE
-        most = schema.MAX_ALL if knows_all else 1
-        for part in slices_of([len(each) for each in messages], most):
-            some = tuple(messages[part])
-            if len(some) == 1:
-                self._send_numbered(Post(message=some[0], consumes=consumes), out)
-            else:
-                self._send_numbered(PostAll(messages=some), out, count=len(some))
-
     def _deliver(self, frame: Deliver, buffers: Sequence[Buffer], out: list[Action]) -> None:
         if self._welcome is None or not frame.after <= self._got <= frame.seq:
-            return  # too early, here already, or after one that was lost and comes again
+            return  # before the Welcome, a duplicate, or after a gap; it is sent again
         self._got = frame.seq + 1
         try:
             message = decode_message(frame.message)
@@ -345,27 +322,13 @@ class Link:
         inline = dict(zip(frame.inline, buffers, strict=True))
         out.append(Deliveries([Delivery(frame.seq, frame.at, message, inline, frame.extents)]))
 
-    def _deliver_all(self, frame: DeliverAll, out: list[Action]) -> None:
-        if self._welcome is None or not frame.after <= self._got <= frame.messages[-1][0]:
-            return
-        # Offered again, the same messages may come with others: some may be here already.
-        new = [each for each in frame.messages if each[0] >= self._got]
-        messages = decode_messages([data for _, data in new])
-        if messages is None:
-            for seq, data in new:
-                self._deliver(Deliver(seq=seq, at=frame.at, message=data, after=self._got), (), out)
-            return
-        self._got = new[-1][0] + 1
-        found = zip(new, messages, strict=True)
-        out.append(Deliveries([Delivery(seq, frame.at, each) for (seq, _), each in found]))
-
-    def _serve(self, want: ChunkRequest, out: list[Action]) -> None:
+    def _serve(self, request: ChunkRequest, out: list[Action]) -> None:
         self._chunks += 1
-        own = want.owner == self._hello.node
-        piece = self._unacknowledged.chunk(want) if own else None
-        reply = Chunk(owner=want.owner, digest=want.digest, start=want.start)
-        out.append(Send(reply, () if piece is None else (piece,)))
+        own = request.owner == self._hello.node
+        data = self._unacknowledged.chunk(request) if own else None
+        reply = Chunk(owner=request.owner, digest=request.digest, start=request.start)
+        out.append(Send(reply, () if data is None else (data,)))
 
     def _ask(self, out: list[Action]) -> None:
         if self._connected:
-            out.extend(Send(want) for want in self._arrivals.wants())
+            out.extend(Send(request) for request in self._arrivals.requests())

@@ -1,7 +1,7 @@
 """The DEALER loop: drives a Link core with a real socket and clock.
 
-One of the two files that move bytes over zmq. The loop has two homes, the node's main
-thread and one of the link's own; `fedmq.broker.link.thread_handoff` says which runs it.
+One of the three files that use zmq. Either the node's main thread or a thread of the link runs
+the loop: see `fedmq.broker.link.thread_handoff`.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ from fedmq.broker.wire.schema import Buffer, Hello, Message, Welcome
 from fedmq.broker.wire.sockets import COPY_BELOW_BYTES, MAX_FRAME_BYTES, receive, send_parts
 
 _TRIES_A_FAMILY = 2
-"""Hellos without an answer, before a name's addresses of the other family are tried."""
+"""Hellos without an answer before the other address family of the host name is tried."""
 
 
 class Dealer:
-    """A Link core on a real socket, and what it hands on; see `NodeLink`, which is made of it.
+    """A Link core on a real socket, with the queues between both; the base of `NodeLink`.
 
     Raises:
-        LinkClosed: the endpoint is no address, or its name has none.
+        LinkClosed: the endpoint is invalid, or its host name has no address.
     """
 
     def __init__(self, endpoint: str, hello: Hello) -> None:
@@ -58,17 +58,15 @@ class Dealer:
         self._unanswered = 0
         """Hellos since the last frame from the broker."""
         self._unreadable = ""
-        """What was last logged of frames that cannot be read: each reason once in a row."""
-        self._explaining: threading.Thread | None = None
+        """The reason last logged for an unreadable frame: repetitions are not logged."""
+        self._probing: threading.Thread | None = None
         self._found = ""
-        """What was last found at the endpoint in place of a broker that answers."""
+        """What the last probe of the silent endpoint found."""
         self._clock = Clock()
         self._core = Link(hello)
         self._inbox: deque[Delivery] = deque()
         self._outgoing = Outbox()
         self._files = LocalBlobs()
-        self._gathering = False
-        self._gathered: list[bytes] = []
         self._taken: deque[Delivery] = deque()
         self._fetched: dict[tuple[str, bytes], Buffer | None] = {}
         self._streamed: deque[Buffer] = deque()
@@ -109,16 +107,16 @@ class Dealer:
         self._thread.start()
 
     def _connect(self) -> None:
-        """Connect to the first of the families that are left to try."""
-        # libzmq looks a name up in one family only, each time that it connects.
+        """Connect with the first of the address families."""
+        # libzmq resolves a name in one family only, each time it connects.
         self._socket.setsockopt(zmq.IPV6, self._families[0] is sockets.AF_INET6)
         self._socket.connect(self._endpoint.text)
 
     def _background_loop(self) -> None:
-        """Take a turn on the link's own thread."""
+        """Run one turn on the link's own thread."""
         try:
             self._turn(None)
-        except Exception as error:  # noqa: BLE001 - the main thread must hear of any end
+        except Exception as error:  # noqa: BLE001 - the main thread must learn of any error
             self._log.exception("link failed")
             self._ended = link.LinkEnded(f"the link failed: {error!r}")
 
@@ -126,15 +124,15 @@ class Dealer:
         return self._ended is not None or self._stopping
 
     def _release(self) -> None:
-        """Close everything, once the loop is to stop."""
+        """Stop the loop and close everything."""
         self._handoff.release()
         self._thread.join()
         self._files.close()
-        # A goodbye may still be on its way: give it a moment.
+        # A goodbye may still be in flight: give it a moment.
         self._context.destroy(linger=200)
         self._handoff.close()
 
-    # ---- the loop; only with the baton
+    # ---- the loop; only the thread that holds the handoff may call these
 
     def _turn_or_raise(self, until: float | None = None) -> None:
         if self._ended is not None:
@@ -144,7 +142,7 @@ class Dealer:
         self._turn(until)
 
     def _error(self, ended: link.LinkEnded) -> Rejected | LinkClosed:
-        """Return the error that tells a program how its link has ended."""
+        """Return the exception for a link that has ended."""
         if ended.rejected:
             return Rejected(ended.reason, ended.code, ended.config)
         if ended.out_of_touch is not None:
@@ -156,16 +154,13 @@ class Dealer:
         return RunOver(ended.reason) if ended.over else LinkClosed(ended.reason)
 
     def _catch_up(self) -> None:
-        """Tell the core what it was not told one by one."""
+        """Report to the core the deliveries that the node has taken since the last call."""
         if self._taken:
             taken = [self._taken.popleft() for _ in range(len(self._taken))]
             self._carry_out(self._core.handle(link.Taken(taken), self._clock()))
-        if self._gathered:
-            gathered, self._gathered = self._gathered, []
-            self._carry_out(self._core.handle(link.Together(gathered), self._clock()))
 
     def _turn(self, until: float | None) -> None:
-        """Wait for something to do, but not past ``until``, and do it."""
+        """Wait for an event, at most until ``until``, and handle it."""
         self._catch_up()
         deadline = self._core.deadline
         if deadline is None or (until is not None and until < deadline):
@@ -182,12 +177,11 @@ class Dealer:
         self._carry_out(self._core.handle(link.Wake(), now))
         self._send_all()
 
-    def _tell(self, event: link.Event) -> None:
+    def _handle(self, event: link.Event) -> None:
         with self._handoff:
             self._catch_up()
             self._carry_out(self._core.handle(event, self._clock()))
-            if not self._gathering:
-                self._send_all()
+            self._send_all()
 
     def _receive_all(self, now: float) -> None:
         while self._ended is None:
@@ -196,12 +190,14 @@ class Dealer:
             except zmq.Again:
                 return
             except VersionError as error:
-                reason = f"the broker at {self._endpoint.text} is of another release: {error}"
+                reason = (
+                    f"the broker at {self._endpoint.text} speaks another protocol version: {error}"
+                )
                 self._ended = link.LinkEnded(reason, rejected=True, code="version")
             except WireError as error:
                 if self._unreadable != str(error):
                     self._unreadable = str(error)
-                    text = f"what answers at {self._endpoint.text} is not in fedmq's protocol"
+                    text = f"the answer from {self._endpoint.text} is not in fedmq's protocol"
                     self._log.warning(text, reason=self._unreadable)
             else:
                 self._unanswered, self._found = 0, ""
@@ -228,21 +224,21 @@ class Dealer:
                 case link.Admitted(welcome):
                     self._welcome = welcome
                 case link.Blocked(reason):
-                    self._log.warning("the broker keeps nothing now", reason=reason)
+                    self._log.warning("the broker cannot write its ledger", reason=reason)
                 case link.OutOfTouch() if action.answer is not None:
                     self._log.warning(self._sentence(action))
                 case link.OutOfTouch():
-                    self._explain(action)
+                    self._start_probe(action)
                 case link.BackInTouch(seconds):
                     self._log.info(f"back in touch with the broker after {seconds:.0f} s")
                 case link.LinkEnded():
                     self._ended = action
 
     def _start_over(self) -> None:
-        """Before a Hello: what was not sent yet is sent again after the Welcome.
+        """Before a Hello, drop queued frames: the Welcome makes the core send them again.
 
-        So nothing piles up while nobody is there. Where nobody answers at a name's addresses of
-        one family, those of the other are tried.
+        So frames do not accumulate while there is no broker. If there is no answer at the host
+        name's addresses of one family, try the other.
         """
         self._outgoing = Outbox()
         self._unanswered += 1
@@ -255,16 +251,16 @@ class Dealer:
     def _sentence(self, report: link.OutOfTouch) -> str:
         return sentence(report, self._endpoint.text, self._hello.run)
 
-    def _explain(self, report: link.OutOfTouch) -> None:
-        """Log that the broker is silent, and what is there in its place; not on this thread."""
-        if self._explaining is not None and self._explaining.is_alive():
+    def _start_probe(self, report: link.OutOfTouch) -> None:
+        """Start a thread that probes the silent endpoint and logs what it finds."""
+        if self._probing is not None and self._probing.is_alive():
             return
-        self._explaining = threading.Thread(
-            target=self._find_out, args=(report,), name="probe", daemon=True
+        self._probing = threading.Thread(
+            target=self._probe, args=(report,), name="probe", daemon=True
         )
-        self._explaining.start()
+        self._probing.start()
 
-    def _find_out(self, report: link.OutOfTouch) -> None:
+    def _probe(self, report: link.OutOfTouch) -> None:
         found = probe(self._endpoint)
         self._found = found.text
         if not self._over():

@@ -1,4 +1,4 @@
-"""The blobs that a node pulls over its link: whole, or in pieces as they come."""
+"""The blobs that a node downloads over its link: whole, or streamed in chunks."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ from fedmq.broker.wire.schema import Blob, Buffer, Chunk, ChunkRequest
 class _Arriving:
     blob: Blob
     data: memoryview | None
-    """None if it is handed on in pieces."""
+    """The bytes so far; None if chunks are streamed to the node."""
 
 
 class Arrivals:
-    """Blobs that were asked for and are not complete."""
+    """Blobs that were requested and are incomplete."""
 
     def __init__(self) -> None:
         self._fetcher = Fetcher()
         self._arriving: dict[Owned, _Arriving] = {}
         self._unread = 0
-        """Pieces that were handed on, and that the node is not done with."""
+        """Streamed chunks that the node has not read yet."""
 
     @property
     def outstanding(self) -> int:
-        """Return the number of chunks that were asked for and have not come."""
+        """Return the number of chunks that were requested and have not arrived."""
         return self._fetcher.outstanding
 
     def fetch(self, request: Fetch, out: list[Action]) -> None:
-        """Begin to fetch a blob, unless it is on its way already."""
+        """Start fetching a blob, unless it is being fetched."""
         owner, blob = request.owner, request.blob
         name = Owned(owner, blob.digest)
         if blob.size == 0:
@@ -48,19 +48,19 @@ class Arrivals:
             self._arriving[name] = _Arriving(blob, data)
             self._fetcher.add(owner, blob)
 
-    def piece_was_read(self) -> None:
-        """The node is done with a piece: there is room for another."""
+    def chunk_was_read(self) -> None:
+        """Return the credit of a streamed chunk that the node has read."""
         self._unread -= 1
 
     def leave(self, owner: str, blob: Blob) -> None:
-        """The node does not want the rest of a blob."""
+        """Stop streaming a blob."""
         name = Owned(owner, blob.digest)
         self._unread = 0
         self._fetcher.discard(name)
         self._arriving.pop(name, None)
 
     def receive(self, chunk: Chunk, buffers: Sequence[Buffer], out: list[Action]) -> None:
-        """Take a chunk, or the answer that nobody has the blob (no buffer)."""
+        """Handle a chunk; without a buffer, it says that nobody has the blob."""
         name = Owned(chunk.owner, chunk.digest)
         arriving = self._arriving.get(name)
         if arriving is None:
@@ -70,15 +70,15 @@ class Arrivals:
             out.append(Fetched(name.owner, arriving.blob, None))
             del self._arriving[name]
             return
-        piece = self._fetcher.receive(chunk, buffers[0])
-        if piece is None:
+        received = self._fetcher.receive(chunk, buffers[0])
+        if received is None:
             return
         if arriving.data is None:
             self._unread += 1
-            out.append(ChunkStreamed(piece.data))
+            out.append(ChunkStreamed(received.data))
         else:
-            end = piece.start + memoryview(piece.data).nbytes
-            arriving.data[piece.start : end] = piece.data
+            end = received.start + memoryview(received.data).nbytes
+            arriving.data[received.start : end] = received.data
         good = self._fetcher.finished(name)
         if good is not None:
             data = arriving.data if arriving.data is not None else b""
@@ -86,9 +86,9 @@ class Arrivals:
             del self._arriving[name]
 
     def restart(self) -> None:
-        """After a reconnect: what was asked for and did not come is asked for again."""
+        """After a reconnect, request again what has not arrived."""
         self._fetcher.restart()
 
-    def wants(self) -> list[ChunkRequest]:
-        """Return the requests that there is room for."""
-        return self._fetcher.wants(max(0, WINDOW_CHUNKS - self._unread))
+    def requests(self) -> list[ChunkRequest]:
+        """Return the requests that fit the window."""
+        return self._fetcher.requests(max(0, WINDOW_CHUNKS - self._unread))

@@ -1,4 +1,4 @@
-"""What the Link core takes and gives: events and actions."""
+"""The events and actions of the Link core."""
 
 from __future__ import annotations
 
@@ -23,9 +23,10 @@ from fedmq.broker.wire.schema import (
 
 
 class Delivery(Struct, frozen=True):
-    """A message from the ledger: its number and time there, and the blobs that came along.
+    """A message from the ledger, with its number and time there.
 
-    ``places``: where in the ledger's files the others lie, as far as the broker says so.
+    inline: bytes of the blobs that came with it, by index.
+    extents: places of other blobs in the ledger's files, by index, if the broker shares them.
     """
 
     seq: int
@@ -45,12 +46,6 @@ class FrameReceived(Struct, frozen=True):
     buffers: Sequence[Buffer] = ()
 
 
-class Together(Struct, frozen=True):
-    """The node posts messages without blobs, as the bytes that `encode_message` makes of them."""
-
-    messages: Sequence[bytes]
-
-
 class Outgoing(Struct, frozen=True):
     """The node posts a message; ``data[i]`` are the bytes of its i-th blob."""
 
@@ -60,7 +55,7 @@ class Outgoing(Struct, frozen=True):
 
 
 class Fetch(Struct, frozen=True):
-    """The node wants the bytes of a blob: all at once, or ``in_pieces``, as they come."""
+    """The node requests the bytes of a blob: whole, or ``in_pieces`` as they arrive."""
 
     owner: str
     blob: Blob
@@ -68,18 +63,18 @@ class Fetch(Struct, frozen=True):
 
 
 class More(Struct, frozen=True):
-    """The node is done with a piece of a blob: the next may be asked for."""
+    """The node has read a streamed chunk: credit for another."""
 
 
 class Leave(Struct, frozen=True):
-    """The node does not want the rest of a blob that it fetched in pieces."""
+    """The node stops reading a streamed blob."""
 
     owner: str
     blob: Blob
 
 
 class Publish(Struct, frozen=True):
-    """The node says something that is no message: Done, Over or Goodbye."""
+    """The node sends a frame that is not a message: Done, RunEnded or Goodbye."""
 
     frame: Done | RunEnded | Goodbye
 
@@ -91,7 +86,7 @@ class Taken(Struct, frozen=True):
 
 
 class ReadInPlace(Struct, frozen=True):
-    """The node has read so many bytes from the ledger's files."""
+    """The node has read bytes of blobs from the ledger's files."""
 
     nbytes: int
 
@@ -100,18 +95,7 @@ class Wake(Struct, frozen=True):
     """A deadline has passed."""
 
 
-Event = (
-    FrameReceived
-    | Together
-    | Outgoing
-    | Fetch
-    | More
-    | Leave
-    | Publish
-    | Taken
-    | ReadInPlace
-    | Wake
-)
+Event = FrameReceived | Outgoing | Fetch | More | Leave | Publish | Taken | ReadInPlace | Wake
 
 
 # ---- actions
@@ -137,7 +121,7 @@ class Deliveries(Struct, frozen=True):
 
 
 class Fetched(Struct, frozen=True):
-    """A blob is here; ``data`` is None if nobody holds it, or its bytes were wrong."""
+    """A blob is complete; ``data`` is None if nobody has it, or its digest does not match."""
 
     owner: str
     blob: Blob
@@ -145,22 +129,22 @@ class Fetched(Struct, frozen=True):
 
 
 class ChunkStreamed(Struct, frozen=True):
-    """A piece of a blob that was asked for in pieces; whether they are right comes last."""
+    """A chunk of a streamed blob; `Fetched` follows once the digest has been checked."""
 
     data: Buffer
 
 
 class Blocked(Struct, frozen=True):
-    """The broker cannot keep anything now, with the reason; what was posted is kept here."""
+    """The broker cannot write its ledger now; the link keeps what was posted."""
 
     reason: str
 
 
 class OutOfTouch(Struct, frozen=True):
-    """The node is not connected to its run: a person should know it now.
+    """Report that the node is not connected to its run.
 
-    seconds: for how long. answer: what the broker says meanwhile; None if it is silent.
-    admitted: the node was connected before.
+    seconds: since when. answer: the broker's answer; None if it is silent. admitted: whether the
+        node was connected before.
     """
 
     seconds: float
@@ -169,16 +153,16 @@ class OutOfTouch(Struct, frozen=True):
 
 
 class BackInTouch(Struct, frozen=True):
-    """The node is connected to its run again; it says after how many seconds."""
+    """Report that the node is connected to its run again, after this many seconds."""
 
     seconds: float
 
 
 class LinkEnded(Struct, frozen=True):
-    """The link is at its end.
+    """The link has ended.
 
-    over: because the run is. rejected: the broker did not admit the node; code, config: see
-    `Rejected`. out_of_touch: the node gave up, after this.
+    over: because the run has ended. rejected: because the broker did not admit the node; code,
+        config: see `Rejected`. out_of_touch: because the node gave up; its last report.
     """
 
     reason: str
@@ -203,12 +187,12 @@ Action = (
 
 
 def another_run(run: str) -> tuple[Send, LinkEnded]:
-    """Return how a link ends whose broker has started another run under the same id.
+    """Return the actions that end a link whose broker has started another run with the same id.
 
-    What the node knows, and what it has sent, belong to the run before.
+    The node's state and its posts belong to the earlier run.
     """
     reason = (
-        f"the broker has another run {run!r} now than the one that this node took part in: "
-        "start the node again to join it"
+        f"the broker has started another run {run!r} since this node joined: start the node "
+        "again to join it"
     )
     return Send(Goodbye(reason="this is another run")), LinkEnded(reason, rejected=True)

@@ -1,11 +1,9 @@
-"""Reading blobs from the ledger's own files, where node and broker share a host.
+"""Read blobs from the ledger's files if the node is on the broker's host.
 
-An option that nothing above the drivers knows of. The broker's Welcome says where its
-ledger lies, and a proof that stands in a file there; a delivery says in which places of
-that ledger its large blobs lie. A node that finds the proof reads them there: they cross
-no socket, and cost the broker nothing. Digests are checked as always. Whatever goes wrong
-with a file (another user's, deleted meanwhile), the node asks for the blob as any other
-node does.
+Only the drivers use this. The broker's Welcome names the ledger's folder and a proof, the content
+of a file there; a delivery lists the extents of its large blobs. A node that finds the proof reads
+the blobs from the files, without cost for the broker. Digests are checked as always. After any
+error (permissions, a deleted file), the node requests the blob over the link.
 """
 
 from __future__ import annotations
@@ -26,13 +24,13 @@ _OPEN_FILES = 4
 
 
 class LocalBlobs:
-    """A node's view of the ledger's files, while its broker's Welcome leads to any."""
+    """The ledger's files as a node on the broker's host sees them; none on another host."""
 
     def __init__(self) -> None:
         self._files: SegmentFiles | None = None
 
     def open(self, welcome: Welcome) -> None:
-        """Find out whether the folder that the broker names is the one that is seen here."""
+        """Use the folder that the broker names if it contains the broker's proof."""
         self.close()
         if welcome.ledger and welcome.proof:
             folder = Path(welcome.ledger)
@@ -40,46 +38,46 @@ class LocalBlobs:
                 self._files = SegmentFiles(folder, _OPEN_FILES)
 
     def chunks(
-        self, blob: Blob, places: Sequence[Extent], into: memoryview | None = None
+        self, blob: Blob, extents: Sequence[Extent], into: memoryview | None = None
     ) -> Iterator[memoryview]:
-        """Yield a blob's bytes, in pieces; it ends early where they cannot be had here.
+        """Yield a blob's bytes by extent; stops early if they cannot be read.
 
-        The last piece comes only if all of them are what the blob's digest says.
+        The last extent is yielded only if the digest of all bytes matches.
 
         Args:
-            blob: its size, and its digest.
-            places: where its pieces lie.
-            into: as many bytes, which the pieces will be; by default each has its own.
+            blob: the blob's digest and size.
+            extents: where its bytes are, in order.
+            into: a buffer of the blob's size to read into; by default each extent gets a new one.
         """
-        if sum(size for *_, size in places) != blob.size:
+        if sum(size for *_, size in extents) != blob.size:
             return
         hasher = xxhash.xxh3_128()
         end = 0
-        for place in places:
-            begin, end = end, end + place[2]
-            piece = np.empty(place[2], np.uint8).data if into is None else into[begin:end]
-            if not self._fill(place, piece):
+        for extent in extents:
+            begin, end = end, end + extent[2]
+            data = np.empty(extent[2], np.uint8).data if into is None else into[begin:end]
+            if not self._fill(extent, data):
                 return
-            hasher.update(piece)
+            hasher.update(data)
             if end == blob.size and hasher.digest() != blob.digest:
                 return
-            yield piece
+            yield data
 
     def close(self) -> None:
-        """Close the files, and read no more of them."""
+        """Close the files; no more blobs are read from them."""
         if self._files is not None:
             self._files.close_all()
         self._files = None
 
-    def _fill(self, place: Extent, piece: memoryview) -> bool:
-        """Read a piece from its place; without success, do not look at the files again."""
+    def _fill(self, extent: Extent, data: memoryview) -> bool:
+        """Read an extent; after an error, stop using the files."""
         if self._files is None:
             return False
-        segment, offset, size = place
+        segment, offset, size = extent
         try:
-            if os.preadv(self._files.fd(segment), [piece], offset) == size:
+            if os.preadv(self._files.fd(segment), [data], offset) == size:
                 return True
-        except (OSError, OverflowError, LedgerError):  # or the place is none that a file can have
+        except (OSError, OverflowError, LedgerError):  # or an impossible extent
             pass
         self.close()
         return False

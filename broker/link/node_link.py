@@ -1,4 +1,4 @@
-"""A node's connection to its broker, as programs use it."""
+"""A node's connection to its broker, for programs."""
 
 from __future__ import annotations
 
@@ -13,9 +13,7 @@ from fedmq.broker.link import events as link
 from fedmq.broker.link.dealer import Dealer
 from fedmq.broker.link.events import Delivery
 from fedmq.broker.rejections import Code
-from fedmq.broker.wire.encoding import encode_message
 from fedmq.broker.wire.schema import (
-    MAX_ALL,
     Buffer,
     Done,
     Goodbye,
@@ -26,21 +24,21 @@ from fedmq.broker.wire.schema import (
 )
 
 _MAX_UNACKNOWLEDGED = 4096
-_TAKEN_TOGETHER = 64
-"""Of so many messages that were taken, the core is told at once."""
+_TAKEN_BATCH = 64
+"""Number of taken deliveries that are reported to the core at once."""
 
 
 class NodeLink(Dealer):
     """A node's connection to its broker.
 
-    All methods but `stop` and `hand_in` are the main thread's.
+    Only `stop` and `hand_in` may be called from other threads than the main one.
 
     Args:
-        endpoint: where the broker listens.
-        hello: what the node says of itself.
+        endpoint: of the broker.
+        hello: the node's Hello.
 
     Raises:
-        LinkClosed: the endpoint is no address, or its name has none.
+        LinkClosed: the endpoint is invalid, or its host name has no address.
     """
 
     def __init__(self, endpoint: str, hello: Hello) -> None:
@@ -48,15 +46,15 @@ class NodeLink(Dealer):
         self._last_fetched: tuple[str, bytes, Buffer] | None = None
 
     def give_up_after(self, seconds: float) -> None:
-        """Make what waits raise GaveUp once the broker, or the run, is away for so long."""
+        """Make waiting methods raise GaveUp after this time without the broker or the run."""
         with self._handoff:
             self._core.give_up_after(seconds)
 
     def welcome(self) -> Welcome:
-        """Wait until the broker admits this node, and return what it said.
+        """Wait until the broker admits this node, and return its Welcome.
 
         Raises:
-            Rejected: it does not; the message is its reason.
+            Rejected: the broker does not admit the node; the message is the reason.
             LinkClosed: the link was stopped.
         """
         with self._handoff:
@@ -65,7 +63,7 @@ class NodeLink(Dealer):
             return self._welcome
 
     def wait(self, timeout_s: float) -> bool:
-        """Wait for a message for a while; tell whether `get` has one.
+        """Wait up to ``timeout_s`` for a message; return whether `get` has one.
 
         Raises:
             LinkClosed: the run is over, or the link was stopped.
@@ -91,44 +89,37 @@ class NodeLink(Dealer):
                     self._turn_or_raise()
         delivery = self._inbox.popleft()
         self._taken.append(delivery)
-        if len(self._taken) >= _TAKEN_TOGETHER:
+        if len(self._taken) >= _TAKEN_BATCH:
             with self._handoff:
                 self._catch_up()
-                if not self._gathering:
-                    self._send_all()
+                self._send_all()
         return delivery
 
     def post(
         self, message: Message, data: Sequence[Buffer] = (), consumes: tuple[int, ...] = ()
     ) -> None:
-        """Post a message; ``data`` must stay as it is from now on.
+        """Post a message with the bytes of its blobs; the caller must not change ``data`` any more.
 
-        Waits while very many posts have no receipt, so that they do not fill the memory.
+        Waits while very many posts are unacknowledged, to bound the memory.
 
         Raises:
             LinkClosed: the link ended meanwhile.
         """
-        if self._gathering and not (message.blobs or consumes):
-            self._gathered.append(encode_message(message))
-            if len(self._gathered) < MAX_ALL:
-                return
-            self._catch_up()
-        else:
-            self._tell(link.Outgoing(message, data, consumes))
+        self._handle(link.Outgoing(message, data, consumes))
         if self._core.unacknowledged > _MAX_UNACKNOWLEDGED:
             self.flush(_MAX_UNACKNOWLEDGED // 2)
 
     def hand_in(self, message: Message) -> None:
-        """Have a message without data posted soon; may be called from another thread.
+        """Post a message without blobs soon; may be called from another thread.
 
-        Once the link has ended, nothing comes of it.
+        Does nothing once the link has ended.
         """
         self._handed_in.append(message)
         if not self._over():
             self._handoff.wake()
 
     def flush(self, limit: int = 0) -> None:
-        """Wait until at most ``limit`` of all that was said have no receipt.
+        """Wait until at most ``limit`` frames are unacknowledged.
 
         Raises:
             LinkClosed: the link ended meanwhile.
@@ -139,32 +130,32 @@ class NodeLink(Dealer):
                 self._turn_or_raise()
 
     def read(self, delivery: Delivery, index: int) -> Buffer:
-        """Return the bytes of a delivery's blob, pulling them from the broker if need be.
+        """Return the bytes of a delivery's blob; fetches them if they did not come with it.
 
         Raises:
-            WireError: nobody holds the blob any more.
+            WireError: nobody has the blob any more.
             LinkClosed: the link ended meanwhile.
         """
         if index in delivery.inline:
             return delivery.inline[index]
         owner, blob = delivery.message.sender, delivery.message.blobs[index]
-        # Successive tasks often carry the same model: the last large blob is kept.
+        # Consecutive tasks often have the same model: the last large blob is kept.
         if self._last_fetched and self._last_fetched[:2] == (owner, blob.digest):
             return self._last_fetched[2]
         self._last_fetched = None
         data: Buffer | None = None
         if index in delivery.extents:
-            whole = np.empty(blob.size, np.uint8).data
-            found = sum(map(len, self._in_place(delivery, index, whole)))
-            data = whole if found == blob.size else None
+            buffer = np.empty(blob.size, np.uint8).data
+            found = sum(map(len, self._in_place(delivery, index, buffer)))
+            data = buffer if found == blob.size else None
         if data is None:
             with self._handoff:
-                self._tell(link.Fetch(owner, blob))
+                self._handle(link.Fetch(owner, blob))
                 while (owner, blob.digest) not in self._fetched:
                     self._turn_or_raise()
                 data = self._fetched.pop((owner, blob.digest))
         if data is None:
-            text = f"blob {blob.digest.hex()} of {owner} cannot be had"
+            text = f"nobody has blob {blob.digest.hex()} of {owner} any more"
             raise WireError(text, Code.MISSING_BLOB)
         self._last_fetched = (owner, blob.digest, data)
         return data
@@ -172,11 +163,11 @@ class NodeLink(Dealer):
     def chunks(self, delivery: Delivery, index: int) -> Iterator[Buffer]:
         """Yield the bytes of a delivery's blob in order, without holding all of them.
 
-        It must be read to its end before anything else is read.
+        Read it to its end before you read another blob.
 
         Raises:
-            WireError: nobody holds the blob any more, or its bytes are not what it says;
-                that is known after the last piece.
+            WireError: nobody has the blob any more; or, after the last chunk, its digest does
+                not match.
             LinkClosed: the link ended meanwhile.
         """
         owner, blob = delivery.message.sender, delivery.message.blobs[index]
@@ -184,46 +175,46 @@ class NodeLink(Dealer):
             yield self.read(delivery, index)
             return
         found = 0
-        for piece in self._in_place(delivery, index):
-            yield piece
-            found += len(piece)
+        for chunk in self._in_place(delivery, index):
+            yield chunk
+            found += len(chunk)
         if found == blob.size:
             return
         name = (owner, blob.digest)
-        self._tell(link.Fetch(owner, blob, in_pieces=True))
+        self._handle(link.Fetch(owner, blob, in_pieces=True))
         try:
             while name not in self._fetched or self._streamed:
                 with self._handoff:
                     while not self._streamed and name not in self._fetched:
                         self._turn_or_raise()
                 if self._streamed:
-                    came = memoryview(self._streamed.popleft())
-                    known = min(found, came.nbytes)
-                    found -= known
-                    if known < came.nbytes:
-                        yield came[known:]
-                    self._tell(link.More())
+                    data = memoryview(self._streamed.popleft())
+                    skip = min(found, data.nbytes)
+                    found -= skip
+                    if skip < data.nbytes:
+                        yield data[skip:]
+                    self._handle(link.More())
             if self._fetched[name] is None:
-                text = f"blob {blob.digest.hex()} of {owner} cannot be had"
+                text = f"nobody has blob {blob.digest.hex()} of {owner} any more"
                 raise WireError(text, Code.MISSING_BLOB)
         finally:
-            self._tell(link.Leave(owner, blob))
+            self._handle(link.Leave(owner, blob))
             self._streamed.clear()
             self._fetched.pop(name, None)
 
     def _in_place(
         self, delivery: Delivery, index: int, into: memoryview | None = None
     ) -> Iterator[memoryview]:
-        """Yield a blob's bytes from the ledger's files; it ends early where that cannot be done."""
-        places = delivery.extents.get(index, ())
-        pieces = self._files.chunks(delivery.message.blobs[index], places, into)
+        """Yield a blob's bytes from the ledger's files; stops early if they cannot be read."""
+        extents = delivery.extents.get(index, ())
+        chunks = self._files.chunks(delivery.message.blobs[index], extents, into)
         while True:
-            with self._handoff:  # not while the link's thread hears of another ledger
-                piece = next(pieces, None)
-                if piece is None:
+            with self._handoff:  # not while the link's thread opens another ledger
+                chunk = next(chunks, None)
+                if chunk is None:
                     return
-                self._tell(link.ReadInPlace(piece.nbytes))
-            yield piece
+                self._handle(link.ReadInPlace(chunk.nbytes))
+            yield chunk
 
     def done(
         self,
@@ -231,29 +222,32 @@ class NodeLink(Dealer):
         refused: Mapping[int, str] | None = None,
         codes: Mapping[int, str] | None = None,
     ) -> None:
-        """Say that deliveries are done with; ``refused``: why some could not be used.
+        """Report that deliveries have been handled, or rejected.
 
-        One that is refused, but not among ``seqs``, is delivered again to a new session.
-        ``codes``: of the reasons, for programs: see `rejections.Code`.
+        Args:
+            seqs: their numbers.
+            refused: reasons of the rejected ones, by number; one that is not among ``seqs`` is
+                delivered again to a new session.
+            codes: codes of the reasons, by number: see `rejections.Code`.
         """
         reasons = {seq: why[:2000] for seq, why in (refused or {}).items()}
         if reasons:
             frame = Done(seqs=tuple(seqs), refused=reasons, codes=dict(codes) if codes else UNSET)
-            self._tell(link.Publish(frame))
+            self._handle(link.Publish(frame))
         used = tuple(seq for seq in seqs if seq not in reasons)
         if used:
-            self._tell(link.Publish(Done(seqs=used)))
+            self._handle(link.Publish(Done(seqs=used)))
 
     def over(self, reason: str) -> None:
-        """End the run; `get` raises LinkClosed once the broker has recorded it."""
-        self._tell(link.Publish(RunEnded(reason=reason)))
+        """End the run; `get` raises RunOver once the broker has recorded the end."""
+        self._handle(link.Publish(RunEnded(reason=reason)))
 
     def away(self) -> contextlib.AbstractContextManager[None]:
-        """Do something that may take long; the link's thread takes over meanwhile."""
+        """Return a context for long work, in which the link's thread runs the loop."""
         return self._handoff.away()
 
     def pause(self, seconds: float) -> None:
-        """Let time pass.
+        """Wait for this many seconds.
 
         Raises:
             LinkClosed: the link ended meanwhile.
@@ -264,33 +258,21 @@ class NodeLink(Dealer):
                 self._turn_or_raise(deadline)
 
     def stop(self) -> None:
-        """Make what waits raise LinkClosed soon; may be called from another thread."""
+        """Make waiting methods raise LinkClosed soon; may be called from another thread."""
         self._stopping = True
         self._handoff.wake()
 
     def close(self, reason: str = "", *, failed: bool = False, silent: bool = False) -> None:
-        """Say goodbye and let go of everything.
+        """Say goodbye, and close the link.
 
         Args:
-            reason: why, for the record.
-            failed: the node ends for an error.
-            silent: say nothing, as if the node had been killed.
+            reason: recorded in the ledger.
+            failed: whether the node ends because of an error.
+            silent: do not say goodbye, as if the node had been killed.
         """
         with self._handoff:
             if self._ended is None and not silent:
-                self._tell(link.Publish(Goodbye(reason=reason, failed=failed)))
+                self._handle(link.Publish(Goodbye(reason=reason, failed=failed)))
             self._stopping = True
             self._turn(self._clock())
         self._release()
-
-    @contextlib.contextmanager
-    def together(self) -> Iterator[None]:
-        """Hold the link for several posts in a row, which travel together."""
-        with self._handoff:
-            self._gathering = True
-            try:
-                yield
-            finally:
-                self._gathering = False
-                self._catch_up()
-                self._send_all()

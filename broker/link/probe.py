@@ -1,7 +1,7 @@
-"""What is at an endpoint from which no broker answers: so that waiting says for what.
+"""Find out what listens at an endpoint where no broker answers.
 
-A plain connection that speaks as much ZMTP as it takes to learn what listens there, and no
-more: libzmq itself tries again for ever, and says nothing of what it met.
+Uses a plain connection and just enough of ZMTP: libzmq itself retries for ever without reporting
+what it has found.
 """
 
 from __future__ import annotations
@@ -17,42 +17,42 @@ from fedmq.broker.wire.endpoints import Endpoint, addresses_of
 _TIMEOUT_S = 1.0
 _GREETING_BYTES = 64
 _GREETING = (b"\xff" + bytes(8) + b"\x7f" + b"\x03\x01" + b"NULL").ljust(_GREETING_BYTES, b"\0")
-"""Of ZMTP 3.1, without security: signature, version, mechanism."""
+"""The greeting of ZMTP 3.1 without security: signature, version, mechanism."""
 _VERSION_AT, _MECHANISM = 10, slice(12, 32)
 _COMMAND, _LONG = 0x04, 0x02
-"""Flags of a frame."""
+"""Flags of a ZMTP frame."""
 _NEWLINES, _ANSWER_S = b"\r\n\r\n", 0.5
-"""What a server of HTTP, say, is waiting for, and for how long it may think."""
+"""Bytes that make other servers, such as HTTP ones, respond; and how long to wait for that."""
 _SOCKET_TYPE = b"Socket-Type"
 _MAX_READY_BYTES = 1024
 _SHOWN = 4
-"""Addresses of a name."""
+"""Most addresses of a host name in a report."""
 
 
 class Listener(enum.Enum):
-    """What is at an endpoint, for programs."""
+    """What listens at an endpoint, for programs."""
 
     UNRESOLVED = "unresolved"
     REFUSED = "refused"
     UNREACHABLE = "unreachable"
     MUTE = "mute"
-    """It accepts connections and says nothing, as a process that is stopped."""
+    """It accepts connections and sends nothing, like a suspended process."""
     NOT_ZEROMQ = "not-zeromq"
     OTHER_SOCKET = "other-socket"
     SECURED = "secured"
     SILENT = "silent"
-    """A ZeroMQ ROUTER, as a broker is; it says nothing."""
+    """A ZeroMQ ROUTER, like a broker, that does not answer."""
 
 
 class ProbeResult(NamedTuple):
-    """What is there, and a clause on it for people."""
+    """What listens there, and a description for people."""
 
     listener: Listener
     text: str
 
 
 def probe(endpoint: Endpoint, timeout_s: float = _TIMEOUT_S) -> ProbeResult:
-    """Find out what is at an endpoint; takes up to ``timeout_s`` for each of its addresses."""
+    """Probe an endpoint, for up to ``timeout_s`` per address."""
     finding = ProbeResult(Listener.UNREACHABLE, "it has no address")
     tried: list[str] = []
     try:
@@ -97,28 +97,29 @@ def _try(
 
 
 def _greet(plain: socket.socket, deadline: float) -> ProbeResult:
-    """Learn from a connection what is at its other end."""
-    not_zeromq = "something listens there that does not speak ZeroMQ"
+    """Find out what is at the other end of a connection."""
+    not_zeromq = "a process listens there that does not speak ZeroMQ"
     try:
-        # The rest once it has said its mechanism: it leaves a peer of another one in silence.
+        # The rest after its greeting: a peer does not answer a greeting with another mechanism.
         plain.sendall(_GREETING[: _MECHANISM.start])
         greeting = _receive(plain, _GREETING_BYTES, deadline)
         if not greeting and time.monotonic() >= deadline:
             plain.sendall(_NEWLINES)
             greeting = _receive(plain, _GREETING_BYTES, time.monotonic() + _ANSWER_S)
             if not greeting and not _is_closed(plain):
-                text = "something accepts connections there, but says nothing"
+                text = "a process accepts connections there, but sends nothing"
                 return ProbeResult(Listener.MUTE, text)
-        # Version 1 of ZMTP has another start; libzmq is long past it.
         if greeting[:1] != b"\xff" or greeting[9:10] != b"\x7f" or len(greeting) < _GREETING_BYTES:
-            seen = f" (it says {greeting[:16]!r})" if greeting else ""
+            seen = f" (it sent {greeting[:16]!r})" if greeting else ""
             return ProbeResult(Listener.NOT_ZEROMQ, not_zeromq + seen)
         if greeting[_VERSION_AT] < _GREETING[_VERSION_AT]:
-            return ProbeResult(Listener.OTHER_SOCKET, "a ZeroMQ before version 4 listens there")
+            return ProbeResult(
+                Listener.OTHER_SOCKET, "a ZeroMQ socket older than version 4 listens there"
+            )
         mechanism = greeting[_MECHANISM].rstrip(b"\0").decode("ascii", "replace")
         if mechanism != "NULL":
             return ProbeResult(
-                Listener.SECURED, f"the ZeroMQ socket there asks for {mechanism} keys"
+                Listener.SECURED, f"the ZeroMQ socket there requires {mechanism} security"
             )
         plain.sendall(_GREETING[_MECHANISM.start :])
         body = b"\x05READY" + _property(_SOCKET_TYPE, b"DEALER") + _property(b"Identity", b"")
@@ -127,11 +128,13 @@ def _greet(plain: socket.socket, deadline: float) -> ProbeResult:
     except OSError:
         return ProbeResult(Listener.NOT_ZEROMQ, not_zeromq)
     if kind == "ROUTER":
-        text = "a ZeroMQ ROUTER there does not answer: a broker that is starting, or no broker"
+        text = (
+            "a ZeroMQ ROUTER there does not answer: a broker that is starting, or another program"
+        )
         return ProbeResult(Listener.SILENT, text)
     return ProbeResult(
         Listener.OTHER_SOCKET,
-        f"a ZeroMQ socket of type {kind or 'unknown'} listens there, which is no broker",
+        f"a ZeroMQ socket of type {kind or 'unknown'} listens there, not a broker",
     )
 
 
@@ -148,7 +151,7 @@ def _property(name: bytes, value: bytes) -> bytes:
 
 
 def _receive(plain: socket.socket, size: int, deadline: float) -> bytes:
-    """Read this number of bytes; fewer if no more come in time."""
+    """Read ``size`` bytes; fewer if no more arrive before the deadline."""
     data = b""
     while len(data) < size:
         left = deadline - time.monotonic()

@@ -1,11 +1,10 @@
-"""Whose turn it is to run a link's loop: the node's main thread, or one of the link's own.
+"""Decide which thread runs a link's loop: the node's main thread, or one of the link's own.
 
-While the node waits for a message, its main thread runs the loop itself, so that a message
-is handled where it arrives. While the node computes, a thread of the link runs it: beats,
-receipts and blobs go on while torch trains, because torch lets go of the GIL. Whoever holds
-the *baton*, a lock, runs the loop. (With a loop that always lives on its own thread, each
-message costs two thread switches more: about 20 a round of four clients were counted at the
-aggregator, and two with the baton.)
+While the node waits for a message, its main thread runs the loop, so that a message is handled
+where it arrives. While the node computes, a thread of the link runs it: heartbeats,
+acknowledgments and blobs continue while torch trains, because torch releases the GIL. The thread
+that holds the lock runs the loop. (A loop that always runs on its own thread costs two more thread
+switches a message: the aggregator had about 20 in a round of four clients, and has two this way.)
 """
 
 from __future__ import annotations
@@ -17,21 +16,21 @@ import time
 from collections.abc import Callable
 
 _WATCH_S = 0.25
-"""The thread takes over by itself when the main thread has been away for this long."""
+"""Absence of the main thread after which the link's thread takes over without a wake-up."""
 _SHORT_S = 0.005
-"""After an absence shorter than this, the next one is not worth waking the thread for."""
+"""After an absence shorter than this, the next one does not wake the link's thread."""
 
 
 class LoopHandoff:
-    """A lock between two threads, of which the main one comes first.
+    """A lock between the main thread, which has priority, and the link's thread.
 
-    The main thread has it ``with`` the baton, as often as it likes.
+    The main thread holds it within ``with``, which may be nested.
 
     Args:
-        is_over: tells the other thread that there is nothing more to run.
+        is_over: returns whether the link's thread must end.
 
     Attributes:
-        bell: a file descriptor that the loop polls: it can be read when somebody has rung.
+        wakeup: a file descriptor that the loop polls; readable after `wake`.
     """
 
     def __init__(self, is_over: Callable[[], bool]) -> None:
@@ -45,7 +44,7 @@ class LoopHandoff:
         os.set_blocking(self._wakeup_writer, False)
 
     def __enter__(self) -> None:
-        """Take the baton for the main thread, if it does not have it, and tell the other."""
+        """Acquire the lock for the main thread; makes the link's thread release it."""
         if self._away.is_set():
             self._away.clear()
         if not self._lock.acquire(blocking=False):
@@ -53,29 +52,26 @@ class LoopHandoff:
             try:
                 self.wake()
                 self._lock.acquire()
-            finally:  # a signal may have ended the waiting
+            finally:  # a signal may have interrupted the wait
                 self._main_wants = False
 
     def __exit__(self, *_: object) -> None:
-        """Let go of it, where it was taken."""
+        """Release the lock, unless it is nested."""
         self._lock.release()
 
     def away(self) -> contextlib.AbstractContextManager[None]:
-        """The main thread does something that may take long; the other takes over.
+        """Return a context for long work of the main thread; the link's thread takes over.
 
-        Not again before the end of the first.
+        The context cannot be nested.
         """
         return self._absence
 
     def release(self) -> None:
-        """The main thread does not come back: let the other see that it is over."""
+        """Let the link's thread end: the main thread does not run the loop any more."""
         self._away.set()
 
     def run_in_background(self, turn: Callable[[], None]) -> None:
-        """On the other thread: run the loop whenever the main one is away, until it is over.
-
-        At its word, or after a while.
-        """
+        """On the link's thread: call ``turn`` while the main thread is away, until the end."""
         while not self._is_over():
             self._away.wait(_WATCH_S)
             if not self._lock.acquire(blocking=False):
@@ -88,21 +84,21 @@ class LoopHandoff:
 
     def wake(self) -> None:
         """Wake the loop; may be called from any thread."""
-        with contextlib.suppress(BlockingIOError):  # a wake-up is waiting already
+        with contextlib.suppress(BlockingIOError):  # a wake-up is pending
             os.write(self._wakeup_writer, b"x")
 
     def clear_wakeup(self) -> None:
-        """Take note of all that have rung."""
+        """Clear all pending wake-ups."""
         os.read(self.wakeup, 4096)
 
     def close(self) -> None:
-        """Close the bell."""
+        """Close the file descriptors."""
         os.close(self.wakeup)
         os.close(self._wakeup_writer)
 
 
 class _Absence:
-    """A while in which the main thread is away, again and again."""
+    """The context of `LoopHandoff.away`; reusable."""
 
     def __init__(self, away: threading.Event) -> None:
         self._away = away

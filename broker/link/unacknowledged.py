@@ -1,4 +1,4 @@
-"""What a node has said and has no receipt for, and the blobs that it serves meanwhile."""
+"""The unacknowledged frames of a node, and the blobs that it serves meanwhile."""
 
 from __future__ import annotations
 
@@ -14,12 +14,10 @@ from fedmq.broker.wire.schema import Buffer, ChunkRequest, NumberedFrame
 
 @dataclass
 class _Frame:
-    """A numbered frame that has no receipt yet."""
+    """An unacknowledged frame, and the digests of the blobs that it names."""
 
     send: Send
     blobs: Sequence[bytes] = ()
-    count: int = 1
-    """How many messages it holds; 1 for what is no message, too."""
 
 
 @dataclass
@@ -29,21 +27,20 @@ class _Served:
 
 
 class UnacknowledgedFrames:
-    """Numbered frames, from the first that has no receipt on, and the blobs that they name."""
+    """The unacknowledged frames, in order, and the blobs that they name."""
 
     def __init__(self) -> None:
         self._frames: OrderedDict[int, _Frame] = OrderedDict()
         self._next_n = 0
         self._served: dict[bytes, _Served] = {}
-        self._count = 0
 
     def __len__(self) -> int:
-        """Return how many messages, and other frames, there are."""
-        return self._count
+        """Return the number of these frames."""
+        return len(self._frames)
 
     @property
     def oldest(self) -> int:
-        """Return the number of the oldest frame without a receipt; the next one if all have."""
+        """Return the number of the oldest unacknowledged frame; without one, the next number."""
         return next(iter(self._frames), self._next_n)
 
     def add(
@@ -52,34 +49,30 @@ class UnacknowledgedFrames:
         buffers: Sequence[Buffer] = (),
         blobs: Sequence[bytes] = (),
         data: Sequence[Buffer] = (),
-        count: int = 1,
     ) -> Send:
-        """Give a frame its number, and keep it until it is receipted; return how it is sent.
+        """Number a frame, and keep it until it is acknowledged; return the action that sends it.
 
         Args:
             frame: without a number.
-            buffers: that travel beside it.
-            blobs: digests of all that its message names.
-            data: the bytes of each.
-            count: how many messages it holds.
+            buffers: sent with the frame.
+            blobs: digests of all blobs of its message.
+            data: the bytes of each blob.
         """
         send = Send(msgspec.structs.replace(frame, n=self._next_n), buffers)
-        self._frames[self._next_n] = _Frame(send, blobs, count)
-        self._count += count
+        self._frames[self._next_n] = _Frame(send, blobs)
         self._next_n += 1
         for digest, each in zip(blobs, data, strict=True):
             self._served.setdefault(digest, _Served(each)).posts += 1
         return send
 
     def sends(self) -> Iterator[Send]:
-        """Yield all that has no receipt, in order, to be sent again."""
+        """Return the actions that send all unacknowledged frames again, in order."""
         return (each.send for each in self._frames.values())
 
     def acknowledged(self, upto: int) -> None:
-        """Forget the frames up to this number, and the blobs that only they named."""
+        """Discard the frames up to this number, and the blobs that no other frame names."""
         while self._frames and next(iter(self._frames)) <= upto:
             _, frame = self._frames.popitem(last=False)
-            self._count -= frame.count
             for digest in frame.blobs:
                 served = self._served[digest]
                 served.posts -= 1
@@ -87,19 +80,19 @@ class UnacknowledgedFrames:
                     del self._served[digest]
 
     def serves(self, digest: bytes) -> bool:
-        """Tell whether a frame without a receipt names this blob."""
+        """Return whether an unacknowledged frame names this blob."""
         return digest in self._served
 
-    def chunk(self, want: ChunkRequest) -> Buffer | None:
-        """Return a piece of a blob that is served; None if there is no such piece."""
-        served = self._served.get(want.digest)
-        if served is None or want.start + want.size > memoryview(served.data).nbytes:
+    def chunk(self, request: ChunkRequest) -> Buffer | None:
+        """Return the requested bytes of a served blob; None if there are none."""
+        served = self._served.get(request.digest)
+        if served is None or request.start + request.size > memoryview(served.data).nbytes:
             return None
-        return memoryview(served.data).cast("B")[want.start : want.start + want.size]
+        return memoryview(served.data).cast("B")[request.start : request.start + request.size]
 
 
 class Stall:
-    """Tells whether what is due does not come: twice in a row, then ever more seldom."""
+    """Detects a stall: at the second check without progress, and then at ever longer intervals."""
 
     def __init__(self) -> None:
         self._seen: object = None
@@ -107,7 +100,7 @@ class Stall:
         self._patience = 2
 
     def is_stuck(self, *, due: bool, moved: object) -> bool:
-        """Look once more. ``moved``: anything that differs if something has come."""
+        """Check once more. ``moved``: a value that changes whenever something arrives."""
         if not due or moved != self._seen:
             self._seen, self._count, self._patience = moved, 0, 2
             return False

@@ -1,7 +1,7 @@
-"""Cores on a virtual network: the Broker with a real ledger, and Links with their inboxes.
+"""Run cores on a virtual network: a Broker with a real ledger, and Links with their inboxes.
 
-Hosts can crash at any moment and start again; the broker's ledger lies in a folder, torn
-where the crash caught it.
+Hosts can crash at any moment and start again. A crash tears the broker's ledger, which is in a
+folder.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from fedmq.broker.link.core import Link
 from fedmq.broker.link.events import Delivery
 from fedmq.broker.settings import BrokerSettings
 from fedmq.broker.virtual.network import VirtualNetwork
-from fedmq.broker.wire.encoding import decode_message, encode_message
+from fedmq.broker.wire.encoding import decode_message
 from fedmq.broker.wire.schema import (
     AnyFrame,
     Blob,
@@ -31,24 +31,23 @@ from fedmq.broker.wire.schema import (
     Hello,
     Message,
     Post,
-    PostAll,
     RunEnded,
     Welcome,
 )
 
 
 class BrokerHost:
-    """A Broker core with a real ledger, which crashes and starts again.
+    """A Broker core with a real ledger, which can crash and start again.
 
     Args:
-        network: where it is reached.
+        network: the virtual network.
         folder: of its ledger.
         settings: of its core.
-        draw_identity: of new runs; by default the first is ``virtual1``, however often it crashes.
+        draw_identity: see `Broker`; by default ``virtual1``, ``virtual2``, ..., across crashes.
 
     Attributes:
-        up: whether it runs.
-        doomed: it crashes in the middle of its next batch.
+        up: whether it is running.
+        doomed: whether it crashes in the middle of its next batch.
     """
 
     def __init__(
@@ -59,7 +58,7 @@ class BrokerHost:
         draw_identity: Callable[[], str] | None = None,
     ) -> None:
         self._network, self._folder, self._settings = network, folder, settings
-        # From a count, so that a history stays the same for its seed.
+        # Counted, so that a history depends only on its seed.
         self._draw_identity = draw_identity or map("virtual{}".format, itertools.count(1)).__next__
         self._wake_at = float("inf")
         network.broker = self
@@ -68,7 +67,7 @@ class BrokerHost:
         self.start()
 
     def start(self) -> None:
-        """Open the ledger and go on from it."""
+        """Open the ledger and continue from it."""
         self.ledger, self.core = open_broker(
             self._folder,
             self._settings,
@@ -79,33 +78,33 @@ class BrokerHost:
         self.handle([])
 
     def receive(self, peer: bytes, frame: AnyFrame, buffers: Sequence[Buffer]) -> None:
-        """Take a frame."""
+        """Handle a frame from a connection."""
         if self.up:
             self.handle([state.ReceivedFrom(peer, frame, buffers, 1)])
 
     def handle(self, events: Sequence[state.Event]) -> None:
-        """Take a batch: write the ledger, then send."""
+        """Handle a batch: write the ledger, then send."""
         sends = self.queue(events)
         if self.doomed:
             self.crash()
             return
         self.ledger.commit()
         for send in sends:
-            self._put_out(send)
+            self._send(send)
         self._plan_wake()
 
-    def _put_out(self, send: state.SendTo) -> None:
+    def _send(self, send: state.SendTo) -> None:
         shared = self._network.share_files
         frame = point_to_blobs(send, self.ledger, str(self._folder)) if shared else send.frame
         parts = [self.ledger.payload.read(*blob) for blob in send.blobs]
         self._network.to_node(send.peer, frame, parts)
 
     def queue(self, events: Sequence[state.Event]) -> list[state.SendTo]:
-        """Queue what a batch wants written; return what is to be sent once it is."""
+        """Handle a batch of events: queue writes; return the frames to send after the commit."""
         sends: list[state.SendTo] = []
-        todo = deque([*events, state.TimerFired()])
-        while todo:
-            for action in self.core.handle(todo.popleft(), self._network.now):
+        queue = deque([*events, state.TimerFired()])
+        while queue:
+            for action in self.core.handle(queue.popleft(), self._network.now):
                 match action:  # the most frequent first
                     case state.SendTo():
                         sends.append(action)
@@ -120,11 +119,11 @@ class BrokerHost:
                         self.ledger.unpin(names)
                     case state.Probe(peer):
                         if not self._network.is_up(peer):
-                            todo.append(state.Gone(peer))
+                            queue.append(state.Gone(peer))
         return sends
 
     def crash(self) -> None:
-        """End at once; what was being written is torn anywhere, what was written is not."""
+        """Stop at once: writes that were not committed are torn at a random byte."""
         rng = self._network.rng
         self.up = self.doomed = False
         before = self._sizes()
@@ -135,7 +134,7 @@ class BrokerHost:
             with path.open("r+b") as file:
                 file.truncate(torn)
             if path.name.startswith(PAYLOAD) and torn < size:
-                # Messages are written after their payload: none of this batch was.
+                # Messages are written after their payload, so none of this batch was written.
                 for other, begin in before.items():
                     if other.name.startswith(MESSAGES):
                         with other.open("r+b") as file:
@@ -164,14 +163,14 @@ class BrokerHost:
 
 
 class LinkHost:
-    """A Link core and the inbox behind it; `take` is for whoever lives there.
+    """A Link core and its inbox, from which the node takes deliveries.
 
     Args:
-        network: where it is connected.
+        network: the virtual network.
         hello: of this session.
 
     Attributes:
-        receipted: ids of the posts that the broker has receipted.
+        acknowledged: ids of the posts that the broker has acknowledged.
         posted: ids of all posts, in order.
         doomed: if set, this session ends right after its next post, and this is called.
     """
@@ -189,64 +188,47 @@ class LinkHost:
         self.on_news: Callable[[], None] = lambda: None
         self.doomed: Callable[[], object] | None = None
         self.files = local_blobs.LocalBlobs()
-        self._numbers: dict[int, list[str]] = {}
+        self._unacknowledged: dict[int, str] = {}
+        """Ids of unacknowledged posts, by the number of their frame."""
         self._last_seq = -1
-        self._gathering = False
-        self._gathered: list[bytes] = []
         self._wake_at = float("inf")
         self.up = True
         self.peer = network.connect(self)
         self.hear(link.Wake())
 
     def hear(self, event: link.Event) -> None:
-        """Give the core an event and carry out what it says."""
+        """Pass an event to the core, and carry out its actions."""
         if not self.up:
             return
         if isinstance(event, link.FrameReceived) and isinstance(event.frame, Welcome):
             self.files.open(event.frame)
-        news = self._carry_out(self.core.handle(event, self.network.now))
-        if self._numbers:
-            oldest = self.core.oldest_unacknowledged
-            for n in [n for n in self._numbers if n < oldest]:
-                self.acknowledged += self._numbers.pop(n)
+        changed = self._carry_out(self.core.handle(event, self.network.now))
+        oldest = self.core.oldest_unacknowledged
+        while self._unacknowledged and (first := next(iter(self._unacknowledged))) < oldest:
+            self.acknowledged.append(self._unacknowledged.pop(first))
         due = self.core.deadline
         if due is not None and (due < self._wake_at or self._wake_at <= self.network.now):
             self._wake_at = due
             self.network.at(due, self._wake)
-        if news:
-            self.network.after(0.0, self._tell)
+        if changed:
+            self.network.after(0.0, self._notify)
 
     def post(self, message: Message, data: Sequence[Buffer], consumes: tuple[int, ...]) -> None:
         """Post a message."""
         if not self.up:
             return
         self.posted.append(message.id)
-        if self._gathering and not (message.blobs or consumes):
-            self._gathered.append(encode_message(message))
-        else:
-            self._say_gathered()
-            self.hear(link.Outgoing(message, data, consumes))
+        self.hear(link.Outgoing(message, data, consumes))
         if self.doomed is not None:
             self.crash()
             self.doomed()
 
-    def gather(self, *, on: bool) -> None:
-        """Post the messages from here on together; or no longer."""
-        self._gathering = on
-        self._say_gathered()
-
-    def _say_gathered(self) -> None:
-        gathered, self._gathered = self._gathered, []
-        if gathered:
-            self.hear(link.Together(gathered))
-
     def publish(self, frame: Done | RunEnded) -> None:
-        """Say something that is no message."""
-        self._say_gathered()
+        """Send a frame that is not a message."""
         self.hear(link.Publish(frame))
 
     def fetch(self, owner: str, blob: Blob) -> None:
-        """Ask for a blob, which will be among `fetched`."""
+        """Fetch a blob; it will be in `fetched`."""
         self.hear(link.Fetch(owner, blob))
 
     def take(self) -> Delivery:
@@ -256,24 +238,25 @@ class LinkHost:
         return delivery
 
     def crash(self) -> None:
-        """End at once, with everything that is not on a disk."""
+        """Stop at once, and lose everything that is not on a disk."""
         self.up = False
         self.files.close()
 
     def _carry_out(self, actions: Sequence[link.Action]) -> bool:
-        news = False
+        changed = False
         for action in actions:
-            news |= not isinstance(action, link.Send)
+            changed |= not isinstance(action, link.Send)
             match action:
                 case link.Send(frame=frame, buffers=buffers):
-                    if isinstance(frame, Post | PostAll):
-                        self._number(frame)
+                    if isinstance(frame, Post) and frame.n >= self.core.oldest_unacknowledged:
+                        message = decode_message(frame.message)
+                        self._unacknowledged.setdefault(frame.n, message.id)
                     self.network.to_broker(self.peer, frame, buffers)
                 case link.Deliveries(deliveries):
                     for delivery in deliveries:
                         if delivery.seq <= self._last_seq:
-                            what = f"{self.name} was handed {delivery.seq} out of order"
-                            raise AssertionError(what)
+                            text = f"{self.name} got delivery {delivery.seq} out of order"
+                            raise AssertionError(text)
                         self._last_seq = delivery.seq
                     self.inbox.extend(deliveries)
                 case link.Fetched(owner, blob, data):
@@ -282,15 +265,9 @@ class LinkHost:
                     self.admitted = action
                 case link.LinkEnded():
                     self.ended = action
-        return news
+        return changed
 
-    def _number(self, post: Post | PostAll) -> None:
-        """Note under which number messages went out first."""
-        if post.n >= self.core.oldest_unacknowledged and post.n not in self._numbers:
-            messages = [post.message] if isinstance(post, Post) else post.messages
-            self._numbers[post.n] = [decode_message(each).id for each in messages]
-
-    def _tell(self) -> None:
+    def _notify(self) -> None:
         if self.up:
             self.on_news()
 

@@ -1,9 +1,8 @@
-"""A network in memory with a virtual clock and seeded faults, for the very same cores.
+"""A network in memory with a virtual clock and seeded faults, for the real cores.
 
-Everything that happens follows from one seed: a history that went wrong can be run again.
-`VirtualNetwork` carries frames between a broker and any number of nodes (the hosts of
-`fedmq.broker.virtual.hosts`); it loses, delays, duplicates and reorders them, and cuts
-connections.
+Everything follows from one seed, so a history that failed can be run again. `VirtualNetwork`
+carries frames between a broker and any number of nodes (see `fedmq.broker.virtual.hosts`); it
+loses, delays, duplicates and reorders them, and cuts connections.
 """
 
 from __future__ import annotations
@@ -22,28 +21,28 @@ from fedmq.broker.wire.schema import AnyFrame, Buffer, Frame
 
 
 class BrokerEnd(Protocol):
-    """Where the frames of nodes arrive."""
+    """The broker's end of the network."""
 
     def receive(self, peer: bytes, frame: AnyFrame, buffers: Sequence[Buffer]) -> None:
-        """Take a frame."""
+        """Handle a frame from a connection."""
 
 
 class NodeEnd(Protocol):
-    """Where the frames for a node arrive."""
+    """A node's end of the network."""
 
     name: str
     peer: bytes
 
     def hear(self, event: link.Event) -> None:
-        """Take an event."""
+        """Handle an event."""
 
 
 @dataclass(frozen=True)
 class Faults:
-    """What becomes of each frame: probabilities, and seconds.
+    """The faults of a network.
 
-    loss, duplicate: of a frame. reorder: that a frame is held back for up to
-    ``reorder_s``, while others pass it. delay_s: the mean of what every frame takes.
+    loss, duplicate: probability for a frame. reorder: probability that a frame is delayed by up
+        to ``reorder_s`` seconds, while others overtake it. delay_s: mean delay, in seconds.
     """
 
     loss: float = 0.0
@@ -57,13 +56,13 @@ class VirtualNetwork:
     """The clock, and the connections between nodes and their broker.
 
     Args:
-        rng: of all faults and delays.
-        faults: may be replaced at any time.
+        rng: draws all faults and delays.
+        faults: can be replaced at any time.
 
     Attributes:
         now: virtual time, in seconds.
-        broker: takes what nodes send; set by the broker's host.
-        share_files: nodes read blobs from the broker's ledger, as on one host.
+        broker: the broker's end; set by the broker's host.
+        share_files: whether nodes read blobs from the broker's ledger, as on one host.
     """
 
     def __init__(self, rng: random.Random, faults: Faults | None = None) -> None:
@@ -79,16 +78,16 @@ class VirtualNetwork:
         self._away: set[str] = set()
 
     def at(self, when: float, act: Callable[[], object]) -> None:
-        """Let something happen at a time."""
+        """Schedule a call at a time."""
         now = self.now
         heapq.heappush(self._events, (when if when > now else now, next(self._count), act))
 
     def after(self, seconds: float, act: Callable[[], object]) -> None:
-        """Let something happen after a while."""
+        """Schedule a call after a delay."""
         self.at(self.now + seconds, act)
 
     def step(self) -> bool:
-        """Let the next thing happen; False if nothing is left."""
+        """Make the next scheduled call; return False if there is none."""
         if not self._events:
             return False
         self.now, _, act = heapq.heappop(self._events)
@@ -96,7 +95,7 @@ class VirtualNetwork:
         return True
 
     def connect(self, host: NodeEnd) -> bytes:
-        """Give a node a new connection; the old one, and what is on it, is lost."""
+        """Give a node a new connection; the old one is lost with its frames in flight."""
         for peer in [peer for peer, each in self._ends.items() if each.name == host.name]:
             del self._ends[peer]
         peer = f"{host.name}#{next(self._count)}".encode()
@@ -104,17 +103,17 @@ class VirtualNetwork:
         return peer
 
     def cut(self, host: NodeEnd) -> None:
-        """Break a node's connection; it has another one at once."""
+        """Break a node's connection, and give it another one at once."""
         if host.peer in self._ends:
             host.peer = self.connect(host)
 
     def partition(self, name: str, seconds: float) -> None:
-        """Lose everything between a node and the broker for a while."""
+        """Lose all frames between a node and the broker for a number of seconds."""
         self._away.add(name)
         self.after(seconds, lambda: self._away.discard(name))
 
     def is_up(self, peer: bytes) -> bool:
-        """Tell whether a connection stands."""
+        """Return whether a connection is up."""
         host = self._ends.get(peer)
         return host is not None and host.name not in self._away
 
@@ -124,7 +123,7 @@ class VirtualNetwork:
         self._carry(peer, lambda: self._arrive_at_broker(peer, header, parts), up=True)
 
     def to_node(self, peer: bytes, frame: Frame, buffers: Sequence[Buffer]) -> None:
-        """Carry a frame to whoever is at the other end of a connection."""
+        """Carry a frame to the node of a connection."""
         header, parts = encode_frame(frame), [bytes(each) for each in buffers]
         self._carry(peer, lambda: self._arrive_at_node(peer, header, parts), up=False)
 
@@ -139,7 +138,7 @@ class VirtualNetwork:
             if draw() < faults.reorder:
                 when += draw() * faults.reorder_s
             else:
-                # A connection keeps order, but for what is reordered on purpose.
+                # A connection keeps order, except for the reorder fault.
                 before = self._last_at.get(way, 0.0)
                 if when < before:
                     when = before

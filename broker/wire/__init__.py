@@ -1,1 +1,1 @@
-"""Messages as bytes: their schema, encoding, addresses, chunks and batches."""
+"""The wire format: schema, encoding, addresses, chunks, batches and sockets."""

@@ -1,8 +1,8 @@
 """Addresses, roles, and the names of runs and nodes.
 
-Names become names of files and folders, stand in addresses and in what is shown on terminals,
-so both ends check them: the broker when a Hello arrives, a node before it says Hello and when
-a Welcome names its run.
+Names are used for files, folders and addresses and are printed on terminals, so both ends check
+them: the broker when a Hello arrives; a node before it sends Hello, and when a Welcome names its
+run.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ ROLES = (AGGREGATOR, EVALUATOR, WORKER)
 BROKER = "broker"
 
 MAX_RANGES = 1000
-"""Of client numbers, in one Hello."""
+"""Most ranges of clients in one Hello."""
 
 CONTINUED = "continued"
-"""Kind of the message by which the broker tells that a run was taken up again."""
+"""Kind of the broker's message that a run has been continued."""
 
 RECORD = "record"
 CHECKPOINT = "checkpoint"
@@ -34,7 +34,7 @@ _SHOWN = 120
 
 
 def name_fault(name: str) -> str:
-    """Return what is wrong with the name of a run or a node, in one sentence; "" if nothing."""
+    """Return what is wrong with the name of a run or a node; "" if it is valid."""
     if _NAME.fullmatch(name):
         return ""
     return (
@@ -55,5 +55,5 @@ def addresses(hello: Hello) -> Iterator[str]:
 
 
 def node_address(name: str) -> str:
-    """Return the address of a node itself, whatever else it hosts."""
+    """Return the address of a node itself, besides those that it hosts."""
     return f"node/{name}"

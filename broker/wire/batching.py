@@ -1,4 +1,4 @@
-"""What waits to be sent over a connection: small frames go together."""
+"""Queue frames for a connection, and join small ones into one ZeroMQ message."""
 
 from __future__ import annotations
 
@@ -19,65 +19,65 @@ _PER_FRAME_BYTES = 16
 
 
 class Outbox:
-    """Frames in the order in which they are to be sent, as ZeroMQ messages.
+    """Frames to send, in order, as ZeroMQ messages.
 
-    A frame that follows another small one is joined to it, within the limits of a header.
+    Consecutive small frames are joined into one message, within the limits of a header.
     """
 
     def __init__(self) -> None:
         self._messages: deque[tuple[list[Buffer], int]] = deque()
-        """Their parts, and how many bytes these have together."""
+        """The parts of each, and their total size in bytes."""
         self._headers: list[tuple[bytes, int]] = []
         self._buffers: list[Buffer] = []
-        self._bytes = self._extra = 0
+        self._bytes = self._buffer_bytes = 0
 
     @property
     def large(self) -> int:
-        """Return how many messages wait that are too large to be joined."""
+        """Return the number of complete messages; the frames being joined are not counted."""
         return len(self._messages)
 
     def __bool__(self) -> bool:
         return bool(self._messages or self._headers)
 
     def add(self, header: bytes, buffers: Sequence[Buffer] = ()) -> None:
-        """Put a frame behind the others."""
+        """Append a frame."""
         size = len(header) + _PER_FRAME_BYTES
-        extra = 0
+        buffer_bytes = 0
         for each in buffers:
-            extra += memoryview(each).nbytes
-        if extra > INLINE_BYTES:
-            self._close()
-            self._messages.append(([header, *buffers], len(header) + extra))
+            buffer_bytes += memoryview(each).nbytes
+        if buffer_bytes > INLINE_BYTES:
+            self._complete()
+            self._messages.append(([header, *buffers], len(header) + buffer_bytes))
             return
         if (
             self._bytes + size > _JOINED_HEADER_BYTES
             or len(self._buffers) + len(buffers) > MAX_BUFFERS
         ):
-            self._close()
+            self._complete()
         self._headers.append((header, len(buffers)))
         self._buffers += buffers
         self._bytes += size
-        self._extra += extra
-        if size + extra > _SMALL_BYTES:
-            self._close()
+        self._buffer_bytes += buffer_bytes
+        if size + buffer_bytes > _SMALL_BYTES:
+            self._complete()
 
     def next(self) -> list[Buffer]:
-        """Return the parts of the message that is to be sent next; there must be one."""
+        """Return the parts of the next message; the outbox must not be empty."""
         if not self._messages:
-            self._close()
+            self._complete()
         return self._messages[0][0]
 
     def sent(self) -> int:
-        """Forget the message that `next` returned; return how many bytes it had."""
+        """Remove the message that `next` returned; return its size in bytes."""
         _, nbytes = self._messages.popleft()
         return nbytes
 
-    def _close(self) -> None:
-        """Let nothing more be joined to the frames so far."""
+    def _complete(self) -> None:
+        """Complete the message of the frames joined so far."""
         if not self._headers:
             return
-        alone = len(self._headers) == 1
-        header = self._headers[0][0] if alone else join_headers(self._headers)
-        self._messages.append(([header, *self._buffers], len(header) + self._extra))
+        single = len(self._headers) == 1
+        header = self._headers[0][0] if single else join_headers(self._headers)
+        self._messages.append(([header, *self._buffers], len(header) + self._buffer_bytes))
         self._headers, self._buffers = [], []
-        self._bytes = self._extra = 0
+        self._bytes = self._buffer_bytes = 0

@@ -1,9 +1,8 @@
-"""Pulling blobs over one link: in order, in chunks, a window at a time.
+"""Pull blobs over one link: in order, in chunks, a window at a time.
 
-The end that lacks a blob asks for it, chunk by chunk, and never has more than a window
-of chunks on the way: that is the byte credit, and it bounds the memory of both ends and
-the time that a small message can wait behind a large one. The end that has the blob
-keeps no state at all, so a transfer resumes by asking again.
+The end that lacks a blob requests it chunk by chunk, with at most a window of chunks in flight.
+This byte credit bounds the memory of both ends, and how long a small message waits behind a large
+one. The end that has the blob keeps no state, so a transfer resumes by requesting again.
 """
 
 from __future__ import annotations
@@ -20,14 +19,14 @@ WINDOW_CHUNKS = 4
 
 
 class Owned(Struct, frozen=True, gc=False):
-    """A blob within one run: whose it is, and its digest."""
+    """A blob within one run: the node that named it, and its digest."""
 
     owner: str
     digest: bytes
 
 
 class ReceivedChunk(Struct, frozen=True):
-    """What a chunk brought: bytes ``start...`` of a blob of ``size``."""
+    """A chunk as received: bytes ``start...`` of a blob of ``size`` bytes."""
 
     name: Owned
     size: int
@@ -39,7 +38,7 @@ class ReceivedChunk(Struct, frozen=True):
 class _Transfer:
     size: int
     received: int = 0
-    asked: int = 0
+    requested: int = 0
     hasher: xxhash.xxh3_128 = field(default_factory=xxhash.xxh3_128)
 
 
@@ -59,52 +58,56 @@ class Fetcher:
 
     @property
     def outstanding(self) -> int:
-        """Return the number of chunks that were asked for and have not come."""
+        """Return the number of chunks that were requested and have not arrived."""
         return self._outstanding
 
     def add(
         self, owner: str, blob: Blob, received: int = 0, hasher: xxhash.xxh3_128 | None = None
     ) -> None:
-        """Fetch a blob, after those added before; a blob that is on its way is not added twice.
+        """Fetch a blob, after those added before; does nothing if it is being fetched.
 
         Args:
             owner: the node that named it.
             blob: its digest and size.
-            received: bytes that are here already, from its start.
-            hasher: what has hashed them.
+            received: bytes from its start that were received before.
+            hasher: the hash of these bytes.
         """
         name = Owned(owner, blob.digest)
         if name not in self._transfers:
             hasher = hasher or xxhash.xxh3_128()
             self._transfers[name] = _Transfer(blob.size, received, received, hasher)
 
-    def wants(self, window: int | None = None) -> list[ChunkRequest]:
-        """Return the requests that a window (by default this fetcher's) has room for."""
+    def requests(self, window: int | None = None) -> list[ChunkRequest]:
+        """Return the requests that fit a window, by default the fetcher's own."""
         limit = self._window if window is None else min(window, self._window)
-        wants = []
+        requests = []
         for name, transfer in self._transfers.items():
-            while transfer.asked < transfer.size and self._outstanding < limit:
-                size = min(CHUNK_BYTES, transfer.size - transfer.asked)
-                wants.append(
+            while transfer.requested < transfer.size and self._outstanding < limit:
+                size = min(CHUNK_BYTES, transfer.size - transfer.requested)
+                requests.append(
                     ChunkRequest(
-                        owner=name.owner, digest=name.digest, start=transfer.asked, size=size
+                        owner=name.owner, digest=name.digest, start=transfer.requested, size=size
                     )
                 )
-                transfer.asked += size
+                transfer.requested += size
                 self._outstanding += 1
             if self._outstanding >= limit:
                 break
-        return wants
+        return requests
 
     def receive(self, chunk: Chunk, data: Buffer) -> ReceivedChunk | None:
-        """Take a chunk; None if it is not the next piece of a blob that was asked for.
+        """Take a chunk; return None if it is not the next one of a requested blob.
 
-        Chunks of a blob come in the order in which they were asked for, because a link
-        keeps order. After `restart`, late ones from before are told by their start.
+        A link keeps order, so the chunks of a blob arrive in the order of the requests. After
+        `restart`, late chunks are recognised by their start.
         """
         name = Owned(chunk.owner, chunk.digest)
         transfer = self._transfers.get(name)
-        if transfer is None or chunk.start != transfer.received or chunk.start >= transfer.asked:
+        if (
+            transfer is None
+            or chunk.start != transfer.received
+            or chunk.start >= transfer.requested
+        ):
             return None
         if memoryview(data).nbytes != min(CHUNK_BYTES, transfer.size - chunk.start):
             return None
@@ -114,9 +117,9 @@ class Fetcher:
         return ReceivedChunk(name, transfer.size, chunk.start, data)
 
     def finished(self, name: Owned) -> bool | None:
-        """Forget a blob whose bytes are all here, and tell whether they match its digest.
+        """Remove a complete blob, and return whether its bytes match its digest.
 
-        Returns None, and forgets nothing, while bytes are missing.
+        Returns None, and removes nothing, while bytes are missing.
         """
         transfer = self._transfers[name]
         if transfer.received < transfer.size:
@@ -125,13 +128,13 @@ class Fetcher:
         return transfer.hasher.digest() == name.digest
 
     def discard(self, name: Owned) -> None:
-        """Give up on a blob."""
+        """Stop fetching a blob."""
         transfer = self._transfers.pop(name, None)
         if transfer is not None:
-            self._outstanding -= -(-(transfer.asked - transfer.received) // CHUNK_BYTES)
+            self._outstanding -= -(-(transfer.requested - transfer.received) // CHUNK_BYTES)
 
     def restart(self) -> None:
-        """After a reconnect: what was asked for and did not come is asked for again."""
+        """After a reconnect, request again what has not arrived."""
         self._outstanding = 0
         for transfer in self._transfers.values():
-            transfer.asked = transfer.received
+            transfer.requested = transfer.received

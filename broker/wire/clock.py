@@ -1,4 +1,4 @@
-"""The time of a live broker or node."""
+"""The clock of a live broker or node."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ _DAY_S = 86_400.0
 
 
 class Clock:
-    """Seconds since 1970 that never run backwards while the process lives."""
+    """Seconds since 1970; never runs backwards within a process."""
 
     def __init__(self) -> None:
         self._offset = time.time() - time.monotonic()
@@ -20,9 +20,9 @@ class Clock:
 
 
 def milliseconds_until(deadline: float | None, now: float) -> int | None:
-    """Return a timeout for a poller, rounded up so that waking early never makes it spin.
+    """Return a poller's timeout, rounded up so that it never wakes early and spins.
 
-    It is a day at most: a poller's number has 32 bits, and one that wakes too early asks again.
+    It is a day at most, because a poller's timeout has 32 bits; the caller computes a new one then.
     """
     if deadline is None:
         return None

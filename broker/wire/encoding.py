@@ -1,11 +1,11 @@
-"""Headers and messages as bytes: written, read, joined, and never trusted.
+"""Encode, decode and join headers and messages, and check every input.
 
-What they say is `fedmq.broker.wire.schema`'s; here are the limits kept that it states.
+`fedmq.broker.wire.schema` defines their fields and limits.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import msgpack
@@ -14,8 +14,6 @@ import msgspec
 from fedmq.broker.errors import VersionError, WireError
 from fedmq.broker.rejections import Code
 from fedmq.broker.wire.schema import (
-    MAX_ALL,
-    MAX_ALL_BYTES,
     MAX_BUFFERS,
     MAX_HEADER_BYTES,
     MAX_MESSAGE_BYTES,
@@ -30,8 +28,8 @@ from fedmq.broker.wire.schema import (
     kind_of,
 )
 
-_FOREIGN = 1024
-"""Longest list or map in a header of another major that its version is read from."""
+_MAX_FOREIGN_ITEMS = 1024
+"""Longest list or map that is read in a header of another major version."""
 
 _encoder = msgspec.msgpack.Encoder()
 _frame_decoder: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(AnyFrame)
@@ -52,16 +50,16 @@ def encode_frame(frame: Frame) -> bytes:
 
 
 def decode_frame(header: Buffer) -> AnyFrame:
-    """Read a header.
+    """Decode a header.
 
     Raises:
-        VersionError: of another protocol major.
-        WireError: anything else that is not a header of this protocol.
+        VersionError: the header has another major version.
+        WireError: the bytes are not a header of this protocol.
     """
     try:
         frame: AnyFrame = _decode(_frame_decoder, header, "frame", MAX_HEADER_BYTES)
     except WireError:
-        # Another major may look quite different; of it, only the version can be relied on.
+        # Only the version can be relied on in a header of another major version.
         theirs = _version_of(header)
         if theirs is not None and theirs[0] != PROTOCOL[0]:
             raise VersionError(theirs, PROTOCOL) from None
@@ -72,38 +70,38 @@ def decode_frame(header: Buffer) -> AnyFrame:
 
 
 def join_headers(headers: Sequence[tuple[bytes, int]]) -> bytes:
-    """Return one header for several frames, each with the number of its buffers."""
+    """Return one header for several frames, given as (header, number of buffers)."""
     return _encoder.encode(headers)
 
 
 def split_header(header: Buffer) -> list[tuple[bytes, int]]:
-    """Return the headers of all frames that travel together, and the number of their buffers.
+    """Return (header, number of buffers) of each frame in a message.
 
-    A frame that travels alone has its number of buffers not told: -1.
+    The number is -1 for a single frame: all buffers of the message are its own.
 
     Raises:
-        WireError: the header is too large, or no such list.
+        WireError: the header is too large, or an invalid list.
     """
     view = memoryview(header)
     if not view.nbytes or (view[0] & 0xF0 != _SHORT_LIST and view[0] not in _LONG_LISTS):
         return [(bytes(view), -1)]
     headers: list[tuple[bytes, int]] = _decode(_joined_decoder, view, "header", MAX_HEADER_BYTES)
     if not headers:
-        raise WireError("expected frames in a list of them")
+        raise WireError("expected at least one frame in a list of frames, got none")
     return headers
 
 
 def encode_message(message: Message) -> bytes:
-    """Return the bytes of a message, which go into the ledger as they are.
+    """Return the bytes of a message, as the ledger records them.
 
     Raises:
-        WireError: the message would be larger than a header may be.
+        WireError: the message would be larger than the limit.
     """
     return _encode(message, MAX_MESSAGE_BYTES)
 
 
 def decode_message(data: Buffer) -> Message:
-    """Read a message.
+    """Decode a message.
 
     Raises:
         WireError: the bytes are not a message.
@@ -114,26 +112,15 @@ def decode_message(data: Buffer) -> Message:
     return message
 
 
-def decode_messages(data: Sequence[bytes]) -> list[Message] | None:
-    """Read many messages at once; None if `decode_message` would refuse any of them."""
-    try:
-        messages: list[Message] = list(map(_message_decoder.decode, data))
-    except (msgspec.MsgspecError, ValueError, RecursionError):
-        return None
-    fit = max(map(len, data)) <= MAX_MESSAGE_BYTES
-    few = max(len(each.blobs) for each in messages) <= MAX_BUFFERS
-    return messages if fit and few else None
-
-
 def is_deeper(body: dict[str, Any], depth: int) -> bool:
-    """Tell whether a message's body is nested deeper than this."""
+    """Return whether a message's body is nested deeper than ``depth``."""
     level: list[Any] = [body]
     for _ in range(depth):
         inner = []
         for holder in level:
             for each in holder.values() if isinstance(holder, dict) else holder:
                 if isinstance(each, _NESTING):
-                    inner.append(each)  # noqa: PERF401 - at each message: a third less time so
+                    inner.append(each)  # noqa: PERF401 - runs for each message: takes a third less time
         if not inner:
             return False
         level = inner
@@ -143,9 +130,13 @@ def is_deeper(body: dict[str, Any], depth: int) -> bool:
 def check_inline(
     blobs: Sequence[Blob], inline: Sequence[int], buffers: Sequence[Buffer], limit: int
 ) -> None:
-    """Check that the buffers beside a message are the blobs that it says they are.
+    """Check that the buffers of a frame are the blobs that it lists as inline.
 
-    ``limit``: bytes that all of them together may have.
+    Args:
+        blobs: the blobs of the message.
+        inline: indices of the blobs that the buffers hold.
+        buffers: as received.
+        limit: most bytes of all buffers.
 
     Raises:
         WireError: wrong count, index, size or digest.
@@ -154,25 +145,25 @@ def check_inline(
         return
     if len(inline) != len(buffers):
         raise WireError(
-            f"expected {len(inline)} buffers beside the message, got {len(buffers)}", Code.BAD_BLOB
+            f"expected {len(inline)} buffers with the message, got {len(buffers)}", Code.BAD_BLOB
         )
     room = limit
     for index, data in zip(inline, buffers, strict=True):
         if index >= len(blobs):
-            text = f"inline blob {index} of a message that has {len(blobs)}"
+            text = f"expected an inline blob from 0 to {len(blobs) - 1}, got {index}"
             raise WireError(text, Code.BAD_BLOB)
         size = memoryview(data).nbytes
         room -= size
         if room < 0:
-            text = f"expected at most {limit} bytes beside a message"
+            text = f"expected at most {limit} bytes of blobs with a message"
             raise WireError(text, Code.BAD_BLOB)
         if size != blobs[index].size or digest(data) != blobs[index].digest:
-            text = f"inline blob {index} is not the bytes that its name says"
+            text = f"the bytes of inline blob {index} do not match its size and digest"
             raise WireError(text, Code.BAD_BLOB)
 
 
 def inline_choice(blobs: Sequence[Blob], limit: int) -> tuple[int, ...]:
-    """Return the indices of the blobs that travel beside their message, within a limit."""
+    """Return the indices of the blobs that fit beside their message, within ``limit`` bytes."""
     if not blobs:
         return ()
     chosen = []
@@ -184,29 +175,14 @@ def inline_choice(blobs: Sequence[Blob], limit: int) -> tuple[int, ...]:
     return tuple(chosen)
 
 
-def slices_of(sizes: Sequence[int], most: int = MAX_ALL) -> Iterator[slice]:
-    """Yield how messages of these sizes, in order, go into frames of at most so many."""
-    if 0 < len(sizes) <= most and sum(sizes) <= MAX_ALL_BYTES:
-        yield slice(0, len(sizes))
-        return
-    start, room = 0, MAX_ALL_BYTES
-    for index, size in enumerate(sizes):
-        room -= size
-        if index > start and (room < 0 or index - start == most):
-            yield slice(start, index)
-            start, room = index, MAX_ALL_BYTES - size
-    if sizes:
-        yield slice(start, len(sizes))
-
-
 def _encode(value: Frame | Message, limit: int) -> bytes:
     try:
         data = _encoder.encode(value)
     except (TypeError, ValueError, OverflowError) as error:
-        raise WireError(f"cannot write {value!r:.200}: {error}") from None
+        raise WireError(f"cannot encode {value!r:.200}: {error}") from None
     if len(data) > limit:
         kind = value.kind if isinstance(value, Message) else kind_of(value)
-        raise WireError(f"expected at most {limit} bytes of header, a {kind} needs {len(data)}")
+        raise WireError(f"expected a {kind} of at most {limit} bytes, got {len(data)}")
     return data
 
 
@@ -221,11 +197,14 @@ def _decode(decoder: msgspec.msgpack.Decoder[Any], data: Buffer, what: str, limi
 
 
 def _version_of(header: Buffer) -> tuple[int, int] | None:
-    """Return the version in a header of which nothing else can be relied on."""
+    """Return the version in an unreadable header, or None."""
     try:
-        # Within bounds: it makes room for what a list claims to hold before it reads it.
+        # Bounded: the decoder allocates the claimed length of a list before it reads it.
         fields = msgpack.unpackb(
-            header, strict_map_key=False, max_array_len=_FOREIGN, max_map_len=_FOREIGN
+            header,
+            strict_map_key=False,
+            max_array_len=_MAX_FOREIGN_ITEMS,
+            max_map_len=_MAX_FOREIGN_ITEMS,
         )
     except (ValueError, TypeError, RecursionError, msgpack.UnpackException):
         return None

@@ -1,7 +1,7 @@
-"""Endpoints, checked before a socket sees them: ``tcp://HOST:PORT`` and ``ipc://PATH``.
+"""Parse and check endpoints before a socket uses them: ``tcp://HOST:PORT`` and ``ipc://PATH``.
 
-libzmq takes ports modulo 65536, says "invalid argument" to most mistakes, and removes whatever
-file stands where it is to listen. So each mistake is found here, and named.
+libzmq takes ports modulo 65536, answers most mistakes with "invalid argument", and deletes any file
+in the place of its socket file. So mistakes are detected here, with a specific error.
 """
 
 from __future__ import annotations
@@ -21,19 +21,20 @@ from fedmq.broker.errors import EndpointError, UnresolvedError
 
 MAX_PORT = 65535
 MAX_PATH_BYTES = 107 if sys.platform.startswith("linux") else 103
-"""Of a socket file: the kernel's address of it has room for no more."""
+"""Longest path of a socket file: the size of the kernel's address."""
 RESOLVE_PATIENCE_S = 10.0
-"""A name server that cannot be asked now (a machine that is starting) is asked again so long."""
+"""How long to retry while no name server can be reached, as on a machine that is starting."""
 _SHOWN = 200
-"""Characters of an endpoint in an error."""
+"""Most characters of an endpoint in an error."""
 _FORMS = "tcp://HOST:PORT or ipc://PATH"
 
 
 @dataclass(frozen=True)
 class Endpoint:
-    """Where a broker listens: ``host`` and ``port``, or ``path`` of a socket file.
+    """The endpoint of a broker: ``host`` and ``port``, or ``path`` of a socket file.
 
-    text: as it was given. host: without brackets. literal: the host is an address, not a name.
+    text: the endpoint as given. host: without brackets. literal: the host is an address, not a
+        name.
     """
 
     text: str
@@ -44,24 +45,25 @@ class Endpoint:
 
     @property
     def has_file(self) -> bool:
-        """Tell whether it is a socket file (Linux knows names without one, after an @)."""
+        """Return whether there is a socket file (on Linux, a path after an @ has none)."""
         return bool(self.path) and self.path != "*" and not self.path.startswith("@")
 
     @property
     def unix_address(self) -> str:
-        """Return the address of a socket file, as Python's sockets take it."""
+        """Return the address of a socket file for Python's sockets."""
         return "\0" + self.path[1:] if self.path.startswith("@") else self.path
 
 
 def parse_endpoint(text: str, *, listen: bool = False) -> Endpoint:
-    """Read an endpoint.
+    """Parse an endpoint.
 
     Args:
-        text: as a person wrote it.
-        listen: the endpoint is one to listen on: any address (``*``) and any port (0) will do.
+        text: as a user wrote it.
+        listen: whether it is an endpoint to listen on, with any address (``*``) and any port (0)
+            allowed.
 
     Raises:
-        EndpointError: it is none; the sentence says what was expected, and what stood there.
+        EndpointError: the endpoint is invalid; the message says what was expected and given.
     """
     scheme, found, rest = text.partition("://")
     if not found:
@@ -131,12 +133,12 @@ def _is_address(host: str) -> bool:
 
 
 def address_families(endpoint: Endpoint) -> list[socket.AddressFamily]:
-    """Return the families in which an endpoint has addresses, the one to try first in front.
+    """Return the families of an endpoint's addresses, the one to try first in front.
 
-    A name may have addresses of both families while a broker listens on one of them only.
+    A name may have addresses of both families while the broker listens on one of them only.
 
     Raises:
-        UnresolvedError: its name has no address, or that cannot be found out now.
+        UnresolvedError: its name has no address, or no name server can be reached.
     """
     if endpoint.path:
         return [socket.AF_UNIX]
@@ -151,12 +153,12 @@ def addresses_of(endpoint: Endpoint) -> list[tuple[socket.AddressFamily, str]]:
     """Return the addresses of a tcp endpoint: (family, address).
 
     Raises:
-        UnresolvedError: its name has none, or that cannot be found out now.
+        UnresolvedError: its name has no address, or no name server can be reached.
     """
     try:
         found = socket.getaddrinfo(endpoint.host, endpoint.port, type=socket.SOCK_STREAM)
     except UnicodeError:
-        raise UnresolvedError(f"the name {endpoint.host!r} is no host name") from None
+        raise UnresolvedError(f"expected a host name, got {endpoint.host!r}") from None
     except OSError as error:
         temporary = isinstance(error, socket.gaierror) and error.errno == socket.EAI_AGAIN
         why = (error.strerror or str(error)).lower()
@@ -168,12 +170,12 @@ def addresses_of(endpoint: Endpoint) -> list[tuple[socket.AddressFamily, str]]:
 
 
 def resolve(endpoint: Endpoint) -> list[socket.AddressFamily]:
-    """Return the families of an endpoint's addresses; ask again if that cannot be known yet.
+    """Return the families of an endpoint's addresses; retry while no name server can be reached.
 
-    The name server is asked on a thread: a signal ends the waiting at once.
+    The name is resolved on a thread, so that a signal ends the waiting at once.
 
     Raises:
-        UnresolvedError: its name has no address, or nothing was to be learned for a while.
+        UnresolvedError: its name has no address, or no name server could be reached.
     """
     if endpoint.path or endpoint.literal:
         return address_families(endpoint)
@@ -188,7 +190,7 @@ def resolve(endpoint: Endpoint) -> list[socket.AddressFamily]:
             return answer
         if not answer.temporary or time.monotonic() >= until:
             raise answer
-        time.sleep(0.5)  # a name server is asked again
+        time.sleep(0.5)
 
 
 def _ask(endpoint: Endpoint, answers: list[list[socket.AddressFamily] | UnresolvedError]) -> None:
@@ -199,12 +201,12 @@ def _ask(endpoint: Endpoint, answers: list[list[socket.AddressFamily] | Unresolv
 
 
 def listening_address(endpoint: Endpoint) -> tuple[str, bool]:
-    """Return what to hand to a socket that is to listen, and whether it is IPv6.
+    """Return the address for a listening socket, and whether it is IPv6.
 
-    libzmq looks up no names to listen on, but those of network interfaces.
+    For listening, libzmq resolves only the names of network interfaces.
 
     Raises:
-        EndpointError: a socket file cannot stand there, or the name has no address.
+        EndpointError: there cannot be a socket file, or the name has no address.
     """
     if endpoint.path:
         _check_socket_file(endpoint)
@@ -220,7 +222,7 @@ def listening_address(endpoint: Endpoint) -> tuple[str, bool]:
 
 
 def _check_socket_file(endpoint: Endpoint) -> None:
-    """Raise EndpointError where libzmq would take a file, or another broker's place, away."""
+    """Raise EndpointError if libzmq would delete a file, or another broker's socket."""
     if not endpoint.has_file:
         return
     path = Path(endpoint.path)
@@ -233,7 +235,7 @@ def _check_socket_file(endpoint: Endpoint) -> None:
     except OSError as error:
         raise EndpointError((error.strerror or str(error)).lower()) from None
     if not stat.S_ISSOCK(mode):
-        raise EndpointError("a file that is no socket stands there")
+        raise EndpointError("the path is a file that is not a socket")
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as trial, contextlib.suppress(OSError):
         trial.settimeout(1.0)
         trial.connect(endpoint.unix_address)

@@ -1,18 +1,16 @@
 """The wire format: ``[header][buffer...]``, versioned, bounded, never trusted.
 
-The header is a msgpack map of at most 64 KiB, always parsed; buffers are raw bytes and
-are never copied into msgpack. The structs below are the schema. Its rules of evolution:
-a new field has a default; unknown fields are ignored here and kept on the way, because a
-relayed message travels as the bytes that its sender wrote; a field never changes its
-meaning; what cannot follow these rules is a new major version.
+The header is a msgpack map of at most 64 KiB, always parsed; buffers are raw bytes and are never
+copied into msgpack. The structs below are the schema. Rules for changing it: a new field has a
+default; unknown fields are ignored here but kept in relayed messages, which travel as the bytes
+that their sender wrote; a field never changes its meaning; anything else is a new major version.
 
-Several frames may travel as one ZeroMQ message: its header is then a list of [header,
-number of buffers], and the buffers of all of them follow. A small message costs a socket
-far more than its bytes do.
+Several frames may travel as one ZeroMQ message: its header is then a list of [header, number of
+buffers], followed by the buffers of all frames. This saves most of the cost of small frames.
 
-Two layers. A *frame* is what one end of a link says to the other (hello, post, want,
-chunk, ...). A *message* is what one node says to another; it is carried in a ``post`` and
-a ``deliver`` frame, and is what the ledger keeps.
+There are two layers. A *frame* goes from one end of a link to the other (hello, post, want, chunk,
+...). A *message* goes from one node to another; ``post`` and ``deliver`` frames carry it, and the
+ledger records it.
 """
 
 from __future__ import annotations
@@ -27,29 +25,25 @@ from fedmq.broker.rejections import MAX_CODE
 
 PROTOCOL = (1, 3)
 """Protocol version, [major, minor]; both ends of a link must have the same major."""
-ALL_SINCE = (1, 2)
-"""Of this version on, the other end knows frames of many messages."""
 
 MAX_HEADER_BYTES = 64 * 1024
 MAX_MESSAGE_BYTES = 48 * 1024
-"""Of a message; less than a header, which carries it and more."""
+"""Largest message; smaller than a header, which carries it with other fields."""
 MAX_BUFFERS = 64
 MAX_ALL = 256
-"""Messages in one frame of many;"""
-MAX_ALL_BYTES = 56 * 1024
-"""and their bytes, if they are more than one."""
+"""Most messages in a `PostAll` or `DeliverAll`."""
 MIN_MESSAGE_BYTES = 32
-"""No message has fewer: a frame of many cannot be one of very many that are none."""
+"""No message is shorter: a small `PostAll` cannot cause very many rejections."""
 MAX_NAMED = 20
-"""Most runs that are named to a node which asks for one that is not there."""
+"""Most runs that the answer to a node without a run lists."""
 MAX_DEPTH = 32
-"""Of a message's body: whoever reads it, or prints it, must not run out of stack."""
+"""Deepest nesting of a message's body, so that its readers do not exhaust the stack."""
 CHUNK_BYTES = 1024 * 1024
-"""A blob crosses a link in pieces of this size."""
+"""Size of the chunks in which a blob crosses a link."""
 INLINE_BYTES = 256 * 1024
-"""Blobs up to this size, all of a message's together, travel beside its delivery;"""
+"""Most bytes of a message's blobs that travel with its delivery."""
 POST_BYTES = CHUNK_BYTES
-"""and up to this size beside its post: larger ones are asked for, in chunks as large."""
+"""Most bytes of a message's blobs that travel with its post; others are requested in chunks."""
 MAX_BLOB_BYTES = 1 << 40
 
 Buffer = bytes | memoryview
@@ -58,17 +52,17 @@ Name = Annotated[str, Meta(min_length=1, max_length=120)]
 Id = Annotated[str, Meta(min_length=1, max_length=200)]
 Reason = Annotated[str, Meta(max_length=2000)]
 Identity = Annotated[str, Meta(max_length=64, pattern=r"\A[0-9a-z]*\Z")]
-"""Of a run; nodes name folders by it."""
+"""Identity of a run; nodes name folders by it."""
 CodeName = Annotated[str, Meta(max_length=MAX_CODE)]
-"""Of a rejection, for programs: see `rejections.Code`."""
+"""Code of a rejection, for programs: see `rejections.Code`."""
 Natural = Annotated[int, Meta(ge=0, le=1 << 62)]
 Size = Annotated[int, Meta(ge=0, le=MAX_BLOB_BYTES)]
 Digest = Annotated[bytes, Meta(min_length=16, max_length=16)]
 Range = tuple[Natural, Natural]
 Extent = tuple[Natural, Natural, Annotated[int, Meta(ge=1, le=CHUNK_BYTES)]]
-"""Where bytes lie in a ledger: number of the payload segment, offset there, how many."""
+"""Bytes in a ledger: (number of the payload segment, offset, size)."""
 MAX_EXTENTS = 640
-"""In one delivery: they leave room in its header for any message."""
+"""Most extents in one delivery; a header has room for them and the largest message."""
 
 
 class Blob(Struct, frozen=True):
@@ -79,14 +73,14 @@ class Blob(Struct, frozen=True):
 
     @classmethod
     def of(cls, data: Buffer) -> Blob:
-        """Return the name of these bytes."""
+        """Return the name of a buffer's bytes."""
         return cls(digest(data), memoryview(data).nbytes)
 
 
 class Message(Struct, frozen=True, kw_only=True):
-    """What one node says to another, and what the ledger keeps.
+    """A message from one node to another, as the ledger records it.
 
-    The broker reads the addresses and the list of blobs; ``body`` is for the nodes.
+    The broker reads the addresses and the list of blobs; only nodes read ``body``.
     """
 
     kind: Name
@@ -94,9 +88,9 @@ class Message(Struct, frozen=True, kw_only=True):
     run: Name
     sender: Name
     to: Annotated[str, Meta(min_length=1, max_length=130)]
-    """``client/17``, ``aggregator``, ``evaluator``, ``node/NAME``; ``record`` (kept, not
-    delivered), ``checkpoint`` (kept for the sender's next session), ``timer`` (comes back
-    to the aggregator as a ``tick`` when it is due)."""
+    """``client/17``, ``aggregator``, ``evaluator``, ``node/NAME``; ``record`` (recorded, not
+    delivered), ``checkpoint`` (kept for the sender's next session), ``timer`` (returns to the
+    aggregator as a ``tick`` when it is due)."""
     re: Id | None = None
     """Id of the message that this one answers."""
     body: dict[str, Any] = {}
@@ -111,41 +105,42 @@ class Frame(Struct, frozen=True, kw_only=True, tag_field="kind", tag=str.lower):
     """
 
     v: tuple[int, int] = PROTOCOL
-    """Protocol version of who wrote the frame, [major, minor]."""
+    """Protocol version of the sender, [major, minor]."""
 
 
 class NumberedFrame(Frame, frozen=True, kw_only=True):
-    """Frames that must not be lost. ``n`` counts them in a session, from 0.
+    """A frame that must not be lost. ``n`` counts them in a session, from 0.
 
-    They are taken in order and once, receipted, and sent again after a reconnect.
+    The broker applies them in order and once, and acknowledges them; after a reconnect, the node
+    sends the unacknowledged ones again.
     """
 
     n: Natural = 0
     taken: Natural = 0
-    """Every delivery numbered below this has been taken by the node: credit for more."""
+    """The node has taken every delivery numbered below this: credit for more."""
     read: Natural = 0
-    """Bytes that this session has read from the ledger's files, in place of being sent them."""
+    """Bytes of blobs that this session has read from the ledger's files instead of the link."""
 
 
 class Hello(Frame, frozen=True, kw_only=True):
-    """A node names itself, and what it hosts; sent at the start and after a reconnect."""
+    """A node introduces itself; sent at its start and after a reconnect."""
 
     node: Name
     role: Name
     session: Name
-    """Drawn anew at each start of a node: a restart is told from a reconnect."""
+    """Drawn at each start of a node, to distinguish a restart from a reconnect."""
     key: Annotated[str, Meta(max_length=64)] = ""
-    """Of who starts the node: a newer session with the same key takes over at once."""
+    """Key of the starter of the node: a newer session with the same key takes over at once."""
     first: Natural = 0
-    """Number of the oldest frame that this session has no receipt for."""
+    """Number of the oldest unacknowledged frame of this session."""
     got: Natural = 0
     """Every delivery numbered below this has arrived in this session."""
     run: Annotated[str, Meta(max_length=120)] = ""
-    """Empty: the one run that the broker serves."""
+    """Id of the run; empty for the only run of the broker."""
     clients: tuple[Range, ...] = ()
-    """Ranges of clients hosted here, both ends included."""
+    """Ranges of the hosted clients, both ends included."""
     config: str = ""
-    """From the aggregator: the run's configuration, handed to every node in Welcome."""
+    """From the aggregator: the run's configuration, sent to every node in Welcome."""
     total_clients: Natural = 0
     """From the aggregator: number of clients of the run."""
 
@@ -157,91 +152,105 @@ class Reject(Frame, frozen=True, kw_only=True):
     reason: Reason
     protocol: tuple[int, int] = PROTOCOL
     config: str | UnsetType = UNSET
-    """Of the run, for an aggregator that came with another one. Not sent before 1.3."""
+    """The run's configuration, if the aggregator's differs. Not sent before 1.3."""
 
 
 class UnknownSession(Frame, frozen=True, kw_only=True, tag="stranger"):
-    """The broker does not know this connection (any more): say Hello."""
+    """The broker does not know this connection: send Hello."""
 
 
 class Serving(Struct, frozen=True):
-    """The runs that a broker has: some by name, the newest first, and how many others."""
+    """The runs of a broker: the names of some, the newest first, and the number of others."""
 
     runs: Annotated[tuple[Name, ...], Meta(max_length=MAX_NAMED)] = ()
     others: Natural = 0
     ended: Annotated[tuple[Name, ...], Meta(max_length=MAX_NAMED)] = ()
-    """Runs that have ended."""
+    """Names of runs that have ended."""
     others_ended: Natural = 0
 
 
 class Wait(Frame, frozen=True, kw_only=True):
-    """The broker has no such run yet: keep the connection and say Hello again when told."""
+    """The broker has no such run yet: keep the connection, and send Hello again when asked."""
 
     reason: Reason = ""
     serving: Serving | UnsetType = UNSET
-    """What it has instead, if anything; not sent before 1.3."""
+    """The runs that it has. Not sent before 1.3."""
 
 
 class Post(NumberedFrame, frozen=True, kw_only=True):
-    """A message for the ledger and its recipient. ``inline``: which blobs stand beside it."""
+    """A message for the ledger and its recipient.
+
+    ``inline``: indices of the blobs that the buffers hold.
+    """
 
     message: bytes
     inline: tuple[Natural, ...] = ()
     consumes: tuple[Natural, ...] = ()
-    """Ledger numbers of the messages that are done with once this one is kept."""
+    """Ledger numbers of the messages that the sender has handled once this one is accepted."""
 
 
 class PostAll(NumberedFrame, frozen=True, kw_only=True):
-    """Messages without blobs, in order: each is taken as if it had been posted alone.
-
-    What a frame costs, a small message costs many times over its bytes.
-    """
+    """Several messages without blobs, in order, under one number; sent by 0.1.0 only."""
 
     messages: Annotated[
         tuple[Annotated[bytes, Meta(min_length=MIN_MESSAGE_BYTES)], ...],
         Meta(min_length=1, max_length=MAX_ALL),
     ]
 
+    def each(self) -> list[Post]:
+        """Return the same as single posts, all with the number of this frame."""
+        return [
+            Post(n=self.n, taken=self.taken, read=self.read, message=data) for data in self.messages
+        ]
+
 
 class Ack(Frame, frozen=True, kw_only=True, tag="receipt"):
-    """Every numbered frame up to ``upto`` has taken effect: a post is in the ledger.
+    """Every numbered frame up to ``upto`` has been applied.
 
-    (Or was refused, and that was said.)
+    A post is then in the ledger: the message, or its rejection.
     """
 
     upto: Natural
 
 
 class StorageFull(Frame, frozen=True, kw_only=True, tag="full"):
-    """The broker cannot keep anything now, for the reason given: hold on, and say Hello again.
+    """The broker cannot write its ledger now: keep unacknowledged frames, and send Hello again.
 
-    Nothing that was sent since the last Ack is lost to its sender, nor taken.
+    It has ignored the frame that it answers.
     """
 
     reason: Reason
 
 
 class Deliver(Frame, frozen=True, kw_only=True):
-    """A message from the ledger, its number and its time there."""
+    """A message from the ledger, with its number and its time of acceptance."""
 
     seq: Natural
     at: float
     message: bytes
     inline: tuple[Natural, ...] = ()
     after: Natural = 0
-    """This session has no other unfinished message from here to ``seq``: a gap is noticed."""
+    """This session has no other unfinished message from here to ``seq``, so gaps are noticed."""
     extents: dict[Natural, tuple[Extent, ...]] = field(name="places", default_factory=dict)
-    """Where blobs that are not inline lie in the ledger, in pieces, by their index."""
+    """Extents in the ledger of the blobs that are not inline, by index."""
 
 
 class DeliverAll(Frame, frozen=True, kw_only=True):
-    """Messages without blobs from the ledger, in order, and the one time of all of them there."""
+    """Several messages without blobs from the ledger, in order; sent by 0.1.0 only."""
 
     at: float
     messages: Annotated[tuple[tuple[Natural, bytes], ...], Meta(min_length=1, max_length=MAX_ALL)]
-    """Each with its number."""
+    """(number, message) of each."""
     after: Natural = 0
-    """As in `Deliver`, of the first."""
+    """As in `Deliver`, for the first message."""
+
+    def each(self) -> list[Deliver]:
+        """Return the same as single deliveries."""
+        afters = [self.after, *(seq + 1 for seq, _ in self.messages)]
+        return [
+            Deliver(seq=seq, at=self.at, message=data, after=after)
+            for (seq, data), after in zip(self.messages, afters, strict=False)
+        ]
 
 
 class Welcome(Frame, frozen=True, kw_only=True):
@@ -249,35 +258,35 @@ class Welcome(Frame, frozen=True, kw_only=True):
 
     run: Name
     beat_s: float
-    """Say something at least this often."""
+    """Longest time between two frames of the node, in seconds."""
     lease_s: float
-    """Silent for longer, a node is taken to have left."""
+    """Silence, in seconds, after which a node has left."""
     config: str = ""
     checkpoint: Deliver | None = None
     """For a new session of the aggregator: the newest checkpoint of the one before."""
     ledger: str = ""
-    """The folder of the ledger, whose files a node on the same host may read itself."""
+    """The ledger's folder, whose files a node on the same host may read; empty if not shared."""
     proof: Annotated[str, Meta(max_length=64)] = ""
-    """What stands in a file there: a folder of that name may be another host's."""
+    """Content of a file in the ledger's folder: proves that the folder is the broker's."""
     identity: Identity = ""
-    """Drawn when the run was opened: another run under the same id has another one. Empty: the
-    run was opened before 1.3."""
+    """Drawn when the run was opened, to distinguish runs with the same id; empty for runs opened
+    before 1.3."""
     continued: Natural | UnsetType = UNSET
-    """For the aggregator: number of the message by which the run goes further than it was to; an
-    end in a checkpoint before that one holds no longer. Not sent before 1.3."""
+    """For the aggregator: number of the message that reopened the run. The end in an older
+    checkpoint no longer holds. Not sent before 1.3."""
 
 
 class Done(NumberedFrame, frozen=True, kw_only=True):
-    """The recipient is done with ``seqs`` and will not need them again, in any session.
+    """The recipient has handled ``seqs``: no session of it needs them again.
 
-    ``refused``: why some could not be used, by number; one that is not in ``seqs`` as well
+    ``refused``: reasons of the rejected ones, by number; one that is not in ``seqs`` as well
     is delivered again to a new session.
     """
 
     seqs: tuple[Natural, ...] = ()
     refused: dict[Natural, Reason] = {}
     codes: dict[Natural, CodeName] | UnsetType = UNSET
-    """Codes of the reasons, by number; not sent by nodes older than 0.2."""
+    """Codes of the reasons, by number. Not sent by 0.1.0."""
 
     @classmethod
     def rejecting(cls, seq: int, reason: str, code: str, seqs: Iterable[int] = ()) -> Done:
@@ -285,12 +294,12 @@ class Done(NumberedFrame, frozen=True, kw_only=True):
         return cls(seqs=tuple(seqs), refused={seq: reason}, codes={seq: code} if code else UNSET)
 
     def code_of(self, seq: int) -> str:
-        """Return the code of a reason, or ""."""
+        """Return the code of a rejected delivery, or ""."""
         return self.codes.get(seq, "") if self.codes else ""
 
 
 class ChunkRequest(Frame, frozen=True, kw_only=True, tag="want"):
-    """Send me ``size`` bytes of a blob, from ``start``. ``owner``: the node that named it."""
+    """Request ``size`` bytes of a blob from ``start`` on. ``owner``: the node that named it."""
 
     owner: Name
     digest: Digest
@@ -299,7 +308,7 @@ class ChunkRequest(Frame, frozen=True, kw_only=True, tag="want"):
 
 
 class Chunk(Frame, frozen=True, kw_only=True):
-    """A piece of a blob; the bytes are the one buffer. No buffer: the blob is not held here."""
+    """A chunk of a blob, with its bytes as the one buffer; no buffer if the sender lacks it."""
 
     owner: Name
     digest: Digest
@@ -307,22 +316,22 @@ class Chunk(Frame, frozen=True, kw_only=True):
 
 
 class Heartbeat(Frame, frozen=True, kw_only=True, tag="beat"):
-    """Nothing to say, but alive; the broker answers in kind."""
+    """A sign of life; the broker answers with one."""
 
     taken: Natural = 0
-    """From a node: as in numbered frames."""
+    """From a node: as in `NumberedFrame`."""
     sent: Natural = 0
     """From the broker: every delivery numbered below this has been sent."""
 
 
 class RunEnded(NumberedFrame, frozen=True, kw_only=True, tag="over"):
-    """The run has ended. From the aggregator to the broker, and from there to every node."""
+    """The run has ended; sent by the aggregator to the broker, and by the broker to every node."""
 
     reason: Reason = ""
 
 
 class Goodbye(Frame, frozen=True, kw_only=True, tag="bye"):
-    """This node leaves; ``failed``: not on purpose, but for an error."""
+    """A node leaves; ``failed``: because of an error."""
 
     reason: Reason = ""
     failed: bool = False
@@ -350,7 +359,7 @@ AnyFrame = (
 
 
 def kind_of(value: Frame | type[Frame]) -> str:
-    """Return the kind of a frame, or of a class of frames, as it stands on the wire."""
+    """Return the kind of a frame or of a class of frames, as spelled on the wire."""
     return str(value.__struct_config__.tag)
 
 

@@ -1,6 +1,6 @@
-"""What the ROUTER and the DEALER loop share: their limits, and how a message is sent and received.
+"""Send and receive messages over zmq, for the ROUTER and the DEALER loop; and their limits.
 
-The third file that imports zmq. Small parts are copied, chunks are not.
+One of the three files that use zmq. Small parts are copied, chunks are not.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ from fedmq.broker.wire.schema import CHUNK_BYTES, INLINE_BYTES, MAX_BUFFERS, Any
 
 MAX_FRAME_BYTES = CHUNK_BYTES + 4096
 COPY_BELOW_BYTES = 512 * 1024
-"""Smaller parts are copied into zmq. Each part that is not wakes pyzmq's garbage-collector
-thread, which was measured to cost more."""
+"""Smaller parts are copied into zmq: an uncopied part wakes pyzmq's garbage-collector thread, which
+takes longer than the copy (measured)."""
 NOBLOCK, _MORE = int(zmq.NOBLOCK), int(zmq.NOBLOCK | zmq.SNDMORE)
-"""Plain numbers: an enum's flags are joined in Python, for each part of each message."""
+"""Plain integers: Python would join the flags of the enum for each part of each message."""
 
 
 def send_parts(socket: zmq.Socket[bytes], parts: Sequence[Buffer]) -> None:
-    """Send a message; parts that are not small are not copied, and must stay as they are.
+    """Send a message; large parts are not copied, so the caller must not change them.
 
     Raises:
-        zmq.Again: there is no room for it now.
-        zmq.ZMQError: of EHOSTUNREACH, the connection that it is for is gone.
+        zmq.Again: the connection's queue is full.
+        zmq.ZMQError: with EHOSTUNREACH, the connection is gone.
     """
     for part in parts[:-1]:
         socket.send(part, _MORE, copy=False)
@@ -36,12 +36,12 @@ def send_parts(socket: zmq.Socket[bytes], parts: Sequence[Buffer]) -> None:
 def receive(socket: zmq.Socket[bytes]) -> tuple[list[tuple[AnyFrame, list[Buffer]]], int]:
     """Read the frames of a message, each with its buffers.
 
-    Its next part is the header: a ROUTER's caller has read whom it is from.
+    The next part must be the header: the caller of a ROUTER has read the peer before.
 
-    Returns the frames, and the bytes that all took.
+    Returns (frames, size of the message in bytes).
 
     Raises:
-        WireError: not frames of this protocol; the rest of the message has been read.
+        WireError: these are not frames of this protocol; the rest of the message was read.
         zmq.Again: nothing has arrived.
     """
     part = socket.recv(NOBLOCK, copy=False)
@@ -54,10 +54,10 @@ def receive(socket: zmq.Socket[bytes]) -> tuple[list[tuple[AnyFrame, list[Buffer
             buffers: list[Buffer] = []
             while part.more and len(buffers) != count:
                 if not room:
-                    raise WireError(f"expected at most {MAX_BUFFERS} buffers")
+                    raise WireError(f"expected at most {MAX_BUFFERS} buffers, got more")
                 part = socket.recv(copy=False)
                 room -= 1
-                # A small buffer is copied, so that whoever keeps it does not keep zmq's frame.
+                # A small buffer is copied, so that keeping it does not keep zmq's frame.
                 buffers.append(part.buffer if len(part) > INLINE_BYTES else part.bytes)
                 nbytes += len(part)
             frames.append((frame, buffers))

@@ -132,26 +132,25 @@ def _fold_until_over(
     patience, repeats = _Patience(), Repeats()
     disagreeing: set[str] = set()
     while True:
-        with link.together():
-            for action in actions:
-                match action:
-                    case PostMessage(message, data, consumes):
-                        link.post(message, data, consumes)
-                    case Handled(seq, refused, code) if refused:
-                        link.done([], {seq: refused}, {seq: code})
-                    case AckUpTo(but):
-                        link.done([seq for seq in unsettled if seq not in but])
-                        unsettled = [seq for seq in unsettled if seq in but]
-                    case Commit():
-                        threading.Thread(target=_work, args=(link, action), daemon=True).start()
-                    case EndRun(reason, failed, error):
-                        if failed:
-                            structlog.get_logger().error("failed", reason=reason, exc_info=error)
-                        if folder is not None and error is None:
-                            # Before the run is over: then no session is started any more.
-                            about = {"run": link.welcome().run, "version": str(core.version)}
-                            save_model(folder, core.tensors(), problem, about)
-                        link.over(reason)
+        for action in actions:
+            match action:
+                case PostMessage(message, data, consumes):
+                    link.post(message, data, consumes)
+                case Handled(seq, refused, code) if refused:
+                    link.done([], {seq: refused}, {seq: code})
+                case AckUpTo(but):
+                    link.done([seq for seq in unsettled if seq not in but])
+                    unsettled = [seq for seq in unsettled if seq in but]
+                case Commit():
+                    threading.Thread(target=_work, args=(link, action), daemon=True).start()
+                case EndRun(reason, failed, error):
+                    if failed:
+                        structlog.get_logger().error("failed", reason=reason, exc_info=error)
+                    if folder is not None and error is None:
+                        # Before the run is over: then no session is started any more.
+                        about = {"run": link.welcome().run, "version": str(core.version)}
+                        save_model(folder, core.tensors(), problem, about)
+                    link.over(reason)
         while not link.wait(_QUIET_S):
             patience.look(core.missing_clients())
         delivery = link.get()

@@ -300,7 +300,6 @@ class AggregatorHost(NodeHost):
         self._act(self.core.handle(inbound))
 
     def _act(self, actions: Sequence[AggregatorAction]) -> None:
-        self.link.gather(on=True)
         for action in actions:
             match action:
                 case PostMessage(message, data, consumes):
@@ -316,7 +315,6 @@ class AggregatorHost(NodeHost):
                 case EndRun(reason):
                     self.finished = reason
                     self.link.publish(RunEnded(reason=reason))
-        self.link.gather(on=False)
 
     def _commit(self, commit: Commit) -> None:
         """The work beside the inbox is done after a while, if this session still lives then."""
@@ -340,13 +338,11 @@ class WorkerHost(NodeHost):
 
     def chat(self, rng: random.Random) -> None:
         """Say several small things at once, of which nobody has a use."""
-        self.link.gather(on=True)
         for _ in range(rng.randint(2, 6)):
             self._chats += 1
             name, to = f"{self.hello.session}/{self._chats}", rng.choice(_CHAT_TO)
             sender = self.hello.node
             self.link.post(Message(kind="chat", id=name, run=RUN, sender=sender, to=to), (), ())
-        self.link.gather(on=False)
 
     def ready(self) -> bool:
         """One task at a time."""

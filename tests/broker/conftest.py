@@ -21,7 +21,7 @@ from fedmq.broker.core.state import (
     SendTo,
     TimerFired,
 )
-from fedmq.broker.ledger.entries import Accepted, AcceptedAll, Consumed, Refusal
+from fedmq.broker.ledger.entries import Accepted, Consumed, Refusal
 from fedmq.broker.settings import BrokerSettings
 from fedmq.broker.wire.encoding import (
     decode_frame,
@@ -34,21 +34,12 @@ from fedmq.broker.wire.schema import (
     POST_BYTES,
     Blob,
     Deliver,
-    DeliverAll,
     Hello,
     Message,
     NumberedFrame,
     Post,
     Welcome,
 )
-
-
-def one_by_one(many):
-    """Yield the deliveries that a frame of many stands for."""
-    after = many.after
-    for seq, data in many.messages:
-        yield Deliver(seq=seq, at=many.at, message=data, after=after)
-        after = seq + 1
 
 
 class Bench:
@@ -136,9 +127,6 @@ class Bench:
     def carry_out(self, actions):
         for action in actions:
             match action:
-                case Append(AcceptedAll() as many, uses, _):
-                    assert not uses
-                    self.carry_out([Append(entry) for entry in many.each()])
                 case Append(entry, uses, kept):
                     assert entry.seq == len(self.entries)
                     if isinstance(entry, Accepted):
@@ -156,9 +144,6 @@ class Bench:
                 case Discard(name):
                     self.blobs.pop(name)
                     self.sizes.pop(name)
-                case SendTo(peer, DeliverAll() as many):
-                    assert decode_frame(encode_frame(many)) == many
-                    self.carry_out([SendTo(peer, frame) for frame in one_by_one(many)])
                 case SendTo(peer, frame, blobs):
                     assert decode_frame(encode_frame(frame)) == frame
                     if isinstance(frame, Deliver):

@@ -124,7 +124,7 @@ class Net:
         self._take_frames()
         if written:
             self.ledger.commit()
-        self.ledger._pieces, self.ledger._messages = [], []
+        self.ledger._chunks, self.ledger._messages = [], []
         self.ledger.close()
         self.away = True
         for name in self.members:

@@ -18,7 +18,7 @@ from fedmq.algorithms.allowed import Allowed
 from fedmq.broker.core.mailboxes import Mailboxes
 from fedmq.broker.core.recovery import Restorer
 from fedmq.broker.inspection.trace import Trace
-from fedmq.broker.ledger.blob_store import BlobStore, open_payload
+from fedmq.broker.ledger.blob_store import BlobStore
 from fedmq.broker.ledger.entries import (
     Accepted,
     AnyEntry,
@@ -41,6 +41,7 @@ from fedmq.nodes.run.devices import kind_of
 from fedmq.nodes.run.digests import model_digest
 from fedmq.nodes.run.setup import set_up
 from fedmq.nodes.run.version_zero import version_zero
+from tests.broker.ledger.payload import open_payload
 
 INBOX = ("aggregator", "node/aggregator")
 OWN_CODE = Allowed(modules=frozenset({"chaos_models"}))

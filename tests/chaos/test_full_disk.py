@@ -54,7 +54,7 @@ def again_while_full(crew: Crew, broker: Process, ledger: Path) -> Process:
         "os.execv(sys.argv[2], sys.argv[2:])"
     )
     broker = crew.broker(LEASE_S, before=(sys.executable, "-c", code, str(size)))
-    wait_until("it to be full", lambda: broker.said().count("nothing can be kept") == 2, 10)
+    wait_until("it to be full", lambda: broker.said().count("cannot write the ledger") == 2, 10)
     return broker
 
 
@@ -110,11 +110,11 @@ def test_what_is_posted_while_nothing_can_be_kept_arrives_once_and_in_order(
             sender.post(*note(number))
 
         def refusals() -> list[str]:
-            return [each["reason"] for each in logs if "keeps nothing now" in each["event"]]
+            return [each["reason"] for each in logs if "cannot write its ledger" in each["event"]]
 
         wait_until("the broker to say that it is full", lambda: len(refusals()) >= 8, 20)
         assert "File too large" in refusals()[0]
-        assert broker.said().count("nothing can be kept") == 1
+        assert broker.said().count("cannot write the ledger") == 1
         assert "File too large" in broker.said()
         assert broker.alive
         assert list(read_entries(crew.ledger)) == kept, "nothing can have been kept"
@@ -122,7 +122,9 @@ def test_what_is_posted_while_nothing_can_be_kept_arrives_once_and_in_order(
             broker = again_while_full(crew, broker, crew.ledger)
         if then != "restart":
             make_room(broker)
-            wait_until("the broker to go on", lambda: "there is room again" in broker.said(), 10)
+            wait_until(
+                "the broker to go on", lambda: "the ledger is writable again" in broker.said(), 10
+            )
         else:
             broker.kill()
             broker = broker.again()
@@ -151,7 +153,7 @@ def test_a_run_waits_while_the_disk_is_full_and_then_ends(crew: Crew, watch: Wat
     workers = [crew.worker("one", "0-1"), crew.worker("two", "2-3")]
     watch.until_version(5)
     fill(broker, crew.ledger)
-    wait_until("the broker to say so", lambda: "nothing can be kept" in broker.said(), 10)
+    wait_until("the broker to say so", lambda: "cannot write the ledger" in broker.said(), 10)
     nodes = [aggregator, *workers]
     for each in nodes:
         wait_until(f"{each.log.name} to hear of it", lambda it=each: keeps_nothing(it) > 4, 15)
@@ -161,7 +163,7 @@ def test_a_run_waits_while_the_disk_is_full_and_then_ends(crew: Crew, watch: Wat
     assert aggregator.wait(60) == 0, aggregator.said()[-3000:]
     assert broker.wait(20) == 0, broker.said()[-3000:]
     assert version < 15
-    assert "there is room again" in broker.said()
+    assert "the ledger is writable again" in broker.said()
     books = check_books(crew.folder / "run", crew.folder / "model")
     assert books.versions == 15
     assert books.used == books.tasks - books.open_at_end
@@ -169,7 +171,7 @@ def test_a_run_waits_while_the_disk_is_full_and_then_ends(crew: Crew, watch: Wat
 
 
 def keeps_nothing(node: Process) -> int:
-    return node.said().count("the broker keeps nothing now")
+    return node.said().count("the broker cannot write its ledger")
 
 
 def may_mount() -> bool:
@@ -193,14 +195,14 @@ def test_a_run_waits_for_room_in_a_small_file_system(crew: Crew) -> None:
     aggregator = crew.aggregator(run__versions=15, **BUFFERED)
     crew.worker("one", "0-1")
     crew.worker("two", "2-3")
-    wait_until("the disk to be full", lambda: "nothing can be kept" in broker.said(), 20)
+    wait_until("the disk to be full", lambda: "cannot write the ledger" in broker.said(), 20)
     assert "No space left on device" in broker.said()
     wait_until("the aggregator to hear of it", lambda: keeps_nothing(aggregator) > 4, 15)
     kept = list(read_entries(inside / "ledger"))
     assert not any(isinstance(each, Accepted) and each.read().kind == "left" for each in kept)
     (inside / "ballast").unlink()
     assert aggregator.wait(60) == 0, aggregator.said()[-3000:]
-    assert "there is room again" in broker.said()
+    assert "the ledger is writable again" in broker.said()
     assert list(read_entries(inside / "ledger"))[: len(kept)] == kept
     books = check_books(inside, crew.folder / "model")
     assert books.versions == 15

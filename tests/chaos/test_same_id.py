@@ -80,7 +80,7 @@ def test_a_worker_of_a_deleted_run_does_not_take_part_in_the_one_that_has_its_id
     aggregator.again()
     assert worker.wait(30) == 2
     assert worker.said().endswith(
-        "fedmq: the broker has another run 'chaos' now than the one that this node took part in: "
+        "fedmq: the broker has started another run 'chaos' since this node joined: "
         "start the node again to join it\n"
     )
     worker.again()

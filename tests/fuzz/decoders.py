@@ -19,7 +19,7 @@ from torch import nn
 from fedmq.algorithms.errors import AlgorithmError
 from fedmq.algorithms.toolkit.layout import Layout
 from fedmq.broker.errors import BrokerError, WireError
-from fedmq.broker.ledger.blob_store import BlobStore, open_payload
+from fedmq.broker.ledger.blob_store import BlobStore
 from fedmq.broker.ledger.entries import (
     MESSAGES,
     PAYLOAD,
@@ -53,6 +53,7 @@ from fedmq.codecs.registry import decode as decode_tensors
 from fedmq.nodes.errors import NodeError
 from fedmq.nodes.messages.payloads import unpack
 from fedmq.nodes.run.config import parse as parse_config
+from tests.broker.ledger.payload import open_payload
 
 OWN_ERRORS = (BrokerError, CodecError, AlgorithmError, NodeError)
 

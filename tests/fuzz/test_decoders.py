@@ -11,12 +11,12 @@ import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedmq.broker.ledger.blob_store import open_payload
 from fedmq.broker.ledger.entries import ChunkRecord
 from fedmq.broker.ledger.reader import read_entries
 from fedmq.broker.ledger.records import MAGIC
 from fedmq.broker.ledger.writer import Ledger
 from fedmq.broker.wire.schema import MAX_HEADER_BYTES, MAX_MESSAGE_BYTES
+from tests.broker.ledger.payload import open_payload
 from tests.fuzz.decoders import DECODERS, JOINED, OWN_ERRORS, READERS, join, split
 from tests.fuzz.mutations import CLAIMS, spoil
 from tests.fuzz.seeds import ALL, example, message

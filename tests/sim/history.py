@@ -10,7 +10,6 @@ from unittest import mock
 
 from fedmq.broker.inspection.trace import Trace
 from fedmq.broker.ledger import blob_store
-from fedmq.broker.ledger.blob_store import open_payload
 from fedmq.broker.ledger.entries import Accepted, Consumed, Ended, Refusal
 from fedmq.broker.ledger.reader import read_entries
 from fedmq.broker.settings import BrokerSettings
@@ -22,6 +21,7 @@ from fedmq.nodes.run.config import build
 from fedmq.nodes.run.digests import model_digest
 from fedmq.nodes.run.setup import set_up
 from fedmq.nodes.simulation.virtual_run import RUN, Chances, Simulation
+from tests.broker.ledger.payload import open_payload
 
 SCHEDULES = (
     {"name": "rounds", "fraction": 0.5},
@@ -220,5 +220,5 @@ def check_fold(simulation, setup, folder):
     ]
     assert replay.core.version == live.version == setup.config.run.versions
     assert model_digest(replay.core.tensors()) == model_digest(live.tensors())
-    assert replay.core.state_snapshot()["counts"] == live.parts()["counts"]
+    assert replay.core.state_snapshot()["counts"] == live.state_snapshot()["counts"]
     assert not replay.record.unfound

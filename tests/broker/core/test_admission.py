@@ -66,8 +66,8 @@ def test_a_join_is_said_to_the_aggregator_and_its_own_is_recorded(bench):
             "role",
             "unknown role 'boss'; choose from aggregator, evaluator, worker",
         ),
-        ({"node": "broker"}, "name", "a node may not be named 'broker'"),
-        ({"node": "record"}, "name", "a node may not be named 'record'"),
+        ({"node": "broker"}, "name", "the node name 'broker'"),
+        ({"node": "record"}, "name", "the node name 'record'"),
         ({"node": "w1"}, "name", "a node named 'w1' is already connected"),
         ({"clients": ((5, 10),)}, "client", "client 10 is out of range: this run has 10 clients"),
         ({"clients": ((12, 13),)}, "client", "client 1[23] is out of range.*0 to 9"),
@@ -136,7 +136,7 @@ def test_nodes_of_one_broker_with_several_runs_must_name_theirs(bench):
     code, reason = refusal(bench, bench.join("w1"))
     assert (code, reason) == (
         "run",
-        "this broker serves several runs, name one of them: r, q",
+        "this broker serves several runs, choose one with --run-id: r, q",
     )
     bench.joined("w1", session="s2", run="q", clients=((0, 2),))
     bench.joined("w1", session="s3", run="r", clients=((0, 2),))
@@ -228,7 +228,7 @@ def test_frames_that_only_a_broker_sends_are_rejected(bench):
     assert refusal(bench, agg) == ("unexpected", "a node does not send stranger frames")
     worker = bench.joined("w1")
     bench.tell(worker, RunEnded())
-    assert refusal(bench, worker) == ("unexpected", "only the aggregator ends a run")
+    assert refusal(bench, worker) == ("unexpected", "only the aggregator may end a run")
 
 
 def test_bytes_that_are_no_frame_are_answered_with_the_reason(bench):
@@ -237,7 +237,7 @@ def test_bytes_that_are_no_frame_are_answered_with_the_reason(bench):
     assert refusal(bench, b"x") == ("unreadable", "not a frame: nonsense")
     [reject] = bench.take(b"y", Reject)
     assert (reject.code, reject.protocol) == ("version", PROTOCOL)
-    assert "protocol 2.0 cannot talk to protocol 1.0" in reject.reason
+    assert "expected protocol 1.x, got 2.0" in reject.reason
     bench.handle(Unreadable(b"x", WireError("x" * 9000)))
 
 

@@ -45,7 +45,7 @@ def test_a_blob_cannot_be_named_with_another_size(room):
     nothing = Blob(digest(b"something"), 0)
     message = Message(kind="note", id="w1/8", run="r", sender="w1", to="record", blobs=(nothing,))
     room.tell(W1, Post(message=encode_message(message)))
-    assert "not the digest of nothing" in room.refusals()[-1].reason
+    assert "expected the digest of no bytes" in room.refusals()[-1].reason
 
 
 def test_a_lie_about_a_blob_s_size_that_waits_behind_the_truth_is_refused_too(room):

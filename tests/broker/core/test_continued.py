@@ -176,7 +176,7 @@ def test_a_run_whose_last_checkpoint_was_not_kept_is_refused(net):
     before = list(read_entries(net.folder))
     going_on = Continuation("r", "more", further=True)
     with pytest.raises(
-        LedgerError, match=r"run r cannot go on: .* entry [0-9]+: a failure of power"
+        LedgerError, match=r"cannot continue run r: .* entry [0-9]+, .* power failure"
     ):
         open_broker(net.folder, SETTINGS, net.now, continuation=going_on)
     assert list(read_entries(net.folder)) == before

@@ -38,18 +38,6 @@ def test_what_came_again_is_not_forgotten_with_what_came_before_it():
     assert [known.seen(PostFingerprint.of("r", "w1", name, b"")) for name in "bde"] == ["same"] * 3
 
 
-def test_many_are_remembered_at_once_if_all_of_them_are_new():
-    known = DedupWindow(limit=4)
-    assert known.add_new("r", "w1", ["a", "b"], [b"1", b"2"])
-    assert known.seen(PostFingerprint.of("r", "w1", "b", b"2")) == "same"
-    assert known.seen(PostFingerprint.of("r", "w1", "b", b"3")) == "other"
-    assert not known.add_new("r", "w1", ["c", "b"], [b"3", b"2"])
-    assert not known.add_new("r", "w1", ["c", "c"], [b"3", b"3"])
-    assert known.seen(PostFingerprint.of("r", "w1", "c", b"3")) == "new"
-    assert known.add_new("r", "w2", ["a", "b"], [b"1", b"2"])
-    assert not known.add_new("r", "w1", ["a", "e"], [b"1", b""]), "it is among the older ones"
-
-
 def test_of_one_id_the_bytes_that_came_last_count():
     known = DedupWindow(limit=2)
     known.add(PostFingerprint.of("r", "w1", "7", b"one"))

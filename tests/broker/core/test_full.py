@@ -85,7 +85,7 @@ def test_it_is_said_once_to_a_person_when_it_begins_and_when_it_ends(room):
     room.handle(DiskFull(""))
     room.handle(DiskFull(""))
     told = [(log.level, log.event) for log in room.logs if log.event not in ("joined", "left")]
-    assert told == [("error", "nothing can be kept"), ("info", "there is room again")]
+    assert told == [("error", "cannot write the ledger"), ("info", "the ledger is writable again")]
 
 
 def test_when_there_is_room_again_all_have_a_lease_and_what_fell_due_happens(room):

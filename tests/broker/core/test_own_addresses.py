@@ -62,7 +62,7 @@ def test_a_timer_is_kept_and_its_tick_consumes_it(room):
 def test_a_request_that_is_none_is_refused(room, body):
     room.post(AGG, "timer", body=body)
     [refusal] = room.refusals()
-    assert refusal.reason == "expected a token, and after_s from 0 to 1e+09"
+    assert refusal.reason == "expected a body with a token and after_s from 0 to 1e+09"
     assert not room.core._mailboxes.timers
 
 

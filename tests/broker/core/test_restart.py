@@ -108,7 +108,7 @@ def test_another_message_of_a_known_id_is_refused_after_a_restart_as_before(room
     come_back(room, "w1")
     room.post(W1, "aggregator", "another", id="x")
     [refusal] = room.refusals()
-    assert refusal.reason == "another message of the id 'x' was here before"
+    assert refusal.reason == "another message with the id 'x' was accepted or rejected before"
 
 
 def test_timers_survive_and_those_that_came_due_meanwhile_tick_at_once(room):
@@ -233,7 +233,7 @@ def test_a_run_goes_on_without_its_aggregator_and_takes_it_back_with_its_configu
     room.post(W1, "aggregator", "result")
     room.join("agg", "aggregator", session="s2", config="[run]\nseed = 1")
     [reject] = room.take(b"agg:s2")
-    assert reject.reason == "run r has another configuration; give this one another run.id"
+    assert reject.reason == "run r has another configuration; set another run.id for this one"
     come_back(room, "agg", session="s2")
     assert isinstance(room.take(b"agg:s2")[0], Welcome)
     assert room.core._mailboxes.runs["r"].total_clients == 10

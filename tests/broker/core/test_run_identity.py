@@ -64,7 +64,7 @@ def test_a_session_ends_when_its_run_is_another_one():
     assert isinstance(bye, Send)
     assert isinstance(bye.frame, Goodbye)
     assert end == LinkEnded(
-        "the broker has another run 'r' now than the one that this node took part in: "
+        "the broker has started another run 'r' since this node joined: "
         "start the node again to join it",
         rejected=True,
     )

@@ -146,7 +146,7 @@ def test_a_message_at_which_too_many_sessions_died_is_parked_and_the_next_one_of
     assert bench.texts(peer) == ["harmless"]
     [refusal] = bench.refusals()
     assert (refusal.id, refusal.node, refusal.dead_lettered) == ("agg/deadly", "broker", True)
-    assert refusal.reason == "parked: 3 sessions ended while they worked on it"
+    assert refusal.reason == "dead-lettered: 3 sessions ended while they handled it"
     [said] = [each for each in bench.inbox(AGG) if each.kind == "refused"]
     assert (said.re, said.body["by"]) == ("agg/deadly", "broker")
     assert refusal.of not in bench.pending()

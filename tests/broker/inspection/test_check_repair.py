@@ -5,7 +5,6 @@ import random
 
 import pytest
 
-import fedmq.broker.ledger.writer as ledger_module
 from fedmq.broker.core.recovery import open_broker
 from fedmq.broker.errors import LedgerDamage, LedgerError
 from fedmq.broker.inspection.check import FindingKind, check
@@ -14,7 +13,6 @@ from fedmq.broker.ledger.entries import (
     MESSAGES,
     PAYLOAD,
     Accepted,
-    Consumed,
     Opened,
     Refusal,
     segment_numbers,
@@ -27,62 +25,17 @@ from fedmq.broker.ledger.writer import Ledger
 from fedmq.broker.settings import BrokerSettings
 from fedmq.broker.wire.encoding import encode_message
 from fedmq.broker.wire.schema import Blob, Message
+from tests.broker.inspection.damaged_ledger import (
+    ALL,
+    DONE,
+    SIZE,
+    blob,
+    flip,
+    goes_on,
+    record_of,
+    write,
+)
 from tests.broker.ledger.small_ledger import name_of, put
-
-SIZE = 300
-DONE = 6
-"""Of the messages, so many are finished."""
-ALL = 10
-
-
-def blob(number):
-    return bytes([65 + number]) * SIZE
-
-
-def write(folder, segment_bytes=900):
-    """Write a run of ten tasks, each with a blob; the first six are done. Return its entries."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ledger_module, "_MESSAGES_SEGMENT_BYTES", segment_bytes)
-        patch.setattr(ledger_module, "_PAYLOAD_SEGMENT_BYTES", segment_bytes)
-        ledger = Ledger(folder)
-        ledger.append(Opened(seq=0, at=0.0, run="r", config="[run]", total_clients=3))
-        for number in range(ALL):
-            put(ledger, blob(number))
-            fields = {"kind": "task", "run": "r", "sender": "n", "to": "client/0"}
-            blobs = (Blob.of(blob(number)),)
-            message = Message(id=f"n/{number}", blobs=blobs, **fields)
-            seq = ledger.next_seq
-            ledger.append(Accepted(seq=seq, at=1.1, message=encode_message(message)))
-            ledger.commit()
-            if number < DONE:
-                ledger.append(Consumed(seq=seq + 1, at=2.2, node="w", of=(seq,)))
-        ledger.close()
-    return list(read_entries(folder))
-
-
-def goes_on(folder):
-    """Open a broker on the ledger and append to it; return how many entries it found."""
-    ledger, _ = open_broker(folder, BrokerSettings(), 0.0)
-    found = ledger.next_seq
-    ledger.append(Opened(seq=found, at=3.0, run="q", config="[run]", total_clients=1))
-    ledger.close()
-    return found
-
-
-def record_of(folder, number):
-    """Where the record of a blob lies."""
-    for segment in segment_numbers(folder, PAYLOAD):
-        path = segment_path(folder, PAYLOAD, segment)
-        for record in scan(path):
-            if path.read_bytes()[record.data_offset : record.end] == blob(number):
-                return path, record
-    raise AssertionError(number)
-
-
-def flip(path, at, bit=1):
-    data = bytearray(path.read_bytes())
-    data[at] ^= bit
-    path.write_bytes(data)
 
 
 def test_a_sound_ledger_is_sound_and_is_left_alone(tmp_path):
@@ -145,7 +98,7 @@ def test_damage_in_a_blob_that_is_needed_is_refused_with_the_command(tmp_path):
     said = list(read_entries(tmp_path))[len(entries) :]
     (refusal,) = [each for each in said if isinstance(each, Refusal)]
     assert refusal.of == lost.named_by[0]
-    assert "not in the ledger any more" in refusal.reason
+    assert "no longer in the ledger" in refusal.reason
 
 
 def test_bits_behind_a_damaged_length_are_found_again(tmp_path):
@@ -247,7 +200,7 @@ def test_a_flipped_bit_in_the_last_entry_is_not_cut_without_a_word(tmp_path):
     last = list(scan(path))[-1]
     flip(path, last.end - 3)
     size = path.stat().st_size
-    with pytest.raises(LedgerDamage, match="it is the last one"):
+    with pytest.raises(LedgerDamage, match="checksum of the last record"):
         open_broker(tmp_path, BrokerSettings(), 0.0)
     assert path.stat().st_size == size
     (finding,) = check(tmp_path).findings
@@ -266,7 +219,7 @@ def test_segments_in_each_other_s_place_are_told(tmp_path):
     b.write_bytes(a_bytes)
     report = check(tmp_path)
     assert report.breaking.kind is FindingKind.NUMBER
-    assert f"perhaps this is {b.name} under another name" in report.breaking.reason
+    assert f"the segment may be {b.name} under another name" in report.breaking.reason
     repair(tmp_path, 0.0)
     assert check(tmp_path).sound
     goes_on(tmp_path)
@@ -295,7 +248,7 @@ def test_messages_that_were_emptied_are_as_good_as_gone(tmp_path, left):
     path = segment_path(tmp_path, MESSAGES, 0)
     path.write_bytes(path.read_bytes()[:left])
     (finding,) = check(tmp_path).findings
-    assert "nothing says what the payload belongs to" in finding.reason
+    assert "the payload cannot be assigned to messages" in finding.reason
     with pytest.raises(LedgerDamage, match="`fedmq ledger check"):
         open_broker(tmp_path, BrokerSettings(), 0.0)
     assert path.stat().st_size == left
@@ -318,7 +271,7 @@ def test_a_device_that_does_not_read_must_be_mended_first(tmp_path, monkeypatch)
     monkeypatch.setattr("pathlib.Path.open", refuse)
     report = check(tmp_path)
     assert {each.kind for each in report.findings} == {FindingKind.READING}
-    with pytest.raises(LedgerError, match="mend the device"):
+    with pytest.raises(LedgerError, match="fix the device"):
         plan(report)
 
 

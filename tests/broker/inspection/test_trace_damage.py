@@ -344,7 +344,7 @@ def check_blobs(original, trace, files):
         if error.segment:
             assert (error.segment, error.offset) in possible
         else:
-            assert str(error).endswith("is not in the ledger: its payload was not kept")
+            assert str(error).endswith("is not in the ledger: its payload segment was deleted")
             assert there != names[: len(there)]
             gone = any(name not in files for places in copies for name, _ in places)
             assert gone or marks - visible

@@ -141,5 +141,5 @@ def test_a_file_that_is_no_segment_is_told(tmp_path):
     segment_path(tmp_path, MESSAGES, 0).write_bytes(b"something else altogether")
     with pytest.raises(LedgerError, match="not a ledger segment"):
         Ledger(tmp_path)
-    with pytest.raises(LedgerError, match="cannot make"):
+    with pytest.raises(LedgerError, match="cannot create"):
         Ledger(segment_path(tmp_path, MESSAGES, 0))

@@ -70,7 +70,7 @@ def test_a_ledger_reads_a_message_whether_it_is_written_or_not(tmp_path, monkeyp
             ledger.commit()
         for each in {0, seq // 2, seq}:
             assert ledger.read(each) == accepted(each)
-    assert len(ledger._recent._entries) < 20
+    assert len(ledger._recent) < 20
     assert len(segment_numbers(tmp_path, MESSAGES)) > 3
     ledger.close()
     ledger = Ledger(tmp_path)
@@ -87,7 +87,7 @@ def test_an_entry_that_is_no_message_is_not_read_as_one(tmp_path):
         if isinstance(entry, Accepted):
             assert ledger.read(entry.seq) == entry
         else:
-            with pytest.raises(LedgerError, match=f"entry {entry.seq} is no message"):
+            with pytest.raises(LedgerError, match=f"entry {entry.seq} is not a message"):
                 ledger.read(entry.seq)
     ledger.close()
 
@@ -95,7 +95,7 @@ def test_an_entry_that_is_no_message_is_not_read_as_one(tmp_path):
 def test_memory_holds_one_offset_for_many_entries(tmp_path):
     write(tmp_path, [accepted(seq) for seq in range(1000)])
     index = index_of(tmp_path)
-    assert sum(len(marks) for marks in index._marks.values()) <= 1000 // 64 + 1
+    assert sum(len(marks) for marks in index._offsets.values()) <= 1000 // 64 + 1
 
 
 def test_a_ledger_hands_out_what_it_holds_in_order_when_it_is_opened(tmp_path):

@@ -8,7 +8,7 @@ import fedmq.broker.ledger.writer as ledger_module
 from fedmq.broker.core.recovery import open_broker
 from fedmq.broker.core.state import Append, Put, ReceivedFrom, TimerFired
 from fedmq.broker.errors import LedgerError
-from fedmq.broker.ledger.blob_store import BlobStore, open_payload
+from fedmq.broker.ledger.blob_store import BlobStore
 from fedmq.broker.ledger.entries import PAYLOAD, Consumed, Ended, segment_numbers
 from fedmq.broker.ledger.reader import read_entries
 from fedmq.broker.ledger.writer import Ledger
@@ -21,6 +21,7 @@ from fedmq.broker.wire.schema import (
     Post,
     RunEnded,
 )
+from tests.broker.ledger.payload import open_payload
 from tests.broker.ledger.small_ledger import accepted, name_of, put
 
 SIZE = 300

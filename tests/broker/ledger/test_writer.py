@@ -2,12 +2,12 @@ import pytest
 
 import fedmq.broker.ledger.writer as ledger_module
 from fedmq.broker.errors import LedgerError
-from fedmq.broker.ledger.blob_store import open_payload
 from fedmq.broker.ledger.entries import MESSAGES, PAYLOAD, segment_numbers, segment_path
 from fedmq.broker.ledger.reader import LedgerTail, read_entries
 from fedmq.broker.ledger.records import scan
 from fedmq.broker.ledger.writer import Ledger
 from fedmq.broker.wire.schema import CHUNK_BYTES
+from tests.broker.ledger.payload import open_payload
 from tests.broker.ledger.small_ledger import ENTRIES, accepted, name_of, put, write
 
 

@@ -150,7 +150,7 @@ def test_the_time_in_which_a_node_itself_was_stopped_is_not_waiting():
     ("report", "run", "words"),
     [
         (OutOfTouch(3.0, None, admitted=False), "c", "waiting for the broker at E for 3 s"),
-        (OutOfTouch(12.2, None, admitted=True), "c", "no word from the broker at E for 12 s"),
+        (OutOfTouch(12.2, None, admitted=True), "c", "no answer from the broker at E for 12 s"),
         (
             OutOfTouch(9.0, WAIT, admitted=False),
             "c",
@@ -174,7 +174,7 @@ def test_the_time_in_which_a_node_itself_was_stopped_is_not_waiting():
         (
             OutOfTouch(9.0, StorageFull(reason="no space"), admitted=True),
             "c",
-            "has accepted nothing for 9 s: no space",
+            "has not been able to write for 9 s: no space",
         ),
     ],
 )

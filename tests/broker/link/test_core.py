@@ -180,7 +180,7 @@ def test_a_link_ends_when_it_is_rejected_or_its_run_is_over(link, frame, rejecte
 def test_a_message_that_cannot_be_sent_is_an_error_at_once_and_leaves_nothing_behind(link):
     link.handle(deliver(3), 0.0)
     link.handle(Publish(Done(seqs=(3,))), 0.0)
-    with pytest.raises(WireError, match="expected at most"):
+    with pytest.raises(WireError, match="expected a note of at most"):
         link.handle(outgoing(0, body={"x": bytes(MAX_HEADER_BYTES)}), 0.0)
     assert link.unacknowledged == 0
     [post] = frames(link.handle(outgoing(1), 0.0))

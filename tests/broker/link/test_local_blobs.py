@@ -49,7 +49,7 @@ def served(folder, read=READ["whole"], after_task=lambda: None, *, share=True):
             found.append(place)
         return done
 
-    server = BrokerServer(ANY, folder, keeping=LedgerSettings(share_files=share))
+    server = BrokerServer(ANY, folder, ledger_settings=LedgerSettings(share_files=share))
     thread = threading.Thread(target=server.serve)
     thread.start()
     weights = os.urandom(SIZE)
@@ -246,5 +246,5 @@ def test_wrong_bytes_in_a_file_are_told_by_their_digest(tmp_path, how):
     # Damage that the broker has still in memory is mended by asking it: here it is not.
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(blob_store, "_RECENT_BYTES", 0)
-        with pytest.raises(WireError, match="cannot be had"):
+        with pytest.raises(WireError, match="nobody has blob"):
             served(tmp_path, READ[how], damage)

@@ -3,7 +3,7 @@
 import pytest
 from msgspec.structs import replace
 
-from fedmq.broker.link.core import BLOCKED_S, TELL_TAKEN, Link
+from fedmq.broker.link.core import BLOCKED_S, CREDIT_BATCH, Link
 from fedmq.broker.link.events import Blocked, Fetch, Taken, Wake
 from fedmq.broker.wire.schema import (
     CHUNK_BYTES,
@@ -61,7 +61,7 @@ def test_a_beat_tells_what_the_node_has_taken_and_so_does_whatever_it_says(link)
     assert post.taken == 5
 
 
-@pytest.mark.parametrize(("size", "after"), [(0, TELL_TAKEN), (64 << 10, 4)])
+@pytest.mark.parametrize(("size", "after"), [(0, CREDIT_BATCH), (64 << 10, 4)])
 def test_many_deliveries_or_large_ones_are_told_of_before_the_next_beat(link, size, after):
     """Otherwise a fast reader would wait for credit that the broker would gladly give."""
     told = []
@@ -69,6 +69,20 @@ def test_many_deliveries_or_large_ones_are_told_of_before_the_next_beat(link, si
         [delivered] = link.handle(deliver(seq, bytes(size)), 0.5)
         told += frames(link.handle(Taken(delivered.deliveries), 0.5), Heartbeat)
     assert told == [Heartbeat(taken=after)]
+
+
+def test_answers_to_frequent_beats_do_not_make_a_link_start_over(link):
+    """They come soon after one another: that nothing has moved meanwhile is no sign of a loss."""
+    link.handle(outgoing(0), 0.5)
+    sent = []
+    for seq in range(25_600):
+        now = 0.5 + seq / 256_000
+        [delivered] = link.handle(deliver(seq), now)
+        sent += frames(link.handle(Taken(delivered.deliveries), now))
+        if seq % 256 == 0:
+            for _ in range(3):
+                sent += frames(heard(link, Heartbeat(sent=seq + 5), now=now))
+    assert {type(each) for each in sent} == {Heartbeat}
 
 
 def test_a_delivery_behind_one_that_was_lost_is_left_until_that_one_has_come(link):

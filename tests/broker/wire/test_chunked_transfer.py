@@ -45,12 +45,12 @@ def starts(wants):
 def test_no_more_than_a_window_is_ever_on_its_way():
     data = blob_of(CHUNK * 10)
     fetcher = fetching(data)
-    under_way = deque(fetcher.wants())
+    under_way = deque(fetcher.requests())
     assert len(under_way) == WINDOW_CHUNKS
-    assert fetcher.wants() == []
+    assert fetcher.requests() == []
     while under_way:
         assert fetcher.receive(*answer(under_way.popleft(), data))
-        under_way += fetcher.wants()
+        under_way += fetcher.requests()
         assert len(under_way) <= WINDOW_CHUNKS
     assert fetcher.finished(name_of(data)) is True
 
@@ -58,7 +58,7 @@ def test_no_more_than_a_window_is_ever_on_its_way():
 def test_blobs_come_whole_and_in_the_order_in_which_they_were_added():
     first, second = blob_of(CHUNK * 2 + 3), blob_of(CHUNK + 1, seed=2)
     fetcher = fetching(first, second, first)
-    wants = fetcher.wants()
+    wants = fetcher.requests()
     assert [want.digest for want in wants] == [name_of(first).digest] * 3 + [name_of(second).digest]
     assert [(want.start, want.size) for want in wants[:3]] == [(0, 8), (8, 8), (16, 3)]
     pieces = [fetcher.receive(*answer(want, first, second)) for want in wants]
@@ -74,18 +74,18 @@ def test_the_same_digest_of_two_owners_is_two_blobs():
     data = blob_of(4)
     fetcher = fetching(data)
     fetcher.add("w1", Blob.of(data))
-    assert [want.owner for want in fetcher.wants()] == ["agg", "w1"]
+    assert [want.owner for want in fetcher.requests()] == ["agg", "w1"]
 
 
 @pytest.mark.parametrize("start", [0, CHUNK * 2, CHUNK * 5, 3])
 def test_chunks_that_are_not_next_are_ignored(start):
     data = blob_of(CHUNK * 6)
     fetcher = fetching(data, window=4)
-    first = fetcher.wants()[0]
+    first = fetcher.requests()[0]
     assert fetcher.receive(*answer(first, data))
     chunk = Chunk(owner="agg", digest=first.digest, start=start)
     assert fetcher.receive(chunk, data[start : start + CHUNK]) is None
-    assert starts(fetcher.wants()) == [CHUNK * 4]
+    assert starts(fetcher.requests()) == [CHUNK * 4]
 
 
 def test_a_chunk_nobody_asked_for_is_ignored():
@@ -94,14 +94,14 @@ def test_a_chunk_nobody_asked_for_is_ignored():
     chunk = Chunk(owner="agg", digest=name_of(data).digest, start=0)
     assert fetcher.receive(chunk, data[:CHUNK]) is None  # not asked for yet
     assert fetcher.receive(Chunk(owner="w1", digest=chunk.digest, start=0), data[:CHUNK]) is None
-    assert len(fetcher.wants()) == 3
+    assert len(fetcher.requests()) == 3
 
 
 @pytest.mark.parametrize("size", [0, 1, CHUNK - 1, CHUNK + 1])
 def test_a_chunk_of_another_size_than_asked_is_ignored(size):
     data = blob_of(CHUNK * 2)
     fetcher = fetching(data)
-    first = fetcher.wants()[0]
+    first = fetcher.requests()[0]
     chunk = Chunk(owner="agg", digest=first.digest, start=0)
     assert fetcher.receive(chunk, data[:size]) is None
     assert fetcher.receive(chunk, memoryview(data)[:CHUNK])
@@ -110,7 +110,7 @@ def test_a_chunk_of_another_size_than_asked_is_ignored(size):
 def test_wrong_bytes_are_detected_by_their_digest():
     data = blob_of(CHUNK * 2 + 1)
     fetcher = fetching(data)
-    for want in fetcher.wants():
+    for want in fetcher.requests():
         chunk, piece = answer(want, data)
         assert fetcher.receive(chunk, bytes(len(piece)) if want.start else piece)
     assert fetcher.finished(name_of(data)) is False
@@ -120,16 +120,16 @@ def test_wrong_bytes_are_detected_by_their_digest():
 def test_after_a_restart_only_what_is_missing_is_asked_for_again():
     data = blob_of(CHUNK * 7)
     fetcher = fetching(data)
-    under_way = fetcher.wants()
+    under_way = fetcher.requests()
     for want in under_way[:2]:
         fetcher.receive(*answer(want, data))
     fetcher.restart()
-    again = fetcher.wants()
+    again = fetcher.requests()
     assert starts(again) == [CHUNK * n for n in (2, 3, 4, 5)]
     # One from before the restart comes late; its twin is ignored then.
     assert fetcher.receive(*answer(under_way[2], data))
     assert fetcher.receive(*answer(again[0], data)) is None
-    for want in again[1:] + fetcher.wants():
+    for want in again[1:] + fetcher.requests():
         assert fetcher.receive(*answer(want, data))
     assert fetcher.finished(name_of(data)) is True
 
@@ -137,19 +137,19 @@ def test_after_a_restart_only_what_is_missing_is_asked_for_again():
 def test_giving_up_on_a_blob_frees_its_part_of_the_window():
     first, second = blob_of(CHUNK * 9), blob_of(CHUNK * 9, seed=2)
     fetcher = fetching(first, second)
-    wants = fetcher.wants()
+    wants = fetcher.requests()
     fetcher.receive(*answer(wants[0], first))
     fetcher.discard(name_of(first))
     fetcher.discard(name_of(first))
     assert fetcher.receive(*answer(wants[1], first)) is None
-    again = fetcher.wants()
+    again = fetcher.requests()
     assert starts(again) == [0, CHUNK, CHUNK * 2, CHUNK * 3]
     assert {want.digest for want in again} == {name_of(second).digest}
 
 
 def test_an_empty_blob_is_finished_at_once():
     fetcher = fetching(b"")
-    assert fetcher.wants() == []
+    assert fetcher.requests() == []
     assert fetcher.finished(name_of(b"")) is True
 
 
@@ -163,7 +163,7 @@ def test_blobs_of_any_size_arrive_whole_whatever_restarts_and_repeats(sizes, win
     blobs = [blob_of(size, seed) for seed, size in enumerate(sizes)]
     fetcher = fetching(*blobs, window=window)
     got = {name_of(each): bytearray() for each in blobs}
-    line = deque(fetcher.wants())
+    line = deque(fetcher.requests())
     restarts = 3
     while line:
         assert len(line) <= window
@@ -178,6 +178,6 @@ def test_blobs_of_any_size_arrive_whole_whatever_restarts_and_repeats(sizes, win
             restarts -= 1
             fetcher.restart()
             line.clear()
-        line += fetcher.wants()
+        line += fetcher.requests()
     assert {bytes(each) for each in got.values()} == set(blobs)
     assert not any(name in fetcher for name in got)

@@ -1,4 +1,5 @@
-import contextlib
+"""The wire format: golden bytes of every version, limits, and inline blobs."""
+
 import json
 import typing
 from pathlib import Path
@@ -6,8 +7,6 @@ from pathlib import Path
 import msgpack
 import msgspec
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from fedmq.broker.errors import VersionError, WireError
 from fedmq.broker.rejections import Code
@@ -223,7 +222,7 @@ def test_another_minor_version_is_accepted():
     ids=["known frame", "changed field", "unknown kind", "no kind"],
 )
 def test_another_major_is_told_from_garbage_and_names_both_versions(fields):
-    with pytest.raises(VersionError, match=r"protocol 2\.5 cannot talk to protocol 1\.3") as caught:
+    with pytest.raises(VersionError, match=r"expected protocol 1\.x, got 2\.5") as caught:
         decode_frame(header(**fields))
     assert caught.value.theirs == (2, 5)
 
@@ -257,9 +256,9 @@ def test_a_field_out_of_its_bounds_is_a_wire_error(fields):
 
 def test_a_header_over_the_limit_is_neither_written_nor_read():
     empty = len(encode_frame(RunEnded(reason="")))
-    with pytest.raises(WireError, match=f"at most {MAX_HEADER_BYTES} bytes of header"):
+    with pytest.raises(WireError, match=f"at most {MAX_HEADER_BYTES} bytes"):
         encode_frame(RunEnded(reason="x" * MAX_HEADER_BYTES))
-    with pytest.raises(WireError, match="a result needs"):
+    with pytest.raises(WireError, match="expected a result of at most"):
         encode_message(
             Message(
                 kind="result",
@@ -310,79 +309,8 @@ def test_a_message_with_too_many_blobs_is_refused():
 
 @pytest.mark.parametrize("body", [{"f": print}, {"n": 1 << 70}, {"s": "\ud800"}])
 def test_what_msgpack_cannot_hold_is_a_wire_error(body):
-    with pytest.raises(WireError, match="cannot write"):
+    with pytest.raises(WireError, match="cannot encode"):
         encode_message(Message(kind="k", id="i", run="r", sender="s", to="record", body=body))
-
-
-def read_and_expect_nothing_but_wire_errors(data):
-    for decode in (decode_frame, decode_message):
-        with contextlib.suppress(WireError):
-            decode(data)
-
-
-PLAIN = (
-    st.none()
-    | st.booleans()
-    | st.integers(-(1 << 63), (1 << 64) - 1)
-    | st.floats()
-    | st.text(max_size=20)
-    | st.binary(max_size=20)
-    | st.builds(msgpack.ExtType, st.integers(0, 127), st.binary(max_size=12))
-    | st.builds(
-        msgpack.Timestamp, st.integers(-(1 << 63), (1 << 63) - 1), st.integers(0, 999999999)
-    )
-)
-KEYS = (
-    st.text(max_size=10)
-    | st.integers(0, 99)
-    | st.sampled_from(
-        ["v", "kind", "body", "blobs", "seqs", "refused", "clients", "node", "message"]
-    )
-)
-TREES = st.recursive(
-    PLAIN,
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(KEYS, inner, max_size=4),
-    max_leaves=12,
-)
-
-
-@settings(deadline=None)
-@given(st.binary(max_size=300))
-def test_arbitrary_bytes_are_at_worst_a_wire_error(data):
-    read_and_expect_nothing_but_wire_errors(data)
-
-
-@pytest.mark.slow
-@settings(deadline=None)
-@given(TREES)
-def test_arbitrary_structures_are_at_worst_a_wire_error(tree):
-    read_and_expect_nothing_but_wire_errors(msgpack.packb(tree))
-
-
-@pytest.mark.slow
-@settings(deadline=None)
-@given(st.sampled_from(sorted(ALL)), st.dictionaries(KEYS, TREES, min_size=1, max_size=3))
-def test_valid_headers_with_strange_fields_are_at_worst_a_wire_error(kind, strange):
-    fields = msgpack.unpackb(encode(ALL[kind]), strict_map_key=False)
-    names = sorted(fields)
-    changed = {names[len(str(key)) % len(names)]: value for key, value in strange.items()}
-    read_and_expect_nothing_but_wire_errors(msgpack.packb(fields | strange))
-    read_and_expect_nothing_but_wire_errors(msgpack.packb(fields | changed))
-
-
-@settings(deadline=None)
-@given(st.sampled_from(sorted(ALL)), st.data())
-def test_valid_headers_with_changed_bytes_are_at_worst_a_wire_error(kind, data):
-    raw = bytearray(encode(ALL[kind]))
-    for _ in range(data.draw(st.integers(1, 4))):
-        raw[data.draw(st.integers(0, len(raw) - 1))] = data.draw(st.integers(0, 255))
-    read_and_expect_nothing_but_wire_errors(bytes(raw[: data.draw(st.integers(0, len(raw)))]))
-    read_and_expect_nothing_but_wire_errors(bytes(raw))
-
-
-@pytest.mark.parametrize("opening", [b"\x91", b"\x81\xa1v", b"\x81\xa4body", b"\x81\xa1v\x91"])
-def test_nesting_without_end_is_a_wire_error(opening):
-    read_and_expect_nothing_but_wire_errors((opening * MAX_HEADER_BYTES)[:MAX_HEADER_BYTES])
 
 
 def test_a_digest_is_16_bytes_of_xxh3_whatever_holds_the_data():
@@ -400,12 +328,12 @@ def test_inline_buffers_that_are_what_they_claim_pass():
 @pytest.mark.parametrize(
     ("inline", "buffers", "message"),
     [
-        ([0], [], "expected 1 buffers beside the message, got 0"),
-        ([], [b"one"], "expected 0 buffers beside the message, got 1"),
-        ([2], [b"one"], "inline blob 2 of a message that has 2"),
-        ([0], [b"two"], "inline blob 0 is not the bytes that its name says"),
-        ([1], [b"two!"], "inline blob 1 is not the bytes that its name says"),
-        ([0], [bytes(101)], "expected at most 100 bytes beside a message"),
+        ([0], [], "expected 1 buffers with the message, got 0"),
+        ([], [b"one"], "expected 0 buffers with the message, got 1"),
+        ([2], [b"one"], "expected an inline blob from 0 to 1, got 2"),
+        ([0], [b"two"], "inline blob 0 do not match its size and digest"),
+        ([1], [b"two!"], "inline blob 1 do not match its size and digest"),
+        ([0], [bytes(101)], "expected at most 100 bytes of blobs with a message"),
     ],
 )
 def test_inline_buffers_that_are_not_what_they_claim_are_told(inline, buffers, message):

@@ -80,7 +80,7 @@ def test_damaged_entries_are_listed_and_cut_only_when_told(run: Path) -> None:
     assert f"`fedmq ledger repair {run}`" in output
     code, output = fedmq("repair", run)
     assert code == 1
-    assert f"cut {path.name} at byte {records[20].offset:,}" in output
+    assert f"truncate {path.name} at byte {records[20].offset:,}" in output
     assert output.endswith("nothing was changed; add --yes to do this\n")
     assert files(run) == before
     facts = json.loads(fedmq("repair", run, "--json")[1])
@@ -229,5 +229,5 @@ def test_a_broker_whose_device_fails_ends_with_the_place(tmp_path: Path) -> None
             broker.kill()
     assert broker.returncode == 1
     last = said.splitlines()[-1]
-    assert last.startswith("fedmq: the broker ends, its ledger fails: cannot sync")
+    assert last.startswith("fedmq: stopped serving, the ledger failed: cannot sync")
     assert last.endswith("Input/output error")
