@@ -285,17 +285,17 @@ def test_the_largest_values_are_still_taken(dtype, value):
 @pytest.mark.parametrize(
     ("tensors", "message"),
     [
-        ({}, "expected features, ids and perhaps labels, got"),
-        ({"features": torch.zeros(1, 1)}, "expected features, ids and perhaps labels"),
+        ({}, "expected features, ids, optional labels, got"),
+        ({"features": torch.zeros(1, 1)}, "expected features, ids, optional labels"),
         ({**group(torch.zeros(1, 1)), "x": torch.zeros(1)}, "got .'features', 'ids', 'x'"),
         (group(torch.zeros(2, 1).double()), "features as float32 .* got torch.float64 .2, 1."),
-        (group(torch.zeros(2)), "of 2 to 4 sizes"),
-        (group(torch.zeros(2, 1, 1, 1, 1)), "of 2 to 4 sizes"),
-        (group(torch.zeros(2, 0)), "none but n 0"),
+        (group(torch.zeros(2)), "with 2 to 4 sizes"),
+        (group(torch.zeros(2, 1, 1, 1, 1)), "with 2 to 4 sizes"),
+        (group(torch.zeros(2, 0)), "only n may be 0"),
         (group(torch.zeros(2, 1), torch.zeros(2)), "ids as int64 .2., got torch.float32 .2."),
         (group(torch.zeros(2, 1), torch.arange(3)), "ids as int64 .2., got torch.int64 .3."),
         (group(torch.zeros(2, 1), labels=torch.arange(3)), "labels as int64 .2."),
-        (group(torch.zeros(3, 1), torch.tensor([4, 1, 4])), "id 4 stands twice"),
+        (group(torch.zeros(3, 1), torch.tensor([4, 1, 4])), "expected each id once, got 4 twice"),
     ],
 )
 def test_other_tensors_are_refused(tensors, message):

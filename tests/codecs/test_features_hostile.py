@@ -156,7 +156,7 @@ def test_values_that_are_not_finite_are_refused(dtype, value):
 def test_repeated_ids_are_refused():
     ids = {"width": 1, "base": 4, "rising": False}
     meta = meta_of([3, 1], ids=ids)
-    refused(Features(), meta, [b"\3\0\3", bytes(6)], "expected ids of samples, got 7 twice")
+    refused(Features(), meta, [b"\3\0\3", bytes(6)], "expected each id once, got 7 twice")
 
 
 @pytest.mark.parametrize("rising", [True, False])

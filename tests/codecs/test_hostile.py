@@ -91,7 +91,7 @@ def test_whatever_stands_as_a_codecs_name_only_a_decode_error_comes_of_it(wire_n
         (["a", "float32", [1]], "a buffer has 8 bytes, its tensors need 4"),
         (["a", "float8", [2]], "unknown dtype 'float8'"),
         (["a", ["float32"], [2]], "unknown dtype"),
-        ([7, "float32", [2]], "a tensor name of its own, got 7"),
+        ([7, "float32", [2]], "expected a unique tensor name, got 7"),
         (["a", "float32"], r"expected \[name, dtype, shape\]"),
         ({"a": 1}, r"expected \[name, dtype, shape\]"),
     ],
@@ -103,7 +103,7 @@ def test_each_fault_of_a_table_is_named(row, message):
 
 def test_one_name_for_two_tensors_is_refused():
     meta = {"tensors": [["a", "float32", [1]], ["a", "float32", [1]]]}
-    with pytest.raises(DecodeError, match="a tensor name of its own, got 'a'"):
+    with pytest.raises(DecodeError, match="expected a unique tensor name, got 'a'"):
         decode(Encoded("raw@1", meta, [bytes(8)]))
 
 
@@ -122,7 +122,7 @@ def test_buffers_too_few_or_too_many_are_refused():
     meta = {"tensors": [["a", "float32", [1]], ["n", "int64", [1]]]}
     with pytest.raises(DecodeError, match="has 0 bytes, its tensors need 8"):
         decode(Encoded("raw@1", meta, [bytes(4)]))
-    with pytest.raises(DecodeError, match="more buffers"):
+    with pytest.raises(DecodeError, match="expected no more buffers"):
         decode(Encoded("raw@1", meta, [bytes(4), bytes(8), b""]))
 
 

@@ -209,12 +209,15 @@ def test_a_label_with_a_nan_is_named(dtype):
         (by_sample(torch.zeros(2, 0)), "got torch.float32 .2, 0."),
         (by_sample(torch.zeros(2, 3), torch.zeros(2)), "ids as int64 .2., got torch.float32"),
         (by_sample(torch.zeros(2, 3), torch.arange(3)), "ids as int64 .2., got torch.int64 .3."),
-        (by_sample(torch.zeros(3, 1), torch.tensor([4, 1, 4])), "id 4 stands twice"),
+        (
+            by_sample(torch.zeros(3, 1), torch.tensor([4, 1, 4])),
+            "expected each id once, got 4 twice",
+        ),
         (by_label(torch.zeros(2, 3), [1, 1]), "float32 .classes, classes. beside counts, got"),
         (by_label(torch.zeros(0, 0), [1]), "got torch.float32 .0, 0."),
-        (by_label(torch.zeros(2, 2), [1, -3]), "label 1 counts -3"),
-        (by_label(torch.ones(2, 2), [1, 0]), "label 1 counts 0 but its row is not 0"),
-        (by_label(torch.full((2, 2), float("nan")), [0, 1]), "label 0 counts 0 but its row"),
+        (by_label(torch.zeros(2, 2), [1, -3]), "label 1 has a negative count -3"),
+        (by_label(torch.ones(2, 2), [1, 0]), "label 1 has count 0, but its row is not 0"),
+        (by_label(torch.full((2, 2), float("nan")), [0, 1]), "label 0 has count 0, but its row"),
     ],
 )
 def test_other_tensors_are_refused(tensors, message):
@@ -352,9 +355,9 @@ def test_more_or_fewer_rows_than_labels_that_someone_has_are_refused():
 
 def test_repeated_ids_and_negative_counts_are_refused():
     ids = {"shape": [2, 1], "ids": NONE}
-    refused(Logits(), ids, [b"", bytes(4)], "expected ids of samples, got 0 twice")
+    refused(Logits(), ids, [b"", bytes(4)], "expected each id once, got 0 twice")
     counts = {"shape": [1, 1], "counts": {"width": 0, "base": -7, "rising": False}}
-    refused(Logits(), counts, [b"", b""], "expected counts of samples, got -7")
+    refused(Logits(), counts, [b"", b""], "expected counts of 0 or more, got -7")
 
 
 def test_what_is_taken_is_counted_before():

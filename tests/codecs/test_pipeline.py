@@ -67,7 +67,7 @@ def tensors_of(table, seed=0, scale=1.0):
 
 def through_the_wire(encoded):
     """Return tensors as someone reads them who has nothing but the message."""
-    registry._reader.cache_clear()
+    registry._codec_of.cache_clear()
     message = Encoded(str(encoded.codec), dict(encoded.meta), [bytes(b) for b in encoded.buffers])
     return decode(message)
 
@@ -297,7 +297,7 @@ def test_two_stages_of_one_place_are_refused(spec):
     [
         ("hadamrd | quantize(4)", "unknown codec 'hadamrd' (did you mean 'hadamard'?); choose"),
         ("quantise(4)", "unknown codec 'quantise' (did you mean 'quantize'?)"),
-        ("raw | quantize(4)", "codec raw stands alone, it is no stage"),
+        ("raw | quantize(4)", "codec raw cannot be a stage"),
         ("hadamard |", "expected name(value, key=value), got ''"),
         ("limit(-1) | entropy", "codec limit: expected a number of values, got -1"),
         ("limit(1.5) | entropy", "codec limit: expected a number of values, got 1.5"),
