@@ -1,1 +1,1 @@
-"""Tensors to bytes and back. Knows no sockets and no algorithms."""
+"""Codecs: tensors to bytes and back, without any knowledge of sockets or algorithms."""

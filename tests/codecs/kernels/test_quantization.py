@@ -265,7 +265,7 @@ def test_vectors_of_another_kind_are_refused() -> None:
     with pytest.raises(ValueError, match="finite weight"):
         kernels.accumulate(total, codes, ranges, 4, 64, float("inf"))
     total.flags.writeable = False
-    with pytest.raises(ValueError, match="in place"):
+    with pytest.raises(ValueError, match="expected a writable total"):
         kernels.accumulate(total, codes, ranges, 4, 64, 1.0)
 
 
