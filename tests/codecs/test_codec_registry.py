@@ -1,4 +1,4 @@
-"""The registry of codecs: by spec for writing, by the name on the wire for reading."""
+"""The registry of codecs: by spec for encoding, by wire name for decoding."""
 
 from types import SimpleNamespace
 
@@ -37,7 +37,7 @@ def test_codecs_are_made_by_spec():
         ("", "expected name"),
     ],
 )
-def test_an_unknown_codec_or_parameter_is_answered_with_the_choices(spec, message):
+def test_the_error_for_an_unknown_codec_or_parameter_lists_the_choices(spec, message):
     with pytest.raises(SpecError, match=message):
         make_codec(spec)
 
@@ -69,7 +69,7 @@ def test_decoding_needs_nothing_but_the_message(spec):
         ("hadamard@1(64)  | quantize@1(4, 64)", r"expected codec@version\(parameters\)"),
     ],
 )
-def test_a_wire_name_that_cannot_be_read_is_a_decode_error(wire_name, message):
+def test_an_invalid_wire_name_is_a_decode_error(wire_name, message):
     with pytest.raises(DecodeError, match=message):
         decode(Encoded(wire_name, {"tensors": [], "dtypes": []}, []))
 
@@ -108,7 +108,7 @@ def test_an_extension_must_be_a_codec_class(monkeypatch):
 
 
 class Elsewhere(Raw):
-    """A codec of another package, which raises what it likes."""
+    """A codec of another package that raises arbitrary exceptions."""
 
     name = "elsewhere"
 
@@ -116,7 +116,7 @@ class Elsewhere(Raw):
         raise ZeroDivisionError("by zero")
 
 
-def test_whatever_another_packages_codec_raises_is_an_error_of_the_message(monkeypatch):
+def test_any_exception_of_another_packages_codec_is_a_decode_error(monkeypatch):
     known = {**codecs(), "elsewhere": Elsewhere}
     monkeypatch.setattr(registry, "codecs", lambda: known)
     encoded = make_codec("elsewhere").encode({"w": torch.zeros(2)}, 0)
