@@ -33,7 +33,7 @@ _LEVEL = 1
 # A zstd block turns 4 bytes into at most 128 KiB, so no valid frame grows more than this.
 _MAX_GROWTH = 1 << 15
 _MAX_WINDOW = 1 << 22
-# Elements converted at a time: on a CPU what fits its caches, on a GPU what fills it.
+# Elements per conversion: few enough for a CPU's caches, and enough to fill a GPU.
 _BLOCK, _DEVICE_BLOCK = 1 << 17, 1 << 26
 
 
