@@ -137,7 +137,7 @@ class Pipeline(Codec):
         return any(stage.place == StageOrder.STRUCTURE for stage in self.stages)
 
     def project(self, update: Tensors, seed: int) -> None:
-        """Project the large tensors, in place, onto those that `encode` of this seed keeps whole."""
+        """Project the large tensors, in place, onto those that `encode` keeps whole."""
         large = [each for each in update.values() if self._is_large(each)]
         if not large or not self.structured:
             return
