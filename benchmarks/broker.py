@@ -83,8 +83,8 @@ def stream(kind: str, size: int, seconds: float, distinct: int | None = None) ->
         if kind in ("fedmq", "recorded", "without_ledger"):
             server = broker_without_ledger.broker if kind == "without_ledger" else broker
             # Without a ledger there are no files to read blobs from: both sides use sockets only.
-            share_files = (False,) if kind == "recorded" else ()
-            endpoint, _ = group.start(server, str(group.folder / "ledger"), *share_files).receive()
+            named = {"share_files": False} if kind == "recorded" else {}
+            endpoint, _ = group.start(server, str(group.folder / "ledger"), **named).receive()
             group.start(send_fedmq, endpoint, ["client/0", AGGREGATOR], size, distinct)
             receiver = group.start(receive_fedmq, endpoint, "client/0", AGGREGATOR, size, seconds)
         elif kind == "proxy":
@@ -206,8 +206,8 @@ def round_trips(kind: str, seconds: float) -> list[float]:
             group.start(send_fedmq, endpoint, ["client/2", "client/1"], MODEL_BYTES)
             load = group.start(receive_fedmq, endpoint, "client/2", "client/1", MODEL_BYTES, 1e9)
         else:
-            endpoint, _ = group.start(zmq_relays.copying_relay).receive()
-            group.start(zmq_relays.echo_zmq, endpoint)
+            endpoint, _ = group.start(zmq_relays.relay, copy=True).receive()
+            group.start(zmq_relays.echo_zmq, endpoint, "echo", copy=True)
             pinger = group.start(zmq_relays.ping_zmq, endpoint, seconds)
             group.start(zmq_relays.send_zmq, endpoint, ["receiver"], MODEL_BYTES)
             load = group.start(zmq_relays.receive_zmq, endpoint, MODEL_BYTES, 1e9)

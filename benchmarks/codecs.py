@@ -1,8 +1,8 @@
-"""What compression costs, in copies of the vector, on one core.
+"""Measure the cost of compression on one core, in copies of the vector.
 
-Each figure is the median time of a kernel over the median time of ``np.copyto`` of the same
-float32 vector, measured in turns in the same run. ``first call`` is what compilation takes once
-a machine, or loading from numba's cache afterwards.
+Each figure is the median time of a kernel divided by that of ``np.copyto`` of the same float32
+vector; both alternate in the same run. ``first call`` is the time to compile, or to load from
+numba's cache, in seconds.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ LIMITS = {
     "kashin(3) + quantize(2)": 40.0,
     "add a weighted update": 1.25,
 }
-"""Copies that a kernel may take; the others are shown without one."""
+"""Largest accepted figure by kernel; the other kernels have no limit."""
 
 Vector = np.ndarray[tuple[int], np.dtype[np.float32]]
 
 
 def cases(x: Vector) -> Iterator[tuple[str, Callable[[], object]]]:
-    """Yield what is measured, on the vector."""
+    """Yield the names and calls to measure."""
     total = np.zeros_like(x)
     hadamard, kashin = kernels.HadamardBasis(1), kernels.KashinFrame(1, iterations=3)
     for name, bits, basis in (
@@ -67,14 +67,14 @@ def cases(x: Vector) -> Iterator[tuple[str, Callable[[], object]]]:
 
 
 def duration(call: Callable[[], object]) -> float:
-    """Return how long a call takes, in seconds."""
+    """Return the duration of a call in seconds."""
     began = time.perf_counter()
     call()
     return time.perf_counter() - began
 
 
 def measure(size: int, repetitions: int) -> dict[str, float]:
-    """Return copies by kernel; ``copy_ms`` is the copy itself."""
+    """Return the figures by kernel, and ``copy_ms``, the duration of the copy."""
     x = np.random.default_rng(0).standard_normal(size, np.float32)
     other = np.zeros_like(x)
     calls = {"copy": lambda: np.copyto(other, x), **dict(cases(x))}
@@ -99,7 +99,7 @@ def main() -> int:
     torch.set_num_threads(1)
     small = np.ones(2 * BLOCK, np.float32)
     first = {name: duration(call) for name, call in _first_calls(small)}
-    # Short calls are disturbed more, and cost less to repeat.
+    # Short calls vary more, and cost less to repeat.
     repetitions = {size: options.repetitions * (5 if size < 1 << 23 else 1) for size in sizes}
     measured = {size: measure(size, repetitions[size]) for size in sizes}
 
@@ -127,7 +127,7 @@ def main() -> int:
 
 
 def _first_calls(x: Vector) -> Iterator[tuple[str, Callable[[], object]]]:
-    """Yield one call for each kernel that is compiled by itself; numba's import is in the first."""
+    """Yield one call for each separately compiled kernel; the first includes importing numba."""
     codes, ranges = np.zeros(x.size // 2, np.uint8), np.zeros((x.size // BLOCK, 2), np.float32)
     yield "quantize(4)", lambda: kernels.quantize(x, 4, BLOCK, 1)
     yield "accumulate(4)", lambda: kernels.accumulate(x.copy(), codes, ranges, 4, BLOCK, 1.0)

@@ -52,11 +52,11 @@ class ProcessGroup:
             process.join()
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    def start(self, target: Callable[..., None], *args: Any) -> ChildProcess:
-        """Run ``target(pipe, *args)`` in a fresh interpreter."""
+    def start(self, target: Callable[..., None], *args: Any, **named: Any) -> ChildProcess:
+        """Run ``target(pipe, *args, **named)`` in a fresh interpreter."""
         context = mp.get_context("spawn")
         ours, theirs = context.Pipe()
-        process = context.Process(target=_child, args=(theirs, target, args), daemon=True)
+        process = context.Process(target=_child, args=(theirs, target, args, named), daemon=True)
         process.start()
         theirs.close()
         self._processes.append(process)
@@ -104,7 +104,9 @@ def send_json(pipe: Connection, value: Any) -> None:
     pipe.send_bytes(json.dumps(value).encode())
 
 
-def _child(pipe: Connection, target: Callable[..., None], args: tuple[Any, ...]) -> None:
+def _child(
+    pipe: Connection, target: Callable[..., None], args: tuple[Any, ...], named: dict[str, Any]
+) -> None:
     """Run the target; only fedmq's own targets get the process settings of its programs.
 
     fedmq's malloc settings would make frames of several MB slower for the references.
@@ -114,7 +116,7 @@ def _child(pipe: Connection, target: Callable[..., None], args: tuple[Any, ...])
         tune_process()
     quiet = structlog.make_filtering_bound_logger(logging.WARNING)
     structlog.configure(wrapper_class=quiet)
-    target(pipe, *args)
+    target(pipe, *args, **named)
 
 
 # ---- figures

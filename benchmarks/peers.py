@@ -27,7 +27,7 @@ OWN_CODE = Allowed(modules=frozenset({"rounds"}))
 CLIENTS = 1024
 
 
-def broker(pipe: Connection, folder: str, share_files: bool = True) -> None:  # noqa: FBT001, FBT002 - a process's arguments
+def broker(pipe: Connection, folder: str, *, share_files: bool = True) -> None:
     """Serve; report the endpoint."""
     settings = LedgerSettings(share_files=share_files)
     server = BrokerServer("tcp://127.0.0.1:0", Path(folder), BrokerSettings(), settings)

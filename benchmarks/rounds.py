@@ -15,7 +15,6 @@ import argparse
 import io
 import itertools
 import json
-import multiprocessing as mp
 import os
 import shutil
 import statistics
@@ -27,7 +26,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import zmq
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -117,60 +115,33 @@ def fedmq_rounds(dim: int, rounds: int, folder: Path) -> list[float]:
 
 def bare_rounds(dim: int, rounds: int) -> list[float]:
     """Return the duration of each round of the same exchange over a bare relay, in ms."""
-    context = mp.get_context("spawn")
-    ours, theirs = context.Pipe()
-    relay = context.Process(target=_relay, args=(theirs,), daemon=True)
-    relay.start()
-    endpoint = ours.recv_bytes().decode()
-    echoes = [
-        context.Process(target=_echo, args=(endpoint, index), daemon=True)
-        for index in range(CLIENTS)
-    ]
-    for process in echoes:
-        process.start()
-    with zmq.Context() as zmq_context, zmq_context.socket(zmq.DEALER) as socket:
-        socket.setsockopt(zmq.IDENTITY, b"aggregator")
-        socket.setsockopt(zmq.LINGER, 0)
-        socket.connect(endpoint)
-        for _ in range(CLIENTS):
-            socket.recv_multipart()
-        model = torch.randn(dim)
-        durations = []
-        for _ in range(rounds):
-            began = time.perf_counter()
-            data = model.numpy().data
-            for index in range(CLIENTS):
-                socket.send_multipart([b"client%d" % index, data], copy=False)
-            total = torch.zeros(dim)
-            for _ in range(CLIENTS):
-                _, frame = socket.recv_multipart(copy=False)
-                received = torch.frombuffer(bytearray(frame.buffer), dtype=torch.float32)
-                total.add_(received, alpha=1.0)
-            model = total.mul_(1.0001 / CLIENTS)
-            durations.append((time.perf_counter() - began) * 1000)
-    for process in [*echoes, relay]:
-        process.kill()
-        process.join()
+    # Only here: the nodes of `fedmq_rounds` import this module, too.
+    import zmq_relays
+    from harness import ProcessGroup
+
+    clients = [f"client{index}" for index in range(CLIENTS)]
+    with ProcessGroup() as group:
+        endpoint, _ = group.start(zmq_relays.relay, copy=False).receive()
+        for client in clients:
+            group.start(zmq_relays.echo_zmq, endpoint, client, copy=False)
+        with zmq_relays.dealer(endpoint, "aggregator") as socket:
+            for client in clients:
+                zmq_relays.wait_for_echo(socket, client)
+            model = torch.randn(dim)
+            durations = []
+            for _ in range(rounds):
+                began = time.perf_counter()
+                data = model.numpy().data
+                for client in clients:
+                    socket.send_multipart([client.encode(), data], copy=False)
+                total = torch.zeros(dim)
+                for _ in clients:
+                    _, frame = socket.recv_multipart(copy=False)
+                    received = torch.frombuffer(bytearray(frame.buffer), dtype=torch.float32)
+                    total.add_(received, alpha=1.0)
+                model = total.mul_(1.0001 / CLIENTS)
+                durations.append((time.perf_counter() - began) * 1000)
     return durations
-
-
-def _relay(report: mp.connection.Connection) -> None:
-    socket = zmq.Context().socket(zmq.ROUTER)
-    socket.bind("tcp://127.0.0.1:*")
-    report.send_bytes(socket.getsockopt(zmq.LAST_ENDPOINT).rstrip(b"\0"))
-    while True:
-        sender, to, *rest = socket.recv_multipart(copy=False)
-        socket.send_multipart([to, sender, *rest], copy=False)
-
-
-def _echo(endpoint: str, index: int) -> None:
-    socket = zmq.Context().socket(zmq.DEALER)
-    socket.setsockopt(zmq.IDENTITY, b"client%d" % index)
-    socket.connect(endpoint)
-    time.sleep(0.5)  # the relay drops messages to an aggregator that has not connected yet
-    socket.send_multipart([b"aggregator", b"ready"])
-    while True:
-        socket.send_multipart(socket.recv_multipart(copy=False), copy=False)
 
 
 def main() -> int:

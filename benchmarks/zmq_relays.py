@@ -32,14 +32,14 @@ def proxy(pipe: Connection) -> None:
     zmq.proxy(front, back)
 
 
-def copying_relay(pipe: Connection) -> None:
-    """Relay in Python, by name; copies each frame on the way in and on the way out."""
+def relay(pipe: Connection, *, copy: bool) -> None:
+    """Relay in Python, by name; ``copy`` copies each frame on the way in and on the way out."""
     socket = zmq.Context().socket(zmq.ROUTER)
     socket.bind("tcp://127.0.0.1:*")
     send_json(pipe, [socket.getsockopt_string(zmq.LAST_ENDPOINT)] * 2)
     while True:
-        sender, to, *rest = socket.recv_multipart()
-        socket.send_multipart([to, sender, *rest])
+        sender, to, *rest = socket.recv_multipart(copy=copy)
+        socket.send_multipart([to, sender, *rest], copy=copy)
 
 
 def answering_router(pipe: Connection, beat_s: float, lease_s: float) -> None:
@@ -54,7 +54,8 @@ def answering_router(pipe: Connection, beat_s: float, lease_s: float) -> None:
         socket.send_multipart(socket.recv_multipart())
 
 
-def _dealer(endpoint: str, name: str) -> zmq.Socket[bytes]:
+def dealer(endpoint: str, name: str) -> zmq.Socket[bytes]:
+    """Return a socket that the relay knows by this name."""
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context.instance()
     socket = context.socket(zmq.DEALER)
     socket.setsockopt_string(zmq.IDENTITY, name)
@@ -69,9 +70,16 @@ def _introduce(socket: zmq.Socket[bytes], to: str, word: bytes) -> None:
         socket.send_multipart([to.encode(), word])
 
 
+def wait_for_echo(socket: zmq.Socket[bytes], to: str) -> None:
+    """Wait until the relay knows a peer that echoes; receive its answers."""
+    _introduce(socket, to, b"ready")
+    while socket.poll(200):
+        socket.recv_multipart()
+
+
 def send_zmq(_pipe: Connection, endpoint: str, to: list[str], size: int) -> None:
     """Send a stream to the receiver; ``to`` is empty for a relay that does not route by name."""
-    socket = _dealer(endpoint, "sender")
+    socket = dealer(endpoint, "sender")
     window, batch, _ = pace(size)
     buffers = distinct(size, window + 1)
     prefix = [name.encode() for name in to]
@@ -92,7 +100,7 @@ def send_zmq(_pipe: Connection, endpoint: str, to: list[str], size: int) -> None
 
 def receive_zmq(pipe: Connection, endpoint: str, size: int, seconds: float) -> None:
     """Receive and time a stream."""
-    socket = _dealer(endpoint, "receiver")
+    socket = dealer(endpoint, "receiver")
     _, _, credit = pace(size)
     taken = 0
 
@@ -115,28 +123,26 @@ def receive_zmq(pipe: Connection, endpoint: str, size: int, seconds: float) -> N
 
 def ping_zmq(pipe: Connection, endpoint: str, seconds: float) -> None:
     """Measure round trips to the node that echoes."""
-    socket = _dealer(endpoint, "ping")
-    _introduce(socket, "echo", b"ping")
+    socket = dealer(endpoint, "ping")
+    wait_for_echo(socket, "echo")
 
     def exchange() -> None:
         socket.send_multipart([b"echo", b"ping"])
         socket.recv_multipart()
 
-    while socket.poll(200):
-        socket.recv_multipart()  # answers to the introductions
     time_round_trips(pipe, exchange, seconds)
 
 
-def echo_zmq(_pipe: Connection, endpoint: str) -> None:
+def echo_zmq(_pipe: Connection, endpoint: str, name: str, *, copy: bool) -> None:
     """Send every message back."""
-    socket = _dealer(endpoint, "echo")
+    socket = dealer(endpoint, name)
     while True:
-        socket.send_multipart(socket.recv_multipart())
+        socket.send_multipart(socket.recv_multipart(copy=copy), copy=copy)
 
 
 def fan_out_zmq(pipe: Connection, endpoint: str, workers: int, size: int) -> None:
     """Send one model to all workers; report the seconds until all but one have it."""
-    socket = _dealer(endpoint, "sender")
+    socket = dealer(endpoint, "sender")
     model = os.urandom(size)
     ready: set[bytes] = set()
     while len(ready) < workers:
@@ -157,7 +163,7 @@ def fan_out_zmq(pipe: Connection, endpoint: str, workers: int, size: int) -> Non
 
 def collect_zmq(pipe: Connection, endpoint: str, index: int) -> None:
     """Receive the model once."""
-    socket = _dealer(endpoint, f"worker-{index}")
+    socket = dealer(endpoint, f"worker-{index}")
     send_json(pipe, "ready")
     _introduce(socket, "sender", b"ready-%d" % index)
     model = socket.recv_multipart(copy=False)

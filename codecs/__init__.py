@@ -1,4 +1,4 @@
-"""Tensors to bytes and back. Knows no sockets and no algorithms."""
+"""Codecs: tensors to bytes and back, without any knowledge of sockets or algorithms."""
 
 from typing import TYPE_CHECKING
 

@@ -1,4 +1,4 @@
-"""What a codec is: tensors to bytes and back, where decoding needs only the message."""
+"""The codec interface: tensors to bytes and back, where decoding needs only the message."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ MAX_DECODED_BYTES = 1 << 40
 
 @dataclass(frozen=True)
 class Encoded:
-    """Tensors as they travel.
+    """Encoded tensors.
 
     codec: wire name with version and parameters, for example ``cast@1(float16)``.
-    meta: what decoding needs besides the bytes; plain numbers, strings, lists and maps.
+    meta: other data for decoding; plain numbers, strings, lists and maps.
     buffers: the bytes.
     """
 
@@ -35,11 +35,11 @@ class Encoded:
 
 
 class Codec(ABC):
-    """One way to write a group of named tensors.
+    """An encoding of a group of named tensors.
 
-    A codec is made from a spec (``cast(float16)``) by the registry. What it writes is
-    named on the wire by name, version and parameters; a change to the bytes is a new
-    version, and old versions stay readable.
+    The registry makes a codec from a spec (``cast(float16)``). Its name, version and
+    parameters are sent with the bytes; a change to the bytes is a new version, and old
+    versions stay readable.
     """
 
     name: ClassVar[str]
@@ -47,46 +47,50 @@ class Codec(ABC):
 
     @property
     def wire_name(self) -> str:
-        """Return the name that stands beside every group that this codec has encoded."""
+        """Return the name that is sent with every encoded group."""
         return f"{self.name}@{self.version}{self.parameters()}"
 
     def parameters(self) -> str:
-        """Return the parameters as they stand in the wire name, parentheses included."""
+        """Return the parameters as in the wire name, with parentheses."""
         return ""
 
     @property
     def deltas_only(self) -> bool:
-        """Tell whether what is not sent is taken for zero: it may be an update, but no model."""
+        """Whether decoding treats omitted values as zero: for updates only, not for models."""
         return False
 
     @property
     def error_feedback(self) -> bool:
-        """Tell whether a sender must add to its next update what this codec has left out."""
+        """Whether a sender must add the values omitted by this codec to its next update."""
         return False
 
     @property
     def structured(self) -> bool:
-        """Tell whether `project` does anything."""
+        """Whether `project` changes an update."""
         return False
 
     def project(self, update: Tensors, seed: int) -> None:  # noqa: B027 - most do nothing here
-        """Project an update, in place, onto those that `encode` of this seed writes as a whole.
+        """Project an update, in place, onto the updates that `encode` of this seed keeps whole.
 
-        Of a structured update (Konecny et al. 2016, section 3) that is done with every
-        gradient while a client trains; other codecs leave the update as it is.
+        For structured updates (Konecny et al. 2016, section 3), a client projects every gradient
+        during training; other codecs do not change the update.
         """
 
     @abstractmethod
     def encode(self, tensors: Tensors, seed: int) -> Encoded:
-        """Write tensors; all that is random follows from ``seed``.
+        """Encode tensors; ``seed`` determines all random choices.
 
-        The buffers may share memory with the tensors, which must then stay as they are.
+        The buffers can share memory with the tensors: do not change these while the buffers
+        are in use.
+
+        Raises:
+            CodecError: the codec cannot encode a tensor or a value.
         """
 
     @abstractmethod
     def decode(self, encoded: Encoded, max_bytes: int) -> dict[str, Tensor]:
-        """Read what `encode` of this version wrote; the tensors may share the buffers' memory.
+        """Decode the result of `encode`; the tensors can share the buffers' memory.
 
         Raises:
-            DecodeError: the message is damaged or hostile; at most ``max_bytes`` are taken.
+            DecodeError: the message is damaged or hostile, or needs more than ``max_bytes``.
         """

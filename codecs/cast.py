@@ -1,4 +1,4 @@
-"""Half-width floats on the wire: ``cast(float16)`` and ``cast(bfloat16)``."""
+"""Half-precision floats on the wire: ``cast(float16)`` and ``cast(bfloat16)``."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ _WIDE = ("float32", "float64")
 
 
 class Cast(Codec):
-    """Floating-point tensors rounded to a narrower type, others as they are.
+    """Floating-point tensors rounded to a narrower type, others unchanged.
 
-    float16 keeps 11 significant bits up to 65504 and turns larger values into infinities,
-    which an aggregator refuses; bfloat16 keeps 8 bits and the whole range of float32.
-    ``meta``: ``tensors`` as in raw, and ``dtypes``, the dtype of each before.
+    float16 has 11 significant bits; values above 65504 become infinite, and an aggregator
+    rejects them. bfloat16 has 8 significant bits and the range of float32.
+    ``meta``: ``tensors`` as in raw, and ``dtypes``, the original dtype of each tensor.
     """
 
     name = "cast"
@@ -35,7 +35,7 @@ class Cast(Codec):
         return f"({self.dtype})"
 
     def encode(self, tensors: Tensors, seed: int) -> Encoded:
-        """Round the floating-point tensors and write all."""
+        """Round the floating-point tensors and encode all."""
         target = DTYPES[self.dtype]
         narrow: dict[str, Tensor] = {}
         for name, tensor in tensors.items():
@@ -45,33 +45,29 @@ class Cast(Codec):
         return Encoded(self.wire_name, {**encoded.meta, "dtypes": before}, encoded.buffers)
 
     def decode(self, encoded: Encoded, max_bytes: int) -> dict[str, Tensor]:
-        """Read all and widen what was rounded."""
+        """Decode all tensors and widen the rounded ones."""
         before = encoded.meta.get("dtypes")
         table = read_table(encoded.meta)
         if not isinstance(before, list | tuple) or len(before) != len(table):
-            raise DecodeError("expected meta.dtypes to name the dtype of each tensor")
+            raise DecodeError("expected meta.dtypes with the dtype of each tensor")
         wide = {}
         decoded = self._raw.decode(encoded, max_bytes // 4)
         for (name, tensor), dtype in zip(decoded.items(), before, strict=True):
             if tensor.dtype == DTYPES[self.dtype]:
                 if dtype not in (*_WIDE, *_CHOICES):
-                    raise DecodeError(
-                        f"tensor {shorten(name)} cannot be widened to {shorten(dtype)}"
-                    )
+                    raise DecodeError(f"cannot widen tensor {shorten(name)} to {shorten(dtype)}")
                 wide[name] = tensor.to(DTYPES[dtype])
             else:
                 wide[name] = tensor
-        return _side_by_side(wide)
+        return _adjacent(wide)
 
 
-def _side_by_side(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Lay float32 tensors end to end, so that whoever adds them up sees one vector."""
+def _adjacent(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Make float32 tensors adjacent views of one vector, which can be added in one operation."""
     floats = {name: each for name, each in tensors.items() if each.dtype == torch.float32}
     if not floats:
         return tensors
     flat = torch.cat([each.reshape(-1) for each in floats.values()])
-    pieces = torch.split(flat, [each.numel() for each in floats.values()])
-    views = {
-        name: piece.view(floats[name].shape) for name, piece in zip(floats, pieces, strict=True)
-    }
+    parts = torch.split(flat, [each.numel() for each in floats.values()])
+    views = {name: part.view(floats[name].shape) for name, part in zip(floats, parts, strict=True)}
     return {name: views.get(name, each) for name, each in tensors.items()}

@@ -1,15 +1,15 @@
-"""What can go wrong between tensors and bytes.
+"""The errors of this package.
 
 ::
 
     CodecError (ValueError)
-    +-- SpecError      a spec string cannot be read, or names something unknown
-    +-- DecodeError    a message cannot be turned back into tensors
+    +-- SpecError      a spec is malformed or names something unknown
+    +-- DecodeError    encoded tensors cannot be decoded
 """
 
 
 class CodecError(ValueError):
-    """Root of every error that this package raises on purpose."""
+    """Base class of this package's errors; raised if tensors cannot be encoded."""
 
 
 class SpecError(CodecError):
@@ -17,4 +17,4 @@ class SpecError(CodecError):
 
 
 class DecodeError(CodecError):
-    """Encoded tensors are damaged, hostile, or of an unknown codec."""
+    """Encoded tensors are damaged, hostile, or need an unknown codec."""

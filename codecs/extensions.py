@@ -1,4 +1,4 @@
-"""What other packages add: entry points, of installed packages alone."""
+"""Find the entry points of installed packages."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from pathlib import Path
 
 
 def entry_points(group: str) -> tuple[EntryPoint, ...]:
-    """Return the entry points of a group that installed packages have.
+    """Return the entry points of a group in installed packages.
 
-    Package metadata in the current folder do not count, even if the folder is on Python's
-    path: whoever changes into a folder has not installed what is in it.
+    Package metadata in the current folder are ignored, even if the folder is on Python's path:
+    changing into a folder does not install its contents.
     """
     return _entry_points(group, tuple(each for each in sys.path if _is_elsewhere(each)))
 
@@ -21,7 +21,7 @@ def entry_points(group: str) -> tuple[EntryPoint, ...]:
 def _entry_points(group: str, path: tuple[str, ...]) -> tuple[EntryPoint, ...]:
     found: dict[str, tuple[EntryPoint, ...]] = {}
     for each in distributions(path=list(path)):
-        # Of two distributions with one name, Python imports the first.
+        # If two distributions have the same name, Python imports the first.
         names = each.metadata.get_all("Name") or [""]
         found.setdefault(names[0], tuple(each.entry_points.select(group=group)))
     return tuple(entry for entries in found.values() for entry in entries)
@@ -29,6 +29,6 @@ def _entry_points(group: str, path: tuple[str, ...]) -> tuple[EntryPoint, ...]:
 
 def _is_elsewhere(folder: str) -> bool:
     try:
-        return not Path(folder).samefile(Path())  # "" is the current folder, too
+        return not Path(folder).samefile(Path())  # "" is also the current folder
     except OSError:
-        return False  # not there: nothing is found in it
+        return False  # a missing folder has no packages

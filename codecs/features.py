@@ -28,35 +28,35 @@ from fedmq.codecs.text import shorten
 _PACKS = ("zstd", "none")
 _MAX_ELEMENTS = 1 << 40
 # On feature maps after a ReLU, level 3 is half as fast and no smaller; a bitmap of the zeros
-# with zstd behind it saves a tenth at best. docs/codecs.md has the figures.
+# before zstd saves a tenth at best. docs/codecs.md has the measurements.
 _LEVEL = 1
-# A block of zstd turns 4 bytes into at most 128 KiB, so no honest frame grows more than this.
+# A zstd block turns 4 bytes into at most 128 KiB, so no valid frame grows more than this.
 _MAX_GROWTH = 1 << 15
 _MAX_WINDOW = 1 << 22
-# Elements converted at a time: on a CPU what fits its caches, on a GPU what fills it.
+# Elements per conversion: few enough for a CPU's caches, and enough to fill a GPU.
 _BLOCK, _DEVICE_BLOCK = 1 << 17, 1 << 26
 
 
 class Features(Codec):
-    """Feature maps or vectors, in the fewest bytes that the task bears.
+    """Feature maps or vectors by sample, with labels.
 
     Tensors: ``features``, float32 [n, c, ...] with one to three sizes after n; ``ids``,
-    int64 [n], no two the same; ``labels``, int64 [n], if there are any. They come back with
-    these names, shapes and dtypes, in this order of samples.
+    int64 [n], all different; optionally ``labels``, int64 [n]. Decoding returns these names,
+    shapes and dtypes, with the samples in the same order.
 
     dtype: float32; float16 (11 significant bits); bfloat16 (8 bits, float32's range); int8
-    or int4: each channel on its own grid ``low + step * code`` of 256 or 16 values, off by at
-    most half a step, where a step is (most - least, 0 counted in if between) / 255 or 15 of
-    the channel. Rounding is to nearest, ties to even; zeros come back as exact zeros.
-    pack: zstd compresses the values, kept only where it saves bytes; or none.
+    or int4: each channel has its own grid ``low + step * code`` of 256 or 16 values, where
+    step is (max - min) / 255 or 15 of the channel, and the error at most half a step. Values
+    round to nearest, ties to even; zero decodes to exactly zero if it is within the range.
+    pack: zstd compresses the values if that saves bytes; none does not try.
 
-    ``meta``: ``shape`` of the features; ``ids`` and ``labels`` (None without) as in
-    `fedmq.codecs.formats.integers`; ``zstd``, whether the values are compressed. Two buffers: ids,
-    labels, and for int8 and int4 the float32 minima and then the float32 steps of the c
-    channels; and the values in the order of the tensor, int4 two to a byte, low half first,
-    each sample from a byte of its own.
+    ``meta``: ``shape`` of the features; ``ids`` and ``labels`` (None without labels) as in
+    `formats.integers`; ``zstd``, whether the values are compressed. The first buffer holds
+    ids, labels, and for int8 and int4 the float32 minima and then the float32 steps of the c
+    channels. The second holds the values in the tensor's order; for int4 two per byte, the
+    first in the low half, and each sample starts at a byte.
 
-    Used by FedGKT (He et al., NeurIPS 2020): feature maps of 16 x 32 x 32 and labels go up.
+    FedGKT (He et al., NeurIPS 2020) sends feature maps of 16 x 32 x 32 and labels.
     """
 
     name = "features"
@@ -74,11 +74,11 @@ class Features(Codec):
         return f"({self.dtype}, {self.pack})"
 
     def encode(self, tensors: Tensors, seed: int) -> Encoded:  # noqa: ARG002 - nothing is random
-        """Write features, ids and labels; on a GPU all but zstd is done there.
+        """Encode features, ids and labels; only zstd does not run on the tensors' device.
 
         Raises:
-            CodecError: tensors that the class does not describe; an id that stands twice; a
-                value that is not finite or beyond the dtype. The sentence says where.
+            CodecError: the tensors are not as the class describes, an id is repeated, or a value
+                is not finite or beyond the dtype.
         """
         features, ids, labels = _checked(tensors)
         id_meta, head = pack_integers(ids)
@@ -110,11 +110,11 @@ class Features(Codec):
         return Encoded(self.wire_name, meta, [head, values if packed is None else packed])
 
     def decode(self, encoded: Encoded, max_bytes: int) -> dict[str, Tensor]:
-        """Read features, ids and labels into memory of their own on the CPU.
+        """Decode features, ids and labels into new memory on the CPU.
 
-        Besides the tensors it takes the values as they travel, out of their frame, twice the
-        ids, and the conversion of a sample; all of this is counted and checked against
-        ``max_bytes`` first. Samples under 512 KiB are converted together, up to that size.
+        Decoding needs memory for the tensors, the decompressed values, the ids twice, and the
+        conversion of a sample; the sum is checked against ``max_bytes`` first. Samples are
+        converted in groups of up to 512 KiB.
 
         Raises:
             DecodeError: the message is damaged or hostile, or needs more than ``max_bytes``.
@@ -122,7 +122,7 @@ class Features(Codec):
         meta = encoded.meta
         shape, packed = _shape(meta.get("shape")), meta.get("zstd")
         if type(packed) is not bool:
-            raise DecodeError(f"expected meta.zstd as a truth, got {shorten(packed)}")
+            raise DecodeError(f"expected meta.zstd as true or false, got {shorten(packed)}")
         n, channels, size = shape[0], shape[1], math.prod(shape[1:])
         row = self._row_bytes(size)
         need = n * (4 * size + row + 4 * 8) + 8 * size
@@ -138,7 +138,7 @@ class Features(Codec):
             raise DecodeError(f"values have {values.nbytes} bytes, their shape needs {n * row}")
         ids = unpack_integers(meta["ids"], head[:id_bytes], n, "ids")
         if (twice := repeated(ids)) is not None:
-            raise DecodeError(f"expected ids of samples, got {twice} twice")
+            raise DecodeError(f"expected each id once, got {twice} twice")
         head = head[id_bytes:]
         labels: Integers | None = None
         if labelled:
@@ -158,7 +158,7 @@ class Features(Codec):
         return size * (1 if self.dtype == "int8" else DTYPES[self.dtype].itemsize)
 
     def _narrow(self, x: Tensor, grid: Grid) -> Buffer:
-        """Return the values of x, float32 [n, c, size], as they travel before zstd."""
+        """Return the encoded values of x, float32 [n, c, size], before zstd."""
         if self.dtype not in LEVELS:
             return affine.as_buffer(x.to(DTYPES[self.dtype]))
         levels = LEVELS[self.dtype]
@@ -172,7 +172,7 @@ class Features(Codec):
         return affine.as_buffer(codes)
 
     def _widen(self, values: memoryview, grid: Grid, n: int, channels: int, size: int) -> Tensor:
-        """Return float32 [n, channels, size // channels] from values as `_narrow` writes them."""
+        """Return float32 [n, channels, size // channels] from the values of `_narrow`."""
         if self.dtype in LEVELS:
             grid = affine.check_grid(grid.low, grid.step, LEVELS[self.dtype])
         low, step = (each.view(1, -1, 1) for each in grid)
@@ -191,16 +191,16 @@ class Features(Codec):
 
 
 def _checked(tensors: Tensors) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Return features, ids and labels that agree with each other."""
+    """Return features, ids and labels, checked against each other."""
     if not {"features", "ids"} <= set(tensors) <= {"features", "ids", "labels"}:
         names = shorten(sorted(tensors))
-        raise CodecError(f"codec features: expected features, ids and perhaps labels, got {names}")
+        raise CodecError(f"codec features: expected features, ids, optional labels, got {names}")
     features, ids, labels = tensors["features"], tensors["ids"], tensors.get("labels")
     shape = tuple(features.shape)
     if features.dtype != torch.float32 or not 2 <= len(shape) <= 4 or 0 in shape[1:]:
         raise CodecError(
-            "codec features: expected features as float32 [n, channels, ...] of 2 to 4 sizes, "
-            f"none but n 0, got {features.dtype} {list(shape)}"
+            "codec features: expected features as float32 [n, channels, ...] with 2 to 4 sizes, "
+            f"only n may be 0, got {features.dtype} {list(shape)}"
         )
     for name, each in (("ids", ids), ("labels", labels)):
         if each is not None and (each.dtype != torch.int64 or each.shape != shape[:1]):
@@ -209,7 +209,7 @@ def _checked(tensors: Tensors) -> tuple[Tensor, Tensor, Tensor | None]:
                 f"got {each.dtype} {list(each.shape)}"
             )
     if (twice := repeated(ids.detach().cpu().numpy())) is not None:
-        raise CodecError(f"codec features: id {twice} stands twice")
+        raise CodecError(f"codec features: expected each id once, got {twice} twice")
     return features, ids, labels
 
 
@@ -227,11 +227,15 @@ def _shape(shape: object) -> tuple[int, ...]:
 
 
 def _unzstd(body: memoryview, size: int) -> memoryview:
-    """Return ``size`` bytes; more are never taken, whatever stands in the frame."""
+    """Return the ``size`` bytes in a zstd frame; never allocate more.
+
+    Raises:
+        DecodeError: the frame is damaged or states another size.
+    """
     if size > _MAX_GROWTH * body.nbytes:
         raise DecodeError(f"{body.nbytes} bytes cannot be the zstd frame of {size} bytes")
     try:
-        # The size in the frame's header is what zstd allocates, and a limit to what it writes.
+        # zstd allocates the size in the frame's header, and never writes more.
         stated = zstandard.frame_content_size(body)
         if stated != size:
             raise DecodeError(f"a zstd frame states {stated} bytes, its shape needs {size}")
@@ -243,12 +247,12 @@ def _unzstd(body: memoryview, size: int) -> memoryview:
 
 
 def _channels(x: Tensor) -> Tensor:
-    """[n, c, ...] -> [n, c, size]."""
+    """Return x [n, c, ...] as [n, c, size]."""
     return x.reshape(x.shape[0], x.shape[1], math.prod(x.shape[2:]))
 
 
 def _blocks(rows: int, size: int, cuda: bool) -> Iterator[slice]:  # noqa: FBT001 - x.is_cuda
-    """Yield slices of rows that hold about one block of elements each."""
+    """Yield slices of rows, each of about one block of elements."""
     count = max(1, (_DEVICE_BLOCK if cuda else _BLOCK) // size)
     for start in range(0, rows, count):
         yield slice(start, min(start + count, rows))

@@ -1,4 +1,4 @@
-"""What a model says of each sample or of each label: ``logits(float16)``."""
+"""A model's outputs by sample or by label: ``logits(float16)``."""
 
 from __future__ import annotations
 
@@ -22,30 +22,30 @@ from fedmq.codecs.text import shorten
 
 _CHOICES = ("float32", "float16", "int8")
 _MAX_CLASSES = 1 << 20
-# A table by label is classes x classes, and rows that nobody has take no bytes: 4 GiB at most.
+# A table by label is [classes, classes], and empty rows take no bytes: this limits it to 4 GiB.
 _MAX_LABELS = 1 << 15
 
 
 class Logits(Codec):
     """Logits, or probabilities, by sample id or by label.
 
-    By sample: ``logits``, float32 [n, classes], and ``ids``, int64 [n], no two the same. By
+    By sample: ``logits``, float32 [n, classes], and ``ids``, int64 [n], all different. By
     label: ``logits``, float32 [classes, classes], where row k is the mean over the samples of
-    label k, and ``counts``, int64 [classes], how many these are. A label that nobody has
-    counts 0; its row is 0 and is not sent. What comes back has the same names, shapes and
-    dtypes.
+    label k, and ``counts``, int64 [classes], the number of these samples. For a label without
+    samples, the count is 0, and the row is 0 and not sent. Decoding returns the same names,
+    shapes and dtypes.
 
     dtype: float32; float16 (11 significant bits, up to 65504); or int8, where each row has
-    its own grid ``low + step * code`` of 256 values, both bfloat16: off by at most half a
-    step, and a step is at most 1.01 * (most - least + |least| / 128) / 255 of the row.
-    Rounding is to nearest, ties to even.
+    its own grid ``low + step * code`` of 256 values, both bfloat16: the error is at most half
+    a step, and a step at most 1.01 * (max - min + |min| / 128) / 255 of the row. Values round
+    to nearest, ties to even.
 
-    ``meta``: ``shape`` of the logits, and ``ids`` or ``counts`` as in
-    `formats.integers`. Two buffers: ids or counts, and for int8 the minima and then the
-    steps of the rows sent; and the rows sent.
+    ``meta``: ``shape`` of the logits, and ``ids`` or ``counts`` as in `formats.integers`. The
+    first buffer holds ids or counts and, for int8, the minima and then the steps of the sent
+    rows; the second holds these rows.
 
-    Used by FedGKT (He et al., NeurIPS 2020) by sample, and by federated distillation (Jeong
-    et al., 2018) by label: 10 x 10 float32 values are the paper's 3,200 bits.
+    FedGKT (He et al., NeurIPS 2020) sends logits by sample, federated distillation (Jeong et
+    al., 2018) by label: 10 x 10 float32 values are the paper's 3,200 bits.
     """
 
     name = "logits"
@@ -60,12 +60,12 @@ class Logits(Codec):
         return f"({self.dtype})"
 
     def encode(self, tensors: Tensors, seed: int) -> Encoded:  # noqa: ARG002 - nothing is random
-        """Write logits with ids or with counts.
+        """Encode logits with ids or with counts.
 
         Raises:
-            CodecError: tensors that the class does not describe; an id that stands twice; a
-                row other than 0 of a label that nobody has; a value that is not finite or
-                beyond the dtype. The sentence says where.
+            CodecError: the tensors are not as the class describes, an id is repeated, a label
+                with count 0 has a row other than 0, or a value is not finite or beyond the
+                dtype.
         """
         key, logits, keys = _checked(tensors)
         meta, head = pack_integers(keys)
@@ -75,7 +75,7 @@ class Logits(Codec):
             absent = ~present & (x != 0).any(dim=1)  # nan is not 0 either
             if bool(absent.any()):
                 label = int(absent.nonzero()[0])
-                raise CodecError(f"codec logits: label {label} counts 0 but its row is not 0")
+                raise CodecError(f"codec logits: label {label} has count 0, but its row is not 0")
             what, names, x = "logits of label", present.nonzero()[:, 0], x[present]
         values: Buffer = b""
         if x.numel():
@@ -92,10 +92,9 @@ class Logits(Codec):
         return Encoded(self.wire_name, {"shape": list(logits.shape), key: meta}, [head, values])
 
     def decode(self, encoded: Encoded, max_bytes: int) -> dict[str, Tensor]:
-        """Read logits with ids or counts; float32 ones by sample may share a buffer's memory.
+        """Decode logits with ids or counts; float32 ones by sample can share a buffer's memory.
 
-        Besides the tensors it takes as much again on the way; both are counted and checked
-        against ``max_bytes`` first.
+        Decoding needs twice the tensors' memory; this is checked against ``max_bytes`` first.
 
         Raises:
             DecodeError: the message is damaged or hostile, or needs more than ``max_bytes``.
@@ -109,7 +108,7 @@ class Logits(Codec):
         if need > max_bytes:
             raise DecodeError(f"expected at most {max_bytes} bytes to decode, got {need}")
         key_bytes = packed_size(meta[key], n, key)
-        # The bytes that came say how many rows they are, before memory is taken for any.
+        # The number of rows follows from the received bytes, before any memory is allocated.
         row = classes * (1 if self.dtype in LEVELS else DTYPES[self.dtype].itemsize)
         rows = memoryview(encoded.buffers[-1]).nbytes // row if encoded.buffers else 0
         grid_bytes = 2 * rows if self.dtype in LEVELS else 0
@@ -118,9 +117,9 @@ class Logits(Codec):
             raise DecodeError(f"expected {n} rows of {row} bytes, got {values.nbytes} bytes")
         keys = unpack_integers(meta[key], head[:key_bytes], n, key)
         if key == "ids" and (twice := repeated(keys)) is not None:
-            raise DecodeError(f"expected ids of samples, got {twice} twice")
+            raise DecodeError(f"expected each id once, got {twice} twice")
         if key == "counts" and n and int(keys.min()) < 0:
-            raise DecodeError(f"expected counts of samples, got {int(keys.min())}")
+            raise DecodeError(f"expected counts of 0 or more, got {int(keys.min())}")
         if key == "counts" and rows != np.count_nonzero(keys):
             raise DecodeError(f"expected a row for each count above 0, got {rows} rows")
         x = self._rows(values, head[key_bytes:], rows, classes)
@@ -131,7 +130,7 @@ class Logits(Codec):
         return {"logits": x, key: torch.from_numpy(keys)}
 
     def _rows(self, values: memoryview, grids: memoryview, rows: int, classes: int) -> Tensor:
-        """Return float32 [rows, classes] from the second buffer and the end of the first."""
+        """Return float32 [rows, classes] from the second buffer and the grids in the first."""
         if self.dtype not in LEVELS:
             x = affine.vector(values, DTYPES[self.dtype]).view(rows, classes).float()
             affine.check_finite(x, "logits")
@@ -142,7 +141,7 @@ class Logits(Codec):
 
 
 def _checked(tensors: Tensors) -> tuple[str, Tensor, Tensor]:
-    """Return ids or counts, the logits, and the tensor of that name, in agreement."""
+    """Return the key ("ids" or "counts"), the logits, and the tensor of that key, checked."""
     if set(tensors) not in ({"logits", "ids"}, {"logits", "counts"}):
         names = shorten(sorted(tensors))
         raise CodecError(f"codec logits: expected logits and either ids or counts, got {names}")
@@ -165,10 +164,10 @@ def _checked(tensors: Tensors) -> tuple[str, Tensor, Tensor]:
             f"got {keys.dtype} {list(keys.shape)}"
         )
     if key == "ids" and (twice := repeated(keys.detach().cpu().numpy())) is not None:
-        raise CodecError(f"codec logits: id {twice} stands twice")
+        raise CodecError(f"codec logits: expected each id once, got {twice} twice")
     if key == "counts" and bool((keys < 0).any()):
         label = int((keys < 0).nonzero()[0])
-        raise CodecError(f"codec logits: label {label} counts {int(keys[label])}")
+        raise CodecError(f"codec logits: label {label} has a negative count {int(keys[label])}")
     return key, logits, keys
 
 

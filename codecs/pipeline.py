@@ -138,7 +138,7 @@ class Pipeline(Codec):
         return any(stage.place == StageOrder.STRUCTURE for stage in self.stages)
 
     def project(self, update: Tensors, seed: int) -> None:
-        """Replace the large tensors by what `encode` of this seed sends of them, in place."""
+        """Project the large tensors, in place, onto those that `encode` keeps whole."""
         large = [each for each in update.values() if self._is_large(each)]
         if not large or not self.structured:
             return

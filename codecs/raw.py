@@ -1,4 +1,4 @@
-"""The identity codec: tensors as their own bytes, in little-endian order, end to end."""
+"""The identity codec: the tensors' own bytes, little-endian and concatenated."""
 
 from __future__ import annotations
 
@@ -34,19 +34,20 @@ _MAX_DIMENSIONS = 16
 _MAX_ELEMENTS = 1 << 40
 
 if sys.byteorder != "little":
-    raise ImportError("fedmq writes tensors in little-endian order, and this machine is big-endian")
+    raise ImportError("fedmq writes tensors in little-endian order; this machine is big-endian")
 
 
 class Raw(Codec):
-    """Every tensor as it is. ``meta``: ``tensors``, a list of [name, dtype, shape].
+    """All tensors unchanged.
 
-    Tensors of one dtype that are views of one vector cost no copy in either direction.
+    ``meta``: ``tensors``, a list of [name, dtype, shape]. Adjacent views of one vector are not
+    copied, neither in `encode` nor in `decode`.
     """
 
     name = "raw"
 
     def encode(self, tensors: Tensors, seed: int) -> Encoded:  # noqa: ARG002
-        """Write tensors; one buffer for each run of tensors of the same dtype."""
+        """Encode tensors; consecutive tensors of one dtype share a buffer."""
         meta = {"tensors": [[name, _name(t.dtype), list(t.shape)] for name, t in tensors.items()]}
         buffers: list[Buffer] = []
         run: list[Tensor] = []
@@ -60,7 +61,7 @@ class Raw(Codec):
         return Encoded(self.wire_name, meta, buffers)
 
     def decode(self, encoded: Encoded, max_bytes: int) -> dict[str, Tensor]:
-        """Read tensors; they share the memory of the buffers where those are writable."""
+        """Decode tensors; they share the memory of writable buffers."""
         table = read_table(encoded.meta)
         total = sum(math.prod(shape) * dtype.itemsize for _, dtype, shape in table)
         if total > max_bytes:
@@ -68,7 +69,7 @@ class Raw(Codec):
         tensors: dict[str, Tensor] = {}
         buffers = iter(encoded.buffers)
         for dtype, rows in itertools.groupby(table, key=lambda row: row[1]):
-            # One vector for the whole run: its slices stay neighbours, and can be added as one.
+            # One vector for consecutive tensors: adjacent views can be added in one operation.
             shapes = {name: shape for name, _, shape in rows}
             count = sum(math.prod(shape) for shape in shapes.values())
             flat = _vector(next(buffers, b""), dtype, count)
@@ -78,15 +79,15 @@ class Raw(Codec):
                 tensors[name] = flat[start : start + size].view(shape)
                 start += size
         if next(buffers, None) is not None:
-            raise DecodeError("more buffers than the table of tensors needs")
+            raise DecodeError("expected no more buffers than meta.tensors describes")
         return tensors
 
 
 def read_table(meta: Mapping[str, Any]) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
-    """Read and check the list of [name, dtype, shape].
+    """Return the checked rows (name, dtype, shape) of ``meta["tensors"]``.
 
     Raises:
-        DecodeError: it is not such a list.
+        DecodeError: ``meta`` has no valid list of [name, dtype, shape].
     """
     table = meta.get("tensors")
     if not isinstance(table, list | tuple) or len(table) > _MAX_TENSORS:
@@ -98,14 +99,14 @@ def read_table(meta: Mapping[str, Any]) -> list[tuple[str, torch.dtype, tuple[in
             raise DecodeError(f"expected [name, dtype, shape], got {shorten(row)}")
         name, dtype, shape = row
         if not isinstance(name, str) or name in seen:
-            raise DecodeError(f"expected a tensor name of its own, got {shorten(name)}")
+            raise DecodeError(f"expected a unique tensor name, got {shorten(name)}")
         if not isinstance(dtype, str) or dtype not in DTYPES:
             raise DecodeError(f"unknown dtype {shorten(dtype)} of tensor {shorten(name)}")
         if (
             not isinstance(shape, list | tuple)
             or len(shape) > _MAX_DIMENSIONS
             or any(type(size) is not int or not 0 <= size < _MAX_ELEMENTS for size in shape)
-            # An empty tensor takes no bytes, but torch multiplies its other sizes all the same.
+            # An empty tensor takes no bytes, but torch still multiplies its other sizes.
             or (0 in shape and math.prod(max(size, 1) for size in shape) >= _MAX_ELEMENTS)
         ):
             raise DecodeError(f"expected a shape for tensor {shorten(name)}, got {shorten(shape)}")
@@ -116,7 +117,7 @@ def read_table(meta: Mapping[str, Any]) -> list[tuple[str, torch.dtype, tuple[in
 
 def _name(dtype: torch.dtype) -> str:
     if dtype not in _NAMES:
-        raise CodecError(f"tensors of dtype {dtype} cannot be sent")
+        raise CodecError(f"cannot encode a tensor of dtype {dtype}")
     return _NAMES[dtype]
 
 
@@ -133,5 +134,5 @@ def _vector(buffer: Buffer, dtype: torch.dtype, count: int) -> Tensor:
         )
     if not count:
         return torch.empty(0, dtype=dtype)
-    # torch wants memory that it may write to; only small, inline buffers are read-only.
+    # torch needs writable memory; only small, inline buffers are read-only.
     return torch.frombuffer(bytearray(view) if view.readonly else view, dtype=dtype)

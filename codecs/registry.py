@@ -1,7 +1,7 @@
-"""The one registry of codecs: by spec for writing, by wire name for reading.
+"""The registry of codecs: by spec for encoding, by wire name for decoding.
 
-Other packages add codecs through the entry-point group ``fedmq.codecs``; each entry
-point is a `Codec` class, and its name is the codec's.
+Other packages add codecs in the entry-point group ``fedmq.codecs``; each entry point is a
+`Codec` class and has the codec's name.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ _MAX_WIRE_NAME = 1000
 
 @functools.cache
 def codecs() -> Mapping[str, type[Codec]]:
-    """Return all codec classes by name, those of installed extensions included.
+    """Return all codec classes by name, including those of other installed packages.
 
     Raises:
-        SpecError: two codecs have one name, or an entry point is no codec.
+        SpecError: two codecs have the same name, or an entry point is not a codec.
     """
     found: dict[str, type[Codec]] = {each.name: each for each in (Raw, Cast, Features, Logits)}
     for entry in entry_points(group="fedmq.codecs"):
@@ -47,17 +47,17 @@ def codecs() -> Mapping[str, type[Codec]]:
 
 
 def make_codec(spec: str) -> Codec:
-    """Return the codec that a spec names: ``raw``, or ``hadamard(4096) | quantize(4)``.
+    """Return the codec of a spec, such as ``raw`` or ``hadamard(4096) | quantize(4)``.
 
     Raises:
-        SpecError: unknown codec, stage or parameter; the sentence holds the choices.
+        SpecError: unknown codec, stage or parameter; the message lists the choices.
     """
     calls = parse(spec)
     if len(calls) == 1 and calls[0].name in codecs():
         return build_call(calls[0], codecs(), "codec")
     for call in calls:
         if call.name in codecs() and call.name not in STAGES:
-            raise SpecError(f"codec {call.name} stands alone, it is no stage of a pipeline")
+            raise SpecError(f"codec {call.name} cannot be a stage of a pipeline; use it alone")
         if call.name not in STAGES:
             choices = STAGES if len(calls) > 1 else {**codecs(), **STAGES}
             raise SpecError(unknown("codec", call.name, choices))
@@ -65,36 +65,36 @@ def make_codec(spec: str) -> Codec:
 
 
 def decode(encoded: Encoded, max_bytes: int = MAX_DECODED_BYTES) -> dict[str, Tensor]:
-    """Read tensors by the wire name beside them; nothing but the message is needed.
+    """Decode tensors with the codec of their wire name.
 
     Raises:
         DecodeError: unknown codec or version, or damaged bytes.
     """
-    codec = _reader(encoded.codec)
+    codec = _codec_of(encoded.codec)
     if type(codec).__module__.startswith("fedmq."):
         return codec.decode(encoded, max_bytes)
-    return _decode_elsewhere(codec, encoded, max_bytes)
+    return _decode_with_extension(codec, encoded, max_bytes)
 
 
-def _decode_elsewhere(codec: Codec, encoded: Encoded, max_bytes: int) -> dict[str, Tensor]:
-    """Read tensors with another package's codec: whatever it does must not end its reader."""
+def _decode_with_extension(codec: Codec, encoded: Encoded, max_bytes: int) -> dict[str, Tensor]:
+    """Decode tensors with another package's codec; raise DecodeError whatever it raises."""
     try:
-        found: object = codec.decode(encoded, max_bytes)
+        tensors: object = codec.decode(encoded, max_bytes)
     except CodecError:
         raise
-    except Exception as error:  # a codec may be a user's own, and raise anything
+    except Exception as error:  # another package's codec can raise anything
         text = f"codec {codec.wire_name} cannot decode: {type(error).__name__}: {error}"
         raise DecodeError(text[:2000]) from error
-    if not isinstance(found, dict) or not all(
-        isinstance(name, str) and isinstance(each, Tensor) for name, each in found.items()
+    if not isinstance(tensors, dict) or not all(
+        isinstance(name, str) and isinstance(each, Tensor) for name, each in tensors.items()
     ):
-        kind = type(found).__name__
+        kind = type(tensors).__name__
         raise DecodeError(f"codec {codec.wire_name}: expected tensors by name, got {kind!r}")
-    return found
+    return tensors
 
 
 @functools.lru_cache(maxsize=256)
-def _reader(wire_name: str) -> Codec:
+def _codec_of(wire_name: str) -> Codec:
     """Return the codec of a wire name, which is a spec with versions."""
     texts = [part.strip() for part in split(wire_name[: _MAX_WIRE_NAME + 1])]
     if len(wire_name) > _MAX_WIRE_NAME or " | ".join(texts) != wire_name:
@@ -110,7 +110,7 @@ def _reader(wire_name: str) -> Codec:
             raise DecodeError(unknown("codec", name, known))
         kind = STAGES[name] if len(matches) > 1 and name in STAGES else known[name]
         if kind.version != int(version):
-            raise DecodeError(f"codec {name} here has version {kind.version}, not {version}")
+            raise DecodeError(f"expected codec {name} in version {kind.version}, got {version}")
         parts.append(name + (parameters or ""))
     try:
         return make_codec(" | ".join(parts))

@@ -1,7 +1,7 @@
-"""The one small language of choices: ``name(value, key=value) | name | ...``.
+"""Specs: ``name(value, key=value) | name | ...``.
 
-Codecs, staleness functions, partitions and slowdown distributions are all chosen
-by such a string, so that a configuration file and a wire header can hold them.
+Such a string names a codec, staleness function, partition or slowdown distribution in
+configuration files and wire headers.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from fedmq.codecs.text import unknown
 Value = int | float | str | bool | None
 T = TypeVar("T")
 
-# What a bar can hide in: a quoted string, with its escapes.
+# Quoted strings with their escapes are one part: they can contain bars.
 _PIECE = re.compile(r"""'(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*"|\||[^|'"]+|['"]""", re.DOTALL)
 _CALL = re.compile(r"\s*([A-Za-z_][\w-]*)\s*(?:\((.*)\))?\s*", re.DOTALL)
 
@@ -54,7 +54,7 @@ def parse(text: str) -> list[Call]:
 
 
 def split(text: str) -> list[str]:
-    """Return the parts between bars, but for bars in quoted strings."""
+    """Split a text at its bars, except those in quoted strings."""
     parts = [""]
     for piece in _PIECE.findall(text):
         if piece == "|":
@@ -68,7 +68,7 @@ def parse_one(text: str) -> Call:
     """Read exactly one call.
 
     Raises:
-        SpecError: the text is malformed, or is a pipeline of several calls.
+        SpecError: the text is malformed or has several calls.
     """
     calls = parse(text)
     if len(calls) != 1:
@@ -77,7 +77,7 @@ def parse_one(text: str) -> Call:
 
 
 def build(text: str, choices: Mapping[str, Callable[..., T]], what: str) -> T:
-    """Call the factory in ``choices`` that the spec names, with the spec's arguments.
+    """Call the factory named by a spec, with the spec's arguments.
 
     Args:
         text: for example ``"dirichlet(0.5)"``.
@@ -91,7 +91,7 @@ def build(text: str, choices: Mapping[str, Callable[..., T]], what: str) -> T:
 
 
 def build_call(call: Call, choices: Mapping[str, Callable[..., T]], what: str) -> T:
-    """Like `build`, for a call that is already parsed."""
+    """Do the same as `build` for a parsed call."""
     if call.name not in choices:
         raise SpecError(unknown(what, call.name, choices))
     factory = choices[call.name]
@@ -126,9 +126,9 @@ def _parse_call(part: str, text: str) -> Call:
     kwargs = {}
     for each in tree.keywords:
         if each.arg is None:
-            raise SpecError(f"'**' has no meaning in {part.strip()!r}")
+            raise SpecError(f"expected key=value arguments, got '**' in {part.strip()!r}")
         if each.arg in kwargs:
-            raise SpecError(f"{each.arg!r} stands twice in {part.strip()!r}")
+            raise SpecError(f"{each.arg!r} is set twice in {part.strip()!r}")
         kwargs[each.arg] = _value(each.value, part)
     return Call(name, tuple(_value(a, part) for a in tree.args), kwargs)
 

@@ -1,1 +1,1 @@
-"""How numbers are written: whole numbers, affine grids, flat and streamed tensors."""
+"""Representations of numbers: packed integers, affine grids, flat and streamed tensors."""

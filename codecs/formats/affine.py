@@ -1,4 +1,4 @@
-"""Floats in one byte or half of one: ``value = low + step * code``, a grid for each group."""
+"""Floats as 8- or 4-bit codes: ``value = low + step * code``, with a grid for each group."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from fedmq.codecs.errors import CodecError, DecodeError
 LEVELS: Mapping[str, int] = {"int8": 255, "int4": 15}
 """The highest code; the lowest is 0."""
 
-# The largest float32 that a dtype takes: what still rounds to its largest number. Differences
-# of values above 2^126 could overflow, and diverged nets alone have such: grids stop there.
+# The largest float32 that rounds to a finite number of the dtype. int8 and int4 end at 2^126:
+# differences of larger values could overflow, and only diverged networks have such values.
 REACH: Mapping[str, float] = {
     "float32": torch.finfo(torch.float32).max,
     "float16": 65520.0 - 2.0**-8,
@@ -28,25 +28,25 @@ _TINY = torch.finfo(torch.float32).tiny
 
 
 class Grid(NamedTuple):
-    """The values that codes stand for. low, step: float32 [groups] on the CPU; step > 0."""
+    """The values of codes, low + step * code. low, step: float32 [groups] on the CPU, step > 0."""
 
     low: Tensor
     step: Tensor
 
 
 def fit(least: Tensor, most: Tensor, levels: int) -> Grid:
-    """Return the grids from the least to the most of each group, with 0 on them.
+    """Return grids from the minimum to the maximum of each group, on which 0 is exact.
 
-    Where a group has values on both sides of 0, or 0 itself, ``low`` is moved by at most
-    half a step to a whole number of steps, so that 0 comes back as exactly 0.
+    If a group has values on both sides of 0, or 0 itself, ``low`` moves by at most half a step
+    to a whole number of steps, so that 0 decodes to exactly 0.
 
     Args:
-        least: float32 [groups], within `REACH`.
-        most: float32 [groups].
+        least: the minima, float32 [groups], within `REACH`.
+        most: the maxima, float32 [groups], within `REACH`.
         levels: the highest code.
     """
     lo, hi = least.cpu().double(), most.cpu().double()
-    # Below the normal numbers a step would lose bits, or be 0.
+    # A subnormal step would lose bits or be 0.
     step = ((hi - lo) / levels).float().clamp_min(_TINY)
     whole = (-lo / step.double()).round().clamp(0, levels)
     straddles = (lo <= 0) & (hi >= 0)
@@ -54,14 +54,14 @@ def fit(least: Tensor, most: Tensor, levels: int) -> Grid:
 
 
 def fit_bfloat16(least: Tensor, most: Tensor, levels: int) -> Grid:
-    """Return grids around the least and the most whose numbers are all bfloat16.
+    """Return grids that cover each group, with ``low`` and ``step`` in bfloat16.
 
-    ``low`` is rounded down and ``step`` up, so the grid covers the group; a step is at most
-    1.01 * (most - least + |least| / 128) / levels. Zero need not be on the grid.
+    ``low`` is rounded down and ``step`` up; a step is at most 1.01 * (most - least +
+    |least| / 128) / levels. 0 is not always on the grid.
 
     Args:
-        least: float32 [groups], within `REACH`.
-        most: float32 [groups].
+        least: the minima, float32 [groups], within `REACH`.
+        most: the maxima, float32 [groups], within `REACH`.
         levels: the highest code.
     """
     low = _outward(least.cpu().double(), -math.inf)
@@ -72,13 +72,13 @@ def fit_bfloat16(least: Tensor, most: Tensor, levels: int) -> Grid:
 def quantize(x: Tensor, low: Tensor, step: Tensor, levels: int) -> Tensor:
     """Return the code of the nearest grid value (ties to even) for each element.
 
-    Off by at most half a step, besides the rounding of float32. Element-wise float32
-    operations only, so a GPU gives the same codes as a CPU.
+    The error is at most half a step, plus float32 rounding. All operations are element-wise
+    in float32, so a GPU gives the same codes as a CPU.
 
     Args:
         x: float32 [...].
         low: as in `Grid`, on x's device and of a shape that broadcasts.
-        step: likewise.
+        step: as ``low``.
         levels: the highest code.
 
     Returns:
@@ -91,7 +91,7 @@ def quantize(x: Tensor, low: Tensor, step: Tensor, levels: int) -> Tensor:
 def dequantize(codes: Tensor, low: Tensor, step: Tensor) -> Tensor:
     """Return the grid values of codes, float32 [...].
 
-    The product is rounded before the sum (no fused multiply-add): only so is 0 exact.
+    0 is exact because the product is rounded before the sum (no fused multiply-add).
     """
     return codes.to(torch.float32).mul_(step).add_(low)
 
@@ -105,7 +105,7 @@ def check_grid(low: Tensor, step: Tensor, levels: int) -> Grid:
     wide_low, wide_step = low.double(), step.double()
     top = wide_low + levels * wide_step
     limit = 2 * REACH["int8"]
-    # Comparisons with nan are false, so what is not finite fails here too.
+    # Comparisons with NaN are false, so numbers that are not finite fail here, too.
     if not bool(((wide_step > 0) & (wide_low >= -limit) & (top <= limit)).all()):
         raise DecodeError("expected finite scales and minima, and scales above 0")
     return Grid(low.float(), step.float())
@@ -114,21 +114,22 @@ def check_grid(low: Tensor, step: Tensor, levels: int) -> Grid:
 def check_reach(
     x: Tensor, least: Tensor, most: Tensor, dtype: str, what: str, names: Tensor
 ) -> None:
-    """Refuse values that are not finite or that a dtype does not take.
+    """Check that a dtype can hold all values.
 
     Args:
         x: float32 [rows, ...].
-        least: float32 of any shape, the least of x or of its groups; nan where x is.
-        most: likewise.
-        dtype: the key in `REACH` that bounds the values.
+        least: minima of x or of its groups, float32 of any shape; NaN where x has NaN.
+        most: maxima, likewise.
+        dtype: a key of `REACH`.
         what: the noun for the error, for example ``"features of sample"``.
-        names: int64 [rows], what the error calls a row.
+        names: int64 [rows], the name of each row in the error.
 
     Raises:
-        CodecError: the sentence names the first row, the value and the bound.
+        CodecError: a value is not finite or too large; the message has the first such row,
+            the value and the bound.
     """
     reach = REACH[dtype]
-    # Comparisons with nan are false.
+    # Comparisons with NaN are false.
     if bool(((least >= -reach) & (most <= reach)).all()):
         return
     beyond = ~(x.abs() <= reach).flatten(1)
@@ -140,10 +141,10 @@ def check_reach(
 
 
 def check_finite(x: Tensor, what: str) -> None:
-    """Refuse received values, float32 [...], that no encoder writes.
+    """Check that all received values, float32 [...], are finite.
 
     Raises:
-        DecodeError: one is nan or infinite.
+        DecodeError: a value is NaN or infinite.
     """
     if x.numel():
         least, most = x.aminmax()
@@ -152,7 +153,7 @@ def check_finite(x: Tensor, what: str) -> None:
 
 
 def pack_nibbles(codes: Tensor) -> Tensor:
-    """Put two codes into a byte, the first one low; each row starts on a byte of its own.
+    """Pack two codes per byte, the first in the low half; each row starts at a byte.
 
     Args:
         codes: uint8 [rows, size] below 16.
@@ -169,7 +170,7 @@ def unpack_nibbles(packed: Tensor, size: int) -> Tensor:
     """Return the codes, uint8 [rows, size], of packed rows, uint8 [rows, (size + 1) // 2].
 
     Raises:
-        DecodeError: the half byte after a row of odd size is not 0.
+        DecodeError: the unused half byte of a row of odd size is not 0.
     """
     codes = torch.stack([packed & 15, packed >> 4], dim=2).view(packed.shape[0], -1)
     if codes.shape[1] > size and bool(codes[:, size:].any()):
@@ -178,24 +179,24 @@ def unpack_nibbles(packed: Tensor, size: int) -> Tensor:
 
 
 def vector(buffer: Buffer, dtype: torch.dtype) -> Tensor:
-    """Return the elements of a buffer, copied only where the buffer is read-only."""
+    """Return the elements of a buffer; only a read-only buffer is copied."""
     view = memoryview(buffer)
     if not view.nbytes:
         return torch.empty(0, dtype=dtype)
-    # torch wants memory that it may write to.
+    # torch needs writable memory.
     return torch.frombuffer(bytearray(view) if view.readonly else view, dtype=dtype)
 
 
 def as_buffer(tensor: Tensor) -> Buffer:
-    """Return the little-endian bytes of a tensor on any device; a CPU's are not copied."""
+    """Return the little-endian bytes of a tensor; a contiguous CPU tensor is not copied."""
     return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data
 
 
 def head_and_values(encoded: Encoded, head_bytes: int) -> tuple[memoryview, memoryview]:
-    """Return the two buffers of features or logits, the first one of the size that it needs.
+    """Return the two buffers of features or logits.
 
     Raises:
-        DecodeError: there are more or fewer buffers, or the first has another size.
+        DecodeError: there are not two buffers, or the first does not have ``head_bytes``.
     """
     if len(encoded.buffers) != 2:
         raise DecodeError(f"expected 2 buffers, got {len(encoded.buffers)}")

@@ -1,4 +1,4 @@
-"""Many tensors as one flat vector, without a copy where they lie side by side already."""
+"""Concatenate tensors to one vector, without a copy if they are adjacent in memory."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from torch import Tensor
 
 
 def as_flat(tensors: Sequence[Tensor]) -> Tensor:
-    """Return the tensors end to end as one vector [sum of sizes].
+    """Return the concatenated tensors as one vector [sum of sizes].
 
-    No copy is made when they are contiguous neighbours in one storage, in this order,
-    as the views of a `Layout` or the tensors of a decoded message are.
+    Tensors that are adjacent in one storage, in this order, are not copied: the views of a
+    `Layout`, for example, or the tensors of a decoded message.
 
     Args:
         tensors: at least one; all of one dtype.

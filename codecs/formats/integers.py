@@ -1,4 +1,4 @@
-"""Whole numbers in few bytes: sample ids, labels and counts beside features and logits."""
+"""Integers in few bytes: the sample ids, labels and counts of features and logits."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fedmq.codecs.text import shorten
 Integers = NDArray[np.int64]
 
 MAX_COUNT = 1 << 31
-"""So many numbers of four bytes cannot add up to more than int64 holds."""
+"""Limit on the number of integers: the sum of this many 4-byte numbers fits int64."""
 
 _WIDTHS = (0, 1, 2, 4)
 _LEAST, _MOST = -(1 << 63), (1 << 63) - 1
@@ -22,16 +22,16 @@ _STORED = {1: "<u1", 2: "<u2", 4: "<u4", 8: "<i8"}
 
 
 def pack_integers(values: Tensor) -> tuple[dict[str, Any], bytes]:
-    """Write integers in the fewest bytes each; equal ones and a run of neighbours take none.
+    """Pack integers in the fewest bytes each; equal or consecutive integers take none.
 
-    Value i is ``base + stored[i]``, or, if the values are rising, the one before plus
-    ``1 + stored[i]``; ``stored`` are unsigned, of ``width`` bytes. Width 8 is int64 as it is.
+    Value i is ``base + stored[i]``; if ``rising``, it is the previous value plus
+    ``1 + stored[i]``. ``stored`` are unsigned numbers of ``width`` bytes; width 8 is int64.
 
     Args:
         values: int64 [n].
 
     Returns:
-        What `unpack_integers` needs (``width``, ``base``, ``rising``), and the bytes.
+        The map for `unpack_integers` (``width``, ``base``, ``rising``), and the bytes.
     """
     array: Integers = values.detach().cpu().numpy()
     if not array.size:
@@ -39,7 +39,7 @@ def pack_integers(values: Tensor) -> tuple[dict[str, Any], bytes]:
     base, most = int(array.min()), int(array.max())
     span = most - base
     best, stored, rising = _width(span), None, False
-    if span <= _MOST:  # or the differences would not fit either
+    if span <= _MOST:  # larger differences do not fit int64
         stored = array - base
         if best and bool((array[1:] > array[:-1]).all()):
             gaps = np.zeros_like(array)
@@ -53,10 +53,15 @@ def pack_integers(values: Tensor) -> tuple[dict[str, Any], bytes]:
 
 
 def packed_size(meta: object, count: int, what: str) -> int:
-    """Return the bytes that ``count`` integers take, once their ``meta`` is found sound.
+    """Return the size of ``count`` packed integers in bytes; check their ``meta``.
+
+    Args:
+        meta: the received map.
+        count: number of integers.
+        what: the name of the integers in errors.
 
     Raises:
-        DecodeError: it is not what `pack_integers` returns; ``what`` names the integers.
+        DecodeError: ``meta`` is not a map of `pack_integers`.
     """
     if not isinstance(meta, dict):
         raise DecodeError(f"expected meta.{what} with width, base and rising, got {shorten(meta)}")
@@ -69,16 +74,16 @@ def packed_size(meta: object, count: int, what: str) -> int:
         )
     if type(rising) is not bool or (width == 8 and rising):
         raise DecodeError(
-            f"expected meta.{what}.rising as a truth, false at width 8, got {shorten(rising)}"
+            f"expected meta.{what}.rising as a boolean, false at width 8, got {shorten(rising)}"
         )
     return width * count
 
 
 def unpack_integers(meta: dict[str, Any], data: memoryview, count: int, what: str) -> Integers:
-    """Read ``count`` integers, after `packed_size` has passed ``meta`` and the size of ``data``.
+    """Unpack ``count`` integers; `packed_size` must have checked ``meta`` and the size of ``data``.
 
     Returns:
-        int64 [count]; at most as much memory again is taken on the way.
+        int64 [count]; unpacking needs at most twice that memory.
 
     Raises:
         DecodeError: a value does not fit int64.
@@ -91,10 +96,10 @@ def unpack_integers(meta: dict[str, Any], data: memoryview, count: int, what: st
     if not count or width == 8:
         return values
     if rising:
-        values[0] -= 1  # so that the first one counts from the base itself
+        values[0] -= 1  # the first value is base + stored[0], without 1
         values += 1
         np.cumsum(values, out=values)
-    # The most is what may pass int64; the least is base or more.
+    # Only the maximum can overflow int64: the minimum is at least the base.
     if base + int(values.max()) > _MOST:
         raise DecodeError(f"{what} do not fit int64")
     values += base
@@ -102,7 +107,7 @@ def unpack_integers(meta: dict[str, Any], data: memoryview, count: int, what: st
 
 
 def repeated(values: Integers) -> int | None:
-    """Return a value that stands twice, if there is one."""
+    """Return a value that occurs more than once; None if all are different."""
     if bool((values[1:] > values[:-1]).all()):
         return None
     inorder = np.sort(values)

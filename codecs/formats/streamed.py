@@ -1,4 +1,4 @@
-"""Tensors that are too large to hold twice: read in pieces, as often as need be."""
+"""Tensors that are too large to hold twice in memory: read in chunks, repeatedly if needed."""
 
 from __future__ import annotations
 
@@ -11,24 +11,23 @@ from torch import Tensor
 from fedmq.codecs.base import Buffer
 from fedmq.codecs.errors import DecodeError
 
-Pieces = Callable[[], Iterator[Buffer]]
-"""Returns the bytes of one buffer, in order, in pieces of any size; may be called again."""
+Chunks = Callable[[], Iterator[Buffer]]
+"""Returns the bytes of one buffer, in order, in chunks of any size; can be called repeatedly."""
 
 
 class Streamed(Mapping[str, Tensor]):
-    """Named float32 tensors, end to end in one buffer that is read piece by piece.
+    """Named float32 tensors, concatenated in one buffer that is read in chunks.
 
-    As a mapping it is like any other, but looking a tensor up reads all of them into
-    memory; `blocks` does not.
+    Looking up a tensor reads all of them into memory; `blocks` does not.
 
     Args:
         shapes: by name, in the order of the buffer.
-        pieces: reads the buffer.
+        chunks: reads the buffer.
     """
 
-    def __init__(self, shapes: Mapping[str, tuple[int, ...]], pieces: Pieces) -> None:
+    def __init__(self, shapes: Mapping[str, tuple[int, ...]], chunks: Chunks) -> None:
         self.shapes = shapes
-        self._pieces = pieces
+        self._chunks = chunks
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.shapes)
@@ -42,26 +41,28 @@ class Streamed(Mapping[str, Tensor]):
         return self.read()[name]
 
     def read(self) -> dict[str, Tensor]:
-        """Return all tensors, which are then in memory.
+        """Read all tensors into memory.
 
         Raises:
             DecodeError: as `blocks`.
         """
         flat = torch.cat([torch.zeros(0), *(each.clone() for each in self.blocks())])
         sizes = [math.prod(shape) for shape in self.shapes.values()]
-        pieces = zip(self.shapes.items(), torch.split(flat, sizes), strict=True)
-        return {name: piece.view(shape) for (name, shape), piece in pieces}
+        parts = zip(self.shapes.items(), torch.split(flat, sizes), strict=True)
+        return {name: part.view(shape) for (name, shape), part in parts}
 
     def blocks(self) -> Iterator[Tensor]:
-        """Yield the values in order, in vectors that are only valid until the next one.
+        """Yield the values in order, as vectors float32 [any size].
+
+        A vector is valid only until the next one.
 
         Raises:
-            DecodeError: there are fewer or more bytes than the tensors need.
+            DecodeError: the buffer does not have the size of the tensors.
         """
         left = sum(math.prod(shape) for shape in self.shapes.values())
         rest = bytearray()
-        for piece in self._pieces():
-            view = memoryview(piece).cast("B")
+        for chunk in self._chunks():
+            view = memoryview(chunk).cast("B")
             if rest or view.nbytes % 4 or view.readonly:
                 whole = rest + view
                 used = len(whole) - len(whole) % 4
@@ -71,4 +72,4 @@ class Streamed(Mapping[str, Tensor]):
             if view.nbytes:
                 yield torch.frombuffer(view, dtype=torch.float32)
         if left or rest:
-            raise DecodeError("a buffer has other bytes than its tensors need")
+            raise DecodeError("a buffer does not have the size of its tensors")

@@ -1,5 +1,5 @@
-"""Codes of 1 to 8 bits, packed densely: eight codes and one 64-bit word at a time."""
-# The functions are compiled, not run by the interpreter; the facade has the types.
+"""Dense packing of 1- to 8-bit codes, eight codes in one 64-bit word at a time."""
+# These functions are compiled; `quantization` declares the types of its arrays.
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from numba.extending import intrinsic as _intrinsic
 from fedmq.codecs.kernels.jit import helper
 
 u64 = np.uint64
-# To numba's own types the typing context is an argument of each call.
+# By its type, numba's decorated function would take the typing context, too.
 intrinsic: Any = _intrinsic
 
 _WORD = ir.IntType(64)
@@ -31,7 +31,7 @@ def _pointer(context: Any, builder: Any, signature: Any, args: Any) -> Any:
 
 @intrinsic
 def _load(typing: Any, data: Any, i: Any) -> Any:  # noqa: ARG001
-    """Return the word at byte i, wherever that lies."""
+    """Return the word at byte i, aligned or not."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         return builder.load(_pointer(context, builder, signature, args), align=1)
@@ -41,7 +41,7 @@ def _load(typing: Any, data: Any, i: Any) -> Any:  # noqa: ARG001
 
 @intrinsic
 def _store(typing: Any, data: Any, i: Any, word: Any) -> Any:  # noqa: ARG001
-    """Write the word at byte i, wherever that lies."""
+    """Write the word at byte i, aligned or not."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         builder.store(args[2], _pointer(context, builder, signature, args), align=1)
@@ -52,10 +52,10 @@ def _store(typing: Any, data: Any, i: Any, word: Any) -> Any:  # noqa: ARG001
 
 @helper
 def pack(fields, bits, out):
-    """Write codes densely, the first in the lowest bits.
+    """Pack codes densely, the first in the lowest bits.
 
-    fields: uint8 [a multiple of 8], each below 2**bits, zeros behind the last code;
-    overwritten. out: uint8 [bytes that the codes need].
+    fields: uint8 [a multiple of 8], each below 2**bits, zeros after the last code;
+    overwritten. out: uint8 [size of the packed codes].
     """
     words = fields.view(np.uint64)
     once, twice, four = u64(bits), u64(2 * bits), u64(4 * bits)
@@ -64,7 +64,7 @@ def pack(fields, bits, out):
         w = (w & _BYTES) | (((w >> u64(8)) & _BYTES) << once)
         w = (w & _PAIRS) | (((w >> u64(16)) & _PAIRS) << twice)
         words[k] = (w & _HALF) | ((w >> u64(32)) << four)
-    # Each store writes 8 bytes, of which all behind the first `bits` are written again.
+    # Each store writes 8 bytes; the next store overwrites all but the first `bits` of them.
     inside = max(0, min(words.size, (out.size - 8) // bits + 1)) if out.size >= 8 else 0
     for k in range(inside):
         _store(out, k * bits, words[k])
@@ -75,7 +75,7 @@ def pack(fields, bits, out):
 
 @helper
 def unpack(packed, bits, fields):
-    """Read what `pack` wrote; what it wrote behind the last code is to be ignored."""
+    """Unpack the codes of `pack` to fields; ignore the fields after the last code."""
     words = fields.view(np.uint64)
     inside = min(words.size, (packed.size - 8) // bits + 1) if packed.size >= 8 else 0
     for k in range(inside):
@@ -86,7 +86,7 @@ def unpack(packed, bits, fields):
             word |= u64(packed[i]) << u64(8 * (i - k * bits))
         words[k] = word
     once, twice, four = u64(bits), u64(2 * bits), u64(4 * bits)
-    # Twice the shift at most 32 and 64 bits: a mask of all ones for 8 bits needs care at 64 only.
+    # ``four`` is at most 32: no shift reaches the width of a word.
     low4 = (u64(1) << four) - u64(1)
     low2 = (u64(1) << twice) - u64(1)
     low1 = (u64(1) << once) - u64(1)

@@ -1,10 +1,10 @@
 """The fast Walsh-Hadamard transform of a block in cache, in explicit vectors of 8 floats.
 
-Stages run from the shortest stride to the longest, each as (a + b, a - b): the order
-fixes the sums to the last bit, however the stages are grouped into passes.
+Stages run from the shortest stride to the longest, each as (a + b, a - b). This order fixes
+every bit of the sums, for any grouping of the stages into passes.
 """
 
-# The functions are compiled, not run by the interpreter, and numba's inside has no types.
+# These functions are compiled, and numba's internals have no types.
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from numba.extending import intrinsic as _intrinsic
 
 from fedmq.codecs.kernels.jit import helper
 
-# To numba's own types the typing context is an argument of each call.
+# By its type, numba's decorated function would take the typing context, too.
 intrinsic: Any = _intrinsic
 
 LANES = 8
@@ -71,7 +71,7 @@ def _within(typing: Any, y: Any, i: Any) -> Any:  # noqa: ARG001
         for stride in (1, 2, 4):
             partner = [lane ^ stride for lane in range(LANES)]
             swapped = builder.shuffle_vector(value, value, ir.Constant(_CHOICE, partner))
-            # Lane a becomes b + a, which is a + b to the last bit, and lane b becomes a - b.
+            # Lane a becomes b + a, bit-identical to a + b, and lane b becomes a - b.
             total, difference = builder.fadd(swapped, value), builder.fsub(swapped, value)
             choice = [lane + (LANES if lane & stride else 0) for lane in range(LANES)]
             value = builder.shuffle_vector(total, difference, ir.Constant(_CHOICE, choice))

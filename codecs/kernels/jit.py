@@ -78,7 +78,7 @@ def _may_cache() -> bool:
     return (
         "NUMBA_CACHE_DIR" in os.environ
         or os.access(Path(__file__).parent, os.W_OK)
-        or os.path.expanduser("~") != "~"  # noqa: PTH111 - pathlib's raises where there is none
+        or os.path.expanduser("~") != "~"  # noqa: PTH111 - pathlib's raises without a home
     )
 
 

@@ -1,4 +1,4 @@
-"""How a vector is cut: blocks, bases, and what each of them costs in coefficients and bytes."""
+"""The layout of a vector in blocks: bases, coefficients, bytes."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ _SMALLEST_FRAME = 64
 
 @dataclass(frozen=True)
 class HadamardBasis:
-    """Blocks are rotated, y = H D x / sqrt(block); Konecny et al. 2016, section 4 (iii).
+    """A rotation of each block, y = H D x / sqrt(block); Konecny et al. 2016, section 4 (iii).
 
-    D is a diagonal of random signs that follow from ``seed`` and the number of the block,
-    H the Sylvester-Hadamard matrix. There are as many coefficients as values: what is left
-    behind the last whole block is cut into decreasing powers of two, each rotated by itself.
+    D is a diagonal of random signs, determined by ``seed`` and the block's number; H is the
+    Sylvester-Hadamard matrix. There are as many coefficients as values: the values after the
+    last whole block are cut into decreasing powers of two, each rotated separately.
     """
 
     seed: int
@@ -24,27 +24,28 @@ class HadamardBasis:
 
 @dataclass(frozen=True)
 class KashinFrame:
-    """Blocks become Kashin coefficients; Lyubarskii and Vershynin 2010, Caldas et al. 2018.
+    """Kashin coefficients of each block; Lyubarskii and Vershynin 2010, Caldas et al. 2018.
 
-    Our own variant, since those in use differ. A block of N coefficients (N = ``block``)
-    stands for n = 15 N / 16 values x, rounded down. The frame is U = H D E / sqrt(N), where E
-    appends N - n zeros, D is a diagonal of random signs and H the Sylvester-Hadamard matrix;
-    U^T U = I. With a = 0 and M = ||x|| / sqrt(delta N), ``iterations`` times
+    This is a variant of our own, since published ones differ. A block of N coefficients
+    (N = ``block``) represents n = 15 N / 16 values x, rounded down. The frame is
+    U = H D E / sqrt(N), where E appends N - n zeros, D is a diagonal of random signs and H the
+    Sylvester-Hadamard matrix; U^T U = I. Starting with a = 0 and M = ||x|| / sqrt(delta N),
+    each of ``iterations`` does
 
         b = U x;  c = clip(b, -M, M);  a += c;  x -= U^T c;  M *= eta
 
-    but the last time c = b, unless ``clipped``: then U^T a = x to rounding, and the bound on
-    max|a| holds only up to the peaks of a small residual. A block of zeros stays zeros.
+    The last one sets c = b, unless ``clipped``: then U^T a = x up to rounding, and the bound on
+    max|a| holds except for the peaks of a small residual. A block of zeros stays zeros.
 
-    The redundancy of 16/15, not 2, is what makes it worth its bytes, since a coefficient takes
-    as many bits as a value does. Measured (blocks of 4096, three iterations), the squared error
-    is 0.82 of `Hadamard`'s for the same bits a coefficient, and for the same bytes 0.97, 1.04,
-    1.13 and 1.22 of it at 1, 2, 3 and 4 bits (six iterations: 0.88, 0.94, 1.03, 1.12 with eta
-    0.5, delta 0.8). At n = 3 N / 4 these are 0.54, but 1.2, 1.7, 2.5 and 3.8. ``eta`` and
-    ``delta`` are the best found for three and four iterations.
+    The redundancy is 16/15 and not 2, because a coefficient takes as many bits as a value.
+    Measured (blocks of 4096, three iterations), the squared error is 0.82 of `HadamardBasis`
+    for the same bits per coefficient, and for the same bytes 0.97, 1.04, 1.13 and 1.22 of it
+    at 1, 2, 3 and 4 bits (six iterations with eta 0.5, delta 0.8: 0.88, 0.94, 1.03, 1.12). With
+    n = 3 N / 4 the figures are 0.54, and 1.2, 1.7, 2.5 and 3.8. ``eta`` and ``delta`` are the
+    best found for three and four iterations.
 
-    What is left behind the last whole block goes into frames of decreasing powers of two
-    down to 64, and the last few values into the smallest frame that holds them.
+    The values after the last whole block go into frames of decreasing powers of two down to
+    64, and the last few values into the smallest frame that holds them.
     """
 
     seed: int
@@ -59,10 +60,12 @@ Basis = HadamardBasis | KashinFrame | None
 
 @dataclass(frozen=True)
 class Cut:
-    """A vector cut into pieces.
+    """A vector cut into pieces: whole blocks, and a tail of smaller pieces.
 
-    block: coefficients of a whole block; inputs: values of one; whole: their number;
-    tail: (values, coefficients) of each piece behind, which together are one short block.
+    block: coefficients of a whole block.
+    inputs: values of a whole block.
+    whole: number of whole blocks.
+    tail: (values, coefficients) of each smaller piece; together they are one short block.
     """
 
     block: int
@@ -72,30 +75,30 @@ class Cut:
 
     @property
     def rest(self) -> int:
-        """Return the coefficients of the short block."""
+        """Number of coefficients of the short block."""
         return sum(size for _, size in self.tail)
 
     @property
     def coefficients(self) -> int:
-        """Return the coefficients of all blocks."""
+        """Number of coefficients of all blocks."""
         return self.whole * self.block + self.rest
 
     @property
     def blocks(self) -> int:
-        """Return the number of blocks, the short one included."""
+        """Number of blocks, including the short one."""
         return self.whole + bool(self.tail)
 
     def code_bytes(self, bits: int) -> int:
-        """Return the bytes of all packed codes; each block begins at a byte."""
+        """Return the size of all packed codes in bytes; each block starts at a byte."""
         return self.whole * ((self.block * bits + 7) // 8) + (self.rest * bits + 7) // 8
 
 
 def cut(n: int, block: int, basis: Basis) -> Cut:
-    """Return how ``n`` values are cut into blocks of ``block`` coefficients.
+    """Cut ``n`` values into blocks of ``block`` coefficients.
 
     Raises:
-        ValueError: n is negative; block is not in 1..MAX_BLOCK, or no power of two though
-            there is a basis; the basis has a parameter that is out of range.
+        ValueError: n is negative; block is not in 1..MAX_BLOCK, or with a basis not a power
+            of two; a parameter of the basis is out of range.
     """
     if type(n) is not int or n < 0:
         raise ValueError(f"expected a number of values, got {n!r}")
@@ -112,7 +115,7 @@ def cut(n: int, block: int, basis: Basis) -> Cut:
 
 
 def capacity(size: int) -> int:
-    """Return how many values a Kashin frame of ``size`` coefficients holds."""
+    """Return the number of values in a Kashin frame of ``size`` coefficients."""
     return max(1, size * 15 // 16)
 
 

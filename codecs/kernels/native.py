@@ -1,9 +1,9 @@
-"""The compiled kernels. Arguments are checked by the facade: nothing here checks bounds.
+"""The compiled functions of `quantization`, which checks arguments: nothing here checks bounds.
 
 Integers are cast at each step because numba widens 32-bit arithmetic to 64 bits, which
-would halve the lanes of a vector.
+would halve the number of vector lanes.
 """
-# The functions are compiled, not run by the interpreter; the facade has the types.
+# These functions are compiled; `quantization` declares the types.
 # mypy: disable-error-code="no-untyped-def, no-untyped-call"
 
 from __future__ import annotations
@@ -57,9 +57,9 @@ def halves(key):
 
 @helper
 def _signed(words, key):
-    """Flip the sign of value k * W + w where bit k of random word w is set.
+    """Flip the sign of value k * W + w if bit k of random word w is set.
 
-    words: floats as int32 [a power of two]; W is a 32nd of that, or 1 for 32 and fewer.
+    words: floats as int32 [a power of two]; W is 1/32 of that size, at least 1.
     """
     low, high = halves(key)
     width = max(1, words.size // 32)
@@ -74,14 +74,14 @@ def _signed(words, key):
 
 @helper
 def _copy(x, y):
-    # A slice assignment would do, but costs seconds of compilation for its error message.
+    # Not y[:] = x: that takes seconds to compile, for its error message.
     for j in range(x.size):
         y[j] = x[j]
 
 
 @helper
 def _norm(x, squares):
-    """Return the Euclidean norm; the sum halves its range at each step, in a fixed order."""
+    """Return the Euclidean norm; halving the range at each step fixes the order of the sum."""
     n = x.size
     for j in range(n):
         squares[j] = x[j] * x[j]
@@ -94,10 +94,10 @@ def _norm(x, squares):
 
 @helper
 def _forward(x, y, rotated, key, kashin, work):
-    """Write the coefficients of one piece x into y: x itself, rotated, or its Kashin coefficients.
+    """Write the coefficients of one piece x to y: x itself, rotated, or Kashin coefficients.
 
-    y: float32 [N], N a power of two if rotated. kashin: (iterations, eta, delta, clipped),
-    or None; then the iteration is not even compiled.
+    y: float32 [N], N a power of two if rotated. kashin: (iterations, eta, delta, clipped), or
+    None; for None numba does not compile the iteration.
     work: float32 [2, at least N].
     """
     inputs, n = x.size, y.size
@@ -141,7 +141,7 @@ def _forward(x, y, rotated, key, kashin, work):
 
 @helper
 def _inverse(y, rotated, key):
-    """Turn the coefficients y of one piece into its values in place; the values stand first."""
+    """Replace the coefficients y of one piece by its values, which come first."""
     if rotated:
         scale = f32(1.0) / np.sqrt(f32(y.size))
         for j in range(y.size):
@@ -154,8 +154,8 @@ def _inverse(y, rotated, key):
 def _extent(words, ends):
     """Write minimum and maximum of floats, given as words, to ends; False if one is not finite.
 
-    The words with their lower bits flipped when negative sort as the floats do, so infinities
-    and NaNs are the extremes and cost no look of their own.
+    With the lower bits of negative words flipped, words sort like the floats; infinities and
+    NaNs are the extremes and need no separate check.
     """
     low, high = i32(0x7FFFFFFF), i32(-0x80000000)
     for j in range(words.size):
@@ -172,23 +172,23 @@ def _extent(words, ends):
 
 @helper
 def _round(y, low, high, levels, key, fields):
-    """Round y stochastically to 0..levels between low and high, one byte each; y is lost.
+    """Round y stochastically to 0..levels between low and high, one byte each; overwrite y.
 
-    The place between the ends is a fixed-point number of 23 fractional bits; random
-    bits are added below the point and carry into the code.
+    The position between low and high is a fixed-point number with 23 fractional bits; random
+    bits are added to the fraction and carry into the code.
     """
     pre = f32(1.0)
     if high * f32(0.5) - low * f32(0.5) >= _HUGE * f32(0.5):
         pre = f32(0.25)  # the difference would overflow
     elif f32(0.0) < high - low < _TINY:
-        pre = f32(2.0**100)  # the quotient would
+        pre = f32(2.0**100)  # the quotient would overflow
     if pre != f32(1.0):
         for j in range(y.size):
             y[j] = y[j] * pre
         low, high = low * pre, high * pre
     scale = f32(0.0)
     if high > low:
-        # Two units in the last place more: the maximum must reach the highest code.
+        # Two units in the last place larger, so that the maximum reaches the highest code.
         scale = f32(f32(levels << _FRACTION_BITS) / f32(high - low)) * f32(1.0 + 2.0**-22)
     first, second = halves(key)
     top = u32(levels)
@@ -214,7 +214,7 @@ def _write(y, bits, key, ends, out, fields):
 
 @helper
 def _value(field, unit, low, high):
-    # Not low + part * (high - low): the ends must come out as they went in, and not overflow.
+    # Not low + part * (high - low), which can overflow and does not return high exactly.
     part = f32(i32(field)) * unit
     return low * (f32(1.0) - part) + high * part
 
@@ -230,7 +230,7 @@ def _read(packed, bits, low, high, fields, y):
 
 @helper
 def _add(packed, bits, low, high, fields, out, weight):
-    """Unpack one block and add its values to out: `_read` without a buffer between."""
+    """Unpack one block and add its values to out, without the buffer of `_read`."""
     unpack(packed, bits, fields[: (out.size + 7) // 8 * 8])
     unit = f32(1.0) / f32((1 << bits) - 1)
     for j in range(out.size):
@@ -247,12 +247,12 @@ def _piece(number, whole, block, inputs, tail):
 
 @entry
 def encode(x, bits, block, inputs, tail, rotated, rounding, signs, kashin, codes, ranges):
-    """Transform, quantize and pack a vector block by block; False if it is not all finite.
+    """Transform, quantize and pack a vector block by block; False if a value is not finite.
 
     x: float32 [n]. inputs: values per block of ``block`` coefficients. tail: int64 [pieces, 2],
-    (values, coefficients) of the pieces behind the last whole block, which are quantized as one.
+    (values, coefficients) of the pieces after the last whole block, quantized as one block.
     rotated, kashin: see `_forward`. rounding, signs: uint64 seeds.
-    codes: uint8 [bytes], ranges: float32 [blocks, 2]; both are written.
+    codes: uint8 [bytes], ranges: float32 [blocks, 2]; outputs.
     """
     y = np.empty(block, np.float32)
     fields = np.empty((block + 7) // 8 * 8, np.uint8)
@@ -287,7 +287,7 @@ def _deliver(part, out, weight, adding):
 
 @entry
 def decode(codes, ranges, bits, block, inputs, tail, rotated, signs, out, weight, adding):
-    """Write the values to out, or add weight times them; arguments as of `encode`."""
+    """Write the values to out, or add weight times the values; arguments as for `encode`."""
     y = np.empty(block, np.float32)
     fields = np.empty((block + 7) // 8 * 8, np.uint8)
     whole = out.size // inputs
@@ -319,7 +319,7 @@ def decode(codes, ranges, bits, block, inputs, tail, rotated, signs, out, weight
 
 @entry
 def transform(x, block, inputs, tail, rotated, signs, kashin, out):
-    """Write the coefficients of all blocks to out; arguments as of `encode`."""
+    """Write the coefficients of all blocks to out; arguments as for `encode`."""
     work = np.empty((2, 0 if kashin is None else block), np.float32)
     whole = x.size // inputs
     start, filled = 0, 0
@@ -333,7 +333,7 @@ def transform(x, block, inputs, tail, rotated, signs, kashin, out):
 
 @entry
 def restore(y, block, inputs, tail, rotated, signs, out):
-    """Turn coefficients back into values; arguments as of `encode`."""
+    """Write the values of the coefficients y to out; arguments as for `encode`."""
     buffer = np.empty(block, np.float32)
     whole = out.size // inputs
     start, used = 0, 0

@@ -1,10 +1,10 @@
-"""Compiled selection: the k smallest of n 32-bit ranks, in two passes that hold no n ranks.
+"""The compiled functions of `selection`: the k smallest of n 32-bit ranks, in two passes.
 
-A rank is a random number (a mask) or a magnitude upside down (top k). The first pass counts
-ranks by their upper bits and so finds the one bin that the border lies in; the second writes
-all indices below that bin, and those in it aside.
+A rank is a random number (mask) or an inverted magnitude (top k); no more than a chunk of
+ranks is in memory. The first pass counts ranks by their upper bits, which gives the bin of
+the k-th rank; the second writes the indices below that bin and, separately, those in it.
 """
-# The functions are compiled, not run by the interpreter; the facade has the types.
+# These functions are compiled; `selection` checks the arguments and declares the types.
 # mypy: disable-error-code="no-untyped-def, no-untyped-call"
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def _ranks(words, key, start, ranks):
 @entry
 def count(words, key, n):
     """Return how many ranks fall into each of BINS bins, int64."""
-    # Four tables, because neighbours often fall into one bin and would wait for each other.
+    # Four tables: adjacent ranks are often in one bin, and their updates would be serialized.
     bins = np.zeros((4, BINS), np.int64)
     chunk = np.empty(_CHUNK, np.uint32)
     for start in range(0, n, _CHUNK):
@@ -52,9 +52,10 @@ def count(words, key, n):
 
 @entry
 def collect(words, key, n, border, below, inside, inside_ranks):
-    """Write the indices of ranks in lower bins than border to below, those in it to inside.
+    """Write the indices of ranks in bins before ``border`` to below, those in it to inside.
 
-    below, inside: int64, as long as `count` says, and one longer each, which is scratch.
+    below, inside: int64, with the sizes of `count` plus one scratch element each.
+    inside_ranks: uint32 [size of inside], the ranks of those inside.
     """
     chunk = np.empty(_CHUNK, np.uint32)
     first = second = 0
@@ -62,7 +63,7 @@ def collect(words, key, n, border, below, inside, inside_ranks):
         ranks = chunk[: min(_CHUNK, n - start)]
         _ranks(words, key, start, ranks)
         for j in range(ranks.size):
-            # Written in any case, kept only if it counts: a jump would be mispredicted.
+            # Always write, and advance only for a match: a branch would be mispredicted.
             bin_ = np.int64(ranks[j] >> u32(SHIFT))
             below[first] = start + j
             first += bin_ < border

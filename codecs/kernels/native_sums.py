@@ -1,5 +1,5 @@
-"""The compiled sums. Arguments are checked by the facade: nothing here checks bounds."""
-# The functions are compiled, not run by the interpreter; the facade has the types.
+"""The compiled functions of `sums`, which checks their arguments: nothing here checks bounds."""
+# These functions are compiled; `sums` declares the types.
 # mypy: disable-error-code="no-untyped-def, no-untyped-call"
 
 from __future__ import annotations
@@ -9,16 +9,16 @@ from fedmq.codecs.kernels.jit import entry
 
 @entry
 def scale_add(total, factor, values, weight):
-    """Make total into ``factor * total + weight * values``."""
+    """Compute ``total = factor * total + weight * values`` in place."""
     for i in range(total.size):
         total[i] = factor * total[i] + weight * values[i]
 
 
 @entry
 def multiply(left, right, out):
-    """Make out [rows, columns] into ``left`` [rows, inner] times ``right`` [inner, columns].
+    """Write ``left`` [rows, inner] times ``right`` [inner, columns] to out [rows, columns].
 
-    Terms are added from the first to the last of ``inner``; a row stays in cache meanwhile.
+    Terms are added in the order of ``inner``, while one row of out stays in cache.
     """
     rows, inner = left.shape
     for i in range(rows):

@@ -1,14 +1,14 @@
-"""The kernels of this package in torch, for tensors that lie on a device.
+"""The kernels of this package in torch, for tensors on a device.
 
 No codec calls this module yet; it stays for codecs that encode on the device.
 
-What leaves the device is packed already, and the same as on the CPU bit for bit: every sum is
-of the same terms in the same order (stages of the Hadamard transform, the halving norm), each
-step its own torch operation, so that nothing is contracted to fused multiply-adds. Bits may
-differ only where a device's float32 division does not round as IEEE 754 asks.
+The results have the same bits as on the CPU: every sum has the same terms in the same order
+(stages of the Hadamard transform, the halving norm), and each step is a separate torch
+operation, so nothing is contracted to fused multiply-adds. Bits can differ only if a device's
+float32 division does not round as IEEE 754 requires.
 
-Each function takes and returns tensors on the device of its first argument and is otherwise as
-its namesake in `fedmq.codecs.kernels`. Memory: some ten times that of the vector for a while.
+Each function takes and returns tensors on the device of its first argument, and otherwise does
+the same as its namesake in `fedmq.codecs.kernels`. Peak memory: about ten times the vector's.
 """
 
 from __future__ import annotations
@@ -58,14 +58,14 @@ def dequantize(
     """Return the values [n] float32.
 
     Raises:
-        ValueError: codes or ranges do not fit n, bits and block, or are not sound.
+        ValueError: codes or ranges do not match n, bits and block, or a range is invalid.
     """
     shape = check_sizes(
         str(codes.dtype), tuple(codes.shape), str(ranges.dtype), tuple(ranges.shape),
         n, bits, block, basis,
     )  # fmt: skip
     if not (torch.isfinite(ranges).all() and (ranges[:, 0] <= ranges[:, 1]).all()):
-        raise ValueError("expected finite ranges, the minimum first")
+        raise ValueError("expected finite ranges as minimum, maximum")
     y = torch.empty(shape.coefficients, dtype=torch.float32, device=codes.device)
     unit = torch.tensor(1.0, device=codes.device) / ((1 << bits) - 1)
     for rows, start, part in _groups(shape, y):
@@ -114,7 +114,7 @@ def restore(y: Tensor, n: int, block: int, basis: HadamardBasis | KashinFrame) -
 
 
 def mask(n: int, k: int, seed: int, device: torch.device | str) -> Tensor:
-    """Return k of n indices, int64, ascending, on ``device``."""
+    """Return a random subset of k of n indices, int64, ascending, on ``device``."""
     check_count(n, k)
     key = int(state(seed, Purpose.MASK))
     return _smallest(_hash(torch.arange(n, device=device), key & _HALF, key >> 32), k)
@@ -141,13 +141,13 @@ def _vector(x: Tensor) -> Tensor:
 
 
 def _smallest(ranks: Tensor, k: int) -> Tensor:
-    # The sort is stable: of equal ranks the first.
+    # The sort is stable: ties go to the first.
     order = torch.sort(ranks, stable=True).indices[:k]
     return torch.sort(order).values
 
 
 def _groups(shape: Cut, y: Tensor) -> Iterator[tuple[slice, int, Tensor]]:
-    """Yield (rows of ranges, first coefficient, y as [blocks, coefficients]): whole, then short."""
+    """Yield (rows of ranges, first coefficient, y [blocks, coefficients]); the short block last."""
     border = shape.whole * shape.block
     if shape.whole:
         yield slice(0, shape.whole), 0, y[:border].view(shape.whole, shape.block)
@@ -156,7 +156,11 @@ def _groups(shape: Cut, y: Tensor) -> Iterator[tuple[slice, int, Tensor]]:
 
 
 def _pieces(shape: Cut) -> Iterator[tuple[int, int, int, int, int, int]]:
-    """Yield (first key, pieces, first value, values of one, first coefficient, coefficients)."""
+    """Yield groups of equal pieces.
+
+    Each is (first key, pieces, first value, values of a piece, first coefficient, coefficients
+    of a piece).
+    """
     if shape.whole:
         yield 0, shape.whole, 0, shape.inputs, 0, shape.block
     start, begin = shape.whole * shape.inputs, shape.whole * shape.block
@@ -242,7 +246,7 @@ def _norm(rows: Tensor) -> Tensor:
 
 
 def _sqrt(x: Tensor) -> Tensor:
-    # torch's float32 root on the CPU is one unit off at times; through float64 it is exact.
+    # torch's float32 root on the CPU can be off by one unit; through float64 it is exact.
     return torch.sqrt(x.double()).float()
 
 
@@ -254,7 +258,7 @@ def _round(y: Tensor, low: Tensor, high: Tensor, levels: int, keys: Tensor) -> T
     pre = torch.where(half >= 2.0**126, 0.25, torch.where(tiny, 2.0**100, 1.0))
     low, high = low * pre, high * pre
     span = high - low
-    # Of two tensors: torch divides a number by a tensor by way of the reciprocal.
+    # A tensor, not a number, is divided: torch divides a number by way of the reciprocal.
     scale = torch.full_like(span, levels << _FRACTION_BITS) / span * (1.0 + 2.0**-22)
     scale = torch.where(span > 0, scale, 0.0)
     place = ((y * pre - low) * scale).long()
@@ -267,7 +271,7 @@ def _pack(fields: Tensor, bits: int) -> Tensor:
     """Return uint8 [blocks, bytes] of codes [blocks, values], each row dense by itself."""
     blocks, values = fields.shape
     fields = torch.nn.functional.pad(fields, (0, -values % 8)).view(blocks, -1, 8)
-    # Disjoint bits: their sum is their union. The top bit of 8 codes of 8 bits is a sign.
+    # The codes' bits are disjoint, so the sum is their union; it can be negative for 8 bits.
     places = torch.arange(0, 8 * bits, bits, device=fields.device)
     words = (fields << places).sum(2, keepdim=True)
     octets = (words >> torch.arange(0, 8 * bits, 8, device=fields.device)) & 0xFF
@@ -285,7 +289,7 @@ def _unpack(packed: Tensor, bits: int, values: int) -> Tensor:
 
 
 def _sign_bits(keys: Tensor, size: int) -> Tensor:
-    """Return int32 [pieces, size] whose sign bit says which values to flip."""
+    """Return int32 [pieces, size]; the sign bit is set where `_flip` flips a value."""
     width = max(1, size // 32)
     counter = torch.arange(width, device=keys.device)
     random = _hash(counter, keys & _HALF, (keys >> 32) & _HALF)

@@ -1,6 +1,6 @@
-"""Vectors to packed codes and back, and the bases in which that is done."""
+"""Vectors to packed codes and back, in a basis."""
 
-# The compiled functions have no types; those of this module are theirs.
+# The compiled functions have no types; this module declares them.
 # mypy: disable-error-code="no-untyped-call"
 
 from __future__ import annotations
@@ -24,25 +24,25 @@ def quantize(
     """Round each block of coefficients stochastically to 2**bits levels, and pack the codes.
 
     The levels divide [min, max] of the block into 2**bits - 1 equal intervals (Konecny et al.
-    2016, section 4 (ii), but with as many levels as codes); a value becomes one of the two
-    levels around it, at random so that its mean stays (to 2**-22 of max - min). Minimum and
-    maximum themselves are kept exactly. The random numbers follow from ``seed``, the block
-    and the place in it, so the bytes are the same on any device.
+    2016, section 4 (ii), but with one level per code). A value becomes one of the two adjacent
+    levels, at random and without bias (up to 2**-22 of max - min). The minimum and the maximum
+    are exact. The random numbers depend on ``seed``, the block and the position in it only, so
+    the bytes are the same on any device.
 
     Args:
         x: float32 [n].
-        bits: of one code, 1..8.
-        block: coefficients that share a range.
-        seed: of the rounding, any integer; its lower 64 bits count.
-        basis: rotate each block first, while it is in cache; None for x itself.
+        bits: bits per code, 1..8.
+        block: number of coefficients that share a range.
+        seed: seed of the rounding, any integer; only its lower 64 bits are used.
+        basis: basis of the coefficients; None for x itself.
 
     Returns:
-        codes, uint8 [`code_bytes`]: code j of a block in its bits j * bits and following,
-        least significant first; each block begins at a byte, unused bits are 0.
-        ranges, float32 [blocks, 2]: minimum and maximum.
+        codes, uint8 [`code_bytes`]: code j of a block starts at bit j * bits, least
+        significant first; each block starts at a byte, and unused bits are 0.
+        ranges, float32 [blocks, 2]: minimum and maximum of each block.
 
     Raises:
-        ValueError: a value is not finite (or a coefficient, where values near the end of
+        ValueError: a value is not finite (or a coefficient, if values near the limits of
             float32 are rotated), or an argument is out of range.
     """
     from fedmq.codecs.kernels import native
@@ -69,13 +69,14 @@ def quantize(
 def dequantize(
     codes: Codes, ranges: Floats, n: int, bits: int, block: int, basis: Basis = None
 ) -> Floats:
-    """Return the values [n] float32 that `quantize` wrote; the basis must be the same.
+    """Return the values, float32 [n], of the codes of `quantize` with the same basis.
 
-    Code k of 0..2**bits - 1 stands for min * (1 - k / top) + max * k / top in float32.
+    Code k of 0..2**bits - 1 is min * (1 - k / top) + max * k / top in float32, with
+    top = 2**bits - 1.
 
     Raises:
-        ValueError: codes or ranges do not fit n, bits and block, or a range is not finite or
-            upside down; no memory has been taken then.
+        ValueError: codes or ranges do not match n, bits and block, or a range is not finite or
+            not ascending. This is checked before any memory is allocated.
     """
     shape = check(codes, ranges, n, bits, block, basis)
     out = np.empty(n, np.float32)
@@ -92,16 +93,15 @@ def accumulate(
     weight: float,
     basis: Basis = None,
 ) -> None:
-    """Add ``weight`` times the values of `dequantize` to total, without a copy of them.
+    """Add ``weight`` times the values of `dequantize` to total, float32 [n], without a copy.
 
-    total: float32 [n], contiguous. The sum is the same to the last bit as
-    ``total += float32(weight) * dequantize(...)``.
+    The result has the same bits as ``total += float32(weight) * dequantize(...)``.
 
     Raises:
-        ValueError: as `dequantize`, or the weight is not finite.
+        ValueError: as `dequantize`, or the weight is not finite, or total is read-only.
     """
     if not vector(total).flags.writeable:
-        raise ValueError("expected a total that can be added to in place")
+        raise ValueError("expected a writable total")
     if not math.isfinite(weight):
         raise ValueError(f"expected a finite weight, got {weight}")
     shape = check(codes, ranges, total.size, bits, block, basis)
@@ -153,7 +153,7 @@ def coefficients(n: int, block: int, basis: Basis) -> int:
 
 
 def signs(n: int, seed: int) -> Floats:
-    """Return n random signs, float32 +1 or -1.
+    """Return n random signs, +1 or -1, float32 [n].
 
     Raises:
         ValueError: n is negative.
@@ -168,7 +168,7 @@ def signs(n: int, seed: int) -> Floats:
 
 
 def code_bytes(n: int, bits: int, block: int, basis: Basis = None) -> int:
-    """Return the size of the codes of n values; ranges take 8 bytes a block besides.
+    """Return the size of the codes of n values in bytes, without the 8 bytes per range.
 
     Raises:
         ValueError: as `cut`, or bits is not in 1..8.
@@ -179,10 +179,10 @@ def code_bytes(n: int, bits: int, block: int, basis: Basis = None) -> int:
 
 
 def check(codes: Codes, ranges: Floats, n: int, bits: int, block: int, basis: Basis) -> Cut:
-    """Return the cut of a message whose sizes and ranges are sound.
+    """Return the cut of a message, after checking its sizes and ranges.
 
     Raises:
-        ValueError: they are not.
+        ValueError: codes or ranges are invalid.
     """
     shape = check_sizes(
         str(codes.dtype), codes.shape, str(ranges.dtype), ranges.shape, n, bits, block, basis
@@ -190,9 +190,9 @@ def check(codes: Codes, ranges: Floats, n: int, bits: int, block: int, basis: Ba
     if not codes.flags.c_contiguous:
         raise ValueError("expected contiguous codes")
     low, high = ranges[:, 0], ranges[:, 1]
-    # A NaN fails the comparison; an infinity is the first or the last in order.
+    # NaN fails the comparison; after it, only low can be -inf and only high inf.
     if not (low <= high).all() or (low == -np.inf).any() or (high == np.inf).any():
-        raise ValueError("expected finite ranges, the minimum first")
+        raise ValueError("expected finite ranges as minimum, maximum")
     return shape
 
 
@@ -206,10 +206,10 @@ def check_sizes(
     block: int,
     basis: Basis,
 ) -> Cut:
-    """Return the cut of a message of these arrays, or tensors, if they have the right sizes.
+    """Return the cut of a message, after checking its arrays' or tensors' dtypes and shapes.
 
     Raises:
-        ValueError: they have not, or an argument is out of range.
+        ValueError: a dtype or shape is wrong, or an argument is out of range.
     """
     expected = code_bytes(n, bits, block, basis)
     shape = cut(n, block, basis)
@@ -223,10 +223,10 @@ def check_sizes(
 
 
 def vector(x: Floats) -> Floats:
-    """Return x if the kernels can read it.
+    """Return x, after checking that the kernels can read it.
 
     Raises:
-        ValueError: x is no aligned, contiguous float32 vector.
+        ValueError: x is not an aligned, contiguous float32 vector.
     """
     if x.dtype != np.float32 or x.ndim != 1 or not (x.flags.c_contiguous and x.flags.aligned):
         raise ValueError(f"expected a contiguous float32 vector, got {x.dtype} {x.shape}")
@@ -246,7 +246,7 @@ def _decode(
 ) -> None:
     from fedmq.codecs.kernels import native
 
-    # Ranges may lie at any byte of a message; there are few of them.
+    # Ranges can be at any byte of a message; copying them is cheap.
     aligned = np.require(ranges, np.float32, ["C", "A"])
     native.decode(
         readonly(codes),
@@ -276,7 +276,7 @@ def _iteration(basis: Basis) -> tuple[int, np.float32, np.float32, bool] | None:
 
 
 def readonly(array: NDArray[Any]) -> NDArray[Any]:
-    """Return a view that is read-only always, so that one compiled version serves all."""
+    """Return a read-only view: with one type for all arrays, numba compiles one version."""
     view = array.view()
     view.flags.writeable = False
     return view

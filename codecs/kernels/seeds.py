@@ -1,13 +1,13 @@
-"""Where randomness comes from: a counter, hashed under a key, hence the same everywhere.
+"""Random numbers as hashes of a counter and a key, the same on every machine.
 
 state  = mix(seed + purpose * GOLDEN)                64 bits, per call
 key    = mix(state + (index + 1) * GOLDEN)           64 bits, per block: splitmix64's outputs
 random = hash(j, key)                                32 bits, per value j of the block
 
 `mix` is the finalizer of splitmix64 (Steele et al. 2014); `hash` is the two-round multiply and
-shift of "lowbias32" (triple32 family, Wellons 2018) with the key's lower half added before and
-its upper half in the middle, so that blocks share no sequence. Changing any of this changes
-what messages mean.
+shift of "lowbias32" (triple32 family, Wellons 2018), with the lower half of the key XORed in
+before and the upper half in the middle, so that blocks share no sequence. A change here
+changes how old messages decode.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _WORD = (1 << 64) - 1
 
 
 class Purpose(enum.IntEnum):
-    """What a seed is used for: one seed gives unrelated numbers for each."""
+    """The use of a seed: one seed gives independent numbers for each purpose."""
 
     ROUNDING = 1
     SIGNS = 2
@@ -34,7 +34,7 @@ class Purpose(enum.IntEnum):
 
 
 def state(seed: int, purpose: Purpose) -> np.uint64:
-    """Return the 64 bits from which all keys of a call follow."""
+    """Return the 64-bit state from which a call derives its keys."""
     return np.uint64(mix((seed + purpose * GOLDEN) & _WORD))
 
 

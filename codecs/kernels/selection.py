@@ -1,4 +1,4 @@
-"""Which values are sent at all: a random mask that both ends know, or the largest."""
+"""Selecting values to send: a random mask known to both ends, or the largest values."""
 
 # The compiled functions have no types; those of this module are theirs.
 # mypy: disable-error-code="no-untyped-call"
@@ -17,18 +17,18 @@ Indices = NDArray[np.int64]
 
 MAX_VALUES = (1 << 31) - 1
 
-# Magnitudes stand upside down: infinity and NaN have the smallest ranks, in these bins.
+# Ranks are inverted magnitudes: infinity and NaN have the smallest ranks, in these bins.
 _FINITE = 8
 
 
 def mask(n: int, k: int, seed: int) -> Indices:
-    """Return which k of n values are kept: indices int64, ascending.
+    """Return a random subset of k of n indices, int64, ascending.
 
-    Those whose random number (32 bits, of seed and index) is smallest; of equal ones the
-    first. So every value is kept with probability k / n as far as the hash is uniform, and
-    n / k times the kept values is an unbiased estimate (Konecny et al. 2016, section 4 (i)).
-    A fixed number for the whole vector, not one a block: messages have one size, and there is
-    no grid of blocks in which neighbours exclude one another.
+    These are the k indices with the smallest random numbers (32 bits, from seed and index);
+    ties go to the first. Each value is chosen with probability k / n if the hash is uniform,
+    so n / k times the chosen values is an unbiased estimate (Konecny et al. 2016, section 4
+    (i)). The number is fixed for the whole vector, not per block: messages have one size, and
+    no block structure correlates adjacent values.
 
     Raises:
         ValueError: n is not in 0..MAX_VALUES, or k not in 0..n.
@@ -38,9 +38,9 @@ def mask(n: int, k: int, seed: int) -> Indices:
 
 
 def top(x: Floats, k: int) -> tuple[Indices, Floats]:
-    """Return the k values of largest magnitude: indices int64, ascending, and values.
+    """Return the k values of largest magnitude: indices int64, ascending, and values float32.
 
-    Of equal magnitudes the first are taken.
+    Ties go to the first.
 
     Raises:
         ValueError: k is not in 0..n, n is above MAX_VALUES, or a value is NaN or infinite.
@@ -55,7 +55,7 @@ def gather(x: Floats, indices: Indices) -> Floats:
     """Return x[indices].
 
     Raises:
-        ValueError: x is no float32 vector, or an index lies outside of it.
+        ValueError: x is not a float32 vector, or an index is outside of it.
     """
     from fedmq.codecs.kernels import native_selection
 
@@ -66,7 +66,7 @@ def gather(x: Floats, indices: Indices) -> Floats:
 
 
 def scatter(values: Floats, indices: Indices, n: int) -> Floats:
-    """Return n zeros with the values at their indices.
+    """Return a vector of n zeros with the values at their indices, float32.
 
     Raises:
         ValueError: as `scatter_add`, or n is not in 0..MAX_VALUES.
@@ -82,13 +82,13 @@ def scatter_add(total: Floats, indices: Indices, values: Floats, weight: float) 
     """Add ``weight`` times the values to total at their indices.
 
     Raises:
-        ValueError: an index lies outside of total, there are not as many values, the weight
-            is not finite, or an array is of another type.
+        ValueError: an index is outside of total, the numbers of values and indices differ,
+            the weight is not finite, or an array has a wrong type.
     """
     from fedmq.codecs.kernels import native_selection
 
     if not vector(total).flags.writeable:
-        raise ValueError("expected a total that can be added to in place")
+        raise ValueError("expected a writable total")
     if not math.isfinite(weight):
         raise ValueError(f"expected a finite weight, got {weight}")
     _paired(values, _inside(indices, total.size))
@@ -96,7 +96,7 @@ def scatter_add(total: Floats, indices: Indices, values: Floats, weight: float) 
 
 
 def check_count(n: int, k: int) -> None:
-    """Raise if k of n values cannot be chosen.
+    """Check that k of n values can be chosen.
 
     Raises:
         ValueError: n is not in 0..MAX_VALUES, or k not in 0..n.
@@ -123,20 +123,20 @@ def _smallest(words: NDArray[np.int32] | None, key: np.uint64, n: int, k: int) -
     native_selection.collect(words, key, n, border, below, inside, ranks)
     missing = k - (below.size - 1)
     indices = np.concatenate([below[:-1], _first(inside[:-1], ranks[:-1], missing)])
-    # Two ascending runs: this sort merges them.
+    # This sort merges the two ascending runs.
     indices.sort(kind="stable")
     return indices
 
 
 def _first(inside: Indices, ranks: NDArray[np.uint32], k: int) -> Indices:
-    """Return the k of smallest rank, ascending; of equal ranks the first."""
+    """Return the k indices of smallest rank, ascending; ties go to the first."""
     if k == 0:
         return inside[:0]
     border = np.partition(ranks, k - 1)[k - 1]
-    taken = ranks < border
+    is_chosen = ranks < border
     equal = np.flatnonzero(ranks == border)
-    taken[equal[: k - np.count_nonzero(taken)]] = True
-    chosen: Indices = inside[taken]
+    is_chosen[equal[: k - np.count_nonzero(is_chosen)]] = True
+    chosen: Indices = inside[is_chosen]
     return chosen
 
 
@@ -150,4 +150,4 @@ def _inside(indices: Indices, n: int) -> Indices:
 
 def _paired(values: Floats, indices: Indices) -> None:
     if vector(values).shape != indices.shape:
-        raise ValueError(f"expected {indices.size} values for as many indices, got {values.size}")
+        raise ValueError(f"expected {indices.size} values, one per index, got {values.size}")

@@ -1,10 +1,10 @@
-"""Weighted sums and matrix products in one order, each operation rounded once.
+"""Weighted sums and matrix products with a fixed order of additions, each operation rounded once.
 
-A CPU's own instructions, and the libraries that choose among them, may fuse a product and a
-sum, or add in another order; what these functions return is the same to the bit everywhere.
+CPU instructions and libraries can fuse a product with a sum or add in another order; these
+functions return the same bits on every machine.
 """
 
-# The compiled functions have no types; those of this module are theirs.
+# The compiled functions have no types; this module declares them.
 # mypy: disable-error-code="no-untyped-call"
 
 from __future__ import annotations
@@ -15,21 +15,21 @@ from fedmq.codecs.kernels.quantization import Floats, readonly, vector
 
 
 def scale_add(total: Floats, factor: float, values: Floats, weight: float) -> None:
-    """Make ``total`` into ``factor * total + weight * values``, in place.
+    """Compute ``total = factor * total + weight * values`` in place.
 
     Args:
         total: float32 [n].
-        factor: rounded to float32 first, like ``weight``; 1 leaves a number as it is.
+        factor: factor of the total, rounded to float32 first.
         values: float32 [n].
-        weight: of the values.
+        weight: factor of the values, rounded to float32 first.
 
     Raises:
-        ValueError: the vectors differ in length, or ``total`` cannot be written to.
+        ValueError: the vectors differ in length, or ``total`` is read-only.
     """
     from fedmq.codecs.kernels import native_sums
 
     if not vector(total).flags.writeable:
-        raise ValueError("expected a total that can be added to in place")
+        raise ValueError("expected a writable total")
     if total.size != vector(values).size:
         raise ValueError(f"expected {total.size} values, got {values.size}")
     native_sums.scale_add(total, np.float32(factor), readonly(values), np.float32(weight))
@@ -43,7 +43,7 @@ def multiply(left: Floats, right: Floats) -> Floats:
         right: float32 [inner, columns].
 
     Raises:
-        ValueError: the shapes do not go together.
+        ValueError: the shapes do not match.
     """
     from fedmq.codecs.kernels import native_sums
 

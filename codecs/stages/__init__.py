@@ -1,1 +1,1 @@
-"""The steps that a codec pipeline is made of: ``hadamard(4096) | quantize(4) | entropy``."""
+"""The stages of codec pipelines: ``hadamard(4096) | quantize(4) | entropy``."""

@@ -49,7 +49,7 @@ _mask = functools.lru_cache(maxsize=2)(kernels.mask)
 
 
 class LowRank(ValueStage):
-    """Each matrix W [out, in] is C A^T, where A [in, rank] follows from the seed.
+    """Low-rank matrices: W [out, in] is C A^T, and the seed determines A [in, rank].
 
     A kernel [out, in, h, w] is the matrix [out, in * h * w]. A has random signs / sqrt(in), the
     same to the bit at both ends; C = W A (A^T A)^-1 gives the nearest such matrix. A tensor is

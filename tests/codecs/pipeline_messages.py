@@ -1,4 +1,4 @@
-"""Messages of each pipeline, and what trying to decode one may at most come to."""
+"""Messages of each pipeline, and a decoder that accepts rejections."""
 
 import torch
 
@@ -12,7 +12,7 @@ PIPELINES = [f"limit(0) | {spec}" for spec in SPECS]
 
 
 def message(spec, seed=3):
-    """Two large tensors, one of integers, and one that a shape leaves empty."""
+    """Two large tensors, one of integers, and one without elements."""
     generator = torch.Generator().manual_seed(1)
     tensors = {
         "a": torch.randn(6, 10, generator=generator),
@@ -23,8 +23,8 @@ def message(spec, seed=3):
     return make_codec(spec).encode(tensors, seed)
 
 
-def tried(codec, meta, buffers, limit=LIMIT):
-    """Decode; return the tensors, or None if it was refused."""
+def try_decode(codec, meta, buffers, limit=LIMIT):
+    """Decode; return the tensors, or None if the message is rejected."""
     try:
         tensors = decode(Encoded(codec, meta, buffers), limit)
     except CodecError as error:

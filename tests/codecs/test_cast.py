@@ -1,19 +1,18 @@
-"""Half-width floats: what is lost, what is not, and what comes back."""
+"""Half-precision floats."""
 
 import pytest
 import torch
 
-from fedmq.codecs.base import Encoded
 from fedmq.codecs.cast import Cast
 from fedmq.codecs.errors import SpecError
 from fedmq.codecs.formats.flat import as_flat
 from fedmq.codecs.registry import decode, make_codec
+from tests.codecs.decoding import received
 
 
 def through(codec, tensors):
-    """Return tensors as they arrive on the other end."""
-    encoded = codec.encode(tensors, 0)
-    return decode(Encoded(encoded.codec, encoded.meta, [bytes(each) for each in encoded.buffers]))
+    """Encode tensors and decode a copy of the message."""
+    return decode(received(codec.encode(tensors, 0)))
 
 
 @pytest.mark.parametrize(
@@ -44,7 +43,7 @@ def test_tensors_return_to_the_dtype_that_they_had(dtype, before):
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_integers_and_truths_are_not_touched(dtype):
+def test_integers_and_booleans_do_not_change(dtype):
     sent = {
         "count": torch.tensor([2**53 + 1, -(2**63)]),
         "small": torch.tensor([-128, 127], dtype=torch.int8),
@@ -57,7 +56,7 @@ def test_integers_and_truths_are_not_touched(dtype):
         assert torch.equal(arrived[name], tensor)
 
 
-def test_half_the_bytes_travel():
+def test_half_the_bytes_are_sent():
     sent = {"w": torch.zeros(100), "b": torch.zeros(())}
     assert Cast("float16").encode(sent, 0).nbytes == 202
 
@@ -69,14 +68,14 @@ def test_scalars_and_empty_tensors_keep_their_shapes():
     assert arrived["s"].item() == 2.0
 
 
-def test_what_arrives_lies_side_by_side():
+def test_decoded_tensors_are_adjacent():
     arrived = through(Cast("float16"), {"a": torch.zeros(2), "b": torch.ones(2, 1)})
     flat = as_flat(list(arrived.values()))
     assert flat.tolist() == [0, 0, 1, 1]
     assert flat.data_ptr() == arrived["a"].data_ptr()
 
 
-def test_what_is_sent_stays_as_it_was():
+def test_encoding_does_not_change_the_tensors():
     sent = torch.tensor([0.1])
     through(Cast("float16"), {"w": sent})
     assert torch.equal(sent, torch.tensor([0.1]))
@@ -89,6 +88,6 @@ def test_the_wire_name_holds_the_type(dtype):
     assert codec.encode({}, 0).codec == f"cast@1({dtype})"
 
 
-def test_another_type_is_refused_with_the_choices():
+def test_the_error_for_another_dtype_lists_the_choices():
     with pytest.raises(SpecError, match="dtype must be float16 or bfloat16, got 'float8'"):
         make_codec("cast(float8)")

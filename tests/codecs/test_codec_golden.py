@@ -1,4 +1,4 @@
-"""Bytes that never change: what version 1 of each codec wrote stays readable.
+"""Golden bytes: messages of version 1 of each codec stay readable.
 
 These constants are not edited. Other bytes mean another version, beside this one.
 """

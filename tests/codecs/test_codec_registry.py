@@ -1,4 +1,4 @@
-"""The registry of codecs: by spec for writing, by the name on the wire for reading."""
+"""The registry of codecs: by spec for encoding, by wire name for decoding."""
 
 from types import SimpleNamespace
 
@@ -31,13 +31,13 @@ def test_codecs_are_made_by_spec():
         ("cast", r"missing a required argument: 'dtype'; expected cast\(dtype\)"),
         ("cast(type=float16)", r"expected cast\(dtype\)"),
         ("cast(16)", "dtype must be float16 or bfloat16, got 16"),
-        ("raw | raw", "codec raw stands alone, it is no stage of a pipeline"),
+        ("raw | raw", "codec raw cannot be a stage of a pipeline"),
         ("hadamard | quantise(4)", r"unknown codec 'quantise' \(did you mean 'quantize'\?\)"),
         ("quantize(4) | hadamard", "expected stages in this order"),
         ("", "expected name"),
     ],
 )
-def test_an_unknown_codec_or_parameter_is_answered_with_the_choices(spec, message):
+def test_the_error_for_an_unknown_codec_or_parameter_lists_the_choices(spec, message):
     with pytest.raises(SpecError, match=message):
         make_codec(spec)
 
@@ -46,15 +46,15 @@ def test_an_unknown_codec_or_parameter_is_answered_with_the_choices(spec, messag
 def test_decoding_needs_nothing_but_the_message(spec):
     encoded = make_codec(spec).encode({"w": torch.tensor([1.0, 2.0])}, seed=7)
     message = Encoded(str(encoded.codec), dict(encoded.meta), [bytes(b) for b in encoded.buffers])
-    registry._reader.cache_clear()
+    registry._codec_of.cache_clear()
     assert decode(message)["w"].tolist() == [1.0, 2.0]
 
 
 @pytest.mark.parametrize(
     ("wire_name", "message"),
     [
-        ("raw@2", "codec raw here has version 1, not 2"),
-        ("cast@7(float16)", "codec cast here has version 1, not 7"),
+        ("raw@2", "expected codec raw in version 1, got 2"),
+        ("cast@7(float16)", "expected codec cast in version 1, got 7"),
         ("raw", r"expected codec@version\(parameters\), got 'raw'"),
         ("raw@", r"expected codec@version\(parameters\)"),
         ("raw@1 ", r"expected codec@version\(parameters\)"),
@@ -64,12 +64,12 @@ def test_decoding_needs_nothing_but_the_message(spec):
         ("cast@1(float8)", "dtype must be float16 or bfloat16"),
         ("raw@1(1)", "too many positional arguments"),
         ("cast@1(float16) | raw()", r"expected codec@version\(parameters\)"),
-        ("cast@1(float16) | raw@1", "codec raw stands alone"),
-        ("hadamard@1(64) | quantize@2(4, 64)", "codec quantize here has version 1, not 2"),
+        ("cast@1(float16) | raw@1", "codec raw cannot be a stage"),
+        ("hadamard@1(64) | quantize@2(4, 64)", "expected codec quantize in version 1, got 2"),
         ("hadamard@1(64)  | quantize@1(4, 64)", r"expected codec@version\(parameters\)"),
     ],
 )
-def test_a_wire_name_that_cannot_be_read_is_a_decode_error(wire_name, message):
+def test_an_invalid_wire_name_is_a_decode_error(wire_name, message):
     with pytest.raises(DecodeError, match=message):
         decode(Encoded(wire_name, {"tensors": [], "dtypes": []}, []))
 
@@ -108,7 +108,7 @@ def test_an_extension_must_be_a_codec_class(monkeypatch):
 
 
 class Elsewhere(Raw):
-    """A codec of another package, which raises what it likes."""
+    """A codec of another package that raises arbitrary exceptions."""
 
     name = "elsewhere"
 
@@ -116,7 +116,7 @@ class Elsewhere(Raw):
         raise ZeroDivisionError("by zero")
 
 
-def test_whatever_another_packages_codec_raises_is_an_error_of_the_message(monkeypatch):
+def test_any_exception_of_another_packages_codec_is_a_decode_error(monkeypatch):
     known = {**codecs(), "elsewhere": Elsewhere}
     monkeypatch.setattr(registry, "codecs", lambda: known)
     encoded = make_codec("elsewhere").encode({"w": torch.zeros(2)}, 0)
@@ -131,4 +131,4 @@ def test_whatever_another_packages_codec_raises_is_an_error_of_the_message(monke
     monkeypatch.setattr(Elsewhere, "__module__", "fedmq.codecs.elsewhere")
     with pytest.raises(ZeroDivisionError):
         decode(encoded)
-    registry._reader.cache_clear()
+    registry._codec_of.cache_clear()

@@ -1,4 +1,4 @@
-"""Feature maps by sample: what comes back, how far off, and what cannot be sent."""
+"""Feature maps by sample: decoded values, errors, and invalid tensors."""
 
 import numpy as np
 import pytest
@@ -11,7 +11,8 @@ from fedmq.algorithms.problems.models import cnn_mnist
 from fedmq.codecs.errors import CodecError, SpecError
 from fedmq.codecs.features import Features
 from fedmq.codecs.spec import build
-from tests.codecs.feature_messages import DTYPES, HONEST, LIMIT, PACKS, group, sent
+from tests.codecs.decoding import received
+from tests.codecs.feature_messages import DTYPES, HONEST, LIMIT, PACKS, group
 
 ROUNDING = {"float32": 0.0, "float16": 2.0**-11, "bfloat16": 2.0**-8}  # relative, at most
 LEVELS = {"int8": 255, "int4": 15}
@@ -19,11 +20,11 @@ TINY = torch.finfo(torch.float32).tiny
 
 
 def through(codec, tensors, limit=LIMIT):
-    return codec.decode(sent(codec.encode(tensors, 0)), limit)
+    return codec.decode(received(codec.encode(tensors, 0)), limit)
 
 
 def check_bounds(dtype, given_features, arrived):
-    """Assert that each value is as near as the codec's docstring says, and zeros are zeros."""
+    """Assert the errors of the codec's docstring, and that zeros are exact."""
     if not given_features.numel():
         return
     x, y = given_features.double(), arrived.double()
@@ -128,10 +129,10 @@ def test_ties_go_to_the_even_code_and_the_bytes_do_not_depend_on_the_seed():
     x = torch.tensor([[0.0], [255.0], [0.5], [1.5], [2.5]])
     codec = Features("int8", "none")
     assert bytes(codec.encode(group(x), 0).buffers[1]) == bytes([0, 255, 0, 2, 2])
-    assert sent(codec.encode(group(x), 1)) == sent(codec.encode(group(x), 0))
+    assert received(codec.encode(group(x), 1)) == received(codec.encode(group(x), 0))
 
 
-def test_four_bits_stand_two_to_a_byte_and_each_sample_starts_one():
+def test_int4_packs_two_codes_per_byte_and_samples_start_at_a_byte():
     x = torch.tensor([[[1.0, 2, 3]], [[15, 0, 4]]])
     encoded = Features("int4", "none").encode(group(x), 0)
     assert bytes(encoded.buffers[1]).hex() == "2103" + "0f04"
@@ -147,15 +148,15 @@ def test_channels_last_memory_and_gradients_do_not_matter():
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_gpu_writes_the_bytes_that_a_cpu_writes(dtype):
+def test_a_gpu_and_a_cpu_write_the_same_bytes(dtype):
     x = torch.randn((64, 3, 9, 9), generator=torch.Generator().manual_seed(2)).relu()
     tensors = group(x, labels=torch.arange(64) % 10)
     there = {name: each.cuda() for name, each in tensors.items()}
     codec = Features(dtype)
-    assert sent(codec.encode(there, 0)) == sent(codec.encode(tensors, 0))
+    assert received(codec.encode(there, 0)) == received(codec.encode(tensors, 0))
 
 
-# What travels beside the values
+# Ids, labels and zstd
 
 
 @pytest.mark.parametrize(
@@ -182,7 +183,7 @@ def test_ids_take_the_fewest_bytes(ids, width, rising):
     encoded = Features("float16", "none").encode(group(torch.zeros(len(ids), 1), ids), 0)
     assert (encoded.meta["ids"]["width"], encoded.meta["ids"]["rising"]) == (width, rising)
     assert memoryview(encoded.buffers[0]).nbytes == width * len(ids)
-    assert torch.equal(Features().decode(sent(encoded), LIMIT)["ids"], ids)
+    assert torch.equal(Features().decode(received(encoded), LIMIT)["ids"], ids)
 
 
 def test_a_label_takes_a_byte():
@@ -204,8 +205,8 @@ def test_zstd_is_kept_only_where_it_saves_bytes():
     assert sparse.nbytes < 0.7 * dense.nbytes
 
 
-def test_the_first_block_of_a_cnn_over_digits_travels_in_a_fraction_of_its_bytes():
-    """Untrained weights; docs/codecs.md has the figures of trained ones."""
+def test_feature_maps_of_digits_compress_well():
+    """The weights are untrained; docs/codecs.md has figures of trained ones."""
     torch.manual_seed(0)
     data = load_dataset("mnist-mini")
     images = data.normalise(data.x_test[:128])
@@ -231,7 +232,7 @@ def test_the_wire_name_is_a_spec_again(dtype, pack):
     assert again.wire_name == codec.wire_name
 
 
-def test_the_spec_may_name_its_parameters_or_none():
+def test_parameters_are_optional_and_can_be_named():
     assert build("features", {"features": Features}, "codec").wire_name == (
         "features@1(float16, zstd)"
     )
@@ -248,12 +249,12 @@ def test_the_spec_may_name_its_parameters_or_none():
         ("(int8, none, 3)", "too many positional"),
     ],
 )
-def test_other_parameters_are_refused_with_the_choices(arguments, message):
+def test_the_error_for_invalid_parameters_lists_the_choices(arguments, message):
     with pytest.raises(SpecError, match=message):
         build("features" + arguments, {"features": Features}, "codec")
 
 
-# What cannot be sent
+# Invalid tensors
 
 
 @pytest.mark.parametrize(
@@ -269,7 +270,7 @@ def test_other_parameters_are_refused_with_the_choices(arguments, message):
         ("int8", 1e38, "features of sample 12 hold 1e\\+38; int8 takes finite values up to 8.5"),
     ],
 )
-def test_values_that_a_dtype_does_not_take_are_named(dtype, value, message):
+def test_the_error_names_a_value_beyond_the_dtype(dtype, value, message):
     x = torch.ones(3, 2, 2, 2)
     x[1, 1, 0, 1] = value
     with pytest.raises(CodecError, match=message):
@@ -279,7 +280,7 @@ def test_values_that_a_dtype_does_not_take_are_named(dtype, value, message):
 @pytest.mark.parametrize(
     ("dtype", "value"), [("float16", 65519.0), ("bfloat16", 3.39e38), ("int8", 2.0**126)]
 )
-def test_the_largest_values_are_still_taken(dtype, value):
+def test_the_largest_values_of_a_dtype_encode(dtype, value):
     x = torch.tensor([[value], [-value]])
     assert bool(through(Features(dtype), group(x))["features"].isfinite().all())
 
@@ -287,19 +288,19 @@ def test_the_largest_values_are_still_taken(dtype, value):
 @pytest.mark.parametrize(
     ("tensors", "message"),
     [
-        ({}, "expected features, ids and perhaps labels, got"),
-        ({"features": torch.zeros(1, 1)}, "expected features, ids and perhaps labels"),
+        ({}, "expected features, ids, optional labels, got"),
+        ({"features": torch.zeros(1, 1)}, "expected features, ids, optional labels"),
         ({**group(torch.zeros(1, 1)), "x": torch.zeros(1)}, "got .'features', 'ids', 'x'"),
         (group(torch.zeros(2, 1).double()), "features as float32 .* got torch.float64 .2, 1."),
-        (group(torch.zeros(2)), "of 2 to 4 sizes"),
-        (group(torch.zeros(2, 1, 1, 1, 1)), "of 2 to 4 sizes"),
-        (group(torch.zeros(2, 0)), "none but n 0"),
+        (group(torch.zeros(2)), "with 2 to 4 sizes"),
+        (group(torch.zeros(2, 1, 1, 1, 1)), "with 2 to 4 sizes"),
+        (group(torch.zeros(2, 0)), "only n may be 0"),
         (group(torch.zeros(2, 1), torch.zeros(2)), "ids as int64 .2., got torch.float32 .2."),
         (group(torch.zeros(2, 1), torch.arange(3)), "ids as int64 .2., got torch.int64 .3."),
         (group(torch.zeros(2, 1), labels=torch.arange(3)), "labels as int64 .2."),
-        (group(torch.zeros(3, 1), torch.tensor([4, 1, 4])), "id 4 stands twice"),
+        (group(torch.zeros(3, 1), torch.tensor([4, 1, 4])), "expected each id once, got 4 twice"),
     ],
 )
-def test_other_tensors_are_refused(tensors, message):
+def test_invalid_tensors_are_rejected(tensors, message):
     with pytest.raises(CodecError, match=message):
         Features().encode(tensors, 0)

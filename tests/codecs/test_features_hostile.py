@@ -1,4 +1,4 @@
-"""Feature maps by sample: whatever stands in a message, a decoder refuses what is unsound."""
+"""Feature maps by sample: decoders reject invalid messages."""
 
 import numpy as np
 import pytest
@@ -10,19 +10,19 @@ from hypothesis import strategies as st
 from fedmq.codecs.base import Encoded
 from fedmq.codecs.errors import DecodeError
 from fedmq.codecs.features import Features
-from tests.codecs.feature_messages import DTYPES, HONEST, LIMIT, group, sent
-from tests.codecs.refusals import UNSOUND_RANGES, refused
+from tests.codecs.decoding import INVALID_GRIDS, received, rejected
+from tests.codecs.feature_messages import DTYPES, HONEST, LIMIT, group
 
 
 def honest(dtype, pack):
     x = torch.zeros(3, 2, 3, 5)
     x[1, 0, 1] = torch.tensor([1.0, -2, 3, 0, 7])
     ids, labels = torch.tensor([9, 2, 400]), torch.tensor([1, 0, 1])
-    return sent(Features(dtype, pack).encode(group(x, ids, labels), 0))
+    return received(Features(dtype, pack).encode(group(x, ids, labels), 0))
 
 
 @pytest.mark.parametrize(("dtype", "pack"), HONEST)
-def test_each_truncated_or_longer_buffer_is_refused(dtype, pack):
+def test_each_truncated_or_longer_buffer_is_rejected(dtype, pack):
     codec, encoded = Features(dtype, pack), honest(dtype, pack)
     for which, whole in enumerate(encoded.buffers):
         lengths = {*range(min(len(whole), 40)), *range(max(0, len(whole) - 40), len(whole))}
@@ -55,7 +55,7 @@ def replaced(meta, path, value):
 
 @pytest.mark.parametrize(("dtype", "pack"), HONEST)
 @pytest.mark.parametrize("path", PATHS)
-def test_each_mutated_field_is_refused_or_read_within_bounds(dtype, pack, path):
+def test_each_mutated_field_is_rejected_or_read_within_bounds(dtype, pack, path):
     codec, encoded = Features(dtype, pack), honest(dtype, pack)
     for value in [*WRONG, [3, 2**31, 2**31], [3, 0, 5], [2**31, 1]]:
         meta = replaced(encoded.meta, path, value)
@@ -63,13 +63,13 @@ def test_each_mutated_field_is_refused_or_read_within_bounds(dtype, pack, path):
             arrived = codec.decode(Encoded(encoded.codec, meta, encoded.buffers), LIMIT)
         except DecodeError:
             continue
-        # Only what is sound in itself passes: another base, or the flag as it was.
+        # Only a consistent change passes: another base, or the same flag.
         assert path[-1] in {"base", "zstd", "rising"}, (path, value)
         assert arrived["features"].shape == (3, 2, 3, 5)
 
 
 @pytest.mark.parametrize("path", [path for path in PATHS if isinstance(path[-1], str)])
-def test_each_missing_field_is_refused(path):
+def test_each_missing_field_is_rejected(path):
     encoded = honest("int8", "zstd")
     meta = dict(encoded.meta)
     inner = meta
@@ -84,7 +84,7 @@ def test_each_missing_field_is_refused(path):
 @pytest.mark.slow
 @given(st.sampled_from(HONEST), st.integers(0, 1), st.data())
 @settings(deadline=None, max_examples=300)
-def test_whatever_bit_turns_only_a_decode_error_comes_of_it(kind, which, data):
+def test_a_flipped_bit_raises_nothing_but_a_decode_error(kind, which, data):
     codec, encoded = Features(*kind), honest(*kind)
     buffers = [bytearray(each) for each in encoded.buffers]
     for _ in range(data.draw(st.integers(1, 3))):
@@ -104,71 +104,71 @@ def meta_of(shape, *, packed=False, **more):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_huge_shapes_are_refused_before_memory_is_taken(dtype):
+def test_huge_shapes_are_rejected_before_memory_is_allocated(dtype):
     codec = Features(dtype)
     for shape in ([1 << 30, 1 << 9], [1, 1 << 39], [(1 << 31) - 1, 1, 8, 8]):
-        refused(codec, meta_of(shape), [b"", bytes(64)], "bytes|as .n", limit=1 << 50)
-        refused(codec, meta_of(shape, packed=True), [b"", bytes(64)], "zstd|bytes", limit=1 << 50)
-    refused(codec, meta_of([1 << 10, 1 << 10]), [b"", b""], "at most 4096 bytes", limit=4096)
+        rejected(codec, meta_of(shape), [b"", bytes(64)], "bytes|as .n", limit=1 << 50)
+        rejected(codec, meta_of(shape, packed=True), [b"", bytes(64)], "zstd|bytes", limit=1 << 50)
+    rejected(codec, meta_of([1 << 10, 1 << 10]), [b"", b""], "at most 4096 bytes", limit=4096)
 
 
-def test_what_is_taken_is_counted_before():
+def test_the_memory_limit_is_checked_first():
     codec = Features("float16", "none")
-    encoded = sent(codec.encode(group(torch.zeros(10, 100)), 0))
+    encoded = received(codec.encode(group(torch.zeros(10, 100)), 0))
     need = 10 * (100 * (4 + 2) + 4 * 8) + 8 * 100
     assert codec.decode(encoded, need)["features"].shape == (10, 100)
     with pytest.raises(DecodeError, match=f"at most {need - 1} bytes to decode, got {need}"):
         codec.decode(encoded, need - 1)
 
 
-def test_zstd_bombs_are_refused_in_no_memory():
+def test_zstd_bombs_are_rejected_without_allocating_their_size():
     codec = Features("int8", "zstd")
     head = bytes(4) + np.float32(1).tobytes()
     bomb = zstandard.ZstdCompressor(level=3).compress(bytes(1 << 26))
     silent = zstandard.ZstdCompressor(write_content_size=False).compress(bytes(1 << 26))
     meta = meta_of([1, 1, 1, 16], packed=True)
-    refused(codec, meta, [head, bomb], "states 67108864 bytes, its shape needs 16")
-    refused(codec, meta, [head, silent], "states -1 bytes")
-    # A header that lies: 16 bytes are stated, and 64 MiB follow.
+    rejected(codec, meta, [head, bomb], "states 67108864 bytes, its shape needs 16")
+    rejected(codec, meta, [head, silent], "states -1 bytes")
+    # A wrong header: it states 16 bytes, and 64 MiB follow.
     size = zstandard.frame_header_size(silent)
     single = bytes([*b"\x28\xb5\x2f\xfd", 0x20, 16])
-    refused(codec, meta, [head, single + silent[size:]], "cannot read the zstd frame")
+    rejected(codec, meta, [head, single + silent[size:]], "cannot read the zstd frame")
     big = meta_of([1, 1, 1, 1 << 30], packed=True)
-    refused(codec, big, [head, bomb[:20]], "20 bytes cannot be the zstd frame of 1073741824")
+    rejected(codec, big, [head, bomb[:20]], "20 bytes cannot be the zstd frame of 1073741824")
 
 
 @pytest.mark.parametrize(
     ("low", "step"),
-    UNSOUND_RANGES,
+    INVALID_GRIDS,
 )
 @pytest.mark.parametrize("dtype", ["int8", "int4"])
-def test_grids_that_give_no_finite_values_are_refused(dtype, low, step):
+def test_grids_that_give_no_finite_values_are_rejected(dtype, low, step):
     head = np.array([low, step], "<f4").tobytes()
-    refused(Features(dtype), meta_of([1, 1]), [head, b"\1"], "finite scales and minima")
+    rejected(Features(dtype), meta_of([1, 1]), [head, b"\1"], "finite scales and minima")
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-def test_values_that_are_not_finite_are_refused(dtype, value):
+def test_values_that_are_not_finite_are_rejected(dtype, value):
     data = torch.tensor([1.0, value], dtype=getattr(torch, dtype)).view(torch.uint8).numpy()
-    refused(Features(dtype), meta_of([2, 1]), [b"", data.tobytes()], "expected finite features")
+    rejected(Features(dtype), meta_of([2, 1]), [b"", data.tobytes()], "expected finite features")
 
 
-def test_repeated_ids_are_refused():
+def test_repeated_ids_are_rejected():
     ids = {"width": 1, "base": 4, "rising": False}
     meta = meta_of([3, 1], ids=ids)
-    refused(Features(), meta, [b"\3\0\3", bytes(6)], "expected ids of samples, got 7 twice")
+    rejected(Features(), meta, [b"\3\0\3", bytes(6)], "expected each id once, got 7 twice")
 
 
 @pytest.mark.parametrize("rising", [True, False])
-def test_ids_beyond_int64_are_refused(rising):
+def test_ids_beyond_int64_are_rejected(rising):
     meta = meta_of([2, 1], ids={"width": 1, "base": 2**63 - 2, "rising": rising})
-    refused(Features(), meta, [b"\0\7", bytes(4)], "ids do not fit int64")
+    rejected(Features(), meta, [b"\0\7", bytes(4)], "ids do not fit int64")
 
 
-def test_a_bit_behind_the_last_code_is_refused():
+def test_a_bit_after_the_last_code_is_rejected():
     head = np.array([0, 1], "<f4").tobytes()
-    refused(Features("int4"), meta_of([1, 1]), [head, b"\x10"], "expected 0 in the half byte")
+    rejected(Features("int4"), meta_of([1, 1]), [head, b"\x10"], "expected 0 in the half byte")
 
 
 @pytest.mark.slow
@@ -188,7 +188,7 @@ def test_a_bit_behind_the_last_code_is_refused():
     st.lists(st.binary(max_size=24), max_size=3),
 )
 @settings(deadline=None, max_examples=200)
-def test_whatever_stands_in_a_message_only_a_decode_error_comes_of_it(kind, meta, buffers):
+def test_any_message_raises_nothing_but_a_decode_error(kind, meta, buffers):
     codec = Features(*kind)
     whole = {**meta_of([1, 1]), **meta}
     try:

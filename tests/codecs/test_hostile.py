@@ -1,4 +1,4 @@
-"""Decoders trust nothing: damaged and hostile messages end in a CodecError, and in no memory."""
+"""Damaged and hostile messages raise a CodecError and allocate little memory."""
 
 import pytest
 import torch
@@ -41,7 +41,7 @@ metas = st.fixed_dictionaries(
 @pytest.mark.slow
 @given(st.sampled_from(WIRE_NAMES), metas, st.lists(st.binary(max_size=24), max_size=3))
 @settings(deadline=None, max_examples=300)
-def test_whatever_stands_in_a_message_only_a_codec_error_comes_of_it(wire_name, meta, buffers):
+def test_any_message_raises_nothing_but_a_codec_error(wire_name, meta, buffers):
     try:
         tensors = decode(Encoded(wire_name, meta, buffers), LIMIT)
     except CodecError:
@@ -56,7 +56,7 @@ def test_whatever_stands_in_a_message_only_a_codec_error_comes_of_it(wire_name, 
     st.binary(max_size=40),
 )
 @settings(deadline=None)
-def test_a_buffer_of_a_wrong_size_is_never_taken(wire_name, dtype, shape, data):
+def test_a_buffer_of_a_wrong_size_is_rejected(wire_name, dtype, shape, data):
     meta = {"tensors": [["a", dtype, shape]], "dtypes": ["float32"]}
     needed = torch.empty(shape, dtype=DTYPES[dtype]).nbytes
     encoded = Encoded(wire_name, meta, [data])
@@ -69,7 +69,7 @@ def test_a_buffer_of_a_wrong_size_is_never_taken(wire_name, dtype, shape, data):
 
 @given(st.text(max_size=40) | st.from_regex(r"(raw|cast)@\d+\(.{0,20}\)", fullmatch=True))
 @settings(deadline=None)
-def test_whatever_stands_as_a_codecs_name_only_a_decode_error_comes_of_it(wire_name):
+def test_any_codec_name_raises_nothing_but_a_decode_error(wire_name):
     try:
         decode(Encoded(wire_name, {"tensors": [], "dtypes": []}, []))
     except DecodeError:
@@ -92,7 +92,7 @@ def test_whatever_stands_as_a_codecs_name_only_a_decode_error_comes_of_it(wire_n
         (["a", "float32", [1]], "a buffer has 8 bytes, its tensors need 4"),
         (["a", "float8", [2]], "unknown dtype 'float8'"),
         (["a", ["float32"], [2]], "unknown dtype"),
-        ([7, "float32", [2]], "a tensor name of its own, got 7"),
+        ([7, "float32", [2]], "expected a unique tensor name, got 7"),
         (["a", "float32"], r"expected \[name, dtype, shape\]"),
         ({"a": 1}, r"expected \[name, dtype, shape\]"),
     ],
@@ -102,33 +102,33 @@ def test_each_fault_of_a_table_is_named(row, message):
         decode(Encoded("raw@1", {"tensors": [row]}, [bytes(8)]), LIMIT)
 
 
-def test_one_name_for_two_tensors_is_refused():
+def test_a_repeated_tensor_name_is_rejected():
     meta = {"tensors": [["a", "float32", [1]], ["a", "float32", [1]]]}
-    with pytest.raises(DecodeError, match="a tensor name of its own, got 'a'"):
+    with pytest.raises(DecodeError, match="expected a unique tensor name, got 'a'"):
         decode(Encoded("raw@1", meta, [bytes(8)]))
 
 
 @pytest.mark.parametrize("meta", [{}, {"tensors": None}, {"tensors": {}}, {"tensors": "ab"}])
-def test_a_message_without_a_table_is_refused(meta):
+def test_a_message_without_a_table_is_rejected(meta):
     with pytest.raises(DecodeError, match=r"meta\.tensors"):
         decode(Encoded("raw@1", meta, []))
 
 
-def test_an_endless_table_is_refused():
+def test_a_very_long_table_is_rejected():
     with pytest.raises(DecodeError, match=r"meta\.tensors"):
         decode(Encoded("raw@1", {"tensors": [None] * 100_001}, []))
 
 
-def test_buffers_too_few_or_too_many_are_refused():
+def test_buffers_too_few_or_too_many_are_rejected():
     meta = {"tensors": [["a", "float32", [1]], ["n", "int64", [1]]]}
     with pytest.raises(DecodeError, match="has 0 bytes, its tensors need 8"):
         decode(Encoded("raw@1", meta, [bytes(4)]))
-    with pytest.raises(DecodeError, match="more buffers"):
+    with pytest.raises(DecodeError, match="expected no more buffers"):
         decode(Encoded("raw@1", meta, [bytes(4), bytes(8), b""]))
 
 
-def test_a_huge_shape_is_refused_before_memory_is_taken():
-    """Two terabytes; taking them would raise something else, or kill the process."""
+def test_a_huge_shape_is_rejected_before_memory_is_allocated():
+    """Allocating two terabytes would raise another error or kill the process."""
     meta = {"tensors": [["a", "float32", [1 << 39]]], "dtypes": ["float32"]}
     for wire_name in WIRE_NAMES:
         with pytest.raises(DecodeError):
@@ -136,20 +136,20 @@ def test_a_huge_shape_is_refused_before_memory_is_taken():
 
 
 @pytest.mark.parametrize("shape", [[0, 1 << 39, 1 << 39], [1 << 39, 1 << 39, 0, 1 << 39]])
-def test_an_empty_tensor_of_an_impossible_shape_is_refused(shape):
-    """Its sizes multiply to nothing, but torch cannot count its strides."""
+def test_an_empty_tensor_of_an_impossible_shape_is_rejected(shape):
+    """The product of the sizes is 0, but torch cannot compute the strides."""
     with pytest.raises(DecodeError):
         decode(Encoded("raw@1", {"tensors": [["a", "float32", shape]]}, [b""]))
 
 
 @pytest.mark.parametrize("dtypes", [None, "float32", [], ["float32"] * 2, ["int64"], [["float32"]]])
-def test_cast_wants_a_float_dtype_to_return_to_for_each_tensor(dtypes):
+def test_cast_requires_a_float_dtype_for_each_tensor(dtypes):
     meta = {"tensors": [["a", "float16", [1]]], "dtypes": dtypes}
     with pytest.raises(DecodeError):
         decode(Encoded("cast@1(float16)", meta, [bytes(2)]))
 
 
-def test_cast_counts_the_bytes_that_it_widens_to():
+def test_cast_checks_the_widened_size_against_the_limit():
     meta = {"tensors": [["a", "float16", [4]]], "dtypes": ["float64"]}
     encoded = Encoded("cast@1(float16)", meta, [bytes(8)])
     assert decode(encoded, 32)["a"].nbytes == 32

@@ -1,4 +1,4 @@
-"""Logits by sample and by label: what comes back, how far off, and what a decoder refuses."""
+"""Logits by sample and by label: decoded values, errors, and invalid messages."""
 
 import numpy as np
 import pytest
@@ -10,19 +10,14 @@ from fedmq.codecs.base import Encoded
 from fedmq.codecs.errors import CodecError, DecodeError, SpecError
 from fedmq.codecs.logits import Logits
 from fedmq.codecs.spec import build
-from tests.codecs.refusals import UNSOUND_RANGES, refused
+from tests.codecs.decoding import INVALID_GRIDS, received, rejected
 
 DTYPES = ["float32", "float16", "int8"]
 LIMIT = 1 << 20
 
 
-def sent(encoded):
-    """Return what the other end of a wire holds: the same bytes in memory of its own."""
-    return Encoded(encoded.codec, encoded.meta, [bytes(each) for each in encoded.buffers])
-
-
 def through(codec, tensors, limit=LIMIT):
-    return codec.decode(sent(codec.encode(tensors, 0)), limit)
+    return codec.decode(received(codec.encode(tensors, 0)), limit)
 
 
 def by_sample(logits, ids=None):
@@ -34,7 +29,7 @@ def by_label(logits, counts):
 
 
 def check_bounds(dtype, given_logits, arrived):
-    """Assert that each value is as near as the codec's docstring says."""
+    """Assert the errors of the codec's docstring."""
     if not given_logits.numel():
         return
     x, y = given_logits.double(), arrived.double()
@@ -94,12 +89,12 @@ def test_grids_hold_from_the_smallest_to_the_largest_values(tensors):
 @pytest.mark.parametrize(
     ("dtype", "nbytes"), [("float32", 40), ("float16", 20), ("int8", 10 + 2 + 2)]
 )
-def test_ten_classes_of_neighbouring_samples_take_so_many_bytes_each(dtype, nbytes):
+def test_the_bytes_of_ten_classes_of_consecutive_samples(dtype, nbytes):
     encoded = Logits(dtype).encode(by_sample(torch.randn(100, 10), torch.arange(7, 107)), 0)
     assert encoded.nbytes == 100 * nbytes
 
 
-def test_a_table_by_label_is_the_papers_3200_bits_and_a_byte_a_count():
+def test_a_table_by_label_takes_the_papers_3200_bits_and_a_byte_per_count():
     """Jeong et al. 2018: 10 x 10 logits of 32 bits."""
     tensors = by_label(torch.randn(10, 10), [200] * 9 + [1])
     encoded = Logits("float32").encode(tensors, 0)
@@ -107,10 +102,10 @@ def test_a_table_by_label_is_the_papers_3200_bits_and_a_byte_a_count():
     assert memoryview(encoded.buffers[0]).nbytes == 10
 
 
-def test_a_label_that_nobody_has_is_not_sent():
+def test_a_label_without_samples_is_not_sent():
     logits = torch.tensor([[1.0, 2, 3], [0, 0, 0], [4, 5, 6]])
     for dtype, row in (("float32", 12), ("float16", 6), ("int8", 3)):
-        encoded = sent(Logits(dtype).encode(by_label(logits, [5, 0, 300]), 0))
+        encoded = received(Logits(dtype).encode(by_label(logits, [5, 0, 300]), 0))
         assert len(encoded.buffers[1]) == 2 * row
         arrived = Logits(dtype).decode(encoded, LIMIT)
         assert arrived["counts"].tolist() == [5, 0, 300]
@@ -120,7 +115,7 @@ def test_a_label_that_nobody_has_is_not_sent():
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_table_without_any_label_comes_back_as_zeros(dtype):
-    encoded = sent(Logits(dtype).encode(by_label(torch.zeros(4, 4), [0] * 4), 0))
+    encoded = received(Logits(dtype).encode(by_label(torch.zeros(4, 4), [0] * 4), 0))
     assert sum(len(each) for each in encoded.buffers) == 0
     assert torch.equal(Logits(dtype).decode(encoded, LIMIT)["logits"], torch.zeros(4, 4))
 
@@ -132,23 +127,23 @@ def test_each_row_has_its_own_grid():
     assert error[1] <= 1.03e3 / 255
 
 
-def test_gradients_and_strides_do_not_matter_and_nothing_is_random():
+def test_bytes_do_not_depend_on_gradients_strides_or_the_seed():
     x = torch.randn(6, 4, requires_grad=True)
     tensors = by_sample(x.t(), torch.tensor([3, 1, 2, 0]))
     arrived = through(Logits("float32"), tensors)["logits"]
     assert torch.equal(arrived, x.detach().t())
     codec = Logits("int8")
-    assert sent(codec.encode(tensors, 0)) == sent(codec.encode(tensors, 1))
+    assert received(codec.encode(tensors, 0)) == received(codec.encode(tensors, 1))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_gpu_writes_the_bytes_that_a_cpu_writes(dtype):
+def test_a_gpu_and_a_cpu_write_the_same_bytes(dtype):
     codec, x = Logits(dtype), torch.randn(10, 10)
     x[3] = 0
     for tensors in (by_sample(x), by_label(x, [1, 2, 3, 0, 4, 5, 6, 7, 8, 9])):
         there = {name: each.cuda() for name, each in tensors.items()}
-        assert sent(codec.encode(there, 0)) == sent(codec.encode(tensors, 0))
+        assert received(codec.encode(there, 0)) == received(codec.encode(tensors, 0))
 
 
 # Names
@@ -164,13 +159,13 @@ def test_the_wire_name_is_a_spec_again(dtype):
     assert named.wire_name == codec.wire_name
 
 
-def test_float16_is_the_default_and_others_are_refused_with_the_choices():
+def test_float16_is_the_default_and_the_error_lists_the_choices():
     assert build("logits", {"logits": Logits}, "codec").wire_name == "logits@1(float16)"
     with pytest.raises(SpecError, match="dtype must be float32, float16 or int8, got 'int4'"):
         build("logits(int4)", {"logits": Logits}, "codec")
 
 
-# What cannot be sent
+# Invalid tensors
 
 
 @pytest.mark.parametrize(
@@ -183,7 +178,7 @@ def test_float16_is_the_default_and_others_are_refused_with_the_choices():
         ("int8", -1e38, "logits of sample 12 hold -1e\\+38; int8 takes finite values up to 8.5"),
     ],
 )
-def test_values_that_a_dtype_does_not_take_are_named(dtype, value, message):
+def test_the_error_names_a_value_beyond_the_dtype(dtype, value, message):
     x = torch.ones(3, 4)
     x[1, 2] = value
     with pytest.raises(CodecError, match=message):
@@ -210,34 +205,37 @@ def test_a_label_with_a_nan_is_named(dtype):
         (by_sample(torch.zeros(2, 0)), "got torch.float32 .2, 0."),
         (by_sample(torch.zeros(2, 3), torch.zeros(2)), "ids as int64 .2., got torch.float32"),
         (by_sample(torch.zeros(2, 3), torch.arange(3)), "ids as int64 .2., got torch.int64 .3."),
-        (by_sample(torch.zeros(3, 1), torch.tensor([4, 1, 4])), "id 4 stands twice"),
+        (
+            by_sample(torch.zeros(3, 1), torch.tensor([4, 1, 4])),
+            "expected each id once, got 4 twice",
+        ),
         (by_label(torch.zeros(2, 3), [1, 1]), "float32 .classes, classes. beside counts, got"),
         (by_label(torch.zeros(0, 0), [1]), "got torch.float32 .0, 0."),
-        (by_label(torch.zeros(2, 2), [1, -3]), "label 1 counts -3"),
-        (by_label(torch.ones(2, 2), [1, 0]), "label 1 counts 0 but its row is not 0"),
-        (by_label(torch.full((2, 2), float("nan")), [0, 1]), "label 0 counts 0 but its row"),
+        (by_label(torch.zeros(2, 2), [1, -3]), "label 1 has a negative count -3"),
+        (by_label(torch.ones(2, 2), [1, 0]), "label 1 has count 0, but its row is not 0"),
+        (by_label(torch.full((2, 2), float("nan")), [0, 1]), "label 0 has count 0, but its row"),
     ],
 )
-def test_other_tensors_are_refused(tensors, message):
+def test_invalid_tensors_are_rejected(tensors, message):
     with pytest.raises(CodecError, match=message):
         Logits().encode(tensors, 0)
 
 
-# What a decoder refuses
+# Invalid messages
 
 
 def honest(dtype, key):
     x = torch.tensor([[1.0, -2, 3], [0, 0, 0], [4, 5, 6]])
     if key == "ids":
-        return sent(Logits(dtype).encode(by_sample(x, torch.tensor([9, 2, 400])), 0))
-    return sent(Logits(dtype).encode(by_label(x, [5, 0, 300]), 0))
+        return received(Logits(dtype).encode(by_sample(x, torch.tensor([9, 2, 400])), 0))
+    return received(Logits(dtype).encode(by_label(x, [5, 0, 300]), 0))
 
 
 HONEST = [(dtype, key) for dtype in DTYPES for key in ("ids", "counts")]
 
 
 @pytest.mark.parametrize(("dtype", "key"), HONEST)
-def test_each_truncated_or_longer_buffer_is_refused(dtype, key):
+def test_each_truncated_or_longer_buffer_is_rejected(dtype, key):
     codec, encoded = Logits(dtype), honest(dtype, key)
     for which, whole in enumerate(encoded.buffers):
         others = [whole[:length] for length in range(len(whole))]
@@ -255,7 +253,7 @@ WRONG = [None, True, -1, 0, 1.5, "x", b"x", [], {}, [-1], 2**63, 2**64, [2**39] 
 
 @pytest.mark.parametrize(("dtype", "key"), HONEST)
 @pytest.mark.parametrize("path", ["shape", "key", "width", "base", "rising", 0, 1])
-def test_each_mutated_field_is_refused_or_read_within_bounds(dtype, key, path):
+def test_each_mutated_field_is_rejected_or_read_within_bounds(dtype, key, path):
     codec, encoded = Logits(dtype), honest(dtype, key)
     for value in [*WRONG, [3, 2**31], [2**31, 3], [3, 0], [2, 2]]:
         meta = {"shape": list(encoded.meta["shape"]), key: dict(encoded.meta[key])}
@@ -271,13 +269,13 @@ def test_each_mutated_field_is_refused_or_read_within_bounds(dtype, key, path):
             arrived = codec.decode(Encoded(encoded.codec, meta, encoded.buffers), LIMIT)
         except DecodeError:
             continue
-        # Only what is sound in itself passes: another base, or ids that rise.
+        # Only a consistent change passes: another base, or rising ids.
         assert path in {"base", "rising"}, (path, value)
         assert arrived["logits"].shape == (3, 3)
 
 
 @pytest.mark.parametrize(("dtype", "key"), HONEST)
-def test_missing_or_twofold_fields_are_refused(dtype, key):
+def test_missing_or_contradicting_fields_are_rejected(dtype, key):
     encoded = honest(dtype, key)
     for meta in (
         {},
@@ -291,7 +289,7 @@ def test_missing_or_twofold_fields_are_refused(dtype, key):
 
 @given(st.sampled_from(HONEST), st.integers(0, 1), st.data())
 @settings(deadline=None, max_examples=200)
-def test_whatever_bit_turns_only_a_decode_error_comes_of_it(kind, which, data):
+def test_a_flipped_bit_raises_nothing_but_a_decode_error(kind, which, data):
     codec, encoded = Logits(kind[0]), honest(*kind)
     buffers = [bytearray(each) for each in encoded.buffers]
     for _ in range(data.draw(st.integers(1, 3))):
@@ -309,57 +307,57 @@ NEXT = {"width": 0, "base": 0, "rising": True}
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_huge_shapes_are_refused_before_memory_is_taken(dtype):
+def test_huge_shapes_are_rejected_before_memory_is_allocated(dtype):
     codec = Logits(dtype)
     rising = {"shape": [(1 << 31) - 1, 1 << 20], "ids": NEXT}
-    refused(codec, rising, [b"", b""], "at most 1099511627776 bytes")
+    rejected(codec, rising, [b"", b""], "at most 1099511627776 bytes")
     long = {"shape": [(1 << 31) - 1, 1], "ids": NEXT}
-    refused(codec, long, [b"", bytes(64)], "rows of|the first buffer has", 1 << 50)
+    rejected(codec, long, [b"", bytes(64)], "rows of|the first buffer has", 1 << 50)
     wide = {"width": 4, "base": 0, "rising": True}
-    refused(
+    rejected(
         codec, {"shape": [1 << 30, 10], "ids": wide}, [b"", b""], "the first buffer has 0 bytes"
     )
-    refused(codec, {"shape": [1 << 30, 1 << 30], "ids": NEXT}, [b"", b""], "expected meta.shape")
+    rejected(codec, {"shape": [1 << 30, 1 << 30], "ids": NEXT}, [b"", b""], "expected meta.shape")
     table = {"shape": [1 << 16, 1 << 16], "counts": NONE}
-    refused(codec, table, [b"", b""], "expected meta.shape as .classes, classes.")
-    refused(codec, {"shape": [500, 500], "counts": NONE}, [b"", b""], "at most 65536", 1 << 16)
+    rejected(codec, table, [b"", b""], "expected meta.shape as .classes, classes.")
+    rejected(codec, {"shape": [500, 500], "counts": NONE}, [b"", b""], "at most 65536", 1 << 16)
 
 
 @pytest.mark.parametrize(
     ("low", "step"),
-    UNSOUND_RANGES,
+    INVALID_GRIDS,
 )
-def test_grids_that_give_no_finite_values_are_refused(low, step):
+def test_grids_that_give_no_finite_values_are_rejected(low, step):
     head = torch.tensor([low, step]).to(torch.bfloat16).view(torch.uint8).numpy().tobytes()
     meta = {"shape": [1, 1], "ids": NONE}
-    refused(Logits("int8"), meta, [head, b"\1"], "finite scales and minima")
+    rejected(Logits("int8"), meta, [head, b"\1"], "finite scales and minima")
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-def test_values_that_are_not_finite_are_refused(dtype, value):
+def test_values_that_are_not_finite_are_rejected(dtype, value):
     data = np.array([1.0, value], dtype).tobytes()
-    refused(Logits(dtype), {"shape": [1, 2], "ids": NONE}, [b"", data], "expected finite logits")
+    rejected(Logits(dtype), {"shape": [1, 2], "ids": NONE}, [b"", data], "expected finite logits")
 
 
-def test_more_or_fewer_rows_than_labels_that_someone_has_are_refused():
+def test_a_wrong_number_of_rows_by_label_is_rejected():
     counts = {"width": 1, "base": 0, "rising": False}
     meta = {"shape": [2, 2], "counts": counts}
     for rows in (0, 2):
         message = f"a row for each count above 0, got {rows} rows"
-        refused(Logits("float16"), meta, [b"\0\4", bytes(4 * rows)], message)
-    refused(Logits("float16"), meta, [b"\0\4", bytes(12)], "expected 2 rows of 4 bytes, got 12")
+        rejected(Logits("float16"), meta, [b"\0\4", bytes(4 * rows)], message)
+    rejected(Logits("float16"), meta, [b"\0\4", bytes(12)], "expected 2 rows of 4 bytes, got 12")
 
 
-def test_repeated_ids_and_negative_counts_are_refused():
+def test_repeated_ids_and_negative_counts_are_rejected():
     ids = {"shape": [2, 1], "ids": NONE}
-    refused(Logits(), ids, [b"", bytes(4)], "expected ids of samples, got 0 twice")
+    rejected(Logits(), ids, [b"", bytes(4)], "expected each id once, got 0 twice")
     counts = {"shape": [1, 1], "counts": {"width": 0, "base": -7, "rising": False}}
-    refused(Logits(), counts, [b"", b""], "expected counts of samples, got -7")
+    rejected(Logits(), counts, [b"", b""], "expected counts of 0 or more, got -7")
 
 
-def test_what_is_taken_is_counted_before():
-    encoded = sent(Logits().encode(by_sample(torch.zeros(10, 100)), 0))
+def test_the_memory_limit_is_checked_first():
+    encoded = received(Logits().encode(by_sample(torch.zeros(10, 100)), 0))
     need = 2 * 10 * (4 * 100 + 2 * 8)
     assert Logits().decode(encoded, need)["logits"].shape == (10, 100)
     with pytest.raises(DecodeError, match=f"at most {need - 1} bytes to decode, got {need}"):

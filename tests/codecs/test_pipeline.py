@@ -1,4 +1,4 @@
-"""Pipelines as codecs: names, shapes and dtypes come back, from nothing but the message."""
+"""Pipelines as codecs: names, shapes and dtypes are restored from the message alone."""
 
 import pytest
 import torch
@@ -6,7 +6,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedmq.codecs import registry
-from fedmq.codecs.base import Encoded
 from fedmq.codecs.errors import CodecError, SpecError
 from fedmq.codecs.formats.flat import as_flat
 from fedmq.codecs.pipeline import LIMIT, STAGES, Limit, Pipeline, _seed
@@ -15,6 +14,7 @@ from fedmq.codecs.spec import parse
 from fedmq.codecs.stages.base import Context, StageOrder
 from fedmq.codecs.stages.quantizers import Quantize
 from fedmq.codecs.stages.transforms import Hadamard, Kashin
+from tests.codecs.decoding import received
 
 SINGLE = [
     "identity",
@@ -66,10 +66,9 @@ def tensors_of(table, seed=0, scale=1.0):
 
 
 def through_the_wire(encoded):
-    """Return tensors as someone reads them who has nothing but the message."""
-    registry._reader.cache_clear()
-    message = Encoded(str(encoded.codec), dict(encoded.meta), [bytes(b) for b in encoded.buffers])
-    return decode(message)
+    """Decode a copy of the message with an empty cache of codecs."""
+    registry._codec_of.cache_clear()
+    return decode(received(encoded))
 
 
 def written(encoded):
@@ -77,7 +76,7 @@ def written(encoded):
 
 
 def check(tensors, decoded, limit):
-    """Everything but the large tensors' values is as it was."""
+    """Check everything but the values of the large tensors."""
     assert list(decoded) == list(tensors)
     for name, tensor in tensors.items():
         found = decoded[name]
@@ -110,7 +109,7 @@ def test_odd_sizes_come_back(spec, sizes):
 
 @pytest.mark.parametrize("spec", [each for each in SPECS if not each.startswith("cast")])
 def test_by_default_matrices_of_a_thousand_values_are_large(spec):
-    """And no vectors: a BatchNorm's variances must not become negative."""
+    """Vectors are not: BatchNorm's variances must not become negative."""
     shapes = [(LIMIT // 10, 10), (1, LIMIT - 1), (5 * LIMIT,)]
     tensors = tensors_of([(shape, torch.float32) for shape in shapes])
     encoded = make_codec(spec).encode(tensors, 3)
@@ -130,7 +129,7 @@ def test_the_limit_itself_is_large():
 
 
 @pytest.mark.parametrize("spec", SPECS)
-def test_nothing_at_all_and_nothing_large_are_written_and_read(spec):
+def test_empty_groups_and_groups_without_large_tensors_decode(spec):
     codec = make_codec(f"limit(0) | {spec}")
     assert through_the_wire(codec.encode({}, 1)) == {}
     tensors = {"n": torch.tensor([1, 2]), "e": torch.empty(0, 3), "h": torch.ones(2).half()}
@@ -138,7 +137,7 @@ def test_nothing_at_all_and_nothing_large_are_written_and_read(spec):
 
 
 @pytest.mark.parametrize("spec", ["hadamard | quantize(4)", "kashin | quantize(2) | entropy"])
-def test_a_huge_tensor_is_no_other(spec):
+def test_a_huge_tensor_decodes_like_a_small_one(spec):
     tensors = tensors_of([((1 << 11, 1 << 10), torch.float32), ((10,), torch.float32)])
     encoded = make_codec(spec).encode(tensors, 1)
     check(tensors, through_the_wire(encoded), LIMIT)
@@ -154,11 +153,11 @@ def test_large_tensors_of_a_decoded_message_are_one_vector(spec):
     flat = as_flat(large)
     assert flat.numel() == 12 + 14 + 16
     assert flat.data_ptr() == large[0].data_ptr()
-    flat.add_(1.0)  # and it may be written to
+    flat.add_(1.0)  # it is writable
 
 
 @pytest.mark.parametrize("spec", SPECS)
-def test_views_strides_and_gradients_make_no_difference(spec):
+def test_views_strides_and_gradients_do_not_change_the_bytes(spec):
     codec = make_codec(f"limit(0) | {spec}")
     base = torch.randn(6, 8)
     odd = {"a": base.t(), "b": base[1:, ::2], "c": base.clone().requires_grad_()}
@@ -167,7 +166,7 @@ def test_views_strides_and_gradients_make_no_difference(spec):
 
 
 @pytest.mark.parametrize("spec", SPECS)
-def test_what_is_written_leaves_the_tensors_as_they_were(spec):
+def test_encoding_does_not_change_the_tensors(spec):
     tensors = tensors_of([((9, 9), torch.float32), ((3,), torch.float32)])
     before = {name: each.clone() for name, each in tensors.items()}
     make_codec(f"limit(0) | {spec}").encode(tensors, 5)
@@ -204,7 +203,7 @@ def test_another_seed_writes_other_bytes(spec):
 @pytest.mark.parametrize("bits", range(1, 9))
 @pytest.mark.parametrize("basis", [Hadamard(32), Kashin(64), Kashin(32, 6, 0.5, 0.8)])
 @pytest.mark.parametrize("n", [1, 31, 32, 60, 64, 1000, 4099])
-def test_fused_or_not_the_bytes_and_values_are_the_same(basis, bits, n):
+def test_fusing_changes_neither_bytes_nor_values(basis, bits, n):
     x = torch.randn(n, generator=torch.Generator().manual_seed(n))
     number = Quantize(bits, basis.block)
     fused = Pipeline([Limit(0), basis, number])
@@ -217,7 +216,7 @@ def test_fused_or_not_the_bytes_and_values_are_the_same(basis, bits, n):
     assert torch.equal(fused.decode(one, 1 << 30)["x"], apart.decode(one, 1 << 30)["x"])
 
 
-def test_stages_one_after_the_other_write_what_the_pipeline_writes():
+def test_a_pipeline_writes_the_same_as_its_stages_in_sequence():
     x = torch.randn(1000, generator=torch.Generator().manual_seed(0))
     encoded = make_codec("limit(0) | hadamard(64) | quantize(4, 64)").encode({"x": x}, 9)
     shape = ((1000,),)
@@ -227,7 +226,7 @@ def test_stages_one_after_the_other_write_what_the_pipeline_writes():
     assert [bytes(each) for each in buffers] == written(encoded)
 
 
-def test_other_blocks_are_two_passes():
+def test_different_blocks_take_two_passes():
     pipeline = make_codec("hadamard(64) | quantize(4)")
     assert pipeline._own_passes == pipeline._values
     assert make_codec("hadamard | quantize(4)")._own_passes == []
@@ -252,7 +251,7 @@ def test_a_wire_name_holds_every_parameter():
 
 
 @pytest.mark.parametrize("fields", ["deltas_only", "error_feedback", "structured"])
-def test_what_a_pipeline_asks_of_its_sender(fields):
+def test_properties_follow_from_the_stages(fields):
     wanted = {
         "deltas_only": {"lowrank(2)", "randommask(0.4)", "subsample(0.3)", "topk(0.2)"},
         "error_feedback": {"topk(0.2)"},
@@ -273,7 +272,7 @@ ONE_OF_EACH = {
 
 @pytest.mark.parametrize("first", StageOrder)
 @pytest.mark.parametrize("second", StageOrder)
-def test_every_wrong_order_is_one_sentence_with_the_right_one(first, second):
+def test_a_wrong_order_is_a_one_line_error_with_the_right_one(first, second):
     spec = f"{ONE_OF_EACH[first]} | {ONE_OF_EACH[second]}"
     if first < second:
         assert isinstance(make_codec(spec), Pipeline)
@@ -289,7 +288,7 @@ def test_every_wrong_order_is_one_sentence_with_the_right_one(first, second):
 @pytest.mark.parametrize(
     "spec", ["hadamard | kashin", "lowrank(1) | randommask(1)", "subsample(1) | topk(1)"]
 )
-def test_two_stages_of_one_place_are_refused(spec):
+def test_two_stages_at_one_position_are_rejected(spec):
     with pytest.raises(SpecError, match="one of each"):
         make_codec(spec)
 
@@ -299,7 +298,7 @@ def test_two_stages_of_one_place_are_refused(spec):
     [
         ("hadamrd | quantize(4)", "unknown codec 'hadamrd' (did you mean 'hadamard'?); choose"),
         ("quantise(4)", "unknown codec 'quantise' (did you mean 'quantize'?)"),
-        ("raw | quantize(4)", "codec raw stands alone, it is no stage"),
+        ("raw | quantize(4)", "codec raw cannot be a stage"),
         ("hadamard |", "expected name(value, key=value), got ''"),
         ("limit(-1) | entropy", "codec limit: expected a number of values, got -1"),
         ("limit(1.5) | entropy", "codec limit: expected a number of values, got 1.5"),
@@ -340,7 +339,7 @@ def test_two_stages_of_one_place_are_refused(spec):
         ("identity(1)", "too many positional arguments"),
     ],
 )
-def test_what_is_wrong_with_a_spec_is_one_sentence(spec, message):
+def test_an_invalid_spec_is_a_one_line_error(spec, message):
     with pytest.raises(SpecError) as caught:
         make_codec(spec)
     assert message in str(caught.value)
@@ -365,13 +364,13 @@ def test_no_spec_raises_anything_but_a_spec_error(names, inside):
     "spec",
     ["quantize(4)", "hadamard(8) | quantize(4, 8)", "kashin(8) | quantize(4, 8)", "topk(0.5)"],
 )
-def test_what_is_no_number_is_refused_by_codecs_that_would_spread_it(spec, value):
+def test_codecs_that_mix_values_reject_nan_and_infinities(spec, value):
     with pytest.raises(CodecError, match="expected finite values"):
         make_codec(f"limit(0) | {spec}").encode({"x": torch.tensor([1.0, value, 2.0])}, 0)
 
 
 @pytest.mark.parametrize("spec", SPECS)
-def test_a_tensor_of_another_world_is_refused(spec):
+def test_complex_tensors_are_rejected(spec):
     with pytest.raises(CodecError, match="complex64"):
         make_codec(spec).encode({"x": torch.ones(2, dtype=torch.complex64)}, 0)
 

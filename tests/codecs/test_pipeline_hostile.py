@@ -1,4 +1,4 @@
-"""Pipelines trust no message: whatever stands in it, only a CodecError."""
+"""Pipelines and hostile messages: nothing but a CodecError is raised."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from fedmq.codecs.base import Encoded
 from fedmq.codecs.errors import DecodeError
 from fedmq.codecs.registry import decode, make_codec
-from tests.codecs.pipeline_messages import PIPELINES, message, tried
+from tests.codecs.pipeline_messages import PIPELINES, message, try_decode
 from tests.codecs.test_hostile import anything
 
 NASTY = [
@@ -50,21 +50,21 @@ NASTY = [
 
 
 @pytest.mark.parametrize("spec", PIPELINES)
-def test_every_field_of_meta_may_be_anything(spec):
+def test_any_value_of_a_meta_field_decodes_or_is_rejected(spec):
     good = message(spec)
-    assert tried(good.codec, good.meta, good.buffers) is not None
+    assert try_decode(good.codec, good.meta, good.buffers) is not None
     for key in [*good.meta, "sizes", "large", "seed", "tensors"]:
         rest = {name: each for name, each in good.meta.items() if name != key}
-        tried(good.codec, rest, good.buffers)
+        try_decode(good.codec, rest, good.buffers)
         if key in good.meta:
-            assert tried(good.codec, rest, good.buffers) is None
+            assert try_decode(good.codec, rest, good.buffers) is None
         for value in NASTY:
-            tried(good.codec, {**good.meta, key: value}, good.buffers)
+            try_decode(good.codec, {**good.meta, key: value}, good.buffers)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("spec", PIPELINES)
-def test_every_cell_of_the_table_may_be_anything(spec):
+def test_any_cell_of_the_table_decodes_or_is_rejected(spec):
     good = message(spec)
     for row in range(4):
         for column in range(3):
@@ -72,7 +72,9 @@ def test_every_cell_of_the_table_may_be_anything(spec):
                 table = [list(each) for each in good.meta["tensors"]]
                 table[row][column] = value
                 for large in (good.meta["large"], [0], [0, 1, 2], [1], []):
-                    tried(good.codec, {**good.meta, "tensors": table, "large": large}, good.buffers)
+                    try_decode(
+                        good.codec, {**good.meta, "tensors": table, "large": large}, good.buffers
+                    )
 
 
 @pytest.mark.slow
@@ -84,51 +86,51 @@ def test_large_tensors_that_are_tiny_or_empty(spec, shape):
     count = len(make_codec(spec).encode({"a": torch.ones(3, 3)}, 0).buffers)
     for size in (0, 1, 2, 4, 8):
         meta["sizes"] = [-1] * count
-        tried(good.codec, meta, [bytes(size)] * count)
-        tried(good.codec, meta, [bytes(8)] * (count - 1) + [bytes(size)])
+        try_decode(good.codec, meta, [bytes(size)] * count)
+        try_decode(good.codec, meta, [bytes(8)] * (count - 1) + [bytes(size)])
 
 
 @pytest.mark.parametrize("spec", PIPELINES)
-def test_buffers_too_few_too_many_short_long_or_in_disorder(spec):
+def test_missing_additional_short_long_and_swapped_buffers(spec):
     good = message(spec)
     buffers = [bytes(each) for each in good.buffers]
 
-    def refused(these):
+    def rejected(these):
         sizes = {"sizes": [-1] * len(these)} if "sizes" in good.meta else {}
-        assert tried(good.codec, good.meta, these) is None
-        assert tried(good.codec, {**good.meta, **sizes}, these) is None
+        assert try_decode(good.codec, good.meta, these) is None
+        assert try_decode(good.codec, {**good.meta, **sizes}, these) is None
 
-    refused([])
-    refused(buffers[:-1])
-    refused([*buffers, b""])
-    refused([*buffers, bytes(100)])
-    refused(buffers[1:])
+    rejected([])
+    rejected(buffers[:-1])
+    rejected([*buffers, b""])
+    rejected([*buffers, bytes(100)])
+    rejected(buffers[1:])
     for at, whole in enumerate(buffers):
         rest = (buffers[:at], buffers[at + 1 :])
         for size in {0, 1, len(whole) // 2, len(whole) - 4, len(whole) - 1}:
             if 0 <= size < len(whole):
                 cut = [*rest[0], whole[:size], *rest[1]]
-                assert tried(good.codec, good.meta, cut) is None
+                assert try_decode(good.codec, good.meta, cut) is None
         for more in (b"\0", bytes(4), bytes(8), whole):
             long = [*rest[0], whole + more, *rest[1]]
-            # What lies behind a zstd frame is never looked at.
+            # Bytes after a zstd frame are ignored.
             if more and good.meta.get("sizes", [-1] * len(buffers))[at] == -1:
-                assert tried(good.codec, good.meta, long) is None
+                assert try_decode(good.codec, good.meta, long) is None
             else:
-                tried(good.codec, good.meta, long)
-    tried(good.codec, good.meta, buffers[::-1])
+                try_decode(good.codec, good.meta, long)
+    try_decode(good.codec, good.meta, buffers[::-1])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("spec", PIPELINES)
-def test_every_byte_may_be_flipped(spec):
+def test_a_flipped_byte_decodes_or_is_rejected(spec):
     good = message(spec)
     buffers = [bytearray(each) for each in good.buffers]
     for buffer in buffers:
         for at in range(0, len(buffer), 1 + len(buffer) // 64):
             for bits in (1, 0x80, 0xFF):
                 buffer[at] ^= bits
-                tried(good.codec, good.meta, buffers)
+                try_decode(good.codec, good.meta, buffers)
                 buffer[at] ^= bits
 
 
@@ -145,8 +147,8 @@ def test_every_byte_may_be_flipped(spec):
 @settings(deadline=None, max_examples=300)
 def test_messages_under_other_names_and_with_other_fields(spec, other, fields, buffers):
     good, name = message(spec), message(other).codec
-    tried(name, good.meta, good.buffers)
-    tried(name, {**good.meta, **fields}, good.buffers if buffers is None else buffers)
+    try_decode(name, good.meta, good.buffers)
+    try_decode(name, {**good.meta, **fields}, good.buffers if buffers is None else buffers)
 
 
 @pytest.mark.parametrize(
@@ -169,8 +171,8 @@ def test_messages_under_other_names_and_with_other_fields(spec, other, fields, b
 def test_parameters_that_do_not_fit_the_bytes(name):
     for spec in PIPELINES:
         good = message(spec)
-        tried(name, good.meta, good.buffers)
-        tried(name, {**good.meta, "sizes": [-1] * len(good.buffers)}, good.buffers)
+        try_decode(name, good.meta, good.buffers)
+        try_decode(name, {**good.meta, "sizes": [-1] * len(good.buffers)}, good.buffers)
 
 
 @pytest.mark.parametrize(
@@ -200,7 +202,7 @@ def test_parameters_that_do_not_fit_the_bytes(name):
         "quantize@1(9**9**9)",
     ],
 )
-def test_names_that_are_no_pipeline_are_refused(name):
+def test_names_that_are_not_pipelines_are_rejected(name):
     good = message(PIPELINES[0])
     with pytest.raises(DecodeError):
         decode(Encoded(name, good.meta, good.buffers))

@@ -1,4 +1,4 @@
-"""Single stages of a pipeline refuse places and ranges that are none, at any address."""
+"""Stages reject invalid positions and ranges, at any address."""
 
 import math
 
@@ -13,26 +13,26 @@ from tests.codecs.pipeline_messages import PIPELINES, message
 
 
 @pytest.mark.parametrize(
-    "places",
+    "indices",
     [
-        [5, 0],  # one place twice
+        [5, 0],  # a repeated position
         [0, 1, 0],
-        [100, 1],  # behind the end
+        [100, 1],  # after the end
         [0, 100],
         [2**32 - 1, 1],
-        [2**32 - 1, 2**32 - 1],  # it does not come round again
+        [2**32 - 1, 2**32 - 1],  # no wrap-around
         [99, 1],
     ],
 )
-def test_places_out_of_order_or_range_are_refused(places):
-    spec = f"topk@1({len(places) / 100!r})"
+def test_positions_out_of_order_or_range_are_rejected(indices):
+    spec = f"topk@1({len(indices) / 100!r})"
     meta = {"tensors": [["x", "float32", [100]]], "large": [0], "seed": 0}
-    steps, values = np.array(places, np.uint32), np.ones(len(places), np.float32)
+    steps, values = np.array(indices, np.uint32), np.ones(len(indices), np.float32)
     with pytest.raises(DecodeError, match="expected ascending positions"):
         decode(Encoded(f"limit@1(0) | {spec}", meta, [steps.tobytes(), values.tobytes()]))
 
 
-def test_places_at_both_ends_are_taken():
+def test_the_first_and_last_positions_decode():
     meta = {"tensors": [["x", "float32", [100]]], "large": [0], "seed": 0}
     steps, values = np.array([0, 99], np.uint32), np.array([1, 2], np.float32)
     found = decode(Encoded("limit@1(0) | topk@1(0.02)", meta, [steps.tobytes(), values.tobytes()]))
@@ -42,7 +42,7 @@ def test_places_at_both_ends_are_taken():
 @pytest.mark.parametrize("basis", ["", "hadamard(16) | ", "hadamard(8) | ", "kashin(16) | "])
 @pytest.mark.parametrize("low", [0.0, 1.0, math.nan, math.inf, -math.inf, 3.4e38])
 @pytest.mark.parametrize("high", [0.5, math.nan, math.inf, -math.inf, -3.4e38])
-def test_ranges_that_are_none_are_refused(basis, low, high):
+def test_invalid_ranges_are_rejected(basis, low, high):
     codec = make_codec(f"limit(0) | {basis}quantize(3, 16)")
     good = codec.encode({"x": torch.randn(40)}, 0)
     for block in range(len(good.buffers[0]) // 8):
@@ -56,7 +56,7 @@ def test_ranges_that_are_none_are_refused(basis, low, high):
                 decode(encoded)
 
 
-def test_bytes_at_odd_addresses_are_read_as_any():
+def test_unaligned_bytes_decode():
     for spec in PIPELINES:
         good = message(spec)
         shifted = [memoryview(b"\0" + bytes(each))[1:] for each in good.buffers]

@@ -1,4 +1,4 @@
-"""Pipelines take little memory and time for a message, whatever it says that it holds."""
+"""Hostile messages cost pipelines little memory and time."""
 
 import tracemalloc
 
@@ -11,7 +11,7 @@ from fedmq.codecs import kernels
 from fedmq.codecs.base import Encoded
 from fedmq.codecs.errors import DecodeError
 from fedmq.codecs.registry import decode
-from tests.codecs.pipeline_messages import tried
+from tests.codecs.pipeline_messages import try_decode
 
 # ---- zstd
 
@@ -26,7 +26,7 @@ def frames(size, count=1, *, window=False):
 
 
 def peak_of(codec, meta, buffers, limit):
-    """Return the most memory that Python took while a message was refused."""
+    """Return the peak of Python's memory while a message is rejected."""
     tracemalloc.start()
     try:
         with pytest.raises(DecodeError):
@@ -41,35 +41,35 @@ ENTROPY = "limit@1(0) | entropy@1(3)"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("said", [400, 4000, 7000, 1 << 20, 1 << 26, 1 << 40, 0, 1])
+@pytest.mark.parametrize("stated", [400, 4000, 7000, 1 << 20, 1 << 26, 1 << 40, 0, 1])
 @pytest.mark.parametrize("window", [False, True])
-def test_a_bomb_takes_no_memory(said, window):
+def test_a_zstd_bomb_allocates_little_memory(stated, window):
     (bomb,) = frames(1 << 26, window=window)
     assert len(bomb) < 1 << 14
-    assert peak_of(ENTROPY, {**SMALL, "sizes": [said]}, [bomb], 1 << 30) < 1 << 18
+    assert peak_of(ENTROPY, {**SMALL, "sizes": [stated]}, [bomb], 1 << 30) < 1 << 18
 
 
 def test_many_small_bombs_are_one_large_one():
-    """Each within what a message of this size may need, all of them 64 MiB."""
+    """Each is within the limit for a message of this size; together they are 64 MiB."""
     count = 16384
     buffers = frames(4096, count)
     meta = {**SMALL, "sizes": [4096] * count}
     assert peak_of(ENTROPY, meta, buffers, 1 << 30) < 1 << 20
 
 
-@pytest.mark.parametrize("said", [399, 401, 0, -1, -2, 400.0, "400", None, 1 << 64])
-def test_sizes_that_lie_are_refused(said):
+@pytest.mark.parametrize("stated", [399, 401, 0, -1, -2, 400.0, "400", None, 1 << 64])
+def test_wrong_sizes_are_rejected(stated):
     (frame,) = frames(400)
     with pytest.raises(DecodeError):
-        decode(Encoded(ENTROPY, {**SMALL, "sizes": [said]}, [frame]))
+        decode(Encoded(ENTROPY, {**SMALL, "sizes": [stated]}, [frame]))
     assert not decode(Encoded(ENTROPY, {**SMALL, "sizes": [400]}, [frame]))["x"].any()
 
 
 @given(st.binary(max_size=60), st.integers(-1, 500))
 @settings(deadline=None)
-def test_what_is_no_zstd_is_refused(data, said):
-    tried(ENTROPY, {**SMALL, "sizes": [said]}, [data])
-    tried(ENTROPY, {**SMALL, "sizes": [said]}, [frames(400)[0][:20] + data])
+def test_damaged_zstd_frames_are_rejected(data, stated):
+    try_decode(ENTROPY, {**SMALL, "sizes": [stated]}, [data])
+    try_decode(ENTROPY, {**SMALL, "sizes": [stated]}, [frames(400)[0][:20] + data])
 
 
 # ---- memory
@@ -92,34 +92,34 @@ HUGE = [
 
 @pytest.mark.parametrize("codec", HUGE)
 @pytest.mark.parametrize("shape", [[1 << 18], [512, 512], [2, 1 << 17], [1 << 39], [2, 1 << 39]])
-def test_no_more_is_taken_than_the_limit_allows(codec, shape):
-    """One value stands for many: of some codecs, that is what they are for."""
+def test_decoding_allocates_no_more_than_the_limit(codec, shape):
+    """A few bytes encode many values, as some codecs do."""
     meta = {"tensors": [["x", "float32", shape]], "large": [0], "seed": 0, "sizes": [-1] * 2}
     for limit in (0, 1 << 12, 1 << 20, 1 << 22):
         for buffers in ([b""], [bytes(4)], [bytes(4), bytes(4)], [bytes(8), bytes(1 << 15)]):
             tracemalloc.start()
-            tried(codec, {**meta, "sizes": [-1] * len(buffers)}, buffers, limit)
+            try_decode(codec, {**meta, "sizes": [-1] * len(buffers)}, buffers, limit)
             peak = tracemalloc.get_traced_memory()[1]
             tracemalloc.stop()
             assert peak <= limit + (1 << 17)
 
 
 @pytest.mark.parametrize("rank", [100, 4000, 65536])
-def test_a_frame_is_not_larger_than_what_it_is_for(rank):
+def test_a_frame_is_not_much_larger_than_its_matrix(rank):
     """Two rows of 65,537: with a rank of 65,536 their frame would be 16 GiB."""
     width = rank + 1
     meta = {"tensors": [["x", "float32", [2, width]]], "large": [0], "seed": 0}
     for size in (2 * rank, 2 * width):
         tracemalloc.start()
-        tried(f"limit@1(0) | lowrank@1({rank})", meta, [bytes(4 * size)], 1 << 30)
+        try_decode(f"limit@1(0) | lowrank@1({rank})", meta, [bytes(4 * size)], 1 << 30)
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         assert peak <= 100 * 8 * width
 
 
 @pytest.mark.parametrize("stage", ["subsample", "randommask", "topk"])
-def test_more_values_than_can_be_chosen_from_are_refused(stage):
-    """Their number, and not memory, is what ends it."""
+def test_more_values_than_can_be_indexed_are_rejected(stage):
+    """Their number is the reason, not memory."""
     meta = {"tensors": [["x", "float32", [kernels.MAX_VALUES + 1]]], "large": [0], "seed": 0}
     buffers = [bytes(4)] * (2 if stage == "topk" else 1)
     with pytest.raises(DecodeError, match="values to choose from"):
@@ -127,8 +127,8 @@ def test_more_values_than_can_be_chosen_from_are_refused(stage):
 
 
 @pytest.mark.slow
-def test_a_hundred_thousand_tensors_take_no_more_time_than_they_need():
-    """Quadratic, it would be minutes; no clock, the test's own time limit tells."""
+def test_decoding_time_is_linear_in_the_number_of_tensors():
+    """Quadratic time would take minutes and exceed the test's time limit."""
     count = 100_000
     meta = {
         "tensors": [[str(i), "float32", [1]] for i in range(count)],

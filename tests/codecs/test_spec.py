@@ -1,4 +1,4 @@
-"""The small language of choices: ``name(value, key=value) | name``."""
+"""Specs: ``name(value, key=value) | name``."""
 
 import keyword
 import string
@@ -36,7 +36,7 @@ calls = st.builds(
 
 
 def same(one, other):
-    """Tell whether two calls are equal, 1 and 1.0 and True being three things."""
+    """Return whether two calls are equal; 1, 1.0 and True differ."""
     return repr(one) == repr(other)
 
 
@@ -109,14 +109,14 @@ def test_calls_read_as_they_look(text, call):
         "f(" + "9" * 5000 + ")",
     ],
 )
-def test_what_is_no_spec_is_refused(text):
+def test_invalid_specs_are_rejected(text):
     with pytest.raises(SpecError):
         parse_one(text)
 
 
 @given(st.text(letters + "fxab|", max_size=30) | st.text(max_size=30))
 @settings(deadline=None)
-def test_any_other_text_is_refused_too(text):
+def test_random_texts_are_rejected(text):
     try:
         found = parse(text)
     except SpecError:
@@ -143,7 +143,7 @@ def test_no_code_in_a_spec_is_run(inside, tmp_path):
     assert not path.exists()
 
 
-def test_only_what_is_among_the_choices_is_called():
+def test_only_choices_are_called():
     assert build("pair(1, b=2)", {"pair": lambda a, b: (a, b)}, "thing") == (1, 2)
     with pytest.raises(SpecError, match="unknown thing 'dict'; choose from pair"):
         build("dict(1)", {"pair": lambda a, b: (a, b)}, "thing")
@@ -158,12 +158,12 @@ def test_only_what_is_among_the_choices_is_called():
         ("pair(1, x)", r"thing 'pair\(1, x\)': .*unsupported operand"),
     ],
 )
-def test_arguments_that_do_not_fit_are_named(text, message):
+def test_the_error_names_invalid_arguments(text, message):
     with pytest.raises(SpecError, match=message):
         build(text, {"pair": lambda a, b: a - b}, "thing")
 
 
-def test_a_near_miss_is_guessed():
+def test_the_error_suggests_a_similar_name():
     assert unknown("codec", "rav", {"raw": 1, "cast": 2}) == (
         "unknown codec 'rav' (did you mean 'raw'?); choose from cast, raw"
     )

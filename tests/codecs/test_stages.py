@@ -1,4 +1,4 @@
-"""What the papers promise of each stage: no bias, error by bits and basis, structures kept."""
+"""Properties of the stages in the papers: bias, error by bits and basis, structure."""
 
 import itertools
 import math
@@ -69,8 +69,8 @@ def trained():
         "kashin(128) | subsample(0.7) | quantize(2, 32) | entropy",
     ],
 )
-def test_on_average_a_vector_is_what_it_was(spec):
-    """600 seeds, 200 values: each mean within its standard error, and all of them together."""
+def test_the_mean_over_seeds_is_the_vector(spec):
+    """600 seeds, 200 values: each mean, and all means together, within the standard error."""
     x, seeds = heavy_tailed(200), 600
     codec = make_codec(f"limit(0) | {spec}")
     found = torch.stack([decode(codec.encode({"x": x}, s))["x"] for s in range(seeds)]).double()
@@ -81,7 +81,7 @@ def test_on_average_a_vector_is_what_it_was(spec):
     assert z.square().mean() < 1.5
 
 
-def test_topk_is_biased_and_that_is_why_its_rest_is_remembered():
+def test_topk_is_biased_and_needs_error_feedback():
     x = heavy_tailed(200)
     found = torch.stack([there_and_back("limit(0) | topk(0.1)", x, s) for s in range(5)])
     assert (found == found[0]).all()
@@ -131,7 +131,7 @@ def test_bases_alone_are_exact_to_rounding(n, block, seed):
 
 
 @pytest.mark.parametrize("parameter", [1e-45, 1e-30, 1e-7])
-def test_kashin_with_tiny_parameters_stays_exact_or_is_refused(parameter):
+def test_kashin_with_tiny_parameters_stays_exact_or_is_rejected(parameter):
     x = heavy_tailed(200)
     for spec in (f"kashin(64, 3, {parameter})", f"kashin(64, 3, 0.3, {parameter})"):
         found = there_and_back(f"limit(0) | {spec}", x)
@@ -140,7 +140,7 @@ def test_kashin_with_tiny_parameters_stays_exact_or_is_refused(parameter):
         assert not zeros.any()
 
 
-# ---- structures
+# ---- structured updates
 
 
 STRUCTURES = ["lowrank(1)", "lowrank(3)", "lowrank(8)", "randommask(0.1)", "randommask(0.5)"]
@@ -150,7 +150,7 @@ SHAPES = [(12, 9), (30, 4, 3, 3), (7, 3), (3, 50), (2, 2), (1, 40), (25,), (), (
 @pytest.mark.parametrize("spec", STRUCTURES)
 @given(st.lists(st.sampled_from(SHAPES), max_size=5), st.integers(0, 2**64 - 1))
 @settings(deadline=None, max_examples=40)
-def test_what_is_restricted_is_sent_as_a_whole(spec, shapes, seed):
+def test_projected_updates_are_sent_without_loss(spec, shapes, seed):
     generator = torch.Generator().manual_seed(seed % 1000)
     update = {f"t{i}": torch.randn(s, generator=generator) for i, s in enumerate(shapes)}
     codec = make_codec(f"limit(0) | {spec}")
@@ -168,8 +168,8 @@ def test_what_is_restricted_is_sent_as_a_whole(spec, shapes, seed):
 
 @pytest.mark.parametrize("seed", range(40))
 @pytest.mark.parametrize(("rank", "width"), [(2, 3), (7, 8), (8, 9), (24, 25)])
-def test_frames_of_dependent_columns_are_borne(seed, rank, width):
-    """Of two random columns of three signs, every fourth pair is one column."""
+def test_frames_with_dependent_columns_work(seed, rank, width):
+    """A quarter of all pairs of random columns of three signs are linearly dependent."""
     codec = make_codec(f"limit(0) | lowrank({rank})")
     update = {"w": torch.randn(30, width, generator=torch.Generator().manual_seed(seed))}
     size = update["w"].norm()
@@ -196,13 +196,13 @@ def test_lowrank_is_exact_on_matrices_of_its_form():
     assert (other - tensors["t0"]).norm() > 0.1 * tensors["t0"].norm()
 
 
-def test_each_matrix_of_a_message_has_a_frame_of_its_own():
+def test_the_matrices_of_a_message_have_different_frames():
     w = torch.randn(8, 16, generator=torch.Generator().manual_seed(1))
     found = decode(make_codec("limit(0) | lowrank(4)").encode({"a": w, "b": w.clone()}, 0))
     assert not torch.allclose(found["a"], found["b"], atol=1e-2)
 
 
-def test_a_mask_keeps_as_many_values_as_it_says_and_changes_none():
+def test_a_mask_keeps_its_fraction_of_values_unchanged():
     x = heavy_tailed(1000)
     found = there_and_back("limit(0) | randommask(0.1)", x)
     at = found.nonzero().flatten()
@@ -235,8 +235,8 @@ def test_topk_sends_the_largest():
 
 
 @pytest.mark.parametrize("spec", ["topk(0.05)", "hadamard(64) | topk(0.1) | quantize(8, 64)"])
-def test_with_error_feedback_all_is_sent_in_the_end(spec):
-    """The sum of what was sent stays within a bound of the sum of what was meant."""
+def test_error_feedback_sends_every_value_eventually(spec):
+    """The sum of the sent updates stays within a bound of the sum of the original ones."""
     codec = make_codec(f"limit(0) | {spec}")
     generator = torch.Generator().manual_seed(0)
     drift = torch.randn(400, generator=generator)
@@ -257,7 +257,7 @@ def test_with_error_feedback_all_is_sent_in_the_end(spec):
 @pytest.mark.parametrize(
     ("n", "keep", "count"), [(0, 0.5, 0), (1, 1e-9, 1), (10, 0.25, 2), (10, 1, 10), (3, 0.9, 3)]
 )
-def test_how_many_values_a_fraction_is(n, keep, count):
+def test_the_number_of_values_of_a_fraction(n, keep, count):
     assert TopK(keep).size(n, ()) == count
 
 
@@ -274,13 +274,13 @@ def test_a_message_has_the_bytes_that_its_bits_need():
     assert kashin <= 1.08 * (1 << 14) + 20 * 8
 
 
-def test_the_largest_block_that_a_spec_may_name_can_be_written():
+def test_the_largest_block_of_a_spec_encodes():
     assert Quantize(4, kernels.MAX_BLOCK).block == kernels.MAX_BLOCK
     x = heavy_tailed(100)
     there_and_back(f"limit(0) | quantize(4, {kernels.MAX_BLOCK})", x)
 
 
-def test_entropy_compresses_where_that_pays():
+def test_entropy_compresses_only_if_that_saves_bytes():
     tensors = {"zeros": torch.zeros(5000), "noise": heavy_tailed(3000)[:3000], "n": torch.arange(3)}
     plain = make_codec("quantize(8)").encode(tensors, 0)
     small = make_codec("quantize(8) | entropy").encode(tensors, 0)

@@ -24,7 +24,7 @@ def sylvester(n: int) -> np.ndarray:
 @pytest.mark.slow
 @pytest.mark.parametrize("n", [2**k for k in range(12)])
 def test_a_rotation_is_the_hadamard_matrix_times_signs(n: int) -> None:
-    """Konecny et al. 2016, section 4 (iii); the signs are what the inverse shows of them."""
+    """Konecny et al. 2016, section 4 (iii); the inverse shows the signs."""
     x = heavy_tailed(n)
     y = kernels.transform(x, n, HadamardBasis(3))
     signed = sylvester(n) @ y / np.sqrt(n)
@@ -34,7 +34,7 @@ def test_a_rotation_is_the_hadamard_matrix_times_signs(n: int) -> None:
 @pytest.mark.slow
 @quick
 @given(st.integers(0, 9000), blocks, st.integers(-(2**70), 2**70))
-def test_a_rotation_keeps_the_norm_and_can_be_undone(n: int, block: int, seed: int) -> None:
+def test_a_rotation_keeps_the_norm_and_has_an_inverse(n: int, block: int, seed: int) -> None:
     x = heavy_tailed(n)
     basis = HadamardBasis(seed)
     y = kernels.transform(x, block, basis)
@@ -84,7 +84,7 @@ def test_zeros_stay_zeros() -> None:
     assert not kernels.transform(zeros, 4096, KashinFrame(1)).any()
 
 
-def test_each_block_and_each_seed_has_its_own_signs() -> None:
+def test_signs_differ_between_blocks_and_seeds() -> None:
     same = np.tile(heavy_tailed(64), 20)
     first, second = (kernels.transform(same, 64, HadamardBasis(seed)) for seed in (1, 2))
     rows = first.reshape(20, 64)
@@ -116,7 +116,7 @@ def test_a_cut_covers_all_values_and_wastes_few(n: int, block: int) -> None:
 
 
 @pytest.mark.parametrize("size", [0, 99, 101, 4096])
-def test_a_wrong_number_of_coefficients_is_refused(size: int) -> None:
+def test_a_wrong_number_of_coefficients_is_rejected(size: int) -> None:
     y = np.zeros(size, np.float32)
     for basis in (HadamardBasis(1), KashinFrame(1)):
         with pytest.raises(ValueError, match="coefficients"):

@@ -23,7 +23,7 @@ print(json.dumps([counts.nonzero()[0].tolist(), hits, misses]))
 def run(root: Path) -> tuple[list[int], int, int]:
     """Return the filled bins of `count` in a new process, its cache hits and its compilations."""
     environment = {name: each for name, each in os.environ.items() if name != "NUMBA_CACHE_DIR"}
-    # Python compares a module's date in whole seconds: the test is faster than that.
+    # -B: bytecode files have dates in whole seconds, and the test changes sources faster.
     done = subprocess.run(
         [sys.executable, "-P", "-B", "-c", RUN],
         env={**environment, "PYTHONPATH": str(root)},
@@ -37,7 +37,7 @@ def run(root: Path) -> tuple[list[int], int, int]:
     return bins, hits, misses
 
 
-def test_a_change_in_a_helper_recompiles_the_kernels_and_no_change_loads_them(
+def test_a_change_in_a_helper_recompiles_its_kernels_and_otherwise_the_cache_is_used(
     tmp_path: Path,
 ) -> None:
     package = Path(fedmq.__file__).parent
@@ -62,11 +62,11 @@ def test_a_change_in_a_helper_recompiles_the_kernels_and_no_change_loads_them(
         assert (hits, misses) == (0, 1)
         assert changed != first
         (kernels / name).write_text(source)
-    # The code of several versions lies side by side.
+    # The cache holds the code of several versions.
     assert run(tmp_path) == (first, 1, 0)
 
 
-def test_without_a_writable_folder_for_the_cache_kernels_are_compiled_all_the_same(
+def test_kernels_compile_without_a_writable_folder_for_the_cache(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def no_folder(function: object) -> None:
@@ -76,7 +76,7 @@ def test_without_a_writable_folder_for_the_cache_kernels_are_compiled_all_the_sa
     assert jit.entry(lambda x: x + 1)(2) == 3
 
 
-def test_without_a_home_no_cache_folder_named_tilde_is_made(
+def test_without_a_home_no_cache_folder_named_tilde_is_created(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.delenv("NUMBA_CACHE_DIR", raising=False)

@@ -1,4 +1,4 @@
-"""The torch kernels on the CPU, against the compiled ones: the same to the last bit."""
+"""The torch kernels on the CPU have the same bits as the compiled ones."""
 
 import numpy as np
 import pytest
@@ -51,7 +51,7 @@ def test_codes_and_values_are_the_same(
     assert same(total, their_total)
 
 
-def test_a_range_beyond_float32_is_the_same_too() -> None:
+def test_a_range_beyond_float32_is_the_same() -> None:
     x, tensor = some(5000, 1.1e38)
     for bits in (1, 4, 8):
         assert same(kernels.quantize(x, bits, 64, 1)[0], on_device.quantize(tensor, bits, 64, 1)[0])
@@ -81,7 +81,7 @@ def test_selections_are_the_same(n: int, keep: float, seed: int) -> None:
     assert same(values, their_values)
 
 
-def test_what_is_unsound_is_refused() -> None:
+def test_invalid_arguments_are_rejected() -> None:
     tensor = some(100)[1]
     codes, ranges = on_device.quantize(tensor, 3, 32, 1)
     for damaged in (

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from fedmq.codecs import kernels
 from fedmq.codecs.kernels.layout import Basis, HadamardBasis, KashinFrame
 
-# The first call compiles, which takes seconds on a machine that never did.
+# The first call compiles for seconds.
 quick = settings(deadline=None, max_examples=40)
 blocks = st.sampled_from([1, 2, 8, 32, 64, 256])
 bases = st.sampled_from([None, HadamardBasis(5), KashinFrame(5)])
@@ -30,7 +30,7 @@ def nmse(x: np.ndarray, bits: int, block: int, basis: Basis) -> float:
 
 @quick
 @given(st.integers(0, 700), st.integers(1, 8), blocks, bases)
-def test_sizes_are_as_announced_and_errors_stay_within_a_step(
+def test_sizes_match_and_errors_stay_within_a_step(
     n: int, bits: int, block: int, basis: Basis
 ) -> None:
     x = heavy_tailed(n)
@@ -47,7 +47,7 @@ def test_sizes_are_as_announced_and_errors_stay_within_a_step(
 
 @quick
 @given(st.integers(1, 700), st.integers(1, 8), blocks, bases)
-def test_accumulation_is_decoding_and_adding_to_the_last_bit(
+def test_accumulation_has_the_bits_of_decoding_and_adding(
     n: int, bits: int, block: int, basis: Basis
 ) -> None:
     codes, ranges = kernels.quantize(heavy_tailed(n), bits, block, 3, basis)
@@ -59,7 +59,7 @@ def test_accumulation_is_decoding_and_adding_to_the_last_bit(
 
 @pytest.mark.parametrize("bits", range(1, 9))
 def test_codes_are_packed_densely_from_the_lowest_bit(bits: int) -> None:
-    # Values that are levels themselves leave no choice to the rounding.
+    # Values on a level are not rounded.
     levels = np.random.default_rng(bits).integers(0, 2**bits, 2 * 24 + 13)
     levels[[0, 24, 48]], levels[[1, 25, 49]] = 0, 2**bits - 1
     codes, _ = kernels.quantize(levels.astype(np.float32), bits, 24, 0)
@@ -78,13 +78,13 @@ def test_codes_are_packed_densely_from_the_lowest_bit(bits: int) -> None:
     st.integers(0, 2**64 - 1),
 )
 def test_any_finite_values_keep_their_extremes(values: list[float], bits: int, seed: int) -> None:
-    """Constant blocks, subnormals, -0.0 and ranges beyond float32 among them."""
+    """Including constant blocks, subnormals, -0.0 and ranges beyond float32."""
     x = np.array(values, np.float32)
     codes, ranges = kernels.quantize(x, bits, 64, seed)
     decoded = kernels.dequantize(codes, ranges, x.size, bits, 64)
     assert decoded[x.argmin()] == x.min()
     assert decoded[x.argmax()] == x.max()
-    with np.errstate(over="ignore"):  # beyond the largest number is infinity, which is right here
+    with np.errstate(over="ignore"):  # infinity is the right result
         low, high = np.nextafter([x.min(), x.max()], np.float32([-np.inf, np.inf]))
     assert (decoded >= low).all()
     assert (decoded <= high).all()
@@ -126,7 +126,7 @@ def test_the_error_falls_with_bits(basis: Basis) -> None:
 
 @pytest.mark.parametrize("bits", [1, 2, 3, 4])
 def test_kashin_errs_less_than_a_rotation_and_that_less_than_none(bits: int) -> None:
-    """Caldas et al. 2018: for the same number of bits a coefficient."""
+    """Caldas et al. 2018: for the same number of bits per coefficient."""
     x = heavy_tailed(200_000)
     plain, hadamard, kashin = (
         nmse(x, bits, 4096, b) for b in (None, HadamardBasis(2), KashinFrame(2))
@@ -140,12 +140,12 @@ def test_one_bit_of_kashin_beats_a_rotation_for_the_same_bytes_too() -> None:
     one, two = (np.log(nmse(x, bits, 4096, HadamardBasis(2))) for bits in (1, 2))
     basis = KashinFrame(2, iterations=6, eta=0.5, delta=0.8)
     extra = kernels.code_bytes(x.size, 1, 4096, basis) * 8 / x.size - 1
-    # What a rotation would reach with a fraction of a bit more, were there such codes.
+    # The error of a rotation, interpolated to the same number of bytes.
     assert np.log(nmse(x, 1, 4096, basis)) < one + extra * (two - one)
 
 
 @pytest.mark.parametrize("basis", [None, HadamardBasis(2), KashinFrame(2)])
-def test_the_seed_and_nothing_else_makes_the_bytes(basis: Basis) -> None:
+def test_the_bytes_depend_on_the_seed_only(basis: Basis) -> None:
     x = heavy_tailed(5000)
     ours, again, other = (kernels.quantize(x, 3, 256, seed, basis)[0] for seed in (7, 7, 8))
     np.testing.assert_array_equal(ours, again)
@@ -165,7 +165,7 @@ def test_fusing_changes_no_byte() -> None:
 @pytest.mark.parametrize("value", [np.nan, -np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("basis", [None, HadamardBasis(2), KashinFrame(2)])
 @pytest.mark.parametrize("place", [0, 70, 99])
-def test_what_is_not_finite_is_refused(value: float, basis: Basis, place: int) -> None:
+def test_values_that_are_not_finite_are_rejected(value: float, basis: Basis, place: int) -> None:
     x = np.ones(100, np.float32)
     x[place] = value
     with pytest.raises(ValueError, match="finite"):
@@ -205,7 +205,7 @@ def _with_range(low: float, high: float) -> Callable[[Message], Message]:
         _with_range(1, 0),
     ],
 )
-def test_a_damaged_message_is_refused(change: Callable[[Message], Message]) -> None:
+def test_a_damaged_message_is_rejected(change: Callable[[Message], Message]) -> None:
     codes, ranges = change(kernels.quantize(heavy_tailed(N), BITS, BLOCK, 0))
     with pytest.raises(ValueError, match="expected"):
         kernels.dequantize(codes, ranges, N, BITS, BLOCK)
@@ -223,7 +223,7 @@ def test_a_damaged_message_is_refused(change: Callable[[Message], Message]) -> N
         (N, 3, 32, KashinFrame(0, eta=2.0)), (N, 3, 32, KashinFrame(0, delta=float("nan"))),
     ],
 )  # fmt: skip
-def test_absurd_parameters_are_refused(n: int, bits: int, block: int, basis: Basis) -> None:
+def test_invalid_parameters_are_rejected(n: int, bits: int, block: int, basis: Basis) -> None:
     codes, ranges = kernels.quantize(heavy_tailed(N), BITS, BLOCK, 0)
     with pytest.raises(ValueError, match="expected"):
         kernels.dequantize(codes, ranges, n, bits, block, basis)
@@ -231,7 +231,7 @@ def test_absurd_parameters_are_refused(n: int, bits: int, block: int, basis: Bas
 
 @quick
 @given(st.binary(max_size=300), st.integers(0, 400), st.integers(1, 8), blocks, bases)
-def test_any_bytes_decode_or_are_refused(
+def test_any_bytes_decode_or_are_rejected(
     data: bytes, n: int, bits: int, block: int, basis: Basis
 ) -> None:
     codes = np.frombuffer(data, np.uint8)
@@ -246,7 +246,7 @@ def test_any_bytes_decode_or_are_refused(
         assert np.isfinite(found).all()
 
 
-def test_messages_may_lie_at_any_byte_and_be_read_only() -> None:
+def test_unaligned_and_read_only_messages_decode() -> None:
     x = heavy_tailed(N)
     codes, ranges = kernels.quantize(x, BITS, BLOCK, 0)
     data = b"x" + ranges.tobytes() + codes.tobytes()
@@ -257,7 +257,7 @@ def test_messages_may_lie_at_any_byte_and_be_read_only() -> None:
     np.testing.assert_array_equal(found, kernels.dequantize(codes, ranges, N, BITS, BLOCK))
 
 
-def test_vectors_of_another_kind_are_refused() -> None:
+def test_other_arrays_than_float32_vectors_are_rejected() -> None:
     for x in (np.ones(9), np.ones((3, 3), np.float32), np.ones(9, np.float32)[::2]):
         with pytest.raises(ValueError, match="float32 vector"):
             kernels.quantize(x, 4, 64, 0)
@@ -266,12 +266,12 @@ def test_vectors_of_another_kind_are_refused() -> None:
     with pytest.raises(ValueError, match="finite weight"):
         kernels.accumulate(total, codes, ranges, 4, 64, float("inf"))
     total.flags.writeable = False
-    with pytest.raises(ValueError, match="in place"):
+    with pytest.raises(ValueError, match="expected a writable total"):
         kernels.accumulate(total, codes, ranges, 4, 64, 1.0)
 
 
 @pytest.mark.end_to_end
-def test_numba_is_imported_by_the_first_kernel_only() -> None:
+def test_numba_is_imported_by_the_first_kernel() -> None:
     code = f"import sys; sys.path[:0] = {sys.path!r}; import fedmq.codecs.kernels"
     code += "; sys.exit('numba' in sys.modules)"
     assert subprocess.run([sys.executable, "-P", "-c", code], check=False).returncode == 0

@@ -10,7 +10,7 @@ quick = settings(deadline=None, max_examples=60)
 
 @quick
 @given(st.integers(0, 20_000), st.floats(0, 1), st.integers(0, 2**64 - 1))
-def test_a_mask_keeps_as_many_as_asked_in_order(n: int, keep: float, seed: int) -> None:
+def test_a_mask_has_k_ascending_indices(n: int, keep: float, seed: int) -> None:
     k = round(keep * n)
     chosen = kernels.mask(n, k, seed)
     assert chosen.dtype == np.int64
@@ -33,7 +33,7 @@ def test_a_mask_keeps_each_value_equally_often() -> None:
     assert abs(pairs / seeds - 0.25 * 49 / 199) < 0.025
 
 
-def test_masks_of_other_seeds_are_other_masks() -> None:
+def test_masks_of_different_seeds_differ() -> None:
     both = np.intersect1d(kernels.mask(100_000, 25_000, 1), kernels.mask(100_000, 25_000, 2))
     assert abs(both.size - 6250) < 400
 
@@ -60,7 +60,7 @@ def test_top_of_many_equal_magnitudes_takes_the_first() -> None:
 
 
 @pytest.mark.parametrize("value", [np.nan, -np.nan, np.inf, -np.inf])
-def test_top_refuses_what_is_not_finite(value: float) -> None:
+def test_top_rejects_values_that_are_not_finite(value: float) -> None:
     x = np.arange(50, dtype=np.float32)
     x[33] = value
     with pytest.raises(ValueError, match="finite"):
@@ -89,7 +89,7 @@ def test_scattering_undoes_gathering() -> None:
         np.arange(4)[::2],
     ],
 )
-def test_places_outside_are_refused(indices: np.ndarray) -> None:
+def test_indices_out_of_range_are_rejected(indices: np.ndarray) -> None:
     x, values = np.zeros(10, np.float32), np.zeros(2, np.float32)
     with pytest.raises(ValueError, match="expected"):
         kernels.gather(x, indices)
@@ -99,7 +99,7 @@ def test_places_outside_are_refused(indices: np.ndarray) -> None:
         kernels.scatter_add(x, indices, values, 1.0)
 
 
-def test_absurd_numbers_are_refused() -> None:
+def test_invalid_counts_are_rejected() -> None:
     for n, k in ((-1, 0), (10, 11), (10, -1), (1 << 31, 1), (10.0, 1), (10, True)):
         with pytest.raises(ValueError, match="expected"):
             kernels.mask(n, k, 1)

@@ -1,4 +1,4 @@
-"""Weighted sums and products of matrices: one order, one rounding an operation."""
+"""Weighted sums and products of matrices: a fixed order, one rounding per operation."""
 
 import numpy as np
 import pytest
@@ -23,17 +23,17 @@ def test_an_empty_product(shape):
     assert np.array_equal(kernels.multiply(left, right), np.zeros((rows, columns), np.float32))
 
 
-def test_matrices_that_do_not_go_together_are_refused():
+def test_matrices_with_different_inner_sizes_are_rejected():
     with pytest.raises(ValueError, match=r"cannot multiply \[2, 3\] by \[2, 3\]"):
         kernels.multiply(np.ones((2, 3), np.float32), np.ones((2, 3), np.float32))
 
 
-def test_sums_are_made_in_place_and_checked_first():
+def test_sums_are_in_place_and_check_their_arguments():
     total = np.ones(5, np.float32)
     kernels.scale_add(total, 2.0, np.full(5, 3, np.float32), 0.5)
     assert total.tolist() == [3.5] * 5
     with pytest.raises(ValueError, match="expected 5 values, got 4"):
         kernels.scale_add(total, 1.0, np.ones(4, np.float32), 1.0)
     total.flags.writeable = False
-    with pytest.raises(ValueError, match="expected a total that can be added to in place"):
+    with pytest.raises(ValueError, match="expected a writable total"):
         kernels.scale_add(total, 1.0, np.ones(5, np.float32), 1.0)

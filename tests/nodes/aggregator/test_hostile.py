@@ -80,7 +80,7 @@ FAULTS = {
     ),
     "another version": (
         lambda m, d: (changed(m, body={"groups": [{**m.body["groups"][0], "codec": "raw@2"}]}), d),
-        "version 1, not 2",
+        "version 1, got 2",
     ),
 }
 CODES = {

@@ -1,4 +1,4 @@
-"""What a decoder refuses, it refuses before it makes room for it."""
+"""Messages as received, and the check that invalid ones are rejected in little memory."""
 
 import tracemalloc
 
@@ -9,7 +9,7 @@ import torch
 from fedmq.codecs.base import Encoded
 from fedmq.codecs.errors import DecodeError
 
-UNSOUND_RANGES = [
+INVALID_GRIDS = [
     (float("nan"), 1.0),
     (0.0, float("nan")),
     (float("-inf"), 1.0),
@@ -19,7 +19,7 @@ UNSOUND_RANGES = [
     (3e38, 1e36),
     (0.0, 1e38),
 ]
-"""Of quantized values: the lowest, and the step."""
+"""Invalid (low, step) of quantized values."""
 
 
 def small(make):
@@ -32,8 +32,13 @@ def small(make):
     return made
 
 
-def refused(codec, meta, buffers, message, limit=1 << 40):
-    """Assert that a message is refused and costs next to no memory."""
+def received(encoded):
+    """Return a copy of a message, as the receiver has it."""
+    return Encoded(encoded.codec, encoded.meta, [bytes(each) for each in encoded.buffers])
+
+
+def rejected(codec, meta, buffers, message, limit=1 << 40):
+    """Assert that a message is rejected and costs almost no memory."""
     tracemalloc.start()
     try:
         with pytest.MonkeyPatch.context() as patch:
