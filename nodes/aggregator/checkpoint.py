@@ -1,7 +1,7 @@
-"""An aggregator's checkpoint: its algorithm's state, and the fold's, as one message.
+"""An aggregator's checkpoint: the states of the algorithm and of the fold in one message.
 
-It goes into the ledger like any other message, so a restarted aggregator needs nothing
-but its broker; and its tensors are usually those of the next task, so they cross once.
+The ledger stores it like any other message, so a restarted aggregator needs only its broker. Its
+tensors are usually those of the next task, so they are sent once.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from fedmq.nodes.run.goal import Goal
 
 
 class OutstandingTask(Struct):
-    """A task that is out: for which client, made from which version, sent to which node."""
+    """An outstanding task: its client, the version it was made from, the node it was sent to."""
 
     client: int
     version: int
@@ -34,11 +34,13 @@ class OutstandingTask(Struct):
 
 
 class Counts(Struct):
-    """What became of the results so far.
+    """Counts of results and failed tasks so far.
 
-    used: in a version; at the end of a run, and before it, in the version in the making too.
-    stale: too many versions behind, or after their round. refused: for any other reason.
-    dropped: tasks that failed. unused: good, but in no version when the run ended.
+    used: results in a version; before the end of the run, also in the next version.
+    stale: results too many versions behind, or after their round.
+    refused: results rejected for another reason.
+    dropped: tasks that failed.
+    unused: valid results in no version when the run ended.
     """
 
     used: int = 0
@@ -49,15 +51,16 @@ class Counts(Struct):
 
 
 class Fold(Struct):
-    """What an aggregator knows between two versions, besides the algorithm's state.
+    """State of an aggregator between two versions, besides the algorithm's state.
 
-    position, at: number and time of the last message that this is the fold of.
-    deferred: numbers of the messages before it that are not handled yet.
-    arithmetic: by which it was made, see `fedmq.nodes.aggregator.computed`.
-    failures: that were not followed by a used result; see `fedmq.nodes.aggregator.progress`.
-    failed: the run ends without reaching its end. rules: by which failures are counted.
-    goal: what the run was to reach; not in the checkpoints of 0.1.0.
-    expects_evaluator: whether the run was taken up again, and had an evaluator before.
+    position, at: number and time of the last message in the fold.
+    deferred: numbers of earlier messages that are not handled yet.
+    arithmetic: version of the arithmetic, see `fedmq.nodes.aggregator.computed`.
+    failures: failures since the last used result, see `fedmq.nodes.aggregator.progress`.
+    rules: version of the rules by which failures are counted.
+    failed: whether the run ends without reaching its goal.
+    goal: the run's goal; missing in checkpoints of 0.1.0.
+    expects_evaluator: whether a resumed run had an evaluator before.
     """
 
     position: int
@@ -106,6 +109,6 @@ def unpack_checkpoint(algorithm: Algorithm, problem: Problem, inbound: Inbound) 
     except (CodecError, ResultError, msgspec.MsgspecError) as error:
         name = inbound.message.id
         raise NodeError(
-            "the model, or the algorithm, is not the one that this run was begun with: checkpoint "
-            f"{name} does not fit it ({error}). Change it back, or begin a new run in a new folder"
+            f"checkpoint {name} does not fit the model or the algorithm ({error}): use those that "
+            "the run was started with, or start a new run in a new folder"
         ) from None

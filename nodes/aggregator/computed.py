@@ -1,4 +1,4 @@
-"""How the numbers of a run were computed; its record says so."""
+"""How the numbers of a run are computed, as in its ``run`` record."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from fedmq.nodes.run.agreement import Fingerprint
 class Computed:
     """How the aggregator's numbers are computed.
 
-    arithmetic: see `fedmq.algorithms.toolkit.arithmetic.ARITHMETIC`.
+    arithmetic: version, see `fedmq.algorithms.toolkit.arithmetic.ARITHMETIC`.
     device: kind of CPU, see `devices.kind_of`.
-    version_0: fingerprint of the problem's model there, see `fedmq.nodes.run.version_zero`.
-    rules: of failures in a row, see `fedmq.nodes.aggregator.progress.RULES`.
+    version_0: fingerprint of the problem's model, see `fedmq.nodes.run.version_zero`.
+    rules: version of the rules for failures, see `fedmq.nodes.aggregator.progress.RULES`.
     """
 
     arithmetic: int = ARITHMETIC
@@ -29,7 +29,7 @@ class Computed:
 
     @classmethod
     def read(cls, body: Mapping[str, Any]) -> Computed:
-        """Return what a run's record says; 0.1.0 said nothing."""
+        """Return what a run's record contains; 0.1.0 recorded nothing."""
         match body:
             case {"arithmetic": int(arithmetic), "device": str(device), **rest}:
                 rules = rest.get("rules", 0)
@@ -38,19 +38,19 @@ class Computed:
                 return cls(arithmetic=1, rules=0)
 
     def check(self, arithmetic: int, run: str) -> None:
-        """Refuse to go on with a run that was begun otherwise.
+        """Check that a run was started with this arithmetic.
 
         Raises:
-            NodeError: it was.
+            NodeError: it was started with another one.
         """
         if arithmetic != self.arithmetic:
             raise NodeError(
-                f"run {run!r} was begun by another release of fedmq, which computes otherwise: "
-                "let that release end it, or start a new run"
+                f"run {run!r} was started by a release of fedmq that computes differently: finish "
+                "it with that release, or start a new run"
             )
 
     def facts(self) -> dict[str, Any]:
-        """Return it as it stands in the run's record."""
+        """Return the fields for the run's record."""
         facts: dict[str, Any] = {"arithmetic": self.arithmetic, "device": self.device}
         facts |= {"rules": self.rules} if self.rules else {}
         return facts if self.version_0 is None else {**facts, "version_0": self.version_0}

@@ -1,10 +1,9 @@
 """The Aggregator core: a schedule and an algorithm, folded over an inbox.
 
-``handle(event) -> [action]``, and nothing else: no sockets, no clock (a message's time is
-the time at which the broker wrote it down), no randomness of its own. The same inbox
-gives the same actions, which is what makes a run recoverable and replayable: a restarted
-aggregator starts from its last checkpoint, folds what came after, and what it says then
-has the ids that it had before, so the broker knows it again.
+``handle(event) -> [action]``, without sockets, clock (a message's time is the time at which the
+broker accepted it) or randomness of its own. The same inbox gives the same actions, so a run can
+be recovered and replayed: a restarted aggregator starts from its last checkpoint and folds the
+later messages. Its posts then have the same ids as before, so that the broker recognizes them.
 """
 
 from __future__ import annotations
@@ -44,18 +43,18 @@ from fedmq.nodes.run.digests import model_digest
 from fedmq.nodes.run.goal import Goal
 
 FINAL_EVALUATION_S = 60.0
-"""How long the end of a run waits for an answer to any of the evaluations that are out."""
+"""Seconds without an answer after which the end of a run stops waiting for evaluations."""
 _FINAL = "final evaluation"
 _RETRY = "retry"
 
 
 class Aggregator(AggregatorState):
-    """The core of one run's aggregator; see `AggregatorState` for what it is made from."""
+    """The core of one run's aggregator; `AggregatorState` lists its arguments."""
 
     def handle(self, event: Start | Inbound) -> list[AggregatorAction]:
-        """Take one event; return the actions to carry out, in order.
+        """Handle one event; return the actions to carry out, in order.
 
-        What the algorithm's own code raises ends the run: folded again, it would raise it again.
+        An error of the algorithm's code ends the run: a restarted aggregator would meet it again.
 
         Raises:
             BrokerError: a blob cannot be read now.
@@ -66,7 +65,7 @@ class Aggregator(AggregatorState):
                 return self._handle(event)
         except (BrokerError, NodeError):
             raise
-        except Exception as error:  # the algorithm's code is a user's
+        except Exception as error:  # the algorithm can be a user's code
             if may_pass(error) or isinstance(error.__cause__, BrokerError):
                 raise
             return self._break_off(error)
@@ -86,7 +85,7 @@ class Aggregator(AggregatorState):
             self._advance(out)
             return out
         if event.seq <= self._position:
-            return [AckUpTo(self._deferred.unsettled)]  # the checkpoint tells of it
+            return [AckUpTo(self._deferred.unsettled)]  # the checkpoint includes it
         self._position, self._now = event.seq, event.at
         self._progress.now = event.at
         why: Rejection | None = None
@@ -127,9 +126,9 @@ class Aggregator(AggregatorState):
     # ---- the run
 
     def _begin_run(self, recorded: Inbound | None, out: list[AggregatorAction]) -> None:
-        """Post the run's record: its configuration, and version 0, from which all else follows."""
+        """Post the run's record: its configuration and version 0."""
         body: dict[str, Any] = {"config": self._setup.config.to_toml()}
-        if self._computed.arithmetic < 2:  # of 0.1.0, whose record holds no version 0
+        if self._computed.arithmetic < 2:  # a run of 0.1.0, whose record has no version 0
             self._post(out, "run", RECORD, body)
             return
         if recorded is not None:
@@ -148,7 +147,7 @@ class Aggregator(AggregatorState):
             self._begin_version(out)
 
     def _continued(self, message: Message) -> None:
-        """The run was taken up again: it stands until its nodes are back, and may go further."""
+        """Handle the resumption of the run: wait for its nodes, and apply an extended goal."""
         self._fleet.all_gone()
         self._running, self._asked_final = False, None
         if not message.body["further"]:
@@ -157,7 +156,7 @@ class Aggregator(AggregatorState):
         self._finishing = self._goal.after(self.version)
         self._progress.start_over()
         self._progress.allow(self._goal.failures)
-        if self._ended:  # what was under way then, nobody has any more
+        if self._ended:  # tasks and evaluations from before the end get no answer
             self._ended, self._committing = False, None
             self._tasks.resume({})
             self._evaluations = Evaluations()
@@ -165,7 +164,7 @@ class Aggregator(AggregatorState):
 
     def _tick(self, token: str, out: list[AggregatorAction]) -> None:
         if token == f"deadline/{self.version}":
-            # Nobody is awaited any longer: if results are still missing, others are drawn.
+            # Stop waiting for this version's tasks; draw other clients for missing results.
             self._results.current.deadline_passed = True
             self._tasks.past_deadline(self.version)
         elif self._committing is not None and token == self._committing[1].token:
@@ -174,13 +173,13 @@ class Aggregator(AggregatorState):
         elif token == _FINAL and self._finishing:
             if len(self._evaluations.asked) == self._asked_final:
                 self._end(out)
-            self._asked_final = None  # while answers come, it goes on
+            self._asked_final = None  # an answer came: wait again
         elif token == _RETRY:
             self._progress.timer_is_over(self._fleet.hosts)
             self._tasks.freed()
 
     def _refused(self, message: Message) -> None:
-        """One of our own messages could not be used by its recipient, or not be delivered."""
+        """Handle the rejection of one of our messages: not usable, or not deliverable."""
         name = str(message.body.get("id"))
         if name in self._evaluations.asked:
             self._evaluated_as(name, None)
@@ -204,27 +203,27 @@ class Aggregator(AggregatorState):
         return why
 
     def _evaluated_as(self, name: str, accuracy: float | None) -> None:
-        """An evaluation is over; the run may be too."""
+        """Record the end of an evaluation, which can end the run."""
         known = self._evaluations.end(name, accuracy)
         self._finishing = self._finishing or self._goal.met_by(known)
 
     # ---- versions
 
     def _advance(self, out: list[AggregatorAction]) -> None:
-        """Commit and start whatever can be, until nothing changes."""
+        """Commit versions and start tasks until neither is possible."""
         while self._running and not self._finishing:
             if self._committing is not None or self._deferred.awaited:
                 return
             self._results.take_waiting(self._deferred, self.state, self.version, out)
             self._results.add_in_order(self.state, out)
-            # A result in hand may yet be used.
+            # A held result may still be used.
             if self._progress.hopeless and not self._results.current.held:
                 self._fail(self._progress.hopeless)
                 break
             view = self._tasks.view(self._results.current, self.version)
             if self._schedule.is_ready(view) and self._results.current.held:
                 self._results.add_in_order(self.state, out, everything=True)
-                # A held result may have been refused.
+                # A held result may have been rejected.
                 view = self._tasks.view(self._results.current, self.version)
             if not self._schedule.is_ready(view):
                 self._start_tasks(view, out)
@@ -237,7 +236,7 @@ class Aggregator(AggregatorState):
         current = self._results.current
         wanted = self._schedule.num_to_start(view)
         clients = self._tasks.draw(wanted, current, self.version)
-        # A round goes on without those who failed, as long as it goes on.
+        # A round with clients at work continues without the clients that failed.
         if len(clients) < wanted and not (self._schedule.ordered and (clients or view.outstanding)):
             after = self._progress.timer(self._fleet.hosts)
             if after is not None:
@@ -257,12 +256,12 @@ class Aggregator(AggregatorState):
 
     def _commit(self, out: list[AggregatorAction]) -> None:
         closed = self._results.current
-        divisor = self._schedule.divisor(closed.weights, closed.absorbed)
+        divisor = self._schedule.divisor(closed.weights, closed.num_results)
         work = functools.partial(self._algorithm.commit, self.state, closed.accumulator, divisor)
         if not self._algorithm.commits_in_background:
             self._committed(closed, work(), out)
             return
-        # It is done beside the inbox, and a tick in the inbox says from where on it counts.
+        # The commit runs beside the inbox; it takes effect at a tick in the inbox.
         token = f"commit/{self.version + 1}"
         commit = Commit(
             token, self._messages.write("timer", TIMER, {"token": token, "after_s": 0}), work
@@ -289,15 +288,15 @@ class Aggregator(AggregatorState):
             self._checkpoint("version", body, out)
         else:
             self._post(out, "version", RECORD, body)
-        self._go_on(out)
+        self._after_commit(out)
 
-    def _go_on(self, out: list[AggregatorAction]) -> None:
-        """What follows a commit, whether it was just now or before a restart."""
+    def _after_commit(self, out: list[AggregatorAction]) -> None:
+        """Begin the next version, after a commit or after a restart from a checkpoint."""
         self._finishing = self._goal.after(self.version) or self._finishing
         self._begin_version(out)
 
     def _checkpoint(self, kind: str, body: Mapping[str, Any], out: list[AggregatorAction]) -> None:
-        """Post a record from which the next session can start; what came before is settled."""
+        """Post a record from which a later session can start, and acknowledge what it includes."""
         self._checkpoint_at = self._now
         self._deferred.unsettled = self._deferred.numbers()
         packed = pack_checkpoint(self._algorithm, self.state, self._fold())
@@ -305,7 +304,7 @@ class Aggregator(AggregatorState):
         out.append(AckUpTo(self._deferred.unsettled))
 
     def _resume(self, inbound: Inbound, out: list[AggregatorAction]) -> None:
-        """Start from a checkpoint, and go on as the session before it did."""
+        """Restore the state from a checkpoint and continue."""
         self.state, fold = unpack_checkpoint(self._algorithm, self._setup.problem, inbound)
         self._computed.check(fold.arithmetic, inbound.message.run)
         self._results.begin_version(self.state)
@@ -323,12 +322,10 @@ class Aggregator(AggregatorState):
         self._goal = fold.goal or self._goal
         self._progress.allow(self._goal.failures)
         if self._ended:
-            self._tell_end(out)
+            self._report_end(out)
             return
-        if (
-            fold.version or self._running
-        ):  # else the broker reports the nodes that are here once more
-            self._go_on(out)
+        if fold.version or self._running:  # else the broker reports the connected nodes again
+            self._after_commit(out)
             self._advance(out)
 
     def _begin_version(self, out: list[AggregatorAction]) -> None:
@@ -343,12 +340,12 @@ class Aggregator(AggregatorState):
             self._evaluations.ask(self._post(out, "evaluate", to, body, packed), of)
 
     def _fail(self, why: str) -> None:
-        """Let the run end without reaching its end, if it has not reached it already."""
+        """End the run as failed, unless it is ending already."""
         if not self._finishing:
             self._finishing, self._failed = why, True
 
     def _break_off(self, error: Exception) -> list[AggregatorAction]:
-        """End the run at once: code that it needs has raised something."""
+        """End the run at once, because the algorithm raised an error."""
         own = modules_of(self._algorithm, self._setup.problem)
         why = f"{self._algorithm.name} raised {explained(error, own)}"
         self._finishing, self._failed, self._error = why, True, error
@@ -356,11 +353,11 @@ class Aggregator(AggregatorState):
         out: list[AggregatorAction] = []
         try:
             self._end(out)
-        except Exception:  # noqa: BLE001 - the state cannot be saved either: its last checkpoint stands
+        except Exception:  # noqa: BLE001 - the state cannot be saved either: keep the last checkpoint
             self._ended, out = True, []
             body = {"reason": why, "position": self._position, "failed": True}
             self._post(out, "finished", RECORD, body)
-            self._tell_end(out)
+            self._report_end(out)
         return out
 
     def _finish(self, out: list[AggregatorAction]) -> None:
@@ -384,8 +381,8 @@ class Aggregator(AggregatorState):
         about |= {"failed": True} if self._failed else {}
         body = {**about, **msgspec.structs.asdict(self._results.counts)}
         self._checkpoint("finished", body, out)
-        self._tell_end(out)
+        self._report_end(out)
 
-    def _tell_end(self, out: list[AggregatorAction]) -> None:
-        if self._position >= self._continues_at:  # else the inbox has more to do
+    def _report_end(self, out: list[AggregatorAction]) -> None:
+        if self._position >= self._continues_at:  # else a later message extends the run's goal
             out.append(EndRun(self._finishing, self._failed, self._error))

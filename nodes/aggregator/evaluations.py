@@ -1,4 +1,4 @@
-"""The evaluations that an aggregator has asked for: who may answer, and what it comes to."""
+"""Evaluations that an aggregator requested: who may answer them, and their accuracy."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from fedmq.nodes.process.exception_text import clip_text
 
 
 class ClientEvaluation(Struct):
-    """An evaluation that a client has been asked for, of which version."""
+    """A requested evaluation of a version by a client."""
 
     client: int
     version: int
@@ -26,51 +26,48 @@ class ClientEvaluation(Struct):
 
 @dataclass
 class Evaluations:
-    """Evaluations that are out, by the id of the message that asked for them.
+    """Outstanding evaluations by the evaluator or by clients.
 
-    One is with the evaluator, or with a client; what clients say of a version counts when
-    all of them have said it.
+    The clients' accuracy of a version counts once all of them have answered.
 
-    asked: ids of all that are out.
-    examinations: those of clients, by id.
-    scores: accuracies that clients have reported, by version, as long as some are missing.
+    asked: ids of the requests for all outstanding evaluations.
+    client_evaluations: those by clients, by id.
+    scores: accuracies from clients, by version, while others are missing.
     """
 
     asked: set[str] = field(default_factory=set)
     client_evaluations: dict[str, ClientEvaluation] = field(default_factory=dict)
     scores: dict[int, list[float]] = field(default_factory=dict)
 
-    def ask(self, name: str, examination: ClientEvaluation | None = None) -> None:
-        """Note one that has been asked for; without an examination, of the evaluator."""
+    def ask(self, name: str, of_client: ClientEvaluation | None = None) -> None:
+        """Add a requested evaluation, by a client or, without ``of_client``, by the evaluator."""
         self.asked.add(name)
-        if examination is not None:
-            self.client_evaluations[name] = examination
+        if of_client is not None:
+            self.client_evaluations[name] = of_client
 
-    def is_with(self, name: str, node: str, members: Fleet) -> bool:
-        """Tell whether a node may answer it."""
+    def is_with(self, name: str, node: str, fleet: Fleet) -> bool:
+        """Return whether a node may answer an evaluation."""
         if name not in self.asked:
             return False
-        examination = self.client_evaluations.get(name)
-        if examination is None:
-            return node in members.evaluators
-        return node == members.hosts.get(examination.client)
+        of_client = self.client_evaluations.get(name)
+        if of_client is None:
+            return node in fleet.evaluators
+        return node == fleet.hosts.get(of_client.client)
 
-    def awaited(self, members: Fleet) -> bool:
-        """Tell whether anybody who is here may still answer one."""
-        with_clients = any(
-            each.client in members.hosts for each in self.client_evaluations.values()
-        )
+    def awaited(self, fleet: Fleet) -> bool:
+        """Return whether a connected node can still answer an evaluation."""
+        with_clients = any(each.client in fleet.hosts for each in self.client_evaluations.values())
         return with_clients or bool(
-            members.evaluators and self.asked - self.client_evaluations.keys()
+            fleet.evaluators and self.asked - self.client_evaluations.keys()
         )
 
     def end(self, name: str, accuracy: float | None) -> float | None:
-        """Note that one is over; return the accuracy of its version, once that is known."""
+        """Remove an evaluation; return the accuracy of its version, once that is known."""
         self.asked.discard(name)
         known = [] if accuracy is None else [accuracy]
-        examination = self.client_evaluations.pop(name, None)
-        if examination is not None:
-            version = examination.version
+        of_client = self.client_evaluations.pop(name, None)
+        if of_client is not None:
+            version = of_client.version
             known = [*self.scores.pop(version, ()), *known]
             if any(each.version == version for each in self.client_evaluations.values()):
                 self.scores[version] = known
@@ -81,9 +78,9 @@ class Evaluations:
 def requests(
     algorithm: Algorithm, state: Any, version: int, clients: Iterable[int]
 ) -> Iterator[tuple[str, dict[str, Any], Packed, ClientEvaluation | None]]:
-    """Yield the messages that ask for the evaluation of a version: to whom, body, tensors.
+    """Yield the evaluation requests of a version: addressee, body, tensors, client.
 
-    The last is None for the evaluator's. ``clients``: those who can be reached.
+    The client is None for the evaluator. ``clients``: the reachable ones.
     """
     who = f"{type(algorithm).__name__}.evaluation_task"
     if algorithm.evaluated_by == "model":
@@ -97,7 +94,7 @@ def requests(
 
 
 def accuracy_in(message: Message) -> tuple[float | None, Rejection | None]:
-    """Return the accuracy that an answer tells, if any, and why it cannot be used, if so."""
+    """Return the accuracy in an answer, or None, and the rejection if the answer is malformed."""
     match message.body:
         case {"metrics": {"accuracy": float(accuracy)}}:
             return accuracy, None
@@ -110,7 +107,7 @@ def accuracy_in(message: Message) -> tuple[float | None, Rejection | None]:
 
 
 def metrics_without_accuracy(message: Message) -> str | None:
-    """Return which metrics an answer has, if it has some and accuracy is not among them."""
+    """Return the names of an answer's metrics if it has some but no accuracy, else None."""
     match message.body:
         case {"metrics": dict(metrics)} if metrics and "accuracy" not in metrics:
             return clip_text(", ".join(sorted(map(str, metrics))))

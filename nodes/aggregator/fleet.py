@@ -1,4 +1,4 @@
-"""Who is here to work for an aggregator, as its inbox tells."""
+"""The nodes that are connected to an aggregator's run, according to its inbox."""
 
 from __future__ import annotations
 
@@ -11,13 +11,12 @@ from fedmq.broker.wire.schema import Message
 
 @dataclass
 class Fleet:
-    """The nodes that are here.
+    """The connected nodes.
 
-    hosts: the worker that hosts each client that can be reached.
+    hosts: the worker of each reachable client.
     evaluators: names of the evaluators.
-    changes: how often a node has come or gone; what was worked out from the hosts before the
-        last change no longer holds.
-    expects_evaluator: whether one was here when a run stopped that was taken up again.
+    changes: number of changes so far; values derived from ``hosts`` are valid until the next one.
+    expects_evaluator: whether a resumed run had an evaluator before.
     """
 
     hosts: dict[int, str] = field(default_factory=dict)
@@ -26,7 +25,7 @@ class Fleet:
     expects_evaluator: bool = False
 
     def joined(self, message: Message) -> None:
-        """Take in a node; clients that it hosts are with it from now on."""
+        """Add a node; it hosts its clients from now on."""
         self.changes += 1
         node = message.body["node"]
         if message.body["role"] == EVALUATOR:
@@ -36,22 +35,22 @@ class Fleet:
                 self.hosts.update(dict.fromkeys(range(low, high + 1), node))
 
     def left(self, message: Message) -> None:
-        """Let a node go, and the clients that are still with it."""
+        """Remove a node, and the clients that it still hosts."""
         self.changes += 1
         node = message.body["node"]
         self.evaluators.discard(node)
         self.hosts = {client: host for client, host in self.hosts.items() if host != node}
 
     def all_gone(self) -> None:
-        """Let everybody go: the run was taken up again, and its nodes are yet to come."""
+        """Remove all nodes: the run was resumed, and they have yet to join."""
         self.expects_evaluator |= bool(self.evaluators)
         self.resume({}, ())
 
     def suffice(self, clients: int) -> bool:
-        """Tell whether this many clients can be reached, and an evaluator that was here is back."""
+        """Return whether enough clients are reachable, and an expected evaluator is back."""
         return len(self.hosts) >= clients and bool(self.evaluators or not self.expects_evaluator)
 
     def resume(self, hosts: dict[int, str], evaluators: Iterable[str]) -> None:
-        """Take over what a checkpoint tells."""
+        """Restore the nodes of a checkpoint."""
         self.changes += 1
         self.hosts, self.evaluators = hosts, set(evaluators)

@@ -1,4 +1,4 @@
-"""The aggregator's program: its core, and the link that carries out what it says."""
+"""The aggregator's program: its core, and the link that carries out its actions."""
 
 from __future__ import annotations
 
@@ -47,8 +47,8 @@ from fedmq.nodes.run.setup import check_attainable, set_up
 from fedmq.nodes.run.version_zero import version_zero
 from fedmq.nodes.run_folder.model_files import remove_model, save_model
 
-_QUIET_S, _TELL_AGAIN_S = 5.0, 60.0
-"""When a run without messages says whom it waits for, and when it says so again."""
+_QUIET_S, _REPEAT_S = 5.0, 60.0
+"""Seconds without messages before the log names the awaited clients, and between repetitions."""
 
 
 def run_aggregator(
@@ -62,20 +62,19 @@ def run_aggregator(
     """Run an aggregator until its run is over; return why it ended.
 
     Args:
-        endpoint: where the broker listens.
+        endpoint: address of the broker.
         config: the run's configuration.
         run: id of the run.
-        folder: where to leave the final model (`run_folder.model_files`), and to keep the
-            node's key; None keeps nothing.
-        allowed: which code the configuration may name, as in `set_up`.
-        give_up_s: so long without the broker, and the node ends; None for never.
+        folder: of the final model (`run_folder.model_files`) and the node's key; None for neither.
+        allowed: user code that the configuration may name, as in `set_up`.
+        give_up_s: seconds without the broker after which the node ends; None for never.
 
     Raises:
-        ConfigError: the configuration is unusable, asks for what can never be, or is not the
-            one that the run has.
-        GaveUp: the broker was not there for ``give_up_s``.
+        ConfigError: the configuration is invalid, has an unattainable goal, or differs from that
+            of the existing run.
+        GaveUp: the broker was unavailable for ``give_up_s``.
         OwnCodeError: the problem, its model or the algorithm's first state cannot be made.
-        RunFailed: the run ended without reaching its end.
+        RunFailed: the run ended without reaching its goal.
         Rejected: the broker does not admit this node.
         LinkClosed: the link ended before the run did.
         NodeError: the final model cannot be written; the ledger has it.
@@ -106,7 +105,7 @@ def run_aggregator(
         if error.code == "config" and differ:
             raise ConfigError(
                 f"run {run} at {endpoint} has another configuration: {differ}; "
-                "take the same, or give this one another run.id"
+                "use the same configuration, or another run.id"
             ) from None
         raise
     except RunOver as end:
@@ -122,14 +121,14 @@ def _fold_until_over(
     folder: Path | None,
     version_0: Fingerprint | None,
 ) -> NoReturn:
-    """Give the core its inbox, and carry out what it says; raises RunOver in the end."""
-    welcomed = link.welcome().continued
-    start = Start(_checkpoint(link), continued=-1 if welcomed is UNSET else welcomed)
+    """Pass the inbox to the core and carry out its actions; raise RunOver at the end of the run."""
+    continued = link.welcome().continued
+    start = Start(_checkpoint(link), continued=-1 if continued is UNSET else continued)
     actions: Sequence[AggregatorAction] = core.handle(start)
     if folder is not None:
         remove_model(folder)
     unsettled: list[int] = []
-    patience, repeats = _Patience(), Repeats()
+    wait_log, repeats = _WaitLog(), Repeats()
     disagreeing: set[str] = set()
     while True:
         for action in actions:
@@ -152,7 +151,7 @@ def _fold_until_over(
                         save_model(folder, core.tensors(), problem, about)
                     link.over(reason)
         while not link.wait(_QUIET_S):
-            patience.look(core.missing_clients())
+            wait_log.update(core.missing_clients())
         delivery = link.get()
         unsettled.append(delivery.seq)
         if delivery.message.kind == "refused":
@@ -168,36 +167,36 @@ def _fold_until_over(
             actions = core.handle(inbound_of(link, delivery))
 
 
-class _Patience:
-    """Says which clients a run waits for: when that changes, and every minute."""
+class _WaitLog:
+    """Logs the clients that a run waits for: when they change, and every minute."""
 
     def __init__(self) -> None:
-        self._told: list[int] = []
-        self._told_at = -math.inf
+        self._logged: list[int] = []
+        self._logged_at = -math.inf
 
-    def look(self, missing: list[int]) -> None:
-        """Take a look, after nothing has come for a while."""
+    def update(self, missing: list[int]) -> None:
+        """Log the missing clients if it is time."""
         now = time.monotonic()
-        if missing and (missing != self._told or now >= self._told_at + _TELL_AGAIN_S):
-            self._told_at = now
+        if missing and (missing != self._logged or now >= self._logged_at + _REPEAT_S):
+            self._logged_at = now
             structlog.get_logger().warning(f"waiting for {clients_in_words(missing)}")
-        self._told = missing
+        self._logged = missing
 
 
 def _work(link: NodeLink, commit: Commit) -> None:
-    """Do what takes long, while the core goes on with its inbox."""
-    torch.set_num_threads(torch.get_num_threads())  # each thread has a number of its own
-    with contextlib.suppress(Exception):  # the core meets it when it asks for the result
+    """Do the work of a commit in a thread, while the core handles its inbox."""
+    torch.set_num_threads(torch.get_num_threads())  # torch's setting is per thread
+    with contextlib.suppress(Exception):  # raised again when the core asks for the result
         commit.result()
     link.hand_in(commit.message)
 
 
 def _checkpoint(link: NodeLink) -> Inbound | None:
-    """Return the checkpoint of the session before this one, if there was one."""
+    """Return the newest checkpoint of an earlier session, or None."""
     found = link.welcome().checkpoint
     if found is None:
         return None
     delivery = Delivery(found.seq, found.at, decode_message(found.message), {})
     log = structlog.get_logger()
-    log.info("goes on from a checkpoint", version=delivery.message.body.get("version"))
+    log.info("resuming from checkpoint", version=delivery.message.body.get("version"))
     return inbound_of(link, delivery)

@@ -1,4 +1,4 @@
-"""Results as they come: which of them count, how much, and in what order they are added up."""
+"""Collection of results: which ones count, their weights, and the order of accumulation."""
 
 from __future__ import annotations
 
@@ -25,23 +25,23 @@ class _Held(enum.Enum):
 
 
 HELD = _Held.HELD
-"""A result waits for those before it in its cohort."""
+"""The result waits for earlier results of its cohort."""
 Held = Literal[_Held.HELD]
 
 
 class ResultCollector:
-    """What an aggregator does with results, towards its next version.
+    """Collects the results for an aggregator's next version.
 
     Args:
-        setup: what is learned, and when.
-        tasks: that results answer.
-        state: the algorithm's, of the first version.
-        progress: to be told of all that fails, and of what is used.
+        setup: objects of the run.
+        tasks: the tasks that results answer.
+        state: the algorithm's state at the first version.
+        progress: records failures and used results.
 
     Attributes:
-        current: what has been gathered.
-        counts: what became of all results so far.
-        reply: what a result is to be: a model, an update.
+        current: results of the next version so far.
+        counts: counts of all results so far.
+        reply: what a result contains: ``model`` or ``update``.
     """
 
     def __init__(self, setup: Setup, tasks: Tasks, state: Any, progress: Progress) -> None:
@@ -63,16 +63,16 @@ class ResultCollector:
         why = self._take(inbound, state, version, out)
         if why == HELD:
             return None
-        self._tasks.freed()  # its client has no result in hand, and may be drawn again
+        self._tasks.freed()  # its client has no held result, so it can be drawn again
         return Handled.of(inbound.seq, why)
 
     def undelivered(self, name: str, message: Message) -> None:
-        """Note that a task was not delivered, or could not be used, as a message says."""
-        flight = self._tasks.discard(name)
-        if flight is not None:
+        """Record that a task was not delivered, or was rejected, according to a message."""
+        task = self._tasks.discard(name)
+        if task is not None:
             self.counts.dropped += 1
-            told = (str(message.body.get(key, "")) for key in ("code", "reason"))
-            self._progress.failed(flight.client, flight.node, *told)
+            why = (str(message.body.get(key, "")) for key in ("code", "reason"))
+            self._progress.failed(task.client, task.node, *why)
 
     def take_waiting(
         self, waiting: DeferredResults, state: Any, version: int, out: list[AggregatorAction]
@@ -84,64 +84,64 @@ class ResultCollector:
             if done is not None:
                 out.append(done)
 
-    def end(self, waiting: DeferredResults) -> list[Handled]:
-        """Note that there is no version any more for results in hand; reject those that wait."""
+    def end(self, deferred: DeferredResults) -> list[Handled]:
+        """Count the results that no version will use; reject deferred ones."""
         done = []
-        for seq, inbound in waiting.received.items():
+        for seq, inbound in deferred.received.items():
             self._tasks.discard(inbound.message.re or "")
             failed = inbound.message.kind == "failed"
             self.counts.dropped += failed
             self.counts.refused += not failed
             over = Rejection(Code.RUN_OVER, "the run is over")
             done.append(Handled.of(seq, None if failed else over))
-        self.counts.used -= self.current.absorbed
-        self.counts.unused += self.current.absorbed + len(self.current.held)
+        self.counts.used -= self.current.num_results
+        self.counts.unused += self.current.num_results + len(self.current.held)
         return done
 
     def _take(
         self, inbound: Inbound, state: Any, version: int, out: list[AggregatorAction]
     ) -> Rejection | Held | None:
         message = inbound.message
-        flight = self._tasks.answered(message)
-        if isinstance(flight, Rejection):
+        task = self._tasks.answered(message)
+        if isinstance(task, Rejection):
             self.counts.refused += 1
-            return flight
+            return task
         if message.kind == "failed":
             self.counts.dropped += 1
-            told = (str(message.body.get(key, "")) for key in ("code", "reason", "where"))
-            self._progress.failed(flight.client, message.sender, *told)
+            why = (str(message.body.get(key, "")) for key in ("code", "reason", "where"))
+            self._progress.failed(task.client, message.sender, *why)
             return None
-        staleness = version - flight.version
+        staleness = version - task.version
         try:
             numbers = numbers_of(message)
             n = examples_of(numbers)
             if numbers.get("reply", self.reply) != self.reply:
                 raise ResultError(f"expected reply {self.reply!r}", Fault.MALFORMED)
         except (ResultError, CodecError) as error:
-            return self._rejected(flight.client, message.sender, rejection_of(error))
+            return self._rejected(task.client, message.sender, rejection_of(error))
         weight = self._schedule.weight(n, staleness)
         if weight is None:
             self.counts.stale += 1
-            self._progress.answered(flight.client, message.sender)
+            self._progress.answered(task.client, message.sender)
             code = Code.STALE if self._schedule.cohort(1) is None else Code.LATE
             return Rejection(code, f"too stale: {staleness} versions behind")
         if self._schedule.ordered and not staleness:
-            self.current.held[message.re or ""] = (inbound, weight, flight.client)
-            self.current.contributed.add(flight.client)
+            self.current.held[message.re or ""] = (inbound, weight, task.client)
+            self.current.contributed.add(task.client)
             self.add_in_order(state, out)
             return HELD
-        return self._add(state, inbound, weight, flight.client, staleness)
+        return self._add(state, inbound, weight, task.client, staleness)
 
     def add_in_order(
         self, state: Any, out: list[AggregatorAction], *, everything: bool = False
     ) -> None:
-        """Add up held results in cohort order, up to the first that is still out."""
+        """Accumulate held results in cohort order, up to the first outstanding task."""
         current = self.current
         if not current.held:
             return
-        order, flights = current.order, self._tasks.in_flight
-        # It ends: the task of a held result is in the order.
-        while order[current.settled] not in current.held and order[current.settled] not in flights:
+        order, in_flight = current.order, self._tasks.in_flight
+        # The loop ends: the task of each held result is in the order.
+        while not (order[current.settled] in current.held or order[current.settled] in in_flight):
             current.settled += 1
         for index in range(current.settled, len(order)):
             name = order[index]
@@ -158,9 +158,9 @@ class ResultCollector:
     def _add(
         self, state: Any, inbound: Inbound, weight: float, client: int, staleness: int
     ) -> Rejection | None:
-        """Add one result to the version; return why it was rejected, if so."""
+        """Add a result to the version; return the rejection if it cannot be used."""
         about = client, staleness
-        why = self.current.absorb(self._algorithm, state, inbound, weight, about, self._most_bytes)
+        why = self.current.add(self._algorithm, state, inbound, weight, about, self._most_bytes)
         node = inbound.message.sender
         if why is not None:
             return self._rejected(client, node, why)

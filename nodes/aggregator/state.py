@@ -1,4 +1,4 @@
-"""What an aggregator's core is made of, and how it is saved."""
+"""The state of an aggregator's core, and its checkpoint."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ class AggregatorState:
     """The state of one run at its aggregator.
 
     Args:
-        setup: what is learned, how, and when.
+        setup: objects of the run.
         run: id of the run.
         node: this node's name.
-        computed: how; by default as this release does.
+        computed: how numbers are computed; by default as in this release.
     """
 
     def __init__(self, setup: Setup, run: str, node: str, computed: Computed | None = None) -> None:
@@ -62,7 +62,7 @@ class AggregatorState:
 
     @property
     def failed(self) -> bool:
-        """Tell whether the run ends, or has ended, without reaching its end."""
+        """Return whether the run ends, or has ended, without reaching its goal."""
         return self._failed
 
     def tensors(self) -> Mapping[str, Tensor]:
@@ -70,7 +70,7 @@ class AggregatorState:
         return self._algorithm.tensors(self.state)
 
     def state_snapshot(self) -> dict[str, Any]:
-        """Return all parts of this core by name, to find a difference between two."""
+        """Return all parts of this core by name, so that two cores can be compared."""
         current = self._results.current
         return {
             "position": self._position,
@@ -78,7 +78,7 @@ class AggregatorState:
             "state": self.state,
             "gathered": current.accumulator,
             "weights": current.weights,
-            "results": current.absorbed,
+            "results": current.num_results,
             "staleness": current.staleness,
             "held": sorted(current.held),
             "tasks": self._tasks.in_flight,
@@ -94,10 +94,10 @@ class AggregatorState:
         }
 
     def missing_clients(self) -> list[int]:
-        """Return the clients that the run cannot go on without, and that cannot be reached.
+        """Return the unreachable clients that the run waits for.
 
-        Before the first task these are all that have not come. Later, all that are away, where
-        nothing is going on that could bring a result.
+        Before the first task these are all clients that have not joined. Later they are all
+        unreachable clients, if no result can come from the reachable ones.
         """
         hosts, clients = self._fleet.hosts, self._setup.problem.clients
         if self._ended or self._finishing or self._committing is not None:
@@ -108,7 +108,7 @@ class AggregatorState:
         return [client for client in range(clients) if client not in hosts]
 
     def _fold(self) -> Fold:
-        """Return what a session that starts from here has to know besides the state."""
+        """Return the state for a checkpoint, without the algorithm's."""
         return Fold(
             position=self._position,
             at=self._now,

@@ -1,4 +1,4 @@
-"""What an aggregator has gathered towards its next version."""
+"""The results of an aggregator's next version."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from fedmq.nodes.messages.actions import Inbound, fail_on_partial_reread
 from fedmq.nodes.messages.payloads import unpack
 
 _ROOM = 16
-"""Times the size of a result: what the codecs need while they decode one like it."""
+"""Memory that codecs need to decode a result, as a multiple of its size."""
 _LEAST_BYTES = 1 << 20
 
 
@@ -43,15 +43,17 @@ def room_for(algorithm: Algorithm, state: Any) -> int:
 
 @dataclass
 class VersionBuffer:
-    """The results of one version, and what was done to get them.
+    """The results of one version, and the tasks sent for them.
 
-    gathered: the algorithm's accumulator.
+    accumulator: the algorithm's accumulator of results.
     order: ids of the tasks sent, in cohort order.
-    settled: of so many of them, from the first on, no result is to be added up any more.
-    held: results that wait for the ones before them: (message, weight, client).
-    contributed: in a synchronous round, clients whose result is in hand: nobody counts twice.
-    absorbed, late, weights, staleness: how many results, how many of them were made from
-        earlier versions, the sum of what they count, and how late each is.
+    settled: number of tasks, from the first on, whose results are all accumulated or rejected.
+    held: results that wait for earlier ones of the cohort: (message, weight, client).
+    contributed: in a synchronous round, clients whose results were received; each counts once.
+    num_results, late: number of accumulated results, and of those from earlier versions.
+    weights, staleness: sum of the results' weights, and the staleness of each, in versions.
+    started, draws: number of tasks sent, and of random draws of clients.
+    deadline_passed: whether the version no longer waits for outstanding tasks.
     """
 
     accumulator: Any
@@ -59,7 +61,7 @@ class VersionBuffer:
     settled: int = 0
     held: dict[str, tuple[Inbound, float, int]] = field(default_factory=dict)
     contributed: set[int] = field(default_factory=set)
-    absorbed: int = 0
+    num_results: int = 0
     late: int = 0
     weights: float = 0.0
     started: int = 0
@@ -68,9 +70,9 @@ class VersionBuffer:
     staleness: list[int] = field(default_factory=list)
 
     def facts(self) -> dict[str, int | float]:
-        """Return what its version's record says of the results."""
+        """Return the fields about results in the version's record."""
         return {
-            "results": self.absorbed,
+            "results": self.num_results,
             "late": self.late,
             "weights": self.weights,
             "mean_staleness": sum(self.staleness) / len(self.staleness) if self.staleness else 0.0,
@@ -78,14 +80,14 @@ class VersionBuffer:
         }
 
     def draw(self, idle: npt.NDArray[np.int64], count: int, seed: int, version: int) -> list[int]:
-        """Return so many of these clients, or all of them, in order."""
+        """Draw ``count`` of the idle clients, or all if there are fewer; return them in order."""
         if len(idle) <= count:
             return [int(client) for client in idle]
         rng = derive_rng(seed, "cohort", version, self.draws)
         self.draws += 1
         return sorted(int(client) for client in rng.choice(idle, count, replace=False))
 
-    def absorb(
+    def add(
         self,
         algorithm: Algorithm,
         state: Any,
@@ -111,7 +113,7 @@ class VersionBuffer:
             self.accumulator = algorithm.accumulate(self.accumulator, state, result, weight)
         except (ResultError, CodecError, WireError) as error:
             return rejection_of(error)
-        self.absorbed += 1
+        self.num_results += 1
         self.weights += weight
         self.staleness.append(about[1])
         self.late += about[1] > 0
@@ -120,11 +122,11 @@ class VersionBuffer:
 
 @dataclass
 class DeferredResults:
-    """The results that come while a version is being committed, which takes long.
+    """Results that arrive during the commit of a version in the background.
 
-    here: by number, those that this session of the node has.
-    missing: numbers of those that the session before it had, and that are yet to come again.
-    untold: numbers of those that came before the last checkpoint, which does not tell of them.
+    received: results by number.
+    awaited: numbers of results of an earlier session that will be delivered again.
+    unsettled: numbers of results from before the last checkpoint that it does not include.
     """
 
     received: dict[int, Inbound] = field(default_factory=dict)
@@ -132,10 +134,10 @@ class DeferredResults:
     unsettled: tuple[int, ...] = ()
 
     def add(self, inbound: Inbound) -> None:
-        """Let a result wait."""
+        """Defer a result."""
         self.received[inbound.seq] = inbound
         self.awaited.discard(inbound.seq)
 
     def numbers(self) -> tuple[int, ...]:
-        """Return the numbers of all that wait, here or on their way here again."""
+        """Return the numbers of all deferred results, received or awaited."""
         return tuple(sorted({*self.received, *self.awaited}))

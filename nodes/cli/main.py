@@ -30,6 +30,7 @@ from fedmq.nodes.cluster.environment import check_surroundings
 from fedmq.nodes.errors import ConfigError, own_code
 from fedmq.nodes.process import logs, streams
 from fedmq.nodes.process.ending import ending_well
+from fedmq.nodes.process.exception_text import reason_of
 from fedmq.nodes.process.signals import this_process
 from fedmq.nodes.process.terminal import plain
 
@@ -341,4 +342,4 @@ def _make(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ConfigError(f"--run: cannot make {folder}: {error.strerror}") from None
+        raise ConfigError(f"--run: cannot make {folder}: {reason_of(error)}") from None

@@ -17,6 +17,7 @@ from fedmq.broker.wire.addresses import CHECKPOINT
 from fedmq.nodes.cli.options import exit_2_on_error, parse_ranges
 from fedmq.nodes.cli.trust import allow_option, allowed_here, find_own_code
 from fedmq.nodes.errors import ConfigError, NodeError
+from fedmq.nodes.process.exception_text import reason_of
 from fedmq.nodes.process.terminal import plain, table
 from fedmq.nodes.run_folder.strict_json import to_strict_json
 from fedmq.nodes.run_folder.summary import spread
@@ -205,4 +206,4 @@ def _write(file: Path, content: Mapping[str, Any]) -> None:
     try:
         file.write_text(to_strict_json(content))
     except OSError as error:
-        raise ConfigError(f"--json: cannot write {file}: {error.strerror}") from None
+        raise ConfigError(f"--json: cannot write {file}: {reason_of(error)}") from None

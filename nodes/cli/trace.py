@@ -14,6 +14,7 @@ import click
 from fedmq.broker.errors import LedgerError
 from fedmq.nodes.cli.options import Commands
 from fedmq.nodes.errors import NodeError
+from fedmq.nodes.process.exception_text import reason_of
 from fedmq.nodes.process.terminal import plain, word
 
 if TYPE_CHECKING:
@@ -190,7 +191,7 @@ def export(folder: Path, run_id: str, perfetto: str | None, as_json: str | None)
         except BrokenPipeError:
             raise
         except OSError as error:
-            raise NodeError(f"cannot write {target}: {error.strerror}") from None
+            raise NodeError(f"cannot write {target}: {reason_of(error)}") from None
         _end(opened)
 
 

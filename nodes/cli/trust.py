@@ -16,6 +16,7 @@ import click
 
 from fedmq.algorithms.allowed import Allowed, is_module_name
 from fedmq.nodes.errors import ConfigError
+from fedmq.nodes.process.exception_text import reason_of
 from fedmq.nodes.run.toml import read_toml
 
 allow_option = click.option(
@@ -75,7 +76,7 @@ def _allowed_in(file: Path) -> list[str]:
     except (FileNotFoundError, NotADirectoryError):
         return []
     except OSError as error:
-        raise ConfigError(f"cannot read {file}: {error.strerror}") from None
+        raise ConfigError(f"cannot read {file}: {reason_of(error)}") from None
     for key in content:
         if key != "allow":
             raise ConfigError(f"{file}: unknown key {key!r}; choose from allow")

@@ -203,7 +203,7 @@ def unpack(
                 f"expected each of {', '.join(_GROUPS)} at most once, got {shorten(name)}"
             )
         if not 0 <= count <= len(message.blobs) - first - table:
-            raise DecodeError(f"group {name!r} has {count} buffers, but the message has fewer")
+            raise DecodeError(f"group {name!r} has {count} buffers, the message has fewer")
         if table:
             whole = read_meta(meta, message.blobs[first], functools.partial(read, first))
             first += 1

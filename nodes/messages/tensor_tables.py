@@ -88,8 +88,8 @@ def read_meta(
     needed = _memory_of(data)
     if needed > MAX_TABLE_MEMORY:
         raise DecodeError(
-            f"expected a table of tensors that needs at most {MAX_TABLE_MEMORY} bytes of memory, "
-            f"got one that can need {needed}"
+            f"expected a table of tensors that takes at most {MAX_TABLE_MEMORY} bytes of memory, "
+            f"it may take {needed}"
         )
     try:
         table = msgspec.msgpack.decode(data)

@@ -213,7 +213,7 @@ def _codec(spec: str, direction: str) -> Codec:
 
 
 def _check_codecs(down: Codec, up: Codec, schedule: Schedule, algorithm: Algorithm) -> None:
-    """Check that codecs which only work for updates are not used for models.
+    """Refuse to send a model with a codec for updates.
 
     Raises:
         ConfigError: names the codec and the reason.
@@ -230,6 +230,6 @@ def _check_codecs(down: Codec, up: Codec, schedule: Schedule, algorithm: Algorit
         )
     if down.structured or down.error_feedback:
         raise ConfigError(
-            f"codec.down: {down.wire_name!r} works only for updates of clients: the server's model "
-            "has no such structure, and no later message carries an error-feedback residual"
+            f"codec.down: {down.wire_name!r} is for updates of clients: the server's model has "
+            "no such structure, and no later message would carry an error-feedback residual"
         )

@@ -1,4 +1,4 @@
-"""Read TOML; errors name the file, the line and the text there."""
+"""Reading TOML: errors say which file, which line, and what stands there."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Runs in virtual time."""
+"""Simulation of whole runs in virtual time."""

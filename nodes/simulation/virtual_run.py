@@ -1,8 +1,8 @@
-"""A whole run in virtual time: the live cores, over a network of seeded faults.
+"""A whole run in virtual time: the real cores, over a network with seeded faults.
 
-The hosts here do what the programs do, without threads, sockets or waiting. Training is
-the algorithm's own; how long it takes is drawn. What a worker keeps on its disk, and the
-broker's ledger, survive a crash; nothing else does.
+The hosts here do the work of the programs without threads, sockets or waiting. The algorithm
+really trains; the duration of training is drawn. Only the clients' states on a worker's disk and
+the broker's ledger survive a crash.
 """
 
 from __future__ import annotations
@@ -64,14 +64,17 @@ H = TypeVar("H", bound="NodeHost")
 
 @dataclass
 class Chances:
-    """What befalls a run, while it does. Rates are per second of virtual time.
+    """Fault rates of a simulated run, per second of virtual time, and durations.
 
-    faults: of every frame. crash: of each process. cut, partition: of each connection.
-    doom: of a crash at the worst moment: of the broker in the middle of a batch, of a node
-    right after a post. away_s, partition_s: the longest
-    that a crashed process, or a connection, is away. train_s: the mean of a task. chat: of
-    small messages, several at once, from each worker and the evaluator: nobody has a use for them.
-    share_files: nodes read blobs from the ledger's files, as on one host.
+    faults: faults of single frames.
+    crash: rate of crashes of each process.
+    doom: rate of crashes at the worst moment: of the broker in the middle of a batch, of a node
+        right after a post.
+    cut, partition: rates of broken and partitioned connections, for each connection.
+    away_s, partition_s: longest absence of a crashed process, and longest partition, in seconds.
+    train_s: mean duration of a task, in seconds.
+    chat: rate of bursts of small unused messages from each worker and the evaluator.
+    share_files: whether nodes read blobs from the ledger's files, as on one host.
     """
 
     faults: Faults = field(default_factory=Faults)
@@ -90,11 +93,11 @@ class Simulation:
     """One run: a broker, an aggregator, workers and an evaluator.
 
     Args:
-        setup: what is learned; every process uses these same objects.
-        workers: how many; the clients are dealt to them.
-        folder: of the broker's ledger; new.
-        seed: of everything that happens.
-        chances: what befalls it.
+        setup: objects of the run, shared by all processes.
+        workers: number of workers; each hosts a range of clients.
+        folder: new folder for the broker's ledger.
+        seed: seed of all faults and durations.
+        chances: fault rates.
         settings: of the broker.
     """
 
@@ -113,7 +116,7 @@ class Simulation:
         self.network.share_files = self.chances.share_files
         self.broker = BrokerHost(self.network, folder, settings or BrokerSettings(3.0, 0.5))
         self.sessions: list[NodeHost] = []
-        """Every session of every node, in the order of their starts."""
+        """All sessions of all nodes, in the order of their starts."""
         self.calm = False
         self._config = setup.config.to_toml()
         self._started = 0
@@ -123,10 +126,10 @@ class Simulation:
             clients = ((index * total // workers, (index + 1) * total // workers - 1),)
             self._begin(WorkerHost, f"worker-{index}", clients, ClientStateStore())
         self._begin(WorkerHost, EVALUATOR, (), ClientStateStore())
-        self._trouble()
+        self._inject_faults()
 
     def run(self, calm_after_s: float, limit_s: float) -> bool:
-        """Let it happen; no more trouble after a while. Tell whether the run ended in time."""
+        """Simulate, without faults after ``calm_after_s``; return whether the run ended in time."""
         began = self.network.now
         self.network.after(calm_after_s, self._calm_down)
         while self.network.now - began < limit_s and self.network.step():
@@ -159,16 +162,16 @@ class Simulation:
             self.aggregator = host
         return host
 
-    def _later_again(self, host: NodeHost) -> None:
-        """Start a node again after a while, as its disk and its broker know it."""
+    def _restart_later(self, host: NodeHost) -> None:
+        """Restart a node after a while, with its name, clients and disk."""
         hello = host.hello
         begin = functools.partial(self._begin, type(host), hello.node, hello.clients, host.kept)
         self.network.after(self.rng.random() * self.chances.away_s, begin)
 
-    # ---- trouble
+    # ---- faults
 
-    def _trouble(self) -> None:
-        """Every so often, something goes wrong."""
+    def _inject_faults(self) -> None:
+        """Draw faults for this moment, and schedule the next draw."""
         if self.calm:
             return
         every = 0.1
@@ -183,9 +186,9 @@ class Simulation:
                 continue
             if rng.random() < chances.crash * every:
                 host.link.crash()
-                self._later_again(host)
+                self._restart_later(host)
             elif rng.random() < chances.doom * every:
-                host.link.doomed = functools.partial(self._later_again, host)
+                host.link.doomed = functools.partial(self._restart_later, host)
             elif rng.random() < chances.cut * every:
                 self.network.cut(host.link)
             elif rng.random() < chances.partition * every:
@@ -196,7 +199,7 @@ class Simulation:
                 and rng.random() < chances.chat * every
             ):
                 host.chat(rng)
-        self.network.after(every, self._trouble)
+        self.network.after(every, self._inject_faults)
 
     def _revive_broker(self) -> None:
         if not self.broker.up:
@@ -210,7 +213,7 @@ class Simulation:
 
 
 class NodeHost(ABC):
-    """A session of a node: its link, and a core that lives behind it."""
+    """A session of a node: its link and its core."""
 
     def __init__(self, simulation: Simulation, hello: Hello, kept: ClientStateStore | None) -> None:
         self.simulation, self.hello, self.kept = simulation, hello, kept
@@ -220,7 +223,7 @@ class NodeHost(ABC):
         self._blobs: dict[tuple[str, bytes], Buffer] = {}
 
     def look(self) -> None:
-        """See what has come, and work on it."""
+        """Handle the deliveries that have arrived."""
         while self.link.ended is None and self.link.up and self.ready():
             if self._delivery is None:
                 if not self.link.inbox:
@@ -233,14 +236,14 @@ class NodeHost(ABC):
 
     @abstractmethod
     def ready(self) -> bool:
-        """Tell whether the core can take a message now."""
+        """Return whether the core can handle a message now."""
 
     @abstractmethod
     def work(self, inbound: Inbound) -> None:
-        """Give the core a message whose blobs are here."""
+        """Pass a message with complete blobs to the core."""
 
     def has_blobs(self, delivery: Delivery) -> bool:
-        """Tell whether a delivery's blobs are here; ask for the next that is not."""
+        """Return whether all blobs of a delivery are here; request the first missing one."""
         owner = delivery.message.sender
         for index, blob in enumerate(delivery.message.blobs):
             name = (owner, blob.digest)
@@ -249,7 +252,7 @@ class NodeHost(ABC):
             elif name in self.link.fetched:
                 data = self.link.fetched.pop(name)
                 if data is None:
-                    raise AssertionError(f"a blob of {delivery.message.id} is not to be had")
+                    raise AssertionError(f"a blob of {delivery.message.id} is unavailable")
                 self._blobs[name] = data
             elif name not in self._blobs and blob.size == len(
                 here := b"".join(self.link.files.chunks(blob, delivery.extents.get(index, ())))
@@ -261,14 +264,14 @@ class NodeHost(ABC):
         return True
 
     def inbound(self, delivery: Delivery) -> Inbound:
-        """Return a delivery as a core takes it."""
+        """Return a delivery as an event of a core."""
         message = delivery.message
         blobs = [self._blobs[message.sender, blob.digest] for blob in message.blobs]
         return Inbound(delivery.seq, delivery.at, message, blobs.__getitem__)
 
 
 class AggregatorHost(NodeHost):
-    """What `run_aggregator` does."""
+    """Does the work of `run_aggregator`."""
 
     def __init__(self, simulation: Simulation, hello: Hello, kept: ClientStateStore | None) -> None:
         super().__init__(simulation, hello, kept)
@@ -279,7 +282,7 @@ class AggregatorHost(NodeHost):
         self._unsettled: list[int] = []
 
     def ready(self) -> bool:
-        """It starts once it is admitted, with its checkpoint."""
+        """Start the core, with its checkpoint, once the broker has admitted it."""
         if self.link.admitted is None:
             return False
         if not self._started:
@@ -295,7 +298,7 @@ class AggregatorHost(NodeHost):
         return not self.finished
 
     def work(self, inbound: Inbound) -> None:
-        """One step of the fold."""
+        """Fold a message."""
         self._unsettled.append(inbound.seq)
         self._act(self.core.handle(inbound))
 
@@ -317,7 +320,7 @@ class AggregatorHost(NodeHost):
                     self.link.publish(RunEnded(reason=reason))
 
     def _commit(self, commit: Commit) -> None:
-        """The work beside the inbox is done after a while, if this session still lives then."""
+        """Post the end of a commit after a while, if this session is still up."""
 
         def done() -> None:
             if self.link.up:
@@ -328,7 +331,7 @@ class AggregatorHost(NodeHost):
 
 
 class WorkerHost(NodeHost):
-    """What `run_worker` does."""
+    """Does the work of `run_worker`."""
 
     def __init__(self, simulation: Simulation, hello: Hello, kept: ClientStateStore | None) -> None:
         super().__init__(simulation, hello, kept)
@@ -345,11 +348,11 @@ class WorkerHost(NodeHost):
             self.link.post(Message(kind="chat", id=name, run=RUN, sender=sender, to=to), (), ())
 
     def ready(self) -> bool:
-        """One task at a time."""
+        """Return whether no task is running."""
         return self.link.admitted is not None and not self._busy
 
     def work(self, inbound: Inbound) -> None:
-        """Take a task."""
+        """Handle a task."""
         self._act(list(self.core.handle(inbound)))
 
     def _act(self, actions: list[WorkerAction]) -> None:
@@ -370,10 +373,10 @@ class WorkerHost(NodeHost):
                 case DoneWith(seq):
                     self.link.publish(Done(seqs=(seq,)))
                 case Pause():
-                    pass  # time is drawn here as it is
+                    pass  # the duration is drawn in any case
 
     def _later(self, event: Trained | Evaluated, rest: list[WorkerAction]) -> None:
-        """The work is done after a while, if this session still lives then."""
+        """Report the result of training after a while, if this session is still up."""
 
         def done() -> None:
             if self.link.up:

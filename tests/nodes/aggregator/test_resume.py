@@ -299,7 +299,7 @@ def test_a_checkpoint_that_does_not_fit_is_one_sentence(fault):
         case "a weight less":
             data = (bytes(data[0])[:-4], *data[1:])
             message = changed(message, blobs=tuple(Blob.of(each) for each in data))
-    with pytest.raises(NodeError, match=f"checkpoint {message.id} does not fit it") as caught:
+    with pytest.raises(NodeError, match=f"checkpoint {message.id} does not fit") as caught:
         resumed(setup, Inbound(1, 1.0, message, data.__getitem__), [])
     assert "\n" not in str(caught.value)
 
@@ -373,5 +373,5 @@ def test_a_run_of_another_release_is_not_gone_on_with():
     setup = setup_of("rounds")
     post = [each for each in busy_run(setup, 37).actions if is_checkpoint(each)][2]
     core = Aggregator(setup, "run", "aggregator", Computed(arithmetic=1))
-    with pytest.raises(NodeError, match="run 'run' was begun by another release of fedmq"):
+    with pytest.raises(NodeError, match="run 'run' was started by a release of fedmq"):
         core.handle(Start(handed_over(post)))

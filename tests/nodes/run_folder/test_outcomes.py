@@ -1,4 +1,4 @@
-"""Counts of a run: used, stale, refused and unused results add up to all results."""
+"""Counts are folded from the ledger to its end; used, stale, refused and unused are all results."""
 
 import io
 import json
@@ -196,9 +196,9 @@ def shown(renderable, width=80):
 
 
 def test_unknown_values_are_shown_as_dashes():
-    text = line(RunFold(started_at=1.8e9))
-    assert text.startswith("time -  version -  accuracy -  used 0")
-    assert "staleness -" in text
+    said = line(RunFold(started_at=1.8e9))
+    assert said.startswith("time -  version -  accuracy -  used 0")
+    assert "staleness -" in said
 
 
 def test_the_accuracy_of_an_older_version_is_shown_with_the_version(story):
@@ -223,11 +223,11 @@ def test_the_closing_table_names_what_went_wrong(story):
     story.task(1, 1)
     story.feed("failed", "w0", re="a/0", reason="no\x1b memory", code="training-failed")
     story.version(1, story.result(1, 1), 1)
-    text = shown(closing_table(story.end()), 100)
-    assert "1 used, 0 stale, 0 refused, 0 unused" in text
-    assert "1 task: training-failed 1" in text
-    assert "0 of 1 with their whole cohort, 1 of 2 results missing" in text
-    assert "1 task, no result in any version; last: no\\x1b memory" in text
+    said = shown(closing_table(story.end()), 100)
+    assert "1 used, 0 stale, 0 refused, 0 unused" in said
+    assert "1 task: training-failed 1" in said
+    assert "0 of 1 with their whole cohort, 1 of 2 results missing" in said
+    assert "1 task, no result in any version; last: no\\x1b memory" in said
 
 
 def test_a_result_that_came_while_the_run_was_ending_is_not_the_last_failure(story):
@@ -235,10 +235,10 @@ def test_a_result_that_came_while_the_run_was_ending_is_not_the_last_failure(sto
     story.task(1, 1)
     story.version(1, story.result(1, 1), 1)
     story.refuse(story.result(0, 0), "run-over", "the run is over")
-    text = shown(closing_table(story.end()), 100)
-    assert "run-over 1" in text
-    assert "last failure" not in text
-    assert "no result in any version" not in text
+    said = shown(closing_table(story.end()), 100)
+    assert "run-over 1" in said
+    assert "last failure" not in said
+    assert "no result in any version" not in said
 
 
 def test_bytes_on_the_wire_of_an_interrupted_run_are_unknown(story):
