@@ -17,7 +17,7 @@ from fedmq.broker.ledger.reader import read_entries
 
 pytestmark = pytest.mark.end_to_end
 
-FEDMQ = (sys.executable, "-P", "-m", "fedmq.nodes.cli.main")
+FEDMQ = (sys.executable, "-P", "-m", "fedmq.nodes")
 ROUNDS = {
     "run.versions": 8,
     "run.evaluate_every": 3,

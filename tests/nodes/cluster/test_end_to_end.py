@@ -24,7 +24,7 @@ from fedmq.nodes.run_folder.model_files import read_state_dict
 
 pytestmark = pytest.mark.end_to_end
 
-FEDMQ = (sys.executable, "-P", "-m", "fedmq.nodes.cli.main")
+FEDMQ = (sys.executable, "-P", "-m", "fedmq.nodes")
 SYNCHRONOUS = (
     *("--set", "schedule.name=rounds", "--set", "schedule.fraction=0.2"),
     *("--set", "run.versions=3", "--set", "problem.examples=1000"),
