@@ -21,7 +21,13 @@ from fedmq.broker.process import give_torch_huge_pages, tune_process
 from fedmq.broker.wire.addresses import MAX_RANGES, name_fault
 from fedmq.nodes.cli.codec import codec
 from fedmq.nodes.cli.ledger import ledger
-from fedmq.nodes.cli.options import LONGEST_TEXT, Commands, exit_2_on_error, parse_ranges
+from fedmq.nodes.cli.options import (
+    LONGEST_TEXT,
+    Commands,
+    RenamedOptions,
+    exit_2_on_error,
+    parse_ranges,
+)
 from fedmq.nodes.cli.personalise import personalise
 from fedmq.nodes.cli.replay import replay
 from fedmq.nodes.cli.trace import trace
@@ -142,7 +148,7 @@ def cluster(
     sys.exit(code)
 
 
-@main.command()
+@main.command(cls=RenamedOptions, renamed={"--offer-parked": "--redeliver-dead-letters"})
 @click.option(
     "--bind", default=DEFAULT_ENDPOINT, show_default=True, help="Where to listen; tcp://*:7700."
 )
@@ -166,7 +172,7 @@ def cluster(
     default=True,
     help="Let nodes on this host read blobs from the ledger's files.",
 )
-@click.option("--offer-parked", is_flag=True, help="Offer parked messages again.")
+@click.option("--redeliver-dead-letters", is_flag=True, help="Deliver dead letters once more.")
 @click.option("--once", is_flag=True, help="End with the run, and write its summary.")
 def broker(
     bind: str,
@@ -175,7 +181,7 @@ def broker(
     durability: str,
     retain: str,
     share_files: bool,  # noqa: FBT001 - click's
-    offer_parked: bool,  # noqa: FBT001 - click's
+    redeliver_dead_letters: bool,  # noqa: FBT001 - click's
     once: bool,  # noqa: FBT001 - click's
 ) -> None:
     """Route messages and keep the ledger; goes on from the ledger that is in its folder."""
@@ -195,8 +201,10 @@ def broker(
             "share_files": share_files,
         }
         table = build({"broker": given}).broker
-        keeping = replace(table.ledger_settings(), redeliver_dead_letters=offer_parked)
-        server = BrokerServer(bind, folder / LEDGER, table.settings(), keeping)
+        ledger_settings = replace(
+            table.ledger_settings(), redeliver_dead_letters=redeliver_dead_letters
+        )
+        server = BrokerServer(bind, folder / LEDGER, table.settings(), ledger_settings)
         found = state_of(recorded_runs(folder / LEDGER), once=once)
         where = f"listening on {server.endpoint}, ledger in {folder / LEDGER}"
         click.echo(f"{where}: {found}", err=True)

@@ -6,14 +6,14 @@ import contextlib
 import difflib
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import click
 
 from fedmq.broker.errors import BrokerFailed, GaveUp
 from fedmq.nodes.errors import ON_PURPOSE, ConfigError, RunFailed
-from fedmq.nodes.process.terminal import plain
+from fedmq.nodes.process.terminal import plain, renaming_notice
 
 LONGEST_TEXT = 2000
 """Characters of an error's sentence that are shown."""
@@ -67,6 +67,31 @@ class Commands(click.Group):
         if rows:
             with formatter.section("Commands"):
                 formatter.write_dl(rows)
+
+
+class RenamedOptions(click.Command):
+    """A command with options that had another name in the last release.
+
+    Args:
+        renamed: new names by old ones; an old name works, is not in the help, and prints a notice.
+    """
+
+    def __init__(self, *args: Any, renamed: Mapping[str, str], **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._renamed = renamed
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Read the options, after a notice for each old name among them."""
+        options = args[: args.index("--")] if "--" in args else args
+        current = [self._current(each) for each in options]
+        return super().parse_args(ctx, current + args[len(options) :])
+
+    def _current(self, arg: str) -> str:
+        old, equals, value = arg.partition("=")
+        if old not in self._renamed:
+            return arg
+        click.echo(renaming_notice(old, self._renamed[old]), err=True)
+        return f"{self._renamed[old]}{equals}{value}"
 
 
 def _guess(word: str, words: Sequence[str]) -> str:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from fedmq.nodes.cli.options import exit_2_on_error
+from fedmq.nodes.cli.options import RenamedOptions, exit_2_on_error
 from fedmq.nodes.cli.trust import allow_option, allowed_here, find_own_code
 from fedmq.nodes.process.signals import this_process
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from fedmq.nodes.replay.fold import Replay, ReplayStep
 
 
-@click.command()
+@click.command(cls=RenamedOptions, renamed={"--against": "--compare"})
 @click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
 @click.option("--run-id", default="", help="The run, if the ledger holds several.")
 @click.option("--until", type=click.IntRange(min=0), metavar="OFFSET", help="Stop at this entry.")
@@ -40,10 +40,10 @@ if TYPE_CHECKING:
     help="Fold the recorded results under another rule, repeatable.",
 )
 @click.option(
-    "--save", type=click.Path(path_type=Path), help="Write the state's digests, for --against."
+    "--save", type=click.Path(path_type=Path), help="Write the state's digests, for --compare."
 )
 @click.option(
-    "--against",
+    "--compare",
     type=click.Path(path_type=Path),
     help="What --save wrote with other code, or another run: find where they part.",
 )
@@ -58,7 +58,7 @@ def replay(
     task: str | None,
     settings: tuple[str, ...],
     save: Path | None,
-    against: Path | None,
+    compare: Path | None,
     allow: tuple[str, ...],
 ) -> None:
     """Run a recorded run's aggregator again and hold all it says against the record.
@@ -68,7 +68,7 @@ def replay(
     with _importing():
         from fedmq.nodes.replay.record import Diverged
 
-    _check_options(until, shell, from_checkpoint, worker, task, settings, save, against)
+    _check_options(until, shell, from_checkpoint, worker, task, settings, save, compare)
     with exit_2_on_error():
         from fedmq.broker.inspection.trace import Trace
 
@@ -82,7 +82,7 @@ def replay(
                 same = _what_if(trace, allowed, settings)
             else:
                 resume = from_checkpoint
-                same = _fold(trace, allowed, until, save, against, shell=shell, resume=resume)
+                same = _fold(trace, allowed, until, save, compare, shell=shell, resume=resume)
         except Diverged as error:
             click.echo(str(error))
             same = False
@@ -106,7 +106,7 @@ def _check_options(
     task: str | None,
     settings: tuple[str, ...],
     save: Path | None,
-    against: Path | None,
+    compare: Path | None,
 ) -> None:
     """Refuse options that would be without effect."""
     folds = {
@@ -114,7 +114,7 @@ def _check_options(
         "--shell": shell,
         "--from-checkpoint": from_checkpoint,
         "--save": save is not None,
-        "--against": against is not None,
+        "--compare": compare is not None,
     }
     given = [name for name, there in folds.items() if there]
     if task is not None and worker is None:
@@ -123,10 +123,10 @@ def _check_options(
         raise click.UsageError(f"--worker does not go with {[*given, '--set'][0]}")
     if settings and given:
         raise click.UsageError(f"--set does not go with {given[0]}")
-    if save is not None and against is not None:
-        raise click.UsageError("--save does not go with --against")
-    if from_checkpoint and (save is not None or against is not None):
-        which = "--save" if save is not None else "--against"
+    if save is not None and compare is not None:
+        raise click.UsageError("--save does not go with --compare")
+    if from_checkpoint and (save is not None or compare is not None):
+        which = "--save" if save is not None else "--compare"
         raise click.UsageError(f"{which} does not go with --from-checkpoint")
 
 
@@ -135,7 +135,7 @@ def _fold(
     allowed: Allowed,
     until: int | None,
     save: Path | None,
-    against: Path | None,
+    compare: Path | None,
     *,
     shell: bool,
     resume: bool,
@@ -151,7 +151,7 @@ def _fold(
     last: ReplayStep | None = None
     shown = time.monotonic()
     try:
-        for step in _steps(run, allowed, until, save, against):
+        for step in _steps(run, allowed, until, save, compare):
             last = step
             if sys.stderr.isatty() and time.monotonic() - shown > 1.0:
                 shown = time.monotonic()
@@ -172,13 +172,13 @@ def _fold(
     _report(run, time.perf_counter() - began, until)
     if save is not None:
         click.echo(f"the state after each message is in {save / FILE}")
-    elif against is not None:
-        click.echo(f"and so is the state after each message, to that of {against}")
+    elif compare is not None:
+        click.echo(f"and so is the state after each message, to that of {compare}")
     return True
 
 
 def _steps(
-    run: Replay, allowed: Allowed, until: int | None, save: Path | None, against: Path | None
+    run: Replay, allowed: Allowed, until: int | None, save: Path | None, compare: Path | None
 ) -> Iterator[ReplayStep]:
     from fedmq.broker.inspection.trace import Trace
     from fedmq.nodes.replay.fold import Replay
@@ -191,11 +191,11 @@ def _steps(
 
     if save is not None:
         return save_state_digests(run, save, until)
-    if against is None:
+    if compare is None:
         return run.steps(until)
-    if (against / FILE).exists():
-        return compare_state_digests(run, against, until)
-    return compare_runs(run, Replay(Trace(against), allowed=allowed), until)
+    if (compare / FILE).exists():
+        return compare_state_digests(run, compare, until)
+    return compare_runs(run, Replay(Trace(compare), allowed=allowed), until)
 
 
 def _report(run: Replay, took_s: float, until: int | None) -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import click
 
 from fedmq.broker.errors import LedgerError
-from fedmq.nodes.cli.options import Commands
+from fedmq.nodes.cli.options import Commands, RenamedOptions
 from fedmq.nodes.errors import NodeError
 from fedmq.nodes.process.terminal import plain, word
 
@@ -36,7 +36,7 @@ def trace() -> None:
     """
 
 
-@trace.command()
+@trace.command(cls=RenamedOptions, renamed={"--refused": "--rejected"})
 @_folder
 @_run_id
 @click.option(
@@ -49,7 +49,7 @@ def trace() -> None:
 )
 @click.option("--from", "start", type=float, help="Seconds since the run's start.")
 @click.option("--to", "end", type=float, help="Seconds since the run's start.")
-@click.option("--refused", is_flag=True, help="Only messages that were refused, and why.")
+@click.option("--rejected", is_flag=True, help="Only rejected messages, with the reason.")
 @click.option("--all", "everything", is_flag=True, help="Entries about what was consumed too.")
 def ls(
     folder: Path,
@@ -60,7 +60,7 @@ def ls(
     versions: str | None,
     start: float | None,
     end: float | None,
-    refused: bool,  # noqa: FBT001 - click's
+    rejected: bool,  # noqa: FBT001 - click's
     everything: bool,  # noqa: FBT001 - click's
 ) -> None:
     """List the entries, one a line.
@@ -83,7 +83,7 @@ def ls(
             client=client,
             versions=parse_versions(versions) if versions is not None else None,
             times=times,
-            refused=refused,
+            refused=rejected,
             everything=everything,
         )
         opened = _open(folder, run_id)

@@ -114,16 +114,17 @@ def asking(
 
 def _load(file: Path | None, settings: Sequence[str]) -> Config:
     """Read what was given; a file that a run left tells of another run than is asked for."""
-    given = load(file, settings)
+    recorded = file is not None and is_record(file)
+    given = load(file, settings, recorded=recorded)
     asked = any(each.partition("=")[0].strip() == "run.id" for each in settings)
-    return given if asked or file is None or not is_record(file) else called(given, "")
+    return called(given, "") if recorded and not asked else given
 
 
 def _on_top_of_own(folder: Path, contents: Contents, settings: Sequence[str]) -> Config | None:
     """Apply settings to the configuration in a folder; None if it has none."""
     file = usable_config(folder)
     if file is not None:
-        return load(file, settings)
+        return load(file, settings, recorded=True)
     return None if contents.run is None else changed(parse(contents.run.config), settings)
 
 

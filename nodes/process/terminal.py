@@ -90,6 +90,11 @@ def fitted(text: str, indent: str = "  ", width: int = WIDTH) -> list[str]:
     )
 
 
+def renaming_notice(old: str, new: str) -> str:
+    """Return the line on an option or a key whose old name was used."""
+    return f"fedmq: {old} is now {new}; the old name works in this release only"
+
+
 def spans(numbers: Iterable[int]) -> str:
     """Return numbers in order, neighbours as a range: ``3-5 9``."""
     found: list[list[int]] = []

@@ -2,7 +2,7 @@
 
 A difference in the code shows in the state at the very message that it concerns; in what
 the core says it may show much later. ``--save`` writes the digests of a replay to a file,
-and ``--against`` holds another replay of the same inbox against it, with other code.
+and ``--compare`` holds another replay of the same inbox against it, with other code.
 """
 
 from __future__ import annotations
@@ -201,10 +201,10 @@ def _read(folder: Path, trace: Trace) -> Iterator[_Line]:
         with path.open("rb") as file:
             header = msgspec.json.decode(file.readline(), type=_Header)
             if (header.run, header.opened) != (trace.opened.run, trace.opened.at):
-                raise NodeError(f"--against: expected steps of run {trace.run}, got {header.run}")
+                raise NodeError(f"--compare: expected steps of run {trace.run}, got {header.run}")
             for line in file:
                 yield msgspec.json.decode(line, type=_Line)
     except OSError as error:
-        raise NodeError(f"--against: cannot read {path}: {error.strerror}") from None
+        raise NodeError(f"--compare: cannot read {path}: {error.strerror}") from None
     except msgspec.MsgspecError as error:
-        raise NodeError(f"--against: {path} is not what --save writes: {error}") from None
+        raise NodeError(f"--compare: {path} is not what --save writes: {error}") from None

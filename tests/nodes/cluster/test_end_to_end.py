@@ -228,7 +228,8 @@ def test_stragglers_drop_outs_and_a_killed_worker_are_ordinary(start, tmp_path: 
     run = tmp_path / "run"
     cluster = start(
         *("cluster", "--run", str(run), "--set", "problem.examples=1000"),
-        *("--set", "run.versions=40", "--set", "broker.lease_s=1", "--set", "broker.beat_s=0.2"),
+        *("--set", "run.versions=40"),
+        *("--set", "broker.lease_s=1", "--set", "broker.heartbeat_s=0.2"),
         *("--set", "worker.slowdown=halfnormal(1)", "--set", "worker.drop=0.1"),
     )
     wait_until("the first versions", lambda: versions_in(run) >= 2)

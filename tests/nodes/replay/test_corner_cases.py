@@ -174,11 +174,11 @@ def test_no_checkpoint_sentence(tmp_path):
 
 def test_against_steps_from_checkpoint(tmp_path):
     replay(BUFFERED, "--save", tmp_path)
-    replay(BUFFERED, "--against", tmp_path, "--from-checkpoint", code=2)
+    replay(BUFFERED, "--compare", tmp_path, "--from-checkpoint", code=2)
 
 
 def test_against_run_from_checkpoint(tmp_path):
-    replay(BUFFERED, "--against", BUFFERED, "--from-checkpoint", code=2)
+    replay(BUFFERED, "--compare", BUFFERED, "--from-checkpoint", code=2)
 
 
 def test_until_of_other_run(tmp_path):
@@ -303,7 +303,7 @@ def test_escape(tmp_path, which, ch):
 def test_against_a_shorter_run_until(tmp_path):
     short = rewrite(BUFFERED, tmp_path, until=number(BUFFERED, 14, kind="result"))
     until = number(BUFFERED, 24, kind="result")
-    output = replay(BUFFERED, "--against", short, "--until", until, code=1).output
+    output = replay(BUFFERED, "--compare", short, "--until", until, code=1).output
     assert "this run goes on" in output
 
 

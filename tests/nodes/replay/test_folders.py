@@ -21,7 +21,7 @@ FIRST = re.compile(r"^([\d,]+) messages, ([\d,]+) actions, all equal$", re.MULTI
         ["--until", material.number(BUFFERED, 3, kind="version")],
         ["--worker", "worker-0"],
         ["--set", "schedule.size=2"],
-        ["--against", GOLDEN / "fedavg-buffered"],
+        ["--compare", GOLDEN / "fedavg-buffered"],
     ],
     ids=str,
 )

@@ -217,9 +217,9 @@ def test_another_rule():
 
 def test_the_state_is_saved_and_compared(tmp_path):
     replay(BUFFERED, "--save", tmp_path)
-    assert WITHIN in replay(BUFFERED, "--against", tmp_path).output
-    assert WITHIN in replay(BUFFERED, "--against", BUFFERED).output
-    assert "part" in replay(BUFFERED, "--against", ROUNDS, code=1).output
+    assert WITHIN in replay(BUFFERED, "--compare", tmp_path).output
+    assert WITHIN in replay(BUFFERED, "--compare", BUFFERED).output
+    assert "part" in replay(BUFFERED, "--compare", ROUNDS, code=1).output
 
 
 @pytest.mark.parametrize("used", [33, 99])

@@ -63,7 +63,7 @@ def test_columns_are_aligned(fedmq, written):
 
 def test_refused_messages_say_why(fedmq, written):
     folder, at = written
-    result = fedmq("ls", folder, "--refused")
+    result = fedmq("ls", folder, "--rejected")
     assert numbers(result) == [at["stale"], at["post"]]
     assert "refused by aggregator: too stale" in line_of(result, at["stale"])
     assert "refused a post: no such address" in line_of(result, at["post"])
@@ -96,7 +96,7 @@ def test_a_filter_that_takes_nothing_says_so(fedmq, written):
         ["--from", "9e9"],
         ["--kind", "score"],
     ):
-        result = fedmq("ls", written[0], *words, "--versions", "1", "--refused")
+        result = fedmq("ls", written[0], *words, "--versions", "1", "--rejected")
         assert result.stdout == ""
         assert result.stderr == "fedmq: no entries match\n"
 
