@@ -114,37 +114,38 @@ def cluster(
     now = time.time()
     from fedmq.nodes.cluster.continuing import about, asking, continuation, show_ended
     from fedmq.nodes.cluster.forking import preloading
-    from fedmq.nodes.cluster.supervisor import Cluster, go_on_command, worker_names
+    from fedmq.nodes.cluster.supervisor import Cluster, resume_command, worker_names
 
     settings = (*settings, *([f"worker.count={workers}"] if workers else []))
     streams.go_on_without_output()
     console = Console()
     with exit_2_on_error(), asking(config, settings, folder, now) as asked:
         find_own_code(asked.config.allowed)
-        # What --set has changed is in the folder's own configuration.
-        again = go_on_command(asked.folder, None if settings else config)
-        going_on = None
+        # The configuration in the folder includes the changes of --set.
+        resume_with = resume_command(asked.folder, None if settings else config)
+        resumed = None
         if asked.recorded is not None:
-            going_on = continuation(asked)
-            if going_on is None:
+            resumed = continuation(asked)
+            if resumed is None:
                 show_ended(asked, console)
                 sys.exit(0)
-            this_process.hint = f"go on with: {again}"
-            console.print(about(asked, going_on), highlight=False, soft_wrap=True, markup=False)
+            this_process.hint = f"resume with: {resume_with}"
+            console.print(about(asked, resumed), highlight=False, soft_wrap=True, markup=False)
         with preloading():
             from fedmq.nodes.run.attainable import check_attainable
             from fedmq.nodes.run.setup import choose_device, set_up
 
             with own_code("problem.name"):
                 setup = set_up(asked.config)
-                # Data and device are there, or nothing is started.
+                # Without the data or the device, nothing is started.
                 choose_device(asked.config.worker.device)
                 clients = setup.problem.clients
                 check_attainable(setup, worker_names(setup.config, clients))
                 setup.problem.test()
                 setup.problem.client(0)
-        one = Cluster(setup.config, clients, asked.folder, asked.begun, console, going_on, again)
-        code = one.run()
+        code = Cluster(
+            setup.config, clients, asked.folder, asked.begun, console, resumed, resume_with
+        ).run()
     sys.exit(code)
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 import psutil
 
 HERE = Path(__file__).parent
-FEDMQ = (sys.executable, "-P", "-m", "fedmq.nodes.cli.main")
+FEDMQ = (sys.executable, "-P", "-m", "fedmq.nodes")
 SMALL = {
     "problem.examples": 1000,
     "problem.model": "2nn",

@@ -153,7 +153,7 @@ class Nodes:
     def _start(self, *words: str) -> subprocess.Popen[bytes]:
         with (self.folder / f"{words[0]}.out").open("ab") as out:
             process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "fedmq.nodes.cli.main", *words],
+                [sys.executable, "-P", "-m", "fedmq.nodes", *words],
                 cwd=self.folder,
                 stdout=out,
                 stderr=out,

@@ -222,7 +222,7 @@ def test_a_strangers_run_executes_nothing_on_a_waiting_worker(tmp_path):
     mark = tmp_path / "executed"
     command = f"__import__('pathlib').Path({str(mark)!r}).touch()"
     config = f'[problem]\nname = "sympy:solve"\nf = "{command}"\n'
-    fedmq = [sys.executable, "-P", "-m", "fedmq.nodes.cli.main"]
+    fedmq = [sys.executable, "-P", "-m", "fedmq.nodes"]
     how = {"cwd": tmp_path, "stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
     bind = ["--bind", "tcp://127.0.0.1:0", "--run", "run"]
     started = [broker := subprocess.Popen([*fedmq, "broker", *bind], **how)]

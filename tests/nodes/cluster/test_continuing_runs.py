@@ -17,7 +17,7 @@ from fedmq.broker.ledger.reader import read_entries
 
 pytestmark = pytest.mark.end_to_end
 
-FEDMQ = (sys.executable, "-P", "-m", "fedmq.nodes.cli.main")
+FEDMQ = (sys.executable, "-P", "-m", "fedmq.nodes")
 ROUNDS = {
     "run.versions": 8,
     "run.evaluate_every": 3,
@@ -90,7 +90,7 @@ def test_a_run_that_was_killed_again_and_again_ends_at_the_same_model(whole, tmp
     with segment_path(run / "ledger", MESSAGES, torn).open("ab") as file:
         file.write(b"\x00\x01half a record")
     said = to_end(words)
-    assert "goes on from version" in said
+    assert "resuming run " in said
 
     summary = json.loads((run / "summary.json").read_text())
     assert summary["model_digest"] == whole["model_digest"]
@@ -163,7 +163,7 @@ def test_an_ended_run_is_shown_and_goes_further_when_more_is_asked_for(tmp_path)
     # The other number of workers is this host's business, and their clients move.
     words = command(run, {**ROUNDS, "run.versions": 5, "worker.count": 3})
     kill_when(words, lambda: "continued" in kinds(run))
-    assert "goes on from version" in to_end(words)
+    assert "resuming run " in to_end(words)
     after = json.loads((run / "summary.json").read_text())
     assert after["versions"] == 5
     assert after["run"] == before["run"]
@@ -185,7 +185,8 @@ def test_an_ended_run_is_shown_and_goes_further_when_more_is_asked_for(tmp_path)
     assert "holds" in stats
 
     said = to_end(command(run, {**ROUNDS, "run.versions": 4}), 2)
-    assert "has 5 versions already, got 4" in said
+    assert "run.versions: expected at least 5, " in said
+    assert "already has, got 4" in said
 
 
 def test_a_runs_own_configuration_runs_again_in_a_new_folder(tmp_path, monkeypatch) -> None:
@@ -195,7 +196,7 @@ def test_a_runs_own_configuration_runs_again_in_a_new_folder(tmp_path, monkeypat
     words = command(run, settings)
     to_end([*words[: words.index("--run")], *words[words.index("--run") + 2 :]])
     said = to_end([*FEDMQ, "cluster", str(run / "config.toml")])
-    assert "goes on" not in said
+    assert "resuming" not in said
     [other] = [each for each in (tmp_path / "runs").iterdir() if each.name != "first"]
     first, second = (json.loads((each / "summary.json").read_text()) for each in (run, other))
     assert first["run"] == "first"
@@ -223,7 +224,7 @@ def test_a_folder_in_use_is_refused_at_once_and_a_broker_says_what_is_in_its_led
         os.kill(process.pid, signal.SIGKILL)  # its nodes end by themselves, and are waited for
         process.wait()
         said = to_end(command(run, {**ROUNDS, "run.versions": kinds(run).count("version") + 1}))
-        assert "goes further" in said
+        assert "extending run " in said
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)

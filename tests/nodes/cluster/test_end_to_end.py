@@ -24,7 +24,7 @@ from fedmq.nodes.run_folder.model_files import read_state_dict
 
 pytestmark = pytest.mark.end_to_end
 
-FEDMQ = (sys.executable, "-P", "-m", "fedmq.nodes.cli.main")
+FEDMQ = (sys.executable, "-P", "-m", "fedmq.nodes")
 SYNCHRONOUS = (
     *("--set", "schedule.name=rounds", "--set", "schedule.fraction=0.2"),
     *("--set", "run.versions=3", "--set", "problem.examples=1000"),
@@ -181,8 +181,8 @@ def test_a_killed_broker_and_a_killed_aggregator_change_nothing_in_the_model(
         assert summary["versions"] == 25
         digests[name] = summary["model_digest"]
     assert digests["whole"] == digests["killed"]
-    assert output.count("broker was ended by SIGKILL; starting it again") == 2
-    assert output.count("aggregator was ended by SIGKILL; starting it again") == 1
+    assert output.count("broker was killed by SIGKILL; restarting it") == 2
+    assert output.count("aggregator was killed by SIGKILL; restarting it") == 1
     sessions = {name: node["sessions"] for name, node in summary["nodes"].items()}
     assert sessions.pop("aggregator") == 2
     assert set(sessions.values()) == {1}, "whoever lived on was there all the time"
@@ -236,7 +236,7 @@ def test_stragglers_drop_outs_and_a_killed_worker_are_ordinary(start, tmp_path: 
     kill(run, "worker-2")
     output = cluster.output()
     assert "40 versions committed" in output
-    assert "worker-2 was ended by SIGKILL; starting it again" in output
+    assert "worker-2 was killed by SIGKILL; restarting it" in output
     assert cluster.process.returncode == 0
     nodes = json.loads((run / "summary.json").read_text())["nodes"]
     assert sum(node["drops"] for node in nodes.values()) > 0
@@ -253,7 +253,7 @@ def test_a_process_that_ends_again_and_again_ends_the_run(start, tmp_path: Path)
     os.kill(pid_of(run, "aggregator"), signal.SIGKILL)
     output = cluster.output(20)
     assert cluster.process.returncode == 1
-    assert "fedmq: aggregator: was ended by SIGKILL" in output
+    assert "fedmq: aggregator: was killed by SIGKILL" in output
 
 
 def test_a_model_that_cannot_be_followed_is_one_sentence_and_exit_code_2(

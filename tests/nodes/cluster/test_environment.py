@@ -38,8 +38,8 @@ def test_a_current_folder_that_is_gone_is_one_sentence(
     result = CliRunner().invoke(main, command)
     assert result.exit_code == 2
     assert result.output == (
-        "fedmq: the current folder cannot be found (No such file or directory); change to one "
-        "that is there\n"
+        "fedmq: cannot find the current folder: No such file or directory; change to one that "
+        "exists\n"
     )
 
 
@@ -57,23 +57,23 @@ def test_sockets_get_a_short_place_where_tmpdir_is_long(
 
 
 @pytest.mark.usefixtures("no_temporary_folder_yet")
-def test_no_short_place_for_sockets_is_told(
+def test_no_short_folder_for_sockets_is_reported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     long = tmp_path / ("d" * 140)
     long.mkdir()
     monkeypatch.setenv("TMPDIR", str(long))
     monkeypatch.setattr(environment, "_SHORT", ())
-    with pytest.raises(NodeError, match="TMPDIR: expected a folder whose name has at most 75"):
+    with pytest.raises(NodeError, match="TMPDIR: expected a path of at most 75"):
         place_sockets()
 
 
-def test_no_place_for_short_lived_files_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_folder_for_temporary_files_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     def nowhere() -> str:
         raise FileNotFoundError(2, "No usable temporary directory found in ['/nowhere']")
 
     monkeypatch.setattr(tempfile, "gettempdir", nowhere)
-    with pytest.raises(NodeError, match="no folder for short-lived files: No usable"):
+    with pytest.raises(NodeError, match="cannot find a folder for temporary files: No usable"):
         place_sockets()
 
 
@@ -119,7 +119,7 @@ def test_a_run_may_lie_in_a_folder_of_any_name(tmp_path: Path, name: bytes) -> N
         sys.executable,
         "-P",
         "-m",
-        "fedmq.nodes.cli.main",
+        "fedmq.nodes",
         "cluster",
         "--workers",
         "1",

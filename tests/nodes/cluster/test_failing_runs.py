@@ -134,7 +134,7 @@ def test_an_algorithm_that_raises_ends_the_run_at_once_and_goes_on_once_it_is_me
     code, output, folder = cluster("algorithm.name=mine:Broken")
     assert code == 1
     assert "fedmq: the run failed: broken raised KeyError: 'momentum' (mine.py:" in output
-    assert "starting it again" not in output
+    assert "restarting it" not in output
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["status"] == "failed"
     assert summary["nodes"]["aggregator"]["sessions"] == 1
@@ -159,7 +159,7 @@ def test_a_model_that_cannot_be_built_is_one_sentence(cluster):
     code, output, _ = cluster("problem.fails=model")
     assert code == 2
     assert "problem.name: RuntimeError: no such layer (mine.py:" in output
-    assert "starting it again" not in output
+    assert "restarting it" not in output
     assert "Traceback" not in output
 
 

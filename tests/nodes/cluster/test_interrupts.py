@@ -147,7 +147,7 @@ def test_ctrl_c_ends_everything_with_a_summary_and_says_how_to_go_on(
     assert cluster.process.returncode == INTERRUPTED, output
     assert "Traceback" not in output
     assert "Aborted" not in output
-    assert output.rstrip().endswith(f"go on with: fedmq cluster --run {run}")
+    assert output.rstrip().endswith(f"resume with: fedmq cluster --run {run}")
     assert "stopped by SIGINT" in output
     summary = json.loads((run / "summary.json").read_text())
     assert summary["ended"] is None
@@ -165,8 +165,8 @@ def test_the_command_that_a_stopped_run_prints_goes_on_to_its_end(start, tmp_pat
     cluster.signal(signal.SIGTERM)
     line = cluster.output(20).splitlines()[-1]
     assert cluster.process.returncode == INTERRUPTED
-    assert line == "go on with: fedmq cluster --run 'my run' 'my run.toml'"
-    again = start(*shlex.split(line.removeprefix("go on with: fedmq ")))
+    assert line == "resume with: fedmq cluster --run 'my run' 'my run.toml'"
+    again = start(*shlex.split(line.removeprefix("resume with: fedmq ")))
     output = again.output()
     assert again.process.returncode == 0, output
     assert json.loads((run / "summary.json").read_text())["versions"] == 20
@@ -298,7 +298,7 @@ def test_what_standard_output_lost_is_said_on_standard_error(start, tmp_path: Pa
     errors = cluster.process.communicate(timeout=20)[1]
     assert cluster.process.returncode == INTERRUPTED
     assert errors.splitlines()[0] == "fedmq: standard output: broken pipe; going on without it"
-    assert errors.splitlines()[-1] == "go on with: fedmq cluster --run run"
+    assert errors.splitlines()[-1] == "resume with: fedmq cluster --run run"
     assert (tmp_path / "run" / "summary.json").exists()
 
 

@@ -1,11 +1,11 @@
 """A run does not end for its view: narrow and ASCII terminals, and errors in what draws it."""
 
 import io
+import re
 from dataclasses import dataclass, field
 
 import pytest
 from rich.console import Console
-from rich.table import Table
 
 from fedmq.nodes.cluster import view
 from fedmq.nodes.cluster.console import SupervisorConsole
@@ -106,14 +106,28 @@ def test_a_run_of_which_nothing_is_recorded_has_a_summary_and_a_table() -> None:
     summary = RunFold(0.0).summary()
     assert summary["algorithm"] is None
     assert summary["versions"] == 0
-    assert isinstance(closing_table(summary), Table)
+    rows = dict(closing_table(summary).rows)
+    assert (rows["run"], rows["versions"], rows["accuracy"]) == ("-", "0", "- (best -)")
+
+
+@pytest.mark.parametrize(("is_terminal", "lines"), [(True, 4), (False, 1)])
+def test_the_closing_table_has_no_padding_and_fits_a_terminal(is_terminal, lines) -> None:
+    summary = RunFold(0.0).summary() | {"ended": "because of " + "it " * 80 + "all"}
+    terminal = Terminal(is_terminal)
+    terminal.console.print(closing_table(summary), soft_wrap=True)
+    found = re.sub(r"\x1b\[[0-9;]*m", "", terminal.shown).splitlines()
+    assert [each for each in found if each != each.rstrip()] == []
+    first = next(index for index, each in enumerate(found) if each.startswith("ended"))
+    assert found[first + lines].startswith("algorithm")
+    if is_terminal:
+        assert max(map(len, found)) <= 80
 
 
 def test_what_cannot_be_shown_is_said_and_logged(tmp_path) -> None:
     terminal = Terminal(is_terminal=False)
-    speaker = SupervisorConsole(terminal.console, tmp_path / "cluster.log")
-    speaker.show(lambda: closing_table({}))
-    assert "cannot show how the run ended: KeyError('results'); see summary.json" in terminal.shown
+    output = SupervisorConsole(terminal.console, tmp_path / "cluster.log")
+    output.show(lambda: closing_table({}))
+    assert "cannot print the summary: KeyError('results'); see summary.json" in terminal.shown
     assert "see summary.json" in (tmp_path / "cluster.log").read_text()
 
 

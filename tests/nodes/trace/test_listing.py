@@ -219,7 +219,7 @@ def test_wrong_usage_is_one_sentence_and_exit_code_2(
 
 
 def test_a_reader_that_goes_away_ends_the_listing_quietly(simulated, tmp_path):
-    command = [sys.executable, "-m", "fedmq.nodes.cli.main", "trace", "ls", str(simulated(2, 3))]
+    command = [sys.executable, "-m", "fedmq.nodes", "trace", "ls", str(simulated(2, 3))]
     program = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     program.stdout.close()
     _, said = program.communicate(timeout=30)
