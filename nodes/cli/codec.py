@@ -6,7 +6,7 @@ import time
 
 import click
 
-from fedmq.nodes.cli.options import Commands, exit_2_on_error
+from fedmq.nodes.cli.options import Commands, WholeNumber, exit_2_on_error
 
 
 @click.group(cls=Commands)
@@ -17,8 +17,8 @@ def codec() -> None:
 @codec.command()
 @click.argument("spec")
 @click.option("--model", default="cnn", show_default=True, help="See: fedmq list problems.")
-@click.option("--repeats", type=click.IntRange(min=1), default=5, show_default=True)
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
+@click.option("--repeats", type=WholeNumber(min=1), default=5, show_default=True)
+@click.option("--seed", type=WholeNumber(min=0), default=0, show_default=True)
 def bench(spec: str, model: str, repeats: int, seed: int) -> None:
     """Encode and decode a model's first weights with SPEC.
 

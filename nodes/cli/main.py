@@ -25,6 +25,7 @@ from fedmq.nodes.cli.options import (
     LONGEST_TEXT,
     Commands,
     RenamedOptions,
+    WholeNumber,
     exit_2_on_error,
     parse_ranges,
 )
@@ -100,7 +101,7 @@ main.add_command(trace)
 @main.command()
 @_config
 @_settings
-@click.option("--workers", type=click.IntRange(min=1), help="Number of worker processes.")
+@click.option("--workers", type=WholeNumber(min=1), help="Number of worker processes.")
 @click.option(
     "--run",
     "folder",

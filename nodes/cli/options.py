@@ -1,4 +1,4 @@
-"""What the commands share: mistakes in one sentence each, exit codes, ranges of clients."""
+"""Shared by the commands: one-line errors, exit codes, renamed options, ranges of clients."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from fedmq.nodes.errors import ON_PURPOSE, ConfigError, RunFailed
 from fedmq.nodes.process.terminal import plain, renaming_notice
 
 LONGEST_TEXT = 2000
-"""Characters of an error's sentence that are shown."""
+"""Characters of an error, at most."""
 _HELP = getattr(click.exceptions, "NoArgsIsHelpError", ())
-"""Not a mistake: ``fedmq`` alone shows its help. (Before 8.2, click has no error for it.)"""
+"""No mistake: ``fedmq`` without a command shows its help. (Click has this error since 8.2.)"""
 
 
 class UsageSentence(click.UsageError):
-    """A mistake on the command line; shown as all of the project's errors are."""
+    """A mistake on the command line, printed like all errors of fedmq."""
 
     def show(self, file: Any = None) -> None:
         """Print the sentence to standard error."""
@@ -30,7 +30,7 @@ class UsageSentence(click.UsageError):
 
 
 class Commands(click.Group):
-    """A group of commands whose mistakes are sentences that name what there is to choose from."""
+    """A group of commands; a mistake is a one-line error that lists the valid choices."""
 
     def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
         """Read the group's own options."""
@@ -40,7 +40,7 @@ class Commands(click.Group):
             raise _in_a_sentence(error) from error
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run the command that was asked for."""
+        """Run the chosen command."""
         try:
             return super().invoke(ctx)
         except click.UsageError as error:
@@ -52,7 +52,7 @@ class Commands(click.Group):
         """Find a command by its name.
 
         Raises:
-            UsageSentence: there is none.
+            UsageSentence: there is no such command.
         """
         name, names = args[0], self.list_commands(ctx)
         if name not in names and not name.startswith("-"):
@@ -61,12 +61,23 @@ class Commands(click.Group):
         return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Write the first sentence on each command as a whole; click would cut it."""
+        """Write the first sentence of each command's help; click would truncate it."""
         commands = [(name, self.get_command(ctx, name)) for name in self.list_commands(ctx)]
         rows = [(name, _first_sentence(each)) for name, each in commands if each is not None]
         if rows:
             with formatter.section("Commands"):
                 formatter.write_dl(rows)
+
+
+class WholeNumber(click.IntRange):
+    """A whole number of at least ``min``; the error says so."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Read a number from the command line."""
+        try:
+            return super().convert(value, param, ctx)
+        except click.BadParameter:
+            self.fail(f"expected a whole number from {self.min}, got {value}", param, ctx)
 
 
 class RenamedOptions(click.Command):
@@ -105,7 +116,7 @@ def _first_sentence(command: click.Command) -> str:
 
 
 def _in_a_sentence(error: click.UsageError) -> click.UsageError:
-    """Return the same mistake as a sentence; what is help, or is a sentence, as it is."""
+    """Return a mistake as a one-line error."""
     if isinstance(error, UsageSentence) or (_HELP and isinstance(error, _HELP)):
         return error
     return UsageSentence(_sentence(error), error.ctx)
@@ -120,7 +131,7 @@ def _sentence(error: click.UsageError) -> str:
             text = f"expected {_expected(parameter)}"
         case click.BadParameter(param=click.Parameter() as parameter):
             is_word = isinstance(parameter.type, click.Choice) and not _is_option(parameter)
-            wanted = _whole_number(parameter.type) + _plain(error)
+            wanted = _plain(error)
             text = wanted if is_word else f"{_shown(parameter)}: {wanted}"
         case _:
             text = _plain(error)
@@ -128,7 +139,7 @@ def _sentence(error: click.UsageError) -> str:
 
 
 def _of_command(text: str, ctx: click.Context | None) -> str:
-    """Put the name of the command in front of a sentence."""
+    """Return a sentence after the name of its command."""
     names: list[str] = []
     while ctx is not None and ctx.parent is not None:
         names.insert(0, ctx.info_name or "")
@@ -137,18 +148,9 @@ def _of_command(text: str, ctx: click.Context | None) -> str:
 
 
 def _plain(error: click.UsageError) -> str:
-    """Return click's words as ours begin and end, in one line."""
+    """Return click's message as one line that starts in lower case and has no full stop."""
     text = " ".join(error.message.split()).rstrip(".")
     return text[:1].lower() + text[1:]
-
-
-def _whole_number(kind: object) -> str:
-    """Return what click does not say of a whole number: which ones are expected."""
-    if not isinstance(kind, click.IntRange):
-        return ""
-    low = "" if kind.min is None else f" from {kind.min}"
-    high = "" if kind.max is None else f" to {kind.max}"
-    return f"expected a whole number{low}{high}; "
 
 
 def _is_option(parameter: click.Parameter) -> bool:
@@ -171,10 +173,10 @@ def _expected(parameter: click.Parameter) -> str:
 
 
 def parse_ranges(text: str) -> list[tuple[int, int]]:
-    """Read client ranges such as ``0-9,12``, both ends included; neighbours become one.
+    """Read client ranges such as ``0-9,12``, ends included; adjacent ranges are merged.
 
     Raises:
-        ConfigError: the text is not of that form.
+        ConfigError: the text has another form.
     """
     ranges: list[tuple[int, int]] = []
     for part in text.split(","):
@@ -192,7 +194,7 @@ def parse_ranges(text: str) -> list[tuple[int, int]]:
 
 @contextlib.contextmanager
 def exit_2_on_error() -> Iterator[None]:
-    """Turn the project's own errors into one sentence, and exit code 2 (1: failed, gave up)."""
+    """Print fedmq's own errors as one sentence; exit with code 2, or 1 if something failed."""
     try:
         yield
     except RunFailed as error:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from fedmq.nodes.cli.options import RenamedOptions, exit_2_on_error
+from fedmq.nodes.cli.options import RenamedOptions, WholeNumber, exit_2_on_error
 from fedmq.nodes.cli.trust import allow_option, allowed_here, find_own_code
 from fedmq.nodes.process.signals import this_process
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 @click.command(cls=RenamedOptions, renamed={"--against": "--compare"})
 @click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
 @click.option("--run-id", default="", help="The run, if the ledger holds several.")
-@click.option("--until", type=click.IntRange(min=0), metavar="OFFSET", help="Stop at this entry.")
+@click.option("--until", type=WholeNumber(min=0), metavar="OFFSET", help="Stop at this entry.")
 @click.option("--shell", is_flag=True, help="Open a Python prompt on the state there.")
 @click.option("--from-checkpoint", is_flag=True, help="Start from the newest one before that.")
 @click.option("--worker", metavar="NAME", help="Train this node's tasks again instead.")

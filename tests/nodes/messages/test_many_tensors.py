@@ -143,7 +143,7 @@ def test_the_trace_shows_the_tensors(run):
         assert "features.denseblock7_transition_denselayer.0.weight" in output, kind
         assert "cannot be decoded" not in output, kind
     assert "differ" not in fedmq("trace", "diff", folder, folder)
-    assert "all whole" in fedmq("trace", "stats", folder)
+    assert "all intact" in fedmq("trace", "stats", folder)
 
 
 def test_new_clients_start_from_its_end(run):

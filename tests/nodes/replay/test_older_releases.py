@@ -153,7 +153,7 @@ def test_another_field_of_a_version_is_found(body, tmp_path):
 def test_a_field_that_was_taken_out_is_found(key, tmp_path):
     seq = number(BUFFERED, 1, kind="version")
     output = found(tmp_path, {seq: material.without(key)})
-    assert f"body.{key}: nothing in the record" in output
+    assert f"body.{key}: absent in the record" in output
 
 
 def test_a_changed_result_is_found(tmp_path):

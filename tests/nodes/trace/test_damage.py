@@ -62,7 +62,7 @@ def test_a_torn_tail_is_told_and_is_no_failure(fedmq, copy):
     size = path.stat().st_size - last.offset
     for words in (["ls", folder, "--all"], ["stats", folder], ["export", folder, "--json", "-"]):
         said = fedmq(*words).stderr
-        assert f"the last {size} bytes are no whole record" in said
+        assert f"incomplete last record: {size} bytes" in said
         assert f"(at {path.name}, byte {last.offset})" in said
     assert "not ended" in fedmq("stats", folder).stdout
 
@@ -74,7 +74,7 @@ def test_damaged_payload_is_located_by_stats(fedmq, copy):
     flip(path, records[2].data_offset)
     result = fedmq("stats", folder, code=1)
     assert f"damaged record: its checksum does not match (at {path.name}, byte" in result.stdout
-    assert "payload: 2 pieces" in result.stdout
+    assert "payload: 2 chunks" in result.stdout
     assert "accepted 19" in result.stdout
 
 
@@ -84,8 +84,8 @@ def test_payload_that_was_cut_is_missed_by_the_messages_that_name_it(fedmq, copy
     path.write_bytes(path.read_bytes()[:-3])
     result = fedmq("stats", folder, code=1)
     assert "1 blob of accepted messages: lost" in result.stdout
-    assert "torn tail" in result.stdout
-    assert "all whole" not in result.stdout
+    assert "incomplete last record" in result.stdout
+    assert "all intact" not in result.stdout
 
 
 def test_payload_that_no_message_names_yet_may_be_torn(fedmq, copy):
@@ -93,7 +93,7 @@ def test_payload_that_no_message_names_yet_may_be_torn(fedmq, copy):
     path = segment_path(folder, PAYLOAD, 0)
     with path.open("ab") as file:
         file.write(b"\x01\x02\x03")
-    assert "torn tail: 3 bytes" in fedmq("stats", folder).stdout
+    assert "incomplete last record: 3 bytes" in fedmq("stats", folder).stdout
 
 
 def test_any_flipped_byte_is_found(fedmq, copy):

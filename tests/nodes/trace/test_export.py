@@ -125,7 +125,7 @@ def test_the_timeline_of_the_story(fedmq, written, tmp_path):
     assert versions == ["waiting for clients", "version 1", "after version 1"]
     instants = [each["name"] for each in events if each["ph"] == "i"]
     assert "worker-1 left" in instants
-    assert instants.count("refused") == 2
+    assert instants.count("rejected") == 2
     assert [each["name"] for each in events if each["ph"] == "b"].count("unanswered") == 1
 
 

@@ -65,8 +65,8 @@ def test_refused_messages_say_why(fedmq, written):
     folder, at = written
     result = fedmq("ls", folder, "--rejected")
     assert numbers(result) == [at["stale"], at["post"]]
-    assert "refused by aggregator: too stale" in line_of(result, at["stale"])
-    assert "refused a post: no such address" in line_of(result, at["post"])
+    assert "rejected by aggregator: too stale" in line_of(result, at["stale"])
+    assert "rejected before it was accepted: no such address" in line_of(result, at["post"])
 
 
 @pytest.mark.parametrize(
@@ -136,9 +136,9 @@ def test_of_a_damaged_trace_what_is_asked_for_may_lie_behind_the_damage(fedmq, t
 def test_lines_fit_the_terminal_and_lose_nothing(written, simulated):
     for folder in (written[0], simulated(2, 3)):
         opened = Trace(folder)
-        fates = MessageOutcomes(opened)
-        columns = Columns.of(fates)
-        for row in rows(opened, fates):
+        outcomes = MessageOutcomes(opened)
+        columns = Columns.of(outcomes)
+        for row in rows(opened, outcomes):
             [line] = row.lines(columns, None)
             for room in (60, 80, 120):
                 lines = row.lines(columns, room)
@@ -183,10 +183,10 @@ def test_several_runs_in_one_ledger(fedmq, tmp_path):
     assert listed == list(range(second["opened"], second["ended"] + 1))
     fedmq("show", tmp_path, first["task"], "--run-id", "one")
     said = fedmq("show", tmp_path, first["task"], "--run-id", "two", code=2).stderr
-    assert "belongs to run 'one'" in said
+    assert "expected one of run 'two', got one of 'one'" in said
     for run in ("one", "two"):
         said = fedmq("stats", tmp_path, "--run-id", run).stdout
-        assert "accepted 19 = consumed 8 + pending 10 + refused 1: holds" in said
+        assert "accepted 19 = consumed 8 + pending 10 + rejected 1: holds" in said
     same = fedmq("diff", tmp_path, tmp_path, "--run-id", "one", "--run-id", "two")
     assert "all equal" in same.stdout
 

@@ -35,18 +35,18 @@ def test_the_header_and_the_fate(fedmq, written):
     assert f"entry {at['result']}: result, 4.500 s after the start" in said
     assert f"a/2 (entry {at['task']}, 1.000 s before)" in said
     assert f"consumed by aggregator, 2.000 s later (entry {at['consumed']})" in said
-    assert "used towards version 1, 0 versions stale" in said
+    assert "used in version 1, staleness 0" in said
     assert "numbers.n      10" in said
     task = fedmq("show", folder, at["task"]).stdout
     assert "client/0@worker-0" in task
-    assert f"by entry {at['result']}, result of worker-0, 1.000 s later" in task
+    assert f"by entry {at['result']}, result from worker-0, 1.000 s later" in task
     assert f"consumed with entry {at['result']}, 1.000 s later" in task
 
 
 def test_a_refusal_is_told_with_its_reason(fedmq, written):
     folder, at = written
     said = fedmq("show", folder, at["stale"]).stdout
-    assert f"refused by aggregator, 1.000 s later (entry {at['refusal']}): too stale" in said
+    assert f"rejected by aggregator, 1.000 s later (entry {at['refusal']}): too stale" in said
     assert rows(said)["c"][:2] == ["1", "bool"]
 
 
@@ -54,7 +54,7 @@ def test_what_was_not_finished_is_pending(fedmq, written):
     folder, at = written
     for name in ("pending", "timer", "left"):
         assert "pending when the run ended" in fedmq("show", folder, at[name]).stdout
-    assert "delivered to nobody" in fedmq("show", folder, at["evil"]).stdout
+    assert "not delivered" in fedmq("show", folder, at["evil"]).stdout
 
 
 def test_a_checkpoint_shows_its_fold(fedmq, written):
@@ -82,8 +82,8 @@ def test_payload_that_was_not_kept_is_said_in_its_place(fedmq, written, tmp_path
     assert said.count("its payload was not kept") == 2
     assert "model_digest" in said
     said = fedmq("stats", tmp_path).stdout
-    assert "payload: 0 pieces, 0 bytes" in said
-    assert "of accepted messages: not kept, or lost" in said
+    assert "payload: 0 chunks, 0 bytes" in said
+    assert "of accepted messages: deleted by the retention policy, or lost" in said
 
 
 def test_damaged_payload_is_said_in_its_place_with_segment_and_offset(fedmq, tmp_path):

@@ -44,23 +44,23 @@ def test_the_account_of_runs_with_trouble(fedmq, simulated, seed):
     accepted, consumed, pending, refused = account_of(Trace(folder).entries())
     said = (
         f"accepted {accepted} = consumed {consumed} + pending {pending}"
-        f" + refused {refused}: holds\n"
+        f" + rejected {refused}: holds\n"
     )
     assert said in fedmq("stats", folder).stdout.replace(",", "")
 
 
 def test_the_account_of_the_story(fedmq, written):
     said = fedmq("stats", written[0]).stdout
-    assert "accepted 19 = consumed 8 + pending 10 + refused 1: holds" in said
+    assert "accepted 19 = consumed 8 + pending 10 + rejected 1: holds" in said
     assert "pending: joined 4, " in said
-    assert "besides: 1 post refused and never accepted" in said
+    assert "also: 1 message rejected before acceptance" in said
 
 
 @pytest.mark.parametrize(
     ("of", "said"),
     [
-        (0, "entry 9 consumes 0, which was not accepted for anybody"),
-        (77, "entry 9 consumes 77, which was not accepted for anybody"),
+        (0, "entry 9 consumes 0, which is not an accepted message"),
+        (77, "entry 9 consumes 77, which is not an accepted message"),
         (7, "entry 9 consumes 7 a second time"),
     ],
 )
@@ -165,7 +165,7 @@ def test_a_name_that_is_too_long_for_its_column_has_a_line_of_its_own():
 
 def test_all_payload_is_read(fedmq, written):
     said = fedmq("stats", written[0]).stdout.splitlines()[-1]
-    assert re.fullmatch(r"payload: \d+ pieces, \d+ bytes, all whole", said)
+    assert re.fullmatch(r"payload: \d+ chunks, \d+ bytes, all intact", said)
 
 
 def test_a_result_that_came_after_the_last_version_was_not_used(tmp_path):
