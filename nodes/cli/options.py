@@ -69,15 +69,23 @@ class Commands(click.Group):
                 formatter.write_dl(rows)
 
 
-class WholeNumber(click.IntRange):
-    """A whole number of at least ``min``; the error says so."""
+class WholeNumber(click.ParamType):  # type: ignore[type-arg] # generic only in newer click
+    """A whole number of at least ``min``."""
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+    name = "number"
+
+    def __init__(self, min: int = 0) -> None:  # noqa: A002 - as click's own types have it
+        self._min = min
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
         """Read a number from the command line."""
         try:
-            return super().convert(value, param, ctx)
-        except click.BadParameter:
-            self.fail(f"expected a whole number from {self.min}, got {value}", param, ctx)
+            number = int(value)
+        except ValueError:
+            number = self._min - 1
+        if number < self._min:
+            self.fail(f"expected a whole number from {self._min}, got {value}", param, ctx)
+        return number
 
 
 class RenamedOptions(click.Command):

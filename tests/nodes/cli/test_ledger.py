@@ -51,7 +51,7 @@ def test_a_sound_ledger(run: Path) -> None:
         assert json.loads(fedmq("check", folder, "--json")[1])["sound"] is True
     code, output = fedmq("repair", run, "--yes")
     assert code == 0
-    assert output.endswith("there is nothing to do\n")
+    assert output.endswith("nothing to repair\n")
 
 
 def test_a_misspelled_command_is_one_sentence_with_the_choices() -> None:
@@ -74,14 +74,14 @@ def test_damaged_entries_are_listed_and_cut_only_when_told(run: Path) -> None:
     code, output = fedmq("check", run)
     assert code == 1
     assert f"damaged: {path.name}, bytes {records[20].offset:,} to" in output
-    assert "lost with it: entries" in output
-    assert "lost behind it:" in output
-    assert "needs them; it would go on from entry" in output
+    assert "lost: entr" in output
+    assert "unusable after it:" in output
+    assert "needs them; it would resume from entry" in output
     assert f"`fedmq ledger repair {run}`" in output
     code, output = fedmq("repair", run)
     assert code == 1
     assert f"cut {path.name} at byte {records[20].offset:,}" in output
-    assert output.endswith("nothing was changed; add --yes to do this\n")
+    assert output.endswith("nothing was changed; add --yes to make these changes\n")
     assert files(run) == before
     facts = json.loads(fedmq("repair", run, "--json")[1])
     assert facts["done"] is False
@@ -99,7 +99,7 @@ def test_a_damaged_blob_is_listed_with_the_messages_that_name_it(run: Path) -> N
     flip(path, record.end - 1)
     code, output = fedmq("check", run)
     assert code == 1
-    assert "nothing unfinished needs it" in output
+    assert "no unfinished message needs it" in output
     lost = json.loads(fedmq("check", run, "--json")[1])["blobs"]["lost"]
     assert (lost[0]["segment"], lost[0]["offset"]) == (path.name, record.offset)
     assert lost[0]["messages"]

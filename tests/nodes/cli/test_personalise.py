@@ -165,7 +165,7 @@ def test_a_run_that_goes_on_is_taken_at_its_newest_checkpoint_and_that_is_said(t
     version = last_state(Trace(tmp_path), setup_of(versions=10_000)).version
     assert version > 0
     assert result.stderr.strip() == (
-        f"the run has not ended: this is its newest checkpoint, version {version}"
+        f"the run has not ended: using its newest checkpoint, version {version}"
     )
     assert result.stdout.splitlines()[1].startswith("4 ")
 

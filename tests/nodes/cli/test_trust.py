@@ -186,7 +186,7 @@ def test_settings_of_a_replay_name_nothing_new(tmp_path, table):
     setting = ["--set", f"{table}.name=evil:solve"]
     result = CliRunner().invoke(main, ["replay", folder, "--allow", "tests", *setting])
     assert result.exit_code == 2
-    assert f"--set {table}.name: the recorded results say nothing about it" in result.output
+    assert f"--set {table}.name: cannot be computed from the recorded results" in result.output
 
 
 def test_an_old_ledger_whose_run_has_another_id_is_still_read(tmp_path):

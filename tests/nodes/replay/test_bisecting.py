@@ -67,7 +67,7 @@ def test_the_same_code_has_the_same_state(name, tmp_path):
     assert (tmp_path / "a" / "steps" / FILE).exists()
     second = replay(GOLDEN / name, "--compare", tmp_path / "a" / "steps").output
     assert first.split("\n")[:2] == second.split("\n")[:2]
-    assert "all equal" in second
+    assert "match the record\n" in second
 
 
 def test_each_message_has_its_line(tmp_path):
@@ -90,7 +90,7 @@ def test_a_bug_in_the_staleness_is_located_at_the_first_late_result(
     replay(folder, "--save", tmp_path)
     bug(function)
     output = replay(folder, "--compare", tmp_path, code=1).output
-    assert output.startswith(f"the state parts with message {where}: result ")
+    assert output.startswith(f"state diverges at message {where}: result ")
     assert "gathered: " in output or "state: " in output
     assert "weights: " in output
     assert "hosts" not in output
@@ -114,9 +114,11 @@ def test_against_stops_where_it_is_told_to(tmp_path, bug):
     replay(BUFFERED, "--save", tmp_path)
     where = first_late(BUFFERED)
     bug("inverse_sqrt")
-    assert "all equal" in replay(BUFFERED, "--compare", tmp_path, "--until", where - 1).output
+    assert (
+        "match the record\n" in replay(BUFFERED, "--compare", tmp_path, "--until", where - 1).output
+    )
     output = replay(BUFFERED, "--compare", tmp_path, "--until", where, code=1).output
-    assert f"parts with message {where}" in output
+    assert f"state diverges at message {where}" in output
 
 
 def test_steps_of_another_run_are_refused(tmp_path):
@@ -127,7 +129,7 @@ def test_steps_of_another_run_are_refused(tmp_path):
 
 def test_a_file_that_is_there_is_not_overwritten(tmp_path):
     (tmp_path / FILE).write_text("mine")
-    assert f"{tmp_path / FILE} is there already" in refused(BUFFERED, "--save", tmp_path)
+    assert f"{tmp_path / FILE} exists already" in refused(BUFFERED, "--save", tmp_path)
     assert (tmp_path / FILE).read_text() == "mine"
 
 
@@ -143,7 +145,7 @@ def test_a_folder_that_cannot_be_made_is_refused(tmp_path):
 )
 def test_a_file_that_holds_no_steps_is_refused(content, tmp_path):
     (tmp_path / FILE).write_text(content)
-    assert "is not what --save writes" in refused(BUFFERED, "--compare", tmp_path)
+    assert "--compare: expected a file of --save, got " in refused(BUFFERED, "--compare", tmp_path)
 
 
 @pytest.mark.parametrize("line", ["nonsense", '{"seq": 2}', '{"seq": "x", "parts": {}}', "{}"])
@@ -152,7 +154,7 @@ def test_a_damaged_line_is_refused(line, tmp_path):
     lines = (tmp_path / FILE).read_text().split("\n")
     lines[10] = line
     (tmp_path / FILE).write_text("\n".join(lines))
-    assert "is not what --save writes" in refused(BUFFERED, "--compare", tmp_path)
+    assert "--compare: expected a file of --save, got " in refused(BUFFERED, "--compare", tmp_path)
 
 
 def test_a_line_that_is_missing_is_a_difference(tmp_path):
@@ -161,7 +163,7 @@ def test_a_line_that_is_missing_is_a_difference(tmp_path):
     del lines[10]
     (tmp_path / FILE).write_text("\n".join(lines))
     output = replay(BUFFERED, "--compare", tmp_path, code=1).output
-    assert f"the state parts with message {material.inbox(BUFFERED)[8]}" in output
+    assert f"state diverges at message {material.inbox(BUFFERED)[8]}" in output
 
 
 def test_nothing_there_to_hold_it_against_is_refused(tmp_path):
@@ -183,7 +185,7 @@ def test_a_changed_result_in_the_other_run_is_named(tmp_path):
     changed = edit(blobs=(blob, *result.blobs[1:]))
     other = rewrite(STREAM, tmp_path, {seq: changed}, blobs=[(result.sender, data)])
     output = replay(STREAM, "--compare", other, code=1).output
-    assert output.startswith("the inboxes part; up to here, both runs have the same state\n")
+    assert output.startswith("the inboxes differ at this message; the states before it are equal\n")
     assert f"this run: {seq} result {result.id}" in output
     assert f"the other: {seq} result {result.id}" in output
     assert "elements differ, by at most" in output
@@ -216,7 +218,7 @@ def test_what_honest_runs_differ_in_is_no_difference(tmp_path):
         seq: edit(body={"elapsed_s": 3.0}),
     }
     output = replay(STREAM, "--compare", rewrite(STREAM, tmp_path, changes)).output
-    assert "all equal" in output
+    assert "match the record\n" in output
 
 
 def test_a_longer_run_goes_on(tmp_path):
@@ -225,20 +227,20 @@ def test_a_longer_run_goes_on(tmp_path):
     last, after = inbox[len(inbox) // 2 :][:2]
     short = rewrite(BUFFERED, tmp_path, until=last)
     output = replay(BUFFERED, "--compare", short, code=1).output
-    assert f"this run goes on with message {after}" in output
+    assert f"only this run continues at message {after}" in output
     output = replay(short, "--compare", BUFFERED, code=1).output
-    assert f"the other run goes on with message {after}" in output
+    assert f"only the other run continues at message {after}" in output
 
 
 def test_a_tampered_other_run_is_said_to_be_so(tmp_path):
     version = number(BUFFERED, 1, kind="version")
     other = rewrite(BUFFERED, tmp_path, {version: edit(body={"used": 0})})
     output = replay(BUFFERED, "--compare", other, code=1).output
-    assert "the other run was not recorded by this code" in output
+    assert "the other run does not replay with this code" in output
     output = replay(other, "--compare", BUFFERED, code=1).output
-    assert "this run was not recorded by this code" in output
+    assert "this run does not replay with this code" in output
 
 
 def test_a_run_with_another_schedule_parts(tmp_path):
     output = replay(BUFFERED, "--compare", ROUNDS, code=1).output
-    assert "part" in output.split("\n")[0]
+    assert output.startswith("the inboxes differ at this message")

@@ -10,7 +10,9 @@ from fedmq.broker.ledger.entries import Consumed, Opened
 from tests.nodes.replay import material
 from tests.nodes.replay.material import BUFFERED, GOLDEN, edit, refused, replay, rewrite
 
-FIRST = re.compile(r"^([\d,]+) messages, ([\d,]+) actions, all equal$", re.MULTILINE)
+FIRST = re.compile(
+    r"^replayed ([\d,]+) messages?: all ([\d,]+) actions match the record$", re.MULTILINE
+)
 
 
 @pytest.mark.parametrize(
@@ -66,7 +68,7 @@ def test_of_several_runs_one_is_named(tmp_path):
     folder = rewrite(BUFFERED, tmp_path, more=more)
     assert "--run-id" in refused(folder)
     assert FIRST.search(replay(folder, "--run-id", "simulated").output)
-    assert "0 messages, 0 actions" in replay(folder, "--run-id", "other").output
+    assert "replayed 0 messages: all 0 actions" in replay(folder, "--run-id", "other").output
 
 
 def test_a_body_that_a_later_release_writes_more_into_is_still_equal(tmp_path):

@@ -38,7 +38,7 @@ NOTHING = object()
 def found(tmp_path, changes, *words, source=BUFFERED, **more):
     """Return what a replay says of a changed trace; nothing of it may be called equal."""
     output = replay(rewrite(source, tmp_path, changes, **more), *words, code=1).output
-    assert "all equal" not in output
+    assert "match the record" not in output
     return output
 
 
@@ -51,7 +51,7 @@ def where(output):
 def test_a_changed_digest_in_the_last_version(name, tmp_path):
     seq, recorded = nth(GOLDEN / name, -1, kind="version")
     output = found(tmp_path, {seq: edit(body={"model_digest": "0" * 32})}, source=GOLDEN / name)
-    assert f"message {seq} differs; it was said upon message" in output
+    assert f"message {seq} differs; it was sent in response to message" in output
     assert f"recorded: version {recorded.id}" in output
     assert f"replayed: version {recorded.id}" in output
     assert "body.model_digest: '" + "0" * 32 in output
@@ -95,7 +95,7 @@ def test_a_changed_field_of_a_message(which, index, field, other, tmp_path):
         value = {key: value}
     output = found(tmp_path, {seq: edit(**{place: value})})
     assert f"message {seq} differs" in output
-    was = "nothing" if old is NOTHING else repr(old)
+    was = "absent" if old is NOTHING else repr(old)
     assert f"{field}: {new!r} in the record, {was} in the replay" in output
 
 
@@ -111,7 +111,7 @@ def test_a_changed_field_after_a_checkpoint(tmp_path):
 def test_what_lies_behind_until_is_not_looked_at(tmp_path):
     seq = number(BUFFERED, 4, kind="version")
     folder = rewrite(BUFFERED, tmp_path, {seq: edit(body={"used": 7})})
-    assert "all equal" in replay(folder, "--until", seq - 1).output
+    assert "match the record\n" in replay(folder, "--until", seq - 1).output
     after = number(BUFFERED, 5, kind="version")
     assert f"message {seq} differs" in replay(folder, "--until", after, code=1).output
 
@@ -120,7 +120,7 @@ def test_a_changed_configuration_of_the_run(tmp_path):
     seq, run = nth(BUFFERED, 0, kind="run")
     config = run.body["config"].replace("seed = 0", "seed = 1")
     output = found(tmp_path, {seq: edit(body={"config": config})})
-    assert f"message {seq} differs; it was said upon its start" in output
+    assert f"message {seq} differs; it was sent at the start" in output
     assert "body.config.run.seed: 1 in the record, 0 in the replay" in output
 
 
@@ -172,7 +172,7 @@ def test_a_dropped_last_message(tmp_path):
     output = found(tmp_path, {seq: silence})
     assert f"finished {finished.id}" in output
     end = material.last_entry(BUFFERED).seq
-    assert f"entry {end} ends the run, and something was not recorded" in output
+    assert f"entry {end} ends the run, but an action is not in the record" in output
 
 
 def test_an_extra_message_in_between(tmp_path):
@@ -208,9 +208,9 @@ def test_a_changed_reason_of_a_refusal(tmp_path):
     refusal = material.refusal(BUFFERED)
     changed = {refusal.seq: lambda entry: replace(entry, reason="too late")}
     output = found(tmp_path, changed)
-    assert f"entry {refusal.seq} differs: what became of message {refusal.of}" in output
-    assert "recorded: refused: too late" in output
-    assert f"replayed: refused: {refusal.reason}" in output
+    assert f"entry {refusal.seq} differs: the rejection of message {refusal.of}" in output
+    assert "recorded: rejected: too late" in output
+    assert f"replayed: rejected: {refusal.reason}" in output
 
 
 def refused_by(node, entry):
@@ -225,23 +225,23 @@ def test_a_changed_code_of_a_refusal(tmp_path):
     refusal = material.refusal(BUFFERED)
     assert refusal.code == "stale"
     output = found(tmp_path, {refusal.seq: lambda entry: replace(entry, code="late")})
-    assert f"recorded: refused: {refusal.reason} (late)" in output
-    assert f"replayed: refused: {refusal.reason} (stale)" in output
+    assert f"recorded: rejected: {refusal.reason} (late)" in output
+    assert f"replayed: rejected: {refusal.reason} (stale)" in output
 
 
 def test_a_refusal_that_the_core_does_not_say(tmp_path):
     entry = material.quiet(BUFFERED)
     refusal = refused_by("aggregator", entry)
     output = found(tmp_path, {entry.seq: refusal})
-    assert f"entry {entry.seq} differs: what became of message {refusal.of}" in output
-    assert "recorded: refused: no" in output
-    assert "replayed: not refused" in output
+    assert f"entry {entry.seq} differs: the rejection of message {refusal.of}" in output
+    assert "recorded: rejected: no" in output
+    assert "replayed: not rejected" in output
 
 
 def test_refusals_of_other_nodes_are_not_the_aggregators(tmp_path):
     entry = material.quiet(BUFFERED)
     folder = rewrite(BUFFERED, tmp_path, {entry.seq: refused_by("worker-0", entry)})
-    assert "all equal" in replay(folder).output
+    assert "match the record\n" in replay(folder).output
 
 
 def not_accepted(entry, name):
@@ -273,7 +273,7 @@ def test_another_end(tmp_path):
 def test_an_end_that_is_not_there_is_no_difference(tmp_path):
     """A broker may die between the last message and the end."""
     before = material.last_entry(BUFFERED).seq - 1
-    assert "all equal" in replay(rewrite(BUFFERED, tmp_path, until=before)).output
+    assert "match the record\n" in replay(rewrite(BUFFERED, tmp_path, until=before)).output
 
 
 # ---- the inbox: what was taken is not what the aggregator took then

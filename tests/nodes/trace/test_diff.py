@@ -277,7 +277,7 @@ def test_where_runs_part_in_order(fedmq, written, tmp_path):
     assert "A's message is not in B" in said
     other = fedmq("diff", tmp_path, folder, code=1).stdout
     assert f"A's message is entry {at['half']}" in other
-    assert "every message that both have is the same" in other
+    assert "all common messages are equal" in other
 
 
 def test_a_run_that_goes_on_after_the_other(fedmq, written, tmp_path):
