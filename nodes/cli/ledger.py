@@ -13,7 +13,7 @@ import click
 
 from fedmq.broker.errors import LedgerError
 from fedmq.broker.ledger.entries import Accepted, AnyEntry
-from fedmq.nodes.cli.options import Commands
+from fedmq.nodes.cli.options import LONGEST_TEXT, Commands, folder_argument
 from fedmq.nodes.process.terminal import count, plain, plural
 
 if TYPE_CHECKING:
@@ -22,10 +22,7 @@ if TYPE_CHECKING:
 
 _SHOWN = 10
 """Blobs that are printed for each damaged place, at most; the JSON has all."""
-_SENTENCE = 2000
-"""Characters of a sentence, at most."""
 
-_folder = click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
 _json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead.")
 
 
@@ -38,7 +35,7 @@ def ledger() -> None:
 
 
 @ledger.command()
-@_folder
+@folder_argument
 @_json
 def check(folder: Path, as_json: bool) -> None:  # noqa: FBT001 - click's
     """Read a whole ledger; list the damage and what it affects.
@@ -53,13 +50,13 @@ def check(folder: Path, as_json: bool) -> None:  # noqa: FBT001 - click's
         for line in lines(report):
             click.echo(line)
         if not report.sound:
-            shown = plain(folder, _SENTENCE)
+            shown = plain(folder, LONGEST_TEXT)
             click.echo(f"`fedmq ledger repair {shown}` lists the changes that repair it")
     sys.exit(0 if report.sound else 1)
 
 
 @ledger.command()
-@_folder
+@folder_argument
 @click.option("--yes", is_flag=True, help="Make the changes.")
 @_json
 def repair(folder: Path, yes: bool, as_json: bool) -> None:  # noqa: FBT001 - click's
@@ -92,7 +89,7 @@ def repair(folder: Path, yes: bool, as_json: bool) -> None:  # noqa: FBT001 - cl
         for step in steps:
             click.echo(f"  {step}")
         for path in states:
-            click.echo(f"  set aside {plain(path, _SENTENCE)}: it belongs to a later task")
+            click.echo(f"  set aside {plain(path, LONGEST_TEXT)}: it belongs to a later task")
         if steps and not yes:
             click.echo("nothing was changed; add --yes to make these changes")
     if yes:
@@ -110,7 +107,7 @@ def _checked(folder: Path) -> Report:
 
 
 def _fail(error: LedgerError) -> NoReturn:
-    click.echo(f"fedmq: {plain(error, _SENTENCE)}", err=True)
+    click.echo(f"fedmq: {plain(error, LONGEST_TEXT)}", err=True)
     sys.exit(2)
 
 
@@ -118,7 +115,7 @@ def lines(report: Report) -> Iterator[str]:
     """Yield the lines of the report."""
     segments = plural(len(report.segments), "segment")
     size = sum(nbytes for _, nbytes, _ in report.segments)
-    yield f"ledger {plain(report.folder, _SENTENCE)}: {segments}, {count(size)} bytes"
+    yield f"ledger {plain(report.folder, LONGEST_TEXT)}: {segments}, {count(size)} bytes"
     runs = ", ".join(plain(each) for each in report.runs) or "none"
     yield (
         f"{count(report.entries)} usable entries, "
@@ -134,7 +131,8 @@ def lines(report: Report) -> Iterator[str]:
         )
     placed = {(each.segment, each.offset) for each in report.findings}
     for finding in report.findings:
-        yield f"damaged: {finding.segment}, {_bytes(finding)}: {plain(finding.reason, _SENTENCE)}"
+        reason = plain(finding.reason, LONGEST_TEXT)
+        yield f"damaged: {finding.segment}, {_bytes(finding)}: {reason}"
         if finding.breaks:
             yield from _lost_entries(finding, report)
         here = [

@@ -28,6 +28,7 @@ from fedmq.nodes.cli.options import (
     WholeNumber,
     exit_2_on_error,
     parse_ranges,
+    settings_option,
 )
 from fedmq.nodes.cli.personalise import personalise
 from fedmq.nodes.cli.replay import replay
@@ -55,13 +56,6 @@ def _above_zero(
     return seconds
 
 
-_settings = click.option(
-    "--set",
-    "settings",
-    metavar="KEY=VALUE",
-    multiple=True,
-    help="Override a configuration key; repeatable.",
-)
 _config = click.argument("config", required=False, type=click.Path(dir_okay=False, path_type=Path))
 _connect = click.option(
     "--connect",
@@ -104,7 +98,7 @@ main.add_command(trace)
 
 @main.command()
 @_config
-@_settings
+@settings_option
 @click.option("--workers", type=WholeNumber(min=1), help="Number of worker processes.")
 @click.option(
     "--run",
@@ -159,7 +153,7 @@ def cluster(
     "--bind",
     default=DEFAULT_ENDPOINT,
     show_default=True,
-    help="Address to listen on, such as tcp://*:7700.",
+    help="Listen here, such as tcp://*:7700.",
 )
 @click.option(
     "--run", "folder", type=click.Path(path_type=Path), required=True, help="Folder of the run."
@@ -170,7 +164,7 @@ def cluster(
     type=float,
     default=10.0,
     show_default=True,
-    help="Seconds of silence after which a disconnected node has left.",
+    help="Seconds until a silent node has left.",
 )
 @click.option(
     "--durability",
@@ -190,9 +184,7 @@ def cluster(
     default=True,
     help="Let nodes on this host read blobs from the ledger's files.",
 )
-@click.option(
-    "--redeliver-dead-letters", is_flag=True, help="Deliver dead-lettered messages again."
-)
+@click.option("--redeliver-dead-letters", is_flag=True, help="Deliver dead letters again.")
 @click.option("--once", is_flag=True, help="Exit at the end of the run, and write its summary.")
 def broker(
     bind: str,
@@ -241,7 +233,7 @@ def broker(
 @main.command()
 @_connect
 @_config
-@_settings
+@settings_option
 @click.option(
     "--run",
     "folder",

@@ -3,22 +3,33 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import click
 
 from fedmq.broker.errors import BrokerFailed, GaveUp
 from fedmq.nodes.errors import ON_PURPOSE, ConfigError, RunFailed
-from fedmq.nodes.process.terminal import plain, renaming_notice
+from fedmq.nodes.process.terminal import guess, plain, renaming_notice
 
 LONGEST_TEXT = 2000
 """Characters of an error, at most."""
 _HELP = getattr(click.exceptions, "NoArgsIsHelpError", ())
 """No mistake: ``fedmq`` without a command shows its help. (Click has this error since 8.2.)"""
+
+
+folder_argument = click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
+run_id_option = click.option("--run-id", default="", help="The run, if the ledger holds several.")
+settings_option = click.option(
+    "--set",
+    "settings",
+    metavar="KEY=VALUE",
+    multiple=True,
+    help="Set a configuration key; repeatable.",
+)
 
 
 class UsageSentence(click.UsageError):
@@ -56,7 +67,7 @@ class Commands(click.Group):
         """
         name, names = args[0], self.list_commands(ctx)
         if name not in names and not name.startswith("-"):
-            text = f"there is no command {name!r}{_guess(name, names)}"
+            text = f"there is no command {name!r}{guess(name, names)}"
             raise UsageSentence(_of_command(f"{text}; choose from {', '.join(names)}", ctx), ctx)
         return super().resolve_command(ctx, args)
 
@@ -111,11 +122,6 @@ class RenamedOptions(click.Command):
             return arg
         click.echo(renaming_notice(old, self._renamed[old]), err=True)
         return f"{self._renamed[old]}{equals}{value}"
-
-
-def _guess(word: str, words: Sequence[str]) -> str:
-    close = difflib.get_close_matches(word, words, n=1)
-    return f" (did you mean {close[0]!r}?)" if close else ""
 
 
 def _first_sentence(command: click.Command) -> str:

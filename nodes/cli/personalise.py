@@ -14,7 +14,7 @@ import click
 from fedmq.broker.errors import LedgerError
 from fedmq.broker.ledger.entries import Accepted
 from fedmq.broker.wire.addresses import CHECKPOINT
-from fedmq.nodes.cli.options import exit_2_on_error, parse_ranges
+from fedmq.nodes.cli.options import exit_2_on_error, folder_argument, parse_ranges, run_id_option
 from fedmq.nodes.cli.trust import allow_option, allowed_here, find_own_code
 from fedmq.nodes.errors import ConfigError, NodeError
 from fedmq.nodes.process.terminal import plain, table
@@ -38,8 +38,8 @@ class StartingState:
 
 
 @click.command()
-@click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
-@click.option("--run-id", default="", help="The run, if the ledger holds several.")
+@folder_argument
+@run_id_option
 @click.option("--clients", "ranges", help="Only these clients, for example 100-104; default: all.")
 @click.option("--device", help="Device to train on; default: that of the run's workers.")
 @click.option(

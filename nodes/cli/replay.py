@@ -14,7 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from fedmq.nodes.cli.options import RenamedOptions, WholeNumber, exit_2_on_error
+from fedmq.nodes.cli.options import (
+    RenamedOptions,
+    WholeNumber,
+    exit_2_on_error,
+    folder_argument,
+    run_id_option,
+)
 from fedmq.nodes.cli.trust import allow_option, allowed_here, find_own_code
 from fedmq.nodes.process.signals import this_process
 from fedmq.nodes.process.terminal import fitted, plural
@@ -26,8 +32,8 @@ if TYPE_CHECKING:
 
 
 @click.command(cls=RenamedOptions, renamed={"--against": "--compare"})
-@click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
-@click.option("--run-id", default="", help="The run, if the ledger holds several.")
+@folder_argument
+@run_id_option
 @click.option("--until", type=WholeNumber(min=0), metavar="OFFSET", help="Stop at this entry.")
 @click.option("--shell", is_flag=True, help="Open a Python prompt on the state at that entry.")
 @click.option(

@@ -12,7 +12,14 @@ from typing import TYPE_CHECKING
 import click
 
 from fedmq.broker.errors import LedgerError
-from fedmq.nodes.cli.options import Commands, RenamedOptions, WholeNumber
+from fedmq.nodes.cli.options import (
+    LONGEST_TEXT,
+    Commands,
+    RenamedOptions,
+    WholeNumber,
+    folder_argument,
+    run_id_option,
+)
 from fedmq.nodes.errors import NodeError
 from fedmq.nodes.process.terminal import plain, word
 
@@ -21,10 +28,6 @@ if TYPE_CHECKING:
 
 _LINES = 100
 """Lines that are printed at a time."""
-_SENTENCE = 2000
-
-_folder = click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
-_run_id = click.option("--run-id", default="", help="The run, if the ledger holds several.")
 
 
 @click.group(cls=Commands)
@@ -38,8 +41,8 @@ def trace() -> None:
 
 
 @trace.command(cls=RenamedOptions, renamed={"--refused": "--rejected"})
-@_folder
-@_run_id
+@folder_argument
+@run_id_option
 @click.option(
     "--kind", "kinds", multiple=True, help="Only this kind, such as task or result; repeatable."
 )
@@ -98,9 +101,9 @@ def ls(
 
 
 @trace.command()
-@_folder
+@folder_argument
 @click.argument("offset", type=WholeNumber(min=0))
-@_run_id
+@run_id_option
 def show(folder: Path, offset: int, run_id: str) -> None:
     """Show entry number OFFSET: its fields, its outcome and its decoded tensors."""
     with _exit_2_on_error():
@@ -111,8 +114,8 @@ def show(folder: Path, offset: int, run_id: str) -> None:
 
 
 @trace.command()
-@_folder
-@_run_id
+@folder_argument
+@run_id_option
 def stats(folder: Path, run_id: str) -> None:
     """Count messages and bytes, audit the delivery, and check all payload."""
     from fedmq.nodes.trace.blobs import read_payload
@@ -159,8 +162,8 @@ def diff(a: Path, b: Path, run_ids: tuple[str, ...]) -> None:
 
 
 @trace.command()
-@_folder
-@_run_id
+@folder_argument
+@run_id_option
 @click.option("--perfetto", metavar="FILE", help="Write a timeline for ui.perfetto.dev.")
 @click.option(
     "--json",
@@ -216,7 +219,7 @@ def _open(folder: Path, run_id: str) -> Trace:
 def _end(opened: Trace) -> None:
     """Report damage, with exit code 1, or an incomplete last record."""
     if opened.damage is not None:
-        damage = plain(opened.damage, _SENTENCE)
+        damage = plain(opened.damage, LONGEST_TEXT)
         click.echo(f"fedmq: damaged: {damage}; everything before it was read", err=True)
         sys.exit(1)
     if opened.torn is not None:
@@ -234,5 +237,5 @@ def _exit_2_on_error() -> Iterator[None]:
     try:
         yield
     except (NodeError, LedgerError) as error:
-        click.echo(f"fedmq: {plain(error, _SENTENCE)}", err=True)
+        click.echo(f"fedmq: {plain(error, LONGEST_TEXT)}", err=True)
         sys.exit(1 if isinstance(error, LedgerError) and error.segment else 2)

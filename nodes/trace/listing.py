@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -17,6 +16,7 @@ from fedmq.nodes.errors import NodeError
 from fedmq.nodes.process.terminal import (
     figure,
     fitted,
+    guess,
     literal,
     plain,
     plural,
@@ -194,11 +194,9 @@ class Filter:
 
 def expected(what: str, word: str, choices: Collection[str]) -> str:
     """Return the error on a word that is none of the choices, with the nearest of them."""
-    close = difflib.get_close_matches(word, choices, n=1)
-    guess = f" (did you mean {close[0]!r}?)" if close else ""
     some = ", ".join(sorted(choices)[:_NAMED])
     more = f" and {len(choices) - _NAMED} others" if len(choices) > _NAMED else ""
-    return f"expected a {what} ({some}{more}), got {word!r}{guess}"
+    return f"expected a {what} ({some}{more}), got {word!r}{guess(word, choices)}"
 
 
 def rows(trace: Trace, message_outcomes: MessageOutcomes) -> Iterator[Row]:
