@@ -1,4 +1,4 @@
-"""``fedmq ledger``: what a person reads, what a program reads, and a run that goes on."""
+"""``fedmq ledger``: the text, the JSON, and a repaired run that resumes."""
 
 import json
 import os
@@ -55,8 +55,8 @@ def test_a_sound_ledger(run: Path) -> None:
 
 
 def test_a_misspelled_command_is_one_sentence_with_the_choices() -> None:
-    said = "fedmq: ledger: there is no command 'chekc' (did you mean 'check'?); choose from "
-    assert fedmq("chekc") == (2, said + "check, repair\n")
+    sentence = "fedmq: ledger: there is no command 'chekc' (did you mean 'check'?); choose from "
+    assert fedmq("chekc") == (2, sentence + "check, repair\n")
 
 
 def test_no_ledger_is_one_sentence(tmp_path: Path) -> None:
@@ -66,7 +66,7 @@ def test_no_ledger_is_one_sentence(tmp_path: Path) -> None:
         assert output.startswith("fedmq: expected a run's folder with a ledger in it")
 
 
-def test_damaged_entries_are_listed_and_cut_only_when_told(run: Path) -> None:
+def test_damaged_entries_are_listed_and_cut_only_with_yes(run: Path) -> None:
     path = segment_path(run / "ledger", MESSAGES, 0)
     records = list(scan(path))
     flip(path, records[20].end - 1)
@@ -169,7 +169,7 @@ class Nodes:
 
 
 @pytest.mark.end_to_end
-def test_a_repaired_run_goes_on_to_its_end(tmp_path: Path) -> None:
+def test_a_repaired_run_resumes_to_its_end(tmp_path: Path) -> None:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     nodes = Nodes(tmp_path)
     ledger = tmp_path / "run" / "ledger"
@@ -224,10 +224,10 @@ def test_a_broker_whose_device_fails_ends_with_the_place(tmp_path: Path) -> None
         peer.connect(endpoint)
         peer.send(b"anything")  # it takes a turn, and syncs what it found
         try:
-            said = broker.communicate(timeout=40)[1]
+            errors = broker.communicate(timeout=40)[1]
         finally:
             broker.kill()
     assert broker.returncode == 1
-    last = said.splitlines()[-1]
+    last = errors.splitlines()[-1]
     assert last.startswith("fedmq: the broker ends, its ledger fails: cannot sync")
     assert last.endswith("Input/output error")

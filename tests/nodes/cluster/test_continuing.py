@@ -1,4 +1,4 @@
-"""Which command goes on with what a folder holds, and which is refused, and why."""
+"""Which commands resume the run in a folder, and which fail with which reason."""
 
 import fcntl
 import json
@@ -115,7 +115,7 @@ def file(tmp_path) -> Path:
     return path
 
 
-def test_the_same_command_goes_on_with_a_file_with_settings_and_with_the_folder_alone(
+def test_the_same_command_resumes_with_a_file_with_settings_and_with_the_folder_alone(
     tmp_path, file
 ) -> None:
     folder = begun(tmp_path / "run")
@@ -126,7 +126,7 @@ def test_the_same_command_goes_on_with_a_file_with_settings_and_with_the_folder_
     assert asked(folder).begun == BEGUN
 
 
-def test_what_goes_on_is_what_the_aggregator_says_of_itself(tmp_path) -> None:
+def test_what_is_resumed_is_what_the_aggregator_records_of_itself(tmp_path) -> None:
     """Else its broker would take it for one of another configuration."""
     folder = begun(tmp_path / "run")
     found = goes_on(folder, worker__threads=2, run__target_accuracy=0.9)
@@ -152,7 +152,7 @@ def test_the_table_in_the_docs_is_the_one_that_is_used() -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "said"),
+    ("given", "expected"),
     [
         ({"run__seed": 3}, "run.seed expected 0, got 3"),
         ({"run__checkpoint_s": 2}, "run.checkpoint_s expected 1.0, got 2.0"),
@@ -166,11 +166,11 @@ def test_the_table_in_the_docs_is_the_one_that_is_used() -> None:
         ({"run__id": "other"}, "run.id"),
     ],
 )
-def test_others_are_refused_by_name_with_both_values(tmp_path, given, said) -> None:
+def test_others_are_refused_by_name_with_both_values(tmp_path, given, expected) -> None:
     folder = begun(tmp_path / "run")
     with pytest.raises(ConfigError) as caught:
         goes_on(folder, **given)
-    assert said in str(caught.value)
+    assert expected in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
@@ -208,7 +208,7 @@ def test_a_run_that_has_ended_goes_further_only_if_more_is_asked_for(tmp_path) -
         goes_on(folder, run__versions=9)
 
 
-def test_a_run_that_ended_before_it_reached_what_it_was_to_goes_on_when_it_is_asked_again(
+def test_a_run_that_ended_before_it_reached_its_goal_resumes_when_it_is_asked_for_again(
     tmp_path,
 ) -> None:
     found = goes_on(begun(tmp_path / "run", versions=4, ended="nothing succeeded"))
@@ -288,7 +288,7 @@ def test_code_that_only_a_ledger_names_is_not_run(tmp_path) -> None:
         goes_on(folder, run__versions=40)
 
 
-def test_a_torn_ledger_is_read_up_to_there(tmp_path) -> None:
+def test_a_cut_ledger_is_read_up_to_there(tmp_path) -> None:
     folder = begun(tmp_path / "run", versions=3)
     path = segment_path(folder / "ledger", MESSAGES, 0)
     os.truncate(path, path.stat().st_size - 5)
@@ -300,7 +300,7 @@ def test_a_torn_ledger_is_read_up_to_there(tmp_path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("names", "said"),
+    ("names", "expected"),
     [
         (["thesis.tex"], "in .* there is thesis.tex"),
         (["a", "b", "c", "d"], r"there is a, b, c, \.\.\."),
@@ -310,7 +310,7 @@ def test_a_torn_ledger_is_read_up_to_there(tmp_path) -> None:
         (["nodes/"], "there is nodes"),
     ],
 )
-def test_a_folder_that_is_something_else_is_left_alone(tmp_path, names, said) -> None:
+def test_a_folder_that_is_something_else_is_left_alone(tmp_path, names, expected) -> None:
     folder = tmp_path / "mine"
     folder.mkdir()
     for name in names:
@@ -319,7 +319,7 @@ def test_a_folder_that_is_something_else_is_left_alone(tmp_path, names, said) ->
         else:
             (folder / name).write_text("[tool.mine]\nkey = 1\n")
     before = sorted(folder.rglob("*"))
-    with pytest.raises(ConfigError, match=said):
+    with pytest.raises(ConfigError, match=expected):
         asked(folder)
     assert sorted(folder.rglob("*")) == before
 
@@ -474,7 +474,7 @@ def test_what_an_end_left_in_hand_is_in_no_version_that_comes_later(tmp_path) ->
     assert stats.staleness.total() == 1
 
 
-def test_a_broker_says_what_it_finds_and_what_it_waits_for(tmp_path) -> None:
+def test_a_broker_reports_what_it_finds_and_what_it_waits_for(tmp_path) -> None:
     assert state_of([], once=True) == "no run yet: waiting for an aggregator"
     runs = recorded_runs(begun(tmp_path / "one", versions=4) / "ledger")
     assert state_of(runs, once=True) == "run r at version 4, goes on when its aggregator comes"

@@ -205,7 +205,7 @@ def test_ctrl_c_ends_every_process_cleanly(start, tmp_path: Path, number: int) -
     assert "Traceback" not in output
     assert json.loads((run / "summary.json").read_text())["versions"] >= 2
     wait_until("the children's end", lambda: not psutil.wait_procs(family, 0)[1], 5)
-    # No node said goodbye: the run goes on as if nothing had been.
+    # No node sent a goodbye: the run resumes as if it had never stopped.
     left = [
         each.read().body
         for each in read_entries(run / "ledger")
@@ -404,7 +404,7 @@ def test_what_the_broker_refuses_is_one_sentence_and_exit_code_2(start, tmp_path
         assert refused.process.returncode == 2
 
 
-def test_a_node_says_what_it_waits_for_and_in_what_its_configuration_differs(
+def test_a_node_reports_what_it_waits_for_and_in_what_its_configuration_differs(
     start, tmp_path: Path
 ) -> None:
     endpoint = f"tcp://127.0.0.1:{free_port()}"
@@ -427,7 +427,7 @@ def test_a_node_says_what_it_waits_for_and_in_what_its_configuration_differs(
     assert other.process.returncode == 2
 
 
-def test_a_node_that_starts_after_the_end_learns_it_or_says_that_the_broker_is_gone(
+def test_a_node_that_starts_after_the_end_learns_it_or_reports_that_the_broker_is_gone(
     start, tmp_path: Path
 ) -> None:
     endpoint = f"tcp://127.0.0.1:{free_port()}"

@@ -1,4 +1,4 @@
-"""What surrounds a process: the current folder, TMPDIR, a home, names of folders."""
+"""The environment of a process: current folder, TMPDIR, home, names of folders."""
 
 import os
 import subprocess
@@ -111,7 +111,7 @@ def test_a_name_that_no_file_system_takes_is_one_sentence(command: list[str]) ->
 @pytest.mark.end_to_end
 @pytest.mark.parametrize("name", [b"by\xfftes", b"two\nlines"])
 def test_a_run_may_lie_in_a_folder_of_any_name(tmp_path: Path, name: bytes) -> None:
-    """The offer of local files needs a name that travels; without it, the run goes on."""
+    """Local blobs need a name in UTF-8; without, the run uses the socket."""
     folder = os.fsencode(tmp_path) + b"/" + name
     settings = ["run.versions=1", "problem.clients=2", "schedule.size=1", "schedule.concurrency=1"]
     words = [word for each in settings for word in ("--set", each)]

@@ -1,4 +1,4 @@
-"""Golden traces, and copies of them that are not what was recorded."""
+"""Golden traces, and modified copies of them."""
 
 import json
 import shutil

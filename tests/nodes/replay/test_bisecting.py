@@ -1,4 +1,4 @@
-"""``--save`` and ``--compare``: where other code, or another run, parts from this one."""
+"""``--save`` and ``--compare``: find the first difference from other code or another run."""
 
 import json
 import shutil
@@ -110,7 +110,7 @@ def test_a_bug_is_seen_before_the_record_shows_it(tmp_path, bug):
     assert f"message {version} differs" in output
 
 
-def test_against_stops_where_it_is_told_to(tmp_path, bug):
+def test_compare_stops_at_until(tmp_path, bug):
     replay(BUFFERED, "--save", tmp_path)
     where = first_late(BUFFERED)
     bug("inverse_sqrt")
@@ -221,7 +221,7 @@ def test_what_honest_runs_differ_in_is_no_difference(tmp_path):
     assert "match the record\n" in output
 
 
-def test_a_longer_run_goes_on(tmp_path):
+def test_a_longer_run_continues(tmp_path):
     """The first message that the shorter one lacks is named."""
     inbox = material.inbox(BUFFERED)
     last, after = inbox[len(inbox) // 2 :][:2]
@@ -232,7 +232,7 @@ def test_a_longer_run_goes_on(tmp_path):
     assert f"only the other run continues at message {after}" in output
 
 
-def test_a_tampered_other_run_is_said_to_be_so(tmp_path):
+def test_a_tampered_other_run_is_reported(tmp_path):
     version = number(BUFFERED, 1, kind="version")
     other = rewrite(BUFFERED, tmp_path, {version: edit(body={"used": 0})})
     output = replay(BUFFERED, "--compare", other, code=1).output
@@ -241,6 +241,6 @@ def test_a_tampered_other_run_is_said_to_be_so(tmp_path):
     assert "this run does not replay with this code" in output
 
 
-def test_a_run_with_another_schedule_parts(tmp_path):
+def test_a_run_with_another_schedule_differs(tmp_path):
     output = replay(BUFFERED, "--compare", ROUNDS, code=1).output
     assert output.startswith("the inboxes differ at this message")

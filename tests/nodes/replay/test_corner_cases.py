@@ -122,7 +122,7 @@ def test_damaged_trace_until_before_is_fine(tmp_path):
 
 
 def test_damaged_with_worker(tmp_path):
-    """What lies before the damage is trained again, and held against the record."""
+    """Tasks before the damage are trained again and compared with the record."""
     folder, _segment, _ = torn(tmp_path)
     _, answer = nth(BUFFERED, 0, sender="worker-0", kind="result")
     out = replay(folder, "--worker", "worker-0", code=2)
@@ -172,12 +172,12 @@ def test_no_checkpoint_sentence(tmp_path):
     assert "None" not in s, s
 
 
-def test_against_steps_from_checkpoint(tmp_path):
+def test_compare_steps_from_checkpoint(tmp_path):
     replay(BUFFERED, "--save", tmp_path)
     replay(BUFFERED, "--compare", tmp_path, "--from-checkpoint", code=2)
 
 
-def test_against_run_from_checkpoint(tmp_path):
+def test_compare_run_from_checkpoint(tmp_path):
     replay(BUFFERED, "--compare", BUFFERED, "--from-checkpoint", code=2)
 
 
@@ -300,7 +300,7 @@ def test_escape(tmp_path, which, ch):
     assert "\x1b" not in str(e.value)
 
 
-def test_against_a_shorter_run_until(tmp_path):
+def test_compare_a_shorter_run_until(tmp_path):
     short = rewrite(BUFFERED, tmp_path, until=number(BUFFERED, 14, kind="result"))
     until = number(BUFFERED, 24, kind="result")
     output = replay(BUFFERED, "--compare", short, "--until", until, code=1).output
@@ -323,15 +323,15 @@ def test_scores_tell_their_device():
 def test_an_entry_behind_the_end_is_refused_with_the_number_of_the_last():
     last = list(Trace(BUFFERED).entries())[-1].seq
     for words in (["--until", last + 1], ["--until", 10**9, "--from-checkpoint"]):
-        said = replay(BUFFERED, *words, code=2).stderr
-        assert f"is not in the ledger: the last one is entry {last}" in said
+        sentence = replay(BUFFERED, *words, code=2).stderr
+        assert f"is not in the ledger: the last one is entry {last}" in sentence
     replay(BUFFERED, "--until", last)
 
 
 def test_a_worker_and_a_task_that_are_not_there_are_refused_with_those_that_are():
-    said = replay(BUFFERED, "--worker", "worker-99", code=2).stderr
-    assert "--worker: expected a node with results (" in said
-    assert said.endswith("got 'worker-99'\n")
-    name = said.partition("(")[2].partition(",")[0]
-    said = replay(BUFFERED, "--worker", name, "--task", "x", code=2).stderr
-    assert f"--task: expected a task with a result from {name} (" in said
+    sentence = replay(BUFFERED, "--worker", "worker-99", code=2).stderr
+    assert "--worker: expected a node with results (" in sentence
+    assert sentence.endswith("got 'worker-99'\n")
+    name = sentence.partition("(")[2].partition(",")[0]
+    sentence = replay(BUFFERED, "--worker", name, "--task", "x", code=2).stderr
+    assert f"--task: expected a task with a result from {name} (" in sentence

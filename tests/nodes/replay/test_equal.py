@@ -1,4 +1,4 @@
-"""A recorded run is replayed: as a whole, from a checkpoint, up to an entry, cut off, damaged."""
+"""Replay a recorded run: whole, from a checkpoint, up to an entry, cut off, damaged."""
 
 import itertools
 import re
@@ -95,14 +95,14 @@ def test_the_runs_record_is_a_checkpoint_of_version_0(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_until_any_entry_stops_there(name):
-    """At an inbox message it is the last one taken; at an own one, it is the last one said."""
+    """An inbox message is the last one handled; an own message is the last one sent."""
     whole = [e.event.seq for e in ended(GOLDEN / name)[1] if isinstance(e.event, Inbound)]
     for entry in list(Trace(GOLDEN / name).entries())[::5]:
         run, steps = ended(GOLDEN / name, until=entry.seq)
         message = entry.read() if isinstance(entry, Accepted) else None
-        said = [a.message.id for a in steps[-1].actions if isinstance(a, PostMessage)]
+        text = [a.message.id for a in steps[-1].actions if isinstance(a, PostMessage)]
         if message is not None and message.sender == "aggregator":
-            assert message.id in said
+            assert message.id in text
             assert message.id not in [
                 a.message.id
                 for step in steps[:-1]
@@ -122,11 +122,11 @@ def test_until_a_version_the_next_one_is_not_yet_made():
         run, steps = ended(BUFFERED, until=seq)
         assert model_digest(run.core.tensors()) == message.body["model_digest"]
         assert run.core.state_snapshot()["position"] == message.body["position"]
-        said = {a.message.id for step in steps for a in step.actions if isinstance(a, PostMessage)}
-        assert after.id not in said
+        text = {a.message.id for step in steps for a in step.actions if isinstance(a, PostMessage)}
+        assert after.id not in text
 
 
-def test_a_replay_that_stopped_goes_on_from_there():
+def test_a_replay_that_stopped_continues_from_there():
     """Neither kind of stop loses a message or takes one twice."""
     whole, steps = ended(BUFFERED)
     last = material.last_entry(BUFFERED).seq
@@ -246,7 +246,7 @@ def torn(tmp_path, source=BUFFERED):
     return folder, path.name, place
 
 
-def test_a_damaged_trace_is_told_with_segment_and_offset(tmp_path):
+def test_a_damaged_trace_is_reported_with_segment_and_offset(tmp_path):
     folder, segment, place = torn(tmp_path)
     result = replay(folder, code=2)
     *_, sentence = result.stderr.strip().split("\n")
@@ -265,7 +265,7 @@ def test_of_a_damaged_trace_what_lies_before_can_be_replayed_up_to(tmp_path):
     assert "damaged" not in replay(folder, "--until", damaged - 1).output
 
 
-def test_a_damaged_result_is_told_with_segment_and_offset(tmp_path):
+def test_a_damaged_result_is_reported_with_segment_and_offset(tmp_path):
     folder = tmp_path / "damaged"
     shutil.copytree(BUFFERED, folder)
     (path,) = folder.glob("ledger/payload-*.log")
@@ -279,7 +279,7 @@ def test_a_damaged_result_is_told_with_segment_and_offset(tmp_path):
     assert "byte" in sentence
 
 
-def test_a_torn_tail_is_no_damage(tmp_path):
+def test_an_incomplete_record_is_no_damage(tmp_path):
     folder = rewrite(BUFFERED, tmp_path, until=number(BUFFERED, 14, kind="result"))
     (path,) = folder.glob("ledger/messages-*.log")
     with path.open("ab") as file:

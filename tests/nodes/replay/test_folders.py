@@ -1,4 +1,4 @@
-"""The folder of a run is read, and nothing else; which run in it is replayed."""
+"""A replay reads only the folder of its run, and chooses the run in it."""
 
 import re
 import shutil
@@ -72,7 +72,7 @@ def test_of_several_runs_one_is_named(tmp_path):
 
 
 def test_a_body_that_a_later_release_writes_more_into_is_still_equal(tmp_path):
-    """What the record does not have is not held against it."""
+    """Entries that the record lacks are not compared."""
     seq = material.number(BUFFERED, 1, kind="version")
     folder = rewrite(BUFFERED, tmp_path, {seq: material.without("max_staleness")})
     assert FIRST.search(replay(folder).output)

@@ -1,4 +1,4 @@
-"""``--worker`` of clients that were taken over: their states follow them, or begin afresh."""
+"""``--worker`` with clients that changed hosts: their states move along, or start empty."""
 
 import pytest
 import torch
@@ -112,7 +112,7 @@ def test_one_task_needs_only_what_its_clients_state_follows_from(moved):
     assert {each.client for each in behind} == {last.body["client"]}
 
 
-def test_a_task_from_another_state_than_it_says_differs(tmp_path):
+def test_a_task_from_another_state_than_recorded_differs(tmp_path):
     """The new host did not have the state; the record says that it did."""
     folder = record(tmp_path / "run", share=False)
     firsts = {each.body["client"]: each.re for each in results_of(folder, "worker-0")}
@@ -170,7 +170,7 @@ def chain(histories, index):
 TASKS = [("task", f"t{k}", 0, None) for k in range(4)]
 
 
-def test_a_node_goes_on_from_its_own_state_and_a_new_host_from_the_last_ones():
+def test_a_node_continues_from_its_own_state_and_a_new_host_from_the_last_ones():
     found = heard(
         *TASKS,
         ("result", "t0", "a", ""),

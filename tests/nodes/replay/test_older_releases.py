@@ -36,7 +36,7 @@ def found(tmp_path, changes, source=BUFFERED, **more):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_trace_replays_and_says_how(name):
+def test_a_trace_replays_and_reports_how(name):
     expected = outcome(name)
     output = replay(OLD / name).output
     first = f"replayed {expected['messages']} messages: all {expected['actions']} actions {WITHIN}"
@@ -169,7 +169,7 @@ def test_a_changed_result_is_found(tmp_path):
     assert re.search(r"weights \S+: \d+ of \d+ elements differ", output)
 
 
-def test_a_changed_reason_of_a_refusal_is_found(tmp_path):
+def test_a_changed_reason_of_a_rejection_is_found(tmp_path):
     refusal = material.refusal(BUFFERED)
     output = found(tmp_path, {refusal.seq: lambda entry: replace(entry, reason="too late")})
     assert f"entry {refusal.seq} differs" in output

@@ -1,4 +1,4 @@
-"""``--shell``: a prompt on the state at a moment; and which options go together."""
+"""``--shell``: a prompt on the state at an entry; and which options can be combined."""
 
 import pytest
 from click.testing import CliRunner

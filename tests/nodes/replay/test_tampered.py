@@ -1,4 +1,4 @@
-"""A record that is not what the core says is found at the entry that differs, with both sides."""
+"""A changed record is found at the entry that differs, with both values."""
 
 import itertools
 import math
@@ -43,7 +43,7 @@ def found(tmp_path, changes, *words, source=BUFFERED, **more):
 
 
 def where(output):
-    """Return the number of the entry that is said to differ."""
+    """Return the number of the entry that differs."""
     return int(re.match(r"(?:message|entry) (\d+) differs", output)[1])
 
 
@@ -58,7 +58,7 @@ def test_a_changed_digest_in_the_last_version(name, tmp_path):
     assert recorded.body["model_digest"] in output
 
 
-def test_only_what_differs_is_told(tmp_path):
+def test_only_what_differs_is_reported(tmp_path):
     seq = number(BUFFERED, 1, kind="version")
     output = found(tmp_path, {seq: edit(body={"model_digest": "0" * 32})})
     assert len(re.findall(r"in the record, .* in the replay", output)) == 1
@@ -176,11 +176,11 @@ def test_a_dropped_last_message(tmp_path):
 
 
 def test_an_extra_message_in_between(tmp_path):
-    """An entry told the aggregator nothing; now the aggregator speaks there."""
+    """An entry without an effect is replaced by a message from the aggregator."""
     entry = material.quiet(BUFFERED)
     task = [m for seq, m in material.messages(BUFFERED, **TASK) if seq < entry.seq][-1]
-    said = [m for s, m in material.messages(BUFFERED, sender="aggregator") if s < entry.seq]
-    name = f"aggregator/{len(said)}"
+    sent = [m for s, m in material.messages(BUFFERED, sender="aggregator") if s < entry.seq]
+    name = f"aggregator/{len(sent)}"
     other = encode_message(replace(task, id=name))
     output = found(tmp_path, {entry.seq: Accepted(seq=entry.seq, at=entry.at, message=other)})
     assert f"message {entry.seq}" in output
@@ -190,8 +190,8 @@ def test_an_extra_message_in_between(tmp_path):
 
 def test_an_extra_message_at_the_end(tmp_path):
     _, task = nth(BUFFERED, -1, kind="task")
-    said = len(material.messages(BUFFERED, sender="aggregator"))
-    other = encode_message(replace(task, id=f"aggregator/{said}"))
+    text = len(material.messages(BUFFERED, sender="aggregator"))
+    other = encode_message(replace(task, id=f"aggregator/{text}"))
     output = found(tmp_path, {}, more=[lambda seq, at: Accepted(seq=seq, at=at, message=other)])
     assert where(output) == material.last_entry(BUFFERED).seq + 1
 
@@ -249,7 +249,7 @@ def not_accepted(entry, name):
     return Refusal(seq=entry.seq, at=entry.at, run="simulated", node="broker", id=name, reason="no")
 
 
-def test_a_message_that_the_broker_did_not_accept_was_said(tmp_path):
+def test_a_message_that_the_broker_did_not_accept_was_sent(tmp_path):
     seq, version = nth(BUFFERED, 1, kind="version")
     changed = {seq: lambda entry: not_accepted(entry, version.id)}
     assert all_equal("fedavg-buffered") in replay(rewrite(BUFFERED, tmp_path, changed)).output

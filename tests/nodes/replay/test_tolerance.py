@@ -1,4 +1,4 @@
-"""How far two computations lie apart: what is no rounding may not hide behind what is."""
+"""Distances between two computations: rounding must not hide other differences."""
 
 import math
 

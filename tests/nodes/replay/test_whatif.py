@@ -1,4 +1,4 @@
-"""``--set``: the recorded results under another rule, against sums that are made here."""
+"""``--set``: recorded results with other settings, compared with sums computed here."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""``--set``: changes under which the recorded results mean nothing, and runs that are none."""
+"""``--set``: settings that cannot be computed from recorded results, and invalid runs."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""``--worker``: recorded tasks are trained again, and held against the recorded results."""
+"""``--worker``: train recorded tasks again and compare the results with the record."""
 
 import re
 
