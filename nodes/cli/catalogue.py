@@ -1,4 +1,4 @@
-"""What ``fedmq list`` shows: everything that can be chosen, and its settings."""
+"""``fedmq list``: the available algorithms, codecs, problems and schedules, and their settings."""
 
 from __future__ import annotations
 
@@ -13,20 +13,22 @@ from fedmq.codecs.extensions import entry_points
 from fedmq.nodes.run.config import NONE
 
 _NAME_COLUMNS = 22
-"""A longer name has a line of its own."""
+"""Columns of a name; a longer name gets a line of its own."""
 _LEAST_COLUMNS = 40
 
 
 def lines(what: str, width: int) -> Iterator[str]:
-    """Yield `catalogue` as lines of at most this many columns; no word of it is broken."""
+    """Yield `catalogue` as lines of at most this many columns; words are not broken."""
     found = [(name, about.split("\n")) for name, about in catalogue(what)]
     indent = min(_NAME_COLUMNS, max(len(name) for name, _ in found) + 2)
-    room = max(width, _LEAST_COLUMNS) - indent
+    columns = max(width, _LEAST_COLUMNS) - indent
     for name, abouts in found:
         wrapped = [
             line
             for about in abouts
-            for line in textwrap.wrap(about, room, break_long_words=False, break_on_hyphens=False)
+            for line in textwrap.wrap(
+                about, columns, break_long_words=False, break_on_hyphens=False
+            )
         ]
         if len(name) + 2 > indent:
             yield name
@@ -36,14 +38,14 @@ def lines(what: str, width: int) -> Iterator[str]:
 
 
 def catalogue(what: str) -> Iterator[tuple[str, str]]:
-    """Yield (name, what it is) of all algorithms, codecs, problems or schedules."""
+    """Yield name and description of all algorithms, codecs, problems or schedules."""
     match what:
         case "algorithms":
             from fedmq.algorithms.registry import ALGORITHMS, ENTRY_POINTS
 
             for name, algorithm in ALGORITHMS.items():
-                under = ", ".join(sorted(algorithm.schedules))
-                yield name, f"{_fields(algorithm)}\nunder {under}"
+                schedules = ", ".join(sorted(algorithm.schedules))
+                yield name, f"{_fields(algorithm)}\nschedules: {schedules}"
             yield from _installed(ENTRY_POINTS)
         case "schedules":
             from fedmq.algorithms.schedules import SCHEDULES
@@ -59,13 +61,13 @@ def catalogue(what: str) -> Iterator[tuple[str, str]]:
 
             for name, codec in codecs().items():
                 yield f"{name}{_parameters(codec)}", _first_sentence(codec)
-            places: dict[str, list[str]] = {}
+            stages: dict[str, list[str]] = {}
             for name, stage in STAGES.items():
-                places.setdefault(stage.place.name.lower(), []).append(
+                stages.setdefault(stage.place.name.lower(), []).append(
                     f"{name}{_parameters(stage)}"
                 )
-            order = " | ".join(f"[{' or '.join(each)}]" for each in places.values())
-            yield "pipelines", f"one of each, in this order, any left out:\n{order}"
+            order = " | ".join(f"[{' or '.join(each)}]" for each in stages.values())
+            yield "pipelines", f"any of these stages, in this order:\n{order}"
         case "problems":
             from fedmq.algorithms.problems import DEFAULT_MODEL, MODELS, PARTITIONS, PROBLEMS
             from fedmq.algorithms.problems.federated_datasets import DigitTasks, LandMine, School
@@ -82,9 +84,9 @@ def catalogue(what: str) -> Iterator[tuple[str, str]]:
 
 
 def _installed(group: str) -> Iterator[tuple[str, str]]:
-    """Yield what installed packages bring; none of it is imported."""
+    """Yield the entry points of installed packages; none of them is imported."""
     for entry in entry_points(group):
-        yield entry.name, f"{entry.value}, of an installed package"
+        yield entry.name, f"{entry.value}, from an installed package"
 
 
 def _first_sentence(kind: type) -> str:
@@ -96,7 +98,7 @@ def _fields(kind: type) -> str:
 
 
 def _toml(value: object) -> str:
-    """Return a default as it is written in a run's file; what is not set there is "none"."""
+    """Return a default as TOML; None is "none"."""
     match value:
         case None:
             return json.dumps(NONE)

@@ -1,4 +1,4 @@
-"""``fedmq codec bench``: what a codec does to a model, in bytes, error and time."""
+"""``fedmq codec bench``: measure a codec's bytes, error and time on a model."""
 
 from __future__ import annotations
 
@@ -6,25 +6,31 @@ import time
 
 import click
 
-from fedmq.nodes.cli.options import Commands, exit_2_on_error
+from fedmq.nodes.cli.options import Commands, WholeNumber, exit_2_on_error
 
 
 @click.group(cls=Commands)
 def codec() -> None:
-    """Try codecs out."""
+    """Measure codecs."""
 
 
 @codec.command()
 @click.argument("spec")
-@click.option("--model", default="cnn", show_default=True, help="See: fedmq list problems.")
-@click.option("--repeats", type=click.IntRange(min=1), default=5, show_default=True)
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
+@click.option(
+    "--model", default="cnn", show_default=True, help="Model to encode, see fedmq list problems."
+)
+@click.option(
+    "--repeats", type=WholeNumber(min=1), default=5, show_default=True, help="Measurements."
+)
+@click.option(
+    "--seed", type=WholeNumber(min=0), default=0, show_default=True, help="For all randomness."
+)
 def bench(spec: str, model: str, repeats: int, seed: int) -> None:
-    """Encode and decode a model's first weights with SPEC.
+    """Encode and decode a model's initial weights with the codec SPEC.
 
-    Prints the bytes as they would travel, metadata included; how many times smaller that is
-    than float32; the normalised squared error, |decoded - weights|^2 / |weights|^2, averaged
-    over the repeats; and GB of float32 a second on one thread, medians.
+    Prints the bytes on the wire, including metadata; the ratio of float32 to these; the mean
+    normalised squared error, |decoded - weights|^2 / |weights|^2; and the median speed in GB of
+    float32 per second on one thread.
     """
     with exit_2_on_error():
         rows = measure(spec, model, repeats, seed)
@@ -34,10 +40,10 @@ def bench(spec: str, model: str, repeats: int, seed: int) -> None:
 
 
 def measure(spec: str, model: str, repeats: int, seed: int) -> list[tuple[str, str]]:
-    """Return the lines of the table.
+    """Return names and values of the table.
 
     Raises:
-        SpecError: the spec names no codec.
+        SpecError: the spec is invalid.
         ConfigError: there is no such model.
     """
     import msgspec
@@ -65,7 +71,7 @@ def measure(spec: str, model: str, repeats: int, seed: int) -> list[tuple[str, s
         encoded = chosen.encode(tensors, seed + repeat)
         middle = time.perf_counter()
         after = as_flat(list(decode(encoded).values()))
-        if repeat:  # the first one compiles
+        if repeat:  # the first repeat compiles
             encoding.append(middle - began)
             decoding.append(time.perf_counter() - middle)
         errors.append(float((after - before).square().sum() / before.square().sum()))

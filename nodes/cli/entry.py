@@ -6,7 +6,7 @@ from fedmq.nodes.process.ending import ending_well
 
 
 def main() -> None:
-    """Run ``fedmq``; the signals are taken before anything else is imported."""
+    """Run ``fedmq``; handle signals before anything else is imported."""
     with ending_well():
         from fedmq.nodes.cli.main import main as commands
 

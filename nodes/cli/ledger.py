@@ -1,4 +1,4 @@
-"""``fedmq ledger``: what is damaged in a ledger, and how a broker can go on with it."""
+"""``fedmq ledger``: find damage in a ledger, and repair it so that a broker can use it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import click
 
 from fedmq.broker.errors import LedgerError
 from fedmq.broker.ledger.entries import Accepted, AnyEntry
-from fedmq.nodes.cli.options import Commands
+from fedmq.nodes.cli.options import LONGEST_TEXT, Commands, folder_argument
 from fedmq.nodes.process.terminal import count, plain, plural
 
 if TYPE_CHECKING:
@@ -21,27 +21,27 @@ if TYPE_CHECKING:
     from fedmq.broker.inspection.repair import RepairStep
 
 _SHOWN = 10
-"""Blobs that are printed for each place; the JSON has all."""
-_SENTENCE = 2000
-"""Characters of one, at most."""
+"""Blobs that are printed for each damaged place, at most; the JSON has all."""
 
-_folder = click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
 _json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead.")
 
 
 @click.group(cls=Commands)
 def ledger() -> None:
-    """Check a ledger for damage, and repair it: DIR is a run's folder, or that of its ledger."""
+    """Check a ledger for damage, or repair it.
+
+    DIR is the folder of the run or of its ledger.
+    """
 
 
 @ledger.command()
-@_folder
+@folder_argument
 @_json
 def check(folder: Path, as_json: bool) -> None:  # noqa: FBT001 - click's
-    """Read all of a ledger, and list what is damaged and what would be lost.
+    """Read a whole ledger; list the damage and what it affects.
 
-    Changes nothing. Exit code 0: sound (a torn tail, which the broker cuts by itself, is no
-    damage). 1: damaged. 2: there is no ledger.
+    Changes nothing. Exit code 0: sound (an incomplete last record, which the broker truncates, is
+    no damage); 1: damaged; 2: no ledger found.
     """
     report = _checked(folder)
     if as_json:
@@ -50,21 +50,21 @@ def check(folder: Path, as_json: bool) -> None:  # noqa: FBT001 - click's
         for line in lines(report):
             click.echo(line)
         if not report.sound:
-            shown = plain(folder, _SENTENCE)
-            click.echo(f"`fedmq ledger repair {shown}` lists what would make a broker go on")
+            shown = plain(folder, LONGEST_TEXT)
+            click.echo(f"`fedmq ledger repair {shown}` lists the changes that repair it")
     sys.exit(0 if report.sound else 1)
 
 
 @ledger.command()
-@_folder
-@click.option("--yes", is_flag=True, help="Do it; without this, nothing is changed.")
+@folder_argument
+@click.option("--yes", is_flag=True, help="Make the changes.")
 @_json
 def repair(folder: Path, yes: bool, as_json: bool) -> None:  # noqa: FBT001 - click's
-    """Change a damaged ledger so that a broker goes on with it.
+    """Repair a damaged ledger so that a broker can use it.
 
-    Without --yes, list what would be done and what would be lost. Whatever is cut is kept in
-    files beside the segments. Exit code 0: there is nothing to do, or it was done. 1: there is
-    something to do. 2: it cannot be done; the sentence says why.
+    Without --yes, list the changes and the losses. Removed bytes stay in files beside the
+    segments. Exit code 0: repaired, or nothing to repair; 1: there are changes to make; 2: it
+    cannot be repaired; the error gives the reason.
     """
     from fedmq.broker.inspection.repair import plan
     from fedmq.broker.inspection.repair import repair as do
@@ -83,13 +83,15 @@ def repair(folder: Path, yes: bool, as_json: bool) -> None:  # noqa: FBT001 - cl
     else:
         for line in lines(report):
             click.echo(line)
-        click.echo(("done:" if yes else "to do:") if steps else "there is nothing to do")
+        click.echo(
+            ("changes made:" if yes else "changes to make:") if steps else "nothing to repair"
+        )
         for step in steps:
             click.echo(f"  {step}")
         for path in states:
-            click.echo(f"  set {plain(path, _SENTENCE)} aside: it is of a later task")
+            click.echo(f"  set aside {plain(path, LONGEST_TEXT)}: it belongs to a later task")
         if steps and not yes:
-            click.echo("nothing was changed; add --yes to do this")
+            click.echo("nothing was changed; add --yes to make these changes")
     if yes:
         _set_aside(states)
     sys.exit(1 if steps and not yes else 0)
@@ -105,33 +107,34 @@ def _checked(folder: Path) -> Report:
 
 
 def _fail(error: LedgerError) -> NoReturn:
-    click.echo(f"fedmq: {plain(error, _SENTENCE)}", err=True)
+    click.echo(f"fedmq: {plain(error, LONGEST_TEXT)}", err=True)
     sys.exit(2)
 
 
 def lines(report: Report) -> Iterator[str]:
-    """Yield what a person is to read."""
+    """Yield the lines of the report."""
     segments = plural(len(report.segments), "segment")
     size = sum(nbytes for _, nbytes, _ in report.segments)
-    yield f"ledger {plain(report.folder, _SENTENCE)}: {segments}, {count(size)} bytes"
+    yield f"ledger {plain(report.folder, LONGEST_TEXT)}: {segments}, {count(size)} bytes"
     runs = ", ".join(plain(each) for each in report.runs) or "none"
     yield (
         f"{count(report.entries)} usable entries, "
         f"{plural(report.unfinished, 'unfinished message')}; runs: {runs}"
     )
-    kept = f", {count(report.not_kept)} not kept" if report.not_kept else ""
+    deleted = f", {count(report.not_kept)} deleted by the retention policy" * bool(report.not_kept)
     given_up = f", {count(report.given_up)} given up by a repair" if report.given_up else ""
-    yield f"{plural(report.blobs, 'blob')} named by messages{kept}{given_up}"
+    yield f"{plural(report.blobs, 'blob')} of messages{deleted}{given_up}"
     for tail in report.tails:
         yield (
-            f"torn tail: {tail.segment}, byte {count(tail.offset)}: {count(tail.size)} bytes; "
-            "the broker cuts them"
+            f"incomplete last record: {tail.segment}, byte {count(tail.offset)}: "
+            f"{count(tail.size)} bytes; the broker truncates it"
         )
     placed = {(each.segment, each.offset) for each in report.findings}
     for finding in report.findings:
-        yield f"damaged: {finding.segment}, {_bytes(finding)}: {plain(finding.reason, _SENTENCE)}"
+        reason = plain(finding.reason, LONGEST_TEXT)
+        yield f"damaged: {finding.segment}, {_bytes(finding)}: {reason}"
         if finding.breaks:
-            yield from _behind(finding, report)
+            yield from _lost_entries(finding, report)
         here = [
             each
             for each in report.lost
@@ -139,10 +142,10 @@ def lines(report: Report) -> Iterator[str]:
         ]
         yield from _blobs(here)
         if finding.family == "payload" and not here:
-            yield "  no message misses it"
+            yield "  no message needs it"
     others = [each for each in report.lost if (each.segment, each.offset) not in placed]
     if others:
-        yield "lost, with no damaged record to be seen:"
+        yield "lost, but not in a damaged record:"
         yield from _blobs(others)
     if report.sound:
         yield "sound"
@@ -156,35 +159,38 @@ def lines(report: Report) -> Iterator[str]:
 
 def _bytes(finding: Finding) -> str:
     if not finding.size:
-        return "all of it"
+        return "the whole file"
     return f"bytes {count(finding.offset)} to {count(finding.offset + finding.size - 1)}"
 
 
-def _behind(finding: Finding, report: Report) -> Iterator[str]:
-    """Say which entries are lost, and whether a run needs them."""
+def _lost_entries(finding: Finding, report: Report) -> Iterator[str]:
+    """Yield which entries are lost, and whether a run needs them."""
     if finding.entries is not None:
         first, last = finding.entries
-        yield f"  lost with it: entries {count(first)} to {count(last)}"
+        which = (
+            f"entry {count(first)}" if first == last else f"entries {count(first)} to {count(last)}"
+        )
+        yield f"  lost: {which}"
     if report.behind:
         kinds = ", ".join(f"{plain(kind)} {n:,}" for kind, n in report.kinds_behind().most_common())
         first, last = report.behind[0].seq, report.behind[-1].seq
         yield (
-            f"  lost behind it: {count(len(report.behind))} whole entries, {count(first)} to "
+            f"  unusable after it: {count(len(report.behind))} intact entries, {count(first)} to "
             f"{count(last)} ({kinds})"
         )
     for run in report.runs:
         if run in report.ended:
-            yield f"  run {plain(run)} has ended before it, and does not need them"
+            yield f"  run {plain(run)} ended before and does not need them"
         else:
-            yield f"  run {plain(run)} needs them; it would go on from entry {report.entries - 1}"
+            yield f"  run {plain(run)} needs them; it would resume from entry {report.entries - 1}"
     if not report.runs:
-        yield "  no run is left: a broker would start with an empty ledger"
+        yield "  no run remains: a broker would start with an empty ledger"
 
 
 def _blobs(lost: list[LostBlob]) -> Iterator[str]:
     for each in lost[:_SHOWN]:
         by = ", ".join(map(str, each.named_by[:3])) + (", ..." if len(each.named_by) > 3 else "")
-        use = "needed by an unfinished message" if each.needed else "nothing unfinished needs it"
+        use = "needed by an unfinished message" if each.needed else "no unfinished message needs it"
         yield (
             f"  lost: blob {each.name.digest.hex()} of {plain(each.name.owner)} "
             f"({count(each.size)} bytes, message {by}); {use}"
@@ -194,7 +200,7 @@ def _blobs(lost: list[LostBlob]) -> Iterator[str]:
 
 
 def facts(report: Report) -> dict[str, Any]:
-    """Return what a program is to read."""
+    """Return the report for programs."""
     return {
         "ledger": str(report.folder),
         "sound": report.sound,
@@ -264,9 +270,9 @@ def _step(step: RepairStep) -> dict[str, Any]:
 
 
 def _later_states(report: Report) -> list[Path]:
-    """Return clients' states that tasks left of which the mended ledger would not tell.
+    """Return the files of clients' states from tasks that the repaired ledger does not contain.
 
-    They are numbered by their tasks; under such a number another task would come.
+    The numbers of these tasks, which the files have, will be given to other tasks.
     """
     if report.breaking is None or report.folder.name != "ledger":
         return []
@@ -279,5 +285,5 @@ def _set_aside(states: list[Path]) -> None:
         try:
             path.rename(path.with_name(f"{path.name}.set-aside"))
         except OSError as error:
-            click.echo(f"fedmq: cannot set {plain(path)} aside: {error.strerror}", err=True)
+            click.echo(f"fedmq: cannot set aside {plain(path)}: {error.strerror}", err=True)
             sys.exit(2)

@@ -1,4 +1,4 @@
-"""The command line: ``fedmq cluster``, ``trace``, ``replay``, and each node by itself."""
+"""The command line: all commands of ``fedmq``."""
 
 from __future__ import annotations
 
@@ -21,7 +21,15 @@ from fedmq.broker.process import give_torch_huge_pages, tune_process
 from fedmq.broker.wire.addresses import MAX_RANGES, name_fault
 from fedmq.nodes.cli.codec import codec
 from fedmq.nodes.cli.ledger import ledger
-from fedmq.nodes.cli.options import LONGEST_TEXT, Commands, exit_2_on_error, parse_ranges
+from fedmq.nodes.cli.options import (
+    LONGEST_TEXT,
+    Commands,
+    RenamedOptions,
+    WholeNumber,
+    exit_2_on_error,
+    parse_ranges,
+    settings_option,
+)
 from fedmq.nodes.cli.personalise import personalise
 from fedmq.nodes.cli.replay import replay
 from fedmq.nodes.cli.trace import trace
@@ -43,15 +51,12 @@ DEFAULT_ENDPOINT = "tcp://127.0.0.1:7700"
 def _above_zero(
     context: click.Context, option: click.Parameter, seconds: float | None
 ) -> float | None:
-    """Check a time that was given: NaN and infinity are none."""
+    """Check that a time is finite and above 0."""
     if seconds is not None and not 0 < seconds < math.inf:
         raise click.BadParameter(f"expected seconds above 0, got {seconds:g}", context, option)
     return seconds
 
 
-_settings = click.option(
-    "--set", "settings", metavar="KEY=VALUE", multiple=True, help="Override a key, repeatable."
-)
 _config = click.argument("config", required=False, type=click.Path(dir_okay=False, path_type=Path))
 _connect = click.option(
     "--connect",
@@ -59,7 +64,7 @@ _connect = click.option(
     metavar="ADDRESS",
     default=DEFAULT_ENDPOINT,
     show_default=True,
-    help="Of the broker: tcp://HOST:PORT or ipc://PATH.",
+    help="Address of the broker: tcp://HOST:PORT or ipc://PATH.",
 )
 _give_up = click.option(
     "--give-up",
@@ -67,15 +72,15 @@ _give_up = click.option(
     metavar="SECONDS",
     type=float,
     callback=_above_zero,
-    help="Exit with code 1 after this time without the broker or the run; default: wait.",
+    help="Exit with code 1 after this time without the broker or the run; default: never.",
 )
 
 
 class _Commands(Commands):
-    """All commands: each begins and ends in the same way."""
+    """All commands; they handle signals and failing output in the same way."""
 
     def main(self, *args: Any, **extra: Any) -> Any:
-        """Run one; see `ending_well`."""
+        """Run a command, see `ending_well`."""
         with ending_well():
             return super().main(*args, **extra)
 
@@ -94,13 +99,13 @@ main.add_command(trace)
 
 @main.command()
 @_config
-@_settings
-@click.option("--workers", type=click.IntRange(min=1), help="Number of worker processes.")
+@settings_option
+@click.option("--workers", type=WholeNumber(min=1), help="Number of worker processes.")
 @click.option(
     "--run",
     "folder",
     type=click.Path(path_type=Path),
-    help="Folder of the run. If a run is in it, that one goes on.",
+    help="Folder of the run; a run that is in it resumes. Default: runs/ID.",
 )
 def cluster(
     config: Path | None, settings: tuple[str, ...], workers: int | None, folder: Path | None
@@ -109,52 +114,65 @@ def cluster(
     now = time.time()
     from fedmq.nodes.cluster.continuing import about, asking, continuation, show_ended
     from fedmq.nodes.cluster.forking import preloading
-    from fedmq.nodes.cluster.supervisor import Cluster, go_on_command, worker_names
+    from fedmq.nodes.cluster.supervisor import Cluster, resume_command, worker_names
 
     settings = (*settings, *([f"worker.count={workers}"] if workers else []))
     streams.go_on_without_output()
     console = Console()
     with exit_2_on_error(), asking(config, settings, folder, now) as asked:
         find_own_code(asked.config.allowed)
-        # What --set has changed is in the folder's own configuration.
-        again = go_on_command(asked.folder, None if settings else config)
-        going_on = None
+        # The configuration in the folder includes the changes of --set.
+        resume_with = resume_command(asked.folder, None if settings else config)
+        resumed = None
         if asked.recorded is not None:
-            going_on = continuation(asked)
-            if going_on is None:
+            resumed = continuation(asked)
+            if resumed is None:
                 show_ended(asked, console)
                 sys.exit(0)
-            this_process.hint = f"go on with: {again}"
-            console.print(about(asked, going_on), highlight=False, soft_wrap=True, markup=False)
+            this_process.hint = f"resume with: {resume_with}"
+            console.print(about(asked, resumed), highlight=False, soft_wrap=True, markup=False)
         with preloading():
             from fedmq.nodes.run.devices import choose_device
             from fedmq.nodes.run.setup import check_attainable, set_up
 
             with own_code("problem.name"):
                 setup = set_up(asked.config)
-                # Data and device are there, or nothing is started.
+                # Without the data or the device, nothing is started.
                 choose_device(asked.config.worker.device)
                 clients = setup.problem.clients
                 check_attainable(setup, worker_names(setup.config, clients))
                 setup.problem.test()
                 setup.problem.client(0)
-        one = Cluster(setup.config, clients, asked.folder, asked.begun, console, going_on, again)
-        code = one.run()
+        code = Cluster(
+            setup.config, clients, asked.folder, asked.begun, console, resumed, resume_with
+        ).run()
     sys.exit(code)
 
 
-@main.command()
+@main.command(cls=RenamedOptions, renamed={"--offer-parked": "--redeliver-dead-letters"})
 @click.option(
-    "--bind", default=DEFAULT_ENDPOINT, show_default=True, help="Where to listen; tcp://*:7700."
+    "--bind",
+    default=DEFAULT_ENDPOINT,
+    show_default=True,
+    help="Listen here, such as tcp://*:7700.",
 )
-@click.option("--run", "folder", type=click.Path(path_type=Path), required=True, help="Its folder.")
-@click.option("--lease", "lease_s", type=float, default=10.0, show_default=True, help="Seconds.")
+@click.option(
+    "--run", "folder", type=click.Path(path_type=Path), required=True, help="Folder of the run."
+)
+@click.option(
+    "--lease",
+    "lease_s",
+    type=float,
+    default=10.0,
+    show_default=True,
+    help="Seconds until a silent node has left.",
+)
 @click.option(
     "--durability",
     type=click.Choice(["process", "power"]),
     default="process",
     show_default=True,
-    help="What a receipt promises to survive: the broker's death, or a failure of power.",
+    help="What acknowledged messages survive: the broker's death, or also a power failure.",
 )
 @click.option(
     "--retain",
@@ -167,8 +185,8 @@ def cluster(
     default=True,
     help="Let nodes on this host read blobs from the ledger's files.",
 )
-@click.option("--offer-parked", is_flag=True, help="Offer parked messages again.")
-@click.option("--once", is_flag=True, help="End with the run, and write its summary.")
+@click.option("--redeliver-dead-letters", is_flag=True, help="Deliver dead letters again.")
+@click.option("--once", is_flag=True, help="Exit at the end of the run, and write its summary.")
 def broker(
     bind: str,
     folder: Path,
@@ -176,10 +194,10 @@ def broker(
     durability: str,
     retain: str,
     share_files: bool,  # noqa: FBT001 - click's
-    offer_parked: bool,  # noqa: FBT001 - click's
+    redeliver_dead_letters: bool,  # noqa: FBT001 - click's
     once: bool,  # noqa: FBT001 - click's
 ) -> None:
-    """Route messages and keep the ledger; goes on from the ledger that is in its folder."""
+    """Run the broker; it resumes from the ledger in its folder."""
     from fedmq.broker.router import BrokerServer
     from fedmq.nodes.run.config import build, setting_value
     from fedmq.nodes.run_folder.folder import LEDGER, begun_at, recorded_runs, state_of
@@ -196,8 +214,10 @@ def broker(
             "share_files": share_files,
         }
         table = build({"broker": given}).broker
-        keeping = replace(table.ledger_settings(), redeliver_dead_letters=offer_parked)
-        server = BrokerServer(bind, folder / LEDGER, table.settings(), keeping)
+        ledger_settings = replace(
+            table.ledger_settings(), redeliver_dead_letters=redeliver_dead_letters
+        )
+        server = BrokerServer(bind, folder / LEDGER, table.settings(), ledger_settings)
         found = state_of(recorded_runs(folder / LEDGER), once=once)
         where = f"listening on {server.endpoint}, ledger in {folder / LEDGER}"
         click.echo(f"{where}: {found}", err=True)
@@ -214,12 +234,12 @@ def broker(
 @main.command()
 @_connect
 @_config
-@_settings
+@settings_option
 @click.option(
     "--run",
     "folder",
     type=click.Path(path_type=Path),
-    help="Where to leave the final model; with the same one, a restarted node goes on at once.",
+    help="Folder for the final model; with the same folder, a restarted node resumes at once.",
 )
 @_give_up
 def aggregator(
@@ -250,19 +270,19 @@ def aggregator(
 @_connect
 @click.option("--clients", "ranges", help="Clients to host, for example 0-9 or 0-3,7.")
 @click.option("--evaluator", is_flag=True, help="Evaluate models instead of training them.")
-@click.option("--name", help="Name of the node; drawn from the host and the clients by default.")
+@click.option("--name", help="Name of the node; default: made from the host and the clients.")
 @click.option("--run-id", default="", help="The run to join, if the broker serves several.")
 @click.option(
     "--state",
     "folder",
     type=click.Path(path_type=Path),
-    help="Where the node's key, and its clients' local states, survive a restart.",
+    help="Folder for the node's key and its clients' local states, which a restart needs.",
 )
 @click.option(
     "--client-states",
     "states",
     type=click.Path(path_type=Path),
-    help="Where clients' local states are, if workers that may take over each other's share it.",
+    help="Folder for clients' local states that several workers share, to take over clients.",
 )
 @allow_option
 @_give_up
@@ -277,7 +297,7 @@ def worker(
     allow: tuple[str, ...],
     give_up_s: float | None,
 ) -> None:
-    """Train the tasks of some clients (or evaluate) until the run is over."""
+    """Run a worker: train the tasks of some clients, or evaluate, until the run ends."""
     from fedmq.broker.wire.addresses import EVALUATOR, WORKER
     from fedmq.nodes.worker.program import run_worker
 
@@ -289,8 +309,8 @@ def worker(
         clients = parse_ranges(ranges) if ranges else []
         if len(clients) > MAX_RANGES:
             raise ConfigError(
-                f"--clients: expected at most {MAX_RANGES} ranges, got {len(clients)}: give one "
-                "worker clients that follow one another, or start several workers"
+                f"--clients: expected at most {MAX_RANGES} ranges, got {len(clients)}: use "
+                "consecutive clients, or start several workers"
             )
         node = default_name(socket.gethostname(), clients) if name is None else name
         allowed = allowed_here(allow)
@@ -318,21 +338,21 @@ main.add_command(replay)
 
 
 def default_name(host: str, clients: Sequence[tuple[int, int]]) -> str:
-    """Return the name of a node that was given none: of its host and what it hosts there.
+    """Return a node's default name, made from its host and its clients.
 
-    Every host's name and every list of ranges makes a valid one, and no two the same.
+    It is valid and unique for every host name and list of ranges.
     """
     hosted = "_".join(str(a) if a == b else f"{a}-{b}" for a, b in clients) or "evaluator"
     name = f"{host}.{hosted}"
     if not name_fault(name):
         return name
-    # What tells it from others is in the digest; the rest is for people.
+    # The digest makes it unique; the rest is for people.
     readable = re.sub(r"[^A-Za-z0-9-]+", "-", f"{host}-{hosted}").lstrip("-") or "node"
     return f"{readable[:60]}.x{xxhash.xxh3_128_hexdigest(name.encode(errors='surrogateescape'))}"
 
 
 def _named(config: Config) -> Config:
-    """Return the configuration with an id for the run."""
+    """Return the configuration with a run id, drawn if it has none."""
     from fedmq.nodes.cluster.continuing import called, draw_id
 
     return config if config.run.id else called(config, draw_id())

@@ -1,28 +1,39 @@
-"""What the commands share: mistakes in one sentence each, exit codes, ranges of clients."""
+"""Shared by the commands: one-line errors, exit codes, renamed options, ranges of clients."""
 
 from __future__ import annotations
 
 import contextlib
-import difflib
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import click
 
 from fedmq.broker.errors import BrokerFailed, GaveUp
 from fedmq.nodes.errors import ON_PURPOSE, ConfigError, RunFailed
-from fedmq.nodes.process.terminal import plain
+from fedmq.nodes.process.terminal import guess, plain, renaming_notice
 
 LONGEST_TEXT = 2000
-"""Characters of an error's sentence that are shown."""
+"""Characters of an error, at most."""
 _HELP = getattr(click.exceptions, "NoArgsIsHelpError", ())
-"""Not a mistake: ``fedmq`` alone shows its help. (Before 8.2, click has no error for it.)"""
+"""No mistake: ``fedmq`` without a command shows its help. (Click has this error since 8.2.)"""
+
+
+folder_argument = click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
+run_id_option = click.option("--run-id", default="", help="The run, if the ledger holds several.")
+settings_option = click.option(
+    "--set",
+    "settings",
+    metavar="KEY=VALUE",
+    multiple=True,
+    help="Set a configuration key; repeatable.",
+)
 
 
 class UsageSentence(click.UsageError):
-    """A mistake on the command line; shown as all of the project's errors are."""
+    """A mistake on the command line, printed like all errors of fedmq."""
 
     def show(self, file: Any = None) -> None:
         """Print the sentence to standard error."""
@@ -30,7 +41,7 @@ class UsageSentence(click.UsageError):
 
 
 class Commands(click.Group):
-    """A group of commands whose mistakes are sentences that name what there is to choose from."""
+    """A group of commands; a mistake is a one-line error that lists the valid choices."""
 
     def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
         """Read the group's own options."""
@@ -40,7 +51,7 @@ class Commands(click.Group):
             raise _in_a_sentence(error) from error
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run the command that was asked for."""
+        """Run the chosen command."""
         try:
             return super().invoke(ctx)
         except click.UsageError as error:
@@ -52,16 +63,16 @@ class Commands(click.Group):
         """Find a command by its name.
 
         Raises:
-            UsageSentence: there is none.
+            UsageSentence: there is no such command.
         """
         name, names = args[0], self.list_commands(ctx)
         if name not in names and not name.startswith("-"):
-            text = f"there is no command {name!r}{_guess(name, names)}"
+            text = f"there is no command {name!r}{guess(name, names)}"
             raise UsageSentence(_of_command(f"{text}; choose from {', '.join(names)}", ctx), ctx)
         return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Write the first sentence on each command as a whole; click would cut it."""
+        """Write the first sentence of each command's help; click would truncate it."""
         commands = [(name, self.get_command(ctx, name)) for name in self.list_commands(ctx)]
         rows = [(name, _first_sentence(each)) for name, each in commands if each is not None]
         if rows:
@@ -69,9 +80,48 @@ class Commands(click.Group):
                 formatter.write_dl(rows)
 
 
-def _guess(word: str, words: Sequence[str]) -> str:
-    close = difflib.get_close_matches(word, words, n=1)
-    return f" (did you mean {close[0]!r}?)" if close else ""
+class WholeNumber(click.ParamType):  # type: ignore[type-arg] # generic only in newer click
+    """A whole number of at least ``min``."""
+
+    name = "number"
+
+    def __init__(self, min: int = 0) -> None:  # noqa: A002 - as click's own types have it
+        self._min = min
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """Read a number from the command line."""
+        try:
+            number = int(value)
+        except ValueError:
+            number = self._min - 1
+        if number < self._min:
+            self.fail(f"expected a whole number from {self._min}, got {value}", param, ctx)
+        return number
+
+
+class RenamedOptions(click.Command):
+    """A command with options that had another name in the last release.
+
+    Args:
+        renamed: new names by old ones; an old name works, is not in the help, and prints a notice.
+    """
+
+    def __init__(self, *args: Any, renamed: Mapping[str, str], **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._renamed = renamed
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Read the options, after a notice for each old name among them."""
+        options = args[: args.index("--")] if "--" in args else args
+        current = [self._current(each) for each in options]
+        return super().parse_args(ctx, current + args[len(options) :])
+
+    def _current(self, arg: str) -> str:
+        old, equals, value = arg.partition("=")
+        if old not in self._renamed:
+            return arg
+        click.echo(renaming_notice(old, self._renamed[old]), err=True)
+        return f"{self._renamed[old]}{equals}{value}"
 
 
 def _first_sentence(command: click.Command) -> str:
@@ -80,7 +130,7 @@ def _first_sentence(command: click.Command) -> str:
 
 
 def _in_a_sentence(error: click.UsageError) -> click.UsageError:
-    """Return the same mistake as a sentence; what is help, or is a sentence, as it is."""
+    """Return a mistake as a one-line error."""
     if isinstance(error, UsageSentence) or (_HELP and isinstance(error, _HELP)):
         return error
     return UsageSentence(_sentence(error), error.ctx)
@@ -95,7 +145,7 @@ def _sentence(error: click.UsageError) -> str:
             text = f"expected {_expected(parameter)}"
         case click.BadParameter(param=click.Parameter() as parameter):
             is_word = isinstance(parameter.type, click.Choice) and not _is_option(parameter)
-            wanted = _whole_number(parameter.type) + _plain(error)
+            wanted = _plain(error)
             text = wanted if is_word else f"{_shown(parameter)}: {wanted}"
         case _:
             text = _plain(error)
@@ -103,7 +153,7 @@ def _sentence(error: click.UsageError) -> str:
 
 
 def _of_command(text: str, ctx: click.Context | None) -> str:
-    """Put the name of the command in front of a sentence."""
+    """Return a sentence after the name of its command."""
     names: list[str] = []
     while ctx is not None and ctx.parent is not None:
         names.insert(0, ctx.info_name or "")
@@ -112,18 +162,9 @@ def _of_command(text: str, ctx: click.Context | None) -> str:
 
 
 def _plain(error: click.UsageError) -> str:
-    """Return click's words as ours begin and end, in one line."""
+    """Return click's message as one line that starts in lower case and has no full stop."""
     text = " ".join(error.message.split()).rstrip(".")
     return text[:1].lower() + text[1:]
-
-
-def _whole_number(kind: object) -> str:
-    """Return what click does not say of a whole number: which ones are expected."""
-    if not isinstance(kind, click.IntRange):
-        return ""
-    low = "" if kind.min is None else f" from {kind.min}"
-    high = "" if kind.max is None else f" to {kind.max}"
-    return f"expected a whole number{low}{high}; "
 
 
 def _is_option(parameter: click.Parameter) -> bool:
@@ -146,10 +187,10 @@ def _expected(parameter: click.Parameter) -> str:
 
 
 def parse_ranges(text: str) -> list[tuple[int, int]]:
-    """Read client ranges such as ``0-9,12``, both ends included; neighbours become one.
+    """Read client ranges such as ``0-9,12``, ends included; adjacent ranges are merged.
 
     Raises:
-        ConfigError: the text is not of that form.
+        ConfigError: the text has another form.
     """
     ranges: list[tuple[int, int]] = []
     for part in text.split(","):
@@ -167,7 +208,7 @@ def parse_ranges(text: str) -> list[tuple[int, int]]:
 
 @contextlib.contextmanager
 def exit_2_on_error() -> Iterator[None]:
-    """Turn the project's own errors into one sentence, and exit code 2 (1: failed, gave up)."""
+    """Print fedmq's own errors as one sentence; exit with code 2, or 1 if something failed."""
     try:
         yield
     except RunFailed as error:

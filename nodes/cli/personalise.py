@@ -1,4 +1,4 @@
-"""``fedmq personalise``: what a finished run is worth to clients that never took part."""
+"""``fedmq personalise``: adapt a finished run to clients that never took part."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import click
 from fedmq.broker.errors import LedgerError
 from fedmq.broker.ledger.entries import Accepted
 from fedmq.broker.wire.addresses import CHECKPOINT
-from fedmq.nodes.cli.options import exit_2_on_error, parse_ranges
+from fedmq.nodes.cli.options import exit_2_on_error, folder_argument, parse_ranges, run_id_option
 from fedmq.nodes.cli.trust import allow_option, allowed_here, find_own_code
 from fedmq.nodes.errors import ConfigError, NodeError
 from fedmq.nodes.process.exception_text import reason_of
@@ -31,7 +31,7 @@ Metrics = Mapping[str, float]
 
 @dataclass(frozen=True)
 class StartingState:
-    """What new clients start from: the state in a run's last checkpoint, and its version."""
+    """The state in a run's last checkpoint, its version, and whether the run has ended."""
 
     state: Any
     version: int
@@ -39,12 +39,15 @@ class StartingState:
 
 
 @click.command()
-@click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
-@click.option("--run-id", default="", help="The run, if the ledger holds several.")
-@click.option("--clients", "ranges", help="Only these, for example 100-104; all by default.")
-@click.option("--device", help="Where to train; by default where the run's workers did.")
+@folder_argument
+@run_id_option
+@click.option("--clients", "ranges", help="Only these clients, for example 100-104; default: all.")
+@click.option("--device", help="Device to train on; default: that of the run's workers.")
 @click.option(
-    "--json", "file", type=click.Path(dir_okay=False, path_type=Path), help="Write all of it here."
+    "--json",
+    "file",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Also write the table to this file, as JSON.",
 )
 @allow_option
 def personalise(
@@ -55,10 +58,10 @@ def personalise(
     file: Path | None,
     allow: tuple[str, ...],
 ) -> None:
-    """Adapt a finished run's last state to each client that never took part, and test it there.
+    """Adapt a finished run to each client that never took part, and evaluate it there.
 
-    DIR is the run's folder. Such clients are there if the run was started with
-    problem.held_out=N; their numbers follow those of the run's own clients.
+    DIR is the folder of the run. A run has such clients if it was started with
+    problem.held_out=N; their numbers follow those of the other clients.
     """
     with exit_2_on_error():
         from fedmq.broker.inspection.trace import Trace
@@ -73,7 +76,7 @@ def personalise(
         start = last_state(trace, setup)
         if not start.finished:
             click.echo(
-                f"the run has not ended: this is its newest checkpoint, version {start.version}",
+                f"the run has not ended: using its newest checkpoint, version {start.version}",
                 err=True,
             )
         found = dict(measure(setup, start, numbers, device))
@@ -84,11 +87,11 @@ def personalise(
 
 
 def new_clients(setup: Setup, ranges: Sequence[tuple[int, int]] | None = None) -> list[int]:
-    """Return the numbers of the clients that never train: these, or all there are.
+    """Return the numbers of clients that never train: those in ``ranges``, or all.
 
     Raises:
-        ConfigError: there are none, or one that is asked for is none of them; or the
-            algorithm has nothing that could be a client's own.
+        ConfigError: there are none; a range contains others; or the algorithm does not
+            personalise.
     """
     from fedmq.algorithms.base import Algorithm
 
@@ -98,13 +101,14 @@ def new_clients(setup: Setup, ranges: Sequence[tuple[int, int]] | None = None) -
         and kind.evaluate_client is Algorithm.evaluate_client
     ):
         raise ConfigError(
-            f"algorithm.name: expected an algorithm that is evaluated by its clients, "
+            f"algorithm.name: expected an algorithm that clients evaluate, "
             f"{setup.algorithm.name} has one model for all of them"
         )
     first, end = problem.clients, problem.clients + problem.held_out
     if first == end:
         raise ConfigError(
-            "this run has no clients that never took part: start one with problem.held_out=N"
+            "expected clients that never took part, this run has none: start one with "
+            "problem.held_out=N"
         )
     if ranges is None:
         return list(range(first, end))
@@ -118,11 +122,11 @@ def new_clients(setup: Setup, ranges: Sequence[tuple[int, int]] | None = None) -
 
 
 def last_state(trace: Trace, setup: Setup) -> StartingState:
-    """Return what is in a run's last checkpoint, that of its end if it has ended.
+    """Return the state in a run's last checkpoint.
 
     Raises:
-        LedgerError: there is none, or the ledger is damaged.
-        NodeError: it does not fit the run's configuration.
+        LedgerError: there is no checkpoint, or the ledger is damaged.
+        NodeError: the checkpoint does not match the run's configuration.
     """
     from fedmq.nodes.aggregator.checkpoint import unpack_checkpoint
     from fedmq.nodes.replay.fold import inbound
@@ -132,7 +136,7 @@ def last_state(trace: Trace, setup: Setup) -> StartingState:
         if isinstance(entry, Accepted) and entry.read().to == CHECKPOINT:
             last = entry
     if last is None:
-        raise LedgerError("the run has no checkpoint yet: wait for its end, or for the first one")
+        raise LedgerError("expected a checkpoint, the run has none yet: wait for the first one")
     state, fold = unpack_checkpoint(setup.algorithm, setup.problem, inbound(trace, last))
     return StartingState(state, fold.version, fold.ended)
 
@@ -140,28 +144,28 @@ def last_state(trace: Trace, setup: Setup) -> StartingState:
 def measure(
     setup: Setup, start: StartingState, clients: Sequence[int], device: str | None = None
 ) -> Iterator[tuple[int, Metrics]]:
-    """Yield (client, its metrics). The same run and device give the same figures.
+    """Yield each client and its metrics; equal for the same run and device.
 
     Raises:
-        AlgorithmError: a client's data are not there.
-        ConfigError: the device is not there.
-        NodeError: what an algorithm returned are no metrics.
+        AlgorithmError: a client's data are missing.
+        ConfigError: there is no such device.
+        NodeError: the algorithm returned invalid metrics.
     """
     from fedmq.algorithms.base import Client
     from fedmq.algorithms.rng import derive_seed, seeded
     from fedmq.algorithms.values import metrics_of
     from fedmq.nodes.run.devices import choose_device
 
-    where = (
+    place = (
         choose_device(setup.config.worker.device)
         if device is None
         else choose_device(device, "--device")
     )
     for index in clients:
         seed = derive_seed(setup.config.run.seed, "personalise", start.version, index)
-        with seeded(seed, where):
+        with seeded(seed, place):
             data = setup.problem.client(index)
-            client = Client(index, setup.problem, data, None, seed, where)
+            client = Client(index, setup.problem, data, None, seed, place)
             found = setup.algorithm.personalise(start.state, start.version, client)
             metrics = metrics_of(found, f"{type(setup.algorithm).__name__}.personalise")
         if "accuracy" not in metrics:
@@ -170,7 +174,7 @@ def measure(
 
 
 def lines(found: Mapping[int, Metrics]) -> list[str]:
-    """Return the table: a line for each client, then mean, worst decile and spread."""
+    """Return the lines of the table: each client, then mean, worst decile and spread."""
     names = list(dict.fromkeys(name for each in found.values() for name in each))
     rows = [
         [str(index), *(_text(name, each.get(name)) for name in names)]

@@ -1,4 +1,4 @@
-"""``fedmq replay``: run the nodes of a recorded run again."""
+"""``fedmq replay``: run the nodes of a recorded run again and compare them with the record."""
 
 from __future__ import annotations
 
@@ -14,9 +14,16 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from fedmq.nodes.cli.options import exit_2_on_error
+from fedmq.nodes.cli.options import (
+    RenamedOptions,
+    WholeNumber,
+    exit_2_on_error,
+    folder_argument,
+    run_id_option,
+)
 from fedmq.nodes.cli.trust import allow_option, allowed_here, find_own_code
 from fedmq.nodes.process.signals import this_process
+from fedmq.nodes.process.terminal import fitted, plural
 
 if TYPE_CHECKING:
     from fedmq.algorithms.allowed import Allowed
@@ -24,28 +31,32 @@ if TYPE_CHECKING:
     from fedmq.nodes.replay.fold import Replay, ReplayStep
 
 
-@click.command()
-@click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
-@click.option("--run-id", default="", help="The run, if the ledger holds several.")
-@click.option("--until", type=click.IntRange(min=0), metavar="OFFSET", help="Stop at this entry.")
-@click.option("--shell", is_flag=True, help="Open a Python prompt on the state there.")
-@click.option("--from-checkpoint", is_flag=True, help="Start from the newest one before that.")
-@click.option("--worker", metavar="NAME", help="Train this node's tasks again instead.")
-@click.option("--task", metavar="ID", help="Of the worker's tasks, only this one.")
+@click.command(cls=RenamedOptions, renamed={"--against": "--compare"})
+@folder_argument
+@run_id_option
+@click.option("--until", type=WholeNumber(min=0), metavar="OFFSET", help="Stop at this entry.")
+@click.option("--shell", is_flag=True, help="Open a Python prompt on the state at that entry.")
+@click.option(
+    "--from-checkpoint", is_flag=True, help="Start from the newest checkpoint before that entry."
+)
+@click.option("--worker", metavar="NAME", help="Train the tasks of this node again.")
+@click.option("--task", metavar="ID", help="Train only this task of the worker.")
 @click.option(
     "--set",
     "settings",
     metavar="KEY=VALUE",
     multiple=True,
-    help="Fold the recorded results under another rule, repeatable.",
+    help="Recompute the curve with other aggregation settings; repeatable.",
 )
 @click.option(
-    "--save", type=click.Path(path_type=Path), help="Write the state's digests, for --against."
-)
-@click.option(
-    "--against",
+    "--save",
     type=click.Path(path_type=Path),
-    help="What --save wrote with other code, or another run: find where they part.",
+    help="Write digests of the state after each message to this folder, for --compare.",
+)
+@click.option(
+    "--compare",
+    type=click.Path(path_type=Path),
+    help="Find the first difference from a folder of --save, or from another run.",
 )
 @allow_option
 def replay(
@@ -58,17 +69,17 @@ def replay(
     task: str | None,
     settings: tuple[str, ...],
     save: Path | None,
-    against: Path | None,
+    compare: Path | None,
     allow: tuple[str, ...],
 ) -> None:
-    """Run a recorded run's aggregator again and hold all it says against the record.
+    """Run the aggregator again and verify every message against the ledger.
 
-    DIR is the run's folder. Exits with 1 where the replay and the record differ.
+    DIR is the folder of the run. Exit code 0: all messages match; 1: some differ.
     """
     with _importing():
         from fedmq.nodes.replay.record import Diverged
 
-    _check_options(until, shell, from_checkpoint, worker, task, settings, save, against)
+    _check_options(until, shell, from_checkpoint, worker, task, settings, save, compare)
     with exit_2_on_error():
         from fedmq.broker.inspection.trace import Trace
 
@@ -77,22 +88,22 @@ def replay(
         find_own_code(allowed)
         try:
             if worker is not None:
-                same = _retrain(trace, allowed, worker, task)
+                matches = _retrain(trace, allowed, worker, task)
             elif settings:
-                same = _what_if(trace, allowed, settings)
+                matches = _what_if(trace, allowed, settings)
             else:
                 resume = from_checkpoint
-                same = _fold(trace, allowed, until, save, against, shell=shell, resume=resume)
+                matches = _fold(trace, allowed, until, save, compare, shell=shell, resume=resume)
         except Diverged as error:
             click.echo(str(error))
-            same = False
-    if not same:
+            matches = False
+    if not matches:
         raise click.exceptions.Exit(1)
 
 
 @contextlib.contextmanager
 def _importing() -> Iterator[None]:
-    """Import torch without garbage collections: 1.4 s instead of 1.7 were measured."""
+    """Import torch without garbage collection, which takes 1.4 s instead of 1.7 s."""
     gc.disable()
     yield
     gc.enable()
@@ -106,28 +117,28 @@ def _check_options(
     task: str | None,
     settings: tuple[str, ...],
     save: Path | None,
-    against: Path | None,
+    compare: Path | None,
 ) -> None:
-    """Refuse options that would be without effect."""
-    folds = {
+    """Raise UsageError for options that do not go together."""
+    options = {
         "--until": until is not None,
         "--shell": shell,
         "--from-checkpoint": from_checkpoint,
         "--save": save is not None,
-        "--against": against is not None,
+        "--compare": compare is not None,
     }
-    given = [name for name, there in folds.items() if there]
+    given = [name for name, there in options.items() if there]
     if task is not None and worker is None:
         raise click.UsageError("--task needs --worker")
     if worker is not None and (given or settings):
-        raise click.UsageError(f"--worker does not go with {[*given, '--set'][0]}")
+        raise click.UsageError(f"cannot combine --worker with {[*given, '--set'][0]}")
     if settings and given:
-        raise click.UsageError(f"--set does not go with {given[0]}")
-    if save is not None and against is not None:
-        raise click.UsageError("--save does not go with --against")
-    if from_checkpoint and (save is not None or against is not None):
-        which = "--save" if save is not None else "--against"
-        raise click.UsageError(f"{which} does not go with --from-checkpoint")
+        raise click.UsageError(f"cannot combine --set with {given[0]}")
+    if save is not None and compare is not None:
+        raise click.UsageError("cannot combine --save with --compare")
+    if from_checkpoint and (save is not None or compare is not None):
+        which = "--save" if save is not None else "--compare"
+        raise click.UsageError(f"cannot combine {which} with --from-checkpoint")
 
 
 def _fold(
@@ -135,12 +146,12 @@ def _fold(
     allowed: Allowed,
     until: int | None,
     save: Path | None,
-    against: Path | None,
+    compare: Path | None,
     *,
     shell: bool,
     resume: bool,
 ) -> bool:
-    """Replay the aggregator; tell how much was equal."""
+    """Replay the aggregator; return whether all actions match."""
     from fedmq.broker.errors import LedgerError
     from fedmq.nodes.replay.fold import Replay, last_checkpoint
     from fedmq.nodes.replay.record import Diverged
@@ -151,7 +162,7 @@ def _fold(
     last: ReplayStep | None = None
     shown = time.monotonic()
     try:
-        for step in _steps(run, allowed, until, save, against):
+        for step in _steps(run, allowed, until, save, compare):
             last = step
             if sys.stderr.isatty() and time.monotonic() - shown > 1.0:
                 shown = time.monotonic()
@@ -163,7 +174,7 @@ def _fold(
         _prompt(run, last)
         return False
     except LedgerError:
-        if run.messages:  # what lies before the damage
+        if run.messages:  # those before the damage
             _report(run, time.perf_counter() - began, until)
         raise
     if shell:
@@ -171,14 +182,14 @@ def _fold(
         return True
     _report(run, time.perf_counter() - began, until)
     if save is not None:
-        click.echo(f"the state after each message is in {save / FILE}")
-    elif against is not None:
-        click.echo(f"and so is the state after each message, to that of {against}")
+        click.echo(f"saved the state after each message to {save / FILE}")
+    elif compare is not None:
+        click.echo(f"the state after each message equals that of {compare}")
     return True
 
 
 def _steps(
-    run: Replay, allowed: Allowed, until: int | None, save: Path | None, against: Path | None
+    run: Replay, allowed: Allowed, until: int | None, save: Path | None, compare: Path | None
 ) -> Iterator[ReplayStep]:
     from fedmq.broker.inspection.trace import Trace
     from fedmq.nodes.replay.fold import Replay
@@ -191,30 +202,33 @@ def _steps(
 
     if save is not None:
         return save_state_digests(run, save, until)
-    if against is None:
+    if compare is None:
         return run.steps(until)
-    if (against / FILE).exists():
-        return compare_state_digests(run, against, until)
-    return compare_runs(run, Replay(Trace(against), allowed=allowed), until)
+    if (compare / FILE).exists():
+        return compare_state_digests(run, compare, until)
+    return compare_runs(run, Replay(Trace(compare), allowed=allowed), until)
 
 
 def _report(run: Replay, took_s: float, until: int | None) -> None:
     from fedmq.nodes.run.digests import model_digest
 
-    verdict = "all equal" if run.record.exact else "all within the tolerance"
-    click.echo(f"{run.messages:,} messages, {run.record.compared:,} actions, {verdict}")
-    click.echo("".join(f"{line}\n" for line in _about_machines(run)), nl=False)
+    messages, actions = plural(run.messages, "message"), f"{run.record.compared:,} actions"
+    how = "" if run.record.exact else " within the tolerance"
+    click.echo(f"replayed {messages}: all {actions} match the record{how}")
+    for sentence in _about_machines(run):
+        click.echo("\n".join(fitted(sentence)))
     core = run.core
     click.echo(f"version {core.version}, model {model_digest(core.tensors())}")
-    if run.record.unfound and until is None:
-        click.echo(f"{run.record.unfound} actions more than the record holds: it ends before them")
+    if run.record.unmatched and until is None:
+        more = plural(run.record.unmatched, "more action")
+        click.echo(f"{more} than in the record, which ends before")
     lasted = run.at - run.trace.opened.at
     where = f"up to entry {until}, " if until is not None else ""
     click.echo(f"{where}{lasted:.1f} s of the run in {took_s:.2f} s")
 
 
 def _about_machines(run: Replay) -> Iterator[str]:
-    """Yield a sentence on all that this machine does not compute as the recording one did."""
+    """Yield sentences on what this machine computes differently from the recording one."""
     from fedmq.algorithms.toolkit.arithmetic import ARITHMETIC
     from fedmq.nodes.replay.tolerance import LOSSY_TOLERANCE, TOLERANCE
     from fedmq.nodes.run.devices import kind_of
@@ -223,21 +237,21 @@ def _about_machines(run: Replay) -> Iterator[str]:
         if run.computed.arithmetic < ARITHMETIC:
             why = "the run was recorded by fedmq 0.1.0, whose sums differ in the last bits"
         elif run.computed.arithmetic > ARITHMETIC:
-            why = "the run was recorded by a later fedmq, whose sums may differ in the last bits"
+            why = "the run was recorded by a later release, whose sums may differ in the last bits"
         else:
             why = (
-                f"{run.setup.algorithm.name} computes other last bits on {kind_of('cpu')} "
+                f"{run.setup.algorithm.name} computes different last bits on {kind_of('cpu')} "
                 f"than on {run.computed.device or 'an unknown CPU'}"
             )
         yield (
-            f"{why}: tensors were compared within {TOLERANCE:g} (from lossy codecs, "
-            f"{LOSSY_TOLERANCE:g}), and the replay went on from each recorded checkpoint; "
-            f"the largest distance was {run.record.farthest:.2g} times that"
+            f"{why}: tensors were compared within {TOLERANCE:g} ({LOSSY_TOLERANCE:g} for lossy "
+            f"codecs), and the replay restarted from each recorded checkpoint; the largest "
+            f"distance was {run.record.max_distance:.2g} of the tolerance"
         )
     if run.version_0_distance:
-        apart = run.version_0_distance * TOLERANCE
-        yield f"version 0 was read from the record; model() gives one {apart:.2g} away from it here"
-        if apart > TOLERANCE:
+        distance = run.version_0_distance * TOLERANCE
+        yield f"version 0 was read from the record; here, model() differs from it by {distance:.2g}"
+        if distance > TOLERANCE:
             yield f"that is more than {TOLERANCE:g}: is model() seeded, and the code the same?"
 
 
@@ -253,62 +267,59 @@ def _prompt(run: Replay, last: ReplayStep | None) -> None:
     }
 
     def step(count: int = 1) -> Any:
-        """Take the next messages of the inbox; return the last."""
-        for taken in itertools.islice(run.steps(), count):
-            names.update(event=taken.event, actions=taken.actions, parts=run.core.state_snapshot())
+        """Process the next messages of the inbox; return the last."""
+        for each in itertools.islice(run.steps(), count):
+            names.update(event=each.event, actions=each.actions, parts=run.core.state_snapshot())
         return names["event"]
 
     names["step"] = step
     with contextlib.suppress(ImportError):
-        import readline  # noqa: F401 - input() has history and editing once it is imported
+        import readline  # noqa: F401 - importing it gives input() history and editing
     banner = (
-        f"version {run.core.version}, {run.messages} messages taken\n"
-        "core: the aggregator, parts: all it is made of, event: the last message it took,\n"
-        "actions: what it said to that, step(n): go on, setup, trace; Ctrl-D leaves"
+        f"version {run.core.version}, {plural(run.messages, 'message')} processed\n"
+        "core: the aggregator; parts: its state by name; event: the last message;\n"
+        "actions: its response; step(n): process n messages; setup; trace; Ctrl-D leaves"
     )
     with this_process.prompting():
         code.interact(banner=banner, local=names, exitmsg="")
 
 
 def _retrain(trace: Trace, allowed: Allowed, node: str, task: str | None) -> bool:
-    """Train a worker's tasks again; tell whether all results are what they were."""
+    """Train a worker's tasks again; return whether all results match the record."""
     from fedmq.nodes.replay.fold import recorded_setup
     from fedmq.nodes.replay.tolerance import TOLERANCE
     from fedmq.nodes.replay.workers import Retraining
     from fedmq.nodes.run.devices import kind_of
 
-    again = Retraining(trace, recorded_setup(trace, allowed=allowed), node)
-    count = same = near = 0
-    for each in [again.one(task)] if task is not None else again.all():
-        count += 1
-        same += each.same
-        near += each.same and each.apart is not None
-        if each.apart is not None:
+    retraining = Retraining(trace, recorded_setup(trace, allowed=allowed), node)
+    tasks = matching = near = 0
+    for each in [retraining.train_one(task)] if task is not None else retraining.train_all():
+        tasks += 1
+        matching += each.matches
+        near += each.matches and each.distance is not None
+        if each.distance is not None:
             device = each.message.body.get("device")
-            why = (
-                "recorded by fedmq 0.1.0"
-                if device == kind_of("cpu")
-                else f"on another kind of device than {device}"
-            )
-            verdict = f"apart by {each.apart:.2g}, {why} (tolerance {TOLERANCE:g})"
-            if each.apart > TOLERANCE:
-                verdict += "; rounding alone can grow so far in a long task"
+            where = "by fedmq 0.1.0" if device == kind_of("cpu") else f"on {device}"
+            verdict = f"distance {each.distance:.2g} (tolerance {TOLERANCE:g}), recorded {where}"
+            if each.distance > TOLERANCE:
+                verdict += "; in a long task, rounding alone can grow this much"
         else:
-            verdict = "same bytes" if each.same else "differs"
+            verdict = "same bytes" if each.matches else "differs"
         click.echo(f"{each.message.re} -> {each.result}: {verdict}, {each.seconds:.2f} s")
-        if not each.same:
+        if not each.matches:
             click.echo("".join(f"  {line}\n" for line in each.differences), nl=False)
-    close = f", {near} of them within the tolerance only" if near else ""
-    click.echo(f"{count} tasks, {same} results as recorded{close}")
+    which = "all" if matching == tasks else f"{matching} of {tasks}"
+    close = f", {near} only within the tolerance" if near else ""
+    click.echo(f"retrained {plural(tasks, 'task')}: {which} results match the record{close}")
     if trace.damage is not None:
-        raise trace.damage  # all before it has been trained
-    return count == same
+        raise trace.damage  # the tasks before it have been trained
+    return tasks == matching
 
 
 def _what_if(trace: Trace, allowed: Allowed, settings: tuple[str, ...]) -> bool:
-    """Print the curves of the recorded run and of another rule side by side."""
+    """Print the curves of the recorded run and with other settings side by side."""
     from fedmq.broker.errors import LedgerError
-    from fedmq.nodes.process.terminal import fitted, table
+    from fedmq.nodes.process.terminal import table
     from fedmq.nodes.replay.whatif import WhatIf, changed_setup
 
     setup = changed_setup(trace, settings, allowed)
@@ -327,7 +338,7 @@ def _what_if(trace: Trace, allowed: Allowed, settings: tuple[str, ...]) -> bool:
         damage = error
     click.echo("\n".join(fitted(f"left: as recorded; right: with {', '.join(settings)}")))
     click.echo("\n".join(table(["time s", *names[:-1], "loss |", *names], rows, left=0)))
-    click.echo("The clients trained from the recorded models, not from those of the other rule.")
+    click.echo("The clients trained from the recorded models, not from those on the right.")
     if damage is not None:
         raise damage
     return True

@@ -1,4 +1,4 @@
-"""``fedmq trace``: the commands. What they need is imported by the one that runs."""
+"""``fedmq trace``: the commands. Each imports what it needs when it runs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,14 @@ from typing import TYPE_CHECKING
 import click
 
 from fedmq.broker.errors import LedgerError
-from fedmq.nodes.cli.options import Commands
+from fedmq.nodes.cli.options import (
+    LONGEST_TEXT,
+    Commands,
+    RenamedOptions,
+    WholeNumber,
+    folder_argument,
+    run_id_option,
+)
 from fedmq.nodes.errors import NodeError
 from fedmq.nodes.process.exception_text import reason_of
 from fedmq.nodes.process.terminal import plain, word
@@ -21,37 +28,32 @@ if TYPE_CHECKING:
     from fedmq.broker.inspection.trace import Trace
 
 _LINES = 100
-"""So many are printed at a time."""
-_SENTENCE = 2000
-
-_folder = click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
-_run_id = click.option("--run-id", default="", help="The run, if the ledger holds several.")
+"""Lines that are printed at a time."""
 
 
 @click.group(cls=Commands)
 def trace() -> None:
-    """Look at a recorded run: DIR is its folder, or that of its ledger.
+    """Inspect a recorded run.
 
-    A damaged ledger is told with segment and offset, after all that lies before (exit code
-    1); a torn tail, which a crash leaves behind, is told too (exit code 0).
+    DIR is the folder of the run or of its ledger. If the ledger is damaged, the commands print
+    everything before the damage and its position, and exit with code 1. They also report an
+    incomplete last record, which a crash may leave (exit code 0).
     """
 
 
-@trace.command()
-@_folder
-@_run_id
+@trace.command(cls=RenamedOptions, renamed={"--refused": "--rejected"})
+@folder_argument
+@run_id_option
 @click.option(
-    "--kind", "kinds", multiple=True, help="Of this kind: task, result, version; repeatable."
+    "--kind", "kinds", multiple=True, help="Only this kind, such as task or result; repeatable."
 )
-@click.option("--node", help="Sent by this node, to it, or about it.")
-@click.option("--client", type=click.IntRange(min=0), help="Tasks and results of this client.")
-@click.option(
-    "--versions", metavar="A-B", help="Tasks made from these versions, results trained on them."
-)
-@click.option("--from", "start", type=float, help="Seconds since the run's start.")
-@click.option("--to", "end", type=float, help="Seconds since the run's start.")
-@click.option("--refused", is_flag=True, help="Only messages that were refused, and why.")
-@click.option("--all", "everything", is_flag=True, help="Entries about what was consumed too.")
+@click.option("--node", help="Only messages from, to or about this node.")
+@click.option("--client", type=WholeNumber(min=0), help="Only tasks and results of this client.")
+@click.option("--versions", metavar="A-B", help="Only tasks and results of these model versions.")
+@click.option("--from", "start", type=float, help="Start, in seconds since the run started.")
+@click.option("--to", "end", type=float, help="End, in seconds since the run started.")
+@click.option("--rejected", is_flag=True, help="Only rejected messages, with the reason.")
+@click.option("--all", "everything", is_flag=True, help="Also list entries on consumed messages.")
 def ls(
     folder: Path,
     run_id: str,
@@ -61,15 +63,14 @@ def ls(
     versions: str | None,
     start: float | None,
     end: float | None,
-    refused: bool,  # noqa: FBT001 - click's
+    rejected: bool,  # noqa: FBT001 - click's
     everything: bool,  # noqa: FBT001 - click's
 ) -> None:
-    """List the entries, one a line.
+    """List the entries, one per line.
 
-    Columns: number; seconds since the start; kind; from -> to, with the node that hosts a
-    client at that time; version of the model; id; number of the entry that it answers;
-    bytes of its blobs; what else is worth knowing, first of all why it was refused. On a
-    terminal, a line that is too long goes on below.
+    Columns: number; seconds since the start; kind; sender -> recipient, with the node that
+    hosted the client; model version; id; number of the entry that it answers; bytes of its
+    blobs; a note, with the reason if the message was rejected. On a terminal, long lines wrap.
     """
     from fedmq.nodes.trace.listing import Columns, Filter, parse_versions, rows
     from fedmq.nodes.trace.outcomes import MessageOutcomes
@@ -84,28 +85,28 @@ def ls(
             client=client,
             versions=parse_versions(versions) if versions is not None else None,
             times=times,
-            refused=refused,
+            refused=rejected,
             everything=everything,
         )
         opened = _open(folder, run_id)
         message_outcomes = MessageOutcomes(opened)
         wanted.check(opened, message_outcomes)
         columns = Columns.of(message_outcomes)
-        room = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
-        if room is not None:
-            click.secho("\n".join(columns.head(room)), dim=True)
+        width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+        if width is not None:
+            click.secho("\n".join(columns.head(width)), dim=True)
         found = (row for row in rows(opened, message_outcomes) if wanted.takes(row))
-        if not _print(line for row in found for line in row.lines(columns, room)):
+        if not _print(line for row in found for line in row.lines(columns, width)):
             click.echo("fedmq: no entries match", err=True)
         _end(opened)
 
 
 @trace.command()
-@_folder
-@click.argument("offset", type=click.IntRange(min=0))
-@_run_id
+@folder_argument
+@click.argument("offset", type=WholeNumber(min=0))
+@run_id_option
 def show(folder: Path, offset: int, run_id: str) -> None:
-    """Show the entry of number OFFSET: its fields, its fate, and its tensors, decoded."""
+    """Show entry number OFFSET: its fields, its outcome and its decoded tensors."""
     with _exit_2_on_error():
         opened = _open(folder, run_id)
         from fedmq.nodes.trace.show import show as lines
@@ -114,10 +115,10 @@ def show(folder: Path, offset: int, run_id: str) -> None:
 
 
 @trace.command()
-@_folder
-@_run_id
+@folder_argument
+@run_id_option
 def stats(folder: Path, run_id: str) -> None:
-    """Count messages and bytes, check the account, and read all payload."""
+    """Count messages and bytes, audit the delivery, and check all payload."""
     from fedmq.nodes.trace.blobs import read_payload
     from fedmq.nodes.trace.stats import Stats
 
@@ -138,38 +139,38 @@ def stats(folder: Path, run_id: str) -> None:
 @click.argument("a", metavar="A", type=click.Path(path_type=Path))
 @click.argument("b", metavar="B", type=click.Path(path_type=Path))
 @click.option(
-    "--run-id", "run_ids", multiple=True, help="Of A and B; given twice: of A, then of B."
+    "--run-id", "run_ids", multiple=True, help="Run of A and B; if given twice, of A, then of B."
 )
 def diff(a: Path, b: Path, run_ids: tuple[str, ...]) -> None:
-    """Say where two runs part: in order, and in which field or tensor of which message.
+    """Find the first difference of two runs: in order, and in the content of a message.
 
-    Times, sessions and numbers in the ledger are not compared. Exit code 0 if all messages
-    are equal, 1 if not.
+    Times, sessions and entry numbers are not compared. Exit code 0: all messages are equal;
+    1: some differ.
     """
     with _exit_2_on_error():
         if len(run_ids) > 2:
             raise NodeError(f"expected --run-id at most twice, got it {len(run_ids)} times")
         first, last = (run_ids[0], run_ids[-1]) if run_ids else ("", "")
-        sides = (_open(a, first), _open(b, last))
+        traces = (_open(a, first), _open(b, last))
         from fedmq.nodes.trace.compare import compare
 
-        found = compare(*sides)
+        found = compare(*traces)
         _print(found.lines())
-        for opened in sides:
+        for opened in traces:
             _end(opened)
         if not found.equal:
             sys.exit(1)
 
 
 @trace.command()
-@_folder
-@_run_id
+@folder_argument
+@run_id_option
 @click.option("--perfetto", metavar="FILE", help="Write a timeline for ui.perfetto.dev.")
 @click.option(
     "--json",
     "as_json",
     metavar="FILE",
-    help='Write one JSON object a line; NaN and infinities become the strings "NaN", "Infinity".',
+    help='Write one JSON object per line; NaN becomes "NaN", infinity "Infinity".',
 )
 def export(folder: Path, run_id: str, perfetto: str | None, as_json: str | None) -> None:
     """Write the trace to FILE (- for stdout) for other programs."""
@@ -182,12 +183,12 @@ def export(folder: Path, run_id: str, perfetto: str | None, as_json: str | None)
         if target is None or (perfetto and as_json):
             raise NodeError("expected either --perfetto FILE or --json FILE")
         opened = _open(folder, run_id)
-        pieces = (
+        texts = (
             json_lines(opened) if perfetto is None else timeline(opened, MessageOutcomes(opened))
         )
         try:
             with click.open_file(target, "w", encoding="utf-8") as file:
-                file.writelines(pieces)
+                file.writelines(texts)
         except BrokenPipeError:
             raise
         except OSError as error:
@@ -196,7 +197,7 @@ def export(folder: Path, run_id: str, perfetto: str | None, as_json: str | None)
 
 
 def _print(lines: Iterable[str]) -> int:
-    """Print lines, many at a time; return how many there were."""
+    """Print lines, many at a time; return their number."""
     block: list[str] = []
     printed = 0
     for line in lines:
@@ -217,25 +218,25 @@ def _open(folder: Path, run_id: str) -> Trace:
 
 
 def _end(opened: Trace) -> None:
-    """Say how the trace ends, if not as a whole one does; damage is exit code 1."""
+    """Report damage, with exit code 1, or an incomplete last record."""
     if opened.damage is not None:
-        said = plain(opened.damage, _SENTENCE)
-        click.echo(f"fedmq: damaged: {said}; everything before it was read", err=True)
+        damage = plain(opened.damage, LONGEST_TEXT)
+        click.echo(f"fedmq: damaged: {damage}; everything before it was read", err=True)
         sys.exit(1)
     if opened.torn is not None:
         segment, offset, size = opened.torn
         click.echo(
-            f"fedmq: torn tail: the last {size} bytes are no whole record "
-            f"(at {segment}, byte {offset}), as when a write was cut short",
+            f"fedmq: incomplete last record: {size} bytes (at {segment}, byte {offset}), "
+            "as a crash leaves it",
             err=True,
         )
 
 
 @contextlib.contextmanager
 def _exit_2_on_error() -> Iterator[None]:
-    """Turn an expected error into one sentence and exit code 2, or 1 if it is damage."""
+    """Print an expected error as one sentence and exit with code 2, or 1 for damage."""
     try:
         yield
     except (NodeError, LedgerError) as error:
-        click.echo(f"fedmq: {plain(error, _SENTENCE)}", err=True)
+        click.echo(f"fedmq: {plain(error, LONGEST_TEXT)}", err=True)
         sys.exit(1 if isinstance(error, LedgerError) and error.segment else 2)

@@ -1,7 +1,7 @@
-"""Whose code runs here: ``--allow``, and the user's own configuration file.
+"""Which code may run here: ``--allow`` and the user's configuration file.
 
-What a run's configuration names to import is imported only where the person at this machine
-gave that configuration, or allowed the module: see `fedmq.algorithms.allowed`.
+A module that a run's configuration names is imported only if this user wrote the configuration or
+allowed the module, see `fedmq.algorithms.allowed`.
 """
 
 from __future__ import annotations
@@ -24,18 +24,17 @@ allow_option = click.option(
     "allow",
     metavar="MODULE",
     multiple=True,
-    help="Let the run's configuration name classes and functions of this module, and of those "
-    "below it; repeatable.",
+    help="Allow the run's configuration to use code of this module and those below it; repeatable.",
 )
 
 
 def user_file() -> Path | None:
-    """Return where the user's own configuration is: ``~/.config/fedmq/config.toml``.
+    """Return the path of the user's configuration, ``~/.config/fedmq/config.toml``.
 
-    None if this user has no home, as in some containers.
+    None if the user has no home, as in some containers.
     """
     base = os.environ.get("XDG_CONFIG_HOME", "")
-    # As the XDG specification has it, a relative path is ignored.
+    # The XDG specification requires that relative paths are ignored.
     if Path(base).is_absolute():
         return Path(base) / "fedmq" / "config.toml"
     try:
@@ -45,13 +44,13 @@ def user_file() -> Path | None:
 
 
 def allowed_here(options: Sequence[str]) -> Allowed:
-    """Return what the person at this machine allows a configuration of another's to name.
+    """Return the code that this user allows configurations of others to name.
 
     Args:
         options: modules, from ``--allow``.
 
     Raises:
-        ConfigError: one of them is no module, or the user's file cannot be used.
+        ConfigError: an option is not the name of a module, or the user's file is invalid.
     """
     for each in options:
         if not is_module_name(each):
@@ -61,10 +60,10 @@ def allowed_here(options: Sequence[str]) -> Allowed:
 
 
 def find_own_code(allowed: Allowed) -> None:
-    """Look for what is allowed in the current folder, too, as Python does.
+    """Add the current folder to the end of Python's search path, if any code is allowed.
 
-    Last, so that no folder of the user's hides a library; and not at all where nothing is
-    allowed: the folder may be another's.
+    At the end, so that no file in it hides a library. Only if code is allowed, because somebody
+    else may have written the folder.
     """
     if allowed.modules or allowed.names:
         sys.path.append(str(Path.cwd()))

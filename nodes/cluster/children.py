@@ -1,8 +1,9 @@
-"""What runs in the processes of a local cluster: one node each, which ends with its supervisor."""
+"""The processes of a local cluster: each runs one node and ends with its supervisor."""
 
 from __future__ import annotations
 
 import contextlib
+import enum
 import faulthandler
 import multiprocessing as mp
 import os
@@ -15,6 +16,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import structlog
 
 from fedmq.algorithms.allowed import Allowed
@@ -27,69 +29,98 @@ from fedmq.nodes.process.exception_text import explained, reason_of
 from fedmq.nodes.process.signals import Stopped, this_process
 from fedmq.nodes.run.config import parse
 
-READY = "ready "
-"""Begins what a broker reports once it listens: its endpoint follows."""
-NOTE = "note "
-"""Begins what a node reports that goes on. All else says why it ends."""
 _STOP_S = 5.0
 
 BEYOND_HELP = 3
-"""Exit code of a process that failed, and that would fail again."""
+"""Exit code of a process that failed and would fail again."""
+
+
+class ReportKind(enum.Enum):
+    """What a process reports to its supervisor."""
+
+    READY = "ready"
+    """The broker listens; the text is its endpoint."""
+    NOTE = "note"
+    """The process continues; the text is a sentence for people."""
+    ENDING = "ending"
+    """The process ends; the text is the reason."""
+
+
+class Report(msgspec.Struct):
+    """One message from a process to its supervisor."""
+
+    kind: ReportKind
+    text: str
+
+
+def receive_report(pipe: Connection) -> Report:
+    """Return the next report of a process.
+
+    Raises:
+        EOFError: the process has closed its end.
+        OSError: the pipe cannot be read.
+    """
+    return msgspec.json.decode(pipe.recv_bytes(), type=Report)
 
 
 def child_main(
-    name: str, folder: str, report: Connection, target: Callable[..., None], args: tuple[Any, ...]
+    name: str, folder: str, pipe: Connection, target: Callable[..., None], args: tuple[Any, ...]
 ) -> None:
-    """Run one node in a process of its own, which ends with its supervisor.
+    """Run one node in this process until the node or the supervisor ends.
 
-    Before it ends, and when it loses its log, it reports in words; see `READY` and `NOTE`.
+    Args:
+        name: of the node.
+        folder: of the run.
+        pipe: to the supervisor, for reports.
+        target: runs the node; called with the folder, the pipe and ``args``.
+        args: other arguments of ``target``.
     """
     path = Path(folder) / f"{name}.log"
-    _log_to(path, name, report)
+    _log_to(path, name, pipe)
     tune_process()
     log = structlog.get_logger()
     try:
         this_process.install(watchdog=False)
         this_process.supervised = True
         threading.Thread(target=_end_with_parent, name="parent watch", daemon=True).start()
-        target(Path(folder), report, *args)
+        target(Path(folder), pipe, *args)
     except Stopped as stopped:
         log.info("stopped", by=str(stopped))
-    except Exception as error:  # whatever ends a node is reported to its supervisor
+    except Exception as error:  # the supervisor gets the reason, whatever it is
         if this_process.count:
-            # Code that is cut in two by a signal raises what it likes.
+            # A signal may interrupt a library anywhere: it may raise any error.
             log.info("stopped", by=this_process.name, error=explained(error))
             return
         if not isinstance(error, ON_PURPOSE):
             log.exception("crashed")
-            _report(report, f"crashed: {explained(error)}; see {path}")
+            _report(pipe, ReportKind.ENDING, f"crashed: {explained(error)}; see {path}")
             sys.exit(1)
         log.warning("failed", reason=str(error), exc_info=error.__cause__)
-        _report(report, str(error))
+        _report(pipe, ReportKind.ENDING, str(error))
         sys.exit(BEYOND_HELP if isinstance(error, BrokerFailed) else 2)
     finally:
         this_process.finish()
 
 
-def _log_to(path: Path, name: str, report: Connection) -> None:
-    """Send this node's log, and whatever else is printed, to its file.
+def _log_to(path: Path, name: str, pipe: Connection) -> None:
+    """Write the log and both standard streams of this process to a file.
 
-    Without one, or once it takes nothing more, the node goes on; its supervisor says so.
+    If the file cannot be opened or written, the node continues and reports that once.
     """
-    told = False
+    reported = False
 
     def lost(what: str) -> None:
-        nonlocal told
-        if not told:
-            told = True
-            _report(report, f"{NOTE}{what}; going on without it")
+        nonlocal reported
+        if not reported:
+            reported = True
+            _report(pipe, ReportKind.NOTE, f"{what}; going on without it")
 
     try:
-        with path.open("a") as stray:
+        with path.open("a") as file:
             logs.configure(path, lost, node=name, pid=str(os.getpid()))
-            os.dup2(stray.fileno(), 1)
-            os.dup2(stray.fileno(), 2)
-            # A library that crashes leaves files and lines, without values.
+            os.dup2(file.fileno(), 1)
+            os.dup2(file.fileno(), 2)
+            # After a crash in C, the log has files and lines, but no values.
             faulthandler.enable(2, all_threads=False)
     except OSError as error:
         logs.configure(None, node=name, pid=str(os.getpid()))
@@ -98,14 +129,15 @@ def _log_to(path: Path, name: str, report: Connection) -> None:
     streams.go_on_without_output(lost)
 
 
-def _report(report: Connection, text: str) -> None:
-    with contextlib.suppress(OSError):  # the supervisor may have gone
-        report.send_bytes(text.encode(errors="backslashreplace"))
+def _report(pipe: Connection, kind: ReportKind, text: str) -> None:
+    printable = text.encode(errors="backslashreplace").decode()  # it may name any file
+    with contextlib.suppress(OSError):  # the supervisor may have ended
+        pipe.send_bytes(msgspec.json.encode(Report(kind, printable)))
 
 
 def broker_main(
     folder: Path,
-    report: Connection,
+    pipe: Connection,
     text: str,
     bind: str,
     continuation: Continuation | None = None,
@@ -117,22 +149,26 @@ def broker_main(
     server = BrokerServer(
         bind, folder / "ledger", table.settings(), table.ledger_settings(), continuation
     )
-    server.on_space = _space_reporter(report, folder / "ledger")
-    _report(report, f"{READY}{server.endpoint}")
+    server.on_space = _space_reporter(pipe, folder / "ledger")
+    _report(pipe, ReportKind.READY, server.endpoint)
     with this_process.noting(server.stop):
         server.serve()
 
 
-def _space_reporter(report: Connection, ledger: Path) -> Callable[[str], None]:
-    """Return what reports once that a disk is full, and once that there is room again."""
+def _space_reporter(pipe: Connection, ledger: Path) -> Callable[[str], None]:
+    """Return a function that reports once that the disk is full, and once that it has space.
+
+    Its argument is why the disk takes nothing; empty if it has space.
+    """
     full = False
 
     def on_space(reason: str) -> None:
         nonlocal full
         if reason and not full:
-            _report(report, f"{NOTE}{reason}; the run waits for room in {ledger}")
+            text = f"{reason}; the run waits for disk space in {ledger}"
+            _report(pipe, ReportKind.NOTE, text)
         elif full and not reason:
-            _report(report, f"{NOTE}there is room again; the run goes on")
+            _report(pipe, ReportKind.NOTE, "disk space is available again; the run continues")
         full = bool(reason)
 
     return on_space
@@ -140,7 +176,7 @@ def _space_reporter(report: Connection, ledger: Path) -> Callable[[str], None]:
 
 def aggregator_main(
     folder: Path,
-    report: Connection,  # noqa: ARG001
+    pipe: Connection,  # noqa: ARG001 - `child_main` passes it to every node
     endpoint: str,
     text: str,
     run: str,
@@ -149,13 +185,13 @@ def aggregator_main(
     """Run the aggregator of a local cluster."""
     from fedmq.nodes.aggregator.program import run_aggregator
 
-    with contextlib.suppress(RunFailed):  # the ledger says so, and why
+    with contextlib.suppress(RunFailed):  # the supervisor reads it, with the reason, in the ledger
         run_aggregator(endpoint, parse(text), run, folder, allowed)
 
 
 def worker_main(
     folder: Path,
-    report: Connection,  # noqa: ARG001
+    pipe: Connection,  # noqa: ARG001 - `child_main` passes it to every node
     endpoint: str,
     clients: tuple[int, int] | None,
     role: str,
@@ -167,9 +203,9 @@ def worker_main(
 
     name = mp.current_process().name
     ranges = [clients] if clients else []
-    # What clients keep belongs to them, not to the worker that hosts them now.
-    own, states = folder / "nodes" / name, folder / "clients"
-    run_worker(endpoint, name, ranges, role, run, own, states, allowed)
+    # A client's local state moves with the client to another worker.
+    node_folder, client_states = folder / "nodes" / name, folder / "clients"
+    run_worker(endpoint, name, ranges, role, run, node_folder, client_states, allowed)
 
 
 def _end_with_parent() -> None:
@@ -177,5 +213,5 @@ def _end_with_parent() -> None:
     if parent is not None:
         parent.join()
         os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(_STOP_S)  # only a process that ignores SIGTERM comes past this line
+        time.sleep(_STOP_S)  # a process that handles SIGTERM ends during this
         os._exit(1)

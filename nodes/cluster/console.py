@@ -1,4 +1,4 @@
-"""What a supervisor says: on its terminal, and in a log of its own, whichever still works."""
+"""The supervisor's output: on the terminal and in its own log, whichever can be written."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from fedmq.nodes.process import logs, streams
 
 
 class SupervisorConsole:
-    """Says things to people; nothing that fails there ends a run.
+    """Prints and logs; no error in here ends a run.
 
     Args:
-        console: the terminal, or wherever standard output goes.
+        console: the terminal or another standard output.
         path: of the log.
     """
 
@@ -25,22 +25,22 @@ class SupervisorConsole:
         streams.go_on_without_output(self._lost)
 
     def say(self, text: str) -> None:
-        """Say one sentence."""
-        self._note(text)
-        with contextlib.suppress(Exception):  # it is in the log
+        """Print and log one sentence."""
+        self._log(text)
+        with contextlib.suppress(Exception):  # the log has it
             self._console.print(text, highlight=False, soft_wrap=True, markup=False)
         streams.tell_elsewhere(text)
 
     def show(self, draw: Callable[[], RenderableType]) -> None:
-        """Show something; if that cannot be drawn, say why."""
+        """Print what ``draw`` returns; if that fails, print why."""
         try:
-            self._console.print(draw())
-        except Exception as error:  # noqa: BLE001 - what is shown is in summary.json
-            self.say(f"fedmq: cannot show how the run ended: {error!r}; see summary.json")
+            self._console.print(draw(), soft_wrap=True)
+        except Exception as error:  # noqa: BLE001 - summary.json has the same content
+            self.say(f"fedmq: cannot print the summary: {error!r}; see summary.json")
 
     def _lost(self, what: str) -> None:
-        self._note(f"{what}; going on without it")
+        self._log(f"{what}; going on without it")
         streams.tell(f"fedmq: {what}; going on without it")
 
-    def _note(self, text: str) -> None:
+    def _log(self, text: str) -> None:
         logs.append(self._path, text, node="cluster")

@@ -1,7 +1,7 @@
-"""Taking up a run again: which command goes on with what a folder holds.
+"""Resuming a run: which command may continue the run in a folder.
 
-A run is its folder, and the same command goes on with it. What may differ from what was recorded
-is said in one table, `MAY_DIFFER`; everything else would make it another run.
+The same command resumes a run. The table `MAY_DIFFER` lists the keys that may then have another
+value; any other difference would make it another run.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from fedmq.nodes.run_folder.folder import (
 from fedmq.nodes.run_folder.summary_file import SUMMARY_FILE, write_summary
 
 RUNS = Path("runs")
-"""Where a run's folder is, if the command names none."""
+"""Folder of the runs' folders, if a command names none."""
 
 MAY_DIFFER: Mapping[str, Literal["goal", "here"]] = {
     "run.versions": "goal",
@@ -42,25 +42,25 @@ MAY_DIFFER: Mapping[str, Literal["goal", "here"]] = {
     "worker": "here",
     "broker": "here",
 }
-"""Keys, and tables, that may differ when a run is taken up again; docs/configuration.md has them.
+"""Keys and tables that may differ when a run is resumed, see docs/configuration.md.
 
-goal: what the run is to reach: anything that is not behind it already.
-here: how it is run on this host, which decides nothing of what is learned.
+goal: decides when the run ends; may take any value that the run has not passed.
+here: describes this host; does not affect what is learned.
 """
 _NAMED = ("problem", "algorithm", "schedule")
 _SHOWN = 12
-"""Keys that are named, where very many differ."""
+"""Differing keys in an error, at most."""
 _ROUNDING = 1e-9
-"""A mean over clients was added up in another order by the aggregator."""
+"""The aggregator may have added the clients' accuracies in another order."""
 
 
 @dataclass(frozen=True)
 class Asked:
-    """What a command asks for, and where.
+    """A command's configuration, and the folder of its run.
 
-    config: with the run's id.
-    begun: when the run was begun, in seconds since 1970; None if nothing says so.
-    contents: of the folder; None if it is new.
+    config: includes the run's id.
+    begun: start of the run, in seconds since 1970; None if unknown.
+    contents: of the folder; None if the folder is new.
     """
 
     config: Config
@@ -70,7 +70,7 @@ class Asked:
 
     @property
     def recorded(self) -> Recorded | None:
-        """Return what the folder's ledger tells of the run; None if it has not begun."""
+        """Return the run in the folder's ledger; None if it has not started."""
         return self.contents.run if self.contents is not None else None
 
 
@@ -78,18 +78,18 @@ class Asked:
 def asking(
     file: Path | None, settings: Sequence[str], folder: Path | None, now: float
 ) -> Iterator[Asked]:
-    """Find out what a command asks for, and keep others out of its folder meanwhile.
+    """Read a command's configuration, and lock the folder of its run while the body runs.
 
     Args:
-        file: the configuration that was given. Without one, ``settings`` are applied to that of
+        file: the configuration. Without one, ``settings`` are applied to the configuration in
             the folder, or else to the defaults.
         settings: ``key=value``.
         folder: of the run; by default named by the run's id.
-        now: when the command was given.
+        now: time of the command, in seconds since 1970.
 
     Raises:
-        ConfigError: the configuration is unusable; or the folder is that of something else, of
-            another run than is asked for, or in use.
+        ConfigError: the configuration is invalid; or the folder contains another run or
+            something else, or is in use.
         LedgerError: the ledger in the folder is damaged.
     """
     given = _load(file, settings)
@@ -103,56 +103,56 @@ def asking(
             return
         if contents.run is not None and name not in ("", contents.id):
             raise ConfigError(
-                f"run.id: {folder} holds run {contents.id}, got {name}: give --run another folder"
+                f"run.id: expected {contents.id}, the run in {folder}, got {name}: "
+                "choose another folder with --run"
             )
         if file is None:
             given = _on_top_of_own(folder, contents, settings) or given
-        # What has no run in its ledger was begun in vain, and begins now.
+        # Without a run in the ledger, an earlier start failed: the run starts now.
         begun = now if contents.run is None else contents.begun
         yield Asked(called(given, name or contents.id or drawn), folder, begun, contents)
 
 
 def _load(file: Path | None, settings: Sequence[str]) -> Config:
-    """Read what was given; a file that a run left tells of another run than is asked for."""
-    given = load(file, settings)
-    asked = any(each.partition("=")[0].strip() == "run.id" for each in settings)
-    return given if asked or file is None or not is_record(file) else called(given, "")
+    """Read a configuration, without the id of the run that wrote the file, if one did."""
+    recorded = file is not None and is_record(file)
+    given = load(file, settings, recorded=recorded)
+    has_id = any(each.partition("=")[0].strip() == "run.id" for each in settings)
+    return called(given, "") if recorded and not has_id else given
 
 
 def _on_top_of_own(folder: Path, contents: Contents, settings: Sequence[str]) -> Config | None:
-    """Apply settings to the configuration in a folder; None if it has none."""
+    """Return the configuration in a folder with settings applied; None if it has none."""
     file = usable_config(folder)
     if file is not None:
-        return load(file, settings)
+        return load(file, settings, recorded=True)
     return None if contents.run is None else changed(parse(contents.run.config), settings)
 
 
 def draw_id() -> str:
-    """Return an id for a run that was given none."""
+    """Return an id from the time and a random number."""
     return time.strftime("%Y%m%d-%H%M%S") + "-" + secrets.token_hex(2)
 
 
 def called(config: Config, name: str) -> Config:
-    """Return a configuration with this id of its run."""
+    """Return a configuration with another run id."""
     return config.model_copy(update={"run": config.run.model_copy(update={"id": name})})
 
 
 def continuation(asked: Asked) -> Continuation | None:
-    """Return how a run goes on; None if it has ended, and nothing more is asked for.
-
-    The configuration that was asked for may have other values where `MAY_DIFFER` says so.
+    """Return how to resume a run; None if it has ended and its goal is reached.
 
     Raises:
-        ConfigError: others differ; or what is asked for is behind the run already.
-        NodeError: the run was begun by a release that computes otherwise.
+        ConfigError: a key differs that may not, see `MAY_DIFFER`; or the run has passed the goal.
+        NodeError: the run was started by a release that computes differently.
     """
-    # These bring torch, which a new run imports meanwhile.
+    # These import torch; a new run imports it in the background.
     from fedmq.nodes.aggregator.computed import Computed
     from fedmq.nodes.run.setup import completed
 
     contents, run = asked.contents, asked.recorded
     if contents is None or run is None or contents.fold is None:
-        raise ValueError("nothing has begun that could go on")
+        raise ValueError("expected a run that has started")
     before, now = parse(run.config), asked.config
     _check_same(asked, _differences(before, now, only=_NAMED))
     before, now = completed(before, now.allowed), completed(now)
@@ -162,49 +162,47 @@ def continuation(asked: Asked) -> Continuation | None:
     changed_goal = any(_kind(key) == "goal" for key in found)
     if changed_goal and goal.versions < run.version:
         raise ConfigError(
-            f"run.versions: run {run.id} in {asked.folder} has {run.version} versions already, "
-            f"got {goal.versions}"
+            f"run.versions: expected at least {run.version}, which run {run.id} in {asked.folder} "
+            f"already has, got {goal.versions}"
         )
     if run.ended is not None:
         met = goal.met_by(None if best is None else best + _ROUNDING)
         if changed_goal and met:
             raise ConfigError(
-                f"run.target_accuracy: run {run.id} in {asked.folder} has reached it: its best "
-                f"accuracy is {best:.4f}, expected a higher target, or {NONE}, got "
-                f"{goal.target_accuracy:g}"
+                f"run.target_accuracy: expected more than {best:.4f}, the best accuracy of run "
+                f"{run.id} in {asked.folder}, or {NONE}, got {goal.target_accuracy:g}"
             )
         if met or goal.after(run.version):
             return None
     if run.arithmetic is not None:
         Computed().check(run.arithmetic, run.id)
     _check_code(asked)
-    # An end that is not what was to be reached is none that holds when the run is asked for again.
+    # The command asks for the run again: an end before the goal no longer counts.
     further = changed_goal or run.ended is not None
     return Continuation(run.id, now.to_toml(), further=further)
 
 
-def about(asked: Asked, going_on: Continuation) -> str:
-    """Return a line that says where a run goes on."""
-    run = asked.recorded
-    version = 0 if run is None else run.version
-    how = "goes further" if going_on.further else "goes on"
-    return f"run {going_on.run} {how} from version {version}"
+def about(asked: Asked, resumed: Continuation) -> str:
+    """Return the line on the version at which a run is resumed or extended."""
+    version = 0 if asked.recorded is None else asked.recorded.version
+    verb = "extending" if resumed.further else "resuming"
+    return f"{verb} run {resumed.run} from version {version}"
 
 
 def show_ended(asked: Asked, console: Console) -> None:
-    """Say that a run has ended, with the table that it ended with.
+    """Print the closing table of a run that has ended.
 
     Raises:
-        LedgerError: its ledger is damaged.
+        LedgerError: the ledger is damaged.
     """
     if asked.contents is None or asked.contents.fold is None:
         return
     summary = asked.contents.fold.summary()
-    if not (asked.folder / SUMMARY_FILE).exists():  # its supervisor was killed before that
+    if not (asked.folder / SUMMARY_FILE).exists():  # its supervisor was killed first
         summary = write_summary(asked.folder, asked.begun)
-    console.print(closing_table(summary))
+    console.print(closing_table(summary), soft_wrap=True)
     console.print(
-        f"run {summary['run']} has ended: nothing was started. For more versions, give a higher "
+        f"run {summary['run']} has ended; nothing was started. To extend it, set a higher "
         "run.versions",
         highlight=False,
         soft_wrap=True,
@@ -213,36 +211,36 @@ def show_ended(asked: Asked, console: Console) -> None:
 
 
 def _check_code(asked: Asked) -> None:
-    """Raise ConfigError if a run's code is named by its ledger alone: that allows nothing."""
+    """Raise ConfigError if only the ledger names the run's own code: that does not allow it."""
     named = [str(table.get("name")) for table in (asked.config.problem, asked.config.algorithm)]
     own = [name for name in named if ":" in name]
     if own and not asked.config.allowed.names:
         raise ConfigError(
-            f"{asked.folder} has no config.toml that can be read, and its run needs the code of "
-            f"{' and '.join(own)}: give the configuration, fedmq cluster FILE --run {asked.folder}"
+            f"{asked.folder} has no usable config.toml, and the run needs the code of "
+            f"{' and '.join(own)}: give its configuration, fedmq cluster FILE --run {asked.folder}"
         )
 
 
 def _check_same(asked: Asked, found: Differences) -> None:
-    """Raise ConfigError if keys differ that may not."""
+    """Raise ConfigError if a key differs that may not."""
     wrong = {key: each for key, each in found.items() if _kind(key) is None}
     if not wrong or asked.recorded is None:
         return
-    named = [f"{key} {shown(old)} there, {shown(new)} here" for key, (old, new) in wrong.items()]
+    named = [f"{key} expected {shown(old)}, got {shown(new)}" for key, (old, new) in wrong.items()]
     more = f"; and {len(named) - _SHOWN} more" if len(named) > _SHOWN else ""
     raise ConfigError(
-        f"{asked.folder} holds run {asked.recorded.id} with another configuration: "
-        f"{'; '.join(named[:_SHOWN])}{more}. Ask for the same, or give --run another folder"
+        f"run {asked.recorded.id} in {asked.folder} has another configuration: "
+        f"{'; '.join(named[:_SHOWN])}{more}. Use the same values, or another folder with --run"
     )
 
 
 def _differences(before: Config, now: Config, *, only: Sequence[str] = ()) -> Differences:
-    """Return the keys in which two configurations differ, but for the run's id.
+    """Return the keys in which two configurations differ, except the run's id.
 
     Args:
-        before: one of them.
+        before: one configuration.
         now: the other.
-        only: tables of which nothing but the name is compared; by default everything is.
+        only: compare only the names in these tables; by default, compare all keys.
     """
     wanted = [f"{table}.name" for table in only]
     return {
@@ -253,5 +251,5 @@ def _differences(before: Config, now: Config, *, only: Sequence[str] = ()) -> Di
 
 
 def _kind(key: str) -> str | None:
-    """Return how a key may differ, or None if it may not."""
+    """Return the entry of a key in `MAY_DIFFER`, or None."""
     return MAY_DIFFER.get(key) or MAY_DIFFER.get(key.partition(".")[0])

@@ -1,4 +1,4 @@
-"""What a process finds around it: the current folder, and a place for short-lived files."""
+"""The environment of a process: the current folder, and one for temporary files."""
 
 from __future__ import annotations
 
@@ -11,46 +11,46 @@ from fedmq.nodes.errors import NodeError
 
 
 def check_surroundings() -> None:
-    """Refuse to begin where much of Python, and torch, would fail with a reason of its own.
+    """Check that the current folder exists; without it, Python and torch fail in obscure ways.
 
     Raises:
-        NodeError: the current folder is gone.
+        NodeError: the current folder was deleted.
     """
     try:
         Path.cwd()
     except OSError as error:
         raise NodeError(
-            f"the current folder cannot be found ({error.strerror}); change to one that is there"
+            f"cannot find the current folder: {error.strerror}; change to one that exists"
         ) from None
 
 
 _SOCKET_BYTES = 107
-"""The longest name of a socket that Linux takes."""
+"""The longest path of a socket on Linux, in bytes."""
 _MADE_BYTES = len("/pymp-12345678/listener-12345678")
-"""What multiprocessing makes of a folder's name for its sockets."""
+"""Bytes that multiprocessing appends to a folder's path for its sockets."""
 _SHORT = ("/tmp", "/var/tmp", "/dev/shm")  # noqa: S108 - multiprocessing makes a private folder there
 
 
 def place_sockets() -> None:
-    """Let multiprocessing put its sockets where their names are not too long.
+    """Make multiprocessing create its sockets in a folder whose path is short enough.
 
     Raises:
-        NodeError: there is no such place.
+        NodeError: there is no such folder.
     """
     try:
         chosen = tempfile.gettempdir()
     except OSError as error:
-        raise NodeError(f"there is no folder for short-lived files: {error.strerror}") from None
+        raise NodeError(f"cannot find a folder for temporary files: {error.strerror}") from None
     longest = _SOCKET_BYTES - _MADE_BYTES
     if len(os.fsencode(chosen)) > longest:
         short = next((each for each in _SHORT if os.access(each, os.W_OK | os.X_OK)), None)
         if short is None:
             raise NodeError(
-                f"TMPDIR: expected a folder whose name has at most {longest} bytes, for sockets, "
-                f"got one of {len(os.fsencode(chosen))}: {chosen}"
+                f"TMPDIR: expected a path of at most {longest} bytes, to create sockets in, "
+                f"got {len(os.fsencode(chosen))} bytes: {chosen}"
             )
         tempfile.tempdir = short
         try:
-            util.get_temp_dir()  # it is kept from here on
+            util.get_temp_dir()  # multiprocessing uses this folder from now on
         finally:
             tempfile.tempdir = chosen

@@ -1,4 +1,4 @@
-"""The process that the nodes of a local cluster are forked from: it has imported torch already."""
+"""The server process that forks the nodes of a local cluster; it has already imported torch."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fedmq.nodes.process.signals import blocked, this_process
 
 
 def kill_forkserver() -> None:
-    """End the process that nodes are forked from, if it was started; nodes live on."""
+    """Kill the fork server if it runs; the nodes continue."""
     pid = forkserver._forkserver._forkserver_pid  # type: ignore[attr-defined] # noqa: SLF001 - there is no public way
     if pid is not None:
         with contextlib.suppress(ProcessLookupError):
@@ -23,7 +23,7 @@ def kill_forkserver() -> None:
 
 
 def end_forkserver() -> None:
-    """End it, and wait for its end."""
+    """Kill the fork server and wait for its end."""
     kill_forkserver()
     with contextlib.suppress(OSError):
         forkserver._forkserver._stop()  # type: ignore[attr-defined] # noqa: SLF001 - likewise
@@ -31,13 +31,13 @@ def end_forkserver() -> None:
 
 @contextlib.contextmanager
 def preloading() -> Iterator[None]:
-    """Meanwhile, import torch in the process that the nodes are forked from.
+    """Import torch in the fork server while the body runs.
 
-    After an error that process is ended at once, not when its import is done.
+    An error in the body kills the fork server at once, even during its import.
     """
     give_torch_huge_pages()
     place_sockets()
-    # Ctrl-C goes to all processes of a terminal; this one and its forks leave it to us.
+    # Ctrl-C signals every process of a terminal; the fork server and its forks ignore it.
     with this_process.noting():
         resource_tracker.ensure_running()
         with blocked():

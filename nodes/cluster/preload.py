@@ -1,4 +1,4 @@
-"""What the nodes of a local cluster have in common, imported once and forked from."""
+"""Imports that all nodes of a local cluster share: the fork server runs them once."""
 
 import fedmq.nodes.aggregator.program
 import fedmq.nodes.worker.program  # noqa: F401

@@ -1,6 +1,6 @@
 """The local cluster: broker, aggregator, workers and evaluator as processes of one host.
 
-A process that is killed or crashes is started again: the ledger has what it needs to go on.
+A process that was killed or crashed is restarted; it recovers from the ledger.
 """
 
 from __future__ import annotations
@@ -24,11 +24,12 @@ from fedmq.broker.ledger.reader import LedgerTail
 from fedmq.broker.wire.addresses import EVALUATOR, WORKER
 from fedmq.nodes.cluster.children import (
     BEYOND_HELP,
-    NOTE,
-    READY,
+    Report,
+    ReportKind,
     aggregator_main,
     broker_main,
     child_main,
+    receive_report,
     worker_main,
 )
 from fedmq.nodes.cluster.console import SupervisorConsole
@@ -46,79 +47,79 @@ _START_S = 30.0
 _STOP_S = 5.0
 _REFRESH_S = 0.1
 _LONGEST = 1000
-"""Characters of a reason that is shown."""
+"""Characters of a reason, at most."""
 _RESTARTS = 10
 _RESTARTS_WITHIN_S = 60.0
-"""A process that ended more often than that within this time is beyond help."""
+"""Restarts of a process within this many seconds, at most; then it counts as failed."""
 
 
 @dataclass
 class _Child:
-    """A process of the cluster and the pipe on which it says what went wrong."""
+    """A process of the cluster and the pipe of its reports."""
 
     name: str
     start: Callable[[], _Child]
     process: Any
-    report: Connection
+    pipe: Connection
     restarts: list[float] = field(default_factory=list)
-    """When it was started again, newest last."""
-    last_words: str = ""
-    """What it said before it ended."""
+    """Times of its restarts, newest last."""
+    ending: str = ""
+    """The reason that it reported before it ended."""
     gone: bool = False
-    """It has ended for good."""
-    told: bool = False
-    """That was said."""
+    """Whether it has ended and will not be restarted."""
+    announced: bool = False
+    """Whether the user knows that."""
 
     def may_restart(self, now: float) -> bool:
-        """Tell whether it is worth starting again: killed or crashed, and not too often."""
+        """Return whether to restart it: it was killed or crashed, and not too often."""
         recent = [each for each in self.restarts if each > now - _RESTARTS_WITHIN_S]
         return self.process.exitcode not in (None, 0, 2, BEYOND_HELP) and len(recent) < _RESTARTS
 
-    def reports(self) -> Iterator[str]:
-        """Yield what it reports and goes on; keep what it says before it ends."""
+    def reports(self) -> Iterator[Report]:
+        """Yield the reports that have arrived; keep the reason for which the process ends."""
         with contextlib.suppress(EOFError, OSError):
-            while self.report.poll():
-                said = self.report.recv_bytes().decode()
-                if said.startswith((READY, NOTE)):
-                    yield said
+            while self.pipe.poll():
+                report = receive_report(self.pipe)
+                if report.kind is ReportKind.ENDING:
+                    self.ending = report.text
                 else:
-                    self.last_words = said
+                    yield report
 
-    def complaint(self) -> str:
-        """Return what it said before it ended, or how it ended."""
+    def why_ended(self) -> str:
+        """Return the reason that it reported before it ended, or else its signal or exit code."""
         list(self.reports())
         code = self.process.exitcode
         if code is not None and -code in signal.valid_signals():
-            return self.last_words or f"was ended by {signal.Signals(-code).name}"
-        return self.last_words or f"ended with exit code {code}"
+            return self.ending or f"was killed by {signal.Signals(-code).name}"
+        return self.ending or f"ended with exit code {code}"
 
 
 def worker_names(config: Config, clients: int) -> list[str]:
-    """Return the names of a cluster's workers; none is without a client.
+    """Return the names of a cluster's workers; each of them hosts a client.
 
     Raises:
-        ConfigError: there are other values for a worker that there is not.
+        ConfigError: ``worker.nodes`` has settings for another worker.
     """
     names = [f"worker-{index}" for index in range(min(config.worker.count, clients))]
     for name in config.worker.nodes:
         if name not in names:
             some = names[0] if len(names) == 1 else f"{names[0]} to {names[-1]}"
-            raise ConfigError(f"worker.nodes: this cluster has {some}, got {name!r}")
+            raise ConfigError(f"worker.nodes: expected {some}, got {name!r}")
     return names
 
 
 class Cluster:
-    """Starts the processes, watches them, and ends every one of them.
+    """Starts the processes, watches and restarts them, and ends all of them.
 
     Args:
         config: checked and complete; the processes may run the code that it allows.
-        clients: K, which are dealt to the workers in ranges.
+        clients: K, the number of clients; each worker hosts a range of them.
         folder: of the run; it must exist.
-        started_at: when the run was begun, in seconds since 1970; None if nobody knows.
-        console: for the view.
-        continuation: of a run in the folder that is taken up again.
-        go_on: the command that takes up this run if it is stopped; by default the one that
-            needs nothing but the folder.
+        started_at: start of the run, in seconds since 1970; None if unknown.
+        console: for the live view.
+        continuation: of a run in the folder that is resumed.
+        resume_with: the command that resumes this run if it is stopped; by default the one
+            that needs only the folder.
     """
 
     def __init__(
@@ -129,33 +130,33 @@ class Cluster:
         started_at: float | None,
         console: Console,
         continuation: Continuation | None = None,
-        go_on: str = "",
+        resume_with: str = "",
     ) -> None:
         self._continuation = continuation
         self._config, self._clients, self._folder = config, clients, folder
         self._started_at = started_at
         self._console = console
-        self._go_on = go_on or go_on_command(folder)
+        self._resume_with = resume_with or resume_command(folder)
         self._children: dict[str, _Child] = {}
         self._fold = RunFold(started_at)
-        self._follower = LedgerTail(folder / "ledger")
-        self._speaker = SupervisorConsole(console, folder / SUPERVISOR_LOG)
-        self._say = self._speaker.say
+        self._ledger = LedgerTail(folder / "ledger")
+        self._output = SupervisorConsole(console, folder / SUPERVISOR_LOG)
+        self._say = self._output.say
 
     def run(self) -> int:
         """Run to the end; return the exit code.
 
-        0: the run reached its end. 1: it failed, a process did, or the summary cannot be written.
-        2: the run could not be started. 130: interrupted.
+        0: the run reached its end. 1: the run or a process failed, or the summary cannot be
+        written. 2: the run could not be started. 130: interrupted.
 
         Raises:
             LedgerError: the ledger is damaged.
-            NodeError: the ledger does not hold the end of a run that has ended.
+            NodeError: the run has ended, but the ledger does not contain its end.
         """
         text = self._config.to_toml()
         begun = time.time() if self._started_at is None else self._started_at
         code = 1
-        # From here on nothing is cut in two by a signal: what has been started is ended.
+        # From here on a signal interrupts nothing; every process that was started is ended.
         with this_process.taken(), this_process.noting():
             try:
                 write_config(self._folder, self._config, begun)
@@ -165,7 +166,7 @@ class Cluster:
                 code = self._watch()
             except Stopped as stopped:
                 this_process.announced = True
-                self._say(f"stopped by {stopped}; ending the nodes")
+                self._say(f"stopped by {stopped}; ending all processes")
                 code = INTERRUPTED
             except NodeError as error:
                 self._say(f"fedmq: {error}")
@@ -177,41 +178,40 @@ class Cluster:
     # ---- starting
 
     def _start_broker(self, text: str) -> str:
-        # A fresh interpreter: the broker imports no torch.
+        # A new interpreter, so that the broker does not import torch.
         context = mp.get_context("spawn")
-        bind, going_on = self._config.broker.bind, self._continuation
-        child = self._start(context, "broker", broker_main, text, bind, going_on)
+        bind = self._config.broker.bind
+        child = self._start(context, "broker", broker_main, text, bind, self._continuation)
         deadline = time.monotonic() + _START_S
         while time.monotonic() < deadline:
             this_process.check()
-            for said in child.reports():
-                if said.startswith(READY):
-                    where = said.removeprefix(READY)
-                    # Started again, it listens where the nodes know it.
+            for report in child.reports():
+                if report.kind is ReportKind.READY:
+                    # After a restart it listens at the address that the nodes know.
                     child.start = functools.partial(
-                        self._start, context, "broker", broker_main, text, where
+                        self._start, context, "broker", broker_main, text, report.text
                     )
-                    return where
-                self._note(child, said)
+                    return report.text
+                self._print_note(child, report)
             if child.process.exitcode is not None:
-                raise NodeError(child.last_words or f"the broker {child.complaint()}")
-            wait([child.report, child.process.sentinel], _REFRESH_S)
+                raise NodeError(child.ending or f"the broker {child.why_ended()}")
+            wait([child.pipe, child.process.sentinel], _REFRESH_S)
         raise NodeError(f"the broker did not start within {_START_S:g} s")
 
     def _start_nodes(self, endpoint: str, text: str) -> None:
         context = mp.get_context("forkserver")
-        # What the person's configuration names; over the wire might come another.
-        run, own = self._config.run.id, self._config.allowed
-        # The first waits until torch is imported in the process that it is forked from, which
-        # a signal ends; then there is nothing to wait for.
+        # Only the code that the user's own configuration names, not one from the wire.
+        run, allowed = self._config.run.id, self._config.allowed
+        # The first fork waits until the fork server has imported torch; a signal kills the
+        # server, which ends the wait.
         with this_process.noting(kill_forkserver):
-            self._start(context, "aggregator", aggregator_main, endpoint, text, run, own)
+            self._start(context, "aggregator", aggregator_main, endpoint, text, run, allowed)
         total = self._clients
         names = worker_names(self._config, total)
         for index, name in enumerate(names):
             clients = (index * total // len(names), (index + 1) * total // len(names) - 1)
-            self._start(context, name, worker_main, endpoint, clients, WORKER, run, own)
-        self._start(context, "evaluator", worker_main, endpoint, None, EVALUATOR, run, own)
+            self._start(context, name, worker_main, endpoint, clients, WORKER, run, allowed)
+        self._start(context, "evaluator", worker_main, endpoint, None, EVALUATOR, run, allowed)
 
     def _start(self, context: Any, name: str, target: Callable[..., None], *args: Any) -> _Child:
         def start() -> _Child:
@@ -227,7 +227,7 @@ class Cluster:
         except (EOFError, OSError) as error:
             ours.close()
             this_process.check()
-            # What nodes are forked from may have been killed, or there is no memory.
+            # The fork server was killed, or there is no memory.
             raise NodeError(f"cannot start {name}: {error!r}") from None
         finally:
             theirs.close()
@@ -247,63 +247,62 @@ class Cluster:
         with LiveView(self._console, title, self._say) as view:
             while True:
                 this_process.check()
-                fold.feed(self._follower.poll())
+                fold.feed(self._ledger.poll())
                 view.show(fold)
                 for child in self._children.values():
-                    for said in child.reports():
-                        self._note(child, said)
+                    for report in child.reports():
+                        self._print_note(child, report)
                 if fold.ended is None:
                     self._restart()
                 living = [each for each in self._children.values() if each.process.exitcode is None]
                 ended = [each for each in self._children.values() if each not in living]
                 if fold.ended is None:
                     ended = [each for each in ended if not each.may_restart(time.monotonic())]
-                # What ended after the ledger was read may have ended with the run.
+                # A process that ended after the ledger was read may have ended with the run.
                 gone = [each for each in ended if each.gone]
                 failed = [each for each in gone if each.process.exitcode]
                 if fold.ended is None and self._is_fatal(gone, failed):
-                    this_process.check()  # a signal to all of them ends the nodes, too
+                    this_process.check()  # a signal to the process group ends the nodes, too
                     for child in failed or gone:
-                        self._say(f"fedmq: {child.name}: {child.complaint()}")
+                        self._say(f"fedmq: {child.name}: {child.why_ended()}")
                     return 2 if any(each.process.exitcode == 2 for each in failed) else 1
-                self._tell_gone(ended)
+                self._announce_gone(ended)
                 if fold.ended is not None and all(each.name == "broker" for each in living):
                     if fold.failed:
                         self._say(f"fedmq: the run failed: {plain(fold.ended, _LONGEST)}")
                     return 1 if fold.failed else 0
                 wait([each.process.sentinel for each in living], _REFRESH_S)
 
-    def _note(self, child: _Child, said: str) -> None:
-        """Say what a node reports that goes on."""
-        if said.startswith(NOTE):
-            self._say(f"fedmq: {child.name}: {said.removeprefix(NOTE)}")
+    def _print_note(self, child: _Child, report: Report) -> None:
+        if report.kind is ReportKind.NOTE:
+            self._say(f"fedmq: {child.name}: {report.text}")
 
     def _restart(self) -> None:
-        """Start again what was killed or has crashed."""
+        """Restart the processes that were killed or crashed."""
         now = time.monotonic()
         for child in list(self._children.values()):
             if child.may_restart(now):
                 this_process.check()
-                self._say(f"{child.name} {child.complaint()}; starting it again")
+                self._say(f"{child.name} {child.why_ended()}; restarting it")
                 child.restarts.append(now)
                 try:
                     fresh = child.start()
                 except NodeError as error:
-                    self._say(f"fedmq: {error}")  # and tried again, not for ever
+                    self._say(f"fedmq: {error}")  # the next turn tries again
                     continue
                 fresh.start, fresh.restarts = child.start, child.restarts
 
-    def _tell_gone(self, ended: list[_Child]) -> None:
-        """Say once which nodes have ended by themselves, and not with the run."""
+    def _announce_gone(self, ended: list[_Child]) -> None:
+        """Print once which nodes have ended for good before the run did."""
         over = self._fold.ended is not None
         for child in ended:
-            if not child.told and (child.process.exitcode if over else child.gone):
-                child.told, so = True, "" if over else "; going on without it"
-                self._say(f"fedmq: {child.name}: {child.complaint()}{so}")
+            if not child.announced and (child.process.exitcode if over else child.gone):
+                child.announced, effect = True, "" if over else "; going on without it"
+                self._say(f"fedmq: {child.name}: {child.why_ended()}{effect}")
             child.gone = True
 
     def _is_fatal(self, gone: list[_Child], failed: list[_Child]) -> bool:
-        """Tell whether the run cannot go on; a worker that died is not fatal while others live."""
+        """Return whether the run cannot continue: it needs broker, aggregator and a worker."""
         names = {child.name for child in gone}
         works = any(name.startswith("worker") for name in self._children.keys() - names)
         misconfigured = any(child.process.exitcode == 2 for child in failed)
@@ -312,11 +311,11 @@ class Cluster:
     # ---- ending
 
     def _stop_all(self) -> None:
-        """End the broker first, then the nodes, so that no goodbye is heard.
+        """End the broker first, then the nodes, so that no goodbye reaches the ledger.
 
-        A run that goes on would take a worker that has said goodbye for one that is gone, and
-        close its round without what it was at; as it is, it goes on as after a power cut. What
-        has not ended in time is killed; with the third signal, everything at once.
+        After a goodbye, the resumed run would close a round without that worker's tasks; without
+        one it resumes as after a power failure. A process that does not end in time is killed;
+        the third signal kills all at once.
         """
         nodes = [child for name, child in self._children.items() if name != "broker"]
         for group in ([each for each in self._children.values() if each.name == "broker"], nodes):
@@ -334,37 +333,37 @@ class Cluster:
             for child in living:
                 child.process.join(_STOP_S)
                 if child.process.exitcode is None:
-                    self._say(f"fedmq: {child.name} does not end: process {child.process.pid}")
+                    self._say(f"fedmq: cannot end {child.name}, process {child.process.pid}")
         if this_process.count:
             end_forkserver()
 
     def _close(self, code: int) -> int:
-        """Write what the run has come to, and only then print it; return the exit code."""
+        """Write the summary, then print it; return the exit code."""
         begun = (self._folder / "ledger").is_dir()
         if begun:
-            self._fold.feed(self._follower.poll())
+            self._fold.feed(self._ledger.poll())
         stopped = code == INTERRUPTED and self._fold.ended is None
         if begun and (stopped or self._fold.now is not None):
-            code = self._sum_up(code)
+            code = self._write_summary(code)
         if stopped:
-            self._say(f"go on with: {self._go_on}")
+            self._say(f"resume with: {self._resume_with}")
         return code
 
-    def _sum_up(self, code: int) -> int:
+    def _write_summary(self, code: int) -> int:
         summary = self._fold.summary()
         try:
             save_summary(self._folder, summary)
         except NodeError as error:
             self._say(f"fedmq: {error}")
             code = code or 1
-        self._speaker.show(lambda: closing_table(summary))
+        self._output.show(lambda: closing_table(summary))
         self._say(f"in {self._folder}")
         if code == 0 and summary["ended"] is None:
-            raise NodeError("the ledger does not hold the end of the run")
+            raise NodeError("expected the end of the run in the ledger, it is missing")
         return code
 
 
-def go_on_command(folder: Path, config: Path | None = None) -> str:
-    """Return the command that takes up a run which was stopped."""
+def resume_command(folder: Path, config: Path | None = None) -> str:
+    """Return the command that resumes a stopped run."""
     given = [str(config)] if config is not None else []
     return shlex.join(["fedmq", "cluster", "--run", str(folder), *given])

@@ -1,4 +1,4 @@
-"""What a person sees of a run: a live view on a terminal, plain lines elsewhere."""
+"""Progress of a run: a live view on a terminal, plain lines elsewhere; and the closing table."""
 
 from __future__ import annotations
 
@@ -6,77 +6,81 @@ import contextlib
 import math
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
-from rich.console import Console, Group, RenderableType
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
 from fedmq.broker.rejections import Code
-from fedmq.nodes.process.terminal import clients_in_words, plain, plural, spans
+from fedmq.nodes.process.terminal import clients_in_words, fitted, plain, plural
 from fedmq.nodes.run_folder.outcomes import NO_ANSWER, UNUSED, LastFailure
 from fedmq.nodes.run_folder.summary import NodeState, RunFold
 
 _PLAIN_EVERY_S = 5.0
 _SAME_EVERY_S = 60.0
 _QUIET_S = 4.0
-"""After so long without news, it is said which clients a run waits for."""
+"""Seconds without a ledger entry after which the view shows the clients that the run waits for."""
 _LONGEST = 1000
-"""Characters of the reason for which a run ended, in the closing table."""
+"""Characters of the reason why a run ended, at most."""
 _NAMED = 10
-"""Groups of clients without a result that are named; the summary has all."""
+"""Groups of clients without a result, at most; the summary has all."""
 _REASON = 300
-"""Characters of the newest failure that are shown."""
+"""Characters of the last failure, at most."""
+_LEAST_COLUMNS = 20
+"""Columns of a value, at least, however narrow the terminal is."""
 _BARS = "▁▂▃▄▅▆▇█"
 _ASCII_BARS = "_.-~=+*#"
 _LIVE_EVERY_S = 0.125
 
 
 class LiveView:
-    """Shows a run while it goes on; a context manager.
+    """Shows the progress of a run; a context manager.
 
-    Whatever cannot be shown is left out, once with the reason: a run does not end for it.
+    An error in the view does not end the run: it is reported once, and the view is simplified or
+    left out.
 
     Args:
-        console: where to; a terminal gets the live view.
-        title: what runs, in one line.
-        say: tells what went wrong with the view.
+        console: a terminal gets the live view, anything else plain lines.
+        title: one line on the run.
+        report: gets the sentence on an error in the view.
     """
 
-    def __init__(self, console: Console, title: str, say: Callable[[str], None]) -> None:
+    def __init__(self, console: Console, title: str, report: Callable[[str], None]) -> None:
         self._console = console
         self._title = title
-        self._say = say
+        self._report = report
         self._live: Live | None = None
         self._lines = True
         self._points = 0
         self._drawn_at = 0.0
         self._shown_at = time.monotonic()
         self._shown: tuple[object, ...] = ()
-        self._news: float | None = None
-        self._news_at = time.monotonic()
+        self._last_entry: float | None = None
+        self._changed_at = time.monotonic()
 
     def __enter__(self) -> LiveView:
         try:
             self._console.print(self._title, highlight=False, soft_wrap=True, markup=False)
             if self._console.is_terminal:
-                # Drawn by `show`: what goes wrong in a thread of rich's own would end unseen.
+                # `show` draws it: an error in a thread of rich would go unnoticed.
                 self._live = Live(console=self._console, auto_refresh=False, transient=True)
                 self._live.start()
-        except Exception as error:  # noqa: BLE001 - a run does not end for its view
-            self._give_up(error)
+        except Exception as error:  # noqa: BLE001 - no error in the view ends a run
+            self._simplify(error)
         return self
 
     def __exit__(self, *exc: object) -> None:
         self._stop_live()
 
     def show(self, fold: RunFold) -> None:
-        """Bring the view up to date."""
+        """Update the view."""
         now = time.monotonic()
-        if fold.now != self._news:
-            self._news, self._news_at = fold.now, now
-        waits = now - self._news_at >= _QUIET_S
+        if fold.now != self._last_entry:
+            self._last_entry, self._changed_at = fold.now, now
+        waits = now - self._changed_at >= _QUIET_S
         try:
             if self._live:
                 if now - self._drawn_at >= _LIVE_EVERY_S:
@@ -84,8 +88,8 @@ class LiveView:
                     self._drawn_at = now
             elif self._lines:
                 self._show_line(fold, now, waits=waits)
-        except Exception as error:  # noqa: BLE001 - a run does not end for its view
-            self._give_up(error)
+        except Exception as error:  # noqa: BLE001 - no error in the view ends a run
+            self._simplify(error)
 
     def _show_line(self, fold: RunFold, now: float, *, waits: bool) -> None:
         since, state = now - self._shown_at, (fold.now, waits)
@@ -99,19 +103,19 @@ class LiveView:
     def _bars(self) -> str:
         return _BARS if self._console.encoding.startswith("utf") else _ASCII_BARS
 
-    def _give_up(self, error: Exception) -> None:
-        """Go on with plain lines, or, if those cannot be shown, without."""
+    def _simplify(self, error: Exception) -> None:
+        """Replace the live view by plain lines, and plain lines by nothing."""
         if self._live:
             self._stop_live()
-            self._say(f"fedmq: the live view failed: {error!r}; lines instead")
+            self._report(f"fedmq: the live view failed: {error!r}; printing plain lines instead")
         else:
             self._lines = False
-            self._say(f"fedmq: the view failed: {error!r}; the run goes on without it")
+            self._report(f"fedmq: the view failed: {error!r}; the run continues without it")
 
     def _stop_live(self) -> None:
         live, self._live = self._live, None
         if live is not None:
-            with contextlib.suppress(Exception):  # it only clears what it has drawn
+            with contextlib.suppress(Exception):  # it only clears the screen
                 live.stop()
 
 
@@ -120,8 +124,8 @@ def render(fold: RunFold, bars: str = _BARS, *, waits: bool = False) -> Renderab
 
     Args:
         fold: of the run.
-        bars: from low to high, for the accuracy.
-        waits: whether nothing has happened for a while.
+        bars: characters for accuracies from low to high.
+        waits: whether the ledger has not grown for a while.
     """
     head = Table.grid(padding=(0, 2))
     head.add_row(*(Text(name, style="dim") for name in _figures(fold)))
@@ -131,101 +135,120 @@ def render(fold: RunFold, bars: str = _BARS, *, waits: bool = False) -> Renderab
         nodes.add_column(column, justify="right" if column in ("done", "failed") else "left")
     for name, node in sorted(fold.nodes.items()):
         nodes.add_row(name, _state(node), str(node.tasks or ""), str(node.drops or ""))
-    known = _trouble(fold, waits=waits)
-    trouble = [Text(f"{name} {value}", style="red") for name, value in known.items()]
-    return Group(head, *trouble, Text(_sparkline(fold, bars), style="green"), nodes)
+    found = _warnings(fold, waits=waits)
+    warnings = [Text(f"{name} {value}", style="red") for name, value in found.items()]
+    return Group(head, *warnings, Text(_sparkline(fold, bars), style="green"), nodes)
 
 
 def line(fold: RunFold, *, waits: bool = False) -> str:
-    """Return one line on a run's state; ``waits``: nothing has happened for a while."""
-    figures = {**_figures(fold), **_trouble(fold, waits=waits)}
+    """Return one line on a run's state; ``waits``: the ledger has not grown for a while."""
+    figures = {**_figures(fold), **_warnings(fold, waits=waits)}
     return "  ".join(f"{name} {value}" for name, value in figures.items())
 
 
 _IN_FLIGHT = (UNUSED, NO_ANSWER, Code.RUN_OVER)
-"""Codes of clients whose task was out, or had just come back, when the run ended."""
+"""Codes of clients whose task was in flight, or had just come back, when the run ended."""
 
 
-def closing_table(summary: Mapping[str, Any]) -> Table:
-    """Return the table that a run ends with."""
+@dataclass(frozen=True)
+class ClosingTable:
+    """Rows of a name and a value; a name that is empty continues the row above.
+
+    A terminal gets lines that fit; a pipe or a file gets one line for each row.
+    """
+
+    rows: list[tuple[str, str]]
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        """Yield the lines, for rich."""
+        indent = max(len(name) for name, _ in self.rows) + 2
+        width = max(options.max_width - indent, _LEAST_COLUMNS) if console.is_terminal else None
+        for name, value in self.rows:
+            first, *rest = [value] if width is None else fitted(value, "", width)
+            yield Text.assemble((name.ljust(indent), "dim"), first)
+            yield from (Text(" " * indent + each) for each in rest)
+
+
+def closing_table(summary: Mapping[str, Any]) -> ClosingTable:
+    """Return the table that a command prints at the end of a run."""
     results, sizes = summary["results"], summary["bytes"]
-    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
-    rows = {
-        "run": summary["run"] or "-",
-        "status": summary["status"],
-        **({"ended": plain(summary["ended"], _LONGEST)} if summary["ended"] else {}),
-        "algorithm": f"{summary['algorithm'] or '-'}, {summary['schedule'] or '-'}",
-        "versions": str(summary["versions"]),
-        "accuracy": f"{_percent(summary['final_accuracy'])} "
-        f"(best {_percent(summary['best_accuracy'])}){_of_version(summary)}",
-        "results": ", ".join(
-            f"{results[name]} {name}" for name in ("used", "stale", "refused", "unused")
+    rows = [("run", summary["run"] or "-"), ("status", summary["status"])]
+    if summary["ended"]:
+        rows.append(("ended", plain(summary["ended"], _LONGEST)))
+    used = f"{results['used']} used, {results['stale']} stale"
+    accuracy, best = _percent(summary["final_accuracy"]), _percent(summary["best_accuracy"])
+    rows += [
+        ("algorithm", f"{summary['algorithm'] or '-'}, {summary['schedule'] or '-'}"),
+        ("versions", str(summary["versions"])),
+        ("accuracy", f"{accuracy} (best {best}){_of_version(summary)}"),
+        ("results", f"{used}, {results['refused']} rejected, {results['unused']} unused"),
+        *_problems(summary),
+        (
+            "time",
+            f"{summary['wall_s']:.1f} s, first task after {_seconds(summary['first_task_s'])}",
         ),
-        **_what_went_wrong(summary),
-        "time": f"{summary['wall_s']:.1f} s, first task after {_seconds(summary['first_task_s'])}",
-        "bytes down": f"{_size(sizes['down']['payload'])} payload, "
-        f"{_size(sizes['down']['wire'])} on the wire",
-        "bytes up": f"{_size(sizes['up']['payload'])} payload, "
-        f"{_size(sizes['up']['wire'])} on the wire",
-        "model": summary["model_digest"] or "-",
-    }
+    ]
+    for way in ("down", "up"):
+        payload, wire = _size(sizes[way]["payload"]), _size(sizes[way]["wire"])
+        rows.append((f"bytes {way}", f"{payload} payload, {wire} on the wire"))
+    rows.append(("model", summary["model_digest"] or "-"))
     clients = summary.get("clients")
     if clients:
-        rows["clients"] = (
-            f"{_percent(clients['mean'])} on average, {_percent(clients['worst_decile'])} in the "
-            f"worst tenth, spread {_percent(clients['std'])}"
-        )
-    for name, value in rows.items():
-        table.add_row(Text(name, style="dim"), Text(value))
-    return table
+        mean, worst, spread = (_percent(clients[key]) for key in ("mean", "worst_decile", "std"))
+        rows.append(("clients", f"mean {mean}, worst tenth {worst}, spread {spread}"))
+    return ClosingTable(rows)
 
 
-def _what_went_wrong(summary: Mapping[str, Any]) -> dict[str, str]:
-    """Return the rows that a run without trouble does not have."""
+def _problems(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return the rows on failures and rejections; none if there were none."""
     results, rounds = summary["results"], summary["rounds"]
-    rows = {}
+    rows = []
     if results["refused"] or results["stale"]:
-        rows["rejected"] = _by_code(results["by_code"])
+        rows.append(("reasons", _by_code(results["by_code"])))
     if results["failed"]:
-        rows["failed"] = (
-            f"{plural(results['failed'], 'task')}: {_by_code(results['failed_by_code'])}"
-        )
+        tasks = plural(results["failed"], "task")
+        rows.append(("failed", f"{tasks}: {_by_code(results['failed_by_code'])}"))
     if results["failed_evaluations"]:
-        rows["not evaluated"] = f"{plural(results['failed_evaluations'], 'evaluation')} failed"
+        rows.append(("evaluations", f"{results['failed_evaluations']} failed"))
     last = summary["last_failure"]
     if last is not None and rows:
-        rows["last failure"] = plain(LastFailure(**last), _REASON)
+        rows.append(("last failure", plain(LastFailure(**last), _REASON)))
     if results["unaccepted"]:
-        posts = plural(results["unaccepted"], "message")
-        rows["not kept"] = f"{posts} that the broker did not accept: see the logs"
+        messages = plural(results["unaccepted"], "message")
+        rows.append(("not accepted", f"{messages}, rejected by the broker: see the logs"))
     if rounds is not None:
-        rows["rounds"] = (
-            f"{rounds['whole']} of {rounds['versions']} with their whole cohort, "
-            f"{rounds['missing']} of {rounds['wanted']} results missing"
-        )
+        whole = f"{rounds['whole']} of {rounds['versions']} complete"
+        missing = f"{rounds['missing']} of {rounds['wanted']} results missing"
+        rows.append(("rounds", f"{whole}, {missing}"))
     if summary["disagreeing"]:
-        rows["first model"] = (
-            f"{', '.join(summary['disagreeing'])} started from other values than the aggregator: "
-            "model() must give the same ones on every node"
-        )
+        nodes = ", ".join(summary["disagreeing"])
+        text = f"different on {nodes}: model() must return the same values on every node"
+        rows.append(("first model", text))
+    return rows + _clients_without_result(summary)
+
+
+def _clients_without_result(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     groups: dict[tuple[int, str], list[int]] = {}
     for client, each in summary["clients_without_result"].items():
         if each["tasks"] == 1 and each["code"] in _IN_FLIGHT and summary["ended"]:
-            continue  # nothing went wrong: the run ended before its first task did
+            continue  # no failure: the run ended before its first task did
         groups.setdefault((each["tasks"], each["reason"]), []).append(int(client))
+    rows = []
     for number, ((tasks, reason), clients) in enumerate(groups.items()):
         if number == _NAMED:
             left = sum(map(len, list(groups.values())[number:]))
-            rows["and"] = f"{plural(left, 'more client')} without a result in any version"
+            rows.append(("", f"and {plural(left, 'more client')}"))
             break
-        what = f"client{'s' if len(clients) > 1 else ''} {plain(spans(clients), 60)}"
         given = plural(tasks, "task") + (" each" if len(clients) > 1 else "")
-        rows[what] = f"{given}, no result in any version; last: {plain(reason, 100)}"
+        last = f"last: {plain(reason, 100)}"
+        rows.append(
+            ("" if number else "no result", f"{clients_in_words(clients, 60)}: {given}, {last}")
+        )
     return rows
 
 
 def _of_version(summary: Mapping[str, Any]) -> str:
-    """Say which version an accuracy is of, where it is not of the newest."""
+    """Return the version of the final accuracy, if it is not the newest version."""
     curve = summary["curve"]
     if not curve or curve[-1]["version"] == summary["versions"]:
         return ""
@@ -233,15 +256,15 @@ def _of_version(summary: Mapping[str, Any]) -> str:
 
 
 def _by_code(counts: Mapping[str, int]) -> str:
-    return ", ".join(f"{plain(code)} {number}" for code, number in counts.items())
+    return ", ".join(f"{plain(code) or 'unknown'} {number}" for code, number in counts.items())
 
 
 def _figures(fold: RunFold) -> dict[str, str]:
-    """Return the figures of a run; "-" where nothing is known yet."""
+    """Return the figures of a run; "-" where a value is unknown."""
     begun, newest = bool(fold.run), fold.newest
     accuracy = _percent(fold.accuracy)
     if newest is not None and fold.accuracy is not None and newest.version != fold.version:
-        accuracy += f" (v{newest.version})"  # of an older version than the one beside it
+        accuracy += f" (v{newest.version})"  # not of the version that the view shows
     cohort = fold.outcomes.cohorts.last
     figures = {
         "time": f"{fold.wall_s:5.1f} s" if fold.now is not None else "-",
@@ -258,8 +281,8 @@ def _figures(fold: RunFold) -> dict[str, str]:
     return {**figures, "down": _size(fold.payload_down), "up": _size(fold.payload_up)}
 
 
-def _trouble(fold: RunFold, *, waits: bool) -> dict[str, str]:
-    """Return what a run without trouble does not show."""
+def _warnings(fold: RunFold, *, waits: bool) -> dict[str, str]:
+    """Return failures, rejections and the clients that the run waits for."""
     outcomes = fold.outcomes
     counts = {
         "rejected": outcomes.refused,
@@ -268,9 +291,9 @@ def _trouble(fold: RunFold, *, waits: bool) -> dict[str, str]:
     }
     found = {name: str(number) for name, number in counts.items() if number}
     if found and outcomes.last is not None:
-        found["last"] = plain(outcomes.last, _REASON)
+        found["last failure:"] = plain(outcomes.last, _REASON)
     if fold.disagreeing:
-        found["other first model"] = ", ".join(fold.disagreeing)
+        found["different first model on"] = ", ".join(fold.disagreeing)
     if waits and (missing := fold.missing_clients):
         found["waiting for"] = clients_in_words(missing)
     elif waits and (working := fold.working_clients):

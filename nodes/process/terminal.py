@@ -6,10 +6,11 @@ controls of the terminal and of the writing direction, are shown as escapes.
 
 from __future__ import annotations
 
+import difflib
 import math
 import re
 import textwrap
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 WIDTH = 80
@@ -89,6 +90,17 @@ def fitted(text: str, indent: str = "  ", width: int = WIDTH) -> list[str]:
         break_long_words=False,
         break_on_hyphens=False,
     )
+
+
+def guess(name: str, choices: Collection[str]) -> str:
+    """Return `` (did you mean 'x'?)`` with the nearest choice; empty if none is near."""
+    close = difflib.get_close_matches(name, choices, n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def renaming_notice(old: str, new: str) -> str:
+    """Return the line on an option or a key whose old name was used."""
+    return f"fedmq: {old} is now {new}; the old name works in this release only"
 
 
 def spans(numbers: Iterable[int]) -> str:

@@ -1,1 +1,1 @@
-"""Running the nodes of a recorded run again: `fedmq replay`."""
+"""`fedmq replay`: run the nodes of a recorded run again and compare them with the record."""

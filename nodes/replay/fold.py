@@ -1,8 +1,8 @@
-"""The aggregator's core, run again over its recorded inbox, and held against its record.
+"""Run an aggregator's core again on its recorded inbox, and compare its actions with the record.
 
-No network and no clock: a message's time is the one that was written down. Everything the
-core says must stand in the ledger, in the same order and to the same digests; the first
-that does not is where the code, or the machine, has parted from the run.
+There is no network and no clock: messages have their recorded times. Every action of the core
+must be in the ledger, in the same order and with the same digests. At the first one that is not,
+the code or the machine differs from that of the run.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ INBOX = (AGGREGATOR, node_address(AGGREGATOR))
 
 @dataclass(frozen=True)
 class ReplayStep:
-    """One event that the core has taken, and what it said to that."""
+    """One event that the core has handled, and its actions."""
 
     event: Start | Inbound
     actions: list[AggregatorAction]
@@ -53,19 +53,19 @@ class Replay:
 
     Args:
         trace: of the run.
-        checkpoint: number of the checkpoint to start from; None starts from the beginning.
-        setup: by default, what the record says.
-        allowed: which code the record may name.
+        checkpoint: number of the checkpoint to start from; None: from the beginning.
+        setup: by default, from the recorded configuration.
+        allowed: the code that the record may name.
 
     Attributes:
-        setup: what is learned, how, and when.
-        computed: how the recorded aggregator's numbers were computed.
-        version_0_distance: how far the version 0 that this machine would make lies from the
-            recorded one, in units of what is tolerated; None where none was recorded.
-        core: the aggregator; `steps` moves it.
-        record: what was found in the trace of what the core has said.
-        messages: how many the core has taken.
-        at: time of the last of them.
+        setup: problem, algorithm, schedule and codecs.
+        computed: how the recorded aggregator computed.
+        version_0_distance: distance between the recorded version 0 and the one that this machine
+            would create, as a multiple of `TOLERANCE`; None if none was recorded.
+        core: the aggregator; `steps` runs it.
+        record: compares the core's actions with the trace.
+        messages: number of messages that the core has handled.
+        at: time of the last of them, in seconds since 1970.
 
     Raises:
         ConfigError: the run's configuration cannot be used here.
@@ -95,25 +95,25 @@ class Replay:
         self._begun = self._over = False
 
     def steps(self, until: int | None = None) -> Iterator[ReplayStep]:
-        """Give the core its inbox, message by message; called again, it goes on from there.
+        """Run the core on its inbox, message by message; a second call continues.
 
         Args:
-            until: number of the last message to take. If it is one of the aggregator's own,
-                the core is stopped right after it has said it.
+            until: number of the last message to handle. If the aggregator sent it itself, the
+                core stops right after sending it.
 
         Raises:
-            Diverged: the core says something else than was recorded.
-            LedgerError: the trace is damaged, the checkpoint is none, or there is no entry
-                ``until``.
+            Diverged: an action differs from the record.
+            LedgerError: the trace is damaged, there is no entry ``until``, or the entry
+                ``checkpoint`` is not a checkpoint.
         """
         own = self._own_id(until) if until is not None else None
         stopped = False
         skipped: list[AnyEntry] = []
         if not self._begun:
             self._begun = True
-            step = self._begin()
+            step = self._start()
             yield step
-            stopped = _says(step, own)
+            stopped = _sends(step, own)
         for entry in self._rest:
             if until is not None and entry.seq > until:
                 skipped.append(entry)
@@ -121,20 +121,20 @@ class Replay:
             if not self._is_next(entry):
                 self.record.compare(entry)
             elif stopped:
-                skipped.append(entry)  # taken when the core goes on
+                skipped.append(entry)  # for the next call
             else:
-                step = self._take(inbound(self.trace, entry))
+                step = self._handle(inbound(self.trace, entry))
                 yield step
-                stopped = _says(step, own)
+                stopped = _sends(step, own)
             if entry.seq == until:
-                break  # what lies behind may be damaged
+                break  # later entries may be damaged
         self._rest = itertools.chain(skipped, self._rest)
 
-    def _begin(self) -> ReplayStep:
+    def _start(self) -> ReplayStep:
         if self._checkpoint is None:
             first = self._run_record if self.computed.arithmetic >= ARITHMETIC else None
             own = self.core.tensors()
-            step = self._take(Start(run_record=inbound(self.trace, first) if first else None))
+            step = self._handle(Start(run_record=inbound(self.trace, first) if first else None))
             if first is not None:
                 one, other = Payload(exact=self.core.tensors()), Payload(exact=own)
                 self.version_0_distance = tensor_distance(one, other) / TOLERANCE
@@ -142,9 +142,11 @@ class Replay:
         accepted = accepted_entry(self.trace, self._checkpoint)
         message = accepted.read()
         if message.to != CHECKPOINT:
-            raise LedgerError(f"expected a checkpoint, message {self._checkpoint} is none")
+            raise LedgerError(
+                f"message {self._checkpoint}: expected a checkpoint, got {message.kind}"
+            )
         self.record.first = int(message.id.rpartition("/")[2]) + 1
-        step = self._take(Start(inbound(self.trace, accepted)))
+        step = self._handle(Start(inbound(self.trace, accepted)))
         self.record.after = self.core.state_snapshot()["position"]
         return step
 
@@ -157,7 +159,7 @@ class Replay:
         return message.id
 
     def _is_next(self, entry: AnyEntry) -> TypeGuard[Accepted]:
-        """Tell whether this is a message that the core is to take."""
+        """Return whether the core handles this entry next."""
         if not isinstance(entry, Accepted):
             return False
         if (
@@ -166,10 +168,10 @@ class Replay:
         ):
             return False
         message = entry.read()
-        # After its end, a run takes only what may make it go further.
+        # After its end, a run handles only messages that may extend it.
         return message.to in INBOX and (not self._over or message.kind == CONTINUED)
 
-    def _take(self, event: Start | Inbound) -> ReplayStep:
+    def _handle(self, event: Start | Inbound) -> ReplayStep:
         actions = self.core.handle(event)
         if isinstance(event, Inbound):
             self.messages += 1
@@ -177,32 +179,32 @@ class Replay:
         self.record.expect(actions, event.seq if isinstance(event, Inbound) else -1)
         for action in actions:
             if isinstance(action, PostMessage) and action.message.id in self._recorded:
-                self._anchor(self._recorded[action.message.id])
+                self._adopt(self._recorded[action.message.id])
         if any(isinstance(each, EndRun) for each in actions):
             self._over = True
-        elif self._over and not self.core.state_snapshot()["finishing"]:  # it was taken up again
+        elif self._over and not self.core.state_snapshot()["finishing"]:  # it was extended
             self._over = False
-            self.record.expect_another_end()
+            self.record.expect_new_end()
         return ReplayStep(event, actions)
 
     def _is_exact(self) -> bool:
-        """Tell whether this machine computes what was recorded to the bit."""
+        """Return whether this machine must compute the recorded values to the bit."""
         if self.computed.arithmetic != ARITHMETIC:
             return False
         return self.setup.algorithm.reproducible or self.computed.device == kind_of("cpu")
 
-    def _anchor(self, entry: Accepted) -> None:
-        """Go on from the recorded state of a version, so that small distances do not add up."""
+    def _adopt(self, entry: Accepted) -> None:
+        """Continue from the recorded state of a version, so that small distances do not add up."""
         recorded = inbound(self.trace, entry)
-        # One that cannot be read is a difference, and found when the replay comes to it.
+        # The comparison of this entry reports one that cannot be read.
         with contextlib.suppress(NodeError, LedgerError):
             state, _ = unpack_checkpoint(self.setup.algorithm, self.setup.problem, recorded)
             self.core.adopt(state)
 
 
 def _run_record(trace: Trace) -> Accepted | None:
-    """Return the message with which the aggregator began the run, if the trace holds it."""
-    with contextlib.suppress(LedgerError):  # raised when the replay comes to it
+    """Return the aggregator's first message of the run, if the trace contains it."""
+    with contextlib.suppress(LedgerError):  # the replay raises it later
         for entry in trace.entries():
             if isinstance(entry, Accepted):
                 message = entry.read()
@@ -212,17 +214,17 @@ def _run_record(trace: Trace) -> Accepted | None:
 
 
 def computed_by(trace: Trace) -> Computed:
-    """Return how a recorded run was computed; 0.1.0 did not say."""
+    """Return how a recorded run was computed; 0.1.0 did not record it."""
     return _computed(_run_record(trace))
 
 
 def _computed(run_record: Accepted | None) -> Computed:
-    # Without a record the trace holds nothing that was computed.
+    # Without a record the trace contains no computed values.
     return Computed.read(run_record.read().body) if run_record is not None else Computed()
 
 
 def _checkpoints(trace: Trace) -> dict[str, Accepted]:
-    """Return the aggregator's checkpoints by id, up to damage if there is some."""
+    """Return the aggregator's checkpoints by id, up to damage."""
     found: dict[str, Accepted] = {}
     with contextlib.suppress(LedgerError):
         for entry in trace.entries():
@@ -234,16 +236,16 @@ def _checkpoints(trace: Trace) -> dict[str, Accepted]:
 
 
 def recorded_setup(trace: Trace, config: Config | None = None, allowed: Allowed = NOTHING) -> Setup:
-    """Return the objects of a recorded run, as its aggregator made them.
+    """Return the setup of a recorded run, as its aggregator had it.
 
     Args:
         trace: of the run.
-        config: another configuration than the recorded one.
-        allowed: which code it may name.
+        config: replaces the recorded configuration.
+        allowed: the code that it may name.
 
     Raises:
-        ConfigError: its configuration cannot be used here, or names code that is not allowed.
-        OwnCodeError: the problem cannot be made.
+        ConfigError: the configuration cannot be used here, or names code that is not allowed.
+        OwnCodeError: the problem's own code fails.
     """
     with own_code("problem.name"):
         setup = set_up(config or parse(trace.opened.config), allowed, trace.run)
@@ -256,14 +258,14 @@ def recorded_setup(trace: Trace, config: Config | None = None, allowed: Allowed 
 
 
 def last_checkpoint(trace: Trace, before: int | None = None) -> int:
-    """Return the number of the newest checkpoint that a replay can go on from.
+    """Return the number of the newest checkpoint that a replay can start from.
 
     Args:
         trace: of the run.
-        before: number of an entry; only what was checkpointed before it counts.
+        before: number of an entry; later checkpoints do not count.
 
     Raises:
-        LedgerError: there is none.
+        LedgerError: there is no checkpoint.
     """
     found = None
     for entry in trace.entries():
@@ -283,21 +285,21 @@ def accepted_entry(trace: Trace, seq: int) -> Accepted:
     """Return a message's entry.
 
     Raises:
-        LedgerError: the entry is no message, or not there.
+        LedgerError: there is no such entry, or it is not a message.
     """
     entry = trace.entry(seq)
     if not isinstance(entry, Accepted):
-        raise LedgerError(f"expected a message, entry {seq} is a {type(entry).__name__.lower()}")
+        raise LedgerError(f"entry {seq}: expected a message, got {type(entry).__name__.lower()}")
     return entry
 
 
 def inbound(trace: Trace, entry: Accepted) -> Inbound:
-    """Return a recorded message as a core takes it."""
+    """Return a recorded message as a core receives it."""
     message = entry.read()
     return Inbound(entry.seq, entry.at, message, functools.partial(trace.blob, message))
 
 
-def _says(step: ReplayStep, name: str | None) -> bool:
+def _sends(step: ReplayStep, name: str | None) -> bool:
     return name is not None and any(
         isinstance(each, PostMessage) and each.message.id == name for each in step.actions
     )

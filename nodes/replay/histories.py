@@ -1,9 +1,9 @@
-"""Who answered which task of a recorded run, and from which state of its client each started.
+"""Which node answered which task of a recorded run, and from which client state each started.
 
-A client may move from host to host. A result says after which task its client's state had been
-kept (``after``; empty: it had none). So a new host that found the state, in a folder that both
-shared, is told from one that started afresh. Traces of older releases do not say: there, a
-client's results follow each other in the order of the ledger.
+A client may move from host to host. A result names the task after which its client's state was
+saved (``after``; empty: no state). This distinguishes a new host that found the state, in a shared
+folder, from one that started without. Traces of older releases lack the field: there, each result
+of a client starts from its previous one in the ledger.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from fedmq.nodes.process.terminal import plain
 
 @dataclass(frozen=True)
 class Answer:
-    """A task and what a node made of it.
+    """A node's answer to a task.
 
-    task, seq: id of the task, and its number.
-    result: number of the result or score; None if the trace has none, though a later result
-        started from the state that was kept with it.
-    client: whose task it is; None for an evaluation on the problem's test data.
-    start: which answer left the state that this one started from; None if it had none.
-    says: whether the trace says so; if not, it is taken to be the client's last result.
+    task, seq: id and number of the task.
+    result: number of the result or score; None if the trace lacks it, although a later result
+        started from the state saved with it.
+    client: of the task; None for an evaluation on the problem's test data.
+    start: index of the answer whose saved state this one started from; None if there was none.
+    start_recorded: whether the trace contains ``start``; if not, it is the client's last result.
     """
 
     node: str
@@ -39,13 +39,14 @@ class Answer:
     result: int | None
     client: int | None
     start: int | None
-    says: bool
+    start_recorded: bool
 
 
 @dataclass
 class Histories:
-    """The answers of all nodes, in the order of the ledger; ``start`` counts in them.
+    """The answers of all nodes.
 
+    answers: in the order of the ledger; `Answer.start` is an index into them.
     clients: ranges of clients by the node that hosted them.
     """
 
@@ -56,15 +57,15 @@ class Histories:
     _tasks: dict[str, tuple[int, int | None]] = field(default_factory=dict)
     """Number and client of each task."""
     _last: dict[int, int] = field(default_factory=dict)
-    """The newest answer with a result of each client;"""
+    """Index of the newest answer of each client."""
     _of_task: defaultdict[str, dict[str, int]] = field(default_factory=lambda: defaultdict(dict))
-    """and of each task, by node."""
+    """Indices of the answers to each task, by node."""
 
     def of(self, node: str) -> list[int]:
-        """Return which answers are a node's, in order.
+        """Return the indices of a node's answers that have results, in order.
 
         Raises:
-            LedgerError: it has none.
+            LedgerError: the node has none.
         """
         found = [
             index
@@ -76,8 +77,8 @@ class Histories:
             raise LedgerError(f"--worker: expected a node with results ({nodes}), got {node!r}")
         return found
 
-    def behind(self, wanted: Iterable[int]) -> list[int]:
-        """Return these answers and all that their states follow from, in order."""
+    def with_predecessors(self, wanted: Iterable[int]) -> list[int]:
+        """Return these answers and all whose states they depend on, in order."""
         found: set[int] = set()
         for index in wanted:
             each: int | None = index
@@ -87,7 +88,7 @@ class Histories:
         return sorted(found)
 
     def add(self, seq: int, message: Message) -> None:
-        """Take the next message of the trace."""
+        """Process the next message of the trace."""
         if message.kind in ("task", "evaluate"):
             client = message.body.get("client")
             self._tasks[message.id] = seq, client if isinstance(client, int) else None
@@ -95,29 +96,28 @@ class Histories:
             body = message.body
             self.clients[body["node"]] += [(low, high) for low, high in body["clients"]]
         elif message.kind in ("result", "score") and message.re in self._tasks:
-            self._answered(seq, message, message.re)
+            self._add_answer(seq, message, message.re)
 
-    def _answered(self, seq: int, message: Message, task: str) -> None:
+    def _add_answer(self, seq: int, message: Message, task: str) -> None:
         number, client = self._tasks[task]
         after, start = message.body.get("after"), None
-        says = isinstance(after, str)
         if client is not None and isinstance(after, str):
             start = self._state(message.sender, client, after)
         elif client is not None:
             start = self._last.get(client)
-        answer = Answer(message.sender, task, number, seq, client, start, says)
+        answer = Answer(message.sender, task, number, seq, client, start, isinstance(after, str))
         self.answers.append(answer)
         if message.kind == "result":
-            self._kept(answer)
+            self._note_saved(answer)
 
-    def _kept(self, answer: Answer) -> None:
+    def _note_saved(self, answer: Answer) -> None:
         index = len(self.answers) - 1
         self._of_task[answer.task][answer.node] = index
         if answer.client is not None:
             self._last[answer.client] = index
 
     def _state(self, node: str, client: int, after: str) -> int | None:
-        """Return which answer left the state that a node had of a client after a task."""
+        """Return the index of the answer that saved a node's state of a client after a task."""
         number, whose = self._tasks.get(after, (0, None))
         if whose != client:
             return None
@@ -125,16 +125,16 @@ class Histories:
         if node in by_node:
             return by_node[node]
         if by_node:
-            return max(by_node.values())  # it came with the client, from its last host
-        # It was kept, and its node ended before the result was in the ledger.
+            return max(by_node.values())  # the client brought it from its last host
+        # The node saved it, but ended before its result was in the ledger.
         last = self._last.get(client)
-        self.answers.append(Answer(node, after, number, None, client, last, says=False))
-        self._kept(self.answers[-1])
+        self.answers.append(Answer(node, after, number, None, client, last, start_recorded=False))
+        self._note_saved(self.answers[-1])
         return len(self.answers) - 1
 
 
 def read_histories(trace: Trace) -> Histories:
-    """Collect what the nodes of a run hosted and answered, up to damage if there is some."""
+    """Return what the nodes of a run hosted and answered, up to damage."""
     found = Histories()
     with contextlib.suppress(LedgerError):
         for entry in trace.entries():
@@ -144,7 +144,7 @@ def read_histories(trace: Trace) -> Histories:
 
 
 def last_uses(answers: Sequence[Answer], needed: Iterable[int]) -> dict[int, int]:
-    """Return, for each answer whose state is needed, which answer needs it last."""
+    """Return the last answer that needs the state of each answer."""
     found: dict[int, int] = {}
     for index in needed:
         start = answers[index].start

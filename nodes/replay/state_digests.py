@@ -1,8 +1,8 @@
-"""What an aggregator's core is made of after each message, as digests: for bisecting.
+"""Digests of an aggregator's state after each message, to find the first difference.
 
-A difference in the code shows in the state at the very message that it concerns; in what
-the core says it may show much later. ``--save`` writes the digests of a replay to a file,
-and ``--against`` holds another replay of the same inbox against it, with other code.
+A difference in the code changes the state at the very message that it affects; the actions may
+change much later. ``--save`` writes the digests of a replay to a file; ``--compare`` compares them
+with those of another replay of the same inbox, with other code.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from fedmq.nodes.trace.differ import Operand, differences
 from fedmq.nodes.trace.differences import Difference, DifferenceKind, Field
 
 FILE = "steps.jsonl"
+"""Name of the file; unchanged since 0.1.0, so that files of older releases are found."""
 _SHORT = 200
 Parts = dict[str, int | float | str]
 
@@ -36,25 +37,25 @@ class _Header(Struct):
 
     run: str
     opened: float
-    """Time of the run's first entry: with its id it names the run."""
+    """Time of the run's first entry; together with the id it identifies the run."""
 
 
 class _Line(Struct):
-    """One step: the number of the message taken, -1 for the start, and the state after it."""
+    """One step: the number of the message, -1 for the start, and the state after it."""
 
     seq: int
     parts: Parts
 
 
 class Digester:
-    """Digests a core's parts; the algorithm's state only when there is a new one."""
+    """Computes digests of a core's state; caches that of the algorithm's state."""
 
     def __init__(self) -> None:
         self._state: Any = None
         self._digest = ""
 
     def state_digests(self, core: Aggregator) -> Parts:
-        """Return the core's parts: what is short as it is, all else as digests."""
+        """Return the state by name: short values as text, others as digests."""
         found: Parts = {}
         for name, value in core.state_snapshot().items():
             if isinstance(value, int | float):
@@ -76,7 +77,7 @@ def save_state_digests(
     """Yield the steps of a replay, and write each to a new file in the folder.
 
     Raises:
-        NodeError: the file is there already, or cannot be written.
+        NodeError: the file exists already, or cannot be written.
     """
     digester = Digester()
     path, fresh = folder / FILE, folder / f"{FILE}.new"
@@ -87,17 +88,17 @@ def save_state_digests(
             line = _Line(_number(step), digester.state_digests(replay.core))
             file.write(msgspec.json.encode(line) + b"\n")
             yield step
-    fresh.replace(path)  # only what is whole counts
+    fresh.replace(path)  # an incomplete file is never read
 
 
 def compare_state_digests(
     replay: Replay, folder: Path, until: int | None = None
 ) -> Iterator[ReplayStep]:
-    """Yield the steps of a replay as long as its state is that of the steps in a file.
+    """Yield the steps of a replay while its states are equal to those in a file.
 
     Raises:
-        Diverged: at the first message after which it is not.
-        NodeError: the file is of another run, or cannot be read.
+        Diverged: the state after a message differs.
+        NodeError: the file belongs to another run, or cannot be read.
     """
     digester = Digester()
     lines = _read(folder, replay.trace)
@@ -112,57 +113,57 @@ def compare_state_digests(
                 for name in saved.parts
                 if name in parts and repr(saved.parts[name]) != repr(parts[name])
             ]
-            raise Diverged("\n  ".join([f"the state parts {_upon(step)}", *found]))
+            raise Diverged("\n  ".join([f"state diverges {_where(step)}", *found]))
         yield step
 
 
 def compare_runs(replay: Replay, other: Replay, until: int | None = None) -> Iterator[ReplayStep]:
-    """Yield the steps of a replay as long as another run's replay takes and makes the same.
+    """Yield the steps of a replay while another run has equal messages and states.
 
     Raises:
-        Diverged: at the first message that differs, or after which the state does.
+        Diverged: a message, or the state after it, differs.
     """
     ours, theirs = Digester(), Digester()
     pairs = itertools.zip_longest(_named("this run", replay, until), _named("the other run", other))
-    for mine, its in pairs:
+    for mine, other_step in pairs:
         if mine is None and until is not None:
             return
-        if mine is None or its is None:
+        if mine is None or other_step is None:
             which = "the other run" if mine is None else "this run"
-            raise Diverged(f"{which} goes on {_upon(mine or its)}")
-        if isinstance(mine.event, Inbound) and isinstance(its.event, Inbound):
-            found = _differences(mine.event, its.event)
+            raise Diverged(f"only {which} continues {_where(mine or other_step)}")
+        if isinstance(mine.event, Inbound) and isinstance(other_step.event, Inbound):
+            found = _differences(mine.event, other_step.event)
             if found:
                 lines = [
-                    "the inboxes part; up to here, both runs have the same state",
+                    "the inboxes differ at this message; the states before it are equal",
                     f"this run: {mine.event.seq} {_summary(mine.event.message)}",
-                    f"the other: {its.event.seq} {_summary(its.event.message)}",
+                    f"the other: {other_step.event.seq} {_summary(other_step.event.message)}",
                     *map(str, found),
                 ]
                 raise Diverged("\n  ".join(lines))
         a, b = ours.state_digests(replay.core), theirs.state_digests(other.core)
-        a.pop("position"), b.pop("position")  # other runs have other numbers
+        a.pop("position"), b.pop("position")  # entry numbers differ between runs
         if not _same(a, b):
             parts = [f"{k}: {a[k]} here, {b[k]} there" for k in a if repr(a[k]) != repr(b[k])]
-            raise Diverged("\n  ".join([f"the state parts {_upon(mine)}", *parts]))
+            raise Diverged("\n  ".join([f"state diverges {_where(mine)}", *parts]))
         yield mine
 
 
 def _named(which: str, replay: Replay, until: int | None = None) -> Iterator[ReplayStep]:
-    """Yield a run's steps; say which run it is that is not what this code makes of it."""
+    """Yield a run's steps; an error says which run does not replay with this code."""
     try:
         yield from replay.steps(until)
     except Diverged as error:
-        raise Diverged(f"{which} was not recorded by this code: {error}") from None
+        raise Diverged(f"{which} does not replay with this code: {error}") from None
 
 
-def _differences(mine: Inbound, its: Inbound) -> list[Difference]:
-    ours, theirs = mine.message, its.message
+def _differences(mine: Inbound, other: Inbound) -> list[Difference]:
+    ours, theirs = mine.message, other.message
     names = ("this run", "the other")
     ids = f"{ours.sender} {ours.id}", f"{theirs.sender} {theirs.id}"
     if ids[0] != ids[1]:
         return [Difference(DifferenceKind.MESSAGE, Field(("id",)), ids, names)]
-    return differences(Operand(ours, mine.read), Operand(theirs, its.read), names=names)
+    return differences(Operand(ours, mine.read), Operand(theirs, other.read), names=names)
 
 
 def _summary(message: Message) -> str:
@@ -173,22 +174,22 @@ def _number(step: ReplayStep) -> int:
     return step.event.seq if isinstance(step.event, Inbound) else -1
 
 
-def _upon(step: ReplayStep) -> str:
+def _where(step: ReplayStep) -> str:
     event = step.event
     if isinstance(event, Inbound):
-        return f"with message {event.seq}: {_summary(event.message)}"
+        return f"at message {event.seq}: {_summary(event.message)}"
     return "at the start"
 
 
 def _same(a: Parts, b: Parts) -> bool:
-    """Tell whether all parts that both have are equal; NaN is equal to NaN."""
+    """Return whether all parts that both have are equal; NaN equals NaN."""
     return all(repr(a[name]) == repr(b[name]) for name in a if name in b)
 
 
 def _create(path: Path, fresh: Path) -> IO[bytes]:
     try:
         if path.exists():
-            raise NodeError(f"--save: {path} is there already")
+            raise NodeError(f"--save: {path} exists already")
         path.parent.mkdir(parents=True, exist_ok=True)
         return fresh.open("wb")
     except OSError as error:
@@ -201,10 +202,13 @@ def _read(folder: Path, trace: Trace) -> Iterator[_Line]:
         with path.open("rb") as file:
             header = msgspec.json.decode(file.readline(), type=_Header)
             if (header.run, header.opened) != (trace.opened.run, trace.opened.at):
-                raise NodeError(f"--against: expected steps of run {trace.run}, got {header.run}")
+                raise NodeError(
+                    f"--compare: expected the digests of run {trace.run}, "
+                    f"got those of another run, {header.run}"
+                )
             for line in file:
                 yield msgspec.json.decode(line, type=_Line)
     except OSError as error:
-        raise NodeError(f"--against: cannot read {path}: {error.strerror}") from None
+        raise NodeError(f"--compare: cannot read {path}: {error.strerror}") from None
     except msgspec.MsgspecError as error:
-        raise NodeError(f"--against: {path} is not what --save writes: {error}") from None
+        raise NodeError(f"--compare: expected a file of --save, got {path}: {error}") from None

@@ -1,4 +1,4 @@
-"""How far two computations of one message lie apart, where they need not agree to the bit."""
+"""Distance between two computations of a message that need not be equal to the bit."""
 
 from __future__ import annotations
 
@@ -24,15 +24,14 @@ from fedmq.nodes.trace.groups import groups_of
 TOLERANCE = 1e-3
 """The largest |a - b| / |a| of each tensor of a message, and of each fraction in its body."""
 LOSSY_TOLERANCE = 2e-2
-"""The same for tensors that a lossy codec wrote: a value at the border between two levels may be
-rounded to the other one."""
+"""The same for tensors from a lossy codec, which may round a value between two levels to either."""
 NAMES = "the record", "the replay"
-"""Of the two sides."""
+"""Names of the two operands, for people."""
 DIGESTS = frozenset({"model_digest"})
-"""Fields that say nothing of how far two models lie apart."""
+"""Fields from which no distance follows."""
 _FLOOR = 0.1
-"""A tensor's length counts as at least this part of the length of all: some small ones are
-nothing but rounding, for example a bias before a BatchNorm, whose gradient is 0, under Adam."""
+"""The norm of a tensor counts as at least this fraction of the norm of all tensors: some small ones
+are pure rounding, for example a bias before a BatchNorm under Adam, whose gradient is 0."""
 
 
 def near_differences(
@@ -42,21 +41,20 @@ def near_differences(
     ignore: frozenset[str] = frozenset(),
     overall: bool = False,
 ) -> tuple[list[Difference], float]:
-    """Return what is not near in two messages, and the distance of their tensors.
+    """Return the differences of two messages beyond the tolerance, and their tensors' distance.
 
-    Numbers and tensors that lie within the tolerance are no differences, nor are digests of
-    models.
+    Model digests are not compared.
 
     Args:
         recorded: a message from the ledger.
-        replayed: the same message, made again; of its body, only what a release that recorded
-            the other one could say.
+        replayed: the same message, computed again, without the body fields that the release of
+            the record did not have.
         ignore: paths of fields that may differ.
-        overall: compare tensors together, see `overall_distance`, and not one by one.
+        overall: compare all tensors together, see `overall_distance`, instead of one by one.
 
     Returns:
-        The differences; and the distance in units of what is tolerated, so that at most 1 is
-        within it. Tensors that cannot be decoded are infinitely far apart.
+        The differences; and the distance as a multiple of the tolerance: at most 1 is within it.
+        Infinity if tensors cannot be decoded.
     """
     try:
         found = [
@@ -80,9 +78,8 @@ def near_differences(
 def tensor_distance(a: Payload, b: Payload) -> float:
     """Return the largest |a - b| / |a| of all floating-point tensors of two payloads.
 
-    Tensors are compared by name; a model's are, whether they travel as ``weights`` or as
-    ``exact``. Infinity if names, shapes, types or whole numbers differ, or where only one of
-    two numbers is finite.
+    Tensors are compared by name; ``weights`` and ``exact`` count as one group. Infinity if names,
+    shapes, dtypes or integers differ, or if only one of two numbers is finite.
     """
     return max((each.distance for each in _tensor_gaps(a, b)), default=0.0)
 
@@ -90,8 +87,8 @@ def tensor_distance(a: Payload, b: Payload) -> float:
 def overall_distance(a: Payload, b: Payload) -> float:
     """Return |a - b| / |a| over all floating-point tensors of two payloads together.
 
-    What training comes to is compared like this: rounding grows in it, most in small tensors.
-    Infinity as in `tensor_distance`.
+    For the results of training, in which rounding errors grow, most in small tensors. Infinity as
+    in `tensor_distance`.
     """
     gaps = list(_tensor_gaps(a, b))
     if any(math.isinf(each.distance) for each in gaps):
@@ -101,9 +98,9 @@ def overall_distance(a: Payload, b: Payload) -> float:
 
 
 def number_distance(a: object, b: object) -> float:
-    """Return |a - b| / |a| of two floats; of all else 0 if they are equal, or infinity.
+    """Return |a - b| / |a| of two floats; of other values 0 if they are equal, else infinity.
 
-    Counts and numbers of messages are no measurements: 2000 is not 2001.
+    Integers are exact: they count things or number messages.
     """
     if type(a) is not type(b):
         return math.inf
@@ -116,33 +113,32 @@ def number_distance(a: object, b: object) -> float:
 
 
 def is_number(value: object) -> TypeGuard[int | float]:
-    """Tell whether a value is a number that rounding can change."""
+    """Return whether a value is a real number."""
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def facts(side: Operand) -> dict[str, Any]:
-    """Return all that a message says besides its tensors, a checkpoint's fold included.
+def facts(operand: Operand) -> dict[str, Any]:
+    """Return all fields of a message, including a checkpoint's fold, without its tensors.
 
     Raises:
-        CodecError: it does not say which of its blobs are tensors.
+        CodecError: its groups of tensors are invalid.
     """
-    message = side.message
+    message = operand.message
     _, rest = groups_of(message)
     found = {name: getattr(message, name) for name in ("kind", "id", "run", "sender", "to", "re")}
     found["body"] = {key: value for key, value in message.body.items() if key != "groups"}
     found["blobs besides the tensors"] = len(message.blobs) - rest
     if message.to == CHECKPOINT and message.blobs:
-        found["fold"] = fold_of(side, len(message.blobs) - 1)
+        found["fold"] = fold_of(operand, len(message.blobs) - 1)
     return found
 
 
 def far_fields(
     recorded: Any, replayed: Any, path: tuple[str | int, ...] = ()
 ) -> Iterator[Difference]:
-    """Yield a difference for each recorded field that is not near the replayed one.
+    """Yield a difference for each recorded field that is not within the tolerance.
 
-    What only the replay says is a difference in a message's body, of which it says no more
-    than was recorded; in a checkpoint's fold it is not.
+    An additional field of the replay is a difference, except in a checkpoint's fold.
     """
     if isinstance(recorded, Mapping) and isinstance(replayed, Mapping):
         replayed = counted_as_in(recorded, replayed)
@@ -159,10 +155,10 @@ def far_fields(
 
 
 def counted_as_in(recorded: Mapping[str, Any], replayed: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return counts of results as the release counted that recorded them.
+    """Return counts of results as the recording release counted them.
 
-    0.1.0 had no ``unused``: of the results in no version, it counted those as used that were
-    not waiting for others of their cohort.
+    0.1.0 had no ``unused``: it counted an unused result as used unless the result was waiting for
+    others of its cohort.
     """
     match recorded, replayed:
         case {"used": int(then)}, {"used": int(used), "unused": int(unused)}:
@@ -173,15 +169,16 @@ def counted_as_in(recorded: Mapping[str, Any], replayed: Mapping[str, Any]) -> M
 
 @dataclass(frozen=True)
 class _TensorGap:
-    """A tensor that is not the same in two payloads, with |a - b| and |a - b| / |a|."""
+    """A tensor that differs between two payloads, with |a - b| and |a - b| / |a|."""
 
     difference: Difference
     gap: float = math.inf
     distance: float = math.inf
 
 
-def _payload(side: Operand) -> Payload:
-    return unpack(side.message, side.read) if "groups" in side.message.body else Payload()
+def _payload(operand: Operand) -> Payload:
+    message = operand.message
+    return unpack(message, operand.read) if "groups" in message.body else Payload()
 
 
 def _tensor_gaps(a: Payload, b: Payload) -> Iterator[_TensorGap]:
@@ -200,7 +197,7 @@ def _gap(
 ) -> _TensorGap | None:
     if one is None or other is None:
         if one is not None and not one.any():
-            return None  # 0.1.0 sent a change of 0, where nothing is sent now
+            return None  # 0.1.0 sent zeros where later releases send nothing
         forms = tuple(ABSENT if each is None else form_of(each) for each in (one, other))
         return _TensorGap(Difference(DifferenceKind.MISSING, place, (forms[0], forms[1]), NAMES))
     both = form_of(one), form_of(other)
@@ -221,7 +218,7 @@ def _gap(
 
 
 def _parts(payload: Payload) -> Iterator[dict[str, tuple[str, Tensor]]]:
-    """Yield tensors that belong together by name, each with its group."""
+    """Yield tensors by name, each with its group, for each set that is compared together."""
     groups = {"weights": payload.weights, "exact": payload.exact}
     yield {name: (group, each) for group, part in groups.items() for name, each in part.items()}
     yield {name: ("features", each) for name, each in payload.features.items()}
@@ -229,7 +226,7 @@ def _parts(payload: Payload) -> Iterator[dict[str, tuple[str, Tensor]]]:
 
 
 def _length(tensor: Tensor) -> float:
-    """Return the norm of a tensor's finite values; 0 of whole numbers."""
+    """Return the norm of a tensor's finite values; 0 for integers."""
     if not (tensor.is_floating_point() or tensor.is_complex()):
         return 0.0
     x = _real(tensor)

@@ -1,8 +1,8 @@
-"""What if: the recorded results, folded under another rule.
+"""What if: aggregate the recorded results with other settings.
 
-The clients trained from the models of the recorded run, and it is their results that are
-folded again. So only what decides how a result counts may change; the staleness of a result
-is counted in versions of the other rule, from the moment at which its task was sent.
+The clients trained from the models of the recorded run, so only settings that decide how a result
+counts may change. The staleness of a result is counted in the versions of the new settings, since
+its task was sent.
 """
 
 from __future__ import annotations
@@ -27,25 +27,27 @@ from fedmq.nodes.run.devices import choose_device
 from fedmq.nodes.run.setup import Setup
 
 _STALE = frozenset({Code.STALE, Code.LATE})
-"""Rejections that another rule may not make."""
+"""Rejections that do not apply to the new settings."""
 _REASONS = {
-    "schedule": "other clients would have got tasks",
-    "algorithm": "the clients would have sent others",
+    "schedule": "other clients would have been given tasks",
+    "algorithm": "the clients would have sent other results",
     "problem": "the clients would have had other data",
-    "codec": "the results would have crossed as other bytes",
-    "worker": "the clients would have been as fast as they were, or not at all",
-    "broker": "it has no part in what a result counts",
-    "run": "it has no part in what a result counts",
+    "codec": "the results would have been encoded differently",
+    "worker": "the results would have arrived at other times, or not at all",
+    "broker": "it does not affect how a result counts",
+    "run": "it does not affect how a result counts",
 }
 
 
 @dataclass
 class ComparedPoint:
-    """Both models where the recorded run evaluated its own.
+    """Metrics of both models at an evaluation of the recorded run.
 
-    at: seconds since the run's start. results: used so far, (recorded, other).
-    versions: (recorded, other). recorded: metrics from the ledger, None if never scored.
-    other: metrics of the other rule's model.
+    at: seconds since the run's start.
+    results: used so far, (recorded, other).
+    versions: (recorded, other).
+    recorded: metrics from the ledger; None if the evaluation has no score.
+    other: metrics of the model with the new settings.
     """
 
     at: float
@@ -56,16 +58,15 @@ class ComparedPoint:
 
 
 def changed_setup(trace: Trace, settings: Sequence[str], allowed: Allowed = NOTHING) -> Setup:
-    """Return the objects of a run under another rule.
+    """Return the setup of a run with other settings.
 
     Args:
         trace: of the run.
-        settings: ``key=value``, of the other rule.
-        allowed: which code the run's configuration may name; a setting cannot name any.
+        settings: ``key=value``.
+        allowed: the code that the run's configuration may name; a setting cannot name any.
 
     Raises:
-        ConfigError: a setting is wrong, or of a kind under which the recorded results
-            mean nothing; the sentence says why.
+        ConfigError: a setting is invalid, or affects more than how a result counts.
     """
     before = recorded_setup(trace, allowed=allowed)
     asked = changed(before.config, settings)
@@ -74,19 +75,17 @@ def changed_setup(trace: Trace, settings: Sequence[str], allowed: Allowed = NOTH
         _check_table(table, before, asked, only=("name",) if named else ())
     if before.algorithm.evaluated_by != "model":
         raise ConfigError(
-            f"--set: {before.algorithm.name} is evaluated by its clients, each with what it keeps, "
-            "and of another rule there is nothing that they kept"
+            f"--set: clients evaluate {before.algorithm.name} with their local states, which the "
+            "record does not have for other settings"
         )
-    setup = recorded_setup(
-        trace, asked, allowed
-    )  # now unknown keys and wrong values have been named
+    setup = recorded_setup(trace, asked, allowed)  # raises for unknown keys and invalid values
     for table in ("schedule", "algorithm"):
         _check_table(table, before, setup.config)
     return setup
 
 
 def _check_table(table: str, before: Setup, asked: Config, only: Sequence[str] = ()) -> None:
-    """Refuse what recorded results tell nothing about; ``only``: look at these keys."""
+    """Raise ConfigError if a key differs that may not; ``only``: check these keys."""
     old, new = before.config.model_dump()[table], asked.model_dump()[table]
     can = {"schedule": before.schedule.folding, "algorithm": before.algorithm.server_hparams}
     for key in only or sorted({*old, *new}):
@@ -95,21 +94,21 @@ def _check_table(table: str, before: Setup, asked: Config, only: Sequence[str] =
 
 
 def _refusal(name: str, why: str, before: Setup) -> str:
-    rules = [f"schedule.{key}" for key in sorted(before.schedule.folding)]
-    rules += [f"algorithm.{key}" for key in sorted(before.algorithm.server_hparams)]
+    choices = [f"schedule.{key}" for key in sorted(before.schedule.folding)]
+    choices += [f"algorithm.{key}" for key in sorted(before.algorithm.server_hparams)]
     return (
-        f"--set {name}: the recorded results say nothing about it, {why}; "
-        f"of this run, {', '.join(rules)} can be changed"
+        f"--set {name}: cannot be computed from the recorded results: {why}; "
+        f"choose from {', '.join(choices)}"
     )
 
 
 class WhatIf:
-    """Folds the results of a recorded run under another rule, beside the run itself.
+    """Replays a recorded run, and aggregates its results with other settings beside it.
 
     Args:
         trace: of the run.
-        setup: of the other rule, from `changed_setup`.
-        allowed: which code the run's configuration may name.
+        setup: with the other settings, from `changed_setup`.
+        allowed: the code that the run's configuration may name.
     """
 
     def __init__(self, trace: Trace, setup: Setup, allowed: Allowed = NOTHING) -> None:
@@ -118,18 +117,18 @@ class WhatIf:
         self._algorithm, self._schedule = setup.algorithm, setup.schedule
         self._state = self._algorithm.start(setup.problem)
         self._version = self._used = 0
-        self._born: dict[str, tuple[int, int]] = {}
-        """The other rule's version when a task was sent, and its client, by the task's id."""
-        self._waiting: dict[int, Inbound] = {}
-        """Results that the recorded run held back until their turn."""
-        self._gathered: Any = self._algorithm.new_accumulator(self._state)
+        self._sent: dict[str, tuple[int, int]] = {}
+        """New version at which each task was sent, and its client, by the task's id."""
+        self._deferred: dict[int, Inbound] = {}
+        """Results that the recorded run has received but not handled."""
+        self._accumulator: Any = self._algorithm.new_accumulator(self._state)
         self._weights, self._results = 0.0, 0
 
     def points(self) -> Iterator[ComparedPoint]:
         """Yield a point for each evaluation of the recorded run, in order.
 
         Raises:
-            Diverged: the recorded run itself does not replay.
+            Diverged: the recorded run does not replay.
             LedgerError: the trace is damaged.
         """
         open_points: dict[str, ComparedPoint] = {}
@@ -140,20 +139,20 @@ class WhatIf:
         for step in self._replay.steps():
             event, core = step.event, self._replay.core
             if isinstance(event, Start):
-                self._state = core.state  # version 0, as it was recorded
-                self._gathered = self._algorithm.new_accumulator(self._state)
+                self._state = core.state  # version 0 from the record
+                self._accumulator = self._algorithm.new_accumulator(self._state)
             if isinstance(event, Inbound):
                 began = event.at if began is None else began
                 if event.message.kind == "score":
                     self._score(event, open_points)
-            if not finishing:  # what comes after the last version counts for neither
-                self._take(step, committed=core.version > version)
+            if not finishing:  # results after the last version count in neither
+                self._count(step, committed=core.version > version)
                 used = core.state_snapshot()["counts"].used
             version, finishing = core.version, bool(core.state_snapshot()["finishing"])
             for action in step.actions:
                 if isinstance(action, PostMessage) and action.message.kind == "task":
                     client = action.message.body["client"]
-                    self._born[action.message.id] = self._version, client
+                    self._sent[action.message.id] = self._version, client
                 elif isinstance(action, PostMessage) and action.message.kind == "evaluate":
                     task = Task(self._version, self._algorithm.evaluation_task(self._state))
                     metrics = self._algorithm.evaluate(task, self._setup.problem, device)
@@ -175,35 +174,37 @@ class WhatIf:
             point.recorded = metrics
 
     def _scored(self, points: dict[str, ComparedPoint]) -> Iterator[ComparedPoint]:
-        """Take out the points, from the oldest on, whose scores have come."""
+        """Remove and yield the oldest points, as long as they have scores."""
         while points and (first := next(iter(points))) in points and points[first].recorded:
             yield points.pop(first)
 
-    def _take(self, step: ReplayStep, *, committed: bool) -> None:
-        """Count the results that the recorded run was done with in this step."""
+    def _count(self, step: ReplayStep, *, committed: bool) -> None:
+        """Count the results that the recorded run handled in this step."""
         if isinstance(step.event, Inbound) and step.event.message.kind == "result":
-            self._waiting[step.event.seq] = step.event
+            self._deferred[step.event.seq] = step.event
         for action in step.actions:
             match action:
-                case Handled(seq, refused, code) if seq in self._waiting:
-                    event = self._waiting.pop(seq)
+                case Handled(seq, refused, code) if seq in self._deferred:
+                    event = self._deferred.pop(seq)
                     if not refused or code in _STALE:
-                        self._absorb(event)
+                        self._add(event)
         if self._schedule.ordered and committed and self._results:
-            self._commit()  # when a round closes, its cohort decides
+            self._commit()  # both settings close a round together
 
-    def _absorb(self, event: Inbound) -> None:
+    def _add(self, event: Inbound) -> None:
         message = event.message
-        born, client = self._born[message.re or ""]
-        staleness = self._version - born
+        sent, client = self._sent[message.re or ""]
+        staleness = self._version - sent
         try:
             weight = self._schedule.weight(examples_of(numbers_of(message)), staleness)
             if weight is None:
                 return
             result = Result(client, staleness, unpack(message, event.read))
-            self._gathered = self._algorithm.accumulate(self._gathered, self._state, result, weight)
+            self._accumulator = self._algorithm.accumulate(
+                self._accumulator, self._state, result, weight
+            )
         except (ResultError, CodecError):
-            return  # under no rule can it be used
+            return  # no settings make it usable
         self._weights += weight
         self._results += 1
         self._used += 1
@@ -216,7 +217,7 @@ class WhatIf:
 
     def _commit(self) -> None:
         divisor = self._schedule.divisor(self._weights, self._results)
-        self._state = self._algorithm.commit(self._state, self._gathered, divisor)
+        self._state = self._algorithm.commit(self._state, self._accumulator, divisor)
         self._version += 1
-        self._gathered = self._algorithm.new_accumulator(self._state)
+        self._accumulator = self._algorithm.new_accumulator(self._state)
         self._weights, self._results = 0.0, 0

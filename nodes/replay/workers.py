@@ -1,9 +1,8 @@
-"""A worker's tasks, trained again from their recorded inputs and held against its results.
+"""Train a worker's recorded tasks again and compare the results with the record.
 
-All that a task's result depends on is in the ledger and the configuration: the task, the
-client's data, seeds derived from their names. What a client keeps from task to task follows
-from its tasks in their order, whichever nodes had them. On the same kind of device the result
-has the same bytes.
+A result depends only on the ledger and the configuration: the task, the client's data, and seeds
+derived from names. A client's local state follows from its earlier tasks, on whichever nodes. On
+the same kind of device, the result has the same bytes.
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ from fedmq.nodes.worker.core import Evaluate, SaveClientState, Saved, Train, Wor
 from fedmq.nodes.worker.training import carry_out
 
 _HONEST = frozenset({"body.elapsed_s", "body.device", "body.after", "body.version_0"})
-"""What differs between two trainings of one task, and what a node says of where it started."""
+"""Fields that differ between two trainings of a task: times, device, and the starting state."""
 
 
 @dataclass(frozen=True)
@@ -49,9 +48,11 @@ class Retrained:
     """One task, trained or evaluated again.
 
     task, result: numbers of both messages.
-    differences: what is not as it was recorded; empty if nothing. On another kind of device, and
-        in traces of fedmq 0.1.0, numbers within the tolerance are not among them.
-    apart: how far those lie apart, relatively; None where the bytes have to be equal.
+    message: the recorded result.
+    seconds: duration of the training.
+    differences: from the record. On another kind of device, and in traces of fedmq 0.1.0, only
+        those beyond the tolerance.
+    distance: relative distance of the values; None if the bytes must be equal.
     """
 
     task: int
@@ -59,24 +60,24 @@ class Retrained:
     message: Message
     seconds: float
     differences: list[Difference]
-    apart: float | None = None
+    distance: float | None = None
 
     @property
-    def same(self) -> bool:
-        """Tell whether the result is what was recorded, as far as the device allows."""
+    def matches(self) -> bool:
+        """Return whether the result matches the record, as far as the device allows."""
         return not self.differences
 
 
 class Retraining:
     """A worker (or the evaluator) of a recorded run.
 
-    Where a client came to this node from another one, or went to another and came back, the
-    tasks that its state follows from are trained too, and not shown.
+    If a client's local state depends on tasks that other nodes trained, those are trained, too,
+    but not yielded.
 
     Args:
         trace: of the run.
-        setup: what is learned, and how.
-        node: its name.
+        setup: of the run.
+        node: name of the worker.
 
     Raises:
         LedgerError: no such node has answered a task in this run.
@@ -85,52 +86,52 @@ class Retraining:
     def __init__(self, trace: Trace, setup: Setup, node: str) -> None:
         self._trace, self._node = trace, node
         self._computed = computed_by(trace)
-        # A result that is in the record was not dropped, whoever posted it in the end.
+        # The recorded results were not dropped.
         undisturbed = {"slowdown": 1.0, "drop": 0.0, "nodes": {}}
         worker = setup.config.worker.model_copy(update=undisturbed)
         config = setup.config.model_copy(update={"worker": worker})
         self._setup = dataclasses.replace(setup, config=config)
         self._device = choose_device(setup.config.worker.device)
         self._histories = read_histories(trace)
-        self._mine = self._histories.of(node)
+        self._own = self._histories.of(node)
 
-    def all(self) -> Iterator[Retrained]:
-        """Train every task that has a result, in order."""
-        yield from self._train(self._mine)
+    def train_all(self) -> Iterator[Retrained]:
+        """Train all tasks that have a result, in order."""
+        yield from self._train(self._own)
 
-    def one(self, name: str) -> Retrained:
-        """Train one task; those before it as well, if the client keeps something from them.
+    def train_one(self, task: str) -> Retrained:
+        """Train one task, after those that its client's local state depends on.
 
         Raises:
             LedgerError: the worker has no result of this task.
         """
         answers = self._histories.answers
-        mine = {answers[index].task: index for index in self._mine}
-        if name not in mine:
-            some = ", ".join(list(mine)[:5])
+        own = {answers[index].task: index for index in self._own}
+        if task not in own:
+            some = ", ".join(list(own)[:5])
             raise LedgerError(
-                f"--task: expected a task that {self._node} has a result of ({some}, ...), "
-                f"got {name!r}"
+                f"--task: expected a task with a result from {self._node} ({some}, ...), "
+                f"got {task!r}"
             )
-        [found] = self._train([mine[name]])
+        [found] = self._train([own[task]])
         return found
 
     def _train(self, wanted: Sequence[int]) -> Iterator[Retrained]:
-        """Train the tasks of these answers, from the states that they started from."""
+        """Train the tasks of these answers from the local states that they started from."""
         answers, shown = self._histories.answers, set(wanted)
-        needed = self._histories.behind(wanted)
+        needed = self._histories.with_predecessors(wanted)
         last_use = last_uses(answers, needed)
         states: dict[int, SavedClientState | None] = {}
-        keeps_nothing: set[int | None] = set()
+        stateless: set[int | None] = set()
         for index in needed:
             answer = answers[index]
-            if index not in shown and answer.client in keeps_nothing:
+            if index not in shown and answer.client in stateless:
                 continue
             began = time.perf_counter()
             before = states.get(answer.start) if answer.start is not None else None
-            post, state = self._again(answer, before)
-            if state is None and not answer.says and post.message.kind == "result":
-                keeps_nothing.add(answer.client)
+            post, state = self._answer_again(answer, before)
+            if state is None and not answer.start_recorded and post.message.kind == "result":
+                stateless.add(answer.client)
             if index in last_use:
                 states[index] = state
             if answer.start is not None and last_use.get(answer.start) == index:
@@ -139,18 +140,15 @@ class Retraining:
                 seconds = time.perf_counter() - began
                 yield self._compare(answer.seq, answer.result, post, seconds)
 
-    def _again(
+    def _answer_again(
         self, answer: Answer, before: SavedClientState | None
     ) -> tuple[PostMessage, SavedClientState | None]:
-        """Give a worker's core a task and carry out what it asks for.
-
-        Return its answer, and what the client keeps.
-        """
-        kept = ClientStateStore()
+        """Run a worker's core on a task; return its answer and the client's new local state."""
+        store = ClientStateStore()
         if before is not None and answer.client is not None:
-            kept.put(answer.client, before)
+            store.put(answer.client, before)
         core = Worker(
-            self._setup, self._trace.run, answer.node, self._histories.clients[answer.node], kept
+            self._setup, self._trace.run, answer.node, self._histories.clients[answer.node], store
         )
         task = inbound(self._trace, accepted_entry(self._trace, answer.seq))
         actions = list(core.handle(task))
@@ -165,7 +163,7 @@ class Retraining:
                 case PostMessage() as post:
                     pass
         if post is None:
-            raise LedgerError(f"task {answer.task} cannot be read by a worker")
+            raise LedgerError(f"task {answer.task}: expected an answer of the worker, got none")
         return post, after
 
     def _compare(self, task: int, seq: int, answer: PostMessage, seconds: float) -> Retrained:
@@ -179,34 +177,34 @@ class Retraining:
             found, distance = near_differences(recorded, replayed, ignore=_HONEST, overall=True)
             return Retrained(task, seq, message, seconds, found, distance * TOLERANCE)
         found = differences(recorded, replayed, names=NAMES, ignore=_HONEST)
-        apart = None
+        relative = None
         device = message.body.get("device")
         if found and device and device != answer.message.body["device"]:
-            apart = _distance(message, read, answer)
-            if apart <= TOLERANCE:
+            relative = _distance(message, read, answer)
+            if relative <= TOLERANCE:
                 found = [each for each in found if not depends_on_device(each)]
-        return Retrained(task, seq, message, seconds, found, apart)
+        return Retrained(task, seq, message, seconds, found, relative)
 
 
 def depends_on_device(difference: Difference) -> bool:
-    """Tell whether another kind of device may make this difference, if it is a small one.
+    """Return whether rounding on another kind of device may cause a small difference of this kind.
 
-    Rounding changes the values of tensors and metrics, and the sign of a zero. It changes no
-    integers, adds or removes nothing, and gives no tensor another shape.
+    Rounding changes values of tensors and metrics, and the sign of zero; not integers, shapes or
+    names.
     """
     match difference:
         case Difference(kind=DifferenceKind.VALUES, gap=Gap(rounded=rounded)):
             return rounded
         case Difference(kind=DifferenceKind.ENCODING):
             return True
-        case Difference(kind=DifferenceKind.FIELD, place=Field() as place, operands=sides):
-            return place.is_under("body", "metrics") and all(map(is_number, sides))
+        case Difference(kind=DifferenceKind.FIELD, place=Field() as place, operands=operands):
+            return place.is_under("body", "metrics") and all(map(is_number, operands))
         case _:
             return False
 
 
 def _distance(message: Message, read: Callable[[int], Buffer], answer: PostMessage) -> float:
-    """Return how far the computed numbers of two answers lie apart; infinity: not comparable."""
+    """Return the distance of two answers' computed values; infinity if they cannot be compared."""
     if message.kind == "score":
         ours, theirs = message.body.get("metrics"), answer.message.body["metrics"]
         if not isinstance(ours, dict) or ours.keys() != theirs.keys():

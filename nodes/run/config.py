@@ -22,7 +22,7 @@ from fedmq.broker.wire.addresses import name_fault
 from fedmq.nodes.errors import ConfigError
 from fedmq.nodes.process.exception_text import reason_of
 from fedmq.nodes.run.numbers import check_finite, check_types
-from fedmq.nodes.run.toml import parse_toml, read_toml
+from fedmq.nodes.run.toml import parse_toml, read_toml, rename_key, rename_keys
 
 DEFAULT: Mapping[str, Mapping[str, Any]] = {
     "problem": {"name": "mnist-mini"},
@@ -128,7 +128,7 @@ class BrokerTable(_Table):
     """``[broker]``.
 
     lease_s: a node that has been silent for this long has left.
-    beat_s: a node with nothing to say says so this often.
+    heartbeat_s: seconds between heartbeats of a node that sends nothing else.
     bind: where the broker of a local cluster listens; port 0 is any free one.
     durability: what an acknowledged message survives: ``process``, a crash of the broker;
         ``power``, a power failure (slower: one sync per batch).
@@ -142,7 +142,7 @@ class BrokerTable(_Table):
     """
 
     lease_s: Annotated[float, Field(gt=0, le=_LONGEST_S)] = 10.0
-    beat_s: Annotated[float, Field(gt=0, le=_LONGEST_S)] = 1.0
+    heartbeat_s: Annotated[float, Field(gt=0, le=_LONGEST_S)] = 1.0
     bind: str = "tcp://127.0.0.1:0"
     durability: Literal["process", "power"] = "process"
     retain: Annotated[
@@ -154,7 +154,7 @@ class BrokerTable(_Table):
 
     def settings(self) -> BrokerSettings:
         """Return how patient the broker is to be."""
-        return BrokerSettings(self.lease_s, self.beat_s, self.deliveries)
+        return BrokerSettings(self.lease_s, self.heartbeat_s, self.deliveries)
 
     def ledger_settings(self) -> LedgerSettings:
         """Return the ledger's durability and retention."""
@@ -194,8 +194,13 @@ class Config(_Table):
         return tomli_w.dumps(_without_none(self.model_dump()))
 
 
-def load(path: Path | None, settings: Sequence[str] = ()) -> Config:
+def load(path: Path | None, settings: Sequence[str] = (), *, recorded: bool = False) -> Config:
     """Read a configuration file (or the defaults) and apply ``key=value`` settings.
+
+    Args:
+        path: of the file.
+        settings: each of them overrides a key.
+        recorded: a run wrote the file: no notice asks anybody to rename its keys.
 
     Raises:
         ConfigError: the file cannot be read, or a key or value is wrong.
@@ -203,7 +208,7 @@ def load(path: Path | None, settings: Sequence[str] = ()) -> Config:
     given: dict[str, Any] = {}
     if path is not None:
         try:
-            given = read_toml(path)
+            given = rename_keys(read_toml(path), notice=not recorded)
         except OSError as error:
             raise ConfigError(f"cannot read {path}: {reason_of(error)}") from None
     for setting in settings:
@@ -219,7 +224,7 @@ def parse(text: str) -> Config:
     Raises:
         ConfigError: the text is no valid configuration.
     """
-    return _checked(parse_toml(text, "the configuration"))
+    return _checked(rename_keys(parse_toml(text, "the configuration"), notice=False))
 
 
 def changed(config: Config, settings: Sequence[str]) -> Config:
@@ -245,14 +250,15 @@ def build(given: Mapping[str, Any]) -> Config:
     Raises:
         ConfigError: names the key, the expected value and the given one.
     """
+    given = rename_keys(given, notice=True)
     check_finite(given)
     config = _checked(given)
     if isinstance(config.broker.retain, float) and config.broker.retain < LEAST_RETAIN_BYTES:
         raise ConfigError(f"broker.retain: expected {_RETAIN}, got {config.broker.retain:g}")
-    lease, beat = config.broker.lease_s, config.broker.beat_s
-    if lease < beat:
+    lease, heartbeat = config.broker.lease_s, config.broker.heartbeat_s
+    if lease < heartbeat:
         raise ConfigError(
-            f"broker.lease_s: expected at least broker.beat_s, {beat:g}, got {lease:g}"
+            f"broker.lease_s: expected at least broker.heartbeat_s, {heartbeat:g}, got {lease:g}"
         )
     if config.run.id and (fault := name_fault(config.run.id)):
         raise ConfigError(f"run.id: {fault}")
@@ -319,7 +325,7 @@ def _is_code(problem: str) -> bool:
 
 def _apply(given: dict[str, Any], setting: str) -> None:
     key, equals, text = setting.partition("=")
-    parts = key.strip().split(".")
+    parts = rename_key(key.strip()).split(".")
     if not equals or len(parts) < 2 or not all(parts):
         raise ConfigError(f"--set {setting}: expected table.key=value, such as run.seed=1")
     table = given

@@ -1,13 +1,21 @@
-"""Reading TOML: errors say which file, which line, and what stands there."""
+"""Reading TOML: errors give file, line and value; keys with an old name get the new one."""
 
 from __future__ import annotations
 
+import functools
 import re
 import tomllib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import click
+
 from fedmq.nodes.errors import ConfigError
+from fedmq.nodes.process.terminal import renaming_notice
+
+RENAMED_KEYS: Mapping[str, str] = {"broker.beat_s": "broker.heartbeat_s"}
+"""New names of keys by their names in the last release, which work for one release more."""
 
 _UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")  # byte order marks, little and big endian
 _MANY_DOTS = re.compile(r"(?:\.[^.\n]*){200}")
@@ -65,3 +73,41 @@ def _described(error: str, text: str) -> str:
         name = ".".join(part.strip(" '\"") for part in table[1].split(","))
         reason = f"duplicate table [{name:.100}]"
     return f"line {number}: {reason}"
+
+
+def rename_keys(given: Mapping[str, Any], *, notice: bool) -> dict[str, Any]:
+    """Return a configuration with every key under its new name.
+
+    Args:
+        given: tables of keys.
+        notice: print a line for each old name.
+
+    Raises:
+        ConfigError: a key is there under both names.
+    """
+    tables = dict(given)
+    for old, new in RENAMED_KEYS.items():
+        table, key = old.split(".")
+        values = tables.get(table)
+        if not isinstance(values, dict) or key not in values:
+            continue
+        new_key = new.split(".")[1]
+        if new_key in values:
+            raise ConfigError(f"{old} is the old name of {new}: expected one of them, got both")
+        tables[table] = {new_key if name == key else name: each for name, each in values.items()}
+        if notice:
+            _print_notice(old)
+    return tables
+
+
+def rename_key(key: str) -> str:
+    """Return the new name of a key such as ``broker.lease_s``; print a line if it has one."""
+    if key not in RENAMED_KEYS:
+        return key
+    _print_notice(key)
+    return RENAMED_KEYS[key]
+
+
+@functools.cache  # prints once in a process, which may read one configuration twice
+def _print_notice(old: str) -> None:
+    click.echo(renaming_notice(old, RENAMED_KEYS[old]), err=True)

@@ -1,1 +1,1 @@
-"""Looking at a recorded run: `fedmq trace`."""
+"""`fedmq trace`: list, show, count, compare and export what a ledger recorded."""

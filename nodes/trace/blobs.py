@@ -1,4 +1,4 @@
-"""Reading all payload of a ledger: is every byte of it what was written?"""
+"""Read all payload of a ledger and check that it is intact."""
 
 from __future__ import annotations
 
@@ -21,58 +21,58 @@ from fedmq.nodes.process.terminal import count, plain, plural
 
 @dataclass
 class StoredBlobs:
-    """What the payload segments hold of a run.
+    """The chunks of one run in the payload segments.
 
-    damage: of each segment that cannot be read to its end.
-    torn: tails that are no whole records: (segment, offset, bytes).
-    complete: no segment is missing; a retention policy deletes the oldest.
+    damage: errors, one for each segment that cannot be read to its end.
+    torn: incomplete last records: (segment, offset, bytes).
+    complete: whether no segment is missing; a retention policy deletes the oldest.
     """
 
-    pieces: int = 0
+    chunks: int = 0
     nbytes: int = 0
     damage: list[LedgerError] = field(default_factory=list)
     torn: list[TornTail] = field(default_factory=list)
     complete: bool = True
     _blobs: dict[tuple[str, bytes], tuple[int, int]] = field(default_factory=dict)
-    """Of each blob, by owner and digest: its size, and how much of it is here."""
+    """Size and stored bytes of each blob, by owner and digest."""
 
-    def add(self, piece: ChunkRecord, length: int) -> None:
-        """Take one more piece; pieces of a blob come in order."""
-        self.pieces += 1
+    def add(self, chunk: ChunkRecord, length: int) -> None:
+        """Add the next chunk; the chunks of a blob come in order."""
+        self.chunks += 1
         self.nbytes += length
-        name = (piece.owner, piece.digest)
+        name = (chunk.owner, chunk.digest)
         _, end = self._blobs.get(name, (0, 0))
-        if piece.size and not length:
-            self._blobs.pop(name, None)  # it takes back all before it
-        elif piece.start == end:
-            self._blobs[name] = (piece.size, end + length)
+        if chunk.size and not length:
+            self._blobs.pop(name, None)  # an empty chunk discards the earlier ones
+        elif chunk.start == end:
+            self._blobs[name] = (chunk.size, end + length)
 
     def missing(self, names: Iterable[tuple[str, bytes]]) -> int:
-        """Return how many of these blobs, by owner and digest, are not here as a whole."""
+        """Return how many of these blobs, by owner and digest, are not stored completely."""
         found = (self._blobs.get(name) for name in names)
         return sum(each is None or each[1] < each[0] for each in found)
 
     def is_damaged(self, missing: int) -> bool:
-        """Tell whether something is not as it was written, besides a torn tail."""
+        """Return whether payload is damaged or lost; an incomplete last record is neither."""
         return bool(self.damage) or (missing > 0 and self.complete)
 
     def lines(self, missing: int) -> Iterator[str]:
-        """Yield what there is to say; ``missing``: blobs that were named and are not here."""
-        sound = "" if self.damage or missing else ", all whole"
-        yield f"payload: {plural(self.pieces, 'piece')}, {count(self.nbytes)} bytes{sound}"
+        """Yield the lines of the report; ``missing``: blobs of messages that are not stored."""
+        intact = "" if self.damage or missing else ", all intact"
+        yield f"payload: {plural(self.chunks, 'chunk')}, {count(self.nbytes)} bytes{intact}"
         for error in self.damage:
-            yield f"  damaged: {plain(error)}; what lies before in this segment is whole"
+            yield f"  damaged: {plain(error)}; earlier chunks of this segment are intact"
         for segment, offset, size in self.torn:
-            yield f"  torn tail: {size} bytes are no whole record (at {segment}, byte {offset})"
+            yield f"  incomplete last record: {size} bytes (at {segment}, byte {offset})"
         if missing:
-            why = "lost" if self.complete else "not kept, or lost"
+            why = "lost" if self.complete else "deleted by the retention policy, or lost"
             yield f"  {plural(missing, 'blob')} of accepted messages: {why}"
 
 
 def read_payload(trace: Trace) -> StoredBlobs:
-    """Read all payload, in all segments: damage in one does not hide the others.
+    """Read all payload segments, also those after a damaged one.
 
-    What belongs to other runs is checked too, but not counted.
+    Payload of other runs is checked, too, but not counted.
     """
     numbers = segment_numbers(trace.folder, PAYLOAD)
     found = StoredBlobs(complete=numbers == list(range(len(numbers))))
@@ -81,10 +81,10 @@ def read_payload(trace: Trace) -> StoredBlobs:
         end = len(MAGIC)
         try:
             for record in scan(path):
-                piece = decode_chunk(record, path)
+                chunk = decode_chunk(record, path)
                 end = record.end
-                if piece.run == trace.run:
-                    found.add(piece, record.data_length)
+                if chunk.run == trace.run:
+                    found.add(chunk, record.data_length)
         except LedgerError as error:
             found.damage.append(error)
             continue

@@ -1,4 +1,4 @@
-"""``fedmq trace diff``: where two runs part, in order and in content."""
+"""``fedmq trace diff``: the first difference of two runs, in order and in content."""
 
 from __future__ import annotations
 
@@ -23,10 +23,11 @@ from fedmq.nodes.trace.outcomes import before_damage
 
 @dataclass(frozen=True)
 class NumberedMessage:
-    """A message of a run: its entry, and a key that is the same for the same one of another.
+    """A message of a run, with a key that is equal for the same message of another run.
 
-    That is who said it and its id. The broker makes its ids from numbers in the ledger, so
-    of its messages it is what they are about, and how many of these there were before.
+    seq: number of its entry.
+    key: hash of its sender and id. The broker's ids contain entry numbers, so for its messages,
+        hash of the content and of how many equal ones came before.
     """
 
     seq: int
@@ -36,8 +37,8 @@ class NumberedMessage:
     def __str__(self) -> str:
         message = self.message
         about = "" if message.sender == BROKER else f" {word(message.id)}"
-        told = [str(message.body[name]) for name in ("node", "token") if name in message.body]
-        more = f" ({plain(', '.join(told))})" if message.sender == BROKER and told else ""
+        subject = [str(message.body[name]) for name in ("node", "token") if name in message.body]
+        more = f" ({plain(', '.join(subject))})" if message.sender == BROKER and subject else ""
         what = f"{word(message.kind)}{about}{more}"
         return f"{what}, {word(message.sender)} -> {word(message.to)}"
 
@@ -50,8 +51,8 @@ def messages(trace: Trace) -> Iterator[NumberedMessage]:
             message = entry.read()
             parts = [message.sender, message.id]
             if message.sender == BROKER:
-                told = (message.body.get(name) for name in ("node", "token"))
-                parts = [BROKER, message.kind, message.to, message.re or "", *map(repr, told)]
+                subject = (message.body.get(name) for name in ("node", "token"))
+                parts = [BROKER, message.kind, message.to, message.re or "", *map(repr, subject)]
             key = xxhash.xxh3_64_intdigest(msgspec.msgpack.encode(parts))
             if message.sender == BROKER:
                 before[key] += 1
@@ -61,29 +62,31 @@ def messages(trace: Trace) -> Iterator[NumberedMessage]:
 
 @dataclass
 class Comparison:
-    """How two runs compare, message by message, besides what honest runs differ in.
+    """Differences of two runs A and B, except in fields that always differ (`HONEST`).
 
-    models: up to which version the models of both are the same to the bit, and the first
-        version in which they are not, or None.
-    parting: the first message of each, counted from 0, that is not the same one; and where
-        the message of A stands in B, or None.
-    content: the first message that both have with other content, its number in B, and in
-        what they differ. If that is the configuration, the first after it too.
+    counts: messages of A and of B.
+    common: messages that both have.
+    models: the last version up to which both models are equal to the bit; the first version
+        in which they differ, or None.
+    order: where the order first differs: the position, counted from 0; the message of A and of B
+        there, None at an end; and the entry of A's message in B, or None.
+    content: the first common message with different content, its entry in B, and the
+        differences. If it is the configuration, then also the first one after it.
     """
 
     counts: tuple[int, int] = (0, 0)
     common: int = 0
     models: tuple[int, int | None] = (0, None)
-    parting: tuple[int, NumberedMessage | None, NumberedMessage | None, int | None] | None = None
+    order: tuple[int, NumberedMessage | None, NumberedMessage | None, int | None] | None = None
     content: list[tuple[NumberedMessage, int, list[Difference]]] = field(default_factory=list)
 
     @property
     def equal(self) -> bool:
-        """Tell whether there is nothing to say."""
-        return self.parting is None and not self.content
+        """Return whether no difference was found."""
+        return self.order is None and not self.content
 
     def lines(self) -> Iterator[str]:
-        """Yield what there is to say."""
+        """Yield the lines of the report."""
         if self.equal:
             yield f"{plural(self.common, 'message')}, all equal"
             return
@@ -92,49 +95,50 @@ class Comparison:
             f"{count(self.common)} in both"
         )
         yield ""
-        if self.parting is None:
-            yield "order: the same"
+        if self.order is None:
+            yield "order: equal"
         else:
-            yield from self._parting(*self.parting)
+            yield from self._order(*self.order)
         yield ""
         yield from self._models(*self.models)
         yield ""
         if not self.content:
-            yield "content: every message that both have is the same"
-        for (found, theirs, said), which in zip(self.content, ("first", "next"), strict=False):
+            yield "content: all common messages are equal"
+        for (found, theirs, differing), which in zip(self.content, ("first", "next"), strict=False):
             yield f"content: the {which} difference is in entry {found.seq} of A, {theirs} of B"
             yield f"  {found}"
-            yield from (f"  {each}" for each in said)
+            yield from (f"  {each}" for each in differing)
 
     def _models(self, same: int, other: int | None) -> Iterator[str]:
         if other is not None:
-            upto = f"the same up to version {same}, " if same else ""
-            yield f"model: {upto}another in version {other}"
+            equal = f"equal up to version {same}, " if same else ""
+            yield f"model: {equal}different in version {other}"
         elif same:
-            yield f"model: the same in every version that both have, up to {same}"
+            yield f"model: equal in all common versions, up to {same}"
         else:
-            yield "model: there is no version that both have"
+            yield "model: no common version"
 
-    def _parting(
+    def _order(
         self,
         index: int,
         ours: NumberedMessage | None,
         theirs: NumberedMessage | None,
         there: int | None,
     ) -> Iterator[str]:
-        yield f"order: they part after {plural(index, 'message')}; then comes"
+        yield f"order: equal for {plural(index, 'message')}, then"
         for name, each in (("A", ours), ("B", theirs)):
-            yield f"  {name}  " + ("nothing more" if each is None else f"entry {each.seq}: {each}")
+            yield f"  {name}  " + ("ends" if each is None else f"entry {each.seq}: {each}")
         if ours is not None:
-            yield "  A's is not in B" if there is None else f"  A's stands in B as entry {there}"
+            where = "is not in B" if there is None else f"is entry {there} in B"
+            yield f"  A's message {where}"
 
 
 def compare(a: Trace, b: Trace) -> Comparison:
-    """Compare two runs, each read once as a whole and once more beside the other."""
-    places: dict[int, int] = {}
+    """Compare two runs; read B once to index it, then both side by side."""
+    entries: dict[int, int] = {}
     models: dict[int, str] = {}
     for each in messages(b):
-        places[each.key] = each.seq
+        entries[each.key] = each.seq
         models.update(_model_of(each.message))
     found = Comparison()
     totals = [0, 0]
@@ -142,9 +146,9 @@ def compare(a: Trace, b: Trace) -> Comparison:
     for index, (ours, theirs) in enumerate(pairs):
         totals[0] += ours is not None
         totals[1] += theirs is not None
-        there = places.get(ours.key) if ours is not None else None
-        if found.parting is None and (ours and ours.key) != (theirs and theirs.key):
-            found.parting = (index, ours, theirs, there)
+        there = entries.get(ours.key) if ours is not None else None
+        if found.order is None and (ours and ours.key) != (theirs and theirs.key):
+            found.order = (index, ours, theirs, there)
         for version, model in _model_of(ours.message) if ours is not None else ():
             same, other = found.models
             if other is None and version in models:
@@ -153,11 +157,11 @@ def compare(a: Trace, b: Trace) -> Comparison:
         if ours is not None and there is not None:
             found.common += 1
             if not found.content or (len(found.content) == 1 and _is_config(found)):
-                # Runs that agree in order are read side by side, and nothing is looked up.
+                # In equal order, B's message has already been read.
                 same = theirs is not None and theirs.key == ours.key
                 message = theirs.message if same and theirs is not None else _message(b, there)
-                said = differences(_side(a, ours.message), _side(b, message))
-                found.content += [(ours, there, said)] if said else []
+                differing = differences(_operand(a, ours.message), _operand(b, message))
+                found.content += [(ours, there, differing)] if differing else []
     found.counts = (totals[0], totals[1])
     return found
 
@@ -167,7 +171,7 @@ def _is_config(found: Comparison) -> bool:
 
 
 def _model_of(message: Message) -> Iterator[tuple[int, str]]:
-    """Yield the version that a message commits, if it does, and the digest of its model."""
+    """Yield the version that a message commits, if any, and the digest of its model."""
     match message:
         case Message(kind="version", body={"version": int(version), "model_digest": str(model)}):
             yield version, model
@@ -176,9 +180,9 @@ def _model_of(message: Message) -> Iterator[tuple[int, str]]:
 def _message(trace: Trace, seq: int) -> Message:
     entry = trace.entry(seq)
     if not isinstance(entry, Accepted):
-        raise TypeError(f"entry {seq} was a message when it was first read")
+        raise TypeError(f"expected a message in entry {seq}, which was one when it was indexed")
     return entry.read()
 
 
-def _side(trace: Trace, message: Message) -> Operand:
+def _operand(trace: Trace, message: Message) -> Operand:
     return Operand(message, functools.partial(trace.blob, message))

@@ -1,4 +1,4 @@
-"""In what two messages differ: which field, and which tensor by how much."""
+"""Compare two messages: which fields and tensors differ, and by how much."""
 
 from __future__ import annotations
 
@@ -33,29 +33,30 @@ HONEST = frozenset(
     {
         "run",
         "body.config.run.id",
-        # Of a node's session, drawn anew at each start.
+        # Random for each session of a node.
         "body.session",
         "body.key",
         # Times.
         "body.elapsed_s",
         "fold.at",
-        # Numbers in the ledger: they shift with every entry that came sooner or later.
+        # Entry numbers: other runs have other numbers.
         "body.position",
         "body.interrupted",
         "fold.position",
     }
 )
-"""Fields in which honest runs of one configuration differ.
+"""Fields that differ between correct runs of one configuration.
 
-``body.device`` is none of them: it is why a worker's numbers differ.
+``body.device`` is not one of them: it explains why a worker's numbers differ.
 """
 
 _MAX_FOLD = 16 << 20
+_NO_MAP = "not a msgpack map"
 
 
 @dataclass(frozen=True)
 class Operand:
-    """One of two messages. ``read`` returns the bytes of its blobs, by index."""
+    """One of two messages; ``read`` returns the bytes of a blob by its index."""
 
     message: Message
     read: Read
@@ -64,15 +65,15 @@ class Operand:
 def differences(
     a: Operand, b: Operand, *, names: tuple[str, str] = ("A", "B"), ignore: frozenset[str] = HONEST
 ) -> list[Difference]:
-    """Return all that differs between two messages; nothing if they are equal.
+    """Return all differences between two messages.
 
     Blobs are read and decoded only where their digests differ. NaN equals NaN.
 
     Args:
         a: one message.
         b: the other.
-        names: of the two sides.
-        ignore: paths of fields that may differ: ``run``, ``body.elapsed_s``, ``fold.at``.
+        names: of the two operands, for people.
+        ignore: paths of fields that may differ, such as ``body.elapsed_s``.
     """
     return list(_Differ(a, b, names, ignore).all())
 
@@ -89,7 +90,7 @@ class _Differ:
         a, b = self._a.message, self._b.message
         for name in ("kind", "id", "run", "sender", "to", "re"):
             if name == "id" and a.sender == b.sender == BROKER:
-                continue  # made from its number in the ledger
+                continue  # it contains the entry number
             yield from self._values((name,), getattr(a, name), getattr(b, name))
         try:
             (ours, rest_a), (theirs, rest_b) = groups_of(a), groups_of(b)
@@ -105,10 +106,10 @@ class _Differ:
         self,
         kind: DifferenceKind,
         place: Field | InGroup | InBlob,
-        sides: tuple[Any, Any],
+        operands: tuple[Any, Any],
         gap: Gap | None = None,
     ) -> Difference:
-        return Difference(kind, place, sides, self._names, gap)
+        return Difference(kind, place, operands, self._names, gap)
 
     # ---- fields
 
@@ -147,9 +148,9 @@ class _Differ:
     def _group(self, name: str, a: Group, b: Group) -> Iterator[Difference]:
         digests = _digests(a), _digests(b)
         decoded: list[dict[str, Tensor]] = []
-        for index, (side, group) in enumerate(zip((self._a, self._b), (a, b), strict=True)):
+        for index, (operand, group) in enumerate(zip((self._a, self._b), (a, b), strict=True)):
             try:
-                decoded.append(group.decode(side.read))
+                decoded.append(group.decode(operand.read))
             except (CodecError, LedgerError) as error:
                 yield self._differ(DifferenceKind.BYTES, InGroup(name), digests)
                 reason = _on(index, plain(error))
@@ -169,14 +170,14 @@ class _Differ:
 
     def _tensor(self, place: InGroup, a: Tensor | None, b: Tensor | None) -> Iterator[Difference]:
         if a is None or b is None:
-            sides = tuple(ABSENT if each is None else form_of(each) for each in (a, b))
-            yield self._differ(DifferenceKind.MISSING, place, (sides[0], sides[1]))
+            forms = tuple(ABSENT if each is None else form_of(each) for each in (a, b))
+            yield self._differ(DifferenceKind.MISSING, place, (forms[0], forms[1]))
         elif (a.dtype, a.shape) != (b.dtype, b.shape):
             yield self._differ(DifferenceKind.FORM, place, (form_of(a), form_of(b)))
         elif (gap := gap_between(a, b)) is not None:
             yield self._differ(DifferenceKind.VALUES, place, (form_of(a), form_of(b)), gap)
 
-    # ---- blobs that are no tensors
+    # ---- other blobs
 
     def _blobs(self, first_a: int, first_b: int) -> Iterator[Difference]:
         ours, theirs = self._a.message.blobs[first_a:], self._b.message.blobs[first_b:]
@@ -187,22 +188,22 @@ class _Differ:
             if a == b:
                 continue
             folds = [
-                fold_of(side, first + index)
-                for side, first in ((self._a, first_a), (self._b, first_b))
+                fold_of(operand, first + index)
+                for operand, first in ((self._a, first_a), (self._b, first_b))
             ]
             if isinstance(folds[0], Mapping) and isinstance(folds[1], Mapping):
                 yield from self._values(("fold",), *folds)
                 continue
             place = InBlob(first_a + index)
-            sides = [f"{each.size} bytes {each.digest.hex()}" for each in (a, b)]
-            yield self._differ(DifferenceKind.BYTES, place, (sides[0], sides[1]))
+            texts = [f"{each.size} bytes {each.digest.hex()}" for each in (a, b)]
+            yield self._differ(DifferenceKind.BYTES, place, (texts[0], texts[1]))
             for which, fold in enumerate(folds):
                 if isinstance(fold, str):
                     yield self._differ(DifferenceKind.UNDECODABLE, place, _on(which, fold))
 
 
 def gap_between(a: Tensor, b: Tensor) -> Gap | None:
-    """Return by how much two tensors of one shape and dtype differ; None if they do not."""
+    """Return the difference of two tensors of equal shape and dtype; None if they are equal."""
     where = ~((a == b) | (a.isnan() & b.isnan()))
     differing = int(where.sum())
     if not differing:
@@ -220,32 +221,32 @@ def gap_between(a: Tensor, b: Tensor) -> Gap | None:
     )
 
 
-def _on(side: int, reason: str) -> tuple[Any, Any]:
-    """Return two sides, of which one has a reason."""
-    return (reason, ABSENT) if side == 0 else (ABSENT, reason)
+def _on(index: int, reason: str) -> tuple[Any, Any]:
+    """Return a reason as the operand of this index, and `ABSENT` as the other."""
+    return (reason, ABSENT) if index == 0 else (ABSENT, reason)
 
 
-def fold_of(side: Operand, index: int) -> dict[Any, Any] | str:
-    """Return the fields of a blob that is a map in msgpack, or why it cannot be read."""
-    if side.message.blobs[index].size > _MAX_FOLD:
-        return "it is too large to be a map of fields"
+def fold_of(operand: Operand, index: int) -> dict[Any, Any] | str:
+    """Return the fields of a blob that is a msgpack map, or why it cannot be read."""
+    if operand.message.blobs[index].size > _MAX_FOLD:
+        return f"not decoded: larger than {_MAX_FOLD:,} bytes"
     try:
-        fold = msgspec.msgpack.decode(side.read(index))
+        fold = msgspec.msgpack.decode(operand.read(index))
     except LedgerError as error:
         return plain(error)
     except (msgspec.MsgspecError, ValueError, TypeError, RecursionError):
-        return "it is no map in msgpack"
-    whole = isinstance(fold, dict) and not is_deeper(fold, MAX_DEPTH)
-    return fold if whole else "it is no map in msgpack"
+        return _NO_MAP
+    valid = isinstance(fold, dict) and not is_deeper(fold, MAX_DEPTH)
+    return fold if valid else _NO_MAP
 
 
 def _rest(body: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a body without the groups, which are compared by what is in them."""
+    """Return a body without the groups, whose tensors are compared instead."""
     return {key: value for key, value in _opened(body).items() if key != "groups"}
 
 
 def _opened(body: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return a body with the configuration in it, if there is one, as a map."""
+    """Return a body with its configuration, if any, as a map."""
     config = body.get("config")
     if isinstance(config, str):
         try:
@@ -256,7 +257,7 @@ def _opened(body: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _same(a: Any, b: Any) -> bool:
-    """Tell whether two values are the same: 1 is not 1.0, 0.0 not -0.0, and NaN is NaN."""
+    """Return whether two values are equal: 1 is not 1.0, 0.0 is not -0.0, NaN is NaN."""
     if isinstance(a, float) and isinstance(b, float) and math.isnan(a):
         return math.isnan(b)
     if a is ABSENT or b is ABSENT:

@@ -1,7 +1,7 @@
-"""Differences between two messages, as values: what kind, where, by how much; text comes last.
+"""Differences between two messages as values: which kind, where, and by how much.
 
-Whoever decides something about a difference looks at its kind and its place. The sentence is
-for people: ``str(difference)``.
+Code that decides on a difference reads its kind and its place. ``str(difference)`` is a sentence
+for people.
 """
 
 from __future__ import annotations
@@ -13,52 +13,52 @@ from typing import Any
 from fedmq.nodes.process.terminal import literal, plain
 
 _SHOWN = 60
-"""Of a long text, this much is shown from where it differs."""
+"""Characters of a long text, from where it differs."""
 
 
 class Absent:
-    """Stands for a value that one side does not have."""
+    """The type of `ABSENT`, a value that one operand does not have."""
 
     def __repr__(self) -> str:
-        return "nothing"
+        return "absent"
 
 
 ABSENT = Absent()
 
 
 class DifferenceKind(enum.Enum):
-    """What kind of difference it is."""
+    """Kind of a difference."""
 
     FIELD = "field"
-    """Another value of a field; a value that one side does not have is `ABSENT`."""
+    """The values of a field differ; a missing one is `ABSENT`."""
     MISSING = "missing"
-    """Only one side has this group of tensors, or this tensor."""
+    """Only one operand has this group of tensors, or this tensor."""
     CODEC = "codec"
-    """Another codec wrote the group."""
+    """The groups were encoded by different codecs."""
     FORM = "form"
-    """Another shape or dtype of a tensor."""
+    """The shapes or dtypes of a tensor differ."""
     VALUES = "values"
-    """Other values of a tensor, of the same shape and dtype; `Difference.gap` says by how much."""
+    """The values of a tensor differ, see `Difference.gap`; shape and dtype are equal."""
     ENCODING = "encoding"
-    """The same values from other bytes: -0.0 and 0.0, or another way to compress them."""
+    """The values are equal, but not their bytes: -0.0 and 0.0, or another compression."""
     BYTES = "bytes"
-    """Other bytes, which could not be decoded or are no tensors."""
+    """The bytes differ, and cannot be decoded or are no tensors."""
     UNDECODABLE = "undecodable"
-    """One side cannot be decoded or read; ``sides`` has the reason on that side."""
+    """One operand cannot be decoded or read; ``operands`` contains the reason."""
     BLOBS = "blobs"
-    """Another number of blobs that belong to no tensor."""
+    """The numbers of blobs that belong to no tensor differ."""
     MESSAGE = "message"
-    """Another message altogether: it has another sender or id."""
+    """The messages have different senders or ids."""
 
 
 @dataclass(frozen=True)
 class Field:
-    """A place in a message's header, body, or map in a blob: the keys that lead there."""
+    """A field of a message's header, body, or map in a blob: the keys of its path."""
 
     path: tuple[str | int, ...]
 
     def is_under(self, *keys: str) -> bool:
-        """Tell whether these are the first keys of the path."""
+        """Return whether the path starts with these keys."""
         return self.path[: len(keys)] == keys
 
     def __str__(self) -> str:
@@ -81,7 +81,7 @@ class InGroup:
 
 @dataclass(frozen=True)
 class InBlob:
-    """A blob by its number in the message; None: all that belong to no tensor."""
+    """A blob by its index in the message; None: all that belong to no tensor."""
 
     index: int | None = None
 
@@ -93,10 +93,11 @@ class InBlob:
 class Gap:
     """By how much the values of a tensor differ.
 
-    differing, elements: so many of the tensor's elements differ.
-    largest: the largest absolute difference; None if there is none but from or to NaN.
-    nans: how many of the differing elements are NaN on each side.
-    rounded: whether these are numbers that rounding can change: real or complex, no integers.
+    differing: number of elements that differ.
+    elements: number of all elements.
+    largest: largest absolute difference; None if only NaN differs.
+    nans: number of differing elements that are NaN in each operand.
+    rounded: whether rounding can change the values: they are real or complex, not integers.
     """
 
     differing: int
@@ -110,12 +111,12 @@ class Gap:
 class Difference:
     """One difference between two messages.
 
-    kind: of which kind it is.
+    kind: its kind.
     place: where it is.
-    sides: what stands there on each side: values of a field, a codec, shape and dtype, sizes
-        and digests. A side that has nothing there is `ABSENT`.
-    names: of the two sides.
-    gap: of `Kind.VALUES`.
+    operands: the two values: of a field, a codec, shape and dtype, or sizes and digests. A
+        missing one is `ABSENT`.
+    names: of the two operands, for people.
+    gap: for `DifferenceKind.VALUES`.
     """
 
     kind: DifferenceKind
@@ -125,10 +126,6 @@ class Difference:
     gap: Gap | None = None
 
     def __str__(self) -> str:
-        return self.sentence()
-
-    def sentence(self) -> str:
-        """Return the difference as one line of text."""
         ours, theirs = self.operands
         match self.kind:
             case DifferenceKind.FIELD:
@@ -139,19 +136,19 @@ class Difference:
             case DifferenceKind.CODEC:
                 return f"{self.place} codec: {self._two(plain(ours), plain(theirs))}"
             case DifferenceKind.ENCODING:
-                return f"{self.place}: the same values from other bytes, {self._two(ours, theirs)}"
+                return f"{self.place}: equal values, different bytes: {self._two(ours, theirs)}"
             case DifferenceKind.UNDECODABLE:
                 name, reason = next(
-                    (name, side)
-                    for name, side in zip(self.names, self.operands, strict=True)
-                    if side is not ABSENT
+                    (name, each)
+                    for name, each in zip(self.names, self.operands, strict=True)
+                    if each is not ABSENT
                 )
                 verb = "read" if isinstance(self.place, InBlob) else "decoded"
                 return f"{self.place}: cannot be {verb} in {name}: {reason}"
             case DifferenceKind.VALUES if self.gap is not None:
                 return f"{self.place}: {self._numbers(self.gap)}"
             case DifferenceKind.MESSAGE:
-                return "another message"
+                return "different message"
             case _:
                 return f"{self.place}: {self._two(ours, theirs)}"
 
@@ -159,17 +156,17 @@ class Difference:
         return f"{ours} in {self.names[0]}, {theirs} in {self.names[1]}"
 
     def _numbers(self, gap: Gap) -> str:
-        said = f"{gap.differing} of {gap.elements} elements differ"
+        text = f"{gap.differing} of {gap.elements} elements differ"
         if gap.largest is not None:
-            said += f", by at most {gap.largest:.3g}"
+            text += f", by at most {gap.largest:.3g}"
         for number, here, there in zip(gap.nans, self.names, self.names[::-1], strict=True):
             if number:
-                said += f", {number} NaN in {here} and not in {there}"
-        return said
+                text += f", {number} NaN in {here} but not in {there}"
+        return text
 
 
 def _pair(a: Any, b: Any) -> tuple[str, str]:
-    """Return two values as text in which their difference is seen."""
+    """Return two values as text that includes their first difference."""
     ours, theirs = (_shown(each) for each in (a, b))
     if max(len(ours), len(theirs)) <= 2 * _SHOWN:
         return ours, theirs

@@ -1,4 +1,4 @@
-"""``fedmq trace export --json``: every entry as one JSON object a line."""
+"""``fedmq trace export --json``: one JSON object per entry and line."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fedmq.nodes.trace.outcomes import before_damage
 
 
 def json_lines(trace: Trace) -> Iterator[str]:
-    """Yield a line for each entry of a run, up to its end or its damage."""
+    """Yield a line for each entry of a run, up to its end or to damage."""
     for entry in before_damage(trace):
         yield to_json(_entry(entry)) + "\n"
 
@@ -55,7 +55,7 @@ def _message(message: Message) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """Return a value from a message as JSON has it."""
+    """Return a value from a message as a value of JSON."""
     match value:
         case None | bool() | int() | str():
             return value

@@ -1,4 +1,4 @@
-"""The groups of tensors in a message, one by one: a damaged one does not hide the others."""
+"""The groups of tensors in a message; each can be decoded although another one is damaged."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ Read = Callable[[int], Buffer]
 
 @dataclass(frozen=True)
 class Group:
-    """One group of a message: which codec wrote it, and which blobs are its bytes.
+    """One group of a message: its codec and its blobs.
 
-    meta: as far as it stands in the header; the rest is in the ``table``, if there is one.
-    first: index of the first of the ``blobs``; the table is the one before it.
+    meta: the part in the header; the rest is in the ``table``, if there is one.
+    first: index of the first of the ``blobs``; the table is the blob before it.
     """
 
     name: str
@@ -38,15 +38,15 @@ class Group:
 
     @property
     def nbytes(self) -> int:
-        """Return the size of its bytes on the wire."""
+        """Return its bytes on the wire."""
         return sum(blob.size for blob in self.blobs)
 
     def decode(self, read: Read) -> dict[str, Tensor]:
-        """Return its tensors.
+        """Return its tensors by name.
 
         Raises:
-            CodecError: the bytes are not what the codec wrote.
-            LedgerError: the bytes are damaged, or were not kept.
+            CodecError: the codec cannot decode the bytes.
+            LedgerError: the bytes are damaged or missing.
         """
         buffers = [read(self.first + index) for index in range(len(self.blobs))]
         return decode(Encoded(self.codec, self._whole_meta(read), buffers))
@@ -55,12 +55,12 @@ class Group:
         return read_meta(self.meta, self.table, functools.partial(read, self.first - 1))
 
     def sizes(self, read: Read) -> dict[str, int]:
-        """Return the bytes of each tensor on the wire, where the group's table tells them.
+        """Return each tensor's bytes on the wire, by name.
 
-        It does for codecs that write tensors end to end; for others the map is empty.
+        Empty unless the codec writes one tensor after the other.
 
         Raises:
-            LedgerError: the table is damaged, or was not kept.
+            LedgerError: the table is damaged or missing.
         """
         try:
             table = read_table(self._whole_meta(read))
@@ -74,11 +74,11 @@ def groups_of(message: Message) -> tuple[list[Group], int]:
     """Return the groups of a message, and the number of blobs that belong to them.
 
     Raises:
-        DecodeError: the body's ``groups`` are no groups.
+        DecodeError: the body's ``groups`` are invalid.
     """
     listed = message.body.get("groups", [])
     if not isinstance(listed, list):
-        raise DecodeError("expected groups as a list in the message's body")
+        raise DecodeError("expected a list of groups in the message's body")
     found: list[Group] = []
     first = 0
     for each in listed:

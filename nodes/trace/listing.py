@@ -1,8 +1,7 @@
-"""``fedmq trace ls``: one line an entry, and which entries."""
+"""``fedmq trace ls``: one line per entry, and the filter."""
 
 from __future__ import annotations
 
-import difflib
 import math
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -17,6 +16,7 @@ from fedmq.nodes.errors import NodeError
 from fedmq.nodes.process.terminal import (
     figure,
     fitted,
+    guess,
     literal,
     plain,
     plural,
@@ -42,16 +42,18 @@ KINDS = frozenset(
     | {"run", "task", "evaluate", "version", "finished", "timer"}
     | {"result", "failed", "score"}
 )
-"""Of entries that are no messages, and of the messages of broker, aggregator and workers."""
+"""Kinds of entries and of the messages of broker, aggregator and workers."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One entry, as it is listed.
+    """One entry in the list.
 
-    at: seconds since the run's start. version: of the model that it is about. answers: the
-    number of the entry that it answers, or that message's id where the number is not known.
-    client, nodes: whom it concerns. refused: it is a refused message, or a refused post.
+    at: seconds since the run's start.
+    version: of the model that it refers to.
+    answers: number of the entry that it answers; the message's id if the number is unknown.
+    client, nodes: that it concerns.
+    refused: whether it is a rejected message.
     """
 
     seq: int
@@ -67,28 +69,28 @@ class Row:
     nodes: tuple[str, ...] = ()
     refused: bool = False
 
-    def lines(self, widths: Columns, room: int | None) -> list[str]:
-        """Return the row as text: one line, or several where it would be wider than ``room``."""
+    def lines(self, widths: Columns, width: int | None) -> list[str]:
+        """Return the row as one line, or as several that are at most ``width`` wide."""
         line = self.line(widths)
-        if room is None or len(line) <= room:
+        if width is None or len(line) <= width:
             return [line]
         answers = f"re {self.answers}" if self.answers else ""
         nbytes = f"{self.nbytes} bytes" if self.nbytes else ""
         rest = [each for each in (self.id, answers, nbytes, self.note) if each]
-        return widths.folded((*self._front(), "  ".join(rest)), room)
+        return widths.wrapped((*self._front(), "  ".join(rest)), width)
 
     def _front(self) -> tuple[str, str, str, str, str]:
         version = "-" if self.version is None else f"v{self.version}"
         return str(self.seq), seconds(self.at), self.kind, self.path or "-", version
 
     def line(self, widths: Columns) -> str:
-        """Return the row as text, its columns as wide as said."""
+        """Return the row as one line."""
         nbytes = str(self.nbytes) if self.nbytes else "-"
         return widths.line(*self._front(), self.id or "-", self.answers or "-", nbytes, self.note)
 
 
 class Columns(NamedTuple):
-    """How wide the columns are that are not the same in all runs."""
+    """Widths of the columns that depend on the run."""
 
     number: int
     kind: int
@@ -97,7 +99,7 @@ class Columns(NamedTuple):
 
     @classmethod
     def of(cls, message_outcomes: MessageOutcomes) -> Columns:
-        """Return columns in which nearly all rows of a run stand aligned."""
+        """Return columns that align nearly all rows of a run."""
         widths = message_outcomes.widths
         return cls(
             max(5, len(str(message_outcomes.entries))),
@@ -106,26 +108,25 @@ class Columns(NamedTuple):
             max(2, min(widths.id, _WIDEST)),
         )
 
-    def head(self, room: int | None = None) -> list[str]:
-        """Return the names of the columns, in lines as `Row.lines` has them."""
+    def head(self, width: int | None = None) -> list[str]:
+        """Return the names of the columns, wrapped like `Row.lines`."""
         names = ("entry", "time", "kind", "from -> to", "model", "id", "re", "bytes", "note")
         line = self.line(*names)
-        if room is None or len(line) <= room:
+        if width is None or len(line) <= width:
             return [line]
-        return self.folded((*names[:5], "  ".join(names[5:])), room)
+        return self.wrapped((*names[:5], "  ".join(names[5:])), width)
 
-    def folded(self, cells: tuple[str, str, str, str, str, str], room: int) -> list[str]:
-        """Return the lines of a row in which what comes after the version stands below."""
+    def wrapped(self, cells: tuple[str, str, str, str, str, str], width: int) -> list[str]:
+        """Return the lines of a row with the cells after the version on lines of their own."""
         number, at, kind, path, version, rest = cells
         indent = self.number + 12
-        spare = max(room - indent - self.kind - 9, 10)
+        spare = max(width - indent - self.kind - 9, 10)
         front = (
             f"{number:>{self.number}} {at:>9}  {kind:<{self.kind}}  "
             f"{path:<{min(self.path, spare)}}  {version:>5}"
         )
-        # Wrapped, its columns are no longer set apart by more than a space.
-        first = [front] if len(front) <= room else fitted(front, " " * indent, room)
-        return [*first, *(" " * indent + each for each in fitted(rest, "", room - indent))]
+        first = [front] if len(front) <= width else fitted(front, " " * indent, width)
+        return [*first, *(" " * indent + each for each in fitted(rest, "", width - indent))]
 
     def line(self, *cells: str) -> str:
         """Return one line of nine cells."""
@@ -138,9 +139,10 @@ class Columns(NamedTuple):
 
 @dataclass(frozen=True)
 class Filter:
-    """Which entries are wanted; what is empty or None takes all.
+    """Which entries to list; a field that is empty or None accepts all.
 
-    versions, times: from and to, both included.
+    versions, times: first and last, both included.
+    everything: include entries on consumed messages.
     """
 
     kinds: frozenset[str] = frozenset()
@@ -152,11 +154,10 @@ class Filter:
     everything: bool = False
 
     def check(self, trace: Trace, message_outcomes: MessageOutcomes) -> None:
-        """Check that what is asked for can be there.
+        """Check that entries may match.
 
         Raises:
-            NodeError: no run, or not this one, has such a kind, node, client or version; the
-                sentence names the choices.
+            NodeError: the run has no such kind, node, client or version; names the choices.
         """
         kinds = KINDS | set(map(word, message_outcomes.kinds))
         for kind in sorted(self.kinds - kinds) if message_outcomes.has_all_names else ():
@@ -167,18 +168,18 @@ class Filter:
                 f"--client: expected a client of this run, 0 to {clients - 1}, got {self.client}"
             )
         if trace.damage is not None or not message_outcomes.has_all_names:
-            return  # what is asked for may lie behind the damage
+            return  # matching entries may follow after the damage
         nodes = set(map(word, {*message_outcomes.placement.roles, *message_outcomes.senders}))
         if self.node is not None and word(self.node) not in nodes:
             raise NodeError(f"--node: {expected('node of this run', self.node, nodes)}")
         if self.versions is not None and self.versions[0] > message_outcomes.versions:
             raise NodeError(
                 f"--versions: expected versions of this run, 0 to {message_outcomes.versions}, "
-                f"got {self.versions[0]} as the lowest"
+                f"got {self.versions[0]} or higher"
             )
 
     def takes(self, row: Row) -> bool:
-        """Tell whether a row is wanted."""
+        """Return whether to list a row."""
         if row.kind == "consumed" and not (self.everything or "consumed" in self.kinds):
             return False
         return (
@@ -192,24 +193,22 @@ class Filter:
 
 
 def expected(what: str, word: str, choices: Collection[str]) -> str:
-    """Return the sentence on a word that is none of the choices, with the nearest of them."""
-    close = difflib.get_close_matches(word, choices, n=1)
-    guess = f" (did you mean {close[0]!r}?)" if close else ""
+    """Return the error on a word that is none of the choices, with the nearest of them."""
     some = ", ".join(sorted(choices)[:_NAMED])
     more = f" and {len(choices) - _NAMED} others" if len(choices) > _NAMED else ""
-    return f"expected a {what} ({some}{more}), got {word!r}{guess}"
+    return f"expected a {what} ({some}{more}), got {word!r}{guess(word, choices)}"
 
 
 def rows(trace: Trace, message_outcomes: MessageOutcomes) -> Iterator[Row]:
-    """Yield a row for each entry of a run, up to its end or its damage."""
-    places, tasks = ClientPlacement(), TracedTasks()
+    """Yield a row for each entry of a run, up to its end or to damage."""
+    placement, tasks = ClientPlacement(), TracedTasks()
     for entry in before_damage(trace):
         at = entry.at - trace.opened.at
         if isinstance(entry, Accepted):
             message = entry.read()
-            places.feed(message)
-            task = tasks.feed(entry, message, places)
-            yield _message_row(entry.seq, at, message, places, task, message_outcomes)
+            placement.feed(message)
+            task = tasks.feed(entry, message, placement)
+            yield _message_row(entry.seq, at, message, placement, task, message_outcomes)
         else:
             yield _other_row(entry, at)
 
@@ -241,17 +240,17 @@ def _message_row(
     seq: int,
     at: float,
     message: Message,
-    places: ClientPlacement,
+    placement: ClientPlacement,
     task: TracedTask | None,
     message_outcomes: MessageOutcomes,
 ) -> Row:
-    host = places.host_of(message.to)
+    host = placement.host_of(message.to)
     client = task.client if task else client_of(message.to)
     if client is None and message.kind == "result":
         client = natural(message.body.get("client"))
     sender = message.sender
     answers = task is not None and message.re is not None
-    spoken = at_host(f"client/{client}", sender) if answers and client is not None else word(sender)
+    source = at_host(f"client/{client}", sender) if answers and client is not None else word(sender)
     refusal = message_outcomes.refused.get(seq)
     note = plain(_note(message))
     base = _version(message, task)
@@ -259,25 +258,29 @@ def _message_row(
         note = f"staleness {message_outcomes.version_at(seq) - base}" + (
             f", {note}" if note else ""
         )
-    whom = message.body.get("node") if message.sender == BROKER else None
+    subject = message.body.get("node") if message.sender == BROKER else None
     row = Row(
         seq=seq,
         at=at,
         kind=word(message.kind),
-        path=f"{spoken} -> {at_host(message.to, host)}",
+        path=f"{source} -> {at_host(message.to, host)}",
         version=base,
         id=word(message.id),
         answers=_answers(message, task, message_outcomes),
         nbytes=sum(blob.size for blob in message.blobs),
         note=note,
         client=client if message.kind in ("task", "result", "failed") else None,
-        nodes=tuple(word(each) for each in (sender, host, whom) if each is not None),
+        nodes=tuple(word(each) for each in (sender, host, subject) if each is not None),
     )
     if refusal is None:
         return row
-    said = "parked" if refusal.dead_lettered else "refused"
-    mark = f"{said} by {word(refusal.node)}: {plain(refusal.reason)}"
-    return replace(row, refused=True, note=f"{mark}; {row.note}" if row.note else mark)
+    why = f"{rejection_verb(refusal)} by {word(refusal.node)}: {plain(refusal.reason)}"
+    return replace(row, refused=True, note=f"{why}; {row.note}" if row.note else why)
+
+
+def rejection_verb(refusal: Refusal) -> str:
+    """Return whether a message was rejected or dead-lettered, as text."""
+    return "dead-lettered" if refusal.dead_lettered else "rejected"
 
 
 def _other_row(entry: AnyEntry, at: float) -> Row:
@@ -288,12 +291,19 @@ def _other_row(entry: AnyEntry, at: float) -> Row:
             name = word(node)
             return Row(entry.seq, at, "consumed", name, note=plain(spans(of)), nodes=(name,))
         case Refusal(node=node, id=name, reason=reason, of=of):
-            what = "a post" if of is None else f"entry {of}"
-            note = f"{'parked' if entry.dead_lettered else 'refused'} {what}: {plain(reason)}"
+            what = "before it was accepted" if of is None else f"entry {of}"
+            note = f"{rejection_verb(entry)} {what}: {plain(reason)}"
             by = word(node)
-            lost = of is None
+            # The refusal of an accepted message is on that message's own row.
             return Row(
-                entry.seq, at, "refusal", by, id=word(name), note=note, nodes=(by,), refused=lost
+                entry.seq,
+                at,
+                "refusal",
+                by,
+                id=word(name),
+                note=note,
+                nodes=(by,),
+                refused=of is None,
             )
         case Ended(reason=reason):
             return Row(entry.seq, at, "ended", note=plain(reason))
@@ -320,12 +330,12 @@ def _within(value: int | None, limits: tuple[int, float]) -> bool:
 
 
 def _note(message: Message) -> str:
-    """Return what is worth knowing of a message's body at a glance."""
-    told = _NOTES.get(message.kind)
+    """Return a summary of a message's body."""
+    note = _NOTES.get(message.kind)
     try:
-        return told(message.body) if told else ""
+        return note(message.body) if note else ""
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
-        return ""  # whoever wrote it, it is not a body that this kind of message has
+        return ""  # the body is not valid for this kind of message
 
 
 def _joined(body: Mapping[str, Any]) -> str:
@@ -335,7 +345,7 @@ def _joined(body: Mapping[str, Any]) -> str:
 
 def _version_note(body: Mapping[str, Any]) -> str:
     mean, most = float(body["mean_staleness"]), int(body["max_staleness"])
-    stale = f"staleness {mean:.2f}, at most {most}" if body["results"] else "nothing to add up"
+    stale = f"staleness mean {mean:.2f}, max {most}" if body["results"] else "no staleness"
     results = plural(int(body["results"]), "result")
     if "cohort" in body:
         late = int(body["late"])
@@ -359,7 +369,7 @@ def _numbers(values: Mapping[str, Any]) -> str:
 
 _NOTES: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
     "joined": _joined,
-    "continued": lambda body: "goes further" if body["further"] else "goes on",
+    "continued": lambda body: "run extended" if body["further"] else "run resumed",
     "left": lambda body: f"{body['node']}: {body['reason']}",
     "version": _version_note,
     "result": _result,

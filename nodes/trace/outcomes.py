@@ -1,4 +1,4 @@
-"""What one reading of a whole trace tells about each message, and who hosts whom meanwhile."""
+"""Outcomes of messages, and which node hosts which client, from one pass over a trace."""
 
 from __future__ import annotations
 
@@ -16,23 +16,22 @@ from fedmq.broker.wire.schema import Message
 from fedmq.nodes.run_folder.outcomes import natural
 
 _MOST = 10_000
-"""Kinds, or names, that are kept: a flood of them must not fill the memory."""
+"""Kinds, or names, that are kept at most, so that memory stays bounded."""
 
 
 class MessageOutcomes:
-    """What became of the messages of a run; of most, nothing is kept in memory.
+    """Outcomes of the messages of a run; memory is needed only for rejections and versions.
 
     Args:
-        trace: is read once, up to its end or its damage.
+        trace: read once, up to its end or to damage.
 
     Attributes:
-        refused: refusals of accepted messages, by the message's number.
-        versions: how many versions were committed.
-        places: who was there at the end.
-        numbers: of the refused messages, by their ids.
+        refused: rejections of accepted messages, by the message's number.
+        placement: of clients and nodes at the end.
+        numbers: numbers of the rejected messages, by id.
         widths: the longest kind, path and id.
-        entries: how many there are.
-        kinds, senders: of all messages; of very many, the first.
+        entries: number of entries.
+        kinds, senders: of all messages; at most the first 10,000.
     """
 
     def __init__(self, trace: Trace) -> None:
@@ -45,20 +44,20 @@ class MessageOutcomes:
         self._positions = array("q")
         self._numbers = array("q")
         self._ends: list[tuple[int, int]] = []
-        """Where the run ended and went further: (position of the last version, continuation)."""
+        """Where the run ended and was extended: (position of the last version, continuation)."""
         self._finished = False
-        self.placement = places = ClientPlacement()
+        self.placement = placement = ClientPlacement()
         for entry in before_damage(trace):
             self.entries += 1
             match entry:
                 case Accepted():
                     message = entry.read()
-                    places.feed(message)
+                    placement.feed(message)
                     if self.has_all_names:
                         self.kinds.add(message.kind)
                         self.senders.add(message.sender)
-                    self.widths.feed(message, places.host_of(message.to) or "")
-                    if message.sender == places.aggregator:
+                    self.widths.feed(message, placement.host_of(message.to) or "")
+                    if message.sender == placement.aggregator:
                         self._from_aggregator(message)
                     elif message.sender == BROKER and message.kind == CONTINUED:
                         self._continued(entry.seq, message)
@@ -68,7 +67,7 @@ class MessageOutcomes:
 
     @property
     def has_all_names(self) -> bool:
-        """Tell whether `kinds` and `senders` are complete."""
+        """Return whether `kinds` and `senders` are complete."""
         return len(self.kinds) < _MOST and len(self.senders) < _MOST
 
     @property
@@ -77,12 +76,12 @@ class MessageOutcomes:
         return self._numbers[-1] if self._numbers else 0
 
     def version_at(self, seq: int) -> int:
-        """Return the version that was current when a message of the inbox was folded."""
+        """Return the version that was current when the aggregator processed a message."""
         found = bisect.bisect_left(self._positions, seq)
         return self._numbers[found - 1] if found else 0
 
     def staleness(self, seq: int, message: Message) -> int | None:
-        """Return how many versions old the model of a result was; None if no version holds it."""
+        """Return the staleness of a result in versions; None if no version contains it."""
         base = natural(message.body.get("model_version"))
         if message.kind != "result" or seq in self.refused or base is None:
             return None
@@ -109,26 +108,26 @@ class MessageOutcomes:
 
 @dataclass
 class Widths:
-    """How wide the columns must be for all messages of a run."""
+    """The widths that the columns need for all messages of a run."""
 
     kind: int = 0
     path: int = 0
     id: int = 0
 
     def feed(self, message: Message, host: str) -> None:
-        """Take one more message, and the node that hosts its address."""
+        """Process the next message; ``host`` is the node that hosts its address."""
         self.kind = max(self.kind, len(message.kind))
         self.id = max(self.id, len(message.id))
-        # The client's part of a result's path is about as long as that of its task.
+        # The path of a result is about as long as that of its task.
         self.path = max(self.path, len(message.sender) + len(message.to) + len(host) + 5)
 
 
 class ClientPlacement:
-    """Who is there, as the broker has told it so far.
+    """Which nodes are connected and which clients they host, from the broker's messages.
 
     Attributes:
         aggregator: name of the aggregator's node.
-        roles: of every node that was ever there.
+        roles: of all nodes that have ever joined.
     """
 
     def __init__(self) -> None:
@@ -138,10 +137,10 @@ class ClientPlacement:
         self._hosts: dict[str, str] = {}
 
     def feed(self, message: Message) -> None:
-        """Take one more message; of most, there is nothing to learn."""
+        """Process the next message."""
         if message.sender != BROKER or message.kind not in ("joined", "left", CONTINUED):
             return
-        if message.kind == CONTINUED:  # all nodes have gone, too
+        if message.kind == CONTINUED:  # all nodes have left
             self._here.clear()
             return
         match message.body:
@@ -161,52 +160,54 @@ class ClientPlacement:
                 self._here.discard(node)
 
     def host_of(self, address: str) -> str | None:
-        """Return the node that hosts an address now, or None."""
+        """Return the connected node that hosts an address, or None."""
         node = self._hosts.get(address)
         return node if node in self._here else None
 
 
 class TracedTask(NamedTuple):
-    """A task or an evaluation that was asked for."""
+    """A task or an evaluation."""
 
     seq: int
     at: float
     to: str
     host: str | None
-    """Who hosted its address then."""
+    """The node that hosted its address when it was sent."""
     version: int | None
 
     @property
     def client(self) -> int | None:
-        """Return the client that it is for."""
+        """Return its client."""
         return client_of(self.to)
 
 
 class TracedTasks:
-    """The tasks that are out, by id; an answer takes its task away."""
+    """The tasks in flight, by id; an answer removes its task."""
 
     def __init__(self) -> None:
-        self.out: dict[str, TracedTask] = {}
+        self.in_flight: dict[str, TracedTask] = {}
 
-    def feed(self, entry: Accepted, message: Message, places: ClientPlacement) -> TracedTask | None:
-        """Take one more message; return the task that it is, or that it answers."""
-        if message.sender == places.aggregator and message.kind in ("task", "evaluate"):
+    def feed(
+        self, entry: Accepted, message: Message, placement: ClientPlacement
+    ) -> TracedTask | None:
+        """Process the next message; return the task that it is, or that it answers."""
+        if message.sender == placement.aggregator and message.kind in ("task", "evaluate"):
             version = natural(message.body.get("model_version"))
-            host = places.host_of(message.to)
+            host = placement.host_of(message.to)
             task = TracedTask(entry.seq, entry.at, message.to, host, version)
-            self.out[message.id] = task
+            self.in_flight[message.id] = task
             return task
         if message.kind in ("result", "failed", "score") and message.re is not None:
-            return self.out.pop(message.re, None)
+            return self.in_flight.pop(message.re, None)
         return None
 
 
 def before_damage(trace: Trace) -> Iterator[AnyEntry]:
-    """Yield the entries of a run up to its end, or up to damage, which `Trace.damage` tells."""
+    """Yield the entries of a run up to its end or to damage, which is then in `Trace.damage`."""
     try:
         yield from trace.entries()
     except LedgerError as error:
-        # It may have come, or been found, since the trace was opened.
+        # The damage may be newer than the opened trace.
         trace.damage = trace.damage or error
 
 

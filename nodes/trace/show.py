@@ -1,4 +1,4 @@
-"""``fedmq trace show``: one entry, all of it, and what became of it."""
+"""``fedmq trace show``: one entry with its fields, its outcome and its tensors."""
 
 from __future__ import annotations
 
@@ -31,17 +31,17 @@ from fedmq.nodes.process.terminal import (
 )
 from fedmq.nodes.trace.differ import Operand, fold_of
 from fedmq.nodes.trace.groups import Group, Read, groups_of
-from fedmq.nodes.trace.listing import at_host
+from fedmq.nodes.trace.listing import at_host, rejection_verb
 from fedmq.nodes.trace.outcomes import ClientPlacement, MessageOutcomes, before_damage
 
 _HEAD = ("tensor", "shape", "dtype", "bytes", "norm", "min", "max", "NaN")
 
 
 def show(trace: Trace, seq: int) -> Iterator[str]:
-    """Yield the lines on one entry.
+    """Yield the lines on the entry with this number.
 
     Raises:
-        LedgerError: there is none of this number, or it cannot be read.
+        LedgerError: there is no such entry, or it cannot be read.
         NodeError: it belongs to another run.
     """
     entry = trace.entry(seq)
@@ -51,7 +51,9 @@ def show(trace: Trace, seq: int) -> Iterator[str]:
     message = entry.read() if isinstance(entry, Accepted) else None
     run = message.run if message is not None else getattr(entry, "run", trace.run)
     if run != trace.run:
-        raise NodeError(f"entry {seq} belongs to run {run!r}, not to {trace.run!r}: see --run-id")
+        raise NodeError(
+            f"entry {seq}: expected one of run {trace.run!r}, got one of {run!r}: see --run-id"
+        )
     yield (
         f"entry {seq}: {plain(message.kind) if message else kind}, "
         f"{seconds(at)} s after the start ({when:%Y-%m-%d %H:%M:%S.%f} UTC)"
@@ -68,35 +70,35 @@ def show(trace: Trace, seq: int) -> Iterator[str]:
 
 
 @dataclass
-class _Story:
-    """What the rest of a trace tells about one message."""
+class _Related:
+    """Facts on one message from other entries; texts are one line each."""
 
     host: str | None = None
-    asked: Accepted | None = None
-    """What it answers."""
+    request: Accepted | None = None
+    """The message that it answers."""
     answers: list[str] = field(default_factory=list)
-    fate: list[str] = field(default_factory=list)
+    outcome: list[str] = field(default_factory=list)
 
 
 def _message(trace: Trace, entry: Accepted, message: Message) -> Iterator[str]:
-    story = _story_of(trace, entry, message)
+    related = _related_to(trace, entry, message)
     blobs = sum(blob.size for blob in message.blobs)
     rows = [
         ("id", plain(message.id)),
         ("run", plain(message.run)),
         ("from", plain(message.sender)),
-        ("to", at_host(message.to, story.host)),
+        ("to", at_host(message.to, related.host)),
     ]
     if message.re is not None:
-        rows.append(("answers", _answered(entry, message.re, story.asked)))
+        rows.append(("answers", _answered(entry, message.re, related.request)))
     if entry.consumes:
         rows.append(("consumes", plain(spans(entry.consumes), 2000)))
-    size = f"{count(len(entry.message))} of header"
+    size = f"{count(len(entry.message))} in the header"
     if message.blobs:
         size += f", {count(blobs)} in {plural(len(message.blobs), 'blob')}"
     rows.append(("bytes", size))
-    rows += [("answered" if not n else "", each) for n, each in enumerate(story.answers)]
-    rows += [("fate" if not n else "", each) for n, each in enumerate(story.fate)]
+    rows += [("answered" if not n else "", each) for n, each in enumerate(related.answers)]
+    rows += [("outcome" if not n else "", each) for n, each in enumerate(related.outcome)]
     yield from pairs(rows)
     body = {name: each for name, each in message.body.items() if name != "groups"}
     if body:
@@ -107,7 +109,7 @@ def _message(trace: Trace, entry: Accepted, message: Message) -> Iterator[str]:
 
 
 def _payload(message: Message, read: Read) -> Iterator[str]:
-    """Yield the lines on a message's blobs: groups of tensors, and what is behind them."""
+    """Yield the lines on a message's blobs: groups of tensors, then other blobs."""
     try:
         groups, rest = groups_of(message)
     except CodecError as error:
@@ -163,63 +165,63 @@ def _total(tensors: Mapping[str, Tensor], nbytes: int) -> tuple[str, ...]:
 
 
 def _norm(tensor: Tensor) -> float:
-    """Return the L2 norm; of tensors that are no floats too."""
+    """Return the L2 norm of a tensor of any real dtype."""
     if not tensor.is_floating_point():
         tensor = tensor.double()
     return float(torch.linalg.vector_norm(tensor, dtype=torch.float64))
 
 
-# ---- what became of it
+# ---- outcome
 
 
-def _story_of(trace: Trace, entry: Accepted, message: Message) -> _Story:
-    """Read the whole trace for what has to do with one message."""
-    story, places, seq = _Story(), ClientPlacement(), entry.seq
+def _related_to(trace: Trace, entry: Accepted, message: Message) -> _Related:
+    """Read the whole trace for facts on one message."""
+    related, placement, seq = _Related(), ClientPlacement(), entry.seq
     settled = message.to == RECORD
     for other in before_damage(trace):
         since = f"{seconds(other.at - entry.at)} s later"
         match other:
             case Accepted():
                 each = other.read()
-                places.feed(each)
+                placement.feed(each)
                 if other.seq == seq:
-                    story.host = places.host_of(message.to)
+                    related.host = placement.host_of(message.to)
                 elif message.re is not None and each.id == message.re and other.seq < seq:
-                    story.asked = other
+                    related.request = other
                 elif each.re == message.id and other.seq > seq:
-                    said = f"by entry {other.seq}, {plain(each.kind)} of {plain(each.sender)}"
-                    story.answers.append(f"{said}, {since}")
+                    answer = f"by entry {other.seq}, {plain(each.kind)} from {plain(each.sender)}"
+                    related.answers.append(f"{answer}, {since}")
                 if seq in other.consumes:
                     settled = True
-                    story.fate.append(f"consumed with entry {other.seq}, {since}")
+                    related.outcome.append(f"consumed with entry {other.seq}, {since}")
             case Consumed(of=of) if seq in of:
                 settled = True
                 by = plain(other.node)
-                story.fate.append(f"consumed by {by}, {since} (entry {other.seq})")
+                related.outcome.append(f"consumed by {by}, {since} (entry {other.seq})")
             case Refusal(of=of) if of == seq:
-                how = "parked" if other.dead_lettered else "refused"
-                by = f"{how} by {plain(other.node)}, {since} (entry {other.seq})"
-                story.fate.append(f"{by}: {plain(other.reason, 2000)}")
+                by = plain(other.node)
+                by = f"{rejection_verb(other)} by {by}, {since} (entry {other.seq})"
+                related.outcome.append(f"{by}: {plain(other.reason, 2000)}")
             case Ended() if not settled:
                 settled = True
-                story.fate.append(f"pending when the run ended (entry {other.seq})")
+                related.outcome.append(f"pending when the run ended (entry {other.seq})")
     if message.kind == "result":
         message_outcomes = MessageOutcomes(trace)
         stale = message_outcomes.staleness(seq, message)
         if stale is not None:
-            towards = message_outcomes.version_at(seq) + 1
-            story.fate.append(f"used towards version {towards}, {plural(stale, 'version')} stale")
+            version = message_outcomes.version_at(seq) + 1
+            related.outcome.append(f"used in version {version}, staleness {stale}")
         elif seq not in message_outcomes.refused:
-            story.fate.append("in no version")
+            related.outcome.append("not used in any version")
     if message.to == RECORD:
-        story.fate.append("kept as a record, delivered to nobody")
+        related.outcome.append("stored as a record, not delivered")
     elif not settled:
-        story.fate.append("pending")
-    return story
+        related.outcome.append("pending")
+    return related
 
 
-def _answered(entry: Accepted, name: str, asked: Accepted | None) -> str:
-    if asked is None:
+def _answered(entry: Accepted, name: str, request: Accepted | None) -> str:
+    if request is None:
         return f"{plain(name)}, which is not in the trace"
-    since = seconds(entry.at - asked.at)
-    return f"{plain(name)} (entry {asked.seq}, {since} s before)"
+    since = seconds(entry.at - request.at)
+    return f"{plain(name)} (entry {request.seq}, {since} s before)"

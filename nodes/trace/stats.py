@@ -1,4 +1,4 @@
-"""``fedmq trace stats``: how much of what, whether it adds up, and how stale results were."""
+"""``fedmq trace stats``: messages and bytes, the delivery audit, outcomes and staleness."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ from fedmq.nodes.trace.outcomes import ClientPlacement, MessageOutcomes, before_
 
 _BAR = 50
 _BESIDE_BAR = 24
-"""Columns of the figures beside it."""
+"""Columns beside a bar."""
 _BARS = 24
-"""Above this many, neighbouring values share a bar."""
+"""Bars, at most; beyond, neighbouring values share a bar."""
 _SHOWN = 10
 
 
 @dataclass
 class Tally:
-    """Messages, and their bytes in headers and blobs."""
+    """A number of messages and their bytes in headers and blobs."""
 
     messages: int = 0
     header: int = 0
     blobs: int = 0
 
     def add(self, header: int, blobs: int) -> None:
-        """Count one more."""
+        """Count one message."""
         self.messages += 1
         self.header += header
         self.blobs += blobs
@@ -42,7 +42,7 @@ class Tally:
 
 @dataclass
 class Traffic:
-    """Who said how much of what. Blobs that were said again are stored once."""
+    """Messages and bytes by kind, node and codec; a repeated blob is stored once."""
 
     kinds: dict[str, Tally] = field(default_factory=dict)
     sent: dict[str, Tally] = field(default_factory=dict)
@@ -53,7 +53,7 @@ class Traffic:
     """Blobs by owner and digest."""
 
     def feed(self, message: Message, header: int, host: str | None) -> None:
-        """Take one more message, the size of its header, and who hosts its address."""
+        """Count a message; ``header`` is in bytes, ``host`` is the node that hosts its address."""
         size = sum(blob.size for blob in message.blobs)
         self.kinds.setdefault(message.kind, Tally()).add(header, size)
         self.sent.setdefault(message.sender, Tally()).add(header, size)
@@ -71,15 +71,15 @@ class Traffic:
 
 
 class DeliveryAudit:
-    """The identity of the guarantees: accepted = consumed + pending + refused.
+    """Checks the identity of docs/guarantees.md: accepted = consumed + pending + rejected.
 
-    Of what was accepted for somebody: a record is kept, and delivered to nobody. A message
-    that was refused counts as that, whether its recipient was done with it later or not.
+    Records do not count: they are stored, not delivered. A message that was rejected and also
+    consumed counts as rejected.
 
     Attributes:
-        faults: sentences on what must not be; none if it all adds up.
-        unaccepted: how many posts were refused before they were accepted.
-        records: how many messages were for nobody.
+        faults: sentences on violations.
+        unaccepted: number of messages rejected before they were accepted.
+        records: number of records.
     """
 
     _ACCEPTED, _CONSUMED, _REFUSED = 1, 2, 4
@@ -93,29 +93,29 @@ class DeliveryAudit:
         self._kinds: dict[str, int] = {}
 
     def accepted(self, seq: int, message: Message) -> None:
-        """A message was accepted."""
+        """Count an accepted message."""
         self._reach(seq)
         if message.to == RECORD:
             self.records += 1
             return
         self._state[seq] = self._ACCEPTED
-        # Kinds are the nodes' own words: a flood of them is counted under the last one.
+        # Nodes choose the kinds; beyond 65,535 different ones, the last one counts for all.
         number = self._kinds.setdefault(message.kind, min(len(self._kinds), 0xFFFF))
         self._kind[seq] = number
 
     def consumed(self, seq: int, of: Iterable[int]) -> None:
-        """Entry ``seq`` says that these are done with."""
+        """Count the messages that entry ``seq`` consumes."""
         self._mark(seq, of, self._CONSUMED, "consumes")
 
     def refused(self, seq: int, of: int | None) -> None:
-        """Entry ``seq`` refuses a message, or a post that was not accepted."""
+        """Count the message that entry ``seq`` rejects; None: one that was not accepted."""
         if of is None:
             self.unaccepted += 1
         else:
-            self._mark(seq, (of,), self._REFUSED, "refuses")
+            self._mark(seq, (of,), self._REFUSED, "rejects")
 
     def sums(self) -> tuple[int, int, int, int]:
-        """Return how many were accepted, consumed, pending and refused."""
+        """Return the numbers of messages accepted, consumed, pending and rejected."""
         found = Counter(self._state)
         accepted = sum(number for state, number in found.items() if state & self._ACCEPTED)
         pending = found[self._ACCEPTED]
@@ -124,7 +124,7 @@ class DeliveryAudit:
         return accepted, consumed, pending, refused
 
     def pending(self) -> dict[str, int]:
-        """Return how many messages of each kind are neither consumed nor refused."""
+        """Return the number of pending messages of each kind."""
         names = {number: name for name, number in reversed(self._kinds.items())}
         pending = Counter(
             self._kind[seq] for seq, state in enumerate(self._state) if state == self._ACCEPTED
@@ -136,7 +136,7 @@ class DeliveryAudit:
         for each in of:
             known = self._state[each] if each < len(self._state) else 0
             if not known & self._ACCEPTED:
-                self.faults.append(f"entry {seq} {verb} {each}, which was not accepted for anybody")
+                self.faults.append(f"entry {seq} {verb} {each}, which is not an accepted message")
             elif known & mark:
                 self.faults.append(f"entry {seq} {verb} {each} a second time")
             else:
@@ -150,11 +150,11 @@ class DeliveryAudit:
 
 
 class Stats:
-    """Everything that is counted in one run, up to its end or its damage.
+    """All counts of one run, up to its end or to damage.
 
     Attributes:
-        staleness: of the results used: by versions, how many.
-        outcomes: what became of tasks and results.
+        staleness: number of used results by staleness in versions.
+        outcomes: of tasks and results.
     """
 
     def __init__(self, trace: Trace) -> None:
@@ -191,7 +191,7 @@ class Stats:
                     self.ended = reason
 
     def lines(self) -> Iterator[str]:
-        """Yield what there is to say."""
+        """Yield the lines of the report."""
         yield from self._run()
         yield ""
         yield from self._traffic()
@@ -236,9 +236,8 @@ class Stats:
         ]
         yield from table(("codec", "kind", "groups", "blob bytes"), codecs, left=2)
         yield ""
-        repeats = traffic.repeats
-        said = plural(repeats.messages, "blob")
-        yield f"repeated: {said} named again and stored once, {count(repeats.blobs)} bytes saved"
+        blobs, saved = plural(traffic.repeats.messages, "blob"), count(traffic.repeats.blobs)
+        yield f"deduplicated: {blobs}, {saved} bytes saved"
 
     def _account(self) -> Iterator[str]:
         account = self.account
@@ -246,25 +245,25 @@ class Stats:
         holds = accepted == consumed + pending + refused and not account.faults
         yield (
             f"accepted {count(accepted)} = consumed {count(consumed)} + pending {count(pending)}"
-            f" + refused {count(refused)}: {'holds' if holds else 'DOES NOT HOLD'}"
+            f" + rejected {count(refused)}: {'holds' if holds else 'DOES NOT HOLD'}"
         )
         yield from (f"  {fault}" for fault in account.faults[:_SHOWN])
         if len(account.faults) > _SHOWN:
-            yield f"  and {count(len(account.faults) - _SHOWN)} more of these"
+            yield f"  and {count(len(account.faults) - _SHOWN)} more"
         if pending:
             left = ", ".join(f"{plain(name)} {count(n)}" for name, n in account.pending().items())
             yield f"pending: {left}"
-        yield f"besides: {plural(account.records, 'record')}, kept and delivered to nobody"
+        yield f"also: {plural(account.records, 'record')} (stored, not delivered)"
         if account.unaccepted:
-            yield f"besides: {plural(account.unaccepted, 'post')} refused and never accepted"
+            yield f"also: {plural(account.unaccepted, 'message')} rejected before acceptance"
 
     def _outcomes(self) -> Iterator[str]:
         found = self.outcomes
         yield (
             f"results {count(found.results)} = used {count(found.used)} + stale "
-            f"{count(found.stale)} + refused {count(found.refused)} + unused {count(found.unused)}"
+            f"{count(found.stale)} + rejected {count(found.refused)} + unused {count(found.unused)}"
         )
-        for what, codes in (("rejected", found.rejected), ("failed tasks", found.failed)):
+        for what, codes in (("reasons", found.rejected), ("failed tasks", found.failed)):
             if codes.total():
                 known = ", ".join(
                     f"{plain(code) or 'unknown'} {count(n)}" for code, n in codes.most_common() if n
@@ -273,17 +272,17 @@ class Stats:
         cohorts = found.cohorts
         if cohorts.versions:
             yield (
-                f"cohorts: {count(cohorts.whole)} of {plural(cohorts.versions, 'version')} whole, "
+                f"rounds: {count(cohorts.whole)} of {count(cohorts.versions)} complete, "
                 f"{count(cohorts.missing)} of {plural(cohorts.wanted, 'result')} missing"
             )
         without = found.without_result
         if without:
-            yield f"{plural(len(without), 'client')} without a result that was used:"
+            yield f"{plural(len(without), 'client')} without a used result:"
         for client, record in itertools.islice(without.items(), _SHOWN):
             last = plain(record.reason) or "no answer"
             yield f"  client {client}: {plural(record.tasks, 'task')}, last: {last}"
         if len(without) > _SHOWN:
-            yield f"  and {count(len(without) - _SHOWN)} more of these"
+            yield f"  and {count(len(without) - _SHOWN)} more"
 
     def _staleness(self) -> Iterator[str]:
         used = self.staleness
@@ -293,14 +292,14 @@ class Stats:
             return
         mean = sum(value * number for value, number in used.items()) / many
         yield (
-            f"staleness of the {plural(many, 'result')} used: "
-            f"mean {mean:.2f}, at most {max(used)} versions"
+            f"staleness of {plural(many, 'used result')}, in versions: "
+            f"mean {mean:.2f}, max {max(used)}"
         )
         yield from histogram(used)
 
 
 def histogram(values: Counter[int]) -> Iterator[str]:
-    """Yield a bar for each value, or for a few neighbouring ones together."""
+    """Yield a bar for each value, or for each few neighbouring values."""
     low, high = min(values), max(values)
     step = -(-(high - low + 1) // _BARS)
     bars = Counter[int]()
@@ -315,14 +314,14 @@ def histogram(values: Counter[int]) -> Iterator[str]:
     longest = min(_BAR, WIDTH - width - _BESIDE_BAR)
     for index, name in enumerate(names):
         number = bars[index]
-        # A value that is there at all is seen.
+        # Even the smallest number gets one character.
         bar = "#" * max(round(longest * number / most), bool(number))
         share = f"{100 * number / total:.1f} %"
         yield f"  {name:>{width}}  {count(number):>9}  {share:>7}  {bar}".rstrip()
 
 
 def _fitted(line: str) -> list[str]:
-    """Return a line as lines that fit a terminal; those after the first are set in."""
+    """Return a line as lines that fit a terminal; those after the first are indented."""
     inset = line[: len(line) - len(line.lstrip())]
     return [inset + each for each in fitted(line.lstrip(), width=WIDTH - len(inset))]
 
@@ -332,7 +331,7 @@ def _cells(tally: Tally) -> tuple[str, str, str]:
 
 
 def _by_codec(message: Message) -> Iterator[tuple[str, tuple[Blob, ...]]]:
-    """Yield the groups of a message: codec and blobs; then what is no group's."""
+    """Yield codec and blobs of each group of a message, then the other blobs."""
     first = 0
     groups = message.body.get("groups")
     for group in groups if isinstance(groups, list) else ():

@@ -1,10 +1,9 @@
 """``fedmq trace export --perfetto``: a timeline in the Chrome trace event format.
 
-A process for each node, with one lane of spans; Perfetto (https://ui.perfetto.dev) opens
-it. All times are those at which the broker wrote a message down, in microseconds since
-the run's start, except that a training's span is as long as its worker says. Spans of a
-lane follow one another: where two would overlap, the later one begins when the first
-ends. Each is at least 1 us long, so that an arrow can end in it.
+Perfetto (https://ui.perfetto.dev) opens it. Each node is a process with one lane of spans.
+Times are those at which the broker recorded a message, in microseconds since the run's start;
+the length of a training is what its worker measured. Spans of a lane do not overlap: the later
+one starts when the earlier one ends. Each is at least 1 us long, so that an arrow can end in it.
 """
 
 from __future__ import annotations
@@ -19,6 +18,7 @@ from fedmq.broker.wire.schema import Message
 from fedmq.nodes.process.terminal import word
 from fedmq.nodes.run_folder.outcomes import natural
 from fedmq.nodes.trace.export import to_json
+from fedmq.nodes.trace.listing import rejection_verb
 from fedmq.nodes.trace.outcomes import (
     ClientPlacement,
     MessageOutcomes,
@@ -33,7 +33,7 @@ _SPANS = {"result": "train", "failed": "failed", "score": "evaluate"}
 
 
 def timeline(trace: Trace, message_outcomes: MessageOutcomes) -> Iterator[str]:
-    """Yield the pieces of a JSON file, up to the trace's end or its damage."""
+    """Yield the text of a JSON file in parts, up to the trace's end or to damage."""
     yield '{"displayTimeUnit": "ms", "traceEvents": [\n'
     separator = ""
     for event in events(trace, message_outcomes):
@@ -43,7 +43,7 @@ def timeline(trace: Trace, message_outcomes: MessageOutcomes) -> Iterator[str]:
 
 
 def events(trace: Trace, message_outcomes: MessageOutcomes) -> Iterator[Event]:
-    """Yield the events of a run's timeline; those of one lane are in order."""
+    """Yield the events of a run's timeline, in order within each lane."""
     drawing = _Drawing(trace.opened.at, message_outcomes)
     for entry in before_damage(trace):
         yield from drawing.feed(entry)
@@ -51,14 +51,20 @@ def events(trace: Trace, message_outcomes: MessageOutcomes) -> Iterator[Event]:
 
 
 class _Versions:
-    """The aggregator's lane: one span after the other, from the run's start to its end.
+    """The aggregator's lane: spans without gaps, from the run's start to its end.
 
-    A span is open until its version is committed, and reaches past every arrow in it.
+    A span ends when its version is committed, and after every arrow in it.
+
+    Attributes:
+        start: of the open span, in us.
+        name: of the open span.
+        waiting: whether no task has been sent yet.
     """
 
     def __init__(self) -> None:
         self.start = 0
         self.name = "waiting for clients"
+        self.waiting = True
         self._last = 0
 
     def bind(self, at: int) -> int:
@@ -67,22 +73,23 @@ class _Versions:
         return max(at, self.start)
 
     def close(self, at: int, name: str) -> tuple[str, int, int]:
-        """End the span and begin another; return the name, start and end of the one ended."""
+        """End the open span and start another; return name, start and end of the ended one."""
         ended = (self.name, self.start, max(at, self.start + 1, self._last + 1))
         self.name, self.start = name, ended[2]
         self._last = self.start
+        self.waiting = False
         return ended
 
 
 class _Drawing:
     def __init__(self, start: float, message_outcomes: MessageOutcomes) -> None:
-        self._start, self._fates = start, message_outcomes
-        self._places, self._tasks = ClientPlacement(), TracedTasks()
+        self._start, self._outcomes = start, message_outcomes
+        self._placement, self._tasks = ClientPlacement(), TracedTasks()
         self._versions = _Versions()
         self._ends: dict[str, int] = {}
-        """When the last span of each lane ended."""
+        """End of the last span of each lane, in us."""
         self._sent: dict[int, int] = {}
-        """When a task that is out was sent, on the aggregator's lane, by its number."""
+        """Times of tasks in flight on the aggregator's lane, in us, by the task's number."""
         first = message_outcomes.placement.aggregator
         others = sorted(node for node in message_outcomes.placement.roles if node != first)
         self._order = {node: index for index, node in enumerate([first, *others])}
@@ -90,14 +97,14 @@ class _Drawing:
         self._now = 0
 
     def feed(self, entry: AnyEntry) -> Iterator[Event]:
-        """Take one more entry."""
+        """Process the next entry."""
         self._now = max(self._now, round(1e6 * (entry.at - self._start)))
         match entry:
             case Accepted():
                 message = entry.read()
-                self._places.feed(message)
-                task = self._tasks.feed(entry, message, self._places)
-                if message.sender == self._places.aggregator:
+                self._placement.feed(message)
+                task = self._tasks.feed(entry, message, self._placement)
+                if message.sender == self._placement.aggregator:
                     yield from self._from_aggregator(entry, message, task)
                 elif message.sender == BROKER:
                     yield from self._from_broker(message)
@@ -105,32 +112,32 @@ class _Drawing:
                     yield from self._answer(entry, message, task)
             case Refusal(node=node, id=name, reason=reason):
                 args = {"by": node, "message": name, "reason": reason}
-                yield from self._instant("parked" if entry.dead_lettered else "refused", args)
+                yield from self._instant(rejection_verb(entry), args)
 
     def finish(self) -> Iterator[Event]:
-        """Close what is open: the last span, and the tasks that nobody has answered."""
-        for name, task in self._tasks.out.items():
-            # Where nobody hosts its client, it still waits at the aggregator's side.
-            node = task.host or self._places.aggregator
+        """End the last span and the unanswered tasks."""
+        for name, task in self._tasks.in_flight.items():
+            # If no node hosts its client, it waits on the aggregator's lane.
+            node = task.host or self._placement.aggregator
             times = (self._sent[task.seq], self._now)
             args = {"task": name, "entry": task.seq}
             yield from self._wait(node, task, times, "unanswered", args)
         yield from self._close(self._now, "", {})
 
-    # ---- who says what
+    # ---- entries
 
     def _from_aggregator(
         self, entry: Accepted, message: Message, task: TracedTask | None
     ) -> Iterator[Event]:
         if task is not None:
-            if self._versions.name == "waiting for clients":
+            if self._versions.waiting:
                 yield from self._close(self._now, "version 1", {})
             self._sent[entry.seq] = self._versions.bind(self._now)
         elif message.kind == "version":
             number = natural(message.body.get("version"))
             keys = ("results", "late", "cohort", "mean_staleness", "max_staleness", "model_digest")
             args = {"entry": entry.seq} | {key: message.body.get(key) for key in keys}
-            more = number is not None and number < self._fates.versions
+            more = number is not None and number < self._outcomes.versions
             following = f"version {(number or 0) + 1}" if more else f"after version {number}"
             yield from self._close(self._now, following, args)
         elif message.kind in ("timer", "finished"):
@@ -142,12 +149,12 @@ class _Drawing:
             args = {key: each for key, each in message.body.items() if key != "key"}
             yield from self._instant(f"{message.body.get('node')} {message.kind}", args)
         elif message.kind == CONTINUED:
-            yield from self._instant("taken up again", {})
+            yield from self._instant("resumed", {})
         elif message.kind == "tick":
             yield from self._instant(f"tick {message.body.get('token')}", {})
 
     def _answer(self, entry: Accepted, message: Message, task: TracedTask) -> Iterator[Event]:
-        """A span on the lane of who answered, and the arrows to it and from it."""
+        """Yield a span on the lane of the answering node, and the arrows to and from it."""
         node, name = message.sender, message.re or ""
         sent = self._sent.pop(task.seq)
         free = max(sent, self._ends.get(node, 0))
@@ -159,15 +166,15 @@ class _Drawing:
         args = {"task": name, "entry": entry.seq, "answers": task.seq, "version": task.version}
         args |= self._about(entry, message, task)
         what = _SPANS[message.kind]
-        whom = f"client {task.client}" if task.client is not None else f"version {task.version}"
+        subject = f"client {task.client}" if task.client is not None else f"version {task.version}"
         pid = yield from self._lane(node)
-        span = {"ph": "X", "cat": what, "name": f"{what} {whom}", "pid": pid, "tid": 1}
+        span = {"ph": "X", "cat": what, "name": f"{what} {subject}", "pid": pid, "tid": 1}
         yield {**span, "ts": start, "dur": end - start, "args": args}
         waits = {"task": name, "entry": task.seq}
         yield from self._wait(node, task, (sent, start), "waiting", waits)
         arrived = self._versions.bind(max(self._now, end - 1))
-        yield from self._arrow("task", task.seq, (self._places.aggregator, sent), (node, start))
-        there = (self._places.aggregator, arrived)
+        yield from self._arrow("task", task.seq, (self._placement.aggregator, sent), (node, start))
+        there = (self._placement.aggregator, arrived)
         yield from self._arrow(message.kind, entry.seq, (node, end - 1), there)
         if message.kind == "score":
             yield from self._counters(message.body.get("metrics"), arrived)
@@ -176,10 +183,10 @@ class _Drawing:
         body = message.body
         if message.kind != "result":
             return {key: body[key] for key in ("metrics", "reason") if key in body}
-        refusal = self._fates.refused.get(entry.seq)
+        refusal = self._outcomes.refused.get(entry.seq)
         found: Event = {
             "client": task.client,
-            "staleness": self._fates.version_at(entry.seq) - (task.version or 0),
+            "staleness": self._outcomes.version_at(entry.seq) - (task.version or 0),
             "elapsed_s": body.get("elapsed_s"),
             "numbers": body.get("numbers"),
         }
@@ -188,7 +195,7 @@ class _Drawing:
     # ---- events
 
     def _lane(self, node: str) -> Generator[Event, None, int]:
-        """Return the process of a node; the first time, say what it is called."""
+        """Return the process of a node; yield its name the first time."""
         pid = self._processes.get(node)
         if pid is None:
             pid = self._processes[node] = len(self._processes) + 1
@@ -202,21 +209,21 @@ class _Drawing:
 
     def _close(self, at: int, following: str, args: Mapping[str, Any]) -> Iterator[Event]:
         name, start, end = self._versions.close(at, following)
-        pid = yield from self._lane(self._places.aggregator)
+        pid = yield from self._lane(self._placement.aggregator)
         span = {"ph": "X", "cat": "version", "name": name, "pid": pid, "tid": 1}
         yield {**span, "ts": start, "dur": end - start, "args": args}
 
     def _instant(self, name: str, args: Mapping[str, Any]) -> Iterator[Event]:
-        pid = yield from self._lane(self._places.aggregator)
+        pid = yield from self._lane(self._placement.aggregator)
         at = self._versions.bind(self._now)
         yield {"ph": "i", "s": "t", "name": name, "pid": pid, "tid": 1, "ts": at, "args": args}
 
     def _wait(
         self, node: str, task: TracedTask, times: tuple[int, int], name: str, args: Event
     ) -> Iterator[Event]:
-        """From when a task was accepted until it is begun: on its way, or in a queue.
+        """Yield the time of a task between acceptance and start, in transit or in a queue.
 
-        Many wait at once: these spans lie beside a node's lane, not on it.
+        Many tasks wait at once, so these are asynchronous spans beside the node's lane.
         """
         pid = yield from self._lane(node)
         both = {"cat": "task", "name": name, "pid": pid, "tid": 1, "id": task.seq}
@@ -226,7 +233,7 @@ class _Drawing:
     def _arrow(
         self, name: str, number: int, start: tuple[str, int], end: tuple[str, int]
     ) -> Iterator[Event]:
-        """From a span to another; each end lies within one."""
+        """Yield an arrow from one span to another; each end lies within a span."""
         for phase, (node, at) in (("s", start), ("f", end)):
             pid = yield from self._lane(node)
             event: Event = {"ph": phase, "cat": "message", "name": name, "id": number}
@@ -237,6 +244,6 @@ class _Drawing:
         for name in ("accuracy", "loss"):
             value = metrics.get(name) if isinstance(metrics, dict) else None
             if isinstance(value, float) and value == value and abs(value) < 1e300:
-                pid = yield from self._lane(self._places.aggregator)
+                pid = yield from self._lane(self._placement.aggregator)
                 args = {name: value}
                 yield {"ph": "C", "name": name, "pid": pid, "tid": 1, "ts": at, "args": args}

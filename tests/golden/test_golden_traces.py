@@ -52,9 +52,9 @@ def test_a_golden_workers_tasks_train_to_the_same_result(folder):
     """Another CPU, or another torch, may differ in the last bits: then it is said by how much."""
     trace = Trace(folder)
     again = Retraining(trace, recorded_setup(trace, allowed=OWN_CODE), "worker-0")
-    found = list(again.all())
+    found = list(again.train_all())
     assert found
     for each in found:
-        assert each.same, each.differences
+        assert each.matches, each.differences
         if each.message.body["device"] == kind_of("cpu"):
             assert not each.differences

@@ -22,7 +22,7 @@ def check_recorded_run(setup, folder, versions, nodes=("worker-0", "worker-1")):
     assert replay.core.version == versions
     assert model_digest(replay.core.tensors()) == model_digest(simulation.aggregator.core.tensors())
     for node in nodes:
-        tasks = list(Retraining(trace, setup, node).all())
+        tasks = list(Retraining(trace, setup, node).train_all())
         assert tasks
-        assert all(each.same for each in tasks)
+        assert all(each.matches for each in tasks)
     return replay

@@ -24,7 +24,7 @@ def fields_of(output):
     return dict(line.split(maxsplit=1) for line in output.splitlines())
 
 
-def test_bench_says_bytes_error_and_speed():
+def test_bench_prints_bytes_error_and_speed():
     result = bench("hadamard | quantize(4)", "--model", "cnn-mnist", "--repeats", "2")
     assert result.exit_code == 0, result.output
     fields = fields_of(result.output)

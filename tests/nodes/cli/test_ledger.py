@@ -1,4 +1,4 @@
-"""``fedmq ledger``: what a person reads, what a program reads, and a run that goes on."""
+"""``fedmq ledger``: the text, the JSON, and a repaired run that resumes."""
 
 import json
 import os
@@ -51,12 +51,12 @@ def test_a_sound_ledger(run: Path) -> None:
         assert json.loads(fedmq("check", folder, "--json")[1])["sound"] is True
     code, output = fedmq("repair", run, "--yes")
     assert code == 0
-    assert output.endswith("there is nothing to do\n")
+    assert output.endswith("nothing to repair\n")
 
 
 def test_a_misspelled_command_is_one_sentence_with_the_choices() -> None:
-    said = "fedmq: ledger: there is no command 'chekc' (did you mean 'check'?); choose from "
-    assert fedmq("chekc") == (2, said + "check, repair\n")
+    sentence = "fedmq: ledger: there is no command 'chekc' (did you mean 'check'?); choose from "
+    assert fedmq("chekc") == (2, sentence + "check, repair\n")
 
 
 def test_no_ledger_is_one_sentence(tmp_path: Path) -> None:
@@ -66,7 +66,7 @@ def test_no_ledger_is_one_sentence(tmp_path: Path) -> None:
         assert output.startswith("fedmq: expected a run's folder with a ledger in it")
 
 
-def test_damaged_entries_are_listed_and_cut_only_when_told(run: Path) -> None:
+def test_damaged_entries_are_listed_and_cut_only_with_yes(run: Path) -> None:
     path = segment_path(run / "ledger", MESSAGES, 0)
     records = list(scan(path))
     flip(path, records[20].end - 1)
@@ -74,14 +74,14 @@ def test_damaged_entries_are_listed_and_cut_only_when_told(run: Path) -> None:
     code, output = fedmq("check", run)
     assert code == 1
     assert f"damaged: {path.name}, bytes {records[20].offset:,} to" in output
-    assert "lost with it: entries" in output
-    assert "lost behind it:" in output
-    assert "needs them; it would go on from entry" in output
+    assert "lost: entr" in output
+    assert "unusable after it:" in output
+    assert "needs them; it would resume from entry" in output
     assert f"`fedmq ledger repair {run}`" in output
     code, output = fedmq("repair", run)
     assert code == 1
     assert f"truncate {path.name} at byte {records[20].offset:,}" in output
-    assert output.endswith("nothing was changed; add --yes to do this\n")
+    assert output.endswith("nothing was changed; add --yes to make these changes\n")
     assert files(run) == before
     facts = json.loads(fedmq("repair", run, "--json")[1])
     assert facts["done"] is False
@@ -99,7 +99,7 @@ def test_a_damaged_blob_is_listed_with_the_messages_that_name_it(run: Path) -> N
     flip(path, record.end - 1)
     code, output = fedmq("check", run)
     assert code == 1
-    assert "nothing unfinished needs it" in output
+    assert "no unfinished message needs it" in output
     lost = json.loads(fedmq("check", run, "--json")[1])["blobs"]["lost"]
     assert (lost[0]["segment"], lost[0]["offset"]) == (path.name, record.offset)
     assert lost[0]["messages"]
@@ -169,7 +169,7 @@ class Nodes:
 
 
 @pytest.mark.end_to_end
-def test_a_repaired_run_goes_on_to_its_end(tmp_path: Path) -> None:
+def test_a_repaired_run_resumes_to_its_end(tmp_path: Path) -> None:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     nodes = Nodes(tmp_path)
     ledger = tmp_path / "run" / "ledger"
@@ -224,10 +224,10 @@ def test_a_broker_whose_device_fails_ends_with_the_place(tmp_path: Path) -> None
         peer.connect(endpoint)
         peer.send(b"anything")  # it takes a turn, and syncs what it found
         try:
-            said = broker.communicate(timeout=40)[1]
+            errors = broker.communicate(timeout=40)[1]
         finally:
             broker.kill()
     assert broker.returncode == 1
-    last = said.splitlines()[-1]
+    last = errors.splitlines()[-1]
     assert last.startswith("fedmq: stopped serving, the ledger failed: cannot sync")
     assert last.endswith("Input/output error")

@@ -96,10 +96,10 @@ MISTAKES = [
     (["xyzxyz"], "there is no command 'xyzxyz'; choose from aggregator, broker, "),
     (["trace", "lss"], "trace: there is no command 'lss' (did you mean 'ls'?); choose from diff"),
     (["trace", "ls"], "trace ls: expected DIR"),
-    (["trace", "show", "run", "x"], "trace show: OFFSET: expected a whole number from 0; 'x' "),
+    (["trace", "show", "run", "x"], "trace show: OFFSET: expected a whole number from 0, got x"),
     (["cluster", "--wrkers", "2"], "cluster: there is no option '--wrkers' (did you mean '--work"),
     (["cluster", "--xyzxyz"], "cluster: there is no option '--xyzxyz'; --help lists them"),
-    (["cluster", "--workers", "0"], "cluster: --workers: expected a whole number from 1; 0 "),
+    (["cluster", "--workers", "0"], "cluster: --workers: expected a whole number from 1, got 0"),
     (["cluster", "a", "b"], "cluster: got unexpected extra argument"),
     (["broker"], "broker: expected --run PATH"),
     (["broker", "--run", "r", "--durability", "x"], "broker: --durability: 'x' is not one of"),
@@ -139,14 +139,14 @@ def test_without_a_command_there_is_help() -> None:
     "command", [["worker", "--clients", "0", "--connect"], ["aggregator", "--connect"]]
 )
 @pytest.mark.parametrize("endpoint", ["127.0.0.1:7733", "tcp://127.0.0.1:99999", "ipc://"])
-def test_an_endpoint_that_is_none_is_told_at_once(command: list[str], endpoint: str) -> None:
+def test_an_invalid_endpoint_is_reported_at_once(command: list[str], endpoint: str) -> None:
     result = CliRunner().invoke(main, [*command, endpoint])
     assert result.exit_code == 2
     [line] = result.stderr.splitlines()
     assert line.startswith(f"fedmq: cannot connect to {endpoint}: expected ")
 
 
-def test_a_node_that_gives_up_says_what_it_has_waited_for_and_exits_with_1() -> None:
+def test_a_node_that_gives_up_reports_what_it_has_waited_for_and_exits_with_1() -> None:
     command = ["worker", "--clients", "0", "--connect", "tcp://127.0.0.1:1", "--give-up", "0.3"]
     result = CliRunner().invoke(main, command)
     assert result.exit_code == 1

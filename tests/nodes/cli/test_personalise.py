@@ -1,4 +1,4 @@
-"""``fedmq personalise``: what a recorded run is worth to clients that never took part."""
+"""``fedmq personalise``: adapt a recorded run to clients that never took part."""
 
 import json
 import statistics
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.slow
 
 
 class Newcomers(Tiny):
-    """Four clients that train, and as many that never do as it is told."""
+    """Four clients that train, and the given number that never do."""
 
     def __init__(self, clients=4, held_out=3, seed=0):
         super().__init__(clients, seed)
@@ -151,7 +151,7 @@ def test_words_that_are_no_ranges_and_folders_that_are_none_are_refused(folder, 
     assert "cannot write" in refused(folder, "--json", tmp_path / "no" / "folder")
 
 
-def test_a_run_without_new_clients_says_which_option_makes_them(tmp_path):
+def test_a_run_without_new_clients_reports_which_option_makes_them(tmp_path):
     assert record(tmp_path, setup_of(held_out=0))
     assert refused(tmp_path).endswith("start one with problem.held_out=N")
 
@@ -161,13 +161,13 @@ def test_an_algorithm_with_one_model_for_all_is_refused(tmp_path):
     assert "fedavg has one model for all of them" in refused(tmp_path)
 
 
-def test_a_run_that_goes_on_is_taken_at_its_newest_checkpoint_and_that_is_said(tmp_path):
+def test_a_run_that_has_not_ended_is_taken_at_its_newest_checkpoint_and_that_is_reported(tmp_path):
     assert not record(tmp_path, setup_of(versions=10_000, checkpoint_s=0.5), until=10.0)
     result = call(tmp_path, "--clients", "4")
     version = last_state(Trace(tmp_path), setup_of(versions=10_000)).version
     assert version > 0
     assert result.stderr.strip() == (
-        f"the run has not ended: this is its newest checkpoint, version {version}"
+        f"the run has not ended: using its newest checkpoint, version {version}"
     )
     assert result.stdout.splitlines()[1].startswith("4 ")
 

@@ -1,4 +1,4 @@
-"""``--allow``, the user's own file, names, and what a stranger's configuration can do."""
+"""``--allow``, the user's own file, names, and what a configuration of others may import."""
 
 import subprocess
 import sys
@@ -186,7 +186,7 @@ def test_settings_of_a_replay_name_nothing_new(tmp_path, table):
     setting = ["--set", f"{table}.name=evil:solve"]
     result = CliRunner().invoke(main, ["replay", folder, "--allow", "tests", *setting])
     assert result.exit_code == 2
-    assert f"--set {table}.name: the recorded results say nothing about it" in result.output
+    assert f"--set {table}.name: cannot be computed from the recorded results" in result.output
 
 
 def test_an_old_ledger_whose_run_has_another_id_is_still_read(tmp_path):
@@ -234,14 +234,14 @@ def test_a_strangers_run_executes_nothing_on_a_waiting_worker(tmp_path):
             peer.linger = 0
             peer.connect(endpoint)
             peer.send(msgpack.packb({**HELLO, "run": "harmless", "config": config}))
-            said = worker.communicate(timeout=60)[1].strip().split("\n")[-1]
+            sentence = worker.communicate(timeout=60)[1].strip().split("\n")[-1]
     finally:
         for each in started:
             each.kill()
             each.communicate()
     assert worker.returncode == 2
-    assert said.startswith("fedmq: problem.name of run 'harmless': 'sympy:solve'")
-    assert said.endswith("add --allow sympy")
+    assert sentence.startswith("fedmq: problem.name of run 'harmless': 'sympy:solve'")
+    assert sentence.endswith("add --allow sympy")
     assert not mark.exists()
 
 
@@ -252,7 +252,7 @@ BAD = (*BAD, "a\0", "x" * 101)
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_a_node_does_not_say_hello_with_a_name_that_is_none(name):
+def test_a_node_sends_no_hello_with_a_name_that_is_none(name):
     for fields in ({"node": name}, {"node": "w", "run": name}):
         hello = Hello(role="worker", session="s", **fields)
         with pytest.raises(NodeError, match="expected 1 to 100 ASCII letters"):

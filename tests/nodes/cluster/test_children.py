@@ -1,4 +1,4 @@
-"""The processes of a cluster: a log that cannot be written is said, and the node goes on."""
+"""The processes of a cluster: a log that cannot be written is reported, and the node continues."""
 
 import ctypes
 import json
@@ -12,27 +12,27 @@ from pathlib import Path
 import pytest
 
 from fedmq.nodes.cluster import children
-from fedmq.nodes.cluster.children import NOTE, child_main
+from fedmq.nodes.cluster.children import Report, ReportKind, child_main, receive_report
 
 pytestmark = pytest.mark.end_to_end
 
 
-def work(folder: Path, report, lines: int) -> None:
+def work(folder: Path, pipe, lines: int) -> None:
     for number in range(lines):
         print("printed", number, flush=True)  # noqa: T201 - what user code does
     children.structlog.get_logger().info("worked")
 
 
-def fail(folder: Path, report) -> None:
+def fail(folder: Path, pipe) -> None:
     raise ValueError("a bug")
 
 
-def crash_in_c(folder: Path, report) -> None:
+def crash_in_c(folder: Path, pipe) -> None:
     ctypes.string_at(0)
 
 
-def wait_for_a_signal(folder: Path, report) -> None:
-    report.send_bytes(b"ready x")
+def wait_for_a_signal(folder: Path, pipe) -> None:
+    children._report(pipe, ReportKind.READY, "x")
     while True:
         try:
             time.sleep(60)
@@ -57,11 +57,15 @@ def start(folder: Path, target, *args):
     return process, ours
 
 
-def reports(pipe) -> list[str]:
+def note(text: str) -> Report:
+    return Report(ReportKind.NOTE, text)
+
+
+def reports(pipe) -> list[Report]:
     found = []
     while True:
         try:
-            found.append(pipe.recv_bytes().decode())
+            found.append(receive_report(pipe))
         except EOFError:
             return found
 
@@ -80,8 +84,7 @@ def test_a_log_that_cannot_be_opened_is_reported_and_the_node_works(tmp_path: Pa
     (tmp_path / "w.log").mkdir()
     process, pipe = start(tmp_path, work, 1)
     path = tmp_path / "w.log"
-    expected = f"{NOTE}cannot write {path}: is a directory; going on without it"
-    assert reports(pipe) == [expected]
+    assert reports(pipe) == [note(f"cannot write {path}: is a directory; going on without it")]
     process.join(30)
     assert process.exitcode == 0
     assert "worked" in capfd.readouterr().err
@@ -94,13 +97,14 @@ def test_a_log_that_finds_no_room_is_reported_once_and_the_node_works(tmp_path: 
     found = reports(pipe)
     process.join(30)
     assert process.exitcode == 0
-    assert found == [f"{NOTE}standard output: no space left on device; going on without it"]
+    assert found == [note("standard output: no space left on device; going on without it")]
 
 
 def test_a_crash_is_reported_even_if_the_log_takes_nothing(tmp_path: Path) -> None:
     process, pipe = start(tmp_path, fail)
-    (said,) = reports(pipe)
-    assert re.fullmatch(r"crashed: ValueError.*a bug.*; see .*/w\.log", said)
+    (report,) = reports(pipe)
+    assert report.kind is ReportKind.ENDING
+    assert re.fullmatch(r"crashed: ValueError.*a bug.*; see .*/w\.log", report.text)
     process.join(30)
     assert process.exitcode == 1
 
@@ -117,7 +121,7 @@ def test_a_crash_in_a_library_leaves_file_and_line_in_the_log(tmp_path: Path) ->
 
 def test_a_node_that_a_signal_ends_has_not_crashed(tmp_path: Path) -> None:
     process, pipe = start(tmp_path, wait_for_a_signal)
-    assert pipe.recv_bytes() == b"ready x"
+    assert receive_report(pipe) == Report(ReportKind.READY, "x")
     for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
         os.kill(process.pid, number)
     assert reports(pipe) == []
@@ -132,5 +136,11 @@ def test_a_full_disk_is_reported_once_and_so_is_room(tmp_path: Path) -> None:
     for reason in ("", "no space", "no space", "", "", "no space"):
         on_space(reason)
     theirs.close()
-    full = f"{NOTE}no space; the run waits for room in {tmp_path / 'ledger'}"
-    assert reports(ours) == [full, f"{NOTE}there is room again; the run goes on", full]
+    full = note(f"no space; the run waits for disk space in {tmp_path / 'ledger'}")
+    assert reports(ours) == [full, note("disk space is available again; the run continues"), full]
+
+
+def test_a_report_with_any_bytes_in_a_name_is_received() -> None:
+    ours, theirs = mp.Pipe(duplex=False)
+    children._report(theirs, ReportKind.ENDING, "ready \udcff \n")
+    assert receive_report(ours) == Report(ReportKind.ENDING, r"ready \udcff " + "\n")

@@ -1,4 +1,4 @@
-"""Real runs that are killed, and taken up by the same command; and runs that go further."""
+"""Real runs that are killed and resumed by the same command, or extended."""
 
 import json
 import os
@@ -40,10 +40,10 @@ def to_end(words: Sequence[str], code: int = 0) -> str:
     done = subprocess.run(
         words, capture_output=True, text=True, timeout=120, check=False, cwd=Path.cwd()
     )
-    said = done.stdout + done.stderr
-    assert done.returncode == code, said
-    assert "Traceback" not in said
-    return said
+    output = done.stdout + done.stderr
+    assert done.returncode == code, output
+    assert "Traceback" not in output
+    return output
 
 
 def kinds(run: Path) -> list[str]:
@@ -89,8 +89,8 @@ def test_a_run_that_was_killed_again_and_again_ends_at_the_same_model(whole, tmp
     [torn] = segment_numbers(run / "ledger", MESSAGES)
     with segment_path(run / "ledger", MESSAGES, torn).open("ab") as file:
         file.write(b"\x00\x01half a record")
-    said = to_end(words)
-    assert "goes on from version" in said
+    output = to_end(words)
+    assert "resuming run " in output
 
     summary = json.loads((run / "summary.json").read_text())
     assert summary["model_digest"] == whole["model_digest"]
@@ -133,7 +133,7 @@ def test_a_run_that_was_stopped_in_the_middle_of_a_round_ends_at_the_same_model(
     assert summary["results"]["used"] == whole["results"]["used"]
 
 
-def test_a_run_that_was_killed_at_any_moment_goes_on_alone(whole, tmp_path) -> None:
+def test_a_run_that_was_killed_at_any_moment_resumes_alone(whole, tmp_path) -> None:
     seed = random.randrange(1 << 30)  # noqa: S311 - a moment, not a secret
     print(f"seed {seed}")  # noqa: T201 - for whoever looks for the moment
     moment = random.Random(seed).uniform(1.0, 9.0)  # noqa: S311
@@ -146,7 +146,7 @@ def test_a_run_that_was_killed_at_any_moment_goes_on_alone(whole, tmp_path) -> N
     assert summary["model_digest"] == whole["model_digest"]
 
 
-def test_an_ended_run_is_shown_and_goes_further_when_more_is_asked_for(tmp_path) -> None:
+def test_an_ended_run_is_shown_and_is_extended_when_more_is_asked_for(tmp_path) -> None:
     run = tmp_path / "run"
     to_end(command(run, {**ROUNDS, "run.versions": 3}))
     before = json.loads((run / "summary.json").read_text())
@@ -154,16 +154,16 @@ def test_an_ended_run_is_shown_and_goes_further_when_more_is_asked_for(tmp_path)
     entries = len(kinds(run))
 
     (run / "summary.json").unlink()
-    said = to_end(command(run, {**ROUNDS, "run.versions": 3}))
-    assert "has ended" in said
-    assert before["model_digest"] in said
+    output = to_end(command(run, {**ROUNDS, "run.versions": 3}))
+    assert "has ended" in output
+    assert before["model_digest"] in output
     assert len(kinds(run)) == entries
     assert json.loads((run / "summary.json").read_text()) == before
 
     # The other number of workers is this host's business, and their clients move.
     words = command(run, {**ROUNDS, "run.versions": 5, "worker.count": 3})
     kill_when(words, lambda: "continued" in kinds(run))
-    assert "goes on from version" in to_end(words)
+    assert "resuming run " in to_end(words)
     after = json.loads((run / "summary.json").read_text())
     assert after["versions"] == 5
     assert after["run"] == before["run"]
@@ -184,8 +184,9 @@ def test_an_ended_run_is_shown_and_goes_further_when_more_is_asked_for(tmp_path)
     assert "results 10 = used 10 + stale 0 + refused 0 + unused 0" in stats
     assert "holds" in stats
 
-    said = to_end(command(run, {**ROUNDS, "run.versions": 4}), 2)
-    assert "has 5 versions already, got 4" in said
+    output = to_end(command(run, {**ROUNDS, "run.versions": 4}), 2)
+    assert "run.versions: expected at least 5, " in output
+    assert "already has, got 4" in output
 
 
 def test_a_runs_own_configuration_runs_again_in_a_new_folder(tmp_path, monkeypatch) -> None:
@@ -194,8 +195,8 @@ def test_a_runs_own_configuration_runs_again_in_a_new_folder(tmp_path, monkeypat
     run = tmp_path / "runs" / "first"
     words = command(run, settings)
     to_end([*words[: words.index("--run")], *words[words.index("--run") + 2 :]])
-    said = to_end([*FEDMQ, "cluster", str(run / "config.toml")])
-    assert "goes on" not in said
+    output = to_end([*FEDMQ, "cluster", str(run / "config.toml")])
+    assert "resuming" not in output
     [other] = [each for each in (tmp_path / "runs").iterdir() if each.name != "first"]
     first, second = (json.loads((each / "summary.json").read_text()) for each in (run, other))
     assert first["run"] == "first"
@@ -205,7 +206,7 @@ def test_a_runs_own_configuration_runs_again_in_a_new_folder(tmp_path, monkeypat
         assert "run first has ended" in to_end([*FEDMQ, "cluster", *again])
 
 
-def test_a_folder_in_use_is_refused_at_once_and_a_broker_says_what_is_in_its_ledger(
+def test_a_folder_in_use_is_refused_at_once_and_a_broker_reports_what_is_in_its_ledger(
     tmp_path,
 ) -> None:
     run = tmp_path / "run"
@@ -217,13 +218,13 @@ def test_a_folder_in_use_is_refused_at_once_and_a_broker_says_what_is_in_its_led
         while "version" not in kinds(run) and process.poll() is None:
             time.sleep(0.05)
         began = time.monotonic()
-        said = to_end(words, 2)
-        assert f"in use by another cluster, process {process.pid}" in said
+        output = to_end(words, 2)
+        assert f"in use by another cluster, process {process.pid}" in output
         assert time.monotonic() - began < 10
         os.kill(process.pid, signal.SIGKILL)  # its nodes end by themselves, and are waited for
         process.wait()
-        said = to_end(command(run, {**ROUNDS, "run.versions": kinds(run).count("version") + 1}))
-        assert "goes further" in said
+        output = to_end(command(run, {**ROUNDS, "run.versions": kinds(run).count("version") + 1}))
+        assert "extending run " in output
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)

@@ -181,8 +181,8 @@ def test_a_killed_broker_and_a_killed_aggregator_change_nothing_in_the_model(
         assert summary["versions"] == 25
         digests[name] = summary["model_digest"]
     assert digests["whole"] == digests["killed"]
-    assert output.count("broker was ended by SIGKILL; starting it again") == 2
-    assert output.count("aggregator was ended by SIGKILL; starting it again") == 1
+    assert output.count("broker was killed by SIGKILL; restarting it") == 2
+    assert output.count("aggregator was killed by SIGKILL; restarting it") == 1
     sessions = {name: node["sessions"] for name, node in summary["nodes"].items()}
     assert sessions.pop("aggregator") == 2
     assert set(sessions.values()) == {1}, "whoever lived on was there all the time"
@@ -205,7 +205,7 @@ def test_ctrl_c_ends_every_process_cleanly(start, tmp_path: Path, number: int) -
     assert "Traceback" not in output
     assert json.loads((run / "summary.json").read_text())["versions"] >= 2
     wait_until("the children's end", lambda: not psutil.wait_procs(family, 0)[1], 5)
-    # No node said goodbye: the run goes on as if nothing had been.
+    # No node sent a goodbye: the run resumes as if it had never stopped.
     left = [
         each.read().body
         for each in read_entries(run / "ledger")
@@ -228,14 +228,15 @@ def test_stragglers_drop_outs_and_a_killed_worker_are_ordinary(start, tmp_path: 
     run = tmp_path / "run"
     cluster = start(
         *("cluster", "--run", str(run), "--set", "problem.examples=1000"),
-        *("--set", "run.versions=40", "--set", "broker.lease_s=1", "--set", "broker.beat_s=0.2"),
+        *("--set", "run.versions=40"),
+        *("--set", "broker.lease_s=1", "--set", "broker.heartbeat_s=0.2"),
         *("--set", "worker.slowdown=halfnormal(1)", "--set", "worker.drop=0.1"),
     )
     wait_until("the first versions", lambda: versions_in(run) >= 2)
     kill(run, "worker-2")
     output = cluster.output()
     assert "40 versions committed" in output
-    assert "worker-2 was ended by SIGKILL; starting it again" in output
+    assert "worker-2 was killed by SIGKILL; restarting it" in output
     assert cluster.process.returncode == 0
     nodes = json.loads((run / "summary.json").read_text())["nodes"]
     assert sum(node["drops"] for node in nodes.values()) > 0
@@ -252,7 +253,7 @@ def test_a_process_that_ends_again_and_again_ends_the_run(start, tmp_path: Path)
     os.kill(pid_of(run, "aggregator"), signal.SIGKILL)
     output = cluster.output(20)
     assert cluster.process.returncode == 1
-    assert "fedmq: aggregator: was ended by SIGKILL" in output
+    assert "fedmq: aggregator: was killed by SIGKILL" in output
 
 
 def test_a_model_that_cannot_be_followed_is_one_sentence_and_exit_code_2(
@@ -403,7 +404,7 @@ def test_what_the_broker_refuses_is_one_sentence_and_exit_code_2(start, tmp_path
         assert refused.process.returncode == 2
 
 
-def test_a_node_says_what_it_waits_for_and_in_what_its_configuration_differs(
+def test_a_node_reports_what_it_waits_for_and_in_what_its_configuration_differs(
     start, tmp_path: Path
 ) -> None:
     endpoint = f"tcp://127.0.0.1:{free_port()}"
@@ -426,7 +427,7 @@ def test_a_node_says_what_it_waits_for_and_in_what_its_configuration_differs(
     assert other.process.returncode == 2
 
 
-def test_a_node_that_starts_after_the_end_learns_it_or_says_that_the_broker_is_gone(
+def test_a_node_that_starts_after_the_end_learns_it_or_reports_that_the_broker_is_gone(
     start, tmp_path: Path
 ) -> None:
     endpoint = f"tcp://127.0.0.1:{free_port()}"

@@ -1,4 +1,4 @@
-"""What surrounds a process: the current folder, TMPDIR, a home, names of folders."""
+"""The environment of a process: current folder, TMPDIR, home, names of folders."""
 
 import os
 import subprocess
@@ -37,8 +37,8 @@ def test_a_current_folder_that_is_gone_is_one_sentence(
     result = CliRunner().invoke(main, command)
     assert result.exit_code == 2
     assert result.output == (
-        "fedmq: the current folder cannot be found (No such file or directory); change to one "
-        "that is there\n"
+        "fedmq: cannot find the current folder: No such file or directory; change to one that "
+        "exists\n"
     )
 
 
@@ -56,23 +56,23 @@ def test_sockets_get_a_short_place_where_tmpdir_is_long(
 
 
 @pytest.mark.usefixtures("no_temporary_folder_yet")
-def test_no_short_place_for_sockets_is_told(
+def test_no_short_folder_for_sockets_is_reported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     long = tmp_path / ("d" * 140)
     long.mkdir()
     monkeypatch.setenv("TMPDIR", str(long))
     monkeypatch.setattr(environment, "_SHORT", ())
-    with pytest.raises(NodeError, match="TMPDIR: expected a folder whose name has at most 75"):
+    with pytest.raises(NodeError, match="TMPDIR: expected a path of at most 75"):
         place_sockets()
 
 
-def test_no_place_for_short_lived_files_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_folder_for_temporary_files_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     def nowhere() -> str:
         raise FileNotFoundError(2, "No usable temporary directory found in ['/nowhere']")
 
     monkeypatch.setattr(tempfile, "gettempdir", nowhere)
-    with pytest.raises(NodeError, match="no folder for short-lived files: No usable"):
+    with pytest.raises(NodeError, match="cannot find a folder for temporary files: No usable"):
         place_sockets()
 
 
@@ -110,7 +110,7 @@ def test_a_name_that_no_file_system_takes_is_one_sentence(command: list[str]) ->
 @pytest.mark.end_to_end
 @pytest.mark.parametrize("name", [b"by\xfftes", b"two\nlines"])
 def test_a_run_may_lie_in_a_folder_of_any_name(tmp_path: Path, name: bytes) -> None:
-    """The offer of local files needs a name that travels; without it, the run goes on."""
+    """Local blobs need a name in UTF-8; without, the run uses the socket."""
     folder = os.fsencode(tmp_path) + b"/" + name
     settings = ["run.versions=1", "problem.clients=2", "schedule.size=1", "schedule.concurrency=1"]
     words = [word for each in settings for word in ("--set", each)]
@@ -118,7 +118,7 @@ def test_a_run_may_lie_in_a_folder_of_any_name(tmp_path: Path, name: bytes) -> N
         sys.executable,
         "-P",
         "-m",
-        "fedmq.nodes.cli.main",
+        "fedmq.nodes",
         "cluster",
         "--workers",
         "1",

@@ -1,4 +1,4 @@
-"""Runs that get nowhere, as a user meets them: how they end, what they say, and what not."""
+"""Runs without progress: how they end, and what they print."""
 
 import json
 
@@ -89,19 +89,19 @@ def cluster(start, tmp_path):  # noqa: F811 - the fixture
 
 
 @pytest.mark.end_to_end
-def test_a_run_whose_tasks_all_raise_ends_and_says_what_was_raised(cluster):
+def test_a_run_whose_tasks_all_raise_ends_and_reports_what_was_raised(cluster):
     code, output, folder = cluster("problem.fails=loss")
     assert code == 1
     line = next(n for n, text in enumerate(MINE.splitlines(), 1) if "cannot use" in text)
-    said = f"ValueError: cannot use tensor(...) (mine.py:{line})"
+    expected = f"ValueError: cannot use tensor(...) (mine.py:{line})"
     assert (
         "fedmq: the run failed: 12 tasks in a row failed or were rejected (run.failures); the last"
         in output
     )
-    assert said in output
+    assert expected in output
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["status"] == "failed"
-    assert said in summary["ended"]
+    assert expected in summary["ended"]
     assert summary["results"]["failed"] == 12
     assert summary["last_failure"]["reason"] == "ValueError: cannot use tensor(...)"
     assert summary["last_failure"]["where"] == f"mine.py:{line}"
@@ -113,27 +113,27 @@ def test_a_run_whose_tasks_all_raise_ends_and_says_what_was_raised(cluster):
 
 
 @pytest.mark.end_to_end
-def test_a_run_whose_workers_end_by_themselves_ends_and_says_so(cluster):
+def test_a_run_whose_workers_end_by_themselves_ends_and_reports_it(cluster):
     code, output, _ = cluster("problem.fails=leave")
     assert code == 1
     assert "fedmq: worker-0: ended with exit code 0" in output
 
 
 @pytest.mark.end_to_end
-def test_a_node_that_failed_is_told_of_even_if_the_run_is_over_by_then(cluster):
+def test_a_node_that_failed_is_reported_even_if_the_run_is_over_by_then(cluster):
     code, output, _ = cluster("problem.fails=test", "run.versions=1")
     assert code in (0, 2)
     assert "fedmq: evaluator: Mine: expected at least one example to evaluate on" in output
 
 
 @pytest.mark.end_to_end
-def test_an_algorithm_that_raises_ends_the_run_at_once_and_goes_on_once_it_is_mended(
+def test_an_algorithm_that_raises_ends_the_run_at_once_and_resumes_once_it_is_fixed(
     cluster, tmp_path
 ):
     code, output, folder = cluster("algorithm.name=mine:Broken")
     assert code == 1
     assert "fedmq: the run failed: broken raised KeyError: 'momentum' (mine.py:" in output
-    assert "starting it again" not in output
+    assert "restarting it" not in output
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["status"] == "failed"
     assert summary["nodes"]["aggregator"]["sessions"] == 1
@@ -158,7 +158,7 @@ def test_a_model_that_cannot_be_built_is_one_sentence(cluster):
     code, output, _ = cluster("problem.fails=model")
     assert code == 2
     assert "problem.name: RuntimeError: no such layer (mine.py:" in output
-    assert "starting it again" not in output
+    assert "restarting it" not in output
     assert "Traceback" not in output
 
 
@@ -171,14 +171,14 @@ def test_nodes_by_themselves_say_whom_they_wait_for_and_why_the_run_failed(start
     settings = run_of("problem.fails=loss", "run.failures=3")
     aggregator = start("aggregator", "--connect", endpoint, *settings)
     one = start("worker", "--connect", endpoint, "--clients", "0,2", "--allow", "mine")
-    said = ""
-    while "waiting for clients 1, 3" not in said:
-        said = aggregator.process.stdout.readline()
-        assert said, "it ended without saying whom it waited for"
+    line = ""
+    while "waiting for clients 1, 3" not in line:
+        line = aggregator.process.stdout.readline()
+        assert line, "it ended without saying whom it waited for"
     two = start("worker", "--connect", endpoint, "--clients", "1,3", "--allow", "mine")
-    said = aggregator.output()
+    rest = aggregator.output()
     assert aggregator.process.returncode == 1
-    assert "fedmq: the run failed: 3 tasks in a row failed or were rejected (run.fail" in said
+    assert "fedmq: the run failed: 3 tasks in a row failed or were rejected (run.fail" in rest
     for node in (one, two, broker):
         node.output(20)
         assert node.process.returncode == 0

@@ -135,7 +135,7 @@ MOMENTS = {
 
 
 @pytest.mark.parametrize("moment", MOMENTS.values(), ids=MOMENTS)
-def test_ctrl_c_ends_everything_with_a_summary_and_says_how_to_go_on(
+def test_ctrl_c_ends_everything_with_a_summary_and_prints_how_to_resume(
     start, tmp_path: Path, moment
 ) -> None:
     run = tmp_path / "run"
@@ -147,14 +147,14 @@ def test_ctrl_c_ends_everything_with_a_summary_and_says_how_to_go_on(
     assert cluster.process.returncode == INTERRUPTED, output
     assert "Traceback" not in output
     assert "Aborted" not in output
-    assert output.rstrip().endswith(f"go on with: fedmq cluster --run {run}")
+    assert output.rstrip().endswith(f"resume with: fedmq cluster --run {run}")
     assert "stopped by SIGINT" in output
     summary = json.loads((run / "summary.json").read_text())
     assert summary["ended"] is None
     wait_until("the children's end", lambda: not living(family), 10)
 
 
-def test_the_command_that_a_stopped_run_prints_goes_on_to_its_end(start, tmp_path: Path) -> None:
+def test_the_command_that_a_stopped_run_prints_resumes_it(start, tmp_path: Path) -> None:
     (tmp_path / "my run.toml").write_text(
         "run.versions = 20\nproblem.examples = 1000\nproblem.clients = 4\n"
         "worker.count = 2\nschedule.name = 'rounds'\n"
@@ -165,8 +165,8 @@ def test_the_command_that_a_stopped_run_prints_goes_on_to_its_end(start, tmp_pat
     cluster.signal(signal.SIGTERM)
     line = cluster.output(20).splitlines()[-1]
     assert cluster.process.returncode == INTERRUPTED
-    assert line == "go on with: fedmq cluster --run 'my run' 'my run.toml'"
-    again = start(*shlex.split(line.removeprefix("go on with: fedmq ")))
+    assert line == "resume with: fedmq cluster --run 'my run' 'my run.toml'"
+    again = start(*shlex.split(line.removeprefix("resume with: fedmq ")))
     output = again.output()
     assert again.process.returncode == 0, output
     assert json.loads((run / "summary.json").read_text())["versions"] == 20
@@ -272,7 +272,7 @@ def test_a_broker_serves_though_standard_error_finds_no_room(start, tmp_path: Pa
     assert output == "fedmq: standard error: no space left on device; going on without it\n"
 
 
-def test_a_run_whose_pipe_is_closed_ends_well_and_says_so_once_in_its_log(
+def test_a_run_whose_pipe_is_closed_ends_well_and_reports_it_once_in_its_log(
     start, tmp_path: Path
 ) -> None:
     reader, writer = os.pipe()
@@ -288,7 +288,7 @@ def test_a_run_whose_pipe_is_closed_ends_well_and_says_so_once_in_its_log(
         assert log.count(f"{stream}: broken pipe; going on without it") == 1
 
 
-def test_what_standard_output_lost_is_said_on_standard_error(start, tmp_path: Path) -> None:
+def test_what_standard_output_lost_is_reported_on_standard_error(start, tmp_path: Path) -> None:
     reader, writer = os.pipe()
     cluster = start("cluster", "--run", "run", *ENDLESS, stdout=writer, stderr=subprocess.PIPE)
     os.close(writer)
@@ -298,7 +298,7 @@ def test_what_standard_output_lost_is_said_on_standard_error(start, tmp_path: Pa
     errors = cluster.process.communicate(timeout=20)[1]
     assert cluster.process.returncode == INTERRUPTED
     assert errors.splitlines()[0] == "fedmq: standard output: broken pipe; going on without it"
-    assert errors.splitlines()[-1] == "go on with: fedmq cluster --run run"
+    assert errors.splitlines()[-1] == "resume with: fedmq cluster --run run"
     assert (tmp_path / "run" / "summary.json").exists()
 
 

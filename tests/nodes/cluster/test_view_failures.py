@@ -1,11 +1,11 @@
-"""A run does not end for its view: narrow and ASCII terminals, and errors in what draws it."""
+"""No error in the view ends a run: narrow and ASCII terminals, and exceptions while drawing."""
 
 import io
+import re
 from dataclasses import dataclass, field
 
 import pytest
 from rich.console import Console
-from rich.table import Table
 
 from fedmq.nodes.cluster import view
 from fedmq.nodes.cluster.console import SupervisorConsole
@@ -15,12 +15,12 @@ from fedmq.nodes.run_folder.summary import CurvePoint, RunFold
 
 @dataclass
 class Terminal:
-    """A console that keeps what it shows, and what was said about it."""
+    """A console that keeps what it shows, and what was reported about it."""
 
     is_terminal: bool
     width: int = 80
     encoding: str = "utf-8"
-    said: list[str] = field(default_factory=list)
+    text: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.bytes = io.BytesIO()
@@ -35,7 +35,7 @@ class Terminal:
         )
 
     def view(self, title: str = "a run") -> LiveView:
-        return LiveView(self.console, title, self.said.append)
+        return LiveView(self.console, title, self.text.append)
 
     @property
     def shown(self) -> str:
@@ -59,7 +59,7 @@ def test_any_terminal_shows_a_run(is_terminal, encoding, width, monkeypatch) -> 
     with terminal.view() as shown:
         shown.show(fold())
         shown.show(fold())
-    assert terminal.said == []
+    assert terminal.text == []
     assert "run" in terminal.shown or width < 3
     if is_terminal and width == 80:
         assert ("█" if encoding == "utf-8" else "#") in terminal.shown
@@ -78,42 +78,56 @@ def test_after_an_error_in_the_live_view_lines_follow(monkeypatch) -> None:
     with terminal.view() as shown:
         for _ in range(3):
             shown.show(fold())
-    assert len(terminal.said) == 1
-    assert "the live view failed: ZeroDivisionError" in terminal.said[0]
+    assert len(terminal.text) == 1
+    assert "the live view failed: ZeroDivisionError" in terminal.text[0]
     assert "accuracy 90.00%" in terminal.shown
 
 
-def test_an_error_in_the_lines_is_said_once_and_ends_nothing(monkeypatch) -> None:
+def test_an_error_in_the_lines_is_reported_once_and_ends_nothing(monkeypatch) -> None:
     monkeypatch.setattr(view, "line", lambda *_, **__: 1 // 0)
     terminal = Terminal(is_terminal=False)
     with terminal.view() as shown:
         for _ in range(3):
             shown.show(fold())
-    assert len(terminal.said) == 1
-    assert "the view failed: ZeroDivisionError" in terminal.said[0]
+    assert len(terminal.text) == 1
+    assert "the view failed: ZeroDivisionError" in terminal.text[0]
 
 
-def test_a_console_that_fails_is_said_once(monkeypatch) -> None:
+def test_a_console_that_fails_is_reported_once(monkeypatch) -> None:
     terminal = Terminal(is_terminal=True)
     monkeypatch.setattr(terminal.console, "print", lambda *_, **__: 1 // 0)
     with terminal.view() as shown:
         shown.show(fold())
         shown.show(fold())
-    assert 1 <= len(terminal.said) <= 2
+    assert 1 <= len(terminal.text) <= 2
 
 
 def test_a_run_of_which_nothing_is_recorded_has_a_summary_and_a_table() -> None:
     summary = RunFold(0.0).summary()
     assert summary["algorithm"] is None
     assert summary["versions"] == 0
-    assert isinstance(closing_table(summary), Table)
+    rows = dict(closing_table(summary).rows)
+    assert (rows["run"], rows["versions"], rows["accuracy"]) == ("-", "0", "- (best -)")
 
 
-def test_what_cannot_be_shown_is_said_and_logged(tmp_path) -> None:
+@pytest.mark.parametrize(("is_terminal", "lines"), [(True, 4), (False, 1)])
+def test_the_closing_table_has_no_padding_and_fits_a_terminal(is_terminal, lines) -> None:
+    summary = RunFold(0.0).summary() | {"ended": "because of " + "it " * 80 + "all"}
+    terminal = Terminal(is_terminal)
+    terminal.console.print(closing_table(summary), soft_wrap=True)
+    found = re.sub(r"\x1b\[[0-9;]*m", "", terminal.shown).splitlines()
+    assert [each for each in found if each != each.rstrip()] == []
+    first = next(index for index, each in enumerate(found) if each.startswith("ended"))
+    assert found[first + lines].startswith("algorithm")
+    if is_terminal:
+        assert max(map(len, found)) <= 80
+
+
+def test_what_cannot_be_shown_is_printed_and_logged(tmp_path) -> None:
     terminal = Terminal(is_terminal=False)
-    speaker = SupervisorConsole(terminal.console, tmp_path / "cluster.log")
-    speaker.show(lambda: closing_table({}))
-    assert "cannot show how the run ended: KeyError('results'); see summary.json" in terminal.shown
+    output = SupervisorConsole(terminal.console, tmp_path / "cluster.log")
+    output.show(lambda: closing_table({}))
+    assert "cannot print the summary: KeyError('results'); see summary.json" in terminal.shown
     assert "see summary.json" in (tmp_path / "cluster.log").read_text()
 
 

@@ -126,14 +126,16 @@ def test_every_kind_of_message_that_names_tensors_has_a_table(run):
 
 def test_the_run_replays_and_its_tasks_train_to_the_same_bytes(run):
     setup, folder = run
-    assert "all equal" in fedmq("replay", folder, *ALLOW)
-    assert "all equal" in fedmq("replay", folder, "--from-checkpoint", *ALLOW)
+    assert "match the record\n" in fedmq("replay", folder, *ALLOW)
+    assert "match the record\n" in fedmq("replay", folder, "--from-checkpoint", *ALLOW)
     trace = Trace(folder)
     answers = [
-        each for node in ("worker-0", "worker-1") for each in Retraining(trace, setup, node).all()
+        each
+        for node in ("worker-0", "worker-1")
+        for each in Retraining(trace, setup, node).train_all()
     ]
     assert answers
-    assert [each.message.re for each in answers if not each.same] == []
+    assert [each.message.re for each in answers if not each.matches] == []
 
 
 def test_the_trace_shows_the_tensors(run):
@@ -145,7 +147,7 @@ def test_the_trace_shows_the_tensors(run):
         assert "features.denseblock7_transition_denselayer.0.weight" in output, kind
         assert "cannot be decoded" not in output, kind
     assert "differ" not in fedmq("trace", "diff", folder, folder)
-    assert "all whole" in fedmq("trace", "stats", folder)
+    assert "all intact" in fedmq("trace", "stats", folder)
 
 
 def test_new_clients_start_from_its_end(run):

@@ -1,4 +1,4 @@
-"""``--save`` and ``--against``: where other code, or another run, parts from this one."""
+"""``--save`` and ``--compare``: find the first difference from other code or another run."""
 
 import json
 import shutil
@@ -67,9 +67,9 @@ def refusals(folder):
 def test_the_same_code_has_the_same_state(name, tmp_path):
     first = replay(GOLDEN / name, "--save", tmp_path / "a" / "steps").output
     assert (tmp_path / "a" / "steps" / FILE).exists()
-    second = replay(GOLDEN / name, "--against", tmp_path / "a" / "steps").output
+    second = replay(GOLDEN / name, "--compare", tmp_path / "a" / "steps").output
     assert first.split("\n")[:2] == second.split("\n")[:2]
-    assert "all equal" in second
+    assert "match the record\n" in second
 
 
 def test_each_message_has_its_line(tmp_path):
@@ -91,8 +91,8 @@ def test_a_bug_in_the_staleness_is_located_at_the_first_late_result(
     where = first_late(folder)
     replay(folder, "--save", tmp_path)
     bug(function)
-    output = replay(folder, "--against", tmp_path, code=1).output
-    assert output.startswith(f"the state parts with message {where}: result ")
+    output = replay(folder, "--compare", tmp_path, code=1).output
+    assert output.startswith(f"state diverges at message {where}: result ")
     assert "gathered: " in output or "state: " in output
     assert "weights: " in output
     assert "hosts" not in output
@@ -112,24 +112,26 @@ def test_a_bug_is_seen_before_the_record_shows_it(tmp_path, bug):
     assert f"message {version} differs" in output
 
 
-def test_against_stops_where_it_is_told_to(tmp_path, bug):
+def test_compare_stops_at_until(tmp_path, bug):
     replay(BUFFERED, "--save", tmp_path)
     where = first_late(BUFFERED)
     bug("inverse_sqrt")
-    assert "all equal" in replay(BUFFERED, "--against", tmp_path, "--until", where - 1).output
-    output = replay(BUFFERED, "--against", tmp_path, "--until", where, code=1).output
-    assert f"parts with message {where}" in output
+    assert (
+        "match the record\n" in replay(BUFFERED, "--compare", tmp_path, "--until", where - 1).output
+    )
+    output = replay(BUFFERED, "--compare", tmp_path, "--until", where, code=1).output
+    assert f"state diverges at message {where}" in output
 
 
 def test_steps_of_another_run_are_refused(tmp_path):
     """Even if that one has the same id."""
     replay(BUFFERED, "--save", tmp_path)
-    assert "--against" in refused(STREAM, "--against", tmp_path)
+    assert "--compare" in refused(STREAM, "--compare", tmp_path)
 
 
 def test_a_file_that_is_there_is_not_overwritten(tmp_path):
     (tmp_path / FILE).write_text("mine")
-    assert f"{tmp_path / FILE} is there already" in refused(BUFFERED, "--save", tmp_path)
+    assert f"{tmp_path / FILE} exists already" in refused(BUFFERED, "--save", tmp_path)
     assert (tmp_path / FILE).read_text() == "mine"
 
 
@@ -145,7 +147,7 @@ def test_a_folder_that_cannot_be_made_is_refused(tmp_path):
 )
 def test_a_file_that_holds_no_steps_is_refused(content, tmp_path):
     (tmp_path / FILE).write_text(content)
-    assert "is not what --save writes" in refused(BUFFERED, "--against", tmp_path)
+    assert "--compare: expected a file of --save, got " in refused(BUFFERED, "--compare", tmp_path)
 
 
 @pytest.mark.parametrize("line", ["nonsense", '{"seq": 2}', '{"seq": "x", "parts": {}}', "{}"])
@@ -154,7 +156,7 @@ def test_a_damaged_line_is_refused(line, tmp_path):
     lines = (tmp_path / FILE).read_text().split("\n")
     lines[10] = line
     (tmp_path / FILE).write_text("\n".join(lines))
-    assert "is not what --save writes" in refused(BUFFERED, "--against", tmp_path)
+    assert "--compare: expected a file of --save, got " in refused(BUFFERED, "--compare", tmp_path)
 
 
 def test_a_line_that_is_missing_is_a_difference(tmp_path):
@@ -162,12 +164,12 @@ def test_a_line_that_is_missing_is_a_difference(tmp_path):
     lines = (tmp_path / FILE).read_text().split("\n")
     del lines[10]
     (tmp_path / FILE).write_text("\n".join(lines))
-    output = replay(BUFFERED, "--against", tmp_path, code=1).output
-    assert f"the state parts with message {material.inbox(BUFFERED)[8]}" in output
+    output = replay(BUFFERED, "--compare", tmp_path, code=1).output
+    assert f"state diverges at message {material.inbox(BUFFERED)[8]}" in output
 
 
 def test_nothing_there_to_hold_it_against_is_refused(tmp_path):
-    assert str(tmp_path / "no") in refused(BUFFERED, "--against", tmp_path / "no")
+    assert str(tmp_path / "no") in refused(BUFFERED, "--compare", tmp_path / "no")
 
 
 # ---- against another run
@@ -175,7 +177,7 @@ def test_nothing_there_to_hold_it_against_is_refused(tmp_path):
 
 def test_an_identical_run_has_the_same_state(tmp_path):
     shutil.copytree(BUFFERED, tmp_path / "copy")
-    output = replay(BUFFERED, "--against", tmp_path / "copy").output
+    output = replay(BUFFERED, "--compare", tmp_path / "copy").output
     assert all_equal("fedavg-buffered") in output
 
 
@@ -184,8 +186,8 @@ def test_a_changed_result_in_the_other_run_is_named(tmp_path):
     blob, data = scaled(STREAM, seq, 1.5)
     changed = edit(blobs=(blob, *result.blobs[1:]))
     other = rewrite(STREAM, tmp_path, {seq: changed}, blobs=[(result.sender, data)])
-    output = replay(STREAM, "--against", other, code=1).output
-    assert output.startswith("the inboxes part; up to here, both runs have the same state\n")
+    output = replay(STREAM, "--compare", other, code=1).output
+    assert output.startswith("the inboxes differ at this message; the states before it are equal\n")
     assert f"this run: {seq} result {result.id}" in output
     assert f"the other: {seq} result {result.id}" in output
     assert "elements differ, by at most" in output
@@ -196,7 +198,7 @@ def test_a_changed_field_in_the_other_run_is_named(tmp_path):
     seq, score = nth(STREAM, 0, kind="score")
     metrics = {**score.body["metrics"], "loss": 7.0}
     other = rewrite(STREAM, tmp_path, {seq: edit(body={"metrics": metrics})})
-    output = replay(STREAM, "--against", other, code=1).output
+    output = replay(STREAM, "--compare", other, code=1).output
     assert "body.metrics.loss" in output
     assert "7.0 in the other" in output
 
@@ -204,7 +206,7 @@ def test_a_changed_field_in_the_other_run_is_named(tmp_path):
 def test_another_message_in_the_other_runs_place_is_named(tmp_path):
     (one, first), (two, second) = material.messages(BUFFERED, kind="result")[:2]
     swapped = {one: material.says(second), two: material.says(first)}
-    output = replay(BUFFERED, "--against", rewrite(BUFFERED, tmp_path, swapped), code=1).output
+    output = replay(BUFFERED, "--compare", rewrite(BUFFERED, tmp_path, swapped), code=1).output
     assert f"this run: {one} result {first.id}" in output
     assert f"the other: {one} result {second.id}" in output
 
@@ -217,30 +219,30 @@ def test_what_honest_runs_differ_in_is_no_difference(tmp_path):
         joined: edit(body={"session": "other", "key": "other"}),
         seq: edit(body={"elapsed_s": 3.0}),
     }
-    output = replay(STREAM, "--against", rewrite(STREAM, tmp_path, changes)).output
-    assert "all equal" in output
+    output = replay(STREAM, "--compare", rewrite(STREAM, tmp_path, changes)).output
+    assert "match the record\n" in output
 
 
-def test_a_longer_run_goes_on(tmp_path):
+def test_a_longer_run_continues(tmp_path):
     """The first message that the shorter one lacks is named."""
     inbox = material.inbox(BUFFERED)
     last, after = inbox[len(inbox) // 2 :][:2]
     short = rewrite(BUFFERED, tmp_path, until=last)
-    output = replay(BUFFERED, "--against", short, code=1).output
-    assert f"this run goes on with message {after}" in output
-    output = replay(short, "--against", BUFFERED, code=1).output
-    assert f"the other run goes on with message {after}" in output
+    output = replay(BUFFERED, "--compare", short, code=1).output
+    assert f"only this run continues at message {after}" in output
+    output = replay(short, "--compare", BUFFERED, code=1).output
+    assert f"only the other run continues at message {after}" in output
 
 
-def test_a_tampered_other_run_is_said_to_be_so(tmp_path):
+def test_a_tampered_other_run_is_reported(tmp_path):
     version = number(BUFFERED, 1, kind="version")
     other = rewrite(BUFFERED, tmp_path, {version: edit(body={"used": 0})})
-    output = replay(BUFFERED, "--against", other, code=1).output
-    assert "the other run was not recorded by this code" in output
-    output = replay(other, "--against", BUFFERED, code=1).output
-    assert "this run was not recorded by this code" in output
+    output = replay(BUFFERED, "--compare", other, code=1).output
+    assert "the other run does not replay with this code" in output
+    output = replay(other, "--compare", BUFFERED, code=1).output
+    assert "this run does not replay with this code" in output
 
 
-def test_a_run_with_another_schedule_parts(tmp_path):
-    output = replay(BUFFERED, "--against", ROUNDS, code=1).output
-    assert "part" in output.split("\n")[0]
+def test_a_run_with_another_schedule_differs(tmp_path):
+    output = replay(BUFFERED, "--compare", ROUNDS, code=1).output
+    assert output.startswith("the inboxes differ at this message")

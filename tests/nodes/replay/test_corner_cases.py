@@ -36,8 +36,8 @@ pytestmark = pytest.mark.slow
 def test_cut_off_right_before_the_last_message(name, tmp_path):
     finished = number(GOLDEN / name, 0, kind="finished")
     out = replay(rewrite(GOLDEN / name, tmp_path, until=finished - 1)).output
-    assert "all equal" in out
-    assert "1 actions more" in out
+    assert "match the record\n" in out
+    assert "1 more action than in the record" in out
 
 
 @pytest.mark.parametrize(
@@ -56,13 +56,13 @@ def test_until_counts_no_fewer_actions():
     a = replay(BUFFERED, "--until", version).output
     own = [s for s, m in material.messages(BUFFERED, sender="aggregator") if s <= version]
     refused = [s for s in material.refusals(BUFFERED) if s <= version]
-    assert f", {len(own) + len(refused)} actions" in a, a
+    assert f": all {len(own) + len(refused)} actions " in a, a
 
 
 def test_a_dropped_refusal(tmp_path):
     seq = material.refusal(BUFFERED).seq
     output = replay(rewrite(BUFFERED, tmp_path, {seq: silence}), code=1).output
-    assert "something was not recorded" in output
+    assert "an action is not in the record" in output
 
 
 def test_a_strange_id(tmp_path):
@@ -115,7 +115,7 @@ def test_early_end_cut(tmp_path):
 def test_damaged_trace_reports_what_lies_before(tmp_path):
     folder, _segment, _ = torn(tmp_path)
     out = replay(folder, code=2)
-    assert "all equal" in out.output, out.output
+    assert "match the record\n" in out.output, out.output
 
 
 def test_damaged_trace_until_before_is_fine(tmp_path):
@@ -124,11 +124,11 @@ def test_damaged_trace_until_before_is_fine(tmp_path):
 
 
 def test_damaged_with_worker(tmp_path):
-    """What lies before the damage is trained again, and held against the record."""
+    """Tasks before the damage are trained again and compared with the record."""
     folder, _segment, _ = torn(tmp_path)
     _, answer = nth(BUFFERED, 0, sender="worker-0", kind="result")
     out = replay(folder, "--worker", "worker-0", code=2)
-    assert re.search(rf"^{answer.re} -> \d+: (same bytes|apart by)", out.output), out.output
+    assert re.search(rf"^{answer.re} -> \d+: (same bytes|distance)", out.output), out.output
 
 
 def test_older_config_lacks_a_new_setting(tmp_path):
@@ -174,13 +174,13 @@ def test_no_checkpoint_sentence(tmp_path):
     assert "None" not in s, s
 
 
-def test_against_steps_from_checkpoint(tmp_path):
+def test_compare_steps_from_checkpoint(tmp_path):
     replay(BUFFERED, "--save", tmp_path)
-    replay(BUFFERED, "--against", tmp_path, "--from-checkpoint", code=2)
+    replay(BUFFERED, "--compare", tmp_path, "--from-checkpoint", code=2)
 
 
-def test_against_run_from_checkpoint(tmp_path):
-    replay(BUFFERED, "--against", BUFFERED, "--from-checkpoint", code=2)
+def test_compare_run_from_checkpoint(tmp_path):
+    replay(BUFFERED, "--compare", BUFFERED, "--from-checkpoint", code=2)
 
 
 def test_until_of_other_run(tmp_path):
@@ -254,7 +254,7 @@ def test_what_if_with_metrics_of_text(tmp_path):
     folder = rewrite(
         BUFFERED, tmp_path, {seq: edit(body={"metrics": {"accuracy": "high", "loss": None}})}
     )
-    assert "all equal" in replay(folder).output
+    assert "match the record\n" in replay(folder).output
     replay(folder, "--set", "schedule.size=2")
 
 
@@ -302,11 +302,11 @@ def test_escape(tmp_path, which, ch):
     assert "\x1b" not in str(e.value)
 
 
-def test_against_a_shorter_run_until(tmp_path):
+def test_compare_a_shorter_run_until(tmp_path):
     short = rewrite(BUFFERED, tmp_path, until=number(BUFFERED, 14, kind="result"))
     until = number(BUFFERED, 24, kind="result")
-    output = replay(BUFFERED, "--against", short, "--until", until, code=1).output
-    assert "this run goes on" in output
+    output = replay(BUFFERED, "--compare", short, "--until", until, code=1).output
+    assert "only this run continues" in output
 
 
 def test_whatif_table_is_not_cut_by_a_width():
@@ -325,15 +325,15 @@ def test_scores_tell_their_device():
 def test_an_entry_behind_the_end_is_refused_with_the_number_of_the_last():
     last = list(Trace(BUFFERED).entries())[-1].seq
     for words in (["--until", last + 1], ["--until", 10**9, "--from-checkpoint"]):
-        said = replay(BUFFERED, *words, code=2).stderr
-        assert f"is not in the ledger: the last one is entry {last}" in said
+        sentence = replay(BUFFERED, *words, code=2).stderr
+        assert f"is not in the ledger: the last one is entry {last}" in sentence
     replay(BUFFERED, "--until", last)
 
 
 def test_a_worker_and_a_task_that_are_not_there_are_refused_with_those_that_are():
-    said = replay(BUFFERED, "--worker", "worker-99", code=2).stderr
-    assert "--worker: expected a node with results (" in said
-    assert said.endswith("got 'worker-99'\n")
-    name = said.partition("(")[2].partition(",")[0]
-    said = replay(BUFFERED, "--worker", name, "--task", "x", code=2).stderr
-    assert f"--task: expected a task that {name} has a result of (" in said
+    sentence = replay(BUFFERED, "--worker", "worker-99", code=2).stderr
+    assert "--worker: expected a node with results (" in sentence
+    assert sentence.endswith("got 'worker-99'\n")
+    name = sentence.partition("(")[2].partition(",")[0]
+    sentence = replay(BUFFERED, "--worker", name, "--task", "x", code=2).stderr
+    assert f"--task: expected a task with a result from {name} (" in sentence

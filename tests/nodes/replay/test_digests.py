@@ -1,4 +1,4 @@
-"""`digest_of`: equal values have one digest, and what differs in any way has another."""
+"""`digest_of`: equal values have equal digests; different values have different ones."""
 
 import itertools
 import math

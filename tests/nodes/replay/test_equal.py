@@ -1,4 +1,4 @@
-"""A recorded run is replayed: as a whole, from a checkpoint, up to an entry, cut off, damaged."""
+"""Replay a recorded run: whole, from a checkpoint, up to an entry, cut off, damaged."""
 
 import itertools
 import re
@@ -29,7 +29,9 @@ from tests.nodes.replay.material import (
 )
 from tests.own_code import OWN_CODE
 
-FIRST = re.compile(r"^([\d,]+) messages, ([\d,]+) actions, all equal$", re.MULTILINE)
+FIRST = re.compile(
+    r"^replayed ([\d,]+) messages?: all ([\d,]+) actions match the record$", re.MULTILINE
+)
 
 
 def ended(folder, checkpoint=None, until=None):
@@ -46,7 +48,7 @@ def test_a_golden_trace_is_equal(name):
     messages, actions = FIRST.search(output).groups()
     assert (int(messages), int(actions)) == (expected["messages"], expected["actions"])
     assert f"version {expected['version']}, model {expected['model']}" in output
-    assert "more than the record" not in output
+    assert "than in the record" not in output
 
 
 def test_a_ledgers_own_folder_will_do():
@@ -65,7 +67,7 @@ def test_every_checkpoint_leads_to_the_same_model(name):
         assert model_digest(run.core.tensors()) == model_digest(whole.core.tensors())
         assert run.messages < whole.messages
         assert 0 < run.record.compared < whole.record.compared
-        assert not run.record.unfound
+        assert not run.record.unmatched
         assert message.body["version"] <= run.core.version
 
 
@@ -97,14 +99,14 @@ def test_the_runs_record_is_a_checkpoint_of_version_0(name):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_until_any_entry_stops_there(name):
-    """At an inbox message it is the last one taken; at an own one, it is the last one said."""
+    """An inbox message is the last one handled; an own message is the last one sent."""
     whole = [e.event.seq for e in ended(GOLDEN / name)[1] if isinstance(e.event, Inbound)]
     for entry in list(Trace(GOLDEN / name).entries())[::5]:
         run, steps = ended(GOLDEN / name, until=entry.seq)
         message = entry.read() if isinstance(entry, Accepted) else None
-        said = [a.message.id for a in steps[-1].actions if isinstance(a, PostMessage)]
+        text = [a.message.id for a in steps[-1].actions if isinstance(a, PostMessage)]
         if message is not None and message.sender == "aggregator":
-            assert message.id in said
+            assert message.id in text
             assert message.id not in [
                 a.message.id
                 for step in steps[:-1]
@@ -125,12 +127,12 @@ def test_until_a_version_the_next_one_is_not_yet_made():
         run, steps = ended(BUFFERED, until=seq)
         assert model_digest(run.core.tensors()) == message.body["model_digest"]
         assert run.core.state_snapshot()["position"] == message.body["position"]
-        said = {a.message.id for step in steps for a in step.actions if isinstance(a, PostMessage)}
-        assert after.id not in said
+        text = {a.message.id for step in steps for a in step.actions if isinstance(a, PostMessage)}
+        assert after.id not in text
 
 
 @pytest.mark.slow
-def test_a_replay_that_stopped_goes_on_from_there():
+def test_a_replay_that_stopped_continues_from_there():
     """Neither kind of stop loses a message or takes one twice."""
     whole, steps = ended(BUFFERED)
     last = material.last_entry(BUFFERED).seq
@@ -145,7 +147,8 @@ def test_a_replay_that_stopped_goes_on_from_there():
 
 
 def test_until_the_opening_nothing_is_taken():
-    assert "0 messages, 0 actions, all equal" in replay(BUFFERED, "--until", 0).output
+    output = replay(BUFFERED, "--until", 0).output
+    assert output.startswith("replayed 0 messages: all 0 actions match the record\n")
 
 
 def test_until_the_last_entry_is_the_whole():
@@ -171,7 +174,8 @@ def test_from_checkpoint_until_goes_from_the_newest_before():
         whole, _ = ended(BUFFERED, until=until)
         assert run.core.version == whole.core.version
         assert model_digest(run.core.tensors()) == model_digest(whole.core.tensors())
-        assert "all equal" in replay(BUFFERED, "--from-checkpoint", "--until", until).output
+        output = replay(BUFFERED, "--from-checkpoint", "--until", until).output
+        assert " match the record\n" in output
 
 
 def test_from_checkpoint_before_the_first_is_refused():
@@ -182,9 +186,9 @@ def test_from_checkpoint_before_the_first_is_refused():
 
 def test_a_message_that_is_no_checkpoint_is_refused():
     result = number(BUFFERED, 0, kind="result")
-    with pytest.raises(LedgerError, match=f"message {result} is none"):
+    with pytest.raises(LedgerError, match=f"message {result}: expected a checkpoint, got result"):
         ended(BUFFERED, result)
-    with pytest.raises(LedgerError, match="entry 0 is"):
+    with pytest.raises(LedgerError, match="entry 0: expected a message"):
         ended(BUFFERED, 0)
 
 
@@ -199,7 +203,7 @@ def test_a_run_of_a_later_release_is_compared_within_the_tolerance(tmp_path):
         blobs.append(("aggregator", data))
     folder = rewrite(BUFFERED, tmp_path, changes, blobs=blobs)
     output = replay(folder).output
-    assert "all within the tolerance\nthe run was recorded by a later fedmq" in output
+    assert " within the tolerance\nthe run was recorded by a later release" in output
     assert f"version 12, model {material.expected('fedavg-buffered')['model']}" in output
 
 
@@ -211,7 +215,7 @@ def test_a_run_that_was_cut_off_is_equal_up_to_its_end(tmp_path):
     last = material.closing(BUFFERED, 2)
     output = replay(rewrite(BUFFERED, tmp_path, until=last)).output
     assert FIRST.search(output)
-    more = int(re.search(r"(\d+) actions more than the record holds", output)[1])
+    more = int(re.search(r"(\d+) more actions? than in the record", output)[1])
     steps = ended(BUFFERED, until=last)[1]
     posts = sum(isinstance(action, PostMessage) for step in steps for action in step.actions)
     recorded = [m for s, m in material.messages(BUFFERED, sender="aggregator") if s <= last]
@@ -250,7 +254,7 @@ def torn(tmp_path, source=BUFFERED):
     return folder, path.name, place
 
 
-def test_a_damaged_trace_is_told_with_segment_and_offset(tmp_path):
+def test_a_damaged_trace_is_reported_with_segment_and_offset(tmp_path):
     folder, segment, place = torn(tmp_path)
     result = replay(folder, code=2)
     *_, sentence = result.stderr.strip().split("\n")
@@ -269,7 +273,7 @@ def test_of_a_damaged_trace_what_lies_before_can_be_replayed_up_to(tmp_path):
     assert "damaged" not in replay(folder, "--until", damaged - 1).output
 
 
-def test_a_damaged_result_is_told_with_segment_and_offset(tmp_path):
+def test_a_damaged_result_is_reported_with_segment_and_offset(tmp_path):
     folder = tmp_path / "damaged"
     shutil.copytree(BUFFERED, folder)
     (path,) = folder.glob("ledger/payload-*.log")
@@ -283,7 +287,7 @@ def test_a_damaged_result_is_told_with_segment_and_offset(tmp_path):
     assert "byte" in sentence
 
 
-def test_a_torn_tail_is_no_damage(tmp_path):
+def test_an_incomplete_record_is_no_damage(tmp_path):
     folder = rewrite(BUFFERED, tmp_path, until=number(BUFFERED, 14, kind="result"))
     (path,) = folder.glob("ledger/messages-*.log")
     with path.open("ab") as file:

@@ -1,4 +1,4 @@
-"""The folder of a run is read, and nothing else; which run in it is replayed."""
+"""A replay reads only the folder of its run, and chooses the run in it."""
 
 import re
 import shutil
@@ -10,7 +10,9 @@ from fedmq.broker.ledger.entries import Consumed, Opened
 from tests.nodes.replay import material
 from tests.nodes.replay.material import BUFFERED, GOLDEN, edit, refused, replay, rewrite
 
-FIRST = re.compile(r"^([\d,]+) messages, ([\d,]+) actions, all equal$", re.MULTILINE)
+FIRST = re.compile(
+    r"^replayed ([\d,]+) messages?: all ([\d,]+) actions match the record$", re.MULTILINE
+)
 
 
 @pytest.mark.slow
@@ -22,7 +24,7 @@ FIRST = re.compile(r"^([\d,]+) messages, ([\d,]+) actions, all equal$", re.MULTI
         ["--until", material.number(BUFFERED, 3, kind="version")],
         ["--worker", "worker-0"],
         ["--set", "schedule.size=2"],
-        ["--against", GOLDEN / "fedavg-buffered"],
+        ["--compare", GOLDEN / "fedavg-buffered"],
     ],
     ids=str,
 )
@@ -67,11 +69,11 @@ def test_of_several_runs_one_is_named(tmp_path):
     folder = rewrite(BUFFERED, tmp_path, more=more)
     assert "--run-id" in refused(folder)
     assert FIRST.search(replay(folder, "--run-id", "simulated").output)
-    assert "0 messages, 0 actions" in replay(folder, "--run-id", "other").output
+    assert "replayed 0 messages: all 0 actions" in replay(folder, "--run-id", "other").output
 
 
 def test_a_body_that_a_later_release_writes_more_into_is_still_equal(tmp_path):
-    """What the record does not have is not held against it."""
+    """Entries that the record lacks are not compared."""
     seq = material.number(BUFFERED, 1, kind="version")
     folder = rewrite(BUFFERED, tmp_path, {seq: material.without("max_staleness")})
     assert FIRST.search(replay(folder).output)

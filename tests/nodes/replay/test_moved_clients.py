@@ -1,4 +1,4 @@
-"""``--worker`` of clients that were taken over: their states follow them, or begin afresh."""
+"""``--worker`` with clients that changed hosts: their states move along, or start empty."""
 
 import pytest
 import torch
@@ -96,25 +96,25 @@ def test_every_result_is_as_recorded_whatever_host_a_client_had(moved):
     assert bool({each.body["after"] for each in taken_over} & firsts) is share
     trace = Trace(folder)
     for node in ("worker-0", "worker-1"):
-        answers = list(Retraining(trace, SETUP, node).all())
+        answers = list(Retraining(trace, SETUP, node).train_all())
         assert len(answers) == len(material.messages(folder, kind="result", sender=node)) + len(
             material.messages(folder, kind="score", sender=node)
         )
-        assert [each.message.re for each in answers if not each.same] == []
+        assert [each.message.re for each in answers if not each.matches] == []
 
 
 def test_one_task_needs_only_what_its_clients_state_follows_from(moved):
     folder, _ = moved
     trace = Trace(folder)
     last = results_of(folder, "worker-1")[-1]
-    assert Retraining(trace, SETUP, "worker-1").one(last.re).same
+    assert Retraining(trace, SETUP, "worker-1").train_one(last.re).matches
     histories = read_histories(trace)
     [at] = [index for index in histories.of("worker-1") if histories.answers[index].task == last.re]
-    behind = [histories.answers[index] for index in histories.behind([at])]
+    behind = [histories.answers[index] for index in histories.with_predecessors([at])]
     assert {each.client for each in behind} == {last.body["client"]}
 
 
-def test_a_task_from_another_state_than_it_says_differs(tmp_path):
+def test_a_task_from_another_state_than_recorded_differs(tmp_path):
     """The new host did not have the state; the record says that it did."""
     folder = record(tmp_path / "run", share=False)
     firsts = {each.body["client"]: each.re for each in results_of(folder, "worker-0")}
@@ -126,8 +126,8 @@ def test_a_task_from_another_state_than_it_says_differs(tmp_path):
     change = material.edit(body={"after": firsts[lie.body["client"]]})
     (tmp_path / "lie").mkdir()
     trace = Trace(material.rewrite(folder, tmp_path / "lie", {seq: change}))
-    assert not Retraining(trace, SETUP, "worker-1").one(lie.re).same
-    assert Retraining(Trace(folder), SETUP, "worker-1").one(lie.re).same
+    assert not Retraining(trace, SETUP, "worker-1").train_one(lie.re).matches
+    assert Retraining(Trace(folder), SETUP, "worker-1").train_one(lie.re).matches
 
 
 def without_after(entry):
@@ -145,7 +145,7 @@ def test_in_an_older_trace_a_clients_results_follow_each_other(tmp_path):
     (tmp_path / "old").mkdir()
     trace = Trace(material.rewrite(folder, tmp_path / "old", changes))
     for node in ("worker-0", "worker-1"):
-        assert all(each.same for each in Retraining(trace, SETUP, node).all())
+        assert all(each.matches for each in Retraining(trace, SETUP, node).train_all())
 
 
 def heard(*messages):
@@ -165,14 +165,14 @@ def heard(*messages):
 def chain(histories, index):
     return [
         (each.node, each.task)
-        for each in map(histories.answers.__getitem__, histories.behind([index]))
+        for each in map(histories.answers.__getitem__, histories.with_predecessors([index]))
     ]
 
 
 TASKS = [("task", f"t{k}", 0, None) for k in range(4)]
 
 
-def test_a_node_goes_on_from_its_own_state_and_a_new_host_from_the_last_ones():
+def test_a_node_continues_from_its_own_state_and_a_new_host_from_the_last_ones():
     found = heard(
         *TASKS,
         ("result", "t0", "a", ""),

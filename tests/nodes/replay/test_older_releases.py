@@ -23,7 +23,7 @@ OLD = TRACES / "0.1.0"
 NAMES = sorted(path.name for path in OLD.iterdir())
 BUFFERED = OLD / "fedavg-buffered"
 ROUNDS = OLD / "fedavg-rounds"
-WITHIN = "all within the tolerance"
+WITHIN = "match the record within the tolerance"
 
 
 def outcome(name):
@@ -38,14 +38,16 @@ def found(tmp_path, changes, source=BUFFERED, **more):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_trace_replays_and_says_how(name):
+def test_a_trace_replays_and_reports_how(name):
     expected = outcome(name)
     output = replay(OLD / name).output
-    assert f"{expected['messages']} messages, {expected['actions']} actions, {WITHIN}\n" in output
-    assert "recorded by fedmq 0.1.0, whose sums differ in the last bits" in output
-    assert "within 0.001" in output
-    assert "went on from each recorded checkpoint" in output
-    assert float(re.search(r"largest distance was (\S+) times", output)[1]) < 0.01
+    first = f"replayed {expected['messages']} messages: all {expected['actions']} actions {WITHIN}"
+    assert output.startswith(f"{first}\n")
+    sentence = " ".join(output.split())
+    assert "recorded by fedmq 0.1.0, whose sums differ in the last bits" in sentence
+    assert "within 0.001" in sentence
+    assert "restarted from each recorded checkpoint" in sentence
+    assert float(re.search(r"largest distance was (\S+) of the", sentence)[1]) < 0.01
     assert f"version 12, model {expected['model']}" in output
 
 
@@ -156,7 +158,7 @@ def test_another_field_of_a_version_is_found(body, tmp_path):
 def test_a_field_that_was_taken_out_is_found(key, tmp_path):
     seq = number(BUFFERED, 1, kind="version")
     output = found(tmp_path, {seq: material.without(key)})
-    assert f"body.{key}: nothing in the record" in output
+    assert f"body.{key}: absent in the record" in output
 
 
 def test_a_changed_result_is_found(tmp_path):
@@ -170,11 +172,11 @@ def test_a_changed_result_is_found(tmp_path):
     assert re.search(r"weights \S+: \d+ of \d+ elements differ", output)
 
 
-def test_a_changed_reason_of_a_refusal_is_found(tmp_path):
+def test_a_changed_reason_of_a_rejection_is_found(tmp_path):
     refusal = material.refusal(BUFFERED)
     output = found(tmp_path, {refusal.seq: lambda entry: replace(entry, reason="too late")})
     assert f"entry {refusal.seq} differs" in output
-    assert f"replayed: refused: {refusal.reason}" in output
+    assert f"replayed: rejected: {refusal.reason}" in output
 
 
 @pytest.mark.parametrize("wanted", [{"kind": "task"}, {"kind": "version"}, {"kind": "result"}])
@@ -209,7 +211,7 @@ def test_a_nodes_tasks_are_done_again(node):
     ]
     output = replay(ROUNDS, "--worker", node).output
     assert answers
-    assert f"{len(answers)} tasks, {len(answers)} results as recorded" in output
+    assert f"retrained {len(answers)} tasks: all results match the record" in output
 
 
 def test_another_rule():
@@ -220,9 +222,9 @@ def test_another_rule():
 
 def test_the_state_is_saved_and_compared(tmp_path):
     replay(BUFFERED, "--save", tmp_path)
-    assert WITHIN in replay(BUFFERED, "--against", tmp_path).output
-    assert WITHIN in replay(BUFFERED, "--against", BUFFERED).output
-    assert "part" in replay(BUFFERED, "--against", ROUNDS, code=1).output
+    assert WITHIN in replay(BUFFERED, "--compare", tmp_path).output
+    assert WITHIN in replay(BUFFERED, "--compare", BUFFERED).output
+    assert "the inboxes differ" in replay(BUFFERED, "--compare", ROUNDS, code=1).output
 
 
 @pytest.mark.parametrize("used", [33, 99])
@@ -237,5 +239,5 @@ def test_a_changed_count_of_used_results_at_the_end_is_found(used, tmp_path):
 def test_a_code_that_an_old_refusal_does_not_have_must_be_the_cores(tmp_path):
     refusal = material.refusal(BUFFERED)
     output = found(tmp_path, {refusal.seq: lambda entry: replace(entry, code="late")})
-    assert f"recorded: refused: {refusal.reason} (late)" in output
-    assert f"replayed: refused: {refusal.reason} (stale)" in output
+    assert f"recorded: rejected: {refusal.reason} (late)" in output
+    assert f"replayed: rejected: {refusal.reason} (stale)" in output

@@ -1,4 +1,4 @@
-"""``--shell``: a prompt on the state at a moment; and which options go together."""
+"""``--shell``: a prompt on the state at an entry; and which options can be combined."""
 
 import pytest
 from click.testing import CliRunner
@@ -107,13 +107,13 @@ def test_a_difference_opens_the_prompt_where_it_is(tmp_path):
         ["--worker", "worker-0", "--from-checkpoint"],
         ["--worker", "worker-0", "--set", "schedule.size=2"],
         ["--worker", "worker-0", "--save", "x"],
-        ["--worker", "worker-0", "--against", "x"],
+        ["--worker", "worker-0", "--compare", "x"],
         ["--set", "schedule.size=2", "--until", "3"],
         ["--set", "schedule.size=2", "--shell"],
         ["--set", "schedule.size=2", "--from-checkpoint"],
         ["--set", "schedule.size=2", "--save", "x"],
-        ["--set", "schedule.size=2", "--against", "x"],
-        ["--save", "x", "--against", "y"],
+        ["--set", "schedule.size=2", "--compare", "x"],
+        ["--save", "x", "--compare", "y"],
         ["--save", "x", "--from-checkpoint"],
         ["--until", "-1"],
         ["--until", "soon"],

@@ -1,4 +1,4 @@
-"""A record that is not what the core says is found at the entry that differs, with both sides."""
+"""A changed record is found at the entry that differs, with both values."""
 
 import itertools
 import math
@@ -40,12 +40,12 @@ NOTHING = object()
 def found(tmp_path, changes, *words, source=BUFFERED, **more):
     """Return what a replay says of a changed trace; nothing of it may be called equal."""
     output = replay(rewrite(source, tmp_path, changes, **more), *words, code=1).output
-    assert "all equal" not in output
+    assert "match the record" not in output
     return output
 
 
 def where(output):
-    """Return the number of the entry that is said to differ."""
+    """Return the number of the entry that differs."""
     return int(re.match(r"(?:message|entry) (\d+) differs", output)[1])
 
 
@@ -53,14 +53,14 @@ def where(output):
 def test_a_changed_digest_in_the_last_version(name, tmp_path):
     seq, recorded = nth(GOLDEN / name, -1, kind="version")
     output = found(tmp_path, {seq: edit(body={"model_digest": "0" * 32})}, source=GOLDEN / name)
-    assert f"message {seq} differs; it was said upon message" in output
+    assert f"message {seq} differs; it was sent in response to message" in output
     assert f"recorded: version {recorded.id}" in output
     assert f"replayed: version {recorded.id}" in output
     assert "body.model_digest: '" + "0" * 32 in output
     assert recorded.body["model_digest"] in output
 
 
-def test_only_what_differs_is_told(tmp_path):
+def test_only_what_differs_is_reported(tmp_path):
     seq = number(BUFFERED, 1, kind="version")
     output = found(tmp_path, {seq: edit(body={"model_digest": "0" * 32})})
     assert len(re.findall(r"in the record, .* in the replay", output)) == 1
@@ -97,7 +97,7 @@ def test_a_changed_field_of_a_message(which, index, field, other, tmp_path):
         value = {key: value}
     output = found(tmp_path, {seq: edit(**{place: value})})
     assert f"message {seq} differs" in output
-    was = "nothing" if old is NOTHING else repr(old)
+    was = "absent" if old is NOTHING else repr(old)
     assert f"{field}: {new!r} in the record, {was} in the replay" in output
 
 
@@ -113,7 +113,7 @@ def test_a_changed_field_after_a_checkpoint(tmp_path):
 def test_what_lies_behind_until_is_not_looked_at(tmp_path):
     seq = number(BUFFERED, 4, kind="version")
     folder = rewrite(BUFFERED, tmp_path, {seq: edit(body={"used": 7})})
-    assert "all equal" in replay(folder, "--until", seq - 1).output
+    assert "match the record\n" in replay(folder, "--until", seq - 1).output
     after = number(BUFFERED, 5, kind="version")
     assert f"message {seq} differs" in replay(folder, "--until", after, code=1).output
 
@@ -122,7 +122,7 @@ def test_a_changed_configuration_of_the_run(tmp_path):
     seq, run = nth(BUFFERED, 0, kind="run")
     config = run.body["config"].replace("seed = 0", "seed = 1")
     output = found(tmp_path, {seq: edit(body={"config": config})})
-    assert f"message {seq} differs; it was said upon its start" in output
+    assert f"message {seq} differs; it was sent at the start" in output
     assert "body.config.run.seed: 1 in the record, 0 in the replay" in output
 
 
@@ -174,15 +174,15 @@ def test_a_dropped_last_message(tmp_path):
     output = found(tmp_path, {seq: silence})
     assert f"finished {finished.id}" in output
     end = material.last_entry(BUFFERED).seq
-    assert f"entry {end} ends the run, and something was not recorded" in output
+    assert f"entry {end} ends the run, but an action is not in the record" in output
 
 
 def test_an_extra_message_in_between(tmp_path):
-    """An entry told the aggregator nothing; now the aggregator speaks there."""
+    """An entry without an effect is replaced by a message from the aggregator."""
     entry = material.quiet(BUFFERED)
     task = [m for seq, m in material.messages(BUFFERED, **TASK) if seq < entry.seq][-1]
-    said = [m for s, m in material.messages(BUFFERED, sender="aggregator") if s < entry.seq]
-    name = f"aggregator/{len(said)}"
+    sent = [m for s, m in material.messages(BUFFERED, sender="aggregator") if s < entry.seq]
+    name = f"aggregator/{len(sent)}"
     other = encode_message(replace(task, id=name))
     output = found(tmp_path, {entry.seq: Accepted(seq=entry.seq, at=entry.at, message=other)})
     assert f"message {entry.seq}" in output
@@ -192,8 +192,8 @@ def test_an_extra_message_in_between(tmp_path):
 
 def test_an_extra_message_at_the_end(tmp_path):
     _, task = nth(BUFFERED, -1, kind="task")
-    said = len(material.messages(BUFFERED, sender="aggregator"))
-    other = encode_message(replace(task, id=f"aggregator/{said}"))
+    text = len(material.messages(BUFFERED, sender="aggregator"))
+    other = encode_message(replace(task, id=f"aggregator/{text}"))
     output = found(tmp_path, {}, more=[lambda seq, at: Accepted(seq=seq, at=at, message=other)])
     assert where(output) == material.last_entry(BUFFERED).seq + 1
 
@@ -210,9 +210,9 @@ def test_a_changed_reason_of_a_refusal(tmp_path):
     refusal = material.refusal(BUFFERED)
     changed = {refusal.seq: lambda entry: replace(entry, reason="too late")}
     output = found(tmp_path, changed)
-    assert f"entry {refusal.seq} differs: what became of message {refusal.of}" in output
-    assert "recorded: refused: too late" in output
-    assert f"replayed: refused: {refusal.reason}" in output
+    assert f"entry {refusal.seq} differs: the rejection of message {refusal.of}" in output
+    assert "recorded: rejected: too late" in output
+    assert f"replayed: rejected: {refusal.reason}" in output
 
 
 def refused_by(node, entry):
@@ -227,23 +227,23 @@ def test_a_changed_code_of_a_refusal(tmp_path):
     refusal = material.refusal(BUFFERED)
     assert refusal.code == "stale"
     output = found(tmp_path, {refusal.seq: lambda entry: replace(entry, code="late")})
-    assert f"recorded: refused: {refusal.reason} (late)" in output
-    assert f"replayed: refused: {refusal.reason} (stale)" in output
+    assert f"recorded: rejected: {refusal.reason} (late)" in output
+    assert f"replayed: rejected: {refusal.reason} (stale)" in output
 
 
 def test_a_refusal_that_the_core_does_not_say(tmp_path):
     entry = material.quiet(BUFFERED)
     refusal = refused_by("aggregator", entry)
     output = found(tmp_path, {entry.seq: refusal})
-    assert f"entry {entry.seq} differs: what became of message {refusal.of}" in output
-    assert "recorded: refused: no" in output
-    assert "replayed: not refused" in output
+    assert f"entry {entry.seq} differs: the rejection of message {refusal.of}" in output
+    assert "recorded: rejected: no" in output
+    assert "replayed: not rejected" in output
 
 
 def test_refusals_of_other_nodes_are_not_the_aggregators(tmp_path):
     entry = material.quiet(BUFFERED)
     folder = rewrite(BUFFERED, tmp_path, {entry.seq: refused_by("worker-0", entry)})
-    assert "all equal" in replay(folder).output
+    assert "match the record\n" in replay(folder).output
 
 
 def not_accepted(entry, name):
@@ -251,7 +251,7 @@ def not_accepted(entry, name):
     return Refusal(seq=entry.seq, at=entry.at, run="simulated", node="broker", id=name, reason="no")
 
 
-def test_a_message_that_the_broker_did_not_accept_was_said(tmp_path):
+def test_a_message_that_the_broker_did_not_accept_was_sent(tmp_path):
     seq, version = nth(BUFFERED, 1, kind="version")
     changed = {seq: lambda entry: not_accepted(entry, version.id)}
     assert all_equal("fedavg-buffered") in replay(rewrite(BUFFERED, tmp_path, changed)).output
@@ -275,7 +275,7 @@ def test_another_end(tmp_path):
 def test_an_end_that_is_not_there_is_no_difference(tmp_path):
     """A broker may die between the last message and the end."""
     before = material.last_entry(BUFFERED).seq - 1
-    assert "all equal" in replay(rewrite(BUFFERED, tmp_path, until=before)).output
+    assert "match the record\n" in replay(rewrite(BUFFERED, tmp_path, until=before)).output
 
 
 # ---- the inbox: what was taken is not what the aggregator took then

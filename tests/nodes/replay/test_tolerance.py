@@ -1,4 +1,4 @@
-"""How far two computations lie apart: what is no rounding may not hide behind what is."""
+"""Distances between two computations: rounding must not hide other differences."""
 
 import math
 
@@ -99,7 +99,7 @@ def test_each_field_that_is_far_is_named():
     assert [str(each) for each in far_fields(recorded, replayed)] == [
         "body.n: 5000 in the record, 5001 in the replay",
         "body.x[1]: 2.0 in the record, 2.1 in the replay",
-        "body.client: nothing in the record, 3 in the replay",
+        "body.client: absent in the record, 3 in the replay",
     ]
 
 

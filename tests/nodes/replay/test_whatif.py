@@ -1,4 +1,4 @@
-"""``--set``: the recorded results under another rule, against sums that are made here."""
+"""``--set``: recorded results with other settings, compared with sums computed here."""
 
 import math
 
@@ -142,7 +142,7 @@ def test_the_table_shows_both_rules_side_by_side():
         assert row[6:8] == [str(point.results[1]), str(point.versions[1])]
         assert row[3] == (f"{point.recorded['accuracy']:.4f}" if point.recorded else "-")
         assert row[9] == f"{point.other['loss']:.4f}"
-    assert "not from those of the other rule" in lines[2 + len(points)]
+    assert "not from those on the right" in lines[2 + len(points)]
 
 
 # ---- other rules, against sums made here

@@ -1,4 +1,4 @@
-"""``--set``: changes under which the recorded results mean nothing, and runs that are none."""
+"""``--set``: settings that cannot be computed from recorded results, and invalid runs."""
 
 import pytest
 
@@ -11,13 +11,13 @@ from tests.nodes.replay.material import BUFFERED, refused, replay
     [
         ("problem.clients=3", "other data"),
         ("problem.name=tests.sim.tally:Vector", "other data"),
-        ("algorithm.lr=0.1", "would have sent others"),
-        ("algorithm.epochs=9", "would have sent others"),
+        ("algorithm.lr=0.1", "would have sent other results"),
+        ("algorithm.epochs=9", "would have sent other results"),
         ("algorithm.name=fedprox", ""),
-        ("schedule.concurrency=9", "other clients would have got tasks"),
+        ("schedule.concurrency=9", "other clients would have been given tasks"),
         ("schedule.name=rounds", ""),
-        ("codec.up=raw", "other bytes"),
-        ("codec.down=cast(float16)", "other bytes"),
+        ("codec.up=raw", "encoded differently"),
+        ("codec.down=cast(float16)", "encoded differently"),
         ("run.seed=1", ""),
         ("run.versions=3", ""),
         ("worker.slowdown=2.0", ""),
@@ -28,7 +28,9 @@ from tests.nodes.replay.material import BUFFERED, refused, replay
 def test_a_change_under_which_the_results_mean_nothing_is_refused(setting, reason):
     sentence = refused(BUFFERED, "--set", setting)
     key = setting.partition("=")[0]
-    assert sentence.startswith(f"fedmq: --set {key}: the recorded results say nothing about it, ")
+    assert sentence.startswith(
+        f"fedmq: --set {key}: cannot be computed from the recorded results: "
+    )
     assert reason in sentence
     assert "algorithm.server_lr" in sentence
     assert "schedule.size" in sentence

@@ -1,4 +1,4 @@
-"""``--worker``: recorded tasks are trained again, and held against the recorded results."""
+"""``--worker``: train recorded tasks again and compare the results with the record."""
 
 import re
 
@@ -60,7 +60,7 @@ def test_every_node_of_a_golden_trace(name, node):
         pytest.skip("recorded on another kind of CPU, or by another torch")
     recorded = answers(GOLDEN / name, node)
     *lines, last = replay(GOLDEN / name, "--worker", node).output.strip().split("\n")
-    assert last == f"{len(recorded)} tasks, {len(recorded)} results as recorded"
+    assert last == f"retrained {len(recorded)} tasks: all results match the record"
     assert len(lines) == len(recorded)
     for (seq, answer), line in zip(recorded, lines, strict=True):
         assert line.startswith(f"{answer.re} -> {seq}: same bytes")
@@ -70,7 +70,7 @@ def test_one_task(rounds):
     seq, answer = answers(rounds, "worker-1")[5]
     output = replay(rounds, "--worker", "worker-1", "--task", answer.re).output
     assert output.startswith(f"{answer.re} -> {seq}: ")
-    assert output.endswith("1 tasks, 1 results as recorded\n")
+    assert output.endswith("retrained 1 task: all results match the record\n")
 
 
 def test_an_unknown_node(rounds):
@@ -113,7 +113,7 @@ def test_a_changed_result_is_found(rounds, tmp_path):
     count = len(answers(rounds, "worker-0"))
     assert f"{answer.re} -> {seq}: differs" in output
     assert "elements differ, by at most" in output
-    assert f"{count} tasks, {count - 1} results as recorded" in output
+    assert f"retrained {count} tasks: {count - 1} of {count} results match the record" in output
     assert output.count("differs") == 1
 
 
@@ -160,11 +160,11 @@ def test_within_the_tolerance_of_another_device(rounds, tmp_path):
     folder, seq, answer = changed(rounds, tmp_path, 1 + 1e-6, device=OTHER)
     output = replay(folder, "--worker", "worker-0").output
     line = next(each for each in output.split("\n") if each.startswith(f"{answer.re} -> {seq}: "))
-    apart = float(re.search(r"apart by (\S+),", line)[1])
+    apart = float(re.search(r"distance (\S+) ", line)[1])
     assert 0.5e-6 < apart < 2e-6
     assert OTHER in line
     assert "tolerance 0.001" in line
-    assert "as recorded" in output
+    assert "match the record" in output
 
 
 def with_signed_zeros(rounds, tmp_path, **fields):
@@ -182,15 +182,15 @@ def with_signed_zeros(rounds, tmp_path, **fields):
 def test_a_zero_of_another_sign_is_within_the_tolerance_of_another_device(rounds, tmp_path):
     folder, seq, answer = with_signed_zeros(rounds, tmp_path, device=OTHER)
     output = replay(folder, "--worker", "worker-0", "--task", answer.re).output
-    assert f"{answer.re} -> {seq}: apart by 0, on another kind of device" in output
-    assert "1 tasks, 1 results as recorded, 1 of them within the tolerance only" in output
+    assert f"{answer.re} -> {seq}: distance 0 (tolerance 0.001), recorded on " in output
+    assert "retrained 1 task: all results match the record, 1 only within the tolerance" in output
 
 
 def test_a_zero_of_another_sign_differs_on_this_device(rounds, tmp_path):
     folder, seq, answer = with_signed_zeros(rounds, tmp_path)
     output = replay(folder, "--worker", "worker-0", "--task", answer.re, code=1).output
     assert f"{answer.re} -> {seq}: differs" in output
-    assert "the same values from other bytes" in output
+    assert "equal values, different bytes" in output
 
 
 @pytest.mark.parametrize(
@@ -225,10 +225,10 @@ def test_values_of_tensors_and_metrics_depend_on_the_device(group):
 def test_beyond_the_tolerance_of_another_device(rounds, factor, tmp_path):
     folder, seq, answer = changed(rounds, tmp_path, factor, device=OTHER)
     output = replay(folder, "--worker", "worker-0", "--task", answer.re, code=1).output
-    assert f"{answer.re} -> {seq}: apart by" in output
+    assert f"{answer.re} -> {seq}: distance " in output
     assert "tolerance 0.001" in output
     assert "elements differ" in output
-    assert "1 tasks, 0 results as recorded" in output
+    assert "retrained 1 task: 0 of 1 results match the record" in output
 
 
 def test_the_same_bytes_from_another_device_are_the_same_bytes(rounds, tmp_path):
@@ -241,9 +241,11 @@ def test_the_distance_is_relative_to_the_record(rounds, tmp_path):
     """|a - b| / |a|, a as recorded: 1.1 times the true one is 1/11 apart."""
     folder, _, answer = changed(rounds, tmp_path, 1.1, device=OTHER)
     trace = Trace(folder)
-    again = Retraining(trace, recorded_setup(trace, allowed=OWN_CODE), "worker-0").one(answer.re)
-    assert again.apart == pytest.approx(1 / 11, rel=1e-4)
-    assert not again.same
+    again = Retraining(trace, recorded_setup(trace, allowed=OWN_CODE), "worker-0").train_one(
+        answer.re
+    )
+    assert again.distance == pytest.approx(1 / 11, rel=1e-4)
+    assert not again.matches
 
 
 # ---- what a client keeps from task to task
@@ -262,7 +264,10 @@ def tallied(tmp_path_factory):
 @pytest.mark.parametrize("node", ["worker-0", "worker-1"])
 def test_local_states_are_made_again(tallied, node):
     count = len(answers(tallied, node))
-    assert f"{count} tasks, {count} results as recorded" in replay(tallied, "--worker", node).output
+    assert (
+        f"retrained {count} tasks: all results match the record"
+        in replay(tallied, "--worker", node).output
+    )
 
 
 def late_task(folder):
@@ -286,7 +291,7 @@ def test_a_late_task_needs_the_earlier_ones(tallied, monkeypatch):
         type(recorded_setup(Trace(tallied), allowed=OWN_CODE).algorithm), "train", counted
     )
     output = replay(tallied, "--worker", best.sender, "--task", best.re).output
-    assert "1 tasks, 1 results as recorded" in output
+    assert "retrained 1 task: all results match the record" in output
     assert trained == [best.body["client"]] * best.body["numbers"]["tasks"]
 
 
@@ -326,6 +331,6 @@ def test_a_lossy_codec_is_repeated_too():
     _, answer = answers(BUFFERED, "worker-1")[0]
     assert answer.body["groups"][0]["codec"].startswith("cast")
     assert (
-        "1 results as recorded"
+        "all results match the record"
         in replay(BUFFERED, "--worker", "worker-1", "--task", answer.re).output
     )

@@ -148,7 +148,8 @@ def test_a_hyper_parameter_that_toml_cannot_represent_is_an_error() -> None:
         set_up(config, OWN_CODE)
 
 
-def test_a_lease_that_is_over_before_a_beat_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"^broker.lease_s: expected at least broker.beat_s, 2, "):
-        build({"broker": {"lease_s": 1.5, "beat_s": 2.0}})
-    assert build({"broker": {"lease_s": 2.0, "beat_s": 2.0}}).broker.lease_s == 2.0
+def test_a_lease_that_is_over_before_a_heartbeat_is_refused() -> None:
+    sentence = r"^broker.lease_s: expected at least broker.heartbeat_s, 2, "
+    with pytest.raises(ConfigError, match=sentence):
+        build({"broker": {"lease_s": 1.5, "heartbeat_s": 2.0}})
+    assert build({"broker": {"lease_s": 2.0, "heartbeat_s": 2.0}}).broker.lease_s == 2.0

@@ -31,7 +31,7 @@ def complaint(*settings: str, path: Path | None = None) -> str:
         "worker.drop",
         "worker.nodes.worker-0.slowdown",
         "broker.lease_s",
-        "broker.beat_s",
+        "broker.heartbeat_s",
         "broker.retain",
     ],
 )

@@ -1,4 +1,4 @@
-"""Counts are folded from the ledger to its end; used, stale, refused and unused are all results."""
+"""Counts from a whole ledger; used, stale, rejected and unused add up to all results."""
 
 import io
 import json
@@ -224,10 +224,10 @@ def test_the_closing_table_names_what_went_wrong(story):
     story.feed("failed", "w0", re="a/0", reason="no\x1b memory", code="training-failed")
     story.version(1, story.result(1, 1), 1)
     said = shown(closing_table(story.end()), 100)
-    assert "1 used, 0 stale, 0 refused, 0 unused" in said
+    assert "1 used, 0 stale, 0 rejected, 0 unused" in said
     assert "1 task: training-failed 1" in said
-    assert "0 of 1 with their whole cohort, 1 of 2 results missing" in said
-    assert "1 task, no result in any version; last: no\\x1b memory" in said
+    assert "0 of 1 complete, 1 of 2 results missing" in said
+    assert "no result     client 0: 1 task, last: no\\x1b memory" in said
 
 
 def test_a_result_that_came_while_the_run_was_ending_is_not_the_last_failure(story):
@@ -238,7 +238,7 @@ def test_a_result_that_came_while_the_run_was_ending_is_not_the_last_failure(sto
     said = shown(closing_table(story.end()), 100)
     assert "run-over 1" in said
     assert "last failure" not in said
-    assert "no result in any version" not in said
+    assert "no result" not in said
 
 
 def test_bytes_on_the_wire_of_an_interrupted_run_are_unknown(story):
@@ -259,11 +259,11 @@ def test_the_newest_failure_is_shown_with_its_place(story):
     story.task(0, 0)
     story.task(1, 1)
     story.refuse(story.result(1, 1), "not-finite", "the result holds NaN")
-    assert "rejected 1  last result of client 1: the result holds NaN" in line(story.fold)
+    assert "rejected 1  last failure: result of client 1: the result holds NaN" in line(story.fold)
     body = {"reason": "ValueError: no", "code": "training-failed", "where": "mine.py:7"}
     story.feed("failed", "w0", re="a/0", **body)
     text = "task of client 0: ValueError: no (mine.py:7)"
-    assert f"rejected 1  failed 1  last {text}" in line(story.fold)
+    assert f"rejected 1  failed 1  last failure: {text}" in line(story.fold)
     assert text in shown(render(story.fold), 120)
     (head,) = (each for each in shown(render(story.fold)).splitlines() if "state" in each)
     assert head.split() == ["node", "state", "done", "failed"]
@@ -279,14 +279,14 @@ def test_failed_evaluations_are_counted_separately(story):
     for number in range(3):
         story.feed("evaluate", "aggregator", f"a/{number}", to="evaluator", model_version=number)
     story.feed("failed", "w0", re="a/0", reason="no metric", where="mine.py:9")
-    assert "last evaluation: no metric (mine.py:9)" in line(story.fold)
+    assert "last failure: evaluation: no metric (mine.py:9)" in line(story.fold)
     story.feed("score", "w1", re="a/1", metrics={"accuracy": 0.5})
     story.refuse(story.seq - 2, "dead-letter", "parked")
-    assert "failed evaluations 2  last evaluation: parked" in line(story.fold)
+    assert "failed evaluations 2  last failure: evaluation: parked" in line(story.fold)
     summary = story.end()
     assert summary["results"]["failed_evaluations"] == 2
     assert summary["results"]["failed"] == 0
-    assert "2 evaluations failed" in shown(closing_table(summary), 100)
+    assert "evaluations   2 failed" in shown(closing_table(summary), 100)
 
 
 def test_the_status_of_a_failed_run_is_failed(story):
@@ -370,7 +370,9 @@ def test_clients_whose_accuracy_is_nan_are_counted_separately(story):
     clients = story.fold.summary()["clients"]
     assert clients["mean"] == clients["worst_decile"] == 0.5
     assert (clients["count"], clients["not_finite"]) == (1, 1)
-    assert "50.00% on average" in shown(closing_table(story.fold.summary()))
+    assert "mean 50.00%, worst tenth 50.00%, spread 0.00%" in shown(
+        closing_table(story.fold.summary())
+    )
 
 
 def test_a_spread_without_finite_values_is_nan():

@@ -1,4 +1,4 @@
-"""Runs to look at: one written by hand, and simulated ones with trouble of every kind."""
+"""Fixtures: a run written by hand, and simulated runs with faults of every kind."""
 
 import pytest
 from click.testing import CliRunner

@@ -1,4 +1,4 @@
-"""Every flipped byte and every cut is found, and what lies before it stays usable."""
+"""Every flipped byte and every cut is found; entries before it remain readable."""
 
 import json
 import random
@@ -54,16 +54,16 @@ def test_damage_at_the_very_beginning_is_damage_and_no_wrong_usage(fedmq, copy):
     assert f"(at {path.name}, byte 16)" in fedmq("ls", folder, code=1).stderr
 
 
-def test_a_torn_tail_is_told_and_is_no_failure(fedmq, copy):
+def test_an_incomplete_record_is_reported_and_is_no_failure(fedmq, copy):
     folder, path = copy
     records = list(scan(path))
     path.write_bytes(path.read_bytes()[:-3])
     last = records[-1]
     size = path.stat().st_size - last.offset
     for words in (["ls", folder, "--all"], ["stats", folder], ["export", folder, "--json", "-"]):
-        said = fedmq(*words).stderr
-        assert f"the last {size} bytes are no whole record" in said
-        assert f"(at {path.name}, byte {last.offset})" in said
+        text = fedmq(*words).stderr
+        assert f"incomplete last record: {size} bytes" in text
+        assert f"(at {path.name}, byte {last.offset})" in text
     assert "not ended" in fedmq("stats", folder).stdout
 
 
@@ -74,7 +74,7 @@ def test_damaged_payload_is_located_by_stats(fedmq, copy):
     flip(path, records[2].data_offset)
     result = fedmq("stats", folder, code=1)
     assert f"damaged record: its checksum does not match (at {path.name}, byte" in result.stdout
-    assert "payload: 2 pieces" in result.stdout
+    assert "payload: 2 chunks" in result.stdout
     assert "accepted 19" in result.stdout
 
 
@@ -84,16 +84,16 @@ def test_payload_that_was_cut_is_missed_by_the_messages_that_name_it(fedmq, copy
     path.write_bytes(path.read_bytes()[:-3])
     result = fedmq("stats", folder, code=1)
     assert "1 blob of accepted messages: lost" in result.stdout
-    assert "torn tail" in result.stdout
-    assert "all whole" not in result.stdout
+    assert "incomplete last record" in result.stdout
+    assert "all intact" not in result.stdout
 
 
-def test_payload_that_no_message_names_yet_may_be_torn(fedmq, copy):
+def test_payload_that_no_message_names_yet_may_be_cut(fedmq, copy):
     folder, _ = copy
     path = segment_path(folder, PAYLOAD, 0)
     with path.open("ab") as file:
         file.write(b"\x01\x02\x03")
-    assert "torn tail: 3 bytes" in fedmq("stats", folder).stdout
+    assert "incomplete last record: 3 bytes" in fedmq("stats", folder).stdout
 
 
 def test_any_flipped_byte_is_found(fedmq, copy):
@@ -105,9 +105,9 @@ def test_any_flipped_byte_is_found(fedmq, copy):
         for offset in (0, len(whole) - 1, *(rng.randrange(len(whole)) for _ in range(30))):
             flip(path, offset)
             result = fedmq_any(folder)
-            said = result.output + result.stderr
-            assert f"at {path.name}, byte " in said, f"byte {offset} of {path.name}"
-            found = int(said.split(f"at {path.name}, byte ")[1].split(")")[0])
+            text = result.output + result.stderr
+            assert f"at {path.name}, byte " in text, f"byte {offset} of {path.name}"
+            found = int(text.split(f"at {path.name}, byte ")[1].split(")")[0])
             assert found <= offset
             path.write_bytes(whole)
 

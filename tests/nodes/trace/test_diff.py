@@ -45,28 +45,28 @@ def test_equal_messages_have_no_differences():
 
 
 @pytest.mark.parametrize(
-    ("a", "b", "said"),
+    ("a", "b", "output"),
     [
         ({"loss": 0.1}, {"loss": 0.1}, []),
         ({"loss": 0.3}, {"loss": 0.1 + 0.2}, ["body.loss: 0.3 in A, 0.30000000000000004 in B"]),
         ({"n": 1}, {"n": 1.0}, ["body.n: 1 in A, 1.0 in B"]),
         ({"n": 0.0}, {"n": -0.0}, ["body.n: 0.0 in A, -0.0 in B"]),
         ({"n": NAN}, {"n": 1.0}, ["body.n: nan in A, 1.0 in B"]),
-        ({"n": None}, {}, ["body.n: None in A, nothing in B"]),
+        ({"n": None}, {}, ["body.n: None in A, absent in B"]),
         ({"a": {"b": [1, 2]}}, {"a": {"b": [1, 3]}}, ["body.a.b[1]: 2 in A, 3 in B"]),
         ({"a": [1]}, {"a": [1, 2]}, ["body.a: [1] in A, [1, 2] in B"]),
         ({"t": "a\x1b"}, {"t": "a"}, ["body.t: 'a\\x1b' in A, 'a' in B"]),
     ],
 )
-def test_fields(a, b, said):
-    assert differences(side(body=a), side(body=b)) == said
+def test_fields(a, b, output):
+    assert differences(side(body=a), side(body=b)) == output
 
 
 def test_a_long_text_is_shown_where_it_differs():
-    (said,) = differences(side(body={"t": "x" * 5000 + "1"}), side(body={"t": "x" * 5000 + "2"}))
-    assert len(said) < 250
-    assert "1'" in said
-    assert "2'" in said
+    (output,) = differences(side(body={"t": "x" * 5000 + "1"}), side(body={"t": "x" * 5000 + "2"}))
+    assert len(output) < 250
+    assert "1'" in output
+    assert "2'" in output
 
 
 def test_a_configuration_is_compared_key_by_key():
@@ -76,8 +76,8 @@ def test_a_configuration_is_compared_key_by_key():
 
 
 def test_header_and_names():
-    said = differences(side(), side(to="record", re="t"), names=("the ledger", "the replay"))
-    assert said == [
+    output = differences(side(), side(to="record", re="t"), names=("the ledger", "the replay"))
+    assert output == [
         "to: 'aggregator' in the ledger, 'record' in the replay",
         "re: None in the ledger, 't' in the replay",
     ]
@@ -94,45 +94,45 @@ def test_what_is_ignored_is_a_choice():
 
 
 @pytest.mark.parametrize(
-    ("other", "said"),
+    ("other", "output"),
     [
         (poked(3, 0.5), ["weights w: 1 of 20 elements differ, by at most 0.5"]),
         (
             poked(3, NAN),
-            ["weights w: 1 of 20 elements differ, 1 NaN in B and not in A"],
+            ["weights w: 1 of 20 elements differ, 1 NaN in B but not in A"],
         ),
         (
             poked(0, NAN, poked(1, 2.0)),
-            ["weights w: 2 of 20 elements differ, by at most 2, 1 NaN in B and not in A"],
+            ["weights w: 2 of 20 elements differ, by at most 2, 1 NaN in B but not in A"],
         ),
         (W.double(), ["weights w: float32 [4, 5] in A, float64 [4, 5] in B"]),
         (W.reshape(5, 4), ["weights w: float32 [4, 5] in A, float32 [5, 4] in B"]),
     ],
 )
-def test_tensors(other, said):
-    assert differences(side({"w": W}), side({"w": other})) == said
+def test_tensors(other, output):
+    assert differences(side({"w": W}), side({"w": other})) == output
 
 
 def test_nan_in_the_first_only():
-    said = differences(side({"w": poked(3, NAN)}), side({"w": W}))
-    assert said == ["weights w: 1 of 20 elements differ, 1 NaN in A and not in B"]
+    output = differences(side({"w": poked(3, NAN)}), side({"w": W}))
+    assert output == ["weights w: 1 of 20 elements differ, 1 NaN in A but not in B"]
 
 
 def test_minus_zero_is_another_byte_and_no_other_value():
-    (said,) = differences(side({"w": W}), side({"w": poked(0, -0.0)}))
-    assert "the same values from other bytes" in said
+    (output,) = differences(side({"w": W}), side({"w": poked(0, -0.0)}))
+    assert "equal values, different bytes" in output
 
 
 def test_tensors_and_groups_that_only_one_has():
-    said = differences(side({"w": W, "b": W}), side({"w": W}))
-    assert said == ["weights b: only in A, not in B"]
+    output = differences(side({"w": W, "b": W}), side({"w": W}))
+    assert output == ["weights b: only in A, not in B"]
     assert differences(side(), side({"w": W})) == ["weights: only in B, not in A"]
 
 
 def test_another_codec_and_what_it_rounded():
-    said = differences(side({"w": W + 0.1}), side({"w": W + 0.1}, "cast(float16)"))
-    assert said[0] == "weights codec: raw@1 in A, cast@1(float16) in B"
-    assert said[1].startswith("weights w: 20 of 20 elements differ, by at most 2.44e-05")
+    output = differences(side({"w": W + 0.1}), side({"w": W + 0.1}, "cast(float16)"))
+    assert output[0] == "weights codec: raw@1 in A, cast@1(float16) in B"
+    assert output[1].startswith("weights w: 20 of 20 elements differ, by at most 2.44e-05")
 
 
 def test_blobs_are_read_only_where_digests_differ():
@@ -143,16 +143,16 @@ def test_blobs_are_read_only_where_digests_differ():
     assert differences(Operand(ours.message, never), Operand(ours.message, never)) == []
 
 
-def test_what_cannot_be_decoded_is_told_by_size_and_digest():
+def test_what_cannot_be_decoded_is_described_by_size_and_digest():
     ours, theirs = side({"w": W}), side({"w": W + 1})
     body = {**theirs.message.body, "groups": [dict(theirs.message.body["groups"][0])]}
     body["groups"][0]["codec"] = "unknown@7"
     message = msgspec.structs.replace(theirs.message, body=body)
-    said = differences(ours, Operand(message, theirs.read))
-    assert said[0] == "weights codec: raw@1 in A, unknown@7 in B"
+    output = differences(ours, Operand(message, theirs.read))
+    assert output[0] == "weights codec: raw@1 in A, unknown@7 in B"
     digests = [each.message.blobs[0].digest.hex() for each in (ours, theirs)]
-    assert said[1] == f"weights: 80 bytes ({digests[0]}) in A, 80 bytes ({digests[1]}) in B"
-    assert said[2].startswith("weights: cannot be decoded in B: ")
+    assert output[1] == f"weights: 80 bytes ({digests[0]}) in A, 80 bytes ({digests[1]}) in B"
+    assert output[2].startswith("weights: cannot be decoded in B: ")
 
 
 def test_folds_are_compared_by_field():
@@ -160,10 +160,10 @@ def test_folds_are_compared_by_field():
         msgspec.msgpack.encode({"at": at, "counts": {"used": used}, "hosts": {0: "w"}})
         for at, used in ((1.0, 3), (2.0, 4))
     ]
-    said = differences(side(more=[folds[0]]), side(more=[folds[1]]))
-    assert said == ["fold.counts.used: 3 in A, 4 in B"]
-    said = differences(side(more=[b"\xc1"]), side(more=[b"\xc1\xc1"]))
-    assert said[0].startswith("blob 0: 1 bytes ")
+    output = differences(side(more=[folds[0]]), side(more=[folds[1]]))
+    assert output == ["fold.counts.used: 3 in A, 4 in B"]
+    output = differences(side(more=[b"\xc1"]), side(more=[b"\xc1\xc1"]))
+    assert output[0].startswith("blob 0: 1 bytes ")
 
 
 # ---- differences are values
@@ -247,12 +247,12 @@ def test_a_field_and_a_tensor_that_were_changed_are_found(fedmq, written, tmp_pa
         return message, data
 
     story.rewrite(folder, tmp_path, change)
-    said = fedmq("diff", folder, tmp_path, code=1).stdout
-    assert "order: the same" in said
-    assert f"the first difference is in entry {at['half']} of A, {at['half']} of B" in said
-    assert "result a/3/result, worker-1 -> aggregator" in said
-    assert "  body.numbers.n: 10 in A, 11 in B\n" in said
-    assert "  weights w: 1 of 6 elements differ, by at most 2\n" in said
+    output = fedmq("diff", folder, tmp_path, code=1).stdout
+    assert "order: equal" in output
+    assert f"the first difference is in entry {at['half']} of A, {at['half']} of B" in output
+    assert "result a/3/result, worker-1 -> aggregator" in output
+    assert "  body.numbers.n: 10 in A, 11 in B\n" in output
+    assert "  weights w: 1 of 6 elements differ, by at most 2\n" in output
 
 
 def test_the_first_version_of_another_model_is_named(fedmq, written, tmp_path):
@@ -264,35 +264,35 @@ def test_the_first_version_of_another_model_is_named(fedmq, written, tmp_path):
         return message, data
 
     story.rewrite(folder, tmp_path, change)
-    assert "model: another in version 1\n" in fedmq("diff", folder, tmp_path, code=1).stdout
+    assert "model: different in version 1\n" in fedmq("diff", folder, tmp_path, code=1).stdout
 
 
-def test_where_runs_part_in_order(fedmq, written, tmp_path):
+def test_where_runs_differ_in_order(fedmq, written, tmp_path):
     folder, at = written
     story.rewrite(folder, tmp_path, lambda seq, *both: None if seq == at["score"] else both)
-    said = fedmq("diff", folder, tmp_path, code=1).stdout
-    assert "21 messages in A, 20 in B, 20 in both" in said
-    assert f"A  entry {at['score']}: score a/1/score, evaluator -> aggregator" in said
-    assert f"B  entry {at['score']}: result a/3/result" in said
-    assert "A's is not in B" in said
+    output = fedmq("diff", folder, tmp_path, code=1).stdout
+    assert "21 messages in A, 20 in B, 20 in both" in output
+    assert f"A  entry {at['score']}: score a/1/score, evaluator -> aggregator" in output
+    assert f"B  entry {at['score']}: result a/3/result" in output
+    assert "A's message is not in B" in output
     other = fedmq("diff", tmp_path, folder, code=1).stdout
-    assert f"A's stands in B as entry {at['half']}" in other
-    assert "every message that both have is the same" in other
+    assert f"A's message is entry {at['half']}" in other
+    assert "all common messages are equal" in other
 
 
-def test_a_run_that_goes_on_after_the_other(fedmq, written, tmp_path):
+def test_a_run_that_continues_after_the_other(fedmq, written, tmp_path):
     folder, at = written
     story.rewrite(folder, tmp_path, lambda seq, *both: both if seq < at["timer"] else None)
-    said = fedmq("diff", folder, tmp_path, code=1).stdout
-    assert "B  nothing more" in said
+    output = fedmq("diff", folder, tmp_path, code=1).stdout
+    assert "B  ends" in output
 
 
 def test_runs_of_one_seed_with_and_without_trouble(fedmq, simulated):
     calm, wild = simulated(0, 1, trouble=False), simulated(0, 1)
     assert "all equal" in fedmq("diff", wild, wild).stdout
-    said = fedmq("diff", calm, wild, code=1).stdout
-    assert "model: " in said
-    assert "order: they part after" in said
+    output = fedmq("diff", calm, wild, code=1).stdout
+    assert "model: " in output
+    assert "order: equal for " in output
 
 
 def test_another_configuration_does_not_hide_what_follows(fedmq, written, tmp_path):
@@ -306,13 +306,13 @@ def test_another_configuration_does_not_hide_what_follows(fedmq, written, tmp_pa
         return message, data
 
     story.rewrite(folder, tmp_path, change)
-    said = fedmq("diff", folder, tmp_path, code=1).stdout
-    assert "  body.config.run.seed: 0 in A, 1 in B\n" in said
-    assert f"the next difference is in entry {at['result']} of A" in said
-    assert "  body.numbers.n: 10 in A, 11 in B\n" in said
+    output = fedmq("diff", folder, tmp_path, code=1).stdout
+    assert "  body.config.run.seed: 0 in A, 1 in B\n" in output
+    assert f"the next difference is in entry {at['result']} of A" in output
+    assert "  body.numbers.n: 10 in A, 11 in B\n" in output
 
 
 def test_a_blob_that_is_too_deep_is_no_fold():
     deep = msgspec.msgpack.encode({"a": functools.reduce(lambda x, _: [x], range(100), 1)})
-    said = differences(side(more=[deep]), side(more=[deep[:-1] + b"\x02"]))
-    assert said[1] == "blob 0: cannot be read in A: it is no map in msgpack"
+    output = differences(side(more=[deep]), side(more=[deep[:-1] + b"\x02"]))
+    assert output[1] == "blob 0: cannot be read in A: not a msgpack map"

@@ -125,11 +125,13 @@ def test_the_timeline_of_the_story(fedmq, written, tmp_path):
     assert versions == ["waiting for clients", "version 1", "after version 1"]
     instants = [each["name"] for each in events if each["ph"] == "i"]
     assert "worker-1 left" in instants
-    assert instants.count("refused") == 2
+    assert instants.count("rejected") == 2
     assert [each["name"] for each in events if each["ph"] == "b"].count("unanswered") == 1
 
 
-def test_a_training_that_says_it_took_longer_than_its_task_was_out(fedmq, written, tmp_path):
+def test_a_training_that_claims_to_have_taken_longer_than_its_task_was_out(
+    fedmq, written, tmp_path
+):
     folder, at = written
     events = exported(fedmq, folder, tmp_path, "--perfetto")
     (half,) = [e for e in events if e["ph"] == "X" and e["args"].get("entry") == at["half"]]

@@ -29,7 +29,7 @@ def test_ls_lists_every_entry_but_the_consumed_ones(fedmq, written):
     assert numbers(fedmq("ls", folder / "ledger", "--kind", "consumed")) == [at["consumed"]]
 
 
-def test_a_line_tells_who_said_what_to_whom_about_which_model(fedmq, written):
+def test_a_line_has_kind_path_version_id_and_answered_entry(fedmq, written):
     folder, at = written
     result = fedmq("ls", folder)
     words = line_of(result, at["task"]).split()
@@ -61,12 +61,12 @@ def test_columns_are_aligned(fedmq, written):
     assert len({re.search(r" v\d+ ", line).end() for line in lines}) == 1
 
 
-def test_refused_messages_say_why(fedmq, written):
+def test_rejected_messages_say_why(fedmq, written):
     folder, at = written
-    result = fedmq("ls", folder, "--refused")
+    result = fedmq("ls", folder, "--rejected")
     assert numbers(result) == [at["stale"], at["post"]]
-    assert "refused by aggregator: too stale" in line_of(result, at["stale"])
-    assert "refused a post: no such address" in line_of(result, at["post"])
+    assert "rejected by aggregator: too stale" in line_of(result, at["stale"])
+    assert "rejected before it was accepted: no such address" in line_of(result, at["post"])
 
 
 @pytest.mark.parametrize(
@@ -89,20 +89,20 @@ def test_filters(fedmq, written, words, names):
     assert numbers(fedmq("ls", folder, *words)) == [at[name] for name in names]
 
 
-def test_a_filter_that_takes_nothing_says_so(fedmq, written):
+def test_a_filter_that_takes_nothing_reports_it(fedmq, written):
     for words in (
         ["--kind", "tick"],
         ["--kind", "continued"],
         ["--from", "9e9"],
         ["--kind", "score"],
     ):
-        result = fedmq("ls", written[0], *words, "--versions", "1", "--refused")
+        result = fedmq("ls", written[0], *words, "--versions", "1", "--rejected")
         assert result.stdout == ""
         assert result.stderr == "fedmq: no entries match\n"
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "output"),
     [
         (
             ["--kind", "taks"],
@@ -115,11 +115,11 @@ def test_a_filter_that_takes_nothing_says_so(fedmq, written):
         (["--versions", "50-"], "--versions: expected versions of this run"),
     ],
 )
-def test_a_filter_for_what_is_not_there_names_the_choices(fedmq, written, words, said):
+def test_a_filter_for_what_is_not_there_names_the_choices(fedmq, written, words, output):
     result = fedmq("ls", written[0], *words, code=2)
     assert result.stdout == ""
     [line] = result.stderr.splitlines()
-    assert re.match(f"fedmq: {said}", line)
+    assert re.match(f"fedmq: {output}", line)
 
 
 def test_of_a_damaged_trace_what_is_asked_for_may_lie_behind_the_damage(fedmq, tmp_path):
@@ -136,9 +136,9 @@ def test_of_a_damaged_trace_what_is_asked_for_may_lie_behind_the_damage(fedmq, t
 def test_lines_fit_the_terminal_and_lose_nothing(written, simulated):
     for folder in (written[0], simulated(2, 3)):
         opened = Trace(folder)
-        fates = MessageOutcomes(opened)
-        columns = Columns.of(fates)
-        for row in rows(opened, fates):
+        outcomes = MessageOutcomes(opened)
+        columns = Columns.of(outcomes)
+        for row in rows(opened, outcomes):
             [line] = row.lines(columns, None)
             for room in (60, 80, 120):
                 lines = row.lines(columns, room)
@@ -182,17 +182,17 @@ def test_several_runs_in_one_ledger(fedmq, tmp_path):
     listed = numbers(fedmq("ls", tmp_path, "--run-id", "two", "--all"))
     assert listed == list(range(second["opened"], second["ended"] + 1))
     fedmq("show", tmp_path, first["task"], "--run-id", "one")
-    said = fedmq("show", tmp_path, first["task"], "--run-id", "two", code=2).stderr
-    assert "belongs to run 'one'" in said
+    output = fedmq("show", tmp_path, first["task"], "--run-id", "two", code=2).stderr
+    assert "expected one of run 'two', got one of 'one'" in output
     for run in ("one", "two"):
-        said = fedmq("stats", tmp_path, "--run-id", run).stdout
-        assert "accepted 19 = consumed 8 + pending 10 + refused 1: holds" in said
+        output = fedmq("stats", tmp_path, "--run-id", run).stdout
+        assert "accepted 19 = consumed 8 + pending 10 + rejected 1: holds" in output
     same = fedmq("diff", tmp_path, tmp_path, "--run-id", "one", "--run-id", "two")
     assert "all equal" in same.stdout
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "output"),
     [
         (["ls", "."], "expected a run's folder with a ledger"),
         (["ls", "RUN", "--versions", "5-2"], "the lower version first"),
@@ -210,11 +210,11 @@ def test_several_runs_in_one_ledger(fedmq, tmp_path):
     ],
 )
 def test_wrong_usage_is_one_sentence_and_exit_code_2(
-    fedmq, written, tmp_path, monkeypatch, words, said
+    fedmq, written, tmp_path, monkeypatch, words, output
 ):
     monkeypatch.chdir(tmp_path)
     result = fedmq(*[written[0] if each == "RUN" else each for each in words], code=2)
-    assert said in result.stderr
+    assert output in result.stderr
     assert result.stdout == ""
 
 
@@ -223,8 +223,8 @@ def test_a_reader_that_goes_away_ends_the_listing_quietly(simulated, tmp_path):
     command = [sys.executable, "-m", "fedmq.nodes", "trace", "ls", str(simulated(2, 3))]
     program = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     program.stdout.close()
-    _, said = program.communicate(timeout=30)
-    assert said == b""
+    _, output = program.communicate(timeout=30)
+    assert output == b""
 
 
 @pytest.mark.end_to_end

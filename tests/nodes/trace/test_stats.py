@@ -42,35 +42,35 @@ def account_of(entries):
 def test_the_account_of_runs_with_trouble(fedmq, simulated, seed):
     folder = simulated(seed, seed)
     accepted, consumed, pending, refused = account_of(Trace(folder).entries())
-    said = (
+    output = (
         f"accepted {accepted} = consumed {consumed} + pending {pending}"
-        f" + refused {refused}: holds\n"
+        f" + rejected {refused}: holds\n"
     )
-    assert said in fedmq("stats", folder).stdout.replace(",", "")
+    assert output in fedmq("stats", folder).stdout.replace(",", "")
 
 
 def test_the_account_of_the_story(fedmq, written):
-    said = fedmq("stats", written[0]).stdout
-    assert "accepted 19 = consumed 8 + pending 10 + refused 1: holds" in said
-    assert "pending: joined 4, " in said
-    assert "besides: 1 post refused and never accepted" in said
+    output = fedmq("stats", written[0]).stdout
+    assert "accepted 19 = consumed 8 + pending 10 + rejected 1: holds" in output
+    assert "pending: joined 4, " in output
+    assert "also: 1 message rejected before acceptance" in output
 
 
 @pytest.mark.parametrize(
-    ("of", "said"),
+    ("of", "output"),
     [
-        (0, "entry 9 consumes 0, which was not accepted for anybody"),
-        (77, "entry 9 consumes 77, which was not accepted for anybody"),
+        (0, "entry 9 consumes 0, which is not an accepted message"),
+        (77, "entry 9 consumes 77, which is not an accepted message"),
         (7, "entry 9 consumes 7 a second time"),
     ],
 )
-def test_an_account_that_does_not_hold(of, said):
+def test_an_account_that_does_not_hold(of, output):
     account = DeliveryAudit()
     message = story.Message(kind="k", id="i", run="r", sender="s", to="client/1")
     account.accepted(7, message)
     account.consumed(8, (7,))
     account.consumed(9, (of,))
-    assert account.faults == [said]
+    assert account.faults == [output]
 
 
 def test_messages_and_bytes_by_kind_node_and_codec(written):
@@ -88,7 +88,7 @@ def test_messages_and_bytes_by_kind_node_and_codec(written):
     assert codecs["cast@1(float16)", "result"] == (1, 12)
     assert codecs["raw@1", "task"] == (5, 5 * 24)
     assert codecs["(no tensors)", "version"][0] == 1
-    # The aggregator said W once in an evaluation and in five tasks; it is stored once.
+    # The aggregator sent W once in an evaluation and in five tasks; it is stored once.
     assert stats.traffic.repeats.messages == 5
     assert stats.traffic.repeats.blobs == 5 * 24
 
@@ -164,8 +164,8 @@ def test_a_name_that_is_too_long_for_its_column_has_a_line_of_its_own():
 
 
 def test_all_payload_is_read(fedmq, written):
-    said = fedmq("stats", written[0]).stdout.splitlines()[-1]
-    assert re.fullmatch(r"payload: \d+ pieces, \d+ bytes, all whole", said)
+    output = fedmq("stats", written[0]).stdout.splitlines()[-1]
+    assert re.fullmatch(r"payload: \d+ chunks, \d+ bytes, all intact", output)
 
 
 def test_a_result_that_came_after_the_last_version_was_not_used(tmp_path):
@@ -192,7 +192,7 @@ def test_a_blob_that_was_given_up_and_stored_again_is_whole(tmp_path):
     ledger.put(name, 100, 0, data[:60])
     ledger.put(name, 100, 0, b"")
     for _ in range(3):
-        ledger.put(name, 100, 0, data[:40])  # said again after a crash
+        ledger.put(name, 100, 0, data[:40])  # stored again after a crash
     ledger.close()
     named = [(name.owner, name.digest)]
     assert read_payload(Trace(tmp_path)).missing(named) == 1
