@@ -59,7 +59,7 @@ def test_deliveries_are_handed_on_once_and_in_order(link):
     assert seqs(heard(link, deliver_all(10, 12, after=10))) == [10, 12]
 
 
-def test_of_deliveries_that_come_again_with_others_only_the_new_ones_are_handed_on(link):
+def test_only_new_deliveries_of_a_repeated_frame_are_handed_on(link):
     heard(link, deliver_all(3, 4))
     assert seqs(heard(link, deliver_all(3, 4, 9, 12))) == [9, 12]
     assert heard(link, deliver_all(4, 9, 12, after=4)) == []
@@ -172,7 +172,7 @@ def test_a_frame_is_acknowledged_once_all_of_its_messages_are_here(room):
     assert not room.take(AGG, Ack)
 
 
-def test_very_many_empty_messages_are_no_frame():
+def test_very_many_tiny_messages_are_not_a_frame():
     """Rejecting each would cost the ledger many times the bytes of the frame."""
     header = encode_frame(PostAll(messages=(b"x",) * MAX_ALL))
     with pytest.raises(WireError, match="Expected `bytes` of length"):

@@ -38,7 +38,7 @@ from tests.broker.loops import (
 )
 
 
-def test_a_broker_goes_on_from_its_ledger_and_its_nodes_with_it(tmp_path):
+def test_a_broker_and_its_nodes_continue_from_its_ledger(tmp_path):
     """Nodes are not started again: their links find the broker where it was."""
     weights = os.urandom(400_000)
     with serving(tmp_path) as endpoint:
@@ -85,7 +85,7 @@ def test_a_node_that_was_started_again_takes_its_name_over_at_once(tmp_path):
         assert get(agg, "left").message.body["interrupted"] == task.seq
 
 
-def test_a_full_disk_is_waited_for_and_nothing_is_lost(tmp_path, monkeypatch):
+def test_all_wait_for_a_full_disk_and_nothing_is_lost(tmp_path, monkeypatch):
     def refuse(*args):
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -112,7 +112,7 @@ def test_a_full_disk_is_waited_for_and_nothing_is_lost(tmp_path, monkeypatch):
     assert kinds(tmp_path)[:5] == ["joined", "joined", "note", "note", "note"]
 
 
-def test_what_was_queued_when_a_broker_on_a_full_disk_was_stopped_is_no_loss(tmp_path, monkeypatch):
+def test_stopping_a_broker_on_a_full_disk_loses_nothing_acknowledged(tmp_path, monkeypatch):
     def refuse(*args):
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -200,9 +200,7 @@ def test_a_node_may_lapse_in_the_turn_in_which_a_timer_is_due(turns):
     assert (found.count("tick"), found.count("left")) == (1, 1)
 
 
-def test_a_want_for_what_retention_deletes_in_the_same_turn_does_not_end_the_broker(
-    turns, monkeypatch
-):
+def test_a_request_for_a_blob_deleted_in_the_same_turn_does_not_end_the_broker(turns, monkeypatch):
     monkeypatch.setattr(ledger_module, "_PAYLOAD_SEGMENT_BYTES", 1000)
     room = turns(None, LedgerSettings(retain_bytes=0))
     room.join(AGGREGATOR)
@@ -218,7 +216,7 @@ def test_a_want_for_what_retention_deletes_in_the_same_turn_does_not_end_the_bro
     assert {type(room.hear("w1")) for _ in range(2)} == {Chunk, Deliver}
 
 
-def test_a_want_for_what_a_full_disk_has_not_taken_does_not_end_the_broker(turns, monkeypatch):
+def test_a_request_for_an_unwritten_blob_does_not_end_the_broker(turns, monkeypatch):
     def refuse(*args):
         raise OSError(errno.ENOSPC, "No space left on device")
 

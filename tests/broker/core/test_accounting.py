@@ -151,7 +151,7 @@ STEPS = st.sampled_from(
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.tuples(STEPS, st.integers(0, 9)), max_size=50))
 @example([("task", 4), *[("die", 1), ("restart", 1)] * 3, ("time", 0), ("broker", 9)])
-def test_accepted_is_consumed_and_pending_and_refused_whatever_happens(new_bench, history):
+def test_accepted_is_always_consumed_plus_pending_plus_rejected(new_bench, history):
     bench = new_bench(deliveries=3)
     nodes = Nodes(bench)
     for what, number in history:
@@ -166,7 +166,7 @@ def test_accepted_is_consumed_and_pending_and_refused_whatever_happens(new_bench
 @settings(max_examples=30, deadline=None)
 @given(st.lists(st.tuples(STEPS, st.integers(0, 9)), max_size=40))
 @example([("task", 1), *[("restart", 1)] * 4])
-def test_fresh_sessions_are_offered_all_that_nobody_is_done_with(new_bench, history):
+def test_new_sessions_get_all_unfinished_messages(new_bench, history):
     bench = new_bench(deliveries=3)
     nodes = Nodes(bench)
     for what, number in history:
@@ -186,7 +186,7 @@ def test_fresh_sessions_are_offered_all_that_nobody_is_done_with(new_bench, hist
     assert {seq for seq in held if seq < entries} <= set(expected)
 
 
-def test_a_node_that_is_done_twice_is_counted_once(bench):
+def test_handling_a_message_twice_counts_once(bench):
     agg = bench.joined("agg", "aggregator")
     worker = bench.joined("w1", clients=((0, 4),))
     bench.post(agg, "client/0", "task")
@@ -212,7 +212,7 @@ def test_a_post_consumes_only_what_its_sender_has(bench, how):
     assert bench.account()[1] == [mine]
 
 
-def test_what_a_refused_post_consumes_is_consumed_all_the_same(bench):
+def test_a_rejected_post_still_consumes(bench):
     """Its sender is done with it; offered again, it would be applied twice."""
     agg = bench.joined("agg", "aggregator")
     worker = bench.joined("w1", clients=((0, 4),))
@@ -226,7 +226,7 @@ def test_what_a_refused_post_consumes_is_consumed_all_the_same(bench):
     assert bench.texts(bench.join("w1", session="s2", clients=((0, 4),))) == []
 
 
-def test_every_post_has_exactly_one_entry_accepted_or_refused(bench):
+def test_every_post_has_exactly_one_entry_accepted_or_rejected(bench):
     bench.joined("agg", "aggregator")
     worker = bench.joined("w1", clients=((0, 4),))
     addresses = ["aggregator", "moon", "client/99", "record", "client/1"]

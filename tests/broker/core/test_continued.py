@@ -54,7 +54,7 @@ def kinds(net):
     return [each.message.kind for each in net.members["agg"].inbox]
 
 
-def test_it_is_told_before_anything_else_that_is_new_and_nothing_that_was_pending_is_lost(net):
+def test_the_aggregator_gets_continued_first_and_pending_messages_survive(net):
     net.post("agg", "client/1", 1)
     net.post("agg", "client/8", 2)
     net.post("w1", "aggregator", 3)
@@ -76,7 +76,7 @@ def test_it_is_told_before_anything_else_that_is_new_and_nothing_that_was_pendin
     assert notes(net, "w2") == [2]
 
 
-def test_the_clients_of_before_are_free_at_once_for_other_nodes(net):
+def test_the_earlier_clients_can_be_hosted_by_other_nodes_at_once(net):
     """No lease has to run out: whoever takes the run up knows that its nodes are gone."""
     net.post("agg", "client/8", 1)
     net.run(0.2)
@@ -89,7 +89,7 @@ def test_the_clients_of_before_are_free_at_once_for_other_nodes(net):
     assert kinds(net)[-2:] == ["continued", "joined"]
 
 
-def test_other_values_are_those_of_the_run_from_then_on(net):
+def test_a_changed_configuration_applies_from_then_on(net):
     take_up(net, config="other = 1")
     start(net, "agg", config="other = 1")
     net.run(0.5)
@@ -103,7 +103,7 @@ def test_other_values_are_those_of_the_run_from_then_on(net):
     assert net.broker._mailboxes.runs["r"].config == "other = 1"
 
 
-def test_timers_stand_still_as_long_as_the_run_does(net):
+def test_timers_do_not_advance_while_the_run_is_stopped(net):
     timer = Message(
         kind="timer",
         id="agg/50",
@@ -157,7 +157,7 @@ def test_a_restart_of_the_broker_alone_leaves_it_lifted(net):
     assert kinds(net)[0] == "continued"
 
 
-def test_without_more_to_do_a_run_that_has_ended_stays_so(net):
+def test_an_ended_run_stays_ended_unless_reopened(net):
     end(net)
     take_up(net)
     for name in list(net.members):
@@ -166,7 +166,7 @@ def test_without_more_to_do_a_run_that_has_ended_stays_so(net):
     assert {each.ended for each in net.members.values()} == {node.LinkEnded("enough", over=True)}
 
 
-def test_a_run_whose_last_checkpoint_was_not_kept_is_refused(net):
+def test_a_run_whose_last_checkpoint_was_not_kept_is_rejected(net):
     end(net)
     net.kill_broker()
     # As retention does it.
@@ -218,7 +218,7 @@ def test_bytes_on_the_wire_are_those_of_all_brokers_up_to_their_last_checkpoints
     assert sum(each["sent_bytes"] for name, each in last.nodes.items() if name != "agg") == 0
 
 
-def test_only_the_broker_says_so(net):
+def test_only_the_broker_may_send_continued(net):
     forged = Message(
         kind="continued",
         id="w1/66",

@@ -84,7 +84,7 @@ def test_a_node_that_is_silent_for_very_long_has_left_though_its_connection_stan
     assert UnknownSession() in room.take(W1)
 
 
-def test_a_probe_that_is_answered_late_throws_nobody_out(room):
+def test_a_late_answer_to_a_probe_removes_no_node(room):
     pass_time(room, 5.0, AGG, W1)
     room.joined("w1", clients=((0, 4),), peer=b"w1:another connection")
     room.handle(Gone(W1))
@@ -92,7 +92,7 @@ def test_a_probe_that_is_answered_late_throws_nobody_out(room):
     assert room.said("left") == []
 
 
-def test_a_broker_that_was_stopped_blames_nobody_for_its_own_silence(room):
+def test_a_suspended_broker_renews_all_leases(room):
     """Suspended with its host, it wakes to find that everybody was silent."""
     pass_time(room, 5.0, AGG, W1)
     room.now = 500.0
@@ -104,7 +104,7 @@ def test_a_broker_that_was_stopped_blames_nobody_for_its_own_silence(room):
     assert room.said("left") == []
 
 
-def test_who_does_not_come_back_after_the_broker_was_stopped_has_left_a_lease_later(room):
+def test_after_a_suspension_an_absent_node_leaves_a_lease_later(room):
     pass_time(room, 5.0, AGG, W1)
     room.now = 500.0
     room.handle(TimerFired())
@@ -131,7 +131,7 @@ def test_several_nodes_may_lapse_at_once(bench):
     assert {each.body.get("node") for each in messages} == {"w1", "w3", None}
 
 
-def test_a_turn_looks_at_the_node_that_speaks_and_not_at_all_of_them(bench, monkeypatch):
+def test_a_turn_does_not_visit_all_nodes(bench, monkeypatch):
     """With very many nodes, most of which are silent, a broker must not count them each time."""
     looks = itertools.count()
     alive = Sessions.alive

@@ -59,7 +59,7 @@ def test_a_timer_is_kept_and_its_tick_consumes_it(room):
     ],
     ids=repr,
 )
-def test_a_request_that_is_none_is_refused(room, body):
+def test_an_invalid_timer_request_is_rejected(room, body):
     room.post(AGG, "timer", body=body)
     [refusal] = room.refusals()
     assert refusal.reason == "expected a body with a token and after_s from 0 to 1e+09"
@@ -94,7 +94,7 @@ def test_a_checkpoint_is_delivered_to_nobody_and_consumes_the_one_before(room):
     assert sorted(room.uses) == seqs[-1:], "only its bytes are needed"
 
 
-def test_a_checkpoint_may_consume_what_its_sender_is_done_with_as_well(room):
+def test_a_checkpoint_may_consume_what_its_sender_is_handled_as_well(room):
     room.post(W1, "aggregator", "result")
     seq = room.take(AGG, Deliver)[-1].seq
     room.post(AGG, "checkpoint", "0")
@@ -129,7 +129,7 @@ def test_a_worker_is_welcomed_with_the_configuration_and_no_checkpoint(room):
     assert (got.config, got.checkpoint) == ("[run]", None)
 
 
-def test_what_the_checkpoint_does_not_tell_of_follows_it_in_order(room):
+def test_messages_after_the_checkpoint_follow_it_in_order(room):
     for number in range(4):
         room.post(W1, "aggregator", f"result {number}")
     seqs = [frame.seq for frame in room.take(AGG, Deliver)]

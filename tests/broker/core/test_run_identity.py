@@ -18,7 +18,7 @@ def welcome(bench, name, role="worker", **more):
     return found
 
 
-def test_every_node_of_a_run_is_told_the_same_identity_whatever_broker_serves_it(bench):
+def test_every_node_gets_the_run_s_identity_also_after_a_restart(bench):
     first = welcome(bench, "agg", "aggregator", key="k").identity
     assert bench.entries[0].identity == first != ""
     assert welcome(bench, "w1", key="k").identity == first

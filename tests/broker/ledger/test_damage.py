@@ -135,7 +135,7 @@ def test_damaged_messages_are_never_opened_for_writing(tmp_path):
     Ledger(tmp_path).close()
 
 
-def test_a_file_that_is_no_segment_is_told(tmp_path):
+def test_a_file_that_is_no_segment_is_reported(tmp_path):
     segment_path(tmp_path, MESSAGES, 0).write_bytes(b"something else altogether")
     with pytest.raises(LedgerError, match="not a ledger segment"):
         Ledger(tmp_path)

@@ -50,7 +50,7 @@ def test_each_of_many_is_an_entry_of_its_own(tmp_path, monkeypatch, segment_byte
     ledger.close()
 
 
-def test_a_reader_that_stops_in_the_middle_of_many_goes_on_there(tmp_path):
+def test_a_reader_that_stops_in_the_middle_of_many_continues_there(tmp_path):
     entries = write(tmp_path, [2, 5, 1, 4])
     follower = LedgerTail(tmp_path)
     found = []
