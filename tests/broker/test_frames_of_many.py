@@ -1,4 +1,4 @@
-"""PostAll and DeliverAll, which only version 0.1.0 sends: as if each message had come alone."""
+"""PostAll and DeliverAll, which only 0.1.0 sends: handled as single messages."""
 
 import itertools
 
@@ -125,7 +125,7 @@ def room(bench):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_posts_have_the_same_effect_as_one_by_one(new_bench, kind):
-    """Also after the broker was restarted, and all of them are sent again."""
+    """Also after a restart of the broker, when all of them are sent again."""
     count = itertools.count(1)
     groups = [["plain"], [kind], ["plain", kind, "plain"], [kind]]
     posts = [[KINDS[each](next(count)) for each in group] for group in groups]
@@ -142,7 +142,7 @@ def test_posts_have_the_same_effect_as_one_by_one(new_bench, kind):
 
 
 def effect(bench):
-    """What is in the ledger, and what the nodes received."""
+    """Return the content of the ledger, and what the nodes received."""
     entries = [
         (entry.seq, shown(entry.message) if isinstance(entry, Accepted) else type(entry).__name__)
         for entry in bench.entries
@@ -156,7 +156,7 @@ def effect(bench):
 
 
 def shown(data):
-    """A message's content; one without an id is named by its frame's number, which differs."""
+    """Return a message's content, without an id that stems from the number of its frame."""
     message = decode_message(data)
     named = message.body.get("id", "").startswith("s1/")
     return (message.id, message.to, message.body | {"id": ""} if named else message.body)

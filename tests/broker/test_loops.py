@@ -1,4 +1,4 @@
-"""A few tests of the two loops over real sockets on loopback; each is over in a moment."""
+"""Short tests of the two loops over real sockets on loopback."""
 
 import contextlib
 import os
@@ -156,7 +156,7 @@ def compute(seconds):
 
 @pytest.mark.parametrize("said", [True, False], ids=["away said", "away not said"])
 def test_heartbeats_continue_while_the_main_thread_computes(tmp_path, said):
-    """Without a word, the link's thread takes over by itself after a quarter of a second."""
+    """Without `away`, the link's thread takes over after a quarter of a second."""
     settings = BrokerSettings(lease_s=0.3 if said else 0.6, beat_s=0.05)
     with serving(tmp_path, settings) as endpoint, linked(endpoint, AGGREGATOR) as agg:
         with agg.away() if said else contextlib.nullcontext():

@@ -1,4 +1,4 @@
-"""Real sockets: IPv6, socket files, and what a node learns of a broker that it does not reach."""
+"""Real sockets: IPv6, socket files, and reports about an unreachable broker."""
 
 import contextlib
 import socket
@@ -107,7 +107,7 @@ def test_both_address_families_of_a_name_are_tried(tmp_path, monkeypatch):
 
 @pytest.fixture
 def quick(monkeypatch):
-    """Reports come after tenths of seconds, and are kept."""
+    """Reports come after tenths of a second, and are collected."""
     monkeypatch.setattr(contact, "_FIRST_REPORTS_S", (0.2, 0.6))
     monkeypatch.setattr(contact, "_EACH_S", 0.5)
     with structlog.testing.capture_logs() as logs:
@@ -115,7 +115,7 @@ def quick(monkeypatch):
 
 
 def until(logs, words, link, within_s=5.0):
-    """Let a link run until its log holds the words; return that line."""
+    """Run a link until its log contains the words; return that line."""
     deadline = time.monotonic() + within_s
     while time.monotonic() < deadline:
         with contextlib.suppress(StopIteration):

@@ -1,4 +1,4 @@
-"""The loops when something ends under them: broker, node, disk, connection."""
+"""The loops when a broker, a node, the disk or a connection fails."""
 
 import errno
 import os
@@ -39,7 +39,7 @@ from tests.broker.loops import (
 
 
 def test_a_broker_and_its_nodes_continue_from_its_ledger(tmp_path):
-    """Nodes are not started again: their links find the broker where it was."""
+    """Nodes are not restarted: their links find the broker at the same endpoint."""
     weights = os.urandom(400_000)
     with serving(tmp_path) as endpoint:
         agg, worker = NodeLink(endpoint, AGGREGATOR), NodeLink(endpoint, WORKER)
@@ -135,7 +135,7 @@ def test_stopping_a_broker_on_a_full_disk_loses_nothing_acknowledged(tmp_path, m
 
 
 class Turns:
-    """A broker whose clock and turns are the test's."""
+    """A broker whose clock and turns the test controls."""
 
     def __init__(self, folder, settings=None, keeping=None):
         self.server = BrokerServer(ANY, folder, settings, keeping)
@@ -150,7 +150,7 @@ class Turns:
         assert isinstance(self.hear(hello.node), Welcome)
 
     def put(self, name, frame, *buffers):
-        """Send a frame, and wait until it is there to be taken."""
+        """Send a frame, and wait until it has arrived."""
         self.nodes[name].send(encode_frame(frame), *buffers)
         time.sleep(0.02)
 
@@ -186,7 +186,7 @@ def posted(sender, number, to, *blobs, **body):
 
 
 def test_a_node_may_lapse_in_the_turn_in_which_a_timer_is_due(turns):
-    """Its connection is found to be gone while what was numbered before is being written."""
+    """The broker finds its connection gone while earlier entries are being written."""
     room = turns(BrokerSettings(lease_s=1.0, beat_s=0.2))
     room.join(AGGREGATOR)
     room.join(WORKER)

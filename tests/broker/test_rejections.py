@@ -1,4 +1,4 @@
-"""Codes of rejections, where a ledger holds them and where it holds sentences only."""
+"""Codes of rejections, in ledgers with codes and in older ones with sentences only."""
 
 import pytest
 

@@ -10,7 +10,7 @@ HOSTS = {"agg": (), "w1": ((0, 4),), "w2": ((5, 9),)}
 
 
 class Nodes:
-    """Honest nodes on a bench: each takes a delivery once, and is done with it once."""
+    """Correct nodes on a bench: each takes and handles a delivery once."""
 
     def __init__(self, bench):
         self.bench = bench
@@ -36,7 +36,7 @@ class Nodes:
                     self.held[name].append(frame.seq)
 
     def come_back(self, name):
-        """Say Hello; what was posted last has no receipt yet, and is said again."""
+        """Send Hello, and resend the last post, which is unacknowledged."""
         self.alive.add(name)
         peer, last = self.peer(name), self.last.get(name)
         self.bench.join(
@@ -59,7 +59,7 @@ class Nodes:
         self.come_back(name)
 
     def pass_time(self, seconds):
-        """The living beat meanwhile."""
+        """Connected nodes send heartbeats meanwhile."""
         for _ in range(seconds):
             self.bench.wake(self.bench.now + 1)
             for name in self.alive:
@@ -128,7 +128,7 @@ class Nodes:
 
 
 def check(bench):
-    """A message that was refused counts as that, whether it is done with later or not."""
+    """A rejected message counts as rejected, whether it is consumed later or not."""
     accepted, consumed, refused = bench.account()
     pending = bench.pending()
     for each in (accepted, consumed, refused, pending):
@@ -198,7 +198,7 @@ def test_handling_a_message_twice_counts_once(bench):
 
 @pytest.mark.parametrize("how", ["twice", "of another node", "that is not there"])
 def test_a_post_consumes_only_what_its_sender_has(bench, how):
-    """The ledger counts what a record says is consumed; the broker must not copy a claim."""
+    """The ledger counts what a record consumes, so the broker must check the claim."""
     agg = bench.joined("agg", "aggregator")
     worker = bench.joined("w1", clients=((0, 4),))
     bench.joined("w2", clients=((5, 9),))
@@ -213,7 +213,7 @@ def test_a_post_consumes_only_what_its_sender_has(bench, how):
 
 
 def test_a_rejected_post_still_consumes(bench):
-    """Its sender is done with it; offered again, it would be applied twice."""
+    """Its sender has handled it; delivered again, it would be applied twice."""
     agg = bench.joined("agg", "aggregator")
     worker = bench.joined("w1", clients=((0, 4),))
     bench.post(agg, "client/0", "task")

@@ -92,7 +92,7 @@ def test_a_rejection_of_a_node_says_why(bench, hello, code, reason):
 
 
 def test_a_reversed_range_is_rejected_with_the_right_reason(bench):
-    """The sentence must not blame a client that is in range."""
+    """The error must not name a client that is in range."""
     bench.joined("agg", "aggregator")
     code, reason = refusal(bench, bench.join("w1", clients=((5, 3),)))
     assert code == "client"
@@ -180,7 +180,7 @@ def test_a_worker_that_says_goodbye_while_it_waits_is_not_welcomed_later(bench):
 
 
 def test_the_newer_of_two_waiting_sessions_with_one_name_is_welcomed(bench):
-    """A worker killed and started again before its run came: the dead one holds no name."""
+    """A worker was restarted before its run started: the earlier session does not keep the name."""
     bench.join("w1", session="s1")
     back = bench.join("w1", session="s2")
     bench.take(back)
@@ -263,7 +263,7 @@ def test_hello_again_is_welcome_again_and_offers_what_is_unfinished(bench):
     ["", "..", ".", "/etc", "a/b", "../x", "a\n", "-a", ".a", "_a", "a b", "ä", "a\0", "x" * 101],
 )
 def test_names_that_could_be_paths_or_drive_a_terminal_are_rejected(bench, name):
-    """Of nodes and of runs; nothing is kept of them, and nobody waits."""
+    """Names of nodes and of runs; nothing is stored, and no node waits."""
     code, reason = refusal(bench, bench.join(name, "aggregator", run="r"))
     assert (code, "expected 1 to 100 ASCII letters" in reason) == ("name", True)
     code, reason = refusal(bench, bench.join("agg", "aggregator", run=name))

@@ -1,4 +1,4 @@
-"""Odd and hostile nodes: each of these once cost the broker, or another node, its life."""
+"""Faulty and hostile nodes: each of these once ended the broker or another node."""
 
 import pytest
 
@@ -34,7 +34,7 @@ def room(bench):
 
 
 def test_a_blob_cannot_be_named_with_another_size(room):
-    """What it is given for, its recipient would make room for."""
+    """Its recipient would allocate memory for the claimed size."""
     data = b"small"
     room.post(W1, "aggregator", "honest", blobs=[data])
     lie = Blob(digest(data), 1 << 40)
@@ -49,7 +49,7 @@ def test_a_blob_cannot_be_named_with_another_size(room):
 
 
 def test_a_wrong_blob_size_is_rejected_also_behind_a_right_one(room):
-    """Both wait for the same bytes; the last of them must not vouch for both sizes."""
+    """Both wait for the same bytes, whose last chunk must not confirm both sizes."""
     data = bytes(range(256)) * 2048
     truth = Message(
         kind="note", id="w1/0", run="r", sender="w1", to="record", blobs=(Blob.of(data),)
@@ -131,7 +131,7 @@ def test_a_post_rejected_before_a_restart_is_recognised(room):
 
 
 def test_chunks_of_a_resuming_upload_are_kept(tmp_path):
-    """Found by an index of what was there before, they once were nobody's and deleted."""
+    """A new index once found no user of these chunks, and they were deleted."""
     name = BlobName("r", "agg", b"d" * 16)
     ledger = Ledger(tmp_path)
     ledger.append(Opened(seq=0, at=0.0, run="r", config="", total_clients=1))
@@ -153,7 +153,7 @@ def test_each_request_gets_one_answer_and_a_flood_is_bounded(room):
 
 
 def test_a_restarted_broker_syncs_the_old_ledger_before_it_acknowledges(tmp_path, monkeypatch):
-    """Written by the broker before, it may be in memory only: known again, it is receipted."""
+    """The earlier broker may not have synced it; a duplicate is acknowledged at once."""
     ledger = Ledger(tmp_path)
     ledger.append(Opened(seq=0, at=0.0, run="r", config="", total_clients=1))
     ledger.close()

@@ -40,7 +40,7 @@ AGG, W1, W2 = b"agg:s1", b"w1:s1", b"w2:s1"
 
 
 def upto(room, peer):
-    """The latest receipt that is said within its time, or None."""
+    """Return the latest acknowledgment that is sent in time, or None."""
     room.wake(room.now + ACK_WITHIN_S)
     said = [frame.upto for frame, _ in room.sent.pop(peer, []) if isinstance(frame, Ack)]
     assert said == sorted(said)
@@ -48,7 +48,7 @@ def upto(room, peer):
 
 
 def refused(room, peer):
-    """Take what a node is told of its messages: (id, reason, by whom)."""
+    """Take the rejections of a node's messages: (id, reason, by)."""
     said = [each for each in room.inbox(peer) if each.kind == "refused"]
     assert all(each.re == each.body["id"] for each in said)
     return [(each.body["id"], each.body["reason"], each.body["by"]) for each in said]
@@ -59,7 +59,7 @@ def last(room):
 
 
 def feed(room, peer, *blobs, limit=None):
-    """Answer the broker's wants from these bytes; returns how many were answered."""
+    """Answer the broker's requests from these bytes; return the number of answers."""
     by_digest = {digest(data): data for data in blobs}
     answered = 0
     while limit is None or answered < limit:
@@ -86,7 +86,7 @@ def test_a_message_reaches_whichever_node_hosts_its_client(room):
 
 
 def test_an_address_has_one_spelling(room):
-    """Otherwise a message is accepted that no node ever hosts, and is pending for ever."""
+    """Otherwise a message for an address that no node ever hosts would be pending for ever."""
     room.post(AGG, "client/004", "task")
     assert room.texts(W1) == ["task"] or room.refusals()
 
@@ -209,7 +209,7 @@ def test_a_message_that_cannot_be_accepted_is_rejected_in_the_ledger_and_to_its_
 
 
 def test_a_rejection_names_the_message_that_it_refuses(room):
-    """Without its id, the sender cannot tell which of its messages was lost."""
+    """Without the id, the sender would not know which of its messages was rejected."""
     room.post(W1, "moon", id="w1/s1/17")
     assert room.refusals()[0].id == "w1/s1/17"
     [(name, _, _)] = refused(room, W1)
@@ -232,7 +232,7 @@ def test_a_message_that_cannot_be_read_is_rejected(room, post, buffers, reason):
 
 
 def test_a_message_that_fits_its_post_but_not_its_delivery_is_rejected(room):
-    """The broker must be able to send on what it accepts, whoever wrote it."""
+    """The broker must be able to deliver every message that it accepts."""
     fields = {"kind": "note", "id": "w1/0", "run": "r", "sender": "w1", "to": "aggregator"}
     data = msgpack.packb({**fields, "body": {"x": bytes(MAX_HEADER_BYTES - 160)}})
     header = msgpack.packb({"kind": "post", "message": data})
@@ -272,7 +272,7 @@ def test_a_missing_blob_rejects_only_its_message(room):
 
 
 def test_chunks_that_do_not_match_their_digest_refuse_the_message_and_good_ones_are_kept(room):
-    """What failed must not be taken for the blob when its real bytes come later."""
+    """The wrong bytes must not be used when the right ones come later."""
     data = bytes(CHUNK_BYTES) + b"end"
     room.post(W1, "aggregator", "broken", blobs=[data])
     for want in room.take(W1, ChunkRequest):
@@ -298,7 +298,7 @@ def test_a_blob_is_requested_once_however_many_messages_name_it(room):
 
 
 def test_an_empty_blob_that_is_not_beside_its_message_is_not_waited_for(room):
-    """There is no chunk to ask for: the post, and all after it, must not hang."""
+    """There is no chunk to request: the post and those after it must not hang."""
     room.post(W1, "aggregator", "empty", blobs=[b""], inline=())
     room.post(W1, "aggregator", "next")
     assert room.texts(AGG) == ["empty", "next"]
@@ -316,7 +316,7 @@ def test_a_node_reads_any_range_of_a_blob(room):
 
 @pytest.mark.parametrize(("start", "size"), [(0, 11), (9, 2), (10, 1), (1 << 40, 1)])
 def test_a_request_past_the_end_of_a_blob_is_harmless(room, start, size):
-    """The driver would read it from the ledger, and the broker would end with LedgerError."""
+    """Otherwise the driver would read it, and the broker would end with LedgerError."""
     room.post(AGG, "client/0", "task", blobs=[b"0123456789"])
     room.say(W1, ChunkRequest(owner="agg", digest=digest(b"0123456789"), start=start, size=size))
     [chunk] = room.take(W1, Chunk)
@@ -339,7 +339,7 @@ def test_a_message_that_its_recipient_cannot_use_is_rejected_to_its_sender(room)
 
 
 def test_a_blob_that_was_deleted_while_its_message_waited_is_requested_again(room):
-    """It was there when the message came, but nothing held it until the message was taken."""
+    """It was stored when the message came, but not pinned until the message was accepted."""
     large, model = bytes(CHUNK_BYTES + 1), b"model"
     room.post(W1, "aggregator", "before", blobs=[model])
     room.tell(AGG, Done(seqs=(last(room).seq,)))
@@ -351,7 +351,7 @@ def test_a_blob_that_was_deleted_while_its_message_waited_is_requested_again(roo
 
 
 def wanted(room, peer):
-    """How many chunks a node has been asked for and has not sent."""
+    """Return the number of chunks that were requested from a node and not sent."""
     return sum(isinstance(frame, ChunkRequest) for frame, _ in room.sent[peer])
 
 

@@ -1,4 +1,4 @@
-"""A run that whoever starts the broker takes up again: its nodes are gone, its end is lifted."""
+"""A continued run: its earlier nodes are gone, and its end can be lifted."""
 
 import pytest
 
@@ -21,7 +21,7 @@ def net(tmp_path):
 
 
 def take_up(net, config="[run]", *, further=False, pause=100.0, run="r", session="s2"):
-    """Every process is killed, and started again after a while by somebody who takes the run up."""
+    """Kill every process, and continue the run after a while."""
     net.kill_broker()
     net.now += pause
     going_on = Continuation(run, config, further=further)
@@ -34,7 +34,7 @@ def take_up(net, config="[run]", *, further=False, pause=100.0, run="r", session
 
 
 def start(net, name, **more):
-    """A node's own session, with what it says of itself this time."""
+    """Send the Hello of a node's session, with changed fields."""
     hello = net.members[name].hello
     known = {"key": hello.key, "run": "r", "total_clients": hello.total_clients}
     fields = {"clients": hello.clients, "config": hello.config, **known, **more}
@@ -44,7 +44,7 @@ def start(net, name, **more):
 
 
 def end(net, reason="enough"):
-    """The aggregator leaves its last checkpoint, and ends the run."""
+    """Post the last checkpoint of the aggregator, and end the run."""
     net.post("agg", "checkpoint", reason, MODEL)
     net.tell("agg", node.Publish(RunEnded(reason=reason)))
     net.until(lambda: net.members["agg"].ended is not None)
@@ -77,7 +77,7 @@ def test_the_aggregator_gets_continued_first_and_pending_messages_survive(net):
 
 
 def test_the_earlier_clients_can_be_hosted_by_other_nodes_at_once(net):
-    """No lease has to run out: whoever takes the run up knows that its nodes are gone."""
+    """No lease has to expire: a continued run has no nodes."""
     net.post("agg", "client/8", 1)
     net.run(0.2)
     take_up(net)

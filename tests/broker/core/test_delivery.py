@@ -1,4 +1,4 @@
-"""Deliveries: in order, in a window, again until they are done with."""
+"""Deliveries: in order, in a window, again until they are handled."""
 
 import pytest
 
@@ -57,7 +57,7 @@ def test_the_window_is_wide_enough_for_many_small_messages(room):
 
 
 def test_the_window_counts_the_bytes_beside_a_message_too(room):
-    """A node that is slow to read costs at most a window of memory."""
+    """A slow reader costs at most a window of memory."""
     tasks(room, 40, size=INLINE_BYTES)
     window = -(-WINDOW_BYTES // INLINE_BYTES)
     assert len(take(room)) == window
@@ -66,7 +66,7 @@ def test_the_window_counts_the_bytes_beside_a_message_too(room):
 
 
 def test_a_message_larger_than_the_window_is_sent_in_its_turn(room, monkeypatch):
-    """However small the window: one message may always be on its way."""
+    """However small the window, one message may always be in flight."""
     monkeypatch.setattr(delivery, "WINDOW_BYTES", 10)
     tasks(room, 3, size=1000)
     for number in range(3):
@@ -88,7 +88,7 @@ def test_every_frame_of_a_node_returns_credit(room, monkeypatch, how):
 
 
 def test_handling_a_message_and_taking_it_are_separate(room, monkeypatch):
-    """A node may be done with a message before it has read those in between, or long after."""
+    """A node may handle a message before it has read earlier ones, or long after."""
     monkeypatch.setattr(delivery, "WINDOW_MESSAGES", 2)
     tasks(room, 4)
     first, second = take(room)

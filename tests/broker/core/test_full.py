@@ -1,4 +1,4 @@
-"""Nothing can be written: the broker says so, takes nothing, and goes on when it can."""
+"""A full disk: the broker reports it, ignores numbered frames, and continues with space."""
 
 import pytest
 
@@ -26,7 +26,7 @@ WHY = "cannot write: No space left on device"
 
 @pytest.fixture
 def room(bench):
-    """A room with a task and a timer, whose disk is full."""
+    """Return a bench with a task and a timer, whose disk is full."""
     bench.joined("agg", "aggregator", key="ka")
     bench.joined("w1", clients=((0, 4),), key="kw")
     bench.post(AGG, "client/0", "task", blobs=[b"0123456789"])
@@ -53,7 +53,7 @@ def test_numbered_frames_and_hellos_are_answered_by_full_and_not_taken(room):
 
 
 def test_nothing_is_written_while_the_disk_is_full(room):
-    """Whatever comes, and whatever falls due."""
+    """With any frame, and any timer that is due."""
     actions = []
     data = bytes(CHUNK_BYTES)
     chunk = Chunk(owner="w1", digest=digest(data), start=0)

@@ -1,4 +1,4 @@
-"""What the aggregator leaves with the broker: timers, which come back, and checkpoints."""
+"""Timers and checkpoints, which the aggregator posts to the broker itself."""
 
 import pytest
 
@@ -24,7 +24,7 @@ def room(bench):
 
 
 def welcome(room, session, **more):
-    """What a session of the aggregator is welcomed with."""
+    """Return the Welcome of a new session of the aggregator."""
     peer = room.join("agg", "aggregator", session=session, key="ka", **more)
     return room.take(peer, Welcome)[-1]
 
@@ -115,7 +115,7 @@ def test_a_new_session_is_welcomed_with_the_newest_and_without_the_configuration
 
 
 def test_a_reconnect_is_welcomed_without_a_checkpoint(room):
-    """It is the session that made it."""
+    """The same session has made the checkpoint."""
     room.post(W1, "aggregator", "result")
     [frame] = room.take(AGG, Deliver)
     room.post(AGG, "checkpoint", "0")

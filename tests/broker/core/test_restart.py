@@ -1,4 +1,4 @@
-"""The broker dies, and another one goes on from its ledger."""
+"""A broker crashes, and another one continues from its ledger."""
 
 import pytest
 
@@ -24,7 +24,7 @@ HOSTS = {"agg": (), "w1": ((0, 4),), "w2": ((5, 9),)}
 
 
 def come_back(bench, name="all", *, session="s1", got=0, **more):
-    """A node, or all of them, say Hello as their links do after a broker's death."""
+    """Send the Hello of a node, or of all, as links do after a broker's crash."""
     for node in HOSTS if name == "all" else [name]:
         role = "aggregator" if node == "agg" else "worker"
         first = bench.numbers[f"{node}:{session}".encode()]
@@ -91,7 +91,7 @@ def test_a_post_whose_acknowledgment_was_lost_with_the_broker_is_known_by_its_id
 
 
 def test_a_duplicate_post_still_consumes(room):
-    """The first time, its sender may not have had the message that it consumes now."""
+    """The first time, its sender may not have had the message that it now consumes."""
     room.post(AGG, "client/0", "task")
     [task] = room.take(W1, Deliver)
     room.post(W1, "aggregator", "result", id="result", n=0)
@@ -190,7 +190,7 @@ def test_connected_nodes_have_a_lease_to_return_and_do_not_join_again(room):
 
 
 def test_a_node_lost_in_a_restart_does_not_count_against_its_message(room):
-    """It is the broker that died; whoever does not come back died for other reasons."""
+    """The broker crashed; a node that does not return did not end because of its message."""
     room.post(AGG, "client/5", "task")
     room.restart()
     come_back(room, "agg")

@@ -1,4 +1,4 @@
-"""A node is started again: it takes its name over; what it died of may be parked."""
+"""A restarted node takes over its name; a message that ends sessions is dead-lettered."""
 
 import pytest
 
@@ -65,7 +65,7 @@ def test_another_key_or_none_takes_nothing_over(bench, mine, theirs):
 
 
 def test_an_older_session_does_not_take_the_name_back(room):
-    """Two processes of one key would otherwise throw each other out for ever."""
+    """Otherwise two processes with one key would replace each other for ever."""
     new = start(room, 5)
     room.take(new)
     [reject] = room.take(start(room, 4))
@@ -124,7 +124,7 @@ def test_after_two_deaths_at_a_message_the_next_session_has_a_pause(room):
 
 
 def killed(new_bench, deaths, deliveries=3):
-    """A worker that died so often at its first message, and is back."""
+    """A worker whose sessions ended so often at its first message, and that is back."""
     bench = new_bench(deliveries=deliveries)
     bench.joined("agg", "aggregator", session="s00", key="ka")
     start(bench, 0)
@@ -210,7 +210,7 @@ def test_a_dead_lettered_message_that_is_delivered_again_reaches_a_session_that_
 
 
 def test_the_next_session_of_the_sender_gets_the_rejection_of_its_dead_letter(new_bench):
-    """What is parked, and what is said of it, happens while that session is welcomed."""
+    """The message is dead-lettered and its sender notified while that session is welcomed."""
     bench = new_bench(deliveries=2)
     bench.joined("agg", "aggregator")
     bench.post(start(bench, 0), "client/0", "to itself", id="w/0")
@@ -220,7 +220,7 @@ def test_the_next_session_of_the_sender_gets_the_rejection_of_its_dead_letter(ne
 
 
 def test_a_connection_that_becomes_the_aggregator_gets_the_leave_of_its_worker(bench):
-    """However odd: a node may not bring the broker down."""
+    """However odd, no node may crash the broker."""
     agg = bench.joined("agg", "aggregator")
     peer = start(bench, 0)
     bench.say(agg, Goodbye())

@@ -32,7 +32,7 @@ def inbox(bench, peer):
 
 
 def pass_time(bench, until, *peers, step=1.0):
-    """Let virtual time pass while these peers beat."""
+    """Advance the virtual time while these peers send heartbeats."""
     while bench.now < until:
         bench.wake(min(bench.now + step, until))
         for peer in peers:

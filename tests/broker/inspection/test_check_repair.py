@@ -1,4 +1,4 @@
-"""`fedmq ledger check` and `repair`: what is damaged, and a broker that goes on."""
+"""`fedmq ledger check` and `repair`: the findings, and a broker that continues."""
 
 import contextlib
 import random
@@ -165,7 +165,7 @@ def test_a_tail_of_zeros_is_cut_by_the_broker_itself(tmp_path, zeros):
 
 
 def test_zeros_from_anywhere_to_the_end_are_a_torn_tail(tmp_path):
-    """As a failure of power leaves them, whatever was acknowledged without a sync."""
+    """A power failure leaves them, even where entries were acknowledged without a sync."""
     write(tmp_path, 1 << 20)
     path = segment_path(tmp_path, MESSAGES, 0)
     whole = path.read_bytes()
@@ -193,7 +193,7 @@ def test_zeros_in_the_middle_are_refused(tmp_path):
 
 
 def test_a_flipped_bit_in_the_last_entry_is_an_error(tmp_path):
-    """It may have been acknowledged: a broker that was killed leaves no whole length behind."""
+    """It may have been acknowledged: a killed broker leaves no record of full length."""
     write(tmp_path, 1 << 20)
     path = segment_path(tmp_path, MESSAGES, 0)
     last = list(scan(path))[-1]
@@ -242,7 +242,7 @@ def test_missing_message_segments(tmp_path, listed):
 
 @pytest.mark.parametrize("left", [0, 8, len(MAGIC), len(MAGIC) + 30])
 def test_empty_message_segments_count_as_missing(tmp_path, left):
-    """A broker would begin anew, without a word, beside the payload of what has been."""
+    """Otherwise a broker would silently begin a new ledger beside the old payload."""
     write(tmp_path, 1 << 20)
     path = segment_path(tmp_path, MESSAGES, 0)
     path.write_bytes(path.read_bytes()[:left])

@@ -24,7 +24,7 @@ from fedmq.broker.wire.schema import Blob, Message
 from tests.broker.ledger.small_ledger import name_of, put
 
 SIZE = 300
-"""Of a blob: two of them fill a segment, where segments are small."""
+"""Size of a blob: two of them fill a small segment."""
 
 
 def open_run(ledger, run):
@@ -215,7 +215,7 @@ def test_a_damaged_chunk_takes_only_its_own_blob(ledger):
 
 
 def test_a_chunk_under_another_name_is_found_to_be_damaged(ledger):
-    """The head of a record is not held against its checksum until its piece is read."""
+    """The checksum of a head is not verified until its chunk is read."""
     messages = [post(ledger, numbered(n)) for n in range(3)]
     path, found = records(ledger)
     at = path.read_bytes().index(name_of(numbered(1)).digest, found[3].offset)

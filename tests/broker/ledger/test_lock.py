@@ -1,4 +1,4 @@
-"""One broker writes to a folder; whatever else refuses the lock is told as what it is."""
+"""One broker writes to a folder; other failures of the lock are reported as such."""
 
 import errno
 import fcntl

@@ -1,4 +1,4 @@
-"""Several messages in one record, as 0.1.0 wrote them: each is read as if it had its own."""
+"""Several messages in one record, as 0.1.0 wrote them: each is read as an entry."""
 
 import itertools
 from pathlib import Path

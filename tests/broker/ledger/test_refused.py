@@ -1,4 +1,4 @@
-"""A device that refuses: an error with its place, and nothing is lost that was there."""
+"""Errors of a device: reported with their position, and nothing written is lost."""
 
 import errno
 import os
@@ -73,7 +73,7 @@ def test_what_a_failed_write_left_is_cut_before_the_next_one(tmp_path, monkeypat
 
 
 def test_a_failed_sync_is_never_waited_for(tmp_path, monkeypatch, code):
-    """The kernel tells of a failed write once: the next sync would say that all is well."""
+    """The kernel reports a failed write once: the next sync would succeed."""
     ledger = Ledger(tmp_path)
     ledger.append(ENTRIES[0])
     with monkeypatch.context() as device:
@@ -214,7 +214,7 @@ def test_a_missing_segment_is_detected(tmp_path, monkeypatch):
 
 
 def test_missing_messages_are_detected_also_without_a_list(tmp_path, monkeypatch):
-    """A broker once began anew, beside a payload that nobody named any more."""
+    """A broker once began a new ledger beside payload that no entry named."""
     names = several(tmp_path, monkeypatch)
     (tmp_path / MANIFEST_FILE).unlink()
     for name in names:

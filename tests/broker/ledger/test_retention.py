@@ -1,4 +1,4 @@
-"""Payloads that nothing unfinished needs may be deleted; the others never are."""
+"""Retention deletes only payload that no unfinished message needs."""
 
 import msgspec
 import pytest
@@ -25,7 +25,7 @@ from tests.broker.ledger.payload import open_payload
 from tests.broker.ledger.small_ledger import accepted, name_of, put
 
 SIZE = 300
-"""Of a blob: two of them fill a segment, in these tests."""
+"""Size of a blob: two of them fill a segment in these tests."""
 
 
 @pytest.fixture(autouse=True)
@@ -48,7 +48,7 @@ def fill(ledger, *numbers, used=True):
 
 
 def there(ledger, numbers):
-    """Which of these blobs can be read as a whole."""
+    """Return which of these blobs are complete."""
     found = []
     for number in numbers:
         name = name_of(blob(number))
@@ -138,7 +138,7 @@ def test_the_end_of_a_run_unpins_its_blobs_only(tmp_path):
 
 
 def test_an_arriving_blob_stays_until_its_message_comes(tmp_path):
-    """A large blob is put piece by piece, while others come and go."""
+    """A large blob arrives chunk by chunk, while others come and go."""
     ledger = Ledger(tmp_path, retain_bytes=0)
     large = bytes(range(256)) * 4
     name = name_of(large)
@@ -255,7 +255,7 @@ def test_messages_for_an_absent_client_are_kept(tmp_path):
 
 @pytest.mark.parametrize("what", ["a record", "a message that is refused"])
 def test_records_do_not_keep_segments(tmp_path, what):
-    """A run that records blobs for days would otherwise fill the disk, though told not to."""
+    """Otherwise a run that records blobs for days would fill the disk despite its limit."""
     room = Room(tmp_path)
     for number in range(10):
         room.post("record" if what == "a record" else "client/99", blob(number))

@@ -55,7 +55,7 @@ def test_only_its_own_blobs_and_only_what_there_is_of_them_are_served(link):
 
 
 def serve(link, actions, data, now=0.0):
-    """Answer a link's wants, and theirs, from these bytes; returns what is not a Send."""
+    """Answer a link's requests from these bytes; return the actions that are not a Send."""
     others = []
     queue = list(actions)
     while queue:
@@ -119,7 +119,7 @@ def asked(actions):
 
 
 def test_a_blob_in_chunks_comes_in_order_and_no_further_than_it_is_read(link):
-    """A model larger than memory: the window is of pieces that were not read, too."""
+    """A model larger than memory: unread chunks count against the window, too."""
     data = bytes(range(256)) * 4096 * 9 + b"the end"
     blob = Blob.of(data)
     assert asked(link.handle(Fetch("agg", blob, in_pieces=True), 0.0)) == [0, 1, 2, 3]

@@ -1,4 +1,4 @@
-"""When a node says that it is not connected to its run, and to what it says it: virtual time."""
+"""When and how a node reports that it is not connected to its run, in virtual time."""
 
 import pytest
 
@@ -10,7 +10,7 @@ from tests.broker.links import HELLO, WELCOME, frames, heard, welcomed
 
 
 class Times:
-    """A link, and what it has told: (time, action)."""
+    """A link, and its reports as (time, action)."""
 
     def __init__(self, link, now=0.0):
         self.link, self.now, self.told = link, now, []
@@ -20,7 +20,7 @@ class Times:
         self.told += [(self.now, each) for each in actions if isinstance(each, kinds)]
 
     def go(self, until, answer=None):
-        """Wake the link at each of its deadlines; ``answer`` comes to each Hello and beat."""
+        """Wake the link at each of its deadlines; each Hello and heartbeat gets ``answer``."""
         wakes = 0
         while (due := self.link.deadline) is not None and due <= until:
             wakes += 1

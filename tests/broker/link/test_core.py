@@ -70,7 +70,7 @@ def test_posts_are_counted_and_sent_again_after_a_reconnect_until_they_are_ackno
 
 
 def test_many_unknown_session_frames_are_answered_by_one_hello(link):
-    """Each frame that was on its way draws one; each Hello would draw all posts again."""
+    """Each frame in flight draws one; each Hello would draw all posts again."""
     for number in range(20):
         link.handle(outgoing(number), 0.0)
     hellos = [
@@ -154,7 +154,7 @@ def test_any_number_of_rejections_fits_the_frames(link):
 
 @pytest.mark.parametrize("last", [RunEnded(reason="done"), Goodbye()])
 def test_done_is_sent_before_the_last_frame(link, last):
-    """After it nobody listens, and the ledger would end with messages pending that were used."""
+    """The broker ignores later frames, and the ledger would end with handled messages pending."""
     link.handle(deliver(3), 0.0)
     link.handle(Publish(Done(seqs=(3,))), 0.0)
     assert frames(link.handle(Publish(last), 0.0)) == (
@@ -189,7 +189,7 @@ def test_a_message_that_cannot_be_sent_is_an_error_at_once_and_leaves_nothing_be
 
 @pytest.mark.parametrize("dones", [0, 1000])
 def test_a_link_can_send_every_message_that_it_accepts(link, dones):
-    """A message within its own limit, with all that is put around it."""
+    """A message within its own limit fits the frame with all other fields."""
     for seq in range(dones):
         link.handle(deliver((1 << 40) + seq), 0.0)
         link.handle(Publish(Done(seqs=((1 << 40) + seq,))), 0.0)
@@ -212,7 +212,7 @@ def test_a_link_can_send_every_message_that_it_accepts(link, dones):
 
 
 def test_handled_messages_do_not_accumulate(link):
-    """A node lives for millions of messages; its link must not grow with each of them."""
+    """A node handles millions of messages; its link must not grow with them."""
 
     def size():
         return sum(len(each) for each in vars(link).values() if hasattr(each, "__len__"))

@@ -1,4 +1,4 @@
-"""Blobs read from the ledger's own files: by the same host, or else by nobody."""
+"""Blobs read from the ledger's files, on the broker's host only."""
 
 import os
 import shutil
@@ -94,7 +94,7 @@ def test_bytes_that_were_read_in_place_count_like_those_that_were_sent(tmp_path,
 @pytest.mark.parametrize("how", READ)
 @pytest.mark.parametrize("readable", [0, 2])
 def test_an_unreadable_file_costs_a_request_not_the_blob(tmp_path, monkeypatch, how, readable):
-    """Also from the middle of a blob on, of which pieces have been handed out."""
+    """Also from the middle of a blob, after some chunks were read."""
     calls = iter(range(100))
     fill = LocalBlobs._fill
 
@@ -109,7 +109,7 @@ def test_an_unreadable_file_costs_a_request_not_the_blob(tmp_path, monkeypatch, 
 
 
 def whole(files, blob, places):
-    """The blob's bytes, or None if they do not all come."""
+    """Return the blob's bytes, or None if they are incomplete."""
     data = b"".join(files.chunks(blob, places))
     return data if len(data) == blob.size else None
 

@@ -25,7 +25,7 @@ def zmq_socket(kind, **options):
 
 @contextlib.contextmanager
 def plain_server(answer):
-    """A server that says ``answer`` to each connection, whatever it hears."""
+    """A server that sends ``answer`` on each connection."""
     with socket.create_server(("127.0.0.1", 0)) as server:
 
         def serve():
@@ -92,7 +92,7 @@ def test_a_server_without_zeromq_is_reported(answer):
 
 
 def test_a_mute_server_is_reported():
-    """As a broker does that is stopped: the kernel accepts for it."""
+    """Like a suspended broker: the kernel accepts connections for it."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         listener, text = found(f"tcp://127.0.0.1:{server.getsockname()[1]}", 0.1)
     assert listener is Listener.MUTE

@@ -1,4 +1,4 @@
-"""How a link mends what was lost on the way: by beats, and by saying Hello again."""
+"""How a link recovers lost frames: by heartbeats, and by sending Hello again."""
 
 import pytest
 from msgspec.structs import replace
@@ -27,7 +27,7 @@ def link():
 
 
 def seqs(actions):
-    """The numbers of what is handed on."""
+    """Return the numbers of the deliveries that are handed on."""
     return [delivery.seq for action in actions for delivery in action.deliveries]
 
 
@@ -63,7 +63,7 @@ def test_heartbeats_and_numbered_frames_return_credit(link):
 
 @pytest.mark.parametrize(("size", "after"), [(0, CREDIT_BATCH), (64 << 10, 4)])
 def test_many_or_large_deliveries_return_credit_before_the_next_heartbeat(link, size, after):
-    """Otherwise a fast reader would wait for credit that the broker would gladly give."""
+    """Otherwise a fast reader would wait for credit unnecessarily."""
     told = []
     for seq in range(after):
         [delivered] = link.handle(deliver(seq, bytes(size)), 0.5)
@@ -72,7 +72,7 @@ def test_many_or_large_deliveries_return_credit_before_the_next_heartbeat(link, 
 
 
 def test_answers_to_frequent_heartbeats_do_not_make_a_link_start_over(link):
-    """They come soon after one another: that nothing has moved meanwhile is no sign of a loss."""
+    """They follow each other closely, so the lack of progress between them is no sign of a loss."""
     link.handle(outgoing(0), 0.5)
     sent = []
     for seq in range(25_600):
@@ -86,7 +86,7 @@ def test_answers_to_frequent_heartbeats_do_not_make_a_link_start_over(link):
 
 
 def test_a_delivery_after_a_gap_is_ignored_until_the_gap_is_filled(link):
-    """Taken at once it would come out of order, and a later Hello could not tell of the gap."""
+    """Taken at once, it would be out of order, and a later Hello could not express the gap."""
     assert len(link.handle(deliver(3), 0.0)) == 1
     assert link.handle(deliver(9, after=8), 0.0) == []
     assert seqs(link.handle(deliver(7, after=4), 0.0)) == [7]
@@ -103,7 +103,7 @@ def test_hello_names_the_last_delivery_and_the_oldest_unacknowledged_frame(link)
 
 
 def test_nothing_is_taken_before_the_welcome():
-    """It may be meant for the session before, whose place this one has taken."""
+    """It may be meant for an earlier session with the same name."""
     link = Link(HELLO)
     link.handle(Wake(), 0.0)
     assert link.handle(deliver(3), 0.1) == []
@@ -131,7 +131,7 @@ def test_a_full_disk_is_reported_and_hello_is_sent_again_a_little_later(link):
 
 
 def beats(link, count, sent=0, start=1.0, before=lambda number: None):
-    """Let a link beat, and answer; returns at which beats it said Hello again."""
+    """Let a link send heartbeats, and answer them; return at which ones it sent Hello again."""
     hellos = []
     for number in range(count):
         now = start + number
@@ -158,7 +158,7 @@ def test_a_stall_is_answered_by_hello_at_growing_intervals(link, due):
 
 
 def test_progress_is_not_a_stall(link):
-    """A slow transfer moves a little between two beats: that is no reason to start over."""
+    """A slow transfer makes progress between two heartbeats, so it is not a stall."""
     data = bytes(40 * CHUNK_BYTES)
     link.handle(Fetch("agg", Blob.of(data)), 0.5)
 
@@ -170,7 +170,7 @@ def test_progress_is_not_a_stall(link):
 
 
 def test_a_node_that_serves_chunks_does_not_take_its_post_for_lost(link):
-    """The receipt of a large blob's post comes after the last of its chunks."""
+    """The acknowledgment of a large blob's post comes after its last chunk."""
     data = bytes(30 * CHUNK_BYTES)
     link.handle(outgoing(0, data), 0.5)
 

@@ -1,4 +1,4 @@
-"""Whose turn it is, whatever interrupts the waiting for it."""
+"""The handoff of a link's loop between threads, with interruptions."""
 
 import signal
 import threading
@@ -24,7 +24,7 @@ def baton():
 
 
 def hold(baton, until):
-    """Have another thread take a turn that lasts; returns once it does."""
+    """Make another thread run a long turn; return once it is running."""
     began = threading.Event()
 
     def turn():

@@ -1,4 +1,4 @@
-"""Broker and nodes together, when one of them dies: nothing is lost, nothing comes twice."""
+"""Broker and nodes together, when one of them crashes: nothing is lost or duplicated."""
 
 import random
 from collections import Counter, defaultdict
@@ -28,7 +28,7 @@ def net(tmp_path):
 
 
 def accepted(net, sender):
-    """Numbers in the notes of a sender, in the order of the ledger."""
+    """Return the numbers in a sender's notes, in the order of the ledger."""
     messages = [each.read() for each in read_entries(net.folder) if isinstance(each, Accepted)]
     return [each.body["number"] for each in messages if each.sender == sender]
 
@@ -144,7 +144,7 @@ def test_an_aggregator_that_is_started_again_has_its_checkpoint_and_what_came_si
 
 
 def test_all_nodes_wait_for_a_full_disk(net, monkeypatch):
-    """Links and broker, until there is room again."""
+    """Links and broker, until the disk has space again."""
     net._broker(DiskFull("no space"))
     for number in range(4):
         net.post("w1", "aggregator", number)
@@ -160,7 +160,7 @@ def test_all_nodes_wait_for_a_full_disk(net, monkeypatch):
 
 @pytest.mark.parametrize("seed", range(16))
 def test_every_task_is_answered_once_whatever_crashes(net, seed):
-    """Workers answer each task once, whatever session had it; the ledger tells the whole story."""
+    """Workers answer each task once across sessions, and the ledger records all of it."""
     rng = random.Random(seed)  # noqa: S311 - a test's own dice
     blobs = [model(size, size) for size in (10, 300_000, CHUNK_BYTES + 9)]
     sessions = Counter()

@@ -1,4 +1,4 @@
-"""Broker and links together, over connections that are cut at will."""
+"""Broker and links together, over connections that are cut."""
 
 import random
 from collections import defaultdict
@@ -137,7 +137,7 @@ def test_a_timer_requested_just_before_a_cut_still_ticks(net):
 
 
 def test_a_rejection_lost_in_a_cut_is_sent_again(net):
-    """The receipt of a resent post must not be all that its sender hears."""
+    """The sender must get the rejection, not only the acknowledgment, of a resent post."""
     for number in range(2):
         net.post("w1", "client/99", number)
     lose_the_answers(net, "w1", steps=2)
@@ -148,7 +148,7 @@ def test_a_rejection_lost_in_a_cut_is_sent_again(net):
 
 
 def test_a_rejected_post_still_consumes_across_cuts(net):
-    """Whatever is lost of the refusal, and however often the session reconnects."""
+    """However often the session reconnects."""
     net.post("agg", "client/0", 0)
     net.until(lambda: notes(net, "w1") == [0])
     net.tell("w1", node.Publish(Done(seqs=(net.members["w1"].inbox[0].seq,))))
@@ -170,7 +170,7 @@ def test_the_end_of_a_run_just_before_a_cut_reaches_every_node(net):
 
 
 def test_posts_in_flight_during_an_outage_arrive_once(net):
-    """A cut with many posts on their way must not multiply them: one Hello, one resend."""
+    """A cut with many posts in flight must not multiply them: one Hello, one resend."""
     for number in range(30):
         net.post("w1", "aggregator", number)
     net.step()

@@ -1,4 +1,4 @@
-"""Small frames travel together; what comes out at the other end is what went in."""
+"""Small frames travel as one message and arrive unchanged."""
 
 import pytest
 from hypothesis import given, settings
@@ -29,7 +29,7 @@ def emptied(outbox):
 
 
 def taken_apart(messages):
-    """The frames of some messages, each with its buffers."""
+    """Return the frames of messages, each with its buffers."""
     frames = []
     for header, *buffers in messages:
         for each, count in split_header(header):

@@ -9,7 +9,7 @@ from fedmq.broker.wire.chunked_transfer import WINDOW_CHUNKS, Fetcher, Owned
 from fedmq.broker.wire.schema import Blob, Chunk
 
 CHUNK = 8
-"""Bytes in a chunk, in these tests."""
+"""Bytes of a chunk in these tests."""
 
 
 @pytest.fixture(autouse=True)

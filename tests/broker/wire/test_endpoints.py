@@ -1,4 +1,4 @@
-"""Endpoints as people write them: what is none is named, and nothing is taken from others."""
+"""Endpoints as users write them: errors name the mistake, and no file is overwritten."""
 
 import socket
 
@@ -92,7 +92,7 @@ def test_any_address_and_any_port_are_valid_for_listening():
 
 
 def answers(monkeypatch, *found):
-    """Let the name server say these, one after the other: an error, or addresses."""
+    """Make the name server give these answers in turn: an error, or addresses."""
     left = list(found)
 
     def getaddrinfo(host, port, **_):
@@ -139,7 +139,7 @@ def test_an_invalid_host_name(monkeypatch):
 
 
 def test_an_existing_file_or_broker_is_not_replaced_by_a_socket_file(tmp_path):
-    """libzmq removes whatever stands there."""
+    """libzmq deletes an existing file."""
     path = tmp_path / "x"
     endpoint = parse_endpoint(f"ipc://{path}", listen=True)
     assert listening_address(endpoint) == (f"ipc://{path}", False)

@@ -128,7 +128,7 @@ UNTIL_1_0 = {
 UNTIL_1_1 = {"reject": {"protocol": (1, 1)}, "welcome": {"identity": ""}}
 UNTIL_1_2 = {"reject": {"protocol": (1, 2)}, "welcome": {"identity": ""}}
 OLDER = {(1, 0): UNTIL_1_0, (1, 1): UNTIL_1_1, (1, 2): UNTIL_1_2}
-"""By version and frame: fields, and what they are where it says something else, or nothing."""
+"""By version and frame: the fields that differ in its golden bytes, with their values."""
 
 
 def golden(version=PROTOCOL):
@@ -159,7 +159,7 @@ def test_a_frame_survives_encoding(kind):
 
 
 def test_a_rejection_carries_a_code_only_if_it_has_one():
-    """Without one, the bytes are those of older versions; a code that is not listed is read."""
+    """Without a code, the bytes are those of older versions; an unknown code is accepted."""
     assert b"codes" not in encode_frame(Done(n=8, refused={3: "of another shape"}))
     for code in (Code.WRONG_SHAPE, "of-tomorrow"):
         frame = decode_frame(encode_frame(Done.rejecting(3, "of another shape", code, (3,))))
@@ -284,7 +284,7 @@ def test_a_header_over_the_limit_is_neither_written_nor_read():
 
 
 def test_any_message_that_can_be_encoded_can_be_posted_and_delivered():
-    """A message at its own limit must not break the frame around it, here or at the broker."""
+    """A message of the largest size must fit its frames, at the node and at the broker."""
     room = MAX_HEADER_BYTES
     while True:
         body = {"x": bytes(room)}
