@@ -17,6 +17,7 @@ from typing import TypeGuard
 
 import torch
 
+import fedmq
 from fedmq.algorithms.allowed import NOTHING, Allowed
 from fedmq.algorithms.base import Payload
 from fedmq.algorithms.schedules.recorded_rounds import RecordedRounds
@@ -86,7 +87,11 @@ class Replay:
         self.version_0_distance: float | None = None
         with own_code("algorithm.name"):
             self.core = Aggregator(self.setup, trace.run, AGGREGATOR, self.computed)
-        self.record = RecordedOutput(trace, exact=self._is_exact())
+        self.record = RecordedOutput(
+            trace,
+            exact=self._is_exact(),
+            same_release=self.computed.release == fedmq.__version__,
+        )
         self._recorded = {} if self.record.exact else _checkpoints(trace)
         self.messages = 0
         self.at = trace.opened.at

@@ -1,4 +1,4 @@
-"""A bench for the Broker core: no sockets, virtual time, a ledger of plain lists."""
+"""A test bench for the Broker core: no sockets, virtual time, a ledger of plain lists."""
 
 import itertools
 from collections import defaultdict
@@ -43,7 +43,7 @@ from fedmq.broker.wire.schema import (
 
 
 class Bench:
-    """Carries a Broker core's actions out, and checks what must hold of any of them.
+    """Carries out a Broker core's actions, and checks the invariants of each.
 
     It is the core's store, too. A connection that is probed is gone, unless it is among
     those that stand.
@@ -74,7 +74,7 @@ class Bench:
         self.restart()
 
     def restart(self, *, redeliver_dead_letters=False):
-        """The broker dies; another one goes on from its ledger, and knows no connection."""
+        """Replace the broker by one that continues from the ledger, without connections."""
         restorer = Restorer(Mailboxes())
         for entry in self.entries:
             restorer.feed(msgspec.msgpack.decode(msgspec.msgpack.encode(entry), type=type(entry)))
@@ -115,7 +115,7 @@ class Bench:
     # ---- the driver
 
     def handle(self, event):
-        """One event at the present time; returns its actions."""
+        """Handle one event at the present time; return its actions."""
         actions = self.core.handle(event, self.now)
         self.carry_out(actions)
         # What was numbered before is in the ledger before what this adds.
@@ -159,17 +159,17 @@ class Bench:
                     self.logs.append(action)
 
     def say(self, peer, frame, *buffers):
-        """A frame from a peer; returns the actions."""
+        """Handle a frame from a peer; return the actions."""
         return self.handle(ReceivedFrom(peer, frame, buffers))
 
     def tell(self, peer, frame):
-        """A numbered frame from a peer, with its next number; returns the actions."""
+        """Handle a frame from a peer with its next number; return the actions."""
         assert isinstance(frame, NumberedFrame)
         self.numbers[peer] += 1
         return self.say(peer, msgspec.structs.replace(frame, n=self.numbers[peer] - 1))
 
     def wake(self, now=None):
-        """Let virtual time pass, waking the core at each of its deadlines on the way."""
+        """Advance the virtual time, and wake the core at each of its deadlines."""
         until = self.now if now is None else now
         while self.core.deadline is not None and self.core.deadline < until:
             self.now = max(self.now, self.core.deadline)
@@ -180,7 +180,7 @@ class Bench:
     # ---- nodes
 
     def join(self, node, role="worker", session="s1", *, clients=(), peer=None, **more):
-        """Say Hello; returns the peer. The aggregator brings run `r` with 10 clients."""
+        """Send Hello; return the peer. The aggregator opens run `r` with 10 clients."""
         peer = peer or f"{node}:{session}".encode()
         if role == "aggregator":
             more = {"run": "r", "config": "[run]", "total_clients": 10, **more}
@@ -188,14 +188,14 @@ class Bench:
         return peer
 
     def joined(self, *args, **more):
-        """Say Hello, be welcomed, and forget what was sent."""
+        """Send Hello, check the Welcome, and drop what was sent."""
         peer = self.join(*args, **more)
         assert any(isinstance(frame, Welcome) for frame, _ in self.sent[peer])
         self.take(peer)
         return peer
 
     def post(self, peer, to, text="", *, blobs=(), inline=None, n=None, consumes=(), **fields):
-        """Post a message; the node's name is what stands before the peer's colon."""
+        """Post a message; the node's name is the part of the peer before the colon."""
         if n is None:
             n = self.numbers[peer]
             self.numbers[peer] += 1
@@ -235,7 +235,7 @@ class Bench:
         return [entry for entry in self.entries if isinstance(entry, Refusal)]
 
     def said(self, *kinds):
-        """What the broker itself put into the ledger: (kind, body)."""
+        """Return (kind, body) of each message from the broker itself."""
         return [
             (each.kind, each.body)
             for each in self.messages()
@@ -243,14 +243,14 @@ class Bench:
         ]
 
     def finished_by(self, entry):
-        """Numbers that an entry settles."""
+        """Return the numbers that an entry consumes."""
         match entry:
             case Accepted(consumes=seqs) | Consumed(of=seqs):
                 return seqs
         return ()
 
     def account(self):
-        """Read the ledger: numbers accepted for somebody, consumed, and refused once accepted."""
+        """Return the numbers accepted for a node, consumed, and rejected after acceptance."""
         accepted, consumed, refused = [], [], []
         for entry in self.entries:
             match entry:
@@ -262,7 +262,7 @@ class Bench:
         return accepted, consumed, refused
 
     def pending(self):
-        """Numbers of what is still to be done with, by the core's own books, in order."""
+        """Return the numbers of the unfinished messages in the core's state, in order."""
         found = []
         for run in self.core._mailboxes.runs.values():
             found += [seq for node in run.nodes.values() if node.alive for seq in node.pending]
@@ -278,5 +278,5 @@ def bench():
 
 @pytest.fixture(scope="session")
 def new_bench():
-    """The class itself, for tests that need several, or other times."""
+    """Return the class, for tests that need several benches or other settings."""
     return Bench

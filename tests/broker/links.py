@@ -1,4 +1,4 @@
-"""What the tests of the Link core have in common."""
+"""Helpers for the tests of the Link core."""
 
 from fedmq.broker.link.core import Link
 from fedmq.broker.link.events import FrameReceived, Outgoing, Send, Wake
@@ -43,7 +43,7 @@ def heard(link, frame, *buffers, now=0.0):
 
 
 def welcomed():
-    """A link that has just been welcomed, at time 0."""
+    """Return a link that has just been welcomed, at time 0."""
     core = Link(HELLO)
     core.handle(Wake(), 0.0)
     heard(core, WELCOME)

@@ -32,7 +32,7 @@ WORKER = Hello(node="w1", role="worker", session="s1", key="kw", clients=((0, 9)
 
 @contextlib.contextmanager
 def serving(folder, settings=None, endpoint=ANY):
-    """A broker on a thread of its own; what it raises is raised here at the end."""
+    """Run a broker on a thread; its exception is raised here at the end."""
     server = BrokerServer(endpoint, folder, settings)
     errors = []
 
@@ -66,7 +66,7 @@ def linked(endpoint, hello):
 
 
 class Raw:
-    """A DEALER that says whatever it likes, and hears frame by frame."""
+    """A DEALER that sends arbitrary bytes, and receives frame by frame."""
 
     def __init__(self, context, endpoint):
         self.socket = context.socket(zmq.DEALER)
@@ -79,7 +79,7 @@ class Raw:
         self.socket.send_multipart(parts)
 
     def answer(self):
-        """The next frame from the broker."""
+        """Return the next frame from the broker."""
         if not self._heard:
             header, *_ = self.socket.recv_multipart()
             self._heard += [decode_frame(each) for each, _ in split_header(header)]

@@ -1,4 +1,4 @@
-"""One Broker core and several Link cores; bytes both ways, virtual time, cuts at will."""
+"""One Broker core and several Link cores: encoded frames, virtual time, cut connections."""
 
 import random
 from collections import defaultdict, deque
@@ -33,7 +33,7 @@ TICK_S = 0.01
 
 
 class Member:
-    """One node: its link core, and what the node above it has seen."""
+    """One node: its link core, and what the node has received."""
 
     def __init__(self, hello, connection=0):
         self.hello = hello
@@ -104,7 +104,7 @@ class Net:
         self.tell(name, node.Outgoing(message, blobs, consumes))
 
     def cut(self, name, *, silently=False):
-        """Lose a connection with all that is under way on it; the next one is a new peer."""
+        """Cut a connection with all frames in flight; the next one is a new peer."""
         member = self.members[name]
         self.up.pop(member.peer, None)
         self.down.pop(member.peer, None)
@@ -112,7 +112,7 @@ class Net:
         member.cut = silently
 
     def restart(self, name, session):
-        """Kill a node, and start it again: it knows nothing of the session before."""
+        """Kill a node, and start it again without any state."""
         self.cut(name)
         before = self.members[name]
         hello = msgspec.structs.replace(before.hello, session=session)
@@ -120,7 +120,7 @@ class Net:
         return member
 
     def kill_broker(self, *, written=True):
-        """Kill the broker in its next turn, before or after it has ``written``, unheard."""
+        """Kill the broker in its next turn, before or after it has ``written``, before it sends."""
         self._take_frames()
         if written:
             self.ledger.commit()
@@ -136,7 +136,7 @@ class Net:
         self.away = False
 
     def step(self):
-        """Let every queue move by one frame, and time pass; tells whether anything moved."""
+        """Move every queue by one frame and advance the time; return whether anything moved."""
         self.now += TICK_S
         moved = False
         if not self.away:
@@ -234,7 +234,7 @@ def notes(net, name, kind="note"):
 
 
 def lose_the_answers(net, name, steps):
-    """Let the broker take what is under way, and cut before it is heard."""
+    """Let the broker receive the frames in flight, and cut the connection before its answers."""
     net.members[name].cut = True
     for _ in range(steps):
         net.step()

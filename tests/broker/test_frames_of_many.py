@@ -1,4 +1,4 @@
-"""PostAll and DeliverAll, which only version 0.1.0 sends: as if each message had come alone."""
+"""PostAll and DeliverAll, which only 0.1.0 sends: handled as single messages."""
 
 import itertools
 
@@ -59,7 +59,7 @@ def test_deliveries_are_handed_on_once_and_in_order(link):
     assert seqs(heard(link, deliver_all(10, 12, after=10))) == [10, 12]
 
 
-def test_of_deliveries_that_come_again_with_others_only_the_new_ones_are_handed_on(link):
+def test_only_new_deliveries_of_a_repeated_frame_are_handed_on(link):
     heard(link, deliver_all(3, 4))
     assert seqs(heard(link, deliver_all(3, 4, 9, 12))) == [9, 12]
     assert heard(link, deliver_all(4, 9, 12, after=4)) == []
@@ -125,7 +125,7 @@ def room(bench):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_posts_have_the_same_effect_as_one_by_one(new_bench, kind):
-    """Also after the broker was restarted, and all of them are sent again."""
+    """Also after a restart of the broker, when all of them are sent again."""
     count = itertools.count(1)
     groups = [["plain"], [kind], ["plain", kind, "plain"], [kind]]
     posts = [[KINDS[each](next(count)) for each in group] for group in groups]
@@ -142,7 +142,7 @@ def test_posts_have_the_same_effect_as_one_by_one(new_bench, kind):
 
 
 def effect(bench):
-    """What is in the ledger, and what the nodes received."""
+    """Return the content of the ledger, and what the nodes received."""
     entries = [
         (entry.seq, shown(entry.message) if isinstance(entry, Accepted) else type(entry).__name__)
         for entry in bench.entries
@@ -156,7 +156,7 @@ def effect(bench):
 
 
 def shown(data):
-    """A message's content; one without an id is named by its frame's number, which differs."""
+    """Return a message's content, without an id that stems from the number of its frame."""
     message = decode_message(data)
     named = message.body.get("id", "").startswith("s1/")
     return (message.id, message.to, message.body | {"id": ""} if named else message.body)
@@ -172,7 +172,7 @@ def test_a_frame_is_acknowledged_once_all_of_its_messages_are_here(room):
     assert not room.take(AGG, Ack)
 
 
-def test_very_many_empty_messages_are_no_frame():
+def test_very_many_tiny_messages_are_not_a_frame():
     """Rejecting each would cost the ledger many times the bytes of the frame."""
     header = encode_frame(PostAll(messages=(b"x",) * MAX_ALL))
     with pytest.raises(WireError, match="Expected `bytes` of length"):

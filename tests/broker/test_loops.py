@@ -1,4 +1,4 @@
-"""A few tests of the two loops over real sockets on loopback; each is over in a moment."""
+"""Short tests of the two loops over real sockets on loopback."""
 
 import contextlib
 import os
@@ -65,14 +65,14 @@ def test_a_message_and_a_large_blob_make_the_round_trip(tmp_path):
     assert list(read_entries(tmp_path))[-1].reason == "done"
 
 
-def test_a_port_in_use_is_told_in_one_sentence(tmp_path):
+def test_a_port_in_use_is_one_sentence(tmp_path):
     with serving(tmp_path / "one") as endpoint, pytest.raises(BrokerError) as caught:
         BrokerServer(endpoint, tmp_path / "two")
     assert str(caught.value) == f"cannot listen on {endpoint}: address already in use"
 
 
 @pytest.mark.parametrize("endpoint", ["nonsense", "tcp://127.0.0.1:99999", "tcp://no.such.host.:1"])
-def test_an_endpoint_that_is_no_address_is_told_in_one_sentence(tmp_path, endpoint):
+def test_an_invalid_endpoint_is_one_sentence(tmp_path, endpoint):
     with pytest.raises(BrokerError, match=f"cannot listen on {endpoint}") as caught:
         BrokerServer(endpoint, tmp_path)
     assert "\n" not in str(caught.value)
@@ -139,7 +139,7 @@ def test_a_node_under_a_live_name_is_rejected_with_the_reason(tmp_path):
         second.close()
 
 
-def test_a_link_that_is_stopped_lets_go_of_what_waits(tmp_path):
+def test_a_stopped_link_interrupts_waiting_methods(tmp_path):
     with serving(tmp_path) as endpoint, linked(endpoint, AGGREGATOR) as agg:
         timer = threading.Timer(0.05, agg.stop)
         timer.start()
@@ -157,8 +157,8 @@ def compute(seconds):
 
 
 @pytest.mark.parametrize("said", [True, False], ids=["away said", "away not said"])
-def test_beats_go_on_while_the_main_thread_computes(tmp_path, said):
-    """Without a word, the link's thread takes over by itself after a quarter of a second."""
+def test_heartbeats_continue_while_the_main_thread_computes(tmp_path, said):
+    """Without `away`, the link's thread takes over after a quarter of a second."""
     settings = BrokerSettings(lease_s=0.3 if said else 0.6, beat_s=0.05)
     with serving(tmp_path, settings) as endpoint, linked(endpoint, AGGREGATOR) as agg:
         with agg.away() if said else contextlib.nullcontext():
@@ -179,7 +179,7 @@ def test_a_tick_comes_over_the_socket(tmp_path):
         assert time.monotonic() - began < 1.5
 
 
-def test_what_was_said_is_flushed_when_the_broker_has_it(tmp_path):
+def test_flush_waits_until_the_broker_has_the_posts(tmp_path):
     with serving(tmp_path) as endpoint, linked(endpoint, AGGREGATOR) as agg:
         for number in range(20):
             agg.post(message("agg", "record", number=number))

@@ -1,4 +1,4 @@
-"""Real sockets: IPv6, socket files, and what a node learns of a broker that it does not reach."""
+"""Real sockets: IPv6, socket files, and reports about an unreachable broker."""
 
 import contextlib
 import socket
@@ -72,19 +72,19 @@ def test_a_broker_on_a_socket_file(tmp_path):
         make_round_trip(endpoint)
 
 
-def test_an_address_of_another_host_is_told(tmp_path):
+def test_an_address_of_another_host_is_reported(tmp_path):
     with pytest.raises(BrokerError, match=r"192\.0\.2\.1:7700: this host has no such address"):
         BrokerServer("tcp://192.0.2.1:7700", tmp_path)
 
 
-def test_a_wrong_endpoint_and_a_name_without_address_are_told_before_any_wait():
+def test_a_wrong_endpoint_and_a_name_without_address_are_reported_before_any_wait():
     with pytest.raises(LinkClosed, match=r"cannot connect to 127\.0\.0\.1:7700: expected tcp:"):
         NodeLink("127.0.0.1:7700", WORKER)
     with pytest.raises(LinkClosed, match=r"'no\.such\.host\.invalid' does not resolve"):
         NodeLink("tcp://no.such.host.invalid:7700", WORKER)
 
 
-def test_of_a_name_with_addresses_of_both_families_each_is_tried(tmp_path, monkeypatch):
+def test_both_address_families_of_a_name_are_tried(tmp_path, monkeypatch):
     """libzmq alone would try the first family for ever."""
     families = [socket.AF_INET6, socket.AF_INET]
     monkeypatch.setattr(dealer, "resolve", lambda _: families)
@@ -109,7 +109,7 @@ def test_of_a_name_with_addresses_of_both_families_each_is_tried(tmp_path, monke
 
 @pytest.fixture
 def quick(monkeypatch):
-    """Reports come after tenths of seconds, and are kept."""
+    """Reports come after tenths of a second, and are collected."""
     monkeypatch.setattr(contact, "_FIRST_REPORTS_S", (0.2, 0.6))
     monkeypatch.setattr(contact, "_EACH_S", 0.5)
     with structlog.testing.capture_logs() as logs:
@@ -117,7 +117,7 @@ def quick(monkeypatch):
 
 
 def until(logs, words, link, within_s=5.0):
-    """Let a link run until its log holds the words; return that line."""
+    """Run a link until its log contains the words; return that line."""
     deadline = time.monotonic() + within_s
     while time.monotonic() < deadline:
         with contextlib.suppress(StopIteration):
@@ -126,7 +126,7 @@ def until(logs, words, link, within_s=5.0):
     raise AssertionError(logs)
 
 
-def test_a_broker_that_is_cut_off_is_in_the_log_with_the_time_and_so_is_its_return(tmp_path, quick):
+def test_a_lost_broker_and_its_return_are_logged_with_the_time(tmp_path, quick):
     settings = BrokerSettings(lease_s=1.0, beat_s=0.1)
     with serving(tmp_path, settings) as endpoint, linked(endpoint, AGGREGATOR) as agg:
         agg.pause(0.5)
@@ -189,7 +189,7 @@ def router_that_says(reply):
             thread.join()
 
 
-def test_a_broker_of_another_major_is_told_at_once():
+def test_a_broker_of_another_major_is_reported_at_once():
     reply = msgpack.packb({"kind": "welcome", "v": [2, 0], "anything": 1})
     with router_that_says(reply) as endpoint:
         link = NodeLink(endpoint, WORKER)
@@ -201,7 +201,7 @@ def test_a_broker_of_another_major_is_told_at_once():
         link.close()
 
 
-def test_a_router_that_is_no_broker_is_told_once_for_each_kind_of_answer(quick):
+def test_each_kind_of_answer_of_another_router_is_logged_once(quick):
     with router_that_says(b"hello") as endpoint:
         link = NodeLink(endpoint, WORKER)
         link.give_up_after(2.5)
@@ -213,7 +213,7 @@ def test_a_router_that_is_no_broker_is_told_once_for_each_kind_of_answer(quick):
     assert [each for each in quick if "waiting for the broker" in each["event"]]
 
 
-def test_hellos_do_not_pile_up_while_nobody_is_there(tmp_path):
+def test_hellos_do_not_accumulate_without_a_broker(tmp_path):
     port = free_port()
     link = NodeLink(f"tcp://127.0.0.1:{port}", AGGREGATOR)
     link.pause(3.3)

@@ -1,4 +1,4 @@
-"""The loops when something ends under them: broker, node, disk, connection."""
+"""The loops when a broker, a node, the disk or a connection fails."""
 
 import errno
 import os
@@ -40,8 +40,8 @@ from tests.broker.loops import (
 pytestmark = pytest.mark.end_to_end
 
 
-def test_a_broker_goes_on_from_its_ledger_and_its_nodes_with_it(tmp_path):
-    """Nodes are not started again: their links find the broker where it was."""
+def test_a_broker_and_its_nodes_continue_from_its_ledger(tmp_path):
+    """Nodes are not restarted: their links find the broker at the same endpoint."""
     weights = os.urandom(400_000)
     with serving(tmp_path) as endpoint:
         agg, worker = NodeLink(endpoint, AGGREGATOR), NodeLink(endpoint, WORKER)
@@ -87,7 +87,7 @@ def test_a_node_that_was_started_again_takes_its_name_over_at_once(tmp_path):
         assert get(agg, "left").message.body["interrupted"] == task.seq
 
 
-def test_a_full_disk_is_waited_for_and_nothing_is_lost(tmp_path, monkeypatch):
+def test_all_wait_for_a_full_disk_and_nothing_is_lost(tmp_path, monkeypatch):
     def refuse(*args):
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -114,7 +114,7 @@ def test_a_full_disk_is_waited_for_and_nothing_is_lost(tmp_path, monkeypatch):
     assert kinds(tmp_path)[:5] == ["joined", "joined", "note", "note", "note"]
 
 
-def test_what_was_queued_when_a_broker_on_a_full_disk_was_stopped_is_no_loss(tmp_path, monkeypatch):
+def test_stopping_a_broker_on_a_full_disk_loses_nothing_acknowledged(tmp_path, monkeypatch):
     def refuse(*args):
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -137,7 +137,7 @@ def test_what_was_queued_when_a_broker_on_a_full_disk_was_stopped_is_no_loss(tmp
 
 
 class Turns:
-    """A broker whose clock and turns are the test's."""
+    """A broker whose clock and turns the test controls."""
 
     def __init__(self, folder, settings=None, keeping=None):
         self.server = BrokerServer(ANY, folder, settings, keeping)
@@ -152,7 +152,7 @@ class Turns:
         assert isinstance(self.hear(hello.node), Welcome)
 
     def put(self, name, frame, *buffers):
-        """Send a frame, and wait until it is there to be taken."""
+        """Send a frame, and wait until it has arrived."""
         self.nodes[name].send(encode_frame(frame), *buffers)
         time.sleep(0.02)
 
@@ -188,7 +188,7 @@ def posted(sender, number, to, *blobs, **body):
 
 
 def test_a_node_may_lapse_in_the_turn_in_which_a_timer_is_due(turns):
-    """Its connection is found to be gone while what was numbered before is being written."""
+    """The broker finds its connection gone while earlier entries are being written."""
     room = turns(BrokerSettings(lease_s=1.0, beat_s=0.2))
     room.join(AGGREGATOR)
     room.join(WORKER)
@@ -202,9 +202,7 @@ def test_a_node_may_lapse_in_the_turn_in_which_a_timer_is_due(turns):
     assert (found.count("tick"), found.count("left")) == (1, 1)
 
 
-def test_a_want_for_what_retention_deletes_in_the_same_turn_does_not_end_the_broker(
-    turns, monkeypatch
-):
+def test_a_request_for_a_blob_deleted_in_the_same_turn_does_not_end_the_broker(turns, monkeypatch):
     monkeypatch.setattr(ledger_module, "_PAYLOAD_SEGMENT_BYTES", 1000)
     room = turns(None, LedgerSettings(retain_bytes=0))
     room.join(AGGREGATOR)
@@ -220,7 +218,7 @@ def test_a_want_for_what_retention_deletes_in_the_same_turn_does_not_end_the_bro
     assert {type(room.hear("w1")) for _ in range(2)} == {Chunk, Deliver}
 
 
-def test_a_want_for_what_a_full_disk_has_not_taken_does_not_end_the_broker(turns, monkeypatch):
+def test_a_request_for_an_unwritten_blob_does_not_end_the_broker(turns, monkeypatch):
     def refuse(*args):
         raise OSError(errno.ENOSPC, "No space left on device")
 

@@ -1,4 +1,4 @@
-"""Processes that move large blobs use their memory again."""
+"""Processes that move large blobs reuse their memory."""
 
 import platform
 import resource

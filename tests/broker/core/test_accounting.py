@@ -10,7 +10,7 @@ HOSTS = {"agg": (), "w1": ((0, 4),), "w2": ((5, 9),)}
 
 
 class Nodes:
-    """Honest nodes on a bench: each takes a delivery once, and is done with it once."""
+    """Correct nodes on a bench: each takes and handles a delivery once."""
 
     def __init__(self, bench):
         self.bench = bench
@@ -36,7 +36,7 @@ class Nodes:
                     self.held[name].append(frame.seq)
 
     def come_back(self, name):
-        """Say Hello; what was posted last has no receipt yet, and is said again."""
+        """Send Hello, and resend the last post, which is unacknowledged."""
         self.alive.add(name)
         peer, last = self.peer(name), self.last.get(name)
         self.bench.join(
@@ -59,7 +59,7 @@ class Nodes:
         self.come_back(name)
 
     def pass_time(self, seconds):
-        """The living beat meanwhile."""
+        """Connected nodes send heartbeats meanwhile."""
         for _ in range(seconds):
             self.bench.wake(self.bench.now + 1)
             for name in self.alive:
@@ -128,7 +128,7 @@ class Nodes:
 
 
 def check(bench):
-    """A message that was refused counts as that, whether it is done with later or not."""
+    """A rejected message counts as rejected, whether it is consumed later or not."""
     accepted, consumed, refused = bench.account()
     pending = bench.pending()
     for each in (accepted, consumed, refused, pending):
@@ -151,7 +151,7 @@ STEPS = st.sampled_from(
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.tuples(STEPS, st.integers(0, 9)), max_size=50))
 @example([("task", 4), *[("die", 1), ("restart", 1)] * 3, ("time", 0), ("broker", 9)])
-def test_accepted_is_consumed_and_pending_and_refused_whatever_happens(new_bench, history):
+def test_accepted_is_always_consumed_plus_pending_plus_rejected(new_bench, history):
     bench = new_bench(deliveries=3)
     nodes = Nodes(bench)
     for what, number in history:
@@ -166,7 +166,7 @@ def test_accepted_is_consumed_and_pending_and_refused_whatever_happens(new_bench
 @settings(max_examples=30, deadline=None)
 @given(st.lists(st.tuples(STEPS, st.integers(0, 9)), max_size=40))
 @example([("task", 1), *[("restart", 1)] * 4])
-def test_fresh_sessions_are_offered_all_that_nobody_is_done_with(new_bench, history):
+def test_new_sessions_get_all_unfinished_messages(new_bench, history):
     bench = new_bench(deliveries=3)
     nodes = Nodes(bench)
     for what, number in history:
@@ -186,7 +186,7 @@ def test_fresh_sessions_are_offered_all_that_nobody_is_done_with(new_bench, hist
     assert {seq for seq in held if seq < entries} <= set(expected)
 
 
-def test_a_node_that_is_done_twice_is_counted_once(bench):
+def test_handling_a_message_twice_counts_once(bench):
     agg = bench.joined("agg", "aggregator")
     worker = bench.joined("w1", clients=((0, 4),))
     bench.post(agg, "client/0", "task")
@@ -198,7 +198,7 @@ def test_a_node_that_is_done_twice_is_counted_once(bench):
 
 @pytest.mark.parametrize("how", ["twice", "of another node", "that is not there"])
 def test_a_post_consumes_only_what_its_sender_has(bench, how):
-    """The ledger counts what a record says is consumed; the broker must not copy a claim."""
+    """The ledger counts what a record consumes, so the broker must check the claim."""
     agg = bench.joined("agg", "aggregator")
     worker = bench.joined("w1", clients=((0, 4),))
     bench.joined("w2", clients=((5, 9),))
@@ -212,8 +212,8 @@ def test_a_post_consumes_only_what_its_sender_has(bench, how):
     assert bench.account()[1] == [mine]
 
 
-def test_what_a_refused_post_consumes_is_consumed_all_the_same(bench):
-    """Its sender is done with it; offered again, it would be applied twice."""
+def test_a_rejected_post_still_consumes(bench):
+    """Its sender has handled it; delivered again, it would be applied twice."""
     agg = bench.joined("agg", "aggregator")
     worker = bench.joined("w1", clients=((0, 4),))
     bench.post(agg, "client/0", "task")
@@ -226,7 +226,7 @@ def test_what_a_refused_post_consumes_is_consumed_all_the_same(bench):
     assert bench.texts(bench.join("w1", session="s2", clients=((0, 4),))) == []
 
 
-def test_every_post_has_exactly_one_entry_accepted_or_refused(bench):
+def test_every_post_has_exactly_one_entry_accepted_or_rejected(bench):
     bench.joined("agg", "aggregator")
     worker = bench.joined("w1", clients=((0, 4),))
     addresses = ["aggregator", "moon", "client/99", "record", "client/1"]

@@ -38,7 +38,7 @@ def test_a_node_is_welcomed_with_the_times_and_the_configuration_of_the_run(benc
     assert bench.take(w1) == [welcome]
 
 
-def test_a_join_is_said_to_the_aggregator_and_its_own_is_recorded(bench):
+def test_the_aggregator_gets_each_join_and_its_own_is_recorded(bench):
     agg = bench.join("agg", "aggregator")
     bench.join("w1", clients=((0, 4), (7, 7)))
     bench.join("e1", "evaluator", session="s9")
@@ -76,7 +76,7 @@ def test_a_join_is_said_to_the_aggregator_and_its_own_is_recorded(bench):
         ({"role": "aggregator", "run": ""}, "run", "an aggregator must name its run"),
     ],
 )
-def test_a_node_that_cannot_be_admitted_is_told_why(bench, hello, code, reason):
+def test_a_rejection_of_a_node_says_why(bench, hello, code, reason):
     bench.joined("agg", "aggregator")
     bench.joined("w1", clients=((0, 3),))
     entries = len(bench.entries)
@@ -91,8 +91,8 @@ def test_a_node_that_cannot_be_admitted_is_told_why(bench, hello, code, reason):
     assert len(bench.entries) == entries
 
 
-def test_a_range_that_runs_backwards_is_rejected_as_what_it_is(bench):
-    """The sentence must not blame a client that is in range."""
+def test_a_reversed_range_is_rejected_with_the_right_reason(bench):
+    """The error must not name a client that is in range."""
     bench.joined("agg", "aggregator")
     code, reason = refusal(bench, bench.join("w1", clients=((5, 3),)))
     assert code == "client"
@@ -142,7 +142,7 @@ def test_nodes_of_one_broker_with_several_runs_must_name_theirs(bench):
     bench.joined("w1", session="s3", run="r", clients=((0, 2),))
 
 
-def test_a_run_that_is_over_does_not_count_and_whoever_asks_for_it_is_told(bench):
+def test_an_ended_run_is_not_joined_by_default_and_answers_run_ended(bench):
     agg = bench.joined("agg", "aggregator")
     bench.tell(agg, RunEnded(reason="done"))
     assert bench.take(bench.join("w1", run="r")) == [RunEnded(reason="done")]
@@ -179,8 +179,8 @@ def test_a_worker_that_says_goodbye_while_it_waits_is_not_welcomed_later(bench):
     assert isinstance(bench.take(back)[0], Welcome)
 
 
-def test_of_two_sessions_that_wait_under_one_name_the_newer_is_welcomed(bench):
-    """A worker killed and started again before its run came: the dead one holds no name."""
+def test_the_newer_of_two_waiting_sessions_with_one_name_is_welcomed(bench):
+    """A worker was restarted before its run started: the earlier session does not keep the name."""
     bench.join("w1", session="s1")
     back = bench.join("w1", session="s2")
     bench.take(back)
@@ -203,7 +203,7 @@ def test_the_same_session_on_a_new_connection_takes_its_place_over(bench):
     assert len(bench.said("joined")) == 2
 
 
-def test_a_connection_that_changes_its_name_does_not_leave_an_immortal_behind(bench):
+def test_the_old_node_of_a_renamed_connection_leaves(bench):
     agg = bench.joined("agg", "aggregator")
     peer = bench.joined("w1", clients=((0, 4),))
     bench.join("w2", clients=((5, 9),), peer=peer)
@@ -214,7 +214,7 @@ def test_a_connection_that_changes_its_name_does_not_leave_an_immortal_behind(be
     bench.joined("w1", session="s2", clients=((0, 4),))
 
 
-def test_an_unknown_connection_is_told_to_say_hello(bench):
+def test_an_unknown_connection_gets_unknown_session(bench):
     for frame in (Heartbeat(), Done(seqs=(1,))):
         bench.say(b"nobody", frame)
         assert bench.take(b"nobody") == [UnknownSession()]
@@ -247,7 +247,7 @@ def test_a_large_reject_reason_can_still_be_read_by_its_node(bench):
     bench.join("w1")
 
 
-def test_hello_again_is_welcome_again_and_offers_what_is_not_done_with(bench):
+def test_hello_again_is_welcome_again_and_offers_what_is_unfinished(bench):
     agg = bench.joined("agg", "aggregator")
     worker = bench.joined("w1", clients=((0, 9),))
     bench.post(agg, "client/0", "one")
@@ -263,7 +263,7 @@ def test_hello_again_is_welcome_again_and_offers_what_is_not_done_with(bench):
     ["", "..", ".", "/etc", "a/b", "../x", "a\n", "-a", ".a", "_a", "a b", "ä", "a\0", "x" * 101],
 )
 def test_names_that_could_be_paths_or_drive_a_terminal_are_rejected(bench, name):
-    """Of nodes and of runs; nothing is kept of them, and nobody waits."""
+    """Names of nodes and of runs; nothing is stored, and no node waits."""
     code, reason = refusal(bench, bench.join(name, "aggregator", run="r"))
     assert (code, "expected 1 to 100 ASCII letters" in reason) == ("name", True)
     code, reason = refusal(bench, bench.join("agg", "aggregator", run=name))
@@ -283,7 +283,7 @@ def served(bench, peer):
     return wait.serving
 
 
-def test_a_node_whose_run_is_not_here_is_told_which_runs_are(bench):
+def test_a_node_whose_run_does_not_exist_gets_the_list_of_runs(bench):
     assert served(bench, bench.join("w1", run="c")) is UNSET
     over = bench.joined("agg", "aggregator", run="old")
     bench.tell(over, RunEnded(reason="done"))
@@ -304,7 +304,7 @@ def test_very_many_runs_are_named_in_part(bench):
     assert serving.ended[0] == f"old{MAX_NAMED + 4}"
 
 
-def test_an_older_end_reads_a_wait_that_says_what_is_served():
+def test_an_older_node_reads_a_wait_with_a_list_of_runs():
     wait = Wait(reason="no such run", serving=Serving(("a",)))
     fields = msgpack.unpackb(encode_frame(wait))
     assert fields["serving"]["runs"] == ["a"]
@@ -312,7 +312,7 @@ def test_an_older_end_reads_a_wait_that_says_what_is_served():
     assert b"serving" not in encode_frame(Wait())
 
 
-def test_an_aggregator_with_another_configuration_is_told_that_of_the_run(bench):
+def test_an_aggregator_with_another_configuration_gets_that_of_the_run(bench):
     bench.joined("agg", "aggregator")
     peer = bench.join("agg", "aggregator", session="s2", config="[algorithm]", peer=b"x")
     [reject] = bench.take(peer, Reject)
@@ -364,7 +364,7 @@ def test_a_node_that_comes_back_after_the_end_says_goodbye_over_its_new_connecti
     assert bench.core.idle
 
 
-def test_a_node_that_starts_again_after_the_end_is_told_it(bench):
+def test_a_node_that_starts_after_the_end_gets_run_ended(bench):
     agg, w1 = bench.joined("agg", "aggregator"), bench.joined("w1", run="r")
     bench.tell(agg, RunEnded(reason="done"))
     bench.take(w1)

@@ -1,4 +1,4 @@
-"""Odd and hostile nodes: each of these once cost the broker, or another node, its life."""
+"""Faulty and hostile nodes: each of these once ended the broker or another node."""
 
 import pytest
 
@@ -34,7 +34,7 @@ def room(bench):
 
 
 def test_a_blob_cannot_be_named_with_another_size(room):
-    """What it is given for, its recipient would make room for."""
+    """Its recipient would allocate memory for the claimed size."""
     data = b"small"
     room.post(W1, "aggregator", "honest", blobs=[data])
     lie = Blob(digest(data), 1 << 40)
@@ -48,8 +48,8 @@ def test_a_blob_cannot_be_named_with_another_size(room):
     assert "expected the digest of no bytes" in room.refusals()[-1].reason
 
 
-def test_a_lie_about_a_blob_s_size_that_waits_behind_the_truth_is_refused_too(room):
-    """Both wait for the same bytes; the last of them must not vouch for both sizes."""
+def test_a_wrong_blob_size_is_rejected_also_behind_a_right_one(room):
+    """Both wait for the same bytes, whose last chunk must not confirm both sizes."""
     data = bytes(range(256)) * 2048
     truth = Message(
         kind="note", id="w1/0", run="r", sender="w1", to="record", blobs=(Blob.of(data),)
@@ -70,7 +70,7 @@ def test_a_lie_about_a_blob_s_size_that_waits_behind_the_truth_is_refused_too(ro
     assert f"to have {len(data)} bytes" in refusal.reason
 
 
-def test_a_number_named_twice_is_consumed_once_and_not_forgotten(room):
+def test_a_number_consumed_twice_counts_once(room):
     room.post(AGG, "client/0", "task")
     [deliver] = room.take(W1, Deliver)
     room.post(W1, "record", "done", consumes=(deliver.seq, deliver.seq))
@@ -87,7 +87,7 @@ def test_an_older_aggregator_does_not_come_back_after_a_newer_one_was_there(benc
     assert reject.code == "replaced"
 
 
-def test_ranges_that_name_more_clients_than_there_are_are_refused_at_once(bench):
+def test_ranges_that_name_more_clients_than_there_are_are_rejected_at_once(bench):
     bench.joined("agg", "aggregator")
     peer = bench.join("greedy", clients=((0, 9),) * 1000)
     assert not bench.take(peer, Welcome)
@@ -119,7 +119,7 @@ def test_the_end_of_a_run_of_very_many_nodes_can_be_read_again(room, tmp_path):
     assert sum(1 for _ in read_entries(tmp_path)) == len(room.entries)
 
 
-def test_a_post_refused_before_the_broker_died_is_known_again(room):
+def test_a_post_rejected_before_a_restart_is_recognised(room):
     message = Message(kind="note", id="w1/0", run="r", sender="w1", to="client/99")
     room.tell(W1, Post(message=encode_message(message)))
     assert len(room.refusals()) == 1
@@ -130,8 +130,8 @@ def test_a_post_refused_before_the_broker_died_is_known_again(room):
     assert len(room.refusals()) == 1
 
 
-def test_pieces_that_an_upload_goes_on_from_are_kept_for_it(tmp_path):
-    """Found by an index of what was there before, they once were nobody's and deleted."""
+def test_chunks_of_a_resuming_upload_are_kept(tmp_path):
+    """A new index once found no user of these chunks, and they were deleted."""
     name = BlobName("r", "agg", b"d" * 16)
     ledger = Ledger(tmp_path)
     ledger.append(Opened(seq=0, at=0.0, run="r", config="", total_clients=1))
@@ -146,16 +146,14 @@ def test_pieces_that_an_upload_goes_on_from_are_kept_for_it(tmp_path):
     ledger.close()
 
 
-def test_a_node_that_only_asks_gets_an_answer_to_each_want_and_no_more(room):
+def test_each_request_gets_one_answer_and_a_flood_is_bounded(room):
     room.say(W1, ChunkRequest(owner="agg", digest=b"d" * 16, start=0, size=1))
     assert len(room.take(W1)) == 1
     assert all(isinstance(entry, Opened | Accepted) for entry in room.entries)
 
 
-def test_before_a_restarted_broker_gives_receipts_for_power_what_it_found_is_synced(
-    tmp_path, monkeypatch
-):
-    """Written by the broker before, it may be in memory only: known again, it is receipted."""
+def test_a_restarted_broker_syncs_the_old_ledger_before_it_acknowledges(tmp_path, monkeypatch):
+    """The earlier broker may not have synced it; a duplicate is acknowledged at once."""
     ledger = Ledger(tmp_path)
     ledger.append(Opened(seq=0, at=0.0, run="r", config="", total_clients=1))
     ledger.close()

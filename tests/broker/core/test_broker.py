@@ -40,7 +40,7 @@ AGG, W1, W2 = b"agg:s1", b"w1:s1", b"w2:s1"
 
 
 def upto(room, peer):
-    """The latest receipt that is said within its time, or None."""
+    """Return the latest acknowledgment that is sent in time, or None."""
     room.wake(room.now + ACK_WITHIN_S)
     said = [frame.upto for frame, _ in room.sent.pop(peer, []) if isinstance(frame, Ack)]
     assert said == sorted(said)
@@ -48,7 +48,7 @@ def upto(room, peer):
 
 
 def refused(room, peer):
-    """Take what a node is told of its messages: (id, reason, by whom)."""
+    """Take the rejections of a node's messages: (id, reason, by)."""
     said = [each for each in room.inbox(peer) if each.kind == "refused"]
     assert all(each.re == each.body["id"] for each in said)
     return [(each.body["id"], each.body["reason"], each.body["by"]) for each in said]
@@ -59,7 +59,7 @@ def last(room):
 
 
 def feed(room, peer, *blobs, limit=None):
-    """Answer the broker's wants from these bytes; returns how many were answered."""
+    """Answer the broker's requests from these bytes; return the number of answers."""
     by_digest = {digest(data): data for data in blobs}
     answered = 0
     while limit is None or answered < limit:
@@ -86,12 +86,12 @@ def test_a_message_reaches_whichever_node_hosts_its_client(room):
 
 
 def test_an_address_has_one_spelling(room):
-    """Otherwise a message is accepted that no node ever hosts, and is pending for ever."""
+    """Otherwise a message for an address that no node ever hosts would be pending for ever."""
     room.post(AGG, "client/004", "task")
     assert room.texts(W1) == ["task"] or room.refusals()
 
 
-def test_a_record_is_kept_and_delivered_to_nobody(room):
+def test_a_record_is_stored_and_not_delivered(room):
     room.post(W1, "record", "for the record")
     assert last(room).read().body == {"text": "for the record"}
     assert not any(room.take(peer, Deliver) for peer in (AGG, W1, W2))
@@ -128,7 +128,7 @@ def test_messages_for_a_client_follow_it_to_another_node(room):
     assert room.texts(other) == ["one", "three"]
 
 
-def test_receipts_are_cumulative_and_follow_the_ledger(room):
+def test_acknowledgments_are_cumulative_and_follow_the_ledger(room):
     actions = []
     for number in range(3):
         actions += room.post(W1, "aggregator", f"{number}")
@@ -143,7 +143,7 @@ def test_receipts_are_cumulative_and_follow_the_ledger(room):
     assert upto(room, W2) is None
 
 
-def test_a_receipt_waits_for_the_blobs_of_the_oldest_post(room):
+def test_a_acknowledgment_waits_for_the_blobs_of_the_oldest_post(room):
     large = bytes(CHUNK_BYTES + 1)
     room.post(W1, "aggregator", "small")
     room.post(W1, "aggregator", "large", blobs=[large])
@@ -158,7 +158,7 @@ def test_a_receipt_waits_for_the_blobs_of_the_oldest_post(room):
     assert upto(room, W1) == 2
 
 
-def test_a_post_that_comes_twice_is_kept_once_and_receipted_again(room):
+def test_a_post_that_comes_twice_is_kept_once_and_acknowledged_again(room):
     for _ in range(3):
         room.post(W1, "aggregator", "once", n=0)
         assert upto(room, W1) == 0
@@ -194,7 +194,7 @@ def test_a_gap_in_the_posts_makes_the_link_start_over(room):
         ({"to": "client/" + "9" * 100}, "no-address", "is out of range"),
     ],
 )
-def test_a_message_that_cannot_be_accepted_is_refused_in_the_ledger_and_to_its_sender(
+def test_a_message_that_cannot_be_accepted_is_rejected_in_the_ledger_and_to_its_sender(
     room, fields, code, reason
 ):
     room.post(W1, **{"to": "aggregator", **fields})
@@ -208,8 +208,8 @@ def test_a_message_that_cannot_be_accepted_is_refused_in_the_ledger_and_to_its_s
     assert upto(room, W1) == 1
 
 
-def test_a_refusal_names_the_message_that_it_refuses(room):
-    """Without its id, the sender cannot tell which of its messages was lost."""
+def test_a_rejection_names_the_message_that_it_refuses(room):
+    """Without the id, the sender would not know which of its messages was rejected."""
     room.post(W1, "moon", id="w1/s1/17")
     assert room.refusals()[0].id == "w1/s1/17"
     [(name, _, _)] = refused(room, W1)
@@ -223,7 +223,7 @@ def test_a_refusal_names_the_message_that_it_refuses(room):
         (Post(n=0, message=b""), [], "not a message"),
     ],
 )
-def test_a_message_that_cannot_be_read_is_refused(room, post, buffers, reason):
+def test_a_message_that_cannot_be_read_is_rejected(room, post, buffers, reason):
     room.say(W1, post, *buffers)
     [refusal] = room.refusals()
     assert refusal.id == "s1/0"
@@ -231,8 +231,8 @@ def test_a_message_that_cannot_be_read_is_refused(room, post, buffers, reason):
     assert upto(room, W1) == 0
 
 
-def test_a_message_that_fits_its_post_but_not_its_delivery_is_refused(room):
-    """The broker must be able to send on what it accepts, whoever wrote it."""
+def test_a_message_that_fits_its_post_but_not_its_delivery_is_rejected(room):
+    """The broker must be able to deliver every message that it accepts."""
     fields = {"kind": "note", "id": "w1/0", "run": "r", "sender": "w1", "to": "aggregator"}
     data = msgpack.packb({**fields, "body": {"x": bytes(MAX_HEADER_BYTES - 160)}})
     header = msgpack.packb({"kind": "post", "message": data})
@@ -241,7 +241,7 @@ def test_a_message_that_fits_its_post_but_not_its_delivery_is_refused(room):
     assert "expected" in room.refusals()[0].reason
 
 
-def test_inline_bytes_that_are_not_what_they_claim_are_refused_and_not_kept(room):
+def test_inline_bytes_that_are_not_what_they_claim_are_rejected_and_not_kept(room):
     room.post(W1, "aggregator", blobs=[b"right"])
     message = last(room).message.replace(b"w1", b"w2")
     room.say(W2, Post(n=0, message=message, inline=(0,)), b"wrong")
@@ -260,7 +260,7 @@ def test_a_blob_beside_a_message_is_never_larger_than_the_ledger_can_read_back(r
             assert len(action.data) <= CHUNK_BYTES
 
 
-def test_a_blob_whose_sender_does_not_hold_it_refuses_its_message_and_no_other(room):
+def test_a_missing_blob_rejects_only_its_message(room):
     data = bytes(CHUNK_BYTES + 1)
     room.post(W1, "aggregator", "broken", blobs=[data])
     room.post(W1, "aggregator", "fine")
@@ -272,7 +272,7 @@ def test_a_blob_whose_sender_does_not_hold_it_refuses_its_message_and_no_other(r
 
 
 def test_chunks_that_do_not_match_their_digest_refuse_the_message_and_good_ones_are_kept(room):
-    """What failed must not be taken for the blob when its real bytes come later."""
+    """The wrong bytes must not be used when the right ones come later."""
     data = bytes(CHUNK_BYTES) + b"end"
     room.post(W1, "aggregator", "broken", blobs=[data])
     for want in room.take(W1, ChunkRequest):
@@ -286,7 +286,7 @@ def test_chunks_that_do_not_match_their_digest_refuse_the_message_and_good_ones_
     assert bytes(room.blobs[BlobName("r", "w1", digest(data))]) == data
 
 
-def test_a_blob_is_asked_for_once_however_many_messages_name_it(room):
+def test_a_blob_is_requested_once_however_many_messages_name_it(room):
     model = bytes(3 * CHUNK_BYTES + 5)
     for client in range(4):
         room.post(AGG, f"client/{client}", f"task {client}", blobs=[model])
@@ -298,7 +298,7 @@ def test_a_blob_is_asked_for_once_however_many_messages_name_it(room):
 
 
 def test_an_empty_blob_that_is_not_beside_its_message_is_not_waited_for(room):
-    """There is no chunk to ask for: the post, and all after it, must not hang."""
+    """There is no chunk to request: the post and those after it must not hang."""
     room.post(W1, "aggregator", "empty", blobs=[b""], inline=())
     room.post(W1, "aggregator", "next")
     assert room.texts(AGG) == ["empty", "next"]
@@ -315,15 +315,15 @@ def test_a_node_reads_any_range_of_a_blob(room):
 
 
 @pytest.mark.parametrize(("start", "size"), [(0, 11), (9, 2), (10, 1), (1 << 40, 1)])
-def test_a_want_past_the_end_of_a_blob_does_no_harm(room, start, size):
-    """The driver would read it from the ledger, and the broker would end with LedgerError."""
+def test_a_request_past_the_end_of_a_blob_is_harmless(room, start, size):
+    """Otherwise the driver would read it, and the broker would end with LedgerError."""
     room.post(AGG, "client/0", "task", blobs=[b"0123456789"])
     room.say(W1, ChunkRequest(owner="agg", digest=digest(b"0123456789"), start=start, size=size))
     [chunk] = room.take(W1, Chunk)
     assert chunk.start == start
 
 
-def test_a_message_that_its_recipient_cannot_use_is_refused_to_its_sender(room):
+def test_a_message_that_its_recipient_cannot_use_is_rejected_to_its_sender(room):
     room.post(W1, "aggregator", "odd", id="w1/7")
     seq = last(room).seq
     reasons = {seq: "of another shape", 999: "who?"}
@@ -338,8 +338,8 @@ def test_a_message_that_its_recipient_cannot_use_is_refused_to_its_sender(room):
     assert len(room.entries) == entries
 
 
-def test_a_blob_that_was_deleted_while_its_message_waited_is_asked_for_again(room):
-    """It was there when the message came, but nothing held it until the message was taken."""
+def test_a_blob_that_was_deleted_while_its_message_waited_is_requested_again(room):
+    """It was stored when the message came, but not pinned until the message was accepted."""
     large, model = bytes(CHUNK_BYTES + 1), b"model"
     room.post(W1, "aggregator", "before", blobs=[model])
     room.tell(AGG, Done(seqs=(last(room).seq,)))
@@ -351,11 +351,11 @@ def test_a_blob_that_was_deleted_while_its_message_waited_is_asked_for_again(roo
 
 
 def wanted(room, peer):
-    """How many chunks a node has been asked for and has not sent."""
+    """Return the number of chunks that were requested from a node and not sent."""
     return sum(isinstance(frame, ChunkRequest) for frame, _ in room.sent[peer])
 
 
-def test_an_upload_has_a_wide_window_while_nobody_else_talks(room):
+def test_an_upload_has_a_wide_window_without_small_messages(room):
     model = bytes(40 * CHUNK_BYTES)
     room.post(AGG, "client/3", "task", blobs=[model], inline=[])
     assert wanted(room, AGG) == UPLOAD_WINDOW_CHUNKS
@@ -366,7 +366,7 @@ def test_an_upload_has_a_wide_window_while_nobody_else_talks(room):
     assert wanted(room, AGG) == UPLOAD_WINDOW_CHUNKS
 
 
-def test_an_upload_makes_room_while_others_talk(room):
+def test_small_messages_narrow_the_window_of_an_upload(room):
     model = bytes(40 * CHUNK_BYTES)
     room.post(AGG, "client/3", "task", blobs=[model], inline=[])
     for number in range(SMALL_MESSAGE_RATE):
@@ -379,7 +379,7 @@ def test_an_upload_makes_room_while_others_talk(room):
     assert wanted(room, AGG) == UPLOAD_WINDOW_CHUNKS
 
 
-def test_blobs_beside_a_post_are_not_asked_for_and_larger_ones_are(room):
+def test_blobs_beside_a_post_are_not_requested_and_larger_ones_are(room):
     room.post(AGG, "client/3", "task", blobs=[bytes(POST_BYTES)])
     assert not wanted(room, AGG)
     room.post(AGG, "client/3", "task", blobs=[bytes(POST_BYTES + 1)], inline=[])

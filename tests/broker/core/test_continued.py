@@ -1,4 +1,4 @@
-"""A run that whoever starts the broker takes up again: its nodes are gone, its end is lifted."""
+"""A continued run: its earlier nodes are gone, and its end can be lifted."""
 
 import pytest
 
@@ -21,7 +21,7 @@ def net(tmp_path):
 
 
 def take_up(net, config="[run]", *, further=False, pause=100.0, run="r", session="s2"):
-    """Every process is killed, and started again after a while by somebody who takes the run up."""
+    """Kill every process, and continue the run after a while."""
     net.kill_broker()
     net.now += pause
     going_on = Continuation(run, config, further=further)
@@ -34,7 +34,7 @@ def take_up(net, config="[run]", *, further=False, pause=100.0, run="r", session
 
 
 def start(net, name, **more):
-    """A node's own session, with what it says of itself this time."""
+    """Send the Hello of a node's session, with changed fields."""
     hello = net.members[name].hello
     known = {"key": hello.key, "run": "r", "total_clients": hello.total_clients}
     fields = {"clients": hello.clients, "config": hello.config, **known, **more}
@@ -44,7 +44,7 @@ def start(net, name, **more):
 
 
 def end(net, reason="enough"):
-    """The aggregator leaves its last checkpoint, and ends the run."""
+    """Post the last checkpoint of the aggregator, and end the run."""
     net.post("agg", "checkpoint", reason, MODEL)
     net.tell("agg", node.Publish(RunEnded(reason=reason)))
     net.until(lambda: net.members["agg"].ended is not None)
@@ -54,7 +54,7 @@ def kinds(net):
     return [each.message.kind for each in net.members["agg"].inbox]
 
 
-def test_it_is_told_before_anything_else_that_is_new_and_nothing_that_was_pending_is_lost(net):
+def test_the_aggregator_gets_continued_first_and_pending_messages_survive(net):
     net.post("agg", "client/1", 1)
     net.post("agg", "client/8", 2)
     net.post("w1", "aggregator", 3)
@@ -76,8 +76,8 @@ def test_it_is_told_before_anything_else_that_is_new_and_nothing_that_was_pendin
     assert notes(net, "w2") == [2]
 
 
-def test_the_clients_of_before_are_free_at_once_for_other_nodes(net):
-    """No lease has to run out: whoever takes the run up knows that its nodes are gone."""
+def test_the_earlier_clients_can_be_hosted_by_other_nodes_at_once(net):
+    """No lease has to expire: a continued run has no nodes."""
     net.post("agg", "client/8", 1)
     net.run(0.2)
     take_up(net)
@@ -89,7 +89,7 @@ def test_the_clients_of_before_are_free_at_once_for_other_nodes(net):
     assert kinds(net)[-2:] == ["continued", "joined"]
 
 
-def test_other_values_are_those_of_the_run_from_then_on(net):
+def test_a_changed_configuration_applies_from_then_on(net):
     take_up(net, config="other = 1")
     start(net, "agg", config="other = 1")
     net.run(0.5)
@@ -103,7 +103,7 @@ def test_other_values_are_those_of_the_run_from_then_on(net):
     assert net.broker._mailboxes.runs["r"].config == "other = 1"
 
 
-def test_timers_stand_still_as_long_as_the_run_does(net):
+def test_timers_do_not_advance_while_the_run_is_stopped(net):
     timer = Message(
         kind="timer",
         id="agg/50",
@@ -157,7 +157,7 @@ def test_a_restart_of_the_broker_alone_leaves_it_lifted(net):
     assert kinds(net)[0] == "continued"
 
 
-def test_without_more_to_do_a_run_that_has_ended_stays_so(net):
+def test_an_ended_run_stays_ended_unless_reopened(net):
     end(net)
     take_up(net)
     for name in list(net.members):
@@ -166,7 +166,7 @@ def test_without_more_to_do_a_run_that_has_ended_stays_so(net):
     assert {each.ended for each in net.members.values()} == {node.LinkEnded("enough", over=True)}
 
 
-def test_a_run_whose_last_checkpoint_was_not_kept_is_refused(net):
+def test_a_run_whose_last_checkpoint_was_not_kept_is_rejected(net):
     end(net)
     net.kill_broker()
     # As retention does it.
@@ -218,7 +218,7 @@ def test_bytes_on_the_wire_are_those_of_all_brokers_up_to_their_last_checkpoints
     assert sum(each["sent_bytes"] for name, each in last.nodes.items() if name != "agg") == 0
 
 
-def test_only_the_broker_says_so(net):
+def test_only_the_broker_may_send_continued(net):
     forged = Message(
         kind="continued",
         id="w1/66",

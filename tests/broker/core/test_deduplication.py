@@ -1,7 +1,7 @@
 from fedmq.broker.core.deduplication import DedupWindow, PostFingerprint
 
 
-def test_a_message_is_the_same_another_or_new():
+def test_a_message_is_new_the_same_or_another():
     known = DedupWindow()
     assert known.seen(PostFingerprint.of("r", "w1", "7", b"bytes")) == "new"
     known.add(PostFingerprint.of("r", "w1", "7", b"bytes"))
@@ -31,14 +31,14 @@ def test_the_newest_are_kept_and_at_most_twice_as_many():
         assert looks[:-6] == ["new"] * max(0, count - 6)
 
 
-def test_what_came_again_is_not_forgotten_with_what_came_before_it():
+def test_a_repeated_id_is_kept_longer():
     known = DedupWindow(limit=3)
     for name in "abcabde":
         known.add(PostFingerprint.of("r", "w1", name, b""))
     assert [known.seen(PostFingerprint.of("r", "w1", name, b"")) for name in "bde"] == ["same"] * 3
 
 
-def test_of_one_id_the_bytes_that_came_last_count():
+def test_the_last_bytes_of_an_id_count():
     known = DedupWindow(limit=2)
     known.add(PostFingerprint.of("r", "w1", "7", b"one"))
     known.add(PostFingerprint.of("r", "w1", "7", b"two"))

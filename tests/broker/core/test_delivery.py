@@ -1,4 +1,4 @@
-"""Deliveries: in order, in a window, again until they are done with."""
+"""Deliveries: in order, in a window, again until they are handled."""
 
 import pytest
 
@@ -34,7 +34,7 @@ def take(room, peer=W1):
     return room.take(peer, Deliver)
 
 
-def test_a_window_of_messages_is_on_its_way_and_the_others_stay_in_the_ledger(room, monkeypatch):
+def test_a_window_of_messages_is_in_flight_and_the_others_stay_in_the_ledger(room, monkeypatch):
     monkeypatch.setattr(delivery, "WINDOW_MESSAGES", 3)
     tasks(room, 8)
     first = take(room)
@@ -57,7 +57,7 @@ def test_the_window_is_wide_enough_for_many_small_messages(room):
 
 
 def test_the_window_counts_the_bytes_beside_a_message_too(room):
-    """A node that is slow to read costs at most a window of memory."""
+    """A slow reader costs at most a window of memory."""
     tasks(room, 40, size=INLINE_BYTES)
     window = -(-WINDOW_BYTES // INLINE_BYTES)
     assert len(take(room)) == window
@@ -65,8 +65,8 @@ def test_the_window_counts_the_bytes_beside_a_message_too(room):
     assert len(take(room)) == window
 
 
-def test_a_large_message_waits_for_nothing_but_its_turn(room, monkeypatch):
-    """However small the window: one message may always be on its way."""
+def test_a_message_larger_than_the_window_is_sent_in_its_turn(room, monkeypatch):
+    """However small the window, one message may always be in flight."""
     monkeypatch.setattr(delivery, "WINDOW_BYTES", 10)
     tasks(room, 3, size=1000)
     for number in range(3):
@@ -75,7 +75,7 @@ def test_a_large_message_waits_for_nothing_but_its_turn(room, monkeypatch):
 
 
 @pytest.mark.parametrize("how", ["a post", "done"])
-def test_whatever_a_node_says_gives_credit(room, monkeypatch, how):
+def test_every_frame_of_a_node_returns_credit(room, monkeypatch, how):
     monkeypatch.setattr(delivery, "WINDOW_MESSAGES", 1)
     tasks(room, 2)
     [first] = take(room)
@@ -87,8 +87,8 @@ def test_whatever_a_node_says_gives_credit(room, monkeypatch, how):
     assert room.texts(W1) == ["1"]
 
 
-def test_done_is_no_credit_and_credit_is_not_done(room, monkeypatch):
-    """A node may be done with a message before it has read those in between, or long after."""
+def test_handling_a_message_and_taking_it_are_separate(room, monkeypatch):
+    """A node may handle a message before it has read earlier ones, or long after."""
     monkeypatch.setattr(delivery, "WINDOW_MESSAGES", 2)
     tasks(room, 4)
     first, second = take(room)
@@ -100,7 +100,7 @@ def test_done_is_no_credit_and_credit_is_not_done(room, monkeypatch):
     assert room.pending()[-2:] == [third.seq, fourth.seq]
 
 
-def test_what_is_done_with_before_it_was_sent_is_not_sent(room, monkeypatch):
+def test_a_message_handled_before_it_was_sent_is_not_sent(room, monkeypatch):
     monkeypatch.setattr(delivery, "WINDOW_MESSAGES", 1)
     tasks(room, 3)
     [first] = take(room)
@@ -110,7 +110,7 @@ def test_what_is_done_with_before_it_was_sent_is_not_sent(room, monkeypatch):
     assert room.texts(W1) == ["2"]
 
 
-def test_each_delivery_says_from_where_on_there_is_no_other(room):
+def test_each_delivery_says_where_the_gap_before_it_begins(room):
     tasks(room, 2)
     room.post(AGG, "record", "for nobody here")
     tasks(room, 2, first=2)
@@ -142,7 +142,7 @@ def test_after_a_reconnect_the_whole_window_is_open(room, monkeypatch):
     assert room.texts(W1) == ["0", "1"]
 
 
-def test_a_stalled_reader_costs_numbers_and_no_messages(room, monkeypatch):
+def test_a_stalled_reader_costs_only_numbers(room, monkeypatch):
     monkeypatch.setattr(delivery, "WINDOW_MESSAGES", 2)
     tasks(room, 100)
     node = room.core._mailboxes.runs["r"].nodes["w1"]
@@ -153,7 +153,7 @@ def test_a_stalled_reader_costs_numbers_and_no_messages(room, monkeypatch):
     assert not node.pending
 
 
-def test_a_beat_is_answered_with_how_far_the_broker_has_sent(room, monkeypatch):
+def test_a_heartbeat_is_answered_with_the_number_sent(room, monkeypatch):
     monkeypatch.setattr(delivery, "WINDOW_MESSAGES", 2)
     room.say(W1, Heartbeat())
     assert room.take(W1) == [Heartbeat(sent=0)]

@@ -1,4 +1,4 @@
-"""Nothing can be written: the broker says so, takes nothing, and goes on when it can."""
+"""A full disk: the broker reports it, ignores numbered frames, and continues with space."""
 
 import pytest
 
@@ -26,7 +26,7 @@ WHY = "cannot write: No space left on device"
 
 @pytest.fixture
 def room(bench):
-    """A room with a task and a timer, whose disk is full."""
+    """Return a bench with a task and a timer, whose disk is full."""
     bench.joined("agg", "aggregator", key="ka")
     bench.joined("w1", clients=((0, 4),), key="kw")
     bench.post(AGG, "client/0", "task", blobs=[b"0123456789"])
@@ -52,8 +52,8 @@ def test_numbered_frames_and_hellos_are_answered_by_full_and_not_taken(room):
     assert len(room.entries) == entries
 
 
-def test_nothing_at_all_is_written_meanwhile(room):
-    """Whatever comes, and whatever falls due."""
+def test_nothing_is_written_while_the_disk_is_full(room):
+    """With any frame, and any timer that is due."""
     actions = []
     data = bytes(CHUNK_BYTES)
     chunk = Chunk(owner="w1", digest=digest(data), start=0)
@@ -71,7 +71,7 @@ def test_nothing_at_all_is_written_meanwhile(room):
     assert room.core.deadline is None
 
 
-def test_beats_are_answered_and_blobs_are_served(room):
+def test_heartbeats_are_answered_and_blobs_are_served(room):
     room.say(W1, Heartbeat())
     assert isinstance(room.take(W1)[0], Heartbeat)
     room.say(W1, ChunkRequest(owner="agg", digest=digest(b"0123456789"), start=2, size=3))
@@ -79,7 +79,7 @@ def test_beats_are_answered_and_blobs_are_served(room):
     assert (frame.start, buffers) == (2, [b"234"])
 
 
-def test_it_is_said_once_to_a_person_when_it_begins_and_when_it_ends(room):
+def test_a_full_disk_is_logged_once_at_its_start_and_end(room):
     for _ in range(3):
         room.handle(DiskFull(WHY))
     room.handle(DiskFull(""))
@@ -88,7 +88,7 @@ def test_it_is_said_once_to_a_person_when_it_begins_and_when_it_ends(room):
     assert told == [("error", "cannot write the ledger"), ("info", "the ledger is writable again")]
 
 
-def test_when_there_is_room_again_all_have_a_lease_and_what_fell_due_happens(room):
+def test_with_space_again_all_nodes_get_a_lease_and_due_timers_tick(room):
     room.now = 300.0
     room.handle(DiskFull(""))
     room.wake(309.0)
@@ -98,7 +98,7 @@ def test_when_there_is_room_again_all_have_a_lease_and_what_fell_due_happens(roo
     assert [body["node"] for _, body in room.said("left")] == ["agg", "w1"]
 
 
-def test_what_was_not_taken_is_taken_when_it_comes_again(room):
+def test_ignored_frames_are_applied_when_they_are_sent_again(room):
     room.post(W1, "aggregator", "first", n=0)
     room.post(W1, "aggregator", "second", n=1)
     room.handle(DiskFull(""))
@@ -113,7 +113,7 @@ def test_what_was_not_taken_is_taken_when_it_comes_again(room):
     assert Ack(upto=1) in room.take(W1)
 
 
-def test_an_upload_that_was_under_way_goes_on_after_the_hello(room):
+def test_an_upload_that_was_in_flight_continues_after_the_hello(room):
     data = bytes(6 * CHUNK_BYTES)
     room.handle(DiskFull(""))
     room.post(W1, "aggregator", "large", blobs=[data], n=0)
@@ -132,7 +132,7 @@ def test_an_upload_that_was_under_way_goes_on_after_the_hello(room):
     assert room.texts(AGG) == ["large"]
 
 
-def test_a_node_that_takes_its_place_over_meanwhile_is_welcomed_afterwards(room):
+def test_a_take_over_during_a_full_disk_is_welcomed_afterwards(room):
     new = room.join("w1", session="s2", key="kw", clients=((0, 4),))
     room.handle(DiskFull(""))
     room.take(new)

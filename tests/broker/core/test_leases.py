@@ -1,4 +1,4 @@
-"""Who is slow, who is gone, and who was stopped: leases and probes."""
+"""Leases and probes: slow nodes, gone nodes, and a suspended broker."""
 
 import itertools
 import math
@@ -32,7 +32,7 @@ def probes(actions):
 
 
 def pass_time(bench, until, *peers):
-    """Let virtual time pass while these peers beat; returns the probes of others."""
+    """Advance the virtual time while these peers send heartbeats; return the probes of others."""
     found = []
     while bench.now < until:
         bench.now = min(bench.now + 0.5, until)
@@ -43,7 +43,7 @@ def pass_time(bench, until, *peers):
 
 
 def test_a_silent_node_whose_connection_stands_is_only_slow(room):
-    """Its I/O thread answers for it while Python is busy: to lose its work would be a waste."""
+    """Its I/O thread answers while Python is busy; its work must not be lost."""
     room.standing.add(W1)
     found = pass_time(room, 3 * LEASE_S, AGG)
     assert [peer for peer, _ in found] == [W1] * len(found)
@@ -73,7 +73,7 @@ def test_a_connection_that_goes_later_is_found_at_the_next_probe(room):
 
 
 def test_a_node_that_is_silent_for_very_long_has_left_though_its_connection_stands(room):
-    """A process that hangs keeps its connection for ever."""
+    """A hanging process keeps its connection for ever."""
     room.standing.add(W1)
     pass_time(room, MAX_SILENT_LEASES * LEASE_S - 1, AGG)
     assert room.said("left") == []
@@ -84,7 +84,7 @@ def test_a_node_that_is_silent_for_very_long_has_left_though_its_connection_stan
     assert UnknownSession() in room.take(W1)
 
 
-def test_a_probe_that_is_answered_late_throws_nobody_out(room):
+def test_a_late_answer_to_a_probe_removes_no_node(room):
     pass_time(room, 5.0, AGG, W1)
     room.joined("w1", clients=((0, 4),), peer=b"w1:another connection")
     room.handle(Gone(W1))
@@ -92,8 +92,8 @@ def test_a_probe_that_is_answered_late_throws_nobody_out(room):
     assert room.said("left") == []
 
 
-def test_a_broker_that_was_stopped_blames_nobody_for_its_own_silence(room):
-    """Suspended with its host, it wakes to find that everybody was silent."""
+def test_a_suspended_broker_renews_all_leases(room):
+    """After a suspension of its host, all nodes seem to have been silent."""
     pass_time(room, 5.0, AGG, W1)
     room.now = 500.0
     assert probes(room.handle(TimerFired())) == []
@@ -104,7 +104,7 @@ def test_a_broker_that_was_stopped_blames_nobody_for_its_own_silence(room):
     assert room.said("left") == []
 
 
-def test_who_does_not_come_back_after_the_broker_was_stopped_has_left_a_lease_later(room):
+def test_after_a_suspension_an_absent_node_leaves_a_lease_later(room):
     pass_time(room, 5.0, AGG, W1)
     room.now = 500.0
     room.handle(TimerFired())
@@ -131,8 +131,8 @@ def test_several_nodes_may_lapse_at_once(bench):
     assert {each.body.get("node") for each in messages} == {"w1", "w3", None}
 
 
-def test_a_turn_looks_at_the_node_that_speaks_and_not_at_all_of_them(bench, monkeypatch):
-    """With very many nodes, most of which are silent, a broker must not count them each time."""
+def test_a_turn_does_not_visit_all_nodes(bench, monkeypatch):
+    """A broker must not visit very many silent nodes at each turn."""
     looks = itertools.count()
     alive = Sessions.alive
 

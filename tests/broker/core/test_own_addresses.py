@@ -1,4 +1,4 @@
-"""What the aggregator leaves with the broker: timers, which come back, and checkpoints."""
+"""Timers and checkpoints, which the aggregator posts to the broker itself."""
 
 import pytest
 
@@ -24,7 +24,7 @@ def room(bench):
 
 
 def welcome(room, session, **more):
-    """What a session of the aggregator is welcomed with."""
+    """Return the Welcome of a new session of the aggregator."""
     peer = room.join("agg", "aggregator", session=session, key="ka", **more)
     return room.take(peer, Welcome)[-1]
 
@@ -59,7 +59,7 @@ def test_a_timer_is_kept_and_its_tick_consumes_it(room):
     ],
     ids=repr,
 )
-def test_a_request_that_is_none_is_refused(room, body):
+def test_an_invalid_timer_request_is_rejected(room, body):
     room.post(AGG, "timer", body=body)
     [refusal] = room.refusals()
     assert refusal.reason == "expected a body with a token and after_s from 0 to 1e+09"
@@ -94,7 +94,7 @@ def test_a_checkpoint_is_delivered_to_nobody_and_consumes_the_one_before(room):
     assert sorted(room.uses) == seqs[-1:], "only its bytes are needed"
 
 
-def test_a_checkpoint_may_consume_what_its_sender_is_done_with_as_well(room):
+def test_a_checkpoint_may_consume_what_its_sender_is_handled_as_well(room):
     room.post(W1, "aggregator", "result")
     seq = room.take(AGG, Deliver)[-1].seq
     room.post(AGG, "checkpoint", "0")
@@ -115,7 +115,7 @@ def test_a_new_session_is_welcomed_with_the_newest_and_without_the_configuration
 
 
 def test_a_reconnect_is_welcomed_without_a_checkpoint(room):
-    """It is the session that made it."""
+    """The same session has made the checkpoint."""
     room.post(W1, "aggregator", "result")
     [frame] = room.take(AGG, Deliver)
     room.post(AGG, "checkpoint", "0")
@@ -129,7 +129,7 @@ def test_a_worker_is_welcomed_with_the_configuration_and_no_checkpoint(room):
     assert (got.config, got.checkpoint) == ("[run]", None)
 
 
-def test_what_the_checkpoint_does_not_tell_of_follows_it_in_order(room):
+def test_messages_after_the_checkpoint_follow_it_in_order(room):
     for number in range(4):
         room.post(W1, "aggregator", f"result {number}")
     seqs = [frame.seq for frame in room.take(AGG, Deliver)]

@@ -1,4 +1,4 @@
-"""The broker dies, and another one goes on from its ledger."""
+"""A broker crashes, and another one continues from its ledger."""
 
 import pytest
 
@@ -24,7 +24,7 @@ HOSTS = {"agg": (), "w1": ((0, 4),), "w2": ((5, 9),)}
 
 
 def come_back(bench, name="all", *, session="s1", got=0, **more):
-    """A node, or all of them, say Hello as their links do after a broker's death."""
+    """Send the Hello of a node, or of all, as links do after a broker's crash."""
     for node in HOSTS if name == "all" else [name]:
         role = "aggregator" if node == "agg" else "worker"
         first = bench.numbers[f"{node}:{session}".encode()]
@@ -40,7 +40,7 @@ def room(bench):
     return bench
 
 
-def test_unfinished_messages_are_offered_again_in_order_and_finished_ones_are_not(room):
+def test_unfinished_messages_are_delivered_again_in_order_and_finished_ones_are_not(room):
     for number in range(6):
         room.post(AGG, f"client/{number % 3}", f"task {number}")
     seqs = [frame.seq for frame in room.take(W1, Deliver)]
@@ -52,7 +52,7 @@ def test_unfinished_messages_are_offered_again_in_order_and_finished_ones_are_no
     assert room.texts(AGG) == ["result"]
 
 
-def test_a_session_that_lives_on_is_offered_only_what_it_has_not_got(room):
+def test_a_session_that_lives_on_is_delivered_only_what_it_has_not_got(room):
     for number in range(4):
         room.post(AGG, "client/0", f"task {number}")
     frames = room.take(W1, Deliver)
@@ -77,7 +77,7 @@ def test_messages_for_a_client_that_nobody_hosts_wait_on(room):
     assert room.texts(b"w2:s2") == ["waits", "waits as well"]
 
 
-def test_a_post_whose_receipt_was_lost_with_the_broker_is_known_by_its_id(room):
+def test_a_post_whose_acknowledgment_was_lost_with_the_broker_is_known_by_its_id(room):
     room.post(W1, "aggregator", "once", n=0)
     room.restart()
     come_back(room, "agg")
@@ -90,8 +90,8 @@ def test_a_post_whose_receipt_was_lost_with_the_broker_is_known_by_its_id(room):
     assert len(room.entries) == entries + 1
 
 
-def test_what_a_post_consumes_that_is_known_again_is_consumed_all_the_same(room):
-    """The first time, its sender may not have had the message that it consumes now."""
+def test_a_duplicate_post_still_consumes(room):
+    """The first time, its sender may not have had the message that it now consumes."""
     room.post(AGG, "client/0", "task")
     [task] = room.take(W1, Deliver)
     room.post(W1, "aggregator", "result", id="result", n=0)
@@ -102,7 +102,7 @@ def test_what_a_post_consumes_that_is_known_again_is_consumed_all_the_same(room)
     assert len([each for each in room.messages() if each.id == "result"]) == 1
 
 
-def test_another_message_of_a_known_id_is_refused_after_a_restart_as_before(room):
+def test_another_message_of_a_known_id_is_rejected_after_a_restart_as_before(room):
     room.post(W1, "aggregator", "the first", id="x")
     room.restart()
     come_back(room, "w1")
@@ -145,7 +145,7 @@ def test_the_newest_checkpoint_survives_and_is_handed_to_a_new_session(room):
     assert room.entries[-1].consumes == (seq,)
 
 
-def test_what_was_refused_and_not_settled_is_delivered_again_but_refused_once(room):
+def test_what_was_rejected_and_not_settled_is_delivered_again_but_rejected_once(room):
     room.post(W1, "aggregator", "odd")
     seq = room.take(AGG, Deliver)[-1].seq
     room.tell(AGG, Done(refused={seq: "of another shape"}))
@@ -159,7 +159,7 @@ def test_what_was_refused_and_not_settled_is_delivered_again_but_refused_once(ro
     assert room.texts(b"agg:s2") == []
 
 
-def test_a_sender_that_was_away_is_told_of_a_refusal_when_it_returns(room):
+def test_an_absent_sender_gets_a_rejection_when_it_returns(room):
     room.post(W1, "moon", "lost", id="w1/7")
     room.restart()
     come_back(room, "w1")
@@ -172,7 +172,7 @@ def test_a_sender_that_was_away_is_told_of_a_refusal_when_it_returns(room):
     }
 
 
-def test_nodes_that_were_there_have_a_lease_to_come_back_and_have_not_joined_anew(room):
+def test_connected_nodes_have_a_lease_to_return_and_do_not_join_again(room):
     room.now = 50.0
     room.restart()
     assert room.core.deadline == 60.0
@@ -189,8 +189,8 @@ def test_nodes_that_were_there_have_a_lease_to_come_back_and_have_not_joined_ane
     assert room.said("left")[0][1]["reason"] == "silent for 10.0 s"
 
 
-def test_a_node_that_was_not_heard_of_again_is_not_blamed_on_its_message(room):
-    """It is the broker that died; whoever does not come back died for other reasons."""
+def test_a_node_lost_in_a_restart_does_not_count_against_its_message(room):
+    """The broker crashed; a node that does not return did not end because of its message."""
     room.post(AGG, "client/5", "task")
     room.restart()
     come_back(room, "agg")
@@ -199,7 +199,7 @@ def test_a_node_that_was_not_heard_of_again_is_not_blamed_on_its_message(room):
     assert "interrupted" not in body
 
 
-def test_numbers_go_on_where_the_link_says(room):
+def test_frame_numbers_continue_where_the_hello_says(room):
     for number in range(3):
         room.post(W1, "aggregator", f"{number}")
     room.restart()
@@ -213,7 +213,7 @@ def test_numbers_go_on_where_the_link_says(room):
     assert room.texts(AGG) == ["0", "1", "2", "3"]
 
 
-def test_who_holds_a_name_is_known_after_a_restart(room):
+def test_names_are_still_taken_after_a_restart(room):
     room.restart()
     come_back(room, "w1", session="s2", key="of another")
     assert room.take(b"w1:s2")[0].reason == "a node named 'w1' is already connected"
@@ -225,7 +225,7 @@ def test_who_holds_a_name_is_known_after_a_restart(room):
     assert reject.code == "replaced"
 
 
-def test_a_run_goes_on_without_its_aggregator_and_takes_it_back_with_its_configuration(room):
+def test_a_run_continues_without_its_aggregator_and_takes_it_back_with_its_configuration(room):
     assert isinstance(room.entries[0], Opened)
     room.say(AGG, Goodbye())
     room.restart()
@@ -251,7 +251,7 @@ def test_a_run_that_is_over_stays_over(room):
     assert room.pending() == []
 
 
-def test_an_upload_goes_on_from_the_pieces_that_are_there(room):
+def test_an_upload_continues_from_the_chunks_that_are_there(room):
     data = bytes(range(256)) * 8192 + b"the end"
     assert len(data) > 2 * CHUNK_BYTES
     room.post(W1, "aggregator", "large", blobs=[data], n=0)
@@ -271,7 +271,7 @@ def test_an_upload_goes_on_from_the_pieces_that_are_there(room):
     assert not room.refusals()
 
 
-def test_a_message_whose_bytes_were_lost_with_the_power_is_refused_to_its_sender(room):
+def test_a_message_whose_bytes_were_lost_with_the_power_is_rejected_to_its_sender(room):
     room.post(AGG, "client/0", "whole", blobs=[b"whole"])
     room.post(AGG, "client/0", "lost", blobs=[b"lost"], id="agg/lost")
     room.blobs.pop(BlobName("r", "agg", Blob.of(b"lost").digest))

@@ -1,4 +1,4 @@
-"""A run's identity: no other run has it, whatever its id, and it outlives its broker."""
+"""A run's identity: unique, also among runs with the same id, and kept across restarts."""
 
 import msgspec
 from msgspec.structs import replace
@@ -18,7 +18,7 @@ def welcome(bench, name, role="worker", **more):
     return found
 
 
-def test_every_node_of_a_run_is_told_the_same_identity_whatever_broker_serves_it(bench):
+def test_every_node_gets_the_run_s_identity_also_after_a_restart(bench):
     first = welcome(bench, "agg", "aggregator", key="k").identity
     assert bench.entries[0].identity == first != ""
     assert welcome(bench, "w1", key="k").identity == first
@@ -57,7 +57,7 @@ def test_a_run_of_an_older_ledger_has_none(bench):
 
 
 def test_a_session_ends_when_its_run_is_another_one():
-    """What it has to send, and all that it knows, belong to the run that is gone."""
+    """The session's unsent frames and its state belong to the earlier run."""
     link = welcomed()
     assert heard(link, replace(WELCOME, beat_s=2.0)) == []  # a reconnect
     bye, end = heard(link, replace(WELCOME, identity="other"))

@@ -1,4 +1,4 @@
-"""A node is started again: it takes its name over; what it died of may be parked."""
+"""A restarted node takes over its name; a message that ends sessions is dead-lettered."""
 
 import pytest
 
@@ -65,7 +65,7 @@ def test_another_key_or_none_takes_nothing_over(bench, mine, theirs):
 
 
 def test_an_older_session_does_not_take_the_name_back(room):
-    """Two processes of one key would otherwise throw each other out for ever."""
+    """Otherwise two processes with one key would replace each other for ever."""
     new = start(room, 5)
     room.take(new)
     [reject] = room.take(start(room, 4))
@@ -84,7 +84,7 @@ def test_an_aggregator_that_was_started_again_finds_its_inbox_as_it_was(room):
     assert "interrupted" not in left(room)[0]
 
 
-def test_only_what_was_delivered_is_what_a_session_died_of(room):
+def test_only_a_delivered_message_counts_as_interrupted(room):
     start(room, 1)
     assert "interrupted" not in left(room)[-1]  # nothing at all
     room.wake(room.now)
@@ -101,7 +101,7 @@ def test_only_what_was_delivered_is_what_a_session_died_of(room):
     assert "interrupted" not in left(room)[-1]
 
 
-def test_a_session_that_says_goodbye_died_of_nothing(room):
+def test_a_goodbye_interrupts_no_message(room):
     room.post(AGG, "client/0", "task")
     room.say(b"w:s00", Goodbye(reason="stopped"))
     assert "interrupted" not in left(room)[-1]
@@ -124,7 +124,7 @@ def test_after_two_deaths_at_a_message_the_next_session_has_a_pause(room):
 
 
 def killed(new_bench, deaths, deliveries=3):
-    """A worker that died so often at its first message, and is back."""
+    """A worker whose sessions ended so often at its first message, and that is back."""
     bench = new_bench(deliveries=deliveries)
     bench.joined("agg", "aggregator", session="s00", key="ka")
     start(bench, 0)
@@ -138,7 +138,7 @@ def killed(new_bench, deaths, deliveries=3):
     return bench, f"w:s{deaths:02}".encode()
 
 
-def test_a_message_at_which_too_many_sessions_died_is_parked_and_the_next_one_offered(new_bench):
+def test_a_message_that_ends_too_many_sessions_is_dead_lettered(new_bench):
     bench, peer = killed(new_bench, deaths=2)
     assert bench.texts(peer) == ["deadly", "harmless"]
     assert not bench.refusals()
@@ -173,7 +173,7 @@ def test_deaths_are_counted_on_after_the_broker_died_too(new_bench):
     assert [entry.dead_lettered for entry in bench.refusals()] == [True]
 
 
-def test_parked_messages_stay_parked_until_somebody_wants_them_offered(new_bench):
+def test_dead_letters_stay_until_they_are_redelivered_on_request(new_bench):
     bench, _ = killed(new_bench, deaths=3)
     [refusal] = bench.refusals()
     bench.restart()
@@ -188,7 +188,9 @@ def test_parked_messages_stay_parked_until_somebody_wants_them_offered(new_bench
     assert len(bench.entries) == count
 
 
-def test_a_parked_message_that_is_offered_again_has_all_its_deliveries_before_it(new_bench):
+def test_a_dead_lettered_message_that_is_delivered_again_has_all_its_deliveries_before_it(
+    new_bench,
+):
     bench, _ = killed(new_bench, deaths=3)
     bench.restart(redeliver_dead_letters=True)
     start(bench, 4)
@@ -197,7 +199,7 @@ def test_a_parked_message_that_is_offered_again_has_all_its_deliveries_before_it
     assert bench.texts(b"w:s05") == ["harmless", "deadly"]
 
 
-def test_a_parked_message_that_is_offered_again_reaches_a_session_that_lived_on(new_bench):
+def test_a_dead_lettered_message_that_is_delivered_again_reaches_a_session_that_lived_on(new_bench):
     """The broker was restarted for this; its workers were not."""
     bench, peer = killed(new_bench, deaths=3)
     [harmless] = bench.take(peer, Deliver)
@@ -207,8 +209,8 @@ def test_a_parked_message_that_is_offered_again_reaches_a_session_that_lived_on(
     assert bench.texts(peer) == ["deadly"]
 
 
-def test_a_message_that_its_own_sender_dies_of_is_refused_to_its_next_session(new_bench):
-    """What is parked, and what is said of it, happens while that session is welcomed."""
+def test_the_next_session_of_the_sender_gets_the_rejection_of_its_dead_letter(new_bench):
+    """The message is dead-lettered and its sender notified while that session is welcomed."""
     bench = new_bench(deliveries=2)
     bench.joined("agg", "aggregator")
     bench.post(start(bench, 0), "client/0", "to itself", id="w/0")
@@ -217,8 +219,8 @@ def test_a_message_that_its_own_sender_dies_of_is_refused_to_its_next_session(ne
     assert [each.body["id"] for each in bench.inbox(last) if each.kind == "refused"] == ["w/0"]
 
 
-def test_a_connection_that_becomes_the_aggregator_is_told_of_the_worker_that_it_was(bench):
-    """However odd: a node may not bring the broker down."""
+def test_a_connection_that_becomes_the_aggregator_gets_the_leave_of_its_worker(bench):
+    """However odd, no node may crash the broker."""
     agg = bench.joined("agg", "aggregator")
     peer = start(bench, 0)
     bench.say(agg, Goodbye())

@@ -32,7 +32,7 @@ def inbox(bench, peer):
 
 
 def pass_time(bench, until, *peers, step=1.0):
-    """Let virtual time pass while these peers beat."""
+    """Advance the virtual time while these peers send heartbeats."""
     while bench.now < until:
         bench.wake(min(bench.now + step, until))
         for peer in peers:
@@ -56,7 +56,7 @@ def test_a_silent_node_has_left_when_its_lease_ends_and_the_aggregator_reads_it(
     )
 
 
-def test_a_node_that_goes_on_beating_never_lapses(bench):
+def test_a_node_that_continues_beating_never_lapses(bench):
     agg = bench.joined("agg", "aggregator")
     worker = bench.joined("w1", clients=((0, 4),))
     pass_time(bench, 20 * LEASE_S, agg, worker, step=LEASE_S * 0.9)
@@ -74,7 +74,7 @@ def test_any_frame_renews_the_lease(bench):
     assert bench.said("left") == []
 
 
-def test_a_returning_session_has_joined_again_and_is_offered_what_it_had(bench):
+def test_a_returning_session_has_joined_again_and_is_delivered_what_it_had(bench):
     agg = bench.joined("agg", "aggregator")
     worker = bench.joined("w1", clients=((0, 4),))
     bench.post(agg, "client/0", "one")
@@ -155,7 +155,7 @@ def test_an_idle_broker_has_no_deadline(bench):
     assert bench.core.deadline is None
 
 
-def test_a_node_that_reads_in_place_is_believed_up_to_what_it_was_pointed_at(bench):
+def test_bytes_read_in_place_count_up_to_the_bytes_offered(bench):
     agg, model = bench.joined("agg", "aggregator"), bytes(POST_BYTES)
     bench.post(agg, "client/0", "task", blobs=[model])
     for session, read in (("s1", 1000), ("s2", 1 << 62), ("s3", 0)):
@@ -165,7 +165,7 @@ def test_a_node_that_reads_in_place_is_believed_up_to_what_it_was_pointed_at(ben
     assert bench.entries[-1].nodes["w1"]["sent_bytes"] == 1000 + len(model)
 
 
-def test_the_end_of_a_run_is_recorded_and_every_node_is_told(bench):
+def test_the_end_of_a_run_is_recorded_and_sent_to_every_node(bench):
     agg = bench.joined("agg", "aggregator")
     w1, w2 = bench.joined("w1", clients=((0, 4),)), bench.joined("w2", clients=((5, 9),))
     bench.core.sent(w1, 100)
@@ -205,7 +205,7 @@ def test_after_the_end_the_broker_is_idle_once_every_node_has_gone(bench):
 
 
 @pytest.mark.parametrize("run", ["r", ""], ids=["run named", "run not named"])
-def test_a_node_that_missed_the_end_hears_of_it_when_it_returns(bench, run):
+def test_a_node_that_missed_the_end_gets_it_when_it_returns(bench, run):
     agg = bench.joined("agg", "aggregator")
     silent = bench.joined("w1", clients=((0, 4),), run=run)
     pass_time(bench, LEASE_S + 1, agg)
@@ -232,7 +232,7 @@ def test_two_runs_share_nothing(bench):
 
 
 @pytest.mark.parametrize("silent_s", [10.0, 35.0])
-def test_a_late_wake_says_left_once(new_bench, silent_s):
+def test_a_late_wake_reports_a_leave_once(new_bench, silent_s):
     bench = new_bench()
     bench.joined("agg", "aggregator")
     bench.joined("w1", clients=((0, 4),))

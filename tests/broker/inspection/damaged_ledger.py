@@ -22,7 +22,7 @@ from tests.broker.ledger.small_ledger import put
 
 SIZE = 300
 DONE = 6
-"""Of the messages, so many are finished."""
+"""Number of finished messages."""
 ALL = 10
 
 
@@ -61,7 +61,7 @@ def goes_on(folder):
 
 
 def record_of(folder, number):
-    """Where the record of a blob lies."""
+    """Return the position of the record of a blob."""
     for segment in segment_numbers(folder, PAYLOAD):
         path = segment_path(folder, PAYLOAD, segment)
         for record in scan(path):

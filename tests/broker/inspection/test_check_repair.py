@@ -1,4 +1,4 @@
-"""`fedmq ledger check` and `repair`: what is damaged, and a broker that goes on."""
+"""`fedmq ledger check` and `repair`: the findings, and a broker that continues."""
 
 import contextlib
 import random
@@ -48,7 +48,7 @@ def test_a_sound_ledger_is_sound_and_is_left_alone(tmp_path):
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
-def test_a_run_s_folder_is_as_good_as_that_of_its_ledger(tmp_path):
+def test_the_folder_of_the_run_is_accepted_too(tmp_path):
     write(tmp_path / "ledger")
     assert check(tmp_path).folder == tmp_path / "ledger"
     with pytest.raises(LedgerError, match="holds none"):
@@ -59,7 +59,7 @@ def test_a_run_s_folder_is_as_good_as_that_of_its_ledger(tmp_path):
 
 
 @pytest.mark.parametrize("part", ["length", "check", "checksum", "head", "data"])
-def test_damage_in_a_blob_that_nobody_needs_does_not_stop_a_broker(tmp_path, part):
+def test_damage_in_an_unneeded_blob_does_not_stop_a_broker(tmp_path, part):
     entries = write(tmp_path)
     path, record = record_of(tmp_path, 1)
     places = {"length": 0, "check": 9, "checksum": 14, "head": 30, "data": SIZE}
@@ -114,7 +114,7 @@ def test_bits_behind_a_damaged_length_are_found_again(tmp_path):
     ledger.close()
 
 
-def test_a_header_that_is_damaged_costs_nothing(tmp_path):
+def test_a_damaged_header_loses_nothing(tmp_path):
     entries = write(tmp_path)
     for family, number in ((MESSAGES, 0), (PAYLOAD, 0)):
         flip(segment_path(tmp_path, family, number), 3)
@@ -132,7 +132,7 @@ def test_a_header_that_is_damaged_costs_nothing(tmp_path):
 
 
 @pytest.mark.parametrize("segments", [900, 1 << 20])
-def test_entries_end_before_the_first_damage_and_what_is_behind_is_kept(tmp_path, segments):
+def test_entries_are_truncated_at_the_first_damage_and_the_rest_is_kept(tmp_path, segments):
     entries = write(tmp_path, segments)
     before = sum(path.stat().st_size for path in tmp_path.glob("messages-*"))
     path = segment_path(tmp_path, MESSAGES, 0)
@@ -166,7 +166,7 @@ def test_a_tail_of_zeros_is_cut_by_the_broker_itself(tmp_path, zeros):
 
 @pytest.mark.slow
 def test_zeros_from_anywhere_to_the_end_are_a_torn_tail(tmp_path):
-    """As a failure of power leaves them, whatever was acknowledged without a sync."""
+    """A power failure leaves them, even where entries were acknowledged without a sync."""
     write(tmp_path, 1 << 20)
     path = segment_path(tmp_path, MESSAGES, 0)
     whole = path.read_bytes()
@@ -193,8 +193,8 @@ def test_zeros_in_the_middle_are_refused(tmp_path):
     assert report.breaking.entries == (4, 6)
 
 
-def test_a_flipped_bit_in_the_last_entry_is_not_cut_without_a_word(tmp_path):
-    """It may have been acknowledged: a broker that was killed leaves no whole length behind."""
+def test_a_flipped_bit_in_the_last_entry_is_an_error(tmp_path):
+    """It may have been acknowledged: a killed broker leaves no record of full length."""
     write(tmp_path, 1 << 20)
     path = segment_path(tmp_path, MESSAGES, 0)
     last = list(scan(path))[-1]
@@ -210,7 +210,7 @@ def test_a_flipped_bit_in_the_last_entry_is_not_cut_without_a_word(tmp_path):
     goes_on(tmp_path)
 
 
-def test_segments_in_each_other_s_place_are_told(tmp_path):
+def test_swapped_segments_are_reported(tmp_path):
     write(tmp_path)
     numbers = segment_numbers(tmp_path, MESSAGES)
     a, b = (segment_path(tmp_path, MESSAGES, number) for number in numbers[:2])
@@ -226,7 +226,7 @@ def test_segments_in_each_other_s_place_are_told(tmp_path):
 
 
 @pytest.mark.parametrize("listed", [True, False], ids=["listed", "not listed"])
-def test_messages_that_are_gone(tmp_path, listed):
+def test_missing_message_segments(tmp_path, listed):
     write(tmp_path)
     for path in tmp_path.glob("messages-*.log"):
         path.unlink()
@@ -242,8 +242,8 @@ def test_messages_that_are_gone(tmp_path, listed):
 
 
 @pytest.mark.parametrize("left", [0, 8, len(MAGIC), len(MAGIC) + 30])
-def test_messages_that_were_emptied_are_as_good_as_gone(tmp_path, left):
-    """A broker would begin anew, without a word, beside the payload of what has been."""
+def test_empty_message_segments_count_as_missing(tmp_path, left):
+    """Otherwise a broker would silently begin a new ledger beside the old payload."""
     write(tmp_path, 1 << 20)
     path = segment_path(tmp_path, MESSAGES, 0)
     path.write_bytes(path.read_bytes()[:left])
@@ -258,7 +258,7 @@ def test_messages_that_were_emptied_are_as_good_as_gone(tmp_path, left):
     assert len(list(tmp_path.glob("payload-*.set-aside"))) == 1
 
 
-def test_a_device_that_does_not_read_must_be_mended_first(tmp_path, monkeypatch):
+def test_a_read_error_must_be_fixed_before_a_repair(tmp_path, monkeypatch):
     write(tmp_path)
     name = segment_path(tmp_path, PAYLOAD, 1).name
     opened = type(tmp_path).open
@@ -283,7 +283,7 @@ def test_a_repair_waits_for_no_broker(tmp_path):
     ledger.close()
 
 
-def test_from_a_checkpoint_that_lacks_bytes_the_one_before_it_serves(tmp_path):
+def test_a_repair_falls_back_to_the_checkpoint_before(tmp_path):
     with contextlib.closing(Ledger(tmp_path)) as ledger:
         ledger.append(Opened(seq=0, at=0.5, run="r", config="[run]", total_clients=3))
         for number in range(3):
@@ -340,7 +340,7 @@ def damaged(files, rng):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(60))
-def test_after_a_repair_a_broker_goes_on_whatever_was_damaged(tmp_path, seed):
+def test_a_broker_continues_after_the_repair_of_any_damage(tmp_path, seed):
     rng = random.Random(seed)  # noqa: S311 - accidents, not secrets
     entries = write(tmp_path / "a")
     files = {path.name: path.read_bytes() for path in (tmp_path / "a").iterdir()}

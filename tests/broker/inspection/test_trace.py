@@ -24,7 +24,7 @@ from fedmq.broker.wire.schema import Blob, Message
 from tests.broker.ledger.small_ledger import name_of, put
 
 SIZE = 300
-"""Of a blob: two of them fill a segment, where segments are small."""
+"""Size of a blob: two of them fill a small segment."""
 
 
 def open_run(ledger, run):
@@ -85,7 +85,7 @@ def test_a_run_is_found_by_its_folder_or_by_its_ledgers(ledger, tmp_path):
         assert (trace.opened.total_clients, trace.damage, trace.torn) == (3, None, None)
 
 
-def test_a_folder_without_a_ledger_is_told(tmp_path):
+def test_a_folder_without_a_ledger_is_reported(tmp_path):
     (tmp_path / "round").symlink_to("round")
     for folder in (tmp_path, tmp_path / "nowhere"):
         with pytest.raises(LedgerError, match="expected a run's folder with a ledger in it"):
@@ -94,7 +94,7 @@ def test_a_folder_without_a_ledger_is_told(tmp_path):
         Trace(tmp_path / "round")
 
 
-def test_a_ledger_in_which_nothing_was_opened_is_told(tmp_path):
+def test_a_ledger_in_which_nothing_was_opened_is_reported(tmp_path):
     Ledger(tmp_path).close()
     with pytest.raises(LedgerError, match="there is no run in") as caught:
         Trace(tmp_path)
@@ -106,7 +106,7 @@ def test_a_ledger_in_which_nothing_was_opened_is_told(tmp_path):
     assert (caught.value.segment, caught.value.offset) == (path.name, 0)
 
 
-def test_of_several_runs_one_is_named(ledger):
+def test_one_of_several_runs_must_be_chosen(ledger):
     open_run(ledger, "q")
     with pytest.raises(LedgerError, match="several runs, choose one with --run-id: r, q"):
         Trace(ledger.folder)
@@ -115,7 +115,7 @@ def test_of_several_runs_one_is_named(ledger):
     assert Trace(ledger.folder, "q").run == "q"
 
 
-def test_a_run_that_may_lie_behind_damage_is_not_said_to_be_missing(ledger):
+def test_a_run_that_may_come_after_damage_is_not_reported_missing(ledger):
     post(ledger)
     open_run(ledger, "q")
     path = segment_path(ledger.folder, MESSAGES, 0)
@@ -199,7 +199,7 @@ def test_a_segment_that_retention_deletes_while_it_is_read_is_not_damage(tmp_pat
     ledger.close()
 
 
-def test_a_damaged_piece_takes_only_its_own_blob(ledger):
+def test_a_damaged_chunk_takes_only_its_own_blob(ledger):
     messages = [post(ledger, numbered(n)) for n in range(3)]
     path, found = records(ledger)
     flip(path, found[4].data_offset)
@@ -214,8 +214,8 @@ def test_a_damaged_piece_takes_only_its_own_blob(ledger):
     assert caught.value.offset == found[4].offset
 
 
-def test_a_piece_under_another_name_is_found_to_be_damaged(ledger):
-    """The head of a record is not held against its checksum until its piece is read."""
+def test_a_chunk_under_another_name_is_found_to_be_damaged(ledger):
+    """The checksum of a head is not verified until its chunk is read."""
     messages = [post(ledger, numbered(n)) for n in range(3)]
     path, found = records(ledger)
     at = path.read_bytes().index(name_of(numbered(1)).digest, found[3].offset)
@@ -231,7 +231,7 @@ def test_a_piece_under_another_name_is_found_to_be_damaged(ledger):
         path.write_bytes(whole)
 
 
-def test_what_lies_behind_a_record_that_says_nothing_is_found(ledger):
+def test_chunks_after_an_unreadable_head_are_found(ledger):
     messages = [post(ledger, numbered(n)) for n in range(3)]
     path, found = records(ledger)
     head = found[3].data_offset - len(found[3].head)
@@ -244,7 +244,7 @@ def test_what_lies_behind_a_record_that_says_nothing_is_found(ledger):
     assert (caught.value.segment, caught.value.offset) == (path.name, found[3].offset)
 
 
-def test_a_segment_cut_between_the_pieces_of_a_blob_is_told_there(ledger, monkeypatch):
+def test_a_segment_cut_between_the_chunks_of_a_blob_is_reported_there(ledger, monkeypatch):
     monkeypatch.setattr(ledger_module, "_PAYLOAD_SEGMENT_BYTES", 2 * SIZE)
     messages = [post(ledger, numbered(n)) for n in range(4)]
     path, found = records(ledger)
@@ -268,7 +268,7 @@ def test_a_second_copy_serves_where_the_first_is_damaged(ledger):
         Trace(ledger.folder).blob(message, 0)
 
 
-def test_what_the_broker_gave_up_is_not_read(ledger):
+def test_a_discarded_copy_is_not_read(ledger):
     data = numbered(0)
     wrong = bytes(reversed(range(100)))
     ledger.put(name_of(data), SIZE, 0, wrong)
@@ -307,7 +307,7 @@ def test_payload_that_ends_before_a_blob_that_was_accepted_is_damage(ledger, cut
 # ---- tails, and reading on
 
 
-def test_a_torn_tail_is_told_and_all_before_it_read(ledger):
+def test_a_torn_tail_is_reported_and_all_before_it_read(ledger):
     post(ledger)
     path = segment_path(ledger.folder, MESSAGES, 0)
     last = list(scan(path))[-1]
@@ -380,7 +380,7 @@ def test_a_trace_reads_on_while_a_broker_writes(ledger, monkeypatch):
     assert (trace.damage, trace.torn) == (None, None)
 
 
-def test_a_tail_that_a_broker_has_yet_to_write_is_no_tail_later(ledger):
+def test_an_incomplete_last_record_may_be_completed_later(ledger):
     path = segment_path(ledger.folder, MESSAGES, 0)
     post(ledger)
     whole = path.read_bytes()

@@ -1,4 +1,4 @@
-"""A damaged trace: found, located, and whatever lies before it stays usable."""
+"""A damaged trace: damage is located, and everything before it stays readable."""
 
 import tempfile
 from collections import defaultdict
@@ -40,7 +40,7 @@ from tests.sim.history import pieces_of, setup_of
 pytestmark = pytest.mark.slow
 
 PREFIX = 20
-"""Bytes of a record before its head: with zeros behind them, they are no record."""
+"""Bytes of a record before its head; followed by zeros, they are not a record."""
 
 Ops = st.lists(
     st.tuples(
@@ -75,7 +75,7 @@ class Original:
 
 
 def look_at(folder, run):
-    """Read a ledger that is whole, by other means than the trace."""
+    """Read an undamaged ledger without the trace."""
     files = {path.name: path.read_bytes() for path in sorted(folder.glob("*.log"))}
     bounds = {name: [len(MAGIC)] for name in files}
     stored = defaultdict(list)
@@ -113,7 +113,7 @@ def look_at(folder, run):
 
 
 def simulate(folder):
-    """A run with crashes and a bad network; its model travels in many pieces."""
+    """A run with crashes and a bad network, whose model takes many chunks."""
     chances = Chances(Faults(loss=0.05, duplicate=0.05, reorder=0.05), crash=0.1, doom=0.1, cut=0.1)
     simulation = Simulation(
         setup_of(3, 1.0), 2, folder, 11, chances, BrokerSettings(3.0, 0.5, 1000)
@@ -125,7 +125,7 @@ def simulate(folder):
 
 
 def write(folder):
-    """What a broker writes but seldom: two runs, blobs given up or stored twice, equal ones."""
+    """Rare content of a ledger: two runs, equal blobs, blobs discarded or stored twice."""
     ledger = Ledger(folder)
     data = [bytes([65 + number]) * (150 * number + 1) for number in range(7)]
 
@@ -196,7 +196,7 @@ def test_the_originals_hold_what_can_be_damaged(original):
 
 
 def damage(original, ops):
-    """Return the files as they are after some accidents."""
+    """Return the files after some accidents."""
     files = dict(original.files)
     for kind, file, at, bit in ops:
         name = sorted(files)[file % len(files)]
@@ -221,12 +221,12 @@ def damage(original, ops):
 
 
 def record_at(original, name, at):
-    """Where the record begins that holds a byte; the byte behind the last one is its own."""
+    """Return the start of the record that holds a byte."""
     return max((bound for bound in [0, *original.bounds[name]] if bound <= at), default=0)
 
 
 def first_change(before, after):
-    """Return the first byte that is not what it was, or None."""
+    """Return the offset of the first changed byte, or None."""
     if before == after:
         return None
     return next(
@@ -236,7 +236,7 @@ def first_change(before, after):
 
 
 def messages_end(original, files):
-    """Return how many entries are spared, where the damage lies, and whether it can be seen."""
+    """Return the number of entries before the damage, its position, whether it is detectable."""
     names = sorted(name for name in original.files if name.startswith(MESSAGES))
     spared, before = 0, None
     for name in names:
@@ -293,7 +293,7 @@ def told(act, *args):
 
 
 def check_entries(original, folder, files, run):
-    """Entries: those before the damage, then its place. Return the trace, if it opens."""
+    """Check the entries before the damage and its position; return the trace, if it opens."""
     spared, place, seen = messages_end(original, files)
     trace, error = told(Trace, folder, run)
     if error is not None:
@@ -320,7 +320,7 @@ def check_entries(original, folder, files, run):
 
 
 def check_blobs(original, trace, files):
-    """Blobs: their own bytes, or the damage that took them, if it may have done so."""
+    """Check that each blob has its own bytes, or an error for damage that affects it."""
     names = sorted(name for name in original.files if name.startswith(PAYLOAD))
     marks = payload_marks(original, files)
     first = {

@@ -1,4 +1,4 @@
-"""A ledger with an entry of each kind, and what it takes to write one."""
+"""A ledger with an entry of each kind, and helpers that write one."""
 
 from fedmq.broker.ledger.entries import Accepted, BlobName, Consumed, Ended, Opened, Refusal
 from fedmq.broker.ledger.writer import Ledger

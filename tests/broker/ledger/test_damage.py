@@ -78,7 +78,7 @@ def test_a_crash_while_a_segment_was_made_is_mended(tmp_path):
 
 
 def outcome(folder):
-    """What a reader gets: the entries, and the error if there was one."""
+    """Return what a reader gets: the entries, and the error, if any."""
     entries = []
     try:
         for entry in read_entries(folder):
@@ -106,7 +106,7 @@ def test_no_flipped_byte_ever_yields_a_wrong_entry(tmp_path, mask):
 @pytest.mark.slow
 @pytest.mark.parametrize("mask", [0x01, 0x10, 0x80, 0xFF])
 def test_a_flipped_byte_that_records_follow_is_damage_with_its_place(tmp_path, mask):
-    """Never taken for a torn tail: opening for writing would cut off everything after it."""
+    """It is not a torn tail: opening for writing would truncate everything after it."""
     write(tmp_path, ENTRIES)
     path = segment_path(tmp_path, MESSAGES, 0)
     whole = path.read_bytes()
@@ -137,7 +137,7 @@ def test_damaged_messages_are_never_opened_for_writing(tmp_path):
     Ledger(tmp_path).close()
 
 
-def test_a_file_that_is_no_segment_is_told(tmp_path):
+def test_a_file_that_is_no_segment_is_reported(tmp_path):
     segment_path(tmp_path, MESSAGES, 0).write_bytes(b"something else altogether")
     with pytest.raises(LedgerError, match="not a ledger segment"):
         Ledger(tmp_path)

@@ -39,7 +39,7 @@ def test_every_kind_of_entry_can_be_read(tmp_path):
 
 
 @pytest.mark.parametrize("seq", [-1, 100, 10**9])
-def test_a_number_that_is_not_there_is_told(tmp_path, seq):
+def test_a_number_that_is_not_there_is_reported(tmp_path, seq):
     write(tmp_path, [accepted(each) for each in range(100)])
     with pytest.raises(LedgerError, match=f"entry {seq} is not in the ledger"):
         index_of(tmp_path).read(seq)

@@ -16,7 +16,7 @@ from tests.broker.ledger.small_ledger import ENTRIES, name_of, put
 
 
 class FullDisk:
-    """Stands in for `os.writev`: takes `room` bytes, then refuses until told otherwise."""
+    """A stand-in for `os.writev`: writes `room` bytes, and then fails until it is reset."""
 
     def __init__(self, room):
         self.room = room
@@ -84,7 +84,7 @@ def test_a_write_refused_while_message_segments_rotate_loses_nothing(tmp_path, m
 
 
 def refuse_new_segments(monkeypatch):
-    """What is there can grow; nothing can be begun."""
+    """Existing files can grow; new ones cannot be created."""
     write = os.writev
 
     def refuse(fd, buffers):
@@ -122,7 +122,7 @@ def open_files():
 
 @pytest.mark.parametrize("family", ["messages", "payload"])
 def test_a_segment_that_cannot_be_begun_leaves_no_file_open(tmp_path, monkeypatch, family):
-    """A full disk is tried again four times a second, for hours if need be."""
+    """A write to a full disk is retried four times a second, for hours if necessary."""
     monkeypatch.setattr(ledger_module, f"_{family.upper()}_SEGMENT_BYTES", 1)
     ledger = Ledger(tmp_path)
     ledger.append(ENTRIES[0])

@@ -1,4 +1,4 @@
-"""One broker writes to a folder; whatever else refuses the lock is told as what it is."""
+"""One broker writes to a folder; other failures of the lock are reported as such."""
 
 import errno
 import fcntl
@@ -46,7 +46,7 @@ def test_what_else_refuses_the_lock_is_no_other_broker(tmp_path, monkeypatch, co
     assert open_files() <= before  # sockets of a test before this one may close meanwhile
 
 
-def test_a_lock_file_that_cannot_be_opened_is_told(tmp_path, monkeypatch):
+def test_a_lock_file_that_cannot_be_opened_is_reported(tmp_path, monkeypatch):
     (tmp_path / LOCK_FILE).mkdir()
     with pytest.raises(LedgerError, match=r"cannot open .*/lock: Is a directory$"):
         Ledger(tmp_path)

@@ -1,4 +1,4 @@
-"""Several messages in one record, as 0.1.0 wrote them: each is read as if it had its own."""
+"""Several messages in one record, as 0.1.0 wrote them: each is read as an entry."""
 
 import itertools
 from pathlib import Path
@@ -50,7 +50,7 @@ def test_each_of_many_is_an_entry_of_its_own(tmp_path, monkeypatch, segment_byte
     ledger.close()
 
 
-def test_a_reader_that_stops_in_the_middle_of_many_goes_on_there(tmp_path):
+def test_a_reader_that_stops_in_the_middle_of_many_continues_there(tmp_path):
     entries = write(tmp_path, [2, 5, 1, 4])
     follower = LedgerTail(tmp_path)
     found = []

@@ -1,4 +1,4 @@
-"""A device that refuses: an error with its place, and nothing is lost that was there."""
+"""Errors of a device: reported with their position, and nothing written is lost."""
 
 import errno
 import os
@@ -73,7 +73,7 @@ def test_what_a_failed_write_left_is_cut_before_the_next_one(tmp_path, monkeypat
 
 
 def test_a_failed_sync_is_never_waited_for(tmp_path, monkeypatch, code):
-    """The kernel tells of a failed write once: the next sync would say that all is well."""
+    """The kernel reports a failed write once: the next sync would succeed."""
     ledger = Ledger(tmp_path)
     ledger.append(ENTRIES[0])
     with monkeypatch.context() as device:
@@ -84,7 +84,7 @@ def test_a_failed_sync_is_never_waited_for(tmp_path, monkeypatch, code):
     ledger.close()
 
 
-def test_a_torn_tail_that_cannot_be_cut_is_told(tmp_path, monkeypatch, code):
+def test_a_torn_tail_that_cannot_be_cut_is_reported(tmp_path, monkeypatch, code):
     write(tmp_path, ENTRIES)
     path = segment_path(tmp_path, MESSAGES, 0)
     size = path.stat().st_size
@@ -97,7 +97,7 @@ def test_a_torn_tail_that_cannot_be_cut_is_told(tmp_path, monkeypatch, code):
     Ledger(tmp_path).close()
 
 
-def test_a_blob_that_cannot_be_read_is_told_with_its_place(tmp_path, monkeypatch, code):
+def test_a_blob_that_cannot_be_read_is_reported_with_its_place(tmp_path, monkeypatch, code):
     ledger = Ledger(tmp_path)
     put(ledger, b"some bytes")
     ledger.commit()
@@ -114,7 +114,7 @@ def test_a_blob_that_cannot_be_read_is_told_with_its_place(tmp_path, monkeypatch
     ledger.close()
 
 
-def test_a_segment_that_cannot_be_opened_or_listed_is_told(tmp_path, monkeypatch, code):
+def test_a_segment_that_cannot_be_opened_or_listed_is_reported(tmp_path, monkeypatch, code):
     write(tmp_path, ENTRIES)
     with monkeypatch.context() as device:
         device.setattr("pathlib.Path.open", refusing(code))
@@ -127,7 +127,7 @@ def test_a_segment_that_cannot_be_opened_or_listed_is_told(tmp_path, monkeypatch
             Trace(tmp_path)
 
 
-def test_a_segment_that_cannot_be_deleted_is_told(tmp_path, monkeypatch, code):
+def test_a_segment_that_cannot_be_deleted_is_reported(tmp_path, monkeypatch, code):
     monkeypatch.setattr(ledger_module, "_PAYLOAD_SEGMENT_BYTES", 10)
     ledger = Ledger(tmp_path, retain_bytes=0)
     put(ledger, b"some bytes")
@@ -167,7 +167,7 @@ def test_a_broker_waits_for_space_and_for_nothing_else(tmp_path, monkeypatch):
 
 
 @pytest.mark.end_to_end
-def test_room_again_is_reported(tmp_path, monkeypatch):
+def test_space_again_is_reported(tmp_path, monkeypatch):
     server = BrokerServer(ANY, tmp_path)
     server._ledger.append(accepted(0))
     said = []
@@ -203,7 +203,7 @@ def several(folder, monkeypatch):
     return sorted(path.name for path in folder.glob("*.log"))
 
 
-def test_a_segment_that_is_gone_is_missed(tmp_path, monkeypatch):
+def test_a_missing_segment_is_detected(tmp_path, monkeypatch):
     names = several(tmp_path, monkeypatch)
     assert len(names) > 8
     for name in names:
@@ -215,8 +215,8 @@ def test_a_segment_that_is_gone_is_missed(tmp_path, monkeypatch):
     Ledger(tmp_path).close()
 
 
-def test_messages_that_are_gone_are_missed_without_a_list_too(tmp_path, monkeypatch):
-    """A broker once began anew, beside a payload that nobody named any more."""
+def test_missing_messages_are_detected_also_without_a_list(tmp_path, monkeypatch):
+    """A broker once began a new ledger beside payload that no entry named."""
     names = several(tmp_path, monkeypatch)
     (tmp_path / MANIFEST_FILE).unlink()
     for name in names:
@@ -240,7 +240,7 @@ def test_a_ledger_of_an_older_release_is_listed_as_it_is(tmp_path, monkeypatch):
     Ledger(tmp_path).close()
 
 
-def test_what_retention_deletes_is_not_missed(tmp_path, monkeypatch):
+def test_a_deleted_segment_does_not_count_as_missing(tmp_path, monkeypatch):
     monkeypatch.setattr(ledger_module, "_PAYLOAD_SEGMENT_BYTES", 10)
     ledger = Ledger(tmp_path, retain_bytes=0)
     for number in range(4):
@@ -253,7 +253,7 @@ def test_what_retention_deletes_is_not_missed(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_line_of_the_list_that_was_cut_short_does_no_harm(tmp_path, monkeypatch):
+def test_a_truncated_line_of_the_list_is_ignored(tmp_path, monkeypatch):
     several(tmp_path, monkeypatch)
     path = tmp_path / MANIFEST_FILE
     whole = path.read_bytes()

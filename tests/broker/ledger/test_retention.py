@@ -1,4 +1,4 @@
-"""Payloads that nothing unfinished needs may be deleted; the others never are."""
+"""Retention deletes only payload that no unfinished message needs."""
 
 import msgspec
 import pytest
@@ -25,7 +25,7 @@ from tests.broker.ledger.payload import open_payload
 from tests.broker.ledger.small_ledger import accepted, name_of, put
 
 SIZE = 300
-"""Of a blob: two of them fill a segment, in these tests."""
+"""Size of a blob: two of them fill a segment in these tests."""
 
 
 @pytest.fixture(autouse=True)
@@ -48,7 +48,7 @@ def fill(ledger, *numbers, used=True):
 
 
 def there(ledger, numbers):
-    """Which of these blobs can be read as a whole."""
+    """Return which of these blobs are complete."""
     found = []
     for number in numbers:
         name = name_of(blob(number))
@@ -84,7 +84,7 @@ def test_full_segments_that_nobody_needs_are_deleted_oldest_first(tmp_path):
     assert [entry.seq for entry in read_entries(tmp_path)] == list(range(9))
 
 
-def test_as_many_bytes_stay_as_are_to_be_retained(tmp_path):
+def test_the_limit_of_bytes_is_retained(tmp_path):
     limit = 10 * SIZE
     ledger = Ledger(tmp_path, retain_bytes=limit)
     for number in range(12):
@@ -97,7 +97,7 @@ def test_as_many_bytes_stay_as_are_to_be_retained(tmp_path):
     ledger.close()
 
 
-def test_what_an_unfinished_message_names_stays_whoever_else_is_done_with_it(tmp_path):
+def test_a_blob_stays_while_any_message_that_names_it_is_unfinished(tmp_path):
     ledger = Ledger(tmp_path, retain_bytes=0)
     fill(ledger, 0)
     again = accepted(ledger.next_seq)
@@ -114,7 +114,7 @@ def test_what_an_unfinished_message_names_stays_whoever_else_is_done_with_it(tmp
     ledger.close()
 
 
-def test_a_message_that_is_consumed_by_another_needs_its_bytes_no_more(tmp_path):
+def test_a_consumed_message_does_not_keep_its_blobs(tmp_path):
     ledger = Ledger(tmp_path, retain_bytes=0)
     fill(ledger, 0, 1)
     ledger.append(accepted(ledger.next_seq, consumes=(0, 1)))
@@ -123,7 +123,7 @@ def test_a_message_that_is_consumed_by_another_needs_its_bytes_no_more(tmp_path)
     ledger.close()
 
 
-def test_the_end_of_a_run_lets_go_of_all_that_it_needed_and_of_no_other_run(tmp_path):
+def test_the_end_of_a_run_unpins_its_blobs_only(tmp_path):
     ledger = Ledger(tmp_path, retain_bytes=0)
     other = msgspec.structs.replace(name_of(blob(9)), run="q")
     ledger.put(other, SIZE, 0, blob(9))
@@ -137,8 +137,8 @@ def test_the_end_of_a_run_lets_go_of_all_that_it_needed_and_of_no_other_run(tmp_
     ledger.close()
 
 
-def test_what_is_on_its_way_stays_until_its_message_comes(tmp_path):
-    """A large blob is put piece by piece, while others come and go."""
+def test_an_arriving_blob_stays_until_its_message_comes(tmp_path):
+    """A large blob arrives chunk by chunk, while others come and go."""
     ledger = Ledger(tmp_path, retain_bytes=0)
     large = bytes(range(256)) * 4
     name = name_of(large)
@@ -176,7 +176,7 @@ def test_a_blob_that_was_deleted_can_come_again(tmp_path):
     ledger.close()
 
 
-def test_memory_does_not_grow_with_blobs_that_nobody_needs(tmp_path, monkeypatch):
+def test_memory_does_not_grow_with_unneeded_blobs(tmp_path, monkeypatch):
     monkeypatch.setattr(payload_module, "_IDLE_BLOBS", 5)
     ledger = Ledger(tmp_path)
     for number in range(50):
@@ -233,7 +233,7 @@ class Room:
         self.n += 1
 
 
-def test_of_checkpoints_only_the_newest_is_kept(tmp_path):
+def test_only_the_newest_checkpoint_is_kept(tmp_path):
     room = Room(tmp_path)
     for number in range(10):
         room.post("checkpoint", blob(number))
@@ -243,7 +243,7 @@ def test_of_checkpoints_only_the_newest_is_kept(tmp_path):
     room.ledger.close()
 
 
-def test_what_waits_for_an_absent_client_is_kept(tmp_path):
+def test_messages_for_an_absent_client_are_kept(tmp_path):
     room = Room(tmp_path)
     room.post("client/0", blob(0))
     for number in range(1, 10):
@@ -254,8 +254,8 @@ def test_what_waits_for_an_absent_client_is_kept(tmp_path):
 
 
 @pytest.mark.parametrize("what", ["a record", "a message that is refused"])
-def test_what_nobody_will_read_holds_no_segment(tmp_path, what):
-    """A run that records blobs for days would otherwise fill the disk, though told not to."""
+def test_records_do_not_keep_segments(tmp_path, what):
+    """Otherwise a run that records blobs for days would fill the disk despite its limit."""
     room = Room(tmp_path)
     for number in range(10):
         room.post("record" if what == "a record" else "client/99", blob(number))

@@ -35,7 +35,7 @@ def test_an_entry_must_have_the_next_number(tmp_path):
     ledger.close()
 
 
-def test_reopening_goes_on_where_it_stopped(tmp_path):
+def test_reopening_continues_where_it_stopped(tmp_path):
     write(tmp_path, ENTRIES[:2], [b"abc"])
     ledger = Ledger(tmp_path)
     assert (ledger.next_seq, ledger.cut_bytes) == (2, 0)
@@ -63,7 +63,7 @@ def test_a_missing_entry_is_damage(tmp_path, monkeypatch):
         list(read_entries(tmp_path))
 
 
-def test_a_blob_is_read_in_any_range_across_its_pieces_and_segments(tmp_path, monkeypatch):
+def test_a_blob_is_read_in_any_range_across_its_chunks_and_segments(tmp_path, monkeypatch):
     monkeypatch.setattr(ledger_module, "_PAYLOAD_SEGMENT_BYTES", 200)
     data = bytes(range(256)) * 2
     ledger = Ledger(tmp_path)
@@ -84,7 +84,7 @@ def test_a_blob_is_read_in_any_range_across_its_pieces_and_segments(tmp_path, mo
     ledger.close()
 
 
-def test_a_blob_is_stored_once_however_often_its_pieces_come(tmp_path):
+def test_a_blob_is_stored_once_however_often_its_chunks_come(tmp_path):
     ledger = Ledger(tmp_path)
     name = name_of(b"abcdef")
     for start, data in ((0, b"abc"), (0, b"abc"), (3, b"def"), (0, b"abc"), (3, b"def")):
@@ -111,7 +111,7 @@ def test_a_blob_is_scoped_by_its_owner_and_incomplete_until_its_last_byte(tmp_pa
     ledger.close()
 
 
-def test_pieces_that_were_dropped_are_gone_for_good_and_the_blob_can_come_again(tmp_path):
+def test_chunks_that_were_dropped_are_gone_for_good_and_the_blob_can_come_again(tmp_path):
     ledger = Ledger(tmp_path)
     put(ledger, b"another")
     name = name_of(b"right")
@@ -162,7 +162,7 @@ def test_message_segments_rotate_and_read_as_one_ledger(tmp_path, monkeypatch):
         assert b"n/%d" % first in head
 
 
-def test_a_follower_sees_entries_as_they_come_across_segments(tmp_path, monkeypatch):
+def test_a_tail_sees_entries_as_they_come_across_segments(tmp_path, monkeypatch):
     monkeypatch.setattr(ledger_module, "_MESSAGES_SEGMENT_BYTES", 200)
     follower = LedgerTail(tmp_path)
     assert list(follower.poll()) == []
@@ -176,7 +176,7 @@ def test_a_follower_sees_entries_as_they_come_across_segments(tmp_path, monkeypa
     ledger.close()
 
 
-def test_a_follower_waits_for_the_rest_of_a_record(tmp_path):
+def test_a_tail_waits_for_the_rest_of_a_record(tmp_path):
     write(tmp_path, ENTRIES)
     path = segment_path(tmp_path, MESSAGES, 0)
     whole = path.read_bytes()
@@ -191,7 +191,7 @@ def test_a_follower_waits_for_the_rest_of_a_record(tmp_path):
     assert seen == ENTRIES
 
 
-def test_the_largest_piece_that_may_arrive_can_be_read_back(tmp_path):
+def test_the_largest_chunk_that_may_arrive_can_be_read_back(tmp_path):
     data = bytes(CHUNK_BYTES)
     write(tmp_path, [], [data])
     index = open_payload(tmp_path)

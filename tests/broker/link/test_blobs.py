@@ -27,7 +27,7 @@ def test_small_blobs_travel_with_the_first_post_that_names_them(link):
     assert (second.frame.inline, second.buffers) == ((1,), [b"other"])
 
 
-def test_blobs_are_served_until_their_last_post_is_receipted(link):
+def test_blobs_are_served_until_their_last_post_is_acknowledged(link):
     data = bytes(range(256)) * (POST_BYTES // 256 + 1)
     for number in range(2):
         [sent] = link.handle(outgoing(number, data), 0.0)
@@ -55,7 +55,7 @@ def test_only_its_own_blobs_and_only_what_there_is_of_them_are_served(link):
 
 
 def serve(link, actions, data, now=0.0):
-    """Answer a link's wants, and theirs, from these bytes; returns what is not a Send."""
+    """Answer a link's requests from these bytes; return the actions that are not a Send."""
     others = []
     queue = list(actions)
     while queue:
@@ -86,7 +86,7 @@ def test_an_empty_blob_is_fetched_without_asking(link):
     assert link.handle(Fetch("agg", Blob.of(b"")), 0.0) == [Fetched("agg", Blob.of(b""), b"")]
 
 
-def test_a_fetch_of_what_nobody_holds_or_of_wrong_bytes_yields_nothing(link):
+def test_a_fetch_of_a_missing_or_wrong_blob_yields_none(link):
     blob = Blob.of(b"right")
     link.handle(Fetch("agg", blob), 0.0)
     chunk = Chunk(owner="agg", digest=blob.digest, start=0)
@@ -97,7 +97,7 @@ def test_a_fetch_of_what_nobody_holds_or_of_wrong_bytes_yields_nothing(link):
     assert bytes(fetched.data) == b"right"
 
 
-def test_a_fetch_goes_on_after_a_reconnect_from_where_it_was(link):
+def test_a_fetch_continues_after_a_reconnect_from_where_it_was(link):
     data = bytes(6 * CHUNK_BYTES)
     blob = Blob.of(data)
     link.handle(Fetch("agg", blob), 0.0)
@@ -118,8 +118,8 @@ def asked(actions):
     return [want.start // CHUNK_BYTES for want in frames(actions, ChunkRequest)]
 
 
-def test_a_blob_in_pieces_comes_in_order_and_no_further_than_it_is_read(link):
-    """A model larger than memory: the window is of pieces that were not read, too."""
+def test_a_blob_in_chunks_comes_in_order_and_no_further_than_it_is_read(link):
+    """A model larger than memory: unread chunks count against the window, too."""
     data = bytes(range(256)) * 4096 * 9 + b"the end"
     blob = Blob.of(data)
     assert asked(link.handle(Fetch("agg", blob, in_pieces=True), 0.0)) == [0, 1, 2, 3]
@@ -143,7 +143,7 @@ def test_a_blob_in_pieces_comes_in_order_and_no_further_than_it_is_read(link):
     assert fetched.data is not None
 
 
-def test_pieces_that_were_wrong_are_told_after_the_last(link):
+def test_wrong_streamed_bytes_are_reported_after_the_last_chunk(link):
     blob = Blob.of(b"right")
     link.handle(Fetch("agg", blob, in_pieces=True), 0.0)
     actions = heard(link, Chunk(owner="agg", digest=blob.digest, start=0), b"wrong")
@@ -151,7 +151,7 @@ def test_pieces_that_were_wrong_are_told_after_the_last(link):
     assert actions[-1].data is None
 
 
-def test_a_blob_that_is_left_half_read_is_asked_for_no_more(link):
+def test_a_half_read_blob_is_not_requested_any_more(link):
     data = bytes(9 * CHUNK_BYTES)
     blob = Blob.of(data)
     link.handle(Fetch("agg", blob, in_pieces=True), 0.0)

@@ -1,4 +1,4 @@
-"""When a node says that it is not connected to its run, and to what it says it: virtual time."""
+"""When and how a node reports that it is not connected to its run, in virtual time."""
 
 import pytest
 
@@ -10,7 +10,7 @@ from tests.broker.links import HELLO, WELCOME, frames, heard, welcomed
 
 
 class Times:
-    """A link, and what it has told: (time, action)."""
+    """A link, and its reports as (time, action)."""
 
     def __init__(self, link, now=0.0):
         self.link, self.now, self.told = link, now, []
@@ -20,7 +20,7 @@ class Times:
         self.told += [(self.now, each) for each in actions if isinstance(each, kinds)]
 
     def go(self, until, answer=None):
-        """Wake the link at each of its deadlines; ``answer`` comes to each Hello and beat."""
+        """Wake the link at each of its deadlines; each Hello and heartbeat gets ``answer``."""
         wakes = 0
         while (due := self.link.deadline) is not None and due <= until:
             wakes += 1
@@ -46,7 +46,7 @@ def reports(times):
     return [(now, round(each.seconds), each.answer, each.admitted) for now, each in told]
 
 
-def test_a_broker_that_is_not_there_is_told_after_growing_times():
+def test_an_absent_broker_is_reported_at_growing_intervals():
     times = Times(Link(HELLO))
     times.go(215.0)
     expected = [3.0, 10.0, 30.0, 90.0, 150.0, 210.0]
@@ -55,7 +55,7 @@ def test_a_broker_that_is_not_there_is_told_after_growing_times():
     assert times.take() == []  # being admitted is told by itself
 
 
-def test_a_broker_that_falls_silent_is_told_and_so_is_its_return():
+def test_a_silent_broker_and_its_return_are_reported():
     times = Times(welcomed())
     times.go(100.0, Heartbeat())
     assert times.take() == []
@@ -70,7 +70,7 @@ def test_a_broker_that_falls_silent_is_told_and_so_is_its_return():
     assert times.take() == []
 
 
-def test_a_short_silence_is_told_neither_when_it_begins_nor_when_it_ends():
+def test_a_short_silence_is_not_reported():
     times = Times(welcomed())
     times.go(2.9)
     times.hear(Heartbeat())
@@ -82,7 +82,7 @@ def test_a_short_silence_is_told_neither_when_it_begins_nor_when_it_ends():
 WAIT = Wait(serving=Serving(("a", "b")))
 
 
-def test_a_broker_without_the_run_is_told_apart_and_its_silence_later_too():
+def test_a_broker_without_the_run_and_its_later_silence_are_reported():
     times = Times(Link(HELLO))
     times.go(30.0)
     times.take()
@@ -94,7 +94,7 @@ def test_a_broker_without_the_run_is_told_apart_and_its_silence_later_too():
     assert answers == [None, None]
 
 
-def test_a_broker_that_comes_back_without_the_run_is_told_with_what_it_serves():
+def test_a_broker_that_returns_without_the_run_is_reported_with_its_runs():
     times = Times(welcomed())
     times.hear(UnknownSession())
     times.go(20.0, WAIT)
@@ -103,7 +103,7 @@ def test_a_broker_that_comes_back_without_the_run_is_told_with_what_it_serves():
     assert [type(each) for _, each in times.take()] == [BackInTouch]
 
 
-def test_a_broker_whose_disk_is_full_is_told_from_time_to_time():
+def test_a_full_disk_of_the_broker_is_reported_repeatedly():
     times = Times(welcomed())
     full = StorageFull(reason="no space left on device")
     times.hear(full)
@@ -112,7 +112,7 @@ def test_a_broker_whose_disk_is_full_is_told_from_time_to_time():
 
 
 @pytest.mark.parametrize(("answer", "admitted"), [(None, False), (None, True), (WAIT, False)])
-def test_a_node_gives_up_only_if_it_was_told_to(answer, admitted):
+def test_a_node_gives_up_only_with_a_limit(answer, admitted):
     link = welcomed() if admitted else Link(HELLO)
     link.give_up_after(20.0)
     times = Times(link)
@@ -131,7 +131,7 @@ def test_a_connected_node_does_not_give_up():
     assert times.take() == []
 
 
-def test_the_time_in_which_a_node_itself_was_stopped_is_not_waiting():
+def test_the_time_of_a_suspension_does_not_count_as_waiting():
     """A machine that slept for an hour must not end its nodes when it wakes up."""
     link = welcomed()
     link.give_up_after(20.0)

@@ -30,7 +30,7 @@ def link():
     return welcomed()
 
 
-def test_hello_is_said_again_until_the_broker_answers():
+def test_hello_is_sent_until_the_broker_answers():
     link = Link(HELLO)
     assert frames(link.handle(Wake(), 0.0)) == [HELLO]
     assert link.deadline == HELLO_AGAIN_S
@@ -52,7 +52,7 @@ def test_what_is_posted_before_the_welcome_goes_out_with_it():
     assert actions[1].buffers == [b"abc"]
 
 
-def test_posts_are_counted_and_sent_again_after_a_reconnect_until_they_are_receipted(link):
+def test_posts_are_counted_and_sent_again_after_a_reconnect_until_they_are_acknowledged(link):
     sent = [frames(link.handle(outgoing(number), 0.0))[0] for number in range(4)]
     assert [post.n for post in sent] == [0, 1, 2, 3]
     assert link.unacknowledged == 4
@@ -69,8 +69,8 @@ def test_posts_are_counted_and_sent_again_after_a_reconnect_until_they_are_recei
     assert frames(heard(link, WELCOME, now=0.2)) == []
 
 
-def test_many_strangers_are_answered_by_one_hello(link):
-    """Each frame that was on its way draws one; each Hello would draw all posts again."""
+def test_many_unknown_session_frames_are_answered_by_one_hello(link):
+    """Each frame in flight draws one; each Hello would draw all posts again."""
     for number in range(20):
         link.handle(outgoing(number), 0.0)
     hellos = [
@@ -99,13 +99,13 @@ def test_a_delivery_is_handed_on_once(link):
     ],
     ids=["other bytes", "no bytes", "no message"],
 )
-def test_a_delivery_that_cannot_be_read_is_refused_once(link, event):
+def test_a_delivery_that_cannot_be_read_is_rejected_once(link, event):
     [done] = frames(link.handle(event, 0.0))
     assert list(done.refused) == [3]
     assert link.handle(event, 0.0) == []
 
 
-def test_done_waits_a_little_for_company_and_goes_out_alone_then(link):
+def test_done_waits_briefly_for_a_post_and_is_then_sent_alone(link):
     link.handle(deliver(3), 0.5)
     link.handle(deliver(4), 0.5)
     assert link.handle(Publish(Done(seqs=(3,))), 0.5) == []
@@ -133,7 +133,7 @@ def test_done_travels_with_the_next_post(link):
     ],
     ids=["done", "refusal", "over"],
 )
-def test_a_word_that_was_lost_with_the_connection_is_said_again_until_it_is_receipted(link, frame):
+def test_a_frame_lost_with_the_connection_is_sent_until_it_is_acknowledged(link, frame):
     link.handle(deliver(3), 0.0)
     said = frames(link.handle(Publish(frame), 0.0) + link.handle(Wake(), DONE_WITHIN_S))
     assert said == [frame]
@@ -144,7 +144,7 @@ def test_a_word_that_was_lost_with_the_connection_is_said_again_until_it_is_rece
     assert frames(heard(link, WELCOME, now=0.4)) == []
 
 
-def test_any_number_of_refusals_fits_the_frames_that_say_them(link):
+def test_any_number_of_rejections_fits_the_frames(link):
     reasons = dict.fromkeys(range(40), "€" * 2000)
     said = frames(link.handle(Publish(Done(refused=reasons)), 0.0))
     assert {seq for frame in said for seq in decode_frame(encode_frame(frame)).refused} == set(
@@ -153,8 +153,8 @@ def test_any_number_of_refusals_fits_the_frames_that_say_them(link):
 
 
 @pytest.mark.parametrize("last", [RunEnded(reason="done"), Goodbye()])
-def test_what_is_done_with_is_said_before_the_last_word(link, last):
-    """After it nobody listens, and the ledger would end with messages pending that were used."""
+def test_done_is_sent_before_the_last_frame(link, last):
+    """The broker ignores later frames, and the ledger would end with handled messages pending."""
     link.handle(deliver(3), 0.0)
     link.handle(Publish(Done(seqs=(3,))), 0.0)
     assert frames(link.handle(Publish(last), 0.0)) == (
@@ -188,8 +188,8 @@ def test_a_message_that_cannot_be_sent_is_an_error_at_once_and_leaves_nothing_be
 
 
 @pytest.mark.parametrize("dones", [0, 1000])
-def test_whatever_a_link_takes_it_can_send(link, dones):
-    """A message within its own limit, with all that is put around it."""
+def test_a_link_can_send_every_message_that_it_accepts(link, dones):
+    """A message within its own limit fits the frame with all other fields."""
     for seq in range(dones):
         link.handle(deliver((1 << 40) + seq), 0.0)
         link.handle(Publish(Done(seqs=((1 << 40) + seq,))), 0.0)
@@ -211,8 +211,8 @@ def test_whatever_a_link_takes_it_can_send(link, dones):
             encode_frame(frame)
 
 
-def test_what_was_done_with_is_forgotten_in_the_end(link):
-    """A node lives for millions of messages; its link must not grow with each of them."""
+def test_handled_messages_do_not_accumulate(link):
+    """A node handles millions of messages; its link must not grow with them."""
 
     def size():
         return sum(len(each) for each in vars(link).values() if hasattr(each, "__len__"))

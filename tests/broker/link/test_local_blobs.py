@@ -1,4 +1,4 @@
-"""Blobs read from the ledger's own files: by the same host, or else by nobody."""
+"""Blobs read from the ledger's files, on the broker's host only."""
 
 import os
 import shutil
@@ -78,7 +78,7 @@ def served(folder, read=READ["whole"], after_task=lambda: None, *, share=True):
 
 @pytest.mark.end_to_end
 @pytest.mark.parametrize("how", READ)
-def test_a_node_on_the_broker_s_host_reads_large_blobs_where_they_lie(tmp_path, how):
+def test_a_node_on_the_broker_s_host_reads_large_blobs_from_the_files(tmp_path, how):
     found, _ = served(tmp_path, READ[how])
     assert sum(size for *_, size in found) == SIZE
 
@@ -96,10 +96,8 @@ def test_bytes_that_were_read_in_place_count_like_those_that_were_sent(tmp_path,
 @pytest.mark.end_to_end
 @pytest.mark.parametrize("how", READ)
 @pytest.mark.parametrize("readable", [0, 2])
-def test_a_file_that_cannot_be_read_after_all_costs_a_question_not_the_blob(
-    tmp_path, monkeypatch, how, readable
-):
-    """Also from the middle of a blob on, of which pieces have been handed out."""
+def test_an_unreadable_file_costs_a_request_not_the_blob(tmp_path, monkeypatch, how, readable):
+    """Also from the middle of a blob, after some chunks were read."""
     calls = iter(range(100))
     fill = LocalBlobs._fill
 
@@ -114,7 +112,7 @@ def test_a_file_that_cannot_be_read_after_all_costs_a_question_not_the_blob(
 
 
 def whole(files, blob, places):
-    """The blob's bytes, or None if they do not all come."""
+    """Return the blob's bytes, or None if they are incomplete."""
     data = b"".join(files.chunks(blob, places))
     return data if len(data) == blob.size else None
 
@@ -162,7 +160,7 @@ def test_every_start_of_a_broker_leaves_another_proof(tmp_path):
     assert first.proof != second.proof
 
 
-def test_places_that_lead_nowhere_yield_nothing(tmp_path):
+def test_invalid_extents_yield_nothing(tmp_path):
     ledger, name, blob = kept(tmp_path, b"some", b"bytes")
     ledger.commit()
     (segment, offset, _), second = ledger.extents(name)
@@ -181,7 +179,7 @@ def test_places_that_lead_nowhere_yield_nothing(tmp_path):
     ledger.close()
 
 
-def test_a_place_is_told_once_it_is_written(tmp_path):
+def test_an_extent_is_sent_once_it_is_written(tmp_path):
     ledger, name, _ = kept(tmp_path, os.urandom(60), os.urandom(40))
     assert ledger.extents(name) == (), "a crash of the broker could take it back"
     ledger.commit()
@@ -194,7 +192,7 @@ def test_a_place_is_told_once_it_is_written(tmp_path):
     ledger.close()
 
 
-def test_more_places_than_a_header_has_room_for_are_not_told(tmp_path, monkeypatch):
+def test_too_many_extents_for_a_header_are_not_sent(tmp_path, monkeypatch):
     monkeypatch.setattr(blob_locations, "MAX_EXTENTS", 3)
     ledger, first, one = kept(tmp_path, b"a", b"b")
     second, two = BlobName("r", "agg", Blob.of(b"cd").digest), Blob.of(b"cd")
@@ -211,7 +209,7 @@ def test_more_places_than_a_header_has_room_for_are_not_told(tmp_path, monkeypat
     ledger.close()
 
 
-def test_the_places_of_any_delivery_fit_its_header():
+def test_the_extents_of_any_delivery_fit_its_header():
     largest = (1 << 32, 1 << 32, CHUNK_BYTES)
     places = dict.fromkeys(range(MAX_BUFFERS), (largest,) * (MAX_EXTENTS // MAX_BUFFERS))
     frame = Deliver(
@@ -236,7 +234,7 @@ def test_a_ledger_on_a_full_disk_is_not_shared(tmp_path, monkeypatch):
 
 @pytest.mark.end_to_end
 @pytest.mark.parametrize("how", READ)
-def test_wrong_bytes_in_a_file_are_told_by_their_digest(tmp_path, how):
+def test_wrong_bytes_in_a_file_are_detected_by_their_digest(tmp_path, how):
     def damage():
         path = segment_path(tmp_path, PAYLOAD, 0)
         with path.open("r+b") as file:

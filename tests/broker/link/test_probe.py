@@ -27,7 +27,7 @@ def zmq_socket(kind, **options):
 
 @contextlib.contextmanager
 def plain_server(answer):
-    """A server that says ``answer`` to each connection, whatever it hears."""
+    """A server that sends ``answer`` on each connection."""
     with socket.create_server(("127.0.0.1", 0)) as server:
 
         def serve():
@@ -58,7 +58,7 @@ def found(text, timeout_s=1.0):
     ("kind", "name"),
     [(zmq.PUB, "PUB"), (zmq.REP, "REP"), (zmq.DEALER, "DEALER"), (zmq.PULL, "PULL")],
 )
-def test_a_zeromq_socket_that_is_no_broker_is_named(kind, name):
+def test_another_zeromq_socket_is_named(kind, name):
     with zmq_socket(kind) as endpoint:
         listener, text = found(endpoint)
     assert listener is Listener.OTHER_SOCKET
@@ -72,7 +72,7 @@ def test_a_router_may_be_a_broker(tmp_path):
         assert found(endpoint).listener is Listener.SILENT
 
 
-def test_a_socket_that_asks_for_keys_is_told():
+def test_a_socket_that_asks_for_keys_is_reported():
     _, secret = zmq.curve_keypair()
     with zmq_socket(zmq.ROUTER, curve_server=1, curve_secretkey=secret) as endpoint:
         listener, text = found(endpoint)
@@ -85,7 +85,7 @@ def test_a_socket_that_asks_for_keys_is_told():
     [b"HTTP/1.1 400 Bad Request\r\n\r\n", b"SSH-2.0-x\r\n", b"", b"\xff", b"\xff" * 64],
     ids=["http", "ssh", "nothing", "a byte", "bytes"],
 )
-def test_what_does_not_speak_zeromq_is_told(answer):
+def test_a_server_without_zeromq_is_reported(answer):
     with plain_server(answer) as endpoint:
         listener, text = found(endpoint, 0.2)
     assert listener is Listener.NOT_ZEROMQ
@@ -93,8 +93,8 @@ def test_what_does_not_speak_zeromq_is_told(answer):
     assert ("HTTP" in text) == answer.startswith(b"HTTP")
 
 
-def test_what_accepts_connections_and_says_nothing_is_told():
-    """As a broker does that is stopped: the kernel accepts for it."""
+def test_a_mute_server_is_reported():
+    """Like a suspended broker: the kernel accepts connections for it."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         listener, text = found(f"tcp://127.0.0.1:{server.getsockname()[1]}", 0.1)
     assert listener is Listener.MUTE
@@ -106,7 +106,7 @@ class Quiet(http.server.BaseHTTPRequestHandler):
         pass
 
 
-def test_an_http_server_that_waits_for_the_end_of_a_line_is_told():
+def test_an_http_server_that_waits_for_the_end_of_a_line_is_reported():
     with http.server.HTTPServer(("127.0.0.1", 0), Quiet) as server:
         thread = threading.Thread(target=server.handle_request)
         thread.start()

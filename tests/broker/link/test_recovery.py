@@ -1,4 +1,4 @@
-"""How a link mends what was lost on the way: by beats, and by saying Hello again."""
+"""How a link recovers lost frames: by heartbeats, and by sending Hello again."""
 
 import pytest
 from msgspec.structs import replace
@@ -27,11 +27,11 @@ def link():
 
 
 def seqs(actions):
-    """The numbers of what is handed on."""
+    """Return the numbers of the deliveries that are handed on."""
     return [delivery.seq for action in actions for delivery in action.deliveries]
 
 
-def test_a_quiet_link_beats(link):
+def test_a_quiet_link_heartbeats(link):
     assert link.deadline == 1.0
     assert link.handle(Wake(), 0.9) == []
     assert frames(link.handle(Wake(), 1.0)) == [Heartbeat()]
@@ -40,7 +40,7 @@ def test_a_quiet_link_beats(link):
     assert frames(link.handle(Wake(), 2.0)) == [Heartbeat()]
 
 
-def test_a_broker_that_is_silent_for_a_lease_is_greeted_anew(link):
+def test_after_a_lease_of_silence_the_link_sends_hello(link):
     now = 0.0
     while now < 9.5:
         now += 0.5
@@ -52,7 +52,7 @@ def test_a_broker_that_is_silent_for_a_lease_is_greeted_anew(link):
     assert [type(each) for each in frames(heard(link, WELCOME, now=11.2))] == [Post]
 
 
-def test_a_beat_tells_what_the_node_has_taken_and_so_does_whatever_it_says(link):
+def test_heartbeats_and_numbered_frames_return_credit(link):
     for seq in (3, 4):
         [delivered] = link.handle(deliver(seq), 0.0)
         assert frames(link.handle(Taken(delivered.deliveries), 0.0)) == []
@@ -62,8 +62,8 @@ def test_a_beat_tells_what_the_node_has_taken_and_so_does_whatever_it_says(link)
 
 
 @pytest.mark.parametrize(("size", "after"), [(0, CREDIT_BATCH), (64 << 10, 4)])
-def test_many_deliveries_or_large_ones_are_told_of_before_the_next_beat(link, size, after):
-    """Otherwise a fast reader would wait for credit that the broker would gladly give."""
+def test_many_or_large_deliveries_return_credit_before_the_next_heartbeat(link, size, after):
+    """Otherwise a fast reader would wait for credit unnecessarily."""
     told = []
     for seq in range(after):
         [delivered] = link.handle(deliver(seq, bytes(size)), 0.5)
@@ -71,8 +71,8 @@ def test_many_deliveries_or_large_ones_are_told_of_before_the_next_beat(link, si
     assert told == [Heartbeat(taken=after)]
 
 
-def test_answers_to_frequent_beats_do_not_make_a_link_start_over(link):
-    """They come soon after one another: that nothing has moved meanwhile is no sign of a loss."""
+def test_answers_to_frequent_heartbeats_do_not_make_a_link_start_over(link):
+    """They follow each other closely, so the lack of progress between them is no sign of a loss."""
     link.handle(outgoing(0), 0.5)
     sent = []
     for seq in range(25_600):
@@ -85,15 +85,15 @@ def test_answers_to_frequent_beats_do_not_make_a_link_start_over(link):
     assert {type(each) for each in sent} == {Heartbeat}
 
 
-def test_a_delivery_behind_one_that_was_lost_is_left_until_that_one_has_come(link):
-    """Taken at once it would come out of order, and a later Hello could not tell of the gap."""
+def test_a_delivery_after_a_gap_is_ignored_until_the_gap_is_filled(link):
+    """Taken at once, it would be out of order, and a later Hello could not express the gap."""
     assert len(link.handle(deliver(3), 0.0)) == 1
     assert link.handle(deliver(9, after=8), 0.0) == []
     assert seqs(link.handle(deliver(7, after=4), 0.0)) == [7]
     assert seqs(link.handle(deliver(9, after=8), 0.0)) == [9]
 
 
-def test_hello_tells_what_has_arrived_and_what_has_no_receipt(link):
+def test_hello_names_the_last_delivery_and_the_oldest_unacknowledged_frame(link):
     link.handle(deliver(3), 0.0)
     link.handle(deliver(9, after=4), 0.0)
     for number in range(3):
@@ -103,7 +103,7 @@ def test_hello_tells_what_has_arrived_and_what_has_no_receipt(link):
 
 
 def test_nothing_is_taken_before_the_welcome():
-    """It may be meant for the session before, whose place this one has taken."""
+    """It may be meant for an earlier session with the same name."""
     link = Link(HELLO)
     link.handle(Wake(), 0.0)
     assert link.handle(deliver(3), 0.1) == []
@@ -114,7 +114,7 @@ def test_nothing_is_taken_before_the_welcome():
 # ---- the broker's disk is full
 
 
-def test_a_full_broker_is_told_to_the_node_and_greeted_again_a_little_later(link):
+def test_a_full_disk_is_reported_and_hello_is_sent_again_a_little_later(link):
     link.handle(outgoing(0), 1.0)
     assert heard(link, StorageFull(reason="no space"), now=1.1) == [Blocked("no space")]
     assert link.deadline == 1.1 + BLOCKED_S
@@ -131,7 +131,7 @@ def test_a_full_broker_is_told_to_the_node_and_greeted_again_a_little_later(link
 
 
 def beats(link, count, sent=0, start=1.0, before=lambda number: None):
-    """Let a link beat, and answer; returns at which beats it said Hello again."""
+    """Let a link send heartbeats, and answer them; return at which ones it sent Hello again."""
     hellos = []
     for number in range(count):
         now = start + number
@@ -142,12 +142,12 @@ def beats(link, count, sent=0, start=1.0, before=lambda number: None):
     return hellos
 
 
-def test_a_link_that_waits_for_nothing_never_says_hello_again(link):
+def test_a_link_without_outstanding_frames_never_sends_hello_again(link):
     assert beats(link, 20) == []
 
 
 @pytest.mark.parametrize("due", ["a receipt", "a delivery", "a chunk"])
-def test_what_is_due_and_does_not_come_is_asked_for_by_saying_hello_ever_more_seldom(link, due):
+def test_a_stall_is_answered_by_hello_at_growing_intervals(link, due):
     match due:
         case "a receipt":
             link.handle(outgoing(), 0.5)
@@ -157,8 +157,8 @@ def test_what_is_due_and_does_not_come_is_asked_for_by_saying_hello_ever_more_se
     assert beats(link, 40, sent=3 if due == "a delivery" else 0) == [2, 6, 14, 30]
 
 
-def test_what_is_on_its_way_is_not_asked_for_again(link):
-    """A slow transfer moves a little between two beats: that is no reason to start over."""
+def test_progress_is_not_a_stall(link):
+    """A slow transfer makes progress between two heartbeats, so it is not a stall."""
     data = bytes(40 * CHUNK_BYTES)
     link.handle(Fetch("agg", Blob.of(data)), 0.5)
 
@@ -170,7 +170,7 @@ def test_what_is_on_its_way_is_not_asked_for_again(link):
 
 
 def test_a_node_that_serves_chunks_does_not_take_its_post_for_lost(link):
-    """The receipt of a large blob's post comes after the last of its chunks."""
+    """The acknowledgment of a large blob's post comes after its last chunk."""
     data = bytes(30 * CHUNK_BYTES)
     link.handle(outgoing(0, data), 0.5)
 

@@ -1,4 +1,4 @@
-"""Whose turn it is, whatever interrupts the waiting for it."""
+"""The handoff of a link's loop between threads, with interruptions."""
 
 import signal
 import threading
@@ -24,7 +24,7 @@ def baton():
 
 
 def hold(baton, until):
-    """Have another thread take a turn that lasts; returns once it does."""
+    """Make another thread run a long turn; return once it is running."""
     began = threading.Event()
 
     def turn():
@@ -44,7 +44,7 @@ def wait_until_signalled(baton):
         pytest.fail("the other thread has it")
 
 
-def test_a_signal_that_ends_the_waiting_does_not_give_the_baton(baton):
+def test_a_signal_that_interrupts_the_wait_does_not_acquire_the_lock(baton):
     until = threading.Event()
     thread = hold(baton, until)
     before = signal.signal(signal.SIGALRM, stop)
@@ -61,7 +61,7 @@ def test_a_signal_that_ends_the_waiting_does_not_give_the_baton(baton):
     later.join()
 
 
-def test_the_main_thread_may_take_it_again_and_others_get_it_when_it_is_done(baton):
+def test_the_main_thread_may_nest_and_others_acquire_the_lock_afterwards(baton):
     got = []
 
     def take():

@@ -1,4 +1,4 @@
-"""Broker and nodes together, when one of them dies: nothing is lost, nothing comes twice."""
+"""Broker and nodes together, when one of them crashes: nothing is lost or duplicated."""
 
 import random
 from collections import Counter, defaultdict
@@ -28,14 +28,14 @@ def net(tmp_path):
 
 
 def accepted(net, sender):
-    """Numbers in the notes of a sender, in the order of the ledger."""
+    """Return the numbers in a sender's notes, in the order of the ledger."""
     messages = [each.read() for each in read_entries(net.folder) if isinstance(each, Accepted)]
     return [each.body["number"] for each in messages if each.sender == sender]
 
 
 @pytest.mark.parametrize("written", [True, False], ids=["written", "not written"])
 @pytest.mark.parametrize("after", range(0, 9, 2))
-def test_a_broker_that_dies_at_any_moment_is_gone_on_with(net, after, written):
+def test_a_broker_can_crash_at_any_moment(net, after, written):
     for number in range(6):
         net.post("agg", f"client/{number + 2}", number)
         net.post("w1", "aggregator", number)
@@ -54,7 +54,7 @@ def test_a_broker_that_dies_at_any_moment_is_gone_on_with(net, after, written):
 
 
 @pytest.mark.parametrize("after", range(0, 12, 3))
-def test_an_upload_goes_on_after_the_broker_died_in_the_middle_of_it(net, after):
+def test_an_upload_continues_after_the_broker_died_in_the_middle_of_it(net, after):
     weights = model(8 * CHUNK_BYTES + 3)
     net.post("agg", "client/0", 0, weights)
     for _ in range(after):
@@ -67,7 +67,7 @@ def test_an_upload_goes_on_after_the_broker_died_in_the_middle_of_it(net, after)
     assert net.counts["agg", "Chunk"] <= 9 + 4
 
 
-def test_a_download_goes_on_after_the_broker_died_in_the_middle_of_it(net):
+def test_a_download_continues_after_the_broker_died_in_the_middle_of_it(net):
     weights = model(8 * CHUNK_BYTES + 3)
     net.post("agg", "client/0", 0, weights)
     net.until(lambda: notes(net, "w1") == [0])
@@ -82,7 +82,7 @@ def test_a_download_goes_on_after_the_broker_died_in_the_middle_of_it(net):
     assert net.counts["w1", "Want"] <= 9 + 4
 
 
-def test_a_timer_ticks_once_though_the_broker_was_away_when_it_was_due(net):
+def test_a_timer_ticks_once_even_if_the_broker_was_down_when_due(net):
     net.post("agg", "timer", 0, **TIMER)
     net.run(0.5)
     net.kill_broker()
@@ -106,7 +106,7 @@ def test_a_worker_that_is_started_again_is_given_its_tasks_again(net):
     assert notes(net, "agg", "joined") == ["w1", "w2", "w1"]
 
 
-def test_a_result_whose_receipt_died_with_its_worker_is_not_taken_twice(net):
+def test_a_result_resent_by_a_new_session_is_not_accepted_twice(net):
     net.post("agg", "client/0", 0)
     net.until(lambda: notes(net, "w1") == [0])
     task = net.members["w1"].inbox[0]
@@ -143,8 +143,8 @@ def test_an_aggregator_that_is_started_again_has_its_checkpoint_and_what_came_si
     assert net.read("agg", task) == weights
 
 
-def test_a_full_disk_is_sat_out_by_all(net, monkeypatch):
-    """Links and broker, until there is room again."""
+def test_all_nodes_wait_for_a_full_disk(net, monkeypatch):
+    """Links and broker, until the disk has space again."""
     net._broker(DiskFull("no space"))
     for number in range(4):
         net.post("w1", "aggregator", number)
@@ -160,8 +160,8 @@ def test_a_full_disk_is_sat_out_by_all(net, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(16))
-def test_whatever_dies_and_whenever_all_is_done_once(net, seed):
-    """Workers answer each task once, whatever session had it; the ledger tells the whole story."""
+def test_every_task_is_answered_once_whatever_crashes(net, seed):
+    """Workers answer each task once across sessions, and the ledger records all of it."""
     rng = random.Random(seed)  # noqa: S311 - a test's own dice
     blobs = [model(size, size) for size in (10, 300_000, CHUNK_BYTES + 9)]
     sessions = Counter()

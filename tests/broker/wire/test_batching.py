@@ -1,4 +1,4 @@
-"""Small frames travel together; what comes out at the other end is what went in."""
+"""Small frames travel as one message and arrive unchanged."""
 
 import pytest
 from hypothesis import given, settings
@@ -29,7 +29,7 @@ def emptied(outbox):
 
 
 def taken_apart(messages):
-    """The frames of some messages, each with its buffers."""
+    """Return the frames of messages, each with its buffers."""
     frames = []
     for header, *buffers in messages:
         for each, count in split_header(header):
@@ -71,7 +71,7 @@ def test_small_frames_travel_together_until_the_first_is_sent():
         max_size=40,
     )
 )
-def test_whatever_is_put_in_comes_out_in_order_and_within_the_limits(sizes):
+def test_all_frames_come_out_in_order_and_within_the_limits(sizes):
     outbox, frames = Outbox(), []
     for number, (size, lengths) in enumerate(sizes):
         header = encode_frame(Goodbye(reason=f"{number}")).ljust(size, b"\0")[:MAX_HEADER_BYTES]
@@ -97,7 +97,7 @@ def test_many_buffers_are_spread_over_messages():
     [b"\x90", b"\x91\x01", b"\x91\x92\xc4\x01x", b"\xdc\xff\xff", b"\x91" * 1000],
     ids=["no frames", "a number", "no count", "cut short", "deep"],
 )
-def test_a_list_that_is_none_of_frames_is_a_wire_error(header):
+def test_an_invalid_list_of_frames_is_a_wire_error(header):
     with pytest.raises(WireError):
         split_header(header)
 

@@ -9,7 +9,7 @@ from fedmq.broker.wire.chunked_transfer import WINDOW_CHUNKS, Fetcher, Owned
 from fedmq.broker.wire.schema import Blob, Chunk
 
 CHUNK = 8
-"""Bytes in a chunk, in these tests."""
+"""Bytes of a chunk in these tests."""
 
 
 @pytest.fixture(autouse=True)
@@ -42,7 +42,7 @@ def starts(wants):
     return [want.start for want in wants]
 
 
-def test_no_more_than_a_window_is_ever_on_its_way():
+def test_no_more_than_a_window_is_ever_in_flight():
     data = blob_of(CHUNK * 10)
     fetcher = fetching(data)
     under_way = deque(fetcher.requests())
@@ -88,7 +88,7 @@ def test_chunks_that_are_not_next_are_ignored(start):
     assert starts(fetcher.requests()) == [CHUNK * 4]
 
 
-def test_a_chunk_nobody_asked_for_is_ignored():
+def test_an_unrequested_chunk_is_ignored():
     data = blob_of(CHUNK * 3)
     fetcher = fetching(data)
     chunk = Chunk(owner="agg", digest=name_of(data).digest, start=0)
@@ -117,7 +117,7 @@ def test_wrong_bytes_are_detected_by_their_digest():
     assert name_of(data) not in fetcher
 
 
-def test_after_a_restart_only_what_is_missing_is_asked_for_again():
+def test_after_a_restart_only_what_is_missing_is_requested_again():
     data = blob_of(CHUNK * 7)
     fetcher = fetching(data)
     under_way = fetcher.requests()
@@ -134,7 +134,7 @@ def test_after_a_restart_only_what_is_missing_is_asked_for_again():
     assert fetcher.finished(name_of(data)) is True
 
 
-def test_giving_up_on_a_blob_frees_its_part_of_the_window():
+def test_discarding_a_blob_frees_its_part_of_the_window():
     first, second = blob_of(CHUNK * 9), blob_of(CHUNK * 9, seed=2)
     fetcher = fetching(first, second)
     wants = fetcher.requests()

@@ -1,4 +1,4 @@
-"""Endpoints as people write them: what is none is named, and nothing is taken from others."""
+"""Endpoints as users write them: errors name the mistake, and no file is overwritten."""
 
 import socket
 
@@ -27,7 +27,7 @@ from fedmq.broker.wire.endpoints import (
         ("ipc://@fedmq", Endpoint("", path="@fedmq")),
     ],
 )
-def test_what_is_an_endpoint(text, endpoint):
+def test_valid_endpoints(text, endpoint):
     for listen in (False, True):
         found = parse_endpoint(text, listen=listen)
         assert (found.host, found.port, found.path, found.literal) == (
@@ -71,14 +71,14 @@ def test_what_is_an_endpoint(text, endpoint):
         ("ipc:///" + "x" * MAX_PATH_BYTES, f"at most {MAX_PATH_BYTES} bytes"),
     ],
 )
-def test_what_is_none_is_told_with_what_was_expected_and_what_stood_there(text, words):
+def test_an_invalid_endpoint_is_reported_with_what_was_expected(text, words):
     with pytest.raises(EndpointError, match=words) as caught:
         parse_endpoint(text)
     assert len(str(caught.value)) < 600
     assert "\n" not in str(caught.value)
 
 
-def test_to_listen_any_address_and_any_port_will_do():
+def test_any_address_and_any_port_are_valid_for_listening():
     for text in ("tcp://*:7700", "tcp://127.0.0.1:0", "tcp://127.0.0.1:*", "ipc://*"):
         parse_endpoint(text, listen=True)
     assert listening_address(parse_endpoint("tcp://*:7700", listen=True)) == ("tcp://*:7700", True)
@@ -92,7 +92,7 @@ def test_to_listen_any_address_and_any_port_will_do():
 
 
 def answers(monkeypatch, *found):
-    """Let the name server say these, one after the other: an error, or addresses."""
+    """Make the name server give these answers in turn: an error, or addresses."""
     left = list(found)
 
     def getaddrinfo(host, port, **_):
@@ -117,14 +117,14 @@ def test_a_name_has_the_families_of_its_addresses_in_their_order(monkeypatch):
     assert [resolve(NAME) for _ in range(3)] == [[six], [four], [six, four]]
 
 
-def test_a_name_that_does_not_resolve_is_told_at_once_with_the_reason(monkeypatch):
+def test_a_name_that_does_not_resolve_is_reported_at_once_with_the_reason(monkeypatch):
     left = answers(monkeypatch, NONE, [socket.AF_INET])
     with pytest.raises(UnresolvedError, match=r"'broker.example' does not resolve: name or serv"):
         resolve(NAME)
     assert len(left) == 1
 
 
-def test_a_name_server_that_cannot_be_asked_now_is_asked_again_for_a_while(monkeypatch):
+def test_an_unreachable_name_server_is_retried_for_a_while(monkeypatch):
     answers(monkeypatch, AGAIN, AGAIN, [socket.AF_INET])
     assert resolve(NAME) == [socket.AF_INET]
     monkeypatch.setattr(endpoints, "RESOLVE_PATIENCE_S", 0.0)
@@ -133,13 +133,13 @@ def test_a_name_server_that_cannot_be_asked_now_is_asked_again_for_a_while(monke
         resolve(NAME)
 
 
-def test_a_name_that_cannot_even_be_asked_for(monkeypatch):
+def test_an_invalid_host_name(monkeypatch):
     with pytest.raises(UnresolvedError, match="expected a host name"):
         resolve(Endpoint("", host="x" * 70 + ".example", port=1))
 
 
-def test_a_file_or_another_broker_at_the_place_of_a_socket_file_is_left_alone(tmp_path):
-    """libzmq removes whatever stands there."""
+def test_an_existing_file_or_broker_is_not_replaced_by_a_socket_file(tmp_path):
+    """libzmq deletes an existing file."""
     path = tmp_path / "x"
     endpoint = parse_endpoint(f"ipc://{path}", listen=True)
     assert listening_address(endpoint) == (f"ipc://{path}", False)

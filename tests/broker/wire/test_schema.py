@@ -128,7 +128,7 @@ UNTIL_1_0 = {
 UNTIL_1_1 = {"reject": {"protocol": (1, 1)}, "welcome": {"identity": ""}}
 UNTIL_1_2 = {"reject": {"protocol": (1, 2)}, "welcome": {"identity": ""}}
 OLDER = {(1, 0): UNTIL_1_0, (1, 1): UNTIL_1_1, (1, 2): UNTIL_1_2}
-"""By version and frame: fields, and what they are where it says something else, or nothing."""
+"""By version and frame: the fields that differ in its golden bytes, with their values."""
 
 
 def golden(version=PROTOCOL):
@@ -152,14 +152,14 @@ def test_every_kind_of_frame_has_an_example_and_golden_bytes():
 
 
 @pytest.mark.parametrize("kind", FRAMES)
-def test_a_frame_comes_back_as_it_was(kind):
+def test_a_frame_survives_encoding(kind):
     frame = FRAMES[kind]
     assert decode_frame(encode_frame(frame)) == frame
     assert type(decode_frame(memoryview(encode_frame(frame)))) is type(frame)
 
 
 def test_a_rejection_carries_a_code_only_if_it_has_one():
-    """Without one, the bytes are those of older versions; a code that is not listed is read."""
+    """Without a code, the bytes are those of older versions; an unknown code is accepted."""
     assert b"codes" not in encode_frame(Done(n=8, refused={3: "of another shape"}))
     for code in (Code.WRONG_SHAPE, "of-tomorrow"):
         frame = decode_frame(encode_frame(Done.rejecting(3, "of another shape", code, (3,))))
@@ -171,7 +171,7 @@ def test_a_rejection_carries_a_code_only_if_it_has_one():
         decode_frame(encode_frame(Done(refused={3: "why"}, codes={3: "x" * 41})))
 
 
-def test_a_message_comes_back_as_it_was():
+def test_a_message_survives_encoding():
     assert decode_message(encode_message(MESSAGE)) == MESSAGE
 
 
@@ -182,7 +182,7 @@ def test_today_s_encoder_writes_the_golden_bytes(kind):
 
 
 @pytest.mark.parametrize("version", OLDER, ids=str)
-def test_the_golden_bytes_of_older_versions_are_read_for_ever(version):
+def test_the_golden_bytes_of_older_versions_are_read(version):
     for kind, data in golden(version).items():
         data = bytes.fromhex(data)
         if kind == "message":
@@ -221,7 +221,7 @@ def test_another_minor_version_is_accepted():
     ],
     ids=["known frame", "changed field", "unknown kind", "no kind"],
 )
-def test_another_major_is_told_from_garbage_and_names_both_versions(fields):
+def test_another_major_version_is_not_garbage_and_names_both_versions(fields):
     with pytest.raises(VersionError, match=r"expected protocol 1\.x, got 2\.5") as caught:
         decode_frame(header(**fields))
     assert caught.value.theirs == (2, 5)
@@ -284,7 +284,7 @@ def test_a_header_over_the_limit_is_neither_written_nor_read():
 
 
 def test_any_message_that_can_be_encoded_can_be_posted_and_delivered():
-    """A message at its own limit must not break the frame around it, here or at the broker."""
+    """A message of the largest size must fit its frames, at the node and at the broker."""
     room = MAX_HEADER_BYTES
     while True:
         body = {"x": bytes(room)}
@@ -319,7 +319,7 @@ def test_a_digest_is_16_bytes_of_xxh3_whatever_holds_the_data():
     assert Blob.of(memoryview(b"12345678").cast("d")) == Blob(digest(b"12345678"), 8)
 
 
-def test_inline_buffers_that_are_what_they_claim_pass():
+def test_valid_inline_buffers_pass():
     blobs = [Blob.of(b"one"), Blob.of(b"two"), Blob.of(b"")]
     check_inline(blobs, [], [], 6)
     check_inline(blobs, [1, 2], [b"two", memoryview(b"")], 6)
@@ -336,7 +336,7 @@ def test_inline_buffers_that_are_what_they_claim_pass():
         ([0], [bytes(101)], "expected at most 100 bytes of blobs with a message"),
     ],
 )
-def test_inline_buffers_that_are_not_what_they_claim_are_told(inline, buffers, message):
+def test_invalid_inline_buffers_are_an_error(inline, buffers, message):
     with pytest.raises(WireError, match=message):
         check_inline([Blob.of(b"one"), Blob.of(b"two")], inline, buffers, 100)
 

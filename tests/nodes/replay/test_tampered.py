@@ -215,6 +215,16 @@ def test_a_changed_reason_of_a_refusal(tmp_path):
     assert f"replayed: rejected: {refusal.reason}" in output
 
 
+def test_a_rejection_worded_otherwise_by_another_release_is_no_difference(tmp_path):
+    run, _ = nth(BUFFERED, 0, kind="run")
+    refusal = material.refusal(BUFFERED)
+    changed = {
+        run: material.without("release"),
+        refusal.seq: lambda entry: replace(entry, reason="behind"),
+    }
+    assert "match the record" in replay(rewrite(BUFFERED, tmp_path, changed)).output
+
+
 def refused_by(node, entry):
     """Return an entry in which a node refuses the first result, in the place of another."""
     of, result = nth(BUFFERED, 0, kind="result")
