@@ -35,7 +35,8 @@ class Computed:
         """Return what a run's record contains; 0.1.0 recorded nothing."""
         match body:
             case {"arithmetic": int(arithmetic), "device": str(device), **rest}:
-                rules, release = rest.get("rules", 0), str(rest.get("release", ""))
+                # 0.2.0, the first release with these fields, did not record its name at first.
+                rules, release = rest.get("rules", 0), str(rest.get("release", "0.2.0"))
                 return cls(arithmetic, device, rest.get("version_0"), rules, release)
             case _:
                 return cls(arithmetic=1, rules=0, release="")

@@ -219,7 +219,7 @@ def test_a_rejection_worded_otherwise_by_another_release_is_no_difference(tmp_pa
     run, _ = nth(BUFFERED, 0, kind="run")
     refusal = material.refusal(BUFFERED)
     changed = {
-        run: material.without("release"),
+        run: edit(body={"release": "0.3.0"}),
         refusal.seq: lambda entry: replace(entry, reason="behind"),
     }
     assert "match the record" in replay(rewrite(BUFFERED, tmp_path, changed)).output
