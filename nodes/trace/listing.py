@@ -340,7 +340,8 @@ def _note(message: Message) -> str:
 
 def _joined(body: Mapping[str, Any]) -> str:
     clients = ",".join(f"{low}-{high}" for low, high in body["clients"])
-    return f"{body['node']}, {body['role']}" + (f" of clients {clients}" if clients else "")
+    role = "" if body["role"] == body["node"] else f", {body['role']}"
+    return f"{body['node']}{role}" + (f" of clients {clients}" if clients else "")
 
 
 def _version_note(body: Mapping[str, Any]) -> str:

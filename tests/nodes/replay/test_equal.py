@@ -132,7 +132,7 @@ def test_until_a_version_the_next_one_is_not_yet_made():
 
 
 @pytest.mark.slow
-def test_a_replay_that_stopped_continues_from_there():
+def test_a_replay_that_stopped_goes_on_from_there():
     """Neither kind of stop loses a message or takes one twice."""
     whole, steps = ended(BUFFERED)
     last = material.last_entry(BUFFERED).seq
