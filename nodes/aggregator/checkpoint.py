@@ -90,7 +90,7 @@ class Fold(Struct):
 
 
 def pack_checkpoint(algorithm: Algorithm, state: Any, fold: Fold) -> Packed:
-    """Return a checkpoint as what goes into a message."""
+    """Return a checkpoint as a message's body and blobs."""
     packed = pack(algorithm.save(state), RAW, 0, f"{type(algorithm).__name__}.save")
     data = msgspec.msgpack.encode(fold)
     return Packed(packed.body, (*packed.blobs, Blob.of(data)), (*packed.data, data))

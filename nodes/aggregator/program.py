@@ -146,7 +146,7 @@ def _fold_until_over(
                     if failed:
                         structlog.get_logger().error("failed", reason=reason, exc_info=error)
                     if folder is not None and error is None:
-                        # Before the run is over: then no session is started any more.
+                        # Before the run ends: a later session could not write it.
                         about = {"run": link.welcome().run, "version": str(core.version)}
                         save_model(folder, core.tensors(), problem, about)
                     link.over(reason)

@@ -72,7 +72,7 @@ class Tasks:
                 self._returned.add(name)
 
     def pack(self, state: Any, version: int, client: int) -> Packed:
-        """Return a client's task as what goes into its message."""
+        """Return a client's task as a message's body and blobs."""
         if self._same_for_all is not None and not self._setup.algorithm.task_per_client:
             return self._same_for_all
         seed = derive_seed(self._setup.config.run.seed, "downlink", version, client)

@@ -27,7 +27,7 @@ _LEAST_BYTES = 1 << 20
 
 
 def room_for(algorithm: Algorithm, state: Any) -> int:
-    """Return what a result may take in memory while it is decoded, in bytes.
+    """Return the memory limit for decoding a result, in bytes.
 
     Raises:
         ReturnedError: the algorithm does not say how large one is, or has no tensors by name.

@@ -127,9 +127,9 @@ def _check_retain(value: Any) -> Any:
 class BrokerTable(_Table):
     """``[broker]``.
 
-    lease_s: a node that has been silent for this long has left.
+    lease_s: seconds of silence after which a node counts as gone.
     heartbeat_s: seconds between heartbeats of a node that sends nothing else.
-    bind: where the broker of a local cluster listens; port 0 is any free one.
+    bind: address of a local cluster's broker; port 0 is any free port.
     durability: what an acknowledged message survives: ``process``, a crash of the broker;
         ``power``, a power failure (slower: one sync per batch).
     retain: ``everything``; ``unfinished``, payloads are deleted when no message needs them
@@ -153,7 +153,7 @@ class BrokerTable(_Table):
     share_files: bool = True
 
     def settings(self) -> BrokerSettings:
-        """Return how patient the broker is to be."""
+        """Return the broker's timeouts and delivery limit."""
         return BrokerSettings(self.lease_s, self.heartbeat_s, self.deliveries)
 
     def ledger_settings(self) -> LedgerSettings:

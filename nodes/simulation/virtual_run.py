@@ -340,7 +340,7 @@ class WorkerHost(NodeHost):
         self._chats = 0
 
     def chat(self, rng: random.Random) -> None:
-        """Say several small things at once, of which nobody has a use."""
+        """Post several small unused messages."""
         for _ in range(rng.randint(2, 6)):
             self._chats += 1
             name, to = f"{self.hello.session}/{self._chats}", rng.choice(_CHAT_TO)
