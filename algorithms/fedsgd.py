@@ -10,7 +10,7 @@ from typing import Annotated, ClassVar
 import torch
 from pydantic import Field
 
-from fedmq.algorithms.base import Client, Payload, Task
+from fedmq.algorithms.base import Client, Task, TrainResult
 from fedmq.algorithms.fedavg import Accumulator, FedAvg, ModelState
 from fedmq.algorithms.toolkit.results import moved
 from fedmq.algorithms.toolkit.sgd import cuda_devices, learned, load_model, spans
@@ -40,14 +40,14 @@ class FedSGD(FedAvg):
     momentum: Annotated[float, Field(ge=0, le=0)] = 0.0
     server_lr: Annotated[float, Field(ge=1, le=1)] = 1.0
 
-    def commit(self, state: ModelState, gathered: Accumulator, divisor: float) -> ModelState:
+    def commit(self, state: ModelState, accumulator: Accumulator, divisor: float) -> ModelState:
         """Take one step along the averaged gradient; statistics move by their averaged change."""
-        mean, end = gathered.total.div_(divisor), state.layout.parameters
+        mean, end = accumulator.total.div_(divisor), state.layout.parameters
         mean[:end].mul_(-self.lr).add_(state.weights[:end])
         mean[end:] = moved(state.weights[end:], mean[end:])
-        return ModelState(state.layout, mean, gathered.counters)
+        return ModelState(state.layout, mean, accumulator.counters)
 
-    def train(self, task: Task, client: Client) -> tuple[Payload, None]:
+    def train(self, task: Task, client: Client) -> TrainResult:
         """g_k = the gradient of the mean loss over all local examples at w_t."""
         model, start = load_model(task, client.problem, client.device)
         data = client.data.to(client.device)
@@ -65,5 +65,5 @@ class FedSGD(FedAvg):
         model.end_task()
         gradient = model.gradient.clone()
         self.regularize(gradient, model.trained, start[: model.layout.parameters])
-        numbers: dict[str, int | str] = {"n": n, "reply": task.reply}
-        return learned(model, start, numbers, trained=gradient), None
+        payload = learned(model, start, {"reply": task.reply}, trained=gradient)
+        return TrainResult(payload, n)

@@ -6,23 +6,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from fedmq.algorithms.base import Client, Payload, Task
-from fedmq.algorithms.distillation.fd import Distillation, cross_entropy, kept
-from fedmq.algorithms.distillation.reports import (
-    Reports,
-    check_probabilities,
-    check_shape,
-    group_of,
-)
+from fedmq.algorithms.base import Client, Payload, Task, TrainResult
+from fedmq.algorithms.distillation.devices import kept
+from fedmq.algorithms.distillation.fd import Distillation, cross_entropy
+from fedmq.algorithms.distillation.reports import Reports, check_probabilities, group_of
 from fedmq.algorithms.errors import ResultError
 from fedmq.algorithms.problems.base import Examples, Problem
 from fedmq.algorithms.rng import derive_rng
 from fedmq.algorithms.toolkit.sgd import batches
+from fedmq.algorithms.toolkit.states import expect_tensor
 
 _BATCH = 500
 """Public samples whose outputs are computed at a time."""
@@ -56,7 +53,7 @@ class Codistillation(Distillation):
         """
         return Reports.none(problem.clients, len(problem.public()), problem.classes)
 
-    def task(self, state: Any, client: int) -> Payload:
+    def task(self, state: Reports, client: int) -> Payload:
         """Return the other devices' mean outputs by sample id; nothing while there are none."""
         means, having = state.others(client)
         ids = (having > 0).nonzero()[:, 0]
@@ -70,8 +67,8 @@ class Codistillation(Distillation):
         """
         rows, ids = group_of(payload, "ids")
         samples, classes = state.means.shape[1:]
-        check_shape(ids, torch.int64, (samples,), "ids")
-        check_shape(rows, torch.float32, (samples, classes), "logits")
+        expect_tensor("ids", ids, torch.int64, (samples,))
+        expect_tensor("logits", rows, torch.float32, (samples, classes))
         if not ids.sort().values.equal(torch.arange(samples)):
             raise ResultError(f"expected each sample id from 0 to {samples - 1} once")
         check_probabilities(rows)
@@ -79,7 +76,7 @@ class Codistillation(Distillation):
 
     # ---- at the device
 
-    def train(self, task: Task, client: Client) -> tuple[Payload, Payload | None]:
+    def train(self, task: Task, client: Client) -> TrainResult:
         """Train beside the others' outputs; then say one's own on every public sample."""
         model = self.own_model(client)
         public = client.problem.public().to(client.device)
@@ -93,7 +90,7 @@ class Codistillation(Distillation):
         model.reset()
         outputs = _outputs(model.module, public.x)
         report = {"logits": outputs, "ids": torch.arange(len(outputs))}
-        return Payload(numbers={"n": len(client.data)}, logits=report), kept(model)
+        return TrainResult(Payload(logits=report), len(client.data), kept(model))
 
     def _lessons(
         self, task: Task, public: Examples, client: Client

@@ -5,7 +5,7 @@ co-distillation, how they are told from anything else, and what the paper counts
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fedmq.algorithms.base import Payload
-from fedmq.algorithms.errors import Fault, ResultError
+from fedmq.algorithms.errors import ResultError
+from fedmq.algorithms.toolkit.states import DERIVED
 from fedmq.codecs.text import shorten
 
 MOST_COUNTED = 10**12
@@ -33,8 +34,8 @@ class Reports:
 
     means: Tensor
     counts: Tensor
-    total: Tensor
-    having: Tensor
+    total: Tensor = field(metadata=DERIVED)
+    having: Tensor = field(metadata=DERIVED)
 
     @classmethod
     def of(cls, means: Tensor, counts: Tensor) -> Reports:
@@ -85,15 +86,6 @@ def group_of(payload: Payload, key: Literal["ids", "counts"]) -> tuple[Tensor, T
         found = shorten(sorted([*payload.logits, *payload.weights, *payload.features]))
         raise ResultError(f"expected logits with {key} and no other tensors, got {found}")
     return payload.logits["logits"], payload.logits[key]
-
-
-def check_shape(tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...], what: str) -> None:
-    """Raise ResultError if a tensor is not of this dtype and shape."""
-    if tensor.dtype != dtype or tuple(tensor.shape) != shape:
-        raise ResultError(
-            f"expected {what} as {dtype} {list(shape)}, got {tensor.dtype} {list(tensor.shape)}",
-            Fault.WRONG_SHAPE,
-        )
 
 
 def check_probabilities(rows: Tensor) -> None:

@@ -10,13 +10,14 @@ import hashlib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, cast
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from fedmq.algorithms.base import Algorithm, Client, Payload, Reply, Result, Task, examples_of
+from fedmq.algorithms.base import AnyAlgorithm, Client, Payload, Result, Task, TrainResult
+from fedmq.algorithms.distillation.devices import DeviceModels
 from fedmq.algorithms.distillation.fd import Distillation
 from fedmq.algorithms.errors import AlgorithmError, ResultError
 from fedmq.algorithms.faug.augmentation import (
@@ -38,8 +39,8 @@ from fedmq.algorithms.faug.state import (
     AugState,
     check_empty,
     inner_saved,
-    load_state,
-    save_state,
+    load_aug_state,
+    save_aug_state,
     seeds_of,
 )
 from fedmq.algorithms.problems.base import Problem
@@ -51,7 +52,7 @@ PHASES = ("seeds", "fill", "then")
 
 
 @dataclass(frozen=True)
-class FAug(Distillation):
+class FAug(DeviceModels[AugState, AugAccumulator]):
     """Section 3: devices give a few samples, get a generator, and fill what they lack.
 
     Three kinds of task. ``seeds``: a device sends a few of its samples of its target labels
@@ -80,8 +81,6 @@ class FAug(Distillation):
 
     name: ClassVar[str] = "faug"
     commits_in_background: ClassVar[bool] = True
-    reproducible: ClassVar[bool] = False
-    fixed_reply: ClassVar[Reply | None] = None
     server_hparams: ClassVar[frozenset[str]] = frozenset(
         {"wait", "gan_steps", "gan_batch", "gan_lr"}
     )
@@ -104,17 +103,21 @@ class FAug(Distillation):
             raise AlgorithmError(f"gan_widths: expected at least 1, got {list(self.gan_widths)}")
 
     @property
-    def _then(self) -> Algorithm:
+    def _then(self) -> AnyAlgorithm:
+        """Return the algorithm that learns; its states come back to it alone."""
         if self.then == "fd":
             names = [each.name for each in dataclasses.fields(Distillation)]
-            return Distillation(**{name: getattr(self, name) for name in names})
-        return Averaging(
+            return cast(
+                "AnyAlgorithm", Distillation(**{name: getattr(self, name) for name in names})
+            )
+        averaging = Averaging(
             lr=self.lr,
             epochs=self.epochs,
             batch_size=self.batch_size,
             momentum=0.0,
             iterations=self.iterations,
         )
+        return cast("AnyAlgorithm", averaging)
 
     # ---- at the aggregator
 
@@ -147,37 +150,35 @@ class FAug(Distillation):
         return AugAccumulator(self._then.new_accumulator(state.then))
 
     def accumulate(
-        self, gathered: AugAccumulator, state: AugState, result: Result, weight: float
+        self, accumulator: AugAccumulator, state: AugState, result: Result, weight: float
     ) -> AugAccumulator:
         """Take a result in, by its phase."""
-        numbers = result.payload.numbers
-        examples_of(numbers)
-        phase = numbers.get("phase")
+        phase = result.payload.numbers.get("phase")
         if phase == "seeds":
-            gathered.seeds[result.client] = seeds_of(state, result.payload, self.seeds)
+            accumulator.seeds[result.client] = seeds_of(state, result.payload, self.seeds)
         elif phase == "fill":
             check_empty(result.payload)
-            gathered.served.add(result.client)
+            accumulator.served.add(result.client)
         elif phase == "then":
-            gathered.then = self._then.accumulate(gathered.then, state.then, result, weight)
-            gathered.weight += weight
+            accumulator.then = self._then.accumulate(accumulator.then, state.then, result, weight)
+            accumulator.weight += weight
         else:
             raise ResultError(f"expected phase as one of {', '.join(PHASES)}, got {shorten(phase)}")
-        gathered.total += weight
-        return gathered
+        accumulator.total += weight
+        return accumulator
 
-    def commit(self, state: AugState, gathered: AugAccumulator, divisor: float) -> AugState:
+    def commit(self, state: AugState, accumulator: AugAccumulator, divisor: float) -> AugState:
         """Commit what the algorithm learned; train the generator when the seeds are there."""
         then = state.then
-        if gathered.weight:
-            share = gathered.weight / gathered.total
-            then = self._then.commit(then, gathered.then, divisor * share)
+        if accumulator.weight:
+            share = accumulator.weight / accumulator.total
+            then = self._then.commit(then, accumulator.then, divisor * share)
         given, served = state.given.clone(), state.served.clone()
-        given[list(gathered.seeds)] = 1
-        served[list(gathered.served)] = 1
+        given[list(accumulator.seeds)] = 1
+        served[list(accumulator.served)] = 1
         if state.gan is not None:
             return dataclasses.replace(state, then=then, given=given, served=served)
-        seeds = {**state.seeds, **gathered.seeds}
+        seeds = {**state.seeds, **accumulator.seeds}
         gan = None
         enough = int(given.sum()) >= math.ceil(self.wait * len(given))
         if enough and any(len(y) for _, y in seeds.values()):
@@ -192,12 +193,12 @@ class FAug(Distillation):
 
     def save(self, state: AugState) -> Payload:
         """Return everything: seeds too, until the generator is trained."""
-        return save_state(state, self._then.save(state.then))
+        return save_aug_state(state, self._then.save(state.then))
 
     def load(self, problem: Problem, saved: Payload) -> AugState:
         """Return a saved state."""
         then = self._then.load(problem, inner_saved(saved))
-        return load_state(self.start(problem), then, saved, problem, self.gan_widths)
+        return load_aug_state(self.start(problem), then, saved, problem, self.gan_widths)
 
     def tensors(self, state: AugState) -> Mapping[str, Tensor]:
         """Return the algorithm's tensors, the generator's, and who is how far; never seeds."""
@@ -209,19 +210,19 @@ class FAug(Distillation):
 
     # ---- at the device
 
-    def train(self, task: Task, client: Client) -> tuple[Payload, Payload | None]:
+    def train(self, task: Task, client: Client) -> TrainResult:
         """Do what the task's phase says."""
         phase = task.payload.numbers.get("phase")
         if phase == "seeds":
-            result, local = self._give(client)
+            found = self._give(client)
         elif phase == "fill":
-            result, local = self._fill(task, client)
+            found = self._fill(task, client)
         else:
             phase = "then"
-            result, local = self._learn(task, client)
-        return _in_phase(result, phase), local
+            found = self._learn(task, client)
+        return dataclasses.replace(found, payload=_in_phase(found.payload, phase))
 
-    def _give(self, client: Client) -> tuple[Payload, Payload | None]:
+    def _give(self, client: Client) -> TrainResult:
         """Choose seeds. They are sorted by label: their order tells nobody the targets.
 
         Nor does the choice: its chance comes from the device's own samples. The task's seed is
@@ -246,9 +247,9 @@ class FAug(Distillation):
             "ids": torch.arange(len(rows)),
             "labels": y[chosen],
         }
-        return Payload(numbers={"n": len(y)}, features=features if rows else {}), local
+        return TrainResult(Payload(features=features if rows else {}), len(y), local)
 
-    def _fill(self, task: Task, client: Client) -> tuple[Payload, Payload | None]:
+    def _fill(self, task: Task, client: Client) -> TrainResult:
         """Make samples of each target, so far as the generator knows it."""
         gan = Gan.of(task.payload, client.problem, self.gan_widths)
         y, known = client.data.y.cpu(), set(gan.labels.tolist())
@@ -264,14 +265,15 @@ class FAug(Distillation):
         own = Payload(
             exact={f"{OWN}images": images, f"{OWN}labels": labels}, numbers={**before, **facts}
         )
-        return Payload(numbers={"n": len(y)}), joined(inner_local(client.local), own)
+        return TrainResult(Payload(), len(y), joined(inner_local(client.local), own))
 
-    def _learn(self, task: Task, client: Client) -> tuple[Payload, Payload | None]:
+    def _learn(self, task: Task, client: Client) -> TrainResult:
         """Train as the algorithm does, on own and made samples."""
         local = inner_local(client.local)
         whole = dataclasses.replace(client, data=filled(client), local=local)
-        result, inner = self._then.train(task, whole)
-        return result, joined(inner, own_local(client.local))
+        found = self._then.train(task, whole)
+        own = own_local(client.local)
+        return dataclasses.replace(found, local_state=joined(found.local_state, own))
 
     def evaluate_client(self, task: Task, client: Client) -> Mapping[str, float]:
         """Return the metrics, and what this device's labels have leaked to whom.
@@ -297,7 +299,7 @@ class FAug(Distillation):
             if state.gan is not None:
                 todo.insert(0, _in_phase(state.gan.payload(), "fill"))
             for payload in todo:
-                _, local = self.train(Task(version, payload), client)
+                local = self.train(Task(version, payload), client).local_state
                 client = dataclasses.replace(client, local=local)
         return self.evaluate_client(
             Task(version, self.evaluation_task(state, client.index)), client

@@ -6,22 +6,22 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from fedmq.algorithms.base import Client, Payload
-from fedmq.algorithms.distillation.reports import check_shape
-from fedmq.algorithms.errors import ResultError
 from fedmq.algorithms.faug.cgan import GanSettings, make_generator, make_images, train_gan
 from fedmq.algorithms.fedavg import FedAvg
 from fedmq.algorithms.problems.base import Examples, Problem
 from fedmq.algorithms.toolkit.flat_model import FlatModel
 from fedmq.algorithms.toolkit.layout import Layout
 from fedmq.algorithms.toolkit.sgd import spans
+from fedmq.algorithms.toolkit.states import load_state, save_state, saved
 
+V = TypeVar("V")
 OWN = "faug."
 """What begins the names of what a device keeps beside its model."""
 _BATCH = 500
@@ -74,7 +74,7 @@ class Gan:
     layout: Layout
     weights: Tensor
     counters: Tensor
-    labels: Tensor
+    labels: Tensor = field(metadata=saved(any_length=True))
     low: float
     high: float
 
@@ -94,9 +94,7 @@ class Gan:
 
     def payload(self) -> Payload:
         """Return it as it travels: what is trained by the codec, the rest exactly."""
-        model = self.layout.write(self.weights, self.counters)
-        numbers = {"low": self.low, "high": self.high}
-        return Payload(model.weights, {**model.exact, "labels": self.labels}, numbers)
+        return save_state(self)
 
     @classmethod
     def of(cls, payload: Payload, problem: Problem, widths: tuple[int, int, int]) -> Gan:
@@ -106,14 +104,8 @@ class Gan:
             ResultError: it is not one of this problem and these widths.
         """
         layout = Layout.of(make_generator(problem.shape, problem.classes, widths))
-        exact = {name: each for name, each in payload.exact.items() if name != "labels"}
-        labels = payload.exact.get("labels")
-        low, high = payload.numbers.get("low"), payload.numbers.get("high")
-        if labels is None or not isinstance(low, float) or not isinstance(high, float):
-            raise ResultError("expected the labels and the range of a generator")
-        check_shape(labels, torch.int64, (labels.numel(),), "labels")
-        weights, counters = layout.read(Payload(payload.weights, exact))
-        return cls(layout, weights, counters, labels, low, high)
+        empty = torch.zeros(0, dtype=torch.int64)
+        return load_state(cls(layout, empty, empty, empty, 0.0, 0.0), payload)
 
     def make(
         self, labels: Tensor, problem: Problem, widths: tuple[int, int, int], seed: int
@@ -186,7 +178,7 @@ def joined(inner: Payload | None, own: Payload | None) -> Payload | None:
     return dataclasses.replace(inner, exact=exact, numbers=own.numbers)
 
 
-def under(values: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+def under(values: Mapping[str, V], prefix: str) -> dict[str, V]:
     """Return the values whose names begin so, by the rest of their names."""
     return {name[len(prefix) :]: each for name, each in values.items() if name.startswith(prefix)}
 

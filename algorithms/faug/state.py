@@ -5,24 +5,20 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from fedmq.algorithms.base import Payload
-from fedmq.algorithms.distillation.reports import check_shape
+from fedmq.algorithms.base import OpaqueAccumulator, OpaqueState, Payload
 from fedmq.algorithms.errors import ResultError
 from fedmq.algorithms.faug.augmentation import Gan, under
 from fedmq.algorithms.problems.base import Problem
+from fedmq.algorithms.toolkit.states import expect_tensor
 from fedmq.codecs.text import shorten
 
 _LARGEST_PIXEL = 50.0
 """Of a normalised image: one beyond it would leave the others no contrast."""
 _THEN = "then."
-
-Seeds = Mapping[int, tuple[Tensor, Tensor]]
-"""By device: float32 [m, C, H, W] and their labels, int64 [m]."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +32,7 @@ class AugState:
     shape, classes: of an example, and L.
     """
 
-    then: Any
+    then: OpaqueState
     given: Tensor
     served: Tensor
     seeds: Mapping[int, tuple[Tensor, Tensor]]
@@ -52,7 +48,7 @@ class AugAccumulator:
     weight, total: of the results for the former, and of all.
     """
 
-    then: Any
+    then: OpaqueAccumulator
     seeds: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     served: set[int] = field(default_factory=set)
     weight: float = 0.0
@@ -72,8 +68,8 @@ def seeds_of(state: AugState, payload: Payload, most: int) -> tuple[Tensor, Tens
     if set(found) != {"features", "ids", "labels"}:
         raise ResultError(f"expected features, ids and labels, got {shorten(sorted(found))}")
     x, y = found["features"], found["labels"]
-    check_shape(y, torch.int64, (len(x),), "labels")
-    check_shape(x, torch.float32, (len(x), *state.shape), "features")
+    expect_tensor("labels", y, torch.int64, (len(x),))
+    expect_tensor("features", x, torch.float32, (len(x), *state.shape))
     if not len(y) or int(y.min()) < 0 or int(y.max()) >= state.classes:
         raise ResultError(f"expected seeds with labels from 0 to {state.classes - 1}")
     if int(y.bincount().max()) > most:
@@ -90,7 +86,7 @@ def check_empty(payload: Payload) -> None:
         raise ResultError(f"expected no tensors, got {shorten(sorted(found))}")
 
 
-def save_state(state: AugState, then: Payload) -> Payload:
+def save_aug_state(state: AugState, then: Payload) -> Payload:
     """Return a state for a checkpoint. then: what the algorithm that learns has saved."""
     devices = sorted(state.seeds)
     each = [state.seeds[device] for device in devices]
@@ -120,8 +116,12 @@ def inner_saved(saved: Payload) -> Payload:
     return Payload(weights, exact, under(saved.numbers, _THEN))
 
 
-def load_state(
-    first: AugState, then: Any, saved: Payload, problem: Problem, widths: tuple[int, int, int]
+def load_aug_state(
+    first: AugState,
+    then: OpaqueState,
+    saved: Payload,
+    problem: Problem,
+    widths: tuple[int, int, int],
 ) -> AugState:
     """Return a saved state. first: that of version 0; then: of the algorithm that learns.
 
@@ -134,12 +134,12 @@ def load_state(
         raise ResultError(f"expected a tensor {absent[0]!r}, it is missing")
     given, served, of, sizes, x, y = (exact[name] for name in names)
     devices = len(first.given)
-    check_shape(given, torch.int64, (devices,), "given")
-    check_shape(served, torch.int64, (devices,), "served")
-    check_shape(of, torch.int64, (sizes.numel(),), "seeds.of")
-    check_shape(sizes, torch.int64, (sizes.numel(),), "seeds.sizes")
-    check_shape(y, torch.int64, (y.numel(),), "seeds.y")
-    check_shape(x, torch.float32, (y.numel(), *first.shape), "seeds.x")
+    expect_tensor("given", given, torch.int64, (devices,))
+    expect_tensor("served", served, torch.int64, (devices,))
+    expect_tensor("seeds.of", of, torch.int64, (sizes.numel(),))
+    expect_tensor("seeds.sizes", sizes, torch.int64, (sizes.numel(),))
+    expect_tensor("seeds.y", y, torch.int64, (y.numel(),))
+    expect_tensor("seeds.x", x, torch.float32, (y.numel(), *first.shape))
     lengths = sizes.tolist()
     if sum(lengths) != len(y) or any(length < 0 for length in lengths):
         raise ResultError(f"expected sizes of {len(y)} seeds, got {shorten(lengths)}")

@@ -13,7 +13,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from fedmq.algorithms.base import Algorithm, Client, Payload, Result, Task
+from fedmq.algorithms.base import Algorithm, Client, Payload, Result, Task, TrainResult
 from fedmq.algorithms.errors import ProblemError, ResultError
 from fedmq.algorithms.fedgkt.feature_store import FeatureStore, MemoryLimit, Upload
 from fedmq.algorithms.fedgkt.mutual_training import Batch, NetworkState, Objective, Optimizer, fit
@@ -24,12 +24,13 @@ from fedmq.algorithms.fedgkt.networks import (
     through_edge,
     through_server,
 )
-from fedmq.algorithms.fedgkt.uploads import TEST, Expected, check
+from fedmq.algorithms.fedgkt.uploads import TEST, Expected
 from fedmq.algorithms.problems.base import Examples, Problem
 from fedmq.algorithms.problems.resnets import EDGES, SERVERS, Shape, feature_shape, initialised
 from fedmq.algorithms.rng import derive_rng, derive_seed
 from fedmq.algorithms.toolkit.flat_model import FlatModel
 from fedmq.algorithms.toolkit.layout import Layout
+from fedmq.algorithms.toolkit.states import expect_count, expect_tensor, load_state, save_state
 from fedmq.codecs.text import shorten
 
 
@@ -62,7 +63,7 @@ class GktAccumulator:
 
 
 @dataclass(frozen=True)
-class FedGKT(Algorithm):
+class FedGKT(Algorithm[GktState, GktAccumulator]):
     """Small networks at the edge and a large one at the server teach each other.
 
     Each client trains an extractor f_e and a classifier f_c, and sends H = f_e(x), f_c(H) and
@@ -161,7 +162,7 @@ class FedGKT(Algorithm):
         return Payload(logits={"logits": answer, "ids": state.store.uploads[client].ids})
 
     @property
-    def evaluated_by(self) -> Literal["model", "clients"]:
+    def evaluated_by(self) -> Literal["model", "clients"]:  # type: ignore[override] # follows from a field
         """By clients, unless they give their test data's feature maps away."""
         return "model" if self.test_features else "clients"
 
@@ -188,24 +189,26 @@ class FedGKT(Algorithm):
 
     def accumulate(
         self,
-        gathered: GktAccumulator,
+        accumulator: GktAccumulator,
         state: GktState,
         result: Result,
         weight: float,
     ) -> GktAccumulator:
         """Hold a client's upload in place of its last one."""
-        upload = self._expected(state).upload(result.payload, state.store.limit)
-        gathered.fresh[result.client] = upload
-        return gathered
+        upload = self._expected(state).upload(
+            result.payload, result.num_examples, state.store.limit
+        )
+        accumulator.fresh[result.client] = upload
+        return accumulator
 
-    def commit(self, state: GktState, gathered: GktAccumulator, divisor: float) -> GktState:
+    def commit(self, state: GktState, accumulator: GktAccumulator, divisor: float) -> GktState:
         """Train f_s on CE + alpha T^2 KL(p_c || p_s), then answer.
 
         The server's logits are those of f_s after its training, in eval mode: of the clients
         that have sent something for this version, or with effort ``held`` of all.
         """
-        store = state.store.updated(gathered.fresh)
-        renewed = store.uploads if self.effort == "held" else gathered.fresh
+        store = state.store.updated(accumulator.fresh)
+        renewed = store.uploads if self.effort == "held" else accumulator.fresh
         model = self._server(state.features, state.classes)
         samples = self.server_epochs * sum(len(each) for each in renewed.values())
         alpha = self.alpha if self.distil_server else 0.0
@@ -226,7 +229,7 @@ class FedGKT(Algorithm):
 
     def save(self, state: GktState) -> Payload:
         """Return the server network, its optimizer's moments, what is held, and the answers."""
-        exact = {f"server.{name}": each for name, each in state.server.save().items()}
+        exact = {f"server.{name}": each for name, each in save_state(state.server).exact.items()}
         exact |= {f"store.{name}": each for name, each in state.store.save().items()}
         exact |= {f"answers.{client}": each for client, each in state.answers.items()}
         return Payload(exact=exact, numbers={"version": state.version})
@@ -240,9 +243,7 @@ class FedGKT(Algorithm):
             if part not in parts:
                 raise ResultError(f"expected no tensor {shorten(name)}")
             parts[part][rest] = tensor
-        version = saved.numbers.get("version")
-        if type(version) is not int or version < 0:
-            raise ResultError(f"expected version, at least 0, got {shorten(version)}")
+        version = expect_count("version", saved.numbers)
         store = FeatureStore.load(parts["store"], first.store.limit)
         self._expected(first).check_store(store, problem.clients)
         answers = {}
@@ -251,9 +252,9 @@ class FedGKT(Algorithm):
             if client not in store.uploads:
                 raise ResultError(f"expected an answer to a client, got {shorten(name)}")
             shape = (len(store.uploads[client]), first.classes)
-            check("answers", tensor, torch.float32, shape)
+            expect_tensor("answers", tensor, torch.float32, shape)
             answers[client] = tensor.clone()
-        server = self._optimizer(at_server=True).load(first.layout, parts["server"])
+        server = load_state(first.server, Payload(exact=parts["server"]))
         return dataclasses.replace(
             first, server=server, store=store, answers=answers, version=version
         )
@@ -272,7 +273,7 @@ class FedGKT(Algorithm):
 
     # ---- at the client
 
-    def train(self, task: Task, client: Client) -> tuple[Payload, Payload]:
+    def train(self, task: Task, client: Client) -> TrainResult:
         """Train f_e and f_c on CE + alpha T^2 KL(p_s || p_c), then send H, z_c and y.
 
         H and z_c are of the very images that were trained on, in eval mode. KL is left out for
@@ -302,13 +303,12 @@ class FedGKT(Algorithm):
             test = self._test_data(client)
             test_features, test_logits = through_edge(model, test)
             exact = dict(zip(TEST, (test_features, test.y, test_logits), strict=True))
-        result = Payload(
+        payload = Payload(
             exact=exact,
-            numbers={"n": n},
             features={"features": features, "ids": ids, "labels": data.y},
             logits={"logits": logits, "ids": ids},
         )
-        return result, Payload(exact=trained.save())
+        return TrainResult(payload, n, save_state(trained))
 
     def evaluate_client(self, task: Task, client: Client) -> Mapping[str, float]:
         """Return the metrics of f_s(f_e(x)), and as ``edge_*`` those of f_c(f_e(x))."""
@@ -320,7 +320,7 @@ class FedGKT(Algorithm):
 
     def personalise(self, state: GktState, version: int, client: Client) -> Mapping[str, float]:
         """Return a new client's metrics after one task of training its edge, without answers."""
-        _, local = self.train(Task(version, Payload()), client)
+        local = self.train(Task(version, Payload()), client).local_state
         kept = dataclasses.replace(client, local=local)
         payload = Payload(exact=self.tensors(state))
         return self.evaluate_client(Task(version, payload), kept)
@@ -356,9 +356,8 @@ class FedGKT(Algorithm):
         """Return a client's f_e and f_c, and what to load into them."""
         problem, optimizer = client.problem, self._optimizer(at_server=False)
         model = self._edge(problem.shape, problem.classes, client.device)
-        if client.local is None:
-            return model, optimizer.first(model)
-        return model, optimizer.load(model.layout, client.local.exact)
+        first = optimizer.first(model)
+        return model, first if client.local is None else load_state(first, client.local)
 
     def _server(self, features: Shape, classes: int, device: str = "") -> FlatModel:
         """Return f_s with its first values."""

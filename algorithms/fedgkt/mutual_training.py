@@ -6,8 +6,8 @@ the server's logits, the server from the edges'.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 import torch
@@ -15,9 +15,8 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from fedmq.algorithms.errors import ResultError
 from fedmq.algorithms.toolkit.flat_model import FlatModel
-from fedmq.algorithms.toolkit.layout import Layout
+from fedmq.algorithms.toolkit.states import saved
 
 _BETA1, _BETA2, _EPSILON = 0.9, 0.999, 1e-8
 _MOST_STEPS = 10**15
@@ -42,23 +41,13 @@ class NetworkState:
 
     weights: float32 [dim], counters: int64, in the order of `toolkit.layout.Layout`.
     moments: float32 [rows, parameters]: Adam's m, v and largest v, or SGD's velocity.
-    steps: taken so far.
+    steps: int64 [1], taken so far.
     """
 
     weights: Tensor
     counters: Tensor
     moments: Tensor
-    steps: int = 0
-
-    def save(self) -> dict[str, Tensor]:
-        """Return everything by name."""
-        steps = torch.tensor([self.steps])
-        return {
-            "weights": self.weights,
-            "counters": self.counters,
-            "moments": self.moments,
-            "steps": steps,
-        }
+    steps: Tensor = field(metadata=saved(least=0, most=_MOST_STEPS))
 
 
 @dataclass(frozen=True)
@@ -82,35 +71,8 @@ class Optimizer:
     def first(self, model: FlatModel) -> NetworkState:
         """Return a model that has not been trained by this optimizer yet."""
         moments = torch.zeros(self.rows, model.layout.parameters)
-        return NetworkState(model.weights.cpu().clone(), model.read_counters(), moments)
-
-    def load(self, layout: Layout, saved: Mapping[str, Tensor]) -> NetworkState:
-        """Return what `Trained.save` was called on.
-
-        Raises:
-            ResultError: it is not of this network and optimizer.
-        """
-        counters = sum(slot.size for slot in layout.counters)
-        wanted = {
-            "weights": (torch.float32, (layout.dim,)),
-            "counters": (torch.int64, (counters,)),
-            "moments": (torch.float32, (self.rows, layout.parameters)),
-            "steps": (torch.int64, (1,)),
-        }
-        if set(saved) != set(wanted):
-            raise ResultError(f"expected tensors {', '.join(wanted)}, got {', '.join(saved)}")
-        for name, (dtype, shape) in wanted.items():
-            tensor = saved[name]
-            if tensor.dtype != dtype or tuple(tensor.shape) != shape:
-                raise ResultError(
-                    f"expected {name} as {dtype} {list(shape)}, "
-                    f"got {tensor.dtype} {list(tensor.shape)}"
-                )
-        steps = int(saved["steps"])
-        if not 0 <= steps < _MOST_STEPS:
-            raise ResultError(f"expected steps from 0 to {_MOST_STEPS - 1}, got {steps}")
-        copies = {name: saved[name].clone() for name in ("weights", "counters", "moments")}
-        return NetworkState(**copies, steps=steps)
+        weights, steps = model.weights.cpu().clone(), torch.zeros(1, dtype=torch.int64)
+        return NetworkState(weights, model.read_counters(), moments, steps)
 
     def step(self, weights: Tensor, gradient: Tensor, moments: Tensor, step: int) -> None:
         """Change weights and moments in place; ``step`` counts from 1. The gradient is used up."""
@@ -162,7 +124,7 @@ def fit(
     model.load(trained.weights, trained.counters)
     device = model.weights.device
     moments = trained.moments.to(device, copy=True)
-    steps = trained.steps
+    steps = int(trained.steps)
     model.module.train()
     for batch in batches:
         model.gradient.zero_()
@@ -176,4 +138,4 @@ def fit(
     model.end_task()
     model.module.eval()
     weights = model.weights.detach().to("cpu", copy=True)
-    return NetworkState(weights, model.read_counters(), moments.cpu(), steps)
+    return NetworkState(weights, model.read_counters(), moments.cpu(), torch.tensor([steps]))

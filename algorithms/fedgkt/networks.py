@@ -13,11 +13,12 @@ from torch import Tensor, nn
 
 from fedmq.algorithms.errors import ResultError
 from fedmq.algorithms.fedgkt.feature_store import Maps
-from fedmq.algorithms.fedgkt.uploads import check, check_names
+from fedmq.algorithms.fedgkt.uploads import check_names
 from fedmq.algorithms.problems.base import Examples, Problem
 from fedmq.algorithms.problems.resnets import Edge
 from fedmq.algorithms.toolkit.flat_model import FlatModel
 from fedmq.algorithms.toolkit.sgd import spans
+from fedmq.algorithms.toolkit.states import expect_tensor
 
 _BLOCK = 256
 """Samples at a time where nothing is trained."""
@@ -77,8 +78,8 @@ def teacher_of(logits: Mapping[str, Tensor], n: int, classes: int) -> Tensor | N
         return None
     check_names(logits, ("logits", "ids"))
     said, ids = logits["logits"], logits["ids"]
-    check("ids", ids, torch.int64, (len(ids),))
-    check("logits", said, torch.float32, (len(ids), classes))
+    expect_tensor("ids", ids, torch.int64, (len(ids),))
+    expect_tensor("logits", said, torch.float32, (len(ids), classes))
     if len(ids) and (int(ids.min()) < 0 or int(ids.max()) >= n):
         raise ResultError(f"expected logits of samples 0 to {n - 1}")
     teacher = torch.full((n, classes), math.nan)

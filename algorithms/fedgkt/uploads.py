@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fedmq.algorithms.base import Payload, examples_of
+from fedmq.algorithms.base import Payload
 from fedmq.algorithms.errors import Fault, ResultError
 from fedmq.algorithms.fedgkt.feature_store import (
     FeatureStore,
@@ -18,6 +18,7 @@ from fedmq.algorithms.fedgkt.feature_store import (
     Upload,
     UploadedTest,
 )
+from fedmq.algorithms.toolkit.states import expect_tensor
 from fedmq.codecs.text import shorten
 
 LARGEST = 65504.0
@@ -45,13 +46,12 @@ class Expected:
         sample = 4 * (math.prod(self.features) + self.classes) + 3 * 8
         return self.most * sample * (1 + self.tested)
 
-    def upload(self, payload: Payload, limit: MemoryLimit) -> Upload:
-        """Return a copy of what a client sent.
+    def upload(self, payload: Payload, n: int, limit: MemoryLimit) -> Upload:
+        """Return a copy of what a client sent of ``n`` samples.
 
         Raises:
             ResultError: it is not as expected.
         """
-        n = examples_of(payload.numbers)
         check_names(payload.features, ("features", "ids", "labels"))
         check_names(payload.logits, ("logits", "ids"))
         check_names(payload.exact, TEST if self.tested else ())
@@ -92,9 +92,9 @@ class Expected:
     def _check_samples(self, n: int, features: Tensor, labels: Tensor, logits: Tensor) -> None:
         if not 1 <= n <= self.most:
             raise ResultError(f"expected 1 to {self.most} samples, got {n}")
-        check("features", features, torch.float32, (n, *self.features))
-        check("labels", labels, torch.int64, (n,))
-        check("logits", logits, torch.float32, (n, self.classes))
+        expect_tensor("features", features, torch.float32, (n, *self.features))
+        expect_tensor("labels", labels, torch.int64, (n,))
+        expect_tensor("logits", logits, torch.float32, (n, self.classes))
         low, high = torch.aminmax(labels)
         if int(low) < 0 or int(high) >= self.classes:
             raise ResultError(f"expected labels from 0 to {self.classes - 1}")
@@ -105,7 +105,7 @@ class Expected:
                 raise ResultError(f"expected {name} from -{LARGEST:g} to {LARGEST:g}")
 
     def _check_ids(self, n: int, ids: Tensor) -> None:
-        check("ids", ids, torch.int64, (n,))
+        expect_tensor("ids", ids, torch.int64, (n,))
         # Ascending: none stands twice.
         if int(ids[0]) < 0 or int(ids[-1]) >= self.most or bool((ids.diff() <= 0).any()):
             raise ResultError(f"expected ascending ids from 0 to {self.most - 1}")
@@ -120,16 +120,3 @@ def check_names(tensors: Mapping[str, Tensor], names: tuple[str, ...]) -> None:
     if set(tensors) != set(names):
         wanted, there = ", ".join(names) or "no tensors", ", ".join(map(shorten, tensors))
         raise ResultError(f"expected {wanted}, got {there or 'none'}", Fault.WRONG_SHAPE)
-
-
-def check(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
-    """Refuse a tensor of another dtype or shape.
-
-    Raises:
-        ResultError: the sentence has both.
-    """
-    if tensor.dtype != dtype or tuple(tensor.shape) != shape:
-        raise ResultError(
-            f"expected {name} as {dtype} {list(shape)}, got {tensor.dtype} {list(tensor.shape)}",
-            Fault.WRONG_SHAPE,
-        )

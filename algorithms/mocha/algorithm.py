@@ -7,21 +7,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal
+from dataclasses import dataclass, field
+from typing import Annotated, ClassVar, Literal
 
 import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from fedmq.algorithms.base import Algorithm, Client, Payload, Result, Task, examples_of
-from fedmq.algorithms.errors import AlgorithmError, Fault, ProblemError, ResultError
+from fedmq.algorithms.base import Algorithm, Client, Payload, Result, Task, TrainResult
+from fedmq.algorithms.errors import AlgorithmError, ProblemError, ResultError
 from fedmq.algorithms.mocha import dual
 from fedmq.algorithms.mocha.dual import Array
 from fedmq.algorithms.problems.base import Examples, Problem
 from fedmq.algorithms.rng import derive_rng
 from fedmq.algorithms.toolkit.layout import Layout
+from fedmq.algorithms.toolkit.states import DERIVED, expect_float, expect_tensor, saved
 from fedmq.codecs.text import shorten
 
 _LARGEST = 1e12
@@ -42,11 +43,11 @@ class MochaState:
     version: how many were committed before.
     """
 
-    b: Array
-    duals: Array
-    sigma: Array
-    weights: Array
-    safe: float
+    b: Array = field(metadata=saved(most=_LARGEST))
+    duals: Array = field(metadata=saved(most=_LARGEST))
+    sigma: Array = field(metadata=saved(most=_LARGEST))
+    weights: Array = field(metadata=DERIVED)
+    safe: float = field(metadata=DERIVED)
     version: int
 
 
@@ -55,7 +56,7 @@ MochaAccumulator = dict[int, tuple[Array, float]]
 
 
 @dataclass(frozen=True)
-class Mocha(Algorithm):
+class Mocha(Algorithm[MochaState, MochaAccumulator]):
     """Algorithm 1, for linear models, one task a client; the server learns how tasks relate.
 
     It minimises sum_t (1/n_t) sum_i l(w_t^T x_ti, y_ti) + (lambda/2) tr(W Omega W^T), by
@@ -82,6 +83,7 @@ class Mocha(Algorithm):
     schedules: ClassVar[frozenset[str]] = frozenset({"rounds", "buffered", "stream"})
     task_per_client: ClassVar[bool] = True
     fixed_reply: ClassVar[Literal["update"]] = "update"
+    evaluated_by: ClassVar[Literal["model", "clients"]] = "clients"
 
     loss: Literal["hinge", "squared"] = "hinge"
     lam: Annotated[float, Field(gt=0)] = 1e-3
@@ -95,6 +97,7 @@ class Mocha(Algorithm):
     personal_epochs: Annotated[int, Field(ge=1)] = 20
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.epochs_low > self.epochs_high:
             raise AlgorithmError(
                 f"expected epochs_low of at most epochs_high, got {self.epochs_low} "
@@ -127,11 +130,6 @@ class Mocha(Algorithm):
         anchor = state.weights[client] - curvature * state.b[client]
         return Payload(exact={"v": torch.from_numpy(anchor)}, numbers={"curvature": curvature})
 
-    @property
-    def evaluated_by(self) -> Literal["clients"]:
-        """Return that each client is evaluated with its own w_t."""
-        return "clients"
-
     def evaluation_task(self, state: MochaState, client: int = 0) -> Payload:
         """Return w_t; to a client that is not of the m, the mean of all."""
         known = client < len(state.weights)
@@ -148,7 +146,7 @@ class Mocha(Algorithm):
 
     def accumulate(
         self,
-        gathered: MochaAccumulator,
+        accumulator: MochaAccumulator,
         state: MochaState,
         result: Result,
         weight: float,
@@ -158,9 +156,8 @@ class Mocha(Algorithm):
         The sum over clients of what `_gain` says is at most what their steps add to the dual
         objective together; each is at least zero if the client's task was of this version.
         """
-        examples_of(result.payload.numbers)
         b = _vector(result.payload.exact, "b", state.b.shape[1])
-        dual_value = _number(result.payload.numbers, "dual")
+        dual_value = expect_float("dual", result.payload.numbers, _LARGEST)
         if self.loss == "hinge" and not 0 <= dual_value <= 1 + _ROUNDING:
             raise ResultError(f"expected dual, a mean of y alpha, from 0 to 1, got {dual_value:g}")
         gain, scale = self._gain(state, result.client, b, dual_value)
@@ -169,8 +166,8 @@ class Mocha(Algorithm):
                 f"expected a result that raises the dual objective, this lowers it by {-gain:.3g}; "
                 "one of an older version may"
             )
-        gathered[result.client] = b, dual_value
-        return gathered
+        accumulator[result.client] = b, dual_value
+        return accumulator
 
     def _gain(
         self, state: MochaState, client: int, b: Array, dual_value: float
@@ -186,14 +183,16 @@ class Mocha(Algorithm):
         )
         return math.fsum(terms), sum(map(abs, terms))
 
-    def commit(self, state: MochaState, gathered: MochaAccumulator, divisor: float) -> MochaState:
+    def commit(
+        self, state: MochaState, accumulator: MochaAccumulator, divisor: float
+    ) -> MochaState:
         """w_t += (1/lambda) sum_t' Sigma_tt' db_t'; after H versions Sigma follows W.
 
         W is made anew from b: when Sigma has changed, W and the clients' alpha still belong
         together, and no client has to hear of it.
         """
         b, duals = state.b.copy(), state.duals.copy()
-        for client, (vector, dual_value) in gathered.items():
+        for client, (vector, dual_value) in accumulator.items():
             b[client], duals[client] = vector, dual_value
         version = state.version + 1
         new = self._state(b, duals, state.sigma, version)
@@ -206,23 +205,12 @@ class Mocha(Algorithm):
         penalty = np.einsum("td,td->", state.b, state.weights) / 2
         return float(state.duals.sum() - penalty)
 
-    def save(self, state: MochaState) -> Payload:
-        """Return b, the dual values, Sigma and the version; the rest follows."""
-        arrays = {"b": state.b, "duals": state.duals, "sigma": state.sigma}
-        exact = {name: torch.from_numpy(each.copy()) for name, each in arrays.items()}
-        return Payload(exact=exact, numbers={"version": state.version})
-
     def load(self, problem: Problem, saved: Payload) -> MochaState:
-        """Return the state that was saved."""
-        m, d = problem.clients, features(problem)
-        shapes = {"b": (m, d), "duals": (m,), "sigma": (m, m)}
-        b, duals, sigma = (_array(saved.exact, name, shape) for name, shape in shapes.items())
-        if not (np.array_equal(sigma, sigma.T) and (np.diag(sigma) > 0).all()):
+        """Return the state that was saved; the weights and sigma' follow from it."""
+        found = super().load(problem, saved)
+        if not (np.array_equal(found.sigma, found.sigma.T) and (np.diag(found.sigma) > 0).all()):
             raise ResultError("expected sigma to be symmetric, its diagonal above 0")
-        version = saved.numbers.get("version")
-        if type(version) is not int or version < 0:
-            raise ResultError(f"expected version of at least 0, got {shorten(version)}")
-        return self._state(b, duals, sigma, version)
+        return self._state(found.b, found.duals, found.sigma, found.version)
 
     def tensors(self, state: MochaState) -> Mapping[str, Tensor]:
         """Return W, and what it is made of."""
@@ -231,7 +219,7 @@ class Mocha(Algorithm):
 
     # ---- at the client
 
-    def train(self, task: Task, client: Client) -> tuple[Payload, Payload]:
+    def train(self, task: Task, client: Client) -> TrainResult:
         """Coordinate ascent from the client's alpha, as far as this round's budget goes.
 
         The result is all of b_t, not its change: one that is lost or refused is made up for
@@ -240,18 +228,16 @@ class Mocha(Algorithm):
         loss, (x, y) = dual.LOSSES[self.loss], self._examples(client.data)
         alpha = _alpha(client, len(y))
         anchor = _vector(task.payload.exact, "v", x.shape[1])
-        curvature = _number(task.payload.numbers, "curvature")
+        curvature = expect_float("curvature", task.payload.numbers, _LARGEST)
         rng = derive_rng(client.seed, "mocha")
         steps = self.budget(len(y), rng)
         alpha = dual.ascend(loss, x, y, alpha, anchor, curvature, steps, rng)
         dual_value = float(np.mean(loss.dual(alpha, y)))
-        return (
-            Payload(
-                exact={"b": torch.from_numpy(dual.combine(x, alpha))},
-                numbers={"n": len(y), "dual": dual_value, "steps": steps},
-            ),
-            Payload(exact={"alpha": torch.from_numpy(alpha)}),
+        payload = Payload(
+            exact={"b": torch.from_numpy(dual.combine(x, alpha))},
+            numbers={"dual": dual_value, "steps": steps},
         )
+        return TrainResult(payload, len(y), Payload(exact={"alpha": torch.from_numpy(alpha)}))
 
     def budget(self, n: int, rng: np.random.Generator) -> int:
         """Return how many of its n coordinates a client turns to now; 0 if it is dropped."""
@@ -334,12 +320,7 @@ def _array(tensors: Mapping[str, Tensor], name: str, shape: tuple[int, ...]) -> 
     Raises:
         ResultError: it is not there, or not finite float64 of this shape.
     """
-    tensor = tensors.get(name)
-    if tensor is None or tensor.dtype != torch.float64 or tuple(tensor.shape) != shape:
-        found = "none" if tensor is None else f"{tensor.dtype} {list(tensor.shape)}"
-        text = f"expected {name} as float64 {list(shape)}, got {found}"
-        raise ResultError(text, Fault.WRONG_SHAPE)
-    array: Array = tensor.numpy().copy()
+    array: Array = expect_tensor(name, tensors.get(name), torch.float64, shape).numpy().copy()
     if not (np.abs(array) <= _LARGEST).all():
         raise ResultError(f"expected {name} to be finite, up to {_LARGEST:g}")
     return array
@@ -350,10 +331,3 @@ def _vector(tensors: Mapping[str, Tensor], name: str, size: int) -> Array:
     if extra:
         raise ResultError(f"expected no tensor {shorten(extra[0])}")
     return _array(tensors, name, (size,))
-
-
-def _number(numbers: Mapping[str, Any], key: str) -> float:
-    value = numbers.get(key)
-    if type(value) is not float or not abs(value) <= _LARGEST:
-        raise ResultError(f"expected {key} as a finite number, got {shorten(value)}")
-    return value

@@ -12,7 +12,7 @@ from typing import Annotated, ClassVar, Literal
 import torch
 from pydantic import Field
 
-from fedmq.algorithms.base import Client, Payload, Result, Task
+from fedmq.algorithms.base import Client, Payload, Result, Task, TrainResult
 from fedmq.algorithms.errors import ResultError
 from fedmq.algorithms.fedavg import Accumulator, FedAvg, ModelState
 from fedmq.algorithms.problems.base import Problem
@@ -33,14 +33,10 @@ class FedAvgFT(FedAvg):
     """
 
     name: ClassVar[str] = "fedavg-ft"
+    evaluated_by: ClassVar[Literal["model", "clients"]] = "clients"
 
     finetune_epochs: Annotated[int, Field(ge=0)] = 10
     head: Annotated[int, Field(ge=1)] | None = None
-
-    @property
-    def evaluated_by(self) -> Literal["model", "clients"]:
-        """By clients, after fine-tuning."""
-        return "clients"
 
     def start(self, problem: Problem) -> ModelState:
         """w_0.
@@ -113,7 +109,7 @@ class LocalOnly(FedAvgFT):
 
     def accumulate(
         self,
-        gathered: Accumulator,
+        accumulator: Accumulator,
         state: ModelState,
         result: Result,
         weight: float,
@@ -121,20 +117,20 @@ class LocalOnly(FedAvgFT):
         """Take note of a result, in which there is nothing."""
         if result.payload.weights or result.payload.exact:
             raise ResultError("expected a result without tensors")
-        return gathered
+        return accumulator
 
-    def commit(self, state: ModelState, gathered: Accumulator, divisor: float) -> ModelState:
+    def commit(self, state: ModelState, accumulator: Accumulator, divisor: float) -> ModelState:
         """Return the state as it was."""
         return state
 
-    def train(self, task: Task, client: Client) -> tuple[Payload, Payload]:
+    def train(self, task: Task, client: Client) -> TrainResult:
         """E epochs of SGD from the model that the client kept, which it keeps."""
         model = own_model(client)
         self.alone(model, client)
         layout = model.layout
         kept = layout.views(model.weights.cpu()) | layout.counter_views(model.read_counters())
-        numbers = {"n": len(client.data), "reply": task.reply}
-        return Payload(numbers=numbers), Payload(exact=kept)
+        payload = Payload(numbers={"reply": task.reply})
+        return TrainResult(payload, len(client.data), Payload(exact=kept))
 
     def evaluate_client(self, task: Task, client: Client) -> Mapping[str, float]:
         """Return the metrics of the client's own model, trained further, on its test data."""

@@ -13,7 +13,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from fedmq.algorithms.base import Client, Payload, Task
+from fedmq.algorithms.base import Client, Task, TrainResult
 from fedmq.algorithms.fedavg import FedAvg
 from fedmq.algorithms.problems.base import Examples
 from fedmq.algorithms.rng import derive_rng
@@ -52,6 +52,7 @@ class PerFedAvg(FedAvg):
     """
 
     name: ClassVar[str] = "perfedavg"
+    evaluated_by: ClassVar[Literal["model", "clients"]] = "clients"
 
     lr: Annotated[float, Field(gt=0)] = 0.001
     epochs: Annotated[int, Field(ge=1, le=1)] = 1
@@ -65,14 +66,9 @@ class PerFedAvg(FedAvg):
     adapt_steps: Annotated[int, Field(ge=1)] = 1
     adapt_examples: Annotated[int, Field(ge=1)] | None = None
 
-    @property
-    def evaluated_by(self) -> Literal["model", "clients"]:
-        """Return that each client adapts before it is tested."""
-        return "clients"
-
     # ---- at the client
 
-    def train(self, task: Task, client: Client) -> tuple[Payload, None]:
+    def train(self, task: Task, client: Client) -> TrainResult:
         """Take tau steps from w_t."""
         model, start = load_model(task, client.problem, client.device)
         layout = model.layout
@@ -86,8 +82,8 @@ class PerFedAvg(FedAvg):
                 project(client, layout, direction)
                 model.trained.add_(direction, alpha=-self.lr)
         model.end_task()
-        n = self.steps * _size(data, self.batch_size)
-        return learned(model, start, {"n": n, "reply": task.reply}, task.reply), None
+        payload = learned(model, start, {"reply": task.reply}, task.reply)
+        return TrainResult(payload, self.steps * _size(data, self.batch_size))
 
     def _direction(
         self, model: FlatModel, data: Examples, rng: np.random.Generator, client: Client

@@ -5,19 +5,18 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field
 
-from fedmq.algorithms.base import Client, Payload, Task
+from fedmq.algorithms.base import Client, Payload, Task, TrainResult
 from fedmq.algorithms.fedavg import FedAvg, ModelState
 from fedmq.algorithms.problems.base import Examples, Problem
 from fedmq.algorithms.toolkit.dry_step import dry_step
-from fedmq.algorithms.toolkit.layout import Layout
 from fedmq.algorithms.toolkit.results import result_payload
 from fedmq.algorithms.toolkit.sgd import cuda_devices
-from fedmq.algorithms.toolkit.split_model import Split, cut, local_metrics, scratch_split
+from fedmq.algorithms.toolkit.split_model import Split, local_metrics, scratch_split
 
 
 @dataclass(frozen=True)
@@ -28,12 +27,9 @@ class SharedBody(FedAvg):
     Other fields are FedAvg's.
     """
 
-    head: Annotated[int, Field(ge=1)] = 1
+    evaluated_by: ClassVar[Literal["model", "clients"]] = "clients"
 
-    @property
-    def evaluated_by(self) -> Literal["model", "clients"]:
-        """By clients: there is no model without a client's head."""
-        return "clients"
+    head: Annotated[int, Field(ge=1)] = 1
 
     # ---- at the aggregator
 
@@ -47,18 +43,13 @@ class SharedBody(FedAvg):
         body = model.body_vectors()
         return ModelState(model.shared, body.weights, body.counters)
 
-    def load(self, problem: Problem, saved: Payload) -> ModelState:
-        """Return the state of a saved phi_t."""
-        layout = Layout.of(cut(problem.model(), self.head)[0])
-        return ModelState(layout, *layout.read(saved))
-
     # ---- at the client
 
     def try_model(self, problem: Problem, data: Examples, device: str) -> None:
         """Try the problem's model, body and head."""
         dry_step(lambda: Split(problem, self.head, device).whole, problem, data, device)
 
-    def train(self, task: Task, client: Client) -> tuple[Payload, Payload]:
+    def train(self, task: Task, client: Client) -> TrainResult:
         """Return the change of the body (or the body), and the client's head."""
         model = scratch_split(client.problem, self.head, client.device)
         came = model.load(task.payload, client.local)
@@ -66,9 +57,9 @@ class SharedBody(FedAvg):
         with torch.random.fork_rng(devices=cuda_devices(client.device)):
             torch.manual_seed(client.seed)
             self.learn(model, data, client)
-        numbers: dict[str, int | str] = {"n": len(data), "reply": task.reply}
-        result = result_payload(model.shared, came, model.body_vectors(), numbers, task.reply)
-        return result, Payload(exact=model.kept_tensors())
+        numbers = {"reply": task.reply}
+        payload = result_payload(model.shared, came, model.body_vectors(), numbers, task.reply)
+        return TrainResult(payload, len(data), Payload(exact=model.kept_tensors()))
 
     @abstractmethod
     def learn(self, model: Split, data: Examples, client: Client) -> None:

@@ -15,11 +15,11 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from fedmq.algorithms.base import Algorithm, Client, Payload, Reply, Result, Task
+from fedmq.algorithms.base import Algorithm, Client, Payload, Reply, Result, Task, TrainResult
 from fedmq.algorithms.errors import Fault, ResultError
 from fedmq.algorithms.pfedhn.hypernetwork import HyperNet, largest_magnitude
 from fedmq.algorithms.pfedhn.model_parts import ModelPartition
-from fedmq.algorithms.pfedhn.state import HyperAccumulator, HyperState, load_state, save_state
+from fedmq.algorithms.pfedhn.state import HyperAccumulator, HyperState
 from fedmq.algorithms.problems.base import Examples, Problem
 from fedmq.algorithms.rng import derive_rng, derive_seed
 from fedmq.algorithms.toolkit.dry_step import dry_step
@@ -40,7 +40,7 @@ _MOMENTUM = "momentum."
 
 
 @dataclass(frozen=True)
-class PFedHN(Algorithm):
+class PFedHN(Algorithm[HyperState, HyperAccumulator]):
     """Algorithm 1, and with ``personal_classifier`` pFedHN-PC.
 
     lr, momentum, weight_decay: of the local SGD, whose momentum starts from zero at each task;
@@ -67,6 +67,7 @@ class PFedHN(Algorithm):
     schedules: ClassVar[frozenset[str]] = frozenset({"rounds", "buffered", "stream"})
     task_per_client: ClassVar[bool] = True
     fixed_reply: ClassVar[Reply | None] = "update"
+    evaluated_by: ClassVar[Literal["model", "clients"]] = "clients"
     server_hparams: ClassVar[frozenset[str]] = frozenset(
         {"server_lr", "server_momentum", "server_weight_decay", "server_clip"}
     )
@@ -119,11 +120,6 @@ class PFedHN(Algorithm):
         """theta_i = h(v_i; phi); phi itself never travels."""
         return state.model_of(state.embedding(client))
 
-    @property
-    def evaluated_by(self) -> Literal["model", "clients"]:
-        """By each client: there is no model for all."""
-        return "clients"
-
     def result_bytes(self, state: HyperState) -> int:
         """Return the size of theta and what goes with it: whatever that of phi."""
         return 4 * state.partition.sent.dim + state.counters.nbytes
@@ -133,7 +129,7 @@ class PFedHN(Algorithm):
         return HyperAccumulator.empty(state)
 
     def accumulate(
-        self, gathered: HyperAccumulator, state: HyperState, result: Result, weight: float
+        self, accumulator: HyperAccumulator, state: HyperState, result: Result, weight: float
     ) -> HyperAccumulator:
         """Add ``weight`` times (d theta_i / d (phi, v_i))^T dtheta_i, at the current phi and v_i.
 
@@ -153,30 +149,34 @@ class PFedHN(Algorithm):
         if weight * largest_magnitude(pulled, change) > _LARGEST:
             top = change.abs().max().item()
             raise ResultError(f"the result holds values as large as {top:g}", Fault.TOO_LARGE)
-        net.add(gathered.phi, pulled, delta, weight)
-        gathered.embeddings[who].add_(pulled.embedding, alpha=weight)
-        gathered.shared.add_(rest, alpha=weight)
+        net.add(accumulator.phi, pulled, delta, weight)
+        accumulator.embeddings[who].add_(pulled.embedding, alpha=weight)
+        accumulator.shared.add_(rest, alpha=weight)
         if arrived.counters is not None:
             fresh = not result.staleness
-            merge_counters(gathered.counters, state.counters, arrived.counters, fresh=fresh)
-        gathered.present[who] = True
-        return gathered
+            merge_counters(accumulator.counters, state.counters, arrived.counters, fresh=fresh)
+        accumulator.present[who] = True
+        return accumulator
 
-    def commit(self, state: HyperState, gathered: HyperAccumulator, divisor: float) -> HyperState:
+    def commit(
+        self, state: HyperState, accumulator: HyperAccumulator, divisor: float
+    ) -> HyperState:
         """One step of the server's SGD on phi and on the embeddings of those who sent.
 
         SGD descends, and dtheta = theta~ - theta is where theta should go: the gradient is
         the product with -dtheta, summed with the weights and divided by the divisor.
         """
-        rows = gathered.present
-        scale = -_within(self.server_clip * divisor, gathered.phi, gathered.embeddings) / divisor
+        rows = accumulator.present
+        scale = (
+            -_within(self.server_clip * divisor, accumulator.phi, accumulator.embeddings) / divisor
+        )
         lr = self._server_lr
         embeddings, velocity = state.embeddings.clone(), state.embedding_momentum.clone()
         embeddings[rows], velocity[rows] = self._descend(
-            embeddings[rows], gathered.embeddings[rows].mul_(scale), velocity[rows], lr
+            embeddings[rows], accumulator.embeddings[rows].mul_(scale), velocity[rows], lr
         )
         phi, phi_momentum = self._descend(
-            state.phi, gathered.phi.mul_(scale), state.phi_momentum, lr
+            state.phi, accumulator.phi.mul_(scale), state.phi_momentum, lr
         )
         return dataclasses.replace(
             state,
@@ -184,20 +184,10 @@ class PFedHN(Algorithm):
             embeddings=embeddings,
             phi_momentum=phi_momentum,
             embedding_momentum=velocity,
-            shared=moved(state.shared, gathered.shared.mul_(1 / divisor)),
-            counters=gathered.counters,
+            shared=moved(state.shared, accumulator.shared.mul_(1 / divisor)),
+            counters=accumulator.counters,
             used=state.used + rows,
         )
-
-    def save(self, state: HyperState) -> Payload:
-        """Return phi, the embeddings, the momentum of both, and what goes with them."""
-        return save_state(state)
-
-    def load(self, problem: Problem, saved: Payload) -> HyperState:
-        """Return the state that was saved."""
-        layout = Layout.of(problem.model())
-        division, net = self._shape(problem, layout)
-        return load_state(net, division, problem.clients, saved)
 
     def tensors(self, state: HyperState) -> Mapping[str, Tensor]:
         """Return phi and the embeddings by name, and what all clients' models share."""
@@ -235,23 +225,24 @@ class PFedHN(Algorithm):
         """Try the problem's model."""
         dry_step(lambda: FlatModel(problem.model(), device), problem, data, device)
 
-    def train(self, task: Task, client: Client) -> tuple[Payload, Payload | None]:
+    def train(self, task: Task, client: Client) -> TrainResult:
         """K steps of SGD from theta_i; dtheta_i = theta~_i - theta_i."""
         model, division, velocity = self._load(task, client)
         before = model.weights.clone()
         with torch.random.fork_rng(devices=cuda_devices(client.device)):
             torch.manual_seed(client.seed)
             self._sgd(model, division, velocity, client)
-        result = result_payload(
+        payload = result_payload(
             division.sent,
             Vectors(division.part(before), model.loaded_counters),
             Vectors(division.part(model.weights), model.read_counters()),
-            {"n": len(client.data)},
+            {},
         )
         if not self.personal_classifier:
-            return result, None
+            return TrainResult(payload, len(client.data))
         own, moving = division.kept(model.weights), division.kept(velocity)
-        return result, Payload(exact=own | {_MOMENTUM + name: moving[name] for name in moving})
+        local = Payload(exact=own | {_MOMENTUM + name: moving[name] for name in moving})
+        return TrainResult(payload, len(client.data), local)
 
     def evaluate_client(self, task: Task, client: Client) -> Mapping[str, float]:
         """Return the metrics of theta_i, as it is sent, on the client's test data."""
@@ -312,9 +303,9 @@ class PFedHN(Algorithm):
         for turn in range(self.new_rounds):
             seed = derive_seed(client.seed, "personalise", turn)
             task = Task(version, state.model_of(embedding))
-            result, local = self.train(task, dataclasses.replace(client, seed=seed))
-            client = dataclasses.replace(client, local=local)
-            delta = sent.flatten_trained(result.weights)
+            found = self.train(task, dataclasses.replace(client, seed=seed))
+            client = dataclasses.replace(client, local=found.local_state)
+            delta = sent.flatten_trained(found.payload.weights)
             gradient = -net.vjp(state.phi, embedding, delta).embedding
             gradient.mul_(_within(self.server_clip, gradient))
             embedding, velocity = self._descend(embedding, gradient, velocity, self.new_lr)

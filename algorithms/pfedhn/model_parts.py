@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from fedmq.algorithms.errors import ProblemError
@@ -78,14 +75,3 @@ class ModelPartition:
     def kept(self, weights: Tensor) -> dict[str, Tensor]:
         """Return copies of what a client keeps of its parameters, by name."""
         return self.own.views(weights[self.theta : self.whole.parameters].cpu().clone())
-
-
-def layout_of(
-    floats: Mapping[str, tuple[int, ...]], integers: Mapping[str, tuple[int, ...]]
-) -> Layout:
-    """Return the layout of tensors of these shapes."""
-    return Layout(_of_shapes(floats, torch.float32), _of_shapes(integers, torch.int64), 0)
-
-
-def _of_shapes(shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> tuple[Slot, ...]:
-    return end_to_end(Slot(name, each, 0, math.prod(each), dtype) for name, each in shapes.items())

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from fedmq.algorithms.base import Payload
-from fedmq.algorithms.errors import ResultError
 from fedmq.algorithms.pfedhn.hypernetwork import HyperNet
-from fedmq.algorithms.pfedhn.model_parts import ModelPartition, layout_of
+from fedmq.algorithms.pfedhn.model_parts import ModelPartition
 from fedmq.algorithms.toolkit.flat_model import zeros
-
-_FLOATS = ("phi", "embeddings", "phi_momentum", "embedding_momentum", "shared")
+from fedmq.algorithms.toolkit.states import saved
 
 
 @dataclass(frozen=True)
@@ -28,13 +26,13 @@ class HyperState:
 
     net: HyperNet
     partition: ModelPartition
-    phi: Tensor
-    embeddings: Tensor
-    phi_momentum: Tensor
-    embedding_momentum: Tensor
-    shared: Tensor
+    phi: Tensor = field(metadata=saved("weights"))
+    embeddings: Tensor = field(metadata=saved("weights"))
+    phi_momentum: Tensor = field(metadata=saved("weights"))
+    embedding_momentum: Tensor = field(metadata=saved("weights"))
+    shared: Tensor = field(metadata=saved("weights", finite=False))
     counters: Tensor
-    used: Tensor
+    used: Tensor = field(metadata=saved(least=0))
 
     def embedding(self, client: int) -> Tensor:
         """Return v_i; of a new client the mean of those that were trained, float32 [D_e]."""
@@ -75,32 +73,3 @@ class HyperAccumulator:
             state.counters.clone(),
             torch.zeros(len(state.used), dtype=torch.bool),
         )
-
-
-def save_state(state: HyperState) -> Payload:
-    """Return everything that is in a state."""
-    floats = {name: getattr(state, name) for name in _FLOATS}
-    return Payload(weights=floats, exact={"counters": state.counters, "used": state.used})
-
-
-def load_state(net: HyperNet, division: ModelPartition, clients: int, saved: Payload) -> HyperState:
-    """Return the state that was saved.
-
-    Raises:
-        ResultError: it is of another hypernetwork, model or number of clients, or damaged.
-    """
-    phi, rows = (net.layout.dim,), (clients, net.embedding)
-    shapes = (phi, rows, phi, rows, (division.shared.dim,))
-    counts = sum(slot.size for slot in division.sent.counters)
-    wanted = layout_of(
-        dict(zip(_FLOATS, shapes, strict=True)), {"counters": (counts,), "used": (clients,)}
-    )
-    weights = wanted.flatten(saved.weights)
-    integers = wanted.counter_views(wanted.flatten_counters(saved.exact))
-    views = wanted.views(weights)
-    # What is shared may be a constant of any value.
-    if not all(views[name].isfinite().all() for name in _FLOATS if name != "shared"):
-        raise ResultError("the state holds NaN or infinite values")
-    if (integers["used"] < 0).any():
-        raise ResultError("the state holds negative counts of results")
-    return HyperState(net, division, **views, **integers)

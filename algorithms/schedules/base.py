@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar
 
 from pydantic import ConfigDict, Field
 
-from fedmq.algorithms.base import Reply
+from fedmq.algorithms.hyperparameters import check_hyperparameters, refuse_old_names
 from fedmq.algorithms.schedules import staleness as functions
 from fedmq.algorithms.schedules.staleness import StalenessSpec
+from fedmq.algorithms.tasks import Reply
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,12 @@ class ScheduleView:
 
 @dataclass(frozen=True)
 class Schedule(ABC):
-    """A frozen dataclass whose fields are the schedule's settings; it keeps no state."""
+    """A frozen dataclass whose fields are the schedule's settings; it keeps no state.
+
+    Raises:
+        AlgorithmError: at construction, if a field does not fit its type; or, when a subclass is
+            made, if it uses a name of version 0.2.
+    """
 
     name: ClassVar[str]
     reply: ClassVar[Reply] = "update"
@@ -55,6 +61,13 @@ class Schedule(ABC):
     others, the results of a recorded run still mean something."""
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        refuse_old_names(cls, {"wants": "num_to_start", "closes": "is_ready"})
+
+    def __post_init__(self) -> None:
+        check_hyperparameters(self)
 
     def deadline(self) -> float | None:
         """Return how long after a version's start `View.deadline_passed` turns true, in seconds."""
@@ -108,9 +121,6 @@ class Asynchronous(Schedule):
     concurrency: Annotated[int, Field(ge=1)] = 8
     staleness: StalenessSpec = "constant"
     max_staleness: Annotated[int, Field(ge=0)] | None = None
-
-    def __post_init__(self) -> None:
-        functions.staleness(self.staleness)
 
     def at_once(self, clients: int) -> int:
         """As many as are kept out."""

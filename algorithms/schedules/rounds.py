@@ -51,9 +51,6 @@ class Rounds(Schedule):
     late: Literal["use", "discount", "refuse"] = "discount"
     staleness: functions.StalenessSpec = "polynomial(0.5)"
 
-    def __post_init__(self) -> None:
-        functions.staleness(self.staleness)
-
     def deadline(self) -> float | None:
         """Return the deadline of a round, in seconds."""
         return self.deadline_s

@@ -7,9 +7,9 @@ from typing import Annotated, ClassVar
 
 from pydantic import Field
 
-from fedmq.algorithms.base import Reply
 from fedmq.algorithms.schedules.base import Asynchronous, ScheduleView
 from fedmq.algorithms.schedules.staleness import StalenessSpec
+from fedmq.algorithms.tasks import Reply
 
 
 @dataclass(frozen=True)

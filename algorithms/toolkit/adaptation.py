@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping
 
 import torch
 
-from fedmq.algorithms.base import Client, Task
 from fedmq.algorithms.problems.base import Examples
+from fedmq.algorithms.tasks import Client, Task
 from fedmq.algorithms.toolkit.flat_model import FlatModel
 from fedmq.algorithms.toolkit.sgd import cuda_devices, load_model, metrics_on
 

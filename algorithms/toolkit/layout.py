@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from fedmq.algorithms.base import Payload
 from fedmq.algorithms.errors import Fault, ProblemError, ResultError
+from fedmq.algorithms.tasks import Payload
 from fedmq.algorithms.toolkit.shared_memory import refuse_shared_memory, refuse_views
 from fedmq.algorithms.values import is_utf8
 from fedmq.codecs.formats.flat import as_flat

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fedmq.algorithms.base import Payload, Reply
 from fedmq.algorithms.errors import Fault, ProblemError, ResultError
+from fedmq.algorithms.tasks import Payload, Reply
 from fedmq.algorithms.toolkit.layout import EXACT, Layout, Slot, check_tensor, named_once, same_bits
 from fedmq.codecs.formats.streamed import Streamed
 from fedmq.codecs.text import shorten

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
 import msgspec
 from torch import Tensor
 
-from fedmq.algorithms.base import Payload
+from fedmq.algorithms.tasks import Payload, TrainResult
 from fedmq.algorithms.values import ReturnedError, is_utf8, kind_of_value, plain_number
 from fedmq.codecs.text import shorten
 
@@ -72,21 +73,31 @@ def check_tensors(found: object, what: str, who: str) -> None:
 
 
 def result_of(found: object, who: str) -> tuple[Payload, Payload | None]:
-    """Return what ``train`` returned: the result and the client's new local state.
+    """Return what ``train`` returned: the payload to send, and the client's new local state.
+
+    The payload's numbers begin with ``n``, the number of examples.
 
     Raises:
-        ReturnedError: it is something else.
+        ReturnedError: it is no `TrainResult`, or holds what cannot be sent.
     """
-    if not (isinstance(found, tuple | list) and len(found) == 2):
+    if not isinstance(found, TrainResult):
+        hint = " (the form of version 0.2)" if isinstance(found, tuple | list) else ""
         raise ReturnedError(
-            f"{who}: expected two values, the result and the client's new state (or None), "
-            f"got {kind_of_value(found)}"
+            f"{who}: expected TrainResult(payload, num_examples, local_state), "
+            f"got {kind_of_value(found)}{hint}"
         )
-    result, local = payload_of(found[0], who), found[1]
-    n = result.numbers.get("n")
+    payload, n = payload_of(found.payload, who), plain_number(found.num_examples)
+    if n is None or not math.isfinite(n):
+        raise ReturnedError(
+            f"{who}: expected num_examples as a number, got {kind_of_value(found.num_examples)}"
+        )
+    if "n" in payload.numbers:
+        raise ReturnedError(f"{who}: num_examples is sent as 'n', choose another name for a number")
     if isinstance(n, float) and n.is_integer():  # a sum of a mask, for example
-        result = dataclasses.replace(result, numbers={**result.numbers, "n": int(n)})
-    return result, None if local is None else payload_of(local, who)
+        n = int(n)
+    payload = dataclasses.replace(payload, numbers={"n": n, **payload.numbers})
+    local = found.local_state
+    return payload, None if local is None else payload_of(local, who)
 
 
 def _refuse_name(name: object, what: str, who: str) -> NoReturn:

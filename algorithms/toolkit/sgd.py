@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedmq.algorithms.base import Client, Payload, Reply, Task
 from fedmq.algorithms.problems.base import Examples, Problem
+from fedmq.algorithms.tasks import Client, Payload, Reply, Task
 from fedmq.algorithms.toolkit.flat_model import FlatModel, scratch_model
 from fedmq.algorithms.toolkit.layout import Layout
 from fedmq.algorithms.toolkit.results import Vectors, result_payload

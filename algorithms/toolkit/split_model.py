@@ -8,10 +8,10 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from fedmq.algorithms.base import Client, Payload
 from fedmq.algorithms.errors import ProblemError
 from fedmq.algorithms.problems.base import Examples, Problem
 from fedmq.algorithms.rng import derive_rng
+from fedmq.algorithms.tasks import Client, Payload
 from fedmq.algorithms.toolkit.flat_model import FlatModel
 from fedmq.algorithms.toolkit.layout import Layout
 from fedmq.algorithms.toolkit.results import Vectors

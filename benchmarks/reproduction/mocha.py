@@ -178,8 +178,11 @@ def federated(algorithm: Mocha, problem: Problem, rounds: int, seed: int) -> dua
         gathered = algorithm.new_accumulator(state)
         for index in range(problem.clients):
             task = Task(turn, algorithm.task(state, index))
-            payload, kept[index] = algorithm.train(task, client(index, turn))
-            gathered = algorithm.accumulate(gathered, state, Result(index, 0, payload), 1.0)
+            trained = algorithm.train(task, client(index, turn))
+            if trained.local_state is not None:
+                kept[index] = trained.local_state
+            result = Result(index, 0, trained.payload, trained.num_examples)
+            gathered = algorithm.accumulate(gathered, state, result, 1.0)
         state = algorithm.commit(state, gathered, 1.0)
     return state.weights
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from msgspec import Struct
 
-from fedmq.algorithms.base import Algorithm
+from fedmq.algorithms.base import AnyAlgorithm, OpaqueState
 from fedmq.broker.rejections import Code, Rejection
 from fedmq.broker.wire.addresses import EVALUATOR
 from fedmq.broker.wire.schema import Message
@@ -79,7 +79,7 @@ class Evaluations:
 
 
 def requests(
-    algorithm: Algorithm, state: Any, version: int, clients: Iterable[int]
+    algorithm: AnyAlgorithm, state: OpaqueState, version: int, clients: Iterable[int]
 ) -> Iterator[tuple[str, dict[str, Any], Packed, ClientEvaluation | None]]:
     """Yield the messages that ask for the evaluation of a version: to whom, body, tensors.
 

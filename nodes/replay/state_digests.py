@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 import msgspec
 from msgspec import Struct
@@ -50,7 +50,7 @@ class Digester:
     """Digests a core's parts; the algorithm's state only when there is a new one."""
 
     def __init__(self) -> None:
-        self._state: Any = None
+        self._state: object = None
         self._digest = ""
 
     def state_digests(self, core: Aggregator) -> Parts:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from fedmq.algorithms.allowed import NOTHING, Allowed
 from fedmq.algorithms.base import Result, Task, examples_of
@@ -121,7 +120,7 @@ class WhatIf:
         """The other rule's version when a task was sent, and its client, by the task's id."""
         self._waiting: dict[int, Inbound] = {}
         """Results that the recorded run held back until their turn."""
-        self._gathered: Any = self._algorithm.new_accumulator(self._state)
+        self._gathered = self._algorithm.new_accumulator(self._state)
         self._weights, self._results = 0.0, 0
 
     def points(self) -> Iterator[ComparedPoint]:
@@ -196,10 +195,11 @@ class WhatIf:
         born, client = self._born[message.re or ""]
         staleness = self._version - born
         try:
-            weight = self._schedule.weight(examples_of(numbers_of(message)), staleness)
+            n = examples_of(numbers_of(message))
+            weight = self._schedule.weight(n, staleness)
             if weight is None:
                 return
-            result = Result(client, staleness, unpack(message, event.read))
+            result = Result(client, staleness, unpack(message, event.read), n)
             self._gathered = self._algorithm.accumulate(self._gathered, self._state, result, weight)
         except (ResultError, CodecError):
             return  # under no rule can it be used

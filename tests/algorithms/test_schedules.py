@@ -83,7 +83,7 @@ def test_a_bad_staleness_function_is_named(spec, message):
 
 @pytest.mark.parametrize("schedule", [Rounds, Buffered, Stream])
 def test_a_schedule_reads_its_staleness_function_when_it_is_made(schedule):
-    with pytest.raises(SpecError, match="unknown staleness function 'none'"):
+    with pytest.raises(AlgorithmError, match=r"^staleness: unknown staleness function 'none'"):
         schedule(staleness="none")
     for name in STALENESS:
         arguments = {"polynomial": "(1)", "hinge": "(1, 1)"}.get(name, "")

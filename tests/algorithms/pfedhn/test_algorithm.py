@@ -60,10 +60,10 @@ def test_clients_send_how_their_model_changed_whatever_the_schedule_asks_for():
     state = algorithm.start(problem)
     assert algorithm.fixed_reply == "update"
     task = Task(0, algorithm.task(state, 1))
-    one, _ = algorithm.train(task, at(problem, 1))
-    other, _ = algorithm.train(dataclasses.replace(task, reply="model"), at(problem, 1))
+    one = algorithm.train(task, at(problem, 1)).payload
+    other = algorithm.train(dataclasses.replace(task, reply="model"), at(problem, 1)).payload
     assert bits(one) == bits(other)
-    assert one.numbers == {"n": 6}
+    assert one.numbers == {}
 
 
 # ---- training at a client
@@ -258,7 +258,8 @@ def test_structured_updates_restrict_the_gradient_of_what_travels():
         gradient["0.bias"].zero_()
 
     client = dataclasses.replace(at(problem, 1), project=no_bias)
-    result, local = algorithm.train(Task(0, algorithm.task(state, 1)), client)
+    trained = algorithm.train(Task(0, algorithm.task(state, 1)), client)
+    result, local = trained.payload, trained.local_state
     assert not result.weights["0.bias"].any()
     assert result.weights["0.weight"].any()
     assert local.exact["momentum.2.weight"].any()
