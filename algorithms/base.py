@@ -1,8 +1,8 @@
-"""What a federated algorithm is: a server half and a client half, both pure.
+"""The base class of federated algorithms: a server half and a client half, both pure.
 
 An algorithm is a frozen dataclass whose fields are its hyper-parameters. The aggregator
 calls `start`, `task`, `new_accumulator`, `accumulate` and `commit`; a worker calls `train`; the
-evaluator calls `evaluate`, or each client `evaluate_client`. Nothing here knows of
+evaluator calls `evaluate`, or each client `evaluate_client`. An algorithm knows nothing of
 messages, schedules, clocks or files.
 
 A subclass sets `name` and `schedules`, and these class attributes where their defaults do not fit:
@@ -123,16 +123,16 @@ class Algorithm(ABC, Generic[State, Accumulator]):
 
     @abstractmethod
     def task(self, state: State, client: int) -> Payload:
-        """Return what this client is sent."""
+        """Return the payload of this client's task."""
 
     def evaluation_task(self, state: State, client: int = 0) -> Payload:
-        """Return what the evaluator, or this client, is sent for an evaluation."""
+        """Return the payload of an evaluation, for the evaluator or for this client."""
         return self.task(state, client)
 
     def result_bytes(self, state: State) -> int:
-        """Return how large the tensors of an honest result can be, in bytes.
+        """Return the largest size of an honest result's tensors, in bytes.
 
-        A result that needs many times as much while it is decoded is refused.
+        A result that needs many times as much memory while it is decoded is rejected.
         """
         return sum(each.nbytes for each in self.tensors(state).values())
 
@@ -144,13 +144,13 @@ class Algorithm(ABC, Generic[State, Accumulator]):
     def accumulate(
         self, accumulator: Accumulator, state: State, result: Result, weight: float
     ) -> Accumulator:
-        """Add one result to the accumulator; memory does not grow with their number.
+        """Add one result to the accumulator, in memory that does not grow with their number.
 
         Args:
             accumulator: from `new_accumulator` or the last `accumulate`; may be changed in place.
             state: of the current version.
-            result: what a client's `train` returned.
-            weight: how much it counts, as the schedule decides.
+            result: a client's result.
+            weight: weight that the schedule gives it.
 
         Raises:
             ResultError: the result cannot be used; the accumulator is unchanged.
@@ -186,24 +186,24 @@ class Algorithm(ABC, Generic[State, Accumulator]):
         """Train on the client's data; return what it sends and what it keeps."""
 
     def evaluate_client(self, task: Task, client: Client) -> Mapping[str, float]:
-        """Return this client's metrics, ``accuracy`` among them; what it keeps stays as it is.
+        """Return this client's metrics, ``accuracy`` among them; its local state stays unchanged.
 
-        Of algorithms that are evaluated by ``clients``. ``task`` holds what `evaluation_task`
-        returned, and ``client.local`` what this client kept, None if it never trained.
+        For algorithms that are evaluated by ``clients``. ``task`` has the payload that
+        `evaluation_task` returned; ``client.local`` is None if the client never trained.
         """
         raise NotImplementedError(f"{self.name} is not evaluated by clients")
 
     def try_model(self, problem: Problem, data: Examples, device: str) -> None:
-        """Try one step of training, of which nothing is kept, before the first task.
+        """Run one training step before the first task, to find unsuitable models; discard it.
 
         Args:
-            problem: whose model is tried.
+            problem: problem whose model is tried.
             data: a client's training examples.
             device: torch device to train on.
 
         Raises:
-            ProblemError: the model does to its tensors what cannot be followed. Whatever else
-                goes wrong is left to the task that meets it.
+            ProblemError: the model changes its tensors in an unsupported way. Other errors are
+                left to the task that meets them.
         """
 
     # ---- at the evaluator
@@ -217,7 +217,7 @@ class Algorithm(ABC, Generic[State, Accumulator]):
     def personalise(self, state: State, version: int, client: Client) -> Mapping[str, float]:
         """Return the metrics of a new client that starts from this state, on its test data.
 
-        By default what `evaluate_client` makes of a client that has kept nothing.
+        By default those that `evaluate_client` returns for a client without a local state.
         """
         return self.evaluate_client(
             Task(version, self.evaluation_task(state, client.index)), client
@@ -227,4 +227,4 @@ class Algorithm(ABC, Generic[State, Accumulator]):
 OpaqueState = NewType("OpaqueState", object)
 OpaqueAccumulator = NewType("OpaqueAccumulator", object)
 AnyAlgorithm: TypeAlias = Algorithm[OpaqueState, OpaqueAccumulator]
-"""An algorithm for callers that hand its states and accumulators back to it unseen."""
+"""An algorithm for callers that only pass its states and accumulators back to it."""

@@ -33,12 +33,12 @@ from fedmq.algorithms.toolkit.sgd import (
 )
 
 _LARGEST = 1e30
-"""Of a weighted value: millions of them still have a sum in float32."""
+"""Limit of a weighted value: float32 can hold the sum of millions of them."""
 
 
 @dataclass(frozen=True)
 class ModelState:
-    """One version of the global model. weights: float32 [dim]; counters: int64."""
+    """One version of the global model: weights float32 [dim], counters int64."""
 
     layout: Layout
     weights: Tensor
@@ -47,11 +47,11 @@ class ModelState:
 
 @dataclass
 class Accumulator:
-    """The running sum over a version's results, whatever their number.
+    """Running sum over a version's results.
 
-    total: float32 [dim], sum of weight * what a client sent. Of what is not trained that is
-        always a change: also of a model, whose difference to the current one is taken.
-    models: sum of the weights of the results that are models, not updates.
+    total: float32 [dim], the sum of weight * result. For tensors that are not trained a result
+        is always a change; if a client sends its model, the change is computed here.
+    models: sum of the weights of those results that are models.
     counters: int64, see `merge_counters`.
     """
 
@@ -90,7 +90,7 @@ class ModelAveraging(Algorithm[ModelStateT, AccumulatorT]):
     # ---- at the aggregator
 
     def task(self, state: ModelStateT, client: int) -> Payload:
-        """Return w_t; the same for every client."""
+        """Return w_t, which is the same for every client."""
         return model_payload(state)
 
     def accumulate(
@@ -107,7 +107,7 @@ class ModelAveraging(Algorithm[ModelStateT, AccumulatorT]):
     # ---- at the client
 
     def try_model(self, problem: Problem, data: Examples, device: str) -> None:
-        """Try the problem's model."""
+        """Try a step of the problem's model."""
         dry_step(lambda: FlatModel(problem.model(), device), problem, data, device)
 
     def train(self, task: Task, client: Client) -> TrainResult:
@@ -144,15 +144,15 @@ class ModelAveraging(Algorithm[ModelStateT, AccumulatorT]):
 
     @property
     def sgd_settings(self) -> SGDSettings:
-        """Return how a client steps."""
+        """Return the settings of the clients' SGD."""
         return SGDSettings(self.lr, self.batch_size, self.momentum, self.weight_decay)
 
     def local_epochs(self, client: Client) -> int:
-        """Return how many epochs this client does now."""
+        """Return the number of epochs of this client's task."""
         return self.epochs
 
     def regularize(self, gradient: Tensor, trained: Tensor, anchor: Tensor) -> None:
-        """Add the gradient of what is not the loss; ``anchor`` is w_t."""
+        """Add the gradient of regularization terms; ``anchor`` is w_t."""
         if self.weight_decay:
             gradient.add_(trained, alpha=self.weight_decay)
 
@@ -245,5 +245,5 @@ def averaged(state: ModelState, accumulator: Accumulator, step: float) -> ModelS
 
 
 def model_payload(state: ModelState) -> Payload:
-    """Return a model as a payload: what is trained as the codec likes, the rest exactly."""
+    """Return a model as a payload: trained weights for the codec, the rest exactly."""
     return state.layout.write(state.weights, state.counters)

@@ -1,5 +1,5 @@
-"""FedSGD: the baseline of McMahan et al., AISTATS 2017, section 2: one full-batch gradient
-a client and round, and the step at the server.
+"""FedSGD, the baseline of McMahan et al., AISTATS 2017, section 2: each client sends one
+full-batch gradient a round, and the server takes the step.
 """  # noqa: D205 - the citation is the summary
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ class FedSGD(FedAvg):
     lr: eta, the server's learning rate.
     weight_decay: added to each gradient; 0 in the paper.
 
-    What travels is the gradient of the whole local set. There are no local steps, so epochs is 1,
-    batch_size None and momentum 0, and lr is that of a server's step, by default 0.1.
-    BatchNorm statistics, which have no gradient, travel as their change.
+    Clients send the gradient of the whole local set. There are no local steps, so epochs is 1,
+    batch_size None and momentum 0, and lr is that of the server's step, by default 0.1.
+    BatchNorm statistics, which have no gradient, are sent as their change.
     """
 
     name: ClassVar[str] = "fedsgd"
@@ -56,7 +56,7 @@ class FedSGD(FedAvg):
         model.gradient.zero_()
         with torch.random.fork_rng(devices=cuda_devices(client.device)):
             torch.manual_seed(client.seed)
-            # The mean over all examples, summed in pieces that fit in the cache.
+            # The mean over all examples, summed in blocks that fit in the cache.
             for first, end in spans(n, _GRADIENT_BATCH):
                 y = data.y[first:end]
                 outputs = model.module(data.x[first:end])

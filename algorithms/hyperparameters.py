@@ -1,4 +1,4 @@
-"""Check hyper-parameters when an object is made, whoever makes it: a configuration or a program.
+"""Check hyper-parameters at construction, by a configuration or by a program.
 
 The fields of an algorithm or a schedule state their range in their type, as in
 ``lr: Annotated[float, Field(gt=0)] = 0.05``; this module reads it there.
@@ -22,12 +22,12 @@ _CONFIG = ConfigDict(allow_inf_nan=False, arbitrary_types_allowed=True)
 
 
 def check_hyperparameters(instance: Any) -> None:
-    """Check each field of a dataclass against its type, and convert it where that loses nothing.
+    """Check each field of a dataclass against its type.
 
-    A list becomes a tuple, numpy's numbers become Python's. Text and booleans are no numbers.
+    Lists become tuples and numpy's numbers become Python's. Text and booleans are not numbers.
 
     Raises:
-        AlgorithmError: a value does not fit; the sentence names the field.
+        AlgorithmError: a value does not fit; the message begins with the field.
     """
     for name, adapter in _adapters(type(instance)).items():  # type: ignore[arg-type] # has a hash
         given = getattr(instance, name)
@@ -42,7 +42,7 @@ def check_hyperparameters(instance: Any) -> None:
 
 
 def fault_of(error: ErrorDetails) -> str:
-    """Return what pydantic found wrong with a value: what it expected, and what it got."""
+    """Return what pydantic expected of a value and what it got, as one clause."""
     if error["type"] == "value_error":
         return str(error["ctx"]["error"])
     noise = r"^(Input|Value) should be |, (unable to|got a number with) .*$"
@@ -59,7 +59,7 @@ def refuse_old_names(cls: type, renamed: Mapping[str, str]) -> None:
         renamed: the new name by the old one.
 
     Raises:
-        AlgorithmError: the sentence has the new name.
+        AlgorithmError: the message has the new name.
     """
     for old, new in renamed.items():
         if hasattr(cls, old):

@@ -50,15 +50,15 @@ ALGORITHMS: Mapping[str, type[AnyAlgorithm]] = {
 
 
 ENTRY_POINTS = "fedmq.algorithms"
-"""The group of entry points by which installed packages bring algorithms."""
+"""Group of entry points in which installed packages register algorithms."""
 
 
 def find_algorithm(name: str, allowed: Allowed = NOTHING) -> type[AnyAlgorithm]:
     """Return an algorithm by its name: built in, of an installed package, or ``module:Class``.
 
     Raises:
-        NotAllowed: the module is not among those in ``allowed``; nothing was imported.
-        AlgorithmError: there is none; the sentence holds the choices.
+        NotAllowed: the module is not in ``allowed``; nothing was imported.
+        AlgorithmError: there is no such algorithm; the message lists the choices.
     """
     if name in ALGORITHMS:
         return ALGORITHMS[name]

@@ -13,18 +13,18 @@ from fedmq.algorithms.problems.base import Examples, Problem
 from fedmq.codecs.text import shorten
 
 Reply = Literal["update", "model"]
-"""What the schedule needs from a client: how its model changed, or the model itself."""
+"""What a client sends: the change of its model, or the model itself."""
 
 
 @dataclass(frozen=True)
 class Payload:
-    """What a task or a result carries.
+    """Content of a task, a result or a saved state.
 
-    weights: tensors that the configured codec may write with loss.
-    exact: tensors that must arrive as they are.
-    numbers: small facts, in the message's header.
+    weights: tensors that the configured codec may encode with loss.
+    exact: tensors that are carried unchanged.
+    numbers: small values, in the message's header.
     features: activations by sample, as `fedmq.codecs.features` describes them: ``features``
-        float32 [n, c, ...], ``ids`` int64 [n], and perhaps ``labels`` int64 [n].
+        float32 [n, c, ...], ``ids`` int64 [n], optionally ``labels`` int64 [n].
     logits: outputs by sample or by label, as `fedmq.codecs.logits` describes them:
         ``logits`` float32 [n, classes], and ``ids`` int64 [n] or ``counts`` int64 [classes].
     """
@@ -38,10 +38,10 @@ class Payload:
 
 @dataclass(frozen=True)
 class Task:
-    """What a client is asked to work on.
+    """Work for a client.
 
-    version: of the model that the payload was made from.
-    reply: what the schedule needs back.
+    version: version of the model that the payload was made from.
+    reply: what the client must send.
     """
 
     version: int
@@ -51,7 +51,7 @@ class Task:
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What `train` returns.
+    """Return value of `train`.
 
     payload: what the client sends.
     num_examples: n_k, the number of examples it was trained on, 1 to 10^9. It is sent as ``n``
@@ -81,17 +81,17 @@ class Result:
 
 @dataclass(frozen=True)
 class Client:
-    """Where a client half runs.
+    """A client, as `train` and `evaluate_client` see it.
 
     index: the client's number, 0 to K-1.
-    problem: what is learned.
+    problem: problem that is learned.
     data: this client's training examples.
-    local: what this client kept from its last task, or None at first; a worker saves it
+    local: local state that its last task returned, None before the first. A worker saves it
         before it sends the result, so that it survives a restart.
-    seed: of everything random in this task.
+    seed: seed of everything random in this task.
     device: torch device to train on.
-    project: projects a gradient, tensors by name as in the result's weights, in place onto
-        what the uplink's codec can send (structured updates); None where it sends all.
+    project: projects a gradient (tensors by name, as in the result's weights) in place onto the
+        updates that the uplink's codec can send (structured updates); None if it sends all.
     """
 
     index: int
@@ -107,7 +107,7 @@ def examples_of(numbers: Mapping[str, Any]) -> int:
     """Return n_k, the number of examples a result was trained on.
 
     Raises:
-        ResultError: it is not a whole number from 1 to 10^9.
+        ResultError: ``n`` is not a whole number from 1 to 10^9.
     """
     n = numbers.get("n")
     if type(n) is not int or not 1 <= n <= 10**9:

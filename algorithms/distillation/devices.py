@@ -26,7 +26,7 @@ from fedmq.codecs.text import unknown
 
 @dataclass(frozen=True)
 class DeviceModels(Algorithm[State, Accumulator]):
-    """What algorithms share whose devices keep their models; see `Distillation` for the fields."""
+    """Base of algorithms whose devices keep their models; see `Distillation` for the fields."""
 
     schedules: ClassVar[frozenset[str]] = frozenset({"rounds", "buffered", "stream"})
     task_per_client: ClassVar[bool] = True
@@ -47,12 +47,12 @@ class DeviceModels(Algorithm[State, Accumulator]):
                 raise AlgorithmError(f"models: {unknown('model', each, MODELS)}")
 
     def try_model(self, problem: Problem, data: Examples, device: str) -> None:
-        """Try the problem's model, if that is what devices have."""
+        """Try a step of the problem's model, if the devices use it."""
         if not self.models:
             dry_step(lambda: FlatModel(problem.model(), device), problem, data, device)
 
     def steps(self, model: FlatModel, client: Client) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield the round's batches, and step along the gradient that each leaves behind."""
+        """Yield a round's batches; after each, step along the gradient that the caller computed."""
         data = client.data.to(client.device)
         rng = derive_rng(client.seed, "batches")
         model.module.train()
@@ -73,7 +73,7 @@ class DeviceModels(Algorithm[State, Accumulator]):
         return itertools.islice(endless, self.iterations)
 
     def own_model(self, client: Client) -> FlatModel:
-        """Return the device's model as it left it, or as it begins."""
+        """Return the device's local model, or its first one."""
         make = functools.partial(self._first, client.problem, client.index)
         model = FlatModel(make(), client.device, make)
         if client.local is not None:
@@ -92,6 +92,6 @@ class DeviceModels(Algorithm[State, Accumulator]):
 
 
 def kept(model: FlatModel) -> Payload:
-    """Return a device's model as what it keeps."""
+    """Return a device's model as its local state."""
     weights = model.layout.views(model.weights.detach().clone().cpu())
     return Payload(weights, model.layout.counter_views(model.read_counters()))

@@ -31,17 +31,18 @@ from fedmq.algorithms.toolkit.states import expect_tensor
 
 @dataclass(frozen=True)
 class Distillation(DeviceModels[Reports, NewOutputs]):
-    """Algorithm 1 (federated distillation): labels' mean outputs travel, models never do.
+    """Algorithm 1 (federated distillation): devices exchange mean outputs by label, not models.
 
     lr: eta, of the devices' SGD; the paper does not state it.
-    gamma: weight of the distillation term; 0 is training alone. The paper does not state it.
-    iterations: n, local steps a round; 250 in the paper. None: as many as ``epochs`` make.
-    epochs: passes over the local data a round, where ``iterations`` is None.
+    gamma: weight of the distillation term; with 0 each device trains alone. The paper does not
+        state it.
+    iterations: n, local steps a round; 250 in the paper. None: ``epochs`` decides.
+    epochs: passes over the local data a round, if ``iterations`` is None.
     batch_size: 64 as in the paper; None is the whole local set.
-    models: names of `fedmq.algorithms.problems.models`; device k has ``models[k % len]``, so
-        that devices may differ. Empty: the problem's own model. ``fd-cnn`` is the paper's.
-    seed: what the first parameters of ``models`` depend on; each device draws its own. None
-        is the run's.
+    models: names of `fedmq.algorithms.problems.models`; device k has ``models[k % len]``. Empty:
+        the problem's model. ``fd-cnn`` is the paper's.
+    seed: seed of the first parameters of ``models``, different for each device; None is the
+        run's.
     """
 
     name: ClassVar[str] = "fd"
@@ -51,39 +52,39 @@ class Distillation(DeviceModels[Reports, NewOutputs]):
     # ---- at the aggregator
 
     def start(self, problem: Problem) -> Reports:
-        """Nobody has said anything.
+        """Return empty reports.
 
         Raises:
-            ProblemError: the problem does not say how many classes it has.
+            ProblemError: the problem has no number of classes.
         """
         return Reports.none(problem.clients, problem.classes, problem.classes)
 
     def task(self, state: Reports, client: int) -> Payload:
         """Return Fhat^(i), the other devices' mean outputs by label.
 
-        ``counts`` says how many other devices have a label: 0 where none has.
+        ``counts``: the number of other devices with a label.
         """
         means, having = state.others(client)
         return Payload(logits={"logits": means, "counts": having})
 
     def evaluation_task(self, state: Reports, client: int = 0) -> Payload:
-        """Return nothing: a device has all that it needs."""
+        """Return an empty payload: devices evaluate their own models."""
         return Payload()
 
     def result_bytes(self, state: Reports) -> int:
-        """Return the size of one device's report."""
+        """Return the size of one device's report, in bytes."""
         return int(state.means[0].nbytes + state.counts[0].nbytes)
 
     def new_accumulator(self, state: Reports) -> NewOutputs:
-        """Return that there is nothing new."""
+        """Return an empty accumulator."""
         return {}
 
     def accumulate(
         self, accumulator: NewOutputs, state: Reports, result: Result, weight: float
     ) -> NewOutputs:
-        """Take down a device's report, in place of its last.
+        """Replace a device's report.
 
-        ``weight`` has no part in it: the paper's mean over devices is unweighted.
+        ``weight`` is not used: the paper's mean over devices is unweighted.
         """
         accumulator[result.client] = self.report_of(state, result.payload)
         return accumulator
@@ -92,7 +93,7 @@ class Distillation(DeviceModels[Reports, NewOutputs]):
         """Return (means, counts) of a report by label.
 
         Raises:
-            ResultError: it is not one of mean probabilities.
+            ResultError: it does not consist of mean probabilities.
         """
         means, counts = group_of(payload, "counts")
         expect_tensor("counts", counts, torch.int64, tuple(state.counts.shape[1:]))
@@ -101,12 +102,12 @@ class Distillation(DeviceModels[Reports, NewOutputs]):
         if low < 0 or not 0 < high <= MOST_COUNTED:
             raise ResultError(f"expected counts from 0 to {MOST_COUNTED}, got {low} to {high}")
         if bool((means[counts == 0] != 0).any()):
-            raise ResultError("expected no means of labels that count 0")
+            raise ResultError("expected means of 0 for labels with a count of 0")
         check_probabilities(means[counts > 0])
         return means, counts
 
     def commit(self, state: Reports, accumulator: NewOutputs, divisor: float) -> Reports:
-        """Replace the reports of those who sent one; the others' stay."""
+        """Replace the reports of devices that sent one; the others stay."""
         return state.updated(accumulator)
 
     def load(self, problem: Problem, saved: Payload) -> Reports:
@@ -123,8 +124,8 @@ class Distillation(DeviceModels[Reports, NewOutputs]):
     def train(self, task: Task, client: Client) -> TrainResult:
         """Algorithm 1, lines 3 to 8: n steps on CE(F, y) + gamma * CE(F, Fhat_y).
 
-        A sample whose label no other device has is trained on CE(F, y) alone. The outputs
-        that are averaged by label are those of the steps, before each of them.
+        A sample whose label no other device has is trained on CE(F, y) alone. The outputs that
+        are averaged by label are computed before each step.
         """
         soft, _ = group_of(task.payload, "counts")
         soft = soft.to(client.device)
@@ -150,7 +151,7 @@ class Distillation(DeviceModels[Reports, NewOutputs]):
         return evaluate_module(self.own_model(client).module, client.problem, client.device)
 
     def personalise(self, state: Reports, version: int, client: Client) -> Mapping[str, float]:
-        """Train a new device for one round with what the others have said, and evaluate it."""
+        """Train a new device for one round with the others' outputs, and evaluate it."""
         task = Task(version, self.task(state, client.index))
         local = self.train(task, client).local_state
         return self.evaluate_client(task, dataclasses.replace(client, local=local))
@@ -162,6 +163,6 @@ class Distillation(DeviceModels[Reports, NewOutputs]):
 def cross_entropy(outputs: Tensor, soft: Tensor) -> Tensor:
     """Return the mean over a batch of CE(F, Fhat) = -sum_l Fhat_l log F_l.
 
-    outputs: logits [n, L]; soft: probabilities [n, L], of which a row of zeros adds nothing.
+    outputs: logits [n, L]; soft: probabilities [n, L]; a row of zeros adds nothing.
     """
     return -(soft * F.log_softmax(outputs, dim=1)).sum(dim=1).mean()

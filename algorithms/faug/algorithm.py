@@ -53,30 +53,28 @@ PHASES = ("seeds", "fill", "then")
 
 @dataclass(frozen=True)
 class FAug(DeviceModels[AugState, AugAccumulator]):
-    """Section 3: devices give a few samples, get a generator, and fill what they lack.
+    """Section 3: devices send a few samples, receive a generator, and fill their missing labels.
 
-    Three kinds of task. ``seeds``: a device sends a few of its samples of its target labels
-    (those it has too few of) and of redundant ones, which hide the former from the server.
-    ``fill``: it gets the generator that the server trained on all seeds, and makes samples of
-    its target labels until it has as many as of the others. ``then``: federated distillation
-    or averaging goes on. Which comes next follows from what the device has done, so that one
-    that was away gets what it missed; but nobody is asked for seeds once the generator is
-    trained, where they would be given away for nothing.
+    There are three phases. ``seeds``: a device sends a few samples of its target labels (those
+    that it has too few of) and of redundant labels, which hide the targets from the server.
+    ``fill``: it receives the generator that the server trained on all seeds, and generates samples
+    of its target labels until it has as many as of the others. ``then``: federated distillation or
+    averaging. A device that was disconnected gets the phases that it missed, except ``seeds`` once
+    the generator is trained, because they would not be used.
 
     then: ``fd`` or ``fedavg``, with the fields of `Distillation` (batch_size 64 among them), or
         those of them that `FedAvg` has; its ``iterations`` are rounded to whole epochs, and its
-        SGD is plain, as that of `Distillation` is.
-    scarce: a label is a target of a device that has fewer samples of it than this share of
-        its mean number by label.
-    seeds: samples that a device gives of each target and redundant label, at most; 5.
-    redundant: how many redundant labels; 0 in the paper's Table 1.
+        SGD is plain like that of `Distillation`.
+    scarce: a label is a target of a device that has fewer samples of it than this share of its
+        mean number a label.
+    seeds: largest number of samples that a device sends of each target and redundant label.
+    redundant: number of redundant labels; 0 in the paper's Table 1.
     wait: share of the devices whose seeds the server waits for; 1 in the paper.
-    gan_steps: of the generator's training; the paper does not state it, nor the next three.
-    gan_batch, gan_lr: of it.
+    gan_steps, gan_batch, gan_lr: of the generator's training; the paper does not state them.
     gan_widths: of the generator's hidden layers; the default has 1,493,520 parameters on MNIST.
 
-    The paper's server oversamples the seeds by web image search; here it turns, scales and
-    moves them, and adds noise (`fedmq.algorithms.faug.cgan.augmented`).
+    The paper's server oversamples the seeds by web image search; here it rotates, scales and
+    shifts them, and adds noise (`fedmq.algorithms.faug.cgan.augmented`).
     """
 
     name: ClassVar[str] = "faug"
@@ -98,13 +96,15 @@ class FAug(DeviceModels[AugState, AugAccumulator]):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.then == "fedavg" and self.models:
-            raise AlgorithmError("models: with then = 'fedavg' all devices have one model")
+            raise AlgorithmError(
+                "models: expected none with then = 'fedavg': all devices have one model"
+            )
         if min(self.gan_widths) < 1:
             raise AlgorithmError(f"gan_widths: expected at least 1, got {list(self.gan_widths)}")
 
     @property
     def _then(self) -> AnyAlgorithm:
-        """Return the algorithm that learns; its states come back to it alone."""
+        """Return the algorithm that learns; only it sees its own states."""
         if self.then == "fd":
             names = [each.name for each in dataclasses.fields(Distillation)]
             return cast(
@@ -122,13 +122,13 @@ class FAug(DeviceModels[AugState, AugAccumulator]):
     # ---- at the aggregator
 
     def start(self, problem: Problem) -> AugState:
-        """Nobody has given anything."""
-        nobody = torch.zeros(problem.clients, dtype=torch.int64)
+        """Return a state without seeds and generator."""
+        none = torch.zeros(problem.clients, dtype=torch.int64)
         then = self._then.start(problem)
-        return AugState(then, nobody, nobody, {}, None, problem.shape, problem.classes)
+        return AugState(then, none, none, {}, None, problem.shape, problem.classes)
 
     def task(self, state: AugState, client: int) -> Payload:
-        """Return the next thing for this device to do, ``phase`` in its numbers."""
+        """Return the payload of the device's next phase, with ``phase`` in its numbers."""
         known = client < len(state.given)
         if state.gan is None and known and not state.given[client]:
             return Payload(numbers={"phase": "seeds"})
@@ -137,22 +137,22 @@ class FAug(DeviceModels[AugState, AugAccumulator]):
         return _in_phase(self._then.task(state.then, client), "then")
 
     def evaluation_task(self, state: AugState, client: int = 0) -> Payload:
-        """Return the global model, if there is one."""
+        """Return the evaluation payload of the algorithm that learns."""
         return self._then.evaluation_task(state.then, client)
 
     def result_bytes(self, state: AugState) -> int:
-        """Return the size of seeds or of what the algorithm sends, whichever is more."""
+        """Return the larger of the sizes of seeds and of the algorithm's results, in bytes."""
         seeds = self.seeds * state.classes * (4 * math.prod(state.shape) + 16)
         return max(seeds, self._then.result_bytes(state.then))
 
     def new_accumulator(self, state: AugState) -> AugAccumulator:
-        """Return that nothing came."""
+        """Return an empty accumulator."""
         return AugAccumulator(self._then.new_accumulator(state.then))
 
     def accumulate(
         self, accumulator: AugAccumulator, state: AugState, result: Result, weight: float
     ) -> AugAccumulator:
-        """Take a result in, by its phase."""
+        """Add a result, by its phase."""
         phase = result.payload.numbers.get("phase")
         if phase == "seeds":
             accumulator.seeds[result.client] = seeds_of(state, result.payload, self.seeds)
@@ -168,7 +168,7 @@ class FAug(DeviceModels[AugState, AugAccumulator]):
         return accumulator
 
     def commit(self, state: AugState, accumulator: AugAccumulator, divisor: float) -> AugState:
-        """Commit what the algorithm learned; train the generator when the seeds are there."""
+        """Commit the algorithm that learns; train the generator when enough seeds have arrived."""
         then = state.then
         if accumulator.weight:
             share = accumulator.weight / accumulator.total
@@ -182,7 +182,7 @@ class FAug(DeviceModels[AugState, AugAccumulator]):
         gan = None
         enough = int(given.sum()) >= math.ceil(self.wait * len(given))
         if enough and any(len(y) for _, y in seeds.values()):
-            # In the devices' order, whichever came first.
+            # In the devices' order, not that of arrival.
             x, y = (torch.cat([seeds[k][part] for k in sorted(seeds)]) for part in (0, 1))
             settings = GanSettings(self.gan_steps, self.gan_batch, self.gan_lr, self.gan_widths)
             seed = derive_seed(self.seed or 0, "faug")
@@ -192,7 +192,7 @@ class FAug(DeviceModels[AugState, AugAccumulator]):
         )
 
     def save(self, state: AugState) -> Payload:
-        """Return everything: seeds too, until the generator is trained."""
+        """Return everything in a state, including seeds until the generator is trained."""
         return save_aug_state(state, self._then.save(state.then))
 
     def load(self, problem: Problem, saved: Payload) -> AugState:
@@ -201,7 +201,7 @@ class FAug(DeviceModels[AugState, AugAccumulator]):
         return load_aug_state(self.start(problem), then, saved, problem, self.gan_widths)
 
     def tensors(self, state: AugState) -> Mapping[str, Tensor]:
-        """Return the algorithm's tensors, the generator's, and who is how far; never seeds."""
+        """Return the algorithm's tensors, the generator's, and the devices' phases; never seeds."""
         found = {"faug.given": state.given, "faug.served": state.served}
         if state.gan is not None:
             views = state.gan.layout.views(state.gan.weights)
@@ -211,7 +211,7 @@ class FAug(DeviceModels[AugState, AugAccumulator]):
     # ---- at the device
 
     def train(self, task: Task, client: Client) -> TrainResult:
-        """Do what the task's phase says."""
+        """Carry out the task's phase."""
         phase = task.payload.numbers.get("phase")
         if phase == "seeds":
             found = self._give(client)
@@ -223,11 +223,11 @@ class FAug(DeviceModels[AugState, AugAccumulator]):
         return dataclasses.replace(found, payload=_in_phase(found.payload, phase))
 
     def _give(self, client: Client) -> TrainResult:
-        """Choose seeds. They are sorted by label: their order tells nobody the targets.
+        """Choose seeds, sorted by label, so that their order does not reveal the targets.
 
-        Nor does the choice: its chance comes from the device's own samples. The task's seed is
-        known to the server, who could try which targets would lead to these redundant labels. A
-        device that is asked twice gives the same.
+        The choice is drawn from the device's own samples, because the server knows the task's
+        seed and could search for targets that lead to these redundant labels. A device that is
+        asked twice sends the same seeds.
         """
         y = client.data.y.cpu()
         targets, others = split_labels(y, client.problem.classes, self.scarce)
@@ -250,7 +250,7 @@ class FAug(DeviceModels[AugState, AugAccumulator]):
         return TrainResult(Payload(features=features if rows else {}), len(y), local)
 
     def _fill(self, task: Task, client: Client) -> TrainResult:
-        """Make samples of each target, so far as the generator knows it."""
+        """Generate samples of each target label that the generator was trained on."""
         gan = Gan.of(task.payload, client.problem, self.gan_widths)
         y, known = client.data.y.cpu(), set(gan.labels.tolist())
         lacks = missing(y, client.problem.classes, self.scarce)
@@ -268,7 +268,7 @@ class FAug(DeviceModels[AugState, AugAccumulator]):
         return TrainResult(Payload(), len(y), joined(inner_local(client.local), own))
 
     def _learn(self, task: Task, client: Client) -> TrainResult:
-        """Train as the algorithm does, on own and made samples."""
+        """Train by the algorithm that learns, on own and generated samples."""
         local = inner_local(client.local)
         whole = dataclasses.replace(client, data=filled(client), local=local)
         found = self._then.train(task, whole)
@@ -276,10 +276,10 @@ class FAug(DeviceModels[AugState, AugAccumulator]):
         return dataclasses.replace(found, local_state=joined(found.local_state, own))
 
     def evaluate_client(self, task: Task, client: Client) -> Mapping[str, float]:
-        """Return the metrics, and what this device's labels have leaked to whom.
+        """Return the metrics and the privacy leakage of this device's labels.
 
-        With ``fd``, of the device's own model on the whole test set. With ``fedavg``, of the
-        global model on every K-th test example: together, devices go over each once.
+        With ``fd``, metrics are of the device's own model on the whole test set. With ``fedavg``,
+        they are of the global model on every K-th test example, so that K devices cover the set.
         """
         if self.then == "fd":
             inner = dataclasses.replace(client, local=inner_local(client.local))
@@ -290,7 +290,7 @@ class FAug(DeviceModels[AugState, AugAccumulator]):
         return {**metrics, **leakage_of(client.local)}
 
     def personalise(self, state: AugState, version: int, client: Client) -> Mapping[str, float]:
-        """Give a new device the generator, if there is one, let it learn once, and evaluate it.
+        """Evaluate a new device after the phases ``fill`` (if there is a generator) and ``then``.
 
         With ``fedavg``, evaluate the global model.
         """

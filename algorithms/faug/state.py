@@ -1,4 +1,4 @@
-"""What FAug's aggregator knows: who has given seeds, the seeds, the generator, and what learns."""
+"""FAug's state: phases of devices, seeds, the generator, and the learning algorithm's state."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fedmq.algorithms.toolkit.states import expect_tensor
 from fedmq.codecs.text import shorten
 
 _LARGEST_PIXEL = 50.0
-"""Of a normalised image: one beyond it would leave the others no contrast."""
+"""Limit of a normalised pixel: a larger one would leave the others no contrast."""
 _THEN = "then."
 
 
@@ -26,10 +26,10 @@ class AugState:
     """One version.
 
     then: state of the algorithm that learns.
-    given, served: int64 [M], 1 for a device whose seeds came, or that has filled its targets.
-    seeds: by device, (float32 [m, C, H, W], int64 [m]); none once the generator is trained.
-    gan: None until then.
-    shape, classes: of an example, and L.
+    given, served: int64 [M], 1 for a device that has sent seeds, or has filled its targets.
+    seeds: by device, (float32 [m, C, H, W], int64 [m]); empty once the generator is trained.
+    gan: the generator; None until it is trained.
+    shape, classes: shape of an example, and L.
     """
 
     then: OpaqueState
@@ -43,9 +43,11 @@ class AugState:
 
 @dataclass
 class AugAccumulator:
-    """What came for the next version: of the algorithm that learns, and of the phases.
+    """Results for the next version, by phase.
 
-    weight, total: of the results for the former, and of all.
+    then: accumulator of the algorithm that learns.
+    seeds, served: seeds by device, and devices that have filled their targets.
+    weight, total: sum of the weights of the learning algorithm's results, and of all.
     """
 
     then: OpaqueAccumulator
@@ -56,10 +58,10 @@ class AugAccumulator:
 
 
 def seeds_of(state: AugState, payload: Payload, most: int) -> tuple[Tensor, Tensor]:
-    """Return a device's seeds, at most so many of a label.
+    """Return a device's seeds, at most ``most`` of a label.
 
     Raises:
-        ResultError: they are not images of this problem with labels.
+        ResultError: they are not labelled images of this problem, or too many.
     """
     found = payload.features
     check_empty(dataclasses.replace(payload, features={}))
@@ -75,19 +77,19 @@ def seeds_of(state: AugState, payload: Payload, most: int) -> tuple[Tensor, Tens
     if int(y.bincount().max()) > most:
         raise ResultError(f"expected at most {most} seeds of a label")
     if not bool((x.abs() <= _LARGEST_PIXEL).all()):  # NaN is not less
-        raise ResultError(f"expected pixels of at most {_LARGEST_PIXEL:g} either way")
+        raise ResultError(f"expected pixels of at most {_LARGEST_PIXEL:g} in magnitude")
     return x, y
 
 
 def check_empty(payload: Payload) -> None:
-    """Raise ResultError if there is any tensor in a payload."""
+    """Raise ResultError if a payload has tensors."""
     found = [*payload.weights, *payload.exact, *payload.features, *payload.logits]
     if found:
         raise ResultError(f"expected no tensors, got {shorten(sorted(found))}")
 
 
 def save_aug_state(state: AugState, then: Payload) -> Payload:
-    """Return a state for a checkpoint. then: what the algorithm that learns has saved."""
+    """Return a state for a checkpoint. then: saved state of the algorithm that learns."""
     devices = sorted(state.seeds)
     each = [state.seeds[device] for device in devices]
     nothing = (torch.zeros((0, *state.shape)), torch.zeros(0, dtype=torch.int64))
@@ -104,14 +106,14 @@ def save_aug_state(state: AugState, then: Payload) -> Payload:
     numbers = {f"{_THEN}{name}": number for name, number in then.numbers.items()}
     if state.gan is None:
         return Payload(exact=exact, numbers=numbers)
-    # Its weights have a group of their own, with the bytes of the task that has it.
+    # Its weights alone are in this group, with the same bytes as in a task.
     gan = state.gan.payload()
     exact |= {f"gan.{name}": tensor for name, tensor in gan.exact.items()}
     return Payload(gan.weights, exact, {**numbers, **gan.numbers})
 
 
 def inner_saved(saved: Payload) -> Payload:
-    """Return what the algorithm that learns has saved."""
+    """Return the saved state of the algorithm that learns."""
     weights, exact = (under(saved.exact, f"{_THEN}{group}.") for group in ("weights", "exact"))
     return Payload(weights, exact, under(saved.numbers, _THEN))
 
@@ -123,7 +125,7 @@ def load_aug_state(
     problem: Problem,
     widths: tuple[int, int, int],
 ) -> AugState:
-    """Return a saved state. first: that of version 0; then: of the algorithm that learns.
+    """Return a saved state. first: state of version 0; then: state of the algorithm that learns.
 
     Raises:
         ResultError: it is not a state of this problem.
@@ -142,7 +144,7 @@ def load_aug_state(
     expect_tensor("seeds.x", x, torch.float32, (y.numel(), *first.shape))
     lengths = sizes.tolist()
     if sum(lengths) != len(y) or any(length < 0 for length in lengths):
-        raise ResultError(f"expected sizes of {len(y)} seeds, got {shorten(lengths)}")
+        raise ResultError(f"expected seeds.sizes with a sum of {len(y)}, got {shorten(lengths)}")
     if any(not 0 <= device < devices for device in of.tolist()):
         raise ResultError(f"expected seeds of devices from 0 to {devices - 1}")
     parts = zip(torch.split(x, lengths), torch.split(y, lengths), strict=True)

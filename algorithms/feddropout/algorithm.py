@@ -36,10 +36,10 @@ from fedmq.algorithms.toolkit.states import DERIVED, expect_count
 
 @dataclass(frozen=True)
 class DropoutState(ModelState):
-    """One version of the global model, and what its sub-models follow from.
+    """One version of the global model, and what determines its sub-models.
 
-    parts: the sub-models that clients get; the same for all versions.
-    version: how many were committed before it.
+    parts: shapes and positions of the sub-models; the same for all versions.
+    version: number of versions before it.
     clients: K.
     """
 
@@ -50,11 +50,11 @@ class DropoutState(ModelState):
 
 @dataclass
 class DropoutAccumulator(Accumulator):
-    """The running sum over the results of sub-models; ``total`` is that of updates alone.
+    """Running sum over the results of sub-models; ``total`` contains updates only.
 
-    held: float32 [dim], for each coordinate the sum of the weights of the results that hold
-        it; None where nobody asks.
-    weight: of all results.
+    held: float32 [dim], for each coordinate the sum of the weights of the results that hold it;
+        None unless ``absent`` is ``holders``.
+    weight: sum of the weights of all results.
     """
 
     held: Tensor | None = None
@@ -63,19 +63,18 @@ class DropoutAccumulator(Accumulator):
 
 @dataclass(frozen=True)
 class FedDropout(ModelAveraging[DropoutState, DropoutAccumulator]):
-    """Each client and round trains a random sub-model of its own.
+    """Each task trains another random sub-model.
 
-    keep: p, the share of the units (filters) of each hidden layer that a sub-model keeps:
+    keep: p, the share of the units (filters) of each hidden layer in a sub-model:
         ``round(p * units)`` of them, at least one. 1 is FedAvg.
-    absent: how the server counts a coordinate that a client was not sent. ``zero`` (the
-        paper): as an update of zero. ``holders``: not at all; each coordinate is averaged
-        over the clients that hold it.
-    seed: which sub-models there are; each follows from it, the version and the client. None
-        is the run's.
+    absent: how the server counts a coordinate that a client did not get. ``zero`` (the paper):
+        as an update of zero. ``holders``: not at all; each coordinate is averaged over the
+        clients that hold it.
+    seed: with the version and the client it determines a sub-model; None is the run's.
     Other fields are FedAvg's.
 
-    Activations are not scaled by 1/p, neither in the sub-model nor in the whole: the paper
-    says nothing of it.
+    Activations are not scaled by 1/p, neither in the sub-model nor in the whole model: the paper
+    does not mention it.
     """
 
     name: ClassVar[str] = "feddropout"
@@ -99,7 +98,7 @@ class FedDropout(ModelAveraging[DropoutState, DropoutAccumulator]):
         return DropoutState(first.layout, first.weights, first.counters, parts, 0, problem.clients)
 
     def task(self, state: DropoutState, client: int) -> Payload:
-        """Return the client's sub-model of w_t, and which it is: (version, client)."""
+        """Return the client's sub-model of w_t, and the (version, client) that determine it."""
         numbers = {"version": state.version, "client": client}
         part = state.weights
         if state.parts.cut:
@@ -123,9 +122,8 @@ class FedDropout(ModelAveraging[DropoutState, DropoutAccumulator]):
     ) -> DropoutAccumulator:
         """Add ``weight`` times a sub-model's update to the sum, at its coordinates.
 
-        A sub-model that was sent as a model counts as its change from w_t. What a client
-        says of the version and the client decides where its update goes; whatever it says,
-        that is a sub-model of this seed.
+        A sub-model that was sent as a model counts as its change from w_t. The version and the
+        client in the result decide the coordinates; any values denote a sub-model of this seed.
         """
         version, client = _mask_of(result.payload.numbers, state.clients)
         if not state.parts.cut:
@@ -151,12 +149,12 @@ class FedDropout(ModelAveraging[DropoutState, DropoutAccumulator]):
     ) -> DropoutState:
         """w_{t+1} = w_t + eta_g * sum_k (weight_k / divisor) * (w_k - w_t).
 
-        With ``holders``, the sum of a coordinate is replaced by its mean over those who hold
-        it, times the sum of all weights: as if the others had sent that mean. What nobody
-        holds stays.
+        With ``holders``, the sum of a coordinate is replaced by its mean over the clients that
+        hold it, times the sum of all weights, as if the others had sent that mean. Coordinates
+        that no client holds stay.
         """
         if accumulator.held is not None and accumulator.weight:
-            # In this order a mean of finite updates is finite, whatever their weights.
+            # Divided in this order, a mean of finite updates is finite for all weights.
             accumulator.total.div_(accumulator.held.masked_fill_(accumulator.held == 0, 1.0))
             divisor /= accumulator.weight
         new = averaged(state, accumulator, self.server_lr / divisor)
@@ -165,9 +163,9 @@ class FedDropout(ModelAveraging[DropoutState, DropoutAccumulator]):
         )
 
     def _index(self, parts: SubModels, version: int, client: int) -> Tensor:
-        """Return where a client's sub-model of a version lies in w, int64 [small.dim].
+        """Return the coordinates in w of a client's sub-model of a version, int64 [small.dim].
 
-        Made anew each time: in memory it is twice the size of the sub-model.
+        They are computed each time, because they take twice the memory of the sub-model.
         """
         rng = derive_rng(self.seed or 0, "federated dropout", version, client)
         return parts.index(parts.draw(rng))
@@ -175,12 +173,12 @@ class FedDropout(ModelAveraging[DropoutState, DropoutAccumulator]):
     # ---- at the client
 
     def try_model(self, problem: Problem, data: Examples, device: str) -> None:
-        """Try a sub-model."""
+        """Try a step of a sub-model."""
         part = _sub_problem(problem, self.keep)
         dry_step(lambda: FlatModel(part.model(), device), problem, data, device)
 
     def train(self, task: Task, client: Client) -> TrainResult:
-        """ClientUpdate(k, w) of FedAvg on the sub-model, which is an ordinary small model."""
+        """ClientUpdate(k, w) of FedAvg on the sub-model."""
         problem = _sub_problem(client.problem, self.keep)
         version, who = _mask_of(task.payload.numbers, client.problem.clients)
         found = super().train(task, dataclasses.replace(client, problem=problem))
@@ -189,19 +187,19 @@ class FedDropout(ModelAveraging[DropoutState, DropoutAccumulator]):
 
 
 def _mask_of(numbers: Mapping[str, object], clients: int) -> tuple[int, int]:
-    """Return whose sub-model of which version a payload is of.
+    """Return the version and the client that determine a payload's sub-model.
 
-    Any version will do: results of older ones come late, and a replay under other rules
-    counts versions otherwise.
+    Any version is valid: late results are of older ones, and a what-if replay numbers versions
+    differently.
 
     Raises:
-        ResultError: it does not say so.
+        ResultError: the payload's numbers lack them.
     """
     return expect_count("version", numbers), expect_count("client", numbers, clients)
 
 
 def _sub_problem(problem: Problem, keep: float) -> SubProblem:
-    """Return this process's one sub-problem of a problem: FedAvg keeps a working copy of each."""
+    """Return the one sub-problem of a problem in this process, which owns a working copy."""
     for known in _sub_problems:
         if known.whole is problem and known.keep == keep:
             return known

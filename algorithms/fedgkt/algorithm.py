@@ -38,11 +38,11 @@ from fedmq.codecs.text import shorten
 class GktState:
     """One version of the server.
 
-    layout: of the server network. server: its weights, and its optimizer's moments.
+    layout: layout of the server network. server: its weights, and its optimizer's moments.
     store: the last upload of each client.
     answers: by client, the server's logits for the samples of its upload, float32
         [n, classes], in the order of its ids.
-    version: how many were committed before it.
+    version: number of versions before it.
     features, classes: shape of a sample's feature maps, number of classes.
     """
 
@@ -57,7 +57,7 @@ class GktState:
 
 @dataclass
 class GktAccumulator:
-    """What came in for one version, by client; a client's newest upload."""
+    """The newest uploads for one version, by client."""
 
     fresh: dict[int, Upload] = field(default_factory=dict)
 
@@ -67,34 +67,34 @@ class FedGKT(Algorithm[GktState, GktAccumulator]):
     """Small networks at the edge and a large one at the server teach each other.
 
     Each client trains an extractor f_e and a classifier f_c, and sends H = f_e(x), f_c(H) and
-    the labels of all of its samples. The server trains f_s on these, and answers f_s(H), by
-    sample. What is used in the end is f_s(f_e(x)).
+    the labels of all of its samples. The server trains f_s on these and returns f_s(H) by
+    sample. The final model is f_s(f_e(x)).
 
     edge: f_e and f_c, a key of `EDGES`. server: f_s, a key of `SERVERS`.
-    optimizer, lr, momentum, weight_decay, batch_size, epochs: of a client's training; what an
-        optimizer remembers is kept from task to task. Momentum is SGD's.
-        By default as with the paper's networks: Adam with lr 0.001, weight_decay 1e-4 (momentum
-        0.9 for SGD), batch_size 64 and one pass (epochs).
+    optimizer, lr, momentum, weight_decay, batch_size, epochs: of a client's training; the
+        optimizer's moments are kept from task to task. Momentum is SGD's. The defaults are the
+        paper's: Adam with lr 0.001, weight_decay 1e-4 (momentum 0.9 for SGD), batch_size 64 and
+        one pass (epochs).
     server_lr, server_batch_size: of the server's training; None is the clients'.
     server_epochs: E_s, passes at each commit; 20 in the paper.
-    effort: what a pass at the server is as long as. ``fresh``: the samples that have come in
-        for this version; ``held``: all that are held. Both draw from all that are held, and
-        they are the same where every client takes part in every round.
-    alpha: weight of KL beside CE. temperature: T.
+    effort: length of the server's passes: as many samples as have arrived for this version
+        (``fresh``), or as the server holds (``held``). Both draw from all samples that it holds,
+        and they are equal if every client takes part in every round.
+    alpha: weight of KL relative to CE. temperature: T.
     distil_server: the server learns from the edges' logits. distil_edge: the edges learn from
-        the server's; without it none are sent.
-    max_samples: that a client may have; bounds what an upload can take.
-    memory_mb: of feature maps in the server's memory, in 2^20 bytes; more go to temporary files
-        in the folder that TMPDIR names.
-    server_device: where the server trains; that it replays to the bit is promised for a CPU.
-    test_on: ``all``: a client tests on all test data; ``own``: on those of its own.
-    test_features: clients send the feature maps and labels of their test data too, as the
-        paper has it, and the evaluator tests; else they stay, and each client tests.
-    seed: of the networks' first values and the order of the server's samples; None is the
+        the server's; if False, none are sent.
+    max_samples: largest number of a client's samples; it limits the size of an upload.
+    memory_mb: limit of feature maps in the server's memory, in 2^20 bytes; further ones go to
+        temporary files in the folder TMPDIR.
+    server_device: torch device of the server's training; exact replay is promised for a CPU.
+    test_on: ``all``: a client evaluates on all test data; ``own``: on its own test data.
+    test_features: clients also send the feature maps and labels of their test data, as in the
+        paper, and the evaluator evaluates; otherwise each client evaluates.
+    seed: seed of the networks' first values and the order of the server's samples; None is the
         run's.
 
-    Adam is with amsgrad. How much a result counts, as a schedule sees it, has no meaning here:
-    the paper weighs no sample by its age.
+    Adam is the amsgrad variant. The weights of a schedule have no effect: the paper weighs no
+    sample by its age.
     """
 
     name: ClassVar[str] = "fedgkt"
@@ -141,7 +141,7 @@ class FedGKT(Algorithm[GktState, GktAccumulator]):
     # ---- at the aggregator
 
     def start(self, problem: Problem) -> GktState:
-        """Nothing is held, and nobody is answered."""
+        """Return the first server network, an empty store and no answers."""
         features = feature_shape(self.edge, problem.shape)
         model = self._server(features, problem.classes)
         return GktState(
@@ -155,7 +155,7 @@ class FedGKT(Algorithm[GktState, GktAccumulator]):
         )
 
     def task(self, state: GktState, client: int) -> Payload:
-        """Return the server's logits by sample id; none before the client's first upload."""
+        """Return the server's logits by sample id; empty before the client's first upload."""
         answer = state.answers.get(client)
         if answer is None:
             return Payload()
@@ -163,11 +163,11 @@ class FedGKT(Algorithm[GktState, GktAccumulator]):
 
     @property
     def evaluated_by(self) -> Literal["model", "clients"]:  # type: ignore[override] # follows from a field
-        """By clients, unless they give their test data's feature maps away."""
+        """Return ``model`` if clients send feature maps of their test data, else ``clients``."""
         return "model" if self.test_features else "clients"
 
     def evaluation_task(self, state: GktState, client: int = 0) -> Payload:
-        """Return the server network; with ``test_features`` what was uploaded of test data."""
+        """Return the server network; with ``test_features`` also the uploaded test data."""
         exact = dict(self.tensors(state))
         if self.test_features:
             for index, upload in state.store.uploads.items():
@@ -180,11 +180,11 @@ class FedGKT(Algorithm[GktState, GktAccumulator]):
         return Payload(exact=exact)
 
     def result_bytes(self, state: GktState) -> int:
-        """Return the bytes of ``max_samples`` feature maps with ids, labels and logits."""
+        """Return the size of ``max_samples`` feature maps with ids, labels and logits, in bytes."""
         return self._expected(state).nbytes
 
     def new_accumulator(self, state: GktState) -> GktAccumulator:
-        """Nothing has come in."""
+        """Return an empty accumulator."""
         return GktAccumulator()
 
     def accumulate(
@@ -194,7 +194,7 @@ class FedGKT(Algorithm[GktState, GktAccumulator]):
         result: Result,
         weight: float,
     ) -> GktAccumulator:
-        """Hold a client's upload in place of its last one."""
+        """Replace a client's upload."""
         upload = self._expected(state).upload(
             result.payload, result.num_examples, state.store.limit
         )
@@ -202,10 +202,10 @@ class FedGKT(Algorithm[GktState, GktAccumulator]):
         return accumulator
 
     def commit(self, state: GktState, accumulator: GktAccumulator, divisor: float) -> GktState:
-        """Train f_s on CE + alpha T^2 KL(p_c || p_s), then answer.
+        """Train f_s on CE + alpha T^2 KL(p_c || p_s), then compute the answers.
 
-        The server's logits are those of f_s after its training, in eval mode: of the clients
-        that have sent something for this version, or with effort ``held`` of all.
+        The answers are logits of f_s after its training, in eval mode: for the clients with an
+        upload for this version, or for all with effort ``held``.
         """
         store = state.store.updated(accumulator.fresh)
         renewed = store.uploads if self.effort == "held" else accumulator.fresh
@@ -228,14 +228,14 @@ class FedGKT(Algorithm[GktState, GktAccumulator]):
         )
 
     def save(self, state: GktState) -> Payload:
-        """Return the server network, its optimizer's moments, what is held, and the answers."""
+        """Return the server network, its optimizer's moments, the store and the answers."""
         exact = {f"server.{name}": each for name, each in save_state(state.server).exact.items()}
         exact |= {f"store.{name}": each for name, each in state.store.save().items()}
         exact |= {f"answers.{client}": each for client, each in state.answers.items()}
         return Payload(exact=exact, numbers={"version": state.version})
 
     def load(self, problem: Problem, saved: Payload) -> GktState:
-        """Return the state that was saved; what it holds is checked like an upload."""
+        """Return a saved state; its uploads are checked like new ones."""
         first = self.start(problem)
         parts: dict[str, dict[str, Tensor]] = {"server": {}, "store": {}, "answers": {}}
         for name, tensor in saved.exact.items():
@@ -260,12 +260,12 @@ class FedGKT(Algorithm[GktState, GktAccumulator]):
         )
 
     def tensors(self, state: GktState) -> Mapping[str, Tensor]:
-        """Return the server network; the edges' stay with the clients."""
+        """Return the server network; the edges' networks stay at the clients."""
         layout, server = state.layout, state.server
         return layout.views(server.weights) | layout.counter_views(server.counters)
 
     def _held_batches(self, store: FeatureStore, samples: int, version: int) -> Iterator[Batch]:
-        """Yield so many samples of all that are held, in a new order whenever all had a turn."""
+        """Yield ``samples`` samples of the store in batches; each pass has a new order."""
         rng = derive_rng(self.seed or 0, "fedgkt", version)
         size = self.server_batch_size or self.batch_size
         for rows in shuffled(len(store), samples, size, rng):
@@ -276,15 +276,15 @@ class FedGKT(Algorithm[GktState, GktAccumulator]):
     def train(self, task: Task, client: Client) -> TrainResult:
         """Train f_e and f_c on CE + alpha T^2 KL(p_s || p_c), then send H, z_c and y.
 
-        H and z_c are of the very images that were trained on, in eval mode. KL is left out for
-        a sample that the server has not answered, as in the first round.
+        H and z_c are computed from the training images, in eval mode. KL is omitted for samples
+        without an answer of the server, as in the first round.
         """
         data = client.data
         n = len(data)
         if n > self.max_samples:
             raise ProblemError(
-                f"client {client.index} has {n} samples; raise algorithm.max_samples, "
-                f"{self.max_samples}"
+                f"client {client.index}: expected at most {self.max_samples} samples, got {n}; "
+                "raise algorithm.max_samples"
             )
         model, trained = self._edge_of(client)
         teacher = teacher_of(task.payload.logits, n, client.problem.classes)
@@ -328,9 +328,9 @@ class FedGKT(Algorithm[GktState, GktAccumulator]):
     # ---- at the evaluator
 
     def evaluate(self, task: Task, problem: Problem, device: str) -> Mapping[str, float]:
-        """Return the metrics of what clients have uploaded of their test data.
+        """Return the metrics of the clients' uploaded test data.
 
-        Before the first upload, of the networks' first values on the problem's test data.
+        Before the first upload, those of the first networks on the problem's test data.
         """
         exact = task.payload.exact
         clients = [name[: -len(".test.labels")] for name in exact if name.endswith(".test.labels")]
@@ -348,12 +348,12 @@ class FedGKT(Algorithm[GktState, GktAccumulator]):
     # ---- networks
 
     def _edge(self, shape: Shape, classes: int, device: str) -> FlatModel:
-        """Return f_e and f_c, the same first values for all clients; as in the paper's code."""
+        """Return f_e and f_c with the same first values for all clients, as in the paper's code."""
         seed = derive_seed(self.seed or 0, "fedgkt edge")
         return FlatModel(initialised(EDGES[self.edge], seed, shape, classes), device)
 
     def _edge_of(self, client: Client) -> tuple[FlatModel, NetworkState]:
-        """Return a client's f_e and f_c, and what to load into them."""
+        """Return a client's f_e and f_c, and the values to load into them."""
         problem, optimizer = client.problem, self._optimizer(at_server=False)
         model = self._edge(problem.shape, problem.classes, client.device)
         first = optimizer.first(model)
@@ -366,7 +366,7 @@ class FedGKT(Algorithm[GktState, GktAccumulator]):
         return FlatModel(module, device or self.server_device)
 
     def _received(self, task: Task, problem: Problem, device: str) -> FlatModel:
-        """Return the f_s of an evaluation."""
+        """Return the f_s in the payload of an evaluation."""
         features = feature_shape(self.edge, problem.shape)
         model, exact = self._server(features, problem.classes, device), task.payload.exact
         layout = model.layout

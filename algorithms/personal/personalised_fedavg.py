@@ -36,16 +36,16 @@ from fedmq.codecs.text import shorten
 _FEDAVG, _REPTILE = "fedavg", "reptile"
 """The phases."""
 _LARGEST_SQUARED = 1e15
-"""Of a value that Adam will square: the square is far from float32's end."""
+"""Limit of a value that Adam squares: the square is far from float32's largest."""
 
 
 @dataclass(frozen=True)
 class MetaState(ModelState):
-    """One version of the global model, and of the server's optimizer.
+    """One version of the global model and of the server's optimizer.
 
-    version: how many were committed before it; tells the phase.
-    moments: float32 [parameters] by name, of the phase: ``velocity`` of the momentum, or
-        ``first`` and ``second`` of Adam.
+    version: number of versions before it; it decides the phase.
+    moments: float32 [parameters] by name: ``velocity`` in the phase of FedAvg, ``first`` and
+        ``second`` (Adam) in that of Reptile.
     """
 
     version: int
@@ -57,19 +57,19 @@ class PersonalisedFedAvg(ModelAveraging[MetaState, Accumulator]):
     """FedAvg(E), then Reptile(K), then each client fine-tunes.
 
     epochs: E, local epochs of FedAvg(E); the paper wants it fairly large, so 10 by default.
-    momentum: 0, as the paper has it: the clients' SGD is plain.
-    lr, batch_size: eta and B of the clients' SGD, in both phases and when they fine-tune.
+    momentum: 0 as in the paper: the clients' SGD is plain.
+    lr, batch_size: eta and B of the clients' SGD, in both phases and in fine-tuning.
     server_lr, server_momentum: of the server's step in FedAvg(E), SGD with momentum along the
         averaged update.
-    switch: the version from which tasks are Reptile's; 0 is Reptile alone, and a number that
-        no run reaches is FedAvg alone.
+    switch: first version whose tasks are Reptile's; 0 is Reptile alone, and a number that no run
+        reaches is FedAvg alone.
     steps: K, mini-batch steps of a task of Reptile(K).
     reptile_lr, beta1, beta2, epsilon: of the server's step in Reptile(K), Adam (Kingma and Ba,
         ICLR 2015, algorithm 1). Its gradient is the averaged update with its sign turned.
     personal_epochs: local epochs of fine-tuning, at evaluation.
 
-    FedAvg's mean is weighted by examples, Reptile's is plain: there a result counts by the
-    ``steps * batch_size`` examples of its steps.
+    FedAvg's mean is weighted by examples, Reptile's is plain: the number of examples of a result
+    is ``steps * batch_size``.
     """
 
     name: ClassVar[str] = "personalised-fedavg"
@@ -112,8 +112,8 @@ class PersonalisedFedAvg(ModelAveraging[MetaState, Accumulator]):
     ) -> Accumulator:
         """Add ``weight`` times the client's update to the sum, if it is of the state's phase.
 
-        A late result of FedAvg(E) is refused after the switch: an update of many epochs would
-        set the scale of Adam's first steps, which is to be that of K steps.
+        A late result of FedAvg(E) is rejected after the switch: an update of many epochs would
+        set the scale of Adam's first steps, which should be that of K steps.
         """
         payload = result.payload
         phase, expected = payload.numbers.get("phase"), self._phase(state.version)
@@ -130,7 +130,7 @@ class PersonalisedFedAvg(ModelAveraging[MetaState, Accumulator]):
     def commit(self, state: MetaState, accumulator: Accumulator, divisor: float) -> MetaState:
         """Take the server optimizer's step along the averaged update.
 
-        What has no gradient, such as BatchNorm's statistics, moves by the average itself.
+        Tensors without a gradient, such as BatchNorm's statistics, change by the average.
         """
         end, version = state.layout.parameters, state.version
         mean = accumulator.total.div_(divisor)
@@ -157,7 +157,7 @@ class PersonalisedFedAvg(ModelAveraging[MetaState, Accumulator]):
         return moved, {"first": first, "second": second}
 
     def load(self, problem: Problem, saved: Payload) -> MetaState:
-        """Return the state of a saved w_t, t and moments; t tells which moments there are."""
+        """Return the state of a saved w_t, t and moments; t decides which moments there are."""
         first, version = self.start(problem), expect_count("version", saved.numbers)
         moments = self._rest(first.layout.parameters, version)
         state = load_state(dataclasses.replace(first, moments=moments), saved)
@@ -166,14 +166,14 @@ class PersonalisedFedAvg(ModelAveraging[MetaState, Accumulator]):
         return state
 
     def _rest(self, size: int, version: int) -> dict[str, Tensor]:
-        """Return the moments of an optimizer that has not moved yet."""
+        """Return the moments of an optimizer before its first step."""
         names = ("velocity",) if self._phase(version) == _FEDAVG else ("first", "second")
         return {name: zeros(size) for name in names}
 
     # ---- at the client
 
     def train(self, task: Task, client: Client) -> TrainResult:
-        """Do E epochs, or after the switch K steps, of SGD from w_t."""
+        """Run E epochs, or after the switch K steps, of SGD from w_t."""
         phase = self._phase(task.version)
         if phase == _FEDAVG:
             found = super().train(task, client)
@@ -197,7 +197,7 @@ class PersonalisedFedAvg(ModelAveraging[MetaState, Accumulator]):
         return TrainResult(payload, self.steps * size)
 
     def evaluate_client(self, task: Task, client: Client) -> Mapping[str, float]:
-        """Fine-tune w_t on the client's training examples as in training, then test."""
+        """Fine-tune w_t on the client's training examples as in training, then evaluate it."""
 
         def adapt(model: FlatModel, data: Examples) -> None:
             free = dataclasses.replace(client, project=None)

@@ -1,4 +1,4 @@
-"""What FedPer and FedRep share: FedAvg of a model's body, under a head that each client keeps."""
+"""What FedPer and FedRep share: FedAvg of a model's body; each client keeps its own head."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from fedmq.algorithms.toolkit.split_model import Split, local_metrics, scratch_s
 
 @dataclass(frozen=True)
 class SharedBody(FedAvg):
-    """FedAvg of the body alone; each client keeps a head, which never travels.
+    """FedAvg of the body; each client keeps its head, which is never sent.
 
-    head: how many of the last trained layers are the head; at least one, or nothing is personal.
+    head: number of the last trained layers that are the head.
     Other fields are FedAvg's.
     """
 
@@ -34,7 +34,7 @@ class SharedBody(FedAvg):
     # ---- at the aggregator
 
     def start(self, problem: Problem) -> ModelState:
-        """phi_0, the body of the problem's first model.
+        """Return phi_0, the body of the problem's first model.
 
         Raises:
             ProblemError: the model cannot be cut.
@@ -46,11 +46,11 @@ class SharedBody(FedAvg):
     # ---- at the client
 
     def try_model(self, problem: Problem, data: Examples, device: str) -> None:
-        """Try the problem's model, body and head."""
+        """Try a step of the problem's model, body and head."""
         dry_step(lambda: Split(problem, self.head, device).whole, problem, data, device)
 
     def train(self, task: Task, client: Client) -> TrainResult:
-        """Return the change of the body (or the body), and the client's head."""
+        """Return the body or its change; keep the head."""
         model = scratch_split(client.problem, self.head, client.device)
         came = model.load(task.payload, client.local)
         data = client.data.to(client.device)
@@ -63,13 +63,13 @@ class SharedBody(FedAvg):
 
     @abstractmethod
     def learn(self, model: Split, data: Examples, client: Client) -> None:
-        """Do a task's local epochs on a loaded model."""
+        """Run a task's local epochs on a loaded model."""
 
     def evaluate_client(self, task: Task, client: Client) -> Mapping[str, float]:
         """Return the metrics, on the client's test data, of its head on phi_t.
 
         ``loss`` and ``accuracy`` are those after `tune` on its training data;
-        ``accuracy_before`` is with the head as it was kept (or as it first was).
+        ``accuracy_before`` is that with the client's local head (or the first one).
         """
         model = scratch_split(client.problem, self.head, client.device)
         model.load(task.payload, client.local)

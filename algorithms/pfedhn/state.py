@@ -1,4 +1,4 @@
-"""One version of pFedHN: the hypernetwork, the embeddings, and what a version gathers."""
+"""One version of pFedHN, the hypernetwork and the embeddings; and its accumulator."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ class HyperState:
     """One version of the hypernetwork.
 
     phi: its parameters, float32 [P]. embeddings: v_i, float32 [K, D_e]. phi_momentum,
-    embedding_momentum: of the server's SGD, shaped alike. shared: float32, what is not
-    trained in the clients' models. counters: int64, theirs. used: int64 [K], versions in
-    which each client had a result.
+    embedding_momentum: of the server's SGD, of the same shapes. shared: float32, the tensors of
+    the clients' models that are not trained. counters: int64, their integers. used: int64 [K],
+    number of versions with a result of each client.
     """
 
     net: HyperNet
@@ -35,14 +35,14 @@ class HyperState:
     used: Tensor = field(metadata=saved(least=0))
 
     def embedding(self, client: int) -> Tensor:
-        """Return v_i; of a new client the mean of those that were trained, float32 [D_e]."""
+        """Return v_i, float32 [D_e]; for a new client the mean of the trained ones."""
         if client < len(self.embeddings):
             return self.embeddings[client]
         trained = self.used > 0
         return self.embeddings[trained if trained.any() else ~trained].mean(dim=0)
 
     def model_of(self, embedding: Tensor) -> Payload:
-        """Return the model that belongs to an embedding, and what all models share."""
+        """Return the model of an embedding, with the tensors that all models share."""
         sent = self.partition.sent
         weights = torch.cat([self.net.theta(self.phi, embedding), self.shared])
         return sent.write(weights, self.counters)
@@ -50,11 +50,11 @@ class HyperState:
 
 @dataclass
 class HyperAccumulator:
-    """The running sum over a version's results, whatever their number.
+    """Running sum over a version's results.
 
     phi, embeddings: sum of weight * (d theta_i / d (phi, v_i))^T dtheta_i.
-    shared: sum of weight * the change of what is not trained. counters: largest so far.
-    present: bool [K], who has a result in it.
+    shared: sum of weight * the change of tensors that are not trained. counters: see
+        `merge_counters`. present: bool [K], the clients with a result in the sum.
     """
 
     phi: Tensor

@@ -169,7 +169,7 @@ def test_a_device_learns_a_label_that_only_others_have():
 
 
 def test_a_problem_must_have_public_examples():
-    with pytest.raises(ProblemError, match="no public examples"):
+    with pytest.raises(ProblemError, match="with public examples, got none"):
         Codistillation().start(Blobs())
 
 

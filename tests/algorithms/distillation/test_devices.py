@@ -197,7 +197,7 @@ def test_a_new_device_learns_a_round_from_all_devices():
 
 
 def test_a_problem_must_say_its_classes():
-    with pytest.raises(AlgorithmError, match="how many classes"):
+    with pytest.raises(AlgorithmError, match="defines classes"):
         Distillation().start(Normed())
 
 

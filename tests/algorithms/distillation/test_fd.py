@@ -156,7 +156,7 @@ def with_logits(**tensors):
         (with_logits(counts=torch.tensor([1, 1, -1])), "expected counts from 0"),
         (with_logits(counts=torch.tensor([1, 1, 1 << 60])), "expected counts from 0"),
         (with_logits(counts=torch.tensor([0, 0, 0])), "expected counts from 0"),
-        (with_logits(counts=torch.tensor([1, 1, 0])), "labels that count 0"),
+        (with_logits(counts=torch.tensor([1, 1, 0])), "labels with a count of 0"),
         (with_logits(logits=torch.eye(3) * float("nan")), "not from 0 to 1"),
         (with_logits(logits=torch.eye(3) * float("inf")), "not from 0 to 1"),
         (with_logits(logits=torch.tensor([[2.0, -1.0, 0.0]] * 3)), "not from 0 to 1"),

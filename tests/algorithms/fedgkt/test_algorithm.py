@@ -203,7 +203,10 @@ def test_more_samples_than_may_be_are_said_at_the_client(problem):
     algorithm = FedGKT(**{**TINY, "max_samples": 9})
     state = algorithm.start(problem)
     train(algorithm, problem, state, 0)
-    with pytest.raises(ProblemError, match=r"client 1 has 10 samples; raise algorithm.max_samples"):
+    with pytest.raises(
+        ProblemError,
+        match=r"client 1: expected at most 9 samples, got 10; raise",
+    ):
         train(algorithm, problem, state, 1)
 
 

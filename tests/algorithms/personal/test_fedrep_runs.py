@@ -94,7 +94,7 @@ def test_a_head_that_leaves_nothing_to_share_is_refused(head):
 
 
 @pytest.mark.parametrize(
-    ("problem", "message"), [(NoSequence(), "nn.Sequential"), (Tied(), "in common")]
+    ("problem", "message"), [(NoSequence(), "nn.Sequential"), (Tied(), "got a common one")]
 )
 def test_a_model_that_cannot_be_cut_is_refused_at_the_start(problem, message):
     with pytest.raises(ProblemError, match=message):

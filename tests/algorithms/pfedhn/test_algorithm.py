@@ -192,7 +192,7 @@ def test_with_a_personal_classifier_the_hypernetwork_learns_faster():
 
 def test_a_model_of_one_layer_has_nothing_to_send_beside_its_classifier():
     assert small().start(OneLayer(2)).partition.theta == 6
-    with pytest.raises(ProblemError, match="the problem's model has no other"):
+    with pytest.raises(ProblemError, match="more than one trained layer"):
         small(personal_classifier=True).start(OneLayer(2))
 
 

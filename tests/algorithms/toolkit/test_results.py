@@ -112,10 +112,10 @@ def test_a_tensor_may_be_in_either_group_and_not_in_both():
         assert weights.tolist() == list(range(29))
         assert counters.tolist() == [7]
         assert FedAvg().load(Normed(), each).weights.tolist() == list(range(29))
-    with pytest.raises(ResultError, match=r"'1.running_mean' once, it is in two groups"):
+    with pytest.raises(ResultError, match=r"'1.running_mean' in one group, got it in two"):
         state.layout.read(Payload(old.weights, new.exact))
     result = Result(0, 0, Payload(old.weights, new.exact), 1)
-    with pytest.raises(ResultError, match="it is in two groups"):
+    with pytest.raises(ResultError, match="in one group, got it in two"):
         FedAvg().accumulate(FedAvg().new_accumulator(state), state, result, 1.0)
 
 
@@ -191,7 +191,7 @@ def test_a_constant_of_another_dtype_cannot_be_changed_by_a_result():
         if not wrong:
             FedAvg().accumulate(FedAvg().new_accumulator(state), state, result, 1.0)
             continue
-        with pytest.raises(ResultError, match=r"'doubles', torch\.float64, as the constant"):
+        with pytest.raises(ResultError, match=r"'doubles', torch\.float64, unchanged"):
             FedAvg().accumulate(FedAvg().new_accumulator(state), state, result, 1.0)
 
 
@@ -235,12 +235,12 @@ def test_parts_of_one_storage_that_do_not_overlap_are_fine():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: Sharing(lambda w: torch.eye(2).to_sparse()), "other is torch.sparse_coo"),
-        (lambda: nn.LazyLinear(2), "weight has none before the first forward"),
-        (lambda: nn.Linear(2, 2).half(), "expected float32 weights, weight is torch.float16"),
+        (lambda: Sharing(lambda w: torch.eye(2).to_sparse()), "got torch.sparse_coo for other"),
+        (lambda: nn.LazyLinear(2), "got none for weight before the first forward"),
+        (lambda: nn.Linear(2, 2).half(), "expected float32 weights, got torch.float16 for weight"),
         (
             lambda: nn.Linear(2, 2, dtype=torch.complex128),
-            "expected float32 weights, weight is torch.complex128",
+            "expected float32 weights, got torch.complex128 for weight",
         ),
     ],
 )
@@ -358,7 +358,7 @@ class Lowest(nn.Module):
 def test_a_buffer_that_leaves_infinity_is_refused_by_name():
     """By how much has it changed? Before the first task, and at one that does it."""
     problem = Restless(Lowest)
-    wanted = "least starts with infinity or NaN where training changes it"
+    wanted = "least: expected a finite value at the start where training changes it"
     with pytest.raises(ProblemError, match=wanted):
         FedAvg().try_model(problem, problem.client(0), "cpu")
     with pytest.raises(ProblemError, match=wanted):
