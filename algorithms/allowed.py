@@ -1,14 +1,14 @@
-"""What a configuration may name to import, and the one place that imports it.
+"""Import the code that a configuration names, if it is allowed.
 
-A configuration names problems and algorithms as ``module:attribute``. To import a module runs
-its code, and to call what it holds runs more, so `resolve` imports only what is allowed:
+A configuration names problems and algorithms as ``module:attribute``. Importing a module runs
+its code, and calling what it defines runs more, so `resolve` imports only:
 
 - always: Problem and Algorithm classes that are defined in fedmq.algorithms; entry points of
   installed packages; and classes that are defined in torch.optim and torchvision.models, with
   arguments that are numbers or plain words;
-- what `Allowed` holds: it is handed down from whoever knows who gave the configuration.
+- what an `Allowed` lists. The caller knows who wrote the configuration and passes it.
 
-Whatever is not allowed is refused before anything is imported, parent packages included.
+Anything else is refused before a module is imported, parent packages included.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from fedmq.codecs.extensions import entry_points
 
 OWN = "fedmq.algorithms"
 LIBRARIES = ("torch.optim", "torchvision.models")
-"""Their classes compute, and touch no file and no network with numbers and words alone."""
+"""With numbers and words as arguments, their classes touch no file and no network."""
 
 _WORD = re.compile(r"[\w+-]{0,100}", re.ASCII)
 _LONGEST = 200
@@ -34,12 +34,12 @@ _LONGEST = 200
 
 @dataclass(frozen=True)
 class Allowed:
-    """What may be imported besides what always may.
+    """Code that may be imported, besides that which always may.
 
-    modules: modules, each with what is below it. Of them, one attribute may be named, which is
-        a class or a function that is defined in one of these modules.
-    names: what the person at this machine named, ``module:attribute`` to the letter; the
-        attribute may be anything, such as ``Outer.inner``.
+    modules: modules and all below them. A configuration may name a class or a function that is
+        defined in one of them.
+    names: exact names, ``module:attribute``, given by the person at this machine; the
+        attribute may be any object, such as ``Outer.inner``.
     """
 
     modules: frozenset[str] = frozenset()
@@ -47,11 +47,11 @@ class Allowed:
 
 
 NOTHING = Allowed()
-"""For configurations whose giver is not known: from the wire, or from a recorded run."""
+"""For configurations of unknown origin: from the wire, or from a recorded run."""
 
 
 def is_module_name(text: str) -> bool:
-    """Tell whether a text can be the name of a module, such as ``package.module``."""
+    """Return whether a text can be the name of a module, such as ``package.module``."""
     parts = text.replace("-", "_").split(".")  # a file may be named my-problem.py
     return len(text) <= _LONGEST and all(part.isidentifier() for part in parts)
 
@@ -60,7 +60,7 @@ def installed(group: str, name: str) -> EntryPoint | None:
     """Return the entry point of an installed package by its name.
 
     Raises:
-        AlgorithmError: several packages have one of this name.
+        AlgorithmError: several packages register this name.
     """
     found = [each for each in entry_points(group=group) if each.name == name]
     if len(found) > 1:
@@ -76,18 +76,18 @@ def resolve(
     base: type,
     arguments: Mapping[str, object] | None = None,
 ) -> object:
-    """Import what a configuration names, if that is allowed.
+    """Import and return the object that a configuration names, if that is allowed.
 
     Args:
         name: an entry point of ``group``, or ``module:attribute``.
-        allowed: what is, besides what always is.
-        group: of entry points.
-        base: what a class of fedmq itself must be derived from.
-        arguments: what the found object is to be called with.
+        allowed: code that may be imported.
+        group: group of entry points.
+        base: base class that a class of fedmq itself must have.
+        arguments: arguments that the object will be called with.
 
     Raises:
-        NotAllowed: it is not allowed; nothing was imported.
-        AlgorithmError: it does not exist, or is none of the things that may be named.
+        NotAllowed: the name is not allowed; nothing was imported.
+        AlgorithmError: the object does not exist, or is of a kind that may not be named.
     """
     if name in allowed.names:
         return _attribute(*_split(name))
@@ -109,7 +109,7 @@ def resolve(
         found = _attribute(module, _single(name, attribute))
         if inspect.isclass(found) and issubclass(found, base) and not inspect.isabstract(found):
             return _defined(found, name, (OWN,))
-        raise AlgorithmError(f"of fedmq itself, only a {base.__name__} can be named, not {name!r}")
+        raise AlgorithmError(f"expected a {base.__name__} of fedmq itself, got {name!r}")
     for entry in entry_points(group=group):
         if (entry.module, entry.attr) == (module, attribute):
             return _load(entry)
@@ -119,12 +119,12 @@ def resolve(
         found = _attribute(module, _single(name, attribute))
         if inspect.isclass(found):
             return _defined(found, name, LIBRARIES)
-        raise AlgorithmError(f"of {module}, only classes can be named, not {name!r}")
+        raise AlgorithmError(f"expected a class of {module}, got {name!r}")
     raise NotAllowed(name, module)
 
 
 def is_below(module: str, roots: Iterable[str]) -> bool:
-    """Tell whether a module is one of these, or below one of them."""
+    """Return whether a module is one of these or below one of them."""
     return any(module == root or module.startswith(f"{root}.") for root in roots)
 
 
@@ -136,7 +136,7 @@ def _split(name: str) -> tuple[str, str]:
 
 
 def _single(name: str, attribute: str) -> str:
-    # What an attribute of a module holds, such as the modules that it imports, is not its own.
+    # An attribute of an attribute, such as a module that the module imports, is defined elsewhere.
     if "." in attribute:
         raise AlgorithmError(f"expected module:attribute with one attribute, got {name!r}")
     return attribute
@@ -161,17 +161,15 @@ def _attribute(module: str, attribute: str) -> object:
 
 
 def _defined(found: object, name: str, roots: Iterable[str]) -> object:
-    """Return what was found, if it is not merely imported there from elsewhere."""
+    """Return an object if it is defined in the module that was named, not merely imported there."""
     home = getattr(found, "__module__", None)
     if not isinstance(home, str) or not is_below(home, roots):
-        raise AlgorithmError(
-            f"{name!r} is not defined there but in {home!r:.{_LONGEST}}, which is not allowed"
-        )
+        raise AlgorithmError(f"{name!r} is defined in {home!r:.{_LONGEST}}, which is not allowed")
     return found
 
 
 def _check_plain(key: str, value: object, name: str) -> None:
-    """Refuse what could be a path or an address."""
+    """Refuse an argument that could be a path or an address."""
     if isinstance(value, list | tuple):
         for each in value:
             _check_plain(key, each, name)

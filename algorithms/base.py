@@ -1,226 +1,209 @@
-"""What a federated algorithm is: a server half and a client half, both pure.
+"""The base class of federated algorithms: a server half and a client half, both pure.
 
 An algorithm is a frozen dataclass whose fields are its hyper-parameters. The aggregator
 calls `start`, `task`, `new_accumulator`, `accumulate` and `commit`; a worker calls `train`; the
-evaluator calls `evaluate`, or each client `evaluate_client`. Nothing here knows of
+evaluator calls `evaluate`, or each client `evaluate_client`. An algorithm knows nothing of
 messages, schedules, clocks or files.
+
+A subclass sets `name` and `schedules`, and these class attributes where their defaults do not fit:
+
+``task_per_client`` (default False)
+    `task` depends on the client; otherwise the aggregator encodes a version's task once. Set by
+    algorithms that send each client a model or knowledge of its own.
+``commits_in_background`` (False)
+    `commit` may take long, for example because it trains a network. The aggregator then runs it
+    in a thread, and results that arrive meanwhile count towards the next version. Set by FedGKT
+    and FAug.
+``reproducible`` (False)
+    The aggregator computes the same bits on every machine (`fedmq.algorithms.toolkit.arithmetic`),
+    so a trace replays exactly anywhere. Otherwise it replays exactly on the kind of CPU that
+    recorded it, and within a tolerance on others. A subclass inherits the promise and must keep it.
+``fixed_reply`` (None)
+    What clients send, ``update`` or ``model``, under every schedule; None: what the schedule asks
+    for. Set by algorithms whose results are no models.
+``server_hparams`` (empty)
+    Fields that act only in `accumulate` and `commit`. A what-if replay may change them, because
+    the recorded results stay valid.
+``evaluated_by`` (``model``)
+    ``model``: the evaluator evaluates a version on the problem's test data. ``clients``: each
+    client evaluates it with its local state, on its own test data. Set by personalised algorithms.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Generic, Literal, NewType, TypeAlias, TypeVar
 
 from pydantic import ConfigDict
 from torch import Tensor
 
-from fedmq.algorithms.errors import Fault, ResultError
+from fedmq.algorithms.hyperparameters import check_hyperparameters, refuse_old_names
 from fedmq.algorithms.problems.base import Examples, Problem
-from fedmq.codecs.text import shorten
+from fedmq.algorithms.tasks import (
+    Client,
+    Payload,
+    Reply,
+    Result,
+    Task,
+    TrainResult,
+    examples_of,
+)
+from fedmq.algorithms.toolkit.states import load_state, save_state
 
-Reply = Literal["update", "model"]
-"""What the schedule needs from a client: how its model changed, or the model itself."""
+__all__ = [
+    "Algorithm",
+    "AnyAlgorithm",
+    "Client",
+    "OpaqueAccumulator",
+    "OpaqueState",
+    "Payload",
+    "Reply",
+    "Result",
+    "Task",
+    "TrainResult",
+    "examples_of",
+]
 
+State = TypeVar("State")
+Accumulator = TypeVar("Accumulator")
 
-@dataclass(frozen=True)
-class Payload:
-    """What a task or a result carries.
-
-    weights: tensors that the configured codec may write with loss.
-    exact: tensors that must arrive as they are.
-    numbers: small facts, in the message's header.
-    features: activations by sample, as `fedmq.codecs.features` describes them: ``features``
-        float32 [n, c, ...], ``ids`` int64 [n], and perhaps ``labels`` int64 [n].
-    logits: outputs by sample or by label, as `fedmq.codecs.logits` describes them:
-        ``logits`` float32 [n, classes], and ``ids`` int64 [n] or ``counts`` int64 [classes].
-    """
-
-    weights: Mapping[str, Tensor] = field(default_factory=dict)
-    exact: Mapping[str, Tensor] = field(default_factory=dict)
-    numbers: Mapping[str, int | float | str] = field(default_factory=dict)
-    features: Mapping[str, Tensor] = field(default_factory=dict)
-    logits: Mapping[str, Tensor] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Task:
-    """What a client is asked to work on.
-
-    version: of the model that the payload was made from.
-    reply: what the schedule needs back.
-    """
-
-    version: int
-    payload: Payload
-    reply: Reply = "update"
-
-
-@dataclass(frozen=True)
-class Result:
-    """What a client's `train` returned, as it reached the aggregator.
-
-    client: whose it is; known to the aggregator, not the client's word.
-    staleness: versions committed since its task was made.
-    """
-
-    client: int
-    staleness: int
-    payload: Payload
+_RENAMED = {
+    "gather": "new_accumulator",
+    "absorb": "accumulate",
+    "at_commit": "server_hparams",
+    "trains": "commits_in_background",
+    "sends": "fixed_reply",
+    "personal": "task_per_client",
+    "examined": "evaluation_task",
+    "evaluated": "evaluated_by",
+}
 
 
 @dataclass(frozen=True)
-class Client:
-    """Where a client half runs.
-
-    index: the client's number, 0 to K-1.
-    problem: what is learned.
-    data: this client's training examples.
-    local: what this client kept from its last task, or None at first; a worker saves it
-        before it sends the result, so that it survives a restart.
-    seed: of everything random in this task.
-    device: torch device to train on.
-    project: projects a gradient, tensors by name as in the result's weights, in place onto
-        what the uplink's codec can send (structured updates); None where it sends all.
-    """
-
-    index: int
-    problem: Problem
-    data: Examples
-    local: Payload | None
-    seed: int
-    device: str = "cpu"
-    project: Callable[[Mapping[str, Tensor]], None] | None = None
-
-
-@dataclass(frozen=True)
-class Algorithm(ABC):
+class Algorithm(ABC, Generic[State, Accumulator]):
     """A federated algorithm. Subclasses are frozen dataclasses, one paper a file.
 
-    One that draws at the aggregator has a field ``seed``, None by default: the run's.
+    State is the type of a version, Accumulator that of a running sum of results. States are never
+    changed in place, because a version may still be in flight.
 
-    State and Gathered are the subclass's own types; states are never changed in place,
-    so that a version that is still on the wire stays what it was.
+    An algorithm that draws random numbers at the aggregator has a field ``seed``, None by
+    default; None is replaced by the run's seed.
+
+    Raises:
+        AlgorithmError: at construction, if a field does not fit its type; or, when a subclass is
+            made, if it uses a name of version 0.2.
     """
 
     name: ClassVar[str]
     schedules: ClassVar[frozenset[str]]
     """Names of the schedules under which the algorithm makes sense."""
     task_per_client: ClassVar[bool] = False
-    """Whether `task` depends on the client; if not, a version's task is encoded once."""
     commits_in_background: ClassVar[bool] = False
-    """Whether `commit` may take long, for example because it trains a model: it is then done
-    beside the inbox, and results that come meanwhile count towards the next version."""
     reproducible: ClassVar[bool] = False
-    """Whether what the aggregator computes is the same to the bit on every machine
-    (`fedmq.algorithms.toolkit.arithmetic`): a trace then replays exactly anywhere. Else it replays
-    exactly on the kind of CPU that it was recorded on, and within a tolerance on others. A
-    subclass that computes more at the aggregator inherits the promise and has to keep it."""
     fixed_reply: ClassVar[Reply | None] = None
-    """What clients send whatever the schedule asks for; None: as it asks."""
     server_hparams: ClassVar[frozenset[str]] = frozenset()
-    """Hyper-parameters that act only where results are absorbed and committed, and not at
-    clients: under others, the results of a recorded run still mean something."""
+    evaluated_by: ClassVar[Literal["model", "clients"]] = "model"
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        refuse_old_names(cls, _RENAMED)
+
+    def __post_init__(self) -> None:
+        check_hyperparameters(self)
 
     # ---- at the aggregator
 
     @abstractmethod
-    def start(self, problem: Problem) -> Any:
+    def start(self, problem: Problem) -> State:
         """Return the state of version 0."""
 
     @abstractmethod
-    def task(self, state: Any, client: int) -> Payload:
-        """Return what this client is sent."""
+    def task(self, state: State, client: int) -> Payload:
+        """Return the payload of this client's task."""
 
-    @property
-    def evaluated_by(self) -> Literal["model", "clients"]:
-        """Return where a version is evaluated.
-
-        ``model``: by the evaluator, on the problem's test data. ``clients``: by each client,
-        with what it keeps, on its own test data.
-        """
-        return "model"
-
-    def evaluation_task(self, state: Any, client: int = 0) -> Payload:
-        """Return what the evaluator, or this client, is sent for an evaluation."""
+    def evaluation_task(self, state: State, client: int = 0) -> Payload:
+        """Return the payload of an evaluation, for the evaluator or for this client."""
         return self.task(state, client)
 
-    def result_bytes(self, state: Any) -> int:
-        """Return how large the tensors of an honest result can be, in bytes.
+    def result_bytes(self, state: State) -> int:
+        """Return the largest size of an honest result's tensors, in bytes.
 
-        A result that needs many times as much while it is decoded is refused.
+        A result that needs many times as much memory while it is decoded is rejected.
         """
         return sum(each.nbytes for each in self.tensors(state).values())
 
     @abstractmethod
-    def new_accumulator(self, state: Any) -> Any:
+    def new_accumulator(self, state: State) -> Accumulator:
         """Return an empty accumulator for the results of one version."""
 
     @abstractmethod
-    def accumulate(self, gathered: Any, state: Any, result: Result, weight: float) -> Any:
-        """Add one result to the accumulator; memory does not grow with their number.
+    def accumulate(
+        self, accumulator: Accumulator, state: State, result: Result, weight: float
+    ) -> Accumulator:
+        """Add one result to the accumulator, in memory that does not grow with their number.
 
         Args:
-            gathered: from `new_accumulator` or the last `accumulate`.
-            state: of the current version; one older while a `commit` that `trains` goes on.
-            result: what a client's `train` returned.
-            weight: how much it counts, as the schedule decides.
+            accumulator: from `new_accumulator` or the last `accumulate`; may be changed in place.
+            state: of the current version.
+            result: a client's result.
+            weight: weight that the schedule gives it.
 
         Raises:
-            ResultError: the result cannot be used; ``gathered`` is as it was.
+            ResultError: the result cannot be used; the accumulator is unchanged.
         """
 
     @abstractmethod
-    def commit(self, state: Any, gathered: Any, divisor: float) -> Any:
-        """Return the state of the next version. ``divisor``: what the weighted sum is over.
+    def commit(self, state: State, accumulator: Accumulator, divisor: float) -> State:
+        """Return the state of the next version; the weighted sum is divided by ``divisor``.
 
-        One that `trains` runs in a thread of its own: it must not touch what others use.
+        With `commits_in_background` it runs in a thread: it must not touch what others use.
         """
 
-    @abstractmethod
-    def save(self, state: Any) -> Payload:
-        """Return everything that is in a state, for a checkpoint."""
+    def save(self, state: State) -> Payload:
+        """Return everything in a state, for a checkpoint; see `save_state`."""
+        return save_state(state)
 
-    @abstractmethod
-    def load(self, problem: Problem, saved: Payload) -> Any:
-        """Return the state that `save` was given.
+    def load(self, problem: Problem, saved: Payload) -> State:
+        """Return the state that `save` was given; see `load_state`.
 
         Raises:
             ResultError: it is not a state of this algorithm and problem.
         """
+        return load_state(self.start(problem), saved)
 
     @abstractmethod
-    def tensors(self, state: Any) -> Mapping[str, Tensor]:
+    def tensors(self, state: State) -> Mapping[str, Tensor]:
         """Return the model in a state, for its digest and for saving."""
 
     # ---- at the client
 
     @abstractmethod
-    def train(self, task: Task, client: Client) -> tuple[Payload, Payload | None]:
-        """Return the result, with ``n`` (examples) in its numbers, and the new local state."""
+    def train(self, task: Task, client: Client) -> TrainResult:
+        """Train on the client's data; return what it sends and what it keeps."""
 
     def evaluate_client(self, task: Task, client: Client) -> Mapping[str, float]:
-        """Return this client's metrics, ``accuracy`` among them; what it keeps stays as it is.
+        """Return this client's metrics, ``accuracy`` among them; its local state stays unchanged.
 
-        Of algorithms that are evaluated by ``clients``. ``task`` holds what `evaluation_task`
-        returned, and ``client.local`` what this client kept, None if it never trained.
+        For algorithms that are evaluated by ``clients``. ``task`` has the payload that
+        `evaluation_task` returned; ``client.local`` is None if the client never trained.
         """
         raise NotImplementedError(f"{self.name} is not evaluated by clients")
 
-    def try_model(self, problem: Problem, data: Examples, device: str) -> None:  # noqa: B027 - an algorithm with models of its own has nothing to try
-        """Try one step of training, of which nothing is kept, before the first task.
+    def try_model(self, problem: Problem, data: Examples, device: str) -> None:
+        """Run one training step before the first task, to find unsuitable models; discard it.
 
         Args:
-            problem: whose model is tried.
+            problem: problem whose model is tried.
             data: a client's training examples.
             device: torch device to train on.
 
         Raises:
-            ProblemError: the model does to its tensors what cannot be followed. Whatever else
-                goes wrong is left to the task that meets it.
+            ProblemError: the model changes its tensors in an unsupported way. Other errors are
+                left to the task that meets them.
         """
 
     # ---- at the evaluator
@@ -231,24 +214,17 @@ class Algorithm(ABC):
 
     # ---- for a client that never took part
 
-    def personalise(self, state: Any, version: int, client: Client) -> Mapping[str, float]:
+    def personalise(self, state: State, version: int, client: Client) -> Mapping[str, float]:
         """Return the metrics of a new client that starts from this state, on its test data.
 
-        By default what `evaluate_client` makes of a client that has kept nothing.
+        By default those that `evaluate_client` returns for a client without a local state.
         """
         return self.evaluate_client(
             Task(version, self.evaluation_task(state, client.index)), client
         )
 
 
-def examples_of(numbers: Mapping[str, Any]) -> int:
-    """Return n_k, the number of examples a result was trained on.
-
-    Raises:
-        ResultError: it is not a whole number from 1 to 10^9.
-    """
-    n = numbers.get("n")
-    if type(n) is not int or not 1 <= n <= 10**9:
-        text = f"expected n, the number of examples, from 1 to 10^9, got {shorten(n)}"
-        raise ResultError(text, Fault.MALFORMED)
-    return n
+OpaqueState = NewType("OpaqueState", object)
+OpaqueAccumulator = NewType("OpaqueAccumulator", object)
+AnyAlgorithm: TypeAlias = Algorithm[OpaqueState, OpaqueAccumulator]
+"""An algorithm for callers that only pass its states and accumulators back to it."""

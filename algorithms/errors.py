@@ -1,19 +1,19 @@
-"""What can go wrong in learning, said in one sentence.
+"""Errors of learning; each message is one sentence.
 
 ::
 
     AlgorithmError (ValueError)
-    +-- ProblemError       a problem, model, data set or partition is unknown or does not fit
-    |   +-- DataError      data are not where they should be; the sentence holds the remedy
-    +-- ResultError        a client's result cannot be used (shape, NaN, foreign task)
-    +-- NotAllowed         a configuration names code that nobody here has allowed
+    +-- ProblemError       a problem, model, data set or partition is unknown or unsuitable
+    |   +-- DataError      a data set is missing or damaged; the message has the remedy
+    +-- ResultError        a client's result cannot be used (shape, NaN, another task)
+    +-- NotAllowed         a configuration names code that is not allowed on this machine
 """
 
 import enum
 
 
 class Fault(enum.StrEnum):
-    """Why a result cannot be used, for programs; nodes send it with the sentence."""
+    """Code for why a result cannot be used; nodes send it beside the message."""
 
     UNUSABLE = "unusable"
     MALFORMED = "malformed"
@@ -23,22 +23,22 @@ class Fault(enum.StrEnum):
 
 
 class AlgorithmError(ValueError):
-    """Root of every error that this package raises on purpose."""
+    """Base class of all errors that this package raises on purpose."""
 
 
 class ProblemError(AlgorithmError):
-    """A problem, model, data set or partition is unknown, or the parts do not fit together."""
+    """A problem, model, data set or partition is unknown, or two of them do not fit together."""
 
 
 class DataError(ProblemError):
-    """A data set is not where it should be, or is damaged."""
+    """A data set is missing or damaged."""
 
 
 class ResultError(AlgorithmError):
-    """A client's result cannot be used; the message is the reason that its sender is told.
+    """A client's result cannot be used; the message is the reason that its sender gets.
 
     Attributes:
-        fault: the same for programs.
+        fault: the reason as a code.
     """
 
     def __init__(self, reason: str, fault: Fault = Fault.UNUSABLE) -> None:
@@ -47,11 +47,11 @@ class ResultError(AlgorithmError):
 
 
 class NotAllowed(AlgorithmError):
-    """A configuration names code that nobody at this machine has allowed; nothing was imported.
+    """A configuration names code that is not allowed on this machine; nothing was imported.
 
     Attributes:
-        name: what it names, ``module:attribute``.
-        module: the module that would have to be allowed.
+        name: the code, ``module:attribute``.
+        module: the module to allow.
     """
 
     def __init__(self, name: str, module: str) -> None:

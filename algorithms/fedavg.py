@@ -7,13 +7,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, Self, TypeVar
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from fedmq.algorithms.base import Algorithm, Client, Payload, Result, Task
+from fedmq.algorithms.base import Algorithm, Client, Payload, Result, Task, TrainResult
 from fedmq.algorithms.errors import Fault, ResultError
 from fedmq.algorithms.problems.base import Examples, Problem
 from fedmq.algorithms.rng import derive_rng
@@ -21,11 +21,7 @@ from fedmq.algorithms.toolkit.arithmetic import add_scaled, scale_and_add
 from fedmq.algorithms.toolkit.dry_step import dry_step
 from fedmq.algorithms.toolkit.flat_model import FlatModel, zeros
 from fedmq.algorithms.toolkit.layout import Layout
-from fedmq.algorithms.toolkit.results import (
-    merge_counters,
-    moved,
-    read_result,
-)
+from fedmq.algorithms.toolkit.results import merge_counters, moved, read_result
 from fedmq.algorithms.toolkit.sgd import (
     SGDSettings,
     batches,
@@ -37,12 +33,12 @@ from fedmq.algorithms.toolkit.sgd import (
 )
 
 _LARGEST = 1e30
-"""Of a weighted value: millions of them still have a sum in float32."""
+"""Limit of a weighted value: float32 can hold the sum of millions of them."""
 
 
 @dataclass(frozen=True)
 class ModelState:
-    """One version of the global model. weights: float32 [dim]; counters: int64."""
+    """One version of the global model: weights float32 [dim], counters int64."""
 
     layout: Layout
     weights: Tensor
@@ -51,11 +47,11 @@ class ModelState:
 
 @dataclass
 class Accumulator:
-    """The running sum over a version's results, whatever their number.
+    """Running sum over a version's results.
 
-    total: float32 [dim], sum of weight * what a client sent. Of what is not trained that is
-        always a change: also of a model, whose difference to the current one is taken.
-    models: sum of the weights of the results that are models, not updates.
+    total: float32 [dim], the sum of weight * result. For tensors that are not trained a result
+        is always a change; if a client sends its model, the change is computed here.
+    models: sum of the weights of those results that are models.
     counters: int64, see `merge_counters`.
     """
 
@@ -63,24 +59,23 @@ class Accumulator:
     counters: Tensor
     models: float = 0.0
 
+    @classmethod
+    def empty(cls, state: ModelState) -> Self:
+        """Return the sum of no results."""
+        return cls(zeros(state.layout.dim), state.counters.clone())
+
+
+ModelStateT = TypeVar("ModelStateT", bound=ModelState)
+AccumulatorT = TypeVar("AccumulatorT", bound=Accumulator)
+
 
 @dataclass(frozen=True)
-class FedAvg(Algorithm):
-    """Algorithm 1 (FederatedAveraging).
+class ModelAveraging(Algorithm[ModelStateT, AccumulatorT]):
+    """What FedAvg shares with algorithms that add something to its state or its accumulator.
 
-    lr: eta, the clients' learning rate.
-    epochs: E, passes over the local data.
-    batch_size: B; None is the paper's infinity, the whole local set as one batch.
-    momentum: of the local SGD; 0 in the paper. It starts from zero at each task.
-    weight_decay: of the local SGD; 0 in the paper.
-    server_lr: eta_g, how far the model goes along the averaged update; 1 in the paper.
-        FedBuff calls it the global learning rate.
-
-    What other algorithms share with it has its defaults there, too, but where their papers ask
-    for others.
+    See `FedAvg` for the fields.
     """
 
-    name: ClassVar[str] = "fedavg"
     schedules: ClassVar[frozenset[str]] = frozenset({"rounds", "buffered", "stream"})
     reproducible: ClassVar[bool] = True
     server_hparams: ClassVar[frozenset[str]] = frozenset({"server_lr"})
@@ -94,79 +89,28 @@ class FedAvg(Algorithm):
 
     # ---- at the aggregator
 
-    def start(self, problem: Problem) -> ModelState:
-        """w_0."""
-        model = FlatModel(problem.model())
-        return ModelState(model.layout, model.weights, model.read_counters())
-
-    def task(self, state: ModelState, client: int) -> Payload:
-        """Return w_t; the same for every client."""
+    def task(self, state: ModelStateT, client: int) -> Payload:
+        """Return w_t, which is the same for every client."""
         return model_payload(state)
-
-    def new_accumulator(self, state: ModelState) -> Accumulator:
-        """Return an empty sum."""
-        return Accumulator(zeros(state.layout.dim), state.counters.clone())
 
     def accumulate(
-        self, gathered: Accumulator, state: ModelState, result: Result, weight: float
-    ) -> Accumulator:
+        self, accumulator: AccumulatorT, state: ModelStateT, result: Result, weight: float
+    ) -> AccumulatorT:
         """Add ``weight`` times the client's update (or model) to the sum."""
-        payload = result.payload
-        model = payload.numbers.get("reply") == "model"
-        blocks = read_result(
-            state.layout, payload, state.counters, state.weights if model else None
-        )
-        # One pass tells that every value is a number, and that no sum of them overflows.
-        for _, block in blocks:
-            low, high = torch.aminmax(block) if block.numel() else (block.sum(), block.sum())
-            largest = max(-low.item(), high.item())
-            if not math.isfinite(largest):
-                text = "the result holds NaN or infinite values"
-                raise ResultError(text, Fault.NOT_FINITE)
-            if largest * weight > _LARGEST:
-                text = f"the result holds values as large as {largest:g}"
-                raise ResultError(text, Fault.TOO_LARGE)
-        for start, block in blocks:
-            add_scaled(gathered.total[start : start + block.numel()], block, weight)
-        if blocks.counters is not None:
-            fresh = not result.staleness
-            merge_counters(gathered.counters, state.counters, blocks.counters, fresh=fresh)
-        if model:
-            gathered.models += weight
-        return gathered
+        add_result(accumulator, state, result, weight)
+        return accumulator
 
-    def commit(self, state: ModelState, gathered: Accumulator, divisor: float) -> ModelState:
-        """w_{t+1} = w_t + eta_g * sum_k (weight_k / divisor) * (w_k - w_t).
-
-        With weight_k = n_k and divisor = sum of n_k over the cohort this is line 8 of
-        Algorithm 1. Clients that sent w_k itself have their part of w_t taken out here.
-        """
-        step, end = self.server_lr / divisor, state.layout.parameters
-        weights, stay = gathered.total, 1 - step * gathered.models
-        scale_and_add(weights[:end], step, state.weights[:end], stay)
-        weights[end:] = moved(state.weights[end:], weights[end:].mul_(step))
-        return ModelState(state.layout, weights, gathered.counters)
-
-    def save(self, state: ModelState) -> Payload:
-        """Return w_t, which is all there is."""
-        return model_payload(state)
-
-    def load(self, problem: Problem, saved: Payload) -> ModelState:
-        """Return the state of a saved w_t."""
-        layout = Layout.of(problem.model())
-        return ModelState(layout, *layout.read(saved))
-
-    def tensors(self, state: ModelState) -> Mapping[str, Tensor]:
+    def tensors(self, state: ModelStateT) -> Mapping[str, Tensor]:
         """Return the model by name."""
         return state.layout.tensors(state.weights, state.counters)
 
     # ---- at the client
 
     def try_model(self, problem: Problem, data: Examples, device: str) -> None:
-        """Try the problem's model."""
+        """Try a step of the problem's model."""
         dry_step(lambda: FlatModel(problem.model(), device), problem, data, device)
 
-    def train(self, task: Task, client: Client) -> tuple[Payload, Payload | None]:
+    def train(self, task: Task, client: Client) -> TrainResult:
         """ClientUpdate(k, w): E epochs of SGD over batches of B, from w_t."""
         model, start = load_model(task, client.problem, client.device)
         layout = model.layout
@@ -175,8 +119,8 @@ class FedAvg(Algorithm):
         with torch.random.fork_rng(devices=cuda_devices(client.device)):
             torch.manual_seed(client.seed)
             self._sgd(model, anchor, data, client)
-        numbers: dict[str, int | str] = {"n": len(data), "reply": task.reply}
-        return learned(model, start, numbers, task.reply), None
+        payload = learned(model, start, {"reply": task.reply}, task.reply)
+        return TrainResult(payload, len(data))
 
     def _sgd(self, model: FlatModel, anchor: Tensor, data: Examples, client: Client) -> None:
         """Run the local epochs on a loaded model."""
@@ -200,15 +144,15 @@ class FedAvg(Algorithm):
 
     @property
     def sgd_settings(self) -> SGDSettings:
-        """Return how a client steps."""
+        """Return the settings of the clients' SGD."""
         return SGDSettings(self.lr, self.batch_size, self.momentum, self.weight_decay)
 
     def local_epochs(self, client: Client) -> int:
-        """Return how many epochs this client does now."""
+        """Return the number of epochs of this client's task."""
         return self.epochs
 
     def regularize(self, gradient: Tensor, trained: Tensor, anchor: Tensor) -> None:
-        """Add the gradient of what is not the loss; ``anchor`` is w_t."""
+        """Add the gradient of regularization terms; ``anchor`` is w_t."""
         if self.weight_decay:
             gradient.add_(trained, alpha=self.weight_decay)
 
@@ -220,6 +164,86 @@ class FedAvg(Algorithm):
         return evaluate_module(model.module, problem, device)
 
 
+@dataclass(frozen=True)
+class FedAvg(ModelAveraging[ModelState, Accumulator]):
+    """Algorithm 1 (FederatedAveraging).
+
+    lr: eta, the clients' learning rate.
+    epochs: E, passes over the local data.
+    batch_size: B; None is the paper's infinity, the whole local set as one batch.
+    momentum: of the local SGD; 0 in the paper. It starts from zero at each task.
+    weight_decay: of the local SGD; 0 in the paper.
+    server_lr: eta_g, how far the model goes along the averaged update; 1 in the paper.
+        FedBuff calls it the global learning rate.
+
+    Other algorithms with these fields use the same defaults, except where their papers ask for
+    other values.
+    """
+
+    name: ClassVar[str] = "fedavg"
+
+    def start(self, problem: Problem) -> ModelState:
+        """w_0."""
+        return first_model(problem)
+
+    def new_accumulator(self, state: ModelState) -> Accumulator:
+        """Return an empty sum."""
+        return Accumulator.empty(state)
+
+    def commit(self, state: ModelState, accumulator: Accumulator, divisor: float) -> ModelState:
+        """w_{t+1} = w_t + eta_g * sum_k (weight_k / divisor) * (w_k - w_t).
+
+        With weight_k = n_k and divisor = sum of n_k over the cohort this is line 8 of
+        Algorithm 1.
+        """
+        return averaged(state, accumulator, self.server_lr / divisor)
+
+
+def first_model(problem: Problem) -> ModelState:
+    """Return a problem's first model, w_0."""
+    model = FlatModel(problem.model())
+    return ModelState(model.layout, model.weights, model.read_counters())
+
+
+def add_result(accumulator: Accumulator, state: ModelState, result: Result, weight: float) -> None:
+    """Add ``weight`` times a client's update (or model) to the sum, in place.
+
+    Raises:
+        ResultError: the result is not of this model, or holds NaN or values that are too large.
+    """
+    payload = result.payload
+    model = payload.numbers.get("reply") == "model"
+    blocks = read_result(state.layout, payload, state.counters, state.weights if model else None)
+    # One pass checks that every value is finite and that no sum of them overflows.
+    for _, block in blocks:
+        low, high = torch.aminmax(block) if block.numel() else (block.sum(), block.sum())
+        largest = max(-low.item(), high.item())
+        if not math.isfinite(largest):
+            raise ResultError("the result holds NaN or infinite values", Fault.NOT_FINITE)
+        if largest * weight > _LARGEST:
+            text = f"the result holds values as large as {largest:g}"
+            raise ResultError(text, Fault.TOO_LARGE)
+    for start, block in blocks:
+        add_scaled(accumulator.total[start : start + block.numel()], block, weight)
+    if blocks.counters is not None:
+        fresh = not result.staleness
+        merge_counters(accumulator.counters, state.counters, blocks.counters, fresh=fresh)
+    if model:
+        accumulator.models += weight
+
+
+def averaged(state: ModelState, accumulator: Accumulator, step: float) -> ModelState:
+    """Return w_t + step * sum_k weight_k * (w_k - w_t); the accumulator is used up.
+
+    Where clients sent w_k itself, their share of w_t is subtracted here.
+    """
+    end = state.layout.parameters
+    weights, stay = accumulator.total, 1 - step * accumulator.models
+    scale_and_add(weights[:end], step, state.weights[:end], stay)
+    weights[end:] = moved(state.weights[end:], weights[end:].mul_(step))
+    return ModelState(state.layout, weights, accumulator.counters)
+
+
 def model_payload(state: ModelState) -> Payload:
-    """Return a model as a payload: what is trained as the codec likes, the rest exactly."""
+    """Return a model as a payload: trained weights for the codec, the rest exactly."""
     return state.layout.write(state.weights, state.counters)

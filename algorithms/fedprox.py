@@ -20,9 +20,9 @@ class FedProx(FedAvg):
     """Algorithm 2: FedAvg whose clients minimise F_k(w) + (mu/2) ||w - w_t||^2, inexactly.
 
     mu: weight of the proximal term; 0 is FedAvg.
-    partial: share of the tasks whose client is too slow for all E epochs and does a
-        number drawn uniformly from 1 to E instead (section 5.2, "systems heterogeneity":
-        0, 0.5 and 0.9). Its partial work counts like any other.
+    partial: share of the tasks whose client is too slow for all E epochs: it does a number
+        drawn uniformly from 1 to E (section 5.2, "systems heterogeneity": 0, 0.5 and 0.9), and
+        its result counts in full.
     Other fields are FedAvg's.
     """
 

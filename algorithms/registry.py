@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from typing import cast
 
 from fedmq.algorithms.allowed import NOTHING, Allowed, installed, resolve
-from fedmq.algorithms.base import Algorithm
+from fedmq.algorithms.base import Algorithm, AnyAlgorithm
 from fedmq.algorithms.distillation.codistillation import Codistillation
 from fedmq.algorithms.distillation.fd import Distillation
 from fedmq.algorithms.errors import AlgorithmError
@@ -25,8 +26,8 @@ from fedmq.algorithms.personal.personalised_fedavg import PersonalisedFedAvg
 from fedmq.algorithms.pfedhn.algorithm import PFedHN
 from fedmq.codecs.text import unknown
 
-ALGORITHMS: Mapping[str, type[Algorithm]] = {
-    each.name: each
+ALGORITHMS: Mapping[str, type[AnyAlgorithm]] = {
+    each.name: cast("type[AnyAlgorithm]", each)
     for each in (
         Codistillation,
         FAug,
@@ -49,15 +50,15 @@ ALGORITHMS: Mapping[str, type[Algorithm]] = {
 """The built-in algorithms by the name that a configuration uses."""
 
 ENTRY_POINTS = "fedmq.algorithms"
-"""The group of entry points by which installed packages bring algorithms."""
+"""Group of entry points in which installed packages register algorithms."""
 
 
-def find_algorithm(name: str, allowed: Allowed = NOTHING) -> type[Algorithm]:
+def find_algorithm(name: str, allowed: Allowed = NOTHING) -> type[AnyAlgorithm]:
     """Return an algorithm by its name: built in, of an installed package, or ``module:Class``.
 
     Raises:
-        NotAllowed: the module is not among those in ``allowed``; nothing was imported.
-        AlgorithmError: there is none; the sentence holds the choices.
+        NotAllowed: the module is not in ``allowed``; nothing was imported.
+        AlgorithmError: there is no such algorithm; the message lists the choices.
     """
     if name in ALGORITHMS:
         return ALGORITHMS[name]

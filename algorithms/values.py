@@ -1,8 +1,7 @@
-"""Values that a user's own code returns: read as numbers, or refused with one sentence.
+"""Convert values that a user's code returns to Python's numbers, or refuse them.
 
-A metric may come as numpy's scalar or as a tensor on a GPU, a number of clients as
-``ids.max() + 1``. What is a number is taken for one; what is none is named, with the method
-that returned it, before it reaches a message.
+A metric may be a numpy scalar or a tensor on a GPU, a number of clients ``ids.max() + 1``. A value
+that is no number is refused before it reaches a message; the error names the method.
 """
 
 from __future__ import annotations
@@ -18,20 +17,20 @@ from fedmq.algorithms.errors import AlgorithmError
 from fedmq.codecs.text import shorten
 
 MAX_METRICS_BYTES = 32 * 1024
-"""Of all metrics of one evaluation with their names, so that they fit into one message."""
+"""Limit of all metrics of one evaluation with their names: they must fit into a message."""
 _MAX_NAME = 200
 _NUMBER_BYTES = 16
 
 
 class ReturnedError(AlgorithmError):
-    """What a problem's or an algorithm's method returned cannot be used; the sentence names it."""
+    """A method of a problem or algorithm returned an unusable value; the message names it."""
 
 
 def plain_number(value: object) -> int | float | None:
-    """Return a value as Python's own int or float; None if it is no number.
+    """Return a value as Python's int or float; None if it is no number.
 
     Numbers are those of Python and numpy, tensors and arrays of one element on any device and
-    of any real dtype, and whatever else can be converted (fractions, decimals).
+    of any real dtype, and objects that convert to int or float (fractions, decimals).
     """
     if type(value) in (int, float):
         return value  # type: ignore[return-value] # checked
@@ -54,7 +53,7 @@ def plain_number(value: object) -> int | float | None:
 
 
 def is_utf8(text: str) -> bool:
-    """Tell whether a text can be written: one with half of a surrogate pair cannot."""
+    """Return whether a text can be encoded; half of a surrogate pair cannot."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -63,7 +62,7 @@ def is_utf8(text: str) -> bool:
 
 
 def kind_of_value(value: object) -> str:
-    """Return what a value is, in a few words, and never its elements: they may be private data."""
+    """Return a value's type and shape in a few words, never its elements (private data)."""
     if value is None or isinstance(value, bool | int | float):
         return shorten(value)
     kind = type(value).__name__
@@ -78,11 +77,11 @@ def metrics_of(found: object, who: str) -> dict[str, float]:
     """Return metrics as floats by name.
 
     Args:
-        found: what a method returned.
-        who: the method, such as ``Regression.metrics``, for the error.
+        found: value that a method returned.
+        who: method, such as ``Regression.metrics``, for the error.
 
     Raises:
-        ReturnedError: it is no map of names to numbers, or is too large for a message.
+        ReturnedError: the value is no map of names to numbers, or too large for a message.
     """
     if not isinstance(found, Mapping):
         raise ReturnedError(
@@ -112,7 +111,7 @@ def metrics_of(found: object, who: str) -> dict[str, float]:
 
 
 def plain_settings(value: Any) -> Any:
-    """Return settings with Python's own numbers in the place of numpy's and of tensors."""
+    """Return settings with numpy's numbers and tensors converted to Python's numbers."""
     if isinstance(value, Mapping):
         return {key: plain_settings(each) for key, each in value.items()}
     if isinstance(value, list | tuple):

@@ -30,7 +30,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from fedmq.algorithms.base import Client, Payload, Task
+from fedmq.algorithms.base import Client, Payload, Task, TrainResult
 from fedmq.algorithms.fedavg import Accumulator, FedAvg, ModelState
 from fedmq.algorithms.problems.base import Examples, Problem
 from fedmq.broker.ledger.entries import Accepted
@@ -79,8 +79,8 @@ class Echo(FedAvg):
         mean = accumulator.total.mul_(1.0001 / divisor)
         return ModelState(state.layout, mean, accumulator.counters)
 
-    def train(self, task: Task, client: Client) -> tuple[Payload, None]:
-        return Payload(task.payload.weights, task.payload.exact, {"n": 1}), None
+    def train(self, task: Task, client: Client) -> TrainResult:
+        return TrainResult(Payload(task.payload.weights, task.payload.exact), 1)
 
     def evaluate(self, task: Task, problem: Problem, device: str) -> Mapping[str, float]:
         return {"accuracy": 0.0}

@@ -6,39 +6,35 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from fedmq.algorithms.base import Client, Payload, Task
-from fedmq.algorithms.distillation.fd import Distillation, cross_entropy, kept
-from fedmq.algorithms.distillation.reports import (
-    Reports,
-    check_probabilities,
-    check_shape,
-    group_of,
-)
+from fedmq.algorithms.base import Client, Payload, Task, TrainResult
+from fedmq.algorithms.distillation.devices import kept
+from fedmq.algorithms.distillation.fd import Distillation, cross_entropy
+from fedmq.algorithms.distillation.reports import Reports, check_probabilities, group_of
 from fedmq.algorithms.errors import ResultError
 from fedmq.algorithms.problems.base import Examples, Problem
 from fedmq.algorithms.rng import derive_rng
 from fedmq.algorithms.toolkit.sgd import batches
+from fedmq.algorithms.toolkit.states import expect_tensor
 
 _BATCH = 500
-"""Public samples whose outputs are computed at a time."""
+"""Number of public samples whose outputs are computed at a time."""
 
 
 @dataclass(frozen=True)
 class Codistillation(Distillation):
-    """What federated distillation is held against: outputs travel by *sample*, not by label.
+    """The baseline of federated distillation: outputs are exchanged by *sample*, not by label.
 
-    All devices hold the same public examples (the problem's ``public``), without their labels.
-    A device sends its softmax output on each of them, by sample id, and is sent the mean of
-    the other devices'. It then minimises CE(F(x), y) on its own batches plus gamma *
-    CE(F(x'), Fhat(x')) on batches of public samples, of the same size. In Anil et al. workers
-    exchange models from time to time and compute each other's outputs on common data; here,
-    as Jeong et al. 2018 describe it, the outputs are what is exchanged: N x L values for N
-    public samples, where federated distillation has L x L.
+    All devices have the same public examples (the problem's ``public``), without their labels. A
+    device sends its softmax output on each of them, by sample id, and receives the mean of the
+    other devices'. It then minimises CE(F(x), y) on its own batches plus gamma * CE(F(x'),
+    Fhat(x')) on batches of public samples, of the same size. In Anil et al. workers sometimes
+    exchange models and compute each other's outputs on common data; here, as Jeong et al. 2018
+    describe it, they exchange outputs: N x L values for N public samples, instead of L x L.
 
     Fields and their defaults are those of `Distillation`, batch_size 64 among them. The state is
     M x N x L float32.
@@ -49,29 +45,29 @@ class Codistillation(Distillation):
     # ---- at the aggregator
 
     def start(self, problem: Problem) -> Reports:
-        """Nobody has said anything; the aggregator counts the public examples.
+        """Return empty reports for the public examples.
 
         Raises:
-            ProblemError: the problem has none, or does not say how many classes it has.
+            ProblemError: the problem has no public examples or no number of classes.
         """
         return Reports.none(problem.clients, len(problem.public()), problem.classes)
 
-    def task(self, state: Any, client: int) -> Payload:
-        """Return the other devices' mean outputs by sample id; nothing while there are none."""
+    def task(self, state: Reports, client: int) -> Payload:
+        """Return the other devices' mean outputs by sample id, for those that have any."""
         means, having = state.others(client)
         ids = (having > 0).nonzero()[:, 0]
         return Payload(logits={"logits": means[ids], "ids": ids})
 
     def report_of(self, state: Reports, payload: Payload) -> tuple[Tensor, Tensor]:
-        """Return (outputs, ones) of a report, in the order of sample ids, whatever its own.
+        """Return (outputs, ones) of a report, sorted by sample id.
 
         Raises:
-            ResultError: it is not one of probabilities for each public sample.
+            ResultError: the report does not have probabilities for each public sample.
         """
         rows, ids = group_of(payload, "ids")
         samples, classes = state.means.shape[1:]
-        check_shape(ids, torch.int64, (samples,), "ids")
-        check_shape(rows, torch.float32, (samples, classes), "logits")
+        expect_tensor("ids", ids, torch.int64, (samples,))
+        expect_tensor("logits", rows, torch.float32, (samples, classes))
         if not ids.sort().values.equal(torch.arange(samples)):
             raise ResultError(f"expected each sample id from 0 to {samples - 1} once")
         check_probabilities(rows)
@@ -79,30 +75,30 @@ class Codistillation(Distillation):
 
     # ---- at the device
 
-    def train(self, task: Task, client: Client) -> tuple[Payload, Payload | None]:
-        """Train beside the others' outputs; then say one's own on every public sample."""
+    def train(self, task: Task, client: Client) -> TrainResult:
+        """Train with the others' outputs; then compute the device's own on every public sample."""
         model = self.own_model(client)
         public = client.problem.public().to(client.device)
-        lessons = self._lessons(task, public, client)
+        shared_batches = self._shared_batches(task, public, client)
         for x, y in self.steps(model, client):
             loss = client.problem.loss(model.module(x), y)
-            if lessons is not None:
-                shared, soft = next(lessons)
+            if shared_batches is not None:
+                shared, soft = next(shared_batches)
                 loss = loss + self.gamma * cross_entropy(model.module(shared), soft)
             loss.backward()  # type: ignore[no-untyped-call] # torch's
         model.reset()
         outputs = _outputs(model.module, public.x)
         report = {"logits": outputs, "ids": torch.arange(len(outputs))}
-        return Payload(numbers={"n": len(client.data)}, logits=report), kept(model)
+        return TrainResult(Payload(logits=report), len(client.data), kept(model))
 
-    def _lessons(
+    def _shared_batches(
         self, task: Task, public: Examples, client: Client
     ) -> Iterator[tuple[Tensor, Tensor]] | None:
-        """Return endless batches of (public x, others' mean outputs), or None if none came."""
+        """Return endless batches of (public x, others' mean outputs), or None if there are none."""
         soft, ids = group_of(task.payload, "ids")
         if not self.gamma or not len(ids):
             return None
-        # Keyed by sample id: a batch's outputs belong to its own images, in whatever order.
+        # By sample id, because the outputs may be in any order.
         taught = Examples(public.x[ids.to(client.device)], soft.to(client.device))
         endless = 1 << 40
         return batches(taught, self.batch_size, endless, derive_rng(client.seed, "public batches"))

@@ -1,11 +1,9 @@
-"""What devices report of their outputs: the means that travel in federated distillation and in
-co-distillation, how they are told from anything else, and what the paper counts for them.
-"""  # noqa: D205 - one sentence
+"""Reports of devices: mean outputs in federated distillation and co-distillation."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
@@ -14,47 +12,48 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fedmq.algorithms.base import Payload
-from fedmq.algorithms.errors import Fault, ResultError
+from fedmq.algorithms.errors import ResultError
+from fedmq.algorithms.toolkit.states import DERIVED
 from fedmq.codecs.text import shorten
 
 MOST_COUNTED = 10**12
-"""Outputs in one mean; honest reports stay far below."""
+"""Limit of the number of outputs in one mean; honest reports stay far below."""
 
 
 @dataclass(frozen=True)
 class Reports:
-    """What each device said last: M devices, R rows (labels, or samples), L classes.
+    """The last report of each device: M devices, R rows (labels or samples), L classes.
 
-    means: float32 [M, R, L], mean softmax outputs; a row that counts 0 is 0.
-    counts: int64 [M, R], how many outputs a row is the mean of.
+    means: float32 [M, R, L], mean softmax outputs; a row with a count of 0 is 0.
+    counts: int64 [M, R], the number of outputs in the mean of a row.
     total: float64 [R, L], the sum of the means over devices.
-    having: int64 [R], how many devices have a row.
+    having: int64 [R], the number of devices with a row.
     """
 
     means: Tensor
     counts: Tensor
-    total: Tensor
-    having: Tensor
+    total: Tensor = field(metadata=DERIVED)
+    having: Tensor = field(metadata=DERIVED)
 
     @classmethod
     def of(cls, means: Tensor, counts: Tensor) -> Reports:
         """Return reports with their sums."""
-        # Along the first axis numpy adds one device after the other, whatever the threads: a
-        # restored state has the same sums to the bit.
+        # Along the first axis numpy adds one device after the other on any number of threads, so
+        # a restored state has the same sums to the bit.
         total = means.numpy().sum(axis=0, dtype=np.float64)
         return cls(means, counts, torch.from_numpy(total), (counts > 0).sum(dim=0))
 
     @classmethod
     def none(cls, devices: int, rows: int, classes: int) -> Reports:
-        """Return what there is before anybody has said anything."""
+        """Return reports without any output."""
         counts = torch.zeros((devices, rows), dtype=torch.int64)
         return cls.of(torch.zeros((devices, rows, classes)), counts)
 
     def others(self, device: int) -> tuple[Tensor, Tensor]:
-        """Return the mean of the *other* devices' rows, and how many of them have each.
+        """Return the means of the *other* devices' rows, and the number of devices with each.
 
-        float32 [R, L] and int64 [R]. A row that no other device has counts 0 and is 0. A
-        device that is not among these M has M others.
+        float32 [R, L] and int64 [R]; both are 0 for a row that no other device has. For a device
+        beyond these M, all M are others.
         """
         total, having = self.total, self.having
         if device < len(self.means):
@@ -63,23 +62,23 @@ class Reports:
         means = (total / having.clamp(min=1).unsqueeze(1)).clamp(min=0).float()
         return means * (having > 0).unsqueeze(1), having
 
-    def updated(self, news: Mapping[int, tuple[Tensor, Tensor]]) -> Reports:
-        """Return reports in which these devices have said something new."""
+    def updated(self, new: Mapping[int, tuple[Tensor, Tensor]]) -> Reports:
+        """Return reports with the new ones of these devices."""
         means, counts = self.means.clone(), self.counts.clone()
-        for device, (rows, of) in news.items():
+        for device, (rows, of) in new.items():
             means[device], counts[device] = rows, of
         return Reports.of(means, counts)
 
 
 NewOutputs = dict[int, tuple[Tensor, Tensor]]
-"""By device, the last (means, counts) that came for the next version."""
+"""The newest (means, counts) for the next version, by device."""
 
 
 def group_of(payload: Payload, key: Literal["ids", "counts"]) -> tuple[Tensor, Tensor]:
     """Return logits and their ids or counts.
 
     Raises:
-        ResultError: they are not there, or other tensors are.
+        ResultError: they are missing, or there are other tensors.
     """
     if set(payload.logits) != {"logits", key} or payload.weights or payload.features:
         found = shorten(sorted([*payload.logits, *payload.weights, *payload.features]))
@@ -87,19 +86,10 @@ def group_of(payload: Payload, key: Literal["ids", "counts"]) -> tuple[Tensor, T
     return payload.logits["logits"], payload.logits[key]
 
 
-def check_shape(tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...], what: str) -> None:
-    """Raise ResultError if a tensor is not of this dtype and shape."""
-    if tensor.dtype != dtype or tuple(tensor.shape) != shape:
-        raise ResultError(
-            f"expected {what} as {dtype} {list(shape)}, got {tensor.dtype} {list(tensor.shape)}",
-            Fault.WRONG_SHAPE,
-        )
-
-
 def check_probabilities(rows: Tensor) -> None:
-    """Raise ResultError if rows, float32 [n, L], are not of probabilities.
+    """Raise ResultError if rows, float32 [n, L], are not probabilities.
 
-    A codec may have moved each value by half of 1/255 of the row's span, and a little more.
+    The tolerance covers codecs, which change a value by up to 1/510 of the row's span.
     """
     values: NDArray[np.float32] = rows.numpy()
     slack = 0.0025

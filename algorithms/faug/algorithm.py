@@ -10,13 +10,14 @@ import hashlib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, cast
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from fedmq.algorithms.base import Algorithm, Client, Payload, Reply, Result, Task, examples_of
+from fedmq.algorithms.base import AnyAlgorithm, Client, Payload, Result, Task, TrainResult
+from fedmq.algorithms.distillation.devices import DeviceModels
 from fedmq.algorithms.distillation.fd import Distillation
 from fedmq.algorithms.errors import AlgorithmError, ResultError
 from fedmq.algorithms.faug.augmentation import (
@@ -38,8 +39,8 @@ from fedmq.algorithms.faug.state import (
     AugState,
     check_empty,
     inner_saved,
-    load_state,
-    save_state,
+    load_aug_state,
+    save_aug_state,
     seeds_of,
 )
 from fedmq.algorithms.problems.base import Problem
@@ -51,37 +52,33 @@ PHASES = ("seeds", "fill", "then")
 
 
 @dataclass(frozen=True)
-class FAug(Distillation):
-    """Section 3: devices give a few samples, get a generator, and fill what they lack.
+class FAug(DeviceModels[AugState, AugAccumulator]):
+    """Section 3: devices send a few samples, receive a generator, and fill their missing labels.
 
-    Three kinds of task. ``seeds``: a device sends a few of its samples of its target labels
-    (those it has too few of) and of redundant ones, which hide the former from the server.
-    ``fill``: it gets the generator that the server trained on all seeds, and makes samples of
-    its target labels until it has as many as of the others. ``then``: federated distillation
-    or averaging goes on. Which comes next follows from what the device has done, so that one
-    that was away gets what it missed; but nobody is asked for seeds once the generator is
-    trained, where they would be given away for nothing.
+    There are three phases. ``seeds``: a device sends a few samples of its target labels (those
+    that it has too few of) and of redundant labels, which hide the targets from the server.
+    ``fill``: it receives the generator that the server trained on all seeds, and generates samples
+    of its target labels until it has as many as of the others. ``then``: federated distillation or
+    averaging. A device that was disconnected gets the phases that it missed, except ``seeds`` once
+    the generator is trained, because they would not be used.
 
     then: ``fd`` or ``fedavg``, with the fields of `Distillation` (batch_size 64 among them), or
         those of them that `FedAvg` has; its ``iterations`` are rounded to whole epochs, and its
-        SGD is plain, as that of `Distillation` is.
-    scarce: a label is a target of a device that has fewer samples of it than this share of
-        its mean number by label.
-    seeds: samples that a device gives of each target and redundant label, at most; 5.
-    redundant: how many redundant labels; 0 in the paper's Table 1.
+        SGD is plain like that of `Distillation`.
+    scarce: a label is a target of a device that has fewer samples of it than this share of its
+        mean number a label.
+    seeds: largest number of samples that a device sends of each target and redundant label.
+    redundant: number of redundant labels; 0 in the paper's Table 1.
     wait: share of the devices whose seeds the server waits for; 1 in the paper.
-    gan_steps: of the generator's training; the paper does not state it, nor the next three.
-    gan_batch, gan_lr: of it.
+    gan_steps, gan_batch, gan_lr: of the generator's training; the paper does not state them.
     gan_widths: of the generator's hidden layers; the default has 1,493,520 parameters on MNIST.
 
-    The paper's server oversamples the seeds by web image search; here it turns, scales and
-    moves them, and adds noise (`fedmq.algorithms.faug.cgan.augmented`).
+    The paper's server oversamples the seeds by web image search; here it rotates, scales and
+    shifts them, and adds noise (`fedmq.algorithms.faug.cgan.augmented`).
     """
 
     name: ClassVar[str] = "faug"
     commits_in_background: ClassVar[bool] = True
-    reproducible: ClassVar[bool] = False
-    fixed_reply: ClassVar[Reply | None] = None
     server_hparams: ClassVar[frozenset[str]] = frozenset(
         {"wait", "gan_steps", "gan_batch", "gan_lr"}
     )
@@ -99,33 +96,39 @@ class FAug(Distillation):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.then == "fedavg" and self.models:
-            raise AlgorithmError("models: with then = 'fedavg' all devices have one model")
+            raise AlgorithmError(
+                "models: expected none with then = 'fedavg': all devices have one model"
+            )
         if min(self.gan_widths) < 1:
             raise AlgorithmError(f"gan_widths: expected at least 1, got {list(self.gan_widths)}")
 
     @property
-    def _then(self) -> Algorithm:
+    def _then(self) -> AnyAlgorithm:
+        """Return the algorithm that learns; only it sees its own states."""
         if self.then == "fd":
             names = [each.name for each in dataclasses.fields(Distillation)]
-            return Distillation(**{name: getattr(self, name) for name in names})
-        return Averaging(
+            return cast(
+                "AnyAlgorithm", Distillation(**{name: getattr(self, name) for name in names})
+            )
+        averaging = Averaging(
             lr=self.lr,
             epochs=self.epochs,
             batch_size=self.batch_size,
             momentum=0.0,
             iterations=self.iterations,
         )
+        return cast("AnyAlgorithm", averaging)
 
     # ---- at the aggregator
 
     def start(self, problem: Problem) -> AugState:
-        """Nobody has given anything."""
-        nobody = torch.zeros(problem.clients, dtype=torch.int64)
+        """Return a state without seeds and generator."""
+        none = torch.zeros(problem.clients, dtype=torch.int64)
         then = self._then.start(problem)
-        return AugState(then, nobody, nobody, {}, None, problem.shape, problem.classes)
+        return AugState(then, none, none, {}, None, problem.shape, problem.classes)
 
     def task(self, state: AugState, client: int) -> Payload:
-        """Return the next thing for this device to do, ``phase`` in its numbers."""
+        """Return the payload of the device's next phase, with ``phase`` in its numbers."""
         known = client < len(state.given)
         if state.gan is None and known and not state.given[client]:
             return Payload(numbers={"phase": "seeds"})
@@ -134,54 +137,52 @@ class FAug(Distillation):
         return _in_phase(self._then.task(state.then, client), "then")
 
     def evaluation_task(self, state: AugState, client: int = 0) -> Payload:
-        """Return the global model, if there is one."""
+        """Return the evaluation payload of the algorithm that learns."""
         return self._then.evaluation_task(state.then, client)
 
     def result_bytes(self, state: AugState) -> int:
-        """Return the size of seeds or of what the algorithm sends, whichever is more."""
+        """Return the larger of the sizes of seeds and of the algorithm's results, in bytes."""
         seeds = self.seeds * state.classes * (4 * math.prod(state.shape) + 16)
         return max(seeds, self._then.result_bytes(state.then))
 
     def new_accumulator(self, state: AugState) -> AugAccumulator:
-        """Return that nothing came."""
+        """Return an empty accumulator."""
         return AugAccumulator(self._then.new_accumulator(state.then))
 
     def accumulate(
-        self, gathered: AugAccumulator, state: AugState, result: Result, weight: float
+        self, accumulator: AugAccumulator, state: AugState, result: Result, weight: float
     ) -> AugAccumulator:
-        """Take a result in, by its phase."""
-        numbers = result.payload.numbers
-        examples_of(numbers)
-        phase = numbers.get("phase")
+        """Add a result, by its phase."""
+        phase = result.payload.numbers.get("phase")
         if phase == "seeds":
-            gathered.seeds[result.client] = seeds_of(state, result.payload, self.seeds)
+            accumulator.seeds[result.client] = seeds_of(state, result.payload, self.seeds)
         elif phase == "fill":
             check_empty(result.payload)
-            gathered.served.add(result.client)
+            accumulator.served.add(result.client)
         elif phase == "then":
-            gathered.then = self._then.accumulate(gathered.then, state.then, result, weight)
-            gathered.weight += weight
+            accumulator.then = self._then.accumulate(accumulator.then, state.then, result, weight)
+            accumulator.weight += weight
         else:
             raise ResultError(f"expected phase as one of {', '.join(PHASES)}, got {shorten(phase)}")
-        gathered.total += weight
-        return gathered
+        accumulator.total += weight
+        return accumulator
 
-    def commit(self, state: AugState, gathered: AugAccumulator, divisor: float) -> AugState:
-        """Commit what the algorithm learned; train the generator when the seeds are there."""
+    def commit(self, state: AugState, accumulator: AugAccumulator, divisor: float) -> AugState:
+        """Commit the algorithm that learns; train the generator when enough seeds have arrived."""
         then = state.then
-        if gathered.weight:
-            share = gathered.weight / gathered.total
-            then = self._then.commit(then, gathered.then, divisor * share)
+        if accumulator.weight:
+            share = accumulator.weight / accumulator.total
+            then = self._then.commit(then, accumulator.then, divisor * share)
         given, served = state.given.clone(), state.served.clone()
-        given[list(gathered.seeds)] = 1
-        served[list(gathered.served)] = 1
+        given[list(accumulator.seeds)] = 1
+        served[list(accumulator.served)] = 1
         if state.gan is not None:
             return dataclasses.replace(state, then=then, given=given, served=served)
-        seeds = {**state.seeds, **gathered.seeds}
+        seeds = {**state.seeds, **accumulator.seeds}
         gan = None
         enough = int(given.sum()) >= math.ceil(self.wait * len(given))
         if enough and any(len(y) for _, y in seeds.values()):
-            # In the devices' order, whichever came first.
+            # In the devices' order, not that of arrival.
             x, y = (torch.cat([seeds[k][part] for k in sorted(seeds)]) for part in (0, 1))
             settings = GanSettings(self.gan_steps, self.gan_batch, self.gan_lr, self.gan_widths)
             seed = derive_seed(self.seed or 0, "faug")
@@ -191,16 +192,16 @@ class FAug(Distillation):
         )
 
     def save(self, state: AugState) -> Payload:
-        """Return everything: seeds too, until the generator is trained."""
-        return save_state(state, self._then.save(state.then))
+        """Return everything in a state, including seeds until the generator is trained."""
+        return save_aug_state(state, self._then.save(state.then))
 
     def load(self, problem: Problem, saved: Payload) -> AugState:
         """Return a saved state."""
         then = self._then.load(problem, inner_saved(saved))
-        return load_state(self.start(problem), then, saved, problem, self.gan_widths)
+        return load_aug_state(self.start(problem), then, saved, problem, self.gan_widths)
 
     def tensors(self, state: AugState) -> Mapping[str, Tensor]:
-        """Return the algorithm's tensors, the generator's, and who is how far; never seeds."""
+        """Return the algorithm's tensors, the generator's, and the devices' phases; never seeds."""
         found = {"faug.given": state.given, "faug.served": state.served}
         if state.gan is not None:
             views = state.gan.layout.views(state.gan.weights)
@@ -209,24 +210,24 @@ class FAug(Distillation):
 
     # ---- at the device
 
-    def train(self, task: Task, client: Client) -> tuple[Payload, Payload | None]:
-        """Do what the task's phase says."""
+    def train(self, task: Task, client: Client) -> TrainResult:
+        """Carry out the task's phase."""
         phase = task.payload.numbers.get("phase")
         if phase == "seeds":
-            result, local = self._give(client)
+            found = self._give(client)
         elif phase == "fill":
-            result, local = self._fill(task, client)
+            found = self._fill(task, client)
         else:
             phase = "then"
-            result, local = self._learn(task, client)
-        return _in_phase(result, phase), local
+            found = self._learn(task, client)
+        return dataclasses.replace(found, payload=_in_phase(found.payload, phase))
 
-    def _give(self, client: Client) -> tuple[Payload, Payload | None]:
-        """Choose seeds. They are sorted by label: their order tells nobody the targets.
+    def _give(self, client: Client) -> TrainResult:
+        """Choose seeds, sorted by label, so that their order does not reveal the targets.
 
-        Nor does the choice: its chance comes from the device's own samples. The task's seed is
-        known to the server, who could try which targets would lead to these redundant labels. A
-        device that is asked twice gives the same.
+        The choice is drawn from the device's own samples, because the server knows the task's
+        seed and could search for targets that lead to these redundant labels. A device that is
+        asked twice sends the same seeds.
         """
         y = client.data.y.cpu()
         targets, others = split_labels(y, client.problem.classes, self.scarce)
@@ -246,10 +247,10 @@ class FAug(Distillation):
             "ids": torch.arange(len(rows)),
             "labels": y[chosen],
         }
-        return Payload(numbers={"n": len(y)}, features=features if rows else {}), local
+        return TrainResult(Payload(features=features if rows else {}), len(y), local)
 
-    def _fill(self, task: Task, client: Client) -> tuple[Payload, Payload | None]:
-        """Make samples of each target, so far as the generator knows it."""
+    def _fill(self, task: Task, client: Client) -> TrainResult:
+        """Generate samples of each target label that the generator was trained on."""
         gan = Gan.of(task.payload, client.problem, self.gan_widths)
         y, known = client.data.y.cpu(), set(gan.labels.tolist())
         lacks = missing(y, client.problem.classes, self.scarce)
@@ -264,20 +265,21 @@ class FAug(Distillation):
         own = Payload(
             exact={f"{OWN}images": images, f"{OWN}labels": labels}, numbers={**before, **facts}
         )
-        return Payload(numbers={"n": len(y)}), joined(inner_local(client.local), own)
+        return TrainResult(Payload(), len(y), joined(inner_local(client.local), own))
 
-    def _learn(self, task: Task, client: Client) -> tuple[Payload, Payload | None]:
-        """Train as the algorithm does, on own and made samples."""
+    def _learn(self, task: Task, client: Client) -> TrainResult:
+        """Train by the algorithm that learns, on own and generated samples."""
         local = inner_local(client.local)
         whole = dataclasses.replace(client, data=filled(client), local=local)
-        result, inner = self._then.train(task, whole)
-        return result, joined(inner, own_local(client.local))
+        found = self._then.train(task, whole)
+        own = own_local(client.local)
+        return dataclasses.replace(found, local_state=joined(found.local_state, own))
 
     def evaluate_client(self, task: Task, client: Client) -> Mapping[str, float]:
-        """Return the metrics, and what this device's labels have leaked to whom.
+        """Return the metrics and the privacy leakage of this device's labels.
 
-        With ``fd``, of the device's own model on the whole test set. With ``fedavg``, of the
-        global model on every K-th test example: together, devices go over each once.
+        With ``fd``, metrics are of the device's own model on the whole test set. With ``fedavg``,
+        they are of the global model on every K-th test example, so that K devices cover the set.
         """
         if self.then == "fd":
             inner = dataclasses.replace(client, local=inner_local(client.local))
@@ -288,7 +290,7 @@ class FAug(Distillation):
         return {**metrics, **leakage_of(client.local)}
 
     def personalise(self, state: AugState, version: int, client: Client) -> Mapping[str, float]:
-        """Give a new device the generator, if there is one, let it learn once, and evaluate it.
+        """Evaluate a new device after the phases ``fill`` (if there is a generator) and ``then``.
 
         With ``fedavg``, evaluate the global model.
         """
@@ -297,7 +299,7 @@ class FAug(Distillation):
             if state.gan is not None:
                 todo.insert(0, _in_phase(state.gan.payload(), "fill"))
             for payload in todo:
-                _, local = self.train(Task(version, payload), client)
+                local = self.train(Task(version, payload), client).local_state
                 client = dataclasses.replace(client, local=local)
         return self.evaluate_client(
             Task(version, self.evaluation_task(state, client.index)), client

@@ -1,30 +1,27 @@
-"""What FAug is made of beside its phases: the generator as it travels, what a device keeps of
-it, which labels a device lacks, and what its labels leak (Jeong et al., 2018, section 3).
-"""  # noqa: D205 - one sentence
+"""Parts of FAug (Jeong et al., 2018, section 3): the generator, missing labels, privacy leakage."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from fedmq.algorithms.base import Client, Payload
-from fedmq.algorithms.distillation.reports import check_shape
-from fedmq.algorithms.errors import ResultError
 from fedmq.algorithms.faug.cgan import GanSettings, make_generator, make_images, train_gan
 from fedmq.algorithms.fedavg import FedAvg
 from fedmq.algorithms.problems.base import Examples, Problem
 from fedmq.algorithms.toolkit.flat_model import FlatModel
 from fedmq.algorithms.toolkit.layout import Layout
-from fedmq.algorithms.toolkit.sgd import spans
+from fedmq.algorithms.toolkit.sgd import metrics_on, spans
+from fedmq.algorithms.toolkit.states import load_state, save_state, saved
 
+V = TypeVar("V")
 OWN = "faug."
-"""What begins the names of what a device keeps beside its model."""
-_BATCH = 500
+"""Prefix of the names of FAug's own local state."""
 
 
 # ---- privacy leakage
@@ -33,7 +30,7 @@ _BATCH = 500
 def device_server_leakage(targets: int, redundant: int) -> float:
     """Return |L_t| / (|L_t| + |L_r|), what the server learns of a device's target labels.
 
-    0 where the device has shown none.
+    0 if the device has sent no seeds of target labels.
     """
     return targets / (targets + redundant) if targets else 0.0
 
@@ -41,14 +38,14 @@ def device_server_leakage(targets: int, redundant: int) -> float:
 def inter_device_leakage(targets: int, union: int) -> float:
     """Return |L_t| / |union over devices j of L_t^j and L_r^j|, what other devices learn.
 
-    They see which labels the generator makes, ``union`` of them; with all L, it is the least
-    there can be, |L_t| / L. 0 where there is no generator.
+    They see the labels that the generator makes, ``union`` of them; with all L, the leakage is
+    smallest, |L_t| / L. 0 without a generator.
     """
     return targets / union if targets and union else 0.0
 
 
 def leakage_of(local: Payload | None) -> dict[str, float]:
-    """Return both leakages by what a device keeps: 0 before it has shown anything."""
+    """Return both leakages of a device, from its local state."""
     numbers = {} if local is None else local.numbers
     targets, redundant, union = (
         int(numbers.get(f"{OWN}{name}", 0)) for name in ("targets", "redundant", "union")
@@ -67,20 +64,20 @@ class Gan:
     """A trained generator.
 
     weights: float32 [dim]; counters: int64, of its BatchNorms.
-    labels: int64 [u], rising: those that it was trained on.
-    low, high: the pixel values that its -1 and 1 stand for.
+    labels: int64 [u], ascending, the labels that it was trained on.
+    low, high: pixel values of its outputs -1 and 1.
     """
 
     layout: Layout
     weights: Tensor
     counters: Tensor
-    labels: Tensor
+    labels: Tensor = field(metadata=saved(any_length=True))
     low: float
     high: float
 
     @classmethod
     def trained(cls, x: Tensor, y: Tensor, classes: int, settings: GanSettings, seed: int) -> Gan:
-        """Return one trained on seeds; their darkest and brightest pixels are -1 and 1.
+        """Return a generator trained on seeds, whose darkest and brightest pixels become -1 and 1.
 
         x: float32 [n, C, H, W]; y: int64 [n].
         """
@@ -93,32 +90,24 @@ class Gan:
         return cls(flat.layout, weights, flat.read_counters(), labels, low, high)
 
     def payload(self) -> Payload:
-        """Return it as it travels: what is trained by the codec, the rest exactly."""
-        model = self.layout.write(self.weights, self.counters)
-        numbers = {"low": self.low, "high": self.high}
-        return Payload(model.weights, {**model.exact, "labels": self.labels}, numbers)
+        """Return the generator as a payload: trained weights for the codec, the rest exactly."""
+        return save_state(self)
 
     @classmethod
     def of(cls, payload: Payload, problem: Problem, widths: tuple[int, int, int]) -> Gan:
         """Return the generator in a payload.
 
         Raises:
-            ResultError: it is not one of this problem and these widths.
+            ResultError: it is not a generator of this problem and these widths.
         """
         layout = Layout.of(make_generator(problem.shape, problem.classes, widths))
-        exact = {name: each for name, each in payload.exact.items() if name != "labels"}
-        labels = payload.exact.get("labels")
-        low, high = payload.numbers.get("low"), payload.numbers.get("high")
-        if labels is None or not isinstance(low, float) or not isinstance(high, float):
-            raise ResultError("expected the labels and the range of a generator")
-        check_shape(labels, torch.int64, (labels.numel(),), "labels")
-        weights, counters = layout.read(Payload(payload.weights, exact))
-        return cls(layout, weights, counters, labels, low, high)
+        empty = torch.zeros(0, dtype=torch.int64)
+        return load_state(cls(layout, empty, empty, empty, 0.0, 0.0), payload)
 
     def make(
         self, labels: Tensor, problem: Problem, widths: tuple[int, int, int], seed: int
     ) -> Tensor:
-        """Return an image of each label, uint8 [n, C, H, W]: a quarter of the memory."""
+        """Return an image of each label, uint8 [n, C, H, W], a quarter of float32's memory."""
         generator = make_generator(problem.shape, problem.classes, widths)
         FlatModel(generator).load(self.weights, self.counters)
         images = make_images(generator, labels, seed)
@@ -131,17 +120,17 @@ class Gan:
 def split_labels(y: Tensor, classes: int, scarce: float) -> tuple[list[int], list[int]]:
     """Return a device's target labels and the others.
 
-    A label is a target if the device has fewer samples of it than ``scarce`` times its mean
-    number by label. y: int64 [n].
+    A label is a target if the device has fewer samples of it than ``scarce`` times its mean number
+    a label. y: int64 [n].
     """
     few = torch.bincount(y, minlength=classes) < scarce * len(y) / classes
     return few.nonzero()[:, 0].tolist(), (~few).nonzero()[:, 0].tolist()
 
 
 def missing(y: Tensor, classes: int, scarce: float) -> dict[int, int]:
-    """Return how many samples a device lacks of each target to be IID.
+    """Return the number of samples that a device lacks of each target label.
 
-    It then has as many as of the mean label that is no target.
+    With them it has as many as of its other labels on average.
     """
     counts = torch.bincount(y, minlength=classes)
     targets, others = split_labels(y, classes, scarce)
@@ -150,7 +139,7 @@ def missing(y: Tensor, classes: int, scarce: float) -> dict[int, int]:
 
 
 def filled(client: Client) -> Examples:
-    """Return a device's samples: its own, and those that it has made."""
+    """Return a device's own and generated samples."""
     made = {} if client.local is None else _with_prefix(client.local.exact)
     if not made or not len(made[f"{OWN}labels"]):
         return client.data
@@ -164,7 +153,7 @@ def filled(client: Client) -> Examples:
 
 
 def inner_local(local: Payload | None) -> Payload | None:
-    """Return what the algorithm that learns has kept, without what FAug has."""
+    """Return the learning algorithm's part of a local state."""
     if local is None or not local.weights:
         return None
     exact = {name: each for name, each in local.exact.items() if not name.startswith(OWN)}
@@ -172,22 +161,22 @@ def inner_local(local: Payload | None) -> Payload | None:
 
 
 def own_local(local: Payload | None) -> Payload | None:
-    """Return what FAug has kept, without what the algorithm that learns has."""
+    """Return FAug's part of a local state."""
     if local is None:
         return None
     return Payload(exact=_with_prefix(local.exact), numbers=local.numbers)
 
 
 def joined(inner: Payload | None, own: Payload | None) -> Payload | None:
-    """Return both as one."""
+    """Return both parts as one local state."""
     if inner is None or own is None:
         return inner or own
     exact = {**inner.exact, **own.exact}
     return dataclasses.replace(inner, exact=exact, numbers=own.numbers)
 
 
-def under(values: Mapping[str, Any], prefix: str) -> dict[str, Any]:
-    """Return the values whose names begin so, by the rest of their names."""
+def under(values: Mapping[str, V], prefix: str) -> dict[str, V]:
+    """Return the values whose names begin with a prefix, by the rest of their names."""
     return {name[len(prefix) :]: each for name, each in values.items() if name.startswith(prefix)}
 
 
@@ -195,20 +184,20 @@ def _with_prefix(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: each for name, each in values.items() if name.startswith(OWN)}
 
 
-# ---- federated averaging in its place
+# ---- federated averaging instead of distillation
 
 
 @dataclass(frozen=True)
 class Averaging(FedAvg):
-    """FedAvg whose clients do about as many steps as devices in federated distillation do.
+    """FedAvg whose clients take about as many steps as devices in federated distillation.
 
-    iterations: rounded to whole epochs, at least one; None: ``epochs``.
+    iterations: steps, rounded to whole epochs, at least one; None: ``epochs`` decides.
     """
 
     iterations: int | None = None
 
     def local_epochs(self, client: Client) -> int:
-        """Return how many epochs come closest to the steps."""
+        """Return the number of epochs that comes closest to ``iterations``."""
         if self.iterations is None:
             return self.epochs
         n = len(client.data)
@@ -216,21 +205,11 @@ class Averaging(FedAvg):
 
 
 def share_metrics(module: nn.Module, client: Client) -> dict[str, float]:
-    """Return a module's metrics on every K-th test example, from the client's number on.
+    """Return a module's metrics on every K-th test example, starting at the client's index.
 
-    The mean over K clients is over the whole test set, if K divides it.
+    If K divides the test set, the mean over K clients is that over the whole set.
     """
     problem = client.problem
     data, first = problem.test(), client.index % problem.clients
     x, y = data.x[first :: problem.clients], data.y[first :: problem.clients]
-    sums: dict[str, float] = {}
-    counts: dict[str, int] = {}
-    module.eval()
-    with torch.no_grad():
-        for start in range(0, len(y), _BATCH):
-            part = x[start : start + _BATCH].to(client.device)
-            of = y[start : start + _BATCH].to(client.device)
-            for name, value in problem.metrics(module(part), of).items():
-                sums[name] = sums.get(name, 0.0) + value * len(of)
-                counts[name] = counts.get(name, 0) + len(of)
-    return {name: value / counts[name] for name, value in sums.items()}
+    return metrics_on(module, problem, Examples(x, y), client.device)

@@ -1,9 +1,9 @@
 """The conditional GAN of FAug (Jeong et al., 2018): Mirza and Osindero's, of four dense layers.
 
-The paper states "4-layer" networks and 1,493,520 parameters of the generator; that is to the
-number the widely used dense one for MNIST with widths 256, 512 and 1024, its BatchNorms'
-running statistics counted in and its label embedding not. The discriminator's widths, the
-optimizer and the batch are that one's too; the paper gives none of them.
+The paper states "4-layer" networks and 1,493,520 parameters of the generator. The widely used dense
+one for MNIST with widths 256, 512 and 1024 has exactly as many, with its BatchNorms' running
+statistics and without its label embedding. The discriminator's widths, the optimizer and the batch
+size are also taken from it, because the paper states none.
 """
 
 from __future__ import annotations
@@ -25,22 +25,22 @@ M = TypeVar("M", bound=nn.Module)
 NOISE = 100
 """Length of z."""
 WIDTHS = (256, 512, 1024)
-"""Of the generator's hidden layers; its last layer is as wide as an image."""
+"""Widths of the generator's hidden layers; its last layer is as wide as an image."""
 _DROPPED = 0.4
 _SLOPE = 0.2
 _MAX_BATCH = 256
 
 
 class _Linear(nn.Linear):
-    """Without first parameters: drawing them would disturb everybody else's chance."""
+    """A linear layer that draws no first parameters from torch's global generator."""
 
     def reset_parameters(self) -> None:
-        """Leave it to `_initialised`."""
+        """Do nothing: `_initialised` sets the parameters."""
 
 
 class _Embedding(nn.Embedding):
     def reset_parameters(self) -> None:
-        """Leave it to `_initialised`."""
+        """Do nothing: `_initialised` sets the parameters."""
 
 
 class Generator(nn.Module):
@@ -70,7 +70,7 @@ class Generator(nn.Module):
 class Discriminator(nn.Module):
     """image * embedding(label) -> 512 -> 512 -> 512 -> a logit of being real.
 
-    LeakyReLU 0.2; dropout 0.4 after the second and third, drawn from a generator of its own.
+    LeakyReLU 0.2; dropout 0.4 after the second and third, drawn from the given random source.
     """
 
     def __init__(self, shape: tuple[int, ...], classes: int, width: int = 512) -> None:
@@ -95,11 +95,11 @@ class Discriminator(nn.Module):
 class GanSettings:
     """How a GAN is trained.
 
-    steps: each one of the discriminator on as many real as made images, and one of the
-        generator.
-    batch_size: of images; 32.
-    lr: Adam's, with betas 0.5 and 0.999.
-    widths: of the generator's hidden layers; the discriminator's are the second of them.
+    steps: number of steps; each is one of the discriminator, on as many real as generated images,
+        and one of the generator.
+    batch_size: images a batch.
+    lr: learning rate of Adam, whose betas are 0.5 and 0.999.
+    widths: widths of the generator's hidden layers; the second is that of the discriminator's.
     """
 
     steps: int
@@ -111,21 +111,21 @@ class GanSettings:
 def make_generator(
     shape: tuple[int, ...], classes: int, widths: tuple[int, int, int], seed: int = 0
 ) -> Generator:
-    """Return a fresh generator; nobody else's random numbers change."""
+    """Return a fresh generator; torch's global generator is not used."""
     return _initialised(Generator(shape, classes, widths), _source(seed, "generator"))
 
 
 def train_gan(x: Tensor, y: Tensor, classes: int, settings: GanSettings, seed: int) -> Generator:
-    """Return a generator trained on a few images, augmented.
+    """Return a generator trained on a few images with augmentation.
 
-    Runs beside other threads: all chance comes from generators of its own.
+    It uses no global random generator, so that it can run beside other threads.
 
     Args:
         x: float32 [n, C, H, W] in -1 to 1.
-        y: int64 [n], their labels; a batch has each label that is there equally often.
+        y: int64 [n], their labels; each is equally likely in a batch.
         classes: L.
-        settings: how.
-        seed: of everything random.
+        settings: of the training.
+        seed: seed of all random draws.
     """
     shape = tuple(x.shape[1:])
     generator = make_generator(shape, classes, settings.widths, seed)
@@ -166,18 +166,16 @@ def make_images(generator: Generator, labels: Tensor, seed: int) -> Tensor:
 
 
 def augmented(x: Tensor, source: torch.Generator) -> Tensor:
-    """Return images turned, scaled, moved and with noise, each otherwise.
+    """Return randomly rotated, scaled and shifted images with noise, float32 [n, C, H, W].
 
-    Up to 15 degrees, a tenth of their size and of their place; noise of deviation 0.05. What
-    comes in from outside is -1, the background.
-
-    x: float32 [n, C, H, W] in -1 to 1; so is what is returned.
+    By up to 15 degrees and a tenth of their size; noise of standard deviation 0.05. New pixels at
+    the border are -1, the background. x, like the returned images, has values in -1 to 1.
     """
     n = len(x)
     angle, size, across, down = (torch.rand((4, n), generator=source) * 2 - 1).unbind()
     angle, size = angle * math.radians(15), 1 + size / 10
     cos, sin = angle.cos() * size, angle.sin() * size
-    # Moves are in halves of an image.
+    # Shifts are in halves of an image.
     theta = torch.stack([cos, -sin, across / 5, sin, cos, down / 5], dim=1).view(n, 2, 3)
     grid = F.affine_grid(theta, list(x.shape), align_corners=False)
     moved = F.grid_sample(x + 1, grid, align_corners=False) - 1
@@ -186,7 +184,7 @@ def augmented(x: Tensor, source: torch.Generator) -> Tensor:
 
 
 def _balanced(rows: list[np.ndarray], size: int, rng: np.random.Generator) -> np.ndarray:
-    """Draw a label, then one of its rows, so many times."""
+    """Draw ``size`` rows: for each a label, then one of its rows."""
     return np.array([rng.choice(rows[each]) for each in rng.integers(len(rows), size=size)])
 
 
@@ -213,7 +211,7 @@ def _source(seed: int, purpose: str) -> torch.Generator:
 
 
 def _initialised(module: M, source: torch.Generator) -> M:
-    """Give a module the parameters that Keras begins with."""
+    """Initialise a module's parameters as Keras does."""
     for each in module.modules():
         match each:
             case nn.Linear():

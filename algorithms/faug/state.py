@@ -1,28 +1,24 @@
-"""What FAug's aggregator knows: who has given seeds, the seeds, the generator, and what learns."""
+"""FAug's state: phases of devices, seeds, the generator, and the learning algorithm's state."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from fedmq.algorithms.base import Payload
-from fedmq.algorithms.distillation.reports import check_shape
+from fedmq.algorithms.base import OpaqueAccumulator, OpaqueState, Payload
 from fedmq.algorithms.errors import ResultError
 from fedmq.algorithms.faug.augmentation import Gan, under
 from fedmq.algorithms.problems.base import Problem
+from fedmq.algorithms.toolkit.states import expect_tensor
 from fedmq.codecs.text import shorten
 
 _LARGEST_PIXEL = 50.0
-"""Of a normalised image: one beyond it would leave the others no contrast."""
+"""Limit of a normalised pixel: a larger one would leave the others no contrast."""
 _THEN = "then."
-
-Seeds = Mapping[int, tuple[Tensor, Tensor]]
-"""By device: float32 [m, C, H, W] and their labels, int64 [m]."""
 
 
 @dataclass(frozen=True)
@@ -30,13 +26,13 @@ class AugState:
     """One version.
 
     then: state of the algorithm that learns.
-    given, served: int64 [M], 1 for a device whose seeds came, or that has filled its targets.
-    seeds: by device, (float32 [m, C, H, W], int64 [m]); none once the generator is trained.
-    gan: None until then.
-    shape, classes: of an example, and L.
+    given, served: int64 [M], 1 for a device that has sent seeds, or has filled its targets.
+    seeds: by device, (float32 [m, C, H, W], int64 [m]); empty once the generator is trained.
+    gan: the generator; None until it is trained.
+    shape, classes: shape of an example, and L.
     """
 
-    then: Any
+    then: OpaqueState
     given: Tensor
     served: Tensor
     seeds: Mapping[int, tuple[Tensor, Tensor]]
@@ -47,12 +43,14 @@ class AugState:
 
 @dataclass
 class AugAccumulator:
-    """What came for the next version: of the algorithm that learns, and of the phases.
+    """Results for the next version, by phase.
 
-    weight, total: of the results for the former, and of all.
+    then: accumulator of the algorithm that learns.
+    seeds, served: seeds by device, and devices that have filled their targets.
+    weight, total: sum of the weights of the learning algorithm's results, and of all.
     """
 
-    then: Any
+    then: OpaqueAccumulator
     seeds: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     served: set[int] = field(default_factory=set)
     weight: float = 0.0
@@ -60,10 +58,10 @@ class AugAccumulator:
 
 
 def seeds_of(state: AugState, payload: Payload, most: int) -> tuple[Tensor, Tensor]:
-    """Return a device's seeds, at most so many of a label.
+    """Return a device's seeds, at most ``most`` of a label.
 
     Raises:
-        ResultError: they are not images of this problem with labels.
+        ResultError: they are not labelled images of this problem, or too many.
     """
     found = payload.features
     check_empty(dataclasses.replace(payload, features={}))
@@ -72,26 +70,26 @@ def seeds_of(state: AugState, payload: Payload, most: int) -> tuple[Tensor, Tens
     if set(found) != {"features", "ids", "labels"}:
         raise ResultError(f"expected features, ids and labels, got {shorten(sorted(found))}")
     x, y = found["features"], found["labels"]
-    check_shape(y, torch.int64, (len(x),), "labels")
-    check_shape(x, torch.float32, (len(x), *state.shape), "features")
+    expect_tensor("labels", y, torch.int64, (len(x),))
+    expect_tensor("features", x, torch.float32, (len(x), *state.shape))
     if not len(y) or int(y.min()) < 0 or int(y.max()) >= state.classes:
         raise ResultError(f"expected seeds with labels from 0 to {state.classes - 1}")
     if int(y.bincount().max()) > most:
         raise ResultError(f"expected at most {most} seeds of a label")
     if not bool((x.abs() <= _LARGEST_PIXEL).all()):  # NaN is not less
-        raise ResultError(f"expected pixels of at most {_LARGEST_PIXEL:g} either way")
+        raise ResultError(f"expected pixels of at most {_LARGEST_PIXEL:g} in magnitude")
     return x, y
 
 
 def check_empty(payload: Payload) -> None:
-    """Raise ResultError if there is any tensor in a payload."""
+    """Raise ResultError if a payload has tensors."""
     found = [*payload.weights, *payload.exact, *payload.features, *payload.logits]
     if found:
         raise ResultError(f"expected no tensors, got {shorten(sorted(found))}")
 
 
-def save_state(state: AugState, then: Payload) -> Payload:
-    """Return a state for a checkpoint. then: what the algorithm that learns has saved."""
+def save_aug_state(state: AugState, then: Payload) -> Payload:
+    """Return a state for a checkpoint. then: saved state of the algorithm that learns."""
     devices = sorted(state.seeds)
     each = [state.seeds[device] for device in devices]
     nothing = (torch.zeros((0, *state.shape)), torch.zeros(0, dtype=torch.int64))
@@ -108,22 +106,26 @@ def save_state(state: AugState, then: Payload) -> Payload:
     numbers = {f"{_THEN}{name}": number for name, number in then.numbers.items()}
     if state.gan is None:
         return Payload(exact=exact, numbers=numbers)
-    # Its weights have a group of their own, with the bytes of the task that has it.
+    # Its weights alone are in this group, with the same bytes as in a task.
     gan = state.gan.payload()
     exact |= {f"gan.{name}": tensor for name, tensor in gan.exact.items()}
     return Payload(gan.weights, exact, {**numbers, **gan.numbers})
 
 
 def inner_saved(saved: Payload) -> Payload:
-    """Return what the algorithm that learns has saved."""
+    """Return the saved state of the algorithm that learns."""
     weights, exact = (under(saved.exact, f"{_THEN}{group}.") for group in ("weights", "exact"))
     return Payload(weights, exact, under(saved.numbers, _THEN))
 
 
-def load_state(
-    first: AugState, then: Any, saved: Payload, problem: Problem, widths: tuple[int, int, int]
+def load_aug_state(
+    first: AugState,
+    then: OpaqueState,
+    saved: Payload,
+    problem: Problem,
+    widths: tuple[int, int, int],
 ) -> AugState:
-    """Return a saved state. first: that of version 0; then: of the algorithm that learns.
+    """Return a saved state. first: state of version 0; then: state of the algorithm that learns.
 
     Raises:
         ResultError: it is not a state of this problem.
@@ -134,15 +136,15 @@ def load_state(
         raise ResultError(f"expected a tensor {absent[0]!r}, it is missing")
     given, served, of, sizes, x, y = (exact[name] for name in names)
     devices = len(first.given)
-    check_shape(given, torch.int64, (devices,), "given")
-    check_shape(served, torch.int64, (devices,), "served")
-    check_shape(of, torch.int64, (sizes.numel(),), "seeds.of")
-    check_shape(sizes, torch.int64, (sizes.numel(),), "seeds.sizes")
-    check_shape(y, torch.int64, (y.numel(),), "seeds.y")
-    check_shape(x, torch.float32, (y.numel(), *first.shape), "seeds.x")
+    expect_tensor("given", given, torch.int64, (devices,))
+    expect_tensor("served", served, torch.int64, (devices,))
+    expect_tensor("seeds.of", of, torch.int64, (sizes.numel(),))
+    expect_tensor("seeds.sizes", sizes, torch.int64, (sizes.numel(),))
+    expect_tensor("seeds.y", y, torch.int64, (y.numel(),))
+    expect_tensor("seeds.x", x, torch.float32, (y.numel(), *first.shape))
     lengths = sizes.tolist()
     if sum(lengths) != len(y) or any(length < 0 for length in lengths):
-        raise ResultError(f"expected sizes of {len(y)} seeds, got {shorten(lengths)}")
+        raise ResultError(f"expected seeds.sizes with a sum of {len(y)}, got {shorten(lengths)}")
     if any(not 0 <= device < devices for device in of.tolist()):
         raise ResultError(f"expected seeds of devices from 0 to {devices - 1}")
     parts = zip(torch.split(x, lengths), torch.split(y, lengths), strict=True)

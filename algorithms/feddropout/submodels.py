@@ -1,9 +1,9 @@
-"""Sub-models: fewer units of a model's hidden layers, packed into a smaller dense model.
+"""Sub-models: some units of a model's hidden layers, packed into a smaller dense model.
 
-A model is a chain of layers, an `nn.Sequential` of known ones. Leaving out a unit of a
-fully connected layer, or a filter of a convolution, leaves out its rows there, its
-channel of a BatchNorm that follows, and its columns in the next layer. All sub-models that
-keep as many units have the same shapes; they differ in where these lie in the whole.
+A model is a chain of layers, an `nn.Sequential` of known ones. Dropping a unit of a fully connected
+layer, or a filter of a convolution, drops its rows there, its channel of a following BatchNorm, and
+its columns in the next layer. All sub-models with the same number of units have the same shapes;
+they differ in their coordinates in the whole model.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _POOLS = (*_MAX_POOLS, *_AVG_POOLS, *_ADAPTIVE_MAX, *_ADAPTIVE_AVG)
 
 @dataclass(frozen=True)
 class Hidden:
-    """A layer whose units may be left out. units: of a fully connected layer, or filters."""
+    """A layer whose units can be dropped; units are those of a dense layer, or filters."""
 
     name: str
     units: int
@@ -46,8 +46,8 @@ class Hidden:
 class Axis:
     """A dimension of a tensor that follows the units of a hidden layer.
 
-    hidden: which one, in the model's order.
-    span: consecutive positions a unit has; after a Flatten a channel has height * width.
+    hidden: index of the layer, in the model's order.
+    span: consecutive positions of a unit; after a Flatten a channel has height * width.
     """
 
     hidden: int
@@ -55,17 +55,17 @@ class Axis:
 
 
 Axes = Mapping[str, tuple[Axis | None, ...]]
-"""By the name of a tensor, its first dimensions; None and the rest are kept whole."""
+"""The first dimensions of tensors by name; None, and the rest, keep their size."""
 Units = Sequence[np.ndarray[tuple[int], np.dtype[np.int64]]]
-"""For each hidden layer the units that are kept, in ascending order."""
+"""The kept units of each hidden layer, in ascending order."""
 
 
 @dataclass(frozen=True)
 class SubModels:
-    """All sub-models of a model that keep so many units of each hidden layer.
+    """All sub-models of a model with given numbers of units.
 
-    whole, small: layouts of the model and of each of its sub-models; the same names.
-    kept: how many units of each hidden layer.
+    whole, small: layouts of the model and of its sub-models, with the same names.
+    kept: number of units of each hidden layer in a sub-model.
     """
 
     whole: Layout
@@ -89,18 +89,18 @@ class SubModels:
 
     @property
     def cut(self) -> bool:
-        """Tell whether anything is left out at all."""
+        """Return whether sub-models are smaller than the model."""
         return self.small.dim < self.whole.dim
 
     def draw(self, rng: np.random.Generator) -> Units:
-        """Return a sub-model: so many units of each hidden layer, each choice as likely."""
+        """Return the units of a random sub-model, each choice equally likely."""
         return [
             np.sort(rng.choice(each.units, count, replace=False)).astype(np.int64)
             for each, count in zip(self.hidden, self.kept, strict=True)
         ]
 
     def index(self, units: Units) -> Tensor:
-        """Return where a sub-model's weights lie in the whole's vector, int64 [small.dim]."""
+        """Return the coordinates of a sub-model's weights in the whole, int64 [small.dim]."""
         pieces = [
             self._index_of(slot, small, units).reshape(-1)
             for slot, small in zip(self.whole.weights, self.small.weights, strict=True)
@@ -123,7 +123,7 @@ class SubModels:
 
 
 class SubProblem(Problem):
-    """A problem whose model is a sub-model; data, loss and metrics are those of the whole.
+    """A problem whose model is a sub-model; its data, loss and metrics are the whole's.
 
     Raises:
         ProblemError: the problem's model has a layer that cannot be cut.
@@ -135,7 +135,7 @@ class SubProblem(Problem):
         self.parts = SubModels.of(whole, keep)
 
     def model(self) -> nn.Module:
-        """Return a module with a sub-model's shapes, of no particular units."""
+        """Return a module with a sub-model's shapes; its values are not those of a sub-model."""
         return shrink(self.whole.model(), self.parts.axes, self.parts.kept)
 
     def client(self, index: int) -> Examples:
@@ -156,13 +156,13 @@ class SubProblem(Problem):
 
 
 def find_axes(module: nn.Module) -> tuple[tuple[Hidden, ...], Axes]:
-    """Return a model's hidden layers, and which dimensions of its tensors follow them.
+    """Return a model's hidden layers, and the dimensions of tensors that follow them.
 
-    Inputs are no hidden layer's, nor are the outputs of the last layer that has weights
-    (the logits).
+    Neither the inputs nor the outputs of the last layer with weights (the logits) belong to a
+    hidden layer.
 
     Raises:
-        ProblemError: a layer cannot be cut; the message names it.
+        ProblemError: a layer cannot be cut; the message has its name.
     """
     walk = _Walk(module)
     for name, layer in walk.chain:
@@ -174,9 +174,9 @@ def shrink(module: nn.Module, axes: Axes, kept: Sequence[int]) -> nn.Module:
     """Give a module's tensors the shapes of a sub-model, in place; return it.
 
     Args:
-        module: whose `find_axes` gave the axes.
-        axes: which dimensions follow which hidden layer.
-        kept: how many units of each hidden layer.
+        module: module that `find_axes` was called with.
+        axes: the axes that it returned.
+        kept: number of units of each hidden layer to keep.
     """
     for prefix, layer in _layers("", module):
         for name, tensor in _tensors(layer):
@@ -190,7 +190,7 @@ def shrink(module: nn.Module, axes: Axes, kept: Sequence[int]) -> nn.Module:
             setattr(layer, name, small)
             if isinstance(layer, _NORMS):
                 layer.num_features = small.shape[0]
-        # torch computes with the shapes; these are for whoever reads the module.
+        # torch computes with the shapes; these attributes are for readers of the module.
         if isinstance(layer, nn.Linear):
             layer.out_features, layer.in_features = layer.weight.shape
         elif isinstance(layer, _CONVS):
@@ -199,11 +199,11 @@ def shrink(module: nn.Module, axes: Axes, kept: Sequence[int]) -> nn.Module:
 
 
 class _Walk:
-    """Follows the units of a hidden layer through the layers behind it.
+    """Follow the units of a hidden layer through the layers after it.
 
     Attributes:
         chain: the layers by name, in order.
-        hidden, axes: what has been found so far.
+        hidden, axes: results so far.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -215,9 +215,9 @@ class _Walk:
         """Tensors that no layer has claimed yet."""
         self._last = [name for name, each in self.chain if type(each) in _WEIGHTED][-1:]
         self._units: Hidden | None = None
-        """Whose outputs come in now; None while they are inputs or logits."""
+        """Layer whose units are the next inputs; None for inputs of the model and logits."""
         self._form = ""
-        """How they lie: [n, "channels", ...], [n, "features"], or channels that are "flat"."""
+        """Their arrangement: [n, "channels", ...], [n, "features"], or "flat" channels."""
 
     def take(self, name: str, layer: nn.Module) -> None:
         """Take the next layer of the chain."""
@@ -226,7 +226,7 @@ class _Walk:
         if isinstance(layer, (nn.Linear, *_CONVS)):
             self._weighted(name, layer)
         elif self._units is None:
-            return  # of inputs and logits nothing is left out, whatever becomes of them
+            return  # inputs and logits are complete, so any layer may change them
         elif isinstance(layer, _NORMS):
             axis = self._axis(name, layer, layer.num_features)
             for own, _ in _tensors(layer):
@@ -241,7 +241,7 @@ class _Walk:
             raise _refusal(name, layer, "it may mix units, or move them")
 
     def _weighted(self, name: str, layer: nn.Linear | nn.Module) -> None:
-        """Connect a layer's columns to the units that come in, and count its own."""
+        """Connect a layer's columns to its input units, and register its own units."""
         weight: Tensor = layer.get_parameter("weight")
         if getattr(layer, "groups", 1) != 1:
             raise _refusal(name, layer, "its filters are grouped")
@@ -262,17 +262,17 @@ class _Walk:
             self.axes[_join(name, "weight")] = (outputs, inputs)
 
     def _axis(self, name: str, layer: nn.Module, size: int) -> Axis:
-        """Return the axis of a dimension along which the units lie that come in."""
+        """Return the axis of a dimension that holds the input units."""
         if self._units is None:
-            raise RuntimeError("nothing comes in")
+            raise RuntimeError("there are no input units")
         span, rest = divmod(size, self._units.units)
         if rest or not span or (span > 1 and self._form != "flat"):
             units = f"{self._units.units} units of {self._units.name!r}"
-            raise _refusal(name, layer, f"its {size} inputs are not the {units}")
+            raise _refusal(name, layer, f"its {size} inputs do not match the {units}")
         return Axis(len(self.hidden) - 1, span)
 
     def _claim(self, name: str, layer: nn.Module) -> None:
-        """Check that a layer's tensors are its own, and of known meaning."""
+        """Check that a layer's tensors are not shared, and that their meaning is known."""
         if type(layer) not in (*_WEIGHTED, *_NORMS):
             if (
                 next(layer.parameters(), None) is not None
@@ -291,7 +291,7 @@ class _Walk:
 
 
 def _layers(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yield what is not an `nn.Sequential` itself, by its name in the state dict."""
+    """Yield the layers that are no `nn.Sequential`, by their names in the state dict."""
     if type(module).forward is not nn.Sequential.forward:
         yield name, module
         return
@@ -310,4 +310,4 @@ def _join(prefix: str, name: str) -> str:
 
 def _refusal(name: str, layer: nn.Module, why: str) -> ProblemError:
     what = f"layer {name!r}" if name else "the model"
-    return ProblemError(f"cannot leave out units around {what} ({type(layer).__name__}): {why}")
+    return ProblemError(f"cannot drop units around {what} ({type(layer).__name__}): {why}")

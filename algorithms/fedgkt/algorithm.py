@@ -13,7 +13,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from fedmq.algorithms.base import Algorithm, Client, Payload, Result, Task
+from fedmq.algorithms.base import Algorithm, Client, Payload, Result, Task, TrainResult
 from fedmq.algorithms.errors import ProblemError, ResultError
 from fedmq.algorithms.fedgkt.feature_store import FeatureStore, MemoryLimit, Upload
 from fedmq.algorithms.fedgkt.mutual_training import Batch, NetworkState, Objective, Optimizer, fit
@@ -24,12 +24,13 @@ from fedmq.algorithms.fedgkt.networks import (
     through_edge,
     through_server,
 )
-from fedmq.algorithms.fedgkt.uploads import TEST, Expected, check
+from fedmq.algorithms.fedgkt.uploads import TEST, Expected
 from fedmq.algorithms.problems.base import Examples, Problem
 from fedmq.algorithms.problems.resnets import EDGES, SERVERS, Shape, feature_shape, initialised
 from fedmq.algorithms.rng import derive_rng, derive_seed
 from fedmq.algorithms.toolkit.flat_model import FlatModel
 from fedmq.algorithms.toolkit.layout import Layout
+from fedmq.algorithms.toolkit.states import expect_count, expect_tensor, load_state, save_state
 from fedmq.codecs.text import shorten
 
 
@@ -37,11 +38,11 @@ from fedmq.codecs.text import shorten
 class GktState:
     """One version of the server.
 
-    layout: of the server network. server: its weights, and its optimizer's moments.
+    layout: layout of the server network. server: its weights, and its optimizer's moments.
     store: the last upload of each client.
     answers: by client, the server's logits for the samples of its upload, float32
         [n, classes], in the order of its ids.
-    version: how many were committed before it.
+    version: number of versions before it.
     features, classes: shape of a sample's feature maps, number of classes.
     """
 
@@ -56,44 +57,44 @@ class GktState:
 
 @dataclass
 class GktAccumulator:
-    """What came in for one version, by client; a client's newest upload."""
+    """The newest uploads for one version, by client."""
 
     fresh: dict[int, Upload] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
-class FedGKT(Algorithm):
+class FedGKT(Algorithm[GktState, GktAccumulator]):
     """Small networks at the edge and a large one at the server teach each other.
 
     Each client trains an extractor f_e and a classifier f_c, and sends H = f_e(x), f_c(H) and
-    the labels of all of its samples. The server trains f_s on these, and answers f_s(H), by
-    sample. What is used in the end is f_s(f_e(x)).
+    the labels of all of its samples. The server trains f_s on these and returns f_s(H) by
+    sample. The final model is f_s(f_e(x)).
 
     edge: f_e and f_c, a key of `EDGES`. server: f_s, a key of `SERVERS`.
-    optimizer, lr, momentum, weight_decay, batch_size, epochs: of a client's training; what an
-        optimizer remembers is kept from task to task. Momentum is SGD's.
-        By default as with the paper's networks: Adam with lr 0.001, weight_decay 1e-4 (momentum
-        0.9 for SGD), batch_size 64 and one pass (epochs).
+    optimizer, lr, momentum, weight_decay, batch_size, epochs: of a client's training; the
+        optimizer's moments are kept from task to task. Momentum is SGD's. The defaults are the
+        paper's: Adam with lr 0.001, weight_decay 1e-4 (momentum 0.9 for SGD), batch_size 64 and
+        one pass (epochs).
     server_lr, server_batch_size: of the server's training; None is the clients'.
     server_epochs: E_s, passes at each commit; 20 in the paper.
-    effort: what a pass at the server is as long as. ``fresh``: the samples that have come in
-        for this version; ``held``: all that are held. Both draw from all that are held, and
-        they are the same where every client takes part in every round.
-    alpha: weight of KL beside CE. temperature: T.
+    effort: length of the server's passes: as many samples as have arrived for this version
+        (``fresh``), or as the server holds (``held``). Both draw from all samples that it holds,
+        and they are equal if every client takes part in every round.
+    alpha: weight of KL relative to CE. temperature: T.
     distil_server: the server learns from the edges' logits. distil_edge: the edges learn from
-        the server's; without it none are sent.
-    max_samples: that a client may have; bounds what an upload can take.
-    memory_mb: of feature maps in the server's memory, in 2^20 bytes; more go to temporary files
-        in the folder that TMPDIR names.
-    server_device: where the server trains; that it replays to the bit is promised for a CPU.
-    test_on: ``all``: a client tests on all test data; ``own``: on those of its own.
-    test_features: clients send the feature maps and labels of their test data too, as the
-        paper has it, and the evaluator tests; else they stay, and each client tests.
-    seed: of the networks' first values and the order of the server's samples; None is the
+        the server's; if False, none are sent.
+    max_samples: largest number of a client's samples; it limits the size of an upload.
+    memory_mb: limit of feature maps in the server's memory, in 2^20 bytes; further ones go to
+        temporary files in the folder TMPDIR.
+    server_device: torch device of the server's training; exact replay is promised for a CPU.
+    test_on: ``all``: a client evaluates on all test data; ``own``: on its own test data.
+    test_features: clients also send the feature maps and labels of their test data, as in the
+        paper, and the evaluator evaluates; otherwise each client evaluates.
+    seed: seed of the networks' first values and the order of the server's samples; None is the
         run's.
 
-    Adam is with amsgrad. How much a result counts, as a schedule sees it, has no meaning here:
-    the paper weighs no sample by its age.
+    Adam is the amsgrad variant. The weights of a schedule have no effect: the paper weighs no
+    sample by its age.
     """
 
     name: ClassVar[str] = "fedgkt"
@@ -140,7 +141,7 @@ class FedGKT(Algorithm):
     # ---- at the aggregator
 
     def start(self, problem: Problem) -> GktState:
-        """Nothing is held, and nobody is answered."""
+        """Return the first server network, an empty store and no answers."""
         features = feature_shape(self.edge, problem.shape)
         model = self._server(features, problem.classes)
         return GktState(
@@ -154,19 +155,19 @@ class FedGKT(Algorithm):
         )
 
     def task(self, state: GktState, client: int) -> Payload:
-        """Return the server's logits by sample id; none before the client's first upload."""
+        """Return the server's logits by sample id; empty before the client's first upload."""
         answer = state.answers.get(client)
         if answer is None:
             return Payload()
         return Payload(logits={"logits": answer, "ids": state.store.uploads[client].ids})
 
     @property
-    def evaluated_by(self) -> Literal["model", "clients"]:
-        """By clients, unless they give their test data's feature maps away."""
+    def evaluated_by(self) -> Literal["model", "clients"]:  # type: ignore[override] # follows from a field
+        """Return ``model`` if clients send feature maps of their test data, else ``clients``."""
         return "model" if self.test_features else "clients"
 
     def evaluation_task(self, state: GktState, client: int = 0) -> Payload:
-        """Return the server network; with ``test_features`` what was uploaded of test data."""
+        """Return the server network; with ``test_features`` also the uploaded test data."""
         exact = dict(self.tensors(state))
         if self.test_features:
             for index, upload in state.store.uploads.items():
@@ -179,33 +180,35 @@ class FedGKT(Algorithm):
         return Payload(exact=exact)
 
     def result_bytes(self, state: GktState) -> int:
-        """Return the bytes of ``max_samples`` feature maps with ids, labels and logits."""
+        """Return the size of ``max_samples`` feature maps with ids, labels and logits, in bytes."""
         return self._expected(state).nbytes
 
     def new_accumulator(self, state: GktState) -> GktAccumulator:
-        """Nothing has come in."""
+        """Return an empty accumulator."""
         return GktAccumulator()
 
     def accumulate(
         self,
-        gathered: GktAccumulator,
+        accumulator: GktAccumulator,
         state: GktState,
         result: Result,
         weight: float,
     ) -> GktAccumulator:
-        """Hold a client's upload in place of its last one."""
-        upload = self._expected(state).upload(result.payload, state.store.limit)
-        gathered.fresh[result.client] = upload
-        return gathered
+        """Replace a client's upload."""
+        upload = self._expected(state).upload(
+            result.payload, result.num_examples, state.store.limit
+        )
+        accumulator.fresh[result.client] = upload
+        return accumulator
 
-    def commit(self, state: GktState, gathered: GktAccumulator, divisor: float) -> GktState:
-        """Train f_s on CE + alpha T^2 KL(p_c || p_s), then answer.
+    def commit(self, state: GktState, accumulator: GktAccumulator, divisor: float) -> GktState:
+        """Train f_s on CE + alpha T^2 KL(p_c || p_s), then compute the answers.
 
-        The server's logits are those of f_s after its training, in eval mode: of the clients
-        that have sent something for this version, or with effort ``held`` of all.
+        The answers are logits of f_s after its training, in eval mode: for the clients with an
+        upload for this version, or for all with effort ``held``.
         """
-        store = state.store.updated(gathered.fresh)
-        renewed = store.uploads if self.effort == "held" else gathered.fresh
+        store = state.store.updated(accumulator.fresh)
+        renewed = store.uploads if self.effort == "held" else accumulator.fresh
         model = self._server(state.features, state.classes)
         samples = self.server_epochs * sum(len(each) for each in renewed.values())
         alpha = self.alpha if self.distil_server else 0.0
@@ -225,14 +228,14 @@ class FedGKT(Algorithm):
         )
 
     def save(self, state: GktState) -> Payload:
-        """Return the server network, its optimizer's moments, what is held, and the answers."""
-        exact = {f"server.{name}": each for name, each in state.server.save().items()}
+        """Return the server network, its optimizer's moments, the store and the answers."""
+        exact = {f"server.{name}": each for name, each in save_state(state.server).exact.items()}
         exact |= {f"store.{name}": each for name, each in state.store.save().items()}
         exact |= {f"answers.{client}": each for client, each in state.answers.items()}
         return Payload(exact=exact, numbers={"version": state.version})
 
     def load(self, problem: Problem, saved: Payload) -> GktState:
-        """Return the state that was saved; what it holds is checked like an upload."""
+        """Return a saved state; its uploads are checked like new ones."""
         first = self.start(problem)
         parts: dict[str, dict[str, Tensor]] = {"server": {}, "store": {}, "answers": {}}
         for name, tensor in saved.exact.items():
@@ -240,9 +243,7 @@ class FedGKT(Algorithm):
             if part not in parts:
                 raise ResultError(f"expected no tensor {shorten(name)}")
             parts[part][rest] = tensor
-        version = saved.numbers.get("version")
-        if type(version) is not int or version < 0:
-            raise ResultError(f"expected version, at least 0, got {shorten(version)}")
+        version = expect_count("version", saved.numbers)
         store = FeatureStore.load(parts["store"], first.store.limit)
         self._expected(first).check_store(store, problem.clients)
         answers = {}
@@ -251,20 +252,20 @@ class FedGKT(Algorithm):
             if client not in store.uploads:
                 raise ResultError(f"expected an answer to a client, got {shorten(name)}")
             shape = (len(store.uploads[client]), first.classes)
-            check("answers", tensor, torch.float32, shape)
+            expect_tensor("answers", tensor, torch.float32, shape)
             answers[client] = tensor.clone()
-        server = self._optimizer(at_server=True).load(first.layout, parts["server"])
+        server = load_state(first.server, Payload(exact=parts["server"]))
         return dataclasses.replace(
             first, server=server, store=store, answers=answers, version=version
         )
 
     def tensors(self, state: GktState) -> Mapping[str, Tensor]:
-        """Return the server network; the edges' stay with the clients."""
+        """Return the server network; the edges' networks stay at the clients."""
         layout, server = state.layout, state.server
         return layout.views(server.weights) | layout.counter_views(server.counters)
 
     def _held_batches(self, store: FeatureStore, samples: int, version: int) -> Iterator[Batch]:
-        """Yield so many samples of all that are held, in a new order whenever all had a turn."""
+        """Yield ``samples`` samples of the store in batches; each pass has a new order."""
         rng = derive_rng(self.seed or 0, "fedgkt", version)
         size = self.server_batch_size or self.batch_size
         for rows in shuffled(len(store), samples, size, rng):
@@ -272,18 +273,18 @@ class FedGKT(Algorithm):
 
     # ---- at the client
 
-    def train(self, task: Task, client: Client) -> tuple[Payload, Payload]:
+    def train(self, task: Task, client: Client) -> TrainResult:
         """Train f_e and f_c on CE + alpha T^2 KL(p_s || p_c), then send H, z_c and y.
 
-        H and z_c are of the very images that were trained on, in eval mode. KL is left out for
-        a sample that the server has not answered, as in the first round.
+        H and z_c are computed from the training images, in eval mode. KL is omitted for samples
+        without an answer of the server, as in the first round.
         """
         data = client.data
         n = len(data)
         if n > self.max_samples:
             raise ProblemError(
-                f"client {client.index} has {n} samples; raise algorithm.max_samples, "
-                f"{self.max_samples}"
+                f"client {client.index}: expected at most {self.max_samples} samples, got {n}; "
+                "raise algorithm.max_samples"
             )
         model, trained = self._edge_of(client)
         teacher = teacher_of(task.payload.logits, n, client.problem.classes)
@@ -302,13 +303,12 @@ class FedGKT(Algorithm):
             test = self._test_data(client)
             test_features, test_logits = through_edge(model, test)
             exact = dict(zip(TEST, (test_features, test.y, test_logits), strict=True))
-        result = Payload(
+        payload = Payload(
             exact=exact,
-            numbers={"n": n},
             features={"features": features, "ids": ids, "labels": data.y},
             logits={"logits": logits, "ids": ids},
         )
-        return result, Payload(exact=trained.save())
+        return TrainResult(payload, n, save_state(trained))
 
     def evaluate_client(self, task: Task, client: Client) -> Mapping[str, float]:
         """Return the metrics of f_s(f_e(x)), and as ``edge_*`` those of f_c(f_e(x))."""
@@ -320,7 +320,7 @@ class FedGKT(Algorithm):
 
     def personalise(self, state: GktState, version: int, client: Client) -> Mapping[str, float]:
         """Return a new client's metrics after one task of training its edge, without answers."""
-        _, local = self.train(Task(version, Payload()), client)
+        local = self.train(Task(version, Payload()), client).local_state
         kept = dataclasses.replace(client, local=local)
         payload = Payload(exact=self.tensors(state))
         return self.evaluate_client(Task(version, payload), kept)
@@ -328,9 +328,9 @@ class FedGKT(Algorithm):
     # ---- at the evaluator
 
     def evaluate(self, task: Task, problem: Problem, device: str) -> Mapping[str, float]:
-        """Return the metrics of what clients have uploaded of their test data.
+        """Return the metrics of the clients' uploaded test data.
 
-        Before the first upload, of the networks' first values on the problem's test data.
+        Before the first upload, those of the first networks on the problem's test data.
         """
         exact = task.payload.exact
         clients = [name[: -len(".test.labels")] for name in exact if name.endswith(".test.labels")]
@@ -348,17 +348,16 @@ class FedGKT(Algorithm):
     # ---- networks
 
     def _edge(self, shape: Shape, classes: int, device: str) -> FlatModel:
-        """Return f_e and f_c, the same first values for all clients; as in the paper's code."""
+        """Return f_e and f_c with the same first values for all clients, as in the paper's code."""
         seed = derive_seed(self.seed or 0, "fedgkt edge")
         return FlatModel(initialised(EDGES[self.edge], seed, shape, classes), device)
 
     def _edge_of(self, client: Client) -> tuple[FlatModel, NetworkState]:
-        """Return a client's f_e and f_c, and what to load into them."""
+        """Return a client's f_e and f_c, and the values to load into them."""
         problem, optimizer = client.problem, self._optimizer(at_server=False)
         model = self._edge(problem.shape, problem.classes, client.device)
-        if client.local is None:
-            return model, optimizer.first(model)
-        return model, optimizer.load(model.layout, client.local.exact)
+        first = optimizer.first(model)
+        return model, first if client.local is None else load_state(first, client.local)
 
     def _server(self, features: Shape, classes: int, device: str = "") -> FlatModel:
         """Return f_s with its first values."""
@@ -367,7 +366,7 @@ class FedGKT(Algorithm):
         return FlatModel(module, device or self.server_device)
 
     def _received(self, task: Task, problem: Problem, device: str) -> FlatModel:
-        """Return the f_s of an evaluation."""
+        """Return the f_s in the payload of an evaluation."""
         features = feature_shape(self.edge, problem.shape)
         model, exact = self._server(features, problem.classes, device), task.payload.exact
         layout = model.layout

@@ -1,8 +1,8 @@
-"""What a server holds of its clients' samples: feature maps, labels, logits, within a limit.
+"""The server's store of its clients' samples: feature maps, labels and logits.
 
-Versions of a store share what did not change between them, so that one that is still in use
-stays what it was. Feature maps beyond the limit go to temporary files, which have no name
-and vanish with their last user or with the process.
+Versions of a store share the uploads that did not change, and never change them. Feature maps
+beyond a memory limit go to temporary files, which have no name and disappear with their last user
+or with the process.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
 _LEVELS = 256
 _GLANCE = 4096
 FORMS = (torch.uint8, torch.float16, torch.bfloat16, torch.float32)
-"""What feature maps are kept as; the first that loses nothing is taken."""
+"""Dtypes of stored feature maps; the first that loses nothing is used."""
 
 
 class MemoryLimit:
-    """How many bytes of feature maps may be in memory, in all versions of a store together."""
+    """Limit of the bytes of feature maps in memory, in all versions of a store together."""
 
     def __init__(self, most_bytes: int) -> None:
         self.most_bytes = most_bytes
@@ -35,11 +35,11 @@ class MemoryLimit:
 
     @property
     def used_bytes(self) -> int:
-        """Return how many are in memory now."""
+        """Return the bytes that are in memory now."""
         return sum(each.nbytes for each in self._held)
 
     def hold(self, maps: Maps) -> bool:
-        """Count these until nobody uses them any more; False if there is no room for them."""
+        """Return whether the maps fit; if so, count them until their last reference is gone."""
         room = self.used_bytes + maps.nbytes <= self.most_bytes
         if room:
             self._held.add(maps)
@@ -47,16 +47,16 @@ class MemoryLimit:
 
 
 class Maps:
-    """Feature maps, float32 [n, c, ...], in the fewest bytes that lose nothing.
+    """Feature maps, float32 [n, c, ...], stored in the fewest bytes without loss.
 
     If no channel has more than 256 different values, as after an int8 or int4 codec, they are
-    kept as uint8 codes and a table; or else as float16 or bfloat16 where all of them are such
-    numbers, as after those codecs.
+    stored as uint8 codes and a table; otherwise as float16 or bfloat16 if all values fit, as after
+    those codecs.
 
     Args:
-        packed: a tensor of one of `FORMS`, [n, c, ...].
-        table: float32 [c, 256], the values that uint8 codes stand for.
-        limit: beyond it, ``packed`` goes to a file; what is read is the same.
+        packed: a tensor of one of the `FORMS`, [n, c, ...].
+        table: float32 [c, 256], the values of uint8 codes.
+        limit: memory limit; beyond it ``packed`` goes to a file.
     """
 
     def __init__(self, packed: Tensor, table: Tensor | None, limit: MemoryLimit) -> None:
@@ -72,7 +72,7 @@ class Maps:
         if coded is not None:
             return cls(*coded, limit)
         for form in (torch.float16, torch.bfloat16):
-            # A sample tells mostly that it would be in vain.
+            # One sample mostly shows that a dtype loses values.
             if x[:1].to(form).float().equal(x[:1]):
                 packed = x.to(form)
                 if packed.float().equal(x):
@@ -93,11 +93,11 @@ class Maps:
 
 @dataclass(frozen=True)
 class Upload:
-    """What the server holds of one client: its last upload.
+    """The last upload of a client.
 
-    features: of n samples. ids: int64 [n], the client's own numbers for them, ascending.
+    features: feature maps of n samples. ids: int64 [n], the client's numbers of them, ascending.
     labels: int64 [n]. logits: float32 [n, classes], of the client's classifier.
-    test: the same of m test samples, ids aside, if it sends them.
+    test: the same of m test samples, without ids, if the client sends them.
     """
 
     features: Maps
@@ -112,7 +112,7 @@ class Upload:
 
 @dataclass(frozen=True)
 class UploadedTest:
-    """What the server holds of one client's test samples; as in `Upload`."""
+    """The test samples of a client's last upload; fields as in `Upload`."""
 
     features: Maps
     labels: Tensor
@@ -121,16 +121,16 @@ class UploadedTest:
 
 @dataclass(frozen=True)
 class FeatureStore:
-    """One version of what a server holds, by client.
+    """One version of the store, by client.
 
-    limit: that all versions share. They differ by `updated`, which copies no samples.
+    limit: memory limit that all versions share.
     """
 
     limit: MemoryLimit
     uploads: Mapping[int, Upload] = field(default_factory=dict)
 
     def updated(self, fresh: Mapping[int, Upload]) -> FeatureStore:
-        """Return the next version, in which these clients' uploads take the place of older."""
+        """Return the next version, with the new uploads of these clients; no samples are copied."""
         merged = {**self.uploads, **fresh}
         return FeatureStore(self.limit, {client: merged[client] for client in sorted(merged)})
 
@@ -139,7 +139,7 @@ class FeatureStore:
         return sum(len(each) for each in self.uploads.values())
 
     def read(self, index: NDArray[np.int64]) -> tuple[Tensor, Tensor, Tensor]:
-        """Return some samples, by their place in the order of clients and ids.
+        """Return some samples, by their index in the order of clients and ids.
 
         Returns:
             Feature maps float32 [m, c, ...], labels int64 [m], and the clients' logits
@@ -148,21 +148,21 @@ class FeatureStore:
         uploads = list(self.uploads.values())
         ends = np.cumsum([len(each) for each in uploads])
         owners = np.searchsorted(ends, index, side="right")
-        features, labels, logits, places = [], [], [], []
+        features, labels, logits, back_to = [], [], [], []
         for owner in np.unique(owners):
             upload, place = uploads[owner], np.flatnonzero(owners == owner)
             rows = torch.from_numpy(index[place] - (ends[owner] - len(upload)))
             features.append(upload.features[rows])
             labels.append(upload.labels[rows])
             logits.append(upload.logits[rows])
-            places.append(torch.from_numpy(place))
-        back = torch.cat(places).argsort()
+            back_to.append(torch.from_numpy(place))
+        back = torch.cat(back_to).argsort()
         return torch.cat(features)[back], torch.cat(labels)[back], torch.cat(logits)[back]
 
     # ---- for a checkpoint
 
     def save(self) -> dict[str, Tensor]:
-        """Return everything by name; feature maps as they are kept."""
+        """Return all tensors by name; feature maps in their stored form."""
         saved: dict[str, Tensor] = {}
         for client, upload in self.uploads.items():
             named = {"ids": upload.ids, "labels": upload.labels, "logits": upload.logits}
@@ -175,7 +175,7 @@ class FeatureStore:
 
     @classmethod
     def load(cls, saved: Mapping[str, Tensor], limit: MemoryLimit) -> FeatureStore:
-        """Return the store that `save` was called on; what is in it is for others to check.
+        """Return the store that `save` was called on; the caller checks its uploads.
 
         Raises:
             ResultError: these are not the tensors of a store.
@@ -206,7 +206,7 @@ def _upload(tensors: Mapping[str, Tensor], limit: MemoryLimit) -> Upload:
 
 
 def _coded(x: Tensor) -> tuple[Tensor, Tensor] | None:
-    """Return uint8 codes like x and what they stand for, float32 [c, 256]; None if too many."""
+    """Return uint8 codes and their values, float32 [c, 256]; None if there are too many values."""
     codes = torch.empty(x.shape, dtype=torch.uint8)
     table = torch.zeros(x.shape[1], _LEVELS)
     for channel in range(x.shape[1]):
@@ -222,7 +222,7 @@ def _coded(x: Tensor) -> tuple[Tensor, Tensor] | None:
 
 
 def _in_file(packed: Tensor) -> Tensor:
-    """Return the same tensor in a file's memory map: the kernel may take its pages back.
+    """Return the same tensor in a file's memory map, whose pages the kernel can evict.
 
     Raises:
         AlgorithmError: the file cannot be written.
@@ -232,12 +232,12 @@ def _in_file(packed: Tensor) -> Tensor:
     try:
         with tempfile.TemporaryFile(prefix="fedmq-features-") as file:
             array.tofile(file)
-            # Writable, as torch wants memory to be; nobody writes to it.
+            # Writable, because torch expects that; it is never written to.
             mapped = np.memmap(file, array.dtype, "r+", shape=array.shape)
     except OSError as error:
         raise AlgorithmError(
-            f"cannot keep {array.nbytes:,} bytes of feature maps in a file in the folder that "
-            f"TMPDIR names: {error.strerror or error}"
+            f"cannot write {array.nbytes:,} bytes of feature maps to a file in the folder TMPDIR: "
+            f"{error.strerror or error}"
         ) from None
     return torch.from_numpy(mapped).view(packed.dtype)
 
@@ -252,7 +252,9 @@ def _maps(name: str, tensors: Mapping[str, Tensor], limit: MemoryLimit) -> Maps:
     if packed.dim() < 2 or 0 in packed.shape:
         raise ResultError(f"expected {name} as [n, channels, ...], got {list(packed.shape)}")
     if packed.dtype not in FORMS or (packed.dtype == torch.uint8) != (table is not None):
-        raise ResultError(f"expected {name} in a form of the store's, got {packed.dtype}")
+        raise ResultError(
+            f"expected {name} as uint8 with a table or a float dtype, got {packed.dtype}"
+        )
     shape = None if table is None else (packed.shape[1], _LEVELS)
     if table is not None and (table.shape != shape or table.dtype != torch.float32):
         raise ResultError(f"expected {name}.table as float32 {shape}, got {list(table.shape)}")

@@ -1,4 +1,4 @@
-"""Training a network on labels and on what another network says of the same samples.
+"""Train a network on labels and on another network's logits of the same samples.
 
 Both sides of FedGKT do this (He, Annavaram, Avestimehr, NeurIPS 2020): the edge learns from
 the server's logits, the server from the edges'.
@@ -6,8 +6,8 @@ the server's logits, the server from the edges'.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 import torch
@@ -15,9 +15,8 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from fedmq.algorithms.errors import ResultError
 from fedmq.algorithms.toolkit.flat_model import FlatModel
-from fedmq.algorithms.toolkit.layout import Layout
+from fedmq.algorithms.toolkit.states import saved
 
 _BETA1, _BETA2, _EPSILON = 0.9, 0.999, 1e-8
 _MOST_STEPS = 10**15
@@ -25,10 +24,10 @@ _MOST_STEPS = 10**15
 
 @dataclass(frozen=True)
 class Batch:
-    """Some samples. x: float32 [b, ...]; y: int64 [b].
+    """A batch of samples. x: float32 [b, ...]; y: int64 [b].
 
-    teacher: float32 [b, classes], the other network's logits, a row of NaN where it has said
-    nothing; None if there are none at all.
+    teacher: float32 [b, classes], the other network's logits, with rows of NaN for samples
+    without any; None if there are none at all.
     """
 
     x: Tensor
@@ -38,32 +37,22 @@ class Batch:
 
 @dataclass(frozen=True)
 class NetworkState:
-    """A network and what its optimizer remembers, as flat vectors; never changed in place.
+    """A network and its optimizer's moments, as flat vectors; never changed in place.
 
     weights: float32 [dim], counters: int64, in the order of `toolkit.layout.Layout`.
     moments: float32 [rows, parameters]: Adam's m, v and largest v, or SGD's velocity.
-    steps: taken so far.
+    steps: int64 [1], number of steps so far.
     """
 
     weights: Tensor
     counters: Tensor
     moments: Tensor
-    steps: int = 0
-
-    def save(self) -> dict[str, Tensor]:
-        """Return everything by name."""
-        steps = torch.tensor([self.steps])
-        return {
-            "weights": self.weights,
-            "counters": self.counters,
-            "moments": self.moments,
-            "steps": steps,
-        }
+    steps: Tensor = field(metadata=saved(least=0, most=_MOST_STEPS))
 
 
 @dataclass(frozen=True)
 class Optimizer:
-    """How a network is trained.
+    """The optimizer of a network.
 
     kind: ``adam`` (Kingma, Ba, ICLR 2015, with amsgrad of Reddi et al., ICLR 2018) or ``sgd``.
     lr: learning rate. momentum: of SGD. weight_decay: added to the gradient in both.
@@ -76,44 +65,17 @@ class Optimizer:
 
     @property
     def rows(self) -> int:
-        """Return how many vectors it remembers."""
+        """Return the number of moment vectors."""
         return 3 if self.kind == "adam" else int(self.momentum > 0)
 
     def first(self, model: FlatModel) -> NetworkState:
-        """Return a model that has not been trained by this optimizer yet."""
+        """Return the state of a model before the first step."""
         moments = torch.zeros(self.rows, model.layout.parameters)
-        return NetworkState(model.weights.cpu().clone(), model.read_counters(), moments)
-
-    def load(self, layout: Layout, saved: Mapping[str, Tensor]) -> NetworkState:
-        """Return what `Trained.save` was called on.
-
-        Raises:
-            ResultError: it is not of this network and optimizer.
-        """
-        counters = sum(slot.size for slot in layout.counters)
-        wanted = {
-            "weights": (torch.float32, (layout.dim,)),
-            "counters": (torch.int64, (counters,)),
-            "moments": (torch.float32, (self.rows, layout.parameters)),
-            "steps": (torch.int64, (1,)),
-        }
-        if set(saved) != set(wanted):
-            raise ResultError(f"expected tensors {', '.join(wanted)}, got {', '.join(saved)}")
-        for name, (dtype, shape) in wanted.items():
-            tensor = saved[name]
-            if tensor.dtype != dtype or tuple(tensor.shape) != shape:
-                raise ResultError(
-                    f"expected {name} as {dtype} {list(shape)}, "
-                    f"got {tensor.dtype} {list(tensor.shape)}"
-                )
-        steps = int(saved["steps"])
-        if not 0 <= steps < _MOST_STEPS:
-            raise ResultError(f"expected steps from 0 to {_MOST_STEPS - 1}, got {steps}")
-        copies = {name: saved[name].clone() for name in ("weights", "counters", "moments")}
-        return NetworkState(**copies, steps=steps)
+        weights, steps = model.weights.cpu().clone(), torch.zeros(1, dtype=torch.int64)
+        return NetworkState(weights, model.read_counters(), moments, steps)
 
     def step(self, weights: Tensor, gradient: Tensor, moments: Tensor, step: int) -> None:
-        """Change weights and moments in place; ``step`` counts from 1. The gradient is used up."""
+        """Change weights, moments and the gradient in place; ``step`` counts from 1."""
         if self.weight_decay:
             gradient.add_(weights, alpha=self.weight_decay)
         if self.kind == "adam":
@@ -137,15 +99,15 @@ class Objective:
     temperature: float
 
     def loss(self, logits: Tensor, batch: Batch) -> Tensor:
-        """Return the loss. Samples without a teacher count 0 in the second part."""
+        """Return the loss. Samples without a teacher contribute 0 to KL."""
         loss = F.cross_entropy(logits, batch.y)
         if batch.teacher is None or not self.alpha:
             return loss
         known = ~batch.teacher.isnan().any(dim=1)
         target = (batch.teacher[known] / self.temperature).softmax(dim=1)
-        said = (logits[known] / self.temperature).log_softmax(dim=1)
-        apart = F.kl_div(said, target, reduction="sum") / len(logits)
-        return loss + self.alpha * self.temperature**2 * apart
+        log_probs = (logits[known] / self.temperature).log_softmax(dim=1)
+        kl = F.kl_div(log_probs, target, reduction="sum") / len(logits)
+        return loss + self.alpha * self.temperature**2 * kl
 
 
 def fit(
@@ -155,14 +117,14 @@ def fit(
     objective: Objective,
     batches: Iterable[Batch],
 ) -> NetworkState:
-    """Train a network; return what it is after, and leave the module there, in eval mode.
+    """Train a network and return its new state; the module keeps it, in eval mode.
 
-    Nothing is drawn from torch's own generators: the networks have no dropout.
+    torch's global generators are not used, because the networks have no dropout.
     """
     model.load(trained.weights, trained.counters)
     device = model.weights.device
     moments = trained.moments.to(device, copy=True)
-    steps = trained.steps
+    steps = int(trained.steps)
     model.module.train()
     for batch in batches:
         model.gradient.zero_()
@@ -176,4 +138,4 @@ def fit(
     model.end_task()
     model.module.eval()
     weights = model.weights.detach().to("cpu", copy=True)
-    return NetworkState(weights, model.read_counters(), moments.cpu(), steps)
+    return NetworkState(weights, model.read_counters(), moments.cpu(), torch.tensor([steps]))

@@ -1,4 +1,4 @@
-"""Networks cut in two, an edge's and a server's: what goes through them, and in which order."""
+"""Run samples through the edge and server networks, and order them in batches."""
 
 from __future__ import annotations
 
@@ -13,22 +13,23 @@ from torch import Tensor, nn
 
 from fedmq.algorithms.errors import ResultError
 from fedmq.algorithms.fedgkt.feature_store import Maps
-from fedmq.algorithms.fedgkt.uploads import check, check_names
+from fedmq.algorithms.fedgkt.uploads import check_names
 from fedmq.algorithms.problems.base import Examples, Problem
 from fedmq.algorithms.problems.resnets import Edge
 from fedmq.algorithms.toolkit.flat_model import FlatModel
 from fedmq.algorithms.toolkit.sgd import spans
+from fedmq.algorithms.toolkit.states import expect_tensor
 
 _BLOCK = 256
-"""Samples at a time where nothing is trained."""
+"""Number of samples a batch in evaluation."""
 
 
 def shuffled(
     n: int, samples: int, size: int, rng: np.random.Generator
 ) -> Iterator[NDArray[np.int64]]:
-    """Yield batches of places 0 to n - 1, ``samples`` in all; each pass has a new order.
+    """Yield batches of indices 0 to n - 1, ``samples`` in all; each pass has a new order.
 
-    A last pass of a single sample joins the one before, as a last batch does in `spans`.
+    A last pass of a single sample joins the one before, like a last batch in `spans`.
     """
     while samples > 0:
         order = rng.permutation(n)[:samples]
@@ -63,26 +64,26 @@ def stack_metrics(
 
 
 def teacher_of(logits: Mapping[str, Tensor], n: int, classes: int) -> Tensor | None:
-    """Return logits by sample id in the order of ids 0 to n - 1, rows of NaN where unsaid.
+    """Return logits in the order of ids 0 to n - 1, with rows of NaN for missing ids.
 
     Args:
-        logits: ``logits``, float32 [m, classes], and ``ids``, int64 [m]; or nothing.
-        n: samples.
-        classes: columns.
+        logits: ``logits``, float32 [m, classes], and ``ids``, int64 [m]; or empty.
+        n: number of samples.
+        classes: number of columns.
 
     Raises:
-        ResultError: they are not of these samples.
+        ResultError: the ids are not of these samples.
     """
     if not logits:
         return None
     check_names(logits, ("logits", "ids"))
-    said, ids = logits["logits"], logits["ids"]
-    check("ids", ids, torch.int64, (len(ids),))
-    check("logits", said, torch.float32, (len(ids), classes))
+    given, ids = logits["logits"], logits["ids"]
+    expect_tensor("ids", ids, torch.int64, (len(ids),))
+    expect_tensor("logits", given, torch.float32, (len(ids), classes))
     if len(ids) and (int(ids.min()) < 0 or int(ids.max()) >= n):
         raise ResultError(f"expected logits of samples 0 to {n - 1}")
     teacher = torch.full((n, classes), math.nan)
-    teacher[ids] = said
+    teacher[ids] = given
     return teacher
 
 

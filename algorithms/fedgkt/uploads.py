@@ -1,4 +1,4 @@
-"""What a client of FedGKT may send, and how it becomes what the server holds."""
+"""Check what a client of FedGKT sends, and convert it to an upload in the server's store."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fedmq.algorithms.base import Payload, examples_of
+from fedmq.algorithms.base import Payload
 from fedmq.algorithms.errors import Fault, ResultError
 from fedmq.algorithms.fedgkt.feature_store import (
     FeatureStore,
@@ -18,20 +18,21 @@ from fedmq.algorithms.fedgkt.feature_store import (
     Upload,
     UploadedTest,
 )
+from fedmq.algorithms.toolkit.states import expect_tensor
 from fedmq.codecs.text import shorten
 
 LARGEST = 65504.0
-"""Of a feature or a logit, float16's: a network that takes such inputs stays finite."""
+"""Largest feature or logit, that of float16: a network with such inputs stays finite."""
 TEST = ("test.features", "test.labels", "test.logits")
-"""What is sent of test data: float32 [m, c, h, w], int64 [m], float32 [m, classes]."""
+"""Tensors of test data: float32 [m, c, h, w], int64 [m], float32 [m, classes]."""
 
 
 @dataclass(frozen=True)
 class Expected:
-    """What an upload has to look like.
+    """The expected form of an upload.
 
     features: shape of one sample's feature maps. classes: number of classes.
-    most: samples. tested: whether test samples are sent too.
+    most: largest number of samples. tested: whether it includes test samples.
     """
 
     features: tuple[int, ...]
@@ -41,17 +42,16 @@ class Expected:
 
     @property
     def nbytes(self) -> int:
-        """Return the bytes of the largest upload."""
+        """Return the size of the largest upload, in bytes."""
         sample = 4 * (math.prod(self.features) + self.classes) + 3 * 8
         return self.most * sample * (1 + self.tested)
 
-    def upload(self, payload: Payload, limit: MemoryLimit) -> Upload:
-        """Return a copy of what a client sent.
+    def upload(self, payload: Payload, n: int, limit: MemoryLimit) -> Upload:
+        """Return a copy of a client's upload of ``n`` samples.
 
         Raises:
-            ResultError: it is not as expected.
+            ResultError: the payload does not have the expected form.
         """
-        n = examples_of(payload.numbers)
         check_names(payload.features, ("features", "ids", "labels"))
         check_names(payload.logits, ("logits", "ids"))
         check_names(payload.exact, TEST if self.tested else ())
@@ -72,16 +72,17 @@ class Expected:
         return Upload(kept, ids.clone(), labels.clone(), logits.clone(), test)
 
     def check_store(self, store: FeatureStore, clients: int) -> None:
-        """Refuse a store that could not have come of such uploads of so many clients.
+        """Refuse a store that does not consist of such uploads.
 
         Raises:
-            ResultError: the sentence says what was expected.
+            ResultError: an upload does not have the expected form, or is of another client.
         """
         for client, upload in store.uploads.items():
             if client >= clients:
                 raise ResultError(f"expected an upload of clients 0 to {clients - 1}, got {client}")
             if (upload.test is not None) != self.tested:
-                raise ResultError(f"expected test samples {'' if self.tested else 'not '}held")
+                wanted = "test samples" if self.tested else "no test samples"
+                raise ResultError(f"expected {wanted} of client {client}")
             n = len(upload)
             self._check_samples(n, upload.features[:], upload.labels, upload.logits)
             self._check_ids(n, upload.ids)
@@ -92,44 +93,31 @@ class Expected:
     def _check_samples(self, n: int, features: Tensor, labels: Tensor, logits: Tensor) -> None:
         if not 1 <= n <= self.most:
             raise ResultError(f"expected 1 to {self.most} samples, got {n}")
-        check("features", features, torch.float32, (n, *self.features))
-        check("labels", labels, torch.int64, (n,))
-        check("logits", logits, torch.float32, (n, self.classes))
+        expect_tensor("features", features, torch.float32, (n, *self.features))
+        expect_tensor("labels", labels, torch.int64, (n,))
+        expect_tensor("logits", logits, torch.float32, (n, self.classes))
         low, high = torch.aminmax(labels)
         if int(low) < 0 or int(high) >= self.classes:
             raise ResultError(f"expected labels from 0 to {self.classes - 1}")
         for name, tensor in (("features", features), ("logits", logits)):
             least, most = (each.item() for each in torch.aminmax(tensor))
-            # NaN, of which both are then, is not within either.
+            # With a NaN both are NaN, and the comparison fails.
             if not (least >= -LARGEST and most <= LARGEST):
                 raise ResultError(f"expected {name} from -{LARGEST:g} to {LARGEST:g}")
 
     def _check_ids(self, n: int, ids: Tensor) -> None:
-        check("ids", ids, torch.int64, (n,))
-        # Ascending: none stands twice.
+        expect_tensor("ids", ids, torch.int64, (n,))
+        # Ascending, so that no id occurs twice.
         if int(ids[0]) < 0 or int(ids[-1]) >= self.most or bool((ids.diff() <= 0).any()):
             raise ResultError(f"expected ascending ids from 0 to {self.most - 1}")
 
 
 def check_names(tensors: Mapping[str, Tensor], names: tuple[str, ...]) -> None:
-    """Refuse tensors of other names.
+    """Refuse tensors with other names.
 
     Raises:
-        ResultError: the sentence has the names.
+        ResultError: the message has the names.
     """
     if set(tensors) != set(names):
-        wanted, there = ", ".join(names) or "no tensors", ", ".join(map(shorten, tensors))
-        raise ResultError(f"expected {wanted}, got {there or 'none'}", Fault.WRONG_SHAPE)
-
-
-def check(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
-    """Refuse a tensor of another dtype or shape.
-
-    Raises:
-        ResultError: the sentence has both.
-    """
-    if tensor.dtype != dtype or tuple(tensor.shape) != shape:
-        raise ResultError(
-            f"expected {name} as {dtype} {list(shape)}, got {tensor.dtype} {list(tensor.shape)}",
-            Fault.WRONG_SHAPE,
-        )
+        wanted, found = ", ".join(names) or "no tensors", ", ".join(map(shorten, tensors))
+        raise ResultError(f"expected {wanted}, got {found or 'none'}", Fault.WRONG_SHAPE)

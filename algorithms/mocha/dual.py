@@ -1,11 +1,11 @@
-"""The mathematics of multi-task learning in the dual: losses, coordinate ascent, relations.
+"""Multi-task learning in the dual: losses, coordinate ascent, relations of tasks.
 
 Smith, Chiang, Sanjabi, Talwalkar, "Federated Multi-Task Learning", NeurIPS 2017; the steps
 are those of Shalev-Shwartz and Zhang, "Stochastic Dual Coordinate Ascent Methods", JMLR 2013.
 
-Everything is float64. Large products are left to `numpy.einsum`, which runs on one thread, and
-eigenvalues to torch, whose threads are set: the last bits of a threaded BLAS depend on how many
-threads there are.
+Everything is float64. `numpy.einsum`, on one thread, computes large products, and torch, with a
+fixed number of threads, eigenvalues: the last bits of a threaded BLAS depend on the number of
+threads.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 Array = NDArray[np.float64]
 
 _SMALLEST = 1e-300
-"""Of a curvature: what is divided by one is clipped, not infinite."""
+"""Lower limit of a curvature: quotients stay finite and are clipped."""
 
 
 class Loss(ABC):
@@ -38,7 +38,7 @@ class Loss(ABC):
     def step(self, alpha: float, y: float, u: float, curvature: float) -> float:
         """Return the alpha_i that maximises -l*(-alpha_i) - u d - curvature d^2 / 2.
 
-        Here d is how much alpha_i changes: a task's subproblem, for one coordinate.
+        d is the change of alpha_i: this is a task's subproblem for one coordinate.
         """
 
 
@@ -104,12 +104,12 @@ def ascend(
 ) -> Array:
     """Return alpha [n] after steps of coordinate ascent, each epoch in a new random order.
 
-    What rises at each step, or stays, is (1/n) sum_i -l*(-alpha_i) - v^T b - (c/2) |b|^2,
-    with b = (1/n) sum_i alpha_i x_i, the anchor v [d] and the curvature c.
+    No step lowers (1/n) sum_i -l*(-alpha_i) - v^T b - (c/2) |b|^2, with b = (1/n) sum_i alpha_i
+    x_i, the anchor v [d] and the curvature c.
     """
     n = len(y)
     alpha = alpha.copy()
-    # What the outputs of the subproblem are made with; it follows b.
+    # The weights of the subproblem's outputs; they follow b.
     w = anchor + curvature * combine(x, alpha)
     curvatures = (curvature / n * np.einsum("ij,ij->i", x, x)).tolist()
     labels = y.tolist()
@@ -124,9 +124,9 @@ def ascend(
 
 
 def gap(loss: Loss, x: Array, y: Array, alpha: Array, w: Array) -> float:
-    """Return a task's part of P(W) - D(alpha): (1/n) sum_i l(u_i) + l*(-alpha_i) + alpha_i u_i.
+    """Return a task's share of P(W) - D(alpha): (1/n) sum_i l(u_i) + l*(-alpha_i) + alpha_i u_i.
 
-    With W = W(alpha) the sum over tasks is the whole duality gap, and no part is negative.
+    With W = W(alpha) the sum over tasks is the duality gap, and no share is negative.
     """
     u = outputs(x, w)
     return float(np.mean(loss.value(u, y) - loss.dual(alpha, y) + alpha * u))
@@ -135,8 +135,8 @@ def gap(loss: Loss, x: Array, y: Array, alpha: Array, w: Array) -> float:
 def relate(weights: Array, floor: float) -> Array:
     """Sigma = (W^T W)^{1/2} / tr((W^T W)^{1/2}), of tasks by row: weights [m, d] -> [m, m].
 
-    Eigenvalues of W^T W below the floor are raised to it: without, Sigma has no inverse when
-    there are more tasks than features, or tasks alike.
+    Eigenvalues of W^T W below the floor are raised to it. Otherwise Sigma has no inverse if there
+    are more tasks than features, or equal tasks.
     """
     gram = np.einsum("td,sd->ts", weights, weights)
     values, vectors = (each.numpy() for each in torch.linalg.eigh(torch.from_numpy(gram)))
@@ -146,16 +146,15 @@ def relate(weights: Array, floor: float) -> Array:
 
 
 def rows(sigma: Array) -> float:
-    """sigma' = max_t sum_t' |Sigma_tt'| / Sigma_tt: with it, all tasks' steps may be added up."""
+    """sigma' = max_t sum_t' |Sigma_tt'| / Sigma_tt: with it, all tasks' steps can be added up."""
     return float(np.max(np.abs(sigma).sum(axis=1) / np.diag(sigma)))
 
 
 def eigenvalue(sigma: Array) -> float:
-    """Return the least sigma' with which all tasks' steps may be added up.
+    """Return the smallest sigma' with which all tasks' steps can be added up.
 
-    The largest eigenvalue of Sigma_tt' / sqrt(Sigma_tt Sigma_t't'): then sigma' diag(Sigma) -
-    Sigma has no negative one. `rows` bounds it from above. It is kept from falling short of
-    the true one by rounding.
+    It is the largest eigenvalue of Sigma_tt' / sqrt(Sigma_tt Sigma_t't'), so sigma' diag(Sigma) -
+    Sigma has no negative eigenvalue. `rows` is an upper bound. A small margin covers rounding.
     """
     scale = 1.0 / np.sqrt(np.diag(sigma))
     scaled = torch.from_numpy(sigma * scale * scale[:, None])

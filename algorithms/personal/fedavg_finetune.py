@@ -1,6 +1,7 @@
-"""What personal models are compared with: a common one that each client fine-tunes (in the
-tables of Collins et al., ICML 2021: FedAvg+FT), and one that each client trains alone (Local).
-"""  # noqa: D205 - one sentence
+"""Baselines for personal models: FedAvg with fine-tuning, and training alone.
+
+They are FedAvg+FT and Local in the tables of Collins et al., ICML 2021.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +13,7 @@ from typing import Annotated, ClassVar, Literal
 import torch
 from pydantic import Field
 
-from fedmq.algorithms.base import Client, Payload, Result, Task
+from fedmq.algorithms.base import Client, Payload, Result, Task, TrainResult
 from fedmq.algorithms.errors import ResultError
 from fedmq.algorithms.fedavg import Accumulator, FedAvg, ModelState
 from fedmq.algorithms.problems.base import Problem
@@ -23,30 +24,26 @@ from fedmq.algorithms.toolkit.split_model import Split, local_metrics, scratch_s
 
 @dataclass(frozen=True)
 class FedAvgFT(FedAvg):
-    """FedAvg, whose model each client fits to its own training data before it is evaluated.
+    """FedAvg whose model each client fine-tunes on its own training data before evaluation.
 
-    finetune_epochs: passes over the local data, by the same SGD as in training. Nothing of
-        them is kept or sent. With 0 it is the common model's accuracy on local data.
-    head: fine-tune only so many of the last trained layers, with the rest frozen; None
-        fine-tunes the whole model.
+    finetune_epochs: passes over the local data, with the SGD of training; the result is
+        discarded. With 0 the common model is evaluated on local data.
+    head: number of the last trained layers to fine-tune, with the rest frozen; None fine-tunes
+        the whole model.
     Other fields are FedAvg's.
     """
 
     name: ClassVar[str] = "fedavg-ft"
+    evaluated_by: ClassVar[Literal["model", "clients"]] = "clients"
 
     finetune_epochs: Annotated[int, Field(ge=0)] = 10
     head: Annotated[int, Field(ge=1)] | None = None
-
-    @property
-    def evaluated_by(self) -> Literal["model", "clients"]:
-        """By clients, after fine-tuning."""
-        return "clients"
 
     def start(self, problem: Problem) -> ModelState:
         """w_0.
 
         Raises:
-            ProblemError: the model cannot be cut where ``head`` says.
+            ProblemError: the model cannot be cut there.
         """
         if self.head is not None:
             Split(problem, self.head)
@@ -71,7 +68,7 @@ class FedAvgFT(FedAvg):
         """Evaluate a loaded model, fine-tune it (or the head of ``split``), and evaluate it."""
         start, counters = model.weights.clone(), model.read_counters()
         before = local_metrics(model, client)
-        model.load(start, counters)  # an evaluation leaves no trace in the training
+        model.load(start, counters)  # an evaluation changes nothing for the training
         if not self.finetune_epochs:
             return {**before, "accuracy_before": before["accuracy"]}
         if split is None:
@@ -85,8 +82,8 @@ class FedAvgFT(FedAvg):
         return {**after, "accuracy_before": before["accuracy"]}
 
     def alone(self, model: FlatModel, client: Client) -> None:
-        """Run E epochs on a loaded model that will not be sent."""
-        # What an uplink can carry does not matter here.
+        """Run E epochs on a loaded model that is not sent."""
+        # Nothing is sent, so the uplink's codec does not restrict the steps.
         at = dataclasses.replace(client, data=client.data.to(client.device), project=None)
         with torch.random.fork_rng(devices=cuda_devices(client.device)):
             torch.manual_seed(client.seed)
@@ -95,46 +92,46 @@ class FedAvgFT(FedAvg):
 
 @dataclass(frozen=True)
 class LocalOnly(FedAvgFT):
-    """Each client goes on with a model of its own whenever it is asked; nothing is shared.
+    """Each client trains its own model further in each task; nothing is shared.
 
-    finetune_epochs: more passes over the local data before a client is evaluated, from the
-        model that it kept, or the problem's first one. Nothing of them is kept.
+    finetune_epochs: additional passes over the local data before a client is evaluated; the
+        result is discarded.
     epochs, batch_size, lr, momentum, weight_decay: of its SGD.
 
-    All other fields, and what a result counts, do nothing: the aggregator's state stays the
-    problem's first model, which it does not send either.
+    All other fields, and the weights of results, have no effect: the aggregator's state stays
+    the problem's first model, which is never sent.
     """
 
     name: ClassVar[str] = "local"
 
     def task(self, state: ModelState, client: int) -> Payload:
-        """Return nothing: a client needs to know no more than that it is its turn."""
+        """Return an empty payload."""
         return Payload()
 
     def accumulate(
         self,
-        gathered: Accumulator,
+        accumulator: Accumulator,
         state: ModelState,
         result: Result,
         weight: float,
     ) -> Accumulator:
-        """Take note of a result, in which there is nothing."""
+        """Check that a result is empty."""
         if result.payload.weights or result.payload.exact:
             raise ResultError("expected a result without tensors")
-        return gathered
+        return accumulator
 
-    def commit(self, state: ModelState, gathered: Accumulator, divisor: float) -> ModelState:
-        """Return the state as it was."""
+    def commit(self, state: ModelState, accumulator: Accumulator, divisor: float) -> ModelState:
+        """Return the unchanged state."""
         return state
 
-    def train(self, task: Task, client: Client) -> tuple[Payload, Payload]:
-        """E epochs of SGD from the model that the client kept, which it keeps."""
+    def train(self, task: Task, client: Client) -> TrainResult:
+        """Run E epochs of SGD from the client's local model, and keep the result."""
         model = own_model(client)
         self.alone(model, client)
         layout = model.layout
         kept = layout.views(model.weights.cpu()) | layout.counter_views(model.read_counters())
-        numbers = {"n": len(client.data), "reply": task.reply}
-        return Payload(numbers=numbers), Payload(exact=kept)
+        payload = Payload(numbers={"reply": task.reply})
+        return TrainResult(payload, len(client.data), Payload(exact=kept))
 
     def evaluate_client(self, task: Task, client: Client) -> Mapping[str, float]:
         """Return the metrics of the client's own model, trained further, on its test data."""
@@ -142,7 +139,7 @@ class LocalOnly(FedAvgFT):
 
 
 def own_model(client: Client) -> FlatModel:
-    """Return the model that a client kept, or the problem's first one, to be trained."""
+    """Return a working copy of a client's local model, or of the problem's first one."""
     problem = client.problem
     model = FlatModel(problem.model(), client.device, problem.model)
     if client.local is not None:

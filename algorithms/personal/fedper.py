@@ -17,12 +17,12 @@ from fedmq.algorithms.toolkit.split_model import Split
 
 @dataclass(frozen=True)
 class FedPer(SharedBody):
-    """Body and head are trained together by SGD; only the body is averaged.
+    """SGD trains body and head together; only the body is averaged.
 
-    head: K_P, how many of the last trained layers are personal.
+    head: K_P, number of the last trained layers that are personal.
     finetune_epochs: passes over the local data, of body and head together, before a client is
-        evaluated. Nothing of it is kept. With 0 a client that never trained is evaluated with
-        the head that it would start from.
+        evaluated; the result is discarded. With 0, a client that never trained is evaluated with
+        the first head.
     Other fields are FedAvg's.
     """
 
@@ -31,7 +31,7 @@ class FedPer(SharedBody):
     finetune_epochs: Annotated[int, Field(ge=0)] = 10
 
     def learn(self, model: Split, data: Examples, client: Client) -> None:
-        """E epochs of all parameters."""
+        """Train all parameters for E epochs."""
         model.fit("both", data, self.epochs, self.sgd_settings, client)
 
     def tune(self, model: Split, data: Examples, client: Client) -> None:

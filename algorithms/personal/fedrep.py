@@ -17,18 +17,18 @@ from fedmq.algorithms.toolkit.split_model import Split
 
 @dataclass(frozen=True)
 class FedRep(SharedBody):
-    """Algorithm 1: first the head on the body as it came, then the body under that head.
+    """Algorithm 1: train the head on the received body, then the body under that head.
 
     head_epochs: tau_h, passes over the local data with the body frozen; 10 in the paper.
     epochs: tau_phi, passes over the local data with the head frozen; 1 or 5 in the paper.
-    final_head_epochs: with the body frozen, before a client is evaluated; 10 in the paper,
-        there at the end alone. Nothing of it is kept.
-    head: how many of the last trained layers are the head; 1 in the paper.
-    Other fields are FedAvg's, of both phases. The paper: lr 0.01, momentum 0.5, weight decay
-    1e-4 (not on biases; here on all), batches of 10.
+    final_head_epochs: passes with the body frozen before a client is evaluated; 10 in the paper,
+        after the last round only. The result is discarded.
+    head: number of the last trained layers that are the head; 1 in the paper.
+    Other fields are FedAvg's and apply to both phases. The paper uses lr 0.01, momentum 0.5,
+    weight decay 1e-4 (not on biases; here on all) and batches of 10.
 
-    The paper's server takes the plain mean of the bodies; here a body counts as the schedule
-    decides, by n_k under ``rounds``.
+    The paper's server takes the plain mean of the bodies; here the schedule decides the weight of
+    a body, n_k under ``rounds``.
     """
 
     name: ClassVar[str] = "fedrep"

@@ -13,7 +13,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from fedmq.algorithms.base import Client, Payload, Task
+from fedmq.algorithms.base import Client, Task, TrainResult
 from fedmq.algorithms.fedavg import FedAvg
 from fedmq.algorithms.problems.base import Examples
 from fedmq.algorithms.rng import derive_rng
@@ -26,32 +26,33 @@ from fedmq.algorithms.toolkit.sgd import cuda_devices, learned, load_model, proj
 class PerFedAvg(FedAvg):
     """Algorithm 1: FedAvg on F(w) = (1/K) sum_k f_k(w - alpha grad f_k(w)).
 
-    What is learned is a model that is good after one gradient step on a client's own data.
+    It learns a model that is good after one gradient step on a client's own data.
 
-    variant: how a local step treats the Hessian in the gradient of F. ``fo`` (first order):
-        it is left out. ``hf`` (Hessian-free): its product with a vector is taken from two
-        gradients. ``fedavg``: no meta-step at all, v <- v - beta g(v; D); with the same
-        evaluation this is the paper's "FedAvg + update", what the others are compared with.
-    inner_lr: alpha, of the step that adapts, in training and at evaluation.
+    variant: how a local step treats the Hessian in the gradient of F. ``fo`` (first order)
+        omits it. ``hf`` (Hessian-free) computes its product with a vector from two gradients.
+        ``fedavg`` takes no meta-step, v <- v - beta g(v; D); with the same evaluation this is
+        the paper's baseline "FedAvg + update".
+    inner_lr: alpha, of the adaptation step, in training and at evaluation.
     lr: beta, of the local steps.
     steps: tau, local steps of a task.
-    batch_size: of each of D, D' and D''; None is the whole local set, whose gradient is exact.
-    perturbation: how far the two points of ``hf`` lie from v: ||delta u||, whatever ||u||
-        is. Too small a one drowns in float32's rounding, too large a one in the curvature.
+    batch_size: size of each of D, D' and D''; None is the whole local set, whose gradient is
+        exact.
+    perturbation: distance ||delta u|| of the two points of ``hf`` from v. If it is too small,
+        float32's rounding dominates, if too large, the curvature.
     adapt_steps: steps at evaluation; 1 in the paper.
-    adapt_examples: how many of the client's training examples each of them is taken on,
-        drawn at random; None is all.
+    adapt_examples: number of the client's training examples, drawn at random, for each of these
+        steps; None is all.
     server_lr: as in FedAvg; 1 in the paper.
 
-    lr, batch_size, inner_lr and steps are by default as in the paper's experiments. A task is of
-    ``steps``, plain ones, so epochs is 1 and momentum 0.
+    The defaults of lr, batch_size, inner_lr and steps are those of the paper's experiments. A task
+    consists of ``steps`` plain steps, so epochs is 1 and momentum 0.
 
-    The server takes the plain mean, as in the paper: a result counts by the ``steps *
-    batch_size`` examples of its steps, which is the same for all clients that have
-    ``batch_size`` examples.
+    The server takes the plain mean, as in the paper: the number of examples of a result is
+    ``steps * batch_size``, which is equal for all clients with ``batch_size`` examples.
     """
 
     name: ClassVar[str] = "perfedavg"
+    evaluated_by: ClassVar[Literal["model", "clients"]] = "clients"
 
     lr: Annotated[float, Field(gt=0)] = 0.001
     epochs: Annotated[int, Field(ge=1, le=1)] = 1
@@ -65,14 +66,9 @@ class PerFedAvg(FedAvg):
     adapt_steps: Annotated[int, Field(ge=1)] = 1
     adapt_examples: Annotated[int, Field(ge=1)] | None = None
 
-    @property
-    def evaluated_by(self) -> Literal["model", "clients"]:
-        """Return that each client adapts before it is tested."""
-        return "clients"
-
     # ---- at the client
 
-    def train(self, task: Task, client: Client) -> tuple[Payload, None]:
+    def train(self, task: Task, client: Client) -> TrainResult:
         """Take tau steps from w_t."""
         model, start = load_model(task, client.problem, client.device)
         layout = model.layout
@@ -86,8 +82,8 @@ class PerFedAvg(FedAvg):
                 project(client, layout, direction)
                 model.trained.add_(direction, alpha=-self.lr)
         model.end_task()
-        n = self.steps * _size(data, self.batch_size)
-        return learned(model, start, {"n": n, "reply": task.reply}, task.reply), None
+        payload = learned(model, start, {"reply": task.reply}, task.reply)
+        return TrainResult(payload, self.steps * _size(data, self.batch_size))
 
     def _direction(
         self, model: FlatModel, data: Examples, rng: np.random.Generator, client: Client
@@ -119,7 +115,7 @@ class PerFedAvg(FedAvg):
 
 
 def gradient(model: FlatModel, batch: Examples, client: Client) -> Tensor:
-    """g(v; D): of the mean loss over a batch where the model stands; float32 [parameters]."""
+    """g(v; D), the gradient of a batch's mean loss at the model's v; float32 [parameters]."""
     model.gradient.zero_()
     client.problem.loss(model.module(batch.x), batch.y).backward()  # type: ignore[no-untyped-call] # torch's
     model.after_backward()
@@ -131,8 +127,8 @@ def hessian_product(
 ) -> Tensor:
     """Hess(v; D'') u ~ [g(v + delta u; D'') - g(v - delta u; D'')] / (2 delta).
 
-    With delta = perturbation / ||u||. The model is left beside v. Both gradients draw the
-    same numbers (of dropout, say): else their difference would be noise / delta.
+    delta = perturbation / ||u||. The model is left at v - delta u. Both gradients draw the same
+    random numbers (such as dropout's); otherwise their difference would be noise / delta.
     """
     length = torch.linalg.vector_norm(u)
     if not length:
@@ -151,7 +147,7 @@ def _size(data: Examples, batch_size: int | None) -> int:
 
 
 def _batch(data: Examples, batch_size: int | None, rng: np.random.Generator) -> Examples:
-    """Return examples drawn without replacement, independently of every batch before."""
+    """Return examples drawn without replacement, independently of earlier batches."""
     size = _size(data, batch_size)
     if size == len(data):
         return data

@@ -6,17 +6,22 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from fedmq.algorithms.base import Client, Payload, Reply, Result, Task
+from fedmq.algorithms.base import Client, Payload, Reply, Result, Task, TrainResult
 from fedmq.algorithms.errors import Fault, ResultError
-from fedmq.algorithms.fedavg import Accumulator, FedAvg, ModelState, model_payload
+from fedmq.algorithms.fedavg import (
+    Accumulator,
+    ModelAveraging,
+    ModelState,
+    first_model,
+)
 from fedmq.algorithms.personal.perfedavg import gradient
 from fedmq.algorithms.problems.base import Examples, Problem
 from fedmq.algorithms.rng import derive_rng
@@ -25,52 +30,52 @@ from fedmq.algorithms.toolkit.arithmetic import power, square_root
 from fedmq.algorithms.toolkit.flat_model import FlatModel, zeros
 from fedmq.algorithms.toolkit.results import moved, read_result
 from fedmq.algorithms.toolkit.sgd import batches, cuda_devices, learned, load_model, project
+from fedmq.algorithms.toolkit.states import expect_count, load_state, saved
 from fedmq.codecs.text import shorten
 
 _FEDAVG, _REPTILE = "fedavg", "reptile"
 """The phases."""
-_LARGEST_VERSION = 10**12
 _LARGEST_SQUARED = 1e15
-"""Of a value that Adam will square: the square is far from float32's end."""
-_PREFIX = "server/"
+"""Limit of a value that Adam squares: the square is far from float32's largest."""
 
 
 @dataclass(frozen=True)
 class MetaState(ModelState):
-    """One version of the global model, and of the server's optimizer.
+    """One version of the global model and of the server's optimizer.
 
-    version: how many were committed before it; tells the phase.
-    moments: float32 [parameters] by name, of the phase: ``velocity`` of the momentum, or
-        ``first`` and ``second`` of Adam.
+    version: number of versions before it; it decides the phase.
+    moments: float32 [parameters] by name: ``velocity`` in the phase of FedAvg, ``first`` and
+        ``second`` (Adam) in that of Reptile.
     """
 
     version: int
-    moments: Mapping[str, Tensor]
+    moments: Mapping[str, Tensor] = field(metadata=saved(prefix="server/"))
 
 
 @dataclass(frozen=True)
-class PersonalisedFedAvg(FedAvg):
+class PersonalisedFedAvg(ModelAveraging[MetaState, Accumulator]):
     """FedAvg(E), then Reptile(K), then each client fine-tunes.
 
     epochs: E, local epochs of FedAvg(E); the paper wants it fairly large, so 10 by default.
-    momentum: 0, as the paper has it: the clients' SGD is plain.
-    lr, batch_size: eta and B of the clients' SGD, in both phases and when they fine-tune.
+    momentum: 0 as in the paper: the clients' SGD is plain.
+    lr, batch_size: eta and B of the clients' SGD, in both phases and in fine-tuning.
     server_lr, server_momentum: of the server's step in FedAvg(E), SGD with momentum along the
         averaged update.
-    switch: the version from which tasks are Reptile's; 0 is Reptile alone, and a number that
-        no run reaches is FedAvg alone.
+    switch: first version whose tasks are Reptile's; 0 is Reptile alone, and a number that no run
+        reaches is FedAvg alone.
     steps: K, mini-batch steps of a task of Reptile(K).
     reptile_lr, beta1, beta2, epsilon: of the server's step in Reptile(K), Adam (Kingma and Ba,
         ICLR 2015, algorithm 1). Its gradient is the averaged update with its sign turned.
     personal_epochs: local epochs of fine-tuning, at evaluation.
 
-    FedAvg's mean is weighted by examples, Reptile's is plain: there a result counts by the
-    ``steps * batch_size`` examples of its steps.
+    FedAvg's mean is weighted by examples, Reptile's is plain: the number of examples of a result
+    is ``steps * batch_size``.
     """
 
     name: ClassVar[str] = "personalised-fedavg"
     schedules: ClassVar[frozenset[str]] = frozenset({"rounds", "buffered"})
     fixed_reply: ClassVar[Reply | None] = "update"
+    evaluated_by: ClassVar[Literal["model", "clients"]] = "clients"
     server_hparams: ClassVar[frozenset[str]] = frozenset(
         {"server_lr", "server_momentum", "reptile_lr", "beta1", "beta2", "epsilon"}
     )
@@ -87,11 +92,6 @@ class PersonalisedFedAvg(FedAvg):
     epsilon: Annotated[float, Field(gt=0)] = 1e-8
     personal_epochs: Annotated[int, Field(ge=1)] = 1
 
-    @property
-    def evaluated_by(self) -> Literal["model", "clients"]:
-        """Return that each client fine-tunes before it is tested."""
-        return "clients"
-
     def _phase(self, version: int) -> str:
         return _FEDAVG if version < self.switch else _REPTILE
 
@@ -99,17 +99,21 @@ class PersonalisedFedAvg(FedAvg):
 
     def start(self, problem: Problem) -> MetaState:
         """w_0."""
-        model = super().start(problem)
+        model = first_model(problem)
         moments = self._rest(model.layout.parameters, 0)
         return MetaState(model.layout, model.weights, model.counters, 0, moments)
 
+    def new_accumulator(self, state: MetaState) -> Accumulator:
+        """Return an empty sum."""
+        return Accumulator.empty(state)
+
     def accumulate(
-        self, gathered: Accumulator, state: Any, result: Result, weight: float
+        self, accumulator: Accumulator, state: MetaState, result: Result, weight: float
     ) -> Accumulator:
         """Add ``weight`` times the client's update to the sum, if it is of the state's phase.
 
-        A late result of FedAvg(E) is refused after the switch: an update of many epochs would
-        set the scale of Adam's first steps, which is to be that of K steps.
+        A late result of FedAvg(E) is rejected after the switch: an update of many epochs would
+        set the scale of Adam's first steps, which should be that of K steps.
         """
         payload = result.payload
         phase, expected = payload.numbers.get("phase"), self._phase(state.version)
@@ -121,22 +125,22 @@ class PersonalisedFedAvg(FedAvg):
                 if largest > _LARGEST_SQUARED:
                     text = f"the result holds values as large as {largest:g}"
                     raise ResultError(text, Fault.TOO_LARGE)
-        return super().accumulate(gathered, state, result, weight)
+        return super().accumulate(accumulator, state, result, weight)
 
-    def commit(self, state: Any, gathered: Accumulator, divisor: float) -> MetaState:
+    def commit(self, state: MetaState, accumulator: Accumulator, divisor: float) -> MetaState:
         """Take the server optimizer's step along the averaged update.
 
-        What has no gradient, such as BatchNorm's statistics, moves by the average itself.
+        Tensors without a gradient, such as BatchNorm's statistics, change by the average.
         """
         end, version = state.layout.parameters, state.version
-        mean = gathered.total.div_(divisor)
+        mean = accumulator.total.div_(divisor)
         step = self._sgdm if self._phase(version) == _FEDAVG else self._adam
         change, moments = step(state, mean[:end])
         if self._phase(version + 1) != self._phase(version):
             moments = self._rest(end, version + 1)
         rest = moved(state.weights[end:], mean[end:])
         weights = torch.cat([state.weights[:end] + change, rest])
-        return MetaState(state.layout, weights, gathered.counters, version + 1, moments)
+        return MetaState(state.layout, weights, accumulator.counters, version + 1, moments)
 
     def _sgdm(self, state: MetaState, update: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """m <- mu m + Delta; w <- w + eta_g m."""
@@ -152,53 +156,30 @@ class PersonalisedFedAvg(FedAvg):
         moved = (first / size).mul_(self.reptile_lr / (1 - power(self.beta1, t)))
         return moved, {"first": first, "second": second}
 
-    def save(self, state: Any) -> Payload:
-        """Return w_t, t and the moments."""
-        model = model_payload(state)
-        moments = {_PREFIX + name: each for name, each in state.moments.items()}
-        return Payload(model.weights, {**model.exact, **moments}, {"version": state.version})
-
     def load(self, problem: Problem, saved: Payload) -> MetaState:
-        """Return the state of a saved w_t, t and moments."""
-        version = saved.numbers.get("version")
-        if type(version) is not int or not 0 <= version < _LARGEST_VERSION:
-            raise ResultError(
-                f"expected version from 0 to {_LARGEST_VERSION - 1}, got {shorten(version)}"
-            )
-        exact = dict(saved.exact)
-        wanted = self._rest(0, version)
-        moments = {name: exact.pop(_PREFIX + name, None) for name in wanted}
-        model = super().load(problem, dataclasses.replace(saved, exact=exact))
-        found: dict[str, Tensor] = {}
-        for name, each in moments.items():
-            if (
-                each is None
-                or each.dtype != torch.float32
-                or tuple(each.shape) != (model.layout.parameters,)
-                or not each.isfinite().all()
-                or (name == "second" and (each < 0).any())
-            ):
-                raise ResultError(
-                    f"expected {name!r} of the server's optimizer as "
-                    f"{model.layout.parameters} finite float32 values"
-                )
-            found[name] = each
-        return MetaState(model.layout, model.weights, model.counters, version, found)
+        """Return the state of a saved w_t, t and moments; t decides which moments there are."""
+        first, version = self.start(problem), expect_count("version", saved.numbers)
+        moments = self._rest(first.layout.parameters, version)
+        state = load_state(dataclasses.replace(first, moments=moments), saved)
+        if "second" in moments and bool((state.moments["second"] < 0).any()):
+            raise ResultError("expected values of server/second of at least 0")
+        return state
 
     def _rest(self, size: int, version: int) -> dict[str, Tensor]:
-        """Return the moments of an optimizer that has not moved yet."""
+        """Return the moments of an optimizer before its first step."""
         names = ("velocity",) if self._phase(version) == _FEDAVG else ("first", "second")
         return {name: zeros(size) for name in names}
 
     # ---- at the client
 
-    def train(self, task: Task, client: Client) -> tuple[Payload, None]:
-        """Do E epochs, or after the switch K steps, of SGD from w_t."""
+    def train(self, task: Task, client: Client) -> TrainResult:
+        """Run E epochs, or after the switch K steps, of SGD from w_t."""
         phase = self._phase(task.version)
         if phase == _FEDAVG:
-            result, _ = super().train(task, client)
-            numbers = {**result.numbers, "phase": phase}
-            return dataclasses.replace(result, numbers=numbers), None
+            found = super().train(task, client)
+            numbers = {**found.payload.numbers, "phase": phase}
+            payload = dataclasses.replace(found.payload, numbers=numbers)
+            return TrainResult(payload, found.num_examples)
         model, start = load_model(task, client.problem, client.device)
         layout = model.layout
         data = client.data.to(client.device)
@@ -212,11 +193,11 @@ class PersonalisedFedAvg(FedAvg):
                 model.trained.add_(step, alpha=-self.lr)
         model.end_task()
         size = len(data) if self.batch_size is None else min(self.batch_size, len(data))
-        about = {"n": self.steps * size, "reply": task.reply, "phase": phase}
-        return learned(model, start, about), None
+        payload = learned(model, start, {"reply": task.reply, "phase": phase})
+        return TrainResult(payload, self.steps * size)
 
     def evaluate_client(self, task: Task, client: Client) -> Mapping[str, float]:
-        """Fine-tune w_t on the client's training examples as in training, then test."""
+        """Fine-tune w_t on the client's training examples as in training, then evaluate it."""
 
         def adapt(model: FlatModel, data: Examples) -> None:
             free = dataclasses.replace(client, project=None)

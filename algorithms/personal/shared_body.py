@@ -1,44 +1,40 @@
-"""What FedPer and FedRep share: FedAvg of a model's body, under a head that each client keeps."""
+"""What FedPer and FedRep share: FedAvg of a model's body; each client keeps its own head."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field
 
-from fedmq.algorithms.base import Client, Payload, Task
+from fedmq.algorithms.base import Client, Payload, Task, TrainResult
 from fedmq.algorithms.fedavg import FedAvg, ModelState
 from fedmq.algorithms.problems.base import Examples, Problem
 from fedmq.algorithms.toolkit.dry_step import dry_step
-from fedmq.algorithms.toolkit.layout import Layout
 from fedmq.algorithms.toolkit.results import result_payload
 from fedmq.algorithms.toolkit.sgd import cuda_devices
-from fedmq.algorithms.toolkit.split_model import Split, cut, local_metrics, scratch_split
+from fedmq.algorithms.toolkit.split_model import Split, local_metrics, scratch_split
 
 
 @dataclass(frozen=True)
 class SharedBody(FedAvg):
-    """FedAvg of the body alone; each client keeps a head, which never travels.
+    """FedAvg of the body; each client keeps its head, which is never sent.
 
-    head: how many of the last trained layers are the head; at least one, or nothing is personal.
+    head: number of the last trained layers that are the head.
     Other fields are FedAvg's.
     """
 
-    head: Annotated[int, Field(ge=1)] = 1
+    evaluated_by: ClassVar[Literal["model", "clients"]] = "clients"
 
-    @property
-    def evaluated_by(self) -> Literal["model", "clients"]:
-        """By clients: there is no model without a client's head."""
-        return "clients"
+    head: Annotated[int, Field(ge=1)] = 1
 
     # ---- at the aggregator
 
     def start(self, problem: Problem) -> ModelState:
-        """phi_0, the body of the problem's first model.
+        """Return phi_0, the body of the problem's first model.
 
         Raises:
             ProblemError: the model cannot be cut.
@@ -47,38 +43,33 @@ class SharedBody(FedAvg):
         body = model.body_vectors()
         return ModelState(model.shared, body.weights, body.counters)
 
-    def load(self, problem: Problem, saved: Payload) -> ModelState:
-        """Return the state of a saved phi_t."""
-        layout = Layout.of(cut(problem.model(), self.head)[0])
-        return ModelState(layout, *layout.read(saved))
-
     # ---- at the client
 
     def try_model(self, problem: Problem, data: Examples, device: str) -> None:
-        """Try the problem's model, body and head."""
+        """Try a step of the problem's model, body and head."""
         dry_step(lambda: Split(problem, self.head, device).whole, problem, data, device)
 
-    def train(self, task: Task, client: Client) -> tuple[Payload, Payload]:
-        """Return the change of the body (or the body), and the client's head."""
+    def train(self, task: Task, client: Client) -> TrainResult:
+        """Return the body or its change; keep the head."""
         model = scratch_split(client.problem, self.head, client.device)
         came = model.load(task.payload, client.local)
         data = client.data.to(client.device)
         with torch.random.fork_rng(devices=cuda_devices(client.device)):
             torch.manual_seed(client.seed)
             self.learn(model, data, client)
-        numbers: dict[str, int | str] = {"n": len(data), "reply": task.reply}
-        result = result_payload(model.shared, came, model.body_vectors(), numbers, task.reply)
-        return result, Payload(exact=model.kept_tensors())
+        numbers = {"reply": task.reply}
+        payload = result_payload(model.shared, came, model.body_vectors(), numbers, task.reply)
+        return TrainResult(payload, len(data), Payload(exact=model.kept_tensors()))
 
     @abstractmethod
     def learn(self, model: Split, data: Examples, client: Client) -> None:
-        """Do a task's local epochs on a loaded model."""
+        """Run a task's local epochs on a loaded model."""
 
     def evaluate_client(self, task: Task, client: Client) -> Mapping[str, float]:
         """Return the metrics, on the client's test data, of its head on phi_t.
 
         ``loss`` and ``accuracy`` are those after `tune` on its training data;
-        ``accuracy_before`` is with the head as it was kept (or as it first was).
+        ``accuracy_before`` is that with the client's local head (or the first one).
         """
         model = scratch_split(client.problem, self.head, client.device)
         model.load(task.payload, client.local)

@@ -15,11 +15,11 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from fedmq.algorithms.base import Algorithm, Client, Payload, Reply, Result, Task
+from fedmq.algorithms.base import Algorithm, Client, Payload, Reply, Result, Task, TrainResult
 from fedmq.algorithms.errors import Fault, ResultError
 from fedmq.algorithms.pfedhn.hypernetwork import HyperNet, largest_magnitude
 from fedmq.algorithms.pfedhn.model_parts import ModelPartition
-from fedmq.algorithms.pfedhn.state import HyperAccumulator, HyperState, load_state, save_state
+from fedmq.algorithms.pfedhn.state import HyperAccumulator, HyperState
 from fedmq.algorithms.problems.base import Examples, Problem
 from fedmq.algorithms.rng import derive_rng, derive_seed
 from fedmq.algorithms.toolkit.dry_step import dry_step
@@ -35,38 +35,39 @@ from fedmq.algorithms.toolkit.results import (
 from fedmq.algorithms.toolkit.sgd import batches, cuda_devices, metrics_on, project, spans
 
 _LARGEST = 1e30
-"""Of a weighted value: millions of them still have a sum in float32."""
+"""Limit of a weighted value: float32 can hold the sum of millions of them."""
 _MOMENTUM = "momentum."
 
 
 @dataclass(frozen=True)
-class PFedHN(Algorithm):
+class PFedHN(Algorithm[HyperState, HyperAccumulator]):
     """Algorithm 1, and with ``personal_classifier`` pFedHN-PC.
 
     lr, momentum, weight_decay: of the local SGD, whose momentum starts from zero at each task;
-        by default those of the paper's experiments, and so are batches and batch_size.
+        their defaults, and those of batches and batch_size, are those of the paper's experiments.
     batches: K, local steps: successive batches of shuffled passes over the local data.
     batch_size: of the local steps.
     clip: largest norm of a local gradient.
     embedding: D_e, length of a client's embedding; None is int(1 + clients / 4).
-    hidden: units of each hidden layer of the hypernetwork. layers: (ReLU, linear) in it.
+    hidden: units of each hidden layer of the hypernetwork. layers: number of (ReLU, linear).
     server_lr: alpha, of the server's SGD on phi and the embeddings; None is 0.01, and 0.05
         with a personal classifier.
-    server_momentum, server_weight_decay, server_clip: of the server's SGD; the norm is that
-        of the gradients of phi and of all embeddings together.
+    server_momentum, server_weight_decay, server_clip: of the server's SGD; the clipped norm is
+        that of the gradients of phi and all embeddings together.
     personal_classifier: the last layer stays at each client, with its optimizer's momentum.
-    new_rounds: how often a new client trains and its embedding is moved, in `personalise`.
-    new_lr: of those moves. The paper states none; with server_lr they would be too short.
-    seed: of phi and the embeddings at the start; None is the run's.
+    new_rounds: number of local trainings and embedding steps of a new client, in `personalise`.
+    new_lr: learning rate of those steps. The paper states none; server_lr would be too small.
+    seed: of the first phi and embeddings; None is the run's.
 
-    An embedding moves only in versions in which its client has a result, as in the paper's
-    Algorithm 1; its momentum and weight decay rest in between.
+    An embedding changes only in versions with a result of its client, as in the paper's
+    Algorithm 1; its momentum and weight decay pause in between.
     """
 
     name: ClassVar[str] = "pfedhn"
     schedules: ClassVar[frozenset[str]] = frozenset({"rounds", "buffered", "stream"})
     task_per_client: ClassVar[bool] = True
     fixed_reply: ClassVar[Reply | None] = "update"
+    evaluated_by: ClassVar[Literal["model", "clients"]] = "clients"
     server_hparams: ClassVar[frozenset[str]] = frozenset(
         {"server_lr", "server_momentum", "server_weight_decay", "server_clip"}
     )
@@ -92,40 +93,35 @@ class PFedHN(Algorithm):
     # ---- at the aggregator
 
     def start(self, problem: Problem) -> HyperState:
-        """phi_0 and the embeddings, standard normal; nothing of the problem's own first model.
+        """Return phi_0 and standard normal embeddings; the problem's first weights are not used.
 
         Raises:
-            ProblemError: the personal classifier is all there is of the problem's model.
+            ProblemError: the model cannot be partitioned.
         """
         model = FlatModel(problem.model())
-        division, net = self._shape(problem, model.layout)
+        parts, net = self._shape(problem, model.layout)
         phi = net.initial(derive_seed(self.seed or 0, "hypernetwork"))
         rng = derive_rng(self.seed or 0, "embeddings")
         drawn = rng.standard_normal((problem.clients, net.embedding), dtype="float32")
         embeddings = torch.from_numpy(drawn)
         return HyperState(
             net,
-            division,
+            parts,
             phi,
             embeddings,
             zeros(len(phi)),
             torch.zeros_like(embeddings),
-            division.part(model.weights)[division.theta :].clone(),
+            parts.part(model.weights)[parts.theta :].clone(),
             model.read_counters(),
             torch.zeros(problem.clients, dtype=torch.int64),
         )
 
     def task(self, state: HyperState, client: int) -> Payload:
-        """theta_i = h(v_i; phi); phi itself never travels."""
+        """Return theta_i = h(v_i; phi); phi itself is never sent."""
         return state.model_of(state.embedding(client))
 
-    @property
-    def evaluated_by(self) -> Literal["model", "clients"]:
-        """By each client: there is no model for all."""
-        return "clients"
-
     def result_bytes(self, state: HyperState) -> int:
-        """Return the size of theta and what goes with it: whatever that of phi."""
+        """Return the size of a client's model without its classifier, in bytes."""
         return 4 * state.partition.sent.dim + state.counters.nbytes
 
     def new_accumulator(self, state: HyperState) -> HyperAccumulator:
@@ -133,11 +129,11 @@ class PFedHN(Algorithm):
         return HyperAccumulator.empty(state)
 
     def accumulate(
-        self, gathered: HyperAccumulator, state: HyperState, result: Result, weight: float
+        self, accumulator: HyperAccumulator, state: HyperState, result: Result, weight: float
     ) -> HyperAccumulator:
         """Add ``weight`` times (d theta_i / d (phi, v_i))^T dtheta_i, at the current phi and v_i.
 
-        A late dtheta_i was found at an older theta_i; the product is that of now.
+        A late dtheta_i belongs to an older theta_i; the product uses the current phi and v_i.
         """
         sent, net, who = state.partition.sent, state.net, result.client
         if not 0 <= who < len(state.used):
@@ -149,34 +145,38 @@ class PFedHN(Algorithm):
         if not change.isfinite().all():
             raise ResultError("the result holds NaN or infinite values", Fault.NOT_FINITE)
         delta, rest = change[: sent.parameters], change[sent.parameters :]
-        pulled = net.vjp(state.phi, state.embeddings[who], delta)
-        if weight * largest_magnitude(pulled, change) > _LARGEST:
+        product = net.vjp(state.phi, state.embeddings[who], delta)
+        if weight * largest_magnitude(product, change) > _LARGEST:
             top = change.abs().max().item()
             raise ResultError(f"the result holds values as large as {top:g}", Fault.TOO_LARGE)
-        net.add(gathered.phi, pulled, delta, weight)
-        gathered.embeddings[who].add_(pulled.embedding, alpha=weight)
-        gathered.shared.add_(rest, alpha=weight)
+        net.add(accumulator.phi, product, delta, weight)
+        accumulator.embeddings[who].add_(product.embedding, alpha=weight)
+        accumulator.shared.add_(rest, alpha=weight)
         if arrived.counters is not None:
             fresh = not result.staleness
-            merge_counters(gathered.counters, state.counters, arrived.counters, fresh=fresh)
-        gathered.present[who] = True
-        return gathered
+            merge_counters(accumulator.counters, state.counters, arrived.counters, fresh=fresh)
+        accumulator.present[who] = True
+        return accumulator
 
-    def commit(self, state: HyperState, gathered: HyperAccumulator, divisor: float) -> HyperState:
-        """One step of the server's SGD on phi and on the embeddings of those who sent.
+    def commit(
+        self, state: HyperState, accumulator: HyperAccumulator, divisor: float
+    ) -> HyperState:
+        """Take one step of the server's SGD on phi and the embeddings of clients with a result.
 
-        SGD descends, and dtheta = theta~ - theta is where theta should go: the gradient is
-        the product with -dtheta, summed with the weights and divided by the divisor.
+        dtheta = theta~ - theta is a descent direction, so the gradient is the product with
+        -dtheta, summed with the weights and divided by the divisor.
         """
-        rows = gathered.present
-        scale = -_within(self.server_clip * divisor, gathered.phi, gathered.embeddings) / divisor
+        rows = accumulator.present
+        scale = (
+            -_within(self.server_clip * divisor, accumulator.phi, accumulator.embeddings) / divisor
+        )
         lr = self._server_lr
         embeddings, velocity = state.embeddings.clone(), state.embedding_momentum.clone()
         embeddings[rows], velocity[rows] = self._descend(
-            embeddings[rows], gathered.embeddings[rows].mul_(scale), velocity[rows], lr
+            embeddings[rows], accumulator.embeddings[rows].mul_(scale), velocity[rows], lr
         )
         phi, phi_momentum = self._descend(
-            state.phi, gathered.phi.mul_(scale), state.phi_momentum, lr
+            state.phi, accumulator.phi.mul_(scale), state.phi_momentum, lr
         )
         return dataclasses.replace(
             state,
@@ -184,33 +184,23 @@ class PFedHN(Algorithm):
             embeddings=embeddings,
             phi_momentum=phi_momentum,
             embedding_momentum=velocity,
-            shared=moved(state.shared, gathered.shared.mul_(1 / divisor)),
-            counters=gathered.counters,
+            shared=moved(state.shared, accumulator.shared.mul_(1 / divisor)),
+            counters=accumulator.counters,
             used=state.used + rows,
         )
 
-    def save(self, state: HyperState) -> Payload:
-        """Return phi, the embeddings, the momentum of both, and what goes with them."""
-        return save_state(state)
-
-    def load(self, problem: Problem, saved: Payload) -> HyperState:
-        """Return the state that was saved."""
-        layout = Layout.of(problem.model())
-        division, net = self._shape(problem, layout)
-        return load_state(net, division, problem.clients, saved)
-
     def tensors(self, state: HyperState) -> Mapping[str, Tensor]:
-        """Return phi and the embeddings by name, and what all clients' models share."""
+        """Return the embeddings, phi, and the tensors that all clients' models share, by name."""
         phi = {f"phi.{name}": each for name, each in state.net.layout.views(state.phi).items()}
-        division = state.partition
-        shared = {slot.name: slot.tensor(state.shared) for slot in division.shared.weights}
-        counters = {slot.name: slot.tensor(state.counters) for slot in division.sent.counters}
+        parts = state.partition
+        shared = {slot.name: slot.tensor(state.shared) for slot in parts.shared.weights}
+        counters = {slot.name: slot.tensor(state.counters) for slot in parts.sent.counters}
         return {"embeddings": state.embeddings} | phi | shared | counters
 
     def _shape(self, problem: Problem, layout: Layout) -> tuple[ModelPartition, HyperNet]:
-        division = ModelPartition.of(layout, personal_classifier=self.personal_classifier)
+        parts = ModelPartition.of(layout, personal_classifier=self.personal_classifier)
         length = int(1 + problem.clients / 4) if self.embedding is None else self.embedding
-        return division, HyperNet.of(length, self.hidden, self.layers, division.theta)
+        return parts, HyperNet.of(length, self.hidden, self.layers, parts.theta)
 
     @property
     def _server_lr(self) -> float:
@@ -223,7 +213,7 @@ class PFedHN(Algorithm):
     ) -> tuple[Tensor, Tensor]:
         """Return weights and velocity after a step of the server's SGD.
 
-        The new velocity is made in the gradient's place: phi is large.
+        The new velocity replaces the gradient in place, because phi is large.
         """
         new = gradient.add_(weights, alpha=self.server_weight_decay)
         new.add_(velocity, alpha=self.server_momentum)
@@ -232,29 +222,30 @@ class PFedHN(Algorithm):
     # ---- at the client
 
     def try_model(self, problem: Problem, data: Examples, device: str) -> None:
-        """Try the problem's model."""
+        """Try a step of the problem's model."""
         dry_step(lambda: FlatModel(problem.model(), device), problem, data, device)
 
-    def train(self, task: Task, client: Client) -> tuple[Payload, Payload | None]:
-        """K steps of SGD from theta_i; dtheta_i = theta~_i - theta_i."""
-        model, division, velocity = self._load(task, client)
+    def train(self, task: Task, client: Client) -> TrainResult:
+        """Take K steps of SGD from theta_i; send dtheta_i = theta~_i - theta_i."""
+        model, parts, velocity = self._load(task, client)
         before = model.weights.clone()
         with torch.random.fork_rng(devices=cuda_devices(client.device)):
             torch.manual_seed(client.seed)
-            self._sgd(model, division, velocity, client)
-        result = result_payload(
-            division.sent,
-            Vectors(division.part(before), model.loaded_counters),
-            Vectors(division.part(model.weights), model.read_counters()),
-            {"n": len(client.data)},
+            self._sgd(model, parts, velocity, client)
+        payload = result_payload(
+            parts.sent,
+            Vectors(parts.part(before), model.loaded_counters),
+            Vectors(parts.part(model.weights), model.read_counters()),
+            {},
         )
         if not self.personal_classifier:
-            return result, None
-        own, moving = division.kept(model.weights), division.kept(velocity)
-        return result, Payload(exact=own | {_MOMENTUM + name: moving[name] for name in moving})
+            return TrainResult(payload, len(client.data))
+        own, moving = parts.kept(model.weights), parts.kept(velocity)
+        local = Payload(exact=own | {_MOMENTUM + name: moving[name] for name in moving})
+        return TrainResult(payload, len(client.data), local)
 
     def evaluate_client(self, task: Task, client: Client) -> Mapping[str, float]:
-        """Return the metrics of theta_i, as it is sent, on the client's test data."""
+        """Return the metrics of theta_i on the client's test data."""
         model, _, _ = self._load(task, client)
         test = client.problem.client_test(client.index).to(client.device)
         return metrics_on(model.module, client.problem, test, client.device)
@@ -262,23 +253,23 @@ class PFedHN(Algorithm):
     def _load(self, task: Task, client: Client) -> tuple[FlatModel, ModelPartition, Tensor]:
         """Return the working copy of the client's model, and its velocity [parameters]."""
         model = scratch_model(client.problem, client.device)
-        division = ModelPartition.of(model.layout, personal_classifier=self.personal_classifier)
-        place = slice(division.theta, division.whole.parameters)
+        parts = ModelPartition.of(model.layout, personal_classifier=self.personal_classifier)
+        place = slice(parts.theta, parts.whole.parameters)
         velocity = torch.zeros_like(model.gradient)
         own = zeros(0)
         if self.personal_classifier and client.local is None:
             own = FlatModel(client.problem.model()).weights[place]
         elif self.personal_classifier and client.local is not None:
-            names, kept = division.own.views(velocity[place]), client.local.exact
-            own = division.own.flatten({name: kept[name] for name in names})
-            moving = division.own.flatten({name: kept[_MOMENTUM + name] for name in names})
+            names, kept = parts.own.views(velocity[place]), client.local.exact
+            own = parts.own.flatten({name: kept[name] for name in names})
+            moving = parts.own.flatten({name: kept[_MOMENTUM + name] for name in names})
             velocity[place] = moving.to(client.device)
-        sent, counters = division.sent.read(task.payload)
-        model.load(division.join(sent, own).to(client.device), counters)
-        return model, division, velocity
+        sent, counters = parts.sent.read(task.payload)
+        model.load(parts.join(sent, own).to(client.device), counters)
+        return model, parts, velocity
 
     def _sgd(
-        self, model: FlatModel, division: ModelPartition, velocity: Tensor, client: Client
+        self, model: FlatModel, parts: ModelPartition, velocity: Tensor, client: Client
     ) -> None:
         """Take the local steps on a loaded model."""
         data = client.data.to(client.device)
@@ -293,7 +284,7 @@ class PFedHN(Algorithm):
             with torch.no_grad():
                 gradient.mul_(_within(self.clip, gradient))
                 gradient.add_(trained, alpha=self.weight_decay)
-                project(client, division.sent, gradient[: division.theta])
+                project(client, parts.sent, gradient[: parts.theta])
                 velocity.mul_(self.momentum).add_(gradient)
                 trained.add_(velocity, alpha=-self.lr)
         model.end_task()
@@ -301,10 +292,10 @@ class PFedHN(Algorithm):
     # ---- for a client that never took part
 
     def personalise(self, state: HyperState, version: int, client: Client) -> Mapping[str, float]:
-        """Find a new client's embedding with phi as it is, and return the metrics of its theta.
+        """Learn a new client's embedding with phi fixed, and return the metrics of its theta.
 
-        It starts from the mean of the trained embeddings and is moved as the server would,
-        once after each of ``new_rounds`` local trainings.
+        The embedding starts from the mean of the trained ones; after each of ``new_rounds`` local
+        trainings it takes a step of the server's SGD.
         """
         net, sent = state.net, state.partition.sent
         embedding = state.embedding(len(state.embeddings))
@@ -312,9 +303,9 @@ class PFedHN(Algorithm):
         for turn in range(self.new_rounds):
             seed = derive_seed(client.seed, "personalise", turn)
             task = Task(version, state.model_of(embedding))
-            result, local = self.train(task, dataclasses.replace(client, seed=seed))
-            client = dataclasses.replace(client, local=local)
-            delta = sent.flatten_trained(result.weights)
+            found = self.train(task, dataclasses.replace(client, seed=seed))
+            client = dataclasses.replace(client, local=found.local_state)
+            delta = sent.flatten_trained(found.payload.weights)
             gradient = -net.vjp(state.phi, embedding, delta).embedding
             gradient.mul_(_within(self.server_clip, gradient))
             embedding, velocity = self._descend(embedding, gradient, velocity, self.new_lr)
@@ -322,9 +313,9 @@ class PFedHN(Algorithm):
 
 
 def _within(most: float, *gradients: Tensor) -> float:
-    """Return by what to multiply gradients so that their norm, together, is at most ``most``.
+    """Return the factor that reduces the joint norm of gradients to at most ``most``.
 
-    The squares of what is large, but still accepted, overflow float32: then in float64.
+    The squares of large accepted values overflow float32; then the norm is computed in float64.
     """
     norm = math.hypot(*(torch.linalg.vector_norm(each).item() for each in gradients))
     if not math.isfinite(norm):

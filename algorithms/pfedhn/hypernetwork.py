@@ -1,9 +1,9 @@
-"""A hypernetwork: a small network whose output is the weights of another one.
+"""A hypernetwork: a small network that outputs the weights of another one.
 
 That of Shamsian, Navon, Fetaya, Chechik, "Personalized Federated Learning using
 Hypernetworks", ICML 2021: linear -> hidden, ``layers`` times (ReLU, linear), and one linear
-head for each tensor of the target. The heads lie end to end in one matrix, which is the same
-function: row by row, each has its own weights.
+head for each tensor of the target. The heads are stored end to end in one matrix, which computes
+the same function.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ _SEEDS = 1 << 63
 
 @dataclass(frozen=True)
 class VJP:
-    """The gradient of <theta, delta>, in parts: that of the heads is an outer product.
+    """The gradient of <theta, delta> in parts.
 
-    trunk: float32 [trunk parameters]; features: float32 [hidden], by which the product with
+    trunk: float32 [trunk parameters]; features: float32 [hidden], whose outer product with
     ``delta`` is the gradient of the heads' weights; embedding: float32 [embedding].
     """
 
@@ -62,11 +62,11 @@ class HyperNet:
 
     @property
     def trunk(self) -> int:
-        """Return how much of phi lies before the heads."""
+        """Return the number of elements of phi before the heads."""
         return self.layout.dim - self.outputs * (self.hidden + 1)
 
     def initial(self, seed: int) -> Tensor:
-        """Return phi_0, as torch initialises linear layers."""
+        """Return phi_0, initialised as torch initialises linear layers."""
         with torch.random.fork_rng(devices=[]), torch.device("cpu"):
             torch.default_generator.manual_seed(seed % _SEEDS)
             module = _module(self.embedding, self.hidden, self.layers, self.outputs)
@@ -98,25 +98,25 @@ class HyperNet:
             below = torch.autograd.grad(features, (trunk, point), above)
         return VJP(below[0], features.detach(), below[1])
 
-    def add(self, total: Tensor, pulled: VJP, delta: Tensor, weight: float) -> None:
+    def add(self, total: Tensor, product: VJP, delta: Tensor, weight: float) -> None:
         """Add ``weight`` times a gradient to ``total``, float32 [layout.dim], in place."""
-        total[: self.trunk].add_(pulled.trunk, alpha=weight)
+        total[: self.trunk].add_(product.trunk, alpha=weight)
         views = self.layout.views(total)
-        views[f"{HEADS}.weight"].addr_(delta, pulled.features, alpha=weight)
+        views[f"{HEADS}.weight"].addr_(delta, product.features, alpha=weight)
         views[f"{HEADS}.bias"].add_(delta, alpha=weight)
 
     def _features(self, views: Mapping[str, Tensor], embedding: Tensor) -> Tensor:
-        """Return what the heads see, float32 [hidden]."""
+        """Return the inputs of the heads, float32 [hidden]."""
         x = F.linear(embedding, views["first.weight"], views["first.bias"])
         for index in range(self.layers):
             x = F.linear(F.relu(x), views[f"hidden{index}.weight"], views[f"hidden{index}.bias"])
         return x
 
 
-def largest_magnitude(pulled: VJP, delta: Tensor) -> float:
-    """Return the largest magnitude in a gradient; infinite if one of its values is no number."""
-    parts = [_peak(each) for each in (pulled.trunk, pulled.embedding)]
-    parts.append(_peak(delta) * max(1.0, _peak(pulled.features)))
+def largest_magnitude(product: VJP, delta: Tensor) -> float:
+    """Return the largest magnitude in a gradient; infinity if a value is NaN or infinite."""
+    parts = [_peak(each) for each in (product.trunk, product.embedding)]
+    parts.append(_peak(delta) * max(1.0, _peak(product.features)))
     return max(parts)
 
 

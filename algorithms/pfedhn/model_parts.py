@@ -1,13 +1,10 @@
-"""Which part of a model a hypernetwork makes, which travels, and which a client keeps."""
+"""The parts of a model that a hypernetwork generates, that are sent, and that clients keep."""
 
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from fedmq.algorithms.errors import ProblemError
@@ -16,11 +13,11 @@ from fedmq.algorithms.toolkit.layout import Layout, Slot, end_to_end
 
 @dataclass(frozen=True)
 class ModelPartition:
-    """How a client's model is divided.
+    """The partition of a client's model.
 
-    whole: all of it; its parameters are theta, then the classifier that the client keeps.
-    sent: what travels: theta, then what is not trained (running statistics, frozen weights).
-    own: the classifier; empty unless it is personal.
+    whole: layout of the model: theta, then the personal classifier, then untrained tensors.
+    sent: theta, then untrained tensors (running statistics, frozen weights).
+    own: the personal classifier, which the client keeps; empty if there is none.
     """
 
     whole: Layout
@@ -29,10 +26,10 @@ class ModelPartition:
 
     @classmethod
     def of(cls, whole: Layout, *, personal_classifier: bool) -> ModelPartition:
-        """Return how a model is divided; its classifier is its last layer that is trained.
+        """Return the partition of a model; its classifier is the last trained layer.
 
         Raises:
-            ProblemError: nothing would be left to send.
+            ProblemError: the classifier is the only trained layer, or weights are complex.
         """
         trained = [slot for slot in whole.weights if slot.start < whole.parameters]
         own: list[Slot] = []
@@ -42,11 +39,14 @@ class ModelPartition:
                 own.insert(0, trained.pop())
             if not trained:
                 raise ProblemError(
-                    "personal_classifier keeps the model's last layer at the clients, "
-                    "and the problem's model has no other"
+                    "personal_classifier: expected a model with more than one trained layer, "
+                    "because the last one stays at the clients"
                 )
         if any(slot.dtype.is_complex for slot in (*trained, *own)):
-            raise ProblemError("a hypernetwork makes real numbers, the model trains complex ones")
+            raise ProblemError(
+                "expected real weights, because a hypernetwork generates them; the model trains "
+                "complex ones"
+            )
         theta = sum(slot.size for slot in trained)
         sent = end_to_end([*trained, *whole.rest])
         return cls(
@@ -57,12 +57,12 @@ class ModelPartition:
 
     @property
     def theta(self) -> int:
-        """Return the length of theta, the trained part of what travels."""
+        """Return the length of theta, the trained part of ``sent``."""
         return self.sent.parameters
 
     @property
     def shared(self) -> Layout:
-        """Return the order of what travels and is not trained: the end of ``sent``."""
+        """Return the layout of the untrained tensors, the end of ``sent``."""
         rest = [dataclasses.replace(s, start=s.start - self.theta) for s in self.sent.rest]
         return Layout(tuple(rest), (), 0)
 
@@ -71,21 +71,10 @@ class ModelPartition:
         return self.whole.flatten(self.sent.views(sent) | self.own.views(own))
 
     def part(self, weights: Tensor) -> Tensor:
-        """Return what travels of a whole model's weights, float32 [sent.dim]."""
+        """Return the part of a whole model's weights that is sent, float32 [sent.dim]."""
         views = self.whole.views(weights)
         return self.sent.flatten({slot.name: views[slot.name] for slot in self.sent.weights})
 
     def kept(self, weights: Tensor) -> dict[str, Tensor]:
-        """Return copies of what a client keeps of its parameters, by name."""
+        """Return copies of the parameters that a client keeps, by name."""
         return self.own.views(weights[self.theta : self.whole.parameters].cpu().clone())
-
-
-def layout_of(
-    floats: Mapping[str, tuple[int, ...]], integers: Mapping[str, tuple[int, ...]]
-) -> Layout:
-    """Return the layout of tensors of these shapes."""
-    return Layout(_of_shapes(floats, torch.float32), _of_shapes(integers, torch.int64), 0)
-
-
-def _of_shapes(shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> tuple[Slot, ...]:
-    return end_to_end(Slot(name, each, 0, math.prod(each), dtype) for name, each in shapes.items())

@@ -1,19 +1,17 @@
-"""One version of pFedHN: the hypernetwork, the embeddings, and what a version gathers."""
+"""One version of pFedHN, the hypernetwork and the embeddings; and its accumulator."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from fedmq.algorithms.base import Payload
-from fedmq.algorithms.errors import ResultError
 from fedmq.algorithms.pfedhn.hypernetwork import HyperNet
-from fedmq.algorithms.pfedhn.model_parts import ModelPartition, layout_of
+from fedmq.algorithms.pfedhn.model_parts import ModelPartition
 from fedmq.algorithms.toolkit.flat_model import zeros
-
-_FLOATS = ("phi", "embeddings", "phi_momentum", "embedding_momentum", "shared")
+from fedmq.algorithms.toolkit.states import saved
 
 
 @dataclass(frozen=True)
@@ -21,30 +19,30 @@ class HyperState:
     """One version of the hypernetwork.
 
     phi: its parameters, float32 [P]. embeddings: v_i, float32 [K, D_e]. phi_momentum,
-    embedding_momentum: of the server's SGD, shaped alike. shared: float32, what is not
-    trained in the clients' models. counters: int64, theirs. used: int64 [K], versions in
-    which each client had a result.
+    embedding_momentum: of the server's SGD, of the same shapes. shared: float32, the tensors of
+    the clients' models that are not trained. counters: int64, their integers. used: int64 [K],
+    number of versions with a result of each client.
     """
 
     net: HyperNet
     partition: ModelPartition
-    phi: Tensor
-    embeddings: Tensor
-    phi_momentum: Tensor
-    embedding_momentum: Tensor
-    shared: Tensor
+    phi: Tensor = field(metadata=saved("weights"))
+    embeddings: Tensor = field(metadata=saved("weights"))
+    phi_momentum: Tensor = field(metadata=saved("weights"))
+    embedding_momentum: Tensor = field(metadata=saved("weights"))
+    shared: Tensor = field(metadata=saved("weights", finite=False))
     counters: Tensor
-    used: Tensor
+    used: Tensor = field(metadata=saved(least=0))
 
     def embedding(self, client: int) -> Tensor:
-        """Return v_i; of a new client the mean of those that were trained, float32 [D_e]."""
+        """Return v_i, float32 [D_e]; for a new client the mean of the trained ones."""
         if client < len(self.embeddings):
             return self.embeddings[client]
         trained = self.used > 0
         return self.embeddings[trained if trained.any() else ~trained].mean(dim=0)
 
     def model_of(self, embedding: Tensor) -> Payload:
-        """Return the model that belongs to an embedding, and what all models share."""
+        """Return the model of an embedding, with the tensors that all models share."""
         sent = self.partition.sent
         weights = torch.cat([self.net.theta(self.phi, embedding), self.shared])
         return sent.write(weights, self.counters)
@@ -52,11 +50,11 @@ class HyperState:
 
 @dataclass
 class HyperAccumulator:
-    """The running sum over a version's results, whatever their number.
+    """Running sum over a version's results.
 
     phi, embeddings: sum of weight * (d theta_i / d (phi, v_i))^T dtheta_i.
-    shared: sum of weight * the change of what is not trained. counters: largest so far.
-    present: bool [K], who has a result in it.
+    shared: sum of weight * the change of tensors that are not trained. counters: see
+        `merge_counters`. present: bool [K], the clients with a result in the sum.
     """
 
     phi: Tensor
@@ -75,32 +73,3 @@ class HyperAccumulator:
             state.counters.clone(),
             torch.zeros(len(state.used), dtype=torch.bool),
         )
-
-
-def save_state(state: HyperState) -> Payload:
-    """Return everything that is in a state."""
-    floats = {name: getattr(state, name) for name in _FLOATS}
-    return Payload(weights=floats, exact={"counters": state.counters, "used": state.used})
-
-
-def load_state(net: HyperNet, division: ModelPartition, clients: int, saved: Payload) -> HyperState:
-    """Return the state that was saved.
-
-    Raises:
-        ResultError: it is of another hypernetwork, model or number of clients, or damaged.
-    """
-    phi, rows = (net.layout.dim,), (clients, net.embedding)
-    shapes = (phi, rows, phi, rows, (division.shared.dim,))
-    counts = sum(slot.size for slot in division.sent.counters)
-    wanted = layout_of(
-        dict(zip(_FLOATS, shapes, strict=True)), {"counters": (counts,), "used": (clients,)}
-    )
-    weights = wanted.flatten(saved.weights)
-    integers = wanted.counter_views(wanted.flatten_counters(saved.exact))
-    views = wanted.views(weights)
-    # What is shared may be a constant of any value.
-    if not all(views[name].isfinite().all() for name in _FLOATS if name != "shared"):
-        raise ResultError("the state holds NaN or infinite values")
-    if (integers["used"] < 0).any():
-        raise ResultError("the state holds negative counts of results")
-    return HyperState(net, division, **views, **integers)

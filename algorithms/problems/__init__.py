@@ -1,4 +1,4 @@
-"""Learning problems: a model, the data of each client, test data, loss and metrics."""
+"""Learning problems: a model, each client's data, test data, loss and metrics."""
 
 from fedmq.algorithms.problems.base import Examples, Problem
 from fedmq.algorithms.problems.datasets import DATASETS, DataSet, load_dataset

@@ -1,4 +1,4 @@
-"""What is learned: a model, each client's data, test data, loss and metric."""
+"""The base class of problems: a model, each client's data, test data, loss and metrics."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ __all__ = ["Examples", "Problem"]
 
 
 class Problem(ABC):
-    """A model, the data of each client, test data, and what is measured.
+    """A model, the data of each client, test data, loss and metrics.
 
-    Everything is a deterministic function of the problem's fields and seed. Data are
-    read only when asked for: the aggregator needs the model alone.
+    All of them depend on the problem's fields and seed alone. Data are read on demand, because the
+    aggregator needs only the model.
 
-    What the methods of a subclass return is checked wherever they are called: numbers of numpy
-    and of torch become Python's own, and what is of another kind raises `ReturnedError`.
+    The return values of a subclass's methods are checked: numbers of numpy and torch become
+    Python's, and unusable values raise `ReturnedError`.
     """
 
     clients: int
     """Number of clients, K; they are numbered 0 to K-1."""
 
     seed: int
-    """Of the run."""
+    """Seed of the run."""
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
@@ -42,10 +42,10 @@ class Problem(ABC):
 
     @abstractmethod
     def model(self) -> nn.Module:
-        """Return a freshly initialised model; the same values at every call, on every node.
+        """Return a freshly initialised model with the same values at every call, on every node.
 
         The global generators of Python, numpy and torch are seeded with `seed` before each call.
-        What is drawn from others (``numpy.random.default_rng()``) needs a seed of its own.
+        Other generators (``numpy.random.default_rng()``) need a seed of their own.
         """
 
     @abstractmethod
@@ -54,7 +54,7 @@ class Problem(ABC):
 
         Raises:
             ProblemError: there is no such client.
-            DataError: the data set is not there.
+            DataError: the data set is missing or damaged.
         """
 
     @abstractmethod
@@ -62,30 +62,30 @@ class Problem(ABC):
         """Return the test examples.
 
         Raises:
-            DataError: the data set is not there.
+            DataError: the data set is missing or damaged.
         """
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Return the shape of one example's x, for algorithms that bring their own models.
+        """Return the shape of one example's x, for algorithms with models of their own.
 
         Raises:
-            ProblemError: the problem does not say.
+            ProblemError: the problem does not define it.
         """
-        raise ProblemError("this problem does not say which shape its examples have")
+        raise ProblemError("expected a problem that defines shape, the shape of its examples")
 
     @property
     def classes(self) -> int:
-        """Return the number of classes, for algorithms that need to know it.
+        """Return the number of classes, for algorithms that need it.
 
         Raises:
-            ProblemError: the problem does not say.
+            ProblemError: the problem does not define it.
         """
-        raise ProblemError("this problem does not say how many classes it has")
+        raise ProblemError("expected a problem that defines classes, the number of classes")
 
     @property
     def held_out(self) -> int:
-        """Return how many clients beyond `clients` have data and never train.
+        """Return the number of clients beyond `clients` that have data and never train.
 
         Their numbers are K to K + held_out - 1.
         """
@@ -96,18 +96,20 @@ class Problem(ABC):
 
         Raises:
             ProblemError: there is no such client, or clients have no test data of their own.
-            DataError: the data set is not there.
+            DataError: the data set is missing or damaged.
         """
-        raise ProblemError(f"this problem has no test data for client {index} alone")
+        raise ProblemError(
+            f"expected a problem with test data of each client, got none for client {index}"
+        )
 
     def public(self) -> Examples:
-        """Return the examples that all clients share, which are in no client's own.
+        """Return the examples that all clients share; no client has them in its own.
 
         Raises:
             ProblemError: there are none.
-            DataError: the data set is not there.
+            DataError: the data set is missing or damaged.
         """
-        raise ProblemError("this problem has no public examples")
+        raise ProblemError("expected a problem with public examples, got none")
 
     @abstractmethod
     def loss(self, outputs: Tensor, y: Tensor) -> Tensor:
@@ -115,18 +117,18 @@ class Problem(ABC):
 
     @abstractmethod
     def metrics(self, outputs: Tensor, y: Tensor) -> Mapping[str, float]:
-        """Return means over a batch, at least ``loss``, and ``accuracy`` where it has a meaning."""
+        """Return means over a batch: ``loss``, and ``accuracy`` if it is meaningful."""
 
 
 _making: ContextVar[object] = ContextVar("the problem whose model is being made", default=None)
 
 
 def _with_seed(model: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
-    """Let a problem's model draw the same first values at every call."""
+    """Return a method ``model`` that draws the same first values at every call."""
 
     @functools.wraps(model)
     def with_seed(problem: Any, *args: Any, **options: Any) -> nn.Module:
-        if _making.get() is problem:  # super().model(): draws go on
+        if _making.get() is problem:  # super().model(): continue the draws
             return model(problem, *args, **options)
         token = _making.set(problem)
         try:

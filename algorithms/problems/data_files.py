@@ -1,4 +1,4 @@
-"""Reading data files, and fetching those that are not there yet."""
+"""Read data files, and download missing ones."""
 
 from __future__ import annotations
 
@@ -25,30 +25,30 @@ from fedmq.algorithms.errors import DataError
 Array = NDArray[Any]
 
 _BROKEN = (OSError, EOFError, RuntimeError, ValueError, KeyError, struct.error, zlib.error)
-"""What reading a damaged file may raise."""
+"""Errors of reading a damaged file."""
 _OFFLINE = (*_BROKEN, http.client.HTTPException, tarfile.TarError, zipfile.BadZipFile)
-"""What a failed download may raise."""
+"""Errors of a failed download."""
 
 _TIMEOUT_S = 10.0
 _IDX_TYPES: dict[int, np.dtype[Any]] = {0x08: np.dtype(np.uint8), 0x0C: np.dtype(">i4")}
 
 
 def data_root() -> Path:
-    """Return the folder that holds data sets: ``$FEDMQ_DATA``, or else ``~/.cache/fedmq``.
+    """Return the folder of data sets: ``$FEDMQ_DATA``, or else ``~/.cache/fedmq``.
 
     Raises:
-        DataError: it is not set, and this user has no home.
+        DataError: the variable is not set, and this user has no home folder.
     """
     try:
         return Path(os.environ.get("FEDMQ_DATA") or "~/.cache/fedmq").expanduser()
     except RuntimeError:
         raise DataError(
-            "expected a folder for data sets in FEDMQ_DATA, or a home folder: this user has none"
+            "expected a folder for data sets in FEDMQ_DATA, because this user has no home folder"
         ) from None
 
 
 def read_npz(file: Path | Traversable, *keys: str) -> tuple[Array, ...]:
-    """Return arrays of an npz archive; nothing in it is ever unpickled.
+    """Return arrays of an npz archive, without unpickling.
 
     Raises:
         DataError: the file is damaged or lacks one of the arrays.
@@ -62,15 +62,14 @@ def read_npz(file: Path | Traversable, *keys: str) -> tuple[Array, ...]:
 
 
 def has_idx(folder: Path, name: str) -> bool:
-    """Tell whether the folder holds this idx file, unpacked or as ``.gz``."""
+    """Return whether the folder holds this idx file, unpacked or as ``.gz``."""
     return (folder / name).is_file() or (folder / f"{name}.gz").is_file()
 
 
 def read_idx(folder: Path, name: str) -> Array:
     """Return the array in an idx file, the format of MNIST, unpacked or as ``.gz``.
 
-    Reading ``.gz`` directly lets the data folder be read-only; torchvision would first
-    unpack it there.
+    Reading ``.gz`` directly works in a read-only data folder; torchvision would first unpack it.
 
     Raises:
         DataError: the file is damaged.
@@ -82,7 +81,7 @@ def read_idx(folder: Path, name: str) -> Array:
         data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
         zeros, kind, dimensions = struct.unpack_from(">HBB", data)
         if zeros or kind not in _IDX_TYPES:
-            raise ValueError("it does not begin like an idx file")
+            raise ValueError("no idx header")
         shape = struct.unpack_from(f">{dimensions}I", data, 4)
         flat = np.frombuffer(data, _IDX_TYPES[kind], offset=4 + 4 * dimensions)
         return flat.reshape(shape)
@@ -90,7 +89,7 @@ def read_idx(folder: Path, name: str) -> Array:
 
 @contextlib.contextmanager
 def refusing_damage(path: object) -> Iterator[None]:
-    """Turn what reading a damaged file raises into one sentence.
+    """Convert errors of reading a damaged file to `DataError`.
 
     Raises:
         DataError: instead of the original error.
@@ -101,18 +100,18 @@ def refusing_damage(path: object) -> Iterator[None]:
         raise
     except (*_BROKEN, zipfile.BadZipFile) as error:
         raise DataError(
-            f"{path} cannot be read ({_first_line(error)}): put a good copy in its place"
+            f"cannot read {path} ({_first_line(error)}): replace it with a good copy"
         ) from error
 
 
 def download(name: str, root: Path, wanted: str, fetch: Callable[[], object]) -> None:
-    """Run a torchvision download quietly, briefly, and in one process at a time.
+    """Run a torchvision download without output, with a timeout, in one process at a time.
 
     Args:
-        name: the data set, for the error message.
-        root: the data folder, made if need be.
-        wanted: what the folder should hold, for the error message.
-        fetch: downloads what is not there; it looks again once it has the folder to itself.
+        name: data set, for the error message.
+        root: data folder, created if missing.
+        wanted: expected content of the folder, for the error message.
+        fetch: downloads missing files; it is called with the folder locked and checks again.
 
     Raises:
         DataError: there is no network, or the folder cannot be written.
@@ -120,15 +119,14 @@ def download(name: str, root: Path, wanted: str, fetch: Callable[[], object]) ->
     timeout_s = socket.getdefaulttimeout()
     try:
         root.mkdir(parents=True, exist_ok=True)
-        # torchvision names no timeout of its own and draws progress bars on stderr.
+        # torchvision sets no timeout and draws progress bars on stderr.
         socket.setdefaulttimeout(_TIMEOUT_S)
         with _locked(root), contextlib.redirect_stderr(io.StringIO()):
             fetch()
     except _OFFLINE as error:
         raise DataError(
-            f"data set {name!r} is not in {root} and cannot be downloaded "
-            f"({_first_line(error)}): connect to the network, or set FEDMQ_DATA to a folder "
-            f"that holds {wanted}"
+            f"cannot find data set {name!r} in {root} or download it ({_first_line(error)}): "
+            f"connect to the network, or set FEDMQ_DATA to a folder that holds {wanted}"
         ) from error
     finally:
         socket.setdefaulttimeout(timeout_s)
@@ -136,7 +134,7 @@ def download(name: str, root: Path, wanted: str, fetch: Callable[[], object]) ->
 
 @contextlib.contextmanager
 def _locked(root: Path) -> Iterator[None]:
-    # The workers of one host all start at once and would write over each other's download.
+    # Workers of one host start together and would overwrite each other's download.
     try:
         import fcntl
     except ImportError:  # no such locks on Windows

@@ -1,4 +1,4 @@
-"""Labelled images as uint8 arrays, from files that are there or can be downloaded."""
+"""Labelled images as uint8 arrays, from local or downloaded files."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ _IDX_ENDS = ("images-idx3-ubyte", "labels-idx1-ubyte")
 
 @dataclass(frozen=True)
 class Source:
-    """What is known of a data set before it is read, and how to read it."""
+    """Metadata of a data set, and the functions that read it."""
 
     about: str
-    """One line for people."""
+    """One-line description."""
     shape: tuple[int, int, int]
     """Channels, height and width."""
     classes: int
@@ -47,16 +47,16 @@ class Source:
     """Mean of each channel of the training images, of pixels in 0 to 1."""
     std: tuple[float, ...]
     model: str
-    """The model that a problem on these data has unless it names another."""
+    """Default model of a problem on these data."""
     read: Callable[[Path], Arrays]
-    """Read it from a data folder; raises DataError."""
+    """Reads it from a data folder; raises DataError."""
     read_writers: Callable[[Path], Array | None] | None = None
-    """Read who wrote each training example, where that can be known."""
+    """Reads the writer of each training example, if known."""
 
 
 @dataclass(frozen=True, eq=False)
 class DataSet:
-    """A data set in memory; the arrays are shared by all who ask for it, and read-only.
+    """A data set in memory; its arrays are shared and read-only.
 
     x_*: uint8 [n, C, H, W]; y_*: int64 [n]; writers: int64 [n] of the training examples.
     """
@@ -85,16 +85,16 @@ def load_dataset(name: str, root: Path | None = None) -> DataSet:
 
     Args:
         name: a key of `DATASETS`.
-        root: the data folder, unless it is ``$FEDMQ_DATA`` or ``~/.cache/fedmq``.
+        root: data folder; by default ``$FEDMQ_DATA`` or ``~/.cache/fedmq``.
 
     Raises:
         ProblemError: there is no data set of this name.
-        DataError: its files are not there and cannot be downloaded, or are damaged.
+        DataError: its files are missing and cannot be downloaded, or are damaged.
     """
     if name not in DATASETS:
         raise ProblemError(unknown("data set", name, DATASETS))
     if root is None:
-        # What the package holds needs no folder, and so no home to find one in.
+        # An embedded data set needs no folder, and so no home folder either.
         root = Path() if DATASETS[name].read is _read_embedded else data_root()
     return _load(name, root)
 
@@ -153,7 +153,7 @@ def _read_cifar10_6k(root: Path) -> Arrays:
     path = root / "cifar10-6k.npz"
     if not path.is_file():
         raise DataError(
-            f"data set 'cifar10-6k' is not at {path}: set FEDMQ_DATA to a folder that holds "
+            f"cannot find data set 'cifar10-6k' at {path}: set FEDMQ_DATA to a folder that holds "
             "cifar10-6k.npz, or use data set 'cifar10'"
         )
     return _four(*read_npz(path, *_KEYS))
@@ -194,8 +194,8 @@ def _read_cifar(root: Path, name: str, kind: str, folder: str) -> Arrays:
         download(name, root, wanted, lambda: constructor(root, download=True))
     arrays = []
     with refusing_damage(root / folder), warnings.catch_warnings():
-        # CIFAR's files were pickled by Python 2; NumPy 2.4.0 to 2.4.4 warns of that. torchvision
-        # holds them against their MD5 sums before it unpickles them.
+        # CIFAR's files were pickled by Python 2, of which NumPy 2.4.0 to 2.4.4 warns. torchvision
+        # verifies their MD5 sums before it unpickles them.
         warnings.simplefilter("ignore")
         for train in (True, False):
             part = constructor(root, train=train)
@@ -207,7 +207,7 @@ def _read_cinic10(root: Path) -> Arrays:
     folder = root / "cinic10"
     if not all((folder / part).is_dir() for part in ("train", "test")):
         raise DataError(
-            f"data set 'cinic10' is not at {folder}: unpack CINIC-10.tar.gz of "
+            f"cannot find data set 'cinic10' at {folder}: unpack CINIC-10.tar.gz of "
             "https://github.com/BayesWatch/cinic-10 there, so that it holds train/ and test/"
         )
     import torchvision

@@ -10,10 +10,9 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Examples:
-    """Labelled examples, kept as whole tensors: indexing them beats a DataLoader on small data.
+    """Labelled examples as whole tensors; on small data, indexing is faster than a DataLoader.
 
-    x: float32 [n, ...]; y: int64 [n] for classification. Labels of other whole-number dtypes
-    are taken as int64.
+    x: float32 [n, ...]; y: int64 [n] for classification; other integer dtypes become int64.
     """
 
     x: Tensor

@@ -1,8 +1,8 @@
-"""Many small learning tasks, one a client, each with a linear model of its own.
+"""Many small learning tasks, one a client, each with its own linear model.
 
-Two natural data sets, which are looked for in ``natural/`` under the data folder and nowhere
-else, and two ways of making tasks of MNIST. Every client has a quarter of its examples for
-tests, as in the experiments of Smith et al., "Federated Multi-Task Learning", NeurIPS 2017.
+There are two natural data sets, which are read from ``natural/`` in the data folder, and two kinds
+of tasks on MNIST. Every client has a quarter of its examples for tests, as in the experiments of
+Smith et al., "Federated Multi-Task Learning", NeurIPS 2017.
 """
 
 from __future__ import annotations
@@ -33,23 +33,23 @@ Parts = tuple[Examples, Examples]
 Digits = Literal["one-vs-rest", "odd-even"]
 
 _PARTS = 4
-"""One part of so many is for tests."""
+"""One part in four is for tests."""
 
 
 class LinearTasks(Problem):
-    """Tasks with the same features, the last of them a constant, and one output w^T x.
+    """Tasks with the same features, of which the last is constant, and one output w^T x.
 
-    Classes are 0 and 1, with the hinge loss of an output and -1 or 1.
+    Classes are 0 and 1; the loss is the hinge loss of the output and -1 or 1.
     """
 
     clients: int
     seed: int
     dim: int
-    """d, features of an example with the constant."""
+    """d, number of features with the constant."""
 
     @abstractmethod
     def _parts(self, index: int) -> Parts:
-        """Return the examples of a task, which there is."""
+        """Return the examples of an existing task."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -92,10 +92,7 @@ class LinearTasks(Problem):
     def _checked(self, index: int) -> Parts:
         known = self.clients + self.held_out
         if not 0 <= index < known:
-            raise ProblemError(
-                f"client {index} is out of range: this problem has {known} clients, "
-                f"0 to {known - 1}"
-            )
+            raise ProblemError(f"expected a client from 0 to {known - 1}, got {index}")
         return self._parts(index)
 
 
@@ -104,7 +101,7 @@ class _File(LinearTasks):
     """A natural data set in a file of arrays x [n, d], y [n] and task [n].
 
     The features are scaled to zero mean and unit variance over the clients' training examples;
-    those that never vary are left out.
+    constant ones are dropped.
 
     Raises:
         ProblemError: at construction, for a number that is out of range.
@@ -113,7 +110,7 @@ class _File(LinearTasks):
     clients: int
     seed: int
     held_out: int = 0
-    """Tasks beyond the clients that never train."""
+    """Number of tasks beyond the clients, which never train."""
 
     file = ""
     about = ""
@@ -124,17 +121,17 @@ class _File(LinearTasks):
             raise ProblemError("problem.clients: expected at least 1, and held_out at least 0")
         if self.clients + self.held_out > self.tasks:
             raise ProblemError(
-                f"problem.clients: there are {self.tasks} {self.about}, got {self.clients} clients "
-                f"and {self.held_out} held out"
+                f"problem.clients: expected at most {self.tasks} {self.about}, got {self.clients} "
+                f"clients and {self.held_out} held out"
             )
 
     @abstractmethod
     def _labels(self, y: Array) -> Tensor:
-        """Return y as examples have it."""
+        """Return the labels of examples."""
 
     @abstractmethod
     def _strata(self, y: Array) -> Array:
-        """Return what a test part has as the training part has it, by example."""
+        """Return the stratum of each example; training and test parts have the same proportions."""
 
     def _parts(self, index: int) -> Parts:
         return self._all[index]
@@ -171,22 +168,24 @@ class _File(LinearTasks):
         path = data_root() / "natural" / self.file
         if not path.is_file():
             raise DataError(
-                f"data set {type(self).__name__} is not there and cannot be downloaded: "
-                f"put {self.file} into {path.parent}, or set FEDMQ_DATA to the folder around it"
+                f"cannot find data set {type(self).__name__}, and it cannot be downloaded: put "
+                f"{self.file} into {path.parent}, or set FEDMQ_DATA to the folder around it"
             )
         x, y, task = read_npz(path, "x", "y", "task")
         fits = x.ndim == 2 and x.shape[1] + 1 >= self.dim and y.shape == task.shape == x.shape[:1]
         if not fits or set(np.unique(task).tolist()) != set(range(self.tasks)):
-            raise DataError(f"{path} holds other arrays than x [n, d], y [n], task [n]: replace it")
+            raise DataError(
+                f"{path}: expected arrays x [n, d], y [n] and task [n], got others: replace it"
+            )
         x = x.astype(np.float64)
         if int((x.std(axis=0) > 0).sum()) + 1 != self.dim:
-            raise DataError(f"{path} does not have {self.dim - 1} features that vary: replace it")
+            raise DataError(f"{path}: expected {self.dim - 1} features that vary: replace it")
         return x, y, task
 
 
 @dataclass(frozen=True, kw_only=True)
 class LandMine(_File):
-    """29 fields; is it a land mine (6 in 100 are), from 9 features of a radar image."""
+    """29 fields; classify land mines (6 in 100) from 9 features of a radar image."""
 
     clients: int = 29
     file = "landmine-29fields.npz"
@@ -203,7 +202,7 @@ class LandMine(_File):
 
 @dataclass(frozen=True, kw_only=True)
 class School(_File):
-    """139 schools; a pupil's exam score, from 27 features of the pupil and the school.
+    """139 schools; predict a pupil's exam score from 27 features of the pupil and the school.
 
     Scores are scaled to zero mean and unit variance over the clients' training examples.
     """
@@ -216,12 +215,12 @@ class School(_File):
 
     @property
     def classes(self) -> int:
-        """There are none.
+        """Raise an error.
 
         Raises:
-            ProblemError: always.
+            ProblemError: always, because scores are no classes.
         """
-        raise ProblemError("exam scores are numbers, not classes")
+        raise ProblemError("expected a problem with classes, exam scores are numbers")
 
     def _labels(self, y: Array) -> Tensor:
         seen = y[np.concatenate([train for train, _ in self._rows[: self.clients]])]
@@ -237,8 +236,8 @@ class School(_File):
     def metrics(self, outputs: Tensor, y: Tensor) -> Mapping[str, float]:
         """Return ``loss``, and as ``accuracy`` the explained variance, 1 - squared error.
 
-        Of the variance of all scores together, so that its mean over schools is one, too; it
-        can be below 0 for one school.
+        It is relative to the variance of all scores together, so its mean over schools is one too;
+        it can be below 0 for a single school.
         """
         loss = self.loss(outputs, y).item()
         return {"loss": loss, "accuracy": 1 - 2 * loss}
@@ -246,14 +245,13 @@ class School(_File):
 
 @dataclass(frozen=True, kw_only=True)
 class DigitTasks(LinearTasks):
-    """Binary tasks on MNIST images; no image is in two of them.
+    """Binary tasks on MNIST images without common images.
 
-    digits: ``one-vs-rest``: half of the images of client k are of digit k mod 10, which is its
-        class 1, the others of all other digits: w is another for each digit. ``odd-even``: the
-        images are dealt by `partition`, and class 1 are the odd digits.
+    digits: ``one-vs-rest``: half of the images of client k are of digit k mod 10, which is class
+        1, and the others of all other digits, so each digit has another w. ``odd-even``:
+        `partition` assigns the images, and class 1 are the odd digits.
     data: ``mnist`` or ``mnist-mini``.
-    examples: images of a client, for training and tests together; with ``odd-even``, of all the
-        images that many times the number of clients are dealt.
+    examples: images a client, for training and tests together; with ``odd-even``, their average.
 
     Raises:
         ProblemError: at construction, for a value that is out of range.
@@ -289,7 +287,7 @@ class DigitTasks(LinearTasks):
     def _parts(self, index: int) -> Parts:
         kept = self._kept.get(index)
         if kept is None:
-            rows, digits = self._dealt[index], load_dataset(self.data).y_train
+            rows, digits = self._assigned[index], load_dataset(self.data).y_train
             y = digits == index % 10 if self.digits == "one-vs-rest" else digits % 2 == 1
             train, test = _split(rows, y, self.seed, index)
             kept = self._kept[index] = (self._examples(train, y), self._examples(test, y))
@@ -306,28 +304,28 @@ class DigitTasks(LinearTasks):
         return {}
 
     @cached_property
-    def _dealt(self) -> list[NDArray[np.int64]]:
+    def _assigned(self) -> list[NDArray[np.int64]]:
         digits, number = load_dataset(self.data).y_train, self.clients + self.held_out
         rng = derive_rng(self.seed, "digit tasks")
         order = rng.permutation(len(digits))
         if number * self.examples > len(digits):
             raise ProblemError(
-                f"problem.examples: {number} clients with {self.examples} each, but data set "
-                f"{self.data!r} has {len(digits)}"
+                f"problem.examples: expected at most {len(digits)} images of {self.data!r}, "
+                f"got {number} clients with {self.examples} each"
             )
         if self.digits == "odd-even":
             chosen = np.sort(order[: number * self.examples])
             deal = build(self.partition, PARTITIONS, "partition")
             writers = load_dataset(self.data).writers
-            labels, hands = digits[chosen], None if writers is None else writers[chosen]
-            return [chosen[part] for part in deal(labels, hands, number, rng)]
+            labels, groups = digits[chosen], None if writers is None else writers[chosen]
+            return [chosen[part] for part in deal(labels, groups, number, rng)]
         return _one_vs_rest(digits, order, number, self.examples)
 
 
 def _one_vs_rest(
     digits: NDArray[np.int64], order: NDArray[np.int64], number: int, examples: int
 ) -> list[NDArray[np.int64]]:
-    """Give each its own digit's half first, then others from what is left."""
+    """Assign each client half of its images of its own digit first, then the rest of others."""
     half = examples // 2
     own = []
     left = np.ones(len(digits), dtype=bool)
@@ -337,8 +335,8 @@ def _one_vs_rest(
             chosen = of_digit[turn * half : (turn + 1) * half]
             if len(chosen) < half:
                 raise ProblemError(
-                    f"problem.examples: there are not enough images of digit {digit} for the half "
-                    f"of {examples} of client {index}"
+                    f"problem.examples: expected {half} images of digit {digit} for client "
+                    f"{index}, got {len(chosen)}"
                 )
             own.append((index, chosen))
             left[chosen] = False
@@ -346,7 +344,9 @@ def _one_vs_rest(
     for index, chosen in sorted(own, key=lambda each: each[0]):
         fits = order[left[order] & (digits[order] != index % 10)][: examples - half]
         if len(fits) < examples - half:
-            raise ProblemError(f"problem.examples: no images are left for client {index}")
+            raise ProblemError(
+                f"problem.examples: expected more images, got none for client {index}"
+            )
         left[fits] = False
         parts.append(np.sort(np.concatenate([chosen, fits])))
     return parts
@@ -355,7 +355,7 @@ def _one_vs_rest(
 def _split(
     rows: NDArray[np.int64], strata: Array, seed: int, index: int
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Return training and test rows: of each stratum, a quarter (rounded) for tests."""
+    """Return training and test rows, with a quarter (rounded) of each stratum for tests."""
     rng = derive_rng(seed, "tasks' test parts", index)
     train, test = [], []
     for value in np.unique(strata[rows]):

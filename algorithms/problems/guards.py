@@ -1,8 +1,7 @@
-"""What a problem's own methods return, checked wherever they are called.
+"""Check the return values of a problem's methods.
 
-`Problem` wraps the methods of its subclasses with these: an algorithm, the evaluator and a
-program meet tensors of the right kinds and Python's own numbers, or one sentence that names
-the method.
+`Problem` wraps the methods of its subclasses with these checks, so callers get tensors of the right
+kinds and Python's numbers, or an error that names the method.
 """
 
 from __future__ import annotations
@@ -20,14 +19,14 @@ from fedmq.algorithms.problems.examples import Examples
 from fedmq.algorithms.values import ReturnedError, kind_of_value, metrics_of
 
 _CACHE = ("cache_clear", "cache_info", "cache_parameters")
-"""Of a method that `functools.cache` decorates: they stay callable."""
+"""Attributes of a method that `functools.cache` decorates; the wrapper has them too."""
 
 
 def guard(kind: type, root: type) -> None:
-    """Check from now on what the methods and properties of this class return.
+    """Wrap the methods and properties of a class with checks of their return values.
 
     Args:
-        kind: a subclass, perhaps with some of them from classes that are no problems.
+        kind: a subclass of ``root``; some methods may come from classes that are no problems.
         root: `Problem`, whose subclasses are all guarded.
     """
     for name, check in _CHECKS.items():
@@ -49,7 +48,7 @@ def guard(kind: type, root: type) -> None:
 
 
 def guard_instance(problem: object) -> None:
-    """Check what a problem has as attributes of its own in the place of methods and properties."""
+    """Check a problem's instance attributes that replace methods and properties."""
     own = getattr(problem, "__dict__", {})
     for name, check in _CHECKS.items():
         if name not in own:
@@ -67,7 +66,7 @@ def _checked(
     check: Callable[[Any, str], Any],
     kind: type | None = None,
 ) -> Callable[..., Any]:
-    """Return a method whose value is checked. ``kind``: of one that is not given its self."""
+    """Return a method with a checked return value. ``kind``: owner of a method without self."""
 
     @functools.wraps(method)
     def checked(*args: Any, **options: Any) -> Any:
@@ -82,7 +81,7 @@ def _checked(
 
 
 def _examples(found: object, who: str) -> Examples:
-    """Return examples; whole-number labels as int64, which torch's losses want."""
+    """Return examples, with integer labels as int64, which torch's losses require."""
     if not isinstance(found, Examples):
         raise ReturnedError(f"{who}: expected Examples, got {kind_of_value(found)}")
     parts: dict[str, object] = {"x": found.x, "y": found.y}
@@ -100,7 +99,7 @@ def _examples(found: object, who: str) -> Examples:
     real = dtype.is_floating_point or dtype.is_complex
     if real or dtype in (torch.int64, torch.bool):
         return found
-    # A copy: a subclass may be made from other arguments, and hold more.
+    # A copy, because a subclass may have other fields.
     changed = copy.copy(found)
     object.__setattr__(changed, "y", found.y.to(torch.int64))
     return changed
@@ -135,7 +134,7 @@ def _shape(found: object, who: str) -> tuple[int, ...]:
 
 
 _VALUES = ("clients", "held_out", "classes", "shape")
-"""Properties; a subclass may also have a plain value in their place."""
+"""Properties; a subclass may define them as plain values."""
 
 _CHECKS: Mapping[str, Callable[[Any, str], Any]] = {
     "model": _model,

@@ -1,4 +1,4 @@
-"""Image classification: one of the data sets, dealt to clients, and one of the models."""
+"""Image classification: a data set, a partition among clients, and a model."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ from fedmq.codecs.spec import build
 from fedmq.codecs.text import unknown
 
 CACHE_BYTES = 1 << 30
-"""Clients' float32 examples are kept up to this size in all; later ones are converted anew."""
+"""Size limit of the cache of clients' float32 examples; others are converted each time."""
 
 
-class _Kept:
-    """Examples of clients, as many as there is room for."""
+class _Cache:
+    """Examples of clients, up to `CACHE_BYTES`."""
 
     def __init__(self) -> None:
         self._nbytes = 0
         self._examples: dict[int, Examples] = {}
 
     def get(self, index: int) -> Examples | None:
-        """Return a client's examples, if they are here."""
+        """Return a client's examples, or None."""
         return self._examples.get(index)
 
     def keep(self, index: int, examples: Examples) -> None:
-        """Keep them if they fit; their size is counted once."""
+        """Store a client's examples, if they fit."""
         if self._nbytes + examples.x.nbytes <= CACHE_BYTES:
             self._nbytes += examples.x.nbytes
             self._examples[index] = examples
@@ -46,12 +46,12 @@ class _Kept:
 class ImageClassification(Problem):
     """A classification problem on images, divided among clients.
 
-    Names and numbers are checked at construction; data are read, and downloaded where
-    they are not there yet, only when examples are asked for.
+    Names and numbers are checked at construction; data are read, and downloaded if missing, when
+    examples are requested.
 
     Raises:
-        ProblemError: at construction, for a field that is unknown, out of range or does
-            not fit the others; the message begins with the name of the field.
+        ProblemError: at construction, for a field that is unknown, out of range or does not fit the
+            others; the message begins with the name of the field.
     """
 
     name: str
@@ -61,15 +61,15 @@ class ImageClassification(Problem):
     clients: int
     """Number of clients, K."""
     partition: str
-    """How the examples are dealt, a spec of `PARTITIONS` such as ``"dirichlet(0.5)"``."""
+    """The partition, a spec of `PARTITIONS` such as ``"dirichlet(0.5)"``."""
     seed: int
-    """What the model's first parameters, the choice of examples and the partition depend on."""
+    """Seed of the model's first parameters, the choice of examples and the partition."""
     examples: int | None = None
-    """Deal only so many training examples, chosen at random; the test examples stay all."""
+    """Number of training examples, chosen at random; None is all. All test examples are used."""
     held_out: int = 0
-    """Deal to so many clients more, which never train; their numbers come after the others."""
+    """Number of additional clients, which never train; their numbers follow the others."""
     public_examples: int = 0
-    """Set so many training examples aside, chosen at random, for all to share."""
+    """Number of training examples, chosen at random, that all clients share."""
 
     def __post_init__(self) -> None:
         if self.name not in DATASETS:
@@ -80,20 +80,20 @@ class ImageClassification(Problem):
             raise ProblemError(f"clients: expected at least 1, got {self.clients}")
         if not 0 <= self.seed < 1 << 63:
             raise ProblemError(f"seed: expected 0 to 2**63 - 1, got {self.seed}")
-        hands = self.clients + self.held_out
-        if self.examples is not None and self.examples < hands:
+        parts = self.clients + self.held_out
+        if self.examples is not None and self.examples < parts:
             raise ProblemError(
-                f"examples: expected at least one for each of {hands} clients, got {self.examples}"
+                f"examples: expected at least one for each of {parts} clients, got {self.examples}"
             )
         for key, value in (("held_out", self.held_out), ("public", self.public_examples)):
             if value < 0:
                 raise ProblemError(f"{key}: expected at least 0, got {value}")
-        needs_writers = self._dealer.needs_writers
+        needs_writers = self._partition.needs_writers
         if needs_writers and DATASETS[self.name].read_writers is None:
             known = ", ".join(name for name, source in DATASETS.items() if source.read_writers)
             raise ProblemError(
-                f"partition: {self.partition!r} needs to know who wrote each example, which "
-                f"data set {self.name!r} does not say; choose from {known}"
+                f"partition: expected a data set with writers for {self.partition!r}, got "
+                f"{self.name!r}; choose from {known}"
             )
         try:
             self.model()
@@ -101,39 +101,39 @@ class ImageClassification(Problem):
             raise ProblemError(f"model: {error}") from None
 
     def model(self) -> nn.Module:
-        """Return a freshly initialised model; the same values at every call.
+        """Return a freshly initialised model with the same values at every call.
 
-        Nobody else's random numbers change.
+        The states of global random generators are restored.
         """
         source = DATASETS[self.name]
-        # torch.manual_seed would reseed every GPU too, which fork_rng does not undo here.
+        # torch.manual_seed would also reseed every GPU, which fork_rng does not undo here.
         with torch.random.fork_rng(devices=[]), torch.device("cpu"):
             torch.default_generator.manual_seed(self.seed)
             return MODELS[self.model_name](source.shape, source.classes)
 
     def client(self, index: int) -> Examples:
-        """Return the training examples of one client; x: float32 [n, C, H, W], not to be changed.
+        """Return the training examples of one client; x: float32 [n, C, H, W], read-only.
 
         Raises:
-            ProblemError: there is no such client, or the data cannot be dealt as asked.
-            DataError: the data set is not there.
+            ProblemError: there is no such client, or the partition does not fit the data.
+            DataError: the data set is missing or damaged.
         """
         self._check(index)
-        kept = self._kept.get(index)
-        if kept is None:
+        found = self._cache.get(index)
+        if found is None:
             part = self._parts[index]
-            kept = Examples(
+            found = Examples(
                 self._data.normalise(self._data.x_train[part]),
                 torch.from_numpy(self._data.y_train[part]),
             )
-            self._kept.keep(index, kept)
-        return kept
+            self._cache.keep(index, found)
+        return found
 
     def test(self) -> Examples:
-        """Return the test examples; x: float32 [n, C, H, W], not to be changed.
+        """Return the test examples; x: float32 [n, C, H, W], read-only.
 
         Raises:
-            DataError: the data set is not there.
+            DataError: the data set is missing or damaged.
         """
         return self._test
 
@@ -148,11 +148,10 @@ class ImageClassification(Problem):
         return DATASETS[self.name].classes
 
     def client_test(self, index: int) -> Examples:
-        """Return the test examples of one client; x: float32 [n, C, H, W], not to be changed.
+        """Return the test examples of one client; x: float32 [n, C, H, W], read-only.
 
-        Their classes are in the proportions of the client's training examples, as exactly as
-        whole numbers allow, and there are at most as many. They are drawn from all test
-        examples, so clients may share some.
+        Their classes have the proportions of the client's training examples, up to rounding, and
+        they are at most as many. They are drawn from all test examples, so clients may share some.
 
         Raises:
             ProblemError, DataError: as `client`.
@@ -176,14 +175,16 @@ class ImageClassification(Problem):
         return Examples(self._data.normalise(x), torch.from_numpy(y))
 
     def public(self) -> Examples:
-        """Return the shared training examples; x: float32 [n, C, H, W], not to be changed.
+        """Return the shared training examples; x: float32 [n, C, H, W], read-only.
 
         Raises:
             ProblemError: there are none; or as `client`.
-            DataError: the data set is not there.
+            DataError: the data set is missing or damaged.
         """
         if not self.public_examples:
-            raise ProblemError("this problem has no public examples: set problem.public")
+            raise ProblemError(
+                "expected a problem with public examples, got none: set problem.public"
+            )
         part = np.sort(self._order[: self.public_examples])
         x, y = self._data.x_train[part], self._data.y_train[part]
         return Examples(self._data.normalise(x), torch.from_numpy(y))
@@ -198,7 +199,7 @@ class ImageClassification(Problem):
         return {"loss": self.loss(outputs, y).item(), "accuracy": correct.item()}
 
     @cached_property
-    def _dealer(self) -> Partition:
+    def _partition(self) -> Partition:
         try:
             return build(self.partition, PARTITIONS, "partition")
         except SpecError as error:
@@ -210,27 +211,23 @@ class ImageClassification(Problem):
 
     def _check(self, index: int) -> None:
         if not 0 <= index < self.clients + self.held_out:
-            also = f", and {self.held_out} that never train" if self.held_out else ""
-            raise ProblemError(
-                f"client {index} is out of range: this problem has {self.clients} clients, "
-                f"0 to {self.clients - 1}{also}"
-            )
+            last = self.clients + self.held_out - 1
+            raise ProblemError(f"expected a client from 0 to {last}, got {index}")
 
     @cached_property
     def _order(self) -> Indices:
-        """All training examples, shuffled."""
+        """Return the indices of all training examples, shuffled."""
         return np.random.default_rng((self.seed, 0)).permutation(len(self._data.y_train))
 
     @cached_property
     def _parts(self) -> list[Indices]:
         labels, writers = self._data.y_train, self._data.writers
-        first, beside = self.public_examples, ""
+        first = self.public_examples
         left = len(labels) - first
-        if first:
-            beside = f" beside {first} public ones"
         if left < (self.examples or 0) or left < 1:
             raise ProblemError(
-                f"examples: data set {self.name!r} has {left}{beside}, got {self.examples}"
+                f"examples: expected at most {left} of data set {self.name!r} with {first} public "
+                f"ones, got {self.examples}"
             )
         chosen = np.arange(len(labels))
         if self.examples is not None or first:
@@ -239,16 +236,16 @@ class ImageClassification(Problem):
             labels = labels[chosen]
             writers = None if writers is None else writers[chosen]
         deal = np.random.default_rng((self.seed, 1))
-        hands = self._dealer(labels, writers, self.clients + self.held_out, deal)
-        return [chosen[part] for part in hands]
+        parts = self._partition(labels, writers, self.clients + self.held_out, deal)
+        return [chosen[part] for part in parts]
 
     @cached_property
     def _tests(self) -> dict[int, Indices]:
         return {}
 
     @cached_property
-    def _kept(self) -> _Kept:
-        return _Kept()
+    def _cache(self) -> _Cache:
+        return _Cache()
 
     @cached_property
     def _test(self) -> Examples:

@@ -1,8 +1,8 @@
-"""The models of the papers that fedmq re-implements; every one returns logits.
+"""The models of the papers that fedmq re-implements; all return logits.
 
-A model is an `nn.Sequential` of named layers: the names in its ``state_dict`` are those
-of the layers below, and the last layer is always the classifier that ends in one logit
-a class. Shapes in comments are those for one MNIST or CIFAR batch of n images.
+A model is an `nn.Sequential` of named layers, whose names are those in its ``state_dict``. The last
+layer is the classifier, with one logit a class. Shapes in comments are those of one MNIST or CIFAR
+batch of n images.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ def cnn(shape: Shape, classes: int) -> nn.Module:
     """
     channels, height, width = shape
     if height < 4 or width < 4:
-        raise ProblemError(f"model 'cnn' expects images of at least 4x4, got {_text(shape)}")
+        raise ProblemError(f"model 'cnn': expected images of at least 4x4, got {_text(shape)}")
     return _named(
         conv1=nn.Conv2d(channels, 32, 5, padding="same"),  # [n, 32, 28, 28]
         relu1=nn.ReLU(),
@@ -122,8 +122,8 @@ def cnn(shape: Shape, classes: int) -> nn.Module:
 def mlp_elu(shape: Shape, classes: int) -> nn.Module:
     """Multi-layer perceptron with hidden layers of 80 and 60 units and ELU; 68,270 on MNIST.
 
-    x: float32 [n, C, H, W] -> logits [n, classes]. The model of Fallah et al., NeurIPS 2020,
-    as public re-implementations have it, but for their ELU and softmax on the logits.
+    x: float32 [n, C, H, W] -> logits [n, classes]. The model of Fallah et al., NeurIPS 2020, as in
+    public re-implementations, without their ELU and softmax on the logits.
     """
     return _named(
         flatten=nn.Flatten(),
@@ -144,7 +144,7 @@ def fd_cnn(shape: Shape, classes: int) -> nn.Module:
     """
     channels, height, width = shape
     if height < 6 or width < 6:
-        raise ProblemError(f"model 'fd-cnn' expects images of at least 6x6, got {_text(shape)}")
+        raise ProblemError(f"model 'fd-cnn': expected images of at least 6x6, got {_text(shape)}")
     return _named(
         conv1=nn.Conv2d(channels, 32, 3, bias=False),  # [n, 32, 26, 26]
         relu1=nn.ReLU(),
@@ -177,7 +177,7 @@ def _named(**layers: nn.Module) -> nn.Sequential:
 def _require(model: str, shape: Shape, expected: Shape) -> None:
     if shape != expected:
         raise ProblemError(
-            f"model {model!r} expects images of {_text(expected)} "
+            f"model {model!r}: expected images of {_text(expected)} "
             f"(channels x height x width), got {_text(shape)}"
         )
 

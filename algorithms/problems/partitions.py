@@ -1,31 +1,39 @@
-"""How examples are dealt to clients.
+"""Partitions of examples among clients.
 
-Every partition gives an example to one client at most (all of them are dealt unless it says
-otherwise), leaves no client empty, and is a function of its arguments alone: the same
-generator state deals the same hands.
+A partition gives each example to at most one client (to exactly one unless stated), gives every
+client some, and depends on its arguments alone: the same generator state gives the same partition.
 """
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field
 
 from fedmq.algorithms.errors import ProblemError
+from fedmq.algorithms.hyperparameters import check_hyperparameters
 
 Indices = NDArray[np.int64]
 
 
+@dataclass(frozen=True)
 class Partition(ABC):
-    """One way of dealing examples to clients; call it to deal."""
+    """A partition; call it to assign examples to clients.
+
+    Raises:
+        AlgorithmError: at construction, for a parameter that is out of range.
+    """
 
     needs_writers: ClassVar[bool] = False
-    """Whether it needs to know who wrote each example."""
+    """Whether it needs the writer of each example."""
+
+    def __post_init__(self) -> None:
+        check_hyperparameters(self)
 
     def __call__(
         self,
@@ -38,31 +46,31 @@ class Partition(ABC):
 
         Args:
             labels: int64 [n], the class of each example.
-            groups: int64 [n], the writer of each example, or None where nobody knows.
-            clients: how many clients to deal to, K.
-            rng: the source of all chance.
+            groups: int64 [n], the writer of each example, or None if unknown.
+            clients: number of clients, K.
+            rng: source of all random draws.
 
         Raises:
-            ProblemError: these examples cannot be dealt to so many clients in this way.
+            ProblemError: the examples cannot be assigned to this number of clients.
         """
         if clients < 1:
             raise ProblemError(f"expected at least 1 client, got {clients}")
         if clients > len(labels):
             raise ProblemError(
-                f"{clients} clients cannot share {len(labels)} examples: lower clients"
+                f"expected at most {len(labels)} clients, one for each example, got {clients}"
             )
         values = groups if self.needs_writers else labels
         if values is None:
             raise ProblemError(
-                "this partition needs to know who wrote each example, and these data do not say; "
-                "data set 'mnist' does if the data folder holds mnist-writers.npz or "
+                "expected a data set with the writer of each example for this partition; data set "
+                "'mnist' has them if the data folder holds mnist-writers.npz or "
                 "QMNIST/raw/qmnist-train-labels-idx2-int.gz"
             )
         return [np.sort(part) for part in self._deal(values, clients, rng)]
 
     @abstractmethod
     def _deal(self, values: Indices, clients: int, rng: np.random.Generator) -> list[Indices]:
-        """Deal by the label of each example, or by its writer where ``needs_writers``."""
+        """Assign by the label of each example, or by its writer if ``needs_writers``."""
 
 
 @dataclass(frozen=True)
@@ -81,46 +89,38 @@ class Shards(Partition):
     with two shards most clients see two digits.
     """
 
-    per_client: int = 2
-
-    def __post_init__(self) -> None:
-        _require_int("per_client", self.per_client)
+    per_client: Annotated[int, Field(ge=1)] = 2
 
     def _deal(self, values: Indices, clients: int, rng: np.random.Generator) -> list[Indices]:
         count = clients * self.per_client
         if count > len(values):
             raise ProblemError(
-                f"{clients} clients with {self.per_client} shards each need {count} examples, "
-                f"got {len(values)}: lower clients or per_client"
+                f"expected at least {count} examples for {clients} clients with {self.per_client} "
+                f"shards each, got {len(values)}: lower clients or per_client"
             )
         shards = np.array_split(np.argsort(values, kind="stable"), count)
-        hands = rng.permutation(count).reshape(clients, self.per_client)
-        return [np.concatenate([shards[shard] for shard in hand]) for hand in hands]
+        chosen = rng.permutation(count).reshape(clients, self.per_client)
+        return [np.concatenate([shards[shard] for shard in part]) for part in chosen]
 
 
 @dataclass(frozen=True)
 class Dirichlet(Partition):
     """Split every class over the clients in proportions drawn from Dirichlet(alpha).
 
-    A small alpha gives each client few classes and unequal sizes, a large one approaches
-    IID. The procedure of Yurochkin et al., ICML 2019, section 4; Hsu et al. 2019 draw a
-    class mix for each client instead, of equal size. The papers redraw until no client is
-    too small, which need not end; here clients with fewer than min_size examples are
-    given random ones of the client that has most.
+    A small alpha gives each client few classes and unequal sizes, a large one approaches IID. The
+    procedure of Yurochkin et al., ICML 2019, section 4; Hsu et al. 2019 instead draw a class mix of
+    equal size for each client. The papers redraw until no client is too small, which need not end;
+    here a client with fewer than min_size examples gets random ones of the largest client.
     """
 
-    alpha: float
-    min_size: int = 1
-
-    def __post_init__(self) -> None:
-        _require_number("alpha", self.alpha, positive=True)
-        _require_int("min_size", self.min_size)
+    alpha: Annotated[float, Field(gt=0)]
+    min_size: Annotated[int, Field(ge=1)] = 1
 
     def _deal(self, values: Indices, clients: int, rng: np.random.Generator) -> list[Indices]:
         if clients * self.min_size > len(values):
             raise ProblemError(
-                f"{clients} clients with min_size={self.min_size} need "
-                f"{clients * self.min_size} examples, got {len(values)}: lower one of them"
+                f"expected at least {clients * self.min_size} examples for {clients} clients with "
+                f"min_size={self.min_size}, got {len(values)}: lower one of them"
             )
         owner = np.empty(len(values), dtype=np.int64)
         for label in np.unique(values):
@@ -132,7 +132,7 @@ class Dirichlet(Partition):
         sizes = np.array([len(part) for part in parts])
         for poor in np.flatnonzero(sizes < self.min_size):
             while sizes[poor] < self.min_size:
-                # The richest has more than min_size, since the average is at least that.
+                # The largest has more than min_size, because the average is at least that.
                 rich = int(np.argmax(sizes))
                 parts[poor] = np.append(parts[poor], parts[rich][-1])
                 parts[rich] = parts[rich][:-1]
@@ -143,29 +143,26 @@ class Dirichlet(Partition):
 
 @dataclass(frozen=True)
 class Unbalanced(Partition):
-    """Deal IID labels in sizes proportional to log-normal weights exp(sigma * N(0, 1)).
+    """IID labels in sizes proportional to log-normal weights exp(sigma * N(0, 1)).
 
-    With sigma = 0 all sizes are equal; with 1 the largest of 100 clients has about
-    twelve times the median.
+    With sigma = 0 all sizes are equal; with 1 the largest of 100 clients has about twelve times
+    the median.
     """
 
-    sigma: float = 1.0
-
-    def __post_init__(self) -> None:
-        _require_number("sigma", self.sigma, positive=False)
+    sigma: Annotated[float, Field(ge=0)] = 1.0
 
     def _deal(self, values: Indices, clients: int, rng: np.random.Generator) -> list[Indices]:
         exponents = self.sigma * rng.standard_normal(clients)
-        weights = np.exp(exponents - exponents.max())  # scaled, so that none overflows
+        weights = np.exp(exponents - exponents.max())  # scaled against overflow
         sizes = 1 + _apportion(weights / weights.sum(), len(values) - clients)
         return np.split(rng.permutation(len(values)), np.cumsum(sizes)[:-1])
 
 
 @dataclass(frozen=True)
 class ByWriter(Partition):
-    """Deal whole writers, the natural partition of handwriting, in sizes as equal as may be.
+    """Assign whole writers, the natural partition of handwriting, in sizes as equal as possible.
 
-    The writer with most examples goes first, to the client that has fewest so far (LPT
+    In descending order of size, each writer goes to the client with the fewest examples so far (LPT
     scheduling, Graham 1969); the order of equal writers is random.
     """
 
@@ -175,7 +172,7 @@ class ByWriter(Partition):
         writers, of_writer = np.unique(values, return_inverse=True)
         if clients > len(writers):
             raise ProblemError(
-                f"{clients} clients cannot share {len(writers)} writers, who are not divided: "
+                f"expected at most {len(writers)} clients, one for each writer, got {clients}: "
                 "lower clients or choose another partition"
             )
         counts = np.bincount(of_writer)
@@ -186,46 +183,45 @@ class ByWriter(Partition):
             client = int(np.argmin(sizes))
             owner[writer] = client
             sizes[client] += counts[writer]
-        # Deal the hands out at random: otherwise client 0 always has the most productive writer.
+        # In random order: otherwise client 0 would always have the most productive writer.
         of_example = rng.permutation(clients)[owner][of_writer]
         return _by_owner(of_example, clients)
 
 
 @dataclass(frozen=True)
 class Classes(Partition):
-    """Give each client examples of so many classes and no others.
+    """Give each client examples of ``per_client`` classes and no others.
 
-    The classes are shared out as evenly as may be; a client has equally many examples of each
-    of its own. ``least`` and ``most``: a client gets so many examples in all, drawn uniformly
-    between the two; without them, a class is cut into equal parts for those who have it. The
-    split of FedRep (Collins et al., ICML 2021, section 5) and of pFedHN, which deal shards of
-    classes unevenly.
+    The classes are assigned as evenly as possible; a client has equally many examples of each of
+    its own. ``least`` and ``most``: bounds of a client's number of examples, drawn uniformly
+    between them; without them, a class is cut into equal parts for its clients. The split of FedRep
+    (Collins et al., ICML 2021, section 5) and of pFedHN, which assign shards of classes unevenly.
     """
 
-    per_client: int = 2
-    least: int | None = None
-    most: int | None = None
+    per_client: Annotated[int, Field(ge=1)] = 2
+    least: Annotated[int, Field(ge=1)] | None = None
+    most: Annotated[int, Field(ge=1)] | None = None
 
     def __post_init__(self) -> None:
-        _require_int("per_client", self.per_client)
+        super().__post_init__()
         if (self.least is None) != (self.most is None):
-            raise ProblemError("least and most must be given together")
-        if self.least is not None and self.most is not None:
-            _require_int("least", self.least)
-            _require_int("most", self.most)
-            if not self.per_client <= self.least <= self.most:
-                raise ProblemError(
-                    f"least must be from per_client, {self.per_client}, to most, {self.most}, "
-                    f"got {self.least}"
-                )
+            raise ProblemError("least and most: expected both or neither")
+        least, most = self.least or self.per_client, self.most or self.per_client
+        if not self.per_client <= least <= most:
+            raise ProblemError(
+                f"least: expected {self.per_client} (per_client) to {self.most} (most), "
+                f"got {self.least}"
+            )
 
     def _deal(self, values: Indices, clients: int, rng: np.random.Generator) -> list[Indices]:
         classes = np.unique(values)
         if self.per_client > len(classes):
-            raise ProblemError(f"per_client must be at most {len(classes)}, the number of classes")
+            raise ProblemError(
+                f"per_client: expected at most {len(classes)}, the number of classes"
+            )
         holders: dict[int, list[int]] = {int(each): [] for each in classes}
         for client in rng.permutation(clients):
-            # Those that fewest have so far; chance decides between equals.
+            # The classes with the fewest clients so far, in random order of equal ones.
             order = sorted(holders, key=lambda each: (len(holders[each]), rng.random()))
             for each in order[: self.per_client]:
                 holders[each].append(int(client))
@@ -238,89 +234,84 @@ class Classes(Partition):
             if totals is None:
                 shares = np.array_split(members, max(1, len(owners)))
             else:
-                # Of a total that does not divide evenly, the first classes have one more.
+                # If a total does not divide evenly, the first classes have one more.
                 more = [len(parts[owner]) < totals[owner] % self.per_client for owner in owners]
                 sizes = totals[owners] // self.per_client + np.array(more, np.int64)
                 if sizes.sum() > len(members):
                     raise ProblemError(
-                        f"{len(owners)} clients want {sizes.sum()} examples of class {each}, "
-                        f"there are {len(members)}: lower clients or most"
+                        f"expected at least {sizes.sum()} examples of class {each} for "
+                        f"{len(owners)} clients, got {len(members)}: lower clients or most"
                     )
                 shares = np.split(members, np.cumsum(sizes))
             for owner, share in zip(owners, shares, strict=False):
                 parts[owner].append(share)
-        hands = [np.concatenate(part) for part in parts]
-        if not all(map(len, hands)):
-            raise ProblemError(f"{clients} clients are too many for {len(values)} examples")
-        return hands
+        found = [np.concatenate(part) for part in parts]
+        if not all(map(len, found)):
+            raise ProblemError(
+                f"expected fewer clients than {clients} for {len(values)} examples: lower clients"
+            )
+        return found
 
 
 @dataclass(frozen=True)
 class Targets(Partition):
-    """Deal IID, then take nearly all examples of a few labels from each client.
+    """IID, then without nearly all examples of a few labels of each client.
 
-    labels: target labels of a client, drawn for each; keep: examples of each that stay.
-    Jeong et al. 2018, section 4: three target labels, 5 of 200 samples stay.
+    labels: number of target labels, drawn for each client; keep: remaining examples of each.
+    Jeong et al. 2018, section 4: three target labels, 5 of 200 samples remain.
     """
 
-    labels: int = 3
-    keep: int = 5
-
-    def __post_init__(self) -> None:
-        _require_int("labels", self.labels)
-        _require_int("keep", self.keep)
+    labels: Annotated[int, Field(ge=1)] = 3
+    keep: Annotated[int, Field(ge=1)] = 5
 
     def _deal(self, values: Indices, clients: int, rng: np.random.Generator) -> list[Indices]:
         classes = np.unique(values)
         if self.labels >= len(classes):
-            raise ProblemError(f"labels must be below {len(classes)}, the number of classes")
-        hands = []
-        for hand in np.array_split(rng.permutation(len(values)), clients):
-            left = np.ones(len(hand), dtype=bool)
+            raise ProblemError(f"labels: expected fewer than {len(classes)}, the number of classes")
+        parts = []
+        for part in np.array_split(rng.permutation(len(values)), clients):
+            left = np.ones(len(part), dtype=bool)
             for label in rng.choice(classes, self.labels, replace=False):
-                left[np.flatnonzero(values[hand] == label)[self.keep :]] = False
-            hands.append(hand[left])
-        return hands
+                left[np.flatnonzero(values[part] == label)[self.keep :]] = False
+            parts.append(part[left])
+        return parts
 
 
 @dataclass(frozen=True)
 class Fallah(Partition):
     """The split of Fallah et al., NeurIPS 2020, section 5, for ten classes.
 
-    Half of the clients have a examples of each of the first five classes; each of the other
-    half has a/2 of one of the first five, and 2a of one of the others. The paper: a = 196 on
-    MNIST and 68 on CIFAR-10, 50 clients. The classes of the second half are taken in turn.
+    Half of the clients have ``a`` examples of each of the first five classes; each of the others
+    has a/2 examples of one of the first five, and 2a of one of the last five, in turn. The paper:
+    a = 196 on MNIST and 68 on CIFAR-10, 50 clients.
     """
 
-    a: int = 196
-
-    def __post_init__(self) -> None:
-        _require_int("a", self.a)
+    a: Annotated[int, Field(ge=1)] = 196
 
     def _deal(self, values: Indices, clients: int, rng: np.random.Generator) -> list[Indices]:
         classes = np.unique(values)
         if len(classes) != 10:
-            raise ProblemError(f"this partition is for ten classes, these data have {len(classes)}")
+            raise ProblemError(f"expected ten classes for this partition, got {len(classes)}")
         pools = [rng.permutation(np.flatnonzero(values == each)) for each in classes]
 
         def take(index: int, count: int) -> Indices:
             if len(pools[index]) < count:
                 raise ProblemError(
-                    f"class {classes[index]} has too few examples for {clients} clients: lower a, "
-                    f"{self.a}, or clients"
+                    f"expected more examples of class {classes[index]} for {clients} clients: "
+                    f"lower a, {self.a}, or clients"
                 )
             taken, pools[index] = pools[index][:count], pools[index][count:]
             return taken
 
-        hands: list[Indices] = [np.empty(0, np.int64)] * clients
+        found: list[Indices] = [np.empty(0, np.int64)] * clients
         for turn, client in enumerate(rng.permutation(clients)):
             if turn < clients // 2:
-                hand = [take(label, self.a) for label in range(5)]
+                part = [take(label, self.a) for label in range(5)]
             else:
                 label = turn % 5
-                hand = [take(label, max(1, self.a // 2)), take(5 + label, 2 * self.a)]
-            hands[client] = np.concatenate(hand)
-        return hands
+                part = [take(label, max(1, self.a // 2)), take(5 + label, 2 * self.a)]
+            found[client] = np.concatenate(part)
+        return found
 
 
 PARTITIONS: Mapping[str, Callable[..., Partition]] = {
@@ -337,7 +328,7 @@ PARTITIONS: Mapping[str, Callable[..., Partition]] = {
 
 
 def _by_owner(owner: Indices, clients: int) -> list[Indices]:
-    """Return the sorted indices of what each client has, in one pass for all of them."""
+    """Return the sorted indices of each client's examples, in one pass."""
     order = np.argsort(owner, kind="stable")
     return np.split(order, np.cumsum(np.bincount(owner, minlength=clients))[:-1])
 
@@ -347,15 +338,3 @@ def _apportion(shares: NDArray[np.float64], total: int) -> Indices:
     edges = np.rint(np.cumsum(shares) * total).astype(np.int64)
     edges[-1] = total  # the shares sum to 1 only up to rounding
     return np.diff(np.minimum(edges, total), prepend=0)
-
-
-def _require_int(name: str, value: object) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ProblemError(f"{name} must be a whole number of at least 1, got {value!r}")
-
-
-def _require_number(name: str, value: object, *, positive: bool) -> None:
-    bound = "above 0" if positive else "of at least 0"
-    good = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    if not good or value < 0 or (positive and value == 0):  # type: ignore[operator] # good
-        raise ProblemError(f"{name} must be a number {bound}, got {value!r}")

@@ -1,4 +1,4 @@
-"""From the ``[problem]`` table of a configuration to a problem."""
+"""Make the problem that the ``[problem]`` table of a configuration describes."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from fedmq.algorithms.values import kind_of_value
 from fedmq.codecs.text import shorten, unknown
 
 PROBLEMS: Mapping[str, str] = {name: source.about for name, source in DATASETS.items()}
-"""The built-in problems, each with one line of what it is."""
+"""The built-in problems with one-line descriptions."""
 
 DEFAULT_MODEL: Mapping[str, str] = {name: source.model for name, source in DATASETS.items()}
-"""The model of each built-in problem, unless the configuration names another."""
+"""The default model of each built-in problem."""
 
 ENTRY_POINTS = "fedmq.problems"
-"""The group of entry points by which installed packages bring problems."""
+"""Group of entry points in which installed packages register problems."""
 
 _EXPECTED: Mapping[str, tuple[type, str]] = {
     "name": (str, "the name of a data set or module:attribute, in quotes"),
@@ -40,15 +40,14 @@ _EXPECTED: Mapping[str, tuple[type, str]] = {
 def load_problem(options: Mapping[str, object], seed: int, allowed: Allowed = NOTHING) -> Problem:
     """Return the problem that the ``[problem]`` table of a configuration describes.
 
-    The table holds ``name`` and ``clients`` and perhaps ``model``, ``partition`` (IID
-    unless it is given), ``examples``, ``held_out`` and ``public``: the fields of
-    `ImageClassification`. If the name is ``module:attribute``, or that of an entry point of
-    an installed package, what it names is called instead, with all the other options and
-    ``seed`` as keywords, and returns a `Problem`. This runs the module's code: `allowed` says
-    which may run, see `fedmq.algorithms.allowed`.
+    The table has ``name`` and ``clients`` and optionally ``model``, ``partition`` (IID by default),
+    ``examples``, ``held_out`` and ``public``: the fields of `ImageClassification`. If the name is
+    ``module:attribute``, or an entry point of an installed package, the object of that name is
+    called with all the other options and ``seed`` as keywords, and must return a `Problem`. This
+    runs the module's code, if ``allowed`` permits it; see `fedmq.algorithms.allowed`.
 
     Raises:
-        NotAllowed: the name is that of a module that is not allowed; nothing was imported.
+        NotAllowed: the module is not allowed; nothing was imported.
         ProblemError: an option is unknown, missing, of a wrong type or out of range; the
             message begins with its key, ``problem.<key>``.
     """
@@ -94,7 +93,7 @@ def _option(options: Mapping[str, object], key: str, default: object = None) -> 
     kind, expected = _EXPECTED[key]
     value = options.get(key, default)
     if value is None:
-        raise ProblemError(f"problem.{key}: expected {expected}, but it is missing")
+        raise ProblemError(f"problem.{key}: expected {expected}, it is missing")
     if not isinstance(value, kind) or isinstance(value, bool):
         raise ProblemError(f"problem.{key}: expected {expected}, got {value!r}")
     return value
@@ -109,7 +108,9 @@ def _is_installed(name: str) -> bool:
 
 def _load_own(name: str, options: Mapping[str, object], seed: int, allowed: Allowed) -> Problem:
     if "seed" in options:
-        raise ProblemError("problem.seed: the seed is that of the whole run, not of the problem")
+        raise ProblemError(
+            "problem.seed: expected no such key; run.seed is the seed of the whole run"
+        )
     factory: Any
     try:
         factory = resolve(name, allowed, ENTRY_POINTS, Problem, options)
@@ -120,7 +121,7 @@ def _load_own(name: str, options: Mapping[str, object], seed: int, allowed: Allo
     if not callable(factory) or (isinstance(factory, type) and not issubclass(factory, Problem)):
         raise ProblemError(
             f"problem.name: expected {name!r} to be a Problem class or a function that returns "
-            f"a Problem, it is of type {type(factory).__name__!r}"
+            f"a Problem, got one of type {type(factory).__name__!r}"
         )
     try:
         signature = inspect.signature(factory)
@@ -128,7 +129,7 @@ def _load_own(name: str, options: Mapping[str, object], seed: int, allowed: Allo
         signature.bind(**options, seed=seed)
     except TypeError as error:
         raise ProblemError(
-            f"problem: {name!r} is called with {', '.join([*options, 'seed'])}: {error}"
+            f"problem: cannot call {name!r} with {', '.join([*options, 'seed'])}: {error}"
         ) from None
     problem = factory(**options, seed=seed)
     if not isinstance(problem, Problem):
@@ -145,9 +146,10 @@ def _load_own(name: str, options: Mapping[str, object], seed: int, allowed: Allo
 
 
 def _text_or_none(signature: inspect.Signature, key: str, value: object) -> object:
-    """Return an option's value; ``none``, TOML's word for null here, as text where text belongs.
+    """Return an option's value, with None as the text ``none`` if the option takes text.
 
-    That is where the option has a text as its default, and does not say that it may be None.
+    In a configuration ``none`` stands for null. An option takes text if its default is a text and
+    its annotation does not include None.
     """
     found = signature.parameters.get(key)
     if value is not None or found is None or not isinstance(found.default, str):
@@ -157,7 +159,7 @@ def _text_or_none(signature: inspect.Signature, key: str, value: object) -> obje
 
 
 def _count_clients(name: str, problem: Problem) -> None:
-    """Let a problem's number of clients be Python's own: numpy's cannot be sent.
+    """Convert a problem's number of clients to Python's int, because numpy's cannot be sent.
 
     Raises:
         ProblemError: it is no whole number from 1.

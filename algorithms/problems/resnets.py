@@ -1,9 +1,9 @@
 """Edge and server networks of split models, as FedGKT pairs them (He, Annavaram, Avestimehr,
 "Group Knowledge Transfer", NeurIPS 2020).
 
-An edge network is an extractor, whose feature maps travel, and a classifier; a server network
-goes on from the feature maps. Extractor and server network, one after the other, are a ResNet
-(He, Zhang, Ren, Sun, "Deep Residual Learning for Image Recognition", CVPR 2016).
+An edge network is an extractor, whose feature maps are sent, and a classifier; a server network
+takes the feature maps. Extractor and server network together are a ResNet (He, Zhang, Ren, Sun,
+"Deep Residual Learning for Image Recognition", CVPR 2016).
 """  # noqa: D205 - the citation is the summary
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Bottleneck(nn.Module):
     """1x1, 3x3 and 1x1 convolutions around a shortcut; each with BatchNorm and no bias.
 
     x: float32 [n, channels, H, W] -> [n, 4 * planes, H / stride, W / stride]. The 3x3
-    convolution strides, and a shortcut that changes the shape is a 1x1 convolution.
+    convolution has the stride; a shortcut that changes the shape is a 1x1 convolution.
     """
 
     def __init__(self, channels: int, planes: int, stride: int = 1) -> None:
@@ -56,7 +56,7 @@ class Bottleneck(nn.Module):
 class Edge(nn.Module):
     """x -> extractor -> H -> classifier -> logits.
 
-    extractor: float32 [n, C, H, W] -> feature maps, as `feature_shape` says.
+    extractor: float32 [n, C, H, W] -> feature maps, see `feature_shape`.
     classifier: feature maps -> logits [n, classes].
     """
 
@@ -97,7 +97,7 @@ def tiny_edge(shape: Shape, classes: int) -> Edge:
 def bottlenecks(
     feature_shape: Shape, classes: int, blocks: tuple[int, int, int], planes: int = 16
 ) -> nn.Module:
-    """Three stages of bottlenecks, of 1, 2 and 4 times so many planes, strides 1, 2 and 2.
+    """Three stages of bottlenecks, of 1, 2 and 4 times ``planes`` planes, strides 1, 2 and 2.
 
     H: float32 [n, c, h, w] -> logits [n, classes]. blocks: bottlenecks in each stage.
     """
@@ -141,7 +141,7 @@ def feature_shape(edge: str, shape: Shape) -> Shape:
         raise ProblemError(f"expected edge {' or '.join(EDGES)}, got {edge!r}")
     if len(shape) != 3 or min(shape) < 1:
         raise ProblemError(
-            f"edge {edge!r} expects images (channels, height, width), got {list(shape)}"
+            f"edge {edge!r}: expected images [channels, height, width], got {list(shape)}"
         )
     if edge == "resnet8":
         return (16, *shape[1:])
@@ -152,8 +152,8 @@ def initialised(make: Callable[..., nn.Module], seed: int, *args: Any) -> Any:
     """Return ``make(*args)`` with first values that depend on the seed alone.
 
     Convolutions: normal with variance 2 / fan-out (He et al., ICCV 2015); BatchNorm: 1 and 0;
-    linear layers: uniform within 1 / sqrt(fan-in). torch's own generators are not touched, so
-    that this may be done in any thread.
+    linear layers: uniform within 1 / sqrt(fan-in). torch's global generators are not used, so
+    any thread can call it.
     """
     with torch.device("meta"):
         module = make(*args)

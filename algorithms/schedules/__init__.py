@@ -1,4 +1,4 @@
-"""When clients start, what a result counts, and when a version is committed."""
+"""When clients start, how much a result counts, and when a version is committed."""
 
 from collections.abc import Mapping
 
@@ -17,7 +17,7 @@ def find_schedule(name: str) -> type[Schedule]:
     """Return the schedule of this name.
 
     Raises:
-        AlgorithmError: there is none; the sentence holds the choices.
+        AlgorithmError: there is no such schedule; the message lists the choices.
     """
     if name not in SCHEDULES:
         raise AlgorithmError(unknown("schedule", name, SCHEDULES))

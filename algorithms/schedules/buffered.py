@@ -15,12 +15,12 @@ from fedmq.algorithms.schedules.staleness import StalenessSpec
 
 @dataclass(frozen=True)
 class Buffered(Asynchronous):
-    """Algorithm 1: commit after every K results, whoever they come from.
+    """Algorithm 1: commit after every K results of any clients.
 
     size: K, results in a buffer.
-    concurrency: M_c; staleness, max_staleness: as in `Asynchronous`; s = 1 / sqrt(1 + tau) in
-        the paper, which `polynomial(0.5)` of the other schedules is too. The sum of the
-        s * Delta is divided by K, not by the sum of the s, and n_k does not count.
+    concurrency: M_c; staleness, max_staleness: as in `Asynchronous`. s = 1 / sqrt(1 + tau) in
+        the paper, which equals `polynomial(0.5)`. The sum of the s * Delta is divided by K,
+        not by the sum of the s, and n_k does not count.
 
     The paper's server learning rate eta_g is the algorithm's ``server_lr``.
     """
@@ -32,7 +32,7 @@ class Buffered(Asynchronous):
     staleness: StalenessSpec = "inverse_sqrt"
 
     def is_ready(self, view: ScheduleView) -> bool:
-        """Close when the buffer is full."""
+        """Commit when the buffer is full."""
         return view.results >= self.size
 
     def divisor(self, weights: float, results: int) -> float:

@@ -1,4 +1,4 @@
-"""Rounds as version 0.1.0 counted them, for replays of the runs that it recorded."""
+"""Rounds as version 0.1.0 counted them, for replays of its runs."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from fedmq.algorithms.schedules.rounds import Rounds
 
 @dataclass(frozen=True)
 class RecordedRounds(Rounds):
-    """Rounds in which a late result took the place of a client of the round it came in.
+    """Rounds in which a late result counts as one of the round in which it arrives.
 
-    After one lost client every later round closed without one of its own, and so made its own
-    result late. A recorded run replays as it was; no new run is made like this.
+    After one lost client, every later round ended one result early and so made that result late.
+    Only replays of runs of version 0.1.0 use this schedule.
     """
 
     def num_to_start(self, view: ScheduleView) -> int:
-        """Draw the cohort; draw again only when nobody is left to wait for."""
+        """Draw the cohort; draw again only when no result is outstanding."""
         if view.outstanding or self.is_ready(view):
             return 0
         missing = self.cohort(view.clients) - view.results
         return math.ceil(missing * self.over_select)
 
     def is_ready(self, view: ScheduleView) -> bool:
-        """Close when as many results are in as are wanted, whichever, or nobody is left."""
+        """Commit when enough results of any round have arrived, or none is outstanding."""
         if view.results >= self.cohort(view.clients):
             return True
         enough = view.results >= self.min_results

@@ -1,4 +1,4 @@
-"""Synchronous rounds: McMahan et al. 2017, with what a real fleet needs around them.
+"""Synchronous rounds: McMahan et al. 2017, with over-selection and a deadline.
 
 Over-selection and a deadline are those of Bonawitz et al., "Towards Federated Learning
 at Scale: System Design", MLSys 2019, section 2.2.
@@ -18,26 +18,26 @@ from fedmq.algorithms.schedules.base import Schedule, ScheduleView
 
 @dataclass(frozen=True)
 class Rounds(Schedule):
-    """Draw a cohort, wait for its results, commit; again.
+    """Draw a cohort, wait for its results, commit, and repeat.
 
-    fraction: C, the share of all clients that a round wants results from; at least one.
-    over_select: tasks sent per result wanted, at least 1. The round closes when the
-        wanted number is in; who comes later is late.
-    deadline_s: after this many seconds the round closes with what is in hand, but for
-        min_results; None waits for everyone who is still there.
-    min_results: a round never closes with fewer. When too few clients are left to reach
-        it, others are drawn in their place.
-    late: what becomes of a result that comes after its round: ``use`` counts it like any
-        other, ``discount`` multiplies its weight by the staleness function, ``refuse``
-        does not use it. It never takes the place of a client of the round it comes in.
-    staleness: the function for ``discount``.
+    fraction: C, the share of all clients in a round's cohort; at least one client.
+    over_select: tasks sent per wanted result, at least 1. The round ends when the wanted number
+        has arrived; the other results are late.
+    deadline_s: seconds after which the round ends with the results that it has, unless they are
+        fewer than min_results; None waits for all clients that are still connected.
+    min_results: smallest number of results of a round. If too few clients are left for it,
+        others are drawn in their place.
+    late: use of a result that arrives after its round: ``use`` counts it in full, ``discount``
+        multiplies its weight by the staleness function, ``refuse`` rejects it. It never counts
+        as one of the round in which it arrives.
+    staleness: staleness function for ``discount``.
 
-    A client that was away, or busy with a task of an earlier round, when the cohort was drawn
-    gets its task as soon as it is free. A round without a deadline waits for those who were
-    there, but busy, when it began: a lost client that comes back is missing for no longer.
+    A client that was disconnected, or busy with a task of an earlier round, when the cohort was
+    drawn gets its task as soon as it is free. A round without a deadline waits for clients that
+    were connected but busy when it began, so that a lost client is missing in no later round.
 
-    With over_select = 1 and no deadline, results are added up in cohort order and late
-    ones do not exist, so the same configuration and seed give the same model to the bit.
+    With over_select = 1 and no deadline, results are added up in cohort order and none is late,
+    so the same configuration and seed give the same model to the bit.
     """
 
     name: ClassVar[str] = "rounds"
@@ -51,29 +51,26 @@ class Rounds(Schedule):
     late: Literal["use", "discount", "refuse"] = "discount"
     staleness: functions.StalenessSpec = "polynomial(0.5)"
 
-    def __post_init__(self) -> None:
-        functions.staleness(self.staleness)
-
     def deadline(self) -> float | None:
-        """Return the deadline of a round, in seconds."""
+        """Return the deadline of a round, in seconds; None if it has none."""
         return self.deadline_s
 
     def cohort(self, clients: int) -> int:
-        """m = max(C * K, 1), and never less than min_results."""
+        """m = max(C * K, 1), or min_results if that is larger."""
         return max(round(self.fraction * clients), self.min_results, 1)
 
     def at_once(self, clients: int) -> int:
-        """Return how many tasks a round sends."""
+        """Return the number of tasks of a round."""
         return min(self._tasks(clients), clients)
 
     def least_clients(self) -> tuple[str, int]:
-        """A client counts once in a round."""
+        """Return min_results: a client counts once in a round."""
         return "min_results", self.min_results
 
     def num_to_start(self, view: ScheduleView) -> int:
-        """Draw the cohort; draw again only when nobody is left to wait for.
+        """Draw the cohort; draw again only when no result is outstanding.
 
-        Where there were not enough clients at first, those who come are drawn later.
+        If there were too few clients at first, those that connect later are drawn then.
         """
         if self.is_ready(view):
             return 0
@@ -83,7 +80,7 @@ class Rounds(Schedule):
         return 0 if view.deadline_passed else max(0, self._tasks(view.clients) - view.started)
 
     def weight(self, n: int, staleness: int) -> float | None:
-        """n_k, discounted or refused if late."""
+        """n_k; of a late result discounted, or None."""
         if staleness == 0 or self.late == "use":
             return float(n)
         return (
@@ -91,21 +88,21 @@ class Rounds(Schedule):
         )
 
     def is_ready(self, view: ScheduleView) -> bool:
-        """Close when all that is wanted is in, or nobody is left, or time is up.
+        """Commit when the cohort's results have arrived, none is outstanding, or time is up.
 
-        Only results of the round's own cohort count: late ones are added to them.
+        Only results of the round's own cohort count; late ones are added to them.
         """
         own = view.results - view.late
         if own >= self.cohort(view.clients):
             return True
         if not view.started or own < self.min_results:
             return False
-        # Who is still busy with an earlier round is drawn when that is over.
+        # Clients that are still busy with an earlier round are drawn later.
         more = view.behind + view.idle if view.started < self._tasks(view.clients) else 0
         return view.deadline_passed or not (view.outstanding or more)
 
     def _tasks(self, clients: int) -> int:
-        """Return how many tasks a round sends at first."""
+        """Return the number of tasks that a round sends at first."""
         return math.ceil(self.cohort(clients) * self.over_select)
 
     def divisor(self, weights: float, results: int) -> float:

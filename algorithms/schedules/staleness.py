@@ -1,4 +1,4 @@
-"""Staleness functions s(tau): what a result counts that is tau versions late.
+"""Staleness functions s(tau): the weight of a result that is tau versions late.
 
 FedAsync (Xie, Koyejo, Gupta 2019, section 5.2): constant, polynomial, hinge.
 FedBuff (Nguyen et al. 2022): inverse_sqrt.
@@ -35,7 +35,7 @@ def hinge(a: float, b: float) -> Staleness:
     """s = 1 up to tau = b, then 1 / (a (tau - b) + 1); a > 0, b >= 0."""
     _positive("hinge", "a", a)
     if not b >= 0:
-        raise SpecError(f"staleness hinge: b must be at least 0, got {b}")
+        raise SpecError(f"staleness hinge: expected b of at least 0, got {b}")
     return lambda tau: 1.0 if tau <= b else 1.0 / (a * (tau - b) + 1.0)
 
 
@@ -54,10 +54,10 @@ STALENESS: Mapping[str, Callable[..., Staleness]] = {
 
 @functools.lru_cache(maxsize=64)
 def staleness(spec: str) -> Staleness:
-    """Return the function that a spec such as ``polynomial(0.5)`` names.
+    """Return the function of a spec such as ``polynomial(0.5)``.
 
     Raises:
-        SpecError: unknown name or parameter; the sentence holds the choices.
+        SpecError: unknown name or parameter; the message lists the choices.
     """
     return build(spec, STALENESS, "staleness function")
 
@@ -68,9 +68,9 @@ def _checked(spec: str) -> str:
 
 
 StalenessSpec = Annotated[str, AfterValidator(_checked)]
-"""A spec in a configuration, checked where its key is known."""
+"""The spec of a staleness function, checked with the field that holds it."""
 
 
 def _positive(name: str, parameter: str, value: float) -> None:
     if not 0 < value < math.inf:
-        raise SpecError(f"staleness {name}: {parameter} must be above 0, got {value!r}")
+        raise SpecError(f"staleness {name}: expected {parameter} greater than 0, got {value!r}")

@@ -7,21 +7,21 @@ from typing import Annotated, ClassVar
 
 from pydantic import Field
 
-from fedmq.algorithms.base import Reply
 from fedmq.algorithms.schedules.base import Asynchronous, ScheduleView
 from fedmq.algorithms.schedules.staleness import StalenessSpec
+from fedmq.algorithms.tasks import Reply
 
 
 @dataclass(frozen=True)
 class Stream(Asynchronous):
-    """Algorithm 1: every result is mixed in at once.
+    """Algorithm 1: mix in every result at once.
 
     x_t = (1 - alpha_t) x_{t-1} + alpha_t x_new, alpha_t = alpha * s(t - tau).
 
-    mixing: alpha.
+    mixing: alpha, the share of the client's model before the discount.
     concurrency, staleness, max_staleness: as in `Asynchronous`.
 
-    Clients send their model, not its change: x_new is mixed with a model that is not the
+    Clients send their model, not its change, because x_new is mixed with a newer model than the
     one it was trained from. FedAsync's local regularisation (rho) is FedProx's mu.
     """
 
@@ -38,7 +38,7 @@ class Stream(Asynchronous):
         return None if discount is None else self.mixing * discount
 
     def is_ready(self, view: ScheduleView) -> bool:
-        """Close after every result."""
+        """Commit after every result."""
         return view.results >= 1
 
     def divisor(self, weights: float, results: int) -> float:

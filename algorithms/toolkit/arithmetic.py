@@ -1,12 +1,11 @@
-"""Sums that come out the same on every machine.
+"""Sums with the same bits on every machine.
 
-``total.add_(x, alpha=w)`` is one rounding on a CPU with fused multiply-add and two on any
-other, so its last bit depends on the machine. Here a product is rounded, then the sum: each
-operation is IEEE 754's, in one order, and so are the bits. A trace that was recorded on one
-machine replays on any other.
+``total.add_(x, alpha=w)`` rounds once on a CPU with fused multiply-add and twice on others, so its
+last bit depends on the machine. The functions here round each product and then each sum, as IEEE
+754 defines them, in a fixed order, so a trace of one machine replays on any other.
 
-What an aggregator computes for a `reproducible` algorithm (`fedmq.algorithms.base.Algorithm`)
-keeps to the functions here and to ``+ - * /`` on tensors. ``alpha=``, `torch.lerp`,
+The aggregator's part of a `reproducible` algorithm (`fedmq.algorithms.base.Algorithm`) uses only
+the functions here and ``+ - * /`` on tensors. ``alpha=``, `torch.lerp`,
 ``addcmul``, ``sqrt`` of float32, ``float ** float``, sums over many values and matrix products
 may all differ from one machine to another.
 """
@@ -22,10 +21,10 @@ from torch import Tensor
 from fedmq.codecs import kernels
 
 ARITHMETIC = 2
-"""How an aggregator computes. 1, of fedmq 0.1.0: as torch does, fused where the CPU can. 2: each
+"""Version of the aggregator's arithmetic. 1, of fedmq 0.1.0: torch's, fused on some CPUs. 2: each
 product and each sum is rounded once."""
 _SMALL = 1 << 16
-"""Up to this many values, torch in two steps is fast enough and needs no compiled kernel."""
+"""Up to this many values, two steps of torch are fast enough without a compiled kernel."""
 _DIGITS = Context(prec=30)
 
 
@@ -53,16 +52,16 @@ def scale_and_add(total: Tensor, factor: float, values: Tensor, weight: float) -
         if factor != 1:
             total.mul_(factor)
         return total.add_(values * weight)
-    # A buffer that came in a message may begin anywhere.
+    # A buffer in a message may be unaligned.
     aligned = np.require(values.numpy(), np.float32, ("C", "A"))
     kernels.scale_add(total.numpy(), factor, aligned, weight)
     return total
 
 
 def prepare(values: int) -> None:
-    """Load what sums of this many values need, so that the first one takes as long as the others.
+    """Load the kernel for sums of this many values, so that the first sum is not slower.
 
-    The kernel is compiled once on a machine, and takes 30 MB of each process that uses it.
+    The kernel is compiled once on a machine and takes 30 MB in each process that uses it.
     """
     if values > _SMALL:
         kernels.scale_add(np.zeros(1, np.float32), 1.0, np.zeros(1, np.float32), 1.0)
@@ -77,7 +76,7 @@ def square_root(values: Tensor) -> Tensor:
 def power(base: float, exponent: float) -> float:
     """Return ``base ** exponent`` for a base above 0, the same on every machine.
 
-    It is computed to 30 digits and then rounded; the ``pow`` of two C libraries may differ
-    in the last bit.
+    It is computed to 30 digits and then rounded, because the ``pow`` of two C libraries may
+    differ in the last bit.
     """
     return float(_DIGITS.power(Decimal(base), Decimal(exponent)))

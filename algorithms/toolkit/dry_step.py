@@ -1,4 +1,4 @@
-"""One step of training before the first task: what a model does to itself shows in it."""
+"""One training step before the first task, which reveals unsuitable models."""
 
 from __future__ import annotations
 
@@ -15,26 +15,26 @@ _EXAMPLES = 4
 
 
 def dry_step(make: Callable[[], FlatModel], problem: Problem, data: Examples, device: str) -> None:
-    """Train a model forward and backward on a few examples; nothing of it stays.
+    """Run a forward and a backward pass on a few examples and discard the result.
 
-    Meanwhile it takes the memory of a step of training.
+    It takes as much memory as a training step.
 
     Args:
-        make: returns a working copy that nobody else uses.
-        problem: whose loss it is.
+        make: returns an unshared working copy of the model.
+        problem: problem with the loss.
         data: a client's training examples.
-        device: of the model.
+        device: torch device of the model.
 
     Raises:
-        ReturnedError: the problem's loss is none.
-        ProblemError: the model has tensors that cannot be carried, or does to them what cannot
-            be followed. Whatever else goes wrong is left to the task that meets it.
+        ReturnedError: the problem's loss is no tensor of one value.
+        ProblemError: the model has unsupported tensors, or changes them in an unsupported way.
+            Other errors are left to the task that meets them.
     """
     try:
         model = make()
     except AlgorithmError:
         raise
-    except Exception:  # noqa: BLE001 - the task that meets it says what it was
+    except Exception:  # noqa: BLE001 - the task that meets it reports it
         return
     end = model.layout.parameters
     before = model.weights[end:].clone()
@@ -45,7 +45,7 @@ def dry_step(make: Callable[[], FlatModel], problem: Problem, data: Examples, de
             problem.loss(model.module(x), y).backward()  # type: ignore[no-untyped-call] # torch's
         except ReturnedError:
             raise
-        except Exception:  # noqa: BLE001 - the task that meets it says what it was
+        except Exception:  # noqa: BLE001 - the task that meets it reports it
             return
         model.after_backward()
         model.end_task()

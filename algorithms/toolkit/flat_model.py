@@ -1,4 +1,4 @@
-"""A torch module whose numbers are one flat vector: what travels, and what is averaged."""
+"""A torch module whose values are one flat vector, to send and to average."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from fedmq.algorithms.toolkit.working_copy import BoundTensor, WorkingCopy
 class FlatModel:
     """A module whose parameters, gradients and buffers are views of flat vectors.
 
-    Loading, subtracting, averaging and an optimizer step are then single operations on
-    one vector, whatever the number of layers.
+    Loading, subtracting, averaging and an optimizer step are then single operations on one vector,
+    for any number of layers.
 
-    A module may do to itself what it likes, within one task: `load` and `reset` put it back
-    to how it was made, `after_backward` and `end_task` follow what it has re-bound. For that
-    a copy is kept of the module's own attributes (plain tensors among them, parameters and
-    buffers not). Where these cannot be copied, ``make`` makes a new module each time.
+    Within one task a module may change itself freely: `load` and `reset` restore it,
+    `after_backward` and `end_task` follow tensors that it has re-bound. For that a copy is kept of
+    the module's own attributes (including plain tensors, but no parameters and buffers). If they
+    cannot be copied, ``make`` makes a new module each time.
 
     Attributes:
-        module: the torch module; another one after each `load` where ``make`` makes them.
+        module: the torch module; a new one after each `load` if ``make`` makes them.
         layout: order of its tensors.
         weights: float32 [dim], shared with the module.
         gradient: float32 [parameters], shared with the parameters' ``grad``.
-        loaded_counters: int64, as `load` was given them; `read_counters` returns those of now.
+        loaded_counters: int64, the argument of `load`; `read_counters` returns the current ones.
     """
 
     def __init__(
@@ -62,43 +62,43 @@ class FlatModel:
         self.reset()
         with torch.no_grad():
             self.weights.copy_(weights)
-            for slot, place in zip(self.layout.counters, self._counted, strict=True):
-                place.tensor.copy_(slot.tensor(counters))
+            for slot, each in zip(self.layout.counters, self._counted, strict=True):
+                each.tensor.copy_(slot.tensor(counters))
         self.loaded_counters = counters
 
     def reset(self) -> None:
-        """Let the module be as it was made, but for the values of the vectors and counters."""
+        """Restore the module to its state after construction, except for vectors and counters."""
         if self._copy.reset() or self._make is None:
             return
         counters = self.read_counters()
         module = self._make()
         if Layout.of(module) != self.layout:
-            raise ProblemError("expected the same model at each call of model(), got another")
+            raise ProblemError("expected the same model at each call of model(), got another one")
         self._copy = self._bound(module, filled=True)
-        for slot, place in zip(self.layout.counters, self._counted, strict=True):
-            place.tensor.copy_(slot.tensor(counters))
+        for slot, each in zip(self.layout.counters, self._counted, strict=True):
+            each.tensor.copy_(slot.tensor(counters))
 
     def after_backward(self) -> None:
-        """Follow parameters and gradients that the module has re-bound: after each backward.
+        """Follow parameters and gradients that the module has re-bound, after each backward pass.
 
         Raises:
-            ProblemError: one cannot be followed; it is named.
+            ProblemError: a tensor cannot be followed; the message has its name.
         """
         self._copy.after_backward()
 
     def end_task(self) -> None:
-        """Follow everything that the module has re-bound: before what was learned is read.
+        """Follow all tensors that the module has re-bound, before the trained values are read.
 
         Raises:
-            ProblemError: something cannot be followed; it is named.
+            ProblemError: a tensor cannot be followed; the message has its name.
         """
         self._copy.end_task()
-        for slot, place in zip(self.layout.counters, self._counted, strict=True):
+        for slot, each in zip(self.layout.counters, self._counted, strict=True):
             if slot.dtype in EXACT and not same_bits(
-                as_pairs(place.tensor).cpu(), slot.view(self.loaded_counters)
+                as_pairs(each.tensor).cpu(), slot.view(self.loaded_counters)
             ):
                 raise ProblemError(
-                    f"{slot.name} is {slot.dtype} and training changes it: expected float32"
+                    f"expected {slot.name} as float32 where training changes it, got {slot.dtype}"
                 )
 
     def read_counters(self) -> Tensor:
@@ -106,39 +106,39 @@ class FlatModel:
         if not self._counted:
             return torch.zeros(0, dtype=torch.int64)
         found = {
-            slot.name: as_pairs(place.tensor).to("cpu", slot.wire_dtype)
-            for slot, place in zip(self.layout.counters, self._counted, strict=True)
+            slot.name: as_pairs(each.tensor).to("cpu", slot.wire_dtype)
+            for slot, each in zip(self.layout.counters, self._counted, strict=True)
         }
         vector = self.layout.flatten_counters(found)
         shared = any(vector.data_ptr() == each.data_ptr() for each in found.values())
         return vector.clone() if shared else vector
 
     def _bound(self, module: nn.Module, *, filled: bool = False) -> WorkingCopy:
-        """Return a module bound to the vectors, which are ``filled`` or take over its values."""
+        """Return a module bound to the vectors; they take its values unless they are ``filled``."""
         module = module.to(self._device)
         named = dict(module.named_parameters()) | dict(module.named_buffers())
-        places, layout = [], self.layout
+        bound, layout = [], self.layout
         for slot in layout.weights:
-            # One by one: a large model is never there twice.
+            # One by one, so that a large model is never in memory twice.
             tensor, view = named[slot.name], slot.tensor(self.weights)
             if not filled:
                 view.copy_(tensor.detach())
             gradient = slot.tensor(self.gradient) if slot.start < layout.parameters else None
-            places.append(BoundTensor(slot.name, tensor, view, gradient))
+            bound.append(BoundTensor(slot.name, tensor, view, gradient))
         counted = [BoundTensor(slot.name, named[slot.name]) for slot in layout.counters]
         self._counted = counted
-        return WorkingCopy(module, [*places, *counted])
+        return WorkingCopy(module, [*bound, *counted])
 
 
 def zeros(size: int, device: torch.device | str = "cpu") -> Tensor:
-    """Return a vector of zeros, float32 [size], that takes no memory until it is written to."""
+    """Return zeros, float32 [size], which on a CPU take no memory until they are written."""
     if torch.device(device).type != "cpu":
         return torch.zeros(size, device=device)
     return torch.from_numpy(np.zeros(size, np.float32))
 
 
 def scratch_model(problem: Problem, device: str) -> FlatModel:
-    """Return this process's one working copy of a problem's model, to load weights into."""
+    """Return the one working copy of a problem's model in this process, to load weights into."""
     for known, where, model in _scratch:
         if known is problem and where == device:
             return model

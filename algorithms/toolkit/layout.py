@@ -1,4 +1,4 @@
-"""The order of a model's tensors in flat vectors: what is trained, what is not, what is exact."""
+"""The order of a model's tensors in flat vectors: trained, not trained, and exact ones."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from fedmq.algorithms.base import Payload
 from fedmq.algorithms.errors import Fault, ProblemError, ResultError
+from fedmq.algorithms.tasks import Payload
 from fedmq.algorithms.toolkit.shared_memory import refuse_shared_memory, refuse_views
 from fedmq.algorithms.values import is_utf8
 from fedmq.codecs.formats.flat import as_flat
@@ -21,19 +21,19 @@ from fedmq.codecs.formats.streamed import Streamed
 from fedmq.codecs.text import shorten
 
 EXACT = (torch.float64, torch.float16, torch.bfloat16, torch.complex128)
-"""Dtypes of constants that are carried bit by bit, and are nowhere computed with."""
+"""Dtypes of constants that are carried bit by bit and never computed with."""
 _CARRIED = (torch.float32, torch.complex64, *EXACT)
 _WORD = 8
-"""Bytes of an int64."""
+"""Size of an int64 in bytes."""
 
 
 @dataclass(frozen=True)
 class Slot:
-    """Where a named tensor lies in a flat vector.
+    """The position of a named tensor in a flat vector.
 
-    shape: as it travels; a complex tensor is pairs of real numbers, a last dimension of 2.
+    shape: shape in a payload; a complex tensor is pairs of real numbers, a last dimension of 2.
     start, size: in elements of the vector.
-    dtype: in the module.
+    dtype: dtype in the module.
     """
 
     name: str
@@ -44,20 +44,20 @@ class Slot:
 
     @property
     def wire_dtype(self) -> torch.dtype:
-        """Return the dtype in which the tensor travels."""
+        """Return the dtype of the tensor in a payload."""
         if self.dtype in EXACT:
             return self.dtype.to_real()
         return torch.float32 if self.in_weights else torch.int64
 
     @property
     def in_weights(self) -> bool:
-        """Tell whether it is held as float32 values; if not, as int64 words."""
+        """Return whether the tensor is stored as float32 values; otherwise as int64 words."""
         return self.dtype in (torch.float32, torch.complex64)
 
     def view(self, vector: Tensor, first: int = 0) -> Tensor:
-        """Return the tensor as it travels, without a copy.
+        """Return the tensor as it is sent, without a copy.
 
-        vector: begins with this element of the whole one.
+        first: index in the whole vector of the first element of ``vector``.
         """
         start = self.start - first
         piece = vector[start : start + self.size]
@@ -67,11 +67,11 @@ class Slot:
         return piece.view(self.shape)
 
     def tensor(self, vector: Tensor) -> Tensor:
-        """Return the tensor as the module has it (integers as int64), without a copy."""
+        """Return the tensor with the module's dtype (integers as int64), without a copy."""
         found = self.view(vector)
         if not self.dtype.is_complex:
             return found
-        # A part of a vector may begin at an odd place: then it is a copy after all.
+        # torch requires an even offset; otherwise a copy is needed.
         return torch.view_as_complex(found.clone() if found.storage_offset() % 2 else found)
 
 
@@ -79,18 +79,18 @@ class Slot:
 class Layout:
     """The order of a model's tensors: parameters, then floating-point buffers; integers apart.
 
-    ``weights``: what float32 holds: parameters that are trained, parameters that are frozen,
-    and buffers (a BatchNorm's running mean and variance). Only the first are learned; of the
-    rest, what training leaves as it is stays so to the bit. complex64 is two float32 each.
-    ``counters``: int64 words. Integer buffers (a BatchNorm's num_batches_tracked): an average
-    of counts means nothing; the largest of the cohort is taken. And constants of other
-    dtypes, bit by bit.
+    ``weights``: tensors stored as float32: trained parameters, frozen parameters, and buffers (a
+    BatchNorm's running mean and variance). Of those that are not trained, unchanged ones stay the
+    same to the bit. complex64 is two float32 each.
+    ``counters``: tensors stored as int64 words: integer buffers (a BatchNorm's
+    num_batches_tracked), of which the largest of the cohort is taken because an average of counts
+    is meaningless; and constants of other dtypes, bit by bit.
     """
 
     weights: tuple[Slot, ...]
     counters: tuple[Slot, ...]
     parameters: int
-    """Length of the part of the weights that is trained."""
+    """Number of elements of the weights that are trained."""
 
     @functools.cached_property
     def dim(self) -> int:
@@ -112,18 +112,18 @@ class Layout:
         """Return the layout of a module.
 
         Raises:
-            ProblemError: a tensor has a dtype that cannot be learned or carried, is sparse, has no
-                shape yet, or shares memory with another.
+            ProblemError: a tensor has an unsupported dtype, is sparse, has no shape yet, or shares
+                memory with another.
         """
         parameters, buffers = list(module.named_parameters()), list(module.named_buffers())
         for name, tensor in parameters + buffers:
             if not is_utf8(name):
                 raise ProblemError(f"expected names of tensors in UTF-8, got {name!a:.200}")
             if tensor.layout != torch.strided:
-                raise ProblemError(f"expected dense tensors, {name} is {tensor.layout}")
+                raise ProblemError(f"expected dense tensors, got {tensor.layout} for {name}")
             if is_lazy(tensor):
                 raise ProblemError(
-                    f"expected tensors with a shape, {name} has none before the first forward"
+                    f"expected tensors with a shape, got none for {name} before the first forward"
                 )
         refuse_shared_memory(parameters, buffers)
         refuse_views(module)
@@ -131,7 +131,7 @@ class Layout:
         frozen = [(name, each) for name, each in parameters if not each.requires_grad]
         for name, tensor in trained:
             if not _slot(name, tensor).in_weights:
-                raise ProblemError(f"expected float32 weights, {name} is {tensor.dtype}")
+                raise ProblemError(f"expected float32 weights, got {tensor.dtype} for {name}")
         others = [_slot(name, each) for name, each in (*frozen, *buffers)]
         learned = end_to_end(_slot(name, each) for name, each in trained)
         length = max((slot.start + slot.size for slot in learned), default=0)
@@ -140,26 +140,26 @@ class Layout:
         return cls((*learned, *rest), counters, length)
 
     def views(self, weights: Tensor) -> dict[str, Tensor]:
-        """Return the named tensors within a weight vector [dim], without a copy."""
+        """Return the tensors of a weight vector [dim] by name, without a copy."""
         return {slot.name: slot.view(weights) for slot in self.weights}
 
     def trained_views(self, weights: Tensor) -> dict[str, Tensor]:
-        """Return the trained parameters within a vector [parameters or more], without a copy."""
+        """Return the trained parameters of a vector [>= parameters] by name, without a copy."""
         return {slot.name: slot.view(weights) for slot in self.trained}
 
     def counter_views(self, counters: Tensor) -> dict[str, Tensor]:
-        """Return the named tensors within a counter vector, without a copy."""
+        """Return the tensors of a counter vector by name, without a copy."""
         return {slot.name: slot.view(counters) for slot in self.counters}
 
     def tensors(self, weights: Tensor, counters: Tensor) -> dict[str, Tensor]:
-        """Return a model by name, complex tensors as such and integers as int64."""
+        """Return a model's tensors by name, complex ones as complex and integers as int64."""
         vectors = ((self.weights, weights), (self.counters, counters))
         return {slot.name: slot.tensor(vector) for slots, vector in vectors for slot in slots}
 
     def write(self, weights: Tensor, counters: Tensor) -> Payload:
         """Return a whole model as a payload, without a copy.
 
-        What is trained goes through the codec; the rest and the counters travel exactly.
+        Trained parameters go through the codec; the rest and the counters are sent exactly.
         """
         rest = {slot.name: slot.view(weights) for slot in self.rest}
         return Payload(self.trained_views(weights), rest | self.counter_views(counters))
@@ -167,10 +167,10 @@ class Layout:
     def read(self, payload: Payload) -> tuple[Tensor, Tensor]:
         """Return the weight and the counter vector of a whole model.
 
-        A tensor may be in either group: in ledgers of 0.1.0 all of ``weights`` is in the first.
+        A tensor may be in either group: in ledgers of 0.1.0 all weights are in the first.
 
         Raises:
-            ResultError: a name, shape or dtype is not this model's.
+            ResultError: a name, shape or dtype differs from this model's.
         """
         exact = named_once(payload.weights, payload.exact)
         names = {slot.name for slot in self.counters}
@@ -181,10 +181,10 @@ class Layout:
         return self.flatten(weights), self.flatten_counters(counters)
 
     def flatten(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        """Return named tensors as one weight vector, float32 [dim]; no copy if they are one.
+        """Return named tensors as one weight vector, float32 [dim], without a copy if possible.
 
         Raises:
-            ResultError: a name, shape or dtype is not this model's.
+            ResultError: a name, shape or dtype differs from this model's.
         """
         return _flatten(self.weights, tensors, torch.float32)
 
@@ -192,24 +192,24 @@ class Layout:
         """Return the trained parameters as one vector, float32 [parameters].
 
         Raises:
-            ResultError: a name, shape or dtype is not this model's.
+            ResultError: a name, shape or dtype differs from this model's.
         """
         return _flatten(self.trained, tensors, torch.float32)
 
     def blocks(self, tensors: Mapping[str, Tensor]) -> Iterable[tuple[int, Tensor]]:
-        """Return the trained parameters in blocks: (where it starts, float32 [length]).
+        """Return the trained parameters in blocks: (start index, float32 [length]).
 
-        One block, but for tensors that are read in pieces: those of a large model need
-        not be in memory at once, and are read once more by whoever goes over them again.
+        They are one block unless they are streamed: the blocks of a large model are not in memory
+        at once, and each iteration reads them again.
 
         Raises:
-            ResultError: a name or shape is not this model's.
+            ResultError: a name or shape differs from this model's.
         """
         if not isinstance(tensors, Streamed):
             return [(0, self.flatten_trained(tensors))]
         wanted = {slot.name: slot.shape for slot in self.trained}
         if dict(tensors.shapes) != wanted or list(tensors.shapes) != list(wanted):
-            raise _misfit("the tensors' names and shapes are not this model's")
+            raise _misfit("expected the names and shapes of this model's tensors, got others")
         if sum(slot.size for slot in self.trained) != self.parameters:
             return [(0, self.flatten_trained(tensors.read()))]  # there are gaps
         return _StreamedBlocks(tensors)
@@ -218,13 +218,13 @@ class Layout:
         """Return named tensors as one counter vector, int64.
 
         Raises:
-            ResultError: a name, shape or dtype is not this model's.
+            ResultError: a name, shape or dtype differs from this model's.
         """
         return _flatten(self.counters, tensors, torch.int64)
 
 
 def end_to_end(slots: Iterable[Slot], start: int = 0) -> tuple[Slot, ...]:
-    """Return the slots one after the other; complex ones at even places, as torch wants it."""
+    """Return the slots one after the other; complex ones at even offsets, as torch requires."""
     placed = []
     for slot in slots:
         start += start % 2 if slot.dtype.is_complex else 0
@@ -234,19 +234,19 @@ def end_to_end(slots: Iterable[Slot], start: int = 0) -> tuple[Slot, ...]:
 
 
 def named_once(weights: Mapping[str, Tensor], exact: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """Return the exact tensors, of which none is among the weights.
+    """Return the exact tensors.
 
     Raises:
-        ResultError: one is in both groups.
+        ResultError: a name is also among the weights.
     """
     twice = sorted(name for name in exact if name in weights)
     if twice:
-        raise _misfit(f"expected a tensor {shorten(twice[0])} once, it is in two groups")
+        raise _misfit(f"expected a tensor {shorten(twice[0])} in one group, got it in two")
     return exact
 
 
 def same_bits(one: Tensor, other: Tensor) -> bool:
-    """Tell whether two tensors of one shape and dtype are equal bit by bit, NaN too."""
+    """Return whether two tensors of one shape and dtype are equal bit by bit, including NaN."""
     one, other = (each.contiguous().reshape(-1).view(torch.uint8) for each in (one, other))
     return torch.equal(one, other)
 
@@ -263,15 +263,15 @@ class _StreamedBlocks:
 
 
 def _slot(name: str, tensor: Tensor) -> Slot:
-    """Return a tensor's slot, which has no place yet.
+    """Return a tensor's slot without a position.
 
     Raises:
-        ProblemError: it cannot be carried.
+        ProblemError: its dtype is not supported.
     """
     dtype = tensor.dtype
     if (dtype.is_floating_point or dtype.is_complex) and dtype not in _CARRIED:
         kinds = ", ".join(str(each).removeprefix("torch.") for each in _CARRIED)
-        raise ProblemError(f"expected {name} as one of {kinds} or integers, it is {dtype}")
+        raise ProblemError(f"expected {name} as one of {kinds} or integers, got {dtype}")
     shape, size = tuple(tensor.shape), tensor.numel()
     if dtype in EXACT:
         size = -(-size * dtype.itemsize // _WORD)
@@ -304,10 +304,10 @@ def _flatten(slots: Sequence[Slot], tensors: Mapping[str, Tensor], dtype: torch.
 
 
 def check_tensor(slot: Slot, tensor: Tensor | None) -> Tensor:
-    """Return a tensor that arrived for a slot.
+    """Return a tensor of a payload that must fit a slot.
 
     Raises:
-        ResultError: it is missing, or its shape or dtype is not the slot's.
+        ResultError: it is missing, or its shape or dtype differs from the slot's.
     """
     if tensor is None:
         raise _misfit(f"expected a tensor {slot.name!r}, it is missing")

@@ -1,7 +1,7 @@
-"""What a client's result says of a model, as the client writes it and the aggregator reads it.
+"""Write and read results that are models or updates of models.
 
-What is trained is sent as a whole, through the codec. Of frozen parameters and buffers, a
-result brings those that training changed, exactly; what it does not bring stayed as it was.
+Trained parameters are sent as a whole, through the codec. Of frozen parameters and buffers a result
+contains those that training changed, exactly; the others are unchanged.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fedmq.algorithms.base import Payload, Reply
 from fedmq.algorithms.errors import Fault, ProblemError, ResultError
+from fedmq.algorithms.tasks import Payload, Reply
 from fedmq.algorithms.toolkit.layout import EXACT, Layout, Slot, check_tensor, named_once, same_bits
 from fedmq.codecs.formats.streamed import Streamed
 from fedmq.codecs.text import shorten
@@ -22,7 +22,7 @@ from fedmq.codecs.text import shorten
 
 @dataclass(frozen=True)
 class Vectors:
-    """A model's numbers: weights float32 [dim], counters int64."""
+    """A model's values: weights float32 [dim], counters int64."""
 
     weights: Tensor
     counters: Tensor
@@ -36,15 +36,15 @@ def result_payload(
     reply: Reply = "update",
     trained: Tensor | None = None,
 ) -> Payload:
-    """Return what a client sends: how its model changed, or the model.
+    """Return the payload of a result: a model or its change.
 
     Args:
-        layout: of both.
-        before: the model as it came.
-        after: as it was trained.
-        numbers: of the payload.
-        reply: ``update`` or ``model``; counters are sent as they are in both.
-        trained: what is sent of the trained parameters, float32 [parameters], if not that.
+        layout: layout of both models.
+        before: the received model.
+        after: the trained model.
+        numbers: numbers of the payload.
+        reply: ``update`` or ``model``; counters are always sent as values.
+        trained: values to send for the trained parameters, float32 [parameters], instead.
     """
     end, model = layout.parameters, reply == "model"
     if trained is None:
@@ -66,31 +66,31 @@ def result_payload(
 
 
 def refuse_unbounded(slot: Slot, old: Tensor, new: Tensor) -> None:
-    """Refuse a frozen parameter or buffer that changes from infinity or NaN: by how much?
+    """Refuse a frozen parameter or buffer that changes from infinity or NaN.
 
     Args:
-        slot: of the tensor.
-        old: its values before training, as they travel.
-        new: the same after it.
+        slot: slot of the tensor.
+        old: its values before training, as they are sent.
+        new: its values after training.
 
     Raises:
-        ProblemError: it does; the sentence names it.
+        ProblemError: it does; the message has its name.
     """
     differs = old.contiguous().view(torch.int32) != new.contiguous().view(torch.int32)
     if (differs & ~old.isfinite()).any():
         raise ProblemError(
-            f"{slot.name} starts with infinity or NaN where training changes it: "
-            "the change cannot be averaged; start it with a finite value"
+            f"{slot.name}: expected a finite value at the start where training changes it, "
+            "got infinity or NaN, whose change cannot be averaged"
         )
 
 
 @dataclass(frozen=True)
 class Arrived:
-    """What a result says of a model.
+    """Content of a result.
 
-    trained: in blocks, as `Layout.blocks` gives them.
-    rest: likewise the change of frozen parameters and buffers, as far as there is any.
-    counters: int64; None: as they were.
+    trained: trained parameters, in blocks as `Layout.blocks` returns them.
+    rest: changes of frozen parameters and buffers, in the same form.
+    counters: int64; None if unchanged.
     """
 
     trained: Iterable[tuple[int, Tensor]]
@@ -98,26 +98,26 @@ class Arrived:
     counters: Tensor | None
 
     def __iter__(self) -> Iterator[tuple[int, Tensor]]:
-        """Yield (start, block) of all that is to be added up; may be called again."""
+        """Yield (start, block) of all values to add up; each iteration starts again."""
         return itertools.chain(self.trained, self.rest)
 
 
 def read_result(
     layout: Layout, payload: Payload, counters: Tensor, weights: Tensor | None = None
 ) -> Arrived:
-    """Return what a result says of a model.
+    """Return the content of a result.
 
-    A tensor may be in either group: in ledgers of 0.1.0 all of the weights are in the first.
+    A tensor may be in either group: in ledgers of 0.1.0 all weights are in the first.
 
     Args:
-        layout: of the model.
-        payload: the result's.
-        counters: of the aggregator's model now.
-        weights: of the aggregator's model now, if the result is a model and no update: of
-            what is not trained, the change from these is taken.
+        layout: layout of the model.
+        payload: payload of the result.
+        counters: counters of the aggregator's current model.
+        weights: weights of the aggregator's current model, if the result is a model: changes of
+            tensors that are not trained are computed from them.
 
     Raises:
-        ResultError: a name, shape or dtype is not this model's.
+        ResultError: a name, shape or dtype differs from this model's.
     """
     trained: Mapping[str, Tensor] = payload.weights
     others = dict(named_once(trained, payload.exact))
@@ -129,13 +129,13 @@ def read_result(
         trained = {name: each for name, each in both.items() if name in names}
         others = {name: each for name, each in both.items() if name not in names}
     blocks = layout.blocks(trained)
-    brought = [slot for slot in layout.rest if slot.name in others]
+    changed = [slot for slot in layout.rest if slot.name in others]
     rest = []
-    if brought:
-        # One block from the first to the last; frozen parameters, which come first, are large.
-        first, end = brought[0].start, brought[-1].start + brought[-1].size
+    if changed:
+        # One block from the first to the last one that changed: frozen parameters are large.
+        first, end = changed[0].start, changed[-1].start + changed[-1].size
         change = torch.zeros(end - first)
-        for slot in brought:
+        for slot in changed:
             tensor = check_tensor(slot, others.pop(slot.name))
             if weights is not None:
                 tensor = _change(slot.view(weights), tensor)
@@ -150,7 +150,7 @@ def read_result(
             new = counters.clone() if new is None else new
             slot.view(new).copy_(tensor)
         elif not same_bits(tensor, now):
-            text = f"expected {slot.name!r}, {slot.dtype}, as the constant that it is"
+            text = f"expected {slot.name!r}, {slot.dtype}, unchanged"
             raise ResultError(text, Fault.WRONG_SHAPE)
     if others:
         raise ResultError(f"expected no tensor {shorten(min(others))}", Fault.WRONG_SHAPE)
@@ -158,16 +158,16 @@ def read_result(
 
 
 def merge_counters(merged: Tensor, now: Tensor, found: Tensor, *, fresh: bool) -> None:
-    """Take a result's integers into those of the next version, in place.
+    """Merge a result's integers into those of the next version, in place.
 
-    The largest counts: an average of counts means nothing. An integer that all who changed it
-    have lowered (steps that are left, a mask that loses elements) is lowered, to the largest of
-    them; but not by a result of an older version, whose counters are lower for that reason.
+    The largest is taken, because an average of counts is meaningless. An integer that every result
+    which changed it has lowered (remaining steps, a mask that loses elements) becomes the largest
+    of these; results of older versions do not lower it, because their counters are lower anyway.
 
     Args:
-        merged: int64, from ``now`` on.
+        merged: int64, equal to ``now`` at first.
         now: int64, of the aggregator's model.
-        found: int64, the result's.
+        found: int64, of the result.
         fresh: whether the result was made from the aggregator's version.
     """
     raised, lowered = found > now, found < now
@@ -180,12 +180,12 @@ def merge_counters(merged: Tensor, now: Tensor, found: Tensor, *, fresh: bool) -
 def moved(rest: Tensor, change: Tensor) -> Tensor:
     """Return frozen parameters and buffers, float32 [dim - parameters], after a change.
 
-    What nobody changed stays to the bit, whatever its value: infinity and NaN too.
+    Unchanged values stay the same to the bit, including infinity and NaN.
     """
     return torch.where(change == 0, rest, rest + change)
 
 
 def _change(old: Tensor, new: Tensor) -> Tensor:
-    """Return new - old; what is equal bit by bit, infinity and NaN too, changes by 0."""
+    """Return new - old; values that are equal bit by bit, including NaN, change by 0."""
     differs = old.contiguous().view(torch.int32) != new.contiguous().view(torch.int32)
     return torch.where(differs, new - old, 0.0)

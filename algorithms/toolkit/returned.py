@@ -1,33 +1,34 @@
-"""What an algorithm's methods return, checked before it is encoded and sent."""
+"""Check what an algorithm's methods return before it is encoded and sent."""
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
 import msgspec
 from torch import Tensor
 
-from fedmq.algorithms.base import Payload
+from fedmq.algorithms.tasks import Payload, TrainResult
 from fedmq.algorithms.values import ReturnedError, is_utf8, kind_of_value, plain_number
 from fedmq.codecs.text import shorten
 
 MAX_NUMBERS_BYTES = 16 * 1024
-"""Of a payload's numbers, which stand in the header of its message."""
+"""Limit of a payload's numbers, which are in the header of its message."""
 _INT_RANGE = range(-(1 << 63), 1 << 64)
-"""What msgpack can write."""
+"""Integers that msgpack can encode."""
 
 
 def payload_of(found: object, who: str) -> Payload:
-    """Return a payload whose tensors are tensors and whose numbers are Python's own.
+    """Return a payload with its tensors checked and its numbers converted to Python's.
 
     Args:
-        found: what an algorithm returned.
-        who: its method, such as ``MyAlgorithm.train``, for the error.
+        found: value that an algorithm returned.
+        who: method, such as ``MyAlgorithm.train``, for the error.
 
     Raises:
-        ReturnedError: it is no payload, or holds what cannot be sent.
+        ReturnedError: it is no payload, or has content that cannot be sent.
     """
     if not isinstance(found, Payload):
         raise ReturnedError(f"{who}: expected a Payload, got {kind_of_value(found)}")
@@ -42,25 +43,25 @@ def payload_of(found: object, who: str) -> Payload:
     if size > MAX_NUMBERS_BYTES:
         raise ReturnedError(
             f"{who}: expected at most {MAX_NUMBERS_BYTES} bytes of numbers with their names, "
-            f"got {size}: send many of them as a tensor among exact"
+            f"got {size}; send many numbers as a tensor in exact"
         )
     return Payload(found.weights, found.exact, numbers, found.features, found.logits)
 
 
 def check_tensors(found: object, what: str, who: str) -> None:
-    """Check that these are tensors by name, which may be sent and saved.
+    """Check that a value is a map from names to tensors.
 
     Args:
-        found: what an algorithm returned.
-        what: the noun for the error, such as ``weights``.
-        who: its method.
+        found: value that an algorithm returned.
+        what: noun for the error, such as ``weights``.
+        who: method, for the error.
 
     Raises:
-        ReturnedError: they are something else.
+        ReturnedError: it is something else.
     """
     tensors = _map(found, f"{what} as a map from names to tensors", who)
     if not tensors or type(tensors) is not dict:
-        return  # none, or read piece by piece: looking at a tensor would read all of them
+        return  # empty, or streamed: reading a tensor would read all of them
     for name, each in tensors.items():
         if not isinstance(name, str):
             _refuse_name(name, what, who)
@@ -72,21 +73,31 @@ def check_tensors(found: object, what: str, who: str) -> None:
 
 
 def result_of(found: object, who: str) -> tuple[Payload, Payload | None]:
-    """Return what ``train`` returned: the result and the client's new local state.
+    """Return the payload to send and the new local state, from the value that ``train`` returned.
+
+    The payload's numbers begin with ``n``, the number of examples.
 
     Raises:
-        ReturnedError: it is something else.
+        ReturnedError: it is no `TrainResult`, or has content that cannot be sent.
     """
-    if not (isinstance(found, tuple | list) and len(found) == 2):
+    if not isinstance(found, TrainResult):
+        hint = " (the form of version 0.2)" if isinstance(found, tuple | list) else ""
         raise ReturnedError(
-            f"{who}: expected two values, the result and the client's new state (or None), "
-            f"got {kind_of_value(found)}"
+            f"{who}: expected TrainResult(payload, num_examples, local_state), "
+            f"got {kind_of_value(found)}{hint}"
         )
-    result, local = payload_of(found[0], who), found[1]
-    n = result.numbers.get("n")
+    payload, n = payload_of(found.payload, who), plain_number(found.num_examples)
+    if n is None or not math.isfinite(n):
+        raise ReturnedError(
+            f"{who}: expected num_examples as a number, got {kind_of_value(found.num_examples)}"
+        )
+    if "n" in payload.numbers:
+        raise ReturnedError(f"{who}: num_examples is sent as 'n', choose another name for a number")
     if isinstance(n, float) and n.is_integer():  # a sum of a mask, for example
-        result = dataclasses.replace(result, numbers={**result.numbers, "n": int(n)})
-    return result, None if local is None else payload_of(local, who)
+        n = int(n)
+    payload = dataclasses.replace(payload, numbers={"n": n, **payload.numbers})
+    local = found.local_state
+    return payload, None if local is None else payload_of(local, who)
 
 
 def _refuse_name(name: object, what: str, who: str) -> NoReturn:

@@ -1,4 +1,4 @@
-"""Local SGD: a loaded model, batches in a random order, what is sent of it, and its metrics."""
+"""Local SGD: load a model, iterate over random batches, make the result, compute metrics."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedmq.algorithms.base import Client, Payload, Reply, Task
 from fedmq.algorithms.problems.base import Examples, Problem
+from fedmq.algorithms.tasks import Client, Payload, Reply, Task
 from fedmq.algorithms.toolkit.flat_model import FlatModel, scratch_model
 from fedmq.algorithms.toolkit.layout import Layout
 from fedmq.algorithms.toolkit.results import Vectors, result_payload
@@ -22,11 +22,11 @@ _EVALUATION_BATCH = 500
 
 @dataclass(frozen=True)
 class SGDSettings:
-    """How a client steps: w <- w - lr * v, with v <- momentum * v + gradient + weight_decay * w.
+    """SGD steps: w <- w - lr * v, with v <- momentum * v + gradient + weight_decay * w.
 
     lr: learning rate.
     batch_size: examples a step; None is the whole local set.
-    momentum: in [0, 1); it starts from zero at each task.
+    momentum: in [0, 1); v starts from zero at each task.
     weight_decay: of all trained parameters.
     """
 
@@ -52,7 +52,7 @@ def learned(
     reply: Reply = "update",
     trained: Tensor | None = None,
 ) -> Payload:
-    """Return what a client sends of a model that was loaded with w_t, ``start``, and trained.
+    """Return the result of a model that was loaded with w_t, ``start``, and trained.
 
     Other arguments as in `result_payload`.
     """
@@ -70,7 +70,7 @@ def project(client: Client, layout: Layout, gradient: Tensor) -> None:
 def batches(
     data: Examples, batch_size: int | None, epochs: int, rng: np.random.Generator
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield shuffled batches (x [b, ...], y [b]), each epoch a new order, as `spans` cuts it."""
+    """Yield shuffled batches (x [b, ...], y [b]), each epoch in a new order, cut by `spans`."""
     n = len(data)
     size = n if batch_size is None else batch_size
     for _ in range(epochs):
@@ -81,9 +81,9 @@ def batches(
 
 
 def spans(n: int, size: int) -> list[tuple[int, int]]:
-    """Return where the batches of n examples begin and end; the last one may be short.
+    """Return the (start, end) of batches of n examples; the last one may be shorter.
 
-    A last one of a single example joins the one before: a BatchNorm cannot train on it.
+    A last batch of one example joins the one before, because a BatchNorm cannot train on it.
     """
     starts = list(range(0, n, size))
     if size > 1 and len(starts) > 1 and n % size == 1:
@@ -101,8 +101,7 @@ def metrics_on(
 ) -> dict[str, float]:
     """Return a module's metrics on some examples, averaged over them.
 
-    A metric that has no meaning in some batches, and is not among theirs, is averaged over the
-    others.
+    A metric that is missing in some batches is averaged over the others.
 
     Raises:
         ReturnedError: there are no examples.

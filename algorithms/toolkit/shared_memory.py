@@ -1,4 +1,4 @@
-"""Tensors of a model that are different, and yet share memory: one could not be told apart."""
+"""Refuse models in which different tensors share memory."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ def refuse_shared_memory(
 ) -> None:
     """Raise ProblemError if two of a model's tensors share memory.
 
-    A tensor that the module has under several names is here once and may be tied; what this
-    refuses are two tensors, one a view of the other: moved into a vector they would part.
+    A tied tensor, with several names in the module, occurs once here and is accepted. Two tensors
+    of which one is a view of the other are refused: copied into a vector they would separate.
     """
     by_storage: dict[tuple[str, int], list[tuple[str, Tensor]]] = {}
     for name, tensor in (*parameters, *buffers):
@@ -40,8 +40,8 @@ def refuse_shared_memory(
 def refuse_views(module: nn.Module) -> None:
     """Raise ProblemError if an attribute of a module is a view of a parameter or buffer.
 
-    A working copy gives those other memory, and the attribute would keep the old one: what
-    `forward` reads there, or changes, would not be the model's.
+    A working copy moves these to other memory, and the attribute would keep the old memory, which
+    `forward` would then read or change.
     """
     own = [*module.named_parameters(), *module.named_buffers()]
     held = {
@@ -51,7 +51,7 @@ def refuse_views(module: nn.Module) -> None:
     }
     themselves = {id(each) for _, each in own}
     for path, part in module.named_modules():
-        # What torch's own norms make anew before each forward.
+        # Attributes that torch's own norms recompute before each forward.
         remade = {getattr(each, "name", None) for each in part._forward_pre_hooks.values()}  # noqa: SLF001 - there is no public way
         for name, value in vars(part).items():
             if name in _TORCHS_OWN or name in remade:
@@ -67,7 +67,7 @@ def refuse_views(module: nn.Module) -> None:
 
 
 def _tensors_in(value: object) -> Iterator[Tensor]:
-    """Yield tensors that have memory, and arrays as such, in a value or in what it holds."""
+    """Yield the tensors with memory, and arrays as tensors, in a value or its elements."""
     if isinstance(value, np.ndarray):
         base = value
         while isinstance(base.base, np.ndarray):
@@ -85,14 +85,14 @@ def _tensors_in(value: object) -> Iterator[Tensor]:
 
 
 def _overlap(one: Tensor, other: Tensor) -> bool:
-    """Tell whether two tensors of one storage have a byte in common."""
+    """Return whether two tensors of one storage have a byte in common."""
     one, other = _real(one), _real(other)
     (low, high), (begin, end) = _range(one), _range(other)
     if high <= begin or end <= low:
         return False
     if one.element_size() != other.element_size():
         return True
-    # Interleaved ones, such as the real and imaginary parts of one tensor, are fine.
+    # Interleaved tensors, such as the real and imaginary parts of one, do not overlap.
     size = one.element_size()
     first, last = min(low, begin) // size, max(high, end) // size
     touched = torch.zeros(last - first, dtype=torch.bool)
@@ -105,7 +105,7 @@ def _real(tensor: Tensor) -> Tensor:
 
 
 def _range(tensor: Tensor) -> tuple[int, int]:
-    """Return the first byte of a tensor in its storage, and the one after its last."""
+    """Return the first byte of a tensor in its storage, and the byte after its last."""
     reach = sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
     start = int(tensor.storage_offset())
     return start * tensor.element_size(), (start + reach + 1) * tensor.element_size()

@@ -1,4 +1,4 @@
-"""A model in two: a body that all clients share, and a head that each keeps to itself."""
+"""A model cut in two: a body that all clients share, and a head that each client keeps."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from fedmq.algorithms.base import Client, Payload
 from fedmq.algorithms.errors import ProblemError
 from fedmq.algorithms.problems.base import Examples, Problem
 from fedmq.algorithms.rng import derive_rng
+from fedmq.algorithms.tasks import Client, Payload
 from fedmq.algorithms.toolkit.flat_model import FlatModel
 from fedmq.algorithms.toolkit.layout import Layout
 from fedmq.algorithms.toolkit.results import Vectors
 from fedmq.algorithms.toolkit.sgd import SGDSettings, batches, metrics_on, project
 
 _BATCH = 500
-"""Examples that go through a model at once where nothing is trained."""
+"""Number of examples a batch in evaluation."""
 
 Part = Literal["head", "body", "both"]
 
@@ -28,8 +28,8 @@ class Split:
 
     Attributes:
         whole: the model; its weights are those of `body` and `head`.
-        body, head: modules; the head takes what the body returns.
-        shared, kept: layouts of the body's tensors and of the head's, with the whole's names.
+        body, head: modules; the head's input is the body's output.
+        shared, kept: layouts of the body's and the head's tensors, with the whole's names.
 
     Raises:
         ProblemError: the model cannot be cut there.
@@ -41,8 +41,8 @@ class Split:
         self.shared, self.kept = Layout.of(self.body), Layout.of(self.head)
         names = [{each.name for each in part.weights} for part in (self.shared, self.kept)]
         if names[0] & names[1] or len(names[0] | names[1]) != len(self.whole.layout.weights):
-            raise ProblemError("the model's body and head have a parameter in common")
-        # Parameters go by the layers' order: the body's gradients come first, then the head's.
+            raise ProblemError("expected different parameters in body and head, got a common one")
+        # Parameters are in the order of layers: the body's gradients come before the head's.
         self._border = self.shared.parameters
         self._first = self.kept_tensors()
 
@@ -57,9 +57,9 @@ class Split:
         return cut(self.whole.module, self._layers)[1]
 
     def load(self, body: Payload, local: Payload | None) -> Vectors:
-        """Load a body, and the head that a client kept or else the problem's first one.
+        """Load a body, and the client's local head or the problem's first one.
 
-        Returns the body as it came.
+        Returns the received body.
         """
         came = Vectors(*self.shared.read(body))
         tensors = _views(self.shared, came)
@@ -69,7 +69,7 @@ class Split:
         return came
 
     def body_vectors(self) -> Vectors:
-        """Return a copy of the body's numbers, on the CPU."""
+        """Return a copy of the body's values, on the CPU."""
         mine = {slot.name for slot in (*self.shared.weights, *self.shared.counters)}
         tensors = {name: each for name, each in self._tensors().items() if name in mine}
         return Vectors(*self.shared.read(Payload(exact=tensors)))
@@ -80,25 +80,25 @@ class Split:
         return {slot.name: tensors[slot.name] for slot in (*self.kept.weights, *self.kept.counters)}
 
     def _tensors(self) -> dict[str, Tensor]:
-        """Return a copy of all tensors, as they travel."""
+        """Return a copy of all tensors, as they are sent."""
         weights = self.whole.weights.detach().to("cpu", copy=True)
         return _views(self.whole.layout, Vectors(weights, self.whole.read_counters()))
 
     def fit(
         self, part: Part, data: Examples, epochs: int, sgd: SGDSettings, client: Client
     ) -> None:
-        """Run epochs of SGD on a part; the rest stays as it is, to the bit.
+        """Run epochs of SGD on a part; the rest stays the same to the bit.
 
-        Only the part's own slice of the weights is stepped, so that no momentum and no weight
-        decay can reach the rest. What is frozen is in evaluation mode: its running statistics
-        stay as well, and its dropout is off. Momentum starts from zero.
+        Only the part's slice of the weights is stepped, so that momentum and weight decay do not
+        affect the rest. The frozen part is in evaluation mode: its running statistics stay, and
+        its dropout is off. Momentum starts from zero.
 
         Args:
-            part: what is trained.
+            part: part to train.
             data: x float32 [n, ...], y int64 [n], on the model's device.
             epochs: passes over the data; 0 does nothing.
-            sgd: lr, batch_size, momentum and weight_decay.
-            client: whose loss, randomness and structured updates.
+            sgd: settings of the steps.
+            client: client with the loss, the seed and structured updates.
         """
         if not epochs:
             return
@@ -111,7 +111,7 @@ class Split:
         body.train(part != "head")
         head.train(part != "body")
         if part == "head":
-            # A frozen body says the same of an example in every epoch.
+            # A frozen body has the same outputs in every epoch.
             data, forward = Examples(outputs(body, data.x), data.y), head
         velocity = torch.zeros_like(gradient) if sgd.momentum else None
         rng = derive_rng(client.seed, "head batches" if part == "head" else "batches")
@@ -134,29 +134,29 @@ class Split:
 def cut(module: nn.Module, head: int) -> tuple[nn.Sequential, nn.Sequential]:
     """Return the body and the head of a model, which share its tensors and keep their names.
 
-    The head begins with the first of the last ``head`` layers that are trained.
+    The head begins with the first of the last ``head`` trained layers.
 
     Raises:
-        ProblemError: the model is no sequence of layers, or nothing would be left to share.
+        ProblemError: the model is no sequence of layers, or its body would have none.
     """
     if not isinstance(module, nn.Sequential):
         raise ProblemError(
             f"expected a model that is an nn.Sequential of layers, got {type(module).__name__}"
         )
-    places = [
+    trained = [
         at
         for at, layer in enumerate(module)
         if any(each.requires_grad for each in layer.parameters())
     ]
-    if not 1 <= head < len(places):
+    if not 1 <= head < len(trained):
         raise ProblemError(
-            f"head: expected fewer than the model's {len(places)} trained layers, got {head}"
+            f"head: expected fewer than the model's {len(trained)} trained layers, got {head}"
         )
-    return module[: places[-head]], module[places[-head] :]
+    return module[: trained[-head]], module[trained[-head] :]
 
 
 def outputs(module: nn.Module, x: Tensor) -> Tensor:
-    """Return what a module makes of x, float32 [n, ...], without a gradient."""
+    """Return a module's outputs, float32 [n, ...], without a gradient."""
     with torch.no_grad():
         return torch.cat([module(each) for each in torch.split(x, _BATCH)])
 
@@ -173,7 +173,7 @@ def _views(layout: Layout, numbers: Vectors) -> dict[str, Tensor]:
 
 
 def scratch_split(problem: Problem, head: int, device: str) -> Split:
-    """Return this process's one working copy of a problem's model, cut in two."""
+    """Return the one working copy of a problem's model in this process, cut in two."""
     for known, where, model in _scratch:
         if known is problem and where == (head, device):
             return model

@@ -1,9 +1,9 @@
-"""A module that goes back to how it was made, and what it has re-bound meanwhile.
+"""A module that can be restored, and whose re-bound tensors are followed.
 
-torch lets a module do anything to itself in `forward`: assign a buffer, replace the data of a
-parameter, count its calls, keep a hidden state. Within a task that is the module's own affair,
-as in a plain loop of torch; but one module serves all clients of a process, and what it
-learned is read from vectors that its tensors were bound to.
+torch lets a module change itself in `forward`: assign a buffer, replace the data of a parameter,
+count its calls, keep a hidden state. Within a task this works as in a plain torch loop. But one
+module serves all clients of a process, and its trained values are read from vectors to which its
+tensors were bound.
 """
 
 from __future__ import annotations
@@ -36,18 +36,18 @@ _ATOMS = (
     torch.dtype,
     torch.device,
 )
-"""What never changes, or is shared by a deep copy anyway."""
+"""Types that never change, or that a deep copy shares anyway."""
 _REGISTRIES = ("_parameters", "_buffers", "_modules")
 _CONTAINERS = (dict, OrderedDict, list, set)
 
 
 @dataclass
 class BoundTensor:
-    """A tensor of a module, and where its values belong.
+    """A tensor of a module, and the memory of its values.
 
-    tensor: the module's own object.
-    view: of the vector that the tensor is bound to; None: the memory that it has.
-    gradient: of the gradients' vector; None where it is not trained.
+    tensor: the module's object.
+    view: view of the vector that the tensor is bound to; None: its own memory.
+    gradient: view of the vector of gradients; None if it is not trained.
     """
 
     name: str
@@ -55,7 +55,7 @@ class BoundTensor:
     view: Tensor | None = None
     gradient: Tensor | None = None
     home: Tensor = field(init=False)
-    """Where the values belong, and in which shape and dtype; ``pointer`` is its address."""
+    """Memory of the values, with their shape and dtype; ``pointer`` is its address."""
     pointer: int = field(init=False)
     gradient_pointer: int = field(init=False)
     needs_gradient: bool = field(init=False)
@@ -69,7 +69,7 @@ class BoundTensor:
 
     @property
     def at_home(self) -> bool:
-        """Tell whether the tensor's values are where they belong."""
+        """Return whether the tensor still uses its memory."""
         tensor, home = self.tensor, self.home
         return (
             tensor.data_ptr() == self.pointer
@@ -79,10 +79,10 @@ class BoundTensor:
         )
 
     def bind(self) -> None:
-        """Let the tensor and its gradient be what lies in their places."""
+        """Bind the tensor and its gradient to their memory."""
         tensor = self.tensor
         if tensor.grad_fn is not None:
-            tensor.detach_()  # a buffer that was added to in place hangs on its last graph
+            tensor.detach_()  # a buffer that was changed in place refers to its last graph
         if tensor.requires_grad != self.needs_gradient:
             tensor.requires_grad_(self.needs_gradient)
         if not self.at_home:
@@ -91,10 +91,10 @@ class BoundTensor:
             tensor.grad = self.gradient
 
     def follow(self) -> None:
-        """Copy values whose tensor was given other memory to where they belong.
+        """Copy values from other memory that the module gave the tensor.
 
         Raises:
-            ProblemError: their shape or dtype is another.
+            ProblemError: their shape or dtype differs.
         """
         if not self.at_home:
             values = self.check(self.tensor.data)
@@ -104,16 +104,18 @@ class BoundTensor:
             self.tensor.grad = self.gradient
 
     def follow_gradient(self) -> None:
-        """Likewise for the gradient; where there is none it is zero.
+        """Copy a gradient from other memory; a missing one is zero.
 
         Raises:
-            ProblemError: its shape or dtype is another.
+            ProblemError: its shape or dtype differs, or the bound gradient was moved.
         """
         found, ours = self.tensor.grad, self.gradient
         if ours is None or (found is ours and ours.data_ptr() == self.gradient_pointer):
             return
         if found is ours:
-            raise ProblemError(f"the model gave the gradient of {self.name} other memory")
+            raise ProblemError(
+                f"expected the gradient of {self.name} in its memory, the model moved it"
+            )
         if found is None:
             ours.zero_()
         else:
@@ -121,10 +123,10 @@ class BoundTensor:
         self.tensor.grad = ours
 
     def check(self, values: Tensor, what: str = "") -> Tensor:
-        """Return a copy of values that were found in place of these.
+        """Return a copy of values that replaced these.
 
         Raises:
-            ProblemError: their shape or dtype is another.
+            ProblemError: their shape or dtype differs.
         """
         if values.shape != self.home.shape or values.dtype != self.home.dtype:
             raise ProblemError(
@@ -135,31 +137,31 @@ class BoundTensor:
 
 
 class WorkingCopy:
-    """A module whose tensors are bound to their places."""
+    """A module whose tensors are bound to vectors."""
 
-    def __init__(self, module: nn.Module, places: Sequence[BoundTensor]) -> None:
+    def __init__(self, module: nn.Module, bound: Sequence[BoundTensor]) -> None:
         self.module = module
-        self._places = places
-        self._trained = [each for each in places if each.gradient is not None]
-        by_tensor = {id(each.tensor): each for each in places}
+        self._bound = bound
+        self._trained = [each for each in bound if each.gradient is not None]
+        by_tensor = {id(each.tensor): each for each in bound}
         # By every name that a tensor has: tied ones have several.
         self._parameters = {name: by_tensor[id(each)] for name, each in _parameters(module)}
         self._buffers = {name: by_tensor[id(each)] for name, each in _buffers(module)}
         try:
             self._snapshot: _Snapshot | None = _Snapshot(module)
-        except Exception:  # noqa: BLE001 - a module may hold anything, and refuse in any way
+        except Exception:  # noqa: BLE001 - attributes of a module may raise anything
             self._snapshot = None
 
     def reset(self) -> bool:
-        """Let the module be as it was made; return False if that takes a new one."""
+        """Restore the module; return False if that needs a new one."""
         if self._snapshot is not None:
             self._snapshot.restore()
-        for each in self._places:
+        for each in self._bound:
             each.bind()
         return self._snapshot is not None
 
     def after_backward(self) -> None:
-        """Follow trained parameters, and their gradients, that were given other memory.
+        """Follow trained parameters and gradients that the module re-bound.
 
         Raises:
             ProblemError: one cannot be followed.
@@ -169,7 +171,7 @@ class WorkingCopy:
             each.follow()
 
     def end_task(self) -> None:
-        """Follow all parameters and buffers, and find them again under their names.
+        """Follow all parameters and buffers that the module re-bound, by their names.
 
         Raises:
             ProblemError: one cannot be followed.
@@ -180,52 +182,49 @@ class WorkingCopy:
         values: dict[str, tuple[BoundTensor, Tensor]] = {}
         found: dict[str, Tensor] = {}
         now = dict(_buffers(self.module))
-        for name, place in self._buffers.items():
+        for name, each in self._buffers.items():
             tensor = now.get(name)
             if tensor is None:
-                raise ProblemError(f"expected buffer {name} to stay, the model took it away")
-            if found.setdefault(place.name, tensor) is not tensor:
+                raise ProblemError(f"expected buffer {name} to stay, the model removed it")
+            if found.setdefault(each.name, tensor) is not tensor:
                 raise ProblemError(
-                    f"expected {place.name} and {name} to stay one tensor, the model made them two"
+                    f"expected {each.name} and {name} to stay one tensor, the model made them two"
                 )
-            if tensor is not place.tensor or not place.at_home:
-                values[name] = (place, place.check(tensor))
-        # Only when all are copies: a model may have swapped two of them.
-        for name, (place, value) in values.items():
-            place.bind()
-            place.home.copy_(value)
+            if tensor is not each.tensor or not each.at_home:
+                values[name] = (each, each.check(tensor))
+        # After all copies are made, because the model may have swapped two buffers.
+        for name, (each, value) in values.items():
+            each.bind()
+            each.home.copy_(value)
             path, _, own = name.rpartition(".")
             try:
-                setattr(_submodule(self.module, path), own, place.tensor)
+                setattr(_submodule(self.module, path), own, each.tensor)
             except (AttributeError, RuntimeError, TypeError):
                 raise ProblemError(
-                    f"buffer {name} is assigned in forward, and cannot be put back in a "
+                    f"buffer {name} is assigned in forward and cannot be restored in a "
                     f"{type(self.module).__name__}: change its values in place"
                 ) from None
 
     def _check_parameters(self) -> None:
-        """Raise ProblemError unless each parameter is still the object that it was."""
+        """Raise ProblemError unless each parameter is still the same object."""
         now = dict(_parameters(self.module))
-        for name, place in self._parameters.items():
-            if now.get(name) is not place.tensor:
-                fate = "put another in its place" if name in now else "took it away"
-                raise ProblemError(f"expected parameter {name} to stay, the model {fate}")
-            if place.tensor.requires_grad and not place.needs_gradient:
-                raise ProblemError(
-                    f"expected parameter {name} to stay frozen, the model began to train it"
-                )
+        for name, each in self._parameters.items():
+            if now.get(name) is not each.tensor:
+                change = "replaced it" if name in now else "removed it"
+                raise ProblemError(f"expected parameter {name} to stay, the model {change}")
+            if each.tensor.requires_grad and not each.needs_gradient:
+                raise ProblemError(f"expected parameter {name} to stay frozen, the model trains it")
         if extra := now.keys() - self._parameters.keys():
             raise ProblemError(
-                f"expected all parameters to be there at the start, "
-                f"the model added {min(extra)} in a task"
+                f"expected all parameters at the start, the model added {min(extra)} in a task"
             )
 
 
 class _Snapshot:
-    """What a module and all modules in it hold in their attributes, but for tensors' values.
+    """A copy of the attributes of a module and its submodules, without tensors' values.
 
-    Modules, dictionaries, lists and sets stay the objects that they are, so that whoever holds
-    one of them (a hook, a function made in the constructor) sees it put back too.
+    Modules, dictionaries, lists and sets stay the same objects, so that others that refer to them
+    (a hook, a function made in the constructor) see the restored content.
 
     Raises:
         Exception: any, if an attribute cannot be copied.
@@ -234,13 +233,13 @@ class _Snapshot:
     def __init__(self, module: nn.Module) -> None:
         self._modules = list(module.modules())
         if any(isinstance(each, torch.jit.ScriptModule) for each in self._modules):
-            raise TypeError("a compiled module keeps its attributes elsewhere")
+            raise TypeError("a compiled module stores its attributes elsewhere")
         tensors = [each for _, each in (*_parameters(module), *_buffers(module))]
-        # In every copy these are themselves.
+        # Deep copies share these objects.
         self._memo: dict[int, Any] = {id(each): each for each in (*self._modules, *tensors)}
         attributes = [dict(vars(each)) for each in self._modules]
-        # So is what a hook belongs to, if that is a method. Where a module holds it, its attributes
-        # are put back as well; what is somebody else's, such as the problem, is left alone.
+        # They also share the owner of a hook that is a method. If a module refers to the owner, its
+        # attributes are restored too; other owners, such as the problem, are left alone.
         hooks = [each for held in attributes for name, each in held.items() if _is_hooks(name)]
         owners = [getattr(each, "__self__", None) for held in hooks for each in held.values()]
         self._memo |= {id(each): each for each in owners if each is not None}
@@ -265,7 +264,7 @@ class _Snapshot:
             {name: each for name, each in held.items() if type(each) in _CONTAINERS}
             for held in attributes
         ]
-        # Their content as it is now: tensors and modules by name, or nothing.
+        # Their current content: tensors and modules by name, or nothing.
         self._shallow = [
             {name: copy.copy(each) for name, each in held.items() if name in fixed}
             for held, fixed in zip(self._containers, self._fixed, strict=True)
@@ -273,7 +272,7 @@ class _Snapshot:
         self._changing = copy.deepcopy(changing, dict(self._memo))
 
     def restore(self) -> None:
-        """Put everything back."""
+        """Restore all attributes."""
         copies = self._changing
         if any(copies):
             copies = copy.deepcopy(copies, dict(self._memo))
@@ -294,7 +293,7 @@ class _Snapshot:
 
 
 def _submodule(module: nn.Module, path: str) -> nn.Module:
-    """Return a module in another; a compiled one has no `get_submodule`."""
+    """Return a submodule; a compiled module has no `get_submodule`."""
     found: nn.Module = functools.reduce(getattr, path.split(".") if path else (), module)
     return found
 
@@ -304,7 +303,7 @@ def _is_hooks(name: str) -> bool:
 
 
 def _is_fixed(name: str, value: Any) -> bool:
-    """Tell whether an attribute needs no deep copy to be put back."""
+    """Return whether an attribute can be restored without a deep copy."""
     if type(value) in _CONTAINERS:
         return name in _REGISTRIES or not value
     return _never_changes(value)

@@ -146,7 +146,7 @@ def edges_alone(chosen: Settings, runs: Runs) -> float:
         for version in range(setup.config.run.versions):
             seed = derive_seed(runs.seed, "alone", k, version)
             client = dataclasses.replace(client, seed=seed)
-            _, local = algorithm.train(Task(version, Payload()), client)
+            local = algorithm.train(Task(version, Payload()), client).local_state
             client = dataclasses.replace(client, local=local)
         total += algorithm.evaluate_client(evaluation, client)["edge_accuracy"]
     return total / problem.clients

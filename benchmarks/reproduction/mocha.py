@@ -179,8 +179,10 @@ def federated(algorithm: Mocha, problem: Problem, rounds: int, seed: int) -> dua
         accumulator = algorithm.new_accumulator(state)
         for index in range(problem.clients):
             task = Task(turn, algorithm.task(state, index))
-            payload, local_states[index] = algorithm.train(task, client(index, turn))
-            result = Result(index, 0, payload)
+            trained = algorithm.train(task, client(index, turn))
+            if trained.local_state is not None:
+                local_states[index] = trained.local_state
+            result = Result(index, 0, trained.payload, trained.num_examples)
             accumulator = algorithm.accumulate(accumulator, state, result, 1.0)
         state = algorithm.commit(state, accumulator, 1.0)
     return state.weights

@@ -6,12 +6,10 @@ tensors are usually those of the next task, so they are sent once.
 
 from __future__ import annotations
 
-from typing import Any
-
 import msgspec
 from msgspec import UNSET, Struct, UnsetType
 
-from fedmq.algorithms.base import Algorithm
+from fedmq.algorithms.base import AnyAlgorithm, OpaqueState
 from fedmq.algorithms.errors import ResultError
 from fedmq.algorithms.problems.base import Problem
 from fedmq.broker.wire.schema import Blob
@@ -89,14 +87,16 @@ class Fold(Struct):
     expects_evaluator: bool | UnsetType = UNSET
 
 
-def pack_checkpoint(algorithm: Algorithm, state: Any, fold: Fold) -> Packed:
+def pack_checkpoint(algorithm: AnyAlgorithm, state: OpaqueState, fold: Fold) -> Packed:
     """Return a checkpoint as a message's body and blobs."""
     packed = pack(algorithm.save(state), RAW, 0, f"{type(algorithm).__name__}.save")
     data = msgspec.msgpack.encode(fold)
     return Packed(packed.body, (*packed.blobs, Blob.of(data)), (*packed.data, data))
 
 
-def unpack_checkpoint(algorithm: Algorithm, problem: Problem, inbound: Inbound) -> tuple[Any, Fold]:
+def unpack_checkpoint(
+    algorithm: AnyAlgorithm, problem: Problem, inbound: Inbound
+) -> tuple[OpaqueState, Fold]:
     """Return the algorithm's state and the fold.
 
     Raises:

@@ -14,6 +14,7 @@ from typing import Any
 
 import msgspec
 
+from fedmq.algorithms.base import OpaqueState
 from fedmq.algorithms.schedules import ScheduleView
 from fedmq.broker.errors import BrokerError
 from fedmq.broker.rejections import Code, Rejection
@@ -118,7 +119,7 @@ class Aggregator(AggregatorState):
             self._advance(out)
         return [Handled.of(event.seq, why), *out]
 
-    def adopt(self, state: Any) -> None:
+    def adopt(self, state: OpaqueState) -> None:
         """Go on from this state of the current version, such as the recorded one in a replay."""
         self.state = state
         self._tasks.begin_version()
@@ -269,7 +270,9 @@ class Aggregator(AggregatorState):
         self._committing = closed, commit
         out.append(commit)
 
-    def _committed(self, closed: VersionBuffer, state: Any, out: list[AggregatorAction]) -> None:
+    def _committed(
+        self, closed: VersionBuffer, state: OpaqueState, out: list[AggregatorAction]
+    ) -> None:
         self.state = state
         cohort = self._schedule.cohort(self._setup.problem.clients)
         self.version += 1

@@ -8,7 +8,7 @@ from typing import Any
 
 from msgspec import Struct
 
-from fedmq.algorithms.base import Algorithm
+from fedmq.algorithms.base import AnyAlgorithm, OpaqueState
 from fedmq.broker.rejections import Code, Rejection
 from fedmq.broker.wire.addresses import EVALUATOR
 from fedmq.broker.wire.schema import Message
@@ -76,7 +76,7 @@ class Evaluations:
 
 
 def requests(
-    algorithm: Algorithm, state: Any, version: int, clients: Iterable[int]
+    algorithm: AnyAlgorithm, state: OpaqueState, version: int, clients: Iterable[int]
 ) -> Iterator[tuple[str, dict[str, Any], Packed, ClientEvaluation | None]]:
     """Yield the evaluation requests of a version: addressee, body, tensors, client.
 

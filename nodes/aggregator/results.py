@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import enum
-from typing import Any, Literal
+from typing import Literal
 
-from fedmq.algorithms.base import examples_of
+from fedmq.algorithms.base import OpaqueState, examples_of
 from fedmq.algorithms.errors import Fault, ResultError
 from fedmq.broker.rejections import Code, Rejection
 from fedmq.broker.wire.schema import Message
@@ -44,7 +44,7 @@ class ResultCollector:
         reply: what a result contains: ``model`` or ``update``.
     """
 
-    def __init__(self, setup: Setup, tasks: Tasks, state: Any, progress: Progress) -> None:
+    def __init__(self, setup: Setup, tasks: Tasks, state: OpaqueState, progress: Progress) -> None:
         self._algorithm, self._schedule, self._tasks = setup.algorithm, setup.schedule, tasks
         self._progress = progress
         self._most_bytes = room_for(setup.algorithm, state)
@@ -52,12 +52,12 @@ class ResultCollector:
         self.counts = Counts()
         self.begin_version(state)
 
-    def begin_version(self, state: Any) -> None:
+    def begin_version(self, state: OpaqueState) -> None:
         """Begin to gather towards the version after this one."""
         self.current = VersionBuffer(self._algorithm.new_accumulator(state))
 
     def take(
-        self, inbound: Inbound, state: Any, version: int, out: list[AggregatorAction]
+        self, inbound: Inbound, state: OpaqueState, version: int, out: list[AggregatorAction]
     ) -> Handled | None:
         """Take a result: return that it is dealt with, and how, or None while it is held."""
         why = self._take(inbound, state, version, out)
@@ -75,7 +75,11 @@ class ResultCollector:
             self._progress.failed(task.client, task.node, *why)
 
     def take_waiting(
-        self, waiting: DeferredResults, state: Any, version: int, out: list[AggregatorAction]
+        self,
+        waiting: DeferredResults,
+        state: OpaqueState,
+        version: int,
+        out: list[AggregatorAction],
     ) -> None:
         """Take the results that came while the version before this one was being committed."""
         here, waiting.received = waiting.received, {}
@@ -99,7 +103,7 @@ class ResultCollector:
         return done
 
     def _take(
-        self, inbound: Inbound, state: Any, version: int, out: list[AggregatorAction]
+        self, inbound: Inbound, state: OpaqueState, version: int, out: list[AggregatorAction]
     ) -> Rejection | Held | None:
         message = inbound.message
         task = self._tasks.answered(message)
@@ -133,7 +137,7 @@ class ResultCollector:
         return self._add(state, inbound, weight, task.client, staleness)
 
     def add_in_order(
-        self, state: Any, out: list[AggregatorAction], *, everything: bool = False
+        self, state: OpaqueState, out: list[AggregatorAction], *, everything: bool = False
     ) -> None:
         """Accumulate held results in cohort order, up to the first outstanding task."""
         current = self.current
@@ -156,7 +160,7 @@ class ResultCollector:
                 return
 
     def _add(
-        self, state: Any, inbound: Inbound, weight: float, client: int, staleness: int
+        self, state: OpaqueState, inbound: Inbound, weight: float, client: int, staleness: int
     ) -> Rejection | None:
         """Add a result to the version; return the rejection if it cannot be used."""
         about = client, staleness

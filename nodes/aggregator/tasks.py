@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from fedmq.algorithms.base import OpaqueState
 from fedmq.algorithms.rng import derive_seed
 from fedmq.algorithms.schedules import ScheduleView
 from fedmq.broker.rejections import Code, Rejection
@@ -71,7 +72,7 @@ class Tasks:
             if back and any(a <= task.client <= b for a, b in message.body["clients"]):
                 self._returned.add(name)
 
-    def pack(self, state: Any, version: int, client: int) -> Packed:
+    def pack(self, state: OpaqueState, version: int, client: int) -> Packed:
         """Return a client's task as a message's body and blobs."""
         if self._same_for_all is not None and not self._setup.algorithm.task_per_client:
             return self._same_for_all

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from fedmq.algorithms.base import Algorithm, Result
+from fedmq.algorithms.base import AnyAlgorithm, OpaqueAccumulator, OpaqueState, Result, examples_of
 from fedmq.algorithms.errors import ResultError
 from fedmq.algorithms.rng import derive_rng
 from fedmq.algorithms.toolkit.returned import check_tensors
@@ -26,7 +25,7 @@ _ROOM = 16
 _LEAST_BYTES = 1 << 20
 
 
-def room_for(algorithm: Algorithm, state: Any) -> int:
+def room_for(algorithm: AnyAlgorithm, state: OpaqueState) -> int:
     """Return the memory limit for decoding a result, in bytes.
 
     Raises:
@@ -56,7 +55,7 @@ class VersionBuffer:
     deadline_passed: whether the version no longer waits for outstanding tasks.
     """
 
-    accumulator: Any
+    accumulator: OpaqueAccumulator
     order: list[str] = field(default_factory=list)
     settled: int = 0
     held: dict[str, tuple[Inbound, float, int]] = field(default_factory=dict)
@@ -89,8 +88,8 @@ class VersionBuffer:
 
     def add(
         self,
-        algorithm: Algorithm,
-        state: Any,
+        algorithm: AnyAlgorithm,
+        state: OpaqueState,
         inbound: Inbound,
         weight: float,
         about: tuple[int, int],
@@ -109,7 +108,7 @@ class VersionBuffer:
         try:
             stream = fail_on_partial_reread(inbound.stream) if inbound.stream is not None else None
             payload = unpack(inbound.message, inbound.read, stream, max_bytes)
-            result = Result(*about, payload)
+            result = Result(*about, payload, examples_of(payload.numbers))
             self.accumulator = algorithm.accumulate(self.accumulator, state, result, weight)
         except (ResultError, CodecError, WireError) as error:
             return rejection_of(error)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 import msgspec
 from msgspec import Struct
@@ -51,7 +51,7 @@ class Digester:
     """Computes digests of a core's state; caches that of the algorithm's state."""
 
     def __init__(self) -> None:
-        self._state: Any = None
+        self._state: object = None
         self._digest = ""
 
     def state_digests(self, core: Aggregator) -> Parts:

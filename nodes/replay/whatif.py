@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from fedmq.algorithms.allowed import NOTHING, Allowed
 from fedmq.algorithms.base import Result, Task, examples_of
@@ -121,7 +120,7 @@ class WhatIf:
         """New version at which each task was sent, and its client, by the task's id."""
         self._deferred: dict[int, Inbound] = {}
         """Results that the recorded run has received but not handled."""
-        self._accumulator: Any = self._algorithm.new_accumulator(self._state)
+        self._accumulator = self._algorithm.new_accumulator(self._state)
         self._weights, self._results = 0.0, 0
 
     def points(self) -> Iterator[ComparedPoint]:
@@ -196,10 +195,11 @@ class WhatIf:
         sent, client = self._sent[message.re or ""]
         staleness = self._version - sent
         try:
-            weight = self._schedule.weight(examples_of(numbers_of(message)), staleness)
+            n = examples_of(numbers_of(message))
+            weight = self._schedule.weight(n, staleness)
             if weight is None:
                 return
-            result = Result(client, staleness, unpack(message, event.read))
+            result = Result(client, staleness, unpack(message, event.read), n)
             self._accumulator = self._algorithm.accumulate(
                 self._accumulator, self._state, result, weight
             )

@@ -7,7 +7,6 @@ everything but the tables of problem, algorithm and schedule; `nodes.run.setup` 
 from __future__ import annotations
 
 import difflib
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -17,6 +16,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr,
 
 from fedmq.algorithms.allowed import NOTHING, Allowed, installed
 from fedmq.algorithms.errors import AlgorithmError
+from fedmq.algorithms.hyperparameters import fault_of
 from fedmq.broker.settings import EVERYTHING, LEAST_RETAIN_BYTES, BrokerSettings, LedgerSettings
 from fedmq.broker.wire.addresses import name_fault
 from fedmq.nodes.errors import ConfigError
@@ -296,7 +296,6 @@ def describe(error: ValidationError, table: str, keys: Mapping[str, Sequence[str
     first = error.errors()[0]
     path = [str(part) for part in first["loc"] if not _is_type_name(str(part))]
     where = ".".join([table, *path] if table else path)
-    found = first["input"]
     match first["type"]:
         case "extra_forbidden" | "unexpected_keyword_argument":
             parent, _, name = where.rpartition(".")
@@ -307,12 +306,8 @@ def describe(error: ValidationError, table: str, keys: Mapping[str, Sequence[str
             return f"unknown key {where!r}{guess}; choose from {', '.join(choices)}"
         case "missing" | "missing_argument":
             return f"{where}: expected a value, it is missing"
-        case "value_error":
-            return f"{where}: {first['ctx']['error']}"
         case _:
-            expected = re.sub(r"^(Input|Value) should be |, unable to .*$", "", first["msg"])
-            expected = re.sub(r"^(?=greater|less)", "a number ", expected)
-            return f"{where}: expected {expected[0].lower()}{expected[1:]}, got {found!r:.200}"
+            return f"{where}: {fault_of(first)}"
 
 
 def _is_code(problem: str) -> bool:

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from pydantic import TypeAdapter, ValidationError
 
 from fedmq.algorithms.allowed import Allowed
-from fedmq.algorithms.base import Algorithm
+from fedmq.algorithms.base import AnyAlgorithm
 from fedmq.algorithms.errors import AlgorithmError, NotAllowed
 from fedmq.algorithms.problems import complete_options, load_problem
 from fedmq.algorithms.problems.base import Problem
@@ -31,7 +31,7 @@ from fedmq.nodes.run.config import Config, describe
 from fedmq.nodes.run.numbers import check_types
 from fedmq.nodes.run.stragglers import slowdown
 
-T = TypeVar("T", bound=Algorithm | Schedule)
+T = TypeVar("T", bound=AnyAlgorithm | Schedule)
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Setup:
 
     config: Config
     problem: Problem
-    algorithm: Algorithm
+    algorithm: AnyAlgorithm
     schedule: Schedule
     down: Codec
     up: Codec
@@ -154,7 +154,7 @@ def completed(config: Config, allowed: Allowed | None = None) -> Config:
     return _complete(config, algorithm, schedule)
 
 
-def _choices(config: Config, allowed: Allowed, run: str) -> tuple[Algorithm, Schedule]:
+def _choices(config: Config, allowed: Allowed, run: str) -> tuple[AnyAlgorithm, Schedule]:
     find = functools.partial(find_algorithm, allowed=allowed)
     with _naming_the_run(run, "algorithm.name"):
         algorithm = _choose(config.algorithm, find, "algorithm")
@@ -163,7 +163,7 @@ def _choices(config: Config, allowed: Allowed, run: str) -> tuple[Algorithm, Sch
     return algorithm, _choose(config.schedule, find_schedule, "schedule")
 
 
-def _complete(config: Config, algorithm: Algorithm, schedule: Schedule) -> Config:
+def _complete(config: Config, algorithm: AnyAlgorithm, schedule: Schedule) -> Config:
     complete = config.model_copy(
         update={
             "problem": complete_options(config.problem),
@@ -212,7 +212,7 @@ def _codec(spec: str, direction: str) -> Codec:
         raise ConfigError(f"codec.{direction}: {error}") from None
 
 
-def _check_codecs(down: Codec, up: Codec, schedule: Schedule, algorithm: Algorithm) -> None:
+def _check_codecs(down: Codec, up: Codec, schedule: Schedule, algorithm: AnyAlgorithm) -> None:
     """Refuse to send a model with a codec for updates.
 
     Raises:

@@ -28,7 +28,7 @@ class Run:
         self.algorithm, self.problem, self.seed = algorithm, problem, seed
         self.state, self.version = algorithm.start(problem), 0
         self.locals = [None] * problem.clients
-        self.phases = []
+        self.phases, self.examples = [], {}
 
     def at(self, k):
         seed = derive_seed(self.seed, "task", self.version, k)
@@ -41,10 +41,11 @@ class Run:
         for k in devices:
             task = Task(self.version, self.algorithm.task(self.state, k))
             self.phases.append((k, task.payload.numbers.get("phase")))
-            sent[k], self.locals[k] = self.algorithm.train(task, self.at(k))
-            n = sent[k].numbers["n"]
+            trained = self.algorithm.train(task, self.at(k))
+            sent[k], self.locals[k] = trained.payload, trained.local_state
+            n = self.examples[k] = trained.num_examples
             gathered = self.algorithm.accumulate(
-                gathered, self.state, Result(k, 0, sent[k]), float(n)
+                gathered, self.state, Result(k, 0, sent[k], 1), float(n)
             )
             total += n
         self.state = self.algorithm.commit(self.state, gathered, float(total))

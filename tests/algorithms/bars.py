@@ -37,14 +37,16 @@ class Bars(Tiny):
 def train(algorithm, problem, state, index=0, local=None, seed=7, payload=None):
     payload = algorithm.task(state, index) if payload is None else payload
     client = Client(index, problem, problem.client(index), local, seed)
-    return algorithm.train(Task(state.version, payload), client)
+    trained = algorithm.train(Task(state.version, payload), client)
+    return trained.payload, trained.local_state
 
 
 def commit(algorithm, state, results):
     """Return the version that results by client make, in this order."""
     gathered = algorithm.new_accumulator(state)
     for index, payload in results.items():
-        gathered = algorithm.accumulate(gathered, state, Result(index, 0, payload), 1.0)
+        result = Result(index, 0, payload, len(payload.features["ids"]))
+        gathered = algorithm.accumulate(gathered, state, result, 1.0)
     return algorithm.commit(state, gathered, 1.0)
 
 

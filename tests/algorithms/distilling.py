@@ -99,8 +99,9 @@ def rounds(algorithm, problem, count, seed=0):
         gathered = algorithm.new_accumulator(state)
         for k in range(problem.clients):
             at = client(problem, k, locals_[k], derive_seed(seed, "task", version, k))
-            result, locals_[k] = algorithm.train(Task(version, algorithm.task(state, k)), at)
-            algorithm.accumulate(gathered, state, Result(k, 0, result), 1.0)
+            trained = algorithm.train(Task(version, algorithm.task(state, k)), at)
+            result, locals_[k] = trained.payload, trained.local_state
+            algorithm.accumulate(gathered, state, Result(k, 0, result, 1), 1.0)
         state = algorithm.commit(state, gathered, 1.0)
     return state, locals_
 
@@ -121,5 +122,5 @@ def accuracy(algorithm, problem, count, seed=0):
 def absorbed(algorithm, state, reports):
     gathered = algorithm.new_accumulator(state)
     for device, payload in reports.items():
-        algorithm.accumulate(gathered, state, Result(device, 0, payload), 1.0)
+        algorithm.accumulate(gathered, state, Result(device, 0, payload, 1), 1.0)
     return algorithm.commit(state, gathered, 1.0)

@@ -1,5 +1,6 @@
 """A whole run in memory: the Aggregator and Worker cores, and nothing between them."""
 
+from fedmq.algorithms.toolkit.returned import result_of
 from fedmq.broker.wire.encoding import decode_message, encode_message
 from fedmq.broker.wire.schema import Blob, Message
 from fedmq.nodes.aggregator.core import Aggregator
@@ -169,8 +170,8 @@ class Fleet:
         (train,) = worker.handle(task)
         assert isinstance(train, Train)
         at = train.at(self.setup.problem, "cpu")
-        payload, local = self.setup.algorithm.train(train.task, at)
-        post = posted(worker, worker.handle(Trained(payload, local, 0.0)), self.keep)
+        sent = result_of(self.setup.algorithm.train(train.task, at), "train")
+        post = posted(worker, worker.handle(Trained(*sent, 0.0)), self.keep)
         return post.message, post.data
 
     def keep(self, client, kept):

@@ -75,7 +75,7 @@ def first_state(algorithm, of, rng):
 def result_of(algorithm, state, client, version, reply, rng):
     """Return a result as a client could have sent it."""
     task = algorithm.task(state, client)
-    numbers = {"n": 20 + client, "reply": reply, **task.numbers}
+    numbers = {"reply": reply, **task.numbers}
     if algorithm.name == "personalised-fedavg":
         numbers["phase"] = "fedavg" if version < algorithm.switch else "reptile"
     logits = {}
@@ -87,7 +87,7 @@ def result_of(algorithm, state, client, version, reply, rng):
         logits = {"logits": torch.from_numpy(rows), key: keys}
     counted = {k: each for k, each in task.exact.items() if not each.is_floating_point()}
     payload = Payload(drawn(task.weights, rng), counted, numbers, logits=logits)
-    return Result(client, client % 3, payload)
+    return Result(client, client % 3, payload, 20 + client)
 
 
 def fold(algorithm, schedule):

@@ -86,14 +86,15 @@ def commit(algorithm, schedule, state, results):
     gathered, total = algorithm.new_accumulator(state), 0.0
     for who, payload, n, staleness in results:
         weight = schedule.weight(n, staleness)
-        gathered = algorithm.accumulate(gathered, state, Result(who, staleness, payload), weight)
+        gathered = algorithm.accumulate(gathered, state, Result(who, staleness, payload, 1), weight)
         total += weight
     return algorithm.commit(state, gathered, schedule.divisor(total, len(results)))
 
 
 def trained(algorithm, problem, state, index=0, seed=7, local=None):
     task = Task(0, algorithm.task(state, index))
-    return algorithm.train(task, at(problem, index, seed, local))
+    trained = algorithm.train(task, at(problem, index, seed, local))
+    return trained.payload, trained.local_state
 
 
 def theta(payload):

@@ -51,7 +51,7 @@ def task_for(algorithm, state, index, reply="update"):
 
 def trained(algorithm, problem, state, index, reply="update"):
     task = task_for(algorithm, state, index, reply)
-    return algorithm.train(task, client(problem, index))[0]
+    return algorithm.train(task, client(problem, index)).payload
 
 
 def units_of(algorithm, state, index, version=None):
@@ -75,7 +75,7 @@ def commit(algorithm, schedule, state, results):
     gathered, total = algorithm.new_accumulator(state), 0.0
     for result, n, staleness in results:
         weight = schedule.weight(n, staleness)
-        gathered = algorithm.accumulate(gathered, state, Result(0, 0, result), weight)
+        gathered = algorithm.accumulate(gathered, state, Result(0, 0, result, 1), weight)
         total += weight
     return algorithm.commit(state, gathered, schedule.divisor(total, len(results)))
 

@@ -90,7 +90,8 @@ def by_autograd(algorithm, at, start):
 def update(algorithm, problem, index=0, seed=7, reply="update", state=None):
     """Return what a client sends, as one vector, and its numbers."""
     state = algorithm.start(problem) if state is None else state
-    result, local = algorithm.train(task(state, reply=reply), client(problem, index, seed))
+    trained = algorithm.train(task(state, reply=reply), client(problem, index, seed))
+    result, local = trained.payload, trained.local_state
     assert local is None
     return change(state.layout, result), result.numbers
 

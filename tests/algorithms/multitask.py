@@ -93,7 +93,8 @@ class Federation:
         self.turn += 1
         state = self.state if state is None else state
         task = Task(state.version, self.algorithm.task(state, k))
-        payload, self.locals[k] = self.algorithm.train(task, self.at(k))
+        trained = self.algorithm.train(task, self.at(k))
+        payload, self.locals[k] = trained.payload, trained.local_state
         return payload, self.locals[k].exact["alpha"].numpy()
 
     def round(self, who=None):
@@ -101,7 +102,9 @@ class Federation:
         gathered = self.algorithm.new_accumulator(self.state)
         for k in range(self.problem.clients) if who is None else who:
             payload, alpha = self.work(k)
-            gathered = self.algorithm.accumulate(gathered, self.state, Result(k, 0, payload), 1.0)
+            gathered = self.algorithm.accumulate(
+                gathered, self.state, Result(k, 0, payload, 1), 1.0
+            )
             self.alphas[k] = alpha
         self.state = self.algorithm.commit(self.state, gathered, 1.0)
 

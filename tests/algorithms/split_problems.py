@@ -71,9 +71,10 @@ def play(algorithm, problem, rounds, seed=0, keep=None):
         for index in range(problem.clients):
             at = client(problem, index, seed=1000 * seed + 10 * version + index)
             at = type(at)(**{**vars(at), "local": keep.get(index)})
-            result, keep[index] = algorithm.train(task_of(algorithm, state, version=version), at)
-            n = float(result.numbers["n"])
-            gathered = algorithm.accumulate(gathered, state, Result(index, 0, result), n)
+            trained = algorithm.train(task_of(algorithm, state, version=version), at)
+            result, keep[index] = trained.payload, trained.local_state
+            n = float(trained.num_examples)
+            gathered = algorithm.accumulate(gathered, state, Result(index, 0, result, 1), n)
             total += n
         state = algorithm.commit(state, gathered, total)
     return state, keep
@@ -81,4 +82,5 @@ def play(algorithm, problem, rounds, seed=0, keep=None):
 
 def trained(algorithm, problem, index=0, local=None, reply="update", seed=7):
     at = client(problem, index, seed, local)
-    return algorithm.train(task_of(algorithm, algorithm.start(problem), reply), at)
+    trained = algorithm.train(task_of(algorithm, algorithm.start(problem), reply), at)
+    return trained.payload, trained.local_state

@@ -24,7 +24,7 @@ def commit(algorithm, schedule, state, results):
     gathered, total = algorithm.new_accumulator(state), 0.0
     for result, n, staleness in results:
         weight = schedule.weight(n, staleness)
-        gathered = algorithm.accumulate(gathered, state, Result(0, 0, result), weight)
+        gathered = algorithm.accumulate(gathered, state, Result(0, 0, result, 1), weight)
         total += weight
     return algorithm.commit(state, gathered, schedule.divisor(total, len(results)))
 
@@ -116,7 +116,7 @@ def test_a_thousand_results_take_no_more_memory_than_one():
     memory = gathered.total.data_ptr(), gathered.counters.data_ptr()
     first = gathered
     for _ in range(1000):
-        gathered = FedAvg().accumulate(gathered, state, Result(0, 0, payload(state, 1.0)), 1.0)
+        gathered = FedAvg().accumulate(gathered, state, Result(0, 0, payload(state, 1.0), 1), 1.0)
     assert gathered is first
     assert (gathered.total.data_ptr(), gathered.counters.data_ptr()) == memory
     assert set(vars(gathered)) == {"total", "counters", "models"}
@@ -159,14 +159,14 @@ BAD += ["narrow counter"]
 def test_a_result_that_cannot_be_used_leaves_the_sum_as_it_was(algorithm, which):
     state = algorithm.start(Normed())
     gathered = algorithm.accumulate(
-        algorithm.new_accumulator(state), state, Result(0, 0, payload(state, 0.1)), 3.0
+        algorithm.new_accumulator(state), state, Result(0, 0, payload(state, 0.1), 1), 3.0
     )
     before = gathered.total.clone(), gathered.counters.clone(), gathered.models
     bad = {name: (result, message) for name, result, message in bad_results(state)}
     assert set(bad) == set(BAD)
     result, message = bad[which]
     with pytest.raises(ResultError, match=message):
-        algorithm.accumulate(gathered, state, Result(0, 0, result), 2.0)
+        algorithm.accumulate(gathered, state, Result(0, 0, result, 1), 2.0)
     assert torch.equal(gathered.total, before[0])
     assert torch.equal(gathered.counters, before[1])
     assert gathered.models == before[2]
@@ -176,11 +176,11 @@ def test_a_finite_result_cannot_make_the_model_infinite(state):
     """1e38 is finite, 1000 times that is not; one such client would end every run."""
     algorithm = FedAvg()
     gathered = algorithm.accumulate(
-        algorithm.new_accumulator(state), state, Result(0, 0, payload(state, 0.5)), 1.0
+        algorithm.new_accumulator(state), state, Result(0, 0, payload(state, 0.5), 1), 1.0
     )
     huge = payload(state, [0, 0, 0, 0, 0, 1e38])
     with pytest.raises(ResultError):
-        algorithm.accumulate(gathered, state, Result(0, 0, huge), 1000.0)
+        algorithm.accumulate(gathered, state, Result(0, 0, huge, 1), 1000.0)
     assert gathered.total.tolist() == [0.5] * 6
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from fedmq.algorithms.base import Payload
+from fedmq.algorithms.base import Payload, TrainResult
 from fedmq.algorithms.toolkit.returned import payload_of, result_of
 from fedmq.algorithms.values import (
     MAX_METRICS_BYTES,
@@ -169,16 +169,36 @@ def test_a_payload_that_cannot_be_sent_is_named_with_the_method(payload, said):
     assert said in str(caught.value)
 
 
-def test_train_returns_two_values():
-    result = Payload({"w": torch.zeros(2)}, numbers={"n": np.int32(1)})
-    assert result_of((result, None), "Mine.train")[1] is None
-    assert result_of([result, result], "Mine.train")[1].numbers == {"n": 1}
-    masked = Payload({"w": torch.zeros(2)}, numbers={"n": torch.ones(3).sum(), "loss": 2.0})
-    n, loss = result_of((masked, None), "Mine.train")[0].numbers.values()
-    assert (n, type(n), type(loss)) == (3, int, float)
-    for found in (result, None, (result,), (result, None, None)):
-        with pytest.raises(ReturnedError, match=r"Mine\.train: expected two values"):
-            result_of(found, "Mine.train")
+def test_the_number_of_examples_is_sent_first_among_the_numbers():
+    payload = Payload({"w": torch.zeros(2)}, numbers={"loss": np.float32(2.0)})
+    sent, local = result_of(TrainResult(payload, np.int32(3)), "Mine.train")
+    assert list(sent.numbers.items()) == [("n", 3), ("loss", 2.0)]
+    assert local is None
+    assert result_of(TrainResult(payload, 1, payload), "Mine.train")[1].numbers == {"loss": 2.0}
+    masked = result_of(TrainResult(payload, torch.ones(3).sum()), "Mine.train")[0]
+    assert [type(each) for each in masked.numbers.values()] == [int, float]
+
+
+RESULT = Payload({"w": torch.zeros(2)})
+
+
+@pytest.mark.parametrize(
+    ("found", "message"),
+    [
+        (RESULT, r"expected TrainResult\(payload, num_examples, local_state\), got a value"),
+        (None, r"local_state\), got None"),
+        ((RESULT, None), r"got a value of type 'tuple' \(the form of version 0\.2\)$"),
+        ([RESULT, None], r"got a value of type 'list' \(the form of version 0\.2\)$"),
+        (TrainResult(RESULT, "3"), "expected num_examples as a number, got a value of type 'str'"),
+        (TrainResult(RESULT, float("nan")), "expected num_examples as a number, got nan"),
+        (TrainResult(Payload(numbers={"n": 3}), 3), "num_examples is sent as 'n'"),
+        (TrainResult(3, 3), "expected a Payload, got 3"),
+        (TrainResult(RESULT, 3, 3), "expected a Payload, got 3"),
+    ],
+)
+def test_what_train_returns_is_checked(found, message):
+    with pytest.raises(ReturnedError, match=rf"^Mine\.train: .*{message}"):
+        result_of(found, "Mine.train")
 
 
 def test_settings_of_numpy_become_pythons_own():

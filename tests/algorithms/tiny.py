@@ -1,6 +1,6 @@
 """Problems small enough to check by hand, and clients to train on them."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -83,10 +83,11 @@ class Counting(FedAvg):
     name = "counting"
 
     def train(self, task, client):
-        result, _ = super().train(task, client)
+        trained = super().train(task, client)
         before = client.local.exact["tasks"] if client.local else torch.zeros(1, dtype=torch.int64)
-        local = Payload(dict(result.weights), {"tasks": before + 1}, {"last": task.version})
-        return result, local
+        kept = dict(trained.payload.weights)
+        local = Payload(kept, {"tasks": before + 1}, {"last": task.version})
+        return replace(trained, local_state=local)
 
 
 def client(problem, index=0, seed=7, local=None):
@@ -130,8 +131,9 @@ def one_round(algorithm, problem, state, seed=7):
     """Return the state after a round of all clients, weighted by their examples."""
     gathered, total = algorithm.new_accumulator(state), 0
     for index in range(problem.clients):
-        result, _ = algorithm.train(task(state), client(problem, index, seed))
-        n = result.numbers["n"]
-        gathered = algorithm.accumulate(gathered, state, Result(0, 0, result), float(n))
+        trained = algorithm.train(task(state), client(problem, index, seed))
+        n = trained.num_examples
+        result = Result(0, 0, trained.payload, n)
+        gathered = algorithm.accumulate(gathered, state, result, float(n))
         total += n
     return algorithm.commit(state, gathered, float(total))

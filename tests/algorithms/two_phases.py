@@ -24,15 +24,15 @@ class Local(Tiny):
 
 def train(algorithm, problem, state, index=0, seed=7, local=None):
     task = Task(state.version, algorithm.task(state, index), "update")
-    result, kept = algorithm.train(task, client(problem, index, seed, local))
-    assert kept is None
-    return result
+    trained = algorithm.train(task, client(problem, index, seed, local))
+    assert trained.local_state is None
+    return trained.payload
 
 
 def move(algorithm, state, update, schedule=None, staleness=0):
     """Return the version after one result, all of one number or a vector."""
     phase = "fedavg" if state.version < algorithm.switch else "reptile"
-    result = Result(0, staleness, payload(state, update, n=4, reply="update", phase=phase))
+    result = Result(0, staleness, payload(state, update, n=4, reply="update", phase=phase), 1)
     schedule = schedule or Rounds()
     weight = schedule.weight(4, staleness)
     gathered = algorithm.accumulate(algorithm.new_accumulator(state), state, result, weight)

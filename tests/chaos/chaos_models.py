@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from fedmq.algorithms.base import Client, Payload, Task
+from fedmq.algorithms.base import Client, Payload, Task, TrainResult
 from fedmq.algorithms.fedavg import Accumulator, FedAvg, ModelState
 from fedmq.algorithms.problems.base import Examples, Problem
 
@@ -77,12 +77,12 @@ class Echo(FedAvg):
         mean = gathered.total.mul_(1.0001 / divisor)
         return ModelState(state.layout, mean, gathered.counters)
 
-    def train(self, task: Task, client: Client) -> tuple[Payload, None]:
+    def train(self, task: Task, client: Client) -> TrainResult:
         if self.rest_s and task.version >= self.rest_at:
             time.sleep(self.rest_s)
         if self.hold_s:
             hold_the_gil(self.hold_s)
-        return Payload(task.payload.weights, task.payload.exact, {"n": 1}), None
+        return TrainResult(Payload(task.payload.weights, task.payload.exact), 1)
 
     def evaluate(self, task: Task, problem: Problem, device: str) -> Mapping[str, float]:
         return {"accuracy": 0.0}
@@ -96,7 +96,7 @@ class Paced(FedAvg):
     momentum: float = 0.0
     pause_s: float = 0.0
 
-    def train(self, task: Task, client: Client) -> tuple[Payload, None]:
+    def train(self, task: Task, client: Client) -> TrainResult:
         time.sleep(self.pause_s)
         return super().train(task, client)
 

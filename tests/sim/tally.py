@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from fedmq.algorithms.base import Payload
+from fedmq.algorithms.base import Payload, TrainResult
 from fedmq.algorithms.fedavg import FedAvg
 from fedmq.algorithms.problems.base import Examples, Problem
 
@@ -45,8 +45,8 @@ class Tally(FedAvg):
     def train(self, task, client):
         done = 1 + (client.local.numbers["tasks"] if client.local else 0)
         weights = task.payload.weights["vector"] * (0.01 * (client.index + 1) * done)
-        numbers = {"n": client.index + 1, "reply": task.reply, "tasks": done}
-        return Payload({"vector": weights}, {}, numbers), Payload(numbers={"tasks": done})
+        payload = Payload({"vector": weights}, {}, {"reply": task.reply, "tasks": done})
+        return TrainResult(payload, client.index + 1, Payload(numbers={"tasks": done}))
 
     def evaluate(self, task, problem, device):
         return {"accuracy": 0.0}

@@ -1,7 +1,5 @@
 """Co-distillation: outputs by sample, on a public set, keyed by sample id."""
 
-import dataclasses
-
 import numpy as np
 import pytest
 import torch
@@ -37,7 +35,7 @@ def outputs(seed):
 def absorbed(algorithm, state, reports):
     gathered = algorithm.new_accumulator(state)
     for device, payload in reports.items():
-        algorithm.accumulate(gathered, state, Result(device, 0, payload), 1.0)
+        algorithm.accumulate(gathered, state, Result(device, 0, payload, 1), 1.0)
     return algorithm.commit(state, gathered, 1.0)
 
 
@@ -67,7 +65,8 @@ def test_a_batch_of_public_samples_meets_the_outputs_of_its_own_images():
     soft = outputs(3)[order]
     sent = Payload(logits={"logits": soft, "ids": order})
     algorithm = Codistillation(lr=0.3, gamma=0.7, iterations=3, batch_size=None)
-    result, local = algorithm.train(Task(0, sent), client(problem, 1))
+    trained = algorithm.train(Task(0, sent), client(problem, 1))
+    result, local = trained.payload, trained.local_state
     model, data, public = problem.model(), problem.client(1), problem.public()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.3)
     for _ in range(3):
@@ -89,9 +88,9 @@ def test_before_anybody_reports_a_device_trains_alone():
     )
     sent = algorithm.task(algorithm.start(problem), 1)
     assert not len(sent.logits["ids"])
-    _, one = algorithm.train(Task(0, sent), client(problem, 1))
+    one = algorithm.train(Task(0, sent), client(problem, 1)).local_state
     start = alone.start(problem)
-    _, other = alone.train(Task(0, alone.task(start, 1)), client(problem, 1))
+    other = alone.train(Task(0, alone.task(start, 1)), client(problem, 1)).local_state
     assert all(one.weights[name].equal(other.weights[name]) for name in one.weights)
 
 
@@ -100,7 +99,7 @@ def test_it_sends_outputs_by_sample_where_federated_distillation_sends_them_by_l
     sizes = []
     for algorithm in (Codistillation(), Distillation()):
         task = Task(0, algorithm.task(algorithm.start(problem), 1))
-        result, _ = algorithm.train(task, client(problem, 1))
+        result = algorithm.train(task, client(problem, 1)).payload
         sizes.append(codec.encode(result.logits, 0).nbytes)
     assert sizes[0] == SAMPLES * 3 * 4  # ids from 0 on take no bytes
     assert sizes[1] == 3 * 3 * 4  # nor do equal counts
@@ -111,7 +110,9 @@ def test_memory_is_bounded_by_devices_and_public_samples():
     state = algorithm.start(problem)
     gathered = algorithm.new_accumulator(state)
     for seed in range(20):
-        gathered = algorithm.accumulate(gathered, state, Result(0, 0, report(outputs(seed))), 1.0)
+        gathered = algorithm.accumulate(
+            gathered, state, Result(0, 0, report(outputs(seed)), 1), 1.0
+        )
     assert len(gathered) == 1
     assert algorithm.commit(state, gathered, 1.0).means[0].equal(outputs(19))
     assert algorithm.result_bytes(state) == SAMPLES * (3 * 4 + 8)
@@ -129,7 +130,6 @@ TWICE = torch.cat([torch.zeros(1).long(), torch.arange(SAMPLES - 1)])
         (report(outputs(0)[:, :2]), "expected logits as"),
         (report(outputs(0) * float("nan")), "not from 0 to 1"),
         (report(outputs(0) * 0.5), "sum to 1"),
-        (dataclasses.replace(report(outputs(0)), numbers={"n": -1}), "expected n"),
         (Payload(numbers={"n": 1}), "expected logits with ids"),
     ],
 )
@@ -138,7 +138,7 @@ def test_a_hostile_report_is_refused_and_nothing_of_it_stays(payload, reason):
     state = algorithm.start(Shared())
     gathered = algorithm.new_accumulator(state)
     with pytest.raises(ResultError, match=reason):
-        algorithm.accumulate(gathered, state, Result(0, 0, payload), 1.0)
+        algorithm.accumulate(gathered, state, Result(0, 0, payload, 1), 1.0)
     assert gathered == {}
 
 
@@ -155,8 +155,8 @@ def test_the_same_seed_makes_the_same_bytes():
     algorithm, problem = Codistillation(lr=0.1, batch_size=4), Shared(2)
     state, _ = rounds(algorithm, problem, 1)
     task = Task(1, algorithm.task(state, 1))
-    (one, _), (two, _) = (algorithm.train(task, client(problem, 1)) for _ in range(2))
-    other, _ = algorithm.train(task, client(problem, 1, seed=8))
+    one, two = (algorithm.train(task, client(problem, 1)).payload for _ in range(2))
+    other = algorithm.train(task, client(problem, 1, seed=8)).payload
     assert one.logits["logits"].equal(two.logits["logits"])
     assert not one.logits["logits"].equal(other.logits["logits"])
 
@@ -169,7 +169,7 @@ def test_a_device_learns_a_label_that_only_others_have():
 
 
 def test_a_problem_must_have_public_examples():
-    with pytest.raises(ProblemError, match="no public examples"):
+    with pytest.raises(ProblemError, match="with public examples, got none"):
         Codistillation().start(Blobs())
 
 

@@ -57,7 +57,8 @@ def test_a_device_steps_on_ce_plus_gamma_ce_to_the_others_means(gamma):
     soft = torch.tensor([[0.8, 0.1, 0.1], [0.0, 0.0, 0.0], [0.2, 0.2, 0.6]])
     sent = Payload(logits={"logits": soft, "counts": torch.tensor([1, 0, 1])})
     algorithm = Distillation(lr=0.3, gamma=gamma, iterations=4, batch_size=None)
-    result, local = algorithm.train(Task(0, sent), client(problem, 1))
+    trained = algorithm.train(Task(0, sent), client(problem, 1))
+    result, local = trained.payload, trained.local_state
     model, means, counts = by_hand(
         problem, data, [soft[0], None, soft[2]], lr=0.3, gamma=gamma, steps=4
     )
@@ -65,19 +66,20 @@ def test_a_device_steps_on_ce_plus_gamma_ce_to_the_others_means(gamma):
         torch.testing.assert_close(local.weights[name], tensor)
     torch.testing.assert_close(result.logits["logits"], means)
     assert result.logits["counts"].equal(counts)
-    assert result.numbers == {"n": len(data)}
+    assert result.numbers == {}
+    assert trained.num_examples == len(data)
 
 
 def test_soft_targets_are_probabilities_not_raw_logits_as_in_pfllib():
     algorithm, problem = Distillation(lr=0.5, iterations=3), Blobs()
-    result, _ = algorithm.train(first_task(algorithm, problem, 1), client(problem, 1))
+    result = algorithm.train(first_task(algorithm, problem, 1), client(problem, 1)).payload
     torch.testing.assert_close(result.logits["logits"].sum(dim=1), torch.ones(3))
     assert (result.logits["logits"] >= 0).all()
 
 
 def test_a_label_that_a_device_lacks_counts_0_and_has_no_row():
     algorithm, problem = Distillation(epochs=1), Blobs()
-    result, _ = algorithm.train(first_task(algorithm, problem, 0), client(problem))
+    result = algorithm.train(first_task(algorithm, problem, 0), client(problem)).payload
     assert result.logits["counts"].tolist() == [5, 4, 0]
     assert result.logits["logits"][2].tolist() == [0.0] * 3
 
@@ -88,7 +90,7 @@ def test_a_round_is_so_many_iterations_or_epochs(iterations, epochs, seen):
     algorithm = Distillation(iterations=iterations, epochs=epochs, batch_size=4)
     state = algorithm.start(problem)
     at = dataclasses.replace(client(problem, 1), data=problem.points(1, 12))
-    result, _ = algorithm.train(Task(0, algorithm.task(state, 1)), at)
+    result = algorithm.train(Task(0, algorithm.task(state, 1)), at).payload
     assert result.logits["counts"].sum() == seen
 
 
@@ -99,8 +101,8 @@ def test_a_device_goes_on_from_its_own_model_also_its_running_statistics():
 
     algorithm, problem = Distillation(iterations=2), NormedBlobs()
     task = first_task(algorithm, problem, 1)
-    _, first = algorithm.train(task, client(problem, 1))
-    _, second = algorithm.train(task, client(problem, 1, first, seed=8))
+    first = algorithm.train(task, client(problem, 1)).local_state
+    second = algorithm.train(task, client(problem, 1, first, seed=8)).local_state
     assert first.exact["1.num_batches_tracked"].item() == 2
     assert second.exact["1.num_batches_tracked"].item() == 4
     assert not second.weights["0.weight"].equal(first.weights["0.weight"])
@@ -111,7 +113,7 @@ def test_with_gamma_0_what_others_say_changes_nothing():
     state = algorithm.start(problem)
     taught = absorbed(algorithm, state, {0: report(torch.eye(3)[[1, 2, 0]], [1, 1, 1])})
     one, other = (
-        algorithm.train(Task(0, algorithm.task(each, 1)), client(problem, 1))[1]
+        algorithm.train(Task(0, algorithm.task(each, 1)), client(problem, 1)).local_state
         for each in (state, taught)
     )
     assert all(one.weights[name].equal(other.weights[name]) for name in one.weights)
@@ -121,12 +123,13 @@ def test_the_same_seed_makes_the_same_bytes_and_leaves_torchs_own_chance_alone()
     algorithm, problem = Distillation(iterations=3, batch_size=2), Pictures()
     task = first_task(algorithm, problem, 1)
     before = torch.random.get_rng_state()
-    (one, kept), (two, again) = (algorithm.train(task, client(problem, 1)) for _ in range(2))
-    other, _ = algorithm.train(task, client(problem, 1, seed=8))
+    one, two = (algorithm.train(task, client(problem, 1)) for _ in range(2))
+    other = algorithm.train(task, client(problem, 1, seed=8)).payload
     assert torch.random.get_rng_state().equal(before)
-    assert one.logits["logits"].equal(two.logits["logits"])
-    assert all(kept.weights[name].equal(again.weights[name]) for name in kept.weights)
-    assert not one.logits["logits"].equal(other.logits["logits"])
+    assert one.payload.logits["logits"].equal(two.payload.logits["logits"])
+    kept, again = one.local_state.weights, two.local_state.weights
+    assert all(kept[name].equal(again[name]) for name in kept)
+    assert not one.payload.logits["logits"].equal(other.logits["logits"])
 
 
 # ---- devices that differ
@@ -194,7 +197,7 @@ def test_a_new_device_learns_a_round_from_all_devices():
 
 
 def test_a_problem_must_say_its_classes():
-    with pytest.raises(AlgorithmError, match="how many classes"):
+    with pytest.raises(AlgorithmError, match="defines classes"):
         Distillation().start(Normed())
 
 

@@ -128,7 +128,7 @@ def test_memory_is_bounded_by_the_devices_whatever_number_of_reports():
     state = algorithm.start(problem)
     gathered = algorithm.new_accumulator(state)
     for n in range(1, 50):
-        result = Result(1, 3, report(torch.eye(3), [n, n, n]))
+        result = Result(1, 3, report(torch.eye(3), [n, n, n]), 1)
         gathered = algorithm.accumulate(gathered, state, result, 0.1)
     assert len(gathered) == 1
     assert algorithm.commit(state, gathered, 1.0).counts.tolist() == [[0] * 3, [49] * 3]
@@ -144,8 +144,6 @@ def with_logits(**tensors):
 @pytest.mark.parametrize(
     ("payload", "reason"),
     [
-        (dataclasses.replace(GOOD, numbers={}), "expected n"),
-        (dataclasses.replace(GOOD, numbers={"n": 0}), "expected n"),
         (dataclasses.replace(GOOD, logits={}), "expected logits with counts"),
         (
             dataclasses.replace(GOOD, logits={"logits": torch.eye(3), "ids": torch.arange(3)}),
@@ -158,7 +156,7 @@ def with_logits(**tensors):
         (with_logits(counts=torch.tensor([1, 1, -1])), "expected counts from 0"),
         (with_logits(counts=torch.tensor([1, 1, 1 << 60])), "expected counts from 0"),
         (with_logits(counts=torch.tensor([0, 0, 0])), "expected counts from 0"),
-        (with_logits(counts=torch.tensor([1, 1, 0])), "labels that count 0"),
+        (with_logits(counts=torch.tensor([1, 1, 0])), "labels with a count of 0"),
         (with_logits(logits=torch.eye(3) * float("nan")), "not from 0 to 1"),
         (with_logits(logits=torch.eye(3) * float("inf")), "not from 0 to 1"),
         (with_logits(logits=torch.tensor([[2.0, -1.0, 0.0]] * 3)), "not from 0 to 1"),
@@ -169,11 +167,11 @@ def test_a_hostile_report_is_refused_and_nothing_of_it_stays(payload, reason):
     algorithm, problem = Distillation(), Blobs()
     state = algorithm.start(problem)
     gathered = algorithm.accumulate(
-        algorithm.new_accumulator(state), state, Result(0, 0, GOOD), 1.0
+        algorithm.new_accumulator(state), state, Result(0, 0, GOOD, 1), 1.0
     )
     before = dict(gathered)
     with pytest.raises(ResultError, match=reason):
-        algorithm.accumulate(gathered, state, Result(1, 0, payload), 1.0)
+        algorithm.accumulate(gathered, state, Result(1, 0, payload, 1), 1.0)
     assert gathered == before
 
 

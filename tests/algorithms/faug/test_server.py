@@ -29,7 +29,6 @@ def seeds(**changed):
     [
         (Payload(numbers={"n": 5}), "expected phase"),
         (Payload(numbers={"n": 5, "phase": "other"}), "expected phase"),
-        (Payload(numbers={"phase": "fill"}), "expected n"),
         (Payload({"w": torch.ones(1)}, numbers={"n": 5, "phase": "fill"}), "no tensors"),
         (dataclasses.replace(seeds(), weights={"w": torch.ones(1)}), "no tensors"),
         (seeds(labels=None), "features, ids and labels"),
@@ -51,7 +50,7 @@ def test_a_hostile_result_is_refused_and_nothing_of_it_stays(payload, reason):
     state = algorithm.start(Skewed(3))
     gathered = algorithm.new_accumulator(state)
     with pytest.raises(ResultError, match=reason):
-        algorithm.accumulate(gathered, state, Result(0, 0, payload), 1.0)
+        algorithm.accumulate(gathered, state, Result(0, 0, payload, 1), 1.0)
     assert gathered == algorithm.new_accumulator(state)
 
 
@@ -60,7 +59,7 @@ def test_seeds_that_come_too_late_change_nothing():
     run.round([0, 1])
     before = run.state
     gathered = run.algorithm.new_accumulator(before)
-    run.algorithm.accumulate(gathered, before, Result(2, 1, seeds()), 1.0)
+    run.algorithm.accumulate(gathered, before, Result(2, 1, seeds(), 1), 1.0)
     after = run.algorithm.commit(before, gathered, 1.0)
     assert after.gan is before.gan
     assert after.seeds == {}

@@ -323,9 +323,12 @@ REFUSED = {
     "tied weights": (tied, r"layer '2' \(Linear\): it shares its weights with another"),
     "other inputs": (
         between(nn.Linear(8, 4)),
-        "its 8 inputs are not the 4 units of '0'",
+        "its 8 inputs do not match the 4 units of '0'",
     ),
-    "no multiple": (behind(nn.Flatten(), nn.Linear(10, 2)), "its 10 inputs are not the 4 units"),
+    "no multiple": (
+        behind(nn.Flatten(), nn.Linear(10, 2)),
+        "its 10 inputs do not match the 4",
+    ),
     "weight_norm": (
         between(nn.utils.parametrizations.weight_norm(nn.Linear(4, 4))),
         r"layer '1' \(ParametrizedLinear\)",
@@ -338,7 +341,7 @@ def test_what_cannot_be_cut_is_named(which):
     make, message = REFUSED[which]
     with pytest.raises(ProblemError, match=message) as caught:
         find_axes(make())
-    assert str(caught.value).startswith("cannot leave out units around ")
+    assert str(caught.value).startswith("cannot drop units around ")
     assert "\n" not in str(caught.value)
 
 

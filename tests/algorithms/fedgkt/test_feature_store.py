@@ -157,12 +157,12 @@ def damaged():
         ({"x.ids": good["0.ids"]}, "client's number"),
         ({name: each for name, each in good.items() if name != "0.labels"}, "labels"),
         ({name: each for name, each in good.items() if name != "0.test.logits"}, "test.logits"),
-        (good | {"0.features": codes}, "form"),
-        (good | {"0.features": good["0.features"].double()}, "form"),
+        (good | {"0.features": codes}, "as uint8 with"),
+        (good | {"0.features": good["0.features"].double()}, "as uint8 with"),
         (good | {"0.features": torch.zeros(3)}, "channels"),
         (good | {"0.features": torch.zeros(0, 3, 16, 16)}, "channels"),
         (good | {"0.features": codes, "0.features.table": torch.zeros(2, 256)}, "table"),
-        (good | {"0.features.table": torch.zeros(3, 256)}, "form"),
+        (good | {"0.features.table": torch.zeros(3, 256)}, "as uint8 with"),
     ]
 
 

@@ -73,7 +73,8 @@ class Run:
     def upload(self, k, state):
         """Return what reaches the server when a client has worked on its task."""
         task = Task(state.version, self.algorithm.task(state, k))
-        sent, self.local[k] = self.algorithm.train(task, self.client(k, state.version))
+        trained = self.algorithm.train(task, self.client(k, state.version))
+        sent, self.local[k] = trained.payload, trained.local_state
         encoded = self.codec.encode(sent.features, 0)
         self.feature_bytes += encoded.nbytes
         features = decode(encoded, MAX_DECODED_BYTES)
@@ -82,7 +83,8 @@ class Run:
     def commit(self, results):
         gathered = self.algorithm.new_accumulator(self.state)
         for k, payload in results.items():
-            gathered = self.algorithm.accumulate(gathered, self.state, Result(k, 0, payload), 1.0)
+            result = Result(k, 0, payload, len(payload.features["ids"]))
+            gathered = self.algorithm.accumulate(gathered, self.state, result, 1.0)
         self.state = self.algorithm.commit(self.state, gathered, 1.0)
 
     def synchronous(self):
@@ -122,7 +124,9 @@ def test_the_stack_is_far_above_edges_that_train_alone(problem, synchronous):
     alone = Run(problem)
     for version in range(ROUNDS):
         for k in range(CLIENTS):
-            _, alone.local[k] = ALGORITHM.train(Task(version, Payload()), alone.client(k, version))
+            alone.local[k] = ALGORITHM.train(
+                Task(version, Payload()), alone.client(k, version)
+            ).local_state
     metrics = synchronous.metrics()
     assert metrics["accuracy"] >= 0.6
     assert metrics["accuracy"] >= alone.metrics()["edge_accuracy"] + 0.2

@@ -137,10 +137,10 @@ def test_what_comes_during_a_commit_counts_for_the_next_version(problem):
     start = algorithm.start(problem)
     results = {k: train(algorithm, problem, start, k)[0] for k in range(2)}
     gathered = algorithm.accumulate(
-        algorithm.new_accumulator(start), start, Result(0, 0, results[0]), 1.0
+        algorithm.new_accumulator(start), start, Result(0, 0, results[0], 6), 1.0
     )
     meanwhile = algorithm.accumulate(
-        algorithm.new_accumulator(start), start, Result(1, 0, results[1]), 1.0
+        algorithm.new_accumulator(start), start, Result(1, 0, results[1], 10), 1.0
     )
     state = algorithm.commit(start, gathered, 1.0)
     assert list(state.store.uploads) == [0]
@@ -151,7 +151,7 @@ def test_what_comes_during_a_commit_counts_for_the_next_version(problem):
 
 
 def hostile(good):
-    """Yield (name, change to a good result of 6 samples, what is said)."""
+    """Yield (name, change to a good result of 6 samples or another n, what is said)."""
     features, logits = good.features, good.logits
 
     def of(group, **tensors):
@@ -165,9 +165,8 @@ def hostile(good):
     yield "no logits", {"logits": {}}, "expected logits, ids, got none"
     yield "weights", {"weights": {"w": flat}}, "expected no tensors"
     yield "exact", {"exact": {"test.labels": ids}}, "expected no tensors"
-    yield "n", {"numbers": {"n": 5}}, "expected features as"
-    yield "no n", {"numbers": {}}, "expected n, the number"
-    yield "too many", {"numbers": {"n": 51}}, "expected 1 to 50 samples"
+    yield "n", 5, "expected features as"
+    yield "too many", 51, "expected 1 to 50 samples"
     yield "flat", of("features", features=flat), "expected features as"
     yield "half", of("features", features=features["features"].half()), "expected features as"
     yield "huge", of("features", features=huge), "expected features from -65504 to 65504"
@@ -200,14 +199,13 @@ HOSTILE = list(hostile(example()[2]))
 def test_a_result_that_cannot_be_used_is_refused_and_leaves_what_was_there(index):
     algorithm, state, good = example()
     gathered = algorithm.accumulate(
-        algorithm.new_accumulator(state), state, Result(0, 0, good), 1.0
+        algorithm.new_accumulator(state), state, Result(0, 0, good, 6), 1.0
     )
     kept = gathered.fresh[0]
     _, change, message = HOSTILE[index]
+    bad, n = (good, change) if isinstance(change, int) else (dataclasses.replace(good, **change), 6)
     with pytest.raises(ResultError, match=message):
-        algorithm.accumulate(
-            gathered, state, Result(0, 0, dataclasses.replace(good, **change)), 1.0
-        )
+        algorithm.accumulate(gathered, state, Result(0, 0, bad, n), 1.0)
     assert gathered.fresh == {0: kept}
 
 
@@ -263,7 +261,7 @@ def wrong(saved):
     yield {"exact": {**exact, "answers.7": torch.zeros(1, 3)}}, "an answer to a client"
     yield {"exact": {**exact, "answers.0": torch.zeros(1, 3)}}, "expected answers as"
     yield {"exact": {**exact, "server.weights": torch.zeros(3)}}, "expected weights as"
-    yield {"exact": {**exact, "server.steps": torch.tensor([-1])}}, "expected steps"
+    yield {"exact": {**exact, "server.steps": torch.tensor([-1])}}, "expected values of steps"
     yield {"exact": {**exact, "store.0.labels": torch.full((6,), 9)}}, "expected labels"
     yield {"exact": {**exact, "store.0.ids": torch.zeros(6, dtype=torch.int64)}}, "ascending"
     moved = {name.replace("store.0.", "store.5."): each for name, each in exact.items()}

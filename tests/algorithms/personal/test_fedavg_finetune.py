@@ -47,7 +47,7 @@ def test_a_client_is_evaluated_after_epochs_like_those_of_training(problem):
     state, _ = play(algorithm, problem, 1)
     at, task = client(problem, 1), task_of(algorithm, state, "model")
     found = algorithm.evaluate_client(task, at)
-    result, _ = FedAvg(epochs=3, **OPTIONS).train(task, at)
+    result = FedAvg(epochs=3, **OPTIONS).train(task, at).payload
     expected = scored(problem, 1, result.weights, result.exact)
     assert (found["loss"], found["accuracy"]) == (expected["loss"], expected["accuracy"])
     assert found["accuracy_before"] == scored(problem, 1, algorithm.tensors(state))["accuracy"]
@@ -128,9 +128,11 @@ def test_a_client_alone_goes_on_from_the_model_that_it_kept():
     state, local, weights = algorithm.start(problem), None, avg.start(problem)
     for seed in (1, 2):
         task = task_of(algorithm, state)
-        result, local = algorithm.train(task, client(problem, 1, seed, local))
-        assert result == Payload(numbers={"n": 12, "reply": "update"})
-        whole, _ = avg.train(task_of(avg, weights, "model"), client(problem, 1, seed))
+        trained = algorithm.train(task, client(problem, 1, seed, local))
+        local = trained.local_state
+        assert trained.payload == Payload(numbers={"reply": "update"})
+        assert trained.num_examples == 12
+        whole = avg.train(task_of(avg, weights, "model"), client(problem, 1, seed)).payload
         assert same(local.exact, {**whole.weights, **whole.exact})
         weights = avg.load(problem, whole)
 
@@ -156,7 +158,7 @@ def test_nothing_that_clients_send_changes_the_state():
     whole = Payload(dict(algorithm.tensors(state)), numbers={"n": 1, "reply": "update"})
     gathered = algorithm.new_accumulator(state)
     with pytest.raises(ResultError, match="without tensors"):
-        algorithm.accumulate(gathered, state, Result(0, 0, whole), 1.0)
+        algorithm.accumulate(gathered, state, Result(0, 0, whole, 1), 1.0)
     assert not gathered.total.any()
 
 

@@ -26,8 +26,9 @@ def test_a_first_task_is_fedavgs_bit_for_bit_but_the_head_stays(problem):
     """Joint training is FedAvg's; what differs is what is sent."""
     per, avg = FedPer(**OPTIONS), FedAvg(**OPTIONS)
     at = client(problem, 1)
-    result, kept = per.train(task_of(per, per.start(problem), "model"), at)
-    whole, _ = avg.train(task_of(avg, avg.start(problem), "model"), at)
+    trained = per.train(task_of(per, per.start(problem), "model"), at)
+    result, kept = trained.payload, trained.local_state
+    whole = avg.train(task_of(avg, avg.start(problem), "model"), at).payload
     expected = {**whole.weights, **whole.exact}
     assert same({**result.weights, **result.exact, **kept.exact}, expected)
     assert not set(kept.exact) & (set(result.weights) | set(result.exact))
@@ -37,7 +38,8 @@ def test_a_first_task_is_fedavgs_bit_for_bit_but_the_head_stays(problem):
 def test_head_and_body_both_move_in_every_epoch():
     problem, algorithm = Halves(), FedPer(epochs=1)
     state = algorithm.start(problem)
-    result, kept = algorithm.train(task_of(algorithm, state), client(problem, 1))
+    trained = algorithm.train(task_of(algorithm, state), client(problem, 1))
+    result, kept = trained.payload, trained.local_state
     assert all(result.weights[name].any() for name in BODY)
     first = head_of(problem)
     assert all(not torch.equal(kept.exact[name], first[name]) for name in HEAD)
@@ -49,8 +51,8 @@ def test_heads_are_kept_apart_and_go_on_from_where_they_were():
     heads = [each.exact for each in kept.values()]
     assert not any(same(heads[a], heads[b]) for a, b in ((0, 1), (0, 2), (1, 2)))
     task = task_of(algorithm, state)
-    new, _ = algorithm.train(task, client(problem, 1))
-    old, _ = algorithm.train(task, client(problem, 1, local=kept[1]))
+    new = algorithm.train(task, client(problem, 1)).payload
+    old = algorithm.train(task, client(problem, 1, local=kept[1])).payload
     assert not same(new.weights, old.weights)
 
 
@@ -80,7 +82,8 @@ def test_finetuning_is_one_more_task_that_nobody_keeps():
     at = client(problem, 1, local=kept[1])
     before = {name: each.clone() for name, each in kept[1].exact.items()}
     found = algorithm.evaluate_client(task_of(algorithm, state), at)
-    result, head = algorithm.train(task_of(algorithm, state, "model"), at)
+    trained = algorithm.train(task_of(algorithm, state, "model"), at)
+    result, head = trained.payload, trained.local_state
     module = problem.model()
     module.load_state_dict({**result.weights, **head.exact})
     test = problem.client_test(1)

@@ -76,13 +76,13 @@ def test_a_result_that_cannot_be_used_leaves_the_sum_as_it_was(which):
     state = algorithm.start(problem)
     good = payload(state, 0.1, n=1, reply="update")
     gathered = algorithm.accumulate(
-        algorithm.new_accumulator(state), state, Result(0, 0, good), 2.0
+        algorithm.new_accumulator(state), state, Result(0, 0, good, 1), 2.0
     )
     before = gathered.total.clone(), gathered.counters.clone(), gathered.models
     _, change, message = list(bad(state, problem))[which]
     with pytest.raises(ResultError, match=message):
         algorithm.accumulate(
-            gathered, state, Result(1, 0, dataclasses.replace(good, **change)), 1.0
+            gathered, state, Result(1, 0, dataclasses.replace(good, **change), 1), 1.0
         )
     assert torch.equal(gathered.total, before[0])
     assert torch.equal(gathered.counters, before[1])
@@ -96,7 +96,7 @@ def test_a_head_that_leaves_nothing_to_share_is_refused(head):
 
 
 @pytest.mark.parametrize(
-    ("problem", "message"), [(NoSequence(), "nn.Sequential"), (Tied(), "in common")]
+    ("problem", "message"), [(NoSequence(), "nn.Sequential"), (Tied(), "got a common one")]
 )
 def test_a_model_that_cannot_be_cut_is_refused_at_the_start(problem, message):
     with pytest.raises(ProblemError, match=message):
@@ -118,7 +118,7 @@ def weighted(schedule, algorithm, state, results):
     for vector, n, staleness, reply in results:
         weight = schedule.weight(n, staleness)
         sent = payload(state, vector, n=n, reply=reply)
-        gathered = algorithm.accumulate(gathered, state, Result(0, staleness, sent), weight)
+        gathered = algorithm.accumulate(gathered, state, Result(0, staleness, sent, n), weight)
         total += weight
     return algorithm.commit(state, gathered, schedule.divisor(total, len(results)))
 

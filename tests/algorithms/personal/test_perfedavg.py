@@ -46,7 +46,7 @@ def test_local_steps_are_algorithm_1_with_three_independent_batches(variant, clo
     found, numbers = update(algorithm, problem)
     torch.testing.assert_close(found, expected, rtol=0, atol=close)
     assert found.norm() > 100 * close
-    assert numbers == {"n": 5 * steps, "reply": "update"}
+    assert numbers == {"reply": "update"}
 
 
 def test_hf_on_all_local_data_is_the_gradient_of_the_meta_objective():
@@ -124,7 +124,7 @@ def test_what_the_uplink_cannot_send_is_left_out_of_every_step():
                 each.zero_()
 
     at = dataclasses.replace(client(problem), project=body_only)
-    result, _ = algorithm.train(task(state), at)
+    result = algorithm.train(task(state), at).payload
     assert not result.weights["2.weight"].any()
     assert result.weights["0.weight"].all()
 
@@ -193,9 +193,10 @@ def test_dropout_is_the_same_at_both_points():
 
 def commit(algorithm, schedule, state, results):
     gathered, total = algorithm.new_accumulator(state), 0.0
-    for index, (result, staleness) in enumerate(results):
-        weight = schedule.weight(result.numbers["n"], staleness)
-        gathered = algorithm.accumulate(gathered, state, Result(index, staleness, result), weight)
+    for index, (trained, staleness) in enumerate(results):
+        weight = schedule.weight(trained.num_examples, staleness)
+        result = Result(index, staleness, trained.payload, trained.num_examples)
+        gathered = algorithm.accumulate(gathered, state, result, weight)
         total += weight
     return algorithm.commit(state, gathered, schedule.divisor(total, len(results)))
 
@@ -203,10 +204,11 @@ def commit(algorithm, schedule, state, results):
 def test_the_server_takes_the_plain_mean_however_many_examples_a_client_has():
     problem, algorithm = Tiny(3), PerFedAvg(steps=2, batch_size=2, lr=0.1)
     state = algorithm.start(problem)
-    results = [algorithm.train(task(state), client(problem, k))[0] for k in range(3)]
+    results = [algorithm.train(task(state), client(problem, k)) for k in range(3)]
     assert [len(problem.client(k)) for k in range(3)] == [2, 6, 10]
-    assert [each.numbers["n"] for each in results] == [4, 4, 4]
-    mean = torch.stack([state.layout.flatten(each.weights) for each in results]).mean(dim=0)
+    assert [each.num_examples for each in results] == [4, 4, 4]
+    changes = [state.layout.flatten(each.payload.weights) for each in results]
+    mean = torch.stack(changes).mean(dim=0)
     new = commit(algorithm, Rounds(), state, [(each, 0) for each in results])
     torch.testing.assert_close(new.weights, state.weights + mean)
 
@@ -216,7 +218,7 @@ def test_late_results_are_discounted_as_the_schedule_says(schedule, move):
     """Three versions late: s = 1/2 both times; under stream of a model, mixed in by 0.5."""
     problem, algorithm = Local(), PerFedAvg(variant="hf", batch_size=5, lr=0.5)
     state = algorithm.start(problem)
-    result, _ = algorithm.train(task(state, reply=schedule.reply), client(problem))
+    result = algorithm.train(task(state, reply=schedule.reply), client(problem))
     expected = state.weights + move * update(algorithm, problem)[0]
     new = commit(algorithm, schedule, state, [(result, 3)])
     torch.testing.assert_close(new.weights, expected)
@@ -234,18 +236,18 @@ def test_a_result_that_cannot_be_used_leaves_the_sum_as_it_was(which):
     value, message = HOSTILE[which]
     algorithm = PerFedAvg()
     state = algorithm.start(Local())
-    good = Result(0, 0, payload(state, 0.5, n=1, reply="update"))
+    good = Result(0, 0, payload(state, 0.5, n=1, reply="update"), 1)
     gathered = algorithm.accumulate(algorithm.new_accumulator(state), state, good, 2.0)
     before = gathered.total.clone()
     with pytest.raises(ResultError, match=message):
-        algorithm.accumulate(gathered, state, Result(0, 0, payload(state, value, n=1)), 2.0)
+        algorithm.accumulate(gathered, state, Result(0, 0, payload(state, value, n=1), 1), 2.0)
     assert gathered.total.equal(before)
 
 
 def test_a_state_comes_back_to_the_bit():
     problem, algorithm = LocalNormed(), PerFedAvg(lr=0.3, batch_size=2)
     state = algorithm.start(problem)
-    result, _ = algorithm.train(task(state), client(problem, 1))
+    result = algorithm.train(task(state), client(problem, 1))
     state = commit(algorithm, Rounds(), state, [(result, 0)])
     again = algorithm.load(problem, algorithm.save(state))
     assert again.weights.equal(state.weights)

@@ -37,7 +37,7 @@ def test_inner_gradients_keep_their_shape_and_are_not_summed_over_dim_0_unlike_f
             assert each.shape == layer.shape
             layer.sub_(0.5 * each)
     outer = torch.autograd.grad(problem.loss(module(data.x), data.y), layers)
-    result, _ = algorithm.train(task(algorithm.start(problem)), client(problem))
+    result = algorithm.train(task(algorithm.start(problem)), client(problem)).payload
     for name, each in zip(names, outer, strict=True):
         torch.testing.assert_close(result.weights[name], -each)
 

@@ -69,8 +69,8 @@ def learned(problem, variant):
         gathered = algorithm.new_accumulator(state)
         for index in sorted(cohort.tolist()):
             task = Task(version, algorithm.task(state, index))
-            result, _ = algorithm.train(task, client(index, "train", version))
-            gathered = algorithm.accumulate(gathered, state, Result(index, 0, result), 1.0)
+            result = algorithm.train(task, client(index, "train", version)).payload
+            gathered = algorithm.accumulate(gathered, state, Result(index, 0, result, 1), 1.0)
         state = algorithm.commit(state, gathered, float(COHORT))
         if version >= ROUNDS - LAST:
             for index in range(CLIENTS):

@@ -71,11 +71,11 @@ def test_plain_server_steps_are_fedavg():
     state, plain = one.start(problem), other.start(problem)
     for _ in range(3):
         result = train(one, problem, state)
-        expected, _ = other.train(Task(0, other.task(plain, 0)), client(problem))
-        gathered = one.accumulate(one.new_accumulator(state), state, Result(0, 0, result), 12.0)
+        expected = other.train(Task(0, other.task(plain, 0)), client(problem)).payload
+        gathered = one.accumulate(one.new_accumulator(state), state, Result(0, 0, result, 1), 12.0)
         state = one.commit(state, gathered, 12.0)
         gathered = other.accumulate(
-            other.new_accumulator(plain), plain, Result(0, 0, expected), 12.0
+            other.new_accumulator(plain), plain, Result(0, 0, expected, 1), 12.0
         )
         plain = other.commit(plain, gathered, 12.0)
     torch.testing.assert_close(state.weights, plain.weights)
@@ -137,7 +137,7 @@ def test_a_result_of_the_other_phase_is_refused(version, phase, expected):
     if version:
         state = move(algorithm, state, 0.1)
     gathered = algorithm.new_accumulator(state)
-    result = Result(0, 1, payload(state, 0.1, n=4, reply="update", phase=phase))
+    result = Result(0, 1, payload(state, 0.1, n=4, reply="update", phase=phase), 1)
     with pytest.raises(ResultError, match=expected.replace("(", r"\(")):
         algorithm.accumulate(gathered, state, result, 1.0)
     assert not gathered.total.any()
@@ -151,9 +151,9 @@ def test_a_result_that_is_not_of_this_world_leaves_the_sum_as_it_was(switch, val
     state = algorithm.start(Local())
     gathered = algorithm.new_accumulator(state)
     good, bad = (payload(state, each, n=4, phase=phase) for each in (0.5, value))
-    algorithm.accumulate(gathered, state, Result(0, 0, good), 2.0)
+    algorithm.accumulate(gathered, state, Result(0, 0, good, 1), 2.0)
     with pytest.raises(ResultError, match=r"NaN or infinite|as large as"):
-        algorithm.accumulate(gathered, state, Result(0, 0, bad), 2.0)
+        algorithm.accumulate(gathered, state, Result(0, 0, bad, 1), 2.0)
     assert gathered.total.tolist() == [1.0] * state.layout.dim
 
 
@@ -181,7 +181,7 @@ def test_a_saved_state_goes_on_to_the_bit(versions):
             gathered = algorithm.new_accumulator(state)
             for index in range(2):
                 result = train(algorithm, problem, state, index)
-                algorithm.accumulate(gathered, state, Result(index, 0, result), 1.0)
+                algorithm.accumulate(gathered, state, Result(index, 0, result, 1), 1.0)
             state = algorithm.commit(state, gathered, 2.0)
         return state
 
@@ -200,15 +200,15 @@ def damaged(saved):
     size = exact["server/first"].numel()
     for name in ("server/first", "server/second"):
         rest = {key: each for key, each in exact.items() if key != name}
-        yield dataclasses.replace(saved, exact=rest), f"expected '{name[7:]}'"
-        for each in (
-            torch.zeros(size - 1),
-            torch.zeros(size, dtype=torch.float64),
-            torch.full((size,), torch.nan),
+        yield dataclasses.replace(saved, exact=rest), f"expected a tensor '{name}'"
+        for each, message in (
+            (torch.zeros(size - 1), rf"{name} as torch.float32 \[{size}\], got"),
+            (torch.zeros(size, dtype=torch.float64), rf"{name} as torch.float32 \[{size}\], got"),
+            (torch.full((size,), torch.nan), f"expected finite values of {name}"),
         ):
-            yield dataclasses.replace(saved, exact={**exact, name: each}), f"{size} finite float32"
+            yield dataclasses.replace(saved, exact={**exact, name: each}), message
     negative = {**exact, "server/second": torch.full((size,), -1.0)}
-    yield dataclasses.replace(saved, exact=negative), "expected 'second'"
+    yield dataclasses.replace(saved, exact=negative), "expected values of server/second"
     more = {**exact, "server/velocity": torch.zeros(size)}
     yield dataclasses.replace(saved, exact=more), "expected no tensor"
     for version in (-1, None, True, 1.0, 10**12):

@@ -42,9 +42,10 @@ def run(algorithm, problem, tasks=TASKS):
         k = int(rng.integers(problem.clients))
         seed = derive_seed(SEED, "task", turn, k)
         client = Client(k, problem, problem.client(k), local.get(k), seed)
-        result, local[k] = algorithm.train(Task(turn, algorithm.task(state, k)), client)
+        trained = algorithm.train(Task(turn, algorithm.task(state, k)), client)
+        result, local[k] = trained.payload, trained.local_state
         gathered = algorithm.accumulate(
-            algorithm.new_accumulator(state), state, Result(k, 0, result), 1.0
+            algorithm.new_accumulator(state), state, Result(k, 0, result, 1), 1.0
         )
         state = algorithm.commit(state, gathered, 1.0)
     return state, local

@@ -80,7 +80,7 @@ def test_a_round_is_the_mean_of_products_by_examples_and_is_added_up_in_constant
     gathered = algorithm.new_accumulator(state)
     size = sum(each.nbytes for each in vars(gathered).values())
     for _ in range(20):
-        gathered = algorithm.accumulate(gathered, state, Result(1, 0, sent(state, 0.1)), 1.0)
+        gathered = algorithm.accumulate(gathered, state, Result(1, 0, sent(state, 0.1), 1), 1.0)
     assert sum(each.nbytes for each in vars(gathered).values()) == size
 
 
@@ -185,13 +185,13 @@ def test_a_result_that_cannot_be_used_is_refused_and_the_sum_stays(which):
     algorithm = small()
     state = algorithm.start(Tracked(2))
     gathered = algorithm.accumulate(
-        algorithm.new_accumulator(state), state, Result(0, 0, sent(state, 0.1)), 2.0
+        algorithm.new_accumulator(state), state, Result(0, 0, sent(state, 0.1), 1), 2.0
     )
     before = {name: each.clone() for name, each in vars(gathered).items()}
     ((change, message),) = [rest for name, *rest in hostile(state) if name == which]
     payload = dataclasses.replace(sent(state, 0.1), **change)
     with pytest.raises(ResultError, match=message):
-        algorithm.accumulate(gathered, state, Result(1, 0, payload), 1.0)
+        algorithm.accumulate(gathered, state, Result(1, 0, payload, 1), 1.0)
     assert all(each.equal(before[name]) for name, each in vars(gathered).items())
 
 
@@ -200,7 +200,7 @@ def test_a_client_that_has_no_embedding_is_refused():
     state = algorithm.start(Local(2))
     with pytest.raises(ResultError, match="expected a client from 0 to 1, got 2"):
         algorithm.accumulate(
-            algorithm.new_accumulator(state), state, Result(2, 0, sent(state, 0.1)), 1.0
+            algorithm.new_accumulator(state), state, Result(2, 0, sent(state, 0.1), 1), 1.0
         )
 
 
@@ -213,7 +213,7 @@ def test_a_result_that_is_read_in_pieces_counts_alike():
     pieces = Streamed(shapes, lambda: iter([data[:12], data[12:]]))
     streamed = dataclasses.replace(result, weights=pieces)
     whole, parts = (
-        algorithm.accumulate(algorithm.new_accumulator(state), state, Result(1, 0, each), 3.0)
+        algorithm.accumulate(algorithm.new_accumulator(state), state, Result(1, 0, each, 1), 3.0)
         for each in (result, streamed)
     )
     assert whole.phi.equal(parts.phi)
@@ -245,9 +245,9 @@ def test_a_state_of_something_else_is_refused():
     algorithm, problem = small(), Tracked(2)
     saved = algorithm.save(algorithm.start(problem))
     hurt = {
-        "shape": ({"phi": torch.zeros(3)}, {}, "with shape"),
-        "NaN": ({"phi": saved.weights["phi"] * torch.nan}, {}, "NaN or infinite"),
-        "count": ({}, {"used": torch.tensor([0, -1])}, "negative counts"),
+        "shape": ({"phi": torch.zeros(3)}, {}, "expected phi as"),
+        "NaN": ({"phi": saved.weights["phi"] * torch.nan}, {}, "finite values of phi"),
+        "count": ({}, {"used": torch.tensor([0, -1])}, "expected values of used of at least 0"),
         "dtype": ({}, {"used": torch.zeros(2)}, "as torch.int64"),
         "more": ({"psi": torch.zeros(1)}, {}, "expected no tensor"),
     }
@@ -255,9 +255,9 @@ def test_a_state_of_something_else_is_refused():
         other = Payload({**saved.weights, **weights}, {**saved.exact, **exact})
         with pytest.raises(ResultError, match=message):
             algorithm.load(problem, other)
-    with pytest.raises(ResultError, match="with shape"):
+    with pytest.raises(ResultError, match="expected phi as"):
         algorithm.load(Tracked(9), saved)
-    with pytest.raises(ResultError, match="with shape"):
+    with pytest.raises(ResultError, match="expected phi as"):
         small(personal_classifier=True).load(problem, saved)
 
 

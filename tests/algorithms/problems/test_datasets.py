@@ -206,7 +206,7 @@ def test_what_is_not_there_is_said_with_the_place_and_the_remedy(tmp_path, offli
 def test_a_folder_that_cannot_be_made_is_a_data_error(tmp_path, offline):
     """The data folder itself may be impossible."""
     (tmp_path / "file").touch()
-    with pytest.raises(DataError, match="cannot be downloaded"):
+    with pytest.raises(DataError, match="or download it"):
         load_dataset("mnist", tmp_path / "file" / "data")
 
 
@@ -234,14 +234,14 @@ def test_a_damaged_file_is_named(tmp_path, offline, damage):
 def test_a_damaged_archive_is_named(tmp_path, content):
     """NumPy raises a different error for each of these."""
     (tmp_path / "cifar10-6k.npz").write_bytes(content)
-    with pytest.raises(DataError, match=r"cifar10-6k\.npz cannot be read"):
+    with pytest.raises(DataError, match=r"cannot read .*cifar10-6k\.npz"):
         load_dataset("cifar10-6k", tmp_path)
 
 
 def test_an_archive_without_labels_is_named(tmp_path):
     """A foreign archive of the same name is not ours."""
     np.savez(tmp_path / "cifar10-6k.npz", x_train=images(2, 3, 32, 32))
-    with pytest.raises(DataError, match=r"cifar10-6k\.npz cannot be read .*y_train"):
+    with pytest.raises(DataError, match=r"cannot read .*cifar10-6k\.npz .*y_train"):
         load_dataset("cifar10-6k", tmp_path)
 
 

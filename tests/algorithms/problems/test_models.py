@@ -51,9 +51,9 @@ def test_the_last_layer_is_the_classifier():
 @pytest.mark.parametrize(
     ("name", "shape", "message"),
     [
-        ("cnn-mnist", CIFAR, r"'cnn-mnist' expects images of 1x28x28 .*, got 3x32x32"),
-        ("cnn-cifar", MNIST, r"'cnn-cifar' expects images of 3x32x32 .*, got 1x28x28"),
-        ("cnn", (1, 3, 9), r"'cnn' expects images of at least 4x4, got 1x3x9"),
+        ("cnn-mnist", CIFAR, r"'cnn-mnist': expected images of 1x28x28 .*, got 3x32x32"),
+        ("cnn-cifar", MNIST, r"'cnn-cifar': expected images of 3x32x32 .*, got 1x28x28"),
+        ("cnn", (1, 3, 9), r"'cnn': expected images of at least 4x4, got 1x3x9"),
     ],
 )
 def test_a_model_refuses_images_that_do_not_fit_it(name, shape, message):

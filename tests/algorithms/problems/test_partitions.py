@@ -183,10 +183,14 @@ def test_by_writer_takes_the_labels_as_they_come():
     ("spec", "clients", "message"),
     [
         ("iid", 0, "at least 1 client, got 0"),
-        ("iid", 11, "11 clients cannot share 10 examples"),
-        ("shards(3)", 4, "4 clients with 3 shards each need 12 examples, got 10"),
-        ("dirichlet(1, min_size=4)", 3, "3 clients with min_size=4 need 12 examples, got 10"),
-        ("by_writer", 4, "4 clients cannot share 3 writers"),
+        ("iid", 11, "expected at most 10 clients, one for each example, got 11"),
+        ("shards(3)", 4, "expected at least 12 examples for 4 clients with 3 shards each, got 10"),
+        (
+            "dirichlet(1, min_size=4)",
+            3,
+            "at least 12 examples for 3 clients with min_size=4, got 10",
+        ),
+        ("by_writer", 4, "expected at most 3 clients, one for each writer, got 4"),
     ],
 )
 def test_what_cannot_be_dealt_is_refused_in_one_sentence(spec, clients, message):
@@ -198,24 +202,27 @@ def test_what_cannot_be_dealt_is_refused_in_one_sentence(spec, clients, message)
 
 def test_by_writer_without_writers_names_the_remedy():
     """It says which data set has writers, and from which file."""
-    with pytest.raises(ProblemError, match=r"data set 'mnist' does if .*mnist-writers\.npz"):
+    with pytest.raises(ProblemError, match=r"data set 'mnist' has them if .*mnist-writers\.npz"):
         deal("by_writer", balanced(10), 2)
 
 
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("shards(0)", "per_client must be a whole number of at least 1, got 0"),
-        ("shards(2.5)", "per_client must be a whole number of at least 1, got 2.5"),
-        ("shards(many)", "per_client must be a whole number of at least 1, got 'many'"),
+        ("shards(0)", "per_client: expected a number greater than or equal to 1, got 0"),
+        ("shards(2.5)", "per_client: expected a valid integer, got 2.5"),
+        ("shards(many)", "per_client: expected a valid integer, got 'many'"),
         ("dirichlet", "missing a required argument: 'alpha'"),
-        ("dirichlet(0)", "alpha must be a number above 0, got 0"),
-        ("dirichlet(-1.5)", "alpha must be a number above 0, got -1.5"),
-        ("dirichlet(1e999)", "alpha must be a number above 0, got inf"),
-        ("dirichlet(low)", "alpha must be a number above 0, got 'low'"),
-        ("dirichlet(1, min_size=0)", "min_size must be a whole number of at least 1, got 0"),
-        ("unbalanced(-1)", "sigma must be a number of at least 0, got -1"),
-        ("unbalanced(sigma=True)", "sigma must be a number of at least 0, got True"),
+        ("dirichlet(0)", "alpha: expected a number greater than 0, got 0"),
+        ("dirichlet(-1.5)", "alpha: expected a number greater than 0, got -1.5"),
+        ("dirichlet(1e999)", "alpha: expected a finite number, got inf"),
+        ("dirichlet(low)", "alpha: expected a valid number, got 'low'"),
+        (
+            "dirichlet(1, min_size=0)",
+            "min_size: expected a number greater than or equal to 1",
+        ),
+        ("unbalanced(-1)", "sigma: expected a number greater than or equal to 0, got -1"),
+        ("unbalanced(sigma=True)", "sigma: expected a number, got True"),
         ("iid(3)", "too many positional arguments"),
         ("shard(2)", r"unknown partition 'shard' \(did you mean 'shards'\?\)"),
     ],
@@ -288,11 +295,11 @@ def test_fallah_is_the_papers_split():
     ("spec", "said"),
     [
         ("classes(0)", "per_client"),
-        ("classes(2, least=5)", "together"),
-        ("classes(2, 9, 8)", "least must be"),
+        ("classes(2, least=5)", "expected both or neither"),
+        ("classes(2, 9, 8)", "least: expected 2"),
         ("classes(11)", "at most 10"),
         ("classes(2, 500, 500)", "lower clients or most"),
-        ("targets(10)", "labels must be below"),
+        ("targets(10)", "labels: expected fewer than 10"),
         ("fallah(60)", "lower a"),
     ],
 )

@@ -48,7 +48,7 @@ def test_a_model_without_counters_has_an_empty_counter_vector():
 
 
 def test_weights_that_are_not_float32_are_refused():
-    with pytest.raises(ProblemError, match=r"expected float32 weights, weight is torch\.float64"):
+    with pytest.raises(ProblemError, match=r"float32 weights, got torch\.float64 for weight"):
         Layout.of(nn.Linear(1, 1).double())
 
 

@@ -112,10 +112,10 @@ def test_a_tensor_may_be_in_either_group_and_not_in_both():
         assert weights.tolist() == list(range(29))
         assert counters.tolist() == [7]
         assert FedAvg().load(Normed(), each).weights.tolist() == list(range(29))
-    with pytest.raises(ResultError, match=r"'1.running_mean' once, it is in two groups"):
+    with pytest.raises(ResultError, match=r"'1.running_mean' in one group, got it in two"):
         state.layout.read(Payload(old.weights, new.exact))
-    result = Result(0, 0, Payload(old.weights, new.exact))
-    with pytest.raises(ResultError, match="it is in two groups"):
+    result = Result(0, 0, Payload(old.weights, new.exact), 1)
+    with pytest.raises(ResultError, match="in one group, got it in two"):
         FedAvg().accumulate(FedAvg().new_accumulator(state), state, result, 1.0)
 
 
@@ -141,7 +141,7 @@ def test_what_a_result_does_not_bring_stayed_as_it_was(reply):
     brought = {"1.running_mean": torch.full((3,), 3.0)}
     gathered = FedAvg().new_accumulator(state)
     for exact in (brought, {}):
-        result = Result(0, 0, Payload(weights, exact, numbers))
+        result = Result(0, 0, Payload(weights, exact, numbers), 1)
         gathered = FedAvg().accumulate(gathered, state, result, 1.0)
     new = FedAvg().tensors(FedAvg().commit(state, gathered, 2.0))
     assert new["1.running_mean"].tolist() == [1.5] * 3
@@ -156,7 +156,9 @@ def test_an_element_that_stays_infinite_changes_by_nothing(reply):
     trained = state.layout.trained_views(torch.zeros(6))
     mask = [1.0, -torch.inf] if reply == "model" else [1.0, 0.0]
     sent = Payload(trained, {"mask": torch.tensor(mask)}, {"n": 1, "reply": reply})
-    gathered = FedAvg().accumulate(FedAvg().new_accumulator(state), state, Result(0, 0, sent), 2.0)
+    gathered = FedAvg().accumulate(
+        FedAvg().new_accumulator(state), state, Result(0, 0, sent, 1), 2.0
+    )
     new = FedAvg().commit(state, gathered, 2.0)
     assert FedAvg().tensors(new)["mask"].tolist() == [1.0, -torch.inf]
 
@@ -177,7 +179,7 @@ def test_what_a_result_brings_is_checked(name, value, message):
     trained = state.layout.trained_views(torch.zeros(6))
     sent = Payload(trained, {name: torch.tensor(value)}, {"n": 1})
     with pytest.raises(ResultError, match=message):
-        FedAvg().accumulate(FedAvg().new_accumulator(state), state, Result(0, 0, sent), 1.0)
+        FedAvg().accumulate(FedAvg().new_accumulator(state), state, Result(0, 0, sent, 1), 1.0)
 
 
 def test_a_constant_of_another_dtype_cannot_be_changed_by_a_result():
@@ -185,11 +187,11 @@ def test_a_constant_of_another_dtype_cannot_be_changed_by_a_result():
     trained = state.layout.trained_views(torch.zeros(6))
     for value, wrong in ((0.1, False), (0.2, True)):
         exact = {"doubles": torch.tensor([[value]], dtype=torch.float64)}
-        result = Result(0, 0, Payload(trained, exact, {"n": 1}))
+        result = Result(0, 0, Payload(trained, exact, {"n": 1}), 1)
         if not wrong:
             FedAvg().accumulate(FedAvg().new_accumulator(state), state, result, 1.0)
             continue
-        with pytest.raises(ResultError, match=r"'doubles', torch\.float64, as the constant"):
+        with pytest.raises(ResultError, match=r"'doubles', torch\.float64, unchanged"):
             FedAvg().accumulate(FedAvg().new_accumulator(state), state, result, 1.0)
 
 
@@ -233,12 +235,12 @@ def test_parts_of_one_storage_that_do_not_overlap_are_fine():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: Sharing(lambda w: torch.eye(2).to_sparse()), "other is torch.sparse_coo"),
-        (lambda: nn.LazyLinear(2), "weight has none before the first forward"),
-        (lambda: nn.Linear(2, 2).half(), "expected float32 weights, weight is torch.float16"),
+        (lambda: Sharing(lambda w: torch.eye(2).to_sparse()), "got torch.sparse_coo for other"),
+        (lambda: nn.LazyLinear(2), "got none for weight before the first forward"),
+        (lambda: nn.Linear(2, 2).half(), "expected float32 weights, got torch.float16 for weight"),
         (
             lambda: nn.Linear(2, 2, dtype=torch.complex128),
-            "expected float32 weights, weight is torch.complex128",
+            "expected float32 weights, got torch.complex128 for weight",
         ),
     ],
 )
@@ -291,12 +293,13 @@ def test_every_algorithm_keeps_constants_and_averages_what_is_tracked(algorithm)
         for index in range(3):
             at = client(problem, index, local=local.get(index))
             sent = Task(version, algorithm.task(state, index))
-            result, local[index] = algorithm.train(sent, at)
+            trained = algorithm.train(sent, at)
+            result, local[index] = trained.payload, trained.local_state
             assert set(result.exact) == {"1.mean"}
             came = before + result.exact["1.mean"][0].item()
             assert before < came <= 2
             after += came
-            gathered = algorithm.accumulate(gathered, state, Result(index, 0, result), 1.0)
+            gathered = algorithm.accumulate(gathered, state, Result(index, 0, result, 1), 1.0)
         state = algorithm.commit(state, gathered, 3.0)
         state = algorithm.load(problem, algorithm.save(state))
         found = algorithm.tensors(state)
@@ -323,11 +326,11 @@ def test_sub_models_bring_running_statistics_to_their_own_units(absent, reply):
     algorithm = FedDropout(keep=0.5, absent=absent, batch_size=4, seed=3)
     state = algorithm.start(problem)
     sent = dataclasses.replace(task(state, reply=reply), payload=algorithm.task(state, 1))
-    result, _ = algorithm.train(sent, client(problem, 1))
+    result = algorithm.train(sent, client(problem, 1)).payload
     tracked = {"1.running_mean", "1.running_var", "1.num_batches_tracked"}
     assert set(result.exact) == tracked
     gathered = algorithm.accumulate(
-        algorithm.new_accumulator(state), state, Result(1, 0, result), 2.0
+        algorithm.new_accumulator(state), state, Result(1, 0, result, 1), 2.0
     )
     new = algorithm.tensors(algorithm.commit(state, gathered, 2.0))
     old = algorithm.tensors(state)
@@ -356,7 +359,7 @@ class Lowest(nn.Module):
 def test_a_buffer_that_leaves_infinity_is_refused_by_name():
     """By how much has it changed? Before the first task, and at one that does it."""
     problem = Restless(Lowest)
-    wanted = "least starts with infinity or NaN where training changes it"
+    wanted = "least: expected a finite value at the start where training changes it"
     with pytest.raises(ProblemError, match=wanted):
         FedAvg().try_model(problem, problem.client(0), "cpu")
     with pytest.raises(ProblemError, match=wanted):

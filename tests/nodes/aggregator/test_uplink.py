@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from fedmq.algorithms.base import Payload, Task
+from fedmq.algorithms.toolkit.returned import result_of
 from fedmq.broker.inspection.trace import Trace
 from fedmq.nodes.errors import ConfigError
 from fedmq.nodes.messages.actions import Inbound, PostMessage
@@ -75,8 +76,8 @@ def named(inbound, seq, name):
 
 
 def trained(setup, train):
-    payload, local = setup.algorithm.train(train.task, train.at(setup.problem, "cpu"))
-    return Trained(payload, local, 0.5)
+    found = setup.algorithm.train(train.task, train.at(setup.problem, "cpu"))
+    return Trained(*result_of(found, "train"), 0.5)
 
 
 def flat(tensors):

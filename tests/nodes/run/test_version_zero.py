@@ -10,6 +10,7 @@ from torch import nn
 
 from fedmq.algorithms.errors import ProblemError
 from fedmq.algorithms.problems.registry import load_problem
+from fedmq.algorithms.toolkit.returned import result_of
 from fedmq.broker.inspection.trace import Trace
 from fedmq.broker.ledger.entries import Accepted
 from fedmq.broker.wire.encoding import encode_message
@@ -213,7 +214,7 @@ def answers_of(fleet, worker, version_0):
     node = Worker(fleet.setup, "run", worker, [(0, 1)], version_0=version_0)
     [train] = node.handle(Inbound(7, 0.0, message, data.__getitem__))
     at = train.at(fleet.setup.problem, "cpu")
-    done = Trained(*fleet.setup.algorithm.train(train.task, at), 0.0)
+    done = Trained(*result_of(fleet.setup.algorithm.train(train.task, at), "train"), 0.0)
     yield posted(node, node.handle(done), lambda _client, kept: kept).message
     message, data = fleet.evaluations[0]
     [_] = node.handle(Inbound(8, 0.0, message, data.__getitem__))
@@ -285,7 +286,8 @@ def test_a_result_saved_by_another_node_names_the_node_that_posts_it():
         actions = worker.handle(Inbound(7, 0.0, message, data.__getitem__))
         if isinstance(actions[0], Train):
             at = actions[0].at(setup.problem, "cpu")
-            actions = worker.handle(Trained(*setup.algorithm.train(actions[0].task, at), 0.0))
+            sent = result_of(setup.algorithm.train(actions[0].task, at), "train")
+            actions = worker.handle(Trained(*sent, 0.0))
         posts.append(posted(worker, actions, kept.put).message)
     assert [each.body["version_0"] for each in posts] == [[4.0, 2.0], [4.0, -1.0]]
 

@@ -2,6 +2,7 @@
 
 import pytest
 
+from fedmq.algorithms.toolkit.returned import result_of
 from fedmq.broker.wire.encoding import encode_message
 from fedmq.broker.wire.schema import Message
 from fedmq.nodes.messages.actions import Handled, Inbound, PostMessage
@@ -33,7 +34,7 @@ def worker_of(setup, kept=None, k=0):
 def trained(setup, train):
     """Carry out a `Train` action, as the worker's program does."""
     at = train.at(setup.problem, "cpu")
-    return Trained(*setup.algorithm.train(train.task, at), 0.5)
+    return Trained(*result_of(setup.algorithm.train(train.task, at), "train"), 0.5)
 
 
 def again(inbound, seq, **fields):

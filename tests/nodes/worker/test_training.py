@@ -3,7 +3,7 @@
 import contextlib
 import random
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import msgspec
@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from fedmq.algorithms.base import Payload, Task
+from fedmq.algorithms.base import Payload, Task, TrainResult
 from fedmq.algorithms.errors import ProblemError
 from fedmq.algorithms.fedavg import FedAvg
 from fedmq.algorithms.problems.base import Examples
@@ -67,9 +67,10 @@ class Careless(FedAvg):
     """An algorithm that draws from the global generators."""
 
     def train(self, task, client):
-        result, local = super().train(task, client)
+        trained = super().train(task, client)
+        result = trained.payload
         noise = {name: each + torch.randn(each.shape) for name, each in result.weights.items()}
-        return Payload(noise, result.exact, result.numbers), local
+        return replace(trained, payload=Payload(noise, result.exact, result.numbers))
 
     def personalise(self, state, version, client):
         return {"accuracy": drawn() + client.data.x.sum().item()}
@@ -172,15 +173,15 @@ class Returning(FedAvg):
     """An algorithm that returns invalid values."""
 
     def train(self, task, client):
-        result, local = super().train(task, client)
-        numbers = {**result.numbers, "n": np.int64(3), "seen": torch.tensor(0.5)}
-        return [Payload(result.weights, result.exact, numbers), local]
+        result = super().train(task, client).payload
+        numbers = {**result.numbers, "seen": torch.tensor(0.5)}
+        return TrainResult(Payload(result.weights, result.exact, numbers), np.int64(3))
 
 
 @dataclass(frozen=True)
 class Forgetful(FedAvg):
     def train(self, task, client):
-        return super().train(task, client)[0]
+        return super().train(task, client).payload, None
 
     def evaluate(self, task, problem, device):
         return None
@@ -204,7 +205,7 @@ def test_numbers_of_numpy_and_torch_in_a_result_and_in_metrics_are_numbers(setup
 def test_the_error_for_an_invalid_result_or_metrics_names_the_method(setup):
     changed = returning(setup, Forgetful(epochs=1))
     actions = actions_of(changed)
-    with pytest.raises(ReturnedError, match=r"^Forgetful\.train: expected two values"):
+    with pytest.raises(ReturnedError, match=r"^Forgetful\.train: expected TrainResult\("):
         carry_out(actions["train"], changed, "cpu")
     with pytest.raises(ReturnedError, match=r"^Forgetful\.evaluate: expected a map"):
         carry_out(actions["evaluate"], changed, "cpu")
