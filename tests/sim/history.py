@@ -220,5 +220,5 @@ def check_fold(simulation, setup, folder):
     ]
     assert replay.core.version == live.version == setup.config.run.versions
     assert model_digest(replay.core.tensors()) == model_digest(live.tensors())
-    assert replay.core.state_snapshot()["counts"] == live.parts()["counts"]
+    assert replay.core.state_snapshot()["counts"] == live.state_snapshot()["counts"]
     assert not replay.record.unmatched

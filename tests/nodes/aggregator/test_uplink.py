@@ -338,9 +338,9 @@ def test_one_task_of_a_run_with_memory_is_trained_again_to_the_bit(tmp_path):
     assert simulation.run(10.0, 400.0)
     simulation.broker.ledger.close()
     trace = Trace(tmp_path)
-    names = [each.message.re for each in Retraining(trace, setup, "worker-0").all()]
+    names = [each.message.re for each in Retraining(trace, setup, "worker-0").train_all()]
     assert len(names) > 3
-    assert Retraining(trace, setup, "worker-0").one(names[-1]).same
+    assert Retraining(trace, setup, "worker-0").train_one(names[-1]).matches
 
 
 @pytest.mark.parametrize(

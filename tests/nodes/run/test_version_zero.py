@@ -308,7 +308,7 @@ def test_a_replay_on_another_kind_of_device_takes_the_records_word(tmp_path):
     assert sum(1 for _ in replay.steps()) > 6
     assert replay.core.version == 3
     for node in ("worker-0", "evaluator"):
-        assert all(each.same for each in Retraining(trace, setup, node).all())
+        assert all(each.matches for each in Retraining(trace, setup, node).train_all())
 
 
 def test_a_model_that_is_made_once_is_refused():

@@ -133,9 +133,9 @@ def test_every_task_and_evaluation_of_a_run_replays_to_the_same_bytes(setup, tmp
     trace = Trace(tmp_path)
     for node in ("worker-0", "worker-1", "evaluator"):
         drawn()
-        answers = list(Retraining(trace, setup, node).all())
+        answers = list(Retraining(trace, setup, node).train_all())
         assert answers
-        assert [each.message.re for each in answers if not each.same] == []
+        assert [each.message.re for each in answers if not each.matches] == []
 
 
 def test_a_new_client_is_measured_with_the_same_draws(setup):
