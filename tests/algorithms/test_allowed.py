@@ -223,7 +223,7 @@ def test_an_installed_problem_and_an_installed_algorithm_are_found_by_name(tmp_p
 
 def test_list_shows_what_is_installed_and_imports_none_of_it(strangers):
     install(strangers, PROBLEMS, "theirs", "evil_mod:mine")
-    assert ("theirs", "evil_mod:mine, of an installed package") in list(catalogue("problems"))
+    assert ("theirs", "evil_mod:mine, from an installed package") in list(catalogue("problems"))
     assert imported(strangers) == []
 
 
