@@ -18,8 +18,8 @@ from fedmq.algorithms.distillation.reports import Reports, check_probabilities, 
 from fedmq.algorithms.errors import ResultError
 from fedmq.algorithms.problems.base import Examples, Problem
 from fedmq.algorithms.rng import derive_rng
+from fedmq.algorithms.toolkit.layout import expect_tensor
 from fedmq.algorithms.toolkit.sgd import batches
-from fedmq.algorithms.toolkit.states import expect_tensor
 
 _BATCH = 500
 """Number of public samples whose outputs are computed at a time."""

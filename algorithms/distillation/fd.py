@@ -25,8 +25,8 @@ from fedmq.algorithms.distillation.reports import (
 )
 from fedmq.algorithms.errors import ResultError
 from fedmq.algorithms.problems.base import Problem
+from fedmq.algorithms.toolkit.layout import expect_tensor
 from fedmq.algorithms.toolkit.sgd import evaluate_module
-from fedmq.algorithms.toolkit.states import expect_tensor
 
 
 @dataclass(frozen=True)

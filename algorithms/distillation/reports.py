@@ -98,15 +98,3 @@ def check_probabilities(rows: Tensor) -> None:
     off = float(np.abs(values.sum(axis=1, dtype=np.float64) - 1).max(initial=0))
     if off > 0.01 + slack * values.shape[1]:
         raise ResultError(f"expected probabilities that sum to 1, got a sum off by {off:.3g}")
-
-
-def paper_bits(
-    rounds: int, classes: int = 10, *, generator: int = 0, samples: int = 0, pixels: int = 784
-) -> int:
-    """Return what the paper's Table 1 counts as a device's cost of FD, in bits.
-
-    A table of outputs each way a round, and with FAug a generator's parameters, of 32 bits
-    each, and seed samples of 8 bits a pixel. What it does not count: messages, and the
-    counts by label.
-    """
-    return 32 * (2 * rounds * classes * classes + generator) + 8 * samples * pixels

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -17,9 +16,8 @@ from fedmq.algorithms.problems.base import Examples, Problem
 from fedmq.algorithms.toolkit.flat_model import FlatModel
 from fedmq.algorithms.toolkit.layout import Layout
 from fedmq.algorithms.toolkit.sgd import metrics_on, spans
-from fedmq.algorithms.toolkit.states import load_state, save_state, saved
+from fedmq.algorithms.toolkit.states import Saved, load_state, save_state
 
-V = TypeVar("V")
 OWN = "faug."
 """Prefix of the names of FAug's own local state."""
 
@@ -71,7 +69,7 @@ class Gan:
     layout: Layout
     weights: Tensor
     counters: Tensor
-    labels: Tensor = field(metadata=saved(any_length=True))
+    labels: Tensor = field(metadata=Saved(any_length=True).field)
     low: float
     high: float
 
@@ -173,11 +171,6 @@ def joined(inner: Payload | None, own: Payload | None) -> Payload | None:
         return inner or own
     exact = {**inner.exact, **own.exact}
     return dataclasses.replace(inner, exact=exact, numbers=own.numbers)
-
-
-def under(values: Mapping[str, V], prefix: str) -> dict[str, V]:
-    """Return the values whose names begin with a prefix, by the rest of their names."""
-    return {name[len(prefix) :]: each for name, each in values.items() if name.startswith(prefix)}
 
 
 def _with_prefix(values: Mapping[str, Tensor]) -> dict[str, Tensor]:

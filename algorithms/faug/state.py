@@ -11,9 +11,10 @@ from torch import Tensor
 
 from fedmq.algorithms.base import OpaqueAccumulator, OpaqueState, Payload
 from fedmq.algorithms.errors import ResultError
-from fedmq.algorithms.faug.augmentation import Gan, under
+from fedmq.algorithms.faug.augmentation import Gan
 from fedmq.algorithms.problems.base import Problem
-from fedmq.algorithms.toolkit.states import expect_tensor
+from fedmq.algorithms.toolkit.layout import expect_tensor
+from fedmq.algorithms.toolkit.states import take
 from fedmq.codecs.text import shorten
 
 _LARGEST_PIXEL = 50.0
@@ -114,8 +115,8 @@ def save_aug_state(state: AugState, then: Payload) -> Payload:
 
 def inner_saved(saved: Payload) -> Payload:
     """Return the saved state of the algorithm that learns."""
-    weights, exact = (under(saved.exact, f"{_THEN}{group}.") for group in ("weights", "exact"))
-    return Payload(weights, exact, under(saved.numbers, _THEN))
+    weights, exact = (take(dict(saved.exact), f"{_THEN}{group}.") for group in ("weights", "exact"))
+    return Payload(weights, exact, take(dict(saved.numbers), _THEN))
 
 
 def load_aug_state(
@@ -151,6 +152,6 @@ def load_aug_state(
     seeds = dict(zip(of.tolist(), parts, strict=True))
     gan = None
     if saved.weights:
-        part = Payload(saved.weights, under(exact, "gan."), saved.numbers)
+        part = Payload(saved.weights, take(dict(exact), "gan."), saved.numbers)
         gan = Gan.of(part, problem, widths)
     return AugState(then, given, served, seeds, gan, first.shape, first.classes)

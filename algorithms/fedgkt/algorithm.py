@@ -29,8 +29,8 @@ from fedmq.algorithms.problems.base import Examples, Problem
 from fedmq.algorithms.problems.resnets import EDGES, SERVERS, Shape, feature_shape, initialised
 from fedmq.algorithms.rng import derive_rng, derive_seed
 from fedmq.algorithms.toolkit.flat_model import FlatModel
-from fedmq.algorithms.toolkit.layout import Layout
-from fedmq.algorithms.toolkit.states import expect_count, expect_tensor, load_state, save_state
+from fedmq.algorithms.toolkit.layout import Layout, expect_tensor
+from fedmq.algorithms.toolkit.states import DERIVED, load_state, save_state, take
 from fedmq.codecs.text import shorten
 
 
@@ -48,11 +48,11 @@ class GktState:
 
     layout: Layout
     server: NetworkState
-    store: FeatureStore
-    answers: Mapping[int, Tensor]
+    store: FeatureStore = field(metadata=DERIVED)
+    answers: Mapping[int, Tensor] = field(metadata=DERIVED)
     version: int
-    features: Shape
-    classes: int
+    features: Shape = field(metadata=DERIVED)
+    classes: int = field(metadata=DERIVED)
 
 
 @dataclass
@@ -229,35 +229,27 @@ class FedGKT(Algorithm[GktState, GktAccumulator]):
 
     def save(self, state: GktState) -> Payload:
         """Return the server network, its optimizer's moments, the store and the answers."""
-        exact = {f"server.{name}": each for name, each in save_state(state.server).exact.items()}
+        saved = super().save(state)
+        exact = {**saved.exact}
         exact |= {f"store.{name}": each for name, each in state.store.save().items()}
         exact |= {f"answers.{client}": each for client, each in state.answers.items()}
-        return Payload(exact=exact, numbers={"version": state.version})
+        return dataclasses.replace(saved, exact=exact)
 
     def load(self, problem: Problem, saved: Payload) -> GktState:
         """Return a saved state; its uploads are checked like new ones."""
-        first = self.start(problem)
-        parts: dict[str, dict[str, Tensor]] = {"server": {}, "store": {}, "answers": {}}
-        for name, tensor in saved.exact.items():
-            part, _, rest = name.partition(".")
-            if part not in parts:
-                raise ResultError(f"expected no tensor {shorten(name)}")
-            parts[part][rest] = tensor
-        version = expect_count("version", saved.numbers)
-        store = FeatureStore.load(parts["store"], first.store.limit)
+        first, exact = self.start(problem), dict(saved.exact)
+        store = FeatureStore.load(take(exact, "store."), first.store.limit)
         self._expected(first).check_store(store, problem.clients)
         answers = {}
-        for name, tensor in parts["answers"].items():
+        for name, tensor in take(exact, "answers.").items():
             client = int(name) if name.isdecimal() else -1
             if client not in store.uploads:
                 raise ResultError(f"expected an answer to a client, got {shorten(name)}")
             shape = (len(store.uploads[client]), first.classes)
             expect_tensor("answers", tensor, torch.float32, shape)
             answers[client] = tensor.clone()
-        server = load_state(first.server, Payload(exact=parts["server"]))
-        return dataclasses.replace(
-            first, server=server, store=store, answers=answers, version=version
-        )
+        state = load_state(first, dataclasses.replace(saved, exact=exact))
+        return dataclasses.replace(state, store=store, answers=answers)
 
     def tensors(self, state: GktState) -> Mapping[str, Tensor]:
         """Return the server network; the edges' networks stay at the clients."""

@@ -17,8 +17,8 @@ from fedmq.algorithms.fedgkt.uploads import check_names
 from fedmq.algorithms.problems.base import Examples, Problem
 from fedmq.algorithms.problems.resnets import Edge
 from fedmq.algorithms.toolkit.flat_model import FlatModel
+from fedmq.algorithms.toolkit.layout import expect_tensor
 from fedmq.algorithms.toolkit.sgd import spans
-from fedmq.algorithms.toolkit.states import expect_tensor
 
 _BLOCK = 256
 """Number of samples a batch in evaluation."""

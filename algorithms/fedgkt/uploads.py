@@ -18,7 +18,7 @@ from fedmq.algorithms.fedgkt.feature_store import (
     Upload,
     UploadedTest,
 )
-from fedmq.algorithms.toolkit.states import expect_tensor
+from fedmq.algorithms.toolkit.layout import expect_tensor
 from fedmq.codecs.text import shorten
 
 LARGEST = 65504.0

@@ -11,7 +11,7 @@ from fedmq.algorithms.base import Payload
 from fedmq.algorithms.pfedhn.hypernetwork import HyperNet
 from fedmq.algorithms.pfedhn.model_parts import ModelPartition
 from fedmq.algorithms.toolkit.flat_model import zeros
-from fedmq.algorithms.toolkit.states import saved
+from fedmq.algorithms.toolkit.states import DERIVED, Saved
 
 
 @dataclass(frozen=True)
@@ -24,15 +24,15 @@ class HyperState:
     number of versions with a result of each client.
     """
 
-    net: HyperNet
-    partition: ModelPartition
-    phi: Tensor = field(metadata=saved("weights"))
-    embeddings: Tensor = field(metadata=saved("weights"))
-    phi_momentum: Tensor = field(metadata=saved("weights"))
-    embedding_momentum: Tensor = field(metadata=saved("weights"))
-    shared: Tensor = field(metadata=saved("weights", finite=False))
+    net: HyperNet = field(metadata=DERIVED)
+    partition: ModelPartition = field(metadata=DERIVED)
+    phi: Tensor = field(metadata=Saved("weights").field)
+    embeddings: Tensor = field(metadata=Saved("weights").field)
+    phi_momentum: Tensor = field(metadata=Saved("weights").field)
+    embedding_momentum: Tensor = field(metadata=Saved("weights").field)
+    shared: Tensor = field(metadata=Saved("weights", finite=False).field)
     counters: Tensor
-    used: Tensor = field(metadata=saved(least=0))
+    used: Tensor = field(metadata=Saved(least=0).field)
 
     def embedding(self, client: int) -> Tensor:
         """Return v_i, float32 [D_e]; for a new client the mean of the trained ones."""

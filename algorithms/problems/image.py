@@ -24,7 +24,7 @@ CACHE_BYTES = 1 << 30
 """Size limit of the cache of clients' float32 examples; others are converted each time."""
 
 
-class _Cache:
+class _ExampleCache:
     """Examples of clients, up to `CACHE_BYTES`."""
 
     def __init__(self) -> None:
@@ -244,8 +244,8 @@ class ImageClassification(Problem):
         return {}
 
     @cached_property
-    def _cache(self) -> _Cache:
-        return _Cache()
+    def _cache(self) -> _ExampleCache:
+        return _ExampleCache()
 
     @cached_property
     def _test(self) -> Examples:

@@ -209,7 +209,7 @@ class Layout:
             return [(0, self.flatten_trained(tensors))]
         wanted = {slot.name: slot.shape for slot in self.trained}
         if dict(tensors.shapes) != wanted or list(tensors.shapes) != list(wanted):
-            raise _misfit("expected the names and shapes of this model's tensors, got others")
+            raise misfit("expected the names and shapes of this model's tensors, got others")
         if sum(slot.size for slot in self.trained) != self.parameters:
             return [(0, self.flatten_trained(tensors.read()))]  # there are gaps
         return _StreamedBlocks(tensors)
@@ -241,7 +241,7 @@ def named_once(weights: Mapping[str, Tensor], exact: Mapping[str, Tensor]) -> Ma
     """
     twice = sorted(name for name in exact if name in weights)
     if twice:
-        raise _misfit(f"expected a tensor {shorten(twice[0])} in one group, got it in two")
+        raise misfit(f"expected a tensor {shorten(twice[0])} in one group, got it in two")
     return exact
 
 
@@ -291,7 +291,7 @@ def _flatten(slots: Sequence[Slot], tensors: Mapping[str, Tensor], dtype: torch.
         check_tensor(slot, tensors.get(slot.name))
     extra = sorted(set(tensors) - {slot.name for slot in slots})
     if extra:
-        raise _misfit(f"expected no tensor {shorten(extra[0])}")
+        raise misfit(f"expected no tensor {shorten(extra[0])}")
     if not slots:
         return torch.zeros(0, dtype=dtype)
     end = slots[-1].start + slots[-1].size
@@ -304,21 +304,27 @@ def _flatten(slots: Sequence[Slot], tensors: Mapping[str, Tensor], dtype: torch.
 
 
 def check_tensor(slot: Slot, tensor: Tensor | None) -> Tensor:
-    """Return a tensor of a payload that must fit a slot.
+    """Return a tensor of a payload that must fit a slot; see `expect_tensor`."""
+    return expect_tensor(slot.name, tensor, slot.wire_dtype, slot.shape)
+
+
+def expect_tensor(
+    name: str, tensor: Tensor | None, dtype: torch.dtype, shape: tuple[int, ...]
+) -> Tensor:
+    """Return a tensor that must have this dtype and shape.
 
     Raises:
-        ResultError: it is missing, or its shape or dtype differs from the slot's.
+        ResultError: it is missing or has others; the message has both.
     """
     if tensor is None:
-        raise _misfit(f"expected a tensor {slot.name!r}, it is missing")
-    if tuple(tensor.shape) != slot.shape:
-        raise _misfit(
-            f"expected {slot.name!r} with shape {list(slot.shape)}, got {list(tensor.shape)}"
+        raise misfit(f"expected a tensor {name!r}, it is missing")
+    if tensor.dtype != dtype or tuple(tensor.shape) != shape:
+        raise misfit(
+            f"expected {name} as {dtype} {list(shape)}, got {tensor.dtype} {list(tensor.shape)}"
         )
-    if tensor.dtype != slot.wire_dtype:
-        raise _misfit(f"expected {slot.name!r} as {slot.wire_dtype}, got {tensor.dtype}")
     return tensor
 
 
-def _misfit(reason: str) -> ResultError:
+def misfit(reason: str) -> ResultError:
+    """Return an error with the code for wrong names, shapes and dtypes."""
     return ResultError(reason, Fault.WRONG_SHAPE)

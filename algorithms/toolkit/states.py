@@ -6,11 +6,12 @@ state of the same problem, such as that of version 0:
 - a tensor or a numpy array: of the same dtype and shape, its floating-point values finite;
 - a whole number: at least 0; a float: finite;
 - a map from names to tensors: of the same names, each like the other's;
-- a field ``layout``: the dataclass is a model, whose ``weights`` and ``counters`` are saved by
-  the tensors' own names (`Layout.write`);
-- all else (layouts, partitions, shapes) follows from the problem and is not saved.
+- a dataclass: saved by the same rules, with the field's name and a dot before each name;
+- a dataclass with a `Layout`, ``weights`` and ``counters``: a model, whose weights and counters are
+  saved by the tensors' own names (`Layout.write`). Layouts themselves are not saved.
 
-A field declares what differs with ``field(metadata=saved(...))``.
+A field declares what differs with ``field(metadata=Saved(...).field)``, or with
+``field(metadata=DERIVED)`` that it is not saved.
 """
 
 from __future__ import annotations
@@ -18,26 +19,37 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterator, Mapping
-from types import MappingProxyType
 from typing import Any, Literal, TypeVar, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fedmq.algorithms.errors import Fault, ResultError
+from fedmq.algorithms.errors import AlgorithmError, Fault, ResultError
 from fedmq.algorithms.tasks import Payload
-from fedmq.algorithms.toolkit.layout import Layout
+from fedmq.algorithms.toolkit.layout import Layout, expect_tensor, misfit
 from fedmq.codecs.text import shorten
 
 T = TypeVar("T")
+V = TypeVar("V")
 
+_KEY = "saved"
 _LARGEST = 10**12
 """Of a whole number: honest counts stay far below."""
 
 
 @dataclasses.dataclass(frozen=True)
-class _Saved:
+class Saved:
+    """How a field is saved, if not by default.
+
+    group: group of the payload, for tensors.
+    prefix: prefix of the names in a map of tensors.
+    least: smallest value of a tensor's elements.
+    most: largest magnitude of a tensor's elements.
+    finite: whether a tensor must hold no infinity and no NaN.
+    any_length: whether a tensor may be longer or shorter in its first dimension.
+    """
+
     group: Literal["weights", "exact"] = "exact"
     prefix: str = ""
     least: float = -math.inf
@@ -45,50 +57,37 @@ class _Saved:
     finite: bool = True
     any_length: bool = False
 
-
-def saved(
-    group: Literal["weights", "exact"] = "exact",
-    prefix: str = "",
-    least: float = -math.inf,
-    most: float = math.inf,
-    *,
-    finite: bool = True,
-    any_length: bool = False,
-) -> Mapping[str, _Saved]:
-    """Return the metadata of a field that is saved otherwise than by default.
-
-    Args:
-        group: of the payload, for tensors.
-        prefix: of the names in a map of tensors.
-        least: smallest value of a tensor's elements.
-        most: largest magnitude of a tensor's elements.
-        finite: a tensor must hold no infinity and no NaN.
-        any_length: the length of a tensor's first dimension may differ from the other state's.
-    """
-    return {"saved": _Saved(group, prefix, least, most, finite, any_length)}
+    @property
+    def field(self) -> dict[str, Saved]:
+        """Return the metadata of such a field."""
+        return {_KEY: self}
 
 
-DERIVED: Mapping[str, None] = MappingProxyType({"saved": None})
+DERIVED = {_KEY: None}
 """Metadata of a field that is not saved: it follows from the problem or from other fields."""
 
 
 def save_state(state: object) -> Payload:
-    """Return everything that is in a state, without copies of its tensors."""
+    """Return everything that is in a state, without copies of its tensors.
+
+    Raises:
+        AlgorithmError: it is no dataclass, or has a field of an unsupported type.
+    """
     groups: dict[str, dict[str, Tensor]] = {"weights": {}, "exact": {}}
     numbers: dict[str, int | float | str] = {}
     if (model := _model_in(state)) is not None:
         whole = model.layout.write(model.weights, model.counters)
         groups = {"weights": dict(whole.weights), "exact": dict(whole.exact)}
-    for name, how, value in _fields(state, model is not None):
-        match value:
-            case Tensor():
-                groups[how.group][name] = value
-            case np.ndarray():
-                groups[how.group][name] = torch.from_numpy(value.copy())
-            case int() | float():
-                numbers[name] = value
-            case Mapping():
-                groups[how.group] |= {how.prefix + key: each for key, each in value.items()}
+    for name, how, value in _fields(state):
+        if isinstance(value, int | float):
+            numbers[name] = value
+        elif dataclasses.is_dataclass(value):
+            inner = save_state(value)
+            for group, tensors in (("weights", inner.weights), ("exact", inner.exact)):
+                groups[group] |= {f"{name}.{key}": each for key, each in tensors.items()}
+            numbers |= {f"{name}.{key}": each for key, each in inner.numbers.items()}
+        else:
+            groups[how.group] |= _named(name, how, value)
     return Payload(groups["weights"], groups["exact"], numbers)
 
 
@@ -104,49 +103,34 @@ def load_state(like: T, found: Payload) -> T:
     """
     groups = {"weights": dict(found.weights), "exact": dict(found.exact)}
     values: dict[str, object] = {}
-    model = _model_in(like)
-    for name, how, value in _fields(like, model is not None):
-        tensors = groups[how.group]
-        match value:
-            case Tensor():
-                values[name] = _tensor(name, tensors.pop(name, None), value, how)
-            case np.ndarray():
-                like_value = torch.from_numpy(value)
-                values[name] = (
-                    _tensor(name, tensors.pop(name, None), like_value, how).numpy().copy()
-                )
-            case int():
-                values[name] = expect_count(name, found.numbers)
-            case float():
-                values[name] = expect_float(name, found.numbers)
-            case Mapping():
-                values[name] = {
-                    key: _tensor(how.prefix + key, tensors.pop(how.prefix + key, None), each, how)
-                    for key, each in value.items()
-                }
-    if model is not None:
+    for name, how, value in _fields(like):
+        if isinstance(value, float):
+            values[name] = expect_float(name, found.numbers)
+        elif isinstance(value, int):
+            values[name] = expect_count(name, found.numbers)
+        elif dataclasses.is_dataclass(value):
+            weights, exact = (take(groups[key], f"{name}.") for key in ("weights", "exact"))
+            numbers = take(dict(found.numbers), f"{name}.")
+            values[name] = load_state(value, Payload(weights, exact, numbers))
+        else:
+            tensors = groups[how.group]
+            loaded = {
+                key: _checked(key, tensors.pop(key, None), each, how)
+                for key, each in _named(name, how, value).items()
+            }
+            match value:
+                case Tensor():
+                    values[name] = loaded[name]
+                case np.ndarray():
+                    values[name] = loaded[name].numpy().copy()
+                case _:
+                    values[name] = {key.removeprefix(how.prefix): loaded[key] for key in loaded}
+    if (model := _model_in(like)) is not None:
         rest = Payload(groups["weights"], groups["exact"])
         values["weights"], values["counters"] = model.layout.read(rest)
     elif extra := sorted({*groups["weights"], *groups["exact"]}):
-        raise _misfit(f"expected no tensor {shorten(extra[0])}")
+        raise misfit(f"expected no tensor {shorten(extra[0])}")
     return cast("T", dataclasses.replace(cast("Any", like), **values))
-
-
-def expect_tensor(
-    name: str, tensor: Tensor | None, dtype: torch.dtype, shape: tuple[int, ...]
-) -> Tensor:
-    """Return a tensor that must have this dtype and shape.
-
-    Raises:
-        ResultError: it is missing or has others; the sentence has both.
-    """
-    if tensor is None:
-        raise _misfit(f"expected a tensor {name!r}, it is missing")
-    if tensor.dtype != dtype or tuple(tensor.shape) != shape:
-        raise _misfit(
-            f"expected {name} as {dtype} {list(shape)}, got {tensor.dtype} {list(tensor.shape)}"
-        )
-    return tensor
 
 
 def expect_count(name: str, numbers: Mapping[str, object], end: int = _LARGEST) -> int:
@@ -179,14 +163,37 @@ def _model_in(state: object) -> Any:
     return state if is_model else None
 
 
-def _fields(state: object, is_model: bool) -> Iterator[tuple[str, _Saved, object]]:  # noqa: FBT001 - private
-    for each in dataclasses.fields(cast("Any", state)):
-        how = each.metadata.get("saved", _Saved())
-        if how is not None and not (is_model and each.name in ("weights", "counters")):
-            yield each.name, how, getattr(state, each.name)
+def _fields(state: object) -> Iterator[tuple[str, Saved, object]]:
+    """Yield the fields to save, without the weights and counters of a model."""
+    if not dataclasses.is_dataclass(state):
+        kind = type(state).__name__
+        raise AlgorithmError(f"expected a dataclass as state, got {kind!r}: override save and load")
+    model = () if _model_in(state) is None else ("weights", "counters")
+    for each in dataclasses.fields(state):
+        how, value = each.metadata.get(_KEY, Saved()), getattr(state, each.name)
+        if how is not None and each.name not in model and not isinstance(value, Layout):
+            yield each.name, how, value
 
 
-def _tensor(name: str, tensor: Tensor | None, like: Tensor, how: _Saved) -> Tensor:
+def _named(name: str, how: Saved, value: object) -> dict[str, Tensor]:
+    match value:
+        case Tensor():
+            return {name: value}
+        case np.ndarray():
+            return {name: torch.from_numpy(value.copy())}
+        case Mapping():
+            return {how.prefix + key: each for key, each in value.items()}
+    kind = type(value).__name__
+    raise AlgorithmError(f"cannot save field {name!r} of type {kind!r}: override save and load")
+
+
+def take(values: dict[str, V], prefix: str) -> dict[str, V]:
+    """Remove the values whose names begin with a prefix; return them by the rest of the names."""
+    found = [name for name in values if name.startswith(prefix)]
+    return {name.removeprefix(prefix): values.pop(name) for name in found}
+
+
+def _checked(name: str, tensor: Tensor | None, like: Tensor, how: Saved) -> Tensor:
     shape = tuple(like.shape)
     if how.any_length and tensor is not None:
         shape = (len(tensor) if tensor.dim() else 0, *shape[1:])
@@ -198,7 +205,3 @@ def _tensor(name: str, tensor: Tensor | None, like: Tensor, how: _Saved) -> Tens
     if how.most < math.inf and bool((tensor.abs() > how.most).any()):
         raise ResultError(f"expected values of {name} up to {how.most:g} in magnitude")
     return tensor
-
-
-def _misfit(reason: str) -> ResultError:
-    return ResultError(reason, Fault.WRONG_SHAPE)

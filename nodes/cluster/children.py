@@ -46,21 +46,21 @@ class ReportKind(enum.Enum):
     """The process ends; the text is the reason."""
 
 
-class Report(msgspec.Struct):
+class ChildReport(msgspec.Struct):
     """One message from a process to its supervisor."""
 
     kind: ReportKind
     text: str
 
 
-def receive_report(pipe: Connection) -> Report:
+def receive_report(pipe: Connection) -> ChildReport:
     """Return the next report of a process.
 
     Raises:
         EOFError: the process has closed its end.
         OSError: the pipe cannot be read.
     """
-    return msgspec.json.decode(pipe.recv_bytes(), type=Report)
+    return msgspec.json.decode(pipe.recv_bytes(), type=ChildReport)
 
 
 def child_main(
@@ -132,7 +132,7 @@ def _log_to(path: Path, name: str, pipe: Connection) -> None:
 def _report(pipe: Connection, kind: ReportKind, text: str) -> None:
     printable = text.encode(errors="backslashreplace").decode()  # it may name any file
     with contextlib.suppress(OSError):  # the supervisor may have ended
-        pipe.send_bytes(msgspec.json.encode(Report(kind, printable)))
+        pipe.send_bytes(msgspec.json.encode(ChildReport(kind, printable)))
 
 
 def broker_main(

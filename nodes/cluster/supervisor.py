@@ -24,7 +24,7 @@ from fedmq.broker.ledger.reader import LedgerTail
 from fedmq.broker.wire.addresses import EVALUATOR, WORKER
 from fedmq.nodes.cluster.children import (
     BEYOND_HELP,
-    Report,
+    ChildReport,
     ReportKind,
     aggregator_main,
     broker_main,
@@ -75,7 +75,7 @@ class _Child:
         recent = [each for each in self.restarts if each > now - _RESTARTS_WITHIN_S]
         return self.process.exitcode not in (None, 0, 2, BEYOND_HELP) and len(recent) < _RESTARTS
 
-    def reports(self) -> Iterator[Report]:
+    def reports(self) -> Iterator[ChildReport]:
         """Yield the reports that have arrived; keep the reason for which the process ends."""
         with contextlib.suppress(EOFError, OSError):
             while self.pipe.poll():
@@ -273,7 +273,7 @@ class Cluster:
                     return 1 if fold.failed else 0
                 wait([each.process.sentinel for each in living], _REFRESH_S)
 
-    def _print_note(self, child: _Child, report: Report) -> None:
+    def _print_note(self, child: _Child, report: ChildReport) -> None:
         if report.kind is ReportKind.NOTE:
             self._say(f"fedmq: {child.name}: {report.text}")
 

@@ -8,7 +8,7 @@ import torch
 
 from fedmq.algorithms.base import Payload, Result
 from fedmq.algorithms.distillation.fd import Distillation
-from fedmq.algorithms.distillation.reports import Reports, paper_bits
+from fedmq.algorithms.distillation.reports import Reports
 from fedmq.algorithms.errors import ResultError
 from fedmq.algorithms.problems.models import MODELS
 from fedmq.codecs.registry import decode, make_codec
@@ -33,11 +33,6 @@ def test_the_devices_model_has_the_papers_1_199_648_parameters():
     assert model(torch.zeros(2, 1, 28, 28)).shape == (2, 10)
 
 
-def test_table_1_counts_102_400_bits_for_distillation_and_47_989_120_with_augmentation():
-    assert paper_bits(16) == 2 * 16 * 10 * 10 * 32 == 102_400
-    assert paper_bits(16, generator=1_493_520, samples=15) == 47_989_120
-
-
 def test_a_report_takes_the_papers_3_200_bits_and_a_byte_a_label_for_its_counts():
     means = torch.full((10, 10), 0.1)
     encoded = make_codec("logits(float32)").encode(
@@ -45,7 +40,7 @@ def test_a_report_takes_the_papers_3_200_bits_and_a_byte_a_label_for_its_counts(
     )
     assert encoded.nbytes == 3_200 // 8 + 10
     # 16 rounds both ways: 13,120 bytes are sent where the paper counts 12,800.
-    assert 2 * 16 * encoded.nbytes == paper_bits(16) // 8 + 2 * 16 * 10
+    assert 2 * 16 * encoded.nbytes == 12_800 + 2 * 16 * 10
 
 
 def test_a_label_that_counts_0_takes_no_row():

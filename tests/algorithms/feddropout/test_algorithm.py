@@ -278,7 +278,7 @@ def bad(state):
     good = sent(state, 0.1, 1)
     whole = state.layout.views(torch.ones(state.layout.dim))
     hostile = {
-        "the whole model": ({"weights": whole}, "with shape"),
+        "the whole model": ({"weights": whole}, "as torch.float32"),
         "no weights": ({"weights": {}}, "it is missing"),
         "not finite": ({"weights": sent(state, torch.nan, 1).weights}, "NaN or infinite"),
         "too large": ({"weights": sent(state, 1e35, 1).weights}, "as large as"),

@@ -65,7 +65,7 @@ def bad(state, problem):
     yield "not finite", {"weights": payload(state, torch.inf).weights}, "NaN or infinite"
     yield "too large", {"weights": payload(state, 1e35).weights}, "as large as"
     shaped = {**good.weights, "0.bias": torch.zeros(7)}
-    yield "another shape", {"weights": shaped}, "shape"
+    yield "another shape", {"weights": shaped}, "as torch.float32"
     doubles = {name: each.double() for name, each in good.weights.items()}
     yield "another dtype", {"weights": doubles}, "as torch.float32"
 

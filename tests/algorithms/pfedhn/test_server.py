@@ -166,7 +166,7 @@ def hostile(state):
     yield "another model", {"weights": {"x": torch.zeros(3)}}, "it is missing"
     yield "phi", {"weights": {**good.weights, "phi": state.phi}}, "expected no tensor 'phi'"
     shape = {**good.weights, first: torch.zeros(9)}
-    yield "shape", {"weights": shape}, "with shape"
+    yield "shape", {"weights": shape}, "as torch.float32"
     double = {**good.weights, first: good.weights[first].double()}
     yield "dtype", {"weights": double}, "as torch.float32"
     yield "NaN", {"weights": sent(state, torch.nan).weights}, "NaN or infinite"

@@ -10,23 +10,30 @@ import torch
 from torch import Tensor, nn
 
 from fedmq.algorithms.base import Payload
-from fedmq.algorithms.errors import ResultError
+from fedmq.algorithms.errors import AlgorithmError, ResultError
 from fedmq.algorithms.toolkit.flat_model import FlatModel
 from fedmq.algorithms.toolkit.layout import Layout
-from fedmq.algorithms.toolkit.states import DERIVED, load_state, save_state, saved
+from fedmq.algorithms.toolkit.states import DERIVED, Saved, load_state, save_state
+
+
+@dataclass(frozen=True)
+class Inner:
+    steps: int
+    rate: Tensor
 
 
 @dataclass(frozen=True)
 class State:
-    names: tuple[str, ...]
-    phi: Tensor = field(metadata=saved("weights", finite=False))
-    counts: Tensor = field(metadata=saved(least=0, most=9))
-    rows: Tensor = field(metadata=saved(any_length=True))
+    names: tuple[str, ...] = field(metadata=DERIVED)
+    phi: Tensor = field(metadata=Saved("weights", finite=False).field)
+    counts: Tensor = field(metadata=Saved(least=0, most=9).field)
+    rows: Tensor = field(metadata=Saved(any_length=True).field)
     table: np.ndarray
-    moments: Mapping[str, Tensor] = field(metadata=saved(prefix="server/"))
+    moments: Mapping[str, Tensor] = field(metadata=Saved(prefix="server/").field)
     total: Tensor = field(metadata=DERIVED)
     version: int
     scale: float
+    inner: Inner
 
 
 @dataclass(frozen=True)
@@ -49,16 +56,18 @@ def state(value=1.0, rows=2):
         torch.ones(1),
         7,
         0.5,
+        Inner(3, torch.full((1,), value)),
     )
 
 
 def test_a_state_is_saved_by_its_fields_and_loaded_back():
     first = save_state(state())
     assert list(first.weights) == ["phi"]
-    assert list(first.exact) == ["counts", "rows", "table", "server/m"]
-    assert first.numbers == {"version": 7, "scale": 0.5}
+    assert list(first.exact) == ["counts", "rows", "table", "server/m", "inner.rate"]
+    assert first.numbers == {"version": 7, "scale": 0.5, "inner.steps": 3}
     found = load_state(state(2.0, rows=0), first)
     assert found.phi.tolist() == found.moments["m"].tolist() == [1.0, 1.0]
+    assert (found.inner.steps, found.inner.rate.tolist()) == (3, [1.0])
     assert found.rows.shape == (2, 3)
     assert (found.names, found.total.tolist(), found.version) == (("a", "b"), [1.0], 7)
     assert save_state(found).numbers == first.numbers
@@ -100,6 +109,8 @@ def test_a_model_is_saved_by_the_names_of_its_tensors():
         ({"table": torch.zeros(2, 2)}, "expected table as torch.float64"),
         ({"server/m": torch.zeros(1)}, "expected server/m as torch.float32"),
         ({"other": torch.zeros(1)}, "expected no tensor 'other'"),
+        ({"inner.rate": torch.zeros(2)}, "expected rate as torch.float32"),
+        ({"inner.more": torch.zeros(2)}, "expected no tensor 'more'"),
         ({"numbers": {"scale": 0.5}}, "expected version from 0 to"),
         ({"numbers": {"version": True, "scale": 0.5}}, "expected version from 0 to"),
         ({"numbers": {"version": -1, "scale": 0.5}}, "expected version from 0 to"),
@@ -121,3 +132,20 @@ def test_what_does_not_fit_is_named(change, message):
 def test_infinity_is_loaded_where_a_field_allows_it():
     wild = dataclasses.replace(state(), phi=torch.full((2,), torch.inf))
     assert load_state(state(), save_state(wild)).phi.tolist() == [torch.inf, torch.inf]
+
+
+@dataclass(frozen=True)
+class Listed:
+    parts: list[Tensor]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (Listed([]), "cannot save field 'parts' of type 'list': override save and load"),
+        ({"w": torch.zeros(1)}, "expected a dataclass as state, got 'dict': override save"),
+    ],
+)
+def test_a_state_of_another_kind_is_refused(wrong, message):
+    with pytest.raises(AlgorithmError, match=message):
+        save_state(wrong)

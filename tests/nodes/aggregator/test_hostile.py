@@ -44,7 +44,7 @@ FAULTS = {
     "infinity": (lambda m, d: with_value(m, d, np.inf), "NaN or infinite"),
     "a wrong shape": (
         lambda m, d: with_shape(m, d, "weight", "float32", [4], 16),
-        r"expected 'weight' with shape \[2, 2\], got \[4\]",
+        r"expected weight as torch.float32 \[2, 2\], got torch.float32 \[4\]",
     ),
     "a missing tensor": (
         lambda m, d: with_shape(m, d, "weight", "float32", [2, 2], 16),
@@ -52,7 +52,7 @@ FAULTS = {
     ),
     "a wrong dtype": (
         lambda m, d: with_shape(m, d, "weight", "float64", [2, 2], 32),
-        "expected 'weight' as torch.float32, got torch.float64",
+        r"expected weight as torch.float32 \[2, 2\], got torch.float64",
     ),
     "an impossible shape": (
         lambda m, d: with_shape(m, d, "weight", "float32", [0, 1 << 39, 1 << 39], 0),

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from fedmq.nodes.cluster import children
-from fedmq.nodes.cluster.children import Report, ReportKind, child_main, receive_report
+from fedmq.nodes.cluster.children import ChildReport, ReportKind, child_main, receive_report
 
 pytestmark = pytest.mark.end_to_end
 
@@ -57,11 +57,11 @@ def start(folder: Path, target, *args):
     return process, ours
 
 
-def note(text: str) -> Report:
-    return Report(ReportKind.NOTE, text)
+def note(text: str) -> ChildReport:
+    return ChildReport(ReportKind.NOTE, text)
 
 
-def reports(pipe) -> list[Report]:
+def reports(pipe) -> list[ChildReport]:
     found = []
     while True:
         try:
@@ -121,7 +121,7 @@ def test_a_crash_in_a_library_leaves_file_and_line_in_the_log(tmp_path: Path) ->
 
 def test_a_node_that_a_signal_ends_has_not_crashed(tmp_path: Path) -> None:
     process, pipe = start(tmp_path, wait_for_a_signal)
-    assert receive_report(pipe) == Report(ReportKind.READY, "x")
+    assert receive_report(pipe) == ChildReport(ReportKind.READY, "x")
     for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
         os.kill(process.pid, number)
     assert reports(pipe) == []
@@ -143,4 +143,4 @@ def test_a_full_disk_is_reported_once_and_so_is_room(tmp_path: Path) -> None:
 def test_a_report_with_any_bytes_in_a_name_is_received() -> None:
     ours, theirs = mp.Pipe(duplex=False)
     children._report(theirs, ReportKind.ENDING, "ready \udcff \n")
-    assert receive_report(ours) == Report(ReportKind.ENDING, r"ready \udcff " + "\n")
+    assert receive_report(ours) == ChildReport(ReportKind.ENDING, r"ready \udcff " + "\n")

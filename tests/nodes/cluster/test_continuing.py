@@ -278,7 +278,7 @@ def test_a_run_of_a_release_that_computed_otherwise_is_left_as_it_is(tmp_path) -
     traces = Path(__file__).parents[2] / "golden" / "traces"
     old = shutil.copytree(traces / "0.1.0" / "fedavg-rounds", tmp_path / "old")
     assert goes_on(old) is None, "it has ended"
-    with pytest.raises(NodeError, match="begun by another release of fedmq"):
+    with pytest.raises(NodeError, match="started by a release of fedmq that computes differently"):
         goes_on(old, run__versions=40)
 
 
