@@ -25,6 +25,24 @@ from fedmq.algorithms.errors import AlgorithmError, NotAllowed
 from fedmq.codecs.extensions import entry_points
 
 OWN = "fedmq.algorithms"
+_PERSONAL = "fedmq.algorithms.personal"
+MOVED = {
+    "fedmq.algorithms.fedper": f"{_PERSONAL}.fedper",
+    "fedmq.algorithms.fedrep": f"{_PERSONAL}.fedrep",
+    "fedmq.algorithms.finetune": f"{_PERSONAL}.fedavg_finetune",
+    "fedmq.algorithms.perfedavg": f"{_PERSONAL}.perfedavg",
+    "fedmq.algorithms.reptile": f"{_PERSONAL}.personalised_fedavg",
+    "fedmq.algorithms.codistillation": "fedmq.algorithms.distillation.codistillation",
+    "fedmq.algorithms.distillation": "fedmq.algorithms.distillation.fd",
+    "fedmq.algorithms.faug": "fedmq.algorithms.faug.algorithm",
+    "fedmq.algorithms.feddropout": "fedmq.algorithms.feddropout.algorithm",
+    "fedmq.algorithms.fedgkt": "fedmq.algorithms.fedgkt.algorithm",
+    "fedmq.algorithms.mocha": "fedmq.algorithms.mocha.algorithm",
+    "fedmq.algorithms.pfedhn": "fedmq.algorithms.pfedhn.algorithm",
+    "fedmq.algorithms.problems.natural": "fedmq.algorithms.problems.federated_datasets",
+}
+"""Modules of 0.1.0 that runs may name, and where their classes are now: ledgers stay readable."""
+
 LIBRARIES = ("torch.optim", "torchvision.models")
 """With numbers and words as arguments, their classes touch no file and no network."""
 
@@ -106,6 +124,7 @@ def resolve(
             f"{name!r} is of type {type(found).__name__!r}"
         )
     if is_below(module, (OWN,)):
+        module = MOVED.get(module, module)
         found = _attribute(module, _single(name, attribute))
         if inspect.isclass(found) and issubclass(found, base) and not inspect.isabstract(found):
             return _defined(found, name, (OWN,))

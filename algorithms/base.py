@@ -93,7 +93,7 @@ class Algorithm(ABC, Generic[State, Accumulator]):
 
     Raises:
         AlgorithmError: at construction, if a field does not fit its type; or, when a subclass is
-            made, if it uses a name of version 0.2.
+            made, if it uses a name of version 0.1.
     """
 
     name: ClassVar[str]

@@ -52,7 +52,7 @@ def fault_of(error: ErrorDetails) -> str:
 
 
 def refuse_old_names(cls: type, renamed: Mapping[str, str]) -> None:
-    """Refuse a class that defines a method or attribute under the name it had in version 0.2.
+    """Refuse a class that defines a method or attribute under the name it had in 0.1.0.
 
     Args:
         cls: a user's class.

@@ -46,7 +46,7 @@ class Schedule(ABC):
 
     Raises:
         AlgorithmError: at construction, if a field does not fit its type; or, when a subclass is
-            made, if it uses a name of version 0.2.
+            made, if it uses a name of version 0.1.
     """
 
     name: ClassVar[str]

@@ -81,7 +81,7 @@ def result_of(found: object, who: str) -> tuple[Payload, Payload | None]:
         ReturnedError: it is no `TrainResult`, or has content that cannot be sent.
     """
     if not isinstance(found, TrainResult):
-        hint = " (the form of version 0.2)" if isinstance(found, tuple | list) else ""
+        hint = " (the form of version 0.1)" if isinstance(found, tuple | list) else ""
         raise ReturnedError(
             f"{who}: expected TrainResult(payload, num_examples, local_state), "
             f"got {kind_of_value(found)}{hint}"

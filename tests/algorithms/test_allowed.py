@@ -1,12 +1,13 @@
 """What a configuration may name to import, and that nothing else is imported."""
 
+import importlib
 import sys
 
 import pytest
 import torch
 import torchvision
 
-from fedmq.algorithms.allowed import NOTHING, Allowed, resolve
+from fedmq.algorithms.allowed import MOVED, NOTHING, Allowed, resolve
 from fedmq.algorithms.base import Algorithm
 from fedmq.algorithms.errors import AlgorithmError, DataError, NotAllowed, ProblemError
 from fedmq.algorithms.fedavg import FedAvg
@@ -70,6 +71,14 @@ def test_a_class_of_a_library_or_of_fedmq_is_always_allowed(name, found):
 
 def test_an_algorithm_of_fedmq_may_be_named_by_module_and_class():
     assert find_algorithm("fedmq.algorithms.fedavg:FedAvg") is FedAvg
+
+
+def test_a_name_of_an_older_release_finds_the_class_where_it_is_now():
+    for old, new in MOVED.items():
+        assert importlib.import_module(new)
+        assert old not in sys.modules or hasattr(sys.modules[old], "__path__")
+    assert find_algorithm("fedmq.algorithms.fedrep:FedRep").__name__ == "FedRep"
+    assert find("fedmq.algorithms.problems.natural:DigitTasks") is DigitTasks
 
 
 @pytest.mark.parametrize("value", [0.1, 3, True, None, "mean", "max-norm", [0.9, 0.999], "1e-3"])

@@ -1,4 +1,4 @@
-"""Hyper-parameters are checked at construction, and names of version 0.2 are refused."""
+"""Hyper-parameters are checked at construction, and names of version 0.1 are refused."""
 
 import dataclasses
 import time
