@@ -16,7 +16,7 @@ from fedmq.algorithms.problems.base import Examples, Problem
 from fedmq.algorithms.toolkit.flat_model import FlatModel
 from fedmq.algorithms.toolkit.layout import Layout
 from fedmq.algorithms.toolkit.sgd import metrics_on, spans
-from fedmq.algorithms.toolkit.states import Saved, load_state, save_state
+from fedmq.algorithms.toolkit.states import SavedAs, load_state, save_state
 
 OWN = "faug."
 """Prefix of the names of FAug's own local state."""
@@ -69,7 +69,7 @@ class Gan:
     layout: Layout
     weights: Tensor
     counters: Tensor
-    labels: Tensor = field(metadata=Saved(any_length=True).field)
+    labels: Tensor = field(metadata=SavedAs(any_length=True).field)
     low: float
     high: float
 

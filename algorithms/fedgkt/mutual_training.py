@@ -16,7 +16,7 @@ from pydantic import Field
 from torch import Tensor
 
 from fedmq.algorithms.toolkit.flat_model import FlatModel
-from fedmq.algorithms.toolkit.states import Saved
+from fedmq.algorithms.toolkit.states import SavedAs
 
 _BETA1, _BETA2, _EPSILON = 0.9, 0.999, 1e-8
 _MOST_STEPS = 10**15
@@ -47,7 +47,7 @@ class NetworkState:
     weights: Tensor
     counters: Tensor
     moments: Tensor
-    steps: Tensor = field(metadata=Saved(least=0, most=_MOST_STEPS).field)
+    steps: Tensor = field(metadata=SavedAs(least=0, most=_MOST_STEPS).field)
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from fedmq.algorithms.mocha.dual import Array
 from fedmq.algorithms.problems.base import Examples, Problem
 from fedmq.algorithms.rng import derive_rng
 from fedmq.algorithms.toolkit.layout import Layout, expect_tensor
-from fedmq.algorithms.toolkit.states import DERIVED, Saved, expect_float
+from fedmq.algorithms.toolkit.states import DERIVED, SavedAs, expect_float
 from fedmq.codecs.text import shorten
 
 _LARGEST = 1e12
@@ -43,9 +43,9 @@ class MochaState:
     version: number of versions before it.
     """
 
-    b: Array = field(metadata=Saved(most=_LARGEST).field)
-    duals: Array = field(metadata=Saved(most=_LARGEST).field)
-    sigma: Array = field(metadata=Saved(most=_LARGEST).field)
+    b: Array = field(metadata=SavedAs(most=_LARGEST).field)
+    duals: Array = field(metadata=SavedAs(most=_LARGEST).field)
+    sigma: Array = field(metadata=SavedAs(most=_LARGEST).field)
     weights: Array = field(metadata=DERIVED)
     safe: float = field(metadata=DERIVED)
     version: int

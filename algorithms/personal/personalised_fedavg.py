@@ -30,7 +30,7 @@ from fedmq.algorithms.toolkit.arithmetic import power, square_root
 from fedmq.algorithms.toolkit.flat_model import FlatModel, zeros
 from fedmq.algorithms.toolkit.results import moved, read_result
 from fedmq.algorithms.toolkit.sgd import batches, cuda_devices, learned, load_model, project
-from fedmq.algorithms.toolkit.states import Saved, expect_count, load_state
+from fedmq.algorithms.toolkit.states import SavedAs, expect_count, load_state
 from fedmq.codecs.text import shorten
 
 _FEDAVG, _REPTILE = "fedavg", "reptile"
@@ -49,7 +49,7 @@ class MetaState(ModelState):
     """
 
     version: int
-    moments: Mapping[str, Tensor] = field(metadata=Saved(prefix="server/").field)
+    moments: Mapping[str, Tensor] = field(metadata=SavedAs(prefix="server/").field)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from fedmq.algorithms.base import Payload
 from fedmq.algorithms.pfedhn.hypernetwork import HyperNet
 from fedmq.algorithms.pfedhn.model_parts import ModelPartition
 from fedmq.algorithms.toolkit.flat_model import zeros
-from fedmq.algorithms.toolkit.states import DERIVED, Saved
+from fedmq.algorithms.toolkit.states import DERIVED, SavedAs
 
 
 @dataclass(frozen=True)
@@ -26,13 +26,13 @@ class HyperState:
 
     net: HyperNet = field(metadata=DERIVED)
     partition: ModelPartition = field(metadata=DERIVED)
-    phi: Tensor = field(metadata=Saved("weights").field)
-    embeddings: Tensor = field(metadata=Saved("weights").field)
-    phi_momentum: Tensor = field(metadata=Saved("weights").field)
-    embedding_momentum: Tensor = field(metadata=Saved("weights").field)
-    shared: Tensor = field(metadata=Saved("weights", finite=False).field)
+    phi: Tensor = field(metadata=SavedAs("weights").field)
+    embeddings: Tensor = field(metadata=SavedAs("weights").field)
+    phi_momentum: Tensor = field(metadata=SavedAs("weights").field)
+    embedding_momentum: Tensor = field(metadata=SavedAs("weights").field)
+    shared: Tensor = field(metadata=SavedAs("weights", finite=False).field)
     counters: Tensor
-    used: Tensor = field(metadata=Saved(least=0).field)
+    used: Tensor = field(metadata=SavedAs(least=0).field)
 
     def embedding(self, client: int) -> Tensor:
         """Return v_i, float32 [D_e]; for a new client the mean of the trained ones."""

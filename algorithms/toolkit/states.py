@@ -10,7 +10,7 @@ state of the same problem, such as that of version 0:
 - a dataclass with a `Layout`, ``weights`` and ``counters``: a model, whose weights and counters are
   saved by the tensors' own names (`Layout.write`). Layouts themselves are not saved.
 
-A field declares what differs with ``field(metadata=Saved(...).field)``, or with
+A field declares what differs with ``field(metadata=SavedAs(...).field)``, or with
 ``field(metadata=DERIVED)`` that it is not saved.
 """
 
@@ -39,7 +39,7 @@ _LARGEST = 10**12
 
 
 @dataclasses.dataclass(frozen=True)
-class Saved:
+class SavedAs:
     """How a field is saved, if not by default.
 
     group: group of the payload, for tensors.
@@ -58,7 +58,7 @@ class Saved:
     any_length: bool = False
 
     @property
-    def field(self) -> dict[str, Saved]:
+    def field(self) -> dict[str, SavedAs]:
         """Return the metadata of such a field."""
         return {_KEY: self}
 
@@ -163,19 +163,19 @@ def _model_in(state: object) -> Any:
     return state if is_model else None
 
 
-def _fields(state: object) -> Iterator[tuple[str, Saved, object]]:
+def _fields(state: object) -> Iterator[tuple[str, SavedAs, object]]:
     """Yield the fields to save, without the weights and counters of a model."""
     if not dataclasses.is_dataclass(state):
         kind = type(state).__name__
         raise AlgorithmError(f"expected a dataclass as state, got {kind!r}: override save and load")
     model = () if _model_in(state) is None else ("weights", "counters")
     for each in dataclasses.fields(state):
-        how, value = each.metadata.get(_KEY, Saved()), getattr(state, each.name)
+        how, value = each.metadata.get(_KEY, SavedAs()), getattr(state, each.name)
         if how is not None and each.name not in model and not isinstance(value, Layout):
             yield each.name, how, value
 
 
-def _named(name: str, how: Saved, value: object) -> dict[str, Tensor]:
+def _named(name: str, how: SavedAs, value: object) -> dict[str, Tensor]:
     match value:
         case Tensor():
             return {name: value}
@@ -193,7 +193,7 @@ def take(values: dict[str, V], prefix: str) -> dict[str, V]:
     return {name.removeprefix(prefix): values.pop(name) for name in found}
 
 
-def _checked(name: str, tensor: Tensor | None, like: Tensor, how: Saved) -> Tensor:
+def _checked(name: str, tensor: Tensor | None, like: Tensor, how: SavedAs) -> Tensor:
     shape = tuple(like.shape)
     if how.any_length and tensor is not None:
         shape = (len(tensor) if tensor.dim() else 0, *shape[1:])

@@ -13,7 +13,7 @@ from fedmq.algorithms.base import Payload
 from fedmq.algorithms.errors import AlgorithmError, ResultError
 from fedmq.algorithms.toolkit.flat_model import FlatModel
 from fedmq.algorithms.toolkit.layout import Layout
-from fedmq.algorithms.toolkit.states import DERIVED, Saved, load_state, save_state
+from fedmq.algorithms.toolkit.states import DERIVED, SavedAs, load_state, save_state
 
 
 @dataclass(frozen=True)
@@ -25,11 +25,11 @@ class Inner:
 @dataclass(frozen=True)
 class State:
     names: tuple[str, ...] = field(metadata=DERIVED)
-    phi: Tensor = field(metadata=Saved("weights", finite=False).field)
-    counts: Tensor = field(metadata=Saved(least=0, most=9).field)
-    rows: Tensor = field(metadata=Saved(any_length=True).field)
+    phi: Tensor = field(metadata=SavedAs("weights", finite=False).field)
+    counts: Tensor = field(metadata=SavedAs(least=0, most=9).field)
+    rows: Tensor = field(metadata=SavedAs(any_length=True).field)
     table: np.ndarray
-    moments: Mapping[str, Tensor] = field(metadata=Saved(prefix="server/").field)
+    moments: Mapping[str, Tensor] = field(metadata=SavedAs(prefix="server/").field)
     total: Tensor = field(metadata=DERIVED)
     version: int
     scale: float
