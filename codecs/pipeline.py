@@ -129,8 +129,8 @@ class Pipeline(Codec):
 
     @property
     def error_feedback(self) -> bool:
-        """Return whether the pipeline has ``topk``."""
-        return any(isinstance(stage, TopK) for stage in self.stages)
+        """Return whether a stage leaves out values that the sender adds to its next update."""
+        return any(stage.error_feedback for stage in self.stages)
 
     @property
     def structured(self) -> bool:

@@ -1,7 +1,7 @@
 """The registry of codecs: by spec for encoding, by wire name for decoding.
 
 Other packages add codecs in the entry-point group ``fedmq.codecs``; each entry point is a
-`Codec` class and has the codec's name.
+`Codec` class and has the codec's name. Stages of pipelines are listed in `pipeline.STAGES`.
 """
 
 from __future__ import annotations

@@ -105,7 +105,7 @@ class Uploads:
             blob_id = BlobName(node.run.id, chunk.owner, chunk.digest)
             complete = self._store.have(blob_id) == received.start
             out.append(Put(blob_id, received.size, received.start, received.data))
-            good = node.fetcher.finished(name)
+            good = node.fetcher.check_complete(name)
             if good and not complete:
                 # Its first chunks were deleted while its node was away: fetch it again.
                 for post in node.pending_posts:

@@ -79,7 +79,7 @@ class Arrivals:
         else:
             end = received.start + memoryview(received.data).nbytes
             arriving.data[received.start : end] = received.data
-        good = self._fetcher.finished(name)
+        good = self._fetcher.check_complete(name)
         if good is not None:
             data = arriving.data if arriving.data is not None else b""
             out.append(Fetched(name.owner, arriving.blob, data if good else None))

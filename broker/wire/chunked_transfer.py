@@ -116,7 +116,7 @@ class Fetcher:
         self._outstanding -= 1
         return ReceivedChunk(name, transfer.size, chunk.start, data)
 
-    def finished(self, name: Owned) -> bool | None:
+    def check_complete(self, name: Owned) -> bool | None:
         """Remove a complete blob, and return whether its bytes match its digest.
 
         Returns None, and removes nothing, while bytes are missing.

@@ -56,6 +56,8 @@ class Stage(ABC):
     place: ClassVar[StageOrder]
     side_buffers: ClassVar[int] = 0
     """Number of buffers sent besides the values."""
+    error_feedback: ClassVar[bool] = False
+    """Whether the sender adds what the stage left out to its next update."""
 
     @abstractmethod
     def parameters(self) -> str:

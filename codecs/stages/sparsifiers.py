@@ -73,6 +73,7 @@ class TopK(SparseStage):
 
     name = "topk"
     place = StageOrder.SUBSET
+    error_feedback = True
     side_buffers = 1
 
     def encode(self, values: Values, context: Context) -> tuple[Values, list[Buffer]]:

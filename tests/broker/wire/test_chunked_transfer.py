@@ -52,7 +52,7 @@ def test_no_more_than_a_window_is_ever_in_flight():
         assert fetcher.receive(*answer(under_way.popleft(), data))
         under_way += fetcher.requests()
         assert len(under_way) <= WINDOW_CHUNKS
-    assert fetcher.finished(name_of(data)) is True
+    assert fetcher.check_complete(name_of(data)) is True
 
 
 def test_blobs_come_whole_and_in_the_order_in_which_they_were_added():
@@ -64,8 +64,8 @@ def test_blobs_come_whole_and_in_the_order_in_which_they_were_added():
     pieces = [fetcher.receive(*answer(want, first, second)) for want in wants]
     assert b"".join(piece.data for piece in pieces[:3]) == first
     assert {piece.size for piece in pieces[:3]} == {len(first)}
-    assert fetcher.finished(name_of(first)) is True
-    assert fetcher.finished(name_of(second)) is None
+    assert fetcher.check_complete(name_of(first)) is True
+    assert fetcher.check_complete(name_of(second)) is None
     assert name_of(first) not in fetcher
     assert name_of(second) in fetcher
 
@@ -113,7 +113,7 @@ def test_wrong_bytes_are_detected_by_their_digest():
     for want in fetcher.requests():
         chunk, piece = answer(want, data)
         assert fetcher.receive(chunk, bytes(len(piece)) if want.start else piece)
-    assert fetcher.finished(name_of(data)) is False
+    assert fetcher.check_complete(name_of(data)) is False
     assert name_of(data) not in fetcher
 
 
@@ -131,7 +131,7 @@ def test_after_a_restart_only_what_is_missing_is_requested_again():
     assert fetcher.receive(*answer(again[0], data)) is None
     for want in again[1:] + fetcher.requests():
         assert fetcher.receive(*answer(want, data))
-    assert fetcher.finished(name_of(data)) is True
+    assert fetcher.check_complete(name_of(data)) is True
 
 
 def test_discarding_a_blob_frees_its_part_of_the_window():
@@ -150,7 +150,7 @@ def test_discarding_a_blob_frees_its_part_of_the_window():
 def test_an_empty_blob_is_finished_at_once():
     fetcher = fetching(b"")
     assert fetcher.requests() == []
-    assert fetcher.finished(name_of(b"")) is True
+    assert fetcher.check_complete(name_of(b"")) is True
 
 
 @settings(deadline=None)
@@ -173,7 +173,7 @@ def test_blobs_of_any_size_arrive_whole_whatever_restarts_and_repeats(sizes, win
         assert came is not None
         got[came.name] += came.data
         assert fetcher.receive(chunk, piece) is None
-        fetcher.finished(came.name)
+        fetcher.check_complete(came.name)
         if restarts and data.draw(st.booleans()):
             restarts -= 1
             fetcher.restart()
