@@ -9,10 +9,14 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from fedmq.codecs.errors import CodecError
+
 Buffer = bytes | bytearray | memoryview
 Tensors = Mapping[str, Tensor]
 
 MAX_DECODED_BYTES = 1 << 40
+_RENAMED = {"updates_only": "deltas_only", "remembers": "error_feedback", "restrict": "project"}
+"""Names of 0.1.0: a user's codec that still has one would silently do without it."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,17 @@ class Codec(ABC):
 
     name: ClassVar[str]
     version: ClassVar[int] = 1
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Check a subclass.
+
+        Raises:
+            CodecError: it defines something under its name of 0.1.0.
+        """
+        super().__init_subclass__(**kwargs)
+        for old, new in _RENAMED.items():
+            if old in vars(cls):
+                raise CodecError(f"{cls.__name__}.{old} is now called {new}: rename it")
 
     @property
     def wire_name(self) -> str:

@@ -23,7 +23,7 @@ PARTS = {
         "errors": "",
         "text": "",
         "extensions": "",
-        "base": "",
+        "base": "errors",
         "kernels": "",
         "spec": "errors text",
         "formats": "errors text base",

@@ -132,3 +132,12 @@ def test_any_exception_of_another_packages_codec_is_a_decode_error(monkeypatch):
     with pytest.raises(ZeroDivisionError):
         decode(encoded)
     registry._codec_of.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [("updates_only", "deltas_only"), ("remembers", "error_feedback"), ("restrict", "project")],
+)
+def test_a_codec_with_a_name_of_an_older_release_is_an_error_with_the_new_one(old, new):
+    with pytest.raises(CodecError, match=f"Mine.{old} is now called {new}"):
+        type("Mine", (Raw,), {old: True})
