@@ -72,7 +72,7 @@ def test_missing_data_are_a_one_line_error(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert done.stdout == ""
     (sentence,) = done.stderr.splitlines()
-    assert f"data set 'mnist' is not in {tmp_path / 'data'}" in sentence
+    assert f"cannot find data set 'mnist' in {tmp_path / 'data'}" in sentence
     assert "set FEDMQ_DATA to a folder that holds MNIST/raw/" in sentence
 
 

@@ -33,8 +33,8 @@ def test_a_model_that_is_drawn_without_a_seed_starts_nothing(crew: Crew) -> None
     aggregator = crew.aggregator(**settings("Unseeded"))
     assert aggregator.wait(30) == 2
     assert aggregator.said() == (
-        "fedmq: problem.name: expected model() to give the same values at every call, 'vector' "
-        "differs from one call to the next: seed what it is drawn from\n"
+        "fedmq: problem.name: expected model() to return the same values at every call, but "
+        "'vector' differs from one call to the next: seed its random generator\n"
     )
 
 

@@ -112,7 +112,7 @@ class Sized:
 
 
 def test_the_work_for_a_client_does_not_grow_with_those_before_it():
-    kept, clients = image._Cache(), [Sized() for _ in range(2000)]
+    kept, clients = image._ExampleCache(), [Sized() for _ in range(2000)]
     for index, each in enumerate(clients):
         kept.keep(index, each)
     assert [kept.get(index) for index in range(2000)] == clients

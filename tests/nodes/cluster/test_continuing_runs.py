@@ -181,7 +181,7 @@ def test_an_ended_run_is_shown_and_is_extended_when_more_is_asked_for(tmp_path) 
         to_end([*FEDMQ, "replay", str(run), *more])
     stats = to_end([*FEDMQ, "trace", "stats", str(run)])
     assert "ended: 5 versions committed" in stats
-    assert "results 10 = used 10 + stale 0 + refused 0 + unused 0" in stats
+    assert "results 10 = used 10 + stale 0 + rejected 0 + unused 0" in stats
     assert "holds" in stats
 
     output = to_end(command(run, {**ROUNDS, "run.versions": 4}), 2)

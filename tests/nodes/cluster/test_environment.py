@@ -86,7 +86,7 @@ def test_without_a_home_the_embedded_data_are_there_and_others_are_refused(
     monkeypatch.setattr(Path, "expanduser", homeless)
     assert len(load_dataset("mnist-mini").y_train) == 5000
     for reading in (data_files.data_root, lambda: load_dataset("mnist")):
-        with pytest.raises(DataError, match="FEDMQ_DATA, or a home folder: this user has none"):
+        with pytest.raises(DataError, match="FEDMQ_DATA, because this user has no home folder"):
             reading()
 
 
