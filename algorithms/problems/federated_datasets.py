@@ -186,7 +186,7 @@ class _File(LinearTasks):
 
 @dataclass(frozen=True, kw_only=True)
 class LandMine(_File):
-    """29 fields; is it a land mine (6 in 100 are), from 9 features of a radar image."""
+    """29 fields; 9 features of a radar image tell land mines (6 %) from clutter."""
 
     clients: int = 29
     file = "landmine-29fields.npz"
