@@ -45,6 +45,10 @@ def fault_of(error: ErrorDetails) -> str:
     """Return what pydantic expected of a value and what it got, as one clause."""
     if error["type"] == "value_error":
         return str(error["ctx"]["error"])
+    kinds = {"int": "a whole number", "float": "a number"}
+    kind, _, fault = error["type"].partition("_")
+    if kind in kinds and fault in {"from_float", "parsing", "type"}:
+        return f"expected {kinds[kind]}, got {error['input']!r:.200}"
     noise = r"^(Input|Value) should be |, (unable to|got a number with) .*$"
     expected = re.sub(noise, "", error["msg"])
     expected = re.sub(r"^(?=greater|less)", "a number ", expected)

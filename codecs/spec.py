@@ -112,7 +112,8 @@ def build_call(call: Call, choices: Mapping[str, Callable[..., T]], what: str) -
 def _parse_call(part: str, text: str) -> Call:
     match = _CALL.fullmatch(part)
     if not match:
-        raise SpecError(f"expected name(value, key=value), got {part.strip()!r} in {text!r}")
+        where = "" if part.strip() == text.strip() else f" in {text!r}"
+        raise SpecError(f"expected name(value, key=value), got {part.strip()!r}{where}")
     name, inside = match.groups()
     if inside is None or not inside.strip():
         return Call(name)

@@ -185,7 +185,7 @@ class _File(LinearTasks):
 
 @dataclass(frozen=True, kw_only=True)
 class LandMine(_File):
-    """29 fields; classify land mines (6 in 100) from 9 features of a radar image."""
+    """29 fields; classify land mines (6 %) from 9 features of a radar image."""
 
     clients: int = 29
     file = "landmine-29fields.npz"

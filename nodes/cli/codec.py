@@ -20,17 +20,25 @@ def codec() -> None:
     "--model", default="cnn", show_default=True, help="Model to encode, see fedmq list problems."
 )
 @click.option(
-    "--repeats", type=WholeNumber(min=1), default=5, show_default=True, help="Measurements."
+    "--repeats",
+    type=WholeNumber(min=1),
+    default=5,
+    show_default=True,
+    help="Number of measurements.",
 )
 @click.option(
-    "--seed", type=WholeNumber(min=0), default=0, show_default=True, help="For all randomness."
+    "--seed",
+    type=WholeNumber(min=0),
+    default=0,
+    show_default=True,
+    help="Seed of all random numbers.",
 )
 def bench(spec: str, model: str, repeats: int, seed: int) -> None:
     """Encode and decode a model's initial weights with the codec SPEC.
 
-    Prints the bytes on the wire, including metadata; the ratio of float32 to these; the mean
-    normalised squared error, |decoded - weights|^2 / |weights|^2; and the median speed in GB of
-    float32 per second on one thread.
+    fedmq list codecs shows the codecs. Prints the bytes on the wire, including metadata; the
+    ratio of the float32 bytes to these; the mean normalised squared error (nmse), |decoded -
+    weights|^2 / |weights|^2; and the median speed in GB of float32 per second on one thread.
     """
     with exit_2_on_error():
         rows = measure(spec, model, repeats, seed)
@@ -80,7 +88,7 @@ def measure(spec: str, model: str, repeats: int, seed: int) -> list[tuple[str, s
     return [
         ("codec", encoded.codec),
         ("values", f"{before.numel():,}"),
-        ("bytes", f"{nbytes:,} of {size:,}"),
+        ("bytes", f"{nbytes:,} (float32: {size:,})"),
         ("ratio", f"{size / nbytes:.2f}"),
         ("nmse", f"{sum(errors) / len(errors):.3g}"),
         ("encode", f"{size / 1e9 / sorted(encoding)[repeats // 2]:.2f} GB/s"),

@@ -23,7 +23,9 @@ if TYPE_CHECKING:
 _SHOWN = 10
 """Blobs that are printed for each damaged place, at most; the JSON has all."""
 
-_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead.")
+_json = click.option(
+    "--json", "as_json", is_flag=True, help="Print one JSON object instead of text."
+)
 
 
 @click.group(cls=Commands)
@@ -41,7 +43,8 @@ def check(folder: Path, as_json: bool) -> None:  # noqa: FBT001 - click's
     """Read a whole ledger; list the damage and what it affects.
 
     Changes nothing. Exit code 0: sound (an incomplete last record, which the broker truncates, is
-    no damage); 1: damaged; 2: no ledger found.
+    no damage); 1: damaged; 2: no ledger found. Only runs that have not ended have unfinished
+    messages.
     """
     report = _checked(folder)
     if as_json:

@@ -24,8 +24,10 @@ from fedmq.nodes.cli.ledger import ledger
 from fedmq.nodes.cli.options import (
     LONGEST_TEXT,
     Commands,
+    Number,
     RenamedOptions,
     WholeNumber,
+    Word,
     exit_2_on_error,
     parse_ranges,
     settings_option,
@@ -70,7 +72,7 @@ _give_up = click.option(
     "--give-up",
     "give_up_s",
     metavar="SECONDS",
-    type=float,
+    type=Number(),
     callback=_above_zero,
     help="Exit with code 1 after this time without the broker or the run; default: never.",
 )
@@ -105,12 +107,15 @@ main.add_command(trace)
     "--run",
     "folder",
     type=click.Path(path_type=Path),
-    help="Folder of the run; a run that is in it resumes. Default: runs/ID.",
+    help="Folder of the run; if it holds a run, that run resumes. Default: runs/ID.",
 )
 def cluster(
     config: Path | None, settings: tuple[str, ...], workers: int | None, folder: Path | None
 ) -> None:
-    """Train on this host: broker, aggregator, workers and evaluator as processes."""
+    """Train on this host: broker, aggregator, workers and evaluator as processes.
+
+    CONFIG is a TOML file; keys that it and --set leave out have their defaults.
+    """
     now = time.time()
     from fedmq.nodes.cluster.continuing import about, asking, continuation, show_ended
     from fedmq.nodes.cluster.forking import preloading
@@ -162,14 +167,16 @@ def cluster(
 @click.option(
     "--lease",
     "lease_s",
-    type=float,
+    metavar="SECONDS",
+    type=Number(),
+    callback=_above_zero,
     default=10.0,
     show_default=True,
-    help="Seconds until a silent node has left.",
+    help="Count a node as gone after this time of silence.",
 )
 @click.option(
     "--durability",
-    type=click.Choice(["process", "power"]),
+    type=Word(["process", "power"]),
     default="process",
     show_default=True,
     help="What acknowledged messages survive: the broker's death, or also a power failure.",
@@ -220,7 +227,7 @@ def broker(
         server = BrokerServer(bind, folder / LEDGER, table.settings(), ledger_settings)
         found = state_of(recorded_runs(folder / LEDGER), once=once)
         where = f"listening on {server.endpoint}, ledger in {folder / LEDGER}"
-        click.echo(f"{where}: {found}", err=True)
+        click.echo(f"{where}; {found}", err=True)
         if once:
             remove_summary(folder)
         with this_process.noting(server.stop):
@@ -249,7 +256,10 @@ def aggregator(
     folder: Path | None,
     give_up_s: float | None,
 ) -> None:
-    """Run the aggregator; this starts the run."""
+    """Run the aggregator; this starts the run.
+
+    CONFIG is a TOML file; keys that it and --set leave out have their defaults.
+    """
     from fedmq.nodes.aggregator.program import run_aggregator
     from fedmq.nodes.run.config import load
 
@@ -322,9 +332,13 @@ def worker(
 
 
 @main.command("list")
-@click.argument("what", type=click.Choice(["algorithms", "codecs", "problems", "schedules"]))
+@click.argument("what", type=Word(["algorithms", "codecs", "problems", "schedules"]))
 def list_(what: str) -> None:
-    """List the available algorithms, codecs, problems or schedules."""
+    """List the available algorithms, codecs, problems or schedules.
+
+    Algorithms and schedules are listed with their configuration keys and defaults, problems with
+    the numbers of training + test examples and the default model.
+    """
     from fedmq.nodes.cli.catalogue import lines
 
     for line in lines(what, shutil.get_terminal_size().columns):

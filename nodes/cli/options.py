@@ -99,6 +99,31 @@ class WholeNumber(click.ParamType):  # type: ignore[type-arg] # generic only in 
         return number
 
 
+class Number(click.types.FloatParamType):
+    """A number; the error names what was expected."""
+
+    name = "number"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Read a number from the command line."""
+        try:
+            return super().convert(value, param, ctx)
+        except click.BadParameter:
+            self.fail(f"expected a number, got {value!r}", param, ctx)
+
+
+class Word(click.Choice):  # type: ignore[type-arg] # generic only in newer click
+    """One of several words; the error names them."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Read a word from the command line."""
+        try:
+            return super().convert(value, param, ctx)
+        except click.BadParameter:
+            choices = ", ".join(map(str, self.choices))
+            self.fail(f"expected one of {choices}, got {value!r}", param, ctx)
+
+
 class RenamedOptions(click.Command):
     """A command with options that had another name in the last release.
 
@@ -199,7 +224,7 @@ def parse_ranges(text: str) -> list[tuple[int, int]]:
             raise ConfigError(f"--clients: expected ranges such as 0-9,12, got {text!r}")
         low, high = int(match[1]), int(match[2] or match[1])
         if high < low:
-            raise ConfigError(f"--clients: expected low-high, got {part.strip()!r}")
+            raise ConfigError(f"--clients: expected the lower number first, got {part.strip()!r}")
         if ranges and low == ranges[-1][1] + 1:
             low = ranges.pop()[0]
         ranges.append((low, high))

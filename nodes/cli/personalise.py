@@ -101,8 +101,8 @@ def new_clients(setup: Setup, ranges: Sequence[tuple[int, int]] | None = None) -
         and kind.evaluate_client is Algorithm.evaluate_client
     ):
         raise ConfigError(
-            f"algorithm.name: expected an algorithm that clients evaluate, "
-            f"{setup.algorithm.name} has one model for all of them"
+            f"algorithm.name: expected an algorithm with a model for each client, "
+            f"got {setup.algorithm.name}, which has one model for all of them"
         )
     first, end = problem.clients, problem.clients + problem.held_out
     if first == end:
@@ -174,7 +174,7 @@ def measure(
 
 
 def lines(found: Mapping[int, Metrics]) -> list[str]:
-    """Return the lines of the table: each client, then mean, worst decile and spread."""
+    """Return the lines of the table: each client, then mean, worst tenth and spread."""
     names = list(dict.fromkeys(name for each in found.values() for name in each))
     rows = [
         [str(index), *(_text(name, each.get(name)) for name in names)]
@@ -183,8 +183,8 @@ def lines(found: Mapping[int, Metrics]) -> list[str]:
     columns = [_column(found, name) for name in names]
     rows.append(["mean", *(_text("", _mean(each)) for each in columns)])
     worst = spread(_column(found, "accuracy"))["worst_decile"]
-    rows.append(["worst decile", *(_text("", worst if n == "accuracy" else None) for n in names)])
-    rows.append(["std", *(_text("", _std(each)) for each in columns)])
+    rows.append(["worst tenth", *(_text("", worst if n == "accuracy" else None) for n in names)])
+    rows.append(["spread", *(_text("", _std(each)) for each in columns)])
     return table(["client", *map(plain, names)], rows)
 
 

@@ -22,6 +22,7 @@ from fedmq.nodes.cli.options import (
     run_id_option,
 )
 from fedmq.nodes.cli.trust import allow_option, allowed_here, find_own_code
+from fedmq.nodes.errors import NodeError
 from fedmq.nodes.process.signals import this_process
 from fedmq.nodes.process.terminal import fitted, plural
 
@@ -46,7 +47,7 @@ if TYPE_CHECKING:
     "settings",
     metavar="KEY=VALUE",
     multiple=True,
-    help="Recompute the curve with other aggregation settings; repeatable.",
+    help="Recompute the learning curve with other aggregation settings; repeatable.",
 )
 @click.option(
     "--save",
@@ -206,6 +207,8 @@ def _steps(
         return run.steps(until)
     if (compare / FILE).exists():
         return compare_state_digests(run, compare, until)
+    if not compare.is_dir():
+        raise NodeError(f"--compare: expected the folder of a run or of --save, got {compare}")
     return compare_runs(run, Replay(Trace(compare), allowed=allowed), until)
 
 
@@ -223,8 +226,8 @@ def _report(run: Replay, took_s: float, until: int | None) -> None:
         more = plural(run.record.unmatched, "more action")
         click.echo(f"{more} than in the record, which ends before")
     lasted = run.at - run.trace.opened.at
-    where = f"up to entry {until}, " if until is not None else ""
-    click.echo(f"{where}{lasted:.1f} s of the run in {took_s:.2f} s")
+    where = f", up to entry {until}," if until is not None else ""
+    click.echo(f"replayed {lasted:.1f} s of the run{where} in {took_s:.2f} s")
 
 
 def _about_machines(run: Replay) -> Iterator[str]:
@@ -293,8 +296,10 @@ def _retrain(trace: Trace, allowed: Allowed, node: str, task: str | None) -> boo
 
     retraining = Retraining(trace, recorded_setup(trace, allowed=allowed), node)
     tasks = matching = near = 0
+    evaluated = False
     for each in [retraining.train_one(task)] if task is not None else retraining.train_all():
         tasks += 1
+        evaluated = each.message.kind == "score"
         matching += each.matches
         near += each.matches and each.distance is not None
         if each.distance is not None:
@@ -305,12 +310,19 @@ def _retrain(trace: Trace, allowed: Allowed, node: str, task: str | None) -> boo
                 verdict += "; in a long task, rounding alone can grow this much"
         else:
             verdict = "same bytes" if each.matches else "differs"
-        click.echo(f"{each.message.re} -> {each.result}: {verdict}, {each.seconds:.2f} s")
+        click.echo(
+            f"{each.message.re}, result in entry {each.result}: {verdict}, {each.seconds:.2f} s"
+        )
         if not each.matches:
             click.echo("".join(f"  {line}\n" for line in each.differences), nl=False)
     which = "all" if matching == tasks else f"{matching} of {tasks}"
     close = f", {near} only within the tolerance" if near else ""
-    click.echo(f"retrained {plural(tasks, 'task')}: {which} results match the record{close}")
+    done = (
+        f"evaluated {plural(tasks, 'model')} again"
+        if evaluated
+        else f"retrained {plural(tasks, 'task')}"
+    )
+    click.echo(f"{done}: {which} results match the record{close}")
     if trace.damage is not None:
         raise trace.damage  # the tasks before it have been trained
     return tasks == matching

@@ -15,6 +15,7 @@ from fedmq.broker.errors import LedgerError
 from fedmq.nodes.cli.options import (
     LONGEST_TEXT,
     Commands,
+    Number,
     RenamedOptions,
     WholeNumber,
     folder_argument,
@@ -50,8 +51,8 @@ def trace() -> None:
 @click.option("--node", help="Only messages from, to or about this node.")
 @click.option("--client", type=WholeNumber(min=0), help="Only tasks and results of this client.")
 @click.option("--versions", metavar="A-B", help="Only tasks and results of these model versions.")
-@click.option("--from", "start", type=float, help="Start, in seconds since the run started.")
-@click.option("--to", "end", type=float, help="End, in seconds since the run started.")
+@click.option("--from", "start", type=Number(), help="Start, in seconds since the run started.")
+@click.option("--to", "end", type=Number(), help="End, in seconds since the run started.")
 @click.option("--rejected", is_flag=True, help="Only rejected messages, with the reason.")
 @click.option("--all", "everything", is_flag=True, help="Also list entries on consumed messages.")
 def ls(
@@ -69,8 +70,9 @@ def ls(
     """List the entries, one per line.
 
     Columns: number; seconds since the start; kind; sender -> recipient, with the node that
-    hosted the client; model version; id; number of the entry that it answers; bytes of its
-    blobs; a note, with the reason if the message was rejected. On a terminal, long lines wrap.
+    hosted the client; model version; id; number of the entry that it answers ("re"); bytes of
+    its blobs; a note, with the reason if the message was rejected. In the note of a result, n is
+    the number of training examples. On a terminal, long lines wrap.
     """
     from fedmq.nodes.trace.listing import Columns, Filter, parse_versions, rows
     from fedmq.nodes.trace.outcomes import MessageOutcomes
@@ -118,7 +120,7 @@ def show(folder: Path, offset: int, run_id: str) -> None:
 @folder_argument
 @run_id_option
 def stats(folder: Path, run_id: str) -> None:
-    """Count messages and bytes, audit the delivery, and check all payload."""
+    """Count messages and bytes, audit the delivery, and check every payload."""
     from fedmq.nodes.trace.blobs import read_payload
     from fedmq.nodes.trace.stats import Stats
 
@@ -142,7 +144,7 @@ def stats(folder: Path, run_id: str) -> None:
     "--run-id", "run_ids", multiple=True, help="Run of A and B; if given twice, of A, then of B."
 )
 def diff(a: Path, b: Path, run_ids: tuple[str, ...]) -> None:
-    """Find the first difference of two runs: in order, and in the content of a message.
+    """Find the first difference between two runs, in the order or the content of messages.
 
     Times, sessions and entry numbers are not compared. Exit code 0: all messages are equal;
     1: some differ.

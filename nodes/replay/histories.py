@@ -73,7 +73,7 @@ class Histories:
             if each.node == node and each.result is not None
         ]
         if not found:
-            nodes = ", ".join(map(plain, dict.fromkeys(each.node for each in self.answers)))
+            nodes = ", ".join(map(plain, sorted({each.node for each in self.answers})))
             raise LedgerError(f"--worker: expected a node with results ({nodes}), got {node!r}")
         return found
 

@@ -109,7 +109,7 @@ def compare_state_digests(
         parts = digester.state_digests(replay.core)
         if saved.seq != _number(step) or not _same(saved.parts, parts):
             found = [
-                f"{name}: {saved.parts[name]} there, {parts[name]} here"
+                f"{name}: {saved.parts[name]} saved, {parts[name]} now"
                 for name in saved.parts
                 if name in parts and repr(saved.parts[name]) != repr(parts[name])
             ]
@@ -135,16 +135,20 @@ def compare_runs(replay: Replay, other: Replay, until: int | None = None) -> Ite
             found = _differences(mine.event, other_step.event)
             if found:
                 lines = [
-                    "the inboxes differ at this message; the states before it are equal",
+                    "the runs differ in this message; their states before it are equal",
                     f"this run: {mine.event.seq} {_summary(mine.event.message)}",
-                    f"the other: {other_step.event.seq} {_summary(other_step.event.message)}",
-                    *map(str, found),
+                    f"the other run: {other_step.event.seq} {_summary(other_step.event.message)}",
+                    *(str(each) for each in found if each.kind is not DifferenceKind.MESSAGE),
                 ]
                 raise Diverged("\n  ".join(lines))
         a, b = ours.state_digests(replay.core), theirs.state_digests(other.core)
         a.pop("position"), b.pop("position")  # entry numbers differ between runs
         if not _same(a, b):
-            parts = [f"{k}: {a[k]} here, {b[k]} there" for k in a if repr(a[k]) != repr(b[k])]
+            parts = [
+                f"{k}: {a[k]} in this run, {b[k]} in the other"
+                for k in a
+                if repr(a[k]) != repr(b[k])
+            ]
             raise Diverged("\n  ".join([f"state diverges {_where(mine)}", *parts]))
         yield mine
 
@@ -190,6 +194,8 @@ def _create(path: Path, fresh: Path) -> IO[bytes]:
     try:
         if path.exists():
             raise NodeError(f"--save: {path} exists already")
+        if path.parent.is_file():
+            raise NodeError(f"--save: expected a folder, got the file {path.parent}")
         path.parent.mkdir(parents=True, exist_ok=True)
         return fresh.open("wb")
     except OSError as error:

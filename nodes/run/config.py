@@ -35,6 +35,9 @@ _PROBLEM_DEFAULT = {"clients": 40, "partition": "dirichlet(0.5)"}
 _LONGEST_S = 1_000_000
 """Longest time, in seconds: ZeroMQ counts milliseconds in 32 bits."""
 _RETAIN = f"'everything', 'unfinished' or a number of bytes, at least {LEAST_RETAIN_BYTES:,}"
+_DEVICE = r"^(auto|cpu|cuda(:\d+)?)$"
+_FORMS = {_DEVICE: "auto, cpu, cuda or cuda:N"}
+"""What a text that must match a pattern looks like, in words."""
 NONE = "none"
 """The word for null, which TOML does not have, for example ``batch_size = "none"``."""
 
@@ -107,7 +110,7 @@ class WorkerTable(StragglingTable):
     """
 
     count: Annotated[int, Field(ge=1, le=1024)] = 4
-    device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = "auto"
+    device: Annotated[str, Field(pattern=_DEVICE)] = "auto"
     threads: Annotated[int, Field(ge=1, le=1024)] = 1
     nodes: dict[str, StragglingTable] = {}
 
@@ -306,6 +309,10 @@ def describe(error: ValidationError, table: str, keys: Mapping[str, Sequence[str
             return f"unknown key {where!r}{guess}; choose from {', '.join(choices)}"
         case "missing" | "missing_argument":
             return f"{where}: expected a value, it is missing"
+        case "string_pattern_mismatch":
+            pattern = first["ctx"]["pattern"]
+            form = _FORMS.get(pattern, f"text that matches {pattern}")
+            return f"{where}: expected {form}, got {first['input']!r:.200}"
         case _:
             return f"{where}: {fault_of(first)}"
 

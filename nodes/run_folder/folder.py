@@ -105,7 +105,7 @@ def recorded_runs(ledger: Path) -> list[Recorded]:
 def state_of(runs: Sequence[Recorded], *, once: bool) -> str:
     """Describe in one line the runs that a broker found in its ledger, and what it waits for."""
     if not runs:
-        return "no run yet: waiting for an aggregator"
+        return "no run yet, waiting for an aggregator"
     lines = [
         f"run {each.id} has ended"
         if each.ended is not None

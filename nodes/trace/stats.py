@@ -205,7 +205,7 @@ class Stats:
     def _run(self) -> Iterator[str]:
         end = "not ended" if self.ended is None else f"ended: {plain(self.ended)}"
         lasted = seconds(self.last_at - self.trace.opened.at)
-        yield f"run {plain(self.trace.run)}: {end}"
+        yield f"run {plain(self.trace.run)}, {end}"
         yield (
             f"{count(self.message_outcomes.entries)} entries in {lasted} s, "
             f"{plural(self.message_outcomes.versions, 'version')}"

@@ -21,7 +21,7 @@ from fedmq.nodes.worker.core import (
     Evaluated,
     Failed,
     SaveClientState,
-    SavedAs,
+    Saved,
     Train,
     Trained,
     Worker,
@@ -47,7 +47,7 @@ def posted(worker, actions, save):
     """Carry out what follows a training, as a worker's program does; return the post."""
     (action,) = actions
     if isinstance(action, SaveClientState):
-        (action,) = worker.handle(SavedAs(save(action.client, action.kept)))
+        (action,) = worker.handle(Saved(save(action.client, action.kept)))
     assert isinstance(action, PostMessage)
     return action
 

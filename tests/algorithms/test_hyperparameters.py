@@ -31,11 +31,11 @@ class Mine(FedAvg):
     ("kind", "given", "message"),
     [
         (FedAvg, {"lr": -1}, "lr: expected a number greater than 0, got -1"),
-        (FedAvg, {"lr": None}, "lr: expected a valid number, got None"),
+        (FedAvg, {"lr": None}, "lr: expected a number, got None"),
         (FedAvg, {"lr": "0.1"}, "lr: expected a number, got '0.1'"),
         (FedAvg, {"lr": float("inf")}, "lr: expected a finite number, got inf"),
         (FedAvg, {"lr": float("nan")}, "lr: expected a finite number, got nan"),
-        (FedAvg, {"epochs": 1.5}, "epochs: expected a valid integer, got 1.5"),
+        (FedAvg, {"epochs": 1.5}, "epochs: expected a whole number, got 1.5"),
         (FedAvg, {"epochs": True}, "epochs: expected a number, got True"),
         (
             FedAvg,
@@ -43,7 +43,7 @@ class Mine(FedAvg):
             "batch_size: expected a number greater than or equal to 1, got 0",
         ),
         (Mine, {"share": 2}, "share: expected a number less than or equal to 1, got 2"),
-        (Mine, {"widths": [1, "x"]}, "widths: expected a valid integer, got 'x'"),
+        (Mine, {"widths": [1, "x"]}, "widths: expected a whole number, got 'x'"),
         (FAug, {"then": "sgd"}, "then: expected 'fd' or 'fedavg', got 'sgd'"),
         (Rounds, {"late": "never"}, "late: expected 'use', 'discount' or 'refuse', got 'never'"),
         (

@@ -210,13 +210,13 @@ def test_by_writer_without_writers_names_the_remedy():
     ("spec", "message"),
     [
         ("shards(0)", "per_client: expected a number greater than or equal to 1, got 0"),
-        ("shards(2.5)", "per_client: expected a valid integer, got 2.5"),
-        ("shards(many)", "per_client: expected a valid integer, got 'many'"),
+        ("shards(2.5)", "per_client: expected a whole number, got 2.5"),
+        ("shards(many)", "per_client: expected a whole number, got 'many'"),
         ("dirichlet", "missing a required argument: 'alpha'"),
         ("dirichlet(0)", "alpha: expected a number greater than 0, got 0"),
         ("dirichlet(-1.5)", "alpha: expected a number greater than 0, got -1.5"),
         ("dirichlet(1e999)", "alpha: expected a finite number, got inf"),
-        ("dirichlet(low)", "alpha: expected a valid number, got 'low'"),
+        ("dirichlet(low)", "alpha: expected a number, got 'low'"),
         (
             "dirichlet(1, min_size=0)",
             "min_size: expected a number greater than or equal to 1",

@@ -31,7 +31,7 @@ def test_bench_prints_bytes_error_and_speed():
     assert list(fields) == ["codec", "values", "bytes", "ratio", "nmse", "encode", "decode"]
     assert fields["codec"] == "hadamard@1(4096) | quantize@1(4, 4096)"
     assert fields["values"] == "21,840"
-    sent, _, before = fields["bytes"].partition(" of ")
+    sent, _, before = fields["bytes"].rstrip(")").partition(" (float32: ")
     assert before == "87,360"
     assert 10_920 < int(sent.replace(",", "")) < 14_500
     assert float(fields["ratio"]) == pytest.approx(87_360 / int(sent.replace(",", "")), abs=0.01)

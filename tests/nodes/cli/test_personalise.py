@@ -97,7 +97,7 @@ def test_each_new_client_has_a_line_and_then_come_mean_worst_decile_and_spread(f
     assert result.stderr == ""
     lines = [line.split() for line in result.stdout.splitlines()]
     assert lines[0] == ["client", "examples", "loss", "accuracy"]
-    assert [line[0] for line in lines[1:]] == ["4", "5", "6", "mean", "worst", "std"]
+    assert [line[0] for line in lines[1:]] == ["4", "5", "6", "mean", "worst", "spread"]
     assert [line[1] for line in lines[1:4]] == ["12"] * 3
     found = json.loads((tmp_path / "out.json").read_text())
     assert list(found) == ["run", "version", "finished", "spread", "clients"]
@@ -158,7 +158,7 @@ def test_a_run_without_new_clients_reports_which_option_makes_them(tmp_path):
 
 def test_an_algorithm_with_one_model_for_all_is_refused(tmp_path):
     assert record(tmp_path, setup_of({"name": "fedavg", "epochs": 1}))
-    assert "fedavg has one model for all of them" in refused(tmp_path)
+    assert "got fedavg, which has one model for all of them" in refused(tmp_path)
 
 
 def test_a_run_that_has_not_ended_is_taken_at_its_newest_checkpoint_and_that_is_reported(tmp_path):

@@ -80,7 +80,7 @@ def test_a_file_of_state_digests_of_an_older_release_is_compared(tmp_path):
     replay(BUFFERED, "--compare", tmp_path)
     file.write_text(file.read_text().replace('"next_id": 1', '"next_id": 2'))
     output = replay(BUFFERED, "--compare", tmp_path, code=1).output
-    assert "next_id: 2 there, 1 here" in output
+    assert "next_id: 2 saved, 1 now" in output
 
 
 def test_a_key_works_under_its_old_name_with_one_line(tmp_path, capsys):

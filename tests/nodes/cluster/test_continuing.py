@@ -477,7 +477,7 @@ def test_what_an_end_left_in_hand_is_in_no_version_that_comes_later(tmp_path) ->
 
 
 def test_a_broker_reports_what_it_finds_and_what_it_waits_for(tmp_path) -> None:
-    assert state_of([], once=True) == "no run yet: waiting for an aggregator"
+    assert state_of([], once=True) == "no run yet, waiting for an aggregator"
     runs = recorded_runs(begun(tmp_path / "one", versions=4) / "ledger")
     assert state_of(runs, once=True) == "run r at version 4, waiting for its aggregator"
     ended = recorded_runs(begun(tmp_path / "two", ended="done") / "ledger")

@@ -154,4 +154,4 @@ def test_new_clients_start_from_its_end(run):
     setup, folder = run
     personal = setup.algorithm.name == "fedper"
     output = fedmq("personalise", folder, *ALLOW, code=0 if personal else 2)
-    assert ("worst decile" in output) is personal
+    assert ("worst tenth" in output) is personal

@@ -169,7 +169,14 @@ def test_a_line_that_is_missing_is_a_difference(tmp_path):
 
 
 def test_nothing_there_to_hold_it_against_is_refused(tmp_path):
-    assert str(tmp_path / "no") in refused(BUFFERED, "--compare", tmp_path / "no")
+    sentence = refused(BUFFERED, "--compare", tmp_path / "no")
+    assert f"expected the folder of a run or of --save, got {tmp_path / 'no'}" in sentence
+
+
+def test_a_file_in_place_of_the_folder_for_digests_is_rejected(tmp_path):
+    (tmp_path / "file").touch()
+    sentence = refused(BUFFERED, "--save", tmp_path / "file")
+    assert f"--save: expected a folder, got the file {tmp_path / 'file'}" in sentence
 
 
 # ---- against another run
@@ -187,9 +194,9 @@ def test_a_changed_result_in_the_other_run_is_named(tmp_path):
     changed = edit(blobs=(blob, *result.blobs[1:]))
     other = rewrite(STREAM, tmp_path, {seq: changed}, blobs=[(result.sender, data)])
     output = replay(STREAM, "--compare", other, code=1).output
-    assert output.startswith("the inboxes differ at this message; the states before it are equal\n")
+    assert output.startswith("the runs differ in this message; their states before it are equal\n")
     assert f"this run: {seq} result {result.id}" in output
-    assert f"the other: {seq} result {result.id}" in output
+    assert f"the other run: {seq} result {result.id}" in output
     assert "elements differ, by at most" in output
     assert f"from {result.sender}" in output
 
@@ -208,7 +215,7 @@ def test_another_message_in_the_other_runs_place_is_named(tmp_path):
     swapped = {one: material.says(second), two: material.says(first)}
     output = replay(BUFFERED, "--compare", rewrite(BUFFERED, tmp_path, swapped), code=1).output
     assert f"this run: {one} result {first.id}" in output
-    assert f"the other: {one} result {second.id}" in output
+    assert f"the other run: {one} result {second.id}" in output
 
 
 def test_what_honest_runs_differ_in_is_no_difference(tmp_path):
@@ -245,4 +252,4 @@ def test_a_tampered_other_run_is_reported(tmp_path):
 
 def test_a_run_with_another_schedule_differs(tmp_path):
     output = replay(BUFFERED, "--compare", ROUNDS, code=1).output
-    assert output.startswith("the inboxes differ at this message")
+    assert output.startswith("the runs differ in this message")

@@ -128,7 +128,9 @@ def test_damaged_with_worker(tmp_path):
     folder, _segment, _ = torn(tmp_path)
     _, answer = nth(BUFFERED, 0, sender="worker-0", kind="result")
     out = replay(folder, "--worker", "worker-0", code=2)
-    assert re.search(rf"^{answer.re} -> \d+: (same bytes|distance)", out.output), out.output
+    assert re.search(rf"^{answer.re}, result in entry \d+: (same bytes|distance)", out.output), (
+        out.output
+    )
 
 
 def test_older_config_lacks_a_new_setting(tmp_path):

@@ -60,16 +60,18 @@ def test_every_node_of_a_golden_trace(name, node):
         pytest.skip("recorded on another kind of CPU, or by another torch")
     recorded = answers(GOLDEN / name, node)
     *lines, last = replay(GOLDEN / name, "--worker", node).output.strip().split("\n")
-    assert last == f"retrained {len(recorded)} tasks: all results match the record"
+    count = len(recorded)
+    done = f"evaluated {count} models again" if node == "evaluator" else f"retrained {count} tasks"
+    assert last == f"{done}: all results match the record"
     assert len(lines) == len(recorded)
     for (seq, answer), line in zip(recorded, lines, strict=True):
-        assert line.startswith(f"{answer.re} -> {seq}: same bytes")
+        assert line.startswith(f"{answer.re}, result in entry {seq}: same bytes")
 
 
 def test_one_task(rounds):
     seq, answer = answers(rounds, "worker-1")[5]
     output = replay(rounds, "--worker", "worker-1", "--task", answer.re).output
-    assert output.startswith(f"{answer.re} -> {seq}: ")
+    assert output.startswith(f"{answer.re}, result in entry {seq}: ")
     assert output.endswith("retrained 1 task: all results match the record\n")
 
 
@@ -111,7 +113,7 @@ def test_a_changed_result_is_found(rounds, tmp_path):
     folder, seq, answer = changed(rounds, tmp_path, 1 + 1e-6)
     output = replay(folder, "--worker", "worker-0", code=1).output
     count = len(answers(rounds, "worker-0"))
-    assert f"{answer.re} -> {seq}: differs" in output
+    assert f"{answer.re}, result in entry {seq}: differs" in output
     assert "elements differ, by at most" in output
     assert f"retrained {count} tasks: {count - 1} of {count} results match the record" in output
     assert output.count("differs") == 1
@@ -134,7 +136,7 @@ def test_a_changed_score_is_found(rounds, tmp_path):
     metrics = {**answer.body["metrics"], "accuracy": 0.99}
     folder = rewrite(rounds, tmp_path, {seq: edit(body={"metrics": metrics})})
     output = replay(folder, "--worker", "evaluator", code=1).output
-    assert f"{answer.re} -> {seq}: differs" in output
+    assert f"{answer.re}, result in entry {seq}: differs" in output
     assert "body.metrics.accuracy: 0.99 in the record" in output
 
 
@@ -159,7 +161,11 @@ def test_how_long_it_took_does_not_matter(rounds, tmp_path):
 def test_within_the_tolerance_of_another_device(rounds, tmp_path):
     folder, seq, answer = changed(rounds, tmp_path, 1 + 1e-6, device=OTHER)
     output = replay(folder, "--worker", "worker-0").output
-    line = next(each for each in output.split("\n") if each.startswith(f"{answer.re} -> {seq}: "))
+    line = next(
+        each
+        for each in output.split("\n")
+        if each.startswith(f"{answer.re}, result in entry {seq}: ")
+    )
     apart = float(re.search(r"distance (\S+) ", line)[1])
     assert 0.5e-6 < apart < 2e-6
     assert OTHER in line
@@ -182,14 +188,16 @@ def with_signed_zeros(rounds, tmp_path, **fields):
 def test_a_zero_of_another_sign_is_within_the_tolerance_of_another_device(rounds, tmp_path):
     folder, seq, answer = with_signed_zeros(rounds, tmp_path, device=OTHER)
     output = replay(folder, "--worker", "worker-0", "--task", answer.re).output
-    assert f"{answer.re} -> {seq}: distance 0 (tolerance 0.001), recorded on " in output
+    assert (
+        f"{answer.re}, result in entry {seq}: distance 0 (tolerance 0.001), recorded on " in output
+    )
     assert "retrained 1 task: all results match the record, 1 only within the tolerance" in output
 
 
 def test_a_zero_of_another_sign_differs_on_this_device(rounds, tmp_path):
     folder, seq, answer = with_signed_zeros(rounds, tmp_path)
     output = replay(folder, "--worker", "worker-0", "--task", answer.re, code=1).output
-    assert f"{answer.re} -> {seq}: differs" in output
+    assert f"{answer.re}, result in entry {seq}: differs" in output
     assert "equal values, different bytes" in output
 
 
@@ -225,7 +233,7 @@ def test_values_of_tensors_and_metrics_depend_on_the_device(group):
 def test_beyond_the_tolerance_of_another_device(rounds, factor, tmp_path):
     folder, seq, answer = changed(rounds, tmp_path, factor, device=OTHER)
     output = replay(folder, "--worker", "worker-0", "--task", answer.re, code=1).output
-    assert f"{answer.re} -> {seq}: distance " in output
+    assert f"{answer.re}, result in entry {seq}: distance " in output
     assert "tolerance 0.001" in output
     assert "elements differ" in output
     assert "retrained 1 task: 0 of 1 results match the record" in output
@@ -234,7 +242,7 @@ def test_beyond_the_tolerance_of_another_device(rounds, factor, tmp_path):
 def test_the_same_bytes_from_another_device_are_the_same_bytes(rounds, tmp_path):
     folder, seq, answer = changed(rounds, tmp_path, 1.0, device=OTHER)
     output = replay(folder, "--worker", "worker-0", "--task", answer.re).output
-    assert f"{answer.re} -> {seq}: same bytes" in output
+    assert f"{answer.re}, result in entry {seq}: same bytes" in output
 
 
 def test_the_distance_is_relative_to_the_record(rounds, tmp_path):
@@ -322,7 +330,7 @@ def test_a_changed_earlier_result_does_not_hide_in_a_later_one(tallied, tmp_path
     folder = rewrite(tallied, tmp_path, {first[0]: change}, blobs=[(best.sender, vector)])
     output = replay(folder, "--worker", best.sender, code=1).output
     assert output.count("differs") == 1
-    assert f"{first[1].re} -> {first[0]}: differs" in output
+    assert f"{first[1].re}, result in entry {first[0]}: differs" in output
     assert "same bytes" in replay(folder, "--worker", best.sender, "--task", best.re).output
 
 

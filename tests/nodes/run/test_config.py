@@ -59,9 +59,12 @@ def test_a_file_is_overridden_by_settings(tmp_path: Path) -> None:
     ("setting", "words"),
     [
         ("algorithm.name=fedavgg", ["algorithm.name", "'fedavgg'", "fedavg, fedavg-ft"]),
+        ("worker.device=gpu", ["worker.device: expected auto, cpu, cuda or cuda:N, got 'gpu'"]),
+        ("run.versions=2.5", ["run.versions: expected a whole number, got 2.5"]),
+        ("algorithm.lr=x", ["algorithm.lr: expected a number, got 'x'"]),
         ("algorithm.lrr=1", ["algorithm.lrr", "did you mean 'lr'", "epochs"]),
         ("algorithm.lr=-1", ["algorithm.lr", "greater than 0", "-1"]),
-        ("algorithm.epochs=abc", ["algorithm.epochs", "integer", "'abc'"]),
+        ("algorithm.epochs=abc", ["algorithm.epochs: expected a whole number, got 'abc'"]),
         ("problem.name=mnits", ["problem.name", "'mnits'", "mnist-mini"]),
         ("problem.partition=dirichlet(-1)", ["problem.partition", "alpha", "-1"]),
         ("problem.foo=1", ["problem.foo", "clients", "partition"]),
