@@ -187,8 +187,8 @@ RESULT = Payload({"w": torch.zeros(2)})
     [
         (RESULT, r"expected TrainResult\(payload, num_examples, local_state\), got a value"),
         (None, r"local_state\), got None"),
-        ((RESULT, None), r"got a value of type 'tuple' \(the form of version 0\.2\)$"),
-        ([RESULT, None], r"got a value of type 'list' \(the form of version 0\.2\)$"),
+        ((RESULT, None), r"got a value of type 'tuple' \(the form of version 0\.1\)$"),
+        ([RESULT, None], r"got a value of type 'list' \(the form of version 0\.1\)$"),
         (TrainResult(RESULT, "3"), "expected num_examples as a number, got a value of type 'str'"),
         (TrainResult(RESULT, float("nan")), "expected num_examples as a number, got nan"),
         (TrainResult(Payload(numbers={"n": 3}), 3), "num_examples is sent as 'n'"),
