@@ -89,7 +89,8 @@ class Algorithm(ABC, Generic[State, Accumulator]):
     changed in place, because a version may still be in flight.
 
     An algorithm that draws random numbers at the aggregator has a field ``seed``, None by
-    default; None is replaced by the run's seed.
+    default; None is replaced by the run's seed. A subclass with a `__post_init__` calls that of its
+    base class, which checks the fields.
 
     Raises:
         AlgorithmError: at construction, if a field does not fit its type; or, when a subclass is
