@@ -44,7 +44,7 @@ class DedupWindow:
     It has two halves: once the newer half is full, the older half is discarded.
 
     Args:
-        limit: number of ids that fill a half; so many are always kept, and at most twice as many.
+        limit: number of ids that fill a half; between this and twice this number are kept.
     """
 
     def __init__(self, limit: int = DEDUP_WINDOW) -> None:

@@ -108,7 +108,7 @@ class ClientStateStore:
             raise NodeError(f"local state of client {client} in {path}: {error}") from None
 
     def put(self, client: int, state: SavedClientState) -> SavedClientState:
-        """Save a client's state; return the state whose result is to be posted.
+        """Save a client's state; return the state whose result the worker posts.
 
         If another node has saved the same task before, its state is returned: the client's next
         task starts from that one.

@@ -67,7 +67,7 @@ PROBLEMS = {"hinge": Points, "squared": Heights}
 
 
 class Federation:
-    """The tasks of a problem, and a server; whoever is asked works.
+    """The tasks of a problem, and a server; each chosen client trains.
 
     Attributes:
         state: newest version.

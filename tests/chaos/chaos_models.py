@@ -65,8 +65,8 @@ class Unlike(Vector):
 class Echo(FedAvg):
     """Clients return the model that they receive; the server makes a new one of the mean.
 
-    rest_at, rest_s: from this version on a task takes so many seconds.
-    hold_s: each task holds the GIL for so many seconds, as a badly written extension would.
+    rest_at, rest_s: from version rest_at on, a task takes rest_s seconds.
+    hold_s: seconds for which each task holds the GIL, as a badly written extension would.
     """
 
     rest_at: int = 0

@@ -1,4 +1,4 @@
-"""Histories of tiny models leave torch's threads to other tests, and the number as it was."""
+"""Histories of tiny models use one thread of torch, and restore the number afterwards."""
 
 from tests.algorithms.conftest import one_thread
 

@@ -35,7 +35,7 @@ def problem():
 
 
 def run(algorithm, problem, tasks=TASKS):
-    """Return the state after so many tasks, one client a round, and what clients kept."""
+    """Return the state after a number of tasks, one client a round, and the local states."""
     rng = np.random.default_rng(SEED)
     state, local = algorithm.start(problem), {}
     for turn in range(tasks):

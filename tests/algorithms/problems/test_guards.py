@@ -15,7 +15,7 @@ from tests.own_code import OWN_CODE
 
 
 class Regression(Problem):
-    """A problem of which one method returns what it is told to."""
+    """A problem with one method that returns a given value."""
 
     clients = 2
 

@@ -92,7 +92,7 @@ def test_damage_in_a_blob_that_is_needed_is_refused_with_the_command(tmp_path):
     assert lost.needed
     repair(tmp_path, 0.0)
     ledger, _ = open_broker(tmp_path, BrokerSettings(), 0.0)
-    # Its sender is told: the entry that says so is the next one.
+    # The next entry informs its sender.
     assert ledger.next_seq > len(entries)
     ledger.close()
     said = list(read_entries(tmp_path))[len(entries) :]

@@ -56,7 +56,7 @@ Ops = st.lists(
 
 @dataclass(repr=False)
 class Original:
-    """A ledger as it was written.
+    """An undamaged ledger.
 
     files: by name. bounds: by name, where records begin, and where the last one ends.
     blobs: by message's number. copies: by message and blob, for each time that it was stored,

@@ -52,7 +52,7 @@ def test_an_absent_broker_is_reported_at_growing_intervals():
     expected = [3.0, 10.0, 30.0, 90.0, 150.0, 210.0]
     assert reports(times) == [(at, round(at), None, False) for at in expected]
     times.hear(WELCOME)
-    assert times.take() == []  # being admitted is told by itself
+    assert times.take() == []  # admission is an action of its own
 
 
 def test_a_silent_broker_and_its_return_are_reported():

@@ -107,7 +107,7 @@ def test_it_waits_for_its_clients_and_its_evaluator_and_then_goes_on_as_if_nothi
         assert fleet.finished == "3 versions committed"
         posts = [each for each in fleet.actions if isinstance(each, PostMessage)]
         return (
-            # How long it waits for the last evaluation is counted anew.
+            # The wait for the last evaluation starts again.
             [each.message.kind for each in posts if each.message.kind != "timer"],
             [each["model_digest"] for each in fleet.versions],
         )
@@ -146,7 +146,7 @@ def test_more_or_less_may_be_asked_for_while_it_goes_on(more, ends):
     assert fleet.core.version == 1
     tasks = fleet.tasks
     go_on(fleet, further=True, **more)
-    fleet.tasks = tasks  # nothing is lost: they come to whoever hosts their clients
+    fleet.tasks = tasks  # nothing is lost: the nodes that host their clients get them
     come_back(fleet)
     fleet.run()
     assert (fleet.core.version, fleet.finished) == ends

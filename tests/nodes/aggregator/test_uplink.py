@@ -157,7 +157,7 @@ TOPK = "limit(0) | topk(0.05)"
 
 
 def kept_and_posted(setup, worker, inbound):
-    """Do a task; return what is to be kept, what is posted, and what was trained."""
+    """Do a task; return the state to save, the post, and what was trained."""
     (train,) = worker.handle(inbound)
     assert isinstance(train, Train)
     done = trained(setup, train)

@@ -135,7 +135,7 @@ def test_a_run_that_was_stopped_in_the_middle_of_a_round_ends_at_the_same_model(
 
 def test_a_run_that_was_killed_at_any_moment_resumes_alone(whole, tmp_path) -> None:
     seed = random.randrange(1 << 30)  # noqa: S311 - a moment, not a secret
-    print(f"seed {seed}")  # noqa: T201 - for whoever looks for the moment
+    print(f"seed {seed}")  # noqa: T201 - to find the moment again
     moment = random.Random(seed).uniform(1.0, 9.0)  # noqa: S311
     run, start = tmp_path / "run", time.monotonic()
     kill_when(command(run, ROUNDS), lambda: time.monotonic() - start > moment)

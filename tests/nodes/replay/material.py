@@ -158,10 +158,10 @@ def rewrite(source, target, changes=None, until=None, more=(), blobs=()):
     Args:
         source: folder of a trace.
         target: folder of the new one.
-        changes: by number, what becomes of an entry: a function of it, or another entry.
+        changes: the change to an entry, by its number: a function of it, or another entry.
         until: number of the last entry to take.
         more: what follows: functions of (number, time) that return an entry.
-        blobs: what is to be there as well: (owner, bytes).
+        blobs: other blobs to write: (owner, bytes).
     """
     trace = Trace(source)
     (target / "ledger").mkdir(parents=True)
