@@ -1,22 +1,37 @@
-"""The clock of a live broker or node."""
+"""The clock of a broker or node."""
 
 from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 
 _DAY_S = 86_400.0
 
 
 class Clock:
-    """Seconds since 1970; never runs backwards within a process."""
+    """Seconds since 1970; never runs backwards within a process.
 
-    def __init__(self) -> None:
-        self._offset = time.time() - time.monotonic()
+    Args:
+        wall: the machine's clock, in seconds since 1970, which can be set at any time; read once.
+        monotonic: seconds that are never set back.
+    """
+
+    def __init__(
+        self,
+        wall: Callable[[], float] = time.time,
+        monotonic: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._monotonic = monotonic
+        self._offset = wall() - monotonic()
 
     def __call__(self) -> float:
         """Return the time."""
-        return time.monotonic() + self._offset
+        return self._monotonic() + self._offset
+
+    def not_before(self, at: float) -> None:
+        """Set the clock forward to a time, if it is behind: the machine's clock was set back."""
+        self._offset += max(0.0, at - self())
 
 
 def milliseconds_until(deadline: float | None, now: float) -> int | None:
