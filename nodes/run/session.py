@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import structlog
+from structlog.typing import FilteringBoundLogger
 
 from fedmq.broker.errors import LinkClosed
 from fedmq.broker.link.events import Delivery
@@ -80,11 +81,11 @@ def inbound_of(link: NodeLink, delivery: Delivery) -> Inbound:
     return Inbound(delivery.seq, delivery.at, delivery.message, read, stream)
 
 
-def log_rejected(message: Message, repeats: Repeats) -> None:
+def log_rejected(message: Message, repeats: Repeats, log: FilteringBoundLogger) -> None:
     """Log that a message of this node was rejected; for each code once, and then a count."""
     code = str(message.body.get("code", ""))
     if times := repeats.count(("rejected", code), time.monotonic()):
-        structlog.get_logger().warning("message rejected", **message.body, times=times)
+        log.warning("message rejected", **message.body, times=times)
 
 
 def node_key(folder: Path | None) -> str:

@@ -54,7 +54,7 @@ from fedmq.nodes.worker.core import (
     Trained,
     Worker,
 )
-from fedmq.nodes.worker.training import carry_out
+from fedmq.nodes.worker.training import compute
 
 RUN = "simulated"
 _CHAT_TO = (RECORD, EVALUATOR, AGGREGATOR)
@@ -361,7 +361,7 @@ class WorkerHost(NodeHost):
             action = actions.pop(0)
             match action:
                 case Train() | Evaluate():
-                    self._later(carry_out(action, setup, "cpu"), actions)
+                    self._later(compute(action, setup, "cpu"), actions)
                     return
                 case SaveClientState(client, state):
                     stands = self.kept.put(client, state) if self.kept is not None else state
