@@ -57,7 +57,8 @@ def run_aggregator(
         endpoint: address of the broker.
         config: the run's configuration.
         run: id of the run.
-        folder: of the final model (`run_folder.model_files`) and the node's key; None for neither.
+        folder: of the final model (`run_folder.model_files`), the node's key and its last session;
+            None stores none of them.
         allowed: user code that the configuration may name, as in `set_up`.
         give_up_s: seconds without the broker after which the node ends; None for never.
 
@@ -76,11 +77,12 @@ def run_aggregator(
         check_attainable(setup)
         torch.set_num_threads(config.worker.threads)
         version_0 = version_zero(setup.problem)
+    own = folder / "nodes" / AGGREGATOR if folder is not None else None
     hello = Hello(
         node=AGGREGATOR,
         role=AGGREGATOR,
-        session=new_session(),
-        key=node_key(folder / "nodes" / AGGREGATOR if folder is not None else None),
+        key=node_key(own),
+        session=new_session(own),
         run=run,
         config=setup.config.to_toml(),
         total_clients=setup.problem.clients,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import re
 import secrets
 import time
 from collections.abc import Iterator
@@ -25,9 +26,35 @@ from fedmq.nodes.process.logs import Repeats
 from fedmq.nodes.process.signals import Stopped, this_process
 
 
-def new_session() -> str:
-    """Return a new session id, which distinguishes a node's restart from a reconnect."""
-    return f"{time.time_ns():x}-{secrets.token_hex(4)}"
+def session_id(at_ns: int, last: str, token: str) -> str:
+    """Return the id of a session; ids sort by the start of their session.
+
+    Args:
+        at_ns: time of the start, in nanoseconds since 1970, by a clock that may be wrong.
+        last: id of the node's last session, which the new one follows; "" if unknown.
+        token: random characters, so that no two sessions have the same id.
+    """
+    found = re.match(r"[0-9a-f]{16}(?=-)", last)
+    return f"{max(at_ns, int(found[0], 16) + 1 if found else 0):016x}-{token}"
+
+
+def new_session(folder: Path | None) -> str:
+    """Return a new session id, which distinguishes a node's restart from a reconnect.
+
+    Args:
+        folder: of the node's state. It stores the id, so that the node's next session follows
+            this one even if the machine's clock is set back; None stores nothing.
+    """
+    token = secrets.token_hex(4)
+    if folder is None:
+        return session_id(time.time_ns(), "", token)
+    path, last = folder / "session", ""
+    with contextlib.suppress(OSError, UnicodeDecodeError):
+        last = path.read_text()
+    session = session_id(time.time_ns(), last, token)
+    with contextlib.suppress(OSError):  # a node starts on a full disk, too
+        _write(path, session)
+    return session
 
 
 @contextlib.contextmanager
@@ -105,12 +132,16 @@ def node_key(folder: Path | None) -> str:
     path = folder / "key"
     try:
         if not path.exists():
-            fresh = folder / f"key.{os.getpid()}"
-            fresh.write_text(secrets.token_hex(16) + "\n")
-            fresh.replace(path)
+            _write(path, secrets.token_hex(16))
         return path.read_text().strip()[:64]
     except OSError as error:
         raise NodeError(f"cannot read or write {path}: {reason_of(error)}") from None
+
+
+def _write(path: Path, text: str) -> None:
+    fresh = path.with_name(f"{path.name}.{os.getpid()}")
+    fresh.write_text(f"{text}\n")
+    fresh.replace(path)
 
 
 def make_folder(folder: Path) -> None:

@@ -47,7 +47,7 @@ def run_worker(
         clients: ranges of clients hosted here, both ends included.
         role: ``worker`` or ``evaluator``.
         run: id of the run; empty for the one that the broker serves.
-        folder: stores the node's key; None keeps it in memory.
+        folder: stores the node's key and its last session; None keeps them in memory.
         states: stores the clients' local states, for this node and for a node that takes over its
             clients; by default ``folder``.
         allowed: user code that the run's configuration, which the broker sends, may name.
@@ -67,8 +67,8 @@ def run_worker(
     hello = Hello(
         node=node,
         role=role,
-        session=new_session(),
         key=node_key(folder),
+        session=new_session(folder),
         run=run,
         clients=tuple(clients),
     )
