@@ -277,8 +277,9 @@ def test_a_node_leaves_a_broker_that_welcomes_it_to_no_run_or_another(monkeypatc
     closed = []
 
     class Link:
-        def __init__(self, endpoint, hello):
-            pass
+        @classmethod
+        def connect(cls, endpoint, hello):
+            return cls()
 
         def welcome(self):
             return Welcome(run=answer, beat_s=1.0, lease_s=10.0)
