@@ -48,7 +48,7 @@ class Peer:
         else:
             client = int(address.removeprefix("client/"))
             hello = Hello(node=self.name, role=WORKER, session=session, clients=((client, client),))
-        self.link = NodeLink(endpoint, hello)
+        self.link = NodeLink.connect(endpoint, hello)
         self.link.welcome()
         self._ids = itertools.count()
 

@@ -118,6 +118,19 @@ class Link:
         """Return the number of the oldest unacknowledged frame; without one, the next number."""
         return self._unacknowledged.oldest
 
+    @property
+    def received(self) -> int:
+        """Return the number of the next delivery: all earlier ones have been received."""
+        return self._got
+
+    @property
+    def taken(self) -> int:
+        """Return the number after the last delivery that the node has taken."""
+        return self._taken
+
+    def validate_state(self) -> None:
+        """Raise AssertionError if the state is inconsistent; for tests and simulation."""
+
     def handle(self, event: Event, now: float) -> list[Action]:
         """Handle one event; return the actions to carry out, in order."""
         if self._ended:

@@ -196,6 +196,10 @@ class LinkHost:
         self.peer = network.connect(self)
         self.hear(link.Wake())
 
+    def arrive(self, frame: AnyFrame, buffers: Sequence[Buffer]) -> None:
+        """Handle a frame from the broker."""
+        self.hear(link.FrameReceived(frame, buffers))
+
     def hear(self, event: link.Event) -> None:
         """Pass an event to the core, and carry out its actions."""
         if not self.up:

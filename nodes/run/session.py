@@ -77,7 +77,7 @@ def linked(endpoint: str, hello: Hello, give_up_s: float | None = None) -> Itera
         if (name or what == "node") and (fault := name_fault(name)):
             raise NodeError(f"name of the {what}: {fault}")
     log = structlog.get_logger()
-    link = NodeLink(endpoint, hello)
+    link = NodeLink.connect(endpoint, hello)
     try:
         if give_up_s is not None:
             link.give_up_after(give_up_s)

@@ -44,7 +44,7 @@ def test_a_broker_and_its_nodes_continue_from_its_ledger(tmp_path):
     """Nodes are not restarted: their links find the broker at the same endpoint."""
     weights = os.urandom(400_000)
     with serving(tmp_path) as endpoint:
-        agg, worker = NodeLink(endpoint, AGGREGATOR), NodeLink(endpoint, WORKER)
+        agg, worker = NodeLink.connect(endpoint, AGGREGATOR), NodeLink(endpoint, WORKER)
         agg.welcome()
         worker.welcome()
         agg.post(message("agg", "client/0", weights, number=0), [weights])
@@ -104,7 +104,7 @@ def test_all_wait_for_a_full_disk_and_nothing_is_lost(tmp_path, monkeypatch):
                     message("agg", "client/0", b"%d" % number, number=number), [b"%d" % number]
                 )
             agg.pause(1.3)  # longer than a lease
-            assert agg._core.unacknowledged == 3
+            assert agg.core.unacknowledged == 3
             assert kinds(tmp_path) == ["joined", "joined"]
         tasks = [get(worker) for _ in range(3)]
         assert [bytes(worker.read(each, 0)) for each in tasks] == [b"0", b"1", b"2"]
@@ -119,7 +119,7 @@ def test_stopping_a_broker_on_a_full_disk_loses_nothing_acknowledged(tmp_path, m
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with serving(tmp_path) as endpoint:
-        agg = NodeLink(endpoint, AGGREGATOR)
+        agg = NodeLink.connect(endpoint, AGGREGATOR)
         agg.welcome()
         monkeypatch.setattr(os, "writev", refuse)
         agg.post(message("agg", "record"))

@@ -66,7 +66,7 @@ def make_room(broker: Process) -> None:
 @contextlib.contextmanager
 def linked(endpoint: str, **hello: object) -> Iterator[NodeLink]:
     """A node of this process's own; whatever it waits for, it does not wait for ever."""
-    link = NodeLink(endpoint, Hello(run="r", session="s", **hello))  # type: ignore[arg-type]
+    link = NodeLink.connect(endpoint, Hello(run="r", session="s", **hello))  # type: ignore[arg-type]
     stop = threading.Timer(60, link.stop)
     stop.start()
     try:
