@@ -32,6 +32,7 @@ from fedmq.broker.core.state import (
     Unpin,
 )
 from fedmq.broker.errors import BrokerFailed, LedgerError, NoSpace
+from fedmq.broker.ledger.disk import LOCAL_DISK, Disk
 from fedmq.broker.ledger.writer import Ledger
 from fedmq.broker.settings import BrokerSettings, LedgerSettings
 from fedmq.broker.wire.clock import Clock
@@ -72,7 +73,7 @@ class BrokerDriver:
         ledger: its ledger.
         port: the network, and where logs go.
         clock: in seconds since 1970.
-        settings: durability of the ledger, and whether nodes may read its files.
+        settings: whether nodes may read the ledger's files.
 
     Attributes:
         core, ledger: as given.
@@ -88,7 +89,6 @@ class BrokerDriver:
     ) -> None:
         self.core, self.ledger = core, ledger
         self._port, self._clock = port, clock
-        self._sync = settings.durability == "power"
         self._sends: list[SendTo] = []
         """Frames of this turn, to be sent once the ledger has been written."""
         self._held: list[SendTo] | None = None
@@ -107,6 +107,7 @@ class BrokerDriver:
         port: BrokerPort,
         clock: Clock,
         *,
+        disk: Disk = LOCAL_DISK,
         continuation: Continuation | None = None,
         draw_identity: Callable[[], str] = random_identity,
     ) -> BrokerDriver:
@@ -117,7 +118,8 @@ class BrokerDriver:
             settings: of the core.
             ledger_settings: of the ledger.
             port: see `BrokerDriver`.
-            clock: see `BrokerDriver`.
+            clock: see `open_broker`.
+            disk: holds the folder.
             continuation: a run that continues with new sessions of all nodes.
             draw_identity: see `Broker`.
 
@@ -127,7 +129,9 @@ class BrokerDriver:
         ledger, core = open_broker(
             folder,
             settings,
-            clock(),
+            clock,
+            durability=ledger_settings.durability,
+            disk=disk,
             retain_bytes=ledger_settings.retain_bytes,
             redeliver_dead_letters=ledger_settings.redeliver_dead_letters,
             continuation=continuation,
@@ -198,7 +202,7 @@ class BrokerDriver:
     def _commit(self, now: float) -> None:
         """Write the ledger; if the disk is full, hold back the frames of this turn."""
         try:
-            self.ledger.commit(sync=self._sync)
+            self.ledger.commit()
         except NoSpace as error:
             self._held, self._sends = self._sends, []
             self._retry_at = now + FULL_RETRY_S

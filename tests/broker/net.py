@@ -11,6 +11,7 @@ from fedmq.broker.driver import BrokerDriver
 from fedmq.broker.link import events as node
 from fedmq.broker.link.core import Link
 from fedmq.broker.settings import BrokerSettings, LedgerSettings
+from fedmq.broker.wire.clock import Clock
 from fedmq.broker.wire.encoding import decode_frame, encode_frame
 from fedmq.broker.wire.schema import (
     Blob,
@@ -147,8 +148,9 @@ class Net:
     def start_broker(self, continuation=None):
         """Start the broker, or start it again."""
         settings = LedgerSettings(share_files=False)
+        clock = Clock(lambda: self.now, lambda: self.now)
         self.driver = BrokerDriver.open(
-            self.folder, SETTINGS, settings, self, lambda: self.now, continuation=continuation
+            self.folder, SETTINGS, settings, self, clock, continuation=continuation
         )
         self.away = False
 
