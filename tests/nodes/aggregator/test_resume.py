@@ -313,12 +313,12 @@ def test_while_a_version_is_being_made_nodes_come_and_go_and_results_wait():
     assert fleet.core.version == 0
     assert not [each for each in fleet.records if each.kind == "version"]
     waiting = fleet.hear(*fleet.work(*fleet.tasks.pop(0)))
-    assert waiting not in fleet.done
+    assert waiting not in fleet.done_with
     fleet.leave("w3")
     assert 3 not in fleet.core._fleet.hosts
     fleet.say("tick", {"token": fleet.commits.pop().token})
     assert fleet.core.version == 1
-    assert fleet.done[waiting] == ""
+    assert fleet.done_with[waiting] == ""
     assert fleet.core._results.current.staleness == [1]
 
 

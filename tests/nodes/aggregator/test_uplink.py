@@ -364,7 +364,7 @@ def test_a_result_under_another_name_is_refused_or_read_and_the_run_goes_on(code
     groups[0]["codec"] = codec
     number = fleet.hear(changed(message, body={"groups": groups}), data)
     if "hadamard" not in codec:
-        assert fleet.done[number]
+        assert fleet.done_with[number]
         assert fleet.counts[2] == 1
     fleet.run()
     assert fleet.core.version == 3
