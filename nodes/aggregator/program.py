@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
@@ -108,14 +110,19 @@ def run_aggregator(
         return str(end)
 
 
+def _in_thread(work: Callable[[], None]) -> None:
+    threading.Thread(target=work, daemon=True).start()
+
+
 class LinkedAggregator:
-    """The `AggregatorPort` of a node program: a link, threads for commits, files for the model.
+    """The `AggregatorPort` of a node program: a link, and files for the model.
 
     Args:
         link: admitted by the broker.
         problem: makes the module of the final model.
         folder: of the final model; None to save none.
         log: of this node.
+        beside: runs a function while the inbox is handled.
     """
 
     def __init__(
@@ -124,14 +131,15 @@ class LinkedAggregator:
         problem: Problem,
         folder: Path | None = None,
         log: FilteringBoundLogger | None = None,
+        beside: Callable[[Callable[[], None]], None] = _in_thread,
     ) -> None:
         self.link, self.log = link, log or structlog.get_logger()
         self.post, self.done, self.over = link.post, link.done, link.over
-        self._problem, self._folder = problem, folder
+        self._problem, self._folder, self._beside = problem, folder, beside
 
     def begin_commit(self, commit: Commit) -> None:
-        """Do the work of a commit in a thread, and post its message."""
-        threading.Thread(target=self._commit, args=(commit,), daemon=True).start()
+        """Do the work of a commit beside the inbox, then post its message."""
+        self._beside(functools.partial(self._commit, commit))
 
     def _commit(self, commit: Commit) -> None:
         torch.set_num_threads(torch.get_num_threads())  # torch's setting is per thread

@@ -76,11 +76,28 @@ def linked(endpoint: str, hello: Hello, give_up_s: float | None = None) -> Itera
     for what, name in (("node", hello.node), ("run", hello.run)):
         if (name or what == "node") and (fault := name_fault(name)):
             raise NodeError(f"name of the {what}: {fault}")
-    log = structlog.get_logger()
     link = NodeLink.connect(endpoint, hello)
+    if give_up_s is not None:
+        link.give_up_after(give_up_s)
+    with admitted(link, hello, structlog.get_logger()):
+        yield link
+
+
+@contextlib.contextmanager
+def admitted(link: NodeLink, hello: Hello, log: FilteringBoundLogger) -> Iterator[None]:
+    """Wait for admission, and close the link, with a goodbye, at the end of the block.
+
+    Args:
+        link: of the node.
+        hello: of the node.
+        log: of the node.
+
+    Raises:
+        NodeError: as `linked`.
+        LinkClosed: the link ended before the admission.
+        Rejected: the broker does not admit the node.
+    """
     try:
-        if give_up_s is not None:
-            link.give_up_after(give_up_s)
         welcome = link.welcome()
         if fault := name_fault(welcome.run):
             raise NodeError(f"the broker sent an invalid run name: {fault}")
@@ -89,7 +106,7 @@ def linked(endpoint: str, hello: Hello, give_up_s: float | None = None) -> Itera
                 f"expected to join run {hello.run}, the broker admitted this node to {welcome.run}"
             )
         log.info("admitted", run=welcome.run)
-        yield link
+        yield
     except BaseException as error:
         failed = isinstance(error, Exception) and not isinstance(error, LinkClosed)
         # A stopped cluster can be resumed. After a goodbye the aggregator would close the round

@@ -128,7 +128,7 @@ def test_each_generator_is_seeded_with_the_whole_seed(seed):
 def test_every_task_and_evaluation_of_a_run_replays_to_the_same_bytes(setup, tmp_path):
     simulation = Simulation(setup, 2, tmp_path, 5, Chances(train_s=0.3, crash=0.1))
     assert simulation.run(10.0, 400.0)
-    simulation.broker.ledger.close()
+    simulation.close()
     trace = Trace(tmp_path)
     for node in ("worker-0", "worker-1", "evaluator"):
         drawn()
