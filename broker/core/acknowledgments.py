@@ -36,7 +36,7 @@ class PendingAcks:
         """Return all acknowledgments that are pending, and clear them."""
         sends = []
         for node in self._pending.values():
-            first = node.pending_posts[0].frame.n if node.pending_posts else node.next_n
+            first = node.pending_frames[0].n if node.pending_frames else node.next_n
             if first:
                 sends.append(SendTo(node.peer, Ack(upto=first - 1)))
         self._pending.clear()

@@ -14,10 +14,9 @@ from msgspec import UNSET
 
 from fedmq.broker.core import delivery
 from fedmq.broker.core.admission import timer_of
-from fedmq.broker.core.deduplication import DedupWindow, PostFingerprint
-from fedmq.broker.core.state import Action, Append, Node, RunState, Store
+from fedmq.broker.core.deduplication import DedupWindow
+from fedmq.broker.core.state import Action, Append, Node, RejectedPost, RunState, Store
 from fedmq.broker.ledger.entries import Accepted, Consumed, Refusal, blob_name
-from fedmq.broker.rejections import Rejection
 from fedmq.broker.wire.addresses import BROKER, CHECKPOINT, RECORD, TIMER, node_address
 from fedmq.broker.wire.encoding import encode_message
 from fedmq.broker.wire.schema import Message
@@ -114,27 +113,20 @@ class Mailboxes:
             for seq in seqs:
                 run.interrupted.pop(seq, None)
 
-    def refuse_post(
-        self,
-        node: Node,
-        name: str,
-        rejection: Rejection,
-        fingerprint: PostFingerprint,
-        now: float,
-        out: list[Action],
-    ) -> None:
+    def refuse_post(self, node: Node, post: RejectedPost, now: float, out: list[Action]) -> None:
         """Record that a post was rejected, and notify its sender."""
+        rejection = post.rejection
         reason = rejection.reason[:2000]
-        body = {"id": name, "reason": reason, "by": BROKER, "code": rejection.code}
+        body = {"id": post.id, "reason": reason, "by": BROKER, "code": rejection.code}
         self._notify_sender(node.run, node.name, body, now, out)
         refusal = Refusal(
             seq=self.number(),
             at=now,
             run=node.run.id,
             node=BROKER,
-            id=name,
+            id=post.id,
             reason=reason,
-            mark=fingerprint.to_bytes(),
+            mark=post.fingerprint.to_bytes(),
             code=rejection.code,
         )
         out.append(Append(refusal))

@@ -12,12 +12,21 @@ from msgspec import UNSET
 from fedmq.broker.core import delivery
 from fedmq.broker.core.admission import MAX_EARLY, find_run, wait_for_run, why_not, wrong_name
 from fedmq.broker.core.mailboxes import Mailboxes
-from fedmq.broker.core.state import Action, Append, Log, Node, Probe, RunState, SendTo, Unpin
+from fedmq.broker.core.state import (
+    Action,
+    Append,
+    Log,
+    Node,
+    Probe,
+    RunState,
+    SendTo,
+    Unpin,
+)
 from fedmq.broker.ledger.entries import Opened
 from fedmq.broker.rejections import Code
 from fedmq.broker.settings import BrokerSettings
 from fedmq.broker.wire.addresses import AGGREGATOR, BROKER, RECORD, addresses
-from fedmq.broker.wire.schema import Deliver, Hello, Reject, RunEnded, Welcome
+from fedmq.broker.wire.schema import Deliver, Done, Hello, Reject, RunEnded, Welcome
 
 MAX_SILENT_LEASES = 10
 """Leases after which a silent node has left, even if its connection is up."""
@@ -229,7 +238,8 @@ class Sessions:
         run = node.run
         if run.over:
             return
-        out.extend(Unpin(post.names()) for post in node.pending_posts if post.names())
+        posts = [each for each in node.pending_frames if not isinstance(each, Done | RunEnded)]
+        out.extend(Unpin(post.names) for post in posts if post.names)
         details: dict[str, Any] = {"reason": reason}
         first = next((seq for seq in node.pending if seq not in run.refused), None)
         if first is not None and first < node.sent and not clean and node.hello.role != AGGREGATOR:

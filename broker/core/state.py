@@ -13,10 +13,20 @@ from msgspec import Struct
 from fedmq.broker.core.deduplication import PostFingerprint
 from fedmq.broker.errors import WireError
 from fedmq.broker.ledger.entries import Accepted, BlobName, Entry, blob_name
-from fedmq.broker.rejections import Rejection
+from fedmq.broker.rejections import Code, Rejection
 from fedmq.broker.wire.addresses import AGGREGATOR
-from fedmq.broker.wire.chunked_transfer import Fetcher, Owned
-from fedmq.broker.wire.schema import AnyFrame, Blob, Buffer, Frame, Hello, Message, NumberedFrame
+from fedmq.broker.wire.chunked_transfer import Fetcher
+from fedmq.broker.wire.schema import (
+    AnyFrame,
+    Blob,
+    Buffer,
+    Done,
+    Frame,
+    Hello,
+    Message,
+    Post,
+    RunEnded,
+)
 
 UPLOAD_WINDOW_CHUNKS = 8
 """Twice a node's own window, so that chunks arrive while the broker writes (measured on two
@@ -158,22 +168,53 @@ Action = Append | Put | Unpin | Discard | SendTo | Probe | Log
 # ---- state
 
 
-@dataclass
-class PendingPost:
-    """A numbered frame that waits for its blobs or for the frames before it."""
+class PendingPost(Struct, frozen=True):
+    """A post that was parsed; it waits for its blobs, or for the frames before it.
 
-    frame: NumberedFrame
-    message: Message | None = None
-    fingerprint: PostFingerprint | None = None
-    apart: list[Blob] = field(default_factory=list)
-    """Blobs of its message that did not come with it."""
-    missing: set[Owned] = field(default_factory=set)
-    refusal: Rejection | None = None
+    apart: blobs of its message that did not come with it.
+    """
 
+    frame: Post
+    message: Message
+    fingerprint: PostFingerprint
+    apart: tuple[Blob, ...] = ()
+
+    @property
+    def n(self) -> int:
+        """Return the number of its frame."""
+        return self.frame.n
+
+    @property
     def names(self) -> tuple[BlobName, ...]:
         """Return the names of all blobs of its message."""
-        message = self.message
-        return tuple(blob_name(message, blob) for blob in message.blobs) if message else ()
+        return tuple(blob_name(self.message, blob) for blob in self.message.blobs)
+
+    def rejected(self, code: Code, reason: str) -> RejectedPost:
+        """Return the same post, to be rejected in its turn."""
+        rejection = Rejection(code, reason)
+        return RejectedPost(self.frame, rejection, self.message.id, self.fingerprint, self.names)
+
+
+class RejectedPost(Struct, frozen=True):
+    """A post that the broker rejects once the frames before it have been applied.
+
+    id: of its message; if that cannot be read, the session and number of its frame.
+    names: of all blobs of its message.
+    """
+
+    frame: Post
+    rejection: Rejection
+    id: str
+    fingerprint: PostFingerprint
+    names: tuple[BlobName, ...] = ()
+
+    @property
+    def n(self) -> int:
+        """Return the number of its frame."""
+        return self.frame.n
+
+
+PendingFrame = PendingPost | RejectedPost | Done | RunEnded
 
 
 @dataclass
@@ -182,6 +223,7 @@ class Node:
 
     peer: its connection; empty after a restart of the broker, until it says Hello.
     next_n: number of the next numbered frame.
+    pending_frames: numbered frames that have not been applied yet, in order.
     pending: its unfinished messages, in order: number to address.
     queue: numbers of the pending messages that have not been sent yet.
     in_flight: (number, bytes) of each delivery that was sent and not taken yet.
@@ -196,7 +238,7 @@ class Node:
     alive: bool = True
     last_seen: float = 0.0
     next_n: int = 0
-    pending_posts: deque[PendingPost] = field(default_factory=deque)
+    pending_frames: deque[PendingFrame] = field(default_factory=deque)
     fetcher: Fetcher = field(default_factory=lambda: Fetcher(UPLOAD_WINDOW_CHUNKS))
     pending: dict[int, str] = field(default_factory=dict)
     queue: deque[int] = field(default_factory=deque)
