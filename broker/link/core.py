@@ -20,7 +20,6 @@ from fedmq.broker.link.events import (
     Action,
     Admitted,
     Blocked,
-    Deliveries,
     Delivery,
     Event,
     Fetch,
@@ -333,7 +332,7 @@ class Link:
             self._send_numbered(Done.rejecting(seq, str(error)[:2000], error.code, (seq,)), out)
             return
         inline = dict(zip(frame.inline, buffers, strict=True))
-        out.append(Deliveries([Delivery(frame.seq, frame.at, message, inline, frame.extents)]))
+        out.append(Delivery(frame.seq, frame.at, message, inline, frame.extents))
 
     def _serve(self, request: ChunkRequest, out: list[Action]) -> None:
         self._chunks += 1

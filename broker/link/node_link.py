@@ -296,8 +296,8 @@ class NodeLink:
                     if isinstance(frame, Hello):
                         self._port.restart()  # the Welcome makes the core send all frames again
                     self._port.send(frame, buffers)
-                case link.Deliveries(deliveries=deliveries):
-                    self._inbox.extend(deliveries)
+                case Delivery():
+                    self._inbox.append(action)
                 case link.ChunkStreamed(data):
                     self.blobs.streamed.append(data)
                 case link.Fetched(owner, blob, data):

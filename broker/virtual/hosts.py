@@ -118,13 +118,11 @@ class LinkHost:
                         message = decode_message(frame.message)
                         self._unacknowledged.setdefault(frame.n, message.id)
                     self.network.to_broker(self.peer, frame, buffers)
-                case link.Deliveries(deliveries):
-                    for delivery in deliveries:
-                        if delivery.seq <= self._last_seq:
-                            text = f"{self.name} got delivery {delivery.seq} out of order"
-                            raise AssertionError(text)
-                        self._last_seq = delivery.seq
-                    self.inbox.extend(deliveries)
+                case Delivery():
+                    if action.seq <= self._last_seq:
+                        raise AssertionError(f"{self.name} got delivery {action.seq} out of order")
+                    self._last_seq = action.seq
+                    self.inbox.append(action)
                 case link.Fetched(owner, blob, data):
                     self.fetched[owner, blob.digest] = data
                 case link.Admitted():

@@ -87,9 +87,9 @@ class Net:
                     if not member.cut and not self.away:
                         parts = [encode_frame(frame), *[bytes(each) for each in buffers]]
                         self.up[member.peer].append(parts)
-                case node.Deliveries(deliveries):
-                    member.inbox += deliveries
-                    self.tell(name, node.Taken(deliveries))
+                case node.Delivery():
+                    member.inbox.append(action)
+                    self.tell(name, node.Taken([action]))
                 case node.Fetched():
                     member.fetched.append(action)
                 case node.Admitted(welcome):
