@@ -9,6 +9,7 @@ from typing import Any
 from msgspec import UNSET
 from torch import Tensor
 
+from fedmq.algorithms.base import OpaqueState
 from fedmq.nodes.aggregator.checkpoint import Fold
 from fedmq.nodes.aggregator.computed import Computed
 from fedmq.nodes.aggregator.evaluations import Evaluations
@@ -16,7 +17,7 @@ from fedmq.nodes.aggregator.fleet import Fleet
 from fedmq.nodes.aggregator.progress import Progress
 from fedmq.nodes.aggregator.results import ResultCollector
 from fedmq.nodes.aggregator.tasks import MessageFactory, Tasks
-from fedmq.nodes.aggregator.version import DeferredResults, VersionBuffer
+from fedmq.nodes.aggregator.version import DeferredResults
 from fedmq.nodes.messages.actions import Commit
 from fedmq.nodes.run.goal import Goal
 from fedmq.nodes.run.setup import Setup
@@ -40,14 +41,13 @@ class AggregatorState:
         self._messages = MessageFactory(run, node)
         self._post = self._messages.post
         self._algorithm, self._schedule = setup.algorithm, setup.schedule
-        self.state = self._algorithm.start(setup.problem)
-        self.version = 0
         self._fleet = Fleet()
         self._progress = Progress(setup, self._computed.rules)
         self._tasks = Tasks(setup, self._fleet, self._progress)
-        self._results = ResultCollector(setup, self._tasks, self.state, self._progress)
+        state = self._algorithm.start(setup.problem)
+        self._results = ResultCollector(setup, self._tasks, state, self._progress)
         self._evaluations = Evaluations()
-        self._committing: tuple[VersionBuffer, Commit] | None = None
+        self._committing: Commit | None = None
         self._deferred = DeferredResults()
         self._running = False
         self._finishing = ""
@@ -59,6 +59,16 @@ class AggregatorState:
         self._position = self._continues_at = -1
         self._now = 0.0
         self._checkpoint_at = -math.inf
+
+    @property
+    def state(self) -> OpaqueState:
+        """Return the algorithm's state of the current version."""
+        return self._results.current.state
+
+    @property
+    def version(self) -> int:
+        """Return the number of the current version."""
+        return self._results.current.version
 
     @property
     def failed(self) -> bool:
@@ -86,7 +96,7 @@ class AggregatorState:
             "evaluating": sorted(self._evaluations.asked),
             "examinations": self._evaluations.client_evaluations,
             "scores": self._evaluations.scores,
-            "committing": self._committing[1].token if self._committing else "",
+            "committing": self._committing.token if self._committing else "",
             "waiting": list(self._deferred.numbers()),
             "counts": self._results.counts,
             "finishing": self._finishing,

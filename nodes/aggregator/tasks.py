@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fedmq.algorithms.base import OpaqueState
 from fedmq.algorithms.rng import derive_seed
 from fedmq.algorithms.schedules import ScheduleView
 from fedmq.broker.link.events import PostMessage
@@ -73,13 +72,13 @@ class Tasks:
             if back and any(a <= task.client <= b for a, b in message.body["clients"]):
                 self._returned.add(name)
 
-    def pack(self, state: OpaqueState, version: int, client: int) -> Packed:
+    def pack(self, current: VersionBuffer, client: int) -> Packed:
         """Return a client's task as a message's body and blobs."""
         if self._same_for_all is not None and not self._setup.algorithm.task_per_client:
             return self._same_for_all
-        seed = derive_seed(self._setup.config.run.seed, "downlink", version, client)
+        seed = derive_seed(self._setup.config.run.seed, "downlink", current.version, client)
         algorithm = self._setup.algorithm
-        task, who = algorithm.task(state, client), f"{type(algorithm).__name__}.task"
+        task, who = algorithm.task(current.state, client), f"{type(algorithm).__name__}.task"
         self._same_for_all = pack(task, self._setup.downlink, seed, who)
         return self._same_for_all
 
@@ -128,20 +127,18 @@ class Tasks:
         task = self.in_flight.get(name)
         return task is not None and task.client in self._fleet.hosts
 
-    def view(self, current: VersionBuffer, version: int) -> ScheduleView:
+    def view(self, current: VersionBuffer) -> ScheduleView:
         """Return a schedule's view of a version."""
         self._recount()
         ordered = self._setup.schedule.ordered  # other schedules do not use the number of idle
-        return ScheduleView(
-            clients=self._setup.problem.clients,
-            in_flight=self._in_flight,
-            started=current.started,
-            outstanding=self._outstanding[version],
-            results=current.num_results + len(current.held),
-            deadline_passed=current.deadline_passed,
-            late=current.late,
-            behind=self._in_flight - self._of_version[version] - self._back(version),
-            idle=len(self._idle(current)) if ordered and not self._outstanding[version] else 0,
+        outstanding = self._outstanding[current.version]
+        return current.view(
+            self._in_flight,
+            outstanding,
+            behind=self._in_flight
+            - self._of_version[current.version]
+            - self._back(current.version),
+            idle=len(self._idle(current)) if ordered and not outstanding else 0,
         )
 
     def _back(self, version: int) -> int:
@@ -149,14 +146,14 @@ class Tasks:
         found = (self.in_flight[name] for name in self._returned)
         return sum(e.version != version and e.client in self._fleet.hosts for e in found)
 
-    def draw(self, count: int, current: VersionBuffer, version: int) -> list[int]:
+    def draw(self, count: int, current: VersionBuffer) -> list[int]:
         """Draw ``count`` idle clients, or all if there are fewer; return them in order."""
         if not count:
             return []
         self._recount()
         idle = self._idle(current)
         self._nobody_idle = len(idle) <= count
-        return current.draw(idle, count, self._setup.config.run.seed, version)
+        return current.draw(idle, count)
 
     def _idle(self, current: VersionBuffer) -> npt.NDArray[np.int64]:
         """Return the idle clients, in order.
