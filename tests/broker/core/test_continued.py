@@ -25,7 +25,7 @@ def take_up(net, config="[run]", *, further=False, pause=100.0, run="r", session
     net.kill_broker()
     net.now += pause
     going_on = Continuation(run, config, further=further)
-    net.ledger, net.broker = open_broker(net.folder, SETTINGS, net.now, continuation=going_on)
+    net.ledger, net.broker = open_broker(net.folder, SETTINGS, net.clock(), continuation=going_on)
     net.away = False
     hellos = {name: each.hello for name, each in net.members.items()}
     for name in hellos:
@@ -178,9 +178,9 @@ def test_a_run_whose_last_checkpoint_was_not_kept_is_rejected(net):
     with pytest.raises(
         LedgerError, match=r"cannot continue run r: .* entry [0-9]+, .* power failure"
     ):
-        open_broker(net.folder, SETTINGS, net.now, continuation=going_on)
+        open_broker(net.folder, SETTINGS, net.clock(), continuation=going_on)
     assert list(read_entries(net.folder)) == before
-    open_broker(net.folder, SETTINGS, net.now)[0].close()
+    open_broker(net.folder, SETTINGS, net.clock())[0].close()
 
 
 def test_a_run_that_is_not_in_the_ledger_is_a_new_one(net):
