@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
+import msgspec
 from msgspec import UNSET
 from torch import Tensor
 
@@ -116,6 +117,48 @@ class AggregatorState:
         if self._running and (busy or self._progress.waiting(hosts)):
             return []
         return [client for client in range(clients) if client not in hosts]
+
+    def validate_state(self) -> None:
+        """Check the state between two events; tests and simulations do after each event.
+
+        Raises:
+            AssertionError: the state contradicts itself; the message says how.
+        """
+        for fault in self._faults():
+            raise AssertionError(fault)
+
+    def _faults(self) -> Iterator[str]:
+        current, counts = self._results.current, self._results.counts
+        yield from current.faults()
+        yield from self._deferred.faults(self._position)
+        yield from self._evaluations.faults(self.version)
+        yield from self._progress.faults()
+        yield from self._fleet.faults(self._setup.problem.clients)
+        if (self._progress.version, self._progress.now) != (self.version, self._now):
+            yield f"back-offs count from version {self._progress.version}, not {self.version}"
+        if any(each < 0 for each in msgspec.structs.astuple(counts)):
+            yield f"a count is negative: {counts}"
+        if (self._ended or self._failed or self._asked_final is not None) and not self._finishing:
+            yield "the run ends without a reason"
+        if self._committing is not None and self._committing.token != f"commit/{self.version + 1}":
+            yield f"{self._committing.token} is under way in version {self.version}"
+        if self._committing is not None and (current.held or self._ended):
+            yield "a version is being committed after the end, or without its held results"
+        if self._ended:
+            if self._deferred.numbers():
+                yield f"results {self._deferred.numbers()} are deferred after the end"
+            return
+        yield from self._tasks.faults(current)
+        if counts.used < current.num_results:
+            yield f"{counts.used} results are used, {current.num_results} of them in one version"
+        if not self._running or self._committing is not None or self._deferred.awaited:
+            return
+        if self._finishing and self._asked_final is None:
+            yield f"the run waits for nothing, but has not ended: {self._finishing}"
+        if not self._finishing and self._deferred.received:
+            yield f"results {self._deferred.numbers()} are deferred, but no commit is under way"
+        if not self._finishing and current.is_ready(self._tasks.view(current)):
+            yield f"version {self.version + 1} is ready, but not committed"
 
     def _fold(self) -> Fold:
         """Return the state for a checkpoint, without the algorithm's."""

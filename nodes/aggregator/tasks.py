@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -130,14 +130,13 @@ class Tasks:
     def view(self, current: VersionBuffer) -> ScheduleView:
         """Return a schedule's view of a version."""
         self._recount()
+        version = current.version
+        outstanding = self._outstanding[version]
         ordered = self._setup.schedule.ordered  # other schedules do not use the number of idle
-        outstanding = self._outstanding[current.version]
         return current.view(
             self._in_flight,
             outstanding,
-            behind=self._in_flight
-            - self._of_version[current.version]
-            - self._back(current.version),
+            behind=self._in_flight - self._of_version[version] - self._back(version),
             idle=len(self._idle(current)) if ordered and not outstanding else 0,
         )
 
@@ -166,6 +165,32 @@ class Tasks:
         busy |= self._progress.waiting(self._fleet.hosts)
         out = np.array([client for client in busy if client in self._fleet.hosts], np.int64)
         return np.delete(self._reachable, np.searchsorted(self._reachable, out))
+
+    def faults(self, current: VersionBuffer) -> Iterator[str]:
+        """Yield what contradicts itself, for `AggregatorState.validate_state`."""
+        clients = Counter(task.client for task in self.in_flight.values())
+        for client, number in clients.items():
+            if number > 1:
+                yield f"client {client} has {number} tasks in flight"
+            if client in current.contributed:
+                yield f"client {client} has a task in flight, and a result in this round"
+        names, settled = set(current.order), set(current.order[: current.settled])
+        for name, task in self.in_flight.items():
+            if task.version > current.version:
+                yield f"task {name} is of version {task.version}, after the current one"
+            elif (task.version == current.version) != (name in names):
+                has = "has" if name in names else "lacks"
+                yield (
+                    f"task {name} was made from version {task.version}; "
+                    f"the cohort of version {current.version} {has} it"
+                )
+            if name in current.held or name in settled:
+                yield f"task {name} is in flight, but its result was received"
+        if not self._returned <= self.in_flight.keys():
+            yield "clients came back to tasks that are not in flight"
+        reachable = [t for t in self.in_flight.values() if t.client in self._fleet.hosts]
+        if self._changes == self._fleet.changes and self._in_flight != len(reachable):
+            yield f"{self._in_flight} tasks are counted, {len(reachable)} are in flight"
 
     def _count(self, task: OutstandingTask, by: int) -> None:
         if task.client in self._fleet.hosts:

@@ -244,6 +244,23 @@ class VersionBuffer:
         divisor = self._schedule.divisor(self.weights, self.num_results)
         return self._algorithm.commit(self.state, self.accumulator, divisor)
 
+    def faults(self) -> Iterator[str]:
+        """Yield what contradicts itself, for `AggregatorState.validate_state`."""
+        if self.num_results != len(self.staleness):
+            yield f"{self.num_results} results are used, {len(self.staleness)} have a staleness"
+        if self.late != sum(each > 0 for each in self.staleness):
+            yield f"{self.late} results count as late, the staleness is {self.staleness}"
+        if not all(0 <= each <= self.version for each in self.staleness):
+            yield f"version {self.version} cannot have results of staleness {self.staleness}"
+        if len(set(self.order)) != len(self.order):
+            yield "a task is in the cohort twice"
+        if outside := self.held.keys() - self.order[self.settled :]:
+            yield f"results are held of tasks that are settled or unknown: {sorted(outside)}"
+        if not self._in_order and (self.held or self.contributed):
+            yield "results are held, but the schedule has no cohort order"
+        if outside_clients := {each.client for each in self.held.values()} - self.contributed:
+            yield f"clients {sorted(outside_clients)} have a held result and have not contributed"
+
     def facts(self) -> dict[str, int | float]:
         """Return the fields about results in the version's record."""
         return {
@@ -286,3 +303,12 @@ class DeferredResults:
     def numbers(self) -> tuple[int, ...]:
         """Return the numbers of all deferred results, received or awaited."""
         return tuple(sorted({*self.received, *self.awaited}))
+
+    def faults(self, position: int) -> Iterator[str]:
+        """Yield what contradicts itself, for `AggregatorState.validate_state`."""
+        if both := self.received.keys() & self.awaited:
+            yield f"results {sorted(both)} are received and awaited"
+        if unknown := self.awaited.difference(self.unsettled):
+            yield f"results {sorted(unknown)} are awaited, but no checkpoint leaves them out"
+        if late := [seq for seq in self.numbers() if seq > position]:
+            yield f"results {late} are deferred, but come after message {position}"

@@ -21,6 +21,7 @@ from fedmq.broker.link.events import Delivery, PostMessage
 from fedmq.broker.settings import BrokerSettings
 from fedmq.broker.virtual.hosts import BrokerHost, LinkHost
 from fedmq.broker.virtual.network import Faults, VirtualNetwork
+from fedmq.broker.virtual.validation import validated
 from fedmq.broker.wire.addresses import AGGREGATOR, EVALUATOR, RECORD, WORKER
 from fedmq.broker.wire.encoding import decode_message
 from fedmq.broker.wire.schema import (
@@ -270,7 +271,7 @@ class AggregatorHost(NodeHost):
     def __init__(self, simulation: Simulation, hello: Hello, kept: ClientStateStore | None) -> None:
         super().__init__(simulation, hello, kept)
         computed = Computed(device=kind_of("cpu"))
-        self.core = Aggregator(simulation.setup, RUN, AGGREGATOR, computed)
+        self.core = validated(Aggregator(simulation.setup, RUN, AGGREGATOR, computed))
         self.finished = ""
         self._started = False
         self._unsettled: list[int] = []
@@ -329,7 +330,7 @@ class WorkerHost(NodeHost):
 
     def __init__(self, simulation: Simulation, hello: Hello, kept: ClientStateStore | None) -> None:
         super().__init__(simulation, hello, kept)
-        self.core = Worker(simulation.setup, RUN, hello.node, hello.clients, kept)
+        self.core = validated(Worker(simulation.setup, RUN, hello.node, hello.clients, kept))
         self._busy = False
         self._chats = 0
 
