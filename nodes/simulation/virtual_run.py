@@ -247,12 +247,16 @@ class Simulation:
                 broker.disk.crash_at(broker.disk.operations + self.rng.randrange(8))
         if happens(chances.pause):
             broker.pause()
-            self._later(chances.pause_s, self._end_pause(broker.resume, broker.crash))
+            self._later(chances.pause_s, self._end_pause(broker.resume, self._kill_broker))
         if happens(chances.full):
             broker.disk.full = True
             self._later(chances.full_s, self._make_space)
         if not broker.up:
             self._later(chances.away_s, broker.start)
+
+    def _kill_broker(self) -> None:
+        self.broker.crash()
+        self._later(self.chances.away_s, self.broker.start)
 
     def _make_space(self) -> None:
         self.broker.disk.full = False
