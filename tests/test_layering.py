@@ -84,7 +84,7 @@ PARTS = {
         "worker": "errors process messages run",
         "trace": "errors process messages run_folder",
         "replay": "errors process messages run trace aggregator worker",
-        "simulation": "messages run aggregator worker",
+        "simulation": "process run aggregator worker",
         "cluster": "errors process messages run run_folder aggregator worker",
         "cli": "errors process run run_folder aggregator worker cluster trace replay",
         "__main__": "cli",

@@ -1,7 +1,7 @@
 """A network in memory with a virtual clock and seeded faults, for the real cores.
 
 Everything follows from one seed, so a history that failed can be run again. `VirtualNetwork`
-carries frames between a broker and any number of nodes (see `fedmq.broker.virtual.hosts`); it
+carries frames between a broker (`fedmq.broker.virtual.broker`) and any number of nodes (`node`); it
 loses, delays, duplicates and reorders them, and cuts connections.
 """
 

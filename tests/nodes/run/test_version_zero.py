@@ -297,7 +297,7 @@ def test_a_replay_on_another_kind_of_device_starts_from_the_recorded_version_0(t
     setup = make_setup({"name": "stream", "concurrency": 2}, evaluate_every=1)
     simulation = Simulation(setup, 2, tmp_path / "run", 5, Chances(train_s=0.3))
     assert simulation.run(0.0, 400.0)
-    simulation.broker.ledger.close()
+    simulation.close()
     kinds = {"run", "result", "score"}
     changes = {
         seq: material.edit(body={"version_0": [4.0, -1.0]})

@@ -176,7 +176,7 @@ def test_a_run_with_trouble_accounts_for_all_results(tmp_path, schedule, seed):
         setup_of(schedule, 1.0), 2, tmp_path / "ledger", seed, Chances(train_s=0.3)
     )
     assert simulation.run(8.0, 400.0)
-    simulation.broker.ledger.close()
+    simulation.close()
     results = write_summary(tmp_path, 0.0)["results"]
     messages = [e.read() for e in read_entries(tmp_path / "ledger") if isinstance(e, Accepted)]
     assert sum(results[name] for name in ALL) == sum(m.kind == "result" for m in messages)
