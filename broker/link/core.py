@@ -134,11 +134,6 @@ class Link:
         """Number of unacknowledged frames."""
         return len(self._unacknowledged)
 
-    @property
-    def oldest_unacknowledged(self) -> int:
-        """Return the number of the oldest unacknowledged frame; without one, the next number."""
-        return self._unacknowledged.oldest
-
     def validate_state(self) -> None:
         """Raise AssertionError if the state is inconsistent; for tests and simulation."""
         self._unacknowledged.validate_state()
@@ -146,8 +141,8 @@ class Link:
         self._contact.validate_state()
         if (self.state, self._identity is None) in _IMPOSSIBLE:
             raise AssertionError(f"the link is {self.state.value}, its run {self._identity!r}")
-        if self.deadline == math.inf:
-            raise AssertionError(f"the link is {self.state.value}, and would wait forever")
+        if self.state is _CONNECTED and max(self._beat_s, self._lease_s) == math.inf:
+            raise AssertionError("the link is connected, and would wait forever")
         if not 0 <= self.taken <= self.received:
             raise AssertionError(f"{self.taken} taken, but {self.received} received")
         if self._done and (self._done_due == math.inf or max(self._done) >= self.received):
@@ -224,7 +219,7 @@ class Link:
     def _send_hello(self, now: float, out: list[Action]) -> None:
         self._contact.begin(now)
         self._next_hello = now + HELLO_AGAIN_S
-        first = self.oldest_unacknowledged
+        first = self._unacknowledged.oldest
         out.append(Send(msgspec.structs.replace(self._hello, first=first, got=self.received)))
 
     def give_up_after(self, seconds: float) -> None:
@@ -276,7 +271,7 @@ class Link:
             or bool(self._arrivals.outstanding)
             or beat.sent > self.received
         )
-        moved = (self.oldest_unacknowledged, self._chunks, self.received)
+        moved = (self._unacknowledged.oldest, self._chunks, self.received)
         if self._stall.is_stuck(due=due, moved=moved):
             self._send_hello(now, out)
 

@@ -91,8 +91,9 @@ class Arrivals:
 
     def validate_state(self) -> None:
         """Raise AssertionError if the state is inconsistent."""
-        requested = [name for name in self._arriving if name in self._fetcher]
-        if not len(requested) == len(self._arriving) == len(self._fetcher):
+        if len(self._fetcher) != len(self._arriving) or any(
+            name not in self._fetcher for name in self._arriving
+        ):
             raise AssertionError("the blobs on their way are not those that are requested")
         if not 0 <= self.outstanding <= WINDOW_CHUNKS or self._unread < 0:
             raise AssertionError(f"{self.outstanding} chunks requested, {self._unread} unread")

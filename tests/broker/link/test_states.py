@@ -126,6 +126,7 @@ def request_too_much(link):
         (lambda link: setattr(link, "_identity", None), "is connected, its run None"),
         (lambda link: setattr(link, "taken", 4), "4 taken, but 3 received"),
         (lambda link: setattr(link, "_done_due", math.inf), r"\[1\] are handled"),
+        (lambda link: setattr(link, "_lease_s", math.inf), "would wait forever"),
         (lambda link: link._done.append(3), r"\[1, 3\] are handled, 3 received"),
         (lambda link: setattr(link, "_unreported_credit", -1), "the credit to return is -1"),
         (lambda link: setattr(link._contact, "_answer", WELCOME), "the contact is CONNECTED"),
@@ -137,17 +138,6 @@ def test_an_inconsistent_state_is_found(fault, words):
     link = busy()
     fault(link)
     with pytest.raises(AssertionError, match=words):
-        link.validate_state()
-
-
-def test_a_link_that_would_wait_forever_is_found():
-    link = busy()
-    for name in ("_beat_s", "_lease_s", "_done_due"):
-        setattr(link, name, math.inf)
-    link._done.clear()
-    link._contact._began = link._contact._waited_since = math.inf
-    link._contact._away_since = 0.0
-    with pytest.raises(AssertionError, match="would wait forever"):
         link.validate_state()
 
 
