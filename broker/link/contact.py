@@ -126,7 +126,7 @@ class Contact:
     def due(self) -> float:
         """Time at which `wake` or `given_up` has something to report, unless a frame arrives."""
         due = min(self._began + self._report_s, self._waited_since + self.give_up_s)
-        if self._mode is _Mode.ANSWERED:
+        if self._answer is not None:
             return min(due, self._last_answer + _ANSWER_LASTS_S)
         return due
 

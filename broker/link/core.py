@@ -67,12 +67,6 @@ CREDIT_BATCH = 256
 DONE_WITHIN_S = 0.02
 _DONE_BATCH = 500
 _CONNECTED, _ENDED = LinkState.CONNECTED, LinkState.ENDED  # a member of an enum is read slowly
-_IMPOSSIBLE = {
-    (LinkState.CONNECTED, True),
-    (LinkState.RECONNECTING, True),
-    (LinkState.CONNECTING, False),
-}
-"""States of a link, each with whether the node has not been admitted."""
 
 
 class Link:
@@ -139,10 +133,14 @@ class Link:
         self._unacknowledged.validate_state()
         self._arrivals.validate_state()
         self._contact.validate_state()
-        if (self.state, self._identity is None) in _IMPOSSIBLE:
-            raise AssertionError(f"the link is {self.state.value}, its run {self._identity!r}")
-        if self.state is _CONNECTED and max(self._beat_s, self._lease_s) == math.inf:
-            raise AssertionError("the link is connected, and would wait forever")
+        admitted = self._identity is not None
+        if self.state is _CONNECTED:
+            if not admitted or max(self._beat_s, self._lease_s) == math.inf:
+                raise AssertionError("the link is connected, but has no Welcome")
+        elif self.state is LinkState.CONNECTING and admitted:
+            raise AssertionError("the link is connecting, but was admitted")
+        elif self.state is LinkState.RECONNECTING and not admitted:
+            raise AssertionError("the link is reconnecting, but was never admitted")
         if not 0 <= self.taken <= self.received:
             raise AssertionError(f"{self.taken} taken, but {self.received} received")
         if self._done and (self._done_due == math.inf or max(self._done) >= self.received):
