@@ -79,7 +79,7 @@ class LinkHost:
         if not self.up:
             return
         self.posted.append(message.id)
-        self.hear(link.Outgoing(message, data, consumes))
+        self.hear(link.PostMessage(message, data, consumes))
         if self.doomed is not None:
             self.crash()
             self.doomed()

@@ -109,7 +109,7 @@ class Net:
             body={"number": number, **body},
             blobs=tuple(Blob.of(each) for each in blobs),
         )
-        self.tell(name, node.Outgoing(message, blobs, consumes))
+        self.tell(name, node.PostMessage(message, blobs, consumes))
 
     def cut(self, name, *, silently=False):
         """Cut a connection with all frames in flight; the next one is a new peer."""
