@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from fedmq.broker.link.contact import TRANSITIONS, LinkChange, LinkState
+from fedmq.broker.link.contact import LINK, LinkEvent, LinkState
 from fedmq.broker.link.core import Link
 from fedmq.broker.link.events import Fetch, LinkEnded, Publish, Taken, Wake
 from fedmq.broker.wire.schema import (
@@ -35,14 +35,14 @@ REACH = {
     LinkState.ENDED: [WELCOME, RunEnded(reason="done")],
 }
 MAKE = {
-    LinkChange.WELCOMED: lambda link: heard(link, WELCOME),
-    LinkChange.SESSION_UNKNOWN: lambda link: heard(link, UnknownSession()),
-    LinkChange.SILENCE: lambda link: link.handle(Wake(), WELCOME.lease_s),
-    LinkChange.STORAGE_FULL: lambda link: heard(link, StorageFull(reason="no space")),
-    LinkChange.REJECTED: lambda link: heard(link, Reject(code="name", reason="why")),
-    LinkChange.RUN_ENDED: lambda link: heard(link, RunEnded(reason="done")),
-    LinkChange.GAVE_UP: give_up,
-    LinkChange.ANOTHER_RUN: lambda link: heard(link, OTHER),
+    LinkEvent.WELCOME: lambda link: heard(link, WELCOME),
+    LinkEvent.UNKNOWN_SESSION: lambda link: heard(link, UnknownSession()),
+    LinkEvent.SILENCE: lambda link: link.handle(Wake(), WELCOME.lease_s),
+    LinkEvent.STORAGE_FULL: lambda link: heard(link, StorageFull(reason="no space")),
+    LinkEvent.REJECT: lambda link: heard(link, Reject(code="name", reason="why")),
+    LinkEvent.RUN_END: lambda link: heard(link, RunEnded(reason="done")),
+    LinkEvent.GIVE_UP: give_up,
+    LinkEvent.OTHER_RUN: lambda link: heard(link, OTHER),
 }
 
 
@@ -56,13 +56,13 @@ def link_in(state):
 
 
 @pytest.mark.parametrize("state", LinkState)
-@pytest.mark.parametrize("change", LinkChange)
-def test_each_change_does_in_each_state_what_the_table_says(state, change):
+@pytest.mark.parametrize("event", LinkEvent)
+def test_each_event_does_in_each_state_what_the_table_says(state, event):
     link = link_in(state)
-    actions = MAKE[change](link)
-    if (state, change) == (LinkState.CONNECTING, LinkChange.ANOTHER_RUN):
+    actions = MAKE[event](link)
+    if (state, event) == (LinkState.CONNECTING, LinkEvent.OTHER_RUN):
         return  # the first Welcome says which run it is
-    assert link.state is TRANSITIONS[state].get(change, state)
+    assert link.state is LINK[state].get(event, state)
     if link.state is LinkState.ENDED and state is not LinkState.ENDED:
         assert isinstance(actions[-1], LinkEnded)
     if state is LinkState.ENDED:
