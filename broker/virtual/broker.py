@@ -71,6 +71,7 @@ class VirtualBroker:
         self._draw_identity = draw_identity or map("virtual{}".format, itertools.count(1)).__next__
         self.disk = disk or VirtualDisk(network.rng)
         self.up = self._paused = self.loses_power = False
+        self._starts_later = False
         self.batch_s = 0.0
         self.crash_at_send: int | None = None
         self.failures: list[str] = []
@@ -135,11 +136,17 @@ class VirtualBroker:
         """End the process, because of its ledger, and start again later."""
         self.crash()
         self.failures.append(reason)
-        self._network.after(self._network.rng.random() * _RESTART_S, self.start)
+        if not self._starts_later:
+            self._starts_later = True
+            self._network.after(self._network.rng.random() * _RESTART_S, self._start_later)
+
+    def _start_later(self) -> None:
+        self._starts_later = False
+        self.start()
 
     def pause(self) -> None:
-        """Stop the process: frames wait, and timers are late."""
-        self._paused = True
+        """Stop the process, if it is up: frames wait, and timers are late."""
+        self._paused = self.up
 
     def resume(self) -> None:
         """Continue the process after `pause`."""
@@ -177,6 +184,7 @@ class VirtualBroker:
         events, self._arrived = self._arrived, []
         try:
             self.driver.turn(events)
+            self.core.validate_state()
             if (deadline := self.driver.deadline) is not None:
                 self._plan(deadline)
         except Crash:
