@@ -10,7 +10,7 @@ import msgspec
 from msgspec import UNSET, Struct, UnsetType
 
 from fedmq.algorithms.base import AnyAlgorithm, OpaqueState
-from fedmq.algorithms.errors import ResultError
+from fedmq.algorithms.errors import AlgorithmError
 from fedmq.algorithms.problems.base import Problem
 from fedmq.broker.link.events import Delivery
 from fedmq.broker.wire.schema import Blob
@@ -106,7 +106,7 @@ def unpack_checkpoint(
         state = algorithm.load(problem, unpack(delivery.message, delivery.read))
         data = delivery.read(len(delivery.message.blobs) - 1)
         return state, msgspec.msgpack.decode(data, type=Fold)
-    except (CodecError, ResultError, msgspec.MsgspecError) as error:
+    except (CodecError, AlgorithmError, msgspec.MsgspecError) as error:
         name = delivery.message.id
         raise NodeError(
             f"checkpoint {name} does not fit the model or the algorithm ({error}): use those that "

@@ -29,7 +29,7 @@ from fedmq.nodes.aggregator.evaluations import (
 )
 from fedmq.nodes.aggregator.state import AggregatorState
 from fedmq.nodes.aggregator.version import DeferredResults
-from fedmq.nodes.errors import NodeError, exits_as_errors
+from fedmq.nodes.errors import NodeError, exits_as_errors, own_code
 from fedmq.nodes.messages.actions import AckUpTo, AggregatorAction, Commit, EndRun, Handled, Start
 from fedmq.nodes.process.exception_text import explained, may_pass, modules_of
 from fedmq.nodes.run.digests import model_digest
@@ -112,7 +112,7 @@ class Aggregator(AggregatorState):
         return [Handled.of(event.seq, why), *out]
 
     def adopt(self, state: OpaqueState) -> None:
-        """Go on from this state of the current version, such as the recorded one in a replay."""
+        """Replace the state of the current version, such as by the recorded one in a replay."""
         self._results.current.adopt(state)
         self._tasks.begin_version()
 
@@ -137,7 +137,7 @@ class Aggregator(AggregatorState):
         wanted = self._settings.min_clients or self._setup.problem.clients
         if not self._running and self._fleet.suffice(wanted):
             self._running = True
-            self._begin_version(out)
+            self._evaluate_if_due(out)
 
     def _continued(self, message: Message) -> None:
         """Handle the resumption of the run: wait for its nodes, and apply an extended goal."""
@@ -277,12 +277,12 @@ class Aggregator(AggregatorState):
             self._checkpoint("version", body, out)
         else:
             self._post(out, "version", RECORD, body)
-        self._after_commit(out)
-
-    def _after_commit(self, out: list[AggregatorAction]) -> None:
-        """Begin the next version, after a commit or after a restart from a checkpoint."""
-        self._finishing = self._goal.after(self.version) or self._finishing
         self._begin_version(out)
+
+    def _begin_version(self, out: list[AggregatorAction]) -> None:
+        """Begin a version, after a commit or after a restart from a checkpoint."""
+        self._finishing = self._goal.after(self.version) or self._finishing
+        self._evaluate_if_due(out)
 
     def _checkpoint(self, kind: str, body: Mapping[str, Any], out: list[AggregatorAction]) -> None:
         """Post a record from which a later session can start, and acknowledge what it includes."""
@@ -294,9 +294,11 @@ class Aggregator(AggregatorState):
 
     def _resume(self, delivery: Delivery, out: list[AggregatorAction]) -> None:
         """Restore the state from a checkpoint and continue."""
-        state, fold = unpack_checkpoint(self._algorithm, self._setup.problem, delivery)
-        self._computed.check(fold.arithmetic, delivery.message.run)
-        self._results.begin_version(state, fold.version)
+        # An error of a user's code here must not end the run from a state that is not restored.
+        with own_code("algorithm.name"):
+            state, fold = unpack_checkpoint(self._algorithm, self._setup.problem, delivery)
+            self._computed.check(fold.arithmetic, delivery.message.run)
+            self._results.begin_version(state, fold.version)
         self._position = fold.position
         self._messages.next_id, self._results.counts = fold.next_id, fold.counts
         self._fleet.resume(fold.hosts, fold.evaluators)
@@ -314,10 +316,10 @@ class Aggregator(AggregatorState):
             self._report_end(out)
             return
         if fold.version or self._running:  # else the broker reports the connected nodes again
-            self._after_commit(out)
+            self._begin_version(out)
             self._advance(out)
 
-    def _begin_version(self, out: list[AggregatorAction]) -> None:
+    def _evaluate_if_due(self, out: list[AggregatorAction]) -> None:
         every = self._settings.evaluate_every
         if every and self.version % every == 0 and self._evaluated != self.version:
             self._evaluate(out)

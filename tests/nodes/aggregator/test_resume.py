@@ -13,7 +13,7 @@ from fedmq.broker.wire.schema import Blob
 from fedmq.nodes.aggregator.checkpoint import Fold
 from fedmq.nodes.aggregator.computed import Computed
 from fedmq.nodes.aggregator.core import Aggregator
-from fedmq.nodes.errors import NodeError
+from fedmq.nodes.errors import NodeError, OwnCodeError
 from fedmq.nodes.messages.actions import AckUpTo, Commit, EndRun, Handled, Start
 from fedmq.nodes.run.digests import model_digest
 from tests.algorithms.fleet import Fleet, changed, make_setup, with_data
@@ -290,6 +290,27 @@ def test_a_checkpoint_that_does_not_fit_is_one_sentence(fault):
     with pytest.raises(NodeError, match=f"checkpoint {message.id} does not fit") as caught:
         resumed(setup, Delivery(1, 1.0, message, dict(enumerate(data))), [])
     assert "\n" not in str(caught.value)
+
+
+def test_an_error_of_the_algorithm_in_a_checkpoint_does_not_end_the_run(monkeypatch):
+    """Its code may be repaired; an end would come from a state that was never restored."""
+    setup = setup_of("stream", checkpoint_s=0.0)
+    fleet = Fleet(setup)
+    fleet.hear(*fleet.work(*fleet.tasks.pop(0)))
+
+    def fails(*_):
+        raise RuntimeError("size mismatch for fc.weight")
+
+    for method in ("load", "new_accumulator"):
+        core = Aggregator(setup, "run", "aggregator")
+        with monkeypatch.context() as patch:
+            patch.setattr(type(setup.algorithm), method, fails)
+            with pytest.raises(
+                OwnCodeError, match=r"algorithm.name: .*size mismatch for fc.weight"
+            ):
+                core.handle(Start(fleet.checkpoint))
+    assert core.handle(Start(fleet.checkpoint))
+    assert core.version == 1
 
 
 def test_while_a_version_is_being_made_nodes_come_and_go_and_results_wait():
