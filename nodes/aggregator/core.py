@@ -150,7 +150,7 @@ class Aggregator(AggregatorState):
         self._progress.start_over()
         self._progress.allow(self._goal.failures)
         if self._ended:  # tasks and evaluations from before the end get no answer
-            self._ended, self._committing = False, None
+            self._ended = False
             self._tasks.resume({})
             self._evaluations = Evaluations()
             self._results.begin_version(self.state, self.version)
@@ -224,7 +224,8 @@ class Aggregator(AggregatorState):
                 self._start_tasks(view, out)
                 return
             self._commit(out)
-        if self._finishing and self._running and not self._ended:
+        # The end rejects deferred results: those of an earlier session must be here, too.
+        if self._finishing and self._running and not (self._ended or self._deferred.awaited):
             self._finish(out)
 
     def _start_tasks(self, view: ScheduleView, out: list[AggregatorAction]) -> None:
@@ -340,7 +341,6 @@ class Aggregator(AggregatorState):
         own = modules_of(self._algorithm, self._setup.problem)
         why = f"{self._algorithm.name} raised {explained(error, own)}"
         self._finishing, self._failed, self._error = why, True, error
-        self._committing = None
         out: list[AggregatorAction] = []
         try:
             self._end(out)
@@ -365,7 +365,7 @@ class Aggregator(AggregatorState):
             self._post(out, "timer", TIMER, body)
 
     def _end(self, out: list[AggregatorAction]) -> None:
-        self._ended = True
+        self._ended, self._committing = True, None
         self._results.end(self._deferred.take(), out)
         self._deferred = DeferredResults()
         about: dict[str, Any] = {"reason": self._finishing, "position": self._position}

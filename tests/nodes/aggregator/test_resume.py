@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from fedmq.broker.link.events import Delivery, PostMessage
+from fedmq.broker.rejections import Code
 from fedmq.broker.wire.encoding import encode_message
 from fedmq.broker.wire.schema import Blob
 from fedmq.nodes.aggregator.checkpoint import Fold
@@ -311,6 +312,41 @@ def test_an_error_of_the_algorithm_in_a_checkpoint_does_not_end_the_run(monkeypa
                 core.handle(Start(fleet.checkpoint))
     assert core.handle(Start(fleet.checkpoint))
     assert core.version == 1
+
+
+def test_an_end_right_after_a_restart_rejects_the_results_that_the_end_before_it_rejected():
+    """A result came during the last commit, and no node is left to evaluate the last version."""
+    setup = setup_of("buffered", algorithm="tests.algorithms.tiny:Beside", versions=1)
+    fleet = Fleet(setup)
+    for _ in range(3):
+        deferred = fleet.hear(*fleet.work(*fleet.tasks.pop(0)))
+    for k in range(4):
+        fleet.leave(f"w{k}")
+    before = len(fleet.actions)
+    fleet.say("tick", {"token": fleet.commits.pop().token})
+    _, post, _, *rest = fleet.actions[before:]
+    assert post.message.kind == "version"
+    assert fleet.codes[deferred] == Code.RUN_OVER
+    unfinished = [each for each in fleet.inbox if each.seq == deferred]
+    _, actions = resumed(setup, handed_over(post), unfinished)
+    assert plain(actions) == plain(rest)
+
+
+def test_a_run_that_ends_during_a_commit_drops_it():
+    setup = setup_of(
+        "buffered",
+        algorithm="tests.algorithms.tiny:Beside",
+        target_accuracy=0.01,
+        evaluate_every=1,
+    )
+    fleet = Fleet(setup)
+    for _ in range(2):
+        fleet.hear(*fleet.work(*fleet.tasks.pop(0)))
+    for message, data in fleet.evaluations:
+        fleet.hear(fleet.score(message, data))
+    assert fleet.finished.endswith("reached the target of 0.01")
+    fleet.say("tick", {"token": fleet.commits.pop().token})
+    assert (fleet.core.version, fleet.core.missing_clients()) == (0, [])
 
 
 def test_while_a_version_is_being_made_nodes_come_and_go_and_results_wait():
