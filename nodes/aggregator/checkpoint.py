@@ -59,6 +59,8 @@ class Fold(Struct):
     failed: whether the run ends without reaching its goal.
     goal: the run's goal; missing in checkpoints of 0.1.0.
     expects_evaluator: whether a resumed run had an evaluator before.
+    asked_final: if a timer limits the wait for the final evaluation, the number of outstanding
+        evaluations when it was set.
     """
 
     position: int
@@ -85,6 +87,7 @@ class Fold(Struct):
     rules: int = 0
     goal: Goal | UnsetType = UNSET
     expects_evaluator: bool | UnsetType = UNSET
+    asked_final: int | UnsetType = UNSET
 
 
 def pack_checkpoint(algorithm: AnyAlgorithm, state: OpaqueState, fold: Fold) -> Packed:

@@ -309,6 +309,7 @@ class Aggregator(AggregatorState):
         self._deferred = DeferredResults(awaited=set(fold.deferred), unsettled=tuple(fold.deferred))
         self._evaluated, self._running = fold.evaluated, fold.running
         self._finishing, self._ended, self._failed = fold.finishing, fold.ended, fold.failed
+        self._asked_final = fold.asked_final or None
         self._now = self._checkpoint_at = fold.at
         self._progress.resume(fold.failures, fold.rules, self.version, self._now)
         self._goal = fold.goal or self._goal
@@ -365,7 +366,7 @@ class Aggregator(AggregatorState):
             self._post(out, "timer", TIMER, body)
 
     def _end(self, out: list[AggregatorAction]) -> None:
-        self._ended, self._committing = True, None
+        self._ended, self._committing, self._asked_final = True, None, None
         self._results.end(self._deferred.take(), out)
         self._deferred = DeferredResults()
         about: dict[str, Any] = {"reason": self._finishing, "position": self._position}

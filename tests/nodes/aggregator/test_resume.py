@@ -349,6 +349,28 @@ def test_a_run_that_ends_during_a_commit_drops_it():
     assert (fleet.core.version, fleet.core.missing_clients()) == (0, [])
 
 
+def test_a_final_evaluation_that_spans_a_restart_has_one_timer():
+    """The run reached its goal during a commit, whose version is evaluated, too."""
+    setup = setup_of(
+        "buffered", algorithm="tests.algorithms.tiny:Beside", target_accuracy=0.01, evaluate_every=1
+    )
+    fleet = Fleet(setup)
+    for _ in range(4):
+        fleet.hear(*fleet.work(*fleet.tasks.pop(0)))
+        if fleet.core.version == 0 and fleet.commits:
+            fleet.say("tick", {"token": fleet.commits.pop().token})
+    for message, data in fleet.evaluations[:4]:
+        fleet.hear(fleet.score(message, data))
+    assert "final evaluation" in fleet.ticks
+    before = len(fleet.actions)
+    tick = fleet.say("tick", {"token": fleet.commits.pop().token})
+    actions = fleet.actions[before:]
+    post = next(filter(is_checkpoint, actions))
+    unfinished = [each for each in fleet.inbox if each.seq == tick]
+    _, again = resumed(setup, handed_over(post), unfinished)
+    assert plain(again[:-1]) == plain(actions[actions.index(post) + 2 :])
+
+
 def test_while_a_version_is_being_made_nodes_come_and_go_and_results_wait():
     """A server that trains does so beside its inbox, not in front of it."""
     setup = setup_of("buffered", algorithm="tests.algorithms.tiny:Beside", versions=2)
