@@ -9,13 +9,13 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from fedmq.broker.inspection.trace import Trace
-from fedmq.broker.ledger.entries import Accepted, Consumed, Ended, Refusal
-from fedmq.broker.wire.addresses import AGGREGATOR, BROKER, CONTINUED, RECORD
+from fedmq.broker.ledger.entries import Accepted, Consumed, Refusal
+from fedmq.broker.wire.addresses import RECORD
 from fedmq.broker.wire.schema import Blob, Message
-from fedmq.nodes.messages.tensor_tables import has_table
+from fedmq.nodes.history.run import RunHistory
+from fedmq.nodes.messages.tensor_tables import group_blobs
 from fedmq.nodes.process.terminal import WIDTH, count, fitted, plain, plural, seconds, table
-from fedmq.nodes.run_folder.outcomes import Outcomes
-from fedmq.nodes.trace.outcomes import ClientPlacement, MessageOutcomes, before_damage
+from fedmq.nodes.trace.overview import before_damage
 
 _BAR = 50
 _BESIDE_BAR = 24
@@ -78,7 +78,6 @@ class DeliveryAudit:
 
     Attributes:
         faults: sentences on violations.
-        unaccepted: number of messages rejected before they were accepted.
         records: number of records.
     """
 
@@ -86,7 +85,6 @@ class DeliveryAudit:
 
     def __init__(self) -> None:
         self.faults: list[str] = []
-        self.unaccepted = 0
         self.records = 0
         self._state = bytearray()
         self._kind = array("H")
@@ -107,12 +105,9 @@ class DeliveryAudit:
         """Count the messages that entry ``seq`` consumes."""
         self._mark(seq, of, self._CONSUMED, "consumes")
 
-    def refused(self, seq: int, of: int | None) -> None:
-        """Count the message that entry ``seq`` rejects; None: one that was not accepted."""
-        if of is None:
-            self.unaccepted += 1
-        else:
-            self._mark(seq, (of,), self._REFUSED, "rejects")
+    def refused(self, seq: int, of: int) -> None:
+        """Count the message that entry ``seq`` rejects."""
+        self._mark(seq, (of,), self._REFUSED, "rejects")
 
     def sums(self) -> tuple[int, int, int, int]:
         """Return the numbers of messages accepted, consumed, pending and rejected."""
@@ -150,45 +145,23 @@ class DeliveryAudit:
 
 
 class Stats:
-    """All counts of one run, up to its end or to damage.
-
-    Attributes:
-        staleness: number of used results by staleness in versions.
-        outcomes: of tasks and results.
-    """
+    """All counts of one run, up to its end or to damage."""
 
     def __init__(self, trace: Trace) -> None:
         self.trace = trace
-        self.message_outcomes = MessageOutcomes(trace)
-        self.placement = ClientPlacement()
+        self.history = RunHistory()
         self.traffic, self.account = Traffic(), DeliveryAudit()
-        self.staleness: Counter[int] = Counter()
-        self.outcomes = Outcomes()
-        self.last_at = trace.opened.at
-        self.ended: str | None = None
         for entry in before_damage(trace):
-            self.last_at = entry.at
-            message = entry.read() if isinstance(entry, Accepted) else None
-            self.outcomes.feed(entry, message, self.placement.aggregator)
+            facts = self.history.feed(entry)
             match entry:
-                case Accepted(seq=seq) if message is not None:
-                    self.placement.feed(message)
-                    host = self.placement.host_of(message.to)
-                    self.traffic.feed(message, len(entry.message), host)
-                    self.account.accepted(seq, message)
-                    if message.sender == BROKER and message.kind == CONTINUED:
-                        self.ended = None
-                    self.account.consumed(seq, entry.consumes)
-                    if message.to in (AGGREGATOR, f"node/{self.placement.aggregator}"):
-                        stale = self.message_outcomes.staleness(seq, message)
-                        if stale is not None:
-                            self.staleness[stale] += 1
+                case Accepted(seq=seq, consumes=of) if facts.message is not None:
+                    self.traffic.feed(facts.message, len(entry.message), facts.host)
+                    self.account.accepted(seq, facts.message)
+                    self.account.consumed(seq, of)
                 case Consumed(seq=seq, of=of):
                     self.account.consumed(seq, of)
-                case Refusal(seq=seq, of=of):
+                case Refusal(seq=seq, of=int(of)):
                     self.account.refused(seq, of)
-                case Ended(reason=reason):
-                    self.ended = reason
 
     def lines(self) -> Iterator[str]:
         """Yield the lines of the report."""
@@ -203,12 +176,12 @@ class Stats:
         yield from self._staleness()
 
     def _run(self) -> Iterator[str]:
-        end = "not ended" if self.ended is None else f"ended: {plain(self.ended)}"
-        lasted = seconds(self.last_at - self.trace.opened.at)
+        history, begun = self.history, self.trace.opened.at
+        end = "not ended" if history.ended is None else f"ended: {plain(history.ended)}"
+        lasted = seconds((begun if history.now is None else history.now) - begun)
         yield f"run {plain(self.trace.run)}, {end}"
         yield (
-            f"{count(self.message_outcomes.entries)} entries in {lasted} s, "
-            f"{plural(self.message_outcomes.versions, 'version')}"
+            f"{count(history.entries)} entries in {lasted} s, {plural(history.version, 'version')}"
         )
 
     def _traffic(self) -> Iterator[str]:
@@ -222,8 +195,14 @@ class Stats:
         kinds = [(plain(name), *_cells(each)) for name, each in traffic.kinds.items()]
         yield from table(("kind", *head), [*kinds, ("all", *_cells(total))])
         yield ""
+        roles = {name: node.role for name, node in self.history.nodes.items()}
         nodes = [
-            (plain(node), self.placement.roles.get(node, "-"), way, *_cells(tallies[node]))
+            (
+                plain(node),
+                roles.get(node) or "-",
+                way,
+                *_cells(tallies[node]),
+            )
             for node in sorted({*traffic.sent, *traffic.received})
             for way, tallies in (("sent", traffic.sent), ("received", traffic.received))
             if node in tallies
@@ -254,11 +233,11 @@ class Stats:
             left = ", ".join(f"{plain(name)} {count(n)}" for name, n in account.pending().items())
             yield f"pending: {left}"
         yield f"also: {plural(account.records, 'record')} (stored, not delivered)"
-        if account.unaccepted:
-            yield f"also: {plural(account.unaccepted, 'message')} rejected before acceptance"
+        if unaccepted := self.history.outcomes.unaccepted:
+            yield f"also: {plural(unaccepted, 'message')} rejected before acceptance"
 
     def _outcomes(self) -> Iterator[str]:
-        found = self.outcomes
+        found = self.history.outcomes
         yield (
             f"results {count(found.results)} = used {count(found.used)} + stale "
             f"{count(found.stale)} + rejected {count(found.refused)} + unused {count(found.unused)}"
@@ -285,7 +264,7 @@ class Stats:
             yield f"  and {count(len(without) - _SHOWN)} more"
 
     def _staleness(self) -> Iterator[str]:
-        used = self.staleness
+        used = self.history.outcomes.staleness
         many = used.total()
         if not many:
             yield "no result was used"
@@ -333,12 +312,8 @@ def _cells(tally: Tally) -> tuple[str, str, str]:
 def _by_codec(message: Message) -> Iterator[tuple[str, tuple[Blob, ...]]]:
     """Yield codec and blobs of each group of a message, then the other blobs."""
     first = 0
-    groups = message.body.get("groups")
-    for group in groups if isinstance(groups, list) else ():
-        match group:
-            case {"codec": str(codec), "buffers": int(buffers)} if buffers >= 0:
-                many = buffers + has_table(group)
-                yield codec, message.blobs[first : first + many]
-                first += many
+    for _, codec, blobs in group_blobs(message):
+        yield codec, blobs
+        first += len(blobs)
     if first < len(message.blobs):
         yield "(no tensors)", message.blobs[first:]
