@@ -36,8 +36,8 @@ _LARGEST = (1 << 31) - 1
 Subject = Literal["task", "result", "evaluation"]
 
 
-class Outcome(enum.StrEnum):
-    """Outcome of a result, as far as it is known.
+class ResultOutcome(enum.StrEnum):
+    """ResultOutcome of a result, as far as it is known.
 
     OPEN: in no version yet. It is unused if the run ends, or has ended, without it.
     """
@@ -175,18 +175,22 @@ class Outcomes:
         found = bisect.bisect_left(self._positions, seq)
         return self._versions[found - 1] if found else 0
 
-    def outcome_of(self, seq: int) -> Outcome | None:
+    def outcome_of(self, seq: int) -> ResultOutcome | None:
         """Return the outcome of a result by the number of its entry; None for other entries."""
         bits = self._bits[seq] if seq < len(self._bits) else 0
         if bits & _WHAT != _RESULT:
             return None
         return (
-            Outcome.REJECTED if bits & _REJECTED else Outcome.USED if bits & _USED else Outcome.OPEN
+            ResultOutcome.REJECTED
+            if bits & _REJECTED
+            else ResultOutcome.USED
+            if bits & _USED
+            else ResultOutcome.OPEN
         )
 
     def staleness_of(self, seq: int) -> int | None:
         """Return the staleness of a used result in versions; None for all others."""
-        if self.outcome_of(seq) is not Outcome.USED or self._bases[seq] < 0:
+        if self.outcome_of(seq) is not ResultOutcome.USED or self._bases[seq] < 0:
             return None
         return self.version_at(seq) - self._bases[seq]
 

@@ -18,7 +18,7 @@ from fedmq.broker.wire.addresses import RECORD
 from fedmq.broker.wire.schema import Message
 from fedmq.codecs.errors import CodecError
 from fedmq.nodes.errors import NodeError
-from fedmq.nodes.history.outcomes import Outcome
+from fedmq.nodes.history.outcomes import ResultOutcome
 from fedmq.nodes.history.run import RunHistory
 from fedmq.nodes.process.terminal import (
     count,
@@ -211,7 +211,7 @@ def _related_to(trace: Trace, entry: Accepted, message: Message) -> _Related:
     if stale is not None:
         used = f"used in version {outcomes.version_at(seq) + 1}, staleness {stale}"
         related.outcome.append(used)
-    elif message.kind == "result" and outcomes.outcome_of(seq) is not Outcome.REJECTED:
+    elif message.kind == "result" and outcomes.outcome_of(seq) is not ResultOutcome.REJECTED:
         related.outcome.append("not used in any version")
     if message.to == RECORD:
         related.outcome.append("stored as a record, not delivered")

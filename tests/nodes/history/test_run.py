@@ -5,7 +5,7 @@ import pytest
 from fedmq.broker.ledger.entries import Consumed, Opened
 from fedmq.broker.ledger.reader import read_entries
 from fedmq.nodes.cluster.view import line
-from fedmq.nodes.history.outcomes import Outcome
+from fedmq.nodes.history.outcomes import ResultOutcome
 from fedmq.nodes.history.run import RunHistory, runs_of
 from fedmq.nodes.history.tracker import TaskTracker
 from fedmq.nodes.run_folder.strict_json import to_strict_json
@@ -88,10 +88,10 @@ def test_each_result_has_an_outcome_and_each_used_one_its_staleness(story):
     open_ = story.result(3, 0, model_version=1)
     outcomes = story.history.outcomes
     assert [outcomes.outcome_of(seq) for seq in (used, late, refused, open_, open_ - 1)] == [
-        Outcome.USED,
-        Outcome.USED,
-        Outcome.REJECTED,
-        Outcome.OPEN,
+        ResultOutcome.USED,
+        ResultOutcome.USED,
+        ResultOutcome.REJECTED,
+        ResultOutcome.OPEN,
         None,
     ]
     assert [outcomes.staleness_of(seq) for seq in (used, late, refused, open_)] == [
