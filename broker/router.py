@@ -140,7 +140,8 @@ class BrokerServer:
             self._ledger, self._core = open_broker(
                 folder,
                 settings,
-                self._clock(),
+                self._clock,
+                durability=ledger_settings.durability,
                 retain_bytes=ledger_settings.retain_bytes,
                 redeliver_dead_letters=ledger_settings.redeliver_dead_letters,
                 continuation=continuation,
@@ -149,7 +150,6 @@ class BrokerServer:
             self._context.destroy(linger=0)
             raise
         self.endpoint = self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
-        self._sync = ledger_settings.durability == "power"
         self._wake_reader, self._wake_writer = sockets.socketpair()
         self._stopping = False
         self._outboxes: defaultdict[bytes, Outbox] = defaultdict(Outbox)
@@ -299,7 +299,7 @@ class BrokerServer:
     def _commit(self, sends: list[SendTo], now: float) -> None:
         """Write the ledger; if the disk is full, hold back what must not be sent yet."""
         try:
-            self._ledger.commit(sync=self._sync)
+            self._ledger.commit()
         except NoSpace as error:
             self._unwritten = sends[:]
             sends.clear()

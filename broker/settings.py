@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+Durability = Literal["process", "power"]
+
 EVERYTHING = None
 """Retention: delete nothing."""
 
@@ -41,7 +43,7 @@ class LedgerSettings:
     share_files: let nodes on the broker's host read blobs from the ledger's files.
     """
 
-    durability: Literal["process", "power"] = "process"
+    durability: Durability = "process"
     retain_bytes: int | None = EVERYTHING
     redeliver_dead_letters: bool = False
     share_files: bool = True

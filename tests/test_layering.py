@@ -199,7 +199,7 @@ def test_what_a_nodes_link_loads() -> None:
     loaded = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
     ours = {name.removeprefix("fedmq.broker.") for name in loaded if name.startswith("fedmq.b")}
     wire = {"batching", "chunked_transfer", "clock", "encoding", "endpoints", "schema", "sockets"}
-    reading = {"entries", "lock", "records", "segments"}
+    reading = {"disk", "entries", "lock", "records", "segments"}
     own = {path.stem for path in (ROOT / "broker" / "link").glob("*.py")} - {"__init__"}
     assert ours == {
         *("fedmq.broker", "errors", "rejections", "wire", "ledger", "link"),

@@ -16,6 +16,7 @@ from fedmq.broker.core.mailboxes import Mailboxes
 from fedmq.broker.core.state import Append, Continuation, Node, RunState
 from fedmq.broker.errors import LedgerDamage, LedgerError, check_advice
 from fedmq.broker.ledger.blob_store import find_damage
+from fedmq.broker.ledger.disk import LOCAL_DISK, Disk
 from fedmq.broker.ledger.entries import (
     Accepted,
     AnyEntry,
@@ -27,7 +28,7 @@ from fedmq.broker.ledger.entries import (
 )
 from fedmq.broker.ledger.manifest import check_entries
 from fedmq.broker.ledger.writer import Ledger
-from fedmq.broker.settings import EVERYTHING, BrokerSettings
+from fedmq.broker.settings import EVERYTHING, BrokerSettings, Durability
 from fedmq.broker.wire.addresses import (
     AGGREGATOR,
     BROKER,
@@ -37,6 +38,7 @@ from fedmq.broker.wire.addresses import (
     TIMER,
     addresses,
 )
+from fedmq.broker.wire.clock import Clock
 from fedmq.broker.wire.encoding import encode_message
 from fedmq.broker.wire.schema import Hello, Message
 
@@ -48,6 +50,7 @@ class Restorer:
 
     Attributes:
         mailboxes: the runs, and what is unfinished in them.
+        last_at: time of the last entry, in seconds since 1970; 0 without entries.
         lost: (run, number) of the unfinished messages whose blobs are not in the ledger.
     """
 
@@ -59,7 +62,7 @@ class Restorer:
         self._at: dict[int, float] = {}
         self._last: dict[str, tuple[int, Message]] = {}
         """(number, message) of the last checkpoint of each ended run."""
-        self._last_at: float | None = None
+        self.last_at = 0.0
         self.lost: list[tuple[str, int]] = []
 
     def feed(self, entry: AnyEntry) -> None:
@@ -76,7 +79,7 @@ class Restorer:
 
     def _feed(self, entry: AnyEntry) -> None:
         self.mailboxes.next_seq = entry.seq + 1
-        self._last_at = entry.at
+        self.last_at = max(self.last_at, entry.at)
         match entry:
             case Opened(run=name, config=config, total_clients=total, identity=identity):
                 self.mailboxes.runs[name] = RunState(name, config, total, identity=identity)
@@ -165,7 +168,7 @@ class Restorer:
         """
         if continuation.run not in self.mailboxes.runs:
             return
-        stopped_s = max(0.0, now - self._last_at) if self._last_at is not None else 0.0
+        stopped_s = max(0.0, now - self.last_at)
         message = Message(
             kind=CONTINUED,
             id=f"{BROKER}/{ledger.next_seq}",
@@ -261,8 +264,10 @@ def random_identity() -> str:
 def open_broker(
     folder: Path,
     settings: BrokerSettings,
-    now: float,
+    clock: Clock,
     *,
+    durability: Durability = "process",
+    disk: Disk = LOCAL_DISK,
     retain_bytes: int | None = EVERYTHING,
     redeliver_dead_letters: bool = False,
     continuation: Continuation | None = None,
@@ -273,7 +278,10 @@ def open_broker(
     Args:
         folder: the ledger's folder.
         settings: of the broker.
-        now: in seconds since 1970.
+        clock: set forward to the time of the last entry if it is behind, because the machine's
+            clock was set back: deadlines count from the times of the entries.
+        durability: see `LedgerSettings`.
+        disk: holds the folder.
         retain_bytes: see `Ledger`.
         redeliver_dead_letters: deliver dead-lettered messages again, under new numbers.
         continuation: a run that continues with new sessions of all nodes.
@@ -286,10 +294,14 @@ def open_broker(
     """
     restorer = Restorer(Mailboxes())
     try:
-        check_entries(folder)
-        ledger = Ledger(folder, restorer.feed, retain_bytes=retain_bytes)
+        check_entries(folder, disk)
+        ledger = Ledger(
+            folder, restorer.feed, retain_bytes=retain_bytes, durability=durability, disk=disk
+        )
     except LedgerDamage as error:
         raise error.advise(check_advice(folder)) from None
+    clock.not_before(restorer.last_at)
+    now = clock()
     for seq in restorer.dead_letters if redeliver_dead_letters else ():
         # Under a new number: a session that is still alive skips lower numbers.
         data = ledger.read(seq).message
@@ -304,7 +316,7 @@ def open_broker(
             raise
     restorer.finish(ledger, now, settings.lease_s)
     try:
-        _check_lost(restorer, ledger)
+        _check_lost(restorer, ledger, disk)
     except LedgerError:
         ledger.close()
         raise
@@ -317,7 +329,7 @@ def open_broker(
     return ledger, core
 
 
-def _check_lost(restorer: Restorer, ledger: Ledger) -> None:
+def _check_lost(restorer: Restorer, ledger: Ledger, disk: Disk) -> None:
     """Check that no unfinished message lacks bytes because of damage.
 
     Without damage, a power failure or a repair has truncated the payload: then the messages are
@@ -329,7 +341,7 @@ def _check_lost(restorer: Restorer, ledger: Ledger) -> None:
     """
     if not restorer.lost:
         return
-    damage = next(iter(ledger.damage), None) or find_damage(ledger.folder)
+    damage = next(iter(ledger.damage), None) or find_damage(ledger.folder, disk)
     if damage is not None:
         run, seq = restorer.lost[0]
         rest = f" and {len(restorer.lost) - 1} more need" if len(restorer.lost) > 1 else " needs"

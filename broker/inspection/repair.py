@@ -31,7 +31,7 @@ from fedmq.broker.ledger.entries import (
 from fedmq.broker.ledger.lock import FolderLock
 from fedmq.broker.ledger.manifest import Manifest
 from fedmq.broker.ledger.records import MAGIC, Record, walk
-from fedmq.broker.ledger.segment_writer import copy_bytes, set_aside, sync_folder, unused_name
+from fedmq.broker.ledger.segment_writer import blocks, set_aside, sync_folder, unused_name
 
 
 class RepairAction(StrEnum):
@@ -239,7 +239,7 @@ def _copy_whole(path: Path, new: Path) -> None:
                 decode_chunk(found, path)
             except LedgerDamage:
                 continue
-            copy_bytes(source, target, found.offset, found.end)
+            target.writelines(blocks(source, found.offset, found.end))
         target.flush()
         os.fsync(target.fileno())
 

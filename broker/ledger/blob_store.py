@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import bisect
 import contextlib
-import os
 from collections import OrderedDict
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +11,7 @@ from pathlib import Path
 import xxhash
 
 from fedmq.broker.errors import LedgerDamage, LedgerError, io_error
-from fedmq.broker.ledger import page_cache
+from fedmq.broker.ledger.disk import LOCAL_DISK, Disk
 from fedmq.broker.ledger.entries import (
     PAYLOAD,
     BlobName,
@@ -53,13 +52,13 @@ class BlobStore:
     so that its memory does not grow with a run.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    def __init__(self, folder: Path, disk: Disk = LOCAL_DISK) -> None:
+        self._folder, self._disk = folder, disk
         self._blobs: dict[BlobName, _Stored] = {}
         self._idle: OrderedDict[BlobName, None] = OrderedDict()
         self._pins: dict[int, int] = {}
         """Number of pinned blobs of each segment, by its number."""
-        self._files = SegmentFiles(folder, _OPEN_FILES)
+        self._files = SegmentFiles(folder, _OPEN_FILES, disk)
         self._recent: OrderedDict[tuple[BlobName, int], Buffer] = OrderedDict()
         self._recent_bytes = 0
 
@@ -156,7 +155,7 @@ class BlobStore:
         self._files.close(number)
         path = segment_path(self._folder, PAYLOAD, number)
         try:
-            path.unlink(missing_ok=True)
+            self._disk.unlink(path)
         except OSError as error:
             raise io_error("cannot delete", error, path.name) from None
         return True
@@ -180,7 +179,7 @@ class BlobStore:
         """
         path = segment_path(self._folder, PAYLOAD, number)
         damage = []
-        for found in walk(path, verify_data=verify):
+        for found in walk(path, verify_data=verify, disk=self._disk):
             if isinstance(found, DamagedRange):
                 if found.fault is not DamageKind.TORN:
                     damage.append(found.error(path))
@@ -228,7 +227,7 @@ class BlobStore:
             skip = start - chunk_start
             take = min(size, length - skip)
             try:
-                data = os.pread(self._files.fd(segment), take, offset + skip)
+                data = self._disk.pread(self._files.fd(segment), take, offset + skip)
             except OSError as error:
                 file = segment_path(self._folder, PAYLOAD, segment).name
                 raise io_error("cannot read", error, file, offset + skip) from None
@@ -249,10 +248,10 @@ class BlobStore:
         return tuple((segment, offset, length) for segment, offset, _, length in stored.chunks)
 
     def evict(self, segment: int) -> None:
-        """Drop a segment's pages from the page cache, if possible: see `page_cache.evict`."""
+        """Drop a segment's pages from the page cache, if possible: see `Disk.evict`."""
         # Failures (a deleted file, no descriptor, no thread) cost only time.
         with contextlib.suppress(LedgerError, OSError, RuntimeError):
-            page_cache.evict(self._files.fd(segment))
+            self._disk.evict(self._files.fd(segment))
 
     def close(self) -> None:
         """Close the files."""
@@ -278,14 +277,14 @@ def _start_of(chunk: tuple[int, int, int, int]) -> int:
     return chunk[2]
 
 
-def find_damage(folder: Path) -> LedgerDamage | None:
+def find_damage(folder: Path, disk: Disk = LOCAL_DISK) -> LedgerDamage | None:
     """Read all payload of a ledger; return the first damage, or None.
 
     Raises:
         LedgerError: a file cannot be read, or is not a segment.
     """
-    index = BlobStore(folder)
-    for number in segment_numbers(folder, PAYLOAD):
+    index = BlobStore(folder, disk)
+    for number in segment_numbers(folder, PAYLOAD, disk):
         for damage in index.add_segment(number, verify=True):
             return damage
     return None

@@ -7,7 +7,6 @@ consumed + pending + rejected.
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ import msgspec
 from msgspec import UNSET, Struct, UnsetType, field
 
 from fedmq.broker.errors import LedgerDamage, LedgerError, WireError, io_error
+from fedmq.broker.ledger.disk import LOCAL_DISK, Disk
 from fedmq.broker.ledger.records import Record
 from fedmq.broker.rejections import code_of
 from fedmq.broker.wire.encoding import decode_message
@@ -166,7 +166,7 @@ def segment_path(folder: Path, family: str, number: int) -> Path:
     return folder / f"{family}-{number:020d}.log"
 
 
-def segment_numbers(folder: Path, family: str) -> list[int]:
+def segment_numbers(folder: Path, family: str, disk: Disk = LOCAL_DISK) -> list[int]:
     """Return the numbers of a family's segments, in order; none if the folder does not exist.
 
     Raises:
@@ -174,8 +174,7 @@ def segment_numbers(folder: Path, family: str) -> list[int]:
     """
     pattern = re.compile(rf"{family}-([0-9]{{20}})\.log")
     try:
-        with os.scandir(folder) as found:
-            matches = [pattern.fullmatch(each.name) for each in found]
+        matches = [pattern.fullmatch(name) for name in disk.names(folder)]
     except (FileNotFoundError, NotADirectoryError):
         return []
     except OSError as error:

@@ -11,6 +11,7 @@ import socket
 from pathlib import Path
 
 from fedmq.broker.errors import LedgerError
+from fedmq.broker.ledger.disk import LOCAL_DISK, UPDATE, Disk
 
 LOCK_FILE = "lock"
 """Locked by the broker that writes to the folder. The first line is a proof, by which nodes
@@ -30,10 +31,11 @@ class FolderLock:
         LedgerError: another process holds the lock, or the file cannot be opened or locked.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, disk: Disk = LOCAL_DISK) -> None:
+        self._disk = disk
         path = folder / LOCK_FILE
         try:
-            self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            self._fd = disk.open(path, UPDATE)
         except PermissionError as error:
             raise LedgerError(f"cannot open {path}: {error.strerror}{_owner(path)}") from None
         except OSError as error:
@@ -42,25 +44,25 @@ class FolderLock:
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             holder = _holder(self._fd)
-            os.close(self._fd)
+            disk.close(self._fd)
             raise LedgerError(f"another broker{holder} is writing to {folder}") from None
         except OSError as error:
-            os.close(self._fd)
+            disk.close(self._fd)
             raise LedgerError(f"cannot lock {path}: {error.strerror}") from None
         self.proof = self._write_proof()
 
     def release(self) -> None:
         """Release the lock."""
         with contextlib.suppress(OSError):  # the lock file has no content that matters any more
-            os.close(self._fd)
+            self._disk.close(self._fd)
 
     def _write_proof(self) -> str:
         """Write a random text that proves to its readers that they see this folder."""
         proof = secrets.token_hex(16)
         text = f"{proof}\n{os.getpid()} {socket.gethostname()}\n"
         try:
-            os.ftruncate(self._fd, 0)
-            os.pwrite(self._fd, text.encode(errors="replace"), 0)
+            self._disk.truncate(self._fd, 0)
+            self._disk.pwrite(self._fd, text.encode(errors="replace"), 0)
         except OSError:
             return ""
         return proof

@@ -7,11 +7,11 @@ segment is found only by a later record, or by a message that names a blob.
 
 from __future__ import annotations
 
-import os
 import re
 from pathlib import Path
 
 from fedmq.broker.errors import LedgerDamage, NoSpace, io_error
+from fedmq.broker.ledger.disk import APPEND, LOCAL_DISK, Disk, append_all
 from fedmq.broker.ledger.entries import MESSAGES, PAYLOAD, segment_numbers, segment_path
 from fedmq.broker.ledger.reader import read_entries
 from fedmq.broker.ledger.records import MAGIC
@@ -30,6 +30,7 @@ class Manifest:
 
     Args:
         folder: of the ledger.
+        disk: holds the folder.
 
     Attributes:
         exists: whether the file exists; without it, no segment is known to be missing.
@@ -39,14 +40,15 @@ class Manifest:
         LedgerError: the file cannot be read.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    def __init__(self, folder: Path, disk: Disk = LOCAL_DISK) -> None:
+        self._folder, self._disk = folder, disk
         self._path = folder / MANIFEST_FILE
         self.expected: set[Name] = set()
         self._unwritten: list[str] = []
         """Lines that did not fit the disk; they are written with the next ones."""
         try:
-            text = self._path.read_bytes().decode("ascii", errors="replace")
+            with disk.reader(self._path) as file:
+                text = file.read().decode("ascii", errors="replace")
         except FileNotFoundError:
             self.exists = False
             return
@@ -62,7 +64,7 @@ class Manifest:
 
     def missing(self) -> list[Name]:
         """Return the expected segments that do not exist."""
-        return sorted(self.expected - _present(self._folder))
+        return sorted(self.expected - _present(self._folder, self._disk))
 
     def begin(self) -> None:
         """List the existing segments that are not listed yet; creates the file if needed.
@@ -70,14 +72,14 @@ class Manifest:
         Raises:
             LedgerError: the file cannot be written.
         """
-        lines = [f"+ {family} {n}\n" for family, n in sorted(_present(self._folder))]
+        lines = [f"+ {family} {n}\n" for family, n in sorted(_present(self._folder, self._disk))]
         if not self.exists:
             self._append([_MADE_WITH, *lines])
             self.exists = True
         else:
             known = {f"+ {family} {n}\n" for family, n in self.expected}
             self._append([line for line in lines if line not in known])
-        self.expected |= _present(self._folder)
+        self.expected |= _present(self._folder, self._disk)
 
     def add(self, family: str, number: int) -> None:
         """List a segment that was begun.
@@ -104,13 +106,15 @@ class Manifest:
         if not self._unwritten:
             return
         try:
-            with self._path.open("ab") as file:
+            fd = self._disk.open(self._path, APPEND)
+            try:
                 # A line that a crash has truncated stays on a line of its own.
-                begin = "\n" if file.tell() else ""
-                file.write((begin + "".join(self._unwritten)).encode())
-                file.flush()
+                text = ("\n" if self._disk.size(fd) else "") + "".join(self._unwritten)
+                append_all(self._disk, fd, [text.encode()])
                 if sync:
-                    os.fsync(file.fileno())
+                    self._disk.sync(fd)
+            finally:
+                self._disk.close(fd)
         except OSError as error:
             failure = io_error("cannot write", error, self._path.name)
             if not isinstance(failure, NoSpace):
@@ -119,7 +123,7 @@ class Manifest:
             self._unwritten.clear()
 
 
-def check_segments(folder: Path, manifest: Manifest) -> None:
+def check_segments(folder: Path, manifest: Manifest, disk: Disk = LOCAL_DISK) -> None:
     """Check that no whole segment is missing.
 
     Raises:
@@ -131,46 +135,46 @@ def check_segments(folder: Path, manifest: Manifest) -> None:
         names = [segment_path(folder, *name).name for name in missing]
         also = f" and {len(names) - 1} more segments are" if len(names) > 1 else " is"
         raise LedgerDamage(f"{names[0]}{also} missing from {folder}")
-    if not segment_numbers(folder, MESSAGES) and _holds_records(folder, PAYLOAD):
+    if not segment_numbers(folder, MESSAGES, disk) and _holds_records(folder, PAYLOAD, disk):
         raise LedgerDamage(f"expected messages-*.log beside the payload in {folder}, found none")
 
 
-def check_entries(folder: Path) -> None:
+def check_entries(folder: Path, disk: Disk = LOCAL_DISK) -> None:
     """Check that there are entries if there is payload: a run is opened before its first blob.
 
     Raises:
         LedgerDamage: there are none, or the first one is damaged.
         LedgerError: the folder cannot be read.
     """
-    if not (segment_numbers(folder, MESSAGES) and _holds_records(folder, PAYLOAD)):
+    if not (segment_numbers(folder, MESSAGES, disk) and _holds_records(folder, PAYLOAD, disk)):
         return
-    if next(read_entries(folder), None) is None:
+    if next(read_entries(folder, disk), None) is None:
         raise LedgerDamage(f"expected entries beside the payload in {folder}, found none")
 
 
-def payload_is_gone(folder: Path) -> bool:
+def payload_is_gone(folder: Path, disk: Disk = LOCAL_DISK) -> bool:
     """Return whether all payload is missing: retention always keeps one segment.
 
     Raises:
         LedgerError: the folder cannot be read.
     """
-    return not segment_numbers(folder, PAYLOAD) and _holds_records(folder, MESSAGES)
+    return not segment_numbers(folder, PAYLOAD, disk) and _holds_records(folder, MESSAGES, disk)
 
 
-def _holds_records(folder: Path, family: str) -> bool:
-    for number in segment_numbers(folder, family):
+def _holds_records(folder: Path, family: str, disk: Disk) -> bool:
+    for number in segment_numbers(folder, family, disk):
         path = segment_path(folder, family, number)
         try:
-            if path.stat().st_size > len(MAGIC):
+            if disk.size_of(path) > len(MAGIC):
                 return True
         except OSError as error:
             raise io_error("cannot read", error, path.name) from None
     return False
 
 
-def _present(folder: Path) -> set[Name]:
+def _present(folder: Path, disk: Disk) -> set[Name]:
     return {
         (family, number)
         for family in (MESSAGES, PAYLOAD)
-        for number in segment_numbers(folder, family)
+        for number in segment_numbers(folder, family, disk)
     }

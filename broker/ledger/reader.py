@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from fedmq.broker.errors import LedgerDamage, LedgerError, io_error
+from fedmq.broker.ledger.disk import LOCAL_DISK, Disk
 from fedmq.broker.ledger.entries import (
     MESSAGES,
     AnyEntry,
@@ -25,13 +26,13 @@ _BLOCK = 64
 """Entries per offset that is kept in memory; a reader scans to the others from there."""
 
 
-def read_entries(folder: Path) -> Iterator[AnyEntry]:
+def read_entries(folder: Path, disk: Disk = LOCAL_DISK) -> Iterator[AnyEntry]:
     """Yield the entries of a ledger in order; stops at a torn tail.
 
     Raises:
         LedgerError: a damaged record, or a missing number; with segment and offset.
     """
-    yield from LedgerTail(folder).poll()
+    yield from LedgerTail(folder, disk).poll()
 
 
 class LedgerTail:
@@ -41,8 +42,8 @@ class LedgerTail:
         at: (segment, offset) of the record of the entry that `poll` yielded last.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    def __init__(self, folder: Path, disk: Disk = LOCAL_DISK) -> None:
+        self._folder, self._disk = folder, disk
         self._first: int | None = None
         self._offset = len(MAGIC)
         self._next_seq = 0
@@ -57,13 +58,13 @@ class LedgerTail:
             LedgerError: as `read_entries`.
         """
         yield from self._take()
-        for first in segment_numbers(self._folder, MESSAGES):
+        for first in segment_numbers(self._folder, MESSAGES, self._disk):
             if self._first is not None and first < self._first:
                 continue
             if first != self._first:
                 self._enter(first)
             path = segment_path(self._folder, MESSAGES, first)
-            for record in scan(path, self._offset):
+            for record in scan(path, self._offset, disk=self._disk):
                 entries = decode_entries(record, path)
                 if entries[0].seq != self._next_seq:
                     raise LedgerDamage(
@@ -85,7 +86,8 @@ class LedgerTail:
         """Return the bytes after the last whole record, or None."""
         if self._first is None:
             return None
-        return tail_of(segment_path(self._folder, MESSAGES, self._first), self._offset)
+        path = segment_path(self._folder, MESSAGES, self._first)
+        return tail_of(path, self._offset, self._disk)
 
     def _enter(self, first: int) -> None:
         """Continue with a segment, which is named by its first entry.
@@ -101,12 +103,12 @@ class LedgerTail:
             path = segment_path(self._folder, MESSAGES, self._first or 0)
             if self._first is None:
                 raise LedgerDamage(reason, path.name)
-            tail = tail_of(path, self._offset)
+            tail = tail_of(path, self._offset, self._disk)
             raise LedgerDamage(reason, path.name, tail[1] if tail else self._offset)
         self._first, self._offset = first, len(MAGIC)
 
 
-def tail_of(path: Path, end: int) -> TornTail | None:
+def tail_of(path: Path, end: int, disk: Disk = LOCAL_DISK) -> TornTail | None:
     """Return the bytes of a segment after ``end``, the end of its last whole record; or None.
 
     All of a file that does not begin like a segment (too short, or zeros) is its tail.
@@ -115,9 +117,9 @@ def tail_of(path: Path, end: int) -> TornTail | None:
         LedgerError: the file cannot be read.
     """
     try:
-        with path.open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
+        with disk.reader(path) as file:
             begun = file.read(len(MAGIC)) == MAGIC
+            size = file.seek(0, os.SEEK_END)
     except OSError as error:
         raise io_error("cannot open", error, path.name) from None
     if not begun:
@@ -128,8 +130,8 @@ def tail_of(path: Path, end: int) -> TornTail | None:
 class EntryIndex:
     """Finds an entry by its number, with a few bytes of memory for many entries on disk."""
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    def __init__(self, folder: Path, disk: Disk = LOCAL_DISK) -> None:
+        self._folder, self._disk = folder, disk
         self._firsts: list[int] = []
         self._offsets: dict[int, array[int]] = {}
         self._block: list[AnyEntry] = []
@@ -167,7 +169,7 @@ class EntryIndex:
         path = segment_path(self._folder, MESSAGES, segment)
         block: list[AnyEntry] = []
         try:
-            for record in scan(path, offsets[number]):
+            for record in scan(path, offsets[number], disk=self._disk):
                 block += decode_entries(record, path)
                 if block[-1].seq - segment >= (number + 1) * _BLOCK - 1:
                     break

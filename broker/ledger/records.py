@@ -30,6 +30,7 @@ import numpy as np
 import xxhash
 
 from fedmq.broker.errors import LedgerDamage, LedgerError, io_error
+from fedmq.broker.ledger.disk import LOCAL_DISK, Disk
 from fedmq.broker.wire.schema import CHUNK_BYTES, MAX_HEADER_BYTES, Buffer
 
 MAGIC = b"FEDMQLOG" + struct.pack("<II", 1, 0)
@@ -114,7 +115,13 @@ class DamagedRange:
         return LedgerDamage(_SENTENCES[self.fault], path.name, self.offset)
 
 
-def scan(path: Path, start: int = len(MAGIC), *, verify_data: bool = True) -> Iterator[Record]:
+def scan(
+    path: Path,
+    start: int = len(MAGIC),
+    *,
+    verify_data: bool = True,
+    disk: Disk = LOCAL_DISK,
+) -> Iterator[Record]:
     """Yield the whole records of a segment from byte ``start`` on.
 
     Stops without an error at a torn tail, which begins at `Record.end` of the last record. Without
@@ -124,7 +131,7 @@ def scan(path: Path, start: int = len(MAGIC), *, verify_data: bool = True) -> It
         LedgerDamage: the file is not a segment, or has an invalid record before its tail.
         LedgerError: the file cannot be read.
     """
-    for found in walk(path, start, verify_data=verify_data, resync=False):
+    for found in walk(path, start, verify_data=verify_data, resync=False, disk=disk):
         if isinstance(found, Record):
             yield found
         elif found.at_end:
@@ -134,7 +141,12 @@ def scan(path: Path, start: int = len(MAGIC), *, verify_data: bool = True) -> It
 
 
 def walk(
-    path: Path, start: int = len(MAGIC), *, verify_data: bool = True, resync: bool = True
+    path: Path,
+    start: int = len(MAGIC),
+    *,
+    verify_data: bool = True,
+    resync: bool = True,
+    disk: Disk = LOCAL_DISK,
 ) -> Iterator[Record | DamagedRange]:
     """Yield all of a segment from byte ``start`` on: whole records, and the damage between them.
 
@@ -144,6 +156,7 @@ def walk(
         verify_data: as for `scan`.
         resync: search for the next whole record after damage; otherwise the first damage extends
             to the end of the segment, and is the last item.
+        disk: holds the file.
 
     Raises:
         LedgerDamage: the file is not a segment, and no record begins where the first one should.
@@ -151,8 +164,9 @@ def walk(
     """
     offset = start
     try:
-        with path.open("rb", buffering=1 << 16) as file:
-            size = os.fstat(file.fileno()).st_size
+        with disk.reader(path) as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(0)
             head = _check_magic(file, size)
             if head is not None:
                 if head.fault is DamageKind.FORMAT and not (

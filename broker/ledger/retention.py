@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from fedmq.broker.errors import io_error
+from fedmq.broker.ledger.disk import LOCAL_DISK, Disk
 from fedmq.broker.ledger.entries import PAYLOAD, segment_numbers, segment_path
 from fedmq.broker.settings import LEAST_SEGMENT_BYTES, RETAINED_SEGMENTS
 
@@ -16,10 +17,11 @@ class RetentionPolicy:
     Args:
         folder: of the ledger.
         limit: most bytes of payload; 0 keeps what unfinished messages need, `EVERYTHING` all.
+        disk: holds the folder.
     """
 
-    def __init__(self, folder: Path, limit: int | None) -> None:
-        self._folder, self._limit = folder, limit
+    def __init__(self, folder: Path, limit: int | None, disk: Disk = LOCAL_DISK) -> None:
+        self._folder, self._limit, self._disk = folder, limit, disk
 
     def segment_bytes(self, largest: int) -> int:
         """Return the size of a full segment: ``largest``, or less for a small limit."""
@@ -38,7 +40,7 @@ class RetentionPolicy:
         """
         if self._limit is None:
             return
-        numbers = segment_numbers(self._folder, PAYLOAD)
+        numbers = segment_numbers(self._folder, PAYLOAD, self._disk)
         sizes = {number: self._size(number) for number in numbers}
         total = sum(sizes.values())
         # The new segment will become as large as the one before it.
@@ -52,6 +54,6 @@ class RetentionPolicy:
     def _size(self, number: int) -> int:
         path = segment_path(self._folder, PAYLOAD, number)
         try:
-            return path.stat().st_size
+            return self._disk.size_of(path)
         except OSError as error:
             raise io_error("cannot read", error, path.name) from None

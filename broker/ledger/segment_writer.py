@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
 from fedmq.broker.errors import LedgerError, io_error
+from fedmq.broker.ledger.disk import APPEND, LOCAL_DISK, READ, Disk, append_all
 from fedmq.broker.ledger.records import MAGIC, DamagedRange, DamageKind, Record, walk
 from fedmq.broker.wire.schema import Buffer
 
 _BLOCK = 4 << 20
-"""Bytes copied at a time."""
+"""Bytes that are copied at a time."""
 
 
 class Segment:
@@ -26,6 +26,7 @@ class Segment:
         each: called with every existing record, in order.
         over_damage: whether to skip damaged records and leave them in place; otherwise, damage is
             an error.
+        disk: holds the file.
 
     Attributes:
         path: the file.
@@ -44,20 +45,22 @@ class Segment:
         each: Callable[[Record], None] | None = None,
         *,
         over_damage: bool = False,
+        disk: Disk = LOCAL_DISK,
     ) -> None:
         self.path = path
+        self._disk = disk
         self.cut = 0
         self.damage: list[DamagedRange] = []
         self._has_excess = False
         """Whether bytes of a failed write, which could not be truncated, follow after ``size``."""
         try:
-            self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+            self._fd = disk.open(path, APPEND)
         except OSError as error:
             raise io_error("cannot open", error, str(path)) from None
         try:
             self._begin(each, over_damage=over_damage)
         except BaseException:
-            os.close(self._fd)
+            disk.close(self._fd)
             raise
 
     def _begin(self, each: Callable[[Record], None] | None, *, over_damage: bool) -> None:
@@ -66,7 +69,7 @@ class Segment:
         tail: DamagedRange | None = None
         if self._length() >= len(MAGIC):
             self.size = len(MAGIC)
-            for found in walk(self.path, resync=over_damage):
+            for found in walk(self.path, resync=over_damage, disk=self._disk):
                 if isinstance(found, Record):
                     if each is not None:
                         each(found)
@@ -83,7 +86,7 @@ class Segment:
         self.cut = self._length() - self.size
         if self.cut:
             if tail is not None and tail.full_length:
-                set_aside(self.path, tail.offset, tail.end)
+                set_aside(self.path, tail.offset, tail.end, self._disk)
             self._truncate()
         if not self.size:
             self._write([MAGIC])
@@ -105,7 +108,7 @@ class Segment:
                 out: the kernel reports a failed write once, and may have dropped the data.
         """
         try:
-            os.fsync(self._fd)
+            self._disk.sync(self._fd)
         except OSError as error:
             reason = f"cannot sync: {error.strerror}"
             raise LedgerError(reason, self.path.name, self.size) from None
@@ -117,20 +120,20 @@ class Segment:
             LedgerError: the operating system reports that a write has failed.
         """
         try:
-            os.close(self._fd)
+            self._disk.close(self._fd)
         except OSError as error:
             raise io_error("cannot close", error, self.path.name, self.size) from None
 
     def _length(self) -> int:
         try:
-            return os.fstat(self._fd).st_size
+            return self._disk.size(self._fd)
         except OSError as error:
             raise io_error("cannot read", error, self.path.name) from None
 
     def _truncate(self) -> None:
         """Truncate the file after the last whole record."""
         try:
-            os.ftruncate(self._fd, self.size)
+            self._disk.truncate(self._fd, self.size)
         except OSError as error:
             raise io_error("cannot cut", error, self.path.name, self.size) from None
         self._has_excess = False
@@ -138,25 +141,16 @@ class Segment:
     def _write(self, buffers: Sequence[Buffer]) -> None:
         if self._has_excess:
             self._truncate()
-        views = [memoryview(buffer).cast("B") for buffer in buffers]
-        total = 0
         try:
-            while views:
-                written = os.writev(self._fd, views[:512])
-                total += written
-                while views and written >= views[0].nbytes:
-                    written -= views.pop(0).nbytes
-                if written:
-                    views[0] = views[0][written:]
+            self.size += append_all(self._disk, self._fd, buffers)
         except OSError as error:
             self._has_excess = True
             with contextlib.suppress(LedgerError):  # tried again before the next write
                 self._truncate()
             raise io_error("cannot write", error, self.path.name, self.size) from None
-        self.size += total
 
 
-def set_aside(path: Path, start: int, end: int) -> Path:
+def set_aside(path: Path, start: int, end: int, disk: Disk = LOCAL_DISK) -> Path:
     """Copy bytes that will be cut from a segment to a file beside it; return that file.
 
     Raises:
@@ -164,20 +158,24 @@ def set_aside(path: Path, start: int, end: int) -> Path:
     """
     copy = unused_name(path, f"cut-{start}")
     try:
-        with path.open("rb") as source, copy.open("xb") as target:
-            copy_bytes(source, target, start, end)
-            target.flush()
-            os.fsync(target.fileno())
+        fd = disk.open(copy, APPEND)
+        try:
+            with disk.reader(path) as source:
+                for block in blocks(source, start, end):
+                    append_all(disk, fd, [block])
+            disk.sync(fd)
+        finally:
+            disk.close(fd)
     except OSError as error:
         raise io_error(f"cannot copy to {copy.name}", error, path.name, start) from None
     return copy
 
 
-def copy_bytes(source: BinaryIO, target: BinaryIO, start: int, end: int) -> None:
-    """Append the bytes of one file from ``start`` to ``end`` to another; fewer at its end."""
-    source.seek(start)
-    while start < end and (block := source.read(min(_BLOCK, end - start))):
-        target.write(block)
+def blocks(file: BinaryIO, start: int, end: int) -> Iterator[bytes]:
+    """Yield the bytes of a file from ``start`` to ``end``, or to its end, in large blocks."""
+    file.seek(start)
+    while start < end and (block := file.read(min(_BLOCK, end - start))):
+        yield block
         start += len(block)
 
 
@@ -190,18 +188,18 @@ def unused_name(path: Path, suffix: str) -> Path:
     return unused
 
 
-def sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path, disk: Disk = LOCAL_DISK) -> None:
     """Wait until the names of a folder's files are on the device.
 
     Raises:
         LedgerError: the sync failed.
     """
     try:
-        fd = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+        fd = disk.open(folder, READ)
         try:
-            os.fsync(fd)
+            disk.sync(fd)
         finally:
-            os.close(fd)
+            disk.close(fd)
     except OSError as error:
         # Not NoSpace: a failed sync must not be retried.
         raise LedgerError(f"cannot sync {folder}: {error.strerror}") from None

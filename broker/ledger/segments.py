@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from pathlib import Path
 
 from fedmq.broker.errors import io_error
+from fedmq.broker.ledger.disk import LOCAL_DISK, READ, Disk
 from fedmq.broker.ledger.entries import PAYLOAD, segment_path
 
 
@@ -16,10 +16,11 @@ class SegmentFiles:
     Args:
         folder: of the ledger.
         limit: most open files; the one opened first is closed first.
+        disk: holds the folder.
     """
 
-    def __init__(self, folder: Path, limit: int) -> None:
-        self._folder, self._limit = folder, limit
+    def __init__(self, folder: Path, limit: int, disk: Disk = LOCAL_DISK) -> None:
+        self._folder, self._limit, self._disk = folder, limit, disk
         self._fds: dict[int, int] = {}
 
     def fd(self, segment: int) -> int:
@@ -33,7 +34,7 @@ class SegmentFiles:
                 self.close(next(iter(self._fds)))
             path = segment_path(self._folder, PAYLOAD, segment)
             try:
-                self._fds[segment] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+                self._fds[segment] = self._disk.open(path, READ)
             except OSError as error:
                 raise io_error("cannot open", error, path.name) from None
         return self._fds[segment]
@@ -43,7 +44,7 @@ class SegmentFiles:
         fd = self._fds.pop(segment, None)
         if fd is not None:
             with contextlib.suppress(OSError):  # nothing was written
-                os.close(fd)
+                self._disk.close(fd)
 
     def close_all(self) -> None:
         """Close all segments."""

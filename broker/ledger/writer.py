@@ -17,6 +17,7 @@ import xxhash
 
 from fedmq.broker.errors import LedgerDamage, LedgerError
 from fedmq.broker.ledger.blob_store import BlobStore
+from fedmq.broker.ledger.disk import LOCAL_DISK, Disk
 from fedmq.broker.ledger.entries import (
     MESSAGES,
     PAYLOAD,
@@ -38,7 +39,7 @@ from fedmq.broker.ledger.reader import EntryIndex, LedgerTail
 from fedmq.broker.ledger.records import Record, pack
 from fedmq.broker.ledger.retention import RetentionPolicy
 from fedmq.broker.ledger.segment_writer import Segment, sync_folder
-from fedmq.broker.settings import EVERYTHING
+from fedmq.broker.settings import EVERYTHING, Durability
 from fedmq.broker.wire.schema import Buffer, Extent
 
 _MESSAGES_SEGMENT_BYTES = 64 << 20
@@ -57,6 +58,8 @@ class Ledger:
         each: called with every existing entry, in order.
         retain_bytes: full payload segments that no unfinished message needs are deleted,
             oldest first, while all of them together are larger; `EVERYTHING` deletes none.
+        durability: what a committed entry survives: see `LedgerSettings`.
+        disk: holds the folder.
 
     Attributes:
         next_seq: number of the next entry.
@@ -75,21 +78,25 @@ class Ledger:
         each: Callable[[AnyEntry], None] | None = None,
         *,
         retain_bytes: int | None = EVERYTHING,
+        durability: Durability = "process",
+        disk: Disk = LOCAL_DISK,
     ) -> None:
         self.folder = folder
+        self._disk = disk
+        self._durable = durability == "power"
         self.next_seq = 0
         self.cut_bytes = 0
         self.damage: list[LedgerDamage] = []
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            disk.make_folder(folder)
         except OSError as error:
             raise LedgerError(f"cannot create {folder}: {error.strerror}") from None
-        self._retention = RetentionPolicy(folder, retain_bytes)
-        self.payload = BlobStore(folder)
+        self._retention = RetentionPolicy(folder, retain_bytes, disk)
+        self.payload = BlobStore(folder, disk)
         self._messages: list[Buffer] = []
         self._first_queued = 0
         self._chunks: list[Buffer] = []
-        self._entries = EntryIndex(folder)
+        self._entries = EntryIndex(folder, disk)
         self._positions: list[tuple[int, int]] = []
         self._recent: OrderedDict[int, Accepted] = OrderedDict()
         self._recent_bytes = 0
@@ -98,21 +105,21 @@ class Ledger:
         self._uses: dict[int, tuple[BlobName, ...]] = {}
         with contextlib.ExitStack() as opened:
             opened.callback(self.payload.close)
-            self._lock = FolderLock(folder)
+            self._lock = FolderLock(folder, disk)
             opened.callback(self._lock.release)
             self.proof = self._lock.proof
-            self._manifest = Manifest(folder)
-            check_segments(folder, self._manifest)
-            firsts = segment_numbers(folder, MESSAGES)
+            self._manifest = Manifest(folder, disk)
+            check_segments(folder, self._manifest, disk)
+            firsts = segment_numbers(folder, MESSAGES, disk)
             self._messages_number = firsts[-1] if firsts else 0
             self._messages_file = self._open(MESSAGES, self._messages_number)
             opened.callback(self._messages_file.close)
-            if payload_is_gone(folder):
+            if payload_is_gone(folder, disk):
                 self.damage.append(LedgerDamage(f"there is no payload-*.log in {folder}"))
             self._open_payload()
             opened.callback(self._payload_file.close)
             self._manifest.begin()
-            tail = LedgerTail(folder)
+            tail = LedgerTail(folder, disk)
             for entry in tail.poll():
                 self._entries.add(entry.seq, *tail.at)
                 self.next_seq = entry.seq + 1
@@ -122,7 +129,7 @@ class Ledger:
 
     def _open_payload(self) -> None:
         """Index all payload, and open the last segment for appending."""
-        numbers = segment_numbers(self.folder, PAYLOAD)
+        numbers = segment_numbers(self.folder, PAYLOAD, self._disk)
         for number in numbers[:-1]:
             self.damage += self.payload.add_segment(number)
         last = self._payload_number = numbers[-1] if numbers else 0
@@ -136,7 +143,7 @@ class Ledger:
             else:
                 self.payload.add(chunk, last, record.data_offset, record.data_length)
 
-        self._payload_file = Segment(path, note, over_damage=True)
+        self._payload_file = Segment(path, note, over_damage=True, disk=self._disk)
         self.cut_bytes += self._payload_file.cut
         self.damage += [gap.error(path) for gap in self._payload_file.damage]
         self._chunk_end = self._payload_file.size
@@ -241,8 +248,8 @@ class Ledger:
         """Queue a record that discards the chunks of a blob so far."""
         self.put(name, size, 0, b"")
 
-    def commit(self, *, sync: bool = False) -> None:
-        """Write everything that is queued; with ``sync``, wait for the device as well.
+    def commit(self) -> None:
+        """Write everything that is queued; under durability ``power``, wait for the device as well.
 
         Raises:
             NoSpace: the disk is full; the queue is kept.
@@ -250,18 +257,18 @@ class Ledger:
         """
         if self._chunks:
             self._write_chunks()
-        if sync and self._unsynced_folder:
+        if self._durable and self._unsynced_folder:
             # The names of new segments.
-            sync_folder(self.folder)
+            sync_folder(self.folder, self._disk)
             self._unsynced_folder = False
-        if sync and self._unsynced:
+        if self._durable and self._unsynced:
             # Before the messages, so that a message on the device has its blobs there.
             self._payload_file.sync()
             self._unsynced = False
         if self._messages:
             self._write_messages()
             self._unsynced_messages = True
-        if sync and self._unsynced_messages:
+        if self._durable and self._unsynced_messages:
             self._messages_file.sync()
             self._unsynced_messages = False
         if self._payload_file.size > self._retention.segment_bytes(_PAYLOAD_SEGMENT_BYTES):
@@ -329,7 +336,7 @@ class Ledger:
         return True
 
     def _open(self, family: str, number: int) -> Segment:
-        segment = Segment(segment_path(self.folder, family, number))
+        segment = Segment(segment_path(self.folder, family, number), disk=self._disk)
         self.cut_bytes += segment.cut
         if self._manifest.exists:
             self._manifest.add(family, number)

@@ -28,7 +28,7 @@ from fedmq.broker.link.events import (
     Leave,
     LinkEnded,
     More,
-    Outgoing,
+    PostMessage,
     Publish,
     ReadInPlace,
     Send,
@@ -133,7 +133,7 @@ class Link:
                 self._wake(now, out)
             case Taken(deliveries=deliveries):
                 self._take(deliveries, now, out)
-            case Outgoing():
+            case PostMessage():
                 self._post(event, out)
             case Fetch():
                 self._arrivals.fetch(event, out)
@@ -288,7 +288,7 @@ class Link:
         self._arrivals.restart()
         self._ask(out)
 
-    def _post(self, event: Outgoing, out: list[Action]) -> None:
+    def _post(self, event: PostMessage, out: list[Action]) -> None:
         message = event.message
         # A model is sent with the first of its tasks; for the others, the broker has it.
         inline = tuple(

@@ -172,7 +172,7 @@ class Dealer:
         now = self._clock()
         self._receive_all(now)
         while self._handed_in:
-            event = link.Outgoing(self._handed_in.popleft(), (), ())
+            event = link.PostMessage(self._handed_in.popleft(), (), ())
             self._carry_out(self._core.handle(event, now))
         self._carry_out(self._core.handle(link.Wake(), now))
         self._send_all()

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 from msgspec import UNSET
+from msgspec.structs import replace
 
 from fedmq.broker.errors import WireError
 from fedmq.broker.link import events as link
@@ -93,7 +94,7 @@ class NodeLink(Dealer):
             with self._handoff:
                 self._catch_up()
                 self._send_all()
-        return delivery
+        return replace(delivery, source=self)
 
     def post(
         self, message: Message, data: Sequence[Buffer] = (), consumes: tuple[int, ...] = ()
@@ -105,7 +106,7 @@ class NodeLink(Dealer):
         Raises:
             LinkClosed: the link ended meanwhile.
         """
-        self._handle(link.Outgoing(message, data, consumes))
+        self._handle(link.PostMessage(message, data, consumes))
         if self._core.unacknowledged > _MAX_UNACKNOWLEDGED:
             self.flush(_MAX_UNACKNOWLEDGED // 2)
 

@@ -22,6 +22,7 @@ from fedmq.broker.link.core import Link
 from fedmq.broker.link.events import Delivery
 from fedmq.broker.settings import BrokerSettings
 from fedmq.broker.virtual.network import VirtualNetwork
+from fedmq.broker.wire.clock import Clock
 from fedmq.broker.wire.encoding import decode_message
 from fedmq.broker.wire.schema import (
     AnyFrame,
@@ -71,11 +72,14 @@ class BrokerHost:
         self.ledger, self.core = open_broker(
             self._folder,
             self._settings,
-            self._network.now,
+            Clock(self._now, self._now),
             draw_identity=self._draw_identity,
         )
         self.up = True
         self.handle([])
+
+    def _now(self) -> float:
+        return self._network.now
 
     def receive(self, peer: bytes, frame: AnyFrame, buffers: Sequence[Buffer]) -> None:
         """Handle a frame from a connection."""
@@ -218,7 +222,7 @@ class LinkHost:
         if not self.up:
             return
         self.posted.append(message.id)
-        self.hear(link.Outgoing(message, data, consumes))
+        self.hear(link.PostMessage(message, data, consumes))
         if self.doomed is not None:
             self.crash()
             self.doomed()

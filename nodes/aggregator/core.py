@@ -17,6 +17,7 @@ import msgspec
 from fedmq.algorithms.base import OpaqueState
 from fedmq.algorithms.schedules import ScheduleView
 from fedmq.broker.errors import BrokerError
+from fedmq.broker.link.events import Delivery
 from fedmq.broker.rejections import Code, Rejection
 from fedmq.broker.wire.addresses import CHECKPOINT, CONTINUED, RECORD, TIMER
 from fedmq.broker.wire.schema import Message
@@ -30,15 +31,7 @@ from fedmq.nodes.aggregator.evaluations import (
 from fedmq.nodes.aggregator.state import AggregatorState
 from fedmq.nodes.aggregator.version import DeferredResults, VersionBuffer
 from fedmq.nodes.errors import NodeError, exits_as_errors
-from fedmq.nodes.messages.actions import (
-    AckUpTo,
-    AggregatorAction,
-    Commit,
-    EndRun,
-    Handled,
-    Inbound,
-    Start,
-)
+from fedmq.nodes.messages.actions import AckUpTo, AggregatorAction, Commit, EndRun, Handled, Start
 from fedmq.nodes.process.exception_text import explained, may_pass, modules_of
 from fedmq.nodes.run.digests import model_digest
 from fedmq.nodes.run.goal import Goal
@@ -52,7 +45,7 @@ _RETRY = "retry"
 class Aggregator(AggregatorState):
     """The core of one run's aggregator; `AggregatorState` lists its arguments."""
 
-    def handle(self, event: Start | Inbound) -> list[AggregatorAction]:
+    def handle(self, event: Start | Delivery) -> list[AggregatorAction]:
         """Handle one event; return the actions to carry out, in order.
 
         An error of the algorithm's code ends the run: a restarted aggregator would meet it again.
@@ -71,7 +64,7 @@ class Aggregator(AggregatorState):
                 raise
             return self._break_off(error)
 
-    def _handle(self, event: Start | Inbound) -> list[AggregatorAction]:
+    def _handle(self, event: Start | Delivery) -> list[AggregatorAction]:
         out: list[AggregatorAction] = []
         if isinstance(event, Start):
             self._continues_at = event.continued
@@ -126,7 +119,7 @@ class Aggregator(AggregatorState):
 
     # ---- the run
 
-    def _begin_run(self, recorded: Inbound | None, out: list[AggregatorAction]) -> None:
+    def _begin_run(self, recorded: Delivery | None, out: list[AggregatorAction]) -> None:
         """Post the run's record: its configuration and version 0."""
         body: dict[str, Any] = {"config": self._setup.config.to_toml()}
         if self._computed.arithmetic < 2:  # a run of 0.1.0, whose record has no version 0
@@ -306,10 +299,10 @@ class Aggregator(AggregatorState):
         self._post(out, kind, CHECKPOINT, {**packed.body, **body}, packed)
         out.append(AckUpTo(self._deferred.unsettled))
 
-    def _resume(self, inbound: Inbound, out: list[AggregatorAction]) -> None:
+    def _resume(self, delivery: Delivery, out: list[AggregatorAction]) -> None:
         """Restore the state from a checkpoint and continue."""
-        self.state, fold = unpack_checkpoint(self._algorithm, self._setup.problem, inbound)
-        self._computed.check(fold.arithmetic, inbound.message.run)
+        self.state, fold = unpack_checkpoint(self._algorithm, self._setup.problem, delivery)
+        self._computed.check(fold.arithmetic, delivery.message.run)
         self._results.begin_version(self.state)
         self._position, self.version = fold.position, fold.version
         self._messages.next_id, self._results.counts = fold.next_id, fold.counts

@@ -18,7 +18,7 @@ from fedmq.algorithms.allowed import Allowed
 from fedmq.algorithms.problems.base import Problem
 from fedmq.algorithms.toolkit import arithmetic
 from fedmq.broker.errors import Rejected, RunOver
-from fedmq.broker.link.events import Delivery
+from fedmq.broker.link.events import Delivery, PostMessage
 from fedmq.broker.link.node_link import NodeLink
 from fedmq.broker.wire.addresses import AGGREGATOR
 from fedmq.broker.wire.encoding import decode_message
@@ -26,23 +26,14 @@ from fedmq.broker.wire.schema import Hello
 from fedmq.nodes.aggregator.computed import Computed
 from fedmq.nodes.aggregator.core import Aggregator
 from fedmq.nodes.errors import ConfigError, RunFailed, own_code
-from fedmq.nodes.messages.actions import (
-    AckUpTo,
-    AggregatorAction,
-    Commit,
-    EndRun,
-    Handled,
-    Inbound,
-    PostMessage,
-    Start,
-)
+from fedmq.nodes.messages.actions import AckUpTo, AggregatorAction, Commit, EndRun, Handled, Start
 from fedmq.nodes.process.logs import Repeats
 from fedmq.nodes.process.terminal import clients_in_words
 from fedmq.nodes.run.agreement import Fingerprint, disagree
 from fedmq.nodes.run.config import Config
 from fedmq.nodes.run.config_difference import differing_keys
 from fedmq.nodes.run.devices import kind_of
-from fedmq.nodes.run.session import inbound_of, linked, log_rejected, new_session, node_key
+from fedmq.nodes.run.session import linked, log_rejected, new_session, node_key
 from fedmq.nodes.run.setup import check_attainable, set_up
 from fedmq.nodes.run.version_zero import version_zero
 from fedmq.nodes.run_folder.model_files import remove_model, save_model
@@ -164,7 +155,7 @@ def _fold_until_over(
             log = structlog.get_logger()
             log.warning("a node starts from another model", by=sender, here=version_0, there=theirs)
         with link.away():
-            actions = core.handle(inbound_of(link, delivery))
+            actions = core.handle(delivery)
 
 
 class _WaitLog:
@@ -191,12 +182,12 @@ def _work(link: NodeLink, commit: Commit) -> None:
     link.hand_in(commit.message)
 
 
-def _checkpoint(link: NodeLink) -> Inbound | None:
+def _checkpoint(link: NodeLink) -> Delivery | None:
     """Return the newest checkpoint of an earlier session, or None."""
     found = link.welcome().checkpoint
     if found is None:
         return None
-    delivery = Delivery(found.seq, found.at, decode_message(found.message), {})
+    delivery = Delivery(found.seq, found.at, decode_message(found.message), source=link)
     log = structlog.get_logger()
     log.info("resuming from checkpoint", version=delivery.message.body.get("version"))
-    return inbound_of(link, delivery)
+    return delivery

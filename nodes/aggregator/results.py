@@ -7,6 +7,7 @@ from typing import Literal
 
 from fedmq.algorithms.base import OpaqueState, examples_of
 from fedmq.algorithms.errors import Fault, ResultError
+from fedmq.broker.link.events import Delivery
 from fedmq.broker.rejections import Code, Rejection
 from fedmq.broker.wire.schema import Message
 from fedmq.codecs.errors import CodecError
@@ -15,7 +16,7 @@ from fedmq.nodes.aggregator.progress import Progress
 from fedmq.nodes.aggregator.tasks import Tasks
 from fedmq.nodes.aggregator.version import DeferredResults, VersionBuffer, room_for
 from fedmq.nodes.errors import rejection_of
-from fedmq.nodes.messages.actions import AggregatorAction, Handled, Inbound
+from fedmq.nodes.messages.actions import AggregatorAction, Handled
 from fedmq.nodes.messages.payloads import numbers_of
 from fedmq.nodes.run.setup import Setup
 
@@ -57,14 +58,14 @@ class ResultCollector:
         self.current = VersionBuffer(self._algorithm.new_accumulator(state))
 
     def take(
-        self, inbound: Inbound, state: OpaqueState, version: int, out: list[AggregatorAction]
+        self, delivery: Delivery, state: OpaqueState, version: int, out: list[AggregatorAction]
     ) -> Handled | None:
         """Take a result: return that it is dealt with, and how, or None while it is held."""
-        why = self._take(inbound, state, version, out)
+        why = self._take(delivery, state, version, out)
         if why == HELD:
             return None
         self._tasks.freed()  # its client has no held result, so it can be drawn again
-        return Handled.of(inbound.seq, why)
+        return Handled.of(delivery.seq, why)
 
     def undelivered(self, name: str, message: Message) -> None:
         """Record that a task was not delivered, or was rejected, according to a message."""
@@ -83,17 +84,17 @@ class ResultCollector:
     ) -> None:
         """Take the results that came while the version before this one was being committed."""
         here, waiting.received = waiting.received, {}
-        for inbound in here.values():
-            done = self.take(inbound, state, version, out)
+        for delivery in here.values():
+            done = self.take(delivery, state, version, out)
             if done is not None:
                 out.append(done)
 
     def end(self, deferred: DeferredResults) -> list[Handled]:
         """Count the results that no version will use; reject deferred ones."""
         done = []
-        for seq, inbound in deferred.received.items():
-            self._tasks.discard(inbound.message.re or "")
-            failed = inbound.message.kind == "failed"
+        for seq, delivery in deferred.received.items():
+            self._tasks.discard(delivery.message.re or "")
+            failed = delivery.message.kind == "failed"
             self.counts.dropped += failed
             self.counts.refused += not failed
             over = Rejection(Code.RUN_OVER, "the run is over")
@@ -103,9 +104,9 @@ class ResultCollector:
         return done
 
     def _take(
-        self, inbound: Inbound, state: OpaqueState, version: int, out: list[AggregatorAction]
+        self, delivery: Delivery, state: OpaqueState, version: int, out: list[AggregatorAction]
     ) -> Rejection | Held | None:
-        message = inbound.message
+        message = delivery.message
         task = self._tasks.answered(message)
         if isinstance(task, Rejection):
             self.counts.refused += 1
@@ -130,11 +131,11 @@ class ResultCollector:
             code = Code.STALE if self._schedule.cohort(1) is None else Code.LATE
             return Rejection(code, f"too stale: {staleness} versions behind")
         if self._schedule.ordered and not staleness:
-            self.current.held[message.re or ""] = (inbound, weight, task.client)
+            self.current.held[message.re or ""] = (delivery, weight, task.client)
             self.current.contributed.add(task.client)
             self.add_in_order(state, out)
             return HELD
-        return self._add(state, inbound, weight, task.client, staleness)
+        return self._add(state, delivery, weight, task.client, staleness)
 
     def add_in_order(
         self, state: OpaqueState, out: list[AggregatorAction], *, everything: bool = False
@@ -150,22 +151,22 @@ class ResultCollector:
         for index in range(current.settled, len(order)):
             name = order[index]
             if name in current.held:
-                inbound, weight, client = current.held.pop(name)
-                why = self._add(state, inbound, weight, client, 0)
+                delivery, weight, client = current.held.pop(name)
+                why = self._add(state, delivery, weight, client, 0)
                 if why is not None:
                     current.contributed.discard(client)
                     self._tasks.freed()
-                out.append(Handled.of(inbound.seq, why))
+                out.append(Handled.of(delivery.seq, why))
             elif not everything and self._tasks.is_expected(name):
                 return
 
     def _add(
-        self, state: OpaqueState, inbound: Inbound, weight: float, client: int, staleness: int
+        self, state: OpaqueState, delivery: Delivery, weight: float, client: int, staleness: int
     ) -> Rejection | None:
         """Add a result to the version; return the rejection if it cannot be used."""
         about = client, staleness
-        why = self.current.add(self._algorithm, state, inbound, weight, about, self._most_bytes)
-        node = inbound.message.sender
+        why = self.current.add(self._algorithm, state, delivery, weight, about, self._most_bytes)
+        node = delivery.message.sender
         if why is not None:
             return self._rejected(client, node, why)
         self.counts.used += 1

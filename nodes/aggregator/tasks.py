@@ -12,13 +12,14 @@ import numpy.typing as npt
 from fedmq.algorithms.base import OpaqueState
 from fedmq.algorithms.rng import derive_seed
 from fedmq.algorithms.schedules import ScheduleView
+from fedmq.broker.link.events import PostMessage
 from fedmq.broker.rejections import Code, Rejection
 from fedmq.broker.wire.schema import Message
 from fedmq.nodes.aggregator.checkpoint import OutstandingTask
 from fedmq.nodes.aggregator.fleet import Fleet
 from fedmq.nodes.aggregator.progress import Progress
 from fedmq.nodes.aggregator.version import VersionBuffer
-from fedmq.nodes.messages.actions import AggregatorAction, PostMessage
+from fedmq.nodes.messages.actions import AggregatorAction
 from fedmq.nodes.messages.payloads import Packed, pack
 from fedmq.nodes.messages.tensor_tables import fitted
 from fedmq.nodes.run.setup import Setup

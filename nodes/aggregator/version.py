@@ -14,10 +14,11 @@ from fedmq.algorithms.rng import derive_rng
 from fedmq.algorithms.toolkit.returned import check_tensors
 from fedmq.algorithms.values import ReturnedError, kind_of_value, plain_number
 from fedmq.broker.errors import WireError
+from fedmq.broker.link.events import Delivery
 from fedmq.broker.rejections import Rejection
 from fedmq.codecs.errors import CodecError
 from fedmq.nodes.errors import rejection_of
-from fedmq.nodes.messages.actions import Inbound, fail_on_partial_reread
+from fedmq.nodes.messages.actions import fail_on_partial_reread
 from fedmq.nodes.messages.payloads import unpack
 
 _ROOM = 16
@@ -58,7 +59,7 @@ class VersionBuffer:
     accumulator: OpaqueAccumulator
     order: list[str] = field(default_factory=list)
     settled: int = 0
-    held: dict[str, tuple[Inbound, float, int]] = field(default_factory=dict)
+    held: dict[str, tuple[Delivery, float, int]] = field(default_factory=dict)
     contributed: set[int] = field(default_factory=set)
     num_results: int = 0
     late: int = 0
@@ -90,7 +91,7 @@ class VersionBuffer:
         self,
         algorithm: AnyAlgorithm,
         state: OpaqueState,
-        inbound: Inbound,
+        delivery: Delivery,
         weight: float,
         about: tuple[int, int],
         max_bytes: int,
@@ -100,14 +101,14 @@ class VersionBuffer:
         Args:
             algorithm: whose accumulator it is.
             state: of the current version.
-            inbound: the result's message.
+            delivery: the result's message.
             weight: how much it counts.
             about: client and staleness.
             max_bytes: that it may take in memory while it is decoded.
         """
         try:
-            stream = fail_on_partial_reread(inbound.stream) if inbound.stream is not None else None
-            payload = unpack(inbound.message, inbound.read, stream, max_bytes)
+            stream = fail_on_partial_reread(delivery.chunks)
+            payload = unpack(delivery.message, delivery.read, stream, max_bytes)
             result = Result(*about, payload, examples_of(payload.numbers))
             self.accumulator = algorithm.accumulate(self.accumulator, state, result, weight)
         except (ResultError, CodecError, WireError) as error:
@@ -128,14 +129,14 @@ class DeferredResults:
     unsettled: numbers of results from before the last checkpoint that it does not include.
     """
 
-    received: dict[int, Inbound] = field(default_factory=dict)
+    received: dict[int, Delivery] = field(default_factory=dict)
     awaited: set[int] = field(default_factory=set)
     unsettled: tuple[int, ...] = ()
 
-    def add(self, inbound: Inbound) -> None:
+    def add(self, delivery: Delivery) -> None:
         """Defer a result."""
-        self.received[inbound.seq] = inbound
-        self.awaited.discard(inbound.seq)
+        self.received[delivery.seq] = delivery
+        self.awaited.discard(delivery.seq)
 
     def numbers(self) -> tuple[int, ...]:
         """Return the numbers of all deferred results, received or awaited."""

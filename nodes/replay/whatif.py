@@ -15,10 +15,11 @@ from fedmq.algorithms.base import Result, Task, examples_of
 from fedmq.algorithms.errors import ResultError
 from fedmq.algorithms.schedules import ScheduleView
 from fedmq.broker.inspection.trace import Trace
+from fedmq.broker.link.events import Delivery, PostMessage
 from fedmq.broker.rejections import Code
 from fedmq.codecs.errors import CodecError
 from fedmq.nodes.errors import ConfigError
-from fedmq.nodes.messages.actions import Handled, Inbound, PostMessage, Start
+from fedmq.nodes.messages.actions import Handled, Start
 from fedmq.nodes.messages.payloads import numbers_of, unpack
 from fedmq.nodes.replay.fold import Replay, ReplayStep, recorded_setup
 from fedmq.nodes.run.config import Config, changed
@@ -118,7 +119,7 @@ class WhatIf:
         self._version = self._used = 0
         self._sent: dict[str, tuple[int, int]] = {}
         """New version at which each task was sent, and its client, by the task's id."""
-        self._deferred: dict[int, Inbound] = {}
+        self._deferred: dict[int, Delivery] = {}
         """Results that the recorded run has received but not handled."""
         self._accumulator = self._algorithm.new_accumulator(self._state)
         self._weights, self._results = 0.0, 0
@@ -140,7 +141,7 @@ class WhatIf:
             if isinstance(event, Start):
                 self._state = core.state  # version 0 from the record
                 self._accumulator = self._algorithm.new_accumulator(self._state)
-            if isinstance(event, Inbound):
+            if isinstance(event, Delivery):
                 began = event.at if began is None else began
                 if event.message.kind == "score":
                     self._score(event, open_points)
@@ -156,7 +157,7 @@ class WhatIf:
                     task = Task(self._version, self._algorithm.evaluation_task(self._state))
                     metrics = self._algorithm.evaluate(task, self._setup.problem, device)
                     point = ComparedPoint(
-                        event.at - began if isinstance(event, Inbound) and began else 0.0,
+                        event.at - began if isinstance(event, Delivery) and began else 0.0,
                         (used, self._used),
                         (version, self._version),
                         None,
@@ -166,7 +167,7 @@ class WhatIf:
             yield from self._scored(open_points)
         yield from open_points.values()
 
-    def _score(self, event: Inbound, points: dict[str, ComparedPoint]) -> None:
+    def _score(self, event: Delivery, points: dict[str, ComparedPoint]) -> None:
         point = points.get(event.message.re or "")
         metrics = event.message.body.get("metrics")
         if point is not None and isinstance(metrics, dict):
@@ -179,7 +180,7 @@ class WhatIf:
 
     def _count(self, step: ReplayStep, *, committed: bool) -> None:
         """Count the results that the recorded run handled in this step."""
-        if isinstance(step.event, Inbound) and step.event.message.kind == "result":
+        if isinstance(step.event, Delivery) and step.event.message.kind == "result":
             self._deferred[step.event.seq] = step.event
         for action in step.actions:
             match action:
@@ -190,7 +191,7 @@ class WhatIf:
         if self._schedule.ordered and committed and self._results:
             self._commit()  # both settings close a round together
 
-    def _add(self, event: Inbound) -> None:
+    def _add(self, event: Delivery) -> None:
         message = event.message
         sent, client = self._sent[message.re or ""]
         staleness = self._version - sent

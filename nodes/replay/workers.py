@@ -17,11 +17,11 @@ from dataclasses import dataclass
 from fedmq.algorithms.toolkit.arithmetic import ARITHMETIC
 from fedmq.broker.errors import LedgerError
 from fedmq.broker.inspection.trace import Trace
+from fedmq.broker.link.events import PostMessage
 from fedmq.broker.wire.schema import Buffer, Message
 from fedmq.codecs.errors import CodecError
-from fedmq.nodes.messages.actions import PostMessage
 from fedmq.nodes.messages.payloads import unpack
-from fedmq.nodes.replay.fold import accepted_entry, computed_by, inbound
+from fedmq.nodes.replay.fold import accepted_entry, computed_by, recorded_delivery
 from fedmq.nodes.replay.histories import Answer, last_uses, read_histories
 from fedmq.nodes.replay.tolerance import (
     NAMES,
@@ -150,7 +150,7 @@ class Retraining:
         core = Worker(
             self._setup, self._trace.run, answer.node, self._histories.clients[answer.node], store
         )
-        task = inbound(self._trace, accepted_entry(self._trace, answer.seq))
+        task = recorded_delivery(self._trace, accepted_entry(self._trace, answer.seq))
         actions = list(core.handle(task))
         post: PostMessage | None = None
         after: SavedClientState | None = None

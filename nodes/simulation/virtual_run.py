@@ -15,7 +15,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
-from fedmq.broker.link.events import Delivery
+from msgspec.structs import replace
+
+from fedmq.broker.link.events import Delivery, PostMessage
 from fedmq.broker.settings import BrokerSettings
 from fedmq.broker.virtual.hosts import BrokerHost, LinkHost
 from fedmq.broker.virtual.network import Faults, VirtualNetwork
@@ -30,15 +32,7 @@ from fedmq.broker.wire.schema import (
 )
 from fedmq.nodes.aggregator.computed import Computed
 from fedmq.nodes.aggregator.core import Aggregator
-from fedmq.nodes.messages.actions import (
-    AckUpTo,
-    AggregatorAction,
-    Commit,
-    EndRun,
-    Inbound,
-    PostMessage,
-    Start,
-)
+from fedmq.nodes.messages.actions import AckUpTo, AggregatorAction, Commit, EndRun, Start
 from fedmq.nodes.messages.actions import Handled as DoneWith
 from fedmq.nodes.run.devices import kind_of
 from fedmq.nodes.run.setup import Setup
@@ -232,14 +226,14 @@ class NodeHost(ABC):
             if not self.has_blobs(self._delivery):
                 return
             delivery, self._delivery = self._delivery, None
-            self.work(self.inbound(delivery))
+            self.work(self.with_blobs(delivery))
 
     @abstractmethod
     def ready(self) -> bool:
         """Return whether the core can handle a message now."""
 
     @abstractmethod
-    def work(self, inbound: Inbound) -> None:
+    def work(self, delivery: Delivery) -> None:
         """Pass a message with complete blobs to the core."""
 
     def has_blobs(self, delivery: Delivery) -> bool:
@@ -263,11 +257,11 @@ class NodeHost(ABC):
                 return name in self.link.fetched and self.has_blobs(delivery)
         return True
 
-    def inbound(self, delivery: Delivery) -> Inbound:
-        """Return a delivery as an event of a core."""
+    def with_blobs(self, delivery: Delivery) -> Delivery:
+        """Return a delivery with all its blobs."""
         message = delivery.message
-        blobs = [self._blobs[message.sender, blob.digest] for blob in message.blobs]
-        return Inbound(delivery.seq, delivery.at, message, blobs.__getitem__)
+        blobs = (self._blobs[message.sender, blob.digest] for blob in message.blobs)
+        return replace(delivery, inline=dict(enumerate(blobs)))
 
 
 class AggregatorHost(NodeHost):
@@ -292,15 +286,15 @@ class AggregatorHost(NodeHost):
                 delivery = Delivery(found.seq, found.at, decode_message(found.message), {})
                 if not self.has_blobs(delivery):
                     return False
-                start = Start(self.inbound(delivery))
+                start = Start(self.with_blobs(delivery))
             self._started = True
             self._act(self.core.handle(start))
         return not self.finished
 
-    def work(self, inbound: Inbound) -> None:
+    def work(self, delivery: Delivery) -> None:
         """Fold a message."""
-        self._unsettled.append(inbound.seq)
-        self._act(self.core.handle(inbound))
+        self._unsettled.append(delivery.seq)
+        self._act(self.core.handle(delivery))
 
     def _act(self, actions: Sequence[AggregatorAction]) -> None:
         for action in actions:
@@ -351,9 +345,9 @@ class WorkerHost(NodeHost):
         """Return whether no task is running."""
         return self.link.admitted is not None and not self._busy
 
-    def work(self, inbound: Inbound) -> None:
+    def work(self, delivery: Delivery) -> None:
         """Handle a task."""
-        self._act(list(self.core.handle(inbound)))
+        self._act(list(self.core.handle(delivery)))
 
     def _act(self, actions: list[WorkerAction]) -> None:
         setup = self.simulation.setup

@@ -22,6 +22,7 @@ from fedmq.algorithms.problems.base import Problem
 from fedmq.algorithms.rng import derive_rng, derive_seed
 from fedmq.algorithms.values import metrics_of
 from fedmq.broker.errors import WireError
+from fedmq.broker.link.events import Delivery, PostMessage
 from fedmq.broker.rejections import Code
 from fedmq.broker.wire.addresses import AGGREGATOR
 from fedmq.broker.wire.schema import Message
@@ -29,7 +30,7 @@ from fedmq.codecs.errors import CodecError
 from fedmq.codecs.registry import decode
 from fedmq.codecs.text import shorten
 from fedmq.nodes.errors import MessageError, rejection_of
-from fedmq.nodes.messages.actions import Handled, Inbound, PostMessage
+from fedmq.nodes.messages.actions import Handled
 from fedmq.nodes.messages.payloads import Packed, pack, unpack
 from fedmq.nodes.messages.tensor_tables import fitted
 from fedmq.nodes.process.exception_text import clip_text, described, modules_of, place_in
@@ -84,7 +85,7 @@ class Failed(Struct, frozen=True):
         return cls(described(error), where=place_in(error, own))
 
 
-Event = Inbound | Trained | Saved | Evaluated | Failed
+Event = Delivery | Trained | Saved | Evaluated | Failed
 
 
 class Train(Struct, frozen=True):
@@ -188,8 +189,8 @@ class Worker:
         self._clients = clients
         self._version_0 = {"version_0": version_0} if version_0 is not None else {}
         self._straggling = setup.config.worker.straggling(node)
-        self._queue: deque[Inbound] = deque()
-        self._current: Inbound | None = None
+        self._queue: deque[Delivery] = deque()
+        self._current: Delivery | None = None
         self._client_states = kept if kept is not None else ClientStateStore()
         self.evaluations = 0
         self._before: _Before | None = None
@@ -199,7 +200,7 @@ class Worker:
         """Handle one event; return the actions to carry out, in order."""
         out: list[Action] = []
         match event:
-            case Inbound():
+            case Delivery():
                 self._queue.append(event)
             case Trained():
                 self._trained(event, out)
@@ -215,8 +216,8 @@ class Worker:
             self._begin(self._queue.popleft(), out)
         return out
 
-    def _begin(self, inbound: Inbound, out: list[Action]) -> None:
-        message = inbound.message
+    def _begin(self, delivery: Delivery, out: list[Action]) -> None:
+        message = delivery.message
         try:
             if message.kind == "task":
                 client = self._client_of(message)
@@ -224,10 +225,10 @@ class Worker:
                 if kept is not None and kept.task == message.id:
                     # Trained by an earlier session, perhaps of another node, that ended before
                     # its result was acknowledged.
-                    self._current = inbound
+                    self._current = delivery
                     self._post_result(kept, out)
                     return
-                task = _read_task(inbound)
+                task = _read_task(delivery)
                 seed = derive_seed(self._setup.config.run.seed, "train", client, message.id)
                 project, self._before = None, _before(kept)
                 if self._setup.up.structured:
@@ -235,20 +236,20 @@ class Worker:
                     project = functools.partial(self._setup.up.project, seed=uplink)
                 out.append(Train(client, task, kept.local if kept else None, seed, project))
             elif message.kind == "evaluate":
-                out.append(self._evaluate(inbound))
+                out.append(self._evaluate(delivery))
             elif message.kind == "refused":
-                out.append(Handled(inbound.seq))
+                out.append(Handled(delivery.seq))
                 return
             else:
                 text = f"a worker takes no {message.kind!r} messages"
                 raise MessageError(text, Code.UNKNOWN_KIND)
         except (MessageError, ValueError, WireError) as error:  # CodecError is a ValueError
-            out.append(Handled.of(inbound.seq, rejection_of(error)))
+            out.append(Handled.of(delivery.seq, rejection_of(error)))
             return
-        self._current = inbound
+        self._current = delivery
 
-    def _evaluate(self, inbound: Inbound) -> Evaluate:
-        message, task = inbound.message, _read_task(inbound)
+    def _evaluate(self, delivery: Delivery) -> Evaluate:
+        message, task = delivery.message, _read_task(delivery)
         if "client" not in message.body:
             seed = derive_seed(self._setup.config.run.seed, "evaluate", message.id)
             return Evaluate(task, seed=seed)
@@ -266,10 +267,10 @@ class Worker:
         return client
 
     def _trained(self, event: Trained, out: list[Action]) -> None:
-        inbound = self._current
-        if inbound is None:
+        delivery = self._current
+        if delivery is None:
             raise RuntimeError("expected a current task for the trained result")
-        message = inbound.message
+        message = delivery.message
         client = message.body["client"]
         if self._straggles(message.id, event.elapsed_s, out):
             self._fail(Failed("dropped on demand", Code.DROPPED), out)
@@ -293,11 +294,11 @@ class Worker:
         }
         reply = self._reply("result", body, packed.blobs)
         if event.local is None and memory is None:
-            kept = SavedClientState(message.id, inbound.seq, None, reply, packed.data, None)
+            kept = SavedClientState(message.id, delivery.seq, None, reply, packed.data, None)
             self._post_result(kept, out)
         else:
             whole = fitted(reply, packed.data)
-            kept = SavedClientState(message.id, inbound.seq, event.local, *whole, memory)
+            kept = SavedClientState(message.id, delivery.seq, event.local, *whole, memory)
             out.append(SaveClientState(client, kept))
 
     def _post_result(self, kept: SavedClientState, out: list[Action]) -> None:
@@ -374,12 +375,12 @@ class Worker:
         )
 
 
-def _read_task(inbound: Inbound) -> Task:
-    body = inbound.message.body
+def _read_task(delivery: Delivery) -> Task:
+    body = delivery.message.body
     match body:
         case {"model_version": int(version)}:
             reply: Reply = "model" if body.get("reply") == "model" else "update"
-            return Task(version, unpack(inbound.message, inbound.read), reply)
+            return Task(version, unpack(delivery.message, delivery.read), reply)
         case _:
             raise MessageError("expected model_version in the task", Code.MALFORMED)
 

@@ -14,15 +14,16 @@ import torch
 from fedmq.algorithms.allowed import NOTHING, Allowed
 from fedmq.algorithms.values import ReturnedError
 from fedmq.broker.errors import BrokerError, RunOver
+from fedmq.broker.link.events import PostMessage
 from fedmq.broker.link.node_link import NodeLink
 from fedmq.broker.wire.addresses import WORKER
 from fedmq.broker.wire.schema import Hello
 from fedmq.nodes.errors import ON_PURPOSE, NodeError, StorageError, exits_as_errors, own_code
-from fedmq.nodes.messages.actions import Handled, PostMessage
+from fedmq.nodes.messages.actions import Handled
 from fedmq.nodes.process.logs import Repeats
 from fedmq.nodes.run.config import parse
 from fedmq.nodes.run.devices import choose_device
-from fedmq.nodes.run.session import inbound_of, linked, log_rejected, new_session, node_key
+from fedmq.nodes.run.session import linked, log_rejected, new_session, node_key
 from fedmq.nodes.run.setup import Setup, set_up
 from fedmq.nodes.run.version_zero import version_zero
 from fedmq.nodes.worker.client_state import ClientStateStore, SavedClientState
@@ -121,7 +122,7 @@ def _work_until_over(
         delivery = link.get()
         if delivery.message.kind == "refused":
             log_rejected(delivery.message, repeats)
-        actions: list[Action] = list(core.handle(inbound_of(link, delivery)))
+        actions: list[Action] = list(core.handle(delivery))
         while actions:
             more = _work(link, setup, core, store, device, repeats, actions.pop(0))
             actions = [*more, *actions]

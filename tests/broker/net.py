@@ -19,6 +19,7 @@ from fedmq.broker.core.state import (
 from fedmq.broker.link import events as node
 from fedmq.broker.link.core import Link
 from fedmq.broker.settings import BrokerSettings
+from fedmq.broker.wire.clock import Clock
 from fedmq.broker.wire.encoding import decode_frame, encode_frame
 from fedmq.broker.wire.schema import (
     Blob,
@@ -58,7 +59,7 @@ class Net:
     def __init__(self, folder):
         self.now = 0.0
         self.folder = folder
-        self.ledger, self.broker = open_broker(folder, SETTINGS, self.now)
+        self.ledger, self.broker = open_broker(folder, SETTINGS, self.clock())
         self.away = False
         self.members = {}
         self.up = defaultdict(deque)
@@ -70,6 +71,10 @@ class Net:
         hello = Hello(node=name, role=role, session=session, clients=clients, **more)
         member = self.members[name] = Member(hello)
         return member
+
+    def clock(self):
+        """Return a clock that shows the time of this network."""
+        return Clock(lambda: self.now, lambda: self.now)
 
     def tell(self, name, event):
         member = self.members[name]
@@ -101,7 +106,7 @@ class Net:
             body={"number": number, **body},
             blobs=tuple(Blob.of(each) for each in blobs),
         )
-        self.tell(name, node.Outgoing(message, blobs, consumes))
+        self.tell(name, node.PostMessage(message, blobs, consumes))
 
     def cut(self, name, *, silently=False):
         """Cut a connection with all frames in flight; the next one is a new peer."""
@@ -132,7 +137,7 @@ class Net:
 
     def start_broker(self):
         """Start the broker again."""
-        self.ledger, self.broker = open_broker(self.folder, SETTINGS, self.now)
+        self.ledger, self.broker = open_broker(self.folder, SETTINGS, self.clock())
         self.away = False
 
     def step(self):

@@ -21,6 +21,7 @@ from fedmq.broker.wire.schema import (
     Welcome,
     digest,
 )
+from tests.broker.clocks import stopped_clock
 
 AGG, W1 = b"agg:s1", b"w1:s1"
 
@@ -137,7 +138,7 @@ def test_chunks_of_a_resuming_upload_are_kept(tmp_path):
     ledger.append(Opened(seq=0, at=0.0, run="r", config="", total_clients=1))
     ledger.put(name, 100, 0, b"x" * 40)
     ledger.close()
-    ledger, _ = open_broker(tmp_path, BrokerSettings(), 0.0, retain_bytes=0)
+    ledger, _ = open_broker(tmp_path, BrokerSettings(), stopped_clock(), retain_bytes=0)
     assert ledger.resume(name, 100)[0] == 40
     ledger.payload.finish(BlobName("r", "agg", b"e" * 16))
     assert not ledger.payload.remove_segment(0)
@@ -159,9 +160,9 @@ def test_a_restarted_broker_syncs_the_old_ledger_before_it_acknowledges(tmp_path
     ledger.close()
     synced = []
     monkeypatch.setattr("os.fsync", synced.append)
-    ledger = Ledger(tmp_path)
-    ledger.commit(sync=True)
+    ledger = Ledger(tmp_path, durability="power")
+    ledger.commit()
     assert len(synced) == 3  # the folder, payload, messages
-    ledger.commit(sync=True)
+    ledger.commit()
     assert len(synced) == 3  # the folder, payload, messages
     ledger.close()

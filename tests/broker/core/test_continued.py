@@ -25,7 +25,7 @@ def take_up(net, config="[run]", *, further=False, pause=100.0, run="r", session
     net.kill_broker()
     net.now += pause
     going_on = Continuation(run, config, further=further)
-    net.ledger, net.broker = open_broker(net.folder, SETTINGS, net.now, continuation=going_on)
+    net.ledger, net.broker = open_broker(net.folder, SETTINGS, net.clock(), continuation=going_on)
     net.away = False
     hellos = {name: each.hello for name, each in net.members.items()}
     for name in hellos:
@@ -112,7 +112,7 @@ def test_timers_do_not_advance_while_the_run_is_stopped(net):
         to="timer",
         body={"token": "t", "after_s": 30.0},
     )
-    net.tell("agg", node.Outgoing(timer, ()))
+    net.tell("agg", node.PostMessage(timer, ()))
     net.run(10.0)
     take_up(net, pause=1000.0)  # it has stood still since the last entry
     net.run(25.0)
@@ -178,9 +178,9 @@ def test_a_run_whose_last_checkpoint_was_not_kept_is_rejected(net):
     with pytest.raises(
         LedgerError, match=r"cannot continue run r: .* entry [0-9]+, .* power failure"
     ):
-        open_broker(net.folder, SETTINGS, net.now, continuation=going_on)
+        open_broker(net.folder, SETTINGS, net.clock(), continuation=going_on)
     assert list(read_entries(net.folder)) == before
-    open_broker(net.folder, SETTINGS, net.now)[0].close()
+    open_broker(net.folder, SETTINGS, net.clock())[0].close()
 
 
 def test_a_run_that_is_not_in_the_ledger_is_a_new_one(net):
@@ -227,7 +227,7 @@ def test_only_the_broker_may_send_continued(net):
         to="aggregator",
         body={"config": "", "further": True, "stopped_s": 0.0},
     )
-    net.tell("w1", node.Outgoing(forged, ()))
+    net.tell("w1", node.PostMessage(forged, ()))
     net.run(0.5)
     assert "continued" not in kinds(net)
     refused = [each.message.body for each in net.members["w1"].inbox]

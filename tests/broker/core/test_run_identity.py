@@ -10,6 +10,7 @@ from fedmq.broker.ledger.entries import Opened, encode_record
 from fedmq.broker.link.events import Admitted, LinkEnded, Send
 from fedmq.broker.settings import BrokerSettings
 from fedmq.broker.wire.schema import Goodbye, Heartbeat, Hello, Welcome
+from tests.broker.clocks import stopped_clock
 from tests.broker.links import HELLO, WELCOME, deliver, heard, welcomed
 
 
@@ -36,7 +37,7 @@ def test_two_runs_of_one_broker_have_two_identities(bench):
 def test_a_run_that_is_started_again_under_its_id_in_a_new_ledger_has_another_identity(tmp_path):
     found = []
     for folder in ("one", "two", "two"):
-        ledger, core = open_broker(tmp_path / folder, BrokerSettings(), 0.0)
+        ledger, core = open_broker(tmp_path / folder, BrokerSettings(), stopped_clock())
         hello = Hello(node="agg", role="aggregator", session="s", run="r", total_clients=1)
         for action in core.handle(ReceivedFrom(b"agg", hello), 0.0):
             if isinstance(action, BrokerSend) and isinstance(action.frame, Welcome):

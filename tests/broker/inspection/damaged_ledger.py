@@ -18,6 +18,7 @@ from fedmq.broker.ledger.writer import Ledger
 from fedmq.broker.settings import BrokerSettings
 from fedmq.broker.wire.encoding import encode_message
 from fedmq.broker.wire.schema import Blob, Message
+from tests.broker.clocks import stopped_clock
 from tests.broker.ledger.small_ledger import put
 
 SIZE = 300
@@ -53,7 +54,7 @@ def write(folder, segment_bytes=900):
 
 def goes_on(folder):
     """Open a broker on the ledger and append to it; return how many entries it found."""
-    ledger, _ = open_broker(folder, BrokerSettings(), 0.0)
+    ledger, _ = open_broker(folder, BrokerSettings(), stopped_clock())
     found = ledger.next_seq
     ledger.append(Opened(seq=found, at=3.0, run="q", config="[run]", total_clients=1))
     ledger.close()

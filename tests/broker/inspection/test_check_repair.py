@@ -25,6 +25,7 @@ from fedmq.broker.ledger.writer import Ledger
 from fedmq.broker.settings import BrokerSettings
 from fedmq.broker.wire.encoding import encode_message
 from fedmq.broker.wire.schema import Blob, Message
+from tests.broker.clocks import stopped_clock
 from tests.broker.inspection.damaged_ledger import (
     ALL,
     DONE,
@@ -86,12 +87,12 @@ def test_damage_in_a_blob_that_is_needed_is_refused_with_the_command(tmp_path):
     path, record = record_of(tmp_path, DONE + 1)
     flip(path, record.offset + 2)
     with pytest.raises(LedgerDamage, match=f"`fedmq ledger check {tmp_path}`") as caught:
-        open_broker(tmp_path, BrokerSettings(), 0.0)
+        open_broker(tmp_path, BrokerSettings(), stopped_clock())
     assert (caught.value.segment, caught.value.offset) == (path.name, record.offset)
     (lost,) = check(tmp_path).lost
     assert lost.needed
     repair(tmp_path, 0.0)
-    ledger, _ = open_broker(tmp_path, BrokerSettings(), 0.0)
+    ledger, _ = open_broker(tmp_path, BrokerSettings(), stopped_clock())
     # The next entry informs its sender.
     assert ledger.next_seq > len(entries)
     ledger.close()
@@ -122,7 +123,7 @@ def test_a_damaged_header_loses_nothing(tmp_path):
     assert {each.kind for each in report.findings} == {FindingKind.FORMAT}
     assert not report.lost
     with pytest.raises(LedgerDamage, match="not a ledger segment"):
-        open_broker(tmp_path, BrokerSettings(), 0.0)
+        open_broker(tmp_path, BrokerSettings(), stopped_clock())
     repair(tmp_path, 0.0)
     assert check(tmp_path).sound
     assert list(read_entries(tmp_path)) == entries
@@ -143,7 +144,7 @@ def test_entries_are_truncated_at_the_first_damage_and_the_rest_is_kept(tmp_path
     assert report.breaking.entries == (3, 3)
     assert [each.seq for each in report.behind] == list(range(4, len(entries)))
     with pytest.raises(LedgerDamage, match="`fedmq ledger check"):
-        open_broker(tmp_path, BrokerSettings(), 0.0)
+        open_broker(tmp_path, BrokerSettings(), stopped_clock())
     repair(tmp_path, 0.0)
     assert list(read_entries(tmp_path)) == entries[:3]
     after = sum(each.stat().st_size for each in tmp_path.glob("messages-*"))
@@ -188,7 +189,7 @@ def test_zeros_in_the_middle_are_refused(tmp_path):
     data[records[4].offset : records[6].end] = bytes(records[6].end - records[4].offset)
     path.write_bytes(data)
     with pytest.raises(LedgerDamage, match="`fedmq ledger check"):
-        open_broker(tmp_path, BrokerSettings(), 0.0)
+        open_broker(tmp_path, BrokerSettings(), stopped_clock())
     report = check(tmp_path)
     assert report.breaking.entries == (4, 6)
 
@@ -201,7 +202,7 @@ def test_a_flipped_bit_in_the_last_entry_is_an_error(tmp_path):
     flip(path, last.end - 3)
     size = path.stat().st_size
     with pytest.raises(LedgerDamage, match="checksum of the last record"):
-        open_broker(tmp_path, BrokerSettings(), 0.0)
+        open_broker(tmp_path, BrokerSettings(), stopped_clock())
     assert path.stat().st_size == size
     (finding,) = check(tmp_path).findings
     assert finding.kind is FindingKind.LAST
@@ -234,7 +235,7 @@ def test_missing_message_segments(tmp_path, listed):
         (tmp_path / MANIFEST_FILE).unlink()
     assert not check(tmp_path).sound
     with pytest.raises(LedgerDamage, match="`fedmq ledger check"):
-        open_broker(tmp_path, BrokerSettings(), 0.0)
+        open_broker(tmp_path, BrokerSettings(), stopped_clock())
     repair(tmp_path, 0.0)
     assert check(tmp_path).sound
     assert goes_on(tmp_path) == 0
@@ -250,7 +251,7 @@ def test_empty_message_segments_count_as_missing(tmp_path, left):
     (finding,) = check(tmp_path).findings
     assert "the payload cannot be assigned to messages" in finding.reason
     with pytest.raises(LedgerDamage, match="`fedmq ledger check"):
-        open_broker(tmp_path, BrokerSettings(), 0.0)
+        open_broker(tmp_path, BrokerSettings(), stopped_clock())
     assert path.stat().st_size == left
     repair(tmp_path, 0.0)
     assert check(tmp_path).sound
@@ -301,7 +302,7 @@ def test_a_repair_falls_back_to_the_checkpoint_before(tmp_path):
     assert check(tmp_path).breaking.kind is FindingKind.CHECKPOINT
     repair(tmp_path, 0.0)
     assert check(tmp_path).sound
-    ledger, _ = open_broker(tmp_path, BrokerSettings(), 0.0)
+    ledger, _ = open_broker(tmp_path, BrokerSettings(), stopped_clock())
     assert ledger.next_seq == 2
     ledger.close()
 

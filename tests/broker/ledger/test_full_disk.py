@@ -7,7 +7,7 @@ import pytest
 
 import fedmq.broker.ledger.writer as ledger_module
 from fedmq.broker.errors import LedgerError
-from fedmq.broker.ledger import page_cache
+from fedmq.broker.ledger import disk
 from fedmq.broker.ledger.reader import read_entries
 from fedmq.broker.ledger.records import MAGIC
 from fedmq.broker.ledger.writer import Ledger
@@ -116,7 +116,7 @@ def test_a_payload_segment_grows_on_while_no_other_can_be_begun(tmp_path, monkey
 
 
 def open_files():
-    page_cache._executor.submit(lambda: None).result()  # it closes what it was given
+    disk._evictions.submit(lambda: None).result()  # it closes what it was given
     return len(list(Path("/proc/self/fd").iterdir()))
 
 

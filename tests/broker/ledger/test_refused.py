@@ -74,12 +74,12 @@ def test_what_a_failed_write_left_is_cut_before_the_next_one(tmp_path, monkeypat
 
 def test_a_failed_sync_is_never_waited_for(tmp_path, monkeypatch, code):
     """The kernel reports a failed write once: the next sync would succeed."""
-    ledger = Ledger(tmp_path)
+    ledger = Ledger(tmp_path, durability="power")
     ledger.append(ENTRIES[0])
     with monkeypatch.context() as device:
         device.setattr(os, "fsync", refusing(code))
         with pytest.raises(LedgerError, match=f"cannot sync.*: {os.strerror(code)}") as caught:
-            ledger.commit(sync=True)
+            ledger.commit()
         assert not isinstance(caught.value, NoSpace)
     ledger.close()
 

@@ -21,6 +21,7 @@ from fedmq.broker.wire.schema import (
     Post,
     RunEnded,
 )
+from tests.broker.clocks import stopped_clock
 from tests.broker.ledger.payload import open_payload
 from tests.broker.ledger.small_ledger import accepted, name_of, put
 
@@ -209,7 +210,9 @@ class Room:
     """A broker core and its ledger, with an aggregator that hosts nobody."""
 
     def __init__(self, folder):
-        self.ledger, self.core = open_broker(folder, BrokerSettings(), 0.0, retain_bytes=0)
+        self.ledger, self.core = open_broker(
+            folder, BrokerSettings(), stopped_clock(), retain_bytes=0
+        )
         hello = {"session": "s", "run": "r", "config": "c", "total_clients": 3}
         self.say(Hello(node="agg", role="aggregator", **hello))
         self.n = 0

@@ -21,7 +21,7 @@ def test_nothing_is_visible_before_it_is_committed(tmp_path):
     ledger = Ledger(tmp_path)
     ledger.append(ENTRIES[0])
     assert list(read_entries(tmp_path)) == []
-    ledger.commit(sync=True)
+    ledger.commit()
     assert list(read_entries(tmp_path)) == ENTRIES[:1]
     ledger.close()
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fedmq.broker.inspection.trace import Trace
-from fedmq.nodes.messages.actions import Inbound, PostMessage
+from fedmq.broker.link.events import Delivery, PostMessage
 from fedmq.nodes.replay.fold import Replay
 from fedmq.nodes.replay.whatif import WhatIf, changed_setup
 from tests.golden.points import Points
@@ -75,7 +75,7 @@ def by_hand(folder, size, weight, step):
             break
         finishing = bool(run.core.state_snapshot()["finishing"])
         event = each.event
-        if isinstance(event, Inbound) and event.message.kind == "result":
+        if isinstance(event, Delivery) and event.message.kind == "result":
             found = weight(version - born[event.message.re])
             if found is not None:
                 buffer.append((found, update(folder, event.seq)))

@@ -3,9 +3,10 @@
 import pytest
 
 from fedmq.algorithms.toolkit.returned import result_of
+from fedmq.broker.link.events import Delivery, PostMessage
 from fedmq.broker.wire.encoding import encode_message
 from fedmq.broker.wire.schema import Message
-from fedmq.nodes.messages.actions import Handled, Inbound, PostMessage
+from fedmq.nodes.messages.actions import Handled
 from fedmq.nodes.worker.client_state import ClientStateStore
 from fedmq.nodes.worker.core import Failed, Pause, SaveClientState, Saved, Train, Trained, Worker
 from tests.algorithms.fleet import Fleet, changed, make_setup, posted
@@ -22,7 +23,7 @@ def tasks_of(setup):
     """Return the first task of each client, as its worker receives it."""
     fleet = Fleet(setup)
     return [
-        Inbound(number, 0.0, message, data.__getitem__)
+        Delivery(number, 0.0, message, dict(enumerate(data)))
         for number, (message, data) in enumerate(fleet.tasks, start=10)
     ]
 
@@ -37,8 +38,8 @@ def trained(setup, train):
     return Trained(*result_of(setup.algorithm.train(train.task, at), "train"), 0.5)
 
 
-def again(inbound, seq, **fields):
-    return Inbound(seq, 1.0, changed(inbound.message, **fields), inbound.read)
+def again(delivery, seq, **fields):
+    return Delivery(seq, 1.0, changed(delivery.message, **fields), delivery.inline)
 
 
 def count(payload):
@@ -177,9 +178,7 @@ def test_the_rejection_of_an_own_message_is_handled():
     note = Message(
         kind="refused", id="broker/9", run="run", sender="broker", to="node/w0", body={"id": "x"}
     )
-    assert worker_of(make_setup(STREAM)).handle(Inbound(9, 0.0, note, ().__getitem__)) == [
-        Handled(9)
-    ]
+    assert worker_of(make_setup(STREAM)).handle(Delivery(9, 0.0, note)) == [Handled(9)]
 
 
 @pytest.mark.parametrize(
