@@ -45,8 +45,10 @@ PARTS = {
         "core": "settings errors rejections wire ledger",
         "link": "errors rejections wire ledger",
         "inspection": "settings errors wire ledger core",
-        "virtual": "settings wire ledger core link",
-        "router": "settings errors wire ledger core",
+        "blob_locations": "wire ledger core",
+        "driver": "settings errors wire ledger core blob_locations",
+        "virtual": "settings errors wire ledger core link driver",
+        "router": "settings errors wire core driver",
     },
     "algorithms": {
         "errors": "",

@@ -1,31 +1,17 @@
-"""Run cores on a virtual network: a Broker with a real ledger, and Links with their inboxes.
-
-Hosts can crash at any moment and start again. A crash tears the broker's ledger, which is in a
-folder.
-"""
+"""A Link on a virtual network, with its inbox."""
 
 from __future__ import annotations
 
-import itertools
 from collections import deque
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
-from fedmq.broker.core import state
-from fedmq.broker.core.blob_locations import point_to_blobs
-from fedmq.broker.core.recovery import open_broker
-from fedmq.broker.ledger.entries import MESSAGES, PAYLOAD, segment_numbers, segment_path
-from fedmq.broker.ledger.writer import Ledger
 from fedmq.broker.link import events as link
 from fedmq.broker.link import local_blobs
 from fedmq.broker.link.core import Link
 from fedmq.broker.link.events import Delivery
-from fedmq.broker.settings import BrokerSettings
 from fedmq.broker.virtual.network import VirtualNetwork
-from fedmq.broker.wire.clock import Clock
 from fedmq.broker.wire.encoding import decode_message
 from fedmq.broker.wire.schema import (
-    AnyFrame,
     Blob,
     Buffer,
     Done,
@@ -35,135 +21,6 @@ from fedmq.broker.wire.schema import (
     RunEnded,
     Welcome,
 )
-
-
-class BrokerHost:
-    """A Broker core with a real ledger, which can crash and start again.
-
-    Args:
-        network: the virtual network.
-        folder: of its ledger.
-        settings: of its core.
-        draw_identity: see `Broker`; by default ``virtual1``, ``virtual2``, ..., across crashes.
-
-    Attributes:
-        up: whether it is running.
-        doomed: whether it crashes in the middle of its next batch.
-    """
-
-    def __init__(
-        self,
-        network: VirtualNetwork,
-        folder: Path,
-        settings: BrokerSettings,
-        draw_identity: Callable[[], str] | None = None,
-    ) -> None:
-        self._network, self._folder, self._settings = network, folder, settings
-        # Counted, so that a history depends only on its seed.
-        self._draw_identity = draw_identity or map("virtual{}".format, itertools.count(1)).__next__
-        self._wake_at = float("inf")
-        network.broker = self
-        self.doomed = False
-        self.ledger: Ledger
-        self.start()
-
-    def start(self) -> None:
-        """Open the ledger and continue from it."""
-        self.ledger, self.core = open_broker(
-            self._folder,
-            self._settings,
-            Clock(self._now, self._now),
-            draw_identity=self._draw_identity,
-        )
-        self.up = True
-        self.handle([])
-
-    def _now(self) -> float:
-        return self._network.now
-
-    def receive(self, peer: bytes, frame: AnyFrame, buffers: Sequence[Buffer]) -> None:
-        """Handle a frame from a connection."""
-        if self.up:
-            self.handle([state.ReceivedFrom(peer, frame, buffers, 1)])
-
-    def handle(self, events: Sequence[state.Event]) -> None:
-        """Handle a batch: write the ledger, then send."""
-        sends = self.queue(events)
-        if self.doomed:
-            self.crash()
-            return
-        self.ledger.commit()
-        for send in sends:
-            self._send(send)
-        self._plan_wake()
-
-    def _send(self, send: state.SendTo) -> None:
-        shared = self._network.share_files
-        frame = point_to_blobs(send, self.ledger, str(self._folder)) if shared else send.frame
-        parts = [self.ledger.payload.read(*blob) for blob in send.blobs]
-        self._network.to_node(send.peer, frame, parts)
-
-    def queue(self, events: Sequence[state.Event]) -> list[state.SendTo]:
-        """Handle a batch of events: queue writes; return the frames to send after the commit."""
-        sends: list[state.SendTo] = []
-        queue = deque([*events, state.TimerFired()])
-        while queue:
-            for action in self.core.handle(queue.popleft(), self._network.now):
-                match action:  # the most frequent first
-                    case state.SendTo():
-                        sends.append(action)
-                    case state.Append(entry=entry, uses=uses, kept=kept):
-                        self.ledger.use(entry.seq, uses, kept=kept)
-                        self.ledger.append(entry)
-                    case state.Put(name, size, start, data):
-                        self.ledger.put(name, size, start, data)
-                    case state.Discard(name, size):
-                        self.ledger.discard(name, size)
-                    case state.Unpin(names):
-                        self.ledger.unpin(names)
-                    case state.Probe(peer):
-                        if not self._network.is_up(peer):
-                            queue.append(state.Gone(peer))
-        return sends
-
-    def crash(self) -> None:
-        """Stop at once: writes that were not committed are torn at a random byte."""
-        rng = self._network.rng
-        self.up = self.doomed = False
-        before = self._sizes()
-        self.ledger.commit()
-        for path, size in self._sizes().items():
-            start = before.get(path, 0)
-            torn = rng.randint(start, size)
-            with path.open("r+b") as file:
-                file.truncate(torn)
-            if path.name.startswith(PAYLOAD) and torn < size:
-                # Messages are written after their payload, so none of this batch was written.
-                for other, begin in before.items():
-                    if other.name.startswith(MESSAGES):
-                        with other.open("r+b") as file:
-                            file.truncate(begin)
-                break
-        self.ledger.close()
-
-    def _sizes(self) -> dict[Path, int]:
-        paths = [
-            segment_path(self._folder, family, number)
-            for family in (PAYLOAD, MESSAGES)
-            for number in segment_numbers(self._folder, family)
-        ]
-        return {path: path.stat().st_size for path in paths}
-
-    def _plan_wake(self) -> None:
-        due = self.core.deadline
-        if due is not None and (due < self._wake_at or self._wake_at <= self._network.now):
-            self._wake_at = due
-            self._network.at(due, self._wake)
-
-    def _wake(self) -> None:
-        if self.up and self._network.now >= self._wake_at:
-            self._wake_at = float("inf")
-            self.handle([])
 
 
 class LinkHost:

@@ -62,7 +62,6 @@ class VirtualNetwork:
     Attributes:
         now: virtual time, in seconds.
         broker: the broker's end; set by the broker's host.
-        share_files: whether nodes read blobs from the broker's ledger, as on one host.
     """
 
     def __init__(self, rng: random.Random, faults: Faults | None = None) -> None:
@@ -70,7 +69,6 @@ class VirtualNetwork:
         self.faults = faults or Faults()
         self.now = 1000.0
         self.broker: BrokerEnd | None = None
-        self.share_files = False
         self._events: list[tuple[float, int, Callable[[], object]]] = []
         self._count = itertools.count()
         self._ends: dict[bytes, NodeEnd] = {}
@@ -122,9 +120,9 @@ class VirtualNetwork:
         header, parts = encode_frame(frame), [bytes(each) for each in buffers]
         self._carry(peer, lambda: self._arrive_at_broker(peer, header, parts), up=True)
 
-    def to_node(self, peer: bytes, frame: Frame, buffers: Sequence[Buffer]) -> None:
-        """Carry a frame to the node of a connection."""
-        header, parts = encode_frame(frame), [bytes(each) for each in buffers]
+    def to_node(self, peer: bytes, header: bytes, buffers: Sequence[Buffer]) -> None:
+        """Carry an encoded frame to the node of a connection."""
+        parts = [bytes(each) for each in buffers]
         self._carry(peer, lambda: self._arrive_at_node(peer, header, parts), up=False)
 
     def _carry(self, peer: bytes, act: Callable[[], None], *, up: bool) -> None:

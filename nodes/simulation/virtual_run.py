@@ -18,8 +18,9 @@ from typing import TypeVar
 from msgspec.structs import replace
 
 from fedmq.broker.link.events import Delivery, PostMessage
-from fedmq.broker.settings import BrokerSettings
-from fedmq.broker.virtual.hosts import BrokerHost, LinkHost
+from fedmq.broker.settings import BrokerSettings, LedgerSettings
+from fedmq.broker.virtual.broker import VirtualBroker
+from fedmq.broker.virtual.hosts import LinkHost
 from fedmq.broker.virtual.network import Faults, VirtualNetwork
 from fedmq.broker.wire.addresses import AGGREGATOR, EVALUATOR, RECORD, WORKER
 from fedmq.broker.wire.encoding import decode_message
@@ -107,8 +108,12 @@ class Simulation:
         self.setup, self.chances = setup, chances or Chances()
         self.rng = random.Random(seed)  # noqa: S311 - not for secrets
         self.network = VirtualNetwork(self.rng, self.chances.faults)
-        self.network.share_files = self.chances.share_files
-        self.broker = BrokerHost(self.network, folder, settings or BrokerSettings(3.0, 0.5))
+        self.broker = VirtualBroker(
+            self.network,
+            folder,
+            settings or BrokerSettings(3.0, 0.5),
+            LedgerSettings(share_files=self.chances.share_files),
+        )
         self.sessions: list[NodeHost] = []
         """All sessions of all nodes, in the order of their starts."""
         self.calm = False
@@ -172,7 +177,8 @@ class Simulation:
         rng, chances = self.rng, self.chances
         if self.broker.up and rng.random() < chances.crash * every:
             self.broker.crash()
-        self.broker.doomed = self.broker.doomed or rng.random() < chances.doom * every
+        if rng.random() < chances.doom * every:
+            self.broker.crash_at_send = rng.randrange(3)
         if not self.broker.up:
             self.network.after(rng.random() * chances.away_s, self._revive_broker)
         for host in self.nodes:
@@ -202,7 +208,7 @@ class Simulation:
     def _calm_down(self) -> None:
         self.calm = True
         self.network.faults = Faults()
-        self.broker.doomed = False
+        self.broker.crash_at_send = None
         self._revive_broker()
 
 

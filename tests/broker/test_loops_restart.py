@@ -142,7 +142,7 @@ class Turns:
     def __init__(self, folder, settings=None, keeping=None):
         self.server = BrokerServer(ANY, folder, settings, keeping)
         self.now = 1000.0
-        self.server._clock = lambda: self.now
+        self.server._driver._clock = lambda: self.now
         self.context = zmq.Context()
         self.nodes = {}
 
@@ -158,7 +158,7 @@ class Turns:
 
     def say(self, name, frame, *buffers):
         self.put(name, frame, *buffers)
-        assert self.server._socket.poll(2000)
+        assert self.server._port.socket.poll(2000)
         self.server._turn()
 
     def hear(self, name):
@@ -198,7 +198,7 @@ def test_a_node_may_lapse_in_the_turn_in_which_a_timer_is_due(turns):
     while room.now < 1001.1:
         room.now += 0.15
         room.say("agg", Heartbeat())
-    found = kinds(room.server._ledger.folder)
+    found = kinds(room.server._driver.ledger.folder)
     assert (found.count("tick"), found.count("left")) == (1, 1)
 
 

@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from fedmq.broker.core import blob_locations
+from fedmq.broker import blob_locations
 from fedmq.broker.core.state import SendTo
 from fedmq.broker.errors import WireError
 from fedmq.broker.ledger import blob_store
