@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import itertools
-from array import array
+import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
+from fedmq.broker.core.lifecycles import (
+    ImpossibleTransition,
+    MessageEvent,
+    MessageLives,
+    MessageState,
+)
 from fedmq.broker.inspection.trace import Trace
-from fedmq.broker.ledger.entries import Accepted, Consumed, Refusal
+from fedmq.broker.ledger.entries import Accepted, AnyEntry, Consumed, Refusal
 from fedmq.broker.wire.addresses import RECORD
 from fedmq.broker.wire.schema import Blob, Message
 from fedmq.nodes.history.run import RunHistory
@@ -70,6 +76,14 @@ class Traffic:
             tally.add(0, sum(blob.size for blob in blobs))
 
 
+_REJECTED = (
+    MessageState.REJECTED,
+    MessageState.SETTLED,
+    MessageState.DEAD_LETTERED,
+    MessageState.REDELIVERED,
+)
+
+
 class DeliveryAudit:
     """Checks the identity of docs/guarantees.md: accepted = consumed + pending + rejected.
 
@@ -78,70 +92,54 @@ class DeliveryAudit:
 
     Attributes:
         faults: sentences on violations.
-        records: number of records.
+        accepted, records: number of messages that were accepted for delivery, and of records.
     """
-
-    _ACCEPTED, _CONSUMED, _REFUSED = 1, 2, 4
 
     def __init__(self) -> None:
         self.faults: list[str] = []
-        self.records = 0
-        self._state = bytearray()
-        self._kind = array("H")
-        self._kinds: dict[str, int] = {}
+        self.accepted = self.records = 0
+        self._lives = MessageLives()
+        self._pending: dict[int, str] = {}
+        """Kinds of the pending messages, by number."""
 
-    def accepted(self, seq: int, message: Message) -> None:
-        """Count an accepted message."""
-        self._reach(seq)
-        if message.to == RECORD:
-            self.records += 1
-            return
-        self._state[seq] = self._ACCEPTED
-        # Nodes choose the kinds; beyond 65,535 different ones, the last one counts for all.
-        number = self._kinds.setdefault(message.kind, min(len(self._kinds), 0xFFFF))
-        self._kind[seq] = number
-
-    def consumed(self, seq: int, of: Iterable[int]) -> None:
-        """Count the messages that entry ``seq`` consumes."""
-        self._mark(seq, of, self._CONSUMED, "consumes")
-
-    def refused(self, seq: int, of: int) -> None:
-        """Count the message that entry ``seq`` rejects."""
-        self._mark(seq, (of,), self._REFUSED, "rejects")
+    def feed(self, entry: AnyEntry, message: Message | None) -> None:
+        """Count an entry; ``message``: the one that it accepts, if it does."""
+        match entry:
+            case Accepted(seq=seq) if message is not None:
+                if message.to == RECORD:
+                    self.records += 1
+                    self._lives.move(seq, MessageEvent.RECORD)
+                else:
+                    self.accepted += 1
+                    self._lives.move(seq, MessageEvent.ACCEPT)
+                    self._pending[seq] = sys.intern(message.kind)
+                self._end(seq, MessageEvent.CONSUME, entry.consumes, "consumes")
+            case Consumed(seq=seq, of=of):
+                self._end(seq, MessageEvent.CONSUME, of, "consumes")
+            case Refusal(seq=seq, of=int(of), dead_lettered=dead):
+                event = MessageEvent.DEAD_LETTER if dead else MessageEvent.REJECT
+                self._end(seq, event, (of,), "rejects")
 
     def sums(self) -> tuple[int, int, int, int]:
         """Return the numbers of messages accepted, consumed, pending and rejected."""
-        found = Counter(self._state)
-        accepted = sum(number for state, number in found.items() if state & self._ACCEPTED)
-        pending = found[self._ACCEPTED]
-        consumed = found[self._ACCEPTED | self._CONSUMED]
-        refused = sum(number for state, number in found.items() if state & self._REFUSED)
-        return accepted, consumed, pending, refused
+        found = self._lives.count()
+        rejected = sum(found[state] for state in _REJECTED)
+        return self.accepted, found[MessageState.CONSUMED], len(self._pending), rejected
 
     def pending(self) -> dict[str, int]:
         """Return the number of pending messages of each kind."""
-        names = {number: name for name, number in reversed(self._kinds.items())}
-        pending = Counter(
-            self._kind[seq] for seq, state in enumerate(self._state) if state == self._ACCEPTED
-        )
-        return {names[number]: many for number, many in pending.most_common()}
+        return dict(Counter(self._pending.values()).most_common())
 
-    def _mark(self, seq: int, of: Iterable[int], mark: int, verb: str) -> None:
-        self._reach(seq)
+    def _end(self, seq: int, event: MessageEvent, of: Iterable[int], verb: str) -> None:
+        """Apply what entry ``seq`` does to messages; what cannot happen to one is a fault."""
         for each in of:
-            known = self._state[each] if each < len(self._state) else 0
-            if not known & self._ACCEPTED:
-                self.faults.append(f"entry {seq} {verb} {each}, which is not an accepted message")
-            elif known & mark:
-                self.faults.append(f"entry {seq} {verb} {each} a second time")
-            else:
-                self._state[each] |= mark
-
-    def _reach(self, seq: int) -> None:
-        missing = seq + 1 - len(self._state)
-        if missing > 0:
-            self._state.extend(bytes(missing))
-            self._kind.extend([0] * missing)
+            try:
+                self._lives.move(each, event)
+            except ImpossibleTransition:
+                unknown = self._lives.state_of(each) in (MessageState.NONE, MessageState.RECORDED)
+                why = ", which is not an accepted message" if unknown else " a second time"
+                self.faults.append(f"entry {seq} {verb} {each}{why}")
+            self._pending.pop(each, None)
 
 
 class Stats:
@@ -153,15 +151,9 @@ class Stats:
         self.traffic, self.account = Traffic(), DeliveryAudit()
         for entry in before_damage(trace):
             facts = self.history.feed(entry)
-            match entry:
-                case Accepted(seq=seq, consumes=of) if facts.message is not None:
-                    self.traffic.feed(facts.message, len(entry.message), facts.host)
-                    self.account.accepted(seq, facts.message)
-                    self.account.consumed(seq, of)
-                case Consumed(seq=seq, of=of):
-                    self.account.consumed(seq, of)
-                case Refusal(seq=seq, of=int(of)):
-                    self.account.refused(seq, of)
+            self.account.feed(entry, facts.message)
+            if isinstance(entry, Accepted) and facts.message is not None:
+                self.traffic.feed(facts.message, len(entry.message), facts.host)
 
     def lines(self) -> Iterator[str]:
         """Yield the lines of the report."""

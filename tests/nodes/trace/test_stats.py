@@ -68,9 +68,9 @@ def test_the_account_of_the_story(fedmq, written):
 def test_an_account_that_does_not_hold(of, output):
     account = DeliveryAudit()
     message = story.Message(kind="k", id="i", run="r", sender="s", to="client/1")
-    account.accepted(7, message)
-    account.consumed(8, (7,))
-    account.consumed(9, (of,))
+    account.feed(Accepted(seq=7, at=0.0, message=b""), message)
+    account.feed(Consumed(seq=8, at=0.0, node="s", of=(7,)), None)
+    account.feed(Consumed(seq=9, at=0.0, node="s", of=(of,)), None)
     assert account.faults == [output]
 
 
