@@ -1,7 +1,12 @@
 """The read model of a run: every view of a run is computed from this one fold of its ledger.
 
-Summary, live view, ``fedmq trace`` and timeline feed it entry by entry and read its attributes, at
-any entry or at the end. It has codes and numbers only: each view has its own sentences.
+Summary, live view, ``fedmq trace`` and timeline feed it entry by entry, and read its attributes
+after any entry or at the end. It has codes and numbers only: each view has its own sentences.
+
+A view that follows a run feeds what `fedmq.broker.ledger.reader.LedgerTail` yields, and may use the
+`Facts` that `RunHistory.feed` returns for each entry. A view that shows with an entry what happened
+to it later reads the ledger twice: once for a `RunHistory` of the whole run, and once for the facts
+of each entry from a `TaskTracker`.
 """
 
 from __future__ import annotations
@@ -25,17 +30,33 @@ from fedmq.nodes.run.agreement import disagree
 class CurvePoint:
     """The evaluation of one version, by the evaluator or by the clients.
 
-    wall_s: seconds since the start of the run, without the time in which it was stopped.
-    metrics: metrics by name; means over the clients that have answered so far.
+    wall_s: seconds since the start of the run, without the time in which it was stopped; of the
+        newest answer.
+    by_evaluator: metrics from the evaluator, by name.
     clients: metrics of each client that has answered, by its address.
     asked: number of clients that were asked; 0 for an evaluation by the evaluator.
     """
 
     version: int
     wall_s: float
-    metrics: dict[str, float]
+    by_evaluator: dict[str, float] = field(default_factory=dict)
     clients: dict[str, dict[str, float]] = field(default_factory=dict)
     asked: int = 0
+    _means: dict[str, float] | None = None
+    """Means over the clients, once they are needed; None after another answer."""
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """Return the metrics by name; means over the clients that have answered so far."""
+        if not self.clients:
+            return self.by_evaluator
+        if self._means is None:
+            known: dict[str, list[float]] = {}
+            for metrics in self.clients.values():
+                for name, value in metrics.items():
+                    known.setdefault(name, []).append(value)
+            self._means = {name: sum(values) / len(values) for name, values in known.items()}
+        return self._means
 
     @property
     def is_partial(self) -> bool:
@@ -55,10 +76,7 @@ class CurvePoint:
     def add(self, client: str, metrics: dict[str, float]) -> None:
         """Add a client's metrics of this version."""
         self.clients[client] = metrics
-        names = dict.fromkeys(name for each in self.clients.values() for name in each)
-        for name in names:
-            known = [each[name] for each in self.clients.values() if name in each]
-            self.metrics[name] = sum(known) / len(known)
+        self._means = None
 
 
 @dataclass
@@ -299,7 +317,7 @@ class RunHistory:
             return
         point = next((each for each in reversed(self.curve) if each.version == version), None)
         if point is None:
-            point = CurvePoint(version, wall_s, {})
+            point = CurvePoint(version, wall_s)
             self.curve.append(point)
         point.wall_s = wall_s
         point.add(to, metrics)
