@@ -71,6 +71,7 @@ class VirtualBroker:
         self._draw_identity = draw_identity or map("virtual{}".format, itertools.count(1)).__next__
         self.disk = disk or VirtualDisk(network.rng)
         self.up = self._paused = self.loses_power = False
+        self._starts_later = False
         self.batch_s = 0.0
         self.crash_at_send: int | None = None
         self.failures: list[str] = []
@@ -135,7 +136,13 @@ class VirtualBroker:
         """End the process, because of its ledger, and start again later."""
         self.crash()
         self.failures.append(reason)
-        self._network.after(self._network.rng.random() * _RESTART_S, self.start)
+        if not self._starts_later:
+            self._starts_later = True
+            self._network.after(self._network.rng.random() * _RESTART_S, self._start_later)
+
+    def _start_later(self) -> None:
+        self._starts_later = False
+        self.start()
 
     def pause(self) -> None:
         """Stop the process, if it is up: frames wait, and timers are late."""
