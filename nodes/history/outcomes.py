@@ -135,7 +135,8 @@ class Outcomes:
         """Numbers of the results that are in no version and were not rejected, in order."""
         # Of each version: number of the last message that it includes, and its own number.
         self._positions, self._versions = array("q"), array("q")
-        # Of each entry, by its number: bits, client, and version of the model; -1 for none.
+        # Of each entry, by its number: bits; client; and version of the model, or the staleness
+        # of a used result. -1 for none.
         self._bits, self._clients, self._bases = bytearray(), array("i"), array("i")
 
     @property
@@ -167,14 +168,6 @@ class Outcomes:
                 found[client] = replace(each, code=NO_ANSWER)
         return dict(sorted(found.items()))
 
-    def version_at(self, seq: int) -> int:
-        """Return the version that was current when the aggregator processed a message.
-
-        It is known once the version after it is in the ledger.
-        """
-        found = bisect.bisect_left(self._positions, seq)
-        return self._versions[found - 1] if found else 0
-
     def outcome_of(self, seq: int) -> ResultOutcome | None:
         """Return the outcome of a result by the number of its entry; None for other entries."""
         bits = self._bits[seq] if seq < len(self._bits) else 0
@@ -190,9 +183,23 @@ class Outcomes:
 
     def staleness_of(self, seq: int) -> int | None:
         """Return the staleness of a used result in versions; None for all others."""
-        if self.outcome_of(seq) is not ResultOutcome.USED or self._bases[seq] < 0:
-            return None
-        return self.version_at(seq) - self._bases[seq]
+        used = self.outcome_of(seq) is ResultOutcome.USED
+        return self._bases[seq] if used and self._bases[seq] >= 0 else None
+
+    def staleness_at(self, seq: int, version: int) -> int:
+        """Return by how many versions a message was late when the aggregator handled it.
+
+        It is known once the version after it is in the ledger.
+
+        Args:
+            seq: number of its entry.
+            version: version of the model that it refers to.
+        """
+        used = self.staleness_of(seq)
+        if used is not None:
+            return used
+        found = bisect.bisect_left(self._positions, seq)
+        return (self._versions[found - 1] if found else 0) - version
 
     # ---- entries
 
@@ -245,9 +252,13 @@ class Outcomes:
         cohort, late = natural(body.get("cohort")), natural(body.get("late"))
         if cohort is not None:
             self.cohorts.add(results, late or 0, cohort)
-        for seq in list(itertools.takewhile(position.__ge__, self._open)):
+        # Results that came while the version was being committed are for the next one.
+        handled = itertools.takewhile(position.__ge__, self._open)
+        for seq in list(itertools.islice(handled, results)):
             del self._open[seq]
             self._bits[seq] |= _USED
+            if version is not None and self._bases[seq] >= 0:
+                self._bases[seq] = max(0, version - 1 - self._bases[seq])
             self._count_use(seq, 1)
 
     def rejection(self, refusal: Refusal) -> None:
@@ -280,8 +291,8 @@ class Outcomes:
         record = self.clients.get(self._clients[seq])
         if record is not None:
             record.good += number
-        if self._bases[seq] >= 0:
-            stale = self.version_at(seq) - self._bases[seq]
+        stale = self._bases[seq]
+        if stale >= 0:
             self.staleness[stale] += number
             if not self.staleness[stale]:
                 del self.staleness[stale]

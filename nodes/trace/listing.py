@@ -235,7 +235,7 @@ def _message_row(at: float, facts: Facts, message: Message, overview: Overview) 
     source = at_host(f"client/{client}", sender) if by_client else word(sender)
     note = plain(_note(message))
     if message.kind == "result" and base is not None:
-        stale = f"staleness {overview.history.outcomes.version_at(seq) - base}"
+        stale = f"staleness {overview.history.outcomes.staleness_at(seq, base)}"
         note = f"{stale}, {note}" if note else stale
     refusal = overview.rejections.get(seq)
     if refusal is not None:

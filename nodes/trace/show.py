@@ -18,6 +18,7 @@ from fedmq.broker.wire.addresses import RECORD
 from fedmq.broker.wire.schema import Message
 from fedmq.codecs.errors import CodecError
 from fedmq.nodes.errors import NodeError
+from fedmq.nodes.history.facts import natural
 from fedmq.nodes.history.outcomes import ResultOutcome
 from fedmq.nodes.history.run import RunHistory
 from fedmq.nodes.process.terminal import (
@@ -207,10 +208,9 @@ def _related_to(trace: Trace, entry: Accepted, message: Message) -> _Related:
                 settled = True
                 related.outcome.append(f"pending when the run ended (entry {other.seq})")
     outcomes = history.outcomes
-    stale = outcomes.staleness_of(seq)
-    if stale is not None:
-        used = f"used in version {outcomes.version_at(seq) + 1}, staleness {stale}"
-        related.outcome.append(used)
+    stale, base = outcomes.staleness_of(seq), natural(message.body.get("model_version"))
+    if stale is not None and base is not None:
+        related.outcome.append(f"used in version {base + stale + 1}, staleness {stale}")
     elif message.kind == "result" and outcomes.outcome_of(seq) is not ResultOutcome.REJECTED:
         related.outcome.append("not used in any version")
     if message.to == RECORD:

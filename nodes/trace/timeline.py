@@ -79,7 +79,7 @@ class _Versions:
 class _Drawing:
     def __init__(self, start: float, overview: Overview) -> None:
         self._start, self._overview = start, overview
-        self._tracker, self._outcomes = TaskTracker(), overview.history.outcomes
+        self._tracker = TaskTracker()
         self._versions = _Versions()
         self._ends: dict[str, int] = {}
         """End of the last span of each lane, in us."""
@@ -180,11 +180,11 @@ class _Drawing:
         body = message.body
         if message.kind != "result":
             return {key: body[key] for key in ("metrics", "reason") if key in body}
+        outcomes = self._overview.history.outcomes
         refusal = self._overview.rejections.get(entry.seq)
         found: Event = {
             "client": task.client,
-            "staleness": self._overview.history.outcomes.version_at(entry.seq)
-            - (task.version or 0),
+            "staleness": outcomes.staleness_at(entry.seq, task.version or 0),
             "elapsed_s": body.get("elapsed_s"),
             "numbers": body.get("numbers"),
         }

@@ -4,6 +4,8 @@ import pytest
 
 from fedmq.broker.ledger.entries import Consumed, Opened
 from fedmq.broker.ledger.reader import read_entries
+from fedmq.broker.settings import BrokerSettings
+from fedmq.broker.virtual.network import Faults
 from fedmq.nodes.cluster.view import line
 from fedmq.nodes.history.outcomes import ResultOutcome
 from fedmq.nodes.history.run import RunHistory, runs_of
@@ -11,8 +13,10 @@ from fedmq.nodes.history.tracker import TaskTracker
 from fedmq.nodes.run_folder.strict_json import to_strict_json
 from fedmq.nodes.run_folder.summary import summary_of
 from fedmq.nodes.run_folder.summary_file import write_summary
+from fedmq.nodes.simulation.virtual_run import Chances, Simulation
 from tests.nodes.history.test_outcomes import CONFIG, Story
 from tests.nodes.trace import story as written
+from tests.sim.history import setup_of
 
 
 @pytest.fixture
@@ -164,3 +168,27 @@ def test_what_consumes_a_message_of_several_runs_belongs_to_none_of_them(tmp_pat
         ]
     )
     assert [each.now for each in runs.values()] == [2.0, 3.0]
+
+
+@pytest.mark.parametrize(("schedule", "seed"), [(0, 1), (1, 1), (2, 1), (3, 1)])
+def test_results_that_come_during_a_commit_are_for_the_next_version(tmp_path, schedule, seed):
+    """The staleness of each version is what its aggregator recorded."""
+    setup = setup_of(schedule, 1.0, "BesideTally")
+    chances = Chances(Faults(loss=0.1, duplicate=0.1), crash=0.1, doom=0.1, cut=0.2)
+    settings = BrokerSettings(lease_s=3.0, beat_s=0.5, deliveries=1000)
+    simulation = Simulation(setup, 2, tmp_path, seed, chances, settings)
+    assert simulation.run(40.0, 400.0)
+    simulation.broker.ledger.close()
+    check_staleness(tmp_path)
+
+
+def check_staleness(ledger):
+    history, before = RunHistory(), 0
+    for entry in read_entries(ledger):
+        facts = history.feed(entry)
+        if facts.message is not None and facts.message.kind == "version":
+            body, staleness = facts.message.body, history.outcomes.staleness
+            total = sum(value * number for value, number in staleness.items())
+            assert total - before == pytest.approx(body["mean_staleness"] * body["results"])
+            before = total
+    assert history.outcomes.staleness.total() == history.outcomes.used
