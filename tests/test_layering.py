@@ -84,7 +84,7 @@ PARTS = {
         "aggregator": "errors process messages run run_folder",
         "worker": "errors process messages run",
         "trace": "errors process messages history",
-        "replay": "errors process messages run trace aggregator worker",
+        "replay": "errors process messages run history trace aggregator worker",
         "simulation": "process run aggregator worker",
         "cluster": "errors process messages run history run_folder aggregator worker",
         "cli": "errors process run history run_folder aggregator worker cluster trace replay",
