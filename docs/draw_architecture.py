@@ -1,16 +1,24 @@
 """Draw the rooms of fedmq and their parts from the imports: ``python docs/draw_architecture.py``.
 
-Writes ``docs/architecture.svg`` and the table of parts in ``docs/architecture.md``. A part is a
-folder of a room, or a module beside the folders. It stands above all that it imports; an arrow
-leads to each part that it imports, unless another arrow leads there by way of a third part.
+Writes ``docs/architecture.svg``, and in ``docs/architecture.md`` the table of parts and the tables
+of `fedmq.broker.core.lifecycles` and `fedmq.broker.link.contact`: the lives of messages, sessions
+and links. A part is a folder of a room, or a module beside the folders. It stands above all that
+it imports; an arrow leads to each part that it imports, unless another arrow leads there by way
+of a third part.
 """
 
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
+import enum
+import inspect
+import itertools
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+
+from fedmq.broker.core import lifecycles
+from fedmq.broker.link import contact
 
 ROOT = Path(__file__).parent.parent
 ROOMS = {
@@ -20,7 +28,7 @@ ROOMS = {
     "codecs": "tensors as bytes",
 }
 BOX_HEIGHT, FLOOR_HEIGHT, GAP, MARGIN = 34, 62, 12, 16
-BEGIN, END = "<!-- parts: written by draw_architecture.py -->", "<!-- end of parts -->"
+BEGIN, END = "<!-- {}: written by draw_architecture.py -->", "<!-- end of {} -->"
 
 
 @dataclass(frozen=True)
@@ -219,11 +227,51 @@ def _row(room: str, part: Part) -> str:
     return f"| `{path}` | {part.modules} | {about} |"
 
 
-def with_table(text: str) -> str:
-    """Return the page with its table of parts as of now."""
-    before, _, rest = text.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    return f"{before}{BEGIN}\n{table()}\n{END}{after}"
+def life_table(
+    transitions: Mapping[enum.IntEnum, Mapping[enum.IntEnum, enum.IntEnum]],
+) -> str:
+    """Return the table of a life: its states, and what each event leads to; then the events."""
+    states = meanings(type(next(iter(transitions))))
+    events: dict[enum.IntEnum, str] = {}
+    lines = ["| state | meaning | what may happen: next state |", "|---|---|---|"]
+    for state, after in transitions.items():
+        if after:
+            events |= meanings(type(next(iter(after))))
+        ways = [
+            f"{lifecycles.word(event)}: **{lifecycles.word(there)}**"
+            for event, there in after.items()
+        ]
+        lines.append(
+            f"| **{lifecycles.word(state)}** | {states[state]} | {', '.join(ways) or 'nothing'} |"
+        )
+    return "\n".join(
+        [*lines, "", *(f"- {lifecycles.word(each)}: {text}" for each, text in events.items())]
+    )
+
+
+def meanings(kind: type[enum.IntEnum]) -> dict[enum.IntEnum, str]:
+    """Return the docstring below each member of an enumeration."""
+    tree = ast.parse(inspect.getsource(kind))
+    found = {}
+    for member, text in itertools.pairwise(ast.walk(tree)):
+        match member, text:
+            case ast.Assign(targets=[ast.Name(id=name)]), ast.Expr(ast.Constant(str(about))):
+                found[kind[name]] = " ".join(about.split())
+    return found
+
+
+def with_tables(text: str) -> str:
+    """Return the page with its tables as of now."""
+    for name, content in (
+        ("life of a message", life_table(lifecycles.MESSAGE)),
+        ("life of a session", life_table(lifecycles.SESSION)),
+        ("life of a link", life_table(contact.LINK)),
+        ("parts", table()),
+    ):
+        before, _, rest = text.partition(BEGIN.format(name))
+        _, _, after = rest.partition(END.format(name))
+        text = f"{before}{BEGIN.format(name)}\n{content}\n{END.format(name)}{after}"
+    return text
 
 
 def _escaped(text: str) -> str:
@@ -234,7 +282,7 @@ def main() -> None:
     """Write the picture and the table."""
     (ROOT / "docs" / "architecture.svg").write_text(draw())
     page = ROOT / "docs" / "architecture.md"
-    page.write_text(with_table(page.read_text()))
+    page.write_text(with_tables(page.read_text()))
 
 
 if __name__ == "__main__":

@@ -36,10 +36,17 @@ class PendingAcks:
         """Return all acknowledgments that are pending, and clear them."""
         sends = []
         for node in self._pending.values():
-            first = node.pending_posts[0].frame.n if node.pending_posts else node.next_n
+            first = node.pending_frames[0].n if node.pending_frames else node.next_n
             if first:
                 sends.append(SendTo(node.peer, Ack(upto=first - 1)))
         self._pending.clear()
         self._counts.clear()
         self.due = math.inf
         return sends
+
+    def validate_state(self) -> None:
+        """Raise AssertionError if acknowledgments are pending without a time, or the reverse."""
+        waiting = self.due < math.inf
+        if waiting != bool(self._pending) or self._pending.keys() != self._counts.keys():
+            names = [node.name for node in self._pending.values()]
+            raise AssertionError(f"acknowledgments of {names} are due at {self.due}")

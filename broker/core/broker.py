@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from fedmq.broker.core import delivery
 from fedmq.broker.core.acceptance import Acceptance
 from fedmq.broker.core.acknowledgments import PendingAcks
+from fedmq.broker.core.lifecycles import SessionEvent, SessionState
 from fedmq.broker.core.mailboxes import Mailboxes
 from fedmq.broker.core.sessions import Sessions
 from fedmq.broker.core.state import (
@@ -25,8 +26,10 @@ from fedmq.broker.core.state import (
     Gone,
     Log,
     Node,
+    PendingFrame,
     PendingPost,
     ReceivedFrom,
+    RejectedPost,
     SendTo,
     Store,
     TimerFired,
@@ -129,6 +132,7 @@ class Broker:
                 out.append(SendTo(peer, Reject(code=code, reason=str(error)[:2000])))
                 out.append(Log("warning", "unreadable frame", {"reason": str(error)}))
             case Gone(peer):
+                self._sessions.early.pop(peer, None)
                 node = self._sessions.peers.get(peer)
                 if node is not None and node.alive:
                     silent = f"silent for {now - node.last_seen:.1f} s, its connection is gone"
@@ -138,6 +142,17 @@ class Broker:
             case TimerFired():
                 self._wake(now, out)
         return out
+
+    def validate_state(self) -> None:
+        """Raise AssertionError, with what is wrong, if parts of the state contradict each other.
+
+        For tests and simulations, after each event.
+        """
+        self._sessions.validate_state()
+        self._mailboxes.validate_state()
+        self._acks.validate_state()
+        if self._mailboxes.timers and not self._full and self.deadline is None:
+            raise AssertionError("there are timers, but nothing is due")
 
     def give_up(self, run: str, seqs: Sequence[int], reason: str, now: float) -> list[Action]:
         """Dead-letter messages that cannot be delivered, and notify their senders."""
@@ -168,10 +183,13 @@ class Broker:
             return
         if node.run.over and not isinstance(frame, Goodbye):
             # It must say goodbye within the lease that it had when its run ended.
-            out.append(SendTo(peer, RunEnded(reason=node.run.over)))
+            if not self._full:  # else the end may not be in the ledger yet
+                out.append(SendTo(peer, RunEnded(reason=node.run.over)))
             return
         node.last_seen = now
         node.lease_until = now + self._settings.lease_s
+        if node.state is SessionState.SILENT:
+            node.move(SessionEvent.FRAME)
         node.received_bytes += event.nbytes
         match frame:
             case NumberedFrame() if not self._full:
@@ -212,59 +230,57 @@ class Broker:
         elif frame.n > node.next_n:
             # Frames were lost: UnknownSession makes the link resend from its oldest one.
             out.append(SendTo(node.peer, UnknownSession()))
-        elif len(node.pending_posts) < HELD_FRAMES:
+        elif len(node.pending_frames) < HELD_FRAMES:
             node.next_n += 1
             node.read_bytes = min(frame.read, node.pointed_bytes)
-            for each in frame.each() if isinstance(frame, PostAll) else [frame]:
-                if isinstance(each, Post):
-                    pending = self._acceptance.check(node, each, buffers)
-                    self._begin(node, each, buffers, pending, now, out)
-                else:
-                    pending = PendingPost(each)
-                node.pending_posts.append(pending)
+            match frame:
+                case Post():
+                    node.pending_frames.append(self._begin(node, frame, buffers, now, out))
+                case PostAll():
+                    for post in frame.each():
+                        node.pending_frames.append(self._begin(node, post, buffers, now, out))
+                case Done() | RunEnded():
+                    node.pending_frames.append(frame)
             self._settle(node, now, out)
 
     def _begin(
-        self,
-        node: Node,
-        post: Post,
-        buffers: Sequence[Buffer],
-        pending: PendingPost,
-        now: float,
-        out: list[Action],
-    ) -> None:
-        """Store the blobs that came with a post, and request those that are missing."""
-        message, fingerprint = pending.message, pending.fingerprint
-        if message is None or fingerprint is None:
-            return
-        self._uploads.note_message(node, message, now)
-        if self._mailboxes.dedup_window.seen(fingerprint) != "new":
-            return  # a duplicate: its blobs are not needed
-        beside = {
-            message.blobs[index]: data for index, data in zip(post.inline, buffers, strict=True)
-        }
-        self._uploads.begin_post(node, pending, message, beside, out)
+        self, node: Node, frame: Post, buffers: Sequence[Buffer], now: float, out: list[Action]
+    ) -> PendingPost | RejectedPost:
+        """Parse a post, store the blobs that came with it, and fetch those that are missing."""
+        post = self._acceptance.parse(node, frame, buffers)
+        if isinstance(post, RejectedPost):
+            return post
+        self._uploads.note_message(node, post.message, now)
+        if not self._acceptance.is_new(post):
+            return post  # a duplicate: its blobs are not needed
+        return self._uploads.begin_post(node, post, buffers, out)
 
     def _settle(self, node: Node, now: float, out: list[Action]) -> None:
         """Apply, in order, the pending frames whose blobs have arrived; request missing blobs."""
-        while node.pending_posts and not self._uploads.lacks(node, node.pending_posts[0]):
-            pending = node.pending_posts.popleft()
-            match pending.frame:
-                case Post() as post:
-                    self._acceptance.accept(node, post, pending, now, out)
-                case Done(seqs=seqs, refused=refused) as done:
-                    for seq, reason in refused.items():
-                        if seq in node.pending:
-                            code = done.code_of(seq)
-                            self._mailboxes.refuse(
-                                node.run, seq, node.name, reason, now, out, code=code
-                            )
-                    self._mailboxes.consume(node, seqs, now, out)
+        while node.pending_frames:
+            frame: PendingFrame | None = node.pending_frames[0]
+            if isinstance(frame, PendingPost) and frame.apart:
+                frame = self._uploads.resolve(node, frame)
+            if frame is None:
+                break
+            node.pending_frames.popleft()
+            match frame:
+                case PendingPost() | RejectedPost():
+                    self._acceptance.apply(node, frame, now, out)
+                case Done():
+                    self._done(node, frame, now, out)
                 case RunEnded(reason=reason):
                     self._end_run(node, reason, now, out)
                     return
             self._acks.add(node, now)
         self._uploads.ask(node, now, out)
+
+    def _done(self, node: Node, done: Done, now: float, out: list[Action]) -> None:
+        for seq, reason in done.refused.items():
+            if seq in node.pending:
+                code = done.code_of(seq)
+                self._mailboxes.refuse(node.run, seq, node.name, reason, now, out, code=code)
+        self._mailboxes.consume(node, done.seqs, now, out)
 
     def _serve_chunk(self, node: Node, request: ChunkRequest, out: list[Action]) -> None:
         name = BlobName(node.run.id, request.owner, request.digest)
@@ -307,13 +323,17 @@ class Broker:
         out.extend(
             SendTo(each.peer, RunEnded(reason=run.over))
             for each in run.nodes.values()
-            if each.alive
+            if each.alive and each.peer
         )
+        run.refused.clear()
+        run.interrupted.clear()
         for member in run.nodes.values():
+            if member.alive:
+                member.move(SessionEvent.RUN_END)
             member.lease_until = now + self._settings.lease_s
             member.pending.clear()
             member.queue.clear()
-            member.pending_posts.clear()
+            member.pending_frames.clear()
         run.waiting.clear()
         self._mailboxes.timers = [timer for timer in self._mailboxes.timers if timer[2] != run.id]
         heapq.heapify(self._mailboxes.timers)
@@ -329,6 +349,7 @@ class Broker:
             for node in self._sessions.alive():
                 node.last_seen += late_s
                 node.lease_until = now + self._settings.lease_s
+        self._sessions.admit_early(now, out)
         self._sessions.look_after(now, out)
         while self._mailboxes.timers and self._mailboxes.timers[0][0] <= now:
             _, seq, name, token = heapq.heappop(self._mailboxes.timers)

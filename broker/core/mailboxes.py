@@ -7,6 +7,7 @@ connections, no leases, and no frames other than deliveries.
 from __future__ import annotations
 
 import heapq
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,10 +15,9 @@ from msgspec import UNSET
 
 from fedmq.broker.core import delivery
 from fedmq.broker.core.admission import timer_of
-from fedmq.broker.core.deduplication import DedupWindow, PostFingerprint
-from fedmq.broker.core.state import Action, Append, Node, RunState, Store
+from fedmq.broker.core.deduplication import DedupWindow
+from fedmq.broker.core.state import Action, Append, Node, RejectedPost, RunState, Store
 from fedmq.broker.ledger.entries import Accepted, Consumed, Refusal, blob_name
-from fedmq.broker.rejections import Rejection
 from fedmq.broker.wire.addresses import BROKER, CHECKPOINT, RECORD, TIMER, node_address
 from fedmq.broker.wire.encoding import encode_message
 from fedmq.broker.wire.schema import Message
@@ -114,27 +114,20 @@ class Mailboxes:
             for seq in seqs:
                 run.interrupted.pop(seq, None)
 
-    def refuse_post(
-        self,
-        node: Node,
-        name: str,
-        rejection: Rejection,
-        fingerprint: PostFingerprint,
-        now: float,
-        out: list[Action],
-    ) -> None:
+    def refuse_post(self, node: Node, post: RejectedPost, now: float, out: list[Action]) -> None:
         """Record that a post was rejected, and notify its sender."""
+        rejection = post.rejection
         reason = rejection.reason[:2000]
-        body = {"id": name, "reason": reason, "by": BROKER, "code": rejection.code}
+        body = {"id": post.id, "reason": reason, "by": BROKER, "code": rejection.code}
         self._notify_sender(node.run, node.name, body, now, out)
         refusal = Refusal(
             seq=self.number(),
             at=now,
             run=node.run.id,
             node=BROKER,
-            id=name,
+            id=post.id,
             reason=reason,
-            mark=fingerprint.to_bytes(),
+            mark=post.fingerprint.to_bytes(),
             code=rejection.code,
         )
         out.append(Append(refusal))
@@ -200,3 +193,22 @@ class Mailboxes:
             re=re,
         )
         self.accept(run, message, encode_message(message), consumes, now, out)
+
+    def validate_state(self) -> None:
+        """Raise AssertionError, with what is wrong, if a message is lost or in two places."""
+        places = []
+        for run in self.runs.values():
+            places += run.validate_state()
+        timers = self.timers
+        for index, (due, seq, name, token) in enumerate(timers):
+            places.append(seq)
+            if due < timers[(index - 1) // 2 if index else 0][0]:
+                raise AssertionError(f"timer {token} of run {name} is not at its place in the heap")
+            if name not in self.runs or self.runs[name].over:
+                raise AssertionError(f"timer {token} is of run {name}, which has ended")
+        if len(set(places)) != len(places):
+            twice = [seq for seq, count in Counter(places).items() if count > 1]
+            raise AssertionError(f"messages {twice[:5]} are in several places")
+        if places and max(places) >= self.next_seq:
+            raise AssertionError(f"message {max(places)} is not in the ledger: {self.next_seq} are")
+        self.dedup_window.validate_state()

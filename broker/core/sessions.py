@@ -11,13 +11,23 @@ from msgspec import UNSET
 
 from fedmq.broker.core import delivery
 from fedmq.broker.core.admission import MAX_EARLY, find_run, wait_for_run, why_not, wrong_name
+from fedmq.broker.core.lifecycles import WITHOUT_CONNECTION, SessionEvent, SessionState, word
 from fedmq.broker.core.mailboxes import Mailboxes
-from fedmq.broker.core.state import Action, Append, Log, Node, Probe, RunState, SendTo, Unpin
+from fedmq.broker.core.state import (
+    Action,
+    Append,
+    Log,
+    Node,
+    Probe,
+    RunState,
+    SendTo,
+    Unpin,
+)
 from fedmq.broker.ledger.entries import Opened
 from fedmq.broker.rejections import Code
 from fedmq.broker.settings import BrokerSettings
 from fedmq.broker.wire.addresses import AGGREGATOR, BROKER, RECORD, addresses
-from fedmq.broker.wire.schema import Deliver, Hello, Reject, RunEnded, Welcome
+from fedmq.broker.wire.schema import Deliver, Done, Hello, Reject, RunEnded, Welcome
 
 MAX_SILENT_LEASES = 10
 """Leases after which a silent node has left, even if its connection is up."""
@@ -34,7 +44,7 @@ class Sessions:
 
     Attributes:
         peers: nodes by connection.
-        early: the Hello of each connection that waits for its run to start.
+        early: the last Hello of each connection that waits for its run to start, and its time.
         due: earliest time at which a lease or a pause of a node may end; infinite without nodes.
     """
 
@@ -48,7 +58,9 @@ class Sessions:
         self._settings, self._mailboxes = settings, mailboxes
         self._draw_identity, self._on_admit = draw_identity, on_admit
         self.peers: dict[bytes, Node] = {}
-        self.early: dict[bytes, Hello] = {}
+        self.early: dict[bytes, tuple[Hello, float]] = {}
+        self._has_opened = False
+        """Whether a run has been opened, for which nodes in `early` may wait."""
         self.due = self._next_due()
 
     def hello(self, peer: bytes, hello: Hello, now: float, out: list[Action]) -> None:
@@ -60,19 +72,20 @@ class Sessions:
         if isinstance(run, str):
             self._reject(peer, hello, "run", run, out)
             return
+        self.early.pop(peer, None)
         if run is None:
             if len(self.early) >= MAX_EARLY:
                 del self.early[next(iter(self.early))]
-            self.early[peer] = hello
+            self.early[peer] = hello, now
             out.append(SendTo(peer, wait_for_run(self._mailboxes.runs)))
             return
-        self.early.pop(peer, None)
         known = run.nodes.get(hello.node)
         if run.over:
             if known is not None and known.alive and known.hello.session == hello.session:
                 # It has reconnected: its goodbye comes over the new connection.
-                self.peers.pop(known.peer, None)
+                self._forget_connection(known)
                 known.peer, self.peers[peer] = peer, known
+                known.move(SessionEvent.HELLO)
             out.append(SendTo(peer, RunEnded(reason=run.over)))
             return
         reason = why_not(run, hello, known)
@@ -91,18 +104,32 @@ class Sessions:
                 identity=run.identity,
             )
             out.append(Append(opened))
+            # A connection that is gone must not take names and clients from another one.
+            out.extend(Probe(other) for other in self.early)
+            self._has_opened = True
         before = self.peers.get(peer)
         if before is not None and before is not known and before.alive:
             self.leave(
                 before, f"node {hello.node} has taken over its connection", now, out, clean=True
             )
         self._admit(peer, hello, run, known, now, out)
-        if hello.role == AGGREGATOR:
-            # The newest of several waiting sessions with one name is the node.
-            early = {each.node: (other, each) for other, each in self.early.items()}
-            self.early = {}
-            for other, their_hello in early.values():
-                self.hello(other, their_hello, now, out)
+
+    def admit_early(self, now: float, out: list[Action]) -> None:
+        """Admit the nodes whose run has been opened in this turn, and whose connections are up.
+
+        Nodes repeat their Hello while they wait, so a node that did not within a lease is gone.
+        """
+        if not self._has_opened:
+            return
+        self._has_opened = False
+        # The newest of several waiting sessions with one name is the node.
+        early = {hello.node: (peer, hello, at) for peer, (hello, at) in self.early.items()}
+        self.early = {}
+        for peer, hello, at in early.values():
+            if now < at + self._settings.lease_s:
+                self.hello(peer, hello, now, out)
+            if peer in self.early:
+                self.early[peer] = hello, at
 
     def _admit(
         self,
@@ -116,20 +143,21 @@ class Sessions:
         """Welcome a new or reconnected node, and deliver what it has not received."""
         returning = known is not None and known.hello.session == hello.session
         if known is not None and returning:
-            self.peers.pop(known.peer, None)
+            self._forget_connection(known)
             node = known
             node.peer = peer
             # After a restart of the broker, its Hello is from the ledger, without a version.
             node.hello = msgspec.structs.replace(node.hello, v=hello.v)
             node.fetcher.restart()
         else:
-            node = Node(hello, run, peer, 0.0, alive=False)
+            node = Node(hello, run, peer, 0.0)
             if known is not None:
                 if known.alive:
                     reason = "a newer session has taken over"
                     out.append(SendTo(known.peer, Reject(code="replaced", reason=reason)))
                     self.leave(known, reason, now, out)
-                self.peers.pop(known.peer, None)
+                known.move(SessionEvent.REPLACE)
+                self._forget_connection(known)
                 node.sessions = known.sessions
                 node.received_bytes = known.received_bytes
                 node.sent_bytes = known.sent_bytes + known.read_bytes
@@ -150,8 +178,9 @@ class Sessions:
             continued=UNSET if run.continued is None or not leads else run.continued,
         )
         out.append(SendTo(peer, welcome))
-        if not node.alive:
-            node.alive = True
+        was_there = node.alive
+        node.move(SessionEvent.HELLO)
+        if not was_there:
             node.sessions += not returning
             self._announce("joined", node, {}, now, out)
             found: dict[int, str] = {}
@@ -215,9 +244,11 @@ class Sessions:
         end of its run, a node that does not say goodbye gets no further lease.
         """
         silent = now - node.last_seen
-        if not node.peer or node.run.over or silent >= MAX_SILENT_LEASES * self._settings.lease_s:
+        may_be_slow = node.state in (SessionState.CONNECTED, SessionState.SILENT)
+        if not may_be_slow or silent >= MAX_SILENT_LEASES * self._settings.lease_s:
             self.leave(node, f"silent for {silent:.1f} s", now, out)
         else:
+            node.move(SessionEvent.LEASE_END)
             node.lease_until = now + self._settings.beat_s
             out.append(Probe(node.peer))
 
@@ -225,11 +256,12 @@ class Sessions:
         self, node: Node, reason: str, now: float, out: list[Action], *, clean: bool = False
     ) -> None:
         """Record that a node has left; ``clean``: not because of the message that it handled."""
-        node.alive = False
+        node.move(SessionEvent.LEAVE)
         run = node.run
         if run.over:
             return
-        out.extend(Unpin(post.names()) for post in node.pending_posts if post.names())
+        posts = [each for each in node.pending_frames if not isinstance(each, Done | RunEnded)]
+        out.extend(Unpin(post.names) for post in posts if post.names)
         details: dict[str, Any] = {"reason": reason}
         first = next((seq for seq in node.pending if seq not in run.refused), None)
         if first is not None and first < node.sent and not clean and node.hello.role != AGGREGATOR:
@@ -275,6 +307,33 @@ class Sessions:
             for node in run.nodes.values():
                 if node.alive:
                     yield node
+
+    def validate_state(self) -> None:
+        """Raise AssertionError, with what is wrong, if connections and nodes do not agree."""
+        for peer, node in self.peers.items():
+            if node.peer != peer or peer in self.early:
+                raise AssertionError(f"connection {peer!r} is not that of {node.name}")
+            if node.run.nodes.get(node.name) is not node:
+                raise AssertionError(f"connection {peer!r} is of an earlier session of {node.name}")
+        due = math.inf
+        for run in self._mailboxes.runs.values():
+            for node in run.nodes.values():
+                if not node.alive:
+                    continue
+                due = min(due, _due(node))
+                if node.peer and self.peers.get(node.peer) is not node:
+                    raise AssertionError(f"{node.name} is connected, but its connection is unknown")
+                if not (node.peer or node.state in WITHOUT_CONNECTION):
+                    raise AssertionError(f"{node.name} is {word(node.state)} without a connection")
+                if (node.state is SessionState.FINISHING) != bool(run.over):
+                    ended = f"run {run.id} has {'' if run.over else 'not '}ended"
+                    raise AssertionError(f"{node.name} is {word(node.state)}, but {ended}")
+        if self.due > due:
+            raise AssertionError(f"a lease ends at {due}, before anything is due")
+
+    def _forget_connection(self, node: Node) -> None:
+        if self.peers.get(node.peer) is node:  # another node may have taken it over
+            del self.peers[node.peer]
 
 
 def _due(node: Node) -> float:

@@ -11,12 +11,23 @@ import xxhash
 from msgspec import Struct
 
 from fedmq.broker.core.deduplication import PostFingerprint
+from fedmq.broker.core.lifecycles import PRESENT, SessionEvent, SessionState, next_state
 from fedmq.broker.errors import WireError
 from fedmq.broker.ledger.entries import Accepted, BlobName, Entry, blob_name
-from fedmq.broker.rejections import Rejection
-from fedmq.broker.wire.addresses import AGGREGATOR
+from fedmq.broker.rejections import Code, Rejection
+from fedmq.broker.wire.addresses import AGGREGATOR, num_addresses
 from fedmq.broker.wire.chunked_transfer import Fetcher, Owned
-from fedmq.broker.wire.schema import AnyFrame, Blob, Buffer, Frame, Hello, Message, NumberedFrame
+from fedmq.broker.wire.schema import (
+    AnyFrame,
+    Blob,
+    Buffer,
+    Done,
+    Frame,
+    Hello,
+    Message,
+    Post,
+    RunEnded,
+)
 
 UPLOAD_WINDOW_CHUNKS = 8
 """Twice a node's own window, so that chunks arrive while the broker writes (measured on two
@@ -158,22 +169,53 @@ Action = Append | Put | Unpin | Discard | SendTo | Probe | Log
 # ---- state
 
 
-@dataclass
-class PendingPost:
-    """A numbered frame that waits for its blobs or for the frames before it."""
+class PendingPost(Struct, frozen=True):
+    """A post that was parsed; it waits for its blobs, or for the frames before it.
 
-    frame: NumberedFrame
-    message: Message | None = None
-    fingerprint: PostFingerprint | None = None
-    apart: list[Blob] = field(default_factory=list)
-    """Blobs of its message that did not come with it."""
-    missing: set[Owned] = field(default_factory=set)
-    refusal: Rejection | None = None
+    apart: blobs of its message that did not come with it.
+    """
 
+    frame: Post
+    message: Message
+    fingerprint: PostFingerprint
+    apart: tuple[Blob, ...] = ()
+
+    @property
+    def n(self) -> int:
+        """Return the number of its frame."""
+        return self.frame.n
+
+    @property
     def names(self) -> tuple[BlobName, ...]:
         """Return the names of all blobs of its message."""
-        message = self.message
-        return tuple(blob_name(message, blob) for blob in message.blobs) if message else ()
+        return tuple(blob_name(self.message, blob) for blob in self.message.blobs)
+
+    def rejected(self, code: Code, reason: str) -> RejectedPost:
+        """Return the same post, to be rejected in its turn."""
+        rejection = Rejection(code, reason)
+        return RejectedPost(self.frame, rejection, self.message.id, self.fingerprint, self.names)
+
+
+class RejectedPost(Struct, frozen=True):
+    """A post that the broker rejects once the frames before it have been applied.
+
+    id: of its message; if that cannot be read, the session and number of its frame.
+    names: of all blobs of its message.
+    """
+
+    frame: Post
+    rejection: Rejection
+    id: str
+    fingerprint: PostFingerprint
+    names: tuple[BlobName, ...] = ()
+
+    @property
+    def n(self) -> int:
+        """Return the number of its frame."""
+        return self.frame.n
+
+
+PendingFrame = PendingPost | RejectedPost | Done | RunEnded
 
 
 @dataclass
@@ -182,6 +224,7 @@ class Node:
 
     peer: its connection; empty after a restart of the broker, until it says Hello.
     next_n: number of the next numbered frame.
+    pending_frames: numbered frames that have not been applied yet, in order.
     pending: its unfinished messages, in order: number to address.
     queue: numbers of the pending messages that have not been sent yet.
     in_flight: (number, bytes) of each delivery that was sent and not taken yet.
@@ -193,10 +236,10 @@ class Node:
     run: RunState
     peer: bytes
     lease_until: float
-    alive: bool = True
+    state: SessionState = SessionState.WAITING
     last_seen: float = 0.0
     next_n: int = 0
-    pending_posts: deque[PendingPost] = field(default_factory=deque)
+    pending_frames: deque[PendingFrame] = field(default_factory=deque)
     fetcher: Fetcher = field(default_factory=lambda: Fetcher(UPLOAD_WINDOW_CHUNKS))
     pending: dict[int, str] = field(default_factory=dict)
     queue: deque[int] = field(default_factory=deque)
@@ -216,6 +259,55 @@ class Node:
     def __post_init__(self) -> None:
         """Look the name up once: it is needed for each message."""
         self.name = self.hello.node
+
+    @property
+    def alive(self) -> bool:
+        """Return whether the session has not left: it gets the messages to its addresses."""
+        return self.state in PRESENT
+
+    def move(self, event: SessionEvent) -> None:
+        """Apply an event to the session.
+
+        Raises:
+            ImpossibleTransition: the event cannot happen in its state.
+        """
+        self.state = next_state(self.state, event)
+
+    def validate_state(self) -> None:
+        """Raise AssertionError, with what is wrong, if the session contradicts itself."""
+        if self.pending or self.queue or self.in_flight:
+            self._validate_messages()
+        if self.state is SessionState.AWAITED and self.peer:
+            raise AssertionError(f"{self.name} is awaited, but has a connection")
+        if self.read_bytes > self.pointed_bytes:
+            raise AssertionError(f"{self.name} has read {self.read_bytes} bytes: more than it got")
+        if self.pending_frames:
+            frames = [each.n for each in self.pending_frames]
+            if sorted(frames) != frames or frames[-1] >= self.next_n:
+                raise AssertionError(f"{self.name}'s frames {frames[:5]} are out of order")
+            first = self.pending_frames[0]
+            if not isinstance(first, PendingPost) or not any(
+                Owned(first.message.sender, blob.digest) in self.fetcher for blob in first.apart
+            ):
+                raise AssertionError(f"{self.name}'s frame {first.n} waits for nothing")
+
+    def _validate_messages(self) -> None:
+        name, pending, queue, sent = self.name, [*self.pending], [*self.queue], self.sent
+        if not self.alive and (pending or queue):
+            raise AssertionError(f"{name} has left, but still has messages {pending[:5]}")
+        if sorted(pending) != pending or sorted(set(queue)) != queue:
+            raise AssertionError(f"{name}'s messages {pending} or queue {queue} are out of order")
+        if queue and queue[0] < sent:
+            raise AssertionError(f"{name}'s queue has message {queue[0]}, which was sent")
+        if self.state is not SessionState.AWAITED and pending and pending[-1] >= sent:
+            missing = {seq for seq in reversed(pending) if seq >= sent}.difference(queue)
+            if missing:
+                raise AssertionError(f"messages {missing} of {name} are neither sent nor queued")
+        out = [seq for seq, _ in self.in_flight]
+        if sorted(set(out)) != out or (out and out[-1] >= sent):
+            raise AssertionError(f"{name}'s deliveries {out} are out of order, up to {sent}")
+        if (total := sum(size for _, size in self.in_flight)) != self.in_flight_bytes:
+            raise AssertionError(f"{name} has {total} bytes in flight, not {self.in_flight_bytes}")
 
 
 @dataclass
@@ -261,3 +353,43 @@ class RunState:
         """Return the connected node that hosts an address, or None."""
         node = self.nodes.get(self.hosts.get(address, ""))
         return node if node is not None and node.alive else None
+
+    def validate_state(self) -> list[int]:
+        """Check the run, and return the numbers of its unfinished messages, but for its timers.
+
+        Raises:
+            AssertionError: its parts contradict each other; the message says what is wrong.
+        """
+        if self.over:
+            rest = [
+                each.name for each in self.nodes.values() if each.pending or each.pending_frames
+            ]
+            if rest or self.waiting or self.refused or self.interrupted:
+                raise AssertionError(f"run {self.id} has ended, but has unfinished messages {rest}")
+            return []
+        places = [] if self.checkpoint is None else [self.checkpoint]
+        present: set[str] = set()
+        hosted = 0
+        for node in self.nodes.values():
+            node.validate_state()
+            if node.alive:
+                present.add(node.name)
+                hosted += num_addresses(node.hello)
+            if node.pending:
+                places += node.pending
+                for address in set(node.pending.values()):
+                    if self.hosts.get(address) != node.name:
+                        raise AssertionError(f"{node.name} has messages to {address}: not its own")
+        if gone := present.symmetric_difference(self.hosts.values()):
+            raise AssertionError(f"addresses of {gone} are hosted, but it has left, or the reverse")
+        if len(self.hosts) != hosted:
+            raise AssertionError(f"{hosted} addresses of nodes, but {len(self.hosts)} are hosted")
+        for address, seqs in self.waiting.items():
+            places += seqs
+            if address in self.hosts:
+                raise AssertionError(f"{seqs[:5]} wait for {address}, which is hosted")
+            if sorted(set(seqs)) != seqs:
+                raise AssertionError(f"messages to {address} are out of order: {seqs}")
+        if self.interrupted and (unknown := self.interrupted.keys() - places - self.refused):
+            raise AssertionError(f"messages {unknown} ended sessions, but are finished")
+        return places

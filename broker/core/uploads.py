@@ -3,13 +3,26 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from typing import TypeGuard
 
-from fedmq.broker.core.state import Action, Discard, Node, PendingPost, Put, SendTo, Store
+from msgspec.structs import replace
+
+from fedmq.broker.core.state import (
+    Action,
+    Discard,
+    Node,
+    PendingFrame,
+    PendingPost,
+    Put,
+    RejectedPost,
+    SendTo,
+    Store,
+)
 from fedmq.broker.ledger.entries import BlobName, blob_name
-from fedmq.broker.rejections import Code, Rejection
+from fedmq.broker.rejections import Code
 from fedmq.broker.wire.chunked_transfer import Owned
-from fedmq.broker.wire.schema import EMPTY, Blob, Buffer, Chunk, Message
+from fedmq.broker.wire.schema import EMPTY, Buffer, Chunk, Message
 
 UPLOAD_CHUNKS = 32
 """Most chunks in flight to the broker from all nodes; each node may send at least one."""
@@ -49,83 +62,90 @@ class Uploads:
             self._small_messages.append(now)
 
     def begin_post(
-        self,
-        node: Node,
-        post: PendingPost,
-        message: Message,
-        beside: Mapping[Blob, Buffer],
-        out: list[Action],
-    ) -> None:
+        self, node: Node, post: PendingPost, buffers: Sequence[Buffer], out: list[Action]
+    ) -> PendingPost | RejectedPost:
         """Store the blobs that came with a post, and fetch the others."""
+        message = post.message
+        beside = {
+            message.blobs[index]: data
+            for index, data in zip(post.frame.inline, buffers, strict=True)
+        }
+        apart = []
         for blob in message.blobs:
             name = blob_name(message, blob)
             if not blob.size and blob.digest != EMPTY:
                 text = f"expected the digest of no bytes for an empty blob, got {blob.digest.hex()}"
-                post.refusal = Rejection(Code.BAD_BLOB, text)
-                return
+                return post.rejected(Code.BAD_BLOB, text)
             if self._store.size_of(name) is None and (blob in beside or not blob.size):
                 out.append(Put(name, blob.size, 0, beside.get(blob, b"")))
             else:
-                post.apart.append(blob)
-        self.lacks(node, post)
+                apart.append(blob)
+        if not apart:
+            return post
+        post = replace(post, apart=tuple(apart))
+        return self.resolve(node, post) or post
 
-    def lacks(self, node: Node, post: PendingPost) -> bool:
-        """Return whether blobs of a post are missing, and fetch these.
+    def resolve(self, node: Node, post: PendingPost) -> PendingPost | RejectedPost | None:
+        """Return a post whose blobs are stored; None while some are missing, and fetch these.
 
         Called again when the post is the oldest: a blob may have been deleted meanwhile.
         """
-        if post.message is None or post.refusal:
-            return False
+        missing = False
         for blob in post.apart:
             name = blob_name(post.message, blob)
-            owned = Owned(name.owner, blob.digest)
-            size = self._store.size_of(name)
-            if self._completed is not None and name == self._completed[0]:
-                size = self._completed[1]
-            if size is not None and size != blob.size:
-                text = f"expected blob {blob.digest.hex()} to have {size} bytes"
-                post.refusal = Rejection(Code.BAD_BLOB, text)
-                return False
-            if size is None and owned not in post.missing:
-                post.missing.add(owned)
-                if owned not in node.fetcher:
+            size = self._size_of(name)
+            if size is None:
+                missing = True
+                if Owned(name.owner, blob.digest) not in node.fetcher:
                     node.fetcher.add(name.owner, blob, *self._store.resume(name, blob.size))
-        return bool(post.missing)
+            elif size != blob.size:
+                text = f"expected blob {blob.digest.hex()} to have {size} bytes"
+                return post.rejected(Code.BAD_BLOB, text)
+        return None if missing else post
+
+    def _size_of(self, name: BlobName) -> int | None:
+        """Return the size of a blob that is stored, or will be at the end of this event."""
+        if self._completed is not None and name == self._completed[0]:
+            return self._completed[1]
+        return self._store.size_of(name)
 
     def take(self, node: Node, chunk: Chunk, buffers: Sequence[Buffer], out: list[Action]) -> bool:
         """Handle a chunk; return whether it changed anything."""
         name = Owned(chunk.owner, chunk.digest)
-        if not buffers and name in node.fetcher:
-            reason = "the sender does not have the blob that its message names"
-            self._failed(node, name, Code.MISSING_BLOB, reason)
-        elif buffers:
-            received = node.fetcher.receive(chunk, buffers[0])
-            if received is None:
-                return False
-            blob_id = BlobName(node.run.id, chunk.owner, chunk.digest)
-            complete = self._store.have(blob_id) == received.start
-            out.append(Put(blob_id, received.size, received.start, received.data))
-            good = node.fetcher.check_complete(name)
-            if good and not complete:
-                # Its first chunks were deleted while its node was away: fetch it again.
-                for post in node.pending_posts:
-                    post.missing.discard(name)
-            elif good is False:
-                out.append(Discard(blob_id, received.size))
-                reason = "the bytes of a blob do not match its digest"
-                self._failed(node, name, Code.BAD_BLOB, reason)
-            elif good:
-                self._completed = (blob_id, received.size)
-                for post in node.pending_posts:
-                    post.missing.discard(name)
+        if not buffers:
+            if name in node.fetcher:
+                reason = "the sender does not have the blob that its message names"
+                self._fail(node, name, Code.MISSING_BLOB, reason)
+            return True
+        received = node.fetcher.receive(chunk, buffers[0])
+        if received is None:
+            return False
+        blob_id = BlobName(node.run.id, chunk.owner, chunk.digest)
+        # Its first chunks may have been deleted while its node was away: then it is fetched again.
+        continues = self._store.have(blob_id) == received.start
+        out.append(Put(blob_id, received.size, received.start, received.data))
+        good = node.fetcher.check_complete(name)
+        if good is False:
+            out.append(Discard(blob_id, received.size))
+            self._fail(node, name, Code.BAD_BLOB, "the bytes of a blob do not match its digest")
+        elif good and continues:
+            self._completed = (blob_id, received.size)
         return True
 
-    def _failed(self, node: Node, name: Owned, code: Code, reason: str) -> None:
+    def _fail(self, node: Node, name: Owned, code: Code, reason: str) -> None:
+        """Stop fetching a blob, and reject the posts that wait for it."""
         node.fetcher.discard(name)
-        for post in node.pending_posts:
-            if name in post.missing:
-                post.missing.discard(name)
-                post.refusal = Rejection(code, f"{reason} ({name.digest.hex()})")
+        text = f"{reason} ({name.digest.hex()})"
+        node.pending_frames = deque(
+            frame.rejected(code, text) if self._waits_for(frame, name) else frame
+            for frame in node.pending_frames
+        )
+
+    def _waits_for(self, frame: PendingFrame, name: Owned) -> TypeGuard[PendingPost]:
+        return isinstance(frame, PendingPost) and any(
+            blob.digest == name.digest and self._size_of(blob_name(frame.message, blob)) is None
+            for blob in frame.apart
+        )
 
     def ask(self, node: Node, now: float, out: list[Action]) -> None:
         """Request chunks: all nodes that have chunks to send share the window."""

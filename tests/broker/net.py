@@ -1,24 +1,16 @@
-"""One Broker core and several Link cores: encoded frames, virtual time, cut connections."""
+"""A broker and several nodes, each with its driver: virtual time, cut connections."""
 
+import contextlib
 import random
 from collections import defaultdict, deque
 
 import msgspec
 
-from fedmq.broker.core.recovery import open_broker
-from fedmq.broker.core.state import (
-    Append,
-    Discard,
-    Gone,
-    Probe,
-    Put,
-    ReceivedFrom,
-    SendTo,
-    TimerFired,
-)
+from fedmq.broker.core.state import ReceivedFrom
+from fedmq.broker.driver import BrokerDriver
 from fedmq.broker.link import events as node
-from fedmq.broker.link.core import Link
-from fedmq.broker.settings import BrokerSettings
+from fedmq.broker.link.node_link import NodeLink
+from fedmq.broker.settings import BrokerSettings, LedgerSettings
 from fedmq.broker.wire.clock import Clock
 from fedmq.broker.wire.encoding import decode_frame, encode_frame
 from fedmq.broker.wire.schema import (
@@ -34,67 +26,121 @@ TICK_S = 0.01
 
 
 class Member:
-    """One node: its link core, and what the node has received."""
+    """One node: the port of its link, and what the node has received."""
 
-    def __init__(self, hello, connection=0):
-        self.hello = hello
-        self.core = Link(hello)
+    endpoint = "net"
+
+    def __init__(self, net, hello, connection=0):
+        self.net, self.hello, self.connection = net, hello, connection
         self.name = hello.node
-        self.connection = connection
-        self.inbox = []
-        self.fetched = []
-        self.welcome = None
-        self.blocked = []
-        self.ended = None
         self.cut = False
+        self.blocked = []
+        self.arrived = []
+        self.clock = Clock(lambda: net.now, lambda: net.now)
+        self.lock = contextlib.nullcontext()
+        self.link = NodeLink(self, hello)
+        self._inbox = []
 
     @property
     def peer(self):
         return f"{self.name}#{self.connection}".encode()
 
+    @property
+    def core(self):
+        return self.link.core
+
+    @property
+    def inbox(self):
+        """Return all deliveries; takes those that have arrived."""
+        while self.link._inbox:
+            self._inbox.append(self.link.get())
+        return self._inbox
+
+    @property
+    def fetched(self):
+        """Return the fetched blobs that were not read."""
+        return list(self.link.blobs.fetched.values())
+
+    @property
+    def welcome(self):
+        return self.link._welcome
+
+    @property
+    def ended(self):
+        return self.link._ended
+
+    def turn(self):
+        self.link.turn_in_background()
+        self.inbox  # noqa: B018 - a program that waits takes each delivery at once
+        self.link.validate_state()
+
+    # ---- the port of its link
+
+    def start(self, loop):
+        pass
+
+    def restart(self):
+        pass
+
+    def send(self, frame, buffers):
+        if not self.cut and not self.net.away:
+            parts = [encode_frame(frame), *[bytes(each) for each in buffers]]
+            self.net.up[self.peer].append(parts)
+
+    def flush(self):
+        pass
+
+    def wait(self, until):
+        pass
+
+    def receive(self):
+        arrived, self.arrived = self.arrived, []
+        return arrived
+
+    def report(self, report):
+        if isinstance(report, node.Blocked):
+            self.blocked.append(report.reason)
+
+    def report_failure(self, error):
+        raise error
+
+
+class Killed(Exception):
+    """The broker dies in the middle of a turn."""
+
 
 class Net:
-    """Carries encoded frames between the cores, in order, one hop a step."""
+    """Carries encoded frames between the cores, in order, one hop a step.
+
+    It is the port of the broker's driver, too.
+    """
 
     def __init__(self, folder):
         self.now = 0.0
         self.folder = folder
-        self.ledger, self.broker = open_broker(folder, SETTINGS, self.clock())
-        self.away = False
+        self.away = self.dying = False
         self.members = {}
         self.up = defaultdict(deque)
         self.down = defaultdict(deque)
         self.chunk_bytes_under_way = 0
         self.counts = defaultdict(int)
+        self.start_broker()
+
+    @property
+    def broker(self):
+        return self.driver.core
+
+    @property
+    def ledger(self):
+        return self.driver.ledger
 
     def add(self, name, role="worker", clients=(), session="s1", **more):
         hello = Hello(node=name, role=role, session=session, clients=clients, **more)
-        member = self.members[name] = Member(hello)
+        member = self.members[name] = Member(self, hello)
         return member
 
-    def clock(self):
-        """Return a clock that shows the time of this network."""
-        return Clock(lambda: self.now, lambda: self.now)
-
     def tell(self, name, event):
-        member = self.members[name]
-        for action in member.core.handle(event, self.now):
-            match action:
-                case node.Send(frame, buffers):
-                    if not member.cut and not self.away:
-                        parts = [encode_frame(frame), *[bytes(each) for each in buffers]]
-                        self.up[member.peer].append(parts)
-                case node.Deliveries(deliveries):
-                    member.inbox += deliveries
-                    self.tell(name, node.Taken(deliveries))
-                case node.Fetched():
-                    member.fetched.append(action)
-                case node.Admitted(welcome):
-                    member.welcome = welcome
-                case node.Blocked(reason):
-                    member.blocked.append(reason)
-                case node.LinkEnded():
-                    member.ended = action
+        self.members[name].link._handle(event)
 
     def post(self, name, to, number, *blobs, consumes=(), **body):
         message = Message(
@@ -121,23 +167,34 @@ class Net:
         self.cut(name)
         before = self.members[name]
         hello = msgspec.structs.replace(before.hello, session=session)
-        member = self.members[name] = Member(hello, before.connection)
+        member = self.members[name] = Member(self, hello, before.connection)
         return member
 
     def kill_broker(self, *, written=True):
         """Kill the broker in its next turn, before or after it has ``written``, before it sends."""
-        self._take_frames()
-        if written:
-            self.ledger.commit()
-        self.ledger._chunks, self.ledger._messages = [], []
-        self.ledger.close()
-        self.away = True
+        ledger, commit = self.ledger, self.ledger.commit
+        self.dying = True
+        if not written:
+            ledger.commit = self.die
+        with contextlib.suppress(Killed):
+            self.driver.turn(self._arrived())
+        ledger.commit = commit
+        ledger._chunks, ledger._messages = [], []
+        ledger.close()
+        self.away, self.dying = True, False
         for name in self.members:
             self.cut(name)
 
-    def start_broker(self):
-        """Start the broker again."""
-        self.ledger, self.broker = open_broker(self.folder, SETTINGS, self.clock())
+    def die(self, **_):
+        raise Killed
+
+    def start_broker(self, continuation=None):
+        """Start the broker, or start it again."""
+        settings = LedgerSettings(share_files=False)
+        clock = Clock(lambda: self.now, lambda: self.now)
+        self.driver = BrokerDriver.open(
+            self.folder, SETTINGS, settings, self, clock, continuation=continuation
+        )
         self.away = False
 
     def step(self):
@@ -145,8 +202,10 @@ class Net:
         self.now += TICK_S
         moved = False
         if not self.away:
-            moved = self._step_broker()
-        for name, member in self.members.items():
+            arrived = self._arrived()
+            moved = bool(arrived)
+            self.driver.turn(arrived)
+        for member in self.members.values():
             queue = self.down[member.peer]
             if queue and not member.cut:
                 moved = True
@@ -155,49 +214,42 @@ class Net:
                     self.chunk_bytes_under_way, sum(len(b) for parts in chunks for b in parts[1:])
                 )
                 header, *buffers = queue.popleft()
-                self.tell(name, node.FrameReceived(decode_frame(header), buffers))
-            self.tell(name, node.Wake())
+                member.arrived.append((decode_frame(header), buffers))
+            member.turn()
         return moved
 
-    def _step_broker(self):
-        moved, sends = self._take_frames()
-        self.ledger.commit()
-        for send in sends:
-            buffers = [bytes(self.ledger.payload.read(*each)) for each in send.blobs]
-            self.down[send.peer].append([encode_frame(send.frame), *buffers])
-        return moved
-
-    def _take_frames(self):
-        moved, sends = False, []
-        for peer, queue in list(self.up.items()):
+    def _arrived(self):
+        """Return the oldest frame of each connection."""
+        events = []
+        for peer, queue in self.up.items():
             if queue:
-                moved = True
                 header, *buffers = queue.popleft()
                 frame = decode_frame(header)
                 self.counts[peer.partition(b"#")[0].decode(), type(frame).__name__] += 1
-                sends += self._broker(ReceivedFrom(peer, frame, buffers))
-        return moved, sends + self._broker(TimerFired())
+                events.append(ReceivedFrom(peer, frame, buffers))
+        return events
 
-    def _broker(self, event):
-        sends, gone = [], []
-        for action in self.broker.handle(event, self.now):
-            match action:
-                case Append(entry, uses):
-                    self.ledger.append(entry)
-                    self.ledger.use(entry.seq, uses)
-                case Put(name, size, start, data):
-                    self.ledger.put(name, size, start, data)
-                case Discard(name, size):
-                    self.ledger.discard(name, size)
-                case SendTo():
-                    sends.append(action)
-                case Probe(peer):
-                    gone.append(peer)
-        for peer in gone:
-            member = self.members[peer.partition(b"#")[0].decode()]
-            if member.cut or member.peer != peer:
-                sends += self._broker(Gone(peer))
-        return sends
+    # ---- the port of the broker's driver
+
+    def send(self, peer, header, buffers):
+        if self.dying:
+            raise Killed
+        self.down[peer].append([header, *[bytes(each) for each in buffers]])
+
+    def queued(self, peer):
+        return 0
+
+    def is_up(self, peer):
+        member = self.members[peer.partition(b"#")[0].decode()]
+        return not member.cut and member.peer == peer
+
+    def on_space(self, reason):
+        pass
+
+    def log(self, level, event, fields):
+        pass
+
+    # ---- what tests wait for
 
     def run(self, seconds):
         until = self.now + seconds
@@ -215,10 +267,10 @@ class Net:
         if index in delivery.inline:
             return bytes(delivery.inline[index])
         member, blob = self.members[name], delivery.message.blobs[index]
-        have = len(member.fetched)
+        name_of_blob = (delivery.message.sender, blob.digest)
         self.tell(name, node.Fetch(delivery.message.sender, blob))
-        self.until(lambda: len(member.fetched) > have)
-        return bytes(member.fetched[-1].data)
+        self.until(lambda: name_of_blob in member.link.blobs.fetched)
+        return bytes(member.link.blobs.fetched.pop(name_of_blob))
 
 
 def network(folder):

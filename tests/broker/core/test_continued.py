@@ -2,7 +2,6 @@
 
 import pytest
 
-from fedmq.broker.core.recovery import open_broker
 from fedmq.broker.core.state import Continuation
 from fedmq.broker.errors import LedgerError
 from fedmq.broker.ledger.entries import PAYLOAD, Ended, segment_numbers, segment_path
@@ -10,7 +9,7 @@ from fedmq.broker.ledger.manifest import Manifest
 from fedmq.broker.ledger.reader import read_entries
 from fedmq.broker.link import events as node
 from fedmq.broker.wire.schema import Message, RunEnded
-from tests.broker.net import SETTINGS, network, notes
+from tests.broker.net import network, notes
 
 MODEL = b"m" * 200_000
 
@@ -25,8 +24,7 @@ def take_up(net, config="[run]", *, further=False, pause=100.0, run="r", session
     net.kill_broker()
     net.now += pause
     going_on = Continuation(run, config, further=further)
-    net.ledger, net.broker = open_broker(net.folder, SETTINGS, net.clock(), continuation=going_on)
-    net.away = False
+    net.start_broker(going_on)
     hellos = {name: each.hello for name, each in net.members.items()}
     for name in hellos:
         net.restart(name, session)
@@ -178,9 +176,10 @@ def test_a_run_whose_last_checkpoint_was_not_kept_is_rejected(net):
     with pytest.raises(
         LedgerError, match=r"cannot continue run r: .* entry [0-9]+, .* power failure"
     ):
-        open_broker(net.folder, SETTINGS, net.clock(), continuation=going_on)
+        net.start_broker(going_on)
     assert list(read_entries(net.folder)) == before
-    open_broker(net.folder, SETTINGS, net.clock())[0].close()
+    net.start_broker()
+    net.driver.close()
 
 
 def test_a_run_that_is_not_in_the_ledger_is_a_new_one(net):

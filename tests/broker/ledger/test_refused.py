@@ -148,7 +148,7 @@ def test_a_segment_that_cannot_be_deleted_is_reported(tmp_path, monkeypatch, cod
 @pytest.mark.end_to_end
 def test_a_broker_waits_for_space_and_for_nothing_else(tmp_path, monkeypatch):
     server = BrokerServer(ANY, tmp_path)
-    server._ledger.append(accepted(0))
+    server._driver.ledger.append(accepted(0))
     calls, said = [], []
     server.on_space = said.append
 
@@ -173,7 +173,7 @@ def test_a_broker_waits_for_space_and_for_nothing_else(tmp_path, monkeypatch):
 @pytest.mark.end_to_end
 def test_space_again_is_reported(tmp_path, monkeypatch):
     server = BrokerServer(ANY, tmp_path)
-    server._ledger.append(accepted(0))
+    server._driver.ledger.append(accepted(0))
     said = []
 
     def on_space(reason):

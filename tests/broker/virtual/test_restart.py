@@ -5,7 +5,7 @@ from collections import Counter, defaultdict
 
 import pytest
 
-from fedmq.broker.core.state import DiskFull
+from fedmq.broker.errors import NoSpace
 from fedmq.broker.ledger.entries import Accepted
 from fedmq.broker.ledger.reader import read_entries
 from fedmq.broker.link import events as node
@@ -78,7 +78,7 @@ def test_a_download_continues_after_the_broker_died_in_the_middle_of_it(net):
     net.kill_broker()
     net.start_broker()
     net.until(lambda: member.fetched)
-    assert bytes(member.fetched[0].data) == weights
+    assert bytes(member.fetched[0]) == weights
     assert net.counts["w1", "Want"] <= 9 + 4
 
 
@@ -145,14 +145,18 @@ def test_an_aggregator_that_is_started_again_has_its_checkpoint_and_what_came_si
 
 def test_all_nodes_wait_for_a_full_disk(net, monkeypatch):
     """Links and broker, until the disk has space again."""
-    net._broker(DiskFull("no space"))
-    for number in range(4):
-        net.post("w1", "aggregator", number)
-    net.run(15.0)
+
+    def refuse(**_):
+        raise NoSpace("no space")
+
+    with monkeypatch.context() as disk:
+        disk.setattr(net.ledger, "commit", refuse)
+        for number in range(4):
+            net.post("w1", "aggregator", number)
+        net.run(15.0)
     assert net.members["w1"].blocked
     assert set(net.members["w1"].blocked) == {"no space"}
     assert notes(net, "agg") == []
-    net._broker(DiskFull(""))
     net.run(2.0)
     assert notes(net, "agg") == [0, 1, 2, 3]
     assert notes(net, "agg", "left") == []

@@ -1,0 +1,275 @@
+"""The broker's driver: carries out the actions of a Broker core, on any network, disk and clock.
+
+A turn handles a batch of events, writes the ledger once, and only then sends: nothing is
+acknowledged before it is in the ledger. While the disk is full, what must not be sent yet waits
+for space. What differs between a real and a virtual broker is behind `BrokerPort`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import msgspec
+
+from fedmq.broker.blob_locations import point_to_blobs, shareable_name
+from fedmq.broker.core.broker import Broker
+from fedmq.broker.core.recovery import open_broker, random_identity
+from fedmq.broker.core.state import (
+    Action,
+    Append,
+    Continuation,
+    Discard,
+    DiskFull,
+    Event,
+    Gone,
+    Log,
+    Probe,
+    Put,
+    SendTo,
+    TimerFired,
+    Unpin,
+)
+from fedmq.broker.errors import BrokerFailed, LedgerError, NoSpace
+from fedmq.broker.ledger.disk import LOCAL_DISK, Disk
+from fedmq.broker.ledger.writer import Ledger
+from fedmq.broker.settings import BrokerSettings, LedgerSettings
+from fedmq.broker.wire.clock import Clock
+from fedmq.broker.wire.encoding import encode_frame
+from fedmq.broker.wire.schema import Buffer, Chunk, Deliver
+
+FULL_RETRY_S = 0.25
+"""Time between two attempts to write to a full disk, in seconds."""
+_CHUNKS_WAITING = 64
+_LOGGED_DAMAGE = 5
+"""Most damaged ranges that are logged one by one."""
+
+
+class BrokerPort(Protocol):
+    """What the driver needs of the world that it runs in."""
+
+    def send(self, peer: bytes, header: bytes, buffers: Sequence[Buffer]) -> None:
+        """Queue an encoded frame for a connection; it is lost if the connection is gone."""
+
+    def queued(self, peer: bytes) -> int:
+        """Return the number of large frames that are queued for a connection."""
+
+    def is_up(self, peer: bytes) -> bool:
+        """Return whether a connection is up."""
+
+    def on_space(self, reason: str) -> None:
+        """Report that the disk is full (``reason``), or that it is writable again ("")."""
+
+    def log(self, level: str, event: str, fields: dict[str, Any]) -> None:
+        """Log an event for people; ``level`` as in `logging`."""
+
+
+class BrokerDriver:
+    """Drives one Broker core and its ledger.
+
+    Args:
+        core: the core.
+        ledger: its ledger.
+        port: the network, and where logs go.
+        clock: in seconds since 1970.
+        settings: whether nodes may read the ledger's files.
+
+    Attributes:
+        core, ledger: as given.
+    """
+
+    def __init__(
+        self,
+        core: Broker,
+        ledger: Ledger,
+        port: BrokerPort,
+        clock: Clock,
+        settings: LedgerSettings,
+    ) -> None:
+        self.core, self.ledger = core, ledger
+        self._port, self._clock = port, clock
+        self._sends: list[SendTo] = []
+        """Frames of this turn, to be sent once the ledger has been written."""
+        self._held: list[SendTo] | None = None
+        """While the disk is full: frames to send once the ledger has been written."""
+        self._retry_at = 0.0
+        self._shared = self._shareable_folder() if settings.share_files else ""
+        """The ledger's folder as nodes are to open it; "" if files are not shared."""
+        self._log_opening()
+
+    @classmethod
+    def open(
+        cls,
+        folder: Path,
+        settings: BrokerSettings,
+        ledger_settings: LedgerSettings,
+        port: BrokerPort,
+        clock: Clock,
+        *,
+        disk: Disk = LOCAL_DISK,
+        continuation: Continuation | None = None,
+        draw_identity: Callable[[], str] = random_identity,
+    ) -> BrokerDriver:
+        """Open or create a ledger, and return the driver of a core that continues from it.
+
+        Args:
+            folder: the ledger's folder.
+            settings: of the core.
+            ledger_settings: of the ledger.
+            port: see `BrokerDriver`.
+            clock: see `open_broker`.
+            disk: holds the folder.
+            continuation: a run that continues with new sessions of all nodes.
+            draw_identity: see `Broker`.
+
+        Raises:
+            LedgerError: the ledger cannot be read or written.
+        """
+        ledger, core = open_broker(
+            folder,
+            settings,
+            clock,
+            durability=ledger_settings.durability,
+            disk=disk,
+            retain_bytes=ledger_settings.retain_bytes,
+            redeliver_dead_letters=ledger_settings.redeliver_dead_letters,
+            continuation=continuation,
+            draw_identity=draw_identity,
+        )
+        return cls(core, ledger, port, clock, ledger_settings)
+
+    @property
+    def deadline(self) -> float | None:
+        """Time at which a turn is needed even if nothing arrives; None for never."""
+        return self.core.deadline if self._held is None else self._retry_at
+
+    def turn(self, events: Iterable[Event]) -> None:
+        """Handle a batch of events and the timers that are due, write the ledger, then send.
+
+        Raises:
+            BrokerFailed: the ledger cannot be read or written, other than for a full disk.
+        """
+        now = self._clock()
+        try:
+            for event in events:
+                self.carry_out(self.core.handle(event, now), now)
+            self.carry_out(self.core.handle(TimerFired(), now), now)
+            self.write_and_send(now)
+        except LedgerError as error:
+            raise BrokerFailed(f"stopped serving, the ledger failed: {error}") from None
+
+    def carry_out(self, actions: Sequence[Action], now: float) -> None:
+        """Carry out the core's actions; entries, blobs and frames wait for the end of the turn."""
+        gone = []
+        ledger = self.ledger
+        for action in actions:
+            match action:  # the most frequent first
+                case SendTo():
+                    self._sends.append(action)
+                case Append(entry=entry, uses=uses, kept=kept):
+                    ledger.use(entry.seq, uses, kept=kept)
+                    ledger.append(entry)
+                case Put(name=name, size=size, start=start, data=data):
+                    ledger.put(name, size, start, data)
+                case Discard(name, size):
+                    ledger.discard(name, size)
+                case Unpin(names):
+                    ledger.unpin(names)
+                case Probe(peer):
+                    if not self._port.is_up(peer):
+                        gone.append(Gone(peer))
+                case Log(level, event, fields):
+                    self._port.log(level, event, fields)
+        for each in gone:
+            self.carry_out(self.core.handle(each, now), now)
+
+    def write_and_send(self, now: float) -> None:
+        """Write the ledger, then send the frames that the core wants to send; end a turn.
+
+        Raises:
+            LedgerError: the ledger cannot be read or written, other than for a full disk.
+        """
+        if self._held is None:
+            self._commit(now)
+        elif now >= self._retry_at:
+            self._retry(self._held, now)
+        sends, self._sends = self._sends, []
+        for send in sends:
+            self._send(send)
+
+    def close(self) -> None:
+        """Write what is queued, and close the ledger."""
+        try:
+            self.ledger.close()
+        except LedgerError as error:
+            self._port.log("error", "cannot write the last entries", {"reason": str(error)})
+
+    # ---- the ledger
+
+    def _commit(self, now: float) -> None:
+        """Write the ledger; if the disk is full, hold back the frames of this turn."""
+        try:
+            self.ledger.commit()
+        except NoSpace as error:
+            self._held, self._sends = self._sends, []
+            self._retry_at = now + FULL_RETRY_S
+            self._port.on_space(str(error))
+            self.carry_out(self.core.handle(DiskFull(str(error)), now), now)
+
+    def _retry(self, held: list[SendTo], now: float) -> None:
+        """Try again to write the ledger after the disk was full."""
+        self._sends, self._held = held + self._sends, None
+        self._commit(now)
+        if self._held is None:
+            self.carry_out(self.core.handle(DiskFull(""), now), now)
+            self._port.on_space("")
+
+    def _send(self, send: SendTo) -> None:
+        """Hand a frame to the port, with its blobs from the ledger."""
+        frame = send.frame
+        if self._shared:
+            try:
+                frame = point_to_blobs(send, self.ledger, self._shared)
+            except (OSError, RuntimeError, ValueError, LedgerError) as error:
+                self._shared = ""
+                self._cannot_share(repr(error))
+        if isinstance(frame, Chunk) and self._port.queued(send.peer) >= _CHUNKS_WAITING:
+            return  # more than a node of ours requests at a time; it requests lost ones again
+        try:
+            buffers = [self.ledger.payload.read(*blob) for blob in send.blobs]
+        except LedgerError as error:
+            if self._held is not None:
+                return  # not written yet: the node requests it again
+            self._port.log("warning", "cannot read a blob", {"reason": str(error)})
+            # Without it, the node requests the blob, and gets a chunk without bytes.
+            buffers = []
+            if isinstance(frame, Deliver):
+                frame = msgspec.structs.replace(frame, inline=())
+        self._port.send(send.peer, encode_frame(frame), buffers)
+
+    def _shareable_folder(self) -> str:
+        try:
+            return shareable_name(self.ledger.folder)
+        except ValueError as error:
+            self._cannot_share(str(error))
+            return ""
+
+    # ---- logs
+
+    def _cannot_share(self, reason: str) -> None:
+        event = "cannot share the ledger's files: nodes get blobs over the socket"
+        self._port.log("warning", event, {"reason": reason})
+
+    def _log_opening(self) -> None:
+        """Log what opening the ledger has found."""
+        log, ledger = self._port.log, self.ledger
+        if ledger.cut_bytes:
+            log("warning", "truncated an incomplete record", {"bytes": ledger.cut_bytes})
+        skipped = "skipped damaged payload: no unfinished message needs it"
+        for damage in ledger.damage[:_LOGGED_DAMAGE]:
+            log("warning", skipped, {"at": str(damage)})
+        if ledger.damage:
+            log("warning", "run `fedmq ledger check`", {"damaged": len(ledger.damage)})
+        if ledger.next_seq:
+            log("info", "resuming from the ledger", {"entries": ledger.next_seq})
