@@ -54,7 +54,7 @@ class Peer:
         else:
             client = int(address.removeprefix("client/"))
             hello = Hello(node=self.name, role=WORKER, session=session, clients=((client, client),))
-        self.link = NodeLink(endpoint, hello)
+        self.link = NodeLink.connect(endpoint, hello)
         self.link.welcome()
         self._ids = itertools.count()
 
@@ -133,7 +133,7 @@ def receive_fedmq(
         if is_small(size):
             length = len(delivery.message.body["x"])
         else:
-            length = memoryview(peer.link.read(delivery, 0)).nbytes
+            length = memoryview(delivery.read(0)).nbytes
         if length != size:
             raise SystemExit(f"expected {size} bytes, got {length}")
         taken.append(delivery.seq)
@@ -192,7 +192,7 @@ def collect_fedmq(pipe: Connection, endpoint: str, index: int) -> None:
     peer = Peer(endpoint, f"client/{index}")
     send_json(pipe, "ready")
     delivery = peer.get()
-    peer.link.read(delivery, 0)
+    delivery.read(0)
     peer.post(AGGREGATOR, {"at": time.monotonic()}, consumes=(delivery.seq,))
     peer.linger()
 

@@ -1,9 +1,10 @@
 """Draw the rooms of fedmq and their parts from the imports: ``python docs/draw_architecture.py``.
 
 Writes ``docs/architecture.svg``, and in ``docs/architecture.md`` the table of parts and the tables
-of `fedmq.broker.core.lifecycles`: the lives of messages and sessions. A part is a
-folder of a room, or a module beside the folders. It stands above all that it imports; an arrow
-leads to each part that it imports, unless another arrow leads there by way of a third part.
+of `fedmq.broker.core.lifecycles` and `fedmq.broker.link.contact`: the lives of messages, sessions
+and links. A part is a folder of a room, or a module beside the folders. It stands above all that
+it imports; an arrow leads to each part that it imports, unless another arrow leads there by way
+of a third part.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fedmq.broker.core import lifecycles
+from fedmq.broker.link import contact
 
 ROOT = Path(__file__).parent.parent
 ROOMS = {
@@ -263,6 +265,7 @@ def with_tables(text: str) -> str:
     for name, content in (
         ("life of a message", life_table(lifecycles.MESSAGE)),
         ("life of a session", life_table(lifecycles.SESSION)),
+        ("life of a link", life_table(contact.LINK)),
         ("parts", table()),
     ):
         before, _, rest = text.partition(BEGIN.format(name))

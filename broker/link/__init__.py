@@ -1,1 +1,1 @@
-"""A node's connection to its broker: the Link core, its DEALER loop, and `NodeLink`."""
+"""A node's connection to its broker: the Link core, its driver `NodeLink`, and the live port."""

@@ -36,7 +36,7 @@ class BlobSource(Protocol):
 
 
 class Delivery(Struct, frozen=True):
-    """A message from the ledger.
+    """A message from the ledger: an action of the Link core, and an event of the nodes' cores.
 
     Blobs are content-addressed, so reading one is a pure function.
 
@@ -166,12 +166,6 @@ class Admitted(Struct, frozen=True):
     welcome: Welcome
 
 
-class Deliveries(Struct, frozen=True):
-    """Messages for the node, in order."""
-
-    deliveries: Sequence[Delivery]
-
-
 class Fetched(Struct, frozen=True):
     """A blob is complete; ``data`` is None if nobody has it, or its digest does not match."""
 
@@ -228,7 +222,7 @@ class LinkEnded(Struct, frozen=True):
 Action = (
     Send
     | Admitted
-    | Deliveries
+    | Delivery
     | Fetched
     | ChunkStreamed
     | Blocked

@@ -1,55 +1,73 @@
-"""A node's connection to its broker, for programs."""
+"""`NodeLink`: a node's connection to its broker, for programs; the driver of the Link core."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
 
-import numpy as np
 from msgspec import UNSET
 from msgspec.structs import replace
 
-from fedmq.broker.errors import WireError
+from fedmq.broker.errors import GaveUp, LinkClosed, Rejected, RunOver, VersionError
 from fedmq.broker.link import events as link
-from fedmq.broker.link.dealer import Dealer
+from fedmq.broker.link.blob_reader import BlobReader
+from fedmq.broker.link.contact import sentence
+from fedmq.broker.link.core import Link
+from fedmq.broker.link.dealer import DealerPort
 from fedmq.broker.link.events import Delivery
-from fedmq.broker.rejections import Code
-from fedmq.broker.wire.schema import (
-    Buffer,
-    Done,
-    Goodbye,
-    Hello,
-    Message,
-    RunEnded,
-    Welcome,
-)
+from fedmq.broker.link.port import LinkPort
+from fedmq.broker.wire.schema import Buffer, Done, Goodbye, Hello, Message, RunEnded, Welcome
 
 _MAX_UNACKNOWLEDGED = 4096
 _TAKEN_BATCH = 64
 """Number of taken deliveries that are reported to the core at once."""
 
 
-class NodeLink(Dealer):
+class NodeLink:
     """A node's connection to its broker.
 
-    Only `stop` and `hand_in` may be called from other threads than the main one.
+    Only `stop` and `hand_in` may be called from other threads than the main one. Either the main
+    thread or the port runs the loop: see `LinkPort`.
 
     Args:
-        endpoint: of the broker.
+        port: the connection; `connect` makes a live one.
         hello: the node's Hello.
 
-    Raises:
-        LinkClosed: the endpoint is invalid, or its host name has no address.
+    Attributes:
+        core: what the link sends, sends again, and has received.
+        blobs: reads the blobs of deliveries.
     """
 
-    def __init__(self, endpoint: str, hello: Hello) -> None:
-        super().__init__(endpoint, hello)
-        self._last_fetched: tuple[str, bytes, Buffer] | None = None
+    def __init__(self, port: LinkPort, hello: Hello) -> None:
+        self._port, self._hello = port, hello
+        self.core = Link(hello)
+        self._clock, self._lock = port.clock, port.lock
+        self._inbox: deque[Delivery] = deque()
+        """Deliveries that the program has not taken."""
+        self._taken: deque[Delivery] = deque()
+        """Deliveries that the program has taken, and the core does not know of yet."""
+        self._handed_in: deque[Message] = deque()
+        """Messages of other threads, to be posted in the next turn."""
+        self.blobs = BlobReader(self._lock, self._handle, self._turn_until)
+        self._welcome: Welcome | None = None
+        self._ended: link.LinkEnded | None = None
+        self._stopping = False
+        port.start(self)
+
+    @classmethod
+    def connect(cls, endpoint: str, hello: Hello) -> NodeLink:
+        """Connect to a broker.
+
+        Raises:
+            LinkClosed: the endpoint is invalid, or its host name has no address.
+        """
+        return cls(DealerPort(endpoint, hello), hello)
 
     def give_up_after(self, seconds: float) -> None:
         """Make waiting methods raise GaveUp after this time without the broker or the run."""
-        with self._handoff:
-            self._core.give_up_after(seconds)
+        with self._lock:
+            self.core.give_up_after(seconds)
 
     def welcome(self) -> Welcome:
         """Wait until the broker admits this node, and return its Welcome.
@@ -58,10 +76,9 @@ class NodeLink(Dealer):
             Rejected: the broker does not admit the node; the message is the reason.
             LinkClosed: the link was stopped.
         """
-        with self._handoff:
-            while self._welcome is None:
-                self._turn_or_raise()
-            return self._welcome
+        while (welcome := self._welcome) is None:
+            self._turn_until(lambda: self._welcome)
+        return welcome
 
     def wait(self, timeout_s: float) -> bool:
         """Wait up to ``timeout_s`` for a message; return whether `get` has one.
@@ -72,9 +89,7 @@ class NodeLink(Dealer):
         """
         if not self._inbox:
             deadline = self._clock() + timeout_s
-            with self._handoff:
-                while not self._inbox and self._clock() < deadline:
-                    self._turn_or_raise(deadline)
+            self._turn_until(lambda: self._inbox or self._clock() >= deadline, deadline)
         return bool(self._inbox)
 
     def get(self) -> Delivery:
@@ -85,16 +100,14 @@ class NodeLink(Dealer):
             Rejected: the broker does not admit this node any more.
         """
         if not self._inbox:
-            with self._handoff:
-                while not self._inbox:
-                    self._turn_or_raise()
+            self._turn_until(lambda: self._inbox)
         delivery = self._inbox.popleft()
         self._taken.append(delivery)
         if len(self._taken) >= _TAKEN_BATCH:
-            with self._handoff:
+            with self._lock:
                 self._catch_up()
-                self._send_all()
-        return replace(delivery, source=self)
+                self._port.flush()
+        return replace(delivery, source=self.blobs)
 
     def post(
         self, message: Message, data: Sequence[Buffer] = (), consumes: tuple[int, ...] = ()
@@ -107,7 +120,7 @@ class NodeLink(Dealer):
             LinkClosed: the link ended meanwhile.
         """
         self._handle(link.PostMessage(message, data, consumes))
-        if self._core.unacknowledged > _MAX_UNACKNOWLEDGED:
+        if self.core.unacknowledged > _MAX_UNACKNOWLEDGED:
             self.flush(_MAX_UNACKNOWLEDGED // 2)
 
     def hand_in(self, message: Message) -> None:
@@ -116,8 +129,8 @@ class NodeLink(Dealer):
         Does nothing once the link has ended.
         """
         self._handed_in.append(message)
-        if not self._over():
-            self._handoff.wake()
+        if not self.has_ended:
+            self._port.wake()
 
     def flush(self, limit: int = 0) -> None:
         """Wait until at most ``limit`` frames are unacknowledged.
@@ -125,97 +138,9 @@ class NodeLink(Dealer):
         Raises:
             LinkClosed: the link ended meanwhile.
         """
-        with self._handoff:
+        with self._lock:
             self._catch_up()
-            while self._core.unacknowledged > limit:
-                self._turn_or_raise()
-
-    def read(self, delivery: Delivery, index: int) -> Buffer:
-        """Return the bytes of a delivery's blob; fetches them if they did not come with it.
-
-        Raises:
-            WireError: nobody has the blob any more.
-            LinkClosed: the link ended meanwhile.
-        """
-        if index in delivery.inline:
-            return delivery.inline[index]
-        owner, blob = delivery.message.sender, delivery.message.blobs[index]
-        # Consecutive tasks often have the same model: the last large blob is kept.
-        if self._last_fetched and self._last_fetched[:2] == (owner, blob.digest):
-            return self._last_fetched[2]
-        self._last_fetched = None
-        data: Buffer | None = None
-        if index in delivery.extents:
-            buffer = np.empty(blob.size, np.uint8).data
-            found = sum(map(len, self._in_place(delivery, index, buffer)))
-            data = buffer if found == blob.size else None
-        if data is None:
-            with self._handoff:
-                self._handle(link.Fetch(owner, blob))
-                while (owner, blob.digest) not in self._fetched:
-                    self._turn_or_raise()
-                data = self._fetched.pop((owner, blob.digest))
-        if data is None:
-            text = f"nobody has blob {blob.digest.hex()} of {owner} any more"
-            raise WireError(text, Code.MISSING_BLOB)
-        self._last_fetched = (owner, blob.digest, data)
-        return data
-
-    def chunks(self, delivery: Delivery, index: int) -> Iterator[Buffer]:
-        """Yield the bytes of a delivery's blob in order, without holding all of them.
-
-        Read it to its end before you read another blob.
-
-        Raises:
-            WireError: nobody has the blob any more; or, after the last chunk, its digest does
-                not match.
-            LinkClosed: the link ended meanwhile.
-        """
-        owner, blob = delivery.message.sender, delivery.message.blobs[index]
-        if index in delivery.inline or not blob.size:
-            yield self.read(delivery, index)
-            return
-        found = 0
-        for chunk in self._in_place(delivery, index):
-            yield chunk
-            found += len(chunk)
-        if found == blob.size:
-            return
-        name = (owner, blob.digest)
-        self._handle(link.Fetch(owner, blob, in_pieces=True))
-        try:
-            while name not in self._fetched or self._streamed:
-                with self._handoff:
-                    while not self._streamed and name not in self._fetched:
-                        self._turn_or_raise()
-                if self._streamed:
-                    data = memoryview(self._streamed.popleft())
-                    skip = min(found, data.nbytes)
-                    found -= skip
-                    if skip < data.nbytes:
-                        yield data[skip:]
-                    self._handle(link.More())
-            if self._fetched[name] is None:
-                text = f"nobody has blob {blob.digest.hex()} of {owner} any more"
-                raise WireError(text, Code.MISSING_BLOB)
-        finally:
-            self._handle(link.Leave(owner, blob))
-            self._streamed.clear()
-            self._fetched.pop(name, None)
-
-    def _in_place(
-        self, delivery: Delivery, index: int, into: memoryview | None = None
-    ) -> Iterator[memoryview]:
-        """Yield a blob's bytes from the ledger's files; stops early if they cannot be read."""
-        extents = delivery.extents.get(index, ())
-        chunks = self._files.chunks(delivery.message.blobs[index], extents, into)
-        while True:
-            with self._handoff:  # not while the link's thread opens another ledger
-                chunk = next(chunks, None)
-                if chunk is None:
-                    return
-                self._handle(link.ReadInPlace(chunk.nbytes))
-            yield chunk
+            self._turn_until(lambda: self.core.unacknowledged <= limit)
 
     def done(
         self,
@@ -245,7 +170,7 @@ class NodeLink(Dealer):
 
     def away(self) -> contextlib.AbstractContextManager[None]:
         """Return a context for long work, in which the link's thread runs the loop."""
-        return self._handoff.away()
+        return self._port.away()
 
     def pause(self, seconds: float) -> None:
         """Wait for this many seconds.
@@ -254,14 +179,12 @@ class NodeLink(Dealer):
             LinkClosed: the link ended meanwhile.
         """
         deadline = self._clock() + seconds
-        with self._handoff:
-            while self._clock() < deadline:
-                self._turn_or_raise(deadline)
+        self._turn_until(lambda: self._clock() >= deadline, deadline)
 
     def stop(self) -> None:
         """Make waiting methods raise LinkClosed soon; may be called from another thread."""
         self._stopping = True
-        self._handoff.wake()
+        self._port.wake()
 
     def close(self, reason: str = "", *, failed: bool = False, silent: bool = False) -> None:
         """Say goodbye, and close the link.
@@ -271,9 +194,128 @@ class NodeLink(Dealer):
             failed: whether the node ends because of an error.
             silent: do not say goodbye, as if the node had been killed.
         """
-        with self._handoff:
-            if self._ended is None and not silent:
-                self._handle(link.Publish(Goodbye(reason=reason, failed=failed)))
-            self._stopping = True
-            self._turn(self._clock())
-        self._release()
+        try:
+            with self._lock:
+                if self._ended is None and not silent:
+                    self._handle(link.Publish(Goodbye(reason=reason, failed=failed)))
+                self._stopping = True
+                self._turn(self._clock())
+        finally:
+            self._port.close()
+            self.blobs.files.close()
+
+    # ---- the loop; only the holder of the lock may call these
+
+    @property
+    def has_ended(self) -> bool:
+        """Return whether the link has ended, or was stopped."""
+        return self._ended is not None or self._stopping
+
+    @property
+    def deadline(self) -> float | None:
+        """Time by which the link needs a turn even if nothing arrives; None for never."""
+        return self.core.deadline
+
+    def turn_in_background(self) -> None:
+        """Run one turn while the program does not; called by the port."""
+        try:
+            self._turn()
+        except Exception as error:  # noqa: BLE001 - the program must learn of any error
+            self._port.report_failure(error)
+            self._ended = link.LinkEnded(f"the link failed: {error!r}")
+
+    def _turn_until(self, done: Callable[[], object], until: float | None = None) -> None:
+        """Run turns, none of which waits beyond ``until``, as long as the condition is false.
+
+        Raises:
+            LinkClosed: the link has ended, or was stopped.
+        """
+        with self._lock:
+            while not done():
+                if self._ended is not None:
+                    raise self._error(self._ended)
+                if self._stopping:
+                    raise LinkClosed("the node was stopped")
+                self._turn(until)
+
+    def _error(self, ended: link.LinkEnded) -> Rejected | LinkClosed:
+        """Return the exception for a link that has ended."""
+        if ended.rejected:
+            return Rejected(ended.reason, ended.code, ended.config)
+        if (report := ended.out_of_touch) is not None:
+            listener = self._port.listener() if report.answer is None else ""
+            text = sentence(report, self._port.endpoint, self._hello.run)
+            return GaveUp(f"gave up: {text}" + (f"; {listener}" if listener else ""))
+        return RunOver(ended.reason) if ended.over else LinkClosed(ended.reason)
+
+    def _turn(self, until: float | None = None) -> None:
+        """Wait for an event, at most until ``until``, and handle it."""
+        self._catch_up()
+        deadline = self.core.deadline
+        if deadline is None or (until is not None and until < deadline):
+            deadline = until
+        self._port.wait(deadline)
+        now = self._clock()
+        self._receive_all(now)
+        while self._handed_in:
+            event = link.PostMessage(self._handed_in.popleft(), (), ())
+            self.carry_out(self.core.handle(event, now))
+        self.carry_out(self.core.handle(link.Wake(), now))
+        self._port.flush()
+
+    def _catch_up(self) -> None:
+        """Report to the core the deliveries that the program has taken since the last call."""
+        if self._taken:
+            taken = [self._taken.popleft() for _ in range(len(self._taken))]
+            self.carry_out(self.core.handle(link.Taken(taken), self._clock()))
+
+    def _handle(self, event: link.Event) -> None:
+        with self._lock:
+            self._catch_up()
+            self.carry_out(self.core.handle(event, self._clock()))
+            self._port.flush()
+
+    def _receive_all(self, now: float) -> None:
+        try:
+            while self._ended is None and (frames := self._port.receive()):
+                for frame, buffers in frames:
+                    if isinstance(frame, Welcome):
+                        self.blobs.files.open(frame)
+                    self.carry_out(self.core.handle(link.FrameReceived(frame, buffers), now))
+                self._port.flush()
+        except VersionError as error:
+            at = self._port.endpoint
+            reason = f"the broker at {at} speaks another protocol version: {error}"
+            self._ended = link.LinkEnded(reason, rejected=True, code="version")
+
+    def carry_out(self, actions: Sequence[link.Action]) -> None:
+        """Carry out actions of the core."""
+        for action in actions:
+            match action:  # the most frequent first
+                case link.Send(frame=frame, buffers=buffers):
+                    if isinstance(frame, Hello):
+                        self._port.restart()  # the Welcome makes the core send all frames again
+                    self._port.send(frame, buffers)
+                case Delivery():
+                    self._inbox.append(action)
+                case link.ChunkStreamed(data):
+                    self.blobs.streamed.append(data)
+                case link.Fetched(owner, blob, data):
+                    self.blobs.fetched[owner, blob.digest] = data
+                case link.Admitted(welcome):
+                    self._welcome = welcome
+                case link.Blocked() | link.OutOfTouch() | link.BackInTouch():
+                    self._port.report(action)
+                case link.LinkEnded():
+                    self._ended = action
+
+    def validate_state(self) -> None:
+        """Raise AssertionError if the state of the link is inconsistent."""
+        self.core.validate_state()
+        before = self.core.taken - 1
+        for delivery in (*self._taken, *self._inbox):
+            if delivery.seq <= before:
+                raise AssertionError(f"delivery {delivery.seq} comes after {before}")
+            before = delivery.seq
+        if before >= self.core.received:
+            raise AssertionError(f"delivery {before} is in the inbox, but was not received")

@@ -22,6 +22,8 @@ class _Frame:
 
 @dataclass
 class _Served:
+    """The bytes of a blob, and how often unacknowledged frames name it."""
+
     data: Buffer
     posts: int = 0
 
@@ -31,8 +33,11 @@ class UnacknowledgedFrames:
 
     def __init__(self) -> None:
         self._frames: OrderedDict[int, _Frame] = OrderedDict()
+        """By number; the numbers are consecutive."""
         self._next_n = 0
+        """Number of the next frame."""
         self._served: dict[bytes, _Served] = {}
+        """The blobs of all these frames, by digest."""
 
     def __len__(self) -> int:
         """Return the number of these frames."""
@@ -90,14 +95,34 @@ class UnacknowledgedFrames:
             return None
         return memoryview(served.data).cast("B")[request.start : request.start + request.size]
 
+    def validate_state(self) -> None:
+        """Raise AssertionError if the state is inconsistent."""
+        if not self._frames and not self._served:
+            return  # the usual case
+        first = self._next_n - len(self._frames)
+        named: dict[bytes, int] = {}
+        for number, (n, frame) in enumerate(self._frames.items(), first):
+            if n != number:
+                raise AssertionError(f"unacknowledged frame {n} is where {number} was expected")
+            sent = frame.send.frame
+            if not isinstance(sent, NumberedFrame) or sent.n != n:
+                raise AssertionError(f"unacknowledged frame {n} would be sent as {sent}")
+            for digest in frame.blobs:
+                named[digest] = named.get(digest, 0) + 1
+        if named != {digest: served.posts for digest, served in self._served.items()}:
+            raise AssertionError("the served blobs are not those of the unacknowledged frames")
+
 
 class Stall:
     """Detects a stall: at the second check without progress, and then at ever longer intervals."""
 
     def __init__(self) -> None:
         self._seen: object = None
+        """The value at the last check that saw progress."""
         self._count = 0
+        """Number of checks without progress since then, or since the last stall."""
         self._patience = 2
+        """Number of such checks that make a stall."""
 
     def is_stuck(self, *, due: bool, moved: object) -> bool:
         """Check once more. ``moved``: a value that changes whenever something arrives."""

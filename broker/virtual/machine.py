@@ -36,6 +36,10 @@ class Machine:
         """Return the clock of a process that starts now."""
         return Clock(self.wall, self.monotonic)
 
+    def time_after(self, seconds: float) -> float:
+        """Return the true time at which the machine's clocks will have advanced by ``seconds``."""
+        return self._network.now + max(0.0, seconds) / self._rate
+
     def after(self, seconds: float, act: Callable[[], object]) -> None:
         """Schedule a call once the machine's clocks have advanced by ``seconds``."""
-        self._network.after(max(0.0, seconds) / self._rate, act)
+        self._network.at(self.time_after(seconds), act)

@@ -1,7 +1,7 @@
 """A network in memory with a virtual clock and seeded faults, for the real cores.
 
 Everything follows from one seed, so a history that failed can be run again. `VirtualNetwork`
-carries frames between a broker and any number of nodes (see `fedmq.broker.virtual.hosts`); it
+carries frames between a broker (`fedmq.broker.virtual.broker`) and any number of nodes (`node`); it
 loses, delays, duplicates and reorders them, and cuts connections.
 """
 
@@ -15,7 +15,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from fedmq.broker.link import events as link
 from fedmq.broker.wire.encoding import decode_frame, encode_frame
 from fedmq.broker.wire.schema import AnyFrame, Buffer, Frame
 
@@ -33,8 +32,8 @@ class NodeEnd(Protocol):
     name: str
     peer: bytes
 
-    def hear(self, event: link.Event) -> None:
-        """Handle an event."""
+    def arrive(self, frame: AnyFrame, buffers: Sequence[Buffer]) -> None:
+        """Handle a frame from the broker."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +71,9 @@ class VirtualNetwork:
         self._events: list[tuple[float, int, Callable[[], object]]] = []
         self._count = itertools.count()
         self._ends: dict[bytes, NodeEnd] = {}
+        """Nodes by their present connection, until the node connects again."""
+        self._hung_up: set[bytes] = set()
+        """Connections among them that the node has closed."""
         self._last_at: dict[tuple[bytes, bool], float] = {}
         self._away: set[str] = set()
 
@@ -96,14 +98,20 @@ class VirtualNetwork:
         """Give a node a new connection; the old one is lost with its frames in flight."""
         for peer in [peer for peer, each in self._ends.items() if each.name == host.name]:
             del self._ends[peer]
+            self._hung_up.discard(peer)
         peer = f"{host.name}#{next(self._count)}".encode()
         self._ends[peer] = host
         return peer
 
     def cut(self, host: NodeEnd) -> None:
         """Break a node's connection, and give it another one at once."""
-        if host.peer in self._ends:
+        if host.peer in self._ends and host.peer not in self._hung_up:
             host.peer = self.connect(host)
+
+    def hang_up(self, host: NodeEnd) -> None:
+        """Close a node's connection; what it has sent still arrives."""
+        if host.peer in self._ends:
+            self._hung_up.add(host.peer)
 
     def partition(self, name: str, seconds: float) -> None:
         """Lose all frames between a node and the broker for a number of seconds."""
@@ -112,6 +120,10 @@ class VirtualNetwork:
 
     def is_up(self, peer: bytes) -> bool:
         """Return whether a connection is up."""
+        return self._carries(peer) and peer not in self._hung_up
+
+    def _carries(self, peer: bytes) -> bool:
+        """Return whether what was sent over a connection still arrives."""
         host = self._ends.get(peer)
         return host is not None and host.name not in self._away
 
@@ -144,9 +156,9 @@ class VirtualNetwork:
             self.at(when, act)
 
     def _arrive_at_broker(self, peer: bytes, header: bytes, parts: list[bytes]) -> None:
-        if self.broker is not None and self.is_up(peer):
+        if self.broker is not None and self._carries(peer):
             self.broker.receive(peer, decode_frame(header), parts)
 
     def _arrive_at_node(self, peer: bytes, header: bytes, parts: list[bytes]) -> None:
         if self.is_up(peer):
-            self._ends[peer].hear(link.FrameReceived(decode_frame(header), parts))
+            self._ends[peer].arrive(decode_frame(header), parts)

@@ -8,7 +8,6 @@ later messages. Its posts then have the same ids as before, so that the broker r
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -29,8 +28,8 @@ from fedmq.nodes.aggregator.evaluations import (
     requests,
 )
 from fedmq.nodes.aggregator.state import AggregatorState
-from fedmq.nodes.aggregator.version import DeferredResults, VersionBuffer
-from fedmq.nodes.errors import NodeError, exits_as_errors
+from fedmq.nodes.aggregator.version import DeferredResults
+from fedmq.nodes.errors import NodeError, exits_as_errors, own_code
 from fedmq.nodes.messages.actions import AckUpTo, AggregatorAction, Commit, EndRun, Handled, Start
 from fedmq.nodes.process.exception_text import explained, may_pass, modules_of
 from fedmq.nodes.run.digests import model_digest
@@ -100,9 +99,9 @@ class Aggregator(AggregatorState):
                     self._deferred.add(event)
                     return out
                 case "result" | "failed":
-                    done = self._results.take(event, self.state, self.version, out)
+                    self._results.take(event, out)
                     self._advance(out)
-                    return [done, *out] if done is not None else out
+                    return out
                 case "score":
                     why = self._score(message)
                 case "refused":
@@ -113,8 +112,8 @@ class Aggregator(AggregatorState):
         return [Handled.of(event.seq, why), *out]
 
     def adopt(self, state: OpaqueState) -> None:
-        """Go on from this state of the current version, such as the recorded one in a replay."""
-        self.state = state
+        """Replace the state of the current version, such as by the recorded one in a replay."""
+        self._results.current.adopt(state)
         self._tasks.begin_version()
 
     # ---- the run
@@ -126,8 +125,8 @@ class Aggregator(AggregatorState):
             self._post(out, "run", RECORD, body)
             return
         if recorded is not None:
-            self.state, _ = unpack_checkpoint(self._algorithm, self._setup.problem, recorded)
-            self._results.begin_version(self.state)
+            state, _ = unpack_checkpoint(self._algorithm, self._setup.problem, recorded)
+            self._results.begin_version(state, 0)
         self._checkpoint("run", {**body, **self._computed.facts()}, out)
 
     # ---- the fleet
@@ -138,7 +137,7 @@ class Aggregator(AggregatorState):
         wanted = self._settings.min_clients or self._setup.problem.clients
         if not self._running and self._fleet.suffice(wanted):
             self._running = True
-            self._begin_version(out)
+            self._evaluate_if_due(out)
 
     def _continued(self, message: Message) -> None:
         """Handle the resumption of the run: wait for its nodes, and apply an extended goal."""
@@ -151,19 +150,19 @@ class Aggregator(AggregatorState):
         self._progress.start_over()
         self._progress.allow(self._goal.failures)
         if self._ended:  # tasks and evaluations from before the end get no answer
-            self._ended, self._committing = False, None
+            self._ended = False
             self._tasks.resume({})
             self._evaluations = Evaluations()
-            self._results.begin_version(self.state)
+            self._results.begin_version(self.state, self.version)
 
     def _tick(self, token: str, out: list[AggregatorAction]) -> None:
         if token == f"deadline/{self.version}":
             # Stop waiting for this version's tasks; draw other clients for missing results.
-            self._results.current.deadline_passed = True
+            self._results.current.pass_deadline()
             self._tasks.past_deadline(self.version)
-        elif self._committing is not None and token == self._committing[1].token:
-            (closed, commit), self._committing = self._committing, None
-            self._committed(closed, commit.result(), out)
+        elif self._committing is not None and token == self._committing.token:
+            commit, self._committing = self._committing, None
+            self._committed(commit.result(), out)
         elif token == _FINAL and self._finishing:
             if len(self._evaluations.asked) == self._asked_final:
                 self._end(out)
@@ -208,70 +207,65 @@ class Aggregator(AggregatorState):
         while self._running and not self._finishing:
             if self._committing is not None or self._deferred.awaited:
                 return
-            self._results.take_waiting(self._deferred, self.state, self.version, out)
-            self._results.add_in_order(self.state, out)
+            for delivery in self._deferred.take():
+                self._results.take(delivery, out)
+            self._results.add_in_order(out)
+            current = self._results.current
             # A held result may still be used.
-            if self._progress.hopeless and not self._results.current.held:
+            if self._progress.hopeless and not current.held:
                 self._fail(self._progress.hopeless)
                 break
-            view = self._tasks.view(self._results.current, self.version)
-            if self._schedule.is_ready(view) and self._results.current.held:
-                self._results.add_in_order(self.state, out, everything=True)
+            view = self._tasks.view(current)
+            if current.is_ready(view) and current.held:
+                self._results.add_in_order(out, everything=True)
                 # A held result may have been rejected.
-                view = self._tasks.view(self._results.current, self.version)
-            if not self._schedule.is_ready(view):
+                view = self._tasks.view(current)
+            if not current.is_ready(view):
                 self._start_tasks(view, out)
                 return
             self._commit(out)
-        if self._finishing and self._running and not self._ended:
+        # The end rejects deferred results: those of an earlier session must be here, too.
+        if self._finishing and self._running and not (self._ended or self._deferred.awaited):
             self._finish(out)
 
     def _start_tasks(self, view: ScheduleView, out: list[AggregatorAction]) -> None:
         current = self._results.current
         wanted = self._schedule.num_to_start(view)
-        clients = self._tasks.draw(wanted, current, self.version)
+        clients = self._tasks.draw(wanted, current)
         # A round with clients at work continues without the clients that failed.
         if len(clients) < wanted and not (self._schedule.ordered and (clients or view.outstanding)):
             after = self._progress.timer(self._fleet.hosts)
             if after is not None:
                 self._post(out, "timer", TIMER, {"token": _RETRY, "after_s": after})
         deadline = self._schedule.deadline()
-        if deadline is not None and clients and (current.deadline_passed or not current.started):
+        if deadline is not None and clients and (current.deadline_passed or not current.order):
             body = {"token": f"deadline/{self.version}", "after_s": deadline}
             self._post(out, "timer", TIMER, body)
         for client in clients:
-            packed = self._tasks.pack(self.state, self.version, client)
-            about = {"client": client, "model_version": self.version, "reply": self._results.reply}
+            packed = self._tasks.pack(current, client)
+            about = {"client": client, "model_version": self.version, "reply": current.reply}
             body = {**packed.body, **about}
             name = self._post(out, "task", f"client/{client}", body, packed)
             self._tasks.sent(name, client, self.version)
-            current.order.append(name)
-            current.started += 1
+            current.sent(name)
 
     def _commit(self, out: list[AggregatorAction]) -> None:
-        closed = self._results.current
-        divisor = self._schedule.divisor(closed.weights, closed.num_results)
-        work = functools.partial(self._algorithm.commit, self.state, closed.accumulator, divisor)
+        current = self._results.current
         if not self._algorithm.commits_in_background:
-            self._committed(closed, work(), out)
+            self._committed(current.commit(), out)
             return
         # The commit runs beside the inbox; it takes effect at a tick in the inbox.
         token = f"commit/{self.version + 1}"
-        commit = Commit(
-            token, self._messages.write("timer", TIMER, {"token": token, "after_s": 0}), work
-        )
-        self._committing = closed, commit
-        out.append(commit)
+        timer = self._messages.write("timer", TIMER, {"token": token, "after_s": 0})
+        self._committing = Commit(token, timer, current.commit)
+        out.append(self._committing)
 
-    def _committed(
-        self, closed: VersionBuffer, state: OpaqueState, out: list[AggregatorAction]
-    ) -> None:
-        self.state = state
+    def _committed(self, state: OpaqueState, out: list[AggregatorAction]) -> None:
+        closed = self._results.current
         cohort = self._schedule.cohort(self._setup.problem.clients)
-        self.version += 1
+        self._results.begin_version(state, closed.version + 1)
         self._progress.version = self.version
         self._tasks.begin_version()
-        self._results.begin_version(self.state)
         body = {
             "version": self.version,
             "position": self._position,
@@ -284,27 +278,29 @@ class Aggregator(AggregatorState):
             self._checkpoint("version", body, out)
         else:
             self._post(out, "version", RECORD, body)
-        self._after_commit(out)
-
-    def _after_commit(self, out: list[AggregatorAction]) -> None:
-        """Begin the next version, after a commit or after a restart from a checkpoint."""
-        self._finishing = self._goal.after(self.version) or self._finishing
         self._begin_version(out)
+
+    def _begin_version(self, out: list[AggregatorAction]) -> None:
+        """Begin a version, after a commit or after a restart from a checkpoint."""
+        self._finishing = self._goal.after(self.version) or self._finishing
+        self._evaluate_if_due(out)
 
     def _checkpoint(self, kind: str, body: Mapping[str, Any], out: list[AggregatorAction]) -> None:
         """Post a record from which a later session can start, and acknowledge what it includes."""
         self._checkpoint_at = self._now
-        self._deferred.unsettled = self._deferred.numbers()
+        unsettled = self._deferred.leave_unsettled()
         packed = pack_checkpoint(self._algorithm, self.state, self._fold())
         self._post(out, kind, CHECKPOINT, {**packed.body, **body}, packed)
-        out.append(AckUpTo(self._deferred.unsettled))
+        out.append(AckUpTo(unsettled))
 
     def _resume(self, delivery: Delivery, out: list[AggregatorAction]) -> None:
         """Restore the state from a checkpoint and continue."""
-        self.state, fold = unpack_checkpoint(self._algorithm, self._setup.problem, delivery)
-        self._computed.check(fold.arithmetic, delivery.message.run)
-        self._results.begin_version(self.state)
-        self._position, self.version = fold.position, fold.version
+        # An error of a user's code here must not end the run from a state that is not restored.
+        with own_code("algorithm.name"):
+            state, fold = unpack_checkpoint(self._algorithm, self._setup.problem, delivery)
+            self._computed.check(fold.arithmetic, delivery.message.run)
+            self._results.begin_version(state, fold.version)
+        self._position = fold.position
         self._messages.next_id, self._results.counts = fold.next_id, fold.counts
         self._fleet.resume(fold.hosts, fold.evaluators)
         self._fleet.expects_evaluator = fold.expects_evaluator is True
@@ -313,6 +309,7 @@ class Aggregator(AggregatorState):
         self._deferred = DeferredResults(awaited=set(fold.deferred), unsettled=tuple(fold.deferred))
         self._evaluated, self._running = fold.evaluated, fold.running
         self._finishing, self._ended, self._failed = fold.finishing, fold.ended, fold.failed
+        self._asked_final = fold.asked_final or None
         self._now = self._checkpoint_at = fold.at
         self._progress.resume(fold.failures, fold.rules, self.version, self._now)
         self._goal = fold.goal or self._goal
@@ -321,10 +318,10 @@ class Aggregator(AggregatorState):
             self._report_end(out)
             return
         if fold.version or self._running:  # else the broker reports the connected nodes again
-            self._after_commit(out)
+            self._begin_version(out)
             self._advance(out)
 
-    def _begin_version(self, out: list[AggregatorAction]) -> None:
+    def _evaluate_if_due(self, out: list[AggregatorAction]) -> None:
         every = self._settings.evaluate_every
         if every and self.version % every == 0 and self._evaluated != self.version:
             self._evaluate(out)
@@ -345,7 +342,6 @@ class Aggregator(AggregatorState):
         own = modules_of(self._algorithm, self._setup.problem)
         why = f"{self._algorithm.name} raised {explained(error, own)}"
         self._finishing, self._failed, self._error = why, True, error
-        self._committing = None
         out: list[AggregatorAction] = []
         try:
             self._end(out)
@@ -370,8 +366,8 @@ class Aggregator(AggregatorState):
             self._post(out, "timer", TIMER, body)
 
     def _end(self, out: list[AggregatorAction]) -> None:
-        self._ended = True
-        out += self._results.end(self._deferred)
+        self._ended, self._committing, self._asked_final = True, None, None
+        self._results.end(self._deferred.take(), out)
         self._deferred = DeferredResults()
         about: dict[str, Any] = {"reason": self._finishing, "position": self._position}
         about |= {"failed": True} if self._failed else {}

@@ -1,32 +1,35 @@
-"""The aggregator's program: its core, and the link that carries out its actions."""
+"""The aggregator's program: folds the inbox of its link until the run is over."""
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
 import structlog
 import torch
 from msgspec import UNSET
+from structlog.typing import FilteringBoundLogger
 
 from fedmq.algorithms.allowed import Allowed
 from fedmq.algorithms.problems.base import Problem
 from fedmq.algorithms.toolkit import arithmetic
 from fedmq.broker.errors import Rejected, RunOver
-from fedmq.broker.link.events import Delivery, PostMessage
+from fedmq.broker.link.events import Delivery
 from fedmq.broker.link.node_link import NodeLink
 from fedmq.broker.wire.addresses import AGGREGATOR
 from fedmq.broker.wire.encoding import decode_message
 from fedmq.broker.wire.schema import Hello
 from fedmq.nodes.aggregator.computed import Computed
 from fedmq.nodes.aggregator.core import Aggregator
+from fedmq.nodes.aggregator.driver import AggregatorDriver
 from fedmq.nodes.errors import ConfigError, RunFailed, own_code
-from fedmq.nodes.messages.actions import AckUpTo, AggregatorAction, Commit, EndRun, Handled, Start
+from fedmq.nodes.messages.actions import Commit, Start
 from fedmq.nodes.process.logs import Repeats
 from fedmq.nodes.process.terminal import clients_in_words
 from fedmq.nodes.run.agreement import Fingerprint, disagree
@@ -56,7 +59,8 @@ def run_aggregator(
         endpoint: address of the broker.
         config: the run's configuration.
         run: id of the run.
-        folder: of the final model (`run_folder.model_files`) and the node's key; None for neither.
+        folder: of the final model (`run_folder.model_files`), the node's key and its last session;
+            None stores none of them.
         allowed: user code that the configuration may name, as in `set_up`.
         give_up_s: seconds without the broker after which the node ends; None for never.
 
@@ -75,11 +79,12 @@ def run_aggregator(
         check_attainable(setup)
         torch.set_num_threads(config.worker.threads)
         version_0 = version_zero(setup.problem)
+    own = folder / "nodes" / AGGREGATOR if folder is not None else None
     hello = Hello(
         node=AGGREGATOR,
         role=AGGREGATOR,
-        session=new_session(),
-        key=node_key(folder / "nodes" / AGGREGATOR if folder is not None else None),
+        key=node_key(own),
+        session=new_session(own),
         run=run,
         config=setup.config.to_toml(),
         total_clients=setup.problem.clients,
@@ -90,7 +95,7 @@ def run_aggregator(
         arithmetic.prepare(sum(each.numel() for each in core.tensors().values()))
     try:
         with linked(endpoint, hello, give_up_s) as link:
-            _fold_until_over(link, core, setup.problem, folder, version_0)
+            fold_until_over(core, LinkedAggregator(link, setup.problem, folder), version_0)
     except Rejected as error:
         differ = differing_keys(hello.config, error.config)
         if error.code == "config" and differ:
@@ -105,63 +110,99 @@ def run_aggregator(
         return str(end)
 
 
-def _fold_until_over(
-    link: NodeLink,
-    core: Aggregator,
-    problem: Problem,
-    folder: Path | None,
-    version_0: Fingerprint | None,
+def _in_thread(work: Callable[[], None]) -> None:
+    threading.Thread(target=work, daemon=True).start()
+
+
+class LinkedAggregator:
+    """The `AggregatorPort` of a node program: a link, and files for the model.
+
+    Args:
+        link: admitted by the broker.
+        problem: makes the module of the final model.
+        folder: of the final model; None to save none.
+        log: of this node.
+        beside: runs a function while the inbox is handled.
+    """
+
+    def __init__(
+        self,
+        link: NodeLink,
+        problem: Problem,
+        folder: Path | None = None,
+        log: FilteringBoundLogger | None = None,
+        beside: Callable[[Callable[[], None]], None] = _in_thread,
+    ) -> None:
+        self.link, self.log = link, log or structlog.get_logger()
+        self.post, self.done, self.over = link.post, link.done, link.over
+        self._problem, self._folder, self._beside = problem, folder, beside
+
+    def begin_commit(self, commit: Commit) -> None:
+        """Do the work of a commit beside the inbox, then post its message."""
+        self._beside(functools.partial(self._commit, commit))
+
+    def _commit(self, commit: Commit) -> None:
+        torch.set_num_threads(torch.get_num_threads())  # torch's setting is per thread
+        with contextlib.suppress(Exception):  # raised again when the core asks for the result
+            commit.result()
+        self.link.hand_in(commit.message)
+
+    def log_failure(self, reason: str, error: Exception | None) -> None:
+        """Log that the run ends without reaching its goal."""
+        self.log.error("failed", reason=reason, exc_info=error)
+
+    def save_model(self, core: Aggregator) -> None:
+        """Save the final model."""
+        if self._folder is not None:
+            about = {"run": self.link.welcome().run, "version": str(core.version)}
+            save_model(self._folder, core.tensors(), self._problem, about)
+
+    def remove_model(self) -> None:
+        """Remove the final model of an earlier session: the run continues."""
+        if self._folder is not None:
+            remove_model(self._folder)
+
+
+def fold_until_over(
+    core: Aggregator, port: LinkedAggregator, version_0: Fingerprint | None
 ) -> NoReturn:
-    """Pass the inbox to the core and carry out its actions; raise RunOver at the end of the run."""
+    """Pass the inbox to the core and carry out its actions.
+
+    Raises:
+        RunOver: at the end of the run.
+        BrokerError, NodeError: as in `run_aggregator`.
+    """
+    link, log = port.link, port.log
+    driver = AggregatorDriver(core, port)
     continued = link.welcome().continued
-    start = Start(_checkpoint(link), continued=-1 if continued is UNSET else continued)
-    actions: Sequence[AggregatorAction] = core.handle(start)
-    if folder is not None:
-        remove_model(folder)
-    unsettled: list[int] = []
-    wait_log, repeats = _WaitLog(), Repeats()
+    checkpoint = _checkpoint(port)
+    start = Start(checkpoint, continued=-1 if continued is UNSET else continued)
+    actions = driver.handle(start)
+    port.remove_model()
+    wait_log, repeats = _WaitLog(log), Repeats()
     disagreeing: set[str] = set()
     while True:
-        for action in actions:
-            match action:
-                case PostMessage(message, data, consumes):
-                    link.post(message, data, consumes)
-                case Handled(seq, refused, code) if refused:
-                    link.done([], {seq: refused}, {seq: code})
-                case AckUpTo(but):
-                    link.done([seq for seq in unsettled if seq not in but])
-                    unsettled = [seq for seq in unsettled if seq in but]
-                case Commit():
-                    threading.Thread(target=_work, args=(link, action), daemon=True).start()
-                case EndRun(reason, failed, error):
-                    if failed:
-                        structlog.get_logger().error("failed", reason=reason, exc_info=error)
-                    if folder is not None and error is None:
-                        # Before the run ends: a later session could not write it.
-                        about = {"run": link.welcome().run, "version": str(core.version)}
-                        save_model(folder, core.tensors(), problem, about)
-                    link.over(reason)
+        driver.carry_out(actions)
         while not link.wait(_QUIET_S):
             wait_log.update(core.missing_clients())
         delivery = link.get()
-        unsettled.append(delivery.seq)
-        if delivery.message.kind == "refused":
-            log_rejected(delivery.message, repeats)
-        sender = delivery.message.sender
-        if sender not in disagreeing and disagree(
-            version_0, theirs := delivery.message.body.get("version_0")
-        ):
-            disagreeing.add(sender)
-            log = structlog.get_logger()
-            log.warning("a node starts from another model", by=sender, here=version_0, there=theirs)
+        message = delivery.message
+        if message.kind == "refused":
+            log_rejected(message, repeats, log)
+        theirs = message.body.get("version_0")
+        if message.sender not in disagreeing and disagree(version_0, theirs):
+            disagreeing.add(message.sender)
+            about = {"by": message.sender, "here": version_0, "there": theirs}
+            log.warning("a node starts from another model", **about)
         with link.away():
-            actions = core.handle(delivery)
+            actions = driver.handle(delivery)
 
 
 class _WaitLog:
     """Logs the clients that a run waits for: when they change, and every minute."""
 
-    def __init__(self) -> None:
+    def __init__(self, log: FilteringBoundLogger) -> None:
+        self._log = log
         self._logged: list[int] = []
         self._logged_at = -math.inf
 
@@ -170,24 +211,15 @@ class _WaitLog:
         now = time.monotonic()
         if missing and (missing != self._logged or now >= self._logged_at + _REPEAT_S):
             self._logged_at = now
-            structlog.get_logger().warning(f"waiting for {clients_in_words(missing)}")
+            self._log.warning(f"waiting for {clients_in_words(missing)}")
         self._logged = missing
 
 
-def _work(link: NodeLink, commit: Commit) -> None:
-    """Do the work of a commit in a thread, while the core handles its inbox."""
-    torch.set_num_threads(torch.get_num_threads())  # torch's setting is per thread
-    with contextlib.suppress(Exception):  # raised again when the core asks for the result
-        commit.result()
-    link.hand_in(commit.message)
-
-
-def _checkpoint(link: NodeLink) -> Delivery | None:
+def _checkpoint(port: LinkedAggregator) -> Delivery | None:
     """Return the newest checkpoint of an earlier session, or None."""
-    found = link.welcome().checkpoint
+    found = port.link.welcome().checkpoint
     if found is None:
         return None
-    delivery = Delivery(found.seq, found.at, decode_message(found.message), source=link)
-    log = structlog.get_logger()
-    log.info("resuming from checkpoint", version=delivery.message.body.get("version"))
+    delivery = Delivery(found.seq, found.at, decode_message(found.message), source=port.link.blobs)
+    port.log.info("resuming from checkpoint", version=delivery.message.body.get("version"))
     return delivery

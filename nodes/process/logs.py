@@ -68,6 +68,13 @@ class Repeats:
 
 _LEVELS = structlog.make_filtering_bound_logger(logging.INFO)
 
+SILENT: structlog.typing.FilteringBoundLogger = structlog.wrap_logger(
+    structlog.ReturnLogger(),
+    processors=[],
+    wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL),
+)
+"""The log of simulated and replayed nodes: it drops everything."""
+
 
 def append(path: Path, text: str, **bound: str) -> None:
     """Append one line to another process's log, if it can be written."""

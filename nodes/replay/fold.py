@@ -31,8 +31,9 @@ from fedmq.broker.wire.schema import Buffer
 from fedmq.nodes.aggregator.checkpoint import unpack_checkpoint
 from fedmq.nodes.aggregator.computed import Computed
 from fedmq.nodes.aggregator.core import Aggregator
+from fedmq.nodes.aggregator.driver import AggregatorDriver
 from fedmq.nodes.errors import NodeError, own_code
-from fedmq.nodes.messages.actions import AggregatorAction, EndRun, Start
+from fedmq.nodes.messages.actions import AggregatorAction, Start
 from fedmq.nodes.replay.record import RecordedOutput
 from fedmq.nodes.replay.tolerance import TOLERANCE, tensor_distance
 from fedmq.nodes.run.config import Config, parse
@@ -94,12 +95,13 @@ class Replay:
             exact=self._is_exact(),
             same_release=self.computed.release == fedmq.__version__,
         )
+        self._driver = AggregatorDriver(self.core, self.record)
         self._recorded = {} if self.record.exact else _checkpoints(trace)
         self.messages = 0
         self.at = trace.opened.at
         self._checkpoint = checkpoint
         self._rest: Iterator[AnyEntry] = trace.entries()
-        self._begun = self._over = False
+        self._begun = False
 
     def steps(self, until: int | None = None) -> Iterator[ReplayStep]:
         """Run the core on its inbox, message by message; a second call continues.
@@ -178,21 +180,18 @@ class Replay:
             return False
         message = entry.read()
         # After its end, a run handles only messages that may extend it.
-        return message.to in INBOX and (not self._over or message.kind == CONTINUED)
+        return message.to in INBOX and (not self.record.ended or message.kind == CONTINUED)
 
     def _handle(self, event: Start | Delivery) -> ReplayStep:
-        actions = self.core.handle(event)
+        actions = self._driver.handle(event)
         if isinstance(event, Delivery):
             self.messages += 1
-            self.at = event.at
-        self.record.expect(actions, event.seq if isinstance(event, Delivery) else -1)
+            self.at, self.record.trigger = event.at, event.seq
+        self._driver.carry_out(actions)
         for action in actions:
             if isinstance(action, PostMessage) and action.message.id in self._recorded:
                 self._adopt(self._recorded[action.message.id])
-        if any(isinstance(each, EndRun) for each in actions):
-            self._over = True
-        elif self._over and not self.core.state_snapshot()["finishing"]:  # it was extended
-            self._over = False
+        if self.record.ended and not self.core.state_snapshot()["finishing"]:  # it was extended
             self.record.expect_new_end()
         return ReplayStep(event, actions)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -19,9 +19,10 @@ from fedmq.broker.ledger.entries import Accepted, AnyEntry, Ended, Refusal
 from fedmq.broker.link.events import PostMessage
 from fedmq.broker.wire.addresses import AGGREGATOR, BROKER, CHECKPOINT
 from fedmq.broker.wire.encoding import encode_message
-from fedmq.broker.wire.schema import Message
+from fedmq.broker.wire.schema import Buffer, Message
+from fedmq.nodes.aggregator.core import Aggregator
 from fedmq.nodes.errors import NodeError
-from fedmq.nodes.messages.actions import AggregatorAction, Commit, EndRun, Handled
+from fedmq.nodes.messages.actions import Commit
 from fedmq.nodes.process.terminal import literal, plain
 from fedmq.nodes.replay.tolerance import NAMES, counted_as_in, near_differences
 from fedmq.nodes.trace.differ import Operand, differences
@@ -39,7 +40,7 @@ class Diverged(NodeError):
 
 
 class RecordedOutput:
-    """The recorded output of an aggregator, compared entry by entry.
+    """The recorded output of an aggregator, compared entry by entry; an `AggregatorPort`.
 
     Args:
         trace: of the run.
@@ -54,6 +55,7 @@ class RecordedOutput:
             the tolerance; 0 if all are equal.
         first: number of the aggregator's first message to compare; ids are ``name/number``.
         after: number of the last inbox message before the replay.
+        trigger: number of the message that the core has handled last; -1 at the start.
     """
 
     def __init__(self, trace: Trace, *, exact: bool = True, same_release: bool = True) -> None:
@@ -62,7 +64,7 @@ class RecordedOutput:
         self.compared = 0
         self.max_distance = 0.0
         self.first = 0
-        self.after = -1
+        self.after = self.trigger = -1
         self._trace = trace
         self._posts: deque[tuple[PostMessage, int]] = deque()
         self._commits: dict[str, tuple[PostMessage, int]] = {}
@@ -77,18 +79,40 @@ class RecordedOutput:
         """Return the number of replayed messages that are not in the record yet."""
         return len(self._posts)
 
-    def expect(self, actions: Sequence[AggregatorAction], trigger: int) -> None:
-        """Expect these actions in the record; message ``trigger`` (-1: the start) caused them."""
-        for action in actions:
-            match action:
-                case PostMessage():
-                    self._posts.append((action, trigger))
-                case Commit(message=message):
-                    self._commits[message.id] = (PostMessage(message), trigger)
-                case Handled(seq, refused, code) if refused:
-                    self._refusals[seq] = code, refused[:MAX_REASON]
-                case EndRun(reason):
-                    self._finish = reason
+    def post(
+        self, message: Message, data: Sequence[Buffer] = (), consumes: tuple[int, ...] = ()
+    ) -> None:
+        """Expect a message in the record."""
+        self._posts.append((PostMessage(message, tuple(data), consumes), self.trigger))
+
+    def begin_commit(self, commit: Commit) -> None:
+        """Expect the message that a commit posts when it is done."""
+        self._commits[commit.message.id] = (PostMessage(commit.message), self.trigger)
+
+    def done(
+        self,
+        seqs: Sequence[int],  # noqa: ARG002 - acknowledgments are not in the record
+        refused: Mapping[int, str] | None = None,
+        codes: Mapping[int, str] | None = None,
+    ) -> None:
+        """Expect rejections in the record."""
+        for seq, reason in (refused or {}).items():
+            self._refusals[seq] = (codes or {}).get(seq, ""), reason[:MAX_REASON]
+
+    def over(self, reason: str) -> None:
+        """Expect the end of the run."""
+        self._finish = reason
+
+    def log_failure(self, reason: str, error: Exception | None) -> None:
+        """Do nothing: `over` has the reason."""
+
+    def save_model(self, core: Aggregator) -> None:
+        """Do nothing: the record has the model."""
+
+    @property
+    def ended(self) -> bool:
+        """Return whether the replayed run has ended."""
+        return self._finish is not None
 
     def expect_new_end(self) -> None:
         """Forget the end of the run: the run was extended."""

@@ -7,20 +7,20 @@ its task was sent.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from fedmq.algorithms.allowed import NOTHING, Allowed
-from fedmq.algorithms.base import Result, Task, examples_of
-from fedmq.algorithms.errors import ResultError
-from fedmq.algorithms.schedules import ScheduleView
+from fedmq.algorithms.base import OpaqueState, Task
+from fedmq.broker.errors import LedgerError
 from fedmq.broker.inspection.trace import Trace
 from fedmq.broker.link.events import Delivery, PostMessage
 from fedmq.broker.rejections import Code
-from fedmq.codecs.errors import CodecError
+from fedmq.nodes.aggregator.version import Outcome, VersionBuffer, room_for
 from fedmq.nodes.errors import ConfigError
+from fedmq.nodes.history.tracker import TaskTracker
 from fedmq.nodes.messages.actions import Handled, Start
-from fedmq.nodes.messages.payloads import numbers_of, unpack
 from fedmq.nodes.replay.fold import Replay, ReplayStep, recorded_setup
 from fedmq.nodes.run.config import Config, changed
 from fedmq.nodes.run.devices import choose_device
@@ -39,7 +39,7 @@ _REASONS = {
 }
 
 
-@dataclass
+@dataclass(frozen=True)
 class ComparedPoint:
     """Metrics of both models at an evaluation of the recorded run.
 
@@ -55,6 +55,21 @@ class ComparedPoint:
     versions: tuple[int, int]
     recorded: dict[str, float] | None
     other: dict[str, float]
+
+
+def _scores(trace: Trace) -> dict[str, dict[str, float]]:
+    """Return the metrics of each evaluation that has a score, by the evaluation's id."""
+    found: dict[str, dict[str, float]] = {}
+    tracker = TaskTracker()
+    with contextlib.suppress(LedgerError):  # the replay raises it later
+        for entry in trace.entries():
+            facts = tracker.feed(entry)
+            message = facts.message
+            if message is not None and facts.is_answer and message.re is not None:
+                metrics = message.body.get("metrics")
+                if message.kind == "score" and isinstance(metrics, dict):
+                    found.setdefault(message.re, metrics)
+    return found
 
 
 def changed_setup(trace: Trace, settings: Sequence[str], allowed: Allowed = NOTHING) -> Setup:
@@ -115,14 +130,14 @@ class WhatIf:
         self._replay = Replay(trace, allowed=allowed)
         self._setup = setup
         self._algorithm, self._schedule = setup.algorithm, setup.schedule
-        self._state = self._algorithm.start(setup.problem)
-        self._version = self._used = 0
+        state = self._algorithm.start(setup.problem)
+        self._max_bytes = room_for(self._algorithm, state)
+        self._begin_version(state, 0)
+        self._used = 0
         self._sent: dict[str, tuple[int, int]] = {}
-        """New version at which each task was sent, and its client, by the task's id."""
+        """Client of each task, and the new version at which it was sent, by the task's id."""
         self._deferred: dict[int, Delivery] = {}
         """Results that the recorded run has received but not handled."""
-        self._accumulator = self._algorithm.new_accumulator(self._state)
-        self._weights, self._results = 0.0, 0
 
     def points(self) -> Iterator[ComparedPoint]:
         """Yield a point for each evaluation of the recorded run, in order.
@@ -131,7 +146,7 @@ class WhatIf:
             Diverged: the recorded run does not replay.
             LedgerError: the trace is damaged.
         """
-        open_points: dict[str, ComparedPoint] = {}
+        scores = _scores(self._replay.trace)
         began: float | None = None
         version = used = 0
         finishing = False
@@ -139,12 +154,9 @@ class WhatIf:
         for step in self._replay.steps():
             event, core = step.event, self._replay.core
             if isinstance(event, Start):
-                self._state = core.state  # version 0 from the record
-                self._accumulator = self._algorithm.new_accumulator(self._state)
+                self._begin_version(core.state, 0)  # version 0 from the record
             if isinstance(event, Delivery):
                 began = event.at if began is None else began
-                if event.message.kind == "score":
-                    self._score(event, open_points)
             if not finishing:  # results after the last version count in neither
                 self._count(step, committed=core.version > version)
                 used = core.state_snapshot()["counts"].used
@@ -152,73 +164,42 @@ class WhatIf:
             for action in step.actions:
                 if isinstance(action, PostMessage) and action.message.kind == "task":
                     client = action.message.body["client"]
-                    self._sent[action.message.id] = self._version, client
+                    self._sent[action.message.id] = client, self._current.version
                 elif isinstance(action, PostMessage) and action.message.kind == "evaluate":
-                    task = Task(self._version, self._algorithm.evaluation_task(self._state))
+                    current = self._current
+                    task = Task(current.version, self._algorithm.evaluation_task(current.state))
                     metrics = self._algorithm.evaluate(task, self._setup.problem, device)
-                    point = ComparedPoint(
+                    yield ComparedPoint(
                         event.at - began if isinstance(event, Delivery) and began else 0.0,
                         (used, self._used),
-                        (version, self._version),
-                        None,
+                        (version, current.version),
+                        scores.get(action.message.id),
                         dict(metrics),
                     )
-                    open_points[action.message.id] = point
-            yield from self._scored(open_points)
-        yield from open_points.values()
-
-    def _score(self, event: Delivery, points: dict[str, ComparedPoint]) -> None:
-        point = points.get(event.message.re or "")
-        metrics = event.message.body.get("metrics")
-        if point is not None and isinstance(metrics, dict):
-            point.recorded = metrics
-
-    def _scored(self, points: dict[str, ComparedPoint]) -> Iterator[ComparedPoint]:
-        """Remove and yield the oldest points, as long as they have scores."""
-        while points and (first := next(iter(points))) in points and points[first].recorded:
-            yield points.pop(first)
 
     def _count(self, step: ReplayStep, *, committed: bool) -> None:
         """Count the results that the recorded run handled in this step."""
         if isinstance(step.event, Delivery) and step.event.message.kind == "result":
             self._deferred[step.event.seq] = step.event
         for action in step.actions:
-            match action:
-                case Handled(seq, refused, code) if seq in self._deferred:
-                    event = self._deferred.pop(seq)
-                    if not refused or code in _STALE:
-                        self._add(event)
-        if self._schedule.ordered and committed and self._results:
+            if isinstance(action, Handled) and action.seq in self._deferred:
+                event = self._deferred.pop(action.seq)
+                if not action.refused or action.code in _STALE:
+                    self._add(event)
+        if self._schedule.ordered and committed and self._current.num_results:
             self._commit()  # both settings close a round together
 
-    def _add(self, event: Delivery) -> None:
-        message = event.message
-        sent, client = self._sent[message.re or ""]
-        staleness = self._version - sent
-        try:
-            n = examples_of(numbers_of(message))
-            weight = self._schedule.weight(n, staleness)
-            if weight is None:
-                return
-            result = Result(client, staleness, unpack(message, event.read), n)
-            self._accumulator = self._algorithm.accumulate(
-                self._accumulator, self._state, result, weight
-            )
-        except (ResultError, CodecError):
-            return  # no settings make it usable
-        self._weights += weight
-        self._results += 1
+    def _add(self, result: Delivery) -> None:
+        current = self._current
+        added = current.add(result, *self._sent[result.message.re or ""])
+        if added.outcome is not Outcome.USED:
+            return  # no settings make it usable, or it is stale under these
         self._used += 1
-        if not self._schedule.ordered and self._schedule.is_ready(self._view()):
+        if not self._schedule.ordered and current.is_ready(current.view()):
             self._commit()
 
-    def _view(self) -> ScheduleView:
-        clients = self._setup.problem.clients
-        return ScheduleView(clients, 0, 0, 0, results=self._results, deadline_passed=False)
-
     def _commit(self) -> None:
-        divisor = self._schedule.divisor(self._weights, self._results)
-        self._state = self._algorithm.commit(self._state, self._accumulator, divisor)
-        self._version += 1
-        self._accumulator = self._algorithm.new_accumulator(self._state)
-        self._weights, self._results = 0.0, 0
+        self._begin_version(self._current.commit(), self._current.version + 1)
+
+    def _begin_version(self, state: OpaqueState, version: int) -> None:
+        self._current = VersionBuffer(self._setup, state, version, self._max_bytes, in_order=False)

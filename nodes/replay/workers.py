@@ -7,12 +7,15 @@ the same kind of device, the result has the same bytes.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+
+from structlog.typing import FilteringBoundLogger
 
 from fedmq.algorithms.toolkit.arithmetic import ARITHMETIC
 from fedmq.broker.errors import LedgerError
@@ -21,6 +24,7 @@ from fedmq.broker.link.events import PostMessage
 from fedmq.broker.wire.schema import Buffer, Message
 from fedmq.codecs.errors import CodecError
 from fedmq.nodes.messages.payloads import unpack
+from fedmq.nodes.process.logs import SILENT
 from fedmq.nodes.replay.fold import accepted_entry, computed_by, recorded_delivery
 from fedmq.nodes.replay.histories import Answer, last_uses, read_histories
 from fedmq.nodes.replay.tolerance import (
@@ -36,11 +40,54 @@ from fedmq.nodes.run.setup import Setup
 from fedmq.nodes.trace.differ import Operand, differences
 from fedmq.nodes.trace.differences import Difference, DifferenceKind, Field, Gap
 from fedmq.nodes.worker.client_state import ClientStateStore, SavedClientState
-from fedmq.nodes.worker.core import Evaluate, SaveClientState, Saved, Train, Worker
-from fedmq.nodes.worker.training import carry_out
+from fedmq.nodes.worker.core import Worker
+from fedmq.nodes.worker.driver import WorkerDriver
 
 _HONEST = frozenset({"body.elapsed_s", "body.device", "body.after", "body.version_0"})
 """Fields that differ between two trainings of a task: times, device, and the starting state."""
+
+
+class AnswerPort:
+    """The `WorkerPort` of a replayed task.
+
+    Attributes:
+        answer: the message that the worker posts.
+        state: the client's new local state.
+    """
+
+    log: FilteringBoundLogger = SILENT
+
+    def __init__(self) -> None:
+        self.answer: PostMessage | None = None
+        self.state: SavedClientState | None = None
+
+    def now(self) -> float:
+        """Return 0: durations are not compared."""
+        return 0.0
+
+    def post(self, message: Message, data: Sequence[Buffer], consumes: tuple[int, ...]) -> None:
+        """Keep the answer."""
+        self.answer = PostMessage(message, tuple(data), consumes)
+
+    def done(
+        self,
+        seqs: Sequence[int],
+        refused: Mapping[int, str] | None = None,
+        codes: Mapping[int, str] | None = None,
+    ) -> None:
+        """Do nothing: a task that is rejected has no answer."""
+
+    def away(self) -> contextlib.AbstractContextManager[None]:
+        """Return a context that does nothing."""
+        return contextlib.nullcontext()
+
+    def pause(self, seconds: float) -> None:
+        """Do not wait."""
+
+    def save(self, client: int, state: SavedClientState) -> SavedClientState:  # noqa: ARG002
+        """Keep the client's state."""
+        self.state = state
+        return state
 
 
 @dataclass(frozen=True)
@@ -147,24 +194,14 @@ class Retraining:
         store = ClientStateStore()
         if before is not None and answer.client is not None:
             store.put(answer.client, before)
-        core = Worker(
-            self._setup, self._trace.run, answer.node, self._histories.clients[answer.node], store
-        )
+        clients = self._histories.clients[answer.node]
+        core = Worker(self._setup, self._trace.run, answer.node, clients, store)
+        port = AnswerPort()
         task = recorded_delivery(self._trace, accepted_entry(self._trace, answer.seq))
-        actions = list(core.handle(task))
-        post: PostMessage | None = None
-        after: SavedClientState | None = None
-        while actions:
-            match actions.pop(0):
-                case Train() | Evaluate() as action:
-                    actions += core.handle(carry_out(action, self._setup, self._device))
-                case SaveClientState(kept=after):
-                    actions += core.handle(Saved(after))
-                case PostMessage() as post:
-                    pass
-        if post is None:
+        WorkerDriver(core, self._setup, self._device, port).handle(task)
+        if port.answer is None:
             raise LedgerError(f"task {answer.task}: expected an answer of the worker, got none")
-        return post, after
+        return port.answer, port.state
 
     def _compare(self, task: int, seq: int, answer: PostMessage, seconds: float) -> Retrained:
         message = accepted_entry(self._trace, seq).read()

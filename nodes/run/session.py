@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import secrets
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import structlog
+from structlog.typing import FilteringBoundLogger
 
 from fedmq.broker.errors import LinkClosed
 from fedmq.broker.link.node_link import NodeLink
@@ -21,9 +23,35 @@ from fedmq.nodes.process.logs import Repeats
 from fedmq.nodes.process.signals import Stopped, this_process
 
 
-def new_session() -> str:
-    """Return a new session id, which distinguishes a node's restart from a reconnect."""
-    return f"{time.time_ns():x}-{secrets.token_hex(4)}"
+def session_id(at_ns: int, last: str, token: str) -> str:
+    """Return the id of a session; ids sort by the start of their session.
+
+    Args:
+        at_ns: time of the start, in nanoseconds since 1970, by a clock that may be wrong.
+        last: id of the node's last session, which the new one follows; "" if unknown.
+        token: random characters, so that no two sessions have the same id.
+    """
+    found = re.match(r"[0-9a-f]{16}(?=-)", last)
+    return f"{max(at_ns, int(found[0], 16) + 1 if found else 0):016x}-{token}"
+
+
+def new_session(folder: Path | None) -> str:
+    """Return a new session id, which distinguishes a node's restart from a reconnect.
+
+    Args:
+        folder: of the node's state. It stores the id, so that the node's next session follows
+            this one even if the machine's clock is set back; None stores nothing.
+    """
+    token = secrets.token_hex(4)
+    if folder is None:
+        return session_id(time.time_ns(), "", token)
+    path, last = folder / "session", ""
+    with contextlib.suppress(OSError, UnicodeDecodeError):
+        last = path.read_text()
+    session = session_id(time.time_ns(), last, token)
+    with contextlib.suppress(OSError):  # a node starts on a full disk, too
+        _write(path, session)
+    return session
 
 
 @contextlib.contextmanager
@@ -45,11 +73,28 @@ def linked(endpoint: str, hello: Hello, give_up_s: float | None = None) -> Itera
     for what, name in (("node", hello.node), ("run", hello.run)):
         if (name or what == "node") and (fault := name_fault(name)):
             raise NodeError(f"name of the {what}: {fault}")
-    log = structlog.get_logger()
-    link = NodeLink(endpoint, hello)
+    link = NodeLink.connect(endpoint, hello)
+    if give_up_s is not None:
+        link.give_up_after(give_up_s)
+    with admitted(link, hello, structlog.get_logger()):
+        yield link
+
+
+@contextlib.contextmanager
+def admitted(link: NodeLink, hello: Hello, log: FilteringBoundLogger) -> Iterator[None]:
+    """Wait for admission, and close the link, with a goodbye, at the end of the block.
+
+    Args:
+        link: of the node.
+        hello: of the node.
+        log: of the node.
+
+    Raises:
+        NodeError: as `linked`.
+        LinkClosed: the link ended before the admission.
+        Rejected: the broker does not admit the node.
+    """
     try:
-        if give_up_s is not None:
-            link.give_up_after(give_up_s)
         welcome = link.welcome()
         if fault := name_fault(welcome.run):
             raise NodeError(f"the broker sent an invalid run name: {fault}")
@@ -58,7 +103,7 @@ def linked(endpoint: str, hello: Hello, give_up_s: float | None = None) -> Itera
                 f"expected to join run {hello.run}, the broker admitted this node to {welcome.run}"
             )
         log.info("admitted", run=welcome.run)
-        yield link
+        yield
     except BaseException as error:
         failed = isinstance(error, Exception) and not isinstance(error, LinkClosed)
         # A stopped cluster can be resumed. After a goodbye the aggregator would close the round
@@ -70,11 +115,11 @@ def linked(endpoint: str, hello: Hello, give_up_s: float | None = None) -> Itera
         link.close()
 
 
-def log_rejected(message: Message, repeats: Repeats) -> None:
+def log_rejected(message: Message, repeats: Repeats, log: FilteringBoundLogger) -> None:
     """Log that a message of this node was rejected; for each code once, and then a count."""
     code = str(message.body.get("code", ""))
     if times := repeats.count(("rejected", code), time.monotonic()):
-        structlog.get_logger().warning("message rejected", **message.body, times=times)
+        log.warning("message rejected", **message.body, times=times)
 
 
 def node_key(folder: Path | None) -> str:
@@ -94,12 +139,16 @@ def node_key(folder: Path | None) -> str:
     path = folder / "key"
     try:
         if not path.exists():
-            fresh = folder / f"key.{os.getpid()}"
-            fresh.write_text(secrets.token_hex(16) + "\n")
-            fresh.replace(path)
+            _write(path, secrets.token_hex(16))
         return path.read_text().strip()[:64]
     except OSError as error:
         raise NodeError(f"cannot read or write {path}: {reason_of(error)}") from None
+
+
+def _write(path: Path, text: str) -> None:
+    fresh = path.with_name(f"{path.name}.{os.getpid()}")
+    fresh.write_text(f"{text}\n")
+    fresh.replace(path)
 
 
 def make_folder(folder: Path) -> None:

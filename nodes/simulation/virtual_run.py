@@ -1,73 +1,63 @@
-"""A whole run in virtual time: the real cores, over a network with seeded faults.
+"""A whole run in virtual time: the real programs, over a network with seeded faults.
 
-The hosts here do the work of the programs without threads, sockets or waiting. The algorithm
+Broker and nodes run the code of production, without threads, sockets or waiting. The algorithm
 really trains; the duration of training is drawn. Only the clients' states on a worker's disk and
 the broker's ledger survive a crash.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import random
-from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
 
 from msgspec.structs import replace
 
-from fedmq.broker.link.events import Delivery, PostMessage
 from fedmq.broker.settings import BrokerSettings, LedgerSettings
 from fedmq.broker.virtual.broker import VirtualBroker
-from fedmq.broker.virtual.hosts import LinkHost
+from fedmq.broker.virtual.disk import Fault
+from fedmq.broker.virtual.machine import Machine
 from fedmq.broker.virtual.network import Faults, VirtualNetwork
-from fedmq.broker.wire.addresses import AGGREGATOR, EVALUATOR, RECORD, WORKER
-from fedmq.broker.wire.encoding import decode_message
-from fedmq.broker.wire.schema import (
-    Buffer,
-    Done,
-    Hello,
-    Message,
-    RunEnded,
-)
-from fedmq.nodes.aggregator.computed import Computed
-from fedmq.nodes.aggregator.core import Aggregator
-from fedmq.nodes.messages.actions import AckUpTo, AggregatorAction, Commit, EndRun, Start
-from fedmq.nodes.messages.actions import Handled as DoneWith
-from fedmq.nodes.run.devices import kind_of
+from fedmq.broker.virtual.node import VirtualPort
+from fedmq.broker.wire.addresses import AGGREGATOR, BROKER, EVALUATOR, RECORD, WORKER
+from fedmq.broker.wire.schema import Hello, Message, Post
+from fedmq.nodes.run.session import session_id
 from fedmq.nodes.run.setup import Setup
+from fedmq.nodes.simulation.virtual_node import VirtualAggregator, VirtualNode, VirtualWorker, apart
 from fedmq.nodes.worker.client_state import ClientStateStore
-from fedmq.nodes.worker.core import Action as WorkerAction
-from fedmq.nodes.worker.core import (
-    Evaluate,
-    Evaluated,
-    Pause,
-    SaveClientState,
-    Saved,
-    Train,
-    Trained,
-    Worker,
-)
-from fedmq.nodes.worker.training import carry_out
 
 RUN = "simulated"
-_CHAT_TO = (RECORD, EVALUATOR, AGGREGATOR)
 Ranges = tuple[tuple[int, int], ...]
-H = TypeVar("H", bound="NodeHost")
+_CHAT_TO = (RECORD, EVALUATOR, AGGREGATOR)
+_EVERY_S = 0.1
+"""Virtual time between two draws of faults."""
+_WALL_S = 1e6
+"""How far wall clocks are ahead of the network's time: a jump back does not take them below 0."""
 
 
 @dataclass
 class Chances:
-    """Fault rates of a simulated run, per second of virtual time, and durations.
+    """Fault rates of a simulated run, per second of virtual time, and durations in seconds.
 
     faults: faults of single frames.
     crash: rate of crashes of each process.
-    doom: rate of crashes at the worst moment: of the broker in the middle of a batch, of a node
-        right after a post.
+    doom: rate of crashes at the worst moment: of the broker in the middle of a commit, or while it
+        sends the frames of a turn; of a node right after a post, or after any frame.
+    power: rate of power failures of the broker's machine; if positive, its durability is `power`,
+        and half of its crashes at the worst moment are power failures.
+    disk: rates of faults of the broker's disk, for each operation.
+    full: rate at which the broker's disk gets full.
+    pause: rate at which each process is suspended; then it continues, or is killed.
     cut, partition: rates of broken and partitioned connections, for each connection.
-    away_s, partition_s: longest absence of a crashed process, and longest partition, in seconds.
-    train_s: mean duration of a task, in seconds.
+    away_s, pause_s, full_s, partition_s: longest absence of a crashed process, pause, time
+        without space on the disk, and partition.
+    jump, jump_s: rate at which each wall clock is set, and by how much at most, either way.
+    drift: largest relative error of the rate of a machine's clocks.
+    train_s: mean duration of a task or a commit.
+    batch_s: longest time that the broker's frames wait for others, to be handled in one turn.
     chat: rate of bursts of small unused messages from each worker and the evaluator.
     share_files: whether nodes read blobs from the ledger's files, as on one host.
     """
@@ -75,11 +65,21 @@ class Chances:
     faults: Faults = field(default_factory=Faults)
     crash: float = 0.0
     doom: float = 0.0
+    power: float = 0.0
+    disk: Mapping[Fault, float] = field(default_factory=dict)
+    full: float = 0.0
+    pause: float = 0.0
     cut: float = 0.0
     partition: float = 0.0
     away_s: float = 5.0
+    pause_s: float = 5.0
+    full_s: float = 5.0
     partition_s: float = 8.0
+    jump: float = 0.0
+    jump_s: float = 3600.0
+    drift: float = 0.0
     train_s: float = 0.5
+    batch_s: float = 0.0
     chat: float = 0.0
     share_files: bool = False
 
@@ -94,7 +94,16 @@ class Simulation:
         seed: seed of all faults and durations.
         chances: fault rates.
         settings: of the broker.
+        ledger_settings: of the broker; `Chances` decides durability and sharing of files.
+
+    Attributes:
+        network, broker: of the run.
+        aggregator: newest session of the aggregator.
+        sessions: all sessions of all nodes, in the order of their starts.
+        machines: the machine of the broker and of each node, by name.
     """
+
+    aggregator: VirtualAggregator
 
     def __init__(
         self,
@@ -104,27 +113,35 @@ class Simulation:
         seed: int,
         chances: Chances | None = None,
         settings: BrokerSettings | None = None,
+        ledger_settings: LedgerSettings | None = None,
     ) -> None:
         self.setup, self.chances = setup, chances or Chances()
         self.rng = random.Random(seed)  # noqa: S311 - not for secrets
         self.network = VirtualNetwork(self.rng, self.chances.faults)
+        self.machines: dict[str, Machine] = {}
+        self.sessions: list[VirtualNode] = []
+        self._calm, self._chats = False, 0
+        self._config = setup.config.to_toml()
+        self._last_session: dict[str, str] = {}
         self.broker = VirtualBroker(
             self.network,
             folder,
             settings or BrokerSettings(3.0, 0.5),
-            LedgerSettings(share_files=self.chances.share_files),
+            dataclasses.replace(
+                ledger_settings or LedgerSettings(),
+                share_files=self.chances.share_files,
+                durability="power" if self.chances.power else "process",
+            ),
+            machine=self.machine(BROKER),
         )
-        self.sessions: list[NodeHost] = []
-        """All sessions of all nodes, in the order of their starts."""
-        self.calm = False
-        self._config = setup.config.to_toml()
-        self._started = 0
+        self.broker.disk.rates = dict(self.chances.disk)
+        self.broker.batch_s = self.chances.batch_s
         total = setup.problem.clients
-        self.aggregator: AggregatorHost = self._begin(AggregatorHost, AGGREGATOR, (), None)
+        self.start_aggregator()
         for index in range(workers):
             clients = ((index * total // workers, (index + 1) * total // workers - 1),)
-            self._begin(WorkerHost, f"worker-{index}", clients, ClientStateStore())
-        self._begin(WorkerHost, EVALUATOR, (), ClientStateStore())
+            self.start_worker(f"worker-{index}", clients, ClientStateStore())
+        self.start_worker(EVALUATOR, (), ClientStateStore())
         self._inject_faults()
 
     def run(self, calm_after_s: float, limit_s: float) -> bool:
@@ -136,254 +153,151 @@ class Simulation:
                 return True
         return False
 
+    def close(self) -> None:
+        """Kill all processes, and close the ledger."""
+        for node in self.nodes:
+            node.port.kill()
+        self.broker.crash()
+
     @property
-    def nodes(self) -> list[NodeHost]:
+    def nodes(self) -> list[VirtualNode]:
         """Return the sessions that are up."""
-        return [each for each in self.sessions if each.link.up]
+        return [each for each in self.sessions if each.port.up]
 
-    def _begin(self, kind: type[H], name: str, clients: Ranges, kept: ClientStateStore | None) -> H:
-        self._started += 1
+    def start_aggregator(self) -> VirtualAggregator:
+        """Start a session of the aggregator; it is restarted when it is killed."""
+        port, machine, hello = self._session(AGGREGATOR)
+        hello = replace(hello, config=self._config, total_clients=self.setup.problem.clients)
+        node = VirtualAggregator(port, machine, hello, self._draw_s, self.setup)
+        self._started(node, self.start_aggregator)
+        self.aggregator = node
+        return node
+
+    def start_worker(self, name: str, clients: Ranges, store: ClientStateStore) -> VirtualWorker:
+        """Start a session of a worker or the evaluator; it is restarted when it is killed.
+
+        Args:
+            name: of the node.
+            clients: ranges of clients that it hosts, both ends included.
+            store: the clients' states.
+        """
+        port, machine, hello = self._session(name)
+        hello = replace(hello, clients=clients)
+        node = VirtualWorker(port, machine, hello, self._draw_s, self.setup, store)
+        self._started(node, functools.partial(self.start_worker, name, clients, store))
+        return node
+
+    def _session(self, name: str) -> tuple[VirtualPort, Machine, Hello]:
+        """Return the process, machine and Hello of a new session of a node."""
+        machine, last = self.machine(name), self._last_session.get(name, "")
+        session = session_id(int(machine.wall() * 1e9), last, f"{len(self.sessions):08x}")
+        self._last_session[name] = session
         role = name if name in (AGGREGATOR, EVALUATOR) else WORKER
-        setup = self.setup
-        hello = Hello(
-            node=name,
-            role=role,
-            session=f"{self._started:08d}",
-            key=f"key of {name}",
-            run=RUN,
-            clients=clients,
-            config=self._config if role == AGGREGATOR else "",
-            total_clients=setup.problem.clients if role == AGGREGATOR else 0,
-        )
-        host = kind(self, hello, kept)
-        self.sessions.append(host)
-        if isinstance(host, AggregatorHost):
-            self.aggregator = host
-        return host
+        hello = Hello(node=name, role=role, session=session, key=f"key of {name}", run=RUN)
+        return VirtualPort(self.network, machine, name, apart), machine, hello
 
-    def _restart_later(self, host: NodeHost) -> None:
-        """Restart a node after a while, with its name, clients and disk."""
-        hello = host.hello
-        begin = functools.partial(self._begin, type(host), hello.node, hello.clients, host.kept)
-        self.network.after(self.rng.random() * self.chances.away_s, begin)
+    def _started(self, node: VirtualNode, again: Callable[[], VirtualNode]) -> None:
+        def exited() -> None:
+            if node.ended is None:
+                self._later(self.chances.away_s, again)
+
+        self.sessions.append(node)
+        node.port.on_exit = exited
+
+    def machine(self, name: str) -> Machine:
+        """Return the machine of the broker, or of a node."""
+        if name not in self.machines:
+            drift = self.chances.drift
+            rate = 1.0 + (drift and self.rng.uniform(-drift, drift))
+            self.machines[name] = Machine(self.network, _WALL_S, rate)
+        return self.machines[name]
+
+    def _draw_s(self) -> float:
+        return self.rng.expovariate(1 / self.chances.train_s)
+
+    def _later(self, most_s: float, act: Callable[[], object]) -> None:
+        self.network.after(self.rng.random() * most_s, act)
 
     # ---- faults
 
     def _inject_faults(self) -> None:
         """Draw faults for this moment, and schedule the next draw."""
-        if self.calm:
+        if self._calm:
             return
-        every = 0.1
-        rng, chances = self.rng, self.chances
-        if self.broker.up and rng.random() < chances.crash * every:
-            self.broker.crash()
-        if rng.random() < chances.doom * every:
-            self.broker.crash_at_send = rng.randrange(3)
-        if not self.broker.up:
-            self.network.after(rng.random() * chances.away_s, self._revive_broker)
-        for host in self.nodes:
-            if host.link.ended is not None:
-                continue
-            if rng.random() < chances.crash * every:
-                host.link.crash()
-                self._restart_later(host)
-            elif rng.random() < chances.doom * every:
-                host.link.doomed = functools.partial(self._restart_later, host)
-            elif rng.random() < chances.cut * every:
-                self.network.cut(host.link)
-            elif rng.random() < chances.partition * every:
-                self.network.partition(host.link.name, rng.random() * chances.partition_s)
-            elif (
-                chances.chat
-                and isinstance(host, WorkerHost)
-                and rng.random() < chances.chat * every
-            ):
-                host.chat(rng)
-        self.network.after(every, self._inject_faults)
+        self._disturb_broker()
+        for node in self.nodes:
+            self._disturb(node)
+        for machine in self.machines.values():
+            if self._happens(self.chances.jump):
+                most = self.chances.jump_s
+                machine.jump(self.rng.uniform(-most, most))
+        self.network.after(_EVERY_S, self._inject_faults)
 
-    def _revive_broker(self) -> None:
-        if not self.broker.up:
-            self.broker.start()
+    def _disturb_broker(self) -> None:
+        chances, happens, broker = self.chances, self._happens, self.broker
+        if happens(chances.crash):
+            broker.crash()
+        if happens(chances.power):
+            broker.crash(power=True)
+        if happens(chances.doom):
+            broker.loses_power = chances.power > 0 and self.rng.random() < 0.5
+            if self.rng.random() < 0.5:
+                broker.crash_at_send = self.rng.randrange(3)
+            else:
+                broker.disk.crash_at(broker.disk.operations + self.rng.randrange(8))
+        if happens(chances.pause):
+            broker.pause()
+            self._later(chances.pause_s, self._end_pause(broker.resume, self._kill_broker))
+        if happens(chances.full):
+            broker.disk.full = True
+            self._later(chances.full_s, self._make_space)
+        if not broker.up:
+            self._later(chances.away_s, broker.start)
+
+    def _kill_broker(self) -> None:
+        self.broker.crash()
+        self._later(self.chances.away_s, self.broker.start)
+
+    def _make_space(self) -> None:
+        self.broker.disk.full = False
+
+    def _disturb(self, node: VirtualNode) -> None:
+        chances, happens, port = self.chances, self._happens, node.port
+        if happens(chances.crash):
+            port.kill()
+        elif happens(chances.doom):
+            any_frame = self.rng.random() < 0.5
+            port.doomed = lambda frame: any_frame or isinstance(frame, Post)
+        elif happens(chances.pause):
+            port.pause()
+            self._later(chances.pause_s, self._end_pause(port.resume, port.kill))
+        elif happens(chances.cut):
+            self.network.cut(port)
+        elif happens(chances.partition):
+            self.network.partition(port.name, self.rng.random() * chances.partition_s)
+        elif isinstance(node, VirtualWorker) and happens(chances.chat):
+            for _ in range(self.rng.randint(2, 6)):
+                self._chats += 1
+                name, sender = f"{node.hello.session}/{self._chats}", node.hello.node
+                to = self.rng.choice(_CHAT_TO)
+                node.hand_in(Message(kind="chat", id=name, run=RUN, sender=sender, to=to))
+
+    def _happens(self, rate: float) -> bool:
+        return rate > 0 and self.rng.random() < rate * _EVERY_S
+
+    def _end_pause(
+        self, resume: Callable[[], object], kill: Callable[[], object]
+    ) -> Callable[[], object]:
+        """Draw whether a suspended process continues, or is killed."""
+        return resume if self._calm or self.rng.random() < 0.5 else kill
 
     def _calm_down(self) -> None:
-        self.calm = True
+        self._calm = True
         self.network.faults = Faults()
         self.broker.crash_at_send = None
-        self._revive_broker()
-
-
-class NodeHost(ABC):
-    """A session of a node: its link and its core."""
-
-    def __init__(self, simulation: Simulation, hello: Hello, kept: ClientStateStore | None) -> None:
-        self.simulation, self.hello, self.kept = simulation, hello, kept
-        self.link = LinkHost(simulation.network, hello)
-        self.link.on_news = self.look
-        self._delivery: Delivery | None = None
-        self._blobs: dict[tuple[str, bytes], Buffer] = {}
-
-    def look(self) -> None:
-        """Handle the deliveries that have arrived."""
-        while self.link.ended is None and self.link.up and self.ready():
-            if self._delivery is None:
-                if not self.link.inbox:
-                    return
-                self._delivery = self.link.take()
-            if not self.has_blobs(self._delivery):
-                return
-            delivery, self._delivery = self._delivery, None
-            self.work(self.with_blobs(delivery))
-
-    @abstractmethod
-    def ready(self) -> bool:
-        """Return whether the core can handle a message now."""
-
-    @abstractmethod
-    def work(self, delivery: Delivery) -> None:
-        """Pass a message with complete blobs to the core."""
-
-    def has_blobs(self, delivery: Delivery) -> bool:
-        """Return whether all blobs of a delivery are here; request the first missing one."""
-        owner = delivery.message.sender
-        for index, blob in enumerate(delivery.message.blobs):
-            name = (owner, blob.digest)
-            if index in delivery.inline:
-                self._blobs[name] = delivery.inline[index]
-            elif name in self.link.fetched:
-                data = self.link.fetched.pop(name)
-                if data is None:
-                    raise AssertionError(f"a blob of {delivery.message.id} is unavailable")
-                self._blobs[name] = data
-            elif name not in self._blobs and blob.size == len(
-                here := b"".join(self.link.files.chunks(blob, delivery.extents.get(index, ())))
-            ):
-                self._blobs[name] = here
-            elif name not in self._blobs:
-                self.link.fetch(owner, blob)
-                return name in self.link.fetched and self.has_blobs(delivery)
-        return True
-
-    def with_blobs(self, delivery: Delivery) -> Delivery:
-        """Return a delivery with all its blobs."""
-        message = delivery.message
-        blobs = (self._blobs[message.sender, blob.digest] for blob in message.blobs)
-        return replace(delivery, inline=dict(enumerate(blobs)))
-
-
-class AggregatorHost(NodeHost):
-    """Does the work of `run_aggregator`."""
-
-    def __init__(self, simulation: Simulation, hello: Hello, kept: ClientStateStore | None) -> None:
-        super().__init__(simulation, hello, kept)
-        computed = Computed(device=kind_of("cpu"))
-        self.core = Aggregator(simulation.setup, RUN, AGGREGATOR, computed)
-        self.finished = ""
-        self._started = False
-        self._unsettled: list[int] = []
-
-    def ready(self) -> bool:
-        """Start the core, with its checkpoint, once the broker has admitted it."""
-        if self.link.admitted is None:
-            return False
-        if not self._started:
-            found = self.link.admitted.welcome.checkpoint
-            start = Start()
-            if found is not None:
-                delivery = Delivery(found.seq, found.at, decode_message(found.message), {})
-                if not self.has_blobs(delivery):
-                    return False
-                start = Start(self.with_blobs(delivery))
-            self._started = True
-            self._act(self.core.handle(start))
-        return not self.finished
-
-    def work(self, delivery: Delivery) -> None:
-        """Fold a message."""
-        self._unsettled.append(delivery.seq)
-        self._act(self.core.handle(delivery))
-
-    def _act(self, actions: Sequence[AggregatorAction]) -> None:
-        for action in actions:
-            match action:
-                case PostMessage(message, data, consumes):
-                    self.link.post(message, data, consumes)
-                case DoneWith(seq, refused, code) if refused:
-                    self.link.publish(Done.rejecting(seq, refused, code))
-                case AckUpTo(but):
-                    settled = [seq for seq in self._unsettled if seq not in but]
-                    self.link.publish(Done(seqs=tuple(settled)))
-                    self._unsettled = [seq for seq in self._unsettled if seq in but]
-                case Commit():
-                    self._commit(action)
-                case EndRun(reason):
-                    self.finished = reason
-                    self.link.publish(RunEnded(reason=reason))
-
-    def _commit(self, commit: Commit) -> None:
-        """Post the end of a commit after a while, if this session is still up."""
-
-        def done() -> None:
-            if self.link.up:
-                self.link.post(commit.message, (), ())
-
-        simulation = self.simulation
-        simulation.network.after(simulation.rng.expovariate(1 / simulation.chances.train_s), done)
-
-
-class WorkerHost(NodeHost):
-    """Does the work of `run_worker`."""
-
-    def __init__(self, simulation: Simulation, hello: Hello, kept: ClientStateStore | None) -> None:
-        super().__init__(simulation, hello, kept)
-        self.core = Worker(simulation.setup, RUN, hello.node, hello.clients, kept)
-        self._busy = False
-        self._chats = 0
-
-    def chat(self, rng: random.Random) -> None:
-        """Post several small unused messages."""
-        for _ in range(rng.randint(2, 6)):
-            self._chats += 1
-            name, to = f"{self.hello.session}/{self._chats}", rng.choice(_CHAT_TO)
-            sender = self.hello.node
-            self.link.post(Message(kind="chat", id=name, run=RUN, sender=sender, to=to), (), ())
-
-    def ready(self) -> bool:
-        """Return whether no task is running."""
-        return self.link.admitted is not None and not self._busy
-
-    def work(self, delivery: Delivery) -> None:
-        """Handle a task."""
-        self._act(list(self.core.handle(delivery)))
-
-    def _act(self, actions: list[WorkerAction]) -> None:
-        setup = self.simulation.setup
-        while actions:
-            action = actions.pop(0)
-            match action:
-                case Train() | Evaluate():
-                    self._later(carry_out(action, setup, "cpu"), actions)
-                    return
-                case SaveClientState(client, state):
-                    stands = self.kept.put(client, state) if self.kept is not None else state
-                    actions = [*self.core.handle(Saved(stands)), *actions]
-                case PostMessage(message, data, consumes):
-                    self.link.post(message, data, consumes)
-                case DoneWith(seq, refused, code) if refused:
-                    self.link.publish(Done.rejecting(seq, refused, code, (seq,)))
-                case DoneWith(seq):
-                    self.link.publish(Done(seqs=(seq,)))
-                case Pause():
-                    pass  # the duration is drawn in any case
-
-    def _later(self, event: Trained | Evaluated, rest: list[WorkerAction]) -> None:
-        """Report the result of training after a while, if this session is still up."""
-
-        def done() -> None:
-            if self.link.up:
-                self._busy = False
-                self._act([*self.core.handle(event), *rest])
-                self.look()
-
-        self._busy = True
-        simulation = self.simulation
-        simulation.network.after(simulation.rng.expovariate(1 / simulation.chances.train_s), done)
+        self.broker.disk.rates.clear()
+        self.broker.disk.crash_at(-1)
+        self._make_space()
+        for node in self.nodes:
+            node.port.doomed = lambda _: False
+        self.broker.start()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -25,7 +26,7 @@ from fedmq.broker.errors import WireError
 from fedmq.broker.link.events import Delivery, PostMessage
 from fedmq.broker.rejections import Code
 from fedmq.broker.wire.addresses import AGGREGATOR
-from fedmq.broker.wire.schema import Message
+from fedmq.broker.wire.schema import Blob, Message
 from fedmq.codecs.errors import CodecError
 from fedmq.codecs.registry import decode
 from fedmq.codecs.text import shorten
@@ -216,6 +217,22 @@ class Worker:
             self._begin(self._queue.popleft(), out)
         return out
 
+    def validate_state(self) -> None:
+        """Check the state between two events; tests and simulations do after each event.
+
+        Raises:
+            AssertionError: the state contradicts itself; the message says how.
+        """
+        numbers = [each.seq for each in self._queue]
+        if self._current is None and numbers:
+            raise AssertionError(f"messages {numbers} wait, but there is no current task")
+        if self._current is not None:
+            numbers.insert(0, self._current.seq)
+            if (kind := self._current.message.kind) not in ("task", "evaluate"):
+                raise AssertionError(f"message {numbers[0]} is the current task, but a {kind!r}")
+        if any(a >= b for a, b in itertools.pairwise(numbers)):
+            raise AssertionError(f"messages are not in the order of their numbers: {numbers}")
+
     def _begin(self, delivery: Delivery, out: list[Action]) -> None:
         message = delivery.message
         try:
@@ -267,10 +284,7 @@ class Worker:
         return client
 
     def _trained(self, event: Trained, out: list[Action]) -> None:
-        delivery = self._current
-        if delivery is None:
-            raise RuntimeError("expected a current task for the trained result")
-        message = delivery.message
+        message = self._task.message
         client = message.body["client"]
         if self._straggles(message.id, event.elapsed_s, out):
             self._fail(Failed("dropped on demand", Code.DROPPED), out)
@@ -294,21 +308,19 @@ class Worker:
         }
         reply = self._reply("result", body, packed.blobs)
         if event.local is None and memory is None:
-            kept = SavedClientState(message.id, delivery.seq, None, reply, packed.data, None)
+            kept = SavedClientState(message.id, self._task.seq, None, reply, packed.data, None)
             self._post_result(kept, out)
         else:
             whole = fitted(reply, packed.data)
-            kept = SavedClientState(message.id, delivery.seq, event.local, *whole, memory)
+            kept = SavedClientState(message.id, self._task.seq, event.local, *whole, memory)
             out.append(SaveClientState(client, kept))
 
     def _post_result(self, kept: SavedClientState, out: list[Action]) -> None:
         """Post a saved result, which another node may have saved for this client."""
-        if self._current is None:
-            raise RuntimeError("expected a current task for the saved result")
         body = {**kept.message.body, **self._version_0}
         message = msgspec.structs.replace(kept.message, sender=self._node, body=body)
         # Fitted again: the node that saved the result may have a shorter name.
-        out.append(PostMessage(*fitted(message, kept.data), (self._current.seq,)))
+        out.append(PostMessage(*fitted(message, kept.data), (self._task.seq,)))
         self._current = None
 
     def _uplink_seed(self, client: int, task: Message) -> int:
@@ -316,8 +328,8 @@ class Worker:
 
     def _pack(self, payload: Payload, client: int, task: Message) -> tuple[Packed, Payload | None]:
         """Encode a result; also return the error-feedback residual, if the codec keeps one."""
-        codec, seed = self._setup.up, self._uplink_seed(client, task)
-        codecs = self._setup.uplink
+        codecs, codec = self._setup.uplink, self._setup.up
+        seed = self._uplink_seed(client, task)
         if not codec.error_feedback:
             return pack(payload, codecs, seed), None
         weights = dict(payload.weights)
@@ -333,7 +345,7 @@ class Worker:
 
     def _started_from(self) -> dict[str, str]:
         """Return the task after which the client's state was saved that the current one uses."""
-        if self._current is None or "client" not in self._current.message.body:
+        if "client" not in self._task.message.body:
             return {}  # the evaluator's
         return {"after": self._before.task if self._before is not None else ""}
 
@@ -353,26 +365,22 @@ class Worker:
         self._answer("failed", {"reason": why.reason, "code": why.code, **where}, out)
 
     def _answer(self, kind: str, body: Mapping[str, Any], out: list[Action]) -> None:
-        if self._current is None:
-            raise RuntimeError(f"expected a current task for the {kind}")
-        out.append(PostMessage(self._reply(kind, body, ()), (), (self._current.seq,)))
+        out.append(PostMessage(self._reply(kind, body, ()), (), (self._task.seq,)))
         self._current = None
 
-    def _reply(self, kind: str, body: Mapping[str, Any], blobs: Any) -> Message:
+    @property
+    def _task(self) -> Delivery:
+        """Return the current task."""
         if self._current is None:
-            raise RuntimeError(f"expected a current task for the {kind}")
-        asked = self._current.message
+            raise RuntimeError("expected a current task for the answer")
+        return self._current
+
+    def _reply(self, kind: str, body: Mapping[str, Any], blobs: tuple[Blob, ...]) -> Message:
+        asked = self._task.message
         # The id is derived from the task's, so that the broker recognizes a repeated answer.
-        return Message(
-            kind=kind,
-            id=f"{asked.id}/{kind}",
-            run=self._run,
-            sender=self._node,
-            to=AGGREGATOR,
-            re=asked.id,
-            body=dict(body),
-            blobs=blobs,
-        )
+        about = {"run": self._run, "sender": self._node, "to": AGGREGATOR, "re": asked.id}
+        name = f"{asked.id}/{kind}"
+        return Message(kind=kind, id=name, **about, body=dict(body), blobs=blobs)
 
 
 def _read_task(delivery: Delivery) -> Task:

@@ -1,4 +1,4 @@
-"""The program of a worker or evaluator: connects its core, its link and the training."""
+"""The program of a worker or evaluator: works on the tasks of its link until the run is over."""
 
 from __future__ import annotations
 
@@ -7,43 +7,25 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-import msgspec
 import structlog
 import torch
+from structlog.typing import FilteringBoundLogger
 
 from fedmq.algorithms.allowed import NOTHING, Allowed
-from fedmq.algorithms.values import ReturnedError
-from fedmq.broker.errors import BrokerError, RunOver
-from fedmq.broker.link.events import PostMessage
+from fedmq.broker.errors import RunOver
 from fedmq.broker.link.node_link import NodeLink
 from fedmq.broker.wire.addresses import WORKER
 from fedmq.broker.wire.schema import Hello
-from fedmq.nodes.errors import ON_PURPOSE, NodeError, StorageError, exits_as_errors, own_code
-from fedmq.nodes.messages.actions import Handled
+from fedmq.nodes.errors import ON_PURPOSE, exits_as_errors, own_code
 from fedmq.nodes.process.logs import Repeats
 from fedmq.nodes.run.config import parse
 from fedmq.nodes.run.devices import choose_device
 from fedmq.nodes.run.session import linked, log_rejected, new_session, node_key
 from fedmq.nodes.run.setup import Setup, set_up
 from fedmq.nodes.run.version_zero import version_zero
-from fedmq.nodes.worker.client_state import ClientStateStore, SavedClientState
-from fedmq.nodes.worker.core import (
-    Action,
-    Evaluate,
-    Event,
-    Failed,
-    Pause,
-    SaveClientState,
-    Saved,
-    Train,
-    Trained,
-    Worker,
-)
-from fedmq.nodes.worker.training import carry_out
-
-_FULL_RETRY_S = 1.0
-
-_log = structlog.get_logger()
+from fedmq.nodes.worker.client_state import ClientStateStore
+from fedmq.nodes.worker.core import Worker
+from fedmq.nodes.worker.driver import WorkerDriver
 
 
 def run_worker(
@@ -65,7 +47,7 @@ def run_worker(
         clients: ranges of clients hosted here, both ends included.
         role: ``worker`` or ``evaluator``.
         run: id of the run; empty for the one that the broker serves.
-        folder: stores the node's key; None keeps it in memory.
+        folder: stores the node's key and its last session; None keeps them in memory.
         states: stores the clients' local states, for this node and for a node that takes over its
             clients; by default ``folder``.
         allowed: user code that the run's configuration, which the broker sends, may name.
@@ -85,8 +67,8 @@ def run_worker(
     hello = Hello(
         node=node,
         role=role,
-        session=new_session(),
         key=node_key(folder),
+        session=new_session(folder),
         run=run,
         clients=tuple(clients),
     )
@@ -100,7 +82,7 @@ def run_worker(
 def _work_until_over(
     link: NodeLink, hello: Hello, states: Path | None, allowed: Allowed
 ) -> NoReturn:
-    """Handle tasks one after the other; raise RunOver at the end of the run."""
+    """Set up the run that the broker has admitted this node to, and work on its tasks."""
     welcome = link.welcome()
     with link.away():
         config = parse(welcome.config)
@@ -117,15 +99,41 @@ def _work_until_over(
         folder = states / welcome.run / welcome.identity if states is not None else None
         store = ClientStateStore(folder)
         core = Worker(setup, welcome.run, hello.node, hello.clients, store, version_0)
-    repeats = Repeats()
+    port = LinkedWorker(link, store)
+    work_until_over(WorkerDriver(core, setup, device, port), port)
+
+
+class LinkedWorker:
+    """The `WorkerPort` of a node program: a link, and the files of the clients' states.
+
+    Args:
+        link: admitted by the broker.
+        store: of the clients' states.
+        log: of this node.
+    """
+
+    def __init__(
+        self, link: NodeLink, store: ClientStateStore, log: FilteringBoundLogger | None = None
+    ) -> None:
+        self.link, self.log = link, log or structlog.get_logger()
+        self.post, self.done, self.pause, self.away = link.post, link.done, link.pause, link.away
+        self.save = store.put
+        self.now = time.perf_counter
+
+
+def work_until_over(driver: WorkerDriver, port: LinkedWorker) -> NoReturn:
+    """Handle tasks one after the other.
+
+    Raises:
+        RunOver: at the end of the run.
+        BrokerError, NodeError, ReturnedError: as in `run_worker`.
+    """
+    link, repeats = port.link, Repeats()
     while True:
         delivery = link.get()
         if delivery.message.kind == "refused":
-            log_rejected(delivery.message, repeats)
-        actions: list[Action] = list(core.handle(delivery))
-        while actions:
-            more = _work(link, setup, core, store, device, repeats, actions.pop(0))
-            actions = [*more, *actions]
+            log_rejected(delivery.message, repeats, port.log)
+        driver.handle(delivery)
 
 
 def _check_problem(setup: Setup, clients: Sequence[tuple[int, int]], device: str) -> None:
@@ -142,60 +150,3 @@ def _check_problem(setup: Setup, clients: Sequence[tuple[int, int]], device: str
         if not tried:
             setup.algorithm.try_model(setup.problem, data, device)
             tried = True
-
-
-def _save(
-    link: NodeLink, store: ClientStateStore, client: int, state: SavedClientState
-) -> SavedClientState:
-    """Save a client's state; retry while it cannot be written, as on a full disk.
-
-    Raises:
-        NodeError: the state that another node has saved is damaged.
-    """
-    while True:
-        try:
-            return store.put(client, state)
-        except StorageError as error:
-            _log.error("cannot save local state", reason=str(error))
-            link.pause(_FULL_RETRY_S)
-
-
-def _work(
-    link: NodeLink,
-    setup: Setup,
-    core: Worker,
-    store: ClientStateStore,
-    device: str,
-    repeats: Repeats,
-    action: Action,
-) -> list[Action]:
-    """Carry out one action of a worker's core; return the actions that follow from it."""
-    event: Event | None = None
-    try:
-        match action:
-            case Train() | Evaluate():
-                began = time.perf_counter()
-                with link.away():
-                    event = carry_out(action, setup, device)
-                if isinstance(event, Trained):
-                    elapsed = time.perf_counter() - began
-                    event = msgspec.structs.replace(event, elapsed_s=elapsed)
-            case Pause(seconds):
-                link.pause(seconds)
-            case SaveClientState(client, state):
-                event = Saved(_save(link, store, client, state))
-            case PostMessage(message, data, consumes):
-                link.post(message, data, consumes)
-            case Handled(seq, refused, code):
-                link.done([seq], {seq: refused} if refused else {}, {seq: code})
-    except (BrokerError, NodeError):
-        raise  # not an error of the task: the link has ended, or local state cannot be saved
-    except Exception as error:  # any error of a model fails only this task
-        no_metrics = isinstance(error, ReturnedError) and isinstance(action, Evaluate)
-        if no_metrics and not core.evaluations:
-            raise  # at the first evaluation: every other would fail, too
-        event = Failed.of(error, setup)
-        if times := repeats.count((type(error), event.where), time.monotonic()):
-            about = {"reason": event.reason, "where": event.where, "times": times}
-            _log.error("task failed", **about, exc_info=error if times == 1 else None)
-    return core.handle(event) if event is not None else []

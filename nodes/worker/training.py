@@ -14,7 +14,7 @@ from fedmq.nodes.run.setup import Setup
 from fedmq.nodes.worker.core import Evaluate, Evaluated, Train, Trained
 
 
-def carry_out(action: Train | Evaluate, setup: Setup, device: str) -> Trained | Evaluated:
+def compute(action: Train | Evaluate, setup: Setup, device: str) -> Trained | Evaluated:
     """Train or evaluate, with the global generators seeded for model, data and loss.
 
     Returns:

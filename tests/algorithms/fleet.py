@@ -5,7 +5,8 @@ from fedmq.broker.link.events import Delivery, PostMessage
 from fedmq.broker.wire.encoding import decode_message, encode_message
 from fedmq.broker.wire.schema import Blob, Message
 from fedmq.nodes.aggregator.core import Aggregator
-from fedmq.nodes.messages.actions import AckUpTo, Commit, EndRun, Handled, Start
+from fedmq.nodes.aggregator.driver import AggregatorDriver
+from fedmq.nodes.messages.actions import AckUpTo, Handled, Start
 from fedmq.nodes.run.config import build
 from fedmq.nodes.run.setup import set_up
 from fedmq.nodes.worker.client_state import ClientStateStore
@@ -48,6 +49,8 @@ def posted(worker, actions, save):
 class Fleet:
     """One aggregator, and a worker for each client: ``w0`` hosts client 0, and so on.
 
+    The fleet is the port of the aggregator's driver.
+
     Attributes:
         actions: everything that the aggregator wanted done.
         tasks: (message, data) of the tasks that are out, oldest first.
@@ -58,15 +61,16 @@ class Fleet:
         checkpoint: its newest checkpoint, as it is handed to its next session, or None.
         settled: every message up to this number is not given to its next session, but for
             those of the numbers ``untold``.
-        done, codes: reason and code (or "") by the number of the message that was dealt with.
+        done_with, codes: reason and code (or "") by the number of the message that was dealt with.
         finished: why the run ended, or None.
         pace: seconds from one message in its inbox to the next.
     """
 
-    def __init__(self, setup, *, join=True):
+    def __init__(self, setup, *, join=True, computed=None):
         self.setup = setup
         self.pace = 1.0
-        self.core = Aggregator(setup, "run", "aggregator")
+        self.core = Aggregator(setup, "run", "aggregator", computed)
+        self.driver = AggregatorDriver(self.core, self)
         names = {f"w{k}": k for k in range(setup.problem.clients)}
         self.locals = {name: ClientStateStore() for name in names}
         self.workers = {
@@ -77,7 +81,7 @@ class Fleet:
         self.actions, self.inbox, self.commits = [], [], []
         self.tasks, self.evaluations, self.records, self.ticks = [], [], [], []
         self.checkpoint, self.settled, self.untold = None, 0, ()
-        self.done, self.codes, self.finished, self.seq, self.given = {}, {}, None, 0, 0
+        self.done_with, self.codes, self.finished, self.seq, self.given = {}, {}, None, 0, 0
         self.act(self.core.handle(Start()))
         if join:
             for k in range(setup.problem.clients):
@@ -92,12 +96,12 @@ class Fleet:
             self.seq, self.seq * self.pace, over_the_wire(message), dict(enumerate(data))
         )
         self.inbox.append(delivery)
-        self.act(self.core.handle(delivery))
+        self.act(self.driver.handle(delivery))
         return delivery.seq
 
     def reason(self, message, data=()):
         """Return why a message was refused, or ""; None if nothing has been said of it yet."""
-        return self.done.get(self.hear(message, data))
+        return self.done_with.get(self.hear(message, data))
 
     def say(self, kind, body, sender="broker", re=None):
         """Put a message without data into the aggregator's inbox; return its number."""
@@ -121,24 +125,36 @@ class Fleet:
     # ---- what it says
 
     def act(self, actions):
-        """Sort out what the aggregator wants done."""
+        """Note what the aggregator has dealt with, and carry out its actions."""
         self.actions += actions
         for action in actions:
-            match action:
-                case PostMessage(message, data):
-                    self.posted(message, data)
-                case AckUpTo(but):
-                    self.settled, self.untold = self.seq, but
-                case Commit():
-                    self.commits.append(action)
-                case Handled(seq, refused, code):
-                    assert seq not in self.done, "a message was dealt with twice"
-                    self.done[seq], self.codes[seq] = refused, code
-                case EndRun(reason):
-                    assert self.finished is None, "the run ended twice"
-                    self.finished = reason
+            if isinstance(action, AckUpTo):
+                self.settled, self.untold = self.seq, action.but
+            elif isinstance(action, Handled):
+                assert action.seq not in self.done_with, "a message was dealt with twice"
+                self.done_with[action.seq] = action.refused
+                self.codes[action.seq] = action.code
+        self.driver.carry_out(actions)
 
-    def posted(self, message, data):
+    def done(self, seqs, refused=None, codes=None):
+        """Do nothing: `act` has noted it."""
+
+    def begin_commit(self, commit):
+        """Leave the work for later."""
+        self.commits.append(commit)
+
+    def log_failure(self, reason, error):
+        """Do nothing: `over` has the reason."""
+
+    def save_model(self, core):
+        """Do nothing."""
+
+    def over(self, reason):
+        """End the run."""
+        assert self.finished is None, "the run ended twice"
+        self.finished = reason
+
+    def post(self, message, data, consumes):
         """Take what the aggregator posted, as the broker does."""
         match message.to:
             case "checkpoint":

@@ -57,7 +57,7 @@ def serving(folder, settings=None, endpoint=ANY):
 
 @contextlib.contextmanager
 def linked(endpoint, hello):
-    link = NodeLink(endpoint, hello)
+    link = NodeLink.connect(endpoint, hello)
     try:
         link.welcome()
         yield link

@@ -50,13 +50,13 @@ def test_a_message_and_a_large_blob_make_the_round_trip(tmp_path):
         agg.post(message("agg", "client/3", weights, b"small"), [weights, b"small"])
         with agg.away():  # its link's thread serves the chunks
             task = get(worker)
-            assert bytes(worker.read(task, 0)) == weights
-            assert bytes(worker.read(task, 1)) == b"small"
+            assert bytes(task.read(0)) == weights
+            assert bytes(task.read(1)) == b"small"
         back = weights[::-1]
         worker.post(message("w1", "aggregator", back), [back], consumes=(task.seq,))
         with worker.away():
             result = get(agg)
-            assert bytes(agg.read(result, 0)) == back
+            assert bytes(result.read(0)) == back
         agg.over("done")
         for link in (agg, worker):
             with pytest.raises(LinkClosed, match="done"):
@@ -78,7 +78,7 @@ def test_an_invalid_endpoint_is_one_sentence(tmp_path, endpoint):
     assert "\n" not in str(caught.value)
     if endpoint == "nonsense":
         with pytest.raises(LinkClosed, match="cannot connect to nonsense"):
-            NodeLink(endpoint, WORKER)
+            NodeLink.connect(endpoint, WORKER)
 
 
 def test_another_protocol_major_is_rejected_with_both_versions(tmp_path):
@@ -133,7 +133,9 @@ def test_an_admitted_node_that_asks_for_too_much_does_not_hurt_the_broker(tmp_pa
 
 def test_a_node_under_a_live_name_is_rejected_with_the_reason(tmp_path):
     with serving(tmp_path) as endpoint, linked(endpoint, AGGREGATOR):
-        second = NodeLink(endpoint, Hello(node="agg", role="aggregator", session="s2", run="r"))
+        second = NodeLink.connect(
+            endpoint, Hello(node="agg", role="aggregator", session="s2", run="r")
+        )
         with pytest.raises(Rejected, match="a node named 'agg' is already connected"):
             second.welcome()
         second.close()

@@ -79,9 +79,9 @@ def test_an_address_of_another_host_is_reported(tmp_path):
 
 def test_a_wrong_endpoint_and_a_name_without_address_are_reported_before_any_wait():
     with pytest.raises(LinkClosed, match=r"cannot connect to 127\.0\.0\.1:7700: expected tcp:"):
-        NodeLink("127.0.0.1:7700", WORKER)
+        NodeLink.connect("127.0.0.1:7700", WORKER)
     with pytest.raises(LinkClosed, match=r"'no\.such\.host\.invalid' does not resolve"):
-        NodeLink("tcp://no.such.host.invalid:7700", WORKER)
+        NodeLink.connect("tcp://no.such.host.invalid:7700", WORKER)
 
 
 def test_both_address_families_of_a_name_are_tried(tmp_path, monkeypatch):
@@ -89,14 +89,14 @@ def test_both_address_families_of_a_name_are_tried(tmp_path, monkeypatch):
     families = [socket.AF_INET6, socket.AF_INET]
     monkeypatch.setattr(dealer, "resolve", lambda _: families)
     connected = []
-    real = dealer.Dealer._connect
+    real = dealer.DealerPort._connect
 
     def connect(link):
         connected.append(link._families[0])
         if link._families[0] == socket.AF_INET:  # on IPv6, nobody listens
             real(link)
 
-    monkeypatch.setattr(dealer.Dealer, "_connect", connect)
+    monkeypatch.setattr(dealer.DealerPort, "_connect", connect)
     monkeypatch.setattr(zmq.Socket, "disconnect", lambda *_: None)
     with serving(tmp_path) as endpoint:
         port = endpoint.rpartition(":")[2]
@@ -131,7 +131,7 @@ def test_a_lost_broker_and_its_return_are_logged_with_the_time(tmp_path, quick):
     with serving(tmp_path, settings) as endpoint, linked(endpoint, AGGREGATOR) as agg:
         agg.pause(0.5)
         assert not [each for each in quick if "broker" in each["event"]]
-    agg = NodeLink(endpoint, AGGREGATOR)
+    agg = NodeLink.connect(endpoint, AGGREGATOR)
     try:
         line = until(quick, f"waiting for the broker at {endpoint}", agg)
         assert line["found"] == "refused"
@@ -146,7 +146,7 @@ def test_a_lost_broker_and_its_return_are_logged_with_the_time(tmp_path, quick):
 
 
 def test_a_node_that_gives_up_says_what_it_has_found(quick):
-    link = NodeLink(f"tcp://127.0.0.1:{free_port()}", WORKER)
+    link = NodeLink.connect(f"tcp://127.0.0.1:{free_port()}", WORKER)
     link.give_up_after(1.5)
     with pytest.raises(GaveUp, match=r"for [12] s; nothing listens there .connection refused.$"):
         link.welcome()
@@ -155,7 +155,7 @@ def test_a_node_that_gives_up_says_what_it_has_found(quick):
 
 def test_a_broker_without_the_run_says_what_it_serves(tmp_path, quick):
     with serving(tmp_path) as endpoint:
-        other = NodeLink(endpoint, Hello(node="w9", role="worker", session="s", run="q"))
+        other = NodeLink.connect(endpoint, Hello(node="w9", role="worker", session="s", run="q"))
         until(quick, "has no run for this node yet; waiting for run q", other)
         with linked(endpoint, AGGREGATOR):
             until(quick, f"the broker at {endpoint} serves run r; waiting for run q", other)
@@ -192,7 +192,7 @@ def router_that_says(reply):
 def test_a_broker_of_another_major_is_reported_at_once():
     reply = msgpack.packb({"kind": "welcome", "v": [2, 0], "anything": 1})
     with router_that_says(reply) as endpoint:
-        link = NodeLink(endpoint, WORKER)
+        link = NodeLink.connect(endpoint, WORKER)
         with pytest.raises(
             Rejected, match=r"another protocol version: expected protocol 1\.x"
         ) as caught:
@@ -203,7 +203,7 @@ def test_a_broker_of_another_major_is_reported_at_once():
 
 def test_each_kind_of_answer_of_another_router_is_logged_once(quick):
     with router_that_says(b"hello") as endpoint:
-        link = NodeLink(endpoint, WORKER)
+        link = NodeLink.connect(endpoint, WORKER)
         link.give_up_after(2.5)
         with pytest.raises(GaveUp):
             link.welcome()
@@ -215,9 +215,9 @@ def test_each_kind_of_answer_of_another_router_is_logged_once(quick):
 
 def test_hellos_do_not_accumulate_without_a_broker(tmp_path):
     port = free_port()
-    link = NodeLink(f"tcp://127.0.0.1:{port}", AGGREGATOR)
+    link = NodeLink.connect(f"tcp://127.0.0.1:{port}", AGGREGATOR)
     link.pause(3.3)
-    assert len(link._outgoing._headers) + len(link._outgoing._messages) == 1
+    assert len(link._port._outgoing._headers) + len(link._port._outgoing._messages) == 1
     with serving(tmp_path, endpoint=f"tcp://127.0.0.1:{port}"):
         link.welcome()
         link.close()
@@ -230,7 +230,7 @@ def test_a_node_that_was_away_when_its_run_ended_learns_it_from_a_broker_that_st
     tmp_path,
 ):
     with serving(tmp_path) as endpoint:
-        worker = NodeLink(endpoint, WORKER)
+        worker = NodeLink.connect(endpoint, WORKER)
         with linked(endpoint, AGGREGATOR) as agg:
             worker.welcome()
             worker.stop()
@@ -238,7 +238,7 @@ def test_a_node_that_was_away_when_its_run_ended_learns_it_from_a_broker_that_st
             with pytest.raises(RunOver):
                 get(agg, "never")
     worker.close()
-    again = NodeLink(endpoint, WORKER)
+    again = NodeLink.connect(endpoint, WORKER)
     with serving(tmp_path, endpoint=endpoint), pytest.raises(RunOver, match="reached 3 versions"):
         again.welcome()
     again.close()
@@ -252,7 +252,7 @@ def test_a_broker_that_ends_with_its_runs_waits_for_goodbyes_but_not_beyond_a_le
         agg = stack.enter_context(linked(server.endpoint, AGGREGATOR))
         worker = stack.enter_context(linked(server.endpoint, WORKER))
         # Its connection stands, but it says nothing: a process that is stopped.
-        stack.enter_context(worker._handoff)
+        stack.enter_context(worker._lock)
         agg.over("done")
         with pytest.raises(RunOver):
             get(agg, "never")

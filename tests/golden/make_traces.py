@@ -96,7 +96,7 @@ def attempt(folder, name, seed):
     settings = BrokerSettings(lease_s=3.0, beat_s=0.5)
     simulation = Simulation(set_up(config), 2, folder / "ledger", seed, CHANCES, settings)
     ended = simulation.run(30.0, 400.0)
-    simulation.broker.ledger.close()
+    simulation.close()
     (folder / "ledger" / "lock").unlink()
     return len(simulation.sessions) - 4 if ended else 0
 

@@ -103,7 +103,7 @@ def check_history(seed):
             ended = simulation.run(CALM_AFTER_S, LIMIT_S)
             assert ended, f"not over after {LIMIT_S:g} s of virtual time"
         finally:
-            simulation.broker.ledger.close()
+            simulation.close()
         entries = list(read_entries(Path(folder)))
         index = open_payload(Path(folder))
         check_kept(simulation, entries)
@@ -126,9 +126,9 @@ def check_kept(simulation, entries):
     assert not twice, f"accepted twice: {twice}"
     refused = {each.id for each in entries if isinstance(each, Refusal) and each.of is None}
     for host in simulation.sessions:
-        for name in host.link.acknowledged:
-            known = (host.link.name, name) in accepted or name in refused
-            assert known, f"{name} of {host.link.name} has a receipt, but is not in the ledger"
+        for name in host.port.acknowledged:
+            known = (host.port.name, name) in accepted or name in refused
+            assert known, f"{name} of {host.port.name} has a receipt, but is not in the ledger"
 
 
 def check_order(simulation, entries):
@@ -141,11 +141,11 @@ def check_order(simulation, entries):
     assert [each.seq for each in entries] == list(range(len(entries)))
     posted_before = defaultdict(set)
     for host in simulation.sessions:
-        name = host.link.name
-        fresh = [each for each in host.link.posted if each not in posted_before[name]]
+        name = host.port.name
+        fresh = [each for each in host.port.posted if each not in posted_before[name]]
         found = [position[name, each] for each in fresh if (name, each) in position]
         assert found == sorted(found), f"{name} is out of order in the ledger"
-        posted_before[name] |= set(host.link.posted)
+        posted_before[name] |= set(host.port.posted)
 
 
 def check_account(entries):

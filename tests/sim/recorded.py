@@ -14,7 +14,7 @@ def check_recorded_run(setup, folder, versions, nodes=("worker-0", "worker-1")):
     """
     simulation = Simulation(setup, 2, folder, 5, Chances(train_s=0.3, crash=0.1))
     assert simulation.run(10.0, 400.0)
-    simulation.broker.ledger.close()
+    simulation.close()
     trace = Trace(folder)
     replay = Replay(trace, setup=setup)
     for _ in replay.steps():

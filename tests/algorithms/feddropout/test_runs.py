@@ -76,7 +76,7 @@ def test_a_result_of_another_sub_model_that_there_is_not_is_refused():
     message, data = fleet.work(*fleet.tasks.pop(0))
     lie = {**message.body["numbers"], "client": 4}
     fleet.hear(changed(message, body={"numbers": lie}), data)
-    assert list(fleet.done.values())[-1] == "expected client from 0 to 3, got 4"
+    assert list(fleet.done_with.values())[-1] == "expected client from 0 to 3, got 4"
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)

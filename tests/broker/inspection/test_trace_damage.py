@@ -120,7 +120,7 @@ def simulate(folder):
     )
     with pieces_of(100, 64):
         assert simulation.run(40.0, 400.0)
-    simulation.broker.ledger.close()
+    simulation.close()
     return RUN
 
 

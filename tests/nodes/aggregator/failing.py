@@ -4,8 +4,6 @@ import numpy as np
 import pytest
 
 from fedmq.nodes.aggregator.computed import Computed
-from fedmq.nodes.aggregator.core import Aggregator
-from fedmq.nodes.messages.actions import Start
 from tests.algorithms.fleet import Fleet, make_setup, with_data
 
 SCHEDULES = {
@@ -20,14 +18,7 @@ every_schedule = pytest.mark.parametrize("schedule", SCHEDULES)
 
 def fleet_of(schedule, clients=4, algorithm=None, rules=None, **run):
     setup = make_setup(SCHEDULES[schedule], clients=clients, algorithm=algorithm, **run)
-    if rules is None:
-        return Fleet(setup)
-    fleet = Fleet(setup, join=False)
-    fleet.core = Aggregator(setup, "run", "aggregator", Computed(rules=rules))
-    fleet.core.handle(Start())
-    for k in range(clients):
-        fleet.join(k)
-    return fleet
+    return Fleet(setup, computed=None if rules is None else Computed(rules=rules))
 
 
 def fail(fleet, message, reason="RuntimeError: shapes", code="training-failed", **more):

@@ -51,8 +51,8 @@ def test_a_run_reaches_its_versions_and_ends(schedule, problem, codec):
     per_version = {"rounds": 4, "buffered": 2, "stream": 1}[schedule["name"]]
     assert [each["results"] for each in fleet.versions] == [per_version] * 7
     assert fleet.counts == (7 * per_version, 0, 0, 0)
-    assert set(fleet.done) == set(range(1, fleet.seq + 1))
-    assert set(fleet.done.values()) == {""}
+    assert set(fleet.done_with) == set(range(1, fleet.seq + 1))
+    assert set(fleet.done_with.values()) == {""}
     assert fleet.records[-1].kind == "finished"
     assert fleet.records[-1].body["used"] == 7 * per_version
 
@@ -81,7 +81,7 @@ def test_rounds_give_the_same_model_in_whatever_order_results_come(codec):
         fleet = Fleet(setup).run(random.Random(seed))  # noqa: S311
         assert fleet.finished
         digests.add(tuple(each["model_digest"] for each in fleet.versions))
-        orders.add(tuple(sorted(fleet.done)) == tuple(fleet.done))
+        orders.add(tuple(sorted(fleet.done_with)) == tuple(fleet.done_with))
     assert len(digests) == 1
     assert False in orders, "every order was the cohort's"
 
@@ -205,9 +205,9 @@ def test_the_deadline_itself_closes_a_round_with_enough():
     schedule = {**ROUNDS, "deadline_s": 5.0}
     fleet = Fleet(make_setup(schedule, clients=3))
     seq = fleet.hear(*fleet.work(*fleet.tasks.pop()))
-    assert seq not in fleet.done
+    assert seq not in fleet.done_with
     fleet.say("tick", {"token": "deadline/0"})
-    assert fleet.done[seq] == ""
+    assert fleet.done_with[seq] == ""
     assert [each["results"] for each in fleet.versions] == [1]
 
 
@@ -215,7 +215,7 @@ def test_the_deadline_itself_closes_a_round_with_enough():
 def test_a_tick_that_nobody_asked_for_changes_nothing(token):
     fleet = Fleet(make_setup({**ROUNDS, "deadline_s": 5.0}))
     seq = fleet.say("tick", {"token": token})
-    assert fleet.done[seq] == ""
+    assert fleet.done_with[seq] == ""
     assert not fleet.core._results.current.deadline_passed
     assert fleet.finished is None
 

@@ -144,9 +144,9 @@ def test_a_held_result_that_turns_out_bad_does_not_close_the_round():
     fleet = Fleet(setup)
     first, second = fleet.work(*fleet.tasks.pop(0)), fleet.work(*fleet.tasks.pop(0))
     seq = fleet.hear(*with_value(*second, np.nan))
-    assert seq not in fleet.done
+    assert seq not in fleet.done_with
     fleet.hear(*first)
-    assert "NaN" in fleet.done[seq]
+    assert "NaN" in fleet.done_with[seq]
     assert fleet.core.version == 0
     assert len(fleet.tasks) == 1
     assert fleet.run().finished
@@ -167,7 +167,7 @@ def test_nobody_answers_for_a_client_that_was_never_theirs():
 def test_a_message_of_another_kind_is_refused(kind):
     fleet = Fleet(ROUNDS)
     seq = fleet.say(kind, {}, "w0")
-    assert fleet.done[seq] == f"an aggregator takes no {kind!r} messages"
+    assert fleet.done_with[seq] == f"an aggregator takes no {kind!r} messages"
     assert fleet.codes[seq] == "unknown-kind"
     assert fleet.run().finished
 
@@ -245,7 +245,7 @@ def test_no_body_of_a_result_raises(setup, kind, body, data):
     answer = changed(task, kind=kind, id="w0/1", sender="w0", to="aggregator", re=task.id)
     answer, data = with_data(answer, data, body={"numbers": None, "groups": None, **body})
     seq = fleet.hear(answer, data)
-    assert kind == "failed" or fleet.done[seq]
+    assert kind == "failed" or fleet.done_with[seq]
     assert fleet.run().finished == "2 versions committed"
 
 
@@ -257,8 +257,8 @@ def test_no_body_of_a_score_raises(body, sender):
     fleet.join_evaluator()
     task, _ = fleet.evaluations.pop(0)
     seq = fleet.say("score", body, sender, task.id)
-    assert isinstance(fleet.done[seq], str)
-    assert (sender == "evaluator") or "no evaluation" in fleet.done[seq]
+    assert isinstance(fleet.done_with[seq], str)
+    assert (sender == "evaluator") or "no evaluation" in fleet.done_with[seq]
 
 
 def nested(depth):
@@ -295,7 +295,7 @@ def test_no_depth_that_can_be_read_raises(body):
         if not read:
             return
         fleet.act(fleet.core.handle(Delivery(99, 0.0, read.pop())))
-        assert fleet.done[99]
+        assert fleet.done_with[99]
     raise AssertionError("the decoder has no limit of depth")
 
 

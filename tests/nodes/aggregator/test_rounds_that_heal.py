@@ -164,4 +164,4 @@ def test_late_and_stale_results_are_rejected_by_different_codes():
     fleet, lost = lose_one("refuse")
     fleet.join(3)
     seq = fleet.hear(*fleet.work(*lost))
-    assert (fleet.done[seq], fleet.codes[seq]) == ("too stale: 1 versions behind", "late")
+    assert (fleet.done_with[seq], fleet.codes[seq]) == ("too stale: 1 versions behind", "late")

@@ -339,7 +339,7 @@ def test_one_task_of_a_run_with_memory_is_trained_again_to_the_bit(tmp_path):
     setup = setup_of(TOPK, schedule="buffered", versions=12)
     simulation = Simulation(setup, 2, tmp_path, 6, Chances(train_s=0.3))
     assert simulation.run(10.0, 400.0)
-    simulation.broker.ledger.close()
+    simulation.close()
     trace = Trace(tmp_path)
     names = [each.message.re for each in Retraining(trace, setup, "worker-0").train_all()]
     assert len(names) > 3
@@ -364,7 +364,7 @@ def test_a_result_under_another_name_is_refused_or_read_and_the_run_goes_on(code
     groups[0]["codec"] = codec
     number = fleet.hear(changed(message, body={"groups": groups}), data)
     if "hadamard" not in codec:
-        assert fleet.done[number]
+        assert fleet.done_with[number]
         assert fleet.counts[2] == 1
     fleet.run()
     assert fleet.core.version == 3

@@ -30,7 +30,7 @@ def test_an_algorithm_that_raises_ends_the_run_at_once(schedule, at):
     record = fleet.records[-1]
     assert (record.kind, record.to, record.body["failed"]) == ("finished", "checkpoint", True)
     seq = fleet.say("nonsense", {})
-    assert fleet.done[seq] == ""
+    assert fleet.done_with[seq] == ""
 
 
 def test_a_state_that_cannot_be_saved_ends_the_run_as_well():

@@ -63,7 +63,7 @@ def record(folder, setup, until=400.0):
     """Record a run; return whether it came to its end."""
     simulation = Simulation(setup, 2, folder, 5, Chances(train_s=0.3))
     ended = simulation.run(until, until)
-    simulation.broker.ledger.close()
+    simulation.close()
     return ended
 
 

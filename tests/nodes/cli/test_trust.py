@@ -277,16 +277,13 @@ def test_a_node_leaves_a_broker_that_welcomes_it_to_no_run_or_another(monkeypatc
     closed = []
 
     class Link:
-        def __init__(self, endpoint, hello):
-            pass
-
         def welcome(self):
             return Welcome(run=answer, beat_s=1.0, lease_s=10.0)
 
         def close(self, reason="", *, failed=False, silent=False):
             closed.append((reason, failed))
 
-    monkeypatch.setattr(session, "NodeLink", Link)
+    monkeypatch.setattr(session.NodeLink, "connect", lambda *_: Link())
     hello = Hello(node="w", role="worker", session="s", run=run)
     with pytest.raises(NodeError), linked("x", hello):
         raise AssertionError("let in")

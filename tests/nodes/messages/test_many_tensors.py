@@ -97,7 +97,7 @@ def run(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
     simulation = Simulation(setup, 2, folder, 3, Chances(train_s=0.3, crash=0.2))
     assert simulation.run(10.0, 400.0)
-    simulation.broker.ledger.close()
+    simulation.close()
     return setup, folder
 
 

@@ -107,6 +107,6 @@ def test_rejections_with_the_same_code_are_one_line(tmp_path):
         for code in ("not-finite", "late"):
             body = {"id": f"w1/{number}", "reason": "no", "code": code}
             about = {"kind": "refused", "id": f"b/{number}", "run": "r", "sender": "broker"}
-            log_rejected(Message(**about, to="w1", body=body), repeats)
+            log_rejected(Message(**about, to="w1", body=body), repeats, structlog.get_logger())
     codes = [json.loads(line)["code"] for line in path.read_text().splitlines()]
     assert codes == ["not-finite", "late"]

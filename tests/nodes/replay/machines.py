@@ -120,7 +120,7 @@ def record(folder, name):
         place = folder / f"seed-{seed}"
         simulation = Simulation(setup, 2, place, seed, CHANCES, BrokerSettings(3.0, 0.5))
         ended = simulation.run(30.0, 400.0)
-        simulation.broker.ledger.close()
+        simulation.close()
         joined = [each.body["node"] for _, each in messages(place, kind="joined")]
         if ended and any(joined.count(f"worker-{index}") > 1 for index in (0, 1)):
             place.rename(folder / "ledger")

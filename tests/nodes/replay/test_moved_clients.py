@@ -10,7 +10,7 @@ from fedmq.broker.wire.encoding import encode_message
 from fedmq.broker.wire.schema import Message
 from fedmq.nodes.replay.histories import Histories, read_histories
 from fedmq.nodes.replay.workers import Retraining
-from fedmq.nodes.simulation.virtual_run import Chances, Simulation, WorkerHost
+from fedmq.nodes.simulation.virtual_run import Chances, Simulation
 from fedmq.nodes.worker.client_state import ClientStateStore
 from tests.algorithms.personal.test_fedrep_runs import setup_of
 from tests.nodes.replay import material
@@ -18,7 +18,7 @@ from tests.nodes.replay import material
 pytestmark = pytest.mark.slow
 
 LEASE_S = 3.0
-SETUP = setup_of("stream", versions=30, evaluate_every=15)
+SETUP = setup_of("stream", versions=40, evaluate_every=20)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -34,43 +34,44 @@ def host(simulation, name):
     return [each for each in simulation.nodes if each.hello.node == name][-1]
 
 
-def shared(*hosts):
+def shared(*nodes):
     """What is in a folder that these share."""
-    kept = ClientStateStore()
-    for each in hosts:
-        for client, state in each.kept._memory.items():
-            kept.put(client, state)
-    return kept
+    store = ClientStateStore()
+    for each in nodes:
+        for client, state in each.store._memory.items():
+            store.put(client, state)
+    return store
 
 
-def crash(simulation, host):
-    simulation.network.cut(host.link)
-    host.link.crash()
+def crash(node):
+    """Kill a node; it is not restarted."""
+    node.port.on_exit = lambda: None
+    node.port.kill()
 
 
 def record(folder, *, share, returns=False):
     """A run in which worker-0 dies and worker-1 takes its clients over, for good or not."""
     simulation = Simulation(SETUP, 2, folder, 5, Chances(train_s=0.3))
-    after, begin = simulation.network.after, simulation._begin
+    after, start = simulation.network.after, simulation.start_worker
     last, half = SETUP.problem.clients - 1, SETUP.problem.clients // 2
     one, zero = host(simulation, "worker-1"), host(simulation, "worker-0")
 
     def is_taken_over():
-        crash(simulation, one)
-        both = begin(WorkerHost, "worker-1", ((0, last),), shared(zero, one) if share else one.kept)
+        crash(one)
+        both = start("worker-1", ((0, last),), shared(zero, one) if share else one.store)
         if returns:
             after(5.0, lambda: gives_back(both))
 
     def gives_back(both):
-        crash(simulation, both)
-        begin(WorkerHost, "worker-1", ((half, last),), both.kept)
-        kept = shared(zero, both) if share else zero.kept
-        after(LEASE_S, lambda: begin(WorkerHost, "worker-0", ((0, half - 1),), kept))
+        crash(both)
+        start("worker-1", ((half, last),), both.store)
+        store = shared(zero, both) if share else zero.store
+        after(LEASE_S, lambda: start("worker-0", ((0, half - 1),), store))
 
-    after(2.0, lambda: crash(simulation, zero))
-    after(2.0 + 2 * LEASE_S, is_taken_over)
+    after(4.0, lambda: crash(zero))
+    after(4.0 + 2 * LEASE_S, is_taken_over)
     assert simulation.run(0.0, 400.0)
-    simulation.broker.ledger.close()
+    simulation.close()
     return folder
 
 

@@ -48,7 +48,7 @@ def rounds(tmp_path_factory):
     setup = recorded_setup(Trace(GOLDEN / "fedavg-rounds"), allowed=OWN_CODE)
     simulation = Simulation(setup, 2, folder, 3, Chances(train_s=0.3))
     assert simulation.run(0.0, 400.0)
-    simulation.broker.ledger.close()
+    simulation.close()
     return folder
 
 
@@ -265,7 +265,7 @@ def tallied(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tally")
     simulation = Simulation(setup_of(0, 1.0), 2, folder, 5, Chances(train_s=0.3))
     assert simulation.run(1.0, 400.0)
-    simulation.broker.ledger.close()
+    simulation.close()
     return folder
 
 

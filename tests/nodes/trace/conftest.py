@@ -36,7 +36,7 @@ def simulated(tmp_path_factory):
                 BrokerSettings(lease_s=3.0, beat_s=0.5, deliveries=1000),
             )
             assert simulation.run(40.0, 400.0)
-            simulation.broker.ledger.close()
+            simulation.close()
             made[schedule, seed, trouble] = folder
         return made[schedule, seed, trouble]
 

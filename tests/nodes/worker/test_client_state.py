@@ -1,4 +1,4 @@
-"""Clients' states on their worker's disk, and a node's key."""
+"""Clients' states on their worker's disk."""
 
 import pytest
 import torch
@@ -6,7 +6,6 @@ import torch
 from fedmq.algorithms.base import Payload
 from fedmq.broker.wire.schema import Blob, Message
 from fedmq.nodes.errors import NodeError
-from fedmq.nodes.run.session import node_key
 from fedmq.nodes.worker.client_state import ClientStateStore, SavedClientState
 
 LOCAL = Payload(
@@ -106,28 +105,3 @@ def test_a_file_or_folder_that_cannot_be_written_is_an_error(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(NodeError, match="cannot make"):
         ClientStateStore(tmp_path / "file" / "state")
-
-
-# ---- the key
-
-
-def test_a_node_keeps_its_key_and_no_two_nodes_share_one(tmp_path):
-    keys = {node_key(tmp_path / name) for name in ("a", "b", "a", "b")}
-    assert len(keys) == 2
-    assert all(0 < len(key) <= 64 for key in keys)
-
-
-def test_without_a_folder_each_start_has_its_own_key():
-    assert node_key(None) != node_key(None)
-
-
-@pytest.mark.parametrize("fault", ["no folder", "no file"])
-def test_a_key_that_cannot_be_read_or_written_is_an_error(tmp_path, fault):
-    folder = tmp_path / "node"
-    if fault == "no folder":
-        folder.write_text("")
-    else:
-        (folder / "key").mkdir(parents=True)
-    with pytest.raises(NodeError) as caught:
-        node_key(folder)
-    assert str(folder) in str(caught.value)

@@ -200,3 +200,18 @@ def test_an_invalid_task_is_rejected_and_handled(fields, code, reason):
     setup = counting()
     task, _ = tasks_of(setup)
     assert worker_of(setup).handle(again(task, 30, **fields)) == [Handled(30, reason, code)]
+
+
+def test_a_state_that_contradicts_itself_is_reported():
+    setup = make_setup(STREAM)
+    first, second = tasks_of(setup)
+    worker = worker_of(setup)
+    worker._queue.append(first)
+    with pytest.raises(AssertionError, match=r"messages \[10\] wait, but there is no current task"):
+        worker.validate_state()
+    worker._current = second
+    with pytest.raises(AssertionError, match=r"not in the order of their numbers: \[11, 10\]"):
+        worker.validate_state()
+    worker._current = Delivery(9, 1.0, changed(first.message, kind="refused"))
+    with pytest.raises(AssertionError, match="message 9 is the current task, but a 'refused'"):
+        worker.validate_state()

@@ -1,6 +1,5 @@
 """A replay repeats what a user's code draws from the global generators."""
 
-import contextlib
 import random
 import re
 from dataclasses import dataclass, replace
@@ -23,14 +22,12 @@ from fedmq.broker.wire.encoding import decode_message, encode_message
 from fedmq.broker.wire.schema import Message
 from fedmq.nodes.cli.personalise import StartingState, measure
 from fedmq.nodes.messages.payloads import RAW, pack
-from fedmq.nodes.process.logs import Repeats
 from fedmq.nodes.process.signals import this_process
-from fedmq.nodes.replay.workers import Retraining
+from fedmq.nodes.replay.workers import AnswerPort, Retraining
 from fedmq.nodes.simulation.virtual_run import Chances, Simulation
-from fedmq.nodes.worker.client_state import ClientStateStore
 from fedmq.nodes.worker.core import Evaluate, Failed, Train, Trained, Worker
-from fedmq.nodes.worker.program import _work
-from fedmq.nodes.worker.training import carry_out
+from fedmq.nodes.worker.driver import WorkerDriver
+from fedmq.nodes.worker.training import compute
 from tests.algorithms.fleet import Fleet, make_setup
 from tests.algorithms.tiny import Tiny
 
@@ -101,17 +98,17 @@ def test_draws_depend_on_the_seed_only_and_the_generators_are_restored(setup, wh
     for _ in range(2):
         drawn()
         before = state()
-        found.append(bits(carry_out(action, setup, "cpu")))
+        found.append(bits(compute(action, setup, "cpu")))
         assert state() == before
     assert found[0] == found[1]
-    assert bits(carry_out(msgspec.structs.replace(action, seed=8), setup, "cpu")) != found[0]
+    assert bits(compute(msgspec.structs.replace(action, seed=8), setup, "cpu")) != found[0]
 
 
 def test_generators_are_restored_after_a_failed_task(setup):
     action = msgspec.structs.replace(actions_of(setup)["train"], task=Task(0, Payload()))
     before = state()
     with pytest.raises(Exception, match="missing"):
-        carry_out(action, setup, "cpu")
+        compute(action, setup, "cpu")
     assert state() == before
 
 
@@ -131,7 +128,7 @@ def test_each_generator_is_seeded_with_the_whole_seed(seed):
 def test_every_task_and_evaluation_of_a_run_replays_to_the_same_bytes(setup, tmp_path):
     simulation = Simulation(setup, 2, tmp_path, 5, Chances(train_s=0.3, crash=0.1))
     assert simulation.run(10.0, 400.0)
-    simulation.broker.ledger.close()
+    simulation.close()
     trace = Trace(tmp_path)
     for node in ("worker-0", "worker-1", "evaluator"):
         drawn()
@@ -195,9 +192,9 @@ def returning(setup, algorithm, problem=None):
 def test_numbers_of_numpy_and_torch_in_a_result_and_in_metrics_are_numbers(setup):
     changed = returning(setup, Returning(epochs=1))
     actions = actions_of(changed)
-    numbers = carry_out(actions["train"], changed, "cpu").payload.numbers
+    numbers = compute(actions["train"], changed, "cpu").payload.numbers
     assert [type(each) for each in numbers.values()] == [int, str, float]
-    metrics = carry_out(actions["evaluate"], changed, "cpu").metrics
+    metrics = compute(actions["evaluate"], changed, "cpu").metrics
     assert metrics == {"loss": 0.5, "mae": 0.25}
     assert {type(each) for each in metrics.values()} == {float}
 
@@ -206,29 +203,21 @@ def test_the_error_for_an_invalid_result_or_metrics_names_the_method(setup):
     changed = returning(setup, Forgetful(epochs=1))
     actions = actions_of(changed)
     with pytest.raises(ReturnedError, match=r"^Forgetful\.train: expected TrainResult\("):
-        carry_out(actions["train"], changed, "cpu")
+        compute(actions["train"], changed, "cpu")
     with pytest.raises(ReturnedError, match=r"^Forgetful\.evaluate: expected a map"):
-        carry_out(actions["evaluate"], changed, "cpu")
+        compute(actions["evaluate"], changed, "cpu")
     problem = Measured()
     problem.metric = None
     changed = returning(setup, FedAvg(epochs=1), problem)
     with pytest.raises(ReturnedError, match=r"^Measured\.metrics: .* for 'mae', got None$"):
-        carry_out(actions["evaluate"], changed, "cpu")
+        compute(actions["evaluate"], changed, "cpu")
 
 
 def test_tasks_of_a_client_without_examples_fail(setup):
     changed = returning(setup, FedAvg(epochs=1))
     train = msgspec.structs.replace(actions_of(changed)["train"], client=1)
     with pytest.raises(ProblemError, match=r"^Measured\.client: expected at least one example"):
-        carry_out(train, changed, "cpu")
-
-
-class Link:
-    """The parts of a link that `_work` uses."""
-
-    @contextlib.contextmanager
-    def away(self):
-        yield
+        compute(train, changed, "cpu")
 
 
 @pytest.mark.slow
@@ -244,17 +233,19 @@ def test_invalid_metrics_end_a_node_at_its_first_evaluation_and_later_fail_one_e
         body = {**packed.body, "model_version": 0}
         message = Message(**about, body=body, blobs=packed.blobs)
         (asked,) = core.handle(Delivery(0, 0.0, message, dict(enumerate(packed.data))))
-        return _work(Link(), changed, core, ClientStateStore(), "cpu", Repeats(), asked)
+        port = AnswerPort()
+        WorkerDriver(core, changed, "cpu", port).carry_out([asked])
+        return port.answer
 
     problem.metric = None
     with pytest.raises(ReturnedError, match=r"^Measured\.metrics: .* for 'mae', got None$"):
         evaluated()
     core = Worker(changed, "r", "evaluator")
     problem.metric = 0.5
-    (post,) = evaluated()
+    post = evaluated()
     assert post.message.body["metrics"] == {"loss": 0.5, "mae": 0.5}
     problem.metric = None
-    (post,) = evaluated()
+    post = evaluated()
     assert post.message.kind == "failed"
     assert "Measured.metrics: expected a number for 'mae', got None" in post.message.body["reason"]
 
@@ -272,8 +263,9 @@ def test_an_error_that_is_not_valid_utf_8_fails_only_its_task(setup):
     body = {**packed.body, "client": 0, "model_version": 0}
     message = Message(**about, body=body, blobs=packed.blobs)
     (train,) = core.handle(Delivery(0, 0.0, message, dict(enumerate(packed.data))))
-    (post,) = _work(Link(), changed, core, ClientStateStore(), "cpu", Repeats(), train)
-    assert decode_message(encode_message(post.message)).body["reason"] == (
+    port = AnswerPort()
+    WorkerDriver(core, changed, "cpu", port).carry_out([train])
+    assert decode_message(encode_message(port.answer.message)).body["reason"] == (
         "OSError: no such file: photo\\udc80.png"
     )
 
@@ -289,16 +281,16 @@ def test_exit_in_user_code_fails_the_task(setup, monkeypatch, raised):
     changed = returning(setup, FedAvg(epochs=1), Exits())
     train = actions_of(changed)["train"]
     with this_process.taken(watchdog=False), pytest.raises(RuntimeError) as caught:
-        carry_out(train, changed, "cpu")
+        compute(train, changed, "cpu")
     failed = Failed.of(caught.value, changed)
     assert failed.reason.startswith(f"RuntimeError: raised {type(raised).__name__}")
     assert Path(__file__).name in failed.where
     if isinstance(raised, KeyboardInterrupt):
         with pytest.raises(KeyboardInterrupt):  # SIGINT is Python's here: someone pressed Ctrl-C
-            carry_out(train, changed, "cpu")
+            compute(train, changed, "cpu")
     monkeypatch.setattr(this_process, "count", 1)
     with pytest.raises(type(raised)):  # after a signal it is the signal's doing
-        carry_out(train, changed, "cpu")
+        compute(train, changed, "cpu")
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,148 @@
+"""A node in a simulated run: its real program, in a greenlet, on a virtual machine."""
+
+from __future__ import annotations
+
+import contextlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+
+import torch
+
+from fedmq.broker.errors import LinkClosed, Rejected
+from fedmq.broker.link.node_link import NodeLink
+from fedmq.broker.virtual.machine import Machine
+from fedmq.broker.virtual.node import VirtualPort
+from fedmq.broker.virtual.validation import validated
+from fedmq.broker.wire.schema import Hello, Message
+from fedmq.nodes.aggregator.computed import Computed
+from fedmq.nodes.aggregator.core import Aggregator
+from fedmq.nodes.aggregator.program import LinkedAggregator, fold_until_over
+from fedmq.nodes.process.logs import SILENT
+from fedmq.nodes.run.devices import kind_of
+from fedmq.nodes.run.session import admitted
+from fedmq.nodes.run.setup import Setup
+from fedmq.nodes.worker.client_state import ClientStateStore
+from fedmq.nodes.worker.core import Worker
+from fedmq.nodes.worker.driver import WorkerDriver
+from fedmq.nodes.worker.program import LinkedWorker, work_until_over
+
+
+class VirtualNode(ABC):
+    """One session of a node.
+
+    Args:
+        port: its process, and its end of the network.
+        machine: where the process runs.
+        hello: of the session.
+        draw_s: draws how long a task or a commit takes, in seconds.
+
+    Attributes:
+        port, hello: as given.
+        ended: why the program ended by itself; None if it runs, or was killed.
+    """
+
+    def __init__(
+        self, port: VirtualPort, machine: Machine, hello: Hello, draw_s: Callable[[], float]
+    ) -> None:
+        self.port, self.hello = port, hello
+        self.ended: LinkClosed | Rejected | None = None
+        self._machine, self._draw_s = machine, draw_s
+        self._link = NodeLink(port, hello)
+        port.run(self._run)
+
+    def hand_in(self, message: Message) -> None:
+        """Post a message that has nothing to do with the run."""
+        self._link.hand_in(message)
+
+    def _run(self) -> None:
+        try:
+            with admitted(self._link, self.hello, SILENT):
+                self.work(self._link)
+        except (LinkClosed, Rejected) as error:
+            self.ended = error
+
+    @abstractmethod
+    def work(self, link: NodeLink) -> None:
+        """Run the node's program until its link ends."""
+
+
+class VirtualAggregator(VirtualNode):
+    """A session of an aggregator.
+
+    Attributes:
+        core: folds the inbox.
+        finished: why it has ended the run, or "".
+    """
+
+    def __init__(
+        self,
+        port: VirtualPort,
+        machine: Machine,
+        hello: Hello,
+        draw_s: Callable[[], float],
+        setup: Setup,
+    ) -> None:
+        super().__init__(port, machine, hello, draw_s)
+        self._setup = setup
+        core = Aggregator(setup, hello.run, hello.node, Computed(device=kind_of("cpu")))
+        self.core = validated(core)
+        self.finished = ""
+
+    def work(self, link: NodeLink) -> None:
+        """Run the program of `run_aggregator`."""
+
+        def over(reason: str) -> None:
+            self.finished = reason
+            link.over(reason)
+
+        port = LinkedAggregator(link, self._setup.problem, None, SILENT, self._beside)
+        port.over = over
+        fold_until_over(self.core, port, None)
+
+    def _beside(self, work: Callable[[], None]) -> None:
+        self._machine.after(self._draw_s(), work)
+
+
+class VirtualWorker(VirtualNode):
+    """A session of a worker, or of the evaluator.
+
+    Args:
+        store: the clients' states, which survive the process.
+
+    Attributes:
+        core: handles the tasks.
+        store: as given.
+    """
+
+    def __init__(
+        self,
+        port: VirtualPort,
+        machine: Machine,
+        hello: Hello,
+        draw_s: Callable[[], float],
+        setup: Setup,
+        store: ClientStateStore,
+    ) -> None:
+        super().__init__(port, machine, hello, draw_s)
+        self._setup, self.store = setup, store
+        self.core = validated(Worker(setup, hello.run, hello.node, hello.clients, store))
+
+    def work(self, link: NodeLink) -> None:
+        """Run the program of `run_worker`; each task takes a drawn time."""
+        port = LinkedWorker(link, self.store, SILENT)
+        port.now, port.away = self._machine.monotonic, self._training
+        work_until_over(WorkerDriver(self.core, self._setup, "cpu", port), port)
+
+    @contextlib.contextmanager
+    def _training(self) -> Iterator[None]:
+        with self._link.away():
+            yield
+            self.port.pass_time(self._draw_s())
+
+
+def apart() -> contextlib.AbstractContextManager[object]:
+    """Keep torch's mode, which is the thread's, from other programs while one waits."""
+    return _USUAL if torch.is_grad_enabled() else torch.enable_grad()
+
+
+_USUAL: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
