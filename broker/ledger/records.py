@@ -18,13 +18,14 @@ next whole record after it.
 
 from __future__ import annotations
 
+import functools
 import os
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TypeVar
 
 import numpy as np
 import xxhash
@@ -46,6 +47,8 @@ READ_ATTEMPTS = 3
 reading."""
 _SECTOR = 512
 """A device writes this many bytes as a whole, or not at all."""
+
+_Found = TypeVar("_Found")
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,11 +174,9 @@ def walk(
     try:
         with disk.reader(path) as file:
             size = file.seek(0, os.SEEK_END)
-            file.seek(0)
             head = _check_magic(file, size)
             if head is not None:
-                with disk.reader(path) as again:
-                    head = _check_magic(again, size)
+                head = _confirmed(head, lambda again: _check_magic(again, size), path, disk)
             if head is not None:
                 if head.fault is DamageKind.FORMAT and not (
                     resync and _whole(file, head.end, size)
@@ -183,13 +184,13 @@ def walk(
                     raise head.error(path)
                 yield head
             offset = max(start, len(MAGIC) if head is None else head.end)
-            file.seek(offset)
             while offset < size:
                 found = _record(file, offset, size, verify_data=verify_data)
-                for _ in range(READ_ATTEMPTS - 1):
-                    if isinstance(found, DamagedRange):
-                        found = _record_again(path, disk, offset, size, verify_data=verify_data)
-                        file.seek(offset if found is None else found.end)
+                if isinstance(found, DamagedRange):
+                    read = functools.partial(
+                        _record, offset=offset, size=size, verify_data=verify_data
+                    )
+                    found = _confirmed(found, read, path, disk)
                 if found is None:
                     return  # the writer has truncated an incomplete write
                 if isinstance(found, DamagedRange) and found.fault is DamageKind.LENGTHS:
@@ -197,18 +198,38 @@ def walk(
                     found = DamagedRange(found.fault, offset, end)
                 yield found
                 offset = found.end
-                if isinstance(found, DamagedRange):
-                    if not resync:
-                        return
-                    file.seek(offset)
-                elif found.data_length and not verify_data:
-                    file.seek(offset)
+                if isinstance(found, DamagedRange) and not resync:
+                    return
     except OSError as error:
         raise io_error("cannot read", error, path.name, offset) from None
 
 
+def _confirmed(
+    found: DamagedRange, read: Callable[[BinaryIO], _Found], path: Path, disk: Disk
+) -> _Found | DamagedRange:
+    """Read damaged bytes again, from the disk instead of the buffer of an open file.
+
+    Returns:
+        What was ``found`` if each reading finds the same damage; or what is there if the damage was
+        an error of reading.
+
+    Raises:
+        LedgerError: the readings find different damage. To act on the wrong one could lose records:
+            after a torn one that was not truncated, the next is not found again.
+    """
+    for _ in range(READ_ATTEMPTS - 1):
+        with disk.reader(path) as file:
+            again = read(file)
+        if again != found:
+            if isinstance(again, DamagedRange):
+                raise LedgerError("read again with different results", path.name, again.offset)
+            return again
+    return found
+
+
 def _check_magic(file: BinaryIO, size: int) -> DamagedRange | None:
     """Return what is wrong with the first bytes of a segment, or None."""
+    file.seek(0)
     magic = file.read(len(MAGIC))
     if magic == MAGIC[: len(magic)]:
         return DamagedRange(DamageKind.TORN, 0, size) if 0 < size < len(MAGIC) else None
@@ -221,11 +242,8 @@ def _check_magic(file: BinaryIO, size: int) -> DamagedRange | None:
 def _record(
     file: BinaryIO, offset: int, size: int, *, verify_data: bool
 ) -> Record | DamagedRange | None:
-    """Return the record or damage at an offset of a file of this size; None if it has shrunk.
-
-    The file's position must be the offset; afterwards it is the end of the record, or the end of
-    its head if the data were skipped.
-    """
+    """Return the record or damage at an offset of a file of this size; None if it has shrunk."""
+    file.seek(offset)
     if offset + _PREFIX.size > size:
         return DamagedRange(DamageKind.TORN, offset, size)
     prefix = file.read(_PREFIX.size)
@@ -267,15 +285,6 @@ def _is_lost_sector(record: bytes, offset: int, size: int) -> bool:
     return offset < start and not any(record[start - offset :])
 
 
-def _record_again(
-    path: Path, disk: Disk, offset: int, size: int, *, verify_data: bool
-) -> Record | DamagedRange | None:
-    """As `_record`, from the disk instead of the buffer of an open file."""
-    with disk.reader(path) as file:
-        file.seek(offset)
-        return _record(file, offset, size, verify_data=verify_data)
-
-
 def read_record(disk: Disk, fd: int, path: Path, offset: int, end: int) -> bytes:
     """Return the bytes of a whole record, of which the position is known.
 
@@ -312,7 +321,6 @@ def _is_valid(record: bytes) -> bool:
 
 
 def _whole(file: BinaryIO, offset: int, size: int) -> bool:
-    file.seek(offset)
     return isinstance(_record(file, offset, size, verify_data=True), Record)
 
 

@@ -83,36 +83,47 @@ def remove_sync_point(folder: Path, disk: Disk) -> None:
 
 
 class SyncPointFile:
-    """The note of what is on the device. That it cannot be written does no harm.
+    """The note of what is on the device.
 
     Args:
         folder: of the ledger.
         disk: holds the folder.
+
+    Raises:
+        LedgerError: the file cannot be opened.
     """
 
     def __init__(self, folder: Path, disk: Disk) -> None:
         self._disk = disk
-        self._fd = -1
-        with contextlib.suppress(OSError):
+        try:
             self._fd = disk.open(folder / SYNC_POINT_FILE, UPDATE)
+        except OSError as error:
+            raise io_error("cannot open", error, SYNC_POINT_FILE) from None
 
-    def write(self, point: SyncPoint) -> None:
-        """Note that all up to this point is on the device."""
-        if self._fd >= 0:
-            with contextlib.suppress(OSError):
-                self._disk.pwrite(self._fd, point.encode(), 0)
+    def begin(self, point: SyncPoint) -> None:
+        """Note that all up to this point is on the device, and sync the note.
 
-    def sync(self) -> None:
-        """Wait until the note is on the device."""
-        if self._fd >= 0:
-            with contextlib.suppress(OSError):
-                self._disk.sync(self._fd)
+        Without a note on the device, what a power failure leaves of the next batch would count as
+        damage, and no broker would start.
+
+        Raises:
+            LedgerError: the note cannot be written, or the sync failed.
+        """
+        try:
+            _write(self._disk, self._fd, point.encode(), 0)
+            self._disk.sync(self._fd)
+        except OSError as error:
+            raise io_error("cannot write", error, SYNC_POINT_FILE) from None
+
+    def advance(self, point: SyncPoint) -> None:
+        """Note a later point, if possible: the earlier one is true as well."""
+        with contextlib.suppress(OSError):
+            _write(self._disk, self._fd, point.encode(), 0)
 
     def close(self) -> None:
         """Close the file."""
-        if self._fd >= 0:
-            with contextlib.suppress(OSError):
-                self._disk.close(self._fd)
+        with contextlib.suppress(OSError):
+            self._disk.close(self._fd)
 
 
 def sync_all(folder: Path, point: SyncPoint | None, disk: Disk) -> None:

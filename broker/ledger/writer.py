@@ -143,8 +143,7 @@ class Ledger:
                 # What is acknowledged from now on may not be on the device.
                 remove_sync_point(folder, disk)
             else:
-                self._sync_point.write(self._end())
-                self._sync_point.sync()
+                self._sync_point.begin(self._end())
                 self._sync(lambda: sync_folder(folder, disk))
             tail = LedgerTail(folder, disk)
             for entry in tail.poll():
@@ -307,7 +306,7 @@ class Ledger:
         if self._sync_point is not None and self._unsynced_messages:
             self._sync(self._messages_file.sync)
             self._unsynced_messages = False
-            self._sync_point.write(self._end())
+            self._sync_point.advance(self._end())
         if self._payload_file.size > self._retention.segment_bytes(_PAYLOAD_SEGMENT_BYTES):
             self._next_payload_segment()
 

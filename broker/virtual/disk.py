@@ -130,7 +130,7 @@ class VirtualDisk:
 
     Attributes:
         rates: probability of each fault, in each operation that it can hit.
-        full: whether every write, and every creation of a file, fails for lack of space.
+        full: whether there is no space for larger files and new ones.
         operations: number of operations so far that change files or wait for the device.
         met: number of operations so far that each fault could have hit.
         made: number of faults made, by kind.
@@ -271,10 +271,14 @@ class VirtualDisk:
         return self._write(fd, self._opened(fd), bytes(data), offset)
 
     def _write(self, fd: int, file: _VirtualFile, data: bytes, offset: int) -> int:
-        crashes = self._step()
-        no_space = self.full or self._hits(DiskFault.NO_SPACE)
+        crashes, end = self._step(), offset + len(data)
+        # Bytes that replace others need no space, and within a page they are written together.
+        whole = end <= file.size and offset // PAGE_BYTES == (end - 1) // PAGE_BYTES
+        no_space = end > file.size and (self.full or self._hits(DiskFault.NO_SPACE))
         fails = self._hits(DiskFault.WRITE_ERROR)
-        if crashes or no_space or fails or (len(data) > 1 and self._hits(DiskFault.SHORT_WRITE)):
+        if whole:
+            data = data if not fails and self._happens(crashes=crashes) else b""
+        elif crashes or no_space or fails or (len(data) > 1 and self._hits(DiskFault.SHORT_WRITE)):
             data = data[: self._rng.randint(0 if crashes or no_space or fails else 1, len(data))]
         if data:
             if file.size == offset:

@@ -92,9 +92,8 @@ class Script:
     def reread(self, name, seq):
         """Do as `open_broker` does: read again before a message counts as lost."""
         rates, self.disk.rates = self.disk.rates, {}
-        index, damage = read_payload(self.folder, self.disk)
+        index, _ = read_payload(self.folder, self.disk)
         self.disk.rates = rates
-        assert not damage
         assert index.size_of(name) is not None, f"the blob of entry {seq} is gone"
         raise LedgerError("read twice with different results")
 

@@ -192,7 +192,7 @@ def test_a_segment_without_its_first_page_is_begun_again(tmp_path, disk, monkeyp
     monkeypatch.setattr(ledger_module, "_MESSAGES_SEGMENT_BYTES", 10)
     ledger = start(tmp_path, disk)
     commit(ledger, accepted(0))
-    disk.crash_at(disk.operations + 6)
+    disk.crash_at(disk.operations + 5)
     with pytest.raises(Crash):
         commit(ledger, *(accepted(seq, "x" * 200) for seq in range(1, 9)))
     disk.die()
@@ -244,6 +244,33 @@ def test_a_bit_that_flips_while_it_is_read_cuts_and_changes_nothing(tmp_path, di
         ledger.payload._recent.clear()
         assert ledger.payload.read(name_of(b"some bytes"), 1, 4) == b"ome "
         ledger.close()
+
+
+def test_a_torn_tail_is_truncated_whichever_of_its_readings_is_wrong(tmp_path):
+    """A torn record that stays in place would hide the next one."""
+    ledger = Ledger(tmp_path)
+    put(ledger, b"some bytes")
+    ledger.close()
+    path = segment_path(tmp_path, PAYLOAD, 0)
+    torn = path.read_bytes()[: len(MAGIC) + 25]
+    data = b"other bytes"
+    opened = 0
+    for seed in range(24):
+        path.write_bytes(torn)
+        disk = VirtualDisk(dice(seed))
+        disk.fail_at(DiskFault.FLIPPED_BIT, seed % 12)
+        try:
+            ledger = start(tmp_path, disk, "process")
+        except LedgerError:
+            continue  # the next broker starts
+        put(ledger, data)
+        ledger.close()
+        opened += 1
+        ledger = Ledger(tmp_path)
+        assert not ledger.damage
+        assert ledger.payload.read(name_of(data), 0, len(data)) == data
+        ledger.close()
+    assert opened > 12
 
 
 def test_a_last_record_that_ends_with_a_zero_is_not_taken_for_a_torn_one(tmp_path):
@@ -309,22 +336,38 @@ def test_the_names_of_new_folders_are_on_the_device_too(tmp_path, monkeypatch, d
     assert {tmp_path / "run" / "ledger", tmp_path / "run", tmp_path} <= set(opened)
 
 
-def test_a_sync_point_that_cannot_be_written_or_read_does_no_harm(tmp_path, disk):
-    ledger = start(tmp_path, disk)
-    commit(ledger, accepted(0))
-    ledger.close()
+def test_a_sync_point_is_on_the_device_before_anything_is_acknowledged(tmp_path, disk):
+    """Without it, a power failure in the first commit could leave what counts as damage."""
+    first = Ledger(tmp_path, durability="power")
+    commit(first, accepted(0))
+    first.close()
     path = tmp_path / SYNC_POINT_FILE
     point = read_sync_point(tmp_path, disk)
     assert point.messages_bytes == segment_path(tmp_path, MESSAGES, 0).stat().st_size
     path.write_bytes(path.read_bytes()[:-3] + b"zz\n")
     assert read_sync_point(tmp_path, disk) is None
-    path.unlink()
-    path.mkdir()  # it cannot be opened
-    ledger = Ledger(tmp_path, durability="power")
+    writes = disk.pwrite
+
+    def fails(fd, data, offset):
+        if len(data) == len(point.encode()):
+            raise OSError(5, "Input/output error")
+        return writes(fd, data, offset)
+
+    disk.pwrite = fails
+    with pytest.raises(LedgerError, match="cannot write: Input/output error"):
+        start(tmp_path, disk)
+    disk.pwrite = writes
+    ledger = start(tmp_path, disk)
+    disk.pwrite = fails  # the earlier one is true as well
     commit(ledger, accepted(1))
     ledger.close()
-    path.rmdir()
+    disk.lose_power()
+    assert read_sync_point(tmp_path, disk) == point
     assert list(read_entries(tmp_path)) == [accepted(0), accepted(1)]
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(LedgerError, match="cannot open: Is a directory"):
+        Ledger(tmp_path, durability="power")
 
 
 def test_a_full_disk_is_waited_for_under_power(tmp_path, disk):
