@@ -2,9 +2,6 @@
 
 import contextlib
 import shutil
-import tempfile
-from collections import Counter
-from pathlib import Path
 
 import pytest
 
@@ -19,19 +16,15 @@ from fedmq.broker.ledger.segment_writer import Segment, sync_folder
 from fedmq.broker.ledger.sync_point import SYNC_POINT_FILE, read_sync_point
 from fedmq.broker.ledger.writer import Ledger
 from fedmq.broker.virtual.disk import Crash, DiskFault, VirtualDisk
-from tests.broker.ledger.failing_disk import Script, dice, small_segments, survive
+from tests.broker.ledger.failing_disk import Script, check_seeds, dice, small_ledgers
 from tests.broker.ledger.small_ledger import ENTRIES, accepted, name_of, put
-
-MEMORY = "/dev/shm" if Path("/dev/shm").is_dir() else None  # noqa: S108 - unique folders within
-"""Hundreds of small ledgers are created and deleted: ten times as fast there as on a disk."""
 
 
 @pytest.fixture
-def folder(monkeypatch):
+def folder():
     """A folder for one ledger after the other, with small segments."""
-    small_segments(monkeypatch)
-    with tempfile.TemporaryDirectory(prefix="fedmq-", dir=MEMORY) as path:
-        yield Path(path) / "ledger"
+    with small_ledgers() as path:
+        yield path
 
 
 def crash_everywhere(folder, durability, lose, draws):
@@ -65,14 +58,6 @@ def test_what_was_committed_survives_a_power_failure_in_every_operation(folder):
     assert crash_everywhere(folder, "power", VirtualDisk.lose_power, 4) > 50
 
 
-def check_seeds(folder, durability, seeds):
-    made = Counter()
-    for seed in seeds:
-        made += survive(folder, seed, durability)
-        shutil.rmtree(folder)
-    return made
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("durability", ["process", "power"])
 def test_promises_hold_whatever_fails(folder, durability):
@@ -84,7 +69,8 @@ def test_promises_hold_whatever_fails(folder, durability):
 @pytest.mark.soak
 @pytest.mark.parametrize("durability", ["process", "power"])
 def test_promises_hold_whatever_fails_at_length(folder, durability):
-    check_seeds(folder, durability, range(80, 3000))
+    """For more, see `tests/broker/ledger/soak.py`."""
+    check_seeds(folder, durability, range(80, 400))
 
 
 def nothing(*_args):
