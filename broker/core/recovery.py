@@ -370,12 +370,7 @@ def _check_lost(restorer: Restorer, ledger: Ledger, disk: Disk) -> None:
     """
     if not restorer.lost:
         return
-    index, found = read_payload(ledger.folder, disk)
-    if damage := next(iter([*ledger.damage, *found]), None):
-        run, seq = restorer.lost[0]
-        rest = f" and {len(restorer.lost) - 1} more need" if len(restorer.lost) > 1 else " needs"
-        needed = f"; message {seq} of run {run}{rest} bytes that are damaged or lost"
-        raise damage.advise(needed + check_advice(ledger.folder))
+    index = read_payload(ledger.folder, disk)
     for _, seq in restorer.lost:
         message = restorer.unfinished[seq]
         if all(index.size_of(blob_name(message, blob)) is not None for blob in message.blobs):
@@ -383,3 +378,8 @@ def _check_lost(restorer: Restorer, ledger: Ledger, disk: Disk) -> None:
                 f"the payload in {ledger.folder} was read twice with different results; the blobs "
                 f"of message {seq} were incomplete only once"
             )
+    if damage := next(iter([*ledger.damage, *index.damage]), None):
+        run, seq = restorer.lost[0]
+        rest = f" and {len(restorer.lost) - 1} more need" if len(restorer.lost) > 1 else " needs"
+        needed = f"; message {seq} of run {run}{rest} bytes that are damaged or lost"
+        raise damage.advise(needed + check_advice(ledger.folder))

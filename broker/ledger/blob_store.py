@@ -21,7 +21,7 @@ from fedmq.broker.ledger.entries import (
     segment_numbers,
     segment_path,
 )
-from fedmq.broker.ledger.records import DamagedRange, DamageKind, read_record, walk
+from fedmq.broker.ledger.records import DamagedRange, DamageKind, Record, read_record, walk
 from fedmq.broker.ledger.segments import SegmentFiles
 from fedmq.broker.wire.schema import CHUNK_BYTES, Buffer, Extent
 
@@ -66,10 +66,14 @@ class BlobStore:
 
     It holds all blobs that an unfinished message names, and the most recently used of the others,
     so that its memory does not grow with a run.
+
+    Attributes:
+        damage: of the segments that were added. It is skipped: its blobs are incomplete.
     """
 
     def __init__(self, folder: Path, disk: Disk = LOCAL_DISK) -> None:
         self._folder, self._disk = folder, disk
+        self.damage: list[LedgerDamage] = []
         self._blobs: dict[BlobName, _Stored] = {}
         self._idle: OrderedDict[BlobName, None] = OrderedDict()
         self._pins: dict[int, int] = {}
@@ -192,8 +196,8 @@ class BlobStore:
             hasher.update(self.read(name, start, min(CHUNK_BYTES, have - start)))
         return have, hasher
 
-    def add_segment(self, number: int, *, verify: bool = False) -> list[LedgerDamage]:
-        """Index every chunk of a segment; skip damaged ones, and return the damage.
+    def add_segment(self, number: int, *, verify: bool = False) -> None:
+        """Index every chunk of a segment.
 
         Without ``verify``, the checksums of data are not verified.
 
@@ -201,19 +205,21 @@ class BlobStore:
             LedgerError: the file cannot be read, or is not a segment.
         """
         path = segment_path(self._folder, PAYLOAD, number)
-        damage = []
         for found in walk(path, verify_data=verify, disk=self._disk):
-            if isinstance(found, DamagedRange):
-                if found.fault is not DamageKind.TORN:
-                    damage.append(found.error(path))
-                continue
-            try:
-                chunk = decode_chunk(found, path)
-            except LedgerDamage as error:
-                damage.append(error)
-                continue
+            self.add_found(number, path, found)
+
+    def add_found(self, number: int, path: Path, found: Record | DamagedRange) -> None:
+        """Index the chunk of a record, or note damage; a torn tail is none."""
+        if isinstance(found, DamagedRange):
+            if found.fault is not DamageKind.TORN:
+                self.damage.append(found.error(path))
+            return
+        try:
+            chunk = decode_chunk(found, path)
+        except LedgerDamage as error:
+            self.damage.append(error)
+        else:
             self.add(chunk, number, found.offset, found.data_offset, found.data_length)
-        return damage
 
     def have(self, name: BlobName) -> int:
         """Return how many bytes of a blob, from its start, are stored."""
@@ -304,13 +310,13 @@ def _start_of(chunk: _ChunkPlace) -> int:
     return chunk.start
 
 
-def read_payload(folder: Path, disk: Disk) -> tuple[BlobStore, list[LedgerDamage]]:
-    """Read and verify all payload of a ledger; return its index, and the damage.
+def read_payload(folder: Path, disk: Disk) -> BlobStore:
+    """Read and verify all payload of a ledger; return its index.
 
     Raises:
         LedgerError: a file cannot be read, or is not a segment.
     """
-    index, damage = BlobStore(folder, disk), []
+    index = BlobStore(folder, disk)
     for number in segment_numbers(folder, PAYLOAD, disk):
-        damage += index.add_segment(number, verify=True)
-    return index, damage
+        index.add_segment(number, verify=True)
+    return index

@@ -73,14 +73,11 @@ class Manifest:
         Raises:
             LedgerError: the file cannot be written.
         """
-        lines = [f"+ {family} {n}\n" for family, n in sorted(_present(self._folder, self._disk))]
-        if not self.exists:
-            self._append([_MADE_WITH, *lines])
-            self.exists = True
-        else:
-            known = {f"+ {family} {n}\n" for family, n in self.expected}
-            self._append([line for line in lines if line not in known])
-        self.expected |= _present(self._folder, self._disk)
+        new = _present(self._folder, self._disk) - self.expected
+        lines = [f"+ {family} {number}\n" for family, number in sorted(new)]
+        self._append(lines if self.exists else [_MADE_WITH, *lines])
+        self.exists = True
+        self.expected |= new
 
     def add(self, family: str, number: int) -> None:
         """List a segment that was begun.

@@ -23,18 +23,16 @@ class Segment:
 
     Args:
         path: the file.
-        each: called with every existing record, in order.
-        over_damage: whether to skip damaged records and leave them in place; otherwise, damage is
-            an error.
+        each: called with all existing records and the damage between them, in order; the damage
+            stays in place. Without it, damage is an error.
         unacknowledged_from: offset from which on no record was acknowledged: damage there is set
-            aside with all that follows it, unless it is skipped. None if that is not known.
+            aside with all that follows it, unless it stays in place. None if that is not known.
         disk: holds the file.
 
     Attributes:
         path: the file.
         size: bytes in whole records, magic included.
         cut: bytes of the torn tail that opening has removed.
-        damage: the skipped damage.
 
     Raises:
         LedgerDamage: the file is not a segment, or is damaged.
@@ -44,17 +42,15 @@ class Segment:
     def __init__(
         self,
         path: Path,
-        each: Callable[[Record], None] | None = None,
+        each: Callable[[Record | DamagedRange], None] | None = None,
         *,
-        over_damage: bool = False,
         unacknowledged_from: int | None = None,
         disk: Disk = LOCAL_DISK,
     ) -> None:
         self.path = path
         self._disk = disk
-        self.cut = 0
+        self.size = self.cut = 0
         self._is_closed = False
-        self.damage: list[DamagedRange] = []
         self._has_excess = False
         """Whether bytes of a failed write, which could not be truncated, follow after ``size``."""
         try:
@@ -62,7 +58,7 @@ class Segment:
         except OSError as error:
             raise io_error("cannot open", error, str(path)) from None
         try:
-            self._begin(each, unacknowledged_from, over_damage=over_damage)
+            self._begin(each, unacknowledged_from)
         except BaseException:
             with contextlib.suppress(OSError):  # the first error says more
                 disk.close(self._fd)
@@ -70,41 +66,17 @@ class Segment:
 
     def _begin(
         self,
-        each: Callable[[Record], None] | None,
+        each: Callable[[Record | DamagedRange], None] | None,
         unacknowledged_from: int | None,
-        *,
-        over_damage: bool,
     ) -> None:
         """Find the end of the last whole record, and truncate the file there."""
-        self.size = 0
         length = self._length()
-        tail: DamagedRange | None = None
+        tail = None
         if length >= len(MAGIC):
             self.size = len(MAGIC)
-            try:
-                for found in walk(self.path, resync=over_damage, disk=self._disk):
-                    if isinstance(found, Record):
-                        if each is not None:
-                            each(found)
-                    elif found.fault is DamageKind.TORN or (
-                        not over_damage
-                        and unacknowledged_from is not None
-                        and found.offset >= unacknowledged_from
-                    ):
-                        tail = found
-                        break
-                    elif over_damage:
-                        self.damage.append(found)
-                    else:
-                        raise found.error(self.path)
-                    self.size = found.end
-            except LedgerDamage as error:
-                if unacknowledged_from != 0 or error.offset != 0:
-                    raise
-                # Without its first bytes, the whole file is the rest of a batch.
-                tail = DamagedRange(DamageKind.FORMAT, 0, length)
-        if tail is not None and tail.offset < len(MAGIC):
-            self.size = 0
+            tail = self._read(each, length if unacknowledged_from is None else unacknowledged_from)
+        if tail is not None:
+            self.size = tail.offset
         self.cut = length - self.size
         if self.cut:
             if tail is not None and (tail.full_length or tail.fault is not DamageKind.TORN):
@@ -112,6 +84,28 @@ class Segment:
             self._truncate()
         if not self.size:
             self._write([MAGIC])
+
+    def _read(
+        self, each: Callable[[Record | DamagedRange], None] | None, unacknowledged_from: int
+    ) -> DamagedRange | None:
+        """Read the file; return what must be cut from its end, or None."""
+        try:
+            for found in walk(self.path, resync=each is not None, disk=self._disk):
+                if isinstance(found, DamagedRange):
+                    may_cut = each is None and found.offset >= unacknowledged_from
+                    if found.fault is DamageKind.TORN or may_cut:
+                        return found
+                    if each is None:
+                        raise found.error(self.path)
+                if each is not None:
+                    each(found)
+                self.size = found.end
+        except LedgerDamage as error:
+            if unacknowledged_from or error.offset:
+                raise
+            # Without its first bytes, the whole file is the rest of a batch.
+            return DamagedRange(DamageKind.FORMAT, 0, self._length())
+        return None
 
     def append(self, buffers: Sequence[Buffer]) -> None:
         """Write whole records; an error leaves the segment unchanged.

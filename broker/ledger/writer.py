@@ -9,6 +9,7 @@ and a reader can follow the tail.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -28,7 +29,6 @@ from fedmq.broker.ledger.entries import (
     Consumed,
     Ended,
     Entry,
-    decode_chunk,
     encode_record,
     segment_numbers,
     segment_path,
@@ -36,7 +36,7 @@ from fedmq.broker.ledger.entries import (
 from fedmq.broker.ledger.lock import FolderLock
 from fedmq.broker.ledger.manifest import Manifest, check_segments, payload_is_gone
 from fedmq.broker.ledger.reader import EntryIndex, LedgerTail
-from fedmq.broker.ledger.records import Record, pack
+from fedmq.broker.ledger.records import pack
 from fedmq.broker.ledger.retention import RetentionPolicy
 from fedmq.broker.ledger.segment_writer import Segment, sync_folder
 from fedmq.broker.ledger.sync_point import (
@@ -71,7 +71,7 @@ class Ledger:
     Attributes:
         next_seq: number of the next entry.
         cut_bytes: bytes of torn tails that opening has removed.
-        damage: damage of the payload, which is skipped: its blobs are incomplete.
+        damage: see `BlobStore`.
         proof: see `FolderLock`.
 
     Raises:
@@ -93,13 +93,13 @@ class Ledger:
         self._durable = durability == "power"
         self.next_seq = 0
         self.cut_bytes = 0
-        self.damage: list[LedgerDamage] = []
         try:
             disk.make_folder(folder)
         except OSError as error:
             raise LedgerError(f"cannot create {folder}: {error.strerror}") from None
         self._retention = RetentionPolicy(folder, retain_bytes, disk)
         self.payload = BlobStore(folder, disk)
+        self.damage = self.payload.damage
         self._messages: list[Buffer] = []
         self._first_queued = 0
         self._chunks: list[Buffer] = []
@@ -121,19 +121,15 @@ class Ledger:
             self._manifest = Manifest(folder, disk)
             check_segments(folder, self._manifest, disk)
             point = read_sync_point(folder, disk)
-            firsts = segment_numbers(folder, MESSAGES, disk)
-            self._messages_number = firsts[-1] if firsts else 0
-            self._messages_file = Segment(
-                segment_path(folder, MESSAGES, self._messages_number),
-                unacknowledged_from=point.end(MESSAGES, self._messages_number) if point else None,
-                disk=disk,
-            )
+            self._messages_number, self._messages_file = self._open_last(MESSAGES, point)
             opened.callback(self._messages_file.close)
-            self.cut_bytes += self._messages_file.cut
             if payload_is_gone(folder, disk):
                 self.damage.append(LedgerDamage(f"there is no payload-*.log in {folder}"))
-            self._open_payload(point)
+            for number in segment_numbers(folder, PAYLOAD, disk)[:-1]:
+                self.payload.add_segment(number)
+            self._payload_number, self._payload_file = self._open_last(PAYLOAD, point)
             opened.callback(self._payload_file.close)
+            self._chunk_end = self._payload_file.size
             self._sync_point = SyncPointFile(folder, disk) if self._durable else None
             if self._sync_point is not None:
                 opened.callback(self._sync_point.close)
@@ -153,32 +149,20 @@ class Ledger:
                     each(entry)
             opened.pop_all()
 
-    def _open_payload(self, point: SyncPoint | None) -> None:
-        """Index all payload, and open the last segment for appending."""
-        numbers = segment_numbers(self.folder, PAYLOAD, self._disk)
-        for number in numbers[:-1]:
-            self.damage += self.payload.add_segment(number)
-        last = self._payload_number = numbers[-1] if numbers else 0
-        path = segment_path(self.folder, PAYLOAD, last)
-
-        def note(record: Record) -> None:
-            try:
-                chunk = decode_chunk(record, path)
-            except LedgerDamage as error:
-                self.damage.append(error)
-            else:
-                self.payload.add(chunk, last, record.offset, record.data_offset, record.data_length)
-
-        self._payload_file = Segment(
+    def _open_last(self, family: str, point: SyncPoint | None) -> tuple[int, Segment]:
+        """Open the last segment of a family for appending; return its number as well."""
+        numbers = segment_numbers(self.folder, family, self._disk)
+        number = numbers[-1] if numbers else 0
+        path = segment_path(self.folder, family, number)
+        add = functools.partial(self.payload.add_found, number, path)
+        segment = Segment(
             path,
-            note,
-            over_damage=True,
-            unacknowledged_from=point.end(PAYLOAD, last) if point else None,
+            add if family == PAYLOAD else None,
+            unacknowledged_from=point.end(family, number) if point else None,
             disk=self._disk,
         )
-        self.cut_bytes += self._payload_file.cut
-        self.damage += [gap.error(path) for gap in self._payload_file.damage]
-        self._chunk_end = self._payload_file.size
+        self.cut_bytes += segment.cut
+        return number, segment
 
     def append(self, entry: Entry) -> None:
         """Queue an entry; its number must be the next one."""
@@ -244,16 +228,11 @@ class Ledger:
         """Return how many bytes of a blob, from its start, are stored, and their hash."""
         if self.payload.expected(name) not in (0, size):
             self.discard(name, self.payload.expected(name))
-        if self._chunks and self.payload.have(name):
-            try:
-                self._write_chunks()
-            except LedgerError:
-                # Unwritten chunks cannot be read back and hashed.
-                self.discard(name, self.payload.expected(name))
         try:
+            if self._chunks and self.payload.have(name):
+                self._write_chunks()  # unwritten chunks cannot be read back and hashed
             return self.payload.resume(name)
         except LedgerError:
-            # As above: a read error, or the file has become shorter.
             self.discard(name, self.payload.expected(name))
             return self.payload.resume(name)
 

@@ -105,7 +105,7 @@ class Script:
     def reread(self, name, seq):
         """Do as `open_broker` does: read again before a message counts as lost."""
         rates, self.disk.rates = self.disk.rates, {}
-        index, _ = read_payload(self.folder, self.disk)
+        index = read_payload(self.folder, self.disk)
         self.disk.rates = rates
         assert index.size_of(name) is not None, f"the blob of entry {seq} is gone"
         raise LedgerError("read twice with different results")

@@ -8,6 +8,7 @@ def open_payload(folder):
     """Return an index of all blobs in a ledger; raise the first damage."""
     index = BlobStore(folder)
     for number in segment_numbers(folder, PAYLOAD):
-        for damage in index.add_segment(number, verify=True):
-            raise damage
+        index.add_segment(number, verify=True)
+    for damage in index.damage:
+        raise damage
     return index
