@@ -6,6 +6,7 @@ import bisect
 import contextlib
 from collections import OrderedDict
 from dataclasses import dataclass, field
+from operator import attrgetter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -167,16 +168,12 @@ class BlobStore:
         """Return whether a segment holds a pinned blob."""
         return bool(self._pins.get(number))
 
-    def remove_segment(self, number: int) -> bool:
-        """Delete a segment and discard its blobs, unless one of them is pinned.
-
-        Returns whether it was deleted.
+    def remove_segment(self, number: int) -> None:
+        """Delete a segment that is not needed, and discard its blobs.
 
         Raises:
             LedgerError: the file cannot be deleted.
         """
-        if self.needs_segment(number):
-            return False
         for name in [n for n in self._idle if number in self._blobs[n].segments]:
             self._discard(name)
         self._files.close(number)
@@ -185,7 +182,6 @@ class BlobStore:
             self._disk.unlink(path)
         except OSError as error:
             raise io_error("cannot delete", error, path.name) from None
-        return True
 
     def resume(self, name: BlobName) -> tuple[int, xxhash.xxh3_128]:
         """Return how many bytes of a blob, from its start, are stored, and their hash; pins it."""
@@ -251,7 +247,7 @@ class BlobStore:
             raise LedgerError(f"blob {name.digest.hex()} of {name.owner} is not in the ledger")
         parts = []
         first = start
-        index = bisect.bisect_right(stored.chunks, start, key=_start_of) - 1
+        index = bisect.bisect_right(stored.chunks, start, key=attrgetter("start")) - 1
         while size:
             chunk = stored.chunks[index]
             skip = start - chunk.start
@@ -304,10 +300,6 @@ class BlobStore:
             stored.pinned = pinned
             for segment in stored.segments:
                 self._pins[segment] = self._pins.get(segment, 0) + (1 if pinned else -1)
-
-
-def _start_of(chunk: _ChunkPlace) -> int:
-    return chunk.start
 
 
 def read_payload(folder: Path, disk: Disk) -> BlobStore:

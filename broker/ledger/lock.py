@@ -36,10 +36,8 @@ class FolderLock:
         path = folder / LOCK_FILE
         try:
             self._fd = disk.open(path, UPDATE)
-        except PermissionError as error:
-            raise LedgerError(f"cannot open {path}: {error.strerror}{_owner(path)}") from None
         except OSError as error:
-            raise LedgerError(f"cannot open {path}: {error.strerror}") from None
+            raise LedgerError(f"cannot open {path}: {error.strerror}{_owner(path)}") from None
         try:
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -90,7 +90,6 @@ class Ledger:
     ) -> None:
         self.folder = folder
         self._disk = disk
-        self._durable = durability == "power"
         self.next_seq = 0
         self.cut_bytes = 0
         try:
@@ -107,7 +106,7 @@ class Ledger:
         self._positions: list[tuple[int, int]] = []
         self._recent: OrderedDict[int, Accepted] = OrderedDict()
         self._recent_bytes = 0
-        self._unsynced = self._unsynced_messages = False
+        self._unsynced_chunks = False
         self._unlisted: list[tuple[str, int]] = []
         """New segments, by family and number, that the manifest does not have yet."""
         self._failed_sync: LedgerError | None = None
@@ -130,17 +129,16 @@ class Ledger:
             self._payload_number, self._payload_file = self._open_last(PAYLOAD, point)
             opened.callback(self._payload_file.close)
             self._chunk_end = self._payload_file.size
-            self._sync_point = SyncPointFile(folder, disk) if self._durable else None
-            if self._sync_point is not None:
-                opened.callback(self._sync_point.close)
-                sync_all(folder, point, disk)
-            self._manifest.begin()
+            self._sync_point = SyncPointFile(folder, disk) if durability == "power" else None
             if self._sync_point is None:
                 # What is acknowledged from now on may not be on the device.
                 remove_sync_point(folder, disk)
             else:
+                opened.callback(self._sync_point.close)
+                sync_all(folder, point, disk)
                 self._sync_point.begin(self._end())
-                self._sync(lambda: sync_folder(folder, disk))
+            # A line that is on the device must not name a segment that is not.
+            self._manifest.begin()
             tail = LedgerTail(folder, disk)
             for entry in tail.poll():
                 self._entries.add(entry.seq, *tail.at)
@@ -275,17 +273,15 @@ class Ledger:
             self._next_messages_segment()
         if self._unlisted:
             self._list_segments()
-        if self._durable and self._unsynced:
+        if self._sync_point is not None and self._unsynced_chunks:
             # Before the messages, so that a message on the device has its blobs there.
             self._sync(self._payload_file.sync)
-            self._unsynced = False
+            self._unsynced_chunks = False
         if self._messages:
             self._write_messages()
-            self._unsynced_messages = True
-        if self._sync_point is not None and self._unsynced_messages:
-            self._sync(self._messages_file.sync)
-            self._unsynced_messages = False
-            self._sync_point.advance(self._end())
+            if self._sync_point is not None:
+                self._sync(self._messages_file.sync)
+                self._sync_point.advance(self._end())
         if self._payload_file.size > self._retention.segment_bytes(_PAYLOAD_SEGMENT_BYTES):
             self._next_payload_segment()
 
@@ -303,7 +299,7 @@ class Ledger:
 
     def _list_segments(self) -> None:
         """List new segments in the manifest; under `power`, once their names are on the device."""
-        if self._durable:
+        if self._sync_point is not None:
             self._sync(lambda: sync_folder(self.folder, self._disk))
         for family, number in self._unlisted:
             self._manifest.add(family, number)
@@ -312,7 +308,7 @@ class Ledger:
     def _write_chunks(self) -> None:
         self._payload_file.append(self._chunks)
         self._chunks = []
-        self._unsynced = True
+        self._unsynced_chunks = True
 
     def _write_messages(self) -> None:
         offset = self._messages_file.size
@@ -366,13 +362,14 @@ class Ledger:
 
     def _delete(self, number: int) -> bool:
         """Delete a payload segment unless it is needed; return whether it was deleted."""
-        if self.payload.needs_segment(number):
+        if self.payload.needs_segment(number) or not self._manifest.remove(PAYLOAD, number):
             return False
-        return self._manifest.remove(PAYLOAD, number) and self.payload.remove_segment(number)
+        self.payload.remove_segment(number)
+        return True
 
     def _begin(self, family: str, number: int) -> Segment:
         segment = Segment(segment_path(self.folder, family, number), disk=self._disk)
         self._unlisted.append((family, number))
-        if not self._durable:
+        if self._sync_point is None:
             self._list_segments()
         return segment

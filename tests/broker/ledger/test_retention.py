@@ -190,7 +190,7 @@ def test_memory_does_not_grow_with_unneeded_blobs(tmp_path, monkeypatch):
     ledger.close()
 
 
-def test_a_segment_that_is_needed_is_not_removed(tmp_path):
+def test_a_segment_is_needed_until_each_message_that_names_its_blobs_is_finished(tmp_path):
     ledger = Ledger(tmp_path)
     fill(ledger, 0, 1, 2)
     ledger.close()
@@ -198,9 +198,10 @@ def test_a_segment_that_is_needed_is_not_removed(tmp_path):
     for number in segment_numbers(tmp_path, PAYLOAD):
         index.add_segment(number, verify=True)
     index.use(name_of(blob(0)))
-    assert not index.remove_segment(0)
+    assert index.needs_segment(0)
     index.finish(name_of(blob(0)))
-    assert index.remove_segment(0)
+    assert not index.needs_segment(0)
+    index.remove_segment(0)
     assert [index.size_of(name_of(blob(number))) for number in range(3)] == [None, None, SIZE]
     index.close()
 
