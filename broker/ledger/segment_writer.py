@@ -26,7 +26,7 @@ class Segment:
         each: called with all existing records and the damage between them, in order; the damage
             stays in place. Without it, damage is an error.
         unacknowledged_from: offset from which on no record was acknowledged: damage there is set
-            aside with all that follows it, unless it stays in place. None if that is not known.
+            aside with all that follows it. None if that is not known.
         disk: holds the file.
 
     Attributes:
@@ -74,7 +74,9 @@ class Segment:
         tail = None
         if length >= len(MAGIC):
             self.size = len(MAGIC)
-            tail = self._read(each, length if unacknowledged_from is None else unacknowledged_from)
+            tail = self._find_tail(
+                each, length if unacknowledged_from is None else unacknowledged_from
+            )
         if tail is not None:
             self.size = tail.offset
         self.cut = length - self.size
@@ -83,22 +85,22 @@ class Segment:
                 set_aside(self.path, tail.offset, length, self._disk)
             self._truncate()
         if not self.size:
-            self._write([MAGIC])
+            self.append([MAGIC])
 
-    def _read(
+    def _find_tail(
         self, each: Callable[[Record | DamagedRange], None] | None, unacknowledged_from: int
     ) -> DamagedRange | None:
         """Read the file; return what must be cut from its end, or None."""
         try:
             for found in walk(self.path, resync=each is not None, disk=self._disk):
-                if isinstance(found, DamagedRange):
-                    may_cut = each is None and found.offset >= unacknowledged_from
-                    if found.fault is DamageKind.TORN or may_cut:
-                        return found
-                    if each is None:
-                        raise found.error(self.path)
+                if isinstance(found, DamagedRange) and (
+                    found.fault is DamageKind.TORN or found.offset >= unacknowledged_from
+                ):
+                    return found
                 if each is not None:
                     each(found)
+                elif isinstance(found, DamagedRange):
+                    raise found.error(self.path)
                 self.size = found.end
         except LedgerDamage as error:
             if unacknowledged_from or error.offset:
@@ -114,7 +116,15 @@ class Segment:
             NoSpace: the disk is full.
             LedgerError: the operating system refused the write.
         """
-        self._write(buffers)
+        if self._has_excess:
+            self._truncate()
+        try:
+            self.size += append_all(self._disk, self._fd, buffers)
+        except OSError as error:
+            self._has_excess = True
+            with contextlib.suppress(LedgerError):  # tried again before the next write
+                self._truncate()
+            raise io_error("cannot write", error, self.path.name, self.size) from None
 
     def sync(self) -> None:
         """Wait until everything appended is on the device.
@@ -156,17 +166,6 @@ class Segment:
         except OSError as error:
             raise io_error("cannot cut", error, self.path.name, self.size) from None
         self._has_excess = False
-
-    def _write(self, buffers: Sequence[Buffer]) -> None:
-        if self._has_excess:
-            self._truncate()
-        try:
-            self.size += append_all(self._disk, self._fd, buffers)
-        except OSError as error:
-            self._has_excess = True
-            with contextlib.suppress(LedgerError):  # tried again before the next write
-                self._truncate()
-            raise io_error("cannot write", error, self.path.name, self.size) from None
 
 
 def set_aside(path: Path, start: int, end: int, disk: Disk = LOCAL_DISK) -> Path:

@@ -160,6 +160,25 @@ def test_a_hole_after_the_last_sync_is_set_aside_and_one_before_it_is_damage(tmp
         start(tmp_path, disk)
 
 
+def test_a_hole_in_the_payload_after_the_last_sync_is_set_aside(tmp_path, disk):
+    ledger = start(tmp_path, disk)
+    name = put(ledger, b"some bytes")
+    commit(ledger, accepted(0))
+    put(ledger, bytes(range(1, 251)), piece=50)
+    disk.crash_at(disk.operations + 1)
+    with pytest.raises(Crash):
+        ledger.commit()
+    disk.die()
+    path = segment_path(tmp_path, PAYLOAD, 0)
+    hole = list(scan(path))[2].offset
+    spoil(path, hole, bytes(80))
+    ledger = start(tmp_path, disk)
+    assert (ledger.damage, path.stat().st_size) == ([], hole)
+    assert path.with_name(f"{path.name}.cut-{hole}").exists()
+    assert ledger.payload.read(name, 0, 10) == b"some bytes"
+    ledger.close()
+
+
 def test_a_hole_is_damage_if_the_broker_acknowledged_without_a_sync(tmp_path):
     """Under `process`, no one knows which batch was the last before the power failure."""
     start(tmp_path, VirtualDisk(dice(0)), "power").close()
