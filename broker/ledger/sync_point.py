@@ -1,14 +1,14 @@
 """What of a ledger is known to be on the device, under durability `power`.
 
-After each sync, the broker notes the ends of both families' last segments in a small file. The note
-itself is not synced again: an older one is true as well. When a ledger is opened, the note answers
-two questions.
+After each sync, the broker notes the ends of both families' last segments in a small file. Only the
+first note of a broker is synced itself: an older one is true as well. When a ledger is opened, the
+note answers two questions.
 
 - What may an earlier broker not have synced? That is written again before it counts. To sync it
   would not be enough: the kernel reports a failed write once, then the page counts as written, and
   the next sync succeeds although the device may not have the bytes.
-- Which damage is the rest of a batch that no one was told is recorded? Entries after the note were
-  not acknowledged, unless the note is older than the last sync; and what was synced has no holes.
+- Which damage is the rest of a batch that was never acknowledged? All that begins after the note,
+  unless the note is older than the last sync; and what was synced has no holes.
 """
 
 from __future__ import annotations

@@ -152,10 +152,10 @@ class Ledger:
         numbers = segment_numbers(self.folder, family, self._disk)
         number = numbers[-1] if numbers else 0
         path = segment_path(self.folder, family, number)
-        add = functools.partial(self.payload.add_found, number, path)
+        index = functools.partial(self.payload.add_found, number, path)
         segment = Segment(
             path,
-            add if family == PAYLOAD else None,
+            index if family == PAYLOAD else None,
             unacknowledged_from=point.end(family, number) if point else None,
             disk=self._disk,
         )
