@@ -18,7 +18,7 @@ from fedmq.broker.ledger.records import MAGIC, scan
 from fedmq.broker.ledger.segment_writer import Segment, sync_folder
 from fedmq.broker.ledger.sync_point import SYNC_POINT_FILE, read_sync_point
 from fedmq.broker.ledger.writer import Ledger
-from fedmq.broker.virtual.disk import Crash, Fault, VirtualDisk
+from fedmq.broker.virtual.disk import Crash, DiskFault, VirtualDisk
 from tests.broker.ledger.failing_disk import Script, dice, small_segments, survive
 from tests.broker.ledger.small_ledger import ENTRIES, accepted, name_of, put
 
@@ -78,7 +78,7 @@ def check_seeds(folder, durability, seeds):
 def test_promises_hold_whatever_fails(folder, durability):
     made = check_seeds(folder, durability, range(80))
     # Under `power`, only retention deletes files.
-    assert set(Fault) - {Fault.UNLINK_ERROR} <= made.keys()
+    assert set(DiskFault) - {DiskFault.UNLINK_ERROR} <= made.keys()
 
 
 @pytest.mark.soak
@@ -209,7 +209,7 @@ def test_a_segment_without_its_first_page_is_begun_again(tmp_path, disk, monkeyp
 def test_what_a_failed_sync_may_have_lost_is_written_again(tmp_path, disk):
     ledger = start(tmp_path, disk)
     put(ledger, b"some bytes")
-    disk.fail_at(Fault.SYNC_ERROR, disk.met[Fault.SYNC_ERROR])
+    disk.fail_at(DiskFault.SYNC_ERROR, disk.met[DiskFault.SYNC_ERROR])
     with pytest.raises(LedgerError, match="cannot sync"):
         commit(ledger, accepted(0))
     with pytest.raises(LedgerError, match="cannot sync"):
@@ -233,7 +233,7 @@ def test_a_bit_that_flips_while_it_is_read_cuts_and_changes_nothing(tmp_path, di
     ledger.close()
     for occasion in range(40):
         again = VirtualDisk(dice(occasion))
-        again.fail_at(Fault.FLIPPED_BIT, occasion)
+        again.fail_at(DiskFault.FLIPPED_BIT, occasion)
         found = []
         try:
             ledger = start(tmp_path, again, durability, found.append)
