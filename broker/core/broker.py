@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from fedmq.broker.core import delivery
 from fedmq.broker.core.acceptance import Acceptance
 from fedmq.broker.core.acknowledgments import PendingAcks
+from fedmq.broker.core.lifecycles import SessionEvent, SessionState
 from fedmq.broker.core.mailboxes import Mailboxes
 from fedmq.broker.core.sessions import Sessions
 from fedmq.broker.core.state import (
@@ -131,6 +132,7 @@ class Broker:
                 out.append(SendTo(peer, Reject(code=code, reason=str(error)[:2000])))
                 out.append(Log("warning", "unreadable frame", {"reason": str(error)}))
             case Gone(peer):
+                self._sessions.early.pop(peer, None)
                 node = self._sessions.peers.get(peer)
                 if node is not None and node.alive:
                     silent = f"silent for {now - node.last_seen:.1f} s, its connection is gone"
@@ -174,6 +176,8 @@ class Broker:
             return
         node.last_seen = now
         node.lease_until = now + self._settings.lease_s
+        if node.state is SessionState.SILENT:
+            node.move(SessionEvent.FRAME)
         node.received_bytes += event.nbytes
         match frame:
             case NumberedFrame() if not self._full:
@@ -309,7 +313,11 @@ class Broker:
             for each in run.nodes.values()
             if each.alive
         )
+        run.refused.clear()
+        run.interrupted.clear()
         for member in run.nodes.values():
+            if member.alive:
+                member.move(SessionEvent.RUN_END)
             member.lease_until = now + self._settings.lease_s
             member.pending.clear()
             member.queue.clear()
@@ -329,6 +337,7 @@ class Broker:
             for node in self._sessions.alive():
                 node.last_seen += late_s
                 node.lease_until = now + self._settings.lease_s
+        self._sessions.admit_early(now, out)
         self._sessions.look_after(now, out)
         while self._mailboxes.timers and self._mailboxes.timers[0][0] <= now:
             _, seq, name, token = heapq.heappop(self._mailboxes.timers)

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 
+from fedmq.broker.core.lifecycles import SessionState
 from fedmq.broker.core.state import Node, SendTo
 from fedmq.broker.ledger.entries import Accepted, BlobName, blob_name
 from fedmq.broker.wire import schema
@@ -92,4 +93,4 @@ def retry_pause(interrupted: int) -> float:
 
 def _may_send(node: Node, now: float) -> bool:
     has_room = len(node.in_flight) < WINDOW_MESSAGES and node.in_flight_bytes < WINDOW_BYTES
-    return bool(node.peer) and node.resume_at <= now and has_room
+    return node.state is not SessionState.AWAITED and node.resume_at <= now and has_room

@@ -6,12 +6,21 @@ import heapq
 import secrets
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import TypeGuard
 
 from msgspec import UNSET
 
 from fedmq.broker.core.admission import timer_of
 from fedmq.broker.core.broker import Broker
 from fedmq.broker.core.deduplication import PostFingerprint
+from fedmq.broker.core.lifecycles import (
+    UNFINISHED,
+    ImpossibleTransition,
+    MessageEvent,
+    MessageLives,
+    SessionEvent,
+    SessionState,
+)
 from fedmq.broker.core.mailboxes import Mailboxes
 from fedmq.broker.core.state import Append, Continuation, Node, RunState
 from fedmq.broker.errors import LedgerDamage, LedgerError, check_advice
@@ -56,9 +65,9 @@ class Restorer:
 
     def __init__(self, mailboxes: Mailboxes) -> None:
         self.mailboxes = mailboxes
-        self._pending: dict[int, Message] = {}
-        """Unfinished messages, including checkpoints and timers, by number."""
-        self._dead_letters: dict[int, Message] = {}
+        self._lives = MessageLives()
+        self._kept: dict[int, Message] = {}
+        """Unfinished and dead-lettered messages, including checkpoints and timers, by number."""
         self._at: dict[int, float] = {}
         self._last: dict[str, tuple[int, Message]] = {}
         """(number, message) of the last checkpoint of each ended run."""
@@ -69,13 +78,16 @@ class Restorer:
         """Apply the next entry.
 
         Raises:
-            LedgerDamage: it refers to a run or a message that no earlier entry has.
+            LedgerDamage: it refers to a run that no earlier entry has, or it does what cannot
+                happen to a message or session in its state.
         """
         try:
             self._feed(entry)
         except KeyError as error:
             unknown = f"entry {entry.seq} refers to {error}, which no earlier entry has"
             raise LedgerDamage(unknown) from None
+        except ImpossibleTransition as error:
+            raise LedgerDamage(f"entry {entry.seq} is impossible: {error}") from None
 
     def _feed(self, entry: AnyEntry) -> None:
         self.mailboxes.next_seq = entry.seq + 1
@@ -92,12 +104,17 @@ class Restorer:
             case Ended(run=name, reason=reason):
                 run = self.mailboxes.runs[name]
                 run.over = reason
-                if run.checkpoint in self._pending:
-                    self._last[name] = run.checkpoint, self._pending[run.checkpoint]
+                if self._is_unfinished(run.checkpoint):
+                    self._last[name] = run.checkpoint, self._kept[run.checkpoint]
                 run.checkpoint, run.carried = None, (0, 0)
-                for unfinished in (self._pending, self._dead_letters):
-                    for seq in [s for s, each in unfinished.items() if each.run == name]:
-                        del unfinished[seq]
+                run.refused.clear()
+                run.interrupted.clear()
+                for seq in [s for s, each in self._kept.items() if each.run == name]:
+                    self._lives.move(seq, MessageEvent.END_RUN)
+                    del self._kept[seq]
+                for node in run.nodes.values():
+                    if node.alive:
+                        node.move(SessionEvent.RUN_END)
 
     def _accepted(self, entry: Accepted, message: Message) -> None:
         run = self.mailboxes.runs[message.run]
@@ -113,8 +130,11 @@ class Restorer:
         if message.to == CHECKPOINT:
             run.checkpoint = entry.seq
             run.carried = run.carried if entry.traffic is UNSET else entry.traffic
-        if message.to != RECORD:
-            self._pending[entry.seq] = message
+        if message.to == RECORD:
+            self._lives.move(entry.seq, MessageEvent.RECORD)
+        else:
+            self._lives.move(entry.seq, MessageEvent.ACCEPT)
+            self._kept[entry.seq] = message
             self._at[entry.seq] = entry.at
 
     def _member(self, run: RunState, message: Message) -> None:
@@ -124,9 +144,9 @@ class Restorer:
         known = run.nodes.get(name)
         if message.kind == "left":
             if known is not None:
-                known.alive = False
+                known.move(SessionEvent.LEAVE)
             seq = body.get("interrupted")
-            if seq in self._pending:
+            if self._is_unfinished(seq):
                 run.interrupted[seq] = run.interrupted.get(seq, 0) + 1
             return
         hello = Hello(
@@ -141,14 +161,16 @@ class Restorer:
         )
         sessions = known.sessions if known is not None else 0
         again = known is not None and known.hello.session == hello.session
-        run.nodes[name] = Node(hello, run, b"", 0.0, sessions=sessions + (not again))
+        sessions += not again
+        run.nodes[name] = Node(hello, run, b"", 0.0, SessionState.CONNECTED, sessions=sessions)
 
     def _continued(self, run: RunState, seq: int, message: Message) -> None:
         """Apply that a run was continued: its nodes are gone, and its end may be lifted."""
         run.config = message.body["config"]
         for node in run.nodes.values():
-            node.alive = False
-        for at, each in self._pending.items():
+            if node.alive:
+                node.move(SessionEvent.LEAVE)
+        for at, each in self._kept.items():
             if each.run == run.id and each.to == TIMER:
                 self._at[at] += message.body["stopped_s"]
         if not message.body["further"]:
@@ -158,7 +180,8 @@ class Restorer:
             run.over = ""
             if run.id in self._last:
                 run.checkpoint, last = self._last.pop(run.id)
-                self._pending[run.checkpoint] = last
+                self._lives.move(run.checkpoint, MessageEvent.REOPEN_RUN)
+                self._kept[run.checkpoint] = last
 
     def continue_run(self, continuation: Continuation, ledger: Ledger, now: float) -> None:
         """Record that a run continues; does nothing if the ledger has no such run.
@@ -188,9 +211,10 @@ class Restorer:
 
     def _check_last(self, run: RunState, ledger: Ledger) -> None:
         """Raise LedgerError if a blob of a run's last checkpoint is not in the ledger."""
-        last = None if run.checkpoint is None else self._pending.get(run.checkpoint)
-        if last is not None and any(
-            ledger.size_of(blob_name(last, blob)) is None for blob in last.blobs
+        if self._is_unfinished(run.checkpoint) and any(
+            ledger.size_of(blob_name(last, blob)) is None
+            for last in [self._kept[run.checkpoint]]
+            for blob in last.blobs
         ):
             raise LedgerError(
                 f"cannot continue run {run.id}: the bytes of its last checkpoint, entry "
@@ -198,22 +222,25 @@ class Restorer:
                 "broker.durability) or deleted by retention (see broker.retain)"
             )
 
+    def _is_unfinished(self, seq: int | None) -> TypeGuard[int]:
+        return seq is not None and self._lives.state_of(seq) in UNFINISHED
+
     def _finished(self, seqs: Iterable[int]) -> None:
         for seq in seqs:
-            message = self._pending.pop(seq, None) or self._dead_letters.pop(seq, None)
-            if message is not None:
-                run = self.mailboxes.runs[message.run]
-                run.refused.discard(seq)
-                run.interrupted.pop(seq, None)
+            self._lives.move(seq, MessageEvent.CONSUME)
+            run = self.mailboxes.runs[self._kept.pop(seq).run]
+            run.refused.discard(seq)
+            run.interrupted.pop(seq, None)
 
     def _refused(self, refusal: Refusal) -> None:
         run = self.mailboxes.runs[refusal.run]
         if refusal.of is None:
             self.mailboxes.dedup_window.add(PostFingerprint.from_bytes(refusal.mark))
             return
+        dead = refusal.dead_lettered
+        self._lives.move(refusal.of, MessageEvent.DEAD_LETTER if dead else MessageEvent.REJECT)
         run.refused.add(refusal.of)
-        if refusal.dead_lettered:
-            self._dead_letters[refusal.of] = self._pending.pop(refusal.of)
+        if dead:
             run.interrupted.pop(refusal.of, None)
 
     def finish(self, ledger: Ledger, now: float, lease_s: float) -> None:
@@ -223,13 +250,13 @@ class Restorer:
         """
         for run in self.mailboxes.runs.values():
             for node in run.nodes.values():
-                node.alive = node.alive and not run.over
+                node.move(SessionEvent.RESTART)
                 node.last_seen, node.lease_until = now, now + lease_s
                 if node.alive:
                     run.hosts |= dict.fromkeys(addresses(node.hello), node.name)
-        for seq, message in sorted((self._pending | self._dead_letters).items()):
+        for seq, message in sorted(self._kept.items()):
             ledger.use(seq, [blob_name(message, blob) for blob in message.blobs])
-        for seq, message in self._pending.items():
+        for seq, message in self.unfinished.items():
             run = self.mailboxes.runs[message.run]
             if any(ledger.size_of(blob_name(message, blob)) is None for blob in message.blobs):
                 self.lost.append((run.id, seq))
@@ -248,12 +275,13 @@ class Restorer:
     @property
     def unfinished(self) -> dict[int, Message]:
         """Return the unfinished messages by number, without the dead-lettered ones."""
-        return self._pending
+        state_of = self._lives.state_of
+        return {seq: each for seq, each in self._kept.items() if state_of(seq) in UNFINISHED}
 
     @property
     def dead_letters(self) -> tuple[int, ...]:
         """Return the numbers of the dead-lettered messages, in order."""
-        return tuple(sorted(self._dead_letters))
+        return tuple(sorted(self._kept.keys() - self.unfinished.keys()))
 
 
 def random_identity() -> str:

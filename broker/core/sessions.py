@@ -11,6 +11,7 @@ from msgspec import UNSET
 
 from fedmq.broker.core import delivery
 from fedmq.broker.core.admission import MAX_EARLY, find_run, wait_for_run, why_not, wrong_name
+from fedmq.broker.core.lifecycles import SessionEvent, SessionState
 from fedmq.broker.core.mailboxes import Mailboxes
 from fedmq.broker.core.state import (
     Action,
@@ -43,7 +44,7 @@ class Sessions:
 
     Attributes:
         peers: nodes by connection.
-        early: the Hello of each connection that waits for its run to start.
+        early: the last Hello of each connection that waits for its run to start, and its time.
         due: earliest time at which a lease or a pause of a node may end; infinite without nodes.
     """
 
@@ -57,7 +58,9 @@ class Sessions:
         self._settings, self._mailboxes = settings, mailboxes
         self._draw_identity, self._on_admit = draw_identity, on_admit
         self.peers: dict[bytes, Node] = {}
-        self.early: dict[bytes, Hello] = {}
+        self.early: dict[bytes, tuple[Hello, float]] = {}
+        self._has_opened = False
+        """Whether a run has been opened, for which nodes in `early` may wait."""
         self.due = self._next_due()
 
     def hello(self, peer: bytes, hello: Hello, now: float, out: list[Action]) -> None:
@@ -69,19 +72,20 @@ class Sessions:
         if isinstance(run, str):
             self._reject(peer, hello, "run", run, out)
             return
+        self.early.pop(peer, None)
         if run is None:
             if len(self.early) >= MAX_EARLY:
                 del self.early[next(iter(self.early))]
-            self.early[peer] = hello
+            self.early[peer] = hello, now
             out.append(SendTo(peer, wait_for_run(self._mailboxes.runs)))
             return
-        self.early.pop(peer, None)
         known = run.nodes.get(hello.node)
         if run.over:
             if known is not None and known.alive and known.hello.session == hello.session:
                 # It has reconnected: its goodbye comes over the new connection.
                 self.peers.pop(known.peer, None)
                 known.peer, self.peers[peer] = peer, known
+                known.move(SessionEvent.HELLO)
             out.append(SendTo(peer, RunEnded(reason=run.over)))
             return
         reason = why_not(run, hello, known)
@@ -100,18 +104,32 @@ class Sessions:
                 identity=run.identity,
             )
             out.append(Append(opened))
+            # A connection that is gone must not take names and clients from another one.
+            out.extend(Probe(other) for other in self.early)
+            self._has_opened = True
         before = self.peers.get(peer)
         if before is not None and before is not known and before.alive:
             self.leave(
                 before, f"node {hello.node} has taken over its connection", now, out, clean=True
             )
         self._admit(peer, hello, run, known, now, out)
-        if hello.role == AGGREGATOR:
-            # The newest of several waiting sessions with one name is the node.
-            early = {each.node: (other, each) for other, each in self.early.items()}
-            self.early = {}
-            for other, their_hello in early.values():
-                self.hello(other, their_hello, now, out)
+
+    def admit_early(self, now: float, out: list[Action]) -> None:
+        """Admit the nodes whose run has been opened in this turn, and whose connections are up.
+
+        Nodes repeat their Hello while they wait, so a node that did not within a lease is gone.
+        """
+        if not self._has_opened:
+            return
+        self._has_opened = False
+        # The newest of several waiting sessions with one name is the node.
+        early = {hello.node: (peer, hello, at) for peer, (hello, at) in self.early.items()}
+        self.early = {}
+        for peer, hello, at in early.values():
+            if now < at + self._settings.lease_s:
+                self.hello(peer, hello, now, out)
+            if peer in self.early:
+                self.early[peer] = hello, at
 
     def _admit(
         self,
@@ -132,12 +150,13 @@ class Sessions:
             node.hello = msgspec.structs.replace(node.hello, v=hello.v)
             node.fetcher.restart()
         else:
-            node = Node(hello, run, peer, 0.0, alive=False)
+            node = Node(hello, run, peer, 0.0)
             if known is not None:
                 if known.alive:
                     reason = "a newer session has taken over"
                     out.append(SendTo(known.peer, Reject(code="replaced", reason=reason)))
                     self.leave(known, reason, now, out)
+                known.move(SessionEvent.REPLACE)
                 self.peers.pop(known.peer, None)
                 node.sessions = known.sessions
                 node.received_bytes = known.received_bytes
@@ -159,8 +178,9 @@ class Sessions:
             continued=UNSET if run.continued is None or not leads else run.continued,
         )
         out.append(SendTo(peer, welcome))
-        if not node.alive:
-            node.alive = True
+        was_there = node.alive
+        node.move(SessionEvent.HELLO)
+        if not was_there:
             node.sessions += not returning
             self._announce("joined", node, {}, now, out)
             found: dict[int, str] = {}
@@ -224,9 +244,11 @@ class Sessions:
         end of its run, a node that does not say goodbye gets no further lease.
         """
         silent = now - node.last_seen
-        if not node.peer or node.run.over or silent >= MAX_SILENT_LEASES * self._settings.lease_s:
+        may_be_slow = node.state in (SessionState.CONNECTED, SessionState.SILENT)
+        if not may_be_slow or silent >= MAX_SILENT_LEASES * self._settings.lease_s:
             self.leave(node, f"silent for {silent:.1f} s", now, out)
         else:
+            node.move(SessionEvent.LEASE_END)
             node.lease_until = now + self._settings.beat_s
             out.append(Probe(node.peer))
 
@@ -234,7 +256,7 @@ class Sessions:
         self, node: Node, reason: str, now: float, out: list[Action], *, clean: bool = False
     ) -> None:
         """Record that a node has left; ``clean``: not because of the message that it handled."""
-        node.alive = False
+        node.move(SessionEvent.LEAVE)
         run = node.run
         if run.over:
             return

@@ -11,6 +11,7 @@ import xxhash
 from msgspec import Struct
 
 from fedmq.broker.core.deduplication import PostFingerprint
+from fedmq.broker.core.lifecycles import PRESENT, SessionEvent, SessionState, next_state
 from fedmq.broker.errors import WireError
 from fedmq.broker.ledger.entries import Accepted, BlobName, Entry, blob_name
 from fedmq.broker.rejections import Code, Rejection
@@ -235,7 +236,7 @@ class Node:
     run: RunState
     peer: bytes
     lease_until: float
-    alive: bool = True
+    state: SessionState = SessionState.WAITING
     last_seen: float = 0.0
     next_n: int = 0
     pending_frames: deque[PendingFrame] = field(default_factory=deque)
@@ -258,6 +259,19 @@ class Node:
     def __post_init__(self) -> None:
         """Look the name up once: it is needed for each message."""
         self.name = self.hello.node
+
+    @property
+    def alive(self) -> bool:
+        """Return whether the session has not left: it gets the messages to its addresses."""
+        return self.state in PRESENT
+
+    def move(self, event: SessionEvent) -> None:
+        """Apply an event to the session.
+
+        Raises:
+            ImpossibleTransition: the event cannot happen in its state.
+        """
+        self.state = next_state(self.state, event)
 
 
 @dataclass

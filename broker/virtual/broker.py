@@ -1,7 +1,7 @@
-"""A broker in the virtual world: the broker's own driver, over a virtual network and clock.
+"""A broker in the virtual world: the broker's own driver, over a virtual network, disk and clock.
 
-Its process can crash at any moment, also in the middle of a turn; it can be paused, and start
-again. Its ledger is in a folder.
+Its process can crash at any moment, also in the middle of a turn, or its machine can lose power; it
+can be paused, and start again.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from fedmq.broker.driver import BrokerDriver
 from fedmq.broker.errors import BrokerFailed, LedgerError
 from fedmq.broker.ledger.writer import Ledger
 from fedmq.broker.settings import BrokerSettings, LedgerSettings
+from fedmq.broker.virtual.disk import Crash, VirtualDisk
 from fedmq.broker.virtual.machine import Machine
 from fedmq.broker.virtual.network import VirtualNetwork
 from fedmq.broker.wire.clock import milliseconds_until
@@ -26,10 +27,6 @@ from fedmq.broker.wire.schema import AnyFrame, Buffer
 
 _RESTART_S = 2.0
 """Longest time after which a broker that its ledger has stopped starts again, in seconds."""
-
-
-class Crash(BaseException):
-    """The process dies here."""
 
 
 class VirtualBroker:
@@ -41,13 +38,16 @@ class VirtualBroker:
         settings: of its core.
         ledger_settings: of its ledger.
         machine: has its clocks; by default one whose clocks are right.
+        disk: of the machine; by default one without faults.
         draw_identity: see `Broker`; by default ``virtual1``, ``virtual2``, ..., across crashes.
 
     Attributes:
         up: whether the process is running, or paused.
         driver: of the present process, or of the last one.
+        disk: as given; faults and crashes in the middle of a commit are planned there.
         batch_s: longest time that frames wait for others to be handled in one turn, in seconds.
         crash_at_send: number of frames that it still sends before it crashes; None for no crash.
+        loses_power: whether the next crash in the middle of a turn is a power failure.
         failures: why it stopped or could not start, each time.
     """
 
@@ -61,6 +61,7 @@ class VirtualBroker:
         ledger_settings: LedgerSettings | None = None,
         *,
         machine: Machine | None = None,
+        disk: VirtualDisk | None = None,
         draw_identity: Callable[[], str] | None = None,
     ) -> None:
         self._network, self._folder, self._settings = network, folder, settings
@@ -68,7 +69,8 @@ class VirtualBroker:
         self._machine = machine or Machine(network)
         # Counted, so that a history depends only on its seed.
         self._draw_identity = draw_identity or map("virtual{}".format, itertools.count(1)).__next__
-        self.up = self._paused = False
+        self.disk = disk or VirtualDisk(network.rng)
+        self.up = self._paused = self.loses_power = False
         self.batch_s = 0.0
         self.crash_at_send: int | None = None
         self.failures: list[str] = []
@@ -99,6 +101,7 @@ class VirtualBroker:
         if self.up:
             return
         self._clock = self._machine.clock()
+        self.up = True
         try:
             self.driver = BrokerDriver.open(
                 self._folder,
@@ -106,19 +109,33 @@ class VirtualBroker:
                 self._ledger_settings,
                 self,
                 self._clock,
+                disk=self.disk,
                 draw_identity=self._draw_identity,
             )
+        except Crash:
+            self.crash(power=self.loses_power)
         except LedgerError as error:
             self._fail(str(error))
-            return
-        self.up = True
-        self._turn()
+        else:
+            self._turn()
 
-    def crash(self) -> None:
-        """End the process at once; what it has not written is lost."""
-        if self.up:
-            self._end()
-            self.driver.close()
+    def crash(self, *, power: bool = False) -> None:
+        """End the process at once; with ``power``, as the machine loses power."""
+        self.up = self._paused = self.loses_power = False
+        self.crash_at_send = None
+        self._arrived.clear()
+        self._wake_at = math.inf
+        self._plans += 1
+        if power:
+            self.disk.lose_power()
+        else:
+            self.disk.die()
+
+    def _fail(self, reason: str) -> None:
+        """End the process, because of its ledger, and start again later."""
+        self.crash()
+        self.failures.append(reason)
+        self._network.after(self._network.rng.random() * _RESTART_S, self.start)
 
     def pause(self) -> None:
         """Stop the process: frames wait, and timers are late."""
@@ -129,18 +146,6 @@ class VirtualBroker:
         self._paused = False
         if self.up:
             self._plan(self._clock())
-
-    def _end(self) -> None:
-        self.up = self._paused = False
-        self.crash_at_send = None
-        self._arrived.clear()
-        self._wake_at = math.inf
-        self._plans += 1
-
-    def _fail(self, reason: str) -> None:
-        """Start again later: the ledger has stopped the process, or prevented its start."""
-        self.failures.append(reason)
-        self._network.after(self._network.rng.random() * _RESTART_S, self.start)
 
     # ---- turns
 
@@ -172,15 +177,21 @@ class VirtualBroker:
         events, self._arrived = self._arrived, []
         try:
             self.driver.turn(events)
-        except Crash:
-            self.crash()
-        except BrokerFailed as error:
-            self._end()
-            self.driver.close()
-            self._fail(str(error))
-        else:
             if (deadline := self.driver.deadline) is not None:
                 self._plan(deadline)
+        except Crash:
+            self.crash(power=self.loses_power)
+        except BrokerFailed as error:
+            self._stop(str(error))
+
+    def _stop(self, reason: str) -> None:
+        """Close the ledger, as the process does before it ends."""
+        try:
+            self.driver.close()
+        except Crash:
+            self.crash(power=self.loses_power)
+        else:
+            self._fail(reason)
 
     # ---- the port of its driver
 

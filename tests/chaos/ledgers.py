@@ -263,7 +263,7 @@ def _check_balance(watch: Watch) -> None:
     assert len(consumed) == len(set(consumed)), "consumed twice"
     assert len(refused) == len(set(refused)), "refused twice"
     assert set(consumed) | set(refused) <= kept
-    assert set(restorer._pending) == kept - set(consumed) - parked
+    assert set(restorer.unfinished) == kept - set(consumed) - parked
 
 
 def _check_replay(watch: Watch, refolded: Refolded) -> None:

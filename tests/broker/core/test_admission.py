@@ -147,7 +147,9 @@ def test_an_ended_run_is_not_joined_by_default_and_answers_run_ended(bench):
     bench.tell(agg, RunEnded(reason="done"))
     assert bench.take(bench.join("w1", run="r")) == [RunEnded(reason="done")]
     assert isinstance(bench.take(bench.join("w2"))[0], Wait)
+    bench.standing.add(b"w2:s1")
     bench.joined("agg", "aggregator", session="s2", run="q")
+    bench.wake()
     assert bench.take(b"w2:s1", Welcome)[0].run == "q"
 
 
@@ -162,8 +164,10 @@ def test_workers_that_come_first_wait_and_are_welcomed_when_the_run_comes(bench)
     ] * 3
     bench.say(first, Heartbeat())
     assert bench.take(first) == []
+    bench.standing |= {first, named, other}
     agg = bench.join("agg", "aggregator")
     assert isinstance(bench.take(agg)[0], Welcome)
+    bench.wake()
     assert [type(bench.take(peer)[0]) for peer in (first, named, other)] == [Welcome, Welcome, Wait]
     assert [body["node"] for _, body in bench.said("joined")] == ["agg", "w1", "w2"]
 
@@ -174,7 +178,9 @@ def test_a_worker_that_says_goodbye_while_it_waits_is_not_welcomed_later(bench):
     back = bench.join("w1", session="s2")
     bench.take(gone)
     bench.take(back)
+    bench.standing.add(back)
     bench.joined("agg", "aggregator")
+    bench.wake()
     assert bench.take(gone) == []
     assert isinstance(bench.take(back)[0], Welcome)
 
@@ -184,8 +190,26 @@ def test_the_newer_of_two_waiting_sessions_with_one_name_is_welcomed(bench):
     bench.join("w1", session="s1")
     back = bench.join("w1", session="s2")
     bench.take(back)
+    bench.standing |= {b"w1:s1", back}
     bench.joined("agg", "aggregator")
+    bench.wake()
     assert isinstance(bench.take(back)[0], Welcome)
+
+
+@pytest.mark.parametrize("connection", ["gone", "up, but silent"])
+def test_a_node_that_ended_while_it_waited_takes_no_clients_from_another(bench, connection):
+    """With `worker --give-up`, say; whether or not its connection was closed."""
+    ended = bench.join("w1", clients=((0, 9),))
+    if connection == "up, but silent":
+        bench.standing.add(ended)
+        bench.wake(bench.settings.lease_s)
+    real = bench.join("w2", clients=((0, 9),))
+    bench.standing.add(real)
+    bench.take(real)
+    bench.joined("agg", "aggregator")
+    bench.wake(bench.now)
+    assert isinstance(bench.take(real)[0], Welcome)
+    assert [body["node"] for _, body in bench.said("joined")] == ["agg", "w2"]
 
 
 def test_the_same_session_on_a_new_connection_takes_its_place_over(bench):

@@ -1,0 +1,212 @@
+"""The life of a message and of a session: the states, and the tables of what may happen in each.
+
+The core and the recovery of a ledger move messages and sessions along these tables;
+docs/architecture.md shows them.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections import Counter
+
+
+class MessageState(enum.IntEnum):
+    """The state of an entry's message; a ledger's entries determine it."""
+
+    NONE = 0
+    """The entry is not a message."""
+    ACCEPTED = 1
+    """In the ledger; it waits for its recipient, or was delivered to it."""
+    REJECTED = 2
+    """Its recipient has rejected it, and still holds it."""
+    DEAD_LETTERED = 3
+    """Kept with its bytes, but not delivered."""
+    CONSUMED = 4
+    """Its recipient has handled it."""
+    SETTLED = 5
+    """Its recipient has rejected it, and does not need it any more."""
+    REDELIVERED = 6
+    """A dead letter that was accepted again, under a new number."""
+    DROPPED = 7
+    """Unfinished when its run ended."""
+    RECORDED = 8
+    """Kept for readers of the ledger; delivered to nobody."""
+
+
+class MessageEvent(enum.IntEnum):
+    """What an entry does to a message."""
+
+    ACCEPT = 1
+    RECORD = 2
+    CONSUME = 3
+    REJECT = 4
+    DEAD_LETTER = 5
+    END_RUN = 6
+    REOPEN_RUN = 7
+    """For the last checkpoint of the run only."""
+
+
+MESSAGE = {
+    MessageState.NONE: {
+        MessageEvent.ACCEPT: MessageState.ACCEPTED,
+        MessageEvent.RECORD: MessageState.RECORDED,
+    },
+    MessageState.ACCEPTED: {
+        MessageEvent.CONSUME: MessageState.CONSUMED,
+        MessageEvent.REJECT: MessageState.REJECTED,
+        MessageEvent.DEAD_LETTER: MessageState.DEAD_LETTERED,
+        MessageEvent.END_RUN: MessageState.DROPPED,
+    },
+    MessageState.REJECTED: {
+        MessageEvent.CONSUME: MessageState.SETTLED,
+        MessageEvent.END_RUN: MessageState.DROPPED,
+    },
+    MessageState.DEAD_LETTERED: {
+        MessageEvent.CONSUME: MessageState.REDELIVERED,
+        MessageEvent.END_RUN: MessageState.DROPPED,
+    },
+    MessageState.DROPPED: {
+        MessageEvent.REOPEN_RUN: MessageState.ACCEPTED,
+    },
+    MessageState.CONSUMED: {},
+    MessageState.SETTLED: {},
+    MessageState.REDELIVERED: {},
+    MessageState.RECORDED: {},
+}
+UNFINISHED = frozenset({MessageState.ACCEPTED, MessageState.REJECTED})
+"""States of messages that a recipient still needs."""
+
+
+class SessionState(enum.IntEnum):
+    """The state of one session of a node at its broker."""
+
+    WAITING = 1
+    """Its run has not started."""
+    CONNECTED = 2
+    """Admitted; its frames arrive."""
+    SILENT = 3
+    """Its lease has ended, but its connection is up: it is slow."""
+    AWAITED = 4
+    """Admitted before the broker restarted; it has not reconnected yet."""
+    FINISHING = 5
+    """Its run has ended; it has not said goodbye."""
+    LEFT = 6
+    """It said goodbye, or it is gone; its messages wait for another session."""
+    REPLACED = 7
+    """A newer session of the node has taken over."""
+
+
+class SessionEvent(enum.IntEnum):
+    """What happens to a session."""
+
+    HELLO = 1
+    """The broker answers its Hello with Welcome, or with RunEnded."""
+    FRAME = 2
+    LEASE_END = 3
+    """While its connection is up."""
+    LEAVE = 4
+    """Goodbye; or silence without a connection; or too long a silence."""
+    REPLACE = 5
+    RUN_END = 6
+    RESTART = 7
+    """The broker starts, and recovers the session from its ledger."""
+
+
+SESSION = {
+    SessionState.WAITING: {
+        SessionEvent.HELLO: SessionState.CONNECTED,
+        SessionEvent.LEAVE: SessionState.LEFT,
+        SessionEvent.REPLACE: SessionState.REPLACED,
+    },
+    SessionState.CONNECTED: {
+        SessionEvent.HELLO: SessionState.CONNECTED,
+        SessionEvent.FRAME: SessionState.CONNECTED,
+        SessionEvent.LEASE_END: SessionState.SILENT,
+        SessionEvent.LEAVE: SessionState.LEFT,
+        SessionEvent.RUN_END: SessionState.FINISHING,
+        SessionEvent.RESTART: SessionState.AWAITED,
+    },
+    SessionState.SILENT: {
+        SessionEvent.HELLO: SessionState.CONNECTED,
+        SessionEvent.FRAME: SessionState.CONNECTED,
+        SessionEvent.LEASE_END: SessionState.SILENT,
+        SessionEvent.LEAVE: SessionState.LEFT,
+        SessionEvent.RUN_END: SessionState.FINISHING,
+    },
+    SessionState.AWAITED: {
+        SessionEvent.HELLO: SessionState.CONNECTED,
+        SessionEvent.LEAVE: SessionState.LEFT,
+        SessionEvent.RUN_END: SessionState.FINISHING,
+    },
+    SessionState.FINISHING: {
+        SessionEvent.HELLO: SessionState.FINISHING,
+        SessionEvent.LEAVE: SessionState.LEFT,
+        SessionEvent.RESTART: SessionState.LEFT,
+    },
+    SessionState.LEFT: {
+        SessionEvent.HELLO: SessionState.CONNECTED,
+        SessionEvent.REPLACE: SessionState.REPLACED,
+        SessionEvent.RESTART: SessionState.LEFT,
+    },
+    SessionState.REPLACED: {},
+}
+PRESENT = frozenset(
+    {
+        SessionState.CONNECTED,
+        SessionState.SILENT,
+        SessionState.AWAITED,
+        SessionState.FINISHING,
+    }
+)
+"""States of sessions that have not left."""
+
+
+class ImpossibleTransition(ValueError):
+    """The table has no such transition; the message is one sentence."""
+
+
+def next_state(state: SessionState, event: SessionEvent) -> SessionState:
+    """Return the state of a session after an event.
+
+    Raises:
+        ImpossibleTransition: the event cannot happen in this state.
+    """
+    after = SESSION[state].get(event)
+    if after is None:
+        text = f"a session that is {state.name} gets no {event.name}"
+        raise ImpossibleTransition(text)
+    return after
+
+
+class MessageLives:
+    """The state of each message of a ledger, by number; one byte for each entry."""
+
+    def __init__(self) -> None:
+        self._states = bytearray()
+
+    def state_of(self, seq: int) -> MessageState:
+        """Return the state of a message; NONE if the entry is not a message, or does not exist."""
+        known = 0 <= seq < len(self._states)
+        return MessageState(self._states[seq]) if known else MessageState.NONE
+
+    def move(self, seq: int, event: MessageEvent) -> MessageState:
+        """Apply an event to a message, and return the state that it had before.
+
+        Raises:
+            ImpossibleTransition: the event cannot happen in this state; nothing is changed.
+        """
+        before = self.state_of(seq)
+        after = MESSAGE[before].get(event)
+        if after is None:
+            what = "not an accepted message" if not before else before.name.lower()
+            verb = event.name.lower().replace("_", " ")
+            raise ImpossibleTransition(f"cannot {verb} entry {seq}, which is {what}")
+        if seq >= len(self._states):
+            self._states.extend(bytes(seq + 1 - len(self._states)))
+        self._states[seq] = after
+        return before
+
+    def count(self) -> Counter[MessageState]:
+        """Return the number of messages in each state."""
+        found = Counter(self._states)
+        return Counter({state: found[state] for state in MessageState if state and found[state]})
