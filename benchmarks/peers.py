@@ -127,7 +127,7 @@ def receive_fedmq(
         if is_small(size):
             length = len(delivery.message.body["x"])
         else:
-            length = memoryview(peer.link.read(delivery, 0)).nbytes
+            length = memoryview(delivery.read(0)).nbytes
         if length != size:
             raise SystemExit(f"expected {size} bytes, got {length}")
         taken.append(delivery.seq)
@@ -186,7 +186,7 @@ def collect_fedmq(pipe: Connection, endpoint: str, index: int) -> None:
     peer = Peer(endpoint, f"client/{index}")
     send_json(pipe, "ready")
     delivery = peer.get()
-    peer.link.read(delivery, 0)
+    delivery.read(0)
     peer.post(AGGREGATOR, {"at": time.monotonic()}, consumes=(delivery.seq,))
     peer.linger()
 

@@ -16,7 +16,7 @@ from fedmq.broker.wire.schema import Blob, Buffer
 
 
 class BlobReader:
-    """Reads the blobs of deliveries.
+    """Reads the blobs of deliveries: their `BlobSource`.
 
     Args:
         lock: of the link.

@@ -1,4 +1,4 @@
-"""Track whether a node is connected to its run, and when to report that it is not.
+"""The states of a link, and when to report that a node is not connected to its run.
 
 Part of the Link core and pure like it: the time is an argument.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import enum
 import math
+from collections.abc import Mapping
 
 from fedmq.broker.link.events import BackInTouch, OutOfTouch
 from fedmq.broker.wire.schema import Serving, StorageFull, Wait
@@ -19,6 +20,66 @@ _ANSWER_LASTS_S = 5.0
 
 _STOPPED_S = 5.0
 """A wake later than this means that this node was suspended; that time does not count."""
+
+
+class LinkState(enum.Enum):
+    """The state of a link."""
+
+    CONNECTING = "connecting"
+    """Not admitted yet; sends Hello each second."""
+    CONNECTED = "connected"
+    """Sends what is posted, and heartbeats."""
+    RECONNECTING = "reconnecting"
+    """Was admitted, and lost its session or the broker; keeps what is posted, sends Hello."""
+    BLOCKED = "blocked"
+    """The broker cannot write its ledger; keeps what is posted, and sends Hello a little later."""
+    ENDED = "ended"
+    """Handles no event any more."""
+
+
+class LinkChange(enum.Enum):
+    """What changes the state of a link."""
+
+    WELCOMED = "Welcome"
+    SESSION_UNKNOWN = "UnknownSession"
+    SILENCE = "no frame for a lease"
+    STORAGE_FULL = "StorageFull"
+    REJECTED = "Reject"
+    RUN_ENDED = "RunEnded"
+    GAVE_UP = "out of touch for too long"
+    ANOTHER_RUN = "Welcome to another run"
+
+
+_END = dict.fromkeys(
+    (LinkChange.REJECTED, LinkChange.RUN_ENDED, LinkChange.GAVE_UP), LinkState.ENDED
+)
+_END_OR_ANOTHER = {**_END, LinkChange.ANOTHER_RUN: LinkState.ENDED}
+TRANSITIONS: Mapping[LinkState, Mapping[LinkChange, LinkState]] = {
+    LinkState.CONNECTING: {
+        LinkChange.WELCOMED: LinkState.CONNECTED,
+        LinkChange.STORAGE_FULL: LinkState.BLOCKED,
+        **_END,
+    },
+    LinkState.CONNECTED: {
+        LinkChange.WELCOMED: LinkState.CONNECTED,
+        LinkChange.SESSION_UNKNOWN: LinkState.RECONNECTING,
+        LinkChange.SILENCE: LinkState.RECONNECTING,
+        LinkChange.STORAGE_FULL: LinkState.BLOCKED,
+        **_END_OR_ANOTHER,
+    },
+    LinkState.RECONNECTING: {
+        LinkChange.WELCOMED: LinkState.CONNECTED,
+        LinkChange.STORAGE_FULL: LinkState.BLOCKED,
+        **_END_OR_ANOTHER,
+    },
+    LinkState.BLOCKED: {
+        LinkChange.WELCOMED: LinkState.CONNECTED,
+        LinkChange.STORAGE_FULL: LinkState.BLOCKED,
+        **_END_OR_ANOTHER,
+    },
+    LinkState.ENDED: {},
+}
+"""The next state by state and change; a change that is missing has no effect in this state."""
 
 
 class _Mode(enum.Enum):
@@ -41,17 +102,25 @@ class Contact:
     def __init__(self) -> None:
         self.give_up_s = math.inf
         self._mode = _Mode.SILENT
+        """What is reported: unlike the link's state, it depends on the answers to each Hello."""
         self._began = math.inf
         """Start of the present mode; while connected, arrival of the last frame."""
         self._reports = 0
+        """Number of reports in the present mode."""
         self._report_s = _FIRST_REPORTS_S[0]
         """Seconds in the present mode after which the next report is due."""
         self._away_since = math.inf
+        """Time of the last frame while connected; the node has been out of touch since then."""
         self._waited_since = math.inf
         """As `_away_since`, but without the time in which this node was suspended."""
         self._last_answer = -math.inf
+        """Time of the last answer that did not admit the node."""
         self._answer: Wait | StorageFull | None = None
-        self._reported = self._admitted = False
+        """That answer, in the mode ANSWERED."""
+        self._reported = False
+        """Whether a report has been made since the node was last connected."""
+        self._admitted = False
+        """Whether the node has been connected."""
 
     @property
     def due(self) -> float:
@@ -96,6 +165,15 @@ class Contact:
             self._count_reports(self._reports + 1)
         self._reported = True
         return OutOfTouch(now - self._began, self._answer, self._admitted)
+
+    def validate_state(self) -> None:
+        """Raise AssertionError if the state is inconsistent."""
+        if (self._mode is _Mode.ANSWERED) != (self._answer is not None):
+            raise AssertionError(f"the contact is {self._mode.name}, its answer {self._answer}")
+        if self._report_s != _report_s(self._reports):
+            raise AssertionError(f"report {self._reports} is due after {self._report_s} s")
+        if self._waited_since < self._away_since:
+            raise AssertionError("the node has waited for longer than it was out of touch")
 
     def _count_reports(self, number: int) -> None:
         self._reports, self._report_s = number, _report_s(number)

@@ -14,13 +14,12 @@ from typing import Any
 import msgspec
 
 from fedmq.broker.errors import WireError
-from fedmq.broker.link.contact import Contact
+from fedmq.broker.link.contact import TRANSITIONS, Contact, LinkChange, LinkState
 from fedmq.broker.link.downloads import Arrivals
 from fedmq.broker.link.events import (
     Action,
     Admitted,
     Blocked,
-    Deliveries,
     Delivery,
     Event,
     Fetch,
@@ -28,7 +27,7 @@ from fedmq.broker.link.events import (
     Leave,
     LinkEnded,
     More,
-    Outgoing,
+    PostMessage,
     Publish,
     ReadInPlace,
     Send,
@@ -67,6 +66,13 @@ CREDIT_BATCH = 256
 """Number of deliveries, or KiB of them, after which a heartbeat returns their credit."""
 DONE_WITHIN_S = 0.02
 _DONE_BATCH = 500
+_CONNECTED, _ENDED = LinkState.CONNECTED, LinkState.ENDED  # a member of an enum is read slowly
+_IMPOSSIBLE = {
+    (LinkState.CONNECTED, True),
+    (LinkState.RECONNECTING, True),
+    (LinkState.CONNECTING, False),
+}
+"""States of a link, each with whether the node has not been admitted."""
 
 
 class Link:
@@ -74,38 +80,53 @@ class Link:
 
     Args:
         hello: the node's Hello, with a session that the caller has drawn.
+
+    Attributes:
+        state: changes as `TRANSITIONS` lists.
+        received: number of the next delivery: all earlier ones have been received.
+        taken: number after the last delivery that the node has taken.
     """
 
     def __init__(self, hello: Hello) -> None:
         self._hello = hello
-        self._welcome: Welcome | None = None
-        self._connected = False
-        self._ended = False
+        """Sent until the node is admitted, and at each reconnect."""
+        self.state = LinkState.CONNECTING
+        self.received = self.taken = 0
+        self._identity: str | None = None
+        """Of the run, since the node was admitted."""
+        self._beat_s = self._lease_s = math.inf
+        """Of the last Welcome, in seconds."""
         self._next_hello = 0.0
+        """Time of the next Hello, unless connected."""
         self._last_heard = 0.0
+        """Time of the last frame from the broker."""
+        self._last_beat = 0.0
+        """Time of the last heartbeat."""
         self._unacknowledged = UnacknowledgedFrames()
         self._done: list[int] = []
+        """Numbers of handled deliveries, to be reported."""
         self._done_due = math.inf
-        self._got = 0
-        self._taken = 0
+        """Time at which they are reported, unless a post takes them along before."""
         self._read = 0
+        """Number of bytes of blobs that the node has read from the ledger's files."""
         self._unreported_credit = 0
-        self._last_beat = 0.0
+        """Deliveries, and KiB of them, taken since `taken` was last reported."""
         self._chunks = 0
+        """Number of chunks that have arrived or were requested here: grows with progress."""
         self._stall = Stall()
         self._last_stall_check = -math.inf
+        """Time of the last answer to a heartbeat that was checked for progress."""
         self._arrivals = Arrivals()
         self._contact = Contact()
 
     @property
     def deadline(self) -> float | None:
         """Time at which the core needs a Wake even if nothing arrives; None for never."""
-        if self._ended:
+        if self.state is _ENDED:
             return None
-        if self._welcome is None or not self._connected:
+        if self.state is not _CONNECTED:
             return min(self._next_hello, self._contact.due)
-        quiet = self._last_heard + self._welcome.lease_s
-        beat = self._last_beat + self._welcome.beat_s
+        beat, quiet = self._last_beat + self._beat_s, self._last_heard + self._lease_s
         return min(beat, quiet, self._done_due, self._contact.due)
 
     @property
@@ -118,35 +139,44 @@ class Link:
         """Return the number of the oldest unacknowledged frame; without one, the next number."""
         return self._unacknowledged.oldest
 
-    @property
-    def received(self) -> int:
-        """Return the number of the next delivery: all earlier ones have been received."""
-        return self._got
-
-    @property
-    def taken(self) -> int:
-        """Return the number after the last delivery that the node has taken."""
-        return self._taken
-
     def validate_state(self) -> None:
         """Raise AssertionError if the state is inconsistent; for tests and simulation."""
+        for part in (self._unacknowledged, self._arrivals, self._contact):
+            part.validate_state()
+        if (self.state, self._identity is None) in _IMPOSSIBLE:
+            raise AssertionError(f"the link is {self.state.value}, its run {self._identity!r}")
+        if self.deadline == math.inf:
+            raise AssertionError(f"the link is {self.state.value}, and would wait forever")
+        if not 0 <= self.taken <= self.received:
+            raise AssertionError(f"{self.taken} taken, but {self.received} received")
+        if self._done and (self._done_due == math.inf or max(self._done) >= self.received):
+            raise AssertionError(f"{self._done} are handled, {self.received} received")
+        if self._unreported_credit < 0:
+            raise AssertionError(f"credit of {self._unreported_credit} is to be returned")
+
+    def _change(self, change: LinkChange) -> bool:
+        """Go to the next state of the table; return False if the change has no effect now."""
+        after = TRANSITIONS[self.state].get(change)
+        if after is not None:
+            self.state = after
+        return after is not None
 
     def handle(self, event: Event, now: float) -> list[Action]:
         """Handle one event; return the actions to carry out, in order."""
-        if self._ended:
+        if self.state is _ENDED:
             return []
         out: list[Action] = []
         match event:  # the most frequent first
             case FrameReceived(frame=frame, buffers=buffers):
                 self._last_heard = now
                 self._received(frame, buffers, now, out)
-                if self._connected and (back := self._contact.connected(now)):
+                if self.state is _CONNECTED and (back := self._contact.connected(now)):
                     out.append(back)
             case Wake():
                 self._wake(now, out)
             case Taken(deliveries=deliveries):
                 self._take(deliveries, now, out)
-            case Outgoing():
+            case PostMessage():
                 self._post(event, out)
             case Fetch():
                 self._arrivals.fetch(event, out)
@@ -170,7 +200,7 @@ class Link:
                 self._send_done(out)
                 if isinstance(frame, NumberedFrame):
                     self._send_numbered(frame, out)
-                elif self._connected:
+                elif self.state is _CONNECTED:
                     out.append(Send(frame))
             case ReadInPlace(nbytes):
                 self._read += nbytes
@@ -178,10 +208,10 @@ class Link:
 
     def _send_numbered(self, frame: NumberedFrame, out: list[Action], **more: Any) -> None:
         """Send a frame until it is acknowledged; ``more``: see `UnacknowledgedFrames.add`."""
-        frame = msgspec.structs.replace(frame, taken=self._taken, read=self._read)
+        frame = msgspec.structs.replace(frame, taken=self.taken, read=self._read)
         self._unreported_credit = 0
         send = self._unacknowledged.add(frame, **more)
-        if self._connected:
+        if self.state is _CONNECTED:
             out.append(send)
 
     def _send_done(self, out: list[Action]) -> None:
@@ -194,7 +224,7 @@ class Link:
         self._contact.begin(now)
         self._next_hello = now + HELLO_AGAIN_S
         first = self.oldest_unacknowledged
-        out.append(Send(msgspec.structs.replace(self._hello, first=first, got=self._got)))
+        out.append(Send(msgspec.structs.replace(self._hello, first=first, got=self.received)))
 
     def give_up_after(self, seconds: float) -> None:
         """End the link once the node has been without its run for this long."""
@@ -203,32 +233,32 @@ class Link:
     def _wake(self, now: float, out: list[Action]) -> None:
         if now >= self._contact.due:
             if given_up := self._contact.given_up(now):
-                self._ended = True
+                self._change(LinkChange.GAVE_UP)
                 out.append(LinkEnded("the node gave up", out_of_touch=given_up))
                 return
             if report := self._contact.wake(now):
                 out.append(report)
         if now >= self._done_due:
             self._send_done(out)
-        if self._welcome is not None and self._connected:
-            if now >= self._last_heard + self._welcome.lease_s:
-                self._connected = False
-                self._next_hello = now
-            elif now >= self._last_beat + self._welcome.beat_s:
-                self._beat(now, out)
-        if not self._connected and now >= self._next_hello:
+        if self.state is not _CONNECTED:
+            if now >= self._next_hello:
+                self._send_hello(now, out)
+        elif now >= self._last_heard + self._lease_s:
+            self._change(LinkChange.SILENCE)
             self._send_hello(now, out)
+        elif now >= self._last_beat + self._beat_s:
+            self._beat(now, out)
 
     def _beat(self, now: float, out: list[Action]) -> None:
         self._last_beat = now
         self._unreported_credit = 0
-        out.append(Send(Heartbeat(taken=self._taken)))
+        out.append(Send(Heartbeat(taken=self.taken)))
 
     def _take(self, deliveries: Sequence[Delivery], now: float, out: list[Action]) -> None:
-        self._taken = deliveries[-1].seq + 1
+        self.taken = deliveries[-1].seq + 1
         nbytes = sum(sum(map(len, each.inline.values())) for each in deliveries)
         self._unreported_credit += len(deliveries) + (nbytes >> 10)
-        if self._unreported_credit >= CREDIT_BATCH and self._connected:
+        if self._unreported_credit >= CREDIT_BATCH and self.state is _CONNECTED:
             self._beat(now, out)
 
     def _answered(self, beat: Heartbeat, now: float, out: list[Action]) -> None:
@@ -237,13 +267,15 @@ class Link:
         What the broker sent before this answer has arrived before it. If something is outstanding
         at two answers in a row, and nothing has arrived in between, it was lost.
         """
-        if self._welcome is None or now < self._last_stall_check + self._welcome.beat_s / 2:
+        if now < self._last_stall_check + self._beat_s / 2:
             return  # heartbeats that return credit follow one another closely
         self._last_stall_check = now
         due = (
-            bool(self._unacknowledged) or bool(self._arrivals.outstanding) or beat.sent > self._got
+            bool(self._unacknowledged)
+            or bool(self._arrivals.outstanding)
+            or beat.sent > self.received
         )
-        moved = (self.oldest_unacknowledged, self._chunks, self._got)
+        moved = (self.oldest_unacknowledged, self._chunks, self.received)
         if self._stall.is_stuck(due=due, moved=moved):
             self._send_hello(now, out)
 
@@ -268,40 +300,44 @@ class Link:
                     self._deliver(each, (), out)
             case Welcome():
                 self._welcomed(frame, out)
-            case schema.UnknownSession() if self._connected:
+            case schema.UnknownSession():
                 # Each frame in flight draws one; a single Hello answers them all.
-                self._connected = False
-                self._send_hello(now, out)
+                if self._change(LinkChange.SESSION_UNKNOWN):
+                    self._send_hello(now, out)
             case schema.Reject(code=code, reason=reason, config=config):
-                self._ended = True
+                self._change(LinkChange.REJECTED)
                 out.append(LinkEnded(reason, rejected=True, code=code, config=config or ""))
             case RunEnded(reason=reason):
-                self._ended = True
+                self._change(LinkChange.RUN_ENDED)
                 out += [Send(Goodbye(reason="the run is over")), LinkEnded(reason, over=True)]
             case schema.StorageFull(reason=reason):
-                self._connected = False
+                self._change(LinkChange.STORAGE_FULL)
                 self._next_hello = now + BLOCKED_S
                 self._contact.answered(frame, now)
                 out.append(Blocked(reason))
             case schema.Wait():
                 self._contact.answered(frame, now)
             case _:
-                pass  # another UnknownSession, or a frame of a later version
+                pass  # a frame of a later version
 
     def _welcomed(self, welcome: Welcome, out: list[Action]) -> None:
-        if self._welcome is None:
+        if self._identity is None:
             out.append(Admitted(welcome))
-        elif welcome.identity != self._welcome.identity:
-            self._ended = True
+        elif welcome.identity != self._identity:
+            self._change(LinkChange.ANOTHER_RUN)
             out += another_run(welcome.run)
             return
-        self._welcome = welcome
-        self._connected = True
+        self._change(LinkChange.WELCOMED)
+        self._identity, self._beat_s, self._lease_s = (
+            welcome.identity,
+            welcome.beat_s,
+            welcome.lease_s,
+        )
         out.extend(self._unacknowledged.sends())
         self._arrivals.restart()
         self._ask(out)
 
-    def _post(self, event: Outgoing, out: list[Action]) -> None:
+    def _post(self, event: PostMessage, out: list[Action]) -> None:
         message = event.message
         # A model is sent with the first of its tasks; for the others, the broker has it.
         inline = tuple(
@@ -322,9 +358,9 @@ class Link:
         )
 
     def _deliver(self, frame: Deliver, buffers: Sequence[Buffer], out: list[Action]) -> None:
-        if self._welcome is None or not frame.after <= self._got <= frame.seq:
+        if self._identity is None or not frame.after <= self.received <= frame.seq:
             return  # before the Welcome, a duplicate, or after a gap; it is sent again
-        self._got = frame.seq + 1
+        self.received = frame.seq + 1
         try:
             message = decode_message(frame.message)
             check_inline(message.blobs, frame.inline, buffers, schema.INLINE_BYTES)
@@ -333,7 +369,7 @@ class Link:
             self._send_numbered(Done.rejecting(seq, str(error)[:2000], error.code, (seq,)), out)
             return
         inline = dict(zip(frame.inline, buffers, strict=True))
-        out.append(Deliveries([Delivery(frame.seq, frame.at, message, inline, frame.extents)]))
+        out.append(Delivery(frame.seq, frame.at, message, inline, frame.extents))
 
     def _serve(self, request: ChunkRequest, out: list[Action]) -> None:
         self._chunks += 1
@@ -343,5 +379,5 @@ class Link:
         out.append(Send(reply, () if data is None else (data,)))
 
     def _ask(self, out: list[Action]) -> None:
-        if self._connected:
+        if self.state is _CONNECTED:
             out.extend(Send(request) for request in self._arrivals.requests())

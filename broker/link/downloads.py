@@ -14,6 +14,8 @@ from fedmq.broker.wire.schema import Blob, Buffer, Chunk, ChunkRequest
 
 @dataclass
 class _Arriving:
+    """A blob on its way."""
+
     blob: Blob
     data: memoryview | None
     """The bytes so far; None if chunks are streamed to the node."""
@@ -24,7 +26,9 @@ class Arrivals:
 
     def __init__(self) -> None:
         self._fetcher = Fetcher()
+        """Requests the chunks, and checks the digests."""
         self._arriving: dict[Owned, _Arriving] = {}
+        """The blobs that the fetcher requests."""
         self._unread = 0
         """Streamed chunks that the node has not read yet."""
 
@@ -84,6 +88,14 @@ class Arrivals:
             data = arriving.data if arriving.data is not None else b""
             out.append(Fetched(name.owner, arriving.blob, data if good else None))
             del self._arriving[name]
+
+    def validate_state(self) -> None:
+        """Raise AssertionError if the state is inconsistent."""
+        requested = [name for name in self._arriving if name in self._fetcher]
+        if not len(requested) == len(self._arriving) == len(self._fetcher):
+            raise AssertionError("the blobs on their way are not those that are requested")
+        if not 0 <= self.outstanding <= WINDOW_CHUNKS or self._unread < 0:
+            raise AssertionError(f"{self.outstanding} chunks requested, {self._unread} unread")
 
     def restart(self) -> None:
         """After a reconnect, request again what has not arrived."""

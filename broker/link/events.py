@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Protocol
 
 from msgspec import Struct
 
@@ -22,11 +23,27 @@ from fedmq.broker.wire.schema import (
 )
 
 
-class Delivery(Struct, frozen=True):
-    """A message from the ledger, with its number and time there.
+class BlobSource(Protocol):
+    """Reads the blobs of deliveries, such as a node's connection or a trace."""
 
+    def read(self, delivery: Delivery, index: int) -> Buffer:
+        """Return the bytes of a delivery's blob."""
+        ...
+
+    def chunks(self, delivery: Delivery, index: int) -> Iterator[Buffer]:
+        """Yield the bytes of a delivery's blob in order."""
+        ...
+
+
+class Delivery(Struct, frozen=True):
+    """A message from the ledger: an action of the Link core, and an event of the nodes' cores.
+
+    Blobs are content-addressed, so reading one is a pure function.
+
+    seq, at: its number in the ledger, and the time at which the broker accepted it.
     inline: bytes of the blobs that came with it, by index.
     extents: places of other blobs in the ledger's files, by index, if the broker shares them.
+    source: reads the blobs that are not inline; None while the delivery is in the Link core.
     """
 
     seq: int
@@ -34,6 +51,37 @@ class Delivery(Struct, frozen=True):
     message: Message
     inline: Mapping[int, Buffer] = {}
     extents: Mapping[int, Sequence[Extent]] = {}
+    source: BlobSource | None = None
+
+    def read(self, index: int) -> Buffer:
+        """Return the bytes of a blob.
+
+        Raises:
+            WireError: nobody has the blob any more.
+            LinkClosed: the link ended meanwhile.
+            LedgerError: the blob is damaged or missing in a trace.
+        """
+        if index in self.inline:
+            return self.inline[index]
+        return self._source().read(self, index)
+
+    def chunks(self, index: int) -> Iterator[Buffer]:
+        """Yield the bytes of a blob in order; read it to its end before you read another blob.
+
+        Raises:
+            WireError: nobody has the blob any more; or, after the last chunk, its digest does
+                not match.
+            LinkClosed: the link ended meanwhile.
+            LedgerError: the blob is damaged or missing in a trace.
+        """
+        if index in self.inline:
+            return iter((self.inline[index],))
+        return self._source().chunks(self, index)
+
+    def _source(self) -> BlobSource:
+        if self.source is None:
+            raise LookupError(f"message {self.seq} has neither all of its blobs nor a source")
+        return self.source
 
 
 # ---- events
@@ -46,8 +94,12 @@ class FrameReceived(Struct, frozen=True):
     buffers: Sequence[Buffer] = ()
 
 
-class Outgoing(Struct, frozen=True):
-    """The node posts a message; ``data[i]`` are the bytes of its i-th blob."""
+class PostMessage(Struct, frozen=True):
+    """Post a message: an event of the link, and an action of the nodes' cores.
+
+    data: bytes of each of its blobs.
+    consumes: numbers of the messages that are handled once this one is in the ledger.
+    """
 
     message: Message
     data: Sequence[Buffer] = ()
@@ -95,7 +147,7 @@ class Wake(Struct, frozen=True):
     """A deadline has passed."""
 
 
-Event = FrameReceived | Outgoing | Fetch | More | Leave | Publish | Taken | ReadInPlace | Wake
+Event = FrameReceived | PostMessage | Fetch | More | Leave | Publish | Taken | ReadInPlace | Wake
 
 
 # ---- actions
@@ -112,12 +164,6 @@ class Admitted(Struct, frozen=True):
     """The broker has welcomed this node for the first time."""
 
     welcome: Welcome
-
-
-class Deliveries(Struct, frozen=True):
-    """Messages for the node, in order."""
-
-    deliveries: Sequence[Delivery]
 
 
 class Fetched(Struct, frozen=True):
@@ -176,7 +222,7 @@ class LinkEnded(Struct, frozen=True):
 Action = (
     Send
     | Admitted
-    | Deliveries
+    | Delivery
     | Fetched
     | ChunkStreamed
     | Blocked

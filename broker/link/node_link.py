@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from msgspec import UNSET
+from msgspec.structs import replace
 
 from fedmq.broker.errors import GaveUp, LinkClosed, Rejected, RunOver, VersionError
 from fedmq.broker.link import events as link
@@ -35,6 +36,7 @@ class NodeLink:
 
     Attributes:
         core: what the link sends, sends again, and has received.
+        blobs: reads the blobs of deliveries.
     """
 
     def __init__(self, port: LinkPort, hello: Hello) -> None:
@@ -47,7 +49,7 @@ class NodeLink:
         """Deliveries that the program has taken, and the core does not know of yet."""
         self._handed_in: deque[Message] = deque()
         """Messages of other threads, to be posted in the next turn."""
-        self._blobs = BlobReader(self._lock, self._handle, self._turn_until)
+        self.blobs = BlobReader(self._lock, self._handle, self._turn_until)
         self._welcome: Welcome | None = None
         self._ended: link.LinkEnded | None = None
         self._stopping = False
@@ -105,7 +107,7 @@ class NodeLink:
             with self._lock:
                 self._catch_up()
                 self._port.flush()
-        return delivery
+        return replace(delivery, source=self.blobs)
 
     def post(
         self, message: Message, data: Sequence[Buffer] = (), consumes: tuple[int, ...] = ()
@@ -117,7 +119,7 @@ class NodeLink:
         Raises:
             LinkClosed: the link ended meanwhile.
         """
-        self._handle(link.Outgoing(message, data, consumes))
+        self._handle(link.PostMessage(message, data, consumes))
         if self.core.unacknowledged > _MAX_UNACKNOWLEDGED:
             self.flush(_MAX_UNACKNOWLEDGED // 2)
 
@@ -139,14 +141,6 @@ class NodeLink:
         with self._lock:
             self._catch_up()
             self._turn_until(lambda: self.core.unacknowledged <= limit)
-
-    def read(self, delivery: Delivery, index: int) -> Buffer:
-        """Return the bytes of a delivery's blob; see `BlobReader.read`."""
-        return self._blobs.read(delivery, index)
-
-    def chunks(self, delivery: Delivery, index: int) -> Iterator[Buffer]:
-        """Yield the bytes of a delivery's blob in order; see `BlobReader.chunks`."""
-        return self._blobs.chunks(delivery, index)
 
     def done(
         self,
@@ -208,7 +202,7 @@ class NodeLink:
                 self._turn(self._clock())
         finally:
             self._port.close()
-            self._blobs.files.close()
+            self.blobs.files.close()
 
     # ---- the loop; only the holder of the lock may call these
 
@@ -264,7 +258,7 @@ class NodeLink:
         now = self._clock()
         self._receive_all(now)
         while self._handed_in:
-            event = link.Outgoing(self._handed_in.popleft(), (), ())
+            event = link.PostMessage(self._handed_in.popleft(), (), ())
             self.carry_out(self.core.handle(event, now))
         self.carry_out(self.core.handle(link.Wake(), now))
         self._port.flush()
@@ -286,7 +280,7 @@ class NodeLink:
             while self._ended is None and (frames := self._port.receive()):
                 for frame, buffers in frames:
                     if isinstance(frame, Welcome):
-                        self._blobs.files.open(frame)
+                        self.blobs.files.open(frame)
                     self.carry_out(self.core.handle(link.FrameReceived(frame, buffers), now))
                 self._port.flush()
         except VersionError as error:
@@ -302,12 +296,12 @@ class NodeLink:
                     if isinstance(frame, Hello):
                         self._port.restart()  # the Welcome makes the core send all frames again
                     self._port.send(frame, buffers)
-                case link.Deliveries(deliveries=deliveries):
-                    self._inbox.extend(deliveries)
+                case Delivery():
+                    self._inbox.append(action)
                 case link.ChunkStreamed(data):
-                    self._blobs.streamed.append(data)
+                    self.blobs.streamed.append(data)
                 case link.Fetched(owner, blob, data):
-                    self._blobs.fetched[owner, blob.digest] = data
+                    self.blobs.fetched[owner, blob.digest] = data
                 case link.Admitted(welcome):
                     self._welcome = welcome
                 case link.Blocked() | link.OutOfTouch() | link.BackInTouch():

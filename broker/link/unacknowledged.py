@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -22,6 +22,8 @@ class _Frame:
 
 @dataclass
 class _Served:
+    """The bytes of a blob, and how often unacknowledged frames name it."""
+
     data: Buffer
     posts: int = 0
 
@@ -31,8 +33,11 @@ class UnacknowledgedFrames:
 
     def __init__(self) -> None:
         self._frames: OrderedDict[int, _Frame] = OrderedDict()
+        """By number; the numbers are consecutive."""
         self._next_n = 0
+        """Number of the next frame."""
         self._served: dict[bytes, _Served] = {}
+        """The blobs of all these frames, by digest."""
 
     def __len__(self) -> int:
         """Return the number of these frames."""
@@ -90,14 +95,29 @@ class UnacknowledgedFrames:
             return None
         return memoryview(served.data).cast("B")[request.start : request.start + request.size]
 
+    def validate_state(self) -> None:
+        """Raise AssertionError if the state is inconsistent."""
+        numbers = list(range(self._next_n - len(self._frames), self._next_n))
+        if list(self._frames) != numbers:
+            raise AssertionError(f"unacknowledged frames {[*self._frames]} are not {numbers}")
+        sent = [frame.send.frame for frame in self._frames.values()]
+        if [frame.n for frame in sent if isinstance(frame, NumberedFrame)] != numbers:
+            raise AssertionError("an unacknowledged frame is not sent with its own number")
+        named = Counter(digest for frame in self._frames.values() for digest in frame.blobs)
+        if named != {digest: served.posts for digest, served in self._served.items()}:
+            raise AssertionError("the served blobs are not those of the unacknowledged frames")
+
 
 class Stall:
     """Detects a stall: at the second check without progress, and then at ever longer intervals."""
 
     def __init__(self) -> None:
         self._seen: object = None
+        """The value at the last check that saw progress."""
         self._count = 0
+        """Number of checks without progress since then, or since the last stall."""
         self._patience = 2
+        """Number of such checks that make a stall."""
 
     def is_stuck(self, *, due: bool, moved: object) -> bool:
         """Check once more. ``moved``: a value that changes whenever something arrives."""

@@ -12,12 +12,12 @@ from msgspec import UNSET, Struct, UnsetType
 from fedmq.algorithms.base import AnyAlgorithm, OpaqueState
 from fedmq.algorithms.errors import ResultError
 from fedmq.algorithms.problems.base import Problem
+from fedmq.broker.link.events import Delivery
 from fedmq.broker.wire.schema import Blob
 from fedmq.codecs.errors import CodecError
 from fedmq.nodes.aggregator.evaluations import ClientEvaluation
 from fedmq.nodes.aggregator.progress import Failures
 from fedmq.nodes.errors import NodeError
-from fedmq.nodes.messages.actions import Inbound
 from fedmq.nodes.messages.payloads import RAW, Packed, pack, unpack
 from fedmq.nodes.run.goal import Goal
 
@@ -95,7 +95,7 @@ def pack_checkpoint(algorithm: AnyAlgorithm, state: OpaqueState, fold: Fold) -> 
 
 
 def unpack_checkpoint(
-    algorithm: AnyAlgorithm, problem: Problem, inbound: Inbound
+    algorithm: AnyAlgorithm, problem: Problem, delivery: Delivery
 ) -> tuple[OpaqueState, Fold]:
     """Return the algorithm's state and the fold.
 
@@ -103,11 +103,11 @@ def unpack_checkpoint(
         NodeError: the message is no checkpoint of this problem and algorithm.
     """
     try:
-        state = algorithm.load(problem, unpack(inbound.message, inbound.read))
-        data = inbound.read(len(inbound.message.blobs) - 1)
+        state = algorithm.load(problem, unpack(delivery.message, delivery.read))
+        data = delivery.read(len(delivery.message.blobs) - 1)
         return state, msgspec.msgpack.decode(data, type=Fold)
     except (CodecError, ResultError, msgspec.MsgspecError) as error:
-        name = inbound.message.id
+        name = delivery.message.id
         raise NodeError(
             f"checkpoint {name} does not fit the model or the algorithm ({error}): use those that "
             "the run was started with, or start a new run in a new folder"

@@ -8,7 +8,6 @@ later messages. Its posts then have the same ids as before, so that the broker r
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,6 +16,7 @@ import msgspec
 from fedmq.algorithms.base import OpaqueState
 from fedmq.algorithms.schedules import ScheduleView
 from fedmq.broker.errors import BrokerError
+from fedmq.broker.link.events import Delivery
 from fedmq.broker.rejections import Code, Rejection
 from fedmq.broker.wire.addresses import CHECKPOINT, CONTINUED, RECORD, TIMER
 from fedmq.broker.wire.schema import Message
@@ -28,17 +28,9 @@ from fedmq.nodes.aggregator.evaluations import (
     requests,
 )
 from fedmq.nodes.aggregator.state import AggregatorState
-from fedmq.nodes.aggregator.version import DeferredResults, VersionBuffer
+from fedmq.nodes.aggregator.version import DeferredResults
 from fedmq.nodes.errors import NodeError, exits_as_errors
-from fedmq.nodes.messages.actions import (
-    AckUpTo,
-    AggregatorAction,
-    Commit,
-    EndRun,
-    Handled,
-    Inbound,
-    Start,
-)
+from fedmq.nodes.messages.actions import AckUpTo, AggregatorAction, Commit, EndRun, Handled, Start
 from fedmq.nodes.process.exception_text import explained, may_pass, modules_of
 from fedmq.nodes.run.digests import model_digest
 from fedmq.nodes.run.goal import Goal
@@ -52,7 +44,7 @@ _RETRY = "retry"
 class Aggregator(AggregatorState):
     """The core of one run's aggregator; `AggregatorState` lists its arguments."""
 
-    def handle(self, event: Start | Inbound) -> list[AggregatorAction]:
+    def handle(self, event: Start | Delivery) -> list[AggregatorAction]:
         """Handle one event; return the actions to carry out, in order.
 
         An error of the algorithm's code ends the run: a restarted aggregator would meet it again.
@@ -71,7 +63,7 @@ class Aggregator(AggregatorState):
                 raise
             return self._break_off(error)
 
-    def _handle(self, event: Start | Inbound) -> list[AggregatorAction]:
+    def _handle(self, event: Start | Delivery) -> list[AggregatorAction]:
         out: list[AggregatorAction] = []
         if isinstance(event, Start):
             self._continues_at = event.continued
@@ -107,9 +99,9 @@ class Aggregator(AggregatorState):
                     self._deferred.add(event)
                     return out
                 case "result" | "failed":
-                    done = self._results.take(event, self.state, self.version, out)
+                    self._results.take(event, out)
                     self._advance(out)
-                    return [done, *out] if done is not None else out
+                    return out
                 case "score":
                     why = self._score(message)
                 case "refused":
@@ -121,20 +113,20 @@ class Aggregator(AggregatorState):
 
     def adopt(self, state: OpaqueState) -> None:
         """Go on from this state of the current version, such as the recorded one in a replay."""
-        self.state = state
+        self._results.current.adopt(state)
         self._tasks.begin_version()
 
     # ---- the run
 
-    def _begin_run(self, recorded: Inbound | None, out: list[AggregatorAction]) -> None:
+    def _begin_run(self, recorded: Delivery | None, out: list[AggregatorAction]) -> None:
         """Post the run's record: its configuration and version 0."""
         body: dict[str, Any] = {"config": self._setup.config.to_toml()}
         if self._computed.arithmetic < 2:  # a run of 0.1.0, whose record has no version 0
             self._post(out, "run", RECORD, body)
             return
         if recorded is not None:
-            self.state, _ = unpack_checkpoint(self._algorithm, self._setup.problem, recorded)
-            self._results.begin_version(self.state)
+            state, _ = unpack_checkpoint(self._algorithm, self._setup.problem, recorded)
+            self._results.begin_version(state, 0)
         self._checkpoint("run", {**body, **self._computed.facts()}, out)
 
     # ---- the fleet
@@ -161,16 +153,16 @@ class Aggregator(AggregatorState):
             self._ended, self._committing = False, None
             self._tasks.resume({})
             self._evaluations = Evaluations()
-            self._results.begin_version(self.state)
+            self._results.begin_version(self.state, self.version)
 
     def _tick(self, token: str, out: list[AggregatorAction]) -> None:
         if token == f"deadline/{self.version}":
             # Stop waiting for this version's tasks; draw other clients for missing results.
-            self._results.current.deadline_passed = True
+            self._results.current.pass_deadline()
             self._tasks.past_deadline(self.version)
-        elif self._committing is not None and token == self._committing[1].token:
-            (closed, commit), self._committing = self._committing, None
-            self._committed(closed, commit.result(), out)
+        elif self._committing is not None and token == self._committing.token:
+            commit, self._committing = self._committing, None
+            self._committed(commit.result(), out)
         elif token == _FINAL and self._finishing:
             if len(self._evaluations.asked) == self._asked_final:
                 self._end(out)
@@ -215,18 +207,20 @@ class Aggregator(AggregatorState):
         while self._running and not self._finishing:
             if self._committing is not None or self._deferred.awaited:
                 return
-            self._results.take_waiting(self._deferred, self.state, self.version, out)
-            self._results.add_in_order(self.state, out)
+            for delivery in self._deferred.take():
+                self._results.take(delivery, out)
+            self._results.add_in_order(out)
+            current = self._results.current
             # A held result may still be used.
-            if self._progress.hopeless and not self._results.current.held:
+            if self._progress.hopeless and not current.held:
                 self._fail(self._progress.hopeless)
                 break
-            view = self._tasks.view(self._results.current, self.version)
-            if self._schedule.is_ready(view) and self._results.current.held:
-                self._results.add_in_order(self.state, out, everything=True)
+            view = self._tasks.view(current)
+            if current.is_ready(view) and current.held:
+                self._results.add_in_order(out, everything=True)
                 # A held result may have been rejected.
-                view = self._tasks.view(self._results.current, self.version)
-            if not self._schedule.is_ready(view):
+                view = self._tasks.view(current)
+            if not current.is_ready(view):
                 self._start_tasks(view, out)
                 return
             self._commit(out)
@@ -236,49 +230,41 @@ class Aggregator(AggregatorState):
     def _start_tasks(self, view: ScheduleView, out: list[AggregatorAction]) -> None:
         current = self._results.current
         wanted = self._schedule.num_to_start(view)
-        clients = self._tasks.draw(wanted, current, self.version)
+        clients = self._tasks.draw(wanted, current)
         # A round with clients at work continues without the clients that failed.
         if len(clients) < wanted and not (self._schedule.ordered and (clients or view.outstanding)):
             after = self._progress.timer(self._fleet.hosts)
             if after is not None:
                 self._post(out, "timer", TIMER, {"token": _RETRY, "after_s": after})
         deadline = self._schedule.deadline()
-        if deadline is not None and clients and (current.deadline_passed or not current.started):
+        if deadline is not None and clients and (current.deadline_passed or not current.order):
             body = {"token": f"deadline/{self.version}", "after_s": deadline}
             self._post(out, "timer", TIMER, body)
         for client in clients:
-            packed = self._tasks.pack(self.state, self.version, client)
-            about = {"client": client, "model_version": self.version, "reply": self._results.reply}
+            packed = self._tasks.pack(current, client)
+            about = {"client": client, "model_version": self.version, "reply": current.reply}
             body = {**packed.body, **about}
             name = self._post(out, "task", f"client/{client}", body, packed)
             self._tasks.sent(name, client, self.version)
-            current.order.append(name)
-            current.started += 1
+            current.sent(name)
 
     def _commit(self, out: list[AggregatorAction]) -> None:
-        closed = self._results.current
-        divisor = self._schedule.divisor(closed.weights, closed.num_results)
-        work = functools.partial(self._algorithm.commit, self.state, closed.accumulator, divisor)
+        current = self._results.current
         if not self._algorithm.commits_in_background:
-            self._committed(closed, work(), out)
+            self._committed(current.commit(), out)
             return
         # The commit runs beside the inbox; it takes effect at a tick in the inbox.
         token = f"commit/{self.version + 1}"
-        commit = Commit(
-            token, self._messages.write("timer", TIMER, {"token": token, "after_s": 0}), work
-        )
-        self._committing = closed, commit
-        out.append(commit)
+        timer = self._messages.write("timer", TIMER, {"token": token, "after_s": 0})
+        self._committing = Commit(token, timer, current.commit)
+        out.append(self._committing)
 
-    def _committed(
-        self, closed: VersionBuffer, state: OpaqueState, out: list[AggregatorAction]
-    ) -> None:
-        self.state = state
+    def _committed(self, state: OpaqueState, out: list[AggregatorAction]) -> None:
+        closed = self._results.current
         cohort = self._schedule.cohort(self._setup.problem.clients)
-        self.version += 1
+        self._results.begin_version(state, closed.version + 1)
         self._progress.version = self.version
         self._tasks.begin_version()
-        self._results.begin_version(self.state)
         body = {
             "version": self.version,
             "position": self._position,
@@ -301,17 +287,17 @@ class Aggregator(AggregatorState):
     def _checkpoint(self, kind: str, body: Mapping[str, Any], out: list[AggregatorAction]) -> None:
         """Post a record from which a later session can start, and acknowledge what it includes."""
         self._checkpoint_at = self._now
-        self._deferred.unsettled = self._deferred.numbers()
+        unsettled = self._deferred.leave_unsettled()
         packed = pack_checkpoint(self._algorithm, self.state, self._fold())
         self._post(out, kind, CHECKPOINT, {**packed.body, **body}, packed)
-        out.append(AckUpTo(self._deferred.unsettled))
+        out.append(AckUpTo(unsettled))
 
-    def _resume(self, inbound: Inbound, out: list[AggregatorAction]) -> None:
+    def _resume(self, delivery: Delivery, out: list[AggregatorAction]) -> None:
         """Restore the state from a checkpoint and continue."""
-        self.state, fold = unpack_checkpoint(self._algorithm, self._setup.problem, inbound)
-        self._computed.check(fold.arithmetic, inbound.message.run)
-        self._results.begin_version(self.state)
-        self._position, self.version = fold.position, fold.version
+        state, fold = unpack_checkpoint(self._algorithm, self._setup.problem, delivery)
+        self._computed.check(fold.arithmetic, delivery.message.run)
+        self._results.begin_version(state, fold.version)
+        self._position = fold.position
         self._messages.next_id, self._results.counts = fold.next_id, fold.counts
         self._fleet.resume(fold.hosts, fold.evaluators)
         self._fleet.expects_evaluator = fold.expects_evaluator is True
@@ -378,7 +364,7 @@ class Aggregator(AggregatorState):
 
     def _end(self, out: list[AggregatorAction]) -> None:
         self._ended = True
-        out += self._results.end(self._deferred)
+        self._results.end(self._deferred.take(), out)
         self._deferred = DeferredResults()
         about: dict[str, Any] = {"reason": self._finishing, "position": self._position}
         about |= {"failed": True} if self._failed else {}

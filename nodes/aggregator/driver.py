@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
+from fedmq.broker.link.events import Delivery, PostMessage
 from fedmq.broker.wire.schema import Buffer, Message
 from fedmq.nodes.aggregator.core import Aggregator
 from fedmq.nodes.messages.actions import (
@@ -13,8 +14,6 @@ from fedmq.nodes.messages.actions import (
     Commit,
     EndRun,
     Handled,
-    Inbound,
-    PostMessage,
     Start,
 )
 
@@ -59,13 +58,13 @@ class AggregatorDriver:
         self._unsettled: list[int] = []
         """Numbers of the messages that have been handled, but not acknowledged."""
 
-    def handle(self, event: Start | Inbound) -> list[AggregatorAction]:
+    def handle(self, event: Start | Delivery) -> list[AggregatorAction]:
         """Pass an event to the core; return the actions for `carry_out`.
 
         Raises:
             BrokerError, NodeError: as `Aggregator.handle`.
         """
-        if isinstance(event, Inbound):
+        if isinstance(event, Delivery):
             self._unsettled.append(event.seq)
         return self.core.handle(event)
 

@@ -74,6 +74,16 @@ class Evaluations:
                 return None
         return sum(known) / len(known) if known else None
 
+    def faults(self, version: int) -> Iterator[str]:
+        """Yield what contradicts itself, for `AggregatorState.validate_state`."""
+        if unknown := self.client_evaluations.keys() - self.asked:
+            yield f"evaluations {sorted(unknown)} are with clients, but were not requested"
+        versions = {each.version for each in self.client_evaluations.values()}
+        if future := [each for each in versions if each > version]:
+            yield f"versions {sorted(future)} are evaluated before they exist"
+        if complete := self.scores.keys() - versions:
+            yield f"versions {sorted(complete)} wait for scores, but every client has answered"
+
 
 def requests(
     algorithm: AnyAlgorithm, state: OpaqueState, version: int, clients: Iterable[int]

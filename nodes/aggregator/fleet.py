@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from fedmq.broker.wire.addresses import EVALUATOR, WORKER
@@ -54,3 +54,8 @@ class Fleet:
         """Restore the nodes of a checkpoint."""
         self.changes += 1
         self.hosts, self.evaluators = hosts, set(evaluators)
+
+    def faults(self, clients: int) -> Iterator[str]:
+        """Yield what contradicts itself, for `AggregatorState.validate_state`."""
+        if unknown := [client for client in self.hosts if not 0 <= client < clients]:
+            yield f"clients {unknown} have a host, but the run has {clients} clients"

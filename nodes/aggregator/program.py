@@ -29,14 +29,14 @@ from fedmq.nodes.aggregator.computed import Computed
 from fedmq.nodes.aggregator.core import Aggregator
 from fedmq.nodes.aggregator.driver import AggregatorDriver
 from fedmq.nodes.errors import ConfigError, RunFailed, own_code
-from fedmq.nodes.messages.actions import Commit, Inbound, Start
+from fedmq.nodes.messages.actions import Commit, Start
 from fedmq.nodes.process.logs import Repeats
 from fedmq.nodes.process.terminal import clients_in_words
 from fedmq.nodes.run.agreement import Fingerprint, disagree
 from fedmq.nodes.run.config import Config
 from fedmq.nodes.run.config_difference import differing_keys
 from fedmq.nodes.run.devices import kind_of
-from fedmq.nodes.run.session import inbound_of, linked, log_rejected, new_session, node_key
+from fedmq.nodes.run.session import linked, log_rejected, new_session, node_key
 from fedmq.nodes.run.setup import check_attainable, set_up
 from fedmq.nodes.run.version_zero import version_zero
 from fedmq.nodes.run_folder.model_files import remove_model, save_model
@@ -195,7 +195,7 @@ def fold_until_over(
             about = {"by": message.sender, "here": version_0, "there": theirs}
             log.warning("a node starts from another model", **about)
         with link.away():
-            actions = driver.handle(inbound_of(link, delivery))
+            actions = driver.handle(delivery)
 
 
 class _WaitLog:
@@ -215,11 +215,11 @@ class _WaitLog:
         self._logged = missing
 
 
-def _checkpoint(port: LinkedAggregator) -> Inbound | None:
+def _checkpoint(port: LinkedAggregator) -> Delivery | None:
     """Return the newest checkpoint of an earlier session, or None."""
     found = port.link.welcome().checkpoint
     if found is None:
         return None
-    delivery = Delivery(found.seq, found.at, decode_message(found.message), {})
+    delivery = Delivery(found.seq, found.at, decode_message(found.message), source=port.link.blobs)
     port.log.info("resuming from checkpoint", version=delivery.message.body.get("version"))
-    return inbound_of(port.link, delivery)
+    return delivery

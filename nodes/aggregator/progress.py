@@ -9,7 +9,7 @@ is available, a timer ends the back-off.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 from msgspec import Struct
 
@@ -196,6 +196,15 @@ class Progress:
             for causes in self._soonest(waiting, hosts):
                 for each in causes:
                     each.due = self._clock
+
+    def faults(self) -> Iterator[str]:
+        """Yield what contradicts itself, for `AggregatorState.validate_state`."""
+        failures = self.failures
+        if not 0 <= failures.dropped <= failures.in_a_row:
+            yield f"{failures.dropped} of {failures.in_a_row} failures in a row are drop-outs"
+        for who, each in (*failures.clients.items(), *failures.nodes.items()):
+            if each.times < 1 or each.waits > each.times:
+                yield f"{who} has {each.waits} back-offs after {each.times} failures"
 
     @property
     def _clock(self) -> float:

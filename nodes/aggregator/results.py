@@ -1,36 +1,23 @@
-"""Collection of results: which ones count, their weights, and the order of accumulation."""
+"""Results as they arrive: which tasks they answer, and their counts."""
 
 from __future__ import annotations
 
-import enum
-from typing import Literal
+from collections.abc import Sequence
 
-from fedmq.algorithms.base import OpaqueState, examples_of
-from fedmq.algorithms.errors import Fault, ResultError
+from fedmq.algorithms.base import OpaqueState
+from fedmq.broker.link.events import Delivery
 from fedmq.broker.rejections import Code, Rejection
 from fedmq.broker.wire.schema import Message
-from fedmq.codecs.errors import CodecError
 from fedmq.nodes.aggregator.checkpoint import Counts
 from fedmq.nodes.aggregator.progress import Progress
 from fedmq.nodes.aggregator.tasks import Tasks
-from fedmq.nodes.aggregator.version import DeferredResults, VersionBuffer, room_for
-from fedmq.nodes.errors import rejection_of
-from fedmq.nodes.messages.actions import AggregatorAction, Handled, Inbound
-from fedmq.nodes.messages.payloads import numbers_of
+from fedmq.nodes.aggregator.version import AddedResult, Outcome, VersionBuffer, room_for
+from fedmq.nodes.messages.actions import AggregatorAction, Handled
 from fedmq.nodes.run.setup import Setup
 
 
-class _Held(enum.Enum):
-    HELD = enum.auto()
-
-
-HELD = _Held.HELD
-"""The result waits for earlier results of its cohort."""
-Held = Literal[_Held.HELD]
-
-
 class ResultCollector:
-    """Collects the results for an aggregator's next version.
+    """Collects the results for an aggregator's next version, and counts all results.
 
     Args:
         setup: objects of the run.
@@ -39,32 +26,48 @@ class ResultCollector:
         progress: records failures and used results.
 
     Attributes:
-        current: results of the next version so far.
+        current: the version in the making.
         counts: counts of all results so far.
-        reply: what a result contains: ``model`` or ``update``.
     """
 
     def __init__(self, setup: Setup, tasks: Tasks, state: OpaqueState, progress: Progress) -> None:
-        self._algorithm, self._schedule, self._tasks = setup.algorithm, setup.schedule, tasks
-        self._progress = progress
-        self._most_bytes = room_for(setup.algorithm, state)
-        self.reply = setup.algorithm.fixed_reply or setup.schedule.reply
+        self._setup, self._tasks, self._progress = setup, tasks, progress
+        self._max_bytes = room_for(setup.algorithm, state)
         self.counts = Counts()
-        self.begin_version(state)
+        self.begin_version(state, 0)
 
-    def begin_version(self, state: OpaqueState) -> None:
-        """Begin to gather towards the version after this one."""
-        self.current = VersionBuffer(self._algorithm.new_accumulator(state))
+    def begin_version(self, state: OpaqueState, version: int) -> None:
+        """Begin to collect results for the version after this one."""
+        self.current = VersionBuffer(self._setup, state, version, self._max_bytes)
 
-    def take(
-        self, inbound: Inbound, state: OpaqueState, version: int, out: list[AggregatorAction]
-    ) -> Handled | None:
-        """Take a result: return that it is dealt with, and how, or None while it is held."""
-        why = self._take(inbound, state, version, out)
-        if why == HELD:
-            return None
+    def take(self, delivery: Delivery, out: list[AggregatorAction]) -> None:
+        """Handle a result or a failed task; a held result is handled later."""
+        message = delivery.message
+        task = self._tasks.answered(message)
+        if isinstance(task, Rejection):
+            self.counts.refused += 1
+            out.append(Handled.of(delivery.seq, task))
+        elif message.kind == "failed":
+            self.counts.dropped += 1
+            why = (str(message.body.get(key, "")) for key in ("code", "reason", "where"))
+            self._progress.failed(task.client, message.sender, *why)
+            out.append(Handled(delivery.seq))
+        else:
+            added = self.current.add(delivery, task.client, task.version)
+            if added.outcome is Outcome.HELD:
+                self.add_in_order(out)
+                return
+            self._count(added, out)
         self._tasks.freed()  # its client has no held result, so it can be drawn again
-        return Handled.of(inbound.seq, why)
+
+    def add_in_order(self, out: list[AggregatorAction], *, everything: bool = False) -> None:
+        """Add held results in cohort order, up to the first outstanding task, or all of them."""
+        tasks = self._tasks
+        is_expected = (lambda _: False) if everything else tasks.is_expected
+        for added in self.current.add_held(tasks.in_flight, is_expected):
+            self._count(added, out)
+            if added.outcome is Outcome.REJECTED:
+                tasks.freed()
 
     def undelivered(self, name: str, message: Message) -> None:
         """Record that a task was not delivered, or was rejected, according to a message."""
@@ -74,105 +77,28 @@ class ResultCollector:
             why = (str(message.body.get(key, "")) for key in ("code", "reason"))
             self._progress.failed(task.client, task.node, *why)
 
-    def take_waiting(
-        self,
-        waiting: DeferredResults,
-        state: OpaqueState,
-        version: int,
-        out: list[AggregatorAction],
-    ) -> None:
-        """Take the results that came while the version before this one was being committed."""
-        here, waiting.received = waiting.received, {}
-        for inbound in here.values():
-            done = self.take(inbound, state, version, out)
-            if done is not None:
-                out.append(done)
-
-    def end(self, deferred: DeferredResults) -> list[Handled]:
+    def end(self, deferred: Sequence[Delivery], out: list[AggregatorAction]) -> None:
         """Count the results that no version will use; reject deferred ones."""
-        done = []
-        for seq, inbound in deferred.received.items():
-            self._tasks.discard(inbound.message.re or "")
-            failed = inbound.message.kind == "failed"
+        for delivery in deferred:
+            self._tasks.discard(delivery.message.re or "")
+            failed = delivery.message.kind == "failed"
             self.counts.dropped += failed
             self.counts.refused += not failed
             over = Rejection(Code.RUN_OVER, "the run is over")
-            done.append(Handled.of(seq, None if failed else over))
+            out.append(Handled.of(delivery.seq, None if failed else over))
         self.counts.used -= self.current.num_results
         self.counts.unused += self.current.num_results + len(self.current.held)
-        return done
 
-    def _take(
-        self, inbound: Inbound, state: OpaqueState, version: int, out: list[AggregatorAction]
-    ) -> Rejection | Held | None:
-        message = inbound.message
-        task = self._tasks.answered(message)
-        if isinstance(task, Rejection):
-            self.counts.refused += 1
-            return task
-        if message.kind == "failed":
-            self.counts.dropped += 1
-            why = (str(message.body.get(key, "")) for key in ("code", "reason", "where"))
-            self._progress.failed(task.client, message.sender, *why)
-            return None
-        staleness = version - task.version
-        try:
-            numbers = numbers_of(message)
-            n = examples_of(numbers)
-            if numbers.get("reply", self.reply) != self.reply:
-                raise ResultError(f"expected reply {self.reply!r}", Fault.MALFORMED)
-        except (ResultError, CodecError) as error:
-            return self._rejected(task.client, message.sender, rejection_of(error))
-        weight = self._schedule.weight(n, staleness)
-        if weight is None:
+    def _count(self, added: AddedResult, out: list[AggregatorAction]) -> None:
+        """Count a result that was used or rejected."""
+        client, node, why = added.client, added.delivery.message.sender, added.why
+        if why is None:
+            self.counts.used += 1
+            self._progress.used(client, node)
+        elif added.outcome is Outcome.STALE:
             self.counts.stale += 1
-            self._progress.answered(task.client, message.sender)
-            code = Code.STALE if self._schedule.cohort(1) is None else Code.LATE
-            return Rejection(code, f"too stale: {staleness} versions behind")
-        if self._schedule.ordered and not staleness:
-            self.current.held[message.re or ""] = (inbound, weight, task.client)
-            self.current.contributed.add(task.client)
-            self.add_in_order(state, out)
-            return HELD
-        return self._add(state, inbound, weight, task.client, staleness)
-
-    def add_in_order(
-        self, state: OpaqueState, out: list[AggregatorAction], *, everything: bool = False
-    ) -> None:
-        """Accumulate held results in cohort order, up to the first outstanding task."""
-        current = self.current
-        if not current.held:
-            return
-        order, in_flight = current.order, self._tasks.in_flight
-        # The loop ends: the task of each held result is in the order.
-        while not (order[current.settled] in current.held or order[current.settled] in in_flight):
-            current.settled += 1
-        for index in range(current.settled, len(order)):
-            name = order[index]
-            if name in current.held:
-                inbound, weight, client = current.held.pop(name)
-                why = self._add(state, inbound, weight, client, 0)
-                if why is not None:
-                    current.contributed.discard(client)
-                    self._tasks.freed()
-                out.append(Handled.of(inbound.seq, why))
-            elif not everything and self._tasks.is_expected(name):
-                return
-
-    def _add(
-        self, state: OpaqueState, inbound: Inbound, weight: float, client: int, staleness: int
-    ) -> Rejection | None:
-        """Add a result to the version; return the rejection if it cannot be used."""
-        about = client, staleness
-        why = self.current.add(self._algorithm, state, inbound, weight, about, self._most_bytes)
-        node = inbound.message.sender
-        if why is not None:
-            return self._rejected(client, node, why)
-        self.counts.used += 1
-        self._progress.used(client, node)
-        return None
-
-    def _rejected(self, client: int, node: str, why: Rejection) -> Rejection:
-        self.counts.refused += 1
-        self._progress.failed(client, node, why.code, why.reason)
-        return why
+            self._progress.answered(client, node)
+        else:
+            self.counts.refused += 1
+            self._progress.failed(client, node, why.code, why.reason)
+        out.append(Handled.of(added.delivery.seq, why))

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
+import msgspec
 from msgspec import UNSET
 from torch import Tensor
 
+from fedmq.algorithms.base import OpaqueState
 from fedmq.nodes.aggregator.checkpoint import Fold
 from fedmq.nodes.aggregator.computed import Computed
 from fedmq.nodes.aggregator.evaluations import Evaluations
@@ -16,7 +18,7 @@ from fedmq.nodes.aggregator.fleet import Fleet
 from fedmq.nodes.aggregator.progress import Progress
 from fedmq.nodes.aggregator.results import ResultCollector
 from fedmq.nodes.aggregator.tasks import MessageFactory, Tasks
-from fedmq.nodes.aggregator.version import DeferredResults, VersionBuffer
+from fedmq.nodes.aggregator.version import DeferredResults
 from fedmq.nodes.messages.actions import Commit
 from fedmq.nodes.run.goal import Goal
 from fedmq.nodes.run.setup import Setup
@@ -40,14 +42,13 @@ class AggregatorState:
         self._messages = MessageFactory(run, node)
         self._post = self._messages.post
         self._algorithm, self._schedule = setup.algorithm, setup.schedule
-        self.state = self._algorithm.start(setup.problem)
-        self.version = 0
         self._fleet = Fleet()
         self._progress = Progress(setup, self._computed.rules)
         self._tasks = Tasks(setup, self._fleet, self._progress)
-        self._results = ResultCollector(setup, self._tasks, self.state, self._progress)
+        state = self._algorithm.start(setup.problem)
+        self._results = ResultCollector(setup, self._tasks, state, self._progress)
         self._evaluations = Evaluations()
-        self._committing: tuple[VersionBuffer, Commit] | None = None
+        self._committing: Commit | None = None
         self._deferred = DeferredResults()
         self._running = False
         self._finishing = ""
@@ -59,6 +60,16 @@ class AggregatorState:
         self._position = self._continues_at = -1
         self._now = 0.0
         self._checkpoint_at = -math.inf
+
+    @property
+    def state(self) -> OpaqueState:
+        """Return the algorithm's state of the current version."""
+        return self._results.current.state
+
+    @property
+    def version(self) -> int:
+        """Return the number of the current version."""
+        return self._results.current.version
 
     @property
     def failed(self) -> bool:
@@ -86,7 +97,7 @@ class AggregatorState:
             "evaluating": sorted(self._evaluations.asked),
             "examinations": self._evaluations.client_evaluations,
             "scores": self._evaluations.scores,
-            "committing": self._committing[1].token if self._committing else "",
+            "committing": self._committing.token if self._committing else "",
             "waiting": list(self._deferred.numbers()),
             "counts": self._results.counts,
             "finishing": self._finishing,
@@ -106,6 +117,48 @@ class AggregatorState:
         if self._running and (busy or self._progress.waiting(hosts)):
             return []
         return [client for client in range(clients) if client not in hosts]
+
+    def validate_state(self) -> None:
+        """Check the state between two events; tests and simulations do after each event.
+
+        Raises:
+            AssertionError: the state contradicts itself; the message says how.
+        """
+        for fault in self._faults():
+            raise AssertionError(fault)
+
+    def _faults(self) -> Iterator[str]:
+        current, counts = self._results.current, self._results.counts
+        yield from current.faults()
+        yield from self._deferred.faults(self._position)
+        yield from self._evaluations.faults(self.version)
+        yield from self._progress.faults()
+        yield from self._fleet.faults(self._setup.problem.clients)
+        if (self._progress.version, self._progress.now) != (self.version, self._now):
+            yield f"back-offs count from version {self._progress.version}, not {self.version}"
+        if any(each < 0 for each in msgspec.structs.astuple(counts)):
+            yield f"a count is negative: {counts}"
+        if (self._ended or self._failed or self._asked_final is not None) and not self._finishing:
+            yield "the run ends without a reason"
+        if self._committing is not None and self._committing.token != f"commit/{self.version + 1}":
+            yield f"{self._committing.token} is under way in version {self.version}"
+        if self._committing is not None and (current.held or self._ended):
+            yield "a version is being committed after the end, or without its held results"
+        if self._ended:
+            if self._deferred.numbers():
+                yield f"results {self._deferred.numbers()} are deferred after the end"
+            return
+        yield from self._tasks.faults(current)
+        if counts.used < current.num_results:
+            yield f"{counts.used} results are used, {current.num_results} of them in one version"
+        if not self._running or self._committing is not None or self._deferred.awaited:
+            return
+        if self._finishing and self._asked_final is None:
+            yield f"the run waits for nothing, but has not ended: {self._finishing}"
+        if not self._finishing and self._deferred.received:
+            yield f"results {self._deferred.numbers()} are deferred, but no commit is under way"
+        if not self._finishing and current.is_ready(self._tasks.view(current)):
+            yield f"version {self.version + 1} is ready, but not committed"
 
     def _fold(self) -> Fold:
         """Return the state for a checkpoint, without the algorithm's."""

@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from fedmq.algorithms.base import OpaqueState
 from fedmq.algorithms.rng import derive_seed
 from fedmq.algorithms.schedules import ScheduleView
+from fedmq.broker.link.events import PostMessage
 from fedmq.broker.rejections import Code, Rejection
 from fedmq.broker.wire.schema import Message
 from fedmq.nodes.aggregator.checkpoint import OutstandingTask
 from fedmq.nodes.aggregator.fleet import Fleet
 from fedmq.nodes.aggregator.progress import Progress
 from fedmq.nodes.aggregator.version import VersionBuffer
-from fedmq.nodes.messages.actions import AggregatorAction, PostMessage
+from fedmq.nodes.messages.actions import AggregatorAction
 from fedmq.nodes.messages.payloads import Packed, pack
 from fedmq.nodes.messages.tensor_tables import fitted
 from fedmq.nodes.run.setup import Setup
@@ -72,13 +72,13 @@ class Tasks:
             if back and any(a <= task.client <= b for a, b in message.body["clients"]):
                 self._returned.add(name)
 
-    def pack(self, state: OpaqueState, version: int, client: int) -> Packed:
+    def pack(self, current: VersionBuffer, client: int) -> Packed:
         """Return a client's task as a message's body and blobs."""
         if self._same_for_all is not None and not self._setup.algorithm.task_per_client:
             return self._same_for_all
-        seed = derive_seed(self._setup.config.run.seed, "downlink", version, client)
+        seed = derive_seed(self._setup.config.run.seed, "downlink", current.version, client)
         algorithm = self._setup.algorithm
-        task, who = algorithm.task(state, client), f"{type(algorithm).__name__}.task"
+        task, who = algorithm.task(current.state, client), f"{type(algorithm).__name__}.task"
         self._same_for_all = pack(task, self._setup.downlink, seed, who)
         return self._same_for_all
 
@@ -127,20 +127,17 @@ class Tasks:
         task = self.in_flight.get(name)
         return task is not None and task.client in self._fleet.hosts
 
-    def view(self, current: VersionBuffer, version: int) -> ScheduleView:
+    def view(self, current: VersionBuffer) -> ScheduleView:
         """Return a schedule's view of a version."""
         self._recount()
+        version = current.version
+        outstanding = self._outstanding[version]
         ordered = self._setup.schedule.ordered  # other schedules do not use the number of idle
-        return ScheduleView(
-            clients=self._setup.problem.clients,
-            in_flight=self._in_flight,
-            started=current.started,
-            outstanding=self._outstanding[version],
-            results=current.num_results + len(current.held),
-            deadline_passed=current.deadline_passed,
-            late=current.late,
+        return current.view(
+            self._in_flight,
+            outstanding,
             behind=self._in_flight - self._of_version[version] - self._back(version),
-            idle=len(self._idle(current)) if ordered and not self._outstanding[version] else 0,
+            idle=len(self._idle(current)) if ordered and not outstanding else 0,
         )
 
     def _back(self, version: int) -> int:
@@ -148,14 +145,14 @@ class Tasks:
         found = (self.in_flight[name] for name in self._returned)
         return sum(e.version != version and e.client in self._fleet.hosts for e in found)
 
-    def draw(self, count: int, current: VersionBuffer, version: int) -> list[int]:
+    def draw(self, count: int, current: VersionBuffer) -> list[int]:
         """Draw ``count`` idle clients, or all if there are fewer; return them in order."""
         if not count:
             return []
         self._recount()
         idle = self._idle(current)
         self._nobody_idle = len(idle) <= count
-        return current.draw(idle, count, self._setup.config.run.seed, version)
+        return current.draw(idle, count)
 
     def _idle(self, current: VersionBuffer) -> npt.NDArray[np.int64]:
         """Return the idle clients, in order.
@@ -168,6 +165,32 @@ class Tasks:
         busy |= self._progress.waiting(self._fleet.hosts)
         out = np.array([client for client in busy if client in self._fleet.hosts], np.int64)
         return np.delete(self._reachable, np.searchsorted(self._reachable, out))
+
+    def faults(self, current: VersionBuffer) -> Iterator[str]:
+        """Yield what contradicts itself, for `AggregatorState.validate_state`."""
+        clients = Counter(task.client for task in self.in_flight.values())
+        for client, number in clients.items():
+            if number > 1:
+                yield f"client {client} has {number} tasks in flight"
+            if client in current.contributed:
+                yield f"client {client} has a task in flight, and a result in this round"
+        names, settled = set(current.order), set(current.order[: current.settled])
+        for name, task in self.in_flight.items():
+            if task.version > current.version:
+                yield f"task {name} is of version {task.version}, after the current one"
+            elif (task.version == current.version) != (name in names):
+                has = "has" if name in names else "lacks"
+                yield (
+                    f"task {name} was made from version {task.version}; "
+                    f"the cohort of version {current.version} {has} it"
+                )
+            if name in current.held or name in settled:
+                yield f"task {name} is in flight, but its result was received"
+        if not self._returned <= self.in_flight.keys():
+            yield "clients came back to tasks that are not in flight"
+        reachable = [t for t in self.in_flight.values() if t.client in self._fleet.hosts]
+        if self._changes == self._fleet.changes and self._in_flight != len(reachable):
+            yield f"{self._in_flight} tasks are counted, {len(reachable)} are in flight"
 
     def _count(self, task: OutstandingTask, by: int) -> None:
         if task.client in self._fleet.hosts:

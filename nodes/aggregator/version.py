@@ -1,24 +1,30 @@
-"""The results of an aggregator's next version."""
+"""The version in the making: its results, the tasks sent for it, and its commit."""
 
 from __future__ import annotations
 
+import enum
 import math
+from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
+from msgspec import Struct
 
-from fedmq.algorithms.base import AnyAlgorithm, OpaqueAccumulator, OpaqueState, Result, examples_of
-from fedmq.algorithms.errors import ResultError
+from fedmq.algorithms.base import AnyAlgorithm, OpaqueState, Result, examples_of
+from fedmq.algorithms.errors import Fault, ResultError
 from fedmq.algorithms.rng import derive_rng
+from fedmq.algorithms.schedules import ScheduleView
 from fedmq.algorithms.toolkit.returned import check_tensors
 from fedmq.algorithms.values import ReturnedError, kind_of_value, plain_number
 from fedmq.broker.errors import WireError
-from fedmq.broker.rejections import Rejection
+from fedmq.broker.link.events import Delivery
+from fedmq.broker.rejections import Code, Rejection
 from fedmq.codecs.errors import CodecError
 from fedmq.nodes.errors import rejection_of
-from fedmq.nodes.messages.actions import Inbound, fail_on_partial_reread
-from fedmq.nodes.messages.payloads import unpack
+from fedmq.nodes.messages.actions import fail_on_partial_reread
+from fedmq.nodes.messages.payloads import numbers_of, unpack
+from fedmq.nodes.run.setup import Setup
 
 _ROOM = 16
 """Memory that codecs need to decode a result, as a multiple of its size."""
@@ -40,33 +46,220 @@ def room_for(algorithm: AnyAlgorithm, state: OpaqueState) -> int:
     return max(_LEAST_BYTES, int(_ROOM * number))
 
 
-@dataclass
-class VersionBuffer:
-    """The results of one version, and the tasks sent for them.
+class Outcome(enum.Enum):
+    """What was done with a result."""
 
-    accumulator: the algorithm's accumulator of results.
-    order: ids of the tasks sent, in cohort order.
-    settled: number of tasks, from the first on, whose results are all accumulated or rejected.
-    held: results that wait for earlier ones of the cohort: (message, weight, client).
-    contributed: in a synchronous round, clients whose results were received; each counts once.
-    num_results, late: number of accumulated results, and of those from earlier versions.
-    weights, staleness: sum of the results' weights, and the staleness of each, in versions.
-    started, draws: number of tasks sent, and of random draws of clients.
-    deadline_passed: whether the version no longer waits for outstanding tasks.
+    USED = enum.auto()
+    STALE = enum.auto()
+    """It is too many versions behind, or came after its round."""
+    REJECTED = enum.auto()
+    HELD = enum.auto()
+    """It waits for earlier results of its cohort."""
+
+
+class AddedResult(Struct, frozen=True):
+    """A client's result and its outcome; ``why`` if it is not used."""
+
+    delivery: Delivery
+    client: int
+    outcome: Outcome
+    why: Rejection | None = None
+
+
+class HeldResult(Struct, frozen=True):
+    """A result that waits for earlier ones of its cohort; its weight is known."""
+
+    delivery: Delivery
+    client: int
+    weight: float
+
+
+class VersionBuffer:
+    """The version in the making. Only its own methods change its fields.
+
+    Args:
+        setup: objects of the run.
+        state: the algorithm's state of the current version, from which tasks are made.
+        version: number of the current version; the one in the making is the next.
+        max_bytes: that a result may take in memory while it is decoded, see `room_for`.
+        in_order: whether a result waits for earlier ones of its cohort; by default as the
+            schedule says. A what-if replay adds results in the recorded order.
+
+    Attributes:
+        reply: what a result contains: ``model`` or ``update``.
+        accumulator: the algorithm's accumulator of results.
+        order: ids of the tasks sent for the version, in cohort order.
+        settled: number of tasks, from the first on, whose results are all used or rejected.
+        held: results that wait for earlier ones of the cohort, by the id of their task.
+        draws: number of random draws of clients.
+        contributed: in a synchronous round, clients whose results were received; each counts once.
+        num_results, late: number of used results, and of those from earlier versions.
+        weights, staleness: sum of the results' weights, and the staleness of each, in versions.
+        deadline_passed: whether the version no longer waits for outstanding tasks.
     """
 
-    accumulator: OpaqueAccumulator
-    order: list[str] = field(default_factory=list)
-    settled: int = 0
-    held: dict[str, tuple[Inbound, float, int]] = field(default_factory=dict)
-    contributed: set[int] = field(default_factory=set)
-    num_results: int = 0
-    late: int = 0
-    weights: float = 0.0
-    started: int = 0
-    draws: int = 0
-    deadline_passed: bool = False
-    staleness: list[int] = field(default_factory=list)
+    def __init__(
+        self,
+        setup: Setup,
+        state: OpaqueState,
+        version: int,
+        max_bytes: int,
+        *,
+        in_order: bool | None = None,
+    ) -> None:
+        self._algorithm, self._schedule = setup.algorithm, setup.schedule
+        self._clients, self._seed = setup.problem.clients, setup.config.run.seed
+        self._max_bytes = max_bytes
+        self._in_order = self._schedule.ordered if in_order is None else in_order
+        self.state, self.version = state, version
+        self.reply = self._algorithm.fixed_reply or self._schedule.reply
+        self.accumulator = self._algorithm.new_accumulator(state)
+        self.order: list[str] = []
+        self.draws = self.settled = 0
+        self.held: dict[str, HeldResult] = {}
+        self.contributed: set[int] = set()
+        self.num_results = self.late = 0
+        self.weights = 0.0
+        self.staleness: list[int] = []
+        self.deadline_passed = False
+
+    def adopt(self, state: OpaqueState) -> None:
+        """Replace the state of the current version, such as by the recorded one in a replay."""
+        self.state = state
+
+    # ---- tasks
+
+    def draw(self, idle: npt.NDArray[np.int64], count: int) -> list[int]:
+        """Draw ``count`` of the idle clients, or all if there are fewer; return them in order."""
+        if len(idle) <= count:
+            return [int(client) for client in idle]
+        rng = derive_rng(self._seed, "cohort", self.version, self.draws)
+        self.draws += 1
+        return sorted(int(client) for client in rng.choice(idle, count, replace=False))
+
+    def sent(self, task: str) -> None:
+        """Record that a task, given by its id, was sent."""
+        self.order.append(task)
+
+    def pass_deadline(self) -> None:
+        """Stop waiting for outstanding tasks."""
+        self.deadline_passed = True
+
+    # ---- results
+
+    def add(self, delivery: Delivery, client: int, version: int) -> AddedResult:
+        """Add a result, hold it until its turn, or reject it.
+
+        Args:
+            delivery: the result.
+            client: that it comes from.
+            version: from which its task was made.
+        """
+        staleness = self.version - version
+        try:
+            numbers = numbers_of(delivery.message)
+            n = examples_of(numbers)
+            if numbers.get("reply", self.reply) != self.reply:
+                raise ResultError(f"expected reply {self.reply!r}", Fault.MALFORMED)
+        except (ResultError, CodecError) as error:
+            return AddedResult(delivery, client, Outcome.REJECTED, rejection_of(error))
+        weight = self._schedule.weight(n, staleness)
+        if weight is None:
+            code = Code.STALE if self._schedule.cohort(1) is None else Code.LATE
+            why = Rejection(code, f"too stale: {staleness} versions behind")
+            return AddedResult(delivery, client, Outcome.STALE, why)
+        if self._in_order and not staleness:
+            self.held[delivery.message.re or ""] = HeldResult(delivery, client, weight)
+            self.contributed.add(client)
+            return AddedResult(delivery, client, Outcome.HELD)
+        return self._accumulate(delivery, client, staleness, weight)
+
+    def add_held(
+        self, in_flight: Container[str], is_expected: Callable[[str], bool]
+    ) -> Iterator[AddedResult]:
+        """Add held results in cohort order, up to the first task that is expected to return one.
+
+        Args:
+            in_flight: ids of the outstanding tasks.
+            is_expected: whether to wait for the result of an outstanding task.
+        """
+        if not self.held:
+            return
+        # The loop ends: the task of each held result is in the order.
+        while not (self.order[self.settled] in self.held or self.order[self.settled] in in_flight):
+            self.settled += 1
+        for index in range(self.settled, len(self.order)):
+            name = self.order[index]
+            if name in self.held:
+                held = self.held.pop(name)
+                added = self._accumulate(held.delivery, held.client, 0, held.weight)
+                if added.outcome is Outcome.REJECTED:
+                    self.contributed.discard(held.client)
+                yield added
+            elif is_expected(name):
+                return
+
+    def _accumulate(
+        self, delivery: Delivery, client: int, staleness: int, weight: float
+    ) -> AddedResult:
+        try:
+            stream = fail_on_partial_reread(delivery.chunks)
+            payload = unpack(delivery.message, delivery.read, stream, self._max_bytes)
+            result = Result(client, staleness, payload, examples_of(payload.numbers))
+            self.accumulator = self._algorithm.accumulate(
+                self.accumulator, self.state, result, weight
+            )
+        except (ResultError, CodecError, WireError) as error:
+            return AddedResult(delivery, client, Outcome.REJECTED, rejection_of(error))
+        self.num_results += 1
+        self.weights += weight
+        self.staleness.append(staleness)
+        self.late += staleness > 0
+        return AddedResult(delivery, client, Outcome.USED)
+
+    # ---- the commit
+
+    def view(
+        self, in_flight: int = 0, outstanding: int = 0, behind: int = 0, idle: int = 0
+    ) -> ScheduleView:
+        """Return a schedule's view of the version; the arguments are as in `ScheduleView`."""
+        return ScheduleView(
+            clients=self._clients,
+            in_flight=in_flight,
+            started=len(self.order),
+            outstanding=outstanding,
+            results=self.num_results + len(self.held),
+            deadline_passed=self.deadline_passed,
+            late=self.late,
+            behind=behind,
+            idle=idle,
+        )
+
+    def is_ready(self, view: ScheduleView) -> bool:
+        """Return whether to commit the version now."""
+        return self._schedule.is_ready(view)
+
+    def commit(self) -> OpaqueState:
+        """Return the algorithm's state of the next version."""
+        divisor = self._schedule.divisor(self.weights, self.num_results)
+        return self._algorithm.commit(self.state, self.accumulator, divisor)
+
+    def faults(self) -> Iterator[str]:
+        """Yield what contradicts itself, for `AggregatorState.validate_state`."""
+        if self.num_results != len(self.staleness):
+            yield f"{self.num_results} results are used, {len(self.staleness)} have a staleness"
+        if self.late != sum(each > 0 for each in self.staleness):
+            yield f"{self.late} results count as late, the staleness is {self.staleness}"
+        if not all(0 <= each <= self.version for each in self.staleness):
+            yield f"version {self.version} cannot have results of staleness {self.staleness}"
+        if len(set(self.order)) != len(self.order):
+            yield "a task is in the cohort twice"
+        if outside := self.held.keys() - self.order[self.settled :]:
+            yield f"results are held of tasks that are settled or unknown: {sorted(outside)}"
+        if not self._in_order and (self.held or self.contributed):
+            yield "results are held, but the schedule has no cohort order"
+        if outside_clients := {each.client for each in self.held.values()} - self.contributed:
+            yield f"clients {sorted(outside_clients)} have a held result and have not contributed"
 
     def facts(self) -> dict[str, int | float]:
         """Return the fields about results in the version's record."""
@@ -78,46 +271,6 @@ class VersionBuffer:
             "max_staleness": max(self.staleness, default=0),
         }
 
-    def draw(self, idle: npt.NDArray[np.int64], count: int, seed: int, version: int) -> list[int]:
-        """Draw ``count`` of the idle clients, or all if there are fewer; return them in order."""
-        if len(idle) <= count:
-            return [int(client) for client in idle]
-        rng = derive_rng(seed, "cohort", version, self.draws)
-        self.draws += 1
-        return sorted(int(client) for client in rng.choice(idle, count, replace=False))
-
-    def add(
-        self,
-        algorithm: AnyAlgorithm,
-        state: OpaqueState,
-        inbound: Inbound,
-        weight: float,
-        about: tuple[int, int],
-        max_bytes: int,
-    ) -> Rejection | None:
-        """Add one result; return why it cannot be used, if so.
-
-        Args:
-            algorithm: whose accumulator it is.
-            state: of the current version.
-            inbound: the result's message.
-            weight: how much it counts.
-            about: client and staleness.
-            max_bytes: that it may take in memory while it is decoded.
-        """
-        try:
-            stream = fail_on_partial_reread(inbound.stream) if inbound.stream is not None else None
-            payload = unpack(inbound.message, inbound.read, stream, max_bytes)
-            result = Result(*about, payload, examples_of(payload.numbers))
-            self.accumulator = algorithm.accumulate(self.accumulator, state, result, weight)
-        except (ResultError, CodecError, WireError) as error:
-            return rejection_of(error)
-        self.num_results += 1
-        self.weights += weight
-        self.staleness.append(about[1])
-        self.late += about[1] > 0
-        return None
-
 
 @dataclass
 class DeferredResults:
@@ -128,15 +281,34 @@ class DeferredResults:
     unsettled: numbers of results from before the last checkpoint that it does not include.
     """
 
-    received: dict[int, Inbound] = field(default_factory=dict)
+    received: dict[int, Delivery] = field(default_factory=dict)
     awaited: set[int] = field(default_factory=set)
     unsettled: tuple[int, ...] = ()
 
-    def add(self, inbound: Inbound) -> None:
+    def add(self, delivery: Delivery) -> None:
         """Defer a result."""
-        self.received[inbound.seq] = inbound
-        self.awaited.discard(inbound.seq)
+        self.received[delivery.seq] = delivery
+        self.awaited.discard(delivery.seq)
+
+    def take(self) -> list[Delivery]:
+        """Remove and return the received results, in the order of their arrival."""
+        taken, self.received = self.received, {}
+        return list(taken.values())
+
+    def leave_unsettled(self) -> tuple[int, ...]:
+        """Record that a checkpoint does not include the deferred results; return their numbers."""
+        self.unsettled = self.numbers()
+        return self.unsettled
 
     def numbers(self) -> tuple[int, ...]:
         """Return the numbers of all deferred results, received or awaited."""
         return tuple(sorted({*self.received, *self.awaited}))
+
+    def faults(self, position: int) -> Iterator[str]:
+        """Yield what contradicts itself, for `AggregatorState.validate_state`."""
+        if both := self.received.keys() & self.awaited:
+            yield f"results {sorted(both)} are received and awaited"
+        if unknown := self.awaited.difference(self.unsettled):
+            yield f"results {sorted(unknown)} are awaited, but no checkpoint leaves them out"
+        if late := [seq for seq in self.numbers() if seq > position]:
+            yield f"results {late} are deferred, but come after message {position}"

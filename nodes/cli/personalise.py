@@ -129,7 +129,7 @@ def last_state(trace: Trace, setup: Setup) -> StartingState:
         NodeError: the checkpoint does not match the run's configuration.
     """
     from fedmq.nodes.aggregator.checkpoint import unpack_checkpoint
-    from fedmq.nodes.replay.fold import inbound
+    from fedmq.nodes.replay.fold import recorded_delivery
 
     last: Accepted | None = None
     for entry in trace.entries():
@@ -137,7 +137,7 @@ def last_state(trace: Trace, setup: Setup) -> StartingState:
             last = entry
     if last is None:
         raise LedgerError("expected a checkpoint, the run has none yet: wait for the first one")
-    state, fold = unpack_checkpoint(setup.algorithm, setup.problem, inbound(trace, last))
+    state, fold = unpack_checkpoint(setup.algorithm, setup.problem, recorded_delivery(trace, last))
     return StartingState(state, fold.version, fold.ended)
 
 

@@ -1,4 +1,4 @@
-"""Events from a node's inbox, and the actions that its link carries out."""
+"""The start of an aggregator's core, and the actions of the nodes' cores."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 from msgspec import Struct
 
 from fedmq.broker.errors import WireError
+from fedmq.broker.link.events import Delivery, PostMessage
 from fedmq.broker.rejections import Rejection
 from fedmq.broker.wire.schema import Buffer, Message
 from fedmq.nodes.errors import exits_as_errors
@@ -17,20 +18,6 @@ Read = Callable[[int], Buffer]
 """Returns the bytes of a message's i-th blob."""
 Stream = Callable[[int], Iterator[Buffer]]
 """Returns the chunks of a message's i-th blob, in order."""
-
-
-class Inbound(Struct, frozen=True):
-    """A message from the inbox.
-
-    seq, at: its number in the ledger, and the time at which the broker accepted it.
-    read, stream: return its blobs; these are content-addressed, so reading is a pure function.
-    """
-
-    seq: int
-    at: float
-    message: Message
-    read: Read
-    stream: Stream | None = None
 
 
 class Start(Struct, frozen=True):
@@ -43,21 +30,9 @@ class Start(Struct, frozen=True):
         it is not reported.
     """
 
-    checkpoint: Inbound | None = None
-    run_record: Inbound | None = None
+    checkpoint: Delivery | None = None
+    run_record: Delivery | None = None
     continued: int = -1
-
-
-class PostMessage(Struct, frozen=True):
-    """Post a message.
-
-    data: bytes of each of its blobs.
-    consumes: numbers of the messages that are handled once this one is in the ledger.
-    """
-
-    message: Message
-    data: tuple[Buffer, ...] = ()
-    consumes: tuple[int, ...] = ()
 
 
 class Handled(Struct, frozen=True):

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -26,13 +25,15 @@ from fedmq.algorithms.toolkit.arithmetic import ARITHMETIC
 from fedmq.broker.errors import LedgerError
 from fedmq.broker.inspection.trace import Trace
 from fedmq.broker.ledger.entries import Accepted, AnyEntry
+from fedmq.broker.link.events import Delivery, PostMessage
 from fedmq.broker.wire.addresses import AGGREGATOR, CHECKPOINT, CONTINUED, node_address
+from fedmq.broker.wire.schema import Buffer
 from fedmq.nodes.aggregator.checkpoint import unpack_checkpoint
 from fedmq.nodes.aggregator.computed import Computed
 from fedmq.nodes.aggregator.core import Aggregator
 from fedmq.nodes.aggregator.driver import AggregatorDriver
 from fedmq.nodes.errors import NodeError, own_code
-from fedmq.nodes.messages.actions import AggregatorAction, Inbound, PostMessage, Start
+from fedmq.nodes.messages.actions import AggregatorAction, Start
 from fedmq.nodes.replay.record import RecordedOutput
 from fedmq.nodes.replay.tolerance import TOLERANCE, tensor_distance
 from fedmq.nodes.run.config import Config, parse
@@ -40,13 +41,14 @@ from fedmq.nodes.run.devices import kind_of
 from fedmq.nodes.run.setup import Setup, set_up
 
 INBOX = (AGGREGATOR, node_address(AGGREGATOR))
+_CHUNK_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
 class ReplayStep:
     """One event that the core has handled, and its actions."""
 
-    event: Start | Inbound
+    event: Start | Delivery
     actions: list[AggregatorAction]
 
 
@@ -130,7 +132,7 @@ class Replay:
             elif stopped:
                 skipped.append(entry)  # for the next call
             else:
-                step = self._handle(inbound(self.trace, entry))
+                step = self._handle(recorded_delivery(self.trace, entry))
                 yield step
                 stopped = _sends(step, own)
             if entry.seq == until:
@@ -141,7 +143,9 @@ class Replay:
         if self._checkpoint is None:
             first = self._run_record if self.computed.arithmetic >= ARITHMETIC else None
             own = self.core.tensors()
-            step = self._handle(Start(run_record=inbound(self.trace, first) if first else None))
+            step = self._handle(
+                Start(run_record=recorded_delivery(self.trace, first) if first else None)
+            )
             if first is not None:
                 one, other = Payload(exact=self.core.tensors()), Payload(exact=own)
                 self.version_0_distance = tensor_distance(one, other) / TOLERANCE
@@ -153,7 +157,7 @@ class Replay:
                 f"message {self._checkpoint}: expected a checkpoint, got {message.kind}"
             )
         self.record.first = int(message.id.rpartition("/")[2]) + 1
-        step = self._handle(Start(inbound(self.trace, accepted)))
+        step = self._handle(Start(recorded_delivery(self.trace, accepted)))
         self.record.after = self.core.state_snapshot()["position"]
         return step
 
@@ -178,9 +182,9 @@ class Replay:
         # After its end, a run handles only messages that may extend it.
         return message.to in INBOX and (not self.record.ended or message.kind == CONTINUED)
 
-    def _handle(self, event: Start | Inbound) -> ReplayStep:
+    def _handle(self, event: Start | Delivery) -> ReplayStep:
         actions = self._driver.handle(event)
-        if isinstance(event, Inbound):
+        if isinstance(event, Delivery):
             self.messages += 1
             self.at, self.record.trigger = event.at, event.seq
         self._driver.carry_out(actions)
@@ -199,7 +203,7 @@ class Replay:
 
     def _adopt(self, entry: Accepted) -> None:
         """Continue from the recorded state of a version, so that small distances do not add up."""
-        recorded = inbound(self.trace, entry)
+        recorded = recorded_delivery(self.trace, entry)
         # The comparison of this entry reports one that cannot be read.
         with contextlib.suppress(NodeError, LedgerError):
             state, _ = unpack_checkpoint(self.setup.algorithm, self.setup.problem, recorded)
@@ -297,10 +301,24 @@ def accepted_entry(trace: Trace, seq: int) -> Accepted:
     return entry
 
 
-def inbound(trace: Trace, entry: Accepted) -> Inbound:
+def recorded_delivery(trace: Trace, entry: Accepted) -> Delivery:
     """Return a recorded message as a core receives it."""
-    message = entry.read()
-    return Inbound(entry.seq, entry.at, message, functools.partial(trace.blob, message))
+    return Delivery(entry.seq, entry.at, entry.read(), source=_TraceBlobs(trace))
+
+
+@dataclass(frozen=True)
+class _TraceBlobs:
+    """The blobs of a trace, as a `BlobSource`."""
+
+    trace: Trace
+
+    def read(self, delivery: Delivery, index: int) -> Buffer:
+        return self.trace.blob(delivery.message, index)
+
+    def chunks(self, delivery: Delivery, index: int) -> Iterator[Buffer]:
+        data = memoryview(self.read(delivery, index))
+        for start in range(0, data.nbytes, _CHUNK_BYTES):
+            yield data[start : start + _CHUNK_BYTES]
 
 
 def _sends(step: ReplayStep, name: str | None) -> bool:

@@ -16,12 +16,13 @@ import msgspec
 
 from fedmq.broker.inspection.trace import Trace
 from fedmq.broker.ledger.entries import Accepted, AnyEntry, Ended, Refusal
+from fedmq.broker.link.events import PostMessage
 from fedmq.broker.wire.addresses import AGGREGATOR, BROKER, CHECKPOINT
 from fedmq.broker.wire.encoding import encode_message
 from fedmq.broker.wire.schema import Buffer, Message
 from fedmq.nodes.aggregator.core import Aggregator
 from fedmq.nodes.errors import NodeError
-from fedmq.nodes.messages.actions import Commit, PostMessage
+from fedmq.nodes.messages.actions import Commit
 from fedmq.nodes.process.terminal import literal, plain
 from fedmq.nodes.replay.tolerance import NAMES, counted_as_in, near_differences
 from fedmq.nodes.trace.differ import Operand, differences

@@ -16,10 +16,10 @@ import msgspec
 from msgspec import Struct
 
 from fedmq.broker.inspection.trace import Trace
+from fedmq.broker.link.events import Delivery
 from fedmq.broker.wire.schema import Message
 from fedmq.nodes.aggregator.core import Aggregator
 from fedmq.nodes.errors import NodeError
-from fedmq.nodes.messages.actions import Inbound
 from fedmq.nodes.replay.fold import Replay, ReplayStep
 from fedmq.nodes.replay.record import Diverged, describe
 from fedmq.nodes.run.digests import digest_of
@@ -131,7 +131,7 @@ def compare_runs(replay: Replay, other: Replay, until: int | None = None) -> Ite
         if mine is None or other_step is None:
             which = "the other run" if mine is None else "this run"
             raise Diverged(f"only {which} continues {_where(mine or other_step)}")
-        if isinstance(mine.event, Inbound) and isinstance(other_step.event, Inbound):
+        if isinstance(mine.event, Delivery) and isinstance(other_step.event, Delivery):
             found = _differences(mine.event, other_step.event)
             if found:
                 lines = [
@@ -161,7 +161,7 @@ def _named(which: str, replay: Replay, until: int | None = None) -> Iterator[Rep
         raise Diverged(f"{which} does not replay with this code: {error}") from None
 
 
-def _differences(mine: Inbound, other: Inbound) -> list[Difference]:
+def _differences(mine: Delivery, other: Delivery) -> list[Difference]:
     ours, theirs = mine.message, other.message
     names = ("this run", "the other")
     ids = f"{ours.sender} {ours.id}", f"{theirs.sender} {theirs.id}"
@@ -175,12 +175,12 @@ def _summary(message: Message) -> str:
 
 
 def _number(step: ReplayStep) -> int:
-    return step.event.seq if isinstance(step.event, Inbound) else -1
+    return step.event.seq if isinstance(step.event, Delivery) else -1
 
 
 def _where(step: ReplayStep) -> str:
     event = step.event
-    if isinstance(event, Inbound):
+    if isinstance(event, Delivery):
         return f"at message {event.seq}: {_summary(event.message)}"
     return "at the start"
 

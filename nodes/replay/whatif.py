@@ -11,15 +11,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from fedmq.algorithms.allowed import NOTHING, Allowed
-from fedmq.algorithms.base import Result, Task, examples_of
-from fedmq.algorithms.errors import ResultError
-from fedmq.algorithms.schedules import ScheduleView
+from fedmq.algorithms.base import OpaqueState, Task
 from fedmq.broker.inspection.trace import Trace
+from fedmq.broker.link.events import Delivery, PostMessage
 from fedmq.broker.rejections import Code
-from fedmq.codecs.errors import CodecError
+from fedmq.nodes.aggregator.version import Outcome, VersionBuffer, room_for
 from fedmq.nodes.errors import ConfigError
-from fedmq.nodes.messages.actions import Handled, Inbound, PostMessage, Start
-from fedmq.nodes.messages.payloads import numbers_of, unpack
+from fedmq.nodes.messages.actions import Handled, Start
 from fedmq.nodes.replay.fold import Replay, ReplayStep, recorded_setup
 from fedmq.nodes.run.config import Config, changed
 from fedmq.nodes.run.devices import choose_device
@@ -114,14 +112,14 @@ class WhatIf:
         self._replay = Replay(trace, allowed=allowed)
         self._setup = setup
         self._algorithm, self._schedule = setup.algorithm, setup.schedule
-        self._state = self._algorithm.start(setup.problem)
-        self._version = self._used = 0
+        state = self._algorithm.start(setup.problem)
+        self._max_bytes = room_for(self._algorithm, state)
+        self._begin_version(state, 0)
+        self._used = 0
         self._sent: dict[str, tuple[int, int]] = {}
-        """New version at which each task was sent, and its client, by the task's id."""
-        self._deferred: dict[int, Inbound] = {}
+        """Client of each task, and the new version at which it was sent, by the task's id."""
+        self._deferred: dict[int, Delivery] = {}
         """Results that the recorded run has received but not handled."""
-        self._accumulator = self._algorithm.new_accumulator(self._state)
-        self._weights, self._results = 0.0, 0
 
     def points(self) -> Iterator[ComparedPoint]:
         """Yield a point for each evaluation of the recorded run, in order.
@@ -138,9 +136,8 @@ class WhatIf:
         for step in self._replay.steps():
             event, core = step.event, self._replay.core
             if isinstance(event, Start):
-                self._state = core.state  # version 0 from the record
-                self._accumulator = self._algorithm.new_accumulator(self._state)
-            if isinstance(event, Inbound):
+                self._begin_version(core.state, 0)  # version 0 from the record
+            if isinstance(event, Delivery):
                 began = event.at if began is None else began
                 if event.message.kind == "score":
                     self._score(event, open_points)
@@ -151,14 +148,15 @@ class WhatIf:
             for action in step.actions:
                 if isinstance(action, PostMessage) and action.message.kind == "task":
                     client = action.message.body["client"]
-                    self._sent[action.message.id] = self._version, client
+                    self._sent[action.message.id] = client, self._current.version
                 elif isinstance(action, PostMessage) and action.message.kind == "evaluate":
-                    task = Task(self._version, self._algorithm.evaluation_task(self._state))
+                    current = self._current
+                    task = Task(current.version, self._algorithm.evaluation_task(current.state))
                     metrics = self._algorithm.evaluate(task, self._setup.problem, device)
                     point = ComparedPoint(
-                        event.at - began if isinstance(event, Inbound) and began else 0.0,
+                        event.at - began if isinstance(event, Delivery) and began else 0.0,
                         (used, self._used),
-                        (version, self._version),
+                        (version, current.version),
                         None,
                         dict(metrics),
                     )
@@ -166,7 +164,7 @@ class WhatIf:
             yield from self._scored(open_points)
         yield from open_points.values()
 
-    def _score(self, event: Inbound, points: dict[str, ComparedPoint]) -> None:
+    def _score(self, event: Delivery, points: dict[str, ComparedPoint]) -> None:
         point = points.get(event.message.re or "")
         metrics = event.message.body.get("metrics")
         if point is not None and isinstance(metrics, dict):
@@ -179,7 +177,7 @@ class WhatIf:
 
     def _count(self, step: ReplayStep, *, committed: bool) -> None:
         """Count the results that the recorded run handled in this step."""
-        if isinstance(step.event, Inbound) and step.event.message.kind == "result":
+        if isinstance(step.event, Delivery) and step.event.message.kind == "result":
             self._deferred[step.event.seq] = step.event
         for action in step.actions:
             match action:
@@ -187,37 +185,20 @@ class WhatIf:
                     event = self._deferred.pop(seq)
                     if not refused or code in _STALE:
                         self._add(event)
-        if self._schedule.ordered and committed and self._results:
+        if self._schedule.ordered and committed and self._current.num_results:
             self._commit()  # both settings close a round together
 
-    def _add(self, event: Inbound) -> None:
-        message = event.message
-        sent, client = self._sent[message.re or ""]
-        staleness = self._version - sent
-        try:
-            n = examples_of(numbers_of(message))
-            weight = self._schedule.weight(n, staleness)
-            if weight is None:
-                return
-            result = Result(client, staleness, unpack(message, event.read), n)
-            self._accumulator = self._algorithm.accumulate(
-                self._accumulator, self._state, result, weight
-            )
-        except (ResultError, CodecError):
-            return  # no settings make it usable
-        self._weights += weight
-        self._results += 1
+    def _add(self, result: Delivery) -> None:
+        current = self._current
+        added = current.add(result, *self._sent[result.message.re or ""])
+        if added.outcome is not Outcome.USED:
+            return  # no settings make it usable, or it is stale under these
         self._used += 1
-        if not self._schedule.ordered and self._schedule.is_ready(self._view()):
+        if not self._schedule.ordered and current.is_ready(current.view()):
             self._commit()
 
-    def _view(self) -> ScheduleView:
-        clients = self._setup.problem.clients
-        return ScheduleView(clients, 0, 0, 0, results=self._results, deadline_passed=False)
-
     def _commit(self) -> None:
-        divisor = self._schedule.divisor(self._weights, self._results)
-        self._state = self._algorithm.commit(self._state, self._accumulator, divisor)
-        self._version += 1
-        self._accumulator = self._algorithm.new_accumulator(self._state)
-        self._weights, self._results = 0.0, 0
+        self._begin_version(self._current.commit(), self._current.version + 1)
+
+    def _begin_version(self, state: OpaqueState, version: int) -> None:
+        self._current = VersionBuffer(self._setup, state, version, self._max_bytes, in_order=False)

@@ -20,12 +20,12 @@ from structlog.typing import FilteringBoundLogger
 from fedmq.algorithms.toolkit.arithmetic import ARITHMETIC
 from fedmq.broker.errors import LedgerError
 from fedmq.broker.inspection.trace import Trace
+from fedmq.broker.link.events import PostMessage
 from fedmq.broker.wire.schema import Buffer, Message
 from fedmq.codecs.errors import CodecError
-from fedmq.nodes.messages.actions import PostMessage
 from fedmq.nodes.messages.payloads import unpack
 from fedmq.nodes.process.logs import SILENT
-from fedmq.nodes.replay.fold import accepted_entry, computed_by, inbound
+from fedmq.nodes.replay.fold import accepted_entry, computed_by, recorded_delivery
 from fedmq.nodes.replay.histories import Answer, last_uses, read_histories
 from fedmq.nodes.replay.tolerance import (
     NAMES,
@@ -197,7 +197,7 @@ class Retraining:
         clients = self._histories.clients[answer.node]
         core = Worker(self._setup, self._trace.run, answer.node, clients, store)
         port = AnswerPort()
-        task = inbound(self._trace, accepted_entry(self._trace, answer.seq))
+        task = recorded_delivery(self._trace, accepted_entry(self._trace, answer.seq))
         WorkerDriver(core, self._setup, self._device, port).handle(task)
         if port.answer is None:
             raise LedgerError(f"task {answer.task}: expected an answer of the worker, got none")

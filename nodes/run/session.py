@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import os
 import re
 import secrets
@@ -15,12 +14,10 @@ import structlog
 from structlog.typing import FilteringBoundLogger
 
 from fedmq.broker.errors import LinkClosed
-from fedmq.broker.link.events import Delivery
 from fedmq.broker.link.node_link import NodeLink
 from fedmq.broker.wire.addresses import name_fault
 from fedmq.broker.wire.schema import Hello, Message
 from fedmq.nodes.errors import NodeError
-from fedmq.nodes.messages.actions import Inbound
 from fedmq.nodes.process.exception_text import described, reason_of
 from fedmq.nodes.process.logs import Repeats
 from fedmq.nodes.process.signals import Stopped, this_process
@@ -116,13 +113,6 @@ def admitted(link: NodeLink, hello: Hello, log: FilteringBoundLogger) -> Iterato
         raise
     else:
         link.close()
-
-
-def inbound_of(link: NodeLink, delivery: Delivery) -> Inbound:
-    """Return a delivery as an event of a core, with its blobs read through the link."""
-    read = functools.partial(link.read, delivery)
-    stream = functools.partial(link.chunks, delivery)
-    return Inbound(delivery.seq, delivery.at, delivery.message, read, stream)
 
 
 def log_rejected(message: Message, repeats: Repeats, log: FilteringBoundLogger) -> None:

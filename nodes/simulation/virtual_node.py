@@ -12,6 +12,7 @@ from fedmq.broker.errors import LinkClosed, Rejected
 from fedmq.broker.link.node_link import NodeLink
 from fedmq.broker.virtual.machine import Machine
 from fedmq.broker.virtual.node import VirtualPort
+from fedmq.broker.virtual.validation import validated
 from fedmq.broker.wire.schema import Hello, Message
 from fedmq.nodes.aggregator.computed import Computed
 from fedmq.nodes.aggregator.core import Aggregator
@@ -83,7 +84,8 @@ class VirtualAggregator(VirtualNode):
     ) -> None:
         super().__init__(port, machine, hello, draw_s)
         self._setup = setup
-        self.core = Aggregator(setup, hello.run, hello.node, Computed(device=kind_of("cpu")))
+        core = Aggregator(setup, hello.run, hello.node, Computed(device=kind_of("cpu")))
+        self.core = validated(core)
         self.finished = ""
 
     def work(self, link: NodeLink) -> None:
@@ -123,7 +125,7 @@ class VirtualWorker(VirtualNode):
     ) -> None:
         super().__init__(port, machine, hello, draw_s)
         self._setup, self.store = setup, store
-        self.core = Worker(setup, hello.run, hello.node, hello.clients, store)
+        self.core = validated(Worker(setup, hello.run, hello.node, hello.clients, store))
 
     def work(self, link: NodeLink) -> None:
         """Run the program of `run_worker`; each task takes a drawn time."""

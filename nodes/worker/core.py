@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -22,14 +23,15 @@ from fedmq.algorithms.problems.base import Problem
 from fedmq.algorithms.rng import derive_rng, derive_seed
 from fedmq.algorithms.values import metrics_of
 from fedmq.broker.errors import WireError
+from fedmq.broker.link.events import Delivery, PostMessage
 from fedmq.broker.rejections import Code
 from fedmq.broker.wire.addresses import AGGREGATOR
-from fedmq.broker.wire.schema import Message
+from fedmq.broker.wire.schema import Blob, Message
 from fedmq.codecs.errors import CodecError
 from fedmq.codecs.registry import decode
 from fedmq.codecs.text import shorten
 from fedmq.nodes.errors import MessageError, rejection_of
-from fedmq.nodes.messages.actions import Handled, Inbound, PostMessage
+from fedmq.nodes.messages.actions import Handled
 from fedmq.nodes.messages.payloads import Packed, pack, unpack
 from fedmq.nodes.messages.tensor_tables import fitted
 from fedmq.nodes.process.exception_text import clip_text, described, modules_of, place_in
@@ -84,7 +86,7 @@ class Failed(Struct, frozen=True):
         return cls(described(error), where=place_in(error, own))
 
 
-Event = Inbound | Trained | Saved | Evaluated | Failed
+Event = Delivery | Trained | Saved | Evaluated | Failed
 
 
 class Train(Struct, frozen=True):
@@ -188,8 +190,8 @@ class Worker:
         self._clients = clients
         self._version_0 = {"version_0": version_0} if version_0 is not None else {}
         self._straggling = setup.config.worker.straggling(node)
-        self._queue: deque[Inbound] = deque()
-        self._current: Inbound | None = None
+        self._queue: deque[Delivery] = deque()
+        self._current: Delivery | None = None
         self._client_states = kept if kept is not None else ClientStateStore()
         self.evaluations = 0
         self._before: _Before | None = None
@@ -199,7 +201,7 @@ class Worker:
         """Handle one event; return the actions to carry out, in order."""
         out: list[Action] = []
         match event:
-            case Inbound():
+            case Delivery():
                 self._queue.append(event)
             case Trained():
                 self._trained(event, out)
@@ -215,8 +217,24 @@ class Worker:
             self._begin(self._queue.popleft(), out)
         return out
 
-    def _begin(self, inbound: Inbound, out: list[Action]) -> None:
-        message = inbound.message
+    def validate_state(self) -> None:
+        """Check the state between two events; tests and simulations do after each event.
+
+        Raises:
+            AssertionError: the state contradicts itself; the message says how.
+        """
+        numbers = [each.seq for each in self._queue]
+        if self._current is None and numbers:
+            raise AssertionError(f"messages {numbers} wait, but there is no current task")
+        if self._current is not None:
+            numbers.insert(0, self._current.seq)
+            if (kind := self._current.message.kind) not in ("task", "evaluate"):
+                raise AssertionError(f"message {numbers[0]} is the current task, but a {kind!r}")
+        if any(a >= b for a, b in itertools.pairwise(numbers)):
+            raise AssertionError(f"messages are not in the order of their numbers: {numbers}")
+
+    def _begin(self, delivery: Delivery, out: list[Action]) -> None:
+        message = delivery.message
         try:
             if message.kind == "task":
                 client = self._client_of(message)
@@ -224,10 +242,10 @@ class Worker:
                 if kept is not None and kept.task == message.id:
                     # Trained by an earlier session, perhaps of another node, that ended before
                     # its result was acknowledged.
-                    self._current = inbound
+                    self._current = delivery
                     self._post_result(kept, out)
                     return
-                task = _read_task(inbound)
+                task = _read_task(delivery)
                 seed = derive_seed(self._setup.config.run.seed, "train", client, message.id)
                 project, self._before = None, _before(kept)
                 if self._setup.up.structured:
@@ -235,20 +253,20 @@ class Worker:
                     project = functools.partial(self._setup.up.project, seed=uplink)
                 out.append(Train(client, task, kept.local if kept else None, seed, project))
             elif message.kind == "evaluate":
-                out.append(self._evaluate(inbound))
+                out.append(self._evaluate(delivery))
             elif message.kind == "refused":
-                out.append(Handled(inbound.seq))
+                out.append(Handled(delivery.seq))
                 return
             else:
                 text = f"a worker takes no {message.kind!r} messages"
                 raise MessageError(text, Code.UNKNOWN_KIND)
         except (MessageError, ValueError, WireError) as error:  # CodecError is a ValueError
-            out.append(Handled.of(inbound.seq, rejection_of(error)))
+            out.append(Handled.of(delivery.seq, rejection_of(error)))
             return
-        self._current = inbound
+        self._current = delivery
 
-    def _evaluate(self, inbound: Inbound) -> Evaluate:
-        message, task = inbound.message, _read_task(inbound)
+    def _evaluate(self, delivery: Delivery) -> Evaluate:
+        message, task = delivery.message, _read_task(delivery)
         if "client" not in message.body:
             seed = derive_seed(self._setup.config.run.seed, "evaluate", message.id)
             return Evaluate(task, seed=seed)
@@ -266,10 +284,7 @@ class Worker:
         return client
 
     def _trained(self, event: Trained, out: list[Action]) -> None:
-        inbound = self._current
-        if inbound is None:
-            raise RuntimeError("expected a current task for the trained result")
-        message = inbound.message
+        message = self._task.message
         client = message.body["client"]
         if self._straggles(message.id, event.elapsed_s, out):
             self._fail(Failed("dropped on demand", Code.DROPPED), out)
@@ -293,21 +308,19 @@ class Worker:
         }
         reply = self._reply("result", body, packed.blobs)
         if event.local is None and memory is None:
-            kept = SavedClientState(message.id, inbound.seq, None, reply, packed.data, None)
+            kept = SavedClientState(message.id, self._task.seq, None, reply, packed.data, None)
             self._post_result(kept, out)
         else:
             whole = fitted(reply, packed.data)
-            kept = SavedClientState(message.id, inbound.seq, event.local, *whole, memory)
+            kept = SavedClientState(message.id, self._task.seq, event.local, *whole, memory)
             out.append(SaveClientState(client, kept))
 
     def _post_result(self, kept: SavedClientState, out: list[Action]) -> None:
         """Post a saved result, which another node may have saved for this client."""
-        if self._current is None:
-            raise RuntimeError("expected a current task for the saved result")
         body = {**kept.message.body, **self._version_0}
         message = msgspec.structs.replace(kept.message, sender=self._node, body=body)
         # Fitted again: the node that saved the result may have a shorter name.
-        out.append(PostMessage(*fitted(message, kept.data), (self._current.seq,)))
+        out.append(PostMessage(*fitted(message, kept.data), (self._task.seq,)))
         self._current = None
 
     def _uplink_seed(self, client: int, task: Message) -> int:
@@ -315,8 +328,8 @@ class Worker:
 
     def _pack(self, payload: Payload, client: int, task: Message) -> tuple[Packed, Payload | None]:
         """Encode a result; also return the error-feedback residual, if the codec keeps one."""
-        codec, seed = self._setup.up, self._uplink_seed(client, task)
-        codecs = self._setup.uplink
+        codecs, codec = self._setup.uplink, self._setup.up
+        seed = self._uplink_seed(client, task)
         if not codec.error_feedback:
             return pack(payload, codecs, seed), None
         weights = dict(payload.weights)
@@ -332,7 +345,7 @@ class Worker:
 
     def _started_from(self) -> dict[str, str]:
         """Return the task after which the client's state was saved that the current one uses."""
-        if self._current is None or "client" not in self._current.message.body:
+        if "client" not in self._task.message.body:
             return {}  # the evaluator's
         return {"after": self._before.task if self._before is not None else ""}
 
@@ -352,34 +365,30 @@ class Worker:
         self._answer("failed", {"reason": why.reason, "code": why.code, **where}, out)
 
     def _answer(self, kind: str, body: Mapping[str, Any], out: list[Action]) -> None:
-        if self._current is None:
-            raise RuntimeError(f"expected a current task for the {kind}")
-        out.append(PostMessage(self._reply(kind, body, ()), (), (self._current.seq,)))
+        out.append(PostMessage(self._reply(kind, body, ()), (), (self._task.seq,)))
         self._current = None
 
-    def _reply(self, kind: str, body: Mapping[str, Any], blobs: Any) -> Message:
+    @property
+    def _task(self) -> Delivery:
+        """Return the current task."""
         if self._current is None:
-            raise RuntimeError(f"expected a current task for the {kind}")
-        asked = self._current.message
+            raise RuntimeError("expected a current task for the answer")
+        return self._current
+
+    def _reply(self, kind: str, body: Mapping[str, Any], blobs: tuple[Blob, ...]) -> Message:
+        asked = self._task.message
         # The id is derived from the task's, so that the broker recognizes a repeated answer.
-        return Message(
-            kind=kind,
-            id=f"{asked.id}/{kind}",
-            run=self._run,
-            sender=self._node,
-            to=AGGREGATOR,
-            re=asked.id,
-            body=dict(body),
-            blobs=blobs,
-        )
+        about = {"run": self._run, "sender": self._node, "to": AGGREGATOR, "re": asked.id}
+        name = f"{asked.id}/{kind}"
+        return Message(kind=kind, id=name, **about, body=dict(body), blobs=blobs)
 
 
-def _read_task(inbound: Inbound) -> Task:
-    body = inbound.message.body
+def _read_task(delivery: Delivery) -> Task:
+    body = delivery.message.body
     match body:
         case {"model_version": int(version)}:
             reply: Reply = "model" if body.get("reply") == "model" else "update"
-            return Task(version, unpack(inbound.message, inbound.read), reply)
+            return Task(version, unpack(delivery.message, delivery.read), reply)
         case _:
             raise MessageError("expected model_version in the task", Code.MALFORMED)
 

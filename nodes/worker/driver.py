@@ -11,9 +11,10 @@ from structlog.typing import FilteringBoundLogger
 
 from fedmq.algorithms.values import ReturnedError
 from fedmq.broker.errors import BrokerError
+from fedmq.broker.link.events import Delivery, PostMessage
 from fedmq.broker.wire.schema import Buffer, Message
 from fedmq.nodes.errors import NodeError, StorageError
-from fedmq.nodes.messages.actions import Handled, Inbound, PostMessage
+from fedmq.nodes.messages.actions import Handled
 from fedmq.nodes.process.logs import Repeats
 from fedmq.nodes.run.setup import Setup
 from fedmq.nodes.worker.client_state import SavedClientState
@@ -79,7 +80,7 @@ class WorkerDriver:
         self.core, self._setup, self._device, self._port = core, setup, device, port
         self._repeats = Repeats()
 
-    def handle(self, inbound: Inbound) -> None:
+    def handle(self, delivery: Delivery) -> None:
         """Pass a message to the core, and carry out its actions, for a task until its result.
 
         Raises:
@@ -87,7 +88,7 @@ class WorkerDriver:
             NodeError: a client's saved state is damaged.
             ReturnedError: the first evaluation of this session returned invalid metrics.
         """
-        self.carry_out(self.core.handle(inbound))
+        self.carry_out(self.core.handle(delivery))
 
     def carry_out(self, actions: Sequence[Action]) -> None:
         """Carry out the core's actions, each followed by those that result from it."""

@@ -20,7 +20,7 @@ from fedmq.nodes.errors import ON_PURPOSE, exits_as_errors, own_code
 from fedmq.nodes.process.logs import Repeats
 from fedmq.nodes.run.config import parse
 from fedmq.nodes.run.devices import choose_device
-from fedmq.nodes.run.session import inbound_of, linked, log_rejected, new_session, node_key
+from fedmq.nodes.run.session import linked, log_rejected, new_session, node_key
 from fedmq.nodes.run.setup import Setup, set_up
 from fedmq.nodes.run.version_zero import version_zero
 from fedmq.nodes.worker.client_state import ClientStateStore
@@ -133,7 +133,7 @@ def work_until_over(driver: WorkerDriver, port: LinkedWorker) -> NoReturn:
         delivery = link.get()
         if delivery.message.kind == "refused":
             log_rejected(delivery.message, repeats, port.log)
-        driver.handle(inbound_of(link, delivery))
+        driver.handle(delivery)
 
 
 def _check_problem(setup: Setup, clients: Sequence[tuple[int, int]], device: str) -> None:

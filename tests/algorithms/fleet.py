@@ -1,11 +1,12 @@
 """A whole run in memory: the Aggregator and Worker cores, and nothing between them."""
 
 from fedmq.algorithms.toolkit.returned import result_of
+from fedmq.broker.link.events import Delivery, PostMessage
 from fedmq.broker.wire.encoding import decode_message, encode_message
 from fedmq.broker.wire.schema import Blob, Message
 from fedmq.nodes.aggregator.core import Aggregator
 from fedmq.nodes.aggregator.driver import AggregatorDriver
-from fedmq.nodes.messages.actions import AckUpTo, Handled, Inbound, PostMessage, Start
+from fedmq.nodes.messages.actions import AckUpTo, Handled, Start
 from fedmq.nodes.run.config import build
 from fedmq.nodes.run.setup import set_up
 from fedmq.nodes.worker.client_state import ClientStateStore
@@ -91,10 +92,12 @@ class Fleet:
     def hear(self, message, data=()):
         """Put a message into the aggregator's inbox; return its number."""
         self.seq += 1
-        inbound = Inbound(self.seq, self.seq * self.pace, over_the_wire(message), data.__getitem__)
-        self.inbox.append(inbound)
-        self.act(self.driver.handle(inbound))
-        return inbound.seq
+        delivery = Delivery(
+            self.seq, self.seq * self.pace, over_the_wire(message), dict(enumerate(data))
+        )
+        self.inbox.append(delivery)
+        self.act(self.driver.handle(delivery))
+        return delivery.seq
 
     def reason(self, message, data=()):
         """Return why a message was refused, or ""; None if nothing has been said of it yet."""
@@ -155,7 +158,7 @@ class Fleet:
         """Take what the aggregator posted, as the broker does."""
         match message.to:
             case "checkpoint":
-                self.checkpoint = Inbound(0, 0.0, over_the_wire(message), data.__getitem__)
+                self.checkpoint = Delivery(0, 0.0, over_the_wire(message), dict(enumerate(data)))
                 self.records.append(message)
             case "timer":
                 self.ticks.append(message.body["token"])
@@ -174,7 +177,7 @@ class Fleet:
         """Return (message, data) of what comes of a task, from whoever hosts its client."""
         worker = self.workers[f"w{message.body['client']}"]
         self.given += 1
-        task = Inbound(self.given, 0.0, over_the_wire(message), data.__getitem__)
+        task = Delivery(self.given, 0.0, over_the_wire(message), dict(enumerate(data)))
         (train,) = worker.handle(task)
         assert isinstance(train, Train)
         at = train.at(self.setup.problem, "cpu")
@@ -190,7 +193,7 @@ class Fleet:
         """Return what the evaluator says to an evaluation."""
         client = message.body.get("client")
         worker = self.evaluator if client is None else self.workers[f"w{client}"]
-        (action,) = worker.handle(Inbound(0, 0.0, over_the_wire(message), data.__getitem__))
+        (action,) = worker.handle(Delivery(0, 0.0, over_the_wire(message), dict(enumerate(data))))
         assert isinstance(action, Evaluate)
         metrics = action.metrics(self.setup, "cpu")
         (post,) = worker.handle(Failed("no memory") if fails else Evaluated(metrics))

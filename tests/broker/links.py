@@ -1,7 +1,7 @@
 """Helpers for the tests of the Link core."""
 
 from fedmq.broker.link.core import Link
-from fedmq.broker.link.events import FrameReceived, Outgoing, Send, Wake
+from fedmq.broker.link.events import FrameReceived, PostMessage, Send, Wake
 from fedmq.broker.wire.encoding import encode_message
 from fedmq.broker.wire.schema import (
     Blob,
@@ -21,7 +21,7 @@ def message(number=0, blobs=(), **more):
 
 
 def outgoing(number=0, *blobs, consumes=(), **more):
-    return Outgoing(message(number, blobs, **more), blobs, consumes)
+    return PostMessage(message(number, blobs, **more), blobs, consumes)
 
 
 def deliver(seq, *blobs, buffers=None, after=0):

@@ -87,9 +87,9 @@ class Net:
                     if not member.cut and not self.away:
                         parts = [encode_frame(frame), *[bytes(each) for each in buffers]]
                         self.up[member.peer].append(parts)
-                case node.Deliveries(deliveries):
-                    member.inbox += deliveries
-                    self.tell(name, node.Taken(deliveries))
+                case node.Delivery():
+                    member.inbox.append(action)
+                    self.tell(name, node.Taken([action]))
                 case node.Fetched():
                     member.fetched.append(action)
                 case node.Admitted(welcome):
@@ -109,7 +109,7 @@ class Net:
             body={"number": number, **body},
             blobs=tuple(Blob.of(each) for each in blobs),
         )
-        self.tell(name, node.Outgoing(message, blobs, consumes))
+        self.tell(name, node.PostMessage(message, blobs, consumes))
 
     def cut(self, name, *, silently=False):
         """Cut a connection with all frames in flight; the next one is a new peer."""

@@ -8,7 +8,7 @@ import pytest
 from fedmq.broker.errors import WireError
 from fedmq.broker.ledger.entries import Accepted
 from fedmq.broker.link.core import Link
-from fedmq.broker.link.events import Deliveries, Wake
+from fedmq.broker.link.events import Delivery, Wake
 from fedmq.broker.wire.encoding import decode_frame, decode_message, encode_frame, encode_message
 from fedmq.broker.wire.schema import (
     MAX_ALL,
@@ -38,7 +38,7 @@ def deliver_all(*seqs, after=0):
 
 
 def handed_on(actions):
-    deliveries = [each for action in actions for each in action.deliveries]
+    deliveries = [each for each in actions if isinstance(each, Delivery)]
     return [(each.seq, each.at, each.message.id) for each in deliveries]
 
 
@@ -70,7 +70,7 @@ def test_an_unreadable_delivery_is_rejected_and_the_others_are_taken(link):
     frame = DeliverAll(at=7.0, messages=((3, data), (4, b"\xc1"), (5, b""), (6, data)))
     actions = heard(link, frame)
     assert [seq for done in frames(actions, Done) for seq in done.refused] == [4, 5]
-    assert seqs([each for each in actions if isinstance(each, Deliveries)]) == [3, 6]
+    assert seqs([each for each in actions if isinstance(each, Delivery)]) == [3, 6]
 
 
 def test_no_delivery_is_taken_before_the_welcome():

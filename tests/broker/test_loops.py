@@ -50,13 +50,13 @@ def test_a_message_and_a_large_blob_make_the_round_trip(tmp_path):
         agg.post(message("agg", "client/3", weights, b"small"), [weights, b"small"])
         with agg.away():  # its link's thread serves the chunks
             task = get(worker)
-            assert bytes(worker.read(task, 0)) == weights
-            assert bytes(worker.read(task, 1)) == b"small"
+            assert bytes(task.read(0)) == weights
+            assert bytes(task.read(1)) == b"small"
         back = weights[::-1]
         worker.post(message("w1", "aggregator", back), [back], consumes=(task.seq,))
         with worker.away():
             result = get(agg)
-            assert bytes(agg.read(result, 0)) == back
+            assert bytes(result.read(0)) == back
         agg.over("done")
         for link in (agg, worker):
             with pytest.raises(LinkClosed, match="done"):

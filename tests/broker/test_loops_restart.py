@@ -44,7 +44,7 @@ def test_a_broker_and_its_nodes_continue_from_its_ledger(tmp_path):
     """Nodes are not restarted: their links find the broker at the same endpoint."""
     weights = os.urandom(400_000)
     with serving(tmp_path) as endpoint:
-        agg, worker = NodeLink.connect(endpoint, AGGREGATOR), NodeLink(endpoint, WORKER)
+        agg, worker = NodeLink.connect(endpoint, AGGREGATOR), NodeLink.connect(endpoint, WORKER)
         agg.welcome()
         worker.welcome()
         agg.post(message("agg", "client/0", weights, number=0), [weights])
@@ -54,7 +54,7 @@ def test_a_broker_and_its_nodes_continue_from_its_ledger(tmp_path):
         with serving(tmp_path, endpoint=endpoint):
             first, second = get(worker), get(worker)
             assert [each.message.id for each in (first, second)] == ["agg/0", "agg/1"]
-            assert bytes(worker.read(first, 0)) == weights
+            assert bytes(first.read(0)) == weights
             worker.post(message("w1", "aggregator"), (), (first.seq, second.seq))
             assert get(agg).message.sender == "w1"
     finally:
@@ -107,7 +107,7 @@ def test_all_wait_for_a_full_disk_and_nothing_is_lost(tmp_path, monkeypatch):
             assert agg.core.unacknowledged == 3
             assert kinds(tmp_path) == ["joined", "joined"]
         tasks = [get(worker) for _ in range(3)]
-        assert [bytes(worker.read(each, 0)) for each in tasks] == [b"0", b"1", b"2"]
+        assert [bytes(each.read(0)) for each in tasks] == [b"0", b"1", b"2"]
         agg.flush()
     entries = list(read_entries(tmp_path))
     assert [entry.seq for entry in entries] == list(range(len(entries)))

@@ -8,7 +8,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -29,12 +28,13 @@ from fedmq.broker.ledger.entries import (
     Refusal,
 )
 from fedmq.broker.ledger.reader import LedgerTail, read_entries
+from fedmq.broker.link.events import Delivery, PostMessage
 from fedmq.broker.rejections import Code
 from fedmq.broker.wire.encoding import encode_message
 from fedmq.broker.wire.schema import Message
 from fedmq.nodes.aggregator.computed import Computed
 from fedmq.nodes.aggregator.core import Aggregator
-from fedmq.nodes.messages.actions import EndRun, Handled, Inbound, PostMessage, Start
+from fedmq.nodes.messages.actions import EndRun, Handled, Start
 from fedmq.nodes.replay.fold import Replay
 from fedmq.nodes.run.config import parse
 from fedmq.nodes.run.devices import kind_of
@@ -152,21 +152,29 @@ def refold(folder: Path) -> Refolded:
     return done
 
 
-def _inbox(entries: list[AnyEntry], payload: BlobStore) -> Iterator[Inbound]:
+def _inbox(entries: list[AnyEntry], payload: BlobStore) -> Iterator[Delivery]:
+    source = _StoredBlobs(payload)
     for entry in entries:
         if isinstance(entry, Accepted) and (message := entry.read()).to in INBOX:
-            yield Inbound(entry.seq, entry.at, message, partial(_blob, payload, message))
+            yield Delivery(entry.seq, entry.at, message, source=source)
     # The fold may end with the very last message.
-    yield Inbound(
-        len(entries), 0.0, Message(kind="end", id="-", run="-", sender="-", to="-"), bytes
-    )
+    yield Delivery(len(entries), 0.0, Message(kind="end", id="-", run="-", sender="-", to="-"))
 
 
-def _blob(payload: BlobStore, message: Message, index: int) -> memoryview:
-    blob = message.blobs[index]
-    return memoryview(
-        payload.read(BlobName(message.run, message.sender, blob.digest), 0, blob.size)
-    )
+@dataclass(frozen=True)
+class _StoredBlobs:
+    """The blobs of a ledger's payload."""
+
+    payload: BlobStore
+
+    def read(self, delivery: Delivery, index: int) -> memoryview:
+        message = delivery.message
+        blob = message.blobs[index]
+        name = BlobName(message.run, message.sender, blob.digest)
+        return memoryview(self.payload.read(name, 0, blob.size))
+
+    def chunks(self, delivery: Delivery, index: int) -> Iterator[memoryview]:
+        yield self.read(delivery, index)
 
 
 @dataclass(frozen=True)

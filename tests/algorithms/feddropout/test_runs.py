@@ -90,8 +90,8 @@ def test_a_restarted_aggregator_says_what_it_said(schedule):
     checkpoint, settled = halfway
     core = Aggregator(fleet.setup, "run", "aggregator")
     core.handle(Start(checkpoint))
-    for inbound in fleet.inbox[settled:]:
-        core.handle(inbound)
+    for delivery in fleet.inbox[settled:]:
+        core.handle(delivery)
     assert model_digest(core.tensors()) == model_digest(fleet.core.tensors())
     assert core.version == 6
 

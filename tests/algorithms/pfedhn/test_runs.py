@@ -72,8 +72,8 @@ def test_a_restarted_aggregator_says_what_it_said_momentum_included(schedule):
     checkpoint, settled = halfway
     core = Aggregator(fleet.setup, "run", "aggregator")
     core.handle(Start(checkpoint))
-    for inbound in fleet.inbox[settled:]:
-        core.handle(inbound)
+    for delivery in fleet.inbox[settled:]:
+        core.handle(delivery)
     assert core.version == 6
     assert digest_of(core.state) == digest_of(fleet.core.state)
 

@@ -110,7 +110,7 @@ def test_timers_do_not_advance_while_the_run_is_stopped(net):
         to="timer",
         body={"token": "t", "after_s": 30.0},
     )
-    net.tell("agg", node.Outgoing(timer, ()))
+    net.tell("agg", node.PostMessage(timer, ()))
     net.run(10.0)
     take_up(net, pause=1000.0)  # it has stood still since the last entry
     net.run(25.0)
@@ -226,7 +226,7 @@ def test_only_the_broker_may_send_continued(net):
         to="aggregator",
         body={"config": "", "further": True, "stopped_s": 0.0},
     )
-    net.tell("w1", node.Outgoing(forged, ()))
+    net.tell("w1", node.PostMessage(forged, ()))
     net.run(0.5)
     assert "continued" not in kinds(net)
     refused = [each.message.body for each in net.members["w1"].inbox]

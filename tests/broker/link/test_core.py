@@ -3,7 +3,7 @@ import pytest
 
 from fedmq.broker.errors import WireError
 from fedmq.broker.link.core import DONE_WITHIN_S, HELLO_AGAIN_S, Link
-from fedmq.broker.link.events import Admitted, Deliveries, FrameReceived, LinkEnded, Publish, Wake
+from fedmq.broker.link.events import Admitted, Delivery, FrameReceived, LinkEnded, Publish, Wake
 from fedmq.broker.wire.encoding import (
     decode_frame,
     encode_frame,
@@ -80,9 +80,8 @@ def test_many_unknown_session_frames_are_answered_by_one_hello(link):
 
 
 def test_a_delivery_is_handed_on_once(link):
-    [action] = link.handle(deliver(7, b"model"), 1.0)
-    assert isinstance(action, Deliveries)
-    [delivery] = action.deliveries
+    [delivery] = link.handle(deliver(7, b"model"), 1.0)
+    assert isinstance(delivery, Delivery)
     assert (delivery.seq, delivery.at, delivery.message.id) == (7, 7.0, "a/7")
     assert delivery.inline == {0: b"model"}
     for now in (1.0, 2.0):

@@ -31,8 +31,8 @@ from tests.broker.loops import AGGREGATOR, ANY, WORKER, get, linked, message
 
 SIZE = 3 * CHUNK_BYTES + 11
 READ = {
-    "whole": lambda worker, task: worker.read(task, 0),
-    "in pieces": lambda worker, task: b"".join(worker.chunks(task, 0)),
+    "whole": lambda task: task.read(0),
+    "in pieces": lambda task: b"".join(task.chunks(0)),
 }
 
 
@@ -64,7 +64,7 @@ def served(folder, read=READ["whole"], after_task=lambda: None, *, share=True):
             with agg.away():
                 task = get(worker)
                 after_task()
-                assert bytes(read(worker, task)) == weights
+                assert bytes(read(task)) == weights
             with worker.away():
                 worker.post(message("w1", "aggregator"), consumes=(task.seq,))
                 worker.flush()

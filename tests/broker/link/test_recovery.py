@@ -28,7 +28,7 @@ def link():
 
 def seqs(actions):
     """Return the numbers of the deliveries that are handed on."""
-    return [delivery.seq for action in actions for delivery in action.deliveries]
+    return [delivery.seq for delivery in actions]
 
 
 def test_a_quiet_link_heartbeats(link):
@@ -55,7 +55,7 @@ def test_after_a_lease_of_silence_the_link_sends_hello(link):
 def test_heartbeats_and_numbered_frames_return_credit(link):
     for seq in (3, 4):
         [delivered] = link.handle(deliver(seq), 0.0)
-        assert frames(link.handle(Taken(delivered.deliveries), 0.0)) == []
+        assert frames(link.handle(Taken([delivered]), 0.0)) == []
     assert frames(link.handle(Wake(), 1.0)) == [Heartbeat(taken=5)]
     [post] = frames(link.handle(outgoing(), 1.1))
     assert post.taken == 5
@@ -67,7 +67,7 @@ def test_many_or_large_deliveries_return_credit_before_the_next_heartbeat(link, 
     told = []
     for seq in range(after):
         [delivered] = link.handle(deliver(seq, bytes(size)), 0.5)
-        told += frames(link.handle(Taken(delivered.deliveries), 0.5), Heartbeat)
+        told += frames(link.handle(Taken([delivered]), 0.5), Heartbeat)
     assert told == [Heartbeat(taken=after)]
 
 
@@ -78,7 +78,7 @@ def test_answers_to_frequent_heartbeats_do_not_make_a_link_start_over(link):
     for seq in range(25_600):
         now = 0.5 + seq / 256_000
         [delivered] = link.handle(deliver(seq), now)
-        sent += frames(link.handle(Taken(delivered.deliveries), now))
+        sent += frames(link.handle(Taken([delivered]), now))
         if seq % 256 == 0:
             for _ in range(3):
                 sent += frames(heard(link, Heartbeat(sent=seq + 5), now=now))

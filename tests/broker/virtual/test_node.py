@@ -59,8 +59,8 @@ def test_a_blob_is_fetched_while_the_program_waits(world):
 
     def read(link):
         task = get(link)
-        found.append(bytes(link.read(task, 0)))
-        found.append(b"".join(link.chunks(task, 0)))
+        found.append(bytes(task.read(0)))
+        found.append(b"".join(task.chunks(0)))
 
     agg, _ = world.link(AGGREGATOR)
     world.start(WORKER, read)
@@ -102,7 +102,7 @@ def test_the_link_goes_on_while_its_program_works(world, tmp_path):
     port = world.start(WORKER, work)
     task = get(agg)
     world.run(50.0)
-    assert bytes(agg.read(task, 0)) == weights
+    assert bytes(task.read(0)) == weights
     assert world.network.now < times[0] + 60.0
     world.until(lambda: not port.up)
     world.run(1.0)

@@ -3,7 +3,7 @@
 import random
 
 from fedmq.broker.link.node_link import NodeLink
-from fedmq.broker.settings import BrokerSettings
+from fedmq.broker.settings import BrokerSettings, LedgerSettings
 from fedmq.broker.virtual.broker import VirtualBroker
 from fedmq.broker.virtual.machine import Machine
 from fedmq.broker.virtual.network import VirtualNetwork
@@ -17,7 +17,9 @@ class World:
 
     def __init__(self, folder, seed=0, faults=None):
         self.network = VirtualNetwork(random.Random(seed), faults)  # noqa: S311 - a test's dice
-        self.broker = VirtualBroker(self.network, folder, SETTINGS)
+        self.broker = VirtualBroker(
+            self.network, folder, SETTINGS, LedgerSettings(share_files=False)
+        )
         self.ports = []
 
     def port(self, name, machine=None, **more):
@@ -63,4 +65,4 @@ class World:
     def close(self):
         for port in self.ports:
             port.kill()
-        self.broker.ledger.close()
+        self.broker.crash()

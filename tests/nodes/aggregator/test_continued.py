@@ -3,9 +3,10 @@
 import msgspec
 import pytest
 
+from fedmq.broker.link.events import Delivery, PostMessage
 from fedmq.nodes.aggregator.checkpoint import Fold
 from fedmq.nodes.aggregator.core import Aggregator
-from fedmq.nodes.messages.actions import EndRun, Inbound, PostMessage, Start
+from fedmq.nodes.messages.actions import EndRun, Start
 from fedmq.nodes.run.digests import model_digest
 from tests.algorithms.fleet import Fleet, make_setup
 from tests.nodes.aggregator.test_resume import (
@@ -72,12 +73,12 @@ def test_an_ended_run_goes_further_and_says_the_same_from_any_checkpoint(schedul
             continue
         fold = fold_of(post)
         ends += fold.ended
-        checkpoint = Inbound(fold.position + 1, 1e6, post.message, post.data.__getitem__)
+        checkpoint = Delivery(fold.position + 1, 1e6, post.message, dict(enumerate(post.data)))
         core = Aggregator(fleet.setup, "run", "aggregator")
         actions = list(core.handle(Start(checkpoint, continued=continued)))
-        for inbound in fleet.inbox:
-            if inbound.seq > fold.position or inbound.seq in fold.deferred:
-                actions += core.handle(inbound)
+        for delivery in fleet.inbox:
+            if delivery.seq > fold.position or delivery.seq in fold.deferred:
+                actions += core.handle(delivery)
         # Its first end is none to a session that knows that it goes further.
         said = [each for each in fleet.actions[at + 2 :] if each != EndRun("9 versions committed")]
         assert plain(actions) == plain(said)
@@ -125,7 +126,7 @@ def test_a_run_that_has_ended_stays_so_unless_it_is_to_go_further():
     assert not [each for each in fleet.actions[before:] if isinstance(each, PostMessage)]
     for continued, ended in ((-1, True), (10**6, False)):
         core = Aggregator(fleet.setup, "run", "aggregator")
-        newest = Inbound(99, 1.0, end.message, end.read)
+        newest = Delivery(99, 1.0, end.message, end.inline)
         finishes = [
             isinstance(each, EndRun) for each in core.handle(Start(newest, None, continued))
         ]
@@ -205,12 +206,14 @@ def test_a_checkpoint_that_is_left_while_it_waits_tells_what_it_waits_for():
     [commit] = fleet.commits
     go_on(fleet)
     fleet.say("tick", {"token": commit.token})
-    fold = msgspec.msgpack.decode(fleet.checkpoint.read(-1), type=Fold)
+    fold = msgspec.msgpack.decode(
+        fleet.checkpoint.read(len(fleet.checkpoint.inline) - 1), type=Fold
+    )
     assert (fold.version, fold.running, fold.expects_evaluator) == (1, False, True)
     core = Aggregator(setup, "run", "aggregator")
     core.handle(Start(fleet.checkpoint))
     before = len(fleet.inbox)
     come_back(fleet)
     assert fleet.finished is None
-    for inbound in fleet.inbox[before:]:
-        assert not [each for each in core.handle(inbound) if isinstance(each, EndRun)]
+    for delivery in fleet.inbox[before:]:
+        assert not [each for each in core.handle(delivery) if isinstance(each, EndRun)]

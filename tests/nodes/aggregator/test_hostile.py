@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedmq.broker.errors import WireError
+from fedmq.broker.link.events import Delivery
 from fedmq.broker.wire.encoding import decode_message, encode_message
-from fedmq.nodes.messages.actions import Inbound
 from tests.algorithms.fleet import Fleet, changed, make_setup, with_data
 
 ROUNDS = make_setup({"name": "rounds", "fraction": 1.0}, versions=2)
@@ -294,7 +294,7 @@ def test_no_depth_that_can_be_read_raises(body):
         thread.join()
         if not read:
             return
-        fleet.act(fleet.core.handle(Inbound(99, 0.0, read.pop(), ().__getitem__)))
+        fleet.act(fleet.core.handle(Delivery(99, 0.0, read.pop())))
         assert fleet.done_with[99]
     raise AssertionError("the decoder has no limit of depth")
 

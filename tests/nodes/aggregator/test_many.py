@@ -32,8 +32,9 @@ def test_counts_and_draws_are_those_of_looking_at_every_task_and_client(seed):
     dice = random.Random(seed)  # noqa: S311 - a test's own dice
     members = Members()
     tasks = Tasks(SETUP, members)
-    current = VersionBuffer(None)
-    version, names = 0, iter(range(10_000))
+    state = SETUP.algorithm.start(SETUP.problem)
+    current = VersionBuffer(SETUP, state, 0, 0)
+    names = iter(range(10_000))
     for _ in range(400):
         node = dice.randrange(6)
         low = dice.randrange(CLIENTS)
@@ -44,11 +45,10 @@ def test_counts_and_draws_are_those_of_looking_at_every_task_and_client(seed):
             case 1:
                 members.left(about("left", f"w{node}"))
             case 2:
-                version += 1
-                current = VersionBuffer(None)
+                current = VersionBuffer(SETUP, state, current.version + 1, 0)
                 tasks.begin_version()
             case 3:
-                tasks.past_deadline(dice.randint(0, version))
+                tasks.past_deadline(dice.randint(0, current.version))
             case 4 if tasks.in_flight:
                 name = dice.choice(sorted(tasks.in_flight))
                 client = tasks.in_flight[name].client
@@ -63,20 +63,22 @@ def test_counts_and_draws_are_those_of_looking_at_every_task_and_client(seed):
             case _:
                 before = current.draws
                 count = dice.randrange(4)
-                found = tasks.draw(count, current, version)
+                found = tasks.draw(count, current)
                 busy = {each.client for each in tasks.in_flight.values()} | current.contributed
                 idle = sorted(set(members.hosts) - busy)
                 if 0 < count < len(idle):
                     assert current.draws == before + 1
-                    rng = derive_rng(SETUP.config.run.seed, "cohort", version, before)
+                    rng = derive_rng(SETUP.config.run.seed, "cohort", current.version, before)
                     assert found == sorted(rng.choice(idle, count, replace=False))
                 else:
                     assert found == (idle if count else [])
                 for client in found:
-                    tasks.sent(f"aggregator/{next(names)}", client, version)
-        view = tasks.view(current, version)
+                    tasks.sent(f"aggregator/{next(names)}", client, current.version)
+        view = tasks.view(current)
         expected = [each for each in tasks.in_flight.values() if each.client in members.hosts]
-        ours = [each for each in expected if each.version == version and not each.past_deadline]
+        ours = [
+            each for each in expected if each.version == current.version and not each.past_deadline
+        ]
         assert (view.in_flight, view.outstanding) == (len(expected), len(ours))
 
 

@@ -6,11 +6,12 @@ import msgspec
 import pytest
 
 from fedmq.algorithms.schedules import Schedule
+from fedmq.broker.link.events import PostMessage
 from fedmq.nodes.aggregator.checkpoint import Fold
 from fedmq.nodes.aggregator.computed import Computed
 from fedmq.nodes.aggregator.core import Aggregator
 from fedmq.nodes.aggregator.progress import Failures, Progress, failures_allowed
-from fedmq.nodes.messages.actions import EndRun, PostMessage, Start
+from fedmq.nodes.messages.actions import EndRun, Start
 from tests.algorithms.fleet import Fleet, changed, make_setup
 from tests.nodes.aggregator.failing import (
     SCHEDULES,
@@ -234,8 +235,8 @@ def test_the_next_session_counts_on_and_says_the_same(schedule):
     for checkpoint, heard in seen[1:]:
         core = Aggregator(fleet.setup, "run", "aggregator")
         posts = [each for each in core.handle(Start(checkpoint)) if isinstance(each, PostMessage)]
-        for inbound in fleet.inbox[heard:]:
-            posts += [each for each in core.handle(inbound) if isinstance(each, PostMessage)]
+        for delivery in fleet.inbox[heard:]:
+            posts += [each for each in core.handle(delivery) if isinstance(each, PostMessage)]
         assert core._progress.failures == fleet.core._progress.failures
         assert core._finishing == fleet.finished
         assert core.failed

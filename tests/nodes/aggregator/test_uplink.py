@@ -8,8 +8,8 @@ import torch
 from fedmq.algorithms.base import Payload, Task
 from fedmq.algorithms.toolkit.returned import result_of
 from fedmq.broker.inspection.trace import Trace
+from fedmq.broker.link.events import Delivery, PostMessage
 from fedmq.nodes.errors import ConfigError
-from fedmq.nodes.messages.actions import Inbound, PostMessage
 from fedmq.nodes.messages.payloads import unpack
 from fedmq.nodes.replay.workers import Retraining
 from fedmq.nodes.run.config import build
@@ -64,15 +64,15 @@ def setup_of(up="raw", down="raw", schedule="buffered", algorithm=None, problem=
 def first_task(setup):
     """Return the first task, and its client."""
     message, data = Fleet(setup).tasks[0]
-    return Inbound(10, 0.0, message, data.__getitem__), message.body["client"]
+    return Delivery(10, 0.0, message, dict(enumerate(data))), message.body["client"]
 
 
 def worker_of(setup, client, kept=None):
     return Worker(setup, "run", f"w{client}", [(client, client)], kept)
 
 
-def named(inbound, seq, name):
-    return Inbound(seq, 1.0, changed(inbound.message, id=name), inbound.read)
+def named(delivery, seq, name):
+    return Delivery(seq, 1.0, changed(delivery.message, id=name), delivery.inline)
 
 
 def trained(setup, train):
@@ -156,9 +156,9 @@ def accuracy(fleet):
 TOPK = "limit(0) | topk(0.05)"
 
 
-def kept_and_posted(setup, worker, inbound):
+def kept_and_posted(setup, worker, delivery):
     """Do a task; return the state to save, the post, and what was trained."""
-    (train,) = worker.handle(inbound)
+    (train,) = worker.handle(delivery)
     assert isinstance(train, Train)
     done = trained(setup, train)
     (keep,) = worker.handle(done)
@@ -174,9 +174,9 @@ def test_what_is_left_out_is_kept_and_sent_with_the_next_task():
     worker = worker_of(setup, client, kept)
     meant, total = torch.zeros(()), torch.zeros(())
     for number in range(1, 6):
-        inbound = named(task, number, f"aggregator/{number}")
+        delivery = named(task, number, f"aggregator/{number}")
         before = kept.get(client)
-        state, post, payload = kept_and_posted(setup, worker, inbound)
+        state, post, payload = kept_and_posted(setup, worker, delivery)
         kept.put(client, state)
         left = flat(before.memory.weights) if before else torch.zeros(82)
         found, update = flat(sent(post).weights), flat(payload.weights)
@@ -198,12 +198,12 @@ def test_the_rest_survives_a_worker_that_starts_again(tmp_path):
         for number in range(1, 4):
             if folder is not None:
                 kept = ClientStateStore(folder)  # started again
-            inbound = named(task, number, f"aggregator/{number}")
-            state, post, _ = kept_and_posted(setup, worker_of(setup, client, kept), inbound)
+            delivery = named(task, number, f"aggregator/{number}")
+            state, post, _ = kept_and_posted(setup, worker_of(setup, client, kept), delivery)
             kept.put(client, state)
             results.append([bytes(each) for each in post.data])
         (again,) = worker_of(setup, client, ClientStateStore(folder) if folder else kept).handle(
-            inbound
+            delivery
         )
         assert isinstance(again, PostMessage)
         assert [bytes(each) for each in again.data] == results[-1]

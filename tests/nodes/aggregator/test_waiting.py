@@ -2,7 +2,7 @@
 
 import pytest
 
-from fedmq.nodes.messages.actions import PostMessage
+from fedmq.broker.link.events import PostMessage
 from tests.algorithms.fleet import Fleet, changed, make_setup
 from tests.nodes.aggregator.failing import SCHEDULES, every_schedule, fail, fleet_of, play, step
 

@@ -10,8 +10,8 @@ import pytest
 from fedmq.broker.errors import LedgerError
 from fedmq.broker.inspection.trace import Trace
 from fedmq.broker.ledger.entries import Accepted
+from fedmq.broker.link.events import Delivery, PostMessage
 from fedmq.broker.wire.schema import Blob
-from fedmq.nodes.messages.actions import Inbound, PostMessage
 from fedmq.nodes.replay.fold import Replay, last_checkpoint
 from fedmq.nodes.run.digests import model_digest
 from tests.nodes.replay import material
@@ -100,7 +100,7 @@ def test_the_runs_record_is_a_checkpoint_of_version_0(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_until_any_entry_stops_there(name):
     """An inbox message is the last one handled; an own message is the last one sent."""
-    whole = [e.event.seq for e in ended(GOLDEN / name)[1] if isinstance(e.event, Inbound)]
+    whole = [e.event.seq for e in ended(GOLDEN / name)[1] if isinstance(e.event, Delivery)]
     for entry in list(Trace(GOLDEN / name).entries())[::5]:
         run, steps = ended(GOLDEN / name, until=entry.seq)
         message = entry.read() if isinstance(entry, Accepted) else None
@@ -114,7 +114,7 @@ def test_until_any_entry_stops_there(name):
                 if isinstance(a, PostMessage)
             ]
         else:
-            inbox = [e.event.seq for e in steps if isinstance(e.event, Inbound)]
+            inbox = [e.event.seq for e in steps if isinstance(e.event, Delivery)]
             assert inbox == [seq for seq in whole if seq <= entry.seq]
         if message is not None and message.kind == "version":
             assert run.core.version == message.body["version"]

@@ -18,7 +18,7 @@ from tests.nodes.replay import material
 pytestmark = pytest.mark.slow
 
 LEASE_S = 3.0
-SETUP = setup_of("stream", versions=30, evaluate_every=15)
+SETUP = setup_of("stream", versions=40, evaluate_every=20)
 
 
 @pytest.fixture(autouse=True, scope="module")

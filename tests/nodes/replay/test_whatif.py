@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fedmq.broker.inspection.trace import Trace
-from fedmq.nodes.messages.actions import Inbound, PostMessage
+from fedmq.broker.link.events import Delivery, PostMessage
 from fedmq.nodes.replay.fold import Replay
 from fedmq.nodes.replay.whatif import WhatIf, changed_setup
 from tests.golden.points import Points
@@ -41,7 +41,7 @@ def fold(folder, *settings):
     trace = Trace(folder)
     other = WhatIf(trace, changed_setup(trace, settings, OWN_CODE), OWN_CODE)
     points = list(other.points())
-    return points, vector(other._algorithm.tensors(other._state)), other
+    return points, vector(other._algorithm.tensors(other._current.state)), other
 
 
 def start(folder):
@@ -75,7 +75,7 @@ def by_hand(folder, size, weight, step):
             break
         finishing = bool(run.core.state_snapshot()["finishing"])
         event = each.event
-        if isinstance(event, Inbound) and event.message.kind == "result":
+        if isinstance(event, Delivery) and event.message.kind == "result":
             found = weight(version - born[event.message.re])
             if found is not None:
                 buffer.append((found, update(folder, event.seq)))
@@ -240,7 +240,7 @@ def test_an_asynchronous_rule_is_what_the_sum_gives(folder, settings, size, weig
     points, weights, other = fold(folder, *settings)
     x, version, used = by_hand(folder, size, weight, step)
     assert torch.allclose(weights, x, atol=1e-5)
-    assert (other._version, other._used) == (version, used)
+    assert (other._current.version, other._used) == (version, used)
     assert points[-1].versions[1] <= version
     recorded, _, _ = fold(folder, SAME[folder.name])
     assert [each.recorded for each in points] == [each.recorded for each in recorded]
@@ -291,5 +291,5 @@ def test_late_results_of_rounds_are_what_the_sum_gives(folder, settings, weight,
     points, weights, other = fold(folder, *settings)
     x, version = rounds_by_hand(folder, weight, lr)
     assert torch.allclose(weights, x, atol=1e-4)
-    assert other._version == version
+    assert other._current.version == version
     assert points[-1].other == pytest.approx(score(x), abs=1e-3)

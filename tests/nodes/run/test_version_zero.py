@@ -13,13 +13,14 @@ from fedmq.algorithms.problems.registry import load_problem
 from fedmq.algorithms.toolkit.returned import result_of
 from fedmq.broker.inspection.trace import Trace
 from fedmq.broker.ledger.entries import Accepted
+from fedmq.broker.link.events import Delivery, PostMessage
 from fedmq.broker.wire.encoding import encode_message
 from fedmq.broker.wire.schema import Message
 from fedmq.nodes.aggregator.computed import Computed
 from fedmq.nodes.aggregator.core import Aggregator
 from fedmq.nodes.cluster.view import closing_table, line
 from fedmq.nodes.errors import ConfigError
-from fedmq.nodes.messages.actions import Inbound, PostMessage, Start
+from fedmq.nodes.messages.actions import Start
 from fedmq.nodes.replay.fold import Replay
 from fedmq.nodes.replay.workers import Retraining
 from fedmq.nodes.run.agreement import disagree
@@ -212,12 +213,12 @@ def answers_of(fleet, worker, version_0):
     """Yield a result and a score posted by a node with this fingerprint."""
     message, data = fleet.tasks[0]
     node = Worker(fleet.setup, "run", worker, [(0, 1)], version_0=version_0)
-    [train] = node.handle(Inbound(7, 0.0, message, data.__getitem__))
+    [train] = node.handle(Delivery(7, 0.0, message, dict(enumerate(data))))
     at = train.at(fleet.setup.problem, "cpu")
     done = Trained(*result_of(fleet.setup.algorithm.train(train.task, at), "train"), 0.0)
     yield posted(node, node.handle(done), lambda _client, kept: kept).message
     message, data = fleet.evaluations[0]
-    [_] = node.handle(Inbound(8, 0.0, message, data.__getitem__))
+    [_] = node.handle(Delivery(8, 0.0, message, dict(enumerate(data))))
     [post] = node.handle(Evaluated({"accuracy": 0.5, "loss": 0.5}))
     yield post.message
 
@@ -283,7 +284,7 @@ def test_a_result_saved_by_another_node_names_the_node_that_posts_it():
     posts = []
     for node, version_0 in (("one", [4.0, 2.0]), ("two", [4.0, -1.0])):
         worker = Worker(setup, "run", node, [(0, 1)], kept, version_0)
-        actions = worker.handle(Inbound(7, 0.0, message, data.__getitem__))
+        actions = worker.handle(Delivery(7, 0.0, message, dict(enumerate(data))))
         if isinstance(actions[0], Train):
             at = actions[0].at(setup.problem, "cpu")
             sent = result_of(setup.algorithm.train(actions[0].task, at), "train")

@@ -6,9 +6,10 @@ import pytest
 from fedmq.broker.inspection.trace import Trace
 from fedmq.broker.ledger.entries import Accepted, BlobName, Consumed, Opened, Refusal
 from fedmq.broker.ledger.writer import Ledger
+from fedmq.broker.link.events import Delivery
 from fedmq.broker.wire.schema import digest
 from fedmq.nodes.aggregator.core import Aggregator
-from fedmq.nodes.messages.actions import Inbound, Start
+from fedmq.nodes.messages.actions import Start
 from fedmq.nodes.process.terminal import table
 from fedmq.nodes.simulation.virtual_run import RUN
 from fedmq.nodes.trace.blobs import read_payload
@@ -110,7 +111,7 @@ def test_staleness_is_what_the_aggregator_counted(simulated, schedule, seed):
             len(core._results.current.held),
         )
         blobs = [bytes(trace.blob(message, n)) for n in range(len(message.blobs))]
-        core.handle(Inbound(entry.seq, entry.at, message, blobs.__getitem__))
+        core.handle(Delivery(entry.seq, entry.at, message, dict(enumerate(blobs))))
         taken = core._results.counts.used + len(core._results.current.held) > used + held
         if message.kind == "result" and taken:
             waiting[version - message.body["model_version"]] += 1

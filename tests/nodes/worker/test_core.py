@@ -3,9 +3,10 @@
 import pytest
 
 from fedmq.algorithms.toolkit.returned import result_of
+from fedmq.broker.link.events import Delivery, PostMessage
 from fedmq.broker.wire.encoding import encode_message
 from fedmq.broker.wire.schema import Message
-from fedmq.nodes.messages.actions import Handled, Inbound, PostMessage
+from fedmq.nodes.messages.actions import Handled
 from fedmq.nodes.worker.client_state import ClientStateStore
 from fedmq.nodes.worker.core import Failed, Pause, SaveClientState, Saved, Train, Trained, Worker
 from tests.algorithms.fleet import Fleet, changed, make_setup, posted
@@ -22,7 +23,7 @@ def tasks_of(setup):
     """Return the first task of each client, as its worker receives it."""
     fleet = Fleet(setup)
     return [
-        Inbound(number, 0.0, message, data.__getitem__)
+        Delivery(number, 0.0, message, dict(enumerate(data)))
         for number, (message, data) in enumerate(fleet.tasks, start=10)
     ]
 
@@ -37,8 +38,8 @@ def trained(setup, train):
     return Trained(*result_of(setup.algorithm.train(train.task, at), "train"), 0.5)
 
 
-def again(inbound, seq, **fields):
-    return Inbound(seq, 1.0, changed(inbound.message, **fields), inbound.read)
+def again(delivery, seq, **fields):
+    return Delivery(seq, 1.0, changed(delivery.message, **fields), delivery.inline)
 
 
 def count(payload):
@@ -177,9 +178,7 @@ def test_the_rejection_of_an_own_message_is_handled():
     note = Message(
         kind="refused", id="broker/9", run="run", sender="broker", to="node/w0", body={"id": "x"}
     )
-    assert worker_of(make_setup(STREAM)).handle(Inbound(9, 0.0, note, ().__getitem__)) == [
-        Handled(9)
-    ]
+    assert worker_of(make_setup(STREAM)).handle(Delivery(9, 0.0, note)) == [Handled(9)]
 
 
 @pytest.mark.parametrize(
@@ -201,3 +200,18 @@ def test_an_invalid_task_is_rejected_and_handled(fields, code, reason):
     setup = counting()
     task, _ = tasks_of(setup)
     assert worker_of(setup).handle(again(task, 30, **fields)) == [Handled(30, reason, code)]
+
+
+def test_a_state_that_contradicts_itself_is_reported():
+    setup = make_setup(STREAM)
+    first, second = tasks_of(setup)
+    worker = worker_of(setup)
+    worker._queue.append(first)
+    with pytest.raises(AssertionError, match=r"messages \[10\] wait, but there is no current task"):
+        worker.validate_state()
+    worker._current = second
+    with pytest.raises(AssertionError, match=r"not in the order of their numbers: \[11, 10\]"):
+        worker.validate_state()
+    worker._current = Delivery(9, 1.0, changed(first.message, kind="refused"))
+    with pytest.raises(AssertionError, match="message 9 is the current task, but a 'refused'"):
+        worker.validate_state()

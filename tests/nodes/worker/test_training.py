@@ -17,10 +17,10 @@ from fedmq.algorithms.problems.base import Examples
 from fedmq.algorithms.rng import seeded
 from fedmq.algorithms.values import ReturnedError
 from fedmq.broker.inspection.trace import Trace
+from fedmq.broker.link.events import Delivery
 from fedmq.broker.wire.encoding import decode_message, encode_message
 from fedmq.broker.wire.schema import Message
 from fedmq.nodes.cli.personalise import StartingState, measure
-from fedmq.nodes.messages.actions import Inbound
 from fedmq.nodes.messages.payloads import RAW, pack
 from fedmq.nodes.process.signals import this_process
 from fedmq.nodes.replay.workers import AnswerPort, Retraining
@@ -232,7 +232,7 @@ def test_invalid_metrics_end_a_node_at_its_first_evaluation_and_later_fail_one_e
         about = {"kind": "evaluate", "id": "a/1", "run": "r", "sender": "a", "to": "evaluator"}
         body = {**packed.body, "model_version": 0}
         message = Message(**about, body=body, blobs=packed.blobs)
-        (asked,) = core.handle(Inbound(0, 0.0, message, packed.data.__getitem__))
+        (asked,) = core.handle(Delivery(0, 0.0, message, dict(enumerate(packed.data))))
         port = AnswerPort()
         WorkerDriver(core, changed, "cpu", port).carry_out([asked])
         return port.answer
@@ -262,7 +262,7 @@ def test_an_error_that_is_not_valid_utf_8_fails_only_its_task(setup):
     about = {"kind": "task", "id": "a/1", "run": "r", "sender": "a", "to": "client/0"}
     body = {**packed.body, "client": 0, "model_version": 0}
     message = Message(**about, body=body, blobs=packed.blobs)
-    (train,) = core.handle(Inbound(0, 0.0, message, packed.data.__getitem__))
+    (train,) = core.handle(Delivery(0, 0.0, message, dict(enumerate(packed.data))))
     port = AnswerPort()
     WorkerDriver(core, changed, "cpu", port).carry_out([train])
     assert decode_message(encode_message(port.answer.message)).body["reason"] == (
