@@ -7,9 +7,10 @@ the broker's ledger survive a crash.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from msgspec.structs import replace
 
 from fedmq.broker.settings import BrokerSettings, LedgerSettings
 from fedmq.broker.virtual.broker import VirtualBroker
+from fedmq.broker.virtual.disk import Fault
 from fedmq.broker.virtual.machine import Machine
 from fedmq.broker.virtual.network import Faults, VirtualNetwork
 from fedmq.broker.virtual.node import VirtualPort
@@ -42,11 +44,16 @@ class Chances:
 
     faults: faults of single frames.
     crash: rate of crashes of each process.
-    doom: rate of crashes at the worst moment: of the broker while it sends the frames of a turn,
-        of a node right after a post, or after any frame.
+    doom: rate of crashes at the worst moment: of the broker in the middle of a commit, or while it
+        sends the frames of a turn; of a node right after a post, or after any frame.
+    power: rate of power failures of the broker's machine; if positive, its durability is `power`,
+        and half of its crashes at the worst moment are power failures.
+    disk: rates of faults of the broker's disk, for each operation.
+    full: rate at which the broker's disk gets full.
     pause: rate at which each process is suspended; then it continues, or is killed.
     cut, partition: rates of broken and partitioned connections, for each connection.
-    away_s, pause_s, partition_s: longest absence of a crashed process, pause and partition.
+    away_s, pause_s, full_s, partition_s: longest absence of a crashed process, pause, time
+        without space on the disk, and partition.
     jump, jump_s: rate at which each wall clock is set, and by how much at most, either way.
     drift: largest relative error of the rate of a machine's clocks.
     train_s: mean duration of a task or a commit.
@@ -58,11 +65,15 @@ class Chances:
     faults: Faults = field(default_factory=Faults)
     crash: float = 0.0
     doom: float = 0.0
+    power: float = 0.0
+    disk: Mapping[Fault, float] = field(default_factory=dict)
+    full: float = 0.0
     pause: float = 0.0
     cut: float = 0.0
     partition: float = 0.0
     away_s: float = 5.0
     pause_s: float = 5.0
+    full_s: float = 5.0
     partition_s: float = 8.0
     jump: float = 0.0
     jump_s: float = 3600.0
@@ -83,6 +94,7 @@ class Simulation:
         seed: seed of all faults and durations.
         chances: fault rates.
         settings: of the broker.
+        ledger_settings: of the broker; `Chances` decides durability and sharing of files.
 
     Attributes:
         network, broker: of the run.
@@ -101,6 +113,7 @@ class Simulation:
         seed: int,
         chances: Chances | None = None,
         settings: BrokerSettings | None = None,
+        ledger_settings: LedgerSettings | None = None,
     ) -> None:
         self.setup, self.chances = setup, chances or Chances()
         self.rng = random.Random(seed)  # noqa: S311 - not for secrets
@@ -114,9 +127,14 @@ class Simulation:
             self.network,
             folder,
             settings or BrokerSettings(3.0, 0.5),
-            LedgerSettings(share_files=self.chances.share_files),
+            dataclasses.replace(
+                ledger_settings or LedgerSettings(),
+                share_files=self.chances.share_files,
+                durability="power" if self.chances.power else "process",
+            ),
             machine=self.machine(BROKER),
         )
+        self.broker.disk.rates = dict(self.chances.disk)
         self.broker.batch_s = self.chances.batch_s
         total = setup.problem.clients
         self.start_aggregator()
@@ -206,23 +224,38 @@ class Simulation:
         """Draw faults for this moment, and schedule the next draw."""
         if self._calm:
             return
-        chances, happens = self.chances, self._happens
-        broker = self.broker
-        if happens(chances.crash):
-            broker.crash()
-        if happens(chances.doom):
-            broker.crash_at_send = self.rng.randrange(3)
-        if happens(chances.pause):
-            broker.pause()
-            self._later(chances.pause_s, self._end_pause(broker.resume, broker.crash))
-        if not broker.up:
-            self._later(chances.away_s, broker.start)
+        self._disturb_broker()
         for node in self.nodes:
             self._disturb(node)
         for machine in self.machines.values():
-            if happens(chances.jump):
-                machine.jump(self.rng.uniform(-chances.jump_s, chances.jump_s))
+            if self._happens(self.chances.jump):
+                most = self.chances.jump_s
+                machine.jump(self.rng.uniform(-most, most))
         self.network.after(_EVERY_S, self._inject_faults)
+
+    def _disturb_broker(self) -> None:
+        chances, happens, broker = self.chances, self._happens, self.broker
+        if happens(chances.crash):
+            broker.crash()
+        if happens(chances.power):
+            broker.crash(power=True)
+        if happens(chances.doom):
+            broker.loses_power = chances.power > 0 and self.rng.random() < 0.5
+            if self.rng.random() < 0.5:
+                broker.crash_at_send = self.rng.randrange(3)
+            else:
+                broker.disk.crash_at(broker.disk.operations + self.rng.randrange(8))
+        if happens(chances.pause):
+            broker.pause()
+            self._later(chances.pause_s, self._end_pause(broker.resume, broker.crash))
+        if happens(chances.full):
+            broker.disk.full = True
+            self._later(chances.full_s, self._make_space)
+        if not broker.up:
+            self._later(chances.away_s, broker.start)
+
+    def _make_space(self) -> None:
+        self.broker.disk.full = False
 
     def _disturb(self, node: VirtualNode) -> None:
         chances, happens, port = self.chances, self._happens, node.port
@@ -258,6 +291,9 @@ class Simulation:
         self._calm = True
         self.network.faults = Faults()
         self.broker.crash_at_send = None
+        self.broker.disk.rates.clear()
+        self.broker.disk.crash_at(-1)
+        self._make_space()
         for node in self.nodes:
             node.port.doomed = lambda _: False
         self.broker.start()
