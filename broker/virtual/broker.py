@@ -40,6 +40,7 @@ class VirtualBroker:
         machine: has its clocks; by default one whose clocks are right.
         disk: of the machine; by default one without faults.
         draw_identity: see `Broker`; by default ``virtual1``, ``virtual2``, ..., across crashes.
+        on_start: called with it whenever it has opened its ledger.
 
     Attributes:
         up: whether the process is running, or paused.
@@ -63,12 +64,14 @@ class VirtualBroker:
         machine: Machine | None = None,
         disk: VirtualDisk | None = None,
         draw_identity: Callable[[], str] | None = None,
+        on_start: Callable[[VirtualBroker], object] = lambda _: None,
     ) -> None:
         self._network, self._folder, self._settings = network, folder, settings
         self._ledger_settings = ledger_settings or LedgerSettings()
         self._machine = machine or Machine(network)
         # Counted, so that a history depends only on its seed.
         self._draw_identity = draw_identity or map("virtual{}".format, itertools.count(1)).__next__
+        self._on_start = on_start
         self.disk = disk or VirtualDisk(network.rng)
         self.up = self._paused = self.loses_power = False
         self.batch_s = 0.0
@@ -117,6 +120,7 @@ class VirtualBroker:
         except LedgerError as error:
             self._fail(str(error))
         else:
+            self._on_start(self)
             self._turn()
 
     def crash(self, *, power: bool = False) -> None:
@@ -199,6 +203,7 @@ class VirtualBroker:
         """Send a frame; crash first if it is the last moment of the process."""
         if self.crash_at_send is not None:
             if self.crash_at_send == 0:
+                self._network.made["broker killed while it sends"] += 1
                 raise Crash
             self.crash_at_send -= 1
         self._network.to_node(peer, header, buffers)

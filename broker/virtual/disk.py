@@ -206,13 +206,17 @@ class VirtualDisk:
             return True
         return False
 
+    def _is_full(self) -> bool:
+        self.made["disk full"] += self.full
+        return self.full
+
     def _step(self) -> bool:
         """Count an operation; return whether the process crashes in it."""
         if self._dead:
             raise Crash
         self.operations += 1
         self._dead = self.operations - 1 == self._crash_at
-        self.made["crash"] += self._dead
+        self.made["broker killed in a disk operation"] += self._dead
         return self._dead
 
     def _half(self, act: Callable[[], object]) -> None:
@@ -229,7 +233,7 @@ class VirtualDisk:
         exists = states[-1] is not None if states else path.exists()
         if not exists and flags & os.O_CREAT:
             crashes = self._step()
-            if self.full or self._hits(Fault.NO_SPACE):
+            if self._is_full() or self._hits(Fault.NO_SPACE):
                 raise _error(errno.ENOSPC)
             if crashes and self._rng.random() < 0.5:
                 raise Crash
@@ -277,7 +281,7 @@ class VirtualDisk:
 
     def _write(self, fd: int, file: _File, data: bytes, offset: int) -> int:
         crashes = self._step()
-        no_space = self.full or self._hits(Fault.NO_SPACE)
+        no_space = self._is_full() or self._hits(Fault.NO_SPACE)
         fails = self._hits(Fault.WRITE_ERROR)
         if crashes or no_space or fails or (len(data) > 1 and self._hits(Fault.SHORT_WRITE)):
             data = data[: self._rng.randint(0 if crashes or no_space or fails else 1, len(data))]

@@ -227,6 +227,7 @@ class VirtualPort:
             self._posts.setdefault(frame.n, frame.message)
         self._network.to_broker(self.peer, frame, buffers)
         if self.doomed(frame):
+            self._network.made["node killed after a frame"] += 1
             self.kill()
             raise Killed
 
