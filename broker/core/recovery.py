@@ -24,7 +24,7 @@ from fedmq.broker.core.lifecycles import (
 from fedmq.broker.core.mailboxes import Mailboxes
 from fedmq.broker.core.state import Append, Continuation, Node, RunState
 from fedmq.broker.errors import LedgerDamage, LedgerError, check_advice
-from fedmq.broker.ledger.blob_store import find_damage
+from fedmq.broker.ledger.blob_store import read_payload
 from fedmq.broker.ledger.disk import LOCAL_DISK, Disk
 from fedmq.broker.ledger.entries import (
     Accepted,
@@ -361,17 +361,25 @@ def _check_lost(restorer: Restorer, ledger: Ledger, disk: Disk) -> None:
     """Check that no unfinished message lacks bytes because of damage.
 
     Without damage, a power failure or a repair has truncated the payload: then the messages are
-    dead-lettered and their senders notified.
+    dead-lettered and their senders notified. The payload is read a second time, and verified,
+    before any message is given up.
 
     Raises:
         LedgerDamage: the first damaged range.
-        LedgerError: the payload cannot be read.
+        LedgerError: the payload cannot be read, or its bytes differ when they are read again.
     """
     if not restorer.lost:
         return
-    damage = next(iter(ledger.damage), None) or find_damage(ledger.folder, disk)
-    if damage is not None:
+    index, found = read_payload(ledger.folder, disk)
+    if damage := next(iter([*ledger.damage, *found]), None):
         run, seq = restorer.lost[0]
         rest = f" and {len(restorer.lost) - 1} more need" if len(restorer.lost) > 1 else " needs"
         needed = f"; message {seq} of run {run}{rest} bytes that are damaged or lost"
         raise damage.advise(needed + check_advice(ledger.folder))
+    for _, seq in restorer.lost:
+        message = restorer.unfinished[seq]
+        if all(index.size_of(blob_name(message, blob)) is not None for blob in message.blobs):
+            raise LedgerError(
+                f"the payload in {ledger.folder} was read twice with different results; the blobs "
+                f"of message {seq} were incomplete only once"
+            )

@@ -32,6 +32,7 @@ from fedmq.broker.ledger.lock import FolderLock
 from fedmq.broker.ledger.manifest import Manifest
 from fedmq.broker.ledger.records import MAGIC, Record, walk
 from fedmq.broker.ledger.segment_writer import blocks, set_aside, sync_folder, unused_name
+from fedmq.broker.ledger.sync_point import SYNC_POINT_FILE
 
 
 class RepairAction(StrEnum):
@@ -181,6 +182,8 @@ def repair(folder: Path, now: float) -> list[RepairStep]:
             for step in steps:
                 _do(report, manifest, step)
             _ensure_segments(folder, manifest)
+            # It describes the segments before the repair.
+            (folder / SYNC_POINT_FILE).unlink(missing_ok=True)
             sync_folder(folder)
             done += steps
     finally:

@@ -7,6 +7,7 @@ import contextlib
 from collections import OrderedDict
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import xxhash
 
@@ -20,7 +21,7 @@ from fedmq.broker.ledger.entries import (
     segment_numbers,
     segment_path,
 )
-from fedmq.broker.ledger.records import DamagedRange, DamageKind, walk
+from fedmq.broker.ledger.records import DamagedRange, DamageKind, read_record, walk
 from fedmq.broker.ledger.segments import SegmentFiles
 from fedmq.broker.wire.schema import CHUNK_BYTES, Buffer, Extent
 
@@ -30,12 +31,27 @@ _IDLE_BLOBS = 4096
 """Most blobs kept in the index that no unfinished message names; the next one may."""
 
 
+class _StoredChunk(NamedTuple):
+    """Where a chunk is, and where it belongs.
+
+    record: offset of its record in the segment.
+    offset: of its first byte in the segment.
+    start: of its first byte in the blob.
+    """
+
+    segment: int
+    record: int
+    offset: int
+    start: int
+    length: int
+
+
 @dataclass
 class _Stored:
-    """A blob's chunks in order: (segment, offset in it, start in the blob, length)."""
+    """A blob's chunks in order."""
 
     size: int
-    chunks: list[tuple[int, int, int, int]] = field(default_factory=list)
+    chunks: list[_StoredChunk] = field(default_factory=list)
     segments: list[int] = field(default_factory=list)
     """Numbers of the segments of its chunks, in order."""
     end: int = 0
@@ -76,7 +92,14 @@ class BlobStore:
             self._recent_bytes -= memoryview(dropped).nbytes
 
     def add(
-        self, chunk: ChunkRecord, segment: int, offset: int, length: int, *, arriving: bool = False
+        self,
+        chunk: ChunkRecord,
+        segment: int,
+        record: int,
+        offset: int,
+        length: int,
+        *,
+        arriving: bool = False,
     ) -> None:
         """Index a chunk. The chunks of a blob come in order; a duplicate is ignored.
 
@@ -99,7 +122,7 @@ class BlobStore:
                 stored.segments.append(segment)
                 if stored.pinned:
                     self._pins[segment] = self._pins.get(segment, 0) + 1
-            stored.chunks.append((segment, offset, chunk.start, length))
+            stored.chunks.append(_StoredChunk(segment, record, offset, chunk.start, length))
             stored.end += length
 
     def pin(self, name: BlobName) -> None:
@@ -189,7 +212,7 @@ class BlobStore:
             except LedgerDamage as error:
                 damage.append(error)
                 continue
-            self.add(chunk, number, found.data_offset, found.data_length)
+            self.add(chunk, number, found.offset, found.data_offset, found.data_length)
         return damage
 
     def have(self, name: BlobName) -> int:
@@ -211,7 +234,8 @@ class BlobStore:
         """Return ``size`` bytes of a blob from ``start`` on.
 
         Raises:
-            LedgerError: these bytes are not in the ledger.
+            LedgerDamage: a chunk is damaged.
+            LedgerError: these bytes are not in the ledger, or cannot be read.
         """
         recent = self._recent.get((name, start))
         if recent is not None and size == memoryview(recent).nbytes:
@@ -223,29 +247,32 @@ class BlobStore:
         first = start
         index = bisect.bisect_right(stored.chunks, start, key=_start_of) - 1
         while size:
-            segment, offset, chunk_start, length = stored.chunks[index]
-            skip = start - chunk_start
-            take = min(size, length - skip)
-            try:
-                data = self._disk.pread(self._files.fd(segment), take, offset + skip)
-            except OSError as error:
-                file = segment_path(self._folder, PAYLOAD, segment).name
-                raise io_error("cannot read", error, file, offset + skip) from None
-            if len(data) != take:
-                file = segment_path(self._folder, PAYLOAD, segment).name
-                raise LedgerDamage("the segment is shorter than its index", file, offset)
-            parts.append(data)
+            chunk = stored.chunks[index]
+            skip = start - chunk.start
+            take = min(size, chunk.length - skip)
+            parts.append(self._read_chunk(chunk)[skip : skip + take])
             start, size, index = start + take, size - take, index + 1
         found = parts[0] if len(parts) == 1 else b"".join(parts)
         self.remember(name, first, found)
         return found
+
+    def _read_chunk(self, chunk: _StoredChunk) -> memoryview:
+        """Read a chunk with its record, because the checksum is over all of it."""
+        path = segment_path(self._folder, PAYLOAD, chunk.segment)
+        try:
+            fd = self._files.fd(chunk.segment)
+            end = chunk.offset + chunk.length
+            record = read_record(self._disk, fd, path, chunk.record, end)
+        except OSError as error:
+            raise io_error("cannot read", error, path.name, chunk.record) from None
+        return memoryview(record)[chunk.offset - chunk.record :]
 
     def extents(self, name: BlobName) -> tuple[Extent, ...]:
         """Return the extents of a blob in order; none if it is incomplete."""
         stored = self._blobs.get(name)
         if stored is None or stored.end < stored.size:
             return ()
-        return tuple((segment, offset, length) for segment, offset, _, length in stored.chunks)
+        return tuple((each.segment, each.offset, each.length) for each in stored.chunks)
 
     def evict(self, segment: int) -> None:
         """Drop a segment's pages from the page cache, if possible: see `Disk.evict`."""
@@ -262,7 +289,7 @@ class BlobStore:
         self._idle.pop(name, None)
         if stored is not None:
             self._pin(stored, pinned=False)
-        for start in [chunk[2] for chunk in stored.chunks] if stored is not None else ():
+        for start in [chunk.start for chunk in stored.chunks] if stored is not None else ():
             dropped = self._recent.pop((name, start), b"")
             self._recent_bytes -= memoryview(dropped).nbytes
 
@@ -273,18 +300,17 @@ class BlobStore:
                 self._pins[segment] = self._pins.get(segment, 0) + (1 if pinned else -1)
 
 
-def _start_of(chunk: tuple[int, int, int, int]) -> int:
-    return chunk[2]
+def _start_of(chunk: _StoredChunk) -> int:
+    return chunk.start
 
 
-def find_damage(folder: Path, disk: Disk = LOCAL_DISK) -> LedgerDamage | None:
-    """Read all payload of a ledger; return the first damage, or None.
+def read_payload(folder: Path, disk: Disk) -> tuple[BlobStore, list[LedgerDamage]]:
+    """Read and verify all payload of a ledger; return its index, and the damage.
 
     Raises:
         LedgerError: a file cannot be read, or is not a segment.
     """
-    index = BlobStore(folder, disk)
+    index, damage = BlobStore(folder, disk), []
     for number in segment_numbers(folder, PAYLOAD, disk):
-        for damage in index.add_segment(number, verify=True):
-            return damage
-    return None
+        damage += index.add_segment(number, verify=True)
+    return index, damage

@@ -15,6 +15,7 @@ from fedmq.broker.ledger.disk import APPEND, LOCAL_DISK, Disk, append_all
 from fedmq.broker.ledger.entries import MESSAGES, PAYLOAD, segment_numbers, segment_path
 from fedmq.broker.ledger.reader import read_entries
 from fedmq.broker.ledger.records import MAGIC
+from fedmq.broker.ledger.segment_writer import sync_folder
 
 MANIFEST_FILE = "segments"
 
@@ -55,8 +56,8 @@ class Manifest:
         except OSError as error:
             raise io_error("cannot read", error, self._path.name) from None
         self.exists = True
-        for line in text.splitlines():
-            # A line that a crash has truncated is ignored.
+        for line in text.split("\n")[:-1]:
+            # A line that a crash has truncated is ignored, also if another one was appended.
             if match := _LINE.fullmatch(line):
                 sign, family, number = match.groups()
                 change = self.expected.add if sign == "+" else self.expected.discard
@@ -91,15 +92,20 @@ class Manifest:
             self.expected.add((family, number))
             self._append([f"+ {family} {number}\n"])
 
-    def remove(self, family: str, number: int) -> None:
-        """List a segment as deleted, before its deletion.
+    def remove(self, family: str, number: int) -> bool:
+        """List a segment as deleted, before its deletion; return whether it may be deleted now.
+
+        It may not if there is no space for the line: without it, the segment would be missing.
 
         Raises:
-            LedgerError: the file cannot be written, other than for a full disk, where deleting
-                the segment makes space.
+            LedgerError: the file cannot be written, other than for a full disk.
         """
+        # A line that is on the device must not name a segment that is not.
+        sync_folder(self._folder, self._disk)
         self._append([f"- {family} {number}\n"], sync=True)
-        self.expected.discard((family, number))
+        if not self._unwritten:
+            self.expected.discard((family, number))
+        return not self._unwritten
 
     def _append(self, lines: list[str], *, sync: bool = False) -> None:
         self._unwritten += lines
@@ -108,8 +114,9 @@ class Manifest:
         try:
             fd = self._disk.open(self._path, APPEND)
             try:
-                # A line that a crash has truncated stays on a line of its own.
-                text = ("\n" if self._disk.size(fd) else "") + "".join(self._unwritten)
+                # The space makes a line invalid that a crash has truncated: in place of segment 12,
+                # it could name segment 1.
+                text = (" \n" if self._disk.size(fd) else "") + "".join(self._unwritten)
                 append_all(self._disk, fd, [text.encode()])
                 if sync:
                     self._disk.sync(fd)

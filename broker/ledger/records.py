@@ -41,6 +41,11 @@ _MAX_HEAD = 2 * MAX_HEADER_BYTES
 _MAX_DATA = CHUNK_BYTES
 _BLOCK = 1 << 20
 """Bytes that are read at a time while searching for the next record."""
+READ_ATTEMPTS = 2
+"""Bytes that are invalid are read again before they count as damaged: the error may be one of
+reading."""
+_SECTOR = 512
+"""A device writes this many bytes as a whole, or not at all."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,6 +174,9 @@ def walk(
             file.seek(0)
             head = _check_magic(file, size)
             if head is not None:
+                with disk.reader(path) as again:
+                    head = _check_magic(again, size)
+            if head is not None:
                 if head.fault is DamageKind.FORMAT and not (
                     resync and _whole(file, head.end, size)
                 ):
@@ -178,6 +186,9 @@ def walk(
             file.seek(offset)
             while offset < size:
                 found = _record(file, offset, size, verify_data=verify_data)
+                if isinstance(found, DamagedRange):
+                    found = _record_again(path, disk, offset, size, verify_data=verify_data)
+                    file.seek(offset if found is None else found.end)
                 if found is None:
                     return  # the writer has truncated an incomplete write
                 if isinstance(found, DamagedRange) and found.fault is DamageKind.LENGTHS:
@@ -235,9 +246,56 @@ def _record(
         if _checksum(head, data) != checksum:
             if not _is_zero(file, end, size):
                 return DamagedRange(DamageKind.CHECKSUM, offset, end, full_length=True)
-            fault = DamageKind.TORN if (data or head).endswith(b"\0") else DamageKind.LAST
+            lost = _is_lost_sector(prefix + head + data, offset, size)
+            fault = DamageKind.TORN if lost else DamageKind.LAST
             return DamagedRange(fault, offset, size, full_length=True)
     return Record(offset, head, data_offset, data_length)
+
+
+def _is_lost_sector(record: bytes, offset: int, size: int) -> bool:
+    """Return whether the end of the last record, which is invalid, is in a sector of zeros.
+
+    A power failure leaves that. A single zero at the end is the last byte of many a record.
+    """
+    end = offset + len(record)
+    if not record.endswith(b"\0"):
+        return False
+    if end < size:
+        return True  # zeros follow
+    start = (end - 1) // _SECTOR * _SECTOR
+    return offset < start and not any(record[start - offset :])
+
+
+def _record_again(
+    path: Path, disk: Disk, offset: int, size: int, *, verify_data: bool
+) -> Record | DamagedRange | None:
+    """As `_record`, from the disk instead of the buffer of an open file."""
+    with disk.reader(path) as file:
+        file.seek(offset)
+        return _record(file, offset, size, verify_data=verify_data)
+
+
+def read_record(disk: Disk, fd: int, path: Path, offset: int, end: int) -> bytes:
+    """Return the bytes of a whole record, of which the position is known.
+
+    Args:
+        disk: holds the segment.
+        fd: of the segment.
+        path: of the segment, for errors.
+        offset: of the record.
+        end: of the record.
+
+    Raises:
+        LedgerDamage: the segment ends earlier, or the record's checksum does not match.
+        OSError: the segment cannot be read.
+    """
+    for _ in range(READ_ATTEMPTS):
+        record = disk.pread(fd, end - offset, offset)
+        if len(record) != end - offset:
+            raise LedgerDamage("the segment is shorter than its index", path.name, offset)
+        if _PREFIX.unpack_from(record)[3] == _checksum(record[_PREFIX.size :], b""):
+            return record
+    raise LedgerDamage(_SENTENCES[DamageKind.CHECKSUM], path.name, offset)
 
 
 def _whole(file: BinaryIO, offset: int, size: int) -> bool:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
-from fedmq.broker.errors import LedgerError, io_error
+from fedmq.broker.errors import LedgerDamage, LedgerError, io_error
 from fedmq.broker.ledger.disk import APPEND, LOCAL_DISK, READ, Disk, append_all
 from fedmq.broker.ledger.records import MAGIC, DamagedRange, DamageKind, Record, walk
 from fedmq.broker.wire.schema import Buffer
@@ -26,6 +26,8 @@ class Segment:
         each: called with every existing record, in order.
         over_damage: whether to skip damaged records and leave them in place; otherwise, damage is
             an error.
+        unacknowledged_from: offset from which on no record was acknowledged: damage there is set
+            aside with all that follows it. None if that is not known.
         disk: holds the file.
 
     Attributes:
@@ -45,11 +47,13 @@ class Segment:
         each: Callable[[Record], None] | None = None,
         *,
         over_damage: bool = False,
+        unacknowledged_from: int | None = None,
         disk: Disk = LOCAL_DISK,
     ) -> None:
         self.path = path
         self._disk = disk
         self.cut = 0
+        self._is_closed = False
         self.damage: list[DamagedRange] = []
         self._has_excess = False
         """Whether bytes of a failed write, which could not be truncated, follow after ``size``."""
@@ -58,35 +62,50 @@ class Segment:
         except OSError as error:
             raise io_error("cannot open", error, str(path)) from None
         try:
-            self._begin(each, over_damage=over_damage)
+            self._begin(each, unacknowledged_from, over_damage=over_damage)
         except BaseException:
             disk.close(self._fd)
             raise
 
-    def _begin(self, each: Callable[[Record], None] | None, *, over_damage: bool) -> None:
+    def _begin(
+        self,
+        each: Callable[[Record], None] | None,
+        unacknowledged_from: int | None,
+        *,
+        over_damage: bool,
+    ) -> None:
         """Find the end of the last whole record, and truncate the file there."""
         self.size = 0
+        length = self._length()
         tail: DamagedRange | None = None
-        if self._length() >= len(MAGIC):
+        if length >= len(MAGIC):
             self.size = len(MAGIC)
-            for found in walk(self.path, resync=over_damage, disk=self._disk):
-                if isinstance(found, Record):
-                    if each is not None:
-                        each(found)
-                elif found.fault is DamageKind.TORN:
-                    tail = found
-                    break
-                elif over_damage:
-                    self.damage.append(found)
-                else:
-                    raise found.error(self.path)
-                self.size = found.end
+            try:
+                for found in walk(self.path, resync=over_damage, disk=self._disk):
+                    if isinstance(found, Record):
+                        if each is not None:
+                            each(found)
+                    elif found.fault is DamageKind.TORN or (
+                        unacknowledged_from is not None and found.offset >= unacknowledged_from
+                    ):
+                        tail = found
+                        break
+                    elif over_damage:
+                        self.damage.append(found)
+                    else:
+                        raise found.error(self.path)
+                    self.size = found.end
+            except LedgerDamage as error:
+                if unacknowledged_from != 0 or error.offset != 0:
+                    raise
+                # Without its first bytes, the whole file is the rest of a batch.
+                tail = DamagedRange(DamageKind.FORMAT, 0, length)
         if tail is not None and tail.offset < len(MAGIC):
             self.size = 0
-        self.cut = self._length() - self.size
+        self.cut = length - self.size
         if self.cut:
-            if tail is not None and tail.full_length:
-                set_aside(self.path, tail.offset, tail.end, self._disk)
+            if tail is not None and (tail.full_length or tail.fault is not DamageKind.TORN):
+                set_aside(self.path, tail.offset, length, self._disk)
             self._truncate()
         if not self.size:
             self._write([MAGIC])
@@ -114,11 +133,14 @@ class Segment:
             raise LedgerError(reason, self.path.name, self.size) from None
 
     def close(self) -> None:
-        """Close the file.
+        """Close the file, once.
 
         Raises:
             LedgerError: the operating system reports that a write has failed.
         """
+        if self._is_closed:
+            return
+        self._is_closed = True  # also if closing fails: the number may be another file's then
         try:
             self._disk.close(self._fd)
         except OSError as error:

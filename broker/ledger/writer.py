@@ -15,7 +15,7 @@ from pathlib import Path
 
 import xxhash
 
-from fedmq.broker.errors import LedgerDamage, LedgerError
+from fedmq.broker.errors import LedgerDamage, LedgerError, NoSpace
 from fedmq.broker.ledger.blob_store import BlobStore
 from fedmq.broker.ledger.disk import LOCAL_DISK, Disk
 from fedmq.broker.ledger.entries import (
@@ -39,6 +39,13 @@ from fedmq.broker.ledger.reader import EntryIndex, LedgerTail
 from fedmq.broker.ledger.records import Record, pack
 from fedmq.broker.ledger.retention import RetentionPolicy
 from fedmq.broker.ledger.segment_writer import Segment, sync_folder
+from fedmq.broker.ledger.sync_point import (
+    SyncPoint,
+    SyncPointFile,
+    read_sync_point,
+    remove_sync_point,
+    sync_all,
+)
 from fedmq.broker.settings import EVERYTHING, Durability
 from fedmq.broker.wire.schema import Buffer, Extent
 
@@ -100,8 +107,11 @@ class Ledger:
         self._positions: list[tuple[int, int]] = []
         self._recent: OrderedDict[int, Accepted] = OrderedDict()
         self._recent_bytes = 0
-        # The writes of an earlier broker may not be on the device either.
-        self._unsynced = self._unsynced_messages = self._unsynced_folder = True
+        self._unsynced = self._unsynced_messages = False
+        self._unlisted: list[tuple[str, int]] = []
+        """New segments, by family and number, that the manifest does not have yet."""
+        self._failed_sync: LedgerError | None = None
+        """After a failed sync, it is unknown what is on the device."""
         self._uses: dict[int, tuple[BlobName, ...]] = {}
         with contextlib.ExitStack() as opened:
             opened.callback(self.payload.close)
@@ -110,15 +120,32 @@ class Ledger:
             self.proof = self._lock.proof
             self._manifest = Manifest(folder, disk)
             check_segments(folder, self._manifest, disk)
+            point = read_sync_point(folder, disk)
             firsts = segment_numbers(folder, MESSAGES, disk)
             self._messages_number = firsts[-1] if firsts else 0
-            self._messages_file = self._open(MESSAGES, self._messages_number)
+            self._messages_file = Segment(
+                segment_path(folder, MESSAGES, self._messages_number),
+                unacknowledged_from=point.end(MESSAGES, self._messages_number) if point else None,
+                disk=disk,
+            )
             opened.callback(self._messages_file.close)
+            self.cut_bytes += self._messages_file.cut
             if payload_is_gone(folder, disk):
                 self.damage.append(LedgerDamage(f"there is no payload-*.log in {folder}"))
-            self._open_payload()
+            self._open_payload(point)
             opened.callback(self._payload_file.close)
+            self._sync_point = SyncPointFile(folder, disk) if self._durable else None
+            if self._sync_point is not None:
+                opened.callback(self._sync_point.close)
+                sync_all(folder, point, disk)
             self._manifest.begin()
+            if self._sync_point is None:
+                # What is acknowledged from now on may not be on the device.
+                remove_sync_point(folder, disk)
+            else:
+                self._sync_point.write(self._end())
+                self._sync_point.sync()
+                self._sync(lambda: sync_folder(folder, disk))
             tail = LedgerTail(folder, disk)
             for entry in tail.poll():
                 self._entries.add(entry.seq, *tail.at)
@@ -127,7 +154,7 @@ class Ledger:
                     each(entry)
             opened.pop_all()
 
-    def _open_payload(self) -> None:
+    def _open_payload(self, point: SyncPoint | None) -> None:
         """Index all payload, and open the last segment for appending."""
         numbers = segment_numbers(self.folder, PAYLOAD, self._disk)
         for number in numbers[:-1]:
@@ -141,9 +168,15 @@ class Ledger:
             except LedgerDamage as error:
                 self.damage.append(error)
             else:
-                self.payload.add(chunk, last, record.data_offset, record.data_length)
+                self.payload.add(chunk, last, record.offset, record.data_offset, record.data_length)
 
-        self._payload_file = Segment(path, note, over_damage=True, disk=self._disk)
+        self._payload_file = Segment(
+            path,
+            note,
+            over_damage=True,
+            unacknowledged_from=point.end(PAYLOAD, last) if point else None,
+            disk=self._disk,
+        )
         self.cut_bytes += self._payload_file.cut
         self.damage += [gap.error(path) for gap in self._payload_file.damage]
         self._chunk_end = self._payload_file.size
@@ -238,9 +271,9 @@ class Ledger:
         self._chunks.append(record)
         if length:
             self._chunks.append(data)
-        begin = self._chunk_end + len(record)
-        self._chunk_end = begin + length
-        self.payload.add(chunk, self._payload_number, begin, length, arriving=True)
+        begin, data_begin = self._chunk_end, self._chunk_end + len(record)
+        self._chunk_end = data_begin + length
+        self.payload.add(chunk, self._payload_number, begin, data_begin, length, arriving=True)
         if length:
             self.payload.remember(name, start, data)
 
@@ -253,26 +286,50 @@ class Ledger:
 
         Raises:
             NoSpace: the disk is full; the queue is kept.
-            LedgerError: the operating system refused the write.
+            LedgerError: the operating system refused the write, or a sync has failed, now or
+                earlier.
         """
+        if self._failed_sync is not None:
+            raise self._failed_sync
         if self._chunks:
             self._write_chunks()
-        if self._durable and self._unsynced_folder:
-            # The names of new segments.
-            sync_folder(self.folder, self._disk)
-            self._unsynced_folder = False
+        if self._messages and self._messages_file.size > _MESSAGES_SEGMENT_BYTES:
+            self._next_messages_segment()
+        if self._unlisted:
+            self._list_segments()
         if self._durable and self._unsynced:
             # Before the messages, so that a message on the device has its blobs there.
-            self._payload_file.sync()
+            self._sync(self._payload_file.sync)
             self._unsynced = False
         if self._messages:
             self._write_messages()
             self._unsynced_messages = True
-        if self._durable and self._unsynced_messages:
-            self._messages_file.sync()
+        if self._sync_point is not None and self._unsynced_messages:
+            self._sync(self._messages_file.sync)
             self._unsynced_messages = False
+            self._sync_point.write(self._end())
         if self._payload_file.size > self._retention.segment_bytes(_PAYLOAD_SEGMENT_BYTES):
             self._next_payload_segment()
+
+    def _sync(self, wait: Callable[[], None]) -> None:
+        try:
+            wait()
+        except LedgerError as error:
+            self._failed_sync = error
+            raise
+
+    def _end(self) -> SyncPoint:
+        """Return the end of what is written."""
+        messages, payload = self._messages_file, self._payload_file
+        return SyncPoint(self._messages_number, messages.size, self._payload_number, payload.size)
+
+    def _list_segments(self) -> None:
+        """List new segments in the manifest; under `power`, once their names are on the device."""
+        if self._durable:
+            self._sync(lambda: sync_folder(self.folder, self._disk))
+        for family, number in self._unlisted:
+            self._manifest.add(family, number)
+        self._unlisted.clear()
 
     def _write_chunks(self) -> None:
         self._payload_file.append(self._chunks)
@@ -280,10 +337,6 @@ class Ledger:
         self._unsynced = True
 
     def _write_messages(self) -> None:
-        if self._messages_file.size > _MESSAGES_SEGMENT_BYTES:
-            fresh = self._open(MESSAGES, self._first_queued)
-            self._messages_file.close()
-            self._messages_file, self._messages_number = fresh, self._first_queued
         offset = self._messages_file.size
         self._messages_file.append([b"".join(self._messages)])
         self._messages = []
@@ -295,17 +348,21 @@ class Ledger:
             _, dropped = self._recent.popitem(last=False)
             self._recent_bytes -= len(dropped.message)
 
+    def _next_messages_segment(self) -> None:
+        full, number = self._messages_file, self._first_queued
+        self._messages_file, self._messages_number = self._begin(MESSAGES, number), number
+        full.close()
+
     def _next_payload_segment(self) -> None:
-        number = self._payload_number + 1
+        full, number = self._payload_file, self._payload_number + 1
         try:
-            fresh = self._open(PAYLOAD, number)
-        except LedgerError:
-            return  # the disk is full: the present segment grows until there is space
-        self._payload_file.close()
-        self.payload.evict(self._payload_number)
-        self.payload.evict(self._payload_number - _CACHED_SEGMENTS)
-        self._payload_file, self._payload_number = fresh, number
-        self._chunk_end = fresh.size
+            self._payload_file = self._begin(PAYLOAD, number)
+        except NoSpace:
+            return  # the present segment grows until there is space
+        self.payload.evict(number - 1)
+        self.payload.evict(number - 1 - _CACHED_SEGMENTS)
+        self._payload_number, self._chunk_end = number, self._payload_file.size
+        full.close()
         self._retention.apply(self._delete)
 
     def close(self) -> None:
@@ -317,6 +374,8 @@ class Ledger:
         with contextlib.ExitStack() as last:
             last.callback(self._lock.release)
             last.callback(self.payload.close)
+            if self._sync_point is not None:
+                last.callback(self._sync_point.close)
             # The commit may replace these files.
             last.callback(lambda: self._messages_file.close())
             last.callback(lambda: self._payload_file.close())
@@ -331,14 +390,11 @@ class Ledger:
         """Delete a payload segment unless it is needed; return whether it was deleted."""
         if self.payload.needs_segment(number):
             return False
-        self._manifest.remove(PAYLOAD, number)
-        self.payload.remove_segment(number)
-        return True
+        return self._manifest.remove(PAYLOAD, number) and self.payload.remove_segment(number)
 
-    def _open(self, family: str, number: int) -> Segment:
+    def _begin(self, family: str, number: int) -> Segment:
         segment = Segment(segment_path(self.folder, family, number), disk=self._disk)
-        self.cut_bytes += segment.cut
-        if self._manifest.exists:
-            self._manifest.add(family, number)
-        self._unsynced_folder = True
+        self._unlisted.append((family, number))
+        if not self._durable:
+            self._list_segments()
         return segment

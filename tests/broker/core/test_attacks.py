@@ -161,8 +161,8 @@ def test_a_restarted_broker_syncs_the_old_ledger_before_it_acknowledges(tmp_path
     synced = []
     monkeypatch.setattr("os.fsync", synced.append)
     ledger = Ledger(tmp_path, durability="power")
+    opening = len(synced)
+    assert opening > 3  # messages, payload, the folder and those above it
     ledger.commit()
-    assert len(synced) == 3  # the folder, payload, messages
-    ledger.commit()
-    assert len(synced) == 3  # the folder, payload, messages
+    assert len(synced) == opening
     ledger.close()
