@@ -43,3 +43,10 @@ class PendingAcks:
         self._counts.clear()
         self.due = math.inf
         return sends
+
+    def validate_state(self) -> None:
+        """Raise AssertionError if acknowledgments are pending without a time, or the reverse."""
+        waiting = self.due < math.inf
+        if waiting != bool(self._pending) or self._pending.keys() != self._counts.keys():
+            names = [node.name for node in self._pending.values()]
+            raise AssertionError(f"acknowledgments of {names} are due at {self.due}")

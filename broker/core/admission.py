@@ -100,6 +100,12 @@ def why_not(run: RunState, hello: Hello, known: Node | None) -> tuple[str, str] 
     elif known is not None and hello.role == AGGREGATOR and hello.session < known.hello.session:
         # It lacks what the newer session has settled, even if that one is disconnected.
         return "replaced", f"a newer session of {hello.node!r} was connected"
+    if (
+        known is not None
+        and known.hello.session == hello.session
+        and (known.hello.role, known.hello.clients) != (hello.role, hello.clients)
+    ):
+        return "client", f"this session of {hello.node!r} has other clients or another role"
     if hello.role == AGGREGATOR and hello.config != run.config:
         return "config", f"run {run.id} has another configuration; set another run.id for this one"
     if len(hello.clients) > MAX_RANGES:

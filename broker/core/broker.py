@@ -143,6 +143,17 @@ class Broker:
                 self._wake(now, out)
         return out
 
+    def validate_state(self) -> None:
+        """Raise AssertionError, with what is wrong, if parts of the state contradict each other.
+
+        For tests and simulations, after each event.
+        """
+        self._sessions.validate_state()
+        self._mailboxes.validate_state()
+        self._acks.validate_state()
+        if self._mailboxes.timers and not self._full and self.deadline is None:
+            raise AssertionError("there are timers, but nothing is due")
+
     def give_up(self, run: str, seqs: Sequence[int], reason: str, now: float) -> list[Action]:
         """Dead-letter messages that cannot be delivered, and notify their senders."""
         out: list[Action] = []
@@ -311,7 +322,7 @@ class Broker:
         out.extend(
             SendTo(each.peer, RunEnded(reason=run.over))
             for each in run.nodes.values()
-            if each.alive
+            if each.alive and each.peer
         )
         run.refused.clear()
         run.interrupted.clear()

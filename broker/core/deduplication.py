@@ -64,3 +64,9 @@ class DedupWindow:
         if known is None:
             return "new"
         return "same" if known == fingerprint.data else "other"
+
+    def validate_state(self) -> None:
+        """Raise AssertionError if the newer half is full, or the older one is not."""
+        if len(self._newer) >= self._limit or len(self._older) not in (0, self._limit):
+            sizes = f"{len(self._newer)} and {len(self._older)}"
+            raise AssertionError(f"halves of {self._limit} ids have {sizes}")

@@ -159,6 +159,8 @@ PRESENT = frozenset(
     }
 )
 """States of sessions that have not left."""
+WITHOUT_CONNECTION = frozenset({SessionState.AWAITED, SessionState.FINISHING})
+"""Those in which a session may have no connection: the broker has restarted."""
 
 
 class ImpossibleTransition(ValueError):

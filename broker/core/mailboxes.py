@@ -7,6 +7,7 @@ connections, no leases, and no frames other than deliveries.
 from __future__ import annotations
 
 import heapq
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -192,3 +193,22 @@ class Mailboxes:
             re=re,
         )
         self.accept(run, message, encode_message(message), consumes, now, out)
+
+    def validate_state(self) -> None:
+        """Raise AssertionError, with what is wrong, if a message is lost or in two places."""
+        places = []
+        for run in self.runs.values():
+            places += run.validate_state()
+        timers = self.timers
+        for index, (due, seq, name, token) in enumerate(timers):
+            places.append(seq)
+            if due < timers[(index - 1) // 2 if index else 0][0]:
+                raise AssertionError(f"timer {token} of run {name} is not at its place in the heap")
+            if name not in self.runs or self.runs[name].over:
+                raise AssertionError(f"timer {token} is of run {name}, which has ended")
+        if len(set(places)) != len(places):
+            twice = [seq for seq, count in Counter(places).items() if count > 1]
+            raise AssertionError(f"messages {twice[:5]} are in several places")
+        if places and max(places) >= self.next_seq:
+            raise AssertionError(f"message {max(places)} is not in the ledger: {self.next_seq} are")
+        self.dedup_window.validate_state()

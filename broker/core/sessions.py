@@ -11,7 +11,7 @@ from msgspec import UNSET
 
 from fedmq.broker.core import delivery
 from fedmq.broker.core.admission import MAX_EARLY, find_run, wait_for_run, why_not, wrong_name
-from fedmq.broker.core.lifecycles import SessionEvent, SessionState
+from fedmq.broker.core.lifecycles import WITHOUT_CONNECTION, SessionEvent, SessionState
 from fedmq.broker.core.mailboxes import Mailboxes
 from fedmq.broker.core.state import (
     Action,
@@ -83,7 +83,7 @@ class Sessions:
         if run.over:
             if known is not None and known.alive and known.hello.session == hello.session:
                 # It has reconnected: its goodbye comes over the new connection.
-                self.peers.pop(known.peer, None)
+                self._forget_connection(known)
                 known.peer, self.peers[peer] = peer, known
                 known.move(SessionEvent.HELLO)
             out.append(SendTo(peer, RunEnded(reason=run.over)))
@@ -143,7 +143,7 @@ class Sessions:
         """Welcome a new or reconnected node, and deliver what it has not received."""
         returning = known is not None and known.hello.session == hello.session
         if known is not None and returning:
-            self.peers.pop(known.peer, None)
+            self._forget_connection(known)
             node = known
             node.peer = peer
             # After a restart of the broker, its Hello is from the ledger, without a version.
@@ -157,7 +157,7 @@ class Sessions:
                     out.append(SendTo(known.peer, Reject(code="replaced", reason=reason)))
                     self.leave(known, reason, now, out)
                 known.move(SessionEvent.REPLACE)
-                self.peers.pop(known.peer, None)
+                self._forget_connection(known)
                 node.sessions = known.sessions
                 node.received_bytes = known.received_bytes
                 node.sent_bytes = known.sent_bytes + known.read_bytes
@@ -307,6 +307,32 @@ class Sessions:
             for node in run.nodes.values():
                 if node.alive:
                     yield node
+
+    def validate_state(self) -> None:
+        """Raise AssertionError, with what is wrong, if connections and nodes do not agree."""
+        for peer, node in self.peers.items():
+            if node.peer != peer or peer in self.early:
+                raise AssertionError(f"connection {peer!r} is not that of {node.name}")
+            if node.run.nodes.get(node.name) is not node:
+                raise AssertionError(f"connection {peer!r} is of an earlier session of {node.name}")
+        due = math.inf
+        for run in self._mailboxes.runs.values():
+            for node in run.nodes.values():
+                if not node.alive:
+                    continue
+                due = min(due, _due(node))
+                if node.peer and self.peers.get(node.peer) is not node:
+                    raise AssertionError(f"{node.name} is connected, but its connection is unknown")
+                if not (node.peer or node.state in WITHOUT_CONNECTION):
+                    raise AssertionError(f"{node.name} is {node.state.name} without a connection")
+                if (node.state is SessionState.FINISHING) != bool(run.over):
+                    raise AssertionError(f"{node.name} is {node.state.name}: its run is not")
+        if self.due > due:
+            raise AssertionError(f"a lease ends at {due}, before anything is due")
+
+    def _forget_connection(self, node: Node) -> None:
+        if self.peers.get(node.peer) is node:  # another node may have taken it over
+            del self.peers[node.peer]
 
 
 def _due(node: Node) -> float:

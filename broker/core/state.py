@@ -15,8 +15,8 @@ from fedmq.broker.core.lifecycles import PRESENT, SessionEvent, SessionState, ne
 from fedmq.broker.errors import WireError
 from fedmq.broker.ledger.entries import Accepted, BlobName, Entry, blob_name
 from fedmq.broker.rejections import Code, Rejection
-from fedmq.broker.wire.addresses import AGGREGATOR
-from fedmq.broker.wire.chunked_transfer import Fetcher
+from fedmq.broker.wire.addresses import AGGREGATOR, num_addresses
+from fedmq.broker.wire.chunked_transfer import Fetcher, Owned
 from fedmq.broker.wire.schema import (
     AnyFrame,
     Blob,
@@ -273,6 +273,46 @@ class Node:
         """
         self.state = next_state(self.state, event)
 
+    def validate_state(self) -> None:
+        """Raise AssertionError, with what is wrong, if the session contradicts itself."""
+        if self.pending or self.queue or self.in_flight:
+            self._validate_messages()
+        if self.state is SessionState.AWAITED and self.peer:
+            raise AssertionError(f"{self.name} is awaited, but has a connection")
+        if self.read_bytes > self.pointed_bytes:
+            raise AssertionError(f"{self.name} has read {self.read_bytes} bytes: more than it got")
+        if self.pending_frames:
+            frames = [each.n for each in self.pending_frames]
+            if sorted(frames) != frames or frames[-1] >= self.next_n:
+                raise AssertionError(f"{self.name}'s frames {frames[:5]} are out of order")
+            first = self.pending_frames[0]
+            if not isinstance(first, PendingPost) or not any(
+                Owned(first.message.sender, blob.digest) in self.fetcher for blob in first.apart
+            ):
+                raise AssertionError(f"{self.name}'s frame {first.n} waits for nothing")
+
+    def _validate_messages(self) -> None:
+        name, pending, queue, sent = self.name, [*self.pending], [*self.queue], self.sent
+        if not self.alive and (pending or queue):
+            raise AssertionError(f"{name} has left, but still has messages {pending[:5]}")
+        if sorted(pending) != pending or sorted(set(queue)) != queue:
+            raise AssertionError(f"{name}'s messages {pending} or queue {queue} are out of order")
+        if queue and queue[0] < sent:
+            raise AssertionError(f"{name}'s queue has message {queue[0]}, which was sent")
+        if self.state is not SessionState.AWAITED and pending and pending[-1] >= sent:
+            missing = {seq for seq in reversed(pending) if seq >= sent}.difference(queue)
+            if missing:
+                raise AssertionError(f"messages {missing} of {name} are neither sent nor queued")
+        if self.in_flight and self.in_flight[-1][0] >= sent:
+            raise AssertionError(
+                f"{name}'s delivery {self.in_flight[-1][0]} was not counted as sent"
+            )
+        flying = [seq for seq, _ in self.in_flight]
+        if sorted(set(flying)) != flying:
+            raise AssertionError(f"{name}'s deliveries {flying} are out of order")
+        if (total := sum(size for _, size in self.in_flight)) != self.in_flight_bytes:
+            raise AssertionError(f"{name} has {total} bytes in flight, not {self.in_flight_bytes}")
+
 
 @dataclass
 class RunState:
@@ -317,3 +357,43 @@ class RunState:
         """Return the connected node that hosts an address, or None."""
         node = self.nodes.get(self.hosts.get(address, ""))
         return node if node is not None and node.alive else None
+
+    def validate_state(self) -> list[int]:
+        """Check the run, and return the numbers of its unfinished messages, but for its timers.
+
+        Raises:
+            AssertionError: its parts contradict each other; the message says what is wrong.
+        """
+        if self.over:
+            rest = [
+                each.name for each in self.nodes.values() if each.pending or each.pending_frames
+            ]
+            if rest or self.waiting or self.refused or self.interrupted:
+                raise AssertionError(f"run {self.id} has ended, but has unfinished messages {rest}")
+            return []
+        places = [] if self.checkpoint is None else [self.checkpoint]
+        present: set[str] = set()
+        hosted = 0
+        for node in self.nodes.values():
+            node.validate_state()
+            if node.alive:
+                present.add(node.name)
+                hosted += num_addresses(node.hello)
+            if node.pending:
+                places += node.pending
+                for address in set(node.pending.values()):
+                    if self.hosts.get(address) != node.name:
+                        raise AssertionError(f"{node.name} has messages to {address}: not its own")
+        if gone := present.symmetric_difference(self.hosts.values()):
+            raise AssertionError(f"addresses of {gone} are hosted, but it has left, or the reverse")
+        if len(self.hosts) != hosted:
+            raise AssertionError(f"{hosted} addresses of nodes, but {len(self.hosts)} are hosted")
+        for address, seqs in self.waiting.items():
+            places += seqs
+            if address in self.hosts:
+                raise AssertionError(f"{seqs[:5]} wait for {address}, which is hosted")
+            if sorted(set(seqs)) != seqs:
+                raise AssertionError(f"messages to {address} are out of order: {seqs}")
+        if self.interrupted and (unknown := self.interrupted.keys() - places - self.refused):
+            raise AssertionError(f"messages {unknown} ended sessions, but are finished")
+        return places

@@ -142,8 +142,8 @@ class VirtualBroker:
         self._network.after(self._network.rng.random() * _RESTART_S, self.start)
 
     def pause(self) -> None:
-        """Stop the process: frames wait, and timers are late."""
-        self._paused = True
+        """Stop the process, if it is up: frames wait, and timers are late."""
+        self._paused = self.up
 
     def resume(self) -> None:
         """Continue the process after `pause`."""
@@ -181,6 +181,7 @@ class VirtualBroker:
         events, self._arrived = self._arrived, []
         try:
             self.driver.turn(events)
+            self.core.validate_state()
             if (deadline := self.driver.deadline) is not None:
                 self._plan(deadline)
         except Crash:

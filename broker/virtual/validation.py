@@ -1,41 +1,33 @@
-"""Cores that check their state after each event, for simulations."""
+"""Check a core's state after each event, in tests and simulations."""
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any, Protocol, TypeVar
 
 
 class Core(Protocol):
-    """A core; ``handle(event, ...)`` returns actions."""
+    """A state machine that can check itself."""
 
     @property
     def handle(self) -> Callable[..., Any]:
-        """Handle one event; return the actions to carry out."""
-        ...
+        """Handles an event, and returns actions."""
 
     def validate_state(self) -> None:
-        """Raise AssertionError if the state contradicts itself."""
-        ...
+        """Raise AssertionError, with what is wrong, if parts of the state contradict each other."""
 
 
 C = TypeVar("C", bound=Core)
 
 
 def validated(core: C) -> C:
-    """Make a core check its state after each event; return it.
-
-    Raises:
-        AssertionError: from ``handle``, if the state contradicts itself.
-    """
+    """Make a core check its state after each event that it handles, and return it."""
     handle = core.handle
 
-    @functools.wraps(handle)
     def checked(*event: Any) -> Any:
         actions = handle(*event)
         core.validate_state()
         return actions
 
-    vars(core)["handle"] = checked  # of this instance only
+    vars(core)["handle"] = checked
     return core

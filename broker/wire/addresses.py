@@ -54,6 +54,13 @@ def addresses(hello: Hello) -> Iterator[str]:
         yield hello.role
 
 
+def num_addresses(hello: Hello) -> int:
+    """Return the number of addresses that a node hosts."""
+    if hello.role == WORKER:
+        return 1 + sum(high - low + 1 for low, high in hello.clients)
+    return 2 if hello.role in (AGGREGATOR, EVALUATOR) else 1
+
+
 def node_address(name: str) -> str:
     """Return the address of a node itself, besides those that it hosts."""
     return f"node/{name}"

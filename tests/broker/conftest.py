@@ -56,6 +56,7 @@ class Bench:
         sent: frames and buffers, by peer, until they are taken.
         standing: connections that stand, however silent.
         logs: what the core wanted a person to know.
+        validates: whether the core checks its state after each event.
     """
 
     def __init__(self, lease_s=10.0, beat_s=1.0, deliveries=5):
@@ -68,6 +69,7 @@ class Bench:
         self.sent = defaultdict(list)
         self.standing = set()
         self.logs = []
+        self.validates = True
         self.numbers = defaultdict(int)
         self.core = None
         self.draw_identity = map("run{}".format, itertools.count(1)).__next__
@@ -87,6 +89,7 @@ class Bench:
         self.uses = {}
         restorer.finish(self, self.now, self.settings.lease_s)
         self.core = Broker(self.settings, self, self.draw_identity, restorer.mailboxes)
+        self.core.validate_state()
         for run, seq in restorer.lost:
             self.carry_out(self.core.give_up(run, [seq], "lost", self.now))
 
@@ -117,6 +120,8 @@ class Bench:
     def handle(self, event):
         """Handle one event at the present time; return its actions."""
         actions = self.core.handle(event, self.now)
+        if self.validates:
+            self.core.validate_state()
         self.carry_out(actions)
         # What was numbered before is in the ledger before what this adds.
         for action in list(actions):

@@ -105,6 +105,7 @@ def test_a_node_that_fails_says_so_and_its_task_counts_the_death(room):
 
 
 def test_the_end_of_a_run_of_very_many_nodes_can_be_read_again(room, tmp_path):
+    room.validates = False
     for number in range(3000):
         name = f"node-{number:04d}-" + "x" * 90
         peer = room.join(name)
