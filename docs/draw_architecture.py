@@ -1,6 +1,7 @@
 """Draw the rooms of fedmq and their parts from the imports: ``python docs/draw_architecture.py``.
 
-Writes ``docs/architecture.svg`` and the table of parts in ``docs/architecture.md``. A part is a
+Writes ``docs/architecture.svg``, and in ``docs/architecture.md`` the table of parts and the tables
+of states that the code itself reads. A part is a
 folder of a room, or a module beside the folders. It stands above all that it imports; an arrow
 leads to each part that it imports, unless another arrow leads there by way of a third part.
 """
@@ -8,6 +9,9 @@ leads to each part that it imports, unless another arrow leads there by way of a
 from __future__ import annotations
 
 import ast
+import enum
+import importlib
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +24,8 @@ ROOMS = {
     "codecs": "tensors as bytes",
 }
 BOX_HEIGHT, FLOOR_HEIGHT, GAP, MARGIN = 34, 62, 12, 16
-BEGIN, END = "<!-- parts: written by draw_architecture.py -->", "<!-- end of parts -->"
+TABLES = {"the link": ("fedmq.broker.link.contact", "LinkState", "TRANSITIONS")}
+"""Tables of states by what has them: the module, its enum of states, and its transitions."""
 
 
 @dataclass(frozen=True)
@@ -219,11 +224,56 @@ def _row(room: str, part: Part) -> str:
     return f"| `{path}` | {part.modules} | {about} |"
 
 
-def with_table(text: str) -> str:
-    """Return the page with its table of parts as of now."""
-    before, _, rest = text.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    return f"{before}{BEGIN}\n{table()}\n{END}{after}"
+def states(module_name: str, enum_name: str, transitions_name: str) -> str:
+    """Return a table of states: what each means, and what leads from it to which other."""
+    module = importlib.import_module(module_name)
+    meanings = _meanings(Path(str(module.__file__)), enum_name)
+    lines = ["| state | meaning | next |", "|---|---|---|"]
+    for state, changes in getattr(module, transitions_name).items():
+        causes: dict[enum.Enum, list[str]] = {}
+        for change, after in changes.items():
+            causes.setdefault(after, []).append(_label(change))
+        after = "; ".join(f"{', '.join(each)} → *{_label(to)}*" for to, each in causes.items())
+        lines.append(f"| *{_label(state)}* | {meanings.get(state.name, '')} | {after} |")
+    return "\n".join(lines)
+
+
+def _label(member: enum.Enum) -> str:
+    words = member.value if isinstance(member.value, str) else member.name.lower()
+    return words.replace("_", " ")
+
+
+def _meanings(path: Path, enum_name: str) -> dict[str, str]:
+    """Return the docstrings of the members of an enum, by name."""
+    tree = ast.parse(path.read_text())
+    (body,) = [
+        node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name == enum_name
+    ]
+    return {
+        member.targets[0].id: " ".join(text.value.value.split())
+        for member, text in itertools.pairwise(body)
+        if isinstance(member, ast.Assign)
+        and isinstance(member.targets[0], ast.Name)
+        and isinstance(text, ast.Expr)
+        and isinstance(text.value, ast.Constant)
+        and isinstance(text.value.value, str)
+    }
+
+
+def with_tables(text: str) -> str:
+    """Return the page with its tables as of now."""
+    text = _with(text, "parts", table())
+    for name, (module, members, transitions) in TABLES.items():
+        text = _with(text, f"states of {name}", states(module, members, transitions))
+    return text
+
+
+def _with(text: str, name: str, written: str) -> str:
+    """Return the page with one table replaced."""
+    begin, end = f"<!-- {name}: written by draw_architecture.py -->", f"<!-- end of {name} -->"
+    before, _, rest = text.partition(begin)
+    _, _, after = rest.partition(end)
+    return f"{before}{begin}\n{written}\n{end}{after}"
 
 
 def _escaped(text: str) -> str:
@@ -231,10 +281,10 @@ def _escaped(text: str) -> str:
 
 
 def main() -> None:
-    """Write the picture and the table."""
+    """Write the picture and the tables."""
     (ROOT / "docs" / "architecture.svg").write_text(draw())
     page = ROOT / "docs" / "architecture.md"
-    page.write_text(with_table(page.read_text()))
+    page.write_text(with_tables(page.read_text()))
 
 
 if __name__ == "__main__":

@@ -14,9 +14,9 @@ def test_the_picture_is_drawn_from_the_imports_of_today() -> None:
     assert SCRIPT["draw"]() == (DOCS / "architecture.svg").read_text(), AGAIN
 
 
-def test_the_table_of_parts_is_as_the_code_has_them() -> None:
+def test_the_tables_are_as_the_code_has_them() -> None:
     page = (DOCS / "architecture.md").read_text()
-    assert SCRIPT["with_table"](page) == page, AGAIN
+    assert SCRIPT["with_tables"](page) == page, AGAIN
 
 
 def test_every_file_that_a_page_links_to_exists() -> None:

@@ -141,8 +141,9 @@ class Link:
 
     def validate_state(self) -> None:
         """Raise AssertionError if the state is inconsistent; for tests and simulation."""
-        for part in (self._unacknowledged, self._arrivals, self._contact):
-            part.validate_state()
+        self._unacknowledged.validate_state()
+        self._arrivals.validate_state()
+        self._contact.validate_state()
         if (self.state, self._identity is None) in _IMPOSSIBLE:
             raise AssertionError(f"the link is {self.state.value}, its run {self._identity!r}")
         if self.deadline == math.inf:
@@ -152,7 +153,7 @@ class Link:
         if self._done and (self._done_due == math.inf or max(self._done) >= self.received):
             raise AssertionError(f"{self._done} are handled, {self.received} received")
         if self._unreported_credit < 0:
-            raise AssertionError(f"credit of {self._unreported_credit} is to be returned")
+            raise AssertionError(f"the credit to return is {self._unreported_credit}")
 
     def _change(self, change: LinkChange) -> bool:
         """Go to the next state of the table; return False if the change has no effect now."""

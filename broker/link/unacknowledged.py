@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -97,13 +97,16 @@ class UnacknowledgedFrames:
 
     def validate_state(self) -> None:
         """Raise AssertionError if the state is inconsistent."""
-        numbers = list(range(self._next_n - len(self._frames), self._next_n))
-        if list(self._frames) != numbers:
-            raise AssertionError(f"unacknowledged frames {[*self._frames]} are not {numbers}")
-        sent = [frame.send.frame for frame in self._frames.values()]
-        if [frame.n for frame in sent if isinstance(frame, NumberedFrame)] != numbers:
-            raise AssertionError("an unacknowledged frame is not sent with its own number")
-        named = Counter(digest for frame in self._frames.values() for digest in frame.blobs)
+        first = self._next_n - len(self._frames)
+        named: dict[bytes, int] = {}
+        for number, (n, frame) in enumerate(self._frames.items(), first):
+            if n != number:
+                raise AssertionError(f"unacknowledged frame {n} is where {number} was expected")
+            sent = frame.send.frame
+            if not isinstance(sent, NumberedFrame) or sent.n != n:
+                raise AssertionError(f"unacknowledged frame {n} would be sent as {sent}")
+            for digest in frame.blobs:
+                named[digest] = named.get(digest, 0) + 1
         if named != {digest: served.posts for digest, served in self._served.items()}:
             raise AssertionError("the served blobs are not those of the unacknowledged frames")
 

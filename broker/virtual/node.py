@@ -163,7 +163,7 @@ class VirtualPort:
         finally:
             self._in_background = False
         if self._loop is not None:
-            self._plan(self._loop.deadline)
+            self._plan(milliseconds_until(self._loop.deadline, self.clock()))
 
     def _suspend(self) -> None:
         """Let the hub go on, until `_react` resumes the program."""
@@ -182,11 +182,10 @@ class VirtualPort:
             self._exit()
             raise
 
-    def _plan(self, until: float | None) -> None:
-        """Set the alarm for a time of the process's clock, unless it rings earlier anyway."""
-        timeout = milliseconds_until(until, self.clock())
-        if timeout is not None:
-            at = self._machine.time_after(timeout / 1000)
+    def _plan(self, wait_ms: int | None) -> None:
+        """Set the alarm, unless it rings earlier anyway."""
+        if wait_ms is not None:
+            at = self._machine.time_after(wait_ms / 1000)
             if at < self._alarm:
                 self._alarm = at
                 self._network.at(at, self._ring)
@@ -246,8 +245,8 @@ class VirtualPort:
             self._loop.validate_state()
         if self._in_background or self._arrived or self._woken:
             self._woken = False
-        elif milliseconds_until(until, self.clock()) != 0:
-            self._plan(until)
+        elif (wait_ms := milliseconds_until(until, self.clock())) != 0:
+            self._plan(wait_ms)
             self._suspend()
 
     def receive(self) -> Received:

@@ -1,4 +1,4 @@
-"""One Broker core and several Link cores: encoded frames, virtual time, cut connections."""
+"""A broker and several nodes, each with its driver: virtual time, cut connections."""
 
 import contextlib
 import random
@@ -9,7 +9,7 @@ import msgspec
 from fedmq.broker.core.state import ReceivedFrom
 from fedmq.broker.driver import BrokerDriver
 from fedmq.broker.link import events as node
-from fedmq.broker.link.core import Link
+from fedmq.broker.link.node_link import NodeLink
 from fedmq.broker.settings import BrokerSettings, LedgerSettings
 from fedmq.broker.wire.clock import Clock
 from fedmq.broker.wire.encoding import decode_frame, encode_frame
@@ -26,23 +26,83 @@ TICK_S = 0.01
 
 
 class Member:
-    """One node: its link core, and what the node has received."""
+    """One node: the port of its link, and what the node has received."""
 
-    def __init__(self, hello, connection=0):
-        self.hello = hello
-        self.core = Link(hello)
+    endpoint = "net"
+
+    def __init__(self, net, hello, connection=0):
+        self.net, self.hello, self.connection = net, hello, connection
         self.name = hello.node
-        self.connection = connection
-        self.inbox = []
-        self.fetched = []
-        self.welcome = None
-        self.blocked = []
-        self.ended = None
         self.cut = False
+        self.blocked = []
+        self.arrived = []
+        self.clock = Clock(lambda: net.now, lambda: net.now)
+        self.lock = contextlib.nullcontext()
+        self.link = NodeLink(self, hello)
+        self._inbox = []
 
     @property
     def peer(self):
         return f"{self.name}#{self.connection}".encode()
+
+    @property
+    def core(self):
+        return self.link.core
+
+    @property
+    def inbox(self):
+        """Return all deliveries; takes those that have arrived."""
+        while self.link._inbox:
+            self._inbox.append(self.link.get())
+        return self._inbox
+
+    @property
+    def fetched(self):
+        """Return the fetched blobs that were not read."""
+        return list(self.link.blobs.fetched.values())
+
+    @property
+    def welcome(self):
+        return self.link._welcome
+
+    @property
+    def ended(self):
+        return self.link._ended
+
+    def turn(self):
+        self.link.turn_in_background()
+        self.inbox  # noqa: B018 - a program that waits takes each delivery at once
+        self.link.validate_state()
+
+    # ---- the port of its link
+
+    def start(self, loop):
+        pass
+
+    def restart(self):
+        pass
+
+    def send(self, frame, buffers):
+        if not self.cut and not self.net.away:
+            parts = [encode_frame(frame), *[bytes(each) for each in buffers]]
+            self.net.up[self.peer].append(parts)
+
+    def flush(self):
+        pass
+
+    def wait(self, until):
+        pass
+
+    def receive(self):
+        arrived, self.arrived = self.arrived, []
+        return arrived
+
+    def report(self, report):
+        if isinstance(report, node.Blocked):
+            self.blocked.append(report.reason)
+
+    def report_failure(self, error):
+        raise error
 
 
 class Killed(Exception):
@@ -76,28 +136,11 @@ class Net:
 
     def add(self, name, role="worker", clients=(), session="s1", **more):
         hello = Hello(node=name, role=role, session=session, clients=clients, **more)
-        member = self.members[name] = Member(hello)
+        member = self.members[name] = Member(self, hello)
         return member
 
     def tell(self, name, event):
-        member = self.members[name]
-        for action in member.core.handle(event, self.now):
-            match action:
-                case node.Send(frame, buffers):
-                    if not member.cut and not self.away:
-                        parts = [encode_frame(frame), *[bytes(each) for each in buffers]]
-                        self.up[member.peer].append(parts)
-                case node.Delivery():
-                    member.inbox.append(action)
-                    self.tell(name, node.Taken([action]))
-                case node.Fetched():
-                    member.fetched.append(action)
-                case node.Admitted(welcome):
-                    member.welcome = welcome
-                case node.Blocked(reason):
-                    member.blocked.append(reason)
-                case node.LinkEnded():
-                    member.ended = action
+        self.members[name].link._handle(event)
 
     def post(self, name, to, number, *blobs, consumes=(), **body):
         message = Message(
@@ -124,7 +167,7 @@ class Net:
         self.cut(name)
         before = self.members[name]
         hello = msgspec.structs.replace(before.hello, session=session)
-        member = self.members[name] = Member(hello, before.connection)
+        member = self.members[name] = Member(self, hello, before.connection)
         return member
 
     def kill_broker(self, *, written=True):
@@ -162,7 +205,7 @@ class Net:
             arrived = self._arrived()
             moved = bool(arrived)
             self.driver.turn(arrived)
-        for name, member in self.members.items():
+        for member in self.members.values():
             queue = self.down[member.peer]
             if queue and not member.cut:
                 moved = True
@@ -171,8 +214,8 @@ class Net:
                     self.chunk_bytes_under_way, sum(len(b) for parts in chunks for b in parts[1:])
                 )
                 header, *buffers = queue.popleft()
-                self.tell(name, node.FrameReceived(decode_frame(header), buffers))
-            self.tell(name, node.Wake())
+                member.arrived.append((decode_frame(header), buffers))
+            member.turn()
         return moved
 
     def _arrived(self):
@@ -224,10 +267,10 @@ class Net:
         if index in delivery.inline:
             return bytes(delivery.inline[index])
         member, blob = self.members[name], delivery.message.blobs[index]
-        have = len(member.fetched)
+        name_of_blob = (delivery.message.sender, blob.digest)
         self.tell(name, node.Fetch(delivery.message.sender, blob))
-        self.until(lambda: len(member.fetched) > have)
-        return bytes(member.fetched[-1].data)
+        self.until(lambda: name_of_blob in member.link.blobs.fetched)
+        return bytes(member.link.blobs.fetched.pop(name_of_blob))
 
 
 def network(folder):

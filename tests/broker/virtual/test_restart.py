@@ -78,7 +78,7 @@ def test_a_download_continues_after_the_broker_died_in_the_middle_of_it(net):
     net.kill_broker()
     net.start_broker()
     net.until(lambda: member.fetched)
-    assert bytes(member.fetched[0].data) == weights
+    assert bytes(member.fetched[0]) == weights
     assert net.counts["w1", "Want"] <= 9 + 4
 
 

@@ -82,7 +82,7 @@ def test_a_connection_cut_in_the_middle_of_a_download_costs_only_what_was_in_fli
         net.step()
     net.cut("w1")
     net.until(lambda: member.fetched)
-    assert [bytes(each.data) for each in member.fetched] == [weights]
+    assert [bytes(each) for each in member.fetched] == [weights]
     assert net.counts["w1", "Want"] <= 7 + 4
     net.run(1.0)
     assert notes(net, "w1") == [0]
