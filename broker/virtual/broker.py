@@ -43,6 +43,7 @@ class VirtualBroker:
         on_start: called with it whenever it has opened its ledger.
 
     Attributes:
+        network: as given.
         up: whether the process is running, or paused.
         driver: of the present process, or of the last one.
         disk: as given; faults and crashes in the middle of a commit are planned there.
@@ -66,7 +67,7 @@ class VirtualBroker:
         draw_identity: Callable[[], str] | None = None,
         on_start: Callable[[VirtualBroker], object] = lambda _: None,
     ) -> None:
-        self._network, self._folder, self._settings = network, folder, settings
+        self.network, self._folder, self._settings = network, folder, settings
         self._ledger_settings = ledger_settings or LedgerSettings()
         self._machine = machine or Machine(network)
         # Counted, so that a history depends only on its seed.
@@ -139,7 +140,7 @@ class VirtualBroker:
         """End the process, because of its ledger, and start again later."""
         self.crash()
         self.failures.append(reason)
-        self._network.after(self._network.rng.random() * _RESTART_S, self.start)
+        self.network.after(self.network.rng.random() * _RESTART_S, self.start)
 
     def pause(self) -> None:
         """Stop the process, if it is up: frames wait, and timers are late."""
@@ -158,7 +159,7 @@ class VirtualBroker:
         if self.up:
             nbytes = sum(map(len, buffers))
             self._arrived.append(ReceivedFrom(peer, frame, buffers, nbytes))
-            wait_s = self.batch_s * self._network.rng.random() if self.batch_s else 0.0
+            wait_s = self.batch_s * self.network.rng.random() if self.batch_s else 0.0
             self._plan(self._clock() + wait_s)
 
     def _plan(self, at: float) -> None:
@@ -204,10 +205,10 @@ class VirtualBroker:
         """Send a frame; crash first if it is the last moment of the process."""
         if self.crash_at_send is not None:
             if self.crash_at_send == 0:
-                self._network.made["broker killed while it sends"] += 1
+                self.network.made["broker killed while it sends"] += 1
                 raise Crash
             self.crash_at_send -= 1
-        self._network.to_node(peer, header, buffers)
+        self.network.to_node(peer, header, buffers)
         self.core.sent(peer, len(header) + sum(map(len, buffers)))
 
     def queued(self, peer: bytes) -> int:  # noqa: ARG002 - the virtual network queues nothing
@@ -216,7 +217,7 @@ class VirtualBroker:
 
     def is_up(self, peer: bytes) -> bool:
         """Return whether a connection is up."""
-        return self._network.is_up(peer)
+        return self.network.is_up(peer)
 
     def on_space(self, reason: str) -> None:
         """Do nothing."""
