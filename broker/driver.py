@@ -31,7 +31,7 @@ from fedmq.broker.core.state import (
     TimerFired,
     Unpin,
 )
-from fedmq.broker.errors import BrokerFailed, LedgerError, NoSpace
+from fedmq.broker.errors import BrokerFailed, LedgerDamage, LedgerError, NoSpace, NotKept
 from fedmq.broker.ledger.disk import LOCAL_DISK, Disk
 from fedmq.broker.ledger.writer import Ledger
 from fedmq.broker.settings import BrokerSettings, LedgerSettings
@@ -230,7 +230,7 @@ class BrokerDriver:
             return  # more than a node of ours requests at a time; it requests lost ones again
         try:
             buffers = [self.ledger.payload.read(*blob) for blob in send.blobs]
-        except LedgerError as error:
+        except (LedgerDamage, NotKept) as error:
             if self._held is not None:
                 return  # not written yet: the node requests it again
             self._port.log("warning", "cannot read a blob", {"reason": str(error)})

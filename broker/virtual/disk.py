@@ -147,6 +147,8 @@ class VirtualDisk:
         self._crash_at = -1
         self._planned: set[tuple[Fault, int]] = set()
         self._dead = False
+        self._has_flipped = False
+        """Whether the last read had a flipped bit; then the next one has none: they are transient."""
         self._names: dict[Path, list[_File | None]] = {}
         """For each path, its files since the last sync of its folder: first the one on the device,
         last the present one."""
@@ -306,7 +308,8 @@ class VirtualDisk:
             raise Crash
         if self._hits(Fault.READ_ERROR):
             raise _error(errno.EIO)
-        if data and self._hits(Fault.FLIPPED_BIT):
+        self._has_flipped = bool(data) and not self._has_flipped and self._hits(Fault.FLIPPED_BIT)
+        if self._has_flipped:
             flipped = bytearray(data)
             flipped[self._rng.randrange(len(data))] ^= 1 << self._rng.randrange(8)
             return bytes(flipped)
