@@ -123,7 +123,8 @@ class Simulation:
         self.network = VirtualNetwork(self.rng, self.chances.faults)
         self.machines: dict[str, Machine] = {}
         self.sessions: list[VirtualNode] = []
-        self._calm, self._chats, self._on_start = False, 0, on_start
+        self._calm = self._restarts = False
+        self._chats, self._on_start = 0, on_start
         self._config = setup.config.to_toml()
         self._last_session: dict[str, str] = {}
         self.broker = VirtualBroker(
@@ -257,8 +258,13 @@ class Simulation:
         if happens(chances.full):
             broker.disk.full = True
             self._later(chances.full_s, self._make_space)
-        if not broker.up:
-            self._later(chances.away_s, broker.start)
+        if not broker.up and not self._restarts:
+            self._restarts = True
+            self._later(chances.away_s, self._restart_broker)
+
+    def _restart_broker(self) -> None:
+        self._restarts = False
+        self.broker.start()
 
     def _make_space(self) -> None:
         self.broker.disk.full = False
