@@ -4,14 +4,15 @@ Real processes on loopback, with the ledger on disk. The references give none of
 guarantees: no ledger, acknowledgments, sessions or digests. They are ZeroMQ's own proxy in C,
 a relay in Python that copies, and two TCP connections with a relay between them.
 
-    python benchmarks/broker.py [--json FILE] [--only small,1mb,7mb,100mb,fanout,latency,recording]
-                                [--large]
+    python benchmarks/broker.py [--json FILE] [--only small,1mb,7mb,100mb,fanout,latency,recording,
+                                power] [--large]
 
 small, 1mb, 7mb, 100mb: a stream from one node to another; each large message has new bytes.
 fanout: one model sent to many workers, one of which stops half-way: the relay's memory over
     idle, the time until all others have the model, and how often the aggregator sent it.
 latency: round trips of small messages while large ones stream through the same broker.
 recording: streams of new and of repeated payloads, against a broker without a ledger.
+power: streams under durability `power`, against `process`; the device's syncs set the ratio.
 3gb: a 3 GB model through the real aggregator and workers, with --large only: the peak memory
     of each in model sizes, of the broker over idle, and the time including start-up.
 """
@@ -72,7 +73,9 @@ RECORDING = {
 LARGE_NODE_MODELS = 2.2
 LARGE_BROKER_MB = 200.0
 SPARE_BYTES = 1_500 * MB
-CASES = (*STREAMS, "fanout", "latency", "recording", "3gb")
+POWER = {"small": 100, "1mb": MB}
+"""By case: bytes of a message."""
+CASES = (*STREAMS, "fanout", "latency", "recording", "power", "3gb")
 Program = Callable[..., None]
 
 
@@ -80,11 +83,12 @@ def stream(kind: str, size: int, seconds: float, distinct: int | None = None) ->
     """Return the messages per second of one stream through a broker, the proxy or TCP."""
     with ProcessGroup() as group:
         timeout = WAIT_S + 2 * seconds
-        if kind in ("fedmq", "recorded", "without_ledger"):
+        if kind in ("fedmq", "recorded", "without_ledger", "power"):
             server = broker_without_ledger.broker if kind == "without_ledger" else broker
             # Without a ledger there are no files to read blobs from: both sides use sockets only.
-            named = {"share_files": False} if kind == "recorded" else {}
-            endpoint, _ = group.start(server, str(group.folder / "ledger"), **named).receive()
+            named = {"recorded": {"share_files": False}, "power": {"durability": "power"}}
+            ledger = str(group.folder / "ledger")
+            endpoint, _ = group.start(server, ledger, **named.get(kind, {})).receive()
             group.start(send_fedmq, endpoint, ["client/0", AGGREGATOR], size, distinct)
             receiver = group.start(receive_fedmq, endpoint, "client/0", AGGREGATOR, size, seconds)
         elif kind == "proxy":
@@ -122,6 +126,19 @@ def recording(report: Report, options: argparse.Namespace) -> None:
                 found.append(stream(kind, size, options.seconds, distinct))
         ours, bare = (statistics.median(found) for found in rates.values())
         report.add(f"recording.{name}", ours, "messages/s", reference=bare, ratio=share)
+
+
+def power(report: Report, options: argparse.Namespace) -> None:
+    """Compare durability `power` with `process`; repetitions alternate, as in `streams`."""
+    for name, size in POWER.items():
+        rates: dict[str, list[float]] = {"power": [], "fedmq": []}
+        for _ in range(options.repeats):
+            for kind, found in rates.items():
+                found.append(stream(kind, size, options.seconds))
+        scale = 1 if is_small(size) else size / MB
+        synced, unsynced = (statistics.median(found) * scale for found in rates.values())
+        unit = "messages/s" if is_small(size) else "MB/s"
+        report.add(f"power.{name}", synced, unit, reference=unsynced)
 
 
 @dataclass
@@ -285,7 +302,13 @@ def main() -> int:
         parser.error(f"unknown case {', '.join(sorted(unknown))}; choose from {', '.join(CASES)}")
     if options.large and "3gb" not in chosen:
         chosen = (*chosen, "3gb")
-    others = {"fanout": fanout, "latency": latency, "recording": recording, "3gb": large}
+    others = {
+        "fanout": fanout,
+        "latency": latency,
+        "recording": recording,
+        "power": power,
+        "3gb": large,
+    }
     report = Report()
     try:
         for case in chosen:

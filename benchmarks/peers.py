@@ -18,7 +18,7 @@ from fedmq.broker.errors import LinkClosed
 from fedmq.broker.link.events import Delivery
 from fedmq.broker.link.node_link import NodeLink
 from fedmq.broker.router import BrokerServer
-from fedmq.broker.settings import BrokerSettings, LedgerSettings
+from fedmq.broker.settings import BrokerSettings, Durability, LedgerSettings
 from fedmq.broker.wire.addresses import AGGREGATOR, BROKER, WORKER
 from fedmq.broker.wire.schema import Blob, Buffer, Hello, Message
 
@@ -27,9 +27,15 @@ OWN_CODE = Allowed(modules=frozenset({"rounds"}))
 CLIENTS = 1024
 
 
-def broker(pipe: Connection, folder: str, *, share_files: bool = True) -> None:
+def broker(
+    pipe: Connection,
+    folder: str,
+    *,
+    share_files: bool = True,
+    durability: Durability = "process",
+) -> None:
     """Serve; report the endpoint."""
-    settings = LedgerSettings(share_files=share_files)
+    settings = LedgerSettings(durability, share_files=share_files)
     server = BrokerServer("tcp://127.0.0.1:0", Path(folder), BrokerSettings(), settings)
     send_json(pipe, [server.endpoint, server.endpoint])
     server.serve()

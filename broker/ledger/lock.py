@@ -44,10 +44,10 @@ class FolderLock:
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             holder = _holder(self._fd)
-            disk.close(self._fd)
+            self.release()
             raise LedgerError(f"another broker{holder} is writing to {folder}") from None
         except OSError as error:
-            disk.close(self._fd)
+            self.release()
             raise LedgerError(f"cannot lock {path}: {error.strerror}") from None
         self.proof = self._write_proof()
 

@@ -293,9 +293,21 @@ def read_record(disk: Disk, fd: int, path: Path, offset: int, end: int) -> bytes
         record = disk.pread(fd, end - offset, offset)
         if len(record) != end - offset:
             raise LedgerDamage("the segment is shorter than its index", path.name, offset)
-        if _PREFIX.unpack_from(record)[3] == _checksum(record[_PREFIX.size :], b""):
+        if _is_valid(record):
             return record
     raise LedgerDamage(_SENTENCES[DamageKind.CHECKSUM], path.name, offset)
+
+
+def _is_valid(record: bytes) -> bool:
+    """Return whether bytes are one whole record."""
+    head_length, data_length, check, checksum = _PREFIX.unpack_from(record)
+    if _PREFIX.size + head_length + data_length != len(record):
+        return False
+    actual = (
+        xxhash.xxh32_intdigest(_LENGTHS.pack(head_length, data_length)),
+        xxhash.xxh3_64_intdigest(memoryview(record)[_PREFIX.size :]),
+    )
+    return actual == (check, checksum)
 
 
 def _whole(file: BinaryIO, offset: int, size: int) -> bool:

@@ -64,7 +64,8 @@ class Segment:
         try:
             self._begin(each, unacknowledged_from, over_damage=over_damage)
         except BaseException:
-            disk.close(self._fd)
+            with contextlib.suppress(OSError):  # the first error says more
+                disk.close(self._fd)
             raise
 
     def _begin(

@@ -98,13 +98,15 @@ class SyncPointFile:
 
     def write(self, point: SyncPoint) -> None:
         """Note that all up to this point is on the device."""
-        with contextlib.suppress(OSError):
-            self._disk.pwrite(self._fd, point.encode(), 0)
+        if self._fd >= 0:
+            with contextlib.suppress(OSError):
+                self._disk.pwrite(self._fd, point.encode(), 0)
 
     def sync(self) -> None:
         """Wait until the note is on the device."""
-        with contextlib.suppress(OSError):
-            self._disk.sync(self._fd)
+        if self._fd >= 0:
+            with contextlib.suppress(OSError):
+                self._disk.sync(self._fd)
 
     def close(self) -> None:
         """Close the file."""

@@ -12,7 +12,6 @@ device may not have them, and later syncs of them succeed.
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import io
 import os
@@ -212,47 +211,43 @@ class VirtualDisk:
         self.made["disk full"] += self.full
         return self.full
 
-    def _step(self) -> bool:
-        """Count an operation; return whether the process crashes in it."""
+    def _check_alive(self) -> None:
         if self._dead:
             raise Crash
+
+    def _step(self) -> bool:
+        """Count an operation; return whether the process crashes in it."""
+        self._check_alive()
         self.operations += 1
         self._dead = self.operations - 1 == self._crash_at
         self.made["broker killed in a disk operation"] += self._dead
         return self._dead
 
-    def _half(self, act: Callable[[], object]) -> None:
-        """Do an operation or not, and crash."""
-        if self._rng.random() < 0.5:
-            act()
-        raise Crash
+    def _happens(self, *, crashes: bool) -> bool:
+        """Return whether an operation has its effect: one that crashes may have it."""
+        return not crashes or self._rng.random() < 0.5
 
     # ---- the operations of `Disk`
 
     def open(self, path: Path, flags: int) -> int:
         """See `Disk`."""
-        states = self._names.get(path)
-        exists = states[-1] is not None if states else path.exists()
-        if not exists and flags & os.O_CREAT:
-            crashes = self._step()
-            if self._is_full() or self._hits(Fault.NO_SPACE):
-                raise _error(errno.ENOSPC)
-            if crashes and self._rng.random() < 0.5:
-                raise Crash
-            fd = LOCAL_DISK.open(path, flags)
-            new = _File()
-            self._names.setdefault(path, [None]).append(new)
-            self._open[fd] = new
-            if crashes:
-                raise Crash
-            return fd
-        if self._dead:
+        creates = bool(flags & os.O_CREAT) and not path.exists()
+        self._check_alive()
+        crashes = creates and self._step()
+        if creates and (self._is_full() or self._hits(Fault.NO_SPACE)):
+            raise _error(errno.ENOSPC)
+        if not self._happens(crashes=crashes):
             raise Crash
         fd = LOCAL_DISK.open(path, flags)
-        if stat.S_ISDIR(os.fstat(fd).st_mode):
+        if creates:
+            self._open[fd] = _File()
+            self._names.setdefault(path, [None]).append(self._open[fd])
+        elif stat.S_ISDIR(os.fstat(fd).st_mode):
             self._folders[fd] = path
         else:
             self._open[fd] = self._file(path)
+        if crashes:
+            raise Crash
         return fd
 
     def _file(self, path: Path) -> _File:
@@ -304,8 +299,7 @@ class VirtualDisk:
         return self._read(os.pread(fd, size, offset))
 
     def _read(self, data: bytes) -> bytes:
-        if self._dead:
-            raise Crash
+        self._check_alive()
         if self._hits(Fault.READ_ERROR):
             raise _error(errno.EIO)
         self._has_flipped = bool(data) and not self._has_flipped and self._hits(Fault.FLIPPED_BIT)
@@ -326,13 +320,11 @@ class VirtualDisk:
         if self._hits(Fault.TRUNCATE_ERROR):
             raise _error(errno.EIO)
 
-        def act() -> None:
+        if self._happens(crashes=crashes):
             os.ftruncate(fd, size)
             file.truncate(size)
-
         if crashes:
-            self._half(act)
-        act()
+            raise Crash
 
     def sync(self, fd: int) -> None:
         """See `Disk`."""
@@ -357,8 +349,7 @@ class VirtualDisk:
 
     def reader(self, path: Path) -> BinaryIO:
         """See `Disk`."""
-        if self._dead:
-            raise Crash
+        self._check_alive()
         return io.BufferedReader(_Reader(path, self._read), 1 << 16)
 
     def names(self, folder: Path) -> list[str]:
@@ -379,19 +370,15 @@ class VirtualDisk:
         if self._hits(Fault.UNLINK_ERROR):
             raise _error(errno.EIO)
 
-        def act() -> None:
-            with contextlib.suppress(FileNotFoundError):
-                self._file(path)
-                self._names[path].append(None)
-                LOCAL_DISK.unlink(path)
-
+        if path.exists() and self._happens(crashes=crashes):
+            self._file(path)
+            self._names[path].append(None)
+            LOCAL_DISK.unlink(path)
         if crashes:
-            self._half(act)
-        act()
+            raise Crash
 
     def _opened(self, fd: int) -> _File:
-        if self._dead:
-            raise Crash
+        self._check_alive()
         return self._open[fd]
 
 

@@ -1,0 +1,339 @@
+"""What a ledger promises, on a disk that fails: see `VirtualDisk`."""
+
+import contextlib
+import shutil
+import tempfile
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+import fedmq.broker.ledger.sync_point as sync_point_module
+import fedmq.broker.ledger.writer as ledger_module
+from fedmq.broker.errors import LedgerDamage, LedgerError, NoSpace
+from fedmq.broker.ledger.entries import MESSAGES, PAYLOAD, segment_path
+from fedmq.broker.ledger.manifest import Manifest
+from fedmq.broker.ledger.reader import read_entries
+from fedmq.broker.ledger.records import MAGIC, scan
+from fedmq.broker.ledger.segment_writer import Segment, sync_folder
+from fedmq.broker.ledger.sync_point import SYNC_POINT_FILE, read_sync_point
+from fedmq.broker.ledger.writer import Ledger
+from fedmq.broker.virtual.disk import Crash, Fault, VirtualDisk
+from tests.broker.ledger.failing_disk import Script, dice, small_segments, survive
+from tests.broker.ledger.small_ledger import ENTRIES, accepted, name_of, put
+
+MEMORY = "/dev/shm" if Path("/dev/shm").is_dir() else None  # noqa: S108 - unique folders within
+"""Hundreds of small ledgers are created and deleted: ten times as fast there as on a disk."""
+
+
+@pytest.fixture
+def folder(monkeypatch):
+    """A folder for one ledger after the other, with small segments."""
+    small_segments(monkeypatch)
+    with tempfile.TemporaryDirectory(prefix="fedmq-", dir=MEMORY) as path:
+        yield Path(path) / "ledger"
+
+
+def crash_everywhere(folder, durability, lose, draws):
+    """Crash at each operation of a session; check the ledger after each, and go on with it."""
+    operation, finished = 0, False
+    while not finished:
+        for seed in range(draws):
+            disk = VirtualDisk(dice(seed))
+            script = Script(folder, disk, durability, retain_bytes=0)
+            disk.crash_at(operation)
+            finished = script.run(6)
+            lose(disk)
+            disk.crash_at(disk.operations + dice(operation).randrange(40))
+            script.run(2)
+            lose(disk)
+            assert script.run(2)
+            disk.die()
+            shutil.rmtree(folder)
+        operation += 1
+    return operation
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("durability", ["process", "power"])
+def test_what_was_committed_survives_a_death_in_every_operation(folder, durability):
+    assert crash_everywhere(folder, durability, VirtualDisk.die, 1) > 30
+
+
+@pytest.mark.slow
+def test_what_was_committed_survives_a_power_failure_in_every_operation(folder):
+    assert crash_everywhere(folder, "power", VirtualDisk.lose_power, 4) > 50
+
+
+def check_seeds(folder, durability, seeds):
+    made = Counter()
+    for seed in seeds:
+        made += survive(folder, seed, durability)
+        shutil.rmtree(folder)
+    return made
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("durability", ["process", "power"])
+def test_promises_hold_whatever_fails(folder, durability):
+    made = check_seeds(folder, durability, range(80))
+    # Under `power`, only retention deletes files.
+    assert set(Fault) - {Fault.UNLINK_ERROR} <= made.keys()
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("durability", ["process", "power"])
+def test_promises_hold_whatever_fails_at_length(folder, durability):
+    check_seeds(folder, durability, range(80, 3000))
+
+
+def nothing(*_args):
+    pass
+
+
+def only_sync(path, _start, disk):
+    sync_folder(path, disk)
+
+
+def sync_twice(segment, sync=Segment.sync):
+    with contextlib.suppress(LedgerError):
+        sync(segment)
+    sync(segment)
+
+
+PLANTED = {
+    "no sync of segments": [(Segment, "sync", nothing)],
+    "no sync of the folder": [
+        (ledger_module, "sync_folder", nothing),
+        (sync_point_module, "sync_folder", nothing),
+    ],
+    "no second write of what may not be on the device": [
+        (sync_point_module, "write_again", only_sync)
+    ],
+    "acknowledged before it is written": [(Ledger, "_write_messages", nothing)],
+    "a failed sync is tried again": [
+        (Segment, "sync", sync_twice),
+    ],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", PLANTED)
+def test_each_planted_fault_is_detected(folder, monkeypatch, fault):
+    for target, name, planted in PLANTED[fault]:
+        monkeypatch.setattr(target, name, planted)
+    with pytest.raises((AssertionError, LedgerError)):
+        check_seeds(folder, "power", range(300))
+
+
+# ---- single faults
+
+
+@pytest.fixture
+def disk():
+    return VirtualDisk(dice(1))
+
+
+def start(folder, disk, durability="power", each=None):
+    return Ledger(folder, each, durability=durability, disk=disk)
+
+
+def commit(ledger, *entries):
+    for entry in entries:
+        ledger.append(entry)
+    ledger.commit()
+
+
+def spoil(path, offset, data):
+    with path.open("r+b") as file:
+        file.seek(offset)
+        file.write(data)
+
+
+def test_a_hole_after_the_last_sync_is_set_aside_and_one_before_it_is_damage(tmp_path, disk):
+    """The batch with the hole was not acknowledged; its bytes are kept for a person to see."""
+    ledger = start(tmp_path, disk)
+    commit(ledger, *(accepted(seq) for seq in range(3)))
+    synced = segment_path(tmp_path, MESSAGES, 0).stat().st_size
+    disk.crash_at(disk.operations + 1)
+    with pytest.raises(Crash):
+        commit(ledger, *(accepted(seq, "x" * 200) for seq in range(3, 9)))
+    disk.die()
+    path = segment_path(tmp_path, MESSAGES, 0)
+    size = path.stat().st_size
+    records = list(scan(path))
+    spoil(path, records[4].offset, bytes(300))
+    ledger = start(tmp_path, disk)
+    assert ledger.next_seq == 4
+    assert ledger.cut_bytes == size - records[4].offset
+    assert path.with_name(f"{path.name}.cut-{records[4].offset}").stat().st_size == ledger.cut_bytes
+    ledger.close()
+    spoil(path, records[1].offset, bytes(records[1].end - records[1].offset))
+    assert records[1].end <= synced
+    with pytest.raises(LedgerDamage, match="lengths are wrong"):
+        start(tmp_path, disk)
+
+
+def test_a_hole_is_damage_if_the_broker_acknowledged_without_a_sync(tmp_path):
+    """Under `process`, no one knows which batch was the last before the power failure."""
+    start(tmp_path, VirtualDisk(dice(0)), "power").close()
+    ledger = Ledger(tmp_path)
+    commit(ledger, *(accepted(seq, "x" * 200) for seq in range(6)))
+    ledger.close()
+    assert not (tmp_path / SYNC_POINT_FILE).exists()
+    path = segment_path(tmp_path, MESSAGES, 0)
+    spoil(path, list(scan(path))[2].offset, bytes(300))
+    for durability in ("process", "power"):
+        with pytest.raises(LedgerDamage, match="lengths are wrong"):
+            Ledger(tmp_path, durability=durability)
+
+
+def test_a_segment_without_its_first_page_is_begun_again(tmp_path, disk, monkeypatch):
+    monkeypatch.setattr(ledger_module, "_MESSAGES_SEGMENT_BYTES", 10)
+    ledger = start(tmp_path, disk)
+    commit(ledger, accepted(0))
+    disk.crash_at(disk.operations + 6)
+    with pytest.raises(Crash):
+        commit(ledger, *(accepted(seq, "x" * 200) for seq in range(1, 9)))
+    disk.die()
+    path = segment_path(tmp_path, MESSAGES, 1)
+    assert path.stat().st_size > 1000
+    spoil(path, 0, bytes(512))
+    ledger = start(tmp_path, disk)
+    assert ledger.next_seq == 1
+    commit(ledger, accepted(1))
+    ledger.close()
+    assert list(read_entries(tmp_path)) == [accepted(0), accepted(1)]
+
+
+def test_what_a_failed_sync_may_have_lost_is_written_again(tmp_path, disk):
+    ledger = start(tmp_path, disk)
+    put(ledger, b"some bytes")
+    disk.fail_at(Fault.SYNC_ERROR, disk.met[Fault.SYNC_ERROR])
+    with pytest.raises(LedgerError, match="cannot sync"):
+        commit(ledger, accepted(0))
+    with pytest.raises(LedgerError, match="cannot sync"):
+        ledger.commit()
+    disk.die()
+    ledger = start(tmp_path, disk)
+    found = ledger.next_seq, ledger.have(name_of(b"some bytes"))
+    ledger.close()
+    disk.lose_power()
+    ledger = start(tmp_path, disk)
+    assert (ledger.next_seq, ledger.have(name_of(b"some bytes"))) == found
+    ledger.close()
+
+
+@pytest.mark.parametrize("durability", ["process", "power"])
+def test_a_bit_that_flips_while_it_is_read_cuts_and_changes_nothing(tmp_path, disk, durability):
+    """The last record ends with a zero, as does one that a power failure has torn."""
+    ledger = start(tmp_path, disk, durability)
+    commit(ledger, *ENTRIES[:3], accepted(3, "end"))
+    put(ledger, b"some bytes")
+    ledger.close()
+    for occasion in range(40):
+        again = VirtualDisk(dice(occasion))
+        again.fail_at(Fault.FLIPPED_BIT, occasion)
+        found = []
+        try:
+            ledger = start(tmp_path, again, durability, found.append)
+        except LedgerError:
+            continue  # the next broker starts
+        assert found == [*ENTRIES[:3], accepted(3, "end")]
+        assert ledger.cut_bytes == 0
+        ledger.payload._recent.clear()
+        assert ledger.payload.read(name_of(b"some bytes"), 1, 4) == b"ome "
+        ledger.close()
+
+
+def test_a_last_record_that_ends_with_a_zero_is_not_taken_for_a_torn_one(tmp_path):
+    ledger = Ledger(tmp_path)
+    commit(ledger, *ENTRIES[:2], ENTRIES[2].__class__(seq=2, at=1.0, node="n", of=(0,)))
+    ledger.close()
+    path = segment_path(tmp_path, MESSAGES, 0)
+    *_, last = scan(path)
+    assert path.read_bytes().endswith(b"\0")
+    spoil(path, last.offset + 25, b"?")
+    with pytest.raises(LedgerDamage, match="checksum of the last record"):
+        Ledger(tmp_path)
+
+
+def test_a_damaged_chunk_is_never_passed_on(tmp_path):
+    ledger = Ledger(tmp_path)
+    name = put(ledger, bytes(range(200)))
+    ledger.commit()
+    ledger.payload._recent.clear()
+    path = segment_path(tmp_path, PAYLOAD, 0)
+    spoil(path, path.stat().st_size - 1, b"?")
+    for start_, size in ((0, 200), (0, 4), (3, 100)):
+        with pytest.raises(LedgerDamage, match="checksum does not match") as caught:
+            ledger.payload.read(name, start_, size)
+        assert (caught.value.segment, caught.value.offset) == (path.name, len(MAGIC))
+    ledger.close()
+
+
+def test_a_truncated_line_never_names_another_segment(tmp_path, disk):
+    (tmp_path / "segments").write_text("+ messages 0\n+ payload 1")  # of "+ payload 12"
+    assert Manifest(tmp_path).expected == {(MESSAGES, 0)}
+    Manifest(tmp_path).add(PAYLOAD, 12)
+    assert Manifest(tmp_path).expected == {(MESSAGES, 0), (PAYLOAD, 12)}
+
+
+def test_a_segment_is_not_deleted_before_the_manifest_says_so(tmp_path, disk, monkeypatch):
+    monkeypatch.setattr(ledger_module, "_PAYLOAD_SEGMENT_BYTES", 10)
+    ledger = Ledger(tmp_path, retain_bytes=0, disk=disk)
+    name = put(ledger, b"some bytes")
+    commit(ledger, accepted(0))
+    ledger.unpin([name])
+    put(ledger, b"other bytes")
+    write, calls = disk.writev, []
+
+    def no_space_for_lines(fd, buffers):
+        if bytes(buffers[0]).strip().startswith(b"-"):
+            calls.append(1)
+            raise OSError(28, "No space left on device")
+        return write(fd, buffers)
+
+    monkeypatch.setattr(disk, "writev", no_space_for_lines)
+    ledger.commit()
+    assert calls
+    disk.die()
+    assert segment_path(tmp_path, PAYLOAD, 0).exists()
+    Ledger(tmp_path).close()
+
+
+def test_the_names_of_new_folders_are_on_the_device_too(tmp_path, monkeypatch, disk):
+    opened = []
+    monkeypatch.setattr(disk, "sync", lambda fd: opened.append(disk._folders.get(fd)))
+    start(tmp_path / "run" / "ledger", disk).close()
+    assert {tmp_path / "run" / "ledger", tmp_path / "run", tmp_path} <= set(opened)
+
+
+def test_a_sync_point_that_cannot_be_written_or_read_does_no_harm(tmp_path, disk):
+    ledger = start(tmp_path, disk)
+    commit(ledger, accepted(0))
+    ledger.close()
+    path = tmp_path / SYNC_POINT_FILE
+    point = read_sync_point(tmp_path, disk)
+    assert point.messages_bytes == segment_path(tmp_path, MESSAGES, 0).stat().st_size
+    path.write_bytes(path.read_bytes()[:-3] + b"zz\n")
+    assert read_sync_point(tmp_path, disk) is None
+    path.unlink()
+    path.mkdir()  # it cannot be opened
+    ledger = Ledger(tmp_path, durability="power")
+    commit(ledger, accepted(1))
+    ledger.close()
+    path.rmdir()
+    assert list(read_entries(tmp_path)) == [accepted(0), accepted(1)]
+
+
+def test_a_full_disk_is_waited_for_under_power(tmp_path, disk):
+    ledger = start(tmp_path, disk)
+    disk.full = True
+    for _ in range(2):
+        with pytest.raises(NoSpace):
+            commit(ledger, *([accepted(0)] if not ledger.next_seq else []))
+    disk.full = False
+    commit(ledger, accepted(1))
+    disk.lose_power()
+    assert list(read_entries(tmp_path)) == [accepted(0), accepted(1)]
