@@ -1,20 +1,24 @@
 """Draw the rooms of fedmq and their parts from the imports: ``python docs/draw_architecture.py``.
 
 Writes ``docs/architecture.svg``, and in ``docs/architecture.md`` the table of parts and the tables
-of states that the code itself reads. A part is a
-folder of a room, or a module beside the folders. It stands above all that it imports; an arrow
-leads to each part that it imports, unless another arrow leads there by way of a third part.
+of `fedmq.broker.core.lifecycles` and `fedmq.broker.link.contact`: the lives of messages, sessions
+and links. A part is a folder of a room, or a module beside the folders. It stands above all that
+it imports; an arrow leads to each part that it imports, unless another arrow leads there by way
+of a third part.
 """
 
 from __future__ import annotations
 
 import ast
 import enum
-import importlib
+import inspect
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+
+from fedmq.broker.core import lifecycles
+from fedmq.broker.link import contact
 
 ROOT = Path(__file__).parent.parent
 ROOMS = {
@@ -24,8 +28,7 @@ ROOMS = {
     "codecs": "tensors as bytes",
 }
 BOX_HEIGHT, FLOOR_HEIGHT, GAP, MARGIN = 34, 62, 12, 16
-TABLES = {"the link": ("fedmq.broker.link.contact", "LinkState", "TRANSITIONS")}
-"""Tables of states by what has them: the module, its enum of states, and its transitions."""
+BEGIN, END = "<!-- {}: written by draw_architecture.py -->", "<!-- end of {} -->"
 
 
 @dataclass(frozen=True)
@@ -224,56 +227,51 @@ def _row(room: str, part: Part) -> str:
     return f"| `{path}` | {part.modules} | {about} |"
 
 
-def states(module_name: str, enum_name: str, transitions_name: str) -> str:
-    """Return a table of states: what each means, and what leads from it to which other."""
-    module = importlib.import_module(module_name)
-    meanings = _meanings(Path(str(module.__file__)), enum_name)
-    lines = ["| state | meaning | next |", "|---|---|---|"]
-    for state, changes in getattr(module, transitions_name).items():
-        causes: dict[enum.Enum, list[str]] = {}
-        for change, after in changes.items():
-            causes.setdefault(after, []).append(_label(change))
-        after = "; ".join(f"{', '.join(each)} → *{_label(to)}*" for to, each in causes.items())
-        lines.append(f"| *{_label(state)}* | {meanings.get(state.name, '')} | {after} |")
-    return "\n".join(lines)
+def life_table(
+    transitions: Mapping[enum.IntEnum, Mapping[enum.IntEnum, enum.IntEnum]],
+) -> str:
+    """Return the table of a life: its states, and what each event leads to; then the events."""
+    states = meanings(type(next(iter(transitions))))
+    events: dict[enum.IntEnum, str] = {}
+    lines = ["| state | meaning | what may happen: next state |", "|---|---|---|"]
+    for state, after in transitions.items():
+        if after:
+            events |= meanings(type(next(iter(after))))
+        ways = [
+            f"{lifecycles.word(event)}: **{lifecycles.word(there)}**"
+            for event, there in after.items()
+        ]
+        lines.append(
+            f"| **{lifecycles.word(state)}** | {states[state]} | {', '.join(ways) or 'nothing'} |"
+        )
+    return "\n".join(
+        [*lines, "", *(f"- {lifecycles.word(each)}: {text}" for each, text in events.items())]
+    )
 
 
-def _label(member: enum.Enum) -> str:
-    words = member.value if isinstance(member.value, str) else member.name.lower()
-    return words.replace("_", " ")
-
-
-def _meanings(path: Path, enum_name: str) -> dict[str, str]:
-    """Return the docstrings of the members of an enum, by name."""
-    tree = ast.parse(path.read_text())
-    (body,) = [
-        node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name == enum_name
-    ]
-    return {
-        member.targets[0].id: " ".join(text.value.value.split())
-        for member, text in itertools.pairwise(body)
-        if isinstance(member, ast.Assign)
-        and isinstance(member.targets[0], ast.Name)
-        and isinstance(text, ast.Expr)
-        and isinstance(text.value, ast.Constant)
-        and isinstance(text.value.value, str)
-    }
+def meanings(kind: type[enum.IntEnum]) -> dict[enum.IntEnum, str]:
+    """Return the docstring below each member of an enumeration."""
+    tree = ast.parse(inspect.getsource(kind))
+    found = {}
+    for member, text in itertools.pairwise(ast.walk(tree)):
+        match member, text:
+            case ast.Assign(targets=[ast.Name(id=name)]), ast.Expr(ast.Constant(str(about))):
+                found[kind[name]] = " ".join(about.split())
+    return found
 
 
 def with_tables(text: str) -> str:
     """Return the page with its tables as of now."""
-    text = _with(text, "parts", table())
-    for name, (module, members, transitions) in TABLES.items():
-        text = _with(text, f"states of {name}", states(module, members, transitions))
+    for name, content in (
+        ("life of a message", life_table(lifecycles.MESSAGE)),
+        ("life of a session", life_table(lifecycles.SESSION)),
+        ("life of a link", life_table(contact.LINK)),
+        ("parts", table()),
+    ):
+        before, _, rest = text.partition(BEGIN.format(name))
+        _, _, after = rest.partition(END.format(name))
+        text = f"{before}{BEGIN.format(name)}\n{content}\n{END.format(name)}{after}"
     return text
-
-
-def _with(text: str, name: str, written: str) -> str:
-    """Return the page with one table replaced."""
-    begin, end = f"<!-- {name}: written by draw_architecture.py -->", f"<!-- end of {name} -->"
-    before, _, rest = text.partition(begin)
-    _, _, after = rest.partition(end)
-    return f"{before}{begin}\n{written}\n{end}{after}"
 
 
 def _escaped(text: str) -> str:
@@ -281,7 +279,7 @@ def _escaped(text: str) -> str:
 
 
 def main() -> None:
-    """Write the picture and the tables."""
+    """Write the picture and the table."""
     (ROOT / "docs" / "architecture.svg").write_text(draw())
     page = ROOT / "docs" / "architecture.md"
     page.write_text(with_tables(page.read_text()))

@@ -14,7 +14,7 @@ def test_the_picture_is_drawn_from_the_imports_of_today() -> None:
     assert SCRIPT["draw"]() == (DOCS / "architecture.svg").read_text(), AGAIN
 
 
-def test_the_tables_are_as_the_code_has_them() -> None:
+def test_the_tables_of_parts_and_lives_are_those_of_the_code() -> None:
     page = (DOCS / "architecture.md").read_text()
     assert SCRIPT["with_tables"](page) == page, AGAIN
 

@@ -37,13 +37,19 @@ class MessageEvent(enum.IntEnum):
     """What an entry does to a message."""
 
     ACCEPT = 1
+    """The broker accepts a post, or sends a message of its own."""
     RECORD = 2
+    """The same, for a message to the address `record`."""
     CONSUME = 3
+    """Its recipient has handled it; or a checkpoint, or the same message again, replaces it."""
     REJECT = 4
+    """Its recipient cannot use it; its sender is notified."""
     DEAD_LETTER = 5
+    """Too many sessions ended while they handled it, or its blobs were lost."""
     END_RUN = 6
+    """Its run ends."""
     REOPEN_RUN = 7
-    """For the last checkpoint of the run only."""
+    """Its run is extended; for the run's last checkpoint only."""
 
 
 MESSAGE = {
@@ -100,14 +106,17 @@ class SessionEvent(enum.IntEnum):
     """What happens to a session."""
 
     HELLO = 1
-    """The broker answers its Hello with Welcome, or with RunEnded."""
+    """Its Hello is answered with Welcome, or with RunEnded."""
     FRAME = 2
+    """Another frame arrives."""
     LEASE_END = 3
-    """While its connection is up."""
+    """Nothing has arrived for a lease, but its connection is up."""
     LEAVE = 4
-    """Goodbye; or silence without a connection; or too long a silence."""
+    """Goodbye; or silence, and its connection is gone or it has been silent for ten leases."""
     REPLACE = 5
+    """A newer session of the node is admitted."""
     RUN_END = 6
+    """The aggregator ends the run."""
     RESTART = 7
     """The broker starts, and recovers the session from its ledger."""
 
@@ -132,11 +141,13 @@ SESSION = {
         SessionEvent.LEASE_END: SessionState.SILENT,
         SessionEvent.LEAVE: SessionState.LEFT,
         SessionEvent.RUN_END: SessionState.FINISHING,
+        SessionEvent.RESTART: SessionState.AWAITED,
     },
     SessionState.AWAITED: {
         SessionEvent.HELLO: SessionState.CONNECTED,
         SessionEvent.LEAVE: SessionState.LEFT,
         SessionEvent.RUN_END: SessionState.FINISHING,
+        SessionEvent.RESTART: SessionState.AWAITED,
     },
     SessionState.FINISHING: {
         SessionEvent.HELLO: SessionState.FINISHING,
@@ -167,6 +178,11 @@ class ImpossibleTransition(ValueError):
     """The table has no such transition; the message is one sentence."""
 
 
+def word(member: enum.IntEnum) -> str:
+    """Return the name of a state or an event as people write it."""
+    return member.name.lower().replace("dead_", "dead-").replace("_", " ")
+
+
 def next_state(state: SessionState, event: SessionEvent) -> SessionState:
     """Return the state of a session after an event.
 
@@ -175,8 +191,9 @@ def next_state(state: SessionState, event: SessionEvent) -> SessionState:
     """
     after = SESSION[state].get(event)
     if after is None:
-        text = f"a session that is {state.name} gets no {event.name}"
-        raise ImpossibleTransition(text)
+        raise ImpossibleTransition(
+            f"no {word(event)} can happen to a session that is {word(state)}"
+        )
     return after
 
 
@@ -191,8 +208,8 @@ class MessageLives:
         known = 0 <= seq < len(self._states)
         return MessageState(self._states[seq]) if known else MessageState.NONE
 
-    def move(self, seq: int, event: MessageEvent) -> MessageState:
-        """Apply an event to a message, and return the state that it had before.
+    def move(self, seq: int, event: MessageEvent) -> None:
+        """Apply an event to a message.
 
         Raises:
             ImpossibleTransition: the event cannot happen in this state; nothing is changed.
@@ -200,13 +217,11 @@ class MessageLives:
         before = self.state_of(seq)
         after = MESSAGE[before].get(event)
         if after is None:
-            what = "not an accepted message" if not before else before.name.lower()
-            verb = event.name.lower().replace("_", " ")
-            raise ImpossibleTransition(f"cannot {verb} entry {seq}, which is {what}")
+            what = word(before) if before else "not an accepted message"
+            raise ImpossibleTransition(f"cannot {word(event)} entry {seq}, which is {what}")
         if seq >= len(self._states):
             self._states.extend(bytes(seq + 1 - len(self._states)))
         self._states[seq] = after
-        return before
 
     def count(self) -> Counter[MessageState]:
         """Return the number of messages in each state."""

@@ -11,7 +11,7 @@ from msgspec import UNSET
 
 from fedmq.broker.core import delivery
 from fedmq.broker.core.admission import MAX_EARLY, find_run, wait_for_run, why_not, wrong_name
-from fedmq.broker.core.lifecycles import WITHOUT_CONNECTION, SessionEvent, SessionState
+from fedmq.broker.core.lifecycles import WITHOUT_CONNECTION, SessionEvent, SessionState, word
 from fedmq.broker.core.mailboxes import Mailboxes
 from fedmq.broker.core.state import (
     Action,
@@ -324,9 +324,10 @@ class Sessions:
                 if node.peer and self.peers.get(node.peer) is not node:
                     raise AssertionError(f"{node.name} is connected, but its connection is unknown")
                 if not (node.peer or node.state in WITHOUT_CONNECTION):
-                    raise AssertionError(f"{node.name} is {node.state.name} without a connection")
+                    raise AssertionError(f"{node.name} is {word(node.state)} without a connection")
                 if (node.state is SessionState.FINISHING) != bool(run.over):
-                    raise AssertionError(f"{node.name} is {node.state.name}: its run is not")
+                    ended = f"run {run.id} has {'' if run.over else 'not '}ended"
+                    raise AssertionError(f"{node.name} is {word(node.state)}, but {ended}")
         if self.due > due:
             raise AssertionError(f"a lease ends at {due}, before anything is due")
 

@@ -22,64 +22,65 @@ _STOPPED_S = 5.0
 """A wake later than this means that this node was suspended; that time does not count."""
 
 
-class LinkState(enum.Enum):
+class LinkState(enum.IntEnum):
     """The state of a link."""
 
-    CONNECTING = "connecting"
+    CONNECTING = 1
     """Not admitted yet; sends Hello each second."""
-    CONNECTED = "connected"
+    CONNECTED = 2
     """Sends what is posted, and heartbeats."""
-    RECONNECTING = "reconnecting"
+    RECONNECTING = 3
     """Was admitted, and lost its session or the broker; keeps what is posted, sends Hello."""
-    BLOCKED = "blocked"
+    BLOCKED = 4
     """The broker cannot write its ledger; keeps what is posted, and sends Hello a little later."""
-    ENDED = "ended"
+    ENDED = 5
     """Handles no event any more."""
 
 
-class LinkChange(enum.Enum):
-    """What changes the state of a link."""
+class LinkEvent(enum.IntEnum):
+    """What happens to a link."""
 
-    WELCOMED = "Welcome"
-    SESSION_UNKNOWN = "UnknownSession"
-    SILENCE = "no frame for a lease"
-    STORAGE_FULL = "StorageFull"
-    REJECTED = "Reject"
-    RUN_ENDED = "RunEnded"
-    GAVE_UP = "out of touch for too long"
-    ANOTHER_RUN = "Welcome to another run"
+    WELCOME = 1
+    """The broker admits the node, or knows its session."""
+    UNKNOWN_SESSION = 2
+    """The broker does not know the session: it has started again, or the session has left."""
+    SILENCE = 3
+    """Nothing has arrived for a lease."""
+    STORAGE_FULL = 4
+    """The broker cannot write its ledger."""
+    REJECT = 5
+    """The broker does not admit the node."""
+    RUN_END = 6
+    """The run has ended."""
+    GIVE_UP = 7
+    """The node has been out of touch for as long as it may be."""
+    OTHER_RUN = 8
+    """The broker welcomes an admitted node to another run of the same id."""
 
 
-_END = dict.fromkeys(
-    (LinkChange.REJECTED, LinkChange.RUN_ENDED, LinkChange.GAVE_UP), LinkState.ENDED
-)
-_END_OR_ANOTHER = {**_END, LinkChange.ANOTHER_RUN: LinkState.ENDED}
-TRANSITIONS: Mapping[LinkState, Mapping[LinkChange, LinkState]] = {
+_END = dict.fromkeys((LinkEvent.REJECT, LinkEvent.RUN_END, LinkEvent.GIVE_UP), LinkState.ENDED)
+_ADMITTED = {
+    LinkEvent.WELCOME: LinkState.CONNECTED,
+    LinkEvent.STORAGE_FULL: LinkState.BLOCKED,
+    LinkEvent.OTHER_RUN: LinkState.ENDED,
+    **_END,
+}
+LINK: Mapping[LinkState, Mapping[LinkEvent, LinkState]] = {
     LinkState.CONNECTING: {
-        LinkChange.WELCOMED: LinkState.CONNECTED,
-        LinkChange.STORAGE_FULL: LinkState.BLOCKED,
+        LinkEvent.WELCOME: LinkState.CONNECTED,
+        LinkEvent.STORAGE_FULL: LinkState.BLOCKED,
         **_END,
     },
     LinkState.CONNECTED: {
-        LinkChange.WELCOMED: LinkState.CONNECTED,
-        LinkChange.SESSION_UNKNOWN: LinkState.RECONNECTING,
-        LinkChange.SILENCE: LinkState.RECONNECTING,
-        LinkChange.STORAGE_FULL: LinkState.BLOCKED,
-        **_END_OR_ANOTHER,
+        LinkEvent.UNKNOWN_SESSION: LinkState.RECONNECTING,
+        LinkEvent.SILENCE: LinkState.RECONNECTING,
+        **_ADMITTED,
     },
-    LinkState.RECONNECTING: {
-        LinkChange.WELCOMED: LinkState.CONNECTED,
-        LinkChange.STORAGE_FULL: LinkState.BLOCKED,
-        **_END_OR_ANOTHER,
-    },
-    LinkState.BLOCKED: {
-        LinkChange.WELCOMED: LinkState.CONNECTED,
-        LinkChange.STORAGE_FULL: LinkState.BLOCKED,
-        **_END_OR_ANOTHER,
-    },
+    LinkState.RECONNECTING: _ADMITTED,
+    LinkState.BLOCKED: _ADMITTED,
     LinkState.ENDED: {},
 }
-"""The next state by state and change; a change that is missing has no effect in this state."""
+"""The next state after an event; one that is not listed for a state has no effect in it."""
 
 
 class _Mode(enum.Enum):
@@ -126,7 +127,7 @@ class Contact:
     def due(self) -> float:
         """Time at which `wake` or `given_up` has something to report, unless a frame arrives."""
         due = min(self._began + self._report_s, self._waited_since + self.give_up_s)
-        if self._mode is _Mode.ANSWERED:
+        if self._answer is not None:
             return min(due, self._last_answer + _ANSWER_LASTS_S)
         return due
 

@@ -14,7 +14,7 @@ from typing import Any
 import msgspec
 
 from fedmq.broker.errors import WireError
-from fedmq.broker.link.contact import TRANSITIONS, Contact, LinkChange, LinkState
+from fedmq.broker.link.contact import LINK, Contact, LinkEvent, LinkState
 from fedmq.broker.link.downloads import Arrivals
 from fedmq.broker.link.events import (
     Action,
@@ -67,12 +67,6 @@ CREDIT_BATCH = 256
 DONE_WITHIN_S = 0.02
 _DONE_BATCH = 500
 _CONNECTED, _ENDED = LinkState.CONNECTED, LinkState.ENDED  # a member of an enum is read slowly
-_IMPOSSIBLE = {
-    (LinkState.CONNECTED, True),
-    (LinkState.RECONNECTING, True),
-    (LinkState.CONNECTING, False),
-}
-"""States of a link, each with whether the node has not been admitted."""
 
 
 class Link:
@@ -82,7 +76,7 @@ class Link:
         hello: the node's Hello, with a session that the caller has drawn.
 
     Attributes:
-        state: changes as `TRANSITIONS` lists.
+        state: changes as the table `LINK` lists.
         received: number of the next delivery: all earlier ones have been received.
         taken: number after the last delivery that the node has taken.
     """
@@ -134,20 +128,19 @@ class Link:
         """Number of unacknowledged frames."""
         return len(self._unacknowledged)
 
-    @property
-    def oldest_unacknowledged(self) -> int:
-        """Return the number of the oldest unacknowledged frame; without one, the next number."""
-        return self._unacknowledged.oldest
-
     def validate_state(self) -> None:
         """Raise AssertionError if the state is inconsistent; for tests and simulation."""
         self._unacknowledged.validate_state()
         self._arrivals.validate_state()
         self._contact.validate_state()
-        if (self.state, self._identity is None) in _IMPOSSIBLE:
-            raise AssertionError(f"the link is {self.state.value}, its run {self._identity!r}")
-        if self.deadline == math.inf:
-            raise AssertionError(f"the link is {self.state.value}, and would wait forever")
+        admitted = self._identity is not None
+        if self.state is _CONNECTED:
+            if not admitted or max(self._beat_s, self._lease_s) == math.inf:
+                raise AssertionError("the link is connected, but has no Welcome")
+        elif self.state is LinkState.CONNECTING and admitted:
+            raise AssertionError("the link is connecting, but was admitted")
+        elif self.state is LinkState.RECONNECTING and not admitted:
+            raise AssertionError("the link is reconnecting, but was never admitted")
         if not 0 <= self.taken <= self.received:
             raise AssertionError(f"{self.taken} taken, but {self.received} received")
         if self._done and (self._done_due == math.inf or max(self._done) >= self.received):
@@ -155,9 +148,9 @@ class Link:
         if self._unreported_credit < 0:
             raise AssertionError(f"the credit to return is {self._unreported_credit}")
 
-    def _change(self, change: LinkChange) -> bool:
-        """Go to the next state of the table; return False if the change has no effect now."""
-        after = TRANSITIONS[self.state].get(change)
+    def _move(self, event: LinkEvent) -> bool:
+        """Go to the next state of the table; return False if the event has no effect now."""
+        after = LINK[self.state].get(event)
         if after is not None:
             self.state = after
         return after is not None
@@ -224,7 +217,7 @@ class Link:
     def _send_hello(self, now: float, out: list[Action]) -> None:
         self._contact.begin(now)
         self._next_hello = now + HELLO_AGAIN_S
-        first = self.oldest_unacknowledged
+        first = self._unacknowledged.oldest
         out.append(Send(msgspec.structs.replace(self._hello, first=first, got=self.received)))
 
     def give_up_after(self, seconds: float) -> None:
@@ -234,7 +227,7 @@ class Link:
     def _wake(self, now: float, out: list[Action]) -> None:
         if now >= self._contact.due:
             if given_up := self._contact.given_up(now):
-                self._change(LinkChange.GAVE_UP)
+                self._move(LinkEvent.GIVE_UP)
                 out.append(LinkEnded("the node gave up", out_of_touch=given_up))
                 return
             if report := self._contact.wake(now):
@@ -245,7 +238,7 @@ class Link:
             if now >= self._next_hello:
                 self._send_hello(now, out)
         elif now >= self._last_heard + self._lease_s:
-            self._change(LinkChange.SILENCE)
+            self._move(LinkEvent.SILENCE)
             self._send_hello(now, out)
         elif now >= self._last_beat + self._beat_s:
             self._beat(now, out)
@@ -276,7 +269,7 @@ class Link:
             or bool(self._arrivals.outstanding)
             or beat.sent > self.received
         )
-        moved = (self.oldest_unacknowledged, self._chunks, self.received)
+        moved = (self._unacknowledged.oldest, self._chunks, self.received)
         if self._stall.is_stuck(due=due, moved=moved):
             self._send_hello(now, out)
 
@@ -303,16 +296,16 @@ class Link:
                 self._welcomed(frame, out)
             case schema.UnknownSession():
                 # Each frame in flight draws one; a single Hello answers them all.
-                if self._change(LinkChange.SESSION_UNKNOWN):
+                if self._move(LinkEvent.UNKNOWN_SESSION):
                     self._send_hello(now, out)
             case schema.Reject(code=code, reason=reason, config=config):
-                self._change(LinkChange.REJECTED)
+                self._move(LinkEvent.REJECT)
                 out.append(LinkEnded(reason, rejected=True, code=code, config=config or ""))
             case RunEnded(reason=reason):
-                self._change(LinkChange.RUN_ENDED)
+                self._move(LinkEvent.RUN_END)
                 out += [Send(Goodbye(reason="the run is over")), LinkEnded(reason, over=True)]
             case schema.StorageFull(reason=reason):
-                self._change(LinkChange.STORAGE_FULL)
+                self._move(LinkEvent.STORAGE_FULL)
                 self._next_hello = now + BLOCKED_S
                 self._contact.answered(frame, now)
                 out.append(Blocked(reason))
@@ -325,10 +318,10 @@ class Link:
         if self._identity is None:
             out.append(Admitted(welcome))
         elif welcome.identity != self._identity:
-            self._change(LinkChange.ANOTHER_RUN)
+            self._move(LinkEvent.OTHER_RUN)
             out += another_run(welcome.run)
             return
-        self._change(LinkChange.WELCOMED)
+        self._move(LinkEvent.WELCOME)
         self._identity, self._beat_s, self._lease_s = (
             welcome.identity,
             welcome.beat_s,

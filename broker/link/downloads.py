@@ -91,10 +91,11 @@ class Arrivals:
 
     def validate_state(self) -> None:
         """Raise AssertionError if the state is inconsistent."""
-        requested = [name for name in self._arriving if name in self._fetcher]
-        if not len(requested) == len(self._arriving) == len(self._fetcher):
+        requested = self._fetcher
+        found = [name for name in self._arriving if name in requested]
+        if not len(found) == len(self._arriving) == len(requested):
             raise AssertionError("the blobs on their way are not those that are requested")
-        if not 0 <= self.outstanding <= WINDOW_CHUNKS or self._unread < 0:
+        if not 0 <= requested.outstanding <= WINDOW_CHUNKS or self._unread < 0:
             raise AssertionError(f"{self.outstanding} chunks requested, {self._unread} unread")
 
     def restart(self) -> None:

@@ -97,6 +97,8 @@ class UnacknowledgedFrames:
 
     def validate_state(self) -> None:
         """Raise AssertionError if the state is inconsistent."""
+        if not self._frames and not self._served:
+            return  # the usual case
         first = self._next_n - len(self._frames)
         named: dict[bytes, int] = {}
         for number, (n, frame) in enumerate(self._frames.items(), first):

@@ -75,6 +75,7 @@ class VirtualBroker:
         self._on_start = on_start
         self.disk = disk or VirtualDisk(network.rng)
         self.up = self._paused = self.loses_power = False
+        self._starts_later = False
         self.batch_s = 0.0
         self.crash_at_send: int | None = None
         self.failures: list[str] = []
@@ -140,7 +141,13 @@ class VirtualBroker:
         """End the process, because of its ledger, and start again later."""
         self.crash()
         self.failures.append(reason)
-        self.network.after(self.network.rng.random() * _RESTART_S, self.start)
+        if not self._starts_later:
+            self._starts_later = True
+            self.network.after(self.network.rng.random() * _RESTART_S, self._start_later)
+
+    def _start_later(self) -> None:
+        self._starts_later = False
+        self.start()
 
     def pause(self) -> None:
         """Stop the process, if it is up: frames wait, and timers are late."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import threading
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 
@@ -59,7 +60,7 @@ class VirtualPort:
     ) -> None:
         self.name, self.up = name, True
         self.clock = machine.clock()
-        self.lock = contextlib.nullcontext()
+        self.lock = threading.RLock()  # never contended: there is one thread
         self.on_exit: Callable[[], object] = lambda: None
         self.doomed: Callable[[Frame], bool] = lambda _: False
         self.reports: list[Blocked | OutOfTouch | BackInTouch] = []

@@ -141,12 +141,9 @@ class VirtualWorker(VirtualNode):
             self.port.pass_time(self._draw_s())
 
 
-@contextlib.contextmanager
-def apart() -> Iterator[None]:
+def apart() -> contextlib.AbstractContextManager[object]:
     """Keep torch's mode, which is the thread's, from other programs while one waits."""
-    enabled = torch.is_grad_enabled()
-    torch.set_grad_enabled(True)
-    try:
-        yield
-    finally:
-        torch.set_grad_enabled(enabled)
+    return _USUAL if torch.is_grad_enabled() else torch.enable_grad()
+
+
+_USUAL: contextlib.AbstractContextManager[None] = contextlib.nullcontext()

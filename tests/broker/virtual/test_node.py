@@ -1,6 +1,7 @@
 """The virtual port: programs that block, in greenlets, on a virtual network."""
 
 import contextlib
+import gc
 
 import pytest
 from msgspec.structs import replace
@@ -308,3 +309,41 @@ def test_a_history_depends_only_on_its_seed(tmp_path):
     assert first == history(tmp_path / "b", 1)
     assert first[0] == [f"w1/{number}" for number in range(10)]
     assert first != history(tmp_path / "c", 2)
+
+
+def test_a_delivery_out_of_order_is_found(world):
+    agg, _ = world.link(AGGREGATOR)
+    world.start(WORKER, echo)
+    assert agg.wait(5.0)
+    agg._inbox.append(agg._inbox[-1])
+    with pytest.raises(AssertionError, match="delivery 2 comes after 2"):
+        world.run(5.0)
+
+
+def test_a_delivery_that_was_never_received_is_found(world):
+    agg, _ = world.link(AGGREGATOR)
+    world.start(WORKER, echo)
+    assert agg.wait(5.0)
+    agg._inbox.append(replace(agg._inbox[-1], seq=100))
+    with pytest.raises(AssertionError, match="delivery 100 is in the inbox"):
+        world.run(5.0)
+
+
+def test_programs_that_are_dropped_with_their_network_have_no_effect(tmp_path):
+    world = World(tmp_path)
+    after = []
+
+    def wait(link):
+        try:
+            link.get()
+        finally:
+            after.append(port.up)
+
+    world.link(AGGREGATOR)
+    port = world.start(WORKER, wait)
+    world.run(2.0)
+    now, port._program = world.network.now, None
+    gc.collect()
+    assert after == [False]
+    assert world.network.now == now
+    world.close()
