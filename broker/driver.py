@@ -155,13 +155,7 @@ class BrokerDriver:
             for event in events:
                 self.carry_out(self.core.handle(event, now), now)
             self.carry_out(self.core.handle(TimerFired(), now), now)
-            if self._held is None:
-                self._commit(now)
-            elif now >= self._retry_at:
-                self._retry(self._held, now)
-            sends, self._sends = self._sends, []
-            for send in sends:
-                self._send(send)
+            self.write_and_send(now)
         except LedgerError as error:
             raise BrokerFailed(f"stopped serving, the ledger failed: {error}") from None
 
@@ -189,6 +183,20 @@ class BrokerDriver:
                     self._port.log(level, event, fields)
         for each in gone:
             self.carry_out(self.core.handle(each, now), now)
+
+    def write_and_send(self, now: float) -> None:
+        """Write the ledger, then send the frames that the core wants to send; end a turn.
+
+        Raises:
+            LedgerError: the ledger cannot be read or written, other than for a full disk.
+        """
+        if self._held is None:
+            self._commit(now)
+        elif now >= self._retry_at:
+            self._retry(self._held, now)
+        sends, self._sends = self._sends, []
+        for send in sends:
+            self._send(send)
 
     def close(self) -> None:
         """Write what is queued, and close the ledger."""

@@ -183,7 +183,8 @@ class Broker:
             return
         if node.run.over and not isinstance(frame, Goodbye):
             # It must say goodbye within the lease that it had when its run ended.
-            out.append(SendTo(peer, RunEnded(reason=node.run.over)))
+            if not self._full:  # else the end may not be in the ledger yet
+                out.append(SendTo(peer, RunEnded(reason=node.run.over)))
             return
         node.last_seen = now
         node.lease_until = now + self._settings.lease_s

@@ -1,6 +1,8 @@
 """A test bench for the Broker core: no sockets, virtual time, a ledger of plain lists."""
 
+import functools
 import itertools
+import types
 from collections import defaultdict
 
 import msgspec
@@ -10,23 +12,13 @@ import xxhash
 from fedmq.broker.core.broker import Broker
 from fedmq.broker.core.mailboxes import Mailboxes
 from fedmq.broker.core.recovery import Restorer
-from fedmq.broker.core.state import (
-    Append,
-    Discard,
-    Gone,
-    Log,
-    Probe,
-    Put,
-    ReceivedFrom,
-    SendTo,
-    TimerFired,
-)
+from fedmq.broker.core.state import Log, ReceivedFrom, TimerFired
+from fedmq.broker.driver import BrokerDriver
 from fedmq.broker.ledger.entries import Accepted, Consumed, Refusal
-from fedmq.broker.settings import BrokerSettings
+from fedmq.broker.settings import BrokerSettings, LedgerSettings
 from fedmq.broker.wire.encoding import (
     decode_frame,
     decode_message,
-    encode_frame,
     encode_message,
     inline_choice,
 )
@@ -43,9 +35,9 @@ from fedmq.broker.wire.schema import (
 
 
 class Bench:
-    """Carries out a Broker core's actions, and checks the invariants of each.
+    """A broker whose ledger are lists, which checks the invariants of each action.
 
-    It is the core's store, too. A connection that is probed is gone, unless it is among
+    It is the driver's port, too. A connection that is probed is gone, unless it is among
     those that stand.
 
     Attributes:
@@ -71,7 +63,9 @@ class Bench:
         self.logs = []
         self.validates = True
         self.numbers = defaultdict(int)
-        self.core = None
+        self.payload = types.SimpleNamespace(read=self._read_blob)
+        self.cut_bytes, self.damage, self.next_seq = 0, [], 0
+        self._actions, self._named = [], ()
         self.draw_identity = map("run{}".format, itertools.count(1)).__next__
         self.restart()
 
@@ -90,8 +84,13 @@ class Bench:
         restorer.finish(self, self.now, self.settings.lease_s)
         self.core = Broker(self.settings, self, self.draw_identity, restorer.mailboxes)
         self.core.validate_state()
+        self.core.handle = functools.partial(self._handled, self.core.handle)
+        settings = LedgerSettings(share_files=False)
+        self.driver = BrokerDriver(self.core, self, self, lambda: self.now, settings)
         for run, seq in restorer.lost:
-            self.carry_out(self.core.give_up(run, [seq], "lost", self.now))
+            actions = self.core.give_up(run, [seq], "lost", self.now)
+            self.driver.carry_out(actions, self.now)
+        self.driver.write_and_send(self.now)
 
     # ---- the store
 
@@ -111,57 +110,80 @@ class Bench:
         assert isinstance(self.entries[seq], Accepted)
         return self.entries[seq]
 
-    def use(self, seq, names):
-        if names:
+    # ---- the ledger, as its driver uses it
+
+    def use(self, seq, names, *, kept=True):
+        self._named = names
+        if names and kept:
             self.uses[seq] = tuple(names)
 
-    # ---- the driver
+    def append(self, entry):
+        assert entry.seq == len(self.entries)
+        assert all(self.size_of(name) is not None for name in self._named), "kept too early"
+        if isinstance(entry, Accepted):
+            entry.read()
+        for seq in self.finished_by(entry):
+            self.uses.pop(seq, None)
+        self.entries.append(entry)
+
+    def put(self, name, size, start, data):
+        have = self.blobs.setdefault(name, bytearray())
+        self.sizes.setdefault(name, size)
+        if start == len(have):
+            have += data
+
+    def discard(self, name, size):
+        self.blobs.pop(name)
+        self.sizes.pop(name)
+
+    def unpin(self, names):
+        pass
+
+    def commit(self):
+        pass
+
+    def _read_blob(self, name, start, size):
+        assert self.size_of(name) is not None, "sent before it is kept"
+        assert start + size <= self.sizes[name], "more than there is"
+        return bytes(self.blobs[name][start : start + size])
+
+    # ---- the port of its driver
+
+    def send(self, peer, header, buffers):
+        frame = decode_frame(header)
+        if isinstance(frame, Deliver):
+            assert frame.seq < len(self.entries), "delivered before it is kept"
+            assert self.entries[frame.seq].message == frame.message
+        self.sent[peer].append((frame, buffers))
+
+    def queued(self, peer):
+        return 0
+
+    def is_up(self, peer):
+        return peer in self.standing
+
+    def on_space(self, reason):
+        pass
+
+    def log(self, level, event, fields):
+        self.logs.append(Log(level, event, fields))
+
+    # ---- events
 
     def handle(self, event):
-        """Handle one event at the present time; return its actions."""
-        actions = self.core.handle(event, self.now)
+        """Handle one event at the present time; return its actions, and those that followed."""
+        self._actions = []
+        self.driver.carry_out(self.core.handle(event, self.now), self.now)
+        self.driver.write_and_send(self.now)
+        return self._actions
+
+    def _handled(self, handle, *event):
+        """Note the actions of an event, and check the core's state."""
+        actions = handle(*event)
+        self._actions += actions
         if self.validates:
             self.core.validate_state()
-        self.carry_out(actions)
-        # What was numbered before is in the ledger before what this adds.
-        for action in list(actions):
-            if isinstance(action, Probe) and action.peer not in self.standing:
-                actions += self.handle(Gone(action.peer))
         return actions
-
-    def carry_out(self, actions):
-        for action in actions:
-            match action:
-                case Append(entry, uses, kept):
-                    assert entry.seq == len(self.entries)
-                    if isinstance(entry, Accepted):
-                        entry.read()
-                    assert all(self.size_of(name) is not None for name in uses), "kept too early"
-                    self.use(entry.seq, uses if kept else ())
-                    for seq in self.finished_by(entry):
-                        self.uses.pop(seq, None)
-                    self.entries.append(entry)
-                case Put(name, size, start, data):
-                    have = self.blobs.setdefault(name, bytearray())
-                    self.sizes.setdefault(name, size)
-                    if start == len(have):
-                        have += data
-                case Discard(name):
-                    self.blobs.pop(name)
-                    self.sizes.pop(name)
-                case SendTo(peer, frame, blobs):
-                    assert decode_frame(encode_frame(frame)) == frame
-                    if isinstance(frame, Deliver):
-                        assert frame.seq < len(self.entries), "delivered before it is kept"
-                        assert self.entries[frame.seq].message == frame.message
-                    buffers = []
-                    for name, start, size in blobs:
-                        assert self.size_of(name) is not None, "sent before it is kept"
-                        assert start + size <= self.sizes[name], "more than there is"
-                        buffers.append(bytes(self.blobs[name][start : start + size]))
-                    self.sent[peer].append((frame, buffers))
-                case Log():
-                    self.logs.append(action)
 
     def say(self, peer, frame, *buffers):
         """Handle a frame from a peer; return the actions."""

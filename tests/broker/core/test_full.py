@@ -146,3 +146,18 @@ def test_the_reason_is_one_that_a_frame_can_carry(room):
     room.say(W1, Post(n=0, message=message))
     [frame] = room.take(W1)
     assert frame.reason == WHY
+
+
+def test_nobody_learns_of_an_end_that_may_not_be_in_the_ledger(bench):
+    """A run that ended in the turn whose write failed."""
+    bench.joined("agg", "aggregator", key="ka")
+    bench.joined("w1", clients=((0, 4),), key="kw")
+    bench.tell(AGG, RunEnded(reason="done"))
+    bench.sent.clear()
+    bench.handle(DiskFull(WHY))
+    for peer in (AGG, W1):
+        bench.say(peer, Heartbeat())
+        assert bench.take(peer) == []
+    bench.handle(DiskFull(""))
+    bench.say(W1, Heartbeat())
+    assert bench.take(W1) == [RunEnded(reason="done")]

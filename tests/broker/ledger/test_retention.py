@@ -1,18 +1,20 @@
 """Retention deletes only payload that no unfinished message needs."""
 
+from unittest import mock
+
 import msgspec
 import pytest
 
 import fedmq.broker.ledger.blob_store as payload_module
 import fedmq.broker.ledger.writer as ledger_module
-from fedmq.broker.core.recovery import open_broker
-from fedmq.broker.core.state import Append, Put, ReceivedFrom, TimerFired
+from fedmq.broker.core.state import ReceivedFrom
+from fedmq.broker.driver import BrokerDriver
 from fedmq.broker.errors import LedgerError
 from fedmq.broker.ledger.blob_store import BlobStore
 from fedmq.broker.ledger.entries import PAYLOAD, Consumed, Ended, segment_numbers
 from fedmq.broker.ledger.reader import read_entries
 from fedmq.broker.ledger.writer import Ledger
-from fedmq.broker.settings import BrokerSettings
+from fedmq.broker.settings import BrokerSettings, LedgerSettings
 from fedmq.broker.wire.encoding import encode_message
 from fedmq.broker.wire.schema import (
     Blob,
@@ -210,23 +212,17 @@ class Room:
     """A broker core and its ledger, with an aggregator that hosts nobody."""
 
     def __init__(self, folder):
-        self.ledger, self.core = open_broker(
-            folder, BrokerSettings(), stopped_clock(), retain_bytes=0
-        )
+        port = mock.Mock()  # of nodes that hear nothing
+        port.queued.return_value = 0
+        settings = LedgerSettings(retain_bytes=0, share_files=False)
+        self.driver = BrokerDriver.open(folder, BrokerSettings(), settings, port, stopped_clock())
+        self.ledger = self.driver.ledger
         hello = {"session": "s", "run": "r", "config": "c", "total_clients": 3}
         self.say(Hello(node="agg", role="aggregator", **hello))
         self.n = 0
 
     def say(self, frame, *buffers):
-        for event in (ReceivedFrom(b"agg", frame, buffers), TimerFired()):
-            for action in self.core.handle(event, 0.0):
-                match action:
-                    case Append(entry, uses, kept):
-                        self.ledger.append(entry)
-                        self.ledger.use(entry.seq, uses, kept=kept)
-                    case Put(name, size, start, data):
-                        self.ledger.put(name, size, start, data)
-        self.ledger.commit()
+        self.driver.turn([ReceivedFrom(b"agg", frame, buffers)])
 
     def post(self, to, data, **more):
         names = (Blob.of(data),)
