@@ -123,11 +123,11 @@ class Witness:
                 self.made_at[entry.seq] = now
                 self._note(entry, now)
                 if isinstance(entry, Accepted) and self.message_of(entry).kind == "left":
-                    self._check_presence(self.message_of(entry), now)
+                    self.check_presence(self.message_of(entry), now)
             elif isinstance(action, SendTo) and isinstance(action.frame, Welcome):
                 self._last_heard[action.peer] = now
         if isinstance(event, TimerFired) and not self._is_full:
-            self._check_timers(now)
+            self.check_timers_fire(now)
 
     def _note(self, entry, now):
         """Keep the timers that have not fired."""
@@ -142,12 +142,12 @@ class Witness:
         elif isinstance(entry, Ended):
             self._pending_timers.clear()
 
-    def _check_timers(self, now):
+    def check_timers_fire(self, now):
         """Liveness: a timer fires within its time, counted from its request or a later restart."""
         for seq, latest in self._pending_timers.items():
             assert now <= latest, f"timer {seq} is {now - latest:.2f} s late"
 
-    def _check_presence(self, message, now):
+    def check_presence(self, message, now):
         """Liveness: a node does not count as gone while it is there and its connection is up."""
         if message.sender != BROKER:
             return
@@ -172,7 +172,7 @@ class Witness:
                     session.deliveries.append((action, self.broker.ledger.next_seq))
 
         _watch(node.link.core, handled)
-        _check_reads(node.link.blobs)
+        watch_reads(node.link.blobs)
 
     def deliveries_by_node(self):
         """Return the sessions of each node, by name."""
@@ -182,17 +182,17 @@ class Witness:
         return found
 
 
-def _check_reads(blobs):
+def watch_reads(blobs):
     """Reads: what a program reads of a blob are the bytes that its sender posted."""
     read, chunks = blobs.read, blobs.chunks
 
-    def check(delivery, index, found):
+    def check_blob_reads(delivery, index, found):
         same = Blob.of(found) == delivery.message.blobs[index]
         assert same, f"wrong bytes of blob {index} of {delivery.seq} were read"
 
     def checked_read(delivery, index):
         found = read(delivery, index)
-        check(delivery, index, found)
+        check_blob_reads(delivery, index, found)
         return found
 
     def checked_chunks(delivery, index):
@@ -200,7 +200,7 @@ def _check_reads(blobs):
         for chunk in chunks(delivery, index):
             found.append(bytes(chunk))
             yield chunk
-        check(delivery, index, b"".join(found))
+        check_blob_reads(delivery, index, b"".join(found))
 
     blobs.read, blobs.chunks = checked_read, checked_chunks
 
