@@ -239,15 +239,15 @@ def check_reads(history):
 CHECKS = (
     check_ended,
     check_durability,
-    check_blobs,
-    check_accepted_once,
-    check_local_states,
-    check_fold,
+    check_time,
     check_numbers,
-    check_deliveries,
+    check_accepted_once,
     check_account,
     check_notices,
+    check_deliveries,
     check_timers,
-    check_time,
+    check_local_states,
+    check_blobs,
     check_reads,
+    check_fold,  # last: it notices most faults, but not which
 )

@@ -26,11 +26,11 @@ from fedmq.broker.link.core import Link
 from fedmq.broker.settings import BrokerSettings
 from fedmq.broker.virtual.disk import Fault
 from fedmq.broker.virtual.network import Faults
+from fedmq.broker.wire.addresses import addresses
 from fedmq.broker.wire.clock import Clock
 from fedmq.nodes.aggregator.driver import AggregatorDriver
 from fedmq.nodes.simulation.virtual_run import Chances
 from fedmq.nodes.worker.client_state import ClientStateStore
-from fedmq.nodes.worker.core import Worker
 from tests.sim import promises, witness
 from tests.sim.history import Plan, check_history
 
@@ -50,7 +50,7 @@ def plan(*, schedule=2, algorithm="Tally", checkpoint_s=0.0, sizes=None, **chanc
 
 POWER = plan(power=0.4)
 CRASHES = plan(crash=0.3)
-CRASHES_IN_TURNS = plan(doom=1.0)
+CRASHES_IN_TURNS = plan(schedule=1, doom=0.5, train_s=3.0)
 
 
 def after(function, extra):
@@ -200,19 +200,15 @@ def verifies_no_checksum():
     return patch(blob_store, "read_record", read_record)
 
 
-def keeps_the_finished_task():
-    post_result = Worker._post_result
+def keeps_addresses_of_those_who_left():
+    def host(_, node, *__):
+        node.run.hosts |= dict.fromkeys(addresses(node.hello), node.name)
 
-    def keeping(self, kept, out):
-        current = self._current
-        post_result(self, kept, out)
-        self._queue.append(current)
-
-    return patch(Worker, "_post_result", keeping)
+    return patch(Sessions, "leave", after(Sessions.leave, host))
 
 
-FLIPS = plan(sizes=SMALL, crash=0.2, disk={Fault.FLIPPED_BIT: 0.2})
 SYNC_ERRORS = plan(power=0.4, disk={Fault.SYNC_ERROR: 0.05})
+ABSENCES = plan(schedule=1, partition=0.3, train_s=3.0)
 DEADLINES = plan(schedule=1, crash=0.3, train_s=3.0)
 
 PLANTED = {
@@ -220,7 +216,6 @@ PLANTED = {
         "check_durability": [
             (sends_before_commit, CRASHES_IN_TURNS),
             (syncs_nothing, POWER),
-            (syncs_no_folder, plan(power=0.4, sizes={"messages_bytes": 1024})),
             (believes_a_second_sync, SYNC_ERRORS),
         ],
         "check_blobs": [(syncs_no_payload, plan(power=0.4, sizes=SMALL))],
@@ -228,7 +223,7 @@ PLANTED = {
     "Exactly-once application": {
         "check_accepted_once": [(forgets_ids, plan(crash=0.2, doom=0.2))],
         "check_local_states": [(saves_no_client_state, plan(crash=0.3, doom=0.3))],
-        "check_fold": [(acknowledges_before_the_checkpoint, plan(crash=0.3, checkpoint_s=5.0))],
+        "check_fold": [(acknowledges_before_the_checkpoint, DEADLINES)],
     },
     "Ordering": {
         "check_numbers": [(overtakes_missing_blobs, plan(sizes=SMALL, chat=1.0, faults=LOSS))],
@@ -236,20 +231,23 @@ PLANTED = {
     },
     "Explicit rejection": {
         "check_account": [(consumes_twice, plan())],
-        "check_notices": [(rejects_silently, DEADLINES)],
+        "check_notices": [(rejects_silently, plan(chat=1.0))],
     },
     "Liveness": {
-        "check_ended": [(resends_nothing, plan(faults=LOSS))],
+        "check_ended": [
+            (resends_nothing, plan(faults=LOSS)),
+            (syncs_no_folder, plan(power=0.4, sizes={"messages_bytes": 1024})),
+        ],
         "check_timers_fire": [(drops_timers_at_restart, DEADLINES)],
         "check_timers": [(fires_timers_early, DEADLINES)],
-        "check_presence": [(ignores_connections, plan(pause=0.2))],
+        "check_presence": [(ignores_connections, plan(schedule=1, pause=0.2, train_s=3.0))],
         "check_time": [(trusts_the_clock, plan(crash=0.3, jump=0.3))],
     },
     "Reads": {
-        "check_blob_reads": [(verifies_no_checksum, FLIPS)],
+        "check_blob_reads": [(verifies_no_checksum, plan(schedule=1, crash=0.4, train_s=3.0, disk={Fault.FLIPPED_BIT: 0.5}))],
         "check_reads": [(verifies_no_checksum, plan(sizes=SMALL))],
     },
-    "States": {"validate_state": [(keeps_the_finished_task, plan())]},
+    "States": {"validate_state": [(keeps_addresses_of_those_who_left, ABSENCES)]},
 }
 CASES = [
     pytest.param(checker, plant, plan, id=f"{checker}-{plant.__name__}")
