@@ -10,7 +10,7 @@ import msgspec
 from msgspec import UNSET, Struct, UnsetType
 
 from fedmq.algorithms.base import AnyAlgorithm, OpaqueState
-from fedmq.algorithms.errors import ResultError
+from fedmq.algorithms.errors import AlgorithmError
 from fedmq.algorithms.problems.base import Problem
 from fedmq.broker.link.events import Delivery
 from fedmq.broker.wire.schema import Blob
@@ -59,6 +59,8 @@ class Fold(Struct):
     failed: whether the run ends without reaching its goal.
     goal: the run's goal; missing in checkpoints of 0.1.0.
     expects_evaluator: whether a resumed run had an evaluator before.
+    asked_final: if a timer limits the wait for the final evaluation, the number of outstanding
+        evaluations when it was set.
     """
 
     position: int
@@ -85,6 +87,7 @@ class Fold(Struct):
     rules: int = 0
     goal: Goal | UnsetType = UNSET
     expects_evaluator: bool | UnsetType = UNSET
+    asked_final: int | UnsetType = UNSET
 
 
 def pack_checkpoint(algorithm: AnyAlgorithm, state: OpaqueState, fold: Fold) -> Packed:
@@ -106,7 +109,7 @@ def unpack_checkpoint(
         state = algorithm.load(problem, unpack(delivery.message, delivery.read))
         data = delivery.read(len(delivery.message.blobs) - 1)
         return state, msgspec.msgpack.decode(data, type=Fold)
-    except (CodecError, ResultError, msgspec.MsgspecError) as error:
+    except (CodecError, AlgorithmError, msgspec.MsgspecError) as error:
         name = delivery.message.id
         raise NodeError(
             f"checkpoint {name} does not fit the model or the algorithm ({error}): use those that "

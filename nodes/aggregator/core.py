@@ -29,7 +29,7 @@ from fedmq.nodes.aggregator.evaluations import (
 )
 from fedmq.nodes.aggregator.state import AggregatorState
 from fedmq.nodes.aggregator.version import DeferredResults
-from fedmq.nodes.errors import NodeError, exits_as_errors
+from fedmq.nodes.errors import NodeError, exits_as_errors, own_code
 from fedmq.nodes.messages.actions import AckUpTo, AggregatorAction, Commit, EndRun, Handled, Start
 from fedmq.nodes.process.exception_text import explained, may_pass, modules_of
 from fedmq.nodes.run.digests import model_digest
@@ -112,7 +112,7 @@ class Aggregator(AggregatorState):
         return [Handled.of(event.seq, why), *out]
 
     def adopt(self, state: OpaqueState) -> None:
-        """Go on from this state of the current version, such as the recorded one in a replay."""
+        """Replace the state of the current version, such as by the recorded one in a replay."""
         self._results.current.adopt(state)
         self._tasks.begin_version()
 
@@ -137,7 +137,7 @@ class Aggregator(AggregatorState):
         wanted = self._settings.min_clients or self._setup.problem.clients
         if not self._running and self._fleet.suffice(wanted):
             self._running = True
-            self._begin_version(out)
+            self._evaluate_if_due(out)
 
     def _continued(self, message: Message) -> None:
         """Handle the resumption of the run: wait for its nodes, and apply an extended goal."""
@@ -150,7 +150,7 @@ class Aggregator(AggregatorState):
         self._progress.start_over()
         self._progress.allow(self._goal.failures)
         if self._ended:  # tasks and evaluations from before the end get no answer
-            self._ended, self._committing = False, None
+            self._ended = False
             self._tasks.resume({})
             self._evaluations = Evaluations()
             self._results.begin_version(self.state, self.version)
@@ -224,7 +224,8 @@ class Aggregator(AggregatorState):
                 self._start_tasks(view, out)
                 return
             self._commit(out)
-        if self._finishing and self._running and not self._ended:
+        # The end rejects deferred results: those of an earlier session must be here, too.
+        if self._finishing and self._running and not (self._ended or self._deferred.awaited):
             self._finish(out)
 
     def _start_tasks(self, view: ScheduleView, out: list[AggregatorAction]) -> None:
@@ -277,12 +278,12 @@ class Aggregator(AggregatorState):
             self._checkpoint("version", body, out)
         else:
             self._post(out, "version", RECORD, body)
-        self._after_commit(out)
-
-    def _after_commit(self, out: list[AggregatorAction]) -> None:
-        """Begin the next version, after a commit or after a restart from a checkpoint."""
-        self._finishing = self._goal.after(self.version) or self._finishing
         self._begin_version(out)
+
+    def _begin_version(self, out: list[AggregatorAction]) -> None:
+        """Begin a version, after a commit or after a restart from a checkpoint."""
+        self._finishing = self._goal.after(self.version) or self._finishing
+        self._evaluate_if_due(out)
 
     def _checkpoint(self, kind: str, body: Mapping[str, Any], out: list[AggregatorAction]) -> None:
         """Post a record from which a later session can start, and acknowledge what it includes."""
@@ -294,9 +295,11 @@ class Aggregator(AggregatorState):
 
     def _resume(self, delivery: Delivery, out: list[AggregatorAction]) -> None:
         """Restore the state from a checkpoint and continue."""
-        state, fold = unpack_checkpoint(self._algorithm, self._setup.problem, delivery)
-        self._computed.check(fold.arithmetic, delivery.message.run)
-        self._results.begin_version(state, fold.version)
+        # An error of a user's code here must not end the run from a state that is not restored.
+        with own_code("algorithm.name"):
+            state, fold = unpack_checkpoint(self._algorithm, self._setup.problem, delivery)
+            self._computed.check(fold.arithmetic, delivery.message.run)
+            self._results.begin_version(state, fold.version)
         self._position = fold.position
         self._messages.next_id, self._results.counts = fold.next_id, fold.counts
         self._fleet.resume(fold.hosts, fold.evaluators)
@@ -306,6 +309,7 @@ class Aggregator(AggregatorState):
         self._deferred = DeferredResults(awaited=set(fold.deferred), unsettled=tuple(fold.deferred))
         self._evaluated, self._running = fold.evaluated, fold.running
         self._finishing, self._ended, self._failed = fold.finishing, fold.ended, fold.failed
+        self._asked_final = fold.asked_final or None
         self._now = self._checkpoint_at = fold.at
         self._progress.resume(fold.failures, fold.rules, self.version, self._now)
         self._goal = fold.goal or self._goal
@@ -314,10 +318,10 @@ class Aggregator(AggregatorState):
             self._report_end(out)
             return
         if fold.version or self._running:  # else the broker reports the connected nodes again
-            self._after_commit(out)
+            self._begin_version(out)
             self._advance(out)
 
-    def _begin_version(self, out: list[AggregatorAction]) -> None:
+    def _evaluate_if_due(self, out: list[AggregatorAction]) -> None:
         every = self._settings.evaluate_every
         if every and self.version % every == 0 and self._evaluated != self.version:
             self._evaluate(out)
@@ -338,7 +342,6 @@ class Aggregator(AggregatorState):
         own = modules_of(self._algorithm, self._setup.problem)
         why = f"{self._algorithm.name} raised {explained(error, own)}"
         self._finishing, self._failed, self._error = why, True, error
-        self._committing = None
         out: list[AggregatorAction] = []
         try:
             self._end(out)
@@ -363,7 +366,7 @@ class Aggregator(AggregatorState):
             self._post(out, "timer", TIMER, body)
 
     def _end(self, out: list[AggregatorAction]) -> None:
-        self._ended = True
+        self._ended, self._committing, self._asked_final = True, None, None
         self._results.end(self._deferred.take(), out)
         self._deferred = DeferredResults()
         about: dict[str, Any] = {"reason": self._finishing, "position": self._position}

@@ -185,4 +185,5 @@ class AggregatorState:
             goal=self._goal,
             expects_evaluator=self._fleet.expects_evaluator or UNSET,
             rules=self._progress.rules,
+            asked_final=UNSET if self._asked_final is None else self._asked_final,
         )

@@ -30,15 +30,14 @@ class Tasks:
     Args:
         setup: objects of the run.
         fleet: connected nodes.
-        progress: clients to skip after failures; by default none.
+        progress: clients to skip after failures.
 
     Attributes:
         in_flight: outstanding tasks by the id of their message.
     """
 
-    def __init__(self, setup: Setup, fleet: Fleet, progress: Progress | None = None) -> None:
-        self._setup, self._fleet = setup, fleet
-        self._progress = progress or Progress(setup, rules=0)
+    def __init__(self, setup: Setup, fleet: Fleet, progress: Progress) -> None:
+        self._setup, self._fleet, self._progress = setup, fleet, progress
         self.in_flight: dict[str, OutstandingTask] = {}
         self._same_for_all: Packed | None = None
         # Counted once for each change of the fleet, then updated: a version can wait for

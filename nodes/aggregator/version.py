@@ -22,8 +22,7 @@ from fedmq.broker.link.events import Delivery
 from fedmq.broker.rejections import Code, Rejection
 from fedmq.codecs.errors import CodecError
 from fedmq.nodes.errors import rejection_of
-from fedmq.nodes.messages.actions import fail_on_partial_reread
-from fedmq.nodes.messages.payloads import numbers_of, unpack
+from fedmq.nodes.messages.payloads import fail_on_partial_reread, numbers_of, unpack
 from fedmq.nodes.run.setup import Setup
 
 _ROOM = 16

@@ -3,21 +3,15 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 from msgspec import Struct
 
-from fedmq.broker.errors import WireError
 from fedmq.broker.link.events import Delivery, PostMessage
 from fedmq.broker.rejections import Rejection
-from fedmq.broker.wire.schema import Buffer, Message
+from fedmq.broker.wire.schema import Message
 from fedmq.nodes.errors import exits_as_errors
-
-Read = Callable[[int], Buffer]
-"""Returns the bytes of a message's i-th blob."""
-Stream = Callable[[int], Iterator[Buffer]]
-"""Returns the chunks of a message's i-th blob, in order."""
 
 
 class Start(Struct, frozen=True):
@@ -104,29 +98,6 @@ class Commit:
         if self._error is not None:
             raise self._error
         return self._result
-
-
-def fail_on_partial_reread(stream: Stream) -> Stream:
-    """Raise an error if a blob that was read once cannot be read again.
-
-    The first reading checks the blob, so that a failure there rejects the message. A failure of a
-    later reading comes when the result is partly accumulated.
-
-    Raises:
-        RuntimeError: on such a failure, while iterating.
-    """
-    whole = set()
-
-    def chunks(index: int) -> Iterator[Buffer]:
-        try:
-            yield from stream(index)
-        except WireError as error:
-            if index in whole:
-                raise RuntimeError("a blob that was read cannot be read again") from error
-            raise
-        whole.add(index)
-
-    return chunks
 
 
 AggregatorAction = PostMessage | Handled | AckUpTo | EndRun | Commit

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,7 @@ from torch import Tensor
 from fedmq.algorithms.base import Payload
 from fedmq.algorithms.toolkit.returned import payload_of
 from fedmq.algorithms.values import kind_of_value, plain_number
+from fedmq.broker.errors import WireError
 from fedmq.broker.wire.schema import MAX_BUFFERS, Blob, Buffer, Message
 from fedmq.codecs.base import MAX_DECODED_BYTES, Codec, Encoded
 from fedmq.codecs.errors import CodecError, DecodeError
@@ -29,7 +30,6 @@ from fedmq.codecs.formats.streamed import Streamed
 from fedmq.codecs.raw import Raw, read_table
 from fedmq.codecs.registry import decode
 from fedmq.codecs.text import shorten
-from fedmq.nodes.messages.actions import Read, Stream
 from fedmq.nodes.messages.tensor_tables import has_table, read_meta
 
 _RAW = Raw()
@@ -42,6 +42,11 @@ _MAX_RUNS = MAX_BUFFERS - 16
 tables, features, logits and a fold."""
 STREAMED_BYTES = 64 << 20
 """Raw weights of at least this size are accumulated while they are read, chunk by chunk."""
+
+Read = Callable[[int], Buffer]
+"""Returns the bytes of a message's i-th blob."""
+Stream = Callable[[int], Iterator[Buffer]]
+"""Returns the chunks of a message's i-th blob, in order."""
 
 
 @dataclass(frozen=True)
@@ -217,6 +222,29 @@ def unpack(
             found[name] = decode(Encoded(codec, whole, buffers), max_bytes)
         first += count
     return Payload(numbers=numbers, **found)
+
+
+def fail_on_partial_reread(stream: Stream) -> Stream:
+    """Raise an error if a blob that was read once cannot be read again.
+
+    The first reading checks the blob, so that a failure there rejects the message. A failure of a
+    later reading comes when the result is partly accumulated.
+
+    Raises:
+        RuntimeError: on such a failure, while iterating.
+    """
+    whole = set()
+
+    def chunks(index: int) -> Iterator[Buffer]:
+        try:
+            yield from stream(index)
+        except WireError as error:
+            if index in whole:
+                raise RuntimeError("a blob that was read cannot be read again") from error
+            raise
+        whole.add(index)
+
+    return chunks
 
 
 def _streamable(codec: str, meta: Mapping[str, Any]) -> dict[str, tuple[int, ...]] | None:

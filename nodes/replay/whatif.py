@@ -180,11 +180,10 @@ class WhatIf:
         if isinstance(step.event, Delivery) and step.event.message.kind == "result":
             self._deferred[step.event.seq] = step.event
         for action in step.actions:
-            match action:
-                case Handled(seq, refused, code) if seq in self._deferred:
-                    event = self._deferred.pop(seq)
-                    if not refused or code in _STALE:
-                        self._add(event)
+            if isinstance(action, Handled) and action.seq in self._deferred:
+                event = self._deferred.pop(action.seq)
+                if not action.refused or action.code in _STALE:
+                    self._add(event)
         if self._schedule.ordered and committed and self._current.num_results:
             self._commit()  # both settings close a round together
 

@@ -7,6 +7,7 @@ import pytest
 from fedmq.algorithms.rng import derive_rng
 from fedmq.broker.wire.schema import Message
 from fedmq.nodes.aggregator.fleet import Fleet as Members
+from fedmq.nodes.aggregator.progress import Progress
 from fedmq.nodes.aggregator.tasks import Tasks
 from fedmq.nodes.aggregator.version import VersionBuffer
 from tests.algorithms.fleet import Fleet, make_setup
@@ -31,7 +32,7 @@ def about(kind, node, *, re=None, sender="broker", **body):
 def test_counts_and_draws_are_those_of_looking_at_every_task_and_client(seed):
     dice = random.Random(seed)  # noqa: S311 - a test's own dice
     members = Members()
-    tasks = Tasks(SETUP, members)
+    tasks = Tasks(SETUP, members, Progress(SETUP, 0))
     state = SETUP.algorithm.start(SETUP.problem)
     current = VersionBuffer(SETUP, state, 0, 0)
     names = iter(range(10_000))

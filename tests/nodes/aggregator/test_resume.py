@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 
 from fedmq.broker.link.events import Delivery, PostMessage
+from fedmq.broker.rejections import Code
 from fedmq.broker.wire.encoding import encode_message
 from fedmq.broker.wire.schema import Blob
 from fedmq.nodes.aggregator.checkpoint import Fold
 from fedmq.nodes.aggregator.computed import Computed
 from fedmq.nodes.aggregator.core import Aggregator
-from fedmq.nodes.errors import NodeError
+from fedmq.nodes.errors import NodeError, OwnCodeError
 from fedmq.nodes.messages.actions import AckUpTo, Commit, EndRun, Handled, Start
 from fedmq.nodes.run.digests import model_digest
 from tests.algorithms.fleet import Fleet, changed, make_setup, with_data
@@ -290,6 +291,84 @@ def test_a_checkpoint_that_does_not_fit_is_one_sentence(fault):
     with pytest.raises(NodeError, match=f"checkpoint {message.id} does not fit") as caught:
         resumed(setup, Delivery(1, 1.0, message, dict(enumerate(data))), [])
     assert "\n" not in str(caught.value)
+
+
+def test_an_error_of_the_algorithm_in_a_checkpoint_does_not_end_the_run(monkeypatch):
+    """Its code may be repaired; an end would come from a state that was never restored."""
+    setup = setup_of("stream", checkpoint_s=0.0)
+    fleet = Fleet(setup)
+    fleet.hear(*fleet.work(*fleet.tasks.pop(0)))
+
+    def fails(*_):
+        raise RuntimeError("size mismatch for fc.weight")
+
+    for method in ("load", "new_accumulator"):
+        core = Aggregator(setup, "run", "aggregator")
+        with monkeypatch.context() as patch:
+            patch.setattr(type(setup.algorithm), method, fails)
+            with pytest.raises(
+                OwnCodeError, match=r"algorithm.name: .*size mismatch for fc.weight"
+            ):
+                core.handle(Start(fleet.checkpoint))
+    assert core.handle(Start(fleet.checkpoint))
+    assert core.version == 1
+
+
+def test_an_end_right_after_a_restart_rejects_the_results_that_the_end_before_it_rejected():
+    """A result came during the last commit, and no node is left to evaluate the last version."""
+    setup = setup_of("buffered", algorithm="tests.algorithms.tiny:Beside", versions=1)
+    fleet = Fleet(setup)
+    for _ in range(3):
+        deferred = fleet.hear(*fleet.work(*fleet.tasks.pop(0)))
+    for k in range(4):
+        fleet.leave(f"w{k}")
+    before = len(fleet.actions)
+    fleet.say("tick", {"token": fleet.commits.pop().token})
+    _, post, _, *rest = fleet.actions[before:]
+    assert post.message.kind == "version"
+    assert fleet.codes[deferred] == Code.RUN_OVER
+    unfinished = [each for each in fleet.inbox if each.seq == deferred]
+    _, actions = resumed(setup, handed_over(post), unfinished)
+    assert plain(actions) == plain(rest)
+
+
+def test_a_run_that_ends_during_a_commit_drops_it():
+    setup = setup_of(
+        "buffered",
+        algorithm="tests.algorithms.tiny:Beside",
+        target_accuracy=0.01,
+        evaluate_every=1,
+    )
+    fleet = Fleet(setup)
+    for _ in range(2):
+        fleet.hear(*fleet.work(*fleet.tasks.pop(0)))
+    for message, data in fleet.evaluations:
+        fleet.hear(fleet.score(message, data))
+    assert fleet.finished.endswith("reached the target of 0.01")
+    fleet.say("tick", {"token": fleet.commits.pop().token})
+    assert (fleet.core.version, fleet.core.missing_clients()) == (0, [])
+
+
+def test_a_final_evaluation_that_spans_a_restart_has_one_timer():
+    """The run reached its goal during a commit, whose version is evaluated, too."""
+    setup = setup_of(
+        "buffered", algorithm="tests.algorithms.tiny:Beside", target_accuracy=0.01, evaluate_every=1
+    )
+    fleet = Fleet(setup)
+    for _ in range(4):
+        fleet.hear(*fleet.work(*fleet.tasks.pop(0)))
+        if fleet.core.version == 0 and fleet.commits:
+            fleet.say("tick", {"token": fleet.commits.pop().token})
+    for message, data in fleet.evaluations[:4]:
+        fleet.hear(fleet.score(message, data))
+    assert "final evaluation" in fleet.ticks
+    before = len(fleet.actions)
+    tick = fleet.say("tick", {"token": fleet.commits.pop().token})
+    actions = fleet.actions[before:]
+    post = next(filter(is_checkpoint, actions))
+    unfinished = [each for each in fleet.inbox if each.seq == tick]
+    _, again = resumed(setup, handed_over(post), unfinished)
+    assert plain(again[:-1]) == plain(actions[actions.index(post) + 2 :])
 
 
 def test_while_a_version_is_being_made_nodes_come_and_go_and_results_wait():
