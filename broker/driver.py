@@ -7,6 +7,7 @@ for space. What differs between a real and a virtual broker is behind `BrokerPor
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -33,6 +34,7 @@ from fedmq.broker.core.state import (
 )
 from fedmq.broker.errors import BrokerFailed, LedgerDamage, LedgerError, NoSpace, NotKept
 from fedmq.broker.ledger.disk import LOCAL_DISK, Disk
+from fedmq.broker.ledger.entries import BlobName
 from fedmq.broker.ledger.writer import Ledger
 from fedmq.broker.settings import BrokerSettings, LedgerSettings
 from fedmq.broker.wire.clock import Clock
@@ -42,6 +44,8 @@ from fedmq.broker.wire.schema import Buffer, Chunk, Deliver
 FULL_RETRY_S = 0.25
 """Time between two attempts to write to a full disk, in seconds."""
 _CHUNKS_WAITING = 64
+_MOST_READS = 5
+"""Requests of an unreadable blob after which the node learns that it is missing."""
 _LOGGED_DAMAGE = 5
 """Most damaged ranges that are logged one by one."""
 
@@ -94,6 +98,7 @@ class BrokerDriver:
         self._held: list[SendTo] | None = None
         """While the disk is full: frames to send once the ledger has been written."""
         self._retry_at = 0.0
+        self._failed_reads: Counter[BlobName] = Counter()
         self._shared = self._shareable_folder() if settings.share_files else ""
         """The ledger's folder as nodes are to open it; "" if files are not shared."""
         self._log_opening()
@@ -242,11 +247,18 @@ class BrokerDriver:
             if self._held is not None:
                 return  # not written yet: the node requests it again
             self._port.log("warning", "cannot read a blob", {"reason": str(error)})
+            if isinstance(frame, Chunk) and self._may_be_readable(send.blobs[0][0]):
+                return  # an error may pass: the node requests it again
             # Without it, the node requests the blob, and gets a chunk without bytes.
             buffers = []
             if isinstance(frame, Deliver):
                 frame = msgspec.structs.replace(frame, inline=())
         self._port.send(send.peer, encode_frame(frame), buffers)
+
+    def _may_be_readable(self, name: BlobName) -> bool:
+        """Return whether a blob that could not be read may be at a later request."""
+        self._failed_reads[name] += 1
+        return self._failed_reads[name] < _MOST_READS and self.ledger.size_of(name) is not None
 
     def _shareable_folder(self) -> str:
         try:

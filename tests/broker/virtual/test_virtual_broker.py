@@ -5,6 +5,7 @@ import random
 import pytest
 from msgspec.structs import replace
 
+from fedmq.broker.ledger import blob_store
 from fedmq.broker.ledger.entries import Accepted, Opened
 from fedmq.broker.ledger.reader import read_entries
 from fedmq.broker.settings import BrokerSettings, LedgerSettings
@@ -15,6 +16,9 @@ from fedmq.broker.virtual.network import VirtualNetwork
 from fedmq.broker.wire.encoding import decode_frame, encode_message
 from fedmq.broker.wire.schema import (
     Ack,
+    Blob,
+    Chunk,
+    ChunkRequest,
     Deliver,
     Heartbeat,
     Hello,
@@ -23,6 +27,7 @@ from fedmq.broker.wire.schema import (
     StorageFull,
     UnknownSession,
     Welcome,
+    digest,
 )
 
 AGG = b"agg#1"
@@ -38,10 +43,11 @@ class Wire(VirtualNetwork):
 
     def __init__(self):
         super().__init__(random.Random(1))  # noqa: S311 - a test's dice
-        self.received = []
+        self.received, self.buffers = [], []
 
     def to_node(self, peer, header, buffers):
         self.received.append(decode_frame(header))
+        self.buffers.append([bytes(each) for each in buffers])
 
     def is_up(self, peer):
         return True
@@ -202,6 +208,32 @@ def test_a_broker_that_cannot_open_its_ledger_tries_again(start, wire, tmp_path)
     wire.run(2.1)
     assert broker.up
     assert sum(isinstance(each, Opened) for each in read_entries(tmp_path)) == 1
+
+
+def test_a_blob_that_cannot_be_read_for_a_while_is_requested_again(start, wire, monkeypatch):
+    monkeypatch.setattr(blob_store, "_RECENT_BYTES", 0)
+    broker, data = start(), bytes(range(200)) * 10
+    message = Message(
+        kind="note", id="a", run="r", sender="agg", to="client/0", blobs=(Blob.of(data),)
+    )
+    broker.receive(AGG, Post(message=encode_message(message), inline=(0,)), [data])
+    request = ChunkRequest(owner="agg", digest=digest(data), start=0, size=len(data))
+    wire.run(1.0)
+    broker.disk.rates = {Fault.READ_ERROR: 1.0}
+    for _ in range(4):
+        broker.receive(AGG, request, ())
+        wire.run(0.1)
+    assert not wire.take(Chunk)
+    broker.disk.rates = {}
+    broker.receive(AGG, request, ())
+    wire.run(0.1)
+    assert wire.take(Chunk)
+    assert wire.buffers[-1] == [data]
+    broker.disk.rates = {Fault.READ_ERROR: 1.0}
+    broker.receive(AGG, request, ())
+    wire.run(0.1)
+    assert wire.take(Chunk), "it is missing after five errors"
+    assert wire.buffers[-1] == []
 
 
 def test_a_paused_broker_handles_what_has_arrived_when_it_continues(start, wire, tmp_path):
