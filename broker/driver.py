@@ -32,7 +32,7 @@ from fedmq.broker.core.state import (
     TimerFired,
     Unpin,
 )
-from fedmq.broker.errors import BrokerFailed, LedgerDamage, LedgerError, NoSpace, NotKept
+from fedmq.broker.errors import BrokerFailed, LedgerError, NoSpace
 from fedmq.broker.ledger.disk import LOCAL_DISK, Disk
 from fedmq.broker.ledger.entries import BlobName
 from fedmq.broker.ledger.writer import Ledger
@@ -243,7 +243,7 @@ class BrokerDriver:
             return  # more than a node of ours requests at a time; it requests lost ones again
         try:
             buffers = [self.ledger.payload.read(*blob) for blob in send.blobs]
-        except (LedgerDamage, NotKept) as error:
+        except LedgerError as error:
             if self._held is not None:
                 return  # not written yet: the node requests it again
             self._port.log("warning", "cannot read a blob", {"reason": str(error)})
@@ -253,6 +253,9 @@ class BrokerDriver:
             buffers = []
             if isinstance(frame, Deliver):
                 frame = msgspec.structs.replace(frame, inline=())
+        else:
+            if self._failed_reads and send.blobs:
+                self._failed_reads.pop(send.blobs[0][0], None)
         self._port.send(send.peer, encode_frame(frame), buffers)
 
     def _may_be_readable(self, name: BlobName) -> bool:

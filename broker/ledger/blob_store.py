@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import xxhash
 
-from fedmq.broker.errors import LedgerDamage, LedgerError, NotKept, io_error
+from fedmq.broker.errors import LedgerDamage, LedgerError, io_error
 from fedmq.broker.ledger.disk import LOCAL_DISK, Disk
 from fedmq.broker.ledger.entries import (
     PAYLOAD,
@@ -235,15 +235,14 @@ class BlobStore:
 
         Raises:
             LedgerDamage: a chunk is damaged.
-            NotKept: these bytes are not in the ledger.
-            LedgerError: the segment cannot be read.
+            LedgerError: these bytes are not in the ledger, or cannot be read.
         """
         recent = self._recent.get((name, start))
         if recent is not None and size == memoryview(recent).nbytes:
             return recent
         stored = self._blobs.get(name)
         if stored is None or start + size > stored.end:
-            raise NotKept(f"blob {name.digest.hex()} of {name.owner} is not in the ledger")
+            raise LedgerError(f"blob {name.digest.hex()} of {name.owner} is not in the ledger")
         parts = []
         first = start
         index = bisect.bisect_right(stored.chunks, start, key=_start_of) - 1

@@ -1,8 +1,8 @@
 """What of a ledger is known to be on the device, under durability `power`.
 
-After each sync, the broker notes the ends of both families' last segments in a small file. The note
-itself is not synced again: an older one is true as well. When a ledger is opened, the note answers
-two questions.
+After each sync, the broker notes the ends of both families' last segments in a small file, over the
+older of the two notes there. The note itself is not synced again: an older one is true as well.
+When a ledger is opened, the note answers two questions.
 
 - What may an earlier broker not have synced? That is written again before it counts. To sync it
   would not be enough: the kernel reports a failed write once, then the page counts as written, and
@@ -30,9 +30,12 @@ from fedmq.broker.ledger.segment_writer import sync_folder
 SYNC_POINT_FILE = "synced"
 
 _FORMAT = re.compile(rb"([0-9]{20}) ([0-9]{20}) ([0-9]{20}) ([0-9]{20}) ([0-9a-f]{16})\n")
+_NOTE_BYTES = 101
+_NOTES = 2
+"""Notes in the file, written in turn: if writing one fails half-way, the other is whole."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, order=True)
 class SyncPoint:
     """Up to where both families are on the device: their last segments, and bytes in them."""
 
@@ -60,14 +63,15 @@ class SyncPoint:
 
 
 def read_sync_point(folder: Path, disk: Disk) -> SyncPoint | None:
-    """Return a folder's sync point; None if there is no note, or not a whole one."""
+    """Return the newest whole note of a folder; None if there is none."""
+    points = []
     for _ in range(READ_ATTEMPTS):
         with contextlib.suppress(OSError), disk.reader(folder / SYNC_POINT_FILE) as file:
-            if match := _FORMAT.fullmatch(file.read()):
+            for match in _FORMAT.finditer(file.read()):
                 point = SyncPoint(*(int(each) for each in match.groups()[:4]))
                 if point.encode() == match[0]:
-                    return point
-    return None
+                    points.append(point)
+    return max(points, default=None)
 
 
 def remove_sync_point(folder: Path, disk: Disk) -> None:
@@ -83,7 +87,7 @@ def remove_sync_point(folder: Path, disk: Disk) -> None:
 
 
 class SyncPointFile:
-    """The note of what is on the device. That it cannot be written does no harm.
+    """The two notes of what is on the device. That none can be written does no harm.
 
     Args:
         folder: of the ledger.
@@ -92,15 +96,16 @@ class SyncPointFile:
 
     def __init__(self, folder: Path, disk: Disk) -> None:
         self._disk = disk
-        self._fd = -1
+        self._fd = self._next = -1
         with contextlib.suppress(OSError):
             self._fd = disk.open(folder / SYNC_POINT_FILE, UPDATE)
 
     def write(self, point: SyncPoint) -> None:
         """Note that all up to this point is on the device."""
         if self._fd >= 0:
+            self._next = (self._next + 1) % _NOTES
             with contextlib.suppress(OSError):
-                self._disk.pwrite(self._fd, point.encode(), 0)
+                _write(self._disk, self._fd, point.encode(), self._next * _NOTE_BYTES)
 
     def sync(self) -> None:
         """Wait until the note is on the device."""

@@ -147,7 +147,7 @@ class VirtualDisk:
         self._planned: set[tuple[Fault, int]] = set()
         self._dead = False
         self._has_flipped = False
-        """Whether the last read had a flipped bit; then the next one has none: they are transient."""
+        """Whether the last read had a flipped bit: the next one has none, as they are transient."""
         self._names: dict[Path, list[_File | None]] = {}
         """For each path, its files since the last sync of its folder: first the one on the device,
         last the present one."""

@@ -3,6 +3,7 @@
 `PLANTED` has the promises of docs/guarantees.md, the checkers of each, and the planted faults.
 """
 
+import contextlib
 import traceback
 from collections import deque
 from unittest import mock
@@ -22,11 +23,13 @@ from fedmq.broker.errors import LedgerError
 from fedmq.broker.ledger import blob_store, writer
 from fedmq.broker.ledger.entries import Consumed
 from fedmq.broker.ledger.segment_writer import Segment
+from fedmq.broker.link import core as link_core
 from fedmq.broker.link.core import Link
 from fedmq.broker.settings import BrokerSettings
 from fedmq.broker.virtual.disk import Fault
 from fedmq.broker.virtual.network import Faults
 from fedmq.broker.wire.addresses import addresses
+from fedmq.broker.wire.chunked_transfer import Fetcher
 from fedmq.broker.wire.clock import Clock
 from fedmq.nodes.aggregator.driver import AggregatorDriver
 from fedmq.nodes.simulation.virtual_run import Chances
@@ -200,6 +203,17 @@ def verifies_no_checksum():
     return patch(blob_store, "read_record", read_record)
 
 
+def verifies_no_digest():
+    stack = contextlib.ExitStack()
+    complete = Fetcher.check_complete
+    stack.enter_context(verifies_no_checksum())
+    stack.enter_context(patch(link_core, "check_inline", lambda *_: None))
+    stack.enter_context(
+        patch(Fetcher, "check_complete", lambda *each: None if complete(*each) is None else True)
+    )
+    return stack
+
+
 def keeps_addresses_of_those_who_left():
     def host(_, node, *__):
         node.run.hosts |= dict.fromkeys(addresses(node.hello), node.name)
@@ -208,6 +222,7 @@ def keeps_addresses_of_those_who_left():
 
 
 SYNC_ERRORS = plan(power=0.4, disk={Fault.SYNC_ERROR: 0.05})
+FLIPS = plan(schedule=1, crash=0.4, train_s=3.0, disk={Fault.FLIPPED_BIT: 0.5})
 ABSENCES = plan(schedule=1, partition=0.3, train_s=3.0)
 DEADLINES = plan(schedule=1, crash=0.3, train_s=3.0)
 
@@ -244,7 +259,7 @@ PLANTED = {
         "check_time": [(trusts_the_clock, plan(crash=0.3, jump=0.3))],
     },
     "Reads": {
-        "check_blob_reads": [(verifies_no_checksum, plan(schedule=1, crash=0.4, train_s=3.0, disk={Fault.FLIPPED_BIT: 0.5}))],
+        "check_blob_reads": [(verifies_no_digest, FLIPS)],
         "check_reads": [(verifies_no_checksum, plan(sizes=SMALL))],
     },
     "States": {"validate_state": [(keeps_addresses_of_those_who_left, ABSENCES)]},

@@ -16,7 +16,12 @@ from fedmq.broker.ledger.manifest import Manifest
 from fedmq.broker.ledger.reader import read_entries
 from fedmq.broker.ledger.records import MAGIC, scan
 from fedmq.broker.ledger.segment_writer import Segment, sync_folder
-from fedmq.broker.ledger.sync_point import SYNC_POINT_FILE, read_sync_point
+from fedmq.broker.ledger.sync_point import (
+    SYNC_POINT_FILE,
+    SyncPoint,
+    SyncPointFile,
+    read_sync_point,
+)
 from fedmq.broker.ledger.writer import Ledger
 from fedmq.broker.virtual.disk import Crash, Fault, VirtualDisk
 from tests.broker.ledger.failing_disk import Script, dice, small_segments, survive
@@ -316,7 +321,16 @@ def test_a_sync_point_that_cannot_be_written_or_read_does_no_harm(tmp_path, disk
     path = tmp_path / SYNC_POINT_FILE
     point = read_sync_point(tmp_path, disk)
     assert point.messages_bytes == segment_path(tmp_path, MESSAGES, 0).stat().st_size
-    path.write_bytes(path.read_bytes()[:-3] + b"zz\n")
+    newest = path.read_bytes().index(point.encode())
+    for fault in (Fault.WRITE_ERROR, Fault.NO_SPACE):  # a note is torn, the other one is older
+        disk.rates = {fault: 1.0}
+        file = SyncPointFile(tmp_path, disk)
+        file._next = 0 if newest else -1
+        file.write(SyncPoint(9, 9, 9, 9))
+        file.close()
+        assert read_sync_point(tmp_path, disk) < point
+    disk.rates = {}
+    path.write_bytes(b"no note")
     assert read_sync_point(tmp_path, disk) is None
     path.unlink()
     path.mkdir()  # it cannot be opened
