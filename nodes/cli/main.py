@@ -205,9 +205,11 @@ def broker(
     once: bool,  # noqa: FBT001 - click's
 ) -> None:
     """Run the broker; it resumes from the ledger in its folder."""
+    from fedmq.broker.ledger.reader import read_entries
     from fedmq.broker.router import BrokerServer
+    from fedmq.nodes.history.run import runs_of
     from fedmq.nodes.run.config import build, setting_value
-    from fedmq.nodes.run_folder.folder import LEDGER, begun_at, recorded_runs, state_of
+    from fedmq.nodes.run_folder.folder import LEDGER, begun_at, state_of
     from fedmq.nodes.run_folder.summary_file import SUMMARY_FILE, remove_summary, write_summary
 
     streams.go_on_without_output()
@@ -225,7 +227,7 @@ def broker(
             table.ledger_settings(), redeliver_dead_letters=redeliver_dead_letters
         )
         server = BrokerServer(bind, folder / LEDGER, table.settings(), ledger_settings)
-        found = state_of(recorded_runs(folder / LEDGER), once=once)
+        found = state_of(runs_of(read_entries(folder / LEDGER)).values(), once=once)
         where = f"listening on {server.endpoint}, ledger in {folder / LEDGER}"
         click.echo(f"{where}; {found}", err=True)
         if once:

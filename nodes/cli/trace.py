@@ -75,7 +75,7 @@ def ls(
     the number of training examples. On a terminal, long lines wrap.
     """
     from fedmq.nodes.trace.listing import Columns, Filter, parse_versions, rows
-    from fedmq.nodes.trace.outcomes import MessageOutcomes
+    from fedmq.nodes.trace.overview import Overview
 
     with _exit_2_on_error():
         times = (-float("inf") if start is None else start, float("inf") if end is None else end)
@@ -91,13 +91,13 @@ def ls(
             everything=everything,
         )
         opened = _open(folder, run_id)
-        message_outcomes = MessageOutcomes(opened)
-        wanted.check(opened, message_outcomes)
-        columns = Columns.of(message_outcomes)
+        overview = Overview(opened)
+        wanted.check(opened, overview)
+        columns = Columns.of(overview)
         width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
         if width is not None:
             click.secho("\n".join(columns.head(width)), dim=True)
-        found = (row for row in rows(opened, message_outcomes) if wanted.takes(row))
+        found = (row for row in rows(opened, overview) if wanted.takes(row))
         if not _print(line for row in found for line in row.lines(columns, width)):
             click.echo("fedmq: no entries match", err=True)
         _end(opened)
@@ -177,7 +177,7 @@ def diff(a: Path, b: Path, run_ids: tuple[str, ...]) -> None:
 def export(folder: Path, run_id: str, perfetto: str | None, as_json: str | None) -> None:
     """Write the trace to FILE (- for stdout) for other programs."""
     from fedmq.nodes.trace.export import json_lines
-    from fedmq.nodes.trace.outcomes import MessageOutcomes
+    from fedmq.nodes.trace.overview import Overview
     from fedmq.nodes.trace.timeline import timeline
 
     with _exit_2_on_error():
@@ -185,9 +185,7 @@ def export(folder: Path, run_id: str, perfetto: str | None, as_json: str | None)
         if target is None or (perfetto and as_json):
             raise NodeError("expected either --perfetto FILE or --json FILE")
         opened = _open(folder, run_id)
-        texts = (
-            json_lines(opened) if perfetto is None else timeline(opened, MessageOutcomes(opened))
-        )
+        texts = json_lines(opened) if perfetto is None else timeline(opened, Overview(opened))
         try:
             with click.open_file(target, "w", encoding="utf-8") as file:
                 file.writelines(texts)

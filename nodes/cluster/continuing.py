@@ -19,17 +19,18 @@ from rich.console import Console
 from fedmq.broker.core.state import Continuation
 from fedmq.nodes.cluster.view import closing_table
 from fedmq.nodes.errors import ConfigError
+from fedmq.nodes.history.run import RunHistory
 from fedmq.nodes.run.config import NONE, Config, changed, load, parse
 from fedmq.nodes.run.config_difference import Differences, differences, shown
 from fedmq.nodes.run.goal import Goal
 from fedmq.nodes.run_folder.folder import (
     Contents,
-    Recorded,
     held,
     is_record,
     look_into,
     usable_config,
 )
+from fedmq.nodes.run_folder.summary import summary_of
 from fedmq.nodes.run_folder.summary_file import SUMMARY_FILE, write_summary
 
 RUNS = Path("runs")
@@ -69,7 +70,7 @@ class Asked:
     contents: Contents | None
 
     @property
-    def recorded(self) -> Recorded | None:
+    def recorded(self) -> RunHistory | None:
         """Return the run in the folder's ledger; None if it has not started."""
         return self.contents.run if self.contents is not None else None
 
@@ -150,19 +151,19 @@ def continuation(asked: Asked) -> Continuation | None:
     from fedmq.nodes.aggregator.computed import Computed
     from fedmq.nodes.run.setup import completed
 
-    contents, run = asked.contents, asked.recorded
-    if contents is None or run is None or contents.fold is None:
+    run = asked.recorded
+    if run is None:
         raise ValueError("expected a run that has started")
     before, now = parse(run.config), asked.config
     _check_same(asked, _differences(before, now, only=_NAMED))
     before, now = completed(before, now.allowed), completed(now)
     found = _differences(before, now)
     _check_same(asked, found)
-    goal, best = Goal.of(now.run), contents.fold.best_accuracy
+    goal, best = Goal.of(now.run), run.best_accuracy
     changed_goal = any(_kind(key) == "goal" for key in found)
     if changed_goal and goal.versions < run.version:
         raise ConfigError(
-            f"run.versions: expected at least {run.version}, which run {run.id} in {asked.folder} "
+            f"run.versions: expected at least {run.version}, which run {run.run} in {asked.folder} "
             f"already has, got {goal.versions}"
         )
     if run.ended is not None:
@@ -170,16 +171,16 @@ def continuation(asked: Asked) -> Continuation | None:
         if changed_goal and met:
             raise ConfigError(
                 f"run.target_accuracy: expected more than {best:.4f}, the best accuracy of run "
-                f"{run.id} in {asked.folder}, or {NONE}, got {goal.target_accuracy:g}"
+                f"{run.run} in {asked.folder}, or {NONE}, got {goal.target_accuracy:g}"
             )
         if met or goal.after(run.version):
             return None
     if run.arithmetic is not None:
-        Computed().check(run.arithmetic, run.id)
+        Computed().check(run.arithmetic, run.run)
     _check_code(asked)
     # The command asks for the run again: an end before the goal no longer counts.
     further = changed_goal or run.ended is not None
-    return Continuation(run.id, now.to_toml(), further=further)
+    return Continuation(run.run, now.to_toml(), further=further)
 
 
 def about(asked: Asked, resumed: Continuation) -> str:
@@ -195,9 +196,9 @@ def show_ended(asked: Asked, console: Console) -> None:
     Raises:
         LedgerError: the ledger is damaged.
     """
-    if asked.contents is None or asked.contents.fold is None:
+    if asked.recorded is None:
         return
-    summary = asked.contents.fold.summary()
+    summary = summary_of(asked.recorded)
     if not (asked.folder / SUMMARY_FILE).exists():  # its supervisor was killed first
         summary = write_summary(asked.folder, asked.begun)
     console.print(closing_table(summary), soft_wrap=True)
@@ -229,7 +230,7 @@ def _check_same(asked: Asked, found: Differences) -> None:
     named = [f"{key} expected {shown(old)}, got {shown(new)}" for key, (old, new) in wrong.items()]
     more = f"; and {len(named) - _SHOWN} more" if len(named) > _SHOWN else ""
     raise ConfigError(
-        f"run {asked.recorded.id} in {asked.folder} has another configuration: "
+        f"run {asked.recorded.run} in {asked.folder} has another configuration: "
         f"{'; '.join(named[:_SHOWN])}{more}. Use the same values, or another folder with --run"
     )
 

@@ -36,11 +36,12 @@ from fedmq.nodes.cluster.console import SupervisorConsole
 from fedmq.nodes.cluster.forking import end_forkserver, kill_forkserver
 from fedmq.nodes.cluster.view import LiveView, closing_table
 from fedmq.nodes.errors import ConfigError, NodeError
+from fedmq.nodes.history.run import RunHistory
 from fedmq.nodes.process.signals import ENOUGH, INTERRUPTED, Stopped, blocked, this_process
 from fedmq.nodes.process.terminal import plain
 from fedmq.nodes.run.config import Config
 from fedmq.nodes.run_folder.folder import SUPERVISOR_LOG, write_config
-from fedmq.nodes.run_folder.summary import RunFold
+from fedmq.nodes.run_folder.summary import summary_of
 from fedmq.nodes.run_folder.summary_file import remove_summary, save_summary
 
 _START_S = 30.0
@@ -138,7 +139,7 @@ class Cluster:
         self._console = console
         self._resume_with = resume_with or resume_command(folder)
         self._children: dict[str, _Child] = {}
-        self._fold = RunFold(started_at)
+        self._history = RunHistory(started_at)
         self._ledger = LedgerTail(folder / "ledger")
         self._output = SupervisorConsole(console, folder / SUPERVISOR_LOG)
         self._say = self._output.say
@@ -238,7 +239,7 @@ class Cluster:
 
     def _watch(self) -> int:
         """Follow the ledger until the run is over; return the exit code."""
-        fold, config = self._fold, self._config
+        history, config = self._history, self._config
         title = (
             f"fedmq {config.run.id}: {config.algorithm['name']}, {config.schedule['name']}, "
             f"{config.problem['name']}, {self._clients} clients on "
@@ -247,31 +248,35 @@ class Cluster:
         with LiveView(self._console, title, self._say) as view:
             while True:
                 this_process.check()
-                fold.feed(self._ledger.poll())
-                view.show(fold)
+                self._catch_up()
+                view.show(history)
                 for child in self._children.values():
                     for report in child.reports():
                         self._print_note(child, report)
-                if fold.ended is None:
+                if history.ended is None:
                     self._restart()
                 living = [each for each in self._children.values() if each.process.exitcode is None]
                 ended = [each for each in self._children.values() if each not in living]
-                if fold.ended is None:
+                if history.ended is None:
                     ended = [each for each in ended if not each.may_restart(time.monotonic())]
                 # A process that ended after the ledger was read may have ended with the run.
                 gone = [each for each in ended if each.gone]
                 failed = [each for each in gone if each.process.exitcode]
-                if fold.ended is None and self._is_fatal(gone, failed):
+                if history.ended is None and self._is_fatal(gone, failed):
                     this_process.check()  # a signal to the process group ends the nodes, too
                     for child in failed or gone:
                         self._say(f"fedmq: {child.name}: {child.why_ended()}")
                     return 2 if any(each.process.exitcode == 2 for each in failed) else 1
                 self._announce_gone(ended)
-                if fold.ended is not None and all(each.name == "broker" for each in living):
-                    if fold.failed:
-                        self._say(f"fedmq: the run failed: {plain(fold.ended, _LONGEST)}")
-                    return 1 if fold.failed else 0
+                if history.ended is not None and all(each.name == "broker" for each in living):
+                    if history.failed:
+                        self._say(f"fedmq: the run failed: {plain(history.ended, _LONGEST)}")
+                    return 1 if history.failed else 0
                 wait([each.process.sentinel for each in living], _REFRESH_S)
+
+    def _catch_up(self) -> None:
+        for entry in self._ledger.poll():
+            self._history.feed(entry)
 
     def _print_note(self, child: _Child, report: ChildReport) -> None:
         if report.kind is ReportKind.NOTE:
@@ -294,7 +299,7 @@ class Cluster:
 
     def _announce_gone(self, ended: list[_Child]) -> None:
         """Print once which nodes have ended for good before the run did."""
-        over = self._fold.ended is not None
+        over = self._history.ended is not None
         for child in ended:
             if not child.announced and (child.process.exitcode if over else child.gone):
                 child.announced, effect = True, "" if over else "; going on without it"
@@ -341,16 +346,16 @@ class Cluster:
         """Write the summary, then print it; return the exit code."""
         begun = (self._folder / "ledger").is_dir()
         if begun:
-            self._fold.feed(self._ledger.poll())
-        stopped = code == INTERRUPTED and self._fold.ended is None
-        if begun and (stopped or self._fold.now is not None):
+            self._catch_up()
+        stopped = code == INTERRUPTED and self._history.ended is None
+        if begun and (stopped or self._history.now is not None):
             code = self._write_summary(code)
         if stopped:
             self._say(f"resume with: {self._resume_with}")
         return code
 
     def _write_summary(self, code: int) -> int:
-        summary = self._fold.summary()
+        summary = summary_of(self._history)
         try:
             save_summary(self._folder, summary)
         except NodeError as error:

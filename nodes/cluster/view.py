@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,9 +16,12 @@ from rich.table import Table
 from rich.text import Text
 
 from fedmq.broker.rejections import Code
+from fedmq.nodes.history.facts import Task
+from fedmq.nodes.history.outcomes import NO_ANSWER, UNUSED, LastFailure
+from fedmq.nodes.history.run import RunHistory
+from fedmq.nodes.history.tracker import NodeState
 from fedmq.nodes.process.terminal import clients_in_words, fitted, plain, plural
-from fedmq.nodes.run_folder.outcomes import NO_ANSWER, UNUSED, LastFailure
-from fedmq.nodes.run_folder.summary import NodeState, RunFold
+from fedmq.nodes.run.config import parse
 
 _PLAIN_EVERY_S = 5.0
 _SAME_EVERY_S = 60.0
@@ -75,29 +79,29 @@ class LiveView:
     def __exit__(self, *exc: object) -> None:
         self._stop_live()
 
-    def show(self, fold: RunFold) -> None:
+    def show(self, history: RunHistory) -> None:
         """Update the view."""
         now = time.monotonic()
-        if fold.now != self._last_entry:
-            self._last_entry, self._changed_at = fold.now, now
+        if history.now != self._last_entry:
+            self._last_entry, self._changed_at = history.now, now
         waits = now - self._changed_at >= _QUIET_S
         try:
             if self._live:
                 if now - self._drawn_at >= _LIVE_EVERY_S:
-                    self._live.update(render(fold, self._bars(), waits=waits), refresh=True)
+                    self._live.update(render(history, self._bars(), waits=waits), refresh=True)
                     self._drawn_at = now
             elif self._lines:
-                self._show_line(fold, now, waits=waits)
+                self._show_line(history, now, waits=waits)
         except Exception as error:  # noqa: BLE001 - no error in the view ends a run
             self._simplify(error)
 
-    def _show_line(self, fold: RunFold, now: float, *, waits: bool) -> None:
-        since, state = now - self._shown_at, (fold.now, waits)
+    def _show_line(self, history: RunHistory, now: float, *, waits: bool) -> None:
+        since, state = now - self._shown_at, (history.now, waits)
         due = since >= (_PLAIN_EVERY_S if state != self._shown else _SAME_EVERY_S)
-        if due or len(fold.curve) > self._points:
-            self._points, self._shown_at, self._shown = len(fold.curve), now, state
+        if due or len(history.curve) > self._points:
+            self._points, self._shown_at, self._shown = len(history.curve), now, state
             self._console.print(
-                line(fold, waits=waits), highlight=False, soft_wrap=True, markup=False
+                line(history, waits=waits), highlight=False, soft_wrap=True, markup=False
             )
 
     def _bars(self) -> str:
@@ -119,30 +123,33 @@ class LiveView:
                 live.stop()
 
 
-def render(fold: RunFold, bars: str = _BARS, *, waits: bool = False) -> RenderableType:
+def render(history: RunHistory, bars: str = _BARS, *, waits: bool = False) -> RenderableType:
     """Return the live view of a run.
 
     Args:
-        fold: of the run.
+        history: of the run.
         bars: characters for accuracies from low to high.
         waits: whether the ledger has not grown for a while.
     """
     head = Table.grid(padding=(0, 2))
-    head.add_row(*(Text(name, style="dim") for name in _figures(fold)))
-    head.add_row(*(Text(value, style="bold") for value in _figures(fold).values()))
+    head.add_row(*(Text(name, style="dim") for name in _figures(history)))
+    head.add_row(*(Text(value, style="bold") for value in _figures(history).values()))
     nodes = Table(box=None, padding=(0, 3, 0, 0), header_style="dim")
     for column in ("node", "state", "done", "failed"):
         nodes.add_column(column, justify="right" if column in ("done", "failed") else "left")
-    for name, node in sorted(fold.nodes.items()):
-        nodes.add_row(name, _state(node), str(node.tasks or ""), str(node.drops or ""))
-    found = _warnings(fold, waits=waits)
+    at_work = history.at_work
+    for name, node in sorted(history.nodes.items()):
+        nodes.add_row(
+            name, _state(node, at_work.get(name, [])), str(node.tasks or ""), str(node.drops or "")
+        )
+    found = _warnings(history, waits=waits)
     warnings = [Text(f"{name} {value}", style="red") for name, value in found.items()]
-    return Group(head, *warnings, Text(_sparkline(fold, bars), style="green"), nodes)
+    return Group(head, *warnings, Text(_sparkline(history, bars), style="green"), nodes)
 
 
-def line(fold: RunFold, *, waits: bool = False) -> str:
+def line(history: RunHistory, *, waits: bool = False) -> str:
     """Return one line on a run's state; ``waits``: the ledger has not grown for a while."""
-    figures = {**_figures(fold), **_warnings(fold, waits=waits)}
+    figures = {**_figures(history), **_warnings(history, waits=waits)}
     return "  ".join(f"{name} {value}" for name, value in figures.items())
 
 
@@ -212,7 +219,7 @@ def _problems(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
         rows.append(("evaluations", f"{results['failed_evaluations']} failed"))
     last = summary["last_failure"]
     if last is not None and rows:
-        rows.append(("last failure", plain(LastFailure(**last), _REASON)))
+        rows.append(("last failure", plain(_failure(LastFailure(**last)), _REASON)))
     if results["unaccepted"]:
         messages = plural(results["unaccepted"], "message")
         rows.append(("not accepted", f"{messages}, rejected by the broker: see the logs"))
@@ -259,31 +266,33 @@ def _by_code(counts: Mapping[str, int]) -> str:
     return ", ".join(f"{plain(code) or 'unknown'} {number}" for code, number in counts.items())
 
 
-def _figures(fold: RunFold) -> dict[str, str]:
+def _figures(history: RunHistory) -> dict[str, str]:
     """Return the figures of a run; "-" where a value is unknown."""
-    begun, newest = bool(fold.run), fold.newest
-    accuracy = _percent(fold.accuracy)
-    if newest is not None and fold.accuracy is not None and newest.version != fold.version:
-        accuracy += f" (v{newest.version})"  # not of the version that the view shows
-    cohort = fold.outcomes.cohorts.last
+    begun, newest = history.begun, history.newest
+    accuracy = _percent(history.accuracy)
+    if newest is not None and newest.accuracy is not None:
+        of = [f"v{newest.version}"] if newest.version != history.version else []
+        of += [f"{len(newest.clients)} of {newest.asked} clients"] if newest.is_partial else []
+        accuracy += f" ({', '.join(of)})" if of else ""
+    cohort = history.outcomes.cohorts.last
     figures = {
-        "time": f"{fold.wall_s:5.1f} s" if fold.now is not None else "-",
-        "version": f"{fold.version}" if begun else "-",
+        "time": f"{history.wall_s:5.1f} s" if history.now is not None else "-",
+        "version": f"{history.version}" if begun else "-",
         "accuracy": accuracy,
-        "used": f"{fold.outcomes.used}",
-        "stale": f"{fold.outcomes.stale}",
+        "used": f"{history.outcomes.used}",
+        "stale": f"{history.outcomes.stale}",
     }
-    if begun and fold.config["schedule"]["name"] == "rounds":
+    if begun and _schedule(history.config) == "rounds":
         figures["cohort"] = "-" if cohort is None else f"{cohort[0]} of {cohort[1]}"
     else:
-        known = fold.mean_staleness
+        known = history.mean_staleness
         figures["staleness"] = "-" if known is None else f"{known:.1f}"
-    return {**figures, "down": _size(fold.payload_down), "up": _size(fold.payload_up)}
+    return {**figures, "down": _size(history.payload_down), "up": _size(history.payload_up)}
 
 
-def _warnings(fold: RunFold, *, waits: bool) -> dict[str, str]:
+def _warnings(history: RunHistory, *, waits: bool) -> dict[str, str]:
     """Return failures, rejections and the clients that the run waits for."""
-    outcomes = fold.outcomes
+    outcomes = history.outcomes
     counts = {
         "rejected": outcomes.refused,
         "failed": outcomes.failed.total(),
@@ -291,28 +300,38 @@ def _warnings(fold: RunFold, *, waits: bool) -> dict[str, str]:
     }
     found = {name: str(number) for name, number in counts.items() if number}
     if found and outcomes.last is not None:
-        found["last failure:"] = plain(outcomes.last, _REASON)
-    if fold.disagreeing:
-        found["different first model on"] = ", ".join(fold.disagreeing)
-    if waits and (missing := fold.missing_clients):
+        found["last failure:"] = plain(_failure(outcomes.last), _REASON)
+    if history.disagreeing:
+        found["different first model on"] = ", ".join(history.disagreeing)
+    if waits and (missing := history.missing_clients):
         found["waiting for"] = clients_in_words(missing)
-    elif waits and (working := fold.working_clients):
+    elif waits and (working := history.working_clients):
         found["waiting for"] = f"results of {clients_in_words(working)}"
     return found
 
 
-def _state(node: NodeState) -> Text:
+def _failure(last: LastFailure) -> str:
+    of = "" if last.client is None else f" of client {last.client}"
+    place = f" ({last.where})" if last.where else ""
+    return f"{last.what}{of}: {last.reason}{place}"
+
+
+@functools.lru_cache(maxsize=1)
+def _schedule(config: str) -> object:
+    return parse(config).schedule["name"]
+
+
+def _state(node: NodeState, tasks: Sequence[Task]) -> Text:
     if not node.here:
         return Text("left", style="red")
-    if not node.doing:
+    if not tasks:
         return Text("ready", style="dim")
-    doing = list(node.doing.values())
-    more = f" and {len(doing) - 1} waiting" if len(doing) > 1 else ""
-    return Text(f"{doing[0]}{more}", style="cyan")
+    more = f" and {len(tasks) - 1} waiting" if len(tasks) > 1 else ""
+    return Text(f"{tasks[0].to}{more}", style="cyan")
 
 
-def _sparkline(fold: RunFold, bars: str) -> str:
-    known = (point.accuracy for point in fold.curve if point.accuracy is not None)
+def _sparkline(history: RunHistory, bars: str) -> str:
+    known = (point.accuracy for point in history.curve if point.accuracy is not None)
     values = [value for value in known if math.isfinite(value)][-60:]
     return "".join(bars[max(0, min(7, int(value * 8)))] for value in values)
 

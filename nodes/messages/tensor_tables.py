@@ -9,7 +9,7 @@ has ``table: true``. A message that fits has no such blob.
 from __future__ import annotations
 
 import reprlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -63,6 +63,23 @@ def fitted(message: Message, data: Sequence[Buffer]) -> tuple[Message, tuple[Buf
 def has_table(group: Mapping[str, Any]) -> bool:
     """Return whether the first of a group's blobs is its table."""
     return group.get("table") is True
+
+
+def group_blobs(message: Message) -> Iterator[tuple[str, str, tuple[Blob, ...]]]:
+    """Yield name, codec and blobs, with its table, of each group of a message.
+
+    Invalid groups are left out.
+    """
+    first = 0
+    groups = message.body.get("groups")
+    for group in groups if isinstance(groups, list) else ():
+        if isinstance(group, dict):  # a mapping pattern takes four times as long
+            name, codec, buffers = group.get("name"), group.get("codec"), group.get("buffers")
+            if not (isinstance(name, str) and isinstance(codec, str) and isinstance(buffers, int)):
+                continue
+            end = first + max(0, buffers) + has_table(group)
+            yield name, codec, message.blobs[first:end]
+            first = end
 
 
 def read_meta(

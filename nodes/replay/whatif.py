@@ -7,16 +7,19 @@ its task was sent.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from fedmq.algorithms.allowed import NOTHING, Allowed
 from fedmq.algorithms.base import OpaqueState, Task
+from fedmq.broker.errors import LedgerError
 from fedmq.broker.inspection.trace import Trace
 from fedmq.broker.link.events import Delivery, PostMessage
 from fedmq.broker.rejections import Code
 from fedmq.nodes.aggregator.version import Outcome, VersionBuffer, room_for
 from fedmq.nodes.errors import ConfigError
+from fedmq.nodes.history.tracker import TaskTracker
 from fedmq.nodes.messages.actions import Handled, Start
 from fedmq.nodes.replay.fold import Replay, ReplayStep, recorded_setup
 from fedmq.nodes.run.config import Config, changed
@@ -36,7 +39,7 @@ _REASONS = {
 }
 
 
-@dataclass
+@dataclass(frozen=True)
 class ComparedPoint:
     """Metrics of both models at an evaluation of the recorded run.
 
@@ -52,6 +55,21 @@ class ComparedPoint:
     versions: tuple[int, int]
     recorded: dict[str, float] | None
     other: dict[str, float]
+
+
+def _scores(trace: Trace) -> dict[str, dict[str, float]]:
+    """Return the metrics of each evaluation that has a score, by the evaluation's id."""
+    found: dict[str, dict[str, float]] = {}
+    tracker = TaskTracker()
+    with contextlib.suppress(LedgerError):  # the replay raises it later
+        for entry in trace.entries():
+            facts = tracker.feed(entry)
+            message = facts.message
+            if message is not None and facts.is_answer and message.re is not None:
+                metrics = message.body.get("metrics")
+                if message.kind == "score" and isinstance(metrics, dict):
+                    found.setdefault(message.re, metrics)
+    return found
 
 
 def changed_setup(trace: Trace, settings: Sequence[str], allowed: Allowed = NOTHING) -> Setup:
@@ -128,7 +146,7 @@ class WhatIf:
             Diverged: the recorded run does not replay.
             LedgerError: the trace is damaged.
         """
-        open_points: dict[str, ComparedPoint] = {}
+        scores = _scores(self._replay.trace)
         began: float | None = None
         version = used = 0
         finishing = False
@@ -139,8 +157,6 @@ class WhatIf:
                 self._begin_version(core.state, 0)  # version 0 from the record
             if isinstance(event, Delivery):
                 began = event.at if began is None else began
-                if event.message.kind == "score":
-                    self._score(event, open_points)
             if not finishing:  # results after the last version count in neither
                 self._count(step, committed=core.version > version)
                 used = core.state_snapshot()["counts"].used
@@ -153,27 +169,13 @@ class WhatIf:
                     current = self._current
                     task = Task(current.version, self._algorithm.evaluation_task(current.state))
                     metrics = self._algorithm.evaluate(task, self._setup.problem, device)
-                    point = ComparedPoint(
+                    yield ComparedPoint(
                         event.at - began if isinstance(event, Delivery) and began else 0.0,
                         (used, self._used),
                         (version, current.version),
-                        None,
+                        scores.get(action.message.id),
                         dict(metrics),
                     )
-                    open_points[action.message.id] = point
-            yield from self._scored(open_points)
-        yield from open_points.values()
-
-    def _score(self, event: Delivery, points: dict[str, ComparedPoint]) -> None:
-        point = points.get(event.message.re or "")
-        metrics = event.message.body.get("metrics")
-        if point is not None and isinstance(metrics, dict):
-            point.recorded = metrics
-
-    def _scored(self, points: dict[str, ComparedPoint]) -> Iterator[ComparedPoint]:
-        """Remove and yield the oldest points, as long as they have scores."""
-        while points and (first := next(iter(points))) in points and points[first].recorded:
-            yield points.pop(first)
 
     def _count(self, step: ReplayStep, *, committed: bool) -> None:
         """Count the results that the recorded run handled in this step."""

@@ -8,20 +8,20 @@ import os
 import re
 import time
 import tomllib
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from fedmq.broker.errors import LedgerDamage, check_advice
-from fedmq.broker.ledger.entries import MESSAGES, PAYLOAD, Accepted, AnyEntry, Ended, Opened
+from fedmq.broker.ledger.entries import MESSAGES, PAYLOAD
 from fedmq.broker.ledger.lock import LOCK_FILE
 from fedmq.broker.ledger.reader import read_entries
-from fedmq.broker.wire.addresses import AGGREGATOR, BROKER, CONTINUED, name_fault
+from fedmq.broker.wire.addresses import name_fault
 from fedmq.nodes.errors import ConfigError
+from fedmq.nodes.history.run import RunHistory, runs_of
 from fedmq.nodes.process.exception_text import reason_of
 from fedmq.nodes.run.config import Config
 from fedmq.nodes.run_folder.atomic_write import replacing
-from fedmq.nodes.run_folder.summary import RunFold
 
 CONFIG_FILE = "config.toml"
 _FRESH_FILE = f"{CONFIG_FILE}.new"
@@ -38,78 +38,14 @@ _ENDING_S = 8.0
 """Seconds that the broker of a killed supervisor can take to end."""
 
 
-@dataclass
-class Recorded:
-    """State of one run in a ledger.
-
-    config: newest configuration, as TOML.
-    version: newest version.
-    ended: reason why the run ended, or None.
-    arithmetic: see `fedmq.nodes.aggregator.computed`; None before the aggregator's first record.
-    """
-
-    id: str
-    config: str
-    version: int = 0
-    ended: str | None = None
-    arithmetic: int | None = None
-
-
-class Runs:
-    """The runs of a ledger, folded entry by entry.
-
-    Attributes:
-        found: runs by id, in the order of their first entries.
-    """
-
-    def __init__(self) -> None:
-        self.found: dict[str, Recorded] = {}
-
-    def watch(self, entries: Iterator[AnyEntry]) -> Iterator[AnyEntry]:
-        """Fold entries while passing them on."""
-        for entry in entries:
-            self._fold(entry)
-            yield entry
-
-    def _fold(self, entry: AnyEntry) -> None:
-        match entry:
-            case Opened(run=name, config=config):
-                self.found[name] = Recorded(name, config)
-            case Ended(run=name, reason=reason):
-                self.found[name].ended = reason
-            case Accepted():
-                message = entry.read()
-                run = self.found.get(message.run)
-                if run is None:
-                    return
-                if message.kind == "version" and message.sender == AGGREGATOR:
-                    run.version = message.body.get("version", run.version)
-                elif message.kind == "run" and message.sender == AGGREGATOR:
-                    run.arithmetic = message.body.get("arithmetic", 1)
-                elif message.kind == CONTINUED and message.sender == BROKER:
-                    run.config, run.ended = message.body["config"], None
-
-
-def recorded_runs(ledger: Path) -> list[Recorded]:
-    """Return the runs of a ledger, in the order of their first entries.
-
-    Raises:
-        LedgerError: the ledger is damaged.
-    """
-    runs = Runs()
-    for _ in runs.watch(read_entries(ledger)):
-        pass
-    return list(runs.found.values())
-
-
-def state_of(runs: Sequence[Recorded], *, once: bool) -> str:
+def state_of(runs: Collection[RunHistory], *, once: bool) -> str:
     """Describe in one line the runs that a broker found in its ledger, and what it waits for."""
     if not runs:
         return "no run yet, waiting for an aggregator"
     lines = [
-        f"run {each.id} has ended"
+        f"run {each.run} has ended"
         if each.ended is not None
-        else f"run {each.id} at version {each.version}, waiting for its aggregator"
+        else f"run {each.run} at version {each.version}, waiting for its aggregator"
         for each in runs
     ]
     if len(lines) > _MAX_NAMED:
@@ -130,14 +66,12 @@ class Contents:
 
     id: id of the run, or "" if unknown.
     begun: start time in seconds since 1970, or None if unknown.
-    run: state of the run in the ledger, or None if the ledger has no run.
-    fold: summary of the run from the ledger, or None likewise.
+    run: the run in the ledger, or None if the ledger has no run.
     """
 
     id: str = ""
     begun: float | None = None
-    run: Recorded | None = None
-    fold: RunFold | None = None
+    run: RunHistory | None = None
 
 
 def look_into(folder: Path) -> Contents | None:
@@ -157,18 +91,17 @@ def look_into(folder: Path) -> Contents | None:
             f"{some}"
         )
     found = Contents(*_read_own(folder / CONFIG_FILE))
-    runs, fold = Runs(), RunFold(found.begun)
     try:
-        fold.feed(runs.watch(read_entries(folder / LEDGER)))
+        runs = runs_of(read_entries(folder / LEDGER), found.begun)
     except LedgerDamage as error:
         raise error.advise(check_advice(folder)) from None
-    if len(runs.found) > 1:
+    if len(runs) > 1:
         raise ConfigError(
-            f"--run: expected the ledger of one run, {folder} has {', '.join(runs.found)}: "
+            f"--run: expected the ledger of one run, {folder} has {', '.join(runs)}: "
             "resume them with `fedmq broker`"
         )
-    for run in runs.found.values():
-        found.id, found.run, found.fold = run.id, run, fold
+    if runs:
+        [(found.id, found.run)] = runs.items()
     return found
 
 

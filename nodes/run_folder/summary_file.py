@@ -8,24 +8,27 @@ from typing import Any
 
 from fedmq.broker.ledger.reader import read_entries
 from fedmq.nodes.errors import NodeError
+from fedmq.nodes.history.run import RunHistory, runs_of
 from fedmq.nodes.process.exception_text import reason_of
 from fedmq.nodes.run_folder.atomic_write import replacing
 from fedmq.nodes.run_folder.strict_json import to_strict_json
-from fedmq.nodes.run_folder.summary import RunFold
+from fedmq.nodes.run_folder.summary import summary_of
 
 SUMMARY_FILE = "summary.json"
 
 
 def write_summary(folder: Path, started_at: float | None = None) -> dict[str, Any]:
-    """Fold the ledger of a run's folder and write its ``summary.json``.
+    """Write ``summary.json`` in a run's folder, from its ledger; of several runs, of the last.
 
     Raises:
+        ConfigError: the recorded configuration cannot be read.
         LedgerError: the ledger is damaged.
         NodeError: the file cannot be written.
     """
-    fold = RunFold(started_at)
-    fold.feed(read_entries(folder / "ledger"))
-    summary = fold.summary()
+    *_, last = runs_of(read_entries(folder / "ledger"), started_at).values() or [
+        RunHistory(started_at)
+    ]
+    summary = summary_of(last)
     save_summary(folder, summary)
     return summary
 

@@ -18,7 +18,7 @@ from fedmq.broker.wire.schema import Message
 from fedmq.nodes.process.terminal import count, plain, plural, word
 from fedmq.nodes.trace.differ import Operand, differences
 from fedmq.nodes.trace.differences import Difference
-from fedmq.nodes.trace.outcomes import before_damage
+from fedmq.nodes.trace.overview import before_damage
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import msgspec
 from fedmq.broker.inspection.trace import Trace
 from fedmq.broker.ledger.entries import Accepted, AnyEntry
 from fedmq.broker.wire.schema import Message
-from fedmq.nodes.trace.outcomes import before_damage
+from fedmq.nodes.trace.overview import before_damage
 
 
 def json_lines(trace: Trace) -> Iterator[str]:

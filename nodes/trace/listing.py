@@ -5,14 +5,16 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from fedmq.broker.inspection.trace import Trace
-from fedmq.broker.ledger.entries import Accepted, AnyEntry, Consumed, Ended, Opened, Refusal
+from fedmq.broker.ledger.entries import AnyEntry, Consumed, Ended, Opened, Refusal
 from fedmq.broker.wire.addresses import BROKER, CONTINUED
 from fedmq.broker.wire.schema import Message
 from fedmq.nodes.errors import NodeError
+from fedmq.nodes.history.facts import Facts
+from fedmq.nodes.history.tracker import TaskTracker
 from fedmq.nodes.process.terminal import (
     figure,
     fitted,
@@ -24,15 +26,7 @@ from fedmq.nodes.process.terminal import (
     spans,
     word,
 )
-from fedmq.nodes.run_folder.outcomes import natural
-from fedmq.nodes.trace.outcomes import (
-    ClientPlacement,
-    MessageOutcomes,
-    TracedTask,
-    TracedTasks,
-    before_damage,
-    client_of,
-)
+from fedmq.nodes.trace.overview import Overview, before_damage
 
 _WIDEST = 60
 _NAMED = 30
@@ -98,11 +92,11 @@ class Columns(NamedTuple):
     id: int
 
     @classmethod
-    def of(cls, message_outcomes: MessageOutcomes) -> Columns:
+    def of(cls, overview: Overview) -> Columns:
         """Return columns that align nearly all rows of a run."""
-        widths = message_outcomes.widths
+        widths = overview.widths
         return cls(
-            max(5, len(str(message_outcomes.entries))),
+            max(5, len(str(overview.history.entries))),
             max(8, min(widths.kind, 20)),
             max(10, min(widths.path, _WIDEST)),
             max(2, min(widths.id, _WIDEST)),
@@ -153,28 +147,28 @@ class Filter:
     refused: bool = False
     everything: bool = False
 
-    def check(self, trace: Trace, message_outcomes: MessageOutcomes) -> None:
+    def check(self, trace: Trace, overview: Overview) -> None:
         """Check that entries may match.
 
         Raises:
             NodeError: the run has no such kind, node, client or version; names the choices.
         """
-        kinds = KINDS | set(map(word, message_outcomes.kinds))
-        for kind in sorted(self.kinds - kinds) if message_outcomes.has_all_names else ():
+        kinds = KINDS | set(map(word, overview.kinds))
+        for kind in sorted(self.kinds - kinds) if overview.has_all_names else ():
             raise NodeError(f"--kind: {expected('kind', kind, kinds)}")
         clients = trace.opened.total_clients
         if self.client is not None and self.client >= clients:
             raise NodeError(
                 f"--client: expected a client of this run, 0 to {clients - 1}, got {self.client}"
             )
-        if trace.damage is not None or not message_outcomes.has_all_names:
+        if trace.damage is not None or not overview.has_all_names:
             return  # matching entries may follow after the damage
-        nodes = set(map(word, {*message_outcomes.placement.roles, *message_outcomes.senders}))
+        nodes = set(map(word, {*overview.history.nodes, *overview.senders}))
         if self.node is not None and word(self.node) not in nodes:
             raise NodeError(f"--node: {expected('node of this run', self.node, nodes)}")
-        if self.versions is not None and self.versions[0] > message_outcomes.versions:
+        if self.versions is not None and self.versions[0] > overview.history.version:
             raise NodeError(
-                f"--versions: expected versions of this run, 0 to {message_outcomes.versions}, "
+                f"--versions: expected versions of this run, 0 to {overview.history.version}, "
                 f"got {self.versions[0]} or higher"
             )
 
@@ -199,16 +193,14 @@ def expected(what: str, word: str, choices: Collection[str]) -> str:
     return f"expected a {what} ({some}{more}), got {word!r}{guess(word, choices)}"
 
 
-def rows(trace: Trace, message_outcomes: MessageOutcomes) -> Iterator[Row]:
+def rows(trace: Trace, overview: Overview) -> Iterator[Row]:
     """Yield a row for each entry of a run, up to its end or to damage."""
-    placement, tasks = ClientPlacement(), TracedTasks()
+    tracker = TaskTracker()
     for entry in before_damage(trace):
+        facts = tracker.feed(entry)
         at = entry.at - trace.opened.at
-        if isinstance(entry, Accepted):
-            message = entry.read()
-            placement.feed(message)
-            task = tasks.feed(entry, message, placement)
-            yield _message_row(entry.seq, at, message, placement, task, message_outcomes)
+        if facts.message is not None:
+            yield _message_row(at, facts, facts.message, overview)
         else:
             yield _other_row(entry, at)
 
@@ -236,46 +228,34 @@ def at_host(address: str, host: str | None) -> str:
     return f"{word(address)}@{word(host)}"
 
 
-def _message_row(
-    seq: int,
-    at: float,
-    message: Message,
-    placement: ClientPlacement,
-    task: TracedTask | None,
-    message_outcomes: MessageOutcomes,
-) -> Row:
-    host = placement.host_of(message.to)
-    client = task.client if task else client_of(message.to)
-    if client is None and message.kind == "result":
-        client = natural(message.body.get("client"))
-    sender = message.sender
-    answers = task is not None and message.re is not None
-    source = at_host(f"client/{client}", sender) if answers and client is not None else word(sender)
-    refusal = message_outcomes.refused.get(seq)
+def _message_row(at: float, facts: Facts, message: Message, overview: Overview) -> Row:
+    seq, host, sender = facts.entry.seq, facts.host, message.sender
+    client, base = facts.client, facts.version
+    by_client = facts.is_answer and client is not None
+    source = at_host(f"client/{client}", sender) if by_client else word(sender)
     note = plain(_note(message))
-    base = _version(message, task)
     if message.kind == "result" and base is not None:
-        note = f"staleness {message_outcomes.version_at(seq) - base}" + (
-            f", {note}" if note else ""
-        )
-    subject = message.body.get("node") if message.sender == BROKER else None
-    row = Row(
+        stale = f"staleness {overview.history.outcomes.staleness_at(seq, base)}"
+        note = f"{stale}, {note}" if note else stale
+    refusal = overview.rejections.get(seq)
+    if refusal is not None:
+        why = f"{rejection_verb(refusal)} by {word(refusal.node)}: {plain(refusal.reason)}"
+        note = f"{why}; {note}" if note else why
+    subject = message.body.get("node") if sender == BROKER else None
+    return Row(
         seq=seq,
         at=at,
         kind=word(message.kind),
         path=f"{source} -> {at_host(message.to, host)}",
         version=base,
         id=word(message.id),
-        answers=_answers(message, task, message_outcomes),
+        answers=_answers(facts, message, overview),
         nbytes=sum(blob.size for blob in message.blobs),
         note=note,
         client=client if message.kind in ("task", "result", "failed") else None,
         nodes=tuple(word(each) for each in (sender, host, subject) if each is not None),
+        refused=refusal is not None,
     )
-    if refusal is None:
-        return row
-    why = f"{rejection_verb(refusal)} by {word(refusal.node)}: {plain(refusal.reason)}"
-    return replace(row, refused=True, note=f"{why}; {row.note}" if row.note else why)
 
 
 def rejection_verb(refusal: Refusal) -> str:
@@ -311,18 +291,11 @@ def _other_row(entry: AnyEntry, at: float) -> Row:
             return Row(entry.seq, at, word(type(entry).__name__.lower()))
 
 
-def _answers(message: Message, task: TracedTask | None, message_outcomes: MessageOutcomes) -> str:
+def _answers(facts: Facts, message: Message, overview: Overview) -> str:
     if message.re is None:
         return ""
-    found = task.seq if task else message_outcomes.numbers.get(message.re)
+    found = facts.task.seq if facts.task is not None else overview.numbers.get(message.re)
     return word(message.re) if found is None else str(found)
-
-
-def _version(message: Message, task: TracedTask | None) -> int | None:
-    if message.kind == "version":
-        return natural(message.body.get("version"))
-    own = natural(message.body.get("model_version"))
-    return own if own is not None or task is None else task.version
 
 
 def _within(value: int | None, limits: tuple[int, float]) -> bool:

@@ -18,6 +18,9 @@ from fedmq.broker.wire.addresses import RECORD
 from fedmq.broker.wire.schema import Message
 from fedmq.codecs.errors import CodecError
 from fedmq.nodes.errors import NodeError
+from fedmq.nodes.history.facts import natural
+from fedmq.nodes.history.outcomes import ResultOutcome
+from fedmq.nodes.history.run import RunHistory
 from fedmq.nodes.process.terminal import (
     count,
     fields,
@@ -32,7 +35,7 @@ from fedmq.nodes.process.terminal import (
 from fedmq.nodes.trace.differ import Operand, fold_of
 from fedmq.nodes.trace.groups import Group, Read, groups_of
 from fedmq.nodes.trace.listing import at_host, rejection_verb
-from fedmq.nodes.trace.outcomes import ClientPlacement, MessageOutcomes, before_damage
+from fedmq.nodes.trace.overview import before_damage
 
 _HEAD = ("tensor", "shape", "dtype", "bytes", "norm", "min", "max", "NaN")
 
@@ -176,16 +179,15 @@ def _norm(tensor: Tensor) -> float:
 
 def _related_to(trace: Trace, entry: Accepted, message: Message) -> _Related:
     """Read the whole trace for facts on one message."""
-    related, placement, seq = _Related(), ClientPlacement(), entry.seq
+    related, history, seq = _Related(), RunHistory(), entry.seq
     settled = message.to == RECORD
     for other in before_damage(trace):
         since = f"{seconds(other.at - entry.at)} s later"
+        facts = history.feed(other)
         match other:
-            case Accepted():
-                each = other.read()
-                placement.feed(each)
+            case Accepted() if (each := facts.message) is not None:
                 if other.seq == seq:
-                    related.host = placement.host_of(message.to)
+                    related.host = facts.host
                 elif message.re is not None and each.id == message.re and other.seq < seq:
                     related.request = other
                 elif each.re == message.id and other.seq > seq:
@@ -205,14 +207,12 @@ def _related_to(trace: Trace, entry: Accepted, message: Message) -> _Related:
             case Ended() if not settled:
                 settled = True
                 related.outcome.append(f"pending when the run ended (entry {other.seq})")
-    if message.kind == "result":
-        message_outcomes = MessageOutcomes(trace)
-        stale = message_outcomes.staleness(seq, message)
-        if stale is not None:
-            version = message_outcomes.version_at(seq) + 1
-            related.outcome.append(f"used in version {version}, staleness {stale}")
-        elif seq not in message_outcomes.refused:
-            related.outcome.append("not used in any version")
+    outcomes = history.outcomes
+    stale, base = outcomes.staleness_of(seq), natural(message.body.get("model_version"))
+    if stale is not None and base is not None:
+        related.outcome.append(f"used in version {base + stale + 1}, staleness {stale}")
+    elif message.kind == "result" and outcomes.outcome_of(seq) is not ResultOutcome.REJECTED:
+        related.outcome.append("not used in any version")
     if message.to == RECORD:
         related.outcome.append("stored as a record, not delivered")
     elif not settled:

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import itertools
-from array import array
+import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
+from fedmq.broker.core.lifecycles import (
+    ImpossibleTransition,
+    MessageEvent,
+    MessageLives,
+    MessageState,
+)
 from fedmq.broker.inspection.trace import Trace
-from fedmq.broker.ledger.entries import Accepted, Consumed, Ended, Refusal
-from fedmq.broker.wire.addresses import AGGREGATOR, BROKER, CONTINUED, RECORD
+from fedmq.broker.ledger.entries import Accepted, AnyEntry, Consumed, Refusal
+from fedmq.broker.wire.addresses import RECORD
 from fedmq.broker.wire.schema import Blob, Message
-from fedmq.nodes.messages.tensor_tables import has_table
+from fedmq.nodes.history.run import RunHistory
+from fedmq.nodes.messages.tensor_tables import group_blobs
 from fedmq.nodes.process.terminal import WIDTH, count, fitted, plain, plural, seconds, table
-from fedmq.nodes.run_folder.outcomes import Outcomes
-from fedmq.nodes.trace.outcomes import ClientPlacement, MessageOutcomes, before_damage
+from fedmq.nodes.trace.overview import before_damage
 
 _BAR = 50
 _BESIDE_BAR = 24
@@ -70,6 +76,14 @@ class Traffic:
             tally.add(0, sum(blob.size for blob in blobs))
 
 
+_REJECTED = (
+    MessageState.REJECTED,
+    MessageState.SETTLED,
+    MessageState.DEAD_LETTERED,
+    MessageState.REDELIVERED,
+)
+
+
 class DeliveryAudit:
     """Checks the identity of docs/guarantees.md: accepted = consumed + pending + rejected.
 
@@ -78,117 +92,68 @@ class DeliveryAudit:
 
     Attributes:
         faults: sentences on violations.
-        unaccepted: number of messages rejected before they were accepted.
-        records: number of records.
+        accepted, records: number of messages that were accepted for delivery, and of records.
     """
-
-    _ACCEPTED, _CONSUMED, _REFUSED = 1, 2, 4
 
     def __init__(self) -> None:
         self.faults: list[str] = []
-        self.unaccepted = 0
-        self.records = 0
-        self._state = bytearray()
-        self._kind = array("H")
-        self._kinds: dict[str, int] = {}
+        self.accepted = self.records = 0
+        self._lives = MessageLives()
+        self._pending: dict[int, str] = {}
+        """Kinds of the pending messages, by number."""
 
-    def accepted(self, seq: int, message: Message) -> None:
-        """Count an accepted message."""
-        self._reach(seq)
-        if message.to == RECORD:
-            self.records += 1
-            return
-        self._state[seq] = self._ACCEPTED
-        # Nodes choose the kinds; beyond 65,535 different ones, the last one counts for all.
-        number = self._kinds.setdefault(message.kind, min(len(self._kinds), 0xFFFF))
-        self._kind[seq] = number
-
-    def consumed(self, seq: int, of: Iterable[int]) -> None:
-        """Count the messages that entry ``seq`` consumes."""
-        self._mark(seq, of, self._CONSUMED, "consumes")
-
-    def refused(self, seq: int, of: int | None) -> None:
-        """Count the message that entry ``seq`` rejects; None: one that was not accepted."""
-        if of is None:
-            self.unaccepted += 1
-        else:
-            self._mark(seq, (of,), self._REFUSED, "rejects")
+    def feed(self, entry: AnyEntry, message: Message | None) -> None:
+        """Count an entry; ``message``: the one that it accepts, if it does."""
+        match entry:
+            case Accepted(seq=seq) if message is not None:
+                if message.to == RECORD:
+                    self.records += 1
+                    self._lives.move(seq, MessageEvent.RECORD)
+                else:
+                    self.accepted += 1
+                    self._lives.move(seq, MessageEvent.ACCEPT)
+                    self._pending[seq] = sys.intern(message.kind)
+                self._end(seq, MessageEvent.CONSUME, entry.consumes, "consumes")
+            case Consumed(seq=seq, of=of):
+                self._end(seq, MessageEvent.CONSUME, of, "consumes")
+            case Refusal(seq=seq, of=int(of), dead_lettered=dead):
+                event = MessageEvent.DEAD_LETTER if dead else MessageEvent.REJECT
+                self._end(seq, event, (of,), "rejects")
 
     def sums(self) -> tuple[int, int, int, int]:
         """Return the numbers of messages accepted, consumed, pending and rejected."""
-        found = Counter(self._state)
-        accepted = sum(number for state, number in found.items() if state & self._ACCEPTED)
-        pending = found[self._ACCEPTED]
-        consumed = found[self._ACCEPTED | self._CONSUMED]
-        refused = sum(number for state, number in found.items() if state & self._REFUSED)
-        return accepted, consumed, pending, refused
+        found = self._lives.count()
+        rejected = sum(found[state] for state in _REJECTED)
+        return self.accepted, found[MessageState.CONSUMED], len(self._pending), rejected
 
     def pending(self) -> dict[str, int]:
         """Return the number of pending messages of each kind."""
-        names = {number: name for name, number in reversed(self._kinds.items())}
-        pending = Counter(
-            self._kind[seq] for seq, state in enumerate(self._state) if state == self._ACCEPTED
-        )
-        return {names[number]: many for number, many in pending.most_common()}
+        return dict(Counter(self._pending.values()).most_common())
 
-    def _mark(self, seq: int, of: Iterable[int], mark: int, verb: str) -> None:
-        self._reach(seq)
+    def _end(self, seq: int, event: MessageEvent, of: Iterable[int], verb: str) -> None:
+        """Apply what entry ``seq`` does to messages; what cannot happen to one is a fault."""
         for each in of:
-            known = self._state[each] if each < len(self._state) else 0
-            if not known & self._ACCEPTED:
-                self.faults.append(f"entry {seq} {verb} {each}, which is not an accepted message")
-            elif known & mark:
-                self.faults.append(f"entry {seq} {verb} {each} a second time")
-            else:
-                self._state[each] |= mark
-
-    def _reach(self, seq: int) -> None:
-        missing = seq + 1 - len(self._state)
-        if missing > 0:
-            self._state.extend(bytes(missing))
-            self._kind.extend([0] * missing)
+            try:
+                self._lives.move(each, event)
+            except ImpossibleTransition:
+                unknown = self._lives.state_of(each) in (MessageState.NONE, MessageState.RECORDED)
+                why = ", which is not an accepted message" if unknown else " a second time"
+                self.faults.append(f"entry {seq} {verb} {each}{why}")
+            self._pending.pop(each, None)
 
 
 class Stats:
-    """All counts of one run, up to its end or to damage.
-
-    Attributes:
-        staleness: number of used results by staleness in versions.
-        outcomes: of tasks and results.
-    """
+    """All counts of one run, up to its end or to damage."""
 
     def __init__(self, trace: Trace) -> None:
         self.trace = trace
-        self.message_outcomes = MessageOutcomes(trace)
-        self.placement = ClientPlacement()
+        self.history = RunHistory()
         self.traffic, self.account = Traffic(), DeliveryAudit()
-        self.staleness: Counter[int] = Counter()
-        self.outcomes = Outcomes()
-        self.last_at = trace.opened.at
-        self.ended: str | None = None
         for entry in before_damage(trace):
-            self.last_at = entry.at
-            message = entry.read() if isinstance(entry, Accepted) else None
-            self.outcomes.feed(entry, message, self.placement.aggregator)
-            match entry:
-                case Accepted(seq=seq) if message is not None:
-                    self.placement.feed(message)
-                    host = self.placement.host_of(message.to)
-                    self.traffic.feed(message, len(entry.message), host)
-                    self.account.accepted(seq, message)
-                    if message.sender == BROKER and message.kind == CONTINUED:
-                        self.ended = None
-                    self.account.consumed(seq, entry.consumes)
-                    if message.to in (AGGREGATOR, f"node/{self.placement.aggregator}"):
-                        stale = self.message_outcomes.staleness(seq, message)
-                        if stale is not None:
-                            self.staleness[stale] += 1
-                case Consumed(seq=seq, of=of):
-                    self.account.consumed(seq, of)
-                case Refusal(seq=seq, of=of):
-                    self.account.refused(seq, of)
-                case Ended(reason=reason):
-                    self.ended = reason
+            facts = self.history.feed(entry)
+            self.account.feed(entry, facts.message)
+            if isinstance(entry, Accepted) and facts.message is not None:
+                self.traffic.feed(facts.message, len(entry.message), facts.host)
 
     def lines(self) -> Iterator[str]:
         """Yield the lines of the report."""
@@ -203,12 +168,12 @@ class Stats:
         yield from self._staleness()
 
     def _run(self) -> Iterator[str]:
-        end = "not ended" if self.ended is None else f"ended: {plain(self.ended)}"
-        lasted = seconds(self.last_at - self.trace.opened.at)
+        history, begun = self.history, self.trace.opened.at
+        end = "not ended" if history.ended is None else f"ended: {plain(history.ended)}"
+        lasted = seconds((begun if history.now is None else history.now) - begun)
         yield f"run {plain(self.trace.run)}, {end}"
         yield (
-            f"{count(self.message_outcomes.entries)} entries in {lasted} s, "
-            f"{plural(self.message_outcomes.versions, 'version')}"
+            f"{count(history.entries)} entries in {lasted} s, {plural(history.version, 'version')}"
         )
 
     def _traffic(self) -> Iterator[str]:
@@ -222,8 +187,14 @@ class Stats:
         kinds = [(plain(name), *_cells(each)) for name, each in traffic.kinds.items()]
         yield from table(("kind", *head), [*kinds, ("all", *_cells(total))])
         yield ""
+        roles = {name: node.role for name, node in self.history.nodes.items()}
         nodes = [
-            (plain(node), self.placement.roles.get(node, "-"), way, *_cells(tallies[node]))
+            (
+                plain(node),
+                roles.get(node) or "-",
+                way,
+                *_cells(tallies[node]),
+            )
             for node in sorted({*traffic.sent, *traffic.received})
             for way, tallies in (("sent", traffic.sent), ("received", traffic.received))
             if node in tallies
@@ -254,11 +225,11 @@ class Stats:
             left = ", ".join(f"{plain(name)} {count(n)}" for name, n in account.pending().items())
             yield f"pending: {left}"
         yield f"also: {plural(account.records, 'record')} (stored, not delivered)"
-        if account.unaccepted:
-            yield f"also: {plural(account.unaccepted, 'message')} rejected before acceptance"
+        if unaccepted := self.history.outcomes.unaccepted:
+            yield f"also: {plural(unaccepted, 'message')} rejected before acceptance"
 
     def _outcomes(self) -> Iterator[str]:
-        found = self.outcomes
+        found = self.history.outcomes
         yield (
             f"results {count(found.results)} = used {count(found.used)} + stale "
             f"{count(found.stale)} + rejected {count(found.refused)} + unused {count(found.unused)}"
@@ -285,7 +256,7 @@ class Stats:
             yield f"  and {count(len(without) - _SHOWN)} more"
 
     def _staleness(self) -> Iterator[str]:
-        used = self.staleness
+        used = self.history.outcomes.staleness
         many = used.total()
         if not many:
             yield "no result was used"
@@ -333,12 +304,8 @@ def _cells(tally: Tally) -> tuple[str, str, str]:
 def _by_codec(message: Message) -> Iterator[tuple[str, tuple[Blob, ...]]]:
     """Yield codec and blobs of each group of a message, then the other blobs."""
     first = 0
-    groups = message.body.get("groups")
-    for group in groups if isinstance(groups, list) else ():
-        match group:
-            case {"codec": str(codec), "buffers": int(buffers)} if buffers >= 0:
-                many = buffers + has_table(group)
-                yield codec, message.blobs[first : first + many]
-                first += many
+    for _, codec, blobs in group_blobs(message):
+        yield codec, blobs
+        first += len(blobs)
     if first < len(message.blobs):
         yield "(no tensors)", message.blobs[first:]

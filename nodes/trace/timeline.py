@@ -12,39 +12,34 @@ from collections.abc import Generator, Iterator, Mapping
 from typing import Any
 
 from fedmq.broker.inspection.trace import Trace
-from fedmq.broker.ledger.entries import Accepted, AnyEntry, Refusal
+from fedmq.broker.ledger.entries import AnyEntry, Refusal
 from fedmq.broker.wire.addresses import BROKER, CONTINUED
 from fedmq.broker.wire.schema import Message
+from fedmq.nodes.history.facts import Task, natural
+from fedmq.nodes.history.tracker import TaskTracker
 from fedmq.nodes.process.terminal import word
-from fedmq.nodes.run_folder.outcomes import natural
 from fedmq.nodes.trace.export import to_json
 from fedmq.nodes.trace.listing import rejection_verb
-from fedmq.nodes.trace.outcomes import (
-    ClientPlacement,
-    MessageOutcomes,
-    TracedTask,
-    TracedTasks,
-    before_damage,
-)
+from fedmq.nodes.trace.overview import Overview, before_damage
 
 Event = dict[str, Any]
 
 _SPANS = {"result": "train", "failed": "failed", "score": "evaluate"}
 
 
-def timeline(trace: Trace, message_outcomes: MessageOutcomes) -> Iterator[str]:
+def timeline(trace: Trace, overview: Overview) -> Iterator[str]:
     """Yield the text of a JSON file in parts, up to the trace's end or to damage."""
     yield '{"displayTimeUnit": "ms", "traceEvents": [\n'
     separator = ""
-    for event in events(trace, message_outcomes):
+    for event in events(trace, overview):
         yield separator + to_json(event)
         separator = ",\n"
     yield "\n]}\n"
 
 
-def events(trace: Trace, message_outcomes: MessageOutcomes) -> Iterator[Event]:
+def events(trace: Trace, overview: Overview) -> Iterator[Event]:
     """Yield the events of a run's timeline, in order within each lane."""
-    drawing = _Drawing(trace.opened.at, message_outcomes)
+    drawing = _Drawing(trace.opened.at, overview)
     for entry in before_damage(trace):
         yield from drawing.feed(entry)
     yield from drawing.finish()
@@ -82,16 +77,16 @@ class _Versions:
 
 
 class _Drawing:
-    def __init__(self, start: float, message_outcomes: MessageOutcomes) -> None:
-        self._start, self._outcomes = start, message_outcomes
-        self._placement, self._tasks = ClientPlacement(), TracedTasks()
+    def __init__(self, start: float, overview: Overview) -> None:
+        self._start, self._overview = start, overview
+        self._tracker = TaskTracker()
         self._versions = _Versions()
         self._ends: dict[str, int] = {}
         """End of the last span of each lane, in us."""
         self._sent: dict[int, int] = {}
         """Times of tasks in flight on the aggregator's lane, in us, by the task's number."""
-        first = message_outcomes.placement.aggregator
-        others = sorted(node for node in message_outcomes.placement.roles if node != first)
+        nodes, first = overview.history.nodes, overview.history.tracker.placement.aggregator
+        others = sorted(name for name in nodes if nodes[name].sessions and name != first)
         self._order = {node: index for index, node in enumerate([first, *others])}
         self._processes: dict[str, int] = {}
         self._now = 0
@@ -99,35 +94,37 @@ class _Drawing:
     def feed(self, entry: AnyEntry) -> Iterator[Event]:
         """Process the next entry."""
         self._now = max(self._now, round(1e6 * (entry.at - self._start)))
-        match entry:
-            case Accepted():
-                message = entry.read()
-                self._placement.feed(message)
-                task = self._tasks.feed(entry, message, self._placement)
-                if message.sender == self._placement.aggregator:
-                    yield from self._from_aggregator(entry, message, task)
-                elif message.sender == BROKER:
-                    yield from self._from_broker(message)
-                elif task is not None:
-                    yield from self._answer(entry, message, task)
-            case Refusal(node=node, id=name, reason=reason):
-                args = {"by": node, "message": name, "reason": reason}
-                yield from self._instant(rejection_verb(entry), args)
+        facts = self._tracker.feed(entry)
+        message, task = facts.message, facts.task
+        if message is not None:
+            if message.sender == self._aggregator:
+                yield from self._from_aggregator(entry, message, task)
+            elif message.sender == BROKER:
+                yield from self._from_broker(message)
+            elif task is not None:
+                yield from self._answer(entry, message, task)
+        elif isinstance(entry, Refusal):
+            args = {"by": entry.node, "message": entry.id, "reason": entry.reason}
+            yield from self._instant(rejection_verb(entry), args)
 
     def finish(self) -> Iterator[Event]:
         """End the last span and the unanswered tasks."""
-        for name, task in self._tasks.in_flight.items():
+        for name, task in self._tracker.unanswered.items():
             # If no node hosts its client, it waits on the aggregator's lane.
-            node = task.host or self._placement.aggregator
+            node = task.host or self._aggregator
             times = (self._sent[task.seq], self._now)
             args = {"task": name, "entry": task.seq}
             yield from self._wait(node, task, times, "unanswered", args)
         yield from self._close(self._now, "", {})
 
+    @property
+    def _aggregator(self) -> str:
+        return self._tracker.placement.aggregator
+
     # ---- entries
 
     def _from_aggregator(
-        self, entry: Accepted, message: Message, task: TracedTask | None
+        self, entry: AnyEntry, message: Message, task: Task | None
     ) -> Iterator[Event]:
         if task is not None:
             if self._versions.waiting:
@@ -137,7 +134,7 @@ class _Drawing:
             number = natural(message.body.get("version"))
             keys = ("results", "late", "cohort", "mean_staleness", "max_staleness", "model_digest")
             args = {"entry": entry.seq} | {key: message.body.get(key) for key in keys}
-            more = number is not None and number < self._outcomes.versions
+            more = number is not None and number < self._overview.history.version
             following = f"version {(number or 0) + 1}" if more else f"after version {number}"
             yield from self._close(self._now, following, args)
         elif message.kind in ("timer", "finished"):
@@ -153,7 +150,7 @@ class _Drawing:
         elif message.kind == "tick":
             yield from self._instant(f"tick {message.body.get('token')}", {})
 
-    def _answer(self, entry: Accepted, message: Message, task: TracedTask) -> Iterator[Event]:
+    def _answer(self, entry: AnyEntry, message: Message, task: Task) -> Iterator[Event]:
         """Yield a span on the lane of the answering node, and the arrows to and from it."""
         node, name = message.sender, message.re or ""
         sent = self._sent.pop(task.seq)
@@ -173,20 +170,21 @@ class _Drawing:
         waits = {"task": name, "entry": task.seq}
         yield from self._wait(node, task, (sent, start), "waiting", waits)
         arrived = self._versions.bind(max(self._now, end - 1))
-        yield from self._arrow("task", task.seq, (self._placement.aggregator, sent), (node, start))
-        there = (self._placement.aggregator, arrived)
+        yield from self._arrow("task", task.seq, (self._aggregator, sent), (node, start))
+        there = (self._aggregator, arrived)
         yield from self._arrow(message.kind, entry.seq, (node, end - 1), there)
         if message.kind == "score":
             yield from self._counters(message.body.get("metrics"), arrived)
 
-    def _about(self, entry: Accepted, message: Message, task: TracedTask) -> Event:
+    def _about(self, entry: AnyEntry, message: Message, task: Task) -> Event:
         body = message.body
         if message.kind != "result":
             return {key: body[key] for key in ("metrics", "reason") if key in body}
-        refusal = self._outcomes.refused.get(entry.seq)
+        outcomes = self._overview.history.outcomes
+        refusal = self._overview.rejections.get(entry.seq)
         found: Event = {
             "client": task.client,
-            "staleness": self._outcomes.version_at(entry.seq) - (task.version or 0),
+            "staleness": outcomes.staleness_at(entry.seq, task.version or 0),
             "elapsed_s": body.get("elapsed_s"),
             "numbers": body.get("numbers"),
         }
@@ -209,17 +207,17 @@ class _Drawing:
 
     def _close(self, at: int, following: str, args: Mapping[str, Any]) -> Iterator[Event]:
         name, start, end = self._versions.close(at, following)
-        pid = yield from self._lane(self._placement.aggregator)
+        pid = yield from self._lane(self._aggregator)
         span = {"ph": "X", "cat": "version", "name": name, "pid": pid, "tid": 1}
         yield {**span, "ts": start, "dur": end - start, "args": args}
 
     def _instant(self, name: str, args: Mapping[str, Any]) -> Iterator[Event]:
-        pid = yield from self._lane(self._placement.aggregator)
+        pid = yield from self._lane(self._aggregator)
         at = self._versions.bind(self._now)
         yield {"ph": "i", "s": "t", "name": name, "pid": pid, "tid": 1, "ts": at, "args": args}
 
     def _wait(
-        self, node: str, task: TracedTask, times: tuple[int, int], name: str, args: Event
+        self, node: str, task: Task, times: tuple[int, int], name: str, args: Event
     ) -> Iterator[Event]:
         """Yield the time of a task between acceptance and start, in transit or in a queue.
 
@@ -244,6 +242,6 @@ class _Drawing:
         for name in ("accuracy", "loss"):
             value = metrics.get(name) if isinstance(metrics, dict) else None
             if isinstance(value, float) and value == value and abs(value) < 1e300:
-                pid = yield from self._lane(self._placement.aggregator)
+                pid = yield from self._lane(self._aggregator)
                 args = {name: value}
                 yield {"ph": "C", "name": name, "pid": pid, "tid": 1, "ts": at, "args": args}

@@ -14,7 +14,6 @@ import pytest
 from click.testing import CliRunner
 
 from fedmq.algorithms.toolkit.arithmetic import ARITHMETIC
-from fedmq.broker.inspection.trace import Trace
 from fedmq.broker.ledger.entries import MESSAGES, Accepted, Ended, Opened, segment_path
 from fedmq.broker.ledger.reader import read_entries
 from fedmq.broker.ledger.writer import Ledger
@@ -24,11 +23,10 @@ from fedmq.nodes.cli.main import main
 from fedmq.nodes.cluster.continuing import MAY_DIFFER, asking, continuation, differences
 from fedmq.nodes.cluster.supervisor import worker_names
 from fedmq.nodes.errors import ConfigError, NodeError
+from fedmq.nodes.history.run import runs_of
 from fedmq.nodes.run.config import Config, build, load
 from fedmq.nodes.run.setup import completed, set_up
-from fedmq.nodes.run_folder.folder import recorded_runs, state_of, write_config
-from fedmq.nodes.run_folder.summary import RunFold
-from fedmq.nodes.trace.stats import Stats
+from fedmq.nodes.run_folder.folder import state_of, write_config
 
 GIVEN = {
     "run": {"id": "r", "versions": 10},
@@ -61,6 +59,7 @@ class Story:
         """Accept a message; return its number."""
         name = f"{sender}/{body.pop('id', self.ledger.next_seq)}"
         to = "aggregator" if kind in ("result", "continued") else "record"
+        to = f"client/{body['client']}" if kind == "task" else to
         about = {"kind": kind, "id": name, "run": "r", "sender": sender, "to": to}
         return self.add(Accepted, message=encode_message(Message(**about, body=body, re=re)))
 
@@ -462,25 +461,26 @@ def test_what_an_end_left_in_hand_is_in_no_version_that_comes_later(tmp_path) ->
     story.say("version", version=2, position=more, **counts)
     story.add(Ended, run="r", reason="more", nodes={"w": {"sent_bytes": 6, "received_bytes": 8}})
     story.close()
-    fold = RunFold(BEGUN)
-    fold.feed(read_entries(tmp_path / "ledger"))
-    assert (fold.ended, fold.version, fold.config["run"]["versions"]) == ("more", 2, 11)
-    assert fold.wall_s == pytest.approx(2.0)
-    assert (fold.wire_down, fold.wire_up) == (11, 15)
-    found = fold.outcomes
+    history = runs_of(read_entries(tmp_path / "ledger"), BEGUN)["r"]
+    assert (history.ended, history.version, history.config) == ("more", 2, config)
+    assert history.wall_s == pytest.approx(2.0)
+    assert (history.wire_down, history.wire_up) == (11, 15)
+    found = history.outcomes
     assert (found.results, found.used, found.unused) == (2, 2, 0)
     assert [found.clients[client].good for client in (0, 1)] == [1, 0]
-    assert not fold.nodes["w"].here
-    stats = Stats(Trace(tmp_path))
-    assert stats.ended == "more"
-    assert stats.staleness.total() == 1
+    assert not history.nodes["w"].here
+    assert found.staleness.total() == 1
+
+
+def runs_found(folder):
+    return [*runs_of(read_entries(folder / "ledger")).values()]
 
 
 def test_a_broker_reports_what_it_finds_and_what_it_waits_for(tmp_path) -> None:
     assert state_of([], once=True) == "no run yet, waiting for an aggregator"
-    runs = recorded_runs(begun(tmp_path / "one", versions=4) / "ledger")
+    runs = runs_found(begun(tmp_path / "one", versions=4))
     assert state_of(runs, once=True) == "run r at version 4, waiting for its aggregator"
-    ended = recorded_runs(begun(tmp_path / "two", ended="done") / "ledger")
+    ended = runs_found(begun(tmp_path / "two", ended="done"))
     assert state_of(ended, once=False) == "run r has ended; waiting for new runs"
     assert state_of(ended, once=True) == "run r has ended; nothing left to do"
     assert state_of(runs * 9, once=False).endswith("; 4 more runs")

@@ -10,7 +10,8 @@ from rich.console import Console
 from fedmq.nodes.cluster import view
 from fedmq.nodes.cluster.console import SupervisorConsole
 from fedmq.nodes.cluster.view import LiveView, closing_table
-from fedmq.nodes.run_folder.summary import CurvePoint, RunFold
+from fedmq.nodes.history.run import CurvePoint, RunHistory
+from fedmq.nodes.run_folder.summary import summary_of
 
 
 @dataclass
@@ -42,8 +43,8 @@ class Terminal:
         return self.bytes.getvalue().decode(self.encoding)
 
 
-def fold() -> RunFold:
-    made = RunFold(0.0, now=10.0)
+def history() -> RunHistory:
+    made = RunHistory(0.0, now=10.0)
     made.curve = [
         CurvePoint(version, float(version), {"accuracy": 0.1 * version}) for version in (1, 9)
     ]
@@ -57,8 +58,8 @@ def test_any_terminal_shows_a_run(is_terminal, encoding, width, monkeypatch) -> 
     monkeypatch.setattr(view, "_LIVE_EVERY_S", 0.0)
     terminal = Terminal(is_terminal, width, encoding)
     with terminal.view() as shown:
-        shown.show(fold())
-        shown.show(fold())
+        shown.show(history())
+        shown.show(history())
     assert terminal.text == []
     assert "run" in terminal.shown or width < 3
     if is_terminal and width == 80:
@@ -77,7 +78,7 @@ def test_after_an_error_in_the_live_view_lines_follow(monkeypatch) -> None:
     terminal = Terminal(is_terminal=True)
     with terminal.view() as shown:
         for _ in range(3):
-            shown.show(fold())
+            shown.show(history())
     assert len(terminal.text) == 1
     assert "the live view failed: ZeroDivisionError" in terminal.text[0]
     assert "accuracy 90.00%" in terminal.shown
@@ -88,7 +89,7 @@ def test_an_error_in_the_lines_is_reported_once_and_ends_nothing(monkeypatch) ->
     terminal = Terminal(is_terminal=False)
     with terminal.view() as shown:
         for _ in range(3):
-            shown.show(fold())
+            shown.show(history())
     assert len(terminal.text) == 1
     assert "the view failed: ZeroDivisionError" in terminal.text[0]
 
@@ -97,13 +98,13 @@ def test_a_console_that_fails_is_reported_once(monkeypatch) -> None:
     terminal = Terminal(is_terminal=True)
     monkeypatch.setattr(terminal.console, "print", lambda *_, **__: 1 // 0)
     with terminal.view() as shown:
-        shown.show(fold())
-        shown.show(fold())
+        shown.show(history())
+        shown.show(history())
     assert 1 <= len(terminal.text) <= 2
 
 
 def test_a_run_of_which_nothing_is_recorded_has_a_summary_and_a_table() -> None:
-    summary = RunFold(0.0).summary()
+    summary = summary_of(RunHistory(0.0))
     assert summary["algorithm"] is None
     assert summary["versions"] == 0
     rows = dict(closing_table(summary).rows)
@@ -112,7 +113,7 @@ def test_a_run_of_which_nothing_is_recorded_has_a_summary_and_a_table() -> None:
 
 @pytest.mark.parametrize(("is_terminal", "lines"), [(True, 4), (False, 1)])
 def test_the_closing_table_has_no_padding_and_fits_a_terminal(is_terminal, lines) -> None:
-    summary = RunFold(0.0).summary() | {"ended": "because of " + "it " * 80 + "all"}
+    summary = summary_of(RunHistory(0.0)) | {"ended": "because of " + "it " * 80 + "all"}
     terminal = Terminal(is_terminal)
     terminal.console.print(closing_table(summary), soft_wrap=True)
     found = re.sub(r"\x1b\[[0-9;]*m", "", terminal.shown).splitlines()

@@ -20,12 +20,13 @@ from fedmq.nodes.aggregator.computed import Computed
 from fedmq.nodes.aggregator.core import Aggregator
 from fedmq.nodes.cluster.view import closing_table, line
 from fedmq.nodes.errors import ConfigError
+from fedmq.nodes.history.run import RunHistory
 from fedmq.nodes.messages.actions import Start
 from fedmq.nodes.replay.fold import Replay
 from fedmq.nodes.replay.workers import Retraining
 from fedmq.nodes.run.agreement import disagree
 from fedmq.nodes.run.version_zero import version_zero
-from fedmq.nodes.run_folder.summary import RunFold
+from fedmq.nodes.run_folder.summary import summary_of
 from fedmq.nodes.simulation.virtual_run import Chances, Simulation
 from fedmq.nodes.worker.client_state import ClientStateStore
 from fedmq.nodes.worker.core import Evaluated, Train, Trained, Worker
@@ -249,27 +250,21 @@ def test_summary_and_view_name_the_nodes_that_disagree():
         result, score = answers_of(fleet, node, version_0)
         assert result.body.get("version_0") == score.body.get("version_0") == version_0
         messages += [joined(node, "worker"), result, score]
-    fold = RunFold()
-    fold.feed(ledger(*messages))
-    assert fold.disagreeing == ["other"]
-    assert line(fold).endswith("different first model on other")
-    summary = fold.summary()
+    history = RunHistory()
+    for entry in ledger(*messages):
+        history.feed(entry)
+    assert history.disagreeing == ["other"]
+    assert line(history).endswith("different first model on other")
+    summary = summary_of(history)
     assert summary["disagreeing"] == ["other"]
     assert dict(closing_table(summary).rows)["first model"].startswith("different on other: ")
 
 
 def test_no_node_is_named_if_all_agree():
-    fold = RunFold(
-        config={
-            "algorithm": {"name": "a"},
-            "schedule": {"name": "s"},
-            "codec": {},
-            "run": {"seed": 0},
-        }
-    )
-    assert fold.summary()["disagreeing"] == []
-    assert "first model" not in line(fold)
-    assert "first model" not in dict(closing_table(fold.summary()).rows)
+    history = RunHistory()
+    assert summary_of(history)["disagreeing"] == []
+    assert "first model" not in line(history)
+    assert "first model" not in dict(closing_table(summary_of(history)).rows)
 
 
 def test_a_result_saved_by_another_node_names_the_node_that_posts_it():

@@ -152,7 +152,8 @@ def write(folder, run="r"):
     at["refusal"] = it.entry(Refusal, **refusal, of=at["stale"])
     refusal = {"run": run, "node": "broker", "id": "x/1", "reason": "no such address"}
     at["post"] = it.entry(Refusal, **refusal, mark=b"m")
-    body = {"node": "worker-1", "reason": "silent for 10.0 s"}
+    body = {"node": "worker-1", "role": "worker", "session": "s", "clients": [[2, 3]]}
+    body["reason"] = "silent for 10.0 s"
     at["left"] = it.say("broker", "left", "aggregator", body)
     at["pending"] = it.task(7, 2, 1)
     body = {"text": "\x1b]0;owned\x07\n\u202e", "raw": b"\x00\xff", "nan": float("nan")}

@@ -7,7 +7,7 @@ import pytest
 
 from fedmq.broker.inspection.trace import Trace
 from fedmq.nodes.trace.listing import Columns, rows
-from fedmq.nodes.trace.outcomes import MessageOutcomes
+from fedmq.nodes.trace.overview import Overview
 from tests.nodes.trace import story
 
 
@@ -136,9 +136,9 @@ def test_of_a_damaged_trace_what_is_asked_for_may_lie_behind_the_damage(fedmq, t
 def test_lines_fit_the_terminal_and_lose_nothing(written, simulated):
     for folder in (written[0], simulated(2, 3)):
         opened = Trace(folder)
-        outcomes = MessageOutcomes(opened)
-        columns = Columns.of(outcomes)
-        for row in rows(opened, outcomes):
+        overview = Overview(opened)
+        columns = Columns.of(overview)
+        for row in rows(opened, overview):
             [line] = row.lines(columns, None)
             for room in (60, 80, 120):
                 lines = row.lines(columns, room)

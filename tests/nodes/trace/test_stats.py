@@ -68,9 +68,9 @@ def test_the_account_of_the_story(fedmq, written):
 def test_an_account_that_does_not_hold(of, output):
     account = DeliveryAudit()
     message = story.Message(kind="k", id="i", run="r", sender="s", to="client/1")
-    account.accepted(7, message)
-    account.consumed(8, (7,))
-    account.consumed(9, (of,))
+    account.feed(Accepted(seq=7, at=0.0, message=b""), message)
+    account.feed(Consumed(seq=8, at=0.0, node="s", of=(7,)), None)
+    account.feed(Consumed(seq=9, at=0.0, node="s", of=(of,)), None)
     assert account.faults == [output]
 
 
@@ -118,10 +118,10 @@ def test_staleness_is_what_the_aggregator_counted(simulated, schedule, seed):
         if core.version > version:
             found.update(waiting)  # in a version now
             waiting.clear()
-    stats = Stats(trace)
-    assert stats.staleness == found
-    assert stats.outcomes.used == core._results.counts.used == found.total()
-    assert stats.outcomes.unused >= waiting.total()
+    outcomes = Stats(trace).history.outcomes
+    assert outcomes.staleness == found
+    assert outcomes.used == core._results.counts.used == found.total()
+    assert outcomes.unused >= waiting.total()
 
 
 def test_a_histogram_shows_every_value_that_is_there():
@@ -181,7 +181,7 @@ def test_a_result_that_came_after_the_last_version_was_not_used(tmp_path):
     it.say("aggregator", "finished", "checkpoint", {"used": 2})
     it.ledger.close()
     stats = Stats(Trace(tmp_path))
-    assert stats.staleness == Counter({0: 1})
+    assert stats.history.outcomes.staleness == Counter({0: 1})
     assert not any("at its end" in line for line in stats.lines())
 
 

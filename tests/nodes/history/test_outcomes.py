@@ -13,8 +13,9 @@ from fedmq.broker.wire.encoding import encode_message
 from fedmq.broker.wire.schema import Message
 from fedmq.nodes.cluster import view
 from fedmq.nodes.cluster.view import closing_table, line, render
+from fedmq.nodes.history.run import RunHistory
 from fedmq.nodes.run_folder.strict_json import not_finite, to_strict_json
-from fedmq.nodes.run_folder.summary import RunFold, spread
+from fedmq.nodes.run_folder.summary import spread, summary_of
 from fedmq.nodes.run_folder.summary_file import write_summary
 from fedmq.nodes.simulation.virtual_run import Chances, Simulation
 from tests.sim.history import setup_of
@@ -26,7 +27,7 @@ class Story:
     """A ledger in memory, written entry by entry; an entry's time is its number."""
 
     def __init__(self, started_at=100.0):
-        self.fold = RunFold(started_at)
+        self.history = RunHistory(started_at)
         self.seq = -1
         self.feed("joined", "broker", node="aggregator", role="aggregator", clients=[])
         for k in range(2):
@@ -34,7 +35,7 @@ class Story:
 
     def entry(self, kind, **fields):
         self.seq += 1
-        self.fold.feed([kind(seq=self.seq, at=100.0 + self.seq, **fields)])
+        self.history.feed(kind(seq=self.seq, at=100.0 + self.seq, **fields))
         return self.seq
 
     def feed(self, kind, sender, name=None, re=None, to="aggregator", **body):
@@ -53,8 +54,8 @@ class Story:
         return self.feed("result", f"w{client}", re=f"a/{number}", client=client, **body)
 
     def refuse(self, of, code, reason="?", node="aggregator", **more):
-        fields = {"run": "r", "node": node, "id": "x", "reason": reason, "code": code}
-        return self.entry(Refusal, **fields, of=of, **more)
+        fields = {"run": "r", "node": node, "id": "x", "reason": reason, "code": code, **more}
+        return self.entry(Refusal, **fields, of=of)
 
     def version(self, number, position, results, late=0, cohort=2):
         body = {"version": number, "position": position, "results": results, "late": late}
@@ -63,7 +64,7 @@ class Story:
 
     def end(self):
         self.entry(Ended, run="r", reason="enough")
-        return self.fold.summary()
+        return summary_of(self.history)
 
 
 @pytest.fixture
@@ -128,7 +129,7 @@ def test_a_redelivered_task_has_not_failed(story):
     story.task(0, 0)
     refusal = {"run": "r", "node": "broker", "id": "a/0", "reason": "parked", "of": 4}
     story.entry(Refusal, **refusal, dead_lettered=True, code="dead-letter")
-    assert story.fold.summary()["results"]["failed"] == 1
+    assert summary_of(story.history)["results"]["failed"] == 1
     story.task(0, 0)
     story.version(1, story.result(0, 0), 1)
     summary = story.end()
@@ -196,7 +197,7 @@ def shown(renderable, width=80):
 
 
 def test_unknown_values_are_shown_as_dashes():
-    said = line(RunFold(started_at=1.8e9))
+    said = line(RunHistory(started_at=1.8e9))
     assert said.startswith("time -  version -  accuracy -  used 0")
     assert "staleness -" in said
 
@@ -205,17 +206,17 @@ def test_the_accuracy_of_an_older_version_is_shown_with_the_version(story):
     story.task(0, 0)
     story.feed("evaluate", "aggregator", "a/1", to="evaluator", model_version=0)
     story.feed("score", "w1", re="a/1", metrics={"accuracy": 0.5})
-    assert "accuracy 50.00%  used" in line(story.fold)
+    assert "accuracy 50.00%  used" in line(story.history)
     story.version(1, story.result(0, 0), 1)
-    assert "version 1  accuracy 50.00% (v0)  used 1" in line(story.fold)
-    assert "cohort 1 of 2" in line(story.fold)
+    assert "version 1  accuracy 50.00% (v0)  used 1" in line(story.history)
+    assert "cohort 1 of 2" in line(story.history)
 
 
 def test_failures_are_shown_during_a_run(story):
     story.task(0, 0)
     story.refuse(story.result(0, 0), "not-finite")
-    assert "rejected 1" in line(story.fold)
-    assert "rejected 1" in shown(render(story.fold))
+    assert "rejected 1" in line(story.history)
+    assert "rejected 1" in shown(render(story.history))
 
 
 def test_the_closing_table_names_what_went_wrong(story):
@@ -243,7 +244,7 @@ def test_a_result_that_came_while_the_run_was_ending_is_not_the_last_failure(sto
 
 def test_bytes_on_the_wire_of_an_interrupted_run_are_unknown(story):
     story.task(0, 0)
-    summary = story.fold.summary()
+    summary = summary_of(story.history)
     assert summary["bytes"]["down"]["wire"] is None
     assert "payload, - on the wire" in shown(closing_table(summary))
     assert "ended" not in shown(closing_table(summary))
@@ -252,37 +253,39 @@ def test_bytes_on_the_wire_of_an_interrupted_run_are_unknown(story):
 
 
 def test_a_run_without_a_task_has_no_first_task_time(story):
-    assert "first task after -" in shown(closing_table(story.fold.summary()))
+    assert "first task after -" in shown(closing_table(summary_of(story.history)))
 
 
 def test_the_newest_failure_is_shown_with_its_place(story):
     story.task(0, 0)
     story.task(1, 1)
     story.refuse(story.result(1, 1), "not-finite", "the result holds NaN")
-    assert "rejected 1  last failure: result of client 1: the result holds NaN" in line(story.fold)
+    assert "rejected 1  last failure: result of client 1: the result holds NaN" in line(
+        story.history
+    )
     body = {"reason": "ValueError: no", "code": "training-failed", "where": "mine.py:7"}
     story.feed("failed", "w0", re="a/0", **body)
     text = "task of client 0: ValueError: no (mine.py:7)"
-    assert f"rejected 1  failed 1  last failure: {text}" in line(story.fold)
-    assert text in shown(render(story.fold), 120)
-    (head,) = (each for each in shown(render(story.fold)).splitlines() if "state" in each)
+    assert f"rejected 1  failed 1  last failure: {text}" in line(story.history)
+    assert text in shown(render(story.history), 120)
+    (head,) = (each for each in shown(render(story.history)).splitlines() if "state" in each)
     assert head.split() == ["node", "state", "done", "failed"]
     summary = story.end()
     assert text in shown(closing_table(summary), 120)
     assert summary["last_failure"] == {"what": "task", "client": 0, **body}
     story.task(2, 1)
     story.refuse(story.result(2, 1), "late", "too stale")
-    assert text in line(story.fold)
+    assert text in line(story.history)
 
 
 def test_failed_evaluations_are_counted_separately(story):
     for number in range(3):
         story.feed("evaluate", "aggregator", f"a/{number}", to="evaluator", model_version=number)
     story.feed("failed", "w0", re="a/0", reason="no metric", where="mine.py:9")
-    assert "last failure: evaluation: no metric (mine.py:9)" in line(story.fold)
+    assert "last failure: evaluation: no metric (mine.py:9)" in line(story.history)
     story.feed("score", "w1", re="a/1", metrics={"accuracy": 0.5})
     story.refuse(story.seq - 2, "dead-letter", "parked")
-    assert "failed evaluations 2  last failure: evaluation: parked" in line(story.fold)
+    assert "failed evaluations 2  last failure: evaluation: parked" in line(story.history)
     summary = story.end()
     assert summary["results"]["failed_evaluations"] == 2
     assert summary["results"]["failed"] == 0
@@ -290,7 +293,7 @@ def test_failed_evaluations_are_counted_separately(story):
 
 
 def test_the_status_of_a_failed_run_is_failed(story):
-    assert story.fold.summary()["status"] == "interrupted"
+    assert summary_of(story.history)["status"] == "interrupted"
     story.feed("finished", "aggregator", to="checkpoint", reason="12 tasks", failed=True)
     summary = story.end()
     assert (summary["status"], summary["ended"]) == ("failed", "enough")
@@ -307,19 +310,19 @@ def test_a_waiting_run_names_the_clients_it_waits_for():
     story = Story()
     story.entry(Opened, run="r", config=CONFIG, total_clients=6)
     story.begin()
-    assert story.fold.missing_clients == [2, 3, 4, 5]
-    assert "waiting for" not in line(story.fold)
-    assert line(story.fold, waits=True).endswith("waiting for clients 2-5")
-    assert "waiting for clients 2-5" in shown(render(story.fold, waits=True))
+    assert story.history.missing_clients == [2, 3, 4, 5]
+    assert "waiting for" not in line(story.history)
+    assert line(story.history, waits=True).endswith("waiting for clients 2-5")
+    assert "waiting for clients 2-5" in shown(render(story.history, waits=True))
     story.feed("left", "broker", node="w0", reason="lease")
-    assert story.fold.missing_clients == [0, 2, 3, 4, 5]
+    assert story.history.missing_clients == [0, 2, 3, 4, 5]
     story.task(0, 1)
-    assert story.fold.missing_clients == []  # one is at work
-    assert line(story.fold, waits=True).endswith("waiting for results of client 1")
+    assert story.history.missing_clients == []  # one is at work
+    assert line(story.history, waits=True).endswith("waiting for results of client 1")
     story.result(0, 1)
-    assert line(story.fold, waits=True).endswith("waiting for clients 0, 2-5")
+    assert line(story.history, waits=True).endswith("waiting for clients 0, 2-5")
     story.end()
-    assert story.fold.missing_clients == []
+    assert story.history.missing_clients == []
 
 
 def test_a_waiting_run_prints_few_lines(monkeypatch):
@@ -332,7 +335,7 @@ def test_a_waiting_run_prints_few_lines(monkeypatch):
     with view.LiveView(Console(file=out, width=40), "title", pytest.fail) as shower:
         for _ in range(3000):
             now += 0.1
-            shower.show(story.fold)
+            shower.show(story.history)
     first, *lines = out.getvalue().splitlines()
     assert first == "title"
     assert 5 <= len(lines) <= 6
@@ -344,8 +347,8 @@ def test_a_metric_that_is_not_finite_is_null_and_listed_in_the_summary(story, tm
         story.feed("evaluate", "aggregator", f"a/{number}", to="evaluator", model_version=number)
         metrics = {"accuracy": accuracy, "loss": loss, "mae": 0.25}
         story.feed("score", "w0", re=f"a/{number}", metrics=metrics)
-        render(story.fold)
-    summary = story.fold.summary()
+        render(story.history)
+    summary = summary_of(story.history)
     assert summary["not_finite"] == {
         "final_accuracy": "NaN",
         "metrics.accuracy": "NaN",
@@ -367,11 +370,11 @@ def test_clients_whose_accuracy_is_nan_are_counted_separately(story):
         about = {"model_version": 0, "client": client}
         story.feed("evaluate", "aggregator", f"e/{client}", to=f"client/{client}", **about)
         story.feed("score", f"w{client}", re=f"e/{client}", metrics={"accuracy": accuracy})
-    clients = story.fold.summary()["clients"]
+    clients = summary_of(story.history)["clients"]
     assert clients["mean"] == clients["worst_decile"] == 0.5
     assert (clients["count"], clients["not_finite"]) == (1, 1)
     assert "mean 50.00%, worst tenth 50.00%, spread 0.00%" in shown(
-        closing_table(story.fold.summary())
+        closing_table(summary_of(story.history))
     )
 
 

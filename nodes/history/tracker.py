@@ -1,0 +1,141 @@
+"""Which nodes are connected, which clients they host, and which tasks are unanswered."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from fedmq.broker.ledger.entries import Accepted, AnyEntry, Refusal
+from fedmq.broker.wire.addresses import (
+    AGGREGATOR,
+    BROKER,
+    CONTINUED,
+    EVALUATOR,
+    WORKER,
+    node_address,
+)
+from fedmq.broker.wire.schema import Message
+from fedmq.nodes.history.facts import Facts, Task, client_of, natural
+
+ANSWERS = ("result", "failed", "score")
+"""Kinds of messages that answer a task or an evaluation."""
+
+
+@dataclass
+class NodeState:
+    """State of one node.
+
+    role: its newest; empty for a node that has never joined.
+    sessions, tasks, drops: number of its sessions, answered tasks and failed tasks.
+    here: whether it is connected.
+    """
+
+    role: str = ""
+    sessions: int = 0
+    tasks: int = 0
+    drops: int = 0
+    here: bool = False
+
+
+class Placement:
+    """Which nodes are connected and which clients they host, from the broker's messages.
+
+    Attributes:
+        nodes: by name, in the order in which they first joined or answered.
+        aggregator: name of the aggregator's node.
+    """
+
+    def __init__(self) -> None:
+        self.nodes: dict[str, NodeState] = {}
+        self.aggregator = AGGREGATOR
+        self._hosts: dict[str, str] = {}
+
+    def feed(self, message: Message) -> None:
+        """Process the next message of the broker."""
+        if message.kind == CONTINUED:
+            for each in self.nodes.values():
+                each.here = False
+            return
+        match message.kind, message.body:
+            case "joined", {"node": str(name), "role": str(role), "clients": list(ranges)}:
+                self._joined(name, role, ranges)
+            case "left", {"node": str(name)} if name in self.nodes:
+                self.nodes[name].here = False
+
+    def node(self, name: str) -> NodeState:
+        """Return the state of a node, which may not have joined."""
+        return self.nodes.setdefault(name, NodeState())
+
+    def host_of(self, address: str) -> str | None:
+        """Return the connected node that hosts an address, or None."""
+        name = self._hosts.get(address)
+        return name if name is not None and self.nodes[name].here else None
+
+    def _joined(self, name: str, role: str, ranges: list[Any]) -> None:
+        node = self.node(name)
+        node.role, node.here = role, True
+        node.sessions += 1
+        self._hosts[node_address(name)] = name
+        if role == AGGREGATOR:
+            self.aggregator = name
+        if role in (AGGREGATOR, EVALUATOR):
+            self._hosts[role] = name
+        elif role == WORKER:
+            for low, high in ranges:
+                for client in range(low, high + 1):
+                    self._hosts[f"client/{client}"] = name
+
+
+class TaskTracker:
+    """The first layer of the read model: the facts of each entry, without any counts.
+
+    A second pass over a ledger needs only these; `RunHistory` counts from them.
+
+    Attributes:
+        placement: all nodes, and which clients they host.
+        unanswered: tasks and evaluations without an answer, by id, in the order in which they were
+            sent.
+    """
+
+    def __init__(self) -> None:
+        self.placement = Placement()
+        self.unanswered: dict[str, Task] = {}
+
+    def feed(self, entry: AnyEntry) -> Facts:
+        """Process the next entry, and return its facts.
+
+        A kind of message counts only from the sender that it belongs to.
+        """
+        if isinstance(entry, Accepted):
+            message, placement = entry.read(), self.placement
+            task = None
+            if message.sender == BROKER:
+                placement.feed(message)
+            elif message.sender == placement.aggregator:
+                if message.kind in ("task", "evaluate"):
+                    task = self._sent(entry, message)
+            elif message.kind in ANSWERS:
+                task = self.unanswered.pop(message.re or "", None)
+                node = placement.node(message.sender)
+                node.tasks += message.kind != "failed"
+                node.drops += message.kind == "failed"
+            return Facts(entry, message, placement.host_of(message.to), task)
+        if isinstance(entry, Refusal):
+            task = self.unanswered.get(entry.id)
+            if task is not None and task.seq == entry.of:
+                task.rejected, task.dead_lettered = entry.known_code, entry.dead_lettered
+        return Facts(entry)
+
+    def _sent(self, entry: Accepted, message: Message) -> Task:
+        before = self.unanswered.get(message.id)
+        task = self.unanswered[message.id] = Task(
+            entry.seq,
+            entry.at,
+            message.to,
+            client_of(message.to),
+            self.placement.host_of(message.to),
+            natural(message.body.get("model_version")),
+            message.kind == "evaluate",
+            before.rejected if before is not None and before.dead_lettered else None,
+        )
+        return task
