@@ -18,6 +18,9 @@ from fedmq.broker.errors import LedgerError
 from fedmq.broker.ledger.entries import MESSAGES, PAYLOAD, Ended, segment_path
 from fedmq.broker.ledger.reader import read_entries
 from fedmq.broker.ledger.records import scan
+from fedmq.broker.wire.addresses import AGGREGATOR
+from fedmq.broker.wire.encoding import encode_frame
+from fedmq.broker.wire.schema import Hello
 from fedmq.nodes.cli.main import main
 
 RUN = Path(__file__).parents[2] / "golden" / "traces" / "0.2.0" / "fedavg-buffered"
@@ -201,11 +204,17 @@ def test_a_repaired_run_resumes_to_its_end(tmp_path: Path) -> None:
     assert fedmq("check", tmp_path / "run")[0] == 0
 
 
+HELLO = Hello(node=AGGREGATOR, role=AGGREGATOR, session="s", run="r", config="c", total_clients=1)
 FAILING = """
 import os, sys
-def fail(fd): raise OSError(5, "Input/output error")
-os.fsync = fail
+from fedmq.broker.router import BrokerServer
 from fedmq.nodes.cli.main import main
+def fail(fd): raise OSError(5, "Input/output error")
+serve = BrokerServer.serve
+def fail_while_serving(*args, **named):
+    os.fsync = fail
+    return serve(*args, **named)
+BrokerServer.serve = fail_while_serving
 main(["broker", "--bind", sys.argv[1], "--run", "run", "--durability", "power"])
 """
 
@@ -222,12 +231,14 @@ def test_a_broker_whose_device_fails_ends_with_the_place(tmp_path: Path) -> None
     with zmq.Context() as context, context.socket(zmq.DEALER) as peer:
         peer.linger = 0
         peer.connect(endpoint)
-        peer.send(b"anything")  # it takes a turn, and syncs what it found
+        peer.send(encode_frame(HELLO))  # it opens the run, and syncs that
         try:
             errors = broker.communicate(timeout=40)[1]
         finally:
             broker.kill()
     assert broker.returncode == 1
     last = errors.splitlines()[-1]
-    assert last.startswith("fedmq: stopped serving, the ledger failed: cannot sync")
-    assert last.endswith("Input/output error")
+    expected = (
+        "fedmq: stopped serving, the ledger failed: cannot sync: Input/output error (at messages"
+    )
+    assert last.startswith(expected)
