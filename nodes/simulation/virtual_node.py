@@ -93,7 +93,8 @@ class VirtualAggregator(VirtualNode):
         """Run the program of `run_aggregator`."""
 
         def over(reason: str) -> None:
-            self.finished = reason
+            if self.port.up:
+                self.finished = reason
             link.over(reason)
 
         port = LinkedAggregator(link, self._setup.problem, None, SILENT, self._beside)

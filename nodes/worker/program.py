@@ -74,14 +74,12 @@ def run_worker(
     )
     try:
         with linked(endpoint, hello, give_up_s) as link:
-            _work_until_over(link, hello, folder if states is None else states, allowed)
+            _take_part(link, hello, folder if states is None else states, allowed)
     except RunOver as end:
         return str(end)
 
 
-def _work_until_over(
-    link: NodeLink, hello: Hello, states: Path | None, allowed: Allowed
-) -> NoReturn:
+def _take_part(link: NodeLink, hello: Hello, states: Path | None, allowed: Allowed) -> NoReturn:
     """Set up the run that the broker has admitted this node to, and work on its tasks."""
     welcome = link.welcome()
     with link.away():
