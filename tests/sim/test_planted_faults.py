@@ -231,6 +231,7 @@ PLANTED = {
         "check_durability": [
             (sends_before_commit, CRASHES_IN_TURNS),
             (syncs_nothing, POWER),
+            (syncs_no_folder, plan(power=0.4, sizes={"messages_bytes": 1024})),
             (believes_a_second_sync, SYNC_ERRORS),
         ],
         "check_blobs": [(syncs_no_payload, plan(power=0.4, sizes=SMALL))],
@@ -251,7 +252,6 @@ PLANTED = {
     "Liveness": {
         "check_ended": [
             (resends_nothing, plan(faults=LOSS)),
-            (syncs_no_folder, plan(power=0.4, sizes={"messages_bytes": 1024})),
         ],
         "check_timers_fire": [(drops_timers_at_restart, DEADLINES)],
         "check_timers": [(fires_timers_early, DEADLINES)],
