@@ -71,6 +71,8 @@ def read_sync_point(folder: Path, disk: Disk) -> SyncPoint | None:
                 point = SyncPoint(*(int(each) for each in match.groups()[:4]))
                 if point.encode() == match[0]:
                     points.append(point)
+        if points:
+            break
     return max(points, default=None)
 
 

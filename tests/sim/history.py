@@ -112,18 +112,18 @@ def draw_plan(seed):
         doom=some(0.15),
         power=some(0.12),
         disk={
-            Fault.WRITE_ERROR: some(0.01),
+            Fault.WRITE_ERROR: some(0.02),
             Fault.SHORT_WRITE: some(0.2),
             Fault.NO_SPACE: some(0.03),
-            Fault.SYNC_ERROR: some(0.02),
+            Fault.SYNC_ERROR: some(0.04, share=0.8),
             Fault.TRUNCATE_ERROR: some(0.5),
             Fault.CLOSE_ERROR: some(0.1),
-            Fault.UNLINK_ERROR: some(0.5),
+            Fault.UNLINK_ERROR: some(0.9, share=0.8),
             Fault.READ_ERROR: some(0.02),
             Fault.FLIPPED_BIT: some(0.02),
         },
-        full=some(0.05),
-        pause=some(0.05),
+        full=some(0.06, share=0.7),
+        pause=some(0.1, share=0.8),
         cut=some(0.2),
         partition=some(0.08),
         jump=some(0.1),
@@ -136,7 +136,7 @@ def draw_plan(seed):
     )
     lease_s = rng.choice([2.0, 3.0, 6.0])
     inline_bytes, chunk_bytes = rng.choice([(schema.INLINE_BYTES, schema.CHUNK_BYTES), (100, 64)])
-    payload_bytes = rng.choice([1 << 10, 4 << 10, 128 << 20])
+    payload_bytes = rng.choice([1 << 10, 1 << 10, 4 << 10, 128 << 20])
     return Plan(
         schedule=rng.randrange(len(SCHEDULES)),
         algorithm=rng.choice(["Tally", "Tally", "BesideTally"]),
