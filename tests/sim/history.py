@@ -30,7 +30,7 @@ SCHEDULES = (
     {"name": "buffered", "size": 2, "concurrency": 3},
     {"name": "stream", "concurrency": 3, "max_staleness": 1},
 )
-CALM_AFTER_S = 40.0
+CALM_AFTER_S = 25.0
 LIMIT_S = 400.0
 
 
