@@ -95,7 +95,7 @@ def run(request, tmp_path_factory):
     schedule, codec, options = RUNS[request.param]
     setup = setup_of(request.param.partition("-")[0], schedule, codec, **options)
     folder = tmp_path_factory.mktemp("run")
-    simulation = Simulation(setup, 2, folder, 3, Chances(train_s=0.3, crash=0.2))
+    simulation = Simulation(setup, 2, folder, 4, Chances(train_s=0.3, crash=0.2))
     assert simulation.run(10.0, 400.0)
     simulation.close()
     return setup, folder
