@@ -41,7 +41,7 @@ _MAX_HEAD = 2 * MAX_HEADER_BYTES
 _MAX_DATA = CHUNK_BYTES
 _BLOCK = 1 << 20
 """Bytes that are read at a time while searching for the next record."""
-READ_ATTEMPTS = 2
+READ_ATTEMPTS = 3
 """Bytes that are invalid are read again before they count as damaged: the error may be one of
 reading."""
 _SECTOR = 512
@@ -186,9 +186,10 @@ def walk(
             file.seek(offset)
             while offset < size:
                 found = _record(file, offset, size, verify_data=verify_data)
-                if isinstance(found, DamagedRange):
-                    found = _record_again(path, disk, offset, size, verify_data=verify_data)
-                    file.seek(offset if found is None else found.end)
+                for _ in range(READ_ATTEMPTS - 1):
+                    if isinstance(found, DamagedRange):
+                        found = _record_again(path, disk, offset, size, verify_data=verify_data)
+                        file.seek(offset if found is None else found.end)
                 if found is None:
                     return  # the writer has truncated an incomplete write
                 if isinstance(found, DamagedRange) and found.fault is DamageKind.LENGTHS:

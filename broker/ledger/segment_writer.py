@@ -27,7 +27,7 @@ class Segment:
         over_damage: whether to skip damaged records and leave them in place; otherwise, damage is
             an error.
         unacknowledged_from: offset from which on no record was acknowledged: damage there is set
-            aside with all that follows it. None if that is not known.
+            aside with all that follows it, unless it is skipped. None if that is not known.
         disk: holds the file.
 
     Attributes:
@@ -87,7 +87,9 @@ class Segment:
                         if each is not None:
                             each(found)
                     elif found.fault is DamageKind.TORN or (
-                        unacknowledged_from is not None and found.offset >= unacknowledged_from
+                        not over_damage
+                        and unacknowledged_from is not None
+                        and found.offset >= unacknowledged_from
                     ):
                         tail = found
                         break
