@@ -145,9 +145,7 @@ class VirtualDisk:
         self.made: Counter[str] = Counter()
         self._crash_at = -1
         self._planned: set[tuple[Fault, int]] = set()
-        self._dead = False
-        self._has_flipped = False
-        """Whether the last read had a flipped bit: the next one has none, as they are transient."""
+        self._dead = self._has_flipped = False
         self._names: dict[Path, list[_File | None]] = {}
         """For each path, its files since the last sync of its folder: first the one on the device,
         last the present one."""
@@ -202,10 +200,9 @@ class VirtualDisk:
         occasion = self.met[fault]
         self.met[fault] = occasion + 1
         rate = self.rates.get(fault)
-        if (rate and self._rng.random() < rate) or (fault, occasion) in self._planned:
-            self.made[fault] += 1
-            return True
-        return False
+        hits = bool(rate and self._rng.random() < rate) or (fault, occasion) in self._planned
+        self.made[fault] += hits
+        return hits
 
     def _is_full(self) -> bool:
         self.made["disk full"] += self.full
@@ -302,6 +299,7 @@ class VirtualDisk:
         self._check_alive()
         if self._hits(Fault.READ_ERROR):
             raise _error(errno.EIO)
+        # Transient: the next read has no flipped bit.
         self._has_flipped = bool(data) and not self._has_flipped and self._hits(Fault.FLIPPED_BIT)
         if self._has_flipped:
             flipped = bytearray(data)

@@ -202,7 +202,7 @@ def run_history(seed, plan, folder):
         simulation.close()
     finished = [each.core for each in simulation.sessions if getattr(each, "finished", "")]
     aggregator = (finished or [simulation.aggregator.core])[-1]
-    faults = simulation.network.made + simulation.broker.disk.made
+    faults = simulation.network.made + simulation.broker.disk.made  # `+` drops those made 0 times
     return History(seed, plan, setup, folder, witness, ended, aggregator, faults=faults)
 
 
