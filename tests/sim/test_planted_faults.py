@@ -6,6 +6,7 @@
 import contextlib
 import traceback
 from collections import deque
+from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -304,3 +305,11 @@ def test_each_checker_has_a_planted_fault():
     final = {each.__name__ for each in promises.CHECKS}
     meanwhile = {name for name in vars(witness.Witness) if name.startswith("check_")}
     assert planted == final | meanwhile | {"validate_state"}
+
+
+def test_the_docs_name_each_checker():
+    page = (Path(__file__).parents[2] / "docs" / "guarantees.md").read_text()
+    missing = {
+        name for checkers in PLANTED.values() for name in checkers if f"`{name}`" not in page
+    }
+    assert not missing
