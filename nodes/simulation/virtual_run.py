@@ -127,10 +127,12 @@ class Simulation:
         self._chats, self._on_start = 0, on_start
         self._config = setup.config.to_toml()
         self._last_session: dict[str, str] = {}
+        settings = settings or BrokerSettings(3.0, 0.5)
+        self._lease_s = settings.lease_s
         self.broker = VirtualBroker(
             self.network,
             folder,
-            settings or BrokerSettings(3.0, 0.5),
+            settings,
             dataclasses.replace(
                 ledger_settings or LedgerSettings(),
                 share_files=self.chances.share_files,
@@ -278,8 +280,12 @@ class Simulation:
             any_frame = self.rng.random() < 0.5
             port.doomed = lambda frame: any_frame or isinstance(frame, Post)
         elif happens(chances.pause):
+            seconds, lease_s = self.rng.random() * chances.pause_s, self._lease_s
             port.pause()
-            self._later(chances.pause_s, functools.partial(self._end_pause, port, port.kill))
+            self.network.after(seconds, functools.partial(self._end_pause, port, port.kill))
+            if seconds > lease_s:  # its I/O thread is suspended, too, so the connection breaks
+                away = functools.partial(self.network.partition, port.name, seconds - lease_s)
+                self.network.after(lease_s, away)
         elif happens(chances.cut):
             self.network.cut(port)
         elif happens(chances.partition):
