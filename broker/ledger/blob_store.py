@@ -31,7 +31,7 @@ _IDLE_BLOBS = 4096
 """Most blobs kept in the index that no unfinished message names; the next one may."""
 
 
-class _StoredChunk(NamedTuple):
+class _ChunkPlace(NamedTuple):
     """Where a chunk is, and where it belongs.
 
     record: offset of its record in the segment.
@@ -51,7 +51,7 @@ class _Stored:
     """A blob's chunks in order."""
 
     size: int
-    chunks: list[_StoredChunk] = field(default_factory=list)
+    chunks: list[_ChunkPlace] = field(default_factory=list)
     segments: list[int] = field(default_factory=list)
     """Numbers of the segments of its chunks, in order."""
     end: int = 0
@@ -122,7 +122,7 @@ class BlobStore:
                 stored.segments.append(segment)
                 if stored.pinned:
                     self._pins[segment] = self._pins.get(segment, 0) + 1
-            stored.chunks.append(_StoredChunk(segment, record, offset, chunk.start, length))
+            stored.chunks.append(_ChunkPlace(segment, record, offset, chunk.start, length))
             stored.end += length
 
     def pin(self, name: BlobName) -> None:
@@ -256,7 +256,7 @@ class BlobStore:
         self.remember(name, first, found)
         return found
 
-    def _read_chunk(self, chunk: _StoredChunk) -> memoryview:
+    def _read_chunk(self, chunk: _ChunkPlace) -> memoryview:
         """Read a chunk with its record, because the checksum is over all of it."""
         path = segment_path(self._folder, PAYLOAD, chunk.segment)
         try:
@@ -300,7 +300,7 @@ class BlobStore:
                 self._pins[segment] = self._pins.get(segment, 0) + (1 if pinned else -1)
 
 
-def _start_of(chunk: _StoredChunk) -> int:
+def _start_of(chunk: _ChunkPlace) -> int:
     return chunk.start
 
 

@@ -35,7 +35,7 @@ class Crash(BaseException):
     """The process ends here: the driver of the virtual world catches it, nothing else does."""
 
 
-class Fault(StrEnum):
+class DiskFault(StrEnum):
     """What can go wrong in one operation."""
 
     WRITE_ERROR = "EIO on write"
@@ -58,7 +58,7 @@ class _Change:
 
 
 @dataclass(eq=False)
-class _File:
+class _VirtualFile:
     """A file: what the device has, and the changes since the last sync, in order."""
 
     device: bytearray = field(default_factory=bytearray)
@@ -138,18 +138,18 @@ class VirtualDisk:
 
     def __init__(self, rng: Random) -> None:
         self._rng = rng
-        self.rates: dict[Fault, float] = {}
+        self.rates: dict[DiskFault, float] = {}
         self.full = False
         self.operations = 0
-        self.met: Counter[Fault] = Counter()
+        self.met: Counter[DiskFault] = Counter()
         self.made: Counter[str] = Counter()
         self._crash_at = -1
-        self._planned: set[tuple[Fault, int]] = set()
+        self._planned: set[tuple[DiskFault, int]] = set()
         self._dead = self._has_flipped = False
-        self._names: dict[Path, list[_File | None]] = {}
+        self._names: dict[Path, list[_VirtualFile | None]] = {}
         """For each path, its files since the last sync of its folder: first the one on the device,
         last the present one."""
-        self._open: dict[int, _File] = {}
+        self._open: dict[int, _VirtualFile] = {}
         self._folders: dict[int, Path] = {}
 
     # ---- faults
@@ -158,7 +158,7 @@ class VirtualDisk:
         """Raise `Crash` in the middle of an operation, counted from 0."""
         self._crash_at = operation
 
-    def fail_at(self, fault: Fault, occasion: int) -> None:
+    def fail_at(self, fault: DiskFault, occasion: int) -> None:
         """Make a fault at the given one, counted from 0, of the operations that it can hit."""
         self._planned.add((fault, occasion))
 
@@ -196,7 +196,7 @@ class VirtualDisk:
             return lambda: moment
         return lambda: self._rng.choice((0, changes, self._rng.randint(0, changes)))
 
-    def _hits(self, fault: Fault) -> bool:
+    def _hits(self, fault: DiskFault) -> bool:
         occasion = self.met[fault]
         self.met[fault] = occasion + 1
         rate = self.rates.get(fault)
@@ -231,13 +231,13 @@ class VirtualDisk:
         creates = bool(flags & os.O_CREAT) and not path.exists()
         self._check_alive()
         crashes = creates and self._step()
-        if creates and (self._is_full() or self._hits(Fault.NO_SPACE)):
+        if creates and (self._is_full() or self._hits(DiskFault.NO_SPACE)):
             raise _error(errno.ENOSPC)
         if not self._happens(crashes=crashes):
             raise Crash
         fd = LOCAL_DISK.open(path, flags)
         if creates:
-            self._open[fd] = _File()
+            self._open[fd] = _VirtualFile()
             self._names.setdefault(path, [None]).append(self._open[fd])
         elif stat.S_ISDIR(os.fstat(fd).st_mode):
             self._folders[fd] = path
@@ -247,11 +247,11 @@ class VirtualDisk:
             raise Crash
         return fd
 
-    def _file(self, path: Path) -> _File:
+    def _file(self, path: Path) -> _VirtualFile:
         """Return the present file at a path; one that was never opened is on the device."""
         if path not in self._names:
             content = bytearray(path.read_bytes())
-            self._names[path] = [_File(content, len(content))]
+            self._names[path] = [_VirtualFile(content, len(content))]
         found = self._names[path][-1]
         if found is None:
             raise _error(errno.ENOENT)
@@ -261,7 +261,7 @@ class VirtualDisk:
         """See `Disk`."""
         if self._folders.pop(fd, None) or self._open.pop(fd, None):
             os.close(fd)
-            if not self._dead and self._hits(Fault.CLOSE_ERROR):
+            if not self._dead and self._hits(DiskFault.CLOSE_ERROR):
                 raise _error(errno.EIO)
 
     def writev(self, fd: int, buffers: Sequence[Buffer]) -> int:
@@ -273,11 +273,11 @@ class VirtualDisk:
         """See `Disk`."""
         return self._write(fd, self._opened(fd), bytes(data), offset)
 
-    def _write(self, fd: int, file: _File, data: bytes, offset: int) -> int:
+    def _write(self, fd: int, file: _VirtualFile, data: bytes, offset: int) -> int:
         crashes = self._step()
-        no_space = self._is_full() or self._hits(Fault.NO_SPACE)
-        fails = self._hits(Fault.WRITE_ERROR)
-        if crashes or no_space or fails or (len(data) > 1 and self._hits(Fault.SHORT_WRITE)):
+        no_space = self._is_full() or self._hits(DiskFault.NO_SPACE)
+        fails = self._hits(DiskFault.WRITE_ERROR)
+        if crashes or no_space or fails or (len(data) > 1 and self._hits(DiskFault.SHORT_WRITE)):
             data = data[: self._rng.randint(0 if crashes or no_space or fails else 1, len(data))]
         if data:
             if file.size == offset:
@@ -297,10 +297,12 @@ class VirtualDisk:
 
     def _read(self, data: bytes) -> bytes:
         self._check_alive()
-        if self._hits(Fault.READ_ERROR):
+        if self._hits(DiskFault.READ_ERROR):
             raise _error(errno.EIO)
         # Transient: the next read has no flipped bit.
-        self._has_flipped = bool(data) and not self._has_flipped and self._hits(Fault.FLIPPED_BIT)
+        self._has_flipped = (
+            bool(data) and not self._has_flipped and self._hits(DiskFault.FLIPPED_BIT)
+        )
         if self._has_flipped:
             flipped = bytearray(data)
             flipped[self._rng.randrange(len(data))] ^= 1 << self._rng.randrange(8)
@@ -315,7 +317,7 @@ class VirtualDisk:
         """See `Disk`."""
         file = self._opened(fd)
         crashes = self._step()
-        if self._hits(Fault.TRUNCATE_ERROR):
+        if self._hits(DiskFault.TRUNCATE_ERROR):
             raise _error(errno.EIO)
 
         if self._happens(crashes=crashes):
@@ -326,7 +328,7 @@ class VirtualDisk:
 
     def sync(self, fd: int) -> None:
         """See `Disk`."""
-        crashes, fails = self._step(), self._hits(Fault.SYNC_ERROR)
+        crashes, fails = self._step(), self._hits(DiskFault.SYNC_ERROR)
         file = self._open.get(fd)
         if fails and file is not None:
             kept = (0, len(file.changes))
@@ -365,7 +367,7 @@ class VirtualDisk:
     def unlink(self, path: Path) -> None:
         """See `Disk`."""
         crashes = self._step()
-        if self._hits(Fault.UNLINK_ERROR):
+        if self._hits(DiskFault.UNLINK_ERROR):
             raise _error(errno.EIO)
 
         if path.exists() and self._happens(crashes=crashes):
@@ -375,7 +377,7 @@ class VirtualDisk:
         if crashes:
             raise Crash
 
-    def _opened(self, fd: int) -> _File:
+    def _opened(self, fd: int) -> _VirtualFile:
         self._check_alive()
         return self._open[fd]
 

@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fedmq.broker.rejections import Code
-from fedmq.nodes.history.facts import Task
+from fedmq.nodes.history.facts import SentTask
 from fedmq.nodes.history.outcomes import NO_ANSWER, UNUSED, LastFailure
 from fedmq.nodes.history.run import RunHistory
 from fedmq.nodes.history.tracker import NodeState
@@ -321,7 +321,7 @@ def _schedule(config: str) -> object:
     return parse(config).schedule["name"]
 
 
-def _state(node: NodeState, tasks: Sequence[Task]) -> Text:
+def _state(node: NodeState, tasks: Sequence[SentTask]) -> Text:
     if not node.here:
         return Text("left", style="red")
     if not tasks:

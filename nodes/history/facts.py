@@ -12,7 +12,7 @@ from fedmq.broker.wire.schema import Message
 
 
 @dataclass(slots=True)
-class Task:
+class SentTask:
     """A task or an evaluation that the aggregator has sent.
 
     seq, at: number and time of its entry, in seconds since 1970.
@@ -50,7 +50,7 @@ class Facts(Struct, frozen=True, gc=False):
     entry: AnyEntry
     message: Message | None = None
     host: str | None = None
-    task: Task | None = None
+    task: SentTask | None = None
 
     @property
     def is_answer(self) -> bool:

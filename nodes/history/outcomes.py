@@ -20,7 +20,7 @@ from typing import Any, Literal
 from fedmq.broker.ledger.entries import Refusal
 from fedmq.broker.rejections import Code, failure_code_of
 from fedmq.broker.wire.schema import Message
-from fedmq.nodes.history.facts import Task, natural
+from fedmq.nodes.history.facts import SentTask, natural
 
 _STALE = (Code.STALE, Code.LATE)
 UNUSED, NO_ANSWER = "unused", "no-answer"
@@ -203,7 +203,7 @@ class Outcomes:
 
     # ---- entries
 
-    def sent(self, task: Task) -> None:
+    def sent(self, task: SentTask) -> None:
         """Count a task or an evaluation; one that is delivered again has not failed."""
         if task.is_evaluation:
             self.failed_evaluations -= task.redelivered is not None
@@ -215,7 +215,7 @@ class Outcomes:
             self.clients.setdefault(task.client, ClientRecord()).tasks += 1
         self._note(task.seq, _EVALUATION if task.is_evaluation else _TASK, task.client)
 
-    def answered(self, seq: int, message: Message, task: Task | None) -> None:
+    def answered(self, seq: int, message: Message, task: SentTask | None) -> None:
         """Count an answer to a task or an evaluation.
 
         Args:

@@ -19,7 +19,7 @@ from typing import Any
 from fedmq.broker.ledger.entries import Accepted, AnyEntry, Ended, Opened, Refusal
 from fedmq.broker.wire.addresses import AGGREGATOR, BROKER, CONTINUED, EVALUATOR
 from fedmq.broker.wire.schema import Message
-from fedmq.nodes.history.facts import Facts, Task, natural
+from fedmq.nodes.history.facts import Facts, SentTask, natural
 from fedmq.nodes.history.outcomes import Outcomes
 from fedmq.nodes.history.tracker import ANSWERS, NodeState, TaskTracker
 from fedmq.nodes.messages.tensor_tables import group_blobs
@@ -220,9 +220,9 @@ class RunHistory:
         return max(filter(math.isfinite, known), default=None)
 
     @property
-    def at_work(self) -> dict[str, list[Task]]:
+    def at_work(self) -> dict[str, list[SentTask]]:
         """Return the tasks of each connected node that has some, oldest first."""
-        found: dict[str, list[Task]] = {}
+        found: dict[str, list[SentTask]] = {}
         for task in self.tracker.unanswered.values():
             host = self.tracker.placement.host_of(task.to)
             if host is not None and task.rejected is None and task.seq > self.extended_at:
@@ -266,7 +266,7 @@ class RunHistory:
             self._finished, self.extended_at = False, seq
             self.outcomes.extended()
 
-    def _from_aggregator(self, message: Message, task: Task | None) -> None:
+    def _from_aggregator(self, message: Message, task: SentTask | None) -> None:
         if task is not None:
             self._sent(message, task)
             return
@@ -287,7 +287,7 @@ class RunHistory:
             case "finished":
                 self._finished, self.failed = True, body.get("failed") is True
 
-    def _sent(self, message: Message, task: Task) -> None:
+    def _sent(self, message: Message, task: SentTask) -> None:
         if self.first_task_at is None:
             self.first_task_at = task.at
         self.payload_down += _count(self.groups["down"], message)
@@ -295,7 +295,7 @@ class RunHistory:
         if task.is_evaluation and task.version is not None and task.client is not None:
             self._asked.setdefault(task.version, set()).add(task.to)
 
-    def _answer(self, entry: AnyEntry, message: Message, task: Task | None) -> None:
+    def _answer(self, entry: AnyEntry, message: Message, task: SentTask | None) -> None:
         body = message.body
         if message.sender not in self.disagreeing and disagree(
             self.version_0, body.get("version_0")

@@ -15,7 +15,7 @@ from fedmq.broker.wire.addresses import (
     node_address,
 )
 from fedmq.broker.wire.schema import Message
-from fedmq.nodes.history.facts import Facts, Task, client_of, natural
+from fedmq.nodes.history.facts import Facts, SentTask, client_of, natural
 
 ANSWERS = ("result", "failed", "score")
 """Kinds of messages that answer a task or an evaluation."""
@@ -99,7 +99,7 @@ class TaskTracker:
 
     def __init__(self) -> None:
         self.placement = Placement()
-        self.unanswered: dict[str, Task] = {}
+        self.unanswered: dict[str, SentTask] = {}
 
     def feed(self, entry: AnyEntry) -> Facts:
         """Process the next entry, and return its facts.
@@ -126,9 +126,9 @@ class TaskTracker:
                 task.rejected, task.dead_lettered = entry.known_code, entry.dead_lettered
         return Facts(entry)
 
-    def _sent(self, entry: Accepted, message: Message) -> Task:
+    def _sent(self, entry: Accepted, message: Message) -> SentTask:
         before = self.unanswered.get(message.id)
-        task = self.unanswered[message.id] = Task(
+        task = self.unanswered[message.id] = SentTask(
             entry.seq,
             entry.at,
             message.to,

@@ -18,7 +18,7 @@ from msgspec.structs import replace
 
 from fedmq.broker.settings import BrokerSettings, LedgerSettings
 from fedmq.broker.virtual.broker import VirtualBroker
-from fedmq.broker.virtual.disk import Fault
+from fedmq.broker.virtual.disk import DiskFault
 from fedmq.broker.virtual.machine import Machine
 from fedmq.broker.virtual.network import Faults, VirtualNetwork
 from fedmq.broker.virtual.node import VirtualPort
@@ -40,7 +40,7 @@ _WALL_S = 1e6
 
 @dataclass
 class Chances:
-    """Fault rates of a simulated run, per second of virtual time, and durations in seconds.
+    """DiskFault rates of a simulated run, per second of virtual time, and durations in seconds.
 
     faults: faults of single frames.
     crash: rate of crashes of each process.
@@ -66,7 +66,7 @@ class Chances:
     crash: float = 0.0
     doom: float = 0.0
     power: float = 0.0
-    disk: Mapping[Fault, float] = field(default_factory=dict)
+    disk: Mapping[DiskFault, float] = field(default_factory=dict)
     full: float = 0.0
     pause: float = 0.0
     cut: float = 0.0

@@ -15,7 +15,7 @@ from fedmq.broker.inspection.trace import Trace
 from fedmq.broker.ledger.entries import AnyEntry, Refusal
 from fedmq.broker.wire.addresses import BROKER, CONTINUED
 from fedmq.broker.wire.schema import Message
-from fedmq.nodes.history.facts import Task, natural
+from fedmq.nodes.history.facts import SentTask, natural
 from fedmq.nodes.history.tracker import TaskTracker
 from fedmq.nodes.process.terminal import word
 from fedmq.nodes.trace.export import to_json
@@ -124,7 +124,7 @@ class _Drawing:
     # ---- entries
 
     def _from_aggregator(
-        self, entry: AnyEntry, message: Message, task: Task | None
+        self, entry: AnyEntry, message: Message, task: SentTask | None
     ) -> Iterator[Event]:
         if task is not None:
             if self._versions.waiting:
@@ -150,7 +150,7 @@ class _Drawing:
         elif message.kind == "tick":
             yield from self._instant(f"tick {message.body.get('token')}", {})
 
-    def _answer(self, entry: AnyEntry, message: Message, task: Task) -> Iterator[Event]:
+    def _answer(self, entry: AnyEntry, message: Message, task: SentTask) -> Iterator[Event]:
         """Yield a span on the lane of the answering node, and the arrows to and from it."""
         node, name = message.sender, message.re or ""
         sent = self._sent.pop(task.seq)
@@ -176,7 +176,7 @@ class _Drawing:
         if message.kind == "score":
             yield from self._counters(message.body.get("metrics"), arrived)
 
-    def _about(self, entry: AnyEntry, message: Message, task: Task) -> Event:
+    def _about(self, entry: AnyEntry, message: Message, task: SentTask) -> Event:
         body = message.body
         if message.kind != "result":
             return {key: body[key] for key in ("metrics", "reason") if key in body}
@@ -217,7 +217,7 @@ class _Drawing:
         yield {"ph": "i", "s": "t", "name": name, "pid": pid, "tid": 1, "ts": at, "args": args}
 
     def _wait(
-        self, node: str, task: Task, times: tuple[int, int], name: str, args: Event
+        self, node: str, task: SentTask, times: tuple[int, int], name: str, args: Event
     ) -> Iterator[Event]:
         """Yield the time of a task between acceptance and start, in transit or in a queue.
 

@@ -3,7 +3,7 @@
 import itertools
 from collections import Counter
 
-from fedmq.broker.virtual.disk import Fault
+from fedmq.broker.virtual.disk import DiskFault
 
 KINDS = frozenset(
     (
@@ -25,7 +25,7 @@ KINDS = frozenset(
         "node suspended and continued",
         "node suspended and killed",
         "disk full",
-        *Fault,
+        *DiskFault,
         "clock set forward",
         "clock set back",
         "clock at another rate",

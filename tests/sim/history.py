@@ -13,7 +13,7 @@ from unittest import mock
 from fedmq.broker.ledger import blob_store, retention, writer
 from fedmq.broker.ledger.entries import Accepted, AnyEntry
 from fedmq.broker.settings import BrokerSettings, LedgerSettings
-from fedmq.broker.virtual.disk import Fault
+from fedmq.broker.virtual.disk import DiskFault
 from fedmq.broker.virtual.network import Faults
 from fedmq.broker.wire import chunked_transfer, schema
 from fedmq.broker.wire.schema import Message
@@ -112,15 +112,15 @@ def draw_plan(seed):
         doom=some(0.15),
         power=some(0.12),
         disk={
-            Fault.WRITE_ERROR: some(0.02),
-            Fault.SHORT_WRITE: some(0.2),
-            Fault.NO_SPACE: some(0.03),
-            Fault.SYNC_ERROR: some(0.04, share=0.8),
-            Fault.TRUNCATE_ERROR: some(0.5),
-            Fault.CLOSE_ERROR: some(0.1),
-            Fault.UNLINK_ERROR: some(0.9, share=0.8),
-            Fault.READ_ERROR: some(0.02),
-            Fault.FLIPPED_BIT: some(0.02),
+            DiskFault.WRITE_ERROR: some(0.02),
+            DiskFault.SHORT_WRITE: some(0.2),
+            DiskFault.NO_SPACE: some(0.03),
+            DiskFault.SYNC_ERROR: some(0.04, share=0.8),
+            DiskFault.TRUNCATE_ERROR: some(0.5),
+            DiskFault.CLOSE_ERROR: some(0.1),
+            DiskFault.UNLINK_ERROR: some(0.9, share=0.8),
+            DiskFault.READ_ERROR: some(0.02),
+            DiskFault.FLIPPED_BIT: some(0.02),
         },
         full=some(0.06, share=0.7),
         pause=some(0.1, share=0.8),

@@ -21,7 +21,7 @@ from fedmq.broker.ledger.entries import (
 )
 from fedmq.broker.ledger.reader import read_entries
 from fedmq.broker.rejections import Code
-from fedmq.broker.virtual.disk import Fault, VirtualDisk
+from fedmq.broker.virtual.disk import DiskFault, VirtualDisk
 from fedmq.broker.wire.addresses import BROKER, CHECKPOINT, RECORD, TIMER, addresses
 from fedmq.broker.wire.schema import Blob
 from fedmq.nodes.replay.fold import Replay
@@ -217,7 +217,7 @@ def check_blob_reads(history):
 def check_reads(history):
     """A read of flipped bits gives the record that was written, or an error."""
     disk = VirtualDisk(random.Random(history.seed))  # noqa: S311 - a test's own dice
-    disk.rates = {Fault.FLIPPED_BIT: 0.3, Fault.READ_ERROR: 0.05}
+    disk.rates = {DiskFault.FLIPPED_BIT: 0.3, DiskFault.READ_ERROR: 0.05}
     try:
         for entry, true in zip(read_entries(history.folder, disk), history.entries, strict=False):
             assert entry == true, f"a damaged read gave another entry {true.seq}"

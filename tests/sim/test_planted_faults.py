@@ -27,7 +27,7 @@ from fedmq.broker.ledger.segment_writer import Segment
 from fedmq.broker.link import core as link_core
 from fedmq.broker.link.core import Link
 from fedmq.broker.settings import BrokerSettings
-from fedmq.broker.virtual.disk import Fault
+from fedmq.broker.virtual.disk import DiskFault
 from fedmq.broker.virtual.network import Faults
 from fedmq.broker.wire.addresses import addresses
 from fedmq.broker.wire.chunked_transfer import Fetcher
@@ -222,8 +222,8 @@ def keeps_addresses_of_those_who_left():
     return patch(Sessions, "leave", after(Sessions.leave, host))
 
 
-SYNC_ERRORS = plan(power=0.4, disk={Fault.SYNC_ERROR: 0.05})
-FLIPS = plan(schedule=1, crash=0.4, train_s=3.0, disk={Fault.FLIPPED_BIT: 0.5})
+SYNC_ERRORS = plan(power=0.4, disk={DiskFault.SYNC_ERROR: 0.05})
+FLIPS = plan(schedule=1, crash=0.4, train_s=3.0, disk={DiskFault.FLIPPED_BIT: 0.5})
 ABSENCES = plan(schedule=1, partition=0.3, train_s=3.0)
 DEADLINES = plan(schedule=1, crash=0.3, train_s=3.0)
 

@@ -8,7 +8,7 @@ from fedmq.broker.errors import LedgerError, NoSpace
 from fedmq.broker.ledger.blob_store import read_payload
 from fedmq.broker.ledger.entries import Consumed, Opened
 from fedmq.broker.ledger.writer import Ledger
-from fedmq.broker.virtual.disk import Crash, Fault, VirtualDisk
+from fedmq.broker.virtual.disk import Crash, DiskFault, VirtualDisk
 from tests.broker.ledger.small_ledger import accepted, name_of, put
 
 
@@ -154,7 +154,7 @@ def survive(folder, seed, durability, *, every_kind=True):
     for session in range(10):
         if rng.random() < 0.7:
             disk.crash_at(disk.operations + rng.randrange(80))
-        kinds = [fault for fault in Fault if every_kind and rng.random() < 0.4]
+        kinds = [fault for fault in DiskFault if every_kind and rng.random() < 0.4]
         disk.rates = {fault: rng.choice((0.01, 0.05)) for fault in kinds}
         if session > 6:
             disk.rates = {}

@@ -23,7 +23,7 @@ from fedmq.broker.ledger.sync_point import (
     read_sync_point,
 )
 from fedmq.broker.ledger.writer import Ledger
-from fedmq.broker.virtual.disk import Crash, Fault, VirtualDisk
+from fedmq.broker.virtual.disk import Crash, DiskFault, VirtualDisk
 from tests.broker.ledger.failing_disk import Script, dice, small_segments, survive
 from tests.broker.ledger.small_ledger import ENTRIES, accepted, name_of, put
 
@@ -83,7 +83,7 @@ def check_seeds(folder, durability, seeds):
 def test_promises_hold_whatever_fails(folder, durability):
     made = check_seeds(folder, durability, range(80))
     # Under `power`, only retention deletes files.
-    assert set(Fault) - {Fault.UNLINK_ERROR} <= made.keys()
+    assert set(DiskFault) - {DiskFault.UNLINK_ERROR} <= made.keys()
 
 
 @pytest.mark.soak
@@ -214,7 +214,7 @@ def test_a_segment_without_its_first_page_is_begun_again(tmp_path, disk, monkeyp
 def test_what_a_failed_sync_may_have_lost_is_written_again(tmp_path, disk):
     ledger = start(tmp_path, disk)
     put(ledger, b"some bytes")
-    disk.fail_at(Fault.SYNC_ERROR, disk.met[Fault.SYNC_ERROR])
+    disk.fail_at(DiskFault.SYNC_ERROR, disk.met[DiskFault.SYNC_ERROR])
     with pytest.raises(LedgerError, match="cannot sync"):
         commit(ledger, accepted(0))
     with pytest.raises(LedgerError, match="cannot sync"):
@@ -238,7 +238,7 @@ def test_a_bit_that_flips_while_it_is_read_cuts_and_changes_nothing(tmp_path, di
     ledger.close()
     for occasion in range(40):
         again = VirtualDisk(dice(occasion))
-        again.fail_at(Fault.FLIPPED_BIT, occasion)
+        again.fail_at(DiskFault.FLIPPED_BIT, occasion)
         found = []
         try:
             ledger = start(tmp_path, again, durability, found.append)
@@ -322,7 +322,10 @@ def test_a_sync_point_that_cannot_be_written_or_read_does_no_harm(tmp_path, disk
     point = read_sync_point(tmp_path, disk)
     assert point.messages_bytes == segment_path(tmp_path, MESSAGES, 0).stat().st_size
     newest = path.read_bytes().index(point.encode())
-    for fault in (Fault.WRITE_ERROR, Fault.NO_SPACE):  # a note is torn, the other one is older
+    for fault in (
+        DiskFault.WRITE_ERROR,
+        DiskFault.NO_SPACE,
+    ):  # a note is torn, the other one is older
         disk.rates = {fault: 1.0}
         file = SyncPointFile(tmp_path, disk)
         file._next = 0 if newest else -1

@@ -7,7 +7,7 @@ import os
 import pytest
 
 from fedmq.broker.ledger.disk import APPEND, READ, REWRITE, append_all
-from fedmq.broker.virtual.disk import PAGE_BYTES, Crash, Fault, VirtualDisk
+from fedmq.broker.virtual.disk import PAGE_BYTES, Crash, DiskFault, VirtualDisk
 from tests.broker.ledger.failing_disk import dice
 
 OLD, NEW = b"o" * 700, b"n" * 1000
@@ -87,7 +87,7 @@ def test_a_name_is_on_the_device_once_its_folder_is_synced(tmp_path):
 def test_a_failed_sync_is_reported_once_and_its_pages_may_be_lost(tmp_path):
     def change(disk, fd, _path):
         disk.writev(fd, [NEW])
-        disk.fail_at(Fault.SYNC_ERROR, disk.met[Fault.SYNC_ERROR])
+        disk.fail_at(DiskFault.SYNC_ERROR, disk.met[DiskFault.SYNC_ERROR])
         with pytest.raises(OSError, match="Input/output error"):
             disk.sync(fd)
         disk.sync(fd)
@@ -132,13 +132,13 @@ def test_a_crash_leaves_a_prefix_and_nothing_works_until_the_process_is_gone(tmp
 @pytest.mark.parametrize(
     ("fault", "code"),
     [
-        (Fault.WRITE_ERROR, errno.EIO),
-        (Fault.NO_SPACE, errno.ENOSPC),
-        (Fault.SYNC_ERROR, errno.EIO),
-        (Fault.TRUNCATE_ERROR, errno.EIO),
-        (Fault.UNLINK_ERROR, errno.EIO),
-        (Fault.CLOSE_ERROR, errno.EIO),
-        (Fault.READ_ERROR, errno.EIO),
+        (DiskFault.WRITE_ERROR, errno.EIO),
+        (DiskFault.NO_SPACE, errno.ENOSPC),
+        (DiskFault.SYNC_ERROR, errno.EIO),
+        (DiskFault.TRUNCATE_ERROR, errno.EIO),
+        (DiskFault.UNLINK_ERROR, errno.EIO),
+        (DiskFault.CLOSE_ERROR, errno.EIO),
+        (DiskFault.READ_ERROR, errno.EIO),
     ],
 )
 def test_each_operation_fails_when_it_is_planned_and_only_then(tmp_path, fault, code):
@@ -166,10 +166,10 @@ def test_each_operation_fails_when_it_is_planned_and_only_then(tmp_path, fault, 
 def test_a_short_write_is_whole_in_the_end_and_a_flipped_bit_is_back_at_the_next_read(tmp_path):
     disk = VirtualDisk(dice(0))
     fd = disk.open(tmp_path / "a", APPEND)
-    disk.rates = {Fault.SHORT_WRITE: 0.9}
+    disk.rates = {DiskFault.SHORT_WRITE: 0.9}
     assert append_all(disk, fd, [OLD, NEW]) == len(OLD + NEW)
-    assert disk.made[Fault.SHORT_WRITE] > 2
-    disk.rates = {Fault.FLIPPED_BIT: 1.0}
+    assert disk.made[DiskFault.SHORT_WRITE] > 2
+    disk.rates = {DiskFault.FLIPPED_BIT: 1.0}
     flipped = [disk.pread(fd, 5000, 0)]
     for read in (io.BufferedReader.read, lambda file: file.read(1700)):
         with disk.reader(tmp_path / "a") as file:

@@ -10,7 +10,7 @@ from fedmq.broker.ledger.entries import Accepted, Opened
 from fedmq.broker.ledger.reader import read_entries
 from fedmq.broker.settings import BrokerSettings, LedgerSettings
 from fedmq.broker.virtual.broker import VirtualBroker
-from fedmq.broker.virtual.disk import Fault
+from fedmq.broker.virtual.disk import DiskFault
 from fedmq.broker.virtual.machine import Machine
 from fedmq.broker.virtual.network import VirtualNetwork
 from fedmq.broker.wire.encoding import decode_frame, encode_message
@@ -181,8 +181,8 @@ def test_nodes_wait_for_a_full_disk(start, wire, tmp_path):
 
 def test_a_broker_that_its_ledger_stops_starts_again(start, wire, tmp_path):
     broker = start()
-    broker.disk.fail_at(Fault.WRITE_ERROR, broker.disk.met[Fault.WRITE_ERROR])
-    broker.disk.fail_at(Fault.WRITE_ERROR, broker.disk.met[Fault.WRITE_ERROR] + 1)
+    broker.disk.fail_at(DiskFault.WRITE_ERROR, broker.disk.met[DiskFault.WRITE_ERROR])
+    broker.disk.fail_at(DiskFault.WRITE_ERROR, broker.disk.met[DiskFault.WRITE_ERROR] + 1)
     post(broker, 0)
     wire.run(0.01)
     assert not broker.up
@@ -198,7 +198,7 @@ def test_a_broker_that_its_ledger_stops_starts_again(start, wire, tmp_path):
 def test_a_broker_that_cannot_open_its_ledger_tries_again(start, wire, tmp_path):
     broker = start()
     broker.crash()
-    broker.disk.rates = {Fault.READ_ERROR: 1.0}
+    broker.disk.rates = {DiskFault.READ_ERROR: 1.0}
     broker.start()
     assert not broker.up
     wire.run(10.0)
@@ -219,7 +219,7 @@ def test_a_blob_that_cannot_be_read_for_a_while_is_requested_again(start, wire, 
     broker.receive(AGG, Post(message=encode_message(message), inline=(0,)), [data])
     request = ChunkRequest(owner="agg", digest=digest(data), start=0, size=len(data))
     wire.run(1.0)
-    broker.disk.rates = {Fault.READ_ERROR: 1.0}
+    broker.disk.rates = {DiskFault.READ_ERROR: 1.0}
     for _ in range(4):
         broker.receive(AGG, request, ())
         wire.run(0.1)
@@ -229,7 +229,7 @@ def test_a_blob_that_cannot_be_read_for_a_while_is_requested_again(start, wire, 
     wire.run(0.1)
     assert wire.take(Chunk)
     assert wire.buffers[-1] == [data]
-    broker.disk.rates = {Fault.READ_ERROR: 1.0}
+    broker.disk.rates = {DiskFault.READ_ERROR: 1.0}
     for _ in range(5):
         broker.receive(AGG, request, ())
         wire.run(0.1)

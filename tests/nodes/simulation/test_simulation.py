@@ -8,7 +8,7 @@ import torch
 from fedmq.broker.errors import RunOver
 from fedmq.broker.inspection.trace import Trace
 from fedmq.broker.ledger.entries import Accepted
-from fedmq.broker.virtual.disk import Fault
+from fedmq.broker.virtual.disk import DiskFault
 from fedmq.broker.virtual.network import Faults
 from fedmq.nodes.run.digests import model_digest
 from fedmq.nodes.simulation.virtual_node import apart
@@ -66,7 +66,7 @@ FAULTS = {
     "crash": Chances(crash=0.3),
     "doom": Chances(doom=0.3),
     "power": Chances(doom=0.2, power=0.2),
-    "disk": Chances(disk={Fault.WRITE_ERROR: 0.02, Fault.SHORT_WRITE: 0.2}),
+    "disk": Chances(disk={DiskFault.WRITE_ERROR: 0.02, DiskFault.SHORT_WRITE: 0.2}),
     "full": Chances(full=0.3, full_s=2.0),
     "pause": Chances(pause=0.3),
     "cut": Chances(cut=0.5),
