@@ -145,7 +145,7 @@ class VirtualDisk:
         self.made: Counter[str] = Counter()
         self._crash_at = -1
         self._planned: set[tuple[DiskFault, int]] = set()
-        self._dead = self._has_flipped = False
+        self._dead = self._flipped = False
         self._names: dict[Path, list[_VirtualFile | None]] = {}
         """For each path, its files since the last sync of its folder: first the one on the device,
         last the present one."""
@@ -204,9 +204,9 @@ class VirtualDisk:
         self.made[fault] += hits
         return hits
 
-    def _is_full(self) -> bool:
+    def _lacks_space(self) -> bool:
         self.made["disk full"] += self.full
-        return self.full
+        return self.full or self._hits(DiskFault.NO_SPACE)
 
     def _check_alive(self) -> None:
         if self._dead:
@@ -231,7 +231,7 @@ class VirtualDisk:
         creates = bool(flags & os.O_CREAT) and not path.exists()
         self._check_alive()
         crashes = creates and self._step()
-        if creates and (self._is_full() or self._hits(DiskFault.NO_SPACE)):
+        if creates and self._lacks_space():
             raise _error(errno.ENOSPC)
         if not self._happens(crashes=crashes):
             raise Crash
@@ -275,7 +275,7 @@ class VirtualDisk:
 
     def _write(self, fd: int, file: _VirtualFile, data: bytes, offset: int) -> int:
         crashes = self._step()
-        no_space = self._is_full() or self._hits(DiskFault.NO_SPACE)
+        no_space = self._lacks_space()
         fails = self._hits(DiskFault.WRITE_ERROR)
         if crashes or no_space or fails or (len(data) > 1 and self._hits(DiskFault.SHORT_WRITE)):
             data = data[: self._rng.randint(0 if crashes or no_space or fails else 1, len(data))]
@@ -299,11 +299,8 @@ class VirtualDisk:
         self._check_alive()
         if self._hits(DiskFault.READ_ERROR):
             raise _error(errno.EIO)
-        # Transient: the next read has no flipped bit.
-        self._has_flipped = (
-            bool(data) and not self._has_flipped and self._hits(DiskFault.FLIPPED_BIT)
-        )
-        if self._has_flipped:
+        self._flipped = not self._flipped and bool(data) and self._hits(DiskFault.FLIPPED_BIT)
+        if self._flipped:  # transient: the next read has no flipped bit
             flipped = bytearray(data)
             flipped[self._rng.randrange(len(data))] ^= 1 << self._rng.randrange(8)
             return bytes(flipped)

@@ -322,11 +322,8 @@ def test_a_sync_point_that_cannot_be_written_or_read_does_no_harm(tmp_path, disk
     point = read_sync_point(tmp_path, disk)
     assert point.messages_bytes == segment_path(tmp_path, MESSAGES, 0).stat().st_size
     newest = path.read_bytes().index(point.encode())
-    for fault in (
-        DiskFault.WRITE_ERROR,
-        DiskFault.NO_SPACE,
-    ):  # a note is torn, the other one is older
-        disk.rates = {fault: 1.0}
+    for fault in (DiskFault.WRITE_ERROR, DiskFault.NO_SPACE):
+        disk.rates = {fault: 1.0}  # a note is torn, the other one is older
         file = SyncPointFile(tmp_path, disk)
         file._next = 0 if newest else -1
         file.write(SyncPoint(9, 9, 9, 9))
