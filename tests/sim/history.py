@@ -11,7 +11,7 @@ from pathlib import Path
 from unittest import mock
 
 from fedmq.broker.ledger import blob_store, retention, writer
-from fedmq.broker.ledger.entries import Accepted, AnyEntry
+from fedmq.broker.ledger.entries import PAYLOAD, Accepted, AnyEntry, segment_numbers
 from fedmq.broker.settings import BrokerSettings, LedgerSettings
 from fedmq.broker.virtual.disk import DiskFault
 from fedmq.broker.virtual.network import Faults
@@ -143,7 +143,7 @@ def draw_plan(seed):
         checkpoint_s=rng.choice([0.0, 1.0, 5.0]),
         chances=chances,
         broker=BrokerSettings(lease_s, lease_s / rng.choice([4, 6, 10]), deliveries=1000),
-        retain_bytes=rng.choice([None, None, None, 4 * payload_bytes]),
+        retain_bytes=rng.choice([None, None, None, None, 4 * payload_bytes]),
         inline_bytes=inline_bytes,
         chunk_bytes=chunk_bytes,
         messages_bytes=rng.choice([1 << 10, 8 << 10, 64 << 20]),
@@ -180,14 +180,9 @@ class History:
     limit_s: float = LIMIT_S
 
     @property
-    def retains(self):
-        """Return how many bytes of payload are kept; None for all."""
-        return self.plan.retain_bytes
-
-    @property
-    def run(self):
-        """Return the id of the run."""
-        return RUN
+    def is_whole(self):
+        """Return whether the ledger still has all blobs: the retention policy deleted none."""
+        return 0 in segment_numbers(self.folder, PAYLOAD)
 
 
 def run_history(seed, plan, folder):

@@ -26,6 +26,7 @@ from fedmq.broker.wire.addresses import BROKER, CHECKPOINT, RECORD, TIMER, addre
 from fedmq.broker.wire.schema import Blob
 from fedmq.nodes.replay.fold import Replay
 from fedmq.nodes.run.digests import model_digest
+from fedmq.nodes.simulation.virtual_run import RUN
 
 UNDELIVERED = (RECORD, CHECKPOINT, TIMER)
 
@@ -36,7 +37,7 @@ def check_blobs(history):
     """The blobs of everything accepted are in the ledger, to the bit."""
     refused = [each.id for each in history.entries if getattr(each, "code", "") == Code.LOST]
     assert not refused, f"lost: the bytes of {refused}"
-    if history.retains is not None:
+    if not history.is_whole:
         return
     index, _ = read_payload(history.folder, LOCAL_DISK)  # damaged where nothing was acknowledged
     try:
@@ -75,9 +76,9 @@ def check_fold(history):
     """
     live = history.aggregator
     assert live.version == history.setup.config.run.versions
-    if history.retains is not None:
-        return  # a replay needs the bytes that were deleted
-    replay = Replay(Trace(history.folder, history.run), setup=history.setup)
+    if not history.is_whole:
+        return  # a replay needs the blobs that were deleted
+    replay = Replay(Trace(history.folder, RUN), setup=history.setup)
     for _ in replay.steps():
         pass
     assert replay.core.version == live.version

@@ -7,8 +7,9 @@ in the ledger, what was delivered, and when, in true time.
 from collections import defaultdict
 from dataclasses import dataclass, field
 
+from fedmq.broker.core.sessions import MAX_SILENT_LEASES
 from fedmq.broker.core.state import Append, DiskFull, ReceivedFrom, SendTo, TimerFired
-from fedmq.broker.ledger.entries import Accepted, Ended
+from fedmq.broker.ledger.entries import Accepted, Ended, Refusal
 from fedmq.broker.ledger.reader import read_entries
 from fedmq.broker.link.events import Delivery
 from fedmq.broker.virtual.broker import VirtualBroker
@@ -53,7 +54,7 @@ class Witness:
         self.broker = self.network = None
         self._messages = {}
         self._pending_timers = {}
-        """(latest true time at which it is due, true time of the request) by number."""
+        """Latest true time at which each timer fires, by number."""
         self._is_full = False
         self._last_heard = {}
         """True time of the last frame over each connection that this broker has admitted."""
@@ -85,7 +86,7 @@ class Witness:
                 if n > port.acknowledged_to:
                     break
                 if data not in here:
-                    rejected = rejected or {each.id for each in entries if hasattr(each, "mark")}
+                    rejected = rejected or {each.id for each in entries if _is_rejected_post(each)}
                     name = self.message_of(Accepted(seq=0, at=0.0, message=data)).id
                     assert name in rejected, f"lost: {name} of {port.name} was acknowledged"
             for delivery, _ in session.deliveries:
@@ -155,7 +156,8 @@ class Witness:
         heard = self._last_heard.get(port.peer)
         if newest.hello.session != body["session"] or not port.up or heard is None:
             return  # replaced, dead, or not admitted over this connection
-        there = self.network.is_up(port.peer) and now < heard + 10 * self._lease_s
+        longest = MAX_SILENT_LEASES * self._lease_s / (1.0 + self._drift)
+        there = self.network.is_up(port.peer) and now < heard + longest
         assert not there, f"{port.name} counts as gone: {body['reason']}, but its connection is up"
 
     # ---- the nodes
@@ -199,6 +201,10 @@ class Witness:
         for session in self.sessions:
             found[session.node.port.name].append(session)
         return found
+
+
+def _is_rejected_post(entry):
+    return isinstance(entry, Refusal) and entry.of is None
 
 
 def _watch(core, see):
