@@ -182,7 +182,8 @@ class History:
     @property
     def is_whole(self):
         """Return whether the ledger still has all blobs: the retention policy deleted none."""
-        return 0 in segment_numbers(self.folder, PAYLOAD)
+        numbers = segment_numbers(self.folder, PAYLOAD)
+        return numbers == list(range(len(numbers)))
 
 
 def run_history(seed, plan, folder):
