@@ -179,7 +179,11 @@ def check_notices(history):
 
 def check_ended(history):
     """The run ends, once its faults do."""
-    assert history.ended, f"not over after {history.limit_s:g} s of virtual time"
+    failures = history.witness.broker.failures[-1:]
+    why = (
+        f"not over after {history.limit_s:g} s of virtual time; the broker's last error: {failures}"
+    )
+    assert history.ended, why
 
 
 def check_timers(history):
