@@ -324,4 +324,9 @@ class Simulation:
         self._make_space()
         for node in self.nodes:
             node.port.doomed = lambda _: False
+        self._keep_broker_up()
+
+    def _keep_broker_up(self) -> None:
+        """Start the broker if it is down: a crash that was planned earlier may still come."""
         self.broker.start()
+        self.network.after(1.0, self._keep_broker_up)
