@@ -253,6 +253,9 @@ class BrokerDriver:
             buffers = []
             if isinstance(frame, Deliver):
                 frame = msgspec.structs.replace(frame, inline=())
+        else:
+            if self._failed_reads and send.blobs:
+                self._failed_reads.pop(send.blobs[0][0], None)
         self._port.send(send.peer, encode_frame(frame), buffers)
 
     def _may_be_readable(self, name: BlobName) -> bool:

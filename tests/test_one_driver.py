@@ -34,7 +34,7 @@ ELSEWHERE = {
     "broker/link/dealer.py": {events.Blocked, events.OutOfTouch, events.BackInTouch},
 }
 VIRTUAL = ("broker/virtual", "nodes/simulation")
-MOST_VIRTUAL_LINES = 1030
+MOST_VIRTUAL_LINES = 1071
 """Lines of code that only the virtual world runs."""
 
 

@@ -1,8 +1,8 @@
 """What of a ledger is known to be on the device, under durability `power`.
 
-After each sync, the broker notes the ends of both families' last segments in a small file. Only the
-first note of a broker is synced itself: an older one is true as well. When a ledger is opened, the
-note answers two questions.
+After each sync, the broker notes the ends of both families' last segments in a small file, over the
+older of the two notes there. Only the first note of a broker is synced itself: an older one is true
+as well. When a ledger is opened, the newest note answers two questions.
 
 - What may an earlier broker not have synced? That is written again before it counts. To sync it
   would not be enough: the kernel reports a failed write once, then the page counts as written, and
@@ -30,9 +30,12 @@ from fedmq.broker.ledger.segment_writer import sync_folder
 SYNC_POINT_FILE = "synced"
 
 _FORMAT = re.compile(rb"([0-9]{20}) ([0-9]{20}) ([0-9]{20}) ([0-9]{20}) ([0-9a-f]{16})\n")
+_NOTE_BYTES = 101
+_NOTES = 2
+"""Notes in the file, written in turn: if writing one fails half-way, the other is whole."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, order=True)
 class SyncPoint:
     """Up to where both families are on the device: their last segments, and bytes in them."""
 
@@ -60,14 +63,17 @@ class SyncPoint:
 
 
 def read_sync_point(folder: Path, disk: Disk) -> SyncPoint | None:
-    """Return a folder's sync point; None if there is no note, or not a whole one."""
+    """Return the newest whole note of a folder; None if there is none."""
+    points = []
     for _ in range(READ_ATTEMPTS):
         with contextlib.suppress(OSError), disk.reader(folder / SYNC_POINT_FILE) as file:
-            if match := _FORMAT.fullmatch(file.read()):
+            for match in _FORMAT.finditer(file.read()):
                 point = SyncPoint(*(int(each) for each in match.groups()[:4]))
                 if point.encode() == match[0]:
-                    return point
-    return None
+                    points.append(point)
+        if points:
+            break
+    return max(points, default=None)
 
 
 def remove_sync_point(folder: Path, disk: Disk) -> None:
@@ -83,7 +89,7 @@ def remove_sync_point(folder: Path, disk: Disk) -> None:
 
 
 class SyncPointFile:
-    """The note of what is on the device.
+    """The notes of what is on the device.
 
     Args:
         folder: of the ledger.
@@ -94,7 +100,7 @@ class SyncPointFile:
     """
 
     def __init__(self, folder: Path, disk: Disk) -> None:
-        self._disk = disk
+        self._disk, self._notes = disk, 0
         try:
             self._fd = disk.open(folder / SYNC_POINT_FILE, UPDATE)
         except OSError as error:
@@ -110,7 +116,7 @@ class SyncPointFile:
             LedgerError: the note cannot be written, or the sync failed.
         """
         try:
-            _write(self._disk, self._fd, point.encode(), 0)
+            self._write(point)
             self._disk.sync(self._fd)
         except OSError as error:
             raise io_error("cannot write", error, SYNC_POINT_FILE) from None
@@ -118,7 +124,11 @@ class SyncPointFile:
     def advance(self, point: SyncPoint) -> None:
         """Note a later point, if possible: the earlier one is true as well."""
         with contextlib.suppress(OSError):
-            _write(self._disk, self._fd, point.encode(), 0)
+            self._write(point)
+
+    def _write(self, point: SyncPoint) -> None:
+        self._notes += 1
+        _write(self._disk, self._fd, point.encode(), self._notes % _NOTES * _NOTE_BYTES)
 
     def close(self) -> None:
         """Close the file."""

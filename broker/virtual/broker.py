@@ -40,8 +40,10 @@ class VirtualBroker:
         machine: has its clocks; by default one whose clocks are right.
         disk: of the machine; by default one without faults.
         draw_identity: see `Broker`; by default ``virtual1``, ``virtual2``, ..., across crashes.
+        on_start: called with it whenever it has opened its ledger.
 
     Attributes:
+        network: as given.
         up: whether the process is running, or paused.
         driver: of the present process, or of the last one.
         disk: as given; faults and crashes in the middle of a commit are planned there.
@@ -63,12 +65,14 @@ class VirtualBroker:
         machine: Machine | None = None,
         disk: VirtualDisk | None = None,
         draw_identity: Callable[[], str] | None = None,
+        on_start: Callable[[VirtualBroker], object] = lambda _: None,
     ) -> None:
-        self._network, self._folder, self._settings = network, folder, settings
+        self.network, self._folder, self._settings = network, folder, settings
         self._ledger_settings = ledger_settings or LedgerSettings()
         self._machine = machine or Machine(network)
         # Counted, so that a history depends only on its seed.
         self._draw_identity = draw_identity or map("virtual{}".format, itertools.count(1)).__next__
+        self._on_start = on_start
         self.disk = disk or VirtualDisk(network.rng)
         self.up = self._paused = self.loses_power = False
         self._starts_later = False
@@ -118,6 +122,7 @@ class VirtualBroker:
         except LedgerError as error:
             self._fail(str(error))
         else:
+            self._on_start(self)
             self._turn()
 
     def crash(self, *, power: bool = False) -> None:
@@ -138,7 +143,7 @@ class VirtualBroker:
         self.failures.append(reason)
         if not self._starts_later:
             self._starts_later = True
-            self._network.after(self._network.rng.random() * _RESTART_S, self._start_later)
+            self.network.after(self.network.rng.random() * _RESTART_S, self._start_later)
 
     def _start_later(self) -> None:
         self._starts_later = False
@@ -161,7 +166,7 @@ class VirtualBroker:
         if self.up:
             nbytes = sum(map(len, buffers))
             self._arrived.append(ReceivedFrom(peer, frame, buffers, nbytes))
-            wait_s = self.batch_s * self._network.rng.random() if self.batch_s else 0.0
+            wait_s = self.batch_s * self.network.rng.random() if self.batch_s else 0.0
             self._plan(self._clock() + wait_s)
 
     def _plan(self, at: float) -> None:
@@ -207,9 +212,10 @@ class VirtualBroker:
         """Send a frame; crash first if it is the last moment of the process."""
         if self.crash_at_send is not None:
             if self.crash_at_send == 0:
+                self.network.made["broker killed while it sends"] += 1
                 raise Crash
             self.crash_at_send -= 1
-        self._network.to_node(peer, header, buffers)
+        self.network.to_node(peer, header, buffers)
         self.core.sent(peer, len(header) + sum(map(len, buffers)))
 
     def queued(self, peer: bytes) -> int:  # noqa: ARG002 - the virtual network queues nothing
@@ -218,7 +224,7 @@ class VirtualBroker:
 
     def is_up(self, peer: bytes) -> bool:
         """Return whether a connection is up."""
-        return self._network.is_up(peer)
+        return self.network.is_up(peer)
 
     def on_space(self, reason: str) -> None:
         """Do nothing."""

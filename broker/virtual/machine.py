@@ -19,6 +19,10 @@ class Machine:
 
     def __init__(self, network: VirtualNetwork, ahead_s: float = 0.0, rate: float = 1.0) -> None:
         self._network, self._ahead_s, self._rate = network, ahead_s, rate
+        self._jumped_s = 0.0
+        """By how much the wall clock has jumped since a process was last started."""
+        if rate != 1.0:
+            network.made["clock at another rate"] += 1
 
     def monotonic(self) -> float:
         """Return the seconds since the machine was started."""
@@ -31,9 +35,14 @@ class Machine:
     def jump(self, seconds: float) -> None:
         """Set the wall clock forward, or back."""
         self._ahead_s += seconds
+        self._jumped_s += seconds
 
     def clock(self) -> Clock:
         """Return the clock of a process that starts now."""
+        if self._jumped_s:
+            way = "forward" if self._jumped_s > 0 else "back"
+            self._network.made[f"clock set {way}"] += 1
+            self._jumped_s = 0.0
         return Clock(self.wall, self.monotonic)
 
     def time_after(self, seconds: float) -> float:

@@ -11,6 +11,7 @@ import heapq
 import itertools
 import math
 import random
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -61,6 +62,7 @@ class VirtualNetwork:
     Attributes:
         now: virtual time, in seconds.
         broker: the broker's end; set by the broker's host.
+        made: number of faults made so far, by kind, in the whole virtual world.
     """
 
     def __init__(self, rng: random.Random, faults: Faults | None = None) -> None:
@@ -68,6 +70,7 @@ class VirtualNetwork:
         self.faults = faults or Faults()
         self.now = 1000.0
         self.broker: BrokerEnd | None = None
+        self.made: Counter[str] = Counter()
         self._events: list[tuple[float, int, Callable[[], object]]] = []
         self._count = itertools.count()
         self._ends: dict[bytes, NodeEnd] = {}
@@ -107,6 +110,7 @@ class VirtualNetwork:
         """Break a node's connection, and give it another one at once."""
         if host.peer in self._ends and host.peer not in self._hung_up:
             host.peer = self.connect(host)
+            self.made["connection cut"] += 1
 
     def hang_up(self, host: NodeEnd) -> None:
         """Close a node's connection; what it has sent still arrives."""
@@ -116,6 +120,7 @@ class VirtualNetwork:
     def partition(self, name: str, seconds: float) -> None:
         """Lose all frames between a node and the broker for a number of seconds."""
         self._away.add(name)
+        self.made["partition"] += 1
         self.after(seconds, lambda: self._away.discard(name))
 
     def is_up(self, peer: bytes) -> bool:
@@ -141,12 +146,18 @@ class VirtualNetwork:
         if not self.is_up(peer):
             return
         faults, draw, way = self.faults, self.rng.random, (peer, up)
-        for _ in range(2 if draw() < faults.duplicate else 1):
+        copies = 1
+        if draw() < faults.duplicate:
+            copies = 2
+            self.made["frame duplicated"] += 1
+        for _ in range(copies):
             if draw() < faults.loss:
+                self.made["frame lost"] += 1
                 continue
             when = self.now - math.log(1.0 - draw()) * faults.delay_s  # exponential
             if draw() < faults.reorder:
                 when += draw() * faults.reorder_s
+                self.made["frame delayed past others"] += 1
             else:
                 # A connection keeps order, except for the reorder fault.
                 before = self._last_at.get(way, 0.0)

@@ -78,21 +78,21 @@ class VirtualPort:
         self._alarm = math.inf
         """True time of the next alarm."""
         self._arrived: list[tuple[AnyFrame, Sequence[Buffer]]] = []
-        self._posts: dict[int, bytes] = {}
+        self.posts: dict[int, bytes] = {}
         """The messages of all posts, by frame number."""
-        self._acknowledged_to = -1
+        self.acknowledged_to = -1
         self.peer = network.connect(self)
 
     @property
     def posted(self) -> list[str]:
         """Return the ids of all messages that were sent, in order."""
-        return [decode_message(each).id for each in self._posts.values()]
+        return [decode_message(each).id for each in self.posts.values()]
 
     @property
     def acknowledged(self) -> list[str]:
         """Return the ids of the messages whose acknowledgment has arrived, in order."""
-        posts = self._posts.items()
-        return [decode_message(each).id for n, each in posts if n <= self._acknowledged_to]
+        posts = self.posts.items()
+        return [decode_message(each).id for n, each in posts if n <= self.acknowledged_to]
 
     # ---- the process
 
@@ -224,9 +224,10 @@ class VirtualPort:
         if not self.up:
             return
         if isinstance(frame, Post):
-            self._posts.setdefault(frame.n, frame.message)
+            self.posts.setdefault(frame.n, frame.message)
         self._network.to_broker(self.peer, frame, buffers)
         if self.doomed(frame):
+            self._network.made["node killed after a frame"] += 1
             self.kill()
             raise Killed
 
@@ -257,7 +258,7 @@ class VirtualPort:
     def arrive(self, frame: AnyFrame, buffers: Sequence[Buffer]) -> None:
         """Handle a frame that arrives at the process; called by the network."""
         if isinstance(frame, Ack):
-            self._acknowledged_to = max(self._acknowledged_to, frame.upto)
+            self.acknowledged_to = max(self.acknowledged_to, frame.upto)
         self._arrived.append((frame, buffers))
         self._react()
 

@@ -38,6 +38,7 @@ class VirtualNode(ABC):
 
     Attributes:
         port, hello: as given.
+        link: its link.
         ended: why the program ended by itself; None if it runs, or was killed.
     """
 
@@ -47,17 +48,17 @@ class VirtualNode(ABC):
         self.port, self.hello = port, hello
         self.ended: LinkClosed | Rejected | None = None
         self._machine, self._draw_s = machine, draw_s
-        self._link = NodeLink(port, hello)
+        self.link = NodeLink(port, hello)
         port.run(self._run)
 
     def hand_in(self, message: Message) -> None:
         """Post a message that has nothing to do with the run."""
-        self._link.hand_in(message)
+        self.link.hand_in(message)
 
     def _run(self) -> None:
         try:
-            with admitted(self._link, self.hello, SILENT):
-                self.work(self._link)
+            with admitted(self.link, self.hello, SILENT):
+                self.work(self.link)
         except (LinkClosed, Rejected) as error:
             self.ended = error
 
@@ -136,7 +137,7 @@ class VirtualWorker(VirtualNode):
 
     @contextlib.contextmanager
     def _training(self) -> Iterator[None]:
-        with self._link.away():
+        with self.link.away():
             yield
             self.port.pass_time(self._draw_s())
 

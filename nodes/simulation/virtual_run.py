@@ -95,6 +95,8 @@ class Simulation:
         chances: fault rates.
         settings: of the broker.
         ledger_settings: of the broker; `Chances` decides durability and sharing of files.
+        on_start: called with the broker whenever it has opened its ledger, and with each new
+            session of a node.
 
     Attributes:
         network, broker: of the run.
@@ -114,25 +116,30 @@ class Simulation:
         chances: Chances | None = None,
         settings: BrokerSettings | None = None,
         ledger_settings: LedgerSettings | None = None,
+        on_start: Callable[[VirtualBroker | VirtualNode], object] = lambda _: None,
     ) -> None:
         self.setup, self.chances = setup, chances or Chances()
         self.rng = random.Random(seed)  # noqa: S311 - not for secrets
         self.network = VirtualNetwork(self.rng, self.chances.faults)
         self.machines: dict[str, Machine] = {}
         self.sessions: list[VirtualNode] = []
-        self._calm, self._chats = False, 0
+        self._calm = self._restarts = False
+        self._chats, self._on_start = 0, on_start
         self._config = setup.config.to_toml()
         self._last_session: dict[str, str] = {}
+        settings = settings or BrokerSettings(3.0, 0.5)
+        self._lease_s = settings.lease_s
         self.broker = VirtualBroker(
             self.network,
             folder,
-            settings or BrokerSettings(3.0, 0.5),
+            settings,
             dataclasses.replace(
                 ledger_settings or LedgerSettings(),
                 share_files=self.chances.share_files,
                 durability="power" if self.chances.power else "process",
             ),
             machine=self.machine(BROKER),
+            on_start=on_start,
         )
         self.broker.disk.rates = dict(self.chances.disk)
         self.broker.batch_s = self.chances.batch_s
@@ -203,6 +210,7 @@ class Simulation:
 
         self.sessions.append(node)
         node.port.on_exit = exited
+        self._on_start(node)
 
     def machine(self, name: str) -> Machine:
         """Return the machine of the broker, or of a node."""
@@ -235,7 +243,8 @@ class Simulation:
 
     def _disturb_broker(self) -> None:
         chances, happens, broker = self.chances, self._happens, self.broker
-        if happens(chances.crash):
+        if happens(chances.crash) and broker.up:
+            self._count("broker killed")
             broker.crash()
         if happens(chances.power):
             broker.crash(power=True)
@@ -247,16 +256,17 @@ class Simulation:
                 broker.disk.crash_at(broker.disk.operations + self.rng.randrange(8))
         if happens(chances.pause):
             broker.pause()
-            self._later(chances.pause_s, self._end_pause(broker.resume, self._kill_broker))
+            self._later(chances.pause_s, functools.partial(self._end_pause, broker, broker.crash))
         if happens(chances.full):
             broker.disk.full = True
             self._later(chances.full_s, self._make_space)
-        if not broker.up:
-            self._later(chances.away_s, broker.start)
+        if not broker.up and not self._restarts:
+            self._restarts = True
+            self._later(chances.away_s, self._restart_broker)
 
-    def _kill_broker(self) -> None:
-        self.broker.crash()
-        self._later(self.chances.away_s, self.broker.start)
+    def _restart_broker(self) -> None:
+        self._restarts = False
+        self.broker.start()
 
     def _make_space(self) -> None:
         self.broker.disk.full = False
@@ -264,13 +274,18 @@ class Simulation:
     def _disturb(self, node: VirtualNode) -> None:
         chances, happens, port = self.chances, self._happens, node.port
         if happens(chances.crash):
+            self._count(f"{node.hello.role} killed")
             port.kill()
         elif happens(chances.doom):
             any_frame = self.rng.random() < 0.5
             port.doomed = lambda frame: any_frame or isinstance(frame, Post)
         elif happens(chances.pause):
+            seconds, lease_s = self.rng.random() * chances.pause_s, self._lease_s
             port.pause()
-            self._later(chances.pause_s, self._end_pause(port.resume, port.kill))
+            self.network.after(seconds, functools.partial(self._end_pause, port, port.kill))
+            if seconds > lease_s:  # its I/O thread is suspended, too, so the connection breaks
+                away = functools.partial(self.network.partition, port.name, seconds - lease_s)
+                self.network.after(lease_s, away)
         elif happens(chances.cut):
             self.network.cut(port)
         elif happens(chances.partition):
@@ -285,11 +300,20 @@ class Simulation:
     def _happens(self, rate: float) -> bool:
         return rate > 0 and self.rng.random() < rate * _EVERY_S
 
-    def _end_pause(
-        self, resume: Callable[[], object], kill: Callable[[], object]
-    ) -> Callable[[], object]:
-        """Draw whether a suspended process continues, or is killed."""
-        return resume if self._calm or self.rng.random() < 0.5 else kill
+    def _end_pause(self, process: VirtualBroker | VirtualPort, kill: Callable[[], object]) -> None:
+        """Let a suspended process continue, or kill it."""
+        if not process.up:
+            return
+        name = "broker" if process is self.broker else "node"
+        if self._calm or self.rng.random() < 0.5:
+            self._count(f"{name} suspended and continued")
+            process.resume()
+        else:
+            self._count(f"{name} suspended and killed")
+            kill()
+
+    def _count(self, kind: str) -> None:
+        self.network.made[kind] += 1
 
     def _calm_down(self) -> None:
         self._calm = True
@@ -300,4 +324,9 @@ class Simulation:
         self._make_space()
         for node in self.nodes:
             node.port.doomed = lambda _: False
+        self._keep_broker_up()
+
+    def _keep_broker_up(self) -> None:
+        """Start the broker if it is down: a crash that was planned earlier may still come."""
         self.broker.start()
+        self.network.after(1.0, self._keep_broker_up)

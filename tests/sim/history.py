@@ -1,27 +1,28 @@
-"""One seeded history: a run with trouble of every kind, and what must hold of it."""
+"""One seeded history: a run with faults of every kind, and the checks of what was promised."""
 
 import contextlib
 import functools
 import random
 import tempfile
-from collections import Counter, defaultdict
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from unittest import mock
 
-from fedmq.broker.inspection.trace import Trace
-from fedmq.broker.ledger import blob_store
-from fedmq.broker.ledger.entries import Accepted, Consumed, Ended, Refusal
-from fedmq.broker.ledger.reader import read_entries
-from fedmq.broker.settings import BrokerSettings
+from fedmq.broker.ledger import blob_store, retention, writer
+from fedmq.broker.ledger.entries import PAYLOAD, Accepted, AnyEntry, segment_numbers
+from fedmq.broker.settings import BrokerSettings, LedgerSettings
+from fedmq.broker.virtual.disk import DiskFault
 from fedmq.broker.virtual.network import Faults
 from fedmq.broker.wire import chunked_transfer, schema
-from fedmq.broker.wire.addresses import RECORD
-from fedmq.nodes.replay.fold import Replay
+from fedmq.broker.wire.schema import Message
+from fedmq.nodes.aggregator.core import Aggregator
 from fedmq.nodes.run.config import build
-from fedmq.nodes.run.digests import model_digest
-from fedmq.nodes.run.setup import set_up
+from fedmq.nodes.run.setup import Setup, set_up
 from fedmq.nodes.simulation.virtual_run import RUN, Chances, Simulation
-from tests.broker.ledger.payload import open_payload
+from tests.sim.promises import CHECKS
+from tests.sim.witness import Witness
 
 SCHEDULES = (
     {"name": "rounds", "fraction": 0.5},
@@ -29,7 +30,7 @@ SCHEDULES = (
     {"name": "buffered", "size": 2, "concurrency": 3},
     {"name": "stream", "concurrency": 3, "max_staleness": 1},
 )
-CALM_AFTER_S = 40.0
+CALM_AFTER_S = 25.0
 LIMIT_S = 400.0
 
 
@@ -52,25 +53,54 @@ def setup_of(index, checkpoint_s, algorithm="Tally"):
     )
 
 
-@contextlib.contextmanager
-def pieces_of(inline_bytes, chunk_bytes):
-    """Let a model of a few bytes travel as large ones do: apart, in chunks, under credit."""
-    with (
-        mock.patch.object(schema, "INLINE_BYTES", inline_bytes),
-        mock.patch.object(schema, "POST_BYTES", inline_bytes),
-        mock.patch.object(chunked_transfer, "CHUNK_BYTES", chunk_bytes),
-        mock.patch.object(blob_store, "CHUNK_BYTES", chunk_bytes),
-    ):
-        yield
+@dataclass(frozen=True)
+class Plan:
+    """What the seed of a history decides.
+
+    Attributes:
+        schedule, algorithm, checkpoint_s: see `setup_of`.
+        chances: fault rates.
+        broker: lease and heartbeat; its limit of deliveries is never reached, because the crashes
+            here have nothing to do with the message that they interrupt.
+        retain_bytes: of the ledger.
+        inline_bytes, chunk_bytes: see `sizes`.
+        messages_bytes, payload_bytes: sizes of a full segment of the ledger.
+    """
+
+    schedule: int
+    algorithm: str
+    checkpoint_s: float
+    chances: Chances
+    broker: BrokerSettings
+    retain_bytes: int | None = None
+    inline_bytes: int = schema.INLINE_BYTES
+    chunk_bytes: int = schema.CHUNK_BYTES
+    messages_bytes: int = 64 << 20
+    payload_bytes: int = 128 << 20
+
+    @contextlib.contextmanager
+    def sizes(self):
+        """Let a model of a few bytes travel and be stored as large ones: in chunks and segments."""
+        with (
+            mock.patch.object(schema, "INLINE_BYTES", self.inline_bytes),
+            mock.patch.object(schema, "POST_BYTES", self.inline_bytes),
+            mock.patch.object(chunked_transfer, "CHUNK_BYTES", self.chunk_bytes),
+            mock.patch.object(blob_store, "CHUNK_BYTES", self.chunk_bytes),
+            mock.patch.object(writer, "_MESSAGES_SEGMENT_BYTES", self.messages_bytes),
+            mock.patch.object(writer, "_PAYLOAD_SEGMENT_BYTES", self.payload_bytes),
+            mock.patch.object(retention, "LEAST_SEGMENT_BYTES", self.payload_bytes),
+        ):
+            yield
 
 
-def chances_of(rng):
-    """Draw how much trouble there is; some histories have none of one kind."""
+def draw_plan(seed):
+    """Draw how much trouble there is; most histories have none of some kinds."""
+    rng = random.Random(seed)  # noqa: S311 - a test's own dice
 
-    def some(most, share=0.7):
+    def some(most, share=0.6):
         return rng.random() * most if rng.random() < share else 0.0
 
-    return Chances(
+    chances = Chances(
         faults=Faults(
             loss=some(0.15),
             duplicate=some(0.2),
@@ -78,147 +108,113 @@ def chances_of(rng):
             reorder_s=rng.random(),
             delay_s=rng.choice([0.001, 0.01, 0.1]),
         ),
-        crash=some(0.15),
+        crash=some(0.12),
         doom=some(0.15),
-        cut=some(0.3),
-        partition=some(0.1),
+        power=some(0.12),
+        disk={
+            DiskFault.WRITE_ERROR: some(0.02),
+            DiskFault.SHORT_WRITE: some(0.2),
+            DiskFault.NO_SPACE: some(0.03),
+            DiskFault.SYNC_ERROR: some(0.04, share=0.8),
+            DiskFault.TRUNCATE_ERROR: some(0.5),
+            DiskFault.CLOSE_ERROR: some(0.1),
+            DiskFault.UNLINK_ERROR: some(0.9, share=0.8),
+            DiskFault.READ_ERROR: some(0.02),
+            DiskFault.FLIPPED_BIT: some(0.02),
+        },
+        full=some(0.06, share=0.7),
+        pause=some(0.1, share=0.8),
+        cut=some(0.2),
+        partition=some(0.08),
+        jump=some(0.1),
+        jump_s=rng.choice([1.0, 60.0, 3600.0]),
+        drift=rng.choice([0.0, 0.01, 0.1]),
         train_s=rng.choice([0.05, 0.5, 3.0]),
+        batch_s=rng.choice([0.0, 0.0, 0.01, 0.2]),
         chat=some(1.0, share=0.15),
         share_files=rng.random() < 0.5,
     )
-
-
-def check_history(seed):
-    """Run one history and check everything that is promised of it."""
-    rng = random.Random(seed)  # noqa: S311 - a test's own dice
-    index, checkpoint_s = rng.randrange(len(SCHEDULES)), rng.choice([0.0, 1.0, 5.0])
-    chances = chances_of(rng)
-    setup = setup_of(index, checkpoint_s, rng.choice(["Tally", "Tally", "BesideTally"]))
-    # Crashes here have nothing to do with the message that they interrupt.
-    settings = BrokerSettings(lease_s=3.0, beat_s=0.5, deliveries=1000)
-    sizes = rng.choice([(schema.INLINE_BYTES, schema.CHUNK_BYTES), (100, 64)])
-    with tempfile.TemporaryDirectory(prefix="fedmq-sim-") as folder, pieces_of(*sizes):
-        simulation = Simulation(setup, 2, Path(folder), seed, chances, settings)
-        try:
-            ended = simulation.run(CALM_AFTER_S, LIMIT_S)
-            assert ended, f"not over after {LIMIT_S:g} s of virtual time"
-        finally:
-            simulation.close()
-        entries = list(read_entries(Path(folder)))
-        index = open_payload(Path(folder))
-        check_kept(simulation, entries)
-        check_order(simulation, entries)
-        check_account(entries)
-        check_timers(entries)
-        check_locals(entries)
-        check_fold(simulation, setup, Path(folder))
-        index.close()
-    return entries
-
-
-def check_kept(simulation, entries):
-    """Accepted is kept: whatever has a receipt is in the ledger, once, or was refused there."""
-    accepted = Counter(
-        (message.sender, message.id)
-        for message in (each.read() for each in entries if isinstance(each, Accepted))
+    lease_s = rng.choice([2.0, 3.0, 6.0])
+    inline_bytes, chunk_bytes = rng.choice([(schema.INLINE_BYTES, schema.CHUNK_BYTES), (100, 64)])
+    payload_bytes = rng.choice([1 << 10, 1 << 10, 4 << 10, 128 << 20])
+    return Plan(
+        schedule=rng.randrange(len(SCHEDULES)),
+        algorithm=rng.choice(["Tally", "Tally", "BesideTally"]),
+        checkpoint_s=rng.choice([0.0, 1.0, 5.0]),
+        chances=chances,
+        broker=BrokerSettings(lease_s, lease_s / rng.choice([4, 6, 10]), deliveries=1000),
+        retain_bytes=rng.choice([None, None, None, None, 4 * payload_bytes]),
+        inline_bytes=inline_bytes,
+        chunk_bytes=chunk_bytes,
+        messages_bytes=rng.choice([1 << 10, 8 << 10, 64 << 20]),
+        payload_bytes=payload_bytes,
     )
-    twice = [name for name, times in accepted.items() if times > 1]
-    assert not twice, f"accepted twice: {twice}"
-    refused = {each.id for each in entries if isinstance(each, Refusal) and each.of is None}
-    for host in simulation.sessions:
-        for name in host.port.acknowledged:
-            known = (host.port.name, name) in accepted or name in refused
-            assert known, f"{name} of {host.port.name} has a receipt, but is not in the ledger"
 
 
-def check_order(simulation, entries):
-    """In order: a session's messages stand in the ledger in the order of their posting."""
-    position = {}
-    for entry in entries:
-        if isinstance(entry, Accepted):
-            message = entry.read()
-            position[message.sender, message.id] = entry.seq
-    assert [each.seq for each in entries] == list(range(len(entries)))
-    posted_before = defaultdict(set)
-    for host in simulation.sessions:
-        name = host.port.name
-        fresh = [each for each in host.port.posted if each not in posted_before[name]]
-        found = [position[name, each] for each in fresh if (name, each) in position]
-        assert found == sorted(found), f"{name} is out of order in the ledger"
-        posted_before[name] |= set(host.port.posted)
+@dataclass
+class History:
+    """A finished history, to be checked.
 
-
-def check_account(entries):
-    """Refused is said: accepted = consumed + pending + refused, and each refusal has its word."""
-    accepted, consumed, refused = set(), set(), set()
-    told = Counter()
-    for entry in entries:
-        match entry:
-            case Accepted():
-                message = entry.read()
-                if message.to != RECORD:
-                    accepted.add(entry.seq)
-                for seq in entry.consumes:
-                    assert seq in accepted, f"consumed what was not accepted: {seq}"
-                    assert seq not in consumed, f"consumed twice: {seq}"
-                    consumed.add(seq)
-                if message.kind == "refused":
-                    told[message.re] += 1
-            case Consumed(of=of):
-                for seq in of:
-                    assert seq in accepted
-                    assert seq not in consumed, f"consumed twice: {seq}"
-                    consumed.add(seq)
-            case Refusal(of=int(seq)):
-                assert seq in accepted
-                assert seq not in refused, f"refused twice: {seq}"
-                refused.add(seq)
-    for entry in entries:
-        if isinstance(entry, Refusal):
-            assert told[entry.id], f"nobody told the sender of {entry.id}: {entry.reason}"
-    assert consumed | refused <= accepted
-
-
-def check_timers(entries):
-    """A tick that was asked for comes, though the broker was away when it was due."""
-    due = {}
-    for entry in entries:
-        match entry:
-            case Accepted():
-                message = entry.read()
-                if message.to == "timer":
-                    due[entry.seq] = entry.at + message.body["after_s"]
-                for seq in entry.consumes:
-                    due.pop(seq, None)
-            case Ended(at=at):
-                late = [seq for seq, when in due.items() if when < at - 10]
-                assert not late, f"timers {late} were forgotten"
-
-
-def check_locals(entries):
-    """A task changes its client once: what it kept counts its tasks without a gap."""
-    tasks = defaultdict(list)
-    for entry in entries:
-        if isinstance(entry, Accepted):
-            message = entry.read()
-            if message.kind == "result":
-                tasks[message.body["client"]].append(message.body["numbers"]["tasks"])
-    for client, numbers in tasks.items():
-        assert numbers == list(range(1, len(numbers) + 1)), f"client {client} did {numbers}"
-
-
-def check_fold(simulation, setup, folder):
-    """Applied once: the aggregator's state is the fold of its inbox, whatever died meanwhile.
-
-    And all that it said, in whatever session, is what the fold says: a replay checks that.
+    Attributes:
+        seed, plan: of the history.
+        setup: objects of the run.
+        folder: of the ledger.
+        witness: has seen it.
+        ended: whether the run has ended within ``limit_s`` of virtual time.
+        aggregator: core of the session that has ended the run, or of the last one.
+        entries: the ledger's entries.
+        messages: the accepted messages, by number.
+        faults: number of faults of each kind.
     """
-    replay = Replay(Trace(folder, RUN), setup=setup)
-    for _ in replay.steps():
-        pass
-    (live, *_) = [
-        each.core for each in reversed(simulation.sessions) if getattr(each, "finished", "")
-    ]
-    assert replay.core.version == live.version == setup.config.run.versions
-    assert model_digest(replay.core.tensors()) == model_digest(live.tensors())
-    assert replay.core.state_snapshot()["counts"] == live.state_snapshot()["counts"]
-    assert not replay.record.unmatched
+
+    seed: int
+    plan: Plan
+    setup: Setup
+    folder: Path
+    witness: Witness
+    ended: bool
+    aggregator: Aggregator
+    entries: list[AnyEntry] = field(default_factory=list)
+    messages: Mapping[int, Message] = field(default_factory=dict)
+    faults: Counter[str] = field(default_factory=Counter)
+    limit_s: float = LIMIT_S
+
+    @property
+    def is_whole(self):
+        """Return whether the ledger still has all blobs: the retention policy deleted none."""
+        numbers = segment_numbers(self.folder, PAYLOAD)
+        return numbers == list(range(len(numbers)))
+
+
+def run_history(seed, plan, folder):
+    """Run one history; raise AssertionError if a promise is broken meanwhile."""
+    setup = setup_of(plan.schedule, plan.checkpoint_s, plan.algorithm)
+    witness = Witness(folder, plan.chances.drift, plan.broker.lease_s)
+    ledger = LedgerSettings(retain_bytes=plan.retain_bytes)
+    simulation = Simulation(setup, 2, folder, seed, plan.chances, plan.broker, ledger, witness)
+    try:
+        ended = simulation.run(CALM_AFTER_S, LIMIT_S)
+    finally:
+        simulation.close()
+    finished = [each.core for each in simulation.sessions if getattr(each, "finished", "")]
+    aggregator = (finished or [simulation.aggregator.core])[-1]
+    faults = simulation.network.made + simulation.broker.disk.made  # `+` drops those made 0 times
+    return History(seed, plan, setup, folder, witness, ended, aggregator, faults=faults)
+
+
+def check_history(seed, plan=None):
+    """Run one history, and check everything that is promised; return it."""
+    plan = plan or draw_plan(seed)
+    with tempfile.TemporaryDirectory(prefix="fedmq-sim-") as folder, plan.sizes():
+        history = run_history(seed, plan, Path(folder))
+        witness = history.witness
+        witness.check_durability()
+        history.entries = witness.entries
+        history.messages = {
+            each.seq: witness.message_of(each)
+            for each in history.entries
+            if isinstance(each, Accepted)
+        }
+        for check in CHECKS:
+            check(history)
+    return history

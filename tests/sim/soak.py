@@ -1,4 +1,8 @@
-"""Run many histories on all cores: ``make soak SEEDS=100000``, or one: ``FIRST=17 SEEDS=1``."""
+"""Run many histories on all cores: ``make soak SEEDS=100000``, or one: ``FIRST=17 SEEDS=1``.
+
+Exits with 1 if a promise is broken, or, with 2,000 histories or more, if some kind of fault or some
+pair of kinds did not happen. A history that fails prints its traceback and the command for it.
+"""
 
 import argparse
 import functools
@@ -8,35 +12,42 @@ import sys
 import time
 import traceback
 
+from tests.sim.coverage import Coverage
+
 BATCH = 50
+ENOUGH = 2000
+"""Histories that have each pair of faults at least once."""
 
 
 def run_seeds(first, count):
-    """Run some histories here; return what is wrong with the first bad one, and its command."""
+    """Run some histories here; return what is wrong with the first bad one, and the coverage."""
     import torch
 
     from tests.sim.history import check_history
 
     torch.set_num_threads(1)
+    coverage = Coverage()
     for seed in range(first, first + count):
         try:
-            check_history(seed)
-        except Exception:  # noqa: BLE001 - whatever it is, its seed must be told
+            coverage.add(check_history(seed).faults)
+        except Exception:  # noqa: BLE001 - whatever it is, its seed must be printed
             why = traceback.format_exc()
-            return f"{why}\nhistory {seed} went wrong: make soak FIRST={seed} SEEDS=1"
-    return None
+            return f"{why}\nhistory {seed} failed: make soak FIRST={seed} SEEDS=1", coverage
+    return None, coverage
 
 
 def soak(first, seeds, report=lambda done: None):
-    """Run histories on all cores; return the bad ones, a sentence with the command for each."""
+    """Run histories on all cores; return the failures, one of each batch, and the coverage."""
     batches = [(at, min(BATCH, first + seeds - at)) for at in range(first, first + seeds, BATCH)]
-    bad = []
+    bad, coverage = [], Coverage()
     with mp.get_context("spawn").Pool(os.cpu_count()) as pool:
-        for index, found in enumerate(pool.imap(functools.partial(_run, run_seeds), batches)):
-            if found is not None:
-                bad.append(found)
+        runs = pool.imap(functools.partial(_run, run_seeds), batches)
+        for index, (why, covered) in enumerate(runs):
+            coverage.update(covered)
+            if why is not None:
+                bad.append(why)
             report((index + 1) * BATCH)
-    return bad
+    return bad, coverage
 
 
 def _run(function, arguments):
@@ -54,10 +65,12 @@ def main():
         if sys.stdout.isatty():
             print(f"\r{min(done, options.seeds)} of {options.seeds}", end="", flush=True)  # noqa: T201
 
-    bad = soak(options.first, options.seeds, report)
-    print(*bad, sep="\n")  # noqa: T201
-    print(f"{options.seeds} histories in {time.monotonic() - began:.0f} s, {len(bad)} bad")  # noqa: T201
-    return bool(bad)
+    bad, coverage = soak(options.first, options.seeds, report)
+    print(*bad, *coverage.report(), sep="\n")  # noqa: T201
+    took = time.monotonic() - began
+    print(f"{coverage.histories} histories in {took:.0f} s, {len(bad)} bad")  # noqa: T201
+    incomplete = coverage.histories >= ENOUGH and coverage.missing_pairs
+    return bool(bad or incomplete)
 
 
 if __name__ == "__main__":
