@@ -39,7 +39,7 @@ def check_blobs(history):
     assert not refused, f"lost: the bytes of {refused}"
     if not history.is_whole:
         return
-    index, _ = read_payload(history.folder, LOCAL_DISK)  # damaged where nothing was acknowledged
+    index = read_payload(history.folder, LOCAL_DISK)  # damaged where nothing was acknowledged
     try:
         for message in {id(each): each for each in history.messages.values()}.values():
             for blob in message.blobs:
