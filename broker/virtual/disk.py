@@ -145,7 +145,7 @@ class VirtualDisk:
         self.made: Counter[str] = Counter()
         self._crash_at = -1
         self._planned: set[tuple[DiskFault, int]] = set()
-        self._dead = False
+        self._dead = self._flipped = False
         self._names: dict[Path, list[_VirtualFile | None]] = {}
         """For each path, its files since the last sync of its folder: first the one on the device,
         last the present one."""
@@ -200,10 +200,13 @@ class VirtualDisk:
         occasion = self.met[fault]
         self.met[fault] = occasion + 1
         rate = self.rates.get(fault)
-        if (rate and self._rng.random() < rate) or (fault, occasion) in self._planned:
-            self.made[fault] += 1
-            return True
-        return False
+        hits = bool(rate and self._rng.random() < rate) or (fault, occasion) in self._planned
+        self.made[fault] += hits
+        return hits
+
+    def _lacks_space(self) -> bool:
+        self.made["disk full"] += self.full
+        return self.full or self._hits(DiskFault.NO_SPACE)
 
     def _check_alive(self) -> None:
         if self._dead:
@@ -228,7 +231,7 @@ class VirtualDisk:
         creates = bool(flags & os.O_CREAT) and not path.exists()
         self._check_alive()
         crashes = creates and self._step()
-        if creates and (self.full or self._hits(DiskFault.NO_SPACE)):
+        if creates and self._lacks_space():
             raise _error(errno.ENOSPC)
         if not self._happens(crashes=crashes):
             raise Crash
@@ -274,7 +277,7 @@ class VirtualDisk:
         crashes, end = self._step(), offset + len(data)
         # Bytes that replace others need no space, and within a page they are written together.
         whole = end <= file.size and offset // PAGE_BYTES == (end - 1) // PAGE_BYTES
-        no_space = end > file.size and (self.full or self._hits(DiskFault.NO_SPACE))
+        no_space = end > file.size and self._lacks_space()
         fails = self._hits(DiskFault.WRITE_ERROR)
         if whole:
             data = data if not fails and self._happens(crashes=crashes) else b""
@@ -300,7 +303,8 @@ class VirtualDisk:
         self._check_alive()
         if self._hits(DiskFault.READ_ERROR):
             raise _error(errno.EIO)
-        if data and self._hits(DiskFault.FLIPPED_BIT):
+        self._flipped = not self._flipped and bool(data) and self._hits(DiskFault.FLIPPED_BIT)
+        if self._flipped:  # transient: the next read has no flipped bit
             flipped = bytearray(data)
             flipped[self._rng.randrange(len(data))] ^= 1 << self._rng.randrange(8)
             return bytes(flipped)

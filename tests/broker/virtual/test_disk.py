@@ -173,6 +173,7 @@ def test_a_short_write_is_whole_in_the_end_and_a_flipped_bit_is_back_at_the_next
     flipped = [disk.pread(fd, 5000, 0)]
     for read in (io.BufferedReader.read, lambda file: file.read(1700)):
         with disk.reader(tmp_path / "a") as file:
+            disk.pread(fd, 1, 0)  # not flipped: a flipped bit is transient
             flipped.append(read(file))
     for each in flipped:
         assert sum((a ^ b).bit_count() for a, b in zip(each, OLD + NEW, strict=True)) == 1
