@@ -177,7 +177,9 @@ def write_again(path: Path, start: int, disk: Disk) -> None:
     try:
         fd = disk.open(path, REWRITE)
         try:
-            if start < len(MAGIC) and disk.pread(fd, len(MAGIC), 0) == MAGIC:
+            # If they are damaged, the first bytes stay as they are.
+            reads = (disk.pread(fd, len(MAGIC), 0) for _ in range(READ_ATTEMPTS))
+            if start < len(MAGIC) and MAGIC in reads:
                 _write(disk, fd, MAGIC, 0)
             for found in walk(path, max(start, len(MAGIC)), disk=disk):
                 if isinstance(found, Record):

@@ -75,14 +75,8 @@ class _VirtualFile:
 
     def sync(self) -> None:
         """Let the device have all changes."""
-        for change in self.changes:
-            if change.data is None:
-                del self.device[change.offset :]
-            self._extend(change.offset)
-            if change.data is not None:
-                self.device[change.offset : change.offset + len(change.data)] = change.data
-        self._extend(self.size)
-        self.changes.clear()
+        count = len(self.changes)
+        self.settle(lambda: count)
 
     def _extend(self, size: int) -> None:
         """Append zeros up to a size."""

@@ -13,10 +13,7 @@ from fedmq.broker.ledger.manifest import Manifest
 from fedmq.broker.ledger.reader import read_entries
 from fedmq.broker.ledger.records import MAGIC, scan
 from fedmq.broker.ledger.segment_writer import Segment, sync_folder
-from fedmq.broker.ledger.sync_point import (
-    SYNC_POINT_FILE,
-    read_sync_point,
-)
+from fedmq.broker.ledger.sync_point import SYNC_POINT_FILE, read_sync_point, write_again
 from fedmq.broker.ledger.writer import Ledger
 from fedmq.broker.virtual.disk import Crash, DiskFault, VirtualDisk
 from tests.broker.ledger.failing_disk import Script, check_seeds, dice, small_ledgers
@@ -230,6 +227,21 @@ def test_what_a_failed_sync_may_have_lost_is_written_again(tmp_path, disk):
     ledger = start(tmp_path, disk)
     assert (ledger.next_seq, ledger.have(name_of(b"some bytes"))) == found
     ledger.close()
+
+
+def test_all_of_a_segment_is_written_again_although_a_bit_flips(tmp_path):
+    ledger = Ledger(tmp_path)
+    commit(ledger, *ENTRIES[:2])
+    ledger.close()
+    path = segment_path(tmp_path, MESSAGES, 0)
+    expected = [0, *(record.offset for record in scan(path))]
+    for occasion in range(8):
+        disk = VirtualDisk(dice(occasion))
+        disk.fail_at(DiskFault.FLIPPED_BIT, occasion)
+        write, offsets = disk.pwrite, []
+        disk.pwrite = lambda fd, data, offset: offsets.append(offset) or write(fd, data, offset)  # noqa: B023 - called at once
+        write_again(path, 0, disk)
+        assert offsets == expected
 
 
 @pytest.mark.parametrize("durability", ["process", "power"])
