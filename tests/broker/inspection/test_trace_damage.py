@@ -35,7 +35,7 @@ from fedmq.broker.wire.encoding import encode_message
 from fedmq.broker.wire.schema import Blob, Message
 from fedmq.nodes.simulation.virtual_run import RUN, Chances, Simulation
 from tests.broker.ledger.small_ledger import name_of, put
-from tests.sim.history import pieces_of, setup_of
+from tests.sim.history import Plan, setup_of
 
 pytestmark = pytest.mark.slow
 
@@ -115,10 +115,20 @@ def look_at(folder, run):
 def simulate(folder):
     """A run with crashes and a bad network, whose model takes many chunks."""
     chances = Chances(Faults(loss=0.05, duplicate=0.05, reorder=0.05), crash=0.1, doom=0.1, cut=0.1)
-    simulation = Simulation(
-        setup_of(3, 1.0), 2, folder, 11, chances, BrokerSettings(3.0, 0.5, 1000)
+    broker = BrokerSettings(3.0, 0.5, 1000)
+    plan = Plan(
+        3,
+        "Tally",
+        1.0,
+        chances,
+        broker,
+        inline_bytes=100,
+        chunk_bytes=64,
+        messages_bytes=ledger_module._MESSAGES_SEGMENT_BYTES,
+        payload_bytes=ledger_module._PAYLOAD_SEGMENT_BYTES,
     )
-    with pieces_of(100, 64):
+    simulation = Simulation(setup_of(3, 1.0), 2, folder, 11, chances, broker)
+    with plan.sizes():
         assert simulation.run(40.0, 400.0)
     simulation.close()
     return RUN
