@@ -28,16 +28,15 @@ UNUSED, NO_ANSWER = "unused", "no-answer"
 _RESULT, _TASK, _EVALUATION, _USED, _REJECTED = 1, 2, 3, 4, 8
 """Bits of an entry: what it is in the lowest two, and the outcome of a result."""
 _WHAT = 3
-_NONE = array("i", [-1])
 _LARGEST = (1 << 31) - 1
-"""Largest client and version that are kept for an entry."""
+"""Largest client, version and staleness that are kept for an entry."""
 
 
 Subject = Literal["task", "result", "evaluation"]
 
 
 class ResultOutcome(enum.StrEnum):
-    """ResultOutcome of a result, as far as it is known.
+    """Outcome of a result, as far as it is known.
 
     OPEN: in no version yet. It is unused if the run ends, or has ended, without it.
     """
@@ -105,7 +104,7 @@ class LastFailure:
 
 
 class Outcomes:
-    """Counts of one run. Memory: 9 bytes for each entry of the ledger, 16 for each version.
+    """Counts of one run. Memory: 17 bytes for each task and answer, 16 for each version.
 
     Attributes:
         results: number of results that the broker accepted.
@@ -131,12 +130,14 @@ class Outcomes:
         self.unaccepted = 0
         self.cohorts = Cohorts()
         self.clients: dict[int, ClientRecord] = {}
-        self._open: dict[int, None] = {}
-        """Numbers of the results that are in no version and were not rejected, in order."""
+        self._open: dict[int, int] = {}
+        """Rows of the results that are in no version and were not rejected, by their numbers."""
         # Of each version: number of the last message that it includes, and its own number.
         self._positions, self._versions = array("q"), array("q")
-        # Of each entry, by its number: bits; client; and version of the model, or the staleness
-        # of a used result. -1 for none.
+        # Each task, evaluation and result has a row in these arrays. Other entries have none, nor
+        # have those of other runs: a ledger may have many.
+        self._seqs = array("q")  # ascending
+        # Bits; client; and version of the model, or the staleness of a used result. -1 for none.
         self._bits, self._clients, self._bases = bytearray(), array("i"), array("i")
 
     @property
@@ -161,7 +162,7 @@ class Outcomes:
         Those without a failure have the code `UNUSED` or `NO_ANSWER`, and no reason.
         """
         found = {k: each for k, each in self.clients.items() if each.tasks and not each.good}
-        for client in {self._clients[seq] for seq in self._open} & found.keys():
+        for client in {self._clients[row] for row in self._open.values()} & found.keys():
             found[client] = replace(found[client], code=UNUSED, reason="")
         for client, each in found.items():
             if not each.code and not each.reason:
@@ -170,7 +171,8 @@ class Outcomes:
 
     def outcome_of(self, seq: int) -> ResultOutcome | None:
         """Return the outcome of a result by the number of its entry; None for other entries."""
-        bits = self._bits[seq] if seq < len(self._bits) else 0
+        row = self._row_of(seq)
+        bits = 0 if row is None else self._bits[row]
         if bits & _WHAT != _RESULT:
             return None
         return (
@@ -183,8 +185,10 @@ class Outcomes:
 
     def staleness_of(self, seq: int) -> int | None:
         """Return the staleness of a used result in versions; None for all others."""
-        used = self.outcome_of(seq) is ResultOutcome.USED
-        return self._bases[seq] if used and self._bases[seq] >= 0 else None
+        row = self._row_of(seq)
+        if row is None or not self._bits[row] & _USED or self._bases[row] < 0:
+            return None
+        return self._bases[row]
 
     def staleness_at(self, seq: int, version: int) -> int:
         """Return by how many versions a message was late when the aggregator handled it.
@@ -228,8 +232,8 @@ class Outcomes:
             client = None if task is None or task.is_evaluation else task.client
             if client is None:
                 client = natural(message.body.get("client"))
+            self._open[seq] = len(self._seqs)
             self._note(seq, _RESULT, client, natural(message.body.get("model_version")))
-            self._open[seq] = None
         elif message.kind == "failed" and task is not None:
             reason = str(message.body.get("reason", ""))
             code = failure_code_of(str(message.body.get("code", "")), reason)
@@ -255,11 +259,12 @@ class Outcomes:
         # Results that came while the version was being committed are for the next one.
         handled = itertools.takewhile(position.__ge__, self._open)
         for seq in list(itertools.islice(handled, results)):
-            del self._open[seq]
-            self._bits[seq] |= _USED
-            if version is not None and self._bases[seq] >= 0:
-                self._bases[seq] = max(0, version - 1 - self._bases[seq])
-            self._count_use(seq, 1)
+            row = self._open.pop(seq)
+            self._bits[row] |= _USED
+            if version is not None and self._bases[row] >= 0:
+                stale = version - 1 - self._bases[row]
+                self._bases[row] = min(max(0, stale), _LARGEST)
+            self._count_use(row, 1)
 
     def rejection(self, refusal: Refusal) -> None:
         """Count the rejection of a message or a post."""
@@ -267,16 +272,19 @@ class Outcomes:
         if of is None:
             self.unaccepted += 1
             return
-        bits = self._bits[of] if of < len(self._bits) else 0
-        client = self._clients[of] if bits and self._clients[of] >= 0 else None
+        row = self._row_of(of)
+        if row is None:
+            return
+        bits = self._bits[row]
+        client = self._clients[row] if self._clients[row] >= 0 else None
         if bits & _WHAT == _RESULT:
             self.rejected[code] += 1
             self._open.pop(of, None)
             if bits & _USED:  # deferred during the commit of a version, then rejected
-                self._count_use(of, -1)
-            self._bits[of] = _RESULT | _REJECTED
+                self._count_use(row, -1)
+            self._bits[row] = _RESULT | _REJECTED
             self._blame(LastFailure("result", client, code, refusal.reason))
-        elif bits:
+        else:
             what: Subject = "evaluation" if bits == _EVALUATION else "task"
             self._failed(LastFailure(what, client, code, refusal.reason))
 
@@ -286,12 +294,12 @@ class Outcomes:
 
     # ----
 
-    def _count_use(self, seq: int, number: int) -> None:
+    def _count_use(self, row: int, number: int) -> None:
         """Count a result as used, or with -1 as not used."""
-        record = self.clients.get(self._clients[seq])
+        record = self.clients.get(self._clients[row])
         if record is not None:
             record.good += number
-        stale = self._bases[seq]
+        stale = self._bases[row]
         if stale >= 0:
             self.staleness[stale] += number
             if not self.staleness[stale]:
@@ -313,11 +321,12 @@ class Outcomes:
             record.code, record.reason = failure.code, failure.reason
 
     def _note(self, seq: int, bits: int, client: int | None, base: int | None = None) -> None:
-        missing = seq + 1 - len(self._bits)
-        if missing > 0:
-            self._bits.extend(bytes(missing))
-            self._clients.extend(_NONE * missing)
-            self._bases.extend(_NONE * missing)
-        self._bits[seq] = bits
-        self._clients[seq] = -1 if client is None or client > _LARGEST else client
-        self._bases[seq] = -1 if base is None or base > _LARGEST else base
+        self._seqs.append(seq)
+        self._bits.append(bits)
+        self._clients.append(-1 if client is None or client > _LARGEST else client)
+        self._bases.append(-1 if base is None or base > _LARGEST else base)
+
+    def _row_of(self, seq: int) -> int | None:
+        """Return the row of an entry, or None."""
+        row = bisect.bisect_left(self._seqs, seq)
+        return row if row < len(self._seqs) and self._seqs[row] == seq else None

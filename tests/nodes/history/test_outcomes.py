@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import tracemalloc
 
 import pytest
 from rich.console import Console
@@ -13,6 +14,8 @@ from fedmq.broker.wire.encoding import encode_message
 from fedmq.broker.wire.schema import Message
 from fedmq.nodes.cluster import view
 from fedmq.nodes.cluster.view import closing_table, line, render
+from fedmq.nodes.history.facts import SentTask
+from fedmq.nodes.history.outcomes import Outcomes
 from fedmq.nodes.history.run import RunHistory
 from fedmq.nodes.run_folder.strict_json import not_finite, to_strict_json
 from fedmq.nodes.run_folder.summary import spread, summary_of
@@ -145,6 +148,27 @@ def test_an_old_ledger_has_no_codes_and_counts_the_same(story):
     summary = story.end()
     assert counts(summary) == (0, 1, 1, 0)
     assert summary["results"]["by_code"] == {"stale": 1, "unknown": 1}
+
+
+def test_a_version_number_beyond_all_bounds_does_not_stop_the_summary(story):
+    story.task(0, 0)
+    story.version((1 << 62) - 1, story.result(0, 0, model_version=0), 1)
+    assert counts(story.end()) == (1, 0, 0, 0)
+    assert list(story.history.outcomes.staleness) == [(1 << 31) - 1]
+
+
+def test_counts_need_no_memory_for_the_entries_of_other_runs():
+    outcomes = Outcomes()
+    tracemalloc.start()
+    try:
+        outcomes.sent(SentTask(10**9, 0.0, "client/0", 0, None, 0, is_evaluation=False))
+        assert tracemalloc.get_traced_memory()[1] < 100_000
+    finally:
+        tracemalloc.stop()
+    outcomes.rejection(
+        Refusal(seq=10**9 + 1, at=0.0, run="r", node="w", id="x", reason="?", of=10**9, code="late")
+    )
+    assert outcomes.failed == {"late": 1}
 
 
 def test_posts_that_were_not_accepted_are_not_counted_as_results(story):
