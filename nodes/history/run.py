@@ -225,7 +225,7 @@ class RunHistory:
         found: dict[str, list[SentTask]] = {}
         for task in self.tracker.unanswered.values():
             host = self.tracker.placement.host_of(task.to)
-            if host is not None and task.rejected is None and task.seq > self.extended_at:
+            if host is not None:
                 found.setdefault(host, []).append(task)
         return found
 
@@ -265,6 +265,7 @@ class RunHistory:
         if self._finished and message.body.get("further"):
             self._finished, self.extended_at = False, seq
             self.outcomes.extended()
+            self.tracker.withdraw_all()
 
     def _from_aggregator(self, message: Message, task: SentTask | None) -> None:
         if task is not None:

@@ -93,13 +93,16 @@ class TaskTracker:
 
     Attributes:
         placement: all nodes, and which clients they host.
-        unanswered: tasks and evaluations without an answer, by id, in the order in which they were
-            sent.
+        unanswered: tasks and evaluations that await an answer, by id, in the order in which they
+            were sent.
+        withdrawn: rejected ones, and those from before an extension of the run. A dead-lettered one
+            may be sent again, and a node that was cut off may still answer one.
     """
 
     def __init__(self) -> None:
         self.placement = Placement()
         self.unanswered: dict[str, SentTask] = {}
+        self.withdrawn: dict[str, SentTask] = {}
 
     def feed(self, entry: AnyEntry) -> Facts:
         """Process the next entry, and return its facts.
@@ -115,19 +118,30 @@ class TaskTracker:
                 if message.kind in ("task", "evaluate"):
                     task = self._sent(entry, message)
             elif message.kind in ANSWERS:
-                task = self.unanswered.pop(message.re or "", None)
+                task = self._take(message.re or "")
                 node = placement.node(message.sender)
                 node.tasks += message.kind != "failed"
                 node.drops += message.kind == "failed"
             return Facts(entry, message, placement.host_of(message.to), task)
         if isinstance(entry, Refusal):
-            task = self.unanswered.get(entry.id)
+            task = self.unanswered.get(entry.id) or self.withdrawn.get(entry.id)
             if task is not None and task.seq == entry.of:
                 task.rejected, task.dead_lettered = entry.known_code, entry.dead_lettered
+                self.unanswered.pop(entry.id, None)
+                self.withdrawn[entry.id] = task
         return Facts(entry)
 
+    def withdraw_all(self) -> None:
+        """Withdraw all unanswered ones: after an extension, the aggregator has forgotten them."""
+        self.withdrawn |= self.unanswered
+        self.unanswered.clear()
+
+    def _take(self, name: str) -> SentTask | None:
+        """Remove a task or an evaluation by its id, and return it; None if it is unknown."""
+        return self.unanswered.pop(name, None) or self.withdrawn.pop(name, None)
+
     def _sent(self, entry: Accepted, message: Message) -> SentTask:
-        before = self.unanswered.get(message.id)
+        before = self._take(message.id)
         task = self.unanswered[message.id] = SentTask(
             entry.seq,
             entry.at,

@@ -109,7 +109,8 @@ class _Drawing:
 
     def finish(self) -> Iterator[Event]:
         """End the last span and the unanswered tasks."""
-        for name, task in self._tracker.unanswered.items():
+        without_answer = self._tracker.unanswered | self._tracker.withdrawn
+        for name, task in sorted(without_answer.items(), key=lambda item: item[1].seq):
             # If no node hosts its client, it waits on the aggregator's lane.
             node = task.host or self._aggregator
             times = (self._sent[task.seq], self._now)

@@ -2,10 +2,12 @@
 
 import pytest
 
-from fedmq.broker.ledger.entries import Consumed, Opened
+from fedmq.broker.ledger.entries import Accepted, Consumed, Opened
 from fedmq.broker.ledger.reader import read_entries
 from fedmq.broker.settings import BrokerSettings
 from fedmq.broker.virtual.network import Faults
+from fedmq.broker.wire.encoding import encode_message
+from fedmq.broker.wire.schema import Message
 from fedmq.nodes.cluster.view import line
 from fedmq.nodes.history.outcomes import ResultOutcome
 from fedmq.nodes.history.run import RunHistory, runs_of
@@ -70,6 +72,24 @@ def test_a_dead_lettered_task_keeps_no_node_at_work(story):
     story.task(0, 0)
     assert story.history.working_clients == [0]
     assert story.history.outcomes.failed.total() == 0
+
+
+def test_a_withdrawn_task_is_scanned_no_more_but_its_late_answer_is_known(story):
+    tracker = story.history.tracker
+    for number in range(3):
+        story.refuse(story.task(number, 0), "unusable", node="w0", id=f"a/{number}")
+    assert tracker.unanswered == {}
+    story.task(3, 1)
+    story.feed("finished", "aggregator", to="checkpoint", reason="enough")
+    story.feed("continued", "broker", config=CONFIG, further=True, stopped_s=1.0)
+    joined(story, "w1", 1)
+    assert tracker.unanswered == story.history.at_work == {}
+    assert list(tracker.withdrawn) == ["a/0", "a/1", "a/2", "a/3"]
+    re = Message(kind="result", id="late", run="r", sender="w1", to="aggregator", re="a/3")
+    facts = tracker.feed(Accepted(seq=story.seq + 1, at=200.0, message=encode_message(re)))
+    assert facts.is_answer
+    assert facts.client == 1
+    assert "a/3" not in tracker.withdrawn
 
 
 def test_an_evaluation_that_is_delivered_again_has_not_failed(story):
