@@ -15,9 +15,10 @@ from dataclasses import dataclass, field
 
 from fedmq.broker.errors import LedgerError
 from fedmq.broker.inspection.trace import Trace
-from fedmq.broker.ledger.entries import Accepted
 from fedmq.broker.wire.addresses import BROKER
 from fedmq.broker.wire.schema import Message
+from fedmq.nodes.history.facts import Facts, SentTask
+from fedmq.nodes.history.tracker import TaskTracker
 from fedmq.nodes.process.terminal import plain
 
 
@@ -54,8 +55,8 @@ class Histories:
     clients: defaultdict[str, list[tuple[int, int]]] = field(
         default_factory=lambda: defaultdict(list)
     )
-    _tasks: dict[str, tuple[int, int | None]] = field(default_factory=dict)
-    """Number and client of each task."""
+    _tasks: dict[str, SentTask] = field(default_factory=dict)
+    """All tasks and evaluations by id."""
     _last: dict[int, int] = field(default_factory=dict)
     """Index of the newest answer of each client."""
     _of_task: defaultdict[str, dict[str, int]] = field(default_factory=lambda: defaultdict(dict))
@@ -87,25 +88,28 @@ class Histories:
                 each = self.answers[each].start
         return sorted(found)
 
-    def add(self, seq: int, message: Message) -> None:
-        """Process the next message of the trace."""
-        if message.kind in ("task", "evaluate"):
-            client = message.body.get("client")
-            self._tasks[message.id] = seq, client if isinstance(client, int) else None
+    def add(self, facts: Facts) -> None:
+        """Process the next entry of the trace."""
+        message = facts.message
+        if message is None:
+            return
+        if facts.task is not None and not facts.is_answer:
+            self._tasks[message.id] = facts.task
         elif message.kind == "joined" and message.sender == BROKER:
             body = message.body
             self.clients[body["node"]] += [(low, high) for low, high in body["clients"]]
         elif message.kind in ("result", "score") and message.re in self._tasks:
-            self._add_answer(seq, message, message.re)
+            self._add_answer(facts.entry.seq, message, message.re)
 
-    def _add_answer(self, seq: int, message: Message, task: str) -> None:
-        number, client = self._tasks[task]
+    def _add_answer(self, seq: int, message: Message, name: str) -> None:
+        task = self._tasks[name]
+        client = task.client
         after, start = message.body.get("after"), None
         if client is not None and isinstance(after, str):
             start = self._state(message.sender, client, after)
         elif client is not None:
             start = self._last.get(client)
-        answer = Answer(message.sender, task, number, seq, client, start, isinstance(after, str))
+        answer = Answer(message.sender, name, task.seq, seq, client, start, isinstance(after, str))
         self.answers.append(answer)
         if message.kind == "result":
             self._note_saved(answer)
@@ -118,8 +122,8 @@ class Histories:
 
     def _state(self, node: str, client: int, after: str) -> int | None:
         """Return the index of the answer that saved a node's state of a client after a task."""
-        number, whose = self._tasks.get(after, (0, None))
-        if whose != client:
+        task = self._tasks.get(after)
+        if task is None or task.client != client:
             return None
         by_node = self._of_task[after]
         if node in by_node:
@@ -128,18 +132,17 @@ class Histories:
             return max(by_node.values())  # the client brought it from its last host
         # The node saved it, but ended before its result was in the ledger.
         last = self._last.get(client)
-        self.answers.append(Answer(node, after, number, None, client, last, start_recorded=False))
+        self.answers.append(Answer(node, after, task.seq, None, client, last, start_recorded=False))
         self._note_saved(self.answers[-1])
         return len(self.answers) - 1
 
 
 def read_histories(trace: Trace) -> Histories:
     """Return what the nodes of a run hosted and answered, up to damage."""
-    found = Histories()
+    found, tracker = Histories(), TaskTracker()
     with contextlib.suppress(LedgerError):
         for entry in trace.entries():
-            if isinstance(entry, Accepted):
-                found.add(entry.seq, entry.read())
+            found.add(tracker.feed(entry))
     return found
 
 

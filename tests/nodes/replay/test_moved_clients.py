@@ -8,6 +8,7 @@ from fedmq.broker.inspection.trace import Trace
 from fedmq.broker.ledger.entries import Accepted
 from fedmq.broker.wire.encoding import encode_message
 from fedmq.broker.wire.schema import Message
+from fedmq.nodes.history.tracker import TaskTracker
 from fedmq.nodes.replay.histories import Histories, read_histories
 from fedmq.nodes.replay.workers import Retraining
 from fedmq.nodes.simulation.virtual_run import Chances, Simulation
@@ -151,15 +152,16 @@ def test_in_an_older_trace_a_clients_results_follow_each_other(tmp_path):
 
 def heard(*messages):
     """Histories of these: (kind, id or task, client or sender, after)."""
-    found = Histories()
+    found, tracker = Histories(), TaskTracker()
     for seq, (kind, name, who, after) in enumerate(messages):
-        about = {"kind": kind, "run": "r", "to": "x"}
+        about = {"kind": kind, "run": "r"}
         if kind == "task":
-            message = Message(**about, id=name, sender="aggregator", body={"client": who})
+            message = Message(**about, id=name, sender="aggregator", to=f"client/{who}")
         else:
             body = {} if after is None else {"after": after}
-            message = Message(**about, id=f"{who}/{name}", sender=who, re=name, body=body)
-        found.add(seq, message)
+            message = Message(**about, id=f"{who}/{name}", sender=who, to="x", re=name, body=body)
+        accepted = Accepted(seq=seq, at=0.0, message=encode_message(message))
+        found.add(tracker.feed(accepted))
     return found
 
 
@@ -190,6 +192,16 @@ def test_a_state_whose_result_never_came_is_made_again():
     found = heard(*TASKS, ("result", "t0", "a", ""), ("result", "t2", "a", "t1"))
     assert chain(found, found.of("a")[-1]) == [("a", "t0"), ("a", "t1"), ("a", "t2")]
     assert [found.answers[index].task for index in found.of("a")] == ["t0", "t2"]
+
+
+def test_a_task_counts_only_from_the_aggregator():
+    found, tracker = Histories(), TaskTracker()
+    task = Message(kind="task", id="t0", run="r", sender="a", to="client/0", body={"client": 0})
+    answer = Message(kind="result", id="a/0", run="r", sender="a", to="x", re="t0")
+    for seq, message in enumerate((task, answer)):
+        entry = Accepted(seq=seq, at=0.0, message=encode_message(message))
+        found.add(tracker.feed(entry))
+    assert found.answers == []
 
 
 def test_what_cannot_be_is_taken_for_no_state():
