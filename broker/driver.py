@@ -32,7 +32,7 @@ from fedmq.broker.core.state import (
     TimerFired,
     Unpin,
 )
-from fedmq.broker.errors import BrokerFailed, LedgerError, NoSpace
+from fedmq.broker.errors import BrokerFailed, LedgerDamage, LedgerError, NoSpace
 from fedmq.broker.ledger.disk import LOCAL_DISK, Disk
 from fedmq.broker.ledger.entries import BlobName
 from fedmq.broker.ledger.writer import Ledger
@@ -198,7 +198,7 @@ class BrokerDriver:
         if self._held is None:
             self._commit(now)
         elif now >= self._retry_at:
-            self._retry(self._held, now)
+            self._retry(now)
         sends, self._sends = self._sends, []
         for send in sends:
             self._send(send)
@@ -222,10 +222,12 @@ class BrokerDriver:
             self._port.on_space(str(error))
             self.carry_out(self.core.handle(DiskFull(str(error)), now), now)
 
-    def _retry(self, held: list[SendTo], now: float) -> None:
+    def _retry(self, now: float) -> None:
         """Try again to write the ledger after the disk was full."""
-        self._sends, self._held = held + self._sends, None
+        answers = self._sends  # to frames of this turn, of which the ledger holds nothing
+        self._sends, self._held = self._held or [], None
         self._commit(now)
+        self._sends += answers
         if self._held is None:
             self.carry_out(self.core.handle(DiskFull(""), now), now)
             self._port.on_space("")
@@ -247,8 +249,9 @@ class BrokerDriver:
             if self._held is not None:
                 return  # not written yet: the node requests it again
             self._port.log("warning", "cannot read a blob", {"reason": str(error)})
-            if isinstance(frame, Chunk) and self._may_be_readable(send.blobs[0][0]):
-                return  # an error may pass: the node requests it again
+            passing = not isinstance(error, LedgerDamage)  # damage was read several times
+            if isinstance(frame, Chunk) and passing and self._may_be_readable(send.blobs[0][0]):
+                return  # the node requests it again
             # Without it, the node requests the blob, and gets a chunk without bytes.
             buffers = []
             if isinstance(frame, Deliver):

@@ -1,7 +1,7 @@
 """The life of a message and of a session: the states, and the tables of what may happen in each.
 
-The core and the recovery of a ledger move messages and sessions along these tables;
-docs/architecture.md shows them.
+Recovery and audit of a ledger move messages along the first table; core and recovery move sessions
+along the second. docs/architecture.md shows both.
 """
 
 from __future__ import annotations

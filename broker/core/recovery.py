@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import heapq
 import secrets
 from collections.abc import Callable, Iterable
@@ -328,32 +329,27 @@ def open_broker(
         )
     except LedgerDamage as error:
         raise error.advise(check_advice(folder)) from None
-    clock.not_before(restorer.last_at)
-    now = clock()
-    for seq in restorer.dead_letters if redeliver_dead_letters else ():
-        # Under a new number: a session that is still alive skips lower numbers.
-        data = ledger.read(seq).message
-        entry = Accepted(seq=ledger.next_seq, at=now, message=data, consumes=(seq,))
-        ledger.append(entry)
-        restorer.feed(entry)
-    if continuation is not None:
-        try:
+    with contextlib.ExitStack() as opened:
+        opened.callback(ledger.abandon)
+        clock.not_before(restorer.last_at)
+        now = clock()
+        for seq in restorer.dead_letters if redeliver_dead_letters else ():
+            # Under a new number: a session that is still alive skips lower numbers.
+            data = ledger.read(seq).message
+            entry = Accepted(seq=ledger.next_seq, at=now, message=data, consumes=(seq,))
+            ledger.append(entry)
+            restorer.feed(entry)
+        if continuation is not None:
             restorer.continue_run(continuation, ledger, now)
-        except LedgerError:
-            ledger.close()
-            raise
-    restorer.finish(ledger, now, settings.lease_s)
-    try:
+        restorer.finish(ledger, now, settings.lease_s)
         _check_lost(restorer, ledger, disk)
-    except LedgerError:
-        ledger.close()
-        raise
-    core = Broker(settings, ledger, draw_identity, restorer.mailboxes)
-    for run, seq in restorer.lost:
-        for action in core.give_up(run, [seq], _LOST, now):
-            if isinstance(action, Append):
-                ledger.append(action.entry)
-    ledger.commit()
+        core = Broker(settings, ledger, draw_identity, restorer.mailboxes)
+        for run, seq in restorer.lost:
+            for action in core.give_up(run, [seq], _LOST, now):
+                if isinstance(action, Append):
+                    ledger.append(action.entry)
+        ledger.commit()
+        opened.pop_all()
     return ledger, core
 
 
@@ -370,9 +366,9 @@ def _check_lost(restorer: Restorer, ledger: Ledger, disk: Disk) -> None:
     """
     if not restorer.lost:
         return
-    index = read_payload(ledger.folder, disk)
+    index, unfinished = read_payload(ledger.folder, disk), restorer.unfinished
     for _, seq in restorer.lost:
-        message = restorer.unfinished[seq]
+        message = unfinished[seq]
         if all(index.size_of(blob_name(message, blob)) is not None for blob in message.blobs):
             raise LedgerError(
                 f"the payload in {ledger.folder} was read twice with different results; the blobs "

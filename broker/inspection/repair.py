@@ -179,11 +179,12 @@ def repair(folder: Path, now: float) -> list[RepairStep]:
             lost = [each.name for each in report.lost]
             note_repair(folder, now, [str(step) for step in steps], lost)
             manifest = Manifest(folder)
+            # It describes the segments before the repair.
+            (folder / SYNC_POINT_FILE).unlink(missing_ok=True)
+            sync_folder(folder)
             for step in steps:
                 _do(report, manifest, step)
             _ensure_segments(folder, manifest)
-            # It describes the segments before the repair.
-            (folder / SYNC_POINT_FILE).unlink(missing_ok=True)
             sync_folder(folder)
             done += steps
     finally:

@@ -41,7 +41,7 @@ class FolderLock:
         try:
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            holder = _holder(self._fd)
+            holder = _holder(self._fd, disk)
             self.release()
             raise LedgerError(f"another broker{holder} is writing to {folder}") from None
         except OSError as error:
@@ -77,10 +77,10 @@ def proof_in(folder: Path) -> str:
         return ""
 
 
-def _holder(fd: int) -> str:
+def _holder(fd: int, disk: Disk) -> str:
     """Return the process that the lock file names, for an error; "" if it names none."""
     try:
-        lines = os.pread(fd, _BYTES, 0).decode().splitlines()
+        lines = disk.pread(fd, _BYTES, 0).decode().splitlines()
     except (OSError, ValueError):
         return ""
     match lines[1].split() if len(lines) > 1 else []:

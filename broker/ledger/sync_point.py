@@ -127,8 +127,8 @@ class SyncPointFile:
             self._write(point)
 
     def _write(self, point: SyncPoint) -> None:
-        self._notes += 1
         _write(self._disk, self._fd, point.encode(), self._notes % _NOTES * _NOTE_BYTES)
+        self._notes += 1  # not after a failure: it would put the next one over the good one
 
     def close(self) -> None:
         """Close the file."""

@@ -345,15 +345,25 @@ class Ledger:
         Raises:
             LedgerError: not everything could be written; the files are closed nevertheless.
         """
-        with contextlib.ExitStack() as last:
-            last.callback(self._lock.release)
-            last.callback(self.payload.close)
-            if self._sync_point is not None:
-                last.callback(self._sync_point.close)
-            # The commit may replace these files.
-            last.callback(lambda: self._messages_file.close())
-            last.callback(lambda: self._payload_file.close())
+        with self._closing():
             self.commit()
+
+    def abandon(self) -> None:
+        """Close the files; what is queued is lost."""
+        with contextlib.suppress(LedgerError), self._closing():
+            pass
+
+    def _closing(self) -> contextlib.ExitStack:
+        """Return a context that closes all files at its end."""
+        last = contextlib.ExitStack()
+        last.callback(self._lock.release)
+        last.callback(self.payload.close)
+        if self._sync_point is not None:
+            last.callback(self._sync_point.close)
+        # A commit may replace these files.
+        last.callback(lambda: self._messages_file.close())
+        last.callback(lambda: self._payload_file.close())
+        return last
 
     def _finish(self, seqs: Sequence[int]) -> None:
         for seq in seqs if self._uses else ():

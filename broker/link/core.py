@@ -261,7 +261,7 @@ class Link:
         What the broker sent before this answer has arrived before it. If something is outstanding
         at two answers in a row, and nothing has arrived in between, it was lost.
         """
-        if now < self._last_stall_check + self._beat_s / 2:
+        if self._identity is None or now < self._last_stall_check + self._beat_s / 2:
             return  # heartbeats that return credit follow one another closely
         self._last_stall_check = now
         due = (

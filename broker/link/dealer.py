@@ -24,7 +24,7 @@ from fedmq.broker.wire.batching import Outbox
 from fedmq.broker.wire.clock import Clock, milliseconds_until
 from fedmq.broker.wire.encoding import encode_frame
 from fedmq.broker.wire.endpoints import parse_endpoint, resolve
-from fedmq.broker.wire.schema import Buffer, Frame, Hello
+from fedmq.broker.wire.schema import Buffer, Frame, Hello, Welcome
 from fedmq.broker.wire.sockets import COPY_BELOW_BYTES, MAX_FRAME_BYTES, receive, send_parts
 
 _TRIES_A_FAMILY = 2
@@ -164,6 +164,8 @@ class DealerPort:
                     self._log.warning(text, reason=self._unreadable)
             else:
                 self._unanswered, self._listener = 0, ""
+                if self._unreadable and any(isinstance(frame, Welcome) for frame, _ in frames):
+                    self._unreadable = ""
                 return frames
 
     def close(self) -> None:

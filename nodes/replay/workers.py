@@ -198,7 +198,10 @@ class Retraining:
         core = Worker(self._setup, self._trace.run, answer.node, clients, store)
         port = AnswerPort()
         task = recorded_delivery(self._trace, accepted_entry(self._trace, answer.seq))
-        WorkerDriver(core, self._setup, self._device, port).handle(task)
+        driver = WorkerDriver(core, self._setup, self._device, port)
+        driver.handle(task)
+        if driver.error is not None:
+            raise driver.error  # the recorded worker had a result
         if port.answer is None:
             raise LedgerError(f"task {answer.task}: expected an answer of the worker, got none")
         return port.answer, port.state
@@ -216,7 +219,7 @@ class Retraining:
         found = differences(recorded, replayed, names=NAMES, ignore=_HONEST)
         relative = None
         device = message.body.get("device")
-        if found and device and device != answer.message.body["device"]:
+        if found and device and device != answer.message.body.get("device"):
             relative = _distance(message, read, answer)
             if relative <= TOLERANCE:
                 found = [each for each in found if not depends_on_device(each)]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import re
 import secrets
 import time
@@ -18,6 +17,7 @@ from fedmq.broker.link.node_link import NodeLink
 from fedmq.broker.wire.addresses import name_fault
 from fedmq.broker.wire.schema import Hello, Message
 from fedmq.nodes.errors import NodeError
+from fedmq.nodes.process.atomic_write import replacing
 from fedmq.nodes.process.exception_text import described, reason_of
 from fedmq.nodes.process.logs import Repeats
 from fedmq.nodes.process.signals import Stopped, this_process
@@ -146,9 +146,8 @@ def node_key(folder: Path | None) -> str:
 
 
 def _write(path: Path, text: str) -> None:
-    fresh = path.with_name(f"{path.name}.{os.getpid()}")
-    fresh.write_text(f"{text}\n")
-    fresh.replace(path)
+    with replacing(path) as fresh:
+        fresh.write_text(f"{text}\n")
 
 
 def make_folder(folder: Path) -> None:

@@ -19,9 +19,9 @@ from fedmq.broker.ledger.reader import read_entries
 from fedmq.broker.wire.addresses import name_fault
 from fedmq.nodes.errors import ConfigError
 from fedmq.nodes.history.run import RunHistory, runs_of
+from fedmq.nodes.process.atomic_write import replacing
 from fedmq.nodes.process.exception_text import reason_of
 from fedmq.nodes.run.config import Config
-from fedmq.nodes.run_folder.atomic_write import replacing
 
 CONFIG_FILE = "config.toml"
 _FRESH_FILE = f"{CONFIG_FILE}.new"

@@ -26,8 +26,8 @@ from torch import Tensor
 from fedmq.algorithms.errors import ProblemError
 from fedmq.algorithms.problems.base import Problem
 from fedmq.nodes.errors import NodeError
+from fedmq.nodes.process.atomic_write import replacing
 from fedmq.nodes.process.exception_text import reason_of
-from fedmq.nodes.run_folder.atomic_write import replacing
 
 MODEL_FILE = "model.safetensors"
 ARRAYS_FILE = "model.npz"

@@ -9,8 +9,8 @@ from typing import Any
 from fedmq.broker.ledger.reader import read_entries
 from fedmq.nodes.errors import NodeError
 from fedmq.nodes.history.run import RunHistory, runs_of
+from fedmq.nodes.process.atomic_write import replacing
 from fedmq.nodes.process.exception_text import reason_of
-from fedmq.nodes.run_folder.atomic_write import replacing
 from fedmq.nodes.run_folder.strict_json import to_strict_json
 from fedmq.nodes.run_folder.summary import summary_of
 

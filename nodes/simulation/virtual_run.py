@@ -40,7 +40,7 @@ _WALL_S = 1e6
 
 @dataclass
 class Chances:
-    """DiskFault rates of a simulated run, per second of virtual time, and durations in seconds.
+    """Fault rates of a simulated run, per second of virtual time, and durations in seconds.
 
     faults: faults of single frames.
     crash: rate of crashes of each process.

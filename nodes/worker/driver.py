@@ -74,10 +74,15 @@ class WorkerDriver:
         setup: objects of the run.
         device: trains and evaluates.
         port: carries out single actions.
+
+    Attributes:
+        core: as given.
+        error: because of which the last task failed; None if no error has failed a task.
     """
 
     def __init__(self, core: Worker, setup: Setup, device: str, port: WorkerPort) -> None:
         self.core, self._setup, self._device, self._port = core, setup, device, port
+        self.error: Exception | None = None
         self._repeats = Repeats()
 
     def handle(self, delivery: Delivery) -> None:
@@ -101,7 +106,7 @@ class WorkerDriver:
                 case Pause(seconds):
                     self._port.pause(seconds)
                 case SaveClientState(client, state):
-                    event = Saved(self._save(client, state))
+                    event = self._saved(client, state)
                 case PostMessage(message, data, consumes):
                     self._port.post(message, data, consumes)
                 case Handled(seq, refused, code):
@@ -128,11 +133,20 @@ class WorkerDriver:
 
     def _failed(self, error: Exception) -> Failed:
         """Return the failure of a task; log the first of equal ones, and then a count."""
-        failed = Failed.of(error, self._setup)
+        self.error, failed = error, Failed.of(error, self._setup)
         if times := self._repeats.count((type(error), failed.where), self._port.now()):
             about = {"reason": failed.reason, "where": failed.where, "times": times}
             self._port.log.error("task failed", **about, exc_info=error if times == 1 else None)
         return failed
+
+    def _saved(self, client: int, state: SavedClientState) -> Saved | Failed:
+        """Save a client's state; one that cannot be encoded fails only this task."""
+        try:
+            return Saved(self._save(client, state))
+        except (BrokerError, NodeError):
+            raise  # not an error of the task: the link has ended, or a saved state is damaged
+        except Exception as error:  # noqa: BLE001 - a state can hold anything
+            return self._failed(error)
 
     def _save(self, client: int, state: SavedClientState) -> SavedClientState:
         """Save a client's state; retry while it cannot be written, as on a full disk."""

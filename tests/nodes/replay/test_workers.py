@@ -342,3 +342,15 @@ def test_a_lossy_codec_is_repeated_too():
         "all results match the record"
         in replay(BUFFERED, "--worker", "worker-1", "--task", answer.re).output
     )
+
+
+def test_an_error_of_the_training_is_raised(rounds, monkeypatch):
+    trace = Trace(rounds)
+    setup = recorded_setup(trace, allowed=OWN_CODE)
+
+    def fails(*_):
+        raise MemoryError("too large for this machine")
+
+    monkeypatch.setattr(type(setup.algorithm), "train", fails)
+    with pytest.raises(MemoryError, match="too large"):
+        list(Retraining(trace, setup, "worker-0").train_all())

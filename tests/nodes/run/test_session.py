@@ -77,3 +77,13 @@ def test_a_node_starts_though_its_session_cannot_be_stored(tmp_path):
 def test_an_id_has_the_length_that_sorts_until_the_year_2554():
     assert session_id(1, "", "ab") == "0000000000000001-ab"
     assert session_id(1, "00000000000000ff-cd", "ab") == "0000000000000100-ab"
+
+
+def test_a_session_that_cannot_be_stored_leaves_no_file(tmp_path, monkeypatch):
+    def full(path, _):
+        path.touch()
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(type(tmp_path), "write_text", full)
+    assert new_session(tmp_path)
+    assert list(tmp_path.iterdir()) == []

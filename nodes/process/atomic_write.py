@@ -10,9 +10,9 @@ from pathlib import Path
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary path; at the end of the block, sync it and rename it to ``path``.
+    """Yield a temporary path; at the end of the block, rename it to ``path``, and sync both.
 
-    An error leaves the old file unchanged.
+    An error before the renaming leaves the old file unchanged.
 
     Raises:
         OSError: the new file cannot be opened, synced or renamed.
@@ -23,6 +23,11 @@ def replacing(path: Path) -> Iterator[Path]:
         with fresh.open("rb+") as file:
             os.fsync(file.fileno())
         fresh.replace(path)
+        folder = os.open(path.parent, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
     except BaseException:
         with contextlib.suppress(OSError):
             fresh.unlink(missing_ok=True)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from fedmq.nodes.run_folder.atomic_write import replacing
+from fedmq.nodes.process.atomic_write import replacing
 
 
 def test_the_new_file_replaces_the_old_one(tmp_path: Path) -> None:
