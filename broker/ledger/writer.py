@@ -106,7 +106,7 @@ class Ledger:
         self._positions: list[tuple[int, int]] = []
         self._recent: OrderedDict[int, Accepted] = OrderedDict()
         self._recent_bytes = 0
-        self._unsynced_chunks = False
+        self._unsynced_payload = False
         self._unlisted: list[tuple[str, int]] = []
         """New segments, by family and number, that the manifest does not have yet."""
         self._failed_sync: LedgerError | None = None
@@ -273,10 +273,10 @@ class Ledger:
             self._next_messages_segment()
         if self._unlisted:
             self._list_segments()
-        if self._sync_point is not None and self._unsynced_chunks:
+        if self._sync_point is not None and self._unsynced_payload:
             # Before the messages, so that a message on the device has its blobs there.
             self._sync(self._payload_file.sync)
-            self._unsynced_chunks = False
+            self._unsynced_payload = False
         if self._messages:
             self._write_messages()
             if self._sync_point is not None:
@@ -308,7 +308,7 @@ class Ledger:
     def _write_chunks(self) -> None:
         self._payload_file.append(self._chunks)
         self._chunks = []
-        self._unsynced_chunks = True
+        self._unsynced_payload = True
 
     def _write_messages(self) -> None:
         offset = self._messages_file.size
@@ -333,8 +333,10 @@ class Ledger:
             self._payload_file = self._begin(PAYLOAD, number)
         except NoSpace:
             return  # the present segment grows until there is space
-        self.payload.evict(number - 1)
-        self.payload.evict(number - 1 - _CACHED_SEGMENTS)
+        self._unsynced_payload = True  # its first bytes: the next note of what is synced names it
+        for old in (number - 1, number - 1 - _CACHED_SEGMENTS):
+            if old >= 0:
+                self.payload.evict(old)
         self._payload_number, self._chunk_end = number, self._payload_file.size
         full.close()
         self._retention.apply(self._delete)

@@ -8,12 +8,18 @@ import pytest
 import fedmq.broker.ledger.sync_point as sync_point_module
 import fedmq.broker.ledger.writer as ledger_module
 from fedmq.broker.errors import LedgerDamage, LedgerError, NoSpace
-from fedmq.broker.ledger.entries import MESSAGES, PAYLOAD, segment_path
+from fedmq.broker.ledger.entries import MESSAGES, PAYLOAD, Opened, segment_path
 from fedmq.broker.ledger.manifest import Manifest
 from fedmq.broker.ledger.reader import read_entries
 from fedmq.broker.ledger.records import MAGIC, scan
 from fedmq.broker.ledger.segment_writer import Segment, sync_folder
-from fedmq.broker.ledger.sync_point import SYNC_POINT_FILE, read_sync_point, write_again
+from fedmq.broker.ledger.sync_point import (
+    SYNC_POINT_FILE,
+    SyncPoint,
+    SyncPointFile,
+    read_sync_point,
+    write_again,
+)
 from fedmq.broker.ledger.writer import Ledger
 from fedmq.broker.virtual.disk import Crash, DiskFault, VirtualDisk
 from tests.broker.ledger.failing_disk import Script, check_seeds, dice, small_ledgers
@@ -354,6 +360,41 @@ def test_the_names_of_new_folders_are_on_the_device_too(tmp_path, monkeypatch, d
     monkeypatch.setattr(disk, "sync", lambda fd: opened.append(disk._folders.get(fd)))
     start(tmp_path / "run" / "ledger", disk).close()
     assert {tmp_path / "run" / "ledger", tmp_path / "run", tmp_path} <= set(opened)
+
+
+def test_a_note_names_a_new_payload_segment_only_once_it_is_on_the_device(folder):
+    for seed in range(300):
+        disk = VirtualDisk(dice(seed))
+        settings = {"durability": "power", "disk": disk}
+        ledger = Ledger(folder / str(seed), **settings)
+        commit(ledger, Opened(seq=0, at=0.0, run="r", config="c", total_clients=1))
+        ledger.use(1, [put(ledger, b"x" * 3500)])
+        commit(ledger, accepted(1))  # the segment is full: the next one begins
+        commit(ledger, accepted(2))
+        put(ledger, b"y" * 700)
+        disk.crash_at(disk.operations + 1)  # after the write, in the sync
+        with pytest.raises(Crash):
+            ledger.commit()
+        disk.lose_power()
+        found = []
+        Ledger(folder / str(seed), found.append, **settings).close()
+        assert [each.seq for each in found] == [0, 1, 2]
+
+
+def test_notes_that_cannot_be_written_leave_the_last_good_one(tmp_path, disk):
+    file = SyncPointFile(tmp_path, disk)
+    file.begin(SyncPoint(0, 100, 0, 100))
+    file.advance(SyncPoint(0, 200, 0, 100))
+    write = disk.pwrite
+
+    def torn(fd, data, offset):
+        write(fd, bytes(data)[:50], offset)
+        raise OSError(5, "Input/output error")
+
+    disk.pwrite = torn
+    for _ in range(3):
+        file.advance(SyncPoint(0, 300, 0, 100))
+    assert read_sync_point(tmp_path, disk) == SyncPoint(0, 200, 0, 100)
 
 
 def test_a_sync_point_is_on_the_device_before_anything_is_acknowledged(tmp_path, disk):

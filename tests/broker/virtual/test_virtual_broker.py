@@ -5,12 +5,16 @@ import random
 import pytest
 from msgspec.structs import replace
 
+from fedmq.broker.core.recovery import open_broker
+from fedmq.broker.core.state import Continuation
+from fedmq.broker.errors import NoSpace
 from fedmq.broker.ledger import blob_store
 from fedmq.broker.ledger.entries import Accepted, Opened
 from fedmq.broker.ledger.reader import read_entries
+from fedmq.broker.ledger.writer import Ledger
 from fedmq.broker.settings import BrokerSettings, LedgerSettings
 from fedmq.broker.virtual.broker import VirtualBroker
-from fedmq.broker.virtual.disk import DiskFault
+from fedmq.broker.virtual.disk import DiskFault, VirtualDisk
 from fedmq.broker.virtual.machine import Machine
 from fedmq.broker.virtual.network import VirtualNetwork
 from fedmq.broker.wire.encoding import decode_frame, encode_message
@@ -260,3 +264,20 @@ def test_the_state_is_checked_after_each_turn(start, wire):
     post(broker, 0)
     with pytest.raises(AssertionError, match=r"addresses of \{'w1'\} are hosted"):
         wire.run(1.0)
+
+
+def test_a_start_that_fails_leaves_the_ledger_free_and_unchanged(tmp_path):
+    disk, clock = VirtualDisk(random.Random(1)), Machine(Wire()).clock()  # noqa: S311 - dice
+    open_broker(tmp_path, BrokerSettings(), clock, disk=disk)[0].close()
+    ledger = Ledger(tmp_path, disk=disk)
+    ledger.append(Opened(seq=0, at=0.0, run="r", config="c", total_clients=1))
+    ledger.close()
+    disk.full = True
+    continuation = Continuation("r", "c")
+    with pytest.raises(NoSpace):
+        open_broker(tmp_path, BrokerSettings(), clock, disk=disk, continuation=continuation)
+    assert len(list(read_entries(tmp_path))) == 1
+    disk.full = False
+    ledger, _ = open_broker(tmp_path, BrokerSettings(), clock, disk=disk, continuation=continuation)
+    assert ledger.next_seq == 2
+    ledger.close()
