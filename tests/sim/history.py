@@ -142,7 +142,7 @@ def draw_plan(seed):
         algorithm=rng.choice(["Tally", "Tally", "BesideTally"]),
         checkpoint_s=rng.choice([0.0, 1.0, 5.0]),
         chances=chances,
-        broker=BrokerSettings(lease_s, lease_s / rng.choice([4, 6, 10]), deliveries=1000),
+        broker=BrokerSettings(lease_s, lease_s / rng.choice([3, 4, 6]), deliveries=1000),
         retain_bytes=rng.choice([None, None, None, None, 4 * payload_bytes]),
         inline_bytes=inline_bytes,
         chunk_bytes=chunk_bytes,
