@@ -52,7 +52,7 @@ test-cpus: install-dev  ## run the tests whose numbers could depend on the CPU u
 	  ATEN_CPU_CAPABILITY=$$cpu $(PYTEST) -q $(ARGS) tests/golden tests/nodes/replay tests/codecs || exit 1; \
 	done
 
-soak: install-dev  ## simulate SEEDS=10000 histories of crashes and bad networks, from FIRST=0
+soak: install-dev  ## simulate SEEDS=10000 histories with faults, from FIRST=0
 	@PYTHONPATH=. $(BIN)/python -m tests.sim.soak --first $(FIRST) --seeds $(SEEDS)
 
 lint: install-dev  ## run ruff: rules and format

@@ -1,8 +1,8 @@
 """The broker's driver: carries out the actions of a Broker core, on any network, disk and clock.
 
 A turn handles a batch of events, writes the ledger once, and only then sends: nothing is
-acknowledged before it is in the ledger. While the disk is full, what must not be sent yet waits
-for space. What differs between a real and a virtual broker is behind `BrokerPort`.
+acknowledged before it is in the ledger. While the disk is full, the frames of the unwritten batch
+wait until it is written. What differs between a real and a virtual broker is behind `BrokerPort`.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ class BrokerDriver:
         ledger: its ledger.
         port: the network, and where logs go.
         clock: in seconds since 1970.
-        settings: whether nodes may read the ledger's files.
+        settings: of the ledger; `share_files` decides whether nodes may read its files.
 
     Attributes:
         core, ledger: as given.

@@ -1,4 +1,4 @@
-"""The ROUTER loop: drives a Broker core with real sockets, clock and ledger.
+"""The ROUTER loop: the live port of the broker's driver, with real sockets and clock.
 
 One of the three files that use zmq. A plain poll loop that drains the socket with NOBLOCK
 (asyncio takes 2.5 to 11 times as long with small messages). Small frames are copied, chunks

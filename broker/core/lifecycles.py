@@ -18,13 +18,13 @@ class MessageState(enum.IntEnum):
     ACCEPTED = 1
     """In the ledger; it waits for its recipient, or was delivered to it."""
     REJECTED = 2
-    """Its recipient has rejected it, and still holds it."""
+    """Rejected by its recipient, but not consumed yet."""
     DEAD_LETTERED = 3
     """Kept with its bytes, but not delivered."""
     CONSUMED = 4
     """Its recipient has handled it."""
     SETTLED = 5
-    """Its recipient has rejected it, and does not need it any more."""
+    """Rejected by its recipient, then consumed."""
     REDELIVERED = 6
     """A dead letter that was accepted again, under a new number."""
     DROPPED = 7

@@ -1,14 +1,15 @@
-"""What of a ledger is known to be on the device, under durability `power`.
+"""The sync point: how much of a ledger is known to be on the device, under durability `power`.
 
 After each sync, the broker notes the ends of both families' last segments in a small file, over the
 older of the two notes there. Only the first note of a broker is synced itself: an older one is true
 as well. When a ledger is opened, the newest note answers two questions.
 
-- What may an earlier broker not have synced? That is written again before it counts. To sync it
-  would not be enough: the kernel reports a failed write once, then the page counts as written, and
-  the next sync succeeds although the device may not have the bytes.
-- Which damage is the rest of a batch that was never acknowledged? All that begins after the note,
-  unless the note is older than the last sync; and what was synced has no holes.
+- What may an earlier broker not have synced? All after the note. It is written again before it
+  counts. A second sync is not enough: the kernel reports a failed write once, and the next sync
+  succeeds although the device may lack the bytes.
+- Which damage may be cut? Damage that begins after the note: it is the rest of a batch that was not
+  acknowledged. (If a later note was lost, it may also be an acknowledged record that the device
+  damaged afterwards.) Damage before the note is an error.
 """
 
 from __future__ import annotations

@@ -169,7 +169,7 @@ class NodeLink:
         self._handle(link.Publish(RunEnded(reason=reason)))
 
     def away(self) -> contextlib.AbstractContextManager[None]:
-        """Return a context for long work, in which the link's thread runs the loop."""
+        """Return a context for long work, in which the port runs the loop."""
         return self._port.away()
 
     def pause(self, seconds: float) -> None:

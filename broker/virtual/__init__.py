@@ -1,1 +1,1 @@
-"""A network in memory with a virtual clock and seeded faults, for the same cores."""
+"""The virtual world: network, disk, clocks and processes, with seeded faults."""

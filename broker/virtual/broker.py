@@ -1,7 +1,7 @@
 """A broker in the virtual world: the broker's own driver, over a virtual network, disk and clock.
 
-Its process can crash at any moment, also in the middle of a turn, or its machine can lose power; it
-can be paused, and start again.
+Its process can crash between turns, in a disk operation, or before it sends a frame; its machine
+can lose power. It can be paused, and started again.
 """
 
 from __future__ import annotations
@@ -44,10 +44,10 @@ class VirtualBroker:
 
     Attributes:
         network: as given.
-        up: whether the process is running, or paused.
+        up: whether the process exists; also true while it is paused.
         driver: of the present process, or of the last one.
         disk: as given; faults and crashes in the middle of a commit are planned there.
-        batch_s: longest time that frames wait for others to be handled in one turn, in seconds.
+        batch_s: longest time that a frame waits so that more frames join its turn, in seconds.
         crash_at_send: number of frames that it still sends before it crashes; None for no crash.
         loses_power: whether the next crash in the middle of a turn is a power failure.
         failures: why it stopped or could not start, each time.

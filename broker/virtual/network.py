@@ -61,8 +61,8 @@ class VirtualNetwork:
 
     Attributes:
         now: virtual time, in seconds.
-        broker: the broker's end; set by the broker's host.
-        made: number of faults made so far, by kind, in the whole virtual world.
+        broker: the broker's end; a `VirtualBroker` sets it.
+        made: number of faults made so far, by kind; `VirtualDisk.made` has those of the disk.
     """
 
     def __init__(self, rng: random.Random, faults: Faults | None = None) -> None:

@@ -1,1 +1,1 @@
-"""The aggregator: its core, and the program that connects it to a broker."""
+"""The aggregator: its core, its driver, and the program that connects it to a broker."""

@@ -1,1 +1,1 @@
-"""The history of one run, read from its ledger: the one model under every view of a run."""
+"""The history of one run, read from its ledger: the single read model behind every view."""

@@ -1,12 +1,12 @@
-"""The read model of a run: every view of a run is computed from this one fold of its ledger.
+"""The read model of a run: every view of a run is computed by this one fold of its ledger.
 
 Summary, live view, ``fedmq trace`` and timeline feed it entry by entry, and read its attributes
 after any entry or at the end. It has codes and numbers only: each view has its own sentences.
 
 A view that follows a run feeds what `fedmq.broker.ledger.reader.LedgerTail` yields, and may use the
-`Facts` that `RunHistory.feed` returns for each entry. A view that shows with an entry what happened
-to it later reads the ledger twice: once for a `RunHistory` of the whole run, and once for the facts
-of each entry from a `TaskTracker`.
+`Facts` that `RunHistory.feed` returns for each entry. A view that shows an entry's later
+outcome reads the ledger twice: first into a `RunHistory`, then through a `TaskTracker` for the
+facts of each entry.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """A whole run in virtual time: the real programs, over a network with seeded faults.
 
 Broker and nodes run the code of production, without threads, sockets or waiting. The algorithm
-really trains; the duration of training is drawn. Only the clients' states on a worker's disk and
-the broker's ledger survive a crash.
+really trains; how long training takes is drawn. After a crash, only the broker's ledger, the
+clients' states and each node's last session are left.
 """
 
 from __future__ import annotations

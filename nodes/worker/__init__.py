@@ -1,1 +1,1 @@
-"""Workers and the evaluator: their core, the states of clients, and the program."""
+"""Workers and the evaluator: their core, its driver, the clients' states, and the program."""

@@ -72,7 +72,7 @@ def check_local_states(history):
 def check_fold(history):
     """The aggregator's state is the fold of its inbox, to the bit, whatever died meanwhile.
 
-    And all that it sent, in every session, is what the fold sends: the replay checks that.
+    The replay also checks every message that the aggregator sent, in all sessions.
     """
     live = history.aggregator
     assert live.version == history.setup.config.run.versions
@@ -138,7 +138,7 @@ def check_deliveries(history):
 
 
 def check_account(history):
-    """At each entry, accepted = consumed + pending + rejected; each is finished once."""
+    """Each accepted message is consumed at most once and rejected at most once; nothing else is."""
     accepted, consumed, rejected = set(), set(), set()
 
     def consume(seqs):

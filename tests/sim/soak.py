@@ -11,6 +11,7 @@ import os
 import sys
 import time
 import traceback
+from pathlib import Path
 
 from tests.sim.coverage import Coverage
 
@@ -19,8 +20,11 @@ ENOUGH = 2000
 """Histories that have each pair of faults at least once."""
 
 
-def run_seeds(first, count):
-    """Run some histories here; return what is wrong with the first bad one, and the coverage."""
+def run_seeds(first, count, keep=None):
+    """Run some histories here; return what is wrong with the first bad one, and the coverage.
+
+    keep: folder for the ledger of the first one; by default, no ledger is kept.
+    """
     import torch
 
     from tests.sim.history import check_history
@@ -29,7 +33,7 @@ def run_seeds(first, count):
     coverage = Coverage()
     for seed in range(first, first + count):
         try:
-            coverage.add(check_history(seed).faults)
+            coverage.add(check_history(seed, keep=keep if seed == first else None).faults)
         except Exception:  # noqa: BLE001 - whatever it is, its seed must be printed
             why = traceback.format_exc()
             return f"{why}\nhistory {seed} failed: make soak FIRST={seed} SEEDS=1", coverage
@@ -58,7 +62,14 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--first", type=int, default=0)
     parser.add_argument("--seeds", type=int, default=10_000)
+    parser.add_argument(
+        "--keep", type=Path, help="run one history; leave its ledger in this folder"
+    )
     options = parser.parse_args()
+    if options.keep is not None:
+        why, _ = run_seeds(options.first, 1, options.keep)
+        print(why or f"history {options.first} keeps its promises")  # noqa: T201
+        return bool(why)
     began = time.monotonic()
 
     def report(done):
@@ -68,8 +79,10 @@ def main():
     bad, coverage = soak(options.first, options.seeds, report)
     print(*bad, *coverage.report(), sep="\n")  # noqa: T201
     took = time.monotonic() - began
-    print(f"{coverage.histories} histories in {took:.0f} s, {len(bad)} bad")  # noqa: T201
-    incomplete = coverage.histories >= ENOUGH and coverage.missing_pairs
+    print(f"{coverage.histories} histories in {took:.0f} s; batches that failed: {len(bad)}")  # noqa: T201
+    incomplete = coverage.missing_pairs if coverage.histories >= ENOUGH else []
+    if incomplete:
+        print(f"failed: {len(incomplete)} pairs of faults met in no history")  # noqa: T201
     return bool(bad or incomplete)
 
 
