@@ -76,7 +76,7 @@ def test_promises_hold_whatever_fails(folder, durability):
 @pytest.mark.parametrize("durability", ["process", "power"])
 def test_promises_hold_whatever_fails_at_length(folder, durability):
     """For more, see `tests/broker/ledger/soak.py`."""
-    check_seeds(folder, durability, range(80, 400))
+    check_seeds(folder, durability, range(80, 200))
 
 
 def nothing(*_args):
