@@ -102,11 +102,6 @@ RUNS = {
 MAIN = ("rounds", "buffered", "stream")
 
 
-BEYOND = {("fedgkt", 3)}
-"""Seeds whose server trains to moments of its optimizer that differ by more than the tolerance on
-another kind of CPU (docs/guarantees.md); `fedmq replay` reports that."""
-
-
 def record(folder, name):
     """Record a run in virtual time, in which a worker crashes."""
     problem, algorithm, schedule, codec = RUNS[name]
@@ -122,8 +117,6 @@ def record(folder, name):
     torch.set_num_threads(config.worker.threads)
     setup = set_up(config)
     for seed in range(20):
-        if (name, seed) in BEYOND:
-            continue
         place = folder / f"seed-{seed}"
         simulation = Simulation(setup, 2, place, seed, CHANCES, BrokerSettings(3.0, 0.5))
         ended = simulation.run(30.0, 400.0)
