@@ -25,11 +25,6 @@ TOLERANCE = 1e-3
 """The largest |a - b| / |a| of each tensor of a message, and of each fraction in its body."""
 LOSSY_TOLERANCE = 2e-2
 """The same for tensors from a lossy codec, which may round a value between two levels to either."""
-MOMENTS_TOLERANCE = 2e-2
-"""The same for the moments of an optimizer: sums of gradients that nearly cancel, so that rounding
-shows more than in the weights. (FedGKT's server, AVX2 against scalar code, 12 runs: up to 0.007,
-where the weights differed by less than 0.0002.)"""
-_MOMENTS = ".moments"
 NAMES = "the record", "the replay"
 """Names of the two operands, for people."""
 DIGESTS = frozenset({"model_digest"})
@@ -74,18 +69,10 @@ def near_differences(
         return [each for each in exact if not isinstance(each.place, Field)], math.inf
     lossy = any(each.codec != Raw().wire_name for each in groups_of(recorded.message)[0])
     limit = LOSSY_TOLERANCE if lossy else TOLERANCE
-    if overall:
-        distance = overall_distance(one, other) / limit
-        return found + [each.difference for each in gaps if distance > 1], distance
-    distances = [each.distance / _limit_of(each.difference, limit) for each in gaps]
-    found += [each.difference for each, far in zip(gaps, distances, strict=True) if far > 1]
-    return found, max(distances, default=0.0)
-
-
-def _limit_of(difference: Difference, limit: float) -> float:
-    """Return the tolerance for a tensor of a message whose tensors have this one."""
-    moments = str(difference.place).endswith(_MOMENTS)
-    return max(limit, MOMENTS_TOLERANCE) if moments else limit
+    distance = (overall_distance if overall else tensor_distance)(one, other)
+    if distance > limit:
+        found += [each.difference for each in gaps if overall or each.distance > limit]
+    return found, distance / limit
 
 
 def tensor_distance(a: Payload, b: Payload) -> float:

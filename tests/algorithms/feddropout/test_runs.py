@@ -100,7 +100,7 @@ def test_a_restarted_aggregator_says_what_it_said(schedule):
 def test_a_recorded_run_replays_to_the_bit(schedule, tmp_path):
     """With crashes; the aggregator's fold, then every task of every node."""
     setup = setup_of(
-        schedule, "Images", codec="cast(float16)", versions=8, evaluate_every=4, checkpoint_s=1.0
+        schedule, "Images", codec="cast(float16)", versions=10, evaluate_every=5, checkpoint_s=1.0
     )
-    replay = check_recorded_run(setup, tmp_path, 8, ("worker-0", "worker-1", "evaluator"))
-    assert replay.messages > 12
+    replay = check_recorded_run(setup, tmp_path, 10, ("worker-0", "worker-1", "evaluator"))
+    assert replay.messages > 15

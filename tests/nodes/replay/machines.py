@@ -102,6 +102,11 @@ RUNS = {
 MAIN = ("rounds", "buffered", "stream")
 
 
+BEYOND = {("fedgkt", seed) for seed in (0, 1, 2, 3)}
+"""Runs for which the guarantee does not hold (docs/guarantees.md, "What is not guaranteed"): the
+moments of the server's optimizer differ by up to 0.007 of their size on another kind of CPU."""
+
+
 def record(folder, name):
     """Record a run in virtual time, in which a worker crashes."""
     problem, algorithm, schedule, codec = RUNS[name]
@@ -117,6 +122,8 @@ def record(folder, name):
     torch.set_num_threads(config.worker.threads)
     setup = set_up(config)
     for seed in range(20):
+        if (name, seed) in BEYOND:
+            continue
         place = folder / f"seed-{seed}"
         simulation = Simulation(setup, 2, place, seed, CHANCES, BrokerSettings(3.0, 0.5))
         ended = simulation.run(30.0, 400.0)
