@@ -10,7 +10,7 @@ from pathlib import Path
 
 import msgspec
 
-from fedmq.broker.core.state import SendTo
+from fedmq.broker.core.events import SendTo
 from fedmq.broker.ledger.writer import Ledger
 from fedmq.broker.wire.schema import MAX_EXTENTS, Deliver, Extent, Frame, Welcome
 

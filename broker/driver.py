@@ -14,15 +14,17 @@ from typing import Any, Protocol
 
 import msgspec
 
+from fedmq.broker.access.rights import AccessStore
 from fedmq.broker.blob_locations import point_to_blobs, shareable_name
 from fedmq.broker.core.broker import Broker
-from fedmq.broker.core.recovery import open_broker, random_identity
-from fedmq.broker.core.state import (
+from fedmq.broker.core.events import (
+    AccessChanged,
     Action,
     Append,
-    Continuation,
     Discard,
+    Disconnect,
     DiskFull,
+    Enlist,
     Event,
     Gone,
     Log,
@@ -32,10 +34,12 @@ from fedmq.broker.core.state import (
     TimerFired,
     Unpin,
 )
+from fedmq.broker.core.state import Continuation
 from fedmq.broker.errors import BrokerFailed, LedgerDamage, LedgerError, NoSpace
 from fedmq.broker.ledger.disk import LOCAL_DISK, Disk
 from fedmq.broker.ledger.entries import BlobName
 from fedmq.broker.ledger.writer import Ledger
+from fedmq.broker.recovery import open_broker, random_identity
 from fedmq.broker.settings import BrokerSettings, LedgerSettings
 from fedmq.broker.wire.clock import Clock
 from fedmq.broker.wire.encoding import encode_frame
@@ -62,6 +66,9 @@ class BrokerPort(Protocol):
     def is_up(self, peer: bytes) -> bool:
         """Return whether a connection is up."""
 
+    def disconnect(self, peer: bytes) -> None:
+        """Close a connection, as far as the transport can; the core rejects what still comes."""
+
     def on_space(self, reason: str) -> None:
         """Report that the disk is full (``reason``), or that it is writable again ("")."""
 
@@ -78,6 +85,7 @@ class BrokerDriver:
         port: the network, and where logs go.
         clock: in seconds since 1970.
         settings: of the ledger; `share_files` decides whether nodes may read its files.
+        access: who may connect; None for a broker without keys.
 
     Attributes:
         core, ledger: as given.
@@ -90,9 +98,10 @@ class BrokerDriver:
         port: BrokerPort,
         clock: Clock,
         settings: LedgerSettings,
+        access: AccessStore | None = None,
     ) -> None:
         self.core, self.ledger = core, ledger
-        self._port, self._clock = port, clock
+        self._port, self._clock, self._access = port, clock, access
         self._sends: list[SendTo] = []
         """Frames of this turn, to be sent once the ledger has been written."""
         self._held: list[SendTo] | None = None
@@ -115,6 +124,7 @@ class BrokerDriver:
         disk: Disk = LOCAL_DISK,
         continuation: Continuation | None = None,
         draw_identity: Callable[[], str] = random_identity,
+        access: AccessStore | None = None,
     ) -> BrokerDriver:
         """Open or create a ledger, and return the driver of a core that continues from it.
 
@@ -127,6 +137,7 @@ class BrokerDriver:
             disk: holds the folder.
             continuation: a run that continues with new sessions of all nodes.
             draw_identity: see `Broker`.
+            access: see `BrokerDriver`.
 
         Raises:
             LedgerError: the ledger cannot be read or written.
@@ -142,7 +153,7 @@ class BrokerDriver:
             continuation=continuation,
             draw_identity=draw_identity,
         )
-        return cls(core, ledger, port, clock, ledger_settings)
+        return cls(core, ledger, port, clock, ledger_settings, access)
 
     @property
     def deadline(self) -> float | None:
@@ -166,7 +177,7 @@ class BrokerDriver:
 
     def carry_out(self, actions: Sequence[Action], now: float) -> None:
         """Carry out the core's actions; entries, blobs and frames wait for the end of the turn."""
-        gone = []
+        answers: list[Event] = []
         ledger = self.ledger
         for action in actions:
             match action:  # the most frequent first
@@ -183,10 +194,14 @@ class BrokerDriver:
                     ledger.unpin(names)
                 case Probe(peer):
                     if not self._port.is_up(peer):
-                        gone.append(Gone(peer))
+                        answers.append(Gone(peer))
+                case Disconnect(peer):
+                    self._port.disconnect(peer)
+                case Enlist(key, invite):
+                    answers.append(self._enlist(key, invite, now))
                 case Log(level, event, fields):
                     self._port.log(level, event, fields)
-        for each in gone:
+        for each in answers:
             self.carry_out(self.core.handle(each, now), now)
 
     def write_and_send(self, now: float) -> None:
@@ -209,6 +224,15 @@ class BrokerDriver:
             self.ledger.close()
         except LedgerError as error:
             self._port.log("error", "cannot write the last entries", {"reason": str(error)})
+
+    def _enlist(self, key: str, invite: str, now: float) -> AccessChanged:
+        """Store a key that came with an invite; return who has access then."""
+        if self._access is None:
+            raise AssertionError("only a broker with keys has invites")
+        try:
+            return AccessChanged(self._access.enroll(key, invite, now))
+        except (OSError, ValueError) as error:
+            return AccessChanged(self._access.load(), key, str(error))
 
     # ---- the ledger
 

@@ -18,7 +18,8 @@ from typing import Any
 import structlog
 import zmq
 
-from fedmq.broker.core.state import Continuation, Event, ReceivedFrom, Unreadable
+from fedmq.broker.core.events import Event, ReceivedFrom, Unreadable
+from fedmq.broker.core.state import Continuation
 from fedmq.broker.driver import BrokerDriver
 from fedmq.broker.errors import BrokerError, EndpointError, WireError
 from fedmq.broker.settings import BrokerSettings, LedgerSettings
@@ -115,6 +116,9 @@ class RouterPort:
                 raise
             return False
         return True
+
+    def disconnect(self, peer: bytes) -> None:
+        """Close a connection, as far as the transport can."""
 
     def log(self, level: str, event: str, fields: dict[str, Any]) -> None:
         """Log an event for people; ``level`` as in `logging`."""

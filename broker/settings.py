@@ -18,6 +18,40 @@ LEAST_RETAIN_BYTES = RETAINED_SEGMENTS * LEAST_SEGMENT_BYTES
 
 
 @dataclass(frozen=True)
+class Limits:
+    """What peers can make a broker use, at most. Each limit has a typed rejection.
+
+    runs: runs that have not ended.
+    nodes: names of nodes in a run.
+    clients: clients in the Hello of one node.
+    sessions: live sessions from one address of another host, or with one key.
+    waiting: connections that wait for a run that has not started.
+    messages_per_s, bytes_per_s: that one connection may send; more waits.
+    held_bytes: of posts whose blobs have not arrived, by node.
+    queued_bytes: sent to one connection, and not read by it.
+    node_disk, run_disk: bytes in the ledger, by node and by run.
+    log_lines_per_s: of one kind.
+    handshake_s: within which a new connection must say what it is.
+    reserved_files: file descriptors kept for the ledger and for admitted nodes.
+    """
+
+    runs: int = 100
+    nodes: int = 10_000
+    clients: int = 1 << 16
+    sessions: int = 2_000
+    waiting: int = 1_000
+    messages_per_s: float = 5_000.0
+    bytes_per_s: float = 2e9
+    held_bytes: int = 8 << 20
+    queued_bytes: int = 32 << 20
+    node_disk: int = 256 << 30
+    run_disk: int = 2 << 40
+    log_lines_per_s: float = 20.0
+    handshake_s: float = 3.0
+    reserved_files: int = 64
+
+
+@dataclass(frozen=True)
 class BrokerSettings:
     """Time limits of a broker, and its limit of deliveries.
 
@@ -25,11 +59,15 @@ class BrokerSettings:
     beat_s: longest time, in seconds, between two frames of a node.
     deliveries: number of worker sessions that may end while they handle a message; after that,
         the message is dead-lettered.
+    limits: what peers can make it use.
+    only_run: id of the one run that it serves; "" serves any.
     """
 
     lease_s: float = 10.0
     beat_s: float = 1.0
     deliveries: int = 5
+    limits: Limits = Limits()
+    only_run: str = ""
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from fedmq.broker.core import state
+from fedmq.broker.core import events as broker_events
 from fedmq.broker.link import events
 from fedmq.nodes.messages import actions
 from fedmq.nodes.worker import core
@@ -21,7 +21,7 @@ from fedmq.nodes.worker import core
 ROOT = Path(__file__).parent.parent
 ROOMS = ("broker", "nodes", "tests")
 DRIVERS = {
-    "broker/driver.py": state.Action,
+    "broker/driver.py": broker_events.Action,
     "broker/link/node_link.py": events.Action,
     "nodes/aggregator/driver.py": actions.AggregatorAction,
     "nodes/worker/driver.py": core.Action,

@@ -11,8 +11,9 @@ from collections.abc import Sequence
 
 from fedmq.broker.core.admission import check_message
 from fedmq.broker.core.deduplication import PostFingerprint
+from fedmq.broker.core.events import Action, Unpin
 from fedmq.broker.core.mailboxes import Mailboxes
-from fedmq.broker.core.state import Action, Node, PendingPost, RejectedPost, Unpin
+from fedmq.broker.core.state import Node, PendingPost, RejectedPost
 from fedmq.broker.errors import WireError
 from fedmq.broker.ledger.entries import blob_name
 from fedmq.broker.rejections import Code, Rejection

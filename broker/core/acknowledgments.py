@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 
-from fedmq.broker.core.state import Node, SendTo
+from fedmq.broker.core.events import SendTo
+from fedmq.broker.core.state import Node
 from fedmq.broker.wire.schema import Ack
 
 ACK_WITHIN_S = 0.1

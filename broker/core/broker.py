@@ -3,7 +3,7 @@
 ``handle(event, now) -> [action]``. The driver carries actions out in order, with one rule that
 the guarantees depend on: **before a SendTo goes out, every Append and Put that precedes it is in
 the ledger.** So the driver may handle a batch of events, write once, and send afterwards.
-`fedmq.broker.core.recovery` makes a core from a ledger.
+`fedmq.broker.recovery` makes a core from a ledger.
 """
 
 from __future__ import annotations
@@ -12,29 +12,28 @@ import heapq
 import math
 from collections.abc import Callable, Sequence
 
+from fedmq.broker.access.rights import OPEN
 from fedmq.broker.core import delivery
 from fedmq.broker.core.acceptance import Acceptance
 from fedmq.broker.core.acknowledgments import PendingAcks
-from fedmq.broker.core.lifecycles import SessionEvent, SessionState
-from fedmq.broker.core.mailboxes import Mailboxes
-from fedmq.broker.core.sessions import Sessions
-from fedmq.broker.core.state import (
+from fedmq.broker.core.events import (
+    AccessChanged,
     Action,
     Append,
     DiskFull,
     Event,
     Gone,
     Log,
-    Node,
-    PendingFrame,
-    PendingPost,
     ReceivedFrom,
-    RejectedPost,
     SendTo,
     Store,
     TimerFired,
     Unreadable,
 )
+from fedmq.broker.core.lifecycles import SessionEvent, SessionState
+from fedmq.broker.core.mailboxes import Mailboxes
+from fedmq.broker.core.sessions import Sessions
+from fedmq.broker.core.state import Node, PendingFrame, PendingPost, RejectedPost
 from fedmq.broker.core.uploads import Uploads
 from fedmq.broker.errors import VersionError
 from fedmq.broker.ledger.entries import (
@@ -93,6 +92,7 @@ class Broker:
         self._sessions = Sessions(settings, self._mailboxes, draw_identity, self._uploads.ask)
         self._acceptance = Acceptance(self._mailboxes)
         self._acks = PendingAcks()
+        self._access = OPEN
         self._full = ""
         self._next_wake = math.inf
 
@@ -131,6 +131,8 @@ class Broker:
                 code = "version" if isinstance(error, VersionError) else "unreadable"
                 out.append(SendTo(peer, Reject(code=code, reason=str(error)[:2000])))
                 out.append(Log("warning", "unreadable frame", {"reason": str(error)}))
+            case AccessChanged():
+                self._access = event.access
             case Gone(peer):
                 self._sessions.early.pop(peer, None)
                 node = self._sessions.peers.get(peer)

@@ -11,8 +11,9 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 
+from fedmq.broker.core.events import SendTo
 from fedmq.broker.core.lifecycles import SessionState
-from fedmq.broker.core.state import Node, SendTo
+from fedmq.broker.core.state import Node
 from fedmq.broker.ledger.entries import Accepted, BlobName, blob_name
 from fedmq.broker.wire import schema
 from fedmq.broker.wire.encoding import inline_choice

@@ -16,7 +16,8 @@ from msgspec import UNSET
 from fedmq.broker.core import delivery
 from fedmq.broker.core.admission import timer_of
 from fedmq.broker.core.deduplication import DedupWindow
-from fedmq.broker.core.state import Action, Append, Node, RejectedPost, RunState, Store
+from fedmq.broker.core.events import Action, Append, Store
+from fedmq.broker.core.state import Node, RejectedPost, RunState
 from fedmq.broker.ledger.entries import Accepted, Consumed, Refusal, blob_name
 from fedmq.broker.wire.addresses import BROKER, CHECKPOINT, RECORD, TIMER, node_address
 from fedmq.broker.wire.encoding import encode_message

@@ -11,18 +11,10 @@ from msgspec import UNSET
 
 from fedmq.broker.core import delivery
 from fedmq.broker.core.admission import MAX_EARLY, find_run, wait_for_run, why_not, wrong_name
+from fedmq.broker.core.events import Action, Append, Log, Probe, SendTo, Unpin
 from fedmq.broker.core.lifecycles import WITHOUT_CONNECTION, SessionEvent, SessionState, word
 from fedmq.broker.core.mailboxes import Mailboxes
-from fedmq.broker.core.state import (
-    Action,
-    Append,
-    Log,
-    Node,
-    Probe,
-    RunState,
-    SendTo,
-    Unpin,
-)
+from fedmq.broker.core.state import Node, RunState
 from fedmq.broker.ledger.entries import Opened
 from fedmq.broker.rejections import Code
 from fedmq.broker.settings import BrokerSettings

@@ -1,28 +1,21 @@
-"""What the Broker core takes, gives and remembers: events, actions, nodes and runs."""
+"""What the Broker core remembers: posts on their way, nodes and runs."""
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
 
-import xxhash
 from msgspec import Struct
 
 from fedmq.broker.core.deduplication import PostFingerprint
 from fedmq.broker.core.lifecycles import PRESENT, SessionEvent, SessionState, next_state
-from fedmq.broker.errors import WireError
-from fedmq.broker.ledger.entries import Accepted, BlobName, Entry, blob_name
+from fedmq.broker.ledger.entries import BlobName, blob_name
 from fedmq.broker.rejections import Code, Rejection
 from fedmq.broker.wire.addresses import AGGREGATOR, num_addresses
 from fedmq.broker.wire.chunked_transfer import Fetcher, Owned
 from fedmq.broker.wire.schema import (
-    AnyFrame,
     Blob,
-    Buffer,
     Done,
-    Frame,
     Hello,
     Message,
     Post,
@@ -46,127 +39,6 @@ class Continuation:
     run: str
     config: str
     further: bool = False
-
-
-class Store(Protocol):
-    """The part of the ledger that the core reads."""
-
-    def size_of(self, name: BlobName) -> int | None:
-        """Return the size in bytes of a complete blob, or None."""
-
-    def have(self, name: BlobName) -> int:
-        """Return how many bytes of a blob, from its start, are stored."""
-
-    def resume(self, name: BlobName, size: int) -> tuple[int, xxhash.xxh3_128]:
-        """Return how many bytes of a blob, from its start, are stored, and their hash."""
-
-    def read(self, seq: int) -> Accepted:
-        """Return the entry of an accepted message, written or queued."""
-
-
-# ---- events
-
-
-class ReceivedFrom(Struct, frozen=True):
-    """A frame from a connection. ``nbytes``: its size on the wire, including buffers."""
-
-    peer: bytes
-    frame: AnyFrame
-    buffers: Sequence[Buffer] = ()
-    nbytes: int = 0
-
-
-class Unreadable(Struct, frozen=True):
-    """Bytes from a connection that are not a valid frame."""
-
-    peer: bytes
-    error: WireError
-
-
-class Gone(Struct, frozen=True):
-    """A connection that was probed is closed."""
-
-    peer: bytes
-
-
-class DiskFull(Struct, frozen=True):
-    """The ledger cannot be written. ``reason``: empty once it can be written again."""
-
-    reason: str
-
-
-class TimerFired(Struct, frozen=True):
-    """A deadline has passed, or a batch of events has ended."""
-
-
-Event = ReceivedFrom | Unreadable | Gone | DiskFull | TimerFired
-
-
-# ---- actions
-
-
-class Append(Struct, frozen=True):
-    """Append an entry to the ledger.
-
-    uses: blobs that it names. kept: whether they must be kept until the entry is consumed.
-    """
-
-    entry: Entry
-    uses: Sequence[BlobName] = ()
-    kept: bool = True
-
-
-class Put(Struct, frozen=True):
-    """Append a chunk of a blob to the ledger."""
-
-    name: BlobName
-    size: int
-    start: int
-    data: Buffer
-
-
-class Unpin(Struct, frozen=True):
-    """Stop keeping blobs whose message will not be accepted now."""
-
-    names: tuple[BlobName, ...]
-
-
-class Discard(Struct, frozen=True):
-    """Discard the stored chunks of a blob: they do not match its digest."""
-
-    name: BlobName
-    size: int
-
-
-class SendTo(Struct, frozen=True):
-    """Send a frame, with blobs from the ledger as its buffers."""
-
-    peer: bytes
-    frame: Frame
-    blobs: Sequence[tuple[BlobName, int, int]] = ()
-    """(name, start, size) of each buffer."""
-    apart: Sequence[tuple[int, BlobName]] = ()
-    """(index, name) of a delivery's blobs that are not sent with it."""
-
-
-class Probe(Struct, frozen=True):
-    """Check whether a connection is still up; if not, the driver reports `Gone`."""
-
-    peer: bytes
-
-
-class Log(Struct, frozen=True):
-    """Log an event for people; ``level`` as in `logging`."""
-
-    level: str
-    event: str
-    fields: dict[str, Any]
-
-
-Action = Append | Put | Unpin | Discard | SendTo | Probe | Log
-
-
-# ---- state
 
 
 class PendingPost(Struct, frozen=True):

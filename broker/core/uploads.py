@@ -8,17 +8,8 @@ from typing import TypeGuard
 
 from msgspec.structs import replace
 
-from fedmq.broker.core.state import (
-    Action,
-    Discard,
-    Node,
-    PendingFrame,
-    PendingPost,
-    Put,
-    RejectedPost,
-    SendTo,
-    Store,
-)
+from fedmq.broker.core.events import Action, Discard, Put, SendTo, Store
+from fedmq.broker.core.state import Node, PendingFrame, PendingPost, RejectedPost
 from fedmq.broker.ledger.entries import BlobName, blob_name
 from fedmq.broker.rejections import Code
 from fedmq.broker.wire.chunked_transfer import Owned

@@ -13,7 +13,6 @@ from enum import StrEnum
 from pathlib import Path
 
 from fedmq.broker.core.mailboxes import Mailboxes
-from fedmq.broker.core.recovery import Restorer
 from fedmq.broker.errors import LedgerDamage, LedgerError, NotKept
 from fedmq.broker.inspection.repair_notes import accepted_losses
 from fedmq.broker.inspection.verified_blobs import VerifiedBlobReader
@@ -33,6 +32,7 @@ from fedmq.broker.ledger.entries import (
 from fedmq.broker.ledger.manifest import Manifest
 from fedmq.broker.ledger.reader import read_entries
 from fedmq.broker.ledger.records import MAGIC, DamageKind, Record, walk
+from fedmq.broker.recovery import Restorer
 from fedmq.broker.wire.addresses import CHECKPOINT
 from fedmq.broker.wire.schema import EMPTY
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from fedmq.broker.core.broker import Broker
-from fedmq.broker.core.state import Event, ReceivedFrom
+from fedmq.broker.core.events import Event, ReceivedFrom
 from fedmq.broker.driver import BrokerDriver
 from fedmq.broker.errors import BrokerFailed, LedgerError
 from fedmq.broker.ledger.writer import Ledger
@@ -221,6 +221,9 @@ class VirtualBroker:
     def queued(self, peer: bytes) -> int:  # noqa: ARG002 - the virtual network queues nothing
         """Return 0."""
         return 0
+
+    def disconnect(self, peer: bytes) -> None:
+        """Ignore it: the core rejects what still comes."""
 
     def is_up(self, peer: bytes) -> bool:
         """Return whether a connection is up."""

@@ -15,7 +15,8 @@ from fedmq.broker.wire.schema import Hello
 AGGREGATOR = "aggregator"
 EVALUATOR = "evaluator"
 WORKER = "worker"
-ROLES = (AGGREGATOR, EVALUATOR, WORKER)
+OBSERVER = "observer"
+ROLES = (AGGREGATOR, EVALUATOR, WORKER, OBSERVER)
 BROKER = "broker"
 
 MAX_RANGES = 1000

@@ -55,6 +55,8 @@ Identity = Annotated[str, Meta(max_length=64, pattern=r"\A[0-9a-z]*\Z")]
 """Identity of a run; nodes name folders by it."""
 CodeName = Annotated[str, Meta(max_length=MAX_CODE)]
 """Code of a rejection, for programs: see `rejections.Code`."""
+PublicKey = Annotated[str, Meta(min_length=40, max_length=40)]
+"""A CURVE public key: 32 bytes in Z85."""
 Natural = Annotated[int, Meta(ge=0, le=1 << 62)]
 Size = Annotated[int, Meta(ge=0, le=MAX_BLOB_BYTES)]
 Digest = Annotated[bytes, Meta(min_length=16, max_length=16)]
@@ -337,6 +339,18 @@ class Goodbye(Frame, frozen=True, kw_only=True, tag="bye"):
     failed: bool = False
 
 
+class Enroll(Frame, frozen=True, kw_only=True):
+    """The holder of an invite hands in a public key of its own. Not sent before 1.3."""
+
+    key: PublicKey
+
+
+class Enrolled(Frame, frozen=True, kw_only=True):
+    """The broker has stored the key, with the rights of the invite. Not sent before 1.3."""
+
+    key: PublicKey
+
+
 AnyFrame = (
     Hello
     | Welcome
@@ -355,6 +369,8 @@ AnyFrame = (
     | Heartbeat
     | RunEnded
     | Goodbye
+    | Enroll
+    | Enrolled
 )
 
 

@@ -10,11 +10,11 @@ import pytest
 import xxhash
 
 from fedmq.broker.core.broker import Broker
+from fedmq.broker.core.events import Log, ReceivedFrom, TimerFired
 from fedmq.broker.core.mailboxes import Mailboxes
-from fedmq.broker.core.recovery import Restorer
-from fedmq.broker.core.state import Log, ReceivedFrom, TimerFired
 from fedmq.broker.driver import BrokerDriver
 from fedmq.broker.ledger.entries import Accepted, Consumed, Refusal
+from fedmq.broker.recovery import Restorer
 from fedmq.broker.settings import BrokerSettings, LedgerSettings
 from fedmq.broker.wire.encoding import (
     decode_frame,
@@ -158,6 +158,9 @@ class Bench:
 
     def queued(self, peer):
         return 0
+
+    def disconnect(self, peer):
+        """Ignore it: the core rejects what still comes."""
 
     def is_up(self, peer):
         return peer in self.standing

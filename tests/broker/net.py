@@ -6,7 +6,7 @@ from collections import defaultdict, deque
 
 import msgspec
 
-from fedmq.broker.core.state import ReceivedFrom
+from fedmq.broker.core.events import ReceivedFrom
 from fedmq.broker.driver import BrokerDriver
 from fedmq.broker.link import events as node
 from fedmq.broker.link.node_link import NodeLink
@@ -238,6 +238,9 @@ class Net:
 
     def queued(self, peer):
         return 0
+
+    def disconnect(self, peer):
+        """Ignore it: the core rejects what still comes."""
 
     def is_up(self, peer):
         member = self.members[peer.partition(b"#")[0].decode()]

@@ -15,7 +15,6 @@ import torch
 
 from fedmq.algorithms.allowed import Allowed
 from fedmq.broker.core.mailboxes import Mailboxes
-from fedmq.broker.core.recovery import Restorer
 from fedmq.broker.inspection.trace import Trace
 from fedmq.broker.ledger.blob_store import BlobStore
 from fedmq.broker.ledger.entries import (
@@ -29,6 +28,7 @@ from fedmq.broker.ledger.entries import (
 )
 from fedmq.broker.ledger.reader import LedgerTail, read_entries
 from fedmq.broker.link.events import Delivery, PostMessage
+from fedmq.broker.recovery import Restorer
 from fedmq.broker.rejections import Code
 from fedmq.broker.wire.encoding import encode_message
 from fedmq.broker.wire.schema import Message

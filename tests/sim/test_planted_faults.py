@@ -12,13 +12,13 @@ from unittest import mock
 import pytest
 from msgspec.structs import replace
 
-from fedmq.broker.core import recovery
+from fedmq.broker import recovery
 from fedmq.broker.core.broker import Broker
 from fedmq.broker.core.deduplication import DedupWindow
+from fedmq.broker.core.events import Append, SendTo
 from fedmq.broker.core.mailboxes import Mailboxes
-from fedmq.broker.core.recovery import Restorer
 from fedmq.broker.core.sessions import Sessions
-from fedmq.broker.core.state import Append, PendingPost, SendTo
+from fedmq.broker.core.state import PendingPost
 from fedmq.broker.driver import BrokerDriver
 from fedmq.broker.errors import LedgerError
 from fedmq.broker.ledger import blob_store, writer
@@ -26,6 +26,7 @@ from fedmq.broker.ledger.entries import Consumed
 from fedmq.broker.ledger.segment_writer import Segment
 from fedmq.broker.link import core as link_core
 from fedmq.broker.link.core import Link
+from fedmq.broker.recovery import Restorer
 from fedmq.broker.settings import BrokerSettings
 from fedmq.broker.virtual.disk import DiskFault
 from fedmq.broker.virtual.network import Faults

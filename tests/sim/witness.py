@@ -7,8 +7,8 @@ in the ledger, what was delivered, and when, in true time.
 from collections import defaultdict
 from dataclasses import dataclass, field
 
+from fedmq.broker.core.events import Append, DiskFull, ReceivedFrom, SendTo, TimerFired
 from fedmq.broker.core.sessions import MAX_SILENT_LEASES
-from fedmq.broker.core.state import Append, DiskFull, ReceivedFrom, SendTo, TimerFired
 from fedmq.broker.ledger.entries import Accepted, Ended, Refusal
 from fedmq.broker.ledger.reader import read_entries
 from fedmq.broker.link.events import Delivery

@@ -4,7 +4,7 @@ import msgpack
 import pytest
 from msgspec import UNSET
 
-from fedmq.broker.core.state import Unreadable
+from fedmq.broker.core.events import Unreadable
 from fedmq.broker.errors import VersionError, WireError
 from fedmq.broker.wire.encoding import decode_frame, decode_message, encode_frame
 from fedmq.broker.wire.schema import (

@@ -2,10 +2,10 @@
 
 import pytest
 
-from fedmq.broker.core.recovery import open_broker
 from fedmq.broker.ledger.entries import Accepted, BlobName, Ended, Opened
 from fedmq.broker.ledger.reader import read_entries
 from fedmq.broker.ledger.writer import Ledger
+from fedmq.broker.recovery import open_broker
 from fedmq.broker.settings import BrokerSettings
 from fedmq.broker.wire.encoding import encode_message
 from fedmq.broker.wire.schema import (

@@ -2,7 +2,8 @@ import msgpack
 import pytest
 
 from fedmq.broker.core.acknowledgments import ACK_WITHIN_S
-from fedmq.broker.core.state import UPLOAD_WINDOW_CHUNKS, Append, Put, SendTo
+from fedmq.broker.core.events import Append, Put, SendTo
+from fedmq.broker.core.state import UPLOAD_WINDOW_CHUNKS
 from fedmq.broker.core.uploads import (
     SMALL_MESSAGE_PERIOD_S,
     SMALL_MESSAGE_RATE,

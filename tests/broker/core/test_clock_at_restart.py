@@ -2,11 +2,12 @@
 
 import pytest
 
-from fedmq.broker.core.recovery import open_broker
-from fedmq.broker.core.state import Append, Continuation, TimerFired
+from fedmq.broker.core.events import Append, TimerFired
+from fedmq.broker.core.state import Continuation
 from fedmq.broker.ledger.entries import Accepted, Opened
 from fedmq.broker.ledger.reader import read_entries
 from fedmq.broker.ledger.writer import Ledger
+from fedmq.broker.recovery import open_broker
 from fedmq.broker.settings import BrokerSettings
 from fedmq.broker.wire.addresses import TIMER
 from fedmq.broker.wire.clock import Clock

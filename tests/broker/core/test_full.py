@@ -2,7 +2,7 @@
 
 import pytest
 
-from fedmq.broker.core.state import Append, DiskFull, Put
+from fedmq.broker.core.events import Append, DiskFull, Put
 from fedmq.broker.wire.encoding import encode_message
 from fedmq.broker.wire.schema import (
     CHUNK_BYTES,

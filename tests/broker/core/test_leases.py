@@ -6,8 +6,8 @@ import random
 
 import pytest
 
+from fedmq.broker.core.events import Gone, Probe, TimerFired
 from fedmq.broker.core.sessions import MAX_SILENT_LEASES, Sessions
-from fedmq.broker.core.state import Gone, Probe, TimerFired
 from fedmq.broker.wire.encoding import decode_message
 from fedmq.broker.wire.schema import (
     Deliver,

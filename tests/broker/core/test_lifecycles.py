@@ -16,9 +16,9 @@ from fedmq.broker.core.lifecycles import (
     next_state,
 )
 from fedmq.broker.core.mailboxes import Mailboxes
-from fedmq.broker.core.recovery import Restorer
 from fedmq.broker.errors import LedgerDamage
 from fedmq.broker.ledger.entries import Accepted, Consumed, Ended, Opened, Refusal
+from fedmq.broker.recovery import Restorer
 from fedmq.broker.wire.encoding import encode_message
 from fedmq.broker.wire.schema import Message
 

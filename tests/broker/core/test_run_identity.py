@@ -3,11 +3,11 @@
 import msgspec
 from msgspec.structs import replace
 
-from fedmq.broker.core.recovery import open_broker
-from fedmq.broker.core.state import ReceivedFrom
-from fedmq.broker.core.state import SendTo as BrokerSend
+from fedmq.broker.core.events import ReceivedFrom
+from fedmq.broker.core.events import SendTo as BrokerSend
 from fedmq.broker.ledger.entries import Opened, encode_record
 from fedmq.broker.link.events import Admitted, LinkEnded, Send
+from fedmq.broker.recovery import open_broker
 from fedmq.broker.settings import BrokerSettings
 from fedmq.broker.wire.schema import Goodbye, Heartbeat, Hello, Welcome
 from tests.broker.clocks import stopped_clock

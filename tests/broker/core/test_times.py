@@ -1,6 +1,6 @@
 import pytest
 
-from fedmq.broker.core.state import TimerFired
+from fedmq.broker.core.events import TimerFired
 from fedmq.broker.ledger.entries import Ended
 from fedmq.broker.settings import BrokerSettings
 from fedmq.broker.wire.encoding import decode_message

@@ -3,7 +3,6 @@
 import pytest
 
 import fedmq.broker.ledger.writer as ledger_module
-from fedmq.broker.core.recovery import open_broker
 from fedmq.broker.ledger.entries import (
     PAYLOAD,
     Accepted,
@@ -15,6 +14,7 @@ from fedmq.broker.ledger.entries import (
 from fedmq.broker.ledger.reader import read_entries
 from fedmq.broker.ledger.records import scan
 from fedmq.broker.ledger.writer import Ledger
+from fedmq.broker.recovery import open_broker
 from fedmq.broker.settings import BrokerSettings
 from fedmq.broker.wire.encoding import encode_message
 from fedmq.broker.wire.schema import Blob, Message

@@ -5,7 +5,6 @@ import random
 
 import pytest
 
-from fedmq.broker.core.recovery import open_broker
 from fedmq.broker.errors import LedgerDamage, LedgerError
 from fedmq.broker.inspection.check import FindingKind, check
 from fedmq.broker.inspection.repair import RepairAction, plan, repair
@@ -22,6 +21,7 @@ from fedmq.broker.ledger.manifest import MANIFEST_FILE
 from fedmq.broker.ledger.reader import read_entries
 from fedmq.broker.ledger.records import MAGIC, scan
 from fedmq.broker.ledger.writer import Ledger
+from fedmq.broker.recovery import open_broker
 from fedmq.broker.settings import BrokerSettings
 from fedmq.broker.wire.encoding import encode_message
 from fedmq.broker.wire.schema import Blob, Message

@@ -7,7 +7,7 @@ import pytest
 
 import fedmq.broker.ledger.blob_store as payload_module
 import fedmq.broker.ledger.writer as ledger_module
-from fedmq.broker.core.state import ReceivedFrom
+from fedmq.broker.core.events import ReceivedFrom
 from fedmq.broker.driver import BrokerDriver
 from fedmq.broker.errors import LedgerError
 from fedmq.broker.ledger.blob_store import BlobStore

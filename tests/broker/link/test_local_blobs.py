@@ -7,7 +7,7 @@ import threading
 import pytest
 
 from fedmq.broker import blob_locations
-from fedmq.broker.core.state import SendTo
+from fedmq.broker.core.events import SendTo
 from fedmq.broker.errors import WireError
 from fedmq.broker.ledger import blob_store
 from fedmq.broker.ledger.entries import PAYLOAD, BlobName, segment_path

@@ -32,6 +32,8 @@ from fedmq.broker.wire.schema import (
     Deliver,
     DeliverAll,
     Done,
+    Enroll,
+    Enrolled,
     Frame,
     Goodbye,
     Heartbeat,
@@ -115,7 +117,10 @@ FRAMES = {
     "beat": Heartbeat(taken=70001, sent=70002),
     "over": RunEnded(n=9, taken=70001, read=1 << 20, reason="reached 100 versions"),
     "bye": Goodbye(reason="stopped"),
+    "enroll": Enroll(key="rq:rM>}U?@Lns47E1%kR.o@n%FcmmsL/@{H8]yf7"),
+    "enrolled": Enrolled(key="rq:rM>}U?@Lns47E1%kR.o@n%FcmmsL/@{H8]yf7"),
 }
+SINCE_1_3 = {"enroll", "enrolled"}
 ALL = {**FRAMES, "message": MESSAGE}
 UNTIL_1_0 = {
     "reject": {"protocol": (1, 0)},

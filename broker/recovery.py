@@ -14,6 +14,7 @@ from msgspec import UNSET
 from fedmq.broker.core.admission import timer_of
 from fedmq.broker.core.broker import Broker
 from fedmq.broker.core.deduplication import PostFingerprint
+from fedmq.broker.core.events import Append
 from fedmq.broker.core.lifecycles import (
     UNFINISHED,
     ImpossibleTransition,
@@ -23,7 +24,7 @@ from fedmq.broker.core.lifecycles import (
     SessionState,
 )
 from fedmq.broker.core.mailboxes import Mailboxes
-from fedmq.broker.core.state import Append, Continuation, Node, RunState
+from fedmq.broker.core.state import Continuation, Node, RunState
 from fedmq.broker.errors import LedgerDamage, LedgerError, check_advice
 from fedmq.broker.ledger.blob_store import read_payload
 from fedmq.broker.ledger.disk import LOCAL_DISK, Disk

@@ -1,0 +1,121 @@
+"""Who may connect to a broker: the rights of each key, and the invites that are open.
+
+The Broker core asks this module alone what a node may do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Protocol
+
+from msgspec import Struct
+
+from fedmq.broker.wire.addresses import ROLES
+from fedmq.broker.wire.schema import Range
+
+
+class Origin(Struct, frozen=True):
+    """What the transport proves about a connection.
+
+    key: the public key of the peer (Z85, 40 characters); "" if the connection has no keys, which
+        only a peer of this host or of an ``--insecure`` broker can have.
+    address: of the peer's host; "" for a Unix socket, or if unknown.
+    """
+
+    key: str = ""
+    address: str = ""
+
+
+KEYLESS = Origin()
+
+
+class Rights(Struct, frozen=True, kw_only=True):
+    """What the holder of a key may do.
+
+    name: of the key, for people; unique at its broker.
+    key: the public key, Z85.
+    roles: that its nodes may have. An aggregator may open runs.
+    clients: ranges that its workers may host, both ends included; None for all.
+    runs: ids of the runs that its nodes may join, or open; empty for all.
+    read_files: whether its nodes may read blobs from the ledger's files.
+    replaces: public keys whose nodes and names this key has taken over.
+    """
+
+    name: str
+    key: str = ""
+    roles: tuple[str, ...] = ROLES
+    clients: tuple[Range, ...] | None = None
+    runs: tuple[str, ...] = ()
+    read_files: bool = False
+    replaces: tuple[str, ...] = ()
+
+
+LOCAL = Rights(name="local", read_files=True)
+"""Rights of connections without a key, on this host or at an ``--insecure`` broker."""
+
+
+class Invite(Struct, frozen=True, kw_only=True):
+    """Lets nodes hand in keys of their own, which get its rights.
+
+    rights: of each key that is handed in; its ``key`` is the invite's own public key.
+    uses: number of keys that may still be handed in.
+    expires_at: in seconds since 1970.
+    enrolled: the keys that have been handed in; handing one in again uses nothing.
+    """
+
+    rights: Rights
+    uses: int
+    expires_at: float
+    enrolled: tuple[str, ...] = ()
+
+
+class Access(Struct, frozen=True, kw_only=True):
+    """All whom a broker admits.
+
+    keys: rights by public key.
+    invites: by the invite's public key.
+    keyless: rights of connections without a key; None admits none.
+    """
+
+    keys: Mapping[str, Rights] = {}
+    invites: Mapping[str, Invite] = {}
+    keyless: Rights | None = LOCAL
+
+    def rights_of(self, key: str) -> Rights | None:
+        """Return the rights of a key, or of connections without one (""); None without rights."""
+        return self.keys.get(key) if key else self.keyless
+
+
+OPEN = Access()
+"""Admits every connection without a key, with all rights; nothing has a key."""
+
+
+class AccessStore(Protocol):
+    """Where a broker's `Access` is kept; others may change it at any time."""
+
+    def load(self) -> Access:
+        """Return the present state.
+
+        Raises:
+            OSError: it cannot be read.
+            ValueError: it is invalid; the message says where.
+        """
+
+    def changed(self) -> bool:
+        """Return whether the state may have changed since the last `load`; takes microseconds."""
+
+    def enroll(self, key: str, invite: str, now: float) -> Access:
+        """Give a key the rights of an invite, count the use, sync, and return the new state.
+
+        A key that was handed in before uses nothing.
+
+        Args:
+            key: public key of the node, Z85.
+            invite: public key of the invite, Z85.
+            now: in seconds since 1970.
+
+        Raises:
+            OSError: it cannot be written.
+            ValueError: the invite has expired, has no uses left, or was revoked; the message says
+                which.
+        """
