@@ -224,8 +224,8 @@ class World:
         if wire is not None and wire.is_up:
             wire.arrived.append([bytes(header), *map(bytes, buffers)])
 
-    def queued(self, peer):
-        return 0
+    def has_room(self, peer):
+        return True
 
     def is_up(self, peer):
         wire = self.wires.get(peer)
