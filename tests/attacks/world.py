@@ -123,6 +123,7 @@ class World:
         logs: (event, fields) of what the broker logged.
         access: who may connect.
         closed: routing ids of the connections that the broker closed.
+        validates: whether the core checks its state after each turn.
     """
 
     def __init__(self, folder, *, keys, settings=None):
@@ -132,6 +133,7 @@ class World:
         self.wires = {}
         self.logs = []
         self.closed = []
+        self.validates = True
         known = {
             public_key(name): msgspec.structs.replace(rights, key=public_key(name))
             for name, rights in RIGHTS.items()
@@ -180,7 +182,8 @@ class World:
 
     def turn(self, events=()):
         self.driver.turn(events)
-        self.driver.core.validate_state()
+        if self.validates:
+            self.driver.core.validate_state()
 
     def advance(self, seconds):
         """Let time pass; the broker wakes at each of its deadlines."""
@@ -226,6 +229,9 @@ class World:
 
     def has_room(self, peer):
         return True
+
+    def queued(self, peer):
+        return 0
 
     def is_up(self, peer):
         wire = self.wires.get(peer)
