@@ -73,6 +73,12 @@ def hellos(node, role="worker", run="r", **fields):
     return attack
 
 
+def answers(stage, **fields):
+    """Answer the attacker's own task, but with some field that is wrong."""
+    stage.mallory.post("result", "aggregator", re=stage.task["id"], consumes=[stage.seq], **fields)
+    return stage.mallory
+
+
 def answers_another_task(stage):
     stage.mallory.post("result", "aggregator", {"num_examples": 1}, re=stage.theirs)
     return stage.mallory
@@ -187,19 +193,23 @@ def repeats_a_session(stage):
     """Say Hello with the very session of a connected node."""
     w1 = stage.run.peers["w1"]
     peer = stage.connect()
-    peer.hello("w1", session=w1.session, clients=[[0, 4]], got=w1.taken, first=w1.n)
+    peer.hello("w1", session=w1.session, got=w1.taken, first=w1.n)
     return peer
 
 
 def claims_a_routing_id(stage):
-    """Send frames under the routing id of another's connection, with another key."""
-    peer = stage.world.claim(MALLORY, stage.run.peers["w1"])
-    before = stage.run.peers["w1"]
-    peer.node, peer.run = "w1", "r"
-    peer.n = before.n
+    """Send frames under the routing id of a connection that has just been lost, with another key."""
+    w1 = stage.run.peers["w1"]
+    w1.wire.is_up = False
+    peer = stage.world.connect(MALLORY, peer=w1.wire.peer)
+    peer.node, peer.run, peer.n = "w1", "r", w1.n
     peer.post("result", "aggregator", {}, re=stage.theirs, consumes=[stage.their_seq])
     peer.send("bye", reason="not mine")
-    return peer
+    stage.run.ask(0)
+    heard = peer.drain()
+    assert not any(frame["kind"] == "deliver" for frame, _ in heard)
+    stage.run.reconnect("w1")
+    return heard
 
 
 def opens_runs(stage, count):

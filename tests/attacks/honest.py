@@ -46,7 +46,7 @@ class HonestRun:
     def lose(self, name):
         """Have a node fail: its lease ends, and nothing but its name remains."""
         self.peers[name].wire.is_up = False
-        self.world.advance(200)
+        self.world.advance(15)
 
     def _hello(self, name):
         peer = self.peers[name]

@@ -7,7 +7,7 @@ from msgspec import Struct
 
 from fedmq.broker.rejections import Code, RejectCode
 from tests.attacks import acts
-from tests.attacks.acts import ADMITTED, hellos, posts, raw, sends
+from tests.attacks.acts import hellos, posts, raw, sends
 from tests.attacks.honest import MODEL
 from tests.attacks.peer import VERSION, digest
 from tests.attacks.world import MALLORY, public_key
@@ -137,7 +137,7 @@ KINDS = [
     *(
         Kind(
             f"the name of a worker that is {state}",
-            partial(acts.takes_a_name, state=state, clients=[[0, 4]]),
+            partial(acts.takes_a_name, state=state),
             RejectCode.NAME,
         )
         for state in ("alive", "away", "restarted")
@@ -158,18 +158,18 @@ KINDS = [
             RejectCode.NAME,
             RejectCode.ROLE,
         )
-        for session in ("zzzz", "f" * 120, "9" * 100)
+        for session in ("zzzz", "f" * 100, "9" * 100)
     ),
     Kind(
         "the place of an absent aggregator under another name",
         partial(acts.takes_the_place, state="away", name="second"),
-        RejectCode.NAME,
+        RejectCode.RUN,
         RejectCode.ROLE,
     ),
     Kind(
         "a second aggregator",
         partial(acts.takes_the_place, state="alive", name="second"),
-        RejectCode.NAME,
+        RejectCode.RUN,
         RejectCode.ROLE,
     ),
     Kind("the session of another", acts.repeats_a_session, RejectCode.NAME),
@@ -187,7 +187,7 @@ KINDS = [
         Kind(f"the name {name[:16]!r}", hellos(name), RejectCode.NAME)
         for name in (
             *("../x", "/etc/passwd", ".", "..", "a/b", "a\\b", "a\0b", "a\nb", "\x1b[31mred"),
-            *("\u202ex", "n\u00f6de", "-rf", "broker", "record", "checkpoint", "timer", "x" * 101),
+            *("\u202ex", "n\u00f6de", "-rf", "broker", "record", "x" * 101),
         )
     ),
     Kind("a name of 121 characters", hellos("x" * 121), RejectCode.UNREADABLE),
@@ -233,10 +233,9 @@ KINDS = [
     Kind(
         "a run of 2^62 clients",
         hellos("x", "aggregator", "q", config="x", total_clients=1 << 62),
-        (RejectCode.LIMIT, RejectCode.RUN),
-        RejectCode.ROLE,
+        RejectCode.RUN,
     ),
-    Kind("very many runs", partial(acts.opens_runs, count=5), ADMITTED, RejectCode.ROLE),
+    Kind("very many runs", partial(acts.opens_runs, count=5), RejectCode.LIMIT, RejectCode.ROLE),
     Kind("very many names", partial(acts.joins_often, count=60), RejectCode.LIMIT),
     Kind(
         "a run that does not exist", hellos("x", run="q"), "waits", (RejectCode.RUN, RejectCode.KEY)
@@ -252,7 +251,6 @@ KINDS = [
         "a new run's configuration of 60 kB",
         hellos("x", "aggregator", "q", config="x" * 60_000, total_clients=1),
         RejectCode.CONFIG,
-        RejectCode.ROLE,
     ),
     # ---- bytes
     Kind("a header of 64 KiB", raw(lambda: header_of(1 << 16)), RejectCode.UNREADABLE),
@@ -298,7 +296,7 @@ KINDS = [
     ),
     Kind(
         "an empty blob with a digest",
-        posts("result", "aggregator", blobs=[{"digest": b"x" * 16, "size": 0}]),
+        partial(acts.answers, blobs=[{"digest": b"x" * 16, "size": 0}]),
         Code.BAD_BLOB,
     ),
     Kind(
@@ -339,13 +337,13 @@ KINDS = [
         "an invite with the key of an authorised node",
         acts.enrolls_the_key_of_another,
         None,
-        RejectCode.INVITE,
+        RejectCode.KEY,
     ),
     Kind(
         "an invite with its own key",
         partial(acts.enrolls, invite="invite", key="invite"),
         None,
-        RejectCode.INVITE,
+        RejectCode.KEY,
     ),
     Kind(
         "Hello with an invite's key",

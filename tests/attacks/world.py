@@ -11,7 +11,7 @@ import contextlib
 import msgspec
 
 from fedmq.broker.access.rights import LOCAL, Access, Invite, Origin, Rights
-from fedmq.broker.core.events import ReceivedFrom, Unreadable
+from fedmq.broker.core.events import AccessChanged, ReceivedFrom, Unreadable
 from fedmq.broker.driver import BrokerDriver
 from fedmq.broker.errors import WireError
 from fedmq.broker.ledger.entries import Accepted, Refusal
@@ -167,6 +167,7 @@ class World:
             Clock(lambda: self.now, lambda: self.now),
             access=self.access if self.keys else None,
         )
+        self.access._seen = None
         self.turn([])
 
     def close(self):
@@ -181,6 +182,9 @@ class World:
         self.start()
 
     def turn(self, events=()):
+        if self.keys and self.access.changed():  # TEMPORARY until p3's driver is here
+            change = AccessChanged(self.access.load())
+            self.driver.carry_out(self.driver.core.handle(change, self.now), self.now)
         self.driver.turn(events)
         if self.validates:
             self.driver.core.validate_state()
@@ -254,12 +258,6 @@ class World:
         origin = Origin(public_key(key), address) if self.keys else Origin("", address)
         wire = self.wires[peer] = Wire(self, peer, origin)
         return Peer(wire)
-
-    def claim(self, key, victim):
-        """Return a peer with a key of its own that has the routing id of another connection."""
-        other = Wire(self, victim.wire.peer, Origin(public_key(key), "127.0.0.1"))
-        other.arrived = victim.wire.arrived  # what the broker sends there, both would see
-        return Peer(other)
 
     # ---- the ledger
 
