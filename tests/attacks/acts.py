@@ -262,7 +262,7 @@ def with_an_invite(kind, **fields):
 
 def sends_after_its_key_was_revoked(stage, *, hello=False):
     stage.world.access.change(**{MALLORY: None})
-    stage.world.turn()
+    stage.world.advance(1)
     stage.mallory.drain()
     if hello:
         peer = stage.connect()
@@ -276,7 +276,7 @@ def loses_a_client(stage):
     """Its rights have become less than what it hosts."""
     less = RIGHTS[MALLORY]
     stage.world.access.change(mallory=Rights(name=less.name, roles=less.roles, clients=()))
-    stage.world.turn()
+    stage.world.advance(1)
     stage.mallory.post("result", "aggregator", re=stage.task["id"], consumes=[stage.seq])
     return stage.mallory
 

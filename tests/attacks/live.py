@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import msgspec
 
+from fedmq.broker.access.broker_keys import BrokerKeys
 from fedmq.broker.access.curve import KeyPair, NodeKeys
 from fedmq.broker.access.rights import Access, Invite, Rights
 from fedmq.broker.errors import BrokerError

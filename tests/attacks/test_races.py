@@ -38,7 +38,7 @@ def hears(peer):
 
 def revoke(stage, name=MALLORY):
     stage.world.access.change(**{name: None})
-    stage.world.turn()
+    stage.world.advance(1)
 
 
 # ---- keys that change in the middle
@@ -92,7 +92,7 @@ def test_a_key_that_is_replaced_keeps_its_names_and_its_thief_loses_them(keyed):
     fields = {"roles": old.roles, "clients": old.clients, "runs": old.runs}
     new = type(old)(name="w1", replaces=(public_key("w1"),), **fields)
     keyed.world.access.change(w1=None, fresh=new)
-    keyed.world.turn()
+    keyed.world.advance(1)
     thief = keyed.world.connect("w1")
     thief.hello("w1", clients=[[0, 4]])
     assert hears(thief) is RejectCode.KEY
@@ -105,7 +105,7 @@ def test_a_key_that_is_replaced_keeps_its_names_and_its_thief_loses_them(keyed):
 
 def test_a_key_whose_rights_no_longer_hold_its_role(keyed):
     keyed.world.access.change(mallory=type(RIGHTS["eva"])(name=MALLORY, roles=("observer",)))
-    keyed.world.turn()
+    keyed.world.advance(1)
     mallory = keyed.mallory
     mallory.post("result", "aggregator", re=keyed.task["id"], consumes=[keyed.seq])
     assert hears(mallory) in {RejectCode.ROLE, RejectCode.KEY}
@@ -117,7 +117,7 @@ def test_rights_that_shrink_and_grow_again(keyed):
     for _ in range(3):
         revoke(keyed)
         keyed.world.access.change(mallory=RIGHTS[MALLORY])
-        keyed.world.turn()
+        keyed.world.advance(1)
         peer = keyed.connect()
         peer.hello(MALLORY, clients=[[9, 9]])
         assert hears(peer) == ADMITTED

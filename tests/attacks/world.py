@@ -11,7 +11,7 @@ import contextlib
 import msgspec
 
 from fedmq.broker.access.rights import LOCAL, Access, Invite, Origin, Rights
-from fedmq.broker.core.events import AccessChanged, ReceivedFrom, Unreadable
+from fedmq.broker.core.events import ReceivedFrom, Unreadable
 from fedmq.broker.driver import BrokerDriver
 from fedmq.broker.errors import WireError
 from fedmq.broker.ledger.entries import Accepted, Refusal
@@ -167,7 +167,6 @@ class World:
             Clock(lambda: self.now, lambda: self.now),
             access=self.access if self.keys else None,
         )
-        self.access._seen = None
         self.turn([])
 
     def close(self):
@@ -182,9 +181,6 @@ class World:
         self.start()
 
     def turn(self, events=()):
-        if self.keys and self.access.changed():  # TEMPORARY until p3's driver is here
-            change = AccessChanged(self.access.load())
-            self.driver.carry_out(self.driver.core.handle(change, self.now), self.now)
         self.driver.turn(events)
         if self.validates:
             self.driver.core.validate_state()
