@@ -52,6 +52,7 @@ def run_aggregator(
     folder: Path | None = None,
     allowed: Allowed | None = None,
     give_up_s: float | None = None,
+    secret: str = "",
 ) -> str:
     """Run an aggregator until its run is over; return why it ended.
 
@@ -63,6 +64,7 @@ def run_aggregator(
             None stores none of them.
         allowed: user code that the configuration may name, as in `set_up`.
         give_up_s: seconds without the broker after which the node ends; None for never.
+        secret: proves the node's name without a folder, see `node_key`.
 
     Raises:
         ConfigError: the configuration is invalid, has an unattainable goal, or differs from that
@@ -83,7 +85,7 @@ def run_aggregator(
     hello = Hello(
         node=AGGREGATOR,
         role=AGGREGATOR,
-        key=node_key(own),
+        key=node_key(own, secret),
         session=new_session(own),
         run=run,
         config=setup.config.to_toml(),

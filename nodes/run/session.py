@@ -122,19 +122,21 @@ def log_rejected(message: Message, repeats: Repeats, log: FilteringBoundLogger) 
         log.warning("message rejected", **message.body, times=times)
 
 
-def node_key(folder: Path | None) -> str:
-    """Return a node's key, read from its folder; a new random one at its first start.
+def node_key(folder: Path | None, secret: str = "") -> str:
+    """Return the secret that proves the node's name to a broker without keys.
 
-    The key distinguishes a restarted node from another node with the same name.
+    It distinguishes a restarted node from another node with the same name. A node with a folder
+    keeps a random one there.
 
     Args:
-        folder: of the node's state; None for a key that is not stored.
+        folder: of the node's state.
+        secret: for a node without a folder; "" draws one, which the next start does not have.
 
     Raises:
         NodeError: the key cannot be read or written.
     """
     if folder is None:
-        return secrets.token_hex(16)
+        return secret or secrets.token_hex(16)
     make_folder(folder)
     path = folder / "key"
     try:

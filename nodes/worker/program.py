@@ -38,6 +38,7 @@ def run_worker(
     states: Path | None = None,
     allowed: Allowed = NOTHING,
     give_up_s: float | None = None,
+    secret: str = "",
 ) -> str:
     """Run a worker or the evaluator until its run is over; return why it ended.
 
@@ -52,6 +53,7 @@ def run_worker(
             clients; by default ``folder``.
         allowed: user code that the run's configuration, which the broker sends, may name.
         give_up_s: seconds without the broker or the run after which the node ends; None for never.
+        secret: proves the node's name without a folder, see `node_key`.
 
     Raises:
         GaveUp: the broker or the run was unavailable for ``give_up_s``.
@@ -67,7 +69,7 @@ def run_worker(
     hello = Hello(
         node=node,
         role=role,
-        key=node_key(folder),
+        key=node_key(folder, secret),
         session=new_session(folder),
         run=run,
         clients=tuple(clients),
