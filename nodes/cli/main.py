@@ -14,6 +14,7 @@ from rich.console import Console
 
 from fedmq.broker.process import give_torch_huge_pages, tune_process
 from fedmq.nodes.cli.codec import codec
+from fedmq.nodes.cli.keys import keys
 from fedmq.nodes.cli.ledger import ledger
 from fedmq.nodes.cli.nodes import aggregator, worker
 from fedmq.nodes.cli.options import (
@@ -217,6 +218,7 @@ def list_(what: str) -> None:
 
 main.add_command(aggregator)
 main.add_command(codec)
+main.add_command(keys)
 main.add_command(ledger)
 main.add_command(personalise)
 main.add_command(replay)

@@ -27,6 +27,13 @@ folder_argument = click.argument("folder", metavar="DIR", type=click.Path(path_t
 config_argument = click.argument(
     "config", required=False, type=click.Path(dir_okay=False, path_type=Path)
 )
+keys_option = click.option(
+    "--keys",
+    "keys_folder",
+    metavar="DIR",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Folder of keys; default: that of FEDMQ_KEYS, or ~/.config/fedmq/keys.",
+)
 run_id_option = click.option("--run-id", default="", help="The run, if the ledger holds several.")
 settings_option = click.option(
     "--set",
