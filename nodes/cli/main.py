@@ -12,6 +12,7 @@ from typing import Any
 import click
 from rich.console import Console
 
+from fedmq.broker.access.invites import PREFIX
 from fedmq.broker.process import give_torch_huge_pages, tune_process
 from fedmq.nodes.cli.codec import codec
 from fedmq.nodes.cli.keys import keys
@@ -22,11 +23,13 @@ from fedmq.nodes.cli.options import (
     Commands,
     Number,
     RenamedOptions,
+    UsageSentence,
     WholeNumber,
     Word,
     above_zero,
     config_argument,
     exit_2_on_error,
+    keys_option,
     settings_option,
 )
 from fedmq.nodes.cli.personalise import personalise
@@ -35,6 +38,7 @@ from fedmq.nodes.cli.trace import trace
 from fedmq.nodes.cli.trust import find_own_code
 from fedmq.nodes.cluster.environment import check_surroundings
 from fedmq.nodes.errors import own_code
+from fedmq.nodes.keys.folder import JOIN_VARIABLE
 from fedmq.nodes.process import logs, streams
 from fedmq.nodes.process.ending import ending_well
 from fedmq.nodes.process.signals import this_process
@@ -42,6 +46,18 @@ from fedmq.nodes.process.signals import this_process
 
 class _Commands(Commands):
     """All commands; they handle signals and failing output in the same way."""
+
+    def make_context(
+        self, info_name: str | None, args: list[str], *others: Any, **more: Any
+    ) -> click.Context:
+        """Read the options, unless one is an invite: the error must not show it."""
+        if any(PREFIX in each for each in args):
+            raise UsageSentence(
+                "an invite on a command line can be read by other users, and stays in the shell's "
+                f"history: use --join-file FILE, --join-file - for standard input, or the variable "
+                f"{JOIN_VARIABLE}"
+            )
+        return super().make_context(info_name, args, *others, **more)
 
     def main(self, *args: Any, **extra: Any) -> Any:
         """Run a command, see `ending_well`."""
@@ -119,9 +135,12 @@ def cluster(
 @main.command(cls=RenamedOptions, renamed={"--offer-parked": "--redeliver-dead-letters"})
 @click.option(
     "--bind",
-    default=DEFAULT_ENDPOINT,
+    "binds",
+    metavar="ADDRESS",
+    multiple=True,
+    default=[DEFAULT_ENDPOINT],
     show_default=True,
-    help="Listen here, such as tcp://*:7700.",
+    help="Listen here, such as tcp://*:7700 or ipc://PATH; repeatable.",
 )
 @click.option(
     "--run", "folder", type=click.Path(path_type=Path), required=True, help="Folder of the run."
@@ -156,8 +175,14 @@ def cluster(
 )
 @click.option("--redeliver-dead-letters", is_flag=True, help="Deliver dead letters again.")
 @click.option("--once", is_flag=True, help="Exit at the end of the run, and write its summary.")
+@keys_option
+@click.option(
+    "--insecure",
+    is_flag=True,
+    help="Without keys, let anybody who reaches the broker's address connect, and read all.",
+)
 def broker(
-    bind: str,
+    binds: tuple[str, ...],
     folder: Path,
     lease_s: float,
     durability: str,
@@ -165,11 +190,18 @@ def broker(
     share_files: bool,  # noqa: FBT001 - click's
     redeliver_dead_letters: bool,  # noqa: FBT001 - click's
     once: bool,  # noqa: FBT001 - click's
+    keys_folder: Path | None,
+    insecure: bool,  # noqa: FBT001 - click's
 ) -> None:
-    """Run the broker; it resumes from the ledger in its folder."""
+    """Run the broker; it resumes from the ledger in its folder.
+
+    Beyond this host, it needs keys, see fedmq keys. With --keys, nodes of this host need them, too,
+    except over ipc://.
+    """
     from fedmq.broker.ledger.reader import read_entries
     from fedmq.broker.router import BrokerServer
     from fedmq.nodes.history.run import runs_of
+    from fedmq.nodes.keys.serving import broker_keys, how_to_connect
     from fedmq.nodes.run.config import build, setting_value
     from fedmq.nodes.run_folder.folder import LEDGER, begun_at, state_of
     from fedmq.nodes.run_folder.summary_file import SUMMARY_FILE, remove_summary, write_summary
@@ -188,10 +220,15 @@ def broker(
         ledger_settings = replace(
             table.ledger_settings(), redeliver_dead_letters=redeliver_dead_letters
         )
-        server = BrokerServer(bind, folder / LEDGER, table.settings(), ledger_settings)
+        own = broker_keys(binds, keys_folder, insecure=insecure)
+        server = BrokerServer(
+            binds, folder / LEDGER, table.settings(), ledger_settings, keys=own, insecure=insecure
+        )
         found = state_of(runs_of(read_entries(folder / LEDGER)).values(), once=once)
-        where = f"listening on {server.endpoint}, ledger in {folder / LEDGER}"
+        where = f"listening on {', '.join(server.endpoints)}, ledger in {folder / LEDGER}"
         click.echo(f"{where}; {found}", err=True)
+        for line in how_to_connect(own, server.endpoints) if own is not None else ():
+            click.echo(line, err=True)
         if once:
             remove_summary(folder)
         with this_process.noting(server.stop):

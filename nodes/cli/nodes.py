@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 import xxhash
 
+from fedmq.broker.access.key_files import NODE_KEY
 from fedmq.broker.process import tune_process
-from fedmq.broker.wire.addresses import MAX_RANGES, name_fault
+from fedmq.broker.wire.addresses import EVALUATOR, MAX_RANGES, WORKER, name_fault
 from fedmq.nodes.cli.options import (
     DEFAULT_ENDPOINT,
     LONGEST_TEXT,
@@ -20,12 +22,14 @@ from fedmq.nodes.cli.options import (
     above_zero,
     config_argument,
     exit_2_on_error,
+    keys_option,
     parse_ranges,
     settings_option,
 )
 from fedmq.nodes.cli.trust import allow_option, allowed_here, find_own_code
 from fedmq.nodes.errors import ConfigError
-from fedmq.nodes.keys.folder import secret_for
+from fedmq.nodes.keys.folder import BROKER_KEY_VARIABLE, JOIN_VARIABLE
+from fedmq.nodes.keys.joining import ConnectionOptions, credentials
 from fedmq.nodes.process import logs, streams
 from fedmq.nodes.process.exception_text import reason_of
 from fedmq.nodes.process.terminal import plain
@@ -33,41 +37,79 @@ from fedmq.nodes.process.terminal import plain
 if TYPE_CHECKING:
     from fedmq.nodes.run.config import Config
 
-_connect = click.option(
-    "--connect",
-    "endpoint",
-    metavar="ADDRESS",
-    default=DEFAULT_ENDPOINT,
-    show_default=True,
-    help="Address of the broker: tcp://HOST:PORT or ipc://PATH.",
+_CONNECTION = (
+    click.option(
+        "--connect",
+        "endpoint",
+        metavar="ADDRESS",
+        help=f"Address of the broker: tcp://HOST:PORT or ipc://PATH; default: that of the invite, "
+        f"or {DEFAULT_ENDPOINT}.",
+    ),
+    click.option(
+        "--broker-key",
+        metavar="KEY",
+        help="Public key of the broker, or a .pub file; stored for the next start. "
+        f"Default: {BROKER_KEY_VARIABLE}, or the one stored; none: connect without keys.",
+    ),
+    click.option(
+        "--join-file",
+        metavar="FILE",
+        help="File with an invite, or - for standard input; default: the variable "
+        f"{JOIN_VARIABLE}. The node makes a key of its own and hands in the public half.",
+    ),
+    click.option(
+        "--key",
+        metavar="NAME",
+        default=NODE_KEY,
+        show_default=True,
+        help="Key of this node, see fedmq keys.",
+    ),
+    keys_option,
+    click.option(
+        "--give-up",
+        "give_up_s",
+        metavar="SECONDS",
+        type=Number(),
+        callback=above_zero,
+        help="Exit with code 1 after this time without the broker or the run; default: never.",
+    ),
 )
-_give_up = click.option(
-    "--give-up",
-    "give_up_s",
-    metavar="SECONDS",
-    type=Number(),
-    callback=above_zero,
-    help="Exit with code 1 after this time without the broker or the run; default: never.",
-)
+
+
+def _connecting(command: Callable[..., None]) -> Callable[..., None]:
+    """Add the options of a connection to a command, which gets them as one `ConnectionOptions`."""
+
+    @functools.wraps(command)
+    def collected(
+        *,
+        endpoint: str | None,
+        broker_key: str | None,
+        join_file: str | None,
+        key: str,
+        keys_folder: Path | None,
+        give_up_s: float | None,
+        **others: Any,
+    ) -> None:
+        options = ConnectionOptions(endpoint, keys_folder, key, broker_key, join_file, give_up_s)
+        command(options=options, **others)
+
+    for option in reversed(_CONNECTION):
+        collected = option(collected)
+    return collected
 
 
 @click.command()
-@_connect
 @config_argument
 @settings_option
 @click.option(
-    "--run",
-    "folder",
-    type=click.Path(path_type=Path),
-    help="Folder for the final model; with the same folder, a restarted node resumes at once.",
+    "--run", "folder", type=click.Path(path_type=Path), help="Folder for the final model."
 )
-@_give_up
+@_connecting
 def aggregator(
-    endpoint: str,
+    options: ConnectionOptions,
     config: Path | None,
     settings: tuple[str, ...],
     folder: Path | None,
-    give_up_s: float | None,
 ) -> None:
     """Run the aggregator; this starts the run.
 
@@ -84,14 +126,20 @@ def aggregator(
         if folder is not None:
             _make(folder)
         tune_process()
-        run = chosen.run.id
-        secret = secret_for(endpoint) if folder is None else ""
-        end = run_aggregator(endpoint, chosen, run, folder, give_up_s=give_up_s, secret=secret)
+        found = credentials(options, DEFAULT_ENDPOINT)
+        end = run_aggregator(
+            found.endpoint,
+            chosen,
+            chosen.run.id,
+            folder,
+            give_up_s=options.give_up_s,
+            secret=found.secret,
+            keys=found.keys,
+        )
         click.echo(plain(f"the run ended: {end}", LONGEST_TEXT))
 
 
 @click.command()
-@_connect
 @click.option("--clients", "ranges", help="Clients to host, for example 0-9 or 0-3,7.")
 @click.option("--evaluator", is_flag=True, help="Evaluate models instead of training them.")
 @click.option("--name", help="Name of the node; default: made from the host and the clients.")
@@ -100,7 +148,7 @@ def aggregator(
     "--state",
     "folder",
     type=click.Path(path_type=Path),
-    help="Folder for the node's key and its clients' local states, which a restart needs.",
+    help="Folder for its clients' local states, which a restart needs.",
 )
 @click.option(
     "--client-states",
@@ -109,9 +157,9 @@ def aggregator(
     help="Folder for clients' local states that several workers share, to take over clients.",
 )
 @allow_option
-@_give_up
+@_connecting
 def worker(
-    endpoint: str,
+    options: ConnectionOptions,
     ranges: str | None,
     evaluator: bool,  # noqa: FBT001 - click's
     name: str | None,
@@ -119,10 +167,8 @@ def worker(
     folder: Path | None,
     states: Path | None,
     allow: tuple[str, ...],
-    give_up_s: float | None,
 ) -> None:
     """Run a worker: train the tasks of some clients, or evaluate, until the run ends."""
-    from fedmq.broker.wire.addresses import EVALUATOR, WORKER
     from fedmq.nodes.worker.program import run_worker
 
     streams.go_on_without_output()
@@ -141,9 +187,19 @@ def worker(
         find_own_code(allowed)
         logs.configure(None, node=node)
         tune_process()
-        secret = secret_for(endpoint) if folder is None else ""
+        found = credentials(options, DEFAULT_ENDPOINT)
         end = run_worker(
-            endpoint, node, clients, role, run_id, folder, states, allowed, give_up_s, secret
+            found.endpoint,
+            node,
+            clients,
+            role,
+            run_id,
+            folder,
+            states,
+            allowed,
+            options.give_up_s,
+            found.secret,
+            found.keys,
         )
         click.echo(plain(f"the run ended: {end}", LONGEST_TEXT))
 

@@ -20,6 +20,8 @@ from fedmq.nodes.process.exception_text import reason_of
 from fedmq.nodes.process.user_folder import user_folder
 
 KEYS_VARIABLE = "FEDMQ_KEYS"
+BROKER_KEY_VARIABLE = "FEDMQ_BROKER_KEY"
+JOIN_VARIABLE = "FEDMQ_JOIN"
 _FILE = "keyless.secret"
 
 
@@ -39,6 +41,11 @@ def key_folder(given: Path | None = None) -> Path:
             f"this user has no home folder for keys: use --keys DIR or set {KEYS_VARIABLE}"
         )
     return folder / "keys"
+
+
+def has_key_folder() -> bool:
+    """Return whether this user has a place for keys: no, without a home and the variable."""
+    return bool(os.environ.get(KEYS_VARIABLE)) or user_folder() is not None
 
 
 def secret_for(endpoint: str, given: Path | None = None) -> str:
