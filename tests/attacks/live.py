@@ -25,7 +25,7 @@ from tests.sim.tally import Tally
 
 ANY = "tcp://127.0.0.1:0"
 BEAT_S, LEASE_S = 0.2, 1.0
-GIVE_UP_S = 3.0
+GIVE_UP_S = 1.0
 
 
 @dataclass(frozen=True)

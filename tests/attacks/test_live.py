@@ -228,16 +228,17 @@ def test_a_run_among_attackers_ends_with_the_model_that_it_has_alone(tmp_path, k
         run = LiveRun(tmp_path / str(attacked), 15, settings, keys=keys, until_idle=True)
         over = threading.Event()
         attackers = threading.Thread(target=attack, args=(run, over))
-        if attacked:
-            attackers.start()
         run.start_nodes()
         try:
+            run.goes_on(20.0)
+            if attacked:
+                attackers.start()
             run.join()
         finally:
             over.set()
             run.stop()
         if attacked:
-            attackers.join()
+            attackers.join(20.0)
         assert run.ends["aggregator"] == "15 versions committed", run.ends
         digests.append(run.messages("version")[-1].body["model_digest"])
     assert digests[0] == digests[1]

@@ -61,6 +61,7 @@ def test_the_clients_of_a_revoked_key_are_free_for_others(keyed):
     revoke(keyed)
     rights = RIGHTS["w2"]
     keyed.world.access.change(w2=type(rights)(name="w2", roles=("worker",), runs=("r",)))
+    keyed.world.advance(1)
     heir = keyed.world.connect("w2")
     heir.hello("heir", clients=[[9, 9]])
     assert hears(heir) == ADMITTED
@@ -254,6 +255,12 @@ def test_a_client_rejects_its_task_again_and_again(stage):
     for _ in range(100):
         stage.mallory.send("done", refused={stage.seq: "no" * 900}, codes={stage.seq: "x" * 40})
     assert len(stage.world.entries()) - before <= 4
+    agg = stage.run.peers["aggregator"]
+    agg.drain()
+    [(seq, message)] = agg.delivered("refused")
+    assert message["re"] == stage.task["id"]
+    agg.deliveries.pop(seq)
+    agg.send("done", seqs=[seq])
     stage.run.round()
 
 
