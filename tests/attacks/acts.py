@@ -198,7 +198,7 @@ def repeats_a_session(stage):
 
 
 def claims_a_routing_id(stage):
-    """Send frames under the routing id of a connection that has just been lost, with another key."""
+    """Send frames under the routing id of a connection that was just lost, with another key."""
     w1 = stage.run.peers["w1"]
     w1.wire.is_up = False
     peer = stage.world.connect(MALLORY, peer=w1.wire.peer)

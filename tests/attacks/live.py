@@ -3,10 +3,11 @@
 import contextlib
 import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import msgspec
 
+from fedmq.algorithms.problems.base import Problem
 from fedmq.broker.access.broker_keys import BrokerKeys
 from fedmq.broker.access.curve import KeyPair, NodeKeys
 from fedmq.broker.access.rights import Access, Invite, Rights
@@ -21,7 +22,7 @@ from fedmq.nodes.run.config import build
 from fedmq.nodes.worker.program import run_worker
 from tests.attacks.peer import Dealer, Peer
 from tests.attacks.world import MALLORY, MemoryAccess
-from tests.sim.tally import Tally
+from tests.sim.tally import Tally, Vector
 
 ANY = "tcp://127.0.0.1:0"
 BEAT_S, LEASE_S = 0.2, 1.0
@@ -29,14 +30,27 @@ GIVE_UP_S = 1.0
 
 
 @dataclass(frozen=True)
+class Scored(Vector):
+    """The same problem, with an accuracy that is one."""
+
+    def metric_range(self, name):
+        return Problem.metric_range(self, name)
+
+
+@dataclass(frozen=True)
 class Paced(Tally):
-    """A client takes a while to train, so that attacks meet a run in the middle."""
+    """A client takes a while to train, so that attacks meet a run in the middle.
+
+    Its updates are small, so that the run can go on for very many versions.
+    """
 
     pause_s: float = 0.02
 
     def train(self, task, client):
         time.sleep(self.pause_s)
-        return super().train(task, client)
+        found = super().train(task, client)
+        weights = {"vector": found.payload.weights["vector"] * 1e-3}
+        return replace(found, payload=replace(found.payload, weights=weights))
 
 
 def config(versions, **run):
@@ -44,7 +58,7 @@ def config(versions, **run):
     run = {"versions": versions, "evaluate_every": 1, "checkpoint_s": 0.0, **run}
     return build(
         {
-            "problem": {"name": "tests.sim.tally:Vector", "dim": 100_000, "clients": 3},
+            "problem": {"name": "tests.attacks.live:Scored", "dim": 100_000, "clients": 3},
             "algorithm": {"name": "tests.attacks.live:Paced"},
             "schedule": {"name": "rounds", "fraction": 1.0},
             "run": run,

@@ -341,3 +341,27 @@ def test_rejected_posts_do_not_fill_the_disk(keys, tmp_path):
         grown = sum(path.stat().st_size for path in world.folder.glob("messages-*")) - size
         assert grown < 2e6
         stage.run.round()
+
+
+def test_one_key_does_not_take_all_places_of_those_who_wait(tmp_path):
+    """Nodes of the run that come before its aggregator wait, too."""
+    settings = BrokerSettings(limits=Limits(waiting=20))
+    with world_of(tmp_path, keys=True, settings=settings) as world:
+        for number in range(50):
+            peer = world.connect(MALLORY)
+            peer.hello(f"early-{number}")
+        early = world.connect("w1")
+        early.hello("w1", clients=[[0, 4]], key="secret of w1")
+        assert hears(early) == "waits"
+
+
+def test_a_name_of_an_authorised_key_is_that_keys(keyed):
+    """Another key cannot take it before its node has joined."""
+    keyed.world.access.change(late=RIGHTS["w1"].__class__(name="late", roles=("worker",)))
+    keyed.world.advance(1)
+    thief = keyed.connect()
+    thief.hello("late")
+    assert hears(thief) is RejectCode.NAME
+    own = keyed.world.connect("late")
+    own.hello("late")
+    assert hears(own) == ADMITTED

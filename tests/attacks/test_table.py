@@ -193,7 +193,7 @@ def test_large_hellos_before_a_run(world, keys):
         peer.hello(f"early-{number}", clients=[[9, 9]] * 1000, config="x" * 20_000)
         heard.add(hears(peer))
     assert heard <= {RejectCode.CONFIG, RejectCode.CLIENT, RejectCode.LIMIT, "waits"}
-    kept = [each[0] for each in world.driver.core._sessions.early.values()]
+    kept = [each.hello for each in world.driver.core._admissions.early._waiting.values()]
     assert len(kept) <= LIMITS.waiting
     assert sum(len(hello.config) for hello in kept) == 0
     HonestRun(world)
