@@ -52,12 +52,14 @@ class PendingPost(Struct, frozen=True):
     """A post that was parsed; it waits for its blobs, or for the frames before it.
 
     apart: blobs of its message that did not come with it.
+    answers: whether it must answer a message that was delivered to its sender.
     """
 
     frame: Post
     message: Message
     fingerprint: PostFingerprint
     apart: tuple[Blob, ...] = ()
+    answers: bool = False
 
     @property
     def n(self) -> int:
