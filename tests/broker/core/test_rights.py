@@ -5,14 +5,16 @@ from pathlib import Path
 
 import pytest
 
-from fedmq.broker.access.rights import KINDS, LOCAL, TABLE, Origin, Rights
+from fedmq.broker.access.rights import ANY, KINDS, LOCAL, TABLE, MayPost, Origin, Rights
 from fedmq.broker.ledger.entries import Accepted
 from fedmq.broker.ledger.reader import read_entries
 from fedmq.broker.rejections import Code
 from fedmq.broker.wire.addresses import ROLES
 from fedmq.broker.wire.schema import Deliver, Reject, RunEnded, Wait, Welcome
 
-TRACES = sorted((Path(__file__).parents[2] / "golden" / "traces").rglob("ledger"))
+ROOT = Path(__file__).parents[3]
+DOCS = ROOT / "docs"
+TRACES = sorted((ROOT / "tests" / "golden" / "traces").rglob("ledger"))
 PLACES = ("client/0", "client/9", "evaluator", "aggregator", "record", "checkpoint", "timer")
 PEERS = {"aggregator": b"agg:s1", "evaluator": b"ev:s1", "worker": b"w1:s1", "observer": b"eye:s1"}
 ANSWERS = {"worker": ("result", "failed", "score"), "evaluator": ("failed", "score")}
@@ -307,3 +309,15 @@ def test_numbers_of_the_table_and_of_this_file_agree():
         here = any((role, kind, place) in ALLOWED for place in PLACES if place.startswith(to))
         answers = to == "aggregator" and kind in ANSWERS.get(role, ())
         assert ((role, kind, to) in rows) == (here or answers)
+
+
+def test_the_documentation_has_the_same_table():
+    lines = (DOCS / "protocol.md").read_text().splitlines()
+    start = lines.index("| role | kinds of messages | to | must answer |")
+    found = []
+    for line in itertools.takewhile(lambda each: each.startswith("|"), lines[start + 2 :]):
+        role, kinds, to, asked = (cell.strip() for cell in line.strip("|").split("|"))
+        names = tuple(kind.strip("`").replace("other", ANY) for kind in kinds.split(", "))
+        places = tuple(place.strip("`") for place in to.split(", "))
+        found.append(MayPost(role, names, places, asked == "yes"))
+    assert tuple(found) == TABLE
