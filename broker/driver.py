@@ -7,7 +7,8 @@ wait until it is written. What differs between a real and a virtual broker is be
 
 from __future__ import annotations
 
-from collections import Counter
+import math
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -47,7 +48,11 @@ from fedmq.broker.wire.schema import Buffer, Chunk, Deliver
 
 FULL_RETRY_S = 0.25
 """Time between two attempts to write to a full disk, in seconds."""
-_CHUNKS_WAITING = 64
+CHUNKS_WAITING = 64
+"""Most requested chunks that wait until their connection has read others: more than a node of ours
+requests at a time. It requests again what is dropped."""
+ACCESS_EACH_S = 0.5
+"""Time between two looks whether the keys or their rights have changed, in seconds."""
 _MOST_READS = 5
 """Requests of an unreadable blob after which the node learns that it is missing."""
 _LOGGED_DAMAGE = 5
@@ -60,8 +65,8 @@ class BrokerPort(Protocol):
     def send(self, peer: bytes, header: bytes, buffers: Sequence[Buffer]) -> None:
         """Queue an encoded frame for a connection; it is lost if the connection is gone."""
 
-    def queued(self, peer: bytes) -> int:
-        """Return the number of large frames that are queued for a connection."""
+    def has_room(self, peer: bytes) -> bool:
+        """Return whether a connection has read enough to be sent a chunk."""
 
     def is_up(self, peer: bytes) -> bool:
         """Return whether a connection is up."""
@@ -89,6 +94,10 @@ class BrokerDriver:
 
     Attributes:
         core, ledger: as given.
+
+    Raises:
+        OSError: who may connect cannot be read.
+        ValueError: what says who may connect is invalid.
     """
 
     def __init__(
@@ -104,6 +113,8 @@ class BrokerDriver:
         self._port, self._clock, self._access = port, clock, access
         self._sends: list[SendTo] = []
         """Frames of this turn, to be sent once the ledger has been written."""
+        self._chunks: dict[bytes, deque[SendTo]] = {}
+        """By connection: chunks that it has requested, and that wait until it has read others."""
         self._held: list[SendTo] | None = None
         """While the disk is full: frames to send once the ledger has been written."""
         self._retry_at = 0.0
@@ -111,6 +122,14 @@ class BrokerDriver:
         self._shared = self._shareable_folder() if settings.share_files else ""
         """The ledger's folder as nodes are to open it; "" if files are not shared."""
         self._log_opening()
+        self._access_at = math.inf
+        """Time of the next look whether the keys or their rights have changed."""
+        if access is not None:
+            now = clock()
+            self._who = access.load()
+            """Who may connect, as last read."""
+            self.carry_out(core.handle(AccessChanged(self._who), now), now)
+            self._access_at = now + ACCESS_EACH_S
 
     @classmethod
     def open(
@@ -141,6 +160,7 @@ class BrokerDriver:
 
         Raises:
             LedgerError: the ledger cannot be read or written.
+            OSError, ValueError: see `BrokerDriver`.
         """
         ledger, core = open_broker(
             folder,
@@ -158,7 +178,10 @@ class BrokerDriver:
     @property
     def deadline(self) -> float | None:
         """Time at which a turn is needed even if nothing arrives; None for never."""
-        return self.core.deadline if self._held is None else self._retry_at
+        deadline = self.core.deadline if self._held is None else self._retry_at
+        if self._access is None:
+            return deadline
+        return self._access_at if deadline is None else min(deadline, self._access_at)
 
     def turn(self, events: Iterable[Event]) -> None:
         """Handle a batch of events and the timers that are due, write the ledger, then send.
@@ -168,6 +191,8 @@ class BrokerDriver:
         """
         now = self._clock()
         try:
+            if now >= self._access_at:
+                self._look_at_access(now)
             for event in events:
                 self.carry_out(self.core.handle(event, now), now)
             self.carry_out(self.core.handle(TimerFired(), now), now)
@@ -216,7 +241,34 @@ class BrokerDriver:
             self._retry(now)
         sends, self._sends = self._sends, []
         for send in sends:
-            self._send(send)
+            if not isinstance(send.frame, Chunk) or self._may_send_chunk(send):
+                self._send(send)
+        if self._chunks:
+            self._send_chunks()
+
+    @property
+    def has_chunks(self) -> bool:
+        """Return whether chunks wait until their connections have read others."""
+        return bool(self._chunks)
+
+    def _may_send_chunk(self, send: SendTo) -> bool:
+        """Return whether a chunk can be sent now; otherwise queue it."""
+        waiting = self._chunks.get(send.peer)
+        if waiting is None and self._port.has_room(send.peer):
+            return True
+        if waiting is None:
+            waiting = self._chunks[send.peer] = deque()
+        if len(waiting) < CHUNKS_WAITING:
+            waiting.append(send)
+        return False
+
+    def _send_chunks(self) -> None:
+        """Read and send requested chunks, to the connections that read what they get."""
+        for peer, waiting in list(self._chunks.items()):
+            while waiting and self._port.has_room(peer):
+                self._send(waiting.popleft())
+            if not waiting:
+                del self._chunks[peer]
 
     def close(self) -> None:
         """Write what is queued, and close the ledger."""
@@ -225,14 +277,28 @@ class BrokerDriver:
         except LedgerError as error:
             self._port.log("error", "cannot write the last entries", {"reason": str(error)})
 
+    def _look_at_access(self, now: float) -> None:
+        """Tell the core if the keys or their rights have changed; keep those before if invalid."""
+        self._access_at = now + ACCESS_EACH_S
+        if self._access is None or not self._access.changed():
+            return
+        try:
+            self._who = self._access.load()
+        except (OSError, ValueError) as error:
+            event = "cannot read who has access: the keys and rights from before still apply"
+            self._port.log("error", event, {"reason": str(error)})
+        else:
+            self.carry_out(self.core.handle(AccessChanged(self._who), now), now)
+
     def _enlist(self, key: str, invite: str, now: float) -> AccessChanged:
         """Store a key that came with an invite; return who has access then."""
         if self._access is None:
             raise AssertionError("only a broker with keys has invites")
         try:
-            return AccessChanged(self._access.enroll(key, invite, now))
+            self._who = self._access.enroll(key, invite, now)
         except (OSError, ValueError) as error:
-            return AccessChanged(self._access.load(), key, str(error))
+            return AccessChanged(self._who, key, str(error))
+        return AccessChanged(self._who)
 
     # ---- the ledger
 
@@ -265,8 +331,6 @@ class BrokerDriver:
             except (OSError, RuntimeError, ValueError, LedgerError) as error:
                 self._shared = ""
                 self._cannot_share(repr(error))
-        if isinstance(frame, Chunk) and self._port.queued(send.peer) >= _CHUNKS_WAITING:
-            return  # more than a node of ours requests at a time; it requests lost ones again
         try:
             buffers = [self.ledger.payload.read(*blob) for blob in send.blobs]
         except LedgerError as error:

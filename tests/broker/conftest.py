@@ -95,7 +95,7 @@ class Bench:
         self.core.handle = functools.partial(self._handled, self.core.handle)
         settings = LedgerSettings(share_files=False)
         self.driver = BrokerDriver(self.core, self, self, lambda: self.now, settings)
-        self.driver._access = self  # keys change only by `allow`
+        self.driver._access, self.driver._who = self, self.access  # keys change only by `allow`
         for run, seq in restorer.lost:
             actions = self.core.give_up(run, [seq], "lost", self.now)
             self.driver.carry_out(actions, self.now)
@@ -165,8 +165,8 @@ class Bench:
             assert self.entries[frame.seq].message == frame.message
         self.sent[peer].append((frame, buffers))
 
-    def queued(self, peer):
-        return 0
+    def has_room(self, peer):
+        return True
 
     def disconnect(self, peer):
         """Only note it: frames may come that were sent before."""
