@@ -18,6 +18,7 @@ from typing import Any
 import structlog
 import zmq
 
+from fedmq.broker.access.rights import KEYLESS
 from fedmq.broker.core.events import Event, ReceivedFrom, Unreadable
 from fedmq.broker.core.state import Continuation
 from fedmq.broker.driver import BrokerDriver
@@ -26,19 +27,18 @@ from fedmq.broker.settings import BrokerSettings, LedgerSettings
 from fedmq.broker.wire.clock import Clock, milliseconds_until
 from fedmq.broker.wire.encoding import encode_frame
 from fedmq.broker.wire.endpoints import listening_address, parse_endpoint
-from fedmq.broker.wire.schema import CHUNK_BYTES, Buffer, Heartbeat
+from fedmq.broker.wire.inbox import Inbox
+from fedmq.broker.wire.schema import Buffer, Heartbeat
 from fedmq.broker.wire.send_queues import SWEEP_S, SendQueue, SendQueues
 from fedmq.broker.wire.sockets import (
     COPY_BELOW_BYTES,
     MAX_FRAME_BYTES,
     NOBLOCK,
-    receive,
+    receive_parts,
     send_parts,
 )
 
 _BATCH = 256
-_BATCH_BYTES = CHUNK_BYTES // 2
-"""A turn ends after one chunk, so that small messages that came before it are answered first."""
 _BUSY_POLL_MS = 20
 """Time between two attempts to send to connections whose queues are full."""
 
@@ -71,6 +71,13 @@ class RouterPort:
         self.on_space: Callable[[str], None] = lambda _reason: None
         limits = settings.limits
         self._queues = SendQueues(limits.queued_bytes, limits.queued_bytes_total)
+        self._inbox = Inbox(
+            limits.messages_per_s,
+            limits.bytes_per_s,
+            limits.costly_per_s,
+            limits.held_bytes,
+            limits.held_bytes_total,
+        )
         self._next_sweep = 0.0
         self._logger = structlog.get_logger().bind(node="broker")
         try:
@@ -93,6 +100,16 @@ class RouterPort:
             else:
                 reason = zmq.strerror(error.errno or 0).lower()
             raise BrokerError(f"cannot listen on {text}: {reason}") from None
+
+    @property
+    def wait_s(self) -> float | None:
+        """Return the time until a message may be handled that has arrived; None without one."""
+        due = self._inbox.due
+        return None if due is None else max(0.0, due - time.monotonic())
+
+    def charge(self, peer: bytes) -> None:
+        """Count the last message of a connection as a costly one."""
+        self._inbox.charge(peer)
 
     @property
     def has_queued(self) -> bool:
@@ -130,27 +147,21 @@ class RouterPort:
         getattr(self._logger, level)(event, **fields)
 
     def drain(self) -> Iterator[Event]:
-        """Yield what has arrived, up to a batch."""
-        room = _BATCH_BYTES
+        """Yield what has arrived, up to a batch, and as much of each connection as it may send."""
         for _ in range(_BATCH):
-            if room <= 0:
-                return
+            if not self._inbox.wants_more:
+                break
             try:
                 first = self.socket.recv(NOBLOCK, copy=False)
             except zmq.Again:
-                return
-            peer = first.bytes
-            try:
-                if not first.more:
-                    raise WireError("expected a header, got an empty message")
-                frames, nbytes = receive(self.socket)
-            except WireError as error:
-                yield Unreadable(peer, error)
-                continue
-            room -= nbytes
-            for frame, buffers in frames:
-                yield ReceivedFrom(peer, frame, buffers, nbytes)
-                nbytes = 0  # counted with the first frame
+                break
+            parts, nbytes = receive_parts(self.socket) if first.more else ([], 0)
+            self._inbox.put(first.bytes, parts, nbytes, KEYLESS)
+        for peer, frame, buffers, nbytes, origin in self._inbox.take(time.monotonic()):
+            if isinstance(frame, WireError):
+                yield Unreadable(peer, frame, origin)
+            else:
+                yield ReceivedFrom(peer, frame, buffers, nbytes, origin)
 
     def flush(self, sent: Callable[[bytes, int], None]) -> None:
         """Send queued frames until the connections' queues are full.
@@ -162,7 +173,7 @@ class RouterPort:
             self._flush(peer, queue, sent)
         if (now := time.monotonic()) >= self._next_sweep:
             self._next_sweep = now + SWEEP_S
-            self._sweep()
+            self._sweep(now)
 
     def _flush(self, peer: bytes, queue: SendQueue, sent: Callable[[bytes, int], None]) -> None:
         while queue:
@@ -181,14 +192,19 @@ class RouterPort:
         self._queues.count(queue)
         self._queues.emptied(peer)
 
-    def _sweep(self) -> None:
+    def _sweep(self, now: float) -> None:
         """Drop the records of idle connections, and report what was dropped."""
+        self._inbox.sweep(now)
         for peer in self._queues.sweep():
             self._queues.add(peer, encode_frame(Heartbeat()), ())
         if self._queues.dropped:
             event = "dropped frames for connections that do not read"
             self.log("warning", event, {"frames": self._queues.dropped})
             self._queues.dropped = 0
+        if self._inbox.dropped:
+            event = "dropped messages of connections that send too much"
+            self.log("warning", event, {"messages": self._inbox.dropped})
+            self._inbox.dropped = 0
 
 
 class BrokerServer:
@@ -287,6 +303,11 @@ class BrokerServer:
         return self._driver.core.idle and not self._port.has_queued
 
     def _timeout_ms(self) -> int | None:
-        if self._port.has_queued or self._driver.has_chunks:
-            return _BUSY_POLL_MS
-        return milliseconds_until(self._driver.deadline, self._clock())
+        busy_ms = _BUSY_POLL_MS if self._port.has_queued or self._driver.has_chunks else None
+        wait_s = self._port.wait_s
+        waits = (
+            busy_ms,
+            milliseconds_until(wait_s, 0.0),
+            milliseconds_until(self._driver.deadline, self._clock()),
+        )
+        return min((each for each in waits if each is not None), default=None)
