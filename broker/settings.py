@@ -26,6 +26,8 @@ class Limits:
     clients: clients in the Hello of one node.
     sessions: live sessions from one address of another host, or with one key.
     waiting: connections that wait for a run that has not started.
+    joins_per_s: sessions that one node may begin, on average; and twenty times as many that the
+        nodes of one address of another host, or of one key, may begin.
     messages_per_s, bytes_per_s: that one connection may send; more waits.
     costly_per_s: Hellos, unreadable frames and rejected posts of one connection; more waits.
     held_bytes, held_bytes_total: of posts whose blobs have not arrived, by node and in all.
@@ -41,6 +43,7 @@ class Limits:
     clients: int = 1 << 16
     sessions: int = 2_000
     waiting: int = 1_000
+    joins_per_s: float = 1.0
     messages_per_s: float = 50_000.0
     bytes_per_s: float = 4e9
     costly_per_s: float = 100.0

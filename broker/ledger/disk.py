@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
+from fedmq.broker.open_files import use_reserve
 from fedmq.broker.wire.schema import Buffer
 
 APPEND = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
@@ -77,7 +79,13 @@ class LocalDisk:
 
     def open(self, path: Path, flags: int) -> int:
         """See `Disk`."""
-        return os.open(path, flags, 0o644)
+        try:
+            return os.open(path, flags, 0o644)
+        except OSError as error:
+            if error.errno != errno.EMFILE:
+                raise
+        with use_reserve():  # connections have taken all others
+            return os.open(path, flags, 0o644)
 
     def close(self, fd: int) -> None:
         """See `Disk`."""
