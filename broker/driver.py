@@ -22,6 +22,7 @@ from fedmq.broker.core.events import (
     AccessChanged,
     Action,
     Append,
+    Charge,
     Discard,
     Disconnect,
     DiskFull,
@@ -67,6 +68,9 @@ class BrokerPort(Protocol):
 
     def has_room(self, peer: bytes) -> bool:
         """Return whether a connection has read enough to be sent a chunk."""
+
+    def charge(self, peer: bytes) -> None:
+        """Count the last message of a connection as a costly one."""
 
     def is_up(self, peer: bytes) -> bool:
         """Return whether a connection is up."""
@@ -222,6 +226,8 @@ class BrokerDriver:
                         answers.append(Gone(peer))
                 case Disconnect(peer):
                     self._port.disconnect(peer)
+                case Charge(peer):
+                    self._port.charge(peer)
                 case Enlist(key, invite):
                     answers.append(self._enlist(key, invite, now))
                 case Log(level, event, fields):

@@ -224,6 +224,7 @@ def test_what_a_nodes_link_loads() -> None:
         "clock",
         "encoding",
         "endpoints",
+        "inbox",
         "schema",
         "sockets",
         "window",

@@ -15,7 +15,7 @@ from msgspec import UNSET
 
 from fedmq.broker.core import delivery
 from fedmq.broker.core.deduplication import DedupWindow
-from fedmq.broker.core.events import Action, Append, Store
+from fedmq.broker.core.events import Action, Append, Charge, Store
 from fedmq.broker.core.state import Node, RejectedPost, RunState
 from fedmq.broker.errors import WireError
 from fedmq.broker.ledger.entries import Accepted, Consumed, Refusal, blob_name
@@ -126,6 +126,7 @@ class Mailboxes:
 
     def refuse_post(self, node: Node, post: RejectedPost, now: float, out: list[Action]) -> None:
         """Record that a post was rejected, and notify its sender."""
+        out.append(Charge(node.peer))
         rejection = post.rejection
         reason = rejection.reason[:2000]
         body = {"id": post.id, "reason": reason, "by": BROKER, "code": rejection.code}

@@ -15,6 +15,7 @@ from fedmq.broker.rejections import Code
 from fedmq.broker.settings import Limits
 from fedmq.broker.wire.chunked_transfer import Owned
 from fedmq.broker.wire.schema import EMPTY, Buffer, Chunk, Message
+from fedmq.broker.wire.window import RESERVED_BYTES
 
 UPLOAD_CHUNKS = 32
 """Most chunks in flight to the broker from all nodes; each node may send at least one."""
@@ -114,8 +115,7 @@ class Uploads:
     def holds_too_much(self, node: Node, part: int = 1) -> bool:
         """Return whether the frames of a node that wait use too much memory.
 
-        If those of all nodes use too much, then it is so for the nodes with more than an equal
-        share.
+        If those of all nodes do, each node may still have `RESERVED_BYTES`.
 
         Args:
             node: has at least one such frame.
@@ -124,12 +124,11 @@ class Uploads:
         limits = self._limits
         if node.held_bytes * part >= limits.held_bytes:
             return True
-        if node.held_bytes * part * len(self._holding) < limits.held_bytes_total:
-            return False  # less than an equal share
+        if node.held_bytes * part < RESERVED_BYTES:
+            return False
         self._holding = {k: each for k, each in self._holding.items() if each.pending_frames}
         total = sum(each.held_bytes for each in self._holding.values())
-        share = limits.held_bytes_total // max(1, len(self._holding))
-        return total * part >= limits.held_bytes_total and node.held_bytes * part >= share
+        return total * part >= limits.held_bytes_total
 
     def take(self, node: Node, chunk: Chunk, buffers: Sequence[Buffer], out: list[Action]) -> bool:
         """Handle a chunk; return whether it changed anything."""

@@ -168,6 +168,9 @@ class Bench:
     def has_room(self, peer):
         return True
 
+    def charge(self, peer):
+        """Ignore it: there is no limit of messages a second."""
+
     def disconnect(self, peer):
         """Only note it: frames may come that were sent before."""
         self.disconnected.append(peer)
