@@ -39,6 +39,7 @@ from fedmq.broker.errors import BrokerFailed, LedgerDamage, LedgerError, NoSpace
 from fedmq.broker.ledger.disk import LOCAL_DISK, Disk
 from fedmq.broker.ledger.entries import BlobName
 from fedmq.broker.ledger.writer import Ledger
+from fedmq.broker.private_files import restrict_folder
 from fedmq.broker.recovery import open_broker, random_identity
 from fedmq.broker.settings import BrokerSettings, LedgerSettings
 from fedmq.broker.wire.clock import Clock
@@ -306,6 +307,8 @@ class BrokerDriver:
     def _log_opening(self) -> None:
         """Log what opening the ledger has found."""
         log, ledger = self._port.log, self.ledger
+        if reason := restrict_folder(ledger.folder):
+            log("warning", "other users may be able to read the ledger", {"reason": reason})
         if ledger.cut_bytes:
             log("warning", "truncated an incomplete record", {"bytes": ledger.cut_bytes})
         skipped = "skipped damaged payload: no unfinished message needs it"

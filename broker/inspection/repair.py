@@ -33,6 +33,7 @@ from fedmq.broker.ledger.manifest import Manifest
 from fedmq.broker.ledger.records import MAGIC, Record, walk
 from fedmq.broker.ledger.segment_writer import blocks, set_aside, sync_folder, unused_name
 from fedmq.broker.ledger.sync_point import SYNC_POINT_FILE
+from fedmq.broker.private_files import open_private, write_private
 
 
 class RepairAction(StrEnum):
@@ -234,7 +235,7 @@ def _take_out(path: Path, findings: Iterable[Finding]) -> None:
 
 def _copy_whole(path: Path, new: Path) -> None:
     """Copy the whole records to another file."""
-    with path.open("rb") as source, new.open("xb") as target:
+    with path.open("rb") as source, open_private(new, "xb") as target:
         target.write(MAGIC)
         for found in walk(path):
             if not isinstance(found, Record):
@@ -255,7 +256,7 @@ def _ensure_segments(folder: Path, manifest: Manifest) -> None:
         if not numbers:
             path = segment_path(folder, family, 0)
             try:
-                path.write_bytes(MAGIC)
+                write_private(path, MAGIC)
             except OSError as error:
                 raise io_error("cannot write", error, path.name) from None
     if manifest.exists:

@@ -13,6 +13,7 @@ import click
 
 from fedmq.broker.errors import LedgerError
 from fedmq.broker.ledger.entries import Accepted
+from fedmq.broker.private_files import write_private
 from fedmq.broker.wire.addresses import CHECKPOINT
 from fedmq.nodes.cli.options import exit_2_on_error, folder_argument, parse_ranges, run_id_option
 from fedmq.nodes.cli.trust import allow_option, allowed_here, find_own_code
@@ -208,6 +209,6 @@ def _text(name: str, value: float | None) -> str:
 
 def _write(file: Path, content: Mapping[str, Any]) -> None:
     try:
-        file.write_text(to_strict_json(content))
+        write_private(file, to_strict_json(content).encode())
     except OSError as error:
         raise ConfigError(f"--json: cannot write {file}: {reason_of(error)}") from None

@@ -22,6 +22,7 @@ import structlog
 from fedmq.algorithms.allowed import Allowed
 from fedmq.broker.core.state import Continuation
 from fedmq.broker.errors import BrokerFailed
+from fedmq.broker.private_files import open_private
 from fedmq.broker.process import tune_process
 from fedmq.nodes.errors import ON_PURPOSE, RunFailed
 from fedmq.nodes.process import logs, streams
@@ -116,7 +117,7 @@ def _log_to(path: Path, name: str, pipe: Connection) -> None:
             _report(pipe, ReportKind.NOTE, f"{what}; going on without it")
 
     try:
-        with path.open("a") as file:
+        with open_private(path, "ab") as file:
             logs.configure(path, lost, node=name, pid=str(os.getpid()))
             os.dup2(file.fileno(), 1)
             os.dup2(file.fileno(), 2)

@@ -16,6 +16,7 @@ from fedmq.broker.errors import LedgerDamage, check_advice
 from fedmq.broker.ledger.entries import MESSAGES, PAYLOAD
 from fedmq.broker.ledger.lock import LOCK_FILE
 from fedmq.broker.ledger.reader import read_entries
+from fedmq.broker.private_files import make_private_folder
 from fedmq.broker.wire.addresses import name_fault
 from fedmq.nodes.errors import ConfigError
 from fedmq.nodes.history.run import RunHistory, runs_of
@@ -190,7 +191,7 @@ def held(folder: Path) -> Iterator[None]:
     """
     try:
         new = [each for each in (folder, *folder.parents) if not each.exists()]
-        folder.mkdir(parents=True, exist_ok=True)
+        make_private_folder(folder)
         lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     except (FileExistsError, NotADirectoryError):
         raise ConfigError(f"--run: expected a folder, {folder} is not one") from None
