@@ -36,10 +36,10 @@ from fedmq.broker.core.events import (
 )
 from fedmq.broker.core.state import Continuation
 from fedmq.broker.errors import BrokerFailed, LedgerDamage, LedgerError, NoSpace
+from fedmq.broker.file_modes import restrict_folder
 from fedmq.broker.ledger.disk import LOCAL_DISK, Disk
 from fedmq.broker.ledger.entries import BlobName
 from fedmq.broker.ledger.writer import Ledger
-from fedmq.broker.private_files import restrict_folder
 from fedmq.broker.recovery import open_broker, random_identity
 from fedmq.broker.settings import BrokerSettings, LedgerSettings
 from fedmq.broker.wire.clock import Clock

@@ -38,18 +38,18 @@ PARTS = {
     "broker": {
         "settings": "",
         "process": "",
-        "private_files": "",
+        "file_modes": "",
         "rejections": "",
         "errors": "rejections",
         "wire": "errors rejections",
-        "ledger": "settings errors rejections wire private_files",
+        "ledger": "settings errors rejections wire file_modes",
         "access": "errors wire",
         "core": "settings errors rejections wire ledger access",
         "link": "errors rejections wire ledger access",
         "recovery": "settings errors wire ledger core",
-        "inspection": "settings errors wire ledger core recovery private_files",
+        "inspection": "settings errors wire ledger core recovery file_modes",
         "blob_locations": "wire ledger core",
-        "driver": "settings errors wire ledger access core blob_locations recovery private_files",
+        "driver": "settings errors wire ledger access core blob_locations recovery file_modes",
         "virtual": "settings errors wire ledger access core link recovery driver",
         "router": "settings errors wire access core driver",
     },
@@ -212,7 +212,7 @@ def test_what_a_nodes_link_loads() -> None:
     reading = {"disk", "entries", "lock", "records", "segments"}
     own = {path.stem for path in (ROOT / "broker" / "link").glob("*.py")} - {"__init__"}
     assert ours == {
-        *("fedmq.broker", "errors", "rejections", "private_files", "wire", "ledger", "link"),
+        *("fedmq.broker", "errors", "rejections", "file_modes", "wire", "ledger", "link"),
         *(f"wire.{name}" for name in wire),
         *(f"ledger.{name}" for name in reading),
         *(f"link.{name}" for name in own),

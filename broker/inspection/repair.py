@@ -19,6 +19,7 @@ from enum import StrEnum
 from pathlib import Path
 
 from fedmq.broker.errors import LedgerDamage, LedgerError, io_error
+from fedmq.broker.file_modes import open_private, write_private
 from fedmq.broker.inspection.check import Finding, FindingKind, Report, check
 from fedmq.broker.inspection.repair_notes import note_repair
 from fedmq.broker.ledger.entries import (
@@ -33,7 +34,6 @@ from fedmq.broker.ledger.manifest import Manifest
 from fedmq.broker.ledger.records import MAGIC, Record, walk
 from fedmq.broker.ledger.segment_writer import blocks, set_aside, sync_folder, unused_name
 from fedmq.broker.ledger.sync_point import SYNC_POINT_FILE
-from fedmq.broker.private_files import open_private, write_private
 
 
 class RepairAction(StrEnum):

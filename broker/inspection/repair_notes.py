@@ -9,8 +9,8 @@ from pathlib import Path
 import msgspec
 
 from fedmq.broker.errors import io_error
+from fedmq.broker.file_modes import open_private
 from fedmq.broker.ledger.entries import BlobName
-from fedmq.broker.private_files import open_private
 
 REPAIRS_FILE = "repairs.jsonl"
 

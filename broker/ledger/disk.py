@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
-from fedmq.broker.private_files import FILE_MODE, make_private_folder
+from fedmq.broker.file_modes import FILE_MODE, make_private_folder
 from fedmq.broker.wire.schema import Buffer
 
 APPEND = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC

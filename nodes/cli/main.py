@@ -17,7 +17,7 @@ import click
 import xxhash
 from rich.console import Console
 
-from fedmq.broker.private_files import make_private_folder
+from fedmq.broker.file_modes import make_private_folder
 from fedmq.broker.process import give_torch_huge_pages, tune_process
 from fedmq.broker.wire.addresses import MAX_RANGES, name_fault
 from fedmq.nodes.cli.codec import codec

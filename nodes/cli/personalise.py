@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from fedmq.broker.errors import LedgerError
+from fedmq.broker.file_modes import write_private
 from fedmq.broker.ledger.entries import Accepted
-from fedmq.broker.private_files import write_private
 from fedmq.broker.wire.addresses import CHECKPOINT
 from fedmq.nodes.cli.options import exit_2_on_error, folder_argument, parse_ranges, run_id_option
 from fedmq.nodes.cli.trust import allow_option, allowed_here, find_own_code

@@ -14,7 +14,7 @@ from typing import IO, TYPE_CHECKING
 import click
 
 from fedmq.broker.errors import LedgerError
-from fedmq.broker.private_files import open_private
+from fedmq.broker.file_modes import open_private
 from fedmq.nodes.cli.options import (
     LONGEST_TEXT,
     Commands,

@@ -22,7 +22,7 @@ import structlog
 from fedmq.algorithms.allowed import Allowed
 from fedmq.broker.core.state import Continuation
 from fedmq.broker.errors import BrokerFailed
-from fedmq.broker.private_files import open_private
+from fedmq.broker.file_modes import open_private
 from fedmq.broker.process import tune_process
 from fedmq.nodes.errors import ON_PURPOSE, RunFailed
 from fedmq.nodes.process import logs, streams

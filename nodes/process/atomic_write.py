@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from fedmq.broker.private_files import open_private
+from fedmq.broker.file_modes import open_private
 
 
 @contextlib.contextmanager

@@ -16,7 +16,7 @@ from typing import Any, TextIO
 
 import structlog
 
-from fedmq.broker.private_files import private_opener, restrict
+from fedmq.broker.file_modes import private_opener, restrict
 from fedmq.nodes.process.exception_text import MAX_TEXT, clip_text, described, reason_of
 
 _MAX_FRAMES, _MAX_CAUSES = 20, 3

@@ -15,9 +15,9 @@ from typing import IO
 import msgspec
 from msgspec import Struct
 
+from fedmq.broker.file_modes import make_private_folder, open_private
 from fedmq.broker.inspection.trace import Trace
 from fedmq.broker.link.events import Delivery
-from fedmq.broker.private_files import make_private_folder, open_private
 from fedmq.broker.wire.schema import Message
 from fedmq.nodes.aggregator.core import Aggregator
 from fedmq.nodes.errors import NodeError

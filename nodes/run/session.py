@@ -13,8 +13,8 @@ import structlog
 from structlog.typing import FilteringBoundLogger
 
 from fedmq.broker.errors import LinkClosed
+from fedmq.broker.file_modes import make_private_folder, restrict
 from fedmq.broker.link.node_link import NodeLink
-from fedmq.broker.private_files import make_private_folder, restrict
 from fedmq.broker.wire.addresses import name_fault
 from fedmq.broker.wire.schema import Hello, Message
 from fedmq.nodes.errors import NodeError

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fedmq.broker.errors import LedgerDamage, check_advice
+from fedmq.broker.file_modes import make_private_folder
 from fedmq.broker.ledger.entries import MESSAGES, PAYLOAD
 from fedmq.broker.ledger.lock import LOCK_FILE
 from fedmq.broker.ledger.reader import read_entries
-from fedmq.broker.private_files import make_private_folder
 from fedmq.broker.wire.addresses import name_fault
 from fedmq.nodes.errors import ConfigError
 from fedmq.nodes.history.run import RunHistory, runs_of

@@ -15,7 +15,7 @@ import secrets
 from collections.abc import Iterator
 from pathlib import Path
 
-from fedmq.broker.private_files import make_private_folder, restrict, write_private
+from fedmq.broker.file_modes import make_private_folder, restrict, write_private
 
 _NAME = re.compile(r"([0-9]{12,})(\.state|\.[0-9a-f]+\.new)")
 _BEFORE_NUMBERS = -1

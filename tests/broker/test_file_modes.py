@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from fedmq.broker.driver import BrokerDriver
-from fedmq.broker.private_files import make_private_folder, open_private, restrict, write_private
+from fedmq.broker.file_modes import make_private_folder, open_private, restrict, write_private
 from fedmq.broker.settings import BrokerSettings, LedgerSettings
 from tests.broker.clocks import stopped_clock
 from tests.broker.net import Net
