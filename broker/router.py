@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import os
 import socket as sockets
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -26,7 +27,7 @@ from fedmq.broker.settings import BrokerSettings, LedgerSettings
 from fedmq.broker.wire.batching import Outbox
 from fedmq.broker.wire.clock import Clock, milliseconds_until
 from fedmq.broker.wire.encoding import encode_frame
-from fedmq.broker.wire.endpoints import listening_address, parse_endpoint
+from fedmq.broker.wire.endpoints import libzmq_address, listening_address, parse_endpoint
 from fedmq.broker.wire.schema import CHUNK_BYTES, Buffer, Heartbeat
 from fedmq.broker.wire.sockets import (
     COPY_BELOW_BYTES,
@@ -82,7 +83,7 @@ class RouterPort:
             endpoint = parse_endpoint(text, listen=True)
             address, ipv6 = listening_address(endpoint)
             self.socket.setsockopt(zmq.IPV6, ipv6)
-            self.socket.bind(address)
+            self.socket.bind(libzmq_address(address))
         except EndpointError as error:
             raise BrokerError(f"cannot listen on {text}: {error}") from None
         except zmq.ZMQError as error:
@@ -215,7 +216,7 @@ class BrokerServer:
         except BrokerError:
             self._port.context.destroy(linger=0)
             raise
-        self.endpoint = self._port.socket.getsockopt_string(zmq.LAST_ENDPOINT)
+        self.endpoint = os.fsdecode(self._port.socket.getsockopt(zmq.LAST_ENDPOINT))
         self._wake_reader, self._wake_writer = sockets.socketpair()
         self._stopping = False
 

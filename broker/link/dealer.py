@@ -23,7 +23,7 @@ from fedmq.broker.link.thread_handoff import LoopHandoff
 from fedmq.broker.wire.batching import Outbox
 from fedmq.broker.wire.clock import Clock, milliseconds_until
 from fedmq.broker.wire.encoding import encode_frame
-from fedmq.broker.wire.endpoints import parse_endpoint, resolve
+from fedmq.broker.wire.endpoints import libzmq_address, parse_endpoint, resolve
 from fedmq.broker.wire.schema import Buffer, Frame, Hello, Welcome
 from fedmq.broker.wire.sockets import COPY_BELOW_BYTES, MAX_FRAME_BYTES, receive, send_parts
 
@@ -91,7 +91,7 @@ class DealerPort:
         """Connect with the first of the address families."""
         # libzmq resolves a name in one family only, each time it connects.
         self._socket.setsockopt(zmq.IPV6, self._families[0] is sockets.AF_INET6)
-        self._socket.connect(self.endpoint)
+        self._socket.connect(libzmq_address(self.endpoint))
 
     def start(self, loop: Loop) -> None:
         """Start the thread that runs turns while the program does not."""
@@ -121,7 +121,7 @@ class DealerPort:
         if len(self._families) > 1 and self._unanswered > _TRIES_A_FAMILY:
             self._unanswered = 1
             self._families.rotate()
-            self._socket.disconnect(self.endpoint)
+            self._socket.disconnect(libzmq_address(self.endpoint))
             self._connect()
 
     def send(self, frame: Frame, buffers: Sequence[Buffer]) -> None:

@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,8 @@ from fedmq.nodes.process.signals import Stopped, this_process
 from fedmq.nodes.run.config import parse
 
 _STOP_S = 5.0
+_OWNER_ONLY = 0o077
+"""The umask of a process that makes files for its owner alone."""
 
 BEYOND_HELP = 3
 """Exit code of a process that failed and would fail again."""
@@ -40,7 +43,7 @@ class ReportKind(enum.Enum):
     """What a process reports to its supervisor."""
 
     READY = "ready"
-    """The broker listens; the text is its endpoint."""
+    """The broker listens; the text is its tcp endpoint, or empty for a socket file."""
     NOTE = "note"
     """The process continues; the text is a sentence for people."""
     ENDING = "ending"
@@ -140,18 +143,21 @@ def broker_main(
     folder: Path,
     pipe: Connection,
     text: str,
-    bind: str,
+    endpoint: str,
     continuation: Continuation | None = None,
 ) -> None:
     """Run the broker of a local cluster."""
+    os.umask(os.umask(_OWNER_ONLY) | _OWNER_ONLY)  # for the socket file
     from fedmq.broker.router import BrokerServer
 
-    table = parse(text).broker
+    config = parse(text)
+    table = config.broker
+    settings = replace(table.settings(), only_run=config.run.id)
     server = BrokerServer(
-        bind, folder / "ledger", table.settings(), table.ledger_settings(), continuation
+        endpoint, folder / "ledger", settings, table.ledger_settings(), continuation
     )
     server.on_space = _space_reporter(pipe, folder / "ledger")
-    _report(pipe, ReportKind.READY, server.endpoint)
+    _report(pipe, ReportKind.READY, server.endpoint if server.endpoint.startswith("tcp") else "")
     with this_process.noting(server.stop):
         server.serve()
 

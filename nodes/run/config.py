@@ -35,6 +35,7 @@ _PROBLEM_DEFAULT = {"clients": 40, "partition": "dirichlet(0.5)"}
 _LONGEST_S = 1_000_000
 """Longest time, in seconds: ZeroMQ counts milliseconds in 32 bits."""
 _RETAIN = f"'everything', 'unfinished' or a number of bytes, at least {LEAST_RETAIN_BYTES:,}"
+_OLD_BIND = "tcp://127.0.0.1:0"
 _DEVICE = r"^(auto|cpu|cuda(:\d+)?)$"
 _FORMS = {_DEVICE: "auto, cpu, cuda or cuda:N"}
 """What a text that must match a pattern looks like, in words."""
@@ -132,7 +133,8 @@ class BrokerTable(_Table):
 
     lease_s: seconds of silence after which a node counts as gone.
     heartbeat_s: seconds between heartbeats of a node that sends nothing else.
-    bind: address of a local cluster's broker; port 0 is any free port.
+    bind: address where the broker of a local cluster listens as well, for workers of other hosts;
+        its own nodes use a socket file in the run's folder.
     durability: what an acknowledged message survives: ``process``, a crash of the broker;
         ``power``, a power failure (slower: one sync per batch).
     retain: ``everything``; ``unfinished``, payloads are deleted when no message needs them
@@ -146,7 +148,7 @@ class BrokerTable(_Table):
 
     lease_s: Annotated[float, Field(gt=0, le=_LONGEST_S)] = 10.0
     heartbeat_s: Annotated[float, Field(gt=0, le=_LONGEST_S)] = 1.0
-    bind: str = "tcp://127.0.0.1:0"
+    bind: str | None = None
     durability: Literal["process", "power"] = "process"
     retain: Annotated[
         Literal["everything", "unfinished"] | Annotated[float, Field(ge=0)],
@@ -154,6 +156,15 @@ class BrokerTable(_Table):
     ] = "everything"
     deliveries: Annotated[int, Field(ge=1)] = 5
     share_files: bool = True
+
+    @property
+    def listens_at(self) -> str | None:
+        """Return where a cluster's broker listens as well; None for nowhere else.
+
+        Older releases recorded the address of the whole cluster, a free port of loopback: no node
+        of another host can use that.
+        """
+        return None if self.bind == _OLD_BIND else self.bind
 
     def settings(self) -> BrokerSettings:
         """Return the broker's timeouts and delivery limit."""
