@@ -14,7 +14,7 @@ import socket as sockets
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import structlog
 import zmq
@@ -216,7 +216,7 @@ class BrokerServer:
         except BrokerError:
             self._port.context.destroy(linger=0)
             raise
-        self.endpoint = os.fsdecode(self._port.socket.getsockopt(zmq.LAST_ENDPOINT))
+        self.endpoint = os.fsdecode(cast("bytes", self._port.socket.getsockopt(zmq.LAST_ENDPOINT)))
         self._wake_reader, self._wake_writer = sockets.socketpair()
         self._stopping = False
 
