@@ -46,6 +46,8 @@ def point_to_blobs(send: SendTo, ledger: Ledger, folder: str) -> Frame:
     """
     frame = send.frame
     if isinstance(frame, Welcome):
+        if not send.files:
+            return frame
         return msgspec.structs.replace(frame, ledger=folder, proof=ledger.proof)
     if isinstance(frame, Deliver) and send.apart:
         room = MAX_EXTENTS

@@ -11,7 +11,8 @@ from typing import TypeGuard
 
 from msgspec import UNSET
 
-from fedmq.broker.core.admission import timer_of
+from fedmq.broker.access.owners import key_of, owner_of
+from fedmq.broker.access.rights import Origin
 from fedmq.broker.core.broker import Broker
 from fedmq.broker.core.deduplication import PostFingerprint
 from fedmq.broker.core.events import Append
@@ -23,7 +24,7 @@ from fedmq.broker.core.lifecycles import (
     SessionEvent,
     SessionState,
 )
-from fedmq.broker.core.mailboxes import Mailboxes
+from fedmq.broker.core.mailboxes import Mailboxes, timer_of
 from fedmq.broker.core.state import Continuation, Node, RunState
 from fedmq.broker.errors import LedgerDamage, LedgerError, check_advice
 from fedmq.broker.ledger.blob_store import read_payload
@@ -96,7 +97,8 @@ class Restorer:
         self.last_at = max(self.last_at, entry.at)
         match entry:
             case Opened(run=name, config=config, total_clients=total, identity=identity):
-                self.mailboxes.runs[name] = RunState(name, config, total, identity=identity)
+                run = RunState(name, config, total, identity=identity, owner=entry.owner)
+                self.mailboxes.runs[name] = run
             case Accepted():
                 self._accepted(entry, entry.read())
             case Consumed(of=of):
@@ -155,16 +157,28 @@ class Restorer:
             node=name,
             role=body["role"],
             session=body["session"],
-            key=body.get("key", ""),
             run=run.id,
             clients=tuple((low, high) for low, high in body["clients"]),
             config=run.config if body["role"] == AGGREGATOR else "",
             total_clients=run.total_clients,
         )
+        # A ledger of 0.1.0 has the secret itself.
+        owner = body.get("owner") or owner_of("", body.get("key", ""), hello.session)
+        if hello.role == AGGREGATOR:
+            run.owner = owner
         sessions = known.sessions if known is not None else 0
         again = known is not None and known.hello.session == hello.session
         sessions += not again
-        run.nodes[name] = Node(hello, run, b"", 0.0, SessionState.CONNECTED, sessions=sessions)
+        run.nodes[name] = Node(
+            hello,
+            run,
+            b"",
+            0.0,
+            SessionState.CONNECTED,
+            sessions=sessions,
+            origin=Origin(key_of(owner)),
+            owner=owner,
+        )
 
     def _continued(self, run: RunState, seq: int, message: Message) -> None:
         """Apply that a run was continued: its nodes are gone, and its end may be lifted."""

@@ -30,6 +30,8 @@ class Limits:
     clients: clients in the Hello of one node.
     sessions: live sessions from one address of another host, or with one key.
     waiting: connections that wait for a run that has not started.
+    joins_per_s: sessions that one node may begin, on average; and twenty times as many that the
+        nodes of one address of another host, or of one key, may begin.
     messages_per_s, bytes_per_s: that one connection may send; more waits.
     held_bytes: of posts whose blobs have not arrived, by node.
     queued_bytes: sent to one connection, and not read by it.
@@ -44,6 +46,7 @@ class Limits:
     clients: int = 1 << 16
     sessions: int = 2_000
     waiting: int = 1_000
+    joins_per_s: float = 1.0
     messages_per_s: float = 5_000.0
     bytes_per_s: float = 2e9
     held_bytes: int = 8 << 20

@@ -1,16 +1,26 @@
-"""Who may connect to a broker: the rights of each key, and the invites that are open.
+"""Who may connect to a broker and what each node may do: rights by key, and the table of posts.
 
-The Broker core asks this module alone what a node may do.
+The Broker core reads the table, and nothing else does.
 """
 
 from __future__ import annotations
 
+import ipaddress
 from collections.abc import Mapping
 from typing import Protocol
 
 from msgspec import Struct
 
-from fedmq.broker.wire.addresses import ROLES
+from fedmq.broker.wire.addresses import (
+    AGGREGATOR,
+    CHECKPOINT,
+    CLIENT,
+    EVALUATOR,
+    RECORD,
+    ROLES,
+    TIMER,
+    WORKER,
+)
 from fedmq.broker.wire.schema import Range
 
 
@@ -24,6 +34,18 @@ class Origin(Struct, frozen=True):
 
     key: str = ""
     address: str = ""
+
+    @property
+    def is_local(self) -> bool:
+        """Return whether the address is of this host: a loopback address, or none."""
+        if not self.address:
+            return True
+        try:
+            found = ipaddress.ip_address(self.address.partition("%")[0])
+        except ValueError:
+            return False
+        mapped = found.ipv4_mapped if isinstance(found, ipaddress.IPv6Address) else None
+        return (mapped or found).is_loopback
 
 
 KEYLESS = Origin()
@@ -48,6 +70,13 @@ class Rights(Struct, frozen=True, kw_only=True):
     runs: tuple[str, ...] = ()
     read_files: bool = False
     replaces: tuple[str, ...] = ()
+
+    def may_read_files(self, origin: Origin) -> bool:
+        """Return whether a node may read the ledger's files.
+
+        Without a key, a node of another host may not: it cannot, and would learn their paths.
+        """
+        return self.read_files and (bool(origin.key) or origin.is_local)
 
 
 LOCAL = Rights(name="local", read_files=True)
@@ -119,3 +148,54 @@ class AccessStore(Protocol):
             ValueError: the invite has expired, has no uses left, or was revoked; the message says
                 which.
         """
+
+
+# ---- the table of posts
+
+ANY = "*"
+"""Kinds of messages that the table does not name, such as those of a user's own program."""
+
+
+class MayPost(Struct, frozen=True):
+    """Nodes with a role may post messages of these kinds to these addresses.
+
+    role: of the node.
+    kinds: of the message; `ANY` for all that no row names.
+    to: addresses; `CLIENT` for the address of any client.
+    asked: whether the message must answer a delivery that the node has not answered before.
+    """
+
+    role: str
+    kinds: tuple[str, ...]
+    to: tuple[str, ...]
+    asked: bool = False
+
+
+TABLE = (
+    MayPost(AGGREGATOR, ("task", ANY), (CLIENT,)),
+    MayPost(AGGREGATOR, ("evaluate", ANY), (CLIENT, EVALUATOR)),
+    MayPost(AGGREGATOR, ("run", "version", "finished", ANY), (RECORD, CHECKPOINT)),
+    MayPost(AGGREGATOR, ("timer", ANY), (TIMER,)),
+    MayPost(AGGREGATOR, (ANY,), (AGGREGATOR,)),
+    MayPost(WORKER, ("result", "failed", "score", ANY), (AGGREGATOR,), asked=True),
+    MayPost(EVALUATOR, ("failed", "score", ANY), (AGGREGATOR,), asked=True),
+)
+"""All that nodes may post. An observer posts nothing. Only an aggregator ends its run."""
+
+POSTS = {(row.role, kind, to): row.asked for row in TABLE for kind in row.kinds for to in row.to}
+"""The table, by role, kind and address: whether the message must be an answer."""
+KINDS = frozenset(kind for row in TABLE for kind in row.kinds)
+
+
+def must_answer(role: str, kind: str, to: str) -> bool | None:
+    """Return whether a post must answer a delivery; None if the role may not post it.
+
+    Args:
+        role: of the sender.
+        kind: of the message.
+        to: its address; `CLIENT` for any client's.
+    """
+    found = POSTS.get((role, kind, to))
+    if found is None and kind not in KINDS:
+        found = POSTS.get((role, ANY, to))
+    return found

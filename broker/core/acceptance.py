@@ -9,17 +9,32 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from fedmq.broker.core.admission import check_message
+from fedmq.broker.access.rights import must_answer
 from fedmq.broker.core.deduplication import PostFingerprint
 from fedmq.broker.core.events import Action, Unpin
-from fedmq.broker.core.mailboxes import Mailboxes
+from fedmq.broker.core.mailboxes import Mailboxes, timer_of
 from fedmq.broker.core.state import Node, PendingPost, RejectedPost
 from fedmq.broker.errors import WireError
 from fedmq.broker.ledger.entries import blob_name
 from fedmq.broker.rejections import Code, Rejection
 from fedmq.broker.wire import schema
-from fedmq.broker.wire.encoding import check_inline, decode_message
-from fedmq.broker.wire.schema import Buffer, Message, Post
+from fedmq.broker.wire.addresses import (
+    AGGREGATOR,
+    CHECKPOINT,
+    CLIENT,
+    CONTINUED,
+    EVALUATOR,
+    RECORD,
+    TIMER,
+    node_address,
+)
+from fedmq.broker.wire.encoding import check_inline, decode_message, is_deeper
+from fedmq.broker.wire.schema import MAX_DEPTH, Buffer, Message, Post
+
+BROKERS_OWN = ("joined", "left", "tick", "refused", CONTINUED)
+"""Kinds of messages that only the broker may send."""
+_ADDRESSES = (AGGREGATOR, EVALUATOR, RECORD, CHECKPOINT, TIMER)
+_CLIENTS = f"{CLIENT}/"
 
 
 class Acceptance:
@@ -40,7 +55,7 @@ class Acceptance:
         try:
             message = decode_message(post.message)
             check_inline(message.blobs, post.inline, buffers, schema.POST_BYTES)
-            check_message(node, message)
+            _check_message(node, message)
         except WireError as error:
             rejection = Rejection(error.code, str(error))
             # Its id may be another message's: its frame identifies it, so it is rejected once.
@@ -56,6 +71,17 @@ class Acceptance:
         """Return whether no message with this id was accepted or rejected before."""
         return self._mailboxes.dedup_window.seen(post.fingerprint) == "new"
 
+    def unasked(self, node: Node, post: PendingPost) -> RejectedPost | None:
+        """Return the rejection of a post that must answer a delivery, and does not.
+
+        The first message that it consumes must be a request to this node that it has not answered,
+        and the one that it names in ``re``.
+        """
+        if not _must_answer(node, post.message):
+            return None
+        asked = not _lacks_request(node, post) and self._mailboxes.read(post.frame.consumes[0])
+        return None if asked and asked.read().id == post.message.re else _not_asked(node, post)
+
     def apply(
         self, node: Node, post: PendingPost | RejectedPost, now: float, out: list[Action]
     ) -> None:
@@ -65,6 +91,8 @@ class Acceptance:
         if seen == "other":
             post = _with_used_id(node, post)
             seen = window.seen(post.fingerprint)
+        elif seen == "new" and isinstance(post, PendingPost) and _lacks_request(node, post):
+            post = _not_asked(node, post)  # the post before it was the answer
         if seen != "same":
             window.add(post.fingerprint)
             if isinstance(post, PendingPost):
@@ -97,3 +125,75 @@ def _with_used_id(node: Node, post: PendingPost | RejectedPost) -> RejectedPost:
         post = post.rejected(Code.DUPLICATE_ID, reason)
     _, fingerprint = _frame_id(node, post.frame)
     return RejectedPost(post.frame, post.rejection, post.id, fingerprint, post.names)
+
+
+def _must_answer(node: Node, message: Message) -> bool | None:
+    """Return whether a message must be an answer; None if its sender may not post it."""
+    to = CLIENT if message.to.startswith(_CLIENTS) else message.to
+    return must_answer(node.hello.role, message.kind, to)
+
+
+def _lacks_request(node: Node, post: PendingPost) -> bool:
+    """Return whether a post must answer a request that its node has, and does not."""
+    if not _must_answer(node, post.message):
+        return False
+    seq = post.frame.consumes[0] if post.frame.consumes else -1
+    # What comes to the node's own address is about its messages, and asks for nothing.
+    return seq >= node.sent or node.pending.get(seq) in (None, node_address(node.name))
+
+
+def _not_asked(node: Node, post: PendingPost) -> RejectedPost:
+    """Return the rejection of a post that nobody asked for."""
+    text = (
+        f"expected {post.message.kind!r} to answer a message that this node has received and not "
+        "answered, to name it in re, and to consume it"
+    )
+    # Its id is not used up: the same answer may come again once it was asked.
+    _, fingerprint = _frame_id(node, post.frame)
+    rejection = Rejection(Code.NOT_ASKED, text)
+    return RejectedPost(post.frame, rejection, post.message.id, fingerprint, post.names)
+
+
+def _check_message(node: Node, message: Message) -> None:
+    """Check that a node may post a message: its sender, run, depth; and its kind and address.
+
+    Raises:
+        WireError: the reason for a rejection.
+    """
+    if message.sender != node.name or message.run != node.run.id:
+        raise WireError(
+            f"expected a message from {node.name} in run {node.run.id}, "
+            f"got one from {message.sender} in {message.run}",
+            Code.NOT_OWN,
+        )
+    if message.kind in BROKERS_OWN:
+        raise WireError(f"only the broker may send {message.kind!r}", Code.RESERVED_KIND)
+    if is_deeper(message.body, MAX_DEPTH):
+        raise WireError(f"expected a body nested at most {MAX_DEPTH} deep", Code.TOO_DEEP)
+    if _must_answer(node, message) is None:
+        if fault := _address_fault(message.to, node.run.total_clients):
+            raise WireError(fault, Code.NO_ADDRESS)
+        text = f"the {node.hello.role} may not post {message.kind!r} to {message.to!r}"
+        raise WireError(text, Code.NOT_ALLOWED)
+    if message.to == TIMER:
+        timer_of(message)
+    elif message.to.startswith(_CLIENTS) and (
+        fault := _address_fault(message.to, node.run.total_clients)
+    ):
+        raise WireError(fault, Code.NO_ADDRESS)
+
+
+def _address_fault(address: str, clients: int) -> str:
+    """Return why an address does not exist in a run with this number of clients; "" if it does."""
+    if address in _ADDRESSES:
+        return ""
+    kind, _, number = address.partition("/")
+    if kind != CLIENT or not number.isascii() or not number.isdigit():
+        return f"no such address: {address!r}"
+    if number != str(int(number)):
+        return f"no such address: {address!r}; expected client/{int(number)}"
+    if int(number) >= clients:
+        return (
+            f"client {number} is out of range: this run has {clients} clients, 0 to {clients - 1}"
+        )
+    return ""

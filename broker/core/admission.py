@@ -1,80 +1,162 @@
-"""Check which nodes may join a run, and which messages they may post."""
+"""Decide which nodes may join which run: by key, by name, and by the broker's limits."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+
+from fedmq.broker.access.owners import is_owner, session_number
+from fedmq.broker.access.rights import Access, Origin, Rights
 from fedmq.broker.core.state import Node, RunState
-from fedmq.broker.errors import WireError
-from fedmq.broker.rejections import Code
+from fedmq.broker.rejections import RejectCode
+from fedmq.broker.settings import BrokerSettings, Limits
 from fedmq.broker.wire.addresses import (
     AGGREGATOR,
     BROKER,
-    CHECKPOINT,
-    CONTINUED,
-    EVALUATOR,
     MAX_RANGES,
     RECORD,
     ROLES,
-    TIMER,
+    WORKER,
     addresses,
     name_fault,
 )
-from fedmq.broker.wire.encoding import is_deeper
 from fedmq.broker.wire.schema import (
-    MAX_DEPTH,
     MAX_MESSAGE_BYTES,
     MAX_NAMED,
     Hello,
-    Message,
+    Range,
     Serving,
     Wait,
 )
 
 MAX_CLIENTS = 1 << 20
-MAX_EARLY = 10_000
-"""Most connections that may wait for a run that has not started."""
-MAX_TIMER_S = 1e9
-BROKERS_OWN = ("joined", "left", "tick", "refused", CONTINUED)
-"""Kinds of messages that only the broker may send."""
+"""Most clients of a run."""
+Fault = tuple[RejectCode, str]
+"""Code and reason of a rejection."""
 
 
-def wrong_name(hello: Hello) -> tuple[str, str] | None:
-    """Return (code, reason) if the name of the node or of its run is invalid."""
+def key_fault(access: Access, key: str, revoked: str) -> Fault | None:
+    """Return (code, reason) if a key may do nothing; an invite's key may only enroll.
+
+    Args:
+        access: all keys and invites.
+        key: of the connection; "" without one.
+        revoked: name that the key had when it was revoked, if it was.
+    """
+    if access.rights_of(key) is not None:
+        return None
+    if not key:
+        return RejectCode.KEY, "this broker admits no connection without a key"
+    if key in access.invites:
+        text = "an invite only serves to hand in a key; enroll one, and connect with that"
+        return RejectCode.KEY, text
+    if revoked:
+        return RejectCode.KEY, f"the key {revoked} has been revoked"
+    return RejectCode.KEY, "the key is not authorised; ask for an invite"
+
+
+def malformed(hello: Hello, settings: BrokerSettings) -> Fault | None:
+    """Return (code, reason) if no run could admit such a Hello; reads the Hello alone."""
     if fault := name_fault(hello.node):
-        return "name", f"invalid node name: {fault}; set one with --name"
+        return RejectCode.NAME, f"invalid node name: {fault}; set one with --name"
+    if hello.node in (BROKER, RECORD):
+        return RejectCode.NAME, f"the node name {hello.node!r} is reserved"
     if hello.run and (fault := name_fault(hello.run)):
-        return "run", f"invalid run name: {fault}"
+        return RejectCode.RUN, f"invalid run name: {fault}"
+    if fault := name_fault(hello.session):
+        return RejectCode.SESSION, f"invalid session id: {fault}"
     if hello.role == AGGREGATOR and not hello.run:
-        return "run", "an aggregator must name its run"
+        return RejectCode.RUN, "an aggregator must name its run"
+    if hello.role not in ROLES:
+        return RejectCode.ROLE, f"unknown role {hello.role!r}; choose from {', '.join(ROLES)}"
+    if (size := len(hello.config.encode())) > (most := MAX_MESSAGE_BYTES // 2):
+        return RejectCode.CONFIG, f"expected a configuration of at most {most} bytes, got {size}"
+    if hello.clients and hello.role != WORKER:
+        return RejectCode.CLIENT, f"only workers host clients; this node is the {hello.role}"
+    if (count := len(hello.clients)) > MAX_RANGES:
+        return RejectCode.CLIENT, f"expected at most {MAX_RANGES} ranges of clients, got {count}"
+    if hello.total_clients > MAX_CLIENTS:
+        text = f"expected at most {MAX_CLIENTS} clients, got {hello.total_clients}"
+        return RejectCode.RUN, text
+    for low, high in hello.clients:
+        if low > high:
+            text = f"expected a range of clients from low to high, got {low}-{high}"
+            return RejectCode.CLIENT, text
+    hosted, most = sum(high - low + 1 for low, high in hello.clients), settings.limits.clients
+    if hosted > most:
+        text = f"a node may host at most {most} clients (broker.limits.clients), not {hosted}"
+        return RejectCode.LIMIT, text
+    if settings.only_run and hello.run not in ("", settings.only_run):
+        text = f"this broker serves run {settings.only_run} only"
+        return RejectCode.RUN, text
     return None
 
 
-def find_run(runs: dict[str, RunState], hello: Hello) -> RunState | str | None:
+def rights_fault(rights: Rights, hello: Hello) -> Fault | None:
+    """Return (code, reason) if a key's rights do not allow what a Hello asks for."""
+    if hello.role not in rights.roles:
+        may = ", ".join(rights.roles) or "nothing"
+        text = f"the key {rights.name} may not be the {hello.role}; its roles: {may}"
+        return RejectCode.ROLE, text
+    if hello.run and not may_join(rights, hello.run):
+        return RejectCode.RUN, f"the key {rights.name} may not join or open run {hello.run}"
+    if rights.clients is not None:
+        beyond = first_beyond(hello.clients, rights.clients)
+        if beyond is not None:
+            return RejectCode.CLIENT, f"the key {rights.name} may not host client {beyond}"
+    return None
+
+
+def may_join(rights: Rights, run: str) -> bool:
+    """Return whether the nodes of a key may join a run, or open it."""
+    return not rights.runs or run in rights.runs
+
+
+def first_beyond(ranges: Iterable[Range], allowed: Sequence[Range]) -> int | None:
+    """Return the first number in ranges that is in no allowed range; None if there is none."""
+    ordered = sorted(allowed)
+    for low, high in ranges:
+        at = low
+        for first, last in ordered:
+            if first <= at <= last:
+                at = last + 1
+        if at <= high:
+            return at
+    return None
+
+
+def find_run(
+    runs: dict[str, RunState], hello: Hello, rights: Rights, owner: str, only_run: str
+) -> RunState | Fault | None:
     """Return the run that a node belongs to.
 
-    Returns None if the node must wait for a run, or the reason (str) for a rejection. For the
+    Returns None if the node must wait for a run, or (code, reason) for a rejection. For the
     aggregator of a new run, returns a new `RunState` that is not in ``runs`` yet.
     """
     if hello.role == AGGREGATOR:
-        return runs.get(hello.run) or RunState(hello.run, hello.config, hello.total_clients)
-    if hello.run:
-        return runs.get(hello.run)
+        known = runs.get(hello.run)
+        return known or RunState(hello.run, hello.config, hello.total_clients, owner=owner)
+    if hello.run or only_run:
+        return runs.get(hello.run or only_run)
     for run in runs.values():
-        known = run.nodes.get(hello.node)
-        if known is not None and known.hello.session == hello.session:
+        node = run.nodes.get(hello.node)
+        if node is not None and node.hello.session == hello.session and node.owner == owner:
             return run
-    current = [run for run in runs.values() if not run.over]
+    current = [run for run in runs.values() if not run.over and may_join(rights, run.id)]
     if len(current) > 1:
-        names = ", ".join(run.id for run in current)
-        return f"this broker serves several runs, choose one with --run-id: {names}"
+        names = ", ".join(run.id for run in current[:MAX_NAMED])
+        more = f" and {len(current) - MAX_NAMED} more" if len(current) > MAX_NAMED else ""
+        text = f"this broker serves several runs, choose one with --run-id: {names}{more}"
+        return RejectCode.RUN, text
     return current[0] if current else None
 
 
-def wait_for_run(runs: dict[str, RunState]) -> Wait:
-    """Return the answer to a node whose run does not exist: it lists the runs that do."""
-    if not runs:
+def wait_for_run(runs: dict[str, RunState], rights: Rights) -> Wait:
+    """Return the answer to a node whose run does not exist: it lists the runs that it may join."""
+    joinable = [run for run in reversed(runs.values()) if may_join(rights, run.id)]
+    if not joinable:
         return Wait(reason="no run has started yet")
-    current = [run.id for run in reversed(runs.values()) if not run.over]
-    ended = [run.id for run in reversed(runs.values()) if run.over]
+    current = [run.id for run in joinable if not run.over]
+    ended = [run.id for run in joinable if run.over]
     serving = Serving(
         tuple(current[:MAX_NAMED]),
         len(current[MAX_NAMED:]),
@@ -84,105 +166,80 @@ def wait_for_run(runs: dict[str, RunState]) -> Wait:
     return Wait(reason="no such run has started yet", serving=serving)
 
 
-def why_not(run: RunState, hello: Hello, known: Node | None) -> tuple[str, str] | None:
-    """Return (code, reason) if the node cannot be admitted."""
-    if hello.role not in ROLES:
-        return "role", f"unknown role {hello.role!r}; choose from {', '.join(ROLES)}"
-    if (size := len(hello.config.encode())) > (most := MAX_MESSAGE_BYTES // 2):
-        return "config", f"expected a configuration of at most {most} bytes, got {size}"
-    if hello.node in (BROKER, RECORD):
-        return "name", f"the node name {hello.node!r} is reserved"
-    if known is not None and known.alive and known.hello.session != hello.session:
-        if not hello.key or hello.key != known.hello.key:
-            return "name", f"a node named {hello.node!r} is already connected"
-        if hello.session < known.hello.session:
-            return "replaced", f"a newer session of {hello.node!r} is connected"
-    elif known is not None and hello.role == AGGREGATOR and hello.session < known.hello.session:
-        # It lacks what the newer session has settled, even if that one is disconnected.
-        return "replaced", f"a newer session of {hello.node!r} was connected"
+def owner_fault(
+    run: RunState, hello: Hello, rights: Rights, owner: str, known: Node | None
+) -> Fault | None:
+    """Return (code, reason) if the name, or the place of the aggregator, is another owner's."""
+    if known is not None and not is_owner(owner, rights, known.owner):
+        if known.alive:
+            return RejectCode.NAME, f"a node named {hello.node!r} is already connected"
+        text = f"the name {hello.node!r} belongs to another node of this run, which has left"
+        return RejectCode.NAME, text
+    if hello.role == AGGREGATOR and run.owner and not is_owner(owner, rights, run.owner):
+        return RejectCode.RUN, f"run {run.id} was opened by another key; choose another run.id"
+    return None
+
+
+def why_not(run: RunState, hello: Hello, owner: str, known: Node | None) -> Fault | None:
+    """Return (code, reason) if a node that owns its name cannot be admitted now."""
+    if known is not None and known.owner == owner and known.hello.session != hello.session:
+        older = session_number(hello.session) < session_number(known.hello.session)
+        # An aggregator's older session lacks what the newer one has settled, wherever that is.
+        if older and (known.alive or hello.role == AGGREGATOR):
+            text = f"a newer session of {hello.node!r} {'is' if known.alive else 'was'} connected"
+            return RejectCode.REPLACED, text
     if (
         known is not None
+        and known.owner == owner
         and known.hello.session == hello.session
         and (known.hello.role, known.hello.clients) != (hello.role, hello.clients)
     ):
-        return "client", f"this session of {hello.node!r} has other clients or another role"
+        text = f"this session of {hello.node!r} has other clients or another role"
+        return RejectCode.CLIENT, text
     if hello.role == AGGREGATOR and hello.config != run.config:
-        return "config", f"run {run.id} has another configuration; set another run.id for this one"
-    if len(hello.clients) > MAX_RANGES:
-        count = len(hello.clients)
-        return "client", f"expected at most {MAX_RANGES} ranges of clients, got {count}"
-    if run.total_clients > MAX_CLIENTS:
-        return "run", f"expected at most {MAX_CLIENTS} clients, got {run.total_clients}"
-    for low, high in hello.clients:
-        if low > high:
-            return "client", f"expected a range of clients from low to high, got {low}-{high}"
+        text = f"run {run.id} has another configuration; set another run.id for this one"
+        return RejectCode.CONFIG, text
+    return _clients_fault(run, hello)
+
+
+def _clients_fault(run: RunState, hello: Hello) -> Fault | None:
+    for _, high in hello.clients:
         if high >= run.total_clients:
-            return "client", (
+            return RejectCode.CLIENT, (
                 f"client {high} is out of range: this run has {run.total_clients} clients, "
                 f"0 to {run.total_clients - 1}"
             )
     if sum(high - low + 1 for low, high in hello.clients) > run.total_clients:
-        return "client", (
-            f"expected each of the {run.total_clients} clients of this run at most once"
-        )
+        text = f"expected each of the {run.total_clients} clients of this run at most once"
+        return RejectCode.CLIENT, text
     for address in addresses(hello):
         host = run.nodes.get(run.hosts.get(address, ""))
         if host is not None and host.alive and host.name != hello.node:
-            return "client", f"{address} is already hosted by {host.name}"
+            return RejectCode.CLIENT, f"{address} is already hosted by {host.name}"
     return None
 
 
-def check_message(node: Node, message: Message) -> None:
-    """Check that a node may post a message: its sender, run, kind, depth and address.
-
-    Raises:
-        WireError: the reason for a rejection.
-    """
-    if message.sender != node.name or message.run != node.run.id:
-        raise WireError(
-            f"expected a message from {node.name} in run {node.run.id}, "
-            f"got one from {message.sender} in {message.run}",
-            Code.NOT_OWN,
-        )
-    if message.kind in BROKERS_OWN:
-        raise WireError(f"only the broker may send {message.kind!r}", Code.RESERVED_KIND)
-    if is_deeper(message.body, MAX_DEPTH):
-        raise WireError(f"expected a body nested at most {MAX_DEPTH} deep", Code.TOO_DEEP)
-    if message.to in (CHECKPOINT, TIMER):
-        if node.hello.role != AGGREGATOR:
-            text = f"only the aggregator may write to {message.to!r}"
-            raise WireError(text, Code.NOT_ALLOWED)
-        if message.to == TIMER:
-            timer_of(message)
-    elif fault := _address_fault(message.to, node.run.total_clients):
-        raise WireError(fault, Code.NO_ADDRESS)
+def run_limit_fault(runs: dict[str, RunState], run: RunState, limits: Limits) -> Fault | None:
+    """Return (code, reason) if one more run may not be opened."""
+    if run.id not in runs and sum(not each.over for each in runs.values()) >= limits.runs:
+        text = f"this broker serves at most {limits.runs} runs (broker.limits.runs)"
+        return RejectCode.LIMIT, text
+    return None
 
 
-def _address_fault(address: str, clients: int) -> str:
-    """Return why an address does not exist in a run with this number of clients; "" if it does."""
-    if address in (AGGREGATOR, EVALUATOR, RECORD):
-        return ""
-    kind, _, number = address.partition("/")
-    if kind != "client" or not number.isascii() or not number.isdigit():
-        return f"no such address: {address!r}"
-    if number != str(int(number)):
-        return f"no such address: {address!r}; expected client/{int(number)}"
-    if int(number) >= clients:
-        return (
-            f"client {number} is out of range: this run has {clients} clients, 0 to {clients - 1}"
-        )
-    return ""
+def node_limit_fault(run: RunState, known: Node | None, limits: Limits) -> Fault | None:
+    """Return (code, reason) if a run may not have one more node."""
+    if known is None and len(run.nodes) >= limits.nodes:
+        text = f"a run may have at most {limits.nodes} nodes (broker.limits.nodes)"
+        return RejectCode.LIMIT, text
+    return None
 
 
-def timer_of(message: Message) -> tuple[str, float]:
-    """Return the token of a requested timer, and its delay in seconds.
-
-    Raises:
-        WireError: the message is not a valid timer request.
-    """
-    match message.body:
-        case {"token": str(token), "after_s": float() | int() as after_s}:
-            if token and 0 <= after_s <= MAX_TIMER_S:
-                return token, float(after_s)
-    text = f"expected a body with a token and after_s from 0 to {MAX_TIMER_S:g}"
-    raise WireError(text, Code.MALFORMED)
+def join_limit_fault(origin: Origin, limits: Limits, *, room: bool) -> Fault:
+    """Return (code, reason) for a node whose source has too many sessions, or joins too often."""
+    if not room:
+        who = "a key" if origin.key else "an address"
+        text = f"{who} may have at most {limits.sessions} live sessions (broker.limits.sessions)"
+        return RejectCode.LIMIT, text
+    text = "this node joins too often (broker.limits.joins_per_s); wait before its next start"
+    return RejectCode.LIMIT, text

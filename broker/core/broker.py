@@ -12,10 +12,8 @@ import heapq
 import math
 from collections.abc import Callable, Sequence
 
-from fedmq.broker.access.rights import OPEN
 from fedmq.broker.core import delivery
 from fedmq.broker.core.acceptance import Acceptance
-from fedmq.broker.core.acknowledgments import PendingAcks
 from fedmq.broker.core.events import (
     AccessChanged,
     Action,
@@ -30,6 +28,7 @@ from fedmq.broker.core.events import (
     TimerFired,
     Unreadable,
 )
+from fedmq.broker.core.joining import Admissions
 from fedmq.broker.core.lifecycles import SessionEvent, SessionState
 from fedmq.broker.core.mailboxes import Mailboxes
 from fedmq.broker.core.sessions import Sessions
@@ -40,15 +39,17 @@ from fedmq.broker.ledger.entries import (
     BlobName,
     Ended,
 )
-from fedmq.broker.rejections import Code
+from fedmq.broker.rejections import Code, RejectCode
 from fedmq.broker.settings import BrokerSettings
 from fedmq.broker.wire import schema
 from fedmq.broker.wire.addresses import AGGREGATOR, BROKER
+from fedmq.broker.wire.chunked_transfer import Owned
 from fedmq.broker.wire.schema import (
     Buffer,
     Chunk,
     ChunkRequest,
     Done,
+    Enroll,
     Goodbye,
     Heartbeat,
     Hello,
@@ -61,8 +62,6 @@ from fedmq.broker.wire.schema import (
     kind_of,
 )
 
-ENDED_NODES = 400
-"""Most nodes that the entry of a run's end lists one by one."""
 HELD_FRAMES = 8192
 """Most frames of a node that wait behind a post whose blobs have not arrived."""
 
@@ -89,10 +88,12 @@ class Broker:
         self._mailboxes = mailboxes or Mailboxes()
         self._mailboxes.store = store
         self._uploads = Uploads(store)
-        self._sessions = Sessions(settings, self._mailboxes, draw_identity, self._uploads.ask)
+        self._sessions = Sessions(settings, self._mailboxes)
+        self._admissions = Admissions(
+            settings, self._mailboxes, self._sessions, draw_identity, self._uploads.ask
+        )
         self._acceptance = Acceptance(self._mailboxes)
-        self._acks = PendingAcks()
-        self._access = OPEN
+        self._acks = delivery.PendingAcks()
         self._full = ""
         self._next_wake = math.inf
 
@@ -127,14 +128,17 @@ class Broker:
         match event:
             case ReceivedFrom():
                 self._received(event, now, out)
-            case Unreadable(peer, error):
-                code = "version" if isinstance(error, VersionError) else "unreadable"
-                out.append(SendTo(peer, Reject(code=code, reason=str(error)[:2000])))
+            case Unreadable(peer, error, origin):
+                fault = self._admissions.key_fault(origin)
+                is_version = isinstance(error, VersionError)
+                code = RejectCode.VERSION if is_version else RejectCode.UNREADABLE
+                code, reason = fault or (code, str(error))
+                out.append(SendTo(peer, Reject(code=code, reason=reason[:2000])))
                 out.append(Log("warning", "unreadable frame", {"reason": str(error)}))
             case AccessChanged():
-                self._access = event.access
+                self._admissions.access_changed(event, now, out)
             case Gone(peer):
-                self._sessions.early.pop(peer, None)
+                self._admissions.early.discard(peer)
                 node = self._sessions.peers.get(peer)
                 if node is not None and node.alive:
                     silent = f"silent for {now - node.last_seen:.1f} s, its connection is gone"
@@ -151,6 +155,7 @@ class Broker:
         For tests and simulations, after each event.
         """
         self._sessions.validate_state()
+        self._admissions.validate_state()
         self._mailboxes.validate_state()
         self._acks.validate_state()
         if self._mailboxes.timers and not self._full and self.deadline is None:
@@ -170,17 +175,25 @@ class Broker:
     # ---- frames
 
     def _received(self, event: ReceivedFrom, now: float, out: list[Action]) -> None:
-        frame, peer = event.frame, event.peer
-        node = self._sessions.peers.get(peer)
-        if self._full and isinstance(frame, Hello | NumberedFrame):
+        frame, peer, origin = event.frame, event.peer, event.origin
+        node = self._sessions.session_of(peer, origin)
+        if node is None or not node.alive or isinstance(frame, Hello):
+            # A live session's key has rights: it ends when they do.
+            if not self._admissions.has_rights(peer, frame, origin, now, out):
+                return
+            if self._full and isinstance(frame, Hello | NumberedFrame):
+                out.append(SendTo(peer, schema.StorageFull(reason=self._full)))
+            elif isinstance(frame, Hello):
+                self._admissions.hello(peer, frame, origin, now, out)
+                return
+        elif self._full and isinstance(frame, NumberedFrame):
             out.append(SendTo(peer, schema.StorageFull(reason=self._full)))
-        elif isinstance(frame, Hello):
-            self._sessions.hello(peer, frame, now, out)
-            return
         if node is None or not node.alive:
             if isinstance(frame, Goodbye):
-                self._sessions.early.pop(peer, None)
-            elif peer not in self._sessions.early and not isinstance(frame, Hello):
+                self._admissions.early.discard(peer)
+            elif isinstance(frame, Enroll):
+                out.append(SendTo(peer, _unexpected("only the holder of an invite enrolls a key")))
+            elif peer not in self._admissions.early and not isinstance(frame, Hello):
                 out.append(SendTo(peer, UnknownSession()))
             return
         if node.run.over and not isinstance(frame, Goodbye):
@@ -211,7 +224,7 @@ class Broker:
                 self._sessions.leave(node, reason or "said goodbye", now, out, clean=not failed)
             case _:
                 reason = f"a node does not send {kind_of(frame)} frames"
-                out.append(SendTo(peer, Reject(code="unexpected", reason=reason)))
+                out.append(SendTo(peer, _unexpected(reason)))
 
     def _take_credit(self, node: Node, taken: int, now: float, out: list[Action]) -> None:
         delivery.note_taken(node, taken)
@@ -255,6 +268,8 @@ class Broker:
         self._uploads.note_message(node, post.message, now)
         if not self._acceptance.is_new(post):
             return post  # a duplicate: its blobs are not needed
+        if (unasked := self._acceptance.unasked(node, post)) is not None:
+            return unasked  # nor are these
         return self._uploads.begin_post(node, post, buffers, out)
 
     def _settle(self, node: Node, now: float, out: list[Action]) -> None:
@@ -287,37 +302,19 @@ class Broker:
     def _serve_chunk(self, node: Node, request: ChunkRequest, out: list[Action]) -> None:
         name = BlobName(node.run.id, request.owner, request.digest)
         reply = Chunk(owner=request.owner, digest=request.digest, start=request.start)
-        here = (self._store.size_of(name) or 0) >= request.start + request.size
+        may = node.may_read(Owned(request.owner, request.digest))
+        here = may and (self._store.size_of(name) or 0) >= request.start + request.size
         out.append(SendTo(node.peer, reply, ((name, request.start, request.size),) if here else ()))
 
     def _end_run(self, node: Node, reason: str, now: float, out: list[Action]) -> None:
         if node.hello.role != AGGREGATOR:
             text = "only the aggregator may end a run"
-            out.append(SendTo(node.peer, Reject(code="unexpected", reason=text)))
+            out.append(SendTo(node.peer, _unexpected(text)))
             return
         run = node.run
         run.over = reason or "over"
-        counts = {
-            name: {
-                "sessions": each.sessions,
-                "sent_bytes": each.sent_bytes + each.read_bytes,
-                "received_bytes": each.received_bytes,
-            }
-            for name, each in run.nodes.items()
-        }
-        # The size of an entry is limited: the last of very many nodes are counted together.
-        names = list(counts)
-        for name in names[ENDED_NODES:]:
-            each = counts.pop(name)
-            others = counts.setdefault("", dict.fromkeys(each, 0))
-            counts[""] = {key: others[key] + each[key] for key in each}
-        if any(run.carried):
-            before = counts.setdefault("", {"sessions": 0, "sent_bytes": 0, "received_bytes": 0})
-            before["sent_bytes"] += run.carried[0]
-            before["received_bytes"] += run.carried[1]
-        entry = Ended(
-            seq=self._mailboxes.number(), at=now, run=run.id, reason=run.over, nodes=counts
-        )
+        seq, counts = self._mailboxes.number(), run.node_counts()
+        entry = Ended(seq=seq, at=now, run=run.id, reason=run.over, nodes=counts)
         out.append(Append(entry))
         self._acks.add(node, now)
         out.extend(self._acks.take())
@@ -351,7 +348,7 @@ class Broker:
             for node in self._sessions.alive():
                 node.last_seen += late_s
                 node.lease_until = now + self._settings.lease_s
-        self._sessions.admit_early(now, out)
+        self._admissions.admit_early(now, out)
         self._sessions.look_after(now, out)
         while self._mailboxes.timers and self._mailboxes.timers[0][0] <= now:
             _, seq, name, token = heapq.heappop(self._mailboxes.timers)
@@ -372,3 +369,7 @@ class Broker:
                 node.lease_until = now + self._settings.lease_s
             self._next_wake = math.inf
         self._full = reason
+
+
+def _unexpected(reason: str) -> Reject:
+    return Reject(code=RejectCode.UNEXPECTED, reason=reason)

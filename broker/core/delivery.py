@@ -3,11 +3,13 @@
 Deliveries go out in the order of their numbers. Each says from which number on the node has
 no other unfinished message (``after``), so a node notices a gap and takes each message once.
 Only a window of deliveries is in flight; the others stay in the ledger, so a slow reader costs
-the broker a few bytes a message.
+the broker a few bytes a message. `PendingAcks` acknowledges frames in the other direction:
+cumulatively, and a little late, because no node waits for that.
 """
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable
 
@@ -16,13 +18,18 @@ from fedmq.broker.core.lifecycles import SessionState
 from fedmq.broker.core.state import Node
 from fedmq.broker.ledger.entries import Accepted, BlobName, blob_name
 from fedmq.broker.wire import schema
+from fedmq.broker.wire.addresses import AGGREGATOR
 from fedmq.broker.wire.encoding import inline_choice
-from fedmq.broker.wire.schema import Deliver, Message
+from fedmq.broker.wire.schema import Ack, Deliver, Message
 
 WINDOW_MESSAGES = 8192
 WINDOW_BYTES = 4 << 20
 RETRY_S = 0.5
 RETRY_MAX_S = 30.0
+ACK_WITHIN_S = 0.1
+"""Longest time until a frame is acknowledged, in seconds."""
+ACK_FRAMES = 128
+"""Frames of one node after which they are acknowledged at once."""
 
 
 def enqueue(node: Node, seq: int, address: str) -> None:
@@ -57,9 +64,10 @@ def delivery(node: Node, seq: int, at: float, data: bytes, message: Message) -> 
         if index in inline:
             beside.append((blob_name(message, blob), 0, blob.size))
             size += blob.size
-        else:
+        elif node.reads_files:
             apart.append((index, blob_name(message, blob)))
             node.pointed_bytes += blob.size
+    node.note_readable(seq, message)
     node.in_flight_bytes += size
     node.in_flight.append((seq, size))
     frame = Deliver(seq=seq, at=at, message=data, inline=inline, after=node.sent)
@@ -79,12 +87,19 @@ def note_taken(node: Node, taken: int) -> None:
         node.in_flight_bytes -= size
 
 
-def start_over(node: Node, got: int) -> None:
-    """After a Hello, queue every pending message that has not arrived at the node."""
+def start_over(node: Node, got: int, read: Callable[[int], Accepted]) -> None:
+    """After a Hello, queue every pending message that has not arrived at the node.
+
+    Of those that have, a node without a record of them may read the blobs again.
+    """
     node.in_flight.clear()
     node.in_flight_bytes = 0
     node.sent = got
     node.queue = deque(seq for seq in node.pending if seq >= got)
+    node.readable.clear()
+    for seq in node.pending if node.hello.role != AGGREGATOR else ():
+        if seq < got:
+            node.note_readable(seq, read(seq).read())
 
 
 def retry_pause(interrupted: int) -> float:
@@ -95,3 +110,42 @@ def retry_pause(interrupted: int) -> float:
 def _may_send(node: Node, now: float) -> bool:
     has_room = len(node.in_flight) < WINDOW_MESSAGES and node.in_flight_bytes < WINDOW_BYTES
     return node.state is not SessionState.AWAITED and node.resume_at <= now and has_room
+
+
+class PendingAcks:
+    """Nodes with frames that were applied but not acknowledged yet.
+
+    Attributes:
+        due: when the oldest of them must be acknowledged; infinite if there are none.
+    """
+
+    def __init__(self) -> None:
+        self.due = math.inf
+        self._pending: dict[int, Node] = {}
+        self._counts: dict[int, int] = {}
+
+    def add(self, node: Node, now: float) -> None:
+        """Schedule an acknowledgment for a frame that has just been applied, or had been before."""
+        key = id(node)
+        self._pending[key] = node
+        count = self._counts[key] = self._counts.get(key, 0) + 1
+        self.due = min(self.due, now + (ACK_WITHIN_S if count < ACK_FRAMES else 0.0))
+
+    def take(self) -> list[SendTo]:
+        """Return all acknowledgments that are pending, and clear them."""
+        sends = []
+        for node in self._pending.values():
+            first = node.pending_frames[0].n if node.pending_frames else node.next_n
+            if first and node.peer:
+                sends.append(SendTo(node.peer, Ack(upto=first - 1)))
+        self._pending.clear()
+        self._counts.clear()
+        self.due = math.inf
+        return sends
+
+    def validate_state(self) -> None:
+        """Raise AssertionError if acknowledgments are pending without a time, or the reverse."""
+        waiting = self.due < math.inf
+        if waiting != bool(self._pending) or self._pending.keys() != self._counts.keys():
+            names = [node.name for node in self._pending.values()]
+            raise AssertionError(f"acknowledgments of {names} are due at {self.due}")

@@ -130,7 +130,9 @@ class SendTo(Struct, frozen=True):
     blobs: Sequence[tuple[BlobName, int, int]] = ()
     """(name, start, size) of each buffer."""
     apart: Sequence[tuple[int, BlobName]] = ()
-    """(index, name) of a delivery's blobs that are not sent with it."""
+    """(index, name) of the blobs of a delivery that its node may read in the ledger's files."""
+    files: bool = False
+    """Of a Welcome: whether the node may read the ledger's files."""
 
 
 class Probe(Struct, frozen=True):

@@ -93,7 +93,7 @@ class SessionState(enum.IntEnum):
     SILENT = 3
     """Its lease has ended, but its connection is up: it is slow."""
     AWAITED = 4
-    """Admitted before the broker restarted; it has not reconnected yet."""
+    """Admitted; since then the broker restarted, or another key uses its connection."""
     FINISHING = 5
     """Its run has ended; it has not said goodbye."""
     LEFT = 6
@@ -119,6 +119,8 @@ class SessionEvent(enum.IntEnum):
     """The aggregator ends the run."""
     RESTART = 7
     """The broker starts, and recovers the session from its ledger."""
+    DISCONNECT = 8
+    """A frame with another key comes over its connection."""
 
 
 SESSION = {
@@ -134,6 +136,7 @@ SESSION = {
         SessionEvent.LEAVE: SessionState.LEFT,
         SessionEvent.RUN_END: SessionState.FINISHING,
         SessionEvent.RESTART: SessionState.AWAITED,
+        SessionEvent.DISCONNECT: SessionState.AWAITED,
     },
     SessionState.SILENT: {
         SessionEvent.HELLO: SessionState.CONNECTED,
@@ -142,6 +145,7 @@ SESSION = {
         SessionEvent.LEAVE: SessionState.LEFT,
         SessionEvent.RUN_END: SessionState.FINISHING,
         SessionEvent.RESTART: SessionState.AWAITED,
+        SessionEvent.DISCONNECT: SessionState.AWAITED,
     },
     SessionState.AWAITED: {
         SessionEvent.HELLO: SessionState.CONNECTED,
@@ -153,6 +157,7 @@ SESSION = {
         SessionEvent.HELLO: SessionState.FINISHING,
         SessionEvent.LEAVE: SessionState.LEFT,
         SessionEvent.RESTART: SessionState.LEFT,
+        SessionEvent.DISCONNECT: SessionState.FINISHING,
     },
     SessionState.LEFT: {
         SessionEvent.HELLO: SessionState.CONNECTED,
@@ -171,7 +176,7 @@ PRESENT = frozenset(
 )
 """States of sessions that have not left."""
 WITHOUT_CONNECTION = frozenset({SessionState.AWAITED, SessionState.FINISHING})
-"""Those in which a session may have no connection: the broker has restarted."""
+"""Those in which a session may have no connection."""
 
 
 class ImpossibleTransition(ValueError):

@@ -14,16 +14,18 @@ from typing import Any
 from msgspec import UNSET
 
 from fedmq.broker.core import delivery
-from fedmq.broker.core.admission import timer_of
 from fedmq.broker.core.deduplication import DedupWindow
 from fedmq.broker.core.events import Action, Append, Store
 from fedmq.broker.core.state import Node, RejectedPost, RunState
+from fedmq.broker.errors import WireError
 from fedmq.broker.ledger.entries import Accepted, Consumed, Refusal, blob_name
+from fedmq.broker.rejections import Code
 from fedmq.broker.wire.addresses import BROKER, CHECKPOINT, RECORD, TIMER, node_address
 from fedmq.broker.wire.encoding import encode_message
-from fedmq.broker.wire.schema import Message
+from fedmq.broker.wire.schema import Deliver, Message
 
 _CONSUMED_BATCH = 1000
+MAX_TIMER_S = 1e9
 
 
 class Mailboxes:
@@ -50,6 +52,13 @@ class Mailboxes:
     def read(self, seq: int) -> Accepted:
         """Return an accepted message by its number."""
         return self.fresh.get(seq) or self.store.read(seq)
+
+    def checkpoint(self, run: RunState) -> Deliver | None:
+        """Return a run's newest checkpoint, for a new session of its aggregator."""
+        if run.checkpoint is None:
+            return None
+        accepted = self.read(run.checkpoint)
+        return Deliver(seq=run.checkpoint, at=accepted.at, message=accepted.message)
 
     def number(self) -> int:
         """Assign the number of the next entry, and return it."""
@@ -213,3 +222,17 @@ class Mailboxes:
         if places and max(places) >= self.next_seq:
             raise AssertionError(f"message {max(places)} is not in the ledger: {self.next_seq} are")
         self.dedup_window.validate_state()
+
+
+def timer_of(message: Message) -> tuple[str, float]:
+    """Return the token of a requested timer, and its delay in seconds.
+
+    Raises:
+        WireError: the message is not a valid timer request.
+    """
+    match message.body:
+        case {"token": str(token), "after_s": float() | int() as after_s}:
+            if token and 0 <= after_s <= MAX_TIMER_S:
+                return token, float(after_s)
+    text = f"expected a body with a token and after_s from 0 to {MAX_TIMER_S:g}"
+    raise WireError(text, Code.MALFORMED)

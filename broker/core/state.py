@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 
 from msgspec import Struct
 
+from fedmq.broker.access.quotas import JOINS_AT_ONCE, Bucket
+from fedmq.broker.access.rights import KEYLESS, Origin
 from fedmq.broker.core.deduplication import PostFingerprint
 from fedmq.broker.core.lifecycles import PRESENT, SessionEvent, SessionState, next_state
 from fedmq.broker.ledger.entries import BlobName, blob_name
@@ -14,6 +16,7 @@ from fedmq.broker.rejections import Code, Rejection
 from fedmq.broker.wire.addresses import AGGREGATOR, num_addresses
 from fedmq.broker.wire.chunked_transfer import Fetcher, Owned
 from fedmq.broker.wire.schema import (
+    MAX_BUFFERS,
     Blob,
     Done,
     Hello,
@@ -25,6 +28,10 @@ from fedmq.broker.wire.schema import (
 UPLOAD_WINDOW_CHUNKS = 8
 """Twice a node's own window, so that chunks arrive while the broker writes (measured on two
 cores: 560 MB/s with 4, 640 with 8, 710 with 16)."""
+ENDED_NODES = 400
+"""Most nodes that the entry of a run's end lists one by one."""
+MAX_READABLE = 1000
+"""Finished blobs that a node's `readable` may hold before they are removed."""
 
 
 @dataclass(frozen=True)
@@ -102,6 +109,11 @@ class Node:
     in_flight: (number, bytes) of each delivery that was sent and not taken yet.
     sent: every pending message below this number has been sent.
     resume_at: no message is delivered before this time, in seconds since 1970.
+    origin: of its connection; the session belongs to the key in it.
+    owner: of its name, see `fedmq.broker.access.owners`.
+    reads_files: whether it may read blobs from the ledger's files.
+    readable: number of the newest delivery that names a blob, by owner and digest.
+    joins: of its name, for the limit of their rate.
     """
 
     hello: Hello
@@ -126,6 +138,11 @@ class Node:
     read_bytes: int = 0
     """The part of these that the node has read from the ledger's files."""
     sessions: int = 0
+    origin: Origin = KEYLESS
+    owner: str = ""
+    reads_files: bool = False
+    readable: dict[Owned, int] = field(default_factory=dict)
+    joins: Bucket = field(default_factory=lambda: Bucket(JOINS_AT_ONCE))
     name: str = field(init=False)
 
     def __post_init__(self) -> None:
@@ -136,6 +153,26 @@ class Node:
     def alive(self) -> bool:
         """Return whether the session has not left: it gets the messages to its addresses."""
         return self.state in PRESENT
+
+    def may_read(self, blob: Owned) -> bool:
+        """Return whether the node may read a blob of its run.
+
+        It has posted the blob, or a message that names it was delivered and is not finished. The
+        aggregator has posted or received all messages of its run.
+        """
+        return (
+            self.readable.get(blob, -1) in self.pending
+            or blob.owner == self.name
+            or self.hello.role == AGGREGATOR
+        )
+
+    def note_readable(self, seq: int, message: Message) -> None:
+        """Let the node read the blobs of an unfinished message that is delivered to it."""
+        if message.blobs and self.hello.role != AGGREGATOR:
+            if len(self.readable) > MAX_READABLE + 2 * MAX_BUFFERS * len(self.pending):
+                self.readable = {k: v for k, v in self.readable.items() if v in self.pending}
+            for blob in message.blobs:
+                self.readable[Owned(message.sender, blob.digest)] = seq
 
     def move(self, event: SessionEvent) -> None:
         """Apply an event to the session.
@@ -195,6 +232,7 @@ class RunState:
     over: why the run has ended; empty until then.
     identity: distinguishes runs with the same id; empty for runs of old ledgers.
     continued: number of the message that reopened the run, or None.
+    owner: of the aggregator's place; "" in a ledger of 0.1.0 until the aggregator joins.
     carried: bytes (to, from) its nodes that earlier brokers have counted.
     """
 
@@ -210,6 +248,7 @@ class RunState:
     over: str = ""
     identity: str = ""
     continued: int | None = None
+    owner: str = ""
     carried: tuple[int, int] = (0, 0)
 
     def traffic(self) -> tuple[int, int]:
@@ -220,6 +259,28 @@ class RunState:
             down + sum(each.sent_bytes + each.read_bytes for each in nodes),
             up + sum(each.received_bytes for each in nodes),
         )
+
+    def node_counts(self) -> dict[str, dict[str, int]]:
+        """Return the sessions and bytes of each node, by name, for the entry of the run's end."""
+        counts = {
+            name: {
+                "sessions": each.sessions,
+                "sent_bytes": each.sent_bytes + each.read_bytes,
+                "received_bytes": each.received_bytes,
+            }
+            for name, each in self.nodes.items()
+        }
+        # The size of an entry is limited: the last of very many nodes are counted together.
+        names = list(counts)
+        for name in names[ENDED_NODES:]:
+            each = counts.pop(name)
+            others = counts.setdefault("", dict.fromkeys(each, 0))
+            counts[""] = {key: others[key] + each[key] for key in each}
+        if any(self.carried):
+            before = counts.setdefault("", {"sessions": 0, "sent_bytes": 0, "received_bytes": 0})
+            before["sent_bytes"] += self.carried[0]
+            before["received_bytes"] += self.carried[1]
+        return counts
 
     def host_of(self, address: str) -> Node | None:
         """Return the connected node that hosts an address, or None."""

@@ -49,6 +49,8 @@ class Opened(Entry, frozen=True):
     total_clients: int
     identity: str = ""
     """Drawn when the run was opened, to distinguish runs with the same id in several ledgers."""
+    owner: str = ""
+    """Of the aggregator's place: a public key, or a digest. Not in ledgers of 0.1.0."""
 
 
 class Accepted(Entry, frozen=True):

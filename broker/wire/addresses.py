@@ -25,6 +25,8 @@ MAX_RANGES = 1000
 CONTINUED = "continued"
 """Kind of the broker's message that a run has been continued."""
 
+CLIENT = "client"
+"""The address of client 17 is ``client/17``."""
 RECORD = "record"
 CHECKPOINT = "checkpoint"
 TIMER = "timer"
@@ -50,7 +52,7 @@ def addresses(hello: Hello) -> Iterator[str]:
     if hello.role == WORKER:
         for low, high in hello.clients:
             for client in range(low, high + 1):
-                yield f"client/{client}"
+                yield f"{CLIENT}/{client}"
     elif hello.role in (AGGREGATOR, EVALUATOR):
         yield hello.role
 

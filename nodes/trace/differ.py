@@ -36,6 +36,7 @@ HONEST = frozenset(
         # Random for each session of a node.
         "body.session",
         "body.key",
+        "body.owner",
         # Times.
         "body.elapsed_s",
         "fold.at",

@@ -9,6 +9,8 @@ import msgspec
 import pytest
 import xxhash
 
+from fedmq.broker.access import rights
+from fedmq.broker.access.rights import KEYLESS
 from fedmq.broker.core.broker import Broker
 from fedmq.broker.core.events import Log, ReceivedFrom, TimerFired
 from fedmq.broker.core.mailboxes import Mailboxes
@@ -63,6 +65,7 @@ class Bench:
         self.logs = []
         self.validates = True
         self.numbers = defaultdict(int)
+        self.origins = {}
         self.payload = types.SimpleNamespace(read=self._read_blob)
         self.cut_bytes, self.damage, self.next_seq = 0, [], 0
         self._actions, self._named = [], ()
@@ -188,9 +191,11 @@ class Bench:
             self.core.validate_state()
         return actions
 
-    def say(self, peer, frame, *buffers):
-        """Handle a frame from a peer; return the actions."""
-        return self.handle(ReceivedFrom(peer, frame, buffers))
+    def say(self, peer, frame, *buffers, origin=None):
+        """Handle a frame from a peer; return the actions. A peer keeps its last origin."""
+        origin = self.origins.setdefault(peer, KEYLESS) if origin is None else origin
+        self.origins[peer] = origin
+        return self.handle(ReceivedFrom(peer, frame, buffers, origin=origin))
 
     def tell(self, peer, frame):
         """Handle a frame from a peer with its next number; return the actions."""
@@ -209,12 +214,19 @@ class Bench:
 
     # ---- nodes
 
-    def join(self, node, role="worker", session="s1", *, clients=(), peer=None, **more):
-        """Send Hello; return the peer. The aggregator opens run `r` with 10 clients."""
+    def join(
+        self, node, role="worker", session="s1", *, clients=(), peer=None, origin=KEYLESS, **more
+    ):
+        """Send Hello; return the peer. The aggregator opens run `r` with 10 clients.
+
+        Each name has a secret of its own, so that its later sessions are the same node's.
+        """
+        more = {"key": f"secret of {node}", **more}
         peer = peer or f"{node}:{session}".encode()
         if role == "aggregator":
             more = {"run": "r", "config": "[run]", "total_clients": 10, **more}
-        self.say(peer, Hello(node=node, role=role, session=session, clients=clients, **more))
+        hello = Hello(node=node, role=role, session=session, clients=clients, **more)
+        self.say(peer, hello, origin=origin)
         return peer
 
     def joined(self, *args, **more):
@@ -299,6 +311,16 @@ class Bench:
             found += [seq for seqs in run.waiting.values() for seq in seqs]
             found += [] if run.checkpoint is None else [run.checkpoint]
         return sorted([*found, *(seq for _, seq, _, _ in self.core._mailboxes.timers)])
+
+
+@pytest.fixture(autouse=True)
+def notes(monkeypatch):
+    """Let any node post a `note` to any address: the tests of the transport need no tasks."""
+    places = ("client", "aggregator", "evaluator", "record", "checkpoint")
+    rows = {(role, "note", to): False for role in ("worker", "evaluator") for to in places[:4]}
+    rows |= {("aggregator", "note", to): False for to in places}
+    for row, asked in rows.items():
+        monkeypatch.setitem(rights.POSTS, row, asked)
 
 
 @pytest.fixture

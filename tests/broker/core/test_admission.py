@@ -4,6 +4,7 @@ import msgpack
 import pytest
 from msgspec import UNSET
 
+from fedmq.broker.access.owners import owner_of
 from fedmq.broker.core.events import Unreadable
 from fedmq.broker.errors import VersionError, WireError
 from fedmq.broker.wire.encoding import decode_frame, decode_message, encode_frame
@@ -15,7 +16,6 @@ from fedmq.broker.wire.schema import (
     Done,
     Goodbye,
     Heartbeat,
-    Hello,
     Reject,
     RunEnded,
     Serving,
@@ -50,6 +50,7 @@ def test_the_aggregator_gets_each_join_and_its_own_is_recorded(bench):
     delivered = [decode_message(frame.message) for frame in bench.take(agg, Deliver)]
     assert [each.body["node"] for each in delivered] == ["w1", "e1"]
     assert delivered[0].body == {
+        "owner": owner_of("", "secret of w1", "s1"),
         "node": "w1",
         "role": "worker",
         "session": "s1",
@@ -68,11 +69,16 @@ def test_the_aggregator_gets_each_join_and_its_own_is_recorded(bench):
         ),
         ({"node": "broker"}, "name", "the node name 'broker'"),
         ({"node": "record"}, "name", "the node name 'record'"),
-        ({"node": "w1"}, "name", "a node named 'w1' is already connected"),
+        ({"node": "w1", "key": "another"}, "name", "a node named 'w1' is already connected"),
         ({"clients": ((5, 10),)}, "client", "client 10 is out of range: this run has 10 clients"),
         ({"clients": ((12, 13),)}, "client", "client 1[23] is out of range.*0 to 9"),
         ({"clients": ((5, 5), (3, 4))}, "client", "client/3 is already hosted by w1"),
-        ({"role": "aggregator"}, "client", "aggregator is already hosted by agg"),
+        ({"role": "aggregator"}, "run", "run r was opened by another key"),
+        (
+            {"role": "aggregator", "key": "secret of agg", "config": "[run]"},
+            "client",
+            "aggregator is already hosted by agg",
+        ),
         ({"role": "aggregator", "run": ""}, "run", "an aggregator must name its run"),
     ],
 )
@@ -277,7 +283,7 @@ def test_hello_again_is_welcome_again_and_offers_what_is_unfinished(bench):
     bench.post(agg, "client/0", "one")
     bench.post(agg, "client/9", "two")
     bench.take(worker)
-    bench.say(worker, Hello(node="w1", role="worker", session="s1", clients=((0, 9),)))
+    bench.join("w1", clients=((0, 9),))
     assert bench.texts(worker) == ["one", "two"]
     assert len(bench.said("joined")) == 2
 
@@ -338,7 +344,9 @@ def test_an_older_node_reads_a_wait_with_a_list_of_runs():
 
 def test_an_aggregator_with_another_configuration_gets_that_of_the_run(bench):
     bench.joined("agg", "aggregator")
-    peer = bench.join("agg", "aggregator", session="s2", config="[algorithm]", peer=b"x")
+    peer = bench.join(
+        "agg", "aggregator", session="s2", config="[algorithm]", peer=b"x", key="another"
+    )
     [reject] = bench.take(peer, Reject)
     assert (reject.code, reject.config) == ("name", UNSET)
     bench.say(b"agg:s1", Goodbye())

@@ -1,7 +1,7 @@
 import msgpack
 import pytest
 
-from fedmq.broker.core.acknowledgments import ACK_WITHIN_S
+from fedmq.broker.core.delivery import ACK_WITHIN_S
 from fedmq.broker.core.events import Append, Put, SendTo
 from fedmq.broker.core.state import UPLOAD_WINDOW_CHUNKS
 from fedmq.broker.core.uploads import (
@@ -182,7 +182,7 @@ def test_a_gap_in_the_posts_makes_the_link_start_over(room):
         ({"sender": "w2"}, "not-own", "expected a message from w1 in run r, got one from w2 in r"),
         ({"run": "q"}, "not-own", "expected a message from w1 in run r, got one from w1 in q"),
         ({"kind": "joined"}, "reserved-kind", "only the broker may send 'joined'"),
-        ({"to": "timer"}, "not-allowed", "only the aggregator may write to 'timer'"),
+        ({"to": "timer"}, "not-allowed", "the worker may not post 'note' to 'timer'"),
         ({"to": "moon"}, "no-address", "no such address: 'moon'"),
         ({"to": "client/"}, "no-address", "no such address: 'client/'"),
         ({"to": "client/-1"}, "no-address", "no such address: 'client/-1'"),

@@ -2,7 +2,7 @@
 
 import pytest
 
-from fedmq.broker.core.admission import MAX_TIMER_S
+from fedmq.broker.core.mailboxes import MAX_TIMER_S
 from fedmq.broker.wire.encoding import decode_message
 from fedmq.broker.wire.schema import (
     Deliver,
@@ -79,7 +79,7 @@ def test_a_request_that_comes_twice_ticks_once(room):
 def test_only_the_aggregator_may_write_there(room, address):
     room.post(W1, address, body={"token": "t", "after_s": 1.0})
     [refusal] = room.refusals()
-    assert refusal.reason == f"only the aggregator may write to {address!r}"
+    assert refusal.reason == f"the worker may not post 'note' to {address!r}"
     assert room.core._mailboxes.runs["r"].checkpoint is None
 
 

@@ -217,11 +217,11 @@ def test_names_are_still_taken_after_a_restart(room):
     room.restart()
     come_back(room, "w1", session="s2", key="of another")
     assert room.take(b"w1:s2")[0].reason == "a node named 'w1' is already connected"
-    come_back(room, "w1", session="s2")
-    assert isinstance(room.take(b"w1:s2")[0], Welcome)
+    come_back(room, "w1", session="2")
+    assert isinstance(room.take(b"w1:2")[0], Welcome)
     room.restart()
-    come_back(room, "w1", session="s1")
-    [reject] = room.take(W1)
+    come_back(room, "w1", session="1")
+    [reject] = room.take(b"w1:1")
     assert reject.code == "replaced"
 
 
@@ -231,7 +231,7 @@ def test_a_run_continues_without_its_aggregator_and_takes_it_back_with_its_confi
     room.restart()
     come_back(room, "w1")
     room.post(W1, "aggregator", "result")
-    room.join("agg", "aggregator", session="s2", config="[run]\nseed = 1")
+    room.join("agg", "aggregator", session="s2", config="[run]\nseed = 1", key="of agg")
     [reject] = room.take(b"agg:s2")
     assert reject.reason == "run r has another configuration; set another run.id for this one"
     come_back(room, "agg", session="s2")

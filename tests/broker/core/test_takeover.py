@@ -13,13 +13,13 @@ from fedmq.broker.wire.schema import (
     Welcome,
 )
 
-AGG = b"agg:s00"
+AGG = b"agg:00"
 
 
 @pytest.fixture
 def room(bench):
     """An aggregator, and a worker with all clients."""
-    bench.joined("agg", "aggregator", session="s00", key="ka")
+    bench.joined("agg", "aggregator", session="00", key="ka")
     start(bench, 0)
     bench.sent.clear()
     return bench
@@ -27,7 +27,7 @@ def room(bench):
 
 def start(bench, number, name="w", **more):
     """Start a worker (again); returns its connection."""
-    fields = {"session": f"s{number:02}", "key": "kw", "clients": ((0, 9),), **more}
+    fields = {"session": f"{number:02}", "key": "kw", "clients": ((0, 9),), **more}
     return bench.join(name, **fields)
 
 
@@ -37,14 +37,14 @@ def left(bench):
 
 def test_a_newer_session_of_the_same_key_takes_over_at_once(room):
     room.post(AGG, "client/3", "task")
-    old = b"w:s00"
+    old = b"w:00"
     [task] = room.take(old, Deliver)
     new = start(room, 1)
     assert room.take(old) == [Reject(code="replaced", reason="a newer session has taken over")]
     assert isinstance(room.sent[new][0][0], Welcome)
     assert room.texts(new) == ["task"]
     kinds = [(kind, body["session"]) for kind, body in room.said() if body["node"] == "w"]
-    assert kinds == [("joined", "s00"), ("left", "s00"), ("joined", "s01")]
+    assert kinds == [("joined", "00"), ("left", "00"), ("joined", "01")]
     assert left(room)[0]["interrupted"] == task.seq
     room.say(old, Heartbeat())
     assert room.take(old) == [UnknownSession()]
@@ -75,11 +75,11 @@ def test_an_older_session_does_not_take_the_name_back(room):
 
 
 def test_an_aggregator_that_was_started_again_finds_its_inbox_as_it_was(room):
-    room.post(b"w:s00", "aggregator", "one")
-    room.post(b"w:s00", "aggregator", "two")
+    room.post(b"w:00", "aggregator", "one")
+    room.post(b"w:00", "aggregator", "two")
     seqs = [frame.seq for frame in room.take(AGG, Deliver)]
     room.tell(AGG, Done(seqs=seqs[:1]))
-    new = room.join("agg", "aggregator", session="s01", key="ka")
+    new = room.join("agg", "aggregator", session="01", key="ka")
     assert room.texts(new) == ["two"]
     assert "interrupted" not in left(room)[0]
 
@@ -90,20 +90,20 @@ def test_only_a_delivered_message_counts_as_interrupted(room):
     room.wake(room.now)
     for number in range(2):
         room.post(AGG, f"client/{number}", f"task {number}")
-    seqs = [frame.seq for frame in room.take(b"w:s01", Deliver)]
+    seqs = [frame.seq for frame in room.take(b"w:01", Deliver)]
     start(room, 2)
     assert left(room)[-1]["interrupted"] == seqs[0]
-    room.tell(b"w:s02", Done(refused={seqs[0]: "odd"}))
+    room.tell(b"w:02", Done(refused={seqs[0]: "odd"}))
     start(room, 3)
     assert left(room)[-1]["interrupted"] == seqs[1], "it is done with what it refused"
-    room.tell(b"w:s03", Done(seqs=seqs))
+    room.tell(b"w:03", Done(seqs=seqs))
     start(room, 4)
     assert "interrupted" not in left(room)[-1]
 
 
 def test_a_goodbye_interrupts_no_message(room):
     room.post(AGG, "client/0", "task")
-    room.say(b"w:s00", Goodbye(reason="stopped"))
+    room.say(b"w:00", Goodbye(reason="stopped"))
     assert "interrupted" not in left(room)[-1]
 
 
@@ -126,7 +126,7 @@ def test_after_two_deaths_at_a_message_the_next_session_has_a_pause(room):
 def killed(new_bench, deaths, deliveries=3):
     """A worker whose sessions ended so often at its first message, and that is back."""
     bench = new_bench(deliveries=deliveries)
-    bench.joined("agg", "aggregator", session="s00", key="ka")
+    bench.joined("agg", "aggregator", session="00", key="ka")
     start(bench, 0)
     bench.post(AGG, "client/0", "deadly", id="agg/deadly")
     bench.post(AGG, "client/1", "harmless")
@@ -135,7 +135,7 @@ def killed(new_bench, deaths, deliveries=3):
         bench.say(AGG, Heartbeat())
         start(bench, number)
     bench.wake(bench.now + 2.0)
-    return bench, f"w:s{deaths:02}".encode()
+    return bench, f"w:{deaths:02}".encode()
 
 
 def test_a_message_that_ends_too_many_sessions_is_dead_lettered(new_bench):
@@ -165,7 +165,7 @@ def test_deaths_at_different_messages_are_not_added_up(new_bench):
 def test_deaths_are_counted_on_after_the_broker_died_too(new_bench):
     bench, _ = killed(new_bench, deaths=2)
     bench.restart()
-    bench.join("agg", "aggregator", session="s00", key="ka", got=10**6)
+    bench.join("agg", "aggregator", session="00", key="ka", got=10**6)
     peer = start(bench, 2)
     bench.wake(bench.now + 2.0)
     assert bench.texts(peer) == ["deadly", "harmless"]
@@ -178,11 +178,11 @@ def test_dead_letters_stay_until_they_are_redelivered_on_request(new_bench):
     [refusal] = bench.refusals()
     bench.restart()
     start(bench, 4)
-    assert bench.texts(b"w:s04") == ["harmless"]
+    assert bench.texts(b"w:04") == ["harmless"]
     bench.restart(redeliver_dead_letters=True)
     assert bench.entries[-1].consumes == (refusal.of,)
     start(bench, 5)
-    assert bench.texts(b"w:s05") == ["harmless", "deadly"]
+    assert bench.texts(b"w:05") == ["harmless", "deadly"]
     count = len(bench.entries)
     bench.restart(redeliver_dead_letters=True)
     assert len(bench.entries) == count
@@ -196,7 +196,7 @@ def test_a_dead_lettered_message_that_is_delivered_again_has_all_its_deliveries_
     start(bench, 4)
     start(bench, 5)
     assert len(bench.refusals()) == 1
-    assert bench.texts(b"w:s05") == ["harmless", "deadly"]
+    assert bench.texts(b"w:05") == ["harmless", "deadly"]
 
 
 def test_a_dead_lettered_message_that_is_delivered_again_reaches_a_session_that_lived_on(new_bench):

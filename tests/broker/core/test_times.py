@@ -96,12 +96,12 @@ def test_a_returning_session_has_joined_again_and_is_delivered_what_it_had(bench
 
 def test_a_restarted_node_takes_the_name_of_its_lapsed_session(bench):
     agg = bench.joined("agg", "aggregator")
-    old = bench.joined("w1", clients=((0, 4),))
+    old = bench.joined("w1", session="1", clients=((0, 4),))
     bench.post(agg, "client/0", "one")
     pass_time(bench, LEASE_S + 1, agg)
-    new = bench.join("w1", session="s2", clients=((0, 4),))
+    new = bench.join("w1", session="2", clients=((0, 4),))
     assert bench.texts(new) == ["one"]
-    bench.join("w1", session="s1", clients=((0, 4),), peer=old)
+    bench.join("w1", session="1", clients=((0, 4),), peer=old)
     assert [type(frame) for frame in bench.take(old)][-1] is Reject
     bench.post(new, "aggregator", "from n 0")
     assert bench.texts(agg) == ["from n 0"]

@@ -4,6 +4,7 @@ from collections import deque
 
 import pytest
 
+from fedmq.broker.access.rights import KEYLESS
 from fedmq.broker.core.lifecycles import SessionState
 from fedmq.broker.wire.schema import Blob, Done, Hello, RunEnded
 
@@ -153,7 +154,8 @@ def finishing_before_the_end(room):
 
 
 def waits_and_is_connected(room):
-    room.core._sessions.early[W1] = Hello(node="w1", role="worker", session="s1"), 0.0
+    hello = Hello(node="w1", role="worker", session="s1")
+    room.core._admissions.early.add(W1, hello, KEYLESS, 0.0)
 
 
 def lease_before_anything_is_due(room):
@@ -209,7 +211,7 @@ PLANTED = {
     awaited_with_a_connection: "w2 is (awaited|connected), but",
     connected_without_a_connection: "w2 is connected without a connection",
     finishing_before_the_end: "w1 is finishing, but run r has not ended",
-    waits_and_is_connected: "is not that of w1",
+    waits_and_is_connected: "waits, but it has a session",
     lease_before_anything_is_due: "a lease ends at [0-9.]+, before anything is due",
     timers_out_of_order: "not at its place in the heap",
     timer_of_another_run: "is of run q, which has ended",

@@ -1,0 +1,86 @@
+"""Count live sessions and joins by where they come from, so that one peer cannot use up a limit."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from fedmq.broker.access.rights import Origin
+from fedmq.broker.settings import Limits
+
+JOINS_AT_ONCE = 20
+"""Joins of one node that its rate does not limit: a node that is restarted joins again."""
+_MOST_SOURCES = 10_000
+
+
+class Bucket:
+    """A token bucket: so many joins at once, then a rate.
+
+    Args:
+        size: tokens of a full bucket, with which it begins.
+    """
+
+    def __init__(self, size: float) -> None:
+        self._size = self._tokens = size
+        self._at = 0.0
+
+    def take(self, now: float, per_s: float) -> bool:
+        """Take a token if there is one; ``per_s`` tokens come back each second."""
+        self._tokens = min(self._size, self._tokens + max(0.0, now - self._at) * per_s)
+        self._at = now
+        if self._tokens < 1.0:
+            return False
+        self._tokens -= 1.0
+        return True
+
+
+class Quotas:
+    """The live sessions and the joins of each source: a key, or an address of another host.
+
+    Connections without a key from this host are not counted by source: all its users share one.
+
+    Args:
+        limits: of the broker.
+
+    Attributes:
+        sessions: number of live sessions by source.
+    """
+
+    def __init__(self, limits: Limits) -> None:
+        self._limits = limits
+        self.sessions: Counter[str] = Counter()
+        self._joins: dict[str, Bucket] = {}
+
+    def has_room(self, origin: Origin) -> bool:
+        """Return whether one more session from this origin may begin."""
+        source = source_of(origin)
+        return not source or self.sessions[source] < self._limits.sessions
+
+    def may_join(self, origin: Origin, own: Bucket, now: float) -> bool:
+        """Count a join; return whether its source and its node, with its own bucket, may."""
+        if not own.take(now, self._limits.joins_per_s):
+            return False
+        source = source_of(origin)
+        if not source:
+            return True
+        if source not in self._joins:
+            if len(self._joins) >= _MOST_SOURCES:
+                del self._joins[next(iter(self._joins))]
+            self._joins[source] = Bucket(self._limits.sessions)
+        return self._joins[source].take(now, self._limits.joins_per_s * JOINS_AT_ONCE)
+
+    def begin(self, origin: Origin) -> None:
+        """Count a session that begins."""
+        if source := source_of(origin):
+            self.sessions[source] += 1
+
+    def end(self, origin: Origin) -> None:
+        """Count a session that has ended."""
+        if source := source_of(origin):
+            self.sessions[source] -= 1
+            if not self.sessions[source]:
+                del self.sessions[source]
+
+
+def source_of(origin: Origin) -> str:
+    """Return the source that a connection counts for; "" for one without a key on this host."""
+    return origin.key or ("" if origin.is_local else origin.address)
