@@ -195,6 +195,9 @@ def cluster(
 )
 @click.option("--redeliver-dead-letters", is_flag=True, help="Deliver dead letters again.")
 @click.option("--once", is_flag=True, help="Exit at the end of the run, and write its summary.")
+@click.option(
+    "--run-id", default="", help="Serve only this run; default with --once: the first to be opened."
+)
 def broker(
     bind: str,
     folder: Path,
@@ -204,6 +207,7 @@ def broker(
     share_files: bool,  # noqa: FBT001 - click's
     redeliver_dead_letters: bool,  # noqa: FBT001 - click's
     once: bool,  # noqa: FBT001 - click's
+    run_id: str,
 ) -> None:
     """Run the broker; it resumes from the ledger in its folder."""
     from fedmq.broker.ledger.reader import read_entries
@@ -227,8 +231,12 @@ def broker(
         ledger_settings = replace(
             table.ledger_settings(), redeliver_dead_letters=redeliver_dead_letters
         )
-        server = BrokerServer(bind, folder / LEDGER, table.settings(), ledger_settings)
-        found = state_of(runs_of(read_entries(folder / LEDGER)).values(), once=once)
+        if run_id and (fault := name_fault(run_id)):
+            raise ConfigError(f"--run-id: {fault}")
+        settings = replace(table.settings(), only_run=run_id, once=once)
+        server = BrokerServer(bind, folder / LEDGER, settings, ledger_settings)
+        runs = runs_of(read_entries(folder / LEDGER))
+        found = state_of([runs[each] for each in runs if run_id in ("", each)], once=once)
         where = f"listening on {server.endpoint}, ledger in {folder / LEDGER}"
         click.echo(f"{where}; {found}", err=True)
         if once:
@@ -236,7 +244,7 @@ def broker(
         with this_process.noting(server.stop):
             server.serve(until_idle=once)
             if once:
-                write_summary(folder, begun_at(folder))
+                write_summary(folder, begun_at(folder), run_id)
                 click.echo(f"summary in {folder / SUMMARY_FILE}", err=True)
         this_process.check()
 
