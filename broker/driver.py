@@ -7,6 +7,7 @@ wait until it is written. What differs between a real and a virtual broker is be
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -49,6 +50,8 @@ from fedmq.broker.wire.schema import Buffer, Chunk, Deliver
 FULL_RETRY_S = 0.25
 """Time between two attempts to write to a full disk, in seconds."""
 _CHUNKS_WAITING = 64
+ACCESS_EACH_S = 0.5
+"""Time between two looks whether the keys or their rights have changed, in seconds."""
 _MOST_READS = 5
 """Requests of an unreadable blob after which the node learns that it is missing."""
 _LOGGED_DAMAGE = 5
@@ -90,6 +93,10 @@ class BrokerDriver:
 
     Attributes:
         core, ledger: as given.
+
+    Raises:
+        OSError: who may connect cannot be read.
+        ValueError: what says who may connect is invalid.
     """
 
     def __init__(
@@ -112,6 +119,14 @@ class BrokerDriver:
         self._shared = self._shareable_folder() if settings.share_files else ""
         """The ledger's folder as nodes are to open it; "" if files are not shared."""
         self._log_opening()
+        self._access_at = math.inf
+        """Time of the next look whether the keys or their rights have changed."""
+        if access is not None:
+            now = clock()
+            self._who = access.load()
+            """Who may connect, as last read."""
+            self.carry_out(core.handle(AccessChanged(self._who), now), now)
+            self._access_at = now + ACCESS_EACH_S
 
     @classmethod
     def open(
@@ -142,6 +157,7 @@ class BrokerDriver:
 
         Raises:
             LedgerError: the ledger cannot be read or written.
+            OSError, ValueError: see `BrokerDriver`.
         """
         ledger, core = open_broker(
             folder,
@@ -161,7 +177,10 @@ class BrokerDriver:
     @property
     def deadline(self) -> float | None:
         """Time at which a turn is needed even if nothing arrives; None for never."""
-        return self.core.deadline if self._held is None else self._retry_at
+        deadline = self.core.deadline if self._held is None else self._retry_at
+        if self._access is None:
+            return deadline
+        return self._access_at if deadline is None else min(deadline, self._access_at)
 
     def turn(self, events: Iterable[Event]) -> None:
         """Handle a batch of events and the timers that are due, write the ledger, then send.
@@ -171,6 +190,8 @@ class BrokerDriver:
         """
         now = self._clock()
         try:
+            if now >= self._access_at:
+                self._look_at_access(now)
             for event in events:
                 self.carry_out(self.core.handle(event, now), now)
             self.carry_out(self.core.handle(TimerFired(), now), now)
@@ -228,14 +249,28 @@ class BrokerDriver:
         except LedgerError as error:
             self._port.log("error", "cannot write the last entries", {"reason": str(error)})
 
+    def _look_at_access(self, now: float) -> None:
+        """Tell the core if the keys or their rights have changed; keep those before if invalid."""
+        self._access_at = now + ACCESS_EACH_S
+        if self._access is None or not self._access.changed():
+            return
+        try:
+            self._who = self._access.load()
+        except (OSError, ValueError) as error:
+            event = "cannot read who has access: the keys and rights from before still apply"
+            self._port.log("error", event, {"reason": str(error)})
+        else:
+            self.carry_out(self.core.handle(AccessChanged(self._who), now), now)
+
     def _enlist(self, key: str, invite: str, now: float) -> AccessChanged:
         """Store a key that came with an invite; return who has access then."""
         if self._access is None:
             raise AssertionError("only a broker with keys has invites")
         try:
-            return AccessChanged(self._access.enroll(key, invite, now))
+            self._who = self._access.enroll(key, invite, now)
         except (OSError, ValueError) as error:
-            return AccessChanged(self._access.load(), key, str(error))
+            return AccessChanged(self._who, key, str(error))
+        return AccessChanged(self._who)
 
     # ---- the ledger
 

@@ -10,6 +10,7 @@
     |   +-- NotKept         bytes are missing; the retention policy may have deleted them
     |   +-- NoSpace         the disk or the quota is full
     +-- BrokerFailed    the broker had to stop while it was serving
+    +-- AccessError     a key file, the access file or an invite is invalid or cannot be used
     +-- EndpointError   an endpoint is invalid, or cannot be listened on
     |   +-- UnresolvedError   its host name has no address
     +-- Rejected        the broker does not admit this node; holds the broker's reason
@@ -127,6 +128,10 @@ def io_error(doing: str, error: OSError, segment: str = "", offset: int = 0) -> 
     """
     kind = NoSpace if error.errno in _NO_SPACE else LedgerError
     return kind(f"{doing}: {error.strerror or error}", segment, offset)
+
+
+class AccessError(BrokerError, ValueError):
+    """A key, a key file, the access file or an invite is invalid, or cannot be read or written."""
 
 
 class BrokerFailed(BrokerError):

@@ -1,97 +1,135 @@
 """The ROUTER loop: the live port of the broker's driver, with real sockets and clock.
 
-One of the three files that use zmq. A plain poll loop that drains the socket with NOBLOCK
-(asyncio takes 2.5 to 11 times as long with small messages). Small frames are copied, chunks
-are not. `fedmq.broker.driver` handles each batch.
+A plain poll loop that drains the socket with NOBLOCK (asyncio takes 2.5 to 11 times as long with
+small messages). Small frames are copied, chunks are not. `fedmq.broker.driver` handles each batch;
+`fedmq.broker.transport` knows where each connection comes from, and decides who is let in.
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
-import os
+import math
 import socket as sockets
+import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import structlog
 import zmq
 
+from fedmq.broker.access.broker_keys import BrokerKeys
+from fedmq.broker.access.curve import KeyPair
+from fedmq.broker.access.rights import Access, AccessStore
 from fedmq.broker.core.events import Event, ReceivedFrom, Unreadable
 from fedmq.broker.core.state import Continuation
 from fedmq.broker.driver import BrokerDriver
-from fedmq.broker.errors import BrokerError, EndpointError, WireError
+from fedmq.broker.errors import BrokerError, WireError
+from fedmq.broker.open_files import reserve_files
 from fedmq.broker.settings import BrokerSettings, LedgerSettings
+from fedmq.broker.transport.connections import Connections
+from fedmq.broker.transport.listening import bind_all, router_socket
+from fedmq.broker.transport.zap import Door
 from fedmq.broker.wire.batching import Outbox
 from fedmq.broker.wire.clock import Clock, milliseconds_until
 from fedmq.broker.wire.encoding import encode_frame
-from fedmq.broker.wire.endpoints import libzmq_address, listening_address, parse_endpoint
 from fedmq.broker.wire.schema import CHUNK_BYTES, Buffer, Heartbeat
-from fedmq.broker.wire.sockets import (
-    COPY_BELOW_BYTES,
-    MAX_FRAME_BYTES,
-    NOBLOCK,
-    receive,
-    send_parts,
-)
+from fedmq.broker.wire.sockets import NOBLOCK, receive, send_parts
 
 _BATCH = 256
 _BATCH_BYTES = CHUNK_BYTES // 2
 """A turn ends after one chunk, so that small messages that came before it are answered first."""
 _BUSY_POLL_MS = 20
 """Time between two attempts to send to connections whose queues are full."""
+_WARN_EACH_S = 600.0
+"""Time between two warnings of a broker that lets anybody connect."""
 
 
 class RouterPort:
     """The broker's socket: the `BrokerPort` of the live broker.
 
     Args:
-        endpoint: to listen on.
-        settings: heartbeats and leases, which the I/O threads keep, too.
+        endpoints: to listen on.
+        settings: heartbeats and leases, which the I/O threads keep, too, and limits.
+        own: the broker's key pair; None for a broker without keys.
+        insecure: whether to listen beyond this host without keys.
 
     Attributes:
         context, socket: of ZeroMQ.
+        endpoints: where nodes can connect, with the real ports.
+        exposed: whether anybody on another host may connect.
         on_space: called with the reason when the disk is full, and with "" once it is writable.
 
     Raises:
-        BrokerError: the endpoint cannot be bound; the message says why.
+        BrokerError: an endpoint cannot be bound; the message says why.
     """
 
-    def __init__(self, endpoint: str, settings: BrokerSettings) -> None:
+    def __init__(
+        self,
+        endpoints: Sequence[str],
+        settings: BrokerSettings,
+        own: KeyPair | None = None,
+        *,
+        insecure: bool = False,
+    ) -> None:
         self.context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        self.socket = self.context.socket(zmq.ROUTER)
-        self.socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
-        self.socket.copy_threshold = COPY_BELOW_BYTES
-        self.socket.setsockopt(zmq.LINGER, 0)
-        self.socket.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME_BYTES)
-        # The I/O threads exchange these heartbeats even while Python is busy in a node.
-        self.socket.setsockopt(zmq.HEARTBEAT_IVL, round(settings.beat_s * 1000))
-        self.socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, round(settings.lease_s * 1000))
+        # Before the first endpoint: without a door, libzmq lets everybody in.
+        self._door = None if own is None else Door(self.context)
+        self.socket = router_socket(self.context, settings, keyed=own is not None)
+        reserve_files(settings.limits.reserved_files)
+        self._connections = Connections(
+            self.context, self.socket, settings.limits, keyed=own is not None
+        )
+        self._drained = True
+        """Whether all messages that had arrived were read in this turn."""
         self.on_space: Callable[[str], None] = lambda _reason: None
         self._outboxes: defaultdict[bytes, Outbox] = defaultdict(Outbox)
         self._logger = structlog.get_logger().bind(node="broker")
         try:
-            self._bind(endpoint)
+            self.endpoints, self.exposed = bind_all(self.socket, endpoints, own, insecure=insecure)
         except BrokerError:
-            self.context.destroy(linger=0)
+            self.close()
             raise
 
-    def _bind(self, text: str) -> None:
-        try:
-            endpoint = parse_endpoint(text, listen=True)
-            address, ipv6 = listening_address(endpoint)
-            self.socket.setsockopt(zmq.IPV6, ipv6)
-            self.socket.bind(libzmq_address(address))
-        except EndpointError as error:
-            raise BrokerError(f"cannot listen on {text}: {error}") from None
-        except zmq.ZMQError as error:
-            if error.errno == errno.EADDRNOTAVAIL:
-                reason = "this host has no such address"
-            else:
-                reason = zmq.strerror(error.errno or 0).lower()
-            raise BrokerError(f"cannot listen on {text}: {reason}") from None
+    def register(self, poller: zmq.Poller) -> None:
+        """Register what `watch` and `drain` read with a poller."""
+        poller.register(self.socket, zmq.POLLIN)
+        poller.register(self._connections.monitor.socket, zmq.POLLIN)
+        if self._door is not None:
+            poller.register(self._door.socket, zmq.POLLIN)
+
+    def admit(self, access: Access) -> None:
+        """Let in the keys that have access from now on, and close connections with other keys."""
+        if self._door is not None:
+            self._door.admit(access)
+            self._connections.close_refused(self._door.is_admitted, time.monotonic())
+
+    def watch(self, ready: Mapping[object, int]) -> None:
+        """Note which connections have come and gone, and decide who is let in.
+
+        Args:
+            ready: what the poller has found readable.
+        """
+        if self._connections.monitor.socket in ready:
+            self._connections.read_events()
+        if self._door is not None and self._door.socket in ready:
+            self._door.answer()
+
+    def tidy(self) -> None:
+        """Close the connections that must go; call it at the end of a turn."""
+        self._connections.tidy(time.monotonic(), drained=self._drained)
+
+    @property
+    def next_close_s(self) -> float | None:
+        """Return in how many seconds `tidy` has a connection to close; None if it has none."""
+        at = self._connections.next_close
+        return None if at is None else max(0.0, at - time.monotonic())
+
+    def close(self, linger_ms: int = 0) -> None:
+        """Close the sockets; what is queued may be sent for a moment."""
+        self._connections.monitor.close()
+        self.context.destroy(linger=linger_ms)
 
     @property
     def has_queued(self) -> bool:
@@ -119,7 +157,8 @@ class RouterPort:
         return True
 
     def disconnect(self, peer: bytes) -> None:
-        """Close a connection, as far as the transport can."""
+        """Close a connection a little later, so that the peer learns why."""
+        self._connections.close(peer, time.monotonic())
 
     def log(self, level: str, event: str, fields: dict[str, Any]) -> None:
         """Log an event for people; ``level`` as in `logging`."""
@@ -128,24 +167,29 @@ class RouterPort:
     def drain(self) -> Iterator[Event]:
         """Yield what has arrived, up to a batch."""
         room = _BATCH_BYTES
+        self._drained = False
         for _ in range(_BATCH):
             if room <= 0:
                 return
             try:
                 first = self.socket.recv(NOBLOCK, copy=False)
             except zmq.Again:
+                self._drained = True
                 return
             peer = first.bytes
+            connection = self._connections.of(peer, first)
             try:
                 if not first.more:
                     raise WireError("expected a header, got an empty message")
                 frames, nbytes = receive(self.socket)
             except WireError as error:
-                yield Unreadable(peer, error)
+                yield Unreadable(peer, error, connection.origin)
                 continue
+            if not connection.has_spoken:
+                self._connections.heard(connection)
             room -= nbytes
             for frame, buffers in frames:
-                yield ReceivedFrom(peer, frame, buffers, nbytes)
+                yield ReceivedFrom(peer, frame, buffers, nbytes, connection.origin)
                 nbytes = 0  # counted with the first frame
 
     def flush(self, sent: Callable[[bytes, int], None]) -> None:
@@ -178,32 +222,42 @@ class BrokerServer:
     """A broker on a real socket, with its ledger in a folder.
 
     Args:
-        endpoint: for example ``tcp://127.0.0.1:7700``; port 0 takes any free one.
+        endpoint: one, or several, to listen on; for example ``tcp://127.0.0.1:7700``; port 0 takes
+            any free one.
         folder: of the ledger; the broker continues from an existing one.
         settings: leases, heartbeats, the delivery limit.
         ledger_settings: durability and retention of the ledger.
         continuation: a recorded run that continues with new sessions of all nodes.
+        keys: the broker's key, and who has access. Then tcp endpoints require keys; Unix sockets
+            do not, because their files belong to this user.
+        insecure: whether to listen beyond this host without keys, so that anybody may connect.
 
     Attributes:
-        endpoint: where nodes can connect, with the real port.
+        endpoints: where nodes can connect, with the real ports.
+        endpoint: the first of them.
 
     Raises:
-        BrokerError: the endpoint cannot be bound (in use, or not an address), or the
-            ledger cannot be read or written.
+        BrokerError: an endpoint cannot be bound (in use, not an address, or open to other hosts
+            without keys), the ledger cannot be read or written, or who has access cannot be read.
     """
 
     def __init__(
         self,
-        endpoint: str,
+        endpoint: str | Sequence[str],
         folder: Path,
         settings: BrokerSettings | None = None,
         ledger_settings: LedgerSettings | None = None,
         continuation: Continuation | None = None,
+        *,
+        keys: BrokerKeys | None = None,
+        insecure: bool = False,
     ) -> None:
         settings = settings or BrokerSettings()
         ledger_settings = ledger_settings or LedgerSettings()
         self._clock = Clock()
-        self._port = RouterPort(endpoint, settings)
+        endpoints = [endpoint] if isinstance(endpoint, str) else endpoint
+        own = None if keys is None else keys.own
+        self._port = RouterPort(endpoints, settings, own, insecure=insecure)
         try:
             self._driver = BrokerDriver.open(
                 folder,
@@ -212,11 +266,14 @@ class BrokerServer:
                 self._port,
                 self._clock,
                 continuation=continuation,
+                access=None if keys is None else _Admitting(keys.access, self._port),
             )
         except BrokerError:
-            self._port.context.destroy(linger=0)
+            self._port.close()
             raise
-        self.endpoint = os.fsdecode(cast("bytes", self._port.socket.getsockopt(zmq.LAST_ENDPOINT)))
+        self.endpoints = self._port.endpoints
+        self.endpoint = self.endpoints[0]
+        self._warn_at = 0.0 if self._port.exposed else math.inf
         self._wake_reader, self._wake_writer = sockets.socketpair()
         self._stopping = False
 
@@ -244,11 +301,11 @@ class BrokerServer:
             BrokerFailed: the ledger cannot be read or written, other than for a full disk.
         """
         poller = zmq.Poller()
-        poller.register(self._port.socket, zmq.POLLIN)
+        self._port.register(poller)
         poller.register(self._wake_reader, zmq.POLLIN)
         try:
             while not (self._stopping or (until_idle and self._is_idle())):
-                poller.poll(self._timeout_ms())
+                self._port.watch(dict(poller.poll(self._timeout_ms())))
                 self._turn()
         finally:
             self.close()
@@ -258,13 +315,18 @@ class BrokerServer:
         try:
             self._driver.close()
         finally:
-            self._port.context.destroy(linger=200)
+            self._port.close(linger_ms=200)
             self._wake_reader.close()
             self._wake_writer.close()
 
     def _turn(self) -> None:
         self._driver.turn(self._port.drain())
         self._port.flush(self._driver.core.sent)
+        self._port.tidy()
+        if self._clock() >= self._warn_at:
+            self._warn_at = self._clock() + _WARN_EACH_S
+            event = "anybody who reaches this broker may take part: it runs with --insecure"
+            self._port.log("warning", event, {"endpoints": self.endpoints})
 
     def _is_idle(self) -> bool:
         return self._driver.core.idle and not self._port.has_queued
@@ -272,4 +334,31 @@ class BrokerServer:
     def _timeout_ms(self) -> int | None:
         if self._port.has_queued:
             return _BUSY_POLL_MS
-        return milliseconds_until(self._driver.deadline, self._clock())
+        now, due = self._clock(), self._driver.deadline
+        deadline = min(math.inf if due is None else due, self._warn_at)
+        if (closing_s := self._port.next_close_s) is not None:
+            deadline = min(deadline, now + closing_s)
+        return milliseconds_until(None if deadline == math.inf else deadline, now)
+
+
+class _Admitting:
+    """An `AccessStore` that lets in those who have access, each time that it is read."""
+
+    def __init__(self, store: AccessStore, port: RouterPort) -> None:
+        self._store, self._port = store, port
+
+    def load(self) -> Access:
+        """See `AccessStore`."""
+        return self._admit(self._store.load())
+
+    def changed(self) -> bool:
+        """See `AccessStore`."""
+        return self._store.changed()
+
+    def enroll(self, key: str, invite: str, now: float) -> Access:
+        """See `AccessStore`."""
+        return self._admit(self._store.enroll(key, invite, now))
+
+    def _admit(self, access: Access) -> Access:
+        self._port.admit(access)
+        return access

@@ -5,8 +5,16 @@ Imports zmq for keys alone: no traffic.
 
 from __future__ import annotations
 
+import struct
+
 import zmq
 from msgspec import Struct
+from zmq.utils import z85
+
+from fedmq.broker.errors import AccessError
+
+_CHARACTERS = 40
+_SHOWN = 60
 
 
 class KeyPair(Struct, frozen=True):
@@ -21,6 +29,20 @@ class KeyPair(Struct, frozen=True):
         public, secret = zmq.curve_keypair()
         return cls(public.decode(), secret.decode())
 
+    @classmethod
+    def of(cls, secret: str) -> KeyPair:
+        """Return the pair of a secret key.
+
+        Raises:
+            AccessError: the text is not a key.
+        """
+        key_bytes(secret, "a secret key")
+        return cls(zmq.curve_public(secret.encode()).decode(), secret)
+
+    def __repr__(self) -> str:
+        """Hide the secret, which does not belong into logs."""
+        return f"KeyPair({self.public!r}, ...)"
+
 
 class NodeKeys(Struct, frozen=True):
     """What a node needs to connect to a broker with keys.
@@ -31,3 +53,30 @@ class NodeKeys(Struct, frozen=True):
 
     own: KeyPair
     broker: str
+
+
+def key_bytes(key: str, what: str = "a public key") -> bytes:
+    """Return the 32 bytes of a key.
+
+    Args:
+        key: in Z85.
+        what: names the key in the error; a secret key is not shown there.
+
+    Raises:
+        AccessError: the text is not a key.
+    """
+    try:
+        if len(key) != _CHARACTERS:
+            raise ValueError(f"{len(key)} characters")
+        data = z85.decode(key)
+        if z85.encode(data) != key.encode():
+            raise ValueError("not in Z85")
+    except (ValueError, KeyError, struct.error):
+        got = f"{len(key)} characters" if "secret" in what else repr(key[:_SHOWN])
+        raise AccessError(f"expected {what}: {_CHARACTERS} characters of Z85, got {got}") from None
+    return data
+
+
+def key_text(data: bytes) -> str:
+    """Return a key of 32 bytes in Z85."""
+    return z85.encode(data).decode()

@@ -51,7 +51,7 @@ class Origin(Struct, frozen=True):
 KEYLESS = Origin()
 
 
-class Rights(Struct, frozen=True, kw_only=True):
+class Rights(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What the holder of a key may do.
 
     name: of the key, for people; unique at its broker.
@@ -83,7 +83,7 @@ LOCAL = Rights(name="local", read_files=True)
 """Rights of connections without a key, on this host or at an ``--insecure`` broker."""
 
 
-class Invite(Struct, frozen=True, kw_only=True):
+class Invite(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Lets nodes hand in keys of their own, which get its rights.
 
     rights: of each key that is handed in; its ``key`` is the invite's own public key.

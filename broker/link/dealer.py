@@ -1,31 +1,29 @@
-"""The live port of a link: a DEALER socket, the real clock, and a thread beside the program's.
-
-One of the three files that use zmq.
-"""
+"""The live port of a link: a DEALER socket, the real clock, and a thread beside the program's."""
 
 from __future__ import annotations
 
 import contextlib
-import socket as sockets
+import shlex
 import threading
-from collections import deque
 from collections.abc import Sequence
 
 import structlog
 import zmq
 
+from fedmq.broker.access.curve import NodeKeys
 from fedmq.broker.errors import EndpointError, LinkClosed, VersionError, WireError
 from fedmq.broker.link.contact import sentence
 from fedmq.broker.link.events import BackInTouch, Blocked, OutOfTouch
 from fedmq.broker.link.port import Loop, Received
-from fedmq.broker.link.probe import probe
+from fedmq.broker.link.probe import Listener, ProbeResult, probe
 from fedmq.broker.link.thread_handoff import LoopHandoff
+from fedmq.broker.transport.dealer_socket import DealerSocket, HandshakeFailure
 from fedmq.broker.wire.batching import Outbox
 from fedmq.broker.wire.clock import Clock, milliseconds_until
 from fedmq.broker.wire.encoding import encode_frame
-from fedmq.broker.wire.endpoints import libzmq_address, parse_endpoint, resolve
+from fedmq.broker.wire.endpoints import parse_endpoint, resolve
 from fedmq.broker.wire.schema import Buffer, Frame, Hello, Welcome
-from fedmq.broker.wire.sockets import COPY_BELOW_BYTES, MAX_FRAME_BYTES, receive, send_parts
+from fedmq.broker.wire.sockets import receive, send_parts
 
 _TRIES_A_FAMILY = 2
 """Hellos without an answer before the other address family of the host name is tried."""
@@ -37,18 +35,22 @@ class DealerPort:
     Args:
         endpoint: of the broker.
         hello: the node's Hello; its node and run are named in the log.
+        keys: of the node and the broker; None for a broker without keys. Not used over a Unix
+            socket.
 
     Raises:
         LinkClosed: the endpoint is invalid, or its host name has no address.
     """
 
-    def __init__(self, endpoint: str, hello: Hello) -> None:
+    def __init__(self, endpoint: str, hello: Hello, keys: NodeKeys | None = None) -> None:
         try:
             self._address = parse_endpoint(endpoint)
-            self._families = deque(resolve(self._address))
+            families = resolve(self._address)
         except EndpointError as error:
             raise LinkClosed(f"cannot connect to {endpoint}: {error}") from None
         self.endpoint = self._address.text
+        self._keys = None if self._address.path else keys
+        self._role = hello.role
         self.clock = Clock()
         self._run = hello.run
         self._log = structlog.get_logger().bind(node=hello.node)
@@ -58,40 +60,30 @@ class DealerPort:
         self._unreadable = ""
         """The reason last logged for an unreadable frame: repetitions are not logged."""
         self._probing: threading.Thread | None = None
-        self._listener = ""
-        """What the last probe of the silent endpoint found."""
+        self._listener: ProbeResult | None = None
+        """What listens at the silent endpoint, if it is known."""
         self._loop: Loop | None = None
         self._thread: threading.Thread | None = None
         self._closing = False
         self.lock = LoopHandoff(self._is_over)
 
-        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        self._socket = self._context.socket(zmq.DEALER)
-        self._socket.copy_threshold = COPY_BELOW_BYTES
-        self._socket.setsockopt(zmq.IMMEDIATE, 1)
-        self._socket.setsockopt(zmq.LINGER, 0)
-        self._socket.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME_BYTES)
-        self._socket.setsockopt(zmq.RECONNECT_IVL, 50)
-        self._socket.setsockopt(zmq.RECONNECT_IVL_MAX, 1000)
         try:
-            self._connect()
+            self._dealer = DealerSocket(self._address, families, keys)
         except zmq.ZMQError as error:
-            self._context.destroy(linger=0)
             self.lock.close()
             raise LinkClosed(f"cannot connect to {endpoint}: {str(error).lower()}") from None
+        self._register()
+
+    def _register(self) -> None:
+        """Use the present socket of the dealer."""
+        self._socket = self._dealer.socket
         self._incoming, self._both_ways = zmq.Poller(), zmq.Poller()
         for poller, events in (
             (self._incoming, zmq.POLLIN),
             (self._both_ways, zmq.POLLIN | zmq.POLLOUT),
         ):
             poller.register(self.lock.wakeup, zmq.POLLIN)
-            poller.register(self._socket, events)
-
-    def _connect(self) -> None:
-        """Connect with the first of the address families."""
-        # libzmq resolves a name in one family only, each time it connects.
-        self._socket.setsockopt(zmq.IPV6, self._families[0] is sockets.AF_INET6)
-        self._socket.connect(libzmq_address(self.endpoint))
+            self._dealer.register(poller, events)
 
     def start(self, loop: Loop) -> None:
         """Start the thread that runs turns while the program does not."""
@@ -118,11 +110,10 @@ class DealerPort:
         """
         self._outgoing = Outbox()
         self._unanswered += 1
-        if len(self._families) > 1 and self._unanswered > _TRIES_A_FAMILY:
+        if self._dealer.has_families and self._unanswered > _TRIES_A_FAMILY:
             self._unanswered = 1
-            self._families.rotate()
-            self._socket.disconnect(libzmq_address(self.endpoint))
-            self._connect()
+            self._dealer.try_next_family()
+            self._register()
 
     def send(self, frame: Frame, buffers: Sequence[Buffer]) -> None:
         """Queue a frame."""
@@ -140,9 +131,52 @@ class DealerPort:
     def wait(self, until: float | None) -> None:
         """Wait until a frame arrives, frames can be sent, or the time has come."""
         poller = self._both_ways if self._outgoing else self._incoming
-        ready = poller.poll(milliseconds_until(until, self.clock()))
-        if self.lock.wakeup in dict(ready):
+        retry_at = self._dealer.retry_at
+        if retry_at is not None and (until is None or retry_at < until):
+            until = retry_at
+        ready = dict(poller.poll(milliseconds_until(until, self.clock())))
+        if self.lock.wakeup in ready:
             self.lock.clear_wakeup()
+        if retry_at is not None or self._dealer.monitor in ready:
+            self._watch()
+
+    def _watch(self) -> None:
+        """Report a new reason for which the handshake fails, and connect again if it is time."""
+        before = self._dealer.failure
+        if self._dealer.turn(self.clock()):
+            self._register()
+        failure = self._dealer.failure
+        if failure is before:
+            return
+        self._listener = self._finding(failure)
+        if self._listener is not None:
+            found = self._listener.listener.value
+            text = f"cannot connect to the broker at {self.endpoint}"
+            self._log.warning(text, reason=self._listener.text, found=found)
+
+    def _finding(self, failure: HandshakeFailure | None) -> ProbeResult | None:
+        """Return what a failed handshake proves about the broker; None if nothing."""
+        match failure:
+            case HandshakeFailure.KEY_REFUSED if self._keys is not None:
+                key = shlex.quote(self._keys.own.public)
+                text = (
+                    f"the broker does not accept this node's key: authorise it there with "
+                    f"`fedmq keys authorize {key} --role {self._role}`"
+                )
+                return ProbeResult(Listener.KEY_REFUSED, text)
+            case HandshakeFailure.OTHER_MECHANISM if self._keys is not None:
+                text = (
+                    "the socket there uses no keys, and this node has the broker's key: the broker "
+                    "was started without its keys, or another program listens there"
+                )
+                return ProbeResult(Listener.WITHOUT_KEYS, text)
+            case HandshakeFailure.OTHER_MECHANISM:
+                text = (
+                    "the broker there requires keys, and this node has none for it: join it with "
+                    "an invite, or give this node the broker's public key"
+                )
+                return ProbeResult(Listener.SECURED, text)
+        return None
 
     def receive(self) -> Received:
         """Return the frames of the next message; none if no message has arrived.
@@ -163,7 +197,7 @@ class DealerPort:
                     text = f"the answer from {self.endpoint} is not in fedmq's protocol"
                     self._log.warning(text, reason=self._unreadable)
             else:
-                self._unanswered, self._listener = 0, ""
+                self._unanswered, self._listener = 0, None
                 if self._unreadable and any(isinstance(frame, Welcome) for frame, _ in frames):
                     self._unreadable = ""
                 return frames
@@ -175,18 +209,20 @@ class DealerPort:
         if self._thread is not None:
             self._thread.join()
         # A goodbye may still be in flight: give it a moment.
-        self._context.destroy(linger=200)
+        self._dealer.close(linger_ms=200)
         self.lock.close()
 
     # ---- reports
 
     def report(self, report: Blocked | OutOfTouch | BackInTouch) -> None:
-        """Log a report; the one of a silent broker with what a probe of its endpoint finds."""
+        """Log a report; the one of a silent broker with what listens at its endpoint."""
         match report:
             case Blocked(reason):
                 self._log.warning("the broker cannot write its ledger", reason=reason)
             case BackInTouch(seconds):
                 self._log.info(f"back in touch with the broker after {seconds:.0f} s")
+            case OutOfTouch(answer=None) if self._finding(self._dealer.failure) is not None:
+                self._log_silence(report)
             case OutOfTouch(answer=None):
                 if self._probing is None or not self._probing.is_alive():
                     self._probing = threading.Thread(
@@ -198,11 +234,26 @@ class DealerPort:
 
     def _probe(self, report: OutOfTouch) -> None:
         """On the probe's thread: find out what listens at the endpoint, and log it."""
-        found = probe(self._address)
-        self._listener = found.text
+        self._listener = self._probe_now()
         if not self._is_over():
-            text = sentence(report, self.endpoint, self._run)
+            self._log_silence(report)
+
+    def _log_silence(self, report: OutOfTouch) -> None:
+        text, found = sentence(report, self.endpoint, self._run), self._listener
+        if found is not None:
             self._log.warning(text, reason=found.text, found=found.listener.value)
+
+    def _probe_now(self) -> ProbeResult:
+        """Find out what listens at the endpoint; may be called from any thread."""
+        found = probe(self._address, curve=self._keys is not None)
+        cut = self._dealer.failure is HandshakeFailure.CUT
+        if self._keys is not None and cut and found.listener is Listener.SILENT:
+            text = (
+                "the broker there closes the connection during the handshake: its key is not "
+                f"{self._keys.broker}, which this node expects, or it has too many connections"
+            )
+            return ProbeResult(Listener.OTHER_KEY, text)
+        return found
 
     def report_failure(self, error: Exception) -> None:
         """Log an error of a turn on the link's thread."""
@@ -210,6 +261,6 @@ class DealerPort:
 
     def listener(self) -> str:
         """Describe what listens at the endpoint; probes it unless a probe has just done so."""
-        if not self._listener:
-            self._listener = probe(self._address).text
-        return self._listener
+        if self._listener is None:
+            self._listener = self._probe_now()
+        return self._listener.text

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from msgspec import UNSET
 from msgspec.structs import replace
 
+from fedmq.broker.access.curve import NodeKeys
 from fedmq.broker.errors import GaveUp, LinkClosed, Rejected, RunOver, VersionError
 from fedmq.broker.link import events as link
 from fedmq.broker.link.blob_reader import BlobReader
@@ -56,13 +57,18 @@ class NodeLink:
         port.start(self)
 
     @classmethod
-    def connect(cls, endpoint: str, hello: Hello) -> NodeLink:
+    def connect(cls, endpoint: str, hello: Hello, keys: NodeKeys | None = None) -> NodeLink:
         """Connect to a broker.
+
+        Args:
+            endpoint: of the broker.
+            hello: the node's Hello.
+            keys: of the node and the broker; None for a broker without keys.
 
         Raises:
             LinkClosed: the endpoint is invalid, or its host name has no address.
         """
-        return cls(DealerPort(endpoint, hello), hello)
+        return cls(DealerPort(endpoint, hello, keys), hello)
 
     def give_up_after(self, seconds: float) -> None:
         """Make waiting methods raise GaveUp after this time without the broker or the run."""

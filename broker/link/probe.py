@@ -18,6 +18,7 @@ _TIMEOUT_S = 1.0
 _GREETING_BYTES = 64
 _GREETING = (b"\xff" + bytes(8) + b"\x7f" + b"\x03\x01" + b"NULL").ljust(_GREETING_BYTES, b"\0")
 """The greeting of ZMTP 3.1 without security: signature, version, mechanism."""
+_NULL, _CURVE = "NULL", "CURVE"
 _VERSION_AT, _MECHANISM = 10, slice(12, 32)
 _COMMAND, _LONG = 0x04, 0x02
 """Flags of a ZMTP frame."""
@@ -40,6 +41,13 @@ class Listener(enum.Enum):
     NOT_ZEROMQ = "not-zeromq"
     OTHER_SOCKET = "other-socket"
     SECURED = "secured"
+    """It requires keys, and this node has none."""
+    WITHOUT_KEYS = "without-keys"
+    """It has no keys, and this node requires them."""
+    KEY_REFUSED = "key-refused"
+    """A broker that does not accept this node's key."""
+    OTHER_KEY = "other-key"
+    """A broker that probably has another key than this node expects."""
     SILENT = "silent"
     """A ZeroMQ ROUTER, like a broker, that does not answer."""
 
@@ -51,14 +59,20 @@ class ProbeResult(NamedTuple):
     text: str
 
 
-def probe(endpoint: Endpoint, timeout_s: float = _TIMEOUT_S) -> ProbeResult:
-    """Probe an endpoint, for up to ``timeout_s`` per address."""
+def probe(endpoint: Endpoint, timeout_s: float = _TIMEOUT_S, *, curve: bool = False) -> ProbeResult:
+    """Probe an endpoint, for up to ``timeout_s`` per address.
+
+    Args:
+        endpoint: where no broker answers.
+        timeout_s: for each of its addresses.
+        curve: whether a broker with keys is expected there; its key is not checked.
+    """
     finding = ProbeResult(Listener.UNREACHABLE, "it has no address")
     tried: list[str] = []
     try:
         for family, address in _addresses(endpoint):
             tried.append(address[0] if isinstance(address, tuple) else address)
-            finding = _try(family, address, timeout_s)
+            finding = _try(family, address, timeout_s, _CURVE if curve else _NULL)
             if finding.listener not in (Listener.REFUSED, Listener.UNREACHABLE):
                 break
     except UnresolvedError as error:
@@ -78,7 +92,7 @@ def _addresses(
 
 
 def _try(
-    family: socket.AddressFamily, address: str | tuple[str, int], timeout_s: float
+    family: socket.AddressFamily, address: str | tuple[str, int], timeout_s: float, expected: str
 ) -> ProbeResult:
     deadline = time.monotonic() + timeout_s
     with socket.socket(family, socket.SOCK_STREAM) as plain:
@@ -93,10 +107,10 @@ def _try(
             return ProbeResult(Listener.UNREACHABLE, f"it did not answer within {timeout_s:g} s")
         except OSError as error:
             return ProbeResult(Listener.UNREACHABLE, (error.strerror or str(error)).lower())
-        return _greet(plain, deadline)
+        return _greet(plain, deadline, expected)
 
 
-def _greet(plain: socket.socket, deadline: float) -> ProbeResult:
+def _greet(plain: socket.socket, deadline: float, expected: str) -> ProbeResult:
     """Find out what is at the other end of a connection."""
     not_zeromq = "a process listens there that does not speak ZeroMQ"
     try:
@@ -117,7 +131,13 @@ def _greet(plain: socket.socket, deadline: float) -> ProbeResult:
                 Listener.OTHER_SOCKET, "a ZeroMQ socket older than version 4 listens there"
             )
         mechanism = greeting[_MECHANISM].rstrip(b"\0").decode("ascii", "replace")
-        if mechanism != "NULL":
+        if expected == mechanism == _CURVE:
+            text = "a broker with keys there does not answer: it is starting, or it is busy"
+            return ProbeResult(Listener.SILENT, text)
+        if mechanism == _NULL != expected:
+            text = "the ZeroMQ socket there has no keys, and this node requires the broker's"
+            return ProbeResult(Listener.WITHOUT_KEYS, text)
+        if mechanism != _NULL:
             return ProbeResult(
                 Listener.SECURED, f"the ZeroMQ socket there requires {mechanism} security"
             )

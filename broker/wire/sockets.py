@@ -14,6 +14,8 @@ from fedmq.broker.wire.encoding import decode_frame, split_header
 from fedmq.broker.wire.schema import CHUNK_BYTES, INLINE_BYTES, MAX_BUFFERS, AnyFrame, Buffer
 
 MAX_FRAME_BYTES = CHUNK_BYTES + 4096
+CURVE_BYTES = 33
+"""What CURVE adds to each frame, which libzmq counts with its size."""
 COPY_BELOW_BYTES = 512 * 1024
 """Smaller parts are copied into zmq: an uncopied part wakes pyzmq's garbage-collector thread, which
 takes longer than the copy (measured)."""

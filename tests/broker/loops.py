@@ -31,9 +31,9 @@ WORKER = Hello(node="w1", role="worker", session="s1", key="kw", clients=((0, 9)
 
 
 @contextlib.contextmanager
-def serving(folder, settings=None, endpoint=ANY):
+def serving(folder, settings=None, endpoint=ANY, **more):
     """Run a broker on a thread; its exception is raised here at the end."""
-    server = BrokerServer(endpoint, folder, settings)
+    server = BrokerServer(endpoint, folder, settings, **more)
     errors = []
 
     def serve():

@@ -15,6 +15,7 @@ from fedmq.broker.link import contact, dealer
 from fedmq.broker.link.node_link import NodeLink
 from fedmq.broker.router import BrokerServer
 from fedmq.broker.settings import BrokerSettings
+from fedmq.broker.transport.dealer_socket import DealerSocket
 from fedmq.broker.wire.schema import Hello
 from tests.broker.loops import AGGREGATOR, WORKER, get, linked, message, serving
 
@@ -50,7 +51,7 @@ def test_a_broker_on_ipv6(tmp_path):
 
 @needs_ipv6
 def test_a_broker_on_all_addresses_is_reached_over_both_families(tmp_path):
-    with serving(tmp_path, endpoint="tcp://*:0") as endpoint:
+    with serving(tmp_path, endpoint="tcp://*:0", insecure=True) as endpoint:
         port = endpoint.rpartition(":")[2]
         with linked(f"tcp://[::1]:{port}", AGGREGATOR) as agg:
             with linked(f"tcp://127.0.0.1:{port}", WORKER):
@@ -74,7 +75,7 @@ def test_a_broker_on_a_socket_file(tmp_path):
 
 def test_an_address_of_another_host_is_reported(tmp_path):
     with pytest.raises(BrokerError, match=r"192\.0\.2\.1:7700: this host has no such address"):
-        BrokerServer("tcp://192.0.2.1:7700", tmp_path)
+        BrokerServer("tcp://192.0.2.1:7700", tmp_path, insecure=True)
 
 
 def test_a_wrong_endpoint_and_a_name_without_address_are_reported_before_any_wait():
@@ -89,15 +90,14 @@ def test_both_address_families_of_a_name_are_tried(tmp_path, monkeypatch):
     families = [socket.AF_INET6, socket.AF_INET]
     monkeypatch.setattr(dealer, "resolve", lambda _: families)
     connected = []
-    real = dealer.DealerPort._connect
+    real = DealerSocket._connect
 
     def connect(link):
         connected.append(link._families[0])
         if link._families[0] == socket.AF_INET:  # on IPv6, nobody listens
             real(link)
 
-    monkeypatch.setattr(dealer.DealerPort, "_connect", connect)
-    monkeypatch.setattr(zmq.Socket, "disconnect", lambda *_: None)
+    monkeypatch.setattr(DealerSocket, "_connect", connect)
     with serving(tmp_path) as endpoint:
         port = endpoint.rpartition(":")[2]
         with linked(f"tcp://localhost:{port}", AGGREGATOR):

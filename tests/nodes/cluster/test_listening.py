@@ -11,8 +11,8 @@ import pytest
 from fedmq.broker.router import RouterPort
 from fedmq.broker.settings import BrokerSettings
 from fedmq.broker.wire.endpoints import MAX_PATH_BYTES
-from fedmq.nodes.cluster import own_socket
-from fedmq.nodes.cluster.own_socket import LOOPBACK, choose_endpoint, remove_socket
+from fedmq.nodes.cluster import listening
+from fedmq.nodes.cluster.listening import LOOPBACK, choose_endpoint, remove_socket
 
 
 @pytest.fixture
@@ -73,11 +73,11 @@ def test_a_file_system_without_sockets_or_permissions_is_reported(short, monkeyp
         raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
 
     with monkeypatch.context() as patch:
-        patch.setattr(own_socket, "_try_socket", refuse)
+        patch.setattr(listening, "_try_socket", refuse)
         endpoint, reason = choose_endpoint(short)
     assert endpoint == LOOPBACK
     assert reason == f"cannot make a socket in {short}/socket: operation not supported"
-    monkeypatch.setattr(own_socket, "restrict", lambda path: f"{path} has the permissions 0777")
+    monkeypatch.setattr(listening, "restrict", lambda path: f"{path} has the permissions 0777")
     assert choose_endpoint(short) == (LOOPBACK, f"{short}/socket has the permissions 0777")
 
 

@@ -1,0 +1,241 @@
+"""The connections of a ROUTER: where each comes from, and which are closed.
+
+libzmq reports a connection that it has accepted or lost by its file descriptor, and each message
+carries the descriptor and the user id that `Door` gave. Descriptors are reused at once; libzmq
+reports the loss before it closes one, so one is used here only if the monitor, read after it was
+duplicated, does not report it as lost.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ipaddress
+import os
+import socket as sockets
+from collections.abc import Callable
+
+import zmq
+from msgspec import Struct
+
+from fedmq.broker.access.rights import Origin
+from fedmq.broker.open_files import files_left, use_reserve
+from fedmq.broker.settings import Limits
+from fedmq.broker.transport.monitor import Monitor
+from fedmq.broker.transport.zap import LOCAL_USER
+
+_EVENTS = int(zmq.EVENT_ACCEPTED | zmq.EVENT_DISCONNECTED)
+_CLOSE_AFTER_S = 0.25
+"""Time for the last frame to a peer, which says why, before its connection is closed."""
+_COUNT_EACH_S = 1.0
+"""Longest time between two counts of the open files."""
+
+
+class _Accepted(Struct, eq=False):
+    """A connection that libzmq has accepted and not reported as lost.
+
+    peer: its routing id, once a message has come. close_at: when to close it; monotonic.
+    host: address of the peer's host; None if it was not asked for yet.
+    """
+
+    fd: int
+    peer: bytes | None = None
+    close_at: float | None = None
+    host: str | None = None
+
+
+class Connection(Struct, eq=False):
+    """A connection from which a message has come.
+
+    origin: what the transport proves about the peer. user: its user id.
+    has_spoken: whether the peer has sent a valid frame.
+    """
+
+    origin: Origin
+    user: str
+    accepted: _Accepted | None
+    has_spoken: bool = False
+
+
+class Connections:
+    """The connections of a ROUTER socket.
+
+    Args:
+        context: of the socket.
+        socket: not bound yet.
+        limits: `waiting` and `reserved_files` limit the connections.
+        keyed: whether messages carry a user id that a `Door` gave; if not, no peer has a key.
+    """
+
+    def __init__(
+        self,
+        context: zmq.Context[zmq.Socket[bytes]],
+        socket: zmq.Socket[bytes],
+        limits: Limits,
+        *,
+        keyed: bool,
+    ) -> None:
+        self.monitor = Monitor(context, socket, _EVENTS)
+        self._limits, self._keyed = limits, keyed
+        self._by_peer: dict[bytes, Connection] = {}
+        self._by_fd: dict[int, _Accepted] = {}
+        self._silent: dict[int, _Accepted] = {}
+        """Those from which no valid frame has come, by descriptor; the oldest first."""
+        self._closing: list[_Accepted] = []
+        self._room = 0
+        """Number of connections at which the reserve of open files begins, at the last count."""
+        self._counted_at = float("-inf")
+
+    def of(self, peer: bytes, part: zmq.Frame) -> Connection:
+        """Return the connection of a message.
+
+        Args:
+            peer: its routing id, which the peer may have chosen.
+            part: a part of the message.
+        """
+        known = self._by_peer.get(peer)
+        if known is not None and (not self._keyed or part.get("User-Id") == known.user):
+            return known
+        return self._first(peer, part)
+
+    def heard(self, connection: Connection) -> None:
+        """Note the first valid frame of a connection."""
+        connection.has_spoken = True
+        if connection.accepted is not None:
+            self._silent.pop(connection.accepted.fd, None)
+
+    def close(self, peer: bytes, now: float) -> None:
+        """Close the connection of a peer a little later, so that it learns why."""
+        known = self._by_peer.get(peer)
+        if known is not None:
+            self._close(known.accepted, now)
+
+    def close_refused(self, is_admitted: Callable[[str], bool], now: float) -> None:
+        """Close the connections whose keys are not admitted any more, a little later."""
+        for known in self._by_peer.values():
+            if not is_admitted(known.origin.key):
+                self._close(known.accepted, now)
+
+    @property
+    def next_close(self) -> float | None:
+        """Time at which `tidy` has a connection to close; monotonic."""
+        return self._closing[0].close_at if self._closing else None
+
+    def read_events(self) -> None:
+        """Read what the monitor reports; needed in every turn in which it is readable."""
+        for event, fd in self.monitor.read():
+            if event == zmq.EVENT_ACCEPTED:
+                self._lost(fd)  # its loss was not reported
+                self._by_fd[fd] = self._silent[fd] = _Accepted(fd)
+            else:
+                self._lost(fd)
+
+    def tidy(self, now: float, *, drained: bool) -> None:
+        """Close the connections that must go.
+
+        Args:
+            now: monotonic.
+            drained: whether all messages that had arrived were read, so that a peer is silent
+                only if it has sent nothing.
+        """
+        while self._closing and (self._closing[0].close_at or 0.0) <= now:
+            self._shut([self._closing.pop(0)])
+        excess = len(self._silent) - self._limits.waiting if drained else 0
+        excess = max(excess, self._over_reserve(now))
+        if excess > 0:
+            self._shut(self._to_evict(excess))
+
+    # ----
+
+    def _first(self, peer: bytes, part: zmq.Frame) -> Connection:
+        """Return a new connection, or one whose routing id another peer had before."""
+        user = str(part.get("User-Id")) if self._keyed else LOCAL_USER
+        fd = int(part.get(zmq.SRCFD))
+        if fd not in self._by_fd:
+            self.read_events()  # libzmq reports a connection before its first message
+        accepted = self._by_fd.get(fd)  # None: it is lost already
+        key = "" if user == LOCAL_USER else user
+        found = Connection(Origin(key, _address(part)), user, accepted)
+        if accepted is not None:
+            if accepted.peer is not None:
+                self._by_peer.pop(accepted.peer, None)
+            accepted.peer = peer
+            self._by_peer[peer] = found
+        return found
+
+    def _lost(self, fd: int) -> None:
+        accepted = self._by_fd.pop(fd, None)
+        if accepted is None:
+            return
+        self._silent.pop(fd, None)
+        if accepted.close_at is not None:
+            with contextlib.suppress(ValueError):  # it was shut before
+                self._closing.remove(accepted)
+        if accepted.peer is not None:
+            known = self._by_peer.get(accepted.peer)
+            if known is not None and known.accepted is accepted:
+                del self._by_peer[accepted.peer]
+
+    def _close(self, accepted: _Accepted | None, now: float) -> None:
+        if accepted is not None and accepted.close_at is None:
+            accepted.close_at = now + _CLOSE_AFTER_S
+            self._closing.append(accepted)
+
+    def _over_reserve(self, now: float) -> int:
+        """Return the number of connections beyond the room that the reserve of files leaves."""
+        near = 2 * len(self._by_fd) >= self._room
+        if near and now >= self._counted_at + _COUNT_EACH_S:
+            self._counted_at = now
+            self._room = len(self._by_fd) + files_left(self._limits.reserved_files)
+        return len(self._by_fd) - self._room
+
+    def _to_evict(self, number: int) -> list[_Accepted]:
+        """Return the silent connections to close: the oldest of the hosts that have most.
+
+        If there are too few, the newest of the others: no room is left for them.
+        """
+        by_host: dict[str, list[_Accepted]] = {}
+        for each in reversed(self._silent.values()):
+            if each.host is None:
+                each.host = _host(each.fd)
+            by_host.setdefault(each.host, []).append(each)
+        evicted: list[_Accepted] = []
+        while len(evicted) < number and by_host:
+            host, silent = max(by_host.items(), key=lambda item: len(item[1]))
+            evicted.append(silent.pop())
+            if not silent:
+                del by_host[host]
+        others = [each for each in self._by_fd.values() if each.fd not in self._silent]
+        return evicted + others[len(others) - max(0, number - len(evicted)) :]
+
+    def _shut(self, connections: list[_Accepted]) -> None:
+        """Shut connections, so that libzmq closes them."""
+        for each in connections:
+            try:
+                with use_reserve():
+                    own = os.dup(each.fd)
+            except OSError:
+                continue  # lost meanwhile
+            with contextlib.suppress(OSError), sockets.socket(fileno=own) as one:
+                self.read_events()
+                if self._by_fd.get(each.fd) is each:
+                    one.shutdown(sockets.SHUT_RDWR)
+
+
+def _address(part: zmq.Frame) -> str:
+    """Return the address of a peer on another host or loopback; "" for a Unix socket."""
+    try:
+        address = ipaddress.ip_address(str(part.get("Peer-Address")))
+    except (ValueError, zmq.ZMQError):
+        return ""
+    mapped = getattr(address, "ipv4_mapped", None)
+    return str(mapped or address)
+
+
+def _host(fd: int) -> str:
+    """Return the address of the host at the other end of a connection; "" if unknown."""
+    try:
+        with use_reserve(), sockets.socket(fileno=os.dup(fd)) as one:
+            name = one.getpeername()
+    except OSError:
+        return ""
+    return str(name[0]) if isinstance(name, tuple) else ""
