@@ -28,8 +28,7 @@ def names(folder: Path) -> list[str]:
 
 
 def listen(endpoint: str) -> None:
-    port = RouterPort(endpoint, BrokerSettings())
-    port.context.destroy(linger=0)
+    RouterPort([endpoint], BrokerSettings()).close()
 
 
 def test_the_endpoint_is_in_a_private_folder_of_the_run(short) -> None:
