@@ -17,6 +17,7 @@ import click
 import xxhash
 from rich.console import Console
 
+from fedmq.broker.file_modes import make_private_folder
 from fedmq.broker.process import give_torch_huge_pages, tune_process
 from fedmq.broker.wire.addresses import MAX_RANGES, name_fault
 from fedmq.nodes.cli.codec import codec
@@ -185,7 +186,7 @@ def cluster(
     "--retain",
     default="everything",
     show_default=True,
-    help="Payloads to keep: everything, unfinished, or a number of bytes.",
+    help="Payloads to keep: everything, unfinished, headers, or a number of bytes.",
 )
 @click.option(
     "--share-files/--no-share-files",
@@ -376,6 +377,6 @@ def _named(config: Config) -> Config:
 
 def _make(folder: Path) -> None:
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_private_folder(folder)
     except OSError as error:
         raise ConfigError(f"--run: cannot make {folder}: {reason_of(error)}") from None

@@ -13,6 +13,7 @@ import structlog
 from structlog.typing import FilteringBoundLogger
 
 from fedmq.broker.errors import LinkClosed
+from fedmq.broker.file_modes import make_private_folder, restrict
 from fedmq.broker.link.node_link import NodeLink
 from fedmq.broker.wire.addresses import name_fault
 from fedmq.broker.wire.schema import Hello, Message
@@ -140,6 +141,7 @@ def node_key(folder: Path | None) -> str:
     try:
         if not path.exists():
             _write(path, secrets.token_hex(16))
+        restrict(path)  # older releases let everybody read it
         return path.read_text().strip()[:64]
     except OSError as error:
         raise NodeError(f"cannot read or write {path}: {reason_of(error)}") from None
@@ -157,6 +159,6 @@ def make_folder(folder: Path) -> None:
         NodeError: the folder cannot be made.
     """
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_private_folder(folder)
     except OSError as error:
         raise NodeError(f"cannot make {folder}: {reason_of(error)}") from None
