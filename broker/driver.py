@@ -37,6 +37,7 @@ from fedmq.broker.core.events import (
 )
 from fedmq.broker.core.state import Continuation
 from fedmq.broker.errors import BrokerFailed, LedgerDamage, LedgerError, NoSpace
+from fedmq.broker.file_modes import restrict_folder
 from fedmq.broker.ledger.disk import LOCAL_DISK, Disk
 from fedmq.broker.ledger.entries import BlobName
 from fedmq.broker.ledger.writer import Ledger
@@ -341,6 +342,8 @@ class BrokerDriver:
     def _log_opening(self) -> None:
         """Log what opening the ledger has found."""
         log, ledger = self._port.log, self.ledger
+        if reason := restrict_folder(ledger.folder):
+            log("warning", "other users may be able to read the ledger", {"reason": reason})
         if ledger.cut_bytes:
             log("warning", "truncated an incomplete record", {"bytes": ledger.cut_bytes})
         skipped = "skipped damaged payload: no unfinished message needs it"

@@ -7,8 +7,12 @@ from typing import Literal
 
 Durability = Literal["process", "power"]
 
-EVERYTHING = None
+Retained = int | Literal["headers"] | None
+"""Payload that a ledger keeps: see `Ledger`."""
+EVERYTHING: Retained = None
 """Retention: delete nothing."""
+HEADERS: Retained = "headers"
+"""Retention: as 0, and no payload of a run that has ended."""
 
 LEAST_SEGMENT_BYTES = 4 << 20
 """A broker would begin smaller segments many times a second: one batch writes up to 2 MiB."""
@@ -85,6 +89,6 @@ class LedgerSettings:
     """
 
     durability: Durability = "process"
-    retain_bytes: int | None = EVERYTHING
+    retain_bytes: Retained = EVERYTHING
     redeliver_dead_letters: bool = False
     share_files: bool = True

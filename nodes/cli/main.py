@@ -166,7 +166,7 @@ def cluster(
     "--retain",
     default="everything",
     show_default=True,
-    help="Payloads to keep: everything, unfinished, or a number of bytes.",
+    help="Payloads to keep: everything, unfinished, headers, or a number of bytes.",
 )
 @click.option(
     "--share-files/--no-share-files",

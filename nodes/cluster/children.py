@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ import structlog
 from fedmq.algorithms.allowed import Allowed
 from fedmq.broker.core.state import Continuation
 from fedmq.broker.errors import BrokerFailed
+from fedmq.broker.file_modes import open_private
 from fedmq.broker.process import tune_process
 from fedmq.nodes.errors import ON_PURPOSE, RunFailed
 from fedmq.nodes.process import logs, streams
@@ -30,6 +32,8 @@ from fedmq.nodes.process.signals import Stopped, this_process
 from fedmq.nodes.run.config import parse
 
 _STOP_S = 5.0
+_OWNER_ONLY = 0o077
+"""The umask of a process that makes files for its owner alone."""
 
 BEYOND_HELP = 3
 """Exit code of a process that failed and would fail again."""
@@ -39,7 +43,7 @@ class ReportKind(enum.Enum):
     """What a process reports to its supervisor."""
 
     READY = "ready"
-    """The broker listens; the text is its endpoint."""
+    """The broker listens; the text is its tcp endpoint, or empty for a socket file."""
     NOTE = "note"
     """The process continues; the text is a sentence for people."""
     ENDING = "ending"
@@ -116,7 +120,7 @@ def _log_to(path: Path, name: str, pipe: Connection) -> None:
             _report(pipe, ReportKind.NOTE, f"{what}; going on without it")
 
     try:
-        with path.open("a") as file:
+        with open_private(path, "ab") as file:
             logs.configure(path, lost, node=name, pid=str(os.getpid()))
             os.dup2(file.fileno(), 1)
             os.dup2(file.fileno(), 2)
@@ -139,18 +143,21 @@ def broker_main(
     folder: Path,
     pipe: Connection,
     text: str,
-    bind: str,
+    endpoint: str,
     continuation: Continuation | None = None,
 ) -> None:
     """Run the broker of a local cluster."""
+    os.umask(os.umask(_OWNER_ONLY) | _OWNER_ONLY)  # for the socket file
     from fedmq.broker.router import BrokerServer
 
-    table = parse(text).broker
+    config = parse(text)
+    table = config.broker
+    settings = replace(table.settings(), only_run=config.run.id)
     server = BrokerServer(
-        bind, folder / "ledger", table.settings(), table.ledger_settings(), continuation
+        endpoint, folder / "ledger", settings, table.ledger_settings(), continuation
     )
     server.on_space = _space_reporter(pipe, folder / "ledger")
-    _report(pipe, ReportKind.READY, server.endpoint)
+    _report(pipe, ReportKind.READY, server.endpoint if server.endpoint.startswith("tcp") else "")
     with this_process.noting(server.stop):
         server.serve()
 

@@ -34,6 +34,7 @@ from fedmq.nodes.cluster.children import (
 )
 from fedmq.nodes.cluster.console import SupervisorConsole
 from fedmq.nodes.cluster.forking import end_forkserver, kill_forkserver
+from fedmq.nodes.cluster.own_socket import choose_endpoint, remove_socket
 from fedmq.nodes.cluster.view import LiveView, closing_table
 from fedmq.nodes.errors import ConfigError, NodeError
 from fedmq.nodes.history.run import RunHistory
@@ -181,18 +182,21 @@ class Cluster:
     def _start_broker(self, text: str) -> str:
         # A new interpreter, so that the broker does not import torch.
         context = mp.get_context("spawn")
-        bind = self._config.broker.bind
-        child = self._start(context, "broker", broker_main, text, bind, self._continuation)
+        endpoint, reason = choose_endpoint(self._folder)
+        if reason:
+            self._say(f"using loopback, which other users of this host can reach: {reason}")
+        child = self._start(context, "broker", broker_main, text, endpoint, self._continuation)
         deadline = time.monotonic() + _START_S
         while time.monotonic() < deadline:
             this_process.check()
             for report in child.reports():
                 if report.kind is ReportKind.READY:
                     # After a restart it listens at the address that the nodes know.
+                    endpoint = report.text or endpoint
                     child.start = functools.partial(
-                        self._start, context, "broker", broker_main, text, report.text
+                        self._start, context, "broker", broker_main, text, endpoint
                     )
-                    return report.text
+                    return endpoint
                 self._print_note(child, report)
             if child.process.exitcode is not None:
                 raise NodeError(child.ending or f"the broker {child.why_ended()}")
@@ -339,6 +343,7 @@ class Cluster:
                 child.process.join(_STOP_S)
                 if child.process.exitcode is None:
                     self._say(f"fedmq: cannot end {child.name}, process {child.process.pid}")
+        remove_socket(self._folder)
         if this_process.count:
             end_forkserver()
 
