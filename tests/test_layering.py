@@ -38,13 +38,13 @@ PARTS = {
     "broker": {
         "settings": "",
         "process": "",
-        "file_modes": "",
         "open_files": "",
+        "file_modes": "",
         "rejections": "",
         "errors": "rejections",
         "wire": "errors rejections",
-        "ledger": "settings errors rejections wire file_modes open_files",
-        "access": "settings errors rejections wire",
+        "ledger": "settings errors rejections wire open_files file_modes",
+        "access": "settings errors rejections file_modes wire",
         "transport": "settings errors open_files wire access",
         "core": "settings errors rejections wire ledger access",
         "link": "errors rejections wire ledger access transport",
@@ -223,8 +223,9 @@ def test_what_a_nodes_link_loads() -> None:
     reading = {"disk", "entries", "lock", "records", "segments"}
     own = {path.stem for path in (ROOT / "broker" / "link").glob("*.py")} - {"__init__"}
     assert ours == {
-        *("fedmq.broker", "errors", "rejections", "file_modes", "wire", "ledger", "link"),
-        *("open_files", "access", "access.curve"),
+        *("fedmq.broker", "errors", "rejections", "wire", "ledger", "link"),
+        *("open_files", "file_modes", "access", "access.curve"),
+        *("transport", "transport.dealer_socket", "transport.monitor"),
         *(f"wire.{name}" for name in wire),
         *(f"ledger.{name}" for name in reading),
         *(f"link.{name}" for name in own),

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import errno
 import ipaddress
+import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import cast
 
 import zmq
 
@@ -84,9 +86,8 @@ def bind_all(
             raise BrokerError(f"cannot listen on {endpoint.text}: {reason}") from None
         if endpoint.has_file:  # whatever the umask allows
             Path(endpoint.path).chmod(0o600)
-            found[endpoint.text] = endpoint.text
-        else:
-            found[endpoint.text] = socket.getsockopt_string(zmq.LAST_ENDPOINT)
+        last = cast("bytes", socket.getsockopt(zmq.LAST_ENDPOINT))
+        found[endpoint.text] = os.fsdecode(last)
     return [found[endpoint.text] for endpoint in endpoints], exposed
 
 
