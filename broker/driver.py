@@ -38,6 +38,7 @@ from fedmq.broker.core.events import (
 )
 from fedmq.broker.core.state import Continuation
 from fedmq.broker.errors import BrokerFailed, LedgerDamage, LedgerError, NoSpace
+from fedmq.broker.file_modes import restrict_folder
 from fedmq.broker.ledger.disk import LOCAL_DISK, Disk
 from fedmq.broker.ledger.entries import BlobName
 from fedmq.broker.ledger.writer import Ledger
@@ -177,6 +178,8 @@ class BrokerDriver:
             continuation=continuation,
             draw_identity=draw_identity,
         )
+        if reason := restrict_folder(folder):
+            port.log("warning", "other users may be able to read the ledger", {"reason": reason})
         return cls(core, ledger, port, clock, ledger_settings, access)
 
     @property

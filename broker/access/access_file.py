@@ -18,7 +18,7 @@ from msgspec.structs import replace
 from fedmq.broker.access.curve import KeyPair, key_bytes
 from fedmq.broker.access.private_files import (
     locked,
-    make_private_folder,
+    make_key_folder,
     read_private,
     replace_private,
 )
@@ -176,7 +176,7 @@ class AccessFile:
 
     def _edit(self, change: Callable[[_Content], _Content]) -> _Content:
         """Change the file; no other process edits it meanwhile. Return the new content."""
-        make_private_folder(self.path.parent)
+        make_key_folder(self.path.parent)
         with locked(self.path):
             before = self._read()
             after = change(before)

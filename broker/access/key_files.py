@@ -15,7 +15,7 @@ from fedmq.broker.access.private_files import (
     check_private_folder,
     create_private,
     locked,
-    make_private_folder,
+    make_key_folder,
     read_private,
     replace_private,
 )
@@ -53,7 +53,7 @@ def new_key(folder: Path, name: str) -> KeyPair:
         AccessError: the name is invalid, the key exists, or the files cannot be written.
     """
     path = key_path(folder, name)
-    make_private_folder(folder)
+    make_key_folder(folder)
     pair = KeyPair.new()
     text = f"{_HEADER}public {pair.public}\nsecret {pair.secret}\n"
     try:
@@ -163,7 +163,7 @@ def add_broker(folder: Path, address: str, key: str) -> None:
         AccessError: the key or the file is invalid, or the file cannot be written.
     """
     key_bytes(key)
-    make_private_folder(folder)
+    make_key_folder(folder)
     path = folder / BROKERS_FILE
     with locked(path):
         brokers = {**known_brokers(folder), address: key}

@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from fedmq.broker.errors import AccessError
+from fedmq.broker.file_modes import FILE_MODE, FOLDER_MODE, make_private_folder
 
 _MOST_BYTES = 16 << 20
 _LOCK_WAIT_S = 2.0
@@ -24,15 +25,14 @@ _LOCK_WAIT_S = 2.0
 _RETRY_S = 0.005
 
 
-def make_private_folder(folder: Path) -> None:
+def make_key_folder(folder: Path) -> None:
     """Create a folder that only this user may open, or check an existing one.
 
     Raises:
         AccessError: it cannot be created, or others may open it.
     """
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        folder.mkdir(mode=0o700, exist_ok=True)
+        make_private_folder(folder)
     except OSError as error:
         raise AccessError(f"cannot create the folder {folder}: {_text(error)}") from None
     check_private_folder(folder)
@@ -129,7 +129,7 @@ def locked(path: Path) -> Iterator[None]:
     """
     lock = path.with_name(f"{path.name}.lock")
     try:
-        fd = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        fd = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, FILE_MODE)
     except OSError as error:
         raise AccessError(f"cannot open {lock}: {_text(error)}") from None
     try:
@@ -161,7 +161,7 @@ def _write_fresh(path: Path, data: bytes) -> Path:
     try:
         with contextlib.suppress(FileNotFoundError):
             fresh.unlink()  # left by an earlier process with this id
-        fd = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        fd = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, FILE_MODE)
         with os.fdopen(fd, "wb") as file:
             file.write(data)
             file.flush()
@@ -188,7 +188,7 @@ def _check(path: Path, found: os.stat_result) -> None:
             f"`sudo chown {_user(os.geteuid())} {name}`"
         )
     if mode & 0o077:
-        wanted = 0o700 if stat.S_ISDIR(found.st_mode) else 0o600
+        wanted = FOLDER_MODE if stat.S_ISDIR(found.st_mode) else FILE_MODE
         raise AccessError(
             f"other users may open {path}: expected mode {wanted:04o}, got {mode:04o}: run "
             f"`chmod {wanted:o} {name}`"
