@@ -170,7 +170,11 @@ class BrokerDriver:
             continuation=continuation,
             draw_identity=draw_identity,
         )
-        return cls(core, ledger, port, clock, ledger_settings, access)
+        try:
+            return cls(core, ledger, port, clock, ledger_settings, access)
+        except (OSError, ValueError):
+            ledger.close()
+            raise
 
     @property
     def deadline(self) -> float | None:
