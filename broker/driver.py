@@ -180,7 +180,11 @@ class BrokerDriver:
         )
         if reason := restrict_folder(folder):
             port.log("warning", "other users may be able to read the ledger", {"reason": reason})
-        return cls(core, ledger, port, clock, ledger_settings, access)
+        try:
+            return cls(core, ledger, port, clock, ledger_settings, access)
+        except (OSError, ValueError):
+            ledger.close()
+            raise
 
     @property
     def deadline(self) -> float | None:

@@ -44,7 +44,7 @@ PARTS = {
         "errors": "rejections",
         "wire": "errors rejections",
         "ledger": "settings errors rejections wire open_files file_modes",
-        "access": "settings errors rejections file_modes wire",
+        "access": "settings errors rejections open_files file_modes wire",
         "transport": "settings errors open_files wire access",
         "core": "settings errors rejections wire ledger access",
         "link": "errors rejections wire ledger access transport",
