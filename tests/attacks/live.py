@@ -136,6 +136,10 @@ class LiveRun:
 
     def start_nodes(self):
         self._start("aggregator", self._aggregator)
+        until = time.monotonic() + 20.0
+        while not self.messages("run"):
+            assert time.monotonic() < until, self.ends
+            time.sleep(0.02)
         for name, clients in (("w1", [(0, 1)]), ("w2", [(2, 2)])):
             self._start(name, lambda name=name, clients=clients: self._worker(name, clients))
         if "eva" not in self.without:

@@ -230,8 +230,8 @@ class World:
     def has_room(self, peer):
         return True
 
-    def queued(self, peer):
-        return 0
+    def charge(self, peer):
+        pass
 
     def is_up(self, peer):
         wire = self.wires.get(peer)
