@@ -147,6 +147,12 @@ class Disconnect(Struct, frozen=True):
     peer: bytes
 
 
+class Forget(Struct, frozen=True):
+    """Drop the frames that wait for a connection, which has another key now."""
+
+    peer: bytes
+
+
 class Enlist(Struct, frozen=True):
     """Store a key with the rights of an invite, synced, before any frame of this turn is sent.
 
@@ -165,4 +171,4 @@ class Log(Struct, frozen=True):
     fields: dict[str, Any]
 
 
-Action = Append | Put | Unpin | Discard | SendTo | Probe | Disconnect | Enlist | Log
+Action = Append | Put | Unpin | Discard | SendTo | Probe | Disconnect | Forget | Enlist | Log

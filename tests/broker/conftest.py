@@ -172,6 +172,9 @@ class Bench:
         """Only note it: frames may come that were sent before."""
         self.disconnected.append(peer)
 
+    def forget(self, peer):
+        self.sent.pop(peer, None)
+
     def is_up(self, peer):
         return peer in self.standing
 
