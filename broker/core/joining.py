@@ -199,7 +199,7 @@ class Admissions:
         fault = (
             owner_fault(run, hello, rights, owner, known)
             or why_not(run, hello, owner, known)
-            or run_limit_fault(runs, run, limits)
+            or run_limit_fault(runs, run, limits, self._sessions.quotas, origin, now)
             or node_limit_fault(run, known, limits)
             or self._quota_fault(hello, origin, known, joins, now)
         )
@@ -378,7 +378,7 @@ class Admissions:
     ) -> None:
         """Reject a node; ``config``: the run's configuration, sent if its aggregator differs."""
         reject = _rejection(fault)
-        if fault[0] == RejectCode.CONFIG and hello.run in self._mailboxes.runs:
+        if config and fault[0] == RejectCode.CONFIG and hello.run in self._mailboxes.runs:
             reject = msgspec.structs.replace(reject, config=config)
         out.append(SendTo(peer, reject))
         fields = {"peer_node": hello.node[:100], "reason": fault[1]}
