@@ -194,8 +194,8 @@ def why_not(run: RunState, hello: Hello, owner: str, known: Node | None) -> Faul
             return RejectCode.REPLACED, text
     if (
         known is not None
-        and known.owner == owner
-        and known.hello.session == hello.session
+        and known.alive
+        and (known.owner, known.hello.session) == (owner, hello.session)
         and (known.hello.role, known.hello.clients) != (hello.role, hello.clients)
     ):
         text = f"this session of {hello.node!r} has other clients or another role"

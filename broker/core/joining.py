@@ -181,6 +181,8 @@ class Admissions:
         if fault := malformed(hello, self._settings) or rights_fault(rights, hello):
             self._reject(peer, hello, fault, out)
             return
+        if hello.role != AGGREGATOR and hello.config:
+            hello = msgspec.structs.replace(hello, config="")  # not read, and would be kept
         owner = owner_of(origin.key, hello.key, hello.session)
         run = find_run(runs, hello, rights, owner, self._settings.only_run)
         if isinstance(run, tuple):
@@ -313,8 +315,7 @@ class Admissions:
             if node.alive:
                 self._sessions.quotas.end(node.origin)
             node.peer, node.origin = peer, origin
-            # After a restart of the broker, its Hello is from the ledger, without a version.
-            node.hello = msgspec.structs.replace(node.hello, v=hello.v)
+            node.hello = hello
             node.fetcher.restart()
         else:
             returning = False

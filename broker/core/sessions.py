@@ -130,6 +130,7 @@ class Sessions:
         node.pending.clear()
         node.queue.clear()
         self.announce("left", node, details, now, out)
+        node.shrink()
 
     def announce(
         self, kind: str, node: Node, details: dict[str, Any], now: float, out: list[Action]

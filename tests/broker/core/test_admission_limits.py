@@ -144,6 +144,22 @@ def test_what_waits_takes_little_memory(new_bench):
     tracemalloc.stop()
 
 
+def test_a_node_takes_little_memory_once_it_has_left(bench):
+    bench.joined("agg", "aggregator", total_clients=10_000)
+    ranges = tuple((2 * number, 2 * number) for number in range(MAX_RANGES))
+    peer = bench.joined("w1", clients=ranges, config="x" * 20_000)
+    node = bench.core._mailboxes.runs["r"].nodes["w1"]
+    assert (node.hello.clients, node.hello.config) == (ranges, "")
+    bench.say(peer, Goodbye())
+    assert node.hello.clients == ()
+    # The same session may return, with its clients.
+    bench.joined("w1", clients=ranges)
+    assert node.hello.clients == ranges
+    bench.say(peer, Goodbye())
+    bench.restart()
+    assert bench.core._mailboxes.runs["r"].nodes["w1"].hello.clients == ()
+
+
 def test_a_node_that_waits_brings_its_clients_along(bench):
     bench.standing.add(b"w1:s1")
     bench.join("w1", clients=((0, 3), (5, 5)))
