@@ -28,6 +28,7 @@ from fedmq.broker.core.events import (
     DiskFull,
     Enlist,
     Event,
+    Forget,
     Gone,
     Log,
     Probe,
@@ -78,6 +79,9 @@ class BrokerPort(Protocol):
 
     def disconnect(self, peer: bytes) -> None:
         """Close a connection, as far as the transport can; the core rejects what still comes."""
+
+    def forget(self, peer: bytes) -> None:
+        """Drop the frames that are queued for a connection: another peer has its routing id."""
 
     def on_space(self, reason: str) -> None:
         """Report that the disk is full (``reason``), or that it is writable again ("")."""
@@ -231,6 +235,11 @@ class BrokerDriver:
                 case Probe(peer):
                     if not self._port.is_up(peer):
                         answers.append(Gone(peer))
+                case Forget(peer):
+                    self._sends = [each for each in self._sends if each.peer != peer]
+                    if self._held is not None:
+                        self._held = [each for each in self._held if each.peer != peer]
+                    self._port.forget(peer)
                 case Disconnect(peer):
                     self._port.disconnect(peer)
                 case Charge(peer):

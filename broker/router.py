@@ -74,10 +74,11 @@ class RouterPort:
         self.context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         # Before the first endpoint: without a door, libzmq lets everybody in.
         self._door = None if own is None else Door(self.context)
-        self.socket = router_socket(self.context, settings, keyed=own is not None)
+        self._keyed = own is not None
+        self.socket = router_socket(self.context, settings, keyed=self._keyed)
         reserve_files(settings.limits.reserved_files)
         self._connections = Connections(
-            self.context, self.socket, settings.limits, keyed=own is not None
+            self.context, self.socket, settings.limits, keyed=self._keyed
         )
         self._drained = True
         """Whether all messages that had arrived were read in this turn."""
@@ -158,7 +159,9 @@ class RouterPort:
 
         It is lost if the connection is gone, or does not read what was sent before.
         """
-        self._queues.add(peer, header, buffers)
+        # With keys, the next peer with this routing id may be another one.
+        if not self._keyed or self._connections.is_known(peer):
+            self._queues.add(peer, header, buffers)
 
     def has_room(self, peer: bytes) -> bool:
         """Return whether a connection has read enough to be sent a chunk."""
@@ -179,6 +182,10 @@ class RouterPort:
     def disconnect(self, peer: bytes) -> None:
         """Close a connection a little later, so that the peer learns why."""
         self._connections.close(peer, time.monotonic())
+
+    def forget(self, peer: bytes) -> None:
+        """Drop the frames that are queued for a connection: another peer has its routing id."""
+        self._queues.discard(peer)
 
     def log(self, level: str, event: str, fields: dict[str, Any]) -> None:
         """Log an event for people; ``level`` as in `logging`."""

@@ -97,6 +97,10 @@ class Connections:
             return known
         return self._first(peer, part)
 
+    def is_known(self, peer: bytes) -> bool:
+        """Return whether a peer has sent a message over a connection that is not lost."""
+        return peer in self._by_peer
+
     def heard(self, connection: Connection) -> None:
         """Note the first valid frame of a connection."""
         connection.has_spoken = True

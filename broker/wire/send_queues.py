@@ -125,8 +125,10 @@ class SendQueues:
 
     def discard(self, peer: bytes) -> None:
         """Drop the frames of a connection, which is gone."""
-        self._total -= self._queues.pop(peer).counted
-        self._filled.pop(peer, None)
+        queue = self._queues.pop(peer, None)
+        if queue is not None:
+            self._total -= queue.counted
+            self._filled.pop(peer, None)
 
     def count(self, queue: SendQueue) -> None:
         """Count the bytes of a queue again, after a change."""

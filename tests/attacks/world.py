@@ -233,6 +233,9 @@ class World:
     def charge(self, peer):
         pass
 
+    def forget(self, peer):
+        pass
+
     def is_up(self, peer):
         wire = self.wires.get(peer)
         return wire is not None and wire.is_up

@@ -95,7 +95,7 @@ class Bench:
         self.core.handle = functools.partial(self._handled, self.core.handle)
         settings = LedgerSettings(share_files=False)
         self.driver = BrokerDriver(self.core, self, self, lambda: self.now, settings)
-        self.driver._access, self.driver._who = self, self.access  # keys change only by `allow`
+        self.driver._access = self  # keys change only by `allow`
         for run, seq in restorer.lost:
             actions = self.core.give_up(run, [seq], "lost", self.now)
             self.driver.carry_out(actions, self.now)
@@ -175,6 +175,9 @@ class Bench:
         """Only note it: frames may come that were sent before."""
         self.disconnected.append(peer)
 
+    def forget(self, peer):
+        self.sent.pop(peer, None)
+
     def is_up(self, peer):
         return peer in self.standing
 
@@ -190,7 +193,7 @@ class Bench:
         """Change who may connect: these keys and invites; by default nobody without a key."""
         keys = {each.key: each for each in rights}
         held = {each.rights.key: each for each in invites}
-        self.access = Access(keys=keys, invites=held, keyless=keyless)
+        self.access = self.driver._who = Access(keys=keys, invites=held, keyless=keyless)
         return self.handle(AccessChanged(self.access))
 
     def load(self):
