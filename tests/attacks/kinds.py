@@ -371,7 +371,7 @@ KINDS = [
         "a post with a revoked key",
         acts.sends_after_its_key_was_revoked,
         None,
-        (RejectCode.KEY, Code.REVOKED),
+        RejectCode.KEY,
     ),
     Kind(
         "Hello with a revoked key",
