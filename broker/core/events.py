@@ -26,6 +26,9 @@ class Store(Protocol):
     def resume(self, name: BlobName, size: int) -> tuple[int, xxhash.xxh3_128]:
         """Return how many bytes of a blob, from its start, are stored, and their hash."""
 
+    def used(self, run: str, owner: str) -> tuple[int, int]:
+        """Return the bytes of an owner's blobs on the disk, and those of its run."""
+
     def read(self, seq: int) -> Accepted:
         """Return the entry of an accepted message, written or queued."""
 

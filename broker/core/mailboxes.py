@@ -86,6 +86,7 @@ class Mailboxes:
         """
         seq = self.number()
         self._discard(run, consumes)
+        run.count_message(message.sender, len(data))
         if message.to == CHECKPOINT:
             consumes += () if run.checkpoint is None else (run.checkpoint,)
             run.checkpoint = seq

@@ -62,6 +62,8 @@ class Uploads:
     ) -> PendingPost | RejectedPost:
         """Store the blobs that came with a post, and fetch the others."""
         message = post.message
+        if reason := self._over_disk(node, post):
+            return post.rejected(Code.LIMIT, reason)
         beside = {
             message.blobs[index]: data
             for index, data in zip(post.frame.inline, buffers, strict=True)
@@ -80,6 +82,34 @@ class Uploads:
             return post
         post = replace(post, apart=tuple(apart))
         return self.resolve(node, post) or post
+
+    def _over_disk(self, node: Node, post: PendingPost) -> str:
+        """Return why the disk has no room for a post: its node or its run uses too much; or ""."""
+        run, limits = node.run, self._limits
+        new = len(post.frame.message)
+        of_node, of_run = self._store.used(run.id, node.name)
+        if post.message.blobs:
+            new += sum(
+                blob.size
+                for blob in set(post.message.blobs)
+                if self._store.size_of(blob_name(post.message, blob)) is None
+            )
+            fetching = {id(node): node, **self._busy}.values()
+            of_node += node.fetcher.missing_bytes
+            of_run += sum(each.fetcher.missing_bytes for each in fetching if each.run is run)
+        of_node += run.message_bytes[node.name]
+        of_run += run.message_bytes[""]
+        if of_node + new > limits.node_disk:
+            return (
+                f"broker.limits.node_disk: expected at most {limits.node_disk:,} bytes of "
+                f"{node.name}, got {of_node:,} and {new:,} more"
+            )
+        if of_run + new > limits.run_disk:
+            return (
+                f"broker.limits.run_disk: expected at most {limits.run_disk:,} bytes of run "
+                f"{run.id}, got {of_run:,} and {new:,} more"
+            )
+        return ""
 
     def resolve(self, node: Node, post: PendingPost) -> PendingPost | RejectedPost | None:
         """Return a post whose blobs are stored; None while some are missing, and fetch these.

@@ -108,6 +108,10 @@ class Bench:
             return self.sizes[name]
         return None
 
+    def used(self, run, owner):
+        sizes = {n: len(data) for n, data in self.blobs.items() if n.run == run}
+        return sum(size for n, size in sizes.items() if n.owner == owner), sum(sizes.values())
+
     def have(self, name):
         return len(self.blobs.get(name, b""))
 
