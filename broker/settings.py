@@ -68,6 +68,7 @@ class BrokerSettings:
         the message is dead-lettered.
     limits: what peers can make it use.
     only_run: id of the one run that it serves; "" serves any.
+    once: whether it serves only the runs in its ledger, or else the first one that is opened.
     """
 
     lease_s: float = 10.0
@@ -75,6 +76,7 @@ class BrokerSettings:
     deliveries: int = 5
     limits: Limits = Limits()
     only_run: str = ""
+    once: bool = False
 
 
 @dataclass(frozen=True)

@@ -83,6 +83,7 @@ PARTS = {
     "nodes": {
         "process": "",
         "errors": "process",
+        "keys": "errors process",
         "messages": "errors process",
         "run": "errors process messages",
         "history": "messages run",
@@ -92,8 +93,8 @@ PARTS = {
         "trace": "errors process messages history",
         "replay": "errors process messages run history trace aggregator worker",
         "simulation": "process run aggregator worker",
-        "cluster": "errors process messages run history run_folder aggregator worker",
-        "cli": "errors process run history run_folder aggregator worker cluster trace replay",
+        "cluster": "errors process keys messages run history run_folder aggregator worker",
+        "cli": "errors process keys run history run_folder aggregator worker cluster trace replay",
         "__main__": "cli",
     },
 }

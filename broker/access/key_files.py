@@ -106,6 +106,8 @@ def public_key(text: str) -> str:
         AccessError: it is neither.
     """
     path = Path(text)
+    if path.suffix == ".key":
+        raise AccessError(f"{path} holds a secret key: use {path.with_suffix('.pub')}")
     if path.suffix == ".pub":
         try:
             with path.open("rb") as file:

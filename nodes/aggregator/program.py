@@ -19,6 +19,7 @@ from structlog.typing import FilteringBoundLogger
 from fedmq.algorithms.allowed import Allowed
 from fedmq.algorithms.problems.base import Problem
 from fedmq.algorithms.toolkit import arithmetic
+from fedmq.broker.access.curve import NodeKeys
 from fedmq.broker.errors import Rejected, RunOver
 from fedmq.broker.link.events import Delivery
 from fedmq.broker.link.node_link import NodeLink
@@ -52,6 +53,8 @@ def run_aggregator(
     folder: Path | None = None,
     allowed: Allowed | None = None,
     give_up_s: float | None = None,
+    secret: str = "",
+    keys: NodeKeys | None = None,
 ) -> str:
     """Run an aggregator until its run is over; return why it ended.
 
@@ -63,6 +66,8 @@ def run_aggregator(
             None stores none of them.
         allowed: user code that the configuration may name, as in `set_up`.
         give_up_s: seconds without the broker after which the node ends; None for never.
+        secret: proves the node's name without a folder and keys, see `node_key`.
+        keys: of the node and the broker; None for a broker without keys.
 
     Raises:
         ConfigError: the configuration is invalid, has an unattainable goal, or differs from that
@@ -83,7 +88,7 @@ def run_aggregator(
     hello = Hello(
         node=AGGREGATOR,
         role=AGGREGATOR,
-        key=node_key(own),
+        key=node_key(own, secret, keys),
         session=new_session(own),
         run=run,
         config=setup.config.to_toml(),
@@ -94,7 +99,7 @@ def run_aggregator(
         core = Aggregator(setup, run, AGGREGATOR, computed)
         arithmetic.prepare(sum(each.numel() for each in core.tensors().values()))
     try:
-        with linked(endpoint, hello, give_up_s) as link:
+        with linked(endpoint, hello, give_up_s, keys) as link:
             fold_until_over(core, LinkedAggregator(link, setup.problem, folder), version_0)
     except Rejected as error:
         differ = differing_keys(hello.config, error.config)

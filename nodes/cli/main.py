@@ -2,85 +2,63 @@
 
 from __future__ import annotations
 
-import math
-import re
 import shutil
-import socket
 import sys
 import time
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
-import xxhash
 from rich.console import Console
 
-from fedmq.broker.file_modes import make_private_folder
+from fedmq.broker.access.invites import PREFIX
 from fedmq.broker.process import give_torch_huge_pages, tune_process
-from fedmq.broker.wire.addresses import MAX_RANGES, name_fault
+from fedmq.broker.wire.addresses import name_fault
 from fedmq.nodes.cli.codec import codec
+from fedmq.nodes.cli.keys import keys
 from fedmq.nodes.cli.ledger import ledger
+from fedmq.nodes.cli.nodes import aggregator, worker
 from fedmq.nodes.cli.options import (
-    LONGEST_TEXT,
+    DEFAULT_ENDPOINT,
     Commands,
     Number,
     RenamedOptions,
+    UsageSentence,
     WholeNumber,
     Word,
+    above_zero,
+    config_argument,
     exit_2_on_error,
-    parse_ranges,
+    keys_option,
     settings_option,
 )
 from fedmq.nodes.cli.personalise import personalise
 from fedmq.nodes.cli.replay import replay
 from fedmq.nodes.cli.trace import trace
-from fedmq.nodes.cli.trust import allow_option, allowed_here, find_own_code
+from fedmq.nodes.cli.trust import find_own_code
 from fedmq.nodes.cluster.environment import check_surroundings
 from fedmq.nodes.errors import ConfigError, own_code
+from fedmq.nodes.keys.folder import JOIN_VARIABLE
 from fedmq.nodes.process import logs, streams
 from fedmq.nodes.process.ending import ending_well
-from fedmq.nodes.process.exception_text import reason_of
 from fedmq.nodes.process.signals import this_process
-from fedmq.nodes.process.terminal import plain
-
-if TYPE_CHECKING:
-    from fedmq.nodes.run.config import Config
-
-DEFAULT_ENDPOINT = "tcp://127.0.0.1:7700"
-
-
-def _above_zero(
-    context: click.Context, option: click.Parameter, seconds: float | None
-) -> float | None:
-    """Check that a time is finite and above 0."""
-    if seconds is not None and not 0 < seconds < math.inf:
-        raise click.BadParameter(f"expected seconds above 0, got {seconds:g}", context, option)
-    return seconds
-
-
-_config = click.argument("config", required=False, type=click.Path(dir_okay=False, path_type=Path))
-_connect = click.option(
-    "--connect",
-    "endpoint",
-    metavar="ADDRESS",
-    default=DEFAULT_ENDPOINT,
-    show_default=True,
-    help="Address of the broker: tcp://HOST:PORT or ipc://PATH.",
-)
-_give_up = click.option(
-    "--give-up",
-    "give_up_s",
-    metavar="SECONDS",
-    type=Number(),
-    callback=_above_zero,
-    help="Exit with code 1 after this time without the broker or the run; default: never.",
-)
 
 
 class _Commands(Commands):
     """All commands; they handle signals and failing output in the same way."""
+
+    def make_context(
+        self, info_name: str | None, args: list[str], *others: Any, **more: Any
+    ) -> click.Context:
+        """Read the options, unless one is an invite: the error must not show it."""
+        if any(PREFIX in each for each in args):
+            raise UsageSentence(
+                "an invite on a command line can be read by other users, and stays in the shell's "
+                f"history: use --join-file FILE, --join-file - for standard input, or the variable "
+                f"{JOIN_VARIABLE}"
+            )
+        return super().make_context(info_name, args, *others, **more)
 
     def main(self, *args: Any, **extra: Any) -> Any:
         """Run a command, see `ending_well`."""
@@ -100,8 +78,15 @@ def main() -> None:
 main.add_command(trace)
 
 
+_insecure = click.option(
+    "--insecure",
+    is_flag=True,
+    help="Without keys, let anybody who reaches the broker's address connect, and read all.",
+)
+
+
 @main.command()
-@_config
+@config_argument
 @settings_option
 @click.option("--workers", type=WholeNumber(min=1), help="Number of worker processes.")
 @click.option(
@@ -110,16 +95,25 @@ main.add_command(trace)
     type=click.Path(path_type=Path),
     help="Folder of the run; if it holds a run, that run resumes. Default: runs/ID.",
 )
+@keys_option
+@_insecure
 def cluster(
-    config: Path | None, settings: tuple[str, ...], workers: int | None, folder: Path | None
+    config: Path | None,
+    settings: tuple[str, ...],
+    workers: int | None,
+    folder: Path | None,
+    keys_folder: Path | None,
+    insecure: bool,  # noqa: FBT001 - click's
 ) -> None:
     """Train on this host: broker, aggregator, workers and evaluator as processes.
 
-    CONFIG is a TOML file; keys that it and --set leave out have their defaults.
+    CONFIG is a TOML file; keys that it and --set leave out have their defaults. With broker.bind,
+    workers of other hosts can connect, too: --keys has the broker's key, see fedmq keys.
     """
     now = time.time()
     from fedmq.nodes.cluster.continuing import about, asking, continuation, show_ended
     from fedmq.nodes.cluster.forking import preloading
+    from fedmq.nodes.cluster.listening import Listening
     from fedmq.nodes.cluster.supervisor import Cluster, resume_command, worker_names
 
     settings = (*settings, *([f"worker.count={workers}"] if workers else []))
@@ -128,7 +122,8 @@ def cluster(
     with exit_2_on_error(), asking(config, settings, folder, now) as asked:
         find_own_code(asked.config.allowed)
         # The configuration in the folder includes the changes of --set.
-        resume_with = resume_command(asked.folder, None if settings else config)
+        listening = Listening.of(asked.config.broker.listens_at, keys_folder, insecure=insecure)
+        resume_with = resume_command(asked.folder, None if settings else config, listening.options)
         resumed = None
         if asked.recorded is not None:
             resumed = continuation(asked)
@@ -150,7 +145,10 @@ def cluster(
                 setup.problem.test()
                 setup.problem.client(0)
         code = Cluster(
-            setup.config, clients, asked.folder, asked.begun, console, resumed, resume_with
+            *(setup.config, clients, asked.folder, asked.begun, console),
+            continuation=resumed,
+            resume_with=resume_with,
+            listening=listening,
         ).run()
     sys.exit(code)
 
@@ -158,9 +156,12 @@ def cluster(
 @main.command(cls=RenamedOptions, renamed={"--offer-parked": "--redeliver-dead-letters"})
 @click.option(
     "--bind",
-    default=DEFAULT_ENDPOINT,
+    "binds",
+    metavar="ADDRESS",
+    multiple=True,
+    default=[DEFAULT_ENDPOINT],
     show_default=True,
-    help="Listen here, such as tcp://*:7700.",
+    help="Listen here, such as tcp://*:7700 or ipc://PATH; repeatable.",
 )
 @click.option(
     "--run", "folder", type=click.Path(path_type=Path), required=True, help="Folder of the run."
@@ -170,7 +171,7 @@ def cluster(
     "lease_s",
     metavar="SECONDS",
     type=Number(),
-    callback=_above_zero,
+    callback=above_zero,
     default=10.0,
     show_default=True,
     help="Count a node as gone after this time of silence.",
@@ -195,8 +196,13 @@ def cluster(
 )
 @click.option("--redeliver-dead-letters", is_flag=True, help="Deliver dead letters again.")
 @click.option("--once", is_flag=True, help="Exit at the end of the run, and write its summary.")
+@click.option(
+    "--run-id", default="", help="Serve only this run; default with --once: the first to be opened."
+)
+@keys_option
+@_insecure
 def broker(
-    bind: str,
+    binds: tuple[str, ...],
     folder: Path,
     lease_s: float,
     durability: str,
@@ -204,11 +210,19 @@ def broker(
     share_files: bool,  # noqa: FBT001 - click's
     redeliver_dead_letters: bool,  # noqa: FBT001 - click's
     once: bool,  # noqa: FBT001 - click's
+    run_id: str,
+    keys_folder: Path | None,
+    insecure: bool,  # noqa: FBT001 - click's
 ) -> None:
-    """Run the broker; it resumes from the ledger in its folder."""
+    """Run the broker; it resumes from the ledger in its folder.
+
+    Beyond this host, it needs keys, see fedmq keys. With --keys, nodes of this host need them, too,
+    except over ipc://.
+    """
     from fedmq.broker.ledger.reader import read_entries
     from fedmq.broker.router import BrokerServer
     from fedmq.nodes.history.run import runs_of
+    from fedmq.nodes.keys.serving import broker_keys, how_to_connect
     from fedmq.nodes.run.config import build, setting_value
     from fedmq.nodes.run_folder.folder import LEDGER, begun_at, state_of
     from fedmq.nodes.run_folder.summary_file import SUMMARY_FILE, remove_summary, write_summary
@@ -227,111 +241,27 @@ def broker(
         ledger_settings = replace(
             table.ledger_settings(), redeliver_dead_letters=redeliver_dead_letters
         )
-        server = BrokerServer(bind, folder / LEDGER, table.settings(), ledger_settings)
-        found = state_of(runs_of(read_entries(folder / LEDGER)).values(), once=once)
-        where = f"listening on {server.endpoint}, ledger in {folder / LEDGER}"
+        if run_id and (fault := name_fault(run_id)):
+            raise ConfigError(f"--run-id: {fault}")
+        settings = replace(table.settings(), only_run=run_id, once=once)
+        own = broker_keys(binds, keys_folder, insecure=insecure)
+        server = BrokerServer(
+            binds, folder / LEDGER, settings, ledger_settings, keys=own, insecure=insecure
+        )
+        runs = runs_of(read_entries(folder / LEDGER))
+        found = state_of([runs[each] for each in runs if run_id in ("", each)], once=once)
+        where = f"listening on {', '.join(server.endpoints)}, ledger in {folder / LEDGER}"
         click.echo(f"{where}; {found}", err=True)
+        for line in how_to_connect(own, server.endpoints) if own is not None else ():
+            click.echo(line, err=True)
         if once:
             remove_summary(folder)
         with this_process.noting(server.stop):
             server.serve(until_idle=once)
             if once:
-                write_summary(folder, begun_at(folder))
+                write_summary(folder, begun_at(folder), run_id)
                 click.echo(f"summary in {folder / SUMMARY_FILE}", err=True)
         this_process.check()
-
-
-@main.command()
-@_connect
-@_config
-@settings_option
-@click.option(
-    "--run",
-    "folder",
-    type=click.Path(path_type=Path),
-    help="Folder for the final model; with the same folder, a restarted node resumes at once.",
-)
-@_give_up
-def aggregator(
-    endpoint: str,
-    config: Path | None,
-    settings: tuple[str, ...],
-    folder: Path | None,
-    give_up_s: float | None,
-) -> None:
-    """Run the aggregator; this starts the run.
-
-    CONFIG is a TOML file; keys that it and --set leave out have their defaults.
-    """
-    from fedmq.nodes.aggregator.program import run_aggregator
-    from fedmq.nodes.run.config import load
-
-    streams.go_on_without_output()
-    with exit_2_on_error():
-        chosen = _named(load(config, settings))
-        find_own_code(chosen.allowed)
-        logs.configure(None, node="aggregator", run=chosen.run.id)
-        if folder is not None:
-            _make(folder)
-        tune_process()
-        run = chosen.run.id
-        end = run_aggregator(endpoint, chosen, run, folder, give_up_s=give_up_s)
-        click.echo(plain(f"the run ended: {end}", LONGEST_TEXT))
-
-
-@main.command()
-@_connect
-@click.option("--clients", "ranges", help="Clients to host, for example 0-9 or 0-3,7.")
-@click.option("--evaluator", is_flag=True, help="Evaluate models instead of training them.")
-@click.option("--name", help="Name of the node; default: made from the host and the clients.")
-@click.option("--run-id", default="", help="The run to join, if the broker serves several.")
-@click.option(
-    "--state",
-    "folder",
-    type=click.Path(path_type=Path),
-    help="Folder for the node's key and its clients' local states, which a restart needs.",
-)
-@click.option(
-    "--client-states",
-    "states",
-    type=click.Path(path_type=Path),
-    help="Folder for clients' local states that several workers share, to take over clients.",
-)
-@allow_option
-@_give_up
-def worker(
-    endpoint: str,
-    ranges: str | None,
-    evaluator: bool,  # noqa: FBT001 - click's
-    name: str | None,
-    run_id: str,
-    folder: Path | None,
-    states: Path | None,
-    allow: tuple[str, ...],
-    give_up_s: float | None,
-) -> None:
-    """Run a worker: train the tasks of some clients, or evaluate, until the run ends."""
-    from fedmq.broker.wire.addresses import EVALUATOR, WORKER
-    from fedmq.nodes.worker.program import run_worker
-
-    streams.go_on_without_output()
-    with exit_2_on_error():
-        if evaluator == bool(ranges):
-            raise ConfigError("expected either --clients or --evaluator")
-        role = EVALUATOR if evaluator else WORKER
-        clients = parse_ranges(ranges) if ranges else []
-        if len(clients) > MAX_RANGES:
-            raise ConfigError(
-                f"--clients: expected at most {MAX_RANGES} ranges, got {len(clients)}: use "
-                "consecutive clients, or start several workers"
-            )
-        node = default_name(socket.gethostname(), clients) if name is None else name
-        allowed = allowed_here(allow)
-        find_own_code(allowed)
-        logs.configure(None, node=node)
-        tune_process()
-        end = run_worker(endpoint, node, clients, role, run_id, folder, states, allowed, give_up_s)
-        click.echo(plain(f"the run ended: {end}", LONGEST_TEXT))
 
 
 @main.command("list")
@@ -348,35 +278,10 @@ def list_(what: str) -> None:
         click.echo(line)
 
 
+main.add_command(aggregator)
 main.add_command(codec)
+main.add_command(keys)
 main.add_command(ledger)
 main.add_command(personalise)
 main.add_command(replay)
-
-
-def default_name(host: str, clients: Sequence[tuple[int, int]]) -> str:
-    """Return a node's default name, made from its host and its clients.
-
-    It is valid and unique for every host name and list of ranges.
-    """
-    hosted = "_".join(str(a) if a == b else f"{a}-{b}" for a, b in clients) or "evaluator"
-    name = f"{host}.{hosted}"
-    if not name_fault(name):
-        return name
-    # The digest makes it unique; the rest is for people.
-    readable = re.sub(r"[^A-Za-z0-9-]+", "-", f"{host}-{hosted}").lstrip("-") or "node"
-    return f"{readable[:60]}.x{xxhash.xxh3_128_hexdigest(name.encode(errors='surrogateescape'))}"
-
-
-def _named(config: Config) -> Config:
-    """Return the configuration with a run id, drawn if it has none."""
-    from fedmq.nodes.cluster.continuing import called, draw_id
-
-    return config if config.run.id else called(config, draw_id())
-
-
-def _make(folder: Path) -> None:
-    try:
-        make_private_folder(folder)
-    except OSError as error:
-        raise ConfigError(f"--run: cannot make {folder}: {reason_of(error)}") from None
+main.add_command(worker)

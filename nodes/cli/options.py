@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import re
 import sys
 from collections.abc import Iterator, Mapping
@@ -21,7 +22,18 @@ _HELP = getattr(click.exceptions, "NoArgsIsHelpError", ())
 """No mistake: ``fedmq`` without a command shows its help. (Click has this error since 8.2.)"""
 
 
+DEFAULT_ENDPOINT = "tcp://127.0.0.1:7700"
 folder_argument = click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
+config_argument = click.argument(
+    "config", required=False, type=click.Path(dir_okay=False, path_type=Path)
+)
+keys_option = click.option(
+    "--keys",
+    "keys_folder",
+    metavar="DIR",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Folder of keys; default: that of FEDMQ_KEYS, or ~/.config/fedmq/keys.",
+)
 run_id_option = click.option("--run-id", default="", help="The run, if the ledger holds several.")
 settings_option = click.option(
     "--set",
@@ -147,6 +159,15 @@ class RenamedOptions(click.Command):
             return arg
         click.echo(renaming_notice(old, self._renamed[old]), err=True)
         return f"{self._renamed[old]}{equals}{value}"
+
+
+def above_zero(
+    context: click.Context, option: click.Parameter, seconds: float | None
+) -> float | None:
+    """Check that a time is finite and above 0."""
+    if seconds is not None and not 0 < seconds < math.inf:
+        raise click.BadParameter(f"expected seconds above 0, got {seconds:g}", context, option)
+    return seconds
 
 
 def _first_sentence(command: click.Command) -> str:

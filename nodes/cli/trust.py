@@ -6,7 +6,6 @@ allowed the module, see `fedmq.algorithms.allowed`.
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ import click
 from fedmq.algorithms.allowed import Allowed, is_module_name
 from fedmq.nodes.errors import ConfigError
 from fedmq.nodes.process.exception_text import reason_of
+from fedmq.nodes.process.user_folder import user_folder
 from fedmq.nodes.run.toml import read_toml
 
 allow_option = click.option(
@@ -29,18 +29,9 @@ allow_option = click.option(
 
 
 def user_file() -> Path | None:
-    """Return the path of the user's configuration, ``~/.config/fedmq/config.toml``.
-
-    None if the user has no home, as in some containers.
-    """
-    base = os.environ.get("XDG_CONFIG_HOME", "")
-    # The XDG specification requires that relative paths are ignored.
-    if Path(base).is_absolute():
-        return Path(base) / "fedmq" / "config.toml"
-    try:
-        return Path.home() / ".config" / "fedmq" / "config.toml"
-    except RuntimeError:
-        return None
+    """Return the path of the user's configuration; None if the user has no home."""
+    folder = user_folder()
+    return None if folder is None else folder / "config.toml"
 
 
 def allowed_here(options: Sequence[str]) -> Allowed:

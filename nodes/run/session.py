@@ -12,6 +12,7 @@ from pathlib import Path
 import structlog
 from structlog.typing import FilteringBoundLogger
 
+from fedmq.broker.access.curve import NodeKeys
 from fedmq.broker.errors import LinkClosed
 from fedmq.broker.file_modes import make_private_folder, restrict
 from fedmq.broker.link.node_link import NodeLink
@@ -56,7 +57,9 @@ def new_session(folder: Path | None) -> str:
 
 
 @contextlib.contextmanager
-def linked(endpoint: str, hello: Hello, give_up_s: float | None = None) -> Iterator[NodeLink]:
+def linked(
+    endpoint: str, hello: Hello, give_up_s: float | None = None, keys: NodeKeys | None = None
+) -> Iterator[NodeLink]:
     """Connect to the broker, wait for admission, and say goodbye at the end of the block.
 
     Args:
@@ -64,6 +67,7 @@ def linked(endpoint: str, hello: Hello, give_up_s: float | None = None) -> Itera
         hello: the node's name, role, session and clients.
         give_up_s: seconds without the broker or the run, at any time, after which the node ends;
             None waits for ever. Meanwhile the log names what the node waits for.
+        keys: of the node and the broker; None for a broker without keys.
 
     Raises:
         GaveUp: the broker or the run was unavailable for ``give_up_s``.
@@ -74,7 +78,7 @@ def linked(endpoint: str, hello: Hello, give_up_s: float | None = None) -> Itera
     for what, name in (("node", hello.node), ("run", hello.run)):
         if (name or what == "node") and (fault := name_fault(name)):
             raise NodeError(f"name of the {what}: {fault}")
-    link = NodeLink.connect(endpoint, hello)
+    link = NodeLink.connect(endpoint, hello, keys)
     if give_up_s is not None:
         link.give_up_after(give_up_s)
     with admitted(link, hello, structlog.get_logger()):
@@ -123,20 +127,26 @@ def log_rejected(message: Message, repeats: Repeats, log: FilteringBoundLogger) 
         log.warning("message rejected", **message.body, times=times)
 
 
-def node_key(folder: Path | None) -> str:
-    """Return a node's key, read from its folder; a new random one at its first start.
+def node_key(folder: Path | None, secret: str = "", keys: NodeKeys | None = None) -> str:
+    """Return the secret that proves the node's name to a broker without keys; "" with keys.
 
-    The key distinguishes a restarted node from another node with the same name.
+    It distinguishes a restarted node from another node with the same name. A node with a folder
+    keeps a random one there.
 
     Args:
-        folder: of the node's state; None for a key that is not stored.
+        folder: of the node's state; it is created.
+        secret: for a node without a folder; "" draws one, which the next start does not have.
+        keys: prove the name by themselves.
 
     Raises:
         NodeError: the key cannot be read or written.
     """
+    if folder is not None:
+        make_folder(folder)
+    if keys is not None:
+        return ""
     if folder is None:
-        return secrets.token_hex(16)
-    make_folder(folder)
+        return secret or secrets.token_hex(16)
     path = folder / "key"
     try:
         if not path.exists():

@@ -12,6 +12,7 @@ import torch
 from structlog.typing import FilteringBoundLogger
 
 from fedmq.algorithms.allowed import NOTHING, Allowed
+from fedmq.broker.access.curve import NodeKeys
 from fedmq.broker.errors import RunOver
 from fedmq.broker.link.node_link import NodeLink
 from fedmq.broker.wire.addresses import WORKER
@@ -38,6 +39,8 @@ def run_worker(
     states: Path | None = None,
     allowed: Allowed = NOTHING,
     give_up_s: float | None = None,
+    secret: str = "",
+    keys: NodeKeys | None = None,
 ) -> str:
     """Run a worker or the evaluator until its run is over; return why it ended.
 
@@ -52,6 +55,8 @@ def run_worker(
             clients; by default ``folder``.
         allowed: user code that the run's configuration, which the broker sends, may name.
         give_up_s: seconds without the broker or the run after which the node ends; None for never.
+        secret: proves the node's name without a folder and keys, see `node_key`.
+        keys: of the node and the broker; None for a broker without keys.
 
     Raises:
         GaveUp: the broker or the run was unavailable for ``give_up_s``.
@@ -67,13 +72,13 @@ def run_worker(
     hello = Hello(
         node=node,
         role=role,
-        key=node_key(folder),
+        key=node_key(folder, secret, keys),
         session=new_session(folder),
         run=run,
         clients=tuple(clients),
     )
     try:
-        with linked(endpoint, hello, give_up_s) as link:
+        with linked(endpoint, hello, give_up_s, keys) as link:
             _take_part(link, hello, folder if states is None else states, allowed)
     except RunOver as end:
         return str(end)

@@ -8,8 +8,10 @@ from click.testing import CliRunner
 
 from fedmq.broker.wire.addresses import MAX_RANGES, name_fault
 from fedmq.nodes.cli import main as main_module
+from fedmq.nodes.cli import nodes as nodes_module
 from fedmq.nodes.cli.catalogue import catalogue, lines
-from fedmq.nodes.cli.main import default_name, main
+from fedmq.nodes.cli.main import main
+from fedmq.nodes.cli.nodes import default_name
 from fedmq.nodes.cli.options import parse_ranges
 from fedmq.nodes.errors import ConfigError
 from fedmq.nodes.run.devices import choose_device
@@ -58,7 +60,8 @@ def test_a_node_by_itself_is_set_up_as_in_a_cluster(tmp_path, monkeypatch, comma
     def tune_process() -> None:
         raise KeyError("set up")
 
-    monkeypatch.setattr(main_module, "tune_process", tune_process)
+    for module in (main_module, nodes_module):
+        monkeypatch.setattr(module, "tune_process", tune_process)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(KeyError, match="set up"):
         CliRunner().invoke(main, command, catch_exceptions=False)

@@ -38,7 +38,7 @@ def test_dead_letters_are_redelivered_under_either_name(monkeypatch, tmp_path, o
     class Started(Exception):
         pass
 
-    def start(bind, folder, settings, ledger_settings):
+    def start(binds, folder, settings, ledger_settings, **more):
         assert ledger_settings.redeliver_dead_letters
         raise Started
 

@@ -11,7 +11,8 @@ from click.testing import CliRunner
 from fedmq.algorithms.allowed import NOTHING, Allowed
 from fedmq.broker.inspection.trace import Trace
 from fedmq.broker.wire.schema import Hello, Welcome
-from fedmq.nodes.cli.main import default_name, main
+from fedmq.nodes.cli.main import main
+from fedmq.nodes.cli.nodes import default_name
 from fedmq.nodes.cli.trust import allowed_here, user_file
 from fedmq.nodes.errors import ConfigError, NodeError
 from fedmq.nodes.replay.fold import recorded_setup

@@ -398,7 +398,10 @@ def test_what_the_broker_refuses_is_one_sentence_and_exit_code_2(start, tmp_path
     )
     for arguments, sentence in (
         (("--clients", "2-57"), "client 57 is out of range: this run has 4 clients, 0 to 3"),
-        (("--clients", "3", "--name", "one"), "a node named 'one' is already connected"),
+        (
+            ("--clients", "3", "--name", "one", "--state", "other"),
+            "a node named 'one' is already connected",
+        ),
         (("--clients", "1-2", "--name", "two"), "client/1 is already hosted by one"),
     ):
         refused = start("worker", "--connect", endpoint, *arguments)

@@ -14,8 +14,9 @@ def test_a_node_keeps_its_key_and_no_two_nodes_share_one(tmp_path):
     assert all(0 < len(key) <= 64 for key in keys)
 
 
-def test_without_a_folder_each_start_has_its_own_key():
+def test_without_a_folder_or_a_users_secret_each_start_has_its_own_key():
     assert node_key(None) != node_key(None)
+    assert node_key(None, "mine") == "mine"
 
 
 @pytest.mark.parametrize("fault", ["no folder", "no file"])
