@@ -30,8 +30,8 @@ class Limits:
     clients: clients in the Hello of one node.
     sessions: live sessions from one address of another host, or with one key.
     waiting: connections that wait for a run that has not started.
-    joins_per_s: sessions that one node may begin, on average; and twenty times as many that the
-        nodes of one address of another host, or of one key, may begin.
+    joins_per_s: sessions that one node may begin, on average; the nodes of one address of another
+        host, or of one key, may begin twenty times as many.
     messages_per_s, bytes_per_s: that one connection may send; more waits.
     held_bytes, held_bytes_total: of posts whose blobs have not arrived, by node and in all.
     queued_bytes, queued_bytes_total: queued for one connection that does not read, and for all.
