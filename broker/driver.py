@@ -245,6 +245,7 @@ class BrokerDriver:
                     self._sends = [each for each in self._sends if each.peer != peer]
                     if self._held is not None:
                         self._held = [each for each in self._held if each.peer != peer]
+                    self._chunks.pop(peer, None)
                     self._port.forget(peer)
                 case Disconnect(peer):
                     self._port.disconnect(peer)

@@ -181,15 +181,5 @@ class Log(Struct, frozen=True):
 
 
 Action = (
-    Append
-    | Put
-    | Unpin
-    | Discard
-    | SendTo
-    | Probe
-    | Disconnect
-    | Forget
-    | Charge
-    | Enlist
-    | Log
+    Append | Put | Unpin | Discard | SendTo | Probe | Disconnect | Forget | Charge | Enlist | Log
 )
