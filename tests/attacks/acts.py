@@ -317,8 +317,8 @@ def asks_for_another_configuration(stage):
 
 
 def sends_a_blob_that_no_message_names(stage):
-    message = stage.mallory.message("result", "aggregator")
-    stage.mallory.send("post", b"x", message=message, inline=[7])
+    message = stage.mallory.message("result", "aggregator", re=stage.task["id"])
+    stage.mallory.send("post", b"x", message=message, inline=[7], consumes=[stage.seq])
     return stage.mallory
 
 

@@ -253,6 +253,17 @@ KINDS = [
         RejectCode.CONFIG,
     ),
     # ---- bytes
+    Kind("done with 50,000 messages", sends("done", seqs=[100] * 50_000), RejectCode.UNREADABLE),
+    Kind(
+        "a post that consumes 50,000 messages",
+        sends("post", message=b"x" * 40, consumes=[100] * 50_000),
+        RejectCode.UNREADABLE,
+    ),
+    Kind(
+        "12,000 rejections in one frame",
+        sends("done", refused=dict.fromkeys(range(12_000), "")),
+        RejectCode.UNREADABLE,
+    ),
     Kind("a header of 64 KiB", raw(lambda: header_of(1 << 16)), RejectCode.UNREADABLE),
     Kind("no header", raw(b""), RejectCode.UNREADABLE),
     Kind("text", raw(b"GET / HTTP/1.1\r\n\r\n"), RejectCode.UNREADABLE),
@@ -267,28 +278,27 @@ KINDS = [
     Kind("a batch of -1 buffers", raw(msgpack.packb([[BEAT, -1]])), RejectCode.UNREADABLE),
     Kind("65 buffers", raw(BEAT, *[b"x"] * 65), RejectCode.UNREADABLE),
     Kind("a message that is none", sends("post", message=b"x" * 40), Code.UNREADABLE),
-    Kind("a message of 50 kB", posts("result", "aggregator", {"x": "x" * 50_000}), Code.UNREADABLE),
-    Kind("a body 33 deep", posts("result", "aggregator", deep(33)), Code.TOO_DEEP),
+    Kind("a message of 50 kB", partial(acts.answers, body={"x": "x" * 50_000}), Code.UNREADABLE),
+    Kind("a body 33 deep", partial(acts.answers, body=deep(33)), Code.TOO_DEEP),
     Kind(
         "a body 400 deep",
-        posts("result", "aggregator", deep(400)),
+        partial(acts.answers, body=deep(400)),
         (Code.TOO_DEEP, Code.UNREADABLE),
     ),
     Kind(
         "65 blobs",
-        posts("result", "aggregator", buffers=[b"x"] * 0, blobs=LIE * 65),
+        partial(acts.answers, blobs=LIE * 65),
         Code.UNREADABLE,
     ),
     Kind(
         "a blob with a wrong digest",
-        posts("result", "aggregator", buffers=[b"truth"], blobs=[{"digest": b"x" * 16, "size": 5}]),
+        partial(acts.answers, buffers=[b"truth"], blobs=[{"digest": b"x" * 16, "size": 5}]),
         Code.BAD_BLOB,
     ),
     Kind(
         "a blob with a wrong size",
-        posts(
-            "result",
-            "aggregator",
+        partial(
+            acts.answers,
             buffers=[b"truth"],
             blobs=[{"digest": digest(b"truth"), "size": 9}],
         ),

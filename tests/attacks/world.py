@@ -123,6 +123,7 @@ class World:
         logs: (event, fields) of what the broker logged.
         access: who may connect.
         closed: routing ids of the connections that the broker closed.
+        not_reading: routing ids of the connections that do not read what they are sent.
         validates: whether the core checks its state after each turn.
     """
 
@@ -133,6 +134,7 @@ class World:
         self.wires = {}
         self.logs = []
         self.closed = []
+        self.not_reading = set()
         self.validates = True
         known = {
             public_key(name): msgspec.structs.replace(rights, key=public_key(name))
@@ -228,7 +230,7 @@ class World:
             wire.arrived.append([bytes(header), *map(bytes, buffers)])
 
     def has_room(self, peer):
-        return True
+        return peer not in self.not_reading
 
     def charge(self, peer):
         pass
