@@ -237,6 +237,18 @@ def test_an_invite_needs_the_brokers_key(folder, tmp_path):
     assert f"run `fedmq keys new broker --keys {other}` first, on the broker's host" in sentence
 
 
+@pytest.mark.parametrize("words", [["--join-file"], [], ["--clients", "0"]])
+def test_an_invite_on_the_command_line_is_refused_and_not_shown(tmp_path, words):
+    token = "fedmq-invite-1:c2VjcmV0"  # noqa: S105 - no secret
+    for command in (["worker", *words, token], ["worker", f"--join-file={token}"]):
+        result = CliRunner().invoke(main, command)
+        assert result.exit_code == 2
+        [line] = result.output.splitlines()
+        assert line.startswith("fedmq: an invite on a command line can be read by other users")
+        assert "--join-file FILE" in line
+        assert "c2VjcmV0" not in line
+
+
 # ---- list
 
 
