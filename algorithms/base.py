@@ -21,6 +21,13 @@ A subclass sets `name` and `schedules`, and these class attributes where their d
 ``fixed_reply`` (None)
     What clients send, ``update`` or ``model``, under every schedule; None: what the schedule asks
     for. Set by algorithms whose results are no models.
+``counts_examples`` (False)
+    n_k, the weight of a client's result, is the number of its training examples. A result that
+    counts more than `Problem.most_examples` is then rejected. Not set where it counts repeated or
+    generated examples, too.
+``bounds_updates`` (False)
+    Results are updates of a model, or models, and `accumulate` rejects those that exceed
+    `Result.bounds`. Set by algorithms that average models.
 ``server_hparams`` (empty)
     Fields that act only in `accumulate` and `commit`. A what-if replay may change them, because
     the recorded results stay valid.
@@ -42,6 +49,8 @@ from torch import Tensor
 from fedmq.algorithms.hyperparameters import check_hyperparameters, refuse_old_names
 from fedmq.algorithms.problems.base import Examples, Problem
 from fedmq.algorithms.tasks import (
+    UNBOUNDED,
+    Bounds,
     Client,
     Payload,
     Reply,
@@ -53,8 +62,10 @@ from fedmq.algorithms.tasks import (
 from fedmq.algorithms.toolkit.states import load_state, save_state
 
 __all__ = [
+    "UNBOUNDED",
     "Algorithm",
     "AnyAlgorithm",
+    "Bounds",
     "Client",
     "OpaqueAccumulator",
     "OpaqueState",
@@ -104,6 +115,8 @@ class Algorithm(ABC, Generic[State, Accumulator]):
     commits_in_background: ClassVar[bool] = False
     reproducible: ClassVar[bool] = False
     fixed_reply: ClassVar[Reply | None] = None
+    counts_examples: ClassVar[bool] = False
+    bounds_updates: ClassVar[bool] = False
     server_hparams: ClassVar[frozenset[str]] = frozenset()
     evaluated_by: ClassVar[Literal["model", "clients"]] = "model"
 

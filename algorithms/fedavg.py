@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Self, TypeVar
 
@@ -78,6 +78,8 @@ class ModelAveraging(Algorithm[ModelStateT, AccumulatorT]):
 
     schedules: ClassVar[frozenset[str]] = frozenset({"rounds", "buffered", "stream"})
     reproducible: ClassVar[bool] = True
+    counts_examples: ClassVar[bool] = True
+    bounds_updates: ClassVar[bool] = True
     server_hparams: ClassVar[frozenset[str]] = frozenset({"server_lr"})
 
     lr: Annotated[float, Field(gt=0)] = 0.05
@@ -216,13 +218,24 @@ def add_result(accumulator: Accumulator, state: ModelState, result: Result, weig
     blocks = read_result(state.layout, payload, state.counters, state.weights if model else None)
     # One pass checks that every value is finite and that no sum of them overflows.
     for _, block in blocks:
-        low, high = torch.aminmax(block) if block.numel() else (block.sum(), block.sum())
-        largest = max(-low.item(), high.item())
+        largest = largest_magnitude(block)
         if not math.isfinite(largest):
             raise ResultError("the result holds NaN or infinite values", Fault.NOT_FINITE)
-        if largest * weight > _LARGEST:
+        # The model's own values are read only if the value would be too large beside zeros.
+        times = result.bounds.times
+        if largest * weight > _LARGEST or (
+            largest > times and largest > times * (1 + largest_magnitude(state.weights))
+        ):
             text = f"the result holds values as large as {largest:g}"
             raise ResultError(text, Fault.TOO_LARGE)
+    if result.bounds.norm is not None:
+        norm = update_norm(blocks, state.weights[: state.layout.parameters] if model else None)
+        if norm > result.bounds.norm:
+            raise ResultError(
+                f"expected an update of norm {result.bounds.norm:g} at most (run.max_update_norm), "
+                f"got {norm:g}",
+                Fault.TOO_LARGE,
+            )
     for start, block in blocks:
         add_scaled(accumulator.total[start : start + block.numel()], block, weight)
     if blocks.counters is not None:
@@ -230,6 +243,28 @@ def add_result(accumulator: Accumulator, state: ModelState, result: Result, weig
         merge_counters(accumulator.counters, state.counters, blocks.counters, fresh=fresh)
     if model:
         accumulator.models += weight
+
+
+def largest_magnitude(values: Tensor) -> float:
+    """Return the largest magnitude in a tensor; NaN if it has one, 0 if it is empty."""
+    low, high = torch.aminmax(values) if values.numel() else (values.sum(), values.sum())
+    return float(max(-low.item(), high.item()))
+
+
+def update_norm(blocks: Iterable[tuple[int, Tensor]], model: Tensor | None) -> float:
+    """Return the L2 norm of an update, in float64.
+
+    Args:
+        blocks: (start, values) of the result.
+        model: the trained parameters of the current version, if the result is a model.
+    """
+    squares = 0.0
+    for start, block in blocks:
+        change = block
+        if model is not None and start < len(model):
+            change = block - model[start : start + len(block)]
+        squares += float(torch.linalg.vector_norm(change, dtype=torch.float64)) ** 2
+    return math.sqrt(squares)
 
 
 def averaged(state: ModelState, accumulator: Accumulator, step: float) -> ModelState:

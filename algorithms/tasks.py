@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -9,7 +10,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from fedmq.algorithms.errors import Fault, ResultError
-from fedmq.algorithms.problems.base import Examples, Problem
+from fedmq.algorithms.problems.base import MOST_EXAMPLES, Examples, Problem
 from fedmq.codecs.text import shorten
 
 Reply = Literal["update", "model"]
@@ -65,18 +66,35 @@ class TrainResult:
 
 
 @dataclass(frozen=True)
+class Bounds:
+    """How large the values of a model, or of its update, may be in a result.
+
+    times: largest magnitude of a value, as a multiple of 1 plus the largest one in the model.
+    norm: largest L2 norm of an update; None for any.
+    """
+
+    times: float = math.inf
+    norm: float | None = None
+
+
+UNBOUNDED = Bounds()
+
+
+@dataclass(frozen=True)
 class Result:
     """What a client's `train` returned, as it reached the aggregator.
 
     client: its number; the aggregator knows it from the task.
     staleness: versions committed since its task was made.
     num_examples: n_k, see `TrainResult`.
+    bounds: of its values.
     """
 
     client: int
     staleness: int
     payload: Payload
     num_examples: int
+    bounds: Bounds = UNBOUNDED
 
 
 @dataclass(frozen=True)
@@ -103,14 +121,17 @@ class Client:
     project: Callable[[Mapping[str, Tensor]], None] | None = None
 
 
-def examples_of(numbers: Mapping[str, Any]) -> int:
+def examples_of(numbers: Mapping[str, Any], most: int = MOST_EXAMPLES) -> int:
     """Return n_k, the number of examples a result was trained on.
 
     Raises:
-        ResultError: ``n`` is not a whole number from 1 to 10^9.
+        ResultError: ``n`` is not a whole number from 1 to ``most``.
     """
     n = numbers.get("n")
-    if type(n) is not int or not 1 <= n <= 10**9:
+    if type(n) is not int or not 1 <= n <= MOST_EXAMPLES:
         text = f"expected n, the number of examples, from 1 to 10^9, got {shorten(n)}"
         raise ResultError(text, Fault.MALFORMED)
+    if n > most:
+        text = f"expected at most {most} examples (run.max_examples), got {n}"
+        raise ResultError(text, Fault.TOO_LARGE)
     return n

@@ -41,6 +41,7 @@ class Codistillation(Distillation):
     """
 
     name: ClassVar[str] = "codistillation"
+    counts_examples: ClassVar[bool] = True
 
     # ---- at the aggregator
 

@@ -46,6 +46,7 @@ class Distillation(DeviceModels[Reports, NewOutputs]):
     """
 
     name: ClassVar[str] = "fd"
+    counts_examples: ClassVar[bool] = True
     reproducible: ClassVar[bool] = True
     fixed_reply: ClassVar[Reply | None] = "update"
 

@@ -53,6 +53,7 @@ class PerFedAvg(FedAvg):
 
     name: ClassVar[str] = "perfedavg"
     evaluated_by: ClassVar[Literal["model", "clients"]] = "clients"
+    counts_examples: ClassVar[bool] = False
 
     lr: Annotated[float, Field(gt=0)] = 0.001
     epochs: Annotated[int, Field(ge=1, le=1)] = 1

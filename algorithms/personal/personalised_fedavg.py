@@ -76,6 +76,7 @@ class PersonalisedFedAvg(ModelAveraging[MetaState, Accumulator]):
     schedules: ClassVar[frozenset[str]] = frozenset({"rounds", "buffered"})
     fixed_reply: ClassVar[Reply | None] = "update"
     evaluated_by: ClassVar[Literal["model", "clients"]] = "clients"
+    counts_examples: ClassVar[bool] = False
     server_hparams: ClassVar[frozenset[str]] = frozenset(
         {"server_lr", "server_momentum", "reptile_lr", "beta1", "beta2", "epsilon"}
     )

@@ -64,6 +64,7 @@ class PFedHN(Algorithm[HyperState, HyperAccumulator]):
     """
 
     name: ClassVar[str] = "pfedhn"
+    counts_examples: ClassVar[bool] = True
     schedules: ClassVar[frozenset[str]] = frozenset({"rounds", "buffered", "stream"})
     task_per_client: ClassVar[bool] = True
     fixed_reply: ClassVar[Reply | None] = "update"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
@@ -15,7 +16,10 @@ from fedmq.algorithms.problems.examples import Examples
 from fedmq.algorithms.problems.guards import guard
 from fedmq.algorithms.rng import derive_seed, seeded
 
-__all__ = ["Examples", "Problem"]
+__all__ = ["MOST_EXAMPLES", "Examples", "Problem"]
+
+MOST_EXAMPLES = 10**9
+"""Largest number of examples that a result may count."""
 
 
 class Problem(ABC):
@@ -82,6 +86,23 @@ class Problem(ABC):
             ProblemError: the problem does not define it.
         """
         raise ProblemError("expected a problem that defines classes, the number of classes")
+
+    @property
+    def most_examples(self) -> int:
+        """Return the most training examples that one client can have.
+
+        A result that counts more is rejected (`Algorithm.counts_examples`). The number depends on
+        the problem's fields alone, because the aggregator may not have the data.
+        """
+        return MOST_EXAMPLES
+
+    def metric_range(self, name: str) -> tuple[float, float]:
+        """Return the smallest and the largest possible value of a metric.
+
+        The aggregator rejects a score with a value outside. By default, ``accuracy`` is at most 1,
+        and other metrics are any numbers.
+        """
+        return -math.inf, 1.0 if name == "accuracy" else math.inf
 
     @property
     def held_out(self) -> int:

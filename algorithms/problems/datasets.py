@@ -43,6 +43,8 @@ class Source:
     shape: tuple[int, int, int]
     """Channels, height and width."""
     classes: int
+    examples: int
+    """Number of training examples."""
     mean: tuple[float, ...]
     """Mean of each channel of the training images, of pixels in 0 to 1."""
     std: tuple[float, ...]
@@ -242,40 +244,40 @@ _CIFAR10_MEAN_STD = ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
 DATASETS: Mapping[str, Source] = {
     "mnist-mini": Source(
         "5,000 + 1,000 digits of MNIST, embedded in the package",
-        (1, 28, 28), 10, *_MNIST_MEAN_STD, "cnn-mnist", _read_embedded,
+        (1, 28, 28), 10, 5_000, *_MNIST_MEAN_STD, "cnn-mnist", _read_embedded,
     ),
     "mnist": Source(
         "60,000 + 10,000 handwritten digits, 28x28 (LeCun et al. 1998)",
-        (1, 28, 28), 10, *_MNIST_MEAN_STD, "2nn",
+        (1, 28, 28), 10, 60_000, *_MNIST_MEAN_STD, "2nn",
         lambda root: _read_idx_files(root, "mnist", "MNIST"), _read_mnist_writers,
     ),
     "fashion-mnist": Source(
         "60,000 + 10,000 articles of clothing, 28x28 (Xiao et al. 2017)",
-        (1, 28, 28), 10, (0.2860,), (0.3530,), "2nn",
+        (1, 28, 28), 10, 60_000, (0.2860,), (0.3530,), "2nn",
         lambda root: _read_idx_files(root, "fashion-mnist", "FashionMNIST"),
     ),
     "emnist": Source(
         "697,932 + 116,323 handwritten letters and digits, 28x28 (Cohen et al. 2017, by class)",
-        (1, 28, 28), 62, (0.1736,), (0.3317,), "cnn", _read_emnist,
+        (1, 28, 28), 62, 697_932, (0.1736,), (0.3317,), "cnn", _read_emnist,
     ),
     "cifar10": Source(
         "50,000 + 10,000 colour photographs, 32x32 (Krizhevsky 2009)",
-        (3, 32, 32), 10, *_CIFAR10_MEAN_STD, "cnn-cifar",
+        (3, 32, 32), 10, 50_000, *_CIFAR10_MEAN_STD, "cnn-cifar",
         lambda root: _read_cifar(root, "cifar10", "CIFAR10", "cifar-10-batches-py"),
     ),
     "cifar10-6k": Source(
         "5,000 + 1,000 photographs of CIFAR-10, from cifar10-6k.npz in the data folder",
-        (3, 32, 32), 10, *_CIFAR10_MEAN_STD, "cnn-cifar", _read_cifar10_6k,
+        (3, 32, 32), 10, 5_000, *_CIFAR10_MEAN_STD, "cnn-cifar", _read_cifar10_6k,
     ),
     "cifar100": Source(
         "50,000 + 10,000 colour photographs of 100 classes, 32x32 (Krizhevsky 2009)",
-        (3, 32, 32), 100, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762), "cnn-cifar",
+        (3, 32, 32), 100, 50_000, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762), "cnn-cifar",
         lambda root: _read_cifar(root, "cifar100", "CIFAR100", "cifar-100-python"),
     ),
     # The paper's three parts are equal; its validation part is left for choosing parameters.
     "cinic10": Source(
         "90,000 + 90,000 colour photographs, 32x32, without the validation part (Darlow 2018)",
-        (3, 32, 32), 10, (0.4789, 0.4723, 0.4305), (0.2421, 0.2383, 0.2587), "cnn-cifar",
+        (3, 32, 32), 10, 90_000, (0.4789, 0.4723, 0.4305), (0.2421, 0.2383, 0.2587), "cnn-cifar",
         _read_cinic10,
     ),
 }  # fmt: skip

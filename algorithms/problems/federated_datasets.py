@@ -89,6 +89,10 @@ class LinearTasks(Problem):
         correct = ((outputs[:, 0] > 0) == (y > 0)).float().mean()
         return {"loss": self.loss(outputs, y).item(), "accuracy": correct.item()}
 
+    def metric_range(self, name: str) -> tuple[float, float]:
+        """Return 0 to 1 for ``accuracy``."""
+        return (0.0, 1.0) if name == "accuracy" else super().metric_range(name)
+
     def _checked(self, index: int) -> Parts:
         known = self.clients + self.held_out
         if not 0 <= index < known:
@@ -241,6 +245,10 @@ class School(_File):
         """
         loss = self.loss(outputs, y).item()
         return {"loss": loss, "accuracy": 1 - 2 * loss}
+
+    def metric_range(self, name: str) -> tuple[float, float]:
+        """Return any number up to 1 for ``accuracy``."""
+        return Problem.metric_range(self, name)
 
 
 @dataclass(frozen=True, kw_only=True)

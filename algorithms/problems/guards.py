@@ -133,7 +133,7 @@ def _shape(found: object, who: str) -> tuple[int, ...]:
     return tuple(_count(size, who) for size in found)
 
 
-_VALUES = ("clients", "held_out", "classes", "shape")
+_VALUES = ("clients", "held_out", "classes", "shape", "most_examples")
 """Properties; a subclass may define them as plain values."""
 
 _CHECKS: Mapping[str, Callable[[Any, str], Any]] = {
@@ -148,4 +148,5 @@ _CHECKS: Mapping[str, Callable[[Any, str], Any]] = {
     "held_out": _count,
     "classes": _count,
     "shape": _shape,
+    "most_examples": _count,
 }

@@ -111,6 +111,11 @@ class ImageClassification(Problem):
             torch.default_generator.manual_seed(self.seed)
             return MODELS[self.model_name](source.shape, source.classes)
 
+    @property
+    def most_examples(self) -> int:
+        """Return the number of training examples of all clients."""
+        return DATASETS[self.name].examples if self.examples is None else self.examples
+
     def client(self, index: int) -> Examples:
         """Return the training examples of one client; x: float32 [n, C, H, W], read-only.
 
@@ -197,6 +202,10 @@ class ImageClassification(Problem):
         """Return ``loss``, the mean cross-entropy, and ``accuracy``, from 0 to 1."""
         correct = (outputs.argmax(dim=1) == y).float().mean()
         return {"loss": self.loss(outputs, y).item(), "accuracy": correct.item()}
+
+    def metric_range(self, name: str) -> tuple[float, float]:
+        """Return 0 to 1 for ``accuracy``."""
+        return (0.0, 1.0) if name == "accuracy" else super().metric_range(name)
 
     @cached_property
     def _partition(self) -> Partition:

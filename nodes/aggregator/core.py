@@ -27,10 +27,12 @@ from fedmq.nodes.aggregator.evaluations import (
     metrics_without_accuracy,
     requests,
 )
+from fedmq.nodes.aggregator.progress import CHECKS_SIZES
 from fedmq.nodes.aggregator.state import AggregatorState
 from fedmq.nodes.aggregator.version import DeferredResults
 from fedmq.nodes.errors import NodeError, exits_as_errors, own_code
 from fedmq.nodes.messages.actions import AckUpTo, AggregatorAction, Commit, EndRun, Handled, Start
+from fedmq.nodes.messages.metrics import metrics_fault
 from fedmq.nodes.process.exception_text import explained, may_pass, modules_of
 from fedmq.nodes.run.digests import model_digest
 from fedmq.nodes.run.goal import Goal
@@ -184,13 +186,17 @@ class Aggregator(AggregatorState):
             text = f"no evaluation {message.re!r} is with {message.sender}"
             return Rejection(Code.UNKNOWN_TASK, text)
         accuracy, why = accuracy_in(message)
+        if self._progress.rules >= CHECKS_SIZES and message.kind == "score":
+            why = metrics_fault(message.body.get("metrics"), self._setup.problem.metric_range)
+            accuracy = None if why else accuracy
         of_model = name not in self._evaluations.client_evaluations
         self._evaluated_as(name, accuracy)
         if self._progress.rules and of_model and self._goal.target_accuracy is not None:
-            found = metrics_without_accuracy(message)
+            found = metrics_without_accuracy(message) if why is None else None
             if found is not None:
                 self._fail(f"run.target_accuracy: expected accuracy among the metrics, got {found}")
             failed = str(message.body.get("reason")) if message.kind == "failed" else ""
+            failed = why.reason if why is not None else failed
             if hopeless := self._progress.evaluated(failed):
                 self._fail(hopeless)
         return why
@@ -299,6 +305,7 @@ class Aggregator(AggregatorState):
         with own_code("algorithm.name"):
             state, fold = unpack_checkpoint(self._algorithm, self._setup.problem, delivery)
             self._computed.check(fold.arithmetic, delivery.message.run)
+            self._progress.rules = fold.rules
             self._results.begin_version(state, fold.version)
         self._position = fold.position
         self._messages.next_id, self._results.counts = fold.next_id, fold.counts

@@ -17,8 +17,13 @@ from fedmq.broker.rejections import Code
 from fedmq.nodes.process.exception_text import clip_text
 from fedmq.nodes.run.setup import Setup
 
-RULES = 1
-"""Version of the rules in this module, as in a run's record; 0 in runs of older releases."""
+RULES = 2
+"""Version of the rules for failures and answers, as in a run's record; 0 in older releases.
+
+Since 1, failures in a row are counted. Since 2, metrics and results are checked for their size.
+"""
+CHECKS_SIZES = 2
+"""The first rules by which the sizes of metrics and results are checked."""
 
 _FEWEST, _MOST = 6, 100
 _TIMES_EACH = 3

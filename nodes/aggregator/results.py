@@ -38,7 +38,9 @@ class ResultCollector:
 
     def begin_version(self, state: OpaqueState, version: int) -> None:
         """Begin to collect results for the version after this one."""
-        self.current = VersionBuffer(self._setup, state, version, self._max_bytes)
+        self.current = VersionBuffer(
+            self._setup, state, version, self._max_bytes, rules=self._progress.rules
+        )
 
     def take(self, delivery: Delivery, out: list[AggregatorAction]) -> None:
         """Handle a result or a failed task; a held result is handled later."""

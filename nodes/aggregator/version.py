@@ -11,8 +11,16 @@ import numpy as np
 import numpy.typing as npt
 from msgspec import Struct
 
-from fedmq.algorithms.base import AnyAlgorithm, OpaqueState, Result, examples_of
+from fedmq.algorithms.base import (
+    UNBOUNDED,
+    AnyAlgorithm,
+    Bounds,
+    OpaqueState,
+    Result,
+    examples_of,
+)
 from fedmq.algorithms.errors import Fault, ResultError
+from fedmq.algorithms.problems.base import MOST_EXAMPLES
 from fedmq.algorithms.rng import derive_rng
 from fedmq.algorithms.schedules import ScheduleView
 from fedmq.algorithms.toolkit.returned import check_tensors
@@ -21,6 +29,7 @@ from fedmq.broker.errors import WireError
 from fedmq.broker.link.events import Delivery
 from fedmq.broker.rejections import Code, Rejection
 from fedmq.codecs.errors import CodecError
+from fedmq.nodes.aggregator.progress import CHECKS_SIZES, RULES
 from fedmq.nodes.errors import rejection_of
 from fedmq.nodes.messages.payloads import fail_on_partial_reread, numbers_of, unpack
 from fedmq.nodes.run.setup import Setup
@@ -28,6 +37,12 @@ from fedmq.nodes.run.setup import Setup
 _ROOM = 16
 """Memory that codecs need to decode a result, as a multiple of its size."""
 _LEAST_BYTES = 1 << 20
+_TIMES = 1e12
+"""Values of a result that are so many times as large as the model's are rejected.
+
+float32 has 7 digits: of a model that is added to such an update, nothing is left. A gradient of
+FedSGD may be large, because its step is small.
+"""
 
 
 def room_for(algorithm: AnyAlgorithm, state: OpaqueState) -> int:
@@ -43,6 +58,14 @@ def room_for(algorithm: AnyAlgorithm, state: OpaqueState) -> int:
         who = f"{type(algorithm).__name__}.result_bytes"
         raise ReturnedError(f"{who}: expected a number of bytes, got {kind_of_value(found)}")
     return max(_LEAST_BYTES, int(_ROOM * number))
+
+
+def most_examples(setup: Setup) -> int:
+    """Return the largest number of examples of a result; it decides the result's weight."""
+    chosen = setup.config.run.max_examples
+    if chosen is not None:
+        return chosen
+    return setup.problem.most_examples if setup.algorithm.counts_examples else MOST_EXAMPLES
 
 
 class Outcome(enum.Enum):
@@ -83,6 +106,7 @@ class VersionBuffer:
         max_bytes: that a result may take in memory while it is decoded, see `room_for`.
         in_order: whether a result waits for earlier ones of its cohort; by default as the
             schedule says. A what-if replay adds results in the recorded order.
+        rules: by which results are checked, see `fedmq.nodes.aggregator.progress`.
 
     Attributes:
         reply: what a result contains: ``model`` or ``update``.
@@ -105,11 +129,15 @@ class VersionBuffer:
         max_bytes: int,
         *,
         in_order: bool | None = None,
+        rules: int = RULES,
     ) -> None:
         self._algorithm, self._schedule = setup.algorithm, setup.schedule
         self._clients, self._seed = setup.problem.clients, setup.config.run.seed
         self._max_bytes = max_bytes
         self._in_order = self._schedule.ordered if in_order is None else in_order
+        checks = rules >= CHECKS_SIZES
+        self._most_examples = most_examples(setup) if checks else MOST_EXAMPLES
+        self._bounds = Bounds(_TIMES, setup.config.run.max_update_norm) if checks else UNBOUNDED
         self.state, self.version = state, version
         self.reply = self._algorithm.fixed_reply or self._schedule.reply
         self.accumulator = self._algorithm.new_accumulator(state)
@@ -157,7 +185,7 @@ class VersionBuffer:
         staleness = self.version - version
         try:
             numbers = numbers_of(delivery.message)
-            n = examples_of(numbers)
+            n = examples_of(numbers, self._most_examples)
             if numbers.get("reply", self.reply) != self.reply:
                 raise ResultError(f"expected reply {self.reply!r}", Fault.MALFORMED)
         except (ResultError, CodecError) as error:
@@ -204,7 +232,8 @@ class VersionBuffer:
         try:
             stream = fail_on_partial_reread(delivery.chunks)
             payload = unpack(delivery.message, delivery.read, stream, self._max_bytes)
-            result = Result(client, staleness, payload, examples_of(payload.numbers))
+            n = examples_of(payload.numbers)
+            result = Result(client, staleness, payload, n, self._bounds)
             self.accumulator = self._algorithm.accumulate(
                 self.accumulator, self.state, result, weight
             )

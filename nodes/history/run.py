@@ -22,6 +22,7 @@ from fedmq.broker.wire.schema import Message
 from fedmq.nodes.history.facts import Facts, SentTask, natural
 from fedmq.nodes.history.outcomes import Outcomes
 from fedmq.nodes.history.tracker import ANSWERS, NodeState, TaskTracker
+from fedmq.nodes.messages.metrics import received_metrics
 from fedmq.nodes.messages.tensor_tables import group_blobs
 from fedmq.nodes.run.agreement import disagree
 
@@ -72,6 +73,11 @@ class CurvePoint:
     def loss(self) -> float | None:
         """Return the loss, if it is among the metrics."""
         return self.metrics.get("loss")
+
+    def withdraw(self, client: str) -> None:
+        """Remove the metrics of a client, if it has any."""
+        self.clients.pop(client, None)
+        self._means = None
 
     def add(self, client: str, metrics: dict[str, float]) -> None:
         """Add a client's metrics of this version."""
@@ -147,6 +153,8 @@ class RunHistory:
 
     _asked: dict[int, set[str]] = field(default_factory=dict)
     """Addresses of the clients that were asked to evaluate a version and have not all answered."""
+    _scores: dict[int, tuple[CurvePoint, str]] = field(default_factory=dict)
+    """Point of each score, and the address of its evaluator or client, by its number."""
     _finished: bool = False
     """Whether the aggregator has recorded the end of the run."""
 
@@ -170,6 +178,8 @@ class RunHistory:
         match entry:
             case Refusal():
                 self.outcomes.rejection(entry)
+                if entry.of is not None:
+                    self._withdraw_score(entry.of)
             case Opened():
                 self.run, self.config = entry.run, entry.config
                 self.total_clients = entry.total_clients
@@ -288,6 +298,15 @@ class RunHistory:
             case "finished":
                 self._finished, self.failed = True, body.get("failed") is True
 
+    def _withdraw_score(self, seq: int) -> None:
+        """Remove the metrics of a score that the aggregator has rejected."""
+        if seq not in self._scores:
+            return
+        point, to = self._scores.pop(seq)
+        point.withdraw(to)
+        if not point.clients:
+            self.curve = [each for each in self.curve if each is not point]
+
     def _sent(self, message: Message, task: SentTask) -> None:
         if self.first_task_at is None:
             self.first_task_at = task.at
@@ -308,19 +327,22 @@ class RunHistory:
         if message.kind == "score" and task is not None and task.version is not None:
             metrics = body.get("metrics")
             if isinstance(metrics, dict):
-                known = {key: each for key, each in metrics.items() if isinstance(each, float)}
-                self._evaluated(task.version, task.to, self._since_start(entry.at), known)
+                self._evaluated(entry, task.version, task.to, received_metrics(metrics))
 
-    def _evaluated(self, version: int, to: str, wall_s: float, metrics: dict[str, float]) -> None:
+    def _evaluated(self, entry: AnyEntry, version: int, to: str, metrics: dict[str, float]) -> None:
         """Record the metrics of a version from the evaluator or a client."""
+        wall_s = self._since_start(entry.at)
         if to == EVALUATOR:
-            self.curve.append(CurvePoint(version, wall_s, metrics))
+            point = CurvePoint(version, wall_s, metrics)
+            self.curve.append(point)
+            self._scores[entry.seq] = point, to
             return
-        point = next((each for each in reversed(self.curve) if each.version == version), None)
-        if point is None:
-            point = CurvePoint(version, wall_s)
+        found = next((each for each in reversed(self.curve) if each.version == version), None)
+        point = found or CurvePoint(version, wall_s)
+        if found is None:
             self.curve.append(point)
         point.wall_s = wall_s
+        self._scores[entry.seq] = point, to
         point.add(to, metrics)
         asked = self._asked.get(version, ())
         point.asked = max(point.asked, len(asked))

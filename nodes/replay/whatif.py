@@ -21,6 +21,7 @@ from fedmq.nodes.aggregator.version import Outcome, VersionBuffer, room_for
 from fedmq.nodes.errors import ConfigError
 from fedmq.nodes.history.tracker import TaskTracker
 from fedmq.nodes.messages.actions import Handled, Start
+from fedmq.nodes.messages.metrics import received_metrics
 from fedmq.nodes.replay.fold import Replay, ReplayStep, recorded_setup
 from fedmq.nodes.run.config import Config, changed
 from fedmq.nodes.run.devices import choose_device
@@ -68,7 +69,7 @@ def _scores(trace: Trace) -> dict[str, dict[str, float]]:
             if message is not None and facts.is_answer and message.re is not None:
                 metrics = message.body.get("metrics")
                 if message.kind == "score" and isinstance(metrics, dict):
-                    found.setdefault(message.re, metrics)
+                    found.setdefault(message.re, received_metrics(metrics))
     return found
 
 
@@ -202,4 +203,11 @@ class WhatIf:
         self._begin_version(self._current.commit(), self._current.version + 1)
 
     def _begin_version(self, state: OpaqueState, version: int) -> None:
-        self._current = VersionBuffer(self._setup, state, version, self._max_bytes, in_order=False)
+        self._current = VersionBuffer(
+            self._setup,
+            state,
+            version,
+            self._max_bytes,
+            in_order=False,
+            rules=self._replay.computed.rules,
+        )

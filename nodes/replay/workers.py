@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+import msgspec
 from structlog.typing import FilteringBoundLogger
 
 from fedmq.algorithms.toolkit.arithmetic import ARITHMETIC
@@ -23,6 +24,7 @@ from fedmq.broker.inspection.trace import Trace
 from fedmq.broker.link.events import PostMessage
 from fedmq.broker.wire.schema import Buffer, Message
 from fedmq.codecs.errors import CodecError
+from fedmq.nodes.messages.metrics import received_metrics
 from fedmq.nodes.messages.payloads import unpack
 from fedmq.nodes.process.logs import SILENT
 from fedmq.nodes.replay.fold import accepted_entry, computed_by, recorded_delivery
@@ -207,8 +209,9 @@ class Retraining:
         return port.answer, port.state
 
     def _compare(self, task: int, seq: int, answer: PostMessage, seconds: float) -> Retrained:
-        message = accepted_entry(self._trace, seq).read()
+        message = _comparable(accepted_entry(self._trace, seq).read())
         read = functools.partial(self._trace.blob, message)
+        answer = msgspec.structs.replace(answer, message=_comparable(answer.message))
         recorded, replayed = (
             Operand(message, read),
             Operand(answer.message, answer.data.__getitem__),
@@ -224,6 +227,15 @@ class Retraining:
             if relative <= TOLERANCE:
                 found = [each for each in found if not depends_on_device(each)]
         return Retrained(task, seq, message, seconds, found, relative)
+
+
+def _comparable(message: Message) -> Message:
+    """Return an answer with metrics as numbers: older releases sent NaN as a number, too."""
+    metrics = message.body.get("metrics")
+    if message.kind != "score" or not isinstance(metrics, dict):
+        return message
+    body = {**message.body, "metrics": metrics | received_metrics(metrics)}
+    return msgspec.structs.replace(message, body=body)
 
 
 def depends_on_device(difference: Difference) -> bool:

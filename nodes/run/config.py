@@ -70,6 +70,10 @@ class RunTable(_Table):
         least twice the number of concurrent tasks.
     checkpoint_s: least time between checkpoints, in seconds; a restarted aggregator folds the
         messages since the last one again.
+    max_examples: largest number of examples of a result, which decides its weight; larger ones
+        are rejected. By default the size of the data set where it is known, else 10^9.
+    max_update_norm: largest L2 norm of a client's update, for algorithms that average models;
+        larger ones are rejected. By default, any.
     """
 
     id: str = ""
@@ -80,6 +84,8 @@ class RunTable(_Table):
     min_clients: Annotated[int, Field(ge=0)] = 0
     failures: Annotated[int, Field(ge=1)] | None = None
     checkpoint_s: Annotated[float, Field(ge=0)] = 1.0
+    max_examples: Annotated[int, Field(ge=1, le=10**9)] | None = None
+    max_update_norm: Annotated[float, Field(gt=0)] | None = None
 
 
 class CodecTable(_Table):

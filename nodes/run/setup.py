@@ -97,6 +97,11 @@ def set_up(config: Config, allowed: Allowed | None = None, run: str = "") -> Set
             )
     for node in ["", *config.worker.nodes]:
         slowdown(config.worker.straggling(node).slowdown)
+    if config.run.max_update_norm is not None and not algorithm.bounds_updates:
+        raise ConfigError(
+            "run.max_update_norm: expected an algorithm whose clients send updates of a model, "
+            f"got {algorithm.name}"
+        )
     wanted = config.run.min_clients
     if wanted > problem.clients:
         raise ConfigError(

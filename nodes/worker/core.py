@@ -32,6 +32,7 @@ from fedmq.codecs.registry import decode
 from fedmq.codecs.text import shorten
 from fedmq.nodes.errors import MessageError, rejection_of
 from fedmq.nodes.messages.actions import Handled
+from fedmq.nodes.messages.metrics import sendable
 from fedmq.nodes.messages.payloads import Packed, pack, unpack
 from fedmq.nodes.messages.tensor_tables import fitted
 from fedmq.nodes.process.exception_text import clip_text, described, modules_of, place_in
@@ -209,7 +210,7 @@ class Worker:
                 self._post_result(kept, out)
             case Evaluated(metrics, device):
                 self.evaluations += 1
-                body = {"metrics": dict(metrics), "device": device, **self._version_0}
+                body = {"metrics": sendable(metrics), "device": device, **self._version_0}
                 self._answer("score", {**body, **self._started_from()}, out)
             case Failed():
                 self._fail(event, out)
@@ -234,9 +235,12 @@ class Worker:
             raise AssertionError(f"messages are not in the order of their numbers: {numbers}")
 
     def _begin(self, delivery: Delivery, out: list[Action]) -> None:
-        message = delivery.message
+        message, kind = delivery.message, delivery.message.kind
         try:
-            if message.kind == "task":
+            if kind in ("task", "evaluate") and message.sender != AGGREGATOR:
+                text = f"only {AGGREGATOR} sends tasks, this one is from {message.sender}"
+                raise MessageError(text, Code.NOT_ALLOWED)
+            if kind == "task":
                 client = self._client_of(message)
                 kept = self._client_states.get(client)
                 if kept is not None and kept.task == message.id:
@@ -252,14 +256,13 @@ class Worker:
                     uplink = self._uplink_seed(client, message)
                     project = functools.partial(self._setup.up.project, seed=uplink)
                 out.append(Train(client, task, kept.local if kept else None, seed, project))
-            elif message.kind == "evaluate":
+            elif kind == "evaluate":
                 out.append(self._evaluate(delivery))
-            elif message.kind == "refused":
+            elif kind == "refused":
                 out.append(Handled(delivery.seq))
                 return
             else:
-                text = f"a worker takes no {message.kind!r} messages"
-                raise MessageError(text, Code.UNKNOWN_KIND)
+                raise MessageError(f"a worker takes no {kind!r} messages", Code.UNKNOWN_KIND)
         except (MessageError, ValueError, WireError) as error:  # CodecError is a ValueError
             out.append(Handled.of(delivery.seq, rejection_of(error)))
             return
@@ -278,7 +281,7 @@ class Worker:
 
     def _client_of(self, message: Message) -> int:
         client = message.body.get("client")
-        if not isinstance(client, int) or not any(a <= client <= b for a, b in self._clients):
+        if type(client) is not int or not any(a <= client <= b for a, b in self._clients):
             text = f"client {shorten(client)} is not hosted by {self._node}"
             raise MessageError(text, Code.WRONG_CLIENT)
         return client
@@ -389,8 +392,7 @@ def _read_task(delivery: Delivery) -> Task:
         case {"model_version": int(version)}:
             reply: Reply = "model" if body.get("reply") == "model" else "update"
             return Task(version, unpack(delivery.message, delivery.read), reply)
-        case _:
-            raise MessageError("expected model_version in the task", Code.MALFORMED)
+    raise MessageError("expected model_version in the task", Code.MALFORMED)
 
 
 def _before(kept: SavedClientState | None) -> _Before | None:

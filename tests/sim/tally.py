@@ -4,6 +4,7 @@ A client's result depends on its task and on what it kept from the last one, so 
 was trained twice, or a local state that was lost, changes the model.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -36,6 +37,9 @@ class Vector(Problem):
 
     def metrics(self, outputs, y):
         return {}
+
+    def metric_range(self, name):
+        return 0.0, math.inf  # an "accuracy" counts tasks, see `BesideTally`
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,11 @@ def test_clients_hold_all_the_training_examples():
     assert (x.dtype, y.dtype) == (torch.float32, torch.int64)
 
 
+def test_a_client_has_at_most_all_the_training_examples():
+    assert problem().most_examples == len(problem()._data.y_train)
+    assert problem(examples=400).most_examples == 400
+
+
 def test_the_images_of_a_client_go_with_their_labels():
     """One shard a client: each holds all images of one digit."""
     p = problem(partition="shards(1)", clients=10)

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from fedmq.broker.errors import WireError
 from fedmq.broker.link.events import Delivery
 from fedmq.broker.wire.encoding import decode_message, encode_message
+from fedmq.nodes.aggregator.computed import Computed
 from tests.algorithms.fleet import Fleet, changed, make_setup, with_data
 
 ROUNDS = make_setup({"name": "rounds", "fraction": 1.0}, versions=2)
@@ -161,6 +162,112 @@ def test_nobody_answers_for_a_client_that_was_never_theirs():
     assert fleet.counts[2] == 1
     assert fleet.reason(message, data) is not None
     assert fleet.counts[2] == 1
+
+
+@pytest.mark.parametrize(
+    ("metrics", "code"),
+    [
+        ({"accuracy": 2.0}, "out-of-range"),
+        ({"accuracy": np.inf}, "not-finite"),
+        ({"accuracy": 0.5, "loss": np.nan}, "not-finite"),
+        ({"accuracy": [1.0]}, "malformed"),
+        (None, "malformed"),
+    ],
+)
+def test_an_impossible_score_is_refused_and_does_not_end_the_run(metrics, code):
+    fleet = Fleet(SCORED)
+    fleet.join_evaluator()
+    task, _ = fleet.evaluations.pop(0)
+    seq = fleet.say("score", {"metrics": metrics}, "evaluator", task.id)
+    assert fleet.codes[seq] == code
+    assert fleet.finished is None
+    again = fleet.say("score", {"metrics": {"accuracy": 1.0}}, "evaluator", task.id)
+    assert fleet.codes[again] == "unknown-task"
+    assert fleet.finished is None
+
+
+def test_a_target_that_only_impossible_scores_reach_ends_the_run_as_failed():
+    fleet = Fleet(
+        make_setup(
+            {"name": "rounds", "fraction": 1.0},
+            versions=30,
+            evaluate_every=1,
+            target_accuracy=1.0,
+            failures=3,
+        )
+    )
+    fleet.join_evaluator()
+    while fleet.finished is None:
+        if fleet.evaluations:
+            task, _ = fleet.evaluations.pop(0)
+            fleet.say("score", {"metrics": {"accuracy": 2.0}}, "evaluator", task.id)
+        else:
+            fleet.hear(*fleet.work(*fleet.tasks.pop(0)))
+    assert "3 evaluations in a row failed" in fleet.finished
+    assert "expected 'accuracy' from -inf to 1, got 2" in fleet.finished
+
+
+def test_a_score_of_a_version_that_was_never_asked_is_refused():
+    fleet = Fleet(SCORED)
+    fleet.join_evaluator()
+    seq = fleet.say("score", {"metrics": {"accuracy": 1.0}}, "evaluator", "aggregator/999")
+    assert fleet.codes[seq] == "unknown-task"
+    assert fleet.finished is None
+
+
+@pytest.mark.parametrize(
+    ("n", "code"), [(10**9, ""), (10**9 + 1, "malformed"), (1e30, "malformed")]
+)
+def test_a_number_of_examples_has_a_documented_limit(n, code):
+    fleet = Fleet(STREAM)
+    message, data = fleet.work(*fleet.tasks.pop(0))
+    seq = fleet.hear(changed(message, body={"numbers": {**message.body["numbers"], "n": n}}), data)
+    assert fleet.codes[seq] == code
+
+
+def test_a_run_limits_the_number_of_examples():
+    fleet = Fleet(make_setup({"name": "stream", "concurrency": 2}, versions=2, max_examples=100))
+    message, data = fleet.work(*fleet.tasks.pop(0))
+    body = {"numbers": {**message.body["numbers"], "n": 101}}
+    reason = fleet.reason(changed(message, body=body), data)
+    assert reason == "expected at most 100 examples (run.max_examples), got 101"
+    assert fleet.codes[fleet.seq] == "too-large"
+    assert fleet.run().finished == "2 versions committed"
+
+
+@pytest.mark.parametrize("schedule", ["rounds", "stream"])
+def test_an_update_out_of_all_proportion_is_refused(schedule):
+    """A value of 1e20 with n = 75 is far from float32's limit; of the model nothing was left."""
+    fleet = Fleet(ROUNDS if schedule == "rounds" else STREAM)
+    good = fleet.work(*fleet.tasks.pop(0))
+    reason = fleet.reason(*with_value(*good, 1e20))
+    assert reason == "the result holds values as large as 1e+20"
+    assert fleet.codes[fleet.seq] == "too-large"
+    assert fleet.run().finished == "2 versions committed"
+    assert all(each.abs().max() < 10 for each in fleet.core.tensors().values())
+
+
+@pytest.mark.parametrize("schedule", ["rounds", "stream"])
+def test_a_run_limits_the_norm_of_an_update(schedule):
+    settings = {"rounds": {"fraction": 1.0}, "stream": {"concurrency": 2}}[schedule]
+    fleet = Fleet(make_setup({"name": schedule, **settings}, versions=2, max_update_norm=5.0))
+    good = fleet.work(*fleet.tasks.pop(0))
+    reason = fleet.reason(*with_value(*good, 100.0))
+    assert reason.startswith("expected an update of norm 5 at most (run.max_update_norm), got ")
+    assert fleet.codes[fleet.seq] == "too-large"
+    assert fleet.run().counts[0] >= 2
+
+
+def test_runs_of_older_releases_are_folded_without_these_checks():
+    """Their ledgers replay: what was used is used."""
+    fleet = Fleet(STREAM, computed=Computed(rules=1))
+    good = fleet.work(*fleet.tasks.pop(0))
+    assert fleet.reason(*with_value(*good, 1e20)) == ""
+    fleet = Fleet(SCORED, computed=Computed(rules=1))
+    fleet.join_evaluator()
+    task, _ = fleet.evaluations.pop(0)
+    fleet.say("score", {"metrics": {"accuracy": 2.0}}, "evaluator", task.id)
+    assert fleet.finished == "accuracy 2.0000 reached the target of 1"
 
 
 @pytest.mark.parametrize("kind", ["task", "evaluate", "hello", "x"])

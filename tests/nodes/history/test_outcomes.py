@@ -388,6 +388,22 @@ def test_a_metric_that_is_not_finite_is_null_and_listed_in_the_summary(story, tm
     assert "nan% (best 50.00%)" in shown(closing_table(summary))
 
 
+def test_a_score_that_was_rejected_is_not_in_the_curve(story):
+    for number, accuracy in enumerate([0.5, 2.0]):
+        story.feed("evaluate", "aggregator", f"a/{number}", to="evaluator", model_version=number)
+        story.feed("score", "w0", re=f"a/{number}", metrics={"accuracy": accuracy})
+    story.refuse(story.seq, "out-of-range")
+    assert [point.accuracy for point in story.history.curve] == [0.5]
+    assert summary_of(story.history)["best_accuracy"] == 0.5
+    for client, accuracy in ((0, 0.5), (1, 2.0)):
+        about = {"model_version": 2, "client": client}
+        story.feed("evaluate", "aggregator", f"e/{client}", to=f"client/{client}", **about)
+        story.feed("score", f"w{client}", re=f"e/{client}", metrics={"accuracy": accuracy})
+    assert story.history.accuracy == 1.25
+    story.refuse(story.seq, "out-of-range")
+    assert story.history.accuracy == 0.5
+
+
 def test_clients_whose_accuracy_is_nan_are_counted_separately(story):
     for client, accuracy in ((0, 0.5), (1, math.nan)):
         story.task(client, client)

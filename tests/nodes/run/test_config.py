@@ -76,6 +76,8 @@ def test_a_file_is_overridden_by_settings(tmp_path: Path) -> None:
         ("run.sed=1", ["run.sed", "did you mean 'seed'"]),
         ("run.versions=0", ["run.versions", "1", "got 0"]),
         ("run.min_clients=41", ["run.min_clients", "40", "41"]),
+        ("run.max_examples=0", ["run.max_examples", "greater than or equal to 1", "0"]),
+        ("run.max_update_norm=0", ["run.max_update_norm", "greater than 0", "0"]),
         ("foo.bar=1", ["'foo'", "algorithm", "schedule"]),
         ("nonsense", ["nonsense", "table.key=value"]),
         ("worker.slowdown=0.5", ["worker.slowdown", "at least 1", "0.5"]),
@@ -93,6 +95,14 @@ def test_a_schedule_that_the_algorithm_does_not_support_is_an_error() -> None:
     text = complaint("algorithm.name=fedsgd", "schedule.name=stream")
     assert text == (
         "schedule.name: fedsgd does not run under 'stream'; choose from buffered, rounds"
+    )
+
+
+def test_a_norm_of_updates_needs_an_algorithm_that_sends_updates() -> None:
+    text = complaint("algorithm.name=mocha", "run.max_update_norm=1", "schedule.name=rounds")
+    assert text == (
+        "run.max_update_norm: expected an algorithm whose clients send updates of a model, "
+        "got mocha"
     )
 
 

@@ -73,6 +73,25 @@ def test_the_next_task_starts_from_the_saved_state():
         assert count(kept.get(0).local) == number
 
 
+@pytest.mark.parametrize("kind", ["task", "evaluate"])
+def test_a_task_from_another_node_is_rejected_and_changes_no_state(kind):
+    setup, kept = counting(), ClientStateStore()
+    task, _ = tasks_of(setup)
+    worker = worker_of(setup, kept)
+    forged = again(task, 11, sender="w1", id="aggregator/1", kind=kind)
+    (handled,) = worker.handle(forged)
+    assert handled == Handled(11, "only aggregator sends tasks, this one is from w1", "not-allowed")
+    assert kept.get(0) is None
+    (train,) = worker.handle(task)
+    assert train.local is None
+
+
+def test_a_client_that_is_no_number_is_rejected():
+    task, _ = tasks_of(counting())
+    (handled,) = worker_of(counting()).handle(again(task, 11, body={"client": False}))
+    assert handled.code == "wrong-client"
+
+
 def test_a_redelivered_task_is_answered_with_the_saved_result():
     """Training again would change the client's state twice."""
     setup, kept = counting(), ClientStateStore()

@@ -229,7 +229,13 @@ def test_invalid_metrics_end_a_node_at_its_first_evaluation_and_later_fail_one_e
 
     def evaluated():
         packed = pack(action.task.payload, RAW, 0)
-        about = {"kind": "evaluate", "id": "a/1", "run": "r", "sender": "a", "to": "evaluator"}
+        about = {
+            "kind": "evaluate",
+            "id": "a/1",
+            "run": "r",
+            "sender": "aggregator",
+            "to": "evaluator",
+        }
         body = {**packed.body, "model_version": 0}
         message = Message(**about, body=body, blobs=packed.blobs)
         (asked,) = core.handle(Delivery(0, 0.0, message, dict(enumerate(packed.data))))
@@ -259,7 +265,7 @@ def test_an_error_that_is_not_valid_utf_8_fails_only_its_task(setup):
     core = Worker(changed, "r", "w0", [(0, 0)])
     task = actions_of(changed)["train"].task
     packed = pack(task.payload, RAW, 0)
-    about = {"kind": "task", "id": "a/1", "run": "r", "sender": "a", "to": "client/0"}
+    about = {"kind": "task", "id": "a/1", "run": "r", "sender": "aggregator", "to": "client/0"}
     body = {**packed.body, "client": 0, "model_version": 0}
     message = Message(**about, body=body, blobs=packed.blobs)
     (train,) = core.handle(Delivery(0, 0.0, message, dict(enumerate(packed.data))))
