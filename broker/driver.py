@@ -174,6 +174,8 @@ class BrokerDriver:
             continuation=continuation,
             draw_identity=draw_identity,
         )
+        if reason := restrict_folder(folder):
+            port.log("warning", "other users may be able to read the ledger", {"reason": reason})
         return cls(core, ledger, port, clock, ledger_settings, access)
 
     @property
@@ -371,8 +373,6 @@ class BrokerDriver:
     def _log_opening(self) -> None:
         """Log what opening the ledger has found."""
         log, ledger = self._port.log, self.ledger
-        if reason := restrict_folder(ledger.folder):
-            log("warning", "other users may be able to read the ledger", {"reason": reason})
         if ledger.cut_bytes:
             log("warning", "truncated an incomplete record", {"bytes": ledger.cut_bytes})
         skipped = "skipped damaged payload: no unfinished message needs it"

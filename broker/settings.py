@@ -70,6 +70,7 @@ class BrokerSettings:
         the message is dead-lettered.
     limits: what peers can make it use.
     only_run: id of the one run that it serves; "" serves any.
+    once: whether it serves only the runs in its ledger, or else the first one that is opened.
     """
 
     lease_s: float = 10.0
@@ -77,6 +78,7 @@ class BrokerSettings:
     deliveries: int = 5
     limits: Limits = Limits()
     only_run: str = ""
+    once: bool = False
 
 
 @dataclass(frozen=True)

@@ -93,7 +93,7 @@ PARTS = {
         "trace": "errors process messages history",
         "replay": "errors process messages run history trace aggregator worker",
         "simulation": "process run aggregator worker",
-        "cluster": "errors process messages run history run_folder aggregator worker",
+        "cluster": "errors process keys messages run history run_folder aggregator worker",
         "cli": "errors process keys run history run_folder aggregator worker cluster trace replay",
         "__main__": "cli",
     },

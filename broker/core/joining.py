@@ -23,6 +23,7 @@ from fedmq.broker.core.admission import (
     owner_fault,
     rights_fault,
     run_limit_fault,
+    served_runs,
     wait_for_run,
     why_not,
 )
@@ -182,7 +183,7 @@ class Admissions:
             self._reject(peer, hello, fault, out)
             return
         owner = owner_of(origin.key, hello.key, hello.session)
-        run = find_run(runs, hello, rights, owner, self._settings.only_run)
+        run = find_run(runs, hello, rights, owner, served_runs(runs, self._settings))
         if isinstance(run, tuple):
             self._reject(peer, hello, run, out)
             return
@@ -223,6 +224,7 @@ class Admissions:
         out: list[Action],
     ) -> None:
         """Let a node wait for its run."""
+        runs = self._mailboxes.runs
         if not self.early.add(peer, hello, origin, now):
             most = self._settings.limits.waiting
             text = f"at most {most} nodes may wait for a run (broker.limits.waiting)"
@@ -235,7 +237,7 @@ class Admissions:
                 self._sessions.leave(before, text, now, out, clean=True)
             self._sessions.forget_connection(before)
             before.peer = b""
-        out.append(SendTo(peer, wait_for_run(self._mailboxes.runs, rights)))
+        out.append(SendTo(peer, wait_for_run(runs, rights, served_runs(runs, self._settings))))
 
     def _after_the_end(
         self, peer: bytes, hello: Hello, origin: Origin, owner: str, known: Node | None

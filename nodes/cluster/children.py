@@ -25,6 +25,7 @@ from fedmq.broker.core.state import Continuation
 from fedmq.broker.errors import BrokerFailed
 from fedmq.broker.file_modes import open_private
 from fedmq.broker.process import tune_process
+from fedmq.nodes.cluster.listening import Listening
 from fedmq.nodes.errors import ON_PURPOSE, RunFailed
 from fedmq.nodes.process import logs, streams
 from fedmq.nodes.process.exception_text import explained, reason_of
@@ -32,8 +33,6 @@ from fedmq.nodes.process.signals import Stopped, this_process
 from fedmq.nodes.run.config import parse
 
 _STOP_S = 5.0
-_OWNER_ONLY = 0o077
-"""The umask of a process that makes files for its owner alone."""
 
 BEYOND_HELP = 3
 """Exit code of a process that failed and would fail again."""
@@ -43,7 +42,7 @@ class ReportKind(enum.Enum):
     """What a process reports to its supervisor."""
 
     READY = "ready"
-    """The broker listens; the text is its tcp endpoint, or empty for a socket file."""
+    """The broker listens; the text has its tcp endpoints, one a line."""
     NOTE = "note"
     """The process continues; the text is a sentence for people."""
     ENDING = "ending"
@@ -143,21 +142,24 @@ def broker_main(
     folder: Path,
     pipe: Connection,
     text: str,
-    endpoint: str,
+    listening: Listening,
     continuation: Continuation | None = None,
 ) -> None:
     """Run the broker of a local cluster."""
-    os.umask(os.umask(_OWNER_ONLY) | _OWNER_ONLY)  # for the socket file
     from fedmq.broker.router import BrokerServer
 
     config = parse(text)
     table = config.broker
     settings = replace(table.settings(), only_run=config.run.id)
     server = BrokerServer(
-        endpoint, folder / "ledger", settings, table.ledger_settings(), continuation
+        *(listening.endpoints, folder / "ledger", settings, table.ledger_settings()),
+        continuation,
+        keys=listening.keys(),
+        insecure=listening.insecure,
     )
     server.on_space = _space_reporter(pipe, folder / "ledger")
-    _report(pipe, ReportKind.READY, server.endpoint if server.endpoint.startswith("tcp") else "")
+    tcp = [each for each in server.endpoints if each.startswith("tcp://")]
+    _report(pipe, ReportKind.READY, "\n".join(tcp))
     with this_process.noting(server.stop):
         server.serve()
 

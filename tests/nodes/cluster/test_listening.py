@@ -7,12 +7,15 @@ import stat
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
 from fedmq.broker.router import RouterPort
 from fedmq.broker.settings import BrokerSettings
 from fedmq.broker.wire.endpoints import MAX_PATH_BYTES
-from fedmq.nodes.cluster import own_socket
-from fedmq.nodes.cluster.own_socket import LOOPBACK, choose_endpoint, remove_socket
+from fedmq.nodes.cli.main import main
+from fedmq.nodes.cluster import listening as module
+from fedmq.nodes.cluster.listening import LOOPBACK, Listening, choose_endpoint, remove_socket
+from fedmq.nodes.errors import ConfigError, NodeError
 
 
 @pytest.fixture
@@ -23,13 +26,47 @@ def short(tmp_path_factory, monkeypatch) -> Path:
     return folder
 
 
+def new_keys(folder: Path) -> Path:
+    result = CliRunner().invoke(main, ["keys", "new", "broker", "--keys", str(folder)])
+    assert result.exit_code == 0, result.output
+    return folder
+
+
+def test_other_hosts_connect_to_another_address_with_the_keys_of_a_folder(short) -> None:
+    keys = new_keys(short / "keys")
+    listening = Listening.of("tcp://*:0", keys, insecure=False)
+    assert listening.options == ["--keys", str(keys)]
+    chosen, reason = listening.chosen(short / "run")
+    assert reason == ""
+    assert list(chosen.endpoints) == [f"ipc://{short}/run/socket/broker", "tcp://*:0"]
+    bound = chosen.bound(["tcp://0.0.0.0:7700"])
+    assert list(bound.endpoints) == [chosen.endpoint, "tcp://0.0.0.0:7700"]
+    assert bound.keys() is not None
+    first, *rest = bound.lines()
+    assert first == "also listening on tcp://0.0.0.0:7700"
+    assert any("fedmq worker --connect" in line for line in rest)
+    with pytest.raises(NodeError, match=r"with keys, a cluster needs a socket file: .* bytes"):
+        listening.chosen(short / ("x" * 100))
+
+
+def test_without_an_address_for_others_there_is_nothing_to_announce(short) -> None:
+    alone, reason = Listening.of(None, None, insecure=False).chosen(short / ("x" * 100))
+    assert reason
+    assert list(alone.bound(["tcp://127.0.0.1:4"]).endpoints) == ["tcp://127.0.0.1:4"]
+    assert list(alone.lines()) == []
+    open_one = Listening.of("tcp://*:7700", None, insecure=True)
+    assert (open_one.options, open_one.keys()) == (["--insecure"], None)
+    for insecure, folder in ((True, None), (False, short)):
+        with pytest.raises(ConfigError, match=r"set broker\.bind, where workers of other hosts"):
+            Listening.of(None, folder, insecure=insecure)
+
+
 def names(folder: Path) -> list[str]:
     return sorted(each.name for each in folder.iterdir())
 
 
 def listen(endpoint: str) -> None:
-    port = RouterPort(endpoint, BrokerSettings())
-    port.context.destroy(linger=0)
+    RouterPort([endpoint], BrokerSettings()).close()
 
 
 def test_the_endpoint_is_in_a_private_folder_of_the_run(short) -> None:
@@ -73,11 +110,11 @@ def test_a_file_system_without_sockets_or_permissions_is_reported(short, monkeyp
         raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
 
     with monkeypatch.context() as patch:
-        patch.setattr(own_socket, "_try_socket", refuse)
+        patch.setattr(module, "_try_socket", refuse)
         endpoint, reason = choose_endpoint(short)
     assert endpoint == LOOPBACK
     assert reason == f"cannot make a socket in {short}/socket: operation not supported"
-    monkeypatch.setattr(own_socket, "restrict", lambda path: f"{path} has the permissions 0777")
+    monkeypatch.setattr(module, "restrict", lambda path: f"{path} has the permissions 0777")
     assert choose_endpoint(short) == (LOOPBACK, f"{short}/socket has the permissions 0777")
 
 
