@@ -186,10 +186,10 @@ class BrokerDriver:
             continuation=continuation,
             draw_identity=draw_identity,
         )
+        lines_per_s = settings.limits.log_lines_per_s
         if reason := restrict_folder(folder):
             port.log("warning", "other users may be able to read the ledger", {"reason": reason})
         try:
-            lines_per_s = settings.limits.log_lines_per_s
             return cls(core, ledger, port, clock, ledger_settings, access, lines_per_s)
         except (OSError, ValueError):
             ledger.close()

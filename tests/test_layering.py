@@ -53,7 +53,8 @@ PARTS = {
         "inspection": "settings errors wire ledger core recovery file_modes",
         "blob_locations": "wire ledger core",
         "log_limit": "",
-        "driver": "settings errors wire ledger access core blob_locations recovery file_modes log_limit",
+        "driver": "settings errors wire ledger access core blob_locations recovery file_modes "
+        "log_limit",
         "virtual": "settings errors wire ledger access core link recovery driver",
         "router": "settings errors wire access transport open_files core driver",
     },
