@@ -222,11 +222,11 @@ class VirtualBroker:
         """Return True."""
         return True
 
+    def charge(self, peer: bytes) -> None:
+        """Ignore it: the virtual network has no limit of messages a second."""
+
     def disconnect(self, peer: bytes) -> None:
         """Ignore it: the core rejects what still comes."""
-
-    def forget(self, peer: bytes) -> None:
-        """Do nothing: the virtual network queues nothing."""
 
     def is_up(self, peer: bytes) -> bool:
         """Return whether a connection is up."""

@@ -239,11 +239,11 @@ class Net:
     def has_room(self, peer):
         return True
 
+    def charge(self, peer):
+        """Ignore it: there is no limit of messages a second."""
+
     def disconnect(self, peer):
         """Ignore it: the core rejects what still comes."""
-
-    def forget(self, peer):
-        """Do nothing: nothing is queued."""
 
     def is_up(self, peer):
         member = self.members[peer.partition(b"#")[0].decode()]
