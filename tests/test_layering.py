@@ -52,7 +52,9 @@ PARTS = {
         "recovery": "settings errors wire ledger access core",
         "inspection": "settings errors wire ledger core recovery file_modes",
         "blob_locations": "wire ledger core",
-        "driver": "settings errors wire ledger access core blob_locations recovery file_modes",
+        "log_limit": "",
+        "driver": "settings errors wire ledger access core blob_locations recovery file_modes "
+        "log_limit",
         "virtual": "settings errors wire ledger access core link recovery driver",
         "router": "settings errors wire access transport open_files core driver",
     },
@@ -225,6 +227,7 @@ def test_what_a_nodes_link_loads() -> None:
         "clock",
         "encoding",
         "endpoints",
+        "inbox",
         "schema",
         "sockets",
         "window",

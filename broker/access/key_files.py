@@ -5,6 +5,7 @@ The folder also holds ``brokers.json``: the public keys of the brokers that this
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -93,10 +94,14 @@ def own_key(folder: Path, name: str) -> KeyPair:
     Raises:
         AccessError: see `read_key` and `new_key`.
     """
-    try:
+    with contextlib.suppress(FileNotFoundError):
         return read_key(folder, name)
-    except FileNotFoundError:
+    try:
         return new_key(folder, name)
+    except AccessError:
+        with contextlib.suppress(FileNotFoundError):
+            return read_key(folder, name)  # another node that started now was first
+        raise
 
 
 def public_key(text: str) -> str:

@@ -10,6 +10,7 @@ import contextlib
 import fcntl
 import os
 import pwd
+import secrets
 import shlex
 import stat
 import time
@@ -158,10 +159,9 @@ def _lock(fd: int, path: Path) -> None:
 
 def _write_fresh(path: Path, data: bytes) -> Path:
     """Write and sync a temporary file beside a path; only this user may read it."""
-    fresh = path.with_name(f".{path.name}.{os.getpid()}.new")
+    # Not the process's id: containers that share a home folder share those.
+    fresh = path.with_name(f".{path.name}.{secrets.token_hex(8)}.new")
     try:
-        with contextlib.suppress(FileNotFoundError):
-            fresh.unlink()  # left by an earlier process with this id
         fd = open_file(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, FILE_MODE)
         with os.fdopen(fd, "wb") as file:
             file.write(data)

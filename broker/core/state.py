@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from dataclasses import dataclass, field
 
 from msgspec import Struct
@@ -306,6 +306,13 @@ class RunState:
     continued: int | None = None
     owner: str = ""
     carried: tuple[int, int] = (0, 0)
+    message_bytes: Counter[str] = field(default_factory=Counter)
+    """Bytes of accepted messages by sender; and of all, by ""."""
+
+    def count_message(self, sender: str, nbytes: int) -> None:
+        """Count the bytes of an accepted message: entries are kept for ever."""
+        self.message_bytes[sender] += nbytes
+        self.message_bytes[""] += nbytes
 
     def traffic(self) -> tuple[int, int]:
         """Return the bytes (to, from) all nodes other than the aggregator."""

@@ -178,7 +178,7 @@ class DealerPort:
         """
         while True:
             try:
-                frames, _ = receive(self._socket)
+                frames = receive(self._socket)
             except zmq.Again:
                 return ()
             except VersionError:
