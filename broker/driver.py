@@ -39,6 +39,7 @@ from fedmq.broker.core.events import (
 )
 from fedmq.broker.core.state import Continuation
 from fedmq.broker.errors import BrokerFailed, LedgerDamage, LedgerError, NoSpace
+from fedmq.broker.file_modes import restrict_folder
 from fedmq.broker.ledger.disk import LOCAL_DISK, Disk
 from fedmq.broker.ledger.entries import BlobName
 from fedmq.broker.ledger.writer import Ledger
@@ -183,7 +184,13 @@ class BrokerDriver:
             draw_identity=draw_identity,
         )
         lines_per_s = settings.limits.log_lines_per_s
-        return cls(core, ledger, port, clock, ledger_settings, access, lines_per_s)
+        if reason := restrict_folder(folder):
+            port.log("warning", "other users may be able to read the ledger", {"reason": reason})
+        try:
+            return cls(core, ledger, port, clock, ledger_settings, access, lines_per_s)
+        except (OSError, ValueError):
+            ledger.close()
+            raise
 
     @property
     def deadline(self) -> float | None:

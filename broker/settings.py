@@ -7,8 +7,12 @@ from typing import Literal
 
 Durability = Literal["process", "power"]
 
-EVERYTHING = None
+Retained = int | Literal["headers"] | None
+"""Payload that a ledger keeps: see `Ledger`."""
+EVERYTHING: Retained = None
 """Retention: delete nothing."""
+HEADERS: Retained = "headers"
+"""Retention: as 0, and no payload of a run that has ended."""
 
 LEAST_SEGMENT_BYTES = 4 << 20
 """A broker would begin smaller segments many times a second: one batch writes up to 2 MiB."""
@@ -68,6 +72,7 @@ class BrokerSettings:
         the message is dead-lettered.
     limits: what peers can make it use.
     only_run: id of the one run that it serves; "" serves any.
+    once: whether it serves only the runs in its ledger, or else the first one that is opened.
     """
 
     lease_s: float = 10.0
@@ -75,6 +80,7 @@ class BrokerSettings:
     deliveries: int = 5
     limits: Limits = Limits()
     only_run: str = ""
+    once: bool = False
 
 
 @dataclass(frozen=True)
@@ -89,6 +95,6 @@ class LedgerSettings:
     """
 
     durability: Durability = "process"
-    retain_bytes: int | None = EVERYTHING
+    retain_bytes: Retained = EVERYTHING
     redeliver_dead_letters: bool = False
     share_files: bool = True

@@ -23,6 +23,7 @@ from fedmq.broker.core.admission import (
     owner_fault,
     rights_fault,
     run_limit_fault,
+    served_runs,
     wait_for_run,
     why_not,
 )
@@ -184,7 +185,7 @@ class Admissions:
         if hello.role != AGGREGATOR and hello.config:
             hello = msgspec.structs.replace(hello, config="")  # not read, and would be kept
         owner = owner_of(origin.key, hello.key, hello.session)
-        run = find_run(runs, hello, rights, owner, self._settings.only_run)
+        run = find_run(runs, hello, rights, owner, served_runs(runs, self._settings))
         if isinstance(run, tuple):
             self._reject(peer, hello, run, out)
             return
@@ -227,6 +228,7 @@ class Admissions:
         out: list[Action],
     ) -> None:
         """Let a node wait for its run."""
+        runs = self._mailboxes.runs
         if not self.early.add(peer, hello, origin, now):
             most = self._settings.limits.waiting
             text = f"at most {most} nodes may wait for a run (broker.limits.waiting)"
@@ -239,7 +241,7 @@ class Admissions:
                 self._sessions.leave(before, text, now, out, clean=True)
             self._sessions.forget_connection(before)
             before.peer = b""
-        out.append(SendTo(peer, wait_for_run(self._mailboxes.runs, rights)))
+        out.append(SendTo(peer, wait_for_run(runs, rights, served_runs(runs, self._settings))))
 
     def _after_the_end(
         self, peer: bytes, hello: Hello, origin: Origin, owner: str, known: Node | None
