@@ -20,13 +20,14 @@ import zmq
 
 from fedmq.broker.access.broker_keys import BrokerKeys
 from fedmq.broker.access.curve import KeyPair
-from fedmq.broker.access.rights import Access, AccessStore
+from fedmq.broker.access.rights import Access
 from fedmq.broker.core.events import Event, ReceivedFrom, Unreadable
 from fedmq.broker.core.state import Continuation
 from fedmq.broker.driver import BrokerDriver
 from fedmq.broker.errors import BrokerError, WireError
 from fedmq.broker.open_files import reserve_files
 from fedmq.broker.settings import BrokerSettings, LedgerSettings
+from fedmq.broker.transport.admitting import AdmittingStore
 from fedmq.broker.transport.connections import Connections
 from fedmq.broker.transport.listening import bind_all, router_socket
 from fedmq.broker.transport.zap import Door
@@ -303,7 +304,7 @@ class BrokerServer:
                 self._port,
                 self._clock,
                 continuation=continuation,
-                access=None if keys is None else _Admitting(keys.access, self._port),
+                access=None if keys is None else AdmittingStore(keys.access, self._port.admit),
             )
         except BrokerError:
             self._port.close()
@@ -377,26 +378,3 @@ class BrokerServer:
         if self._port.has_queued or self._driver.has_chunks:
             deadline = min(deadline, now + _BUSY_POLL_S)
         return milliseconds_until(None if deadline == math.inf else deadline, now)
-
-
-class _Admitting:
-    """An `AccessStore` that lets in those who have access, each time that it is read."""
-
-    def __init__(self, store: AccessStore, port: RouterPort) -> None:
-        self._store, self._port = store, port
-
-    def load(self) -> Access:
-        """See `AccessStore`."""
-        return self._admit(self._store.load())
-
-    def changed(self) -> bool:
-        """See `AccessStore`."""
-        return self._store.changed()
-
-    def enroll(self, key: str, invite: str, now: float) -> Access:
-        """See `AccessStore`."""
-        return self._admit(self._store.enroll(key, invite, now))
-
-    def _admit(self, access: Access) -> Access:
-        self._port.admit(access)
-        return access
