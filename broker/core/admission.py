@@ -98,16 +98,17 @@ def served_runs(runs: dict[str, RunState], settings: BrokerSettings) -> Collecti
 
 def rights_fault(rights: Rights, hello: Hello) -> Fault | None:
     """Return (code, reason) if a key's rights do not allow what a Hello asks for."""
+    who = f"the key {rights.name}" if rights.key else "a connection without a key"
     if hello.role not in rights.roles:
         may = ", ".join(rights.roles) or "nothing"
-        text = f"the key {rights.name} may not be the {hello.role}; its roles: {may}"
+        text = f"{who} may not be the {hello.role}; its roles: {may}"
         return RejectCode.ROLE, text
     if hello.run and not may_join(rights, hello.run):
-        return RejectCode.RUN, f"the key {rights.name} may not join or open run {hello.run}"
+        return RejectCode.RUN, f"{who} may not join or open run {hello.run}"
     if rights.clients is not None:
         beyond = first_beyond(hello.clients, rights.clients)
         if beyond is not None:
-            return RejectCode.CLIENT, f"the key {rights.name} may not host client {beyond}"
+            return RejectCode.CLIENT, f"{who} may not host client {beyond}"
     return None
 
 

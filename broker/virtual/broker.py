@@ -228,9 +228,6 @@ class VirtualBroker:
     def disconnect(self, peer: bytes) -> None:
         """Ignore it: the core rejects what still comes."""
 
-    def forget(self, peer: bytes) -> None:
-        """Do nothing: the virtual network queues nothing."""
-
     def is_up(self, peer: bytes) -> bool:
         """Return whether a connection is up."""
         return self.network.is_up(peer)

@@ -179,9 +179,6 @@ class Bench:
         """Only note it: frames may come that were sent before."""
         self.disconnected.append(peer)
 
-    def forget(self, peer):
-        self.sent.pop(peer, None)
-
     def is_up(self, peer):
         return peer in self.standing
 

@@ -245,9 +245,6 @@ class Net:
     def disconnect(self, peer):
         """Ignore it: the core rejects what still comes."""
 
-    def forget(self, peer):
-        """Do nothing: nothing is queued."""
-
     def is_up(self, peer):
         member = self.members[peer.partition(b"#")[0].decode()]
         return not member.cut and member.peer == peer
