@@ -177,7 +177,7 @@ class Broker:
 
     def _received(self, event: ReceivedFrom, now: float, out: list[Action]) -> None:
         frame, peer, origin = event.frame, event.peer, event.origin
-        node = self._sessions.session_of(peer, origin)
+        node = self._sessions.session_of(peer, origin, out)
         if node is None or not node.alive or isinstance(frame, Hello):
             # A live session's key has rights: it ends when they do.
             if not self._admissions.has_rights(peer, frame, origin, now, out):
