@@ -123,6 +123,7 @@ class Restorer:
     def _accepted(self, entry: Accepted, message: Message) -> None:
         run = self.mailboxes.runs[message.run]
         self._finished(entry.consumes)
+        run.count_message(message.sender, len(entry.message))
         if message.sender == BROKER and message.kind in ("joined", "left"):
             self._member(run, message)
         elif message.sender == BROKER and message.kind == CONTINUED:

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from fedmq.broker.errors import AccessError
 from fedmq.broker.file_modes import FILE_MODE, FOLDER_MODE, make_private_folder
+from fedmq.broker.open_files import open_file
 
 _MOST_BYTES = 16 << 20
 _LOCK_WAIT_S = 2.0
@@ -64,7 +65,7 @@ def read_private(path: Path) -> tuple[bytes, os.stat_result]:
         AccessError: it cannot be read, or others may read or write it or its folder.
     """
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a pipe would block
+        fd = open_file(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a pipe would block
     except FileNotFoundError:
         raise
     except OSError as error:
@@ -130,7 +131,7 @@ def locked(path: Path) -> Iterator[None]:
     """
     lock = path.with_name(f"{path.name}.lock")
     try:
-        fd = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, FILE_MODE)
+        fd = open_file(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, FILE_MODE)
     except OSError as error:
         raise AccessError(f"cannot open {lock}: {_text(error)}") from None
     try:
@@ -161,7 +162,7 @@ def _write_fresh(path: Path, data: bytes) -> Path:
     # Not the process's id: containers that share a home folder share those.
     fresh = path.with_name(f".{path.name}.{secrets.token_hex(8)}.new")
     try:
-        fd = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, FILE_MODE)
+        fd = open_file(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, FILE_MODE)
         with os.fdopen(fd, "wb") as file:
             file.write(data)
             file.flush()
@@ -172,7 +173,7 @@ def _write_fresh(path: Path, data: bytes) -> Path:
 
 
 def _sync_folder(folder: Path) -> None:
-    fd = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+    fd = open_file(folder, os.O_RDONLY | os.O_CLOEXEC)
     try:
         os.fsync(fd)
     finally:

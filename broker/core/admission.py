@@ -185,7 +185,10 @@ def owner_fault(
     if known is not None and not is_owner(owner, rights, known.owner):
         if known.alive:
             return RejectCode.NAME, f"a node named {hello.node!r} is already connected"
-        text = f"the name {hello.node!r} belongs to another node of this run, which has left"
+        text = (
+            f"the name {hello.node!r} belongs to a node of this run that has left; start that one "
+            "with its own key (--state, or --keys), or set another name with --name"
+        )
         return RejectCode.NAME, text
     if hello.role == AGGREGATOR and run.owner and not is_owner(owner, rights, run.owner):
         return RejectCode.RUN, f"run {run.id} was opened by another key; choose another run.id"

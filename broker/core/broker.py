@@ -12,6 +12,7 @@ import heapq
 import math
 from collections.abc import Callable, Sequence
 
+from fedmq.broker.access.rights import ENDS_RUN
 from fedmq.broker.core import delivery
 from fedmq.broker.core.acceptance import Acceptance
 from fedmq.broker.core.admission import served_runs
@@ -322,7 +323,7 @@ class Broker:
         out.append(SendTo(node.peer, reply, ((name, request.start, request.size),) if here else ()))
 
     def _end_run(self, node: Node, reason: str, now: float, out: list[Action]) -> None:
-        if node.hello.role != AGGREGATOR:
+        if node.hello.role not in ENDS_RUN:
             text = "only the aggregator may end a run"
             out.append(SendTo(node.peer, _unexpected(text)))
             return

@@ -196,12 +196,13 @@ class Admissions:
             self._after_the_end(peer, hello, origin, owner, known)
             out.append(SendTo(peer, RunEnded(reason=run.over)))
             return
+        joins = Bucket(JOINS_AT_ONCE) if known is None else known.joins
         fault = (
             owner_fault(run, hello, rights, owner, known)
             or why_not(run, hello, owner, known)
             or run_limit_fault(runs, run, limits)
             or node_limit_fault(run, known, limits)
-            or self._quota_fault(hello, origin, known, now)
+            or self._quota_fault(hello, origin, known, joins, now)
         )
         if fault:
             self._reject(peer, hello, fault, out, config=run.config)
@@ -213,6 +214,7 @@ class Admissions:
             text = f"node {hello.node} has taken over its connection"
             self._sessions.leave(before, text, now, out, clean=True)
         self._admit(peer, hello, origin, owner, run, known, now, out)
+        run.nodes[hello.node].joins = joins
 
     def _wait(
         self,
@@ -253,7 +255,7 @@ class Admissions:
             known.move(SessionEvent.HELLO)
 
     def _quota_fault(
-        self, hello: Hello, origin: Origin, known: Node | None, now: float
+        self, hello: Hello, origin: Origin, known: Node | None, joins: Bucket, now: float
     ) -> Fault | None:
         """Return (code, reason) if its source has too many sessions, or it joins too often."""
         quotas = self._sessions.quotas
@@ -262,7 +264,6 @@ class Admissions:
             return None  # it has reconnected
         same_source = known is not None and source_of(known.origin) == source_of(origin)
         room = (replaces and same_source) or quotas.has_room(origin)
-        joins = Bucket(JOINS_AT_ONCE) if known is None else known.joins
         if room and quotas.may_join(origin, joins, now):
             return None
         return join_limit_fault(origin, self._settings.limits, room=room)
@@ -327,7 +328,7 @@ class Admissions:
                     self._sessions.leave(known, reason, now, out)
                 known.move(SessionEvent.REPLACE)
                 self._sessions.forget_connection(known)
-                node.sessions, node.joins = known.sessions, known.joins
+                node.sessions = known.sessions
                 node.received_bytes = known.received_bytes
                 node.sent_bytes = known.sent_bytes + known.read_bytes
             run.nodes[hello.node] = node

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import BinaryIO, Protocol
 
 from fedmq.broker.file_modes import FILE_MODE, make_private_folder
-from fedmq.broker.open_files import use_reserve
+from fedmq.broker.open_files import open_file
 from fedmq.broker.wire.schema import Buffer
 
 APPEND = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
@@ -80,13 +79,7 @@ class LocalDisk:
 
     def open(self, path: Path, flags: int) -> int:
         """See `Disk`."""
-        try:
-            return os.open(path, flags, FILE_MODE)
-        except OSError as error:
-            if error.errno != errno.EMFILE:
-                raise
-        with use_reserve():  # connections have taken all others
-            return os.open(path, flags, FILE_MODE)
+        return open_file(path, flags, FILE_MODE)
 
     def close(self, fd: int) -> None:
         """See `Disk`."""

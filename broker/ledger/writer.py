@@ -211,6 +211,10 @@ class Ledger:
         """Return the size in bytes of a complete blob, or None."""
         return self.payload.size_of(name)
 
+    def used(self, run: str, owner: str) -> tuple[int, int]:
+        """Return the bytes of an owner's blobs on the disk, and those of its run."""
+        return self.payload.usage.of(run, owner)
+
     def extents(self, name: BlobName) -> tuple[Extent, ...]:
         """Return the extents of a blob in the files; none if not all of it is written."""
         extents = self.payload.extents(name)

@@ -222,6 +222,9 @@ class VirtualBroker:
         """Return True."""
         return True
 
+    def charge(self, peer: bytes) -> None:
+        """Ignore it: the virtual network has no limit of messages a second."""
+
     def disconnect(self, peer: bytes) -> None:
         """Ignore it: the core rejects what still comes."""
 
