@@ -30,6 +30,7 @@ from fedmq.nodes.cli.options import (
     config_argument,
     exit_2_on_error,
     keys_option,
+    named_limits,
     settings_option,
 )
 from fedmq.nodes.cli.personalise import personalise
@@ -173,6 +174,13 @@ def cluster(
     default=True,
     help="Let nodes on this host read blobs from the ledger's files.",
 )
+@click.option(
+    "--limit",
+    "limits",
+    metavar="NAME=VALUE",
+    multiple=True,
+    help="Set a limit of broker.limits, see docs/configuration.md; repeatable.",
+)
 @click.option("--redeliver-dead-letters", is_flag=True, help="Deliver dead letters again.")
 @click.option("--once", is_flag=True, help="Exit at the end of the run, and write its summary.")
 @keys_option
@@ -188,6 +196,7 @@ def broker(
     durability: str,
     retain: str,
     share_files: bool,  # noqa: FBT001 - click's
+    limits: tuple[str, ...],
     redeliver_dead_letters: bool,  # noqa: FBT001 - click's
     once: bool,  # noqa: FBT001 - click's
     keys_folder: Path | None,
@@ -202,7 +211,8 @@ def broker(
     from fedmq.broker.router import BrokerServer
     from fedmq.nodes.history.run import runs_of
     from fedmq.nodes.keys.serving import broker_keys, how_to_connect
-    from fedmq.nodes.run.config import build, setting_value
+    from fedmq.nodes.run.config import build
+    from fedmq.nodes.run.toml import setting_value
     from fedmq.nodes.run_folder.folder import LEDGER, begun_at, state_of
     from fedmq.nodes.run_folder.summary_file import SUMMARY_FILE, remove_summary, write_summary
 
@@ -215,6 +225,7 @@ def broker(
             "durability": durability,
             "retain": setting_value(retain),
             "share_files": share_files,
+            "limits": named_limits(limits),
         }
         table = build({"broker": given}).broker
         ledger_settings = replace(
