@@ -102,7 +102,13 @@ class KeyedSimulation(Simulation):
             # A person starts a node again whose key has rights: the broker had not noticed yet, or
             # another session had its name or its clients.
             if isinstance(node.ended, Rejected):
-                self._later(2.0, lambda: self._has_rights(node.hello.node) and again())
+                self._later(2.0, start_again)
+
+        def start_again():
+            if self._has_rights(node.hello.node):
+                again()
+            else:
+                self.network.after(1.0, start_again)
 
         node.port.on_exit = on_exit
 
@@ -141,6 +147,7 @@ class KeyedSimulation(Simulation):
 
         def go_on():
             self.revoked_at.setdefault(key, self.network.now)
+            self._count("key revoked")
             invite = self._invite("spare", WORKER, 1, before.hello.clients)
             self.origins[SPARE] = Origin(key_of(SPARE), "10.0.0.2")
             guest = Guest(self.network, "guest-spare", invite, key_of(SPARE), start)
@@ -162,6 +169,7 @@ class KeyedSimulation(Simulation):
         def go_on():
             if new in self.operator.load().keys:  # else the old one has been revoked
                 self.revoked_at.setdefault(old, self.network.now)
+                self._count("key replaced")
                 self.origins[name] = Origin(new, "10.0.0.3")
 
         self._edit(replace, go_on)

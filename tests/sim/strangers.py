@@ -93,6 +93,7 @@ class Mallory(Peer):
             return
         if self._welcome:
             self.attacks += 1
+            self.network.made["attack"] += 1
             self._rng.choice(self.ATTACKS)(self)
         else:
             self._introduce()
@@ -227,4 +228,5 @@ class Guest(Peer):
     def arrive(self, frame, buffers):
         if isinstance(frame, Enrolled) and not self.is_enrolled:
             self.is_enrolled = True
+            self.network.made["key enrolled"] += 1
             self._on_enrolled()

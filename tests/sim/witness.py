@@ -124,6 +124,7 @@ class Witness:
             self._last_heard[event.peer] = now
         elif isinstance(event, DiskFull):
             self._is_full = bool(event.reason)
+        left = []
         for action in actions:
             if isinstance(action, Append):
                 entry = action.entry
@@ -134,9 +135,11 @@ class Witness:
                     self.check_revoked(message, now)
                     self._note_owner(message)
                     if message.kind == "left":
-                        self.check_presence(message, now)
+                        left.append(message)
             elif isinstance(action, SendTo) and isinstance(action.frame, Welcome):
                 self._last_heard[action.peer] = now
+        for message in left:
+            self.check_presence(message, now)
         if isinstance(event, TimerFired) and not self._is_full:
             self.check_timers_fire(now)
 
