@@ -8,7 +8,7 @@ wait until it is written. What differs between a real and a virtual broker is be
 from __future__ import annotations
 
 import math
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -48,7 +48,9 @@ from fedmq.broker.wire.schema import Buffer, Chunk, Deliver
 
 FULL_RETRY_S = 0.25
 """Time between two attempts to write to a full disk, in seconds."""
-_CHUNKS_WAITING = 64
+CHUNKS_WAITING = 64
+"""Most requested chunks that wait until their connection has read others: more than a node of ours
+requests at a time. It requests again what is dropped."""
 ACCESS_EACH_S = 0.5
 """Time between two looks whether the keys or their rights have changed, in seconds."""
 _MOST_READS = 5
@@ -63,8 +65,8 @@ class BrokerPort(Protocol):
     def send(self, peer: bytes, header: bytes, buffers: Sequence[Buffer]) -> None:
         """Queue an encoded frame for a connection; it is lost if the connection is gone."""
 
-    def queued(self, peer: bytes) -> int:
-        """Return the number of large frames that are queued for a connection."""
+    def has_room(self, peer: bytes) -> bool:
+        """Return whether a connection has read enough to be sent a chunk."""
 
     def is_up(self, peer: bytes) -> bool:
         """Return whether a connection is up."""
@@ -111,6 +113,8 @@ class BrokerDriver:
         self._port, self._clock, self._access = port, clock, access
         self._sends: list[SendTo] = []
         """Frames of this turn, to be sent once the ledger has been written."""
+        self._chunks: dict[bytes, deque[SendTo]] = {}
+        """By connection: chunks that it has requested, and that wait until it has read others."""
         self._held: list[SendTo] | None = None
         """While the disk is full: frames to send once the ledger has been written."""
         self._retry_at = 0.0
@@ -237,7 +241,34 @@ class BrokerDriver:
             self._retry(now)
         sends, self._sends = self._sends, []
         for send in sends:
-            self._send(send)
+            if not isinstance(send.frame, Chunk) or self._may_send_chunk(send):
+                self._send(send)
+        if self._chunks:
+            self._send_chunks()
+
+    @property
+    def has_chunks(self) -> bool:
+        """Return whether chunks wait until their connections have read others."""
+        return bool(self._chunks)
+
+    def _may_send_chunk(self, send: SendTo) -> bool:
+        """Return whether a chunk can be sent now; otherwise queue it."""
+        waiting = self._chunks.get(send.peer)
+        if waiting is None and self._port.has_room(send.peer):
+            return True
+        if waiting is None:
+            waiting = self._chunks[send.peer] = deque()
+        if len(waiting) < CHUNKS_WAITING:
+            waiting.append(send)
+        return False
+
+    def _send_chunks(self) -> None:
+        """Read and send requested chunks, to the connections that read what they get."""
+        for peer, waiting in list(self._chunks.items()):
+            while waiting and self._port.has_room(peer):
+                self._send(waiting.popleft())
+            if not waiting:
+                del self._chunks[peer]
 
     def close(self) -> None:
         """Write what is queued, and close the ledger."""
@@ -300,8 +331,6 @@ class BrokerDriver:
             except (OSError, RuntimeError, ValueError, LedgerError) as error:
                 self._shared = ""
                 self._cannot_share(repr(error))
-        if isinstance(frame, Chunk) and self._port.queued(send.peer) >= _CHUNKS_WAITING:
-            return  # more than a node of ours requests at a time; it requests lost ones again
         try:
             buffers = [self.ledger.payload.read(*blob) for blob in send.blobs]
         except LedgerError as error:

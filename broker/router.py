@@ -11,7 +11,6 @@ import contextlib
 import math
 import socket as sockets
 import time
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,10 +30,10 @@ from fedmq.broker.settings import BrokerSettings, LedgerSettings
 from fedmq.broker.transport.connections import Connections
 from fedmq.broker.transport.listening import bind_all, router_socket
 from fedmq.broker.transport.zap import Door
-from fedmq.broker.wire.batching import Outbox
 from fedmq.broker.wire.clock import Clock, milliseconds_until
 from fedmq.broker.wire.encoding import encode_frame
 from fedmq.broker.wire.schema import CHUNK_BYTES, Buffer, Heartbeat
+from fedmq.broker.wire.send_queues import SWEEP_S, SendQueue, SendQueues
 from fedmq.broker.wire.sockets import NOBLOCK, receive, send_parts
 
 _BATCH = 256
@@ -84,7 +83,9 @@ class RouterPort:
         self._drained = True
         """Whether all messages that had arrived were read in this turn."""
         self.on_space: Callable[[str], None] = lambda _reason: None
-        self._outboxes: defaultdict[bytes, Outbox] = defaultdict(Outbox)
+        limits = settings.limits
+        self._queues = SendQueues(limits.queued_bytes, limits.queued_bytes_total)
+        self._next_sweep = 0.0
         self._logger = structlog.get_logger().bind(node="broker")
         try:
             self.endpoints, self.exposed = bind_all(self.socket, endpoints, own, insecure=insecure)
@@ -134,15 +135,18 @@ class RouterPort:
     @property
     def has_queued(self) -> bool:
         """Return whether frames wait for a connection to take them."""
-        return bool(self._outboxes)
+        return bool(self._queues)
 
     def send(self, peer: bytes, header: bytes, buffers: Sequence[Buffer]) -> None:
-        """Queue an encoded frame for a connection; it is lost if the connection is gone."""
-        self._outboxes[peer].add(header, buffers)
+        """Queue an encoded frame for a connection.
 
-    def queued(self, peer: bytes) -> int:
-        """Return the number of large frames that are queued for a connection."""
-        return self._outboxes[peer].large
+        It is lost if the connection is gone, or does not read what was sent before.
+        """
+        self._queues.add(peer, header, buffers)
+
+    def has_room(self, peer: bytes) -> bool:
+        """Return whether a connection has read enough to be sent a chunk."""
+        return self._queues.has_room(peer)
 
     def is_up(self, peer: bytes) -> bool:
         """Return whether a connection is up, by sending a heartbeat over it."""
@@ -198,24 +202,37 @@ class RouterPort:
         Args:
             sent: called with a connection, and the bytes of each message that was sent.
         """
-        for peer in list(self._outboxes):
-            self._flush(peer, sent)
+        for peer, queue in self._queues.begin():
+            self._flush(peer, queue, sent)
+        if (now := time.monotonic()) >= self._next_sweep:
+            self._next_sweep = now + SWEEP_S
+            self._sweep()
 
-    def _flush(self, peer: bytes, sent: Callable[[bytes, int], None]) -> None:
-        outbox = self._outboxes[peer]
-        while outbox:
-            parts = outbox.next()
+    def _flush(self, peer: bytes, queue: SendQueue, sent: Callable[[bytes, int], None]) -> None:
+        while queue:
+            parts = queue.next()
             try:
-                send_parts(self.socket, [peer, *parts])
+                tracker = send_parts(self.socket, [peer, *parts], tracked=queue.needs_mark(parts))
             except zmq.Again:
                 return
             except zmq.ZMQError as error:
                 if error.errno != zmq.EHOSTUNREACH:
                     raise
                 # It is gone. What it missed is delivered again when its node returns.
-                break
-            sent(peer, outbox.sent())
-        del self._outboxes[peer]
+                self._queues.discard(peer)
+                return
+            sent(peer, queue.handed_over(tracker))
+        self._queues.count(queue)
+        self._queues.emptied(peer)
+
+    def _sweep(self) -> None:
+        """Drop the records of idle connections, and report what was dropped."""
+        for peer in self._queues.sweep():
+            self._queues.add(peer, encode_frame(Heartbeat()), ())
+        if self._queues.dropped:
+            event = "dropped frames for connections that do not read"
+            self.log("warning", event, {"frames": self._queues.dropped})
+            self._queues.dropped = 0
 
 
 class BrokerServer:
@@ -332,7 +349,7 @@ class BrokerServer:
         return self._driver.core.idle and not self._port.has_queued
 
     def _timeout_ms(self) -> int | None:
-        if self._port.has_queued:
+        if self._port.has_queued or self._driver.has_chunks:
             return _BUSY_POLL_MS
         now, due = self._clock(), self._driver.deadline
         deadline = min(math.inf if due is None else due, self._warn_at)

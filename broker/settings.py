@@ -29,8 +29,8 @@ class Limits:
     joins_per_s: sessions that one node may begin, on average; and twenty times as many that the
         nodes of one address of another host, or of one key, may begin.
     messages_per_s, bytes_per_s: that one connection may send; more waits.
-    held_bytes: of posts whose blobs have not arrived, by node.
-    queued_bytes: sent to one connection, and not read by it.
+    held_bytes, held_bytes_total: of posts whose blobs have not arrived, by node and in all.
+    queued_bytes, queued_bytes_total: queued for one connection that does not read, and for all.
     node_disk, run_disk: bytes in the ledger, by node and by run.
     log_lines_per_s: of one kind.
     handshake_s: within which a new connection must say what it is.
@@ -45,8 +45,10 @@ class Limits:
     joins_per_s: float = 1.0
     messages_per_s: float = 5_000.0
     bytes_per_s: float = 2e9
-    held_bytes: int = 8 << 20
+    held_bytes: int = 16 << 20
+    held_bytes_total: int = 256 << 20
     queued_bytes: int = 32 << 20
+    queued_bytes_total: int = 256 << 20
     node_disk: int = 256 << 30
     run_disk: int = 2 << 40
     log_lines_per_s: float = 20.0

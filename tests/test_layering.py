@@ -218,7 +218,16 @@ def test_what_a_nodes_link_loads() -> None:
     command = (sys.executable, "-P", "-c", code)
     loaded = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
     ours = {name.removeprefix("fedmq.broker.") for name in loaded if name.startswith("fedmq.b")}
-    wire = {"batching", "chunked_transfer", "clock", "encoding", "endpoints", "schema", "sockets"}
+    wire = {
+        "batching",
+        "chunked_transfer",
+        "clock",
+        "encoding",
+        "endpoints",
+        "schema",
+        "sockets",
+        "window",
+    }
     reading = {"disk", "entries", "lock", "records", "segments"}
     own = {path.stem for path in (ROOT / "broker" / "link").glob("*.py")} - {"__init__"}
     assert ours == {

@@ -62,9 +62,6 @@ from fedmq.broker.wire.schema import (
     kind_of,
 )
 
-HELD_FRAMES = 8192
-"""Most frames of a node that wait behind a post whose blobs have not arrived."""
-
 
 class Broker:
     """Routes messages, keeps leases and timers, and decides what the ledger records.
@@ -87,7 +84,7 @@ class Broker:
         self._store = store
         self._mailboxes = mailboxes or Mailboxes()
         self._mailboxes.store = store
-        self._uploads = Uploads(store)
+        self._uploads = Uploads(store, settings.limits)
         self._sessions = Sessions(settings, self._mailboxes)
         self._admissions = Admissions(
             settings, self._mailboxes, self._sessions, draw_identity, self._uploads.ask
@@ -242,21 +239,31 @@ class Broker:
         if frame.n < node.next_n:
             # A duplicate, sent again after a reconnect.
             self._acks.add(node, now)
+        elif node.pending_frames and self._uploads.holds_too_much(node):
+            node.has_dropped = True  # `_settle` asks for them again
         elif frame.n > node.next_n:
             # Frames were lost: UnknownSession makes the link resend from its oldest one.
             out.append(SendTo(node.peer, UnknownSession()))
-        elif len(node.pending_frames) < HELD_FRAMES:
+        else:
             node.next_n += 1
             node.read_bytes = min(frame.read, node.pointed_bytes)
             match frame:
                 case Post():
-                    node.pending_frames.append(self._begin(node, frame, buffers, now, out))
+                    self._enqueue(node, self._begin(node, frame, buffers, now, out))
                 case PostAll():
                     for post in frame.each():
-                        node.pending_frames.append(self._begin(node, post, buffers, now, out))
+                        self._enqueue(node, self._begin(node, post, buffers, now, out))
                 case Done() | RunEnded():
-                    node.pending_frames.append(frame)
+                    self._enqueue(node, frame)
+            if buffers:
+                self._acks.add(node, now, sum(memoryview(each).nbytes for each in buffers))
             self._settle(node, now, out)
+
+    def _enqueue(self, node: Node, frame: PendingFrame) -> None:
+        if node.pending_frames or (isinstance(frame, PendingPost) and frame.apart):
+            self._uploads.hold(node, frame)
+        else:
+            node.pending_frames.append(frame)  # it is applied in this event
 
     def _begin(
         self, node: Node, frame: Post, buffers: Sequence[Buffer], now: float, out: list[Action]
@@ -280,9 +287,11 @@ class Broker:
                 frame = self._uploads.resolve(node, frame)
             if frame is None:
                 break
-            node.pending_frames.popleft()
+            node.pop_frame()
             match frame:
-                case PendingPost() | RejectedPost():
+                case PendingPost():
+                    self._acceptance.apply(node, frame.complete(), now, out)
+                case RejectedPost():
                     self._acceptance.apply(node, frame, now, out)
                 case Done():
                     self._done(node, frame, now, out)
@@ -291,6 +300,9 @@ class Broker:
                     return
             self._acks.add(node, now)
         self._uploads.ask(node, now, out)
+        if node.has_dropped and not self._uploads.holds_too_much(node, part=2):
+            node.has_dropped = False
+            out.append(SendTo(node.peer, UnknownSession()))
 
     def _done(self, node: Node, done: Done, now: float, out: list[Action]) -> None:
         for seq, reason in done.refused.items():
@@ -333,6 +345,7 @@ class Broker:
             member.pending.clear()
             member.queue.clear()
             member.pending_frames.clear()
+            member.held_bytes, member.has_dropped = 0, False
         run.waiting.clear()
         self._mailboxes.timers = [timer for timer in self._mailboxes.timers if timer[2] != run.id]
         heapq.heapify(self._mailboxes.timers)

@@ -29,7 +29,10 @@ RETRY_MAX_S = 30.0
 ACK_WITHIN_S = 0.1
 """Longest time until a frame is acknowledged, in seconds."""
 ACK_FRAMES = 128
-"""Frames of one node after which they are acknowledged at once."""
+"""Frames of one node after which they are acknowledged at once: its link waits for acknowledgments
+of `WINDOW_FRAMES`."""
+_ACK_BYTES = 8192
+"""Bytes with a frame that count as another frame: its link waits for those of `WINDOW_BYTES`."""
 
 
 def enqueue(node: Node, seq: int, address: str) -> None:
@@ -124,11 +127,14 @@ class PendingAcks:
         self._pending: dict[int, Node] = {}
         self._counts: dict[int, int] = {}
 
-    def add(self, node: Node, now: float) -> None:
-        """Schedule an acknowledgment for a frame that has just been applied, or had been before."""
+    def add(self, node: Node, now: float, nbytes: int = 0) -> None:
+        """Schedule an acknowledgment for a frame that has just been applied, or had been before.
+
+        nbytes: size of what came with the frame.
+        """
         key = id(node)
         self._pending[key] = node
-        count = self._counts[key] = self._counts.get(key, 0) + 1
+        count = self._counts[key] = self._counts.get(key, 0) + 1 + nbytes // _ACK_BYTES
         self.due = min(self.due, now + (ACK_WITHIN_S if count < ACK_FRAMES else 0.0))
 
     def take(self) -> list[SendTo]:

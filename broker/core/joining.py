@@ -161,9 +161,8 @@ class Admissions:
     def _revoke(self, node: Node, fault: Fault, now: float, out: list[Action]) -> None:
         peer = node.peer
         self._sessions.leave(node, fault[1], now, out, clean=True)
-        if node.pending_frames:  # not acknowledged: if its key gets rights again, it resends them
-            node.next_n = node.pending_frames[0].n
-            node.pending_frames.clear()
+        # Not acknowledged: if its key gets rights again, its link sends them again.
+        node.drop_frames()
         self._sessions.forget_connection(node)
         node.peer = b""
         if peer:

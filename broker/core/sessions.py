@@ -106,6 +106,7 @@ class Sessions:
             return
         posts = [each for each in node.pending_frames if not isinstance(each, Done | RunEnded)]
         out.extend(Unpin(post.names) for post in posts if post.names)
+        node.drop_frames()
         details: dict[str, Any] = {"reason": reason}
         first = next((seq for seq in node.pending if seq not in run.refused), None)
         if first is not None and first < node.sent and not clean and node.hello.role != AGGREGATOR:

@@ -6,6 +6,7 @@ from collections import deque
 from dataclasses import dataclass, field
 
 from msgspec import Struct
+from msgspec.structs import replace
 
 from fedmq.broker.access.quotas import JOINS_AT_ONCE, Bucket
 from fedmq.broker.access.rights import KEYLESS, Origin
@@ -15,6 +16,7 @@ from fedmq.broker.ledger.entries import BlobName, blob_name
 from fedmq.broker.rejections import Code, Rejection
 from fedmq.broker.wire.addresses import AGGREGATOR, num_addresses
 from fedmq.broker.wire.chunked_transfer import Fetcher, Owned
+from fedmq.broker.wire.encoding import decode_message
 from fedmq.broker.wire.schema import (
     MAX_BUFFERS,
     Blob,
@@ -24,6 +26,7 @@ from fedmq.broker.wire.schema import (
     Post,
     RunEnded,
 )
+from fedmq.broker.wire.window import held_bytes
 
 UPLOAD_WINDOW_CHUNKS = 8
 """Twice a node's own window, so that chunks arrive while the broker writes (measured on two
@@ -52,12 +55,14 @@ class PendingPost(Struct, frozen=True):
     """A post that was parsed; it waits for its blobs, or for the frames before it.
 
     apart: blobs of its message that did not come with it.
+    held: see `held_bytes`, while the post waits; then its message has no body.
     """
 
     frame: Post
     message: Message
     fingerprint: PostFingerprint
     apart: tuple[Blob, ...] = ()
+    held: int = 0
 
     @property
     def n(self) -> int:
@@ -72,7 +77,18 @@ class PendingPost(Struct, frozen=True):
     def rejected(self, code: Code, reason: str) -> RejectedPost:
         """Return the same post, to be rejected in its turn."""
         rejection = Rejection(code, reason)
-        return RejectedPost(self.frame, rejection, self.message.id, self.fingerprint, self.names)
+        return RejectedPost(
+            self.frame, rejection, self.message.id, self.fingerprint, self.names, self.held
+        )
+
+    def hold(self) -> PendingPost:
+        """Return the same post without the body: its objects may take 64 times its bytes."""
+        held = held_bytes(self.frame, len(self.apart))
+        return replace(self, message=replace(self.message, body={}), held=held)
+
+    def complete(self) -> PendingPost:
+        """Return the same post with its body."""
+        return replace(self, message=decode_message(self.frame.message)) if self.held else self
 
 
 class RejectedPost(Struct, frozen=True):
@@ -80,6 +96,7 @@ class RejectedPost(Struct, frozen=True):
 
     id: of its message; if that cannot be read, the session and number of its frame.
     names: of all blobs of its message.
+    held: see `held_bytes`, while the post waits.
     """
 
     frame: Post
@@ -87,11 +104,16 @@ class RejectedPost(Struct, frozen=True):
     id: str
     fingerprint: PostFingerprint
     names: tuple[BlobName, ...] = ()
+    held: int = 0
 
     @property
     def n(self) -> int:
         """Return the number of its frame."""
         return self.frame.n
+
+    def hold(self) -> RejectedPost:
+        """Return the same post, with the memory that it uses while it waits."""
+        return replace(self, held=held_bytes(self.frame, len(self.names)))
 
 
 PendingFrame = PendingPost | RejectedPost | Done | RunEnded
@@ -104,6 +126,8 @@ class Node:
     peer: its connection; empty after a restart of the broker, until it says Hello.
     next_n: number of the next numbered frame.
     pending_frames: numbered frames that have not been applied yet, in order.
+    held_bytes: memory that they use.
+    has_dropped: whether frames were dropped because it was too much.
     pending: its unfinished messages, in order: number to address.
     queue: numbers of the pending messages that have not been sent yet.
     in_flight: (number, bytes) of each delivery that was sent and not taken yet.
@@ -124,6 +148,8 @@ class Node:
     last_seen: float = 0.0
     next_n: int = 0
     pending_frames: deque[PendingFrame] = field(default_factory=deque)
+    held_bytes: int = 0
+    has_dropped: bool = False
     fetcher: Fetcher = field(default_factory=lambda: Fetcher(UPLOAD_WINDOW_CHUNKS))
     pending: dict[int, str] = field(default_factory=dict)
     queue: deque[int] = field(default_factory=deque)
@@ -174,6 +200,27 @@ class Node:
             for blob in message.blobs:
                 self.readable[Owned(message.sender, blob.digest)] = seq
 
+    def hold(self, frame: PendingFrame) -> None:
+        """Append a frame that must wait, and count its memory."""
+        held = frame if isinstance(frame, Done | RunEnded) else frame.hold()
+        self.pending_frames.append(held)
+        self.held_bytes += held_size(held)
+
+    def pop_frame(self) -> PendingFrame:
+        """Remove the oldest pending frame, and return it."""
+        frame = self.pending_frames.popleft()
+        if self.held_bytes:
+            self.held_bytes -= held_size(frame)
+        return frame
+
+    def drop_frames(self) -> None:
+        """Drop the pending frames: the link sends them again with its next Hello."""
+        if self.pending_frames:
+            self.next_n = self.pending_frames[0].n
+            self.pending_frames.clear()
+            self.fetcher = Fetcher(UPLOAD_WINDOW_CHUNKS)
+        self.held_bytes, self.has_dropped = 0, False
+
     def move(self, event: SessionEvent) -> None:
         """Apply an event to the session.
 
@@ -199,6 +246,8 @@ class Node:
                 Owned(first.message.sender, blob.digest) in self.fetcher for blob in first.apart
             ):
                 raise AssertionError(f"{self.name}'s frame {first.n} waits for nothing")
+        if (held := sum(map(held_size, self.pending_frames))) != self.held_bytes:
+            raise AssertionError(f"{self.name} holds {held} bytes, not {self.held_bytes}")
 
     def _validate_messages(self) -> None:
         name, pending, queue, sent = self.name, [*self.pending], [*self.queue], self.sent
@@ -217,6 +266,11 @@ class Node:
             raise AssertionError(f"{name}'s deliveries {out} are out of order, up to {sent}")
         if (total := sum(size for _, size in self.in_flight)) != self.in_flight_bytes:
             raise AssertionError(f"{name} has {total} bytes in flight, not {self.in_flight_bytes}")
+
+
+def held_size(frame: PendingFrame) -> int:
+    """Return the memory of a frame that waits, in bytes."""
+    return held_bytes(frame, 0) if isinstance(frame, Done | RunEnded) else frame.held
 
 
 @dataclass

@@ -12,6 +12,7 @@ from fedmq.broker.core.events import Action, Discard, Put, SendTo, Store
 from fedmq.broker.core.state import Node, PendingFrame, PendingPost, RejectedPost
 from fedmq.broker.ledger.entries import BlobName, blob_name
 from fedmq.broker.rejections import Code
+from fedmq.broker.settings import Limits
 from fedmq.broker.wire.chunked_transfer import Owned
 from fedmq.broker.wire.schema import EMPTY, Buffer, Chunk, Message
 
@@ -31,10 +32,13 @@ class Uploads:
 
     Args:
         store: reads the ledger.
+        limits: of the broker.
     """
 
-    def __init__(self, store: Store) -> None:
-        self._store = store
+    def __init__(self, store: Store, limits: Limits) -> None:
+        self._store, self._limits = store, limits
+        self._holding: dict[int, Node] = {}
+        """Nodes with frames that wait for blobs, by identity of the object; and some without."""
         self._busy: dict[int, Node] = {}
         """Nodes with chunks to send, by identity of the object."""
         self._small_messages: deque[float] = deque(maxlen=SMALL_MESSAGE_RATE)
@@ -99,6 +103,33 @@ class Uploads:
         if self._completed is not None and name == self._completed[0]:
             return self._completed[1]
         return self._store.size_of(name)
+
+    def hold(self, node: Node, frame: PendingFrame) -> None:
+        """Let a frame of a node wait for blobs, or for the frames before it."""
+        if not node.pending_frames:
+            self._holding = {k: each for k, each in self._holding.items() if each.pending_frames}
+        node.hold(frame)
+        self._holding[id(node)] = node
+
+    def holds_too_much(self, node: Node, part: int = 1) -> bool:
+        """Return whether the frames of a node that wait use too much memory.
+
+        If those of all nodes use too much, then it is so for the nodes with more than an equal
+        share.
+
+        Args:
+            node: has at least one such frame.
+            part: the fraction of the limits that counts as too much is one divided by this.
+        """
+        limits = self._limits
+        if node.held_bytes * part >= limits.held_bytes:
+            return True
+        if node.held_bytes * part * len(self._holding) < limits.held_bytes_total:
+            return False  # less than an equal share
+        self._holding = {k: each for k, each in self._holding.items() if each.pending_frames}
+        total = sum(each.held_bytes for each in self._holding.values())
+        share = limits.held_bytes_total // max(1, len(self._holding))
+        return total * part >= limits.held_bytes_total and node.held_bytes * part >= share
 
     def take(self, node: Node, chunk: Chunk, buffers: Sequence[Buffer], out: list[Action]) -> bool:
         """Handle a chunk; return whether it changed anything."""

@@ -204,9 +204,9 @@ class Link:
         """Send a frame until it is acknowledged; ``more``: see `UnacknowledgedFrames.add`."""
         frame = msgspec.structs.replace(frame, taken=self.taken, read=self._read)
         self._unreported_credit = 0
-        send = self._unacknowledged.add(frame, **more)
+        self._unacknowledged.add(frame, **more)
         if self.state is _CONNECTED:
-            out.append(send)
+            out.extend(self._unacknowledged.ready())
 
     def _send_done(self, out: list[Action]) -> None:
         while self._done:
@@ -285,6 +285,8 @@ class Link:
                 self._ask(out)
             case schema.Ack(upto=upto):
                 self._unacknowledged.acknowledged(upto)
+                if self.state is _CONNECTED:
+                    out.extend(self._unacknowledged.ready())
             case Heartbeat():
                 self._answered(frame, now, out)
             case ChunkRequest():
@@ -327,7 +329,8 @@ class Link:
             welcome.beat_s,
             welcome.lease_s,
         )
-        out.extend(self._unacknowledged.sends())
+        self._unacknowledged.restart()
+        out.extend(self._unacknowledged.ready())
         self._arrivals.restart()
         self._ask(out)
 

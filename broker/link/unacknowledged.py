@@ -1,4 +1,8 @@
-"""The unacknowledged frames of a node, and the blobs that it serves meanwhile."""
+"""The unacknowledged frames of a node, and the blobs that it serves meanwhile.
+
+Only a window of the frames is sent at a time; acknowledgments open it for more. So a broker that
+is slower than its nodes neither loses their frames nor keeps more of them than it allows.
+"""
 
 from __future__ import annotations
 
@@ -10,14 +14,19 @@ import msgspec
 
 from fedmq.broker.link.events import Send
 from fedmq.broker.wire.schema import Buffer, ChunkRequest, NumberedFrame
+from fedmq.broker.wire.window import WINDOW_BYTES, WINDOW_FRAMES, held_bytes
 
 
 @dataclass
 class _Frame:
-    """An unacknowledged frame, and the digests of the blobs that it names."""
+    """An unacknowledged frame, and the digests of the blobs that it names.
+
+    nbytes: what it takes of the window.
+    """
 
     send: Send
-    blobs: Sequence[bytes] = ()
+    blobs: Sequence[bytes]
+    nbytes: int
 
 
 @dataclass
@@ -36,6 +45,10 @@ class UnacknowledgedFrames:
         """By number; the numbers are consecutive."""
         self._next_n = 0
         """Number of the next frame."""
+        self._sent = 0
+        """Number after the last frame that was sent over the present connection."""
+        self._window_bytes = 0
+        """Bytes of the unacknowledged frames among these."""
         self._served: dict[bytes, _Served] = {}
         """The blobs of all these frames, by digest."""
 
@@ -54,8 +67,8 @@ class UnacknowledgedFrames:
         buffers: Sequence[Buffer] = (),
         blobs: Sequence[bytes] = (),
         data: Sequence[Buffer] = (),
-    ) -> Send:
-        """Number a frame, and keep it until it is acknowledged; return the action that sends it.
+    ) -> None:
+        """Number a frame, and keep it until it is acknowledged.
 
         Args:
             frame: without a number.
@@ -63,21 +76,40 @@ class UnacknowledgedFrames:
             blobs: digests of all blobs of its message.
             data: the bytes of each blob.
         """
-        send = Send(msgspec.structs.replace(frame, n=self._next_n), buffers)
-        self._frames[self._next_n] = _Frame(send, blobs)
+        frame = msgspec.structs.replace(frame, n=self._next_n)
+        send = Send(frame, buffers)
+        nbytes = held_bytes(frame, len(blobs) - len(buffers))
+        for each in buffers:
+            nbytes += memoryview(each).nbytes
+        self._frames[self._next_n] = _Frame(send, blobs, nbytes)
         self._next_n += 1
         for digest, each in zip(blobs, data, strict=True):
             self._served.setdefault(digest, _Served(each)).posts += 1
-        return send
 
-    def sends(self) -> Iterator[Send]:
-        """Return the actions that send all unacknowledged frames again, in order."""
-        return (each.send for each in self._frames.values())
+    def restart(self) -> None:
+        """After a reconnect, send all of these frames again."""
+        self._sent, self._window_bytes = self.oldest, 0
+
+    def ready(self) -> Iterator[Send]:
+        """Yield the actions that send the next frames, in order, as far as the window allows."""
+        while (
+            self._sent < self._next_n
+            and self._sent - self._next_n + len(self._frames) < WINDOW_FRAMES
+            and self._window_bytes < WINDOW_BYTES
+        ):
+            frame = self._frames[self._sent]
+            self._window_bytes += frame.nbytes
+            self._sent += 1
+            yield frame.send
 
     def acknowledged(self, upto: int) -> None:
         """Discard the frames up to this number, and the blobs that no other frame names."""
         while self._frames and next(iter(self._frames)) <= upto:
-            _, frame = self._frames.popitem(last=False)
+            n, frame = self._frames.popitem(last=False)
+            if n < self._sent:
+                self._window_bytes -= frame.nbytes
+            else:
+                self._sent = n + 1  # it was sent over an earlier connection
             for digest in frame.blobs:
                 served = self._served[digest]
                 served.posts -= 1
@@ -97,7 +129,7 @@ class UnacknowledgedFrames:
 
     def validate_state(self) -> None:
         """Raise AssertionError if the state is inconsistent."""
-        if not self._frames and not self._served:
+        if not self._frames and not self._served and not self._window_bytes:
             return  # the usual case
         first = self._next_n - len(self._frames)
         named: dict[bytes, int] = {}
@@ -111,6 +143,10 @@ class UnacknowledgedFrames:
                 named[digest] = named.get(digest, 0) + 1
         if named != {digest: served.posts for digest, served in self._served.items()}:
             raise AssertionError("the served blobs are not those of the unacknowledged frames")
+        window = [each.nbytes for n, each in self._frames.items() if n < self._sent]
+        if sum(window) != self._window_bytes or len(window) > WINDOW_FRAMES:
+            count, nbytes = len(window), self._window_bytes
+            raise AssertionError(f"{count} frames of {sum(window)} bytes are sent, not {nbytes}")
 
 
 class Stall:

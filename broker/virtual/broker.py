@@ -226,9 +226,9 @@ class VirtualBroker:
         self.network.to_node(peer, header, buffers)
         self.core.sent(peer, len(header) + sum(map(len, buffers)))
 
-    def queued(self, peer: bytes) -> int:  # noqa: ARG002 - the virtual network queues nothing
-        """Return 0."""
-        return 0
+    def has_room(self, peer: bytes) -> bool:  # noqa: ARG002 - the virtual network queues nothing
+        """Return True."""
+        return True
 
     def disconnect(self, peer: bytes) -> None:
         """Break a connection, once the rejection has arrived; the core rejects what still comes."""

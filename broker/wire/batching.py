@@ -30,11 +30,12 @@ class Outbox:
         self._headers: list[tuple[bytes, int]] = []
         self._buffers: list[Buffer] = []
         self._bytes = self._buffer_bytes = 0
+        self._complete_bytes = 0
 
     @property
-    def large(self) -> int:
-        """Return the number of complete messages; the frames being joined are not counted."""
-        return len(self._messages)
+    def nbytes(self) -> int:
+        """Return the size of all frames in bytes."""
+        return self._complete_bytes + self._bytes + self._buffer_bytes
 
     def __bool__(self) -> bool:
         return bool(self._messages or self._headers)
@@ -47,7 +48,7 @@ class Outbox:
             buffer_bytes += memoryview(each).nbytes
         if buffer_bytes > INLINE_BYTES:
             self._complete()
-            self._messages.append(([header, *buffers], len(header) + buffer_bytes))
+            self._append([header, *buffers], len(header) + buffer_bytes)
             return
         if (
             self._bytes + size > _JOINED_HEADER_BYTES
@@ -70,7 +71,12 @@ class Outbox:
     def sent(self) -> int:
         """Remove the message that `next` returned; return its size in bytes."""
         _, nbytes = self._messages.popleft()
+        self._complete_bytes -= nbytes
         return nbytes
+
+    def _append(self, parts: list[Buffer], nbytes: int) -> None:
+        self._messages.append((parts, nbytes))
+        self._complete_bytes += nbytes
 
     def _complete(self) -> None:
         """Complete the message of the frames joined so far."""
@@ -78,6 +84,6 @@ class Outbox:
             return
         single = len(self._headers) == 1
         header = self._headers[0][0] if single else join_headers(self._headers)
-        self._messages.append(([header, *self._buffers], len(header) + self._buffer_bytes))
+        self._append([header, *self._buffers], len(header) + self._buffer_bytes)
         self._headers, self._buffers = [], []
         self._bytes = self._buffer_bytes = 0

@@ -23,8 +23,12 @@ NOBLOCK, _MORE = int(zmq.NOBLOCK), int(zmq.NOBLOCK | zmq.SNDMORE)
 """Plain integers: Python would join the flags of the enum for each part of each message."""
 
 
-def send_parts(socket: zmq.Socket[bytes], parts: Sequence[Buffer]) -> None:
+def send_parts(
+    socket: zmq.Socket[bytes], parts: Sequence[Buffer], *, tracked: bool = False
+) -> zmq.MessageTracker | None:
     """Send a message; large parts are not copied, so the caller must not change them.
+
+    ``tracked``: return a tracker of the message.
 
     Raises:
         zmq.Again: the connection's queue is full.
@@ -32,7 +36,13 @@ def send_parts(socket: zmq.Socket[bytes], parts: Sequence[Buffer]) -> None:
     """
     for part in parts[:-1]:
         socket.send(part, _MORE, copy=False)
-    socket.send(parts[-1], NOBLOCK, copy=False)
+    if not tracked:
+        socket.send(parts[-1], NOBLOCK, copy=False)
+        return None
+    last = zmq.Frame(parts[-1], track=True, copy=False)  # a copied part cannot be tracked
+    socket.send(last, NOBLOCK, copy=False)
+    tracker: zmq.MessageTracker = last.tracker
+    return tracker
 
 
 def receive(socket: zmq.Socket[bytes]) -> tuple[list[tuple[AnyFrame, list[Buffer]]], int]:

@@ -236,8 +236,8 @@ class Net:
             raise Killed
         self.down[peer].append([header, *[bytes(each) for each in buffers]])
 
-    def queued(self, peer):
-        return 0
+    def has_room(self, peer):
+        return True
 
     def disconnect(self, peer):
         """Ignore it: the core rejects what still comes."""

@@ -1,0 +1,171 @@
+"""What waits to be sent to each connection: in joined messages, counted in bytes, and bounded.
+
+ZeroMQ bounds its own queue for a connection by the number of messages, whatever their size. So some
+messages are handed to it with a tracker, which says when ZeroMQ has given them, and all before
+them, to the kernel. Bytes count from `SendQueues.add` until then.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from typing import Protocol
+
+from fedmq.broker.wire.batching import Outbox
+from fedmq.broker.wire.schema import Buffer
+
+MARK_BYTES = 64 * 1024
+"""Bytes after which a message is tracked: tracking takes as long as sending ten small messages."""
+SWEEP_S = 10.0
+"""Time, in seconds, after which the record of a connection without traffic may be dropped."""
+_NEGLIGIBLE_BYTES = 4096
+"""Bytes without a tracker that may be forgotten when a record is dropped."""
+
+
+class Tracker(Protocol):
+    """Tells whether a message has left ZeroMQ's queue."""
+
+    @property
+    def done(self) -> bool:
+        """Return whether it has, or its connection is gone."""
+
+
+class SendQueue(Outbox):
+    """The frames for one connection.
+
+    Attributes:
+        counted: bytes that `SendQueues` has counted for it.
+        marked: bytes in ZeroMQ's queue, up to the last message with a tracker.
+        unmarked: bytes handed to ZeroMQ since then, less than `MARK_BYTES`.
+        idle: whether nothing was added since the last sweep.
+        marks_next: whether the next message must have a tracker, whatever its size.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counted = self.marked = self.unmarked = 0
+        self.idle = self.marks_next = False
+        self._marks: deque[tuple[Tracker, int]] = deque()
+
+    def needs_mark(self, parts: Sequence[Buffer]) -> bool:
+        """Return whether the next message, of these parts, must have a tracker."""
+        nbytes = sum(memoryview(each).nbytes for each in parts)
+        return self.marks_next or self.unmarked + nbytes >= MARK_BYTES
+
+    def handed_over(self, tracker: Tracker | None) -> int:
+        """Remove the message that `next` returned: ZeroMQ has it; return its size in bytes."""
+        nbytes = self.sent()
+        self.unmarked += nbytes
+        if tracker is not None:
+            self._marks.append((tracker, self.unmarked))
+            self.marked += self.unmarked
+            self.unmarked, self.marks_next = 0, False
+        return nbytes
+
+    def release(self) -> None:
+        """Stop counting what has left ZeroMQ's queue."""
+        while self._marks and self._marks[0][0].done:
+            self.marked -= self._marks.popleft()[1]
+
+
+class SendQueues:
+    """The frames for all connections.
+
+    Args:
+        most: bytes that may wait for one connection. What exceeds them is dropped: nodes recover
+            from that as from any lost frame.
+        most_total: bytes that may wait for all. Beyond them, frames are dropped for the
+            connections that use more than an equal share.
+
+    Attributes:
+        dropped: number of frames dropped.
+    """
+
+    def __init__(self, most: int, most_total: int) -> None:
+        self._most, self._most_total = most, most_total
+        self._queues: dict[bytes, SendQueue] = {}
+        self._filled: dict[bytes, SendQueue] = {}
+        """Those with frames that ZeroMQ does not have yet."""
+        self._total = 0
+        self._share: int | None = None
+        """Bytes of an equal share; None if not computed since the last `begin`."""
+        self.dropped = 0
+
+    def __bool__(self) -> bool:
+        return bool(self._filled)
+
+    def add(self, peer: bytes, header: bytes, buffers: Sequence[Buffer]) -> None:
+        """Append a frame, or drop it if too many bytes wait."""
+        queue = self._queues.get(peer)
+        if queue is None:
+            queue = self._queues[peer] = SendQueue()
+        is_much = queue.counted >= self._most or self._total >= self._most_total
+        if is_much and self._exceeds(queue, self._most):
+            self.dropped += 1
+            return
+        queue.idle = False
+        queue.add(header, buffers)
+        self._filled[peer] = queue
+        self.count(queue)
+
+    def has_room(self, peer: bytes) -> bool:
+        """Return whether a chunk can be sent; half of the bytes are left to other frames."""
+        queue = self._queues.get(peer)
+        return queue is None or not self._exceeds(queue, self._most // 2)
+
+    def begin(self) -> list[tuple[bytes, SendQueue]]:
+        """Return the connections with frames that ZeroMQ does not have yet."""
+        self._share = None
+        return list(self._filled.items())
+
+    def emptied(self, peer: bytes) -> None:
+        """Note that ZeroMQ has all frames of a connection."""
+        del self._filled[peer]
+
+    def discard(self, peer: bytes) -> None:
+        """Drop the frames of a connection, which is gone."""
+        self._total -= self._queues.pop(peer).counted
+        self._filled.pop(peer, None)
+
+    def count(self, queue: SendQueue) -> None:
+        """Count the bytes of a queue again, after a change."""
+        nbytes = queue.nbytes + queue.marked
+        self._total += nbytes - queue.counted
+        queue.counted = nbytes
+
+    def sweep(self) -> list[bytes]:
+        """Drop the records of idle connections; return those whose state is unknown.
+
+        Send them a frame with a tracker: it tells whether they are gone, or do not read.
+        """
+        unknown = []
+        for peer, queue in list(self._queues.items()):
+            queue.release()
+            self.count(queue)
+            if queue.counted or not queue.idle:
+                queue.idle = True
+            elif queue.unmarked < _NEGLIGIBLE_BYTES:
+                del self._queues[peer]
+            else:
+                queue.marks_next = True
+                unknown.append(peer)
+        return unknown
+
+    def _exceeds(self, queue: SendQueue, most: int) -> bool:
+        """Return whether a queue has as many bytes as it may have, or more than its share."""
+        queue.release()
+        self.count(queue)
+        if queue.counted >= most:
+            return True
+        if self._total < self._most_total:
+            return False
+        if self._share is None:
+            for each in self._queues.values():
+                each.release()
+                self.count(each)
+            self._share = self._most_total // max(1, sum(map(_is_counted, self._queues.values())))
+        return self._total >= self._most_total and queue.counted >= self._share
+
+
+def _is_counted(queue: SendQueue) -> bool:
+    return queue.counted > 0

@@ -1,0 +1,86 @@
+"""What waits to be sent is bounded in bytes, by connection and in all."""
+
+from fedmq.broker.wire.send_queues import MARK_BYTES, SendQueues
+
+MIB = 1 << 20
+A, B = b"a", b"b"
+
+
+class Tracker:
+    done = False
+
+
+def hand_over(queues):
+    """Give all frames to ZeroMQ; return the trackers."""
+    trackers = []
+    for peer, queue in queues.begin():
+        while queue:
+            tracker = Tracker() if queue.needs_mark(queue.next()) else None
+            queue.handed_over(tracker)
+            trackers += [tracker] if tracker else []
+        queues.count(queue)
+        queues.emptied(peer)
+    return trackers
+
+
+def test_what_a_connection_does_not_read_is_bounded_in_zeromqs_queue_as_well():
+    queues = SendQueues(4 * MIB, 100 * MIB)
+    for _ in range(10):
+        queues.add(A, b"chunk", [bytes(MIB)])
+        hand_over(queues)
+    assert queues.dropped == 6
+    assert not queues.has_room(A)
+    queues.add(A, b"beat", [])
+    assert queues.dropped == 7
+    queues.add(B, b"chunk", [bytes(MIB)])
+    assert queues.dropped == 7
+
+
+def test_a_connection_that_reads_has_room_again():
+    queues = SendQueues(4 * MIB, 100 * MIB)
+    for _ in range(3):
+        queues.add(A, b"chunk", [bytes(MIB)])
+    trackers = hand_over(queues)
+    assert len(trackers) == 3
+    assert not queues.has_room(A)
+    for each in trackers:
+        each.done = True
+    assert queues.has_room(A)
+
+
+def test_small_frames_count_once_there_are_many():
+    queues = SendQueues(MIB, 100 * MIB)
+    for _ in range(50_000):
+        queues.add(A, b"a heartbeat of thirty-two bytes.", [])
+        if not queues.dropped:
+            hand_over(queues)
+    assert queues.dropped > 10_000
+
+
+def test_beyond_the_total_a_connection_keeps_an_equal_share():
+    queues = SendQueues(8 * MIB, 16 * MIB)
+    for number in range(8):
+        peer = b"greedy%d" % number
+        while queues.has_room(peer):
+            queues.add(peer, b"chunk", [bytes(MIB)])
+    before = queues.dropped
+    for _ in range(2):
+        queues.add(A, b"delivery", [bytes(MIB)])
+    assert queues.dropped == before
+    for _ in range(8):
+        queues.add(A, b"delivery", [bytes(MIB)])
+    assert queues.dropped > before
+
+
+def test_records_of_idle_connections_are_dropped():
+    queues = SendQueues(MIB, 100 * MIB)
+    queues.add(A, b"beat", [])
+    queues.add(B, bytes(MARK_BYTES // 2), [])
+    assert not hand_over(queues)
+    assert queues.sweep() == []
+    assert queues.sweep() == [B]  # nobody knows whether it has read that
+    queues.add(B, b"beat", [])
+    [tracker] = hand_over(queues)
+    tracker.done = True
+    assert queues.sweep() == queues.sweep() == queues.sweep() == []
+    assert not queues._queues
