@@ -22,6 +22,7 @@ from fedmq.broker.core.events import (
     AccessChanged,
     Action,
     Append,
+    Charge,
     Discard,
     Disconnect,
     DiskFull,
@@ -37,11 +38,13 @@ from fedmq.broker.core.events import (
 )
 from fedmq.broker.core.state import Continuation
 from fedmq.broker.errors import BrokerFailed, LedgerDamage, LedgerError, NoSpace
+from fedmq.broker.file_modes import restrict_folder
 from fedmq.broker.ledger.disk import LOCAL_DISK, Disk
 from fedmq.broker.ledger.entries import BlobName
 from fedmq.broker.ledger.writer import Ledger
+from fedmq.broker.log_limit import LimitedLog
 from fedmq.broker.recovery import open_broker, random_identity
-from fedmq.broker.settings import BrokerSettings, LedgerSettings
+from fedmq.broker.settings import BrokerSettings, LedgerSettings, Limits
 from fedmq.broker.wire.clock import Clock
 from fedmq.broker.wire.encoding import encode_frame
 from fedmq.broker.wire.schema import Buffer, Chunk, Deliver
@@ -68,6 +71,9 @@ class BrokerPort(Protocol):
     def has_room(self, peer: bytes) -> bool:
         """Return whether a connection has read enough to be sent a chunk."""
 
+    def charge(self, peer: bytes) -> None:
+        """Count the last message of a connection as a costly one."""
+
     def is_up(self, peer: bytes) -> bool:
         """Return whether a connection is up."""
 
@@ -91,6 +97,7 @@ class BrokerDriver:
         clock: in seconds since 1970.
         settings: of the ledger; `share_files` decides whether nodes may read its files.
         access: who may connect; None for a broker without keys.
+        log_lines_per_s: see `Limits`.
 
     Attributes:
         core, ledger: as given.
@@ -108,9 +115,11 @@ class BrokerDriver:
         clock: Clock,
         settings: LedgerSettings,
         access: AccessStore | None = None,
+        log_lines_per_s: float = Limits.log_lines_per_s,
     ) -> None:
         self.core, self.ledger = core, ledger
         self._port, self._clock, self._access = port, clock, access
+        self._log = LimitedLog(port.log, clock, log_lines_per_s)
         self._sends: list[SendTo] = []
         """Frames of this turn, to be sent once the ledger has been written."""
         self._chunks: dict[bytes, deque[SendTo]] = {}
@@ -173,15 +182,21 @@ class BrokerDriver:
             continuation=continuation,
             draw_identity=draw_identity,
         )
-        return cls(core, ledger, port, clock, ledger_settings, access)
+        lines_per_s = settings.limits.log_lines_per_s
+        if reason := restrict_folder(folder):
+            port.log("warning", "other users may be able to read the ledger", {"reason": reason})
+        try:
+            return cls(core, ledger, port, clock, ledger_settings, access, lines_per_s)
+        except (OSError, ValueError):
+            ledger.close()
+            raise
 
     @property
     def deadline(self) -> float | None:
         """Time at which a turn is needed even if nothing arrives; None for never."""
-        deadline = self.core.deadline if self._held is None else self._retry_at
-        if self._access is None:
-            return deadline
-        return self._access_at if deadline is None else min(deadline, self._access_at)
+        core = self.core.deadline if self._held is None else self._retry_at
+        deadline = min(math.inf if core is None else core, self._access_at, self._log.due)
+        return None if deadline == math.inf else deadline
 
     def turn(self, events: Iterable[Event]) -> None:
         """Handle a batch of events and the timers that are due, write the ledger, then send.
@@ -197,6 +212,8 @@ class BrokerDriver:
                 self.carry_out(self.core.handle(event, now), now)
             self.carry_out(self.core.handle(TimerFired(), now), now)
             self.write_and_send(now)
+            if now >= self._log.due:
+                self._log.report()
         except LedgerError as error:
             raise BrokerFailed(f"stopped serving, the ledger failed: {error}") from None
 
@@ -222,10 +239,12 @@ class BrokerDriver:
                         answers.append(Gone(peer))
                 case Disconnect(peer):
                     self._port.disconnect(peer)
+                case Charge(peer):
+                    self._port.charge(peer)
                 case Enlist(key, invite):
                     answers.append(self._enlist(key, invite, now))
                 case Log(level, event, fields):
-                    self._port.log(level, event, fields)
+                    self._log(level, event, fields)
         for each in answers:
             self.carry_out(self.core.handle(each, now), now)
 
@@ -275,7 +294,8 @@ class BrokerDriver:
         try:
             self.ledger.close()
         except LedgerError as error:
-            self._port.log("error", "cannot write the last entries", {"reason": str(error)})
+            self._log("error", "cannot write the last entries", {"reason": str(error)})
+        self._log.report()
 
     def _look_at_access(self, now: float) -> None:
         """Tell the core if the keys or their rights have changed; keep those before if invalid."""
@@ -286,7 +306,7 @@ class BrokerDriver:
             self._who = self._access.load()
         except (OSError, ValueError) as error:
             event = "cannot read who has access: the keys and rights from before still apply"
-            self._port.log("error", event, {"reason": str(error)})
+            self._log("error", event, {"reason": str(error)})
         else:
             self.carry_out(self.core.handle(AccessChanged(self._who), now), now)
 
@@ -336,7 +356,7 @@ class BrokerDriver:
         except LedgerError as error:
             if self._held is not None:
                 return  # not written yet: the node requests it again
-            self._port.log("warning", "cannot read a blob", {"reason": str(error)})
+            self._log("warning", "cannot read a blob", {"reason": str(error)})
             passing = not isinstance(error, LedgerDamage)  # damage was read several times
             if isinstance(frame, Chunk) and passing and self._may_be_readable(send.blobs[0][0]):
                 return  # the node requests it again
@@ -365,11 +385,11 @@ class BrokerDriver:
 
     def _cannot_share(self, reason: str) -> None:
         event = "cannot share the ledger's files: nodes get blobs over the socket"
-        self._port.log("warning", event, {"reason": reason})
+        self._log("warning", event, {"reason": reason})
 
     def _log_opening(self) -> None:
         """Log what opening the ledger has found."""
-        log, ledger = self._port.log, self.ledger
+        log, ledger = self._log, self.ledger
         if ledger.cut_bytes:
             log("warning", "truncated an incomplete record", {"bytes": ledger.cut_bytes})
         skipped = "skipped damaged payload: no unfinished message needs it"

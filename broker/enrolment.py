@@ -111,7 +111,7 @@ def _hand_in(dealer: DealerSocket, token: InviteToken, key: str, until: float) -
 
 def _received(dealer: DealerSocket) -> list[AnyFrame]:
     try:
-        frames, _ = receive(dealer.socket)
+        frames = receive(dealer.socket)
     except (zmq.Again, WireError):
         return []
     return [frame for frame, _ in frames]

@@ -32,15 +32,14 @@ from fedmq.broker.transport.listening import bind_all, router_socket
 from fedmq.broker.transport.zap import Door
 from fedmq.broker.wire.clock import Clock, milliseconds_until
 from fedmq.broker.wire.encoding import encode_frame
-from fedmq.broker.wire.schema import CHUNK_BYTES, Buffer, Heartbeat
+from fedmq.broker.wire.inbox import Inbox
+from fedmq.broker.wire.schema import Buffer, Heartbeat
 from fedmq.broker.wire.send_queues import SWEEP_S, SendQueue, SendQueues
-from fedmq.broker.wire.sockets import NOBLOCK, receive, send_parts
+from fedmq.broker.wire.sockets import NOBLOCK, receive_parts, send_parts
 
 _BATCH = 256
-_BATCH_BYTES = CHUNK_BYTES // 2
-"""A turn ends after one chunk, so that small messages that came before it are answered first."""
-_BUSY_POLL_MS = 20
-"""Time between two attempts to send to connections whose queues are full."""
+_BUSY_POLL_S = 0.02
+"""Time between two attempts to send to connections whose queues are full, in seconds."""
 _WARN_EACH_S = 600.0
 """Time between two warnings of a broker that lets anybody connect."""
 
@@ -85,6 +84,13 @@ class RouterPort:
         self.on_space: Callable[[str], None] = lambda _reason: None
         limits = settings.limits
         self._queues = SendQueues(limits.queued_bytes, limits.queued_bytes_total)
+        self._inbox = Inbox(
+            limits.messages_per_s,
+            limits.bytes_per_s,
+            limits.costly_per_s,
+            limits.held_bytes,
+            limits.held_bytes_total,
+        )
         self._next_sweep = 0.0
         self._logger = structlog.get_logger().bind(node="broker")
         try:
@@ -116,6 +122,8 @@ class RouterPort:
             self._connections.read_events()
         if self._door is not None and self._door.socket in ready:
             self._door.answer()
+            if (refused := self._door.refused(time.monotonic())) is not None:
+                self.log("warning", "refused a key without rights here", refused._asdict())
 
     def tidy(self) -> None:
         """Close the connections that must go; call it at the end of a turn."""
@@ -131,6 +139,16 @@ class RouterPort:
         """Close the sockets; what is queued may be sent for a moment."""
         self._connections.monitor.close()
         self.context.destroy(linger=linger_ms)
+
+    @property
+    def wait_s(self) -> float | None:
+        """Return the time until a message may be handled that has arrived; None without one."""
+        due = self._inbox.due
+        return None if due is None else max(0.0, due - time.monotonic())
+
+    def charge(self, peer: bytes) -> None:
+        """Count the last message of a connection as a costly one."""
+        self._inbox.charge(peer)
 
     @property
     def has_queued(self) -> bool:
@@ -169,32 +187,26 @@ class RouterPort:
         getattr(self._logger, level)(event, **fields)
 
     def drain(self) -> Iterator[Event]:
-        """Yield what has arrived, up to a batch."""
-        room = _BATCH_BYTES
+        """Yield what has arrived, up to a batch, and as much of each connection as it may send."""
         self._drained = False
         for _ in range(_BATCH):
-            if room <= 0:
-                return
+            if not self._inbox.wants_more:
+                break
             try:
                 first = self.socket.recv(NOBLOCK, copy=False)
             except zmq.Again:
                 self._drained = True
-                return
+                break
             peer = first.bytes
-            connection = self._connections.of(peer, first)
-            try:
-                if not first.more:
-                    raise WireError("expected a header, got an empty message")
-                frames, nbytes = receive(self.socket)
-            except WireError as error:
-                yield Unreadable(peer, error, connection.origin)
+            parts, nbytes = receive_parts(self.socket) if first.more else ([], 0)
+            self._inbox.put(peer, parts, nbytes, self._connections.of(peer, first))
+        for peer, frame, buffers, nbytes, connection in self._inbox.take(time.monotonic()):
+            if isinstance(frame, WireError):
+                yield Unreadable(peer, frame, connection.origin)
                 continue
             if not connection.has_spoken:
                 self._connections.heard(connection)
-            room -= nbytes
-            for frame, buffers in frames:
-                yield ReceivedFrom(peer, frame, buffers, nbytes, connection.origin)
-                nbytes = 0  # counted with the first frame
+            yield ReceivedFrom(peer, frame, buffers, nbytes, connection.origin)
 
     def flush(self, sent: Callable[[bytes, int], None]) -> None:
         """Send queued frames until the connections' queues are full.
@@ -206,7 +218,7 @@ class RouterPort:
             self._flush(peer, queue, sent)
         if (now := time.monotonic()) >= self._next_sweep:
             self._next_sweep = now + SWEEP_S
-            self._sweep()
+            self._sweep(now)
 
     def _flush(self, peer: bytes, queue: SendQueue, sent: Callable[[bytes, int], None]) -> None:
         while queue:
@@ -225,14 +237,19 @@ class RouterPort:
         self._queues.count(queue)
         self._queues.emptied(peer)
 
-    def _sweep(self) -> None:
+    def _sweep(self, now: float) -> None:
         """Drop the records of idle connections, and report what was dropped."""
+        self._inbox.sweep(now)
         for peer in self._queues.sweep():
             self._queues.add(peer, encode_frame(Heartbeat()), ())
         if self._queues.dropped:
             event = "dropped frames for connections that do not read"
             self.log("warning", event, {"frames": self._queues.dropped})
             self._queues.dropped = 0
+        if self._inbox.dropped:
+            event = "dropped messages of connections that send too much"
+            self.log("warning", event, {"messages": self._inbox.dropped})
+            self._inbox.dropped = 0
 
 
 class BrokerServer:
@@ -349,12 +366,13 @@ class BrokerServer:
         return self._driver.core.idle and not self._port.has_queued
 
     def _timeout_ms(self) -> int | None:
-        if self._port.has_queued or self._driver.has_chunks:
-            return _BUSY_POLL_MS
         now, due = self._clock(), self._driver.deadline
         deadline = min(math.inf if due is None else due, self._warn_at)
-        if (closing_s := self._port.next_close_s) is not None:
-            deadline = min(deadline, now + closing_s)
+        for wait_s in (self._port.wait_s, self._port.next_close_s):
+            if wait_s is not None:
+                deadline = min(deadline, now + wait_s)
+        if self._port.has_queued or self._driver.has_chunks:
+            deadline = min(deadline, now + _BUSY_POLL_S)
         return milliseconds_until(None if deadline == math.inf else deadline, now)
 
 

@@ -7,8 +7,12 @@ from typing import Literal
 
 Durability = Literal["process", "power"]
 
-EVERYTHING = None
+Retained = int | Literal["headers"] | None
+"""Payload that a ledger keeps: see `Ledger`."""
+EVERYTHING: Retained = None
 """Retention: delete nothing."""
+HEADERS: Retained = "headers"
+"""Retention: as 0, and no payload of a run that has ended."""
 
 LEAST_SEGMENT_BYTES = 4 << 20
 """A broker would begin smaller segments many times a second: one batch writes up to 2 MiB."""
@@ -26,9 +30,10 @@ class Limits:
     clients: clients in the Hello of one node.
     sessions: live sessions from one address of another host, or with one key.
     waiting: connections that wait for a run that has not started.
-    joins_per_s: sessions that one node may begin, on average; and twenty times as many that the
-        nodes of one address of another host, or of one key, may begin.
+    joins_per_s: sessions that one node may begin, on average; the nodes of one address of another
+        host, or of one key, may begin twenty times as many.
     messages_per_s, bytes_per_s: that one connection may send; more waits.
+    costly_per_s: Hellos, unreadable frames and rejected posts of one connection; more waits.
     held_bytes, held_bytes_total: of posts whose blobs have not arrived, by node and in all.
     queued_bytes, queued_bytes_total: queued for one connection that does not read, and for all.
     node_disk, run_disk: bytes in the ledger, by node and by run.
@@ -43,8 +48,9 @@ class Limits:
     sessions: int = 2_000
     waiting: int = 1_000
     joins_per_s: float = 1.0
-    messages_per_s: float = 5_000.0
-    bytes_per_s: float = 2e9
+    messages_per_s: float = 50_000.0
+    bytes_per_s: float = 4e9
+    costly_per_s: float = 100.0
     held_bytes: int = 16 << 20
     held_bytes_total: int = 256 << 20
     queued_bytes: int = 32 << 20
@@ -66,6 +72,7 @@ class BrokerSettings:
         the message is dead-lettered.
     limits: what peers can make it use.
     only_run: id of the one run that it serves; "" serves any.
+    once: whether it serves only the runs in its ledger, or else the first one that is opened.
     """
 
     lease_s: float = 10.0
@@ -73,6 +80,7 @@ class BrokerSettings:
     deliveries: int = 5
     limits: Limits = Limits()
     only_run: str = ""
+    once: bool = False
 
 
 @dataclass(frozen=True)
@@ -87,6 +95,6 @@ class LedgerSettings:
     """
 
     durability: Durability = "process"
-    retain_bytes: int | None = EVERYTHING
+    retain_bytes: Retained = EVERYTHING
     redeliver_dead_letters: bool = False
     share_files: bool = True

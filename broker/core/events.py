@@ -26,6 +26,9 @@ class Store(Protocol):
     def resume(self, name: BlobName, size: int) -> tuple[int, xxhash.xxh3_128]:
         """Return how many bytes of a blob, from its start, are stored, and their hash."""
 
+    def used(self, run: str, owner: str) -> tuple[int, int]:
+        """Return the bytes of an owner's blobs on the disk, and those of its run."""
+
     def read(self, seq: int) -> Accepted:
         """Return the entry of an accepted message, written or queued."""
 
@@ -147,6 +150,12 @@ class Disconnect(Struct, frozen=True):
     peer: bytes
 
 
+class Charge(Struct, frozen=True):
+    """Count the message that a connection has just sent as a costly one: see `Limits`."""
+
+    peer: bytes
+
+
 class Enlist(Struct, frozen=True):
     """Store a key with the rights of an invite, synced, before any frame of this turn is sent.
 
@@ -165,4 +174,4 @@ class Log(Struct, frozen=True):
     fields: dict[str, Any]
 
 
-Action = Append | Put | Unpin | Discard | SendTo | Probe | Disconnect | Enlist | Log
+Action = Append | Put | Unpin | Discard | SendTo | Probe | Disconnect | Charge | Enlist | Log

@@ -15,7 +15,7 @@ from msgspec import UNSET
 
 from fedmq.broker.core import delivery
 from fedmq.broker.core.deduplication import DedupWindow
-from fedmq.broker.core.events import Action, Append, Store
+from fedmq.broker.core.events import Action, Append, Charge, Store
 from fedmq.broker.core.state import Node, RejectedPost, RunState
 from fedmq.broker.errors import WireError
 from fedmq.broker.ledger.entries import Accepted, Consumed, Refusal, blob_name
@@ -86,6 +86,7 @@ class Mailboxes:
         """
         seq = self.number()
         self._discard(run, consumes)
+        run.count_message(message.sender, len(data))
         if message.to == CHECKPOINT:
             consumes += () if run.checkpoint is None else (run.checkpoint,)
             run.checkpoint = seq
@@ -126,6 +127,7 @@ class Mailboxes:
 
     def refuse_post(self, node: Node, post: RejectedPost, now: float, out: list[Action]) -> None:
         """Record that a post was rejected, and notify its sender."""
+        out.append(Charge(node.peer))
         rejection = post.rejection
         reason = rejection.reason[:2000]
         body = {"id": post.id, "reason": reason, "by": BROKER, "code": rejection.code}

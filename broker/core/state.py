@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from dataclasses import dataclass, field
 
 from msgspec import Struct
@@ -55,6 +55,7 @@ class PendingPost(Struct, frozen=True):
     """A post that was parsed; it waits for its blobs, or for the frames before it.
 
     apart: blobs of its message that did not come with it.
+    answers: whether it must answer a message that was delivered to its sender.
     held: see `held_bytes`, while the post waits; then its message has no body.
     """
 
@@ -62,6 +63,7 @@ class PendingPost(Struct, frozen=True):
     message: Message
     fingerprint: PostFingerprint
     apart: tuple[Blob, ...] = ()
+    answers: bool = False
     held: int = 0
 
     @property
@@ -304,6 +306,13 @@ class RunState:
     continued: int | None = None
     owner: str = ""
     carried: tuple[int, int] = (0, 0)
+    message_bytes: Counter[str] = field(default_factory=Counter)
+    """Bytes of accepted messages by sender; and of all, by ""."""
+
+    def count_message(self, sender: str, nbytes: int) -> None:
+        """Count the bytes of an accepted message: entries are kept for ever."""
+        self.message_bytes[sender] += nbytes
+        self.message_bytes[""] += nbytes
 
     def traffic(self) -> tuple[int, int]:
         """Return the bytes (to, from) all nodes other than the aggregator."""

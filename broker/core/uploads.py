@@ -15,6 +15,7 @@ from fedmq.broker.rejections import Code
 from fedmq.broker.settings import Limits
 from fedmq.broker.wire.chunked_transfer import Owned
 from fedmq.broker.wire.schema import EMPTY, Buffer, Chunk, Message
+from fedmq.broker.wire.window import RESERVED_BYTES
 
 UPLOAD_CHUNKS = 32
 """Most chunks in flight to the broker from all nodes; each node may send at least one."""
@@ -61,6 +62,8 @@ class Uploads:
     ) -> PendingPost | RejectedPost:
         """Store the blobs that came with a post, and fetch the others."""
         message = post.message
+        if reason := self._over_disk(node, post):
+            return post.rejected(Code.LIMIT, reason)
         beside = {
             message.blobs[index]: data
             for index, data in zip(post.frame.inline, buffers, strict=True)
@@ -79,6 +82,34 @@ class Uploads:
             return post
         post = replace(post, apart=tuple(apart))
         return self.resolve(node, post) or post
+
+    def _over_disk(self, node: Node, post: PendingPost) -> str:
+        """Return why the disk has no room for a post: its node or its run uses too much; or ""."""
+        run, limits = node.run, self._limits
+        new = len(post.frame.message)
+        of_node, of_run = self._store.used(run.id, node.name)
+        if post.message.blobs:
+            new += sum(
+                blob.size
+                for blob in set(post.message.blobs)
+                if self._store.size_of(blob_name(post.message, blob)) is None
+            )
+            fetching = {id(node): node, **self._busy}.values()
+            of_node += node.fetcher.missing_bytes
+            of_run += sum(each.fetcher.missing_bytes for each in fetching if each.run is run)
+        of_node += run.message_bytes[node.name]
+        of_run += run.message_bytes[""]
+        if of_node + new > limits.node_disk:
+            return (
+                f"broker.limits.node_disk: expected at most {limits.node_disk:,} bytes of "
+                f"{node.name}, got {of_node:,} and {new:,} more"
+            )
+        if of_run + new > limits.run_disk:
+            return (
+                f"broker.limits.run_disk: expected at most {limits.run_disk:,} bytes of run "
+                f"{run.id}, got {of_run:,} and {new:,} more"
+            )
+        return ""
 
     def resolve(self, node: Node, post: PendingPost) -> PendingPost | RejectedPost | None:
         """Return a post whose blobs are stored; None while some are missing, and fetch these.
@@ -114,8 +145,7 @@ class Uploads:
     def holds_too_much(self, node: Node, part: int = 1) -> bool:
         """Return whether the frames of a node that wait use too much memory.
 
-        If those of all nodes use too much, then it is so for the nodes with more than an equal
-        share.
+        If those of all nodes do, each node may still have `RESERVED_BYTES`.
 
         Args:
             node: has at least one such frame.
@@ -124,12 +154,11 @@ class Uploads:
         limits = self._limits
         if node.held_bytes * part >= limits.held_bytes:
             return True
-        if node.held_bytes * part * len(self._holding) < limits.held_bytes_total:
-            return False  # less than an equal share
+        if node.held_bytes * part < RESERVED_BYTES:
+            return False
         self._holding = {k: each for k, each in self._holding.items() if each.pending_frames}
         total = sum(each.held_bytes for each in self._holding.values())
-        share = limits.held_bytes_total // max(1, len(self._holding))
-        return total * part >= limits.held_bytes_total and node.held_bytes * part >= share
+        return total * part >= limits.held_bytes_total
 
     def take(self, node: Node, chunk: Chunk, buffers: Sequence[Buffer], out: list[Action]) -> bool:
         """Handle a chunk; return whether it changed anything."""

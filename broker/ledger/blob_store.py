@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import bisect
 import contextlib
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from dataclasses import dataclass, field
 from operator import attrgetter
 from pathlib import Path
@@ -62,6 +62,31 @@ class _Stored:
     """Whether its segments must be kept: it is being uploaded, or has users."""
 
 
+class DiskUsage:
+    """Bytes of payload records on the disk, by run and by owner within a run."""
+
+    def __init__(self) -> None:
+        self._by_segment: dict[int, Counter[tuple[str, str]]] = {}
+        self._by_owner: Counter[tuple[str, str]] = Counter()
+        self._by_run: Counter[str] = Counter()
+
+    def add(self, segment: int, name: BlobName, nbytes: int) -> None:
+        """Count a record in a segment."""
+        self._by_segment.setdefault(segment, Counter())[name.run, name.owner] += nbytes
+        self._by_owner[name.run, name.owner] += nbytes
+        self._by_run[name.run] += nbytes
+
+    def remove(self, segment: int) -> None:
+        """Stop counting a segment, which is deleted."""
+        for (run, owner), nbytes in self._by_segment.pop(segment, Counter()).items():
+            self._by_owner[run, owner] -= nbytes
+            self._by_run[run] -= nbytes
+
+    def of(self, run: str, owner: str) -> tuple[int, int]:
+        """Return the bytes of an owner, and of its run."""
+        return self._by_owner[run, owner], self._by_run[run]
+
+
 class BlobStore:
     """Index of the blobs in a folder's payload segments, and their reader.
 
@@ -70,11 +95,13 @@ class BlobStore:
 
     Attributes:
         damage: of the segments that were added. It is skipped: its blobs are incomplete.
+        usage: of the disk; also of blobs that are not in the index any more.
     """
 
     def __init__(self, folder: Path, disk: Disk = LOCAL_DISK) -> None:
         self._folder, self._disk = folder, disk
         self.damage: list[LedgerDamage] = []
+        self.usage = DiskUsage()
         self._blobs: dict[BlobName, _Stored] = {}
         self._idle: OrderedDict[BlobName, None] = OrderedDict()
         self._pins: dict[int, int] = {}
@@ -112,6 +139,7 @@ class BlobStore:
         that is ``arriving`` is pinned.
         """
         name = BlobName(chunk.run, chunk.owner, chunk.digest)
+        self.usage.add(segment, name, offset + length - record)
         if chunk.size and not length:
             self._discard(name)
             return
@@ -182,6 +210,7 @@ class BlobStore:
             self._disk.unlink(path)
         except OSError as error:
             raise io_error("cannot delete", error, path.name) from None
+        self.usage.remove(number)
 
     def resume(self, name: BlobName) -> tuple[int, xxhash.xxh3_128]:
         """Return how many bytes of a blob, from its start, are stored, and their hash; pins it."""

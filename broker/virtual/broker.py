@@ -230,6 +230,9 @@ class VirtualBroker:
         """Return True."""
         return True
 
+    def charge(self, peer: bytes) -> None:
+        """Ignore it: the virtual network has no limit of messages a second."""
+
     def disconnect(self, peer: bytes) -> None:
         """Break a connection, once the rejection has arrived; the core rejects what still comes."""
         self.network.after(_CLOSES_S, functools.partial(self.network.disconnect, peer))

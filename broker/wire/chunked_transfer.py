@@ -49,6 +49,8 @@ class Fetcher:
         self._window = window_chunks
         self._transfers: OrderedDict[Owned, _Transfer] = OrderedDict()
         self._outstanding = 0
+        self.missing_bytes = 0
+        """Bytes of all these blobs that have not been received."""
 
     def __contains__(self, name: Owned) -> bool:
         return name in self._transfers
@@ -76,6 +78,7 @@ class Fetcher:
         if name not in self._transfers:
             hasher = hasher or xxhash.xxh3_128()
             self._transfers[name] = _Transfer(blob.size, received, received, hasher)
+            self.missing_bytes += blob.size - received
 
     def requests(self, window: int | None = None) -> list[ChunkRequest]:
         """Return the requests that fit a window, by default the fetcher's own."""
@@ -113,6 +116,7 @@ class Fetcher:
             return None
         transfer.hasher.update(data)
         transfer.received += memoryview(data).nbytes
+        self.missing_bytes -= memoryview(data).nbytes
         self._outstanding -= 1
         return ReceivedChunk(name, transfer.size, chunk.start, data)
 
@@ -131,6 +135,7 @@ class Fetcher:
         """Stop fetching a blob."""
         transfer = self._transfers.pop(name, None)
         if transfer is not None:
+            self.missing_bytes -= transfer.size - transfer.received
             self._outstanding -= -(-(transfer.requested - transfer.received) // CHUNK_BYTES)
 
     def restart(self) -> None:

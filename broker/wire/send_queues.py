@@ -13,6 +13,7 @@ from typing import Protocol
 
 from fedmq.broker.wire.batching import Outbox
 from fedmq.broker.wire.schema import Buffer
+from fedmq.broker.wire.window import RESERVED_BYTES
 
 MARK_BYTES = 64 * 1024
 """Bytes after which a message is tracked: tracking takes as long as sending ten small messages."""
@@ -74,8 +75,8 @@ class SendQueues:
     Args:
         most: bytes that may wait for one connection. What exceeds them is dropped: nodes recover
             from that as from any lost frame.
-        most_total: bytes that may wait for all. Beyond them, frames are dropped for the
-            connections that use more than an equal share.
+        most_total: bytes that may wait for all. Beyond them, only `RESERVED_BYTES` may wait for
+            each.
 
     Attributes:
         dropped: number of frames dropped.
@@ -87,8 +88,8 @@ class SendQueues:
         self._filled: dict[bytes, SendQueue] = {}
         """Those with frames that ZeroMQ does not have yet."""
         self._total = 0
-        self._share: int | None = None
-        """Bytes of an equal share; None if not computed since the last `begin`."""
+        self._released = False
+        """Whether all queues were released since the last `begin`."""
         self.dropped = 0
 
     def __bool__(self) -> bool:
@@ -115,7 +116,7 @@ class SendQueues:
 
     def begin(self) -> list[tuple[bytes, SendQueue]]:
         """Return the connections with frames that ZeroMQ does not have yet."""
-        self._share = None
+        self._released = False
         return list(self._filled.items())
 
     def emptied(self, peer: bytes) -> None:
@@ -152,20 +153,14 @@ class SendQueues:
         return unknown
 
     def _exceeds(self, queue: SendQueue, most: int) -> bool:
-        """Return whether a queue has as many bytes as it may have, or more than its share."""
+        """Return whether a queue has as many bytes as it may have."""
         queue.release()
         self.count(queue)
         if queue.counted >= most:
             return True
-        if self._total < self._most_total:
-            return False
-        if self._share is None:
+        if self._total >= self._most_total and not self._released:
+            self._released = True
             for each in self._queues.values():
                 each.release()
                 self.count(each)
-            self._share = self._most_total // max(1, sum(map(_is_counted, self._queues.values())))
-        return self._total >= self._most_total and queue.counted >= self._share
-
-
-def _is_counted(queue: SendQueue) -> bool:
-    return queue.counted > 0
+        return self._total >= self._most_total and queue.counted >= RESERVED_BYTES

@@ -9,9 +9,8 @@ from collections.abc import Sequence
 
 import zmq
 
-from fedmq.broker.errors import WireError
-from fedmq.broker.wire.encoding import decode_frame, split_header
-from fedmq.broker.wire.schema import CHUNK_BYTES, INLINE_BYTES, MAX_BUFFERS, AnyFrame, Buffer
+from fedmq.broker.wire.inbox import frames_of, headers_of
+from fedmq.broker.wire.schema import CHUNK_BYTES, MAX_BUFFERS, AnyFrame, Buffer
 
 MAX_FRAME_BYTES = CHUNK_BYTES + 4096
 CURVE_BYTES = 33
@@ -45,35 +44,32 @@ def send_parts(
     return tracker
 
 
-def receive(socket: zmq.Socket[bytes]) -> tuple[list[tuple[AnyFrame, list[Buffer]]], int]:
-    """Read the frames of a message, each with its buffers.
+def receive_parts(socket: zmq.Socket[bytes]) -> tuple[list[zmq.Frame], int]:
+    """Read the parts of a message; those beyond the largest message are dropped.
 
     The next part must be the header: the caller of a ROUTER has read the peer before.
 
-    Returns (frames, size of the message in bytes).
+    Returns (parts, size of the message in bytes).
+
+    Raises:
+        zmq.Again: nothing has arrived.
+    """
+    part = socket.recv(NOBLOCK, copy=False)
+    parts, nbytes = [part], len(part)
+    while part.more:
+        part = socket.recv(copy=False)
+        if len(parts) <= MAX_BUFFERS + 1:  # one too many is an error
+            parts.append(part)
+            nbytes += len(part)
+    return parts, nbytes
+
+
+def receive(socket: zmq.Socket[bytes]) -> list[tuple[AnyFrame, list[Buffer]]]:
+    """Read the frames of a message, each with its buffers.
 
     Raises:
         WireError: these are not frames of this protocol; the rest of the message was read.
         zmq.Again: nothing has arrived.
     """
-    part = socket.recv(NOBLOCK, copy=False)
-    nbytes = len(part)
-    room = MAX_BUFFERS
-    frames: list[tuple[AnyFrame, list[Buffer]]] = []
-    try:
-        for header, count in split_header(part.buffer):
-            frame = decode_frame(header)
-            buffers: list[Buffer] = []
-            while part.more and len(buffers) != count:
-                if not room:
-                    raise WireError(f"expected at most {MAX_BUFFERS} buffers, got more")
-                part = socket.recv(copy=False)
-                room -= 1
-                # A small buffer is copied, so that keeping it does not keep zmq's frame.
-                buffers.append(part.buffer if len(part) > INLINE_BYTES else part.bytes)
-                nbytes += len(part)
-            frames.append((frame, buffers))
-    finally:
-        while part.more:
-            part = socket.recv(copy=False)
-    return frames, nbytes
+    parts, _ = receive_parts(socket)
+    return list(frames_of(headers_of(parts), parts))

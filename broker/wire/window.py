@@ -9,6 +9,9 @@ WINDOW_FRAMES = 1024
 WINDOW_BYTES = 8 << 20
 """Most bytes of them, as `held_bytes` counts."""
 
+RESERVED_BYTES = 64 * 1024
+"""What one connection may use of a limit for all connections, even if the others use all of it."""
+
 
 def held_bytes(frame: NumberedFrame, blobs: int) -> int:
     """Return the memory, in bytes, that a broker uses while a frame waits for the ones before it.

@@ -9,6 +9,7 @@ import contextlib
 import io
 import logging
 import sys
+import time
 import traceback
 from collections.abc import Callable, MutableMapping, Sequence
 from pathlib import Path
@@ -16,10 +17,14 @@ from typing import Any, TextIO
 
 import structlog
 
+from fedmq.broker.file_modes import private_opener, restrict
+from fedmq.broker.log_limit import SUPPRESSED, LogLimit
 from fedmq.nodes.process.exception_text import MAX_TEXT, clip_text, described, reason_of
 
 _MAX_FRAMES, _MAX_CAUSES = 20, 3
 """Limits for an exception: innermost frames of each, and length of the chain of causes."""
+LINES_PER_S = 100.0
+"""Most lines of one event in a second; the number of the others is logged later."""
 _MAX_COUNTED = 256
 """Distinct events that `Repeats` counts; it discards the least recent ones."""
 
@@ -66,6 +71,24 @@ class Repeats:
         return times if due else 0
 
 
+class _Limited:
+    """A processor that limits the lines of each event: other nodes cause some of them."""
+
+    def __init__(self) -> None:
+        self._limit = LogLimit(LINES_PER_S)
+
+    def __call__(
+        self, _logger: object, _method: str, event: MutableMapping[str, Any]
+    ) -> MutableMapping[str, Any]:
+        now = time.monotonic()
+        if now >= self._limit.due:
+            for kind, lines in self._limit.take_suppressed():
+                structlog.get_logger().warning(SUPPRESSED, of=kind, lines=lines)
+        if not self._limit.admits(str(event.get("event", "")), now):
+            raise structlog.DropEvent
+        return event
+
+
 _LEVELS = structlog.make_filtering_bound_logger(logging.INFO)
 
 SILENT: structlog.typing.FilteringBoundLogger = structlog.wrap_logger(
@@ -78,7 +101,7 @@ SILENT: structlog.typing.FilteringBoundLogger = structlog.wrap_logger(
 
 def append(path: Path, text: str, **bound: str) -> None:
     """Append one line to another process's log, if it can be written."""
-    with contextlib.suppress(OSError), _LossyLog(path.open("ab", buffering=0), None) as stream:
+    with contextlib.suppress(OSError), _LossyLog(_open_log(path), None) as stream:
         log = structlog.wrap_logger(
             structlog.PrintLogger(stream),
             processors=[*_processors(), structlog.processors.JSONRenderer()],
@@ -100,7 +123,7 @@ def configure(path: Path | None, lost: Callable[[str], None] | None = None, **bo
     """
     stream: TextIO = sys.stderr
     if path is not None:
-        stream = _LossyLog(path.open("ab", buffering=0), lost)
+        stream = _LossyLog(_open_log(path), lost)
     renderer: structlog.types.Processor = (
         structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())
         if path is None
@@ -108,6 +131,7 @@ def configure(path: Path | None, lost: Callable[[str], None] | None = None, **bo
     )
     structlog.configure(
         processors=[
+            _Limited(),
             structlog.contextvars.merge_contextvars,
             *_processors(),
             renderer,
@@ -118,6 +142,13 @@ def configure(path: Path | None, lost: Callable[[str], None] | None = None, **bo
     )
     structlog.contextvars.clear_contextvars()
     structlog.contextvars.bind_contextvars(**bound)
+
+
+def _open_log(path: Path) -> io.FileIO:
+    """Open a log: its owner's alone, because texts of errors may contain a client's data."""
+    raw = io.FileIO(path, "ab", opener=private_opener)
+    restrict(path)  # it may be of an older release
+    return raw
 
 
 def _processors() -> Sequence[structlog.types.Processor]:

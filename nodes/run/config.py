@@ -17,7 +17,13 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr,
 from fedmq.algorithms.allowed import NOTHING, Allowed, installed
 from fedmq.algorithms.errors import AlgorithmError
 from fedmq.algorithms.hyperparameters import fault_of
-from fedmq.broker.settings import EVERYTHING, LEAST_RETAIN_BYTES, BrokerSettings, LedgerSettings
+from fedmq.broker.settings import (
+    EVERYTHING,
+    HEADERS,
+    LEAST_RETAIN_BYTES,
+    BrokerSettings,
+    LedgerSettings,
+)
 from fedmq.broker.wire.addresses import name_fault
 from fedmq.nodes.errors import ConfigError
 from fedmq.nodes.process.exception_text import reason_of
@@ -34,7 +40,10 @@ DEFAULT: Mapping[str, Mapping[str, Any]] = {
 _PROBLEM_DEFAULT = {"clients": 40, "partition": "dirichlet(0.5)"}
 _LONGEST_S = 1_000_000
 """Longest time, in seconds: ZeroMQ counts milliseconds in 32 bits."""
-_RETAIN = f"'everything', 'unfinished' or a number of bytes, at least {LEAST_RETAIN_BYTES:,}"
+_RETAIN = (
+    f"'everything', 'unfinished', 'headers' or a number of bytes, at least {LEAST_RETAIN_BYTES:,}"
+)
+_OLD_BIND = "tcp://127.0.0.1:0"
 _DEVICE = r"^(auto|cpu|cuda(:\d+)?)$"
 _FORMS = {_DEVICE: "auto, cpu, cuda or cuda:N"}
 """What a text that must match a pattern looks like, in words."""
@@ -128,7 +137,9 @@ class WorkerTable(StragglingTable):
 
 
 def _check_retain(value: Any) -> Any:
-    if value in ("everything", "unfinished") or (isinstance(value, int | float) and value >= 0):
+    if value in ("everything", "unfinished", "headers") or (
+        isinstance(value, int | float) and value >= 0
+    ):
         return value
     raise ValueError(f"expected {_RETAIN}, got {value!r:.200}")
 
@@ -138,12 +149,14 @@ class BrokerTable(_Table):
 
     lease_s: seconds of silence after which a node counts as gone.
     heartbeat_s: seconds between heartbeats of a node that sends nothing else.
-    bind: address of a local cluster's broker; port 0 is any free port.
+    bind: address where the broker of a local cluster listens as well, for workers of other hosts;
+        its own nodes use a socket file in the run's folder.
     durability: what an acknowledged message survives: ``process``, a crash of the broker;
         ``power``, a power failure (slower: one sync per batch).
     retain: ``everything``; ``unfinished``, payloads are deleted when no message needs them
-        any more; or the most bytes of payloads to keep, such as ``20e9``, at least 16 MiB; needed
-        payloads are kept even beyond it. Messages themselves are kept for ever.
+        any more; ``headers``, also those of a run that has ended; or the most bytes of payloads to
+        keep, such as ``20e9``, at least 16 MiB; needed payloads are kept even beyond it. Messages
+        themselves are kept for ever.
     deliveries: number of deliveries of a task, each ended by the death of the worker's session,
         after which the task is dead-lettered.
     share_files: nodes on the broker's host read blobs from its ledger's files instead of the
@@ -152,14 +165,23 @@ class BrokerTable(_Table):
 
     lease_s: Annotated[float, Field(gt=0, le=_LONGEST_S)] = 10.0
     heartbeat_s: Annotated[float, Field(gt=0, le=_LONGEST_S)] = 1.0
-    bind: str = "tcp://127.0.0.1:0"
+    bind: str | None = None
     durability: Literal["process", "power"] = "process"
     retain: Annotated[
-        Literal["everything", "unfinished"] | Annotated[float, Field(ge=0)],
+        Literal["everything", "unfinished", "headers"] | Annotated[float, Field(ge=0)],
         BeforeValidator(_check_retain),
     ] = "everything"
     deliveries: Annotated[int, Field(ge=1)] = 5
     share_files: bool = True
+
+    @property
+    def listens_at(self) -> str | None:
+        """Return where a cluster's broker listens as well; None for nowhere else.
+
+        Older releases recorded the address of the whole cluster, a free port of loopback: no node
+        of another host can use that.
+        """
+        return None if self.bind == _OLD_BIND else self.bind
 
     def settings(self) -> BrokerSettings:
         """Return the broker's timeouts and delivery limit."""
@@ -170,6 +192,8 @@ class BrokerTable(_Table):
         match self.retain:
             case "everything":
                 retain = EVERYTHING
+            case "headers":
+                retain = HEADERS
             case "unfinished":
                 retain = 0
             case limit:

@@ -239,6 +239,9 @@ class Net:
     def has_room(self, peer):
         return True
 
+    def charge(self, peer):
+        """Ignore it: there is no limit of messages a second."""
+
     def disconnect(self, peer):
         """Ignore it: the core rejects what still comes."""
 

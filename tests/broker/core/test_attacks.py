@@ -61,7 +61,7 @@ def test_a_wrong_blob_size_is_rejected_also_behind_a_right_one(room):
         run="r",
         sender="w1",
         to="aggregator",
-        blobs=(Blob(digest(data), 1 << 40),),
+        blobs=(Blob(digest(data), 1 << 30),),
     )
     room.tell(W1, Post(message=encode_message(truth)))
     room.tell(W1, Post(message=encode_message(lie)))
