@@ -14,6 +14,7 @@ from fedmq.broker.access.invites import InviteToken
 from fedmq.broker.access.rights import Rights
 from fedmq.broker.enrolment import EnrolmentError, EnrolmentFault, enroll
 from fedmq.broker.errors import BrokerError, GaveUp, Rejected
+from fedmq.broker.link.local_blobs import LocalBlobs
 from fedmq.broker.link.node_link import NodeLink
 from fedmq.broker.rejections import RejectCode
 from fedmq.broker.router import BrokerServer
@@ -169,6 +170,28 @@ def test_a_socket_file_needs_no_keys_beside_an_endpoint_with_keys(tmp_path, acce
             worker.welcome()
             agg.post(message("agg", "client/3"))
             assert get(worker).message.sender == "agg"
+
+
+@pytest.mark.parametrize("read_files", [True, False])
+def test_a_node_with_a_key_reads_the_ledger_s_files_if_its_rights_say_so(
+    tmp_path, access, monkeypatch, read_files
+):
+    read = []
+    fill = LocalBlobs._fill
+    monkeypatch.setattr(LocalBlobs, "_fill", lambda *args: read.append(args) or fill(*args))
+    access.authorize(Rights(name="w1", key=WORK.public, read_files=read_files))
+    model = bytes(2_000_000)
+    with (
+        with_keys(tmp_path, access) as endpoint,
+        connected(endpoint, AGGREGATOR, AGG) as agg,
+        connected(endpoint, WORKER, WORK) as worker,
+    ):
+        agg.welcome()
+        worker.welcome()
+        agg.post(message("agg", "client/3", model), [model])
+        with agg.away():
+            assert get(worker).read(0) == model
+    assert bool(read) == read_files
 
 
 @pytest.mark.parametrize("endpoint", ["tcp://0.0.0.0:0", "tcp://*:0", "tcp://[::]:0", "ipc://@x-y"])
