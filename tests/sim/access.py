@@ -47,7 +47,7 @@ class FileInMemory:
             access_file,
             read_private=self._read,
             replace_private=self._replace,
-            make_private_folder=lambda _: None,
+            make_key_folder=lambda _: None,
             locked=lambda _: contextlib.nullcontext(),
         ):
             yield
