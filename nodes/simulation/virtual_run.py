@@ -102,6 +102,7 @@ class Simulation:
         origins: what the transport proves about each node, by name; read when a session starts.
 
     Attributes:
+        origins: as given.
         network, broker: of the run.
         aggregator: newest session of the aggregator.
         sessions: all sessions of all nodes, in the order of their starts.

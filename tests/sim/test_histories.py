@@ -13,7 +13,7 @@ from tests.sim.soak import BATCH, run_seeds
 
 pytestmark = pytest.mark.soak
 
-SEEDS = 2000
+SEEDS = 1800
 
 
 def batch_from(first):
