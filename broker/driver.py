@@ -8,7 +8,7 @@ wait until it is written. What differs between a real and a virtual broker is be
 from __future__ import annotations
 
 import math
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -28,6 +28,7 @@ from fedmq.broker.core.events import (
     DiskFull,
     Enlist,
     Event,
+    Forget,
     Gone,
     Log,
     Probe,
@@ -48,12 +49,10 @@ from fedmq.broker.settings import BrokerSettings, LedgerSettings, Limits
 from fedmq.broker.wire.clock import Clock
 from fedmq.broker.wire.encoding import encode_frame
 from fedmq.broker.wire.schema import Buffer, Chunk, Deliver
+from fedmq.broker.wire.send_queues import WaitingChunks
 
 FULL_RETRY_S = 0.25
 """Time between two attempts to write to a full disk, in seconds."""
-CHUNKS_WAITING = 64
-"""Most requested chunks that wait until their connection has read others: more than a node of ours
-requests at a time. It requests again what is dropped."""
 ACCESS_EACH_S = 0.5
 """Time between two looks whether the keys or their rights have changed, in seconds."""
 _MOST_READS = 5
@@ -122,7 +121,7 @@ class BrokerDriver:
         self._log = LimitedLog(port.log, clock, log_lines_per_s)
         self._sends: list[SendTo] = []
         """Frames of this turn, to be sent once the ledger has been written."""
-        self._chunks: dict[bytes, deque[SendTo]] = {}
+        self._chunks = WaitingChunks[SendTo](port.has_room)
         """By connection: chunks that it has requested, and that wait until it has read others."""
         self._held: list[SendTo] | None = None
         """While the disk is full: frames to send once the ledger has been written."""
@@ -237,6 +236,10 @@ class BrokerDriver:
                 case Probe(peer):
                     if not self._port.is_up(peer):
                         answers.append(Gone(peer))
+                case Forget(peer):
+                    for sends in (self._sends, self._held or []):
+                        sends[:] = [each for each in sends if each.peer != peer]
+                    self._chunks.discard(peer)
                 case Disconnect(peer):
                     self._port.disconnect(peer)
                 case Charge(peer):
@@ -260,34 +263,16 @@ class BrokerDriver:
             self._retry(now)
         sends, self._sends = self._sends, []
         for send in sends:
-            if not isinstance(send.frame, Chunk) or self._may_send_chunk(send):
+            if not isinstance(send.frame, Chunk) or self._chunks.may_send(send.peer, send):
                 self._send(send)
         if self._chunks:
-            self._send_chunks()
+            for send in self._chunks.take():
+                self._send(send)
 
     @property
     def has_chunks(self) -> bool:
         """Return whether chunks wait until their connections have read others."""
         return bool(self._chunks)
-
-    def _may_send_chunk(self, send: SendTo) -> bool:
-        """Return whether a chunk can be sent now; otherwise queue it."""
-        waiting = self._chunks.get(send.peer)
-        if waiting is None and self._port.has_room(send.peer):
-            return True
-        if waiting is None:
-            waiting = self._chunks[send.peer] = deque()
-        if len(waiting) < CHUNKS_WAITING:
-            waiting.append(send)
-        return False
-
-    def _send_chunks(self) -> None:
-        """Read and send requested chunks, to the connections that read what they get."""
-        for peer, waiting in list(self._chunks.items()):
-            while waiting and self._port.has_room(peer):
-                self._send(waiting.popleft())
-            if not waiting:
-                del self._chunks[peer]
 
     def close(self) -> None:
         """Write what is queued, and close the ledger."""

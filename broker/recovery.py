@@ -150,6 +150,7 @@ class Restorer:
         if message.kind == "left":
             if known is not None:
                 known.move(SessionEvent.LEAVE)
+                known.shrink()
             seq = body.get("interrupted")
             if self._is_unfinished(seq):
                 run.interrupted[seq] = run.interrupted.get(seq, 0) + 1

@@ -28,8 +28,6 @@ class Code(enum.StrEnum):
     """This role may not send to this address."""
     NOT_ASKED = "not-asked"
     """The node answers a message that was not delivered to it, or that it has answered before."""
-    REVOKED = "revoked"
-    """The key of the node has been revoked."""
     LIMIT = "limit"
     """A limit of the broker is exceeded; the reason names its setting."""
     NO_ADDRESS = "no-address"

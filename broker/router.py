@@ -20,13 +20,14 @@ import zmq
 
 from fedmq.broker.access.broker_keys import BrokerKeys
 from fedmq.broker.access.curve import KeyPair
-from fedmq.broker.access.rights import Access, AccessStore
+from fedmq.broker.access.rights import Access
 from fedmq.broker.core.events import Event, ReceivedFrom, Unreadable
 from fedmq.broker.core.state import Continuation
 from fedmq.broker.driver import BrokerDriver
 from fedmq.broker.errors import BrokerError, WireError
 from fedmq.broker.open_files import reserve_files
 from fedmq.broker.settings import BrokerSettings, LedgerSettings
+from fedmq.broker.transport.admitting import AdmittingStore
 from fedmq.broker.transport.connections import Connections
 from fedmq.broker.transport.listening import bind_all, router_socket
 from fedmq.broker.transport.zap import Door
@@ -74,16 +75,17 @@ class RouterPort:
         self.context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         # Before the first endpoint: without a door, libzmq lets everybody in.
         self._door = None if own is None else Door(self.context)
-        self.socket = router_socket(self.context, settings, keyed=own is not None)
+        self._keyed = own is not None
+        self.socket = router_socket(self.context, settings, keyed=self._keyed)
         reserve_files(settings.limits.reserved_files)
-        self._connections = Connections(
-            self.context, self.socket, settings.limits, keyed=own is not None
-        )
         self._drained = True
         """Whether all messages that had arrived were read in this turn."""
         self.on_space: Callable[[str], None] = lambda _reason: None
         limits = settings.limits
         self._queues = SendQueues(limits.queued_bytes, limits.queued_bytes_total)
+        self._connections = Connections(
+            self.context, self.socket, limits, self._queues.discard, keyed=self._keyed
+        )
         self._inbox = Inbox(
             limits.messages_per_s,
             limits.bytes_per_s,
@@ -164,7 +166,9 @@ class RouterPort:
 
         It is lost if the connection is gone, or does not read what was sent before.
         """
-        self._queues.add(peer, header, buffers)
+        # Otherwise the next peer with this routing id would get it.
+        if not self._keyed or self._connections.is_known(peer):
+            self._queues.add(peer, header, buffers)
 
     def has_room(self, peer: bytes) -> bool:
         """Return whether a connection has read enough to be sent a chunk."""
@@ -304,7 +308,7 @@ class BrokerServer:
                 self._port,
                 self._clock,
                 continuation=continuation,
-                access=None if keys is None else _Admitting(keys.access, self._port),
+                access=None if keys is None else AdmittingStore(keys.access, self._port.admit),
             )
         except BrokerError:
             self._port.close()
@@ -381,26 +385,3 @@ class BrokerServer:
         if self._port.has_queued or self._driver.has_chunks:
             deadline = min(deadline, now + _BUSY_POLL_S)
         return milliseconds_until(None if deadline == math.inf else deadline, now)
-
-
-class _Admitting:
-    """An `AccessStore` that lets in those who have access, each time that it is read."""
-
-    def __init__(self, store: AccessStore, port: RouterPort) -> None:
-        self._store, self._port = store, port
-
-    def load(self) -> Access:
-        """See `AccessStore`."""
-        return self._admit(self._store.load())
-
-    def changed(self) -> bool:
-        """See `AccessStore`."""
-        return self._store.changed()
-
-    def enroll(self, key: str, invite: str, now: float) -> Access:
-        """See `AccessStore`."""
-        return self._admit(self._store.enroll(key, invite, now))
-
-    def _admit(self, access: Access) -> Access:
-        self._port.admit(access)
-        return access

@@ -10,6 +10,8 @@ from fedmq.broker.settings import Limits
 JOINS_AT_ONCE = 20
 """Joins of one node that its rate does not limit, as when it is restarted; of a source, all of its
 sessions may begin twice."""
+RUNS_PER_S = 0.1
+"""Runs that a key may open, on average; as many at once as the broker may have."""
 _MOST_SOURCES = 10_000
 
 
@@ -50,6 +52,8 @@ class Quotas:
         self._limits = limits
         self.sessions: Counter[str] = Counter()
         self._joins: dict[str, Bucket] = {}
+        self._opened: dict[str, Bucket] = {}
+        """By key; all connections without one share a bucket."""
 
     def has_room(self, origin: Origin) -> bool:
         """Return whether one more session from this origin may begin."""
@@ -68,6 +72,14 @@ class Quotas:
                 del self._joins[next(iter(self._joins))]
             self._joins[source] = Bucket(2 * self._limits.sessions)
         return self._joins[source].take(now, self._limits.joins_per_s * JOINS_AT_ONCE)
+
+    def may_open(self, origin: Origin, now: float) -> bool:
+        """Count a run that is opened; return whether it may be.
+
+        A run that has ended stays in the ledger, and in memory; so their rate is limited, too.
+        """
+        bucket = self._opened.setdefault(origin.key, Bucket(self._limits.runs))
+        return bucket.take(now, RUNS_PER_S)
 
     def begin(self, origin: Origin) -> None:
         """Count a session that begins."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Sequence
 
 from fedmq.broker.access.owners import is_owner, session_number
+from fedmq.broker.access.quotas import Quotas
 from fedmq.broker.access.rights import Access, Origin, Rights
 from fedmq.broker.core.state import Node, RunState
 from fedmq.broker.rejections import RejectCode
@@ -97,16 +98,17 @@ def served_runs(runs: dict[str, RunState], settings: BrokerSettings) -> Collecti
 
 def rights_fault(rights: Rights, hello: Hello) -> Fault | None:
     """Return (code, reason) if a key's rights do not allow what a Hello asks for."""
+    who = f"the key {rights.name}" if rights.key else "a connection without a key"
     if hello.role not in rights.roles:
         may = ", ".join(rights.roles) or "nothing"
-        text = f"the key {rights.name} may not be the {hello.role}; its roles: {may}"
+        text = f"{who} may not be the {hello.role}; its roles: {may}"
         return RejectCode.ROLE, text
     if hello.run and not may_join(rights, hello.run):
-        return RejectCode.RUN, f"the key {rights.name} may not join or open run {hello.run}"
+        return RejectCode.RUN, f"{who} may not join or open run {hello.run}"
     if rights.clients is not None:
         beyond = first_beyond(hello.clients, rights.clients)
         if beyond is not None:
-            return RejectCode.CLIENT, f"the key {rights.name} may not host client {beyond}"
+            return RejectCode.CLIENT, f"{who} may not host client {beyond}"
     return None
 
 
@@ -205,8 +207,8 @@ def why_not(run: RunState, hello: Hello, owner: str, known: Node | None) -> Faul
             return RejectCode.REPLACED, text
     if (
         known is not None
-        and known.owner == owner
-        and known.hello.session == hello.session
+        and known.alive
+        and (known.owner, known.hello.session) == (owner, hello.session)
         and (known.hello.role, known.hello.clients) != (hello.role, hello.clients)
     ):
         text = f"this session of {hello.node!r} has other clients or another role"
@@ -234,10 +236,22 @@ def _clients_fault(run: RunState, hello: Hello) -> Fault | None:
     return None
 
 
-def run_limit_fault(runs: dict[str, RunState], run: RunState, limits: Limits) -> Fault | None:
+def run_limit_fault(
+    runs: dict[str, RunState],
+    run: RunState,
+    limits: Limits,
+    quotas: Quotas,
+    origin: Origin,
+    now: float,
+) -> Fault | None:
     """Return (code, reason) if one more run may not be opened."""
-    if run.id not in runs and sum(not each.over for each in runs.values()) >= limits.runs:
-        text = f"this broker serves at most {limits.runs} runs (broker.limits.runs)"
+    if run.id in runs:
+        return None
+    if sum(not each.over for each in runs.values()) >= limits.runs:
+        text = f"this broker serves at most {limits.runs} runs at a time (broker.limits.runs)"
+        return RejectCode.LIMIT, text
+    if not quotas.may_open(origin, now):
+        text = "too many runs were opened in a short time (broker.limits.runs); wait before another"
         return RejectCode.LIMIT, text
     return None
 

@@ -177,7 +177,7 @@ class Broker:
 
     def _received(self, event: ReceivedFrom, now: float, out: list[Action]) -> None:
         frame, peer, origin = event.frame, event.peer, event.origin
-        node = self._sessions.session_of(peer, origin)
+        node = self._sessions.session_of(peer, origin, out)
         if node is None or not node.alive or isinstance(frame, Hello):
             # A live session's key has rights: it ends when they do.
             if not self._admissions.has_rights(peer, frame, origin, now, out):
@@ -277,10 +277,8 @@ class Broker:
         if isinstance(post, RejectedPost):
             return post
         self._uploads.note_message(node, post.message, now)
-        if not self._acceptance.is_new(post):
-            return post  # a duplicate: its blobs are not needed
         if (unasked := self._acceptance.unasked(node, post)) is not None:
-            return unasked  # nor are these
+            return unasked
         return self._uploads.begin_post(node, post, buffers, out)
 
     def _settle(self, node: Node, now: float, out: list[Action]) -> None:

@@ -150,6 +150,12 @@ class Disconnect(Struct, frozen=True):
     peer: bytes
 
 
+class Forget(Struct, frozen=True):
+    """Drop the frames that wait for a connection, which has another key now."""
+
+    peer: bytes
+
+
 class Charge(Struct, frozen=True):
     """Count the message that a connection has just sent as a costly one: see `Limits`."""
 
@@ -174,4 +180,6 @@ class Log(Struct, frozen=True):
     fields: dict[str, Any]
 
 
-Action = Append | Put | Unpin | Discard | SendTo | Probe | Disconnect | Charge | Enlist | Log
+Action = (
+    Append | Put | Unpin | Discard | SendTo | Probe | Disconnect | Forget | Charge | Enlist | Log
+)

@@ -182,6 +182,8 @@ class Admissions:
         if fault := malformed(hello, self._settings) or rights_fault(rights, hello):
             self._reject(peer, hello, fault, out)
             return
+        if hello.role != AGGREGATOR and hello.config:
+            hello = msgspec.structs.replace(hello, config="")  # not read, and would be kept
         owner = owner_of(origin.key, hello.key, hello.session)
         run = find_run(runs, hello, rights, owner, served_runs(runs, self._settings))
         if isinstance(run, tuple):
@@ -200,7 +202,7 @@ class Admissions:
         fault = (
             owner_fault(run, hello, rights, owner, known)
             or why_not(run, hello, owner, known)
-            or run_limit_fault(runs, run, limits)
+            or run_limit_fault(runs, run, limits, self._sessions.quotas, origin, now)
             or node_limit_fault(run, known, limits)
             or self._quota_fault(hello, origin, known, joins, now)
         )
@@ -315,8 +317,7 @@ class Admissions:
             if node.alive:
                 self._sessions.quotas.end(node.origin)
             node.peer, node.origin = peer, origin
-            # After a restart of the broker, its Hello is from the ledger, without a version.
-            node.hello = msgspec.structs.replace(node.hello, v=hello.v)
+            node.hello = hello
             node.fetcher.restart()
         else:
             returning = False
@@ -380,7 +381,7 @@ class Admissions:
     ) -> None:
         """Reject a node; ``config``: the run's configuration, sent if its aggregator differs."""
         reject = _rejection(fault)
-        if fault[0] == RejectCode.CONFIG and hello.run in self._mailboxes.runs:
+        if config and fault[0] == RejectCode.CONFIG and hello.run in self._mailboxes.runs:
             reject = msgspec.structs.replace(reject, config=config)
         out.append(SendTo(peer, reject))
         fields = {"peer_node": hello.node[:100], "reason": fault[1]}

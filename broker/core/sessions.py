@@ -11,7 +11,7 @@ from fedmq.broker.access.owners import key_of
 from fedmq.broker.access.quotas import Quotas, source_of
 from fedmq.broker.access.rights import Origin
 from fedmq.broker.core import delivery
-from fedmq.broker.core.events import Action, Log, Probe, Unpin
+from fedmq.broker.core.events import Action, Forget, Log, Probe, Unpin
 from fedmq.broker.core.lifecycles import WITHOUT_CONNECTION, SessionEvent, SessionState, word
 from fedmq.broker.core.mailboxes import Mailboxes
 from fedmq.broker.core.state import Node
@@ -45,12 +45,13 @@ class Sessions:
             self.quotas.begin(node.origin)
         self.due = self._next_due()
 
-    def session_of(self, peer: bytes, origin: Origin) -> Node | None:
+    def session_of(self, peer: bytes, origin: Origin, out: list[Action]) -> Node | None:
         """Return the node of a connection, if its session belongs to the key, too."""
         node = self.peers.get(peer)
         if node is None or node.origin.key == origin.key:
             return node
         # Its connection is closed, and another peer has taken its routing id.
+        out.append(Forget(peer))
         self.forget_connection(node)
         node.peer = b""
         if node.alive and node.state is not SessionState.AWAITED:
@@ -129,6 +130,7 @@ class Sessions:
         node.pending.clear()
         node.queue.clear()
         self.announce("left", node, details, now, out)
+        node.shrink()
 
     def announce(
         self, kind: str, node: Node, details: dict[str, Any], now: float, out: list[Action]

@@ -223,6 +223,11 @@ class Node:
             self.fetcher = Fetcher(UPLOAD_WINDOW_CHUNKS)
         self.held_bytes, self.has_dropped = 0, False
 
+    def shrink(self) -> None:
+        """Forget what a node that has left says again when it returns: its clients, mostly."""
+        self.hello = replace(self.hello, clients=(), config="")
+        self.readable.clear()
+
     def move(self, event: SessionEvent) -> None:
         """Apply an event to the session.
 

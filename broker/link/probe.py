@@ -26,11 +26,11 @@ _NEWLINES, _ANSWER_S = b"\r\n\r\n", 0.5
 """Bytes that make other servers, such as HTTP ones, respond; and how long to wait for that."""
 REQUIRES_KEYS = (
     "the broker there requires keys (CURVE), and this node has none for it: join it with an "
-    "invite, or give this node the broker's public key"
+    "invite (--join-file), or give this node the broker's public key (--broker-key)"
 )
 HAS_NO_KEYS = (
     "the socket there uses no keys, and this node has the broker's key: the broker was started "
-    "without its keys, or another program listens there"
+    "without its keys (--broker-key none connects to it), or another program listens there"
 )
 _SOCKET_TYPE = b"Socket-Type"
 _MAX_READY_BYTES = 1024

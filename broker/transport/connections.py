@@ -62,6 +62,7 @@ class Connections:
         context: of the socket.
         socket: not bound yet.
         limits: `waiting` and `reserved_files` limit the connections.
+        on_replaced: called with a routing id that a peer with another key has now.
         keyed: whether messages carry a user id that a `Door` gave; if not, no peer has a key.
     """
 
@@ -70,11 +71,12 @@ class Connections:
         context: zmq.Context[zmq.Socket[bytes]],
         socket: zmq.Socket[bytes],
         limits: Limits,
+        on_replaced: Callable[[bytes], None],
         *,
         keyed: bool,
     ) -> None:
         self.monitor = Monitor(context, socket, _EVENTS)
-        self._limits, self._keyed = limits, keyed
+        self._limits, self._keyed, self._on_replaced = limits, keyed, on_replaced
         self._by_peer: dict[bytes, Connection] = {}
         self._by_fd: dict[int, _Accepted] = {}
         self._silent: dict[int, _Accepted] = {}
@@ -96,6 +98,10 @@ class Connections:
         if known is not None and (not self._keyed or part.get("User-Id") == known.user):
             return known
         return self._first(peer, part)
+
+    def is_known(self, peer: bytes) -> bool:
+        """Return whether a peer has sent a message over a connection that is not lost."""
+        return peer in self._by_peer
 
     def heard(self, connection: Connection) -> None:
         """Note the first valid frame of a connection."""
@@ -155,6 +161,8 @@ class Connections:
         accepted = self._by_fd.get(fd)  # None: it is lost already
         key = "" if user == LOCAL_USER else user
         found = Connection(Origin(key, _address(part)), user, accepted)
+        if peer in self._by_peer:
+            self._on_replaced(peer)
         if accepted is not None:
             if accepted.peer is not None:
                 self._by_peer.pop(accepted.peer, None)

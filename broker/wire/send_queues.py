@@ -8,8 +8,8 @@ them, to the kernel. Bytes count from `SendQueues.add` until then.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Callable, Iterator, Sequence
+from typing import Generic, Protocol, TypeVar
 
 from fedmq.broker.wire.batching import Outbox
 from fedmq.broker.wire.schema import Buffer
@@ -19,6 +19,9 @@ MARK_BYTES = 64 * 1024
 """Bytes after which a message is tracked: tracking takes as long as sending ten small messages."""
 SWEEP_S = 10.0
 """Time, in seconds, after which the record of a connection without traffic may be dropped."""
+CHUNKS_WAITING = 64
+"""Most requested chunks that wait until their connection has read others: more than a node of ours
+requests at a time. It requests again what is dropped."""
 _NEGLIGIBLE_BYTES = 4096
 """Bytes without a tracker that may be forgotten when a record is dropped."""
 
@@ -125,8 +128,10 @@ class SendQueues:
 
     def discard(self, peer: bytes) -> None:
         """Drop the frames of a connection, which is gone."""
-        self._total -= self._queues.pop(peer).counted
-        self._filled.pop(peer, None)
+        queue = self._queues.pop(peer, None)
+        if queue is not None:
+            self._total -= queue.counted
+            self._filled.pop(peer, None)
 
     def count(self, queue: SendQueue) -> None:
         """Count the bytes of a queue again, after a change."""
@@ -164,3 +169,44 @@ class SendQueues:
                 each.release()
                 self.count(each)
         return self._total >= self._most_total and queue.counted >= RESERVED_BYTES
+
+
+_Request = TypeVar("_Request")
+
+
+class WaitingChunks(Generic[_Request]):
+    """Requests of chunks that wait, unread, until their connections have read others.
+
+    Args:
+        has_room: returns whether a connection can be sent a chunk.
+    """
+
+    def __init__(self, has_room: Callable[[bytes], bool]) -> None:
+        self._has_room = has_room
+        self._waiting: dict[bytes, deque[_Request]] = {}
+
+    def __bool__(self) -> bool:
+        return bool(self._waiting)
+
+    def may_send(self, peer: bytes, request: _Request) -> bool:
+        """Return whether a chunk can be sent now; otherwise queue its request."""
+        waiting = self._waiting.get(peer)
+        if waiting is None and self._has_room(peer):
+            return True
+        if waiting is None:
+            waiting = self._waiting[peer] = deque()
+        if len(waiting) < CHUNKS_WAITING:
+            waiting.append(request)
+        return False
+
+    def take(self) -> Iterator[_Request]:
+        """Yield the requests that can be answered now; each is answered before the next."""
+        for peer, waiting in list(self._waiting.items()):
+            while waiting and self._has_room(peer):
+                yield waiting.popleft()
+            if not waiting:
+                del self._waiting[peer]
+
+    def discard(self, peer: bytes) -> None:
+        """Drop the requests of a connection."""
+        self._waiting.pop(peer, None)

@@ -30,7 +30,7 @@ from fedmq.nodes.cli.options import (
 from fedmq.nodes.cli.trust import allow_option, allowed_here, find_own_code
 from fedmq.nodes.errors import ConfigError
 from fedmq.nodes.keys.folder import BROKER_KEY_VARIABLE, JOIN_VARIABLE
-from fedmq.nodes.keys.joining import ConnectionOptions, credentials
+from fedmq.nodes.keys.joining import NO_KEY, ConnectionOptions, credentials
 from fedmq.nodes.process import logs, streams
 from fedmq.nodes.process.exception_text import reason_of
 from fedmq.nodes.process.terminal import plain
@@ -50,7 +50,7 @@ _CONNECTION = (
         "--broker-key",
         metavar="KEY",
         help="Public key of the broker, or a .pub file; stored for the next start. "
-        f"Default: {BROKER_KEY_VARIABLE}, or the one stored; none: connect without keys.",
+        f"Default: {BROKER_KEY_VARIABLE}, or the stored one. {NO_KEY!r} connects without keys.",
     ),
     click.option(
         "--join-file",
@@ -100,12 +100,12 @@ def _connecting(command: Callable[..., None]) -> Callable[..., None]:
 
 
 @click.command()
+@_connecting
 @config_argument
 @settings_option
 @click.option(
     "--run", "folder", type=click.Path(path_type=Path), help="Folder for the final model."
 )
-@_connecting
 def aggregator(
     options: ConnectionOptions,
     config: Path | None,
@@ -127,7 +127,7 @@ def aggregator(
         if folder is not None:
             _make(folder)
         tune_process()
-        found = credentials(options, DEFAULT_ENDPOINT)
+        found = credentials(options, DEFAULT_ENDPOINT, stateless=folder is None)
         end = run_aggregator(
             found.endpoint,
             chosen,
@@ -141,6 +141,7 @@ def aggregator(
 
 
 @click.command()
+@_connecting
 @click.option("--clients", "ranges", help="Clients to host, for example 0-9 or 0-3,7.")
 @click.option("--evaluator", is_flag=True, help="Evaluate models instead of training them.")
 @click.option("--name", help="Name of the node; default: made from the host and the clients.")
@@ -158,7 +159,6 @@ def aggregator(
     help="Folder for clients' local states that several workers share, to take over clients.",
 )
 @allow_option
-@_connecting
 def worker(
     options: ConnectionOptions,
     ranges: str | None,
@@ -188,7 +188,7 @@ def worker(
         find_own_code(allowed)
         logs.configure(None, node=node)
         tune_process()
-        found = credentials(options, DEFAULT_ENDPOINT)
+        found = credentials(options, DEFAULT_ENDPOINT, stateless=folder is None)
         end = run_worker(
             found.endpoint,
             node,

@@ -74,7 +74,7 @@ class Credentials:
 
     endpoint: address of the broker.
     keys: for CURVE; None without keys.
-    secret: proves the node's name to a broker without keys, unless the node has a folder.
+    secret: proves the node's name to a broker without keys; "" if the node has a folder or keys.
     """
 
     endpoint: str
@@ -86,8 +86,15 @@ NO_KEY = "none"
 """In place of a broker's key: connect without keys, although one is stored."""
 
 
-def credentials(options: ConnectionOptions, endpoint_by_default: str) -> Credentials:
+def credentials(
+    options: ConnectionOptions, endpoint_by_default: str, *, stateless: bool = True
+) -> Credentials:
     """Return how a node connects; join with its invite first, if it has one.
+
+    Args:
+        options: of the node.
+        endpoint_by_default: address of the broker without an option and an invite.
+        stateless: whether the node has no folder, which would hold a secret of its own.
 
     Raises:
         ConfigError: an option is invalid, or a key is missing.
@@ -99,10 +106,10 @@ def credentials(options: ConnectionOptions, endpoint_by_default: str) -> Credent
     if endpoint.startswith("ipc://"):
         if token is not None or options.broker_key is not None:
             raise ConfigError(f"{endpoint}: connections over ipc:// use no keys: leave them out")
-        return Credentials(endpoint, None, secret_for(endpoint, options.folder))
+        return Credentials(endpoint, None, _secret(endpoint, options, stateless=stateless))
     given = options.broker_key or os.environ.get(BROKER_KEY_VARIABLE) or None
     if token is not None:
-        if given is not None and public_key(given) != token.broker:
+        if given not in (None, NO_KEY) and public_key(given) != token.broker:
             raise ConfigError("--broker-key: the invite is for a broker with another key")
         own = _join(token, endpoint, options)
         return Credentials(endpoint, NodeKeys(own, token.broker), "")
@@ -114,8 +121,12 @@ def credentials(options: ConnectionOptions, endpoint_by_default: str) -> Credent
                 "read and change it; --broker-key or --join-file protects it",
                 endpoint=endpoint,
             )
-        return Credentials(endpoint, None, secret_for(endpoint, options.folder))
+        return Credentials(endpoint, None, _secret(endpoint, options, stateless=stateless))
     return Credentials(endpoint, NodeKeys(_own(options), broker), "")
+
+
+def _secret(endpoint: str, options: ConnectionOptions, *, stateless: bool) -> str:
+    return secret_for(endpoint, options.folder) if stateless else ""
 
 
 def read_invite(join_file: str | None) -> InviteToken | None:

@@ -59,7 +59,8 @@ class Chances:
     drift: largest relative error of the rate of a machine's clocks.
     train_s: mean duration of a task or a commit.
     batch_s: longest time that the broker's frames wait for others, to be handled in one turn.
-    chat: rate of bursts of small unused messages from each worker and the evaluator.
+    chat: rate of bursts of small messages from each worker and the evaluator that nobody asked for,
+        which the broker rejects.
     share_files: whether nodes read blobs from the ledger's files, as on one host.
     """
 

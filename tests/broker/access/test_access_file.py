@@ -237,6 +237,7 @@ def authorize_many(folder, first, keys):
         AccessFile(folder).authorize(worker(f"w{first + number}", each))
 
 
+@pytest.mark.end_to_end
 def test_processes_that_edit_at_once_lose_nothing(file, folder):
     keys = [[key() for _ in range(8)] for _ in range(3)]
     jobs = [(authorize_many, folder, 8 * index, each) for index, each in enumerate(keys)]
@@ -250,6 +251,7 @@ def enroll_many(folder, invite, keys):
             AccessFile(folder).enroll(each, invite, 1.0)
 
 
+@pytest.mark.end_to_end
 def test_uses_are_never_exceeded_by_enrolments_at_once(file, folder):
     pair = file.invite(worker("lab"), uses=7, expires_at=100.0)
     keys = [[key() for _ in range(4)] for _ in range(3)]
@@ -274,6 +276,7 @@ def enroll_and_die(folder, new, invite, call, number):
     os._exit(0)
 
 
+@pytest.mark.end_to_end
 @pytest.mark.parametrize(
     ("call", "number", "stored"),
     [("fsync", 1, False), ("replace", 1, False), ("fsync", 2, True), ("close", 1, True)],

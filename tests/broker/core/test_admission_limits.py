@@ -47,7 +47,20 @@ def test_runs(limited):
     assert len(bench.core._mailboxes.runs) == 2
     assert rejected(bench, bench.join("b", "aggregator", "s2", run="b")) is None
     bench.tell(b"b:s2", RunEnded())
+    assert over(bench, bench.join("c", "aggregator", run="c"), "runs"), "one after another"
+    bench.now += 10.0
     assert rejected(bench, bench.join("c", "aggregator", run="c")) is None
+
+
+def test_runs_that_are_opened_and_ended_at_once(limited):
+    """9,501 runs in 8 s once took 374 MB, for ever."""
+    bench = limited()
+    for number in range(300):
+        peer = bench.join("a", "aggregator", run=f"r{number}", peer=b"a:%d" % number)
+        if rejected(bench, peer) is None:
+            bench.tell(peer, RunEnded())
+            bench.say(peer, Goodbye())
+    assert len(bench.core._mailboxes.runs) == Limits().runs
 
 
 def test_nodes_of_a_run_are_counted_by_name(limited):
@@ -129,6 +142,22 @@ def test_what_waits_takes_little_memory(new_bench):
         bench.logs.clear()
     assert tracemalloc.get_traced_memory()[0] < 20 << 20
     tracemalloc.stop()
+
+
+def test_a_node_takes_little_memory_once_it_has_left(bench):
+    bench.joined("agg", "aggregator", total_clients=10_000)
+    ranges = tuple((2 * number, 2 * number) for number in range(MAX_RANGES))
+    peer = bench.joined("w1", clients=ranges, config="x" * 20_000)
+    node = bench.core._mailboxes.runs["r"].nodes["w1"]
+    assert (node.hello.clients, node.hello.config) == (ranges, "")
+    bench.say(peer, Goodbye())
+    assert node.hello.clients == ()
+    # The same session may return, with its clients.
+    bench.joined("w1", clients=ranges)
+    assert node.hello.clients == ranges
+    bench.say(peer, Goodbye())
+    bench.restart()
+    assert bench.core._mailboxes.runs["r"].nodes["w1"].hello.clients == ()
 
 
 def test_a_node_that_waits_brings_its_clients_along(bench):

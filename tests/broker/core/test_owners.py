@@ -5,12 +5,15 @@ import pytest
 
 from fedmq.broker.access.owners import is_owner, key_of, owner_of, session_number
 from fedmq.broker.access.rights import Origin, Rights
+from fedmq.broker.core.events import ReceivedFrom
 from fedmq.broker.ledger.entries import Accepted, Opened
 from fedmq.broker.wire.encoding import encode_message
 from fedmq.broker.wire.schema import (
     Deliver,
     Goodbye,
     Heartbeat,
+    Message,
+    Post,
     Reject,
     RunEnded,
     UnknownSession,
@@ -309,3 +312,14 @@ def test_a_broker_that_begins_to_need_keys_ends_keyless_sessions(bench):
     [(_, body)] = bench.said("left")
     assert body["node"] == "agg"
     assert bench.take(bench.join("agg", "aggregator", session="2"))[0].code == "key"
+
+
+def test_a_delivery_of_the_same_turn_does_not_reach_the_new_peer(keyed):
+    """The driver handles a batch of frames before it sends anything."""
+    fields = {"kind": "task", "id": "agg/0", "run": "r", "sender": "agg", "to": "client/0"}
+    task = Post(message=encode_message(Message(**fields)))
+    with_other_key = ReceivedFrom(b"w1:s1", Heartbeat(), origin=Origin(EVE))
+    keyed.take(b"w1:s1")
+    keyed.driver.turn([ReceivedFrom(b"agg:1", task, origin=Origin(ANN)), with_other_key])
+    assert keyed.take(b"w1:s1") == [UnknownSession()]
+    assert keyed.said("left") == []

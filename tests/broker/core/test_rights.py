@@ -224,6 +224,7 @@ def test_an_observer_is_recorded_and_delivered_to_nobody(room):
     room.wake(room.now + 30.0)
     left = [each for each in room.messages() if each.kind == "left"]
     assert {each.body["node"]: each.to for each in left}["eye"] == "record"
+    assert room.take(room.join("eye", "observer"), Welcome)[0].config == "[run]"
     peer = room.join("eye2", "observer", clients=((5, 5),))
     assert room.take(peer, Reject)[0].code == "client"
 

@@ -153,6 +153,22 @@ def finishing_before_the_end(room):
     node(room, "w1").state = SessionState.FINISHING
 
 
+def without_an_owner(room):
+    node(room, "w1").owner = ""
+
+
+def with_the_key_of_another(room):
+    node(room, "w1").owner = "k" * 40
+
+
+def aggregator_of_another_owner(room):
+    run(room).owner = "another"
+
+
+def sessions_miscounted(room):
+    room.core._sessions.quotas.sessions["10.0.0.7"] += 1
+
+
 def waits_and_is_connected(room):
     hello = Hello(node="w1", role="worker", session="s1")
     room.core._admissions.early.add(W1, hello, KEYLESS, 0.0)
@@ -211,6 +227,10 @@ PLANTED = {
     awaited_with_a_connection: "w2 is (awaited|connected), but",
     connected_without_a_connection: "w2 is connected without a connection",
     finishing_before_the_end: "w1 is finishing, but run r has not ended",
+    without_an_owner: "w1 has key '', not its owner's",
+    with_the_key_of_another: "w1 has key '', not its owner's",
+    aggregator_of_another_owner: "agg is the aggregator of a run of 'another'",
+    sessions_miscounted: "sessions are live, but .*10.0.0.7.* count",
     waits_and_is_connected: "waits, but it has a session",
     lease_before_anything_is_due: "a lease ends at [0-9.]+, before anything is due",
     timers_out_of_order: "not at its place in the heap",

@@ -1,11 +1,13 @@
 """Which refused keys a broker reports: the log stays short, however many try."""
 
+import pytest
 import zmq
 
 from fedmq.broker.access.curve import key_bytes, key_text
 from fedmq.broker.transport.zap import Door, RefusedKey
 
 
+@pytest.mark.end_to_end
 def test_refused_keys_are_reported_one_a_second_and_each_once_a_minute():
     keys = [key_text(bytes([number]) * 32) for number in range(4)]
     with zmq.Context() as context:

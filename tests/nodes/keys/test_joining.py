@@ -70,6 +70,12 @@ def test_a_broker_of_this_host_needs_no_keys_and_no_words(folder):
     assert {each.name for each in folder.iterdir()} == {"keyless.secret"}
 
 
+def test_a_node_with_a_folder_needs_nothing_of_its_user(folder):
+    found = credentials(ConnectionOptions(), HERE, stateless=False)
+    assert (found.keys, found.secret) == (None, "")
+    assert not folder.exists()
+
+
 def test_a_connection_to_another_host_without_keys_is_warned_of_once(folder):
     with capture_logs() as log:
         assert connect(THERE).keys is None
