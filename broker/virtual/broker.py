@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from fedmq.broker.access.rights import AccessStore, Origin
+from fedmq.broker.access.rights import KEYLESS, AccessStore, Origin
 from fedmq.broker.core.broker import Broker
 from fedmq.broker.core.events import Event, ReceivedFrom
 from fedmq.broker.driver import BrokerDriver
@@ -168,7 +168,7 @@ class VirtualBroker:
     # ---- turns
 
     def receive(
-        self, peer: bytes, frame: AnyFrame, buffers: Sequence[Buffer], origin: Origin
+        self, peer: bytes, frame: AnyFrame, buffers: Sequence[Buffer], origin: Origin = KEYLESS
     ) -> None:
         """Handle a frame from a connection, in the next turn."""
         if self.up:
