@@ -1,6 +1,7 @@
 """A live broker with an honest run of real nodes, on threads of this process and real sockets."""
 
 import contextlib
+import functools
 import threading
 import time
 from dataclasses import dataclass, replace
@@ -140,15 +141,18 @@ class LiveRun:
         while not self.messages("run"):
             assert time.monotonic() < until, self.ends
             time.sleep(0.02)
-        for name, clients in (("w1", [(0, 1)]), ("w2", [(2, 2)])):
-            self._start(name, lambda name=name, clients=clients: self._worker(name, clients))
-        if "eva" not in self.without:
-            self._start("eva", lambda: self._worker("eva", (), "evaluator"))
+        for name, role, clients in (
+            ("w1", "worker", [(0, 1)]),
+            ("w2", "worker", [(2, 2)]),
+            ("eva", "evaluator", []),
+        ):
+            if name not in self.without:
+                self._start(name, functools.partial(self._worker, name, clients, role))
 
     def _aggregator(self):
         return run_aggregator(self.endpoint, self.config, "r", **self._how("aggregator"))
 
-    def _worker(self, name, clients, role="worker"):
+    def _worker(self, name, clients, role):
         return run_worker(self.endpoint, name, clients, role, "r", **self._how(name))
 
     def _how(self, name):

@@ -6,6 +6,7 @@ The others are in test_table.py.
 import contextlib
 import os
 import stat
+import struct
 import subprocess
 import sys
 import threading
@@ -16,6 +17,7 @@ import psutil
 import pytest
 import zmq
 
+from fedmq.broker.rejections import Code
 from fedmq.broker.settings import BrokerSettings, Limits
 from fedmq.nodes.errors import ConfigError, NodeError
 from fedmq.nodes.worker.program import run_worker
@@ -202,7 +204,7 @@ def test_the_first_evaluator_names_any_accuracy(tmp_path, accuracy):
     """The run ended as having reached its target."""
     with living(tmp_path, target_accuracy=0.9, without=("eva",)) as run, run.peer() as peer:
         peer.hello("eva", "evaluator", key="m")
-        assert peer.wait("welcome")
+        assert peer.wait("welcome"), (peer.heard, run.ends)
         found = None
         while found is None:
             peer.listen(0.1)
@@ -212,4 +214,26 @@ def test_the_first_evaluator_names_any_accuracy(tmp_path, accuracy):
         peer.post("score", "aggregator", body, consumes=[seq], re=message["id"])
         assert answer(peer) != "ignored"
         run.goes_on()
+        assert not run.messages("finished")
+
+
+@pytest.mark.parametrize(("value", "examples"), [(1e20, 75), (1.0, 1e30)])
+def test_a_result_that_would_move_the_model_far_away(tmp_path, value, examples):
+    """A result of 1e20 with n = 75 left a model of 2.5e19."""
+    with living(tmp_path, without=("w2",)) as run, run.peer() as peer:
+        peer.hello("w2", clients=[[2, 2]], key="m")
+        assert peer.wait("welcome"), (peer.heard, run.ends)
+        found = None
+        while found is None:
+            peer.listen(0.1)
+            found = next(iter(peer.delivered("task")), None)
+        seq, task = found
+        data = struct.pack("<f", value) * 100_000
+        meta = {"tensors": [["vector", "float32", [100_000]]]}
+        group = {"name": "weights", "codec": "raw@1", "meta": meta, "buffers": 1}
+        numbers = {"reply": task["body"]["reply"], "tasks": 1}
+        body = {"client": 2, "model_version": 0, "num_examples": examples}
+        body |= {"groups": [group], "numbers": numbers}
+        peer.post("result", "aggregator", body, [data], [seq], re=task["id"])
+        assert answer(peer) in {Code.TOO_LARGE, Code.OUT_OF_RANGE, Code.MALFORMED, Code.NOT_FINITE}
         assert not run.messages("finished")

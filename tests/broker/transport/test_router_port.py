@@ -22,6 +22,7 @@ from tests.broker.loops import ANY
 pytestmark = pytest.mark.end_to_end
 OWN, ONE, TWO = KeyPair.new(), KeyPair.new(), KeyPair.new()
 BEAT = encode_frame(Heartbeat())
+HELLO = encode_frame(Hello(node="one", role="worker", session="1"))
 
 
 class Room:
@@ -192,7 +193,7 @@ def test_a_connection_that_says_nothing_is_closed_after_the_handshake_time(new_r
 def test_the_oldest_silent_connections_make_room_for_new_ones(new_room):
     room = new_room(limits=Limits(waiting=3))
     node = room.dealer(ONE)
-    node.send(BEAT)
+    node.send(HELLO)
     room.until(lambda events: events)
     plain = []
     for number in range(6):
