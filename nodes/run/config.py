@@ -17,17 +17,17 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr,
 from fedmq.algorithms.allowed import NOTHING, Allowed, installed
 from fedmq.algorithms.errors import AlgorithmError
 from fedmq.algorithms.hyperparameters import fault_of
-from fedmq.broker.settings import (
-    EVERYTHING,
-    HEADERS,
-    LEAST_RETAIN_BYTES,
-    BrokerSettings,
-    LedgerSettings,
-)
+from fedmq.broker.settings import LEAST_RETAIN_BYTES, BrokerSettings, LedgerSettings
 from fedmq.broker.wire.addresses import name_fault
 from fedmq.nodes.errors import ConfigError
 from fedmq.nodes.process.exception_text import reason_of
-from fedmq.nodes.run.numbers import check_finite, check_types
+from fedmq.nodes.run.numbers import (
+    RETAIN_CHOICES,
+    RETAINED,
+    check_finite,
+    check_retain,
+    check_types,
+)
 from fedmq.nodes.run.toml import parse_toml, read_toml, rename_key, rename_keys
 
 DEFAULT: Mapping[str, Mapping[str, Any]] = {
@@ -40,9 +40,6 @@ DEFAULT: Mapping[str, Mapping[str, Any]] = {
 _PROBLEM_DEFAULT = {"clients": 40, "partition": "dirichlet(0.5)"}
 _LONGEST_S = 1_000_000
 """Longest time, in seconds: ZeroMQ counts milliseconds in 32 bits."""
-_RETAIN = (
-    f"'everything', 'unfinished', 'headers' or a number of bytes, at least {LEAST_RETAIN_BYTES:,}"
-)
 _OLD_BIND = "tcp://127.0.0.1:0"
 _DEVICE = r"^(auto|cpu|cuda(:\d+)?)$"
 _FORMS = {_DEVICE: "auto, cpu, cuda or cuda:N"}
@@ -136,14 +133,6 @@ class WorkerTable(StragglingTable):
         return StragglingTable.model_validate(general | special)
 
 
-def _check_retain(value: Any) -> Any:
-    if value in ("everything", "unfinished", "headers") or (
-        isinstance(value, int | float) and value >= 0
-    ):
-        return value
-    raise ValueError(f"expected {_RETAIN}, got {value!r:.200}")
-
-
 class BrokerTable(_Table):
     """``[broker]``.
 
@@ -169,7 +158,7 @@ class BrokerTable(_Table):
     durability: Literal["process", "power"] = "process"
     retain: Annotated[
         Literal["everything", "unfinished", "headers"] | Annotated[float, Field(ge=0)],
-        BeforeValidator(_check_retain),
+        BeforeValidator(check_retain),
     ] = "everything"
     deliveries: Annotated[int, Field(ge=1)] = 5
     share_files: bool = True
@@ -189,15 +178,8 @@ class BrokerTable(_Table):
 
     def ledger_settings(self) -> LedgerSettings:
         """Return the ledger's durability and retention."""
-        match self.retain:
-            case "everything":
-                retain = EVERYTHING
-            case "headers":
-                retain = HEADERS
-            case "unfinished":
-                retain = 0
-            case limit:
-                retain = int(limit)
+        limit = self.retain
+        retain = RETAINED[limit] if isinstance(limit, str) else int(limit)
         return LedgerSettings(self.durability, retain, share_files=self.share_files)
 
 
@@ -287,7 +269,7 @@ def build(given: Mapping[str, Any]) -> Config:
     check_finite(given)
     config = _checked(given)
     if isinstance(config.broker.retain, float) and config.broker.retain < LEAST_RETAIN_BYTES:
-        raise ConfigError(f"broker.retain: expected {_RETAIN}, got {config.broker.retain:g}")
+        raise ConfigError(f"broker.retain: expected {RETAIN_CHOICES}, got {config.broker.retain:g}")
     lease, heartbeat = config.broker.lease_s, config.broker.heartbeat_s
     if lease < heartbeat:
         raise ConfigError(
