@@ -9,13 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import msgspec
+
 from fedmq.broker.access.rights import must_answer
 from fedmq.broker.core.deduplication import PostFingerprint
 from fedmq.broker.core.events import Action, Unpin
 from fedmq.broker.core.mailboxes import Mailboxes, timer_of
 from fedmq.broker.core.state import Node, PendingPost, RejectedPost
 from fedmq.broker.errors import WireError
-from fedmq.broker.ledger.entries import blob_name
+from fedmq.broker.ledger.entries import BlobName, blob_name
 from fedmq.broker.rejections import Code, Rejection
 from fedmq.broker.wire import schema
 from fedmq.broker.wire.addresses import (
@@ -28,7 +30,13 @@ from fedmq.broker.wire.addresses import (
     TIMER,
     node_address,
 )
-from fedmq.broker.wire.encoding import check_inline, decode_message, is_deeper
+from fedmq.broker.wire.encoding import (
+    Envelope,
+    check_inline,
+    decode_envelope,
+    decode_message,
+    is_deeper,
+)
 from fedmq.broker.wire.schema import MAX_DEPTH, Buffer, Message, Post
 
 BROKERS_OWN = ("joined", "left", "tick", "refused", CONTINUED)
@@ -50,26 +58,31 @@ class Acceptance:
     def parse(
         self, node: Node, post: Post, buffers: Sequence[Buffer] = ()
     ) -> PendingPost | RejectedPost:
-        """Decode a post's message, and check that the node may post it."""
+        """Decode a post's message, and check that the node may post it.
+
+        The message's body, which can take long to decode, is decoded last.
+        """
+        envelope: Envelope | None = None
         message: Message | None = None
         try:
+            envelope = decode_envelope(post.message)
+            answers = _check_envelope(node, envelope)
+            fingerprint = PostFingerprint.of(node.run.id, node.name, envelope.id, post.message)
+            if self._mailboxes.dedup_window.seen(fingerprint) != "new":
+                return _duplicate(post, envelope.id, fingerprint)
+            if answers and _lacks_request(node, post):
+                return _not_asked(node, post, envelope)
             message = decode_message(post.message)
             check_inline(message.blobs, post.inline, buffers, schema.POST_BYTES)
-            answers = _check_message(node, message)
+            _check_body(message)
         except WireError as error:
             rejection = Rejection(error.code, str(error))
             # Its id may be another message's: its frame identifies it, so it is rejected once.
             frame_id, fingerprint = _frame_id(node, post)
-            if message is None:
-                return RejectedPost(post, rejection, frame_id, fingerprint)
-            names = tuple(blob_name(message, blob) for blob in message.blobs)
-            return RejectedPost(post, rejection, message.id, fingerprint, names)
-        fingerprint = PostFingerprint.of(node.run.id, node.name, message.id, post.message)
+            name = frame_id if envelope is None else envelope.id
+            names = tuple(blob_name(message, each) for each in message.blobs) if message else ()
+            return RejectedPost(post, rejection, name, fingerprint, names)
         return PendingPost(post, message, fingerprint, answers=answers)
-
-    def is_new(self, post: PendingPost) -> bool:
-        """Return whether no message with this id was accepted or rejected before."""
-        return self._mailboxes.dedup_window.seen(post.fingerprint) == "new"
 
     def unasked(self, node: Node, post: PendingPost) -> RejectedPost | None:
         """Return the rejection of a post that must answer a delivery, and does not.
@@ -79,8 +92,8 @@ class Acceptance:
         """
         if not post.answers:
             return None
-        asked = not _lacks_request(node, post) and self._mailboxes.read(post.frame.consumes[0])
-        return None if asked and asked.read().id == post.message.re else _not_asked(node, post)
+        request = self._mailboxes.read(post.frame.consumes[0]).read()  # `parse` has checked that
+        return None if request.id == post.message.re else _not_asked(node, post.frame, post.message)
 
     def apply(
         self, node: Node, post: PendingPost | RejectedPost, now: float, out: list[Action]
@@ -94,9 +107,9 @@ class Acceptance:
         elif (
             seen == "new"
             and isinstance(post, PendingPost)
-            and (post.answers and _lacks_request(node, post))
+            and (post.answers and _lacks_request(node, post.frame))
         ):
-            post = _not_asked(node, post)  # the post before it was the answer
+            post = _not_asked(node, post.frame, post.message)  # the post before it was the answer
         if seen != "same":
             window.add(post.fingerprint)
             if isinstance(post, PendingPost):
@@ -122,36 +135,43 @@ def _frame_id(node: Node, post: Post) -> tuple[str, PostFingerprint]:
     return name, PostFingerprint.of(node.run.id, node.name, name, post.message)
 
 
+def _duplicate(post: Post, name: str, fingerprint: PostFingerprint) -> RejectedPost:
+    """Return the rejection of a post that is applied only if its id is another message's."""
+    reason = f"another message with the id {name!r} was accepted or rejected before"
+    return RejectedPost(post, Rejection(Code.DUPLICATE_ID, reason), name, fingerprint)
+
+
 def _with_used_id(node: Node, post: PendingPost | RejectedPost) -> RejectedPost:
     """Return the rejection of a post whose id another message has."""
-    if isinstance(post, PendingPost):
-        reason = f"another message with the id {post.message.id!r} was accepted or rejected before"
-        post = post.rejected(Code.DUPLICATE_ID, reason)
     _, fingerprint = _frame_id(node, post.frame)
-    return RejectedPost(post.frame, post.rejection, post.id, fingerprint, post.names)
+    if isinstance(post, PendingPost):
+        found = _duplicate(post.frame, post.message.id, fingerprint)
+        return msgspec.structs.replace(found, names=post.names)
+    return msgspec.structs.replace(post, fingerprint=fingerprint)
 
 
-def _lacks_request(node: Node, post: PendingPost) -> bool:
+def _lacks_request(node: Node, post: Post) -> bool:
     """Return whether a post consumes no request to its node first that it could answer."""
-    seq = post.frame.consumes[0] if post.frame.consumes else -1
+    seq = post.consumes[0] if post.consumes else -1
     # What comes to the node's own address is about its messages, and asks for nothing.
     return seq >= node.sent or node.pending.get(seq) in (None, node_address(node.name))
 
 
-def _not_asked(node: Node, post: PendingPost) -> RejectedPost:
+def _not_asked(node: Node, post: Post, message: Envelope | Message) -> RejectedPost:
     """Return the rejection of a post that nobody asked for."""
     text = (
-        f"expected {post.message.kind!r} to answer a message that this node has received and not "
+        f"expected {message.kind!r} to answer a message that this node has received and not "
         "answered, to name it in re, and to consume it"
     )
     # Its id is not used up: the same answer may come again once it was asked.
-    _, fingerprint = _frame_id(node, post.frame)
-    rejection = Rejection(Code.NOT_ASKED, text)
-    return RejectedPost(post.frame, rejection, post.message.id, fingerprint, post.names)
+    _, fingerprint = _frame_id(node, post)
+    blobs = message.blobs if isinstance(message, Message) else ()
+    names = tuple(BlobName(node.run.id, node.name, each.digest) for each in blobs)
+    return RejectedPost(post, Rejection(Code.NOT_ASKED, text), message.id, fingerprint, names)
 
 
-def _check_message(node: Node, message: Message) -> bool:
-    """Check that a node may post a message: its sender, run, depth; and its kind and address.
+def _check_envelope(node: Node, message: Envelope) -> bool:
+    """Check that a node may post a message: its sender and run, its kind and address.
 
     Returns:
         Whether the message must be an answer.
@@ -167,8 +187,6 @@ def _check_message(node: Node, message: Message) -> bool:
         )
     if message.kind in BROKERS_OWN:
         raise WireError(f"only the broker may send {message.kind!r}", Code.RESERVED_KIND)
-    if is_deeper(message.body, MAX_DEPTH):
-        raise WireError(f"expected a body nested at most {MAX_DEPTH} deep", Code.TOO_DEEP)
     to_client = message.to.startswith(_CLIENTS)
     answers = must_answer(node.hello.role, message.kind, CLIENT if to_client else message.to)
     if answers is None:
@@ -176,11 +194,21 @@ def _check_message(node: Node, message: Message) -> bool:
             raise WireError(fault, Code.NO_ADDRESS)
         text = f"the {node.hello.role} may not post {message.kind!r} to {message.to!r}"
         raise WireError(text, Code.NOT_ALLOWED)
-    if message.to == TIMER:
-        timer_of(message)
-    elif to_client and (fault := _address_fault(message.to, node.run.total_clients)):
+    if to_client and (fault := _address_fault(message.to, node.run.total_clients)):
         raise WireError(fault, Code.NO_ADDRESS)
     return answers
+
+
+def _check_body(message: Message) -> None:
+    """Check the body of a message.
+
+    Raises:
+        WireError: the reason for a rejection.
+    """
+    if is_deeper(message.body, MAX_DEPTH):
+        raise WireError(f"expected a body nested at most {MAX_DEPTH} deep", Code.TOO_DEEP)
+    if message.to == TIMER:
+        timer_of(message)
 
 
 def _address_fault(address: str, clients: int) -> str:

@@ -277,10 +277,8 @@ class Broker:
         if isinstance(post, RejectedPost):
             return post
         self._uploads.note_message(node, post.message, now)
-        if not self._acceptance.is_new(post):
-            return post  # a duplicate: its blobs are not needed
         if (unasked := self._acceptance.unasked(node, post)) is not None:
-            return unasked  # nor are these
+            return unasked
         return self._uploads.begin_post(node, post, buffers, out)
 
     def _settle(self, node: Node, now: float, out: list[Action]) -> None:

@@ -34,6 +34,8 @@ MAX_ALL = 256
 """Most messages in a `PostAll` or `DeliverAll`."""
 MIN_MESSAGE_BYTES = 32
 """No message is shorter: a small `PostAll` cannot cause very many rejections."""
+MAX_NUMBERS = 1024
+"""Most ledger numbers that one frame lists; a link lists at most half as many."""
 MAX_NAMED = 20
 """Most runs that the answer to a node without a run lists."""
 MAX_DEPTH = 32
@@ -50,6 +52,7 @@ Buffer = bytes | memoryview
 
 Name = Annotated[str, Meta(min_length=1, max_length=120)]
 Id = Annotated[str, Meta(min_length=1, max_length=200)]
+Address = Annotated[str, Meta(min_length=1, max_length=130)]
 Reason = Annotated[str, Meta(max_length=2000)]
 Identity = Annotated[str, Meta(max_length=64, pattern=r"\A[0-9a-z]*\Z")]
 """Identity of a run; nodes name folders by it."""
@@ -60,6 +63,7 @@ PublicKey = Annotated[str, Meta(min_length=40, max_length=40)]
 Natural = Annotated[int, Meta(ge=0, le=1 << 62)]
 Size = Annotated[int, Meta(ge=0, le=MAX_BLOB_BYTES)]
 Digest = Annotated[bytes, Meta(min_length=16, max_length=16)]
+Numbers = Annotated[tuple[Natural, ...], Meta(max_length=MAX_NUMBERS)]
 Range = tuple[Natural, Natural]
 Extent = tuple[Natural, Natural, Annotated[int, Meta(ge=1, le=CHUNK_BYTES)]]
 """Bytes in a ledger: (number of the payload segment, offset, size)."""
@@ -89,7 +93,7 @@ class Message(Struct, frozen=True, kw_only=True):
     id: Id
     run: Name
     sender: Name
-    to: Annotated[str, Meta(min_length=1, max_length=130)]
+    to: Address
     """``client/17``, ``aggregator``, ``evaluator``, ``node/NAME``; ``record`` (recorded, not
     delivered), ``checkpoint`` (kept for the sender's next session), ``timer`` (returns to the
     aggregator as a ``tick`` when it is due)."""
@@ -187,7 +191,7 @@ class Post(NumberedFrame, frozen=True, kw_only=True):
 
     message: bytes
     inline: tuple[Natural, ...] = ()
-    consumes: tuple[Natural, ...] = ()
+    consumes: Numbers = ()
     """Ledger numbers of the messages that the sender has handled once this one is accepted."""
 
 
@@ -285,9 +289,9 @@ class Done(NumberedFrame, frozen=True, kw_only=True):
     is delivered again to a new session.
     """
 
-    seqs: tuple[Natural, ...] = ()
-    refused: dict[Natural, Reason] = {}
-    codes: dict[Natural, CodeName] | UnsetType = UNSET
+    seqs: Numbers = ()
+    refused: Annotated[dict[Natural, Reason], Meta(max_length=MAX_NUMBERS)] = {}
+    codes: Annotated[dict[Natural, CodeName], Meta(max_length=MAX_NUMBERS)] | UnsetType = UNSET
     """Codes of the reasons, by number. Not sent by 0.1.0."""
 
     @classmethod

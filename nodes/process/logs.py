@@ -20,6 +20,7 @@ import structlog
 from fedmq.broker.file_modes import private_opener, restrict
 from fedmq.broker.log_limit import SUPPRESSED, LogLimit
 from fedmq.nodes.process.exception_text import MAX_TEXT, clip_text, described, reason_of
+from fedmq.nodes.process.terminal import escaped
 
 _MAX_FRAMES, _MAX_CAUSES = 20, 3
 """Limits for an exception: innermost frames of each, and length of the chain of causes."""
@@ -124,17 +125,17 @@ def configure(path: Path | None, lost: Callable[[str], None] | None = None, **bo
     stream: TextIO = sys.stderr
     if path is not None:
         stream = _LossyLog(_open_log(path), lost)
-    renderer: structlog.types.Processor = (
-        structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())
+    renderers: Sequence[structlog.types.Processor] = (
+        (_escaped_values, structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty()))
         if path is None
-        else structlog.processors.JSONRenderer()
+        else (structlog.processors.JSONRenderer(),)
     )
     structlog.configure(
         processors=[
             _Limited(),
             structlog.contextvars.merge_contextvars,
             *_processors(),
-            renderer,
+            *renderers,
         ],
         wrapper_class=_LEVELS,
         logger_factory=structlog.PrintLoggerFactory(stream),
@@ -171,6 +172,16 @@ def _bound_values(
             event[name] = clip_text(value)
         elif not isinstance(value, int | float) and len(text := repr(value)) > MAX_TEXT:
             event[name] = clip_text(text)
+    return event
+
+
+def _escaped_values(
+    _logger: object, _method: str, event: MutableMapping[str, Any]
+) -> MutableMapping[str, Any]:
+    """Escape what could control the terminal: names and reasons come from other nodes."""
+    for name, value in event.items():
+        if isinstance(value, str) and not value.isprintable():
+            event[name] = "\n".join(map(escaped, value.split("\n")))
     return event
 
 

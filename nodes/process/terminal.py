@@ -24,6 +24,11 @@ def plain(value: object, longest: int = _LONGEST) -> str:
     text = str(value)
     if len(text) > longest:
         text = text[: longest - 3] + "..."
+    return escaped(text)
+
+
+def escaped(text: str) -> str:
+    """Return a text with its control characters escaped."""
     return text if text.isascii() and text.isprintable() else _ESCAPE.sub(_escaped, text)
 
 

@@ -110,3 +110,15 @@ def test_rejections_with_the_same_code_are_one_line(tmp_path):
             log_rejected(Message(**about, to="w1", body=body), repeats, structlog.get_logger())
     codes = [json.loads(line)["code"] for line in path.read_text().splitlines()]
     assert codes == ["not-finite", "late"]
+
+
+def test_a_name_from_another_node_does_not_control_the_terminal(capsys):
+    logs.configure(None, node="broker")
+    log = structlog.get_logger()
+    for name in ("\x1b[2J\x1b]0;title\x07", "\u202ex", "a b\x1b[31m", "a\nb", "n\u00f6de"):
+        log.warning("rejected", peer_node=name)
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 5
+    assert all(line.isprintable() for line in lines)
+    assert lines[0].split("peer_node=")[1].startswith(r"\x1b[2J\x1b]0;title\x07")
+    assert "n\u00f6de" in lines[4]
