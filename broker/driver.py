@@ -282,6 +282,15 @@ class BrokerDriver:
             self._log("error", "cannot write the last entries", {"reason": str(error)})
         self._log.report()
 
+    def check_access(self) -> None:
+        """Look now whether the keys or their rights have changed: a peer wants to connect.
+
+        Raises:
+            BrokerFailed: see `turn`.
+        """
+        self._access_at = -math.inf
+        self.turn(())
+
     def _look_at_access(self, now: float) -> None:
         """Tell the core if the keys or their rights have changed; keep those before if invalid."""
         self._access_at = now + ACCESS_EACH_S

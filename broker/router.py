@@ -114,6 +114,10 @@ class RouterPort:
             self._door.admit(access)
             self._connections.close_refused(self._door.is_admitted, time.monotonic())
 
+    def is_asked(self, ready: Mapping[object, int]) -> bool:
+        """Return whether a peer with a key wants to be let in; ``ready``: see `watch`."""
+        return self._door is not None and self._door.socket in ready
+
     def watch(self, ready: Mapping[object, int]) -> None:
         """Note which connections have come and gone, and decide who is let in.
 
@@ -122,7 +126,7 @@ class RouterPort:
         """
         if self._connections.monitor.socket in ready:
             self._connections.read_events()
-        if self._door is not None and self._door.socket in ready:
+        if self._door is not None and self.is_asked(ready):
             self._door.answer()
             if (refused := self._door.refused(time.monotonic())) is not None:
                 self.log("warning", "refused a key without rights here", refused._asdict())
@@ -343,7 +347,10 @@ class BrokerServer:
         poller.register(self._wake_reader, zmq.POLLIN)
         try:
             while not (self._stopping or (until_idle and self._is_idle())):
-                self._port.watch(dict(poller.poll(self._timeout_ms())))
+                ready = dict(poller.poll(self._timeout_ms()))
+                if self._port.is_asked(ready):  # by a key that may have been authorised just now
+                    self._driver.check_access()
+                self._port.watch(ready)
                 self._turn()
         finally:
             self.close()

@@ -141,6 +141,7 @@ class Mailboxes:
             reason=reason,
             mark=post.fingerprint.to_bytes(),
             code=rejection.code,
+            sender=node.name,
         )
         out.append(Append(refusal))
 

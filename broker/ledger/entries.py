@@ -102,6 +102,8 @@ class Refusal(Entry, frozen=True):
     """Fingerprint of a rejected post, to recognise duplicates: see `PostFingerprint.to_bytes`."""
     code: str = ""
     """See `rejections.Code`; empty in ledgers of 0.1.0, which have only the reason."""
+    sender: str = ""
+    """Node that posted a rejected post, whose ``id`` can be any text; not in ledgers of 0.1.0."""
 
     @property
     def known_code(self) -> str:

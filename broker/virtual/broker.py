@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from fedmq.broker.access.rights import KEYLESS, AccessStore, Origin
 from fedmq.broker.core.broker import Broker
 from fedmq.broker.core.events import Event, ReceivedFrom
 from fedmq.broker.driver import BrokerDriver
@@ -25,6 +26,8 @@ from fedmq.broker.virtual.network import VirtualNetwork
 from fedmq.broker.wire.clock import milliseconds_until
 from fedmq.broker.wire.schema import AnyFrame, Buffer
 
+_CLOSES_S = 1.0
+"""Time after which a connection is broken whose key was revoked, in seconds."""
 _RESTART_S = 2.0
 """Longest time after which a broker that its ledger has stopped starts again, in seconds."""
 
@@ -40,6 +43,7 @@ class VirtualBroker:
         machine: has its clocks; by default one whose clocks are right.
         disk: of the machine; by default one without faults.
         draw_identity: see `Broker`; by default ``virtual1``, ``virtual2``, ..., across crashes.
+        access: who may connect; by default a broker without keys.
         on_start: called with it whenever it has opened its ledger.
 
     Attributes:
@@ -65,6 +69,7 @@ class VirtualBroker:
         machine: Machine | None = None,
         disk: VirtualDisk | None = None,
         draw_identity: Callable[[], str] | None = None,
+        access: AccessStore | None = None,
         on_start: Callable[[VirtualBroker], object] = lambda _: None,
     ) -> None:
         self.network, self._folder, self._settings = network, folder, settings
@@ -72,7 +77,7 @@ class VirtualBroker:
         self._machine = machine or Machine(network)
         # Counted, so that a history depends only on its seed.
         self._draw_identity = draw_identity or map("virtual{}".format, itertools.count(1)).__next__
-        self._on_start = on_start
+        self._access, self._on_start = access, on_start
         self.disk = disk or VirtualDisk(network.rng)
         self.up = self._paused = self.loses_power = False
         self._starts_later = False
@@ -116,6 +121,7 @@ class VirtualBroker:
                 self._clock,
                 disk=self.disk,
                 draw_identity=self._draw_identity,
+                access=self._access,
             )
         except Crash:
             self.crash(power=self.loses_power)
@@ -161,11 +167,13 @@ class VirtualBroker:
 
     # ---- turns
 
-    def receive(self, peer: bytes, frame: AnyFrame, buffers: Sequence[Buffer]) -> None:
+    def receive(
+        self, peer: bytes, frame: AnyFrame, buffers: Sequence[Buffer], origin: Origin = KEYLESS
+    ) -> None:
         """Handle a frame from a connection, in the next turn."""
         if self.up:
             nbytes = sum(map(len, buffers))
-            self._arrived.append(ReceivedFrom(peer, frame, buffers, nbytes))
+            self._arrived.append(ReceivedFrom(peer, frame, buffers, nbytes, origin))
             wait_s = self.batch_s * self.network.rng.random() if self.batch_s else 0.0
             self._plan(self._clock() + wait_s)
 
@@ -226,7 +234,8 @@ class VirtualBroker:
         """Ignore it: the virtual network has no limit of messages a second."""
 
     def disconnect(self, peer: bytes) -> None:
-        """Ignore it: the core rejects what still comes."""
+        """Break a connection, once the rejection has arrived; the core rejects what still comes."""
+        self.network.after(_CLOSES_S, functools.partial(self.network.disconnect, peer))
 
     def is_up(self, peer: bytes) -> bool:
         """Return whether a connection is up."""

@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from fedmq.broker.access.rights import Origin
 from fedmq.broker.wire.encoding import decode_frame, encode_frame
 from fedmq.broker.wire.schema import AnyFrame, Buffer, Frame
 
@@ -23,7 +24,9 @@ from fedmq.broker.wire.schema import AnyFrame, Buffer, Frame
 class BrokerEnd(Protocol):
     """The broker's end of the network."""
 
-    def receive(self, peer: bytes, frame: AnyFrame, buffers: Sequence[Buffer]) -> None:
+    def receive(
+        self, peer: bytes, frame: AnyFrame, buffers: Sequence[Buffer], origin: Origin
+    ) -> None:
         """Handle a frame from a connection."""
 
 
@@ -32,6 +35,7 @@ class NodeEnd(Protocol):
 
     name: str
     peer: bytes
+    origin: Origin
 
     def arrive(self, frame: AnyFrame, buffers: Sequence[Buffer]) -> None:
         """Handle a frame from the broker."""
@@ -112,6 +116,11 @@ class VirtualNetwork:
             host.peer = self.connect(host)
             self.made["connection cut"] += 1
 
+    def disconnect(self, peer: bytes) -> None:
+        """Break a connection, as the broker does."""
+        if peer in self._ends:
+            self.cut(self._ends[peer])
+
     def hang_up(self, host: NodeEnd) -> None:
         """Close a node's connection; what it has sent still arrives."""
         if host.peer in self._ends:
@@ -168,7 +177,7 @@ class VirtualNetwork:
 
     def _arrive_at_broker(self, peer: bytes, header: bytes, parts: list[bytes]) -> None:
         if self.broker is not None and self._carries(peer):
-            self.broker.receive(peer, decode_frame(header), parts)
+            self.broker.receive(peer, decode_frame(header), parts, self._ends[peer].origin)
 
     def _arrive_at_node(self, peer: bytes, header: bytes, parts: list[bytes]) -> None:
         if self.is_up(peer):

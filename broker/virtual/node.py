@@ -16,6 +16,7 @@ from contextlib import AbstractContextManager
 
 import greenlet
 
+from fedmq.broker.access.rights import KEYLESS, Origin
 from fedmq.broker.link.events import BackInTouch, Blocked, OutOfTouch
 from fedmq.broker.link.port import Loop, Received
 from fedmq.broker.virtual.machine import Machine
@@ -40,6 +41,7 @@ class VirtualPort:
         name: of the node.
         switching: returns a context for the time in which the program waits; for state of the
             thread that others must not see, like torch's modes.
+        origin: what the transport proves about the node.
 
     Attributes:
         peer: the present connection.
@@ -57,8 +59,9 @@ class VirtualPort:
         machine: Machine,
         name: str,
         switching: Callable[[], AbstractContextManager[object]] = contextlib.nullcontext,
+        origin: Origin = KEYLESS,
     ) -> None:
-        self.name, self.up = name, True
+        self.name, self.up, self.origin = name, True, origin
         self.clock = machine.clock()
         self.lock = threading.RLock()  # never contended: there is one thread
         self.on_exit: Callable[[], object] = lambda: None

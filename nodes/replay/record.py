@@ -129,8 +129,9 @@ class RecordedOutput:
                 message = entry.read()
                 if message.sender == AGGREGATOR and self._number(entry.seq, message) >= self.first:
                     self._compare_post(entry.seq, message)
-            case Refusal(of=None, id=name, node=node):
-                if self._posts and self._posts[0][0].message.id == name and node == BROKER:
+            case Refusal(of=None, id=name, node=node, sender=sender):
+                own = node == BROKER and sender in ("", AGGREGATOR)  # others may forge an id
+                if own and self._posts and self._posts[0][0].message.id == name:
                     self._posts.popleft()  # sent, but not accepted
                     self.compared += 1
             case Refusal(of=int(of), node=node) if node == AGGREGATOR:

@@ -67,10 +67,7 @@ class RunTable(_Table):
         least twice the number of concurrent tasks.
     checkpoint_s: least time between checkpoints, in seconds; a restarted aggregator folds the
         messages since the last one again.
-    max_examples: largest number of examples of a result, which decides its weight; larger ones
-        are rejected. By default the size of the data set where it is known, else 10^9.
-    max_update_norm: largest L2 norm of a client's update, for algorithms that average models;
-        larger ones are rejected. By default, any.
+    max_examples, max_update_norm: most examples, and largest L2 norm of an update, of a result.
     """
 
     id: str = ""

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from msgspec.structs import replace
 
+from fedmq.broker.access.rights import KEYLESS, AccessStore, Origin
 from fedmq.broker.settings import BrokerSettings, LedgerSettings
 from fedmq.broker.virtual.broker import VirtualBroker
 from fedmq.broker.virtual.disk import DiskFault
@@ -98,8 +99,11 @@ class Simulation:
         ledger_settings: of the broker; `Chances` decides durability and sharing of files.
         on_start: called with the broker whenever it has opened its ledger, and with each new
             session of a node.
+        access: who may connect; by default a broker without keys.
+        origins: what the transport proves about each node, by name; read when a session starts.
 
     Attributes:
+        origins: as given.
         network, broker: of the run.
         aggregator: newest session of the aggregator.
         sessions: all sessions of all nodes, in the order of their starts.
@@ -118,7 +122,10 @@ class Simulation:
         settings: BrokerSettings | None = None,
         ledger_settings: LedgerSettings | None = None,
         on_start: Callable[[VirtualBroker | VirtualNode], object] = lambda _: None,
+        access: AccessStore | None = None,
+        origins: Mapping[str, Origin] | None = None,
     ) -> None:
+        self.origins = {} if origins is None else origins
         self.setup, self.chances = setup, chances or Chances()
         self.rng = random.Random(seed)  # noqa: S311 - not for secrets
         self.network = VirtualNetwork(self.rng, self.chances.faults)
@@ -140,6 +147,7 @@ class Simulation:
                 durability="power" if self.chances.power else "process",
             ),
             machine=self.machine(BROKER),
+            access=access,
             on_start=on_start,
         )
         self.broker.disk.rates = dict(self.chances.disk)
@@ -202,7 +210,8 @@ class Simulation:
         self._last_session[name] = session
         role = name if name in (AGGREGATOR, EVALUATOR) else WORKER
         hello = Hello(node=name, role=role, session=session, key=f"key of {name}", run=RUN)
-        return VirtualPort(self.network, machine, name, apart), machine, hello
+        origin = self.origins.get(name, KEYLESS)
+        return VirtualPort(self.network, machine, name, apart, origin), machine, hello
 
     def _started(self, node: VirtualNode, again: Callable[[], VirtualNode]) -> None:
         def exited() -> None:

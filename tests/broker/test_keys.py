@@ -7,6 +7,7 @@ import pytest
 import structlog
 import zmq
 
+from fedmq.broker import driver
 from fedmq.broker.access.access_file import AccessFile
 from fedmq.broker.access.broker_keys import BrokerKeys
 from fedmq.broker.access.curve import KeyPair, NodeKeys
@@ -68,6 +69,17 @@ def logged(logs, words, link=None, within_s=5.0):
                 return line
         (link.pause if link else time.sleep)(0.02)
     raise AssertionError((words, logs))
+
+
+def test_a_key_may_connect_as_soon_as_it_is_authorised(tmp_path, access, logs, monkeypatch):
+    monkeypatch.setattr(driver, "ACCESS_EACH_S", 1000.0)
+    with with_keys(tmp_path, access) as endpoint, connected(endpoint, AGGREGATOR, AGG) as agg:
+        agg.welcome()
+        pair = access.invite(Rights(name="guest", roles=("worker",)), 1, time.time() + 60)
+        enroll(InviteToken(endpoint, OWN.public, pair), WORK.public, 10.0)
+        with connected(endpoint, WORKER, WORK) as worker:
+            worker.welcome()
+    assert not [each for each in logs if "refused" in each["event"]]
 
 
 def test_a_key_is_refused_authorised_and_revoked_while_it_is_connected(tmp_path, access, logs):

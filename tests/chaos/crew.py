@@ -19,6 +19,8 @@ from pathlib import Path
 
 import psutil
 
+from tests.chaos.keyring import Keyring
+
 HERE = Path(__file__).parent
 FEDMQ = (sys.executable, "-P", "-m", "fedmq.nodes")
 SMALL = {
@@ -122,12 +124,14 @@ class Crew:
     """The processes of one test.
 
     folder: where each has its log; the ledger is in run/ledger, the model in model/.
+    keys: of the broker and its nodes; None for a broker without keys.
     """
 
     folder: Path
     zygote: Zygote
     port: int = field(default_factory=free_port)
     started: list[Process] = field(default_factory=list)
+    keys: Keyring | None = None
 
     @property
     def ledger(self) -> Path:
@@ -140,7 +144,8 @@ class Crew:
     def broker(self, lease_s: float = 5.0, *more: str, before: tuple[str, ...] = ()) -> Process:
         """Start the broker in a fresh interpreter: it imports no torch."""
         command = ("broker", "--bind", self.endpoint, "--run", str(self.folder / "run"))
-        command = (*before, *FEDMQ, *command, "--lease", str(lease_s), *more)
+        keys = self.keys.of_broker() if self.keys is not None else ()
+        command = (*before, *FEDMQ, *command, "--lease", str(lease_s), *keys, *more)
         log = self.folder / "broker.log"
         with log.open("a") as output:
             popen = subprocess.Popen(
@@ -167,7 +172,9 @@ class Crew:
         """Start any node by its command line."""
         log = self.folder / f"{name}.log"
         allow = ["--allow", "chaos_models"] if command == "worker" else []
-        whole = [command, "--connect", endpoint or self.endpoint, *allow, *arguments]
+        own = any(each in arguments for each in ("--keys", "--join-file"))
+        keys = () if self.keys is None or own else self.keys.of_node(name)
+        whole = [command, "--connect", endpoint or self.endpoint, *allow, *keys, *arguments]
         pid = self.zygote.fork(whole, self.folder, log)
         ended = Path(f"{log}.{pid}.code")
 

@@ -15,6 +15,7 @@ import time
 import pytest
 
 from tests.chaos.crew import Crew, Process, Proxy, wait_until
+from tests.chaos.keyring import Keyring
 from tests.chaos.ledgers import Watch, check_books
 
 pytestmark = pytest.mark.end_to_end
@@ -119,11 +120,56 @@ class Havoc:
         self.told.append(f"{what} at version {self._watch.version}")
 
 
+def keyring(crew: Crew) -> Keyring:
+    """Return the keys of all processes."""
+    keys = Keyring(crew.folder / "keys", crew.endpoint)
+    keys.authorize("aggregator", "aggregator")
+    keys.authorize("evaluator", "evaluator")
+    for name, clients in CLIENTS.items():
+        low, high = clients.split("-")
+        keys.authorize(name, "worker", ((int(low), int(high)),))
+    return keys
+
+
+def replace_by_invite(crew: Crew, keys: Keyring, procs: dict[str, Process], watch: Watch) -> None:
+    """Revoke a worker's key; a worker with an invite takes over its clients, and dies once."""
+    keys.revoke("two")
+    watch.until("two to have left", lambda it: it.of_kind("left", node="two"), 10)
+    assert procs["two"].wait(20) == 2, procs["two"].said()[-3000:]
+    invite = crew.folder / "invite"
+    invite.write_text(keys.invite("four", ((4, 7),)))
+    invite.chmod(0o600)
+    own = ("--join-file", str(invite), "--keys", str(crew.folder / "keys-four"))
+    procs["four"] = crew.worker("four", CLIENTS["two"], *own)
+    for starts in (1, 2):
+        watch.until(f"work of four after start {starts}", lambda it, n=starts: works(it, n), 20)
+        if starts == 1:
+            procs["four"].kill()
+            procs["four"] = procs["four"].again()
+
+
+def works(watch: Watch, starts: int) -> bool:
+    """Return whether worker four has a result after it has joined this many times."""
+    joined, results = watch.of_kind("joined", node="four"), watch.of_kind("result", sender="four")
+    return len(joined) == starts and bool(results) and results[-1].seq > joined[-1].seq
+
+
 @pytest.mark.timeout(120 + 12 * KILLS)
-@pytest.mark.parametrize(("schedule", "kills"), [(BUFFERED, 7), (ROUNDS, 4)], ids=["async", "sync"])
+@pytest.mark.parametrize(
+    ("schedule", "kills", "with_keys"),
+    [(BUFFERED, 7, False), (ROUNDS, 4, True)],
+    ids=["async", "sync-with-keys"],
+)
 def test_whatever_dies_the_run_ends_and_every_update_is_accounted_for(
-    crew: Crew, proxy: Proxy, watch: Watch, schedule: dict[str, object], kills: int
+    crew: Crew,
+    proxy: Proxy,
+    watch: Watch,
+    schedule: dict[str, object],
+    kills: int,
+    with_keys: bool,  # noqa: FBT001 - a parameter of the test
 ) -> None:
+    if with_keys:
+        crew.keys = keyring(crew)
     kills = KILLS or kills
     versions = 10 + kills * STEP * 3 // 2 + WHILE_STOPPED * ((kills + 2) // 6)
     started = time.monotonic()
@@ -139,8 +185,12 @@ def test_whatever_dies_the_run_ends_and_every_update_is_accounted_for(
     procs["evaluator"] = crew.node("evaluator", "worker", *evaluating)
     havoc = Havoc(crew, proxy, watch, procs)
     havoc.wreak(kills)
-    for name in ("aggregator", "broker", "one", "two", "three", "evaluator"):
-        assert procs[name].wait(60 + versions / 4) == 0, procs[name].said()[-3000:]
+    codes = dict.fromkeys(("aggregator", "broker", *OTHERS), 0)
+    if crew.keys is not None:
+        replace_by_invite(crew, crew.keys, procs, watch)
+        codes |= {"two": 2, "four": 0}
+    for name, code in codes.items():
+        assert procs[name].wait(60 + versions / 4) == code, procs[name].said()[-3000:]
     took = time.monotonic() - started
 
     books = check_books(crew.folder / "run", crew.folder / "model")
@@ -150,7 +200,8 @@ def test_whatever_dies_the_run_ends_and_every_update_is_accounted_for(
     watch.read()
     sessions = {each.message.body["session"] for each in watch.of_kind("joined")}
     deaths = [each for each in havoc.killed if each != "broker"]
-    assert len(sessions) == 5 + len(deaths), "each start is one session, whatever was cut"
+    starts = 5 + len(deaths) + (2 if with_keys else 0)
+    assert len(sessions) == starts, "each start is one session, whatever was cut"
     for each in crew.started:
         assert "Traceback" not in each.said(), each.said()[-3000:]
     told = {"took_s": round(took, 1), "kills": len(havoc.killed), "havoc": havoc.told}

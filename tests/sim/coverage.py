@@ -29,6 +29,10 @@ KINDS = frozenset(
         "clock set forward",
         "clock set back",
         "clock at another rate",
+        "key revoked",
+        "key replaced",
+        "key enrolled",
+        "attack",
     )
 )
 """All kinds of faults. Any two can meet in one history."""

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from unittest import mock
 
+from fedmq.broker.access.rights import KEYLESS, Access, Origin
 from fedmq.broker.ledger import blob_store, retention, writer
 from fedmq.broker.ledger.entries import PAYLOAD, Accepted, AnyEntry, segment_numbers
 from fedmq.broker.settings import BrokerSettings, LedgerSettings
@@ -21,7 +22,10 @@ from fedmq.nodes.aggregator.core import Aggregator
 from fedmq.nodes.run.config import build
 from fedmq.nodes.run.setup import Setup, set_up
 from fedmq.nodes.simulation.virtual_run import RUN, Chances, Simulation
+from tests.sim.access import FileInMemory, key_of
+from tests.sim.keyed import KeyedSimulation, KeyPlan
 from tests.sim.promises import CHECKS
+from tests.sim.strangers import MALLORY, Mallory
 from tests.sim.witness import Witness
 
 SCHEDULES = (
@@ -65,6 +69,8 @@ class Plan:
         retain_bytes: of the ledger.
         inline_bytes, chunk_bytes: see `sizes`.
         messages_bytes, payload_bytes: sizes of a full segment of the ledger.
+        keys: what happens to the keys; None for a run without keys.
+        mallory: whether there is a node that attacks.
     """
 
     schedule: int
@@ -77,6 +83,8 @@ class Plan:
     chunk_bytes: int = schema.CHUNK_BYTES
     messages_bytes: int = 64 << 20
     payload_bytes: int = 128 << 20
+    keys: KeyPlan | None = None
+    mallory: bool = False
 
     @contextlib.contextmanager
     def sizes(self):
@@ -148,6 +156,24 @@ def draw_plan(seed):
         chunk_bytes=chunk_bytes,
         messages_bytes=rng.choice([1 << 10, 8 << 10, 64 << 20]),
         payload_bytes=payload_bytes,
+        keys=draw_keys(rng) if rng.random() < 0.5 else None,
+        mallory=rng.random() < 0.5,
+    )
+
+
+def draw_keys(rng):
+    """Draw what happens to the keys."""
+
+    def at():
+        return rng.uniform(1.0, CALM_AFTER_S)
+
+    return KeyPlan(
+        revoke_s=at() if rng.random() < 0.5 else None,
+        replace=(rng.choice(["worker-0", "aggregator", "evaluator"]), at())
+        if rng.random() < 0.5
+        else None,
+        guests=rng.choice([0, 0, 3, 4]),
+        edits=tuple(at() for _ in range(rng.randrange(3))),
     )
 
 
@@ -165,6 +191,9 @@ class History:
         entries: the ledger's entries.
         messages: the accepted messages, by number.
         faults: number of faults of each kind.
+        simulation: what ran.
+        access: the content of the access file at the end; None without keys.
+        mallory: the node that attacked, if there was one.
     """
 
     seed: int
@@ -178,6 +207,9 @@ class History:
     messages: Mapping[int, Message] = field(default_factory=dict)
     faults: Counter[str] = field(default_factory=Counter)
     limit_s: float = LIMIT_S
+    simulation: Simulation | None = None
+    access: Access | None = None
+    mallory: Mallory | None = None
 
     @property
     def is_whole(self):
@@ -191,15 +223,35 @@ def run_history(seed, plan, folder):
     setup = setup_of(plan.schedule, plan.checkpoint_s, plan.algorithm)
     witness = Witness(folder, plan.chances.drift, plan.broker.lease_s)
     ledger = LedgerSettings(retain_bytes=plan.retain_bytes)
-    simulation = Simulation(setup, 2, folder, seed, plan.chances, plan.broker, ledger, witness)
-    try:
-        ended = simulation.run(CALM_AFTER_S, LIMIT_S)
-    finally:
-        simulation.close()
+    about = (setup, 2, folder, seed, plan.chances, plan.broker, ledger, witness)
+    file, access = FileInMemory(random.Random(seed)), None  # noqa: S311 - a test's own dice
+    with file.in_place_of_files():
+        simulation = KeyedSimulation(plan.keys, file, *about) if plan.keys else Simulation(*about)
+        witness.simulation = simulation
+        origin = Origin(key_of(MALLORY), "10.0.0.66") if plan.keys else KEYLESS
+        mallory = Mallory(simulation, origin) if plan.mallory else None
+        try:
+            ended = simulation.run(CALM_AFTER_S, LIMIT_S)
+        finally:
+            simulation.close()
+        if plan.keys:
+            access = simulation.operator.load()
     finished = [each.core for each in simulation.sessions if getattr(each, "finished", "")]
     aggregator = (finished or [simulation.aggregator.core])[-1]
     faults = simulation.network.made + simulation.broker.disk.made  # `+` drops those made 0 times
-    return History(seed, plan, setup, folder, witness, ended, aggregator, faults=faults)
+    return History(
+        seed,
+        plan,
+        setup,
+        folder,
+        witness,
+        ended,
+        aggregator,
+        faults=faults,
+        simulation=simulation,
+        access=access,
+        mallory=mallory,
+    )
 
 
 def check_history(seed, plan=None, keep=None):

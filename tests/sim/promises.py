@@ -22,13 +22,25 @@ from fedmq.broker.ledger.entries import (
 from fedmq.broker.ledger.reader import read_entries
 from fedmq.broker.rejections import Code
 from fedmq.broker.virtual.disk import DiskFault, VirtualDisk
-from fedmq.broker.wire.addresses import BROKER, CHECKPOINT, RECORD, TIMER, addresses
+from fedmq.broker.wire.addresses import (
+    AGGREGATOR,
+    BROKER,
+    CHECKPOINT,
+    EVALUATOR,
+    RECORD,
+    TIMER,
+    WORKER,
+    addresses,
+)
 from fedmq.broker.wire.schema import Blob
 from fedmq.nodes.replay.fold import Replay
 from fedmq.nodes.run.digests import model_digest
 from fedmq.nodes.simulation.virtual_run import RUN
+from tests.sim.strangers import MALLORY
 
 UNDELIVERED = (RECORD, CHECKPOINT, TIMER)
+ANSWERS = {WORKER: ("result", "failed", "score"), EVALUATOR: ("failed", "score")}
+"""Kinds of messages of each role but the aggregator's."""
 
 # ---- durability
 
@@ -174,6 +186,44 @@ def check_notices(history):
             assert of_broker or why in notices[entry.id], f"no notice of {entry.id}: {entry.reason}"
 
 
+# ---- rights
+
+
+def check_rights(history):
+    """A node posts only what its role may, and a stranger gets nothing and changes nothing."""
+    roles, asked = {}, set()
+    for message in history.messages.values():
+        if message.sender == BROKER:
+            if message.kind == "joined":
+                roles[message.body["node"]] = message.body["role"]
+            continue
+        role = roles[message.sender]
+        if role == AGGREGATOR:
+            asked.add(message.id)
+            continue
+        what = f"{message.kind} from {message.sender}, the {role}, to {message.to}"
+        assert message.sender != MALLORY, what
+        assert message.kind in ANSWERS[role], what
+        assert message.to == AGGREGATOR, what
+        assert message.re in asked, f"{what}: nobody asked for it"
+    mallory = history.mallory
+    assert mallory is None or not mallory.gained, f"a stranger received {mallory.gained[:3]}"
+
+
+def check_invites(history):
+    """An invite lets in as many keys as it has uses, and each key that was let in is stored."""
+    if history.access is None:
+        return
+    guests = [each for each in history.simulation.guests if each.is_enrolled]
+    told = Counter(each.invite for each in guests)
+    for invite, uses in history.simulation.uses.items():
+        found = history.access.invites[invite]
+        assert found.uses == uses - len(found.enrolled) >= 0, f"{found} had {uses} uses"
+        assert told[invite] <= uses, f"{told[invite]} keys were let in with {uses} uses"
+    lost = [each.name for each in guests if each.key not in history.access.keys]
+    assert not lost, f"the keys of {lost} were acknowledged, and are not stored"
+
+
 # ---- liveness and time
 
 
@@ -252,6 +302,8 @@ CHECKS = (
     check_notices,
     check_deliveries,
     check_timers,
+    check_rights,
+    check_invites,
     check_local_states,
     check_blobs,
     check_reads,

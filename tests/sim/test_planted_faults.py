@@ -13,12 +13,16 @@ import pytest
 from msgspec.structs import replace
 
 from fedmq.broker import recovery
+from fedmq.broker.access import access_file
+from fedmq.broker.access.access_file import AccessFile
+from fedmq.broker.core import acceptance, admission
 from fedmq.broker.core.broker import Broker
 from fedmq.broker.core.deduplication import DedupWindow
 from fedmq.broker.core.events import Append, SendTo
+from fedmq.broker.core.joining import Admissions
 from fedmq.broker.core.mailboxes import Mailboxes
 from fedmq.broker.core.sessions import Sessions
-from fedmq.broker.core.state import PendingPost
+from fedmq.broker.core.state import Node, PendingPost
 from fedmq.broker.driver import BrokerDriver
 from fedmq.broker.errors import LedgerError
 from fedmq.broker.ledger import blob_store, writer
@@ -33,11 +37,13 @@ from fedmq.broker.virtual.network import Faults
 from fedmq.broker.wire.addresses import addresses
 from fedmq.broker.wire.chunked_transfer import Fetcher
 from fedmq.broker.wire.clock import Clock
+from fedmq.broker.wire.schema import Enrolled
 from fedmq.nodes.aggregator.driver import AggregatorDriver
 from fedmq.nodes.simulation.virtual_run import Chances
 from fedmq.nodes.worker.client_state import ClientStateStore
 from tests.sim import promises, witness
 from tests.sim.history import Plan, check_history
+from tests.sim.keyed import KeyPlan
 
 pytestmark = pytest.mark.soak
 
@@ -45,12 +51,11 @@ SMALL = {"inline_bytes": 100, "chunk_bytes": 64}
 LOSS = Faults(loss=0.1, duplicate=0.1, reorder=0.1)
 
 
-def plan(*, schedule=2, algorithm="Tally", checkpoint_s=0.0, sizes=None, **chances):
-    """Return the plan of a short history with few kinds of faults."""
+def plan(*, schedule=2, algorithm="Tally", checkpoint_s=0.0, sizes=None, who=None, **chances):
+    """Return the plan of a short history with few kinds of faults; ``who``: keys and mallory."""
     chances = Chances(**{"train_s": 0.2, **chances})
-    return Plan(
-        schedule, algorithm, checkpoint_s, chances, BrokerSettings(3.0, 0.5, 1000), **(sizes or {})
-    )
+    more = {**(sizes or {}), **(who or {})}
+    return Plan(schedule, algorithm, checkpoint_s, chances, BrokerSettings(3.0, 0.5, 1000), **more)
 
 
 POWER = plan(power=0.4)
@@ -223,6 +228,47 @@ def keeps_addresses_of_those_who_left():
     return patch(Sessions, "leave", after(Sessions.leave, host))
 
 
+def gives_names_to_anybody():
+    return patch(admission, "is_owner", lambda *_: True)
+
+
+def accepts_posts_of_all_roles():
+    return patch(acceptance, "must_answer", lambda *_: False)
+
+
+def lets_all_read():
+    return patch(Node, "may_read", lambda *_: True)
+
+
+def notices_no_change_of_the_keys():
+    return patch(AccessFile, "changed", lambda _: False)
+
+
+def keeps_sessions_of_revoked_keys():
+    return patch(Admissions, "_revoke", lambda *_: None)
+
+
+def answers_before_it_stores():
+    enroll = Admissions._enroll
+
+    def at_once(self, peer, key, invite, now, out):
+        out.append(SendTo(peer, Enrolled(key=key)))
+        enroll(self, peer, key, invite, now, out)
+
+    return patch(Admissions, "_enroll", at_once)
+
+
+def counts_no_uses():
+    def changed(struct, **fields):
+        fields.pop("uses", None)
+        return replace(struct, **fields)
+
+    return patch(access_file, "replace", changed)
+
+
+STRANGER = {"mallory": True}
+REVOKED = {"keys": KeyPlan(revoke_s=2.0)}
+GUESTS = {"keys": KeyPlan(guests=4)}
 SYNC_ERRORS = plan(power=0.4, disk={DiskFault.SYNC_ERROR: 0.05})
 FLIPS = plan(schedule=1, crash=0.4, train_s=3.0, disk={DiskFault.FLIPPED_BIT: 0.5})
 ABSENCES = plan(schedule=1, partition=0.3, train_s=3.0)
@@ -250,6 +296,24 @@ PLANTED = {
     "Explicit rejection": {
         "check_account": [(consumes_twice, plan())],
         "check_notices": [(rejects_silently, plan(chat=1.0))],
+    },
+    "Rights": {
+        "check_owners": [
+            (gives_names_to_anybody, plan(train_s=2.0, who=STRANGER)),
+            (gives_names_to_anybody, plan(train_s=2.0, who={**STRANGER, "keys": KeyPlan()})),
+        ],
+        "check_rights": [
+            (accepts_posts_of_all_roles, plan(train_s=2.0, who=STRANGER)),
+            (lets_all_read, plan(train_s=2.0, who=STRANGER)),
+        ],
+        "check_revoked": [
+            (notices_no_change_of_the_keys, plan(train_s=2.0, who=REVOKED)),
+            (keeps_sessions_of_revoked_keys, plan(train_s=2.0, who=REVOKED)),
+        ],
+        "check_invites": [
+            (answers_before_it_stores, plan(train_s=2.0, who=GUESTS)),
+            (counts_no_uses, plan(train_s=2.0, who=GUESTS)),
+        ],
     },
     "Liveness": {
         "check_ended": [

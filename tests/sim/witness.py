@@ -4,11 +4,13 @@ A `Witness` stands outside of all processes. It sees which messages their sender
 in the ledger, what was delivered, and when, in true time.
 """
 
+import math
 from collections import defaultdict
 from dataclasses import dataclass, field
 
 from fedmq.broker.core.events import Append, DiskFull, ReceivedFrom, SendTo, TimerFired
 from fedmq.broker.core.sessions import MAX_SILENT_LEASES
+from fedmq.broker.driver import ACCESS_EACH_S
 from fedmq.broker.ledger.entries import Accepted, Ended, Refusal
 from fedmq.broker.ledger.reader import read_entries
 from fedmq.broker.link.events import Delivery
@@ -51,7 +53,9 @@ class Witness:
     def __init__(self, folder, drift, lease_s):
         self.folder, self._drift, self._lease_s = folder, drift, lease_s
         self.sessions, self.entries, self.wrong_reads = [], [], []
-        self.broker = self.network = None
+        self.broker = self.network = self.simulation = None
+        self._owners = {}
+        """Owner of each node's name, as its last `joined` message says."""
         self._messages = {}
         self._pending_timers = {}
         """Latest true time at which each timer fires, by number."""
@@ -106,8 +110,11 @@ class Witness:
         self._is_full = False
         self._last_heard.clear()
         self._pending_timers.clear()
+        self._owners.clear()
         for entry in self.entries:
             self._note(entry, now)
+            if isinstance(entry, Accepted):
+                self._note_owner(self.message_of(entry))
         _watch(broker.core, self._broker_handled)
 
     def _broker_handled(self, actions, event, _):
@@ -117,14 +124,22 @@ class Witness:
             self._last_heard[event.peer] = now
         elif isinstance(event, DiskFull):
             self._is_full = bool(event.reason)
+        left = []
         for action in actions:
             if isinstance(action, Append):
                 entry = action.entry
                 self._note(entry, now)
-                if isinstance(entry, Accepted) and self.message_of(entry).kind == "left":
-                    self.check_presence(self.message_of(entry), now)
+                if isinstance(entry, Accepted):
+                    message = self.message_of(entry)
+                    self.check_owners(message)
+                    self.check_revoked(message, now)
+                    self._note_owner(message)
+                    if message.kind == "left":
+                        left.append(message)
             elif isinstance(action, SendTo) and isinstance(action.frame, Welcome):
                 self._last_heard[action.peer] = now
+        for message in left:
+            self.check_presence(message, now)
         if isinstance(event, TimerFired) and not self._is_full:
             self.check_timers_fire(now)
 
@@ -141,6 +156,33 @@ class Witness:
         elif isinstance(entry, Ended):
             self._pending_timers.clear()
 
+    # ---- keys
+
+    @property
+    def _access(self):
+        return self.broker.core._admissions.access
+
+    def _note_owner(self, message):
+        if message.kind == "joined" and message.sender == BROKER:
+            self._owners[message.body["node"]] = message.body["owner"]
+
+    def check_owners(self, message):
+        """Rights: a node's name stays its first owner's, or that of a key that replaces it."""
+        if message.kind != "joined":
+            return
+        name, owner = message.body["node"], message.body["owner"]
+        known = self._owners.get(name, owner)
+        rights = self._access.keys.get(owner)
+        replaced = rights.replaces if rights is not None else ()
+        assert known in (owner, *replaced), f"{name} was {known}'s, now it is {owner}'s"
+
+    def check_revoked(self, message, now):
+        """Rights: a key that was revoked does nothing any more, once the broker has looked."""
+        owner = self._owners.get(message.sender)
+        revoked_at = getattr(self.simulation, "revoked_at", {}).get(owner, math.inf)
+        latest = revoked_at + ACCESS_EACH_S / (1.0 - self._drift) + TIMER_SLACK_S
+        assert now <= latest, f"{message.id} is from a key that was revoked: {owner}"
+
     def check_timers_fire(self, now):
         """Liveness: a timer fires within its time, counted from its request or a later restart."""
         for seq, latest in self._pending_timers.items():
@@ -151,7 +193,9 @@ class Witness:
         if message.sender != BROKER:
             return
         body = message.body
-        newest = {each.node.port.name: each.node for each in self.sessions}[body["node"]]
+        newest = {each.node.port.name: each.node for each in self.sessions}.get(body["node"])
+        if newest is None or self._access.rights_of(newest.port.origin.key) is None:
+            return  # a stranger, or its key was revoked
         port = newest.port
         heard = self._last_heard.get(port.peer)
         if newest.hello.session != body["session"] or not port.up or heard is None:
