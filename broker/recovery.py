@@ -253,7 +253,7 @@ class Restorer:
     def _refused(self, refusal: Refusal) -> None:
         run = self.mailboxes.runs[refusal.run]
         if refusal.of is None:
-            self.mailboxes.dedup_window.add(PostFingerprint.from_bytes(refusal.mark))
+            self.mailboxes.rejected_window.add(PostFingerprint.from_bytes(refusal.mark))
             return
         dead = refusal.dead_lettered
         self._lives.move(refusal.of, MessageEvent.DEAD_LETTER if dead else MessageEvent.REJECT)

@@ -34,7 +34,7 @@ from fedmq.broker.transport.zap import Door
 from fedmq.broker.wire.clock import Clock, milliseconds_until
 from fedmq.broker.wire.encoding import encode_frame
 from fedmq.broker.wire.inbox import Inbox
-from fedmq.broker.wire.schema import Buffer, Heartbeat
+from fedmq.broker.wire.schema import Buffer, Enroll, Heartbeat, Hello
 from fedmq.broker.wire.send_queues import SWEEP_S, SendQueue, SendQueues
 from fedmq.broker.wire.sockets import NOBLOCK, receive_parts, send_parts
 
@@ -212,8 +212,8 @@ class RouterPort:
             if isinstance(frame, WireError):
                 yield Unreadable(peer, frame, connection.origin)
                 continue
-            if not connection.has_spoken:
-                self._connections.heard(connection)
+            if not connection.has_joined and isinstance(frame, Hello | Enroll):
+                self._connections.joins(connection)
             yield ReceivedFrom(peer, frame, buffers, nbytes, connection.origin)
 
     def flush(self, sent: Callable[[bytes, int], None]) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, fields
 from typing import Literal
 
 Durability = Literal["process", "power"]
@@ -19,6 +20,14 @@ LEAST_SEGMENT_BYTES = 4 << 20
 RETAINED_SEGMENTS = 4
 """Segments per retention limit: only full ones can be deleted, and one is being filled."""
 LEAST_RETAIN_BYTES = RETAINED_SEGMENTS * LEAST_SEGMENT_BYTES
+
+
+class InvalidLimit(ValueError):
+    """A limit is not above zero, or not finite. ``name``: of its setting."""
+
+    def __init__(self, name: str, value: float) -> None:
+        super().__init__(f"expected a finite number above 0, got {value!r:.200}")
+        self.name = name
 
 
 @dataclass(frozen=True)
@@ -40,6 +49,9 @@ class Limits:
     log_lines_per_s: of one kind.
     handshake_s: within which a new connection must say what it is.
     reserved_files: file descriptors kept for the ledger and for admitted nodes.
+
+    Raises:
+        InvalidLimit: a limit is not above zero.
     """
 
     runs: int = 100
@@ -60,6 +72,16 @@ class Limits:
     log_lines_per_s: float = 20.0
     handshake_s: float = 3.0
     reserved_files: int = 64
+
+    def __post_init__(self) -> None:
+        """Check all limits.
+
+        Raises:
+            InvalidLimit: the first that is not above zero, or not finite.
+        """
+        for each in fields(self):
+            if not 0 < getattr(self, each.name) < math.inf:
+                raise InvalidLimit(each.name, getattr(self, each.name))
 
 
 @dataclass(frozen=True)

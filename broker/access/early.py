@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 
 import msgspec
 from msgspec import Struct
 
 from fedmq.broker.access.owners import owner_of
+from fedmq.broker.access.quotas import source_of
 from fedmq.broker.access.rights import Origin
 from fedmq.broker.wire.schema import Hello
 
@@ -57,16 +59,29 @@ class EarlyHellos:
             yield peer, early.origin
 
     def add(self, peer: bytes, hello: Hello, origin: Origin, now: float) -> bool:
-        """Let a connection wait; return False if too many do."""
+        """Let a connection wait; return False if too many do.
+
+        One key, or one address of another host, cannot take the places of all others.
+        """
         if peer not in self._waiting and len(self._waiting) >= self._most:
             since = now - self._lease_s
             self._waiting = {k: each for k, each in self._waiting.items() if each.at > since}
-            if len(self._waiting) >= self._most:
+            if len(self._waiting) >= self._most and not self._make_room(source_of(origin)):
                 return False
         owner = owner_of(origin.key, hello.key, hello.session)
         # Only an aggregator's configuration is read, and an aggregator never waits.
         data = _encode(msgspec.structs.replace(hello, config=""))
         self._waiting[peer] = Early((hello.run, hello.node, owner), origin, data, now)
+        return True
+
+    def _make_room(self, source: str) -> bool:
+        """Remove the oldest connection of the source with the most; False if it is this one."""
+        counts = Counter(source_of(each.origin) for each in self._waiting.values())
+        largest, number = counts.most_common(1)[0]
+        if counts[source] + 1 >= number:
+            return False
+        waiting = self._waiting.items()
+        del self._waiting[next(k for k, each in waiting if source_of(each.origin) == largest)]
         return True
 
     def discard(self, peer: bytes) -> None:

@@ -14,7 +14,7 @@ import msgspec
 from fedmq.broker.access.rights import must_answer
 from fedmq.broker.core.deduplication import PostFingerprint
 from fedmq.broker.core.events import Action, Unpin
-from fedmq.broker.core.mailboxes import Mailboxes, timer_of
+from fedmq.broker.core.mailboxes import MAX_TIMERS, Mailboxes, timer_of
 from fedmq.broker.core.state import Node, PendingPost, RejectedPost
 from fedmq.broker.errors import WireError
 from fedmq.broker.ledger.entries import BlobName, blob_name
@@ -68,13 +68,16 @@ class Acceptance:
             envelope = decode_envelope(post.message)
             answers = _check_envelope(node, envelope)
             fingerprint = PostFingerprint.of(node.run.id, node.name, envelope.id, post.message)
-            if self._mailboxes.dedup_window.seen(fingerprint) != "new":
+            if self._mailboxes.seen(fingerprint) != "new":
                 return _duplicate(post, envelope.id, fingerprint)
             if answers and _lacks_request(node, post):
                 return _not_asked(node, post, envelope)
             message = decode_message(post.message)
             check_inline(message.blobs, post.inline, buffers, schema.POST_BYTES)
             _check_body(message)
+            if message.to == TIMER and not self._mailboxes.may_set_timer(node.run):
+                text = f"{MAX_TIMERS:,} timers wait at this broker, many of them of this run"
+                raise WireError(text, Code.LIMIT)
         except WireError as error:
             rejection = Rejection(error.code, str(error))
             # Its id may be another message's: its frame identifies it, so it is rejected once.
@@ -99,26 +102,26 @@ class Acceptance:
         self, node: Node, post: PendingPost | RejectedPost, now: float, out: list[Action]
     ) -> None:
         """Accept a post whose blobs are stored, or reject it; ignore it if it is a duplicate."""
-        window = self._mailboxes.dedup_window
-        seen = window.seen(post.fingerprint)
+        mailboxes = self._mailboxes
+        seen = mailboxes.seen(post.fingerprint)
         if seen == "other":
             post = _with_used_id(node, post)
-            seen = window.seen(post.fingerprint)
+            seen = mailboxes.seen(post.fingerprint)
         elif (
             seen == "new"
             and isinstance(post, PendingPost)
             and (post.answers and _lacks_request(node, post.frame))
         ):
             post = _not_asked(node, post.frame, post.message)  # the post before it was the answer
-        if seen != "same":
-            window.add(post.fingerprint)
-            if isinstance(post, PendingPost):
-                self._accept(node, post, now, out)
-                return
+        if seen != "same" and isinstance(post, PendingPost):
+            mailboxes.dedup_window.add(post.fingerprint)
+            self._accept(node, post, now, out)
+            return
         # Its sender has handled what the post consumes, in either case.
-        self._mailboxes.consume(node, post.frame.consumes, now, out)
+        mailboxes.consume(node, post.frame.consumes, now, out)
         if seen != "same" and isinstance(post, RejectedPost):
-            self._mailboxes.refuse_post(node, post, now, out)
+            mailboxes.rejected_window.add(post.fingerprint)
+            mailboxes.refuse_post(node, post, now, out)
         out.append(Unpin(post.names))
 
     def _accept(self, node: Node, post: PendingPost, now: float, out: list[Action]) -> None:

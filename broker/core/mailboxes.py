@@ -14,7 +14,7 @@ from typing import Any
 from msgspec import UNSET
 
 from fedmq.broker.core import delivery
-from fedmq.broker.core.deduplication import DedupWindow
+from fedmq.broker.core.deduplication import DedupWindow, Known, PostFingerprint
 from fedmq.broker.core.events import Action, Append, Charge, Store
 from fedmq.broker.core.state import Node, RejectedPost, RunState
 from fedmq.broker.errors import WireError
@@ -26,6 +26,9 @@ from fedmq.broker.wire.schema import Deliver, Message
 
 _CONSUMED_BATCH = 1000
 MAX_TIMER_S = 1e9
+MAX_TIMERS = 1 << 17
+"""Timers of all runs, 40 MB, beyond which only runs with few may set another."""
+_FEW_TIMERS = 1 << 13
 
 
 class Mailboxes:
@@ -35,7 +38,8 @@ class Mailboxes:
         store: reads the ledger; set by the Broker core.
         next_seq: number of the next ledger entry.
         runs: by id.
-        dedup_window: ids of messages that are not accepted again.
+        dedup_window, rejected_window: ids of accepted and of rejected messages, which are not
+            accepted again. Apart, because a node may have very many messages rejected.
         timers: a heap of (due, number of the request, run, token).
     """
 
@@ -44,7 +48,7 @@ class Mailboxes:
     def __init__(self) -> None:
         self.next_seq = 0
         self.runs: dict[str, RunState] = {}
-        self.dedup_window = DedupWindow()
+        self.dedup_window, self.rejected_window = DedupWindow(), DedupWindow()
         self.timers: list[tuple[float, int, str, str]] = []
         self.fresh: dict[int, Accepted] = {}
         """Messages accepted in this event, by number; the ledger does not have them yet."""
@@ -59,6 +63,17 @@ class Mailboxes:
             return None
         accepted = self.read(run.checkpoint)
         return Deliver(seq=run.checkpoint, at=accepted.at, message=accepted.message)
+
+    def seen(self, fingerprint: PostFingerprint) -> Known:
+        """Return whether the id is new, or belongs to the same or to another message."""
+        known = self.dedup_window.seen(fingerprint)
+        return known if known != "new" else self.rejected_window.seen(fingerprint)
+
+    def may_set_timer(self, run: RunState) -> bool:
+        """Return whether a run may set another timer."""
+        if len(self.timers) < MAX_TIMERS:
+            return True
+        return sum(name == run.id for _, _, name, _ in self.timers) < _FEW_TIMERS
 
     def number(self) -> int:
         """Assign the number of the next entry, and return it."""
@@ -225,6 +240,7 @@ class Mailboxes:
         if places and max(places) >= self.next_seq:
             raise AssertionError(f"message {max(places)} is not in the ledger: {self.next_seq} are")
         self.dedup_window.validate_state()
+        self.rejected_window.validate_state()
 
 
 def timer_of(message: Message) -> tuple[str, float]:

@@ -46,13 +46,13 @@ class Connection(Struct, eq=False):
     """A connection from which a message has come.
 
     origin: what the transport proves about the peer. user: its user id.
-    has_spoken: whether the peer has sent a valid frame.
+    has_joined: whether the peer has said Hello, or handed in a key.
     """
 
     origin: Origin
     user: str
     accepted: _Accepted | None
-    has_spoken: bool = False
+    has_joined: bool = False
 
 
 class Connections:
@@ -80,7 +80,7 @@ class Connections:
         self._by_peer: dict[bytes, Connection] = {}
         self._by_fd: dict[int, _Accepted] = {}
         self._silent: dict[int, _Accepted] = {}
-        """Those from which no valid frame has come, by descriptor; the oldest first."""
+        """Those whose peer has not said Hello, by descriptor; the oldest first."""
         self._closing: list[_Accepted] = []
         self._room = 0
         """Number of connections that leave the reserve of open files free, at the last count."""
@@ -103,9 +103,9 @@ class Connections:
         """Return whether a peer has sent a message over a connection that is not lost."""
         return peer in self._by_peer
 
-    def heard(self, connection: Connection) -> None:
-        """Note the first valid frame of a connection."""
-        connection.has_spoken = True
+    def joins(self, connection: Connection) -> None:
+        """Note that a peer has said Hello, or handed in a key."""
+        connection.has_joined = True
         if connection.accepted is not None:
             self._silent.pop(connection.accepted.fd, None)
 
@@ -141,7 +141,7 @@ class Connections:
         Args:
             now: monotonic.
             drained: whether all messages that had arrived were read, so that a peer is silent
-                only if it has sent nothing.
+                only if it has not said Hello.
         """
         while self._closing and (self._closing[0].close_at or 0.0) <= now:
             self._shut([self._closing.pop(0)])

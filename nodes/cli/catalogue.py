@@ -10,7 +10,7 @@ import textwrap
 from collections.abc import Iterator
 
 from fedmq.codecs.extensions import entry_points
-from fedmq.nodes.run.config import NONE
+from fedmq.nodes.run.toml import NONE
 
 _NAME_COLUMNS = 22
 """Columns of a name; a longer name gets a line of its own."""

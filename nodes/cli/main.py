@@ -31,6 +31,7 @@ from fedmq.nodes.cli.options import (
     config_argument,
     exit_2_on_error,
     keys_option,
+    named_limits,
     settings_option,
 )
 from fedmq.nodes.cli.personalise import personalise
@@ -194,6 +195,13 @@ def cluster(
     default=True,
     help="Let nodes on this host read blobs from the ledger's files.",
 )
+@click.option(
+    "--limit",
+    "limits",
+    metavar="NAME=VALUE",
+    multiple=True,
+    help="Set a limit of broker.limits, see docs/configuration.md; repeatable.",
+)
 @click.option("--redeliver-dead-letters", is_flag=True, help="Deliver dead letters again.")
 @click.option("--once", is_flag=True, help="Exit at the end of the run, and write its summary.")
 @click.option(
@@ -208,6 +216,7 @@ def broker(
     durability: str,
     retain: str,
     share_files: bool,  # noqa: FBT001 - click's
+    limits: tuple[str, ...],
     redeliver_dead_letters: bool,  # noqa: FBT001 - click's
     once: bool,  # noqa: FBT001 - click's
     run_id: str,
@@ -223,7 +232,8 @@ def broker(
     from fedmq.broker.router import BrokerServer
     from fedmq.nodes.history.run import runs_of
     from fedmq.nodes.keys.serving import broker_keys, how_to_connect
-    from fedmq.nodes.run.config import build, setting_value
+    from fedmq.nodes.run.config import build
+    from fedmq.nodes.run.toml import setting_value
     from fedmq.nodes.run_folder.folder import LEDGER, begun_at, state_of
     from fedmq.nodes.run_folder.summary_file import SUMMARY_FILE, remove_summary, write_summary
 
@@ -236,6 +246,7 @@ def broker(
             "durability": durability,
             "retain": setting_value(retain),
             "share_files": share_files,
+            "limits": named_limits(limits),
         }
         table = build({"broker": given}).broker
         ledger_settings = replace(

@@ -6,7 +6,7 @@ import contextlib
 import math
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import click
 from fedmq.broker.errors import BrokerFailed, GaveUp
 from fedmq.nodes.errors import ON_PURPOSE, ConfigError, RunFailed
 from fedmq.nodes.process.terminal import guess, plain, renaming_notice
+from fedmq.nodes.run.toml import setting_value
 
 LONGEST_TEXT = 2000
 """Characters of an error, at most."""
@@ -42,6 +43,21 @@ settings_option = click.option(
     multiple=True,
     help="Set a configuration key; repeatable.",
 )
+
+
+def named_limits(settings: Sequence[str]) -> dict[str, Any]:
+    """Return the table ``broker.limits`` of some ``NAME=VALUE``.
+
+    Raises:
+        ConfigError: one of them has no value.
+    """
+    table = {}
+    for setting in settings:
+        name, equals, text = setting.partition("=")
+        if not equals:
+            raise ConfigError(f"--limit {setting}: expected NAME=VALUE, such as nodes=1000")
+        table[name.strip()] = setting_value(text.strip())
+    return table
 
 
 class UsageSentence(click.UsageError):

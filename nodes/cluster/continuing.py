@@ -20,9 +20,10 @@ from fedmq.broker.core.state import Continuation
 from fedmq.nodes.cluster.view import closing_table
 from fedmq.nodes.errors import ConfigError
 from fedmq.nodes.history.run import RunHistory
-from fedmq.nodes.run.config import NONE, Config, changed, load, parse
+from fedmq.nodes.run.config import Config, changed, load, parse
 from fedmq.nodes.run.config_difference import Differences, differences, shown
 from fedmq.nodes.run.goal import Goal
+from fedmq.nodes.run.toml import NONE
 from fedmq.nodes.run_folder.folder import (
     Contents,
     held,

@@ -8,16 +8,24 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tomli_w
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, ValidationError
+from pydantic.dataclasses import dataclass as checked_dataclass
 
 from fedmq.algorithms.allowed import NOTHING, Allowed, installed
 from fedmq.algorithms.errors import AlgorithmError
 from fedmq.algorithms.hyperparameters import fault_of
-from fedmq.broker.settings import LEAST_RETAIN_BYTES, BrokerSettings, LedgerSettings
+from fedmq.broker.settings import (
+    LEAST_RETAIN_BYTES,
+    BrokerSettings,
+    InvalidLimit,
+    LedgerSettings,
+    Limits,
+)
 from fedmq.broker.wire.addresses import name_fault
 from fedmq.nodes.errors import ConfigError
 from fedmq.nodes.process.exception_text import reason_of
@@ -28,7 +36,15 @@ from fedmq.nodes.run.numbers import (
     check_retain,
     check_types,
 )
-from fedmq.nodes.run.toml import parse_toml, read_toml, rename_key, rename_keys
+from fedmq.nodes.run.toml import (
+    parse_toml,
+    read_toml,
+    rename_key,
+    rename_keys,
+    setting_value,
+    with_none_words,
+    without_none_words,
+)
 
 DEFAULT: Mapping[str, Mapping[str, Any]] = {
     "problem": {"name": "mnist-mini"},
@@ -44,8 +60,6 @@ _OLD_BIND = "tcp://127.0.0.1:0"
 _DEVICE = r"^(auto|cpu|cuda(:\d+)?)$"
 _FORMS = {_DEVICE: "auto, cpu, cuda or cuda:N"}
 """What a text that must match a pattern looks like, in words."""
-NONE = "none"
-"""The word for null, which TOML does not have, for example ``batch_size = "none"``."""
 
 
 class _Table(BaseModel):
@@ -130,6 +144,11 @@ class WorkerTable(StragglingTable):
         return StragglingTable.model_validate(general | special)
 
 
+@checked_dataclass(frozen=True, config=ConfigDict(extra="forbid"))
+class LimitsTable(Limits):
+    """``[broker.limits]``: see `Limits`."""
+
+
 class BrokerTable(_Table):
     """``[broker]``.
 
@@ -147,6 +166,7 @@ class BrokerTable(_Table):
         after which the task is dead-lettered.
     share_files: nodes on the broker's host read blobs from its ledger's files instead of the
         socket, if file permissions allow it.
+    limits: what peers can make the broker use.
     """
 
     lease_s: Annotated[float, Field(gt=0, le=_LONGEST_S)] = 10.0
@@ -159,6 +179,7 @@ class BrokerTable(_Table):
     ] = "everything"
     deliveries: Annotated[int, Field(ge=1)] = 5
     share_files: bool = True
+    limits: LimitsTable = LimitsTable()
 
     @property
     def listens_at(self) -> str | None:
@@ -170,8 +191,9 @@ class BrokerTable(_Table):
         return None if self.bind == _OLD_BIND else self.bind
 
     def settings(self) -> BrokerSettings:
-        """Return the broker's timeouts and delivery limit."""
-        return BrokerSettings(self.lease_s, self.heartbeat_s, self.deliveries)
+        """Return the broker's timeouts and limits."""
+        limits = Limits(**asdict(self.limits))
+        return BrokerSettings(self.lease_s, self.heartbeat_s, self.deliveries, limits)
 
     def ledger_settings(self) -> LedgerSettings:
         """Return the ledger's durability and retention."""
@@ -203,7 +225,7 @@ class Config(_Table):
 
     def to_toml(self) -> str:
         """Return the configuration as complete TOML, which `parse` reads."""
-        return tomli_w.dumps(_without_none(self.model_dump()))
+        return tomli_w.dumps(with_none_words(self.model_dump()))
 
 
 def load(path: Path | None, settings: Sequence[str] = (), *, recorded: bool = False) -> Config:
@@ -281,7 +303,7 @@ def build(given: Mapping[str, Any]) -> Config:
 
 
 def _checked(given: Mapping[str, Any]) -> Config:
-    tables = dict(_none_words(given))
+    tables = dict(without_none_words(given))
     for table, default in DEFAULT.items():
         chosen = tables.get(table, {})
         if not isinstance(chosen, dict):
@@ -316,6 +338,8 @@ def describe(error: ValidationError, table: str, keys: Mapping[str, Sequence[str
             close += [f"{other}.{name}" for other in keys if other and name in keys[other]]
             guess = f" (did you mean {close[0]!r}?)" if close else ""
             return f"unknown key {where!r}{guess}; choose from {', '.join(choices)}"
+        case "dataclass_type":
+            return f"{where}: expected a table, got {first['input']!r:.200}"
         case "missing" | "missing_argument":
             return f"{where}: expected a value, it is missing"
         case "string_pattern_mismatch":
@@ -323,6 +347,9 @@ def describe(error: ValidationError, table: str, keys: Mapping[str, Sequence[str
             form = _FORMS.get(pattern, f"text that matches {pattern}")
             return f"{where}: expected {form}, got {first['input']!r:.200}"
         case _:
+            error_itself = first.get("ctx", {}).get("error")
+            if isinstance(error_itself, InvalidLimit):
+                where = f"{where}.{error_itself.name}"
             return f"{where}: {fault_of(first)}"
 
 
@@ -347,33 +374,12 @@ def _apply(given: dict[str, Any], setting: str) -> None:
     table[parts[-1]] = setting_value(text.strip())
 
 
-def setting_value(text: str) -> Any:
-    """Read a TOML value; other text is a string."""
-    try:
-        return parse_toml(f"value = {text}", text)["value"]
-    except ConfigError:
-        return text
-
-
-def _none_words(value: Any) -> Any:
-    if isinstance(value, int) and abs(value) >= 1 << 63:
-        raise ConfigError(f"expected numbers of at most 64 bits, got one of {value.bit_length()}")
-    if isinstance(value, dict):
-        return {key: _none_words(each) for key, each in value.items()}
-    return None if value == NONE else value
-
-
-def _without_none(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _without_none(each) for key, each in value.items()}
-    return NONE if value is None else value
-
-
 def _keys(model: type[BaseModel]) -> dict[str, Sequence[str]]:
     keys: dict[str, Sequence[str]] = {"": tuple(model.model_fields)}
     for name, field in model.model_fields.items():
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
             keys[name] = tuple(field.annotation.model_fields)
+    keys["broker.limits"] = tuple(each.name for each in fields(Limits))
     return keys
 
 

@@ -6,7 +6,7 @@ import tomllib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from fedmq.nodes.run.config import NONE
+from fedmq.nodes.run.toml import NONE
 
 _SHOWN = 10
 """Number of keys that the text names."""

@@ -14,6 +14,8 @@ import click
 from fedmq.nodes.errors import ConfigError
 from fedmq.nodes.process.terminal import renaming_notice
 
+NONE = "none"
+"""The word for null, which TOML does not have, for example ``batch_size = "none"``."""
 RENAMED_KEYS: Mapping[str, str] = {"broker.beat_s": "broker.heartbeat_s"}
 """New names of keys by their names in the last release, which work for one release more."""
 
@@ -111,3 +113,31 @@ def rename_key(key: str) -> str:
 @functools.cache  # prints once in a process, which may read one configuration twice
 def _print_notice(old: str) -> None:
     click.echo(renaming_notice(old, RENAMED_KEYS[old]), err=True)
+
+
+def without_none_words(value: Any) -> Any:
+    """Return a value of a configuration with None for each `NONE`.
+
+    Raises:
+        ConfigError: a number has more than 64 bits.
+    """
+    if isinstance(value, int) and abs(value) >= 1 << 63:
+        raise ConfigError(f"expected numbers of at most 64 bits, got one of {value.bit_length()}")
+    if isinstance(value, dict):
+        return {key: without_none_words(each) for key, each in value.items()}
+    return None if value == NONE else value
+
+
+def with_none_words(value: Any) -> Any:
+    """Return a value of a configuration with `NONE` for each None."""
+    if isinstance(value, dict):
+        return {key: with_none_words(each) for key, each in value.items()}
+    return NONE if value is None else value
+
+
+def setting_value(text: str) -> Any:
+    """Read a TOML value; other text is a string."""
+    try:
+        return parse_toml(f"value = {text}", text)["value"]
+    except ConfigError:
+        return text

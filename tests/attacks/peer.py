@@ -200,6 +200,34 @@ GREETING = b"\xff\x00\x00\x00\x00\x00\x00\x00\x01\x7f\x03\x01NULL".ljust(64, b"\
 """A ZMTP 3.1 greeting of a client with the NULL mechanism."""
 
 
+def shake_hands(raw, **properties):
+    """Do the handshake of a NULL client by hand; properties may be any, such as ``User_Id``.
+
+    Raises:
+        OSError: the broker has closed the connection.
+    """
+    raw.sendall(GREETING)
+    _read(raw, len(GREETING))
+    raw.sendall(ready(Socket_Type=b"DEALER", Identity=b"", **properties))
+    _, size = _read(raw, 2)
+    _read(raw, size)
+
+
+def say(raw, header):
+    """Send a message of one short part."""
+    raw.sendall(bytes([0, len(header)]) + header)
+
+
+def _read(raw, size):
+    data = b""
+    while len(data) < size:
+        more = raw.recv(size - len(data))
+        if not more:
+            raise ConnectionResetError("the broker has closed the connection")
+        data += more
+    return data
+
+
 def ready(**properties):
     """Return a READY command with any properties, also ones that libzmq would not send."""
     body = b"\x05READY"

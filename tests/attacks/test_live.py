@@ -12,7 +12,7 @@ import zmq
 from fedmq.broker.rejections import Code, RejectCode
 from fedmq.broker.settings import BrokerSettings
 from tests.attacks.live import BEAT_S, LEASE_S, LiveRun, living
-from tests.attacks.peer import GREETING, VERSION, digest, ready, session_id, tcp
+from tests.attacks.peer import VERSION, digest, say, session_id, shake_hands, tcp
 from tests.attacks.world import MALLORY, outcome
 
 pytestmark = pytest.mark.end_to_end
@@ -162,24 +162,19 @@ def test_a_second_connection_with_the_routing_id_of_another_gets_nothing(run):
 
 def test_metadata_of_a_handshake_proves_nothing(run):
     """A hand-written client claims a User-Id in its READY command."""
-    with tcp(run.endpoint) as raw:
-        raw.sendall(GREETING)
-        raw.sendall(ready(Socket_Type=b"DEALER", Identity=b"", User_Id=b"aggregator"))
-        header = msgpack.packb(
-            {"v": VERSION, "kind": "hello", "node": "aggregator", "role": "aggregator"}
-            | {"session": session_id(), "run": "r", **HELLO}
-        )
-        with contextlib.suppress(OSError):
-            raw.sendall(bytes([0, len(header)]) + header)
+    header = msgpack.packb(
+        {"v": VERSION, "kind": "hello", "node": "aggregator", "role": "aggregator"}
+        | {"session": session_id(), "run": "r", **HELLO}
+    )
+    heard = b""
+    with tcp(run.endpoint) as raw, contextlib.suppress(OSError):
         raw.settimeout(2.0)
-        heard = b""
-        with contextlib.suppress(OSError):
-            while more := raw.recv(1 << 16):
-                heard += more
-                if b"reject" in heard:
-                    break
-        assert b"welcome" not in heard
-        assert (b"reject" in heard) == (run.ring is None)
+        shake_hands(raw, User_Id=b"aggregator", Peer_Address=b"127.0.0.1")
+        say(raw, header)
+        while b"reject" not in heard:
+            heard += raw.recv(1 << 16)
+    assert b"welcome" not in heard
+    assert (b"reject" in heard) == (run.ring is None)  # with keys, it fails at the handshake
     run.goes_on()
 
 

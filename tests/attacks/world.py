@@ -122,6 +122,7 @@ class World:
         wires: connections by routing id; a later one with the same id replaces the earlier.
         logs: (event, fields) of what the broker logged.
         access: who may connect.
+        charged: number of posts that the broker counts as costly.
         closed: routing ids of the connections that the broker closed.
         not_reading: routing ids of the connections that do not read what they are sent.
         validates: whether the core checks its state after each turn.
@@ -134,6 +135,7 @@ class World:
         self.wires = {}
         self.logs = []
         self.closed = []
+        self.charged = 0
         self.not_reading = set()
         self.validates = True
         known = {
@@ -233,10 +235,7 @@ class World:
         return peer not in self.not_reading
 
     def charge(self, peer):
-        pass
-
-    def forget(self, peer):
-        pass
+        self.charged += 1
 
     def is_up(self, peer):
         wire = self.wires.get(peer)
