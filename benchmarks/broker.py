@@ -5,7 +5,7 @@ guarantees: no ledger, acknowledgments, sessions or digests. They are ZeroMQ's o
 a relay in Python that copies, and two TCP connections with a relay between them.
 
     python benchmarks/broker.py [--json FILE] [--only small,1mb,7mb,100mb,fanout,latency,recording,
-                                power] [--large]
+                                power,curve] [--large]
 
 small, 1mb, 7mb, 100mb: a stream from one node to another; each large message has new bytes.
 fanout: one model sent to many workers, one of which stops half-way: the relay's memory over
@@ -13,6 +13,8 @@ fanout: one model sent to many workers, one of which stops half-way: the relay's
 latency: round trips of small messages while large ones stream through the same broker.
 recording: streams of new and of repeated payloads, against a broker without a ledger.
 power: streams under durability `power`, against `process`; the device's syncs set the ratio.
+curve: streams encrypted with CURVE, against plain ones; blobs over the sockets, and with local_7mb
+    from the ledger's files.
 3gb: a 3 GB model through the real aggregator and workers, with --large only: the peak memory
     of each in model sizes, of the broker over idle, and the time including start-up.
 """
@@ -29,10 +31,12 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 from rich.console import Console
 
+from fedmq.broker.access.curve import KeyPair, NodeKeys
 from fedmq.broker.ledger.entries import Ended
 from fedmq.broker.ledger.reader import read_entries
 from fedmq.broker.wire.addresses import AGGREGATOR
@@ -75,7 +79,9 @@ LARGE_BROKER_MB = 200.0
 SPARE_BYTES = 1_500 * MB
 POWER = {"small": 100, "1mb": MB}
 """By case: bytes of a message."""
-CASES = (*STREAMS, "fanout", "latency", "recording", "power", "3gb")
+CURVE = {name: (size, False) for name, (size, _) in STREAMS.items()} | {"local_7mb": (7 * MB, True)}
+"""By case: bytes of a message, and whether nodes read blobs from the ledger's files."""
+CASES = (*STREAMS, "fanout", "latency", "recording", "power", "curve", "3gb")
 Program = Callable[..., None]
 
 
@@ -83,14 +89,25 @@ def stream(kind: str, size: int, seconds: float, distinct: int | None = None) ->
     """Return the messages per second of one stream through a broker, the proxy or TCP."""
     with ProcessGroup() as group:
         timeout = WAIT_S + 2 * seconds
-        if kind in ("fedmq", "recorded", "without_ledger", "power"):
+        if kind in ("fedmq", "recorded", "without_ledger", "power", "curve", "curve_files"):
             server = broker_without_ledger.broker if kind == "without_ledger" else broker
             # Without a ledger there are no files to read blobs from: both sides use sockets only.
-            named = {"recorded": {"share_files": False}, "power": {"durability": "power"}}
+            named: dict[str, Any] = {"share_files": kind not in ("recorded", "curve")}
+            if kind == "power":
+                named["durability"] = "power"
+            source = sink = None
+            if kind.startswith("curve"):
+                named["own"] = own = KeyPair.new()
+                source, sink = (NodeKeys(KeyPair.new(), own.public) for _ in range(2))
+                named["admitted"] = [source.own.public, sink.own.public]
+            if server is broker_without_ledger.broker:
+                named = {}
             ledger = str(group.folder / "ledger")
-            endpoint, _ = group.start(server, ledger, **named.get(kind, {})).receive()
-            group.start(send_fedmq, endpoint, ["client/0", AGGREGATOR], size, distinct)
-            receiver = group.start(receive_fedmq, endpoint, "client/0", AGGREGATOR, size, seconds)
+            endpoint, _ = group.start(server, ledger, **named).receive()
+            group.start(send_fedmq, endpoint, ["client/0", AGGREGATOR], size, distinct, keys=source)
+            receiver = group.start(
+                receive_fedmq, endpoint, "client/0", AGGREGATOR, size, seconds, keys=sink
+            )
         elif kind == "proxy":
             front, back = group.start(zmq_relays.proxy).receive()
             group.start(zmq_relays.send_zmq, front, [], size)
@@ -139,6 +156,20 @@ def power(report: Report, options: argparse.Namespace) -> None:
         synced, unsynced = (statistics.median(found) * scale for found in rates.values())
         unit = "messages/s" if is_small(size) else "MB/s"
         report.add(f"power.{name}", synced, unit, reference=unsynced)
+
+
+def curve(report: Report, options: argparse.Namespace) -> None:
+    """Compare encrypted streams with plain ones; repetitions alternate, as in `streams`."""
+    for name, (size, files) in CURVE.items():
+        kinds = ("curve_files", "fedmq") if files else ("curve", "recorded")
+        rates: dict[str, list[float]] = {kind: [] for kind in kinds}
+        for _ in range(options.repeats):
+            for kind, found in rates.items():
+                found.append(stream(kind, size, options.seconds))
+        scale = 1 if is_small(size) else size / MB
+        encrypted, plain = (statistics.median(found) * scale for found in rates.values())
+        unit = "messages/s" if is_small(size) else "MB/s"
+        report.add(f"curve.{name}", encrypted, unit, reference=plain)
 
 
 @dataclass
@@ -307,6 +338,7 @@ def main() -> int:
         "latency": latency,
         "recording": recording,
         "power": power,
+        "curve": curve,
         "3gb": large,
     }
     report = Report()

@@ -12,6 +12,7 @@ from pathlib import Path
 from unittest import mock
 
 from harness import send_json
+from peers import let_nodes_talk
 
 from fedmq.broker.ledger import blob_store, writer
 from fedmq.broker.ledger.segment_writer import Segment
@@ -30,6 +31,7 @@ def _count(segment: Segment, buffers: Sequence[Buffer]) -> None:
 
 def broker(pipe: Connection, folder: str) -> None:
     """Serve; report the endpoint."""
+    let_nodes_talk()
     with (
         mock.patch.object(Segment, "_write", _count),
         mock.patch.object(blob_store, "_RECENT_BYTES", _IN_FLIGHT_BYTES),

@@ -14,17 +14,27 @@ from typing import Any
 from harness import distinct, is_small, memory, pace, send_json, time_receiver, time_round_trips
 
 from fedmq.algorithms.allowed import Allowed
+from fedmq.broker.access import rights
+from fedmq.broker.access.access_file import AccessFile
+from fedmq.broker.access.broker_keys import BrokerKeys
+from fedmq.broker.access.curve import KeyPair, NodeKeys
 from fedmq.broker.errors import LinkClosed
 from fedmq.broker.link.events import Delivery
 from fedmq.broker.link.node_link import NodeLink
 from fedmq.broker.router import BrokerServer
 from fedmq.broker.settings import BrokerSettings, Durability, LedgerSettings
-from fedmq.broker.wire.addresses import AGGREGATOR, BROKER, WORKER
+from fedmq.broker.wire.addresses import AGGREGATOR, BROKER, CLIENT, WORKER
 from fedmq.broker.wire.schema import Blob, Buffer, Hello, Message
 
 RUN = "benchmark"
 OWN_CODE = Allowed(modules=frozenset({"rounds"}))
 CLIENTS = 1024
+
+
+def let_nodes_talk() -> None:
+    """Let the nodes of a broker in this process post messages that nobody asked for."""
+    for role, to in ((WORKER, AGGREGATOR), (WORKER, CLIENT), (AGGREGATOR, CLIENT)):
+        rights.POSTS[role, "benchmark", to] = False
 
 
 def broker(
@@ -33,10 +43,20 @@ def broker(
     *,
     share_files: bool = True,
     durability: Durability = "process",
+    own: KeyPair | None = None,
+    admitted: Sequence[str] = (),
 ) -> None:
-    """Serve; report the endpoint."""
+    """Serve; report the endpoint. With a key of its own, admit the public keys of nodes."""
+    let_nodes_talk()
     settings = LedgerSettings(durability, share_files=share_files)
-    server = BrokerServer("tcp://127.0.0.1:0", Path(folder), BrokerSettings(), settings)
+    keys = None
+    if own is not None:
+        access = AccessFile(Path(folder).parent / "keys")
+        for number, key in enumerate(admitted):
+            access.authorize(rights.Rights(name=f"node-{number}", key=key, read_files=True))
+        keys = BrokerKeys(own, access)
+    endpoint = "tcp://127.0.0.1:0"
+    server = BrokerServer(endpoint, Path(folder), BrokerSettings(), settings, keys=keys)
     send_json(pipe, [server.endpoint, server.endpoint])
     server.serve()
 
@@ -44,7 +64,7 @@ def broker(
 class Peer:
     """A node with one address: the aggregator's or a client's."""
 
-    def __init__(self, endpoint: str, address: str) -> None:
+    def __init__(self, endpoint: str, address: str, keys: NodeKeys | None = None) -> None:
         self.name = address.replace("client/", "worker-")
         session = f"{os.getpid()}-{time.time_ns()}"
         if address == AGGREGATOR:
@@ -54,7 +74,7 @@ class Peer:
         else:
             client = int(address.removeprefix("client/"))
             hello = Hello(node=self.name, role=WORKER, session=session, clients=((client, client),))
-        self.link = NodeLink.connect(endpoint, hello)
+        self.link = NodeLink.connect(endpoint, hello, keys)
         self.link.welcome()
         self._ids = itertools.count()
 
@@ -92,14 +112,19 @@ class Peer:
 
 
 def send_fedmq(
-    _pipe: Connection, endpoint: str, to: list[str], size: int, repeated: int | None = None
+    _pipe: Connection,
+    endpoint: str,
+    to: list[str],
+    size: int,
+    repeated: int | None = None,
+    keys: NodeKeys | None = None,
 ) -> None:
     """Send a stream; ``to`` holds the receiver's address and the sender's own.
 
     Every large message has new bytes; with ``repeated``, the stream cycles through that many.
     """
     receiver, own = to
-    peer = Peer(endpoint, own)
+    peer = Peer(endpoint, own, keys)
     window, batch, _ = pace(size)
     buffers = distinct(size, repeated or window + 1)
     fixed = {"x": bytes(next(buffers))}
@@ -121,10 +146,16 @@ def send_fedmq(
 
 
 def receive_fedmq(
-    pipe: Connection, endpoint: str, own: str, sender: str, size: int, seconds: float
+    pipe: Connection,
+    endpoint: str,
+    own: str,
+    sender: str,
+    size: int,
+    seconds: float,
+    keys: NodeKeys | None = None,
 ) -> None:
     """Receive and time a stream."""
-    peer = Peer(endpoint, own)
+    peer = Peer(endpoint, own, keys)
     _, _, credit = pace(size)
     taken: list[int] = []
 

@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING
 
 __all__ = [
     "Accepted",
+    "AccessError",
     "Blob",
     "Broker",
     "BrokerError",
@@ -38,6 +39,7 @@ __all__ = [
 if TYPE_CHECKING:
     from fedmq.broker.core.broker import Broker
     from fedmq.broker.errors import (
+        AccessError,
         BrokerError,
         BrokerFailed,
         EndpointError,
@@ -69,7 +71,7 @@ else:
         __name__,
         {
             "fedmq.broker.core.broker": "Broker",
-            "fedmq.broker.errors": "BrokerError BrokerFailed EndpointError GaveUp "
+            "fedmq.broker.errors": "AccessError BrokerError BrokerFailed EndpointError GaveUp "
             "LedgerDamage LedgerError LinkClosed NoSpace NotKept "
             "Rejected RunOver UnresolvedError VersionError WireError",
             "fedmq.broker.inspection.trace": "Trace",

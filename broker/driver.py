@@ -8,7 +8,7 @@ wait until it is written. What differs between a real and a virtual broker is be
 from __future__ import annotations
 
 import math
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -38,6 +38,7 @@ from fedmq.broker.core.events import (
 )
 from fedmq.broker.core.state import Continuation
 from fedmq.broker.errors import BrokerFailed, LedgerDamage, LedgerError, NoSpace
+from fedmq.broker.file_modes import restrict_folder
 from fedmq.broker.ledger.disk import LOCAL_DISK, Disk
 from fedmq.broker.ledger.entries import BlobName
 from fedmq.broker.ledger.writer import Ledger
@@ -47,12 +48,10 @@ from fedmq.broker.settings import BrokerSettings, LedgerSettings, Limits
 from fedmq.broker.wire.clock import Clock
 from fedmq.broker.wire.encoding import encode_frame
 from fedmq.broker.wire.schema import Buffer, Chunk, Deliver
+from fedmq.broker.wire.send_queues import ChunkQueue
 
 FULL_RETRY_S = 0.25
 """Time between two attempts to write to a full disk, in seconds."""
-CHUNKS_WAITING = 64
-"""Most requested chunks that wait until their connection has read others: more than a node of ours
-requests at a time. It requests again what is dropped."""
 ACCESS_EACH_S = 0.5
 """Time between two looks whether the keys or their rights have changed, in seconds."""
 _MOST_READS = 5
@@ -121,8 +120,7 @@ class BrokerDriver:
         self._log = LimitedLog(port.log, clock, log_lines_per_s)
         self._sends: list[SendTo] = []
         """Frames of this turn, to be sent once the ledger has been written."""
-        self._chunks: dict[bytes, deque[SendTo]] = {}
-        """By connection: chunks that it has requested, and that wait until it has read others."""
+        self._chunks: ChunkQueue[SendTo] = ChunkQueue(port.has_room)
         self._held: list[SendTo] | None = None
         """While the disk is full: frames to send once the ledger has been written."""
         self._retry_at = 0.0
@@ -182,7 +180,13 @@ class BrokerDriver:
             draw_identity=draw_identity,
         )
         lines_per_s = settings.limits.log_lines_per_s
-        return cls(core, ledger, port, clock, ledger_settings, access, lines_per_s)
+        if reason := restrict_folder(folder):
+            port.log("warning", "other users may be able to read the ledger", {"reason": reason})
+        try:
+            return cls(core, ledger, port, clock, ledger_settings, access, lines_per_s)
+        except (OSError, ValueError):
+            ledger.close()
+            raise
 
     @property
     def deadline(self) -> float | None:
@@ -253,34 +257,16 @@ class BrokerDriver:
             self._retry(now)
         sends, self._sends = self._sends, []
         for send in sends:
-            if not isinstance(send.frame, Chunk) or self._may_send_chunk(send):
+            if not isinstance(send.frame, Chunk) or self._chunks.may_go(send.peer, send):
                 self._send(send)
         if self._chunks:
-            self._send_chunks()
+            for send in self._chunks.ready():
+                self._send(send)
 
     @property
     def has_chunks(self) -> bool:
         """Return whether chunks wait until their connections have read others."""
         return bool(self._chunks)
-
-    def _may_send_chunk(self, send: SendTo) -> bool:
-        """Return whether a chunk can be sent now; otherwise queue it."""
-        waiting = self._chunks.get(send.peer)
-        if waiting is None and self._port.has_room(send.peer):
-            return True
-        if waiting is None:
-            waiting = self._chunks[send.peer] = deque()
-        if len(waiting) < CHUNKS_WAITING:
-            waiting.append(send)
-        return False
-
-    def _send_chunks(self) -> None:
-        """Read and send requested chunks, to the connections that read what they get."""
-        for peer, waiting in list(self._chunks.items()):
-            while waiting and self._port.has_room(peer):
-                self._send(waiting.popleft())
-            if not waiting:
-                del self._chunks[peer]
 
     def close(self) -> None:
         """Write what is queued, and close the ledger."""

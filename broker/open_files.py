@@ -1,16 +1,18 @@
 """The limit of open files, and a part of it that connections cannot use.
 
 libzmq accepts connections until the limit is reached; then a broker could not open its next file.
-So the limit that applies is a little lower than the process may set, and is raised only while a
-file is opened that the broker needs.
+So the limit that applies is a little lower than the process may set, and is raised for the moment
+in which the broker opens a file of its own. (libzmq can accept one connection in that moment.)
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import resource
 from collections.abc import Iterator
+from pathlib import Path
 
 _OPEN = "/dev/fd"
 _UNLIMITED = 1 << 30
@@ -33,32 +35,46 @@ def reserve_files(number: int) -> None:
             resource.setrlimit(resource.RLIMIT_NOFILE, (limit, most))
 
 
-@contextlib.contextmanager
-def use_reserve() -> Iterator[None]:
-    """Let this process open files up to the hard limit, for a moment."""
-    limit, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if limit == most:
-        yield
-        return
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+def open_file(path: Path, flags: int, mode: int = 0o600) -> int:
+    """Open a file as `os.open` does, with the reserve if connections have taken all other files.
+
+    Raises:
+        OSError: it cannot be opened.
+    """
     try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, most))
+        return os.open(path, flags, mode)
+    except OSError as error:
+        if error.errno != errno.EMFILE:
+            raise
+    with _whole_limit():
+        return os.open(path, flags, mode)
 
 
 def files_left(reserved: int) -> int:
     """Return the number of files that can be opened without touching the reserve.
 
     It takes time in proportion to the number of open files.
+
+    Raises:
+        OSError: the open files cannot be counted: there are too many.
     """
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     if most == resource.RLIM_INFINITY:
         return _UNLIMITED
-    with use_reserve(), os.scandir(_OPEN) as found:
+    with os.scandir(_OPEN) as found:
         used = sum(1 for _ in found)
     return most - _capped(reserved, most) - used
 
 
 def _capped(reserved: int, most: int) -> int:
     return min(reserved, most // _PART)
+
+
+@contextlib.contextmanager
+def _whole_limit() -> Iterator[None]:
+    limit, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, most))

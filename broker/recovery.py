@@ -40,7 +40,7 @@ from fedmq.broker.ledger.entries import (
 )
 from fedmq.broker.ledger.manifest import check_entries
 from fedmq.broker.ledger.writer import Ledger
-from fedmq.broker.settings import EVERYTHING, BrokerSettings, Durability
+from fedmq.broker.settings import EVERYTHING, BrokerSettings, Durability, Retained
 from fedmq.broker.wire.addresses import (
     AGGREGATOR,
     BROKER,
@@ -313,7 +313,7 @@ def open_broker(
     *,
     durability: Durability = "process",
     disk: Disk = LOCAL_DISK,
-    retain_bytes: int | None = EVERYTHING,
+    retain_bytes: Retained = EVERYTHING,
     redeliver_dead_letters: bool = False,
     continuation: Continuation | None = None,
     draw_identity: Callable[[], str] = random_identity,

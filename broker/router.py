@@ -122,6 +122,8 @@ class RouterPort:
             self._connections.read_events()
         if self._door is not None and self._door.socket in ready:
             self._door.answer()
+            if (refused := self._door.refused(time.monotonic())) is not None:
+                self.log("warning", "refused a key without rights here", refused._asdict())
 
     def tidy(self) -> None:
         """Close the connections that must go; call it at the end of a turn."""

@@ -8,8 +8,12 @@ from typing import Literal
 
 Durability = Literal["process", "power"]
 
-EVERYTHING = None
+Retained = int | Literal["headers"] | None
+"""Payload that a ledger keeps: see `Ledger`."""
+EVERYTHING: Retained = None
 """Retention: delete nothing."""
+HEADERS: Retained = "headers"
+"""Retention: as 0, and no payload of a run that has ended."""
 
 LEAST_SEGMENT_BYTES = 4 << 20
 """A broker would begin smaller segments many times a second: one batch writes up to 2 MiB."""
@@ -35,8 +39,8 @@ class Limits:
     clients: clients in the Hello of one node.
     sessions: live sessions from one address of another host, or with one key.
     waiting: connections that wait for a run that has not started.
-    joins_per_s: sessions that one node may begin, on average; and twenty times as many that the
-        nodes of one address of another host, or of one key, may begin.
+    joins_per_s: sessions that one node may begin, on average; the nodes of one address of another
+        host, or of one key, may begin twenty times as many.
     messages_per_s, bytes_per_s: that one connection may send; more waits.
     costly_per_s: Hellos, unreadable frames and rejected posts of one connection; more waits.
     held_bytes, held_bytes_total: of posts whose blobs have not arrived, by node and in all.
@@ -90,6 +94,7 @@ class BrokerSettings:
         the message is dead-lettered.
     limits: what peers can make it use.
     only_run: id of the one run that it serves; "" serves any.
+    once: whether it serves only the runs in its ledger, or else the first one that is opened.
     """
 
     lease_s: float = 10.0
@@ -97,6 +102,7 @@ class BrokerSettings:
     deliveries: int = 5
     limits: Limits = Limits()
     only_run: str = ""
+    once: bool = False
 
 
 @dataclass(frozen=True)
@@ -111,6 +117,6 @@ class LedgerSettings:
     """
 
     durability: Durability = "process"
-    retain_bytes: int | None = EVERYTHING
+    retain_bytes: Retained = EVERYTHING
     redeliver_dead_letters: bool = False
     share_files: bool = True

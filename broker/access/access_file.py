@@ -18,7 +18,7 @@ from msgspec.structs import replace
 from fedmq.broker.access.curve import KeyPair, key_bytes
 from fedmq.broker.access.private_files import (
     locked,
-    make_private_folder,
+    make_key_folder,
     read_private,
     replace_private,
 )
@@ -39,6 +39,8 @@ class _Content(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     format: int = _FORMAT
     keys: tuple[Rights, ...] = ()
     invites: tuple[Invite, ...] = ()
+    revoked: tuple[Rights, ...] = ()
+    """Rights of revoked keys, which a new key may take over."""
 
 
 class AccessFile:
@@ -84,7 +86,7 @@ class AccessFile:
             if any(rights.key == key for rights in content.keys) and key in found.enrolled:
                 return content
             _check_open(found, key, now)
-            taken = {rights.name for rights in _all_rights(content)}
+            taken = {rights.name for rights in (*_all_rights(content), *content.revoked)}
             names = (f"{found.rights.name}-{number}" for number in itertools.count(1))
             name = next(name for name in names if name not in taken)
             used = replace(found, uses=found.uses - 1, enrolled=(*found.enrolled, key))
@@ -111,12 +113,15 @@ class AccessFile:
             if same and same[0].key == rights.key:
                 new = replace(rights, replaces=same[0].replaces)
                 return replace(content, keys=_swapped(content.keys, same[0], new))
-            return replace(content, keys=(*content.keys, rights))
+            again = tuple(each for each in content.revoked if each.key != rights.key)
+            return replace(content, keys=(*content.keys, rights), revoked=again)
 
         self._edit(add)
 
     def replace(self, name: str, key: str) -> Rights:
         """Give the name, the rights and the nodes of a key to a new one; return its rights.
+
+        The old key may have been revoked before; otherwise it is now.
 
         Raises:
             AccessError: no key has this name, the new key is invalid or in use, or the file cannot
@@ -124,11 +129,15 @@ class AccessFile:
         """
 
         def swap(content: _Content) -> _Content:
-            old = next((each for each in content.keys if each.name == name), None)
+            choices = (*content.keys, *content.revoked)
+            old = next((each for each in choices if each.name == name), None)
             if old is None:
-                raise AccessError(f"no key has the name {name!r}: {_named(content.keys)}")
+                raise AccessError(f"no key has the name {name!r}: {_named(choices)}")
             new = replace(old, key=key, replaces=(*old.replaces, old.key))
-            return replace(content, keys=_swapped(content.keys, old, new))
+            if old in content.keys:
+                return replace(content, keys=_swapped(content.keys, old, new))
+            revoked = tuple(each for each in content.revoked if each is not old)
+            return replace(content, keys=(*content.keys, new), revoked=revoked)
 
         return next(each for each in self._edit(swap).keys if each.name == name)
 
@@ -146,10 +155,13 @@ class AccessFile:
                 known = _named(_all_rights(content))
                 raise AccessError(f"no key or invite is {name_or_key!r}: {known}")
             revoked.extend(found)
+            keys = [each for each in content.keys if each in found]
+            names = {each.name for each in keys}
             return replace(
                 content,
                 keys=tuple(each for each in content.keys if each not in found),
                 invites=tuple(each for each in content.invites if each.rights not in found),
+                revoked=(*(each for each in content.revoked if each.name not in names), *keys),
             )
 
         self._edit(remove)
@@ -172,11 +184,19 @@ class AccessFile:
         self._edit(lambda content: replace(content, invites=(*content.invites, new)))
         return pair
 
+    def revoked(self) -> tuple[Rights, ...]:
+        """Return the rights that revoked keys had, which `replace` may give to a new key.
+
+        Raises:
+            AccessError: see `load`.
+        """
+        return self._read().revoked
+
     # ---- the file
 
     def _edit(self, change: Callable[[_Content], _Content]) -> _Content:
         """Change the file; no other process edits it meanwhile. Return the new content."""
-        make_private_folder(self.path.parent)
+        make_key_folder(self.path.parent)
         with locked(self.path):
             before = self._read()
             after = change(before)
@@ -230,6 +250,8 @@ def _check(content: _Content) -> None:
         raise AccessError(f"expected format {_FORMAT}, got {content.format}")
     names: set[str] = set()
     keys: set[str] = set()
+    for rights in content.revoked:
+        _check_rights(rights)
     for rights in _all_rights(content):
         _check_rights(rights)
         if rights.name in names:

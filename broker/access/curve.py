@@ -25,9 +25,11 @@ class KeyPair(Struct, frozen=True):
 
     @classmethod
     def new(cls) -> KeyPair:
-        """Draw a key pair."""
-        public, secret = zmq.curve_keypair()
-        return cls(public.decode(), secret.decode())
+        """Draw a key pair; the public key begins with a letter or a digit."""
+        while True:  # a key that begins with "-" would be an option of a command
+            public, secret = (each.decode() for each in zmq.curve_keypair())
+            if public[0].isalnum():
+                return cls(public, secret)
 
     @classmethod
     def of(cls, secret: str) -> KeyPair:

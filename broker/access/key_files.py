@@ -5,6 +5,7 @@ The folder also holds ``brokers.json``: the public keys of the brokers that this
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from fedmq.broker.access.private_files import (
     check_private_folder,
     create_private,
     locked,
-    make_private_folder,
+    make_key_folder,
     read_private,
     replace_private,
 )
@@ -53,7 +54,7 @@ def new_key(folder: Path, name: str) -> KeyPair:
         AccessError: the name is invalid, the key exists, or the files cannot be written.
     """
     path = key_path(folder, name)
-    make_private_folder(folder)
+    make_key_folder(folder)
     pair = KeyPair.new()
     text = f"{_HEADER}public {pair.public}\nsecret {pair.secret}\n"
     try:
@@ -93,10 +94,14 @@ def own_key(folder: Path, name: str) -> KeyPair:
     Raises:
         AccessError: see `read_key` and `new_key`.
     """
-    try:
+    with contextlib.suppress(FileNotFoundError):
         return read_key(folder, name)
-    except FileNotFoundError:
+    try:
         return new_key(folder, name)
+    except AccessError:
+        with contextlib.suppress(FileNotFoundError):
+            return read_key(folder, name)  # another node that started now was first
+        raise
 
 
 def public_key(text: str) -> str:
@@ -163,7 +168,7 @@ def add_broker(folder: Path, address: str, key: str) -> None:
         AccessError: the key or the file is invalid, or the file cannot be written.
     """
     key_bytes(key)
-    make_private_folder(folder)
+    make_key_folder(folder)
     path = folder / BROKERS_FILE
     with locked(path):
         brokers = {**known_brokers(folder), address: key}

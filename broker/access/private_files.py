@@ -10,6 +10,7 @@ import contextlib
 import fcntl
 import os
 import pwd
+import secrets
 import shlex
 import stat
 import time
@@ -17,6 +18,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from fedmq.broker.errors import AccessError
+from fedmq.broker.file_modes import FILE_MODE, FOLDER_MODE, make_private_folder
+from fedmq.broker.open_files import open_file
 
 _MOST_BYTES = 16 << 20
 _LOCK_WAIT_S = 2.0
@@ -24,15 +27,14 @@ _LOCK_WAIT_S = 2.0
 _RETRY_S = 0.005
 
 
-def make_private_folder(folder: Path) -> None:
+def make_key_folder(folder: Path) -> None:
     """Create a folder that only this user may open, or check an existing one.
 
     Raises:
         AccessError: it cannot be created, or others may open it.
     """
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        folder.mkdir(mode=0o700, exist_ok=True)
+        make_private_folder(folder)
     except OSError as error:
         raise AccessError(f"cannot create the folder {folder}: {_text(error)}") from None
     check_private_folder(folder)
@@ -63,7 +65,7 @@ def read_private(path: Path) -> tuple[bytes, os.stat_result]:
         AccessError: it cannot be read, or others may read or write it or its folder.
     """
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a pipe would block
+        fd = open_file(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a pipe would block
     except FileNotFoundError:
         raise
     except OSError as error:
@@ -129,7 +131,7 @@ def locked(path: Path) -> Iterator[None]:
     """
     lock = path.with_name(f"{path.name}.lock")
     try:
-        fd = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        fd = open_file(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, FILE_MODE)
     except OSError as error:
         raise AccessError(f"cannot open {lock}: {_text(error)}") from None
     try:
@@ -157,11 +159,10 @@ def _lock(fd: int, path: Path) -> None:
 
 def _write_fresh(path: Path, data: bytes) -> Path:
     """Write and sync a temporary file beside a path; only this user may read it."""
-    fresh = path.with_name(f".{path.name}.{os.getpid()}.new")
+    # Not the process's id: containers that share a home folder share those.
+    fresh = path.with_name(f".{path.name}.{secrets.token_hex(8)}.new")
     try:
-        with contextlib.suppress(FileNotFoundError):
-            fresh.unlink()  # left by an earlier process with this id
-        fd = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        fd = open_file(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, FILE_MODE)
         with os.fdopen(fd, "wb") as file:
             file.write(data)
             file.flush()
@@ -172,7 +173,7 @@ def _write_fresh(path: Path, data: bytes) -> Path:
 
 
 def _sync_folder(folder: Path) -> None:
-    fd = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+    fd = open_file(folder, os.O_RDONLY | os.O_CLOEXEC)
     try:
         os.fsync(fd)
     finally:
@@ -188,7 +189,7 @@ def _check(path: Path, found: os.stat_result) -> None:
             f"`sudo chown {_user(os.geteuid())} {name}`"
         )
     if mode & 0o077:
-        wanted = 0o700 if stat.S_ISDIR(found.st_mode) else 0o600
+        wanted = FOLDER_MODE if stat.S_ISDIR(found.st_mode) else FILE_MODE
         raise AccessError(
             f"other users may open {path}: expected mode {wanted:04o}, got {mode:04o}: run "
             f"`chmod {wanted:o} {name}`"

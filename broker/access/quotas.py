@@ -8,7 +8,8 @@ from fedmq.broker.access.rights import Origin
 from fedmq.broker.settings import Limits
 
 JOINS_AT_ONCE = 20
-"""Joins of one node that its rate does not limit: a node that is restarted joins again."""
+"""Joins of one node that its rate does not limit, as when it is restarted; of a source, all of its
+sessions may begin twice."""
 _MOST_SOURCES = 10_000
 
 
@@ -65,7 +66,7 @@ class Quotas:
         if source not in self._joins:
             if len(self._joins) >= _MOST_SOURCES:
                 del self._joins[next(iter(self._joins))]
-            self._joins[source] = Bucket(self._limits.sessions)
+            self._joins[source] = Bucket(2 * self._limits.sessions)
         return self._joins[source].take(now, self._limits.joins_per_s * JOINS_AT_ONCE)
 
     def begin(self, origin: Origin) -> None:

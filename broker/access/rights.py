@@ -180,7 +180,9 @@ TABLE = (
     MayPost(WORKER, ("result", "failed", "score", ANY), (AGGREGATOR,), asked=True),
     MayPost(EVALUATOR, ("failed", "score", ANY), (AGGREGATOR,), asked=True),
 )
-"""All that nodes may post. An observer posts nothing. Only an aggregator ends its run."""
+"""All that nodes may post. An observer posts nothing."""
+ENDS_RUN = frozenset({AGGREGATOR})
+"""Roles that may end their run."""
 
 POSTS = {(row.role, kind, to): row.asked for row in TABLE for kind in row.kinds for to in row.to}
 """The table, by role, kind and address: whether the message must be an answer."""

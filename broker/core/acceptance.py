@@ -55,7 +55,7 @@ class Acceptance:
         try:
             message = decode_message(post.message)
             check_inline(message.blobs, post.inline, buffers, schema.POST_BYTES)
-            _check_message(node, message)
+            answers = _check_message(node, message)
         except WireError as error:
             rejection = Rejection(error.code, str(error))
             # Its id may be another message's: its frame identifies it, so it is rejected once.
@@ -65,7 +65,7 @@ class Acceptance:
             names = tuple(blob_name(message, blob) for blob in message.blobs)
             return RejectedPost(post, rejection, message.id, fingerprint, names)
         fingerprint = PostFingerprint.of(node.run.id, node.name, message.id, post.message)
-        return PendingPost(post, message, fingerprint)
+        return PendingPost(post, message, fingerprint, answers=answers)
 
     def is_new(self, post: PendingPost) -> bool:
         """Return whether no message with this id was accepted or rejected before."""
@@ -77,7 +77,7 @@ class Acceptance:
         The first message that it consumes must be a request to this node that it has not answered,
         and the one that it names in ``re``.
         """
-        if not _must_answer(node, post.message):
+        if not post.answers:
             return None
         asked = not _lacks_request(node, post) and self._mailboxes.read(post.frame.consumes[0])
         return None if asked and asked.read().id == post.message.re else _not_asked(node, post)
@@ -91,7 +91,11 @@ class Acceptance:
         if seen == "other":
             post = _with_used_id(node, post)
             seen = window.seen(post.fingerprint)
-        elif seen == "new" and isinstance(post, PendingPost) and _lacks_request(node, post):
+        elif (
+            seen == "new"
+            and isinstance(post, PendingPost)
+            and (post.answers and _lacks_request(node, post))
+        ):
             post = _not_asked(node, post)  # the post before it was the answer
         if seen != "same":
             window.add(post.fingerprint)
@@ -127,16 +131,8 @@ def _with_used_id(node: Node, post: PendingPost | RejectedPost) -> RejectedPost:
     return RejectedPost(post.frame, post.rejection, post.id, fingerprint, post.names)
 
 
-def _must_answer(node: Node, message: Message) -> bool | None:
-    """Return whether a message must be an answer; None if its sender may not post it."""
-    to = CLIENT if message.to.startswith(_CLIENTS) else message.to
-    return must_answer(node.hello.role, message.kind, to)
-
-
 def _lacks_request(node: Node, post: PendingPost) -> bool:
-    """Return whether a post must answer a request that its node has, and does not."""
-    if not _must_answer(node, post.message):
-        return False
+    """Return whether a post consumes no request to its node first that it could answer."""
     seq = post.frame.consumes[0] if post.frame.consumes else -1
     # What comes to the node's own address is about its messages, and asks for nothing.
     return seq >= node.sent or node.pending.get(seq) in (None, node_address(node.name))
@@ -154,8 +150,11 @@ def _not_asked(node: Node, post: PendingPost) -> RejectedPost:
     return RejectedPost(post.frame, rejection, post.message.id, fingerprint, post.names)
 
 
-def _check_message(node: Node, message: Message) -> None:
+def _check_message(node: Node, message: Message) -> bool:
     """Check that a node may post a message: its sender, run, depth; and its kind and address.
+
+    Returns:
+        Whether the message must be an answer.
 
     Raises:
         WireError: the reason for a rejection.
@@ -170,17 +169,18 @@ def _check_message(node: Node, message: Message) -> None:
         raise WireError(f"only the broker may send {message.kind!r}", Code.RESERVED_KIND)
     if is_deeper(message.body, MAX_DEPTH):
         raise WireError(f"expected a body nested at most {MAX_DEPTH} deep", Code.TOO_DEEP)
-    if _must_answer(node, message) is None:
+    to_client = message.to.startswith(_CLIENTS)
+    answers = must_answer(node.hello.role, message.kind, CLIENT if to_client else message.to)
+    if answers is None:
         if fault := _address_fault(message.to, node.run.total_clients):
             raise WireError(fault, Code.NO_ADDRESS)
         text = f"the {node.hello.role} may not post {message.kind!r} to {message.to!r}"
         raise WireError(text, Code.NOT_ALLOWED)
     if message.to == TIMER:
         timer_of(message)
-    elif message.to.startswith(_CLIENTS) and (
-        fault := _address_fault(message.to, node.run.total_clients)
-    ):
+    elif to_client and (fault := _address_fault(message.to, node.run.total_clients)):
         raise WireError(fault, Code.NO_ADDRESS)
+    return answers
 
 
 def _address_fault(address: str, clients: int) -> str:

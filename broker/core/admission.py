@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 from fedmq.broker.access.owners import is_owner, session_number
 from fedmq.broker.access.rights import Access, Origin, Rights
@@ -85,10 +85,14 @@ def malformed(hello: Hello, settings: BrokerSettings) -> Fault | None:
     if hosted > most:
         text = f"a node may host at most {most} clients (broker.limits.clients), not {hosted}"
         return RejectCode.LIMIT, text
-    if settings.only_run and hello.run not in ("", settings.only_run):
-        text = f"this broker serves run {settings.only_run} only"
-        return RejectCode.RUN, text
     return None
+
+
+def served_runs(runs: dict[str, RunState], settings: BrokerSettings) -> Collection[str]:
+    """Return the ids of the runs that the broker serves; none if it serves any."""
+    if settings.only_run:
+        return (settings.only_run,)
+    return runs.keys() if settings.once else ()
 
 
 def rights_fault(rights: Rights, hello: Hello) -> Fault | None:
@@ -125,18 +129,22 @@ def first_beyond(ranges: Iterable[Range], allowed: Sequence[Range]) -> int | Non
 
 
 def find_run(
-    runs: dict[str, RunState], hello: Hello, rights: Rights, owner: str, only_run: str
+    runs: dict[str, RunState], hello: Hello, rights: Rights, owner: str, served: Collection[str]
 ) -> RunState | Fault | None:
     """Return the run that a node belongs to.
 
     Returns None if the node must wait for a run, or (code, reason) for a rejection. For the
     aggregator of a new run, returns a new `RunState` that is not in ``runs`` yet.
     """
+    if served and hello.run and hello.run not in served:
+        names = ", ".join([*served][:MAX_NAMED])
+        what = "run" if len(served) == 1 else "the runs"
+        return RejectCode.RUN, f"this broker serves {what} {names} only"
     if hello.role == AGGREGATOR:
         known = runs.get(hello.run)
         return known or RunState(hello.run, hello.config, hello.total_clients, owner=owner)
-    if hello.run or only_run:
-        return runs.get(hello.run or only_run)
+    if hello.run or len(served) == 1:
+        return runs.get(hello.run or next(iter(served)))
     for run in runs.values():
         node = run.nodes.get(hello.node)
         if node is not None and node.hello.session == hello.session and node.owner == owner:
@@ -150,9 +158,13 @@ def find_run(
     return current[0] if current else None
 
 
-def wait_for_run(runs: dict[str, RunState], rights: Rights) -> Wait:
+def wait_for_run(runs: dict[str, RunState], rights: Rights, served: Collection[str]) -> Wait:
     """Return the answer to a node whose run does not exist: it lists the runs that it may join."""
-    joinable = [run for run in reversed(runs.values()) if may_join(rights, run.id)]
+    joinable = [
+        run
+        for run in reversed(runs.values())
+        if may_join(rights, run.id) and (not served or run.id in served)
+    ]
     if not joinable:
         return Wait(reason="no run has started yet")
     current = [run.id for run in joinable if not run.over]
@@ -173,7 +185,10 @@ def owner_fault(
     if known is not None and not is_owner(owner, rights, known.owner):
         if known.alive:
             return RejectCode.NAME, f"a node named {hello.node!r} is already connected"
-        text = f"the name {hello.node!r} belongs to another node of this run, which has left"
+        text = (
+            f"the name {hello.node!r} belongs to a node of this run that has left; start that one "
+            "with its own key (--state, or --keys), or set another name with --name"
+        )
         return RejectCode.NAME, text
     if hello.role == AGGREGATOR and run.owner and not is_owner(owner, rights, run.owner):
         return RejectCode.RUN, f"run {run.id} was opened by another key; choose another run.id"

@@ -12,8 +12,10 @@ import heapq
 import math
 from collections.abc import Callable, Sequence
 
+from fedmq.broker.access.rights import ENDS_RUN
 from fedmq.broker.core import delivery
 from fedmq.broker.core.acceptance import Acceptance
+from fedmq.broker.core.admission import served_runs
 from fedmq.broker.core.events import (
     AccessChanged,
     Action,
@@ -105,11 +107,13 @@ class Broker:
 
     @property
     def idle(self) -> bool:
-        """Return whether there were runs, all of them have ended, and no node is connected."""
-        for run in self._mailboxes.runs.values():
+        """Return whether the runs that it serves have ended, at least one, without nodes left."""
+        runs = self._mailboxes.runs
+        served = [runs[name] for name in served_runs(runs, self._settings) or runs if name in runs]
+        for run in served:
             if not run.over:
                 return False
-        return bool(self._mailboxes.runs) and not any(self._sessions.alive())
+        return bool(served) and not any(node.alive for run in served for node in run.nodes.values())
 
     def sent(self, peer: bytes, nbytes: int) -> None:
         """Count bytes that the driver has sent to a connection."""
@@ -319,7 +323,7 @@ class Broker:
         out.append(SendTo(node.peer, reply, ((name, request.start, request.size),) if here else ()))
 
     def _end_run(self, node: Node, reason: str, now: float, out: list[Action]) -> None:
-        if node.hello.role != AGGREGATOR:
+        if node.hello.role not in ENDS_RUN:
             text = "only the aggregator may end a run"
             out.append(SendTo(node.peer, _unexpected(text)))
             return

@@ -23,6 +23,7 @@ from fedmq.broker.core.admission import (
     owner_fault,
     rights_fault,
     run_limit_fault,
+    served_runs,
     wait_for_run,
     why_not,
 )
@@ -182,7 +183,7 @@ class Admissions:
             self._reject(peer, hello, fault, out)
             return
         owner = owner_of(origin.key, hello.key, hello.session)
-        run = find_run(runs, hello, rights, owner, self._settings.only_run)
+        run = find_run(runs, hello, rights, owner, served_runs(runs, self._settings))
         if isinstance(run, tuple):
             self._reject(peer, hello, run, out)
             return
@@ -195,12 +196,13 @@ class Admissions:
             self._after_the_end(peer, hello, origin, owner, known)
             out.append(SendTo(peer, RunEnded(reason=run.over)))
             return
+        joins = Bucket(JOINS_AT_ONCE) if known is None else known.joins
         fault = (
             owner_fault(run, hello, rights, owner, known)
             or why_not(run, hello, owner, known)
             or run_limit_fault(runs, run, limits)
             or node_limit_fault(run, known, limits)
-            or self._quota_fault(hello, origin, known, now)
+            or self._quota_fault(hello, origin, known, joins, now)
         )
         if fault:
             self._reject(peer, hello, fault, out, config=run.config)
@@ -212,6 +214,7 @@ class Admissions:
             text = f"node {hello.node} has taken over its connection"
             self._sessions.leave(before, text, now, out, clean=True)
         self._admit(peer, hello, origin, owner, run, known, now, out)
+        run.nodes[hello.node].joins = joins
 
     def _wait(
         self,
@@ -223,6 +226,7 @@ class Admissions:
         out: list[Action],
     ) -> None:
         """Let a node wait for its run."""
+        runs = self._mailboxes.runs
         if not self.early.add(peer, hello, origin, now):
             most = self._settings.limits.waiting
             text = f"at most {most} nodes may wait for a run (broker.limits.waiting)"
@@ -235,7 +239,7 @@ class Admissions:
                 self._sessions.leave(before, text, now, out, clean=True)
             self._sessions.forget_connection(before)
             before.peer = b""
-        out.append(SendTo(peer, wait_for_run(self._mailboxes.runs, rights)))
+        out.append(SendTo(peer, wait_for_run(runs, rights, served_runs(runs, self._settings))))
 
     def _after_the_end(
         self, peer: bytes, hello: Hello, origin: Origin, owner: str, known: Node | None
@@ -251,7 +255,7 @@ class Admissions:
             known.move(SessionEvent.HELLO)
 
     def _quota_fault(
-        self, hello: Hello, origin: Origin, known: Node | None, now: float
+        self, hello: Hello, origin: Origin, known: Node | None, joins: Bucket, now: float
     ) -> Fault | None:
         """Return (code, reason) if its source has too many sessions, or it joins too often."""
         quotas = self._sessions.quotas
@@ -260,7 +264,6 @@ class Admissions:
             return None  # it has reconnected
         same_source = known is not None and source_of(known.origin) == source_of(origin)
         room = (replaces and same_source) or quotas.has_room(origin)
-        joins = Bucket(JOINS_AT_ONCE) if known is None else known.joins
         if room and quotas.may_join(origin, joins, now):
             return None
         return join_limit_fault(origin, self._settings.limits, room=room)
@@ -325,7 +328,7 @@ class Admissions:
                     self._sessions.leave(known, reason, now, out)
                 known.move(SessionEvent.REPLACE)
                 self._sessions.forget_connection(known)
-                node.sessions, node.joins = known.sessions, known.joins
+                node.sessions = known.sessions
                 node.received_bytes = known.received_bytes
                 node.sent_bytes = known.sent_bytes + known.read_bytes
             run.nodes[hello.node] = node

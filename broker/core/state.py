@@ -55,6 +55,7 @@ class PendingPost(Struct, frozen=True):
     """A post that was parsed; it waits for its blobs, or for the frames before it.
 
     apart: blobs of its message that did not come with it.
+    answers: whether it must answer a message that was delivered to its sender.
     held: see `held_bytes`, while the post waits; then its message has no body.
     """
 
@@ -62,6 +63,7 @@ class PendingPost(Struct, frozen=True):
     message: Message
     fingerprint: PostFingerprint
     apart: tuple[Blob, ...] = ()
+    answers: bool = False
     held: int = 0
 
     @property

@@ -19,6 +19,7 @@ from enum import StrEnum
 from pathlib import Path
 
 from fedmq.broker.errors import LedgerDamage, LedgerError, io_error
+from fedmq.broker.file_modes import open_private, write_private
 from fedmq.broker.inspection.check import Finding, FindingKind, Report, check
 from fedmq.broker.inspection.repair_notes import note_repair
 from fedmq.broker.ledger.entries import (
@@ -234,7 +235,7 @@ def _take_out(path: Path, findings: Iterable[Finding]) -> None:
 
 def _copy_whole(path: Path, new: Path) -> None:
     """Copy the whole records to another file."""
-    with path.open("rb") as source, new.open("xb") as target:
+    with path.open("rb") as source, open_private(new, "xb") as target:
         target.write(MAGIC)
         for found in walk(path):
             if not isinstance(found, Record):
@@ -255,7 +256,7 @@ def _ensure_segments(folder: Path, manifest: Manifest) -> None:
         if not numbers:
             path = segment_path(folder, family, 0)
             try:
-                path.write_bytes(MAGIC)
+                write_private(path, MAGIC)
             except OSError as error:
                 raise io_error("cannot write", error, path.name) from None
     if manifest.exists:

@@ -9,6 +9,7 @@ from pathlib import Path
 import msgspec
 
 from fedmq.broker.errors import io_error
+from fedmq.broker.file_modes import open_private
 from fedmq.broker.ledger.entries import BlobName
 
 REPAIRS_FILE = "repairs.jsonl"
@@ -71,7 +72,7 @@ def note_repair(folder: Path, at: float, steps: Sequence[str], blobs: Sequence[B
     line = msgspec.json.encode(Repair(at=at, steps=list(steps), blobs=named))
     path = folder / REPAIRS_FILE
     try:
-        with path.open("ab") as file:
+        with open_private(path, "ab") as file:
             file.write((b"\n" if file.tell() else b"") + line + b"\n")
             file.flush()
             os.fsync(file.fileno())

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import errno
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
-from fedmq.broker.open_files import use_reserve
+from fedmq.broker.file_modes import FILE_MODE, make_private_folder
+from fedmq.broker.open_files import open_file
 from fedmq.broker.wire.schema import Buffer
 
 APPEND = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
@@ -29,7 +29,7 @@ class Disk(Protocol):
     """What a ledger does with files. Each operation raises OSError, as those of `os` do."""
 
     def open(self, path: Path, flags: int) -> int:
-        """Open a file, and return its descriptor."""
+        """Open a file, and return its descriptor; a new file is its owner's alone."""
 
     def close(self, fd: int) -> None:
         """Close a descriptor."""
@@ -68,7 +68,7 @@ class Disk(Protocol):
         """Return the size of a file in bytes."""
 
     def make_folder(self, folder: Path) -> None:
-        """Create a folder with its parents, if they do not exist."""
+        """Create a folder with its parents, if they do not exist, for their owner alone."""
 
     def unlink(self, path: Path) -> None:
         """Delete a file, if it exists."""
@@ -79,13 +79,7 @@ class LocalDisk:
 
     def open(self, path: Path, flags: int) -> int:
         """See `Disk`."""
-        try:
-            return os.open(path, flags, 0o644)
-        except OSError as error:
-            if error.errno != errno.EMFILE:
-                raise
-        with use_reserve():  # connections have taken all others
-            return os.open(path, flags, 0o644)
+        return open_file(path, flags, FILE_MODE)
 
     def close(self, fd: int) -> None:
         """See `Disk`."""
@@ -146,7 +140,7 @@ class LocalDisk:
 
     def make_folder(self, folder: Path) -> None:
         """See `Disk`."""
-        folder.mkdir(parents=True, exist_ok=True)
+        make_private_folder(folder)
 
     def unlink(self, path: Path) -> None:
         """See `Disk`."""

@@ -46,7 +46,7 @@ from fedmq.broker.ledger.sync_point import (
     remove_sync_point,
     sync_all,
 )
-from fedmq.broker.settings import EVERYTHING, Durability
+from fedmq.broker.settings import EVERYTHING, Durability, Retained
 from fedmq.broker.wire.schema import Buffer, Extent
 
 _MESSAGES_SEGMENT_BYTES = 64 << 20
@@ -64,7 +64,8 @@ class Ledger:
         folder: of the ledger; created if it does not exist.
         each: called with every existing entry, in order.
         retain_bytes: full payload segments that no unfinished message needs are deleted,
-            oldest first, while all of them together are larger; `EVERYTHING` deletes none.
+            oldest first, while all of them together are larger; `EVERYTHING` deletes none;
+            `HEADERS` is as 0, and deletes at the end of a run also the segment being filled.
         durability: what a committed entry survives: see `LedgerSettings`.
         disk: holds the folder.
 
@@ -84,7 +85,7 @@ class Ledger:
         folder: Path,
         each: Callable[[AnyEntry], None] | None = None,
         *,
-        retain_bytes: int | None = EVERYTHING,
+        retain_bytes: Retained = EVERYTHING,
         durability: Durability = "process",
         disk: Disk = LOCAL_DISK,
     ) -> None:
@@ -179,6 +180,7 @@ class Ledger:
                 self._finish(of)
             case Ended(run=run):
                 self._finish([seq for seq, names in self._uses.items() if names[0].run == run])
+                self._retention.end_run()
         self._positions.append((entry.seq, len(record)))
         self.next_seq += 1
 
@@ -288,6 +290,8 @@ class Ledger:
                 self._sync_point.advance(self._end())
         if self._payload_file.size > self._retention.segment_bytes(_PAYLOAD_SEGMENT_BYTES):
             self._next_payload_segment()
+        elif self._retention.must_delete:
+            self._retention.apply(self.payload.needs_segment, self._delete)
 
     def _sync(self, wait: Callable[[], None]) -> None:
         try:
@@ -343,7 +347,7 @@ class Ledger:
                 self.payload.evict(old)
         self._payload_number, self._chunk_end = number, self._payload_file.size
         full.close()
-        self._retention.apply(self._delete)
+        self._retention.apply(self.payload.needs_segment, self._delete)
 
     def close(self) -> None:
         """Write what is queued and close the files.
@@ -377,8 +381,8 @@ class Ledger:
                 self.payload.finish(name)
 
     def _delete(self, number: int) -> bool:
-        """Delete a payload segment unless it is needed; return whether it was deleted."""
-        if self.payload.needs_segment(number) or not self._manifest.remove(PAYLOAD, number):
+        """Delete a payload segment; return whether there was space for the note of that."""
+        if not self._manifest.remove(PAYLOAD, number):
             return False
         self.payload.remove_segment(number)
         return True

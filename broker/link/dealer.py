@@ -15,7 +15,7 @@ from fedmq.broker.errors import EndpointError, LinkClosed, VersionError, WireErr
 from fedmq.broker.link.contact import sentence
 from fedmq.broker.link.events import BackInTouch, Blocked, OutOfTouch
 from fedmq.broker.link.port import Loop, Received
-from fedmq.broker.link.probe import Listener, ProbeResult, probe
+from fedmq.broker.link.probe import HAS_NO_KEYS, REQUIRES_KEYS, Listener, ProbeResult, probe
 from fedmq.broker.link.thread_handoff import LoopHandoff
 from fedmq.broker.transport.dealer_socket import DealerSocket, HandshakeFailure
 from fedmq.broker.wire.batching import Outbox
@@ -165,17 +165,9 @@ class DealerPort:
                 )
                 return ProbeResult(Listener.KEY_REFUSED, text)
             case HandshakeFailure.OTHER_MECHANISM if self._keys is not None:
-                text = (
-                    "the socket there uses no keys, and this node has the broker's key: the broker "
-                    "was started without its keys, or another program listens there"
-                )
-                return ProbeResult(Listener.WITHOUT_KEYS, text)
+                return ProbeResult(Listener.WITHOUT_KEYS, HAS_NO_KEYS)
             case HandshakeFailure.OTHER_MECHANISM:
-                text = (
-                    "the broker there requires keys, and this node has none for it: join it with "
-                    "an invite, or give this node the broker's public key"
-                )
-                return ProbeResult(Listener.SECURED, text)
+                return ProbeResult(Listener.SECURED, REQUIRES_KEYS)
         return None
 
     def receive(self) -> Received:

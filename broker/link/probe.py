@@ -24,6 +24,14 @@ _COMMAND, _LONG = 0x04, 0x02
 """Flags of a ZMTP frame."""
 _NEWLINES, _ANSWER_S = b"\r\n\r\n", 0.5
 """Bytes that make other servers, such as HTTP ones, respond; and how long to wait for that."""
+REQUIRES_KEYS = (
+    "the broker there requires keys (CURVE), and this node has none for it: join it with an "
+    "invite, or give this node the broker's public key"
+)
+HAS_NO_KEYS = (
+    "the socket there uses no keys, and this node has the broker's key: the broker was started "
+    "without its keys, or another program listens there"
+)
 _SOCKET_TYPE = b"Socket-Type"
 _MAX_READY_BYTES = 1024
 _SHOWN = 4
@@ -135,8 +143,9 @@ def _greet(plain: socket.socket, deadline: float, expected: str) -> ProbeResult:
             text = "a broker with keys there does not answer: it is starting, or it is busy"
             return ProbeResult(Listener.SILENT, text)
         if mechanism == _NULL != expected:
-            text = "the ZeroMQ socket there has no keys, and this node requires the broker's"
-            return ProbeResult(Listener.WITHOUT_KEYS, text)
+            return ProbeResult(Listener.WITHOUT_KEYS, HAS_NO_KEYS)
+        if mechanism == _CURVE:
+            return ProbeResult(Listener.SECURED, REQUIRES_KEYS)
         if mechanism != _NULL:
             return ProbeResult(
                 Listener.SECURED, f"the ZeroMQ socket there requires {mechanism} security"

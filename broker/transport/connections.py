@@ -1,24 +1,23 @@
 """The connections of a ROUTER: where each comes from, and which are closed.
 
 libzmq reports a connection that it has accepted or lost by its file descriptor, and each message
-carries the descriptor and the user id that `Door` gave. Descriptors are reused at once; libzmq
-reports the loss before it closes one, so one is used here only if the monitor, read after it was
-duplicated, does not report it as lost.
+carries the descriptor and the user id that `Door` gave. Descriptors are reused at once. libzmq
+reports the loss before it closes one, so the monitor is read right before one is used; in the
+microseconds that remain it could be reused by a connection, which then is closed and returns.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ipaddress
-import os
 import socket as sockets
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import zmq
 from msgspec import Struct
 
 from fedmq.broker.access.rights import Origin
-from fedmq.broker.open_files import files_left, use_reserve
+from fedmq.broker.open_files import files_left
 from fedmq.broker.settings import Limits
 from fedmq.broker.transport.monitor import Monitor
 from fedmq.broker.transport.zap import LOCAL_USER
@@ -82,8 +81,9 @@ class Connections:
         """Those from which no valid frame has come, by descriptor; the oldest first."""
         self._closing: list[_Accepted] = []
         self._room = 0
-        """Number of connections at which the reserve of open files begins, at the last count."""
+        """Number of connections that leave the reserve of open files free, at the last count."""
         self._counted_at = float("-inf")
+        self._count_room()
 
     def of(self, peer: bytes, part: zmq.Frame) -> Connection:
         """Return the connection of a message.
@@ -185,8 +185,12 @@ class Connections:
         near = 2 * len(self._by_fd) >= self._room
         if near and now >= self._counted_at + _COUNT_EACH_S:
             self._counted_at = now
-            self._room = len(self._by_fd) + files_left(self._limits.reserved_files)
+            self._count_room()
         return len(self._by_fd) - self._room
+
+    def _count_room(self) -> None:
+        with contextlib.suppress(OSError):  # too many open files: the last count is good enough
+            self._room = len(self._by_fd) + files_left(self._limits.reserved_files)
 
     def _to_evict(self, number: int) -> list[_Accepted]:
         """Return the silent connections to close: the oldest of the hosts that have most.
@@ -209,15 +213,10 @@ class Connections:
 
     def _shut(self, connections: list[_Accepted]) -> None:
         """Shut connections, so that libzmq closes them."""
+        self.read_events()
         for each in connections:
-            try:
-                with use_reserve():
-                    own = os.dup(each.fd)
-            except OSError:
-                continue  # lost meanwhile
-            with contextlib.suppress(OSError), sockets.socket(fileno=own) as one:
-                self.read_events()
-                if self._by_fd.get(each.fd) is each:
+            if self._by_fd.get(each.fd) is each:
+                with contextlib.suppress(OSError), _borrowed(each.fd) as one:
                     one.shutdown(sockets.SHUT_RDWR)
 
 
@@ -234,8 +233,22 @@ def _address(part: zmq.Frame) -> str:
 def _host(fd: int) -> str:
     """Return the address of the host at the other end of a connection; "" if unknown."""
     try:
-        with use_reserve(), sockets.socket(fileno=os.dup(fd)) as one:
+        with _borrowed(fd) as one:
             name = one.getpeername()
     except OSError:
         return ""
     return str(name[0]) if isinstance(name, tuple) else ""
+
+
+@contextlib.contextmanager
+def _borrowed(fd: int) -> Iterator[sockets.socket]:
+    """Yield a socket that libzmq owns; a duplicate would need a descriptor, and none may be left.
+
+    Raises:
+        OSError: it is no socket any more.
+    """
+    one = sockets.socket(fileno=fd)
+    try:
+        yield one
+    finally:
+        one.detach()

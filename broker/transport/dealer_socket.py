@@ -16,7 +16,7 @@ import zmq
 
 from fedmq.broker.access.curve import NodeKeys
 from fedmq.broker.transport.monitor import Monitor
-from fedmq.broker.wire.endpoints import Endpoint
+from fedmq.broker.wire.endpoints import Endpoint, libzmq_address
 from fedmq.broker.wire.sockets import COPY_BELOW_BYTES, CURVE_BYTES, MAX_FRAME_BYTES
 
 RETRY_S = 2.0
@@ -149,4 +149,4 @@ class DealerSocket:
         self._connect()
 
     def _connect(self) -> None:
-        self.socket.connect(self._endpoint.text)
+        self.socket.connect(libzmq_address(self._endpoint.text))

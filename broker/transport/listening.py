@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import errno
 import ipaddress
+import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import cast
 
 import zmq
 
@@ -16,7 +18,7 @@ from fedmq.broker.access.curve import KeyPair
 from fedmq.broker.errors import BrokerError, EndpointError
 from fedmq.broker.settings import BrokerSettings
 from fedmq.broker.transport.zap import DOMAIN
-from fedmq.broker.wire.endpoints import Endpoint, listening_address, parse_endpoint
+from fedmq.broker.wire.endpoints import Endpoint, libzmq_address, listening_address, parse_endpoint
 from fedmq.broker.wire.sockets import COPY_BELOW_BYTES, CURVE_BYTES, MAX_FRAME_BYTES
 
 
@@ -73,7 +75,7 @@ def bind_all(
                 exposed = True
             _set_security(socket, keys if curve else None)
             socket.setsockopt(zmq.IPV6, ipv6)
-            socket.bind(address)
+            socket.bind(libzmq_address(address))
         except EndpointError as error:
             raise BrokerError(f"cannot listen on {endpoint.text}: {error}") from None
         except zmq.ZMQError as error:
@@ -84,7 +86,8 @@ def bind_all(
             raise BrokerError(f"cannot listen on {endpoint.text}: {reason}") from None
         if endpoint.has_file:  # whatever the umask allows
             Path(endpoint.path).chmod(0o600)
-        found[endpoint.text] = socket.getsockopt_string(zmq.LAST_ENDPOINT)
+        last = cast("bytes", socket.getsockopt(zmq.LAST_ENDPOINT))
+        found[endpoint.text] = os.fsdecode(last)
     return [found[endpoint.text] for endpoint in endpoints], exposed
 
 

@@ -7,6 +7,8 @@ two turns, so that no other thread needs to know who has access.
 from __future__ import annotations
 
 import contextlib
+import math
+from typing import NamedTuple
 
 import zmq
 
@@ -18,6 +20,19 @@ LOCAL_USER = "local"
 DOMAIN = b"fedmq"
 _KEY_BYTES = 32
 _OK, _REFUSED = b"200", b"400"
+_REPORT_EACH_S = 1.0
+_REPEAT_S = 60.0
+"""Time after which a key that keeps trying is reported again."""
+_MOST_KEYS = 1000
+"""Most refused keys that are remembered."""
+
+
+class RefusedKey(NamedTuple):
+    """A key without rights that has tried to connect, and the number of others since the last."""
+
+    key: str
+    address: str
+    others: int
 
 
 class Door:
@@ -39,6 +54,11 @@ class Door:
         self.socket.setsockopt(zmq.LINGER, 0)
         self.socket.bind("inproc://zeromq.zap.01")
         self._admitted: frozenset[str] = frozenset()
+        self._refused: dict[str, str] = {}
+        """Addresses of keys that were refused and not reported yet."""
+        self._reported: dict[str, float] = {}
+        """When each key was reported."""
+        self._report_at = 0.0
 
     def admit(self, access: Access) -> None:
         """Admit the keys that have access from now on; does not touch existing connections."""
@@ -69,5 +89,26 @@ class Door:
                 return LOCAL_USER
             case [b"CURVE", raw] if len(raw) == _KEY_BYTES:
                 key = key_text(raw)
-                return key if key in self._admitted else ""
+                if key in self._admitted:
+                    return key
+                if len(self._refused) < _MOST_KEYS:
+                    self._refused[key] = fields[1].decode(errors="replace")
         return ""
+
+    def refused(self, now: float) -> RefusedKey | None:
+        """Return a refused key that an operator may want to authorise; at most one a second.
+
+        Args:
+            now: in seconds, on any clock.
+        """
+        if not self._refused or now < self._report_at:
+            return None
+        refused, self._refused = self._refused, {}
+        if len(self._reported) > _MOST_KEYS:
+            self._reported.clear()
+        known = self._reported
+        new = [key for key in refused if known.get(key, -math.inf) + _REPEAT_S <= now]
+        if not new:
+            return None
+        self._report_at, known[new[0]] = now + _REPORT_EACH_S, now
+        return RefusedKey(new[0], refused[new[0]], len(new) - 1)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ipaddress
+import os
 import re
 import socket
 import stat
@@ -198,6 +199,15 @@ def _ask(endpoint: Endpoint, answers: list[list[socket.AddressFamily] | Unresolv
         answers.append(address_families(endpoint))
     except UnresolvedError as error:
         answers.append(error)
+
+
+def libzmq_address(text: str) -> str:
+    """Return an endpoint as pyzmq takes it: bytes if the name of its socket file is no UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return os.fsencode(text)  # type: ignore[return-value] # pyzmq does not list bytes
+    return text
 
 
 def listening_address(endpoint: Endpoint) -> tuple[str, bool]:

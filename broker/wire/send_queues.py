@@ -8,13 +8,17 @@ them, to the kernel. Bytes count from `SendQueues.add` until then.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Callable, Iterator, Sequence
+from typing import Generic, Protocol, TypeVar
 
 from fedmq.broker.wire.batching import Outbox
 from fedmq.broker.wire.schema import Buffer
 from fedmq.broker.wire.window import RESERVED_BYTES
 
+T = TypeVar("T")
+CHUNKS_WAITING = 64
+"""Most chunks that wait for one connection: more than a node of ours requests at a time. It
+requests again what is dropped."""
 MARK_BYTES = 64 * 1024
 """Bytes after which a message is tracked: tracking takes as long as sending ten small messages."""
 SWEEP_S = 10.0
@@ -164,3 +168,39 @@ class SendQueues:
                 each.release()
                 self.count(each)
         return self._total >= self._most_total and queue.counted >= RESERVED_BYTES
+
+
+class ChunkQueue(Generic[T]):
+    """Requested chunks that wait until their connections have read others.
+
+    Their bytes stay in the ledger meanwhile.
+
+    Args:
+        has_room: tells whether a connection has read enough to be sent a chunk.
+    """
+
+    def __init__(self, has_room: Callable[[bytes], bool]) -> None:
+        self._has_room = has_room
+        self._waiting: dict[bytes, deque[T]] = {}
+
+    def __bool__(self) -> bool:
+        return bool(self._waiting)
+
+    def may_go(self, peer: bytes, chunk: T) -> bool:
+        """Return whether a chunk can be sent to a connection now; otherwise it waits."""
+        waiting = self._waiting.get(peer)
+        if waiting is None and self._has_room(peer):
+            return True
+        if waiting is None:
+            waiting = self._waiting[peer] = deque()
+        if len(waiting) < CHUNKS_WAITING:
+            waiting.append(chunk)
+        return False
+
+    def ready(self) -> Iterator[T]:
+        """Yield the chunks that can be sent now; they wait no more."""
+        for peer, waiting in list(self._waiting.items()):
+            while waiting and self._has_room(peer):
+                yield waiting.popleft()
+            if not waiting:
+                del self._waiting[peer]

@@ -128,7 +128,7 @@ def new(name: str, keys_folder: Path | None) -> None:
     "--replace",
     "replaced",
     metavar="NAME",
-    help="Give the key the name, the rights and the nodes of the key NAME, which is revoked.",
+    help="Give the key the name, the rights and the nodes of the key NAME, and revoke that one.",
 )
 @keys_option
 def authorize(
@@ -187,8 +187,12 @@ def revoke(name: str, keys_folder: Path | None) -> None:
     connections of the key at once. Keys that came with an invite stay when it is revoked.
     """
     with exit_2_on_error():
-        revoked = AccessFile(key_folder(keys_folder)).revoke(name)
+        file = AccessFile(key_folder(keys_folder))
+        revoked = file.revoke(name)
         click.echo(f"revoked {revoked.name}")
+        if any(each.key == revoked.key for each in file.revoked()):
+            _hint("to give its name and its nodes to another key:")
+            _hint_command(f"fedmq keys authorize KEY --replace {revoked.name}{_at(keys_folder)}")
 
 
 @keys.command()

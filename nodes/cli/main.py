@@ -14,6 +14,7 @@ from rich.console import Console
 
 from fedmq.broker.access.invites import PREFIX
 from fedmq.broker.process import give_torch_huge_pages, tune_process
+from fedmq.broker.wire.addresses import name_fault
 from fedmq.nodes.cli.codec import codec
 from fedmq.nodes.cli.keys import keys
 from fedmq.nodes.cli.ledger import ledger
@@ -38,7 +39,7 @@ from fedmq.nodes.cli.replay import replay
 from fedmq.nodes.cli.trace import trace
 from fedmq.nodes.cli.trust import find_own_code
 from fedmq.nodes.cluster.environment import check_surroundings
-from fedmq.nodes.errors import own_code
+from fedmq.nodes.errors import ConfigError, own_code
 from fedmq.nodes.keys.folder import JOIN_VARIABLE
 from fedmq.nodes.process import logs, streams
 from fedmq.nodes.process.ending import ending_well
@@ -78,6 +79,13 @@ def main() -> None:
 main.add_command(trace)
 
 
+_insecure = click.option(
+    "--insecure",
+    is_flag=True,
+    help="Without keys, let anybody who reaches the broker's address connect, and read all.",
+)
+
+
 @main.command()
 @config_argument
 @settings_option
@@ -88,16 +96,25 @@ main.add_command(trace)
     type=click.Path(path_type=Path),
     help="Folder of the run; if it holds a run, that run resumes. Default: runs/ID.",
 )
+@keys_option
+@_insecure
 def cluster(
-    config: Path | None, settings: tuple[str, ...], workers: int | None, folder: Path | None
+    config: Path | None,
+    settings: tuple[str, ...],
+    workers: int | None,
+    folder: Path | None,
+    keys_folder: Path | None,
+    insecure: bool,  # noqa: FBT001 - click's
 ) -> None:
     """Train on this host: broker, aggregator, workers and evaluator as processes.
 
-    CONFIG is a TOML file; keys that it and --set leave out have their defaults.
+    CONFIG is a TOML file; keys that it and --set leave out have their defaults. With broker.bind,
+    workers of other hosts can connect, too: --keys has the broker's key, see fedmq keys.
     """
     now = time.time()
     from fedmq.nodes.cluster.continuing import about, asking, continuation, show_ended
     from fedmq.nodes.cluster.forking import preloading
+    from fedmq.nodes.cluster.listening import Listening
     from fedmq.nodes.cluster.supervisor import Cluster, resume_command, worker_names
 
     settings = (*settings, *([f"worker.count={workers}"] if workers else []))
@@ -106,7 +123,8 @@ def cluster(
     with exit_2_on_error(), asking(config, settings, folder, now) as asked:
         find_own_code(asked.config.allowed)
         # The configuration in the folder includes the changes of --set.
-        resume_with = resume_command(asked.folder, None if settings else config)
+        listening = Listening.of(asked.config.broker.listens_at, keys_folder, insecure=insecure)
+        resume_with = resume_command(asked.folder, None if settings else config, listening.options)
         resumed = None
         if asked.recorded is not None:
             resumed = continuation(asked)
@@ -128,7 +146,10 @@ def cluster(
                 setup.problem.test()
                 setup.problem.client(0)
         code = Cluster(
-            setup.config, clients, asked.folder, asked.begun, console, resumed, resume_with
+            *(setup.config, clients, asked.folder, asked.begun, console),
+            continuation=resumed,
+            resume_with=resume_with,
+            listening=listening,
         ).run()
     sys.exit(code)
 
@@ -167,7 +188,7 @@ def cluster(
     "--retain",
     default="everything",
     show_default=True,
-    help="Payloads to keep: everything, unfinished, or a number of bytes.",
+    help="Payloads to keep: everything, unfinished, headers, or a number of bytes.",
 )
 @click.option(
     "--share-files/--no-share-files",
@@ -183,12 +204,11 @@ def cluster(
 )
 @click.option("--redeliver-dead-letters", is_flag=True, help="Deliver dead letters again.")
 @click.option("--once", is_flag=True, help="Exit at the end of the run, and write its summary.")
-@keys_option
 @click.option(
-    "--insecure",
-    is_flag=True,
-    help="Without keys, let anybody who reaches the broker's address connect, and read all.",
+    "--run-id", default="", help="Serve only this run; default with --once: the first to be opened."
 )
+@keys_option
+@_insecure
 def broker(
     binds: tuple[str, ...],
     folder: Path,
@@ -199,6 +219,7 @@ def broker(
     limits: tuple[str, ...],
     redeliver_dead_letters: bool,  # noqa: FBT001 - click's
     once: bool,  # noqa: FBT001 - click's
+    run_id: str,
     keys_folder: Path | None,
     insecure: bool,  # noqa: FBT001 - click's
 ) -> None:
@@ -231,11 +252,15 @@ def broker(
         ledger_settings = replace(
             table.ledger_settings(), redeliver_dead_letters=redeliver_dead_letters
         )
+        if run_id and (fault := name_fault(run_id)):
+            raise ConfigError(f"--run-id: {fault}")
+        settings = replace(table.settings(), only_run=run_id, once=once)
         own = broker_keys(binds, keys_folder, insecure=insecure)
         server = BrokerServer(
-            binds, folder / LEDGER, table.settings(), ledger_settings, keys=own, insecure=insecure
+            binds, folder / LEDGER, settings, ledger_settings, keys=own, insecure=insecure
         )
-        found = state_of(runs_of(read_entries(folder / LEDGER)).values(), once=once)
+        runs = runs_of(read_entries(folder / LEDGER))
+        found = state_of([runs[each] for each in runs if run_id in ("", each)], once=once)
         where = f"listening on {', '.join(server.endpoints)}, ledger in {folder / LEDGER}"
         click.echo(f"{where}; {found}", err=True)
         for line in how_to_connect(own, server.endpoints) if own is not None else ():
@@ -245,7 +270,7 @@ def broker(
         with this_process.noting(server.stop):
             server.serve(until_idle=once)
             if once:
-                write_summary(folder, begun_at(folder))
+                write_summary(folder, begun_at(folder), run_id)
                 click.echo(f"summary in {folder / SUMMARY_FILE}", err=True)
         this_process.check()
 

@@ -13,6 +13,7 @@ import click
 import xxhash
 
 from fedmq.broker.access.key_files import NODE_KEY
+from fedmq.broker.file_modes import make_private_folder
 from fedmq.broker.process import tune_process
 from fedmq.broker.wire.addresses import EVALUATOR, MAX_RANGES, WORKER, name_fault
 from fedmq.nodes.cli.options import (
@@ -227,6 +228,6 @@ def _named(config: Config) -> Config:
 
 def _make(folder: Path) -> None:
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_private_folder(folder)
     except OSError as error:
         raise ConfigError(f"--run: cannot make {folder}: {reason_of(error)}") from None

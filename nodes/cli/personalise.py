@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from fedmq.broker.errors import LedgerError
+from fedmq.broker.file_modes import write_private
 from fedmq.broker.ledger.entries import Accepted
 from fedmq.broker.wire.addresses import CHECKPOINT
 from fedmq.nodes.cli.options import exit_2_on_error, folder_argument, parse_ranges, run_id_option
@@ -208,6 +209,6 @@ def _text(name: str, value: float | None) -> str:
 
 def _write(file: Path, content: Mapping[str, Any]) -> None:
     try:
-        file.write_text(to_strict_json(content))
+        write_private(file, to_strict_json(content).encode())
     except OSError as error:
         raise ConfigError(f"--json: cannot write {file}: {reason_of(error)}") from None

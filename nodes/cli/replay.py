@@ -82,6 +82,7 @@ def replay(
 
     _check_options(until, shell, from_checkpoint, worker, task, settings, save, compare)
     with exit_2_on_error():
+        from fedmq.broker.errors import NotKept
         from fedmq.broker.inspection.trace import Trace
 
         trace = Trace(folder, run_id)
@@ -98,6 +99,9 @@ def replay(
         except Diverged as error:
             click.echo(str(error))
             matches = False
+        except NotKept as error:
+            text = f"cannot replay run {trace.run}: {error} (see broker.retain)"
+            raise NodeError(text) from None
     if not matches:
         raise click.exceptions.Exit(1)
 

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import shutil
 import sys
 from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING
 
 import click
 
 from fedmq.broker.errors import LedgerError
+from fedmq.broker.file_modes import open_private
 from fedmq.nodes.cli.options import (
     LONGEST_TEXT,
     Commands,
@@ -187,13 +190,19 @@ def export(folder: Path, run_id: str, perfetto: str | None, as_json: str | None)
         opened = _open(folder, run_id)
         texts = json_lines(opened) if perfetto is None else timeline(opened, Overview(opened))
         try:
-            with click.open_file(target, "w", encoding="utf-8") as file:
+            with _open_output(target) as file:
                 file.writelines(texts)
         except BrokenPipeError:
             raise
         except OSError as error:
             raise NodeError(f"cannot write {target}: {reason_of(error)}") from None
         _end(opened)
+
+
+def _open_output(target: str) -> AbstractContextManager[IO[str]]:
+    if target == "-":
+        return click.open_file(target, "w", encoding="utf-8")
+    return io.TextIOWrapper(open_private(Path(target), "wb"), encoding="utf-8")
 
 
 def _print(lines: Iterable[str]) -> int:

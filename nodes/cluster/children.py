@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,9 @@ import structlog
 from fedmq.algorithms.allowed import Allowed
 from fedmq.broker.core.state import Continuation
 from fedmq.broker.errors import BrokerFailed
+from fedmq.broker.file_modes import open_private
 from fedmq.broker.process import tune_process
+from fedmq.nodes.cluster.listening import Listening
 from fedmq.nodes.errors import ON_PURPOSE, RunFailed
 from fedmq.nodes.process import logs, streams
 from fedmq.nodes.process.exception_text import explained, reason_of
@@ -39,7 +42,7 @@ class ReportKind(enum.Enum):
     """What a process reports to its supervisor."""
 
     READY = "ready"
-    """The broker listens; the text is its endpoint."""
+    """The broker listens; the text has its tcp endpoints, one a line."""
     NOTE = "note"
     """The process continues; the text is a sentence for people."""
     ENDING = "ending"
@@ -116,7 +119,7 @@ def _log_to(path: Path, name: str, pipe: Connection) -> None:
             _report(pipe, ReportKind.NOTE, f"{what}; going on without it")
 
     try:
-        with path.open("a") as file:
+        with open_private(path, "ab") as file:
             logs.configure(path, lost, node=name, pid=str(os.getpid()))
             os.dup2(file.fileno(), 1)
             os.dup2(file.fileno(), 2)
@@ -139,18 +142,24 @@ def broker_main(
     folder: Path,
     pipe: Connection,
     text: str,
-    bind: str,
+    listening: Listening,
     continuation: Continuation | None = None,
 ) -> None:
     """Run the broker of a local cluster."""
     from fedmq.broker.router import BrokerServer
 
-    table = parse(text).broker
+    config = parse(text)
+    table = config.broker
+    settings = replace(table.settings(), only_run=config.run.id)
     server = BrokerServer(
-        bind, folder / "ledger", table.settings(), table.ledger_settings(), continuation
+        *(listening.endpoints, folder / "ledger", settings, table.ledger_settings()),
+        continuation,
+        keys=listening.keys(),
+        insecure=listening.insecure,
     )
     server.on_space = _space_reporter(pipe, folder / "ledger")
-    _report(pipe, ReportKind.READY, server.endpoint)
+    tcp = [each for each in server.endpoints if each.startswith("tcp://")]
+    _report(pipe, ReportKind.READY, "\n".join(tcp))
     with this_process.noting(server.stop):
         server.serve()
 

@@ -11,7 +11,7 @@ import multiprocessing as mp
 import shlex
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -34,6 +34,7 @@ from fedmq.nodes.cluster.children import (
 )
 from fedmq.nodes.cluster.console import SupervisorConsole
 from fedmq.nodes.cluster.forking import end_forkserver, kill_forkserver
+from fedmq.nodes.cluster.listening import Listening, remove_socket
 from fedmq.nodes.cluster.view import LiveView, closing_table
 from fedmq.nodes.errors import ConfigError, NodeError
 from fedmq.nodes.history.run import RunHistory
@@ -119,6 +120,7 @@ class Cluster:
         started_at: start of the run, in seconds since 1970; None if unknown.
         console: for the live view.
         continuation: of a run in the folder that is resumed.
+        listening: where the broker listens for other hosts; by default nowhere.
         resume_with: the command that resumes this run if it is stopped; by default the one
             that needs only the folder.
     """
@@ -132,11 +134,13 @@ class Cluster:
         console: Console,
         continuation: Continuation | None = None,
         resume_with: str = "",
+        listening: Listening | None = None,
     ) -> None:
         self._continuation = continuation
         self._config, self._clients, self._folder = config, clients, folder
         self._started_at = started_at
         self._console = console
+        self._listening = listening or Listening()
         self._resume_with = resume_with or resume_command(folder)
         self._children: dict[str, _Child] = {}
         self._history = RunHistory(started_at)
@@ -181,18 +185,23 @@ class Cluster:
     def _start_broker(self, text: str) -> str:
         # A new interpreter, so that the broker does not import torch.
         context = mp.get_context("spawn")
-        bind = self._config.broker.bind
-        child = self._start(context, "broker", broker_main, text, bind, self._continuation)
+        listening, reason = self._listening.chosen(self._folder)
+        if reason:
+            self._say(f"using loopback, which other users of this host can reach: {reason}")
+        child = self._start(context, "broker", broker_main, text, listening, self._continuation)
         deadline = time.monotonic() + _START_S
         while time.monotonic() < deadline:
             this_process.check()
             for report in child.reports():
                 if report.kind is ReportKind.READY:
                     # After a restart it listens at the address that the nodes know.
+                    listening = listening.bound(report.text.splitlines())
                     child.start = functools.partial(
-                        self._start, context, "broker", broker_main, text, report.text
+                        self._start, context, "broker", broker_main, text, listening
                     )
-                    return report.text
+                    for line in listening.lines():
+                        self._say(line)
+                    return listening.endpoint
                 self._print_note(child, report)
             if child.process.exitcode is not None:
                 raise NodeError(child.ending or f"the broker {child.why_ended()}")
@@ -339,6 +348,7 @@ class Cluster:
                 child.process.join(_STOP_S)
                 if child.process.exitcode is None:
                     self._say(f"fedmq: cannot end {child.name}, process {child.process.pid}")
+        remove_socket(self._folder)
         if this_process.count:
             end_forkserver()
 
@@ -368,7 +378,7 @@ class Cluster:
         return code
 
 
-def resume_command(folder: Path, config: Path | None = None) -> str:
+def resume_command(folder: Path, config: Path | None = None, options: Sequence[str] = ()) -> str:
     """Return the command that resumes a stopped run."""
     given = [str(config)] if config is not None else []
-    return shlex.join(["fedmq", "cluster", "--run", str(folder), *given])
+    return shlex.join(["fedmq", "cluster", "--run", str(folder), *options, *given])

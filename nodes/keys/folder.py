@@ -15,8 +15,9 @@ from pathlib import Path
 
 import structlog
 
+from fedmq.broker.access.private_files import create_private, make_key_folder, read_private
+from fedmq.broker.errors import AccessError
 from fedmq.nodes.errors import ConfigError
-from fedmq.nodes.process.exception_text import reason_of
 from fedmq.nodes.process.user_folder import user_folder
 
 KEYS_VARIABLE = "FEDMQ_KEYS"
@@ -60,14 +61,11 @@ def secret_for(endpoint: str, given: Path | None = None) -> str:
     """
     try:
         secret = _user_secret(key_folder(given))
-    except (ConfigError, OSError) as error:
-        reason = str(error)
-        if isinstance(error, OSError):
-            reason = f"{error.filename}: {reason_of(error)}"
+    except (ConfigError, AccessError) as error:
         structlog.get_logger().warning(
             "cannot store this user's secret: if this node restarts, the run refuses it under the "
             "same name; a folder (--state or --run DIR) prevents that",
-            reason=reason,
+            reason=str(error),
         )
         return secrets.token_hex(16)
     return hashlib.sha256(f"{secret} {endpoint}".encode()).hexdigest()[:32]
@@ -77,24 +75,15 @@ def _user_secret(folder: Path) -> str:
     path = folder / _FILE
     with contextlib.suppress(FileNotFoundError):
         return _read(path)
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    fresh = folder / f"{_FILE}.{secrets.token_hex(4)}"
-    try:
-        handle = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        with os.fdopen(handle, "w") as file:
-            file.write(f"{secrets.token_hex(16)}\n")
-            file.flush()
-            os.fsync(handle)
-        # A link fails if another node was first, and never shows a part of the file.
-        with contextlib.suppress(FileExistsError):
-            os.link(fresh, path)
-    finally:
-        fresh.unlink(missing_ok=True)
+    make_key_folder(folder)
+    with contextlib.suppress(FileExistsError):  # another node that started now was first
+        create_private(path, f"{secrets.token_hex(16)}\n".encode())
     return _read(path)
 
 
 def _read(path: Path) -> str:
-    text = path.read_bytes().decode(errors="replace").strip()
+    data, _ = read_private(path)
+    text = data.decode(errors="replace").strip()
     if not re.fullmatch(r"[0-9a-f]{32}", text):
-        raise ConfigError(f"{path} is damaged; remove it")
+        raise AccessError(f"{path} is damaged; remove it")
     return text

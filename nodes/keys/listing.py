@@ -21,7 +21,8 @@ _NAME_COLUMNS = 20
 
 def lines(folder: Path, now: float) -> Iterator[str]:
     """Yield the lines of ``fedmq keys list``."""
-    access = AccessFile(folder).load()
+    file = AccessFile(folder)
+    access = file.load()
     yield plain(folder)
     yield f"authorised keys: {len(access.keys) or 'none'}"
     for rights in access.keys.values():
@@ -30,6 +31,11 @@ def lines(folder: Path, now: float) -> Iterator[str]:
         yield f"invites: {len(access.invites)}"
     for each in access.invites.values():
         yield from _entry(each.rights.name, f"{_state(each, now)}; {in_words(each.rights)}")
+    revoked = file.revoked()
+    if revoked:
+        yield f"revoked keys: {len(revoked)}"
+    for rights in revoked:
+        yield from _entry(rights.name, rights.key[:SHORT_KEY])
     own = key_names(folder)
     if own:
         yield "own keys:"
@@ -44,7 +50,8 @@ def lines(folder: Path, now: float) -> Iterator[str]:
 
 def facts(folder: Path, now: float) -> dict[str, Any]:
     """Return what ``fedmq keys list --json`` prints; it has no secrets."""
-    access = AccessFile(folder).load()
+    file = AccessFile(folder)
+    access = file.load()
     return {
         "folder": str(folder),
         "keys": [_facts(each) for each in access.keys.values()],
@@ -58,6 +65,7 @@ def facts(folder: Path, now: float) -> dict[str, Any]:
             }
             for each in access.invites.values()
         ],
+        "revoked": [_facts(each) for each in file.revoked()],
         "own_keys": {name: read_key(folder, name).public for name in key_names(folder)},
         "brokers": dict(known_brokers(folder)),
     }

@@ -17,6 +17,7 @@ from typing import Any, TextIO
 
 import structlog
 
+from fedmq.broker.file_modes import private_opener, restrict
 from fedmq.broker.log_limit import SUPPRESSED, LogLimit
 from fedmq.nodes.process.exception_text import MAX_TEXT, clip_text, described, reason_of
 
@@ -100,7 +101,7 @@ SILENT: structlog.typing.FilteringBoundLogger = structlog.wrap_logger(
 
 def append(path: Path, text: str, **bound: str) -> None:
     """Append one line to another process's log, if it can be written."""
-    with contextlib.suppress(OSError), _LossyLog(path.open("ab", buffering=0), None) as stream:
+    with contextlib.suppress(OSError), _LossyLog(_open_log(path), None) as stream:
         log = structlog.wrap_logger(
             structlog.PrintLogger(stream),
             processors=[*_processors(), structlog.processors.JSONRenderer()],
@@ -122,7 +123,7 @@ def configure(path: Path | None, lost: Callable[[str], None] | None = None, **bo
     """
     stream: TextIO = sys.stderr
     if path is not None:
-        stream = _LossyLog(path.open("ab", buffering=0), lost)
+        stream = _LossyLog(_open_log(path), lost)
     renderer: structlog.types.Processor = (
         structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())
         if path is None
@@ -141,6 +142,13 @@ def configure(path: Path | None, lost: Callable[[str], None] | None = None, **bo
     )
     structlog.contextvars.clear_contextvars()
     structlog.contextvars.bind_contextvars(**bound)
+
+
+def _open_log(path: Path) -> io.FileIO:
+    """Open a log: its owner's alone, because texts of errors may contain a client's data."""
+    raw = io.FileIO(path, "ab", opener=private_opener)
+    restrict(path)  # it may be of an older release
+    return raw
 
 
 def _processors() -> Sequence[structlog.types.Processor]:

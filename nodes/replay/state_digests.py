@@ -15,6 +15,7 @@ from typing import IO
 import msgspec
 from msgspec import Struct
 
+from fedmq.broker.file_modes import make_private_folder, open_private
 from fedmq.broker.inspection.trace import Trace
 from fedmq.broker.link.events import Delivery
 from fedmq.broker.wire.schema import Message
@@ -196,8 +197,8 @@ def _create(path: Path, fresh: Path) -> IO[bytes]:
             raise NodeError(f"--save: {path} exists already")
         if path.parent.is_file():
             raise NodeError(f"--save: expected a folder, got the file {path.parent}")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        return fresh.open("wb")
+        make_private_folder(path.parent)
+        return open_private(fresh, "wb")
     except OSError as error:
         raise NodeError(f"--save: cannot write {path}: {error.strerror}") from None
 

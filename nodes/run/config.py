@@ -6,7 +6,6 @@ everything but the tables of problem, algorithm and schedule; `nodes.run.setup` 
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -18,12 +17,11 @@ from pydantic.dataclasses import dataclass as checked_dataclass
 
 from fedmq.algorithms.allowed import NOTHING, Allowed, installed
 from fedmq.algorithms.errors import AlgorithmError
-from fedmq.algorithms.hyperparameters import fault_of
 from fedmq.broker.settings import (
     EVERYTHING,
+    HEADERS,
     LEAST_RETAIN_BYTES,
     BrokerSettings,
-    InvalidLimit,
     LedgerSettings,
     Limits,
 )
@@ -32,6 +30,7 @@ from fedmq.nodes.errors import ConfigError
 from fedmq.nodes.process.exception_text import reason_of
 from fedmq.nodes.run.numbers import check_finite, check_types
 from fedmq.nodes.run.toml import (
+    describe,
     parse_toml,
     read_toml,
     rename_key,
@@ -51,7 +50,10 @@ DEFAULT: Mapping[str, Mapping[str, Any]] = {
 _PROBLEM_DEFAULT = {"clients": 40, "partition": "dirichlet(0.5)"}
 _LONGEST_S = 1_000_000
 """Longest time, in seconds: ZeroMQ counts milliseconds in 32 bits."""
-_RETAIN = f"'everything', 'unfinished' or a number of bytes, at least {LEAST_RETAIN_BYTES:,}"
+_RETAIN = (
+    f"'everything', 'unfinished', 'headers' or a number of bytes, at least {LEAST_RETAIN_BYTES:,}"
+)
+_OLD_BIND = "tcp://127.0.0.1:0"
 _DEVICE = r"^(auto|cpu|cuda(:\d+)?)$"
 _FORMS = {_DEVICE: "auto, cpu, cuda or cuda:N"}
 """What a text that must match a pattern looks like, in words."""
@@ -143,7 +145,9 @@ class WorkerTable(StragglingTable):
 
 
 def _check_retain(value: Any) -> Any:
-    if value in ("everything", "unfinished") or (isinstance(value, int | float) and value >= 0):
+    if value in ("everything", "unfinished", "headers") or (
+        isinstance(value, int | float) and value >= 0
+    ):
         return value
     raise ValueError(f"expected {_RETAIN}, got {value!r:.200}")
 
@@ -158,12 +162,14 @@ class BrokerTable(_Table):
 
     lease_s: seconds of silence after which a node counts as gone.
     heartbeat_s: seconds between heartbeats of a node that sends nothing else.
-    bind: address of a local cluster's broker; port 0 is any free port.
+    bind: address where the broker of a local cluster listens as well, for workers of other hosts;
+        its own nodes use a socket file in the run's folder.
     durability: what an acknowledged message survives: ``process``, a crash of the broker;
         ``power``, a power failure (slower: one sync per batch).
     retain: ``everything``; ``unfinished``, payloads are deleted when no message needs them
-        any more; or the most bytes of payloads to keep, such as ``20e9``, at least 16 MiB; needed
-        payloads are kept even beyond it. Messages themselves are kept for ever.
+        any more; ``headers``, also those of a run that has ended; or the most bytes of payloads to
+        keep, such as ``20e9``, at least 16 MiB; needed payloads are kept even beyond it. Messages
+        themselves are kept for ever.
     deliveries: number of deliveries of a task, each ended by the death of the worker's session,
         after which the task is dead-lettered.
     share_files: nodes on the broker's host read blobs from its ledger's files instead of the
@@ -173,15 +179,24 @@ class BrokerTable(_Table):
 
     lease_s: Annotated[float, Field(gt=0, le=_LONGEST_S)] = 10.0
     heartbeat_s: Annotated[float, Field(gt=0, le=_LONGEST_S)] = 1.0
-    bind: str = "tcp://127.0.0.1:0"
+    bind: str | None = None
     durability: Literal["process", "power"] = "process"
     retain: Annotated[
-        Literal["everything", "unfinished"] | Annotated[float, Field(ge=0)],
+        Literal["everything", "unfinished", "headers"] | Annotated[float, Field(ge=0)],
         BeforeValidator(_check_retain),
     ] = "everything"
     deliveries: Annotated[int, Field(ge=1)] = 5
     share_files: bool = True
     limits: LimitsTable = LimitsTable()
+
+    @property
+    def listens_at(self) -> str | None:
+        """Return where a cluster's broker listens as well; None for nowhere else.
+
+        Older releases recorded the address of the whole cluster, a free port of loopback: no node
+        of another host can use that.
+        """
+        return None if self.bind == _OLD_BIND else self.bind
 
     def settings(self) -> BrokerSettings:
         """Return the broker's timeouts and limits."""
@@ -193,6 +208,8 @@ class BrokerTable(_Table):
         match self.retain:
             case "everything":
                 retain = EVERYTHING
+            case "headers":
+                retain = HEADERS
             case "unfinished":
                 retain = 0
             case limit:
@@ -312,43 +329,9 @@ def _checked(given: Mapping[str, Any]) -> Config:
     try:
         config = Config.model_validate(tables)
     except ValidationError as error:
-        raise ConfigError(describe(error, "", _keys(Config))) from None
+        raise ConfigError(describe(error, "", _keys(Config), _FORMS)) from None
     check_types(tables, config.model_dump())
     return config
-
-
-def describe(error: ValidationError, table: str, keys: Mapping[str, Sequence[str]]) -> str:
-    """Return the first error as one sentence: key, expected value, given value.
-
-    Args:
-        error: of pydantic.
-        table: table of the validated value, for example ``algorithm``.
-        keys: known keys by table.
-    """
-    first = error.errors()[0]
-    path = [str(part) for part in first["loc"] if not _is_type_name(str(part))]
-    where = ".".join([table, *path] if table else path)
-    match first["type"]:
-        case "extra_forbidden" | "unexpected_keyword_argument":
-            parent, _, name = where.rpartition(".")
-            choices = keys.get(parent, ())
-            close = difflib.get_close_matches(name, choices, n=1)
-            close += [f"{other}.{name}" for other in keys if other and name in keys[other]]
-            guess = f" (did you mean {close[0]!r}?)" if close else ""
-            return f"unknown key {where!r}{guess}; choose from {', '.join(choices)}"
-        case "dataclass_type":
-            return f"{where}: expected a table, got {first['input']!r:.200}"
-        case "missing" | "missing_argument":
-            return f"{where}: expected a value, it is missing"
-        case "string_pattern_mismatch":
-            pattern = first["ctx"]["pattern"]
-            form = _FORMS.get(pattern, f"text that matches {pattern}")
-            return f"{where}: expected {form}, got {first['input']!r:.200}"
-        case _:
-            error_itself = first.get("ctx", {}).get("error")
-            if isinstance(error_itself, InvalidLimit):
-                where = f"{where}.{error_itself.name}"
-            return f"{where}: {fault_of(first)}"
 
 
 def _is_code(problem: str) -> bool:
@@ -379,8 +362,3 @@ def _keys(model: type[BaseModel]) -> dict[str, Sequence[str]]:
             keys[name] = tuple(field.annotation.model_fields)
     keys["broker.limits"] = tuple(each.name for each in fields(Limits))
     return keys
-
-
-def _is_type_name(part: str) -> bool:
-    """Return whether a part of an error's location is pydantic's name of a union member."""
-    return part in {"int", "float", "str", "none"} or part.startswith(("constrained", "literal["))

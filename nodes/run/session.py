@@ -14,6 +14,7 @@ from structlog.typing import FilteringBoundLogger
 
 from fedmq.broker.access.curve import NodeKeys
 from fedmq.broker.errors import LinkClosed
+from fedmq.broker.file_modes import make_private_folder, restrict
 from fedmq.broker.link.node_link import NodeLink
 from fedmq.broker.wire.addresses import name_fault
 from fedmq.broker.wire.schema import Hello, Message
@@ -150,6 +151,7 @@ def node_key(folder: Path | None, secret: str = "", keys: NodeKeys | None = None
     try:
         if not path.exists():
             _write(path, secrets.token_hex(16))
+        restrict(path)  # older releases let everybody read it
         return path.read_text().strip()[:64]
     except OSError as error:
         raise NodeError(f"cannot read or write {path}: {reason_of(error)}") from None
@@ -167,6 +169,6 @@ def make_folder(folder: Path) -> None:
         NodeError: the folder cannot be made.
     """
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_private_folder(folder)
     except OSError as error:
         raise NodeError(f"cannot make {folder}: {reason_of(error)}") from None

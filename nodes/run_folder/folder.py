@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fedmq.broker.errors import LedgerDamage, check_advice
+from fedmq.broker.file_modes import make_private_folder
 from fedmq.broker.ledger.entries import MESSAGES, PAYLOAD
 from fedmq.broker.ledger.lock import LOCK_FILE
 from fedmq.broker.ledger.reader import read_entries
@@ -190,7 +191,7 @@ def held(folder: Path) -> Iterator[None]:
     """
     try:
         new = [each for each in (folder, *folder.parents) if not each.exists()]
-        folder.mkdir(parents=True, exist_ok=True)
+        make_private_folder(folder)
         lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     except (FileExistsError, NotADirectoryError):
         raise ConfigError(f"--run: expected a folder, {folder} is not one") from None

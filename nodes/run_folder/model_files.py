@@ -207,10 +207,7 @@ def _replace(path: Path, write: Callable[[Path], None]) -> None:
     """Replace a file of the model atomically."""
     try:
         with replacing(path) as fresh:
-            fresh.touch()
-            mode = fresh.stat().st_mode
             write(fresh)
-            fresh.chmod(mode)  # safetensors makes it 0600; give it the mode of the other files
     except (OSError, SafetensorError) as error:
         reason = reason_of(error) if isinstance(error, OSError) else error
         raise NodeError(f"cannot write the model to {path}: {reason}") from None

@@ -17,18 +17,22 @@ from fedmq.nodes.run_folder.summary import summary_of
 SUMMARY_FILE = "summary.json"
 
 
-def write_summary(folder: Path, started_at: float | None = None) -> dict[str, Any]:
-    """Write ``summary.json`` in a run's folder, from its ledger; of several runs, of the last.
+def write_summary(folder: Path, started_at: float | None = None, run: str = "") -> dict[str, Any]:
+    """Write ``summary.json`` in a run's folder, from its ledger.
+
+    Args:
+        folder: of the run.
+        started_at: start of the run, in seconds since 1970; None if unknown.
+        run: id of the run; by default the last of several.
 
     Raises:
         ConfigError: the recorded configuration cannot be read.
         LedgerError: the ledger is damaged.
         NodeError: the file cannot be written.
     """
-    *_, last = runs_of(read_entries(folder / "ledger"), started_at).values() or [
-        RunHistory(started_at)
-    ]
-    summary = summary_of(last)
+    runs = runs_of(read_entries(folder / "ledger"), started_at)
+    chosen = runs.get(run or next(reversed(runs), ""), RunHistory(started_at))
+    summary = summary_of(chosen)
     save_summary(folder, summary)
     return summary
 

@@ -13,6 +13,7 @@ import msgspec
 from fedmq.broker.inspection.trace import Trace
 from fedmq.broker.ledger.entries import Accepted, AnyEntry
 from fedmq.broker.wire.schema import Message
+from fedmq.nodes.trace.bodies import shown_body
 from fedmq.nodes.trace.overview import before_damage
 
 
@@ -51,7 +52,7 @@ def _entry(entry: AnyEntry) -> dict[str, Any]:
 def _message(message: Message) -> dict[str, Any]:
     fields = {name: getattr(message, name) for name in ("kind", "id", "run", "sender", "to", "re")}
     blobs = [{"digest": blob.digest.hex(), "size": blob.size} for blob in message.blobs]
-    return {**fields, "body": message.body, "blobs": blobs}
+    return {**fields, "body": shown_body(message), "blobs": blobs}
 
 
 def _plain(value: Any) -> Any:

@@ -32,6 +32,7 @@ from fedmq.nodes.process.terminal import (
     spans,
     table,
 )
+from fedmq.nodes.trace.bodies import shown_body
 from fedmq.nodes.trace.differ import Operand, fold_of
 from fedmq.nodes.trace.groups import Group, Read, groups_of
 from fedmq.nodes.trace.listing import at_host, rejection_verb
@@ -103,7 +104,7 @@ def _message(trace: Trace, entry: Accepted, message: Message) -> Iterator[str]:
     rows += [("answered" if not n else "", each) for n, each in enumerate(related.answers)]
     rows += [("outcome" if not n else "", each) for n, each in enumerate(related.outcome)]
     yield from pairs(rows)
-    body = {name: each for name, each in message.body.items() if name != "groups"}
+    body = {name: each for name, each in shown_body(message).items() if name != "groups"}
     if body:
         yield ""
         yield "body"

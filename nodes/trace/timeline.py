@@ -18,6 +18,7 @@ from fedmq.broker.wire.schema import Message
 from fedmq.nodes.history.facts import SentTask, natural
 from fedmq.nodes.history.tracker import TaskTracker
 from fedmq.nodes.process.terminal import word
+from fedmq.nodes.trace.bodies import shown_body
 from fedmq.nodes.trace.export import to_json
 from fedmq.nodes.trace.listing import rejection_verb
 from fedmq.nodes.trace.overview import Overview, before_damage
@@ -144,7 +145,7 @@ class _Drawing:
 
     def _from_broker(self, message: Message) -> Iterator[Event]:
         if message.kind in ("joined", "left"):
-            args = {key: each for key, each in message.body.items() if key != "key"}
+            args = dict(shown_body(message))
             yield from self._instant(f"{message.body.get('node')} {message.kind}", args)
         elif message.kind == CONTINUED:
             yield from self._instant("resumed", {})

@@ -15,6 +15,8 @@ import secrets
 from collections.abc import Iterator
 from pathlib import Path
 
+from fedmq.broker.file_modes import make_private_folder, restrict, write_private
+
 _NAME = re.compile(r"([0-9]{12,})(\.state|\.[0-9a-f]+\.new)")
 _BEFORE_NUMBERS = -1
 _NO_LINKS = frozenset({errno.EPERM, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK})
@@ -63,12 +65,13 @@ class ClientFolder:
         Raises:
             OSError: the file cannot be written; the existing files are unchanged.
         """
-        self._folder.mkdir(exist_ok=True)
+        make_private_folder(self._folder)
+        restrict(self._folder)  # older releases let everybody read it
         if self._newest_number() >= number:
             return False
         fresh = self._folder / f"{number:012d}.{secrets.token_hex(8)}.new"
         try:
-            fresh.write_bytes(data)
+            write_private(fresh, data)
             _name(fresh, self._path(number))
         except FileExistsError:
             return False

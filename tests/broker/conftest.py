@@ -8,11 +8,12 @@ from collections import defaultdict
 import msgspec
 import pytest
 import xxhash
+from msgspec.structs import replace
 
 from fedmq.broker.access import rights
-from fedmq.broker.access.rights import KEYLESS
+from fedmq.broker.access.rights import KEYLESS, OPEN, Access
 from fedmq.broker.core.broker import Broker
-from fedmq.broker.core.events import Log, ReceivedFrom, TimerFired
+from fedmq.broker.core.events import AccessChanged, Log, ReceivedFrom, TimerFired
 from fedmq.broker.core.mailboxes import Mailboxes
 from fedmq.broker.driver import BrokerDriver
 from fedmq.broker.ledger.entries import Accepted, Consumed, Refusal
@@ -51,10 +52,12 @@ class Bench:
         standing: connections that stand, however silent.
         logs: what the core wanted a person to know.
         validates: whether the core checks its state after each event.
+        access: who may connect, for `enroll`; set by `allow`.
+        disconnected: connections that the core wanted closed.
     """
 
-    def __init__(self, lease_s=10.0, beat_s=1.0, deliveries=5):
-        self.settings = BrokerSettings(lease_s, beat_s, deliveries)
+    def __init__(self, lease_s=10.0, beat_s=1.0, deliveries=5, **more):
+        self.settings = BrokerSettings(lease_s, beat_s, deliveries, **more)
         self.now = 0.0
         self.entries = []
         self.blobs = {}
@@ -66,6 +69,8 @@ class Bench:
         self.validates = True
         self.numbers = defaultdict(int)
         self.origins = {}
+        self.access, self.enroll_error = OPEN, None
+        self.disconnected = []
         self.payload = types.SimpleNamespace(read=self._read_blob)
         self.cut_bytes, self.damage, self.next_seq = 0, [], 0
         self._actions, self._named = [], ()
@@ -90,6 +95,7 @@ class Bench:
         self.core.handle = functools.partial(self._handled, self.core.handle)
         settings = LedgerSettings(share_files=False)
         self.driver = BrokerDriver(self.core, self, self, lambda: self.now, settings)
+        self.driver._access = self  # keys change only by `allow`
         for run, seq in restorer.lost:
             actions = self.core.give_up(run, [seq], "lost", self.now)
             self.driver.carry_out(actions, self.now)
@@ -170,7 +176,8 @@ class Bench:
         """Ignore it: there is no limit of messages a second."""
 
     def disconnect(self, peer):
-        """Ignore it: the core rejects what still comes."""
+        """Only note it: frames may come that were sent before."""
+        self.disconnected.append(peer)
 
     def is_up(self, peer):
         return peer in self.standing
@@ -180,6 +187,31 @@ class Bench:
 
     def log(self, level, event, fields):
         self.logs.append(Log(level, event, fields))
+
+    # ---- keys
+
+    def allow(self, *rights, invites=(), keyless=None):
+        """Change who may connect: these keys and invites; by default nobody without a key."""
+        keys = {each.key: each for each in rights}
+        held = {each.rights.key: each for each in invites}
+        self.access = self.driver._who = Access(keys=keys, invites=held, keyless=keyless)
+        return self.handle(AccessChanged(self.access))
+
+    def load(self):
+        return self.access
+
+    def enroll(self, key, invite, now):
+        if self.enroll_error:
+            raise self.enroll_error
+        held = self.access.invites[invite]
+        used = replace(held, uses=held.uses - 1, enrolled=(*held.enrolled, key))
+        given = replace(held.rights, key=key, name=f"{held.rights.name}-{len(held.enrolled)}")
+        self.access = replace(
+            self.access,
+            keys={**self.access.keys, key: given},
+            invites={**self.access.invites, invite: used},
+        )
+        return self.access
 
     # ---- events
 

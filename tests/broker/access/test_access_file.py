@@ -87,6 +87,24 @@ def test_a_replaced_key_hands_over_its_name_and_rights(file):
         file.replace("w9", key())
 
 
+def test_a_key_that_was_revoked_hands_over_its_name_and_rights_later(file):
+    rights, second = worker("w1"), key()
+    file.authorize(rights)
+    file.revoke("w1")
+    assert file.revoked() == (rights,)
+    new = file.replace("w1", second)
+    assert new == msgspec.structs.replace(rights, key=second, replaces=(rights.key,))
+    assert file.load().keys == {second: new}
+    assert file.revoked() == ()
+    file.revoke(second)
+    file.authorize(worker("w1", second))  # by mistake, and authorised again
+    assert file.revoked() == ()
+    file.revoke("w1")
+    file.authorize(other := worker("w1"))
+    file.revoke("w1")
+    assert file.revoked() == (other,)
+
+
 def test_revoking_by_name_or_key(file):
     one, two = worker("w1"), worker("w2")
     file.authorize(one)

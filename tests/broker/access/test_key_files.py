@@ -126,7 +126,7 @@ def test_known_brokers_are_kept_by_address(folder):
 
 def test_the_lock_is_waited_for_and_then_reported(folder, monkeypatch):
     monkeypatch.setattr(private_files, "_LOCK_WAIT_S", 0.02)
-    private_files.make_private_folder(folder)
+    private_files.make_key_folder(folder)
     path = folder / "x.json"
     held = r"another process has been holding .*x.json.lock"
     with (

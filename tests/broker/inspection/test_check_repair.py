@@ -1,7 +1,9 @@
 """`fedmq ledger check` and `repair`: the findings, and a broker that continues."""
 
 import contextlib
+import os
 import random
+import shutil
 
 import pytest
 
@@ -37,6 +39,16 @@ from tests.broker.inspection.damaged_ledger import (
     write,
 )
 from tests.broker.ledger.small_ledger import name_of, put
+from tests.permissions import readable_by_others
+
+
+@pytest.fixture(autouse=True)
+def only_the_owner_can_read(tmp_path):
+    """Check after each test that the ledger is its owner's alone, whatever the umask is."""
+    before = os.umask(0)
+    yield
+    os.umask(before)
+    assert readable_by_others(tmp_path) == []
 
 
 def test_a_sound_ledger_is_sound_and_is_left_alone(tmp_path):
@@ -371,6 +383,7 @@ def test_a_broker_continues_after_the_repair_of_any_damage(tmp_path, seed):
         assert "`fedmq ledger check" in refused
     else:
         assert report.breaking is None
+    shutil.rmtree(tmp_path / "c")  # if it was refused, its files are still as this test made them
     assert bool(repair(tmp_path / "b", 0.0)) == (not report.sound)
     assert check(tmp_path / "b").sound
     found = goes_on(tmp_path / "b")

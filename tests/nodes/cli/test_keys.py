@@ -173,10 +173,17 @@ def test_a_key_is_revoked_by_its_name_or_by_itself(folder):
     one, two = a_key(), a_key()
     for name, key in (("one", one), ("two", two)):
         done("authorize", key, "--name", name, "--role", "worker")
-    assert done("revoke", "one").output == "revoked one\n"
-    assert done("revoke", two).output == "revoked two\n"
+    result = done("revoke", "one")
+    assert result.stdout == "revoked one\n"
+    assert "  fedmq keys authorize KEY --replace one\n" in result.stderr
+    assert done("revoke", two).stdout == "revoked two\n"
     assert allowed(folder) == {}
     assert "no key or invite is 'one'" in refused("revoke", "one")
+    assert f"revoked keys: 2\n  one                   {one[:8]}\n" in done("list").stdout
+    new = a_key()
+    done("authorize", new, "--replace", "one")
+    assert allowed(folder)["one"].replaces == (one,)
+    assert "revoked keys: 1\n" in done("list").stdout
 
 
 # ---- invite
@@ -202,7 +209,7 @@ def test_invites_have_names_of_their_own(folder):
         assert parse_token(done(*role, *words).stdout).address == "tcp://10.0.0.1:9"
     names = {each.rights.name for each in AccessFile(folder).load().invites.values()}
     assert names == {"invite", "invite-2", "gpus", "invite-3"}
-    done("revoke", "invite-2")
+    assert done("revoke", "invite-2").output == "revoked invite-2\n"
     assert len(AccessFile(folder).load().invites) == 3
 
 
@@ -228,6 +235,18 @@ def test_an_invite_needs_the_brokers_key(folder, tmp_path):
     other = tmp_path / "other"
     sentence = refused("invite", "--role", "worker", "--keys", str(other))
     assert f"run `fedmq keys new broker --keys {other}` first, on the broker's host" in sentence
+
+
+@pytest.mark.parametrize("words", [["--join-file"], [], ["--clients", "0"]])
+def test_an_invite_on_the_command_line_is_refused_and_not_shown(tmp_path, words):
+    token = "fedmq-invite-1:c2VjcmV0"  # noqa: S105 - no secret
+    for command in (["worker", *words, token], ["worker", f"--join-file={token}"]):
+        result = CliRunner().invoke(main, command)
+        assert result.exit_code == 2
+        [line] = result.output.splitlines()
+        assert line.startswith("fedmq: an invite on a command line can be read by other users")
+        assert "--join-file FILE" in line
+        assert "c2VjcmV0" not in line
 
 
 # ---- list
@@ -283,6 +302,7 @@ def test_the_list_as_json_has_whole_keys_and_no_secrets(folder):
     assert found["keys"] == [expected]
     [invited] = found["invites"]
     assert (invited["key"], invited["open"], invited["uses_left"]) == (token.own.public, True, 1)
+    assert found["revoked"] == []
     assert found["own_keys"] == {"broker": read_key(folder, "broker").public}
     for secret in (token.own.secret, read_key(folder, "broker").secret):
         assert secret not in text

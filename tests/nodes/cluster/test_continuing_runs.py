@@ -11,9 +11,20 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
-from fedmq.broker.ledger.entries import MESSAGES, Accepted, Ended, segment_numbers, segment_path
+from fedmq.broker.ledger.entries import (
+    MESSAGES,
+    PAYLOAD,
+    Accepted,
+    Ended,
+    segment_numbers,
+    segment_path,
+)
 from fedmq.broker.ledger.reader import read_entries
+from fedmq.broker.ledger.records import MAGIC
+from fedmq.nodes.cli.main import main
+from tests.permissions import readable_by_others
 
 pytestmark = pytest.mark.end_to_end
 
@@ -110,6 +121,7 @@ def test_a_run_that_was_killed_again_and_again_ends_at_the_same_model(whole, tmp
     )
     for more in ([], ["--worker", "worker-0"]):
         to_end([*FEDMQ, "replay", str(run), *more])
+    assert readable_by_others(run) == []
 
 
 def test_a_run_that_was_stopped_in_the_middle_of_a_round_ends_at_the_same_model(
@@ -187,6 +199,25 @@ def test_an_ended_run_is_shown_and_is_extended_when_more_is_asked_for(tmp_path) 
     output = to_end(command(run, {**ROUNDS, "run.versions": 4}), 2)
     assert "run.versions: expected at least 5, " in output
     assert "already has, got 4" in output
+
+
+def test_a_run_that_keeps_its_headers_alone_can_be_read_but_not_replayed(tmp_path) -> None:
+    run = tmp_path / "run"
+    kept = {"broker.retain": "headers", "broker.durability": "power"}
+    to_end(command(run, {**ROUNDS, **kept, "run.versions": 2}))
+    [last] = segment_numbers(run / "ledger", PAYLOAD)
+    assert segment_path(run / "ledger", PAYLOAD, last).stat().st_size == len(MAGIC)
+    assert readable_by_others(run) == []
+    for words in (["trace", "ls"], ["trace", "stats"], ["ledger", "check"]):
+        result = CliRunner().invoke(main, [*words, str(run)])
+        assert result.exit_code == 0, result.output
+    assert "deleted by the retention policy" in result.output
+    for more in ([], ["--worker", "worker-0"], ["--set", "algorithm.server_lr=0.5"]):
+        result = CliRunner().invoke(main, ["replay", str(run), *more])
+        assert result.exit_code == 2
+        [sentence] = result.stderr.splitlines()
+        assert sentence.startswith("fedmq: cannot replay run ")
+        assert sentence.endswith("its payload segment was deleted (see broker.retain)")
 
 
 def test_a_runs_own_configuration_runs_again_in_a_new_folder(tmp_path, monkeypatch) -> None:

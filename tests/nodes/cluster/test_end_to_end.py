@@ -21,6 +21,7 @@ from fedmq.broker.ledger.reader import read_entries
 from fedmq.nodes.run.config import load
 from fedmq.nodes.run.digests import model_digest
 from fedmq.nodes.run_folder.model_files import read_state_dict
+from tests.permissions import readable_by_others
 
 pytestmark = pytest.mark.end_to_end
 
@@ -137,6 +138,7 @@ def test_a_cluster_trains_and_leaves_everything_behind(start, tmp_path: Path) ->
     module = load_problem(config.problem, 0).model()
     module.load_state_dict(read_state_dict(run), strict=True)
 
+    assert readable_by_others(run) == []
     check_accounts(run)
 
 

@@ -108,9 +108,12 @@ def test_a_name_that_no_file_system_takes_is_one_sentence(command: list[str]) ->
 
 
 @pytest.mark.end_to_end
-@pytest.mark.parametrize("name", [b"by\xfftes", b"two\nlines"])
+@pytest.mark.parametrize("name", [b"by\xfftes", b"two\nlines", b"long" * 30])
 def test_a_run_may_lie_in_a_folder_of_any_name(tmp_path: Path, name: bytes) -> None:
-    """Local blobs need a name in UTF-8; without, the run uses the socket."""
+    """Local blobs need a name in UTF-8; without, the run uses the socket.
+
+    A socket file needs a path of few bytes; where it is longer, the run uses loopback.
+    """
     folder = os.fsencode(tmp_path) + b"/" + name
     settings = ["run.versions=1", "problem.clients=2", "schedule.size=1", "schedule.concurrency=1"]
     words = [word for each in settings for word in ("--set", each)]
@@ -130,3 +133,6 @@ def test_a_run_may_lie_in_a_folder_of_any_name(tmp_path: Path, name: bytes) -> N
     assert done.returncode == 0, done.stdout
     log = Path(os.fsdecode(folder), "broker.log").read_text()
     assert ("is not UTF-8" in log) == (name == b"by\xfftes")
+    loopback = b"using loopback, which other users of this host can reach: "
+    assert (loopback in done.stdout) == (name == b"long" * 30)
+    assert not Path(os.fsdecode(folder), "socket").exists()

@@ -62,10 +62,11 @@ def test_a_secret_that_cannot_be_stored_is_random_and_a_warning_says_so(
     match fault:
         case "a file":
             folder.write_text("")
-            reason = f"{folder / 'keyless.secret'}: not a directory"
+            reason = f"cannot read {folder / 'keyless.secret'}: not a directory"
         case "damaged":
-            folder.mkdir()
+            folder.mkdir(mode=0o700)
             (folder / "keyless.secret").write_text("")
+            (folder / "keyless.secret").chmod(0o600)
             reason = f"{folder / 'keyless.secret'} is damaged; remove it"
         case _:
             folder = None

@@ -92,7 +92,7 @@ def test_booleans_and_words_keep_their_type() -> None:
 @pytest.mark.parametrize("limit", ["0", "1", "1e6", "16777215"])
 def test_the_error_for_a_retention_limit_that_is_too_small_names_the_least(limit: str) -> None:
     text = complaint(f"broker.retain={limit}")
-    assert text.startswith("broker.retain: expected 'everything', 'unfinished' or a number of")
+    assert text.startswith("broker.retain: expected 'everything', 'unfinished', 'headers' or a")
     assert "at least 16,777,216" in text
 
 

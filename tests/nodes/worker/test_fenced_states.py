@@ -49,8 +49,8 @@ def before_step(step, happens):
 
     quiet = []
     with pytest.MonkeyPatch.context() as patch:
-        for name in STEPS:
-            module = sys.modules["io"] if name == "open" else os
+        # `Path.read_bytes` opens by io, `write_private` by os.
+        for module, name in (*((os, each) for each in STEPS), (sys.modules["io"], "open")):
             patch.setattr(module, name, watched(name, getattr(module, name)))
         yield steps
 
