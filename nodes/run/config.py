@@ -6,7 +6,6 @@ everything but the tables of problem, algorithm and schedule; `nodes.run.setup` 
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -18,11 +17,9 @@ from pydantic.dataclasses import dataclass as checked_dataclass
 
 from fedmq.algorithms.allowed import NOTHING, Allowed, installed
 from fedmq.algorithms.errors import AlgorithmError
-from fedmq.algorithms.hyperparameters import fault_of
 from fedmq.broker.settings import (
     LEAST_RETAIN_BYTES,
     BrokerSettings,
-    InvalidLimit,
     LedgerSettings,
     Limits,
 )
@@ -37,6 +34,7 @@ from fedmq.nodes.run.numbers import (
     check_types,
 )
 from fedmq.nodes.run.toml import (
+    describe,
     parse_toml,
     read_toml,
     rename_key,
@@ -314,43 +312,9 @@ def _checked(given: Mapping[str, Any]) -> Config:
     try:
         config = Config.model_validate(tables)
     except ValidationError as error:
-        raise ConfigError(describe(error, "", _keys(Config))) from None
+        raise ConfigError(describe(error, "", _keys(Config), _FORMS)) from None
     check_types(tables, config.model_dump())
     return config
-
-
-def describe(error: ValidationError, table: str, keys: Mapping[str, Sequence[str]]) -> str:
-    """Return the first error as one sentence: key, expected value, given value.
-
-    Args:
-        error: of pydantic.
-        table: table of the validated value, for example ``algorithm``.
-        keys: known keys by table.
-    """
-    first = error.errors()[0]
-    path = [str(part) for part in first["loc"] if not _is_type_name(str(part))]
-    where = ".".join([table, *path] if table else path)
-    match first["type"]:
-        case "extra_forbidden" | "unexpected_keyword_argument":
-            parent, _, name = where.rpartition(".")
-            choices = keys.get(parent, ())
-            close = difflib.get_close_matches(name, choices, n=1)
-            close += [f"{other}.{name}" for other in keys if other and name in keys[other]]
-            guess = f" (did you mean {close[0]!r}?)" if close else ""
-            return f"unknown key {where!r}{guess}; choose from {', '.join(choices)}"
-        case "dataclass_type":
-            return f"{where}: expected a table, got {first['input']!r:.200}"
-        case "missing" | "missing_argument":
-            return f"{where}: expected a value, it is missing"
-        case "string_pattern_mismatch":
-            pattern = first["ctx"]["pattern"]
-            form = _FORMS.get(pattern, f"text that matches {pattern}")
-            return f"{where}: expected {form}, got {first['input']!r:.200}"
-        case _:
-            error_itself = first.get("ctx", {}).get("error")
-            if isinstance(error_itself, InvalidLimit):
-                where = f"{where}.{error_itself.name}"
-            return f"{where}: {fault_of(first)}"
 
 
 def _is_code(problem: str) -> bool:
@@ -381,8 +345,3 @@ def _keys(model: type[BaseModel]) -> dict[str, Sequence[str]]:
             keys[name] = tuple(field.annotation.model_fields)
     keys["broker.limits"] = tuple(each.name for each in fields(Limits))
     return keys
-
-
-def _is_type_name(part: str) -> bool:
-    """Return whether a part of an error's location is pydantic's name of a union member."""
-    return part in {"int", "float", "str", "none"} or part.startswith(("constrained", "literal["))
