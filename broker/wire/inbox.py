@@ -240,10 +240,9 @@ class Inbox:
                     lane.frames = frames_of(headers, parts)
                     frame, buffers = next(lane.frames)
                     lane.unread = len(headers)
-            kind = type(frame)
-            if kind is ChunkRequest:
+            if isinstance(frame, ChunkRequest):
                 cost_s += frame.size * self._byte_s
-            elif kind is Hello:
+            elif isinstance(frame, Hello):
                 cost_s += self._costly_s
         except WireError as error:
             frame, buffers = error, ()
