@@ -14,17 +14,24 @@ from typing import Any, Protocol
 
 from fedmq.broker.errors import WireError
 from fedmq.broker.wire.encoding import decode_frame, split_header
-from fedmq.broker.wire.schema import INLINE_BYTES, MAX_BUFFERS, AnyFrame, Buffer, Hello
+from fedmq.broker.wire.schema import (
+    INLINE_BYTES,
+    MAX_BUFFERS,
+    AnyFrame,
+    Buffer,
+    ChunkRequest,
+    Hello,
+)
 from fedmq.broker.wire.window import RESERVED_BYTES
 
 BURST_S = 1.0
 """A connection may send as much at once as it may send in this time."""
-TURN_FRAMES = 64
+TURN_FRAMES = 32
 """Most frames of one connection in one turn."""
 _TURN_BYTES = 512 * 1024
 """A turn ends after one chunk, so that small messages that came before it are answered first."""
 _READ_BYTES = 512 * 1024
-"""No more is read from the socket while this much waits to be handled; then senders wait."""
+"""No more is read from the socket in one turn; the rest waits at its senders."""
 _PART_BYTES = 512
 """Memory of a part beside its bytes."""
 
@@ -134,7 +141,8 @@ class Inbox:
         """Lanes with messages that may be handled now; the next one first."""
         self._blocked: list[tuple[float, bytes]] = []
         """A heap of (time, connection): lanes with messages that wait for their rate."""
-        self._bytes = self._blocked_bytes = 0
+        self._bytes = 0
+        self._to_read = _READ_BYTES
         self.dropped = 0
 
     @property
@@ -146,8 +154,8 @@ class Inbox:
 
     @property
     def wants_more(self) -> bool:
-        """Return whether another message should be read from the socket."""
-        return self._bytes - self._blocked_bytes < _READ_BYTES
+        """Return whether another message should be read from the socket in this turn."""
+        return self._to_read > 0
 
     def put(self, peer: bytes, parts: Sequence[Part], nbytes: int, origin: Any) -> None:
         """Append a message of a connection, or drop it if too much waits.
@@ -158,6 +166,7 @@ class Inbox:
             nbytes: its size.
             origin: what the transport proves about the connection.
         """
+        self._to_read -= nbytes
         lane = self._lanes.get(peer)
         if lane is None:
             lane = self._lanes[peer] = _Lane()
@@ -172,8 +181,6 @@ class Inbox:
         lane.messages.append((parts, memory, origin))
         lane.nbytes += memory
         self._bytes += memory
-        if lane.blocked:
-            self._blocked_bytes += memory
 
     def charge(self, peer: bytes) -> None:
         """Count the last message of a connection as a costly one: its post was rejected."""
@@ -189,6 +196,7 @@ class Inbox:
         """
         while self._blocked and self._blocked[0][0] <= now:
             self._unblock(heapq.heappop(self._blocked)[1])
+        self._to_read = _READ_BYTES
         room = _TURN_BYTES
         latest = now + BURST_S
         for peer, lane in list(self._ready.items()):
@@ -232,7 +240,9 @@ class Inbox:
                     lane.frames = frames_of(headers, parts)
                     frame, buffers = next(lane.frames)
                     lane.unread = len(headers)
-            if type(frame) is Hello:
+            if isinstance(frame, ChunkRequest):
+                cost_s += frame.size * self._byte_s
+            elif isinstance(frame, Hello):
                 cost_s += self._costly_s
         except WireError as error:
             frame, buffers = error, ()
@@ -249,13 +259,11 @@ class Inbox:
     def _block(self, peer: bytes, lane: _Lane) -> None:
         del self._ready[peer]
         lane.blocked = True
-        self._blocked_bytes += lane.nbytes
         heapq.heappush(self._blocked, (lane.free_at - BURST_S, peer))
 
     def _unblock(self, peer: bytes) -> None:
         lane = self._lanes[peer]
         lane.blocked = False
-        self._blocked_bytes -= lane.nbytes
         self._ready[peer] = lane
 
     def sweep(self, now: float) -> None:

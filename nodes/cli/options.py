@@ -15,7 +15,6 @@ import click
 from fedmq.broker.errors import BrokerFailed, GaveUp
 from fedmq.nodes.errors import ON_PURPOSE, ConfigError, RunFailed
 from fedmq.nodes.process.terminal import guess, plain, renaming_notice
-from fedmq.nodes.run.toml import setting_value
 
 LONGEST_TEXT = 2000
 """Characters of an error, at most."""
@@ -51,6 +50,8 @@ def named_limits(settings: Sequence[str]) -> dict[str, Any]:
     Raises:
         ConfigError: one of them has no value.
     """
+    from fedmq.nodes.run.toml import setting_value
+
     table = {}
     for setting in settings:
         name, equals, text = setting.partition("=")

@@ -6,7 +6,6 @@ everything but the tables of problem, algorithm and schedule; `nodes.run.setup` 
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -18,21 +17,24 @@ from pydantic.dataclasses import dataclass as checked_dataclass
 
 from fedmq.algorithms.allowed import NOTHING, Allowed, installed
 from fedmq.algorithms.errors import AlgorithmError
-from fedmq.algorithms.hyperparameters import fault_of
 from fedmq.broker.settings import (
-    EVERYTHING,
-    HEADERS,
     LEAST_RETAIN_BYTES,
     BrokerSettings,
-    InvalidLimit,
     LedgerSettings,
     Limits,
 )
 from fedmq.broker.wire.addresses import name_fault
 from fedmq.nodes.errors import ConfigError
 from fedmq.nodes.process.exception_text import reason_of
-from fedmq.nodes.run.numbers import check_finite, check_types
+from fedmq.nodes.run.numbers import (
+    RETAIN_CHOICES,
+    RETAINED,
+    check_finite,
+    check_retain,
+    check_types,
+)
 from fedmq.nodes.run.toml import (
+    describe,
     parse_toml,
     read_toml,
     rename_key,
@@ -52,9 +54,6 @@ DEFAULT: Mapping[str, Mapping[str, Any]] = {
 _PROBLEM_DEFAULT = {"clients": 40, "partition": "dirichlet(0.5)"}
 _LONGEST_S = 1_000_000
 """Longest time, in seconds: ZeroMQ counts milliseconds in 32 bits."""
-_RETAIN = (
-    f"'everything', 'unfinished', 'headers' or a number of bytes, at least {LEAST_RETAIN_BYTES:,}"
-)
 _OLD_BIND = "tcp://127.0.0.1:0"
 _DEVICE = r"^(auto|cpu|cuda(:\d+)?)$"
 _FORMS = {_DEVICE: "auto, cpu, cuda or cuda:N"}
@@ -143,14 +142,6 @@ class WorkerTable(StragglingTable):
         return StragglingTable.model_validate(general | special)
 
 
-def _check_retain(value: Any) -> Any:
-    if value in ("everything", "unfinished", "headers") or (
-        isinstance(value, int | float) and value >= 0
-    ):
-        return value
-    raise ValueError(f"expected {_RETAIN}, got {value!r:.200}")
-
-
 @checked_dataclass(frozen=True, config=ConfigDict(extra="forbid"))
 class LimitsTable(Limits):
     """``[broker.limits]``: see `Limits`."""
@@ -182,7 +173,7 @@ class BrokerTable(_Table):
     durability: Literal["process", "power"] = "process"
     retain: Annotated[
         Literal["everything", "unfinished", "headers"] | Annotated[float, Field(ge=0)],
-        BeforeValidator(_check_retain),
+        BeforeValidator(check_retain),
     ] = "everything"
     deliveries: Annotated[int, Field(ge=1)] = 5
     share_files: bool = True
@@ -204,15 +195,8 @@ class BrokerTable(_Table):
 
     def ledger_settings(self) -> LedgerSettings:
         """Return the ledger's durability and retention."""
-        match self.retain:
-            case "everything":
-                retain = EVERYTHING
-            case "headers":
-                retain = HEADERS
-            case "unfinished":
-                retain = 0
-            case limit:
-                retain = int(limit)
+        limit = self.retain
+        retain = RETAINED[limit] if isinstance(limit, str) else int(limit)
         return LedgerSettings(self.durability, retain, share_files=self.share_files)
 
 
@@ -302,7 +286,7 @@ def build(given: Mapping[str, Any]) -> Config:
     check_finite(given)
     config = _checked(given)
     if isinstance(config.broker.retain, float) and config.broker.retain < LEAST_RETAIN_BYTES:
-        raise ConfigError(f"broker.retain: expected {_RETAIN}, got {config.broker.retain:g}")
+        raise ConfigError(f"broker.retain: expected {RETAIN_CHOICES}, got {config.broker.retain:g}")
     lease, heartbeat = config.broker.lease_s, config.broker.heartbeat_s
     if lease < heartbeat:
         raise ConfigError(
@@ -328,43 +312,9 @@ def _checked(given: Mapping[str, Any]) -> Config:
     try:
         config = Config.model_validate(tables)
     except ValidationError as error:
-        raise ConfigError(describe(error, "", _keys(Config))) from None
+        raise ConfigError(describe(error, "", _keys(Config), _FORMS)) from None
     check_types(tables, config.model_dump())
     return config
-
-
-def describe(error: ValidationError, table: str, keys: Mapping[str, Sequence[str]]) -> str:
-    """Return the first error as one sentence: key, expected value, given value.
-
-    Args:
-        error: of pydantic.
-        table: table of the validated value, for example ``algorithm``.
-        keys: known keys by table.
-    """
-    first = error.errors()[0]
-    path = [str(part) for part in first["loc"] if not _is_type_name(str(part))]
-    where = ".".join([table, *path] if table else path)
-    match first["type"]:
-        case "extra_forbidden" | "unexpected_keyword_argument":
-            parent, _, name = where.rpartition(".")
-            choices = keys.get(parent, ())
-            close = difflib.get_close_matches(name, choices, n=1)
-            close += [f"{other}.{name}" for other in keys if other and name in keys[other]]
-            guess = f" (did you mean {close[0]!r}?)" if close else ""
-            return f"unknown key {where!r}{guess}; choose from {', '.join(choices)}"
-        case "dataclass_type":
-            return f"{where}: expected a table, got {first['input']!r:.200}"
-        case "missing" | "missing_argument":
-            return f"{where}: expected a value, it is missing"
-        case "string_pattern_mismatch":
-            pattern = first["ctx"]["pattern"]
-            form = _FORMS.get(pattern, f"text that matches {pattern}")
-            return f"{where}: expected {form}, got {first['input']!r:.200}"
-        case _:
-            error_itself = first.get("ctx", {}).get("error")
-            if isinstance(error_itself, InvalidLimit):
-                where = f"{where}.{error_itself.name}"
-            return f"{where}: {fault_of(first)}"
 
 
 def _is_code(problem: str) -> bool:
@@ -395,8 +345,3 @@ def _keys(model: type[BaseModel]) -> dict[str, Sequence[str]]:
             keys[name] = tuple(field.annotation.model_fields)
     keys["broker.limits"] = tuple(each.name for each in fields(Limits))
     return keys
-
-
-def _is_type_name(part: str) -> bool:
-    """Return whether a part of an error's location is pydantic's name of a union member."""
-    return part in {"int", "float", "str", "none"} or part.startswith(("constrained", "literal["))

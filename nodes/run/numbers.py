@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from fedmq.broker.settings import EVERYTHING, HEADERS, LEAST_RETAIN_BYTES, Retained
 from fedmq.codecs.errors import SpecError
 from fedmq.codecs.spec import parse
 from fedmq.nodes.errors import ConfigError
@@ -13,6 +14,15 @@ from fedmq.nodes.errors import ConfigError
 _SPECS = frozenset({"down", "up", "features", "logits", "partition", "staleness", "slowdown"})
 """Keys whose text is a spec with numbers, such as ``dirichlet(0.5)``."""
 
+RETAINED: Mapping[str, Retained] = {
+    "everything": EVERYTHING,
+    "unfinished": 0,
+    "headers": HEADERS,
+}
+"""The words for ``broker.retain``; any other value is a number of bytes."""
+RETAIN_CHOICES = (
+    f"{', '.join(map(repr, RETAINED))} or a number of bytes, at least {LEAST_RETAIN_BYTES:,}"
+)
 _NO_NUMBERS = frozenset({"inf", "-inf", "infinity", "nan", "true", "false"})
 
 
@@ -74,3 +84,15 @@ def _check_spec(text: str, where: str) -> None:
 
 def _shown(value: bool | str) -> str:  # noqa: FBT001 - a value of a configuration, no flag
     return repr(value)[:200] if isinstance(value, str) else str(value).lower()
+
+
+def check_retain(value: Any) -> Any:
+    """Return a value for ``broker.retain``.
+
+    Raises:
+        ValueError: it is none; the message lists the choices.
+    """
+    is_size = isinstance(value, int | float) and value >= 0
+    if is_size or (isinstance(value, str) and value in RETAINED):
+        return value
+    raise ValueError(f"expected {RETAIN_CHOICES}, got {value!r:.200}")

@@ -27,9 +27,10 @@ from fedmq.codecs.raw import Raw
 from fedmq.codecs.registry import make_codec
 from fedmq.nodes.errors import ConfigError
 from fedmq.nodes.messages.payloads import Codecs
-from fedmq.nodes.run.config import Config, describe
+from fedmq.nodes.run.config import Config
 from fedmq.nodes.run.numbers import check_types
 from fedmq.nodes.run.stragglers import slowdown
+from fedmq.nodes.run.toml import describe
 
 T = TypeVar("T", bound=AnyAlgorithm | Schedule)
 

@@ -1,16 +1,20 @@
-"""Reading TOML: errors give file, line and value; keys with an old name get the new one."""
+"""Read TOML: errors give file, line, key and value; keys with an old name get the new one."""
 
 from __future__ import annotations
 
+import difflib
 import functools
 import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import click
+from pydantic import ValidationError
 
+from fedmq.algorithms.hyperparameters import fault_of
+from fedmq.broker.settings import InvalidLimit
 from fedmq.nodes.errors import ConfigError
 from fedmq.nodes.process.terminal import renaming_notice
 
@@ -141,3 +145,48 @@ def setting_value(text: str) -> Any:
         return parse_toml(f"value = {text}", text)["value"]
     except ConfigError:
         return text
+
+
+def describe(
+    error: ValidationError,
+    table: str,
+    keys: Mapping[str, Sequence[str]],
+    forms: Mapping[str, str] = {},
+) -> str:
+    """Return the first error as one sentence: key, expected value, given value.
+
+    Args:
+        error: of pydantic.
+        table: table of the validated value, for example ``algorithm``.
+        keys: known keys by table.
+        forms: what a text that must match a pattern looks like, in words.
+    """
+    first = error.errors()[0]
+    path = [str(part) for part in first["loc"] if not _is_type_name(str(part))]
+    where = ".".join([table, *path] if table else path)
+    match first["type"]:
+        case "extra_forbidden" | "unexpected_keyword_argument":
+            parent, _, name = where.rpartition(".")
+            choices = keys.get(parent, ())
+            close = difflib.get_close_matches(name, choices, n=1)
+            close += [f"{other}.{name}" for other in keys if other and name in keys[other]]
+            guess = f" (did you mean {close[0]!r}?)" if close else ""
+            return f"unknown key {where!r}{guess}; choose from {', '.join(choices)}"
+        case "dataclass_type":
+            return f"{where}: expected a table, got {first['input']!r:.200}"
+        case "missing" | "missing_argument":
+            return f"{where}: expected a value, it is missing"
+        case "string_pattern_mismatch":
+            pattern = first["ctx"]["pattern"]
+            form = forms.get(pattern, f"text that matches {pattern}")
+            return f"{where}: expected {form}, got {first['input']!r:.200}"
+        case _:
+            error_itself = first.get("ctx", {}).get("error")
+            if isinstance(error_itself, InvalidLimit):
+                where = f"{where}.{error_itself.name}"
+            return f"{where}: {fault_of(first)}"
+
+
+def _is_type_name(part: str) -> bool:
+    """Return whether a part of an error's location is pydantic's name of a union member."""
+    return part in {"int", "float", "str", "none"} or part.startswith(("constrained", "literal["))

@@ -115,6 +115,7 @@ class Logged:
 
     def __init__(self, net: Net) -> None:
         self.net, net.logged = net, []
+        self.has_room = net.has_room
 
     def log(self, level, event, fields) -> None:
         if level == "warning":
