@@ -28,6 +28,8 @@ BURST_S = 1.0
 """A connection may send as much at once as it may send in this time."""
 TURN_FRAMES = 32
 """Most frames of one connection in one turn."""
+_LANE_BYTES = 64 * 1024
+"""Bytes of one connection after which the next one has its turn."""
 _TURN_BYTES = 512 * 1024
 """A turn ends after one chunk, so that small messages that came before it are answered first."""
 _READ_BYTES = 512 * 1024
@@ -202,6 +204,7 @@ class Inbox:
         for peer, lane in list(self._ready.items()):
             if lane.free_at < now:
                 lane.free_at = now
+            end = max(0, room - _LANE_BYTES)
             for _ in range(TURN_FRAMES):
                 if lane.free_at >= latest:
                     self._block(peer, lane)
@@ -212,7 +215,8 @@ class Inbox:
                 if not lane.messages:
                     del self._ready[peer]
                     break
-                if room <= 0:
+                if room <= end:
+                    self._ready[peer] = self._ready.pop(peer)
                     break
             else:
                 self._ready[peer] = self._ready.pop(peer)  # the others are first in the next turn
