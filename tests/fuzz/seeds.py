@@ -71,6 +71,8 @@ def example(of: Any) -> Any:
             return {example(key): example(value)}
         case inspect.StrType(pattern=str(pattern)):
             return next(each for each in ("some text", "0a") if re.search(pattern, each))
+        case inspect.StrType(min_length=int(least)):
+            return "some text".ljust(least, "x")
         case inspect.StrType() | inspect.AnyType():
             return "some text"
         case inspect.BytesType(min_length=least):
