@@ -129,9 +129,10 @@ class Restorer:
         elif message.sender == BROKER and message.kind == CONTINUED:
             self._continued(run, entry.seq, message)
         elif message.sender != BROKER:
-            self.mailboxes.dedup_window.add(
-                PostFingerprint.of(run.id, message.sender, message.id, entry.message)
-            )
+            fingerprint = PostFingerprint.of(run.id, message.sender, message.id, entry.message)
+            node = run.nodes.get(message.sender)
+            leads = node is not None and node.hello.role == AGGREGATOR
+            self.mailboxes.note_accepted(run, message.sender, fingerprint, leads=leads)
         if message.to == CHECKPOINT:
             run.checkpoint = entry.seq
             run.carried = run.carried if entry.traffic is UNSET else entry.traffic
@@ -253,7 +254,8 @@ class Restorer:
     def _refused(self, refusal: Refusal) -> None:
         run = self.mailboxes.runs[refusal.run]
         if refusal.of is None:
-            self.mailboxes.rejected_window.add(PostFingerprint.from_bytes(refusal.mark))
+            fingerprint = PostFingerprint.from_bytes(refusal.mark)
+            self.mailboxes.rejected_window.add(run.id, refusal.sender, fingerprint)
             return
         dead = refusal.dead_lettered
         self._lives.move(refusal.of, MessageEvent.DEAD_LETTER if dead else MessageEvent.REJECT)

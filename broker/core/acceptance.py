@@ -68,7 +68,7 @@ class Acceptance:
             envelope = decode_envelope(post.message)
             answers = _check_envelope(node, envelope)
             fingerprint = PostFingerprint.of(node.run.id, node.name, envelope.id, post.message)
-            if self._mailboxes.seen(fingerprint) != "new":
+            if self._mailboxes.seen(node, fingerprint) != "new":
                 return _duplicate(post, envelope.id, fingerprint)
             if answers and _lacks_request(node, post):
                 return _not_asked(node, post, envelope)
@@ -103,10 +103,10 @@ class Acceptance:
     ) -> None:
         """Accept a post whose blobs are stored, or reject it; ignore it if it is a duplicate."""
         mailboxes = self._mailboxes
-        seen = mailboxes.seen(post.fingerprint)
+        seen = mailboxes.seen(node, post.fingerprint)
         if seen == "other":
             post = _with_used_id(node, post)
-            seen = mailboxes.seen(post.fingerprint)
+            seen = mailboxes.seen(node, post.fingerprint)
         elif (
             seen == "new"
             and isinstance(post, PendingPost)
@@ -114,13 +114,14 @@ class Acceptance:
         ):
             post = _not_asked(node, post.frame, post.message)  # the post before it was the answer
         if seen != "same" and isinstance(post, PendingPost):
-            mailboxes.dedup_window.add(post.fingerprint)
+            leads = node.hello.role == AGGREGATOR
+            mailboxes.note_accepted(node.run, node.name, post.fingerprint, leads=leads)
             self._accept(node, post, now, out)
             return
         # Its sender has handled what the post consumes, in either case.
         mailboxes.consume(node, post.frame.consumes, now, out)
         if seen != "same" and isinstance(post, RejectedPost):
-            mailboxes.rejected_window.add(post.fingerprint)
+            mailboxes.rejected_window.add(node.run.id, node.name, post.fingerprint)
             mailboxes.refuse_post(node, post, now, out)
         out.append(Unpin(post.names))
 

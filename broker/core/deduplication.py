@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from itertools import islice
 from typing import Literal
 
 import xxhash
 from msgspec import Struct
 
 Known = Literal["new", "same", "other"]
-DEDUP_WINDOW = 1 << 17
-"""Least number of ids kept in memory for all runs; at most twice as many, 32 MB.
+Sender = tuple[str, str]
+"""A run, and the name of one of its nodes."""
+DEDUP_WINDOW = 1 << 16
+"""Least number of ids kept in memory of all runs, at most twice as many: of all aggregators, and as
+many of all other nodes.
 
 Far more than a sender can repeat: a link resends what is unacknowledged, and a restarted
 aggregator what it posted since its last checkpoint.
 """
+REJECTED_WINDOW = 1 << 15
+"""Least number of ids of rejected posts kept in memory, at most twice as many."""
 
 
 class PostFingerprint(Struct, frozen=True, gc=False):
@@ -39,34 +46,67 @@ class PostFingerprint(Struct, frozen=True, gc=False):
 
 
 class DedupWindow:
-    """The newest message ids, each with the digest of its message.
+    """The newest message ids of each sender, each with the digest of its message.
 
-    It has two halves: once the newer half is full, the older half is discarded.
+    Once twice the limit is kept, the window is trimmed to the limit: the senders with most ids lose
+    their oldest, so that a sender cannot push out the ids of another that has fewer.
 
     Args:
-        limit: number of ids that fill a half; between this and twice this number are kept.
+        limit: number of ids that trimming leaves; below twice this number are kept.
+        has_ended: returns whether a run has ended; the ids of those are trimmed first.
     """
 
-    def __init__(self, limit: int = DEDUP_WINDOW) -> None:
-        self._limit = limit
-        self._newer: dict[int, int] = {}
-        self._older: dict[int, int] = {}
+    def __init__(
+        self, limit: int = DEDUP_WINDOW, has_ended: Callable[[str], bool] = lambda _: False
+    ) -> None:
+        self._limit, self._has_ended = limit, has_ended
+        self._ids: dict[Sender, dict[int, int]] = {}
+        self._size = 0
 
-    def add(self, fingerprint: PostFingerprint) -> None:
-        """Add a message."""
-        self._newer[fingerprint.name] = fingerprint.data
-        if len(self._newer) >= self._limit:
-            self._newer, self._older = {}, self._newer
+    def add(self, run: str, name: str, fingerprint: PostFingerprint) -> None:
+        """Add a message, its sender's newest; ``name``: of the sender."""
+        sender = run, name
+        ids = self._ids.get(sender)
+        if ids is None:
+            ids = self._ids[sender] = {}
+        if ids.pop(fingerprint.name, None) is None:
+            self._size += 1
+        ids[fingerprint.name] = fingerprint.data
+        if self._size >= 2 * self._limit:
+            self._trim()
 
-    def seen(self, fingerprint: PostFingerprint) -> Known:
+    def seen(self, run: str, name: str, fingerprint: PostFingerprint) -> Known:
         """Return whether the id is new, or belongs to the same or to another message."""
-        known = self._newer.get(fingerprint.name, self._older.get(fingerprint.name))
+        ids = self._ids.get((run, name))
+        known = None if ids is None else ids.get(fingerprint.name)
         if known is None:
             return "new"
         return "same" if known == fingerprint.data else "other"
 
+    def _trim(self) -> None:
+        left = self._limit
+        kept: dict[Sender, dict[int, int]] = {}
+        for ended in (False, True):
+            part = {k: ids for k, ids in self._ids.items() if self._has_ended(k[0]) == ended}
+            trimmed = _share(part, left)
+            left -= sum(map(len, trimmed.values()))
+            kept |= trimmed
+        self._ids, self._size = kept, self._limit - left
+
     def validate_state(self) -> None:
-        """Raise AssertionError if the newer half is full, or the older one is not."""
-        if len(self._newer) >= self._limit or len(self._older) not in (0, self._limit):
-            sizes = f"{len(self._newer)} and {len(self._older)}"
-            raise AssertionError(f"halves of {self._limit} ids have {sizes}")
+        """Raise AssertionError if more ids are kept than may be, or another number than counted."""
+        size = sum(map(len, self._ids.values()))
+        if size != self._size or size >= 2 * self._limit or not all(self._ids.values()):
+            raise AssertionError(f"{size} ids are kept: {self._size} count, limit {self._limit}")
+
+
+def _share(senders: dict[Sender, dict[int, int]], room: int) -> dict[Sender, dict[int, int]]:
+    """Return the newest ids of each sender: all of those with few, an equal share of the others."""
+    kept: dict[Sender, dict[int, int]] = {}
+    order = sorted(senders.items(), key=lambda item: len(item[1]))
+    for index, (sender, ids) in enumerate(order):
+        share = min(len(ids), room // (len(order) - index))
+        room -= share
+        if share:
+            kept[sender] = dict(islice(ids.items(), len(ids) - share, None))
+    return kept

@@ -14,13 +14,20 @@ from typing import Any
 from msgspec import UNSET
 
 from fedmq.broker.core import delivery
-from fedmq.broker.core.deduplication import DedupWindow, Known, PostFingerprint
+from fedmq.broker.core.deduplication import REJECTED_WINDOW, DedupWindow, Known, PostFingerprint
 from fedmq.broker.core.events import Action, Append, Charge, Store
 from fedmq.broker.core.state import Node, RejectedPost, RunState
 from fedmq.broker.errors import WireError
 from fedmq.broker.ledger.entries import Accepted, Consumed, Refusal, blob_name
 from fedmq.broker.rejections import Code
-from fedmq.broker.wire.addresses import BROKER, CHECKPOINT, RECORD, TIMER, node_address
+from fedmq.broker.wire.addresses import (
+    AGGREGATOR,
+    BROKER,
+    CHECKPOINT,
+    RECORD,
+    TIMER,
+    node_address,
+)
 from fedmq.broker.wire.encoding import encode_message
 from fedmq.broker.wire.schema import Deliver, Message
 
@@ -38,8 +45,9 @@ class Mailboxes:
         store: reads the ledger; set by the Broker core.
         next_seq: number of the next ledger entry.
         runs: by id.
-        dedup_window, rejected_window: ids of accepted and of rejected messages, which are not
-            accepted again. Apart, because a node may have very many messages rejected.
+        leader_window, dedup_window, rejected_window: ids of messages that were accepted from
+            aggregators and from other nodes, and of rejected ones; none is accepted again. Apart,
+            so that very many of one sort do not push out the others.
         timers: a heap of (due, number of the request, run, token).
     """
 
@@ -48,7 +56,9 @@ class Mailboxes:
     def __init__(self) -> None:
         self.next_seq = 0
         self.runs: dict[str, RunState] = {}
-        self.dedup_window, self.rejected_window = DedupWindow(), DedupWindow()
+        self.leader_window = DedupWindow(has_ended=self._has_ended)
+        self.dedup_window = DedupWindow(has_ended=self._has_ended)
+        self.rejected_window = DedupWindow(REJECTED_WINDOW, self._has_ended)
         self.timers: list[tuple[float, int, str, str]] = []
         self.fresh: dict[int, Accepted] = {}
         """Messages accepted in this event, by number; the ledger does not have them yet."""
@@ -64,10 +74,26 @@ class Mailboxes:
         accepted = self.read(run.checkpoint)
         return Deliver(seq=run.checkpoint, at=accepted.at, message=accepted.message)
 
-    def seen(self, fingerprint: PostFingerprint) -> Known:
-        """Return whether the id is new, or belongs to the same or to another message."""
-        known = self.dedup_window.seen(fingerprint)
-        return known if known != "new" else self.rejected_window.seen(fingerprint)
+    def seen(self, node: Node, fingerprint: PostFingerprint) -> Known:
+        """Return whether the id is new, or belongs to the same or to another message of a node."""
+        run, name = node.run.id, node.name
+        leads = node.hello.role == AGGREGATOR
+        known = (self.leader_window if leads else self.dedup_window).seen(run, name, fingerprint)
+        if known == "new":
+            known = self.rejected_window.seen(run, name, fingerprint)
+        if known == "new":
+            known = self.rejected_window.seen(run, "", fingerprint)  # a ledger of 0.1.0: no sender
+        return known
+
+    def note_accepted(
+        self, run: RunState, sender: str, fingerprint: PostFingerprint, *, leads: bool
+    ) -> None:
+        """Note the id of an accepted message; ``leads``: its sender is the aggregator."""
+        window = self.leader_window if leads else self.dedup_window
+        window.add(run.id, sender, fingerprint)
+
+    def _has_ended(self, run: str) -> bool:
+        return run not in self.runs or bool(self.runs[run].over)
 
     def may_set_timer(self, run: RunState) -> bool:
         """Return whether a run may set another timer."""
@@ -239,6 +265,7 @@ class Mailboxes:
             raise AssertionError(f"messages {twice[:5]} are in several places")
         if places and max(places) >= self.next_seq:
             raise AssertionError(f"message {max(places)} is not in the ledger: {self.next_seq} are")
+        self.leader_window.validate_state()
         self.dedup_window.validate_state()
         self.rejected_window.validate_state()
 

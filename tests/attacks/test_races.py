@@ -297,13 +297,31 @@ def test_a_client_rejects_its_task_again_and_again(stage):
 def test_another_nodes_posts_do_not_empty_the_window_of_ids(stage):
     """An aggregator that restarts posts again what it posted since its last checkpoint."""
     ids = stage.world.driver.core._mailboxes
-    ids.dedup_window, ids.rejected_window = DedupWindow(64), DedupWindow(64)
+    ids.leader_window = ids.dedup_window = ids.rejected_window = DedupWindow(64)
     body = {"client": 0, "model_version": 0}
     task = stage.run.peers["aggregator"].message("task", "client/0", body, id="aggregator/x")
     agg = stage.run.peers["aggregator"]
     agg.send("post", message=task)
     for _ in range(200):
         stage.mallory.post("result", "aggregator")
+    agg.send("post", message=task)
+    stage.world.advance(0.2)
+    assert [each.id for each in stage.world.messages()].count("aggregator/x") == 1
+
+
+def test_another_runs_posts_do_not_empty_the_window_of_ids(stage, keys):
+    if keys:
+        pytest.skip("the attacker's key may not open runs")
+    ids = stage.world.driver.core._mailboxes
+    ids.leader_window = DedupWindow(64)
+    agg = stage.run.peers["aggregator"]
+    body = {"client": 0, "model_version": 0}
+    task = agg.message("task", "client/0", body, id="aggregator/x")
+    agg.send("post", message=task)
+    other = stage.connect()
+    other.hello("aggregator", "aggregator", "q", config=CONFIG, total_clients=1)
+    for _ in range(200):
+        other.post("version", "record")
     agg.send("post", message=task)
     stage.world.advance(0.2)
     assert [each.id for each in stage.world.messages()].count("aggregator/x") == 1

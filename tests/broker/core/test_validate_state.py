@@ -192,8 +192,8 @@ def acknowledgment_without_a_time(room):
     room.core._acks._pending[0] = node(room, "w1")
 
 
-def dedup_half_too_full(room):
-    room.core._mailboxes.dedup_window._limit = 1
+def miscounted_ids(room):
+    room.core._mailboxes.leader_window._size += 1
 
 
 def unfinished_after_the_end(room):
@@ -236,7 +236,7 @@ PLANTED = {
     timers_out_of_order: "not at its place in the heap",
     timer_of_another_run: "is of run q, which has ended",
     acknowledgment_without_a_time: "acknowledgments of .*'w1'.* are due at inf",
-    dedup_half_too_full: "halves of 1 ids",
+    miscounted_ids: "ids are kept",
     unfinished_after_the_end: "agg is connected, but run r has ended",
 }
 
