@@ -10,6 +10,8 @@ from fedmq.broker.settings import Limits
 JOINS_AT_ONCE = 20
 """Joins of one node that its rate does not limit, as when it is restarted; of a source, all of its
 sessions may begin twice."""
+RESTARTS_AT_ONCE = 4
+"""Hellos of one session that are answered with all its deliveries; then one per heartbeat."""
 RUNS_PER_S = 0.1
 """Runs that a key may open, on average; as many at once as the broker may have."""
 _MOST_SOURCES = 10_000

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Sequence
 
 from fedmq.broker.access.owners import is_owner, session_number
-from fedmq.broker.access.quotas import Quotas
+from fedmq.broker.access.quotas import Quotas, source_of
 from fedmq.broker.access.rights import Access, Origin, Rights
 from fedmq.broker.core.state import Node, RunState
 from fedmq.broker.rejections import RejectCode
@@ -256,11 +256,31 @@ def run_limit_fault(
     return None
 
 
-def node_limit_fault(run: RunState, known: Node | None, limits: Limits) -> Fault | None:
-    """Return (code, reason) if a run may not have one more node."""
-    if known is None and len(run.nodes) >= limits.nodes:
+def new_name_fault(
+    run: RunState, hello: Hello, access: Access, origin: Origin, limits: Limits
+) -> Fault | None:
+    """Return (code, reason) if a name that no node of the run has had yet cannot be taken.
+
+    A source, see `source_of`, may hold as many names as are free: no source can take them all.
+    """
+    name = hello.node
+    if any(each.name == name and key != origin.key for key, each in access.keys.items()):
+        text = f"the name {name!r} is that of another key; set another name with --name"
+        return RejectCode.NAME, text
+    free = limits.nodes - len(run.nodes)
+    if free <= 0:
         text = f"a run may have at most {limits.nodes} nodes (broker.limits.nodes)"
         return RejectCode.LIMIT, text
+    source = source_of(origin)
+    if source and len(run.nodes) > free:
+        held = sum(source_of(each.origin) == source for each in run.nodes.values())
+        if held > free:
+            who = "key" if origin.key else "address"
+            text = (
+                f"this {who} has {held} names in the run, and only {free} are left for others "
+                "(broker.limits.nodes)"
+            )
+            return RejectCode.LIMIT, text
     return None
 
 

@@ -90,15 +90,18 @@ def note_taken(node: Node, taken: int) -> None:
         node.in_flight_bytes -= size
 
 
-def start_over(node: Node, got: int, read: Callable[[int], Accepted]) -> None:
+def start_over(node: Node, got: int, read: Callable[[int], Accepted] | None) -> None:
     """After a Hello, queue every pending message that has not arrived at the node.
 
-    Of those that have, a node without a record of them may read the blobs again.
+    Of those that have, a node without a record of them may read the blobs again; it keeps its
+    record if ``read`` is None.
     """
     node.in_flight.clear()
     node.in_flight_bytes = 0
     node.sent = got
     node.queue = deque(seq for seq in node.pending if seq >= got)
+    if read is None:
+        return
     node.readable.clear()
     for seq in node.pending if node.hello.role != AGGREGATOR else ():
         if seq < got:

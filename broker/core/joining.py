@@ -19,7 +19,7 @@ from fedmq.broker.core.admission import (
     join_limit_fault,
     key_fault,
     malformed,
-    node_limit_fault,
+    new_name_fault,
     owner_fault,
     rights_fault,
     run_limit_fault,
@@ -203,7 +203,7 @@ class Admissions:
             owner_fault(run, hello, rights, owner, known)
             or why_not(run, hello, owner, known)
             or run_limit_fault(runs, run, limits, self._sessions.quotas, origin, now)
-            or node_limit_fault(run, known, limits)
+            or (known is None and new_name_fault(run, hello, self.access, origin, limits))
             or self._quota_fault(hello, origin, known, joins, now)
         )
         if fault:
@@ -365,8 +365,13 @@ class Admissions:
             delivery.enqueue_waiting(node, found)
             attempts = run.interrupted.get(next(iter(node.pending), -1), 0)
             node.resume_at = now + pause if (pause := delivery.retry_pause(attempts)) else 0.0
+        if node.restarts.take(now, 1.0 / self._settings.beat_s):
+            delivery.start_over(node, hello.got, self._mailboxes.read)
+        else:  # it repeats its Hello: each time, all that it has not handled would be read
+            delivery.start_over(node, hello.got, None)
+            if node.resume_at <= now:
+                node.resume_at = now + self._settings.beat_s
         self._sessions.note_due(node)
-        delivery.start_over(node, hello.got, self._mailboxes.read)
         out.extend(delivery.deliver(node, self._mailboxes.read, now))
         self._on_admit(node, now, out)
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from msgspec import Struct
 from msgspec.structs import replace
 
-from fedmq.broker.access.quotas import JOINS_AT_ONCE, Bucket
+from fedmq.broker.access.quotas import JOINS_AT_ONCE, RESTARTS_AT_ONCE, Bucket
 from fedmq.broker.access.rights import KEYLESS, Origin
 from fedmq.broker.core.deduplication import PostFingerprint
 from fedmq.broker.core.lifecycles import PRESENT, SessionEvent, SessionState, next_state
@@ -140,6 +140,7 @@ class Node:
     reads_files: whether it may read blobs from the ledger's files.
     readable: number of the newest delivery that names a blob, by owner and digest.
     joins: of its name, for the limit of their rate.
+    restarts: Hellos of the session that are answered with all deliveries at once.
     """
 
     hello: Hello
@@ -171,6 +172,7 @@ class Node:
     reads_files: bool = False
     readable: dict[Owned, int] = field(default_factory=dict)
     joins: Bucket = field(default_factory=lambda: Bucket(JOINS_AT_ONCE))
+    restarts: Bucket = field(default_factory=lambda: Bucket(RESTARTS_AT_ONCE))
     name: str = field(init=False)
 
     def __post_init__(self) -> None:
