@@ -222,7 +222,9 @@ BROKER = """
 import pathlib, resource, sys
 resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
 from fedmq.broker.router import BrokerServer
-server = BrokerServer("tcp://127.0.0.1:0", pathlib.Path(sys.argv[1]))
+from fedmq.broker.settings import BrokerSettings, Limits
+settings = BrokerSettings(limits=Limits(handshake_s=60.0))
+server = BrokerServer("tcp://127.0.0.1:0", pathlib.Path(sys.argv[1]), settings)
 print(server.endpoint, flush=True)
 server.serve()
 """
@@ -245,6 +247,7 @@ def test_silent_connections_do_not_keep_a_node_out_where_few_files_are_allowed(t
             hello = Hello(node=f"agg{number}", role="aggregator", session="s", run=f"r{number}")
             link = NodeLink.connect(endpoint, hello)
             stack.callback(link.close, silent=True)
-            link.give_up_after(5.0)
+            link.give_up_after(10.0)
             link.welcome()
-        assert time.monotonic() - began < Limits().handshake_s
+        # The silent ones were closed for it: none has reached the end of its handshake yet.
+        assert time.monotonic() - began < 30.0
