@@ -1,4 +1,9 @@
 from fedmq.broker.core.deduplication import DedupWindow, PostFingerprint
+from fedmq.broker.core.mailboxes import Mailboxes
+from fedmq.broker.core.state import Node
+from fedmq.broker.ledger.entries import Opened, Refusal
+from fedmq.broker.recovery import Restorer
+from fedmq.broker.wire.schema import Hello
 
 
 def test_a_message_is_new_the_same_or_another():
@@ -75,3 +80,14 @@ def test_the_ids_of_runs_that_have_ended_are_trimmed_first():
     known.validate_state()
     assert [known.seen("r", "a", each) for each in marks] == ["same"] * 4
     assert known.seen("over", "a", PostFingerprint.of("over", "a", "3", b"")) == "new"
+
+
+def test_a_rejected_post_of_an_old_ledger_is_known_without_its_sender():
+    boxes = Mailboxes()
+    restorer = Restorer(boxes)
+    restorer.feed(Opened(seq=0, at=0.0, run="r", config="", total_clients=1))
+    mark = PostFingerprint.of("r", "w1", "7", b"bytes")
+    fields = {"run": "r", "node": "broker", "id": "7", "reason": "", "mark": mark.to_bytes()}
+    restorer.feed(Refusal(seq=1, at=0.0, **fields))
+    hello = Hello(node="w1", role="worker", session="s", run="r")
+    assert boxes.seen(Node(hello, boxes.runs["r"], b"", 0.0), mark) == "same"
