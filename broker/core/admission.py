@@ -261,10 +261,13 @@ def new_name_fault(
 ) -> Fault | None:
     """Return (code, reason) if a name that no node of the run has had yet cannot be taken.
 
-    A source, see `source_of`, may hold as many names as are free: no source can take them all.
+    A source, see `source_of`, may hold as many names as are free: no source can take them all. The
+    names of keys are theirs; connections without a key, beside keys, are the operator's own.
     """
     name = hello.node
-    if any(each.name == name and key != origin.key for key, each in access.keys.items()):
+    if origin.key and any(
+        each.name == name and key != origin.key for key, each in access.keys.items()
+    ):
         text = f"the name {name!r} is that of another key; set another name with --name"
         return RejectCode.NAME, text
     free = limits.nodes - len(run.nodes)

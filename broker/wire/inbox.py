@@ -244,9 +244,10 @@ class Inbox:
                 nbytes = memory - _PART_BYTES * len(parts)
                 cost_s += nbytes * self._byte_s
                 headers = headers_of(parts)
-                cost_s += sum(
-                    self._body_s(header) for header, _ in headers if len(header) > _LARGE_BYTES
-                )
+                if len(parts[0]) > _LARGE_BYTES:
+                    for header, _ in headers:
+                        if len(header) > _LARGE_BYTES:
+                            cost_s += self._body_s(header)
                 if len(headers) == 1:  # a short cut: most messages have one frame
                     frame = decode_frame(headers[0][0])
                     buffers = _buffers(parts[1:]) if len(parts) > 1 else ()
