@@ -59,6 +59,8 @@ class AccessFile:
         self.path = folder / ACCESS_FILE
         self._loaded: _Signature | None = None
         """Of the file as last loaded, valid or not; None if there was none."""
+        self._existed = False
+        """Whether it has been loaded; then a missing file is no broker without nodes."""
 
     # ---- what a broker needs
 
@@ -66,9 +68,12 @@ class AccessFile:
         """Return the present state.
 
         Raises:
-            AccessError: the file is invalid, or others may read or write it.
+            AccessError: the file is invalid, others may read or write it, or it has vanished.
         """
         self._loaded = self._signature()  # if it changes meanwhile, `changed` says so
+        if self._loaded is None and self._existed:
+            raise AccessError(f"{self.path} is missing: restore it, or start the broker again")
+        self._existed = self._loaded is not None
         return _access(self._read())
 
     def changed(self) -> bool:

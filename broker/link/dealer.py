@@ -50,7 +50,7 @@ class DealerPort:
             raise LinkClosed(f"cannot connect to {endpoint}: {error}") from None
         self.endpoint = self._address.text
         self._keys = None if self._address.path else keys
-        self._role = hello.role
+        self._authorize = "" if keys is None else _authorize(keys.own.public, hello)
         self.clock = Clock()
         self._run = hello.run
         self._log = structlog.get_logger().bind(node=hello.node)
@@ -62,6 +62,8 @@ class DealerPort:
         self._probing: threading.Thread | None = None
         self._listener: ProbeResult | None = None
         """What listens at the silent endpoint, if it is known."""
+        self._reported: ProbeResult | None = None
+        """What a failed handshake has proved and was logged, since the last frame."""
         self._loop: Loop | None = None
         self._thread: threading.Thread | None = None
         self._closing = False
@@ -149,7 +151,8 @@ class DealerPort:
         if failure is before:
             return
         self._listener = self._finding(failure)
-        if self._listener is not None:
+        if self._listener is not None and self._listener != self._reported:
+            self._reported = self._listener  # once; later reports are those of a silent broker
             found = self._listener.listener.value
             text = f"cannot connect to the broker at {self.endpoint}"
             self._log.warning(text, reason=self._listener.text, found=found)
@@ -158,10 +161,9 @@ class DealerPort:
         """Return what a failed handshake proves about the broker; None if nothing."""
         match failure:
             case HandshakeFailure.KEY_REFUSED if self._keys is not None:
-                key = shlex.quote(self._keys.own.public)
                 text = (
-                    f"the broker does not accept this node's key: authorise it there with "
-                    f"`fedmq keys authorize {key} --role {self._role}`"
+                    "the broker does not accept this node's key, which is not authorised there or "
+                    f"was revoked; its operator can admit it with `{self._authorize}`"
                 )
                 return ProbeResult(Listener.KEY_REFUSED, text)
             case HandshakeFailure.OTHER_MECHANISM if self._keys is not None:
@@ -189,7 +191,7 @@ class DealerPort:
                     text = f"the answer from {self.endpoint} is not in fedmq's protocol"
                     self._log.warning(text, reason=self._unreadable)
             else:
-                self._unanswered, self._listener = 0, None
+                self._unanswered, self._listener, self._reported = 0, None, None
                 if self._unreadable and any(isinstance(frame, Welcome) for frame, _ in frames):
                     self._unreadable = ""
                 return frames
@@ -242,7 +244,9 @@ class DealerPort:
         if self._keys is not None and cut and found.listener is Listener.SILENT:
             text = (
                 "the broker there closes the connection during the handshake: its key is not "
-                f"{self._keys.broker}, which this node expects, or it has too many connections"
+                f"{self._keys.broker}, which this node expects (compare it with `fedmq keys list` "
+                "on the broker's host, and give the right one with --broker-key), or it has too "
+                "many connections"
             )
             return ProbeResult(Listener.OTHER_KEY, text)
         return found
@@ -256,3 +260,10 @@ class DealerPort:
         if self._listener is None:
             self._listener = self._probe_now()
         return self._listener.text
+
+
+def _authorize(key: str, hello: Hello) -> str:
+    """Return the command that authorises a node's key."""
+    parts = ["fedmq", "keys", "authorize", key, "--name", hello.node, "--role", hello.role]
+    ranges = [str(low) if low == high else f"{low}-{high}" for low, high in hello.clients]
+    return shlex.join(parts + (["--clients", ",".join(ranges)] if ranges else []))

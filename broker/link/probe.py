@@ -25,12 +25,14 @@ _COMMAND, _LONG = 0x04, 0x02
 _NEWLINES, _ANSWER_S = b"\r\n\r\n", 0.5
 """Bytes that make other servers, such as HTTP ones, respond; and how long to wait for that."""
 REQUIRES_KEYS = (
-    "the broker there requires keys (CURVE), and this node has none for it: join it with an "
-    "invite (--join-file), or give this node the broker's public key (--broker-key)"
+    "the broker there requires keys, and its public key is not known here for this address: give "
+    "it with --broker-key, use the address for which it is stored (`fedmq keys list`), or join "
+    "with an invite (--join-file)"
 )
 HAS_NO_KEYS = (
-    "the socket there uses no keys, and this node has the broker's key: the broker was started "
-    "without its keys (--broker-key none connects to it), or another program listens there"
+    "no broker with keys listens there, and this node expects one: another program has taken its "
+    "place, or the broker was started without its keys; only if you trust the network and whatever "
+    "listens there, connect without encryption by --broker-key none"
 )
 _SOCKET_TYPE = b"Socket-Type"
 _MAX_READY_BYTES = 1024

@@ -69,7 +69,7 @@ _roles = click.option(
     "roles",
     type=Word(ROLES),
     multiple=True,
-    help="Role that its nodes may have; repeatable. An aggregator may open runs.",
+    help="Role that its nodes may have; required, repeatable. An aggregator may open runs.",
 )
 _clients = click.option(
     "--clients", "ranges", help="Clients that its workers may host, for example 0-9; default: all."
@@ -102,7 +102,8 @@ def keys() -> None:
 def new(name: str, keys_folder: Path | None) -> None:
     """Make a key pair, and print the public key.
 
-    NAME is "broker" for a broker's own key; nodes use the key "node" unless --key names another.
+    NAME is "broker" for a broker's own key; nodes use the key "node" unless --key names another. A
+    key that exists is never overwritten: to replace it, remove its two files first.
     """
     with exit_2_on_error():
         where = key_folder(keys_folder)
@@ -119,7 +120,9 @@ def new(name: str, keys_folder: Path | None) -> None:
 
 @keys.command()
 @click.argument("key")
-@click.option("--name", help="Name for people; default: that of the file.")
+@click.option(
+    "--name", help="Name for people; default: that of the file, or made from the pasted key."
+)
 @_roles
 @_clients
 @_runs
@@ -128,7 +131,8 @@ def new(name: str, keys_folder: Path | None) -> None:
     "--replace",
     "replaced",
     metavar="NAME",
-    help="Give the key the name, the rights and the nodes of the key NAME, and revoke that one.",
+    help="Give the key the name, the rights and the nodes of the key NAME, and revoke that one; "
+    "without other options.",
 )
 @keys_option
 def authorize(
@@ -202,7 +206,11 @@ def revoke(name: str, keys_folder: Path | None) -> None:
 @_runs
 @_read_files
 @click.option(
-    "--uses", type=WholeNumber(min=1), default=1, show_default=True, help="Keys it is good for."
+    "--uses",
+    type=WholeNumber(min=1),
+    default=1,
+    show_default=True,
+    help="Nodes' keys that it admits.",
 )
 @click.option(
     "--for",
@@ -337,11 +345,11 @@ def _next_of(name: str, pair: KeyPair, keys_folder: Path | None) -> None:
         _hint_command(f"fedmq broker {bind} --run runs/first{_at(keys_folder)}")
         return
     host = socket.gethostname() if name == NODE_KEY else name
-    _hint("next, on the broker's host:")
+    _hint("next, on the broker's host (for workers; choose clients, or other roles):")
     name = "NAME" if name_fault(host) else host
     _hint_command(
         f"fedmq keys authorize {shlex.quote(pair.public)}",
-        f"--name {name} --role worker --clients 0-9",
+        f"--name {name} --role worker --clients FIRST-LAST",
     )
 
 
@@ -353,7 +361,7 @@ def _warn_without_broker_key(where: Path) -> None:
 def _example(rights: Rights) -> str:
     if WORKER not in rights.roles:
         return f"fedmq {'aggregator' if 'aggregator' in rights.roles else 'worker --evaluator'}"
-    clients = "0-9" if rights.clients is None else clients_text(rights.clients)
+    clients = "FIRST-LAST" if rights.clients is None else clients_text(rights.clients)
     return f"fedmq worker --clients {clients}"
 
 

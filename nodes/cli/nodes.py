@@ -49,7 +49,7 @@ _CONNECTION = (
     click.option(
         "--broker-key",
         metavar="KEY",
-        help="Public key of the broker, or a .pub file; stored for the next start. "
+        help="Public key of the broker, or a .pub file; replaces the stored one. "
         f"Default: {BROKER_KEY_VARIABLE}, or the stored one. {NO_KEY!r} connects without keys.",
     ),
     click.option(

@@ -64,4 +64,4 @@ def how_to_connect(keys: BrokerKeys, endpoints: Sequence[str]) -> Iterator[str]:
     host = f"[{host}]" if ":" in host else host
     yield "nodes connect with"
     yield f"  fedmq worker --connect tcp://{host}:{first.port} \\"
-    yield f"    --broker-key {shlex.quote(keys.own.public)} --clients 0-9"
+    yield f"    --broker-key {shlex.quote(keys.own.public)} --clients FIRST-LAST"

@@ -89,7 +89,7 @@ def test_a_key_is_refused_authorised_and_revoked_while_it_is_connected(tmp_path,
         connected(endpoint, WORKER, WORK) as worker,
     ):
         agg.welcome()
-        line = logged(logs, f"fedmq keys authorize '{WORK.public}' --role worker", worker)
+        line = logged(logs, f"fedmq keys authorize '{WORK.public}' --name w1 --role worker", worker)
         assert line["found"] == "key-refused"
         line = logged(logs, "refused a key without rights here")
         assert (line["key"], line["address"]) == (WORK.public, "127.0.0.1")
@@ -154,14 +154,14 @@ def test_a_node_without_keys_and_one_with_keys_find_out_that_the_other_end_diffe
         with pytest.raises(GaveUp, match="requires keys"):
             agg.welcome()
     with serving(tmp_path / "b") as endpoint, connected(endpoint, AGGREGATOR, AGG) as agg:
-        assert logged(logs, "the socket there uses no keys", agg)["found"] == "without-keys"
+        assert logged(logs, "no broker with keys listens there", agg)["found"] == "without-keys"
 
 
 def test_a_node_connects_once_the_broker_has_its_keys(tmp_path, access, logs):
     """libzmq itself never tries again after another mechanism."""
     with serving(tmp_path / "b") as endpoint:
         agg = NodeLink.connect(endpoint, AGGREGATOR, NodeKeys(AGG, OWN.public))
-        logged(logs, "the socket there uses no keys", agg)
+        logged(logs, "no broker with keys listens there", agg)
     with with_keys(tmp_path, access, endpoint):
         agg.welcome()
         agg.close()

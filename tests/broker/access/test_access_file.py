@@ -50,9 +50,14 @@ def test_authorised_keys_are_read_back_and_a_broker_notices(file, folder):
     assert broker.load().keys == {rights.key: rights}
     assert not broker.changed()
     assert (folder / ACCESS_FILE).stat().st_mode & 0o777 == 0o600
-    (folder / ACCESS_FILE).unlink()
+    (folder / ACCESS_FILE).rename(folder / "elsewhere")
     assert broker.changed()
-    assert broker.load().keys == {}
+    with pytest.raises(AccessError, match="is missing: restore it"):
+        broker.load()
+    assert not broker.changed()
+    (folder / "elsewhere").rename(folder / ACCESS_FILE)
+    assert broker.changed()
+    assert broker.load().keys == {rights.key: rights}
 
 
 def test_the_same_key_and_name_changes_the_rights(file):

@@ -55,11 +55,12 @@ def test_a_new_key_prints_its_public_half_and_the_command_that_comes_next(folder
     pair = read_key(folder, "node")
     assert result.stdout == f"{pair.public}\n"
     assert pair.secret not in result.output
-    command = result.stderr.split("next, on the broker's host:\n")[1]
+    command = result.stderr.split("or other roles):\n")[1]
     assert shlex.split(command.replace("\\\n", "")) == [
         *("fedmq", "keys", "authorize", pair.public, "--name", "host-a"),
-        *("--role", "worker", "--clients", "0-9"),
+        *("--role", "worker", "--clients", "FIRST-LAST"),
     ]
+    command = command.replace("FIRST-LAST", "0-9")
     assert done(*shlex.split(command.replace("\\\n", ""))[2:]).exit_code == 0
     assert allowed(folder)["host-a"].key == pair.public
     assert {each.name for each in folder.glob("node.*")} == {"node.key", "node.pub"}

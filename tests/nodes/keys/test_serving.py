@@ -57,6 +57,6 @@ def test_the_operator_gets_the_public_key_and_a_command_for_nodes(folder, endpoi
     assert first == f"public key: {keys.own.public}"
     assert shlex.split("".join(command).replace("\\", "")) == [
         *("fedmq", "worker", "--connect", address),
-        *("--broker-key", keys.own.public, "--clients", "0-9"),
+        *("--broker-key", keys.own.public, "--clients", "FIRST-LAST"),
     ]
     assert list(how_to_connect(keys, ["ipc://x"])) == [first]
