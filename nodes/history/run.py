@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fedmq.broker.ledger.entries import Accepted, AnyEntry, Ended, Opened, Refusal
+from fedmq.broker.rejections import Code
 from fedmq.broker.wire.addresses import AGGREGATOR, BROKER, CONTINUED, EVALUATOR
 from fedmq.broker.wire.schema import Message
 from fedmq.nodes.history.facts import Facts, SentTask, natural
@@ -25,6 +26,10 @@ from fedmq.nodes.history.tracker import ANSWERS, NodeState, TaskTracker
 from fedmq.nodes.messages.metrics import received_metrics
 from fedmq.nodes.messages.tensor_tables import group_blobs
 from fedmq.nodes.run.agreement import disagree
+
+_INVALID_SCORE = (Code.MALFORMED, Code.NOT_FINITE, Code.OUT_OF_RANGE)
+"""Why a score does not count. With other codes it was a second or late answer, and the first one
+counts."""
 
 
 @dataclass
@@ -178,7 +183,7 @@ class RunHistory:
         match entry:
             case Refusal():
                 self.outcomes.rejection(entry)
-                if entry.of is not None:
+                if entry.of is not None and entry.known_code in _INVALID_SCORE:
                     self._withdraw_score(entry.of)
             case Opened():
                 self.run, self.config = entry.run, entry.config
