@@ -24,7 +24,7 @@ def sendable(metrics: Mapping[str, float]) -> dict[str, float | str]:
 
 def received_metric(value: object) -> float | None:
     """Return a metric from a score as a number; None if it is none."""
-    if type(value) in (int, float):  # not a bool
+    if isinstance(value, int | float) and not isinstance(value, bool):
         return float(value)
     return float(value) if isinstance(value, str) and value in UNDEFINED else None
 
