@@ -50,7 +50,7 @@ class RouterPort:
 
     Args:
         endpoints: to listen on.
-        settings: heartbeats and leases, which the I/O threads keep, too, and limits.
+        settings: of the broker, with its limits.
         own: the broker's key pair; None for a broker without keys.
         insecure: whether to listen beyond this host without keys.
 

@@ -51,6 +51,7 @@ _joined_decoder = msgspec.msgpack.Decoder(list[tuple[bytes, Natural]])
 _SHORT_LIST, _LONG_LISTS = 0x90, (0xDC, 0xDD)
 """First bytes of a list in msgpack; a frame's header is a map."""
 _NESTING = (dict, list)
+_NESTING_TYPES = frozenset(_NESTING)
 _message_decoder = msgspec.msgpack.Decoder(Message)
 _envelope_decoder = msgspec.msgpack.Decoder(Envelope)
 
@@ -145,7 +146,10 @@ def is_deeper(body: dict[str, Any], depth: int) -> bool:
     for _ in range(depth):
         inner = []
         for holder in level:
-            for each in holder.values() if isinstance(holder, dict) else holder:
+            values = holder.values() if isinstance(holder, dict) else holder
+            if _NESTING_TYPES.isdisjoint(map(type, values)):  # a third of the time of the loop
+                continue
+            for each in values:
                 if isinstance(each, _NESTING):
                     inner.append(each)  # noqa: PERF401 - runs for each message: takes a third less time
         if not inner:

@@ -36,6 +36,14 @@ _READ_BYTES = 512 * 1024
 """No more is read from the socket in one turn; the rest waits at its senders."""
 _PART_BYTES = 512
 """Memory of a part beside its bytes."""
+_LARGE_BYTES = 1024
+"""A header of more bytes also costs what decoding the body in it can take."""
+_BYTES_PER_MESSAGE = 256
+"""Bytes of a large header that cost as much as one message: each may be an item to decode."""
+_NESTED_PER_COSTLY = 4096
+"""Lists and maps in a large header that cost as much as one costly message."""
+_NESTED = bytes([*range(0x80, 0xA0), *range(0xDC, 0xE0)])
+"""First bytes of lists and maps in msgpack."""
 
 
 class Part(Protocol):
@@ -236,6 +244,9 @@ class Inbox:
                 nbytes = memory - _PART_BYTES * len(parts)
                 cost_s += nbytes * self._byte_s
                 headers = headers_of(parts)
+                cost_s += sum(
+                    self._body_s(header) for header, _ in headers if len(header) > _LARGE_BYTES
+                )
                 if len(headers) == 1:  # a short cut: most messages have one frame
                     frame = decode_frame(headers[0][0])
                     buffers = _buffers(parts[1:]) if len(parts) > 1 else ()
@@ -259,6 +270,16 @@ class Inbox:
             lane.nbytes -= memory
             self._bytes -= memory
         return frame, buffers, nbytes, origin
+
+    def _body_s(self, header: bytes) -> float:
+        """Return the cost of a large header beside that of a message.
+
+        At one byte each, a header can hold 48,000 items, which take milliseconds to decode.
+        """
+        # Or fewer: text has such bytes, too.
+        nested = len(header) - len(header.translate(None, _NESTED))
+        per_byte_s = self._message_s / _BYTES_PER_MESSAGE
+        return len(header) * per_byte_s + nested // _NESTED_PER_COSTLY * self._costly_s
 
     def _block(self, peer: bytes, lane: _Lane) -> None:
         del self._ready[peer]
