@@ -184,7 +184,7 @@ class RunHistory:
             case Refusal():
                 self.outcomes.rejection(entry)
                 if entry.of is not None and entry.known_code in _INVALID_SCORE:
-                    self._withdraw_score(entry.of)
+                    self._withdraw_score(entry.of, entry)
             case Opened():
                 self.run, self.config = entry.run, entry.config
                 self.total_clients = entry.total_clients
@@ -303,11 +303,12 @@ class RunHistory:
             case "finished":
                 self._finished, self.failed = True, body.get("failed") is True
 
-    def _withdraw_score(self, seq: int) -> None:
+    def _withdraw_score(self, seq: int, refusal: Refusal) -> None:
         """Remove the metrics of a score that the aggregator has rejected."""
         if seq not in self._scores:
             return
         point, to = self._scores.pop(seq)
+        self.outcomes.rejected_score(refusal)
         point.withdraw(to)
         if not point.clients:
             self.curve = [each for each in self.curve if each is not point]

@@ -404,6 +404,7 @@ def test_a_score_that_was_rejected_is_not_in_the_curve(story):
         story.feed("score", "w0", re=f"a/{number}", metrics={"accuracy": accuracy})
     story.refuse(story.seq, "out-of-range")
     assert [point.accuracy for point in story.history.curve] == [0.5]
+    assert story.history.outcomes.failed_evaluations == 1
     assert summary_of(story.history)["best_accuracy"] == 0.5
     for client, accuracy in ((0, 0.5), (1, 2.0)):
         about = {"model_version": 2, "client": client}
