@@ -24,7 +24,7 @@ A subclass sets `name` and `schedules`, and these class attributes where their d
 ``counts_examples`` (False)
     n_k, the weight of a client's result, is the number of its training examples. A result that
     counts more than `Problem.most_examples` is then rejected. Not set where it counts repeated or
-    generated examples, too.
+    generated examples, too. A subclass outside of fedmq does not inherit it, and sets it itself.
 ``bounds_updates`` (False)
     Results are updates of a model, or models, and `accumulate` rejects those that exceed
     `Result.bounds`. Set by algorithms that average models.
@@ -124,6 +124,8 @@ class Algorithm(ABC, Generic[State, Accumulator]):
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
+        if "counts_examples" not in vars(cls) and not cls.__module__.startswith("fedmq."):
+            cls.counts_examples = False  # a user's class may weight results in other ways
         refuse_old_names(cls, _RENAMED)
 
     def __post_init__(self) -> None:

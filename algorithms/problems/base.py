@@ -41,6 +41,12 @@ class Problem(ABC):
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
         guard(cls, Problem)
+        own = vars(cls)
+        # A class with other data or other metrics does not inherit the limits of the former ones.
+        if "client" in own and "most_examples" not in own:
+            cls.most_examples = Problem.most_examples  # type: ignore[method-assign] # a property
+        if "metrics" in own and "metric_range" not in own:
+            cls.metric_range = Problem.metric_range  # type: ignore[method-assign] # same signature
         if not isinstance(model := vars(cls).get("model"), staticmethod) and callable(model):
             cls.model = _with_seed(model)  # type: ignore[method-assign] # it keeps its signature
 

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from fedmq.algorithms.problems.examples import Examples
-from fedmq.algorithms.values import ReturnedError, kind_of_value, metrics_of
+from fedmq.algorithms.values import ReturnedError, kind_of_value, metrics_of, plain_number
+from fedmq.codecs.text import shorten
 
 _CACHE = ("cache_clear", "cache_info", "cache_parameters")
 """Attributes of a method that `functools.cache` decorates; the wrapper has them too."""
@@ -133,6 +134,17 @@ def _shape(found: object, who: str) -> tuple[int, ...]:
     return tuple(_count(size, who) for size in found)
 
 
+def _range(found: object, who: str) -> tuple[float, float]:
+    ends = tuple(map(plain_number, found)) if isinstance(found, tuple | list) else ()
+    match ends:
+        case (int() | float() as low, int() | float() as high) if low <= high:
+            return float(low), float(high)
+    raise ReturnedError(
+        f"{who}: expected the smallest and the largest value, two numbers in this order, "
+        f"got {shorten(found) if ends else kind_of_value(found)}"
+    )
+
+
 _VALUES = ("clients", "held_out", "classes", "shape", "most_examples")
 """Properties; a subclass may define them as plain values."""
 
@@ -144,6 +156,7 @@ _CHECKS: Mapping[str, Callable[[Any, str], Any]] = {
     "public": _examples,
     "loss": _loss,
     "metrics": metrics_of,
+    "metric_range": _range,
     "clients": _count,
     "held_out": _count,
     "classes": _count,

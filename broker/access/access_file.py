@@ -118,8 +118,16 @@ class AccessFile:
             if same and same[0].key == rights.key:
                 new = replace(rights, replaces=same[0].replaces)
                 return replace(content, keys=_swapped(content.keys, same[0], new))
-            again = tuple(each for each in content.revoked if each.key != rights.key)
-            return replace(content, keys=(*content.keys, rights), revoked=again)
+            heir = next((each for each in content.keys if rights.key in each.replaces), None)
+            if heir is not None:
+                raise AccessError(
+                    f"the key {heir.name!r} has replaced this key and has its nodes: authorise "
+                    "another one"
+                )
+            before = next((each for each in content.revoked if each.key == rights.key), None)
+            new = rights if before is None else replace(rights, replaces=before.replaces)
+            again = tuple(each for each in content.revoked if each is not before)
+            return replace(content, keys=(*content.keys, new), revoked=again)
 
         self._edit(add)
 

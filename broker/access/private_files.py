@@ -186,7 +186,7 @@ def _check(path: Path, found: os.stat_result) -> None:
     if found.st_uid != os.geteuid():
         raise AccessError(
             f"{path} belongs to {_user(found.st_uid)}, expected {_user(os.geteuid())}: run "
-            f"`sudo chown {_user(os.geteuid())} {name}`"
+            f"`sudo chown {os.geteuid()} {name}`, or choose another folder with --keys DIR"
         )
     if mode & 0o077:
         wanted = FOLDER_MODE if stat.S_ISDIR(found.st_mode) else FILE_MODE

@@ -32,7 +32,7 @@ from fedmq.nodes.aggregator.state import AggregatorState
 from fedmq.nodes.aggregator.version import DeferredResults
 from fedmq.nodes.errors import NodeError, exits_as_errors, own_code
 from fedmq.nodes.messages.actions import AckUpTo, AggregatorAction, Commit, EndRun, Handled, Start
-from fedmq.nodes.messages.metrics import metrics_fault
+from fedmq.nodes.messages.metrics import accuracy_of, metrics_fault
 from fedmq.nodes.process.exception_text import explained, may_pass, modules_of
 from fedmq.nodes.run.digests import model_digest
 from fedmq.nodes.run.goal import Goal
@@ -187,8 +187,9 @@ class Aggregator(AggregatorState):
             return Rejection(Code.UNKNOWN_TASK, text)
         accuracy, why = accuracy_in(message)
         if self._progress.rules >= CHECKS_SIZES and message.kind == "score":
-            why = metrics_fault(message.body.get("metrics"), self._setup.problem.metric_range)
-            accuracy = None if why else accuracy
+            metrics = message.body.get("metrics")
+            why = metrics_fault(metrics, self._setup.problem.metric_range)
+            accuracy = None if why or not isinstance(metrics, dict) else accuracy_of(metrics)
         of_model = name not in self._evaluations.client_evaluations
         self._evaluated_as(name, accuracy)
         if self._progress.rules and of_model and self._goal.target_accuracy is not None:

@@ -7,7 +7,7 @@ import functools
 import math
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -30,7 +30,7 @@ from fedmq.nodes.aggregator.computed import Computed
 from fedmq.nodes.aggregator.core import Aggregator
 from fedmq.nodes.aggregator.driver import AggregatorDriver
 from fedmq.nodes.errors import ConfigError, RunFailed, own_code
-from fedmq.nodes.messages.actions import Commit, Start
+from fedmq.nodes.messages.actions import AggregatorAction, Commit, Handled, Start
 from fedmq.nodes.process.logs import Repeats
 from fedmq.nodes.process.terminal import clients_in_words
 from fedmq.nodes.run.agreement import Fingerprint, disagree
@@ -201,6 +201,19 @@ def fold_until_over(
             log.warning("a node starts from another model", **about)
         with link.away():
             actions = driver.handle(delivery)
+        if message.kind == "score":
+            _log_rejected_score(message.sender, actions, repeats, log)
+
+
+def _log_rejected_score(
+    sender: str, actions: Sequence[AggregatorAction], repeats: Repeats, log: FilteringBoundLogger
+) -> None:
+    """Log that a score does not count; for each sender and code once, and then a count."""
+    for each in actions:
+        if not isinstance(each, Handled) or not each.refused:
+            continue
+        if times := repeats.count((sender, each.code), time.monotonic()):
+            log.warning("score rejected", by=sender, reason=each.refused, times=times)
 
 
 class _WaitLog:

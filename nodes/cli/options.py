@@ -48,7 +48,7 @@ def named_limits(settings: Sequence[str]) -> dict[str, Any]:
     """Return the table ``broker.limits`` of some ``NAME=VALUE``.
 
     Raises:
-        ConfigError: one of them has no value.
+        ConfigError: one of them has no value, or a dot in its name.
     """
     from fedmq.nodes.run.toml import setting_value
 
@@ -57,6 +57,10 @@ def named_limits(settings: Sequence[str]) -> dict[str, Any]:
         name, equals, text = setting.partition("=")
         if not equals:
             raise ConfigError(f"--limit {setting}: expected NAME=VALUE, such as nodes=1000")
+        if "." in name:
+            raise ConfigError(
+                f"--limit {setting}: expected the name of a limit without a dot, such as nodes=1000"
+            )
         table[name.strip()] = setting_value(text.strip())
     return table
 

@@ -288,6 +288,10 @@ class Outcomes:
             what: Subject = "evaluation" if bits == _EVALUATION else "task"
             self._failed(LastFailure(what, client, code, refusal.reason))
 
+    def rejected_score(self, refusal: Refusal) -> None:
+        """Count an evaluation whose score was invalid."""
+        self._failed(LastFailure("evaluation", None, refusal.known_code, refusal.reason))
+
     def extended(self) -> None:
         """Forget the open results: versions after the run's end do not include them."""
         self._open.clear()

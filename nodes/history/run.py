@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fedmq.broker.ledger.entries import Accepted, AnyEntry, Ended, Opened, Refusal
+from fedmq.broker.rejections import Code
 from fedmq.broker.wire.addresses import AGGREGATOR, BROKER, CONTINUED, EVALUATOR
 from fedmq.broker.wire.schema import Message
 from fedmq.nodes.history.facts import Facts, SentTask, natural
@@ -25,6 +26,10 @@ from fedmq.nodes.history.tracker import ANSWERS, NodeState, TaskTracker
 from fedmq.nodes.messages.metrics import received_metrics
 from fedmq.nodes.messages.tensor_tables import group_blobs
 from fedmq.nodes.run.agreement import disagree
+
+_INVALID_SCORE = (Code.MALFORMED, Code.NOT_FINITE, Code.OUT_OF_RANGE)
+"""Why a score does not count. With other codes it was a second or late answer, and the first one
+counts."""
 
 
 @dataclass
@@ -178,8 +183,8 @@ class RunHistory:
         match entry:
             case Refusal():
                 self.outcomes.rejection(entry)
-                if entry.of is not None:
-                    self._withdraw_score(entry.of)
+                if entry.of is not None and entry.known_code in _INVALID_SCORE:
+                    self._withdraw_score(entry.of, entry)
             case Opened():
                 self.run, self.config = entry.run, entry.config
                 self.total_clients = entry.total_clients
@@ -298,11 +303,12 @@ class RunHistory:
             case "finished":
                 self._finished, self.failed = True, body.get("failed") is True
 
-    def _withdraw_score(self, seq: int) -> None:
+    def _withdraw_score(self, seq: int, refusal: Refusal) -> None:
         """Remove the metrics of a score that the aggregator has rejected."""
         if seq not in self._scores:
             return
         point, to = self._scores.pop(seq)
+        self.outcomes.rejected_score(refusal)
         point.withdraw(to)
         if not point.clients:
             self.curve = [each for each in self.curve if each is not point]

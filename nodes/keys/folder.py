@@ -16,7 +16,9 @@ from pathlib import Path
 import structlog
 
 from fedmq.broker.access.private_files import create_private, make_key_folder, read_private
-from fedmq.broker.errors import AccessError
+from fedmq.broker.errors import AccessError, EndpointError
+from fedmq.broker.transport.listening import is_loopback
+from fedmq.broker.wire.endpoints import parse_endpoint
 from fedmq.nodes.errors import ConfigError
 from fedmq.nodes.process.user_folder import user_folder
 
@@ -52,8 +54,10 @@ def has_key_folder() -> bool:
 def secret_for(endpoint: str, given: Path | None = None) -> str:
     """Return what proves this user's nodes to a broker that knows no keys, the same at each start.
 
-    Each address gets another one, so that the operator of one broker cannot use it at another. If
-    it cannot be stored, it is random, and a warning says what that means.
+    Each address gets another one, so that the operator of one broker cannot use it at another: a
+    node that connects to another name or address of the same host does not own its earlier name.
+    Only the spellings of loopback count as one. If the secret cannot be stored, it is random, and a
+    warning says what that means.
 
     Args:
         endpoint: address of the broker.
@@ -68,7 +72,23 @@ def secret_for(endpoint: str, given: Path | None = None) -> str:
             reason=str(error),
         )
         return secrets.token_hex(16)
-    return hashlib.sha256(f"{secret} {endpoint}".encode()).hexdigest()[:32]
+    return hashlib.sha256(f"{secret} {_broker_at(endpoint)}".encode()).hexdigest()[:32]
+
+
+def _broker_at(address: str) -> str:
+    """Return the same text for all spellings of an address of this host, and of a host's name.
+
+    The port stays: another user's broker on this host gets another secret.
+    """
+    try:
+        endpoint = parse_endpoint(address)
+    except EndpointError:
+        return address
+    if endpoint.path:
+        return f"ipc://{Path(endpoint.path).absolute()}"
+    host = endpoint.host.lower()
+    here = host == "localhost" or (endpoint.literal and is_loopback(host))
+    return f"tcp://{'localhost' if here else host}:{endpoint.port}"
 
 
 def _user_secret(folder: Path) -> str:

@@ -29,13 +29,14 @@ from fedmq.broker.access.key_files import (
     read_key,
 )
 from fedmq.broker.enrolment import EnrolmentError, EnrolmentFault, enroll
-from fedmq.broker.errors import EndpointError, GaveUp, UnresolvedError
+from fedmq.broker.errors import AccessError, EndpointError, GaveUp, UnresolvedError
 from fedmq.broker.transport.listening import is_loopback
 from fedmq.broker.wire.endpoints import addresses_of, parse_endpoint
 from fedmq.nodes.errors import ConfigError
 from fedmq.nodes.keys.folder import (
     BROKER_KEY_VARIABLE,
     JOIN_VARIABLE,
+    KEYS_VARIABLE,
     has_key_folder,
     key_folder,
     secret_for,
@@ -181,7 +182,10 @@ def _known(endpoint: str, given: str | None, folder: Path | None) -> str | None:
     if given is None and folder is None and not has_key_folder():
         return None
     where = key_folder(folder)
-    stored = known_brokers(where).get(endpoint)
+    named = given is not None or folder is not None or bool(os.environ.get(KEYS_VARIABLE))
+    # A home that this user cannot enter, such as /dev/null, has no keys of this user.
+    readable = named or os.access(where, os.X_OK)
+    stored = known_brokers(where).get(endpoint) if readable else None
     if given is None:
         return stored
     key = public_key(given)
@@ -192,8 +196,18 @@ def _known(endpoint: str, given: str | None, folder: Path | None) -> str | None:
                 endpoint=endpoint,
                 stored=stored,
             )
-        add_broker(where, endpoint, key)
+        _store_broker(where, endpoint, key)
     return key
+
+
+def _store_broker(where: Path, endpoint: str, key: str) -> None:
+    """Store a broker's key; without it, a node that has everything else can still connect."""
+    try:
+        add_broker(where, endpoint, key)
+    except AccessError as error:
+        structlog.get_logger().warning(
+            "the broker's key is not stored; give --broker-key at each start", reason=str(error)
+        )
 
 
 def _own(options: ConnectionOptions) -> KeyPair:
@@ -221,7 +235,7 @@ def _join(token: InviteToken, endpoint: str, options: ConnectionOptions) -> KeyP
         # The key came in with an earlier invite, or with this one before it expired.
         structlog.get_logger().info("using the key that this broker knows", reason=str(error))
     if not known:
-        add_broker(where, endpoint, token.broker)
+        _store_broker(where, endpoint, token.broker)
     return own
 
 

@@ -5,8 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 
+from fedmq.algorithms.problems.base import Problem
+from fedmq.algorithms.values import ReturnedError
 from fedmq.broker.rejections import Code, Rejection
 from fedmq.codecs.text import shorten
+from fedmq.nodes.process.exception_text import described
 
 UNDEFINED = ("nan", "inf", "-inf")
 """How a node writes a metric that has no finite value, such as the loss of a diverged model."""
@@ -21,15 +24,43 @@ def sendable(metrics: Mapping[str, float]) -> dict[str, float | str]:
 
 def received_metric(value: object) -> float | None:
     """Return a metric from a score as a number; None if it is none."""
-    if isinstance(value, float):
-        return value
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return float(value)
     return float(value) if isinstance(value, str) and value in UNDEFINED else None
+
+
+def accuracy_of(metrics: Mapping[object, object]) -> float | None:
+    """Return the accuracy in valid metrics of a score; NaN if it has no finite value.
+
+    A mean with a NaN is NaN, so it reaches no target, whatever the other clients have.
+    """
+    accuracy = received_metric(metrics.get("accuracy"))
+    return math.nan if accuracy is not None and not math.isfinite(accuracy) else accuracy
 
 
 def received_metrics(metrics: Mapping[object, object]) -> dict[str, float]:
     """Return those metrics of a score that are numbers, by name."""
     numbers = {str(name): received_metric(value) for name, value in metrics.items()}
     return {name: value for name, value in numbers.items() if value is not None}
+
+
+def check_ranges(metrics: Mapping[str, float], problem: Problem) -> None:
+    """Check the metrics that a node computed before it sends them.
+
+    Raises:
+        ReturnedError: a finite one is outside of `Problem.metric_range`.
+    """
+    for name, value in metrics.items():
+        low, high = problem.metric_range(name)
+        if math.isfinite(value) and not _within(value, low, high):
+            raise ReturnedError(
+                f"{type(problem).__name__}.metrics: expected {shorten(name)} from {low:g} to "
+                f"{high:g}, got {value:g}; define metric_range for other values"
+            )
+
+
+def _within(value: float, low: float, high: float) -> bool:
+    return low - _ROUNDING <= value <= high + _ROUNDING
 
 
 def metrics_fault(
@@ -57,8 +88,12 @@ def metrics_fault(
         if not math.isfinite(value):
             text = f"expected a finite number for {shorten(name)}, got {value}"
             return Rejection(Code.NOT_FINITE, text)
-        low, high = metric_range(name)
-        if not low - _ROUNDING <= value <= high + _ROUNDING:
+        try:
+            low, high = metric_range(name)
+        except Exception as error:  # noqa: BLE001 - user code, for any name that a node sends
+            text = f"metric_range has no range for {shorten(name)}: {described(error)}"
+            return Rejection(Code.MALFORMED, text)
+        if not _within(value, low, high):
             text = f"expected {shorten(name)} from {low:g} to {high:g}, got {value:g}"
             return Rejection(Code.OUT_OF_RANGE, text)
     return None

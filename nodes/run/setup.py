@@ -18,7 +18,7 @@ from fedmq.algorithms.problems import complete_options, load_problem
 from fedmq.algorithms.problems.base import Problem
 from fedmq.algorithms.registry import find_algorithm
 from fedmq.algorithms.schedules import Schedule, find_schedule
-from fedmq.algorithms.values import plain_settings
+from fedmq.algorithms.values import ReturnedError, plain_settings
 from fedmq.codecs.base import Codec
 from fedmq.codecs.errors import CodecError, SpecError
 from fedmq.codecs.features import Features
@@ -27,6 +27,7 @@ from fedmq.codecs.raw import Raw
 from fedmq.codecs.registry import make_codec
 from fedmq.nodes.errors import ConfigError
 from fedmq.nodes.messages.payloads import Codecs
+from fedmq.nodes.process.exception_text import described
 from fedmq.nodes.run.config import Config
 from fedmq.nodes.run.numbers import check_types
 from fedmq.nodes.run.stragglers import slowdown
@@ -82,6 +83,7 @@ def set_up(config: Config, allowed: Allowed | None = None, run: str = "") -> Set
     with _naming_the_run(run, "problem.name"):
         try:
             problem = load_problem(config.problem, config.run.seed, allowed)
+            _check_ranges(problem)
         except NotAllowed:
             raise
         except (AlgorithmError, SpecError) as error:
@@ -167,6 +169,22 @@ def _choices(config: Config, allowed: Allowed, run: str) -> tuple[AnyAlgorithm, 
     if getattr(algorithm, "seed", 0) is None:
         algorithm = dataclasses.replace(algorithm, seed=config.run.seed)  # type: ignore[call-arg] # it has that field
     return algorithm, _choose(config.schedule, find_schedule, "schedule")
+
+
+def _check_ranges(problem: Problem) -> None:
+    """Call a problem's `metric_range`, which may be a user's, before a score needs it.
+
+    Raises:
+        ConfigError: it fails, or returns no range.
+    """
+    for name in ("loss", "accuracy"):
+        try:
+            problem.metric_range(name)
+        except ReturnedError as error:
+            raise ConfigError(str(error)) from None
+        except Exception as error:  # a user's method can raise anything
+            who = f"{type(problem).__name__}.metric_range"
+            raise ConfigError(f"{who}: failed for {name!r}: {described(error)}") from error
 
 
 def _complete(config: Config, algorithm: AnyAlgorithm, schedule: Schedule) -> Config:

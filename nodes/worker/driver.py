@@ -15,6 +15,7 @@ from fedmq.broker.link.events import Delivery, PostMessage
 from fedmq.broker.wire.schema import Buffer, Message
 from fedmq.nodes.errors import NodeError, StorageError
 from fedmq.nodes.messages.actions import Handled
+from fedmq.nodes.messages.metrics import check_ranges
 from fedmq.nodes.process.logs import Repeats
 from fedmq.nodes.run.setup import Setup
 from fedmq.nodes.worker.client_state import SavedClientState
@@ -120,6 +121,8 @@ class WorkerDriver:
         try:
             with self._port.away():
                 event = compute(action, self._setup, self._device)
+                if isinstance(event, Evaluated):
+                    check_ranges(event.metrics, self._setup.problem)
         except (BrokerError, NodeError):
             raise  # not an error of the task: the link has ended
         except Exception as error:  # a model can raise anything

@@ -6,6 +6,9 @@ import pytest
 import tomli_w
 from click.testing import CliRunner
 
+from fedmq.algorithms.fedavg import FedAvg
+from fedmq.algorithms.problems.base import Problem
+from fedmq.algorithms.problems.image import ImageClassification
 from fedmq.algorithms.registry import ALGORITHMS
 from fedmq.algorithms.schedules import SCHEDULES
 from fedmq.nodes.cli.main import main
@@ -118,3 +121,20 @@ def test_naming_the_default_changes_nothing_and_fedprox_differs_from_it_only_in_
     assert (unnamed.schedule["size"], unnamed.schedule["concurrency"]) == (5, 8)
     assert set_up(load(None, ["schedule.name=stream"])).config.schedule["concurrency"] == 8
     assert unnamed.problem["model"] == "cnn-mnist"
+
+
+def test_a_users_class_inherits_no_limit_on_examples():
+    own = type("Own", (FedAvg,), {"__module__": "own"})
+    assert FedAvg.counts_examples
+    assert not own.counts_examples
+    counting = type("Own", (FedAvg,), {"__module__": "own", "counts_examples": True})
+    assert counting.counts_examples
+
+
+def test_a_problem_with_other_data_or_metrics_inherits_no_limits_of_the_former_ones():
+    augmented = type("Augmented", (ImageClassification,), {"client": lambda self, index: None})
+    assert augmented.most_examples is Problem.most_examples
+    assert augmented.metric_range is ImageClassification.metric_range
+    relative = type("Relative", (ImageClassification,), {"metrics": lambda self, outputs, y: {}})
+    assert relative.metric_range is Problem.metric_range
+    assert relative.most_examples is ImageClassification.most_examples

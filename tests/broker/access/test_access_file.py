@@ -92,6 +92,23 @@ def test_a_replaced_key_hands_over_its_name_and_rights(file):
         file.replace("w9", key())
 
 
+def test_a_key_that_was_revoked_keeps_its_nodes_when_it_is_authorised_again(file):
+    old, new = worker("w1"), key()
+    file.authorize(old)
+    file.replace("w1", new)
+    file.revoke("w1")
+    file.authorize(worker("w1", new))
+    assert file.load().keys[new].replaces == (old.key,)
+
+
+def test_a_replaced_key_is_not_authorised_beside_the_key_that_has_its_nodes(file):
+    old = worker("w1")
+    file.authorize(old)
+    file.replace("w1", key())
+    with pytest.raises(AccessError, match="the key 'w1' has replaced this key"):
+        file.authorize(worker("w2", old.key))
+
+
 def test_a_key_that_was_revoked_hands_over_its_name_and_rights_later(file):
     rights, second = worker("w1"), key()
     file.authorize(rights)

@@ -71,7 +71,7 @@ def test_a_key_that_others_may_open_is_refused_with_the_command_that_mends_it(fo
 def test_a_key_of_another_user_is_refused(folder, monkeypatch):
     new_key(folder, "node")
     monkeypatch.setattr(os, "geteuid", lambda: folder.stat().st_uid + 1)
-    with pytest.raises(AccessError, match=r"belongs to .*: run `sudo chown "):
+    with pytest.raises(AccessError, match=r"belongs to .*: run `sudo chown \d+ .* --keys DIR"):
         read_key(folder, "node")
 
 

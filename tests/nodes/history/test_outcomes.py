@@ -388,12 +388,23 @@ def test_a_metric_that_is_not_finite_is_null_and_listed_in_the_summary(story, tm
     assert "nan% (best 50.00%)" in shown(closing_table(summary))
 
 
+def test_a_late_second_score_that_was_rejected_leaves_the_first_in_the_curve(story):
+    story.feed("evaluate", "aggregator", "a/0", to="evaluator", model_version=0)
+    story.feed("score", "w0", re="a/0", metrics={"accuracy": 0.5})
+    first = story.seq
+    story.feed("score", "w0", re="a/0", metrics={"accuracy": 0.9})
+    story.refuse(story.seq, "unknown-task")
+    story.refuse(first, "unknown-task")
+    assert story.history.curve[0].accuracy == 0.5
+
+
 def test_a_score_that_was_rejected_is_not_in_the_curve(story):
     for number, accuracy in enumerate([0.5, 2.0]):
         story.feed("evaluate", "aggregator", f"a/{number}", to="evaluator", model_version=number)
         story.feed("score", "w0", re=f"a/{number}", metrics={"accuracy": accuracy})
     story.refuse(story.seq, "out-of-range")
     assert [point.accuracy for point in story.history.curve] == [0.5]
+    assert story.history.outcomes.failed_evaluations == 1
     assert summary_of(story.history)["best_accuracy"] == 0.5
     for client, accuracy in ((0, 0.5), (1, 2.0)):
         about = {"model_version": 2, "client": client}

@@ -77,3 +77,21 @@ def test_a_secret_that_cannot_be_stored_is_random_and_a_warning_says_so(
     assert [each["log_level"] for each in log] == ["warning", "warning"]
     assert "if this node restarts" in log[0]["event"]
     assert reason in log[0]["reason"]
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [
+        ("tcp://127.0.0.1:7911", "tcp://localhost:7911", True),
+        ("tcp://127.0.0.1:7911", "tcp://[::1]:7911", True),
+        ("tcp://LocalHost:7911", "tcp://localhost:7911", True),
+        ("tcp://Lab.example:7911", "tcp://lab.example:7911", True),
+        ("tcp://127.0.0.1:7911", "tcp://127.0.0.1:7912", False),
+        ("tcp://lab.example:7911", "tcp://localhost:7911", False),
+    ],
+)
+def test_the_secret_depends_on_the_broker_and_not_on_the_spelling_of_its_address(
+    tmp_path, one, other, same
+):
+    folder = tmp_path / "keys"
+    assert (secret_for(one, folder) == secret_for(other, folder)) is same

@@ -257,3 +257,27 @@ def test_a_file_that_is_missing_or_holds_no_invite_is_one_sentence(folder, tmp_p
         connect(join_file=str(tmp_path / "other"))
     with pytest.raises(ConfigError, match="use no keys"):
         connect("ipc://x", join_file=str(an_invite(tmp_path)[1]))
+
+
+# ---- key folders that cannot be used
+
+
+def test_a_home_that_is_no_folder_stops_no_node_without_keys(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.delenv("FEDMQ_KEYS", raising=False)
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "file"))
+    assert connect().keys is None
+
+
+def test_a_broker_key_that_cannot_be_stored_is_used_with_a_warning(folder, monkeypatch):
+    def fails(*_):
+        raise AccessError("cannot write: read-only file system")
+
+    new_key(folder, "node")
+    monkeypatch.setattr(joining, "add_broker", fails)
+    broker = KeyPair.new().public
+    with capture_logs() as log:
+        found = connect(THERE, broker_key=broker)
+    assert found.keys.broker == broker
+    assert [each["log_level"] for each in log] == ["warning"]
+    assert "give --broker-key at each start" in log[0]["event"]

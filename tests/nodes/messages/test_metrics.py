@@ -4,7 +4,15 @@ import math
 
 import pytest
 
-from fedmq.nodes.messages.metrics import metrics_fault, received_metric, sendable
+from fedmq.algorithms.problems.guards import guard
+from fedmq.algorithms.values import ReturnedError
+from fedmq.nodes.messages.metrics import (
+    accuracy_of,
+    check_ranges,
+    metrics_fault,
+    received_metric,
+    sendable,
+)
 
 
 def metric_range(name):
@@ -49,3 +57,42 @@ def test_a_metric_without_a_finite_value_is_sent_as_text_and_read_as_a_number():
     assert math.isnan(received.pop("loss"))
     assert received == {"accuracy": 0.5, "ratio": math.inf, "gap": -math.inf}
     assert received_metric("1") is received_metric(None) is received_metric([]) is None
+
+
+@pytest.mark.parametrize("value", [math.nan, "nan", "inf", "-inf"])
+def test_an_accuracy_without_a_finite_value_keeps_a_mean_from_any_target(value):
+    assert math.isnan(accuracy_of({"accuracy": value}))
+    assert accuracy_of({"accuracy": 1}) == 1.0
+    assert accuracy_of({"loss": 0.5}) is None
+
+
+class Percent:
+    """What `check_ranges` reads of a problem."""
+
+    def metric_range(self, name):
+        return metric_range(name)
+
+
+def test_a_node_refuses_to_send_a_metric_outside_of_its_range():
+    check_ranges({"accuracy": 1.0, "loss": 8.4}, Percent())
+    check_ranges({"accuracy": math.nan, "loss": math.inf}, Percent())
+    expected = r"Percent.metrics: expected 'accuracy' from 0 to 1, got 8.4; define metric_range"
+    with pytest.raises(ReturnedError, match=expected):
+        check_ranges({"accuracy": 8.4}, Percent())
+
+
+def test_a_metric_without_a_range_is_a_fault_and_ends_no_run():
+    fault = metrics_fault({"loss": 0.5}, {"accuracy": (0, 1)}.__getitem__)
+    assert fault.code == "malformed"
+    assert fault.reason == "metric_range has no range for 'loss': KeyError: 'loss'"
+
+
+@pytest.mark.parametrize("found", [None, 1.0, (1.0, 0.0), (0.0, math.nan), (0.0,), ("0", "1")])
+def test_a_range_is_two_numbers_in_order(found):
+    class Other(Percent):
+        def metric_range(self, name):
+            return found
+
+    guard(Other, object)
+    with pytest.raises(ReturnedError, match=r"Other.metric_range: expected the smallest"):
+        Other().metric_range("loss")
