@@ -109,8 +109,8 @@ class AccessFile:
         """Add a key; if the same key has the same name already, change its rights.
 
         Raises:
-            AccessError: the rights are invalid, the name or the key is in use, or the file cannot
-                be read or written.
+            AccessError: the rights are invalid, the name or the key is in use, the key was revoked,
+                or the file cannot be read or written.
         """
 
         def add(content: _Content) -> _Content:
@@ -118,27 +118,26 @@ class AccessFile:
             if same and same[0].key == rights.key:
                 new = replace(rights, replaces=same[0].replaces)
                 return replace(content, keys=_swapped(content.keys, same[0], new))
-            heir = next((each for each in content.keys if rights.key in each.replaces), None)
-            if heir is not None:
-                raise AccessError(
-                    f"the key {heir.name!r} has replaced this key and has its nodes: authorise "
-                    "another one"
-                )
+            _check_not_replaced(content, rights.key)
             before = next((each for each in content.revoked if each.key == rights.key), None)
-            new = rights if before is None else replace(rights, replaces=before.replaces)
-            again = tuple(each for each in content.revoked if each is not before)
-            return replace(content, keys=(*content.keys, new), revoked=again)
+            if before is not None:
+                raise AccessError(
+                    f"this key was revoked: make another one on its host; if it may be used again, "
+                    f"--replace {before.name} gives it back its rights"
+                )
+            return replace(content, keys=(*content.keys, rights))
 
         self._edit(add)
 
     def replace(self, name: str, key: str) -> Rights:
         """Give the name, the rights and the nodes of a key to a new one; return its rights.
 
-        The old key may have been revoked before; otherwise it is now.
+        The old key may have been revoked before; otherwise it is now. A revoked key may be given
+        back its own rights. If the new key had rights under another name, it loses that name.
 
         Raises:
-            AccessError: no key has this name, the new key is invalid or in use, or the file cannot
-                be read or written.
+            AccessError: no key has this name, the new key is invalid, or the file cannot be read or
+                written.
         """
 
         def swap(content: _Content) -> _Content:
@@ -146,11 +145,16 @@ class AccessFile:
             old = next((each for each in choices if each.name == name), None)
             if old is None:
                 raise AccessError(f"no key has the name {name!r}: {_named(choices)}")
-            new = replace(old, key=key, replaces=(*old.replaces, old.key))
-            if old in content.keys:
-                return replace(content, keys=_swapped(content.keys, old, new))
+            _check_not_replaced(content, key)
+            if key == old.key:
+                new = old
+            else:
+                new = replace(old, key=key, replaces=(*old.replaces, old.key))
+            others = tuple(each for each in content.keys if each is old or each.key != key)
+            if old in others:
+                return replace(content, keys=_swapped(others, old, new))
             revoked = tuple(each for each in content.revoked if each is not old)
-            return replace(content, keys=(*content.keys, new), revoked=revoked)
+            return replace(content, keys=(*others, new), revoked=revoked)
 
         return next(each for each in self._edit(swap).keys if each.name == name)
 
@@ -245,6 +249,16 @@ def _access(content: _Content) -> Access:
         invites={each.rights.key: each for each in content.invites},
         keyless=LOCAL,
     )
+
+
+def _check_not_replaced(content: _Content, key: str) -> None:
+    """Raise AccessError if another key has taken over the nodes of a key."""
+    for each in content.keys:
+        if key in each.replaces:
+            raise AccessError(
+                f"the key {each.name!r} has replaced this key and has its nodes: authorise another "
+                "one"
+            )
 
 
 def _check_open(invite: Invite, key: str, now: float) -> None:

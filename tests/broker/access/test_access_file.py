@@ -97,8 +97,21 @@ def test_a_key_that_was_revoked_keeps_its_nodes_when_it_is_authorised_again(file
     file.authorize(old)
     file.replace("w1", new)
     file.revoke("w1")
-    file.authorize(worker("w1", new))
+    with pytest.raises(AccessError, match=r"was revoked: .* --replace w1"):
+        file.authorize(worker("w2", new))
+    file.replace("w1", new)
     assert file.load().keys[new].replaces == (old.key,)
+
+
+def test_a_key_that_came_with_another_invite_takes_an_old_place(file):
+    old, new = worker("w1"), worker("invite-2")
+    file.authorize(old)
+    file.authorize(new)
+    given = file.replace("w1", new.key)
+    assert given == msgspec.structs.replace(old, key=new.key, replaces=(old.key,))
+    assert file.load().keys == {new.key: given}
+    with pytest.raises(AccessError, match="the key 'w1' has replaced this key"):
+        file.replace("w1", old.key)
 
 
 def test_a_replaced_key_is_not_authorised_beside_the_key_that_has_its_nodes(file):
@@ -119,7 +132,7 @@ def test_a_key_that_was_revoked_hands_over_its_name_and_rights_later(file):
     assert file.load().keys == {second: new}
     assert file.revoked() == ()
     file.revoke(second)
-    file.authorize(worker("w1", second))  # by mistake, and authorised again
+    assert file.replace("w1", second) == new  # revoked by mistake, and given back its rights
     assert file.revoked() == ()
     file.revoke("w1")
     file.authorize(other := worker("w1"))
