@@ -60,6 +60,9 @@ def new_key(folder: Path, name: str) -> KeyPair:
     try:
         create_private(path, text.encode())
     except FileExistsError:
+        if not path.with_suffix(".pub").exists():  # the process that made the key ended before
+            public = read_key(folder, name).public
+            replace_private(path.with_suffix(".pub"), f"{public}\n".encode())
         raise AccessError(f"the key {path} exists: choose another name, or delete it") from None
     replace_private(path.with_suffix(".pub"), f"{pair.public}\n".encode())
     return pair

@@ -137,3 +137,11 @@ def test_the_lock_is_waited_for_and_then_reported(folder, monkeypatch):
         pass
     with private_files.locked(path):
         pass
+
+
+def test_a_public_file_that_is_missing_is_written_from_the_key(folder):
+    pair = new_key(folder, "node")
+    (folder / "node.pub").unlink()
+    with pytest.raises(AccessError, match="exists"):
+        new_key(folder, "node")
+    assert (folder / "node.pub").read_text() == f"{pair.public}\n"

@@ -56,6 +56,7 @@ def test_a_wrong_limit_is_one_sentence(limits: object, words: str) -> None:
     ("option", "words"),
     [
         ("nodes", "--limit nodes: expected NAME=VALUE, such as nodes=1000"),
+        ("nodes.x=3", "--limit nodes.x=3: expected the name of a limit without a dot"),
         ("nodes=0", "broker.limits.nodes: expected a finite number above 0, got 0"),
         ("noodles=1", "unknown key 'broker.limits.noodles'"),
     ],
