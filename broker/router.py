@@ -50,7 +50,7 @@ class RouterPort:
 
     Args:
         endpoints: to listen on.
-        settings: of the broker, with its limits.
+        settings: heartbeats and leases, which the I/O threads keep, too, and limits.
         own: the broker's key pair; None for a broker without keys.
         insecure: whether to listen beyond this host without keys.
 
@@ -133,6 +133,8 @@ class RouterPort:
 
     def tidy(self) -> None:
         """Close the connections that must go; call it at the end of a turn."""
+        while self._inbox.flooders:
+            self._connections.close(self._inbox.flooders.pop(), time.monotonic())
         self._connections.tidy(time.monotonic(), drained=self._drained)
 
     @property

@@ -21,10 +21,6 @@ from fedmq.broker.wire.sockets import COPY_BELOW_BYTES, CURVE_BYTES, MAX_FRAME_B
 
 RETRY_S = 2.0
 """Time between two attempts of a node whose key the broker refuses."""
-HEARTBEAT_TTL_MS = 3000
-"""Silence of this node's I/O thread, in ms, after which a broker closes the connection."""
-HEARTBEAT_TIMEOUT_MS = 10_000
-"""Silence of the broker's I/O thread, in ms, after which this node connects again."""
 _EVENTS = int(
     zmq.EVENT_HANDSHAKE_SUCCEEDED
     | zmq.EVENT_HANDSHAKE_FAILED_AUTH
@@ -139,11 +135,6 @@ class DealerSocket:
             (zmq.IMMEDIATE, 1),
             (zmq.LINGER, 0),
             (zmq.MAXMSGSIZE, MAX_FRAME_BYTES + (CURVE_BYTES if self._keys else 0)),
-            # The I/O threads exchange heartbeats even while Python is busy. A broker closes the
-            # connection of a process that is suspended or gone, which ends its lease.
-            (zmq.HEARTBEAT_IVL, 1000),
-            (zmq.HEARTBEAT_TTL, HEARTBEAT_TTL_MS),
-            (zmq.HEARTBEAT_TIMEOUT, HEARTBEAT_TIMEOUT_MS),
             # Deliveries have a window. If libzmq stopped reading, a heartbeat could abort it.
             (zmq.RCVHWM, 0),
             (zmq.RECONNECT_IVL, 50),

@@ -20,10 +20,6 @@ from fedmq.broker.settings import BrokerSettings
 from fedmq.broker.transport.zap import DOMAIN
 from fedmq.broker.wire.endpoints import Endpoint, libzmq_address, listening_address, parse_endpoint
 from fedmq.broker.wire.sockets import COPY_BELOW_BYTES, CURVE_BYTES, MAX_FRAME_BYTES
-from fedmq.broker.wire.window import WINDOW_FRAMES
-
-MAX_WAITING_MESSAGES = 4 * WINDOW_FRAMES
-"""Messages of a connection that wait in libzmq: more than a node of ours sends before it waits."""
 
 
 def router_socket(
@@ -33,7 +29,7 @@ def router_socket(
 
     Args:
         context: of the socket.
-        settings: of the broker, with its limits.
+        settings: heartbeats and leases, which the I/O threads keep, too, and limits.
         keyed: whether a `Door` decides who is let in.
     """
     socket = context.socket(zmq.ROUTER)
@@ -43,13 +39,12 @@ def router_socket(
         (zmq.ROUTER_HANDOVER, 0),  # a peer must not take the routing id of another
         (zmq.LINGER, 0),
         (zmq.HANDSHAKE_IVL, max(1, round(settings.limits.handshake_s * 1000))),
-        # Nodes send ZMTP heartbeats (`dealer_socket`), the broker must not: libzmq 4.3.5 aborts if
-        # one is due when a peer has closed while its messages waited for room.
-        (zmq.RCVHWM, MAX_WAITING_MESSAGES),
-        (zmq.TCP_KEEPALIVE, 1),  # for peers that vanish and did not ask for heartbeats
-        (zmq.TCP_KEEPALIVE_IDLE, 30),
-        (zmq.TCP_KEEPALIVE_INTVL, 10),
-        (zmq.TCP_KEEPALIVE_CNT, 3),
+        # The I/O threads exchange these heartbeats even while Python is busy in a node.
+        (zmq.HEARTBEAT_IVL, round(settings.beat_s * 1000)),
+        (zmq.HEARTBEAT_TIMEOUT, round(settings.lease_s * 1000)),
+        # If libzmq 4.3.5 stopped reading at a limit, it would abort at a heartbeat that is due when
+        # the peer has closed. `Inbox` limits what waits, and peers that ignore that are closed.
+        (zmq.RCVHWM, 0),
     ):
         socket.setsockopt(option, value)
     if keyed:  # for every endpoint: libzmq believes the user id that an unasked peer claims

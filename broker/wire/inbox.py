@@ -46,6 +46,11 @@ _NESTED = bytes([*range(0x80, 0xA0), *range(0xDC, 0xE0)])
 """First bytes of lists and maps in msgpack."""
 
 
+MOST_DROPPED = 4096
+"""Messages of one connection that are dropped before it is closed: no node of ours sends more than
+its window, and no limit but this one keeps libzmq from reading what nobody handles."""
+
+
 class Part(Protocol):
     """A part of a message, as ZeroMQ hands it over."""
 
@@ -110,14 +115,15 @@ class _Lane:
         nbytes: memory of all.
         free_at: time at which all that was taken is paid for, at the connection's rate.
         blocked: whether it waits for its rate.
+        dropped: number of messages dropped.
     """
 
-    __slots__ = ("blocked", "frames", "free_at", "messages", "nbytes", "unread")
+    __slots__ = ("blocked", "dropped", "frames", "free_at", "messages", "nbytes", "unread")
 
     def __init__(self) -> None:
         self.messages: deque[tuple[Sequence[Part], int, Any]] = deque()
         self.frames: Iterator[tuple[AnyFrame, list[Buffer]]] = iter(())
-        self.nbytes = self.unread = 0
+        self.nbytes = self.unread = self.dropped = 0
         self.free_at = 0.0
         self.blocked = False
 
@@ -133,6 +139,7 @@ class Inbox:
 
     Attributes:
         dropped: number of messages dropped.
+        flooders: connections of which `MOST_DROPPED` messages were dropped; to be closed.
     """
 
     def __init__(
@@ -154,6 +161,7 @@ class Inbox:
         self._bytes = 0
         self._to_read = _READ_BYTES
         self.dropped = 0
+        self.flooders: list[bytes] = []
 
     @property
     def due(self) -> float | None:
@@ -184,6 +192,9 @@ class Inbox:
             self._bytes >= self._most_total and lane.nbytes >= RESERVED_BYTES
         ):
             self.dropped += 1
+            lane.dropped += 1
+            if lane.dropped == MOST_DROPPED:
+                self.flooders.append(peer)
             return
         if not lane.messages and not lane.blocked:
             self._ready[peer] = lane

@@ -5,8 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 
-from fedmq.algorithms.problems.base import Problem
-from fedmq.algorithms.values import ReturnedError
 from fedmq.broker.rejections import Code, Rejection
 from fedmq.codecs.text import shorten
 from fedmq.nodes.process.exception_text import described
@@ -44,22 +42,8 @@ def received_metrics(metrics: Mapping[object, object]) -> dict[str, float]:
     return {name: value for name, value in numbers.items() if value is not None}
 
 
-def check_ranges(metrics: Mapping[str, float], problem: Problem) -> None:
-    """Check the metrics that a node computed before it sends them.
-
-    Raises:
-        ReturnedError: a finite one is outside of `Problem.metric_range`.
-    """
-    for name, value in metrics.items():
-        low, high = problem.metric_range(name)
-        if math.isfinite(value) and not _within(value, low, high):
-            raise ReturnedError(
-                f"{type(problem).__name__}.metrics: expected {shorten(name)} from {low:g} to "
-                f"{high:g}, got {value:g}; define metric_range for other values"
-            )
-
-
-def _within(value: float, low: float, high: float) -> bool:
+def within(value: float, low: float, high: float) -> bool:
+    """Return whether a metric is in its range, up to the rounding of a mean."""
     return low - _ROUNDING <= value <= high + _ROUNDING
 
 
@@ -93,7 +77,7 @@ def metrics_fault(
         except Exception as error:  # noqa: BLE001 - user code, for any name that a node sends
             text = f"metric_range has no range for {shorten(name)}: {described(error)}"
             return Rejection(Code.MALFORMED, text)
-        if not _within(value, low, high):
+        if not within(value, low, high):
             text = f"expected {shorten(name)} from {low:g} to {high:g}, got {value:g}"
             return Rejection(Code.OUT_OF_RANGE, text)
     return None

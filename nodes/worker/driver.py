@@ -15,7 +15,6 @@ from fedmq.broker.link.events import Delivery, PostMessage
 from fedmq.broker.wire.schema import Buffer, Message
 from fedmq.nodes.errors import NodeError, StorageError
 from fedmq.nodes.messages.actions import Handled
-from fedmq.nodes.messages.metrics import check_ranges
 from fedmq.nodes.process.logs import Repeats
 from fedmq.nodes.run.setup import Setup
 from fedmq.nodes.worker.client_state import SavedClientState
@@ -31,7 +30,7 @@ from fedmq.nodes.worker.core import (
     Trained,
     Worker,
 )
-from fedmq.nodes.worker.training import compute
+from fedmq.nodes.worker.training import check_ranges, compute
 
 _FULL_RETRY_S = 1.0
 

@@ -6,9 +6,16 @@ bytes.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
+
+from fedmq.algorithms.problems.base import Problem
 from fedmq.algorithms.rng import seeded
 from fedmq.algorithms.toolkit.returned import result_of
+from fedmq.algorithms.values import ReturnedError
+from fedmq.codecs.text import shorten
 from fedmq.nodes.errors import exits_as_errors
+from fedmq.nodes.messages.metrics import within
 from fedmq.nodes.run.devices import kind_of
 from fedmq.nodes.run.setup import Setup
 from fedmq.nodes.worker.core import Evaluate, Evaluated, Train, Trained
@@ -31,3 +38,18 @@ def compute(action: Train | Evaluate, setup: Setup, device: str) -> Trained | Ev
             payload, local = result_of(found, f"{type(setup.algorithm).__name__}.train")
             return Trained(payload, local, 0.0, kind_of(device))
         return Evaluated(action.metrics(setup, device), kind_of(device))
+
+
+def check_ranges(metrics: Mapping[str, float], problem: Problem) -> None:
+    """Check the metrics that a node computed before it sends them.
+
+    Raises:
+        ReturnedError: a finite one is outside of `Problem.metric_range`.
+    """
+    for name, value in metrics.items():
+        low, high = problem.metric_range(name)
+        if math.isfinite(value) and not within(value, low, high):
+            raise ReturnedError(
+                f"{type(problem).__name__}.metrics: expected {shorten(name)} from {low:g} to "
+                f"{high:g}, got {value:g}; define metric_range for other values"
+            )

@@ -8,11 +8,11 @@ from fedmq.algorithms.problems.guards import guard
 from fedmq.algorithms.values import ReturnedError
 from fedmq.nodes.messages.metrics import (
     accuracy_of,
-    check_ranges,
     metrics_fault,
     received_metric,
     sendable,
 )
+from fedmq.nodes.worker.training import check_ranges
 
 
 def metric_range(name):
