@@ -13,7 +13,7 @@ from tests.sim.soak import BATCH, run_seeds
 
 pytestmark = pytest.mark.soak
 
-SEEDS = 1800
+SEEDS = 1000
 
 
 def batch_from(first):
