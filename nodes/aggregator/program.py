@@ -55,6 +55,7 @@ def run_aggregator(
     give_up_s: float | None = None,
     secret: str = "",
     keys: NodeKeys | None = None,
+    on_admission: Callable[[], None] | None = None,
 ) -> str:
     """Run an aggregator until its run is over; return why it ended.
 
@@ -68,6 +69,7 @@ def run_aggregator(
         give_up_s: seconds without the broker after which the node ends; None for never.
         secret: proves the node's name without a folder and keys, see `node_key`.
         keys: of the node and the broker; None for a broker without keys.
+        on_admission: see `linked`.
 
     Raises:
         ConfigError: the configuration is invalid, has an unattainable goal, or differs from that
@@ -99,7 +101,7 @@ def run_aggregator(
         core = Aggregator(setup, run, AGGREGATOR, computed)
         arithmetic.prepare(sum(each.numel() for each in core.tensors().values()))
     try:
-        with linked(endpoint, hello, give_up_s, keys) as link:
+        with linked(endpoint, hello, give_up_s, keys, on_admission) as link:
             fold_until_over(core, LinkedAggregator(link, setup.problem, folder), version_0)
     except Rejected as error:
         differ = differing_keys(hello.config, error.config)

@@ -49,7 +49,8 @@ _CONNECTION = (
     click.option(
         "--broker-key",
         metavar="KEY",
-        help="Public key of the broker, or a .pub file; replaces the stored one. "
+        help="Public key of the broker, or a .pub file; stored once the broker has "
+        "admitted this node, in place of an earlier one. "
         f"Default: {BROKER_KEY_VARIABLE}, or the stored one. {NO_KEY!r} connects without keys.",
     ),
     click.option(
@@ -136,6 +137,7 @@ def aggregator(
             give_up_s=options.give_up_s,
             secret=found.secret,
             keys=found.keys,
+            on_admission=found.remember,
         )
         click.echo(plain(f"the run ended: {end}", LONGEST_TEXT))
 
@@ -201,6 +203,7 @@ def worker(
             options.give_up_s,
             found.secret,
             found.keys,
+            found.remember,
         )
         click.echo(plain(f"the run ended: {end}", LONGEST_TEXT))
 

@@ -6,13 +6,15 @@ A node needs the broker's public key: from its command line, from an invite, or 
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import os
 import stat
 import sys
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import structlog
@@ -76,11 +78,14 @@ class Credentials:
     endpoint: address of the broker.
     keys: for CURVE; None without keys.
     secret: proves the node's name to a broker without keys; "" if the node has a folder or keys.
+    remember: stores the broker's key for the next start, if it is new; to be called once the broker
+        has proved it, so that a wrong key replaces no right one.
     """
 
     endpoint: str
     keys: NodeKeys | None
     secret: str
+    remember: Callable[[], None] | None = field(default=None, compare=False)
 
 
 NO_KEY = "none"
@@ -114,7 +119,8 @@ def credentials(
             raise ConfigError("--broker-key: the invite is for a broker with another key")
         own = _join(token, endpoint, options)
         return Credentials(endpoint, NodeKeys(own, token.broker), "")
-    broker = None if given == NO_KEY else _known(endpoint, given, options.folder)
+    stored = None if given == NO_KEY else _stored(endpoint, given, options.folder)
+    broker = stored if given in (None, NO_KEY) else public_key(given)
     if broker is None:
         if leaves_this_host(endpoint):
             structlog.get_logger().warning(
@@ -123,7 +129,11 @@ def credentials(
                 endpoint=endpoint,
             )
         return Credentials(endpoint, None, _secret(endpoint, options, stateless=stateless))
-    return Credentials(endpoint, NodeKeys(_own(options), broker), "")
+    remember = None
+    if broker != stored:
+        where = key_folder(options.folder)
+        remember = functools.partial(_store_broker, where, endpoint, broker, stored)
+    return Credentials(endpoint, NodeKeys(_own(options), broker), "", remember)
 
 
 def _secret(endpoint: str, options: ConnectionOptions, *, stateless: bool) -> str:
@@ -177,33 +187,27 @@ def leaves_this_host(text: str) -> bool:
         return False
 
 
-def _known(endpoint: str, given: str | None, folder: Path | None) -> str | None:
-    """Return the public key of a broker: the one given, which is stored, or the one stored."""
+def _stored(endpoint: str, given: str | None, folder: Path | None) -> str | None:
+    """Return the public key that is stored for a broker; None if there is none."""
     if given is None and folder is None and not has_key_folder():
         return None
     where = key_folder(folder)
     named = given is not None or folder is not None or bool(os.environ.get(KEYS_VARIABLE))
     # A home that this user cannot enter, such as /dev/null, has no keys of this user.
     readable = named or os.access(where, os.X_OK)
-    stored = known_brokers(where).get(endpoint) if readable else None
-    if given is None:
-        return stored
-    key = public_key(given)
-    if key != stored:
+    return known_brokers(where).get(endpoint) if readable else None
+
+
+def _store_broker(where: Path, endpoint: str, key: str, stored: str | None) -> None:
+    """Store a broker's key; without it, a node that has everything else can still connect."""
+    try:
+        add_broker(where, endpoint, key)
         if stored is not None:
             structlog.get_logger().warning(
                 "the broker's key replaces the one that was stored for its address",
                 endpoint=endpoint,
                 stored=stored,
             )
-        _store_broker(where, endpoint, key)
-    return key
-
-
-def _store_broker(where: Path, endpoint: str, key: str) -> None:
-    """Store a broker's key; without it, a node that has everything else can still connect."""
-    try:
-        add_broker(where, endpoint, key)
     except AccessError as error:
         structlog.get_logger().warning(
             "the broker's key is not stored; give --broker-key at each start", reason=str(error)
@@ -226,16 +230,20 @@ def _join(token: InviteToken, endpoint: str, options: ConnectionOptions) -> KeyP
     """Hand in the node's own key with an invite, unless that was done before; return the key."""
     where = key_folder(options.folder)
     own = own_key(where, options.key)
-    known = known_brokers(where).get(endpoint) == token.broker
+    stored = known_brokers(where).get(endpoint)
+    known = stored == token.broker
     try:
         _hand_in(replace(token, address=endpoint), own.public, options.give_up_s)
     except EnrolmentError as error:
         if not known or error.fault not in _INVITE_IS_OVER:
             raise
         # The key came in with an earlier invite, or with this one before it expired.
-        structlog.get_logger().info("using the key that this broker knows", reason=str(error))
+        structlog.get_logger().info(
+            "the invite admits no further key; this node tries the key that it handed in earlier",
+            reason=str(error),
+        )
     if not known:
-        _store_broker(where, endpoint, token.broker)
+        _store_broker(where, endpoint, token.broker, stored)
     return own
 
 

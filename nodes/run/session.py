@@ -6,7 +6,7 @@ import contextlib
 import re
 import secrets
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import structlog
@@ -58,7 +58,11 @@ def new_session(folder: Path | None) -> str:
 
 @contextlib.contextmanager
 def linked(
-    endpoint: str, hello: Hello, give_up_s: float | None = None, keys: NodeKeys | None = None
+    endpoint: str,
+    hello: Hello,
+    give_up_s: float | None = None,
+    keys: NodeKeys | None = None,
+    on_admission: Callable[[], None] | None = None,
 ) -> Iterator[NodeLink]:
     """Connect to the broker, wait for admission, and say goodbye at the end of the block.
 
@@ -68,6 +72,7 @@ def linked(
         give_up_s: seconds without the broker or the run, at any time, after which the node ends;
             None waits for ever. Meanwhile the log names what the node waits for.
         keys: of the node and the broker; None for a broker without keys.
+        on_admission: called once the broker has admitted the node, and so proved its key.
 
     Raises:
         GaveUp: the broker or the run was unavailable for ``give_up_s``.
@@ -82,6 +87,8 @@ def linked(
     if give_up_s is not None:
         link.give_up_after(give_up_s)
     with admitted(link, hello, structlog.get_logger()):
+        if on_admission is not None:
+            on_admission()
         yield link
 
 

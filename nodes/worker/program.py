@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -41,6 +41,7 @@ def run_worker(
     give_up_s: float | None = None,
     secret: str = "",
     keys: NodeKeys | None = None,
+    on_admission: Callable[[], None] | None = None,
 ) -> str:
     """Run a worker or the evaluator until its run is over; return why it ended.
 
@@ -57,6 +58,7 @@ def run_worker(
         give_up_s: seconds without the broker or the run after which the node ends; None for never.
         secret: proves the node's name without a folder and keys, see `node_key`.
         keys: of the node and the broker; None for a broker without keys.
+        on_admission: see `linked`.
 
     Raises:
         GaveUp: the broker or the run was unavailable for ``give_up_s``.
@@ -78,7 +80,7 @@ def run_worker(
         clients=tuple(clients),
     )
     try:
-        with linked(endpoint, hello, give_up_s, keys) as link:
+        with linked(endpoint, hello, give_up_s, keys, on_admission) as link:
             _take_part(link, hello, folder if states is None else states, allowed)
     except RunOver as end:
         return str(end)

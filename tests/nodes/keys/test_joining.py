@@ -120,9 +120,12 @@ def test_a_brokers_key_is_stored_at_the_first_start_and_used_at_the_next(folder,
     public = tmp_path / "broker.pub"
     public.write_text(f"{broker}\n")
     expected = NodeKeys(own, broker)
-    assert connect(THERE, broker_key=str(public)).keys == expected
+    first = connect(THERE, broker_key=str(public))
+    assert first.keys == expected
+    first.remember()
     with capture_logs() as log:
         found = connect(THERE)
+    assert found.remember is None
     assert (found.keys, found.secret, log) == (expected, "", [])
     assert connect(HERE).keys is None
     assert stat.S_IMODE((folder / "brokers.json").stat().st_mode) == 0o600
@@ -132,17 +135,29 @@ def test_the_variable_names_the_brokers_key_and_the_option_goes_first(folder, mo
     new_key(folder, "node")
     one, two = KeyPair.new().public, KeyPair.new().public
     monkeypatch.setenv("FEDMQ_BROKER_KEY", one)
-    assert connect(THERE).keys.broker == one
+    first = connect(THERE)
+    assert first.keys.broker == one
+    first.remember()
     with capture_logs() as log:
-        assert connect(THERE, broker_key=two).keys.broker == two
+        second = connect(THERE, broker_key=two)
+        assert (second.keys.broker, log) == (two, [])
+        second.remember()
     assert [each["stored"] for each in log] == [one]
     assert known_brokers(folder) == {THERE: two}
+
+
+def test_a_key_that_its_broker_has_not_proved_replaces_no_other(folder):
+    new_key(folder, "node")
+    right, wrong = KeyPair.new().public, KeyPair.new().public
+    connect(THERE, broker_key=right).remember()
+    assert connect(THERE, broker_key=wrong).keys.broker == wrong
+    assert connect(THERE).keys.broker == right
 
 
 def test_none_in_place_of_a_key_connects_without_keys_and_forgets_nothing(folder):
     new_key(folder, "node")
     broker = KeyPair.new().public
-    connect(HERE, broker_key=broker)
+    connect(HERE, broker_key=broker).remember()
     assert connect(HERE, broker_key="none").keys is None
     assert connect(HERE).keys.broker == broker
 
@@ -151,7 +166,9 @@ def test_another_key_of_this_user_is_named(folder):
     new_key(folder, "node")
     other = new_key(folder, "gpu")
     broker = KeyPair.new().public
-    assert connect(THERE, broker_key=broker, key="gpu").keys.own == other
+    found = connect(THERE, broker_key=broker, key="gpu")
+    assert found.keys.own == other
+    found.remember()
     with pytest.raises(ConfigError, match=r"no key cpu in .*`fedmq keys new cpu`"):
         connect(THERE, key="cpu")
 
@@ -278,6 +295,7 @@ def test_a_broker_key_that_cannot_be_stored_is_used_with_a_warning(folder, monke
     broker = KeyPair.new().public
     with capture_logs() as log:
         found = connect(THERE, broker_key=broker)
+        found.remember()
     assert found.keys.broker == broker
     assert [each["log_level"] for each in log] == ["warning"]
     assert "give --broker-key at each start" in log[0]["event"]
