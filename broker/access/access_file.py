@@ -28,6 +28,8 @@ from fedmq.broker.wire.addresses import ROLES, name_fault
 
 ACCESS_FILE = "access.json"
 _FORMAT = 1
+SHORT_KEY = 8
+"""Characters of a public key by which a person recognises it in a list."""
 _MAX_INVITE_NAME = 90
 """The keys that an invite enrolls have its name and a number."""
 _Signature = tuple[int, int, int, int]
@@ -161,16 +163,25 @@ class AccessFile:
     def revoke(self, name_or_key: str) -> Rights:
         """Remove a key, or an invite (keys that it has enrolled stay); return its rights.
 
+        Args:
+            name_or_key: a name, or a public key, or the beginning of a single one with at least
+                `SHORT_KEY` characters.
+
         Raises:
-            AccessError: there is no such key or invite, or the file cannot be read or written.
+            AccessError: there is no such key or invite, or several, or the file cannot be read or
+                written.
         """
         revoked: list[Rights] = []
 
         def remove(content: _Content) -> _Content:
-            found = [each for each in _all_rights(content) if name_or_key in (each.name, each.key)]
+            choices = _all_rights(content)
+            found = [each for each in choices if name_or_key in (each.name, each.key)]
+            if not found and len(name_or_key) >= SHORT_KEY:
+                found = [each for each in choices if each.key.startswith(name_or_key)]
+                if len(found) > 1:
+                    raise AccessError(f"several keys begin with {name_or_key!r}: {_named(found)}")
             if not found:
-                known = _named(_all_rights(content))
-                raise AccessError(f"no key or invite is {name_or_key!r}: {known}")
+                raise AccessError(f"no key or invite is {name_or_key!r}: {_named(choices)}")
             revoked.extend(found)
             keys = [each for each in content.keys if each in found]
             names = {each.name for each in keys}
@@ -232,7 +243,10 @@ class AccessFile:
             content = msgspec.json.decode(data, type=_Content)
             _check(content)
         except (msgspec.DecodeError, UnicodeDecodeError, AccessError) as error:
-            raise AccessError(f"{self.path} is invalid: {error}") from None
+            raise AccessError(
+                f"{self.path} is invalid: {error}; correct it, or restore it from a backup "
+                "(without it, no key is authorised)"
+            ) from None
         return content
 
     def _signature(self) -> _Signature | None:

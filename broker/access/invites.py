@@ -46,7 +46,8 @@ def parse_token(text: str) -> InviteToken:
     """
     text = text.strip()
     if not text.startswith(PREFIX):
-        raise AccessError(f"expected an invite that begins with {PREFIX}, got other text")
+        got = "other text" if text else "nothing"
+        raise AccessError(f"expected an invite that begins with {PREFIX}, got {got}")
     if len(text) > _MOST_CHARACTERS:
         raise AccessError(f"expected one invite, got {len(text)} characters")
     encoded = text.removeprefix(PREFIX)

@@ -60,12 +60,23 @@ def new_key(folder: Path, name: str) -> KeyPair:
     try:
         create_private(path, text.encode())
     except FileExistsError:
-        if not path.with_suffix(".pub").exists():  # the process that made the key ended before
-            public = read_key(folder, name).public
-            replace_private(path.with_suffix(".pub"), f"{public}\n".encode())
+        complete_key(folder, name)
         raise AccessError(f"the key {path} exists: choose another name, or delete it") from None
     replace_private(path.with_suffix(".pub"), f"{pair.public}\n".encode())
     return pair
+
+
+def complete_key(folder: Path, name: str) -> None:
+    """Write the public key's file of an existing key if it is missing: its maker ended before.
+
+    Raises:
+        FileNotFoundError: there is no such key.
+        AccessError: see `read_key`; or the file cannot be written.
+    """
+    path = key_path(folder, name).with_suffix(".pub")
+    public = read_key(folder, name).public
+    if not path.exists():
+        replace_private(path, f"{public}\n".encode())
 
 
 def read_key(folder: Path, name: str) -> KeyPair:
@@ -84,11 +95,21 @@ def read_key(folder: Path, name: str) -> KeyPair:
     fields = [line.split() for line in lines if line.strip() and not line.startswith("#")]
     match fields:
         case [["public", public], ["secret", secret]]:
-            pair = KeyPair.of(secret)
-            if pair.public == public:
-                return pair
-            raise AccessError(f"{path} is damaged: its public key does not belong to its secret")
-    raise AccessError(f"{path} is damaged: expected the lines `public KEY` and `secret KEY`")
+            try:
+                pair = KeyPair.of(secret)
+            except AccessError:
+                fault = "its secret key is invalid"
+            else:
+                if pair.public == public:
+                    return pair
+                fault = "its public key does not belong to its secret"
+        case _:
+            fault = "expected the lines `public KEY` and `secret KEY`"
+    then = "give it to the nodes (--broker-key)" if name == BROKER_KEY else "authorise it"
+    raise AccessError(
+        f"{path} is damaged: {fault}; restore it from a backup, or remove it, run `fedmq keys new "
+        f"{name}` for another key, and {then}"
+    )
 
 
 def own_key(folder: Path, name: str) -> KeyPair:
@@ -160,7 +181,10 @@ def known_brokers(folder: Path) -> Mapping[str, str]:
         for address, key in brokers.items():
             key_bytes(key, f"the public key of the broker at {address}")
     except (msgspec.DecodeError, UnicodeDecodeError, AccessError) as error:
-        raise AccessError(f"{path} is damaged: {error}") from None
+        raise AccessError(
+            f"{path} is damaged: {error}; correct it, or remove it and start each node once more "
+            "with --broker-key"
+        ) from None
     return brokers
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Collection, Iterable, Sequence
 
 from fedmq.broker.access.owners import is_owner, session_number
@@ -191,6 +192,11 @@ def owner_fault(
             f"the name {hello.node!r} belongs to a node of this run that has left; start that one "
             "with its own key (--state, or --keys), or set another name with --name"
         )
+        if rights.key:
+            text += (
+                "; or the broker's operator gives this key the place of the old one: "
+                f"`fedmq keys authorize {shlex.quote(rights.key)} --replace NAME`"
+            )
         return RejectCode.NAME, text
     if hello.role == AGGREGATOR and run.owner and not is_owner(owner, rights, run.owner):
         return RejectCode.RUN, f"run {run.id} was opened by another key; choose another run.id"

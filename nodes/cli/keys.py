@@ -15,19 +15,20 @@ from typing import Any
 import click
 from msgspec.structs import replace
 
-from fedmq.broker.access.access_file import AccessFile
+from fedmq.broker.access.access_file import SHORT_KEY, AccessFile
 from fedmq.broker.access.curve import KeyPair
 from fedmq.broker.access.invites import InviteToken
 from fedmq.broker.access.key_files import (
     BROKER_KEY,
     NODE_KEY,
+    complete_key,
     key_names,
     new_key,
     public_key,
     read_key,
 )
 from fedmq.broker.access.rights import Access, Rights
-from fedmq.broker.errors import EndpointError
+from fedmq.broker.errors import AccessError, EndpointError
 from fedmq.broker.wire.addresses import ROLES, WORKER, name_fault
 from fedmq.broker.wire.endpoints import parse_endpoint
 from fedmq.nodes.cli.options import (
@@ -41,7 +42,7 @@ from fedmq.nodes.cli.options import (
 )
 from fedmq.nodes.errors import ConfigError
 from fedmq.nodes.keys.folder import key_folder
-from fedmq.nodes.keys.listing import SHORT_KEY, clients_text, facts, in_words, lines
+from fedmq.nodes.keys.listing import clients_text, facts, in_words, lines
 from fedmq.nodes.process.terminal import fitted, plain, plural
 
 DEFAULT_PORT = 7700
@@ -108,6 +109,7 @@ def new(name: str, keys_folder: Path | None) -> None:
     with exit_2_on_error():
         where = key_folder(keys_folder)
         if name in key_names(where):
+            complete_key(where, name)
             raise ConfigError(
                 f"the key {name} exists in {where}: `fedmq keys list{_at(keys_folder)}` shows it; "
                 "choose another name for another key"
@@ -178,7 +180,12 @@ def list_(as_json: bool, keys_folder: Path | None) -> None:  # noqa: FBT001 - cl
         if as_json:
             click.echo(json.dumps(facts(where, time.time()), indent=2))
         else:
-            click.echo("\n".join([*lines(where, time.time())]))  # all of it, or an error alone
+            faults: list[AccessError] = []
+            click.echo("\n".join([*lines(where, time.time(), faults)]))
+            for fault in faults[:-1]:
+                click.echo(f"fedmq: {plain(fault, LONGEST_TEXT)}", err=True)
+            if faults:
+                raise faults[-1]
 
 
 @keys.command()
@@ -187,8 +194,9 @@ def list_(as_json: bool, keys_folder: Path | None) -> None:  # noqa: FBT001 - cl
 def revoke(name: str, keys_folder: Path | None) -> None:
     """Revoke a key or an invite. Run this on the broker's host.
 
-    NAME is the name of a key or of an invite, or a public key. A running broker ends the
-    connections of the key at once. Keys that came with an invite stay when it is revoked.
+    NAME is the name of a key or of an invite, or a public key or its first 8 characters. A running
+    broker ends the connections of the key at once. Keys that came with an invite stay when it is
+    revoked.
     """
     with exit_2_on_error():
         file = AccessFile(key_folder(keys_folder))

@@ -231,7 +231,7 @@ def broker(
     from fedmq.broker.ledger.reader import read_entries
     from fedmq.broker.router import BrokerServer
     from fedmq.nodes.history.run import runs_of
-    from fedmq.nodes.keys.serving import broker_keys, how_to_connect
+    from fedmq.nodes.keys.serving import broker_keys, how_to_connect, unused_keys
     from fedmq.nodes.run.config import build
     from fedmq.nodes.run.toml import setting_value
     from fedmq.nodes.run_folder.folder import LEDGER, begun_at, state_of
@@ -263,8 +263,11 @@ def broker(
         found = state_of([runs[each] for each in runs if run_id in ("", each)], once=once)
         where = f"listening on {', '.join(server.endpoints)}, ledger in {folder / LEDGER}"
         click.echo(f"{where}; {found}", err=True)
-        for line in how_to_connect(own, server.endpoints) if own is not None else ():
-            click.echo(line, err=True)
+        if own is not None:
+            for line in how_to_connect(own, server.endpoints):
+                click.echo(line, err=True)
+        elif unused := unused_keys():
+            click.echo(unused, err=True)
         if once:
             remove_summary(folder)
         with this_process.noting(server.stop):

@@ -123,10 +123,13 @@ def credentials(
     broker = stored if given in (None, NO_KEY) else public_key(given)
     if broker is None:
         if leaves_this_host(endpoint):
+            known = [] if given == NO_KEY else _same_port(endpoint, options.folder)
             structlog.get_logger().warning(
                 "this connection is neither encrypted nor authenticated: others on its way can "
-                "read and change it; --broker-key or --join-file protects it",
+                "read and change it; --broker-key, --join-file or an address for which a key is "
+                "stored protects it",
                 endpoint=endpoint,
+                **({"stored": ", ".join(known)} if known else {}),
             )
         return Credentials(endpoint, None, _secret(endpoint, options, stateless=stateless))
     remember = None
@@ -196,6 +199,15 @@ def _stored(endpoint: str, given: str | None, folder: Path | None) -> str | None
     # A home that this user cannot enter, such as /dev/null, has no keys of this user.
     readable = named or os.access(where, os.X_OK)
     return known_brokers(where).get(endpoint) if readable else None
+
+
+def _same_port(endpoint: str, folder: Path | None) -> list[str]:
+    """Return addresses with stored keys that may be other spellings of an address."""
+    port = endpoint.rpartition(":")[2]
+    try:
+        return [each for each in known_brokers(key_folder(folder)) if each.endswith(f":{port}")]
+    except (AccessError, ConfigError):
+        return []
 
 
 def _store_broker(where: Path, endpoint: str, key: str, stored: str | None) -> None:

@@ -7,23 +7,59 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from fedmq.broker.access.access_file import AccessFile
-from fedmq.broker.access.key_files import key_names, known_brokers, read_key
-from fedmq.broker.access.rights import Invite, Rights
+from fedmq.broker.access.access_file import SHORT_KEY, AccessFile
+from fedmq.broker.access.key_files import BROKERS_FILE, key_names, known_brokers, read_key
+from fedmq.broker.access.rights import Access, Invite, Rights
+from fedmq.broker.errors import AccessError
 from fedmq.broker.wire.addresses import ROLES, WORKER
 from fedmq.broker.wire.schema import Range
 from fedmq.nodes.process.terminal import WIDTH, fitted, plain, plural
 
-SHORT_KEY = 8
-"""Characters of a public key by which a person recognises it in a list."""
 _NAME_COLUMNS = 20
 
 
-def lines(folder: Path, now: float) -> Iterator[str]:
-    """Yield the lines of ``fedmq keys list``."""
-    file = AccessFile(folder)
-    access = file.load()
+def lines(folder: Path, now: float, faults: list[AccessError]) -> Iterator[str]:
+    """Yield the lines of ``fedmq keys list``; a file that is invalid does not hide the others.
+
+    Args:
+        folder: of the keys.
+        now: the time, in seconds since 1970.
+        faults: gets an error for each file that cannot be used.
+
+    Raises:
+        AccessError: others may open the folder.
+    """
+    own = key_names(folder)
     yield plain(folder)
+    file = AccessFile(folder)
+    try:
+        access, revoked = file.load(), file.revoked()
+    except AccessError as error:
+        faults.append(error)
+        yield f"authorised keys: unknown, {file.path.name} cannot be used"
+    else:
+        yield from _authorised(access, revoked, now)
+    if own:
+        yield "own keys:"
+    for name in own:
+        try:
+            yield from _entry(name, read_key(folder, name).public)
+        except AccessError as error:
+            faults.append(error)
+            yield from _entry(name, "cannot be used")
+    try:
+        brokers = known_brokers(folder)
+    except AccessError as error:
+        faults.append(error)
+        yield f"known brokers: unknown, {BROKERS_FILE} cannot be used"
+        return
+    if brokers:
+        yield "known brokers:"
+    for address, key in brokers.items():
+        yield from _entry(plain(address), key)
+
+
+def _authorised(access: Access, revoked: Sequence[Rights], now: float) -> Iterator[str]:
     yield f"authorised keys: {len(access.keys) or 'none'}"
     for rights in access.keys.values():
         yield from _entry(rights.name, f"{rights.key[:SHORT_KEY]}  {in_words(rights)}")
@@ -31,21 +67,10 @@ def lines(folder: Path, now: float) -> Iterator[str]:
         yield f"invites: {len(access.invites)}"
     for each in access.invites.values():
         yield from _entry(each.rights.name, f"{_state(each, now)}; {in_words(each.rights)}")
-    revoked = file.revoked()
     if revoked:
         yield f"revoked keys: {len(revoked)}"
     for rights in revoked:
         yield from _entry(rights.name, rights.key[:SHORT_KEY])
-    own = key_names(folder)
-    if own:
-        yield "own keys:"
-    for name in own:
-        yield from _entry(name, read_key(folder, name).public)
-    brokers = known_brokers(folder)
-    if brokers:
-        yield "known brokers:"
-    for address, key in brokers.items():
-        yield from _entry(plain(address), key)
 
 
 def facts(folder: Path, now: float) -> dict[str, Any]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import socket
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from fedmq.broker.access.broker_keys import BrokerKeys
+from fedmq.broker.access.key_files import BROKER_KEY
 from fedmq.broker.wire.endpoints import parse_endpoint
 from fedmq.nodes.errors import ConfigError
 from fedmq.nodes.keys.folder import has_key_folder, key_folder
@@ -47,6 +49,19 @@ def broker_keys(binds: Sequence[str], folder: Path | None, *, insecure: bool) ->
         ) from None
 
 
+def unused_keys() -> str:
+    """Return what to tell the operator of a broker without keys who has some; "" without any."""
+    if not has_key_folder():
+        return ""
+    where = key_folder()
+    if not os.path.lexists(where / f"{BROKER_KEY}.key"):
+        return ""
+    return (
+        f"this broker admits nodes without keys; --keys {shlex.quote(str(where))} makes it use the "
+        "key there"
+    )
+
+
 def how_to_connect(keys: BrokerKeys, endpoints: Sequence[str]) -> Iterator[str]:
     """Yield lines for the operator: the broker's public key, and a command for nodes.
 
@@ -55,10 +70,10 @@ def how_to_connect(keys: BrokerKeys, endpoints: Sequence[str]) -> Iterator[str]:
         endpoints: that it listens on, with their real ports.
     """
     yield f"public key: {keys.own.public}"
-    tcp = [parse_endpoint(each, listen=True) for each in endpoints if each.startswith("tcp://")]
+    tcp = [each for each in endpoints if each.startswith("tcp://")]
     if not tcp:
         return
-    first = tcp[0]
+    first = parse_endpoint(next(filter(leaves_this_host, tcp), tcp[0]), listen=True)
     everywhere = first.host in ("*", "::", "0.0.0.0")  # noqa: S104 - only compared
     host = socket.gethostname() if everywhere else first.host
     host = f"[{host}]" if ":" in host else host

@@ -81,7 +81,9 @@ def test_the_command_after_a_brokers_key_starts_the_broker_with_the_same_folder(
 def test_no_key_replaces_another(folder):
     before = (folder / "broker.key").read_bytes()
     assert "the key broker exists in" in refused("new", "broker")
+    (folder / "broker.pub").unlink()
     assert "`fedmq keys list` shows it" in refused("new", "broker")
+    assert (folder / "broker.pub").read_text() == f"{read_key(folder, 'broker').public}\n"
     assert "invalid name of a key" in refused("new", "../broker")
     assert (folder / "broker.key").read_bytes() == before
 
@@ -187,6 +189,26 @@ def test_a_key_is_revoked_by_its_name_or_by_itself(folder):
     assert "revoked keys: 1\n" in done("list").stdout
 
 
+def test_a_key_is_revoked_by_its_beginning_if_no_other_begins_so(folder):
+    key = a_key()
+    done("authorize", key, "--name", "one", "--role", "worker")
+    assert "no key or invite is" in refused("revoke", key[:7])
+    assert done("revoke", key[:8]).stdout == "revoked one\n"
+
+
+def test_a_beginning_of_several_keys_revokes_none(folder):
+    names = ("one", "two")
+    for name in names:
+        done("authorize", a_key(), "--name", name, "--role", "worker")
+    path = AccessFile(folder).path
+    content = json.loads(path.read_text())
+    for rights in content["keys"]:
+        rights["key"] = "abcdefgh" + rights["key"][8:]
+    path.write_text(json.dumps(content))
+    assert "several keys begin with 'abcdefgh': there are one, two" in refused("revoke", "abcdefgh")
+    assert set(allowed(folder)) == set(names)
+
+
 # ---- invite
 
 
@@ -278,6 +300,31 @@ def test_the_list_has_the_keys_of_this_folder_and_the_brokers_that_it_knows(fold
     assert "authorised keys: none" in text
     assert f"  broker                {read_key(folder, 'broker').public}\n" in text
     assert f"  tcp://host-c:7700     {other}\n" in text
+
+
+def test_a_damaged_file_hides_no_other_and_its_error_says_what_to_do(folder):
+    done("new")
+    done("authorize", a_key(), "--name", "host-b", "--role", "worker")
+    add_broker(folder, "tcp://host-c:7700", a_key())
+    names = ("node.key", "access.json", "brokers.json")
+    whole = {name: (folder / name).read_bytes() for name in names}
+    for name in names:
+        (folder / name).write_bytes(b"{")
+        result = CliRunner().invoke(main, ["keys", "list"])
+        assert result.exit_code == 2
+        [line] = result.stderr.splitlines()
+        assert line.startswith(f"fedmq: {folder / name} is ")
+        assert "or remove it" in line or "restore it" in line
+        assert "cannot be used" in result.stdout
+        assert read_key(folder, "broker").public in result.stdout
+        assert ("host-b" in result.stdout) is (name != "access.json")
+        (folder / name).write_bytes(whole[name])
+    for name in names:
+        (folder / name).write_bytes(b"{")
+    assert len(CliRunner().invoke(main, ["keys", "list"]).stderr.splitlines()) == 3
+    line = refused("new")
+    assert f"{folder / 'node.key'} is damaged" in line
+    assert "or remove it, run `fedmq keys new node`" in line
 
 
 def test_the_list_fits_a_terminal(folder):

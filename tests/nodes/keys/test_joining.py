@@ -83,6 +83,16 @@ def test_a_connection_to_another_host_without_keys_is_warned_of_once(folder):
     assert warning["log_level"] == "warning"
     assert "neither encrypted nor authenticated" in warning["event"]
     assert warning["endpoint"] == THERE
+    assert "stored" not in warning
+
+
+def test_the_warning_names_addresses_for_which_a_key_is_stored(folder):
+    new_key(folder, "node")
+    for address in ("tcp://host-a.invalid:7700", "tcp://host-b.invalid:7701"):
+        connect(address, broker_key=KeyPair.new().public).remember()
+    with capture_logs() as log:
+        assert connect(THERE).keys is None
+    assert [each["stored"] for each in log] == ["tcp://host-a.invalid:7700"]
 
 
 @pytest.mark.parametrize(
@@ -271,6 +281,9 @@ def test_a_file_that_is_missing_or_holds_no_invite_is_one_sentence(folder, tmp_p
         connect(join_file=str(tmp_path / "none"))
     (tmp_path / "other").write_text("hello")
     with pytest.raises(AccessError, match="expected an invite"):
+        connect(join_file=str(tmp_path / "other"))
+    (tmp_path / "other").write_text("")
+    with pytest.raises(AccessError, match=r"expected an invite that .*, got nothing"):
         connect(join_file=str(tmp_path / "other"))
     with pytest.raises(ConfigError, match="use no keys"):
         connect("ipc://x", join_file=str(an_invite(tmp_path)[1]))

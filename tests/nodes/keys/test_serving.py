@@ -7,7 +7,7 @@ import pytest
 from fedmq.broker.access.key_files import new_key
 from fedmq.nodes.errors import ConfigError
 from fedmq.nodes.keys import serving
-from fedmq.nodes.keys.serving import broker_keys, how_to_connect
+from fedmq.nodes.keys.serving import broker_keys, how_to_connect, unused_keys
 
 HERE, ALL = "tcp://127.0.0.1:7700", "tcp://*:7700"
 
@@ -23,6 +23,14 @@ def test_on_this_host_a_broker_uses_keys_only_if_its_operator_names_them(folder)
     own = new_key(folder, "broker")
     assert broker_keys([HERE, "ipc://x"], None, insecure=False) is None
     assert broker_keys([HERE], folder, insecure=False).own == own
+
+
+def test_an_operator_whose_broker_uses_no_keys_learns_how_it_would(folder):
+    assert unused_keys() == ""
+    new_key(folder, "node")
+    assert unused_keys() == ""
+    new_key(folder, "broker")
+    assert f"--keys {folder} makes it use the key there" in unused_keys()
 
 
 def test_beyond_this_host_it_uses_the_users_keys_unless_anybody_may_connect(folder):
@@ -47,6 +55,8 @@ def test_what_contradicts_itself_or_is_missing_is_one_sentence(folder, tmp_path)
     [
         (["tcp://[::]:7700"], "tcp://host-a:7700"),
         (["ipc://x", "tcp://192.0.2.1:7"], "tcp://192.0.2.1:7"),
+        (["tcp://127.0.0.1:1", "tcp://192.0.2.1:7"], "tcp://192.0.2.1:7"),
+        (["tcp://127.0.0.1:1"], "tcp://127.0.0.1:1"),
         (["tcp://[2001:db8::1]:7"], "tcp://[2001:db8::1]:7"),
     ],
 )
