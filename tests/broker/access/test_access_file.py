@@ -193,6 +193,20 @@ def test_a_damaged_file_is_named(file, folder, text, reason):
     assert (folder / ACCESS_FILE).read_text() == text
 
 
+def test_a_file_that_vanishes_revokes_nobody_and_counts_again_once_restored(file, folder):
+    file.authorize(worker("w1"))
+    before = file.load()
+    path = folder / ACCESS_FILE
+    path.rename(folder / "backup")
+    assert file.changed()
+    with pytest.raises(AccessError, match=r"access.json is missing: restore it"):
+        file.load()
+    assert not file.changed()  # a broker reports it once
+    (folder / "backup").rename(path)
+    assert file.changed()
+    assert file.load() == before
+
+
 def test_a_file_that_others_may_write_is_refused(file, folder):
     file.authorize(worker("w1"))
     (folder / ACCESS_FILE).chmod(0o620)
