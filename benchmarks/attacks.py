@@ -51,6 +51,8 @@ LEAST_RATIO = 0.5
 MOST_MB = 64.0
 MB = 1_000_000
 LIMITS = Limits()
+_START_S = 60.0
+"""Time that the honest run has to begin, in seconds."""
 QUIET_S = 0.5
 """Time after a flood that belongs to neither side: what it left is still being handled."""
 
@@ -317,8 +319,10 @@ def main() -> int:
             raider = group.start(attacker)
             began = time.time()
             while run.versions(began, time.time()) < 20:
+                if time.time() > began + _START_S:
+                    sys.exit(f"{kind}: the honest run made no 20 versions in {_START_S:g} s")
                 time.sleep(0.1)
-            time.sleep(1.0)
+            time.sleep(1.0)  # its memory and its speed settle
             idle = run.broker.memory("VmRSS")
             rates: dict[str, list[float]] = {"attack": [], "control": []}
             sent, peak, grown = 0, 0.0, 0

@@ -58,7 +58,7 @@ class Limits:
     nodes: int = 10_000
     clients: int = 1 << 16
     sessions: int = 2_000
-    waiting: int = 1_000
+    waiting: int = 4_000
     joins_per_s: float = 1.0
     messages_per_s: float = 50_000.0
     bytes_per_s: float = 4e9
@@ -93,6 +93,8 @@ class BrokerSettings:
     deliveries: number of worker sessions that may end while they handle a message; after that,
         the message is dead-lettered.
     limits: what peers can make it use.
+    release_names: whether the name of a node that has left, and the place of an aggregator that
+        has, may go to another owner: its key is lost, or an older release did not store it.
     only_run: id of the one run that it serves; "" serves any.
     once: whether it serves only the runs in its ledger, or else the first one that is opened.
     """
@@ -101,6 +103,7 @@ class BrokerSettings:
     beat_s: float = 1.0
     deliveries: int = 5
     limits: Limits = Limits()
+    release_names: bool = False
     only_run: str = ""
     once: bool = False
 

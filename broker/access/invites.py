@@ -19,7 +19,7 @@ _CHECK_BYTES = 4
 
 
 class InviteToken(Struct, frozen=True):
-    """An invite, for the node that is to use it; whoever reads it can use it.
+    """An invite, as a node gets it; anybody who reads it can use it.
 
     address: endpoint of the broker.
     broker: the broker's public key, Z85.

@@ -12,13 +12,13 @@ JOINS_AT_ONCE = 20
 sessions may begin twice."""
 RESTARTS_AT_ONCE = 4
 """Hellos of one session that are answered with all its deliveries; then one per heartbeat."""
-RUNS_PER_S = 0.1
+RUNS_PER_S = 1.0
 """Runs that a key may open, on average; as many at once as the broker may have."""
 _MOST_SOURCES = 10_000
 
 
 class Bucket:
-    """A token bucket: so many joins at once, then a rate.
+    """A token bucket: it allows a number of events at once, and later ones at a rate.
 
     Args:
         size: tokens of a full bucket, with which it begins.

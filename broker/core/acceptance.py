@@ -44,6 +44,9 @@ BROKERS_OWN = ("joined", "left", "tick", "refused", CONTINUED)
 _ADDRESSES = (AGGREGATOR, EVALUATOR, RECORD, CHECKPOINT, TIMER)
 _CLIENTS = f"{CLIENT}/"
 
+_OF_ANSWERS = (Code.LIMIT, Code.BAD_BLOB, Code.MISSING_BLOB, Code.TOO_DEEP)
+"""Reasons for which a post is rejected that was asked for."""
+
 
 class Acceptance:
     """The first and the last stage of a post.
@@ -118,12 +121,25 @@ class Acceptance:
             mailboxes.note_accepted(node.run, node.name, post.fingerprint, leads=leads)
             self._accept(node, post, now, out)
             return
+        if seen != "same" and isinstance(post, RejectedPost):
+            self._refuse_request(node, post, now, out)
         # Its sender has handled what the post consumes, in either case.
         mailboxes.consume(node, post.frame.consumes, now, out)
         if seen != "same" and isinstance(post, RejectedPost):
             mailboxes.rejected_window.add(node.run.id, node.name, post.fingerprint)
             mailboxes.refuse_post(node, post, now, out)
         out.append(Unpin(post.names))
+
+    def _refuse_request(
+        self, node: Node, post: RejectedPost, now: float, out: list[Action]
+    ) -> None:
+        """Tell who asked that the answer was rejected: no other one will come."""
+        seq = post.frame.consumes[0] if post.frame.consumes else -1
+        is_answer = post.rejection.code in _OF_ANSWERS and node.pending.get(seq) not in _own(node)
+        if is_answer and node.hello.role != AGGREGATOR:
+            text = f"its answer was rejected: {post.rejection.reason}"[:2000]
+            code = post.rejection.code
+            self._mailboxes.refuse(node.run, seq, node.name, text, now, out, code=code)
 
     def _accept(self, node: Node, post: PendingPost, now: float, out: list[Action]) -> None:
         # A node can only consume messages that were delivered to it.
@@ -158,7 +174,12 @@ def _lacks_request(node: Node, post: Post) -> bool:
     """Return whether a post consumes no request to its node first that it could answer."""
     seq = post.consumes[0] if post.consumes else -1
     # What comes to the node's own address is about its messages, and asks for nothing.
-    return seq >= node.sent or node.pending.get(seq) in (None, node_address(node.name))
+    return seq >= node.sent or node.pending.get(seq) in _own(node)
+
+
+def _own(node: Node) -> tuple[str | None, str]:
+    """Return the addresses of messages that nobody waits for an answer to; None: there is none."""
+    return None, node_address(node.name)
 
 
 def _not_asked(node: Node, post: Post, message: Envelope | Message) -> RejectedPost:

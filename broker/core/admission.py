@@ -20,6 +20,7 @@ from fedmq.broker.wire.addresses import (
     WORKER,
     addresses,
     name_fault,
+    node_address,
 )
 from fedmq.broker.wire.schema import (
     MAX_MESSAGE_BYTES,
@@ -182,15 +183,21 @@ def wait_for_run(runs: dict[str, RunState], rights: Rights, served: Collection[s
 
 
 def owner_fault(
-    run: RunState, hello: Hello, rights: Rights, owner: str, known: Node | None
+    run: RunState, hello: Hello, rights: Rights, owner: str, known: Node | None, *, release: bool
 ) -> Fault | None:
-    """Return (code, reason) if the name, or the place of the aggregator, is another owner's."""
+    """Return (code, reason) if the name, or the place of the aggregator, is another owner's.
+
+    ``release``: see `BrokerSettings.release_names`.
+    """
+    if release and (run.host_of(hello.role) or run.host_of(node_address(hello.node))) is None:
+        return None
     if known is not None and not is_owner(owner, rights, known.owner):
         if known.alive:
             return RejectCode.NAME, f"a node named {hello.node!r} is already connected"
         text = (
             f"the name {hello.node!r} belongs to a node of this run that has left; start that one "
-            "with its own key (--state, or --keys), or set another name with --name"
+            "with its own key (--state, --run or --keys), set another name with --name, or start "
+            "the broker with --release-names if that key is lost"
         )
         if rights.key:
             text += (

@@ -200,7 +200,7 @@ class Admissions:
             return
         joins = Bucket(JOINS_AT_ONCE) if known is None else known.joins
         fault = (
-            owner_fault(run, hello, rights, owner, known)
+            owner_fault(run, hello, rights, owner, known, release=self._settings.release_names)
             or why_not(run, hello, owner, known)
             or run_limit_fault(runs, run, limits, self._sessions.quotas, origin, now)
             or (known is None and new_name_fault(run, hello, self.access, origin, limits))
@@ -253,6 +253,8 @@ class Admissions:
             and (known.hello.session, known.owner) == (hello.session, owner)
         ):
             self._sessions.forget_connection(known)
+            self._sessions.quotas.end(known.origin)
+            self._sessions.quotas.begin(origin)
             known.peer, known.origin, self._sessions.peers[peer] = peer, origin, known
             known.move(SessionEvent.HELLO)
 

@@ -138,7 +138,7 @@ class Node:
     origin: of its connection; the session belongs to the key in it.
     owner: of its name, see `fedmq.broker.access.owners`.
     reads_files: whether it may read blobs from the ledger's files.
-    readable: number of the newest delivery that names a blob, by owner and digest.
+    readable: numbers of the deliveries that name a blob.
     joins: of its name, for the limit of their rate.
     restarts: Hellos of the session that are answered with all deliveries at once.
     """
@@ -170,7 +170,7 @@ class Node:
     origin: Origin = KEYLESS
     owner: str = ""
     reads_files: bool = False
-    readable: dict[Owned, int] = field(default_factory=dict)
+    readable: dict[Owned, deque[int]] = field(default_factory=dict)
     joins: Bucket = field(default_factory=lambda: Bucket(JOINS_AT_ONCE))
     restarts: Bucket = field(default_factory=lambda: Bucket(RESTARTS_AT_ONCE))
     name: str = field(init=False)
@@ -187,11 +187,10 @@ class Node:
     def may_read(self, blob: Owned) -> bool:
         """Return whether the node may read a blob of its run.
 
-        It has posted the blob, or a message that names it was delivered and is not finished. The
-        aggregator has posted or received all messages of its run.
+        It posted the blob, or an unfinished delivery names it. An aggregator may read all.
         """
         return (
-            self.readable.get(blob, -1) in self.pending
+            any(seq in self.pending for seq in reversed(self.readable.get(blob, ())))
             or blob.owner == self.name
             or self.hello.role == AGGREGATOR
         )
@@ -200,9 +199,12 @@ class Node:
         """Let the node read the blobs of an unfinished message that is delivered to it."""
         if message.blobs and self.hello.role != AGGREGATOR:
             if len(self.readable) > MAX_READABLE + 2 * MAX_BUFFERS * len(self.pending):
-                self.readable = {k: v for k, v in self.readable.items() if v in self.pending}
+                self.readable = {k: v for k, v in self.readable.items() if self.may_read(k)}
             for blob in message.blobs:
-                self.readable[Owned(message.sender, blob.digest)] = seq
+                seqs = self.readable.setdefault(Owned(message.sender, blob.digest), deque())
+                seqs.append(seq)
+                while seqs[0] != seq and seqs[0] not in self.pending:
+                    seqs.popleft()
 
     def hold(self, frame: PendingFrame) -> None:
         """Append a frame that must wait, and count its memory."""

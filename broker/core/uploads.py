@@ -13,6 +13,7 @@ from fedmq.broker.core.state import Node, PendingFrame, PendingPost, RejectedPos
 from fedmq.broker.ledger.entries import BlobName, blob_name
 from fedmq.broker.rejections import Code
 from fedmq.broker.settings import Limits
+from fedmq.broker.wire.addresses import AGGREGATOR
 from fedmq.broker.wire.chunked_transfer import Owned
 from fedmq.broker.wire.schema import EMPTY, Buffer, Chunk, Message
 from fedmq.broker.wire.window import RESERVED_BYTES
@@ -23,6 +24,8 @@ UPLOAD_CHUNKS_AMID_SMALL_MESSAGES = 1
 """Most chunks in flight from one node while small messages are frequent: then their round trips
 matter more than throughput. (Measured on two cores, beside a stream of 100 MB blobs: 25 to 28 ms at
 the 99th percentile with a window of 8 chunks, 15 to 17 with 2, 11 to 16 with 1.)"""
+CONTROL_BYTES = 1 << 20
+"""What an aggregator may store beyond the limits of disk, in messages without blobs."""
 SMALL_MESSAGE_RATE, SMALL_MESSAGE_PERIOD_S = 4, 0.2
 """Messages without blobs, in seconds, that count as frequent; only those to nodes that upload
 nothing are counted."""
@@ -99,6 +102,8 @@ class Uploads:
             of_run += sum(each.fetcher.missing_bytes for each in fetching if each.run is run)
         of_node += run.message_bytes[node.name]
         of_run += run.message_bytes[""]
+        if node.hello.role == AGGREGATOR and not post.message.blobs:
+            new -= CONTROL_BYTES  # so that it can still record why the run ends
         if of_node + new > limits.node_disk:
             return (
                 f"broker.limits.node_disk: expected at most {limits.node_disk:,} bytes of "

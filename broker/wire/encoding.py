@@ -131,7 +131,7 @@ def decode_message(data: Buffer) -> Message:
 def decode_envelope(data: Buffer) -> Envelope:
     """Decode the part of a message that says from whom and to whom it is, and skip its body.
 
-    A body of 48 KiB can hold so many lists that decoding it takes a thousand times as long.
+    A body of 48 KiB can hold 48,000 lists: decoding it takes a thousand times as long.
 
     Raises:
         WireError: the bytes are not a message.

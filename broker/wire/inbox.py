@@ -281,6 +281,8 @@ class Inbox:
             lane.messages.popleft()
             lane.nbytes -= memory
             self._bytes -= memory
+            if not lane.messages:
+                lane.dropped = 0
         return frame, buffers, nbytes, origin
 
     def _body_s(self, header: bytes) -> float:

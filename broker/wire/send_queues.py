@@ -15,9 +15,6 @@ from fedmq.broker.wire.batching import Outbox
 from fedmq.broker.wire.schema import Buffer
 from fedmq.broker.wire.window import RESERVED_BYTES
 
-CHUNKS_WAITING = 64
-"""Most chunks that wait for one connection: more than a node of ours requests at a time. It
-requests again what is dropped."""
 MARK_BYTES = 64 * 1024
 """Bytes after which a message is tracked: tracking takes as long as sending ten small messages."""
 SWEEP_S = 10.0

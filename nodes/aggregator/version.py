@@ -38,7 +38,7 @@ _ROOM = 16
 """Memory that codecs need to decode a result, as a multiple of its size."""
 _LEAST_BYTES = 1 << 20
 _TIMES = 1e12
-"""Values of a result that are so many times as large as the model's are rejected.
+"""Values of a result that are larger than the model's by this factor are rejected.
 
 float32 has 7 digits: of a model that is added to such an update, nothing is left. A gradient of
 FedSGD may be large, because its step is small.

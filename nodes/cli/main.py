@@ -203,6 +203,11 @@ def cluster(
     help="Set a limit of broker.limits, see docs/configuration.md; repeatable.",
 )
 @click.option("--redeliver-dead-letters", is_flag=True, help="Deliver dead letters again.")
+@click.option(
+    "--release-names",
+    is_flag=True,
+    help="Let others take the names of nodes that have left, whose keys are lost.",
+)
 @click.option("--once", is_flag=True, help="Exit at the end of the run, and write its summary.")
 @click.option(
     "--run-id", default="", help="Serve only this run; default with --once: the first to be opened."
@@ -218,6 +223,7 @@ def broker(
     share_files: bool,  # noqa: FBT001 - click's
     limits: tuple[str, ...],
     redeliver_dead_letters: bool,  # noqa: FBT001 - click's
+    release_names: bool,  # noqa: FBT001 - click's
     once: bool,  # noqa: FBT001 - click's
     run_id: str,
     keys_folder: Path | None,
@@ -254,7 +260,9 @@ def broker(
         )
         if run_id and (fault := name_fault(run_id)):
             raise ConfigError(f"--run-id: {fault}")
-        settings = replace(table.settings(), only_run=run_id, once=once)
+        settings = replace(
+            table.settings(), release_names=release_names, only_run=run_id, once=once
+        )
         own = broker_keys(binds, keys_folder, insecure=insecure)
         server = BrokerServer(
             binds, folder / LEDGER, settings, ledger_settings, keys=own, insecure=insecure

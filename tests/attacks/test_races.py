@@ -378,10 +378,13 @@ def test_very_many_timers(stage, keys, monkeypatch):
 
 @pytest.mark.parametrize("to", ["record", "checkpoint", "aggregator"])
 def test_messages_without_blobs_count_as_disk_too(keys, tmp_path, to):
-    """The limits of disk are of what a node makes the ledger store, in blobs or in messages."""
+    """The limits of disk are of what a node makes the ledger store, in blobs or in messages.
+
+    An aggregator has a reserve beyond it, `CONTROL_BYTES`.
+    """
     if keys:
         pytest.skip("the attacker's key may not open runs")
-    settings = BrokerSettings(limits=Limits(node_disk=4 << 20))
+    settings = BrokerSettings(limits=Limits(node_disk=2 << 20))
     with world_of(tmp_path, keys=False, settings=settings) as world:
         stage = Stage(world)
         peer = stage.connect()

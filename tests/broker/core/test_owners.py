@@ -323,3 +323,27 @@ def test_a_delivery_of_the_same_turn_does_not_reach_the_new_peer(keyed):
     keyed.driver.turn([ReceivedFrom(b"agg:1", task, origin=Origin(ANN)), with_other_key])
     assert keyed.take(b"w1:s1") == [UnknownSession()]
     assert keyed.said("left") == []
+
+
+def test_names_of_lost_keys_are_released_once_their_nodes_have_left(new_bench):
+    bench = with_lost_keys(new_bench, release_names=True)
+    assert bench.take(bench.join("agg", "aggregator", session="2"))[0].code == "name"
+    bench.wake(bench.now + 100.0)  # the leases end
+    assert bench.take(bench.join("agg", "aggregator", session="3"), Welcome)
+    assert bench.take(bench.join("w1", session="3"), Welcome)
+
+
+def test_names_of_lost_keys_stay_theirs_unless_the_operator_releases_them(new_bench):
+    bench = with_lost_keys(new_bench, release_names=False)
+    bench.wake(bench.now + 100.0)
+    reject = bench.take(bench.join("agg", "aggregator", session="3"))[0]
+    assert (reject.code, "--release-names" in reject.reason) == ("name", True)
+
+
+def with_lost_keys(new_bench, *, release_names):
+    """Return a broker that was started again, whose nodes have lost their secrets."""
+    bench = new_bench(release_names=release_names)
+    for node, role in (("agg", "aggregator"), ("w1", "worker")):
+        bench.joined(node, role, key=f"lost key of {node}")
+    bench.restart()
+    return bench

@@ -134,3 +134,13 @@ def test_only_nodes_that_may_read_files_learn_where_blobs_are(new_bench):
     assert [len(each.apart) for each in sends["near"]] == [1]
     nodes = bench.core._mailboxes.runs["r"].nodes
     assert (nodes["far"].pointed_bytes, nodes["near"].pointed_bytes) == (0, len(data))
+
+
+def test_a_node_reads_a_blob_until_the_last_delivery_that_names_it_is_handled(room):
+    """In whatever order it handles them."""
+    first, second, third = (task(room, client, b"model") for client in (0, 1, 2))
+    for seq in (third, first):
+        room.tell(W1, Done(seqs=(seq,)))
+        assert read(room, W1, "agg", b"model") == b"model"
+    room.tell(W1, Done(seqs=(second,)))
+    assert read(room, W1, "agg", b"model") is None
