@@ -21,6 +21,9 @@ from fedmq.broker.transport.zap import DOMAIN
 from fedmq.broker.wire.endpoints import Endpoint, libzmq_address, listening_address, parse_endpoint
 from fedmq.broker.wire.sockets import COPY_BELOW_BYTES, CURVE_BYTES, MAX_FRAME_BYTES
 
+MAX_WAITING_MESSAGES = 32
+"""Messages of a connection that wait in libzmq; beyond that, their sender waits."""
+
 
 def router_socket(
     context: zmq.Context[zmq.Socket[bytes]], settings: BrokerSettings, *, keyed: bool
@@ -40,11 +43,11 @@ def router_socket(
         (zmq.LINGER, 0),
         (zmq.HANDSHAKE_IVL, max(1, round(settings.limits.handshake_s * 1000))),
         # The I/O threads exchange these heartbeats even while Python is busy in a node.
-        (zmq.HEARTBEAT_IVL, round(settings.beat_s * 1000)),
-        (zmq.HEARTBEAT_TIMEOUT, round(settings.lease_s * 1000)),
-        # If libzmq 4.3.5 stopped reading at a limit, it would abort at a heartbeat that is due when
-        # the peer has closed. `Inbox` limits what waits, and peers that ignore that are closed.
-        (zmq.RCVHWM, 0),
+        # libzmq 4.3.5 aborts if one is due while a peer that has closed still has more messages
+        # than the limit. So they are rare, and the limit is low: it is read in a moment.
+        (zmq.HEARTBEAT_IVL, max(1, round(settings.lease_s * 500))),
+        (zmq.HEARTBEAT_TIMEOUT, max(1, round(settings.lease_s * 500))),
+        (zmq.RCVHWM, MAX_WAITING_MESSAGES),
     ):
         socket.setsockopt(option, value)
     if keyed:  # for every endpoint: libzmq believes the user id that an unasked peer claims
