@@ -26,6 +26,10 @@ _LOOK_MS = 500
 _END_S = 30.0
 """Time in which a stopped command ends by itself; a cluster takes up to 10 s."""
 _KEPT_LINES = 30
+_TERMINAL_VARIABLES = frozenset(
+    ("FORCE_COLOR", "CLICOLOR_FORCE", "TTY_COMPATIBLE", "TTY_INTERACTIVE")
+)
+"""They make a command draw on its output as on a terminal; the kernel of a notebook sets some."""
 _ERROR = "fedmq: "
 """Start of the lines in which a command reports an error."""
 
@@ -152,8 +156,10 @@ class ChildCommand:
 def _environment() -> dict[str, str]:
     """Return an environment in which the modules that this process can import are importable."""
     here = [str(Path.cwd()) if each == "" else each for each in sys.path]
-    path = [each for each in here if each not in _own_paths()]
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(path), PARENT_VARIABLE: str(os.getpid())}
+    own = _own_paths()
+    path = [each for each in here if each not in own]
+    kept = {name: value for name, value in os.environ.items() if name not in _TERMINAL_VARIABLES}
+    return {**kept, "PYTHONPATH": os.pathsep.join(path), PARENT_VARIABLE: str(os.getpid())}
 
 
 def _own_paths() -> set[str]:
