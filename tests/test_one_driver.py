@@ -34,8 +34,9 @@ ELSEWHERE = {
     "broker/link/dealer.py": {events.Blocked, events.OutOfTouch, events.BackInTouch},
 }
 VIRTUAL = ("broker/virtual", "nodes/simulation")
-MOST_VIRTUAL_LINES = 1092
-"""Lines of code that only the virtual world runs; 20 of them say whose key a connection has."""
+MOST_VIRTUAL_LINES = 1095
+"""Lines of code that only the virtual world runs; 20 of them say whose key a connection has, and
+3 what trains."""
 
 
 def resolved(name: ast.expr, imported: dict[str, str], module: str) -> object:

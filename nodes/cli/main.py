@@ -131,7 +131,7 @@ def cluster(
             resumed = continuation(asked)
             if resumed is None:
                 show_ended(asked, console)
-                sys.exit(0)
+                sys.exit(1 if asked.recorded.failed else 0)
             this_process.hint = f"resume with: {resume_with}"
             console.print(about(asked, resumed), highlight=False, soft_wrap=True, markup=False)
         with preloading():

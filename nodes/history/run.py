@@ -31,6 +31,7 @@ from fedmq.nodes.run.agreement import disagree
 _INVALID_SCORE = (Code.MALFORMED, Code.NOT_FINITE, Code.OUT_OF_RANGE)
 """Why a score does not count. With other codes it was a second or late answer, and the first one
 counts."""
+_NO_RECORD = "failed: the ledger lacks the aggregator's record of this end"
 
 
 @dataclass
@@ -59,7 +60,8 @@ class RunHistory:
     ended: str | None = None
     """Reason why the run ended; None while it runs, again after it was resumed."""
     failed: bool = False
-    """Whether the run ended without reaching its goal."""
+    """Whether the run ended without reaching its goal, or without the aggregator's record of its
+    end."""
     stopped_s: float = 0.0
     """Seconds in which the run was stopped, until it was resumed."""
     extended_at: int = -1
@@ -210,6 +212,8 @@ class RunHistory:
 
     def _end(self, entry: Ended) -> None:
         self.ended = entry.reason
+        if not self._finished:  # it was rejected, or a program of somebody else ended the run
+            self.failed, self.ended = True, f"{entry.reason}; {_NO_RECORD}"
         for name, counts in entry.nodes.items():
             node = self.nodes.get(name)
             if node is None or node.role != AGGREGATOR:
@@ -217,7 +221,9 @@ class RunHistory:
                 self.wire_up += counts.get("received_bytes", 0)
 
     def _continued(self, seq: int, message: Message) -> None:
-        self.ended, self.failed = None, False
+        self.ended = None
+        if message.body.get("further"):  # else the aggregator's record of the end still holds
+            self.failed = False
         match message.body:
             case {"config": str(config), "stopped_s": int() | float() as stopped_s}:
                 self.config = config

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 
@@ -25,6 +26,7 @@ from fedmq.nodes.worker.client_state import ClientStateStore
 from fedmq.nodes.worker.core import Worker
 from fedmq.nodes.worker.driver import WorkerDriver
 from fedmq.nodes.worker.program import LinkedWorker, work_until_over
+from fedmq.nodes.worker.training import compute
 
 
 class VirtualNode(ABC):
@@ -131,9 +133,10 @@ class VirtualWorker(VirtualNode):
 
     def work(self, link: NodeLink) -> None:
         """Run the program of `run_worker`; each task takes a drawn time."""
-        port = LinkedWorker(link, self.store, SILENT)
+        computing = functools.partial(compute, setup=self._setup, device="cpu")
+        port = LinkedWorker(link, self.store, computing, SILENT)
         port.now, port.away = self._machine.monotonic, self._training
-        work_until_over(WorkerDriver(self.core, self._setup, "cpu", port), port)
+        work_until_over(WorkerDriver(self.core, self._setup, port), port)
 
     @contextlib.contextmanager
     def _training(self) -> Iterator[None]:

@@ -30,7 +30,7 @@ from fedmq.nodes.worker.core import (
     Trained,
     Worker,
 )
-from fedmq.nodes.worker.training import check_ranges, compute
+from fedmq.nodes.worker.training import check_ranges
 
 _FULL_RETRY_S = 1.0
 
@@ -59,6 +59,9 @@ class WorkerPort(Protocol):
     def away(self) -> AbstractContextManager[None]:
         """Return a context for training and evaluation, in which the link keeps working."""
 
+    def compute(self, action: Train | Evaluate, /) -> Trained | Evaluated:
+        """Train or evaluate; return and raise what `fedmq.nodes.worker.training.compute` does."""
+
     def pause(self, seconds: float) -> None:
         """Wait, as `NodeLink.pause` does."""
 
@@ -72,7 +75,6 @@ class WorkerDriver:
     Args:
         core: the worker.
         setup: objects of the run.
-        device: trains and evaluates.
         port: carries out single actions.
 
     Attributes:
@@ -80,8 +82,8 @@ class WorkerDriver:
         error: because of which the last task failed; None if no error has failed a task.
     """
 
-    def __init__(self, core: Worker, setup: Setup, device: str, port: WorkerPort) -> None:
-        self.core, self._setup, self._device, self._port = core, setup, device, port
+    def __init__(self, core: Worker, setup: Setup, port: WorkerPort) -> None:
+        self.core, self._setup, self._port = core, setup, port
         self.error: Exception | None = None
         self._repeats = Repeats()
 
@@ -119,7 +121,7 @@ class WorkerDriver:
         began = self._port.now()
         try:
             with self._port.away():
-                event = compute(action, self._setup, self._device)
+                event = self._port.compute(action)
                 if isinstance(event, Evaluated):
                     check_ranges(event.metrics, self._setup.problem)
         except (BrokerError, NodeError):

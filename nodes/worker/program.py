@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -27,6 +28,7 @@ from fedmq.nodes.run.version_zero import version_zero
 from fedmq.nodes.worker.client_state import ClientStateStore
 from fedmq.nodes.worker.core import Worker
 from fedmq.nodes.worker.driver import WorkerDriver
+from fedmq.nodes.worker.training import Compute, compute
 
 
 def run_worker(
@@ -104,8 +106,8 @@ def _take_part(link: NodeLink, hello: Hello, states: Path | None, allowed: Allow
         folder = states / welcome.run / welcome.identity if states is not None else None
         store = ClientStateStore(folder)
         core = Worker(setup, welcome.run, hello.node, hello.clients, store, version_0)
-    port = LinkedWorker(link, store)
-    work_until_over(WorkerDriver(core, setup, device, port), port)
+    port = LinkedWorker(link, store, functools.partial(compute, setup=setup, device=device))
+    work_until_over(WorkerDriver(core, setup, port), port)
 
 
 class LinkedWorker:
@@ -114,15 +116,20 @@ class LinkedWorker:
     Args:
         link: admitted by the broker.
         store: of the clients' states.
+        compute: trains and evaluates.
         log: of this node.
     """
 
     def __init__(
-        self, link: NodeLink, store: ClientStateStore, log: FilteringBoundLogger | None = None
+        self,
+        link: NodeLink,
+        store: ClientStateStore,
+        compute: Compute,
+        log: FilteringBoundLogger | None = None,
     ) -> None:
         self.link, self.log = link, log or structlog.get_logger()
         self.post, self.done, self.pause, self.away = link.post, link.done, link.pause, link.away
-        self.save = store.put
+        self.save, self.compute = store.put, compute
         self.now = time.perf_counter
 
 
