@@ -56,6 +56,9 @@ class Faults:
     delay_s: float = 0.005
 
 
+NO_FAULTS = Faults(delay_s=0.0)
+
+
 class VirtualNetwork:
     """The clock, and the connections between nodes and their broker.
 
@@ -153,6 +156,9 @@ class VirtualNetwork:
 
     def _carry(self, peer: bytes, act: Callable[[], None], *, up: bool) -> None:
         if not self.is_up(peer):
+            return
+        if self.faults is NO_FAULTS:
+            self.at(self.now, act)
             return
         faults, draw, way = self.faults, self.rng.random, (peer, up)
         copies = 1
