@@ -22,7 +22,7 @@ from fedmq.broker.ledger.writer import Ledger
 from fedmq.broker.settings import BrokerSettings, LedgerSettings
 from fedmq.broker.virtual.disk import Crash, VirtualDisk
 from fedmq.broker.virtual.machine import Machine
-from fedmq.broker.virtual.network import VirtualNetwork
+from fedmq.broker.virtual.network import LEDGER, VirtualNetwork
 from fedmq.broker.virtual.plain_disk import PlainDisk
 from fedmq.broker.wire.clock import milliseconds_until
 from fedmq.broker.wire.schema import AnyFrame, Buffer
@@ -131,6 +131,8 @@ class VirtualBroker:
         except LedgerError as error:
             self._fail(str(error))
         else:
+            self.driver.share_as(LEDGER)
+            self.network.ledger = str(self._folder.resolve())
             self._on_start(self)
             self._turn()
 

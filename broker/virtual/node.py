@@ -15,16 +15,17 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 
 import greenlet
+from msgspec.structs import replace
 
 from fedmq.broker.access.rights import KEYLESS, Origin
 from fedmq.broker.link.events import BackInTouch, Blocked, OutOfTouch
 from fedmq.broker.link.port import Loop, Received
 from fedmq.broker.virtual.machine import Machine
-from fedmq.broker.virtual.network import VirtualNetwork
-from fedmq.broker.virtual.tasks import Killed, Tasks
+from fedmq.broker.virtual.network import LEDGER, VirtualNetwork
+from fedmq.broker.virtual.side_tasks import Killed, SideTasks
 from fedmq.broker.wire.clock import milliseconds_until
 from fedmq.broker.wire.encoding import decode_message
-from fedmq.broker.wire.schema import Ack, AnyFrame, Buffer, Frame, Post
+from fedmq.broker.wire.schema import Ack, AnyFrame, Buffer, Frame, Post, Welcome
 
 
 class VirtualPort:
@@ -71,7 +72,7 @@ class VirtualPort:
         self._network, self._machine, self._switching = network, machine, switching
         self._loop: Loop | None = None
         self._hub = greenlet.getcurrent()
-        self.tasks = Tasks(network, self._hub)
+        self.tasks = SideTasks(network, self._hub)
         self._program: greenlet.greenlet | None = None
         self._suspended = False
         """Whether the program waits for the hub: in the loop, or while it works."""
@@ -104,7 +105,7 @@ class VirtualPort:
     def run(self, program: Callable[[], object]) -> None:
         """Start the program of this process; its exceptions are raised on the hub."""
         self._hub = greenlet.getcurrent()
-        self.tasks = Tasks(self._network, self._hub)
+        self.tasks = SideTasks(self._network, self._hub)
         self._program = greenlet.greenlet(program)
         self._suspended = True
         self._network.after(0.0, self._react)
@@ -278,6 +279,8 @@ class VirtualPort:
         """Handle a frame that arrives at the process; called by the network."""
         if isinstance(frame, Ack):
             self.acknowledged_to = max(self.acknowledged_to, frame.upto)
+        if isinstance(frame, Welcome) and frame.ledger == LEDGER:
+            frame = replace(frame, ledger=self._network.ledger)
         self._arrived.append((frame, buffers))
         self._react()
 

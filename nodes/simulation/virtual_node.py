@@ -162,7 +162,7 @@ class VirtualWorker(VirtualNode):
         """Run the program of `run_worker`; each task takes a drawn time."""
         port = LinkedWorker(link, self.store, self._compute, self.log)
         port.now, port.away = self._machine.monotonic, self._training
-        work_until_over(WorkerDriver(self.core, self._setup, port).handle, port)
+        work_until_over(WorkerDriver(self.core, self._setup, port).handle, link, self.log)
 
     @contextlib.contextmanager
     def _training(self) -> Iterator[None]:

@@ -36,8 +36,6 @@ Ranges = tuple[tuple[int, int], ...]
 _CHAT_TO = (RECORD, EVALUATOR, AGGREGATOR)
 _EVERY_S = 0.1
 """Virtual time between two draws of faults."""
-_WALL_S = 1e6
-"""How far wall clocks are ahead of the network's time: a jump back does not take them below 0."""
 
 
 @dataclass
@@ -125,12 +123,18 @@ class Simulation:
     Attributes:
         origins: as given.
         network, broker: of the run.
+        began: the network's time at its start.
         aggregator: newest session of the aggregator.
         sessions: all sessions of all nodes, in the order of their starts.
         machines: the machine of the broker and of each node, by name.
     """
 
     aggregator: VirtualAggregator
+    wall_s = 1e6
+    """How far wall clocks are ahead of the network's time: a jump back does not take them below
+    0."""
+    host_name = "worker"
+    """Names of nodes that host clients, up to their number."""
 
     def __init__(
         self,
@@ -153,6 +157,7 @@ class Simulation:
         self.setup, self.chances = setup, chances or Chances()
         self.rng = random.Random(seed)  # noqa: S311 - not for secrets
         self.network = VirtualNetwork(self.rng, self.chances.faults)
+        self.began = self.network.now
         self.machines: dict[str, Machine] = {}
         self.sessions: list[VirtualNode] = []
         self._calm = self._restarts = False
@@ -183,7 +188,7 @@ class Simulation:
         self.broker.batch_s = self.chances.batch_s
         self.start_aggregator()
         for index, clients in enumerate(split(setup.problem.clients, workers)):
-            self.start_hosts(index, clients)
+            self.start_worker(f"{self.host_name}-{index}", clients, ClientStateStore())
         self.start_worker(EVALUATOR, (), ClientStateStore())
         if checked or self.chances.any_faults:
             self._inject_faults()
@@ -212,16 +217,12 @@ class Simulation:
         """Start a session of the aggregator; it is restarted when it is killed."""
         port, machine, hello = self._session(AGGREGATOR)
         hello = replace(hello, config=self._config, total_clients=self.setup.problem.clients)
-        node = VirtualAggregator(port, machine, hello, self._draw_s, self.setup)
+        node = self.aggregator_at(port, machine, hello)
         self._started(node, self.start_aggregator)
         self.aggregator = node
         return node
 
-    def start_hosts(self, index: int, clients: Ranges) -> None:
-        """Start the node that hosts one of the ranges of clients; the next one has index + 1."""
-        self.start_worker(f"worker-{index}", clients, ClientStateStore())
-
-    def start_worker(self, name: str, clients: Ranges, store: ClientStateStore) -> VirtualWorker:
+    def start_worker(self, name: str, clients: Ranges, store: ClientStateStore) -> VirtualNode:
         """Start a session of a worker or the evaluator; it is restarted when it is killed.
 
         Args:
@@ -231,9 +232,19 @@ class Simulation:
         """
         port, machine, hello = self._session(name)
         hello = replace(hello, clients=clients)
-        node = VirtualWorker(port, machine, hello, self._draw_s, self.setup, store)
+        node = self.worker_at(port, machine, hello, store)
         self._started(node, functools.partial(self.start_worker, name, clients, store))
         return node
+
+    def aggregator_at(self, port: VirtualPort, machine: Machine, hello: Hello) -> VirtualAggregator:
+        """Return a new session of the aggregator."""
+        return VirtualAggregator(port, machine, hello, self._draw_s, self.setup)
+
+    def worker_at(
+        self, port: VirtualPort, machine: Machine, hello: Hello, store: ClientStateStore
+    ) -> VirtualNode:
+        """Return a new session of a worker or the evaluator."""
+        return VirtualWorker(port, machine, hello, self._draw_s, self.setup, store)
 
     def _session(self, name: str) -> tuple[VirtualPort, Machine, Hello]:
         """Return the process, machine and Hello of a new session of a node."""
@@ -248,20 +259,21 @@ class Simulation:
         return port, machine, hello
 
     def _started(self, node: VirtualNode, again: Callable[[], VirtualNode]) -> None:
-        def exited() -> None:
-            if node.ended is None:
-                self._later(self.chances.away_s, again)
-
         self.sessions.append(node)
-        node.port.on_exit = exited
+        node.port.on_exit = functools.partial(self.exited, node, again)
         self._on_start(node)
+
+    def exited(self, node: VirtualNode, again: Callable[[], VirtualNode]) -> None:
+        """Handle the end of a session: start another one later, if it was killed."""
+        if node.ended is None:
+            self._later(self.chances.away_s, again)
 
     def machine(self, name: str) -> Machine:
         """Return the machine of the broker, or of a node."""
         if name not in self.machines:
             drift = self.chances.drift
             rate = 1.0 + (drift and self.rng.uniform(-drift, drift))
-            self.machines[name] = Machine(self.network, _WALL_S, rate)
+            self.machines[name] = Machine(self.network, self.wall_s, rate)
         return self.machines[name]
 
     def _draw_s(self) -> float:

@@ -108,7 +108,7 @@ def _take_part(link: NodeLink, hello: Hello, states: Path | None, allowed: Allow
         store = ClientStateStore(folder)
         core = Worker(setup, welcome.run, hello.node, hello.clients, store, version_0)
     port = LinkedWorker(link, store, functools.partial(compute, setup=setup, device=device))
-    work_until_over(WorkerDriver(core, setup, port).handle, port)
+    work_until_over(WorkerDriver(core, setup, port).handle, link, port.log)
 
 
 class LinkedWorker:
@@ -134,18 +134,20 @@ class LinkedWorker:
         self.now = time.perf_counter
 
 
-def work_until_over(handle: Callable[[Delivery], None], port: LinkedWorker) -> NoReturn:
+def work_until_over(
+    handle: Callable[[Delivery], None], link: NodeLink, log: FilteringBoundLogger
+) -> NoReturn:
     """Handle deliveries one after the other, with `WorkerDriver.handle` or in another way.
 
     Raises:
         RunOver: at the end of the run.
         BrokerError, NodeError, ReturnedError: as in `run_worker`.
     """
-    link, repeats = port.link, Repeats()
+    repeats = Repeats()
     while True:
         delivery = link.get()
         if delivery.message.kind == "refused":
-            log_rejected(delivery.message, repeats, port.log)
+            log_rejected(delivery.message, repeats, log)
         handle(delivery)
 
 

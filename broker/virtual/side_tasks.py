@@ -19,7 +19,7 @@ class Killed(greenlet.GreenletExit):
     """Ends what a killed process was doing; handlers of `Exception` do not catch it."""
 
 
-class Tasks:
+class SideTasks:
     """The tasks of one process.
 
     Args:
