@@ -37,10 +37,10 @@ from fedmq.nodes.cli.options import (
 from fedmq.nodes.cli.personalise import personalise
 from fedmq.nodes.cli.replay import replay
 from fedmq.nodes.cli.trace import trace
-from fedmq.nodes.cli.trust import find_own_code
 from fedmq.nodes.cluster.environment import check_surroundings
 from fedmq.nodes.errors import ConfigError, own_code
 from fedmq.nodes.keys.folder import JOIN_VARIABLE
+from fedmq.nodes.keys.trust import find_own_code
 from fedmq.nodes.process import logs, streams
 from fedmq.nodes.process.ending import ending_well
 from fedmq.nodes.process.signals import this_process
