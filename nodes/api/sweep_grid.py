@@ -128,7 +128,10 @@ def _values(key: str, values: Iterable[Any]) -> list[Any]:
 def _name(settings: Mapping[str, Any], short: Mapping[str, str]) -> str:
     """Return a name that no other cell has, in characters that need no quotes in a shell."""
     texts = {short[key]: value_text(value) for key, value in settings.items()}
-    safe = {key: _UNSAFE.sub("-", text).strip("-") for key, text in texts.items()}
+    safe = {
+        key: _UNSAFE.sub("-", text).strip("-") if _UNSAFE.search(text) else text
+        for key, text in texts.items()
+    }
     name = ",".join(f"{key}={text}" for key, text in safe.items())
     if safe == texts and len(name) <= _LONGEST_NAME:
         return name

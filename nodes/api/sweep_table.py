@@ -93,16 +93,20 @@ def lines(rows: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> list[str]:
 
 
 def failure_lines(failures: Mapping[str, tuple[str, str]]) -> list[str]:
-    """Return the lines on runs that have not finished.
+    """Return the lines on runs that have not finished; those with one reason share a line.
 
     Args:
         failures: status and reason by name.
     """
-    return [
-        line
-        for name, (status, reason) in failures.items()
-        for line in fitted(f"{name}: {status}" + (f": {plain(reason, _REASON)}" if reason else ""))
-    ]
+    groups: dict[tuple[str, str], list[str]] = {}
+    for name, failure in failures.items():
+        groups.setdefault(failure, []).append(name)
+    found = []
+    for (status, reason), names in groups.items():
+        why = f": {plain(reason, _REASON)}" if reason else ""
+        more = "" if len(names) == 1 else f" and {len(names) - 1} more"
+        found += fitted(f"{status}{why} ({names[0]}{more})")
+    return found
 
 
 def _cell(value: Any) -> Any:

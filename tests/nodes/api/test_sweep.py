@@ -2,71 +2,18 @@
 
 import csv
 import io
-import json
 import re
-import shutil
 import threading
-import tomllib
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 import fedmq
-from fedmq.nodes.api import running
 from fedmq.nodes.api.sweep import Sweeper
 from fedmq.nodes.api.sweep_table import failure_lines, lines, row_of
+from tests.nodes.api.commands import Commands
 
 GRID = {"algorithm.lr": [0.1, 0.01], "run.seed": [0, 1]}
-
-
-class Commands:
-    """Stands in for the commands: copies the folder of a finished run; exits with `codes`."""
-
-    def __init__(self, source: Path) -> None:
-        self.source = source
-        self.made: list[str] = []
-        self.codes: dict[str, int] = {}
-        self.before: Callable[[str], None] = lambda _: None
-        self.interrupted = threading.Event()
-
-    def __call__(self, arguments, text, on_line) -> "Child":
-        return Child(self, arguments, text)
-
-
-class Child:
-    """One of the commands."""
-
-    reason = "out of luck"
-
-    def __init__(self, commands: Commands, arguments, text) -> None:
-        self.commands, self.arguments = commands, arguments
-        self.tables = tomllib.loads(text)
-        self.folder = Path(arguments[arguments.index("--run") + 1])
-
-    def wait(self) -> int:
-        self.commands.made.append(self.folder.name)
-        self.commands.before(self.folder.name)
-        code = self.commands.codes.get(self.folder.name, 0)
-        if code != 2 and not self.folder.exists():
-            shutil.copytree(self.commands.source, self.folder)
-            if code:
-                summary = json.loads((self.folder / "summary.json").read_text())
-                status = "failed" if code == 1 else "interrupted"
-                summary |= {"status": status, "ended": "out of luck"}
-                (self.folder / "summary.json").write_text(json.dumps(summary))
-        return code
-
-    def interrupt(self) -> None:
-        self.commands.interrupted.set()
-
-
-@pytest.fixture
-def commands(monkeypatch, tmp_path: Path, folder: Path) -> Commands:
-    monkeypatch.chdir(tmp_path)
-    made = Commands(folder)
-    monkeypatch.setattr(running, "ChildCommand", made)
-    return made
 
 
 def test_each_combination_runs_in_a_folder_of_its_own(commands: Commands, tmp_path: Path) -> None:
@@ -96,7 +43,7 @@ def test_a_failed_run_stops_no_other_and_is_made_again(commands: Commands) -> No
     swept = fedmq.sweep({}, {"run.seed": [0, 1, 2]}, folder="s")
     assert [each.status for each in swept] == ["failed", "invalid", "finished"]
     assert [each.reason for each in swept] == ["out of luck", "out of luck", ""]
-    assert "seed=0: failed: out of luck" in repr(swept)
+    assert "failed: out of luck (seed=0)" in repr(swept)
     commands.codes = {}
     again = fedmq.sweep({}, {"run.seed": [0, 1, 2]}, folder="s")
     assert commands.made[3:] == ["seed=0", "seed=1"]
@@ -231,5 +178,8 @@ def test_a_table_of_a_metric_that_is_not_accuracy() -> None:
 def test_a_table_without_any_result() -> None:
     rows = [row_of({"run.seed": 0}, "invalid", None)]
     assert "0 of 1" in lines(rows, ["run.seed"])[1]
-    found = failure_lines({"seed=0": ("invalid", "a reason " * 20)})
+    same = ("invalid", "a reason " * 20)
+    found = failure_lines({"seed=0": same, "seed=1": same, "seed=2": ("not started", "")})
     assert max(map(len, found)) <= 80
+    assert found[-2].endswith("(seed=0 and 1 more)")
+    assert found[-1] == "not started (seed=2)"

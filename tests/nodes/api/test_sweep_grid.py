@@ -67,6 +67,10 @@ def test_names_of_unusual_values_are_safe_and_differ() -> None:
     assert all(len(name) < 200 and "/" not in name for name in names)
 
 
+def test_a_negative_number_keeps_its_sign_in_the_name() -> None:
+    assert grid(BASE, {"problem.shift": [-1.5, 1e-05]})[0].name == "shift=-1.5"
+
+
 def test_a_key_without_a_dot_has_tables_as_values() -> None:
     base = Given.of({"schedule": {"name": "buffered", "size": 10}})
     cells = grid(base, {"schedule": [{"name": "rounds"}, {"name": "stream"}]})
