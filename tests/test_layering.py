@@ -98,6 +98,7 @@ PARTS = {
         "replay": "errors process messages run history trace aggregator worker",
         "simulation": "errors process run aggregator worker",
         "cluster": "errors process keys messages run history run_folder aggregator worker",
+        "api": "errors process run history run_folder trace cluster",
         "cli": "errors process keys run history run_folder aggregator worker cluster trace replay",
         "__main__": "cli",
     },

@@ -12,7 +12,15 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import tomli_w
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, ValidationError
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    ValidationError,
+    field_serializer,
+)
 from pydantic.dataclasses import dataclass as checked_dataclass
 
 from fedmq.algorithms.allowed import NOTHING, Allowed, installed
@@ -146,6 +154,11 @@ class WorkerTable(StragglingTable):
     threads: Annotated[int, Field(ge=1, le=1024)] = 1
     nodes: dict[str, StragglingTable] = {}
 
+    @field_serializer("nodes")
+    def _own_settings(self, nodes: dict[str, StragglingTable]) -> dict[str, dict[str, Any]]:
+        """Leave out what a worker takes from the general settings, see `straggling`."""
+        return {name: each.model_dump(exclude_unset=True) for name, each in nodes.items()}
+
     def straggling(self, node: str) -> StragglingTable:
         """Return slowdown and drop of one worker."""
         general = {"slowdown": self.slowdown, "drop": self.drop}
@@ -243,22 +256,33 @@ def load(path: Path | None, settings: Sequence[str] = (), *, recorded: bool = Fa
     """Read a configuration file (or the defaults) and apply ``key=value`` settings.
 
     Args:
-        path: of the file.
+        path: of the file; ``-`` is standard input.
         settings: each of them overrides a key.
         recorded: a run wrote the file: no notice asks anybody to rename its keys.
 
     Raises:
         ConfigError: the file cannot be read, or a key or value is wrong.
     """
-    given: dict[str, Any] = {}
-    if path is not None:
-        try:
-            given = rename_keys(read_toml(path), notice=not recorded)
-        except OSError as error:
-            raise ConfigError(f"cannot read {path}: {reason_of(error)}") from None
+    given = {} if path is None else read_tables(path, recorded=recorded)
     for setting in settings:
         _apply(given, setting)
     return build(given)
+
+
+def read_tables(path: Path, *, recorded: bool = False) -> dict[str, Any]:
+    """Return the tables of a configuration file, unchecked, with every key under its new name.
+
+    Args:
+        path: of the file; ``-`` is standard input.
+        recorded: see `load`.
+
+    Raises:
+        ConfigError: the file cannot be read, or is not TOML.
+    """
+    try:
+        return rename_keys(read_toml(path), notice=not recorded)
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {reason_of(error)}") from None
 
 
 def parse(text: str) -> Config:
