@@ -63,6 +63,8 @@ DEFAULT: Mapping[str, Mapping[str, Any]] = {
 _PROBLEM_DEFAULT = {"clients": 40, "partition": "dirichlet(0.5)"}
 _LONGEST_S = 1_000_000
 """Longest time, in seconds: ZeroMQ counts milliseconds in 32 bits."""
+_LONGEST_RUN_S = 1_000_000_000
+"""Longest timer of a broker, in seconds."""
 _OLD_BIND = "tcp://127.0.0.1:0"
 _DEVICE = r"^(auto|cpu|cuda(:\d+)?)$"
 _FORMS = {_DEVICE: "auto, cpu, cuda or cuda:N"}
@@ -81,6 +83,11 @@ class RunTable(_Table):
     seed: seed of all randomness.
     versions: number of versions after which the run ends.
     target_accuracy: accuracy of an evaluation that ends the run earlier.
+    max_bytes: bytes of tasks, evaluations and their answers, both directions added, that end the
+        run earlier.
+    max_wall_s: seconds after which the run ends, without the time in which it was stopped; in a
+        simulation, of virtual time.
+    patience: number of evaluations in a row without a better accuracy that end the run earlier.
     evaluate_every: versions between evaluations; 0 evaluates only the last.
     min_clients: number of clients that must be reachable before the first task; 0 means all.
     failures: number of failed tasks and rejected results in a row, without a used result in
@@ -95,6 +102,9 @@ class RunTable(_Table):
     seed: Annotated[int, Field(ge=0)] = 0
     versions: Annotated[int, Field(ge=1)] = 150
     target_accuracy: Annotated[float, Field(gt=0, le=1)] | None = None
+    max_bytes: Annotated[int, Field(ge=1, le=10**18)] | None = None
+    max_wall_s: Annotated[float, Field(gt=0, le=_LONGEST_RUN_S)] | None = None
+    patience: Annotated[int, Field(ge=1)] | None = None
     evaluate_every: Annotated[int, Field(ge=0)] = 5
     min_clients: Annotated[int, Field(ge=0)] = 0
     failures: Annotated[int, Field(ge=1)] | None = None
