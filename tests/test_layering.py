@@ -96,7 +96,7 @@ PARTS = {
         "worker": "errors process messages run",
         "trace": "errors process messages history",
         "replay": "errors process messages run history trace aggregator worker",
-        "simulation": "process run aggregator worker",
+        "simulation": "errors process messages population run aggregator worker",
         "cluster": "errors process keys messages run history run_folder aggregator worker",
         "cli": "errors process keys run history run_folder aggregator worker cluster trace replay",
         "__main__": "cli",
