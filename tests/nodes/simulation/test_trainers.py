@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from fedmq.algorithms.allowed import NOTHING
-from fedmq.algorithms.base import Payload, Task
+from fedmq.algorithms.base import Payload
 from fedmq.algorithms.fedavg import FedAvg
 from fedmq.algorithms.values import ReturnedError
 from fedmq.broker.rejections import Code
@@ -25,9 +25,17 @@ from fedmq.nodes.process.signals import this_process
 from fedmq.nodes.simulation.process_trainer import ProcessTrainer
 from fedmq.nodes.simulation.trainers import InlineTrainer, QueuedTrainer
 from fedmq.nodes.simulation.training_jobs import Recipe, encode_job, read_answer, run_job
-from fedmq.nodes.worker.core import Evaluate, Failed, Train
+from fedmq.nodes.worker.core import Evaluate, Failed
 from fedmq.nodes.worker.training import RemoteError, compute
-from tests.nodes.simulation.training import CASES, HERE, actions_of, bits, setup_of
+from tests.nodes.simulation.training import (
+    CASES,
+    actions_of,
+    bits,
+    failing,
+    recipe_of,
+    results,
+    setup_of,
+)
 
 ROOT = Path(__file__).parents[3]
 
@@ -45,10 +53,6 @@ def one_thread():
 def importable(monkeypatch):
     """Let other processes import what the configurations of the tests name."""
     monkeypatch.setattr(sys, "path", [str(ROOT), *sys.path])
-
-
-def recipe_of(setup):
-    return Recipe(setup.config.to_toml(), setup.config.allowed)
 
 
 def computed(action, setup):
@@ -74,13 +78,6 @@ def test_a_structured_codec_acts_on_the_training():
 
 
 # ---- errors
-
-
-def failing(client, **tables):
-    """Return the set-up of `Failing`, and the task of a client."""
-    setup = setup_of(problem={"name": f"{HERE}:Failing"}, **tables)
-    payload = setup.algorithm.task(setup.algorithm.start(setup.problem), 0)
-    return setup, Train(client, Task(0, payload), None, 7)
 
 
 @pytest.mark.parametrize("client", range(4))
@@ -259,13 +256,6 @@ def pool():
     trainer = ProcessTrainer(setup.config, setup.config.allowed, 2)
     yield trainer
     trainer.close()
-
-
-def results(trainer, setup):
-    """Return the bits of the tasks, which are asked for in the order in which they are due."""
-    actions = actions_of(setup)
-    waits = [trainer.start(action, float(due)) for due, action in enumerate(actions)]
-    return [bits(wait()) for wait in waits]
 
 
 @pytest.mark.end_to_end

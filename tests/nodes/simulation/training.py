@@ -12,6 +12,7 @@ from fedmq.algorithms.problems.base import Examples
 from fedmq.nodes.messages.payloads import RAW, pack
 from fedmq.nodes.run.config import build
 from fedmq.nodes.run.setup import set_up
+from fedmq.nodes.simulation.training_jobs import Recipe
 from fedmq.nodes.worker.core import Evaluate, Train, Trained
 from fedmq.nodes.worker.training import compute
 from tests.algorithms.tiny import Tiny
@@ -84,6 +85,10 @@ def setup_of(case="plain", **tables):
     return set_up(build(given))
 
 
+def recipe_of(setup):
+    return Recipe(setup.config.to_toml(), setup.config.allowed)
+
+
 def actions_of(setup):
     """Return one task of each kind, for different clients; tasks with a local state last."""
     algorithm, problem = setup.algorithm, setup.problem
@@ -105,6 +110,13 @@ def actions_of(setup):
     return found
 
 
+def failing(client, **tables):
+    """Return the set-up of `Failing`, and the task of a client."""
+    setup = setup_of(problem={"name": f"{HERE}:Failing"}, **tables)
+    payload = setup.algorithm.task(setup.algorithm.start(setup.problem), 0)
+    return setup, Train(client, Task(0, payload), None, 7)
+
+
 def bits(event):
     """Return everything in a result, comparable."""
     if isinstance(event, Trained):
@@ -116,3 +128,10 @@ def bits(event):
 def _bits(payload):
     packed = pack(payload, RAW, 0)
     return packed.body, [bytes(each) for each in packed.data]
+
+
+def results(trainer, setup):
+    """Return the bits of the tasks, which are asked for in the order in which they are due."""
+    actions = actions_of(setup)
+    waits = [trainer.start(action, float(due)) for due, action in enumerate(actions)]
+    return [bits(wait()) for wait in waits]
