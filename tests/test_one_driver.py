@@ -34,8 +34,9 @@ ELSEWHERE = {
     "broker/link/dealer.py": {events.Blocked, events.OutOfTouch, events.BackInTouch},
 }
 VIRTUAL = ("broker/virtual/*.py", "nodes/simulation/virtual_*.py")
-MOST_VIRTUAL_LINES = 1280
-"""Lines of code that only the virtual world runs."""
+MOST_VIRTUAL_LINES = 1270
+"""Lines of code that only the virtual world runs; 1095 serve the fault histories, the others let
+users simulate populations: work beside a program, a disk without faults, starts of other nodes."""
 
 
 def resolved(name: ast.expr, imported: dict[str, str], module: str) -> object:

@@ -12,6 +12,7 @@ from structlog.typing import FilteringBoundLogger
 from fedmq.algorithms.values import ReturnedError
 from fedmq.broker.errors import BrokerError
 from fedmq.broker.link.events import Delivery, PostMessage
+from fedmq.broker.rejections import Code
 from fedmq.broker.wire.schema import Buffer, Message
 from fedmq.nodes.errors import NodeError, StorageError
 from fedmq.nodes.messages.actions import Handled
@@ -33,6 +34,10 @@ from fedmq.nodes.worker.core import (
 from fedmq.nodes.worker.training import RemoteError, check_ranges
 
 _FULL_RETRY_S = 1.0
+
+
+class Dropped(Exception):
+    """Raised by `WorkerPort.compute`: the client drops out, so its task fails."""
 
 
 class WorkerPort(Protocol):
@@ -60,7 +65,11 @@ class WorkerPort(Protocol):
         """Return a context for training and evaluation, in which the link keeps working."""
 
     def compute(self, action: Train | Evaluate, /) -> Trained | Evaluated:
-        """Train or evaluate; return and raise what `fedmq.nodes.worker.training.compute` does."""
+        """Train or evaluate; return and raise what `fedmq.nodes.worker.training.compute` does.
+
+        Raises:
+            Dropped: the client of a simulation drops out.
+        """
 
     def pause(self, seconds: float) -> None:
         """Wait, as `NodeLink.pause` does."""
@@ -76,16 +85,19 @@ class WorkerDriver:
         core: the worker.
         setup: objects of the run.
         port: carries out single actions.
+        repeats: counts equal failures for the log; drivers of one node can share it.
 
     Attributes:
         core: as given.
         error: because of which the last task failed; None if no error has failed a task.
     """
 
-    def __init__(self, core: Worker, setup: Setup, port: WorkerPort) -> None:
+    def __init__(
+        self, core: Worker, setup: Setup, port: WorkerPort, repeats: Repeats | None = None
+    ) -> None:
         self.core, self._setup, self._port = core, setup, port
         self.error: Exception | None = None
-        self._repeats = Repeats()
+        self._repeats = repeats or Repeats()
 
     def handle(self, delivery: Delivery) -> None:
         """Pass a message to the core, and carry out its actions, for a task until its result.
@@ -126,6 +138,8 @@ class WorkerDriver:
                     check_ranges(event.metrics, self._setup.problem)
         except (BrokerError, NodeError):
             raise  # not an error of the task: the link has ended
+        except Dropped:
+            return Failed("dropped on demand", Code.DROPPED)
         except Exception as error:  # a model can raise anything
             invalid = isinstance(error, ReturnedError) and isinstance(action, Evaluate)
             if invalid and not self.core.evaluations:

@@ -15,6 +15,7 @@ from structlog.typing import FilteringBoundLogger
 from fedmq.algorithms.allowed import NOTHING, Allowed
 from fedmq.broker.access.curve import NodeKeys
 from fedmq.broker.errors import RunOver
+from fedmq.broker.link.events import Delivery
 from fedmq.broker.link.node_link import NodeLink
 from fedmq.broker.wire.addresses import WORKER
 from fedmq.broker.wire.schema import Hello
@@ -107,7 +108,7 @@ def _take_part(link: NodeLink, hello: Hello, states: Path | None, allowed: Allow
         store = ClientStateStore(folder)
         core = Worker(setup, welcome.run, hello.node, hello.clients, store, version_0)
     port = LinkedWorker(link, store, functools.partial(compute, setup=setup, device=device))
-    work_until_over(WorkerDriver(core, setup, port), port)
+    work_until_over(WorkerDriver(core, setup, port).handle, link, port.log)
 
 
 class LinkedWorker:
@@ -133,19 +134,21 @@ class LinkedWorker:
         self.now = time.perf_counter
 
 
-def work_until_over(driver: WorkerDriver, port: LinkedWorker) -> NoReturn:
-    """Handle tasks one after the other.
+def work_until_over(
+    handle: Callable[[Delivery], None], link: NodeLink, log: FilteringBoundLogger
+) -> NoReturn:
+    """Handle deliveries one after the other, with `WorkerDriver.handle` or in another way.
 
     Raises:
         RunOver: at the end of the run.
         BrokerError, NodeError, ReturnedError: as in `run_worker`.
     """
-    link, repeats = port.link, Repeats()
+    repeats = Repeats()
     while True:
         delivery = link.get()
         if delivery.message.kind == "refused":
-            log_rejected(delivery.message, repeats, port.log)
-        driver.handle(delivery)
+            log_rejected(delivery.message, repeats, log)
+        handle(delivery)
 
 
 def _check_problem(setup: Setup, clients: Sequence[tuple[int, int]], device: str) -> None:
