@@ -101,7 +101,7 @@ PARTS = {
         "cluster",
         "api": "errors process run history run_folder trace cluster",
         "cli": "errors process keys run history run_folder aggregator worker cluster trace replay "
-        "simulation api",
+        "simulation api population",
         "__main__": "cli",
     },
 }
