@@ -141,6 +141,7 @@ def study(schedule: Mapping[str, Any], population: int, results: int) -> dict[st
         f"run.versions={versions}",
         "run.evaluate_every=100" if schedule["name"] != "rounds" else "run.evaluate_every=1",
         *(f"schedule.{key}={value}" for key, value in given.items()),
+        "problem.partition=bootstrap(100)",
         "simulation.learner=curve",
         "simulation.compute=lognormal(60, 1)",
         "simulation.latency=0.05",
