@@ -99,3 +99,11 @@ class ClientMap:
         self._lows[first:end] = [low for low, _, _ in ranges]
         self._highs[first:end] = [high for _, high, _ in ranges]
         self._nodes[first:end] = [node for _, _, node in ranges]
+
+
+def is_range(value: object) -> bool:
+    """Return whether a value from a message is a range [low, high] of clients."""
+    match value:
+        case [int(low), int(high)]:
+            return type(low) is type(high) is int and 0 <= low <= high
+    return False
