@@ -20,7 +20,14 @@ from fedmq.nodes.history.facts import SentTask
 from fedmq.nodes.history.outcomes import NO_ANSWER, UNUSED, LastFailure
 from fedmq.nodes.history.run import RunHistory
 from fedmq.nodes.history.tracker import NodeState
-from fedmq.nodes.process.terminal import clients_in_words, fitted, plain, plural, size_text
+from fedmq.nodes.process.terminal import (
+    clients_in_words,
+    fitted,
+    plain,
+    plural,
+    ranges_in_words,
+    size_text,
+)
 from fedmq.nodes.run.config import parse
 
 _PLAIN_EVERY_S = 5.0
@@ -304,7 +311,7 @@ def _warnings(history: RunHistory, *, waits: bool) -> dict[str, str]:
     if history.disagreeing:
         found["different first model on"] = ", ".join(history.disagreeing)
     if waits and (missing := history.missing_clients):
-        found["waiting for"] = clients_in_words(missing)
+        found["waiting for"] = ranges_in_words(missing)
     elif waits and (working := history.working_clients):
         found["waiting for"] = f"results of {clients_in_words(working)}"
     return found
