@@ -60,6 +60,7 @@ class Chances:
     batch_s: longest time that the broker's frames wait for others, to be handled in one turn.
     chat: rate of bursts of small messages from each worker and the evaluator that nobody asked for,
         which the broker rejects.
+    availability: rate at which each worker reports that one of its clients is away, or is back.
     share_files: whether nodes read blobs from the ledger's files, as on one host.
     """
 
@@ -82,6 +83,7 @@ class Chances:
     train_s: float = 0.5
     batch_s: float = 0.0
     chat: float = 0.0
+    availability: float = 0.0
     share_files: bool = False
 
     @property
@@ -353,6 +355,8 @@ class Simulation:
                 name, sender = f"{node.hello.session}/{self._chats}", node.hello.node
                 to = self.rng.choice(_CHAT_TO)
                 node.hand_in(Message(kind="chat", id=name, run=self.run_id, sender=sender, to=to))
+        elif isinstance(node, VirtualWorker) and happens(chances.availability):
+            node.report_one(self.rng)
 
     def _happens(self, rate: float) -> bool:
         return rate > 0 and self.rng.random() < rate * _EVERY_S
@@ -382,6 +386,8 @@ class Simulation:
             self._make_space()
         for node in self.nodes:
             node.port.doomed = lambda _: False
+            if self.chances.availability and isinstance(node, VirtualWorker):
+                node.report(back=node.hello.clients)
         self._keep_broker_up()
 
     def _keep_broker_up(self) -> None:
