@@ -43,6 +43,7 @@ MAY_DIFFER: Mapping[str, Literal["goal", "here"]] = {
     "run.failures": "goal",
     "worker": "here",
     "broker": "here",
+    "simulation": "here",
 }
 """Keys and tables that may differ when a run is resumed, see docs/configuration.md.
 

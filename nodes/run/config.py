@@ -6,10 +6,10 @@ everything but the tables of problem, algorithm and schedule; `nodes.run.setup` 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import tomli_w
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, ValidationError
@@ -25,6 +25,7 @@ from fedmq.broker.settings import (
 )
 from fedmq.broker.wire.addresses import name_fault
 from fedmq.nodes.errors import ConfigError
+from fedmq.nodes.population.table import SimulationTable
 from fedmq.nodes.process.exception_text import reason_of
 from fedmq.nodes.run.numbers import (
     RETAIN_CHOICES,
@@ -214,6 +215,7 @@ class Config(_Table):
     codec: CodecTable = CodecTable()
     worker: WorkerTable = WorkerTable()
     broker: BrokerTable = BrokerTable()
+    simulation: SimulationTable | None = None
     _allowed: Allowed = PrivateAttr(default=NOTHING)
 
     @property
@@ -223,7 +225,8 @@ class Config(_Table):
 
     def to_toml(self) -> str:
         """Return the configuration as complete TOML, which `parse` reads."""
-        return tomli_w.dumps(with_none_words(self.model_dump()))
+        left_out = {"simulation"} if self.simulation is None else None  # as in older releases
+        return tomli_w.dumps(with_none_words(self.model_dump(exclude=left_out)))
 
 
 def load(path: Path | None, settings: Sequence[str] = (), *, recorded: bool = False) -> Config:
@@ -340,8 +343,16 @@ def _apply(given: dict[str, Any], setting: str) -> None:
 
 def _keys(model: type[BaseModel]) -> dict[str, Sequence[str]]:
     keys: dict[str, Sequence[str]] = {"": tuple(model.model_fields)}
-    for name, field in model.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            keys[name] = tuple(field.annotation.model_fields)
+    for name, kind in _tables(model):
+        keys[name] = tuple(kind.model_fields)
+        keys |= {f"{name}.{inner}": tuple(each.model_fields) for inner, each in _tables(kind)}
     keys["broker.limits"] = tuple(each.name for each in fields(Limits))
     return keys
+
+
+def _tables(model: type[BaseModel]) -> Iterator[tuple[str, type[BaseModel]]]:
+    """Yield the fields of a table that are tables themselves."""
+    for name, field in model.model_fields.items():
+        for kind in (field.annotation, *get_args(field.annotation)):
+            if isinstance(kind, type) and issubclass(kind, BaseModel):
+                yield name, kind
