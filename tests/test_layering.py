@@ -97,7 +97,7 @@ PARTS = {
         "trace": "errors process messages history",
         "replay": "errors process messages run history trace aggregator worker",
         "cluster": "errors process keys messages run history run_folder aggregator worker",
-        "simulation": "errors process messages run aggregator worker cluster",
+        "simulation": "errors process messages population run aggregator worker cluster",
         "cli": "errors process keys run history run_folder aggregator worker cluster trace replay",
         "__main__": "cli",
     },
