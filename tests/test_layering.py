@@ -98,6 +98,7 @@ PARTS = {
         "replay": "errors process messages run history trace aggregator worker",
         "cluster": "errors process keys messages run history run_folder aggregator worker",
         "simulation": "errors process messages population run aggregator worker cluster",
+        "api": "errors process run history run_folder trace cluster",
         "cli": "errors process keys run history run_folder aggregator worker cluster trace replay",
         "__main__": "cli",
     },

@@ -108,8 +108,9 @@ def cluster(
 ) -> None:
     """Train on this host: broker, aggregator, workers and evaluator as processes.
 
-    CONFIG is a TOML file; keys that it and --set leave out have their defaults. With broker.bind,
-    workers of other hosts can connect, too: --keys has the broker's key, see fedmq keys.
+    CONFIG is a TOML file, or - for standard input; keys that it and --set leave out have their
+    defaults. With broker.bind, workers of other hosts can connect, too: --keys has the broker's
+    key, see fedmq keys.
     """
     now = time.time()
     from fedmq.nodes.cluster.continuing import about, asking, continuation, show_ended
@@ -130,7 +131,7 @@ def cluster(
             resumed = continuation(asked)
             if resumed is None:
                 show_ended(asked, console)
-                sys.exit(0)
+                sys.exit(1 if asked.recorded.failed else 0)
             this_process.hint = f"resume with: {resume_with}"
             console.print(about(asked, resumed), highlight=False, soft_wrap=True, markup=False)
         with preloading():
