@@ -56,7 +56,7 @@ def read_profiles(path: str, key: str) -> Profiles:
     Raises:
         ConfigError: the file cannot be read, or a line cannot be used.
     """
-    table = _Table(path, key, (*NUMBERS, "weight", "client"))
+    table = _CsvTable(path, key, (*NUMBERS, "weight", "client"))
     known = [name for name in NUMBERS if name in table.columns]
     if not known:
         raise table.fault(1, f"expected at least one of the columns {', '.join(NUMBERS)}")
@@ -95,7 +95,7 @@ def read_intervals(path: str, key: str) -> Intervals:
         ConfigError: the file cannot be read, or a line cannot be used.
     """
     names = ("client", "start", "end")
-    table = _Table(path, key, names)
+    table = _CsvTable(path, key, names)
     if missing := [name for name in names if name not in table.columns]:
         raise table.fault(1, f"expected the columns client, start and end, {missing[0]} is missing")
     rows = table.rows()
@@ -119,7 +119,7 @@ _Row = tuple[int, Mapping[str, str]]
 """Line number, and texts by column."""
 
 
-class _Table:
+class _CsvTable:
     def __init__(self, path: str, key: str, known: Sequence[str]) -> None:
         self._path, self._key = path, key
         try:

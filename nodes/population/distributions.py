@@ -89,12 +89,19 @@ DISTRIBUTIONS: Mapping[str, Callable[..., Distribution]] = {
     "pareto": _pareto,
     "choice": _choice,
 }
-"""Factories by name.
+"""Factories by name."""
 
-uniform(low, high); halfnormal(scale): |N(0, scale)|; exponential(scale): of this mean;
-lognormal(median, sigma): median * exp(sigma * N(0, 1)); pareto(shape, scale, start): start + scale
-* Lomax(shape), Pareto's own if start = scale; choice(a, b, ...): one of them, equally likely.
-"""
+ABOUT: Mapping[str, str] = {
+    "constant": "always this value; a plain number is the same",
+    "uniform": "equally likely between the two",
+    "halfnormal": "scale * |N(0, 1)|",
+    "exponential": "of mean scale",
+    "lognormal": "median * exp(sigma * N(0, 1)): a long tail",
+    "pareto": "start + scale * Lomax(shape); with start = scale, Pareto's own distribution; "
+    "infinite mean up to shape 1",
+    "choice": "one of the listed numbers, such as choice(1, 2, 8), equally likely",
+}
+"""What each of them is."""
 
 
 @functools.lru_cache(maxsize=64)

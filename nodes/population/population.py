@@ -36,6 +36,8 @@ class Population:
         examples: returns a client's number of training examples.
         position: returns where a client's labels are on average, from 0 (the first class) to 1
             (the last); needed where availability depends on labels.
+        message_bytes: size of each task and of each result, which takes the place of the actual
+            size; None for the actual one.
 
     Attributes:
         clients: as given.
@@ -52,7 +54,9 @@ class Population:
         seed: int,
         examples: Callable[[int], int],
         position: Position | None = None,
+        message_bytes: tuple[int, int] | None = None,
     ) -> None:
+        self._message_bytes = message_bytes
         self.clients, self._table, self._seed, self._examples = clients, table, seed, examples
         profile = None
         if table.devices is not None:
@@ -69,11 +73,13 @@ class Population:
             )
 
     def download_s(self, client: int, nbytes: int) -> float:
-        """Return how long a client takes to receive this many bytes, in seconds."""
+        """Return how long a client takes to receive a task of this many bytes, in seconds."""
+        nbytes = nbytes if self._message_bytes is None else self._message_bytes[0]
         return min(self._latency(client) + nbytes / self._down(client), _LONGEST_S)
 
     def upload_s(self, client: int, nbytes: int) -> float:
-        """Return how long a client takes to send this many bytes, in seconds."""
+        """Return how long a client takes to send a result of this many bytes, in seconds."""
+        nbytes = nbytes if self._message_bytes is None else self._message_bytes[1]
         return min(self._latency(client) + nbytes / self._up(client), _LONGEST_S)
 
     def compute_s(self, client: int, task: str) -> float:

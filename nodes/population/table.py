@@ -9,6 +9,9 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInf
 from fedmq.nodes.population.availability_specs import check_availability
 from fedmq.nodes.population.distributions import read_distribution
 
+STARTS_AT = 946_684_800.0
+"""Start of every simulated run: 2000-01-01, UTC, in seconds since 1970."""
+
 
 def _check_spec(spec: float | str) -> float | str:
     read_distribution(spec)
