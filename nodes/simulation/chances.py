@@ -33,6 +33,7 @@ class Chances:
     batch_s: longest time that the broker's frames wait for others, to be handled in one turn.
     chat: rate of bursts of small messages from each worker and the evaluator that nobody asked for,
         which the broker rejects.
+    availability: rate at which each worker reports that one of its clients is away, or is back.
     share_files: whether nodes read blobs from the ledger's files, as on one host.
     """
 
@@ -57,6 +58,7 @@ class Chances:
     train_s: float = 0.5
     batch_s: float = 0.0
     chat: float = 0.0
+    availability: float = 0.0
     share_files: bool = False
 
     @property
