@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import sys
 from pathlib import Path
 
@@ -53,7 +55,8 @@ def simulate(
     the folder of a run, as of fedmq cluster.
     """
     from fedmq.nodes.cluster.continuing import asking, check_simulated, show_ended
-    from fedmq.nodes.population.table import STARTS_AT
+    from fedmq.nodes.cluster.forking import preloading
+    from fedmq.nodes.population.table import STARTS_AT, SimulationTable
 
     settings = (*settings, *([f"problem.clients={clients}"] if clients else []))
     streams.go_on_without_output()
@@ -66,17 +69,23 @@ def simulate(
             check_simulated(asked)
             show_ended(asked, console, _SIMULATE_AGAIN)
             sys.exit(1 if asked.recorded.failed else 0)
-        from fedmq.nodes.run.devices import choose_device
-        from fedmq.nodes.run.setup import check_attainable, set_up
-        from fedmq.nodes.simulation.command import SimulationCommand, population_of, trainer_of
+        if processes is None:
+            table = asked.config.simulation or SimulationTable()
+            processes = 0 if table.learner == "curve" else len(os.sched_getaffinity(0))
+        # The server that forks the training processes imports torch at the same time.
+        with preloading() if processes else contextlib.nullcontext():
+            from fedmq.nodes.run.devices import choose_device
+            from fedmq.nodes.run.setup import check_attainable, set_up
+            from fedmq.nodes.simulation.command import SimulationCommand, population_of, trainer_of
 
-        with own_code("problem.name"):
-            setup = set_up(asked.config)
-            device = choose_device(setup.config.worker.device)
-            check_attainable(setup)
-            population = population_of(setup)
-            setup.problem.test()
-            setup.problem.client(0)
+            with own_code("problem.name"):
+                setup = set_up(asked.config)
+                # Without the data or the device, nothing is started.
+                device = choose_device(setup.config.worker.device)
+                check_attainable(setup)
+                population = population_of(setup)
+                setup.problem.test()
+                setup.problem.client(0)
         make, trained_by = trainer_of(setup, device, processes, cluster)
         code = SimulationCommand(
             setup, asked.folder, STARTS_AT, console, population, make, trained_by

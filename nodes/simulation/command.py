@@ -196,7 +196,7 @@ class SimulationCommand:
         self._output.show(lambda: closing_table(summary))
         self._say(f"in {self._folder}")
         if code == INTERRUPTED:
-            self._say("a simulation cannot be resumed; the same command starts a new one")
+            self._say("a simulation cannot be resumed: to start over, use another folder")
         return code
 
     @property
@@ -230,26 +230,22 @@ class _InterruptibleTrainer:
 
 
 def trainer_of(
-    setup: Setup, device: str, processes: int | None, cluster: str | None
+    setup: Setup, device: str, processes: int, cluster: str | None
 ) -> tuple[Callable[[], Trainer], str]:
     """Return a function that makes the trainer, and the trainer's name for people.
 
     Args:
         setup: objects of the run.
         device: torch device.
-        processes: number of training processes; 0 trains in this process. By default as many as
-            there are usable cores, but 0 for a learner that takes no time.
+        processes: number of training processes; 0 trains in this process.
         cluster: ``ray`` for a Ray cluster.
     """
-    if processes is None:
-        table = setup.config.simulation or SimulationTable()
-        processes = 0 if table.learner == "curve" else len(os.sched_getaffinity(0))
     if not processes:
         return functools.partial(InlineTrainer, setup, device), "trained in this process"
     from fedmq.nodes.simulation.process_trainer import ProcessTrainer
 
     make = functools.partial(ProcessTrainer, setup.config, setup.config.allowed, processes)
-    return make, plural(processes, "training process").replace("processs", "processes")
+    return make, f"{processes} training process{'' if processes == 1 else 'es'}"
 
 
 def population_of(setup: Setup) -> Population:
