@@ -101,6 +101,7 @@ PARTS = {
         "cluster",
         "cli": "errors process keys run history run_folder aggregator worker cluster trace replay "
         "simulation",
+        "api": "errors process run history run_folder trace cluster",
         "__main__": "cli",
     },
 }
