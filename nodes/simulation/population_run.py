@@ -18,12 +18,15 @@ from fedmq.broker.virtual.node import VirtualPort
 from fedmq.broker.wire.addresses import EVALUATOR
 from fedmq.broker.wire.schema import Hello
 from fedmq.nodes.errors import NodeError, RunFailed
+from fedmq.nodes.population.population import Population
 from fedmq.nodes.process.logs import SILENT
 from fedmq.nodes.process.terminal import clients_in_words
 from fedmq.nodes.run.setup import Setup
-from fedmq.nodes.simulation.population_node import ClientDevices, ComputesTasks, PopulationNode
+from fedmq.nodes.simulation.chances import Chances
+from fedmq.nodes.simulation.population_node import PopulationNode
+from fedmq.nodes.simulation.trainers import Trainer
 from fedmq.nodes.simulation.virtual_node import VirtualAggregator, VirtualNode, VirtualWorker
-from fedmq.nodes.simulation.virtual_run import Chances, Simulation
+from fedmq.nodes.simulation.virtual_run import Simulation
 from fedmq.nodes.worker.client_state import ClientStateStore
 from fedmq.nodes.worker.core import Evaluate, Evaluated, Train, Trained
 
@@ -48,6 +51,8 @@ class PopulationRun(Simulation):
         devices: of the clients.
         trainer: trains and evaluates; the caller closes it.
         run: id of the run; by default the one in the configuration.
+        sizes: bytes of a task and of a result that count for the clients' transfers; by default
+            those of their payloads.
         nodes: number of population nodes. One is enough for a million clients: it takes each task
             at once, so the broker's limits for nodes that do not read never hold it back. With
             several, the crash of a node takes away only a part of the clients.
@@ -63,16 +68,18 @@ class PopulationRun(Simulation):
 
     wall_s = 946_684_800.0 - START_S
     """So that a run starts on 2000-01-01, UTC."""
+    draw_every_s = 1.0
     host_name = "population"
 
     def __init__(
         self,
         setup: Setup,
         folder: Path,
-        devices: ClientDevices,
-        trainer: ComputesTasks,
+        devices: Population,
+        trainer: Trainer,
         *,
         run: str = "",
+        sizes: tuple[int, int] | None = None,
         nodes: int = 1,
         chances: Chances | None = None,
         settings: BrokerSettings | None = None,
@@ -91,7 +98,7 @@ class PopulationRun(Simulation):
         most = max(settings.limits.clients, setup.problem.clients)
         limits = dataclasses.replace(settings.limits, clients=most)
         self._devices, self._trainer = devices, trainer
-        self._model_folder, self._log = model_folder, log
+        self._model_folder, self._log, self._sizes = model_folder, log, sizes
         self._stopped = False
         super().__init__(
             setup,
@@ -191,6 +198,7 @@ class PopulationRun(Simulation):
             self._devices,
             self._trainer,
             self.began,
+            self._sizes,
             self._log,
             checked=checked,
         )
