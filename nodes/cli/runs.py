@@ -1,4 +1,4 @@
-"""``fedmq sweep``: many runs with one command."""
+"""``fedmq simulate`` and ``fedmq sweep``: a run in virtual time, and many runs."""
 
 from __future__ import annotations
 
@@ -6,16 +6,83 @@ import sys
 from pathlib import Path
 
 import click
+from rich.console import Console
 
 from fedmq.nodes.cli.options import (
     WholeNumber,
+    Word,
     config_argument,
     exit_2_on_error,
     settings_option,
 )
-from fedmq.nodes.errors import ConfigError
+from fedmq.nodes.errors import ConfigError, own_code
+from fedmq.nodes.keys.trust import find_own_code
 from fedmq.nodes.process import streams
 from fedmq.nodes.process.signals import this_process
+
+_SIMULATE_AGAIN = "To simulate it again, choose another folder with --run"
+
+
+@click.command()
+@config_argument
+@settings_option
+@click.option("--clients", type=WholeNumber(min=1), help="Number of clients: problem.clients.")
+@click.option(
+    "--processes",
+    type=WholeNumber(),
+    help="Number of training processes; 0 trains in the command itself. Default: all cores.",
+)
+@click.option("--on", "cluster", type=Word(["ray"]), help="Train on a Ray cluster.")
+@click.option(
+    "--run",
+    "folder",
+    type=click.Path(path_type=Path),
+    help="Folder of the run. Default: runs/ID.",
+)
+def simulate(
+    config: Path | None,
+    settings: tuple[str, ...],
+    clients: int | None,
+    processes: int | None,
+    cluster: str | None,
+    folder: Path | None,
+) -> None:
+    """Simulate a run of many clients in virtual time, with real training.
+
+    CONFIG is a TOML file, or - for standard input; keys that it and --set leave out have their
+    defaults. The table [simulation] has the speed, connection and availability of the clients'
+    devices. The result is the folder of a run, as of fedmq cluster.
+    """
+    from fedmq.nodes.cluster.continuing import asking, check_simulated, show_ended
+    from fedmq.nodes.population.table import STARTS_AT
+
+    settings = (*settings, *([f"problem.clients={clients}"] if clients else []))
+    streams.go_on_without_output()
+    console = Console()
+    with exit_2_on_error(), asking(config, settings, folder, STARTS_AT, simulated=True) as asked:
+        if cluster is not None and processes is not None:
+            raise ConfigError(f"--processes: not used with --on {cluster}, got {processes}")
+        find_own_code(asked.config.allowed)
+        if asked.recorded is not None:
+            check_simulated(asked)
+            show_ended(asked, console, _SIMULATE_AGAIN)
+            sys.exit(1 if asked.recorded.failed else 0)
+        from fedmq.nodes.run.devices import choose_device
+        from fedmq.nodes.run.setup import check_attainable, set_up
+        from fedmq.nodes.simulation.command import SimulationCommand, population_of, trainer_of
+
+        with own_code("problem.name"):
+            setup = set_up(asked.config)
+            device = choose_device(setup.config.worker.device)
+            check_attainable(setup)
+            population = population_of(setup)
+            setup.problem.test()
+            setup.problem.client(0)
+        make, trained_by = trainer_of(setup, device, processes, cluster)
+        code = SimulationCommand(
+            setup, asked.folder, STARTS_AT, console, population, make, trained_by
+        ).run()
+    sys.exit(code)
 
 
 @click.command()

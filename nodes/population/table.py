@@ -6,6 +6,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+STARTS_AT = 946_684_800.0
+"""Start of every simulated run: 2000-01-01, UTC, in seconds since 1970."""
 Spec = Annotated[float, Field(ge=0)] | str
 """A number, or the spec of a distribution."""
 

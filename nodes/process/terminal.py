@@ -55,6 +55,17 @@ def seconds(value: float) -> str:
     return f"{value:.3f}"
 
 
+def duration(value: float) -> str:
+    """Return a time in its two largest units: ``12.3 s``, ``2 min 5 s``, ``3 d 4 h``."""
+    if value < 60:
+        return f"{value:.1f} s"
+    whole = round(value)
+    for size, unit, smaller, its_unit in ((86_400, "d", 3600, "h"), (3600, "h", 60, "min")):
+        if whole >= size:
+            return f"{whole // size} {unit} {whole % size // smaller} {its_unit}"
+    return f"{whole // 60} min {whole % 60} s"
+
+
 def plural(number: int, noun: str) -> str:
     """Return a number and its noun, in the plural unless the number is 1."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
