@@ -36,7 +36,7 @@ from fedmq.nodes.cli.options import (
 )
 from fedmq.nodes.cli.personalise import personalise
 from fedmq.nodes.cli.replay import replay
-from fedmq.nodes.cli.runs import simulate
+from fedmq.nodes.cli.runs import simulate, sweep
 from fedmq.nodes.cli.trace import trace
 from fedmq.nodes.cluster.environment import check_surroundings
 from fedmq.nodes.errors import ConfigError, own_code
@@ -312,4 +312,5 @@ main.add_command(ledger)
 main.add_command(personalise)
 main.add_command(replay)
 main.add_command(simulate)
+main.add_command(sweep)
 main.add_command(worker)

@@ -182,7 +182,7 @@ def continuation(asked: Asked) -> Continuation | None:
     found = _differences(before, now)
     _check_same(asked, found)
     goal, best = Goal.of(now.run), run.best_accuracy
-    changed_goal = any(_kind(key) == "goal" for key in found)
+    changed_goal = any(kind_of_key(key) == "goal" for key in found)
     if changed_goal and goal.versions < run.version:
         raise ConfigError(
             f"run.versions: expected at least {run.version}, which run {run.run} in {asked.folder} "
@@ -323,6 +323,6 @@ def _differences(before: Config, now: Config, *, only: Sequence[str] = ()) -> Di
     }
 
 
-def _kind(key: str) -> str | None:
+def kind_of_key(key: str) -> str | None:
     """Return the entry of a key in `MAY_DIFFER`, or None."""
     return MAY_DIFFER.get(key) or MAY_DIFFER.get(key.partition(".")[0])
